@@ -1,0 +1,1 @@
+"""Error tables, super weights, plots and the HTML report."""

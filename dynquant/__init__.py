@@ -1,0 +1,3 @@
+"""dynquant: measured dynamic low-bit quantization of language models."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,100 @@
+"""Lookup tables of the codebook types, taken from the `gguf` package and kept once per device.
+
+Rows of small integers are stored as one int64 (8 values) or int32 (4 values) each, so that a lookup moves a whole
+row as a single element: about four times faster on a CPU than gathering float rows. `lookup` unpacks them again.
+"""
+
+import functools
+
+import numpy as np
+import torch
+from gguf import quants
+from torch import Tensor
+
+_PACKED_DTYPE = {4: torch.int32, 8: torch.int64}
+
+
+def lookup(table: Tensor, index: Tensor) -> Tensor:
+    """Rows of a packed table as int8: [n, k] indices of any integer type -> [n, k * row length]."""
+    rows = table.index_select(0, index.reshape(-1).to(torch.int32))
+    return rows.view(torch.int8).reshape(index.shape[0], -1)
+
+
+def lookup_value(table: Tensor, index: Tensor) -> Tensor:
+    """Entries of a float table, in the shape of `index`."""
+    return table.index_select(0, index.reshape(-1).to(torch.int32)).reshape(index.shape)
+
+
+@functools.cache
+def grid(type_name: str, device: torch.device) -> Tensor:
+    """The codebook of an IQ2 or IQ3 type as packed int8 rows of 8 or 4 magnitudes."""
+    return _packed(_gguf_grid(type_name), device)
+
+
+@functools.cache
+def ternary_grid(device: torch.device) -> Tensor:
+    """The IQ1 codebook in eighths, with the shift of +1/8 (entries 0-2047) or -1/8 (2048-4095) already added."""
+    eighths = 8 * _gguf_grid("IQ1_S")
+    delta = 8 * float(quants.IQ1_S.delta)
+    return _packed(np.concatenate((eighths + delta, eighths - delta)), device)
+
+
+@functools.cache
+def bits(device: torch.device) -> Tensor:
+    """Byte -> its eight bits, lowest first, as packed int8 0 or 1."""
+    return _packed(_byte_bits(), device)
+
+
+@functools.cache
+def signs(device: torch.device) -> Tensor:
+    """Byte -> eight signs as packed int8: a set bit is -1, a clear one +1."""
+    return _packed(1 - 2 * _byte_bits(), device)
+
+
+@functools.cache
+def even_signs(device: torch.device) -> Tensor:
+    """Seven stored sign bits -> eight signs as packed int8; the eighth makes the number of minus signs even."""
+    full_bytes = np.frombuffer(quants.IQ2_XXS.ksigns, dtype=np.uint8)
+    return _packed((1 - 2 * _byte_bits())[full_bytes], device)
+
+
+@functools.cache
+def values(type_name: str, device: torch.device) -> Tensor:
+    """The sixteen values of a four-bit type (IQ4_NL, MXFP4) as float32."""
+    return torch.tensor(getattr(quants, type_name).kvalues, dtype=torch.float32, device=device)
+
+
+@functools.cache
+def e8m0_halves(device: torch.device) -> Tensor:
+    """E8M0 byte -> half of the power of two it stands for (the values of MXFP4 are doubled)."""
+    return _floats(quants.MXFP4.e8m0_to_fp32_half(_all_bytes()), device)
+
+
+@functools.cache
+def ue4m3_halves(device: torch.device) -> Tensor:
+    """Unsigned E4M3 byte -> half of the number it stands for (the values of NVFP4 are doubled)."""
+    return _floats(quants.NVFP4.ue4m3_to_fp32(_all_bytes()), device)
+
+
+def _gguf_grid(type_name: str) -> np.ndarray:
+    """Codebook [entries, row length] in float32."""
+    layout = getattr(quants, type_name)
+    layout.init_grid()
+    return layout.grid.reshape(layout.grid_shape)
+
+
+def _packed(rows: np.ndarray, device: torch.device) -> Tensor:
+    row_values = torch.from_numpy(np.ascontiguousarray(rows, dtype=np.int8))
+    return row_values.view(_PACKED_DTYPE[rows.shape[1]]).flatten().to(device)
+
+
+def _floats(numbers: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(numbers.astype(np.float32)).to(device)
+
+
+def _all_bytes() -> np.ndarray:
+    return np.arange(256, dtype=np.uint8)
+
+
+def _byte_bits() -> np.ndarray:
+    return np.unpackbits(_all_bytes()[:, None], axis=1, bitorder="little").astype(np.int8)

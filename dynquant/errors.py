@@ -1,0 +1,33 @@
+"""Errors that a user can act on.
+
+Every message is one paragraph: what was refused, where, which value, and the way out. The command line prints it
+and exits with 1; anything else that escapes is a bug and keeps its traceback.
+"""
+
+
+class DynquantError(Exception):
+    """Base of all refusals."""
+
+
+class CheckpointError(DynquantError):
+    """A model directory or GGUF file is missing, truncated, corrupt or of an unsupported kind."""
+
+
+class StatsError(DynquantError):
+    """Calibration text or statistics cannot be used for this model."""
+
+
+class PlanError(DynquantError):
+    """A plan, preset or budget does not fit the model."""
+
+
+class EncodeError(DynquantError):
+    """A tensor cannot be encoded as asked (NaN, Inf, row length, missing importance matrix)."""
+
+
+class ExportError(DynquantError):
+    """An output file cannot be written."""
+
+
+class EvaluationError(DynquantError):
+    """Two models cannot be compared, or the evaluation data is unusable."""

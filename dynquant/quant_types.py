@@ -1,0 +1,123 @@
+"""The registry of quant types: named byte layouts of ggml, as plain data.
+
+Block sizes and block bytes come from the `gguf` package (GGML_QUANT_SIZES); what is added here are the facts that
+llama.cpp keeps in code: which types need or use an importance matrix, and which type replaces one whose block does
+not divide the row length (llama.cpp `tensor_type_fallback`, src/llama-quant.cpp).
+"""
+
+import difflib
+from dataclasses import dataclass
+from math import prod
+
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from dynquant.errors import PlanError
+
+
+@dataclass(frozen=True)
+class QuantType:
+    """One byte layout. `block_size` weights are stored in `block_bytes` bytes."""
+
+    name: str
+    ggml_id: int
+    block_size: int
+    block_bytes: int
+    needs_imatrix: bool = False
+    """ggml refuses to encode without an importance matrix (`ggml_quantize_requires_imatrix`)."""
+    uses_imatrix: bool = False
+    """The importance matrix changes the encoded bytes."""
+    fallback: str | None = None
+    """What llama.cpp takes when `block_size` does not divide the row length."""
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.block_bytes / self.block_size
+
+    @property
+    def is_float(self) -> bool:
+        return self.block_size == 1
+
+    def row_bytes(self, row_length: int) -> int:
+        """Bytes of one row.
+
+        Raises:
+            ValueError: `row_length` is not a multiple of the block size.
+        """
+        if row_length % self.block_size:
+            raise ValueError(
+                f"`row_length` {row_length} is not a multiple of the block size {self.block_size} of {self.name}"
+            )
+        return row_length // self.block_size * self.block_bytes
+
+    def tensor_bytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of a tensor whose last dimension is the row."""
+        return prod(shape[:-1]) * self.row_bytes(shape[-1])
+
+
+_USES_IMATRIX = {
+    "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "IQ4_XS", "IQ4_NL", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS",
+    "IQ1_M", "IQ1_S", "Q4_0", "Q4_1", "Q5_0", "Q5_1",
+}  # fmt: skip
+_NEEDS_IMATRIX = {"IQ1_S", "IQ2_XXS", "IQ2_XS"}
+_FALLBACK = {
+    **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL"),
+    **dict.fromkeys(("Q2_K", "Q3_K", "TQ1_0", "TQ2_0"), "Q4_0"),
+    "Q4_K": "Q5_0",
+    "Q5_K": "Q5_1",
+    "Q6_K": "Q8_0",
+}
+_NAMES = (
+    "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS",
+    "MXFP4", "NVFP4", "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XS", "IQ2_XXS", "TQ2_0", "IQ1_M", "TQ1_0",
+    "IQ1_S",
+)  # fmt: skip
+
+
+def _from_gguf(name: str) -> QuantType:
+    ggml_type = GGMLQuantizationType[name]
+    block_size, block_bytes = GGML_QUANT_SIZES[ggml_type]
+    return QuantType(
+        name=name,
+        ggml_id=int(ggml_type),
+        block_size=block_size,
+        block_bytes=block_bytes,
+        needs_imatrix=name in _NEEDS_IMATRIX,
+        uses_imatrix=name in _USES_IMATRIX,
+        fallback=_FALLBACK.get(name),
+    )
+
+
+QUANT_TYPES: dict[str, QuantType] = {name: _from_gguf(name) for name in _NAMES}
+_BY_ID = {t.ggml_id: t for t in QUANT_TYPES.values()}
+
+
+def quant_type(name: str) -> QuantType:
+    """Look up a type by name, in any case.
+
+    Raises:
+        PlanError: no such type; the message lists the nearest names.
+    """
+    found = QUANT_TYPES.get(name.upper())
+    if found is None:
+        near = difflib.get_close_matches(name.upper(), QUANT_TYPES, n=4, cutoff=0.4) or list(QUANT_TYPES)
+        raise PlanError(f"There is no quant type `{name}`. Did you mean one of: {', '.join(near)}?")
+    return found
+
+
+def quant_type_by_id(ggml_id: int) -> QuantType | None:
+    """The type with this ggml id, or None when the registry does not hold it."""
+    return _BY_ID.get(ggml_id)
+
+
+def fit_to_row(wanted: QuantType, row_length: int) -> tuple[QuantType, str | None]:
+    """The type that llama.cpp would store for `wanted` in rows of this length, and why it differs.
+
+    Follows `tensor_type_fallback` of llama.cpp: one step to the fallback type, then F16.
+    """
+    if row_length % wanted.block_size == 0:
+        return wanted, None
+    chosen = QUANT_TYPES[wanted.fallback] if wanted.fallback else QUANT_TYPES["F16"]
+    if row_length % chosen.block_size:
+        chosen = QUANT_TYPES["F16"]
+    reason = f"rows of {row_length} do not divide into {wanted.name} blocks of {wanted.block_size}: {chosen.name}"
+    return chosen, reason

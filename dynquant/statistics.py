@@ -1,0 +1,176 @@
+"""Calibration statistics: what `calibrate` measures and every later stage reads.
+
+Everything is a mergeable sum or maximum keyed by GGUF weight name, so that shards, resumed runs and workers agree.
+Weights that read the same input (q/k/v, gate/up) share one `InputStats` through `aliases`.
+File layout of stats.safetensors: `KEY.in_sum2`, `KEY.counts`, `KEY.samples`, `KEY.sample_counts`, `KEY.max_in`, ... and
+one JSON metadata entry `dynquant` (schema version, tool version, checkpoint fingerprint, text hash, options, aliases).
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from dynquant import __version__
+from dynquant.errors import StatsError
+
+SCHEMA_VERSION = 1
+
+
+@dataclass
+class InputStats:
+    """Sums over the tokens that one input saw. E = experts of a stacked weight, else 1; C = input channels.
+
+    `in_sum2` float64 [E, C] sum of x^2, `counts` int64 [E] tokens. `samples` bfloat16 [E, S, C] holds inputs of
+    held-back tokens (never part of the sums), `sample_counts` int64 [E] how many of the S rows are filled.
+    Extremes, for down-projections only, float32/int64 [E]: `max_in` and `max_out` are the signed values of largest
+    magnitude, with channel and token position inside their window.
+    """
+
+    in_sum2: torch.Tensor
+    counts: torch.Tensor
+    samples: torch.Tensor | None = None
+    sample_counts: torch.Tensor | None = None
+    max_in: torch.Tensor | None = None
+    max_in_channel: torch.Tensor | None = None
+    max_in_position: torch.Tensor | None = None
+    max_out: torch.Tensor | None = None
+    max_out_channel: torch.Tensor | None = None
+    max_out_position: torch.Tensor | None = None
+
+    def merge(self, other: "InputStats") -> None:
+        """Add the sums of `other`, keep the larger extremes, and fill free sample rows from it."""
+        self.in_sum2 += other.in_sum2
+        self.counts += other.counts
+        self._merge_extreme("max_in", other)
+        self._merge_extreme("max_out", other)
+        if self.samples is not None and other.samples is not None:
+            self._merge_samples(other)
+
+    def _merge_extreme(self, name: str, other: "InputStats") -> None:
+        mine, theirs = getattr(self, name), getattr(other, name)
+        if mine is None or theirs is None:
+            return
+        larger = theirs.abs() > mine.abs()
+        for part in (name, f"{name}_channel", f"{name}_position"):
+            setattr(self, part, torch.where(larger, getattr(other, part), getattr(self, part)))
+
+    def _merge_samples(self, other: "InputStats") -> None:
+        capacity = self.samples.shape[1]
+        for expert in range(len(self.counts)):
+            used = int(self.sample_counts[expert])
+            take = min(capacity - used, int(other.sample_counts[expert]))
+            self.samples[expert, used : used + take] = other.samples[expert, :take]
+            self.sample_counts[expert] += take
+
+
+class StatsProvenance(BaseModel):
+    """Where statistics come from; later stages refuse a fingerprint that is not the model's."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: int = SCHEMA_VERSION
+    tool_version: str = __version__
+    fingerprint: str
+    text_hash: str
+    text_name: str
+    num_windows: int = 0
+    num_tokens: int = 0
+    num_held_back_tokens: int = 0
+    window: int = 512
+    seed: int = 0
+    imported_from: str | None = None
+
+
+@dataclass
+class CalibrationStats:
+    """All inputs of one model."""
+
+    provenance: StatsProvenance
+    inputs: dict[str, InputStats] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    """Weight name -> key in `inputs` for weights that share another weight's input."""
+
+    def input_of(self, weight: str) -> InputStats | None:
+        """Statistics of the input that a GGUF weight reads, or None when calibration did not see it."""
+        return self.inputs.get(self.aliases.get(weight, weight))
+
+    def merge(self, other: "CalibrationStats") -> None:
+        """Add another run over other text of the same model.
+
+        Raises:
+            StatsError: the two runs belong to different checkpoints.
+        """
+        if other.provenance.fingerprint != self.provenance.fingerprint:
+            raise StatsError(
+                f"Statistics of checkpoint {other.provenance.fingerprint[:12]} cannot be merged into those of "
+                f"{self.provenance.fingerprint[:12]}; calibrate both on the same model."
+            )
+        for key, stats in other.inputs.items():
+            if key in self.inputs:
+                self.inputs[key].merge(stats)
+            else:
+                self.inputs[key] = stats
+        self.aliases |= other.aliases
+        joined = f"{self.provenance.text_hash}{other.provenance.text_hash}"
+        self.provenance.text_hash = hashlib.sha256(joined.encode()).hexdigest()
+        for name in ("num_windows", "num_tokens", "num_held_back_tokens"):
+            setattr(self.provenance, name, getattr(self.provenance, name) + getattr(other.provenance, name))
+
+    def check_belongs_to(self, fingerprint: str, model_name: str) -> None:
+        """Refuse statistics of another checkpoint.
+
+        Raises:
+            StatsError: naming both fingerprints.
+        """
+        if self.provenance.fingerprint != fingerprint:
+            raise StatsError(
+                f"The calibration statistics were measured on checkpoint {self.provenance.fingerprint[:12]}, but "
+                f"{model_name} has fingerprint {fingerprint[:12]}. Run `dynquant calibrate` on {model_name}."
+            )
+
+    def save(self, path: Path) -> None:
+        """Write stats.safetensors, whole or not at all."""
+        tensors = {
+            f"{key}.{part.name}": value.contiguous()
+            for key, stats in self.inputs.items()
+            for part in fields(InputStats)
+            if (value := getattr(stats, part.name)) is not None
+        }
+        header = {"provenance": self.provenance.model_dump(), "aliases": self.aliases}
+        temporary = path.with_name(f".{path.name}.partial")
+        try:
+            save_file(tensors, temporary, metadata={"dynquant": json.dumps(header, sort_keys=True)})
+            os.replace(temporary, path)
+        except (OSError, SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            raise StatsError(f"The statistics could not be written to {path}: {error}.") from error
+
+    @classmethod
+    def load(cls, path: Path) -> "CalibrationStats":
+        """Read stats.safetensors.
+
+        Raises:
+            StatsError: missing, truncated, or not written by `dynquant calibrate`.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads((file.metadata() or {})["dynquant"])
+                stats = cls(StatsProvenance(**header["provenance"]), aliases=header["aliases"])
+                parts: dict[str, dict[str, torch.Tensor]] = {}
+                for name in file.keys():  # noqa: SIM118
+                    key, _, part = name.rpartition(".")
+                    parts.setdefault(key, {})[part] = file.get_tensor(name)
+                stats.inputs = {key: InputStats(**found) for key, found in parts.items()}
+                return stats
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise StatsError(
+                f"{path} is not a statistics file of dynquant ({type(error).__name__}: {error}). "
+                "Make it with `dynquant calibrate MODEL -o FILE`."
+            ) from error

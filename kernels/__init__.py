@@ -1,0 +1,1 @@
+"""Plain-PyTorch and Triton kernels; importing this package touches no device."""

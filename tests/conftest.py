@@ -1,0 +1,34 @@
+"""Fixtures: the bundled small MoE, and the larger test beds where the checkout has them beside it."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SHARED = REPOSITORY.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def small_moe() -> Path:
+    """textbook-moe-16m: DeepSeek-V3 architecture, 6 layers, 8 routed experts."""
+    return REPOSITORY / "dynquant" / "data" / "textbook-moe-16m"
+
+
+@pytest.fixture(scope="session")
+def moe_89m() -> Path:
+    path = SHARED / "models" / "textbook-moe-89m"
+    if not path.is_dir():
+        pytest.skip("textbook-moe-89m is not beside this checkout")
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    path = SHARED / "data"
+    if not path.is_dir():
+        pytest.skip("the shared data folder is not beside this checkout")
+    return path
