@@ -3,6 +3,8 @@
 w = scale * magnitude * sign (IQ2, IQ3), scale * (ternary + delta) (IQ1) or scale * value (IQ4). Super-blocks hold
 256 weights (IQ4_NL: 32); a grid entry stands for 8 neighbouring weights (IQ1, IQ2), 4 (IQ3) or 1 (IQ4).
 The grids themselves come from the gguf package, see `tables`.
+
+Each docstring is the byte map of one block, with the number of bytes of a field in parentheses.
 """
 
 import torch
@@ -16,8 +18,7 @@ _IQ1_SHIFTS = (0, 3, 6, 9)
 
 
 def decode_iq1_s(blocks: Tensor) -> Tensor:
-    """
-    | d f16 (2) | qs low 8 index bits (32) | qh u16 x 8 (16) |
+    """| d f16 (2) | qs low 8 index bits (32) | qh u16 x 8 (16) |
 
     qh: bit 15 sign of delta | bits 14-12 scale | 4 x 3 high index bits; one for 32 weights.
     """
@@ -28,8 +29,7 @@ def decode_iq1_s(blocks: Tensor) -> Tensor:
 
 
 def decode_iq1_m(blocks: Tensor) -> Tensor:
-    """
-    | qs low 8 index bits (32) | qh nibbles (16) | scales u16 x 4 (8) |
+    """| qs low 8 index bits (32) | qh nibbles (16) | scales u16 x 4 (8) |
 
     qh nibble, one for 8 weights: bit 3 sign of delta | 3 high index bits.
     scales: bits 15-12 = a quarter of the fp16 scale d, lowest first | 4 x 3 bit scale, one for 16 weights.
@@ -41,9 +41,7 @@ def decode_iq1_m(blocks: Tensor) -> Tensor:
 
 
 def decode_iq2_xxs(blocks: Tensor) -> Tensor:
-    """
-    | d f16 (2) | 8 x [ 4 indices u8 (4) | bits 31-28 scale, 4 x 7 sign bits (4) ] |
-    """
+    """| d f16 (2) | 8 x [ 4 indices u8 (4) | bits 31-28 scale, 4 x 7 sign bits (4) ] |"""
     groups = blocks[:, 2:].reshape(-1, 8, 8)
     words = groups[..., 4:].clone(memory_format=torch.contiguous_format).view(torch.int32).squeeze(-1)
     signs = tables.lookup(tables.even_signs(blocks.device), shifted(words, _SIGN_SHIFTS, 127).flatten(1))
@@ -52,9 +50,7 @@ def decode_iq2_xxs(blocks: Tensor) -> Tensor:
 
 
 def decode_iq2_xs(blocks: Tensor) -> Tensor:
-    """
-    | d f16 (2) | qs u16 x 32 (64): bits 15-9 signs, 8-0 index | scales nibbles (8), one for 16 weights |
-    """
+    """| d f16 (2) | qs u16 x 32 (64): bits 15-9 signs, 8-0 index | scales nibbles (8), one for 16 weights |"""
     qs = field(blocks, 2, 64, torch.int16)
     signs = tables.lookup(tables.even_signs(blocks.device), (qs >> 9) & 127)
     grid = tables.lookup(tables.grid("IQ2_XS", blocks.device), qs & 511)
@@ -63,9 +59,7 @@ def decode_iq2_xs(blocks: Tensor) -> Tensor:
 
 
 def decode_iq2_s(blocks: Tensor) -> Tensor:
-    """
-    | d f16 (2) | qs low 8 index bits (32) | signs (32) | qh crumbs, high index bits (8) | scales nibbles (8) |
-    """
+    """| d f16 (2) | qs low 8 index bits (32) | signs (32) | qh crumbs, high index bits (8) | scales nibbles (8) |"""
     high = crumbs(blocks[:, 66:74], dim=-1).flatten(1).to(torch.int32)
     grid = tables.lookup(tables.grid("IQ2_S", blocks.device), blocks[:, 2:34] | (high << 8))
     signs = tables.lookup(tables.signs(blocks.device), blocks[:, 34:66])
@@ -74,9 +68,7 @@ def decode_iq2_s(blocks: Tensor) -> Tensor:
 
 
 def decode_iq3_xxs(blocks: Tensor) -> Tensor:
-    """
-    | d f16 (2) | qs indices u8 (64) | scales u32 x 8 (32): bits 31-28 scale, 4 x 7 sign bits |
-    """
+    """| d f16 (2) | qs indices u8 (64) | scales u32 x 8 (32): bits 31-28 scale, 4 x 7 sign bits |"""
     words = field(blocks, 66, 32, torch.int32)
     signs = tables.lookup(tables.even_signs(blocks.device), shifted(words, _SIGN_SHIFTS, 127).flatten(1))
     grid = tables.lookup(tables.grid("IQ3_XXS", blocks.device), blocks[:, 2:66])
@@ -84,9 +76,7 @@ def decode_iq3_xxs(blocks: Tensor) -> Tensor:
 
 
 def decode_iq3_s(blocks: Tensor) -> Tensor:
-    """
-    | d f16 (2) | qs low 8 index bits (64) | qh 9th index bits (8) | signs (32) | scales nibbles (4) |
-    """
+    """| d f16 (2) | qs low 8 index bits (64) | qh 9th index bits (8) | signs (32) | scales nibbles (4) |"""
     high = tables.lookup(tables.bits(blocks.device), blocks[:, 66:74]).to(torch.int32)
     grid = tables.lookup(tables.grid("IQ3_S", blocks.device), blocks[:, 2:66] | (high << 8))
     signs = tables.lookup(tables.signs(blocks.device), blocks[:, 74:106])
@@ -95,16 +85,13 @@ def decode_iq3_s(blocks: Tensor) -> Tensor:
 
 
 def decode_iq4_nl(blocks: Tensor) -> Tensor:
-    """
-    | d f16 (2) | qs nibbles (16) |
-    """
+    """| d f16 (2) | qs nibbles (16) |"""
     q = tables.lookup_value(tables.values("IQ4_NL", blocks.device), nibbles(blocks[:, 2:], dim=1))
     return half(blocks, 0) * q.flatten(1)
 
 
 def decode_iq4_xs(blocks: Tensor) -> Tensor:
-    """
-    | d f16 (2) | scales_h u16 (2): 8 x 2 high bits | scales_l nibbles (4) | qs nibbles (128) |
+    """| d f16 (2) | scales_h u16 (2): 8 x 2 high bits | scales_l nibbles (4) | qs nibbles (128) |
 
     The six-bit scales, one for 32 weights, are stored with an offset of 32.
     """

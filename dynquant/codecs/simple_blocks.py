@@ -2,6 +2,8 @@
 
 w = d * q + m, with q unsigned where the minimum `m` is stored, and centred (q - 8, q - 16) where it is not.
 In the four-bit part weight j shares a byte with weight j + 16.
+
+Each docstring is the byte map of one block, with the number of bytes of a field in parentheses.
 """
 
 import torch
@@ -12,40 +14,30 @@ from dynquant.codecs.fields import half, nibbles
 
 
 def decode_q8_0(blocks: Tensor) -> Tensor:
-    """
-    | d f16 (2) | qs i8 (32) |
-    """
+    """| d f16 (2) | qs i8 (32) |"""
     return blocks[:, 2:].view(torch.int8).float() * half(blocks, 0)
 
 
 def decode_q4_0(blocks: Tensor) -> Tensor:
-    """
-    | d f16 (2) | qs nibbles (16) |
-    """
+    """| d f16 (2) | qs nibbles (16) |"""
     q = _low_then_high(blocks[:, 2:]).view(torch.int8) - 8
     return half(blocks, 0) * q.float()
 
 
 def decode_q4_1(blocks: Tensor) -> Tensor:
-    """
-    | d f16 (2) | m f16 (2) | qs nibbles (16) |
-    """
+    """| d f16 (2) | m f16 (2) | qs nibbles (16) |"""
     q = _low_then_high(blocks[:, 4:]).float()
     return (half(blocks, 0) * q).add_(half(blocks, 2))
 
 
 def decode_q5_0(blocks: Tensor) -> Tensor:
-    """
-    | d f16 (2) | qh bits (4) | qs nibbles (16) |
-    """
+    """| d f16 (2) | qh bits (4) | qs nibbles (16) |"""
     q = _five_bits(blocks[:, 2:6], blocks[:, 6:]).view(torch.int8) - 16
     return half(blocks, 0) * q.float()
 
 
 def decode_q5_1(blocks: Tensor) -> Tensor:
-    """
-    | d f16 (2) | m f16 (2) | qh bits (4) | qs nibbles (16) |
-    """
+    """| d f16 (2) | m f16 (2) | qh bits (4) | qs nibbles (16) |"""
     q = _five_bits(blocks[:, 4:8], blocks[:, 8:]).float()
     return (half(blocks, 0) * q).add_(half(blocks, 2))
 

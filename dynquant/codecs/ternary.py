@@ -2,6 +2,8 @@
 
 TQ2_0 spends two bits on a weight. TQ1_0 keeps five base-3 digits in a byte, as a fraction of 256 so that the first
 digit is the integer part of 3 * byte / 256, and multiplying the byte by 3 (modulo 256) brings up the next one.
+
+Each docstring is the byte map of one block, with the number of bytes of a field in parentheses.
 """
 
 import torch
@@ -11,9 +13,7 @@ from dynquant.codecs.fields import crumbs, half
 
 
 def decode_tq1_0(blocks: Tensor) -> Tensor:
-    """
-    | qs 32 bytes x 5 digits | qs 16 bytes x 5 digits | qh 4 bytes x 4 digits | d f16 (2) |
-    """
+    """| qs 32 bytes x 5 digits | qs 16 bytes x 5 digits | qh 4 bytes x 4 digits | d f16 (2) |"""
     parts = (
         _digit_bytes(blocks[:, :32], num_digits=5),
         _digit_bytes(blocks[:, 32:48], num_digits=5),
@@ -26,9 +26,7 @@ def decode_tq1_0(blocks: Tensor) -> Tensor:
 
 
 def decode_tq2_0(blocks: Tensor) -> Tensor:
-    """
-    | qs crumbs (64) | d f16 (2) |
-    """
+    """| qs crumbs (64) | d f16 (2) |"""
     q = crumbs(blocks[:, :64].reshape(-1, 2, 32), dim=2).flatten(1)
     return half(blocks, 64) * (q.view(torch.int8) - 1).float()
 

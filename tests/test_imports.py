@@ -1,0 +1,100 @@
+"""Imports point one way, the side folders stay inside the package, and importing dynquant stays light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = {"dynquant": ROOT / "dynquant", "dynquant.kernels": ROOT / "kernels",
+           "dynquant.analysis": ROOT / "analysis", "dynquant.exporters": ROOT / "exporters"}  # fmt: skip
+
+# A module may import from its own rank and from lower ones.
+RANKS = [
+    ["errors"],
+    ["quant_types", "architecture"],
+    ["codecs"],
+    ["tensor_source", "statistics"],
+    ["gguf_source"],
+    ["model", "importance"],
+    ["families", "hf_loading", "calibration_text", "expert_hooks", "imatrix"],
+    ["calibration"],
+    ["plan", "llama_presets", "presets", "allocate"],
+    ["artifacts", "quantize"],
+    ["exporters", "plan_building", "inspect_file"],
+    ["analysis", "planner"],
+    ["eval_statistics", "logit_runners", "reference_cache", "multiple_choice"],
+    ["evaluate"],
+    ["console"],
+    ["workflow"],
+    ["cli"],
+    ["__main__"],
+]
+RANK_OF = {name: rank for rank, names in enumerate(RANKS) for name in names}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for package, folder in FOLDERS.items():
+        for path in folder.rglob("*.py"):
+            parts = path.relative_to(folder).with_suffix("").parts
+            found[".".join((package, *parts)).removesuffix(".__init__")] = path
+    return found
+
+
+def imported_names(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def unit(module: str) -> str:
+    """`dynquant.codecs.decode` -> `codecs`; `dynquant` itself has no unit."""
+    return module.split(".")[1] if "." in module else ""
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_imports_point_to_lower_ranks(module):
+    own = RANK_OF.get(unit(module))
+    for name in imported_names(modules()[module]):
+        assert name.split(".")[0] not in ("kernels", "analysis", "exporters"), f"{module} imports {name} by folder name"
+        other = unit(name)
+        if name.startswith("dynquant.") and other in RANK_OF and own is not None and other != unit(module):
+            assert RANK_OF[other] <= own, f"{module} must not import {name}"
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_every_module_has_a_rank(module):
+    assert module == "dynquant" or unit(module) in RANK_OF or unit(module) == "kernels"
+
+
+def test_installed_packages_match_the_folders():
+    import tomllib
+
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    on_disk = {name for name, path in modules().items() if path.name == "__init__.py"}
+    assert listed == on_disk
+
+
+def test_importing_dynquant_loads_no_heavy_package():
+    heavy = ("torch", "transformers", "llama_cpp", "matplotlib")
+    code = f"import sys, dynquant; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    assert done.stdout.strip() == "[]"
+
+
+def test_no_machine_path_or_registry_in_tracked_files():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    texts = [ROOT / name for name in tracked if Path(name).suffix in (".py", ".md", ".toml", ".txt", ".json", "")]
+    assert texts
+    for path in texts:
+        if path.is_file() and path.stat().st_size < 400_000:
+            text = path.read_text(errors="ignore")
+            assert str(ROOT.parent) + "/" not in text, path
+            assert "pypi" + ".org" not in text, path
