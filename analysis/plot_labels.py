@@ -59,12 +59,10 @@ def _pixels(axes: "Axes", obstacles: Sequence, labels: Sequence) -> np.ndarray:
 def _best(axes: "Axes", annotation, taken: list, blocked: np.ndarray) -> tuple:
     """The offset, alignment and pixel box of lowest cost: overlaps first, then leaving the axes, then distance."""
     scale = axes.figure.dpi / 72
-    text_box = annotation.get_window_extent()
     width, height = _text_size(annotation)
     frame = axes.get_window_extent()
     anchor = axes.transData.transform(annotation.xy)
     annotation.set_va("center")
-    del text_box
     best = None
     for distance in _DISTANCES:
         for angle in _ANGLES:

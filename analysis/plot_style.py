@@ -175,7 +175,9 @@ def human_bytes(num_bytes: float) -> str:
     """Decimal units with three digits: 31.0 MB, 140 GB."""
     divisor, unit = size_unit(num_bytes)
     value = num_bytes / divisor
-    return f"{value:.0f} {unit}" if value >= 99.95 else f"{value:.1f} {unit}" if value >= 9.995 else f"{value:.2f} {unit}"
+    return (
+        f"{value:.0f} {unit}" if value >= 99.95 else f"{value:.1f} {unit}" if value >= 9.995 else f"{value:.2f} {unit}"
+    )
 
 
 def save_figure(figure: "Figure", directory: Path, name: str, headline: str) -> PlotFiles:
@@ -200,4 +202,6 @@ def _write_whole(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise ExportError(f"The plot {path} could not be written: {error.strerror}. Free space or choose -o.") from error
+        raise ExportError(
+            f"The plot {path} could not be written: {error.strerror}. Free space or choose -o."
+        ) from error

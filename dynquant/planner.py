@@ -28,6 +28,9 @@ OUTLIER_SCORE = 3.5
 OUTLIER_RATIO = 1.5
 """It must also exceed the role's median by this factor, so that an even model has no outliers."""
 
+HEADROOM = 1.05
+"""Size of the default plan over the smallest file that keeps every floor."""
+
 
 @dataclass(frozen=True)
 class Rules:
@@ -38,26 +41,37 @@ class Rules:
 
 
 def plan_types(
-    table: ErrorTable, budget: int, rules: Rules, costs: Mapping[tuple[str, str], float]
+    table: ErrorTable,
+    budget: int | None,
+    rules: Rules,
+    costs: Mapping[tuple[str, str], float],
+    *,
+    fixed_bytes: int = 0,
 ) -> dict[str, tuple[str, str]]:
-    """Type and reason of every tensor in the table, within `budget` bytes of padded tensor data.
+    """Type and reason of every tensor in the table, for a file of at most `budget` bytes.
+
+    `fixed_bytes` is what the file holds besides: header, norms, routers. Without a budget, the smallest file that keeps
+    every floor gets HEADROOM more, for the routed experts that gain most from it.
 
     Raises:
         PlanError: the budget is below the smallest or above the largest possible size; both are named.
     """
     exceptions = _exceptions(table, rules)
     everything = _options(table, costs, {})
-    smallest, largest = smallest_total(everything), largest_total(everything)
-    if budget < smallest:
+    smallest, largest = fixed_bytes + smallest_total(everything), fixed_bytes + largest_total(everything)
+    if budget is not None and budget < smallest:
         raise PlanError(_out_of_range("below the smallest", budget, smallest, largest))
-    if budget > largest:
+    if budget is not None and budget > largest:
         raise PlanError(_out_of_range("above the largest", budget, smallest, largest))
     levels = range(len(FLOORS)) if rules.floors else (len(FLOORS) - 1,)
     for level in levels:
         floors = {name: _floor(rows, exceptions.get(name), level) for name, rows in table.tensors().items()}
         options = _options(table, costs, floors)
-        if smallest_total(options) <= budget:
-            chosen = allocate(options, budget)
+        needed = fixed_bytes + smallest_total(options)
+        if budget is None:
+            budget = min(int(needed * HEADROOM), largest)
+        if needed <= budget:
+            chosen = allocate(options, budget - fixed_bytes)
             return {
                 name: (option.type, _reason(table.row(name, option.type), floors[name], exceptions.get(name), level))
                 for name, option in chosen.items()
@@ -152,6 +166,6 @@ def _reason(row: ErrorRow | None, floor: QuantType | None, exception: str | None
 
 def _out_of_range(how: str, budget: int, smallest: int, largest: int) -> str:
     return (
-        f"The budget of {budget:,} bytes of tensor data is {how} possible size. With these candidate types this model "
+        f"The budget of {budget:,} bytes is {how} possible size. With these candidate types this model "
         f"takes between {smallest:,} and {largest:,} bytes; ask for a size between them, or give other `--types`."
     )

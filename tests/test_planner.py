@@ -1,8 +1,8 @@
 """Floors, exceptions and refusals of the planner, on hand-made error tables."""
 
 import pytest
-from dynquant.analysis.error_table import ErrorRow, ErrorTable
 
+from dynquant.analysis.error_table import ErrorRow, ErrorTable
 from dynquant.architecture import layer_of, role_of
 from dynquant.errors import PlanError
 from dynquant.planner import Rules, outlier_tensors, padded, plan_types, weighted_costs
