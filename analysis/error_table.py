@@ -12,6 +12,8 @@ Errors are always of the bytes that ship: the encoder's output, decoded. Written
 import csv
 import io
 import json
+from collections.abc import Collection
+from functools import cached_property
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -33,6 +35,8 @@ class ErrorRow(BaseModel):
     role: Role
     layer: int | None
     type: str
+    wanted: tuple[str, ...] = ()
+    """The candidate types that are stored as `type` in rows of this length; empty means `type` alone."""
     bytes: int
     relative_rms: float
     weighted_error: float
@@ -46,7 +50,7 @@ class ErrorRow(BaseModel):
 class ErrorTable(BaseModel):
     """All rows of one model, with the identity of what they were measured on."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     schema_version: int = SCHEMA_VERSION
     tool_version: str = __version__
@@ -55,25 +59,56 @@ class ErrorTable(BaseModel):
     stats_hash: str
     encoder: str
     types: tuple[str, ...]
-    rows: list[ErrorRow]
+    """Candidate types as they were asked for, before row-length fallbacks."""
+    rows: tuple[ErrorRow, ...]
 
     def row(self, name: str, type_name: str) -> ErrorRow | None:
-        return self._by_key().get((name, type_name))
+        """The row of a tensor in a type, or in the type that is stored for it when the row length does not fit."""
+        return self._by_key.get((name, type_name))
+
+    @cached_property
+    def _by_key(self) -> dict[tuple[str, str], ErrorRow]:
+        wanted = {(row.name, name): row for row in self.rows for name in row.wanted}
+        return wanted | {(row.name, row.type): row for row in self.rows}
 
     def tensors(self) -> dict[str, dict[str, ErrorRow]]:
         """Tensor name -> type name -> row, in table order."""
+        return self._by_tensor
+
+    @cached_property
+    def _by_tensor(self) -> dict[str, dict[str, ErrorRow]]:
         found: dict[str, dict[str, ErrorRow]] = {}
         for row in self.rows:
             found.setdefault(row.name, {})[row.type] = row
         return found
 
-    def _by_key(self) -> dict[tuple[str, str], ErrorRow]:
-        return {(row.name, row.type): row for row in self.rows}
+    def restricted_to(self, types: Collection[str]) -> "ErrorTable":
+        """Only the rows that these candidate types lead to; a tensor that would lose all of them keeps its own."""
+        kept = {
+            name: [row for row in rows.values() if set(types) & {row.type, *row.wanted}] or list(rows.values())
+            for name, rows in self.tensors().items()
+        }
+        return self.model_copy(update={"rows": tuple(row for rows in kept.values() for row in rows)})
+
+    def extended_by(self, other: "ErrorTable") -> "ErrorTable":
+        """Both tables' rows, tensor by tensor; a row that both hold stands for the wanted types of both."""
+        rows = {(row.name, row.type): row for row in self.rows}
+        for row in other.rows:
+            known = rows.get((row.name, row.type))
+            wanted = dict.fromkeys((*(known.wanted if known else ()), *row.wanted))
+            rows[row.name, row.type] = row.model_copy(update={"wanted": tuple(wanted)})
+        order = {name: index for index, name in enumerate(self.tensors() | other.tensors())}
+        types = tuple(dict.fromkeys((*self.types, *other.types)))
+        return ErrorTable(
+            **self.model_dump(exclude={"rows", "types"}),
+            types=types,
+            rows=tuple(sorted(rows.values(), key=lambda row: order[row.name])),
+        )
 
     def save(self, path: Path) -> None:
         """Write errors.json and, beside it, the same rows as a tidy CSV."""
         write_atomically(path, self.model_dump_json(indent=1) + "\n")
-        columns = [name for name in ErrorRow.model_fields if not name.startswith("per_expert")]
+        columns = [name for name in ErrorRow.model_fields if not name.startswith(("per_expert", "wanted"))]
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()

@@ -5,7 +5,7 @@ the measured bytes are the bytes that ship.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -86,23 +86,32 @@ def build_error_table(
         fingerprint=model.fingerprint,
         stats_hash=stats_hash,
         encoder=encoder.name,
-        types=tuple(dict.fromkeys(row.type for row in rows)),
-        rows=rows,
+        types=tuple(type_names),
+        rows=tuple(rows),
     )
 
 
-def _candidates(info: TensorInfo, type_names: Sequence[str], stats: CalibrationStats) -> list[QuantType]:
-    """Candidate types after the row-length fallback, without those that need statistics the tensor does not have."""
-    fitted = (fit_to_row(QUANT_TYPES[name], info.shape[-1])[0] for name in type_names)
+def _candidates(
+    info: TensorInfo, type_names: Sequence[str], stats: CalibrationStats
+) -> dict[QuantType, tuple[str, ...]]:
+    """Stored type -> the wanted types that lead to it, without those that need statistics the tensor does not have.
+
+    The checkpoint's own float type is always one: it loses nothing.
+    """
     has_stats = stats.input_of(info.name) is not None
-    return list(dict.fromkeys(t for t in fitted if has_stats or not t.needs_imatrix))
+    found: dict[QuantType, tuple[str, ...]] = {}
+    for name in (*type_names, info.dtype if info.dtype in ("F32", "F16", "BF16") else "F16"):
+        stored, _ = fit_to_row(QUANT_TYPES[name], info.shape[-1])
+        if has_stats or not stored.needs_imatrix:
+            found[stored] = (*found.get(stored, ()), name)
+    return found
 
 
 def _measure(
     model: Model,
     stats: CalibrationStats,
     info: TensorInfo,
-    candidates: list[QuantType],
+    candidates: Mapping[QuantType, tuple[str, ...]],
     encoder: Encoder,
     threads: int | None,
 ) -> Iterator[ErrorRow]:
@@ -111,7 +120,7 @@ def _measure(
     inputs = stats.input_of(info.name)
     sums = {candidate.name: _Sums() for candidate in candidates}
     for experts, weights in expert_groups(model, info):
-        group_scale = None if scale is None else (scale if len(scale) == 1 else scale[experts])
+        group_scale = None if scale is None else (scale[0] if len(scale) == 1 else scale[experts])
         samples = _samples(inputs, experts, columns)
         for candidate in candidates:
             packed = encoder.encode(candidate, weights, group_scale, threads=threads, name=info.name)
@@ -119,8 +128,8 @@ def _measure(
             ones = torch.ones(len(weights), columns)
             weighting = ones if group_scale is None else group_scale.expand(len(weights), columns)
             sums[candidate.name].add(weights, decoded, weighting, samples)
-    for candidate in candidates:
-        yield _row(info, candidate, sums[candidate.name], inputs)
+    for candidate, wanted in candidates.items():
+        yield _row(info, candidate, wanted, sums[candidate.name], inputs)
 
 
 def expert_groups(model: Model, info: TensorInfo) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -159,11 +168,13 @@ def _samples(inputs: InputStats | None, experts: slice, columns: int) -> torch.T
     return samples.float() * filled.unsqueeze(-1)
 
 
-def _row(info: TensorInfo, candidate: QuantType, sums: _Sums, inputs: InputStats | None) -> ErrorRow:
+def _row(
+    info: TensorInfo, candidate: QuantType, wanted: tuple[str, ...], sums: _Sums, inputs: InputStats | None
+) -> ErrorRow:
     squared, weighted = torch.cat(sums.squared), torch.cat(sums.weighted)  # [E, 2]
     activation, per_expert_activation = None, ()
-    if sums.outputs and inputs is not None:
-        outputs = torch.cat(sums.outputs)
+    if sums.outputs and inputs is not None and inputs.sample_counts is not None:
+        outputs = torch.cat(sums.outputs) / inputs.sample_counts.clamp_min(1).unsqueeze(1)
         ratios = (outputs[:, 0] / outputs[:, 1]).sqrt()
         per_expert_activation = tuple(None if torch.isnan(r) else float(r) for r in ratios)
         activation = _ratio(_routed_mean(outputs, inputs)).sqrt().item()
@@ -172,6 +183,7 @@ def _row(info: TensorInfo, candidate: QuantType, sums: _Sums, inputs: InputStats
         role=role_of(info.name),
         layer=layer_of(info.name),
         type=candidate.name,
+        wanted=tuple(name for name in wanted if name != candidate.name),
         bytes=candidate.tensor_bytes(info.shape),
         relative_rms=_ratio(squared.sum(0)).sqrt().item(),
         weighted_error=_ratio(_routed_mean(weighted, inputs)).item(),

@@ -48,7 +48,7 @@ class SuperWeight(Protocol):
 
 
 class FrontierPoint(Protocol):
-    """One plan on the size/error curve; `kind` is `plan`, `uniform` or `preset`, `bytes` the file size."""
+    """One plan on the size/error curve; `kind` is `plan` (the planner at some budget), `uniform` or `preset`."""
 
     @property
     def label(self) -> str: ...
@@ -136,7 +136,7 @@ def shown_types(table: ErrorTable, plan: Plan) -> list[str]:
 
 @dataclass(frozen=True)
 class StandOut:
-    """A tensor whose error lies far above the other layers' tensors of the same role, in the type that shows it most."""
+    """A tensor whose error lies far above those of its role in other layers, in the type that shows it most."""
 
     row: ErrorRow
     value: float

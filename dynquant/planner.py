@@ -14,10 +14,9 @@ from dynquant.allocate import Option, allocate, largest_total, smallest_total
 from dynquant.analysis.error_table import ErrorRow, ErrorTable
 from dynquant.architecture import Role
 from dynquant.errors import PlanError
+from dynquant.exporters.gguf_header import padded
 from dynquant.quant_types import QUANT_TYPES, QuantType
 
-ALIGNMENT = 32
-"""GGUF pads each tensor's data to this many bytes (`GGUF_DEFAULT_ALIGNMENT`)."""
 FLOORS = ("IQ4_XS", "Q3_K", "Q2_K", None)
 """Floors of precise roles, tried in this order until the budget holds them."""
 EXCEPTION_FLOORS = ("Q6_K", "Q4_K", "IQ4_XS", None)
@@ -77,11 +76,6 @@ def plan_types(
                 for name, option in chosen.items()
             }
     raise AssertionError("the last level has no floors")
-
-
-def padded(num_bytes: int) -> int:
-    """Bytes that a tensor occupies in a GGUF file."""
-    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
 def weighted_costs(table: ErrorTable) -> dict[tuple[str, str], float]:

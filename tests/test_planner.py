@@ -5,7 +5,8 @@ import pytest
 from dynquant.analysis.error_table import ErrorRow, ErrorTable
 from dynquant.architecture import layer_of, role_of
 from dynquant.errors import PlanError
-from dynquant.planner import Rules, outlier_tensors, padded, plan_types, weighted_costs
+from dynquant.exporters.gguf_header import padded
+from dynquant.planner import Rules, outlier_tensors, plan_types, weighted_costs
 from dynquant.quant_types import QUANT_TYPES
 
 TYPES = ("IQ1_S", "IQ2_XXS", "Q2_K", "Q3_K", "Q4_K", "Q6_K", "Q8_0")
@@ -27,7 +28,7 @@ def table_of(layers=6, outlier=None):
                         weighted_energy=1.0, activation_error=activation,
                     )
                 )  # fmt: skip
-    return ErrorTable(model="m", fingerprint="f", stats_hash="s", encoder="ggml", types=TYPES, rows=rows)
+    return ErrorTable(model="m", fingerprint="f", stats_hash="s", encoder="ggml", types=TYPES, rows=tuple(rows))
 
 
 def size(table, types):

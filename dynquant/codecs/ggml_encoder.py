@@ -29,7 +29,13 @@ CHUNK_WEIGHTS = 1 << 17
 """Weights per task: 10 to 100 ms of a slow quantizer, so that threads stay busy and Python's share stays small."""
 
 _FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_LIBRARY_NAMES = {"win32": ("ggml-base.dll", "libggml-base.dll"), "darwin": ("libggml-base.dylib",)}
+# The file that llama.cpp's own libraries link to comes first: one loaded copy, so that ggml's search tables (10 seconds
+# for IQ1_S) are built once per process.
+_LIBRARY_NAMES = {
+    "linux": ("libggml-base.so.0", "libggml-base.so"),
+    "darwin": ("libggml-base.0.dylib", "libggml-base.dylib"),
+    "win32": ("ggml-base.dll", "libggml-base.dll"),
+}
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
@@ -201,7 +207,7 @@ def library_path() -> Path:
             "`dynquant-toolchain[llama]`."
         )
     folder = Path(spec.origin).parent / "lib"
-    names = _LIBRARY_NAMES.get(sys.platform, ("libggml-base.so",))
+    names = _LIBRARY_NAMES.get(sys.platform, _LIBRARY_NAMES["linux"])
     found = next((folder / name for name in names if (folder / name).is_file()), None)
     if found is None:
         raise EncodeError(

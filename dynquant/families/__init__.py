@@ -1,0 +1,120 @@
+"""Hugging Face checkpoints as GGUF: which families are known, and how one is opened.
+
+A family is two functions: one writes its GGUF keys, one names its tensors. Facts (names, layouts, key types) follow
+llama.cpp's converter and graphs; where those fix what a configuration leaves open, the checkpoint is refused instead of
+converted wrongly.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import gguf
+
+from dynquant.errors import CheckpointError
+from dynquant.families.book import RecipeBook
+from dynquant.families.config import WAY_OUT, Config, read_config
+from dynquant.families.deepseek import add_deepseek_tensors, write_deepseek_keys
+from dynquant.families.gemma import add_gemma3_tensors, write_gemma3_keys
+from dynquant.families.llama import add_llama_tensors, write_llama_keys
+from dynquant.families.metadata import recorded_fields, write_general_keys
+from dynquant.families.qwen import add_qwen_tensors, write_qwen_keys
+from dynquant.families.recipe import RecipeSource
+from dynquant.families.tokenizer import write_tokenizer
+from dynquant.tensor_source import SafetensorsSource, TensorSource
+
+if TYPE_CHECKING:
+    from dynquant.model import Model
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture of llama.cpp and how to fill it."""
+
+    arch: str
+    write_keys: Callable[[Config, gguf.GGUFWriter], None]
+    add_tensors: Callable[[RecipeBook], None]
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("llama", write_llama_keys, add_llama_tensors),
+    "mistral": Family("llama", write_llama_keys, add_llama_tensors),
+    "mixtral": Family("llama", write_llama_keys, add_llama_tensors),
+    "qwen2": Family("qwen2", write_qwen_keys, add_qwen_tensors),
+    "qwen3": Family("qwen3", write_qwen_keys, add_qwen_tensors),
+    "qwen2_moe": Family("qwen2moe", write_qwen_keys, add_qwen_tensors),
+    "qwen3_moe": Family("qwen3moe", write_qwen_keys, add_qwen_tensors),
+    "gemma3_text": Family("gemma3", write_gemma3_keys, add_gemma3_tensors),
+    "deepseek_v2": Family("deepseek2", write_deepseek_keys, add_deepseek_tensors),
+    "deepseek_v3": Family("deepseek2", write_deepseek_keys, add_deepseek_tensors),
+}
+"""Families by `model_type` of config.json."""
+
+
+def open_hf(directory: Path) -> "Model":
+    """Open a Hugging Face checkpoint; nothing but headers, configuration and tokenizer is read.
+
+    Raises:
+        CheckpointError: missing or damaged files, missing or unknown tensors, or something that llama.cpp cannot run.
+    """
+    config = read_config(directory)
+    family = _family(config)
+    if config.raw.get("quantization_config") is not None:
+        config.refuse(
+            "its weights are already quantized (`quantization_config`); start from the BF16 or F16 checkpoint"
+        )
+    return _build(directory, config, family, SafetensorsSource(directory))
+
+
+def open_config(directory: Path) -> "Model":
+    """Open only a configuration: names, shapes and keys without weights, all stored as BF16.
+
+    For planning sizes. The tokenizer is taken along when it is there. Loading a tensor raises CheckpointError.
+    """
+    config = read_config(directory)
+    return _build(directory, config, _family(config), None)
+
+
+def _family(config: Config) -> Family:
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise CheckpointError(
+            f"{config.path} has model_type {config.model_type!r}, which dynquant cannot convert (it can: "
+            f"{', '.join(sorted(FAMILIES))}). {WAY_OUT}"
+        )
+    return family
+
+
+def _build(directory: Path, config: Config, family: Family, checkpoint: TensorSource | None) -> "Model":
+    from dynquant.model import Model
+
+    writer = gguf.GGUFWriter(None, family.arch)
+    book = RecipeBook(config, checkpoint)
+    family.add_tensors(book)
+    source = RecipeSource(checkpoint or _NoWeights(directory), book.finish())
+    write_general_keys(writer, directory, source)
+    family.write_keys(config, writer)
+    if checkpoint is not None or any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        write_tokenizer(writer, directory, config.integer("vocab_size"))
+    return Model(directory, source, recorded_fields(writer), source.checkpoint_names, hf_directory=directory)
+
+
+class _NoWeights:
+    """Stands in for the weights of `open_config`."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    @property
+    def fingerprint(self) -> str:
+        return "config-only"
+
+    def names(self) -> list[str]:
+        return []
+
+    def info(self, name: str) -> NoReturn:
+        self.load(name)
+
+    def load(self, name: str, index: int | None = None) -> NoReturn:
+        raise CheckpointError(f"{self._directory} was opened for its configuration only; `{name}` cannot be read.")

@@ -1,0 +1,102 @@
+"""All plots of one plan: `write_plots` makes each that its data allow, as PNG and SVG.
+
+error_by_layer          what quantization does to each tensor's output
+weight_error_by_layer   what it does to the weights themselves
+expert_heatmap          tokens and error of every routed expert
+super_weights           largest input and output of every down projection
+size_breakdown          bytes by role
+frontier                file size against predicted error
+plan_map                type of every tensor
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dynquant.analysis.error_table import ErrorTable
+from dynquant.analysis.plot_errors import draw_errors
+from dynquant.analysis.plot_experts import draw_experts, expert_tokens
+from dynquant.analysis.plot_frontier import draw_frontier
+from dynquant.analysis.plot_inputs import FrontierPoint, SuperWeight, check_same_checkpoint
+from dynquant.analysis.plot_plan_map import draw_plan_map
+from dynquant.analysis.plot_sizes import draw_size_breakdown
+from dynquant.analysis.plot_style import PlotFiles, plot_settings, save_figure
+from dynquant.analysis.plot_super_weights import draw_super_weights
+from dynquant.plan import Plan
+from dynquant.statistics import CalibrationStats
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Progress = Callable[[str, int, int], None]
+Drawing = Callable[[], tuple["Figure", str] | None]
+
+MIN_EXPERT_TOKENS = 64
+"""Experts below this many calibration tokens are marked as starved unless the caller says which are."""
+
+
+def starved_experts(plan: Plan, stats: CalibrationStats, min_tokens: int = MIN_EXPERT_TOKENS) -> list[tuple[int, int]]:
+    """(layer, expert) of every routed expert with fewer than `min_tokens` calibration tokens."""
+    return [
+        (layer, expert)
+        for layer, counts in expert_tokens(plan, stats).items()
+        for expert, count in enumerate(counts)
+        if count < min_tokens
+    ]
+
+
+def write_plots(
+    directory: Path,
+    *,
+    table: ErrorTable | None,
+    plan: Plan,
+    stats: CalibrationStats | None,
+    super_weights: Sequence[SuperWeight] = (),
+    frontier: Sequence[FrontierPoint] | None = None,
+    min_expert_tokens: int = MIN_EXPERT_TOKENS,
+    progress: Progress | None = None,
+) -> dict[str, PlotFiles]:
+    """Write NAME.png and NAME.svg of every plot that the data allow; absent names had nothing to show.
+
+    Raises:
+        PlanError, StatsError: table or statistics belong to another checkpoint than the plan.
+        ExportError: matplotlib is missing, or the directory cannot be written.
+    """
+    check_same_checkpoint(plan, table, stats)
+    drawings = _drawings(table, plan, stats, super_weights, frontier, min_expert_tokens)
+    written: dict[str, PlotFiles] = {}
+    for done, (name, draw) in enumerate(drawings.items()):
+        if progress:
+            progress("drawing plots", done, len(drawings))
+        with plot_settings():
+            drawn = draw()
+            if drawn is not None:
+                written[name] = save_figure(drawn[0], directory, name, drawn[1])
+    if progress:
+        progress("drawing plots", len(drawings), len(drawings))
+    return written
+
+
+def _drawings(
+    table: ErrorTable | None,
+    plan: Plan,
+    stats: CalibrationStats | None,
+    super_weights: Sequence[SuperWeight],
+    frontier: Sequence[FrontierPoint] | None,
+    min_expert_tokens: int,
+) -> dict[str, Drawing]:
+    """Plot name -> how to draw it, in the order of the report; only plots whose inputs were given."""
+    drawings: dict[str, Drawing] = {
+        "plan_map": lambda: draw_plan_map(plan),
+        "size_breakdown": lambda: draw_size_breakdown(plan),
+    }
+    if table is not None:
+        drawings["error_by_layer"] = lambda: draw_errors(table, plan, "activation_error")
+        drawings["weight_error_by_layer"] = lambda: draw_errors(table, plan, "relative_rms")
+    if stats is not None:
+        drawings["super_weights"] = lambda: draw_super_weights(plan, stats, super_weights)
+        starved = starved_experts(plan, stats, min_expert_tokens)
+        drawings["expert_heatmap"] = lambda: draw_experts(plan, table, stats, starved)
+    if frontier:
+        drawings["frontier"] = lambda: draw_frontier(plan, table, frontier)
+    return drawings

@@ -1,0 +1,239 @@
+"""Measures what the weights of a model see: E[x^2] per input channel, extremes, sampled inputs, expert routing.
+
+`collect_statistics` runs a transformers model over token windows with hooks on linear layers and inside fused experts.
+The last part of the windows is held back: it gives only samples, on which activation errors are measured later, so
+that no encoder is judged on inputs that it was fitted to. Extremes of down-projections come from all windows.
+`calibrate` adds what a user has: a model on disk and a text.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dynquant.architecture import gguf_name_of
+from dynquant.calibration_text import CalibrationText, pack_windows, read_text
+from dynquant.errors import StatsError
+from dynquant.expert_hooks import expert_modules, record_experts
+from dynquant.hf_loading import load_hf, load_tokenizer
+from dynquant.input_recorder import InputRecorder
+from dynquant.linear_hooks import LinearHooks
+from dynquant.model import Model
+from dynquant.statistics import CalibrationStats, StatsProvenance
+
+DEFAULT_TOKENS = 131_072
+DEFAULT_WINDOW = 512
+
+Progress = Callable[[str, int, int], None]
+"""Called with stage, tokens done and tokens in all."""
+
+
+@dataclass(frozen=True)
+class SampleLimits:
+    """How many held-back rows are kept: per dense input, per expert, and bytes per layer of experts."""
+
+    dense_rows: int = 256
+    expert_rows: int = 32
+    expert_layer_bytes: int = 64 * 2**20
+
+    def rows_per_expert(self, num_experts: int, channels: int) -> int:
+        """Rows of bfloat16 for each expert when inputs of `channels` channels in all are kept."""
+        return max(1, min(self.expert_rows, self.expert_layer_bytes // (2 * num_experts * channels)))
+
+
+def calibrate(
+    model: Model,
+    text: str | Path | None = None,
+    *,
+    tokens: int = DEFAULT_TOKENS,
+    window: int = DEFAULT_WINDOW,
+    batch_size: int = 4,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> CalibrationStats:
+    """Calibrate a model on a text file, a `datasets` id, or (None) the built-in text.
+
+    Args:
+        tokens: at most this many tokens are used.
+        dtype: of weights and activations; by default float32 on a CPU and the checkpoint's own on a GPU.
+        seed: shuffles the documents of the text.
+
+    Raises:
+        CheckpointError: transformers cannot load the model.
+        StatsError: the text is missing or empty, or the model has experts that cannot be observed.
+    """
+    tokenizer = load_tokenizer(model)
+    documents: CalibrationText = read_text(text, tokenizer=tokenizer, seed=seed, max_tokens=tokens)
+    windows = pack_windows(documents, tokenizer, window=window, max_tokens=tokens)
+    provenance = StatsProvenance(
+        fingerprint=model.fingerprint,
+        text_hash=documents.sha256,
+        text_name=documents.name,
+        window=windows.shape[1],
+        seed=seed,
+    )
+    return collect_statistics(
+        load_hf(model, dtype=dtype, device=device),
+        windows,
+        arch=model.arch,
+        n_layer=model.hyper.n_layer,
+        provenance=provenance,
+        batch_size=batch_size,
+        progress=progress,
+    )
+
+
+def collect_statistics(
+    hf_model: nn.Module,
+    tokens: torch.Tensor,
+    *,
+    arch: str,
+    n_layer: int,
+    provenance: StatsProvenance,
+    held_back: float = 0.1,
+    limits: SampleLimits | None = None,
+    batch_size: int = 4,
+    progress: Progress | None = None,
+) -> CalibrationStats:
+    """Run `tokens` [windows, window] through a causal language model and return its statistics.
+
+    The last `held_back` of the windows (at least one when there are two or more) is sampled and not summed. Window
+    and token counts are entered in `provenance`. The model's weights and configuration are left as they were.
+
+    Raises:
+        StatsError: no window, no linear layer with a GGUF name, or experts that cannot be observed.
+    """
+    num_windows, window = tokens.shape if tokens.ndim == 2 else (0, 0)
+    if num_windows == 0:
+        raise StatsError("The calibration text gives no window of tokens; give a longer text.")
+    num_held = 0 if num_windows == 1 else max(1, round(num_windows * held_back))
+    summed, held = tokens[: num_windows - num_held], tokens[num_windows - num_held :]
+    collector = _Collector(hf_model, arch, n_layer, window, limits or SampleLimits())
+    device = next(hf_model.parameters()).device
+    done = 0
+    with torch.no_grad(), collector.attached():
+        for stage, part in (("calibrate", summed), ("sample", held)):
+            batches = part.split(batch_size) if len(part) else ()
+            for index, batch in enumerate(batches):
+                collector.sample_fill = (index + 1) / len(batches) if part is held else None
+                hf_model(input_ids=batch.to(device), use_cache=False)
+                done += batch.numel()
+                if progress is not None:
+                    progress(stage, done, tokens.numel())
+    counted = {
+        "num_windows": num_windows,
+        "num_tokens": summed.numel(),
+        "num_held_back_tokens": held.numel(),
+        "window": window,
+    }
+    return collector.finish(provenance.model_copy(update=counted))
+
+
+class _Collector:
+    """Names the inputs that the hooks show, and hands them to recorders."""
+
+    def __init__(self, hf_model: nn.Module, arch: str, n_layer: int, window: int, limits: SampleLimits) -> None:
+        self.sample_fill: float | None = None
+        """None while sums are taken; on held-back windows the share of the sample capacity to fill."""
+        self._model = hf_model
+        self._window = window
+        self._limits = limits
+        self._recorders: dict[str, InputRecorder] = {}
+        self._linears = LinearHooks(hf_model, arch, n_layer, self._observe_linear)
+        self._experts = {
+            module: _ExpertNames.of(name, arch, n_layer) for name, module in expert_modules(hf_model).items()
+        }
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        with self._linears.attached(), record_experts(self._model, self._observe_expert), _last_logits(self._model):
+            yield
+
+    def finish(self, provenance: StatsProvenance) -> CalibrationStats:
+        if not self._recorders:
+            raise StatsError(
+                f"None of the linear layers of {type(self._model).__name__} has a name in gguf-py's tensor map, so "
+                "nothing was measured; check that the model's architecture is the one that was asked for."
+            )
+        aliases = self._linears.aliases | {
+            alias: names.gate for names in self._experts.values() for alias in names.aliases
+        }
+        inputs = {key: recorder.finish() for key, recorder in self._recorders.items()}
+        return CalibrationStats(provenance, inputs, aliases)
+
+    def _observe_linear(self, key: str, x: torch.Tensor, out: torch.Tensor | None) -> None:
+        recorder = self._recorders.get(key)
+        if recorder is None:
+            num_experts = x.shape[1] if x.ndim == 3 else 1
+            recorder = self._add_recorder(key, num_experts, x, self._limits.dense_rows)
+        self._record(recorder, x, 0)
+        if out is not None:
+            recorder.add_extremes(x, out, torch.arange(len(x), device=x.device) % self._window)
+
+    def _observe_expert(
+        self,
+        module: nn.Module,
+        expert: int,
+        x: torch.Tensor,
+        down_input: torch.Tensor,
+        out: torch.Tensor,
+        token_index: torch.Tensor,
+    ) -> None:
+        names = self._experts[module]
+        if names.down not in self._recorders:
+            rows = self._limits.rows_per_expert(module.num_experts, x.shape[1] + down_input.shape[1])
+            self._add_recorder(names.gate, module.num_experts, x, rows)
+            self._add_recorder(names.down, module.num_experts, down_input, rows)
+        self._record(self._recorders[names.gate], x, expert)
+        self._record(self._recorders[names.down], down_input, expert)
+        self._recorders[names.down].add_extremes(down_input, out, token_index % self._window, expert=expert)
+
+    def _add_recorder(self, key: str, num_experts: int, x: torch.Tensor, rows: int) -> InputRecorder:
+        self._recorders[key] = InputRecorder(num_experts, x.shape[-1], sample_rows=rows, device=x.device)
+        return self._recorders[key]
+
+    def _record(self, recorder: InputRecorder, x: torch.Tensor, expert: int) -> None:
+        if self.sample_fill is None:
+            recorder.add_sums(x, expert=expert)
+        else:
+            recorder.add_samples(x, expert=expert, fill=self.sample_fill)
+
+
+@dataclass(frozen=True)
+class _ExpertNames:
+    """GGUF names of one layer's stacked experts. `gate` is the key of the common input; others are aliases of it."""
+
+    gate: str
+    down: str
+    aliases: tuple[str, ...]
+
+    @classmethod
+    def of(cls, module_name: str, arch: str, n_layer: int) -> "_ExpertNames":
+        parts = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
+        gate, up, gate_up, down = (gguf_name_of(f"{module_name}.{part}", arch, n_layer) for part in parts)
+        readers = [name for name in (gate, up, gate_up) if name is not None]
+        if not readers or down is None:
+            raise StatsError(
+                f"gguf-py has no name for the experts {module_name} in architecture `{arch}`; calibrate with "
+                "llama-imatrix and import the file instead."
+            )
+        return cls(readers[0], down, tuple(readers[1:]))
+
+
+@contextmanager
+def _last_logits(hf_model: nn.Module) -> Iterator[None]:
+    """Compute the logits of the last token only: over a window they can be larger than the model."""
+    head = hf_model.get_output_embeddings() if hasattr(hf_model, "get_output_embeddings") else None
+    if head is None:
+        yield
+        return
+    handle = head.register_forward_pre_hook(lambda _module, args: (args[0][:, -1:], *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,268 @@
+"""The `dynquant` command: parse, call, print. What the commands do is in `workflow.py` and below.
+
+Exit status: 0 done, 1 refused with one paragraph on stderr, 2 wrong usage. Tracebacks are bugs, or asked for with --debug.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dynquant import __version__
+from dynquant.errors import DynquantError
+
+app = typer.Typer(
+    help="Dynamic low-bit quantization: measure where it hurts, keep those places precise, crush the rest.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ModelArg = Annotated[str, typer.Argument(help="Hugging Face directory or hub id, or a .gguf file.", show_default=False)]
+BaseGgufOpt = Annotated[
+    Path | None,
+    typer.Option(help="F32/F16/BF16 GGUF by llama.cpp's converter, for architectures dynquant does not convert."),
+]
+TextOpt = Annotated[
+    str | None,
+    typer.Option(help="Calibration text: .txt, .jsonl or a datasets id. Default: a small built-in text."),
+]
+TokensOpt = Annotated[int, typer.Option(help="Calibrate on at most this many tokens.")]
+WindowOpt = Annotated[int, typer.Option(help="Tokens in a window.")]
+SeedOpt = Annotated[int, typer.Option(help="Seed of everything that is sampled.")]
+ThreadsOpt = Annotated[int | None, typer.Option(help="Threads. Default: one per core.")]
+TypesOpt = Annotated[str | None, typer.Option(help="Candidate quant types, as iq1_s,iq2_xxs,q4_k.")]
+PresetOpt = Annotated[
+    str | None,
+    typer.Option(
+        help="f32, f16, bf16, uniform-TYPE, llama-FTYPE (llama.cpp's mixtures) or r1-iq1_s|iq1_m|iq2_xxs|q2_k_xl."
+    ),
+]
+EncoderOpt = Annotated[str, typer.Option(help="ggml: byte-equal to llama-quantize.")]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+@app.command()
+def calibrate(
+    model: ModelArg,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where stats.safetensors goes.")] = Path(
+        "stats.safetensors"
+    ),
+    calibration: TextOpt = None,
+    tokens: TokensOpt = 131072,
+    window: WindowOpt = 512,
+    seed: SeedOpt = 0,
+    base_gguf: BaseGgufOpt = None,
+    imatrix: Annotated[
+        Path | None, typer.Option(help="Import a llama.cpp imatrix GGUF instead of running the model.")
+    ] = None,
+    imatrix_out: Annotated[
+        Path | None, typer.Option(help="Also write the statistics as a llama.cpp imatrix GGUF.")
+    ] = None,
+) -> None:
+    """Measure activations: per input channel, per expert, extremes and held-back samples.
+
+    Example: dynquant calibrate ./model --calibration text.jsonl -o stats.safetensors
+    """
+    from dynquant import workflow
+
+    options = workflow.CalibrationOptions(text=calibration, tokens=tokens, window=window, seed=seed)
+    workflow.calibrate(model, options, output, base_gguf=base_gguf, imatrix=imatrix, imatrix_out=imatrix_out)
+
+
+@app.command()
+def analyze(
+    model: ModelArg,
+    stats: Annotated[Path, typer.Option(help="stats.safetensors of `dynquant calibrate`.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where errors.json (and errors.csv) go.")] = Path(
+        "errors.json"
+    ),
+    types: TypesOpt = None,
+    encoder: EncoderOpt = "ggml",
+    threads: ThreadsOpt = None,
+    base_gguf: BaseGgufOpt = None,
+) -> None:
+    """Measure what every candidate type does to every tensor: bytes, weight error, activation error.
+
+    Example: dynquant analyze ./model --stats stats.safetensors --types iq1_s,iq2_xxs,q4_k
+    """
+    from dynquant import workflow
+
+    workflow.analyze(model, stats, output, types=_split(types), encoder=encoder, threads=threads, base_gguf=base_gguf)
+
+
+@app.command()
+def plan(
+    model: ModelArg,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Directory for stats, errors, plan, plots and report.")
+    ],
+    calibration: TextOpt = None,
+    bpw: Annotated[float | None, typer.Option(help="Budget in bits per weight, of the whole file.")] = None,
+    size: Annotated[str | None, typer.Option(help="Budget in bytes, or as 140GB, 31.5MB, 12GiB.")] = None,
+    preset: PresetOpt = None,
+    types: TypesOpt = None,
+    floors: Annotated[
+        bool, typer.Option(help="Keep attention, shared experts, embedding and output at 4 bits or more.")
+    ] = True,
+    tokens: TokensOpt = 131072,
+    window: WindowOpt = 512,
+    seed: SeedOpt = 0,
+    stats: Annotated[Path | None, typer.Option(help="Use these statistics instead of calibrating.")] = None,
+    encoder: EncoderOpt = "ggml",
+    threads: ThreadsOpt = None,
+    base_gguf: BaseGgufOpt = None,
+    report: Annotated[bool, typer.Option(help="Draw plots and write report.html.")] = True,
+    as_json: JsonOpt = False,
+) -> None:
+    """Decide a quant type for every tensor, and show why.
+
+    Statistics and errors already in the output directory are reused, so another budget costs seconds.
+
+    Example: dynquant plan ./model --calibration text.jsonl --bpw 2.0 -o plan/
+    """
+    from dynquant import workflow
+
+    target = workflow.Target(preset=preset, bpw=bpw, size=size, types=_split(types), floors=floors)
+    options = workflow.CalibrationOptions(text=calibration, tokens=tokens, window=window, seed=seed)
+    made = workflow.plan(
+        model, target, options, output,
+        stats_path=stats, encoder=encoder, threads=threads, base_gguf=base_gguf, report=report,
+    )  # fmt: skip
+    if as_json:
+        print(made.model_dump_json(indent=1))
+    else:
+        workflow.print_plan(made, output)
+
+
+@app.command()
+def export(
+    model: ModelArg,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The .gguf file to write.")],
+    plan: Annotated[Path | None, typer.Option(help="plan.json of `dynquant plan`.")] = None,
+    preset: PresetOpt = None,
+    format: Annotated[str, typer.Option("-f", "--format", help="gguf")] = "gguf",
+    stats: Annotated[Path | None, typer.Option(help="stats.safetensors. Default: the one beside the plan.")] = None,
+    calibration: TextOpt = None,
+    tokens: TokensOpt = 131072,
+    encoder: EncoderOpt = "ggml",
+    split_max_size: Annotated[str | None, typer.Option(help="Split into files of at most this size, as 40GB.")] = None,
+    resume: Annotated[bool, typer.Option(help="Continue an interrupted export.")] = True,
+    threads: ThreadsOpt = None,
+    base_gguf: BaseGgufOpt = None,
+) -> None:
+    """Write the model in the types of a plan or preset.
+
+    Example: dynquant export ./model --plan plan/plan.json -o model.gguf
+    """
+    from dynquant import workflow
+
+    options = workflow.CalibrationOptions(text=calibration, tokens=tokens)
+    workflow.export(
+        model, output, format=format, plan_path=plan, preset=preset, stats_path=stats, calibration=options,
+        encoder=encoder, split_max_size=split_max_size, resume=resume, threads=threads, base_gguf=base_gguf,
+    )  # fmt: skip
+
+
+@app.command("eval")
+def evaluate(
+    candidate: ModelArg,
+    reference: Annotated[str, typer.Option(help="The model to compare with: HF directory, hub id or .gguf.")],
+    tasks: Annotated[str, typer.Option(help="Any of kl, ppl, mmlu.")] = "kl,ppl",
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Text for kl and ppl, .txt or .jsonl. May be repeated.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of each text.")] = 8192,
+    window: WindowOpt = 512,
+    mmlu_data: Annotated[
+        str | None, typer.Option(help="Questions, .jsonl or a datasets id. Default: cais/mmlu.")
+    ] = None,
+    shots: Annotated[str | None, typer.Option(help="Few-shot questions, .jsonl.")] = None,
+    num_shots: Annotated[int, typer.Option(help="Shots before each question.")] = 5,
+    limit: Annotated[int | None, typer.Option(help="At most this many questions.")] = None,
+    reference_cache: Annotated[Path | None, typer.Option(help="Keep the reference's distributions here.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
+    threads: ThreadsOpt = None,
+    seed: SeedOpt = 0,
+) -> None:
+    """Compare a quantized model with its original: KL divergence, perplexity, multiple choice; before and after.
+
+    Example: dynquant eval model.gguf --reference ./model --tasks kl,ppl,mmlu --text held-out.txt --mmlu-data test.jsonl
+    """
+    from dynquant import workflow
+
+    workflow.evaluate(
+        candidate, reference, tasks=_split(tasks) or (), text=text or [], max_tokens=max_tokens, window=window,
+        mmlu_data=mmlu_data, shots=shots, num_shots=num_shots, limit=limit, cache_dir=reference_cache,
+        json_file=json_file, threads=threads, seed=seed,
+    )  # fmt: skip
+
+
+@app.command()
+def inspect(path: ModelArg, as_json: JsonOpt = False) -> None:
+    """Types, sizes and bits per weight of a GGUF file or safetensors checkpoint.
+
+    Example: dynquant inspect model.gguf
+    """
+    from dynquant import workflow
+
+    workflow.inspect(path, as_json=as_json)
+
+
+@app.command("super-weights")
+def super_weights(
+    model: ModelArg,
+    text: TextOpt = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of the text to run.")] = 512,
+    ablation: Annotated[bool, typer.Option(help="Measure perplexity with each super weight set to zero.")] = True,
+    as_json: JsonOpt = False,
+) -> None:
+    """Find the single weights that the model cannot do without, and show what happens when they are zeroed.
+
+    Example: dynquant super-weights ./model --text wikitext.txt
+    """
+    from dynquant import workflow
+
+    workflow.super_weights(model, text=text, tokens=tokens, ablation=ablation, as_json=as_json)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory for everything the demo makes.")] = Path(
+        "demo-out"
+    ),
+) -> None:
+    """Plan, export and evaluate the bundled 16M mixture-of-experts model; about two minutes on two cores."""
+    from dynquant import workflow
+
+    workflow.demo(output)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(__version__)
+
+
+def _split(value: str | None) -> tuple[str, ...] | None:
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if value else None
+
+
+def main() -> None:
+    """Entry point of the `dynquant` command."""
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.remove("--debug")
+    try:
+        app()
+    except (DynquantError, KeyboardInterrupt) as error:
+        if debug:
+            raise
+        from dynquant import console
+
+        if isinstance(error, KeyboardInterrupt):
+            console.fail("Interrupted. Run the same command again; finished stages and tensors are kept.")
+            sys.exit(130)
+        console.fail(str(error))
+        sys.exit(1)

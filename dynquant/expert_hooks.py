@@ -1,0 +1,110 @@
+"""Sees inside fused mixture-of-experts layers: one experts implementation registered with transformers.
+
+Fused experts are 3D parameters, so that no linear layer exists to hook. transformers routes every class decorated with
+`use_experts_implementation` through `ALL_EXPERTS_FUNCTIONS`; inside `record_experts` that is `_recording_forward`,
+which does the arithmetic of the models' eager loop in the same order and shows each expert's tensors to an observer.
+Left out: experts outside that interface (Llama 4, DBRX, JetMoe) and expert parallelism; both are refused.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from dynquant.errors import StatsError
+
+IMPLEMENTATION = "dynquant_recording"
+
+ExpertObserver = Callable[[nn.Module, int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""Called with module, expert, gate/up input [T, C], down input [T, F], down output [T, C] and token indices [T]."""
+
+
+def expert_modules(hf_model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> fused experts module.
+
+    Raises:
+        StatsError: the model has experts that transformers does not dispatch through its experts interface.
+    """
+    found = {}
+    for name, module in hf_model.named_modules():
+        if hasattr(module, "is_transposed") and hasattr(module, "has_gate"):
+            found[name] = module
+        elif _is_unsupported_experts(name, module):
+            raise StatsError(
+                f"{name} is a {type(module).__name__}, which transformers does not run through its experts interface, "
+                "so the inputs of single experts cannot be seen. Measure an importance matrix with llama-imatrix and "
+                "import it with `dynquant calibrate MODEL --imatrix FILE`."
+            )
+    return found
+
+
+def _is_unsupported_experts(name: str, module: nn.Module) -> bool:
+    holds_stack = any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
+    is_expert_list = isinstance(module, nn.ModuleList) and name.endswith("experts") and len(module) > 0
+    return is_expert_list or (holds_stack and "expert" in f"{name} {type(module).__name__}".lower())
+
+
+@contextmanager
+def record_experts(hf_model: nn.Module, observer: ExpertObserver) -> Iterator[None]:
+    """Run all fused experts eagerly and call `observer` for every expert that gets tokens.
+
+    Logits are bit-equal to those of `experts_implementation="eager"`. The former implementation is restored at exit.
+    """
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    configs: dict[int, Any] = {id(module.config): module.config for module in expert_modules(hf_model).values()}
+    before = {key: config._experts_implementation for key, config in configs.items()}
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, partial(_call_recording_forward, observer))
+    try:
+        for config in configs.values():
+            config._experts_implementation = IMPLEMENTATION
+        yield
+    finally:
+        for key, config in configs.items():
+            config._experts_implementation = before[key]
+        del ALL_EXPERTS_FUNCTIONS[IMPLEMENTATION]
+
+
+def _call_recording_forward(observer: ExpertObserver, module: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+    # Argument names differ between model classes, their order does not.
+    hidden, expert_ids, weights = (*args, *kwargs.values())
+    if getattr(module, "_is_expert_parallel", False):
+        raise StatsError("Calibration cannot see experts under expert parallelism; load the model without it.")
+    return _recording_forward(observer, module, hidden, expert_ids, weights)
+
+
+def _recording_forward(
+    observer: ExpertObserver,
+    module: Any,
+    hidden: torch.Tensor,  # [T, C]
+    expert_ids: torch.Tensor,  # [T, k]
+    weights: torch.Tensor,  # [T, k]
+) -> torch.Tensor:
+    result = torch.zeros_like(hidden)
+    for expert in expert_ids.unique().tolist():
+        slot, tokens = torch.where(expert_ids.T == expert)
+        x = hidden[tokens]
+        down_input = _activate(module, x, expert)
+        out = _linear(module, "down_proj", down_input, expert)
+        observer(module, expert, x, down_input, out, tokens)
+        if getattr(module, "has_post_expert_norm", False):
+            out = module.post_expert_norm(out)
+        out = out * weights[tokens, slot, None]
+        result.index_add_(0, tokens, out.to(result.dtype))
+    return result
+
+
+def _activate(module: Any, x: torch.Tensor, expert: int) -> torch.Tensor:
+    if module.has_gate:
+        return module._apply_gate(_linear(module, "gate_up_proj", x, expert))
+    return module.act_fn(_linear(module, "up_proj", x, expert))
+
+
+def _linear(module: Any, name: str, x: torch.Tensor, expert: int) -> torch.Tensor:
+    weight = getattr(module, name)[expert]
+    out = x @ weight if module.is_transposed else functional.linear(x, weight)
+    return out + getattr(module, f"{name}_bias")[expert] if module.has_bias else out

@@ -1,0 +1,59 @@
+"""Loads the transformers model and tokenizer of a `Model`, from a Hugging Face directory or from a GGUF file.
+
+transformers dequantizes a GGUF while it loads, for a handful of dense architectures. Code that comes with a checkpoint
+is never run, and nothing is downloaded: `open_model` has fetched what there is.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dynquant.errors import CheckpointError
+from dynquant.model import Model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_hf(model: Model, *, dtype: torch.dtype | None = None, device: str = "cpu") -> "PreTrainedModel":
+    """Load for inference. `dtype` None means float32 on a CPU and the checkpoint's own elsewhere.
+
+    Raises:
+        CheckpointError: transformers cannot load this checkpoint, with the way out.
+    """
+    from transformers import AutoModelForCausalLM
+
+    wanted = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
+    loaded = _load(AutoModelForCausalLM, model, dtype=wanted)
+    return loaded.to(device).eval()
+
+
+def load_tokenizer(model: Model) -> "PreTrainedTokenizerBase":
+    """The checkpoint's tokenizer.
+
+    Raises:
+        CheckpointError: there is none that transformers can load.
+    """
+    from transformers import AutoTokenizer
+
+    return _load(AutoTokenizer, model)
+
+
+def _load(auto_class: Any, model: Model, **options: Any) -> Any:
+    directory, options = _location(model, options)
+    try:
+        return auto_class.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **options)
+    except (OSError, ValueError, KeyError, NotImplementedError, ImportError, RuntimeError) as error:
+        raise CheckpointError(
+            f"transformers cannot load {model.path} ({type(error).__name__}: {error}). Calibrate on the Hugging Face "
+            "checkpoint that it was made from, or import an importance matrix of llama-imatrix."
+        ) from error
+
+
+def _location(model: Model, options: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    if model.hf_directory is not None:
+        return model.hf_directory, options
+    if model.gguf_file is None:
+        raise CheckpointError(f"{model.path} is neither a Hugging Face directory nor a GGUF file that can be loaded.")
+    return model.gguf_file.parent, options | {"gguf_file": model.gguf_file.name}

@@ -1,0 +1,132 @@
+"""Makes a plan from wanted types: what must stay F32, row-length fallbacks, roles, sizes and the exact file size.
+
+Presets and the planner decide which type a matrix should have; everything that follows from the file format is decided
+here, once, so that every plan states it in the same words.
+"""
+
+from collections.abc import Mapping
+
+from dynquant.architecture import Role, role_of
+from dynquant.errors import PlanError
+from dynquant.exporters.gguf_header import ImatrixInfo, Provenance, TensorSpec, padded, predicted_bytes
+from dynquant.model import Model
+from dynquant.plan import Plan, PlanEntry
+from dynquant.quant_types import fit_to_row, quant_type
+from dynquant.statistics import CalibrationStats
+
+
+def plan_from_types(
+    model: Model,
+    types: Mapping[str, tuple[str, str]],
+    *,
+    recipe: str,
+    stats: CalibrationStats | None = None,
+    stats_hash: str | None = None,
+    errors_hash: str | None = None,
+    candidates: tuple[str, ...] = (),
+    weighted_errors: Mapping[tuple[str, str], float] | None = None,
+) -> Plan:
+    """A plan with one entry per tensor of the model.
+
+    Args:
+        model: What is planned.
+        types: GGUF name -> wanted type and reason. Tensors that stay F32 (`stays_f32`) or whose role is unknown may be
+            left out; F32 is taken for the former even when another type is wanted.
+        recipe: What was asked for, as `preset r1-iq1_s`.
+        stats: The statistics that the export will use; they are named in the file and so count in its size.
+        stats_hash: SHA-256 of stats.safetensors; given exactly when `stats` is.
+        errors_hash: SHA-256 of errors.json, if the types come from it.
+        candidates: The types that the planner could choose from.
+        weighted_errors: (GGUF name, type) -> importance-weighted relative squared error.
+
+    Raises:
+        PlanError: an unknown tensor or type, or a matrix without a type.
+    """
+    if (stats is None) != (stats_hash is None):
+        raise ValueError("`stats` and `stats_hash` must be given together or not at all")
+    names = model.source.names()
+    unknown = next((name for name in types if name not in set(names)), None)
+    if unknown is not None:
+        raise PlanError(f"A type is given for `{unknown}`, a tensor that {model.name} does not have.")
+    errors = weighted_errors or {}
+    entries = tuple(_entry(model, name, types.get(name), errors) for name in names)
+    return Plan(
+        model=model.name,
+        arch=model.arch,
+        fingerprint=model.fingerprint,
+        stats_hash=stats_hash,
+        errors_hash=errors_hash,
+        recipe=recipe,
+        types=candidates,
+        predicted_bytes=_file_bytes(model, [_spec(entry) for entry in entries], recipe, stats, stats_hash),
+        entries=entries,
+    )
+
+
+def fixed_bytes(
+    model: Model,
+    planned: Mapping[str, object],
+    *,
+    recipe: str,
+    stats: CalibrationStats | None = None,
+    stats_hash: str | None = None,
+) -> int:
+    """File bytes that do not depend on the types of the `planned` tensors: header and all other tensors, in F32.
+
+    A file budget minus this is what a planner may spend on `padded` tensor bytes.
+    """
+    specs = [TensorSpec(name, model.source.info(name).shape, "F32") for name in model.source.names()]
+    total = _file_bytes(model, specs, recipe, stats, stats_hash)
+    return total - sum(padded(spec.num_bytes) for spec in specs if spec.name in planned)
+
+
+def stays_f32(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether llama.cpp keeps this tensor in F32: vectors, biases, norms and routers."""
+    return len(shape) < 2 or not name.endswith(".weight") or role_of(name) in (Role.NORM, Role.ROUTER)
+
+
+def _entry(
+    model: Model, name: str, wanted: tuple[str, str] | None, errors: Mapping[tuple[str, str], float]
+) -> PlanEntry:
+    shape = model.source.info(name).shape
+    type_name, reason, wanted_type = _choose(model, name, shape, wanted)
+    return PlanEntry(
+        name=name,
+        shape=shape,
+        role=role_of(name),
+        type=type_name,
+        reason=reason,
+        bytes=quant_type(type_name).tensor_bytes(shape),
+        wanted_type=wanted_type,
+        sources=model.checkpoint_names(name),
+        weighted_error=errors.get((name, type_name)),
+    )
+
+
+def _choose(
+    model: Model, name: str, shape: tuple[int, ...], wanted: tuple[str, str] | None
+) -> tuple[str, str, str | None]:
+    """Type, reason, and the wanted type when the row length forced another one."""
+    if stays_f32(name, shape):
+        return "F32", "vectors, norms and routers stay F32, as in llama.cpp", None
+    if wanted is None:
+        if role_of(name) == Role.OTHER:
+            return "F32", "of unknown purpose: kept F32", None
+        raise PlanError(f"No type was chosen for `{name}` of {model.name}, a matrix of shape {shape}.")
+    asked, reason = quant_type(wanted[0]), wanted[1]
+    chosen, why = fit_to_row(asked, shape[-1])
+    if why is None:
+        return chosen.name, reason, None
+    return chosen.name, f"{reason}; {why}", asked.name
+
+
+def _spec(entry: PlanEntry) -> TensorSpec:
+    return TensorSpec(entry.name, entry.shape, entry.type)
+
+
+def _file_bytes(
+    model: Model, specs: list[TensorSpec], recipe: str, stats: CalibrationStats | None, stats_hash: str | None
+) -> int:
+    provenance = Provenance(model.fingerprint, recipe, stats_hash=stats_hash or "")
+    imatrix = ImatrixInfo.from_stats(stats) if stats is not None else None
+    return predicted_bytes(model, specs, provenance, imatrix)

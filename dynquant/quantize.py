@@ -1,0 +1,177 @@
+"""The stream of quantized tensors: each is loaded, encoded once, and handed to whichever exporter writes it.
+
+Stacked tensors are loaded and encoded a few experts at a time, so that the float32 copy of a whole expert stack never
+exists; only its packed bytes do. A quantized GGUF that already stores the wanted type gives its own bytes.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from dynquant.codecs.encoder import Encoder
+from dynquant.errors import EncodeError, PlanError
+from dynquant.gguf_source import GGUFSource
+from dynquant.model import Model
+from dynquant.plan import Plan, PlanEntry
+from dynquant.quant_types import QuantType
+
+ImportanceLookup = Callable[[str, tuple[int, ...]], torch.Tensor | None]
+"""Tensor name and shape -> E[x^2], float32 [experts, row_length]; None when calibration did not see its input."""
+Progress = Callable[[str, int, int], None]
+"""Called with stage, weights done and weights in total."""
+
+BATCH_WEIGHTS = 1 << 26
+"""Float32 weights of a stack that are in memory at a time (256 MiB), at least one expert."""
+
+_ENCODERS = {
+    "ggml": ("dynquant.codecs.ggml_encoder", "GgmlEncoder"),
+    "dynquant": ("dynquant.codecs.dynquant_encoder", "DynquantEncoder"),
+}
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """One tensor as it is stored. `packed` is uint8 [..., rows, row_bytes]; 1-D tensors have one row."""
+
+    name: str
+    shape: tuple[int, ...]
+    quant_type: QuantType
+    packed: torch.Tensor
+
+
+def load_encoder(name: str) -> Encoder:
+    """The encoder of this name.
+
+    Raises:
+        EncodeError: no encoder of that name in this installation.
+    """
+    module_name, class_name = _ENCODERS.get(name, (None, ""))
+    if module_name is None or importlib.util.find_spec(module_name) is None:
+        raise EncodeError(f"There is no encoder `{name}`; use `--encoder ggml`.")
+    return getattr(importlib.import_module(module_name), class_name)()
+
+
+def encoder_version(encoder: Encoder) -> str:
+    """What decides the encoder's bytes beside dynquant's own version: the ggml release, else nothing."""
+    if encoder.name != "ggml":
+        return ""
+    from dynquant.codecs.ggml_encoder import ggml_version
+
+    return ggml_version()
+
+
+def quantize(
+    model: Model,
+    plan: Plan,
+    importance: ImportanceLookup | None,
+    encoder: Encoder,
+    *,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    skip: Collection[str] = (),
+) -> Iterator[QuantizedTensor]:
+    """Every tensor of the plan in the model's order, without those in `skip`.
+
+    Raises:
+        PlanError: the plan is of another checkpoint, or gives a tensor another shape.
+        EncodeError: NaN or Inf weights, or a type that needs statistics the model has none of; both name the tensor.
+    """
+    check_plan(model, plan)
+    check_importance(plan, importance, skip=skip)
+    entries = {entry.name: entry for entry in plan.entries}
+    counter = _Counter(progress, plan.num_weights)
+    for name in model.source.names():
+        entry = entries[name]
+        if name in skip:
+            counter.add(prod(entry.shape))
+            continue
+        matrix = None if importance is None or not entry.quant_type.uses_imatrix else importance(name, entry.shape)
+        packed = _stored_bytes(model, entry)
+        if packed is None:
+            packed = _encode(model, entry, matrix, encoder, threads, counter)
+        else:
+            counter.add(prod(entry.shape))
+        yield QuantizedTensor(name, entry.shape, entry.quant_type, packed)
+
+
+def check_plan(model: Model, plan: Plan) -> None:
+    """Refuse a plan that is not exactly of this model.
+
+    Raises:
+        PlanError: another fingerprint, a missing or unknown tensor, or another shape.
+    """
+    plan.check_covers(model.source.names(), model.fingerprint, model.name)
+    for entry in plan.entries:
+        shape = model.source.info(entry.name).shape
+        if entry.shape != tuple(shape):
+            raise PlanError(
+                f"The plan gives `{entry.name}` the shape {entry.shape}, but {model.name} stores {tuple(shape)}. "
+                f"Run `dynquant plan` on {model.name}."
+            )
+
+
+def check_importance(plan: Plan, importance: ImportanceLookup | None, *, skip: Collection[str] = ()) -> None:
+    """Refuse, before hours of encoding, types that ggml cannot encode without an importance matrix.
+
+    Raises:
+        EncodeError: naming the tensor and its type.
+    """
+    for entry in plan.entries:
+        if not entry.quant_type.needs_imatrix or entry.name in skip:
+            continue
+        if importance is None or importance(entry.name, entry.shape) is None:
+            raise EncodeError(
+                f"`{entry.name}` is planned as {entry.type}, which needs an importance matrix, but there are no "
+                "statistics of its input. Calibrate the model and give the statistics, or choose another type."
+            )
+
+
+@dataclass
+class _Counter:
+    progress: Progress | None
+    total: int
+    done: int = 0
+
+    def add(self, num_weights: int) -> None:
+        self.done += num_weights
+        if self.progress is not None:
+            self.progress("quantize", self.done, self.total)
+
+
+def _stored_bytes(model: Model, entry: PlanEntry) -> torch.Tensor | None:
+    """The source's own blocks when it holds the wanted type; floats go through the encoder, which checks for NaN."""
+    source = model.source
+    if isinstance(source, GGUFSource) and not entry.quant_type.is_float and source.info(entry.name).dtype == entry.type:
+        return source.load_packed(entry.name)
+    return None
+
+
+def _encode(
+    model: Model,
+    entry: PlanEntry,
+    importance: torch.Tensor | None,
+    encoder: Encoder,
+    threads: int | None,
+    counter: _Counter,
+) -> torch.Tensor:
+    if len(entry.shape) != 3:
+        weights = model.source.load(entry.name).reshape(-1, entry.shape[-1])
+        packed = encoder.encode(entry.quant_type, weights, importance, threads, name=entry.name)
+        counter.add(weights.numel())
+        return packed
+    num_experts, num_rows, row_length = entry.shape
+    packed = torch.empty((num_experts, num_rows, entry.quant_type.row_bytes(row_length)), dtype=torch.uint8)
+    batch = max(1, BATCH_WEIGHTS // (num_rows * row_length))
+    for start in range(0, num_experts, batch):
+        experts = range(start, min(start + batch, num_experts))
+        weights = torch.stack([model.source.load(entry.name, expert) for expert in experts])
+        part = importance
+        if importance is not None:
+            part = importance[0] if len(importance) == 1 else importance[start : experts.stop]
+        packed[start : experts.stop] = encoder.encode(entry.quant_type, weights, part, threads, name=entry.name)
+        counter.add(weights.numel())
+    return packed

@@ -1,0 +1,319 @@
+"""The stages behind the commands, joined by files: calibrate -> analyze -> plan -> export.
+
+Each stage reuses its output file when that file was made from the same inputs, and says so.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from dynquant import console
+from dynquant.analysis.error_table import ErrorTable
+from dynquant.analysis.measure_errors import build_error_table, file_hash
+from dynquant.errors import DynquantError, PlanError, StatsError
+from dynquant.model import Model, open_model
+from dynquant.plan import Plan
+from dynquant.plan_building import fixed_bytes, plan_from_types
+from dynquant.planner import Rules, plan_types, weighted_costs
+from dynquant.presets import is_quantizable, preset_types
+from dynquant.quant_types import quant_type
+from dynquant.quantize import load_encoder
+from dynquant.statistics import CalibrationStats
+
+DEFAULT_TYPES = (
+    "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "IQ4_XS", "Q5_K", "Q6_K", "Q8_0",
+)  # fmt: skip
+"""Candidates of `plan`: the useful types of each size. IQ2_XS and Q3_K lose to their neighbours at equal bytes."""
+STATS_NAME, ERRORS_NAME, PLAN_NAME, SUPER_NAME = "stats.safetensors", "errors.json", "plan.json", "super_weights.json"
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """What to run the model on; `text=None` is the built-in text."""
+
+    text: str | None = None
+    tokens: int = 131072
+    window: int = 512
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the plan should reach: at most one of preset, bits per weight and size."""
+
+    preset: str | None = None
+    bpw: float | None = None
+    size: str | None = None
+    types: tuple[str, ...] | None = None
+    floors: bool = True
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("preset", "bpw", "size") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise PlanError(
+                f"Give one of --preset, --bpw and --size, not {' and '.join('--' + name for name in given)}."
+            )
+        if self.bpw is not None and not 0 < self.bpw <= 32:
+            raise PlanError(f"--bpw {self.bpw} is not a number of bits per weight; give one between 1.6 and 16.")
+
+    @property
+    def recipe(self) -> str:
+        """The words under which plan and file record what was asked for."""
+        if self.preset:
+            return f"preset {self.preset.lower()}"
+        if self.bpw is not None:
+            return f"bpw {self.bpw:g}"
+        return f"size {parse_size(self.size)}" if self.size else "floors"
+
+    def budget(self, num_weights: int) -> int | None:
+        """File bytes, or None for the planner's default."""
+        if self.bpw is not None:
+            return int(self.bpw * num_weights / 8)
+        return parse_size(self.size) if self.size else None
+
+
+_SIZE = re.compile(r"^\s*([\d.]+)\s*([kMGT]i?)?B?\s*$", re.IGNORECASE)
+_POWER = {"k": 1, "m": 2, "g": 3, "t": 4}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `31002144`, `140GB` (decimal) or `130.6GiB` (binary).
+
+    Raises:
+        PlanError: not a size.
+    """
+    match = _SIZE.match(text)
+    try:
+        number = float(match.group(1)) if match else None
+    except ValueError:
+        number = None
+    if match is None or number is None:
+        raise PlanError(f"`{text}` is not a size; write bytes, or a number with a unit as 140GB, 31.5MB or 12GiB.")
+    unit = (match.group(2) or "").lower()
+    return int(number * (1024 if unit.endswith("i") else 1000) ** _POWER.get(unit[:1], 0))
+
+
+def open_and_announce(path: str | Path, base_gguf: Path | None = None) -> Model:
+    """Open a model and say what it is."""
+    model = open_model(path, base_gguf=base_gguf)
+    weights = sum(model.source.info(name).numel for name in model.source.names())
+    experts = f", {model.hyper.n_expert} experts" if model.hyper.n_expert else ""
+    console.note(f"{model.name}: {model.arch}, {model.hyper.n_layer} layers{experts}, {weights / 1e6:,.1f} M weights")
+    return model
+
+
+def calibrate(
+    path: str,
+    options: CalibrationOptions,
+    output: Path,
+    *,
+    base_gguf: Path | None = None,
+    imatrix: Path | None = None,
+    imatrix_out: Path | None = None,
+) -> CalibrationStats:
+    """Write stats.safetensors; import or export a llama.cpp imatrix when asked."""
+    from dynquant.imatrix import export_imatrix, import_imatrix
+
+    model = open_and_announce(path, base_gguf)
+    if imatrix:
+        stats = import_imatrix(imatrix, model)
+        stats.save(output)
+    else:
+        stats = _run_calibration(model, options, output)
+    if imatrix_out:
+        export_imatrix(stats, imatrix_out)
+        console.note(f"wrote {imatrix_out}")
+    print_coverage(stats, model)
+    console.out.print(f"{output}: {stats.provenance.num_tokens:,} tokens, {len(stats.inputs)} inputs")
+    return stats
+
+
+def _run_calibration(model: Model, options: CalibrationOptions, output: Path) -> CalibrationStats:
+    from dynquant.calibration import calibrate as run
+
+    with console.stage_progress() as progress:
+        stats = run(
+            model, options.text, tokens=options.tokens, window=options.window, seed=options.seed, progress=progress
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    stats.save(output)
+    return stats
+
+
+def print_coverage(stats: CalibrationStats, model: Model) -> None:
+    """Tokens per expert, and every starved expert by name."""
+    from dynquant.calibration import coverage_report
+
+    coverage = coverage_report(stats, model.hyper)
+    if not coverage.rows:
+        return
+    starved = coverage.starved
+    console.note(f"experts: {len(coverage.rows)} layers measured, {len(starved)} starved experts")
+    for expert in starved[:20]:
+        console.note(f"  {expert.name} expert {expert.expert}: {expert.tokens} tokens, shrunk to the layer's mean")
+    if len(starved) > 20:
+        console.note(f"  and {len(starved) - 20} more; all are listed in report.html")
+
+
+def analyze(
+    path: str,
+    stats_path: Path,
+    output: Path,
+    *,
+    types: Sequence[str] | None = None,
+    encoder: str = "ggml",
+    threads: int | None = None,
+    base_gguf: Path | None = None,
+) -> ErrorTable:
+    """Write errors.json and errors.csv."""
+    model = open_and_announce(path, base_gguf)
+    stats = CalibrationStats.load(stats_path)
+    table = _measure(model, stats, file_hash(stats_path), types or DEFAULT_TYPES, output, encoder, threads)
+    console.out.print(f"{output}: {len(table.tensors())} tensors, {len(table.rows)} rows")
+    return table
+
+
+def _measure(
+    model: Model,
+    stats: CalibrationStats,
+    stats_hash: str,
+    types: Sequence[str],
+    output: Path,
+    encoder: str,
+    threads: int | None,
+) -> ErrorTable:
+    names = [quant_type(name).name for name in types]
+    with console.stage_progress() as progress:
+        table = build_error_table(
+            model, stats, names, load_encoder(encoder), stats_hash=stats_hash, threads=threads, progress=progress
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    table.save(output)
+    return table
+
+
+def plan(
+    path: str,
+    target: Target,
+    options: CalibrationOptions,
+    directory: Path,
+    *,
+    stats_path: Path | None = None,
+    encoder: str = "ggml",
+    threads: int | None = None,
+    base_gguf: Path | None = None,
+    report: bool = True,
+) -> Plan:
+    """Write stats.safetensors, errors.json, plan.json, plots and report.html into `directory`."""
+    model = open_and_announce(path, base_gguf)
+    preset = preset_types(target.preset, model) if target.preset else None
+    stats, stats_hash = _stats_of(model, options, directory, stats_path)
+    types = _candidates(target, preset)
+    table = _table_of(model, stats, stats_hash, types, directory, encoder, threads)
+    supers = _super_weights_of(model, stats, options, directory)
+    rules = Rules(floors=target.floors, super_weight_tensors=frozenset(found.name for found in supers))
+    context = {"recipe": target.recipe, "stats": stats, "stats_hash": stats_hash}
+    fixed = fixed_bytes(model, table.tensors(), **context)
+    allowed = table.restricted_to([name.upper() for name in target.types]) if target.types else table
+    weights = sum(model.source.info(name).numel for name in model.source.names())
+    chosen = preset or plan_types(allowed, target.budget(weights), rules, weighted_costs(allowed), fixed_bytes=fixed)
+    made = plan_from_types(
+        model,
+        chosen,
+        errors_hash=file_hash(directory / ERRORS_NAME),
+        candidates=table.types,
+        weighted_errors=weighted_costs(table),
+        **context,
+    )
+    made.save(directory / PLAN_NAME)
+    if report:
+        _write_report(model, made, table, stats, supers, rules, fixed, directory)
+    return made
+
+
+def _candidates(target: Target, preset: dict[str, tuple[str, str]] | None) -> tuple[str, ...]:
+    wanted = tuple(quant_type(name).name for name in target.types) if target.types else DEFAULT_TYPES
+    of_preset = dict.fromkeys(name for name, _ in (preset or {}).values())
+    return tuple(dict.fromkeys((*wanted, *of_preset)))
+
+
+def _stats_of(
+    model: Model, options: CalibrationOptions, directory: Path, stats_path: Path | None
+) -> tuple[CalibrationStats, str]:
+    """Given statistics, those already in the directory when they fit, or a new calibration."""
+    from dynquant.calibration_text import text_identity
+
+    own = directory / STATS_NAME
+    if stats_path is not None:
+        stats = CalibrationStats.load(stats_path)
+        stats.check_belongs_to(model.fingerprint, model.name)
+        directory.mkdir(parents=True, exist_ok=True)
+        if stats_path.resolve() != own.resolve():
+            stats.save(own)
+        return stats, file_hash(own)
+    if own.is_file():
+        stats = CalibrationStats.load(own)
+        known = stats.provenance
+        same_options = (known.window, known.seed) == (options.window, options.seed)
+        if known.fingerprint == model.fingerprint and known.text_hash == text_identity(options.text) and same_options:
+            console.note(f"reusing {own}")
+            return stats, file_hash(own)
+    stats = _run_calibration(model, options, own)
+    print_coverage(stats, model)
+    return stats, file_hash(own)
+
+
+def _table_of(
+    model: Model,
+    stats: CalibrationStats,
+    stats_hash: str,
+    types: Sequence[str],
+    directory: Path,
+    encoder: str,
+    threads: int | None,
+) -> ErrorTable:
+    """The error table in the directory, extended by types that it lacks; measured anew when the statistics changed."""
+    path = directory / ERRORS_NAME
+    known = ErrorTable.load(path) if path.is_file() else None
+    if known is None or (known.stats_hash, known.encoder, known.fingerprint) != (
+        stats_hash,
+        encoder,
+        model.fingerprint,
+    ):
+        return _measure(model, stats, stats_hash, types, path, encoder, threads)
+    missing = [name for name in types if name not in known.types]
+    console.note(f"reusing {path}" + (f", adding {', '.join(missing)}" if missing else ""))
+    if missing:
+        added = _measure(model, stats, stats_hash, missing, path, encoder, threads)
+        known = known.extended_by(added)
+        known.save(path)
+    return known
+
+
+def print_plan(plan: Plan, directory: Path) -> None:
+    """What was kept, what was crushed, and the size."""
+    by_role: dict[str, list] = {}
+    for entry in plan.entries:
+        by_role.setdefault(entry.role.value, []).append(entry)
+    rows = []
+    for role, entries in sorted(by_role.items(), key=lambda item: -sum(e.bytes for e in item[1])):
+        types = sorted({e.type for e in entries}, key=lambda name: -quant_type(name).bits_per_weight)
+        size = sum(e.bytes for e in entries)
+        weights = sum(_numel(e.shape) for e in entries)
+        share = f"{size / plan.predicted_bytes:.1%}"
+        rows.append(
+            (role, len(entries), " ".join(types), f"{8 * size / weights:.3f}", console.human_bytes(size), share)
+        )
+    console.print_table(f"{plan.model}: {plan.recipe}", ("role", "tensors", "types", "bpw", "size", "share"), rows)
+    exceptions = [e for e in plan.entries if "super weight" in e.reason or "stands out" in e.reason]
+    for entry in exceptions:
+        console.out.print(f"  {entry.name}: {entry.type}, {entry.reason}")
+    fallbacks = [e for e in plan.entries if e.wanted_type]
+    if fallbacks:
+        console.out.print(f"  {len(fallbacks)} tensors took another type because of their row length (see the plan)")
+    console.out.print(
+        f"{console.human_bytes(plan.predicted_bytes)} ({plan.predicted_bytes:,} bytes), "
+        f"{plan.bits_per_weight:.3f} bits per weight. Plan: {directory / PLAN_NAME}"
+    )

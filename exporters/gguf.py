@@ -1,0 +1,164 @@
+"""Writes a plan as GGUF files that stock llama.cpp loads.
+
+Headers and offsets are fixed first (`gguf_header`); tensors are then written to their places as they are encoded, one
+in memory at a time. A killed export goes on where it stopped and gives the same bytes (`artifacts`).
+"""
+
+import hashlib
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+
+from dynquant import __version__
+from dynquant.artifacts import Region, ResumableOutput
+from dynquant.codecs.encoder import Encoder
+from dynquant.errors import DynquantError, ExportError, PlanError, StatsError
+from dynquant.exporters.gguf_header import FileLayout, ImatrixInfo, Provenance, TensorSpec, layout, split_paths
+from dynquant.model import Model
+from dynquant.plan import Plan
+from dynquant.quantize import (
+    ImportanceLookup,
+    Progress,
+    QuantizedTensor,
+    check_importance,
+    check_plan,
+    encoder_version,
+    quantize,
+)
+from dynquant.statistics import CalibrationStats
+
+
+def export_gguf(
+    model: Model,
+    plan: Plan,
+    stats: CalibrationStats | None,
+    output: Path,
+    *,
+    encoder: Encoder,
+    threads: int | None = None,
+    split_max_bytes: int | None = None,
+    resume: bool = True,
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Write `plan` to `output`, or to NAME-00001-of-0000N.gguf beside it, and return the files.
+
+    Until everything is written there are only NAME.partial and NAME.journal; an older `output` is replaced at the end.
+    After a kill or a full disk the same call goes on. `stats` are those that the plan was made from, None if none.
+
+    Raises:
+        PlanError: the plan is not of this model.
+        StatsError: the statistics are missing, superfluous, or of another checkpoint.
+        EncodeError: NaN or Inf weights, or a type without the statistics it needs; partial files are removed.
+        ExportError: another size than the plan predicts, no space, or an interrupted export of something else.
+    """
+    output = Path(output)
+    check_plan(model, plan)
+    _check_stats(model, plan, stats)
+    _check_output(model, output)
+    importance = _importance_of(stats)
+    check_importance(plan, importance)
+    files = _layout(model, plan, stats, encoder, split_max_bytes)
+    target = ResumableOutput(
+        split_paths(output, len(files)),
+        [file.total_bytes for file in files],
+        _regions(files),
+        _identity(plan, encoder, files),
+        resume=resume,
+    )
+    with target:
+        tensors = quantize(
+            model, plan, importance, encoder, threads=threads, progress=progress, skip=frozenset(target.finished)
+        )
+        try:
+            _write(target, files, tensors)
+        except ExportError:
+            raise
+        except DynquantError:
+            target.discard()
+            raise
+        return target.commit()
+
+
+def _write(target: ResumableOutput, files: Iterable[FileLayout], tensors: Iterable[QuantizedTensor]) -> None:
+    for number, file in enumerate(files):
+        if _header_region(number) not in target.finished:
+            target.write(_header_region(number), file.header)
+    for tensor in tensors:
+        target.write(tensor.name, memoryview(tensor.packed.contiguous().numpy().reshape(-1)))
+
+
+def _layout(
+    model: Model, plan: Plan, stats: CalibrationStats | None, encoder: Encoder, split_max_bytes: int | None
+) -> list[FileLayout]:
+    entries = {entry.name: entry for entry in plan.entries}
+    tensors = [TensorSpec(name, entries[name].shape, entries[name].type) for name in model.source.names()]
+    provenance = Provenance(plan.fingerprint, plan.recipe, encoder.name, plan.hash, plan.stats_hash or "")
+    imatrix = ImatrixInfo.from_stats(stats) if stats is not None else None
+    files = layout(model, tensors, provenance, imatrix=imatrix)
+    total = sum(file.total_bytes for file in files)
+    if total != plan.predicted_bytes:
+        raise ExportError(
+            f"The plan predicts a file of {plan.predicted_bytes:,} bytes, but this model, plan and statistics give "
+            f"{total:,}. The plan was edited or made by another version of dynquant ({plan.tool_version}, this is "
+            f"{__version__}). Plan again."
+        )
+    if split_max_bytes is None:
+        return files
+    return layout(model, tensors, provenance, imatrix=imatrix, split_max_bytes=split_max_bytes)
+
+
+def _regions(files: Iterable[FileLayout]) -> dict[str, Region]:
+    regions = {}
+    for number, file in enumerate(files):
+        regions[_header_region(number)] = Region(number, 0, len(file.header))
+        for placement in file.placements:
+            regions[placement.tensor.name] = Region(number, placement.offset, placement.tensor.num_bytes)
+    return regions
+
+
+def _header_region(number: int) -> str:
+    return f"header of file {number + 1}"
+
+
+def _identity(plan: Plan, encoder: Encoder, files: Iterable[FileLayout]) -> dict[str, str]:
+    headers = hashlib.sha256(b"".join(file.header for file in files)).hexdigest()
+    return {
+        "plan": plan.hash,
+        "encoder": encoder.name,
+        "encoder_version": encoder_version(encoder),
+        "dynquant_version": __version__,
+        "header": headers,
+    }
+
+
+def _importance_of(stats: CalibrationStats | None) -> ImportanceLookup | None:
+    if stats is None:
+        return None
+    from dynquant.importance import importance
+
+    return partial(importance, stats)
+
+
+def _check_stats(model: Model, plan: Plan, stats: CalibrationStats | None) -> None:
+    if stats is None and plan.stats_hash is not None:
+        raise StatsError(
+            f"The plan was made from calibration statistics ({plan.stats_hash[:12]}), and the same ones are needed to "
+            "export it. Give the stats.safetensors that lies beside the plan."
+        )
+    if stats is not None:
+        if plan.stats_hash is None:
+            raise PlanError(
+                "The plan was made without calibration statistics, so its size and types do not hold with them. Plan "
+                "again with the statistics, or export without them."
+            )
+        stats.check_belongs_to(model.fingerprint, model.name)
+
+
+def _check_output(model: Model, output: Path) -> None:
+    if output.is_dir():
+        raise ExportError(f"{output} is a directory; give the name of the .gguf file to write.")
+    if output.suffix != ".gguf":
+        raise ExportError(f"The output {output} does not end in .gguf, which llama.cpp expects; name it {output}.gguf.")
+    inputs = getattr(model.source, "files", ())
+    if output.exists() and any(output.samefile(file) for file in inputs):
+        raise ExportError(f"{output} is the model that is being read; export to another name.")
