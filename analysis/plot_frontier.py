@@ -1,6 +1,6 @@
 """Size/error frontier: this plan beside uniform types, fixed recipes and the planner at other budgets.
 
-The error is the planner's prediction, the sum over tensors of the importance-weighted relative error of each one's type.
+The error is the planner's prediction: each tensor's importance-weighted relative error in its type, summed.
 """
 
 import math
@@ -91,10 +91,10 @@ def _headline(plan: Plan, error: float | None, points: Sequence[FrontierPoint]) 
     best = min(fixed, key=lambda point: point.error)
     name, ratio = plain(best.label, 28), best.error / error
     if ratio < 1:
-        return f"Frontier: {name} is predicted better than this plan at no more bytes"
+        return f"Frontier: {name} is predicted better at no more bytes"
     if ratio < 1.005:
-        return f"Frontier: this plan is predicted level with {name}, the best fixed recipe at no more bytes"
-    return f"Frontier: {100 * (1 - 1 / ratio):.0f}% less predicted error than {name}, the best fixed recipe at no more bytes"
+        return f"Frontier: predicted level with {name}, the best recipe at no more bytes"
+    return f"Frontier: {100 - 100 / ratio:.0f}% less predicted error than {name}, the best recipe at no more bytes"
 
 
 def _draw_series(axes: "Axes", name: str, points: list[Point]) -> None:
