@@ -22,13 +22,13 @@ from dynquant.analysis.plot_style import (
     plain,
 )
 from dynquant.plan import Plan
-from dynquant.quant_types import QUANT_TYPES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-NAMED_PER_PANEL = 3
+NAMED_LAYERS, NAMED_TENSORS = 4, 3
+"""Layers named in a panel, and tensors of each; the report lists all."""
 _AXIS_NAMES = {
     "activation_error": "relative output error (%)",
     "relative_rms": "relative RMS weight error (%)",
@@ -71,10 +71,14 @@ def draw_errors(table: ErrorTable, plan: Plan, measure: str) -> tuple["Figure", 
     figure = _figure(len(panels), headline, _subtitle(table, plan, types))
     header_legend(figure, _legend(types), columns=len(types) + 2)
     layers = [row.layer for row in table.rows if row.layer is not None]
+    limits = _common_range(list(panels.values()))
     columns = min(len(panels), 3)
     for index, (group, panel) in enumerate(panels.items()):
         axes = figure.add_subplot(-(-len(panels) // columns), columns, index + 1)
         axes.set_title(group)
+        axes.set_yscale("log")
+        axes.set_ylim(*limits)
+        percent_axis(axes.yaxis)
         if index % columns == 0:
             axes.set_ylabel(_AXIS_NAMES[measure])
         if group == OUTSIDE:
@@ -115,7 +119,7 @@ def _legend(types: list[str]) -> list:
     ]
     handles.append(Line2D([], [], color=BLACK, linewidth=2.2, label="the plan"))
     ring = {"marker": "o", "markerfacecolor": "none", "markeredgecolor": BLACK, "markersize": 9, "linestyle": "none"}
-    return [*handles, Line2D([], [], label="sticks out", **ring)]
+    return [*handles, Line2D([], [], label="sticks out (xN: N times the median of its role)", **ring)]
 
 
 def _worst_per_layer(values: list[tuple[ErrorRow, float]]) -> list[tuple[int, float]]:
@@ -130,7 +134,15 @@ def _draw_layers(axes: "Axes", panel: _Panel, layers: list[int]) -> None:
         values = panel.values(name)
         if not values:
             continue
-        axes.scatter([r.layer for r, _ in values], [v for _, v in values], s=4, color=color, alpha=0.35, linewidths=0)
+        axes.scatter(
+            [r.layer for r, _ in values],
+            [v for _, v in values],
+            s=4,
+            color=color,
+            alpha=0.35,
+            linewidths=0,
+            rasterized=True,
+        )
         line = _worst_per_layer(values)
         size = 4.5 if len(line) <= 30 else 2.8
         axes.plot(*zip(*line, strict=True), color=color, marker=marker, linestyle=dash, markersize=size, linewidth=1.2)
@@ -138,9 +150,6 @@ def _draw_layers(axes: "Axes", panel: _Panel, layers: list[int]) -> None:
     if shipped:
         lone = {"marker": "_", "markersize": 12, "markeredgewidth": 2.2} if len(shipped) == 1 else {}
         axes.plot(*zip(*shipped, strict=True), color=BLACK, linewidth=2.2, zorder=2.5, alpha=0.85, **lone)
-    axes.set_yscale("log")
-    _pad_log(axes)
-    percent_axis(axes.yaxis)
     layer_axis(axes, layers)
     axes.set_xlabel("layer")
     present = {row.layer for row in panel.rows}
@@ -158,19 +167,17 @@ def _draw_outside(axes: "Axes", panel: _Panel) -> None:
     shipped = panel.shipped()
     style = {"color": BLACK, "marker": "_", "markersize": 34, "markeredgewidth": 2.2, "linestyle": "none"}
     axes.plot([names.index(row.name) for row, _ in shipped], [value for _, value in shipped], **style)
-    axes.set_yscale("log")
-    _pad_log(axes)
-    percent_axis(axes.yaxis)
     axes.set_xlim(-0.7, len(names) - 0.3)
     axes.set_xticks(range(len(names)), [plain(name, 24) for name in names])
     axes.grid(axis="x", visible=False)
 
 
-def _pad_log(axes: "Axes") -> None:
-    """Room above the data for names, and at least a factor of two in view."""
-    low, high = axes.get_ylim()
-    span = max(high / low, 2.0)
-    axes.set_ylim(low / span**0.03, max(high, 2 * low) * span**0.22)
+def _common_range(panels: Sequence[_Panel]) -> tuple[float, float]:
+    """One error range for all panels, so that groups compare; room for names on top."""
+    values = [value for panel in panels for name in panel.types for _, value in panel.values(name)]
+    low, high = min(values), max(values)
+    span = max(high / low, 3.0)
+    return low / span**0.04, high * span**0.2
 
 
 def _name_stand_outs(axes: "Axes", panel: _Panel, found: list[StandOut]) -> None:
@@ -179,11 +186,16 @@ def _name_stand_outs(axes: "Axes", panel: _Panel, found: list[StandOut]) -> None
     points = [(item.row.layer, item.value) for item in found]
     axes.scatter(*zip(*points, strict=True), s=70, facecolors="none", edgecolors=BLACK, linewidths=1.1, zorder=5)
     lines = [line for name in panel.types if (line := _worst_per_layer(panel.values(name)))]
-    order = sorted(panel.types, key=lambda name: QUANT_TYPES[name].bits_per_weight)
-    named = sorted(found[:NAMED_PER_PANEL], key=lambda item: (item.row.layer, order.index(item.row.type)))
-    labels = [(item.row.layer, item.value, _name(item)) for item in named]
-    place_labels(axes, labels, lines)
+    by_layer: dict[int, list[StandOut]] = {}
+    for item in found:
+        by_layer.setdefault(item.row.layer, []).append(item)
+    named = sorted(list(by_layer.items())[:NAMED_LAYERS])
+    labels = [(layer, max(item.value for item in items), _names(items)) for layer, items in named]
+    place_labels(axes, labels, lines, clearance=9)
 
 
-def _name(item: StandOut) -> str:
-    return f"{plain(item.row.name.removesuffix('.weight'), 34)}\n{item.value / item.typical:.1f} times its role"
+def _names(items: list[StandOut]) -> str:
+    """One line a tensor of a layer, with its error as a multiple of its role's median."""
+    shown = items if len(items) <= NAMED_TENSORS else items[: NAMED_TENSORS - 1]
+    lines = [f"{plain(item.row.name.removesuffix('.weight'), 34)}  x{item.value / item.typical:.1f}" for item in shown]
+    return "\n".join(lines + ([f"+{len(items) - len(shown)} more"] if len(items) > len(shown) else []))

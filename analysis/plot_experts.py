@@ -73,7 +73,7 @@ def draw_experts(
         layers,
         "tokens routed to each expert",
         "tokens",
-        "cividis",
+        "viridis",
         short_number,
     )
     _mark(axes, starved, layers, num_experts)
@@ -147,7 +147,8 @@ def _heat(axes: "Axes", matrix: np.ndarray, layers: list[int], title: str, unit:
     axes.set_yticks(rows, [str(layers[index]) for index in rows])
     bar = axes.figure.colorbar(image, ax=axes, pad=0.01, fraction=0.04)
     bar.set_label(unit)
-    bar.ax.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0) if high / low < 300 else (1.0,)))
+    subs = (1.0,) if high / low > 300 else (1.0, 2.0, 5.0) if high / low > 8 else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
+    bar.ax.yaxis.set_major_locator(LogLocator(base=10, subs=subs))
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: label(value)))
     bar.ax.yaxis.set_minor_formatter(NullFormatter())
 

@@ -72,7 +72,7 @@ def draw_frontier(plan: Plan, table: ErrorTable | None, points: Sequence[Frontie
     lines = [
         [(size, height) for size, height, _ in group] for name, group in series.items() if _LOOKS[name][3] != "none"
     ]
-    place_labels(axes, named, lines, fontsize=8)
+    place_labels(axes, named, lines, fontsize=8, clearance=9)
     return figure, headline
 
 

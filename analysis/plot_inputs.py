@@ -22,8 +22,8 @@ OUTLIER_Z = 3.5
 """Iglewicz and Hoaglin's usual bound for the modified z-score."""
 MIN_PEERS = 5
 """Fewer tensors of one role than this give no spread to compare against."""
-MIN_LOG_SPREAD = 0.05
-"""Floor of the spread in log units, so that near-equal tensors are no outliers of each other."""
+MIN_LOG_SPREAD = 0.1
+"""Floor of the spread in log units: an outlier is at least exp(0.35) = 1.4 times its role."""
 MAX_TYPES = 7
 """More lines than this in one panel cannot be told apart."""
 
@@ -136,7 +136,7 @@ def shown_types(table: ErrorTable, plan: Plan) -> list[str]:
 
 @dataclass(frozen=True)
 class StandOut:
-    """A tensor whose error lies far above those of its role in other layers, in the type that shows it most."""
+    """A tensor whose error lies far above those of its role in other layers, in the type where it is largest."""
 
     row: ErrorRow
     value: float
@@ -162,7 +162,7 @@ def stand_outs(table: ErrorTable, measure: str, types: Sequence[str]) -> list[St
     for members in peers.values():
         for found in _outliers_among(members):
             known = worst.get(found.row.name)
-            if known is None or found.z > known.z:
+            if known is None or found.value > known.value:
                 worst[found.row.name] = found
     return sorted(worst.values(), key=lambda found: -found.z)
 

@@ -12,10 +12,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BIT_EDGES = (1.5, 1.8, 2.2, 2.8, 3.5, 4.6, 5.7, 7.0, 10.0, 17.0, 33.0)
-"""Bounds of the colour classes, so that neighbours in the registry differ and 1.6 is far from 2.1."""
 KEPT_BITS = 4.0
 """From this many bits per weight a tensor counts as kept, below it as crushed."""
+BIT_EDGES = (1.5, 1.8, 2.2, 2.8, KEPT_BITS, 4.6, 5.7, 7.0, 10.0, 17.0, 33.0)
+COLOURS = ("#a50026", "#d73027", "#f46d43", "#fdae61", "#e0f3f8", "#c3e3ef", "#9ecae1", "#74add1", "#4575b4", "#313695")
+"""Red is crushed, blue is kept: after ColorBrewer's RdYlBu, safe for colour-blind readers."""
 
 
 def map_cells(plan: Plan) -> dict[tuple[int, Role], PlanEntry]:
@@ -65,11 +66,9 @@ def _headline(plan: Plan) -> str:
 
 
 def _palette():
-    """Red is crushed, blue is kept (ColorBrewer RdYlBu, safe for colour-blind readers)."""
-    from matplotlib import colormaps
-    from matplotlib.colors import BoundaryNorm
+    from matplotlib.colors import BoundaryNorm, ListedColormap
 
-    return colormaps["RdYlBu"], BoundaryNorm(BIT_EDGES, colormaps["RdYlBu"].N)
+    return ListedColormap(COLOURS), BoundaryNorm(BIT_EDGES, len(COLOURS))
 
 
 def _box(axes: "Axes", left: float, top: float, width: float, bits: float, text: str, size: float) -> None:
@@ -114,9 +113,11 @@ def _dress(axes: "Axes", layers: list[int], roles: list[Role], ends: list[PlanEn
     for spine in axes.spines.values():
         spine.set_visible(False)
     palette, norm = _palette()
+    shrink = min(1.0, 7 / axes.figure.get_figheight())
     bar = axes.figure.colorbar(
-        ScalarMappable(norm, palette), ax=axes, pad=0.012, fraction=0.025, aspect=40, ticks=BIT_EDGES
-    )
+        ScalarMappable(norm, palette), ax=axes, pad=0.012, fraction=0.025, aspect=32, shrink=shrink, anchor=(0, 1),
+        ticks=BIT_EDGES,
+    )  # fmt: skip
     bar.set_label("bits per weight (red: crushed, blue: kept)")
     bar.ax.set_yticklabels([f"{edge:g}" for edge in BIT_EDGES], fontsize=8)
 

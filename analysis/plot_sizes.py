@@ -90,7 +90,7 @@ def _draw_roles(axes: "Axes", sizes: list[RoleSize]) -> None:
         axes.barh(place - 0.19, weight_share, height=0.36, **hatched)
         text = (
             f"{size.bits_per_weight:.2f} bits/weight   {human_bytes(size.bytes)}   "
-            f"{share:.1f}% of bytes, {weight_share:.1f}% of weights"
+            f"{_percent(share)} of bytes, {_percent(weight_share)} of weights"
         )
         axes.annotate(
             text, (max(share, weight_share), place), (6, 0), textcoords="offset points", va="center", fontsize=8.5
@@ -100,4 +100,8 @@ def _draw_roles(axes: "Axes", sizes: list[RoleSize]) -> None:
     axes.set_yticks(places, [size.group for size in sizes])
     axes.set_xticks([tick for tick in axes.get_xticks() if tick <= 100])
     axes.set_xlabel("share of all bytes in the plan (coloured) and of all weights (hatched), in %")
-    axes.grid(axis="y", visible=False)
+    axes.grid(visible=False)
+
+
+def _percent(value: float) -> str:
+    return f"{value:.1f}%" if value >= 0.05 or value == 0 else "<0.1%"

@@ -69,7 +69,7 @@ def draw_super_weights(
         axes.set_ylabel(f"max |{word}| (activation units)")
         _draw_side(axes, side, layers, [(layer_of(item.name), abs(getattr(item, part))) for item in super_weights])
     for axes, (part, side) in zip(figure.axes, sides.items(), strict=True):
-        place_labels(axes, _labels(super_weights, part), list(side.values()), color="#7c2d00")
+        place_labels(axes, _labels(super_weights, part), list(side.values()), color="#7c2d00", clearance=13)
     return figure, headline
 
 

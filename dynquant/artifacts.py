@@ -153,7 +153,10 @@ class ResumableOutput:
             self._start_journal(journal, identity)
         except OSError as error:
             self.close()
-            raise self._failure(error, "the output could not be created") from error
+            raise ExportError(
+                f"{self.paths[0]} cannot be created: {error.strerror}. Choose a directory with space that can be "
+                "written to."
+            ) from error
 
     def _was_moved(self, index: int, journal: _Journal) -> bool:
         path = self.paths[index]
@@ -184,8 +187,12 @@ class ResumableOutput:
         if journal.sealed:
             lines.append({"sealed": True})
         temporary = self.journal_path.with_name(f"{self.journal_path.name}.new")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        os.replace(temporary, self.journal_path)
+        try:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            os.replace(temporary, self.journal_path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
         self._journal = self.journal_path.open("ab")
 
     def _record(self, line: dict[str, object]) -> None:

@@ -2,8 +2,9 @@
 
 Sources: a `.jsonl` file (field `text`, or chat turns in `messages` through the tokenizer's chat template), any other
 text file (one document), a `datasets` id or directory (`NAME` or `NAME:CONFIG`, split `train`), or the built-in text.
-`data/calibration_default.txt` is public domain: chapters of novels and stories by authors who died before 1930, from
-Standard Ebooks, and Python Enhancement Proposals that their authors placed in the public domain.
+`data/calibration_default.txt` is public domain: excerpts of Austen, C. Brontë, Dickens, Eliot, O. Henry, London,
+Melville, Stevenson, Thackeray and Trollope as found in Standard Ebooks, and of Python Enhancement Proposals 203, 574,
+683 and 703, which their authors placed in the public domain.
 """
 
 import hashlib
@@ -140,7 +141,7 @@ def _read_dataset(spec: str, tokenizer: "PreTrainedTokenizerBase | None", max_ch
     except Exception as error:  # load_dataset raises errors of many libraries
         raise StatsError(
             f"There is no file {spec}, and `datasets` cannot load a data set of that name with a split `train` "
-            f"({type(error).__name__}: {error}). Give a .jsonl or .txt file, or a data set id such as OWNER/NAME:CONFIG."
+            f"({type(error).__name__}: {error}). Give a .jsonl or .txt file, or a data set id as OWNER/NAME:CONFIG."
         ) from error
 
 

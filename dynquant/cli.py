@@ -190,9 +190,9 @@ def evaluate(
 
     Example: dynquant eval model.gguf --reference ./model --tasks kl,ppl,mmlu --text held-out.txt --mmlu-data test.jsonl
     """
-    from dynquant import workflow
+    from dynquant import commands
 
-    workflow.evaluate(
+    commands.evaluate(
         candidate, reference, tasks=_split(tasks) or (), text=text or [], max_tokens=max_tokens, window=window,
         mmlu_data=mmlu_data, shots=shots, num_shots=num_shots, limit=limit, cache_dir=reference_cache,
         json_file=json_file, threads=threads, seed=seed,
@@ -205,9 +205,9 @@ def inspect(path: ModelArg, as_json: JsonOpt = False) -> None:
 
     Example: dynquant inspect model.gguf
     """
-    from dynquant import workflow
+    from dynquant import commands
 
-    workflow.inspect(path, as_json=as_json)
+    commands.inspect(path, as_json=as_json)
 
 
 @app.command("super-weights")
@@ -222,9 +222,9 @@ def super_weights(
 
     Example: dynquant super-weights ./model --text wikitext.txt
     """
-    from dynquant import workflow
+    from dynquant import commands
 
-    workflow.super_weights(model, text=text, tokens=tokens, ablation=ablation, as_json=as_json)
+    commands.super_weights(model, text=text, tokens=tokens, ablation=ablation, as_json=as_json)
 
 
 @app.command()
@@ -234,9 +234,9 @@ def demo(
     ),
 ) -> None:
     """Plan, export and evaluate the bundled 16M mixture-of-experts model; about two minutes on two cores."""
-    from dynquant import workflow
+    from dynquant import commands
 
-    workflow.demo(output)
+    commands.demo(output)
 
 
 @app.command()

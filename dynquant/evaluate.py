@@ -6,10 +6,8 @@ so only one model is in memory at a time. Both models see the same token ids, ma
 Intervals are 95 %: blocks of 64 consecutive tokens resampled for text, Wilson's for accuracy.
 """
 
-import hashlib
-import json
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +24,7 @@ from dynquant.eval_report import (
     summarize_choices,
     summarize_text,
 )
+from dynquant.eval_text import EvalText, load_text
 from dynquant.logit_runners import (
     LogitRunner,
     ModelInfo,
@@ -47,19 +46,6 @@ class Progress(Protocol):
     def __call__(self, stage: str, done: int, total: int) -> None: ...
 
 
-@dataclass(frozen=True)
-class EvalText:
-    """A text cut into windows of token ids."""
-
-    name: str
-    sha256: str
-    windows: list[list[int]]
-
-    @property
-    def scored_lengths(self) -> list[int]:
-        return [len(window) - 1 for window in self.windows]
-
-
 @dataclass
 class _Run:
     """What stays fixed while one model after the other is scored."""
@@ -72,7 +58,8 @@ class _Run:
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
-    def timed(self, stage: str):
+    def timed(self, stage: str) -> Iterator[Callable[[int, int], None]]:
+        """Record the stage's wall time; gives the function that reports its progress."""
         start = time.perf_counter()
         yield lambda done, total: self.progress(stage, done, total)
         self.seconds[stage] = round(time.perf_counter() - start, 3)
@@ -116,12 +103,11 @@ def evaluate(
     if window > context_length:
         raise EvaluationError(f"A window of {window} tokens does not fit the context of {context_length}; use less.")
     with open_encoder(reference) as encode:
-        texts = [load_text(path, encode, window=window, max_tokens=max_tokens) for path in text if tasks != {"mmlu"}]
-        questions = (
-            _load_questions(encode, mmlu_data, shots, num_shots, limit, context_length, scoring)
-            if "mmlu" in tasks
-            else {}
-        )
+        texts, questions = [], {}
+        if {"kl", "ppl"} & set(tasks):
+            texts = [load_text(path, encode, window=window, max_tokens=max_tokens) for path in text]
+        if "mmlu" in tasks:
+            questions = _load_questions(encode, mmlu_data, shots, num_shots, limit, context_length, scoring)
     run = _Run(
         num_columns=num_columns,
         seed=seed,
@@ -138,10 +124,10 @@ def evaluate(
     return EvalReport(
         reference=_identify(infos[0]),
         candidate=_identify(infos[1]),
-        options={
-            "tasks": sorted(tasks), "window": window, "max_tokens": max_tokens, "seed": seed, "limit": limit,
-            "num_shots": num_shots, "num_top": reference_cache.NUM_TOP, "num_tail": reference_cache.NUM_TAIL,
-        },
+        options=dict(
+            tasks=sorted(tasks), window=window, max_tokens=max_tokens, seed=seed, limit=limit, num_shots=num_shots,
+            num_top=reference_cache.NUM_TOP, num_tail=reference_cache.NUM_TAIL,
+        ),
         texts=[
             summarize_text(t.name, t.sha256, t.scored_lengths, d.target_log_prob, s, with_kl="kl" in tasks)
             for t, d, s in zip(texts, distributions, scores, strict=True)
@@ -173,41 +159,6 @@ def common_columns(reference: ModelInfo, candidate: ModelInfo) -> tuple[int, lis
     return small.vocab_size, [
         f"{large.path.name}: the last {dropped} logits belong to padding tokens and were dropped."
     ]
-
-
-def load_text(path: Path, encode: TextEncoder, *, window: int, max_tokens: int) -> EvalText:
-    """Read and tokenize a text and cut its first `max_tokens` tokens into windows.
-
-    Every window starts with the BOS token if the tokenizer adds one, and then has one text token less. The lines of a
-    .jsonl file are joined by an empty line. A last window of a single token is left out.
-    """
-    content = _read_text(Path(path))
-    plain = encode("a", add_special=False)
-    special = encode("a")
-    bos = special[:1] if special[:1] != plain[:1] else []
-    tokens = encode(content, add_special=False)[:max_tokens]
-    step = window - len(bos)
-    windows = [bos + tokens[i : i + step] for i in range(0, len(tokens), step)]
-    windows = [w for w in windows if len(w) > 1]
-    if not windows:
-        raise EvaluationError(f"{Path(path).name} gives {len(tokens)} tokens; at least 2 are needed to score anything.")
-    return EvalText(Path(path).name, hashlib.sha256(content.encode()).hexdigest(), windows)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvaluationError(f"The text {path} cannot be read: {error}") from error
-    if path.suffix != ".jsonl":
-        return content
-    parts = []
-    for number, line in enumerate(content.splitlines(), start=1):
-        try:
-            parts.append(json.loads(line)["text"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise EvaluationError(f'{path.name}, line {number} is not a JSON object with a "text" field.') from error
-    return "\n\n".join(parts)
 
 
 def _check_options(

@@ -58,7 +58,7 @@ def record_experts(hf_model: nn.Module, observer: ExpertObserver) -> Iterator[No
 
     configs: dict[int, Any] = {id(module.config): module.config for module in expert_modules(hf_model).values()}
     before = {key: config._experts_implementation for key, config in configs.items()}
-    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, partial(_call_recording_forward, observer))
+    ALL_EXPERTS_FUNCTIONS[IMPLEMENTATION] = partial(_call_recording_forward, observer)
     try:
         for config in configs.values():
             config._experts_implementation = IMPLEMENTATION
@@ -86,7 +86,7 @@ def _recording_forward(
 ) -> torch.Tensor:
     result = torch.zeros_like(hidden)
     for expert in expert_ids.unique().tolist():
-        slot, tokens = torch.where(expert_ids.T == expert)
+        slot, tokens = torch.where(expert_ids.T.eq(expert))
         x = hidden[tokens]
         down_input = _activate(module, x, expert)
         out = _linear(module, "down_proj", down_input, expert)

@@ -35,7 +35,7 @@ class TypeChoice(NamedTuple):
     reason: str
 
 
-FILE_TYPES: dict[str, FileType] = {
+LLAMA_FTYPES: dict[str, FileType] = {
     "f32": FileType(0, "F32"),
     "f16": FileType(1, "F16"),
     "q4_0": FileType(2, "Q4_0"),
@@ -234,7 +234,7 @@ _IQ1 = frozenset(("iq1_s", "iq1_m"))
 _IQ2_SMALL = frozenset(("iq2_xxs", "iq2_xs"))
 _IQ2_LARGE = frozenset(("iq2_s", "iq2_m"))
 _VERY_LOW = _IQ1 | _IQ2_SMALL | _IQ2_LARGE
-_OTHERS = frozenset(FILE_TYPES) - _VERY_LOW - {"mxfp4_moe"}
+_OTHERS = frozenset(LLAMA_FTYPES) - _VERY_LOW - {"mxfp4_moe"}
 
 _EMBEDDING_RULES = (
     _rule(_IQ1 | _IQ2_SMALL, "Q2_K"),
@@ -340,7 +340,7 @@ class _Mixture:
 
     def __init__(self, file_type: str, names: Sequence[str], hyper: HyperParams) -> None:
         self.file_type = file_type
-        self.base = FILE_TYPES[file_type].base
+        self.base = LLAMA_FTYPES[file_type].base
         self.hyper = hyper
         self.is_tied = "output.weight" not in names
         self.num_attn_v = sum(_category(name) is _Category.ATTN_V for name in names)
@@ -408,7 +408,7 @@ def llama_tensor_types(
     """The types that llama-quantize gives to a model's tensors for a file type.
 
     Args:
-        ftype: A key of `FILE_TYPES` in any case, or `q3_k`, `q4_k`, `q5_k` for their `_m` mixtures.
+        ftype: A key of `LLAMA_FTYPES` in any case, or `q3_k`, `q4_k`, `q5_k` for their `_m` mixtures.
         tensors: All GGUF names of the file with shapes (last dimension is the row), in any order.
         hyper: As read from the GGUF metadata; `n_head_kv` is 1 for MLA models as llama.cpp's converter writes them.
 
@@ -419,8 +419,8 @@ def llama_tensor_types(
         PlanError: no such file type.
     """
     file_type = _ALIASES.get(ftype.lower(), ftype.lower())
-    if file_type not in FILE_TYPES:
-        near = difflib.get_close_matches(file_type, FILE_TYPES, n=4, cutoff=0.4) or list(FILE_TYPES)
+    if file_type not in LLAMA_FTYPES:
+        near = difflib.get_close_matches(file_type, LLAMA_FTYPES, n=4, cutoff=0.4) or list(LLAMA_FTYPES)
         raise PlanError(f"llama.cpp has no file type `{ftype}`. Did you mean one of: {', '.join(near)}?")
     shapes = {name: tuple(shape) for name, shape in tensors}
     mixture = _Mixture(file_type, list(shapes), hyper)

@@ -137,7 +137,7 @@ def open_encoder(path: Path) -> Iterator[TextEncoder]:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path.name}: transformers cannot load the tokenizer: {error}") from error
 
@@ -152,7 +152,7 @@ def _describe_hugging_face(path: Path) -> ModelInfo:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(path).get_text_config()
+        config = AutoConfig.from_pretrained(path, local_files_only=True).get_text_config()
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path.name}: transformers cannot read the model's configuration: {error}") from error
     return ModelInfo(
@@ -185,8 +185,8 @@ class HuggingFaceRunner:
         if threads is not None:
             torch.set_num_threads(threads)
         try:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
             raise CheckpointError(f"{path.name}: transformers cannot load the model: {error}") from error
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._model = model.eval().to(self._device)

@@ -9,7 +9,6 @@ share are computed once. Generated answers and chat templates are left out.
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 from pathlib import Path
 from typing import Literal
 
@@ -227,7 +226,7 @@ def score_questions(
     scores: dict[int, AnswerScores] = {}
     for indices in groups.values():
         # At least one token must be left to run, because the answer's first logits come from it.
-        shared = commonprefix([encoded[i].prompt[:-1] for i in indices])
+        shared = _common_prefix([encoded[i].prompt[:-1] for i in indices])
         runner.hold_prefix(shared)
         for i in indices:
             rows = runner.branch_logits(encoded[i].prompt[len(shared) :], encoded[i].answers)
@@ -235,6 +234,15 @@ def score_questions(
             scores[i] = AnswerScores(encoded[i].question, np.array(log_probs))
             progress(len(scores), len(encoded))
     return [scores[i] for i in range(len(encoded))]
+
+
+def _common_prefix(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    length = 0
+    for column in zip(*prompts, strict=False):
+        if len(set(column)) > 1:
+            break
+        length += 1
+    return prompts[0][:length]
 
 
 def _sum_log_probs(logits: torch.Tensor, tokens: Sequence[int]) -> float:

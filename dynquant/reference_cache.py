@@ -1,15 +1,16 @@
-"""Compact next-token distributions of a reference model, good enough for its KL divergence to any other model.
+"""Compact next-token distributions of a reference model, enough for its KL divergence to any other model.
 
-Per scored token: the `num_top` largest logits with their ids, the probability mass left in the tail, `num_tail` tokens
-drawn from the tail in proportion to their probability, the target's logit, and the log normalizer. With the
-candidate's exact log-softmax q,
+Per scored token: the NUM_TOP largest logits with their ids, the probability left in the tail, NUM_TAIL tokens drawn
+from the tail in proportion to their probability, the target's logit, and the log normalizer. With the candidate's
+exact log-softmax q,
 
-    KL(p || q) = sum over top of p (log p - log q)  +  tail_mass * mean over the draws of (log p - log q),
+    KL(p || q) = sum over the top of p (log p - log q)  +  tail_p * mean over the draws of (log p - log q),
 
-where the second term is an unbiased estimate of the tail's share. The draws are systematic (one uniform offset per
-token, equal steps through the tail's cumulative probability), which varies far less than independent draws. Logits are
-stored as the model's own float32 with a float64 normalizer, so a model compared with itself gives zero to about 1e-12.
-A full vocabulary of 150,000 float32 logits takes 600,000 bytes a token; this takes about 2,600.
+where the second term is an unbiased estimate of the tail's share; `_tail_divergence` lowers its variance. The draws
+are systematic (one uniform offset a token, equal steps through the tail's cumulative probability). On textbook-moe-16m
+(1,533 tokens, two texts, weights rounded to 8, 4, 3 and 2 bits, KL 0.001 to 4) the mean KL differs from the exact one by
+at most 0.2 %, the 99.9th percentile by at most 2 %. Logits keep the model's own float32 and the normalizer is
+float64, so a model compared with itself gives zero. A token takes 3 kB; full logits of 150,000 tokens take 600 kB.
 """
 
 import hashlib
@@ -28,9 +29,10 @@ from dynquant.errors import EvaluationError
 
 SCHEMA_VERSION = 1
 NUM_TOP = 256
-NUM_TAIL = 64
+NUM_TAIL = 128
 _CHUNK_ELEMENTS = 2**23
 _HASHED_BYTES = 2**20
+_NO_MASS = 1e-12
 
 
 @dataclass(frozen=True)
@@ -100,18 +102,18 @@ def _compress_chunk(
 ) -> ReferenceTokens:
     log_normalizer = _log_normalizer(logits)
     top_logits, top_ids = logits.topk(num_top, dim=-1)
-    tail = (logits.double() - log_normalizer[:, None]).exp_().scatter_(1, top_ids, 0.0)
-    cumulative = tail.cumsum(dim=-1)
-    tail_mass = cumulative[:, -1].clone()
-    steps = (offsets[:, None] + torch.arange(num_tail)) / num_tail
+    tail = (logits - log_normalizer[:, None].float()).exp_().scatter_(1, top_ids, 0.0)
+    cumulative = tail.cumsum(dim=-1, dtype=torch.float64)
+    points = (offsets[:, None] + torch.arange(num_tail)) / num_tail * cumulative[:, -1:]
     # right=True lands on the first entry whose cumulative mass exceeds the point, so never on one of zero probability.
-    tail_ids = torch.searchsorted(cumulative, steps * tail_mass[:, None], right=True).clamp_(max=logits.shape[1] - 1)
+    tail_ids = torch.searchsorted(cumulative, points, right=True).clamp_(max=logits.shape[1] - 1)
+    top_mass = (top_logits.double() - log_normalizer[:, None]).exp().sum(dim=-1)
     return ReferenceTokens(
         top_ids=top_ids.int().numpy(),
         top_logits=top_logits.numpy(),
         tail_ids=tail_ids.int().numpy(),
         tail_logits=logits.gather(1, tail_ids).numpy(),
-        tail_mass=tail_mass.numpy(),
+        tail_mass=(1 - top_mass).clamp(min=0).numpy(),
         target_logit=logits.gather(1, targets[:, None])[:, 0].numpy(),
         log_normalizer=log_normalizer.numpy(),
     )
@@ -138,17 +140,33 @@ def _score_chunk(reference: ReferenceTokens, logits: torch.Tensor, targets: np.n
         return logits.gather(1, torch.from_numpy(ids).long()).double().numpy() - log_normalizer[:, None]
 
     log_p_top = reference.top_logits - reference.log_normalizer[:, None]
-    divergence = (np.exp(log_p_top) * (log_p_top - log_q(reference.top_ids))).sum(axis=1)
-    has_tail = reference.tail_mass > 0
-    if reference.tail_ids.shape[1] and has_tail.any():
-        log_p_tail = reference.tail_logits - reference.log_normalizer[:, None]
-        tail = reference.tail_mass * (log_p_tail - log_q(reference.tail_ids)).mean(axis=1)
-        divergence += np.where(has_tail, tail, 0.0)
+    log_q_top = log_q(reference.top_ids)
+    divergence = (np.exp(log_p_top) * (log_p_top - log_q_top)).sum(axis=1)
+    if reference.tail_ids.shape[1]:
+        log_ratio = log_q(reference.tail_ids) - (reference.tail_logits - reference.log_normalizer[:, None])
+        tail_q = 1 - np.exp(log_q_top).sum(axis=1)
+        divergence += _tail_divergence(divergence, reference.tail_mass, tail_q, log_ratio)
     return TokenScores(
         divergence=divergence,
         same_top=logits.argmax(dim=-1).numpy() == reference.top_ids[:, 0],
         target_log_prob=log_q(np.asarray(targets)[:, None])[:, 0],
     )
+
+
+def _tail_divergence(top: np.ndarray, tail_p: np.ndarray, tail_q: np.ndarray, log_ratio: np.ndarray) -> np.ndarray:
+    """Estimate of the sum over the tail of p (log p - log q), [tokens], from draws of log q - log p, [tokens, draws].
+
+    The mean of q/p over the draws has the known expectation tail_q / tail_p, which makes it a control variate. Its
+    weight is the optimum for a log-normal q/p with variance 2 D, where D is the divergence between the distributions
+    with the tail merged into one token; D does not depend on the draws, so the estimate stays unbiased.
+    """
+    known = (tail_p > _NO_MASS) & (tail_q > _NO_MASS)
+    merged = tail_p * np.log(np.where(known, tail_p, 1.0) / np.where(known, tail_q, 1.0))
+    doubled = np.clip(2 * (top + merged), 1e-9, 100.0)
+    weight = np.where(known, doubled / np.expm1(doubled), 0.0)
+    ratio = np.exp(np.minimum(log_ratio, 700.0)).mean(axis=1)
+    estimate = tail_p * (weight * ratio - log_ratio.mean(axis=1)) - weight * tail_q
+    return np.where(tail_p > _NO_MASS, estimate, 0.0)
 
 
 def _log_normalizer(logits: torch.Tensor) -> torch.Tensor:

@@ -6,18 +6,18 @@ Each stage reuses its output file when that file was made from the same inputs, 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
+from math import prod
 from pathlib import Path
 
 from dynquant import console
 from dynquant.analysis.error_table import ErrorTable
 from dynquant.analysis.measure_errors import build_error_table, file_hash
-from dynquant.errors import DynquantError, PlanError, StatsError
+from dynquant.errors import ExportError, PlanError, StatsError
 from dynquant.model import Model, open_model
 from dynquant.plan import Plan
 from dynquant.plan_building import fixed_bytes, plan_from_types
 from dynquant.planner import Rules, plan_types, weighted_costs
-from dynquant.presets import is_quantizable, preset_types
+from dynquant.presets import preset_types
 from dynquant.quant_types import quant_type
 from dynquant.quantize import load_encoder
 from dynquant.statistics import CalibrationStats
@@ -301,7 +301,7 @@ def print_plan(plan: Plan, directory: Path) -> None:
     for role, entries in sorted(by_role.items(), key=lambda item: -sum(e.bytes for e in item[1])):
         types = sorted({e.type for e in entries}, key=lambda name: -quant_type(name).bits_per_weight)
         size = sum(e.bytes for e in entries)
-        weights = sum(_numel(e.shape) for e in entries)
+        weights = sum(prod(e.shape) for e in entries)
         share = f"{size / plan.predicted_bytes:.1%}"
         rows.append(
             (role, len(entries), " ".join(types), f"{8 * size / weights:.3f}", console.human_bytes(size), share)
@@ -317,3 +317,88 @@ def print_plan(plan: Plan, directory: Path) -> None:
         f"{console.human_bytes(plan.predicted_bytes)} ({plan.predicted_bytes:,} bytes), "
         f"{plan.bits_per_weight:.3f} bits per weight. Plan: {directory / PLAN_NAME}"
     )
+
+
+def export(
+    path: str,
+    output: Path,
+    *,
+    format: str = "gguf",
+    plan_path: Path | None = None,
+    preset: str | None = None,
+    stats_path: Path | None = None,
+    calibration: CalibrationOptions | None = None,
+    encoder: str = "ggml",
+    split_max_size: str | None = None,
+    resume: bool = True,
+    threads: int | None = None,
+    base_gguf: Path | None = None,
+) -> list[Path]:
+    """Write the files of a plan, or of a preset without a plan file."""
+    from dynquant.exporters.gguf import export_gguf
+
+    if format != "gguf":
+        raise ExportError(f"There is no export format `{format}` yet; use -f gguf.")
+    if (plan_path is None) == (preset is None):
+        raise PlanError("Give either --plan FILE or --preset NAME.")
+    model = open_and_announce(path, base_gguf)
+    if plan_path is not None:
+        made = Plan.load(plan_path)
+        stats = _stats_of_plan(made, stats_path or plan_path.parent / STATS_NAME)
+    else:
+        made, stats = _plan_of_preset(model, str(preset), stats_path, calibration or CalibrationOptions(), output)
+    with console.stage_progress() as progress:
+        files = export_gguf(
+            model,
+            made,
+            stats,
+            output,
+            encoder=load_encoder(encoder),
+            threads=threads,
+            split_max_bytes=parse_size(split_max_size) if split_max_size else None,
+            resume=resume,
+            progress=progress,
+        )
+    size = sum(file.stat().st_size for file in files)
+    for file in files:
+        console.out.print(str(file))
+    console.out.print(f"{size:,} bytes, {8 * size / made.num_weights:.3f} bits per weight")
+    return files
+
+
+def _stats_of_plan(plan: Plan, path: Path) -> CalibrationStats | None:
+    """The statistics that a plan was made from.
+
+    Raises:
+        StatsError: they are not at `path`, or are others; both hashes are named.
+    """
+    if plan.stats_hash is None:
+        return None
+    if not path.is_file():
+        raise StatsError(
+            f"The plan was made from calibration statistics, but there is no {path}. Give them with --stats FILE."
+        )
+    found = file_hash(path)
+    if found != plan.stats_hash:
+        raise StatsError(
+            f"{path} has the hash {found[:12]}, but the plan was made from statistics {plan.stats_hash[:12]}. Give the "
+            "stats.safetensors that was written beside the plan."
+        )
+    return CalibrationStats.load(path)
+
+
+def _plan_of_preset(
+    model: Model, preset: str, stats_path: Path | None, calibration: CalibrationOptions, output: Path
+) -> tuple[Plan, CalibrationStats | None]:
+    """A preset's plan; calibrates only when a type of it uses an importance matrix and no statistics were given."""
+    types = preset_types(preset, model)
+    recipe = Target(preset=preset).recipe
+    if stats_path is None and not any(quant_type(name).uses_imatrix for name, _ in types.values()):
+        return plan_from_types(model, types, recipe=recipe), None
+    path = stats_path or output.with_suffix(".stats.safetensors")
+    if stats_path is None and not path.is_file():
+        console.note(f"no --stats given: calibrating on {calibration.text or 'the built-in text'} into {path}")
+        _run_calibration(model, calibration, path)
+    stats = CalibrationStats.load(path)
+    stats.check_belongs_to(model.fingerprint, model.name)
+    return plan_from_types(model, types, recipe=recipe, stats=stats, stats_hash=file_hash(path)), stats

@@ -29,8 +29,9 @@ from dynquant.families.rope import rope_parameters, write_rope
 # transformers' model classes fix the router's scoring function and do not save it.
 _SCORING = {"deepseek_v2": "softmax", "deepseek_v3": "sigmoid"}
 _GATING = {"softmax": gguf.ExpertGatingFuncType.SOFTMAX, "sigmoid": gguf.ExpertGatingFuncType.SIGMOID}
-# llama.cpp takes these layer counts for a lite variant without a query latent (src/models/deepseek2.cpp).
+# llama.cpp takes these layer counts for a lite model without a query latent (src/models/deepseek2.cpp).
 _LITE_LAYER_COUNTS = (26, 27)
+_LITE_LAYERS_AND_VOCAB = (48, 128256)
 
 
 def write_deepseek_keys(config: Config, writer: gguf.GGUFWriter) -> None:
@@ -70,8 +71,8 @@ def add_deepseek_tensors(book: RecipeBook) -> None:
 
 def _write_attention_keys(config: Config, writer: gguf.GGUFWriter) -> None:
     rank, rope = config.integer("kv_lora_rank"), config.integer("qk_rope_head_dim")
-    if config.get("q_lora_rank") is not None:
-        writer.add_q_lora_rank(config.integer("q_lora_rank"))
+    # llama.cpp requires the key except for the layer counts of the lite models; zero means a plain query projection.
+    writer.add_q_lora_rank(config.integer("q_lora_rank", 0))
     writer.add_kv_lora_rank(rank)
     writer.add_key_length(rank + rope)
     writer.add_value_length(rank)
@@ -180,5 +181,7 @@ def _check(config: Config) -> None:
     else:
         config.expect("topk_method", "noaux_tc", absent="noaux_tc")
         config.expect("rope_interleave", True, absent=True)
-    if config.integer("num_hidden_layers") in _LITE_LAYER_COUNTS and config.get("q_lora_rank") is not None:
-        config.refuse("llama.cpp takes 26 or 27 layers for a lite variant and ignores `q_lora_rank`")
+    layers, vocab_size = config.integer("num_hidden_layers"), config.integer("vocab_size")
+    is_lite = layers in _LITE_LAYER_COUNTS or (layers, vocab_size) == _LITE_LAYERS_AND_VOCAB
+    if is_lite and config.get("q_lora_rank") is not None:
+        config.refuse(f"llama.cpp takes {layers} layers for a lite model and ignores `q_lora_rank`")

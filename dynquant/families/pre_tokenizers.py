@@ -28,9 +28,11 @@ DEEPSEEK_V3 = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
 DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, DIGIT)
+# Characters that Unicode normalization would replace are written as escapes.
 _DEEPSEEK_LLM_LETTERS = (
-    r"\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼ"
-    r"ℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+"
+    "\\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-"
+    "\u1f7dᾀ-ᾴᾶ-ᾼ\u1fbeῂ-ῄῆ-ῌῐ-\u1fd3ῖ-\u1fdbῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-\u2113\u2115\u2119-\u211d\u2124\u2126\u2128\u212a-"
+    "\u212d\u212f-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+"
 )
 DEEPSEEK_LLM = (r"[\r\n]", _DEEPSEEK_LLM_LETTERS, "\\s?[!-/:-~！-／：-～‘-‟\u3000-。]+", r"\s+$", _CJK, DIGIT)
 
@@ -55,7 +57,10 @@ def pre_tokenizer_name(tokenizer: dict[str, object], where: str) -> str:
         CheckpointError: rules, or a normalizer, that no pre-tokenizer of llama.cpp has.
     """
     _check_normalizer(tokenizer.get("normalizer"), where)
-    rules = splitting_rules(tokenizer.get("pre_tokenizer"), where)
+    pre_tokenizer = tokenizer.get("pre_tokenizer")
+    if not _maps_bytes(pre_tokenizer):
+        raise CheckpointError(f"{where} is a BPE tokenizer on characters, not bytes, which llama.cpp lacks. {WAY_OUT}")
+    rules = splitting_rules(pre_tokenizer, where)
     ignores_merges = bool(tokenizer["model"].get("ignore_merges", False))  # type: ignore[attr-defined]
     name = _NAMES.get((rules, ignores_merges))
     if name is None:
@@ -83,6 +88,12 @@ def splitting_rules(pre_tokenizer: object, where: str) -> tuple[str, ...]:
         if pattern is not None:
             return (pattern.replace("\r", r"\r").replace("\n", r"\n"),)
     raise CheckpointError(f"{where} has a pre-tokenizer step that llama.cpp cannot do: {pre_tokenizer!r}. {WAY_OUT}")
+
+
+def _maps_bytes(pre_tokenizer: object) -> bool:
+    if not isinstance(pre_tokenizer, dict):
+        return False
+    return pre_tokenizer.get("type") == "ByteLevel" or any(map(_maps_bytes, pre_tokenizer.get("pretokenizers", [])))
 
 
 def _isolates(split: dict[str, object]) -> bool:

@@ -79,5 +79,5 @@ class RecipeSource:
         return self._recipes[name].load(self._source, index)
 
     def checkpoint_names(self, name: str) -> tuple[str, ...]:
-        """The checkpoint tensors that a GGUF tensor is made of; all experts of a stacked one, none of a computed one."""
+        """The checkpoint tensors that a GGUF tensor is made of: every expert of a stack, none if it is computed."""
         return self._recipes[name].parts

@@ -2,8 +2,7 @@
 
 llama.cpp merges the pair of neighbours whose joined piece has the highest score. A tokenizer.json has no scores, but
 its merges are in score order; a piece's score is then the negated rank of the first merge that makes it. That is exact
-when every way to split a piece is a merge and these merges are neighbours in rank, which holds for what transformers
-converts from SentencePiece and is checked.
+when every way to split a piece is a merge, as in all that transformers converts from SentencePiece; this is checked.
 """
 
 import re
@@ -78,21 +77,26 @@ def _processor(path: Path) -> "SentencePieceProcessor":
 
 
 def _scores_from_merges(merges: list, vocab: dict[str, int], path: Path) -> dict[str, float]:
-    pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
-    first, last, count = {}, {}, {}
-    for rank, (left, right) in enumerate(pairs):
-        text = left + right
-        first.setdefault(text, rank)
-        last[text] = rank
-        count[text] = count.get(text, 0) + 1
-    for text, rank in first.items():
-        splits = sum(text[:i] in vocab and text[i:] in vocab for i in range(1, len(text)))
-        if last[text] - rank + 1 != count[text] or splits != count[text]:
+    """Negated first rank of each piece's merges; pieces whose ranks interleave had equal scores and get them back."""
+    ranks: dict[str, list[int]] = {}
+    for rank, merge in enumerate(merges):
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        ranks.setdefault(left + right, []).append(rank)
+    scores: dict[str, float] = {}
+    start, end = 0, -1
+    for text, own in ranks.items():
+        num_splits = sum(text[:i] in vocab and text[i:] in vocab for i in range(1, len(text)))
+        if num_splits != len(own):
             raise CheckpointError(
-                f"{path}: the merges that make {text!r} do not follow from a score per piece, so llama.cpp's "
-                f"SentencePiece tokenizer would give other ids. Put tokenizer.model beside it. {WAY_OUT}"
+                f"{path}: {text!r} can be split into pieces in {num_splits} ways, but {len(own)} of them are merges. "
+                "llama.cpp's SentencePiece tokenizer merges in all of them and would give other ids. Put "
+                f"tokenizer.model beside it. {WAY_OUT}"
             )
-    return {text: -float(rank) for text, rank in first.items()}
+        if own[0] > end:
+            start = own[0]
+        end = max(end, own[-1])
+        scores[text] = -float(start)
+    return scores
 
 
 def _prefixes_space(tokenizer: dict[str, object], path: Path) -> bool:

@@ -68,6 +68,8 @@ def _is_byte_level(tokenizer: dict[str, object], path: Path) -> bool:
     if not isinstance(model, dict) or model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
         kind = model.get("type") if isinstance(model, dict) else model
         raise CheckpointError(f"{path} holds a tokenizer of type {kind!r}; only BPE can be converted. {WAY_OUT}")
+    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        raise CheckpointError(f"{path} marks word parts with a prefix or suffix, which llama.cpp lacks. {WAY_OUT}")
     return not model.get("byte_fallback", False)
 
 
@@ -81,7 +83,7 @@ def _write_byte_level(
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre_tokenizer)
     writer.add_token_list(vocabulary.tokens)
-    writer.add_token_types(vocabulary.types)
+    writer.add_token_types([int(kind) for kind in vocabulary.types])
 
 
 def _write_sentencepiece(
@@ -106,7 +108,7 @@ def _write_sentencepiece(
     writer.add_tokenizer_pre("default")
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_scores(vocabulary.scores)
-    writer.add_token_types(vocabulary.types)
+    writer.add_token_types([int(kind) for kind in vocabulary.types])
     writer.add_add_space_prefix(prefixes_space)
 
 

@@ -115,7 +115,7 @@ def llama_model(
             part |= {"attn_q": (q_rows, hidden), "attn_k": (kv_rows, hidden), "attn_v": (kv_rows, hidden)}
         if experts:
             part |= {"ffn_gate_inp": (experts, hidden), "ffn_down_exps": (experts, hidden, ffn)}
-            part |= {name: (experts, ffn, hidden) for name in ("ffn_gate_exps", "ffn_up_exps")}
+            part |= dict.fromkeys(("ffn_gate_exps", "ffn_up_exps"), (experts, ffn, hidden))
         else:
             part |= {"ffn_gate": (ffn, hidden), "ffn_up": (ffn, hidden), "ffn_down": (hidden, ffn)}
         shapes |= {f"blk.{layer}.{name}.weight": shape for name, shape in part.items()}
@@ -148,7 +148,7 @@ def deepseek_model(*, layers: int = 4, hidden: int = 256, experts: int = 8, ffn:
             part |= {"ffn_gate": (512, hidden), "ffn_up": (512, hidden), "ffn_down": (hidden, 512)}
         else:
             part |= {"ffn_gate_inp": (experts, hidden), "ffn_down_exps": (experts, hidden, ffn)}
-            part |= {name: (experts, ffn, hidden) for name in ("ffn_gate_exps", "ffn_up_exps")}
+            part |= dict.fromkeys(("ffn_gate_exps", "ffn_up_exps"), (experts, ffn, hidden))
             part |= {"ffn_down_shexp": (hidden, ffn), "ffn_gate_shexp": (ffn, hidden), "ffn_up_shexp": (ffn, hidden)}
         shapes |= {f"blk.{layer}.{name}.weight": shape for name, shape in part.items()}
     metadata: dict[str, int | float] = {

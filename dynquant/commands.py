@@ -1,0 +1,107 @@
+"""Commands that show rather than make: eval, inspect, super-weights and the demo."""
+
+import json
+from dataclasses import asdict
+from importlib import resources
+from pathlib import Path
+
+from dynquant import console, workflow
+from dynquant.eval_report import EvalReport, summary_rows
+from dynquant.plan import write_atomically
+
+
+def evaluate(candidate: str, reference: str, *, json_file: Path | None = None, **options) -> EvalReport:
+    """Print the before/after table; `options` are those of `dynquant.evaluate.evaluate`."""
+    from dynquant.evaluate import evaluate as run
+
+    with console.stage_progress() as progress:
+        report = run(candidate, reference, progress=progress, **options)
+    print_report(report)
+    if json_file:
+        write_atomically(json_file, report.to_json())
+        console.note(f"wrote {json_file}")
+    return report
+
+
+def print_report(report: EvalReport) -> None:
+    """The before/after table, one block a text or question set."""
+    rows = []
+    section = None
+    for row in summary_rows(report):
+        if row.section != section:
+            section = row.section
+            rows.append((f"[bold]{section}[/]", "", "", ""))
+        rows.append((f"  {row.metric}", row.reference, row.candidate, row.comparison))
+    title = f"{report.candidate.name} against {report.reference.name}"
+    console.print_table(title, ("", "reference", "candidate", "comparison"), rows)
+    for line in report.notes:
+        console.note(line)
+
+
+def inspect(path: str, *, as_json: bool = False) -> None:
+    """Types, roles, sizes and provenance of a file."""
+    from dynquant.inspect_file import inspect as read
+
+    summary = read(path)
+    if as_json:
+        document = {
+            "format": summary.format,
+            "arch": summary.arch,
+            "total_bytes": summary.total_bytes,
+            "bits_per_weight": summary.bits_per_weight,
+            "types": [asdict(share) for share in summary.by_type],
+            "roles": [asdict(share) for share in summary.by_role],
+            "metadata": summary.metadata,
+            "provenance": summary.provenance,
+        }
+        print(json.dumps(document, indent=1, default=str))
+        return
+    for title, shares in (("by type", summary.by_type), ("by role", summary.by_role)):
+        rows = [
+            (s.label, s.num_tensors, f"{s.bits_per_weight:.3f}", console.human_bytes(s.num_bytes),
+             f"{s.num_bytes / summary.total_bytes:.1%}")
+            for s in shares
+        ]  # fmt: skip
+        console.print_table(f"{Path(path).name} {title}", ("", "tensors", "bpw", "size", "share"), rows)
+    for key, value in (summary.metadata | summary.provenance).items():
+        console.out.print(f"{key}: {value}", markup=False)
+    console.out.print(
+        f"{summary.arch}, {console.human_bytes(summary.total_bytes)} ({summary.total_bytes:,} bytes), "
+        f"{summary.bits_per_weight:.3f} bits per weight"
+    )
+
+
+def demo(output: Path) -> None:
+    """plan -> export -> eval on the bundled model; everything lands in `output`."""
+    with resources.as_file(resources.files("dynquant") / "data") as data:
+        model = str(data / "textbook-moe-16m")
+        made = workflow.plan(model, workflow.Target(), workflow.CalibrationOptions(tokens=16384), output / "plan")
+        workflow.print_plan(made, output / "plan")
+        file = output / f"textbook-moe-16m-{made.bits_per_weight:.2f}bpw.gguf"
+        workflow.export(model, file, plan_path=output / "plan" / workflow.PLAN_NAME)
+        report = evaluate(
+            str(file),
+            model,
+            tasks=("kl", "ppl", "mmlu"),
+            text=[data / "demo_text.txt"],
+            max_tokens=4096,
+            mmlu_data=data / "demo_questions.jsonl",
+            shots=data / "demo_shots.jsonl",
+            limit=108,
+            scoring=("cloze",),
+            json_file=output / "eval.json",
+        )
+        workflow.write_plan_report(model, output / "plan", evaluation=report)
+    _continue_text(file)
+    console.out.print(f"\nmodel:  {file}\nreport: {output / 'plan' / 'report.html'}")
+
+
+def _continue_text(file: Path, prompt: str = "The purpose of a statistical test is to") -> None:
+    """Show that stock llama.cpp runs the file."""
+    import llama_cpp
+
+    llm = llama_cpp.Llama(str(file), n_ctx=256, verbose=False, seed=0)
+    words = llm(prompt, max_tokens=40, temperature=0.0)["choices"][0]["text"]
+    console.out.print(f"\nllama.cpp continues: [italic]{prompt}[/]{words}", markup=True)
+
+
