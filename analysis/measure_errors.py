@@ -15,7 +15,6 @@ from dynquant.analysis.error_table import ErrorRow, ErrorTable
 from dynquant.architecture import layer_of, role_of
 from dynquant.codecs import decode
 from dynquant.codecs.encoder import Encoder
-from dynquant.errors import EncodeError
 from dynquant.importance import importance
 from dynquant.model import Model
 from dynquant.presets import is_quantizable
@@ -133,29 +132,16 @@ def _measure(
 
 
 def expert_groups(model: Model, info: TensorInfo) -> Iterator[tuple[slice, torch.Tensor]]:
-    """A tensor as float32 [E, R, C], in groups of experts that fit in memory; a matrix is one expert.
-
-    Raises:
-        EncodeError: a weight is NaN or infinite.
-    """
+    """A tensor as float32 [E, R, C], in groups of experts that fit in memory; a matrix is one expert."""
     if len(info.shape) == 2:
-        yield slice(0, 1), _checked(model.source.load(info.name).unsqueeze(0), info.name)
+        yield slice(0, 1), model.source.load(info.name).unsqueeze(0)
         return
     count = info.shape[0]
     step = max(1, WEIGHTS_IN_MEMORY // (info.shape[-2] * info.shape[-1]))
     for start in range(0, count, step):
         experts = range(start, min(start + step, count))
         weights = torch.stack([model.source.load(info.name, expert) for expert in experts])
-        yield slice(start, experts.stop), _checked(weights, info.name)
-
-
-def _checked(weights: torch.Tensor, name: str) -> torch.Tensor:
-    if not bool(torch.isfinite(weights).all()):
-        raise EncodeError(
-            f"The tensor `{name}` holds NaN or infinite weights, which no quant type can store. The checkpoint is "
-            "damaged or diverged in training; fetch it again."
-        )
-    return weights
+        yield slice(start, experts.stop), weights
 
 
 def _samples(inputs: InputStats | None, experts: slice, columns: int) -> torch.Tensor | None:

@@ -177,7 +177,7 @@ def _common_range(panels: Sequence[_Panel]) -> tuple[float, float]:
     values = [value for panel in panels for name in panel.types for _, value in panel.values(name)]
     low, high = min(values), max(values)
     span = max(high / low, 3.0)
-    return low / span**0.04, high * span**0.2
+    return low / span**0.04, high * span**0.26
 
 
 def _name_stand_outs(axes: "Axes", panel: _Panel, found: list[StandOut]) -> None:

@@ -71,6 +71,13 @@ class StarvedExpert(Protocol):
     def tokens(self) -> int: ...
 
 
+class Coverage(Protocol):
+    """What the calibration says of its experts."""
+
+    @property
+    def starved(self) -> Sequence[StarvedExpert]: ...
+
+
 GROUPS = ("attention", "dense FFN", "shared expert", "routed gate/up", "routed down")
 OUTSIDE = "outside the layers"
 

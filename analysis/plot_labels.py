@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _DISTANCES = (0, 7, 17, 31, 49, 71, 100)  # points beyond the clearance
 _SAMPLING = 6.0  # pixels between tested points along a line
 _ANGLES = (45, 135, 90, 20, 160, 70, 110, 0, 180, 315, 225, 270, 340, 200)  # degrees
-_OUTSIDE, _OVERLAP, _AMBIGUOUS, _COVERED = 100_000, 10_000, 200, 20  # costs; a point of distance costs 1
+_OUTSIDE, _OVERLAP, _AMBIGUOUS, _BELOW, _COVERED = 100_000, 10_000, 200, 60, 20  # costs; a point of distance costs 1
 
 
 def place_labels(
@@ -89,7 +89,10 @@ def _best(axes: "Axes", annotation, taken: list, blocked: np.ndarray, anchors: n
         box = (left, centre_y - height / 2, left + width, centre_y + height / 2)
         cost = _OUTSIDE * _is_outside(box, frame) + _OVERLAP * sum(_overlap(box, other) for other in taken)
         cost += (
-            _COVERED * _count_inside(box, blocked) + _AMBIGUOUS * _is_nearer_to_others(box, anchor, anchors) + distance
+            _COVERED * _count_inside(box, blocked)
+            + _AMBIGUOUS * _is_nearer_to_others(box, anchor, anchors)
+            + distance
+            + _BELOW * (dy < -1)
         )
         if best is None or cost < best[0]:
             best = (cost, (dx, (centre_y - anchor[1]) / scale), align, box)

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 from dynquant.analysis.error_table import ErrorTable
 from dynquant.analysis.plot_errors import draw_errors
-from dynquant.analysis.plot_experts import draw_experts, expert_tokens
+from dynquant.analysis.plot_experts import draw_experts, starved_experts
 from dynquant.analysis.plot_frontier import draw_frontier
-from dynquant.analysis.plot_inputs import FrontierPoint, SuperWeight, check_same_checkpoint
+from dynquant.analysis.plot_inputs import Coverage, FrontierPoint, SuperWeight, check_same_checkpoint
 from dynquant.analysis.plot_plan_map import draw_plan_map
 from dynquant.analysis.plot_sizes import draw_size_breakdown
 from dynquant.analysis.plot_style import PlotFiles, plot_settings, save_figure
@@ -31,19 +31,6 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 Drawing = Callable[[], tuple["Figure", str] | None]
 
-MIN_EXPERT_TOKENS = 64
-"""Experts below this many calibration tokens are marked as starved unless the caller says which are."""
-
-
-def starved_experts(plan: Plan, stats: CalibrationStats, min_tokens: int = MIN_EXPERT_TOKENS) -> list[tuple[int, int]]:
-    """(layer, expert) of every routed expert with fewer than `min_tokens` calibration tokens."""
-    return [
-        (layer, expert)
-        for layer, counts in expert_tokens(plan, stats).items()
-        for expert, count in enumerate(counts)
-        if count < min_tokens
-    ]
-
 
 def write_plots(
     directory: Path,
@@ -53,7 +40,7 @@ def write_plots(
     stats: CalibrationStats | None,
     super_weights: Sequence[SuperWeight] = (),
     frontier: Sequence[FrontierPoint] | None = None,
-    min_expert_tokens: int = MIN_EXPERT_TOKENS,
+    coverage: Coverage | None = None,
     progress: Progress | None = None,
 ) -> dict[str, PlotFiles]:
     """Write NAME.png and NAME.svg of every plot that the data allow; absent names had nothing to show.
@@ -63,7 +50,7 @@ def write_plots(
         ExportError: matplotlib is missing, or the directory cannot be written.
     """
     check_same_checkpoint(plan, table, stats)
-    drawings = _drawings(table, plan, stats, super_weights, frontier, min_expert_tokens)
+    drawings = _drawings(table, plan, stats, super_weights, frontier, coverage)
     written: dict[str, PlotFiles] = {}
     for done, (name, draw) in enumerate(drawings.items()):
         if progress:
@@ -83,7 +70,7 @@ def _drawings(
     stats: CalibrationStats | None,
     super_weights: Sequence[SuperWeight],
     frontier: Sequence[FrontierPoint] | None,
-    min_expert_tokens: int,
+    coverage: Coverage | None,
 ) -> dict[str, Drawing]:
     """Plot name -> how to draw it, in the order of the report; only plots whose inputs were given."""
     drawings: dict[str, Drawing] = {
@@ -95,7 +82,7 @@ def _drawings(
         drawings["weight_error_by_layer"] = lambda: draw_errors(table, plan, "relative_rms")
     if stats is not None:
         drawings["super_weights"] = lambda: draw_super_weights(plan, stats, super_weights)
-        starved = starved_experts(plan, stats, min_expert_tokens)
+        starved = [(layer, expert) for layer, expert, _ in starved_experts(plan, stats, coverage)]
         drawings["expert_heatmap"] = lambda: draw_experts(plan, table, stats, starved)
     if frontier:
         drawings["frontier"] = lambda: draw_frontier(plan, table, frontier)

@@ -222,8 +222,7 @@ class ResumableOutput:
         return ExportError(
             f"{self.journal_path} belongs to an interrupted export with another {key.replace('_', ' ')} "
             f"({found.get(key, 'none')[:16]}, now {wanted.get(key, 'none')[:16]}); its tensors cannot be used for this "
-            f"one. Finish it with its own plan and options, delete it together with {self._partials[0].name}, or "
-            "export to another name."
+            "one. Finish it with its own plan and options, start over with --no-resume, or export to another name."
         )
 
     def _failure(self, error: OSError, what: str) -> ExportError:

@@ -75,6 +75,7 @@ def calibrate(
         text_hash=documents.sha256,
         text_name=documents.name,
         window=windows.shape[1],
+        max_tokens=tokens,
         seed=seed,
     )
     return collect_statistics(

@@ -124,10 +124,10 @@ def evaluate(
     return EvalReport(
         reference=_identify(infos[0]),
         candidate=_identify(infos[1]),
-        options=dict(
-            tasks=sorted(tasks), window=window, max_tokens=max_tokens, seed=seed, limit=limit, num_shots=num_shots,
-            num_top=reference_cache.NUM_TOP, num_tail=reference_cache.NUM_TAIL,
-        ),
+        options={
+            "tasks": sorted(tasks), "window": window, "max_tokens": max_tokens, "seed": seed, "limit": limit,
+            "num_shots": num_shots, "num_top": reference_cache.NUM_TOP, "num_tail": reference_cache.NUM_TAIL,
+        },
         texts=[
             summarize_text(t.name, t.sha256, t.scored_lengths, d.target_log_prob, s, with_kl="kl" in tasks)
             for t, d, s in zip(texts, distributions, scores, strict=True)

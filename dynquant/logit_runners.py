@@ -21,6 +21,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from dynquant.errors import CheckpointError, EvaluationError
 
@@ -186,7 +187,7 @@ class HuggingFaceRunner:
             torch.set_num_threads(threads)
         try:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(f"{path.name}: transformers cannot load the model: {error}") from error
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._model = model.eval().to(self._device)
@@ -242,7 +243,7 @@ class _LlamaLog:
         llama_cpp.llama_backend_init()
 
     def _keep(self, level: int, text: bytes, _user_data: object) -> None:
-        warning, error = 2, 3
+        warning, error = 3, 4  # enum ggml_log_level of ggml.h
         if level in (warning, error):
             self._lines.append(text.decode("utf-8", errors="replace").strip())
 

@@ -122,7 +122,5 @@ def _r1(recipe: _R1Recipe, names: list[str], preset: str) -> Callable[[str], Cho
 
 
 def _llama(ftype: str, model: Model) -> dict[str, Choice]:
-    if ftype not in LLAMA_FTYPES:
-        raise PlanError(f"llama.cpp has no mixture `{ftype}` here; choose one of: {', '.join(LLAMA_FTYPES)}.")
     tensors = [(name, model.source.info(name).shape) for name in model.source.names()]
     return llama_tensor_types(ftype, tensors, model.hyper)

@@ -84,6 +84,8 @@ class StatsProvenance(BaseModel):
     num_tokens: int = 0
     num_held_back_tokens: int = 0
     window: int = 512
+    max_tokens: int = 0
+    """The limit that calibration ran under; 0 when unknown."""
     seed: int = 0
     imported_from: str | None = None
 

@@ -19,8 +19,10 @@ from dynquant.errors import EncodeError, ExportError, PlanError, StatsError
 from dynquant.exporters.gguf import export_gguf
 from dynquant.exporters.gguf_header import file_type_of
 from dynquant.gguf_source import GGUFSource, MetadataField
+from dynquant.importance import importance
 from dynquant.model import Model, open_model
 from dynquant.plan_building import plan_from_types, stays_f32
+from dynquant.quant_types import QUANT_TYPES
 from dynquant.quantize import load_encoder
 from dynquant.statistics import CalibrationStats, InputStats, StatsProvenance
 from dynquant.tensor_source import DictSource
@@ -162,7 +164,6 @@ def test_parts_hold_the_tensors_of_the_single_file_and_keep_to_the_limit(moe_fil
 
 
 def test_provenance_and_imatrix_keys_name_no_path(tmp_path):
-    pytest.importorskip("dynquant.importance")
     model = tiny_model()
     stats = tiny_stats(model)
     plan = tiny_plan(model, "Q4_K", stats=stats, stats_hash="5" * 64)
@@ -180,6 +181,21 @@ def test_provenance_and_imatrix_keys_name_no_path(tmp_path):
     assert fields["dynquant.fingerprint"] == model.fingerprint
     assert fields["dynquant.encoder"].strip() == "ggml"
     assert "general.alignment" not in fields and fields["llama.flag"] is False
+
+
+def test_each_expert_is_encoded_with_its_own_statistics(tmp_path):
+    model, name = tiny_model(), "blk.3.ffn_up_exps.weight"
+    stats = tiny_stats(model)
+    types = {n: ("IQ1_S" if "exps" in n else "Q4_K", "asked") for n in model.source.names() if "norm" not in n}
+    plan = plan_from_types(model, types, recipe="bpw 2.0", stats=stats, stats_hash="5" * 64)
+    (path,) = export_gguf(model, plan, stats, tmp_path / "a.gguf", encoder=GGML)
+    weights, measured = model.source.load(name), importance(stats, name, (3, 16, 256))
+    stored = GGUFSource(path)
+    for expert in range(3):
+        direct = GGML.encode(QUANT_TYPES["IQ1_S"], weights[expert], measured[expert], 1)
+        assert torch.equal(stored.load_packed(name, expert), direct)
+        swapped = GGML.encode(QUANT_TYPES["IQ1_S"], weights[expert], measured[(expert + 1) % 3], 1)
+        assert not torch.equal(swapped, direct), "the statistics of two experts must differ for this test to mean much"
 
 
 def test_the_size_does_not_depend_on_the_encoder(tmp_path):

@@ -1,4 +1,4 @@
-"""Every family against transformers: logits of the converted F32 GGUF in llama.cpp, and refusals of what would differ."""
+"""Every family against transformers: logits of the F32 GGUF in llama.cpp, and refusals of what would differ."""
 
 import json
 import warnings
@@ -138,7 +138,7 @@ def test_fused_experts_give_the_same_tensors(deepseek_v3: Path, tmp_path: Path) 
 def test_scoring_function_follows_the_model_class(deepseek_v3: Path, tmp_path: Path) -> None:
     assert "scoring_func" not in json.loads((deepseek_v3 / "config.json").read_text())
     assert metadata(open_hf(deepseek_v3))["deepseek2.expert_gating_func"] == ExpertGatingFuncType.SIGMOID
-    with pytest.raises(CheckpointError, match="scoring_func.*softmax.*--base-gguf"):
+    with pytest.raises(CheckpointError, match=r"scoring_func.*softmax.*--base-gguf"):
         open_hf(edit_config(deepseek_v3, tmp_path / "softmax", scoring_func="softmax"))
 
 

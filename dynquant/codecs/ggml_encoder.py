@@ -55,7 +55,7 @@ class GgmlEncoder:
     ) -> torch.Tensor:
         """Encode all rows of `weights`; see `dynquant.codecs.encoder.Encoder.encode`.
 
-        Weights stay in their own dtype and are widened chunk by chunk, so a bfloat16 tensor needs no float32 copy. Where
+        Weights stay in their own dtype and are widened chunk by chunk, so a bfloat16 tensor needs no float32 copy. When
         nothing has to be converted (F32 from float32), the result shares memory with `weights`.
         """
         by_expert = check_request(quant_type, weights, importance, name=name)

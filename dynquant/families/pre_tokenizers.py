@@ -7,6 +7,8 @@ vocabulary although the rules are well known. The rules themselves decide here: 
 it: text that is already in that form, as nearly all is, gets the same ids.
 """
 
+import warnings
+
 from dynquant.errors import CheckpointError
 from dynquant.families.config import WAY_OUT
 
@@ -49,6 +51,9 @@ _NAMES: dict[tuple[tuple[str, ...], bool], str] = {
     (DEEPSEEK_V3, False): "deepseek-v3",
 }
 
+_INEXACT = {"tekken": "words with combining marks (Devanagari, for instance)"}
+"""Where llama.cpp's own expression is an approximation, what it splits differently."""
+
 
 def pre_tokenizer_name(tokenizer: dict[str, object], where: str) -> str:
     """llama.cpp's name for the rules of a byte-level BPE tokenizer.json.
@@ -67,6 +72,12 @@ def pre_tokenizer_name(tokenizer: dict[str, object], where: str) -> str:
         raise CheckpointError(
             f"{where} splits text by rules that dynquant cannot name for llama.cpp: {list(rules)} with ignore_merges="
             f"{ignores_merges}. A wrong name would change token ids in silence. {WAY_OUT}"
+        )
+    if name in _INEXACT:
+        warnings.warn(
+            f"{where}: llama.cpp's pre-tokenizer `{name}` splits {_INEXACT[name]} differently than this tokenizer; "
+            "they get other ids.",
+            stacklevel=2,
         )
     return name
 

@@ -1,0 +1,317 @@
+"""Super weights: single scalars of a down-projection that a model cannot do without (arXiv 2411.07191).
+
+One forward pass records, for every down-projection (dense, shared and each routed expert), the output of largest
+magnitude. A spike makes its tensor a candidate when it is `threshold` times the median of the layers' maxima and when
+it enlarges the residual stream; [row, col] is its output channel and the input channel that contributes most to it.
+The candidate is zeroed and the model run again: it is a super weight when the log-probabilities of the text change by
+`min_effect` on average. Then the search goes on without it, until no spike is left. All weights are restored.
+The paper's fixed threshold (|output| > 50) fits 7B models; a ratio and a measured effect fit any size.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+from torch.nn import functional
+
+from dynquant.architecture import gguf_name_of, layer_of, role_of
+from dynquant.expert_hooks import expert_modules, record_experts
+from dynquant.linear_hooks import linear_names
+
+_LAYER_MODULE = re.compile(r"^(.*?\.\d+)\.")
+
+
+class SuperWeight(BaseModel):
+    """`name[expert][row, col]`, in the order of discovery. `max_in` and `max_out` are signed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    """GGUF name of the tensor; `expert` is None for dense and shared projections."""
+    module: str
+    expert: int | None
+    layer: int
+    row: int
+    col: int
+    value: float
+    max_in: float
+    max_out: float
+    position: int
+    """Token at which `max_out` occurs."""
+    ratio: float
+    """|max_out| over the median of the layers' maxima."""
+    share: float
+    """Part of `max_out` that this one weight contributes."""
+    effect: float
+    """Mean change of a token's log-probability, in nats, when the weight is zeroed."""
+
+
+class Ablation(BaseModel):
+    """Perplexity of a text: as it is, with the super weight zeroed, with the k next-largest weights zeroed instead."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    perplexity: float
+    without_super_weight: float
+    without_next_largest: float
+    num_next_largest: int
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class DownSpike:
+    """Largest output of one down-projection (of one expert) in one forward pass, and where it comes from."""
+
+    name: str
+    module: str
+    expert: int | None
+    max_in: float
+    max_out: float
+    position: int
+    row: int
+    col: int
+    share: float
+    is_growing: bool
+    """The residual stream is larger at this token and channel after the layer than before it."""
+
+    @property
+    def layer(self) -> int:
+        return layer_of(self.name) or 0
+
+    @property
+    def tensor(self) -> tuple[str, int | None]:
+        return self.name, self.expert
+
+
+def find_super_weights(
+    hf_model: nn.Module,
+    arch: str,
+    n_layer: int,
+    token_ids: torch.Tensor,
+    *,
+    threshold: float = 20.0,
+    min_share: float = 0.25,
+    min_effect: float = 0.1,
+    max_iterations: int = 6,
+) -> list[SuperWeight]:
+    """Search on one text, int64 [tokens] or [1, tokens]; a few hundred tokens are enough.
+
+    `max_iterations` bounds the candidates that are tried; each costs one forward pass.
+    """
+    scan = _Scan(hf_model, arch, n_layer, token_ids)
+    spikes, log_probs = scan.run()
+    eligible = {spike.tensor for spike in spikes if spike.is_growing and _ratio(spike, spikes) >= threshold}
+    found: list[SuperWeight] = []
+    tried: set[tuple[str, int | None, int, int]] = set()
+    with ExitStack() as restore:
+        while len(tried) < max_iterations:
+            candidates = (
+                spike
+                for spike in spikes
+                if spike.tensor in eligible
+                and spike.share >= min_share
+                and _ratio(spike, spikes) >= threshold
+                and (*spike.tensor, spike.row, spike.col) not in tried
+            )
+            candidate = min(candidates, key=lambda spike: spike.layer, default=None)
+            if candidate is None:
+                break
+            tried.add((*candidate.tensor, candidate.row, candidate.col))
+            zeroing = ExitStack()
+            value = zeroing.enter_context(_zeroed(hf_model, candidate.module, candidate.expert, [candidate]))
+            spikes_without, log_probs_without = scan.run()
+            effect = (log_probs_without - log_probs).abs().mean().item()
+            if effect < min_effect:
+                zeroing.close()
+                continue
+            restore.push(zeroing)
+            found.append(_super_weight(candidate, value, _ratio(candidate, spikes), effect))
+            spikes, log_probs = spikes_without, log_probs_without
+    return found
+
+
+def ablation(hf_model: nn.Module, super_weight: SuperWeight, token_ids: torch.Tensor, *, k: int = 1000) -> Ablation:
+    """Compare zeroing one super weight with zeroing the `k` next-largest weights of the same matrix.
+
+    The matrix is that of one expert for routed experts. Weights are restored.
+    """
+    token_ids = token_ids.reshape(1, -1)
+    place = super_weight.module, super_weight.expert
+    matrix, is_transposed = _matrix(hf_model, *place)
+    magnitudes = matrix.detach().abs().float()
+    own = (super_weight.col, super_weight.row) if is_transposed else (super_weight.row, super_weight.col)
+    magnitudes[own] = -1.0
+    k = min(k, magnitudes.numel() - 1)
+    largest = magnitudes.flatten().topk(k).indices
+    original = _perplexity(hf_model, token_ids)
+    with _zeroed(hf_model, *place, [super_weight]):
+        without = _perplexity(hf_model, token_ids)
+    with torch.no_grad():
+        flat = matrix.view(-1)
+        kept = flat[largest].clone()
+        flat[largest] = 0
+        try:
+            without_others = _perplexity(hf_model, token_ids)
+        finally:
+            flat[largest] = kept
+    return Ablation(
+        perplexity=original,
+        without_super_weight=without,
+        without_next_largest=without_others,
+        num_next_largest=k,
+        num_tokens=token_ids.numel(),
+    )
+
+
+def scan_down_projections(hf_model: nn.Module, arch: str, n_layer: int, token_ids: torch.Tensor) -> list[DownSpike]:
+    """The largest output of every down-projection and used expert in one forward pass, in layer order."""
+    return _Scan(hf_model, arch, n_layer, token_ids).run()[0]
+
+
+def _ratio(spike: DownSpike, spikes: list[DownSpike]) -> float:
+    maxima: dict[int, float] = {}
+    for other in spikes:
+        maxima[other.layer] = max(maxima.get(other.layer, 0.0), abs(other.max_out))
+    return abs(spike.max_out) / max(median(maxima.values()), 1e-30)
+
+
+def _super_weight(spike: DownSpike, value: float, ratio: float, effect: float) -> SuperWeight:
+    return SuperWeight(
+        name=spike.name,
+        module=spike.module,
+        expert=spike.expert,
+        layer=spike.layer,
+        row=spike.row,
+        col=spike.col,
+        value=value,
+        max_in=spike.max_in,
+        max_out=spike.max_out,
+        position=spike.position,
+        ratio=ratio,
+        share=spike.share,
+        effect=effect,
+    )
+
+
+def _matrix(hf_model: nn.Module, module: str, expert: int | None) -> tuple[torch.Tensor, bool]:
+    """View of the weights, and whether it is [in, out] instead of [out, in]."""
+    found: Any = hf_model.get_submodule(module)
+    if expert is None:
+        return found.weight.data, False
+    return found.down_proj.data[expert], bool(found.is_transposed)
+
+
+@contextmanager
+def _zeroed(
+    hf_model: nn.Module, module: str, expert: int | None, places: list[DownSpike] | list[SuperWeight]
+) -> Iterator[float]:
+    """Set one weight to zero inside the context; gives its value."""
+    matrix, is_transposed = _matrix(hf_model, module, expert)
+    (place,) = places
+    at = (place.col, place.row) if is_transposed else (place.row, place.col)
+    value = matrix[at].clone()
+    matrix[at] = 0
+    try:
+        yield value.item()
+    finally:
+        matrix[at] = value
+
+
+def _token_losses(hf_model: Any, token_ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        logits = hf_model(input_ids=token_ids, use_cache=False).logits[0, :-1]
+    return functional.cross_entropy(logits.float(), token_ids[0, 1:], reduction="none")
+
+
+def _perplexity(hf_model: nn.Module, token_ids: torch.Tensor) -> float:
+    return _token_losses(hf_model, token_ids.to(next(hf_model.parameters()).device)).mean().exp().item()
+
+
+class _Scan:
+    """Forward passes over one text that record spikes of all down-projections."""
+
+    def __init__(self, hf_model: nn.Module, arch: str, n_layer: int, token_ids: torch.Tensor) -> None:
+        self._model = hf_model
+        self._tokens = token_ids.reshape(1, -1).to(next(hf_model.parameters()).device)
+        module_names = {module: name for name, module in hf_model.named_modules()}
+        self._linears = {
+            module: (name, module_names[module])
+            for name, module in linear_names(hf_model, arch, n_layer).items()
+            if role_of(name).is_down_projection
+        }
+        self._experts = {
+            module: (gguf_name_of(f"{name}.down_proj", arch, n_layer) or name, name)
+            for name, module in expert_modules(hf_model).items()
+        }
+        self._spikes: list[DownSpike] = []
+        self._pending: list[tuple[DownSpike, int]] = []
+
+    def run(self) -> tuple[list[DownSpike], torch.Tensor]:
+        """Spikes in layer order, and log-probability of each token after the first."""
+        self._spikes = []
+        with ExitStack() as stack:
+            for module in self._linears:
+                stack.callback(module.register_forward_hook(self._linear_hook).remove)
+            for layer in self._layer_modules():
+                stack.callback(layer.register_forward_hook(self._layer_hook, with_kwargs=True).remove)
+            stack.enter_context(record_experts(self._model, self._observe_expert))
+            losses = _token_losses(self._model, self._tokens)
+        return sorted(self._spikes, key=lambda spike: spike.layer), -losses
+
+    def _layer_modules(self) -> list[nn.Module]:
+        places = [place for _, place in (*self._linears.values(), *self._experts.values())]
+        matches = filter(None, map(_LAYER_MODULE.match, places))
+        return [self._model.get_submodule(name) for name in dict.fromkeys(match.group(1) for match in matches)]
+
+    def _linear_hook(self, module: nn.Module, args: tuple, out: torch.Tensor) -> None:
+        x, out = args[0].flatten(0, -2), out.flatten(0, -2)
+        name, place = self._linears[module]
+        self._add(name, place, None, x, out, lambda row: module.weight[row], torch.arange(len(x)))
+
+    def _observe_expert(
+        self,
+        module: Any,
+        expert: int,
+        _gate_input: torch.Tensor,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        token_index: torch.Tensor,
+    ) -> None:
+        name, place = self._experts[module]
+        matrix = module.down_proj[expert].T if module.is_transposed else module.down_proj[expert]
+        self._add(name, place, expert, x, out, lambda row: matrix[row], token_index)
+
+    def _add(
+        self,
+        name: str,
+        place: str,
+        expert: int | None,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        weights_of_row: Callable[[int], torch.Tensor],
+        token_index: torch.Tensor,
+    ) -> None:
+        token, row = divmod(int(out.abs().argmax()), out.shape[1])
+        contributions = weights_of_row(row) * x[token]
+        col = int(contributions.abs().argmax())
+        value = float(out[token, row])
+        share = float(contributions[col]) / value if value else 0.0
+        max_in = float(x.flatten()[x.abs().argmax()])
+        position = int(token_index[token])
+        spike = DownSpike(name, place, expert, max_in, value, position, row, col, share, is_growing=False)
+        self._pending.append((spike, row))
+
+    def _layer_hook(self, _module: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+        before = args[0] if args else kwargs["hidden_states"]
+        after = out[0] if isinstance(out, tuple) else out
+        for spike, row in self._pending:
+            at = (0, spike.position, row)
+            is_growing = bool(after[at].abs() > before[at].abs())
+            self._spikes.append(DownSpike(**(vars(spike) | {"is_growing": is_growing})))
+        self._pending.clear()
