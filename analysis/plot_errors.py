@@ -197,5 +197,5 @@ def _name_stand_outs(axes: "Axes", panel: _Panel, found: list[StandOut]) -> None
 def _names(items: list[StandOut]) -> str:
     """One line a tensor of a layer, with its error as a multiple of its role's median."""
     shown = items if len(items) <= NAMED_TENSORS else items[: NAMED_TENSORS - 1]
-    lines = [f"{plain(item.row.name.removesuffix('.weight'), 34)}  x{item.value / item.typical:.1f}" for item in shown]
+    lines = [f"{plain(item.row.name.removesuffix('.weight'), 34)} x{item.value / item.typical:.1f}" for item in shown]
     return "\n".join(lines + ([f"+{len(items) - len(shown)} more"] if len(items) > len(shown) else []))

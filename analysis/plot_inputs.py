@@ -99,7 +99,7 @@ def role_group(role: Role) -> str:
     """The line of a role in size tables: the panel's name, or embedding, output, and the small rest."""
     if role in (Role.EMBEDDING, Role.OUTPUT):
         return role.value
-    return group_of(role) or "router, norms, other"
+    return group_of(role) or "router/norm/other"
 
 
 def bits_of(entries: Iterable[PlanEntry]) -> float:

@@ -94,7 +94,7 @@ def _draw_ends(axes: "Axes", ends: list[PlanEntry], layers: list[int], roles: li
     for entry in ends:
         top = above if entry.role is Role.EMBEDDING else below
         bits = entry.quant_type.bits_per_weight
-        _box(axes, 0, top, len(roles), bits, f"{plain(entry.name, 40)}   {entry.type}", 7.5)
+        _box(axes, 0, top, len(roles), bits, f"{plain(entry.name, 40)} · {entry.type}", 7.5)
         above, below = (above - 1, below) if entry.role is Role.EMBEDDING else (above, below + 1)
 
 

@@ -89,7 +89,7 @@ def _draw_roles(axes: "Axes", sizes: list[RoleSize]) -> None:
         hatched = {"facecolor": "white", "edgecolor": "#9ca3af", "hatch": "////", "linewidth": 0.5}
         axes.barh(place - 0.19, weight_share, height=0.36, **hatched)
         text = (
-            f"{size.bits_per_weight:.2f} bits/weight   {human_bytes(size.bytes)}   "
+            f"{size.bits_per_weight:.2f} bits/weight · {human_bytes(size.bytes)} · "
             f"{_percent(share)} of bytes, {_percent(weight_share)} of weights"
         )
         axes.annotate(

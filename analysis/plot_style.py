@@ -40,7 +40,7 @@ GROUP_COLOURS = {
     "attention": ORANGE,
     "embedding": PURPLE,
     "output": VERMILION,
-    "router, norms, other": GREY,
+    "router/norm/other": GREY,
 }
 PNG_DPI = 150
 _RC = {

@@ -53,7 +53,12 @@ def html_table(
 ) -> str:
     """A table with caption and column headings; `sortable` turns the headings into buttons for the script."""
     wrap = '<button type="button">{}</button>' if sortable else "{}"
-    head = "".join(f'<th scope="col">{wrap.format(escape(column))}</th>' for column in columns)
+    rows = list(rows)
+    aligned = [not isinstance(cell, str) for cell in rows[0]] if rows else [False] * len(columns)
+    head = "".join(
+        f'<th scope="col"{" class=number" if is_number else ""}>{wrap.format(escape(column))}</th>'
+        for column, is_number in zip(columns, aligned, strict=True)
+    )
     body = "\n".join(f"<tr>{''.join(_cell(cell) for cell in row)}</tr>" for row in rows)
     attributes = (f' id="{escape(identity)}"' if identity else "") + (" data-sortable" if sortable else "")
     return (

@@ -58,7 +58,7 @@ PLOT_TEXTS = {
         "Size against predicted error",
         "Each point is one way to quantize this model, priced with the same error table; lower left is better, and a "
         "fixed recipe above the planner's line pays more error for its bytes. This is a prediction that ranks plans, "
-        "and `dynquant eval` measures what they do.",
+        "and “dynquant eval” measures what they do.",
         "an error table with importance-weighted errors, priced at other budgets",
     ),
 }

@@ -136,14 +136,14 @@ def test_sharing_the_prefix_changes_no_score(small_moe, questions, shots) -> Non
             assert log_prob == pytest.approx(alone, abs=1e-4)
 
 
-def harness_task(scoring: str, subject: str, files: dict[str, str]) -> dict:
+def harness_task(name: str, scoring: str, subject: str, files: dict[str, str]) -> dict:
     """The harness's own MMLU template (tasks/mmlu), pointed at local files of one subject."""
     kind = "multiple choice questions" if scoring == "letter" else "questions"
     letters = (
         "{{question.strip()}}\nA. {{choices[0]}}\nB. {{choices[1]}}\nC. {{choices[2]}}\nD. {{choices[3]}}\nAnswer:"
     )
     return {
-        "task": f"local_{scoring}_{abs(hash(subject))}",
+        "task": name,
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": files},
         "test_split": "test",
@@ -161,13 +161,14 @@ def harness_task(scoring: str, subject: str, files: dict[str, str]) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scoring", ["letter", "cloze"])
-def test_scores_and_accuracy_equal_lm_evaluation_harness(small_moe, questions, shots, scoring, tmp_path) -> None:
+def test_scores_and_accuracy_equal_lm_evaluation_harness(small_moe, shots, scoring, tmp_path) -> None:
     lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra `dev`)")
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
+    questions = load_questions(small_moe.parent / "demo_questions.jsonl")
     subjects = list(dict.fromkeys(q.subject for q in questions))[:3]
-    asked = [q for q in questions if q.subject in subjects]
+    asked = take_evenly([q for q in questions if q.subject in subjects], 15)
     tasks = []
     for subject in subjects:
         files = {}
@@ -175,7 +176,7 @@ def test_scores_and_accuracy_equal_lm_evaluation_harness(small_moe, questions, s
             file = tmp_path / f"{len(tasks)}-{split}.jsonl"
             file.write_text("".join(json.dumps(q.model_dump()) + "\n" for q in rows if q.subject == subject))
             files[split] = str(file)
-        tasks.append(harness_task(scoring, subject, files))
+        tasks.append(harness_task(f"local_{len(tasks)}", scoring, subject, files))
     model = HFLM(pretrained=str(small_moe), dtype="float32", device="cpu", batch_size=1)
     results = lm_eval.simple_evaluate(
         model, tasks=tasks, task_manager=TaskManager(include_defaults=False), log_samples=True, bootstrap_iters=0
@@ -190,7 +191,7 @@ def test_scores_and_accuracy_equal_lm_evaluation_harness(small_moe, questions, s
     runner = open_runner(small_moe, threads=1, device="cpu")
     ours = score_questions(runner, encoded, num_columns=8192)
     runner.close()
-    assert len(ours) == len(theirs) >= 3
+    assert len(ours) == len(theirs) == 15
     for scores in ours:
         log_probs, sample = theirs[scores.question.question]
         np.testing.assert_allclose(scores.log_probs, log_probs, atol=1e-3)

@@ -174,7 +174,7 @@ def _rows(name: str, size: tuple, types: tuple, shape: Shape, spike: float, stat
                 activation_error=error * spike,
                 per_expert_weighted_error=weighted,
                 per_expert_activation_error=per_expert,
-            )  # fmt: skip
+            )
         )
     return rows
 
