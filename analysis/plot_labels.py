@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 _DISTANCES = (0, 7, 17, 31, 49, 71, 100)  # points beyond the clearance
 _SAMPLING = 6.0  # pixels between tested points along a line
 _ANGLES = (45, 135, 90, 20, 160, 70, 110, 0, 180, 315, 225, 270, 340, 200)  # degrees
-_OUTSIDE, _OVERLAP, _AMBIGUOUS, _BELOW, _COVERED = 100_000, 10_000, 200, 60, 20  # costs; a point of distance costs 1
+_OUTSIDE, _OVERLAP, _AMBIGUOUS, _CROSSED, _BELOW, _COVERED = 100_000, 10_000, 200, 150, 60, 20
+"""What each fault of a position costs; a point of distance costs 1."""
 
 
 def place_labels(
@@ -59,6 +60,7 @@ def place_labels(
         annotation.set_position(offset)
         annotation.set_ha(align)
         taken.append(box)
+        blocked = np.concatenate([blocked, _leader(axes.transData.transform((x, y)), box)])
 
 
 def _pixels(axes: "Axes", obstacles: Sequence, anchors: np.ndarray) -> np.ndarray:
@@ -87,16 +89,19 @@ def _best(axes: "Axes", annotation, taken: list, blocked: np.ndarray, anchors: n
         centre_y = anchor[1] + dy * scale + (height / 2 if dy > 1 else -height / 2 if dy < -1 else 0)
         left = anchor[0] + dx * scale - {"left": 0, "right": width, "center": width / 2}[align]
         box = (left, centre_y - height / 2, left + width, centre_y + height / 2)
-        cost = _OUTSIDE * _is_outside(box, frame) + _OVERLAP * sum(_overlap(box, other) for other in taken)
-        cost += (
-            _COVERED * _count_inside(box, blocked)
-            + _AMBIGUOUS * _is_nearer_to_others(box, anchor, anchors)
-            + distance
-            + _BELOW * (dy < -1)
-        )
+        cost = distance + _BELOW * (dy < -1) + _COVERED * _count_inside(box, blocked)
+        cost += _AMBIGUOUS * _is_nearer_to_others(box, anchor, anchors) + _OUTSIDE * _is_outside(box, frame)
+        cost += sum(_OVERLAP * _overlap(box, other) for other in taken)
+        cost += sum(_CROSSED * _count_inside(other, _leader(anchor, box)) for other in taken)
         if best is None or cost < best[0]:
             best = (cost, (dx, (centre_y - anchor[1]) / scale), align, box)
     return best[1:]
+
+
+def _leader(anchor: np.ndarray, box: tuple) -> np.ndarray:
+    """Points along the line from a point to the middle of its label; [N, 2] pixels."""
+    middle = np.array([(box[0] + box[2]) / 2, (box[1] + box[3]) / 2])
+    return anchor + np.linspace(0, 1, 12)[:, None] * (middle - anchor)
 
 
 def _offset(distance: float, angle: float) -> tuple[float, float]:

@@ -298,9 +298,9 @@ class _Scan:
         token_index: torch.Tensor,
     ) -> None:
         token, row = divmod(int(out.abs().argmax()), out.shape[1])
-        contributions = weights_of_row(row) * x[token]
-        col = int(contributions.abs().argmax())
         value = float(out[token, row])
+        contributions = weights_of_row(row) * x[token]
+        col = int((contributions if value > 0 else -contributions).argmax())
         share = float(contributions[col]) / value if value else 0.0
         max_in = float(x.flatten()[x.abs().argmax()])
         position = int(token_index[token])

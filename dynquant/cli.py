@@ -1,6 +1,6 @@
 """The `dynquant` command: parse, call, print. What the commands do is in `workflow.py` and below.
 
-Exit status: 0 done, 1 refused with one paragraph on stderr, 2 wrong usage. Tracebacks are bugs, or asked for with --debug.
+Exit status: 0 done, 1 refused with one paragraph on stderr, 2 wrong usage. Tracebacks are bugs, or --debug.
 """
 
 import sys

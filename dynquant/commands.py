@@ -6,8 +6,10 @@ from importlib import resources
 from pathlib import Path
 
 from dynquant import console, workflow
+from dynquant.analysis.super_weights import Ablation, SuperWeight, find_super_weights
 from dynquant.eval_report import EvalReport, summary_rows
 from dynquant.plan import write_atomically
+from dynquant.plan_report import PLAN_NAME, write_plan_report
 
 
 def evaluate(candidate: str, reference: str, *, json_file: Path | None = None, **options) -> EvalReport:
@@ -38,6 +40,15 @@ def print_report(report: EvalReport) -> None:
         console.note(line)
 
 
+def report_tree(report: EvalReport) -> dict[str, dict[str, str]]:
+    """Section -> metric -> what the table says, for report.html."""
+    tree: dict[str, dict[str, str]] = {}
+    for row in summary_rows(report):
+        change = " to ".join(part for part in (row.reference, row.candidate) if part)
+        tree.setdefault(row.section, {})[row.metric] = "; ".join(part for part in (change, row.comparison) if part)
+    return tree
+
+
 def inspect(path: str, *, as_json: bool = False) -> None:
     """Types, roles, sizes and provenance of a file."""
     from dynquant.inspect_file import inspect as read
@@ -49,14 +60,14 @@ def inspect(path: str, *, as_json: bool = False) -> None:
             "arch": summary.arch,
             "total_bytes": summary.total_bytes,
             "bits_per_weight": summary.bits_per_weight,
-            "types": [asdict(share) for share in summary.by_type],
-            "roles": [asdict(share) for share in summary.by_role],
+            "types": [asdict(share) for share in summary.types],
+            "roles": [asdict(share) for share in summary.roles],
             "metadata": summary.metadata,
             "provenance": summary.provenance,
         }
         print(json.dumps(document, indent=1, default=str))
         return
-    for title, shares in (("by type", summary.by_type), ("by role", summary.by_role)):
+    for title, shares in (("by type", summary.types), ("by role", summary.roles)):
         rows = [
             (s.label, s.num_tensors, f"{s.bits_per_weight:.3f}", console.human_bytes(s.num_bytes),
              f"{s.num_bytes / summary.total_bytes:.1%}")
@@ -78,7 +89,7 @@ def demo(output: Path) -> None:
         made = workflow.plan(model, workflow.Target(), workflow.CalibrationOptions(tokens=16384), output / "plan")
         workflow.print_plan(made, output / "plan")
         file = output / f"textbook-moe-16m-{made.bits_per_weight:.2f}bpw.gguf"
-        workflow.export(model, file, plan_path=output / "plan" / workflow.PLAN_NAME)
+        workflow.export(model, file, plan_path=output / "plan" / PLAN_NAME)
         report = evaluate(
             str(file),
             model,
@@ -91,7 +102,7 @@ def demo(output: Path) -> None:
             scoring=("cloze",),
             json_file=output / "eval.json",
         )
-        workflow.write_plan_report(model, output / "plan", evaluation=report)
+        write_plan_report(model, output / "plan", evaluation=report_tree(report))
     _continue_text(file)
     console.out.print(f"\nmodel:  {file}\nreport: {output / 'plan' / 'report.html'}")
 
@@ -105,3 +116,38 @@ def _continue_text(file: Path, prompt: str = "The purpose of a statistical test 
     console.out.print(f"\nllama.cpp continues: [italic]{prompt}[/]{words}", markup=True)
 
 
+def super_weights(
+    model: str, *, text: str | None = None, tokens: int = 512, ablation: bool = True, as_json: bool = False
+) -> list[SuperWeight]:
+    """Print what was found and what happens to the text's perplexity without it."""
+    from dynquant.analysis.super_weights import ablation as ablate
+    from dynquant.calibration_text import pack_windows, read_text
+    from dynquant.hf_loading import load_hf, load_tokenizer
+
+    opened = workflow.open_and_announce(model)
+    tokenizer = load_tokenizer(opened)
+    found_text = read_text(text, tokenizer=tokenizer, max_tokens=tokens)
+    token_ids = pack_windows(found_text, tokenizer, window=tokens, max_tokens=tokens)[0]
+    hf_model = load_hf(opened)
+    found = find_super_weights(hf_model, opened.arch, opened.hyper.n_layer, token_ids)
+    effects = [ablate(hf_model, one, token_ids) for one in found] if ablation else [None] * len(found)
+    if as_json:
+        print(
+            json.dumps(
+                [one.model_dump() | {"ablation": e and e.model_dump()} for one, e in zip(found, effects, strict=True)]
+            )
+        )
+        return found
+    rows = [
+        (f"{one.name}{'' if one.expert is None else f' expert {one.expert}'} [{one.row},{one.col}]", f"{one.value:.4f}",
+         f"{one.max_in:.1f}", f"{one.max_out:.1f}",
+         *(_perplexities(e) if e else ("",) * 3))
+        for one, e in zip(found, effects, strict=True)
+    ]  # fmt: skip
+    columns = ("super weight", "value", "max |in|", "max |out|", "perplexity", "zeroed", "1000 next-largest zeroed")
+    console.print_table(f"{opened.name}: {len(found)} super weights on {len(token_ids)} tokens", columns, rows)
+    return found
+
+
+def _perplexities(effect: Ablation) -> tuple[str, str, str]:
+    return f"{effect.perplexity:.2f}", f"{effect.without_super_weight:.2f}", f"{effect.without_next_largest:.2f}"

@@ -3,6 +3,7 @@
 Each stage reuses its output file when that file was made from the same inputs, and says so.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,12 +13,23 @@ from pathlib import Path
 from dynquant import console
 from dynquant.analysis.error_table import ErrorTable
 from dynquant.analysis.measure_errors import build_error_table, file_hash
+from dynquant.analysis.super_weights import SuperWeight, find_super_weights
+from dynquant.checkpoint import open_model
 from dynquant.errors import ExportError, PlanError, StatsError
 from dynquant.importance import coverage_report
-from dynquant.model import Model, open_model
-from dynquant.plan import Plan
+from dynquant.model import Model
+from dynquant.plan import Plan, write_atomically
 from dynquant.plan_building import fixed_bytes, plan_from_types
-from dynquant.planner import Rules, plan_types, weighted_costs
+from dynquant.plan_report import (
+    ERRORS_NAME,
+    PLAN_NAME,
+    STATS_NAME,
+    SUPER_NAME,
+    load_super_weights,
+    rules_of,
+    write_report,
+)
+from dynquant.planner import plan_types, weighted_costs
 from dynquant.presets import preset_types
 from dynquant.quant_types import quant_type
 from dynquant.quantize import load_encoder
@@ -27,7 +39,6 @@ DEFAULT_TYPES = (
     "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "IQ4_XS", "Q5_K", "Q6_K", "Q8_0",
 )  # fmt: skip
 """Candidates of `plan`: the useful types of each size. IQ2_XS and Q3_K lose to their neighbours at equal bytes."""
-STATS_NAME, ERRORS_NAME, PLAN_NAME, SUPER_NAME = "stats.safetensors", "errors.json", "plan.json", "super_weights.json"
 
 
 @dataclass(frozen=True)
@@ -216,12 +227,13 @@ def plan(
     types = _candidates(target, preset)
     table = _table_of(model, stats, stats_hash, types, directory, encoder, threads)
     supers = _super_weights_of(model, stats, options, directory)
-    rules = Rules(floors=target.floors, super_weight_tensors=frozenset(found.name for found in supers))
     context = {"recipe": target.recipe, "stats": stats, "stats_hash": stats_hash}
     fixed = fixed_bytes(model, table.tensors(), **context)
     allowed = table.restricted_to([name.upper() for name in target.types]) if target.types else table
     weights = sum(model.source.info(name).numel for name in model.source.names())
-    chosen = preset or plan_types(allowed, target.budget(weights), rules, weighted_costs(allowed), fixed_bytes=fixed)
+    chosen = preset or plan_types(
+        allowed, target.budget(weights), rules_of(supers, target.floors), weighted_costs(allowed), fixed_bytes=fixed
+    )
     made = plan_from_types(
         model,
         chosen,
@@ -232,7 +244,7 @@ def plan(
     )
     made.save(directory / PLAN_NAME)
     if report:
-        _write_report(model, made, table, stats, supers, rules, fixed, directory)
+        write_report(model, made, table, stats, supers, directory)
     return made
 
 
@@ -415,9 +427,20 @@ def _plan_of_preset(
     return plan_from_types(model, types, recipe=recipe, stats=stats, stats_hash=file_hash(path)), stats
 
 
-def _super_weights_of(*_: object) -> list:
-    return []
+def _super_weights_of(
+    model: Model, stats: CalibrationStats, options: CalibrationOptions, directory: Path
+) -> list[SuperWeight]:
+    """Super weights found on the first window of the calibration text; kept beside the statistics they belong to."""
+    path = directory / SUPER_NAME
+    if path.is_file() and path.stat().st_mtime >= (directory / STATS_NAME).stat().st_mtime:
+        return load_super_weights(path)
+    from dynquant.calibration_text import pack_windows, read_text
+    from dynquant.hf_loading import load_hf, load_tokenizer
 
-
-def _write_report(*_: object) -> None:
-    return None
+    tokenizer = load_tokenizer(model)
+    text = read_text(options.text, tokenizer=tokenizer, seed=options.seed, max_tokens=options.window)
+    windows = pack_windows(text, tokenizer, window=options.window, max_tokens=options.window)
+    console.note("looking for super weights")
+    found = find_super_weights(load_hf(model), model.arch, model.hyper.n_layer, windows[0])
+    write_atomically(path, json.dumps([one.model_dump() for one in found], indent=1) + "\n")
+    return found

@@ -15,12 +15,13 @@ import torch
 from gguf import GGUFValueType
 
 from dynquant import artifacts
+from dynquant.checkpoint import open_model
 from dynquant.errors import EncodeError, ExportError, PlanError, StatsError
 from dynquant.exporters.gguf import export_gguf
 from dynquant.exporters.gguf_header import file_type_of
 from dynquant.gguf_source import GGUFSource, MetadataField
 from dynquant.importance import importance
-from dynquant.model import Model, open_model
+from dynquant.model import Model
 from dynquant.plan_building import plan_from_types, stays_f32
 from dynquant.quant_types import QUANT_TYPES
 from dynquant.quantize import load_encoder

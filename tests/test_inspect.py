@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from dynquant.architecture import role_of
+from dynquant.checkpoint import open_model
 from dynquant.errors import CheckpointError
 from dynquant.inspect_file import inspect
-from dynquant.model import open_model
 
 
 @pytest.fixture

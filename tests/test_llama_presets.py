@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from dynquant.checkpoint import open_model
 from dynquant.errors import PlanError
 from dynquant.llama_presets import LLAMA_FTYPES, llama_tensor_types
-from dynquant.model import open_model
 from dynquant.quant_types import QUANT_TYPES
 from tests.helpers.llama_quantize import TinyModel, deepseek_model, llama_model, llama_quantize_types
 

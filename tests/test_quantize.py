@@ -8,10 +8,11 @@ import torch
 from gguf import GGUFValueType
 
 from dynquant import quantize as quantize_module
+from dynquant.checkpoint import open_model
 from dynquant.errors import EncodeError, PlanError
 from dynquant.exporters.gguf import export_gguf
 from dynquant.gguf_source import MetadataField
-from dynquant.model import Model, open_model
+from dynquant.model import Model
 from dynquant.plan_building import fixed_bytes, plan_from_types
 from dynquant.quant_types import QUANT_TYPES
 from dynquant.quantize import load_encoder, quantize

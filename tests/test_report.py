@@ -8,11 +8,11 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from PIL import Image
-from tests.helpers.synthetic_models import DENSE, SMALL_MOE, Shape, synthetic_model
 
 from dynquant.analysis.plots import write_plots
 from dynquant.analysis.report import summary_sentence, write_report
 from dynquant.errors import ExportError, PlanError
+from tests.helpers.synthetic_models import DENSE, SMALL_MOE, Shape, synthetic_model
 
 NASTY = 'evil/<script>alert(1)</script>"&\u0416\udc80'
 EVALUATION = {"kl": {"mean": 0.01234567, "interval": [0.011, 0.013]}, "per token": list(range(50)), "top1": 0.93}
@@ -20,8 +20,8 @@ BROWSER = next(
     (found for name in ("chromium", "google-chrome", "chromium-browser") if (found := shutil.which(name))), None
 )
 BROWSER_FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--hide-scrollbars",
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
 )  # fmt: skip
 
 

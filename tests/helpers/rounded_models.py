@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from dynquant.model import open_model
+from dynquant.checkpoint import open_model
 from dynquant.tensor_source import TensorInfo, TensorSource
 from tests.helpers.tiny_models import write_f32
 

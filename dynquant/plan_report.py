@@ -1,0 +1,87 @@
+"""The folder that `plan` leaves behind: names of its files, and its plots and report.html drawn from them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from dynquant import console
+from dynquant.analysis.error_table import ErrorTable
+from dynquant.analysis.frontier import frontier
+from dynquant.analysis.super_weights import SuperWeight
+from dynquant.checkpoint import open_model
+from dynquant.errors import PlanError
+from dynquant.exporters.gguf_header import padded
+from dynquant.model import Model
+from dynquant.plan import Plan
+from dynquant.planner import Rules
+from dynquant.presets import preset_types
+from dynquant.statistics import CalibrationStats
+
+STATS_NAME, ERRORS_NAME, PLAN_NAME, SUPER_NAME = "stats.safetensors", "errors.json", "plan.json", "super_weights.json"
+
+FRONTIER_PRESETS = (
+    "uniform-iq1_s", "uniform-iq2_xxs", "uniform-q2_k", "uniform-iq3_xxs", "uniform-iq4_xs", "uniform-q6_k",
+    "r1-iq1_s", "r1-iq2_xxs", "llama-iq1_s", "llama-iq2_xxs", "llama-iq3_xxs",
+)  # fmt: skip
+"""Shown beside the planner's curve where the error table prices all their types."""
+
+
+def write_plan_report(path: str, directory: Path, *, evaluation: Mapping[str, object] | None = None) -> Path:
+    """Draw the plots and report.html of a plan directory again, with what `eval` found if given."""
+    made = Plan.load(directory / PLAN_NAME)
+    stats = CalibrationStats.load(directory / STATS_NAME)
+    table = ErrorTable.load(directory / ERRORS_NAME)
+    supers = load_super_weights(directory / SUPER_NAME)
+    return write_report(open_model(path), made, table, stats, supers, directory, evaluation)
+
+
+def write_report(
+    model: Model,
+    plan: Plan,
+    table: ErrorTable,
+    stats: CalibrationStats,
+    supers: Sequence[SuperWeight],
+    directory: Path,
+    evaluation: Mapping[str, object] | None = None,
+) -> Path:
+    from dynquant.analysis.plots import write_plots
+    from dynquant.analysis.report import write_report as write_html
+
+    report = directory / "report.html"
+    with console.stage_progress() as progress:
+        points = frontier(table, rules_of(supers), _fixed_bytes_of(plan, table), _priced_presets(model))
+        plots = write_plots(
+            directory / "plots",
+            table=table, plan=plan, stats=stats, super_weights=supers, frontier=points, progress=progress,
+        )  # fmt: skip
+    write_html(
+        report,
+        plan=plan, table=table, stats=stats, super_weights=supers, plots=plots, frontier=points, evaluation=evaluation,
+    )  # fmt: skip
+    console.note(f"wrote {report}")
+    return report
+
+
+def _fixed_bytes_of(plan: Plan, table: ErrorTable) -> int:
+    """File bytes besides the tensors that have a choice."""
+    return plan.predicted_bytes - sum(padded(entry.bytes) for entry in plan.entries if entry.name in table.tensors())
+
+
+def _priced_presets(model: Model) -> dict[str, dict[str, str]]:
+    """The recipes to show beside the planner's curve; those that do not apply to the model are left out."""
+    found = {}
+    for name in FRONTIER_PRESETS:
+        try:
+            found[name] = {tensor: wanted for tensor, (wanted, _) in preset_types(name, model).items()}
+        except PlanError:
+            continue
+    return found
+
+
+def rules_of(supers: Sequence[SuperWeight], floors: bool = True) -> Rules:
+    return Rules(floors=floors, super_weight_tensors=frozenset(found.name for found in supers))
+
+
+def load_super_weights(path: Path) -> list[SuperWeight]:
+    """Read super_weights.json; an absent file means that none were looked for."""
+    return [SuperWeight(**one) for one in json.loads(path.read_text())] if path.is_file() else []
