@@ -69,7 +69,7 @@ def draw_errors(table: ErrorTable, plan: Plan, measure: str) -> tuple["Figure", 
     found = stand_outs(table, measure, types)
     headline = _headline(found, measure)
     figure = _figure(len(panels), headline, _subtitle(table, plan, types))
-    header_legend(figure, _legend(types), columns=len(types) + 2)
+    header_legend(figure, _legend(types, bool(found)), columns=len(types) + 2)
     layers = [row.layer for row in table.rows if row.layer is not None]
     limits = _common_range(list(panels.values()))
     columns = min(len(panels), 3)
@@ -110,7 +110,7 @@ def _figure(num_panels: int, headline: str, subtitle: str) -> "Figure":
     return new_figure(width, 3.3 * -(-num_panels // columns), headline, subtitle, legend_rows=1)
 
 
-def _legend(types: list[str]) -> list:
+def _legend(types: list[str], has_stand_outs: bool) -> list:
     from matplotlib.lines import Line2D
 
     handles = [
@@ -118,8 +118,16 @@ def _legend(types: list[str]) -> list:
         for name, (color, marker, dash) in zip(types, TYPE_STYLES, strict=False)
     ]
     handles.append(Line2D([], [], color=BLACK, linewidth=2.2, label="the plan"))
-    ring = {"marker": "o", "markerfacecolor": "none", "markeredgecolor": BLACK, "markersize": 9, "linestyle": "none"}
-    return [*handles, Line2D([], [], label="sticks out (xN: N times the median of its role)", **ring)]
+    if has_stand_outs:
+        ring = {
+            "marker": "o",
+            "markerfacecolor": "none",
+            "markeredgecolor": BLACK,
+            "markersize": 9,
+            "linestyle": "none",
+        }
+        handles.append(Line2D([], [], label="sticks out (xN: N times the median of its role)", **ring))
+    return handles
 
 
 def _worst_per_layer(values: list[tuple[ErrorRow, float]]) -> list[tuple[int, float]]:

@@ -52,12 +52,13 @@ def plan_error(plan: Plan, table: ErrorTable | None) -> float | None:
 
 def draw_frontier(plan: Plan, table: ErrorTable | None, points: Sequence[FrontierPoint]) -> tuple["Figure", str] | None:
     """Figure and headline; None without a point of positive error."""
+    error = plan_error(plan, table)
     points = [point for point in points if point.bytes > 0 and 0 < point.error < math.inf]
+    points = [point for point in points if not _is_this_plan(point, plan, error)]
     if not points:
         return None
     divisor, unit = size_unit(plan.predicted_bytes)
     series = _series(points, divisor)
-    error = plan_error(plan, table)
     if error:
         series[THIS_PLAN] = [(plan.predicted_bytes / divisor, error, f"this plan, {plain(plan.recipe, 28)}")]
     headline = _headline(plan, error, points)
@@ -74,6 +75,12 @@ def draw_frontier(plan: Plan, table: ErrorTable | None, points: Sequence[Frontie
     ]
     place_labels(axes, named, lines, fontsize=8, clearance=9)
     return figure, headline
+
+
+def _is_this_plan(point: FrontierPoint, plan: Plan, error: float | None) -> bool:
+    """Whether a priced recipe is the plan itself, which is drawn as the star."""
+    same_size = math.isclose(point.bytes, plan.predicted_bytes, rel_tol=1e-3)
+    return error is not None and same_size and math.isclose(point.error, error, rel_tol=1e-3)
 
 
 def _series(points: Sequence[FrontierPoint], divisor: float) -> dict[str, list[Point]]:

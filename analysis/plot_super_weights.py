@@ -75,7 +75,7 @@ def draw_super_weights(
 
 def _headline(super_weights: Sequence[SuperWeight]) -> str:
     if not super_weights:
-        return "Super weights: none detected, no down projection shows a lone spike"
+        return "Super weights: none detected"
     first = super_weights[0]
     more = "" if len(super_weights) == 1 else f" and {len(super_weights) - 1} more"
     return f"Super weights: {_where(first)}{more}: keep these tensors precise"

@@ -11,7 +11,7 @@ The paper's fixed threshold (|output| > 50) fits 7B models; a ratio and a measur
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -72,6 +72,7 @@ class DownSpike:
     module: str
     expert: int | None
     max_in: float
+    in_channel: int
     max_out: float
     position: int
     row: int
@@ -250,7 +251,7 @@ class _Scan:
             for name, module in expert_modules(hf_model).items()
         }
         self._spikes: list[DownSpike] = []
-        self._pending: list[tuple[DownSpike, int]] = []
+        self._pending: list[DownSpike] = []
 
     def run(self) -> tuple[list[DownSpike], torch.Tensor]:
         """Spikes in layer order, and log-probability of each token after the first."""
@@ -302,16 +303,27 @@ class _Scan:
         contributions = weights_of_row(row) * x[token]
         col = int((contributions if value > 0 else -contributions).argmax())
         share = float(contributions[col]) / value if value else 0.0
-        max_in = float(x.flatten()[x.abs().argmax()])
-        position = int(token_index[token])
-        spike = DownSpike(name, place, expert, max_in, value, position, row, col, share, is_growing=False)
-        self._pending.append((spike, row))
+        in_token, in_channel = divmod(int(x.abs().argmax()), x.shape[1])
+        spike = DownSpike(
+            name=name,
+            module=place,
+            expert=expert,
+            max_in=float(x[in_token, in_channel]),
+            in_channel=in_channel,
+            max_out=value,
+            position=int(token_index[token]),
+            row=row,
+            col=col,
+            share=share,
+            is_growing=False,
+        )
+        self._pending.append(spike)
 
     def _layer_hook(self, _module: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
         before = args[0] if args else kwargs["hidden_states"]
         after = out[0] if isinstance(out, tuple) else out
-        for spike, row in self._pending:
-            at = (0, spike.position, row)
+        for spike in self._pending:
+            at = (0, spike.position, spike.row)
             is_growing = bool(after[at].abs() > before[at].abs())
-            self._spikes.append(DownSpike(**(vars(spike) | {"is_growing": is_growing})))
+            self._spikes.append(replace(spike, is_growing=is_growing))
         self._pending.clear()

@@ -103,7 +103,7 @@ def collect_statistics(
 ) -> CalibrationStats:
     """Run `tokens` [windows, window] through a causal language model and return its statistics.
 
-    The last `held_back` of the windows (at least one when there are two or more) is sampled and not summed. Window
+    The last `held_back` of the windows is sampled and not summed: at least one when there are two or more. Window
     and token counts are entered in `provenance`. The model's weights and configuration are left as they were.
 
     Raises:
@@ -112,7 +112,7 @@ def collect_statistics(
     num_windows, window = tokens.shape if tokens.ndim == 2 else (0, 0)
     if num_windows == 0:
         raise StatsError("The calibration text gives no window of tokens; give a longer text.")
-    num_held = 0 if num_windows == 1 else max(1, round(num_windows * held_back))
+    num_held = 0 if num_windows == 1 or held_back <= 0 else max(1, round(num_windows * held_back))
     summed, held = tokens[: num_windows - num_held], tokens[num_windows - num_held :]
     collector = _Collector(hf_model, arch, n_layer, window, limits or SampleLimits())
     device = next(hf_model.parameters()).device

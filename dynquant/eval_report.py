@@ -59,11 +59,13 @@ class SubjectAccuracy(_Record):
 class ChoiceScores(_Record):
     """One model on a question set.
 
+    `accuracy`: letters by log-probability, cloze answers by log-probability per byte. `summed_accuracy`: never per byte.
     `right_probability_among_choices`: mean softmax over the choices' scores only (letter: log-probabilities; cloze:
     log-probabilities per byte). `right_probability_full_vocabulary`: mean probability of the right answer's tokens.
     """
 
     accuracy: Estimate
+    summed_accuracy: Estimate
     right_probability_among_choices: Estimate
     right_probability_full_vocabulary: Estimate
     predictions: tuple[int, ...]
@@ -178,8 +180,10 @@ def _choice_scores(
     scoring: Scoring, scores: Sequence[AnswerScores], predictions: np.ndarray, right: np.ndarray
 ) -> ChoiceScores:
     singles = [1] * len(scores)
+    summed_right = sum(int(s.log_probs.argmax()) == s.question.answer for s in scores)
     return ChoiceScores(
         accuracy=wilson_interval(int(right.sum()), len(right)),
+        summed_accuracy=wilson_interval(summed_right, len(right)),
         right_probability_among_choices=bootstrap_mean(
             np.array([s.probability_among_choices(scoring) for s in scores]), singles
         ),
@@ -248,15 +252,12 @@ def _choice_rows(result: MultipleChoiceResult) -> list[SummaryRow]:
         f"only reference right {result.only_reference_right}, only candidate right {result.only_candidate_right}, "
         f"McNemar p = {result.mcnemar_p:.3g}"
     )
-    pairs = [
-        ("accuracy", result.reference.accuracy, result.candidate.accuracy, paired),
-        (
-            "P(right) among choices",
-            result.reference.right_probability_among_choices,
-            result.candidate.right_probability_among_choices,
-            "",
-        ),
-    ]
+    before, after = result.reference, result.candidate
+    pairs = [("accuracy", before.accuracy, after.accuracy, paired)]
+    if result.scoring == "cloze":
+        pairs.append(("accuracy, not per byte", before.summed_accuracy, after.summed_accuracy, ""))
+    choices = before.right_probability_among_choices, after.right_probability_among_choices
+    pairs.append(("P(right) among choices", *choices, ""))
     return [SummaryRow(section, m, _percent_interval(r), _percent_interval(c), note) for m, r, c, note in pairs]
 
 

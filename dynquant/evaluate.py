@@ -237,9 +237,10 @@ def _run_reference(
         answers = {}
         for name, encoded in questions.items():
             with run.timed(f"reference, {name} questions") as report:
-                tokens = [token for e in encoded for part in (e.prompt, *e.answers) for token in part]
+                parts = [part for e in encoded for part in (e.prompt, *e.answers)]
+                tokens = [token for part in parts for token in part]
                 arrays = _cached(
-                    path, tokens, {"questions": name, "columns": run.num_columns}, run,
+                    path, tokens, {"lengths": [len(part) for part in parts], "columns": run.num_columns}, run,
                     lambda encoded=encoded, report=report: _answer(runner(), encoded, run, report),
                 )  # fmt: skip
                 answers[name] = _split_answers(encoded, arrays["log_probs"])

@@ -7,6 +7,7 @@ inputs give the same bytes. `predicted_bytes` is the exact size of the GGUF file
 import hashlib
 import json
 import os
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 
@@ -147,8 +148,9 @@ def write_atomically(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
     try:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except OSError:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise

@@ -65,6 +65,7 @@ def test_gguf_candidate_against_hugging_face_reference(run) -> None:
         right = [p == a for p, a in zip(result.candidate.predictions, result.right_answers, strict=True)]
         assert result.candidate.accuracy.value == pytest.approx(np.mean(right))
         assert sum(s.questions for s in result.subjects.values()) == result.questions == 6
+    assert letter.candidate.summed_accuracy == letter.candidate.accuracy
     assert calls[4] == ("reference, demo_text.txt", 5, 5)
     assert calls[-1] == ("candidate, cloze questions", 6, 6)
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from dynquant.analysis.plot_experts import draw_experts, expert_errors, starved_experts
-from dynquant.analysis.plot_frontier import plan_error
+from dynquant.analysis.plot_frontier import draw_frontier, plan_error
 from dynquant.analysis.plot_inputs import MAX_TYPES, shown_types, stand_outs
 from dynquant.analysis.plot_labels import place_labels
 from dynquant.analysis.plot_plan_map import map_cells
@@ -18,7 +18,7 @@ from dynquant.analysis.plot_style import human_bytes, new_figure, plain, plot_se
 from dynquant.analysis.plots import write_plots
 from dynquant.architecture import Role
 from dynquant.errors import ExportError, PlanError, StatsError
-from tests.helpers.synthetic_models import DENSE, LARGE_MOE, SMALL_MOE, TYPES, Shape, synthetic_model
+from tests.helpers.synthetic_models import DENSE, LARGE_MOE, SMALL_MOE, TYPES, FakePoint, Shape, synthetic_model
 
 ALL_PLOTS = {
     "plan_map", "size_breakdown", "error_by_layer", "weight_error_by_layer", "super_weights", "expert_heatmap",
@@ -114,6 +114,17 @@ def test_frontier_marks_the_plan_at_its_own_error(moe, moe_plots):
     rows = moe.table.tensors()
     expected = sum(rows[e.name][e.type].weighted_error for e in moe.plan.entries if e.type in rows.get(e.name, {}))
     assert plan_error(moe.plan, moe.table) == pytest.approx(expected)
+
+
+def test_the_plans_own_recipe_is_not_its_rival(moe):
+    error = plan_error(moe.plan, moe.table)
+    itself = FakePoint("r1-iq1_s", moe.plan.predicted_bytes, error * 0.9999, "preset")
+    worse = FakePoint("uniform-iq1_s", moe.plan.predicted_bytes - 1000, error * 2, "uniform")
+    better = FakePoint("llama-iq1_s", moe.plan.predicted_bytes - 1000, error / 2, "preset")
+    with plot_settings():
+        assert "50% less predicted error than uniform-iq1_s" in draw_frontier(moe.plan, moe.table, [itself, worse])[1]
+        assert "llama-iq1_s is predicted better" in draw_frontier(moe.plan, moe.table, [worse, better])[1]
+        assert draw_frontier(moe.plan, moe.table, [itself]) is None
 
 
 def test_dense_model_has_no_expert_plot(tmp_path):
