@@ -12,7 +12,7 @@ Errors are always of the bytes that ship: the encoder's output, decoded. Written
 import csv
 import io
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from functools import cached_property
 from pathlib import Path
 
@@ -88,7 +88,7 @@ class ErrorTable(BaseModel):
             name: [row for row in rows.values() if set(types) & {row.type, *row.wanted}] or list(rows.values())
             for name, rows in self.tensors().items()
         }
-        return self.model_copy(update={"rows": tuple(row for rows in kept.values() for row in rows)})
+        return self._with(self.types, (row for rows in kept.values() for row in rows))
 
     def extended_by(self, other: "ErrorTable") -> "ErrorTable":
         """Both tables' rows, tensor by tensor; a row that both hold stands for the wanted types of both."""
@@ -99,11 +99,10 @@ class ErrorTable(BaseModel):
             rows[row.name, row.type] = row.model_copy(update={"wanted": tuple(wanted)})
         order = {name: index for index, name in enumerate(self.tensors() | other.tensors())}
         types = tuple(dict.fromkeys((*self.types, *other.types)))
-        return ErrorTable(
-            **self.model_dump(exclude={"rows", "types"}),
-            types=types,
-            rows=tuple(sorted(rows.values(), key=lambda row: order[row.name])),
-        )
+        return self._with(types, sorted(rows.values(), key=lambda row: order[row.name]))
+
+    def _with(self, types: tuple[str, ...], rows: Iterable[ErrorRow]) -> "ErrorTable":
+        return ErrorTable(**self.model_dump(exclude={"rows", "types"}), types=types, rows=tuple(rows))
 
     def save(self, path: Path) -> None:
         """Write errors.json and, beside it, the same rows as a tidy CSV."""

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dynquant.analysis.error_table import ErrorRow, ErrorTable
-from dynquant.analysis.plot_inputs import GROUPS, OUTSIDE, StandOut, group_of, measure_of, shown_types, stand_outs
+from dynquant.analysis.outliers import StandOut, measure_of, stand_outs
+from dynquant.analysis.plot_inputs import GROUPS, OUTSIDE, group_of, shown_types
 from dynquant.analysis.plot_labels import place_labels
 from dynquant.analysis.plot_style import (
     BLACK,

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dynquant.analysis.error_table import ErrorTable
-from dynquant.analysis.plot_inputs import Coverage
 from dynquant.analysis.plot_style import BLACK, LIGHT, header_legend, new_figure, plain, short_number
 from dynquant.architecture import layer_of
+from dynquant.importance import expert_coverage
 from dynquant.plan import Plan, PlanEntry
 from dynquant.statistics import CalibrationStats
 
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MIN_EXPERT_TOKENS = 64
-"""Experts below this many calibration tokens count as starved unless a coverage report says which are."""
 STACKED_FROM = 48
 """From this many experts the two maps stand above each other, each over the full width."""
 
@@ -32,19 +30,10 @@ def expert_tokens(plan: Plan, stats: CalibrationStats) -> dict[int, np.ndarray]:
     return dict(sorted(found.items()))
 
 
-def starved_experts(
-    plan: Plan, stats: CalibrationStats | None, coverage: Coverage | None = None
-) -> list[tuple[int, int, int]]:
-    """(layer, expert, tokens) of the experts that `coverage` lists, else of those below `MIN_EXPERT_TOKENS`."""
-    if coverage is not None:
-        found = {(layer_of(item.name), item.expert): item.tokens for item in coverage.starved}
-        return [(layer, expert, tokens) for (layer, expert), tokens in found.items() if layer is not None]
-    return [
-        (layer, expert, int(count))
-        for layer, counts in (expert_tokens(plan, stats) if stats is not None else {}).items()
-        for expert, count in enumerate(counts)
-        if count < MIN_EXPERT_TOKENS
-    ]
+def starved_experts(stats: CalibrationStats | None) -> list[tuple[int, int, int]]:
+    """(layer, expert, tokens) of the experts whose statistics lean on their layer's mean."""
+    rows = expert_coverage(stats) if stats is not None else []
+    return [(row.layer, expert, row.tokens[expert]) for row in rows for expert in row.starved]
 
 
 def expert_errors(plan: Plan, table: ErrorTable) -> tuple[dict[int, np.ndarray], str]:

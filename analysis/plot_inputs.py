@@ -1,29 +1,20 @@
 """What the plots and the report are drawn from, and the reductions that they share.
 
-Super weights, frontier points and coverage come from other stages; only the attributes read here are required of them.
+Super weights and frontier points come from other stages; only the attributes read here are required of them.
 Also: the role groups of the panels, which types to show, and which tensors stick out.
 """
 
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from math import prod
-from statistics import median
 from typing import Protocol
 
-from dynquant.analysis.error_table import ErrorRow, ErrorTable
+from dynquant.analysis.error_table import ErrorTable
 from dynquant.architecture import Role
 from dynquant.errors import PlanError
 from dynquant.plan import Plan, PlanEntry
 from dynquant.quant_types import QUANT_TYPES
 from dynquant.statistics import CalibrationStats
 
-OUTLIER_Z = 3.5
-"""Iglewicz and Hoaglin's usual bound for the modified z-score."""
-MIN_PEERS = 5
-"""Fewer tensors of one role than this give no spread to compare against."""
-MIN_LOG_SPREAD = 0.1
-"""Floor of the spread in log units: an outlier is at least exp(0.35) = 1.4 times its role."""
 MAX_TYPES = 7
 """More lines than this in one panel cannot be told apart."""
 
@@ -58,24 +49,6 @@ class FrontierPoint(Protocol):
     def error(self) -> float: ...
     @property
     def kind(self) -> str: ...
-
-
-class StarvedExpert(Protocol):
-    """One expert that saw too few calibration tokens to be measured on its own."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def expert(self) -> int: ...
-    @property
-    def tokens(self) -> int: ...
-
-
-class Coverage(Protocol):
-    """What the calibration says of its experts."""
-
-    @property
-    def starved(self) -> Sequence[StarvedExpert]: ...
 
 
 GROUPS = ("attention", "dense FFN", "shared expert", "routed gate/up", "routed down")
@@ -139,49 +112,3 @@ def shown_types(table: ErrorTable, plan: Plan) -> list[str]:
     free = MAX_TYPES - len(chosen)
     chosen |= {others[(2 * i + 1) * len(others) // (2 * free)] for i in range(free)}
     return [name for name in measured if name in chosen]
-
-
-@dataclass(frozen=True)
-class StandOut:
-    """A tensor whose error lies far above those of its role in other layers, in the type where it is largest."""
-
-    row: ErrorRow
-    value: float
-    typical: float
-    """Median error of its role in the same type."""
-    z: float
-
-
-def measure_of(row: ErrorRow, measure: str) -> float | None:
-    """`activation_error` or `relative_rms` of a row; None when absent, zero or not finite (no place on a log axis)."""
-    value = getattr(row, measure)
-    return value if value is not None and math.isfinite(value) and value > 0 else None
-
-
-def stand_outs(table: ErrorTable, measure: str, types: Sequence[str]) -> list[StandOut]:
-    """Tensors with a robust z-score of log error above `OUTLIER_Z` among their role, worst first."""
-    peers: dict[tuple[Role, str], list[tuple[ErrorRow, float]]] = {}
-    for row in table.rows:
-        value = measure_of(row, measure)
-        if value is not None and row.layer is not None and row.type in types and group_of(row.role):
-            peers.setdefault((row.role, row.type), []).append((row, value))
-    worst: dict[str, StandOut] = {}
-    for members in peers.values():
-        for found in _outliers_among(members):
-            known = worst.get(found.row.name)
-            if known is None or found.value > known.value:
-                worst[found.row.name] = found
-    return sorted(worst.values(), key=lambda found: -found.z)
-
-
-def _outliers_among(members: list[tuple[ErrorRow, float]]) -> list[StandOut]:
-    if len(members) < MIN_PEERS:
-        return []
-    logs = [math.log(value) for _, value in members]
-    middle = median(logs)
-    spread = max(1.4826 * median(abs(log - middle) for log in logs), MIN_LOG_SPREAD)
-    return [
-        StandOut(row, value, math.exp(middle), (log - middle) / spread)
-        for (row, value), log in zip(members, logs, strict=True)
-        if log - middle > OUTLIER_Z * spread
-    ]

@@ -17,7 +17,7 @@ from dynquant.analysis.error_table import ErrorTable
 from dynquant.analysis.plot_errors import draw_errors
 from dynquant.analysis.plot_experts import draw_experts, starved_experts
 from dynquant.analysis.plot_frontier import draw_frontier
-from dynquant.analysis.plot_inputs import Coverage, FrontierPoint, SuperWeight, check_same_checkpoint
+from dynquant.analysis.plot_inputs import FrontierPoint, SuperWeight, check_same_checkpoint
 from dynquant.analysis.plot_plan_map import draw_plan_map
 from dynquant.analysis.plot_sizes import draw_size_breakdown
 from dynquant.analysis.plot_style import PlotFiles, plot_settings, save_figure
@@ -40,7 +40,6 @@ def write_plots(
     stats: CalibrationStats | None,
     super_weights: Sequence[SuperWeight] = (),
     frontier: Sequence[FrontierPoint] | None = None,
-    coverage: Coverage | None = None,
     progress: Progress | None = None,
 ) -> dict[str, PlotFiles]:
     """Write NAME.png and NAME.svg of every plot that the data allow; absent names had nothing to show.
@@ -50,7 +49,7 @@ def write_plots(
         ExportError: matplotlib is missing, or the directory cannot be written.
     """
     check_same_checkpoint(plan, table, stats)
-    drawings = _drawings(table, plan, stats, super_weights, frontier, coverage)
+    drawings = _drawings(table, plan, stats, super_weights, frontier)
     written: dict[str, PlotFiles] = {}
     for done, (name, draw) in enumerate(drawings.items()):
         if progress:
@@ -70,7 +69,6 @@ def _drawings(
     stats: CalibrationStats | None,
     super_weights: Sequence[SuperWeight],
     frontier: Sequence[FrontierPoint] | None,
-    coverage: Coverage | None,
 ) -> dict[str, Drawing]:
     """Plot name -> how to draw it, in the order of the report; only plots whose inputs were given."""
     drawings: dict[str, Drawing] = {
@@ -82,7 +80,7 @@ def _drawings(
         drawings["weight_error_by_layer"] = lambda: draw_errors(table, plan, "relative_rms")
     if stats is not None:
         drawings["super_weights"] = lambda: draw_super_weights(plan, stats, super_weights)
-        starved = [(layer, expert) for layer, expert, _ in starved_experts(plan, stats, coverage)]
+        starved = [(layer, expert) for layer, expert, _ in starved_experts(stats)]
         drawings["expert_heatmap"] = lambda: draw_experts(plan, table, stats, starved)
     if frontier:
         drawings["frontier"] = lambda: draw_frontier(plan, table, frontier)

@@ -16,16 +16,15 @@ from pathlib import Path
 from string import Template
 
 from dynquant.analysis.error_table import ErrorTable
+from dynquant.analysis.outliers import stand_outs
 from dynquant.analysis.plot_experts import starved_experts
 from dynquant.analysis.plot_inputs import (
-    Coverage,
     FrontierPoint,
     SuperWeight,
     bits_of,
     check_same_checkpoint,
     role_group,
     shown_types,
-    stand_outs,
 )
 from dynquant.analysis.plot_plan_map import KEPT_BITS
 from dynquant.analysis.plot_style import GROUP_COLOURS, PlotFiles, human_bytes
@@ -54,7 +53,6 @@ def write_report(
     stats: CalibrationStats | None,
     super_weights: Sequence[SuperWeight],
     plots: Mapping[str, PlotFiles],
-    coverage: Coverage | None = None,
     frontier: Sequence[FrontierPoint] | None = None,
     evaluation: Mapping[str, object] | None = None,
 ) -> None:
@@ -65,7 +63,7 @@ def write_report(
         ExportError: a plot cannot be read, or the report cannot be written.
     """
     check_same_checkpoint(plan, table, stats)
-    tables = _tables(plan, table, stats, super_weights, coverage)
+    tables = _tables(plan, table, stats, super_weights)
     sections = [_plot_section(name, plots.get(name), tables.get(name, "")) for name in PLOT_TEXTS]
     if evaluation:
         sections.append(_section("evaluation", "Before and after", evaluation_table(evaluation)))
@@ -168,7 +166,6 @@ def _tables(
     table: ErrorTable | None,
     stats: CalibrationStats | None,
     super_weights: Sequence[SuperWeight],
-    coverage: Coverage | None,
 ) -> dict[str, str]:
     """Plot name -> the table below it."""
     tables = {"size_breakdown": size_table(plan)}
@@ -180,7 +177,7 @@ def _tables(
     tables["super_weights"] = (
         super_weight_table(super_weights, plan) if super_weights else "<p>No super weight was detected.</p>"
     )
-    starved = starved_experts(plan, stats, coverage)
+    starved = starved_experts(stats)
     if starved:
         count = f"{len(starved):,} starved experts: their statistics are shrunk to their layer's mean."
         tables["expert_heatmap"] = f"<details><summary>{count}</summary>{starved_table(starved)}</details>"

@@ -7,7 +7,8 @@ from html import escape
 from math import prod
 
 from dynquant.analysis.error_table import ErrorTable
-from dynquant.analysis.plot_inputs import StandOut, SuperWeight
+from dynquant.analysis.outliers import StandOut
+from dynquant.analysis.plot_inputs import SuperWeight
 from dynquant.analysis.plot_sizes import role_sizes
 from dynquant.analysis.plot_style import human_bytes
 from dynquant.architecture import layer_of

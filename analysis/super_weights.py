@@ -9,7 +9,7 @@ The paper's fixed threshold (|output| > 50) fits 7B models; a ratio and a measur
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from statistics import median
@@ -89,6 +89,10 @@ class DownSpike:
     def tensor(self) -> tuple[str, int | None]:
         return self.name, self.expert
 
+    @property
+    def place(self) -> tuple[str, int | None, int, int]:
+        return self.name, self.expert, self.row, self.col
+
 
 def find_super_weights(
     hf_model: nn.Module,
@@ -107,32 +111,31 @@ def find_super_weights(
     """
     scan = _Scan(hf_model, arch, n_layer, token_ids)
     spikes, log_probs = scan.run()
+    # A tensor that spikes only once another weight is zeroed answers to damage, and is not super in the model as it is.
     eligible = {spike.tensor for spike in spikes if spike.is_growing and _ratio(spike, spikes) >= threshold}
     found: list[SuperWeight] = []
-    tried: set[tuple[str, int | None, int, int]] = set()
+    tried: set[tuple] = set()
     with ExitStack() as restore:
         while len(tried) < max_iterations:
-            candidates = (
+            candidates = [
                 spike
                 for spike in spikes
-                if spike.tensor in eligible
-                and spike.share >= min_share
-                and _ratio(spike, spikes) >= threshold
-                and (*spike.tensor, spike.row, spike.col) not in tried
-            )
-            candidate = min(candidates, key=lambda spike: spike.layer, default=None)
-            if candidate is None:
+                if spike.tensor in eligible and spike.place not in tried
+                if spike.share >= min_share and _ratio(spike, spikes) >= threshold
+            ]
+            if not candidates:
                 break
-            tried.add((*candidate.tensor, candidate.row, candidate.col))
+            first = candidates[0]
+            tried.add(first.place)
             zeroing = ExitStack()
-            value = zeroing.enter_context(_zeroed(hf_model, candidate.module, candidate.expert, [candidate]))
+            value = zeroing.enter_context(_zeroed(hf_model, first))
             spikes_without, log_probs_without = scan.run()
             effect = (log_probs_without - log_probs).abs().mean().item()
             if effect < min_effect:
                 zeroing.close()
                 continue
             restore.push(zeroing)
-            found.append(_super_weight(candidate, value, _ratio(candidate, spikes), effect))
+            found.append(_super_weight(first, value, _ratio(first, spikes), effect))
             spikes, log_probs = spikes_without, log_probs_without
     return found
 
@@ -143,24 +146,20 @@ def ablation(hf_model: nn.Module, super_weight: SuperWeight, token_ids: torch.Te
     The matrix is that of one expert for routed experts. Weights are restored.
     """
     token_ids = token_ids.reshape(1, -1)
-    place = super_weight.module, super_weight.expert
-    matrix, is_transposed = _matrix(hf_model, *place)
-    magnitudes = matrix.detach().abs().float()
-    own = (super_weight.col, super_weight.row) if is_transposed else (super_weight.row, super_weight.col)
-    magnitudes[own] = -1.0
+    matrix = _matrix(hf_model, super_weight.module, super_weight.expert)
+    magnitudes = matrix.abs().float()
+    magnitudes[super_weight.row, super_weight.col] = -1.0
     k = min(k, magnitudes.numel() - 1)
-    largest = magnitudes.flatten().topk(k).indices
+    rows, cols = torch.unravel_index(magnitudes.flatten().topk(k).indices, magnitudes.shape)
     original = _perplexity(hf_model, token_ids)
-    with _zeroed(hf_model, *place, [super_weight]):
+    with _zeroed(hf_model, super_weight):
         without = _perplexity(hf_model, token_ids)
-    with torch.no_grad():
-        flat = matrix.view(-1)
-        kept = flat[largest].clone()
-        flat[largest] = 0
-        try:
-            without_others = _perplexity(hf_model, token_ids)
-        finally:
-            flat[largest] = kept
+    kept = matrix[rows, cols].clone()
+    matrix[rows, cols] = 0
+    try:
+        without_others = _perplexity(hf_model, token_ids)
+    finally:
+        matrix[rows, cols] = kept
     return Ablation(
         perplexity=original,
         without_super_weight=without,
@@ -183,45 +182,28 @@ def _ratio(spike: DownSpike, spikes: list[DownSpike]) -> float:
 
 
 def _super_weight(spike: DownSpike, value: float, ratio: float, effect: float) -> SuperWeight:
-    return SuperWeight(
-        name=spike.name,
-        module=spike.module,
-        expert=spike.expert,
-        layer=spike.layer,
-        row=spike.row,
-        col=spike.col,
-        value=value,
-        max_in=spike.max_in,
-        max_out=spike.max_out,
-        position=spike.position,
-        ratio=ratio,
-        share=spike.share,
-        effect=effect,
-    )
+    same = {name: getattr(spike, name) for name in SuperWeight.model_fields if hasattr(spike, name)}
+    return SuperWeight(**same, value=value, ratio=ratio, effect=effect)
 
 
-def _matrix(hf_model: nn.Module, module: str, expert: int | None) -> tuple[torch.Tensor, bool]:
-    """View of the weights, and whether it is [in, out] instead of [out, in]."""
+def _matrix(hf_model: nn.Module, module: str, expert: int | None) -> torch.Tensor:
+    """Writable view of a down-projection's weights, [out, in]."""
     found: Any = hf_model.get_submodule(module)
     if expert is None:
-        return found.weight.data, False
-    return found.down_proj.data[expert], bool(found.is_transposed)
+        return found.weight.data
+    return found.down_proj.data[expert].T if found.is_transposed else found.down_proj.data[expert]
 
 
 @contextmanager
-def _zeroed(
-    hf_model: nn.Module, module: str, expert: int | None, places: list[DownSpike] | list[SuperWeight]
-) -> Iterator[float]:
+def _zeroed(hf_model: nn.Module, weight: DownSpike | SuperWeight) -> Iterator[float]:
     """Set one weight to zero inside the context; gives its value."""
-    matrix, is_transposed = _matrix(hf_model, module, expert)
-    (place,) = places
-    at = (place.col, place.row) if is_transposed else (place.row, place.col)
-    value = matrix[at].clone()
-    matrix[at] = 0
+    matrix = _matrix(hf_model, weight.module, weight.expert)
+    value = matrix[weight.row, weight.col].clone()
+    matrix[weight.row, weight.col] = 0
     try:
         yield value.item()
     finally:
-        matrix[at] = value
+        matrix[weight.row, weight.col] = value
 
 
 def _token_losses(hf_model: Any, token_ids: torch.Tensor) -> torch.Tensor:
@@ -273,7 +255,7 @@ class _Scan:
     def _linear_hook(self, module: nn.Module, args: tuple, out: torch.Tensor) -> None:
         x, out = args[0].flatten(0, -2), out.flatten(0, -2)
         name, place = self._linears[module]
-        self._add(name, place, None, x, out, lambda row: module.weight[row], torch.arange(len(x)))
+        self._add(name, place, None, x, out, torch.arange(len(x)))
 
     def _observe_expert(
         self,
@@ -285,8 +267,7 @@ class _Scan:
         token_index: torch.Tensor,
     ) -> None:
         name, place = self._experts[module]
-        matrix = module.down_proj[expert].T if module.is_transposed else module.down_proj[expert]
-        self._add(name, place, expert, x, out, lambda row: matrix[row], token_index)
+        self._add(name, place, expert, x, out, token_index)
 
     def _add(
         self,
@@ -295,12 +276,11 @@ class _Scan:
         expert: int | None,
         x: torch.Tensor,
         out: torch.Tensor,
-        weights_of_row: Callable[[int], torch.Tensor],
         token_index: torch.Tensor,
     ) -> None:
         token, row = divmod(int(out.abs().argmax()), out.shape[1])
         value = float(out[token, row])
-        contributions = weights_of_row(row) * x[token]
+        contributions = _matrix(self._model, place, expert)[row] * x[token]
         col = int((contributions if value > 0 else -contributions).argmax())
         share = float(contributions[col]) / value if value else 0.0
         in_token, in_channel = divmod(int(x.abs().argmax()), x.shape[1])

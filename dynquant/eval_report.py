@@ -59,7 +59,7 @@ class SubjectAccuracy(_Record):
 class ChoiceScores(_Record):
     """One model on a question set.
 
-    `accuracy`: letters by log-probability, cloze answers by log-probability per byte. `summed_accuracy`: never per byte.
+    `accuracy`: letters by log-probability, cloze answers by log-probability per byte. `summed_accuracy`: not per byte.
     `right_probability_among_choices`: mean softmax over the choices' scores only (letter: log-probabilities; cloze:
     log-probabilities per byte). `right_probability_full_vocabulary`: mean probability of the right answer's tokens.
     """

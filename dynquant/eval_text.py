@@ -49,7 +49,10 @@ def _read_text(path: Path) -> str:
     if path.suffix != ".jsonl":
         return content
     parts = []
-    for number, line in enumerate(content.splitlines(), start=1):
+    # Not splitlines(): it also splits at U+2028 and the like, which JSON strings may hold.
+    for number, line in enumerate(content.split("\n"), start=1):
+        if not line.strip():
+            continue
         try:
             parts.append(json.loads(line)["text"])
         except (json.JSONDecodeError, KeyError, TypeError) as error:

@@ -46,15 +46,21 @@ def coverage_report(stats: CalibrationStats, hyper: HyperParams) -> list[LayerCo
     Raises:
         StatsError: the model has routed experts and the statistics have none.
     """
+    rows = expert_coverage(stats)
+    if hyper.n_expert and not rows:
+        raise StatsError(
+            f"The model has {hyper.n_expert} experts per layer, but the statistics hold none; calibrate it again."
+        )
+    return rows
+
+
+def expert_coverage(stats: CalibrationStats) -> list[LayerCoverage]:
+    """Tokens of the routed experts of every layer that the statistics hold, in layer order."""
     rows = []
     for key, found in stats.inputs.items():
         layer = layer_of(key)
         if role_of(key) is Role.EXPERT_DOWN and layer is not None:
             rows.append(_layer_coverage(layer, found))
-    if hyper.n_expert and not rows:
-        raise StatsError(
-            f"The model has {hyper.n_expert} experts per layer, but the statistics hold none; calibrate it again."
-        )
     return sorted(rows, key=lambda row: row.layer)
 
 

@@ -11,7 +11,6 @@ from dynquant.analysis.super_weights import SuperWeight
 from dynquant.checkpoint import open_model
 from dynquant.errors import PlanError
 from dynquant.exporters.gguf_header import padded
-from dynquant.importance import coverage_report
 from dynquant.model import Model
 from dynquant.plan import Plan
 from dynquant.planner import Rules
@@ -52,7 +51,6 @@ def write_report(
     with console.stage_progress() as progress:
         points = frontier(table, rules_of(supers), _fixed_bytes_of(plan, table), _priced_presets(model))
         shown = {"table": table, "plan": plan, "stats": stats, "super_weights": supers, "frontier": points}
-        shown["coverage"] = coverage_report(stats, model.hyper)
         plots = write_plots(directory / "plots", **shown, progress=progress)
     write_html(report, **shown, plots=plots, evaluation=evaluation)
     console.note(f"wrote {report}")

@@ -8,11 +8,9 @@ that cannot hold the floors lowers them together, one step at a time, and every 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import torch
-
 from dynquant.allocate import Option, allocate, largest_total, smallest_total
 from dynquant.analysis.error_table import ErrorRow, ErrorTable
-from dynquant.architecture import Role
+from dynquant.analysis.outliers import stand_outs
 from dynquant.errors import PlanError
 from dynquant.exporters.gguf_header import padded
 from dynquant.quant_types import QUANT_TYPES, QuantType
@@ -21,12 +19,7 @@ FLOORS = ("IQ4_XS", "Q3_K", "Q2_K", None)
 """Floors of precise roles, tried in this order until the budget holds them."""
 EXCEPTION_FLOORS = ("Q6_K", "Q4_K", "IQ4_XS", None)
 """Floors of tensors with a super weight or an outlier error, lowered in step with FLOORS."""
-OUTLIER_SCORE = 3.5
-"""Robust z-score (Iglewicz and Hoaglin, 1993) above which an activation error stands out from its role's."""
-
-OUTLIER_RATIO = 1.5
-"""It must also exceed the role's median by this factor, so that an even model has no outliers."""
-
+_OUTLIER_TYPES = ("Q2_K", "IQ2_S", "Q3_K", "IQ3_XXS", "Q4_K")
 HEADROOM = 1.05
 """Size of the default plan over the smallest file that keeps every floor."""
 
@@ -90,29 +83,11 @@ def weighted_costs(table: ErrorTable) -> dict[tuple[str, str], float]:
 def outlier_tensors(table: ErrorTable) -> dict[str, float]:
     """Tensors whose activation error stands out from the tensors of the same role, with their robust z-score.
 
-    The error is that of the first candidate type measured for all tensors of the role; at least five are needed.
+    Judged in one type near 2.6 bits, where errors are large but not yet saturated.
     """
-    scores: dict[str, float] = {}
-    for rows in _rows_by_role(table).values():
-        if len(rows) < 5:
-            continue
-        errors = torch.tensor([row.activation_error for row in rows], dtype=torch.float64)
-        median = float(errors.median())
-        deviation = (errors / median).log()
-        spread = deviation.abs().median() / 0.6745
-        for row, z in zip(rows, (deviation / spread.clamp_min(1e-9)).tolist(), strict=True):
-            if z > OUTLIER_SCORE and row.activation_error > OUTLIER_RATIO * median:
-                scores[row.name] = z
-    return scores
-
-
-def _rows_by_role(table: ErrorTable) -> dict[Role, list[ErrorRow]]:
-    reference = next((name for name in ("Q2_K", "IQ2_S", "Q3_K", "Q4_K") if name in table.types), None)
-    found: dict[Role, list[ErrorRow]] = {}
-    for row in table.rows:
-        if row.type == reference and row.activation_error is not None and row.activation_error > 0:
-            found.setdefault(row.role, []).append(row)
-    return found
+    reference = next((name for name in _OUTLIER_TYPES if name in table.types), None)
+    found = stand_outs(table, "activation_error", (reference,)) if reference else []
+    return {one.row.name: one.z for one in found}
 
 
 def _exceptions(table: ErrorTable, rules: Rules) -> dict[str, str]:

@@ -135,7 +135,7 @@ def calibrate(
     else:
         stats = _run_calibration(model, options, output)
     if imatrix_out:
-        export_imatrix(stats, imatrix_out)
+        export_imatrix(stats, imatrix_out, model=model)
         console.note(f"wrote {imatrix_out}")
     print_coverage(stats, model)
     console.out.print(f"{output}: {stats.provenance.num_tokens:,} tokens, {len(stats.inputs)} inputs")

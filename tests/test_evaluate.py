@@ -154,6 +154,8 @@ def test_windows_cut_the_text_and_start_with_bos_only_if_the_tokenizer_adds_it(t
     joined = [ord(c) for c in "abcdefg\n\nhi"]
     assert load_text(path, plain, window=4, max_tokens=9).windows == [joined[:4], joined[4:8]]
     assert load_text(path, with_bos, window=4, max_tokens=7).windows == [[1, *joined[:3]], [1, *joined[3:6]], [1, 103]]
+    path.write_text('{"text": "a\u2028b"}\n\n', encoding="utf-8")
+    assert load_text(path, plain, window=4, max_tokens=9).windows == [[97, 0x2028, 98]]
     path.write_text('{"words": "x"}\n')
     with pytest.raises(EvaluationError, match=r't\.jsonl, line 1 .*"text"'):
         load_text(path, plain, window=4, max_tokens=7)

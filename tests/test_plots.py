@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dynquant.analysis.outliers import stand_outs
 from dynquant.analysis.plot_experts import draw_experts, expert_errors, starved_experts
 from dynquant.analysis.plot_frontier import draw_frontier, plan_error
-from dynquant.analysis.plot_inputs import MAX_TYPES, shown_types, stand_outs
+from dynquant.analysis.plot_inputs import MAX_TYPES, shown_types
 from dynquant.analysis.plot_labels import place_labels
 from dynquant.analysis.plot_plan_map import map_cells
 from dynquant.analysis.plot_sizes import role_sizes
@@ -18,6 +19,7 @@ from dynquant.analysis.plot_style import human_bytes, new_figure, plain, plot_se
 from dynquant.analysis.plots import write_plots
 from dynquant.architecture import Role
 from dynquant.errors import ExportError, PlanError, StatsError
+from dynquant.importance import expert_coverage
 from tests.helpers.synthetic_models import DENSE, LARGE_MOE, SMALL_MOE, TYPES, FakePoint, Shape, synthetic_model
 
 ALL_PLOTS = {
@@ -144,7 +146,7 @@ def test_plan_alone_still_gives_its_map_and_sizes(tmp_path, moe):
 def test_large_moe_stays_legible(tmp_path):
     made = synthetic_model(LARGE_MOE, spikes={"blk.46.ffn_down_exps.weight": 2.5, "blk.47.ffn_down_exps.weight": 3.5})
     with plot_settings():
-        starved = [(layer, expert) for layer, expert, _ in starved_experts(made.plan, made.stats)]
+        starved = [(layer, expert) for layer, expert, _ in starved_experts(made.stats)]
         figure, headline = draw_experts(made.plan, made.table, made.stats, starved)
         figure.draw_without_rendering()
         tokens, errors = figure.axes[0], figure.axes[2]
@@ -163,20 +165,10 @@ def test_expert_errors_take_the_planned_type_and_worst_projection(moe):
     assert errors[3][5] == pytest.approx(max(values)) and name == "relative output error"
 
 
-def test_starved_experts_follow_the_coverage_report(moe):
-    @dataclasses.dataclass
-    class Starved:
-        name: str
-        expert: int
-        tokens: int
-
-    @dataclasses.dataclass
-    class Coverage:
-        starved: list
-
-    listed = [Starved(f"blk.2.ffn_{part}_exps.weight", 7, 3) for part in ("gate", "down")]
-    assert starved_experts(moe.plan, moe.stats, Coverage(listed)) == [(2, 7, 3)]
-    assert all(tokens < 64 for _, _, tokens in starved_experts(moe.plan, moe.stats))
+def test_starved_experts_are_those_of_the_coverage_report(moe):
+    listed = {(row.layer, expert) for row in expert_coverage(moe.stats) for expert in row.starved}
+    assert listed == {(layer, expert) for layer, expert, _ in starved_experts(moe.stats)}
+    assert starved_experts(None) == []
 
 
 def test_stand_outs_are_planted_spikes_and_first_layers_only():
