@@ -4,13 +4,14 @@ Exit status: 0 done, 1 refused with one paragraph on stderr, 2 wrong usage. Trac
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dynquant import __version__
-from dynquant.errors import DynquantError
+from dynquant.errors import DynquantError, PlanError
 
 app = typer.Typer(
     help="Dynamic low-bit quantization: measure where it hurts, keep those places precise, crush the rest.",
@@ -94,17 +95,15 @@ def analyze(
 
 @app.command()
 def plan(
-    model: ModelArg,
-    output: Annotated[
-        Path, typer.Option("-o", "--output", help="Directory for stats, errors, plan, plots and report.")
-    ],
+    model: Annotated[str | None, typer.Argument(help="Hugging Face directory or hub id, or a .gguf file.")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where all files of the plan go.")] = Path("plan"),
     calibration: TextOpt = None,
     bpw: Annotated[float | None, typer.Option(help="Budget in bits per weight, of the whole file.")] = None,
     size: Annotated[str | None, typer.Option(help="Budget in bytes, or as 140GB, 31.5MB, 12GiB.")] = None,
     preset: PresetOpt = None,
     types: TypesOpt = None,
     floors: Annotated[
-        bool, typer.Option(help="Keep attention, shared experts, embedding and output at 4 bits or more.")
+        bool, typer.Option(help="Keep all but routed experts at 4 bits or more.")
     ] = True,
     tokens: TokensOpt = 131072,
     window: WindowOpt = 512,
@@ -114,26 +113,39 @@ def plan(
     threads: ThreadsOpt = None,
     base_gguf: BaseGgufOpt = None,
     report: Annotated[bool, typer.Option(help="Draw plots and write report.html.")] = True,
+    config_only: Annotated[
+        Path | None, typer.Option(help="Directory with config.json: sizes a preset.")
+    ] = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Decide a quant type for every tensor, and show why.
 
-    Statistics and errors already in the output directory are reused, so another budget costs seconds.
+    Without a budget: the smallest file that keeps every floor, and 5 % more. Statistics and errors already in the
+    output directory are reused, so another budget costs seconds.
 
     Example: dynquant plan ./model --calibration text.jsonl --bpw 2.0 -o plan/
     """
     from dynquant import workflow
 
-    target = workflow.Target(preset=preset, bpw=bpw, size=size, types=_split(types), floors=floors)
-    options = workflow.CalibrationOptions(text=calibration, tokens=tokens, window=window, seed=seed)
-    made = workflow.plan(
-        model, target, options, output,
-        stats_path=stats, encoder=encoder, threads=threads, base_gguf=base_gguf, report=report,
-    )  # fmt: skip
+    if config_only is not None:
+        if preset is None or model is not None:
+            raise PlanError("--config-only DIR goes with --preset NAME and without a MODEL.")
+        made = workflow.plan_from_config(config_only, preset)
+        show = workflow.print_histogram
+    elif model is None:
+        raise PlanError("Give a MODEL to plan, or --config-only DIR with --preset NAME.")
+    else:
+        target = workflow.Target(preset=preset, bpw=bpw, size=size, types=_split(types), floors=floors)
+        options = workflow.CalibrationOptions(text=calibration, tokens=tokens, window=window, seed=seed)
+        made = workflow.plan(
+            model, target, options, output,
+            stats_path=stats, encoder=encoder, threads=threads, base_gguf=base_gguf, report=report,
+        )  # fmt: skip
+        show = partial(workflow.print_plan, directory=output)
     if as_json:
         print(made.model_dump_json(indent=1))
     else:
-        workflow.print_plan(made, output)
+        show(made)
 
 
 @app.command()

@@ -25,6 +25,9 @@ STARVED_TOKENS = 32
 STARVED_SHARE = 1 / 8
 """So is one with less than this share of the layer's mean tokens per expert."""
 
+MIN_SHARE = 1e-6
+"""Importance of a dead channel over the mean: a block of zeros would let an encoder erase its weights."""
+
 
 @dataclass(frozen=True)
 class LayerCoverage:
@@ -96,7 +99,9 @@ def importance(
         raise StatsError(f"Calibration saw no token at the input of {weight}; calibrate on a longer text.")
     if not torch.isfinite(mean).all():
         raise StatsError(f"The statistics of {weight} hold NaN or Inf; calibrate in float32 or check the model.")
-    return mean.expand(num_slices, -1).to(torch.float32)
+    average = mean.mean(1, keepdim=True)
+    floor = torch.where(average > 0, MIN_SHARE * average, 1.0)
+    return torch.maximum(mean, floor).expand(num_slices, -1).to(torch.float32)
 
 
 def _shrunk_mean(stats: InputStats, shrink_tokens: float) -> torch.Tensor | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from dynquant import console
 from dynquant.analysis.error_table import ErrorTable
 from dynquant.analysis.frontier import frontier
+from dynquant.analysis.super_experts import find_super_experts
 from dynquant.analysis.super_weights import SuperWeight
 from dynquant.checkpoint import open_model
 from dynquant.errors import PlanError
@@ -49,7 +50,7 @@ def write_report(
 
     report = directory / "report.html"
     with console.stage_progress() as progress:
-        points = frontier(table, rules_of(supers), _fixed_bytes_of(plan, table), _priced_presets(model))
+        points = frontier(table, rules_of(supers, stats), _fixed_bytes_of(plan, table), _priced_presets(model))
         shown = {"table": table, "plan": plan, "stats": stats, "super_weights": supers, "frontier": points}
         plots = write_plots(directory / "plots", **shown, progress=progress)
     write_html(report, **shown, plots=plots, evaluation=evaluation)
@@ -73,8 +74,14 @@ def _priced_presets(model: Model) -> dict[str, dict[str, str]]:
     return found
 
 
-def rules_of(supers: Sequence[SuperWeight], floors: bool = True) -> Rules:
-    return Rules(floors=floors, super_weight_tensors=frozenset(found.name for found in supers))
+def rules_of(supers: Sequence[SuperWeight], stats: CalibrationStats, *, floors: bool = True) -> Rules:
+    """Tensors that hold super weights or super experts stay precise."""
+    kept: dict[str, str] = {}
+    for expert in find_super_experts(stats):
+        kept[expert.name] = f"expert {expert.expert} is a super expert (output {expert.ratio:.0f} times the median)"
+    for found in supers:
+        kept[found.name] = f"holds the super weight [{found.row},{found.col}]"
+    return Rules(floors=floors, kept=kept)
 
 
 def load_super_weights(path: Path) -> list[SuperWeight]:

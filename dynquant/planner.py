@@ -6,7 +6,7 @@ that cannot hold the floors lowers them together, one step at a time, and every 
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dynquant.allocate import Option, allocate, largest_total, smallest_total
 from dynquant.analysis.error_table import ErrorRow, ErrorTable
@@ -26,10 +26,11 @@ HEADROOM = 1.05
 
 @dataclass(frozen=True)
 class Rules:
-    """What the floors are; `floors=False` leaves everything to the cost."""
+    """What the cost may not decide; without `floors` a role keeps nothing precise, exceptions neither."""
 
     floors: bool = True
-    super_weight_tensors: frozenset[str] = frozenset()
+    kept: Mapping[str, str] = field(default_factory=dict)
+    """Tensor -> why it must stay precise besides its role, as `holds a super weight`."""
 
 
 def plan_types(
@@ -92,7 +93,7 @@ def outlier_tensors(table: ErrorTable) -> dict[str, float]:
 
 def _exceptions(table: ErrorTable, rules: Rules) -> dict[str, str]:
     found = {name: f"activation error stands out (robust z {z:.1f})" for name, z in outlier_tensors(table).items()}
-    return found | dict.fromkeys(rules.super_weight_tensors, "holds a super weight")
+    return found | dict(rules.kept)
 
 
 def _floor(rows: Mapping[str, ErrorRow], exception: str | None, level: int) -> QuantType | None:

@@ -231,9 +231,9 @@ def plan(
     fixed = fixed_bytes(model, table.tensors(), **context)
     allowed = table.restricted_to([name.upper() for name in target.types]) if target.types else table
     weights = sum(model.source.info(name).numel for name in model.source.names())
-    chosen = preset or plan_types(
-        allowed, target.budget(weights), rules_of(supers, target.floors), weighted_costs(allowed), fixed_bytes=fixed
-    )
+    rules = rules_of(supers, stats, floors=target.floors)
+    costs = weighted_costs(allowed)
+    chosen = preset or plan_types(allowed, target.budget(weights), rules, costs, fixed_bytes=fixed)
     made = plan_from_types(
         model,
         chosen,
@@ -246,6 +246,14 @@ def plan(
     if report:
         write_report(model, made, table, stats, supers, directory)
     return made
+
+
+def plan_from_config(directory: Path, preset: str) -> Plan:
+    """Size and types of a preset from config.json (and the tokenizer, if it is there); no weights are needed."""
+    from dynquant.families import open_config
+
+    model = open_config(directory)
+    return plan_from_types(model, preset_types(preset, model), recipe=Target(preset=preset).recipe)
 
 
 def _candidates(target: Target, preset: dict[str, tuple[str, str]] | None) -> tuple[str, ...]:
@@ -315,6 +323,17 @@ def _table_of(
     return known
 
 
+def print_histogram(plan: Plan) -> None:
+    """Size in GiB and the number of tensors of each type."""
+    console.print_table(
+        f"{plan.model}: {plan.recipe}", ("type", "tensors"), [(name, count) for name, count in plan.histogram().items()]
+    )
+    console.out.print(
+        f"{plan.predicted_bytes / 2**30:.2f} GiB ({plan.predicted_bytes:,} bytes), {len(plan.entries):,} tensors, "
+        f"{plan.bits_per_weight:.3f} bits per weight"
+    )
+
+
 def print_plan(plan: Plan, directory: Path) -> None:
     """What was kept, what was crushed, and the size."""
     by_role: dict[str, list] = {}
@@ -330,7 +349,7 @@ def print_plan(plan: Plan, directory: Path) -> None:
             (role, len(entries), " ".join(types), f"{8 * size / weights:.3f}", console.human_bytes(size), share)
         )
     console.print_table(f"{plan.model}: {plan.recipe}", ("role", "tensors", "types", "bpw", "size", "share"), rows)
-    exceptions = [e for e in plan.entries if "super weight" in e.reason or "stands out" in e.reason]
+    exceptions = [e for e in plan.entries if "super " in e.reason or "stands out" in e.reason]
     for entry in exceptions:
         console.out.print(f"  {entry.name}: {entry.type}, {entry.reason}")
     fallbacks = [e for e in plan.entries if e.wanted_type]
