@@ -15,6 +15,7 @@ import json
 from collections.abc import Collection, Iterable
 from functools import cached_property
 from pathlib import Path
+from statistics import median
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -61,6 +62,26 @@ class ErrorTable(BaseModel):
     types: tuple[str, ...]
     """Candidate types as they were asked for, before row-length fallbacks."""
     rows: tuple[ErrorRow, ...]
+    sensitivity: dict[str, float] = {}
+    """GGUF name -> nats of KL per unit of `weighted_error` (analysis/sensitivity.py); empty when not measured."""
+
+    @property
+    def cost_name(self) -> str:
+        """What `cost` estimates, for plans and plots."""
+        return "predicted KL (nats per token)" if self.sensitivity else "importance-weighted error, summed over tensors"
+
+    def cost(self, row: ErrorRow) -> float:
+        """What a planner should minimise the sum of: predicted KL where sensitivities were measured.
+
+        Without any, every tensor's relative error counts alike. A tensor that alone has none takes the median.
+        """
+        if not self.sensitivity:
+            return row.weighted_error
+        return self.sensitivity.get(row.name, self._median_sensitivity) * row.weighted_error
+
+    @cached_property
+    def _median_sensitivity(self) -> float:
+        return median(self.sensitivity.values())
 
     def row(self, name: str, type_name: str) -> ErrorRow | None:
         """The row of a tensor in a type, or in the type that is stored for it when the row length does not fit."""
@@ -100,6 +121,10 @@ class ErrorTable(BaseModel):
         order = {name: index for index, name in enumerate(self.tensors() | other.tensors())}
         types = tuple(dict.fromkeys((*self.types, *other.types)))
         return self._with(types, sorted(rows.values(), key=lambda row: order[row.name]))
+
+    def with_sensitivity(self, sensitivity: dict[str, float]) -> "ErrorTable":
+        """The same rows, priced by these sensitivities."""
+        return ErrorTable(**self.model_dump(exclude={"rows", "sensitivity"}), rows=self.rows, sensitivity=sensitivity)
 
     def _with(self, types: tuple[str, ...], rows: Iterable[ErrorRow]) -> "ErrorTable":
         return ErrorTable(**self.model_dump(exclude={"rows", "types"}), types=types, rows=tuple(rows))

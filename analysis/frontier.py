@@ -1,7 +1,7 @@
 """The size/error curve: what the planner would reach at many budgets, beside uniform types and fixed recipes.
 
-Every point is priced with the same error table: the sum over tensors of the importance-weighted relative error of the
-chosen type. It is a prediction; `dynquant eval` measures.
+Every point is priced with the same error table: the sum over tensors of `ErrorTable.cost`. It is a prediction;
+`dynquant eval` and `dynquant compare` measure.
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from dynquant.analysis.error_table import ErrorTable
 from dynquant.exporters.gguf_header import padded
-from dynquant.planner import Rules, plan_types, weighted_costs
+from dynquant.planner import Rules, plan_types
 
 
 @dataclass(frozen=True)
@@ -27,21 +27,20 @@ def price(table: ErrorTable, types: Mapping[str, str], fixed_bytes: int) -> tupl
     rows = [table.row(name, types[name]) for name in table.tensors()]
     if any(row is None for row in rows):
         return None
-    return fixed_bytes + sum(padded(r.bytes) for r in rows if r), sum(r.weighted_error for r in rows if r)
+    return fixed_bytes + sum(padded(r.bytes) for r in rows if r), sum(table.cost(r) for r in rows if r)
 
 
 def frontier(
     table: ErrorTable, rules: Rules, fixed_bytes: int, presets: Mapping[str, Mapping[str, str]], num_points: int = 24
 ) -> list[FrontierPoint]:
     """The planner at `num_points` budgets over its whole range of sizes, and every preset that can be priced."""
-    costs = weighted_costs(table)
     tensors = table.tensors().values()
     low = fixed_bytes + sum(min(padded(row.bytes) for row in rows.values()) for rows in tensors)
     high = fixed_bytes + sum(max(padded(row.bytes) for row in rows.values()) for rows in tensors)
     points = []
     for step in range(num_points):
         budget = int(low * (high / low) ** (step / (num_points - 1)))
-        chosen = plan_types(table, min(max(budget, low), high), rules, costs, fixed_bytes=fixed_bytes)
+        chosen = plan_types(table, min(max(budget, low), high), rules, fixed_bytes=fixed_bytes)
         priced = price(table, {name: choice for name, (choice, _) in chosen.items()}, fixed_bytes)
         if priced:
             points.append(FrontierPoint(f"{budget}", *priced, kind="plan"))

@@ -1,6 +1,6 @@
 """Size/error frontier: this plan beside uniform types, fixed recipes and the planner at other budgets.
 
-The error is the planner's prediction: each tensor's importance-weighted relative error in its type, summed.
+The error is the planner's prediction: `ErrorTable.cost` of each tensor in its type, summed.
 """
 
 import math
@@ -40,13 +40,9 @@ Point = tuple[float, float, str]
 
 
 def plan_error(plan: Plan, table: ErrorTable | None) -> float | None:
-    """Predicted error of the plan itself; None when neither the plan nor the table knows it."""
-    rows = table.tensors() if table is not None else {}
-    known = [
-        row.weighted_error if (row := rows.get(entry.name, {}).get(entry.type)) else entry.weighted_error
-        for entry in plan.entries
-    ]
-    priced = [error for error in known if error is not None]
+    """Predicted error of the plan itself; None when the table knows none of its types."""
+    rows = [table.row(entry.name, entry.type) for entry in plan.entries] if table is not None else []
+    priced = [table.cost(row) for row in rows if row is not None and table is not None]
     return math.fsum(priced) if priced else None
 
 
@@ -68,6 +64,7 @@ def draw_frontier(plan: Plan, table: ErrorTable | None, points: Sequence[Frontie
     for name in reversed(_LOOKS):
         if name in series:
             _draw_series(axes, name, series[name])
+    axes.set_ylabel(table.cost_name if table is not None else "predicted error")
     _dress(axes, unit, [size for group in series.values() for size, _, _ in group])
     named = [point for name in _LOOKS if "budgets" not in name for point in series.get(name, [])]
     lines = [
@@ -122,7 +119,6 @@ def _dress(axes: "Axes", unit: str, sizes: list[float]) -> None:
         number_axis(axes.xaxis)
     number_axis(axes.yaxis)
     axes.set_xlabel(f"file size ({unit})")
-    axes.set_ylabel("predicted error (sum over tensors, weighted by importance)")
 
 
 def _handle(name: str):

@@ -102,9 +102,7 @@ def plan(
     size: Annotated[str | None, typer.Option(help="Budget in bytes, or as 140GB, 31.5MB, 12GiB.")] = None,
     preset: PresetOpt = None,
     types: TypesOpt = None,
-    floors: Annotated[
-        bool, typer.Option(help="Keep all but routed experts at 4 bits or more.")
-    ] = True,
+    floors: Annotated[bool, typer.Option(help="Keep all but routed experts at 4 bits or more.")] = True,
     tokens: TokensOpt = 131072,
     window: WindowOpt = 512,
     seed: SeedOpt = 0,
@@ -113,9 +111,7 @@ def plan(
     threads: ThreadsOpt = None,
     base_gguf: BaseGgufOpt = None,
     report: Annotated[bool, typer.Option(help="Draw plots and write report.html.")] = True,
-    config_only: Annotated[
-        Path | None, typer.Option(help="Directory with config.json: sizes a preset.")
-    ] = None,
+    config_only: Annotated[Path | None, typer.Option(help="Directory with config.json: sizes a preset.")] = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Decide a quant type for every tensor, and show why.
@@ -209,6 +205,39 @@ def evaluate(
         mmlu_data=mmlu_data, shots=shots, num_shots=num_shots, limit=limit, cache_dir=reference_cache,
         json_file=json_file, threads=threads, seed=seed,
     )  # fmt: skip
+
+
+@app.command()
+def compare(
+    model: ModelArg,
+    recipes: Annotated[str, typer.Option(help="Presets, as llama-iq1_s,r1-iq1_s.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory for results and the shared plan.")],
+    text: Annotated[list[Path] | None, typer.Option(help="Text for kl and ppl. May be repeated.")] = None,
+    tasks: Annotated[str, typer.Option(help="Any of kl, ppl, mmlu.")] = "kl,ppl",
+    max_tokens: Annotated[int, typer.Option(help="Tokens of each text.")] = 8192,
+    mmlu_data: Annotated[str | None, typer.Option(help="Questions, .jsonl or a datasets id.")] = None,
+    shots: Annotated[str | None, typer.Option(help="Few-shot questions, .jsonl.")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most this many questions.")] = None,
+    scoring: Annotated[str, typer.Option(help="letter, cloze or both.")] = "letter,cloze",
+    calibration: TextOpt = None,
+    tokens: TokensOpt = 131072,
+    keep: Annotated[bool, typer.Option(help="Keep the exported files.")] = False,
+    threads: ThreadsOpt = None,
+) -> None:
+    """Measure recipes side by side, and the planner at the bytes of each.
+
+    Example: dynquant compare ./model --recipes llama-iq1_s,r1-iq1_s --text held-out.txt -o comparison/
+    """
+    from dynquant.compare import Questions
+    from dynquant.compare import compare as run
+    from dynquant.workflow import CalibrationOptions
+
+    questions = Questions(
+        tasks=_split(tasks) or (), text=tuple(text or ()), max_tokens=max_tokens, mmlu_data=mmlu_data, shots=shots,
+        limit=limit, scoring=_split(scoring) or (),
+    )  # fmt: skip
+    options = CalibrationOptions(text=calibration, tokens=tokens)
+    run(model, _split(recipes) or (), questions, options, output, threads=threads, keep=keep)
 
 
 @app.command()

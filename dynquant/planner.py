@@ -1,8 +1,10 @@
 """Turns an error table and a budget into a plan: floors by role, exceptions from measurement, the rest by cost.
 
 Floors keep attention, MLA, shared experts, dense layers, embedding and output at 4 bits or more; a tensor that holds a
-super weight or whose activation error stands out from its peers gets 6 bits. Routed experts have no floor. A budget
-that cannot hold the floors lowers them together, one step at a time, and every entry says so.
+super weight or a super expert, or whose activation error stands out from its peers, gets 6 bits. Routed experts have no
+floor. Role floors insure against what the cost does not see, and have a price: they are lowered together, one step at a
+time, until the budget holds them and they raise the predicted KL by no more than FLOOR_PRICE. In models whose routed
+experts are nearly all weights they cost nothing; in small ones bytes are worth more elsewhere. Every entry says so.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,10 +17,13 @@ from dynquant.errors import PlanError
 from dynquant.exporters.gguf_header import padded
 from dynquant.quant_types import QUANT_TYPES, QuantType
 
-FLOORS = ("IQ4_XS", "Q3_K", "Q2_K", None)
-"""Floors of precise roles, tried in this order until the budget holds them."""
-EXCEPTION_FLOORS = ("Q6_K", "Q4_K", "IQ4_XS", None)
-"""Floors of tensors with a super weight or an outlier error, lowered in step with FLOORS."""
+LEVELS = (
+    ("IQ4_XS", "Q6_K"), ("Q3_K", "Q6_K"), ("Q2_K", "Q6_K"),
+    (None, "Q6_K"), (None, "Q4_K"), (None, "Q2_K"), (None, None),
+)  # fmt: skip
+"""Floors of precise roles and of exceptions, from the highest down."""
+FLOOR_PRICE = 1.1
+"""Role floors may raise the predicted KL by this factor, but no more."""
 _OUTLIER_TYPES = ("Q2_K", "IQ2_S", "Q3_K", "IQ3_XXS", "Q4_K")
 HEADROOM = 1.05
 """Size of the default plan over the smallest file that keeps every floor."""
@@ -33,52 +38,70 @@ class Rules:
     """Tensor -> why it must stay precise besides its role, as `holds a super weight`."""
 
 
+@dataclass(frozen=True)
+class _Draft:
+    """The best assignment under one level of floors."""
+
+    level: int
+    floors: Mapping[str, QuantType | None]
+    chosen: Mapping[str, Option]
+
+    @property
+    def cost(self) -> float:
+        return sum(option.cost for option in self.chosen.values())
+
+
 def plan_types(
-    table: ErrorTable,
-    budget: int | None,
-    rules: Rules,
-    costs: Mapping[tuple[str, str], float],
-    *,
-    fixed_bytes: int = 0,
+    table: ErrorTable, budget: int | None, rules: Rules, *, fixed_bytes: int = 0
 ) -> dict[str, tuple[str, str]]:
     """Type and reason of every tensor in the table, for a file of at most `budget` bytes.
 
-    `fixed_bytes` is what the file holds besides: header, norms, routers. Without a budget, the smallest file that keeps
-    every floor gets HEADROOM more, for the routed experts that gain most from it.
+    Minimises the sum of `ErrorTable.cost` over the tensors. `fixed_bytes` is what the file holds besides: header,
+    norms, routers. Without a budget, the smallest file that keeps every floor gets HEADROOM more, for the tensors that
+    gain most from it.
 
     Raises:
         PlanError: the budget is below the smallest or above the largest possible size; both are named.
     """
-    exceptions = _exceptions(table, rules)
-    everything = _options(table, costs, {})
+    exceptions = _exceptions(table, rules) if rules.floors else {}
+    everything = _options(table, {})
     smallest, largest = fixed_bytes + smallest_total(everything), fixed_bytes + largest_total(everything)
-    if budget is not None and budget < smallest:
+    if budget is None:
+        return _explain(table, _draft(table, exceptions, 0, fixed_bytes, None, largest), exceptions)
+    if budget < smallest:
         raise PlanError(_out_of_range("below the smallest", budget, smallest, largest))
-    if budget is not None and budget > largest:
+    if budget > largest:
         raise PlanError(_out_of_range("above the largest", budget, smallest, largest))
-    levels = range(len(FLOORS)) if rules.floors else (len(FLOORS) - 1,)
-    for level in levels:
-        floors = {name: _floor(rows, exceptions.get(name), level) for name, rows in table.tensors().items()}
-        options = _options(table, costs, floors)
-        needed = fixed_bytes + smallest_total(options)
-        if budget is None:
-            budget = min(int(needed * HEADROOM), largest)
-        if needed <= budget:
-            chosen = allocate(options, budget - fixed_bytes)
-            return {
-                name: (option.type, _reason(table.row(name, option.type), floors[name], exceptions.get(name), level))
-                for name, option in chosen.items()
-            }
-    raise AssertionError("the last level has no floors")
+    levels = range(len(LEVELS)) if rules.floors else (len(LEVELS) - 1,)
+    drafts = (_draft(table, exceptions, level, fixed_bytes, budget, largest) for level in levels)
+    return _explain(table, _worth_its_floors([draft for draft in drafts if draft], table), exceptions)
 
 
-def weighted_costs(table: ErrorTable) -> dict[tuple[str, str], float]:
-    """Cost of a row: its importance-weighted relative squared error.
+def _draft(
+    table: ErrorTable, exceptions: Mapping[str, str], level: int, fixed_bytes: int, budget: int | None, largest: int
+) -> _Draft | None:
+    """The best assignment under a level's floors, or None when the budget does not hold them."""
+    floors = {name: _floor(rows, exceptions.get(name), level) for name, rows in table.tensors().items()}
+    options = _options(table, floors)
+    needed = fixed_bytes + smallest_total(options)
+    limit = min(int(needed * HEADROOM), largest) if budget is None else budget
+    return _Draft(level, floors, allocate(options, limit - fixed_bytes)) if needed <= limit else None
 
-    Relative to the tensor's own output, so that the early layers, whose activations are small, count as much as the
-    late ones; the residual stream is normalised before every use.
-    """
-    return {(row.name, row.type): row.weighted_error for row in table.rows}
+
+def _worth_its_floors(drafts: list[_Draft], table: ErrorTable) -> _Draft:
+    """The draft with the highest floors whose price is right; without sensitivities the cost cannot judge them."""
+    without = next((draft for draft in drafts if LEVELS[draft.level][0] is None), drafts[-1])
+    if not table.sensitivity:
+        return drafts[0]
+    return next(draft for draft in drafts if draft.cost <= FLOOR_PRICE * without.cost or draft is without)
+
+
+def _explain(table: ErrorTable, draft: _Draft | None, exceptions: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    assert draft is not None
+    return {
+        name: (option.type, _reason(table.row(name, option.type), draft, exceptions.get(name)))
+        for name, option in draft.chosen.items()
+    }
 
 
 def outlier_tensors(table: ErrorTable) -> dict[str, float]:
@@ -97,20 +120,19 @@ def _exceptions(table: ErrorTable, rules: Rules) -> dict[str, str]:
 
 
 def _floor(rows: Mapping[str, ErrorRow], exception: str | None, level: int) -> QuantType | None:
-    role = next(iter(rows.values())).role
-    name = EXCEPTION_FLOORS[level] if exception else None if role.is_routed_expert else FLOORS[level]
+    of_role, of_exception = LEVELS[level]
+    is_expert = next(iter(rows.values())).role.is_routed_expert
+    name = of_exception if exception else None if is_expert else of_role
     return QUANT_TYPES[name] if name else None
 
 
-def _options(
-    table: ErrorTable, costs: Mapping[tuple[str, str], float], floors: Mapping[str, QuantType | None]
-) -> dict[str, list[Option]]:
+def _options(table: ErrorTable, floors: Mapping[str, QuantType | None]) -> dict[str, list[Option]]:
     options: dict[str, list[Option]] = {}
     for name, rows in table.tensors().items():
         allowed = [row for row in rows.values() if _reaches(row.type, floors.get(name))] or [
             _most_precise(rows.values())
         ]
-        options[name] = [Option(padded(row.bytes), costs[name, row.type], row.type) for row in allowed]
+        options[name] = [Option(padded(row.bytes), table.cost(row), row.type) for row in allowed]
     return options
 
 
@@ -122,16 +144,18 @@ def _most_precise(rows: Iterable[ErrorRow]) -> ErrorRow:
     return max(rows, key=lambda row: row.bytes)
 
 
-def _reason(row: ErrorRow | None, floor: QuantType | None, exception: str | None, level: int) -> str:
+def _reason(row: ErrorRow | None, draft: _Draft, exception: str | None) -> str:
     assert row is not None
+    floor = draft.floors[row.name]
     error = f"weighted error {row.weighted_error:.2%}"
-    is_expert = row.role.is_routed_expert
-    lowered = f"; floors lowered to {FLOORS[level] or 'none'} by the budget" if level and not is_expert else ""
     if exception:
-        return f"kept: {exception}, floor {floor.name if floor else 'none'}; {error}{lowered}"
-    if is_expert:
+        return f"kept: {exception}, floor {floor.name if floor else 'none, the budget holds none'}; {error}"
+    if row.role.is_routed_expert:
         return f"crushed: routed expert, best use of the budget; {error}"
-    return f"kept: {row.role.value}, floor {floor.name if floor else 'none'}; {error}{lowered}"
+    if floor is None:
+        return f"{row.role.value}: no floor at this budget, bytes are worth more elsewhere; {error}"
+    lowered = f", lowered from {LEVELS[0][0]} at this budget" if draft.level else ""
+    return f"kept: {row.role.value}, floor {floor.name}{lowered}; {error}"
 
 
 def _out_of_range(how: str, budget: int, smallest: int, largest: int) -> str:

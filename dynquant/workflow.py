@@ -13,9 +13,10 @@ from pathlib import Path
 from dynquant import console
 from dynquant.analysis.error_table import ErrorTable
 from dynquant.analysis.measure_errors import build_error_table, file_hash
+from dynquant.analysis.sensitivity import output_sensitivity
 from dynquant.analysis.super_weights import SuperWeight, find_super_weights
 from dynquant.checkpoint import open_model
-from dynquant.errors import ExportError, PlanError, StatsError
+from dynquant.errors import CheckpointError, ExportError, PlanError, StatsError
 from dynquant.importance import coverage_report
 from dynquant.model import Model
 from dynquant.plan import Plan, write_atomically
@@ -29,7 +30,7 @@ from dynquant.plan_report import (
     rules_of,
     write_report,
 )
-from dynquant.planner import plan_types, weighted_costs
+from dynquant.planner import plan_types
 from dynquant.presets import preset_types
 from dynquant.quant_types import quant_type
 from dynquant.quantize import load_encoder
@@ -39,6 +40,9 @@ DEFAULT_TYPES = (
     "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "IQ4_XS", "Q5_K", "Q6_K", "Q8_0",
 )  # fmt: skip
 """Candidates of `plan`: the useful types of each size. IQ2_XS and Q3_K lose to their neighbours at equal bytes."""
+
+PROBE_TOKENS = 4096
+"""Tokens of the backward pass that measures sensitivities."""
 
 
 @dataclass(frozen=True)
@@ -226,20 +230,19 @@ def plan(
     stats, stats_hash = _stats_of(model, options, directory, stats_path)
     types = _candidates(target, preset)
     table = _table_of(model, stats, stats_hash, types, directory, encoder, threads)
-    supers = _super_weights_of(model, stats, options, directory)
+    supers, table = _probe(model, stats, table, options, directory)
     context = {"recipe": target.recipe, "stats": stats, "stats_hash": stats_hash}
     fixed = fixed_bytes(model, table.tensors(), **context)
     allowed = table.restricted_to([name.upper() for name in target.types]) if target.types else table
     weights = sum(model.source.info(name).numel for name in model.source.names())
     rules = rules_of(supers, stats, floors=target.floors)
-    costs = weighted_costs(allowed)
-    chosen = preset or plan_types(allowed, target.budget(weights), rules, costs, fixed_bytes=fixed)
+    chosen = preset or plan_types(allowed, target.budget(weights), rules, fixed_bytes=fixed)
     made = plan_from_types(
         model,
         chosen,
         errors_hash=file_hash(directory / ERRORS_NAME),
         candidates=table.types,
-        weighted_errors=weighted_costs(table),
+        weighted_errors={(row.name, row.type): row.weighted_error for row in table.rows},
         **context,
     )
     made.save(directory / PLAN_NAME)
@@ -446,20 +449,33 @@ def _plan_of_preset(
     return plan_from_types(model, types, recipe=recipe, stats=stats, stats_hash=file_hash(path)), stats
 
 
-def _super_weights_of(
-    model: Model, stats: CalibrationStats, options: CalibrationOptions, directory: Path
-) -> list[SuperWeight]:
-    """Super weights found on the first window of the calibration text; kept beside the statistics they belong to."""
+def _probe(
+    model: Model, stats: CalibrationStats, table: ErrorTable, options: CalibrationOptions, directory: Path
+) -> tuple[list[SuperWeight], ErrorTable]:
+    """What needs the running model: super weights, and the sensitivity of the output to every tensor.
+
+    Both are kept in the directory. A model that transformers cannot run (a GGUF with imported statistics) has neither;
+    the plan then counts every tensor's relative error alike, and says so.
+    """
     path = directory / SUPER_NAME
-    if path.is_file() and path.stat().st_mtime >= (directory / STATS_NAME).stat().st_mtime:
-        return load_super_weights(path)
+    fresh = path.is_file() and path.stat().st_mtime >= (directory / STATS_NAME).stat().st_mtime
+    if fresh and table.sensitivity:
+        return load_super_weights(path), table
     from dynquant.calibration_text import pack_windows, read_text
     from dynquant.hf_loading import load_hf, load_tokenizer
 
-    tokenizer = load_tokenizer(model)
-    text = read_text(options.text, tokenizer=tokenizer, seed=options.seed, max_tokens=options.window)
-    windows = pack_windows(text, tokenizer, window=options.window, max_tokens=options.window)
-    console.note("looking for super weights")
-    found = find_super_weights(load_hf(model), model.arch, model.hyper.n_layer, windows[0])
+    try:
+        tokenizer, hf_model = load_tokenizer(model), load_hf(model)
+    except CheckpointError as error:
+        console.note(f"no super weights and no sensitivities: {error}")
+        return [], table
+    text = read_text(options.text, tokenizer=tokenizer, seed=options.seed, max_tokens=PROBE_TOKENS)
+    windows = pack_windows(text, tokenizer, window=options.window, max_tokens=PROBE_TOKENS)
+    arch, n_layer = model.arch, model.hyper.n_layer
+    found = find_super_weights(hf_model, arch, n_layer, windows[0])
+    with console.stage_progress() as progress:
+        sensitivity = output_sensitivity(hf_model, arch, n_layer, windows, seed=options.seed, progress=progress)
+    table = table.with_sensitivity(sensitivity)
+    table.save(directory / ERRORS_NAME)
     write_atomically(path, json.dumps([one.model_dump() for one in found], indent=1) + "\n")
-    return found
+    return found, table

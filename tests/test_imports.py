@@ -32,7 +32,7 @@ RANKS = [
     ["console"],
     ["plan_report"],
     ["workflow"],
-    ["commands"],
+    ["commands", "compare"],
     ["cli"],
     ["__main__"],
 ]

@@ -6,14 +6,14 @@ from dynquant.analysis.error_table import ErrorRow, ErrorTable
 from dynquant.architecture import layer_of, role_of
 from dynquant.errors import PlanError
 from dynquant.exporters.gguf_header import padded
-from dynquant.planner import Rules, outlier_tensors, plan_types, weighted_costs
+from dynquant.planner import Rules, outlier_tensors, plan_types
 from dynquant.quant_types import QUANT_TYPES
 
 TYPES = ("IQ1_S", "IQ2_XXS", "Q2_K", "Q3_K", "Q4_K", "Q6_K", "Q8_0")
 SHAPE = {"attn_q": (256, 256), "ffn_down_exps": (8, 256, 256), "ffn_gate_exps": (8, 256, 256)}
 
 
-def table_of(layers=6, outlier=None):
+def table_of(layers=6, outlier=None, sensitivity=None):
     rows = []
     for layer in range(layers):
         for part, shape in SHAPE.items():
@@ -28,7 +28,8 @@ def table_of(layers=6, outlier=None):
                         weighted_energy=1.0, activation_error=activation,
                     )
                 )  # fmt: skip
-    return ErrorTable(model="m", fingerprint="f", stats_hash="s", encoder="ggml", types=TYPES, rows=tuple(rows))
+    return ErrorTable(model="m", fingerprint="f", stats_hash="s", encoder="ggml", types=TYPES, rows=tuple(rows),
+                      sensitivity=sensitivity or {})  # fmt: skip
 
 
 def size(table, types):
@@ -39,7 +40,7 @@ def test_attention_keeps_its_floor_while_experts_are_crushed():
     table = table_of()
     floor_size = sum(QUANT_TYPES["Q4_K"].tensor_bytes(SHAPE["attn_q"]) for _ in range(6))
     crushed = 12 * QUANT_TYPES["IQ1_S"].tensor_bytes(SHAPE["ffn_down_exps"])
-    types = plan_types(table, floor_size + crushed + 1000, Rules(), weighted_costs(table))
+    types = plan_types(table, floor_size + crushed + 1000, Rules())
     assert {types[f"blk.{i}.attn_q.weight"][0] for i in range(6)} == {"Q4_K"}
     assert {types[f"blk.{i}.ffn_down_exps.weight"][0] for i in range(6)} == {"IQ1_S"}
     assert "crushed" in types["blk.0.ffn_down_exps.weight"][1]
@@ -48,9 +49,9 @@ def test_attention_keeps_its_floor_while_experts_are_crushed():
 def test_floors_are_lowered_only_when_the_budget_demands_it_and_the_reason_says_so():
     table = table_of()
     smallest = sum(padded(rows["IQ1_S"].bytes) for rows in table.tensors().values())
-    types = plan_types(table, smallest + 64, Rules(), weighted_costs(table))
+    types = plan_types(table, smallest + 64, Rules())
     assert size(table, types) <= smallest + 64
-    assert "floors lowered to none" in types["blk.0.attn_q.weight"][1]
+    assert "no floor at this budget" in types["blk.0.attn_q.weight"][1]
 
 
 @pytest.mark.parametrize("budget, words", [(10, "below the smallest"), (10**9, "above the largest")])
@@ -59,7 +60,7 @@ def test_impossible_budgets_name_both_ends(budget, words):
     smallest = sum(padded(rows["IQ1_S"].bytes) for rows in table.tensors().values())
     largest = sum(padded(rows["Q8_0"].bytes) for rows in table.tensors().values())
     with pytest.raises(PlanError, match=words) as refusal:
-        plan_types(table, budget, Rules(), weighted_costs(table))
+        plan_types(table, budget, Rules())
     assert f"{smallest:,}" in str(refusal.value) and f"{largest:,}" in str(refusal.value)
 
 
@@ -68,7 +69,7 @@ def test_a_tensor_whose_activation_error_stands_out_is_kept():
     table = table_of(outlier=spike)
     assert list(outlier_tensors(table)) == [spike]
     budget = int(sum(padded(rows["Q3_K"].bytes) for rows in table.tensors().values()))
-    types = plan_types(table, budget, Rules(), weighted_costs(table))
+    types = plan_types(table, budget, Rules())
     assert QUANT_TYPES[types[spike][0]].bits_per_weight >= QUANT_TYPES["Q6_K"].bits_per_weight
     assert "stands out" in types[spike][1]
 
@@ -77,10 +78,26 @@ def test_a_tensor_with_a_super_weight_is_kept():
     table = table_of()
     name = "blk.4.ffn_down_exps.weight"
     budget = int(sum(padded(rows["Q3_K"].bytes) for rows in table.tensors().values()))
-    types = plan_types(table, budget, Rules(kept={name: "holds a super weight"}), weighted_costs(table))
+    types = plan_types(table, budget, Rules(kept={name: "holds a super weight"}))
     assert types[name][0] in ("Q6_K", "Q8_0")
     assert "super weight" in types[name][1]
 
 
 def test_an_even_table_has_no_outliers():
     assert outlier_tensors(table_of()) == {}
+
+
+def test_floors_that_cost_more_than_their_price_are_dropped():
+    def sensitive_to(experts, attention):
+        return {
+            f"blk.{i}.{part}.weight": attention if part == "attn_q" else experts for i in range(6) for part in SHAPE
+        }
+
+    for sensitivity, kept in ((sensitive_to(1.0, 1e-4), False), (sensitive_to(1.0, 1.0), True)):
+        table = table_of(sensitivity=sensitivity)
+        budget = int(sum(padded(rows["Q3_K"].bytes) for rows in table.tensors().values()))
+        bits = [
+            QUANT_TYPES[plan_types(table, budget, Rules())[f"blk.{i}.attn_q.weight"][0]].bits_per_weight
+            for i in range(6)
+        ]
+        assert all(b >= 4.25 for b in bits) == kept

@@ -1,0 +1,138 @@
+"""How much the model's output distribution depends on each matrix: a closed-form Fisher estimate.
+
+For a matrix with output y (one token), an encoding that changes y by dy moves the next-token distributions by about
+
+    KL = 1/2 E[(g . dy)^2],   g = gradient of log p(token) with respect to y, token drawn from the model itself
+
+(the second-order expansion of KL, whose Hessian is the Fisher information; the form of AURA and K-FAC). With dy
+spread evenly over the d channels of y and |dy|^2 = e |y|^2, where e is the relative squared output error that the
+error table holds as `weighted_error`,
+
+    KL = e * s,   s = 1/2 E[|g|^2 |y|^2] / d      nats per unit of relative squared error
+
+One backward pass over a few thousand tokens gives s for every matrix. Routed experts count the tokens that reach them.
+Gate and up projections of fused experts have no output of their own in transformers; both take the s of the product
+that enters the down projection, 1/2 E[sum_j (g_j h_j)^2], which is exact for `up` when errors are even over channels.
+Left out: correlations between matrices, and what happens when errors are too large for a second-order expansion.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import nn
+
+from dynquant.architecture import Role, gguf_name_of, role_of
+from dynquant.expert_hooks import expert_modules, record_experts
+from dynquant.linear_hooks import linear_names
+
+Progress = Callable[[str, int, int], None]
+
+
+def output_sensitivity(
+    hf_model: nn.Module,
+    arch: str,
+    n_layer: int,
+    windows: torch.Tensor,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """GGUF weight name -> s in nats per token, from token ids [windows, window]; the model's weights stay as they are.
+
+    Labels are drawn from the model's own distribution with `seed`. The embedding, every linear layer and every stack
+    of routed experts gets an entry.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sums: dict[str, float] = {}
+    frozen = [parameter for parameter in hf_model.parameters() if parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        with torch.enable_grad(), _observed(hf_model, arch, n_layer, sums):
+            for index, window in enumerate(windows):
+                _backward(hf_model, window.unsqueeze(0), generator)
+                if progress:
+                    progress("measuring sensitivity", (index + 1) * window.numel(), windows.numel())
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+    if _is_tied(hf_model) and "output.weight" in sums:
+        sums["token_embd.weight"] += sums.pop("output.weight")
+    return {name: total / windows.numel() for name, total in sorted(sums.items())}
+
+
+def _is_tied(hf_model: nn.Module) -> bool:
+    head = hf_model.get_output_embeddings()
+    return head is not None and head.weight is hf_model.get_input_embeddings().weight
+
+
+def _backward(hf_model: nn.Module, tokens: torch.Tensor, generator: torch.Generator) -> None:
+    """One sequence: gradients of the summed log-probability of tokens drawn at every position."""
+    log_probs = hf_model(input_ids=tokens, use_cache=False).logits[0].float().log_softmax(-1)  # [T, vocabulary]
+    drawn = torch.multinomial(log_probs.detach().exp().cpu(), 1, generator=generator).to(log_probs.device)
+    log_probs.gather(1, drawn).sum().backward()
+
+
+@contextmanager
+def _observed(hf_model: nn.Module, arch: str, n_layer: int, sums: dict[str, float]) -> Iterator[None]:
+    def add(name: str, value: float) -> None:
+        sums[name] = sums.get(name, 0.0) + value
+
+    def linear_hook(name: str, _module: nn.Module, _inputs: tuple, out: torch.Tensor) -> None:
+        if out.requires_grad:
+            out.register_hook(partial(_add_output, add, name, out.detach()))
+
+    def embedding_hook(_module: nn.Module, _inputs: tuple, out: torch.Tensor) -> None:
+        out.requires_grad_(True)
+        out.register_hook(partial(_add_output, add, "token_embd.weight", out.detach()))
+
+    names = {module: _expert_names(name, arch, n_layer) for name, module in expert_modules(hf_model).items()}
+
+    def observe_expert(module, _expert, _x, down_input, out, _tokens) -> None:
+        down_input.register_hook(partial(_add_product, add, names[module][:-1], down_input.detach()))
+        out.register_hook(partial(_add_output, add, names[module][-1], out.detach()))
+
+    hooks = [
+        module.register_forward_hook(partial(linear_hook, name))
+        for name, module in linear_names(hf_model, arch, n_layer).items()
+    ]
+    hooks.append(hf_model.get_input_embeddings().register_forward_hook(embedding_hook))
+    try:
+        with record_experts(hf_model, observe_expert):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _add_output(add: Callable[[str, float], None], name: str, y: torch.Tensor, gradient: torch.Tensor) -> None:
+    """y and gradient [..., d]."""
+    products = gradient.square().sum(-1) * y.square().sum(-1)  # [...]
+    value = 0.5 * float(products.sum(dtype=torch.float64)) / y.shape[-1]
+    for stored in _stored_names(name):
+        add(stored, value)
+
+
+def _add_product(
+    add: Callable[[str, float], None], names: tuple[str, ...], h: torch.Tensor, gradient: torch.Tensor
+) -> None:
+    value = 0.5 * float((gradient * h).square().sum(dtype=torch.float64))
+    for name in names:
+        add(name, value)
+
+
+def _stored_names(name: str) -> tuple[str, ...]:
+    """GGUF stores `kv_b_proj` as two tensors; both take its sensitivity."""
+    if role_of(name) is not Role.MLA_KV_B:
+        return (name,)
+    prefix = name.removesuffix("attn_kv_b.weight")
+    return name, f"{prefix}attn_k_b.weight", f"{prefix}attn_v_b.weight"
+
+
+def _expert_names(module_name: str, arch: str, n_layer: int) -> tuple[str, ...]:
+    """Stored names of a stack's gate, up and down projections, down last."""
+    parts = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
+    found = (gguf_name_of(f"{module_name}.{part}", arch, n_layer) for part in parts)
+    return tuple(name for name in found if name is not None)

@@ -1,0 +1,146 @@
+"""Recipes side by side, measured: each preset, and the planner at exactly its bytes, on the same text and questions.
+
+Everything is exported with the same encoder and statistics and scored against the same reference, so that only the
+types differ. Results are written after every recipe; a run that was stopped continues where it was.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dynquant import console, workflow
+from dynquant.eval_report import EvalReport
+from dynquant.evaluate import evaluate
+from dynquant.plan import Plan, write_atomically
+from dynquant.plan_report import PLAN_NAME, STATS_NAME
+
+PLAN_PREFIX = "plan at "
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What each candidate is scored on."""
+
+    tasks: tuple[str, ...]
+    text: tuple[Path, ...] = ()
+    max_tokens: int = 8192
+    mmlu_data: str | None = None
+    shots: str | None = None
+    limit: int | None = None
+    scoring: tuple[str, ...] = ("letter", "cloze")
+
+
+def compare(
+    model: str,
+    recipes: Sequence[str],
+    questions: Questions,
+    options: workflow.CalibrationOptions,
+    directory: Path,
+    *,
+    threads: int | None = None,
+    keep: bool = False,
+) -> Path:
+    """Measure every recipe and the planner at its bytes; returns the Markdown table."""
+    result = directory / "compare.json"
+    rows: dict[str, dict] = json.loads(result.read_text()) if result.is_file() else {}
+    for recipe in recipes:
+        size = _measure(
+            model, recipe, workflow.Target(preset=recipe), questions, options, directory, rows, threads, keep
+        )
+        name, target = f"{PLAN_PREFIX}{recipe}", workflow.Target(size=str(size))
+        _measure(model, name, target, questions, options, directory, rows, threads, keep)
+    table = directory / "compare.md"
+    write_atomically(table, markdown(rows))
+    console.out.print(table.read_text(), markup=False)
+    return table
+
+
+def _measure(
+    model: str,
+    name: str,
+    target: workflow.Target,
+    questions: Questions,
+    options: workflow.CalibrationOptions,
+    directory: Path,
+    rows: dict[str, dict],
+    threads: int | None,
+    keep: bool,
+) -> int:
+    """Plan, export and score one recipe unless its row is there; returns the file's bytes."""
+    wanted = {*questions.tasks} - {"mmlu"} | ({*questions.scoring} if "mmlu" in questions.tasks else set())
+    if name in rows and wanted <= {*rows[name]["measured"]}:
+        return rows[name]["bytes"]
+    console.note(f"[bold]{name}[/]")
+    folder = directory / "plan"
+    plan = workflow.plan(model, target, options, folder, threads=threads, report=False)
+    file = directory / f"{name.replace(' ', '-')}.gguf"
+    plan.save(directory / f"{file.stem}.plan.json")
+    workflow.export(model, file, plan_path=folder / PLAN_NAME, stats_path=folder / STATS_NAME, threads=threads)
+    with console.stage_progress() as progress:
+        report = evaluate(
+            file, model, progress=progress, threads=threads, cache_dir=directory / "reference",
+            tasks=questions.tasks, text=questions.text, max_tokens=questions.max_tokens,
+            mmlu_data=questions.mmlu_data, shots=questions.shots, limit=questions.limit, scoring=questions.scoring,
+        )  # fmt: skip
+    if not keep:
+        file.unlink()
+    before = rows.get(name, {"measured": [], "metrics": {}})
+    rows[name] = _row(plan, report) | {
+        "measured": sorted({*before["measured"], *wanted}),
+        "metrics": before["metrics"] | _metrics(report),
+    }
+    write_atomically(directory / "compare.json", json.dumps(rows, indent=1) + "\n")
+    return plan.predicted_bytes
+
+
+def _row(plan: Plan, report: EvalReport) -> dict:
+    return {
+        "bytes": plan.predicted_bytes,
+        "bits_per_weight": plan.bits_per_weight,
+        "plan_hash": plan.hash,
+        "histogram": plan.histogram(),
+        "reference": report.reference.name,
+    }
+
+
+def _metrics(report: EvalReport) -> dict[str, dict]:
+    """Column -> value and interval; paired comparisons with the original carry McNemar's p."""
+    found: dict[str, dict] = {}
+    for text in report.texts:
+        if text.kl:
+            found[f"KL {text.name}"] = text.kl.mean.model_dump()
+            found[f"top-1 {text.name}"] = text.kl.top1_agreement.model_dump()
+            found[f"KL 99.9 % {text.name}"] = {"value": text.kl.p99_9}
+        found[f"perplexity ratio {text.name}"] = text.perplexity_ratio.model_dump()
+    for result in report.multiple_choice:
+        label = f"{result.scoring} ({result.questions} questions)"
+        found[f"{label} accuracy"] = result.candidate.accuracy.model_dump() | {
+            "reference": result.reference.accuracy.value,
+            "mcnemar_p": result.mcnemar_p,
+        }
+        found[f"{label} P(right)"] = result.candidate.right_probability_among_choices.model_dump() | {
+            "reference": result.reference.right_probability_among_choices.value
+        }
+    return found
+
+
+def markdown(rows: dict[str, dict]) -> str:
+    """One line a recipe, smallest file first, with 95 % intervals."""
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row["metrics"]))
+    lines = [
+        "| recipe | bytes | bpw | " + " | ".join(columns) + " |",
+        "|---|---|---|" + "---|" * len(columns),
+    ]
+    for name, row in sorted(rows.items(), key=lambda item: (item[1]["bytes"] // 20_000, item[0])):
+        cells = [_cell(row["metrics"].get(column)) for column in columns]
+        shown = f"**{name}**" if name.startswith(PLAN_PREFIX) else name
+        lines.append(f"| {shown} | {row['bytes']:,} | {row['bits_per_weight']:.3f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(metric: dict | None) -> str:
+    if metric is None:
+        return ""
+    interval = f" [{metric['low']:.3f}, {metric['high']:.3f}]" if "low" in metric else ""
+    return f"{metric['value']:.3f}{interval}"
