@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterable
 from functools import cached_property
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -53,7 +54,7 @@ class ErrorTable(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Literal[1] = SCHEMA_VERSION
     tool_version: str = __version__
     model: str
     fingerprint: str

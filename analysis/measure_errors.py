@@ -159,7 +159,7 @@ def _row(
 ) -> ErrorRow:
     squared, weighted = torch.cat(sums.squared), torch.cat(sums.weighted)  # [E, 2]
     activation, per_expert_activation = None, ()
-    if sums.outputs and inputs is not None and inputs.sample_counts is not None:
+    if sums.outputs and inputs is not None and inputs.sample_counts is not None and inputs.sample_counts.any():
         outputs = torch.cat(sums.outputs) / inputs.sample_counts.clamp_min(1).unsqueeze(1)
         ratios = (outputs[:, 0] / outputs[:, 1]).sqrt()
         per_expert_activation = tuple(None if torch.isnan(r) else float(r) for r in ratios)

@@ -13,7 +13,8 @@ error table holds as `weighted_error`,
 One backward pass over a few thousand tokens gives s for every matrix. Routed experts count the tokens that reach them.
 Gate and up projections of fused experts have no output of their own in transformers; both take the s of the product
 that enters the down projection, 1/2 E[sum_j (g_j h_j)^2], which is exact for `up` when errors are even over channels.
-Left out: correlations between matrices, and what happens when errors are too large for a second-order expansion.
+Left out: correlations between matrices, and routing flips, which add to small errors more than to large ones: on the
+bundled model measured over predicted KL is 1.0 to 1.7 at e = 0.1 (tests/test_sensitivity.py).
 """
 
 from collections.abc import Callable, Iterator

@@ -154,7 +154,13 @@ class HyperParams:
                     f"The GGUF metadata has no `{arch}.{key}`; a model of architecture `{arch}` cannot be planned "
                     "without it. Convert the checkpoint again with llama.cpp's converter."
                 )
-            return int(max(value)) if isinstance(value, list | tuple) else int(value)  # type: ignore[call-overload]
+            try:
+                return int(max(value)) if isinstance(value, list | tuple) else int(value)  # type: ignore[call-overload]
+            except (ValueError, TypeError, OverflowError) as error:
+                raise CheckpointError(
+                    f"The GGUF metadata gives `{arch}.{key}` as {value!r}, which is no number. The file is corrupt; "
+                    "fetch or make it again."
+                ) from error
 
         n_head = number("attention.head_count", 1)
         tokens = values.get("tokenizer.ggml.tokens")

@@ -1,24 +1,37 @@
 """GGUF files as a tensor source: single or split, float or quantized.
 
-Parsing is gguf-py's `GGUFReader` (memory-mapped); what is added are refusals that name the file, joined splits, lazy
-dequantization with our decoders, and the metadata as plain typed fields that an exporter can write again.
+Parsing is gguf-py's `GGUFReader` (memory-mapped), after a walk over the header that holds every count against the
+bytes left. What is added are refusals that name the file, joined splits, lazy dequantization with our decoders, and the
+metadata as plain typed fields that an exporter can write again.
 """
 
 import hashlib
 import re
+import struct
 from dataclasses import dataclass
 from math import prod
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
 import gguf
 import torch
-from gguf import GGUFReader, GGUFValueType, ReaderTensor
+from gguf import GGUF_MAGIC, GGUFReader, GGUFValueType, ReaderTensor
 
 from dynquant.codecs import decode
 from dynquant.errors import CheckpointError
 from dynquant.quant_types import quant_type_by_id
 from dynquant.tensor_source import TensorInfo
 
+_VERSIONS = (2, 3)
+_MAX_DIMENSIONS = 4
+_MAX_WEIGHTS = 1 << 63
+_SCALAR_BYTES = {
+    GGUFValueType.UINT8: 1, GGUFValueType.INT8: 1, GGUFValueType.BOOL: 1, GGUFValueType.UINT16: 2,
+    GGUFValueType.INT16: 2, GGUFValueType.UINT32: 4, GGUFValueType.INT32: 4, GGUFValueType.FLOAT32: 4,
+    GGUFValueType.UINT64: 8, GGUFValueType.INT64: 8, GGUFValueType.FLOAT64: 8,
+}  # fmt: skip
+_SMALLEST_KEY = 8 + 4 + 1
+_SMALLEST_TENSOR = 8 + 4 + 8 + 4 + 8
 _SPLIT_NAME = re.compile(r"^(.*)-(\d{5})-of-(\d{5})\.gguf$")
 
 
@@ -47,6 +60,7 @@ class GGUFSource:
         for file, reader in zip(self.files, self._readers, strict=True):
             for tensor in reader.tensors:
                 self._add(file, tensor)
+        self._check_split_count()
 
     @property
     def metadata(self) -> list[MetadataField]:
@@ -95,6 +109,15 @@ class GGUFSource:
         packed = torch.from_numpy(rows.copy().view("uint8"))
         return packed.reshape(*data.shape[:-1], packed.shape[-1])
 
+    def _check_split_count(self) -> None:
+        field = self._readers[0].fields.get("split.count")
+        count = field.contents() if field is not None else len(self.files)
+        if count not in (0, len(self.files)):
+            raise CheckpointError(
+                f"{self.path} says that it is one of {count} files, but its name stands for {len(self.files)}. Give "
+                "the parts of a split GGUF their names back: NAME-00001-of-0000N.gguf and so on."
+            )
+
     def _add(self, file: Path, tensor: ReaderTensor) -> None:
         if tensor.name in self._tensors:
             raise CheckpointError(f"{file} holds `{tensor.name}` twice, or another file of the split holds it too.")
@@ -111,6 +134,8 @@ def split_files(path: Path) -> list[Path]:
     if not match:
         return [path]
     stem, number, count = match.group(1), int(match.group(2)), int(match.group(3))
+    if not 1 <= number <= count:
+        raise CheckpointError(f"{path} is named as part {number} of {count}, which cannot be; check the file name.")
     if number != 1:
         raise CheckpointError(f"{path} is part {number} of a split GGUF; give the first part, {stem}-00001-of-….gguf.")
     return [path.with_name(f"{stem}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
@@ -121,8 +146,9 @@ def open_reader(path: Path) -> GGUFReader:
     if not path.is_file():
         raise CheckpointError(f"There is no file {path}. Check the path; of a split GGUF all parts must be present.")
     try:
+        _check_header(path)
         reader = GGUFReader(path)
-    except (ValueError, KeyError, IndexError, OverflowError, TypeError, MemoryError) as error:
+    except (ValueError, KeyError, IndexError, OverflowError, TypeError, OSError) as error:
         raise CheckpointError(
             f"{path} is not a complete GGUF file ({type(error).__name__}: {error}). It is truncated or corrupt; "
             "fetch or make it again."
@@ -132,3 +158,86 @@ def open_reader(path: Path) -> GGUFReader:
         if tensor.n_elements != prod(int(n) for n in tensor.shape) or int(tensor.shape[0]) % block_size:
             raise CheckpointError(f"{path} describes `{tensor.name}` with an impossible shape {tensor.shape.tolist()}.")
     return reader
+
+
+def _check_header(path: Path) -> None:
+    """Walk the header before gguf-py parses it. Raises ValueError for what cannot be true of the file.
+
+    gguf-py believes every count and length: one flipped bit and it loops over an array of 2^60 items that is not there.
+    """
+    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
+        header = _Header(data)
+        if header.number("<I") != GGUF_MAGIC:
+            raise ValueError("the file does not begin with `GGUF`")
+        version = header.number("<I")
+        if version not in _VERSIONS:
+            raise ValueError(f"version {version:#x} is neither 2 nor 3 in little-endian order")
+        num_tensors, num_keys = header.number("<Q"), header.number("<Q")
+        header.expect(num_keys, _SMALLEST_KEY, "keys")
+        for _ in range(num_keys):
+            header.string()
+            header.value(header.number("<I"))
+        header.expect(num_tensors, _SMALLEST_TENSOR, "tensors")
+        for _ in range(num_tensors):
+            header.tensor()
+
+
+class _Header:
+    """A position in the file that only moves over bytes that exist."""
+
+    def __init__(self, data: mmap) -> None:
+        self._data = data
+        self._at = 0
+
+    def expect(self, count: int, item_bytes: int, what: str) -> None:
+        """Refuse a count of items that the rest of the file cannot hold."""
+        left = len(self._data) - self._at
+        if count * item_bytes > left:
+            raise ValueError(f"{count:,} {what} are announced at byte {self._at:,}, but only {left:,} bytes follow")
+
+    def number(self, layout: str) -> int:
+        size = struct.calcsize(layout)
+        self.expect(size, 1, "bytes")
+        self._at += size
+        return struct.unpack_from(layout, self._data, self._at - size)[0]
+
+    def string(self) -> str:
+        length = self.number("<Q")
+        self.expect(length, 1, "characters")
+        self._at += length
+        return self._data[self._at - length : self._at].decode()
+
+    def value(self, type_id: int) -> None:
+        kind = GGUFValueType(type_id)
+        if kind == GGUFValueType.STRING:
+            self.string()
+        elif kind == GGUFValueType.ARRAY:
+            self._array(GGUFValueType(self.number("<I")), self.number("<Q"))
+        else:
+            self._skip(1, _SCALAR_BYTES[kind])
+
+    def tensor(self) -> None:
+        name, num_dimensions = self.string(), self.number("<I")
+        if not 1 <= num_dimensions <= _MAX_DIMENSIONS:
+            raise ValueError(f"`{name}` has {num_dimensions} dimensions; GGUF allows 1 to {_MAX_DIMENSIONS}")
+        shape = [self.number("<Q") for _ in range(num_dimensions)]
+        if not 0 < prod(shape) < _MAX_WEIGHTS:
+            raise ValueError(f"`{name}` has the impossible shape {shape}")
+        self.number("<I")
+        offset = self.number("<Q")
+        if offset > len(self._data):
+            raise ValueError(f"`{name}` lies at byte {offset:,} of the data, beyond the end of the file")
+
+    def _array(self, kind: GGUFValueType, count: int) -> None:
+        if kind == GGUFValueType.ARRAY:
+            raise ValueError(f"an array of arrays at byte {self._at:,}, which no model file has")
+        if kind == GGUFValueType.STRING:
+            self.expect(count, 8, "strings")
+            for _ in range(count):
+                self.string()
+        else:
+            self._skip(count, _SCALAR_BYTES[kind])
+
+    def _skip(self, count: int, item_bytes: int) -> None:
+        self.expect(count, item_bytes, "values")
+        self._at += count * item_bytes

@@ -4,6 +4,8 @@ transformers dequantizes a GGUF while it loads, for a handful of dense architect
 is never run, and nothing is downloaded: `open_model` has fetched what there is.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,10 +42,25 @@ def load_tokenizer(model: Model) -> "PreTrainedTokenizerBase":
     return _load(AutoTokenizer, model)
 
 
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """transformers draws a bar of its own while it loads; ours would be torn by it."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def _load(auto_class: Any, model: Model, **options: Any) -> Any:
     directory, options = _location(model, options)
     try:
-        return auto_class.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **options)
+        with without_progress_bars():
+            return auto_class.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError, NotImplementedError, ImportError, RuntimeError) as error:
         raise CheckpointError(
             f"transformers cannot load {model.path} ({type(error).__name__}: {error}). Calibrate on the Hugging Face "

@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError
 
 from dynquant.errors import CheckpointError, EvaluationError
+from dynquant.hf_loading import without_progress_bars
 
 BATCH_TOKENS = 512
 """Tokens per llama_decode call, and its physical batch; part of the layout that compared models must share."""
@@ -186,7 +187,8 @@ class HuggingFaceRunner:
         if threads is not None:
             torch.set_num_threads(threads)
         try:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+            with without_progress_bars():
+                model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(f"{path.name}: transformers cannot load the model: {error}") from error
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -10,6 +10,7 @@ import os
 from contextlib import suppress
 from math import prod
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -48,7 +49,7 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Literal[1] = SCHEMA_VERSION
     tool_version: str = __version__
     model: str
     arch: str
@@ -134,6 +135,8 @@ def _check_entries(plan: Plan, path: Path) -> None:
         if entry.name in seen:
             raise PlanError(f"{path} names the tensor `{entry.name}` twice.")
         seen.add(entry.name)
+        if not entry.shape or min(entry.shape) < 1:
+            raise PlanError(f"{path} gives `{entry.name}` the impossible shape {list(entry.shape)}.")
         if entry.shape[-1] % entry.quant_type.block_size:
             raise PlanError(
                 f"{path} gives `{entry.name}` the type {entry.type}, whose blocks of {entry.quant_type.block_size} do "

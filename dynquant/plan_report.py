@@ -75,13 +75,15 @@ def _priced_presets(model: Model) -> dict[str, dict[str, str]]:
 
 
 def rules_of(supers: Sequence[SuperWeight], stats: CalibrationStats, *, floors: bool = True) -> Rules:
-    """Tensors that hold super weights or super experts stay precise."""
-    kept: dict[str, str] = {}
-    for expert in find_super_experts(stats):
-        kept[expert.name] = f"expert {expert.expert} is a super expert (output {expert.ratio:.0f} times the median)"
-    for found in supers:
-        kept[found.name] = f"holds the super weight [{found.row},{found.col}]"
-    return Rules(floors=floors, kept=kept)
+    """Tensors that hold super weights or super experts should stay precise."""
+    return Rules(
+        floors=floors,
+        outliers={
+            found.name: f"expert {found.expert} is a super expert (output {found.ratio:.0f} times the median)"
+            for found in find_super_experts(stats)
+        },
+        super_weights={found.name: f"holds the super weight [{found.row},{found.col}]" for found in supers},
+    )
 
 
 def load_super_weights(path: Path) -> list[SuperWeight]:

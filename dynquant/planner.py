@@ -1,10 +1,11 @@
 """Turns an error table and a budget into a plan: floors by role, exceptions from measurement, the rest by cost.
 
-Floors keep attention, MLA, shared experts, dense layers, embedding and output at 4 bits or more; a tensor that holds a
-super weight or a super expert, or whose activation error stands out from its peers, gets 6 bits. Routed experts have no
-floor. Role floors insure against what the cost does not see, and have a price: they are lowered together, one step at a
-time, until the budget holds them and they raise the predicted KL by no more than FLOOR_PRICE. In models whose routed
-experts are nearly all weights they cost nothing; in small ones bytes are worth more elsewhere. Every entry says so.
+Floors keep attention, MLA, shared experts, dense layers, embedding and output at 4 bits or more, and tensors that hold
+a super expert or whose activation error stands out from their peers at 6 bits. Routed experts have no floor. Floors
+insure against what the cost does not see, and have a price: they are lowered together, one step at a time, until the
+budget holds them and they raise the predicted KL by no more than FLOOR_PRICE. In models whose routed experts are nearly
+all weights they cost nothing; in small ones bytes are worth more elsewhere. Super weights keep 6 bits whatever it costs
+elsewhere. Every entry says so.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,12 +19,12 @@ from dynquant.exporters.gguf_header import padded
 from dynquant.quant_types import QUANT_TYPES, QuantType
 
 LEVELS = (
-    ("IQ4_XS", "Q6_K"), ("Q3_K", "Q6_K"), ("Q2_K", "Q6_K"),
-    (None, "Q6_K"), (None, "Q4_K"), (None, "Q2_K"), (None, None),
+    ("IQ4_XS", "Q6_K", "Q6_K"), ("Q3_K", "Q4_K", "Q6_K"), ("Q2_K", "Q3_K", "Q6_K"),
+    (None, None, "Q6_K"), (None, None, "Q4_K"), (None, None, "Q2_K"), (None, None, None),
 )  # fmt: skip
-"""Floors of precise roles and of exceptions, from the highest down."""
+"""Floors of precise roles, of tensors that stand out, and of tensors with a super weight; from the highest down."""
 FLOOR_PRICE = 1.1
-"""Role floors may raise the predicted KL by this factor, but no more."""
+"""Floors of roles and outliers may raise the predicted KL by this factor, but no more."""
 _OUTLIER_TYPES = ("Q2_K", "IQ2_S", "Q3_K", "IQ3_XXS", "Q4_K")
 HEADROOM = 1.05
 """Size of the default plan over the smallest file that keeps every floor."""
@@ -31,11 +32,13 @@ HEADROOM = 1.05
 
 @dataclass(frozen=True)
 class Rules:
-    """What the cost may not decide; without `floors` a role keeps nothing precise, exceptions neither."""
+    """What the cost may not decide alone; without `floors` it decides everything."""
 
     floors: bool = True
-    kept: Mapping[str, str] = field(default_factory=dict)
-    """Tensor -> why it must stay precise besides its role, as `holds a super weight`."""
+    outliers: Mapping[str, str] = field(default_factory=dict)
+    """Tensor -> why it should stay precise besides its role, as `expert 3 is a super expert`."""
+    super_weights: Mapping[str, str] = field(default_factory=dict)
+    """Tensor -> the super weight it holds; no average over tokens sees what one scalar does, so this has no price."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,12 @@ def plan_types(
 
 
 def _draft(
-    table: ErrorTable, exceptions: Mapping[str, str], level: int, fixed_bytes: int, budget: int | None, largest: int
+    table: ErrorTable,
+    exceptions: Mapping[str, _Exception],
+    level: int,
+    fixed_bytes: int,
+    budget: int | None,
+    largest: int,
 ) -> _Draft | None:
     """The best assignment under a level's floors, or None when the budget does not hold them."""
     floors = {name: _floor(rows, exceptions.get(name), level) for name, rows in table.tensors().items()}
@@ -96,7 +104,9 @@ def _worth_its_floors(drafts: list[_Draft], table: ErrorTable) -> _Draft:
     return next(draft for draft in drafts if draft.cost <= FLOOR_PRICE * without.cost or draft is without)
 
 
-def _explain(table: ErrorTable, draft: _Draft | None, exceptions: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+def _explain(
+    table: ErrorTable, draft: _Draft | None, exceptions: Mapping[str, _Exception]
+) -> dict[str, tuple[str, str]]:
     assert draft is not None
     return {
         name: (option.type, _reason(table.row(name, option.type), draft, exceptions.get(name)))
@@ -114,16 +124,30 @@ def outlier_tensors(table: ErrorTable) -> dict[str, float]:
     return {one.row.name: one.z for one in found}
 
 
-def _exceptions(table: ErrorTable, rules: Rules) -> dict[str, str]:
-    found = {name: f"activation error stands out (robust z {z:.1f})" for name, z in outlier_tensors(table).items()}
-    return found | dict(rules.kept)
+@dataclass(frozen=True)
+class _Exception:
+    reason: str
+    is_super_weight: bool = False
 
 
-def _floor(rows: Mapping[str, ErrorRow], exception: str | None, level: int) -> QuantType | None:
-    of_role, of_exception = LEVELS[level]
-    is_expert = next(iter(rows.values())).role.is_routed_expert
-    name = of_exception if exception else None if is_expert else of_role
-    return QUANT_TYPES[name] if name else None
+def _exceptions(table: ErrorTable, rules: Rules) -> dict[str, _Exception]:
+    found = {
+        name: _Exception(f"activation error stands out (robust z {z:.1f})")
+        for name, z in outlier_tensors(table).items()
+    }
+    found |= {name: _Exception(reason) for name, reason in rules.outliers.items()}
+    return found | {name: _Exception(reason, is_super_weight=True) for name, reason in rules.super_weights.items()}
+
+
+def _floor(rows: Mapping[str, ErrorRow], exception: _Exception | None, level: int) -> QuantType | None:
+    of_role, of_outlier, of_super_weight = LEVELS[level]
+    if next(iter(rows.values())).role.is_routed_expert:
+        of_role = None
+    floors = [of_role]
+    if exception:
+        floors.append(of_super_weight if exception.is_super_weight else of_outlier)
+    types = [QUANT_TYPES[name] for name in floors if name]
+    return max(types, key=lambda one: one.bits_per_weight, default=None)
 
 
 def _options(table: ErrorTable, floors: Mapping[str, QuantType | None]) -> dict[str, list[Option]]:
@@ -144,18 +168,19 @@ def _most_precise(rows: Iterable[ErrorRow]) -> ErrorRow:
     return max(rows, key=lambda row: row.bytes)
 
 
-def _reason(row: ErrorRow | None, draft: _Draft, exception: str | None) -> str:
+def _reason(row: ErrorRow | None, draft: _Draft, exception: _Exception | None) -> str:
     assert row is not None
     floor = draft.floors[row.name]
     error = f"weighted error {row.weighted_error:.2%}"
+    why = exception.reason if exception else row.role.value
+    if floor:
+        lowered = f", lowered from {LEVELS[0][0]} at this budget" if draft.level and not exception else ""
+        return f"kept: {why}, floor {floor.name}{lowered}; {error}"
     if exception:
-        return f"kept: {exception}, floor {floor.name if floor else 'none, the budget holds none'}; {error}"
+        return f"{why}, but bytes are worth more elsewhere at this budget; {error}"
     if row.role.is_routed_expert:
         return f"crushed: routed expert, best use of the budget; {error}"
-    if floor is None:
-        return f"{row.role.value}: no floor at this budget, bytes are worth more elsewhere; {error}"
-    lowered = f", lowered from {LEVELS[0][0]} at this budget" if draft.level else ""
-    return f"kept: {row.role.value}, floor {floor.name}{lowered}; {error}"
+    return f"{why}: no floor at this budget, bytes are worth more elsewhere; {error}"
 
 
 def _out_of_range(how: str, budget: int, smallest: int, largest: int) -> str:

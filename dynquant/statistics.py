@@ -6,11 +6,13 @@ File layout of stats.safetensors: `KEY.in_sum2`, `KEY.counts`, `KEY.samples`, `K
 one JSON metadata entry `dynquant` (schema version, tool version, checkpoint fingerprint, text hash, options, aliases).
 """
 
-import hashlib
+import copy
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -50,16 +52,25 @@ class InputStats:
         self.counts += other.counts
         self._merge_extreme("max_in", other)
         self._merge_extreme("max_out", other)
-        if self.samples is not None and other.samples is not None:
+        if self.samples is None:
+            self._take(other, "samples", "sample_counts")
+        elif other.samples is not None:
             self._merge_samples(other)
 
     def _merge_extreme(self, name: str, other: "InputStats") -> None:
         mine, theirs = getattr(self, name), getattr(other, name)
         if mine is None or theirs is None:
+            if theirs is not None:
+                self._take(other, name, f"{name}_channel", f"{name}_position")
             return
         larger = theirs.abs() > mine.abs()
         for part in (name, f"{name}_channel", f"{name}_position"):
             setattr(self, part, torch.where(larger, getattr(other, part), getattr(self, part)))
+
+    def _take(self, other: "InputStats", *parts: str) -> None:
+        for part in parts:
+            value = getattr(other, part)
+            setattr(self, part, None if value is None else value.clone())
 
     def _merge_samples(self, other: "InputStats") -> None:
         capacity = self.samples.shape[1]
@@ -75,7 +86,7 @@ class StatsProvenance(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Literal[1] = SCHEMA_VERSION
     tool_version: str = __version__
     fingerprint: str
     text_hash: str
@@ -118,10 +129,9 @@ class CalibrationStats:
             if key in self.inputs:
                 self.inputs[key].merge(stats)
             else:
-                self.inputs[key] = stats
+                self.inputs[key] = copy.deepcopy(stats)
         self.aliases |= other.aliases
-        joined = f"{self.provenance.text_hash}{other.provenance.text_hash}"
-        self.provenance.text_hash = hashlib.sha256(joined.encode()).hexdigest()
+        self.provenance.text_hash = _joined_hash(self.provenance.text_hash, other.provenance.text_hash)
         for name in ("num_windows", "num_tokens", "num_held_back_tokens"):
             setattr(self.provenance, name, getattr(self.provenance, name) + getattr(other.provenance, name))
 
@@ -148,10 +158,14 @@ class CalibrationStats:
         header = {"provenance": self.provenance.model_dump(), "aliases": self.aliases}
         temporary = path.with_name(f".{path.name}.partial")
         try:
+            temporary.touch()
+            mode = temporary.stat().st_mode  # save_file makes its file private; this one follows the umask
             save_file(tensors, temporary, metadata={"dynquant": json.dumps(header, sort_keys=True)})
+            temporary.chmod(mode)
             os.replace(temporary, path)
         except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
             raise StatsError(f"The statistics could not be written to {path}: {error}.") from error
 
     @classmethod
@@ -176,3 +190,8 @@ class CalibrationStats:
                 f"{path} is not a statistics file of dynquant ({type(error).__name__}: {error}). "
                 "Make it with `dynquant calibrate MODEL -o FILE`."
             ) from error
+
+
+def _joined_hash(first: str, second: str) -> str:
+    """One hash for two texts, the same in whatever order shards are merged: the sum of both, modulo 2^256."""
+    return f"{(int(first, 16) + int(second, 16)) % (1 << 256):064x}"

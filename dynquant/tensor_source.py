@@ -61,7 +61,7 @@ class DictSource:
         digest = hashlib.sha256()
         for name, tensor in self._tensors.items():
             digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def names(self) -> list[str]:
@@ -149,14 +149,15 @@ class SafetensorsSource:
 
     def _read_weight_map(self, index: Path) -> dict[str, Path]:
         try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
+            weight_map = dict(json.loads(index.read_text())["weight_map"])
+            paths = {name: Path(weight_map[name]) for name in sorted(weight_map)}
+        except (ValueError, KeyError, TypeError, OSError) as error:
             raise CheckpointError(f"{index} is not a safetensors index ({error}). Fetch it again.") from error
         files = {}
-        for name in sorted(weight_map):
-            if Path(weight_map[name]).name != weight_map[name]:
+        for name, path in paths.items():
+            if path.name != weight_map[name] or path.name == "..":
                 raise CheckpointError(f"{index} points outside its directory for `{name}`: {weight_map[name]!r}.")
-            files[name] = self.directory / weight_map[name]
+            files[name] = self.directory / path
         for path in sorted(set(files.values())):
             held = set(self._handle(path).keys())
             missing = next((n for n, f in files.items() if f == path and n not in held), None)

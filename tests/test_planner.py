@@ -78,7 +78,7 @@ def test_a_tensor_with_a_super_weight_is_kept():
     table = table_of()
     name = "blk.4.ffn_down_exps.weight"
     budget = int(sum(padded(rows["Q3_K"].bytes) for rows in table.tensors().values()))
-    types = plan_types(table, budget, Rules(kept={name: "holds a super weight"}))
+    types = plan_types(table, budget, Rules(super_weights={name: "holds a super weight"}))
     assert types[name][0] in ("Q6_K", "Q8_0")
     assert "super weight" in types[name][1]
 

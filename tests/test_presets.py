@@ -1,0 +1,135 @@
+"""Presets by role on the small model, and the sizes of the published DeepSeek-R1 files."""
+
+import json
+
+import pytest
+
+from dynquant.architecture import Role, layer_of
+from dynquant.checkpoint import open_model
+from dynquant.errors import PlanError
+from dynquant.families import open_config
+from dynquant.plan_building import plan_from_types
+from dynquant.presets import R1_RECIPES, preset_names, preset_types
+
+GIB = 1 << 30
+PUBLISHED_GIB = {"r1-iq1_s": 130.6, "r1-iq1_m": 158, "r1-iq2_xxs": 183.9, "r1-q2_k_xl": 212}
+DEEPSEEK_R1 = {
+    "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "vocab_size": 129280,
+    "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048, "num_hidden_layers": 61,
+    "num_attention_heads": 128, "num_key_value_heads": 128, "n_shared_experts": 1, "n_routed_experts": 256,
+    "routed_scaling_factor": 2.5, "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_rope_head_dim": 64,
+    "v_head_dim": 128, "qk_nope_head_dim": 128, "n_group": 8, "topk_group": 4, "num_experts_per_tok": 8,
+    "first_k_dense_replace": 3, "norm_topk_prob": True, "scoring_func": "sigmoid", "hidden_act": "silu",
+    "max_position_embeddings": 163840, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "rope_theta": 10000,
+    "rope_scaling": {
+        "type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1,
+        "mscale": 1.0, "mscale_all_dim": 1.0,
+    },
+    "bos_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(small_moe):
+    return open_model(small_moe)
+
+
+@pytest.fixture(scope="module")
+def deepseek_r1(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("r1")
+    (directory / "config.json").write_text(json.dumps(DEEPSEEK_R1))
+    return open_config(directory)
+
+
+def planned(model, preset):
+    return plan_from_types(model, preset_types(preset, model), recipe=f"preset {preset}")
+
+
+def types_by_role(plan) -> dict[Role, set[str]]:
+    found = {}
+    for entry in plan.entries:
+        found.setdefault(entry.role, set()).add(entry.type)
+    return found
+
+
+@pytest.mark.parametrize(
+    "preset, gate_up, down",
+    [
+        ("r1-iq1_s", "IQ1_S", "IQ2_XXS"), ("r1-iq1_m", "IQ1_M", "IQ2_XS"),
+        ("r1-iq2_xxs", "IQ2_XXS", "Q3_K"), ("r1-q2_k_xl", "Q2_K", "Q3_K"),
+    ],
+)  # fmt: skip
+def test_r1_recipes_by_role(model, preset, gate_up, down):
+    roles = types_by_role(planned(model, preset))
+    assert roles[Role.EXPERT_GATE] == roles[Role.EXPERT_UP] == {gate_up}
+    assert roles[Role.EXPERT_DOWN] == {down}  # five MoE layers: all are among the first six
+    assert roles[Role.NORM] == roles[Role.ROUTER] == {"F32"}
+    for role in (Role.EMBEDDING, Role.ATTN_OUT, Role.MLA_Q_A, Role.MLA_Q_B, Role.FFN_GATE, Role.FFN_UP):
+        assert roles[role] == {"Q4_K"}, role
+    assert roles[Role.SHARED_GATE] == roles[Role.SHARED_UP] == {"Q5_K"}
+    for role in (Role.SHARED_DOWN, Role.FFN_DOWN, Role.OUTPUT, Role.MLA_KV_A, Role.MLA_V_B):
+        assert roles[role] == {"Q6_K"}, role
+    assert roles[Role.MLA_K_B] == {"Q8_0"}  # rows of 32
+
+
+def test_the_original_r1_file_is_reproduced(deepseek_r1):
+    plan = planned(deepseek_r1, "r1-iq1_s")
+    # The published file stores attn_kv_b whole; llama.cpp now splits it, and attn_k_b has rows of 128.
+    assert plan.histogram() == {
+        "F32": 361, "Q8_0": 61, "Q6_K": 184, "Q5_K": 116, "Q4_K": 190, "IQ2_XXS": 6, "IQ1_S": 168,
+    }  # fmt: skip
+    assert f"{plan.predicted_bytes / GIB:.2f}" == "130.71"
+    early = [entry for entry in plan.entries if entry.type == "IQ2_XXS"]
+    assert [(layer_of(entry.name), entry.role) for entry in early] == [(n, Role.EXPERT_DOWN) for n in range(3, 9)]
+    assert {entry.wanted_type for entry in plan.entries if entry.type == "Q8_0"} == {"Q6_K"}
+
+
+@pytest.mark.parametrize("preset", R1_RECIPES)
+def test_r1_sizes_are_the_published_ones(deepseek_r1, preset):
+    size = planned(deepseek_r1, preset).predicted_bytes / GIB
+    assert size == pytest.approx(PUBLISHED_GIB[preset], rel=0.005)
+
+
+def test_r1_recipes_need_routed_experts(tmp_path):
+    config = {
+        "model_type": "llama", "vocab_size": 256, "hidden_size": 256, "intermediate_size": 256,
+        "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PlanError, match="this model has none"):
+        preset_types("r1-iq1_s", open_config(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "preset, ends", [("uniform-iq1_s", "Q2_K"), ("uniform-q2_k", "Q2_K"), ("UNIFORM-Q4_K", "Q4_K")]
+)
+def test_uniform_presets(model, preset, ends):
+    wanted = preset.split("-")[1].upper()
+    for name, (chosen, reason) in preset_types(preset, model).items():
+        assert chosen == (ends if name in ("token_embd.weight", "output.weight") else wanted)
+        assert wanted in reason
+
+
+@pytest.mark.parametrize("preset", ["f32", "f16", "bf16"])
+def test_float_presets_leave_vectors_and_routers_in_f32(model, preset):
+    for entry in planned(model, preset).entries:
+        keeps = len(entry.shape) == 1 or entry.role in (Role.NORM, Role.ROUTER)
+        assert entry.type == ("F32" if keeps else preset.upper())
+
+
+def test_every_listed_preset_makes_a_plan_of_the_small_model(model):
+    for preset in preset_names():
+        assert planned(model, preset).predicted_bytes > 0
+
+
+@pytest.mark.parametrize("preset", ["r1-iq9", "", "q4_k_m"])
+def test_an_unknown_preset_lists_the_names(model, preset):
+    with pytest.raises(PlanError, match=rf"`{preset}`.*f32.*r1-iq1_s.*r1-q2_k_xl.*uniform-TYPE.*llama-FTYPE"):
+        preset_types(preset, model)
+
+
+def test_unknown_types_of_uniform_and_llama_are_refused(model):
+    with pytest.raises(PlanError, match="IQ1_S"):
+        preset_types("uniform-iq1", model)
+    with pytest.raises(PlanError, match="q4_k_m"):
+        preset_types("llama-q4km", model)
