@@ -42,6 +42,14 @@ class Rules:
 
 
 @dataclass(frozen=True)
+class _Exception:
+    """Why a tensor should stay precise besides its role."""
+
+    reason: str
+    is_super_weight: bool = False
+
+
+@dataclass(frozen=True)
 class _Draft:
     """The best assignment under one level of floors."""
 
@@ -122,12 +130,6 @@ def outlier_tensors(table: ErrorTable) -> dict[str, float]:
     reference = next((name for name in _OUTLIER_TYPES if name in table.types), None)
     found = stand_outs(table, "activation_error", (reference,)) if reference else []
     return {one.row.name: one.z for one in found}
-
-
-@dataclass(frozen=True)
-class _Exception:
-    reason: str
-    is_super_weight: bool = False
 
 
 def _exceptions(table: ErrorTable, rules: Rules) -> dict[str, _Exception]:
