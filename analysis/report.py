@@ -78,10 +78,7 @@ def write_report(
         facts=_facts(plan),
         sections="\n".join(sections),
     )
-    try:
-        write_atomically(path, page.encode("ascii", "xmlcharrefreplace").decode())
-    except OSError as error:
-        raise ExportError(f"The report {path} could not be written: {error.strerror}.") from error
+    write_atomically(path, page.encode("ascii", "xmlcharrefreplace").decode())
 
 
 def summary_sentence(plan: Plan) -> str:

@@ -188,7 +188,8 @@ def evaluate(
     ] = None,
     shots: Annotated[str | None, typer.Option(help="Few-shot questions, .jsonl.")] = None,
     num_shots: Annotated[int, typer.Option(help="Shots before each question.")] = 5,
-    limit: Annotated[int | None, typer.Option(help="At most this many questions.")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most this many questions, spread evenly.")] = None,
+    scoring: Annotated[str, typer.Option(help="letter, cloze or both.")] = "letter,cloze",
     reference_cache: Annotated[Path | None, typer.Option(help="Keep the reference's distributions here.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
     threads: ThreadsOpt = None,
@@ -203,7 +204,7 @@ def evaluate(
     commands.evaluate(
         candidate, reference, tasks=_split(tasks) or (), text=text or [], max_tokens=max_tokens, window=window,
         mmlu_data=mmlu_data, shots=shots, num_shots=num_shots, limit=limit, cache_dir=reference_cache,
-        json_file=json_file, threads=threads, seed=seed,
+        scoring=_split(scoring) or (), json_file=json_file, threads=threads, seed=seed,
     )  # fmt: skip
 
 

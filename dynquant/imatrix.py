@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from dynquant.architecture import role_of
-from dynquant.errors import StatsError
+from dynquant.errors import CheckpointError, StatsError
+from dynquant.gguf_source import open_reader
 from dynquant.importance import SHRINK_TOKENS, importance
 from dynquant.model import Model
 from dynquant.statistics import CalibrationStats, InputStats, StatsProvenance
@@ -68,9 +69,9 @@ def _open(path: Path) -> gguf.GGUFReader:
                 f"{path} is not a GGUF file. If it is an imatrix in the old .dat form, convert it with "
                 "`llama-imatrix --in-file OLD -o NEW.gguf`."
             )
-        reader = gguf.GGUFReader(path)
-    except (OSError, ValueError, IndexError, KeyError) as error:
-        raise StatsError(f"The importance matrix {path} cannot be read ({type(error).__name__}: {error}).") from error
+        reader = open_reader(path)
+    except (OSError, CheckpointError) as error:
+        raise StatsError(f"The importance matrix cannot be read: {error}") from error
     missing = [key for key in _METADATA if key not in reader.fields]
     if missing:
         raise StatsError(f"{path} is a GGUF file but no importance matrix: it has no {', '.join(missing)}.")

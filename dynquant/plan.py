@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dynquant import __version__
 from dynquant.architecture import Role
-from dynquant.errors import PlanError
+from dynquant.errors import ExportError, PlanError
 from dynquant.quant_types import QUANT_TYPES, QuantType
 
 SCHEMA_VERSION = 1
@@ -147,13 +147,19 @@ def _check_entries(plan: Plan, path: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file beside its place and move it there, so that it appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a text file beside its place and move it there, so that it appears whole or not at all.
+
+    Raises:
+        ExportError: no space, no permission, or a parent that is no directory.
+    """
     temporary = path.with_name(f".{path.name}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
-    except OSError:
+    except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise
+        raise ExportError(
+            f"{path} could not be written: {error.strerror or error}. Free some space or choose another place."
+        ) from error

@@ -232,7 +232,10 @@ def save_cached(directory: Path, key: str, arrays: dict[str, np.ndarray]) -> Non
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # save_file makes its file private; this one follows the umask
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary)
+        temporary.chmod(mode)
         os.replace(temporary, path)
     except (SafetensorError, OSError) as error:
         with suppress(OSError):
