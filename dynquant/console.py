@@ -57,12 +57,13 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
 
 def note(message: str) -> None:
     """A line about what is being done, on stderr."""
-    err.print(message)
+    err.print(message, soft_wrap=True)
 
 
 def fail(message: str) -> None:
     """The one paragraph of a refusal, on stderr."""
-    err.print(Text("error: ", style="bold red") + Text(message), soft_wrap=True)
+    paragraph = " ".join(message.split())  # libraries' messages that we quote may have lines of their own
+    err.print(Text("error: ", style="bold red") + Text(paragraph), soft_wrap=True)
 
 
 def human_bytes(count: int) -> str:

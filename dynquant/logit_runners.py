@@ -241,8 +241,8 @@ class _LlamaLog:
         self._lines: deque[str] = deque(maxlen=8)
         # An attribute, because llama.cpp keeps only the raw pointer of the callback.
         self._callback = llama_cpp.llama_log_callback(self._keep)
-        llama_cpp.llama_log_set(self._callback, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
+        self.clear()
 
     def _keep(self, level: int, text: bytes, _user_data: object) -> None:
         warning, error = 3, 4  # enum ggml_log_level of ggml.h
@@ -250,7 +250,11 @@ class _LlamaLog:
             self._lines.append(text.decode("utf-8", errors="replace").strip())
 
     def clear(self) -> None:
+        """Forget earlier lines, and listen again: the callback is the process's, others may have replaced it."""
+        import llama_cpp
+
         self._lines.clear()
+        llama_cpp.llama_log_set(self._callback, ctypes.c_void_p(0))
 
     def __str__(self) -> str:
         return "; ".join(line for line in self._lines if line) or "no reason given"

@@ -14,7 +14,7 @@ import gguf
 
 from dynquant.errors import CheckpointError
 from dynquant.families.book import RecipeBook
-from dynquant.families.config import WAY_OUT, Config, read_config
+from dynquant.families.config import Config, read_config
 from dynquant.families.deepseek import add_deepseek_tensors, write_deepseek_keys
 from dynquant.families.gemma import add_gemma3_tensors, write_gemma3_keys
 from dynquant.families.llama import add_llama_tensors, write_llama_keys
@@ -58,13 +58,12 @@ def open_hf(directory: Path) -> "Model":
     Raises:
         CheckpointError: missing or damaged files, missing or unknown tensors, or something that llama.cpp cannot run.
     """
-    config = read_config(directory)
-    family = _family(config)
+    config = read_config(directory, FAMILIES)
     if config.raw.get("quantization_config") is not None:
         config.refuse(
             "its weights are already quantized (`quantization_config`); start from the BF16 or F16 checkpoint"
         )
-    return _build(directory, config, family, SafetensorsSource(directory))
+    return _build(directory, config, SafetensorsSource(directory))
 
 
 def open_config(directory: Path) -> "Model":
@@ -72,23 +71,13 @@ def open_config(directory: Path) -> "Model":
 
     For planning sizes. The tokenizer is taken along when it is there. Loading a tensor raises CheckpointError.
     """
-    config = read_config(directory)
-    return _build(directory, config, _family(config), None)
+    return _build(directory, read_config(directory, FAMILIES), None)
 
 
-def _family(config: Config) -> Family:
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        raise CheckpointError(
-            f"{config.path} has model_type {config.model_type!r}, which dynquant cannot convert (it can: "
-            f"{', '.join(sorted(FAMILIES))}). {WAY_OUT}"
-        )
-    return family
-
-
-def _build(directory: Path, config: Config, family: Family, checkpoint: TensorSource | None) -> "Model":
+def _build(directory: Path, config: Config, checkpoint: TensorSource | None) -> "Model":
     from dynquant.model import Model
 
+    family = FAMILIES[config.model_type]
     writer = gguf.GGUFWriter(None, family.arch)
     book = RecipeBook(config, checkpoint)
     family.add_tensors(book)

@@ -6,6 +6,7 @@ would build. What a family cannot express in GGUF is refused here in one form, w
 
 import json
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -92,16 +93,21 @@ def read_json(path: Path) -> dict[str, object]:
     return content
 
 
-def read_config(directory: Path) -> Config:
+def read_config(directory: Path, known: Collection[str]) -> Config:
     """Read `config.json` and fill in transformers' defaults.
 
     Raises:
-        CheckpointError: missing or damaged file, or transformers refuses the values.
+        CheckpointError: missing or damaged file, a `model_type` not in `known`, or values that transformers refuses.
     """
     path = directory / "config.json"
     raw = read_json(path)
     if not isinstance(raw.get("model_type"), str):
         raise CheckpointError(f"{path} has no `model_type`, so its architecture is unknown. Fetch the file again.")
+    if raw["model_type"] not in known:
+        raise CheckpointError(
+            f"{path} has model_type {raw['model_type']!r}, which dynquant cannot convert (it can: "
+            f"{', '.join(sorted(known))}). {WAY_OUT}"
+        )
     return Config(path, {**raw, **_with_defaults(directory, raw)}, raw)
 
 
