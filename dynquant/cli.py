@@ -275,7 +275,7 @@ def demo(
         "demo-out"
     ),
 ) -> None:
-    """Plan, export and evaluate the bundled 16M mixture-of-experts model; about two minutes on two cores."""
+    """Plan, export and evaluate the bundled 16M mixture-of-experts model; about a minute and a half on two cores."""
     from dynquant import commands
 
     commands.demo(output)

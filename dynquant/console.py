@@ -84,10 +84,10 @@ def _short(number: float) -> str:
 
 
 def _unit(stage: str) -> str:
-    if "calibrat" in stage or "KL" in stage or "reference" in stage:
-        return "tokens"
     if "question" in stage:
         return "questions"
-    if "encod" in stage or "error" in stage:
-        return "weights"
-    return ""
+    if stage.startswith(("reference", "candidate")):
+        return "windows"
+    if "calibrat" in stage or "sensitivity" in stage:
+        return "tokens"
+    return "weights" if "error" in stage or "quantize" in stage else ""
