@@ -59,6 +59,8 @@ class Plan(BaseModel):
     errors_hash: str | None = None
     recipe: str
     """What was asked for: `preset r1-iq1_s`, `bpw 2.0`, `size 31002144`."""
+    objective: str = "fixed recipe"
+    """What the types were chosen to minimise (`ErrorTable.cost_name`)."""
     types: tuple[str, ...] = ()
     predicted_bytes: int
     entries: tuple[PlanEntry, ...]

@@ -245,6 +245,8 @@ def plan(
         weighted_errors={(row.name, row.type): row.weighted_error for row in table.rows},
         **context,
     )
+    if preset is None:
+        made = made.model_copy(update={"objective": table.cost_name})
     made.save(directory / PLAN_NAME)
     if report:
         write_report(model, made, table, stats, supers, directory)
