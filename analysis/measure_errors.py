@@ -71,11 +71,12 @@ def build_error_table(
     """
     stats.check_belongs_to(model.fingerprint, model.name)
     infos = [info for info in map(model.source.info, model.source.names()) if is_quantizable(info.name, info.shape)]
-    total = sum(info.numel * len(_candidates(info, type_names, stats)) for info in infos)
+    candidates = {info: _candidates(info, type_names, stats) for info in infos}
+    total = sum(info.numel * len(found) for info, found in candidates.items())
     rows: list[ErrorRow] = []
     done = 0
-    for info in infos:
-        for row in _measure(model, stats, info, _candidates(info, type_names, stats), encoder, threads):
+    for info, found in candidates.items():
+        for row in _measure(model, stats, info, found, encoder, threads):
             rows.append(row)
             done += info.numel
             if progress:

@@ -5,15 +5,15 @@ also by marker and dash. Text is never parsed as mathematics: model and tensor n
 """
 
 import io
-import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynquant.errors import ExportError
+from dynquant.plan import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -198,19 +198,5 @@ def save_figure(figure: "Figure", directory: Path, name: str, headline: str) -> 
     for path, metadata in ((files.png, {"Software": None}), (files.svg, {"Date": None, "Creator": None})):
         buffer = io.BytesIO()
         figure.savefig(buffer, format=path.suffix[1:], dpi=PNG_DPI, metadata=metadata)
-        _write_whole(path, buffer.getvalue())
+        write_atomically(path, buffer.getvalue())
     return files
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise ExportError(
-            f"The plot {path} could not be written: {error.strerror}. Free space or choose -o."
-        ) from error

@@ -148,8 +148,8 @@ def _check_entries(plan: Plan, path: Path) -> None:
             raise PlanError(f"{path} states {entry.bytes} bytes for `{entry.name}`; {entry.type} takes another size.")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file beside its place and move it there, so that it appears whole or not at all.
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a small file beside its place and move it there, so that it appears whole or not at all. Text is UTF-8.
 
     Raises:
         ExportError: no space, no permission, or a parent that is no directory.
@@ -157,7 +157,7 @@ def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(temporary, path)
     except OSError as error:
         with suppress(OSError):

@@ -45,7 +45,8 @@ def plan_from_types(
     if (stats is None) != (stats_hash is None):
         raise ValueError("`stats` and `stats_hash` must be given together or not at all")
     names = model.source.names()
-    unknown = next((name for name in types if name not in set(names)), None)
+    known = set(names)
+    unknown = next((name for name in types if name not in known), None)
     if unknown is not None:
         raise PlanError(f"A type is given for `{unknown}`, a tensor that {model.name} does not have.")
     errors = weighted_errors or {}
