@@ -28,13 +28,13 @@ def lookup_value(table: Tensor, index: Tensor) -> Tensor:
 @functools.cache
 def grid(type_name: str, device: torch.device) -> Tensor:
     """The codebook of an IQ2 or IQ3 type as packed int8 rows of 8 or 4 magnitudes."""
-    return _packed(_gguf_grid(type_name), device)
+    return _packed(grid_rows(type_name), device)
 
 
 @functools.cache
 def ternary_grid(device: torch.device) -> Tensor:
     """The IQ1 codebook in eighths, with the shift of +1/8 (entries 0-2047) or -1/8 (2048-4095) already added."""
-    eighths = 8 * _gguf_grid("IQ1_S")
+    eighths = 8 * grid_rows("IQ1_S")
     delta = 8 * float(quants.IQ1_S.delta)
     return _packed(np.concatenate((eighths + delta, eighths - delta)), device)
 
@@ -76,7 +76,7 @@ def ue4m3_halves(device: torch.device) -> Tensor:
     return _floats(quants.NVFP4.ue4m3_to_fp32(_all_bytes()), device)
 
 
-def _gguf_grid(type_name: str) -> np.ndarray:
+def grid_rows(type_name: str) -> np.ndarray:
     """Codebook [entries, row length] in float32."""
     layout = getattr(quants, type_name)
     layout.init_grid()

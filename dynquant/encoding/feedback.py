@@ -1,0 +1,64 @@
+"""Error feedback: what rounding one group of columns loses, the columns after it make up for.
+
+The loss of a row is e H eᵀ with e = weights - decoded and H the second moment of the layer's input. With the block
+factorisation H = U Uᵀ, U upper triangular, it is a sum over groups g of
+
+    |(e_g + sum_{h<g} e_h U_hg U_gg⁻¹) U_gg|²
+
+so that, groups being rounded in order, each should round x_g + sum_{h<g} e_h U_hg U_gg⁻¹ under the metric U_gg U_ggᵀ
+(LDLQ, arXiv:2307.13304; the same as GPTQ, arXiv:2210.17323, with groups of the codebook's width). The metric is taken by
+its diagonal; `descent` makes up for what that loses. Scales, minimums and shifts are frozen during the pass.
+"""
+
+import torch
+from torch import Tensor
+
+from dynquant.encoding.layouts import Fields
+from dynquant.encoding.rows import Rows
+
+_COLUMNS = 64
+"""Columns whose mutual feedback is applied at once; feedback from earlier ones comes in one product."""
+
+
+def upper_factor(hessian: Tensor) -> Tensor:
+    """U [E, C, C], upper triangular, with hessian = U Uᵀ.
+
+    Raises:
+        torch.linalg.LinAlgError: a hessian is not positive definite; damping belongs to the caller.
+    """
+    reversed_factor = torch.linalg.cholesky(hessian.to(torch.float64).flip(-1, -2))
+    return reversed_factor.flip(-1, -2).to(torch.float32)
+
+
+def feed_back(rows: Rows, fields: Fields, factor: Tensor) -> Tensor:
+    """Values [E, R, C] of one pass; `factor` is `upper_factor` of the hessian."""
+    x, group = rows.x, rows.layout.codebook.group
+    a, b = rows.wide(rows.scales(fields)), rows.minimums(fields)
+    b = None if b is None else rows.wide(b)
+    offsets = torch.zeros_like(x) + rows.offsets(fields.shifts)
+    values, errors = torch.empty_like(x), torch.empty_like(x)
+    for start in range(0, x.shape[-1], _COLUMNS):
+        stop = min(start + _COLUMNS, x.shape[-1])
+        earlier = errors[..., :start] @ factor[:, :start, start:stop]
+        for first in range(start, stop, group):
+            columns = slice(first, first + group)
+            pending = earlier[..., first - start : first - start + group]
+            if first > start:
+                pending = pending + errors[..., start:first] @ factor[:, start:first, columns]
+            diagonal = factor[:, columns, columns]
+            target = x[..., columns] + _right_solve(pending, diagonal)
+            y = rows.targets(target, a[..., columns], None if b is None else b[..., columns], offsets[..., columns])
+            found = rows.layout.codebook.nearest(y, diagonal.square().sum(-1))
+            decoded = a[..., columns] * (found + offsets[..., columns])
+            if b is not None:
+                decoded = decoded - b[..., columns]
+            values[..., columns] = found
+            errors[..., columns] = x[..., columns] - decoded
+    return values
+
+
+def _right_solve(t: Tensor, triangle: Tensor) -> Tensor:
+    """t U⁻¹ for upper triangular U [E, group, group]."""
+    if triangle.shape[-1] == 1:
+        return t / triangle
+    return torch.linalg.solve_triangular(triangle, t, upper=True, left=False)
