@@ -25,7 +25,8 @@ import torch
 from torch import nn
 
 from dynquant.architecture import Role, gguf_name_of, role_of
-from dynquant.expert_hooks import expert_modules, record_experts
+from dynquant.expert_hooks import ExpertCall, expert_modules, record_experts
+from dynquant.fisher import activation_gradients, backward_from_sampled_labels
 from dynquant.linear_hooks import linear_names
 
 Progress = Callable[[str, int, int], None]
@@ -47,18 +48,11 @@ def output_sensitivity(
     """
     generator = torch.Generator().manual_seed(seed)
     sums: dict[str, float] = {}
-    frozen = [parameter for parameter in hf_model.parameters() if parameter.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    try:
-        with torch.enable_grad(), _observed(hf_model, arch, n_layer, sums):
-            for index, window in enumerate(windows):
-                _backward(hf_model, window.unsqueeze(0), generator)
-                if progress:
-                    progress("measuring sensitivity", (index + 1) * window.numel(), windows.numel())
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
+    with activation_gradients(hf_model), _observed(hf_model, arch, n_layer, sums):
+        for index, window in enumerate(windows):
+            backward_from_sampled_labels(hf_model, window.unsqueeze(0), generator)
+            if progress:
+                progress("measuring sensitivity", (index + 1) * window.numel(), windows.numel())
     if _is_tied(hf_model) and "output.weight" in sums:
         sums["token_embd.weight"] += sums.pop("output.weight")
     return {name: total / windows.numel() for name, total in sorted(sums.items())}
@@ -67,13 +61,6 @@ def output_sensitivity(
 def _is_tied(hf_model: nn.Module) -> bool:
     head = hf_model.get_output_embeddings()
     return head is not None and head.weight is hf_model.get_input_embeddings().weight
-
-
-def _backward(hf_model: nn.Module, tokens: torch.Tensor, generator: torch.Generator) -> None:
-    """One sequence: gradients of the summed log-probability of tokens drawn at every position."""
-    log_probs = hf_model(input_ids=tokens, use_cache=False).logits[0].float().log_softmax(-1)  # [T, vocabulary]
-    drawn = torch.multinomial(log_probs.detach().exp().cpu(), 1, generator=generator).to(log_probs.device)
-    log_probs.gather(1, drawn).sum().backward()
 
 
 @contextmanager
@@ -86,14 +73,14 @@ def _observed(hf_model: nn.Module, arch: str, n_layer: int, sums: dict[str, floa
             out.register_hook(partial(_add_output, add, name, out.detach()))
 
     def embedding_hook(_module: nn.Module, _inputs: tuple, out: torch.Tensor) -> None:
-        out.requires_grad_(True)
         out.register_hook(partial(_add_output, add, "token_embd.weight", out.detach()))
 
     names = {module: _expert_names(name, arch, n_layer) for name, module in expert_modules(hf_model).items()}
 
-    def observe_expert(module, _expert, _x, down_input, out, _tokens) -> None:
-        down_input.register_hook(partial(_add_product, add, names[module][:-1], down_input.detach()))
-        out.register_hook(partial(_add_output, add, names[module][-1], out.detach()))
+    def observe_expert(call: ExpertCall) -> None:
+        names_of, h, y = names[call.module], call.down_input, call.down_output
+        h.register_hook(partial(_add_product, add, names_of[:-1], h.detach()))
+        y.register_hook(partial(_add_output, add, names_of[-1], y.detach()))
 
     hooks = [
         module.register_forward_hook(partial(linear_hook, name))

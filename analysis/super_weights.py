@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional
 
 from dynquant.architecture import gguf_name_of, layer_of, role_of
-from dynquant.expert_hooks import expert_modules, record_experts
+from dynquant.expert_hooks import ExpertCall, expert_modules, record_experts
 from dynquant.linear_hooks import linear_names
 
 _LAYER_MODULE = re.compile(r"^(.*?\.\d+)\.")
@@ -257,17 +257,9 @@ class _Scan:
         name, place = self._linears[module]
         self._add(name, place, None, x, out, torch.arange(len(x)))
 
-    def _observe_expert(
-        self,
-        module: Any,
-        expert: int,
-        _gate_input: torch.Tensor,
-        x: torch.Tensor,
-        out: torch.Tensor,
-        token_index: torch.Tensor,
-    ) -> None:
-        name, place = self._experts[module]
-        self._add(name, place, expert, x, out, token_index)
+    def _observe_expert(self, call: ExpertCall) -> None:
+        name, place = self._experts[call.module]
+        self._add(name, place, call.expert, call.down_input, call.down_output, call.tokens)
 
     def _add(
         self,

@@ -6,12 +6,12 @@ Exit status: 0 done, 1 refused with one paragraph on stderr, 2 wrong usage. Trac
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from dynquant import __version__
-from dynquant.errors import DynquantError, PlanError
+from dynquant.errors import DynquantError, PlanError, StatsError
 
 app = typer.Typer(
     help="Dynamic low-bit quantization: measure where it hurts, keep those places precise, crush the rest.",
@@ -40,7 +40,20 @@ PresetOpt = Annotated[
         help="f32, f16, bf16, uniform-TYPE, llama-FTYPE (llama.cpp's mixtures) or r1-iq1_s|iq1_m|iq2_xxs|q2_k_xl."
     ),
 ]
-EncoderOpt = Annotated[str, typer.Option(help="ggml: byte-equal to llama-quantize.")]
+EncoderOpt = Annotated[
+    str, typer.Option(help="dynquant: loses less at the same bytes. ggml: byte-equal to llama-quantize.")
+]
+DeviceOpt = Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
+HessiansOpt = Annotated[
+    str,
+    typer.Option(
+        help="Second moments for the dynquant encoder: activations, gradients (also a backward pass; better, and three "
+        "times as long) or none."
+    ),
+]
+HessianMemoryOpt = Annotated[
+    str, typer.Option(help="Memory for second moments; experts of a layer share one matrix when each has no room.")
+]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
@@ -54,6 +67,9 @@ def calibrate(
     tokens: TokensOpt = 131072,
     window: WindowOpt = 512,
     seed: SeedOpt = 0,
+    hessians: HessiansOpt = "activations",
+    hessian_memory: HessianMemoryOpt = "8GiB",
+    device: DeviceOpt = None,
     base_gguf: BaseGgufOpt = None,
     imatrix: Annotated[
         Path | None, typer.Option(help="Import a llama.cpp imatrix GGUF instead of running the model.")
@@ -68,7 +84,10 @@ def calibrate(
     """
     from dynquant import workflow
 
-    options = workflow.CalibrationOptions(text=calibration, tokens=tokens, window=window, seed=seed)
+    options = workflow.CalibrationOptions(
+        text=calibration, tokens=tokens, window=window, seed=seed,
+        hessians=_hessians(hessians), hessian_memory=hessian_memory, device=device,
+    )  # fmt: skip
     workflow.calibrate(model, options, output, base_gguf=base_gguf, imatrix=imatrix, imatrix_out=imatrix_out)
 
 
@@ -106,6 +125,9 @@ def plan(
     tokens: TokensOpt = 131072,
     window: WindowOpt = 512,
     seed: SeedOpt = 0,
+    hessians: HessiansOpt = "activations",
+    hessian_memory: HessianMemoryOpt = "8GiB",
+    device: DeviceOpt = None,
     stats: Annotated[Path | None, typer.Option(help="Use these statistics instead of calibrating.")] = None,
     encoder: EncoderOpt = "ggml",
     threads: ThreadsOpt = None,
@@ -132,7 +154,10 @@ def plan(
         raise PlanError("Give a MODEL to plan, or --config-only DIR with --preset NAME.")
     else:
         target = workflow.Target(preset=preset, bpw=bpw, size=size, types=_split(types), floors=floors)
-        options = workflow.CalibrationOptions(text=calibration, tokens=tokens, window=window, seed=seed)
+        options = workflow.CalibrationOptions(
+            text=calibration, tokens=tokens, window=window, seed=seed,
+            hessians=_hessians(hessians), hessian_memory=hessian_memory, device=device,
+        )  # fmt: skip
         made = workflow.plan(
             model, target, options, output,
             stats_path=stats, encoder=encoder, threads=threads, base_gguf=base_gguf, report=report,
@@ -154,7 +179,9 @@ def export(
     stats: Annotated[Path | None, typer.Option(help="stats.safetensors. Default: the one beside the plan.")] = None,
     calibration: TextOpt = None,
     tokens: TokensOpt = 131072,
+    hessians: HessiansOpt = "activations",
     encoder: EncoderOpt = "ggml",
+    device: DeviceOpt = None,
     split_max_size: Annotated[str | None, typer.Option(help="Split into files of at most this size, as 40GB.")] = None,
     resume: Annotated[bool, typer.Option(help="Continue an interrupted export.")] = True,
     threads: ThreadsOpt = None,
@@ -164,12 +191,14 @@ def export(
 
     Example: dynquant export ./model --plan plan/plan.json -o model.gguf
     """
-    from dynquant import workflow
+    from dynquant.export_workflow import export as run
+    from dynquant.workflow import CalibrationOptions
 
-    options = workflow.CalibrationOptions(text=calibration, tokens=tokens)
-    workflow.export(
+    options = CalibrationOptions(text=calibration, tokens=tokens, hessians=_hessians(hessians), device=device)
+    run(
         model, output, format=format, plan_path=plan, preset=preset, stats_path=stats, calibration=options,
-        encoder=encoder, split_max_size=split_max_size, resume=resume, threads=threads, base_gguf=base_gguf,
+        encoder=encoder, device=device, split_max_size=split_max_size, resume=resume, threads=threads,
+        base_gguf=base_gguf,
     )  # fmt: skip
 
 
@@ -285,6 +314,13 @@ def demo(
 def version() -> None:
     """Print the version."""
     print(__version__)
+
+
+def _hessians(value: str) -> Literal["none", "activations", "gradients"]:
+    for known in ("none", "activations", "gradients"):
+        if value == known:
+            return known
+    raise StatsError(f"--hessians {value} is not known; give activations, gradients or none.")
 
 
 def _split(value: str | None) -> tuple[str, ...] | None:

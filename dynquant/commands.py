@@ -5,7 +5,7 @@ from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 
-from dynquant import console, workflow
+from dynquant import console, export_workflow, workflow
 from dynquant.analysis.super_weights import Ablation, SuperWeight, find_super_weights
 from dynquant.eval_report import EvalReport, summary_rows
 from dynquant.plan import write_atomically
@@ -89,7 +89,7 @@ def demo(output: Path) -> None:
         made = workflow.plan(model, workflow.Target(), workflow.CalibrationOptions(tokens=16384), output / "plan")
         workflow.print_plan(made, output / "plan")
         file = output / f"textbook-moe-16m-{made.bits_per_weight:.2f}bpw.gguf"
-        workflow.export(model, file, plan_path=output / "plan" / PLAN_NAME)
+        export_workflow.export(model, file, plan_path=output / "plan" / PLAN_NAME)
         report = evaluate(
             str(file),
             model,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dynquant import console, workflow
+from dynquant import console, export_workflow, workflow
 from dynquant.eval_report import EvalReport
 from dynquant.evaluate import evaluate
 from dynquant.plan import Plan, write_atomically
@@ -76,7 +76,7 @@ def _measure(
     plan = workflow.plan(model, target, options, folder, threads=threads, report=False)
     file = directory / f"{name.replace(' ', '-')}.gguf"
     plan.save(directory / f"{file.stem}.plan.json")
-    workflow.export(model, file, plan_path=folder / PLAN_NAME, stats_path=folder / STATS_NAME, threads=threads)
+    export_workflow.export(model, file, plan_path=folder / PLAN_NAME, stats_path=folder / STATS_NAME, threads=threads)
     with console.stage_progress() as progress:
         report = evaluate(
             file, model, progress=progress, threads=threads, cache_dir=directory / "reference",

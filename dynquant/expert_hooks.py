@@ -8,6 +8,7 @@ Left out: experts outside that interface (Llama 4, DBRX, JetMoe) and expert para
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,8 +20,21 @@ from dynquant.errors import StatsError
 
 IMPLEMENTATION = "dynquant_recording"
 
-ExpertObserver = Callable[[nn.Module, int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
-"""Called with module, expert, gate/up input [T, C], down input [T, F], down output [T, C] and token indices [T]."""
+
+@dataclass(frozen=True)
+class ExpertCall:
+    """What one expert of a layer did with the T tokens that were routed to it; F is its width."""
+
+    module: nn.Module
+    expert: int
+    x: torch.Tensor  # [T, C]
+    gate_up_output: torch.Tensor  # [T, 2 F], or [T, F] without a gate
+    down_input: torch.Tensor  # [T, F]
+    down_output: torch.Tensor  # [T, C]
+    tokens: torch.Tensor  # [T] indices into the batch
+
+
+ExpertObserver = Callable[[ExpertCall], None]
 
 
 def expert_modules(hf_model: nn.Module) -> dict[str, nn.Module]:
@@ -88,20 +102,16 @@ def _recording_forward(
     for expert in expert_ids.unique().tolist():
         slot, tokens = torch.where(expert_ids.T.eq(expert))
         x = hidden[tokens]
-        down_input = _activate(module, x, expert)
+        gate_up_output = _linear(module, "gate_up_proj" if module.has_gate else "up_proj", x, expert)
+        activate = module._apply_gate if module.has_gate else module.act_fn
+        down_input = activate(gate_up_output)
         out = _linear(module, "down_proj", down_input, expert)
-        observer(module, expert, x, down_input, out, tokens)
+        observer(ExpertCall(module, expert, x, gate_up_output, down_input, out, tokens))
         if getattr(module, "has_post_expert_norm", False):
             out = module.post_expert_norm(out)
         out = out * weights[tokens, slot, None]
         result.index_add_(0, tokens, out.to(result.dtype))
     return result
-
-
-def _activate(module: Any, x: torch.Tensor, expert: int) -> torch.Tensor:
-    if module.has_gate:
-        return module._apply_gate(_linear(module, "gate_up_proj", x, expert))
-    return module.act_fn(_linear(module, "up_proj", x, expert))
 
 
 def _linear(module: Any, name: str, x: torch.Tensor, expert: int) -> torch.Tensor:

@@ -5,14 +5,13 @@ exists; only its packed bytes do. A quantized GGUF that already stores the wante
 """
 
 import importlib
-import importlib.util
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import torch
 
-from dynquant.codecs.encoder import Encoder
+from dynquant.codecs.encoder import Encoder, ProtectedWeight
 from dynquant.errors import EncodeError, PlanError
 from dynquant.gguf_source import GGUFSource
 from dynquant.model import Model
@@ -21,6 +20,8 @@ from dynquant.quant_types import QuantType
 
 ImportanceLookup = Callable[[str, tuple[int, ...]], torch.Tensor | None]
 """Tensor name and shape -> E[x^2], float32 [experts, row_length]; None when calibration did not see its input."""
+HessianLookup = Callable[[str, tuple[int, ...], slice], torch.Tensor | None]
+"""Tensor name, shape and experts -> E[x xᵀ], float32 [experts, row_length, row_length]; None when it is not known."""
 Progress = Callable[[str, int, int], None]
 """Called with stage, weights done and weights in total."""
 
@@ -29,8 +30,17 @@ BATCH_WEIGHTS = 1 << 26
 
 _ENCODERS = {
     "ggml": ("dynquant.codecs.ggml_encoder", "GgmlEncoder"),
-    "dynquant": ("dynquant.codecs.dynquant_encoder", "DynquantEncoder"),
+    "dynquant": ("dynquant.encoding.encoder", "DynquantEncoder"),
 }
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """What encoders are told of each tensor besides its weights."""
+
+    importance: ImportanceLookup | None = None
+    hessian: HessianLookup | None = None
+    protected: Mapping[str, tuple[ProtectedWeight, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -43,22 +53,23 @@ class QuantizedTensor:
     packed: torch.Tensor
 
 
-def load_encoder(name: str) -> Encoder:
-    """The encoder of this name.
+def load_encoder(name: str, device: str | None = None) -> Encoder:
+    """The encoder of this name; `device` is for those that can use a GPU, and None lets them choose.
 
     Raises:
-        EncodeError: no encoder of that name in this installation.
+        EncodeError: no encoder of that name, or a device that it cannot use.
     """
-    module_name, class_name = _ENCODERS.get(name, (None, ""))
-    if module_name is None or importlib.util.find_spec(module_name) is None:
-        raise EncodeError(f"There is no encoder `{name}`; use `--encoder ggml`.")
-    return getattr(importlib.import_module(module_name), class_name)()
+    if name not in _ENCODERS:
+        raise EncodeError(f"There is no encoder `{name}`; use one of {', '.join(_ENCODERS)}.")
+    module_name, class_name = _ENCODERS[name]
+    encoder_class = getattr(importlib.import_module(module_name), class_name)
+    return encoder_class(device) if encoder_class.uses_hessians else encoder_class()
 
 
 def encoder_version(encoder: Encoder) -> str:
-    """What decides the encoder's bytes beside dynquant's own version: the ggml release, else nothing."""
+    """What decides the encoder's bytes beside dynquant's own version: the release of ggml, or of PyTorch."""
     if encoder.name != "ggml":
-        return ""
+        return torch.__version__
     from dynquant.codecs.ggml_encoder import ggml_version
 
     return ggml_version()
@@ -67,7 +78,7 @@ def encoder_version(encoder: Encoder) -> str:
 def quantize(
     model: Model,
     plan: Plan,
-    importance: ImportanceLookup | None,
+    guidance: Guidance,
     encoder: Encoder,
     *,
     threads: int | None = None,
@@ -81,7 +92,7 @@ def quantize(
         EncodeError: NaN or Inf weights, or a type that needs statistics the model has none of; both name the tensor.
     """
     check_plan(model, plan)
-    check_importance(plan, importance, skip=skip)
+    check_importance(plan, guidance.importance, skip=skip)
     entries = {entry.name: entry for entry in plan.entries}
     counter = _Counter(progress, plan.num_weights)
     for name in model.source.names():
@@ -89,10 +100,9 @@ def quantize(
         if name in skip:
             counter.add(prod(entry.shape))
             continue
-        matrix = None if importance is None or not entry.quant_type.uses_imatrix else importance(name, entry.shape)
         packed = _stored_bytes(model, entry)
         if packed is None:
-            packed = _encode(model, entry, matrix, encoder, threads, counter)
+            packed = _encode(model, entry, guidance, encoder, threads, counter)
         else:
             counter.add(prod(entry.shape))
         yield QuantizedTensor(name, entry.shape, entry.quant_type, packed)
@@ -151,27 +161,37 @@ def _stored_bytes(model: Model, entry: PlanEntry) -> torch.Tensor | None:
 
 
 def _encode(
-    model: Model,
-    entry: PlanEntry,
-    importance: torch.Tensor | None,
-    encoder: Encoder,
-    threads: int | None,
-    counter: _Counter,
+    model: Model, entry: PlanEntry, guidance: Guidance, encoder: Encoder, threads: int | None, counter: _Counter
 ) -> torch.Tensor:
-    if len(entry.shape) != 3:
-        weights = model.source.load(entry.name).reshape(-1, entry.shape[-1])
-        packed = encoder.encode(entry.quant_type, weights, importance, threads, name=entry.name)
-        counter.add(weights.numel())
-        return packed
-    num_experts, num_rows, row_length = entry.shape
-    packed = torch.empty((num_experts, num_rows, entry.quant_type.row_bytes(row_length)), dtype=torch.uint8)
+    name, shape, stored = entry.name, entry.shape, entry.quant_type
+    uses_importance = stored.uses_imatrix or (encoder.uses_hessians and not stored.is_float)
+    importance = guidance.importance(name, shape) if guidance.importance and uses_importance else None
+    protected = guidance.protected.get(name, ())
+
+    def encoded(weights: torch.Tensor, experts: slice, part: torch.Tensor | None) -> torch.Tensor:
+        hessian = None
+        if guidance.hessian is not None and encoder.uses_hessians and not stored.is_float:
+            hessian = guidance.hessian(name, shape, experts)
+        inside = [p for p in protected if (p.expert or 0) in _numbers(experts)]
+        scalars = [replace(p, expert=(p.expert or 0) - experts.start) for p in inside]
+        return encoder.encode(
+            stored, weights, part, threads, name=name, hessian=hessian, protected=scalars, progress=counter.add
+        )
+
+    if len(shape) != 3:
+        return encoded(model.source.load(name).reshape(-1, shape[-1]), slice(0, 1), importance)
+    num_experts, num_rows, row_length = shape
+    packed = torch.empty((num_experts, num_rows, stored.row_bytes(row_length)), dtype=torch.uint8)
     batch = max(1, BATCH_WEIGHTS // (num_rows * row_length))
     for start in range(0, num_experts, batch):
-        experts = range(start, min(start + batch, num_experts))
-        weights = torch.stack([model.source.load(entry.name, expert) for expert in experts])
+        experts = slice(start, min(start + batch, num_experts))
+        weights = torch.stack([model.source.load(name, expert) for expert in _numbers(experts)])
         part = importance
         if importance is not None:
-            part = importance[0] if len(importance) == 1 else importance[start : experts.stop]
-        packed[start : experts.stop] = encoder.encode(entry.quant_type, weights, part, threads, name=entry.name)
-        counter.add(weights.numel())
+            part = importance[0] if len(importance) == 1 else importance[experts]
+        packed[experts] = encoded(weights, experts, part)
     return packed
+
+
+def _numbers(experts: slice) -> range:
+    return range(experts.start, experts.stop)

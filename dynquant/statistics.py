@@ -100,6 +100,14 @@ class StatsProvenance(BaseModel):
     seed: int = 0
     imported_from: str | None = None
 
+    def joined(self, other: "StatsProvenance") -> "StatsProvenance":
+        """Of both texts together."""
+        sums = {
+            name: getattr(self, name) + getattr(other, name)
+            for name in ("num_windows", "num_tokens", "num_held_back_tokens")
+        }
+        return self.model_copy(update={"text_hash": _joined_hash(self.text_hash, other.text_hash), **sums})
+
 
 @dataclass
 class CalibrationStats:
@@ -131,9 +139,7 @@ class CalibrationStats:
             else:
                 self.inputs[key] = copy.deepcopy(stats)
         self.aliases |= other.aliases
-        self.provenance.text_hash = _joined_hash(self.provenance.text_hash, other.provenance.text_hash)
-        for name in ("num_windows", "num_tokens", "num_held_back_tokens"):
-            setattr(self.provenance, name, getattr(self.provenance, name) + getattr(other.provenance, name))
+        self.provenance = self.provenance.joined(other.provenance)
 
     def check_belongs_to(self, fingerprint: str, model_name: str) -> None:
         """Refuse statistics of another checkpoint.
@@ -150,23 +156,13 @@ class CalibrationStats:
     def save(self, path: Path) -> None:
         """Write stats.safetensors, whole or not at all."""
         tensors = {
-            f"{key}.{part.name}": value.contiguous()
+            f"{key}.{part.name}": value
             for key, stats in self.inputs.items()
             for part in fields(InputStats)
             if (value := getattr(stats, part.name)) is not None
         }
         header = {"provenance": self.provenance.model_dump(), "aliases": self.aliases}
-        temporary = path.with_name(f".{path.name}.partial")
-        try:
-            temporary.touch()
-            mode = temporary.stat().st_mode  # save_file makes its file private; this one follows the umask
-            save_file(tensors, temporary, metadata={"dynquant": json.dumps(header, sort_keys=True)})
-            temporary.chmod(mode)
-            os.replace(temporary, path)
-        except (OSError, SafetensorError) as error:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise StatsError(f"The statistics could not be written to {path}: {error}.") from error
+        save_tensors(path, tensors, header)
 
     @classmethod
     def load(cls, path: Path) -> "CalibrationStats":
@@ -190,6 +186,27 @@ class CalibrationStats:
                 f"{path} is not a statistics file of dynquant ({type(error).__name__}: {error}). "
                 "Make it with `dynquant calibrate MODEL -o FILE`."
             ) from error
+
+
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, object]) -> None:
+    """Write a statistics file, whole or not at all.
+
+    Raises:
+        StatsError: no space or no permission.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # save_file makes its file private; this one follows the umask
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, temporary, metadata={"dynquant": json.dumps(header, sort_keys=True)})
+        temporary.chmod(mode)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise StatsError(f"The statistics could not be written to {path}: {error}.") from error
 
 
 def _joined_hash(first: str, second: str) -> str:

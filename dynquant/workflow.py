@@ -1,10 +1,11 @@
-"""The stages behind the commands, joined by files: calibrate -> analyze -> plan -> export.
+"""The stages behind the commands, joined by files: calibrate -> analyze -> plan. `export_workflow` has the rest.
 
 Each stage reuses its output file when that file was made from the same inputs, and says so.
 """
 
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -15,8 +16,9 @@ from dynquant.analysis.error_table import ErrorTable
 from dynquant.analysis.measure_errors import build_error_table, file_hash
 from dynquant.analysis.sensitivity import output_sensitivity
 from dynquant.analysis.super_weights import SuperWeight, find_super_weights
+from dynquant.calibration import Hessians
 from dynquant.checkpoint import open_model
-from dynquant.errors import CheckpointError, ExportError, PlanError, StatsError
+from dynquant.errors import CheckpointError, PlanError
 from dynquant.importance import coverage_report
 from dynquant.model import Model
 from dynquant.plan import Plan, write_atomically
@@ -34,6 +36,7 @@ from dynquant.planner import plan_types
 from dynquant.presets import preset_types
 from dynquant.quant_types import quant_type
 from dynquant.quantize import load_encoder
+from dynquant.second_moments import path_beside
 from dynquant.statistics import CalibrationStats
 
 DEFAULT_TYPES = (
@@ -47,12 +50,15 @@ PROBE_TOKENS = 4096
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """What to run the model on; `text=None` is the built-in text."""
+    """What to run the model on (`text=None` is the built-in text), and what to measure there."""
 
     text: str | None = None
     tokens: int = 131072
     window: int = 512
     seed: int = 0
+    hessians: Hessians = "activations"
+    hessian_memory: str = "8GiB"
+    device: str | None = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,13 @@ def parse_size(text: str) -> int:
     return int(number * (1024 if unit.endswith("i") else 1000) ** _POWER.get(unit[:1], 0))
 
 
+def default_device() -> str:
+    """The device that models run on when none is asked for."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def open_and_announce(path: str | Path, base_gguf: Path | None = None) -> Model:
     """Open a model and say what it is."""
     model = open_model(path, base_gguf=base_gguf)
@@ -137,7 +150,7 @@ def calibrate(
         stats = import_imatrix(imatrix, model)
         stats.save(output)
     else:
-        stats = _run_calibration(model, options, output)
+        stats = run_calibration(model, options, output)
     if imatrix_out:
         export_imatrix(stats, imatrix_out, model=model)
         console.note(f"wrote {imatrix_out}")
@@ -146,16 +159,31 @@ def calibrate(
     return stats
 
 
-def _run_calibration(model: Model, options: CalibrationOptions, output: Path) -> CalibrationStats:
+def run_calibration(model: Model, options: CalibrationOptions, output: Path) -> CalibrationStats:
+    """Write the statistics, and the second moments beside them when they are asked for."""
     from dynquant.calibration import calibrate as run
 
     with console.stage_progress() as progress:
-        stats = run(
-            model, options.text, tokens=options.tokens, window=options.window, seed=options.seed, progress=progress
+        found = run(
+            model, options.text, tokens=options.tokens, window=options.window, seed=options.seed,
+            device=options.device or default_device(), hessians=options.hessians,
+            hessian_bytes=parse_size(options.hessian_memory), progress=progress,
+        )  # fmt: skip
+    moments_path = path_beside(output)
+    if found.moments is not None:
+        found.moments.save(moments_path)
+        size = console.human_bytes(moments_path.stat().st_size)
+        pooled = ", one for each layer's experts" if found.pools_experts else ""
+        console.note(f"wrote {moments_path}: {len(found.moments.sums)} second moments{pooled}, {size}")
+    else:
+        moments_path.unlink(missing_ok=True)
+    if found.left_out:
+        console.note(
+            f"no second moments for {len(found.left_out)} inputs, because --hessian-memory {options.hessian_memory} is "
+            f"used up; they are encoded without error feedback: {', '.join(found.left_out)}"
         )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    stats.save(output)
-    return stats
+    found.stats.save(output)
+    return found.stats
 
 
 def print_coverage(stats: CalibrationStats, model: Model) -> None:
@@ -278,15 +306,27 @@ def _stats_of(
         directory.mkdir(parents=True, exist_ok=True)
         if stats_path.resolve() != own.resolve():
             stats.save(own)
+            _copy_moments(stats_path, own)
         return stats, file_hash(own)
     if own.is_file():
         stats = CalibrationStats.load(own)
-        if _was_made_with(stats, model, options):
+        has_moments = options.hessians == "none" or path_beside(own).is_file()
+        if has_moments and _was_made_with(stats, model, options):
             console.note(f"reusing {own}")
             return stats, file_hash(own)
-    stats = _run_calibration(model, options, own)
+    stats = run_calibration(model, options, own)
     print_coverage(stats, model)
     return stats, file_hash(own)
+
+
+def _copy_moments(stats_path: Path, own: Path) -> None:
+    source, target = path_beside(stats_path), path_beside(own)
+    target.unlink(missing_ok=True)
+    if source.is_file():
+        try:
+            target.hardlink_to(source)
+        except OSError:
+            shutil.copyfile(source, target)
 
 
 def _was_made_with(stats: CalibrationStats, model: Model, options: CalibrationOptions) -> bool:
@@ -364,91 +404,6 @@ def print_plan(plan: Plan, directory: Path) -> None:
         f"{console.human_bytes(plan.predicted_bytes)} ({plan.predicted_bytes:,} bytes), "
         f"{plan.bits_per_weight:.3f} bits per weight. Plan: {directory / PLAN_NAME}"
     )
-
-
-def export(
-    path: str,
-    output: Path,
-    *,
-    format: str = "gguf",
-    plan_path: Path | None = None,
-    preset: str | None = None,
-    stats_path: Path | None = None,
-    calibration: CalibrationOptions | None = None,
-    encoder: str = "ggml",
-    split_max_size: str | None = None,
-    resume: bool = True,
-    threads: int | None = None,
-    base_gguf: Path | None = None,
-) -> list[Path]:
-    """Write the files of a plan, or of a preset without a plan file."""
-    from dynquant.exporters.gguf import export_gguf
-
-    if format != "gguf":
-        raise ExportError(f"There is no export format `{format}` yet; use -f gguf.")
-    if (plan_path is None) == (preset is None):
-        raise PlanError("Give either --plan FILE or --preset NAME.")
-    model = open_and_announce(path, base_gguf)
-    if plan_path is not None:
-        made = Plan.load(plan_path)
-        stats = _stats_of_plan(made, stats_path or plan_path.parent / STATS_NAME)
-    else:
-        made, stats = _plan_of_preset(model, str(preset), stats_path, calibration or CalibrationOptions(), output)
-    with console.stage_progress() as progress:
-        files = export_gguf(
-            model,
-            made,
-            stats,
-            output,
-            encoder=load_encoder(encoder),
-            threads=threads,
-            split_max_bytes=parse_size(split_max_size) if split_max_size else None,
-            resume=resume,
-            progress=progress,
-        )
-    size = sum(file.stat().st_size for file in files)
-    for file in files:
-        console.out.print(str(file))
-    console.out.print(f"{size:,} bytes, {8 * size / made.num_weights:.3f} bits per weight")
-    return files
-
-
-def _stats_of_plan(plan: Plan, path: Path) -> CalibrationStats | None:
-    """The statistics that a plan was made from.
-
-    Raises:
-        StatsError: they are not at `path`, or are others; both hashes are named.
-    """
-    if plan.stats_hash is None:
-        return None
-    if not path.is_file():
-        raise StatsError(
-            f"The plan was made from calibration statistics, but there is no {path}. Give them with --stats FILE."
-        )
-    found = file_hash(path)
-    if found != plan.stats_hash:
-        raise StatsError(
-            f"{path} has the hash {found[:12]}, but the plan was made from statistics {plan.stats_hash[:12]}. Give the "
-            "stats.safetensors that was written beside the plan."
-        )
-    return CalibrationStats.load(path)
-
-
-def _plan_of_preset(
-    model: Model, preset: str, stats_path: Path | None, calibration: CalibrationOptions, output: Path
-) -> tuple[Plan, CalibrationStats | None]:
-    """A preset's plan; calibrates only when a type of it uses an importance matrix and no statistics were given."""
-    types = preset_types(preset, model)
-    recipe = Target(preset=preset).recipe
-    if stats_path is None and not any(quant_type(name).uses_imatrix for name, _ in types.values()):
-        return plan_from_types(model, types, recipe=recipe), None
-    path = stats_path or output.with_suffix(".stats.safetensors")
-    if stats_path is None and not path.is_file():
-        console.note(f"no --stats given: calibrating on {calibration.text or 'the built-in text'} into {path}")
-        _run_calibration(model, calibration, path)
-    stats = CalibrationStats.load(path)
-    stats.check_belongs_to(model.fingerprint, model.name)
-    return plan_from_types(model, types, recipe=recipe, stats=stats, stats_hash=file_hash(path)), stats
 
 
 def _probe(

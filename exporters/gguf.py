@@ -5,19 +5,20 @@ in memory at a time. A killed export goes on where it stopped and gives the same
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
 from dynquant import __version__
 from dynquant.artifacts import Region, ResumableOutput
-from dynquant.codecs.encoder import Encoder
+from dynquant.codecs.encoder import Encoder, ProtectedWeight
 from dynquant.errors import DynquantError, ExportError, PlanError, StatsError
 from dynquant.exporters.gguf_header import FileLayout, ImatrixInfo, Provenance, TensorSpec, layout, split_paths
+from dynquant.importance import importance
 from dynquant.model import Model
 from dynquant.plan import Plan
 from dynquant.quantize import (
-    ImportanceLookup,
+    Guidance,
     Progress,
     QuantizedTensor,
     check_importance,
@@ -25,6 +26,7 @@ from dynquant.quantize import (
     encoder_version,
     quantize,
 )
+from dynquant.second_moments import SecondMoments, hessian
 from dynquant.statistics import CalibrationStats
 
 
@@ -35,6 +37,8 @@ def export_gguf(
     output: Path,
     *,
     encoder: Encoder,
+    moments: SecondMoments | None = None,
+    protected: Mapping[str, tuple[ProtectedWeight, ...]] | None = None,
     threads: int | None = None,
     split_max_bytes: int | None = None,
     resume: bool = True,
@@ -43,7 +47,8 @@ def export_gguf(
     """Write `plan` to `output`, or to NAME-00001-of-0000N.gguf beside it, and return the files.
 
     Until everything is written there are only NAME.partial and NAME.journal; an older `output` is replaced at the end.
-    After a kill or a full disk the same call goes on. `stats` are those that the plan was made from, None if none.
+    After a kill or a full disk the same call goes on. `stats` are those that the plan was made from, None if none;
+    `moments` give encoders that use them hessians for error feedback, `protected` the super weights of each tensor.
 
     Raises:
         PlanError: the plan is not of this model.
@@ -55,19 +60,19 @@ def export_gguf(
     check_plan(model, plan)
     _check_stats(model, plan, stats)
     _check_output(model, output)
-    importance = _importance_of(stats)
-    check_importance(plan, importance)
+    guidance = _guidance(stats, moments if encoder.uses_hessians else None, protected)
+    check_importance(plan, guidance.importance)
     files = _layout(model, plan, stats, encoder, split_max_bytes)
     target = ResumableOutput(
         split_paths(output, len(files)),
         [file.total_bytes for file in files],
         _regions(files),
-        _identity(plan, encoder, files),
+        _identity(plan, encoder, files, moments if encoder.uses_hessians else None),
         resume=resume,
     )
     with target:
         tensors = quantize(
-            model, plan, importance, encoder, threads=threads, progress=progress, skip=frozenset(target.finished)
+            model, plan, guidance, encoder, threads=threads, progress=progress, skip=frozenset(target.finished)
         )
         try:
             _write(target, files, tensors)
@@ -120,7 +125,9 @@ def _header_region(number: int) -> str:
     return f"header of file {number + 1}"
 
 
-def _identity(plan: Plan, encoder: Encoder, files: Iterable[FileLayout]) -> dict[str, str]:
+def _identity(
+    plan: Plan, encoder: Encoder, files: Iterable[FileLayout], moments: SecondMoments | None
+) -> dict[str, str]:
     headers = hashlib.sha256(b"".join(file.header for file in files)).hexdigest()
     return {
         "plan": plan.hash,
@@ -128,15 +135,22 @@ def _identity(plan: Plan, encoder: Encoder, files: Iterable[FileLayout]) -> dict
         "encoder_version": encoder_version(encoder),
         "dynquant_version": __version__,
         "header": headers,
+        "hessians": moments.identity if moments is not None else "none",
     }
 
 
-def _importance_of(stats: CalibrationStats | None) -> ImportanceLookup | None:
+def _guidance(
+    stats: CalibrationStats | None,
+    moments: SecondMoments | None,
+    protected: Mapping[str, tuple[ProtectedWeight, ...]] | None,
+) -> Guidance:
     if stats is None:
-        return None
-    from dynquant.importance import importance
-
-    return partial(importance, stats)
+        return Guidance(protected=protected or {})
+    return Guidance(
+        importance=partial(importance, stats),
+        hessian=None if moments is None else partial(hessian, moments, stats),
+        protected=protected or {},
+    )
 
 
 def _check_stats(model: Model, plan: Plan, stats: CalibrationStats | None) -> None:

@@ -5,6 +5,8 @@ and the importance matrix alone; whether the weights themselves are finite is fo
 them, so that a tensor larger than the cache is not walked twice.
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -12,11 +14,25 @@ import torch
 from dynquant.errors import EncodeError
 from dynquant.quant_types import QuantType
 
+RowsDone = Callable[[int], None]
+"""Called with the number of weights that were encoded since the last call."""
+
+
+@dataclass(frozen=True)
+class ProtectedWeight:
+    """One scalar whose value matters more than all others of its row: a super weight. `expert` None: a matrix."""
+
+    row: int
+    column: int
+    expert: int | None = None
+
 
 class Encoder(Protocol):
-    """Weights to packed blocks. Equal inputs give equal bytes, whatever `threads` is."""
+    """Weights to packed blocks. Equal inputs give equal bytes."""
 
     name: str
+    uses_hessians: bool
+    """Whether `hessian` and `protected` change the bytes."""
 
     def encode(
         self,
@@ -26,6 +42,9 @@ class Encoder(Protocol):
         threads: int | None = None,
         *,
         name: str = "tensor",
+        hessian: torch.Tensor | None = None,
+        protected: Sequence[ProtectedWeight] = (),
+        progress: RowsDone | None = None,
     ) -> torch.Tensor:
         """Encode all rows of `weights`.
 
@@ -35,6 +54,10 @@ class Encoder(Protocol):
             importance: E[x^2] per input channel, [row_length] or [experts, row_length]; None where the type allows it.
             threads: How many threads to use; None for one per core.
             name: The tensor's name, for error messages.
+            hessian: E[x xᵀ] of the input, positive definite, [1, row_length, row_length] for all experts or one for
+                each; what error feedback works with.
+            protected: Scalars that must keep their values as well as the type can store them.
+            progress: Told how many weights are done.
 
         Returns:
             uint8 [..., rows, row_bytes].
@@ -45,7 +68,12 @@ class Encoder(Protocol):
 
 
 def check_request(
-    quant_type: QuantType, weights: torch.Tensor, importance: torch.Tensor | None, *, name: str
+    quant_type: QuantType,
+    weights: torch.Tensor,
+    importance: torch.Tensor | None,
+    hessian: torch.Tensor | None = None,
+    *,
+    name: str,
 ) -> torch.Tensor | None:
     """Refuse what no encoder can do; otherwise give the importance as float32 [experts, row_length], or None.
 
@@ -53,8 +81,8 @@ def check_request(
 
     Raises:
         EncodeError: not a 2-D or 3-D floating tensor, a row length that the block size does not divide, a type that
-            needs an importance matrix without one, or an importance of the wrong shape or with NaN, Inf or negative
-            values.
+            needs an importance matrix without one, an importance of the wrong shape or with NaN, Inf or negative
+            values, or a hessian of the wrong shape.
     """
     if weights.dim() not in (2, 3) or not weights.is_floating_point():
         raise EncodeError(
@@ -67,9 +95,14 @@ def check_request(
             f"`{name}` has rows of {row_length}, which blocks of {quant_type.block_size} ({quant_type.name}) do not "
             f"divide. Use a type with smaller blocks, such as {quant_type.fallback or 'F16'}."
         )
+    if hessian is not None and tuple(hessian.shape) not in _hessian_shapes(weights):
+        raise EncodeError(
+            f"The hessian of `{name}` has shape {tuple(hessian.shape)}, but the weights {tuple(weights.shape)} need "
+            f"{' or '.join(map(str, _hessian_shapes(weights)))}. It is of another model; calibrate this one."
+        )
     if importance is not None:
         return _checked_importance(weights, importance, name=name)
-    if quant_type.needs_imatrix:
+    if quant_type.needs_imatrix and hessian is None:
         raise EncodeError(
             f"`{name}` cannot be encoded as {quant_type.name} without an importance matrix. Calibrate the model first, "
             "or choose a type that does not need one."
@@ -93,3 +126,27 @@ def _checked_importance(weights: torch.Tensor, importance: torch.Tensor, *, name
             "Calibrate again; if that repeats, the model's activations overflow."
         )
     return importance.expand(experts, row_length).contiguous()
+
+
+def _hessian_shapes(weights: torch.Tensor) -> tuple[tuple[int, ...], ...]:
+    columns = weights.shape[-1]
+    experts = (weights.shape[0],) if weights.dim() == 3 and weights.shape[0] != 1 else ()
+    return tuple((count, columns, columns) for count in (1, *experts))
+
+
+def check_finite(weights: torch.Tensor, *, name: str) -> float:
+    """The largest magnitude in `weights`; 0 when there are none.
+
+    Raises:
+        EncodeError: NaN or Inf; the tensor is named.
+    """
+    if not weights.numel():
+        return 0.0
+    low, high = (float(x) for x in weights.aminmax())
+    peak = max(-low, high)
+    if not peak <= torch.finfo(torch.float32).max:
+        raise EncodeError(
+            f"`{name}` holds NaN or Inf weights, so nothing that is encoded from it can work. The checkpoint is "
+            "damaged or was saved after an overflow; fetch it again or repair this tensor."
+        )
+    return peak

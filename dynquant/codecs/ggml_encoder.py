@@ -11,7 +11,7 @@ import ctypes
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -21,7 +21,7 @@ from typing import ClassVar
 
 import torch
 
-from dynquant.codecs.encoder import check_request
+from dynquant.codecs.encoder import ProtectedWeight, RowsDone, check_finite, check_request
 from dynquant.errors import EncodeError
 from dynquant.quant_types import QuantType
 
@@ -43,6 +43,7 @@ class GgmlEncoder:
     """Encodes with the ggml library of the installed llama-cpp-python."""
 
     name: ClassVar[str] = "ggml"
+    uses_hessians: ClassVar[bool] = False
 
     def encode(
         self,
@@ -52,16 +53,23 @@ class GgmlEncoder:
         threads: int | None = None,
         *,
         name: str = "tensor",
+        hessian: torch.Tensor | None = None,
+        protected: Sequence[ProtectedWeight] = (),
+        progress: RowsDone | None = None,
     ) -> torch.Tensor:
         """Encode all rows of `weights`; see `dynquant.codecs.encoder.Encoder.encode`.
 
+        ggml knows nothing of `hessian` and `protected`.
         Weights stay in their own dtype and are widened chunk by chunk, so a bfloat16 tensor needs no float32 copy. When
         nothing has to be converted (F32 from float32), the result shares memory with `weights`.
         """
         by_expert = check_request(quant_type, weights, importance, name=name)
         weights = weights.detach().to(device="cpu")
         if quant_type.is_float:
-            return _cast(quant_type, weights, name=name)
+            values = _cast(quant_type, weights, name=name)
+            if progress is not None:
+                progress(values.numel() // quant_type.block_bytes)
+            return values
         packed = torch.empty((*weights.shape[:-1], quant_type.row_bytes(weights.shape[-1])), dtype=torch.uint8)
         library = _library()
         library.prepare(quant_type)
@@ -71,13 +79,10 @@ class GgmlEncoder:
         def run(task: "_Task") -> None:
             _encode_rows(library, quant_type, task, name=name)
 
-        if threads <= 1:
-            for task in tasks:
-                run(task)
-        else:
-            with ThreadPoolExecutor(threads) as pool:
-                for _ in pool.map(run, tasks):
-                    pass
+        with ThreadPoolExecutor(max(1, threads)) as pool:
+            for task, _ in zip(tasks, pool.map(run, tasks), strict=True):
+                if progress is not None:
+                    progress(task.rows.numel())
         return packed
 
 
@@ -121,13 +126,7 @@ def _encode_rows(library: "_Library", quant_type: QuantType, task: _Task, *, nam
 
 def _check_magnitude(quant_type: QuantType, rows: torch.Tensor, importance: torch.Tensor | None, *, name: str) -> None:
     """Refuse NaN, Inf, and weights so large that ggml's float32 sums overflow, on which it aborts the process."""
-    low, high = (float(x) for x in rows.aminmax())
-    peak = max(-low, high)
-    if not peak <= _FLOAT32_MAX:
-        raise EncodeError(
-            f"`{name}` holds NaN or Inf weights, so nothing that is encoded from it can work. The checkpoint is "
-            "damaged or was saved after an overflow; fetch it again or repair this tensor."
-        )
+    peak = check_finite(rows, name=name)
     heaviest = 1.0 if importance is None else max(1.0, float(importance.max()))
     if quant_type.uses_imatrix and peak * peak * heaviest * rows.shape[-1] > _FLOAT32_MAX:
         raise EncodeError(

@@ -74,7 +74,9 @@ def pack_q3_k(d: Tensor, scales: Tensor, q: Tensor) -> Tensor:
     low = stored & 15
     high = _joined((stored >> 4).reshape(-1, 4, 4).transpose(1, 2), (0, 2, 4, 6))  # byte j holds scales j, 4 + j, ...
     hmask = _joined((q >> 2).reshape(-1, 8, 32).transpose(1, 2), tuple(range(8)))
-    return torch.cat((_bytes(hmask), _crumb_planes(q & 3), _bytes(low[:, :8] | (low[:, 8:] << 4)), _bytes(high), _half(d)), dim=1)
+    return torch.cat(
+        (_bytes(hmask), _crumb_planes(q & 3), _bytes(low[:, :8] | (low[:, 8:] << 4)), _bytes(high), _half(d)), dim=1
+    )
 
 
 def pack_q4_k(d: Tensor, dmin: Tensor, scales: Tensor, mins: Tensor, q: Tensor) -> Tensor:
@@ -105,7 +107,9 @@ def pack_tq1_0(d: Tensor, q: Tensor) -> Tensor:
     """q [n, 256] from -1 to 1; a byte is its base-3 number as a fraction of 3^5, rounded up."""
     digits = q + 1
     parts = digits[:, :160].reshape(-1, 5, 32), digits[:, 160:240].reshape(-1, 5, 16), digits[:, 240:].reshape(-1, 4, 4)
-    numbers = torch.cat([sum(p * part[:, i] for i, p in zip(range(part.shape[1]), _POWERS_OF_3)) for part in parts], dim=1)
+    numbers = torch.cat(
+        [sum(p * part[:, i] for i, p in zip(range(part.shape[1]), _POWERS_OF_3)) for part in parts], dim=1
+    )
     return torch.cat((_bytes((numbers * 256 + 242) // 243), _half(d)), dim=1)
 
 

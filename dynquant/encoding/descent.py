@@ -5,6 +5,7 @@ with their codewords, `refit` solves for all super-block scales of a row togethe
 the loss, so the loss never rises but for the rounding of refitted scales.
 """
 
+from dataclasses import fields as dataclass_fields
 from dataclasses import replace
 
 import torch
@@ -28,23 +29,20 @@ def loss(rows: Rows, fields: Fields, values: Tensor, hessian: Tensor) -> Tensor:
 def descend(rows: Rows, fields: Fields, values: Tensor, hessian: Tensor) -> Tensor:
     """Values after one visit of every group."""
     group = rows.layout.codebook.group
-    a, b = rows.wide(rows.scales(fields)), rows.minimums(fields)
-    b = None if b is None else rows.wide(b)
-    offsets = torch.zeros_like(rows.x) + rows.offsets(fields.shifts)
-    decoded = rows.decoded(fields, values)
+    spread = rows.spread(fields)
+    decoded = spread.decoded(values, slice(None))
     values = values.clone()
     slope = (rows.x - decoded) @ hessian  # half the gradient
     for first in range(0, rows.x.shape[-1], group):
         columns = slice(first, first + group)
         block = hessian[:, columns, columns]
-        target = decoded[..., columns] + _solve(slope[..., columns], block)
-        y = rows.targets(target, a[..., columns], None if b is None else b[..., columns], offsets[..., columns])
-        found = rows.layout.codebook.nearest(y, block.diagonal(dim1=-2, dim2=-1))
-        step = a[..., columns] * (values[..., columns] - found)  # what the error grows by
+        target = spread.targets(decoded[..., columns] + _solve(slope[..., columns], block), columns)
+        found = rows.layout.codebook.nearest(target, block.diagonal(dim1=-2, dim2=-1))
+        step = spread.a[..., columns] * (values[..., columns] - found)  # what the error grows by
         change = ((2 * slope[..., columns] + step @ block) * step).sum(-1, keepdim=True)
-        step = torch.where(change < 0, step, 0.0)
-        values[..., columns] = torch.where(change < 0, found, values[..., columns])
-        slope += step @ hessian[:, columns]
+        better = change < 0
+        values[..., columns] = torch.where(better, found, values[..., columns])
+        slope += torch.where(better, step, 0.0) @ hessian[:, columns]
     return values
 
 
@@ -68,15 +66,7 @@ def descend_scales(rows: Rows, fields: Fields, values: Tensor, hessian: Tensor) 
         target = decoded[..., columns] + _solve(slope[..., columns], block)
         sub = Rows(layout, target, rows.unit)
         kept = _sub_fields(fields, s, rows.num_sub_blocks, scales, mins, shifts)
-        best, found = kept, values[..., columns]
-        error = loss(sub, kept, found, block)
-        factor = upper_factor(block)
-        for trial in _trials(layout, kept):
-            tried = feed_back(sub, trial, factor)
-            trial_error = loss(sub, trial, tried, block)
-            wins = trial_error < error
-            error = torch.where(wins, trial_error, error)
-            best, found = merged(wins.unsqueeze(-1), (trial, tried), (best, found))
+        best, found = _best_trial(sub, kept, values[..., columns], block)
         scales[..., s : s + 1] = best.scales
         if mins is not None:
             mins[..., s : s + 1] = best.mins
@@ -90,9 +80,36 @@ def descend_scales(rows: Rows, fields: Fields, values: Tensor, hessian: Tensor) 
     return replace(fields, scales=scales, mins=mins, shifts=shifts), values
 
 
-def _sub_fields(
-    fields: Fields, s: int, num: int, scales: Tensor, mins: Tensor | None, shifts: Tensor | None
-) -> Fields:
+def _best_trial(sub: Rows, kept: Fields, values: Tensor, block: Tensor) -> tuple[Fields, Tensor]:
+    """The fields and values with least loss: those at hand, or a trial after feedback; all trials are run at once."""
+    trials = _trials(sub.layout, kept)
+    count = len(trials)
+    many = Rows(sub.layout, sub.x.repeat(count, 1, 1), sub.unit.repeat(count, 1, 1))
+    fields = _stacked(trials)
+    tried = feed_back(many, fields, upper_factor(block).repeat(count, 1, 1))
+    losses = torch.cat((loss(sub, kept, values, block)[None], loss(many, fields, tried, block.repeat(count, 1, 1)).unflatten(0, (count, -1))))
+    choice = losses.argmin(0, keepdim=True).unsqueeze(-1)  # [1, E, R, 1]; the first of equals
+
+    def chosen(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
+        if mine is None or theirs is None:
+            return None
+        options = torch.cat((mine[None], theirs.unflatten(0, (count, -1))))
+        return options.gather(0, choice.expand(1, *mine.shape)).squeeze(0)
+
+    best = Fields(
+        kept.d, chosen(kept.scales, fields.scales), chosen(kept.shifts, fields.shifts), kept.dmin, chosen(kept.mins, fields.mins)
+    )
+    return best, chosen(values, tried)
+
+
+def _stacked(trials: list[Fields]) -> Fields:
+    def together(parts: list[Tensor | None]) -> Tensor | None:
+        return None if parts[0] is None else torch.cat(parts)
+
+    return Fields(*(together([getattr(trial, f.name) for trial in trials]) for f in dataclass_fields(Fields)))
+
+
+def _sub_fields(fields: Fields, s: int, num: int, scales: Tensor, mins: Tensor | None, shifts: Tensor | None) -> Fields:
     """The fields of one sub-block, as of a super-block of its own."""
     block = s * fields.d.shape[-1] // num
     runs = 0 if shifts is None else shifts.shape[-1] // num

@@ -33,9 +33,7 @@ def upper_factor(hessian: Tensor) -> Tensor:
 def feed_back(rows: Rows, fields: Fields, factor: Tensor) -> Tensor:
     """Values [E, R, C] of one pass; `factor` is `upper_factor` of the hessian."""
     x, group = rows.x, rows.layout.codebook.group
-    a, b = rows.wide(rows.scales(fields)), rows.minimums(fields)
-    b = None if b is None else rows.wide(b)
-    offsets = torch.zeros_like(x) + rows.offsets(fields.shifts)
+    spread = rows.spread(fields)
     values, errors = torch.empty_like(x), torch.empty_like(x)
     for start in range(0, x.shape[-1], _COLUMNS):
         stop = min(start + _COLUMNS, x.shape[-1])
@@ -46,14 +44,10 @@ def feed_back(rows: Rows, fields: Fields, factor: Tensor) -> Tensor:
             if first > start:
                 pending = pending + errors[..., start:first] @ factor[:, start:first, columns]
             diagonal = factor[:, columns, columns]
-            target = x[..., columns] + _right_solve(pending, diagonal)
-            y = rows.targets(target, a[..., columns], None if b is None else b[..., columns], offsets[..., columns])
-            found = rows.layout.codebook.nearest(y, diagonal.square().sum(-1))
-            decoded = a[..., columns] * (found + offsets[..., columns])
-            if b is not None:
-                decoded = decoded - b[..., columns]
+            target = spread.targets(x[..., columns] + _right_solve(pending, diagonal), columns)
+            found = rows.layout.codebook.nearest(target, diagonal.square().sum(-1))
             values[..., columns] = found
-            errors[..., columns] = x[..., columns] - decoded
+            errors[..., columns] = x[..., columns] - spread.decoded(found, columns)
     return values
 
 

@@ -68,6 +68,11 @@ class BlockLayout:
     def has_signed_scales(self) -> bool:
         return self.multipliers[0] < 0
 
+    @property
+    def largest_weight(self) -> float:
+        """Beyond this no scale that fits in fp16 reaches."""
+        return _FP16_MAX * max(abs(m) for m in self.multipliers) * self.codebook.peak
+
     def multiplier_table(self, device: torch.device) -> Tensor:
         """Multipliers, ascending."""
         return torch.tensor(self.multipliers, dtype=torch.float32, device=device)
@@ -150,9 +155,7 @@ def _mxfp4() -> BlockLayout:
         return packers.pack_mxfp4(f.scales.squeeze(1) + _MXFP4_FIRST, _table_indices("MXFP4", values))
 
     powers = tuple(2.0 ** (e - 128) for e in range(_MXFP4_FIRST, 255))  # the stored values are doubled
-    return BlockLayout(
-        "MXFP4", Values("MXFP4"), 32, powers, pack, has_power_of_two_scale=True, fractions=(0.6, 1.1)
-    )
+    return BlockLayout("MXFP4", Values("MXFP4"), 32, powers, pack, has_power_of_two_scale=True, fractions=(0.6, 1.1))
 
 
 def _plain_ternary(name: str, write: Callable[..., Tensor]) -> BlockLayout:

@@ -13,6 +13,26 @@ from dynquant.encoding.layouts import SHIFT, BlockLayout, Fields
 
 
 @dataclass(frozen=True)
+class Spread:
+    """Scale, its inverse (0 where it is 0), minimum and codeword offset of every weight [E, R, C]."""
+
+    a: Tensor
+    inverse: Tensor
+    b: Tensor | None
+    offsets: Tensor
+
+    def targets(self, x: Tensor, columns: slice) -> Tensor:
+        """What the codewords of some columns should be so that `x` comes out."""
+        shifted = x if self.b is None else x + self.b[..., columns]
+        return shifted * self.inverse[..., columns] - self.offsets[..., columns]
+
+    def decoded(self, values: Tensor, columns: slice) -> Tensor:
+        """The weights that codewords of some columns stand for."""
+        scaled = self.a[..., columns] * (values + self.offsets[..., columns])
+        return scaled if self.b is None else scaled - self.b[..., columns]
+
+
+@dataclass(frozen=True)
 class Rows:
     """Normalised weights `x` [E, R, C] of E experts; the true ones are `x * unit`, `unit` [E, R, 1]."""
 
@@ -29,9 +49,6 @@ class Rows:
 
     def with_targets(self, x: Tensor) -> "Rows":
         return replace(self, x=x)
-
-    def part(self, rows: slice) -> "Rows":
-        return Rows(self.layout, self.x[:, rows], self.unit[:, rows])
 
     @property
     def num_sub_blocks(self) -> int:
@@ -63,16 +80,15 @@ class Rows:
         """What is added to every codeword [E, R, C]; zero but in IQ1."""
         return 0.0 if shifts is None else shifts.repeat_interleave(self.layout.shift_width, dim=-1) * SHIFT
 
-    def targets(self, x: Tensor, a: Tensor, b: Tensor | None, offsets: Tensor | float) -> Tensor:
-        """What the codewords should be so that `x` comes out; 0 where the scale is 0."""
-        shifted = x if b is None else x + b
-        return torch.where(a != 0, shifted / a, 0.0) - offsets
+    def spread(self, fields: Fields) -> "Spread":
+        """The fields at the width of the weights."""
+        a, b = self.wide(self.scales(fields)), self.minimums(fields)
+        offsets = torch.zeros_like(self.x) + self.offsets(fields.shifts)
+        return Spread(a, torch.where(a != 0, a.reciprocal(), 0.0), None if b is None else self.wide(b), offsets)
 
     def decoded(self, fields: Fields, values: Tensor) -> Tensor:
         """The weights that the blocks stand for [E, R, C]; `values` are codewords."""
-        b = self.minimums(fields)
-        out = self.wide(self.scales(fields)) * (values + self.offsets(fields.shifts))
-        return out if b is None else out - self.wide(b)
+        return self.spread(fields).decoded(values, slice(None))
 
     def packed(self, fields: Fields, values: Tensor) -> Tensor:
         """Block bytes, uint8 [E, R, row_bytes]."""

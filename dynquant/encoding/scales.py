@@ -67,9 +67,7 @@ class _Best:
         return self._kept
 
 
-def merged(
-    better: Tensor, new: tuple[Fields, Tensor], old: tuple[Fields, Tensor]
-) -> tuple[Fields, Tensor]:
+def merged(better: Tensor, new: tuple[Fields, Tensor], old: tuple[Fields, Tensor]) -> tuple[Fields, Tensor]:
     """`new` in the super-blocks that are marked in `better` [E, R, B], `old` elsewhere."""
 
     def choose(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -79,7 +77,11 @@ def merged(
 
     f, g = new[0], old[0]
     fields = Fields(
-        choose(f.d, g.d), choose(f.scales, g.scales), choose(f.shifts, g.shifts), choose(f.dmin, g.dmin), choose(f.mins, g.mins)
+        choose(f.d, g.d),
+        choose(f.scales, g.scales),
+        choose(f.shifts, g.shifts),
+        choose(f.dmin, g.dmin),
+        choose(f.mins, g.mins),
     )
     return fields, choose(new[1], old[1])
 
@@ -88,7 +90,8 @@ def _values(
     rows: Rows, metric: Tensor, a: Tensor, b: Tensor | None, offsets: Tensor | float, *, scan: bool = False
 ) -> Tensor:
     """Codewords [E, R, C] for the weights under scales `a`, `b` [E, R, S]: the nearest, or those of a scan."""
-    y = rows.targets(rows.x, rows.wide(a), None if b is None else rows.wide(b), offsets)
+    inverse = rows.wide(torch.where(a != 0, a.reciprocal(), 0.0))
+    y = (rows.x if b is None else rows.x + rows.wide(b)) * inverse - offsets
     experts, num_rows, columns = y.shape
     book = rows.layout.codebook
     find = book.scan if scan else book.nearest

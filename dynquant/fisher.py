@@ -1,0 +1,34 @@
+"""Backward passes whose gradients are those of the KL divergence: labels are drawn from the model's own distribution.
+
+E[g gᵀ] over such gradients g is the Fisher information, the Hessian of the KL to the model itself (K-FAC,
+arXiv:1503.05671). The model's weights get no gradients; hooks on activations see theirs.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def activation_gradients(hf_model: nn.Module) -> Iterator[None]:
+    """Inside, gradients flow through activations and not into weights, whatever the caller's grad mode was."""
+    trained = [parameter for parameter in hf_model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    hook = hf_model.get_input_embeddings().register_forward_hook(lambda _module, _args, out: out.requires_grad_(True))
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        hook.remove()
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def backward_from_sampled_labels(hf_model: nn.Module, tokens: torch.Tensor, generator: torch.Generator) -> None:
+    """Gradients of the summed log-probability of one drawn token at every position of `tokens` [windows, window]."""
+    log_probs = hf_model(input_ids=tokens, use_cache=False).logits.float().log_softmax(-1).flatten(0, 1)
+    drawn = torch.multinomial(log_probs.detach().exp().cpu(), 1, generator=generator).to(log_probs.device)
+    log_probs.gather(1, drawn).sum().backward()
