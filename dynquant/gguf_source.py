@@ -57,6 +57,7 @@ class GGUFSource:
         self.files = split_files(path)
         self._readers = [open_reader(file) for file in self.files]
         self._tensors: dict[str, ReaderTensor] = {}
+        self._file_of: dict[str, int] = {}
         for file, reader in zip(self.files, self._readers, strict=True):
             for tensor in reader.tensors:
                 self._add(file, tensor)
@@ -89,6 +90,18 @@ class GGUFSource:
 
     def names(self) -> list[str]:
         return list(self._tensors)
+
+    def location(self, name: str) -> tuple[int, int]:
+        """Index of the file that holds a tensor, and the byte at which its data begins there."""
+        return self._file_of[name], int(self._tensors[name].data_offset)
+
+    def text_location(self, key: str) -> tuple[int, int] | None:
+        """First byte and length of a string value in the first file's metadata; None when there is no such string."""
+        field = self._readers[0].fields.get(key)
+        if field is None or field.types[0] != GGUFValueType.STRING:
+            return None
+        value = field.parts[-1]
+        return int(field.offset) + sum(part.nbytes for part in field.parts[:-1]), value.nbytes
 
     def info(self, name: str) -> TensorInfo:
         tensor = self._tensors[name]
@@ -126,6 +139,7 @@ class GGUFSource:
                 f"{file} stores `{tensor.name}` as {tensor.tensor_type.name}, a type that dynquant cannot decode."
             )
         self._tensors[tensor.name] = tensor
+        self._file_of[tensor.name] = self.files.index(file)
 
 
 def split_files(path: Path) -> list[Path]:

@@ -50,18 +50,18 @@ class MomentRecorder:
         if not len(x) or not self._has_room(key, x, num_experts):
             return
         x = x.detach().to(torch.float32)
-        rows = 0 if len(self._sums[key]) == 1 else expert
         if x.dim() == 3:
             self._sums[key] += torch.einsum("tea,teb->eab", x, x)
             self._weights[key] += len(x)
             return
+        row = 0 if len(self._sums[key]) == 1 else expert
         if squared_gradients is None:
-            weighted, total = x, float(len(x))
+            self._sums[key][row].addmm_(x.T, x)
+            self._weights[key][row] += len(x)
         else:
             v = _relative(squared_gradients.to(torch.float32))
-            weighted, total = x * v.unsqueeze(1), float(v.sum(dtype=torch.float64))
-        self._sums[key][rows].addmm_(weighted.T, x)
-        self._weights[key][rows] += total
+            self._sums[key][row].addmm_((x * v.unsqueeze(1)).T, x)
+            self._weights[key][row] += v.sum(dtype=torch.float64)
 
     def finish(
         self, provenance: StatsProvenance, tokens: torch.Tensor, kind: str, aliases: dict[str, str]
@@ -69,7 +69,7 @@ class MomentRecorder:
         """The moments on the CPU, exactly symmetric."""
         sums = {key: ((s + s.transpose(1, 2)) / 2).cpu() for key, s in self._sums.items()}
         known = {alias: key for alias, key in aliases.items() if key in sums}
-        return SecondMoments(provenance, tokens.to(torch.int32).cpu(), kind, known, sums, self._weights)
+        return SecondMoments(provenance, tokens.to(torch.int32).cpu(), kind, known, sums, {key: w.cpu() for key, w in self._weights.items()})
 
     def _has_room(self, key: str, x: torch.Tensor, num_experts: int) -> bool:
         if key in self._sums:
@@ -83,7 +83,7 @@ class MomentRecorder:
             return False
         self._used += 4 * count * columns**2
         self._sums[key] = torch.zeros(count, columns, columns, device=x.device)
-        self._weights[key] = torch.zeros(count, dtype=torch.float64)
+        self._weights[key] = torch.zeros(count, dtype=torch.float64, device=x.device)
         return True
 
 
@@ -95,4 +95,4 @@ def _expert_bytes(module: nn.Module) -> int:
 
 def _relative(squared_gradients: torch.Tensor) -> torch.Tensor:
     mean = squared_gradients.mean()
-    return 1 + (squared_gradients / mean if float(mean) > 0 else torch.zeros_like(squared_gradients))
+    return 1 + torch.where(mean > 0, squared_gradients / mean, 0.0)  # no branch: it would wait for the GPU

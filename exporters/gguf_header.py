@@ -34,6 +34,7 @@ ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
 MAX_NAME_LENGTH = 63
 """llama.cpp refuses longer tensor names (GGML_MAX_NAME is 64 with the terminator)."""
 PADDED_WIDTH = 16
+ENCODER_KEY = "dynquant.encoder"
 UNKNOWN_HASH = "0" * 64
 """Stands for a hash that is not known yet; it has the size of any other."""
 MAX_FILES = 65535
@@ -200,7 +201,7 @@ def _own_fields(
     return [
         *fields,
         _text("dynquant.version", _fixed_width(__version__)),
-        _text("dynquant.encoder", _fixed_width(provenance.encoder)),
+        _text(ENCODER_KEY, _fixed_width(provenance.encoder)),
         _text("dynquant.recipe", provenance.recipe),
         _text("dynquant.fingerprint", provenance.fingerprint),
         _text("dynquant.plan_hash", provenance.plan_hash),

@@ -81,3 +81,7 @@ class RecipeSource:
     def checkpoint_names(self, name: str) -> tuple[str, ...]:
         """The checkpoint tensors that a GGUF tensor is made of: every expert of a stack, none if it is computed."""
         return self._recipes[name].parts
+
+    def transform(self, name: str) -> Transform:
+        """How a GGUF tensor is made of its checkpoint tensor, or of each of them."""
+        return self._recipes[name].transform
