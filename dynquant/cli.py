@@ -180,8 +180,15 @@ def export(
     calibration: TextOpt = None,
     tokens: TokensOpt = 131072,
     hessians: HessiansOpt = "activations",
-    encoder: EncoderOpt = "ggml",
+    encoder: EncoderOpt = "dynquant",
     device: DeviceOpt = None,
+    tune: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of the closing pass, which tunes stored scales and norms on the KL to the original; 0 for "
+            "none. Default: 16384 with the dynquant encoder, where the model fits in memory."
+        ),
+    ] = None,
     split_max_size: Annotated[str | None, typer.Option(help="Split into files of at most this size, as 40GB.")] = None,
     resume: Annotated[bool, typer.Option(help="Continue an interrupted export.")] = True,
     threads: ThreadsOpt = None,
@@ -198,8 +205,31 @@ def export(
     run(
         model, output, format=format, plan_path=plan, preset=preset, stats_path=stats, calibration=options,
         encoder=encoder, device=device, split_max_size=split_max_size, resume=resume, threads=threads,
-        base_gguf=base_gguf,
+        base_gguf=base_gguf, tune_tokens=tune,
     )  # fmt: skip
+
+
+@app.command()
+def tune(
+    file: Annotated[Path, typer.Argument(help="A quantized .gguf file.", show_default=False)],
+    reference: Annotated[str, typer.Option(help="Its original: Hugging Face directory or hub id.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The .gguf file to write; it has the same size.")],
+    calibration: TextOpt = None,
+    tokens: Annotated[int, typer.Option(help="Train on this many tokens.")] = 16384,
+    step_tokens: Annotated[int, typer.Option(help="Tokens in a step.")] = 1024,
+    window: WindowOpt = 512,
+    seed: SeedOpt = 0,
+    device: DeviceOpt = None,
+) -> None:
+    """Tune the stored scales and norms of any quantized GGUF on the KL to its original; types and size stay.
+
+    Example: dynquant tune model.gguf --reference ./model --calibration text.jsonl -o tuned.gguf
+    """
+    from dynquant.export_workflow import tune_command
+    from dynquant.tuning import TuneOptions
+
+    options = TuneOptions(tokens=tokens, step_tokens=step_tokens, seed=seed)
+    tune_command(file, reference, output, options, text=calibration, window=window, device=device)
 
 
 @app.command("eval")
@@ -268,6 +298,46 @@ def compare(
     )  # fmt: skip
     options = CalibrationOptions(text=calibration, tokens=tokens)
     run(model, _split(recipes) or (), questions, options, output, threads=threads, keep=keep)
+
+
+@app.command("compare-encoders")
+def compare_encoders(
+    model: ModelArg,
+    recipes: Annotated[str, typer.Option(help="Presets, as r1-iq1_s,experts-q2_k,uniform-iq2_xxs.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory for results and statistics.")],
+    text: Annotated[list[Path] | None, typer.Option(help="Text for kl and ppl. May be repeated.")] = None,
+    tasks: Annotated[str, typer.Option(help="Any of kl, ppl, mmlu.")] = "kl",
+    max_tokens: Annotated[int, typer.Option(help="Tokens of each text.")] = 8192,
+    mmlu_data: Annotated[str | None, typer.Option(help="Questions, .jsonl or a datasets id.")] = None,
+    shots: Annotated[str | None, typer.Option(help="Few-shot questions, .jsonl.")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most this many questions.")] = None,
+    scoring: Annotated[str, typer.Option(help="letter, cloze or both.")] = "letter",
+    calibration: TextOpt = None,
+    tokens: TokensOpt = 131072,
+    hessians: HessiansOpt = "activations",
+    tune: Annotated[int, typer.Option(help="Tokens of the closing pass.")] = 16384,
+    variants: Annotated[str, typer.Option(help="Encoders, each also with +tune.")] = "ggml,dynquant,dynquant+tune",
+    keep: Annotated[bool, typer.Option(help="Keep the exported files.")] = False,
+    device: DeviceOpt = None,
+    threads: ThreadsOpt = None,
+) -> None:
+    """Measure encoders side by side: the same types and statistics, so the same bytes.
+
+    Example: dynquant compare-encoders ./model --recipes r1-iq1_s,experts-q2_k --text held-out.txt -o encoders/
+    """
+    from dynquant.compare import Questions
+    from dynquant.compare_encoders import compare_encoders as run
+    from dynquant.workflow import CalibrationOptions
+
+    questions = Questions(
+        tasks=_split(tasks) or (), text=tuple(text or ()), max_tokens=max_tokens, mmlu_data=mmlu_data, shots=shots,
+        limit=limit, scoring=_split(scoring) or (),
+    )  # fmt: skip
+    options = CalibrationOptions(text=calibration, tokens=tokens, hessians=_hessians(hessians), device=device)
+    run(
+        model, _split(recipes) or (), questions, options, output,
+        tune_tokens=tune, variants=_split(variants) or (), threads=threads, keep=keep,
+    )  # fmt: skip
 
 
 @app.command()

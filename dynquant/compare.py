@@ -88,7 +88,7 @@ def _measure(
     before = rows.get(name, {"measured": [], "metrics": {}})
     rows[name] = _row(plan, report) | {
         "measured": sorted({*before["measured"], *wanted}),
-        "metrics": before["metrics"] | _metrics(report),
+        "metrics": before["metrics"] | metrics_of(report),
     }
     write_atomically(directory / "compare.json", json.dumps(rows, indent=1) + "\n")
     return plan.predicted_bytes
@@ -104,7 +104,7 @@ def _row(plan: Plan, report: EvalReport) -> dict:
     }
 
 
-def _metrics(report: EvalReport) -> dict[str, dict]:
+def metrics_of(report: EvalReport) -> dict[str, dict]:
     """Column -> value and interval; paired comparisons with the original carry McNemar's p."""
     found: dict[str, dict] = {}
     for text in report.texts:

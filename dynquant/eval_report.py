@@ -7,7 +7,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from dynquant import __version__
-from dynquant.eval_statistics import Estimate, bootstrap_mean, mcnemar_exact, wilson_interval
+from dynquant.eval_statistics import Estimate, block_sums, bootstrap_mean, mcnemar_exact, wilson_interval
 from dynquant.multiple_choice import AnswerScores, EncodedQuestion, Scoring
 from dynquant.reference_cache import TokenScores
 
@@ -35,6 +35,8 @@ class Divergence(_Record):
     p99_9: float
     maximum: float
     top1_agreement: Estimate
+    block_sums: tuple[float, ...] = ()
+    """Sums over the blocks of 64 tokens that intervals are drawn from, for paired comparisons with another file."""
 
 
 class TextResult(_Record):
@@ -136,6 +138,7 @@ def summarize_text(
         p99_9=float(np.quantile(scores.divergence, 0.999)),
         maximum=float(scores.divergence.max()),
         top1_agreement=bootstrap_mean(scores.same_top, window_lengths),
+        block_sums=tuple(block_sums(scores.divergence, window_lengths)[0].tolist()),
     )
     return TextResult(
         name=name,

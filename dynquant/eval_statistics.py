@@ -44,6 +44,13 @@ def bootstrap_mean(values: np.ndarray, window_lengths: list[int], *, seed: int =
     return Estimate(value=float(sums.sum() / sizes.sum()), low=float(low), high=float(high))
 
 
+def bootstrap_ratio(sums: np.ndarray, base_sums: np.ndarray, *, seed: int = 0) -> Estimate:
+    """Ratio of two models' means on the same blocks, with a 95 % interval from blocks drawn for both together."""
+    picks = np.random.default_rng(seed).integers(0, len(sums), size=(NUM_RESAMPLES, len(sums)))
+    low, high = np.quantile(sums[picks].sum(axis=1) / base_sums[picks].sum(axis=1), [0.025, 0.975])
+    return Estimate(value=float(sums.sum() / base_sums.sum()), low=float(low), high=float(high))
+
+
 def wilson_interval(successes: int, total: int) -> Estimate:
     """A proportion with Wilson's 95 % score interval, which stays inside [0, 1]."""
     if total < 1 or not 0 <= successes <= total:

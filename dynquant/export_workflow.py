@@ -1,21 +1,42 @@
-"""The stage that writes files: the statistics, second moments and super weights of a plan or preset, then the exporter."""
+"""The stage that writes files: what belongs to a plan or preset is gathered, the exporter runs, scales are tuned."""
 
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from dynquant import console
+import torch
+
+from dynquant import __version__, console
 from dynquant.analysis.measure_errors import file_hash
+from dynquant.calibration_text import pack_windows, read_text
 from dynquant.codecs.encoder import Encoder, ProtectedWeight
 from dynquant.errors import ExportError, PlanError, StatsError
+from dynquant.exporters.gguf import export_gguf
+from dynquant.exporters.gguf_header import ENCODER_KEY
+from dynquant.exporters.gguf_patch import write_patched
+from dynquant.families.recipe import RecipeSource
+from dynquant.gguf_source import GGUFSource
+from dynquant.hf_loading import load_hf, load_tokenizer
 from dynquant.model import Model
 from dynquant.plan import Plan
 from dynquant.plan_building import plan_from_types
 from dynquant.plan_report import STATS_NAME, SUPER_NAME, load_super_weights
 from dynquant.presets import preset_types
 from dynquant.quant_types import quant_type
-from dynquant.quantize import load_encoder
+from dynquant.quantize import encoder_version, load_encoder
 from dynquant.second_moments import SecondMoments, path_beside
 from dynquant.statistics import CalibrationStats
-from dynquant.workflow import CalibrationOptions, Target, open_and_announce, parse_size, run_calibration
+from dynquant.tuning import TuneOptions, too_large_to_tune, tune
+from dynquant.workflow import (
+    CalibrationOptions,
+    Target,
+    default_device,
+    open_and_announce,
+    parse_size,
+    run_calibration,
+)
 
 
 def export(
@@ -27,16 +48,18 @@ def export(
     preset: str | None = None,
     stats_path: Path | None = None,
     calibration: CalibrationOptions | None = None,
-    encoder: str = "ggml",
+    encoder: str = "dynquant",
     device: str | None = None,
     split_max_size: str | None = None,
     resume: bool = True,
     threads: int | None = None,
     base_gguf: Path | None = None,
+    tune_tokens: int | None = None,
 ) -> list[Path]:
-    """Write the files of a plan, or of a preset without a plan file."""
-    from dynquant.exporters.gguf import export_gguf
+    """Write the files of a plan, or of a preset without a plan file.
 
+    `tune_tokens` is the length of the closing pass, 0 for none; None lets the encoder and the memory decide.
+    """
     if format != "gguf":
         raise ExportError(f"There is no export format `{format}` yet; use -f gguf.")
     if (plan_path is None) == (preset is None):
@@ -53,24 +76,132 @@ def export(
         stats_path, made, stats = _plan_of_preset(model, str(preset), stats_path, options, output)
         protected = {}
     moments = _moments_of(stats, stats_path, chosen)
-    with console.stage_progress() as progress:
-        files = export_gguf(
-            model,
-            made,
-            stats,
-            output,
-            encoder=chosen,
-            moments=moments,
-            protected=protected,
-            threads=threads,
-            split_max_bytes=parse_size(split_max_size) if split_max_size else None,
-            resume=resume,
-            progress=progress,
-        )
+    writer = _Writer(
+        model, made, stats, chosen, moments, protected, threads,
+        parse_size(split_max_size) if split_max_size else None, resume,
+    )  # fmt: skip
+    options = _closing_pass(model, chosen, moments, tune_tokens)
+    files = writer.write(output) if options is None else _write_tuned(writer, output, options, device)
     size = sum(file.stat().st_size for file in files)
     for file in files:
         console.out.print(str(file))
     console.out.print(f"{size:,} bytes, {8 * size / made.num_weights:.3f} bits per weight")
+    return files
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """Everything that decides the bytes of an export but its name."""
+
+    model: Model
+    plan: Plan
+    stats: CalibrationStats | None
+    encoder: Encoder
+    moments: SecondMoments | None
+    protected: Mapping[str, tuple[ProtectedWeight, ...]]
+    threads: int | None
+    split_max_bytes: int | None
+    resume: bool
+
+    def write(self, output: Path) -> list[Path]:
+        with console.stage_progress() as progress:
+            return export_gguf(
+                self.model, self.plan, self.stats, output,
+                encoder=self.encoder, moments=self.moments, protected=self.protected, threads=self.threads,
+                split_max_bytes=self.split_max_bytes, resume=self.resume, progress=progress,
+            )  # fmt: skip
+
+    @property
+    def identity(self) -> str:
+        moments = self.moments.identity if self.moments else "none"
+        content = [self.plan.hash, moments, self.encoder.name, encoder_version(self.encoder), __version__]
+        return hashlib.sha256(json.dumps([*content, self.split_max_bytes]).encode()).hexdigest()
+
+
+def _closing_pass(
+    model: Model, encoder: Encoder, moments: SecondMoments | None, tokens: int | None
+) -> TuneOptions | None:
+    """What the closing pass should do, or None; by default it runs with the encoder that uses second moments."""
+    if tokens == 0 or (tokens is None and moments is None):
+        return None
+    reason = None
+    if moments is None:
+        reason = "there are no second moments, whose text it would train on; calibrate with --hessians"
+    elif model.hf_directory is None or not isinstance(model.source, RecipeSource):
+        reason = "the model is not a Hugging Face checkpoint of a family that dynquant converts itself"
+    elif tokens is None and (too_large := too_large_to_tune(model)):
+        reason = too_large
+    elif tokens is None and len(moments.tokens) <= TuneOptions().held_out_windows:
+        reason = "the calibration text is too short"
+    if reason is None:
+        return TuneOptions() if tokens is None else TuneOptions(tokens=tokens)
+    if tokens is not None:
+        raise ExportError(f"The closing pass (--tune {tokens}) cannot run: {reason}. Export with --tune 0.")
+    console.note(f"no closing pass: {reason}")
+    return None
+
+
+def _write_tuned(writer: _Writer, output: Path, options: TuneOptions, device: str | None) -> list[Path]:
+    """Export under another name, tune, and write the result; a run that was stopped goes on where it was."""
+    assert writer.moments is not None
+    untuned = output.with_name(f".{output.stem}.untuned-{writer.identity[:12]}.gguf")
+    written = sorted(untuned.parent.glob(f"{untuned.stem}-*-of-*.gguf")) or [untuned] * untuned.exists()
+    if not written or not writer.resume:
+        written = writer.write(untuned)
+    files = tune_file(
+        writer.model, written[0], writer.moments.tokens, options, output, encoder=writer.encoder.name, device=device
+    )
+    for file in written:
+        file.unlink()
+    return files
+
+
+def tune_file(
+    model: Model,
+    path: Path,
+    windows: torch.Tensor,
+    options: TuneOptions,
+    output: Path,
+    *,
+    encoder: str,
+    device: str | None = None,
+) -> list[Path]:
+    """Tune the scales and norms of a GGUF file of `model` on token ids [n, window], and write the result."""
+    source = GGUFSource(path)
+    hf_model = load_hf(model, dtype=torch.float32, device=device or default_device())
+    with console.stage_progress() as progress:
+        tuned = tune(model, hf_model, source, windows, options, progress=progress)
+    change = f"{tuned.kl_before:.4f} -> {tuned.kl_after:.4f} nats on {options.held_out_windows} windows held out"
+    if tuned.replacements:
+        console.note(f"closing pass on {tuned.tokens:,} tokens: KL {change}")
+        encoder = f"{encoder}+tune"
+    else:
+        console.note(f"the closing pass on {tuned.tokens:,} tokens did not help (KL {change}); scales stay as encoded")
+    return write_patched(source, output, tuned.replacements, encoder=encoder)
+
+
+def tune_command(
+    path: Path,
+    reference: str,
+    output: Path,
+    options: TuneOptions,
+    *,
+    text: str | None = None,
+    window: int = 512,
+    device: str | None = None,
+) -> list[Path]:
+    """Tune any GGUF file whose original is a Hugging Face checkpoint."""
+    if output.exists() and output.samefile(path):
+        raise ExportError(f"{output} is the file that is being read; write the tuned one to another name.")
+    model = open_and_announce(reference)
+    tokenizer = load_tokenizer(model)
+    tokens = options.tokens + options.held_out_windows * window
+    found = read_text(text, tokenizer=tokenizer, seed=options.seed, max_tokens=tokens)
+    windows = pack_windows(found, tokenizer, window=window, max_tokens=tokens)
+    encoder = next((str(f.value).strip() for f in GGUFSource(path).metadata if f.key == ENCODER_KEY), "")
+    files = tune_file(model, path, windows, options, output, encoder=encoder.removesuffix("+tune"), device=device)
+    for file in files:
+        console.out.print(str(file))
     return files
 
 

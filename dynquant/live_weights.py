@@ -27,7 +27,7 @@ class _Place:
 
 
 class LiveWeights:
-    """The GGUF tensors of `model` that have a place in `hf_model`, which transformers loaded from the same checkpoint."""
+    """The GGUF tensors of `model` that have a place in `hf_model`, loaded by transformers from the same checkpoint."""
 
     def __init__(self, model: Model, hf_model: nn.Module) -> None:
         if not isinstance(model.source, RecipeSource):
@@ -91,7 +91,10 @@ def _stack_places(model: Model, hf_model: nn.Module) -> dict[str, _Place]:
 
 
 def _single_places(model: Model, source: RecipeSource, hf_model: nn.Module) -> dict[str, _Place]:
-    """Tensors made of one checkpoint tensor, found under its own name or under the name that GGUF gives it."""
+    """Tensors made of one checkpoint tensor, found under its own name or under the name that GGUF gives it.
+
+    A tied embedding that GGUF stores twice has one place, that of the embedding.
+    """
     parameters = dict(hf_model.named_parameters())
     by_gguf_name = {
         gguf_name_of(name, model.arch, model.hyper.n_layer): parameter for name, parameter in parameters.items()
@@ -101,8 +104,10 @@ def _single_places(model: Model, source: RecipeSource, hf_model: nn.Module) -> d
         parts = source.checkpoint_names(name)
         parameter = parameters.get(parts[0]) if len(parts) == 1 else None
         parameter = by_gguf_name.get(name) if parameter is None and len(parts) == 1 else parameter
-        if parameter is not None and parameter.dim() < 3:
-            places[name] = _Place(parameter, transform=source.transform(name))
+        transform = source.transform(name)
+        is_copy = transform is unchanged and any(place.parameter is parameter for place in places.values())
+        if parameter is not None and parameter.dim() < 3 and not is_copy:
+            places[name] = _Place(parameter, transform=transform)
     return places
 
 

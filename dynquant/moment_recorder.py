@@ -69,7 +69,14 @@ class MomentRecorder:
         """The moments on the CPU, exactly symmetric."""
         sums = {key: ((s + s.transpose(1, 2)) / 2).cpu() for key, s in self._sums.items()}
         known = {alias: key for alias, key in aliases.items() if key in sums}
-        return SecondMoments(provenance, tokens.to(torch.int32).cpu(), kind, known, sums, {key: w.cpu() for key, w in self._weights.items()})
+        return SecondMoments(
+            provenance,
+            tokens.to(torch.int32).cpu(),
+            kind,
+            known,
+            sums,
+            {key: w.cpu() for key, w in self._weights.items()},
+        )
 
     def _has_room(self, key: str, x: torch.Tensor, num_experts: int) -> bool:
         if key in self._sums:

@@ -4,6 +4,7 @@
     uniform-TYPE          every matrix in TYPE; below Q2_K the embedding and output take Q2_K, as `llama-quantize` asks
     r1-...                Unsloth's original dynamic DeepSeek-R1 files: attention, shared experts and dense layers
                           precise, routed experts crushed, the down projections of the first MoE layers a step higher
+    experts-TYPE          all routed experts in TYPE, the rest as in r1-iq1_s; for comparing types and encoders
     llama-FTYPE           llama.cpp's own mixture, tensor by tensor as `llama-quantize FTYPE` (llama_presets.py)
 
 The r1-iq1_s assignment reproduces the published histogram (F32 361, Q4_K 190, Q5_K 116, Q6_K 184, IQ2_XXS 6, IQ1_S 168;
@@ -54,9 +55,10 @@ _FLOATS = ("f32", "f16", "bf16")
 
 
 def preset_names() -> list[str]:
-    """Every accepted preset; `uniform-` and `llama-` are followed by each of their types."""
-    uniform = [f"uniform-{name.lower()}" for name in QUANT_TYPES if name.lower() not in _FLOATS]
-    return [*_FLOATS, *R1_RECIPES, *uniform, *(f"llama-{name}" for name in LLAMA_FTYPES)]
+    """Every accepted preset; `uniform-`, `experts-` and `llama-` are followed by each of their types."""
+    types = [name.lower() for name in QUANT_TYPES if name.lower() not in _FLOATS]
+    of_type = [f"{kind}-{name}" for kind in ("uniform", "experts") for name in types]
+    return [*_FLOATS, *R1_RECIPES, *of_type, *(f"llama-{name}" for name in LLAMA_FTYPES)]
 
 
 def preset_types(preset: str, model: Model) -> dict[str, Choice]:
@@ -71,13 +73,16 @@ def preset_types(preset: str, model: Model) -> dict[str, Choice]:
         return {tensor: (name.upper(), f"preset {name}") for tensor in names}
     if name.startswith("uniform-"):
         return _each(names, _uniform(quant_type(name.removeprefix("uniform-")).name))
+    if name.startswith("experts-"):
+        crushed = quant_type(name.removeprefix("experts-")).name
+        return _each(names, _r1(_R1Recipe(crushed, crushed, crushed), names, name))
     if name in R1_RECIPES:
         return _each(names, _r1(R1_RECIPES[name], names, name))
     if name.startswith("llama-"):
         return _llama(name.removeprefix("llama-"), model)
     raise PlanError(
         f"There is no preset `{preset}`. Presets are f32, f16, bf16, {', '.join(R1_RECIPES)}, uniform-TYPE (as "
-        "uniform-iq2_xxs) and llama-FTYPE (as llama-q4_k_m)."
+        "uniform-iq2_xxs), experts-TYPE and llama-FTYPE (as llama-q4_k_m)."
     )
 
 

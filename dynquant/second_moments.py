@@ -1,8 +1,8 @@
 """Full second moments of layer inputs, and the hessians that error feedback works with.
 
-Calibration sums v_t x_t x_tᵀ over tokens t for every input, in float32: per expert where that fits in memory, pooled over
-the experts of a layer where it does not. v is 1, or 1 + the token's squared gradient over its mean, when calibration
-ran backward: tokens on which the output depends count more. Sums are mergeable. They are kept apart from
+Calibration sums v_t x_t x_tᵀ over tokens t for every input, in float32: per expert where that fits in memory, pooled
+over the experts of a layer where it does not. v is 1, or 1 + the token's squared gradient over its mean, when
+calibration ran backward: tokens on which the output depends count more. Sums are mergeable. They are kept apart from
 stats.safetensors, because C² numbers per input are many (7,168 channels: 206 MB for each expert).
 
 `hessian` turns sums into what an encoder may invert. An expert that saw n tokens gets

@@ -11,6 +11,7 @@ model is in memory: float32 weights, their gradients, and the decoded codes, 16 
 """
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -90,6 +91,18 @@ def tune(
     after = _mean_kl(hf_model, checks, targets[len(steps) :], device)
     changed = {name: one.packed() for name, one in trained.items()} if after < before else {}
     return Tuned(changed, before, after, train.numel())
+
+
+def too_large_to_tune(model: Model) -> str | None:
+    """Why the closing pass should not run unasked, or None: it would take more than half of the memory."""
+    needed = BYTES_PER_WEIGHT * sum(model.source.info(name).numel for name in model.source.names())
+    if torch.cuda.is_available():
+        where, memory = "GPU", torch.cuda.mem_get_info()[1]
+    else:
+        where, memory = "machine", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed <= memory / 2:
+        return None
+    return f"it needs about {needed / 1e9:.0f} GB, and this {where} has {memory / 1e9:.0f} GB (`--tune N` insists)"
 
 
 def _split(windows: Tensor, options: TuneOptions) -> tuple[Tensor, Tensor]:

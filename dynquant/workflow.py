@@ -163,10 +163,11 @@ def run_calibration(model: Model, options: CalibrationOptions, output: Path) -> 
     """Write the statistics, and the second moments beside them when they are asked for."""
     from dynquant.calibration import calibrate as run
 
+    device = options.device or default_device()
     with console.stage_progress() as progress:
         found = run(
             model, options.text, tokens=options.tokens, window=options.window, seed=options.seed,
-            device=options.device or default_device(), hessians=options.hessians,
+            device=device, batch_size=16 if device.startswith("cuda") else 4, hessians=options.hessians,
             hessian_bytes=parse_size(options.hessian_memory), progress=progress,
         )  # fmt: skip
     moments_path = path_beside(output)

@@ -24,7 +24,8 @@ RANKS = [
     ["checkpoint"],
     ["hf_loading", "calibration_text", "expert_hooks", "linear_hooks", "input_recorder", "imatrix", "fisher"],
     ["moment_recorder"],
-    ["calibration"],
+    ["calibration", "live_weights"],
+    ["tuning"],
     ["plan", "llama_presets", "presets", "allocate"],
     ["artifacts", "quantize"],
     ["exporters", "plan_building", "inspect_file"],
@@ -36,6 +37,7 @@ RANKS = [
     ["workflow"],
     ["export_workflow"],
     ["commands", "compare"],
+    ["compare_encoders"],
     ["cli"],
     ["__main__"],
 ]

@@ -107,10 +107,14 @@ def pack_tq1_0(d: Tensor, q: Tensor) -> Tensor:
     """q [n, 256] from -1 to 1; a byte is its base-3 number as a fraction of 3^5, rounded up."""
     digits = q + 1
     parts = digits[:, :160].reshape(-1, 5, 32), digits[:, 160:240].reshape(-1, 5, 16), digits[:, 240:].reshape(-1, 4, 4)
-    numbers = torch.cat(
-        [sum(p * part[:, i] for i, p in zip(range(part.shape[1]), _POWERS_OF_3)) for part in parts], dim=1
-    )
+    numbers = torch.cat([_base_3(part) for part in parts], dim=1)
     return torch.cat((_bytes((numbers * 256 + 242) // 243), _half(d)), dim=1)
+
+
+def _base_3(digits: Tensor) -> Tensor:
+    """[n, digits, bytes] -> the number that five digits make, missing ones being 0."""
+    powers = torch.tensor(_POWERS_OF_3[: digits.shape[1]], device=digits.device)
+    return (digits * powers[:, None]).sum(1)
 
 
 def pack_mxfp4(exponents: Tensor, q: Tensor) -> Tensor:

@@ -87,7 +87,12 @@ def _best_trial(sub: Rows, kept: Fields, values: Tensor, block: Tensor) -> tuple
     many = Rows(sub.layout, sub.x.repeat(count, 1, 1), sub.unit.repeat(count, 1, 1))
     fields = _stacked(trials)
     tried = feed_back(many, fields, upper_factor(block).repeat(count, 1, 1))
-    losses = torch.cat((loss(sub, kept, values, block)[None], loss(many, fields, tried, block.repeat(count, 1, 1)).unflatten(0, (count, -1))))
+    losses = torch.cat(
+        (
+            loss(sub, kept, values, block)[None],
+            loss(many, fields, tried, block.repeat(count, 1, 1)).unflatten(0, (count, -1)),
+        )
+    )
     choice = losses.argmin(0, keepdim=True).unsqueeze(-1)  # [1, E, R, 1]; the first of equals
 
     def chosen(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
@@ -97,7 +102,11 @@ def _best_trial(sub: Rows, kept: Fields, values: Tensor, block: Tensor) -> tuple
         return options.gather(0, choice.expand(1, *mine.shape)).squeeze(0)
 
     best = Fields(
-        kept.d, chosen(kept.scales, fields.scales), chosen(kept.shifts, fields.shifts), kept.dmin, chosen(kept.mins, fields.mins)
+        kept.d,
+        chosen(kept.scales, fields.scales),
+        chosen(kept.shifts, fields.shifts),
+        kept.dmin,
+        chosen(kept.mins, fields.mins),
     )
     return best, chosen(values, tried)
 

@@ -6,8 +6,8 @@ factorisation H = U Uᵀ, U upper triangular, it is a sum over groups g of
     |(e_g + sum_{h<g} e_h U_hg U_gg⁻¹) U_gg|²
 
 so that, groups being rounded in order, each should round x_g + sum_{h<g} e_h U_hg U_gg⁻¹ under the metric U_gg U_ggᵀ
-(LDLQ, arXiv:2307.13304; the same as GPTQ, arXiv:2210.17323, with groups of the codebook's width). The metric is taken by
-its diagonal; `descent` makes up for what that loses. Scales, minimums and shifts are frozen during the pass.
+(LDLQ, arXiv:2307.13304; the same as GPTQ, arXiv:2210.17323, with groups of the codebook's width). The metric is taken
+by its diagonal; `descent` makes up for what that loses. Scales, minimums and shifts are frozen during the pass.
 """
 
 import torch

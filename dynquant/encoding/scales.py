@@ -24,10 +24,7 @@ def fit(rows: Rows, metric: Tensor, *, candidates: int, rounds: int) -> tuple[Fi
 
     `candidates` free scales are tried for each sub-block, `rounds` times the stored ones are improved.
     """
-    if rows.layout.num_mins:
-        fields = _fit_affine(rows, metric, candidates)
-    else:
-        fields = _fit_scales(rows, metric, candidates)
+    fields = (_fit_affine if rows.layout.num_mins else _fit_scales)(rows, metric, candidates)
     best = _Best(rows, metric)
     values, fields = _search(rows, metric, fields)
     best.offer(fields, values)

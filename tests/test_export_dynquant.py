@@ -1,0 +1,140 @@
+"""`export --encoder dynquant` on the bundled model as a user types it: better than ggml on text it never saw, stock
+llama.cpp reads the same weights, and a run that was killed ends with the same bytes."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dynquant.checkpoint import open_model
+from dynquant.codecs import decode
+from dynquant.evaluate import evaluate
+from dynquant.gguf_source import GGUFSource
+from dynquant.hf_loading import load_hf
+from dynquant.live_weights import LiveWeights
+from tests.helpers.tiny_models import llama_logits, mean_kl
+
+pytestmark = pytest.mark.slow
+
+
+def command(*arguments) -> list[str]:
+    return [str(Path(sys.executable).with_name("dynquant")), *map(str, arguments)]
+
+
+def run(*arguments) -> str:
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def calibrated(small_moe, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("calibrated") / "stats.safetensors"
+    said = run("calibrate", small_moe, "--tokens", 24576, "-o", path)
+    assert "hessians.safetensors" in said and path.with_name("hessians.safetensors").is_file()
+    return path
+
+
+def export(small_moe, calibrated, output: Path, *options) -> str:
+    return run("export", small_moe, "--preset", "experts-iq1_s", "--stats", calibrated, "-o", output, *options)
+
+
+@pytest.fixture(scope="module")
+def files(small_moe, calibrated, tmp_path_factory) -> dict[str, Path]:
+    """The same types from the same statistics: ggml's encoder, ours, and ours with the closing pass."""
+    directory = tmp_path_factory.mktemp("files")
+    found = {name: directory / f"{name}.gguf" for name in ("ggml", "dynquant", "tuned")}
+    export(small_moe, calibrated, found["ggml"], "--encoder", "ggml")
+    export(small_moe, calibrated, found["dynquant"], "--tune", 0)
+    said = export(small_moe, calibrated, found["tuned"])
+    assert "closing pass on 16,384 tokens" in said
+    assert sorted(path.name for path in directory.iterdir()) == ["dynquant.gguf", "ggml.gguf", "tuned.gguf"]
+    return found
+
+
+def test_held_out_kl_at_the_same_bytes(small_moe, files):
+    demo_text = Path(small_moe).parent / "demo_text.txt"
+    kl = {}
+    for name, path in files.items():
+        report = evaluate(str(path), str(small_moe), tasks=("kl",), text=[demo_text], max_tokens=4096)
+        kl[name] = report.texts[0].kl.mean.value
+    assert len({path.stat().st_size for path in files.values()}) == 1
+    assert kl["dynquant"] < 0.85 * kl["ggml"]
+    assert kl["tuned"] < 0.95 * kl["dynquant"]
+
+
+def test_the_encoder_is_named_in_the_file(files):
+    for name, expected in (("ggml", "ggml"), ("dynquant", "dynquant"), ("tuned", "dynquant+tune")):
+        keys = {field.key: field.value for field in GGUFSource(files[name]).metadata}
+        assert keys["dynquant.encoder"].strip() == expected
+
+
+def test_llama_cpp_computes_with_the_weights_that_we_decode(small_moe, files):
+    source, model = GGUFSource(files["tuned"]), open_model(small_moe)
+    hf_model = load_hf(model)
+    live = LiveWeights(model, hf_model)
+    for name in live.names():
+        live.write(name, decode(source.info(name).dtype, source.load_packed(name), source.info(name).shape))
+    tokens = list(np.random.default_rng(0).integers(1, 8000, 200))
+    with torch.no_grad():
+        ours = hf_model(input_ids=torch.tensor([tokens])).logits[0]
+    # llama.cpp rounds activations to 8 bits where it multiplies packed blocks.
+    assert mean_kl(ours, llama_logits(files["tuned"], tokens)) < 5e-3
+
+
+def test_a_killed_export_ends_with_the_same_bytes(small_moe, calibrated, files, tmp_path):
+    output = tmp_path / "model.gguf"
+    arguments = command("export", small_moe, "--preset", "experts-iq1_s", "--stats", calibrated, "-o", output)
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/")
+    deadline = time.monotonic() + 120
+    while not any(path.suffix == ".journal" and path.stat().st_size > 2000 for path in tmp_path.iterdir()):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.2)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not output.exists()
+    export(small_moe, calibrated, output)
+    assert output.read_bytes() == files["tuned"].read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+
+
+def test_without_second_moments_it_says_so(small_moe, calibrated, tmp_path):
+    alone = tmp_path / "stats.safetensors"
+    alone.write_bytes(calibrated.read_bytes())
+    said = run("export", small_moe, "--preset", "uniform-q2_k", "--stats", alone, "-o", tmp_path / "m.gguf")
+    assert "encoding without error feedback" in said and "closing pass" not in said
+
+
+def test_tune_improves_any_file(small_moe, files, tmp_path):
+    said = run("tune", files["ggml"], "--reference", small_moe, "--tokens", 4096, "-o", tmp_path / "tuned.gguf")
+    assert "closing pass on 4,096 tokens: KL" in said
+    keys = {field.key: field.value for field in GGUFSource(tmp_path / "tuned.gguf").metadata}
+    assert keys["dynquant.encoder"].strip() == "ggml+tune"
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("--encoder", "magic"), "There is no encoder `magic`"),
+        (("--encoder", "dynquant", "--device", "cuda:99"), "cuda:99"),
+        (("--encoder", "ggml", "--tune", "1024"), "closing pass"),
+        (("--hessians", "some"), "--hessians some"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_bad_options_are_refused_in_one_paragraph(small_moe, calibrated, tmp_path, arguments, words):
+    done = subprocess.run(
+        command(
+            "export", small_moe, "--preset", "uniform-q2_k", "--stats", calibrated, *arguments,
+            "-o", tmp_path / "m.gguf",
+        ),
+        capture_output=True, text=True, cwd="/",
+    )  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert words in done.stderr
+    assert not list(tmp_path.iterdir())
