@@ -7,6 +7,7 @@ written after every file; a run that was stopped continues where it was.
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,12 @@ from dynquant.eval_statistics import bootstrap_ratio
 from dynquant.evaluate import evaluate
 from dynquant.plan import write_atomically
 from dynquant.plan_report import STATS_NAME
+from dynquant.second_moments import SecondMoments, path_beside
+from dynquant.tuning import TuneOptions
 
-BASE = "ggml"
+BASE, TUNED = "ggml", "+tune"
 VARIANTS = ("ggml", "dynquant", "dynquant+tune")
+RESULT_NAME = "encoders.json"
 
 
 def compare_encoders(
@@ -35,42 +39,73 @@ def compare_encoders(
     keep: bool = False,
 ) -> Path:
     """Measure every recipe under every variant; returns the Markdown table."""
-    result = directory / "encoders.json"
+    result = directory / RESULT_NAME
     rows: dict[str, dict] = json.loads(result.read_text()) if result.is_file() else {}
     stats = directory / STATS_NAME
     if not stats.is_file():
         workflow.calibrate(model, options, stats)
+    run = _Run(model, questions, options, directory, stats, threads, rows)
     for recipe in recipes:
-        for variant in variants:
-            key = f"{recipe} {variant}"
-            if key in rows:
-                continue
-            console.note(f"[bold]{key}[/]")
-            file = directory / f"{recipe}-{variant}.gguf"
-            encoder, _, tuned = variant.partition("+")
-            export_workflow.export(
-                model, file, preset=recipe, stats_path=stats, encoder=encoder, device=options.device,
-                tune_tokens=tune_tokens if tuned else 0, threads=threads,
-            )  # fmt: skip
-            rows[key] = _measured(model, file, questions, directory, threads) | {"recipe": recipe, "variant": variant}
+        for encoder in dict.fromkeys(variant.removesuffix(TUNED) for variant in variants):
+            run.measure(recipe, encoder, encoder in variants, tune_tokens if f"{encoder}{TUNED}" in variants else 0)
             if not keep:
-                file.unlink()
-            write_atomically(result, json.dumps(rows, indent=1) + "\n")
+                for file in directory.glob(f"{recipe}-{encoder}*.gguf"):
+                    file.unlink()
     table = directory / "encoders.md"
     write_atomically(table, markdown(rows))
     console.out.print(table.read_text(), markup=False)
     return table
 
 
-def _measured(model: str, file: Path, questions: Questions, directory: Path, threads: int | None) -> dict:
-    with console.stage_progress() as progress:
-        report = evaluate(
-            file, model, progress=progress, threads=threads, cache_dir=directory / "reference",
-            tasks=questions.tasks, text=questions.text, max_tokens=questions.max_tokens,
-            mmlu_data=questions.mmlu_data, shots=questions.shots, limit=questions.limit, scoring=questions.scoring,
-        )  # fmt: skip
-    blocks = {text.name: list(text.kl.block_sums) for text in report.texts if text.kl}
-    return {"bytes": file.stat().st_size, "metrics": metrics_of(report), "kl_blocks": blocks}
+@dataclass
+class _Run:
+    """One reference and its statistics; `rows` grows, and is written after every file."""
+
+    model: str
+    questions: Questions
+    options: workflow.CalibrationOptions
+    directory: Path
+    stats: Path
+    threads: int | None
+    rows: dict[str, dict]
+
+    def measure(self, recipe: str, encoder: str, as_encoded: bool, tune_tokens: int) -> None:
+        """Export once, measure, tune that file, and measure again; whatever is not known yet."""
+        plain, tuned = (self.directory / f"{recipe}-{encoder}{suffix}.gguf" for suffix in ("", TUNED))
+        wants_plain = as_encoded and f"{recipe} {encoder}" not in self.rows
+        wants_tuned = tune_tokens > 0 and f"{recipe} {encoder}{TUNED}" not in self.rows
+        if (wants_plain or wants_tuned) and not plain.is_file():
+            console.note(f"[bold]{recipe} {encoder}[/]")
+            export_workflow.export(
+                self.model, plain, preset=recipe, stats_path=self.stats, encoder=encoder, device=self.options.device,
+                tune_tokens=0, threads=self.threads,
+            )  # fmt: skip
+        if wants_plain:
+            self._record(recipe, encoder, plain)
+        if wants_tuned:
+            moments = SecondMoments.load(path_beside(self.stats))
+            export_workflow.tune_file(
+                workflow.open_and_announce(self.model), plain, moments.tokens, TuneOptions(tokens=tune_tokens), tuned,
+                encoder=encoder, device=self.options.device,
+            )  # fmt: skip
+            self._record(recipe, f"{encoder}{TUNED}", tuned)
+
+    def _record(self, recipe: str, variant: str, file: Path) -> None:
+        asked = self.questions
+        with console.stage_progress() as progress:
+            report = evaluate(
+                file, self.model, progress=progress, threads=self.threads, cache_dir=self.directory / "reference",
+                tasks=asked.tasks, text=asked.text, max_tokens=asked.max_tokens, mmlu_data=asked.mmlu_data,
+                shots=asked.shots, limit=asked.limit, scoring=asked.scoring,
+            )  # fmt: skip
+        self.rows[f"{recipe} {variant}"] = {
+            "recipe": recipe,
+            "variant": variant,
+            "bytes": file.stat().st_size,
+            "metrics": metrics_of(report),
+            "kl_blocks": {text.name: list(text.kl.block_sums) for text in report.texts if text.kl},
+        }
+        write_atomically(self.directory / RESULT_NAME, json.dumps(self.rows, indent=1) + "\n")
 
 
 def markdown(rows: dict[str, dict]) -> str:

@@ -31,3 +31,7 @@ class ExportError(DynquantError):
 
 class EvaluationError(DynquantError):
     """Two models cannot be compared, or the evaluation data is unusable."""
+
+
+class DeviceError(DynquantError):
+    """A device that is not there."""

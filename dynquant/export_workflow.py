@@ -12,6 +12,7 @@ from dynquant import __version__, console
 from dynquant.analysis.measure_errors import file_hash
 from dynquant.calibration_text import pack_windows, read_text
 from dynquant.codecs.encoder import Encoder, ProtectedWeight
+from dynquant.devices import chosen_device
 from dynquant.errors import ExportError, PlanError, StatsError
 from dynquant.exporters.gguf import export_gguf
 from dynquant.exporters.gguf_header import ENCODER_KEY
@@ -32,7 +33,6 @@ from dynquant.tuning import TuneOptions, too_large_to_tune, tune
 from dynquant.workflow import (
     CalibrationOptions,
     Target,
-    default_device,
     open_and_announce,
     parse_size,
     run_calibration,
@@ -65,7 +65,7 @@ def export(
     if (plan_path is None) == (preset is None):
         raise PlanError("Give either --plan FILE or --preset NAME.")
     model = open_and_announce(path, base_gguf)
-    chosen = load_encoder(encoder, device)
+    chosen = load_encoder(encoder, chosen_device(device))
     if plan_path is not None:
         made = Plan.load(plan_path)
         stats_path = stats_path or plan_path.parent / STATS_NAME
@@ -168,7 +168,7 @@ def tune_file(
 ) -> list[Path]:
     """Tune the scales and norms of a GGUF file of `model` on token ids [n, window], and write the result."""
     source = GGUFSource(path)
-    hf_model = load_hf(model, dtype=torch.float32, device=device or default_device())
+    hf_model = load_hf(model, dtype=torch.float32, device=chosen_device(device))
     with console.stage_progress() as progress:
         tuned = tune(model, hf_model, source, windows, options, progress=progress)
     change = f"{tuned.kl_before:.4f} -> {tuned.kl_after:.4f} nats on {options.held_out_windows} windows held out"

@@ -18,6 +18,7 @@ from dynquant.analysis.sensitivity import output_sensitivity
 from dynquant.analysis.super_weights import SuperWeight, find_super_weights
 from dynquant.calibration import Hessians
 from dynquant.checkpoint import open_model
+from dynquant.devices import chosen_device
 from dynquant.errors import CheckpointError, PlanError
 from dynquant.importance import coverage_report
 from dynquant.model import Model
@@ -117,13 +118,6 @@ def parse_size(text: str) -> int:
     return int(number * (1024 if unit.endswith("i") else 1000) ** _POWER.get(unit[:1], 0))
 
 
-def default_device() -> str:
-    """The device that models run on when none is asked for."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def open_and_announce(path: str | Path, base_gguf: Path | None = None) -> Model:
     """Open a model and say what it is."""
     model = open_model(path, base_gguf=base_gguf)
@@ -163,7 +157,7 @@ def run_calibration(model: Model, options: CalibrationOptions, output: Path) -> 
     """Write the statistics, and the second moments beside them when they are asked for."""
     from dynquant.calibration import calibrate as run
 
-    device = options.device or default_device()
+    device = chosen_device(options.device)
     with console.stage_progress() as progress:
         found = run(
             model, options.text, tokens=options.tokens, window=options.window, seed=options.seed,

@@ -14,6 +14,7 @@ FOLDERS = {"dynquant": ROOT / "dynquant", "dynquant.kernels": ROOT / "kernels",
 # A module may import from its own rank and from lower ones.
 RANKS = [
     ["errors"],
+    ["devices"],
     ["quant_types", "architecture"],
     ["codecs"],
     ["encoding", "tensor_source", "statistics"],
