@@ -26,7 +26,7 @@ from dynquant.errors import EncodeError
 from dynquant.quant_types import QuantType
 
 _CPU_WEIGHTS = 1 << 21
-_GPU_WEIGHTS = 1 << 25
+_GPU_WEIGHTS = 1 << 26
 """Weights in a batch; the search needs about 80 bytes for each, and 1 GiB for scores on a GPU."""
 _CPU_HESSIAN_BYTES = 1 << 29
 _GPU_HESSIAN_BYTES = 1 << 31
