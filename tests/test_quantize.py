@@ -15,7 +15,7 @@ from dynquant.gguf_source import MetadataField
 from dynquant.model import Model
 from dynquant.plan_building import fixed_bytes, plan_from_types
 from dynquant.quant_types import QUANT_TYPES
-from dynquant.quantize import load_encoder, quantize
+from dynquant.quantize import Guidance, load_encoder, quantize
 from dynquant.tensor_source import DictSource
 
 SHAPES = {
@@ -97,7 +97,7 @@ def test_experts_encoded_in_batches_equal_one_encode(monkeypatch, batch_weights)
     monkeypatch.setattr(
         model.source, "load", lambda name, index=None: (loaded.append((name, index)), load(name, index))[1]
     )
-    stream = {t.name: t for t in quantize(model, plan_of(model), importance, encoder, threads=2)}
+    stream = {t.name: t for t in quantize(model, plan_of(model), Guidance(importance), encoder, threads=2)}
     assert list(stream) == list(SHAPES)
     assert ("blk.0.ffn_down_exps.weight", None) not in loaded
     for name, tensor in stream.items():
@@ -109,7 +109,7 @@ def test_experts_encoded_in_batches_equal_one_encode(monkeypatch, batch_weights)
 
 def test_one_importance_row_holds_for_every_expert():
     model, encoder = tiny_model(), load_encoder("ggml")
-    one = {t.name: t.packed for t in quantize(model, plan_of(model), lambda n, s: importance(n, s)[:1], encoder)}
+    one = {t.name: t.packed for t in quantize(model, plan_of(model), Guidance(lambda n, s: importance(n, s)[:1]), encoder)}
     name = "blk.0.ffn_down_exps.weight"
     direct = encoder.encode(QUANT_TYPES["IQ2_XXS"], model.source.load(name), importance(name, SHAPES[name])[0], 1)
     assert torch.equal(one[name], direct)
@@ -118,7 +118,7 @@ def test_one_importance_row_holds_for_every_expert():
 def test_progress_counts_every_weight_once_and_skipped_ones_too():
     model, seen = tiny_model(), []
     stream = quantize(
-        model, plan_of(model), importance, load_encoder("ggml"), skip={"token_embd.weight"},
+        model, plan_of(model), Guidance(importance), load_encoder("ggml"), skip={"token_embd.weight"},
         progress=lambda stage, done, total: seen.append((stage, done, total)),
     )  # fmt: skip
     assert "token_embd.weight" not in [tensor.name for tensor in stream]
@@ -133,20 +133,20 @@ def test_weights_that_are_not_finite_are_refused_by_name(name, value):
     model = tiny_model()
     model.source.load(name).view(-1)[-1] = value
     with pytest.raises(EncodeError, match=name):
-        list(quantize(model, plan_of(model), importance, load_encoder("ggml")))
+        list(quantize(model, plan_of(model), Guidance(importance), load_encoder("ggml")))
 
 
 def test_missing_statistics_are_refused_before_any_encoding():
     model = tiny_model()
     for lookup in (None, lambda name, shape: None):
         with pytest.raises(EncodeError, match=r"blk\.0\.ffn_down_exps\.weight"):
-            next(quantize(model, plan_of(model), lookup, load_encoder("ggml")))
+            next(quantize(model, plan_of(model), Guidance(lookup), load_encoder("ggml")))
 
 
 def test_a_plan_of_another_checkpoint_is_refused():
     other = tiny_model(**{"token_embd.weight": torch.zeros(40, 256)})
     with pytest.raises(PlanError, match="fingerprint"):
-        next(quantize(other, plan_of(tiny_model()), importance, load_encoder("ggml")))
+        next(quantize(other, plan_of(tiny_model()), Guidance(importance), load_encoder("ggml")))
 
 
 def test_a_gguf_gives_its_own_blocks_where_it_holds_the_wanted_type(tmp_path):
@@ -155,7 +155,7 @@ def test_a_gguf_gives_its_own_blocks_where_it_holds_the_wanted_type(tmp_path):
     (path,) = export_gguf(model, plan_of(model, types), None, tmp_path / "a.gguf", encoder=encoder)
     again = open_model(path)
     wanted = types | {"token_embd.weight": ("Q4_K", "asked")}
-    stream = {t.name: t for t in quantize(again, plan_of(again, wanted), None, encoder)}
+    stream = {t.name: t for t in quantize(again, plan_of(again, wanted), Guidance(), encoder)}
     reader = {t.name: t for t in gguf.GGUFReader(path).tensors}
     for name in ("blk.0.ffn_down_exps.weight", "blk.0.attn_k.weight"):
         assert stream[name].packed.numpy().tobytes() == reader[name].data.tobytes(), name
