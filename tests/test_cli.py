@@ -84,7 +84,8 @@ def test_another_budget_reuses_statistics_and_errors(planned, small_moe):
 @pytest.mark.slow
 def test_exported_file_has_the_predicted_size_and_runs(planned, small_moe, tmp_path):
     output = tmp_path / "model.gguf"
-    assert run("export", small_moe, "--plan", planned / "plan.json", "-o", output).returncode == 0
+    done = run("export", small_moe, "--plan", planned / "plan.json", "--encoder", "ggml", "-o", output)
+    assert done.returncode == 0, done.stderr
     plan = Plan.load(planned / "plan.json")
     assert output.stat().st_size == plan.predicted_bytes
     fields = gguf.GGUFReader(output).fields
@@ -102,7 +103,8 @@ def test_exported_file_has_the_predicted_size_and_runs(planned, small_moe, tmp_p
 @pytest.mark.slow
 def test_killed_export_resumes_to_the_same_bytes(planned, small_moe, tmp_path):
     whole, broken = tmp_path / "whole.gguf", tmp_path / "broken.gguf"
-    arguments = ("export", str(small_moe), "--plan", str(planned / "plan.json"), "--threads", "1", "-o")
+    plan = str(planned / "plan.json")
+    arguments = ("export", str(small_moe), "--plan", plan, "--encoder", "ggml", "--threads", "1", "-o")
     assert run(*arguments, whole).returncode == 0
     command = [str(Path(sys.executable).with_name("dynquant")), *arguments, str(broken)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/")
@@ -212,5 +214,6 @@ def test_unknown_presets_and_sizes(small_moe, tmp_path, arguments, words):
 
 def test_help_names_every_command():
     text = run("--help").stdout
-    for command in ("calibrate", "analyze", "plan", "export", "eval", "inspect", "super-weights", "demo"):
+    for command in ("calibrate", "analyze", "plan", "export", "tune", "eval", "inspect", "super-weights", "demo",
+                    "compare-encoders"):  # fmt: skip
         assert command in text

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dynquant.codecs import tables
-from dynquant.encoding.codebooks import Integers, SignedWords, TernaryWords, Values
+from dynquant.encoding.codebooks import Integers, SignedWords, Targets, TernaryWords, Values
 
 GROUPS, ROWS = 3, 40
 
@@ -78,6 +78,21 @@ def test_signed_pairs_of_words_of_four(name, even):
     assert_least(cost(y, found, metric), least)
     if even:
         assert ((found < 0).sum(-1) % 2 == 0).all()
+
+
+@pytest.mark.parametrize("name", ["IQ2_XXS", "IQ2_XS", "IQ3_XXS"])
+def test_both_searches_with_one_sign_against_are_equally_near(name):
+    grid = SignedWords(name, even_signs=True).grid
+    y, metric = targets(grid.peak, 8)
+    rows, owner = y.abs().flatten(0, 1), torch.arange(GROUPS).repeat_interleave(ROWS)
+    search = Targets(grid, rows, metric, owner)
+    for found in (search.with_one_negated(torch.arange(len(rows))), search.all_with_one_negated()):
+        assert ((found < 0).sum(-1) == 1).all() and (grid.index_of(found.abs().view(-1, grid.width)) >= 0).all()
+    bounded, compared = (
+        ((rows - found).double().square() * metric[owner]).sum(-1)
+        for found in (search.with_one_negated(torch.arange(len(rows))), search.all_with_one_negated())
+    )
+    assert_least(bounded, compared)
 
 
 @pytest.mark.parametrize("book", [Integers(-4, 3), Integers(0, 15), Values("IQ4_NL"), Values("MXFP4")], ids=str)

@@ -16,7 +16,7 @@ ASKED = [
     "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "Q2_K", "Q3_K", "Q4_K", "IQ4_XS", "TQ1_0",
     "TQ2_0", "MXFP4",
 ]  # fmt: skip
-EXPERTS, ROWS, COLUMNS = 2, 15, 512
+EXPERTS, ROWS, COLUMNS = 2, 7, 512
 ENCODER = DynquantEncoder("cpu")
 
 

@@ -109,7 +109,8 @@ def test_experts_encoded_in_batches_equal_one_encode(monkeypatch, batch_weights)
 
 def test_one_importance_row_holds_for_every_expert():
     model, encoder = tiny_model(), load_encoder("ggml")
-    one = {t.name: t.packed for t in quantize(model, plan_of(model), Guidance(lambda n, s: importance(n, s)[:1]), encoder)}
+    guidance = Guidance(lambda name, shape: importance(name, shape)[:1])
+    one = {t.name: t.packed for t in quantize(model, plan_of(model), guidance, encoder)}
     name = "blk.0.ffn_down_exps.weight"
     direct = encoder.encode(QUANT_TYPES["IQ2_XXS"], model.source.load(name), importance(name, SHAPES[name])[0], 1)
     assert torch.equal(one[name], direct)
