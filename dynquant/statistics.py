@@ -196,7 +196,6 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict[str,
     """
     temporary = path.with_name(f".{path.name}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
         mode = temporary.stat().st_mode  # save_file makes its file private; this one follows the umask
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}

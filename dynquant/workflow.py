@@ -80,6 +80,8 @@ class Target:
             )
         if self.bpw is not None and not 0 < self.bpw <= 32:
             raise PlanError(f"--bpw {self.bpw} is not a number of bits per weight; give one between 1.6 and 16.")
+        if self.size is not None:
+            parse_size(self.size)
 
     @property
     def recipe(self) -> str:
@@ -157,13 +159,14 @@ def run_calibration(model: Model, options: CalibrationOptions, output: Path) -> 
     """Write the statistics, and the second moments beside them when they are asked for."""
     from dynquant.calibration import calibrate as run
 
-    device = chosen_device(options.device)
+    device, hessian_bytes = chosen_device(options.device), parse_size(options.hessian_memory)
     with console.stage_progress() as progress:
         found = run(
             model, options.text, tokens=options.tokens, window=options.window, seed=options.seed,
             device=device, batch_size=16 if device.startswith("cuda") else 4, hessians=options.hessians,
-            hessian_bytes=parse_size(options.hessian_memory), progress=progress,
+            hessian_bytes=hessian_bytes, progress=progress,
         )  # fmt: skip
+    output.parent.mkdir(parents=True, exist_ok=True)
     moments_path = path_beside(output)
     if found.moments is not None:
         found.moments.save(moments_path)
@@ -250,8 +253,8 @@ def plan(
     """Write stats.safetensors, errors.json, plan.json, plots and report.html into `directory`."""
     model = open_and_announce(path, base_gguf)
     preset = preset_types(target.preset, model) if target.preset else None
-    stats, stats_hash = _stats_of(model, options, directory, stats_path)
     types = _candidates(target, preset)
+    stats, stats_hash = _stats_of(model, options, directory, stats_path)
     table = _table_of(model, stats, stats_hash, types, directory, encoder, threads)
     supers, table = _probe(model, stats, table, options, directory)
     context = {"recipe": target.recipe, "stats": stats, "stats_hash": stats_hash}

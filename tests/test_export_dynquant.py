@@ -1,6 +1,7 @@
 """`export --encoder dynquant` on the bundled model as a user types it: better than ggml on text it never saw, stock
 llama.cpp reads the same weights, and a run that was killed ends with the same bytes."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from dynquant.analysis.measure_errors import file_hash
+from dynquant.analysis.super_weights import SuperWeight
 from dynquant.checkpoint import open_model
 from dynquant.codecs import decode
 from dynquant.evaluate import evaluate
@@ -125,6 +127,23 @@ def test_without_second_moments_it_says_so(small_moe, calibrated, plan, tmp_path
     alone.write_bytes(calibrated.read_bytes())
     said = export(small_moe, plan, tmp_path / "m.gguf", "--stats", alone)
     assert "encoding without error feedback" in said and "closing pass" not in said
+
+
+def test_super_weights_beside_the_plan_keep_their_value(small_moe, calibrated, plan, files, tmp_path):
+    name, expert, row, column = "blk.1.ffn_down_exps.weight", 2, 3, 100
+    weight = float(open_model(small_moe).source.load(name, expert)[row, column])
+    found = SuperWeight(
+        name=name, module="model.layers.1.mlp.experts", expert=expert, layer=1, row=row, col=column, value=weight,
+        max_in=1.0, max_out=1.0, position=0,
+    )  # fmt: skip
+    (tmp_path / "plan.json").write_text(plan.read_text())
+    (tmp_path / "super_weights.json").write_text(json.dumps([found.model_dump()]))
+    export(small_moe, tmp_path / "plan.json", tmp_path / "m.gguf", "--stats", calibrated, "--tune", 0)
+    kept, before = (GGUFSource(path).load(name, expert) for path in (tmp_path / "m.gguf", files["dynquant"]))
+    assert float(kept[row, column]) == pytest.approx(weight, rel=2e-3)
+    assert float(before[row, column]) != pytest.approx(weight, rel=2e-3)
+    others = torch.arange(len(kept)) != row
+    assert torch.equal(kept[others], before[others])
 
 
 def test_tune_improves_any_file(small_moe, files, tmp_path):
