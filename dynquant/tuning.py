@@ -3,8 +3,8 @@
 Codes are fixed. Every super-block's d (and dmin) gets a factor, every norm its own values; all are trained together by
 Adam on KL(original || quantized) over calibration text, with gradients that flow through the whole model, so that each
 layer also makes up for what the layers before it lost. Step sizes follow the damage: a scale moves in proportion to the
-relative error of its tensor, norms to the mean one. The result is kept only where it lowers the KL on windows that were
-not trained on. File size and types stay as they are.
+relative error of its tensor, norms to the mean one; longer runs take smaller steps, or noise undoes what more text
+gains. The result is kept only where it lowers the KL on windows that were not trained on. File size and types stay.
 
 The original's distributions are kept as the largest probabilities of every token and the mass of the rest, so only one
 model is in memory: float32 weights, their gradients, and the decoded codes, 16 bytes a weight.
@@ -30,13 +30,15 @@ from dynquant.quant_types import QUANT_TYPES
 BYTES_PER_WEIGHT = 20
 """Peak memory: the model, its gradients, the decoded codes of one or two parts, and activations."""
 _KEPT_PROBABILITIES = 1024
+_FULL_RATE_STEPS = 16
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class TuneOptions:
-    """How to train. Rates are shares of the relative error that the quantization made."""
+    """How to train. Rates are shares of the relative error that the quantization made, for runs of 16 steps or fewer;
+    they fall with the square root of the number of steps."""
 
     tokens: int = 16384
     step_tokens: int = 1024
@@ -254,7 +256,7 @@ def _train(
     for name in trained:
         live.parameter(name).requires_grad_(True)
     device = next(hf_model.parameters()).device
-    optimizer = torch.optim.Adam(_groups(trained, options), betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam(_groups(trained, options, len(steps)), betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: _warm_then_cosine(i, len(steps)))
     done = 0
     for batch, target in zip(steps, targets, strict=False):
@@ -274,13 +276,15 @@ def _train(
         parameter.requires_grad_(False)
 
 
-def _groups(trained: dict[str, _Scales | _Norm], options: TuneOptions) -> list[dict[str, object]]:
+def _groups(trained: dict[str, _Scales | _Norm], options: TuneOptions, steps: int) -> list[dict[str, object]]:
     scales = [one for one in trained.values() if isinstance(one, _Scales)]
     norms = [one for one in trained.values() if isinstance(one, _Norm)]
     weights = sum(one.num_weights for one in scales)
     mean_error = sum(one.relative_error * one.num_weights for one in scales) / max(1, weights)
-    groups = [{"params": [one.parameter], "lr": options.scale_rate * one.relative_error} for one in scales]
-    return groups + [{"params": [one.parameter], "lr": options.norm_rate * mean_error * one.magnitude} for one in norms]
+    shorter = min(1.0, math.sqrt(_FULL_RATE_STEPS / steps))
+    scale_rate, norm_rate = shorter * options.scale_rate, shorter * options.norm_rate * mean_error
+    groups = [{"params": [one.parameter], "lr": scale_rate * one.relative_error} for one in scales]
+    return groups + [{"params": [one.parameter], "lr": norm_rate * one.magnitude} for one in norms]
 
 
 def _warm_then_cosine(step: int, steps: int) -> float:
