@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 READY := $(VENV)/.ready
 DEMO ?= demo-out
+SIDE_BY_SIDE := -n 2 --dist loadfile
 export HF_HUB_OFFLINE = 1
 export PYTHONSAFEPATH = 1
 
@@ -12,10 +13,10 @@ demo: $(READY)
 	$(VENV)/bin/dynquant demo -o $(DEMO)
 
 test: $(READY)
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest $(SIDE_BY_SIDE)
 
 test-fast: $(READY)
-	$(VENV)/bin/pytest -m "not slow"
+	$(VENV)/bin/pytest $(SIDE_BY_SIDE) -m "not slow"
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -8,7 +8,7 @@ import torch
 from dynquant.codecs import tables
 from dynquant.encoding.codebooks import Integers, SignedWords, Targets, TernaryWords, Values
 
-GROUPS, ROWS = 3, 40
+GROUPS, ROWS = 3, 16
 
 
 def targets(peak: float, width: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
