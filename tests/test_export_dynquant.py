@@ -134,7 +134,7 @@ def test_super_weights_beside_the_plan_keep_their_value(small_moe, calibrated, p
     weight = float(open_model(small_moe).source.load(name, expert)[row, column])
     found = SuperWeight(
         name=name, module="model.layers.1.mlp.experts", expert=expert, layer=1, row=row, col=column, value=weight,
-        max_in=1.0, max_out=1.0, position=0,
+        max_in=1.0, max_out=1.0, position=0, ratio=100.0, share=0.9, effect=1.0,
     )  # fmt: skip
     (tmp_path / "plan.json").write_text(plan.read_text())
     (tmp_path / "super_weights.json").write_text(json.dumps([found.model_dump()]))
