@@ -176,7 +176,9 @@ def tune_file(
         console.note(f"closing pass on {tuned.tokens:,} tokens: KL {change}")
         encoder = f"{encoder}+tune"
     else:
-        console.note(f"the closing pass on {tuned.tokens:,} tokens did not help (KL {change}); scales stay as encoded")
+        console.note(
+            f"the closing pass on {tuned.tokens:,} tokens did not clearly help (KL {change}); scales stay as encoded"
+        )
     return write_patched(source, output, tuned.replacements, encoder=encoder)
 
 

@@ -4,7 +4,8 @@ Codes are fixed. Every super-block's d (and dmin) gets a factor, every norm its 
 Adam on KL(original || quantized) over calibration text, with gradients that flow through the whole model, so that each
 layer also makes up for what the layers before it lost. Step sizes follow the damage: a scale moves in proportion to the
 relative error of its tensor, norms to the mean one; longer runs take smaller steps, or noise undoes what more text
-gains. The result is kept only where it lowers the KL on windows that were not trained on. File size and types stay.
+gains. The result is kept only where it clearly lowers the KL on windows that were not trained on. File size and types
+stay as they are.
 
 The original's distributions are kept as the largest probabilities of every token and the mass of the rest, so only one
 model is in memory: float32 weights, their gradients, and the decoded codes, 16 bytes a weight.
@@ -31,6 +32,9 @@ BYTES_PER_WEIGHT = 20
 """Peak memory: the model, its gradients, the decoded codes of one or two parts, and activations."""
 _KEPT_PROBABILITIES = 1024
 _FULL_RATE_STEPS = 16
+_BLOCK_TOKENS = 64
+_CLEARLY = 1.64
+"""Standard errors by which the KL must fall: one chance in twenty that it did not."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -50,7 +54,7 @@ class TuneOptions:
 
 @dataclass(frozen=True)
 class Tuned:
-    """New bytes of each changed tensor; empty when tuning did not lower the KL on held-out windows."""
+    """New bytes of each changed tensor; empty when tuning did not clearly lower the KL on held-out windows."""
 
     replacements: dict[str, Tensor] = field(default_factory=dict)
     kl_before: float = 0.0
@@ -88,11 +92,11 @@ def tune(
         targets.append(_Distribution.of(_logits(hf_model, batch.to(device))))
         report("original", min(total, sum(len(t) for t in targets)), total)
     trained = _install(live, file)
-    before = _mean_kl(hf_model, checks, targets[len(steps) :], device)
+    before = _block_kls(hf_model, checks, targets[len(steps) :], device)
     _train(hf_model, live, trained, steps, targets, options, report)
-    after = _mean_kl(hf_model, checks, targets[len(steps) :], device)
-    changed = {name: one.packed() for name, one in trained.items()} if after < before else {}
-    return Tuned(changed, before, after, train.numel())
+    after = _block_kls(hf_model, checks, targets[len(steps) :], device)
+    changed = {name: one.packed() for name, one in trained.items()} if _clearly_lower(after, before) else {}
+    return Tuned(changed, float(before.mean()), float(after.mean()), train.numel())
 
 
 def too_large_to_tune(model: Model) -> str | None:
@@ -135,14 +139,14 @@ class _Distribution:
         log_probs, ids = logits.log_softmax(-1).topk(min(_KEPT_PROBABILITIES, logits.shape[-1]), dim=-1)
         return cls(ids.int().cpu(), log_probs.cpu(), _log_rest(log_probs).cpu())
 
-    def divergence(self, logits: Tensor) -> Tensor:
-        """Mean KL(original || model) in nats over [T, vocabulary]; tokens outside the kept ones count as one."""
+    def divergences(self, logits: Tensor) -> Tensor:
+        """KL(original || model) in nats [T] of logits [T, vocabulary]; tokens outside the kept ones count as one."""
         q = logits.log_softmax(-1).gather(1, self.ids.to(logits.device).long())
         p, rest = self.log_probs.to(logits.device), self.log_rest.to(logits.device)
         kept = (p.exp() * (p - q)).sum(-1)
         if self.ids.shape[1] < logits.shape[-1]:
             kept = kept + rest.exp() * (rest - _log_rest(q))
-        return kept.mean()
+        return kept
 
 
 def _log_rest(log_probs: Tensor) -> Tensor:
@@ -155,12 +159,20 @@ def _logits(hf_model: nn.Module, batch: Tensor) -> Tensor:
         return hf_model(input_ids=batch, use_cache=False).logits.float().flatten(0, 1)
 
 
-def _mean_kl(hf_model: nn.Module, batches: tuple[Tensor, ...], targets: list[_Distribution], device) -> float:
-    parts = [
-        float(target.divergence(_logits(hf_model, batch.to(device)))) * batch.numel()
+def _block_kls(
+    hf_model: nn.Module, batches: tuple[Tensor, ...], targets: list[_Distribution], device: torch.device
+) -> Tensor:
+    """Mean KL of every block of `_BLOCK_TOKENS` tokens."""
+    per_token = [
+        target.divergences(_logits(hf_model, batch.to(device))).cpu()
         for batch, target in zip(batches, targets, strict=True)
     ]
-    return sum(parts) / sum(batch.numel() for batch in batches)
+    return torch.stack([block.mean() for block in torch.cat(per_token).split(_BLOCK_TOKENS)])
+
+
+def _clearly_lower(after: Tensor, before: Tensor) -> bool:
+    change = after - before
+    return float(change.mean()) < -_CLEARLY * float(change.std()) / math.sqrt(len(change))
 
 
 class _Scales:
@@ -262,7 +274,7 @@ def _train(
     for batch, target in zip(steps, targets, strict=False):
         with torch.enable_grad():
             logits = hf_model(input_ids=batch.to(device), use_cache=False).logits.float().flatten(0, 1)
-            target.divergence(logits).backward()
+            target.divergences(logits).mean().backward()
         for one in trained.values():
             one.pull_gradient()
         hf_model.zero_grad(set_to_none=True)
