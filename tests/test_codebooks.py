@@ -86,12 +86,10 @@ def test_both_searches_with_one_sign_against_are_equally_near(name):
     y, metric = targets(grid.peak, 8)
     rows, owner = y.abs().flatten(0, 1), torch.arange(GROUPS).repeat_interleave(ROWS)
     search = Targets(grid, rows, metric, owner)
-    for found in (search.with_one_negated(torch.arange(len(rows))), search.all_with_one_negated()):
+    both = search.with_one_negated(torch.arange(len(rows))), search.all_with_one_negated()
+    for found in both:
         assert ((found < 0).sum(-1) == 1).all() and (grid.index_of(found.abs().view(-1, grid.width)) >= 0).all()
-    bounded, compared = (
-        ((rows - found).double().square() * metric[owner]).sum(-1)
-        for found in (search.with_one_negated(torch.arange(len(rows))), search.all_with_one_negated())
-    )
+    bounded, compared = (((rows - found).double().square() * metric[owner]).sum(-1) for found in both)
     assert_least(bounded, compared)
 
 

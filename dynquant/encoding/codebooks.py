@@ -145,7 +145,7 @@ class Grid:
         weighted = y * metric[owner]
         norms, doubled = metric @ (words * words).T, -2 * words.T
         best, places = (torch.empty(len(y), dtype=torch.int64, device=y.device) for _ in range(2))
-        step = max(1, (_CPU_SCORES if y.device.type == "cpu" else _GPU_SCORES) // (3 * len(words)))
+        step = _GPU_SCORES // (3 * len(words))
         for at in range(0, len(y), step):
             rows = slice(at, at + step)
             extra = weighted[rows, :1] * words[:, 0]
@@ -234,9 +234,6 @@ class Targets:
     def _parts(self) -> list[slice]:
         return [slice(at, at + self._grid.width) for at in range(0, 8, self._grid.width)]
 
-    def _part_of_place(self) -> Tensor:
-        return torch.arange(8, device=self._y.device) // self._grid.width
-
     def all_with_one_negated(self) -> Tensor:
         """For every row, the nearest magnitudes [N, 8] of which one is negated.
 
@@ -247,7 +244,8 @@ class Targets:
             for part in self._parts()
         ]
         extra = torch.stack([cost for _, cost in found], dim=1) - self._costs
-        chosen = extra.argmin(dim=1).repeat_interleave(8).view(-1, 8) == self._part_of_place()
+        part_of_place = torch.arange(8, device=extra.device) // self._grid.width
+        chosen = part_of_place == extra.argmin(dim=1, keepdim=True)
         return torch.where(chosen, torch.cat([words for words, _ in found], dim=1), self.magnitudes)
 
     def with_one_negated(self, rows: Tensor) -> Tensor:
@@ -279,7 +277,7 @@ class Targets:
         magnitudes = self.magnitudes[rows]
         cost = torch.empty_like(magnitudes[:, 0])
         for number, part in enumerate(self._parts()):
-            mine = (self._part_of_place()[place] == number).nonzero().squeeze(1)
+            mine = (place // self._grid.width == number).nonzero().squeeze(1)
             each, inside, source = torch.arange(len(mine), device=mine.device), place[mine] - part.start, rows[mine]
             target = self._y[source, part]
             target[each, inside] *= -1
