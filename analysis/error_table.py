@@ -26,6 +26,7 @@ from dynquant.errors import PlanError
 from dynquant.plan import write_atomically
 
 SCHEMA_VERSION = 1
+CLOSED_FORM = "closed-form"
 
 
 class ErrorRow(BaseModel):
@@ -49,6 +50,15 @@ class ErrorRow(BaseModel):
     per_expert_activation_error: tuple[float | None, ...] = ()
 
 
+class Price(BaseModel):
+    """What a tensor in a type adds to the KL, in nats per token, with its standard error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kl: float
+    se: float
+
+
 class ErrorTable(BaseModel):
     """All rows of one model, with the identity of what they were measured on."""
 
@@ -65,16 +75,37 @@ class ErrorTable(BaseModel):
     rows: tuple[ErrorRow, ...]
     sensitivity: dict[str, float] = {}
     """GGUF name -> nats of KL per unit of `weighted_error` (analysis/sensitivity.py); empty when not measured."""
+    sensitivity_se: dict[str, float] = {}
+    """Standard errors of `sensitivity`, over windows."""
+    prices: dict[str, dict[str, dict[str, Price]]] = {}
+    """Method (`fisher-probe`, `unit-kl`) -> tensor -> type -> its price, where they were measured."""
+    priced_by: str = CLOSED_FORM
+    """Which of the prices `cost` gives."""
 
     @property
     def cost_name(self) -> str:
         """What `cost` estimates, for plans and plots."""
+        if self.priced_by in self.prices:
+            return f"predicted KL (nats per token) by {self.priced_by}"
         return "predicted KL (nats per token)" if self.sensitivity else "importance-weighted error, summed over tensors"
 
     def cost(self, row: ErrorRow) -> float:
-        """What a planner should minimise the sum of: predicted KL where sensitivities were measured.
+        """What a planner should minimise the sum of: predicted KL where that was measured."""
+        prices = self.prices.get(self.priced_by)
+        return self.closed_form_cost(row) if prices is None else prices[row.name][row.type].kl
 
-        Without any, every tensor's relative error counts alike. A tensor that alone has none takes the median.
+    def cost_se(self, row: ErrorRow) -> float:
+        """Standard error of `cost`; 0 where there is none to give."""
+        prices = self.prices.get(self.priced_by)
+        if prices is not None:
+            return prices[row.name][row.type].se
+        return self.sensitivity_se.get(row.name, 0.0) * row.weighted_error
+
+    def closed_form_cost(self, row: ErrorRow) -> float:
+        """Sensitivity times relative error.
+
+        Without any sensitivity, every tensor's relative error counts alike. A tensor that alone has none takes the
+        median.
         """
         if not self.sensitivity:
             return row.weighted_error
@@ -113,7 +144,10 @@ class ErrorTable(BaseModel):
         return self._with(self.types, (row for rows in kept.values() for row in rows))
 
     def extended_by(self, other: "ErrorTable") -> "ErrorTable":
-        """Both tables' rows, tensor by tensor; a row that both hold stands for the wanted types of both."""
+        """Both tables' rows, tensor by tensor; a row that both hold stands for the wanted types of both.
+
+        Prices that were measured for this table's types alone are dropped.
+        """
         rows = {(row.name, row.type): row for row in self.rows}
         for row in other.rows:
             known = rows.get((row.name, row.type))
@@ -121,14 +155,27 @@ class ErrorTable(BaseModel):
             rows[row.name, row.type] = row.model_copy(update={"wanted": tuple(wanted)})
         order = {name: index for index, name in enumerate(self.tensors() | other.tensors())}
         types = tuple(dict.fromkeys((*self.types, *other.types)))
-        return self._with(types, sorted(rows.values(), key=lambda row: order[row.name]))
+        kept = self.model_copy(update={"prices": {}, "priced_by": CLOSED_FORM})
+        return kept._with(types, sorted(rows.values(), key=lambda row: order[row.name]))
 
-    def with_sensitivity(self, sensitivity: dict[str, float]) -> "ErrorTable":
-        """The same rows, priced by these sensitivities."""
-        return ErrorTable(**self.model_dump(exclude={"rows", "sensitivity"}), rows=self.rows, sensitivity=sensitivity)
+    def with_sensitivity(self, sensitivity: dict[str, float], errors: dict[str, float]) -> "ErrorTable":
+        """The same rows, priced by these sensitivities, whose standard errors are `errors`."""
+        return self._copy(sensitivity=sensitivity, sensitivity_se=errors)
+
+    def with_prices(self, method: str, prices: dict[str, dict[str, Price]]) -> "ErrorTable":
+        """The same rows, priced by `method`."""
+        return self._copy(prices={**self.prices, method: prices}, priced_by=method)
+
+    def priced(self, method: str) -> "ErrorTable":
+        """The same rows, priced by a method whose prices it holds, or in closed form."""
+        return self._copy(priced_by=method)
 
     def _with(self, types: tuple[str, ...], rows: Iterable[ErrorRow]) -> "ErrorTable":
-        return ErrorTable(**self.model_dump(exclude={"rows", "types"}), types=types, rows=tuple(rows))
+        return self._copy(types=types, rows=tuple(rows))
+
+    def _copy(self, **changes: object) -> "ErrorTable":
+        """A new table, so that nothing that was derived from the old rows and cached comes along."""
+        return ErrorTable.model_construct(**{name: getattr(self, name) for name in ErrorTable.model_fields} | changes)
 
     def save(self, path: Path) -> None:
         """Write errors.json and, beside it, the same rows as a tidy CSV."""

@@ -40,22 +40,27 @@ def output_sensitivity(
     *,
     seed: int = 0,
     progress: Progress | None = None,
-) -> dict[str, float]:
-    """GGUF weight name -> s in nats per token, from token ids [windows, window]; the model's weights stay as they are.
+) -> tuple[dict[str, float], dict[str, float]]:
+    """GGUF weight name -> s in nats per token, and its standard error, from token ids [windows, window].
 
-    Labels are drawn from the model's own distribution with `seed`. The embedding, every linear layer and every stack
-    of routed experts gets an entry.
+    Labels are drawn from the model's own distribution with `seed`; the model's weights stay as they are. The embedding,
+    every linear layer and every stack of routed experts gets an entry. With one window there is no standard error: 0.
     """
     generator = torch.Generator().manual_seed(seed)
-    sums: dict[str, float] = {}
-    with activation_gradients(hf_model), _observed(hf_model, arch, n_layer, sums):
-        for index, window in enumerate(windows):
+    found: dict[str, torch.Tensor] = {}
+    for index, window in enumerate(windows):
+        sums: dict[str, float] = {}
+        with activation_gradients(hf_model), _observed(hf_model, arch, n_layer, sums):
             backward_from_sampled_labels(hf_model, window.unsqueeze(0), generator)
-            if progress:
-                progress("measuring sensitivity", (index + 1) * window.numel(), windows.numel())
-    if _is_tied(hf_model) and "output.weight" in sums:
-        sums["token_embd.weight"] += sums.pop("output.weight")
-    return {name: total / windows.numel() for name, total in sorted(sums.items())}
+        if _is_tied(hf_model) and "output.weight" in sums:
+            sums["token_embd.weight"] += sums.pop("output.weight")
+        for name, total in sums.items():
+            found.setdefault(name, torch.zeros(len(windows), dtype=torch.float64))[index] = total / window.numel()
+        if progress:
+            progress("measuring sensitivity", (index + 1) * window.numel(), windows.numel())
+    count = len(windows)
+    errors = {name: float(s.std()) / count**0.5 if count > 1 else 0.0 for name, s in sorted(found.items())}
+    return {name: float(s.mean()) for name, s in sorted(found.items())}, errors
 
 
 def _is_tied(hf_model: nn.Module) -> bool:

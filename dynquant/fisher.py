@@ -29,8 +29,13 @@ def activation_gradients(hf_model: nn.Module) -> Iterator[None]:
 
 def backward_from_sampled_labels(hf_model: nn.Module, tokens: torch.Tensor, generator: torch.Generator) -> None:
     """Gradients of the summed log-probability of one drawn token at every position of `tokens` [windows, window]."""
-    log_probs = hf_model(input_ids=tokens, use_cache=False).logits.float().log_softmax(-1).flatten(0, 1)
+    sampled_log_probability(hf_model(input_ids=tokens, use_cache=False).logits, generator).backward()
+
+
+def sampled_log_probability(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Summed log-probability of one token drawn at every position of `logits` [..., vocabulary], a scalar."""
+    log_probs = logits.float().log_softmax(-1).flatten(0, -2)
     cumulative = log_probs.detach().exp().cumsum(-1)
     points = torch.rand(len(cumulative), 1, generator=generator).to(cumulative.device) * cumulative[:, -1:]
     drawn = torch.searchsorted(cumulative, points).clamp_(max=cumulative.shape[1] - 1)
-    log_probs.gather(1, drawn).sum().backward()
+    return log_probs.gather(1, drawn).sum()

@@ -102,7 +102,9 @@ def quantize(
             continue
         packed = _stored_bytes(model, entry)
         if packed is None:
-            packed = _encode(model, entry, guidance, encoder, threads, counter)
+            packed = encode_tensor(
+                model, name, entry.quant_type, guidance, encoder, threads=threads, on_weights=counter.add
+            )
         else:
             counter.add(prod(entry.shape))
         yield QuantizedTensor(name, entry.shape, entry.quant_type, packed)
@@ -160,10 +162,22 @@ def _stored_bytes(model: Model, entry: PlanEntry) -> torch.Tensor | None:
     return None
 
 
-def _encode(
-    model: Model, entry: PlanEntry, guidance: Guidance, encoder: Encoder, threads: int | None, counter: _Counter
+def encode_tensor(
+    model: Model,
+    name: str,
+    stored: QuantType,
+    guidance: Guidance,
+    encoder: Encoder,
+    *,
+    threads: int | None = None,
+    on_weights: Callable[[int], None] | None = None,
 ) -> torch.Tensor:
-    name, shape, stored = entry.name, entry.shape, entry.quant_type
+    """One tensor's blocks, uint8 [..., rows, row_bytes]; `on_weights` hears how many weights each step encoded.
+
+    Raises:
+        EncodeError: NaN or Inf weights, or a type that needs statistics the tensor has none of.
+    """
+    shape = tuple(model.source.info(name).shape)
     uses_importance = stored.uses_imatrix or (encoder.uses_hessians and not stored.is_float)
     importance = guidance.importance(name, shape) if guidance.importance and uses_importance else None
     protected = guidance.protected.get(name, ())
@@ -175,7 +189,7 @@ def _encode(
         inside = [p for p in protected if (p.expert or 0) in _numbers(experts)]
         scalars = [replace(p, expert=(p.expert or 0) - experts.start) for p in inside]
         return encoder.encode(
-            stored, weights, part, threads, name=name, hessian=hessian, protected=scalars, progress=counter.add
+            stored, weights, part, threads, name=name, hessian=hessian, protected=scalars, progress=on_weights
         )
 
     if len(shape) != 3:

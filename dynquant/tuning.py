@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from dynquant.architecture import Role, role_of
 from dynquant.codecs import decode
 from dynquant.codecs.scale_fields import num_scales, read_scales, with_scales
+from dynquant.distribution import Distribution
 from dynquant.errors import StatsError
+from dynquant.eval_statistics import block_sums
 from dynquant.gguf_source import GGUFSource
 from dynquant.live_weights import LiveWeights
 from dynquant.model import Model
@@ -30,9 +32,7 @@ from dynquant.quant_types import QUANT_TYPES
 
 BYTES_PER_WEIGHT = 20
 """Peak memory: the model, its gradients, the decoded codes of one or two parts, and activations."""
-_KEPT_PROBABILITIES = 1024
 _FULL_RATE_STEPS = 16
-_BLOCK_TOKENS = 64
 _CLEARLY = 1.64
 """Standard errors by which the KL must fall: one chance in twenty that it did not."""
 
@@ -89,7 +89,7 @@ def tune(
     total = train.numel() + held.numel()
     targets = []
     for batch in (*steps, *checks):
-        targets.append(_Distribution.of(_logits(hf_model, batch.to(device))))
+        targets.append(Distribution.of(_logits(hf_model, batch.to(device))))
         report("original", min(total, sum(len(t) for t in targets)), total)
     trained = _install(live, file)
     before = _block_kls(hf_model, checks, targets[len(steps) :], device)
@@ -123,51 +123,21 @@ def _split(windows: Tensor, options: TuneOptions) -> tuple[Tensor, Tensor]:
     return windows[rest[:wanted]].long(), windows[held].long()
 
 
-@dataclass(frozen=True)
-class _Distribution:
-    """The original's next-token distributions [T]: its largest probabilities, and the rest as one."""
-
-    ids: Tensor  # int32 [T, k]
-    log_probs: Tensor  # float32 [T, k]
-    log_rest: Tensor  # float32 [T]
-
-    def __len__(self) -> int:
-        return len(self.log_rest)
-
-    @classmethod
-    def of(cls, logits: Tensor) -> "_Distribution":
-        log_probs, ids = logits.log_softmax(-1).topk(min(_KEPT_PROBABILITIES, logits.shape[-1]), dim=-1)
-        return cls(ids.int().cpu(), log_probs.cpu(), _log_rest(log_probs).cpu())
-
-    def divergences(self, logits: Tensor) -> Tensor:
-        """KL(original || model) in nats [T] of logits [T, vocabulary]; tokens outside the kept ones count as one."""
-        q = logits.log_softmax(-1).gather(1, self.ids.to(logits.device).long())
-        p, rest = self.log_probs.to(logits.device), self.log_rest.to(logits.device)
-        kept = (p.exp() * (p - q)).sum(-1)
-        if self.ids.shape[1] < logits.shape[-1]:
-            kept = kept + rest.exp() * (rest - _log_rest(q))
-        return kept
-
-
-def _log_rest(log_probs: Tensor) -> Tensor:
-    """log(1 - sum of probabilities), finite."""
-    return torch.log1p(-log_probs.exp().sum(-1).clamp(max=1 - 1e-6))
-
-
 def _logits(hf_model: nn.Module, batch: Tensor) -> Tensor:
     with torch.no_grad():
         return hf_model(input_ids=batch, use_cache=False).logits.float().flatten(0, 1)
 
 
 def _block_kls(
-    hf_model: nn.Module, batches: tuple[Tensor, ...], targets: list[_Distribution], device: torch.device
+    hf_model: nn.Module, batches: tuple[Tensor, ...], targets: list[Distribution], device: torch.device
 ) -> Tensor:
-    """Mean KL of every block of `_BLOCK_TOKENS` tokens."""
+    """Mean KL of every block of tokens."""
     per_token = [
         target.divergences(_logits(hf_model, batch.to(device))).cpu()
         for batch, target in zip(batches, targets, strict=True)
     ]
-    return torch.stack([block.mean() for block in torch.cat(per_token).split(_BLOCK_TOKENS)])
+    sums, sizes = block_sums(torch.cat(per_token).numpy(), [len(row) for batch in batches for row in batch])
+    return torch.from_numpy(sums / sizes)
 
 
 def _clearly_lower(after: Tensor, before: Tensor) -> bool:
@@ -259,7 +229,7 @@ def _train(
     live: LiveWeights,
     trained: dict[str, _Scales | _Norm],
     steps: tuple[Tensor, ...],
-    targets: list[_Distribution],
+    targets: list[Distribution],
     options: TuneOptions,
     report: Progress,
 ) -> None:

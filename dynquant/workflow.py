@@ -429,8 +429,8 @@ def _probe(
     arch, n_layer = model.arch, model.hyper.n_layer
     found = find_super_weights(hf_model, arch, n_layer, windows[0])
     with console.stage_progress() as progress:
-        sensitivity = output_sensitivity(hf_model, arch, n_layer, windows, seed=options.seed, progress=progress)
-    table = table.with_sensitivity(sensitivity)
+        found_and_errors = output_sensitivity(hf_model, arch, n_layer, windows, seed=options.seed, progress=progress)
+    table = table.with_sensitivity(*found_and_errors)
     table.save(directory / ERRORS_NAME)
     write_atomically(path, json.dumps([one.model_dump() for one in found], indent=1) + "\n")
     return found, table

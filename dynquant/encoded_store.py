@@ -1,0 +1,72 @@
+"""Blocks of every (tensor, type), encoded once and kept on disk, for all plans that are tried.
+
+    DIR/ggml-1f2e3d4c5b6a/blk.3.ffn_down_exps.weight.IQ2_XXS
+
+The folder's name holds a hash of what decides the bytes: checkpoint, statistics, encoder and its version. A file is a
+tensor's blocks and nothing else, in the order of GGUF; it appears whole or not at all.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dynquant.codecs import decode
+from dynquant.codecs.encoder import Encoder
+from dynquant.errors import ExportError
+from dynquant.model import Model
+from dynquant.plan import write_atomically
+from dynquant.quant_types import QUANT_TYPES
+from dynquant.quantize import Guidance, encode_tensor, encoder_version
+
+
+@dataclass(frozen=True)
+class EncodedStore:
+    """Encodes tensors of `model` on demand; `directory` is this store's own, from `store_directory`."""
+
+    model: Model
+    guidance: Guidance
+    encoder: Encoder
+    directory: Path
+    threads: int | None = None
+
+    def packed(self, name: str, type_name: str) -> torch.Tensor:
+        """Blocks of a tensor, uint8 [..., rows, row_bytes], from disk where they were encoded before.
+
+        Raises:
+            EncodeError: NaN or Inf weights, or a type that needs statistics the tensor has none of.
+            ExportError: the disk is full or cannot be written to.
+        """
+        stored = QUANT_TYPES[type_name]
+        shape = tuple(self.model.source.info(name).shape)
+        file = self.directory / f"{name}.{stored.name}"
+        if file.is_file() and file.stat().st_size == stored.tensor_bytes(shape):
+            content = np.fromfile(file, dtype=np.uint8)
+            return torch.from_numpy(content).view(*shape[:-1], stored.row_bytes(shape[-1]))
+        packed = encode_tensor(self.model, name, stored, self.guidance, self.encoder, threads=self.threads)
+        write_atomically(file, packed.contiguous().numpy().tobytes())
+        return packed.view(*shape[:-1], -1)
+
+    def decoded(self, name: str, type_name: str) -> torch.Tensor:
+        """The tensor as a runtime sees it, float32 in its own shape."""
+        shape = tuple(self.model.source.info(name).shape)
+        return decode(type_name, self.packed(name, type_name), shape)
+
+
+def store_directory(parent: Path, model: Model, stats_hash: str, encoder: Encoder) -> Path:
+    """Where blocks of this checkpoint, these statistics and this encoder are kept.
+
+    Raises:
+        ExportError: the directory cannot be made.
+    """
+    content = json.dumps([model.fingerprint, stats_hash, encoder.name, encoder_version(encoder)])
+    directory = parent / f"{encoder.name}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ExportError(f"{directory} cannot be made: {error.strerror or os.strerror(error.errno or 0)}.") from error
+    return directory
