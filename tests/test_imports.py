@@ -30,7 +30,7 @@ RANKS = [
     ["plan", "llama_presets", "presets", "allocate"],
     ["artifacts", "quantize"],
     ["exporters", "plan_building", "inspect_file"],
-    ["type_lists", "recipe_text", "recipe_parser"],
+    ["type_lists", "recipe_text", "recipe_parser", "plan_diff"],
     ["analysis", "planner"],
     ["eval_statistics", "eval_text", "logit_runners", "reference_cache", "multiple_choice", "eval_report"],
     ["evaluate"],
