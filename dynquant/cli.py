@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 
 ModelArg = Annotated[str, typer.Argument(help="Hugging Face directory or hub id, or a .gguf file.", show_default=False)]
+PlanArg = Annotated[Path, typer.Argument(help="A plan.json or a .gguf file.", show_default=False)]
 BaseGgufOpt = Annotated[
     Path | None,
     typer.Option(help="F32/F16/BF16 GGUF by llama.cpp's converter, for architectures dynquant does not convert."),
@@ -120,6 +121,16 @@ def plan(
     bpw: Annotated[float | None, typer.Option(help="Budget in bits per weight, of the whole file.")] = None,
     size: Annotated[str | None, typer.Option(help="Budget in bytes, or as 140GB, 31.5MB, 12GiB.")] = None,
     preset: PresetOpt = None,
+    like: Annotated[
+        Path | None,
+        typer.Option(help="The types of this .gguf file or plan.json, tensor by tensor.", show_default=False),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="A llama-quantize command line or lines of regex=type, or a file that holds them.", show_default=False
+        ),
+    ] = None,
     types: TypesOpt = None,
     floors: Annotated[bool, typer.Option(help="Keep all but routed experts at 4 bits or more.")] = True,
     tokens: TokensOpt = 131072,
@@ -133,7 +144,9 @@ def plan(
     threads: ThreadsOpt = None,
     base_gguf: BaseGgufOpt = None,
     report: Annotated[bool, typer.Option(help="Draw plots and write report.html.")] = True,
-    config_only: Annotated[Path | None, typer.Option(help="Directory with config.json: sizes a preset.")] = None,
+    config_only: Annotated[
+        Path | None, typer.Option(help="Directory with config.json: sizes a preset or recipe.")
+    ] = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Decide a quant type for every tensor, and show why.
@@ -142,18 +155,22 @@ def plan(
     output directory are reused, so another budget costs seconds.
 
     Example: dynquant plan ./model --calibration text.jsonl --bpw 2.0 -o plan/
+
+    Example: dynquant plan ./model --like published-IQ1_S.gguf -o plan/
     """
     from dynquant import workflow
 
+    target = workflow.Target(
+        preset=preset, bpw=bpw, size=size, like=like, patterns=recipe, types=_split(types), floors=floors
+    )
     if config_only is not None:
-        if preset is None or model is not None:
-            raise PlanError("--config-only DIR goes with --preset NAME and without a MODEL.")
-        made = workflow.plan_from_config(config_only, preset)
+        if model is not None:
+            raise PlanError("--config-only DIR goes without a MODEL.")
+        made = workflow.plan_from_config(config_only, target)
         show = workflow.print_histogram
     elif model is None:
         raise PlanError("Give a MODEL to plan, or --config-only DIR with --preset NAME.")
     else:
-        target = workflow.Target(preset=preset, bpw=bpw, size=size, types=_split(types), floors=floors)
         options = workflow.CalibrationOptions(
             text=calibration, tokens=tokens, window=window, seed=seed,
             hessians=_hessians(hessians), hessian_memory=hessian_memory, device=device,
@@ -349,6 +366,34 @@ def inspect(path: ModelArg, as_json: JsonOpt = False) -> None:
     from dynquant import commands
 
     commands.inspect(path, as_json=as_json)
+
+
+@app.command()
+def recipe(
+    plan: PlanArg,
+    model: Annotated[str, typer.Option(help="The float GGUF to quantize, in the command.")] = "MODEL.gguf",
+    imatrix: Annotated[str | None, typer.Option(help="The imatrix file, in the command.", show_default=False)] = None,
+    output: Annotated[str, typer.Option("-o", "--output", help="The file to write, in the command.")] = "OUT.gguf",
+    as_json: JsonOpt = False,
+) -> None:
+    """Print the llama-quantize command line that gives the types of a plan or file.
+
+    Example: dynquant recipe plan/plan.json --model model-f32.gguf --imatrix imatrix.gguf -o model.gguf
+    """
+    from dynquant import commands
+
+    commands.recipe(plan, model=model, imatrix=imatrix, output=output, as_json=as_json)
+
+
+@app.command()
+def diff(before: PlanArg, after: PlanArg, as_json: JsonOpt = False) -> None:
+    """Compare the types of two plans or files of one model: what changed in which layers, and the bytes.
+
+    Example: dynquant diff plan/plan.json published.gguf
+    """
+    from dynquant import commands
+
+    commands.diff(before, after, as_json=as_json)
 
 
 @app.command("super-weights")

@@ -9,7 +9,10 @@ from dynquant import console, export_workflow, workflow
 from dynquant.analysis.super_weights import Ablation, SuperWeight, find_super_weights
 from dynquant.eval_report import EvalReport, summary_rows
 from dynquant.plan import write_atomically
+from dynquant.plan_diff import PlanDiff, compare_types, number_ranges
 from dynquant.plan_report import PLAN_NAME, write_plan_report
+from dynquant.recipe_text import command_line, left_alone, recipe_of, uses_imatrix
+from dynquant.type_lists import read_types
 
 
 def evaluate(candidate: str, reference: str, *, json_file: Path | None = None, **options) -> EvalReport:
@@ -80,6 +83,77 @@ def inspect(path: str, *, as_json: bool = False) -> None:
         f"{summary.arch}, {console.human_bytes(summary.total_bytes)} ({summary.total_bytes:,} bytes), "
         f"{summary.bits_per_weight:.3f} bits per weight"
     )
+
+
+def recipe(path: Path, *, model: str, imatrix: str | None, output: str, as_json: bool = False) -> None:
+    """Print the llama-quantize command line of a plan or file; what it cannot give goes to stderr."""
+    types = read_types(path)
+    found = recipe_of(types)
+    if imatrix is None and uses_imatrix(found):
+        imatrix = "IMATRIX.gguf"
+    command = command_line(found, model=model, imatrix=imatrix, output=output)
+    alone = left_alone(types)
+    if as_json:
+        document = {
+            "base": str(found.base).upper(),
+            "token_embedding_type": found.token_embedding,
+            "output_tensor_type": found.output,
+            "tensor_types": [{"pattern": pattern, "type": name} for pattern, name in found.patterns],
+            "left_alone": [{"name": tensor.name, "type": tensor.type, "why": why} for tensor, why in alone],
+            "command": command,
+        }
+        print(json.dumps(document, indent=1))
+        return
+    print(command)
+    if alone:
+        listed = ", ".join(f"{tensor.name} ({tensor.type})" for tensor, _ in alone)
+        console.note(f"llama-quantize copies these from its input, which must have them in the same type: {listed}")
+
+
+def diff(before: Path, after: Path, *, as_json: bool = False) -> None:
+    """Print what differs between the types of two plans or files of one model."""
+    found = compare_types(read_types(before), read_types(after))
+    sides = {"before": found.before, "after": found.after}
+    if as_json:
+        document: dict[str, object] = {
+            key: {
+                "name": side.name,
+                "file_bytes": side.file_bytes,
+                "tensor_bytes": sum(tensor.num_bytes for tensor in side.tensors),
+            }
+            for key, side in sides.items()
+        }
+        document["changes"] = [asdict(change) | {"layers": change.layers} for change in found.changes]
+        document["histogram"] = [asdict(share) for share in found.histogram]
+        print(json.dumps(document, indent=1))
+        return
+    if found.changes:
+        _print_changes(found)
+    rows = [
+        (share.type, share.tensors_before, share.tensors_after, console.human_bytes(share.bytes_before),
+         console.human_bytes(share.bytes_after))
+        for share in found.histogram
+    ]  # fmt: skip
+    console.print_table("by type", ("type", "tensors before", "after", "bytes before", "after"), rows)
+    for key, side in sides.items():
+        console.out.print(f"{key}: {side.name}, {side.file_bytes:,} bytes", markup=False)
+    changed = sum(len(change.tensors) for change in found.changes)
+    change = found.after.file_bytes - found.before.file_bytes
+    console.out.print(f"{changed} of {len(found.before.tensors)} tensors have another type; {change:+,} bytes")
+
+
+def _print_changes(found: PlanDiff) -> None:
+    rows = [
+        (change.role.value, number_ranges(change.layers) or "-", len(change.tensors),
+         f"{change.before} > {change.after}", console.human_bytes(change.bytes_before),
+         console.human_bytes(change.bytes_after))
+        for change in found.changes
+    ]  # fmt: skip
+    old, new = (sum(getattr(c, side) for c in found.changes) for side in ("bytes_before", "bytes_after"))
+    tensors = sum(len(change.tensors) for change in found.changes)
+    rows.append(("all", "", tensors, "", console.human_bytes(old), console.human_bytes(new)))
+    columns = ("role", "layers", "tensors", "types", "before", "after")
+    console.print_table(f"{found.before.name} to {found.after.name}", columns, rows)
 
 
 def demo(output: Path) -> None:

@@ -30,6 +30,7 @@ _SCALAR_BYTES = {
     GGUFValueType.INT16: 2, GGUFValueType.UINT32: 4, GGUFValueType.INT32: 4, GGUFValueType.FLOAT32: 4,
     GGUFValueType.UINT64: 8, GGUFValueType.INT64: 8, GGUFValueType.FLOAT64: 8,
 }  # fmt: skip
+_GGML_TYPE_IDS = {int(kind) for kind in gguf.GGMLQuantizationType}
 _SMALLEST_KEY = 8 + 4 + 1
 _SMALLEST_TENSOR = 8 + 4 + 8 + 4 + 8
 _SPLIT_NAME = re.compile(r"^(.*)-(\d{5})-of-(\d{5})\.gguf$")
@@ -175,7 +176,8 @@ def open_reader(path: Path) -> GGUFReader:
 
 
 def _check_header(path: Path) -> None:
-    """Walk the header before gguf-py parses it. Raises ValueError for what cannot be true of the file.
+    """Walk the header before gguf-py parses it. Raises ValueError for what cannot be true of the file, and
+    CheckpointError for a tensor type that ggml does not have.
 
     gguf-py believes every count and length: one flipped bit and it loops over an array of 2^60 items that is not there.
     """
@@ -193,7 +195,12 @@ def _check_header(path: Path) -> None:
             header.value(header.number("<I"))
         header.expect(num_tensors, _SMALLEST_TENSOR, "tensors")
         for _ in range(num_tensors):
-            header.tensor()
+            name, type_id = header.tensor()
+            if type_id not in _GGML_TYPE_IDS:
+                raise CheckpointError(
+                    f"{path} stores `{name}` in the type number {type_id}, which stock llama.cpp does not have. Files "
+                    "with types of a fork (as ik_llama.cpp's IQ4_KS) cannot be read; or the file is corrupt."
+                )
 
 
 class _Header:
@@ -230,17 +237,19 @@ class _Header:
         else:
             self._skip(1, _SCALAR_BYTES[kind])
 
-    def tensor(self) -> None:
+    def tensor(self) -> tuple[str, int]:
+        """Name and ggml type number."""
         name, num_dimensions = self.string(), self.number("<I")
         if not 1 <= num_dimensions <= _MAX_DIMENSIONS:
             raise ValueError(f"`{name}` has {num_dimensions} dimensions; GGUF allows 1 to {_MAX_DIMENSIONS}")
         shape = [self.number("<Q") for _ in range(num_dimensions)]
         if not 0 < prod(shape) < _MAX_WEIGHTS:
             raise ValueError(f"`{name}` has the impossible shape {shape}")
-        self.number("<I")
+        type_id = self.number("<I")
         offset = self.number("<Q")
         if offset > len(self._data):
             raise ValueError(f"`{name}` lies at byte {offset:,} of the data, beyond the end of the file")
+        return name, type_id
 
     def _array(self, kind: GGUFValueType, count: int) -> None:
         if kind == GGUFValueType.ARRAY:

@@ -4,14 +4,14 @@ Each file type (`iq1_s`, `q4_k_m`, ...) has a base type; tables of rules per ten
 match wins; a last step fits the type to the row length. The facts are those of `src/llama-quant.cpp` in the llama.cpp
 inside llama-cpp-python 0.3.36, for an F32 input and with an importance matrix, which dynquant always has.
 
-Left out: overrides given by hand (`--tensor-type` and the like), `--pure`, pruning, and types outside the registry
-(Q1_0, Q2_0).
+Left out: pruning, and types outside the registry (Q1_0, Q2_0). Overrides given by hand (`--tensor-type` and the like)
+are `recipe_parser.py`'s.
 """
 
 import difflib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import NamedTuple
@@ -100,10 +100,16 @@ _CATEGORY_OF_SUBSTRING = {
 }
 
 
+OUTPUT_NAME = "output.weight"
+"""What `--output-tensor-type` speaks of."""
+EMBEDDING_NAMES = ("token_embd.weight", "per_layer_token_embd.weight")
+"""What `--token-embedding-type` speaks of."""
+
+
 def _category(name: str) -> _Category:
-    if name == "output.weight":
+    if name == OUTPUT_NAME:
         return _Category.OUTPUT
-    if name in ("token_embd.weight", "per_layer_token_embd.weight"):
+    if name in EMBEDDING_NAMES:
         return _Category.TOKEN_EMBD
     return next((c for part, c in _CATEGORY_OF_SUBSTRING.items() if part in name), _Category.OTHER)
 
@@ -127,8 +133,8 @@ _KEPT_IN_ARCH = {
 _AT_LEAST_Q8_0_IN_ARCH = {"glm5-next": ("attn_q_a", "attn_q_b", "nextn.eh_proj")}
 
 
-def _kept_because(name: str, shape: Sequence[int], arch: str) -> str | None:
-    """Why llama-quantize leaves this tensor as it is, or None when it quantizes it."""
+def kept_because(name: str, shape: Sequence[int], arch: str) -> str | None:
+    """Why llama-quantize leaves this tensor as it is, or None when it quantizes it. `shape` ends in the row length."""
     if len(shape) - next((i for i, n in enumerate(shape) if n != 1), len(shape)) < 2:
         return "one-dimensional"
     if not name.endswith("weight"):
@@ -342,12 +348,12 @@ class _Mixture:
         self.file_type = file_type
         self.base = LLAMA_FTYPES[file_type].base
         self.hyper = hyper
-        self.is_tied = "output.weight" not in names
+        self.is_tied = OUTPUT_NAME not in names
         self.num_attn_v = sum(_category(name) is _Category.ATTN_V for name in names)
         self.seen: Counter[_Category] = Counter()
 
     def choose(self, name: str, shape: Sequence[int]) -> TypeChoice:
-        kept = _kept_because(name, shape, self.hyper.arch)
+        kept = kept_because(name, shape, self.hyper.arch)
         if kept:
             return TypeChoice("F32", f"llama.cpp {self.file_type}: {kept}")
         if QUANT_TYPES[self.base].is_float:
@@ -402,8 +408,25 @@ class _Mixture:
         return self.base, "base type"
 
 
+def file_type_name(ftype: str) -> str:
+    """The key of `LLAMA_FTYPES` that llama-quantize understands by `ftype`.
+
+    Raises:
+        PlanError: no such file type; the message lists the nearest names.
+    """
+    file_type = _ALIASES.get(ftype.lower(), ftype.lower())
+    if file_type not in LLAMA_FTYPES:
+        near = difflib.get_close_matches(file_type, LLAMA_FTYPES, n=4, cutoff=0.4) or list(LLAMA_FTYPES)
+        raise PlanError(f"llama.cpp has no file type `{ftype}`. Did you mean one of: {', '.join(near)}?")
+    return file_type
+
+
 def llama_tensor_types(
-    ftype: str, tensors: Iterable[tuple[str, Sequence[int]]], hyper: HyperParams
+    ftype: str,
+    tensors: Iterable[tuple[str, Sequence[int]]],
+    hyper: HyperParams,
+    *,
+    overridden: Container[str] = (),
 ) -> dict[str, TypeChoice]:
     """The types that llama-quantize gives to a model's tensors for a file type.
 
@@ -411,6 +434,8 @@ def llama_tensor_types(
         ftype: A key of `LLAMA_FTYPES` in any case, or `q3_k`, `q4_k`, `q5_k` for their `_m` mixtures.
         tensors: All GGUF names of the file with shapes (last dimension is the row), in any order.
         hyper: As read from the GGUF metadata; `n_head_kv` is 1 for MLA models as llama.cpp's converter writes them.
+        overridden: Names that get their type by hand. They are not in the answer, and rules that count tensors do not
+            count them, as in llama-quantize.
 
     Returns:
         Name -> (type, reason) in the order of `tensors`. What llama-quantize leaves alone is F32.
@@ -418,11 +443,9 @@ def llama_tensor_types(
     Raises:
         PlanError: no such file type.
     """
-    file_type = _ALIASES.get(ftype.lower(), ftype.lower())
-    if file_type not in LLAMA_FTYPES:
-        near = difflib.get_close_matches(file_type, LLAMA_FTYPES, n=4, cutoff=0.4) or list(LLAMA_FTYPES)
-        raise PlanError(f"llama.cpp has no file type `{ftype}`. Did you mean one of: {', '.join(near)}?")
+    file_type = file_type_name(ftype)
     shapes = {name: tuple(shape) for name, shape in tensors}
     mixture = _Mixture(file_type, list(shapes), hyper)
-    chosen = {name: mixture.choose(name, shapes[name]) for name in sorted(shapes, key=_counting_order)}
-    return {name: chosen[name] for name in shapes}
+    left = [name for name in shapes if name not in overridden]
+    chosen = {name: mixture.choose(name, shapes[name]) for name in sorted(left, key=_counting_order)}
+    return {name: chosen[name] for name in left}

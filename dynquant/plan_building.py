@@ -25,6 +25,7 @@ def plan_from_types(
     errors_hash: str | None = None,
     candidates: tuple[str, ...] = (),
     weighted_errors: Mapping[tuple[str, str], float] | None = None,
+    exact: bool = False,
 ) -> Plan:
     """A plan with one entry per tensor of the model.
 
@@ -38,6 +39,7 @@ def plan_from_types(
         errors_hash: SHA-256 of errors.json, if the types come from it.
         candidates: The types that the planner could choose from.
         weighted_errors: (GGUF name, type) -> importance-weighted relative squared error.
+        exact: Take another type than F32 also for the tensors of `stays_f32`, as a plan like another file must.
 
     Raises:
         PlanError: an unknown tensor or type, or a matrix without a type.
@@ -50,7 +52,7 @@ def plan_from_types(
     if unknown is not None:
         raise PlanError(f"A type is given for `{unknown}`, a tensor that {model.name} does not have.")
     errors = weighted_errors or {}
-    entries = tuple(_entry(model, name, types.get(name), errors) for name in names)
+    entries = tuple(_entry(model, name, types.get(name), errors, exact) for name in names)
     return Plan(
         model=model.name,
         arch=model.arch,
@@ -87,10 +89,10 @@ def stays_f32(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def _entry(
-    model: Model, name: str, wanted: tuple[str, str] | None, errors: Mapping[tuple[str, str], float]
+    model: Model, name: str, wanted: tuple[str, str] | None, errors: Mapping[tuple[str, str], float], exact: bool
 ) -> PlanEntry:
     shape = model.source.info(name).shape
-    type_name, reason, wanted_type = _choose(model, name, shape, wanted)
+    type_name, reason, wanted_type = _choose(model, name, shape, wanted, exact)
     return PlanEntry(
         name=name,
         shape=shape,
@@ -105,10 +107,10 @@ def _entry(
 
 
 def _choose(
-    model: Model, name: str, shape: tuple[int, ...], wanted: tuple[str, str] | None
+    model: Model, name: str, shape: tuple[int, ...], wanted: tuple[str, str] | None, exact: bool
 ) -> tuple[str, str, str | None]:
     """Type, reason, and the wanted type when the row length forced another one."""
-    if stays_f32(name, shape):
+    if stays_f32(name, shape) and not (exact and wanted):
         return "F32", "vectors, norms and routers stay F32, as in llama.cpp", None
     if wanted is None:
         if role_of(name) == Role.OTHER:

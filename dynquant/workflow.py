@@ -4,6 +4,7 @@ Each stage reuses its output file when that file was made from the same inputs, 
 """
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -37,8 +38,10 @@ from dynquant.planner import plan_types
 from dynquant.presets import preset_types
 from dynquant.quant_types import quant_type
 from dynquant.quantize import load_encoder
+from dynquant.recipe_parser import recipe_types
 from dynquant.second_moments import path_beside
 from dynquant.statistics import CalibrationStats
+from dynquant.type_lists import like_types
 
 DEFAULT_TYPES = (
     "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "IQ4_XS", "Q5_K", "Q6_K", "Q8_0",
@@ -64,19 +67,26 @@ class CalibrationOptions:
 
 @dataclass(frozen=True)
 class Target:
-    """What the plan should reach: at most one of preset, bits per weight and size."""
+    """What the plan should reach: at most one of preset, bits per weight, size, another file's types, and a recipe.
+
+    `like` is a .gguf or plan.json; `patterns` a llama-quantize command line, `regex=type` lines, or a file with either.
+    """
 
     preset: str | None = None
     bpw: float | None = None
     size: str | None = None
+    like: Path | None = None
+    patterns: str | None = None
     types: tuple[str, ...] | None = None
     floors: bool = True
 
     def __post_init__(self) -> None:
-        given = [name for name in ("preset", "bpw", "size") if getattr(self, name) is not None]
+        fields = {"preset": "preset", "bpw": "bpw", "size": "size", "like": "like", "patterns": "recipe"}
+        given = [f"--{option}" for field, option in fields.items() if getattr(self, field) is not None]
         if len(given) > 1:
             raise PlanError(
-                f"Give one of --preset, --bpw and --size, not {' and '.join('--' + name for name in given)}."
+                f"Give one of --preset, --bpw, --size, --like and --recipe, not {' and '.join(given)}: each says alone "
+                "which types the plan has."
             )
         if self.bpw is not None and not 0 < self.bpw <= 32:
             raise PlanError(f"--bpw {self.bpw} is not a number of bits per weight; give one between 1.6 and 16.")
@@ -88,6 +98,10 @@ class Target:
         """The words under which plan and file record what was asked for."""
         if self.preset:
             return f"preset {self.preset.lower()}"
+        if self.like is not None:
+            return f"like {self.like.name}"
+        if self.patterns is not None:
+            return f"recipe {os.path.basename(self.patterns)}" if os.path.isfile(self.patterns) else "recipe"
         if self.bpw is not None:
             return f"bpw {self.bpw:g}"
         return f"size {parse_size(self.size)}" if self.size else "floors"
@@ -252,8 +266,8 @@ def plan(
 ) -> Plan:
     """Write stats.safetensors, errors.json, plan.json, plots and report.html into `directory`."""
     model = open_and_announce(path, base_gguf)
-    preset = preset_types(target.preset, model) if target.preset else None
-    types = _candidates(target, preset)
+    fixed_types = _fixed_types(target, model)
+    types = _candidates(target, fixed_types)
     stats, stats_hash = _stats_of(model, options, directory, stats_path)
     table = _table_of(model, stats, stats_hash, types, directory, encoder, threads)
     supers, table = _probe(model, stats, table, options, directory)
@@ -262,16 +276,17 @@ def plan(
     allowed = table.restricted_to([name.upper() for name in target.types]) if target.types else table
     weights = sum(model.source.info(name).numel for name in model.source.names())
     rules = rules_of(supers, stats, floors=target.floors)
-    chosen = preset or plan_types(allowed, target.budget(weights), rules, fixed_bytes=fixed)
+    chosen = fixed_types or plan_types(allowed, target.budget(weights), rules, fixed_bytes=fixed)
     made = plan_from_types(
         model,
         chosen,
         errors_hash=file_hash(directory / ERRORS_NAME),
         candidates=table.types,
         weighted_errors={(row.name, row.type): row.weighted_error for row in table.rows},
+        exact=target.preset is None,
         **context,
     )
-    if preset is None:
+    if fixed_types is None:
         made = made.model_copy(update={"objective": table.cost_name})
     made.save(directory / PLAN_NAME)
     if report:
@@ -279,12 +294,30 @@ def plan(
     return made
 
 
-def plan_from_config(directory: Path, preset: str) -> Plan:
-    """Size and types of a preset from config.json (and the tokenizer, if it is there); no weights are needed."""
+def plan_from_config(directory: Path, target: Target) -> Plan:
+    """Size and types of a preset, recipe or like file from config.json (and the tokenizer, if it is there).
+
+    No weights are needed.
+
+    Raises:
+        PlanError: a target that depends on measurement.
+    """
     from dynquant.families import open_config
 
     model = open_config(directory)
-    return plan_from_types(model, preset_types(preset, model), recipe=Target(preset=preset).recipe)
+    types = _fixed_types(target, model)
+    if types is None:
+        raise PlanError("--config-only DIR goes with --preset, --recipe or --like: a budget needs weights to measure.")
+    return plan_from_types(model, types, recipe=target.recipe, exact=target.preset is None)
+
+
+def _fixed_types(target: Target, model: Model) -> dict[str, tuple[str, str]] | None:
+    """Types that need no measurement, or None when the planner chooses."""
+    if target.preset:
+        return preset_types(target.preset, model)
+    if target.like is not None:
+        return like_types(target.like, model)
+    return None if target.patterns is None else recipe_types(target.patterns, model)
 
 
 def _candidates(target: Target, preset: dict[str, tuple[str, str]] | None) -> tuple[str, ...]:

@@ -215,5 +215,5 @@ def test_unknown_presets_and_sizes(small_moe, tmp_path, arguments, words):
 def test_help_names_every_command():
     text = run("--help").stdout
     for command in ("calibrate", "analyze", "plan", "export", "tune", "eval", "inspect", "super-weights", "demo",
-                    "compare-encoders"):  # fmt: skip
+                    "compare-encoders", "recipe", "diff"):  # fmt: skip
         assert command in text

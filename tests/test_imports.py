@@ -31,6 +31,7 @@ RANKS = [
     ["encoded_store"],
     ["rendered_model"],
     ["exporters", "plan_building", "inspect_file"],
+    ["type_lists", "recipe_text", "recipe_parser", "plan_diff"],
     ["analysis", "planner"],
     ["eval_text", "logit_runners", "reference_cache", "multiple_choice", "eval_report"],
     ["evaluate"],

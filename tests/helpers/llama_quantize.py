@@ -3,6 +3,7 @@
 import ctypes
 import os
 import re
+import shlex
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from gguf import GGUFReader, GGUFWriter
 
 from dynquant.architecture import HyperParams
+from dynquant.llama_presets import LLAMA_FTYPES
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -166,25 +168,72 @@ def deepseek_model(*, layers: int = 4, hidden: int = 256, experts: int = 8, ffn:
     return TinyModel(hyper, shapes, metadata)
 
 
+@dataclass(frozen=True)
+class Overrides:
+    """Arguments of llama-quantize beside the file type, as its command line reads them."""
+
+    patterns: tuple[tuple[str, int], ...] = ()
+    token_embedding: int | None = None
+    output: int | None = None
+    pure: bool = False
+
+
+def read_command(command: str) -> tuple[int, Overrides]:
+    """File type and overrides of a command line; follows `main` of llama.cpp's tools/quantize/quantize.cpp."""
+    words = shlex.split(command.replace("\\\n", " "))[1:]
+    named: dict[str, int] = {}
+    patterns: list[tuple[str, int]] = []
+    while words[0].startswith("--"):
+        option = words.pop(0)
+        if option in ("--token-embedding-type", "--output-tensor-type"):
+            named[option] = _ggml_type(words.pop(0))
+        elif option == "--tensor-type":
+            pattern, type_name = words.pop(0).split("=", 1)
+            patterns.append((pattern.lower(), _ggml_type(type_name)))
+        elif option == "--pure":
+            named[option] = True
+        else:
+            assert option == "--imatrix", option
+            words.pop(0)
+    overrides = Overrides(
+        tuple(patterns), named.get("--token-embedding-type"), named.get("--output-tensor-type"), "--pure" in named
+    )
+    return LLAMA_FTYPES[words[2].lower()].id, overrides
+
+
+def _ggml_type(name: str) -> int:
+    return int(gguf.GGMLQuantizationType[name.upper()])
+
+
 def llama_quantize(
-    source: Path, target: Path, ftype_id: int, importance: dict[str, torch.Tensor]
+    source: Path,
+    target: Path,
+    ftype_id: int,
+    importance: dict[str, torch.Tensor],
+    overrides: Overrides | None = None,
 ) -> dict[str, tuple[str, np.ndarray]]:
     """What `llama_model_quantize` writes with an importance matrix: name -> (type name, bytes [..., row_bytes])."""
-    _run_llama_quantize(source, target, ftype_id, importance, dry_run=False)
+    _run_llama_quantize(source, target, ftype_id, importance, overrides, dry_run=False)
     return read_tensors(target)
 
 
 _LOG_LINE = re.compile(r"^\[ *\d+/ *\d+\] (\S+) +- \[[^]]*\], type = +(\w+), size = .*?(?:\((\w+)\))?$", re.MULTILINE)
 
 
-def llama_quantize_types(source: Path, ftype_id: int) -> dict[str, str]:
+def llama_quantize_types(source: Path, ftype_id: int, overrides: Overrides | None = None) -> dict[str, str]:
     """Name -> type that `llama_model_quantize` announces in a dry run as if it had an importance matrix."""
-    log = _run_llama_quantize(source, Path(os.devnull), ftype_id, {"none": torch.ones(1)}, dry_run=True)
+    log = _run_llama_quantize(source, Path(os.devnull), ftype_id, {"none": torch.ones(1)}, overrides, dry_run=True)
     return {name: (new or old).upper() for name, old, new in _LOG_LINE.findall(log)}
 
 
 def _run_llama_quantize(
-    source: Path, target: Path, ftype_id: int, importance: dict[str, torch.Tensor], *, dry_run: bool
+    source: Path,
+    target: Path,
+    ftype_id: int,
+    importance: dict[str, torch.Tensor],
+    overrides: Overrides | None,
+    *,
+    dry_run: bool,
 ) -> str:
     import llama_cpp
     from llama_cpp._logger import llama_log_callback
@@ -197,6 +246,16 @@ def _run_llama_quantize(
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype, params.nthread, params.dry_run = ftype_id, 2, dry_run
     params.imatrix = ctypes.cast(entries, ctypes.POINTER(llama_cpp.llama_model_imatrix_data))
+    given = overrides or Overrides()
+    patterns = (llama_cpp.llama_model_tensor_override * (len(given.patterns) + 1))()
+    for slot, (pattern, type_id) in zip(patterns, given.patterns, strict=False):
+        slot.pattern, slot.type = pattern.encode(), type_id
+    params.tt_overrides = ctypes.cast(patterns, ctypes.POINTER(llama_cpp.llama_model_tensor_override))
+    params.pure = given.pure
+    if given.token_embedding is not None:
+        params.token_embedding_type = given.token_embedding
+    if given.output is not None:
+        params.output_tensor_type = given.output
     log: list[str] = []
     collect = llama_cpp.llama_log_callback(lambda level, text, _: log.append(text.decode()))
     llama_cpp.llama_log_set(collect, None)
