@@ -170,6 +170,10 @@ class ErrorTable(BaseModel):
         """The same rows, priced by a method whose prices it holds, or in closed form."""
         return self._copy(priced_by=method)
 
+    def with_rows(self, rows: Iterable[ErrorRow]) -> "ErrorTable":
+        """Other rows of the same tensors, priced the same way."""
+        return self._with(self.types, rows)
+
     def _with(self, types: tuple[str, ...], rows: Iterable[ErrorRow]) -> "ErrorTable":
         return self._copy(types=types, rows=tuple(rows))
 

@@ -7,10 +7,10 @@ has E[g gᵀ] = F summed over the window (r = onehot(label) - p has E[r rᵀ] = 
     cost(tensor, type) = 1/2 mean over probes of <g, W - Wq>² / tokens of a window      nats per token
 
 with Wq the decoded blocks (AURA's form). Unlike the closed form it assumes nothing about how errors spread over
-channels and tokens; unlike it, each number is a mean of few squares: its standard error is about sqrt(2 / probes) of itself. The
-price of a tensor in a type is therefore the closed-form cost times one factor for each tensor, the geometric mean over
-types of probe over closed form; the errors of types are nearly independent directions, so that the factor is known
-better than any one cost.
+channels and tokens; unlike it, each number is a mean of few squares: its standard error is about sqrt(2 / probes) of
+itself. The price of a tensor in a type is therefore the closed-form cost times one factor for each tensor, the
+geometric mean over types of probe over closed form; the errors of types are nearly independent directions, so that the
+factor is known better than any one cost.
 
 The backward pass is streamed: from the last layer to the first, each runs again from its kept input, takes the
 gradients of its output for all probes, and leaves those of its input. Weight gradients of one layer are in memory at a

@@ -15,6 +15,7 @@ from dynquant.analysis.error_table import ErrorRow, ErrorTable
 from dynquant.architecture import layer_of, role_of
 from dynquant.codecs import decode
 from dynquant.codecs.encoder import Encoder
+from dynquant.encoded_store import EncodedStore
 from dynquant.importance import importance
 from dynquant.model import Model
 from dynquant.presets import is_quantizable
@@ -61,9 +62,12 @@ def build_error_table(
     *,
     stats_hash: str,
     threads: int | None = None,
+    store: EncodedStore | None = None,
     progress: Progress | None = None,
 ) -> ErrorTable:
     """Measure every quantizable tensor in every type of `type_names` that its row length and statistics allow.
+
+    Blocks are taken from `store`, of the same encoder, and kept there; without one they are forgotten.
 
     Raises:
         StatsError: the statistics belong to another checkpoint.
@@ -76,7 +80,7 @@ def build_error_table(
     rows: list[ErrorRow] = []
     done = 0
     for info, found in candidates.items():
-        for row in _measure(model, stats, info, found, encoder, threads):
+        for row in _measure(model, stats, info, found, encoder, threads, store):
             rows.append(row)
             done += info.numel
             if progress:
@@ -114,6 +118,7 @@ def _measure(
     candidates: Mapping[QuantType, tuple[str, ...]],
     encoder: Encoder,
     threads: int | None,
+    store: EncodedStore | None,
 ) -> Iterator[ErrorRow]:
     columns = info.shape[-1]
     scale = importance(stats, info.name, info.shape)  # [E or 1, C] or None
@@ -123,7 +128,11 @@ def _measure(
         group_scale = None if scale is None else (scale[0] if len(scale) == 1 else scale[experts])
         samples = _samples(inputs, experts, columns)
         for candidate in candidates:
-            packed = encoder.encode(candidate, weights, group_scale, threads=threads, name=info.name)
+            if store is None:
+                packed = encoder.encode(candidate, weights, group_scale, threads=threads, name=info.name)
+            else:
+                whole = store.packed(info.name, candidate.name)
+                packed = whole[experts] if whole.ndim == 3 else whole.unsqueeze(0)
             decoded = decode(candidate, packed, tuple(weights.shape))
             ones = torch.ones(len(weights), columns)
             weighting = ones if group_scale is None else group_scale.expand(len(weights), columns)

@@ -12,7 +12,10 @@ type,
     price(t) = price(T) + r (c(t) - c(T)),   r = measured change / change of c in the group's step
 
 with one r for types above T and one for those below; each leans on the mean r of its direction in the measure of its
-noise. price(T) shares the plan's measured KL out in proportion to c(T), so that prices sum to that KL at the plan.
+noise. price(T) shares the plan's measured KL out in proportion to c(T), so that prices sum to that KL at the plan. The
+prices hold near the plan: taken at their word far away they overshoot (on textbook-moe-16m a plan made so was worse
+than the one it started from), so `refine` moves every tensor by at most one step, measures again, and stops when the
+KL of the text no longer falls.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,10 +31,11 @@ from dynquant.allocate import Option, lower_hull
 from dynquant.analysis.error_table import ErrorTable, Price
 from dynquant.architecture import layer_of, role_of
 from dynquant.eval_statistics import block_sums
-from dynquant.rendered_model import RenderedModel
+from dynquant.rendered_model import RenderedModel, ScoredText
 
 Progress = Callable[[str, int, int], None]
 
+METHOD = "unit-kl"
 _SPREAD = 0.5
 """How far a group's r is expected to lie from the mean one, as a share of it."""
 _LEAST = 0.1
@@ -73,24 +77,63 @@ def group_of(name: str) -> str:
     return f"blk.{layer}.{part}"
 
 
+def refine(
+    rendered: RenderedModel,
+    text: ScoredText,
+    table: ErrorTable,
+    choose: Callable[[ErrorTable], dict[str, str]],
+    *,
+    rounds: int,
+    progress: Progress | None = None,
+) -> list[OperatingPoint]:
+    """Plans by unit KL, from the one that `choose` makes of the table's own costs; each is better on the text.
+
+    `choose` gives the stored type of every tensor for a table; it must accept tables with few types a tensor. The last
+    point has no steps when the rounds ran out before the KL stopped falling.
+    """
+    points: list[OperatingPoint] = []
+    types = choose(table)
+    for _ in range(rounds):
+        point = measure_steps(rendered, text, table, types, progress=progress)
+        if points and point.kl >= points[-1].kl:
+            return points
+        points.append(point)
+        nearby = _within_a_step(table, types)
+        types = choose(nearby.with_prices(METHOD, prices_from(nearby, point)))
+    rendered.install(types)
+    divergences, _ = text.score()
+    if float(divergences.mean()) < points[-1].kl:
+        points.append(OperatingPoint(types, float(divergences.mean()), ()))
+    return points
+
+
 def measure_steps(
-    rendered: RenderedModel, table: ErrorTable, types: Mapping[str, str], *, progress: Progress | None = None
+    rendered: RenderedModel,
+    text: ScoredText,
+    table: ErrorTable,
+    types: Mapping[str, str],
+    *,
+    progress: Progress | None = None,
 ) -> OperatingPoint:
     """Install a plan (stored type of every tensor in the table) and measure every group's step up and down."""
     rendered.install(types)
-    plain, _ = rendered.score()
+    plain, _ = text.score()
     wanted = [(group, direction, changes) for group, by in _steps(table, types).items() for direction, changes in by]
     steps = []
     for index, (group, direction, changes) in enumerate(wanted):
-        moved = rendered.divergences_with({name: to for name, (_, to) in changes.items()})
-        change, error = _paired(moved.numpy() - plain.numpy(), rendered.window_lengths)
+        moved = text.divergences_with({name: to for name, (_, to) in changes.items()})
+        change, error = _paired(moved.numpy() - plain.numpy(), text.window_lengths)
+        predicted = sum(_cost(table, name, to) - _cost(table, name, old) for name, (old, to) in changes.items())
         steps.append(
             UnitStep(
-                group=group, direction=direction, types=changes, kl_change=change, kl_change_se=error,
-                predicted_change=sum(_cost(table, name, to) - _cost(table, name, old)
-                                     for name, (old, to) in changes.items()),
+                group=group,
+                direction=direction,
+                types=changes,
+                kl_change=change,
+                kl_change_se=error,
+                predicted_change=predicted,
             )
-        )  # fmt: skip
+        )
         if progress:
             progress("measuring unit KL", index + 1, len(wanted))
     return OperatingPoint(dict(types), float(plain.mean()), tuple(steps))
@@ -114,22 +157,27 @@ def prices_from(table: ErrorTable, point: OperatingPoint) -> dict[str, dict[str,
 
 def _steps(table: ErrorTable, types: Mapping[str, str]) -> dict[str, list[tuple[str, dict[str, tuple[str, str]]]]]:
     """Group -> its steps: each direction with the tensors that can move, and from and to which type."""
-    ups: dict[str, dict[str, tuple[str, str]]] = {}
-    downs: dict[str, dict[str, tuple[str, str]]] = {}
-    for name, rows in table.tensors().items():
-        hull = lower_hull([Option(row.bytes, table.cost(row), row.type) for row in rows.values()])
-        here = rows[types[name]].bytes
-        larger = [option.type for option in hull if option.bytes > here]
-        smaller = [option.type for option in hull if option.bytes < here]
-        if larger:
-            ups.setdefault(group_of(name), {})[name] = (types[name], larger[0])
-        if smaller:
-            downs.setdefault(group_of(name), {})[name] = (types[name], smaller[-1])
-    groups = dict.fromkeys(group_of(name) for name in table.tensors())
-    return {
-        group: [(direction, found[group]) for direction, found in (("up", ups), ("down", downs)) if group in found]
-        for group in groups
-    }
+    found: dict[str, dict[str, dict[str, tuple[str, str]]]] = {}
+    for name, type_name in types.items():
+        for direction, to in _neighbours(table, name, type_name).items():
+            found.setdefault(group_of(name), {}).setdefault(direction, {})[name] = (type_name, to)
+    return {group: sorted(by_direction.items(), reverse=True) for group, by_direction in found.items()}
+
+
+def _neighbours(table: ErrorTable, name: str, type_name: str) -> dict[str, str]:
+    """The next more precise type (`up`) and the next smaller one (`down`) on the hull of a tensor's costs."""
+    rows = table.tensors()[name]
+    hull = lower_hull([Option(row.bytes, table.cost(row), row.type) for row in rows.values()])
+    here = rows[type_name].bytes
+    larger = [option.type for option in hull if option.bytes > here]
+    smaller = [option.type for option in hull if option.bytes < here]
+    return ({"up": larger[0]} if larger else {}) | ({"down": smaller[-1]} if smaller else {})
+
+
+def _within_a_step(table: ErrorTable, types: Mapping[str, str]) -> ErrorTable:
+    """Only the rows that every tensor can reach in one step."""
+    near = {name: {here, *_neighbours(table, name, here).values()} for name, here in types.items()}
+    return table.with_rows(row for row in table.rows if row.type in near[row.name])
 
 
 def _cost(table: ErrorTable, name: str, type_name: str) -> float:

@@ -143,6 +143,24 @@ def plan(
     encoder: EncoderOpt = "ggml",
     threads: ThreadsOpt = None,
     base_gguf: BaseGgufOpt = None,
+    sensitivity: Annotated[
+        str | None,
+        typer.Option(
+            help="How tensors are priced: closed-form (seconds to minutes), fisher-probe (backward passes against the "
+            "very bytes that would ship; much better at low bits), unit-kl (also steps from the plan, measured end to "
+            "end). Several: as fisher-probe,unit-kl. Default: closed-form, and fisher-probe with --select."
+        ),
+    ] = None,
+    select: Annotated[
+        bool, typer.Option(help="Render several plans and take the one with the lowest KL on text kept apart.")
+    ] = False,
+    selection_text: Annotated[
+        Path | None, typer.Option(help="Text to select on. Default: what calibration left of its text.")
+    ] = None,
+    probes: Annotated[int, typer.Option(help="Windows of 256 tokens for the Fisher probe.")] = 32,
+    check_plans: Annotated[
+        int, typer.Option(help="Also draw this many plans and correlate their predicted and measured KL.")
+    ] = 0,
     report: Annotated[bool, typer.Option(help="Draw plots and write report.html.")] = True,
     config_only: Annotated[
         Path | None, typer.Option(help="Directory with config.json: sizes a preset or recipe.")
@@ -159,6 +177,7 @@ def plan(
     Example: dynquant plan ./model --like published-IQ1_S.gguf -o plan/
     """
     from dynquant import workflow
+    from dynquant.plan_search import SearchOptions
 
     target = workflow.Target(
         preset=preset, bpw=bpw, size=size, like=like, patterns=recipe, types=_split(types), floors=floors
@@ -178,6 +197,10 @@ def plan(
         made = workflow.plan(
             model, target, options, output,
             stats_path=stats, encoder=encoder, threads=threads, base_gguf=base_gguf, report=report,
+            search=SearchOptions(
+                methods=_split(sensitivity) or (("closed-form", "fisher-probe") if select else ("closed-form",)),
+                select=select, text=selection_text, probes=probes, check_plans=check_plans,
+            ),
         )  # fmt: skip
         show = partial(workflow.print_plan, directory=output)
     if as_json:

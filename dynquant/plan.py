@@ -62,6 +62,11 @@ class Plan(BaseModel):
     objective: str = "fixed recipe"
     """What the types were chosen to minimise (`ErrorTable.cost_name`)."""
     types: tuple[str, ...] = ()
+    predicted_kl: float | None = None
+    """KL to the original in nats per token as the prices add up; None for a fixed recipe."""
+    predicted_kl_se: float | None = None
+    selected_kl: float | None = None
+    """KL on the selection text, rendered; None when nothing was selected."""
     predicted_bytes: int
     entries: tuple[PlanEntry, ...]
 

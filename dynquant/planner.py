@@ -75,8 +75,7 @@ def plan_types(
         PlanError: the budget is below the smallest or above the largest possible size; both are named.
     """
     exceptions = _exceptions(table, rules) if rules.floors else {}
-    everything = _options(table, {})
-    smallest, largest = fixed_bytes + smallest_total(everything), fixed_bytes + largest_total(everything)
+    smallest, largest = size_range(table, fixed_bytes)
     if budget is None:
         return _explain(table, _draft(table, exceptions, 0, fixed_bytes, None, largest), exceptions)
     if budget < smallest:
@@ -86,6 +85,12 @@ def plan_types(
     levels = range(len(LEVELS)) if rules.floors else (len(LEVELS) - 1,)
     drafts = (_draft(table, exceptions, level, fixed_bytes, budget, largest) for level in levels)
     return _explain(table, _worth_its_floors([draft for draft in drafts if draft], table), exceptions)
+
+
+def size_range(table: ErrorTable, fixed_bytes: int) -> tuple[int, int]:
+    """Bytes of the smallest and of the largest possible file."""
+    everything = _options(table, {})
+    return fixed_bytes + smallest_total(everything), fixed_bytes + largest_total(everything)
 
 
 def _draft(

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,10 +17,13 @@ from dynquant.analysis.error_table import ErrorTable
 from dynquant.analysis.measure_errors import build_error_table, file_hash
 from dynquant.analysis.sensitivity import output_sensitivity
 from dynquant.analysis.super_weights import SuperWeight, find_super_weights
+from dynquant.analysis.unit_kl import METHOD as UNIT_KL
 from dynquant.calibration import Hessians
 from dynquant.checkpoint import open_model
 from dynquant.devices import chosen_device
+from dynquant.encoded_store import EncodedStore
 from dynquant.errors import CheckpointError, PlanError
+from dynquant.exporters.gguf_header import padded
 from dynquant.importance import coverage_report
 from dynquant.model import Model
 from dynquant.plan import Plan, write_atomically
@@ -34,11 +37,13 @@ from dynquant.plan_report import (
     rules_of,
     write_report,
 )
-from dynquant.planner import plan_types
+from dynquant.plan_search import SearchOptions, Selection
+from dynquant.planner import plan_types, size_range
 from dynquant.presets import preset_types
 from dynquant.quant_types import quant_type
 from dynquant.quantize import load_encoder
 from dynquant.recipe_parser import recipe_types
+from dynquant.search_stage import SELECTION_NAME, encoded_store, search_plans
 from dynquant.second_moments import path_beside
 from dynquant.statistics import CalibrationStats
 from dynquant.type_lists import like_types
@@ -241,12 +246,14 @@ def _measure(
     output: Path,
     encoder: str,
     threads: int | None,
+    store: EncodedStore | None = None,
 ) -> ErrorTable:
     names = [quant_type(name).name for name in types]
     with console.stage_progress() as progress:
         table = build_error_table(
-            model, stats, names, load_encoder(encoder), stats_hash=stats_hash, threads=threads, progress=progress
-        )
+            model, stats, names, load_encoder(encoder), stats_hash=stats_hash, threads=threads, store=store,
+            progress=progress,
+        )  # fmt: skip
     output.parent.mkdir(parents=True, exist_ok=True)
     table.save(output)
     return table
@@ -262,21 +269,34 @@ def plan(
     encoder: str = "ggml",
     threads: int | None = None,
     base_gguf: Path | None = None,
+    search: SearchOptions | None = None,
     report: bool = True,
 ) -> Plan:
-    """Write stats.safetensors, errors.json, plan.json, plots and report.html into `directory`."""
+    """Write stats.safetensors, errors.json, plan.json, plots and report.html into `directory`.
+
+    `search` prices and selects by running the model; None, or a target with fixed types, leaves the closed form.
+    """
     model = open_and_announce(path, base_gguf)
     fixed_types = _fixed_types(target, model)
     types = _candidates(target, fixed_types)
     stats, stats_hash = _stats_of(model, options, directory, stats_path)
-    table = _table_of(model, stats, stats_hash, types, directory, encoder, threads)
+    searches = search is not None and search.runs_model and fixed_types is None
+    store = encoded_store(model, stats, stats_hash, directory, encoder, threads) if searches else None
+    table = _table_of(model, stats, stats_hash, types, directory, encoder, threads, store)
     supers, table = _probe(model, stats, table, options, directory)
-    context = {"recipe": target.recipe, "stats": stats, "stats_hash": stats_hash}
-    fixed = fixed_bytes(model, table.tensors(), **context)
-    allowed = table.restricted_to([name.upper() for name in target.types]) if target.types else table
-    weights = sum(model.source.info(name).numel for name in model.source.names())
-    rules = rules_of(supers, stats, floors=target.floors)
-    chosen = fixed_types or plan_types(allowed, target.budget(weights), rules, fixed_bytes=fixed)
+    chooser = _Chooser(model, target, stats, stats_hash, table, supers)
+    selection = None
+    if search is not None and store is not None:
+        table, selection = search_plans(
+            model, stats, chooser.allowed(table), store, search, chooser, chooser.file_bytes,
+            text=options.text, seed=options.seed, device=options.device,
+        )  # fmt: skip
+        table.save(directory / ERRORS_NAME)
+        selection.save(directory / SELECTION_NAME)
+        chosen = chooser.explained(selection.winner.types)
+    else:
+        (directory / SELECTION_NAME).unlink(missing_ok=True)
+        chosen = fixed_types or chooser.explained(chooser(table))
     made = plan_from_types(
         model,
         chosen,
@@ -284,14 +304,81 @@ def plan(
         candidates=table.types,
         weighted_errors={(row.name, row.type): row.weighted_error for row in table.rows},
         exact=target.preset is None,
-        **context,
+        **chooser.context,
     )
     if fixed_types is None:
-        made = made.model_copy(update={"objective": table.cost_name})
+        made = made.model_copy(
+            update=_promise(table, {name: wanted for name, (wanted, _) in chosen.items()}, selection)
+        )
     made.save(directory / PLAN_NAME)
     if report:
         write_report(model, made, table, stats, supers, directory)
     return made
+
+
+class _Chooser:
+    """Types at the target's budget for any pricing of a table, with the reason of each kept."""
+
+    def __init__(
+        self,
+        model: Model,
+        target: Target,
+        stats: CalibrationStats,
+        stats_hash: str,
+        table: ErrorTable,
+        supers: Sequence[SuperWeight],
+    ) -> None:
+        self.context = {"recipe": target.recipe, "stats": stats, "stats_hash": stats_hash}
+        self._model, self._target = model, target
+        self._fixed = fixed_bytes(model, table.tensors(), **self.context)
+        self._rules = {floors: rules_of(supers, stats, floors=floors) for floors in (True, False)}
+        self._reasons: dict[tuple[tuple[str, str], ...], dict[str, tuple[str, str]]] = {}
+
+    def allowed(self, table: ErrorTable) -> ErrorTable:
+        """The rows of the candidate types that were asked for."""
+        types = self._target.types
+        return table.restricted_to([name.upper() for name in types]) if types else table
+
+    def __call__(self, table: ErrorTable, *, floors: bool = True, scale: float = 1.0) -> dict[str, str]:
+        weights = sum(self._model.source.info(name).numel for name in self._model.source.names())
+        budget = self._target.budget(weights)
+        allowed = self.allowed(table)
+        if budget is not None and scale != 1.0:
+            smallest, largest = size_range(allowed, self._fixed)
+            budget = max(smallest, min(largest, int(scale * budget)))
+        rules = self._rules[floors and self._target.floors]
+        found = plan_types(allowed, budget, rules, fixed_bytes=self._fixed)
+        types = {name: type_name for name, (type_name, _) in found.items()}
+        self._reasons[tuple(sorted(types.items()))] = found
+        return types
+
+    def explained(self, types: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+        """Types that were chosen before, with their reasons."""
+        return self._reasons[tuple(sorted(types.items()))]
+
+    def file_bytes(self, types: Mapping[str, str]) -> int:
+        """Bytes of the whole file."""
+        shapes = {name: self._model.source.info(name).shape for name in types}
+        return self._fixed + sum(padded(quant_type(types[name]).tensor_bytes(shape)) for name, shape in shapes.items())
+
+
+def _promise(table: ErrorTable, types: Mapping[str, str], selection: Selection | None) -> dict[str, object]:
+    """What a plan states about itself: its objective, the KL that was predicted, and the one that was measured."""
+    if selection is not None:
+        winner = selection.winner
+        predicted, error, measured = winner.predicted_kl, winner.predicted_kl_se, winner.kl
+        if selection.fit is not None and not winner.label.startswith(UNIT_KL):
+            predicted, error = selection.fit.predicted(predicted)
+    else:
+        rows = [row for name, wanted in types.items() if (row := table.row(name, wanted)) is not None]
+        predicted, measured = sum(table.cost(row) for row in rows), None
+        error = sum(table.cost_se(row) ** 2 for row in rows) ** 0.5
+    return {
+        "objective": table.cost_name,
+        "predicted_kl": predicted if table.sensitivity else None,
+        "predicted_kl_se": error if table.sensitivity else None,
+        "selected_kl": measured.value if measured else None,
+    }
 
 
 def plan_from_config(directory: Path, target: Target) -> Plan:
@@ -380,6 +467,7 @@ def _table_of(
     directory: Path,
     encoder: str,
     threads: int | None,
+    store: EncodedStore | None,
 ) -> ErrorTable:
     """The error table in the directory, extended by types that it lacks; measured anew when the statistics changed."""
     path = directory / ERRORS_NAME
@@ -389,11 +477,11 @@ def _table_of(
         encoder,
         model.fingerprint,
     ):
-        return _measure(model, stats, stats_hash, types, path, encoder, threads)
+        return _measure(model, stats, stats_hash, types, path, encoder, threads, store)
     missing = [name for name in types if name not in known.types]
     console.note(f"reusing {path}" + (f", adding {', '.join(missing)}" if missing else ""))
     if missing:
-        added = _measure(model, stats, stats_hash, missing, path, encoder, threads)
+        added = _measure(model, stats, stats_hash, missing, path, encoder, threads, store)
         known = known.extended_by(added)
         known.save(path)
     return known
@@ -431,6 +519,10 @@ def print_plan(plan: Plan, directory: Path) -> None:
     fallbacks = [e for e in plan.entries if e.wanted_type]
     if fallbacks:
         console.out.print(f"  {len(fallbacks)} tensors took another type because of their row length (see the plan)")
+    if plan.predicted_kl is not None:
+        error = f" ± {plan.predicted_kl_se:.4f}" if plan.predicted_kl_se else ""
+        measured = "" if plan.selected_kl is None else f", measured {plan.selected_kl:.4f}"
+        console.out.print(f"  KL to the original, nats per token: predicted {plan.predicted_kl:.4f}{error}{measured}")
     console.out.print(
         f"{console.human_bytes(plan.predicted_bytes)} ({plan.predicted_bytes:,} bytes), "
         f"{plan.bits_per_weight:.3f} bits per weight. Plan: {directory / PLAN_NAME}"

@@ -1,0 +1,287 @@
+"""Plans priced by running the model, and the choice among them by the KL on text that no price has seen.
+
+Surrogate costs propose, held-out KL selects (PrismaQuant's rule): each method of pricing gives candidates at the same
+budget, with and without floors; all are rendered from blocks that are encoded once, and scored on windows of the
+calibration source behind those that calibration used, or on a text of the user's. `check` draws plans around the chosen
+one and says how well predicted and measured KL agree.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import exp, log, sqrt
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dynquant.analysis.error_table import CLOSED_FORM, ErrorTable, Price
+from dynquant.analysis.fisher_probe import fisher_probe, probe_prices
+from dynquant.analysis.unit_kl import METHOD as UNIT_KL
+from dynquant.analysis.unit_kl import prices_from, refine
+from dynquant.encoded_store import EncodedStore
+from dynquant.errors import PlanError
+from dynquant.eval_statistics import Estimate, bootstrap_mean
+from dynquant.plan import write_atomically
+from dynquant.rendered_model import RenderedModel, ScoredText
+
+FISHER = "fisher-probe"
+METHODS = (CLOSED_FORM, FISHER, UNIT_KL)
+
+Progress = Callable[[str, int, int], None]
+
+
+class Choose(Protocol):
+    """Gives the stored type of every tensor for a table, at `scale` times the budget where that is possible."""
+
+    def __call__(self, table: ErrorTable, *, floors: bool = True, scale: float = 1.0) -> dict[str, str]: ...
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How to price and select. Tokens are of the calibration source; a probe is one window of `probe_window` tokens."""
+
+    methods: tuple[str, ...] = (CLOSED_FORM,)
+    select: bool = False
+    text: Path | None = None
+    """Text to select on; None for calibration text behind the windows that calibration used."""
+    probes: int = 32
+    probe_window: int = 256
+    unit_tokens: int = 2048
+    rounds: int = 2
+    selection_tokens: int = 4096
+    check_plans: int = 0
+
+    def __post_init__(self) -> None:
+        for method in self.methods:
+            if method not in METHODS:
+                raise PlanError(f"There is no sensitivity `{method}`; give any of {', '.join(METHODS)}.")
+        if self.check_plans and self.check_plans < 5:
+            raise PlanError(f"--check-plans {self.check_plans} is too few for a rank correlation; give 5 or more.")
+
+    @property
+    def runs_model(self) -> bool:
+        """Whether anything but the closed form is asked for."""
+        return self.select or self.check_plans > 0 or set(self.methods) != {CLOSED_FORM}
+
+
+class Candidate(BaseModel):
+    """One plan: what it was predicted to cost, and what it costs on the selection text."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    label: str
+    bytes: int
+    predicted_kl: float
+    predicted_kl_se: float
+    kl: Estimate | None = None
+    top1: Estimate | None = None
+    types: dict[str, str]
+    """Tensor -> stored type, of the tensors that have a choice."""
+
+
+class Fit(BaseModel):
+    """log KL = intercept + slope log(sum of prices) + noise of standard deviation `residual`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    intercept: float
+    slope: float
+    residual: float
+
+    def predicted(self, total: float) -> tuple[float, float]:
+        """KL in nats per token for a plan whose prices add up to `total`, and its standard error."""
+        value = exp(self.intercept + self.slope * log(total))
+        return value, value * self.residual
+
+    @classmethod
+    def of(cls, totals: np.ndarray, measured: np.ndarray) -> "Fit":
+        """Least squares in logarithms; the residual has the degrees of freedom of two fitted numbers."""
+        slope, intercept = np.polyfit(np.log(totals), np.log(measured), 1)
+        errors = np.log(measured) - intercept - slope * np.log(totals)
+        residual = float(np.sqrt((errors**2).sum() / max(1, len(errors) - 2)))
+        return cls(intercept=float(intercept), slope=float(slope), residual=residual)
+
+
+class Selection(BaseModel):
+    """selection.json: every candidate with its score; `chosen` indexes the plan that was taken."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    text: str
+    num_tokens: int
+    candidates: tuple[Candidate, ...]
+    chosen: int
+    checked: tuple[Candidate, ...] = ()
+    """Plans drawn around the chosen one, to compare prediction and measurement."""
+    rank_correlation: Estimate | None = None
+    """Spearman's between predicted and measured KL of `checked`."""
+    fit: Fit | None = None
+    """From what prices add up to to the KL that is measured, fitted on `checked`."""
+
+    @property
+    def winner(self) -> Candidate:
+        return self.candidates[self.chosen]
+
+    def save(self, path: Path) -> None:
+        """Write selection.json, whole or not at all."""
+        write_atomically(path, self.model_dump_json(indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> "Selection | None":
+        """Read selection.json; None when nothing was selected.
+
+        Raises:
+            PlanError: the file is not a selection.
+        """
+        if not path.is_file():
+            return None
+        try:
+            return cls.model_validate_json(path.read_text())
+        except ValidationError as error:
+            raise PlanError(
+                f"{path} is not a selection of dynquant: {error.errors()[0]['msg']}. Plan again."
+            ) from error
+
+
+@dataclass(frozen=True)
+class PlanSearch:
+    """A model that can be rendered, its texts, and how to choose types and count bytes at the budget.
+
+    Args:
+        probe_windows: token ids [probes, window] for the Fisher probe.
+        unit_windows: token ids [n, window] for unit KL.
+        selection_windows: token ids [n, window] disjoint from all others; `selection_text` names them.
+        file_bytes: bytes of the whole file for the types of the tensors that have a choice.
+    """
+
+    hf_model: torch.nn.Module
+    store: EncodedStore
+    options: SearchOptions
+    choose: Choose
+    file_bytes: Callable[[Mapping[str, str]], int]
+    probe_windows: torch.Tensor
+    unit_windows: torch.Tensor
+    selection_windows: torch.Tensor
+    selection_text: str
+    seed: int = 0
+    progress: Progress | None = None
+
+    def run(self, table: ErrorTable) -> tuple[ErrorTable, Selection]:
+        """The table with all prices that were asked for, priced by the winner's, and the selection.
+
+        Raises:
+            CheckpointError: the original is not a Hugging Face checkpoint.
+            StatsError: the model's decoder layers cannot be found.
+        """
+        if FISHER in self.options.methods and FISHER not in table.prices:
+            costs = fisher_probe(
+                self.hf_model, self.store, table, self.probe_windows, seed=self.seed, progress=self.progress
+            )
+            table = table.with_prices(FISHER, probe_prices(table, costs))
+        base = table.priced(FISHER if FISHER in table.prices else CLOSED_FORM)
+        rendered = RenderedModel(self.hf_model, self.store)
+        selection_text = ScoredText(rendered, self.selection_windows)
+        unit_text = ScoredText(rendered, self.unit_windows) if UNIT_KL in self.options.methods else None
+        found = [
+            self._candidate(priced, floors, table.priced(priced))
+            for priced in (CLOSED_FORM, FISHER)
+            if priced == CLOSED_FORM or priced in table.prices
+            for floors in (True, False)
+        ]
+        if unit_text is not None:
+            points = refine(rendered, unit_text, base, self.choose, rounds=self.options.rounds, progress=self.progress)
+            for point in points:
+                if point.steps:
+                    table = table.with_prices(UNIT_KL, prices_from(base, point))
+            found += [
+                self._priced(f"{UNIT_KL}, round {number}", point.types, table.priced(UNIT_KL))
+                for number, point in enumerate(points[1:], start=1)
+            ]
+        found = list({tuple(sorted(one.types.items())): one for one in reversed(found)}.values())[::-1]
+        scored = self._scored(rendered, selection_text, found, "selecting by KL") if self.options.select else found
+        chosen = self._best(scored)
+        table = table.priced(_method_of(scored[chosen].label))
+        checked = self._scored(rendered, selection_text, self._drawn(base), "checking predictions")
+        pairs = np.array([(one.predicted_kl, one.kl.value) for one in checked if one.kl])
+        return table, Selection(
+            text=self.selection_text,
+            num_tokens=selection_text.num_tokens,
+            candidates=tuple(scored),
+            chosen=chosen,
+            checked=tuple(checked),
+            rank_correlation=_spearman(pairs) if checked else None,
+            fit=Fit.of(*pairs.T) if checked else None,
+        )
+
+    def _best(self, candidates: list[Candidate]) -> int:
+        """The lowest KL; without selection, the last method that was asked for, with floors."""
+        if self.options.select:
+            return min(range(len(candidates)), key=lambda i: candidates[i].kl.value)  # type: ignore[union-attr]
+        wanted = [method for method in METHODS if method in self.options.methods][-1]
+        of_method = [i for i, one in enumerate(candidates) if _method_of(one.label) == wanted]
+        if not of_method:
+            return len(candidates) - 1
+        return of_method[-1] if wanted == UNIT_KL else of_method[0]
+
+    def _candidate(self, method: str, floors: bool, table: ErrorTable) -> Candidate:
+        return self._priced(method if floors else f"{method}, no floors", self.choose(table, floors=floors), table)
+
+    def _priced(self, label: str, types: Mapping[str, str], table: ErrorTable) -> Candidate:
+        rows = [table.tensors()[name][type_name] for name, type_name in types.items()]
+        return Candidate(
+            label=label,
+            bytes=self.file_bytes(types),
+            predicted_kl=sum(table.cost(row) for row in rows),
+            predicted_kl_se=sqrt(sum(table.cost_se(row) ** 2 for row in rows)),
+            types=dict(types),
+        )
+
+    def _scored(
+        self, rendered: RenderedModel, text: ScoredText, candidates: list[Candidate], stage: str
+    ) -> list[Candidate]:
+        scored = []
+        for candidate in candidates:
+            rendered.install(candidate.types)
+            divergences, agreements = text.score()
+            scored.append(
+                candidate.model_copy(
+                    update={
+                        "kl": bootstrap_mean(divergences.numpy(), text.window_lengths),
+                        "top1": bootstrap_mean(agreements.numpy(), text.window_lengths),
+                    }
+                )
+            )
+            if self.progress:
+                self.progress(stage, len(scored), len(candidates))
+        return scored
+
+    def _drawn(self, table: ErrorTable) -> list[Candidate]:
+        """Plans around the frontier: each tensor's prices are shaken by a factor of about 2, sizes by up to 10 %."""
+        random = np.random.default_rng(self.seed)
+        drawn = []
+        for number in range(self.options.check_plans):
+            factors = {name: float(np.exp(random.normal(0, 0.7))) for name in table.tensors()}
+            shaken = {
+                name: {row.type: Price(kl=factors[name] * table.cost(row), se=0.0) for row in rows.values()}
+                for name, rows in table.tensors().items()
+            }
+            scale = float(random.uniform(0.9, 1.1))
+            types = self.choose(table.with_prices("shaken", shaken), floors=False, scale=scale)
+            drawn.append(self._priced(f"drawn {number + 1}", types, table))
+        return drawn
+
+
+def _method_of(label: str) -> str:
+    return label.split(",")[0]
+
+
+def _spearman(pairs: np.ndarray, *, resamples: int = 2000) -> Estimate:
+    """Rank correlation of predicted and measured KL, [plans, 2], with a 95 % bootstrap interval over plans."""
+    from scipy.stats import spearmanr
+
+    picks = np.random.default_rng(0).integers(0, len(pairs), (resamples, len(pairs)))
+    values = [spearmanr(*pairs[pick].T).statistic for pick in picks if len(set(pick.tolist())) > 2]
+    low, high = np.nanquantile(values, [0.025, 0.975])
+    return Estimate(value=float(spearmanr(*pairs.T).statistic), low=float(low), high=float(high))

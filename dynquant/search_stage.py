@@ -1,0 +1,91 @@
+"""The stage of `plan` that runs the model: what a `PlanSearch` needs, from a model on disk and its calibration."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from dynquant import console
+from dynquant.analysis.error_table import ErrorTable
+from dynquant.calibration_text import pack_windows, read_text
+from dynquant.devices import chosen_device
+from dynquant.encoded_store import EncodedStore, store_directory
+from dynquant.errors import StatsError
+from dynquant.hf_loading import load_hf, load_tokenizer
+from dynquant.importance import importance
+from dynquant.model import Model
+from dynquant.plan_search import Choose, PlanSearch, SearchOptions, Selection
+from dynquant.quantize import Guidance, load_encoder
+from dynquant.second_moments import SecondMoments, hessian, path_beside
+from dynquant.statistics import CalibrationStats
+
+SELECTION_NAME, ENCODED_NAME = "selection.json", "encoded"
+
+
+def encoded_store(
+    model: Model, stats: CalibrationStats, stats_hash: str, directory: Path, encoder_name: str, threads: int | None
+) -> EncodedStore:
+    """Blocks of this model beside the plan, encoded as `export` will."""
+    encoder = load_encoder(encoder_name)
+    moments_path = path_beside(directory / "stats.safetensors")
+    moments = SecondMoments.load(moments_path) if encoder.uses_hessians and moments_path.is_file() else None
+    guidance = Guidance(
+        importance=partial(importance, stats), hessian=None if moments is None else partial(hessian, moments, stats)
+    )
+    parent = store_directory(directory / ENCODED_NAME, model, stats_hash, encoder)
+    return EncodedStore(model, guidance, encoder, parent, threads)
+
+
+def search_plans(
+    model: Model,
+    stats: CalibrationStats,
+    table: ErrorTable,
+    store: EncodedStore,
+    options: SearchOptions,
+    choose: Choose,
+    file_bytes: Callable[[Mapping[str, str]], int],
+    *,
+    text: str | None,
+    seed: int,
+    device: str | None,
+) -> tuple[ErrorTable, Selection]:
+    """Price, propose and select; `text` is the calibration source, None for the built-in one.
+
+    Raises:
+        StatsError: too little text is left to select on.
+        CheckpointError: transformers cannot run the model, or it is a GGUF file.
+    """
+    tokenizer = load_tokenizer(model)
+    used, window = stats.provenance.max_tokens or 0, stats.provenance.window or 512
+    wanted = used + window + options.selection_tokens
+    documents = read_text(text, tokenizer=tokenizer, seed=seed, max_tokens=wanted)
+    windows = pack_windows(documents, tokenizer, window=window, max_tokens=wanted)
+    calibrated = windows[: max(1, used // window)]
+    if options.text is not None:
+        name = options.text.name
+        other = read_text(options.text, tokenizer=tokenizer, seed=seed, max_tokens=options.selection_tokens)
+        selection = pack_windows(other, tokenizer, window=window, max_tokens=options.selection_tokens)
+    else:
+        name = f"{documents.name}, behind the calibrated tokens"
+        selection = windows[used // window + 1 :]
+    if options.select and selection.numel() < min(options.selection_tokens, 4 * window):
+        raise StatsError(
+            f"{documents.name} has {selection.numel():,} tokens left behind the {used:,} that calibration used; "
+            f"selection wants {options.selection_tokens:,}. Give --selection-text FILE, a longer text or less --tokens."
+        )
+    hf_model = load_hf(model, dtype=torch.float32, device=chosen_device(device))
+    with console.stage_progress() as progress:
+        return PlanSearch(
+            hf_model=hf_model, store=store, options=options, choose=choose, file_bytes=file_bytes,
+            probe_windows=_cut(calibrated, options.probes, options.probe_window),
+            unit_windows=calibrated[: max(1, options.unit_tokens // window)],
+            selection_windows=selection if len(selection) else calibrated[:1],
+            selection_text=name, seed=seed, progress=progress,
+        ).run(table)  # fmt: skip
+
+
+def _cut(windows: torch.Tensor, count: int, length: int) -> torch.Tensor:
+    """The beginnings of evenly spaced windows; [at most `count`, at most `length`]."""
+    step = max(1, len(windows) // count)
+    return windows[::step][:count, :length]
