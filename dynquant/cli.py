@@ -119,6 +119,19 @@ def plan(
     calibration: TextOpt = None,
     bpw: Annotated[float | None, typer.Option(help="Budget in bits per weight, of the whole file.")] = None,
     size: Annotated[str | None, typer.Option(help="Budget in bytes, or as 140GB, 31.5MB, 12GiB.")] = None,
+    fits: Annotated[
+        str | None,
+        typer.Option(help="Budget as device memory, as 24GB: less the KV cache and what else llama.cpp allocates."),
+    ] = None,
+    context: Annotated[int, typer.Option(help="Tokens of KV cache, with --fits.")] = 8192,
+    kv_type: Annotated[str, typer.Option(help="Type of the KV cache, with --fits: f16, q8_0 or q4_0.")] = "f16",
+    couple: Annotated[
+        str | None,
+        typer.Option(
+            help="Give the tensors that a runtime fuses in each layer one type: gate-up, qkv or both, as gate-up,qkv. "
+            "llama.cpp does not need it."
+        ),
+    ] = None,
     preset: PresetOpt = None,
     types: TypesOpt = None,
     floors: Annotated[bool, typer.Option(help="Keep all but routed experts at 4 bits or more.")] = True,
@@ -153,7 +166,10 @@ def plan(
     elif model is None:
         raise PlanError("Give a MODEL to plan, or --config-only DIR with --preset NAME.")
     else:
-        target = workflow.Target(preset=preset, bpw=bpw, size=size, types=_split(types), floors=floors)
+        target = workflow.Target(
+            preset=preset, bpw=bpw, size=size, types=_split(types), floors=floors,
+            fits=fits, context=context, kv_type=kv_type, couple=_split(couple) or (),
+        )  # fmt: skip
         options = workflow.CalibrationOptions(
             text=calibration, tokens=tokens, window=window, seed=seed,
             hessians=_hessians(hessians), hessian_memory=hessian_memory, device=device,

@@ -21,6 +21,7 @@ from dynquant.checkpoint import open_model
 from dynquant.devices import chosen_device
 from dynquant.errors import CheckpointError, PlanError
 from dynquant.importance import coverage_report
+from dynquant.memory_budget import MemoryBudget, check_cache, memory_budget
 from dynquant.model import Model
 from dynquant.plan import Plan, write_atomically
 from dynquant.plan_building import fixed_bytes, plan_from_types
@@ -33,7 +34,7 @@ from dynquant.plan_report import (
     rules_of,
     write_report,
 )
-from dynquant.planner import plan_types
+from dynquant.planner import check_couplings, coupled_tensors, plan_types, size_range
 from dynquant.presets import preset_types
 from dynquant.quant_types import quant_type
 from dynquant.quantize import load_encoder
@@ -64,20 +65,32 @@ class CalibrationOptions:
 
 @dataclass(frozen=True)
 class Target:
-    """What the plan should reach: at most one of preset, bits per weight and size."""
+    """What the plan should reach: at most one of preset, bits per weight, size and memory to fit in."""
 
     preset: str | None = None
     bpw: float | None = None
     size: str | None = None
     types: tuple[str, ...] | None = None
     floors: bool = True
+    fits: str | None = None
+    """Device memory that must hold the file, the KV cache of `context` tokens and llama.cpp's buffers."""
+    context: int = 8192
+    kv_type: str = "f16"
+    couple: tuple[str, ...] = ()
+    """Kinds of `planner.COUPLINGS`."""
 
     def __post_init__(self) -> None:
-        given = [name for name in ("preset", "bpw", "size") if getattr(self, name) is not None]
+        given = [name for name in ("preset", "bpw", "size", "fits") if getattr(self, name) is not None]
         if len(given) > 1:
             raise PlanError(
-                f"Give one of --preset, --bpw and --size, not {' and '.join('--' + name for name in given)}."
+                f"Give one of --preset, --bpw, --size and --fits, not {' and '.join('--' + name for name in given)}."
             )
+        check_couplings(self.couple)
+        if self.couple and self.preset is not None:
+            raise PlanError("--couple goes with a budget; a --preset has its own types.")
+        if self.fits is not None:
+            parse_size(self.fits)
+            check_cache(self.context, self.kv_type)
         if self.bpw is not None and not 0 < self.bpw <= 32:
             raise PlanError(f"--bpw {self.bpw} is not a number of bits per weight; give one between 1.6 and 16.")
         if self.size is not None:
@@ -86,11 +99,24 @@ class Target:
     @property
     def recipe(self) -> str:
         """The words under which plan and file record what was asked for."""
+        coupled = f", coupled {' '.join(self.couple)}" if self.couple else ""
         if self.preset:
             return f"preset {self.preset.lower()}"
         if self.bpw is not None:
-            return f"bpw {self.bpw:g}"
-        return f"size {parse_size(self.size)}" if self.size else "floors"
+            return f"bpw {self.bpw:g}{coupled}"
+        if self.fits is not None:
+            return f"fits {parse_size(self.fits)}, context {self.context}, KV {self.kv_type}{coupled}"
+        return (f"size {parse_size(self.size)}" if self.size else "floors") + coupled
+
+    def memory(self, model: Model) -> MemoryBudget | None:
+        """What `fits` leaves for the file, or None without it.
+
+        Raises:
+            PlanError: KV cache and buffers alone take more, or the cache type does not fit the model's heads.
+        """
+        if self.fits is None:
+            return None
+        return memory_budget(model, parse_size(self.fits), context=self.context, kv_type=self.kv_type)
 
     def budget(self, num_weights: int) -> int | None:
         """File bytes, or None for the planner's default."""
@@ -253,6 +279,7 @@ def plan(
     """Write stats.safetensors, errors.json, plan.json, plots and report.html into `directory`."""
     model = open_and_announce(path, base_gguf)
     preset = preset_types(target.preset, model) if target.preset else None
+    memory = target.memory(model)
     types = _candidates(target, preset)
     stats, stats_hash = _stats_of(model, options, directory, stats_path)
     table = _table_of(model, stats, stats_hash, types, directory, encoder, threads)
@@ -261,8 +288,11 @@ def plan(
     fixed = fixed_bytes(model, table.tensors(), **context)
     allowed = table.restricted_to([name.upper() for name in target.types]) if target.types else table
     weights = sum(model.source.info(name).numel for name in model.source.names())
-    rules = rules_of(supers, stats, floors=target.floors)
-    chosen = preset or plan_types(allowed, target.budget(weights), rules, fixed_bytes=fixed)
+    rules = rules_of(supers, stats, floors=target.floors, coupled=_coupled(target, allowed))
+    budget = target.budget(weights)
+    if memory is not None:
+        budget = memory.file_budget(*size_range(allowed, rules, fixed_bytes=fixed))
+    chosen = preset or plan_types(allowed, budget, rules, fixed_bytes=fixed)
     made = plan_from_types(
         model,
         chosen,
@@ -276,7 +306,16 @@ def plan(
     made.save(directory / PLAN_NAME)
     if report:
         write_report(model, made, table, stats, supers, directory)
+    if memory is not None:
+        console.note(memory.describe(made.predicted_bytes))
     return made
+
+
+def _coupled(target: Target, table: ErrorTable) -> tuple[tuple[str, ...], ...]:
+    for kind in target.couple:
+        if not coupled_tensors(table.tensors(), (kind,)):
+            console.note(f"--couple {kind}: this model has no such tensors")
+    return coupled_tensors(table.tensors(), target.couple)
 
 
 def plan_from_config(directory: Path, preset: str) -> Plan:

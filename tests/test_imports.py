@@ -27,7 +27,7 @@ RANKS = [
     ["moment_recorder"],
     ["calibration", "live_weights"],
     ["tuning"],
-    ["plan", "llama_presets", "presets", "allocate"],
+    ["plan", "llama_presets", "presets", "allocate", "memory_budget"],
     ["artifacts", "quantize"],
     ["exporters", "plan_building", "inspect_file"],
     ["analysis", "planner"],
