@@ -6,6 +6,7 @@ Each stage reuses its output file when that file was made from the same inputs, 
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -16,6 +17,7 @@ from dynquant.analysis.error_table import ErrorTable
 from dynquant.analysis.measure_errors import build_error_table, file_hash
 from dynquant.analysis.sensitivity import output_sensitivity
 from dynquant.analysis.super_weights import SuperWeight, find_super_weights
+from dynquant.architecture import Role
 from dynquant.calibration import Hessians
 from dynquant.checkpoint import open_model
 from dynquant.devices import chosen_device
@@ -35,7 +37,7 @@ from dynquant.plan_report import (
     write_report,
 )
 from dynquant.planner import check_couplings, coupled_tensors, plan_types, size_range
-from dynquant.presets import preset_types
+from dynquant.presets import R1_RECIPES, preset_types
 from dynquant.quant_types import quant_type
 from dynquant.quantize import load_encoder
 from dynquant.second_moments import path_beside
@@ -319,11 +321,25 @@ def _coupled(target: Target, table: ErrorTable) -> tuple[tuple[str, ...], ...]:
 
 
 def plan_from_config(directory: Path, preset: str) -> Plan:
-    """Size and types of a preset from config.json (and the tokenizer, if it is there); no weights are needed."""
+    """Size and types of a preset from config.json (and the tokenizer and index, if they are there), without weights.
+
+    The R1 recipes are sized as published, with MLA's `attn_kv_b` in one piece; what `export` makes of them today, with
+    that tensor split, is said beside it.
+    """
     from dynquant.families import open_config
 
-    model = open_config(directory)
-    return plan_from_types(model, preset_types(preset, model), recipe=Target(preset=preset).recipe)
+    def sized(model: Model) -> Plan:
+        return plan_from_types(model, preset_types(preset, model), recipe=Target(preset=preset).recipe)
+
+    made = sized(open_config(directory))
+    if preset.lower() not in R1_RECIPES or not any(entry.role == Role.MLA_K_B for entry in made.entries):
+        return made
+    console.note(
+        "attn_kv_b is counted in one piece, as in the published files. `export` splits it, as llama.cpp now does: "
+        f"{len(made.entries):,} tensors, {made.predicted_bytes / 2**30:.2f} GiB"
+    )
+    with warnings.catch_warnings(action="ignore"):
+        return sized(open_config(directory, whole_kv_b=True))
 
 
 def _candidates(target: Target, preset: dict[str, tuple[str, str]] | None) -> tuple[str, ...]:
