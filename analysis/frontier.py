@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from dynquant.analysis.error_table import ErrorTable
 from dynquant.exporters.gguf_header import padded
-from dynquant.planner import Rules, plan_types
+from dynquant.planner import Rules, plan_types, size_range
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,7 @@ def frontier(
     table: ErrorTable, rules: Rules, fixed_bytes: int, presets: Mapping[str, Mapping[str, str]], num_points: int = 24
 ) -> list[FrontierPoint]:
     """The planner at `num_points` budgets over its whole range of sizes, and every preset that can be priced."""
-    tensors = table.tensors().values()
-    low = fixed_bytes + sum(min(padded(row.bytes) for row in rows.values()) for rows in tensors)
-    high = fixed_bytes + sum(max(padded(row.bytes) for row in rows.values()) for rows in tensors)
+    low, high = size_range(table, rules, fixed_bytes=fixed_bytes)
     points = []
     for step in range(num_points):
         budget = int(low * (high / low) ** (step / (num_points - 1)))

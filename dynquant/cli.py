@@ -120,6 +120,19 @@ def plan(
     calibration: TextOpt = None,
     bpw: Annotated[float | None, typer.Option(help="Budget in bits per weight, of the whole file.")] = None,
     size: Annotated[str | None, typer.Option(help="Budget in bytes, or as 140GB, 31.5MB, 12GiB.")] = None,
+    fits: Annotated[
+        str | None,
+        typer.Option(help="Budget as device memory, as 24GB: less the KV cache and what else llama.cpp allocates."),
+    ] = None,
+    context: Annotated[int, typer.Option(help="Tokens of KV cache, with --fits.")] = 8192,
+    kv_type: Annotated[str, typer.Option(help="Type of the KV cache, with --fits: f16, q8_0 or q4_0.")] = "f16",
+    couple: Annotated[
+        str | None,
+        typer.Option(
+            help="Give the tensors that a runtime fuses in each layer one type: gate-up, qkv or both, as gate-up,qkv. "
+            "llama.cpp does not need it."
+        ),
+    ] = None,
     preset: PresetOpt = None,
     like: Annotated[
         Path | None,
@@ -180,8 +193,9 @@ def plan(
     from dynquant.plan_search import SearchOptions
 
     target = workflow.Target(
-        preset=preset, bpw=bpw, size=size, like=like, patterns=recipe, types=_split(types), floors=floors
-    )
+        preset=preset, bpw=bpw, size=size, fits=fits, context=context, kv_type=kv_type, like=like, patterns=recipe,
+        types=_split(types), floors=floors, couple=_split(couple) or (),
+    )  # fmt: skip
     if config_only is not None:
         if model is not None:
             raise PlanError("--config-only DIR goes without a MODEL.")

@@ -74,7 +74,13 @@ def _priced_presets(model: Model) -> dict[str, dict[str, str]]:
     return found
 
 
-def rules_of(supers: Sequence[SuperWeight], stats: CalibrationStats, *, floors: bool = True) -> Rules:
+def rules_of(
+    supers: Sequence[SuperWeight],
+    stats: CalibrationStats,
+    *,
+    floors: bool = True,
+    coupled: tuple[tuple[str, ...], ...] = (),
+) -> Rules:
     """Tensors that hold super weights or super experts should stay precise."""
     return Rules(
         floors=floors,
@@ -83,6 +89,7 @@ def rules_of(supers: Sequence[SuperWeight], stats: CalibrationStats, *, floors: 
             for found in find_super_experts(stats)
         },
         super_weights={found.name: f"holds the super weight [{found.row},{found.col}]" for found in supers},
+        coupled=coupled,
     )
 
 

@@ -4,9 +4,8 @@ Each stage reuses its output file when that file was made from the same inputs, 
 """
 
 import json
-import os
-import re
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -18,28 +17,28 @@ from dynquant.analysis.measure_errors import build_error_table, file_hash
 from dynquant.analysis.sensitivity import output_sensitivity
 from dynquant.analysis.super_weights import SuperWeight, find_super_weights
 from dynquant.analysis.unit_kl import METHOD as UNIT_KL
+from dynquant.architecture import Role
 from dynquant.calibration import Hessians
 from dynquant.checkpoint import open_model
 from dynquant.devices import chosen_device
 from dynquant.encoded_store import EncodedStore
 from dynquant.errors import CheckpointError, PlanError
-from dynquant.exporters.gguf_header import padded
 from dynquant.importance import coverage_report
 from dynquant.model import Model
 from dynquant.plan import Plan, write_atomically
-from dynquant.plan_building import fixed_bytes, plan_from_types
+from dynquant.plan_building import plan_from_types
+from dynquant.plan_choice import Chooser
 from dynquant.plan_report import (
     ERRORS_NAME,
     PLAN_NAME,
     STATS_NAME,
     SUPER_NAME,
     load_super_weights,
-    rules_of,
     write_report,
 )
 from dynquant.plan_search import SearchOptions, Selection
-from dynquant.planner import plan_types, size_range
-from dynquant.presets import preset_types
+from dynquant.plan_target import Target, parse_size
+from dynquant.presets import R1_RECIPES, preset_types
 from dynquant.quant_types import quant_type
 from dynquant.quantize import load_encoder
 from dynquant.recipe_parser import recipe_types
@@ -68,75 +67,6 @@ class CalibrationOptions:
     hessians: Hessians = "activations"
     hessian_memory: str = "8GiB"
     device: str | None = None
-
-
-@dataclass(frozen=True)
-class Target:
-    """What the plan should reach: at most one of preset, bits per weight, size, another file's types, and a recipe.
-
-    `like` is a .gguf or plan.json; `patterns` a llama-quantize command line, `regex=type` lines, or a file with either.
-    """
-
-    preset: str | None = None
-    bpw: float | None = None
-    size: str | None = None
-    like: Path | None = None
-    patterns: str | None = None
-    types: tuple[str, ...] | None = None
-    floors: bool = True
-
-    def __post_init__(self) -> None:
-        fields = {"preset": "preset", "bpw": "bpw", "size": "size", "like": "like", "patterns": "recipe"}
-        given = [f"--{option}" for field, option in fields.items() if getattr(self, field) is not None]
-        if len(given) > 1:
-            raise PlanError(
-                f"Give one of --preset, --bpw, --size, --like and --recipe, not {' and '.join(given)}: each says alone "
-                "which types the plan has."
-            )
-        if self.bpw is not None and not 0 < self.bpw <= 32:
-            raise PlanError(f"--bpw {self.bpw} is not a number of bits per weight; give one between 1.6 and 16.")
-        if self.size is not None:
-            parse_size(self.size)
-
-    @property
-    def recipe(self) -> str:
-        """The words under which plan and file record what was asked for."""
-        if self.preset:
-            return f"preset {self.preset.lower()}"
-        if self.like is not None:
-            return f"like {self.like.name}"
-        if self.patterns is not None:
-            return f"recipe {os.path.basename(self.patterns)}" if os.path.isfile(self.patterns) else "recipe"
-        if self.bpw is not None:
-            return f"bpw {self.bpw:g}"
-        return f"size {parse_size(self.size)}" if self.size else "floors"
-
-    def budget(self, num_weights: int) -> int | None:
-        """File bytes, or None for the planner's default."""
-        if self.bpw is not None:
-            return int(self.bpw * num_weights / 8)
-        return parse_size(self.size) if self.size else None
-
-
-_SIZE = re.compile(r"^\s*([\d.]+)\s*([kMGT]i?)?B?\s*$", re.IGNORECASE)
-_POWER = {"k": 1, "m": 2, "g": 3, "t": 4}
-
-
-def parse_size(text: str) -> int:
-    """Bytes of `31002144`, `140GB` (decimal) or `130.6GiB` (binary).
-
-    Raises:
-        PlanError: not a size.
-    """
-    match = _SIZE.match(text)
-    try:
-        number = float(match.group(1)) if match else None
-    except ValueError:
-        number = None
-    if match is None or number is None:
-        raise PlanError(f"`{text}` is not a size; write bytes, or a number with a unit as 140GB, 31.5MB or 12GiB.")
-    unit = (match.group(2) or "").lower()
-    return int(number * (1024 if unit.endswith("i") else 1000) ** _POWER.get(unit[:1], 0))
 
 
 def open_and_announce(path: str | Path, base_gguf: Path | None = None) -> Model:
@@ -278,13 +208,14 @@ def plan(
     """
     model = open_and_announce(path, base_gguf)
     fixed_types = _fixed_types(target, model)
+    memory = target.memory(model)
     types = _candidates(target, fixed_types)
     stats, stats_hash = _stats_of(model, options, directory, stats_path)
     searches = search is not None and search.runs_model and fixed_types is None
     store = encoded_store(model, stats, stats_hash, directory, encoder, threads) if searches else None
     table = _table_of(model, stats, stats_hash, types, directory, encoder, threads, store)
     supers, table = _probe(model, stats, table, options, directory)
-    chooser = _Chooser(model, target, stats, stats_hash, table, supers)
+    chooser = Chooser(model, target, stats, stats_hash, table, supers, memory)
     selection = None
     if search is not None and store is not None:
         table, selection = search_plans(
@@ -313,53 +244,9 @@ def plan(
     made.save(directory / PLAN_NAME)
     if report:
         write_report(model, made, table, stats, supers, directory)
+    if memory is not None:
+        console.note(memory.describe(made.predicted_bytes))
     return made
-
-
-class _Chooser:
-    """Types at the target's budget for any pricing of a table, with the reason of each kept."""
-
-    def __init__(
-        self,
-        model: Model,
-        target: Target,
-        stats: CalibrationStats,
-        stats_hash: str,
-        table: ErrorTable,
-        supers: Sequence[SuperWeight],
-    ) -> None:
-        self.context = {"recipe": target.recipe, "stats": stats, "stats_hash": stats_hash}
-        self._model, self._target = model, target
-        self._fixed = fixed_bytes(model, table.tensors(), **self.context)
-        self._rules = {floors: rules_of(supers, stats, floors=floors) for floors in (True, False)}
-        self._reasons: dict[tuple[tuple[str, str], ...], dict[str, tuple[str, str]]] = {}
-
-    def allowed(self, table: ErrorTable) -> ErrorTable:
-        """The rows of the candidate types that were asked for."""
-        types = self._target.types
-        return table.restricted_to([name.upper() for name in types]) if types else table
-
-    def __call__(self, table: ErrorTable, *, floors: bool = True, scale: float = 1.0) -> dict[str, str]:
-        weights = sum(self._model.source.info(name).numel for name in self._model.source.names())
-        budget = self._target.budget(weights)
-        allowed = self.allowed(table)
-        if budget is not None and scale != 1.0:
-            smallest, largest = size_range(allowed, self._fixed)
-            budget = max(smallest, min(largest, int(scale * budget)))
-        rules = self._rules[floors and self._target.floors]
-        found = plan_types(allowed, budget, rules, fixed_bytes=self._fixed)
-        types = {name: type_name for name, (type_name, _) in found.items()}
-        self._reasons[tuple(sorted(types.items()))] = found
-        return types
-
-    def explained(self, types: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-        """Types that were chosen before, with their reasons."""
-        return self._reasons[tuple(sorted(types.items()))]
-
-    def file_bytes(self, types: Mapping[str, str]) -> int:
-        """Bytes of the whole file."""
-        shapes = {name: self._model.source.info(name).shape for name in types}
-        return self._fixed + sum(padded(quant_type(types[name]).tensor_bytes(shape)) for name, shape in shapes.items())
 
 
 def _promise(table: ErrorTable, types: Mapping[str, str], selection: Selection | None) -> dict[str, object]:
@@ -382,20 +269,34 @@ def _promise(table: ErrorTable, types: Mapping[str, str], selection: Selection |
 
 
 def plan_from_config(directory: Path, target: Target) -> Plan:
-    """Size and types of a preset, recipe or like file from config.json (and the tokenizer, if it is there).
+    """Size and types of a preset, recipe or like file from config.json (and tokenizer and index, if they are there).
 
-    No weights are needed.
+    No weights are needed. The R1 recipes are sized as published, with MLA's `attn_kv_b` in one piece; what `export`
+    makes of them today, with that tensor split, is said beside it.
 
     Raises:
         PlanError: a target that depends on measurement.
     """
     from dynquant.families import open_config
 
-    model = open_config(directory)
-    types = _fixed_types(target, model)
-    if types is None:
-        raise PlanError("--config-only DIR goes with --preset, --recipe or --like: a budget needs weights to measure.")
-    return plan_from_types(model, types, recipe=target.recipe, exact=target.preset is None)
+    def sized(model: Model) -> Plan:
+        types = _fixed_types(target, model)
+        if types is None:
+            raise PlanError(
+                "--config-only DIR goes with --preset, --recipe or --like: a budget needs weights to measure."
+            )
+        return plan_from_types(model, types, recipe=target.recipe, exact=target.preset is None)
+
+    made = sized(open_config(directory))
+    is_r1 = target.preset is not None and target.preset.lower() in R1_RECIPES
+    if not is_r1 or not any(entry.role == Role.MLA_K_B for entry in made.entries):
+        return made
+    console.note(
+        "attn_kv_b is counted in one piece, as in the published files. `export` splits it, as llama.cpp now does: "
+        f"{len(made.entries):,} tensors, {made.predicted_bytes / 2**30:.2f} GiB"
+    )
+    with warnings.catch_warnings(action="ignore"):
+        return sized(open_config(directory, whole_kv_b=True))
 
 
 def _fixed_types(target: Target, model: Model) -> dict[str, tuple[str, str]] | None:

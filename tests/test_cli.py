@@ -82,6 +82,23 @@ def test_another_budget_reuses_statistics_and_errors(planned, small_moe):
 
 
 @pytest.mark.slow
+def test_a_plan_for_a_memory_prints_the_parts_and_coupled_tensors_agree(planned, small_moe, tmp_path):
+    shutil.copytree(planned, tmp_path / "plan")
+    common = ("plan", small_moe, "--types", "iq1_s,q2_k,iq4_xs,q6_k", "--tokens", TOKENS, "-o", tmp_path / "plan",
+              "--no-report", "--context", "1024", "--couple", "gate-up,qkv")  # fmt: skip
+    done = run(*common, "--fits", "576MB")
+    assert done.returncode == 0, done.stderr
+    assert "KV cache 3.5 MB, compute buffer 29.9 MB (at most) and CUDA context 536.9 MB" in done.stderr
+    assert "--couple qkv: this model has no such tensors" in done.stderr
+    plan = Plan.load(tmp_path / "plan" / "plan.json")
+    assert plan.predicted_bytes <= 576_000_000 - 3_538_944 - 29_884_416 - (512 << 20)
+    types = {entry.name: entry.type for entry in plan.entries}
+    for layer in range(1, 6):
+        assert types[f"blk.{layer}.ffn_gate_exps.weight"] == types[f"blk.{layer}.ffn_up_exps.weight"]
+    assert "smallest plan" in refused(*common, "--fits", "573MB")
+
+
+@pytest.mark.slow
 def test_exported_file_has_the_predicted_size_and_runs(planned, small_moe, tmp_path):
     output = tmp_path / "model.gguf"
     done = run("export", small_moe, "--plan", planned / "plan.json", "--encoder", "ggml", "-o", output)
@@ -206,6 +223,9 @@ def test_corrupt_gguf_header(tmp_path):
         (("--preset", "uniform-iq9_z"), "IQ"),
         (("--size", "many"), "140GB"),
         (("--bpw", "2", "--size", "4MB"), "--bpw and --size"),
+        (("--fits", "24GB", "--kv-type", "q5_k"), "f16, q8_0, q4_0"),
+        (("--fits", "0.5GB"), "leave nothing for the weights"),
+        (("--bpw", "2", "--couple", "gates"), "gate-up, qkv"),
     ],
 )
 def test_unknown_presets_and_sizes(small_moe, tmp_path, arguments, words):

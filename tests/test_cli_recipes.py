@@ -9,7 +9,10 @@ from typer.testing import CliRunner
 from dynquant import workflow
 from dynquant.cli import app
 from dynquant.errors import PlanError
+from dynquant.families import open_config
 from dynquant.plan import Plan
+from dynquant.plan_building import plan_from_types
+from dynquant.presets import preset_types
 
 
 def invoke(*arguments):
@@ -29,9 +32,11 @@ def types(plan):
 
 @pytest.fixture
 def plans(small_moe, tmp_path):
-    """Two plan.json files of the bundled model."""
+    """Two plan.json files of the bundled model, in the layout that `export` writes."""
+    model = open_config(small_moe)
     for name in ("r1-iq1_s", "llama-q2_k"):
-        planned(small_moe, "--preset", name).save(tmp_path / f"{name}.json")
+        made = plan_from_types(model, preset_types(name, model), recipe=f"preset {name}")
+        made.save(tmp_path / f"{name}.json")
     return tmp_path / "r1-iq1_s.json", tmp_path / "llama-q2_k.json"
 
 

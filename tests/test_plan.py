@@ -1,12 +1,19 @@
 """plan.json: what is written is what is read, and nothing else is read."""
 
 import json
+import random
+import shutil
 
 import pytest
 
 from dynquant.architecture import Role
 from dynquant.errors import PlanError
+from dynquant.exporters.gguf_header import padded
+from dynquant.families import open_config
 from dynquant.plan import Plan, PlanEntry
+from dynquant.plan_building import fixed_bytes, plan_from_types
+from dynquant.presets import is_quantizable
+from dynquant.quant_types import QUANT_TYPES
 
 
 def entry(name: str, shape: tuple[int, ...], type_name: str, num_bytes: int, **more) -> PlanEntry:
@@ -110,3 +117,17 @@ def test_check_covers(plan):
         plan.check_covers(names[:-1], plan.fingerprint, "tiny")
     with pytest.raises(PlanError, match=r"tiny has the tensor `extra`, which the plan does not name"):
         plan.check_covers([*names, "extra"], plan.fingerprint, "tiny")
+
+
+def test_predicted_bytes_are_the_fixed_bytes_and_the_padded_tensors_for_any_types(small_moe, tmp_path):
+    shutil.copy(small_moe / "config.json", tmp_path)
+    model = open_config(tmp_path)
+    shapes = {name: model.source.info(name).shape for name in model.source.names()}
+    planned = [name for name, shape in shapes.items() if is_quantizable(name, shape)]
+    fixed = fixed_bytes(model, dict.fromkeys(planned), recipe="bpw 2")
+    rng = random.Random(0)
+    for _ in range(300):
+        wanted = {name: (rng.choice(list(QUANT_TYPES)), "random") for name in planned}
+        plan = plan_from_types(model, wanted, recipe="bpw 2")
+        spent = sum(padded(entry.bytes) for entry in plan.entries if entry.name in wanted)
+        assert plan.predicted_bytes == fixed + spent

@@ -24,10 +24,11 @@ from dynquant.importance import importance
 from dynquant.layer_replay import LayerReplay
 from dynquant.live_weights import LiveWeights
 from dynquant.plan_search import Fit, SearchOptions
+from dynquant.plan_target import Target
 from dynquant.planner import Rules, plan_types
 from dynquant.quantize import Guidance, load_encoder
 from dynquant.rendered_model import RenderedModel, ScoredText
-from dynquant.workflow import CalibrationOptions, Target, calibrate, plan
+from dynquant.workflow import CalibrationOptions, calibrate, plan
 
 TYPES = ("IQ2_XXS", "Q2_K", "Q4_K")
 TOKENS = 4096

@@ -6,10 +6,12 @@ import pytest
 
 from dynquant.architecture import Role, layer_of
 from dynquant.checkpoint import open_model
-from dynquant.errors import PlanError
+from dynquant.errors import CheckpointError, PlanError
 from dynquant.families import open_config
 from dynquant.plan_building import plan_from_types
+from dynquant.plan_target import Target
 from dynquant.presets import R1_RECIPES, preset_names, preset_types
+from dynquant.workflow import plan_from_config
 
 GIB = 1 << 30
 PUBLISHED_GIB = {"r1-iq1_s": 130.6, "r1-iq1_m": 158, "r1-iq2_xxs": 183.9, "r1-q2_k_xl": 212}
@@ -26,6 +28,19 @@ DEEPSEEK_R1 = {
         "mscale": 1.0, "mscale_all_dim": 1.0,
     },
     "bos_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
+QWEN3_235B = {
+    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 4096,
+    "intermediate_size": 12288, "moe_intermediate_size": 1536, "num_hidden_layers": 94, "num_attention_heads": 64,
+    "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True,
+    "decoder_sparse_step": 1, "mlp_only_layers": [], "max_position_embeddings": 40960, "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0, "tie_word_embeddings": False, "hidden_act": "silu", "attention_bias": False,
+}  # fmt: skip
+LLAMA3_8B = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096,
+    "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "hidden_act": "silu",
+    "tie_word_embeddings": False,
 }  # fmt: skip
 
 
@@ -82,6 +97,68 @@ def test_the_original_r1_file_is_reproduced(deepseek_r1):
     early = [entry for entry in plan.entries if entry.type == "IQ2_XXS"]
     assert [(layer_of(entry.name), entry.role) for entry in early] == [(n, Role.EXPERT_DOWN) for n in range(3, 9)]
     assert {entry.wanted_type for entry in plan.entries if entry.type == "Q8_0"} == {"Q6_K"}
+
+
+def test_the_published_r1_file_from_its_config_alone(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({**DEEPSEEK_R1, "quantization_config": {"quant_method": "fp8"}}))
+    plan = plan_from_config(tmp_path, Target(preset="r1-iq1_s"))
+    assert plan.histogram() == {"F32": 361, "Q6_K": 184, "Q5_K": 116, "Q4_K": 190, "IQ2_XXS": 6, "IQ1_S": 168}
+    assert len(plan.entries) == 1025
+    assert f"{plan.predicted_bytes / GIB:.2f}" == "130.60"
+    assert "1,086 tensors, 130.71 GiB" in capsys.readouterr().err
+
+
+def index_of(directory, names):
+    weight_map = dict.fromkeys(names, "model-00001-of-00163.safetensors")
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def test_names_of_an_index_are_held_to_the_configuration(tmp_path):
+    config = {**DEEPSEEK_R1, "num_hidden_layers": 4, "n_routed_experts": 8, "n_group": 1, "topk_group": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    alone = open_config(tmp_path)
+    names = {part for name in alone.source.names() for part in alone.source.checkpoint_names(name)}
+    prediction = {"model.layers.4.eh_proj.weight", "model.layers.4.embed_tokens.weight"}
+    scales = {"model.layers.0.mlp.down_proj.weight_scale_inv"}
+    index_of(tmp_path, names | prediction | scales)
+    with pytest.warns(UserWarning) as caught:
+        indexed = open_config(tmp_path)
+    said = " ".join(str(warning.message) for warning in caught)
+    assert "2 tensors are left out" in said and "layers.4.eh_proj" in said and "multi-token prediction" in said
+    assert "down_proj.weight_scale_inv" in said and "FP8" in said
+    assert indexed.source.names() == alone.source.names()
+
+    index_of(tmp_path, names - {"model.layers.2.self_attn.o_proj.weight"})
+    with pytest.raises(CheckpointError, match=r"lacks 1 tensors .*layers\.2\.self_attn\.o_proj"):
+        open_config(tmp_path)
+    index_of(tmp_path, names | {"model.layers.2.self_attn.sinks"})
+    with pytest.raises(CheckpointError, match=r"no place for: `model\.layers\.2\.self_attn\.sinks`"):
+        open_config(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="no `weight_map`"):
+        open_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config, preset, weights, types",
+    [
+        (QWEN3_235B, "r1-iq1_s", 235_093_634_560, {"IQ1_S": 276, "IQ2_XXS": 6}),
+        (LLAMA3_8B, "uniform-q4_k", 8_030_261_248, {"Q4_K": 226}),
+        (LLAMA3_8B, "llama-q4_k_m", 8_030_261_248, {"Q4_K": 193, "Q6_K": 33}),
+    ],
+    ids=["qwen3-235b-r1", "llama3-8b-uniform", "llama3-8b-q4_k_m"],
+)
+def test_other_families_are_sized_from_their_configuration(tmp_path, config, preset, weights, types):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    plan = plan_from_config(tmp_path, Target(preset=preset))
+    assert plan.num_weights == weights
+    assert types.items() <= plan.histogram().items()
+
+
+def test_unknown_families_are_refused_with_the_way_out(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "novel"}))
+    with pytest.raises(CheckpointError, match=r"model_type 'novel'.*it can: .*qwen3_moe.*--base-gguf"):
+        plan_from_config(tmp_path, Target(preset="r1-iq1_s"))
 
 
 @pytest.mark.parametrize("preset", R1_RECIPES)

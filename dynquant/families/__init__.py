@@ -14,7 +14,7 @@ import gguf
 
 from dynquant.errors import CheckpointError
 from dynquant.families.book import RecipeBook
-from dynquant.families.config import Config, read_config
+from dynquant.families.config import Config, read_config, read_json
 from dynquant.families.deepseek import add_deepseek_tensors, write_deepseek_keys
 from dynquant.families.gemma import add_gemma3_tensors, write_gemma3_keys
 from dynquant.families.llama import add_llama_tensors, write_llama_keys
@@ -22,7 +22,7 @@ from dynquant.families.metadata import recorded_fields, write_general_keys
 from dynquant.families.qwen import add_qwen_tensors, write_qwen_keys
 from dynquant.families.recipe import RecipeSource
 from dynquant.families.tokenizer import write_tokenizer
-from dynquant.tensor_source import SafetensorsSource, TensorSource
+from dynquant.tensor_source import INDEX_NAME, SafetensorsSource, TensorSource
 
 if TYPE_CHECKING:
     from dynquant.model import Model
@@ -63,23 +63,42 @@ def open_hf(directory: Path) -> "Model":
         config.refuse(
             "its weights are already quantized (`quantization_config`); start from the BF16 or F16 checkpoint"
         )
-    return _build(directory, config, SafetensorsSource(directory))
+    source = SafetensorsSource(directory)
+    return _build(directory, RecipeBook(config, source), source)
 
 
-def open_config(directory: Path) -> "Model":
+def open_config(directory: Path, *, whole_kv_b: bool = False) -> "Model":
     """Open only a configuration: names, shapes and keys without weights, all stored as BF16.
 
-    For planning sizes. The tokenizer is taken along when it is there. Loading a tensor raises CheckpointError.
+    For planning sizes. The tokenizer is taken along when it is there, and the names in model.safetensors.index.json are
+    checked against those that the configuration calls for. Loading a tensor raises CheckpointError. `whole_kv_b` keeps
+    MLA's `attn_kv_b` in one piece, as published files have it; such a model can only be sized.
+
+    Raises:
+        CheckpointError: missing or damaged files, an unknown architecture, or an index of another model.
     """
-    return _build(directory, read_config(directory, FAMILIES), None)
+    config = read_config(directory, FAMILIES)
+    book = RecipeBook(config, None, names=_indexed_names(directory), whole_kv_b=whole_kv_b)
+    book.drop(lambda name: name.endswith("_scale_inv"), "they scale weights that are stored as FP8.")
+    return _build(directory, book, None)
 
 
-def _build(directory: Path, config: Config, checkpoint: TensorSource | None) -> "Model":
+def _indexed_names(directory: Path) -> list[str] | None:
+    index = directory / INDEX_NAME
+    if not index.is_file():
+        return None
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict):
+        raise CheckpointError(f"{index} has no `weight_map`, so it is not a safetensors index. Fetch it again.")
+    return list(names)
+
+
+def _build(directory: Path, book: RecipeBook, checkpoint: TensorSource | None) -> "Model":
     from dynquant.model import Model
 
+    config = book.config
     family = FAMILIES[config.model_type]
     writer = gguf.GGUFWriter(None, family.arch)
-    book = RecipeBook(config, checkpoint)
     family.add_tensors(book)
     source = RecipeSource(checkpoint or _NoWeights(directory), book.finish())
     write_general_keys(writer, directory, source)

@@ -5,7 +5,7 @@ asked for: a bias or norm that a family does not know would otherwise be dropped
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 
@@ -20,19 +20,30 @@ _COMPUTED_BUFFERS = (".rotary_emb.inv_freq",)
 class RecipeBook:
     """Recipes of one checkpoint, in the order in which they are added.
 
-    `source` may be None: then every tensor counts as present, for planning from `config.json` alone.
+    `source` may be None, for planning from `config.json` alone. Then `names` are those of the checkpoint's tensors,
+    whose shapes nobody checks, or None when they are not known either and every tensor counts as present.
+    `whole_kv_b` leaves MLA's `attn_kv_b` in one piece, as llama.cpp wrote it until April 2025.
     """
 
-    def __init__(self, config: Config, source: TensorSource | None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        source: TensorSource | None,
+        *,
+        names: Collection[str] | None = None,
+        whole_kv_b: bool = False,
+    ) -> None:
         self.config = config
         self.recipes: list[TensorRecipe] = []
+        self.whole_kv_b = whole_kv_b
         self._source = source
-        self._stored = frozenset(source.names()) if source else frozenset()
+        self._knows_names = source is not None or names is not None
+        self._stored = frozenset(source.names() if source else names or ())
         self._unused = set(self._stored)
         self._missing: list[str] = []
 
     def holds(self, checkpoint_name: str) -> bool:
-        """Whether the checkpoint stores this tensor; without a checkpoint, no."""
+        """Whether the checkpoint stores this tensor; without a list of names, no."""
         return checkpoint_name in self._stored
 
     def add(
@@ -102,12 +113,12 @@ class RecipeBook:
 
     def _take(self, checkpoint_name: str, shape: tuple[int, ...]) -> str:
         """Mark as used, check the shape, and return the stored type."""
-        if self._source is None:
-            return "BF16"
-        if not self.holds(checkpoint_name):
+        if self._knows_names and not self.holds(checkpoint_name):
             self._missing.append(checkpoint_name)
             return "F32"
         self._unused.discard(checkpoint_name)
+        if self._source is None:
+            return "BF16"
         info = self._source.info(checkpoint_name)
         if info.shape != shape:
             raise CheckpointError(

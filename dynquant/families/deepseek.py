@@ -110,6 +110,17 @@ def _add_attention(book: RecipeBook, layer: int) -> None:
         book.add(f"{name}_q_b.weight", f"{stored}.q_b_proj.weight", (num_q, q_rank))
     book.add(f"{name}_kv_a_mqa.weight", f"{stored}.kv_a_proj_with_mqa.weight", (rank + rope, hidden))
     add_norm(book, f"{name}_kv_a_norm.weight", f"{stored}.kv_a_layernorm.weight", rank)
+    _add_kv_b(book, name, f"{stored}.kv_b_proj.weight")
+    book.add(f"{name}_output.weight", f"{stored}.o_proj.weight", (hidden, heads * value))
+
+
+def _add_kv_b(book: RecipeBook, name: str, stored: str) -> None:
+    config = book.config
+    heads, rank = config.integer("num_attention_heads"), config.integer("kv_lora_rank")
+    nope, value = config.integer("qk_nope_head_dim"), config.integer("v_head_dim")
+    if book.whole_kv_b:
+        book.add(f"{name}_kv_b.weight", stored, (heads * (nope + value), rank))
+        return
 
     def per_head(rows: torch.Tensor) -> torch.Tensor:
         return rows.reshape(heads, nope + value, rank)
@@ -120,12 +131,11 @@ def _add_attention(book: RecipeBook, layer: int) -> None:
     ):
         book.add(
             f"{name}_{letter}_b.weight",
-            f"{stored}.kv_b_proj.weight",
+            stored,
             shape,
             transform=transform,
             stored_shape=(heads * (nope + value), rank),
         )
-    book.add(f"{name}_output.weight", f"{stored}.o_proj.weight", (hidden, heads * value))
 
 
 def _add_moe(book: RecipeBook, layer: int) -> None:

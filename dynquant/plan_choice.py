@@ -1,0 +1,79 @@
+"""One budget, any pricing: the types that the planner takes for a table, and why."""
+
+from collections.abc import Mapping, Sequence
+
+from dynquant import console
+from dynquant.analysis.error_table import ErrorTable
+from dynquant.analysis.super_weights import SuperWeight
+from dynquant.exporters.gguf_header import padded
+from dynquant.memory_budget import MemoryBudget
+from dynquant.model import Model
+from dynquant.plan_building import fixed_bytes
+from dynquant.plan_report import rules_of
+from dynquant.plan_target import Target
+from dynquant.planner import Rules, coupled_tensors, plan_types, size_range
+from dynquant.quant_types import quant_type
+from dynquant.statistics import CalibrationStats
+
+
+class Chooser:
+    """Types at the target's budget for any pricing of a table, with the reason of each kept."""
+
+    def __init__(
+        self,
+        model: Model,
+        target: Target,
+        stats: CalibrationStats,
+        stats_hash: str,
+        table: ErrorTable,
+        supers: Sequence[SuperWeight],
+        memory: MemoryBudget | None,
+    ) -> None:
+        self.context = {"recipe": target.recipe, "stats": stats, "stats_hash": stats_hash}
+        self._model, self._target = model, target
+        self._fixed = fixed_bytes(model, table.tensors(), **self.context)
+        coupled = _coupled(target, table)
+        self._rules = {flag: rules_of(supers, stats, floors=flag, coupled=coupled) for flag in (True, False)}
+        self._memory = memory
+        self._reasons: dict[tuple[tuple[str, str], ...], dict[str, tuple[str, str]]] = {}
+
+    def allowed(self, table: ErrorTable) -> ErrorTable:
+        """The rows of the candidate types that were asked for."""
+        types = self._target.types
+        return table.restricted_to([name.upper() for name in types]) if types else table
+
+    def __call__(self, table: ErrorTable, *, floors: bool = True, scale: float = 1.0) -> dict[str, str]:
+        allowed = self.allowed(table)
+        rules = self._rules[floors and self._target.floors]
+        found = plan_types(allowed, self._budget(allowed, rules, scale), rules, fixed_bytes=self._fixed)
+        types = {name: type_name for name, (type_name, _) in found.items()}
+        self._reasons[tuple(sorted(types.items()))] = found
+        return types
+
+    def _budget(self, table: ErrorTable, rules: Rules, scale: float) -> int | None:
+        """File bytes; None for the planner's default."""
+        if self._memory is not None:
+            budget = self._memory.file_budget(*size_range(table, rules, fixed_bytes=self._fixed))
+        else:
+            source = self._model.source
+            budget = self._target.budget(sum(source.info(name).numel for name in source.names()))
+        if budget is None or scale == 1.0:
+            return budget
+        smallest, largest = size_range(table, rules, fixed_bytes=self._fixed)
+        return max(smallest, min(largest, int(scale * budget)))
+
+    def explained(self, types: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+        """Types that were chosen before, with their reasons."""
+        return self._reasons[tuple(sorted(types.items()))]
+
+    def file_bytes(self, types: Mapping[str, str]) -> int:
+        """Bytes of the whole file."""
+        shapes = {name: self._model.source.info(name).shape for name in types}
+        return self._fixed + sum(padded(quant_type(types[name]).tensor_bytes(shape)) for name, shape in shapes.items())
+
+
+def _coupled(target: Target, table: ErrorTable) -> tuple[tuple[str, ...], ...]:
+    for kind in target.couple:
+        if not coupled_tensors(table.tensors(), (kind,)):
+            console.note(f"--couple {kind}: this model has no such tensors")
+    return coupled_tensors(table.tensors(), target.couple)
