@@ -6,6 +6,7 @@ expert_heatmap          tokens and error of every routed expert
 super_weights           largest input and output of every down projection
 size_breakdown          bytes by role
 frontier                file size against predicted error
+selection               predicted against measured KL of candidate plans
 plan_map                type of every tensor
 """
 
@@ -19,9 +20,11 @@ from dynquant.analysis.plot_experts import draw_experts, starved_experts
 from dynquant.analysis.plot_frontier import draw_frontier
 from dynquant.analysis.plot_inputs import FrontierPoint, SuperWeight, check_same_checkpoint
 from dynquant.analysis.plot_plan_map import draw_plan_map
+from dynquant.analysis.plot_selection import draw_selection
 from dynquant.analysis.plot_sizes import draw_size_breakdown
 from dynquant.analysis.plot_style import PlotFiles, plot_settings, save_figure
 from dynquant.analysis.plot_super_weights import draw_super_weights
+from dynquant.analysis.selection import Selection
 from dynquant.plan import Plan
 from dynquant.statistics import CalibrationStats
 
@@ -40,6 +43,7 @@ def write_plots(
     stats: CalibrationStats | None,
     super_weights: Sequence[SuperWeight] = (),
     frontier: Sequence[FrontierPoint] | None = None,
+    selection: Selection | None = None,
     progress: Progress | None = None,
 ) -> dict[str, PlotFiles]:
     """Write NAME.png and NAME.svg of every plot that the data allow; absent names had nothing to show.
@@ -49,7 +53,7 @@ def write_plots(
         ExportError: matplotlib is missing, or the directory cannot be written.
     """
     check_same_checkpoint(plan, table, stats)
-    drawings = _drawings(table, plan, stats, super_weights, frontier)
+    drawings = _drawings(table, plan, stats, super_weights, frontier, selection)
     written: dict[str, PlotFiles] = {}
     for done, (name, draw) in enumerate(drawings.items()):
         if progress:
@@ -69,6 +73,7 @@ def _drawings(
     stats: CalibrationStats | None,
     super_weights: Sequence[SuperWeight],
     frontier: Sequence[FrontierPoint] | None,
+    selection: Selection | None,
 ) -> dict[str, Drawing]:
     """Plot name -> how to draw it, in the order of the report; only plots whose inputs were given."""
     drawings: dict[str, Drawing] = {
@@ -84,4 +89,6 @@ def _drawings(
         drawings["expert_heatmap"] = lambda: draw_experts(plan, table, stats, starved)
     if frontier:
         drawings["frontier"] = lambda: draw_frontier(plan, table, frontier)
+    if selection is not None:
+        drawings["selection"] = lambda: draw_selection(selection)
     return drawings

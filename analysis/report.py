@@ -31,12 +31,14 @@ from dynquant.analysis.plot_style import GROUP_COLOURS, PlotFiles, human_bytes
 from dynquant.analysis.report_tables import (
     evaluation_table,
     plan_table,
+    selection_table,
     size_table,
     stand_out_table,
     starved_table,
     super_weight_table,
 )
 from dynquant.analysis.report_text import PLOT_TEXTS
+from dynquant.analysis.selection import Selection
 from dynquant.errors import ExportError
 from dynquant.plan import Plan, PlanEntry, write_atomically
 from dynquant.statistics import CalibrationStats
@@ -54,6 +56,7 @@ def write_report(
     super_weights: Sequence[SuperWeight],
     plots: Mapping[str, PlotFiles],
     frontier: Sequence[FrontierPoint] | None = None,
+    selection: Selection | None = None,
     evaluation: Mapping[str, object] | None = None,
 ) -> None:
     """Write the report, whole or not at all. `plots` come from `write_plots`; absent ones are said to be absent.
@@ -64,6 +67,8 @@ def write_report(
     """
     check_same_checkpoint(plan, table, stats)
     tables = _tables(plan, table, stats, super_weights)
+    if selection is not None:
+        tables["selection"] = selection_table(selection)
     sections = [_plot_section(name, plots.get(name), tables.get(name, "")) for name in PLOT_TEXTS]
     if evaluation:
         sections.append(_section("evaluation", "Before and after", evaluation_table(evaluation)))

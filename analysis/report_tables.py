@@ -11,7 +11,9 @@ from dynquant.analysis.outliers import StandOut
 from dynquant.analysis.plot_inputs import SuperWeight
 from dynquant.analysis.plot_sizes import role_sizes
 from dynquant.analysis.plot_style import human_bytes
+from dynquant.analysis.selection import Selection
 from dynquant.architecture import layer_of
+from dynquant.eval_statistics import Estimate
 from dynquant.plan import Plan
 
 PLAN_COLUMNS = (
@@ -166,6 +168,36 @@ def starved_table(starved: Sequence[tuple[int, int, int]]) -> str:
         for layer, expert, tokens in sorted(starved, key=lambda item: item[2])
     ]
     return html_table("Starved experts", ("Layer", "Expert", "Calibration tokens"), rows, sortable=True)
+
+
+def selection_table(selection: Selection) -> str:
+    """Every candidate with its interval; the chosen one is named."""
+    rows = [
+        [
+            f"{one.label} (chosen)" if index == selection.chosen else one.label,
+            number(one.bytes, f"{one.bytes:,}"),
+            number(one.predicted_kl, f"{one.predicted_kl:.4f}"),
+            _estimate(one.kl, 1),
+            _estimate(one.top1, 100),
+        ]
+        for index, one in enumerate(selection.candidates)
+    ]
+    columns = ("Candidate", "Bytes", "Prices added up", "Measured KL", "Same top token, %")
+    table = html_table(f"Candidates on {selection.text}", columns, rows, sortable=True)
+    if selection.rank_correlation is None:
+        return table
+    rho = selection.rank_correlation
+    return table + (
+        f"<p>Spearman correlation of predicted and measured KL over {len(selection.checked)} drawn plans: "
+        f"{rho.value:.3f}, 95 % interval {rho.low:.3f} to {rho.high:.3f}.</p>"
+    )
+
+
+def _estimate(value: Estimate | None, scale: float) -> Cell:
+    if value is None:
+        return ABSENT
+    shown = [f"{scale * one:.4g}" for one in (value.value, value.low, value.high)]
+    return number(value.value, f"{shown[0]} [{shown[1]}, {shown[2]}]")
 
 
 def evaluation_table(evaluation: Mapping[str, object]) -> str:

@@ -3,7 +3,8 @@
     DIR/ggml-1f2e3d4c5b6a/blk.3.ffn_down_exps.weight.IQ2_XXS
 
 The folder's name holds a hash of what decides the bytes: checkpoint, statistics, encoder and its version. A file is a
-tensor's blocks and nothing else, in the order of GGUF; it appears whole or not at all.
+tensor's blocks and nothing else, in the order of GGUF; it appears whole or not at all. Float types are not kept: they
+cost no more to make than to read.
 """
 
 import hashlib
@@ -44,6 +45,8 @@ class EncodedStore:
         stored = QUANT_TYPES[type_name]
         shape = tuple(self.model.source.info(name).shape)
         file = self.directory / f"{name}.{stored.name}"
+        if stored.is_float:
+            return encode_tensor(self.model, name, stored, self.guidance, self.encoder).view(*shape[:-1], -1)
         if file.is_file() and file.stat().st_size == stored.tensor_bytes(shape):
             content = np.fromfile(file, dtype=np.uint8)
             return torch.from_numpy(content).view(*shape[:-1], stored.row_bytes(shape[-1]))

@@ -7,6 +7,7 @@ from pathlib import Path
 from dynquant import console
 from dynquant.analysis.error_table import ErrorTable
 from dynquant.analysis.frontier import frontier
+from dynquant.analysis.selection import Selection
 from dynquant.analysis.super_experts import find_super_experts
 from dynquant.analysis.super_weights import SuperWeight
 from dynquant.checkpoint import open_model
@@ -19,6 +20,7 @@ from dynquant.presets import preset_types
 from dynquant.statistics import CalibrationStats
 
 STATS_NAME, ERRORS_NAME, PLAN_NAME, SUPER_NAME = "stats.safetensors", "errors.json", "plan.json", "super_weights.json"
+SELECTION_NAME = "selection.json"
 
 FRONTIER_PRESETS = (
     "uniform-iq1_s", "uniform-iq2_xxs", "uniform-q2_k", "uniform-iq3_xxs", "uniform-iq4_xs", "uniform-q6_k",
@@ -51,7 +53,10 @@ def write_report(
     report = directory / "report.html"
     with console.stage_progress() as progress:
         points = frontier(table, rules_of(supers, stats), _fixed_bytes_of(plan, table), _priced_presets(model))
-        shown = {"table": table, "plan": plan, "stats": stats, "super_weights": supers, "frontier": points}
+        shown = {
+            "table": table, "plan": plan, "stats": stats, "super_weights": supers, "frontier": points,
+            "selection": Selection.load(directory / SELECTION_NAME),
+        }  # fmt: skip
         plots = write_plots(directory / "plots", **shown, progress=progress)
     write_html(report, **shown, plots=plots, evaluation=evaluation)
     console.note(f"wrote {report}")

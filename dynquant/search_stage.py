@@ -8,6 +8,7 @@ import torch
 
 from dynquant import console
 from dynquant.analysis.error_table import ErrorTable
+from dynquant.analysis.selection import Selection
 from dynquant.calibration_text import pack_windows, read_text
 from dynquant.devices import chosen_device
 from dynquant.encoded_store import EncodedStore, store_directory
@@ -15,12 +16,13 @@ from dynquant.errors import StatsError
 from dynquant.hf_loading import load_hf, load_tokenizer
 from dynquant.importance import importance
 from dynquant.model import Model
-from dynquant.plan_search import Choose, PlanSearch, SearchOptions, Selection
+from dynquant.plan_report import STATS_NAME
+from dynquant.plan_search import Choose, PlanSearch, SearchOptions
 from dynquant.quantize import Guidance, load_encoder
 from dynquant.second_moments import SecondMoments, hessian, path_beside
 from dynquant.statistics import CalibrationStats
 
-SELECTION_NAME, ENCODED_NAME = "selection.json", "encoded"
+ENCODED_NAME = "encoded"
 
 
 def encoded_store(
@@ -28,7 +30,7 @@ def encoded_store(
 ) -> EncodedStore:
     """Blocks of this model beside the plan, encoded as `export` will."""
     encoder = load_encoder(encoder_name)
-    moments_path = path_beside(directory / "stats.safetensors")
+    moments_path = path_beside(directory / STATS_NAME)
     moments = SecondMoments.load(moments_path) if encoder.uses_hessians and moments_path.is_file() else None
     guidance = Guidance(
         importance=partial(importance, stats), hessian=None if moments is None else partial(hessian, moments, stats)

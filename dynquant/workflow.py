@@ -14,6 +14,7 @@ from pathlib import Path
 from dynquant import console
 from dynquant.analysis.error_table import ErrorTable
 from dynquant.analysis.measure_errors import build_error_table, file_hash
+from dynquant.analysis.selection import Selection
 from dynquant.analysis.sensitivity import output_sensitivity
 from dynquant.analysis.super_weights import SuperWeight, find_super_weights
 from dynquant.analysis.unit_kl import METHOD as UNIT_KL
@@ -31,18 +32,19 @@ from dynquant.plan_choice import Chooser
 from dynquant.plan_report import (
     ERRORS_NAME,
     PLAN_NAME,
+    SELECTION_NAME,
     STATS_NAME,
     SUPER_NAME,
     load_super_weights,
     write_report,
 )
-from dynquant.plan_search import SearchOptions, Selection
+from dynquant.plan_search import SearchOptions
 from dynquant.plan_target import Target, parse_size
 from dynquant.presets import R1_RECIPES, preset_types
 from dynquant.quant_types import quant_type
 from dynquant.quantize import load_encoder
 from dynquant.recipe_parser import recipe_types
-from dynquant.search_stage import SELECTION_NAME, encoded_store, search_plans
+from dynquant.search_stage import encoded_store, search_plans
 from dynquant.second_moments import path_beside
 from dynquant.statistics import CalibrationStats
 from dynquant.type_lists import like_types

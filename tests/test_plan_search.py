@@ -10,6 +10,7 @@ import torch
 from dynquant.analysis.error_table import Price
 from dynquant.analysis.fisher_probe import fisher_probe, probe_prices
 from dynquant.analysis.measure_errors import build_error_table
+from dynquant.analysis.selection import Fit
 from dynquant.analysis.sensitivity import output_sensitivity
 from dynquant.analysis.unit_kl import group_of, measure_steps, prices_from, refine
 from dynquant.calibration_text import pack_windows, read_text
@@ -23,7 +24,7 @@ from dynquant.hf_loading import load_hf, load_tokenizer
 from dynquant.importance import importance
 from dynquant.layer_replay import LayerReplay
 from dynquant.live_weights import LiveWeights
-from dynquant.plan_search import Fit, SearchOptions
+from dynquant.plan_search import SearchOptions
 from dynquant.plan_target import Target
 from dynquant.planner import Rules, plan_types
 from dynquant.quantize import Guidance, load_encoder
