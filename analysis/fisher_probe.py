@@ -11,15 +11,9 @@ channels and tokens; unlike it, each number is a mean of few squares: its standa
 itself. The price of a tensor in a type is therefore the closed-form cost times one factor for each tensor, the
 geometric mean over types of probe over closed form; the errors of types are nearly independent directions, so that the
 factor is known better than any one cost.
-
-The backward pass is streamed: from the last layer to the first, each runs again from its kept input, takes the
-gradients of its output for all probes, and leaves those of its input. Weight gradients of one layer are in memory at a
-time, 4 bytes a weight and probe of the layer's largest tensor group.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from math import exp, log
 from statistics import fmean
 
@@ -27,10 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from dynquant.analysis.error_table import ErrorTable, Price
-from dynquant.architecture import layer_of
+from dynquant.analysis.streamed_backward import streamed_gradients
 from dynquant.encoded_store import EncodedStore
 from dynquant.fisher import sampled_log_probability
-from dynquant.layer_replay import LayerReplay
 from dynquant.live_weights import LiveWeights
 
 Progress = Callable[[str, int, int], None]
@@ -54,22 +47,22 @@ def fisher_probe(
         CheckpointError: the original is not a Hugging Face checkpoint.
         StatsError: the model's decoder layers cannot be found.
     """
-    replay = LayerReplay(hf_model, windows.split(1))
-    probe = _Probe(hf_model, LiveWeights(store.model, hf_model), store, table, windows.shape[1])
     generator = torch.Generator().manual_seed(seed)
-    stages = replay.num_layers + 1
-    with probe.no_trained_parameters():
-        for _ in replay.keep():
-            pass
-        flowing = probe.head(replay, generator)
-        for done, layer in enumerate(reversed(range(replay.num_layers)), start=1):
-            flowing = probe.layer(replay, layer, flowing)
-            if progress:
-                progress("Fisher probe", done, stages)
-        probe.embedding(replay, flowing)
+    costs: Costs = {}
+
+    def drawn(logits: Tensor, _index: int) -> Tensor:
+        return sampled_log_probability(logits, generator)
+
+    def consume(name: str, gradients: Tensor) -> None:
+        costs[name] = _costs_of(name, gradients, store, table, windows.shape[1])
+
+    def report(done: int, total: int) -> None:
         if progress:
-            progress("Fisher probe", stages, stages)
-    return probe.costs
+            progress("Fisher probe", done, total)
+
+    live = LiveWeights(store.model, hf_model)
+    streamed_gradients(hf_model, live, windows, (drawn,), table.tensors(), consume, report)
+    return costs
 
 
 def probe_prices(table: ErrorTable, costs: Costs) -> Costs:
@@ -100,98 +93,13 @@ def _factor(table: ErrorTable, name: str, costs: dict[str, Price]) -> tuple[floa
     return factor, factor * spread / len(logs) ** 0.5
 
 
-@dataclass
-class _Probe:
-    """The stages of the streamed backward pass, and what they have found."""
-
-    hf_model: nn.Module
-    live: LiveWeights
-    store: EncodedStore
-    table: ErrorTable
-    window: int
-    costs: Costs = field(default_factory=dict)
-    _parts: dict[str, Tensor] = field(default_factory=dict)
-
-    @contextmanager
-    def no_trained_parameters(self) -> Iterator[None]:
-        trained = [parameter for parameter in self.hf_model.parameters() if parameter.requires_grad]
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter in trained:
-                parameter.requires_grad_(True)
-
-    def head(self, replay: LayerReplay, generator: torch.Generator) -> list[Tensor]:
-        """The gradients of the last layer's output, one a probe. A tied embedding's part through the head is kept."""
-        flowing: list[Tensor] = []
-        is_tied = self.live.parameter("token_embd.weight") is self.hf_model.get_output_embeddings().weight
-        with self._measured(["token_embd.weight" if is_tied else "output.weight"], is_whole=not is_tied) as taken:
-            for index in range(len(replay.batches)):
-                with torch.no_grad():
-                    hidden = replay.layer(index, replay.num_layers - 1)
-                hidden.requires_grad_(True)
-                with torch.enable_grad():
-                    sampled_log_probability(replay.head(index, hidden), generator).backward()
-                flowing.append(hidden.grad)
-                taken()
-        return flowing
-
-    def layer(self, replay: LayerReplay, layer: int, flowing: list[Tensor]) -> list[Tensor]:
-        """The gradients of a layer's input from those of its output."""
-        below = []
-        with self._measured([name for name in self.live.names() if layer_of(name) == layer]) as taken:
-            for index, gradient in enumerate(flowing):
-                hidden = replay.layer_input(index, layer).detach().requires_grad_(True)
-                with torch.enable_grad():
-                    replay.layer(index, layer, hidden).backward(gradient)
-                below.append(hidden.grad)
-                taken()
-        return below
-
-    def embedding(self, replay: LayerReplay, flowing: list[Tensor]) -> None:
-        """The last stage; a tied embedding's two parts are added here."""
-        with self._measured(["token_embd.weight"]) as taken:
-            for index, gradient in enumerate(flowing):
-                with torch.enable_grad():
-                    replay.embedded(index).backward(gradient)
-                taken()
-
-    @contextmanager
-    def _measured(self, names: list[str], *, is_whole: bool = True) -> Iterator[Callable[[], None]]:
-        """Inside, call the function after each probe's backward pass; the tensors' costs are there at the end, unless
-        a later stage has the other part of their gradients."""
-        wanted = [name for name in names if name in self.table.tensors() and name in set(self.live.names())]
-        gradients: dict[str, list[Tensor]] = {name: [] for name in wanted}
-
-        def take() -> None:
-            for name in wanted:
-                gradients[name].append(self.live.gradient(name).flatten().cpu())
-            for parameter in parameters:
-                parameter.grad = None
-
-        parameters = [self.live.parameter(name) for name in wanted]
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        yield take
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-        for name in wanted:
-            total = torch.stack(gradients.pop(name))
-            total += self._parts.pop(name, torch.zeros(()))
-            if is_whole:
-                self.costs[name] = self._costs_of(name, total)
-            else:
-                self._parts[name] = total
-
-    def _costs_of(self, name: str, gradients: Tensor) -> dict[str, Price]:
-        """gradients [probes, weights]."""
-        original = self.store.model.source.load(name).flatten()
-        found = {}
-        for type_name in self.table.tensors()[name]:
-            difference = original - self.store.decoded(name, type_name).flatten()
-            squares = 0.5 * (gradients @ difference).double().square() / self.window  # [probes]
-            error = float(squares.std()) / len(squares) ** 0.5 if len(squares) > 1 else 0.0
-            found[type_name] = Price(kl=float(squares.mean()), se=error)
-        return found
+def _costs_of(name: str, gradients: Tensor, store: EncodedStore, table: ErrorTable, tokens: int) -> dict[str, Price]:
+    """gradients [probes, weights]."""
+    original = store.model.source.load(name).flatten()
+    found = {}
+    for type_name in table.tensors()[name]:
+        difference = original - store.decoded(name, type_name).flatten()
+        squares = 0.5 * (gradients @ difference).double().square() / tokens  # [probes]
+        error = float(squares.std()) / len(squares) ** 0.5 if len(squares) > 1 else 0.0
+        found[type_name] = Price(kl=float(squares.mean()), se=error)
+    return found

@@ -335,6 +335,10 @@ def compare(
     scoring: Annotated[str, typer.Option(help="letter, cloze or both.")] = "letter,cloze",
     calibration: TextOpt = None,
     tokens: TokensOpt = 131072,
+    encoder: Annotated[str, typer.Option(help="ggml, or dynquant (slower; without its closing pass).")] = "ggml",
+    select: Annotated[
+        bool, typer.Option(help="Price plans by the Fisher probe and select each by KL, as plan --select.")
+    ] = False,
     keep: Annotated[bool, typer.Option(help="Keep the exported files.")] = False,
     threads: ThreadsOpt = None,
 ) -> None:
@@ -344,14 +348,20 @@ def compare(
     """
     from dynquant.compare import Questions
     from dynquant.compare import compare as run
+    from dynquant.plan_search import SearchOptions
     from dynquant.workflow import CalibrationOptions
 
     questions = Questions(
         tasks=_split(tasks) or (), text=tuple(text or ()), max_tokens=max_tokens, mmlu_data=mmlu_data, shots=shots,
         limit=limit, scoring=_split(scoring) or (),
     )  # fmt: skip
-    options = CalibrationOptions(text=calibration, tokens=tokens)
-    run(model, _split(recipes) or (), questions, options, output, threads=threads, keep=keep)
+    hessians = "activations" if encoder == "dynquant" else "none"
+    options = CalibrationOptions(text=calibration, tokens=tokens, hessians=hessians)
+    search = SearchOptions(methods=("closed-form", "fisher-probe"), select=True) if select else None
+    run(
+        model, _split(recipes) or (), questions, options, output,
+        encoder=encoder, search=search, threads=threads, keep=keep,
+    )  # fmt: skip
 
 
 @app.command("compare-encoders")

@@ -14,6 +14,7 @@ from dynquant.eval_report import EvalReport
 from dynquant.evaluate import evaluate
 from dynquant.plan import Plan, write_atomically
 from dynquant.plan_report import PLAN_NAME, STATS_NAME
+from dynquant.plan_search import SearchOptions
 
 PLAN_PREFIX = "plan at "
 
@@ -38,60 +39,70 @@ def compare(
     options: workflow.CalibrationOptions,
     directory: Path,
     *,
+    encoder: str = "ggml",
+    search: SearchOptions | None = None,
     threads: int | None = None,
     keep: bool = False,
 ) -> Path:
-    """Measure every recipe and the planner at its bytes; returns the Markdown table."""
+    """Measure every recipe and the planner at its bytes, without a closing pass; returns the Markdown table."""
     result = directory / "compare.json"
     rows: dict[str, dict] = json.loads(result.read_text()) if result.is_file() else {}
+    run = _Run(model, questions, options, directory, encoder, search, threads, keep, rows)
     for recipe in recipes:
-        size = _measure(
-            model, recipe, workflow.Target(preset=recipe), questions, options, directory, rows, threads, keep
-        )
-        name, target = f"{PLAN_PREFIX}{recipe}", workflow.Target(size=str(size))
-        _measure(model, name, target, questions, options, directory, rows, threads, keep)
+        size = run.measure(recipe, workflow.Target(preset=recipe))
+        run.measure(f"{PLAN_PREFIX}{recipe}", workflow.Target(size=str(size)))
     table = directory / "compare.md"
     write_atomically(table, markdown(rows))
     console.out.print(table.read_text(), markup=False)
     return table
 
 
-def _measure(
-    model: str,
-    name: str,
-    target: workflow.Target,
-    questions: Questions,
-    options: workflow.CalibrationOptions,
-    directory: Path,
-    rows: dict[str, dict],
-    threads: int | None,
-    keep: bool,
-) -> int:
-    """Plan, export and score one recipe unless its row is there; returns the file's bytes."""
-    wanted = {*questions.tasks} - {"mmlu"} | ({*questions.scoring} if "mmlu" in questions.tasks else set())
-    if name in rows and wanted <= {*rows[name]["measured"]}:
-        return rows[name]["bytes"]
-    console.note(f"[bold]{name}[/]")
-    folder = directory / "plan"
-    plan = workflow.plan(model, target, options, folder, threads=threads, report=False)
-    file = directory / f"{name.replace(' ', '-')}.gguf"
-    plan.save(directory / f"{file.stem}.plan.json")
-    export_workflow.export(model, file, plan_path=folder / PLAN_NAME, stats_path=folder / STATS_NAME, threads=threads)
-    with console.stage_progress() as progress:
-        report = evaluate(
-            file, model, progress=progress, threads=threads, cache_dir=directory / "reference",
-            tasks=questions.tasks, text=questions.text, max_tokens=questions.max_tokens,
-            mmlu_data=questions.mmlu_data, shots=questions.shots, limit=questions.limit, scoring=questions.scoring,
+@dataclass(frozen=True)
+class _Run:
+    """What all recipes share; `rows` grows, and is written after every file."""
+
+    model: str
+    questions: Questions
+    options: workflow.CalibrationOptions
+    directory: Path
+    encoder: str
+    search: SearchOptions | None
+    threads: int | None
+    keep: bool
+    rows: dict[str, dict]
+
+    def measure(self, name: str, target: workflow.Target) -> int:
+        """Plan, export and score one recipe unless its row is there; returns the file's bytes."""
+        asked = self.questions
+        wanted = {*asked.tasks} - {"mmlu"} | ({*asked.scoring} if "mmlu" in asked.tasks else set())
+        if name in self.rows and wanted <= {*self.rows[name]["measured"]}:
+            return self.rows[name]["bytes"]
+        console.note(f"[bold]{name}[/]")
+        folder = self.directory / "plan"
+        plan = workflow.plan(
+            self.model, target, self.options, folder, search=self.search, threads=self.threads, report=False
+        )
+        file = self.directory / f"{name.replace(' ', '-')}.gguf"
+        plan.save(self.directory / f"{file.stem}.plan.json")
+        export_workflow.export(
+            self.model, file, plan_path=folder / PLAN_NAME, stats_path=folder / STATS_NAME, encoder=self.encoder,
+            device=self.options.device, tune_tokens=0, threads=self.threads,
         )  # fmt: skip
-    if not keep:
-        file.unlink()
-    before = rows.get(name, {"measured": [], "metrics": {}})
-    rows[name] = _row(plan, report) | {
-        "measured": sorted({*before["measured"], *wanted}),
-        "metrics": before["metrics"] | metrics_of(report),
-    }
-    write_atomically(directory / "compare.json", json.dumps(rows, indent=1) + "\n")
-    return plan.predicted_bytes
+        with console.stage_progress() as progress:
+            report = evaluate(
+                file, self.model, progress=progress, threads=self.threads, cache_dir=self.directory / "reference",
+                tasks=asked.tasks, text=asked.text, max_tokens=asked.max_tokens,
+                mmlu_data=asked.mmlu_data, shots=asked.shots, limit=asked.limit, scoring=asked.scoring,
+            )  # fmt: skip
+        if not self.keep:
+            file.unlink()
+        before = self.rows.get(name, {"measured": [], "metrics": {}})
+        self.rows[name] = _row(plan, report) | {
+            "measured": sorted({*before["measured"], *wanted}),
+            "metrics": before["metrics"] | metrics_of(report),
+        }
+        write_atomically(self.directory / "compare.json", json.dumps(self.rows, indent=1) + "\n")
+        return plan.predicted_bytes
 
 
 def _row(plan: Plan, report: EvalReport) -> dict:

@@ -224,7 +224,8 @@ def plan(
             model, stats, chooser.allowed(table), store, search, chooser, chooser.file_bytes,
             text=options.text, seed=options.seed, device=options.device,
         )  # fmt: skip
-        table.save(directory / ERRORS_NAME)
+        if not target.types:
+            table.save(directory / ERRORS_NAME)
         selection.save(directory / SELECTION_NAME)
         chosen = chooser.explained(selection.winner.types)
     else:
