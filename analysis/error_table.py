@@ -166,6 +166,16 @@ class ErrorTable(BaseModel):
         """The same rows, priced by `method`."""
         return self._copy(prices={**self.prices, method: prices}, priced_by=method)
 
+    def is_priced_by(self, method: str) -> bool:
+        """Whether every row has a price by this method."""
+        prices = self.prices.get(method, {})
+        return method in self.prices and all(row.type in prices.get(row.name, {}) for row in self.rows)
+
+    def remembering(self, other: "ErrorTable") -> "ErrorTable":
+        """The same rows with the prices of a table that may have fewer of them; used where they cover all rows."""
+        known = self._copy(prices={**self.prices, **other.prices}, priced_by=CLOSED_FORM)
+        return known.priced(other.priced_by) if known.is_priced_by(other.priced_by) else known
+
     def priced(self, method: str) -> "ErrorTable":
         """The same rows, priced by a method whose prices it holds, or in closed form."""
         return self._copy(priced_by=method)

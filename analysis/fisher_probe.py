@@ -44,7 +44,7 @@ def fisher_probe(
     `hf_model` is the original in float32. Tensors that have no place in the running model are left out.
 
     Raises:
-        CheckpointError: the original is not a Hugging Face checkpoint.
+        CheckpointError: the original's weights cannot be followed into the running model.
         StatsError: the model's decoder layers cannot be found.
     """
     generator = torch.Generator().manual_seed(seed)

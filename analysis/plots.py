@@ -7,6 +7,7 @@ super_weights           largest input and output of every down projection
 size_breakdown          bytes by role
 frontier                file size against predicted error
 selection               predicted against measured KL of candidate plans
+measured_frontier       file size against measured KL and top-1 agreement
 plan_map                type of every tensor
 """
 
@@ -19,6 +20,7 @@ from dynquant.analysis.plot_errors import draw_errors
 from dynquant.analysis.plot_experts import draw_experts, starved_experts
 from dynquant.analysis.plot_frontier import draw_frontier
 from dynquant.analysis.plot_inputs import FrontierPoint, SuperWeight, check_same_checkpoint
+from dynquant.analysis.plot_measured import draw_measured_frontier
 from dynquant.analysis.plot_plan_map import draw_plan_map
 from dynquant.analysis.plot_selection import draw_selection
 from dynquant.analysis.plot_sizes import draw_size_breakdown
@@ -91,4 +93,5 @@ def _drawings(
         drawings["frontier"] = lambda: draw_frontier(plan, table, frontier)
     if selection is not None:
         drawings["selection"] = lambda: draw_selection(selection)
+        drawings["measured_frontier"] = lambda: draw_measured_frontier(selection)
     return drawings

@@ -30,6 +30,7 @@ from dynquant.analysis.plot_plan_map import KEPT_BITS
 from dynquant.analysis.plot_style import GROUP_COLOURS, PlotFiles, human_bytes
 from dynquant.analysis.report_tables import (
     evaluation_table,
+    frontier_table,
     plan_table,
     selection_table,
     size_table,
@@ -69,7 +70,12 @@ def write_report(
     tables = _tables(plan, table, stats, super_weights)
     if selection is not None:
         tables["selection"] = selection_table(selection)
-    sections = [_plot_section(name, plots.get(name), tables.get(name, "")) for name in PLOT_TEXTS]
+        if selection.frontier:
+            tables["measured_frontier"] = frontier_table(selection)
+    unasked = _unasked(selection)
+    sections = [
+        _plot_section(name, plots.get(name), tables.get(name, "")) for name in PLOT_TEXTS if name not in unasked
+    ]
     if evaluation:
         sections.append(_section("evaluation", "Before and after", evaluation_table(evaluation)))
     sections.append(_section("plan-section", "The plan, tensor by tensor", _filter() + plan_table(plan, table)))
@@ -84,6 +90,13 @@ def write_report(
         sections="\n".join(sections),
     )
     write_atomically(path, page.encode("ascii", "xmlcharrefreplace").decode())
+
+
+def _unasked(selection: Selection | None) -> set[str]:
+    """Plots of what was not asked for; the page does not miss them."""
+    if selection is None:
+        return {"selection", "measured_frontier"}
+    return set() if selection.frontier else {"measured_frontier"}
 
 
 def summary_sentence(plan: Plan) -> str:

@@ -11,7 +11,7 @@ from dynquant.analysis.outliers import StandOut
 from dynquant.analysis.plot_inputs import SuperWeight
 from dynquant.analysis.plot_sizes import role_sizes
 from dynquant.analysis.plot_style import human_bytes
-from dynquant.analysis.selection import Selection
+from dynquant.analysis.selection import Candidate, Selection
 from dynquant.architecture import layer_of
 from dynquant.eval_statistics import Estimate
 from dynquant.plan import Plan
@@ -172,18 +172,8 @@ def starved_table(starved: Sequence[tuple[int, int, int]]) -> str:
 
 def selection_table(selection: Selection) -> str:
     """Every candidate with its interval; the chosen one is named."""
-    rows = [
-        [
-            f"{one.label} (chosen)" if index == selection.chosen else one.label,
-            number(one.bytes, f"{one.bytes:,}"),
-            number(one.predicted_kl, f"{one.predicted_kl:.4f}"),
-            _estimate(one.kl, 1),
-            _estimate(one.top1, 100),
-        ]
-        for index, one in enumerate(selection.candidates)
-    ]
-    columns = ("Candidate", "Bytes", "Prices added up", "Measured KL", "Same top token, %")
-    table = html_table(f"Candidates on {selection.text}", columns, rows, sortable=True)
+    named = [one.label + (" (chosen)" if i == selection.chosen else "") for i, one in enumerate(selection.candidates)]
+    table = _candidates(f"Candidates on {selection.text}", named, selection.candidates)
     if selection.rank_correlation is None:
         return table
     rho = selection.rank_correlation
@@ -191,6 +181,27 @@ def selection_table(selection: Selection) -> str:
         f"<p>Spearman correlation of predicted and measured KL over {len(selection.checked)} drawn plans: "
         f"{rho.value:.3f}, 95 % interval {rho.low:.3f} to {rho.high:.3f}.</p>"
     )
+
+
+def frontier_table(selection: Selection) -> str:
+    """The measured frontier, smallest file first."""
+    points = sorted(selection.frontier, key=lambda one: one.bytes)
+    return _candidates(f"Frontier on {selection.text}", [one.label for one in points], points)
+
+
+def _candidates(caption: str, labels: Sequence[str], found: Sequence[Candidate]) -> str:
+    rows = [
+        [
+            label,
+            number(one.bytes, f"{one.bytes:,}"),
+            number(one.predicted_kl, "" if one.predicted_kl is None else f"{one.predicted_kl:.4f}"),
+            _estimate(one.kl, 1),
+            _estimate(one.top1, 100),
+        ]
+        for label, one in zip(labels, found, strict=True)
+    ]
+    columns = ("Plan", "Bytes", "Prices added up", "Measured KL", "Same top token, %")
+    return html_table(caption, columns, rows, sortable=True)
 
 
 def _estimate(value: Estimate | None, scale: float) -> Cell:

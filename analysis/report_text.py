@@ -68,4 +68,10 @@ PLOT_TEXTS = {
         "that the order agrees. Prices add up errors to second order, so that at low bits the measured KL is higher.",
         "a selection (“dynquant plan --select”)",
     ),
+    "measured_frontier": PlotText(
+        "Size against measured damage",
+        "Plans and recipes rendered and run instead of priced. Lower left is better on the left, upper left on the "
+        "right. A fixed recipe above the planner's line loses more than it must at its size.",
+        "a measured frontier (“dynquant plan --frontier 1.6:4.5”)",
+    ),
 }

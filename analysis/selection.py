@@ -18,8 +18,9 @@ class Candidate(BaseModel):
 
     label: str
     bytes: int
-    predicted_kl: float
-    predicted_kl_se: float
+    predicted_kl: float | None = None
+    """What its prices add up to; None for recipes with types that were not priced."""
+    predicted_kl_se: float | None = None
     kl: Estimate | None = None
     top1: Estimate | None = None
     types: dict[str, str]
@@ -64,6 +65,8 @@ class Selection(BaseModel):
     """Spearman's between predicted and measured KL of `checked`."""
     fit: Fit | None = None
     """From what prices add up to to the KL that is measured, fitted on `checked`."""
+    frontier: tuple[Candidate, ...] = ()
+    """The planner at several sizes (labels begin with `planner`), and fixed recipes."""
 
     @property
     def winner(self) -> Candidate:

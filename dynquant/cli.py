@@ -174,6 +174,13 @@ def plan(
     check_plans: Annotated[
         int, typer.Option(help="Also draw this many plans and correlate their predicted and measured KL.")
     ] = 0,
+    frontier: Annotated[
+        str | None,
+        typer.Option(
+            help="Also measure the planner over this range of bits per weight, as 1.6:4.5, beside uniform types, "
+            "llama.cpp's mixtures and the R1 recipes; drawn in the report."
+        ),
+    ] = None,
     report: Annotated[bool, typer.Option(help="Draw plots and write report.html.")] = True,
     config_only: Annotated[
         Path | None, typer.Option(help="Directory with config.json: sizes a preset or recipe.")
@@ -212,8 +219,8 @@ def plan(
             model, target, options, output,
             stats_path=stats, encoder=encoder, threads=threads, base_gguf=base_gguf, report=report,
             search=SearchOptions(
-                methods=_split(sensitivity) or (("closed-form", "fisher-probe") if select else ("closed-form",)),
-                select=select, text=selection_text, probes=probes, check_plans=check_plans,
+                methods=_split(sensitivity) or _default_methods(select or frontier is not None),
+                select=select, text=selection_text, probes=probes, check_plans=check_plans, frontier=_range(frontier),
             ),
         )  # fmt: skip
         show = partial(workflow.print_plan, directory=output)
@@ -357,7 +364,7 @@ def compare(
     )  # fmt: skip
     hessians = "activations" if encoder == "dynquant" else "none"
     options = CalibrationOptions(text=calibration, tokens=tokens, hessians=hessians)
-    search = SearchOptions(methods=("closed-form", "fisher-probe"), select=True) if select else None
+    search = SearchOptions(methods=_default_methods(select), select=True) if select else None
     run(
         model, _split(recipes) or (), questions, options, output,
         encoder=encoder, search=search, threads=threads, keep=keep,
@@ -476,6 +483,20 @@ def demo(
 def version() -> None:
     """Print the version."""
     print(__version__)
+
+
+def _default_methods(is_measured: bool) -> tuple[str, ...]:
+    return ("closed-form", "fisher-probe") if is_measured else ("closed-form",)
+
+
+def _range(text: str | None) -> tuple[float, float] | None:
+    if text is None:
+        return None
+    try:
+        low, high = map(float, text.split(":"))
+    except ValueError as error:
+        raise PlanError(f"--frontier {text} is no range of bits per weight; give one as 1.6:4.5.") from error
+    return low, high
 
 
 def _hessians(value: str) -> Literal["none", "activations", "gradients"]:

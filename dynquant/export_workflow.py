@@ -127,8 +127,10 @@ def _closing_pass(
     reason = None
     if moments is None:
         reason = "there are no second moments, whose text it would train on; calibrate with --hessians"
-    elif model.hf_directory is None or not isinstance(model.source, RecipeSource):
-        reason = "the model is not a Hugging Face checkpoint of a family that dynquant converts itself"
+    elif model.hf_directory is not None and not isinstance(model.source, RecipeSource):
+        reason = "the model is not of a family that dynquant converts itself"
+    elif tokens is None and model.hf_directory is None:
+        reason = "the original is a GGUF file, which transformers may load in another form (`--tune N` tries)"
     elif tokens is None and (too_large := too_large_to_tune(model)):
         reason = too_large
     elif tokens is None and len(moments.tokens) <= TuneOptions().held_out_windows:

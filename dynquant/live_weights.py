@@ -2,7 +2,9 @@
 
 A GGUF tensor is a selection of a checkpoint tensor's entries: some rows, another order, a transposition, at most with a
 constant added (Gemma's norms). `TensorRecipe.transform` makes it; the way back is the transform's adjoint, which
-automatic differentiation gives, so no family has to state an inverse.
+automatic differentiation gives, so no family has to state an inverse. When the original is a GGUF file there are no
+recipes: parameters are found by name, rows of rotary heads are reordered where that is what makes them equal, and every
+place is checked against the file.
 """
 
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from dynquant.architecture import gguf_name_of
 from dynquant.errors import CheckpointError
 from dynquant.expert_hooks import expert_modules
+from dynquant.families.llama import interleave_halves
 from dynquant.families.recipe import RecipeSource, Transform, unchanged
 from dynquant.model import Model
 
@@ -30,12 +33,10 @@ class LiveWeights:
     """The GGUF tensors of `model` that have a place in `hf_model`, loaded by transformers from the same checkpoint."""
 
     def __init__(self, model: Model, hf_model: nn.Module) -> None:
-        if not isinstance(model.source, RecipeSource):
-            raise CheckpointError(
-                f"{model.path} is a GGUF file; its weights can only be followed into a running model when the Hugging "
-                "Face checkpoint is given."
-            )
-        self._places = _stack_places(model, hf_model) | _single_places(model, model.source, hf_model)
+        if isinstance(model.source, RecipeSource):
+            self._places = _stack_places(model, hf_model) | _single_places(model, model.source, hf_model)
+        else:
+            self._places = _places_of_a_file(model, hf_model)
 
     def names(self) -> list[str]:
         """GGUF names, in no particular order."""
@@ -108,6 +109,32 @@ def _single_places(model: Model, source: RecipeSource, hf_model: nn.Module) -> d
         is_copy = transform is unchanged and any(place.parameter is parameter for place in places.values())
         if parameter is not None and parameter.dim() < 3 and not is_copy:
             places[name] = _Place(parameter, transform=transform)
+    return places
+
+
+def _places_of_a_file(model: Model, hf_model: nn.Module) -> dict[str, _Place]:
+    """Parameters that transformers loaded from the GGUF file itself.
+
+    Raises:
+        CheckpointError: a parameter is not the file's tensor of its name under any known order of rows.
+    """
+    counts = (model.hyper.n_head, model.hyper.n_head_kv)
+    known = set(model.source.names())
+    places = {}
+    for parameter_name, parameter in hf_model.named_parameters():
+        name = gguf_name_of(parameter_name, model.arch, model.hyper.n_layer)
+        if name not in known:
+            continue
+        stored = model.source.load(name).to(parameter.device, parameter.dtype)
+        fitting = [interleave_halves(count) for count in counts if len(stored) % (2 * count) == 0]
+        transforms = (unchanged, *fitting) if stored.shape == parameter.shape else ()
+        found = next((one for one in transforms if torch.equal(one(parameter.detach()), stored)), None)
+        if found is None:
+            raise CheckpointError(
+                f"transformers loads `{name}` of {model.path} in an order that dynquant does not know, so its weights "
+                "cannot be followed into the running model. Give the Hugging Face checkpoint that the file was made of."
+            )
+        places[name] = _Place(parameter, transform=found)
     return places
 
 

@@ -12,7 +12,7 @@ from dynquant.plan_building import fixed_bytes
 from dynquant.plan_report import rules_of
 from dynquant.plan_target import Target
 from dynquant.planner import Rules, coupled_tensors, plan_types, size_range
-from dynquant.quant_types import quant_type
+from dynquant.quant_types import fit_to_row, quant_type
 from dynquant.statistics import CalibrationStats
 
 
@@ -42,29 +42,37 @@ class Chooser:
         types = self._target.types
         return table.restricted_to([name.upper() for name in types]) if types else table
 
-    def __call__(self, table: ErrorTable, *, floors: bool = True, scale: float = 1.0) -> dict[str, str]:
+    def __call__(self, table: ErrorTable, *, floors: bool = True, file_bytes: int | None = None) -> dict[str, str]:
         allowed = self.allowed(table)
         rules = self._rules[floors and self._target.floors]
-        found = plan_types(allowed, self._budget(allowed, rules, scale), rules, fixed_bytes=self._fixed)
+        found = plan_types(allowed, self._budget(allowed, rules, file_bytes), rules, fixed_bytes=self._fixed)
         types = {name: type_name for name, (type_name, _) in found.items()}
         self._reasons[tuple(sorted(types.items()))] = found
         return types
 
-    def _budget(self, table: ErrorTable, rules: Rules, scale: float) -> int | None:
-        """File bytes; None for the planner's default."""
+    def _budget(self, table: ErrorTable, rules: Rules, wanted: int | None) -> int | None:
+        """File bytes: the target's, None for the planner's default, or the possible size nearest to `wanted`."""
+        if wanted is not None:
+            smallest, largest = size_range(table, rules, fixed_bytes=self._fixed)
+            return max(smallest, min(largest, wanted))
         if self._memory is not None:
-            budget = self._memory.file_budget(*size_range(table, rules, fixed_bytes=self._fixed))
-        else:
-            source = self._model.source
-            budget = self._target.budget(sum(source.info(name).numel for name in source.names()))
-        if budget is None or scale == 1.0:
-            return budget
-        smallest, largest = size_range(table, rules, fixed_bytes=self._fixed)
-        return max(smallest, min(largest, int(scale * budget)))
+            return self._memory.file_budget(*size_range(table, rules, fixed_bytes=self._fixed))
+        return self._target.budget(self.num_weights)
+
+    @property
+    def num_weights(self) -> int:
+        return sum(self._model.source.info(name).numel for name in self._model.source.names())
 
     def explained(self, types: Mapping[str, str]) -> dict[str, tuple[str, str]]:
         """Types that were chosen before, with their reasons."""
         return self._reasons[tuple(sorted(types.items()))]
+
+    def stored(self, wanted: Mapping[str, str], table: ErrorTable) -> dict[str, str]:
+        """Wanted types of a recipe -> the stored ones, of the tensors that have a choice."""
+        return {
+            name: fit_to_row(quant_type(wanted[name]), self._model.source.info(name).shape[-1])[0].name
+            for name in table.tensors()
+        }
 
     def file_bytes(self, types: Mapping[str, str]) -> int:
         """Bytes of the whole file."""

@@ -52,7 +52,7 @@ def write_report(
 
     report = directory / "report.html"
     with console.stage_progress() as progress:
-        points = frontier(table, rules_of(supers, stats), _fixed_bytes_of(plan, table), _priced_presets(model))
+        points = frontier(table, rules_of(supers, stats), _fixed_bytes_of(plan, table), fixed_recipes(model))
         shown = {
             "table": table, "plan": plan, "stats": stats, "super_weights": supers, "frontier": points,
             "selection": Selection.load(directory / SELECTION_NAME),
@@ -68,8 +68,8 @@ def _fixed_bytes_of(plan: Plan, table: ErrorTable) -> int:
     return plan.predicted_bytes - sum(padded(entry.bytes) for entry in plan.entries if entry.name in table.tensors())
 
 
-def _priced_presets(model: Model) -> dict[str, dict[str, str]]:
-    """The recipes to show beside the planner's curve; those that do not apply to the model are left out."""
+def fixed_recipes(model: Model) -> dict[str, dict[str, str]]:
+    """Wanted types of the recipes to show beside the planner's curve; those that do not apply are left out."""
     found = {}
     for name in FRONTIER_PRESETS:
         try:

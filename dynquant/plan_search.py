@@ -32,9 +32,9 @@ Progress = Callable[[str, int, int], None]
 
 
 class Choose(Protocol):
-    """Gives the stored type of every tensor for a table, at `scale` times the budget where that is possible."""
+    """Gives the stored type of every tensor for a table, at the budget, or at the size nearest to `file_bytes`."""
 
-    def __call__(self, table: ErrorTable, *, floors: bool = True, scale: float = 1.0) -> dict[str, str]: ...
+    def __call__(self, table: ErrorTable, *, floors: bool = True, file_bytes: int | None = None) -> dict[str, str]: ...
 
 
 @dataclass(frozen=True)
@@ -51,18 +51,25 @@ class SearchOptions:
     rounds: int = 2
     selection_tokens: int = 4096
     check_plans: int = 0
+    frontier: tuple[float, float] | None = None
+    """From how many to how many bits per weight of the whole file plans and fixed recipes are measured."""
+    frontier_points: int = 8
 
     def __post_init__(self) -> None:
         for method in self.methods:
             if method not in METHODS:
                 raise PlanError(f"There is no sensitivity `{method}`; give any of {', '.join(METHODS)}.")
+        if self.frontier is not None and not 0 < self.frontier[0] < self.frontier[1] <= 32:
+            low, high = self.frontier
+            raise PlanError(f"--frontier {low:g}:{high:g} is no range of bits per weight; give one as 1.6:4.5.")
         if self.check_plans and self.check_plans < 5:
             raise PlanError(f"--check-plans {self.check_plans} is too few for a rank correlation; give 5 or more.")
 
     @property
     def runs_model(self) -> bool:
         """Whether anything but the closed form is asked for."""
-        return self.select or self.check_plans > 0 or set(self.methods) != {CLOSED_FORM}
+        asked = self.select or self.check_plans > 0 or self.frontier is not None
+        return asked or set(self.methods) != {CLOSED_FORM}
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,8 @@ class PlanSearch:
         unit_windows: token ids [n, window] for unit KL.
         selection_windows: token ids [n, window] disjoint from all others; `selection_text` names them.
         file_bytes: bytes of the whole file for the types of the tensors that have a choice.
+        num_weights: of the whole model.
+        recipes: label -> stored types of fixed recipes, to measure beside the planner's frontier.
     """
 
     hf_model: torch.nn.Module
@@ -85,6 +94,8 @@ class PlanSearch:
     unit_windows: torch.Tensor
     selection_windows: torch.Tensor
     selection_text: str
+    num_weights: int
+    recipes: Mapping[str, Mapping[str, str]]
     seed: int = 0
     progress: Progress | None = None
 
@@ -92,22 +103,22 @@ class PlanSearch:
         """The table with all prices that were asked for, priced by the winner's, and the selection.
 
         Raises:
-            CheckpointError: the original is not a Hugging Face checkpoint.
+            CheckpointError: the original's weights cannot be followed into the running model.
             StatsError: the model's decoder layers cannot be found.
         """
-        if FISHER in self.options.methods and FISHER not in table.prices:
+        if FISHER in self.options.methods and not table.is_priced_by(FISHER):
             costs = fisher_probe(
                 self.hf_model, self.store, table, self.probe_windows, seed=self.seed, progress=self.progress
             )
             table = table.with_prices(FISHER, probe_prices(table, costs))
-        base = table.priced(FISHER if FISHER in table.prices else CLOSED_FORM)
+        base = table.priced(FISHER if table.is_priced_by(FISHER) else CLOSED_FORM)
         rendered = RenderedModel(self.hf_model, self.store)
         selection_text = ScoredText(rendered, self.selection_windows)
         unit_text = ScoredText(rendered, self.unit_windows) if UNIT_KL in self.options.methods else None
         found = [
             self._candidate(priced, floors, table.priced(priced))
             for priced in (CLOSED_FORM, FISHER)
-            if priced == CLOSED_FORM or priced in table.prices
+            if priced == CLOSED_FORM or table.is_priced_by(priced)
             for floors in (True, False)
         ]
         if unit_text is not None:
@@ -133,6 +144,7 @@ class PlanSearch:
             checked=tuple(checked),
             rank_correlation=rank_correlation(pairs) if checked else None,
             fit=Fit.of(*pairs.T) if checked else None,
+            frontier=tuple(self._scored(rendered, selection_text, self._frontier(base), "measuring the frontier")),
         )
 
     def _best(self, candidates: list[Candidate]) -> int:
@@ -180,6 +192,7 @@ class PlanSearch:
     def _drawn(self, table: ErrorTable) -> list[Candidate]:
         """Plans around the frontier: each tensor's prices are shaken by a factor of about 2, sizes by up to 10 %."""
         random = np.random.default_rng(self.seed)
+        around = self.file_bytes(self.choose(table))
         drawn = []
         for number in range(self.options.check_plans):
             factors = {name: float(np.exp(random.normal(0, 0.7))) for name in table.tensors()}
@@ -187,10 +200,26 @@ class PlanSearch:
                 name: {row.type: Price(kl=factors[name] * table.cost(row), se=0.0) for row in rows.values()}
                 for name, rows in table.tensors().items()
             }
-            scale = float(random.uniform(0.9, 1.1))
-            types = self.choose(table.with_prices("shaken", shaken), floors=False, scale=scale)
+            size = int(random.uniform(0.9, 1.1) * around)
+            types = self.choose(table.with_prices("shaken", shaken), floors=False, file_bytes=size)
             drawn.append(self._priced(f"drawn {number + 1}", types, table))
         return drawn
+
+    def _frontier(self, table: ErrorTable) -> list[Candidate]:
+        """The planner at sizes evenly spaced in logarithm, and every fixed recipe in the range."""
+        if self.options.frontier is None:
+            return []
+        low, high = (int(bits * self.num_weights / 8) for bits in self.options.frontier)
+        found = [
+            self._priced(f"planner, {8 * size / self.num_weights:.2f} bpw", types, table)
+            for size in np.geomspace(low, high, self.options.frontier_points)
+            for types in [self.choose(table, floors=False, file_bytes=int(size))]
+        ]
+        for label, types in self.recipes.items():
+            size = self.file_bytes(types)
+            if low <= size <= high:
+                found.append(Candidate(label=label, bytes=size, types=dict(types)))
+        return found
 
 
 def _method_of(label: str) -> str:

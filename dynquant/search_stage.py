@@ -1,6 +1,5 @@
 """The stage of `plan` that runs the model: what a `PlanSearch` needs, from a model on disk and its calibration."""
 
-from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -16,8 +15,9 @@ from dynquant.errors import StatsError
 from dynquant.hf_loading import load_hf, load_tokenizer
 from dynquant.importance import importance
 from dynquant.model import Model
-from dynquant.plan_report import STATS_NAME
-from dynquant.plan_search import Choose, PlanSearch, SearchOptions
+from dynquant.plan_choice import Chooser
+from dynquant.plan_report import STATS_NAME, fixed_recipes
+from dynquant.plan_search import PlanSearch, SearchOptions
 from dynquant.quantize import Guidance, load_encoder
 from dynquant.second_moments import SecondMoments, hessian, path_beside
 from dynquant.statistics import CalibrationStats
@@ -45,8 +45,7 @@ def search_plans(
     table: ErrorTable,
     store: EncodedStore,
     options: SearchOptions,
-    choose: Choose,
-    file_bytes: Callable[[Mapping[str, str]], int],
+    choose: Chooser,
     *,
     text: str | None,
     seed: int,
@@ -76,14 +75,15 @@ def search_plans(
             f"{documents.name} has {selection.numel():,} tokens left behind the {used:,} that calibration used; "
             f"selection wants {options.selection_tokens:,}. Give --selection-text FILE, a longer text or less --tokens."
         )
+    recipes = {label: choose.stored(wanted, table) for label, wanted in fixed_recipes(model).items()}
     hf_model = load_hf(model, dtype=torch.float32, device=chosen_device(device))
     with console.stage_progress() as progress:
         return PlanSearch(
-            hf_model=hf_model, store=store, options=options, choose=choose, file_bytes=file_bytes,
+            hf_model=hf_model, store=store, options=options, choose=choose, file_bytes=choose.file_bytes,
             probe_windows=_cut(calibrated, options.probes, options.probe_window),
             unit_windows=calibrated[: max(1, options.unit_tokens // window)],
             selection_windows=selection if len(selection) else calibrated[:1],
-            selection_text=name, seed=seed, progress=progress,
+            selection_text=name, num_weights=choose.num_weights, recipes=recipes, seed=seed, progress=progress,
         ).run(table)  # fmt: skip
 
 

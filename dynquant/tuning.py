@@ -78,7 +78,7 @@ def tune(
 
     Raises:
         StatsError: too little text.
-        CheckpointError: the original is not a Hugging Face checkpoint.
+        CheckpointError: the original's weights cannot be followed into the running model.
     """
     train, held = _split(windows, options)
     device = next(hf_model.parameters()).device

@@ -220,12 +220,12 @@ def plan(
     chooser = Chooser(model, target, stats, stats_hash, table, supers, memory)
     selection = None
     if search is not None and store is not None:
+        measured = table
         table, selection = search_plans(
-            model, stats, chooser.allowed(table), store, search, chooser, chooser.file_bytes,
+            model, stats, chooser.allowed(table), store, search, chooser,
             text=options.text, seed=options.seed, device=options.device,
         )  # fmt: skip
-        if not target.types:
-            table.save(directory / ERRORS_NAME)
+        measured.remembering(table).save(directory / ERRORS_NAME)
         selection.save(directory / SELECTION_NAME)
         chosen = chooser.explained(selection.winner.types)
     else:

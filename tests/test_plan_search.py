@@ -9,7 +9,7 @@ import torch
 
 from dynquant.analysis.error_table import Price
 from dynquant.analysis.fisher_probe import fisher_probe, probe_prices
-from dynquant.analysis.measure_errors import build_error_table
+from dynquant.analysis.measure_errors import build_error_table, file_hash
 from dynquant.analysis.selection import Fit
 from dynquant.analysis.sensitivity import output_sensitivity
 from dynquant.analysis.unit_kl import group_of, measure_steps, prices_from, refine
@@ -19,6 +19,8 @@ from dynquant.codecs import decode
 from dynquant.distribution import Distribution
 from dynquant.encoded_store import EncodedStore, store_directory
 from dynquant.errors import PlanError
+from dynquant.evaluate import evaluate
+from dynquant.export_workflow import export
 from dynquant.fisher import sampled_log_probability
 from dynquant.hf_loading import load_hf, load_tokenizer
 from dynquant.importance import importance
@@ -29,6 +31,8 @@ from dynquant.plan_target import Target
 from dynquant.planner import Rules, plan_types
 from dynquant.quantize import Guidance, load_encoder
 from dynquant.rendered_model import RenderedModel, ScoredText
+from dynquant.search_stage import encoded_store
+from dynquant.statistics import CalibrationStats
 from dynquant.workflow import CalibrationOptions, calibrate, plan
 
 TYPES = ("IQ2_XXS", "Q2_K", "Q4_K")
@@ -202,7 +206,7 @@ def selected(small_moe, calibrated):
     _, directory = calibrated
     search = SearchOptions(
         methods=("closed-form", "fisher-probe"), select=True, probes=4, probe_window=128, selection_tokens=1024,
-        check_plans=6,
+        check_plans=6, frontier=(2.8, 3.6), frontier_points=2,
     )  # fmt: skip
     options = CalibrationOptions(tokens=TOKENS, window=256, hessians="none")
     target = Target(bpw=3.0, types=TYPES)
@@ -223,6 +227,35 @@ def test_the_chosen_plan_has_the_lowest_kl_and_keeps_the_budget(model, selected)
     assert -1 <= selection["rank_correlation"]["low"] <= selection["rank_correlation"]["value"] <= 1
 
 
+def test_the_frontier_falls_and_holds_the_recipes_in_its_range(selected):
+    made, selection = selected
+    planned = [one for one in selection["frontier"] if one["label"].startswith("planner")]
+    assert planned[0]["bytes"] <= 2.8 * made.num_weights / 8 < planned[1]["bytes"] <= 3.6 * made.num_weights / 8
+    assert planned[0]["kl"]["value"] > planned[1]["kl"]["value"]
+    recipes = {one["label"]: one for one in selection["frontier"] if not one["label"].startswith("planner")}
+    assert "uniform-q2_k" in recipes and "uniform-q6_k" not in recipes
+    assert recipes["uniform-q2_k"]["kl"]["value"] > 0
+
+
+def test_a_rendered_plan_has_the_kl_of_its_file_in_llama_cpp(small_moe, calibrated, selected, tmp_path):
+    made, _ = selected
+    _, directory = calibrated
+    made.save(directory / "plan.json")
+    text = tmp_path / "text.txt"
+    text.write_text("The committee shall report to the assembly before the end of the year. " * 40)
+    (file,) = export(str(small_moe), tmp_path / "m.gguf", plan_path=directory / "plan.json", encoder="ggml")
+    report = evaluate(file, small_moe, tasks=("kl",), text=(text,), window=128, max_tokens=256)
+    model = open_model(small_moe)
+    stats = CalibrationStats.load(directory / "stats.safetensors")
+    rendered = RenderedModel(
+        load_hf(model), encoded_store(model, stats, file_hash(directory / "stats.safetensors"), directory, "ggml", None)
+    )
+    tokenizer = load_tokenizer(model)
+    words = ScoredText(rendered, pack_windows(read_text(text), tokenizer, window=128, max_tokens=256))
+    rendered.install({entry.name: entry.type for entry in made.entries if entry.type != "F32"})
+    assert float(words.score()[0].mean()) == pytest.approx(report.texts[0].kl.mean.value, rel=0.05)
+
+
 def test_another_budget_reuses_prices(small_moe, calibrated, selected, monkeypatch):
     _, directory = calibrated
     monkeypatch.setattr("dynquant.plan_search.fisher_probe", None)
@@ -237,5 +270,7 @@ def test_another_budget_reuses_prices(small_moe, calibrated, selected, monkeypat
 def test_unknown_methods_and_too_few_plans_are_refused():
     with pytest.raises(PlanError, match=r"no sensitivity `magic`.*fisher-probe"):
         SearchOptions(methods=("magic",))
+    with pytest.raises(PlanError, match="--frontier 4:2 is no range"):
+        SearchOptions(frontier=(4, 2))
     with pytest.raises(PlanError, match="--check-plans 3 is too few"):
         SearchOptions(check_plans=3)

@@ -17,8 +17,11 @@ from dynquant.analysis.plot_plan_map import map_cells
 from dynquant.analysis.plot_sizes import role_sizes
 from dynquant.analysis.plot_style import human_bytes, new_figure, plain, plot_settings, short_number
 from dynquant.analysis.plots import write_plots
+from dynquant.analysis.report import write_report
+from dynquant.analysis.selection import Candidate, Fit, Selection
 from dynquant.architecture import Role
 from dynquant.errors import ExportError, PlanError, StatsError
+from dynquant.eval_statistics import Estimate
 from dynquant.importance import expert_coverage
 from tests.helpers.synthetic_models import DENSE, LARGE_MOE, SMALL_MOE, TYPES, FakePoint, Shape, synthetic_model
 
@@ -235,3 +238,25 @@ def test_human_bytes(value, text):
 def test_short_numbers_and_plain_names():
     assert [short_number(v) for v in (0.05, 10, 1000, 12_000, 3e6)] == ["0.05", "10", "1,000", "12k", "3M"]
     assert plain("a\nb\udc80" + "x" * 100, 10) == "a\ufffdb\ufffdxxxxx…"
+
+
+def test_a_selection_is_drawn_and_listed(tmp_path):
+    made = synthetic_model(SMALL_MOE)
+    kl, top1 = Estimate(value=0.3, low=0.25, high=0.35), Estimate(value=0.8, low=0.78, high=0.82)
+    plans = [
+        Candidate(label=label, bytes=size, predicted_kl=0.1 * size / 1e6, kl=kl, top1=top1, types={})
+        for label, size in (("closed-form", 10**6), ("fisher-probe", 2 * 10**6))
+    ]
+    recipes = [Candidate(label="uniform-q2_k", bytes=10**6, kl=kl, top1=top1, types={})]
+    selection = Selection(
+        text="held <out>.txt", num_tokens=512, candidates=tuple(plans), chosen=1, checked=tuple(plans),
+        frontier=(*plans, *recipes),
+        rank_correlation=Estimate(value=0.9, low=0.7, high=0.95), fit=Fit(intercept=0.0, slope=1.0, residual=0.1),
+    )  # fmt: skip
+    files = write_plots(tmp_path, table=None, plan=made.plan, stats=None, selection=selection)
+    assert {"selection", "measured_frontier"} <= set(files)
+    page = tmp_path / "report.html"
+    write_report(page, plan=made.plan, table=None, stats=None, super_weights=[], plots=files, selection=selection)
+    text = page.read_text()
+    assert "fisher-probe (chosen)" in text and "0.900, 95 % interval 0.700 to 0.950" in text
+    assert "held &lt;out&gt;.txt" in text and "held <out>" not in text

@@ -121,8 +121,28 @@ def test_too_little_text_is_refused(model, crushed, windows):
         tune(model, load_hf(model), GGUFSource(crushed), windows[:3], OPTIONS)
 
 
-def test_a_gguf_original_is_refused(crushed, model):
-    with pytest.raises(CheckpointError, match="is a GGUF file"):
+def test_weights_of_a_gguf_original_are_found(tmp_path, small_moe):
+    """transformers undoes the order in which llama.cpp stores the rows of rotary heads."""
+    checkpoint = open_model(save_tiny("llama", tmp_path / "llama", small_moe))
+    path = tmp_path / "llama.gguf"
+    export_gguf(
+        checkpoint,
+        plan_from_types(checkpoint, preset_types("f32", checkpoint), recipe="f32"),
+        None,
+        path,
+        encoder=load_encoder("ggml"),
+    )
+    original = open_model(path)
+    live = LiveWeights(original, load_hf(original))
+    assert {name for name in original.source.names() if name.endswith("weight")} <= set(live.names())
+    for name in live.names():
+        assert torch.equal(live.read(name).reshape(-1), original.source.load(name).reshape(-1)), name
+        live.write(name, 2 * original.source.load(name))
+        assert torch.equal(live.read(name).reshape(-1), 2 * original.source.load(name).reshape(-1)), name
+
+
+def test_a_gguf_that_is_not_what_runs_is_refused(crushed, model):
+    with pytest.raises(CheckpointError, match="in an order that dynquant does not know"):
         LiveWeights(open_model(crushed), load_hf(model))
 
 
