@@ -187,7 +187,7 @@ def test_refinement_never_ends_worse_on_its_own_text(model, table, store, window
         return types
 
     rendered = RenderedModel(load_hf(model), store)
-    points = refine(rendered, ScoredText(rendered, windows[:4]), table, choose, rounds=2)
+    points = refine(rendered, ScoredText(rendered, windows[:2]), table, choose, rounds=1)
     kls = [point.kl for point in points]
     assert kls == sorted(kls, reverse=True)
     assert points[0].types == choose(table)
@@ -205,8 +205,8 @@ def test_a_fit_gives_back_the_line_that_made_the_points():
 def selected(small_moe, calibrated):
     _, directory = calibrated
     search = SearchOptions(
-        methods=("closed-form", "fisher-probe"), select=True, probes=4, probe_window=128, selection_tokens=1024,
-        check_plans=6, frontier=(2.8, 3.6), frontier_points=2,
+        methods=("closed-form", "fisher-probe"), select=True, probes=4, probe_window=128, selection_tokens=512,
+        check_plans=5, frontier=(2.8, 2.95), frontier_points=2,
     )  # fmt: skip
     options = CalibrationOptions(tokens=TOKENS, window=256, hessians="none")
     target = Target(bpw=3.0, types=TYPES)
@@ -223,14 +223,14 @@ def test_the_chosen_plan_has_the_lowest_kl_and_keeps_the_budget(model, selected)
     assert {entry.name: entry.type for entry in made.entries if entry.name in winner["types"]} == winner["types"]
     labels = {one["label"].split(",")[0] for one in selection["candidates"]}
     assert labels == {"closed-form", "fisher-probe"}
-    assert len(selection["checked"]) == 6
+    assert len(selection["checked"]) == 5
     assert -1 <= selection["rank_correlation"]["low"] <= selection["rank_correlation"]["value"] <= 1
 
 
 def test_the_frontier_falls_and_holds_the_recipes_in_its_range(selected):
     made, selection = selected
     planned = [one for one in selection["frontier"] if one["label"].startswith("planner")]
-    assert planned[0]["bytes"] <= 2.8 * made.num_weights / 8 < planned[1]["bytes"] <= 3.6 * made.num_weights / 8
+    assert planned[0]["bytes"] <= 2.8 * made.num_weights / 8 < planned[1]["bytes"] <= 2.95 * made.num_weights / 8
     assert planned[0]["kl"]["value"] > planned[1]["kl"]["value"]
     recipes = {one["label"]: one for one in selection["frontier"] if not one["label"].startswith("planner")}
     assert "uniform-q2_k" in recipes and "uniform-q6_k" not in recipes

@@ -24,9 +24,15 @@ def loaded(small_moe):
 
 
 @pytest.fixture(scope="module")
-def sensitivity(loaded):
+def measured(loaded):
+    """Sensitivities and their standard errors."""
     hf_model, windows, model = loaded
     return output_sensitivity(hf_model, model.arch, model.hyper.n_layer, windows)
+
+
+@pytest.fixture(scope="module")
+def sensitivity(measured):
+    return measured[0]
 
 
 def log_probs(hf_model, windows):
@@ -67,13 +73,15 @@ def test_prediction_agrees_with_the_kl_of_noise(loaded, sensitivity, name, modul
     assert 0.7 < measured_kl(loaded, module_name, RELATIVE) / predicted < 2.0
 
 
-def test_every_quantizable_tensor_has_one_and_weights_are_untouched(loaded, sensitivity):
+def test_every_quantizable_tensor_has_one_and_weights_are_untouched(loaded, measured, sensitivity):
     hf_model, _, model = loaded
     from dynquant.presets import is_quantizable
 
     wanted = {name for name in model.source.names() if is_quantizable(name, model.source.info(name).shape)}
     assert wanted <= set(sensitivity)
     assert all(value > 0 for value in sensitivity.values())
+    assert measured[1].keys() == sensitivity.keys()
+    assert all(0 < error < 2 * sensitivity[name] for name, error in measured[1].items())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in hf_model.parameters())
 
 
