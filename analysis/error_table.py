@@ -14,6 +14,7 @@ import io
 import json
 from collections.abc import Collection, Iterable
 from functools import cached_property
+from math import sqrt
 from pathlib import Path
 from statistics import median
 from typing import Literal
@@ -101,6 +102,11 @@ class ErrorTable(BaseModel):
             return prices[row.name][row.type].se
         return self.sensitivity_se.get(row.name, 0.0) * row.weighted_error
 
+    def total(self, rows: Iterable[ErrorRow]) -> Price:
+        """The costs of one row of each tensor together; their errors are taken to be independent."""
+        rows = list(rows)
+        return Price(kl=sum(self.cost(row) for row in rows), se=sqrt(sum(self.cost_se(row) ** 2 for row in rows)))
+
     def closed_form_cost(self, row: ErrorRow) -> float:
         """Sensitivity times relative error.
 
@@ -141,7 +147,7 @@ class ErrorTable(BaseModel):
             name: [row for row in rows.values() if set(types) & {row.type, *row.wanted}] or list(rows.values())
             for name, rows in self.tensors().items()
         }
-        return self._with(self.types, (row for rows in kept.values() for row in rows))
+        return self.with_rows(row for rows in kept.values() for row in rows)
 
     def extended_by(self, other: "ErrorTable") -> "ErrorTable":
         """Both tables' rows, tensor by tensor; a row that both hold stands for the wanted types of both.
@@ -155,8 +161,8 @@ class ErrorTable(BaseModel):
             rows[row.name, row.type] = row.model_copy(update={"wanted": tuple(wanted)})
         order = {name: index for index, name in enumerate(self.tensors() | other.tensors())}
         types = tuple(dict.fromkeys((*self.types, *other.types)))
-        kept = self.model_copy(update={"prices": {}, "priced_by": CLOSED_FORM})
-        return kept._with(types, sorted(rows.values(), key=lambda row: order[row.name]))
+        merged = tuple(sorted(rows.values(), key=lambda row: order[row.name]))
+        return self._copy(types=types, rows=merged, prices={}, priced_by=CLOSED_FORM)
 
     def with_sensitivity(self, sensitivity: dict[str, float], errors: dict[str, float]) -> "ErrorTable":
         """The same rows, priced by these sensitivities, whose standard errors are `errors`."""
@@ -182,10 +188,7 @@ class ErrorTable(BaseModel):
 
     def with_rows(self, rows: Iterable[ErrorRow]) -> "ErrorTable":
         """Other rows of the same tensors, priced the same way."""
-        return self._with(self.types, rows)
-
-    def _with(self, types: tuple[str, ...], rows: Iterable[ErrorRow]) -> "ErrorTable":
-        return self._copy(types=types, rows=tuple(rows))
+        return self._copy(rows=tuple(rows))
 
     def _copy(self, **changes: object) -> "ErrorTable":
         """A new table, so that nothing that was derived from the old rows and cached comes along."""

@@ -50,7 +50,7 @@ def fisher_probe(
     generator = torch.Generator().manual_seed(seed)
     costs: Costs = {}
 
-    def drawn(logits: Tensor, _index: int) -> Tensor:
+    def drawn(logits: Tensor) -> Tensor:
         return sampled_log_probability(logits, generator)
 
     def consume(name: str, gradients: Tensor) -> None:
@@ -61,7 +61,7 @@ def fisher_probe(
             progress("Fisher probe", done, total)
 
     live = LiveWeights(store.model, hf_model)
-    streamed_gradients(hf_model, live, windows, (drawn,), table.tensors(), consume, report)
+    streamed_gradients(hf_model, live, windows, drawn, table.tensors(), consume, report)
     return costs
 
 

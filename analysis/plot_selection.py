@@ -67,11 +67,10 @@ def _headline(selection: Selection) -> str:
 def _scatter(axes: "Axes", name: str, found: list[Candidate], color: str, marker: str, size: float):
     y = np.array([one.kl.value for one in found])
     spread = np.array([[one.kl.value - one.kl.low, one.kl.high - one.kl.value] for one in found]).T
-    drawn = axes.errorbar(
+    return axes.errorbar(
         [one.predicted_kl for one in found], y, yerr=spread, color=color, marker=marker, markersize=size,
         linestyle="none", elinewidth=0.8, markeredgecolor=BLACK, markeredgewidth=0.4, label=name,
     )  # fmt: skip
-    return drawn
 
 
 def _draw_fit(axes: "Axes", selection: Selection, drawn: list[Candidate]):

@@ -26,6 +26,11 @@ class Candidate(BaseModel):
     types: dict[str, str]
     """Tensor -> stored type, of the tensors that have a choice."""
 
+    @property
+    def method(self) -> str:
+        """The pricing that made it: its label up to the first comma."""
+        return self.label.split(",")[0]
+
 
 class Fit(BaseModel):
     """log KL = intercept + slope log(sum of prices) + noise of standard deviation `residual`."""

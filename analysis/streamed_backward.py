@@ -1,22 +1,23 @@
-"""Weight gradients of many small losses, one decoder layer at a time.
+"""Weight gradients of a loss on many windows, one decoder layer at a time.
 
-A stream is one loss on one window. From the last layer to the first, each layer runs again from its kept input, takes
-the gradients of its output for all streams, and leaves those of its input; the gradients of its weights are handed on
-and forgotten. In memory at a time: 4 bytes a weight of one layer and stream.
+From the last layer to the first, each layer runs again from its kept input, takes
+the gradients of its output for all windows, and leaves those of its input; the gradients of its weights are handed on
+and forgotten. In memory at a time: 4 bytes a weight of one layer and window.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from dynquant.architecture import layer_of
+from dynquant.fisher import frozen_weights
 from dynquant.layer_replay import LayerReplay
 from dynquant.live_weights import LiveWeights
 
-Loss = Callable[[Tensor, int], Tensor]
-"""Logits [tokens, vocabulary] and number of the window -> a scalar."""
+Loss = Callable[[Tensor], Tensor]
+"""Logits [tokens, vocabulary] of a window -> a scalar."""
 Progress = Callable[[int, int], None]
 
 
@@ -24,12 +25,12 @@ def streamed_gradients(
     hf_model: nn.Module,
     live: LiveWeights,
     windows: Tensor,
-    losses: Sequence[Loss],
+    loss: Loss,
     names: Collection[str],
     consume: Callable[[str, Tensor], None],
     progress: Progress,
 ) -> None:
-    """Give `consume` every named tensor's gradients, [losses x windows, weights] in that order, once.
+    """Give `consume` every named tensor's gradients, [windows, weights], once.
 
     Args:
         windows: token ids [n, window]; each runs alone.
@@ -41,11 +42,11 @@ def streamed_gradients(
     backward = _Backward(
         hf_model, live, LayerReplay(hf_model, windows.split(1)), set(names) & set(live.names()), consume
     )
-    backward.run(losses, progress)
+    backward.run(loss, progress)
 
 
 class _Backward:
-    """The stages of one pass. `_flowing` holds the gradients between two stages, one a stream."""
+    """The stages of one pass. `_flowing` holds the gradients between two stages, one a window."""
 
     def __init__(
         self,
@@ -60,37 +61,35 @@ class _Backward:
         self._flowing: list[Tensor] = []
         self._parts: dict[str, Tensor] = {}
 
-    def run(self, losses: Sequence[Loss], progress: Progress) -> None:
+    def run(self, loss: Loss, progress: Progress) -> None:
         stages = self._replay.num_layers + 1
-        with self._no_trained_parameters():
+        with frozen_weights(self._hf_model):
             for _ in self._replay.keep():
                 pass
-            self._head(losses)
+            self._head(loss)
             for done, layer in enumerate(reversed(range(self._replay.num_layers)), start=1):
                 self._layer(layer)
                 progress(done, stages)
             self._embedding()
             progress(stages, stages)
 
-    def _head(self, losses: Sequence[Loss]) -> None:
+    def _head(self, loss: Loss) -> None:
         """A tied embedding's part through the head is kept for the last stage."""
         is_tied = self._live.parameter("token_embd.weight") is self._hf_model.get_output_embeddings().weight
         with self._measured(["token_embd.weight" if is_tied else "output.weight"], is_whole=not is_tied) as taken:
-            for loss in losses:
-                for index in range(len(self._replay.batches)):
-                    with torch.no_grad():
-                        hidden = self._replay.layer(index, self._replay.num_layers - 1)
-                    hidden.requires_grad_(True)
-                    with torch.enable_grad():
-                        loss(self._replay.head(index, hidden), index).backward()
-                    self._flowing.append(hidden.grad)
-                    taken()
+            for index in range(len(self._replay.batches)):
+                with torch.no_grad():
+                    hidden = self._replay.layer(index, self._replay.num_layers - 1)
+                hidden.requires_grad_(True)
+                with torch.enable_grad():
+                    loss(self._replay.head(index, hidden)).backward()
+                self._flowing.append(hidden.grad)
+                taken()
 
     def _layer(self, layer: int) -> None:
         below = []
         with self._measured([name for name in self._names if layer_of(name) == layer]) as taken:
-            for stream, gradient in enumerate(self._flowing):
-                index = stream % len(self._replay.batches)
+            for index, gradient in enumerate(self._flowing):
                 hidden = self._replay.layer_input(index, layer).detach().requires_grad_(True)
                 with torch.enable_grad():
                     self._replay.layer(index, layer, hidden).backward(gradient)
@@ -101,14 +100,14 @@ class _Backward:
     def _embedding(self) -> None:
         """The last stage; a tied embedding's two parts are added here."""
         with self._measured(["token_embd.weight"]) as taken:
-            for stream, gradient in enumerate(self._flowing):
+            for index, gradient in enumerate(self._flowing):
                 with torch.enable_grad():
-                    self._replay.embedded(stream % len(self._replay.batches)).backward(gradient)
+                    self._replay.embedded(index).backward(gradient)
                 taken()
 
     @contextmanager
     def _measured(self, names: list[str], *, is_whole: bool = True) -> Iterator[Callable[[], None]]:
-        """Inside, call the function after each stream's backward pass; gradients are handed on at the end, unless a
+        """Inside, call the function after each window's backward pass; gradients are handed on at the end, unless a
         later stage has the other part of them."""
         wanted = sorted(set(names) & self._names)
         gradients: dict[str, list[Tensor]] = {name: [] for name in wanted}
@@ -132,14 +131,3 @@ class _Backward:
                 self._consume(name, total)
             else:
                 self._parts[name] = total
-
-    @contextmanager
-    def _no_trained_parameters(self) -> Iterator[None]:
-        trained = [parameter for parameter in self._hf_model.parameters() if parameter.requires_grad]
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter in trained:
-                parameter.requires_grad_(True)

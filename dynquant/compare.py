@@ -32,6 +32,16 @@ class Questions:
     scoring: tuple[str, ...] = ("letter", "cloze")
 
 
+def score(file: Path, model: str, questions: Questions, directory: Path, threads: int | None) -> EvalReport:
+    """What a file loses against its original, whose own answers are kept in `directory`."""
+    with console.stage_progress() as progress:
+        return evaluate(
+            file, model, progress=progress, threads=threads, cache_dir=directory / "reference",
+            tasks=questions.tasks, text=questions.text, max_tokens=questions.max_tokens,
+            mmlu_data=questions.mmlu_data, shots=questions.shots, limit=questions.limit, scoring=questions.scoring,
+        )  # fmt: skip
+
+
 def compare(
     model: str,
     recipes: Sequence[str],
@@ -88,12 +98,7 @@ class _Run:
             self.model, file, plan_path=folder / PLAN_NAME, stats_path=folder / STATS_NAME, encoder=self.encoder,
             device=self.options.device, tune_tokens=0, threads=self.threads,
         )  # fmt: skip
-        with console.stage_progress() as progress:
-            report = evaluate(
-                file, self.model, progress=progress, threads=self.threads, cache_dir=self.directory / "reference",
-                tasks=asked.tasks, text=asked.text, max_tokens=asked.max_tokens,
-                mmlu_data=asked.mmlu_data, shots=asked.shots, limit=asked.limit, scoring=asked.scoring,
-            )  # fmt: skip
+        report = score(file, self.model, asked, self.directory, self.threads)
         if not self.keep:
             file.unlink()
         before = self.rows.get(name, {"measured": [], "metrics": {}})

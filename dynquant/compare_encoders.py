@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from dynquant import console, export_workflow, workflow
-from dynquant.compare import Questions, metrics_of
+from dynquant.compare import Questions, metrics_of, score
 from dynquant.eval_statistics import bootstrap_ratio
-from dynquant.evaluate import evaluate
 from dynquant.plan import write_atomically
 from dynquant.plan_report import STATS_NAME
 from dynquant.second_moments import SecondMoments, path_beside
@@ -91,13 +90,7 @@ class _Run:
             self._record(recipe, f"{encoder}{TUNED}", tuned)
 
     def _record(self, recipe: str, variant: str, file: Path) -> None:
-        asked = self.questions
-        with console.stage_progress() as progress:
-            report = evaluate(
-                file, self.model, progress=progress, threads=self.threads, cache_dir=self.directory / "reference",
-                tasks=asked.tasks, text=asked.text, max_tokens=asked.max_tokens, mmlu_data=asked.mmlu_data,
-                shots=asked.shots, limit=asked.limit, scoring=asked.scoring,
-            )  # fmt: skip
+        report = score(file, self.model, self.questions, self.directory, self.threads)
         self.rows[f"{recipe} {variant}"] = {
             "recipe": recipe,
             "variant": variant,

@@ -38,6 +38,8 @@ class EncodedStore:
     def packed(self, name: str, type_name: str) -> torch.Tensor:
         """Blocks of a tensor, uint8 [..., rows, row_bytes], from disk where they were encoded before.
 
+        Only what is used of them is read: the error table asks for a few experts at a time.
+
         Raises:
             EncodeError: NaN or Inf weights, or a type that needs statistics the tensor has none of.
             ExportError: the disk is full or cannot be written to.
@@ -48,7 +50,7 @@ class EncodedStore:
         if stored.is_float:
             return encode_tensor(self.model, name, stored, self.guidance, self.encoder).view(*shape[:-1], -1)
         if file.is_file() and file.stat().st_size == stored.tensor_bytes(shape):
-            content = np.fromfile(file, dtype=np.uint8)
+            content = np.memmap(file, dtype=np.uint8, mode="c")
             return torch.from_numpy(content).view(*shape[:-1], stored.row_bytes(shape[-1]))
         packed = encode_tensor(self.model, name, stored, self.guidance, self.encoder, threads=self.threads)
         write_atomically(file, packed.contiguous().numpy().tobytes())

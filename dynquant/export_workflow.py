@@ -27,7 +27,7 @@ from dynquant.plan_report import STATS_NAME, SUPER_NAME, load_super_weights
 from dynquant.presets import preset_types
 from dynquant.quant_types import quant_type
 from dynquant.quantize import encoder_version, load_encoder
-from dynquant.second_moments import SecondMoments, path_beside
+from dynquant.second_moments import SecondMoments, load_beside, path_beside
 from dynquant.statistics import CalibrationStats
 from dynquant.tuning import TuneOptions, too_large_to_tune, tune
 from dynquant.workflow import (
@@ -213,12 +213,10 @@ def _moments_of(stats: CalibrationStats | None, stats_path: Path, encoder: Encod
     """The second moments that belong to the statistics, for an encoder that uses them; says so when there are none."""
     if stats is None or not encoder.uses_hessians:
         return None
-    path = path_beside(stats_path)
-    if not path.is_file():
-        console.note(f"there is no {path}: encoding without error feedback (calibrate with --hessians to have it)")
-        return None
-    moments = SecondMoments.load(path)
-    moments.check_belongs_to(stats, path)
+    moments = load_beside(stats_path, stats)
+    if moments is None:
+        where = path_beside(stats_path)
+        console.note(f"there is no {where}: encoding without error feedback (calibrate with --hessians to have it)")
     return moments
 
 

@@ -14,15 +14,23 @@ from torch import nn
 @contextmanager
 def activation_gradients(hf_model: nn.Module) -> Iterator[None]:
     """Inside, gradients flow through activations and not into weights, whatever the caller's grad mode was."""
-    trained = [parameter for parameter in hf_model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
     hook = hf_model.get_input_embeddings().register_forward_hook(lambda _module, _args, out: out.requires_grad_(True))
     try:
-        with torch.enable_grad():
+        with frozen_weights(hf_model), torch.enable_grad():
             yield
     finally:
         hook.remove()
+
+
+@contextmanager
+def frozen_weights(hf_model: nn.Module) -> Iterator[None]:
+    """Inside, no weight asks for a gradient; afterwards the same ones do as before."""
+    trained = [parameter for parameter in hf_model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
         for parameter in trained:
             parameter.requires_grad_(True)
 

@@ -37,6 +37,11 @@ class Model:
     def fingerprint(self) -> str:
         return self.source.fingerprint
 
+    @cached_property
+    def num_weights(self) -> int:
+        """Of all tensors."""
+        return sum(self.source.info(name).numel for name in self.source.names())
+
     @property
     def arch(self) -> str:
         return self.hyper.arch

@@ -57,11 +57,7 @@ class Chooser:
             return max(smallest, min(largest, wanted))
         if self._memory is not None:
             return self._memory.file_budget(*size_range(table, rules, fixed_bytes=self._fixed))
-        return self._target.budget(self.num_weights)
-
-    @property
-    def num_weights(self) -> int:
-        return sum(self._model.source.info(name).numel for name in self._model.source.names())
+        return self._target.budget(self._model.num_weights)
 
     def explained(self, types: Mapping[str, str]) -> dict[str, tuple[str, str]]:
         """Types that were chosen before, with their reasons."""

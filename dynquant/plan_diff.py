@@ -7,7 +7,7 @@ from dynquant.architecture import Role, layer_of
 from dynquant.errors import PlanError
 from dynquant.inspect_file import TensorRecord
 from dynquant.quant_types import QUANT_TYPES
-from dynquant.type_lists import TypeList, without_leading_ones
+from dynquant.type_lists import TypeList, consecutive_runs, without_leading_ones
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,7 @@ def compare_types(before: TypeList, after: TypeList) -> PlanDiff:
 
 def number_ranges(numbers: Iterable[int]) -> str:
     """Sorted numbers for people: 3 4 5 9 -> `3-5, 9`."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
+    runs = consecutive_runs(numbers)
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 

@@ -8,7 +8,6 @@ one and says how well predicted and measured KL agree.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import sqrt
 from pathlib import Path
 from typing import Protocol
 
@@ -123,9 +122,8 @@ class PlanSearch:
         ]
         if unit_text is not None:
             points = refine(rendered, unit_text, base, self.choose, rounds=self.options.rounds, progress=self.progress)
-            for point in points:
-                if point.steps:
-                    table = table.with_prices(UNIT_KL, prices_from(base, point))
+            last = next(point for point in reversed(points) if point.steps)
+            table = table.with_prices(UNIT_KL, prices_from(base, last))
             found += [
                 self._priced(f"{UNIT_KL}, round {number}", point.types, table.priced(UNIT_KL))
                 for number, point in enumerate(points[1:], start=1)
@@ -133,7 +131,7 @@ class PlanSearch:
         found = list({tuple(sorted(one.types.items())): one for one in reversed(found)}.values())[::-1]
         scored = self._scored(rendered, selection_text, found, "selecting by KL") if self.options.select else found
         chosen = self._best(scored)
-        table = table.priced(_method_of(scored[chosen].label))
+        table = table.priced(scored[chosen].method)
         checked = self._scored(rendered, selection_text, self._drawn(base), "checking predictions")
         pairs = np.array([(one.predicted_kl, one.kl.value) for one in checked if one.kl])
         return table, Selection(
@@ -152,7 +150,7 @@ class PlanSearch:
         if self.options.select:
             return min(range(len(candidates)), key=lambda i: candidates[i].kl.value)  # type: ignore[union-attr]
         wanted = [method for method in METHODS if method in self.options.methods][-1]
-        of_method = [i for i, one in enumerate(candidates) if _method_of(one.label) == wanted]
+        of_method = [i for i, one in enumerate(candidates) if one.method == wanted]
         if not of_method:
             return len(candidates) - 1
         return of_method[-1] if wanted == UNIT_KL else of_method[0]
@@ -161,12 +159,12 @@ class PlanSearch:
         return self._priced(method if floors else f"{method}, no floors", self.choose(table, floors=floors), table)
 
     def _priced(self, label: str, types: Mapping[str, str], table: ErrorTable) -> Candidate:
-        rows = [table.tensors()[name][type_name] for name, type_name in types.items()]
+        total = table.total(table.tensors()[name][type_name] for name, type_name in types.items())
         return Candidate(
             label=label,
             bytes=self.file_bytes(types),
-            predicted_kl=sum(table.cost(row) for row in rows),
-            predicted_kl_se=sqrt(sum(table.cost_se(row) ** 2 for row in rows)),
+            predicted_kl=total.kl,
+            predicted_kl_se=total.se,
             types=dict(types),
         )
 
@@ -220,7 +218,3 @@ class PlanSearch:
             if low <= size <= high:
                 found.append(Candidate(label=label, bytes=size, types=dict(types)))
         return found
-
-
-def _method_of(label: str) -> str:
-    return label.split(",")[0]

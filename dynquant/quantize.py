@@ -7,6 +7,7 @@ exists; only its packed bytes do. A quantized GGUF that already stores the wante
 import importlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import prod
 
 import torch
@@ -14,9 +15,12 @@ import torch
 from dynquant.codecs.encoder import Encoder, ProtectedWeight
 from dynquant.errors import EncodeError, PlanError
 from dynquant.gguf_source import GGUFSource
+from dynquant.importance import importance
 from dynquant.model import Model
 from dynquant.plan import Plan, PlanEntry
 from dynquant.quant_types import QuantType
+from dynquant.second_moments import SecondMoments, hessian
+from dynquant.statistics import CalibrationStats
 
 ImportanceLookup = Callable[[str, tuple[int, ...]], torch.Tensor | None]
 """Tensor name and shape -> E[x^2], float32 [experts, row_length]; None when calibration did not see its input."""
@@ -41,6 +45,21 @@ class Guidance:
     importance: ImportanceLookup | None = None
     hessian: HessianLookup | None = None
     protected: Mapping[str, tuple[ProtectedWeight, ...]] = field(default_factory=dict)
+
+
+def guidance_of(
+    stats: CalibrationStats | None,
+    moments: SecondMoments | None,
+    protected: Mapping[str, tuple[ProtectedWeight, ...]] | None = None,
+) -> Guidance:
+    """What calibration knows, for an encoder; `protected` are super weights by tensor."""
+    if stats is None:
+        return Guidance(protected=protected or {})
+    return Guidance(
+        importance=partial(importance, stats),
+        hessian=None if moments is None else partial(hessian, moments, stats),
+        protected=protected or {},
+    )
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from dynquant.inspect_file import TensorRecord
 from dynquant.llama_presets import EMBEDDING_NAMES, LLAMA_FTYPES, OUTPUT_NAME, kept_because
 from dynquant.quant_types import QUANT_TYPES
-from dynquant.type_lists import TypeList
+from dynquant.type_lists import TypeList, consecutive_runs
 
 _FLOATS = ("F32", "F16", "BF16")
 _BLOCK = re.compile(r"^((?:\w+\.)?blk)\.(\d+)\.(.+)$")
@@ -145,12 +145,7 @@ def numbers_pattern(numbers: Iterable[int]) -> str:
 def _digit_class(digits: list[int]) -> str:
     if len(digits) == 1:
         return str(digits[0])
-    runs: list[list[int]] = []
-    for digit in digits:
-        if runs and digit == runs[-1][-1] + 1:
-            runs[-1].append(digit)
-        else:
-            runs.append([digit])
+    runs = consecutive_runs(digits)
     words = [f"{run[0]}-{run[-1]}" if len(run) > 2 else "".join(map(str, run)) for run in runs]
     return f"[{''.join(words)}]"
 

@@ -1,6 +1,5 @@
 """The stage of `plan` that runs the model: what a `PlanSearch` needs, from a model on disk and its calibration."""
 
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,13 +12,12 @@ from dynquant.devices import chosen_device
 from dynquant.encoded_store import EncodedStore, store_directory
 from dynquant.errors import StatsError
 from dynquant.hf_loading import load_hf, load_tokenizer
-from dynquant.importance import importance
 from dynquant.model import Model
 from dynquant.plan_choice import Chooser
 from dynquant.plan_report import STATS_NAME, fixed_recipes
 from dynquant.plan_search import PlanSearch, SearchOptions
-from dynquant.quantize import Guidance, load_encoder
-from dynquant.second_moments import SecondMoments, hessian, path_beside
+from dynquant.quantize import guidance_of, load_encoder
+from dynquant.second_moments import load_beside
 from dynquant.statistics import CalibrationStats
 
 ENCODED_NAME = "encoded"
@@ -30,13 +28,9 @@ def encoded_store(
 ) -> EncodedStore:
     """Blocks of this model beside the plan, encoded as `export` will."""
     encoder = load_encoder(encoder_name)
-    moments_path = path_beside(directory / STATS_NAME)
-    moments = SecondMoments.load(moments_path) if encoder.uses_hessians and moments_path.is_file() else None
-    guidance = Guidance(
-        importance=partial(importance, stats), hessian=None if moments is None else partial(hessian, moments, stats)
-    )
+    moments = load_beside(directory / STATS_NAME, stats) if encoder.uses_hessians else None
     parent = store_directory(directory / ENCODED_NAME, model, stats_hash, encoder)
-    return EncodedStore(model, guidance, encoder, parent, threads)
+    return EncodedStore(model, guidance_of(stats, moments), encoder, parent, threads)
 
 
 def search_plans(
@@ -75,7 +69,8 @@ def search_plans(
             f"{documents.name} has {selection.numel():,} tokens left behind the {used:,} that calibration used; "
             f"selection wants {options.selection_tokens:,}. Give --selection-text FILE, a longer text or less --tokens."
         )
-    recipes = {label: choose.stored(wanted, table) for label, wanted in fixed_recipes(model).items()}
+    fixed = fixed_recipes(model) if options.frontier is not None else {}
+    recipes = {label: choose.stored(wanted, table) for label, wanted in fixed.items()}
     hf_model = load_hf(model, dtype=torch.float32, device=chosen_device(device))
     with console.stage_progress() as progress:
         return PlanSearch(
@@ -83,7 +78,7 @@ def search_plans(
             probe_windows=_cut(calibrated, options.probes, options.probe_window),
             unit_windows=calibrated[: max(1, options.unit_tokens // window)],
             selection_windows=selection if len(selection) else calibrated[:1],
-            selection_text=name, num_weights=choose.num_weights, recipes=recipes, seed=seed, progress=progress,
+            selection_text=name, num_weights=model.num_weights, recipes=recipes, seed=seed, progress=progress,
         ).run(table)  # fmt: skip
 
 

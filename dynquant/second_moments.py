@@ -137,6 +137,20 @@ def path_beside(stats: Path) -> Path:
     return stats.with_name(f"{stats.stem}.hessians{stats.suffix}")
 
 
+def load_beside(stats_path: Path, stats: CalibrationStats) -> SecondMoments | None:
+    """The second moments that were measured with these statistics; None when there is no file of them.
+
+    Raises:
+        StatsError: the file is damaged, or of another calibration.
+    """
+    path = path_beside(stats_path)
+    if not path.is_file():
+        return None
+    moments = SecondMoments.load(path)
+    moments.check_belongs_to(stats, path)
+    return moments
+
+
 def hessian(
     moments: SecondMoments,
     stats: CalibrationStats,

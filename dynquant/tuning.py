@@ -101,7 +101,7 @@ def tune(
 
 def too_large_to_tune(model: Model) -> str | None:
     """Why the closing pass should not run unasked, or None: it would take more than half of the memory."""
-    needed = BYTES_PER_WEIGHT * sum(model.source.info(name).numel for name in model.source.names())
+    needed = BYTES_PER_WEIGHT * model.num_weights
     if torch.cuda.is_available():
         where, memory = "GPU", torch.cuda.mem_get_info()[1]
     else:

@@ -3,6 +3,7 @@
 Both kinds of file answer the same questions (names, shapes, types, bytes), so recipes and comparisons take either.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +48,17 @@ def without_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape as ggml counts dimensions: (1, 64) and (64,) are the same vector."""
     first = next((i for i, n in enumerate(shape[:-1]) if n != 1), len(shape) - 1)
     return shape[first:]
+
+
+def consecutive_runs(numbers: Iterable[int]) -> list[list[int]]:
+    """Sorted numbers, cut where one is left out: 3 4 5 9 -> [3 4 5] [9]."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return runs
 
 
 def like_types(path: Path, model: Model) -> dict[str, tuple[str, str]]:

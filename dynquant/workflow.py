@@ -74,9 +74,10 @@ class CalibrationOptions:
 def open_and_announce(path: str | Path, base_gguf: Path | None = None) -> Model:
     """Open a model and say what it is."""
     model = open_model(path, base_gguf=base_gguf)
-    weights = sum(model.source.info(name).numel for name in model.source.names())
     experts = f", {model.hyper.n_expert} experts" if model.hyper.n_expert else ""
-    console.note(f"{model.name}: {model.arch}, {model.hyper.n_layer} layers{experts}, {weights / 1e6:,.1f} M weights")
+    console.note(
+        f"{model.name}: {model.arch}, {model.hyper.n_layer} layers{experts}, {model.num_weights / 1e6:,.1f} M weights"
+    )
     return model
 
 
@@ -257,12 +258,12 @@ def _promise(table: ErrorTable, types: Mapping[str, str], selection: Selection |
     if selection is not None:
         winner = selection.winner
         predicted, error, measured = winner.predicted_kl, winner.predicted_kl_se, winner.kl
-        if selection.fit is not None and not winner.label.startswith(UNIT_KL):
+        if selection.fit is not None and winner.method != UNIT_KL:
             predicted, error = selection.fit.predicted(predicted)
     else:
         rows = [row for name, wanted in types.items() if (row := table.row(name, wanted)) is not None]
-        predicted, measured = sum(table.cost(row) for row in rows), None
-        error = sum(table.cost_se(row) ** 2 for row in rows) ** 0.5
+        total = table.total(rows)
+        predicted, error, measured = total.kl, total.se, None
     return {
         "objective": table.cost_name,
         "predicted_kl": predicted if table.sensitivity else None,

@@ -6,7 +6,6 @@ in memory at a time. A killed export goes on where it stopped and gives the same
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from functools import partial
 from pathlib import Path
 
 from dynquant import __version__
@@ -14,19 +13,18 @@ from dynquant.artifacts import Region, ResumableOutput
 from dynquant.codecs.encoder import Encoder, ProtectedWeight
 from dynquant.errors import DynquantError, ExportError, PlanError, StatsError
 from dynquant.exporters.gguf_header import FileLayout, ImatrixInfo, Provenance, TensorSpec, layout, split_paths
-from dynquant.importance import importance
 from dynquant.model import Model
 from dynquant.plan import Plan
 from dynquant.quantize import (
-    Guidance,
     Progress,
     QuantizedTensor,
     check_importance,
     check_plan,
     encoder_version,
+    guidance_of,
     quantize,
 )
-from dynquant.second_moments import SecondMoments, hessian
+from dynquant.second_moments import SecondMoments
 from dynquant.statistics import CalibrationStats
 
 
@@ -60,7 +58,7 @@ def export_gguf(
     check_plan(model, plan)
     _check_stats(model, plan, stats)
     _check_output(model, output)
-    guidance = _guidance(stats, moments if encoder.uses_hessians else None, protected)
+    guidance = guidance_of(stats, moments if encoder.uses_hessians else None, protected)
     check_importance(plan, guidance.importance)
     files = _layout(model, plan, stats, encoder, split_max_bytes)
     target = ResumableOutput(
@@ -137,20 +135,6 @@ def _identity(
         "header": headers,
         "hessians": moments.identity if moments is not None else "none",
     }
-
-
-def _guidance(
-    stats: CalibrationStats | None,
-    moments: SecondMoments | None,
-    protected: Mapping[str, tuple[ProtectedWeight, ...]] | None,
-) -> Guidance:
-    if stats is None:
-        return Guidance(protected=protected or {})
-    return Guidance(
-        importance=partial(importance, stats),
-        hessian=None if moments is None else partial(hessian, moments, stats),
-        protected=protected or {},
-    )
 
 
 def _check_stats(model: Model, plan: Plan, stats: CalibrationStats | None) -> None:
