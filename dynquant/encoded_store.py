@@ -2,9 +2,9 @@
 
     DIR/ggml-1f2e3d4c5b6a/blk.3.ffn_down_exps.weight.IQ2_XXS
 
-The folder's name holds a hash of what decides the bytes: checkpoint, statistics, encoder and its version. A file is a
-tensor's blocks and nothing else, in the order of GGUF; it appears whole or not at all. Float types are not kept: they
-cost no more to make than to read.
+The folder's name holds a hash of what decides the bytes: checkpoint, statistics, second moments, encoder and its
+version. A file is a tensor's blocks and nothing else, in the order of GGUF; it appears whole or not at all. Float types
+are not kept: they cost no more to make than to read.
 """
 
 import hashlib
@@ -23,6 +23,7 @@ from dynquant.model import Model
 from dynquant.plan import write_atomically
 from dynquant.quant_types import QUANT_TYPES
 from dynquant.quantize import Guidance, encode_tensor, encoder_version
+from dynquant.second_moments import SecondMoments
 
 
 @dataclass(frozen=True)
@@ -62,14 +63,18 @@ class EncodedStore:
         return decode(type_name, self.packed(name, type_name), shape)
 
 
-def store_directory(parent: Path, model: Model, stats_hash: str, encoder: Encoder) -> Path:
-    """Where blocks of this checkpoint, these statistics and this encoder are kept.
+def store_directory(
+    parent: Path, model: Model, stats_hash: str, encoder: Encoder, moments: SecondMoments | None = None
+) -> Path:
+    """Where blocks of this checkpoint, these statistics and second moments, and this encoder are kept.
 
     Raises:
         ExportError: the directory cannot be made.
     """
-    content = json.dumps([model.fingerprint, stats_hash, encoder.name, encoder_version(encoder)])
-    directory = parent / f"{encoder.name}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+    content = [model.fingerprint, stats_hash, encoder.name, encoder_version(encoder)]
+    if moments is not None:
+        content.append(moments.identity)
+    directory = parent / f"{encoder.name}-{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -29,7 +29,7 @@ def encoded_store(
     """Blocks of this model beside the plan, encoded as `export` will."""
     encoder = load_encoder(encoder_name)
     moments = load_beside(directory / STATS_NAME, stats) if encoder.uses_hessians else None
-    parent = store_directory(directory / ENCODED_NAME, model, stats_hash, encoder)
+    parent = store_directory(directory / ENCODED_NAME, model, stats_hash, encoder, moments)
     return EncodedStore(model, guidance_of(stats, moments), encoder, parent, threads)
 
 

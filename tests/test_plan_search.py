@@ -32,6 +32,7 @@ from dynquant.planner import Rules, plan_types
 from dynquant.quantize import Guidance, load_encoder
 from dynquant.rendered_model import RenderedModel, ScoredText
 from dynquant.search_stage import encoded_store
+from dynquant.second_moments import SecondMoments
 from dynquant.statistics import CalibrationStats
 from dynquant.workflow import CalibrationOptions, calibrate, plan
 
@@ -111,6 +112,15 @@ def test_blocks_are_encoded_once_and_are_those_of_the_error_table(table, store, 
     decoded = decode("IQ2_XXS", first, tuple(weights.shape))
     error = ((weights - decoded).square().sum() / weights.square().sum()).sqrt()
     assert table.row(name, "IQ2_XXS").relative_rms == pytest.approx(float(error), rel=1e-5)
+
+
+def test_other_second_moments_are_another_store(model, calibrated, tmp_path):
+    stats, _ = calibrated
+    encoder = load_encoder("dynquant", "cpu")
+    kinds = ("activations", "gradients")
+    moments = [SecondMoments(stats.provenance, torch.zeros(1, 4, dtype=torch.int32), kind) for kind in kinds]
+    places = {store_directory(tmp_path, model, "stats", encoder, one) for one in (None, *moments)}
+    assert len(places) == 3
 
 
 def test_a_table_from_the_store_is_the_table_of_the_encoder(model, calibrated, table):
