@@ -1,6 +1,6 @@
 """dynquant: measured dynamic low-bit quantization of language models.
 
-After `import dynquant`, transformers' `from_pretrained` loads packed checkpoints; `dynquant.load` does it for GGUF files.
+After `import dynquant`, transformers' `from_pretrained` loads packed checkpoints; `dynquant.load` loads GGUF files.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -103,6 +103,6 @@ def _check_tensors(source: GGUFSource, found: dict[str, Place], computed: set[st
         shape = source.info(name).shape
         if prod(shape) != prod(place.shape) or shape[-1] != place.shape[-1]:
             raise CheckpointError(
-                f"{where} stores `{name}` with the shape {list(shape)}, but its metadata calls for {list(place.shape)}. "
-                "Metadata and tensors are of different models."
+                f"{where} stores `{name}` with the shape {list(shape)}, but its metadata calls for "
+                f"{list(place.shape)}. Metadata and tensors are of different models."
             )

@@ -14,11 +14,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from dynquant.errors import CheckpointError
-from dynquant.safetensors_header import read_header
 from dynquant.kernels.formats import is_packed
-from dynquant.layers import BLOCKS, PLANES, PackedModule, set_layout
+from dynquant.layers import PackedModule, choose_layout
 from dynquant.packed_model import pack_modules
 from dynquant.quant_types import quant_type
+from dynquant.safetensors_header import read_header
 
 FORMAT_VERSION = 1
 
@@ -87,26 +87,6 @@ class DynquantHfQuantizer(HfQuantizer):
         raise NotImplementedError("dynquant does not turn a packed model back into a float one; load the original.")
 
 
-def choose_layout(model: nn.Module) -> None:
-    """Planes when every packed weight is on a GPU that Triton can use, blocks otherwise."""
-    weights = [
-        getattr(module, name)
-        for module in model.modules()
-        if isinstance(module, PackedModule)
-        for name in module.packed_names
-    ]
-    on_gpu = bool(weights) and all(weight.is_cuda for weight in weights)
-    set_layout(model, PLANES if on_gpu and _has_triton() else BLOCKS)
-
-
-def _has_triton() -> bool:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
 def check_files(model: nn.Module, files: list[Path]) -> None:
     """Refuse safetensors files that are cut short or lack the bytes of a packed weight; reads headers only.
 
@@ -135,6 +115,5 @@ def check_files(model: nn.Module, files: list[Path]) -> None:
             if tuple(entry["shape"]) != tuple(expected.shape) or is_bytes != (entry["dtype"] == "U8"):
                 raise CheckpointError(
                     f"{file} stores `{key}` as {entry['dtype']} {entry['shape']}, but {module.types[name]} calls for "
-                    f"{'U8' if is_bytes else 'floats'} {list(expected.shape)}. The file is corrupt or of another export."
+                    f"{'U8' if is_bytes else 'floats'} {list(expected.shape)}. It is corrupt or of another export."
                 )
-

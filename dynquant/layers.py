@@ -100,9 +100,9 @@ class PackedLinear(PackedModule, nn.Linear):
 
 
 class PackedEmbedding(PackedModule, nn.Embedding):
-    """Rows of a packed table, uint8 [num_embeddings, row_bytes], times `scale` (Gemma's). Only rows asked for are decoded.
+    """Rows of a packed table, uint8 [num_embeddings, row_bytes], times `scale` (Gemma's).
 
-    The result has the dtype that the module was made with or cast to.
+    Only the rows that are asked for are decoded. The result has the dtype that the module was made with or cast to.
     """
 
     def __init__(
@@ -185,10 +185,10 @@ class PackedExperts(PackedModule):
 
 
 class PackedLatentProjection(PackedModule, nn.Linear):
-    """MLA's `kv_b_proj`, latent [..., rank] -> [..., heads * (nope + value)], from the two tensors that GGUF makes of it.
+    """MLA's `kv_b_proj`, latent [..., rank] -> [..., heads * (nope + value)], from the tensors that GGUF makes of it.
 
-    k_b [heads, rank, nope] is the key part transposed, v_b [heads, value, rank] the value part. Both are decoded in every
-    call: they are small, and the key part cannot be multiplied row by row.
+    k_b [heads, rank, nope] is the key part transposed, v_b [heads, value, rank] the value part. Both are decoded in
+    every call: they are small, and the key part cannot be multiplied row by row.
     """
 
     def __init__(
@@ -236,6 +236,26 @@ def set_layout(model: nn.Module, layout: str) -> None:
                     done.add(id(weight))
                     weight.data = convert(module.types[name], weight.data)
             module.layout = layout
+
+
+def choose_layout(model: nn.Module) -> None:
+    """Planes when every packed weight is on a GPU that Triton can use, blocks otherwise."""
+    weights = [
+        getattr(module, name)
+        for module in model.modules()
+        if isinstance(module, PackedModule)
+        for name in module.packed_names
+    ]
+    on_gpu = bool(weights) and all(weight.is_cuda for weight in weights)
+    set_layout(model, PLANES if on_gpu and _has_triton() else BLOCKS)
+
+
+def _has_triton() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def _dense_experts(x: Tensor, weight: Tensor, experts: Tensor) -> Tensor:

@@ -17,19 +17,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 
 from dynquant.errors import CheckpointError, EvaluationError
+from dynquant.families.hf_config import config_from_gguf
+from dynquant.gguf_model import load as load_packed
+from dynquant.gguf_source import GGUFSource
 from dynquant.hf_loading import without_progress_bars
+from dynquant.layers import choose_layout
 
 BATCH_TOKENS = 512
 """Tokens per llama_decode call, and its physical batch; part of the layout that compared models must share."""
 
 MAX_BRANCHES = 26
+
+LLAMA_CPP, TRANSFORMERS = "llama.cpp", "transformers"
+RUNNERS = (LLAMA_CPP, TRANSFORMERS)
+"""What can run a GGUF file."""
 
 
 @dataclass(frozen=True)
@@ -117,14 +125,21 @@ def _download(model_id: str) -> Path:
         ) from error
 
 
-def describe_model(path: Path) -> ModelInfo:
+def describe_model(path: Path, *, runner: str = LLAMA_CPP) -> ModelInfo:
     """Vocabulary and context length of a resolved model, without loading its weights."""
-    return _describe_gguf(path) if is_gguf(path) else _describe_hugging_face(path)
+    if not is_gguf(path):
+        return _describe_hugging_face(path)
+    return _describe_gguf(path) if runner == LLAMA_CPP else _describe_packed_gguf(path)
 
 
-def open_runner(path: Path, *, threads: int | None = None, device: str | None = None) -> LogitRunner:
-    """Load a resolved model. `threads` defaults to all cores; `device` is for transformers (None: CUDA if present)."""
-    if is_gguf(path):
+def open_runner(
+    path: Path, *, threads: int | None = None, device: str | None = None, runner: str = LLAMA_CPP
+) -> LogitRunner:
+    """Load a resolved model. `threads` defaults to all cores; `device` is for transformers (None: CUDA if present).
+
+    `runner` runs GGUF files: llama.cpp, or transformers with the weights packed. Directories run in transformers.
+    """
+    if is_gguf(path) and runner == LLAMA_CPP:
         return LlamaCppRunner(path, threads=threads)
     return HuggingFaceRunner(path, threads=threads, device=device)
 
@@ -166,6 +181,22 @@ def _describe_hugging_face(path: Path) -> ModelInfo:
     )
 
 
+def _describe_packed_gguf(path: Path) -> ModelInfo:
+    source = GGUFSource(path)
+    config = config_from_gguf(source)
+    tokens = next((field.value for field in source.metadata if field.key == "tokenizer.ggml.tokens"), None)
+    named = len(tokens) if isinstance(tokens, list) else config.integer("vocab_size")
+    while named and isinstance(tokens, list) and re.fullmatch(r"\[PAD\d+\]", tokens[named - 1]):
+        named -= 1
+    return ModelInfo(
+        path=path,
+        kind=TRANSFORMERS,
+        vocab_size=config.integer("vocab_size"),
+        context_length=config.integer("max_position_embeddings"),
+        num_named_tokens=named,
+    )
+
+
 def _count_named_tokens(path: Path, vocab_size: int) -> int:
     """Highest token id of tokenizer.json plus one; a directory without that file counts as fully named."""
     file = path / "tokenizer.json"
@@ -178,21 +209,28 @@ def _count_named_tokens(path: Path, vocab_size: int) -> int:
     return min(vocab_size, max(ids) + 1)
 
 
+def _load_float32(path: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        if is_gguf(path):
+            return load_packed(path, dtype=torch.float32)
+        with without_progress_bars():
+            return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{path.name}: transformers cannot load the model: {error}") from error
+
+
 class HuggingFaceRunner:
-    """A transformers causal model in float32."""
+    """A transformers causal model in float32, from a directory, or with packed weights from a GGUF file."""
 
     def __init__(self, path: Path, *, threads: int | None = None, device: str | None = None) -> None:
-        from transformers import AutoModelForCausalLM
-
         if threads is not None:
             torch.set_num_threads(threads)
-        try:
-            with without_progress_bars():
-                model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-            raise CheckpointError(f"{path.name}: transformers cannot load the model: {error}") from error
+        model = _load_float32(path)
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._model = model.eval().to(self._device)
+        choose_layout(self._model)
         self._prefix_cache = None
         self.vocab_size: int = model.config.get_text_config().vocab_size
 

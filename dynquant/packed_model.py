@@ -183,9 +183,7 @@ def _packed_module(
     try:
         if isinstance(module, nn.Linear) and set(parts) == {"weight"}:
             has_bias = module.bias is not None
-            return PackedLinear(
-                module.in_features, module.out_features, parts["weight"], bias=has_bias, dtype=dtype
-            )
+            return PackedLinear(module.in_features, module.out_features, parts["weight"], bias=has_bias, dtype=dtype)
         if isinstance(module, nn.Embedding) and set(parts) == {"weight"}:
             scale = getattr(module, "scalar_embed_scale", None)
             return PackedEmbedding(

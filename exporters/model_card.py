@@ -18,8 +18,8 @@ def model_card(plan: Plan, *, encoder: str, stored_bytes: int) -> str:
         "---",
         f"# {plan.model}, {8 * stored_bytes / weights:.2f} bits per weight",
         "",
-        f"{plan.model} ({plan.arch}, {weights:,} weights) with GGUF blocks as its weights, {stored_bytes:,} bytes, made by "
-        f"dynquant {__version__} (recipe `{plan.recipe}`, encoder `{encoder}`). Tensors ending in uint8 hold the same "
+        f"{plan.model} ({plan.arch}, {weights:,} weights) with GGUF blocks as its weights, {stored_bytes:,} bytes, "
+        f"made by dynquant {__version__} (recipe `{plan.recipe}`, encoder `{encoder}`). uint8 tensors hold the same "
         "bytes as the GGUF export of the same plan; `quantization_config` in config.json gives their types.",
         "",
         "```python",
@@ -48,10 +48,14 @@ def model_card(plan: Plan, *, encoder: str, stored_bytes: int) -> str:
 def _damage(plan: Plan) -> list[str]:
     lines = []
     if plan.selected_kl is not None:
-        lines.append(f"- KL divergence to the original on the selection text, measured: {plan.selected_kl:.4f} nats a token")
+        lines.append(
+            f"- KL divergence to the original on the selection text, measured: {plan.selected_kl:.4f} nats a token"
+        )
     if plan.predicted_kl is not None:
         spread = f" ± {plan.predicted_kl_se:.4f}" if plan.predicted_kl_se is not None else ""
-        lines.append(f"- KL divergence as the plan predicts it, not measured: {plan.predicted_kl:.4f}{spread} nats a token")
+        lines.append(
+            f"- KL divergence as the plan predicts it, not measured: {plan.predicted_kl:.4f}{spread} nats a token"
+        )
     if plan.selected_kl is None:
         lines.append(
             "- Not measured on this file. Measure it: "

@@ -65,12 +65,14 @@ class _Keys:
 
     def first(self, suffix: str) -> str | None:
         """The first layer's tensor of this name, whichever layer that is."""
-        return next((f"blk.{i}.{suffix}" for i in range(self.integer("block_count")) if f"blk.{i}.{suffix}" in self.names), None)
+        return next(
+            (f"blk.{i}.{suffix}" for i in range(self.integer("block_count")) if f"blk.{i}.{suffix}" in self.names), None
+        )
 
     def refuse(self, reason: str) -> NoReturn:
         raise CheckpointError(
-            f"{self.source.path} ({self.arch or 'no architecture'}) cannot be loaded in transformers: {reason}. Run it in "
-            "llama.cpp, or start from the Hugging Face checkpoint that it was made of."
+            f"{self.source.path} ({self.arch or 'no architecture'}) cannot be loaded in transformers: {reason}. Run it "
+            "in llama.cpp, or start from the Hugging Face checkpoint that it was made of."
         )
 
 
@@ -236,8 +238,8 @@ def _deepseek(keys: _Keys) -> dict[str, Any]:
     gating = keys.integer("expert_gating_func", _GATING_SIGMOID if is_v3 else _GATING_SOFTMAX)
     if gating != (_GATING_SIGMOID if is_v3 else _GATING_SOFTMAX):
         keys.refuse(
-            f"`{keys.arch}.expert_gating_func` is {gating} {'with' if is_v3 else 'without'} router corrections, which is "
-            "neither DeepSeek V2 nor V3"
+            f"`{keys.arch}.expert_gating_func` is {gating} {'with' if is_v3 else 'without'} router corrections, which "
+            "is neither DeepSeek V2 nor V3"
         )
     groups, used = keys.integer("expert_group_count", 1), keys.integer("expert_group_used_count", 1)
     width, shared = _expert_width(keys), keys.integer("expert_shared_count", 0)
