@@ -91,8 +91,8 @@ class PackedLinear(PackedModule, nn.Linear):
         self._add_weight("weight", (out_features, in_features), device, dtype)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = ops.linear(x, self.weight, self.types["weight"], layout=self.layout)
+    def forward(self, input: Tensor) -> Tensor:
+        y = ops.linear(input, self.weight, self.types["weight"], layout=self.layout)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
@@ -124,9 +124,9 @@ class PackedEmbedding(PackedModule, nn.Embedding):
         # Follows `module.to(dtype)`, which leaves the bytes alone.
         self.register_buffer("_result", torch.empty(0, dtype=dtype, device=device), persistent=False)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         dtype = self._result.dtype
-        rows = ops.embedding(ids, self.weight, self.types["weight"], dtype=dtype, layout=self.layout)
+        rows = ops.embedding(input, self.weight, self.types["weight"], dtype=dtype, layout=self.layout)
         # Rounded to the dtype first, as transformers does.
         return rows if self.scale is None else rows * torch.full((), self.scale, dtype=dtype, device=rows.device)
 
@@ -213,10 +213,10 @@ class PackedLatentProjection(PackedModule, nn.Linear):
         """Bytes of the key part: PEFT and transformers look here for a linear layer's device."""
         return self.k_b
 
-    def forward(self, latent: Tensor) -> Tensor:
-        k_b, v_b = (self.dense(name, latent.dtype) for name in LATENT_PARTS)
+    def forward(self, input: Tensor) -> Tensor:
+        k_b, v_b = (self.dense(name, input.dtype) for name in LATENT_PARTS)
         weight = torch.cat([k_b.transpose(1, 2), v_b], dim=1)  # [heads, nope + value, rank]
-        return nn.functional.linear(latent, weight.reshape(self.out_features, self.in_features))
+        return nn.functional.linear(input, weight.reshape(self.out_features, self.in_features))
 
 
 def set_layout(model: nn.Module, layout: str) -> None:
@@ -262,7 +262,11 @@ def _dense_experts(x: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
     """Experts whose weights are plain floats: x [T, C] or [T, k, C], weight [E, N, C] -> [T, k, N]."""
     inputs = x[:, None].expand(*experts.shape, x.shape[-1]) if x.dim() == 2 else x
     result = x.new_zeros(*experts.shape, weight.shape[1])
-    for number, matrix in enumerate(weight):
-        chosen = (experts == number)[..., None]
-        result = torch.where(chosen, inputs @ matrix.to(x.dtype).T, result)
+    if torch.compiler.is_compiling():  # which expert is used by whom cannot decide shapes in a graph
+        for number, matrix in enumerate(weight):
+            result = torch.where((experts == number)[..., None], inputs @ matrix.to(x.dtype).T, result)
+        return result
+    for number in experts.unique().tolist():
+        chosen = experts == number
+        result[chosen] = inputs[chosen] @ weight[number].to(x.dtype).T
     return result

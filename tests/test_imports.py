@@ -17,7 +17,7 @@ RANKS = [
     ["devices", "distribution"],
     ["quant_types", "architecture"],
     ["codecs"],
-    ["encoding", "tensor_source", "statistics", "layers", "safetensors_header"],
+    ["encoding", "tensor_source", "statistics", "layers", "llama_runner", "safetensors_header"],
     ["gguf_source"],
     ["model", "importance"],
     ["second_moments"],
