@@ -315,6 +315,9 @@ def evaluate(
     runner: Annotated[
         str, typer.Option(help="What runs GGUF files: llama.cpp, or transformers with packed weights.")
     ] = "llama.cpp",
+    rounded: Annotated[
+        bool, typer.Option(help="Round activations to 8 bits in packed transformers models, as llama.cpp does.")
+    ] = False,
     device: DeviceOpt = None,
     threads: ThreadsOpt = None,
     seed: SeedOpt = 0,
@@ -328,7 +331,8 @@ def evaluate(
     commands.evaluate(
         candidate, reference, tasks=_split(tasks) or (), text=text or [], max_tokens=max_tokens, window=window,
         mmlu_data=mmlu_data, shots=shots, num_shots=num_shots, limit=limit, cache_dir=reference_cache,
-        scoring=_split(scoring) or (), json_file=json_file, runner=runner, device=device, threads=threads, seed=seed,
+        scoring=_split(scoring) or (), json_file=json_file, runner=runner, rounded=rounded, device=device,
+        threads=threads, seed=seed,
     )  # fmt: skip
 
 

@@ -87,6 +87,7 @@ def evaluate(
     scoring: Sequence[Scoring] = ("letter", "cloze"),
     seed: int = 0,
     runner: str = LLAMA_CPP,
+    rounded: bool = False,
     progress: Progress | None = None,
 ) -> EvalReport:
     """Score `candidate` against `reference`; each is a Hugging Face directory, a hub id or a .gguf file.
@@ -95,7 +96,8 @@ def evaluate(
     are used. `mmlu_data` and `shots` are .jsonl files, or a `datasets` id (`cais/mmlu` when not given; its `dev` split
     then gives the shots). `limit` takes that many questions at equal steps. With `cache_dir`, what the reference said
     is kept there and reused for the next candidate. `runner` runs GGUF files: llama.cpp, or transformers with the
-    weights packed. `threads=None` is all cores.
+    weights packed; `rounded` makes packed models in transformers round activations to 8 bits as llama.cpp does.
+    `threads=None` is all cores.
 
     Raises:
         EvaluationError: the models cannot be compared, an option or a text is unusable, or a model gives NaN.
@@ -121,8 +123,8 @@ def evaluate(
         seed=seed,
         cache_dir=cache_dir,
         progress=progress or (lambda stage, done, total: None),
-        open=lambda path: open_runner(path, threads=threads, device=device, runner=runner),
-        cache_options={"runner": runner} if is_gguf(reference) and runner != LLAMA_CPP else {},
+        open=lambda path: open_runner(path, threads=threads, device=device, runner=runner, rounded=rounded),
+        cache_options=_cache_options(reference, runner, rounded),
     )
     torch_threads = torch.get_num_threads()
     try:
@@ -148,6 +150,12 @@ def evaluate(
         notes=notes,
         seconds=run.seconds,
     )  # fmt: skip
+
+
+def _cache_options(reference: Path, runner: str, rounded: bool) -> dict[str, object]:
+    """What else decides the reference's distributions; empty for what is the default."""
+    options: dict[str, object] = {"rounded": True} if rounded else {}
+    return options | ({"runner": runner} if is_gguf(reference) and runner != LLAMA_CPP else {})
 
 
 def common_columns(reference: ModelInfo, candidate: ModelInfo) -> tuple[int, list[str]]:

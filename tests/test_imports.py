@@ -18,7 +18,7 @@ RANKS = [
     ["quant_types", "architecture"],
     ["codecs"],
     ["encoding", "tensor_source", "statistics", "layers", "llama_runner", "safetensors_header"],
-    ["gguf_source"],
+    ["gguf_source", "activation_rounding"],
     ["model", "importance"],
     ["second_moments"],
     ["families"],
