@@ -53,16 +53,20 @@ def _act_quant_kernel(
     tl.store(d_ptr + m * (K // 32) + group, d + poison, mask=group < K // 32)
 
 
-def quantize_activations(x: Tensor, act: str, *, is_plain: bool = False, pdl: bool = False) -> tuple[Tensor, Tensor]:
+def quantize_activations(
+    x: Tensor, act: str, *, is_plain: bool = False, padded_rows: int = 0, pdl: bool = False
+) -> tuple[Tensor, Tensor]:
     """x [M, K] -> bytes int8 [M, P, K], in the order of this module, and scales float32 [M, K / 32].
 
     `act` is "int8" (P = 1) or "bf16" (P = 2: 16-bit fixed point, no worse than bf16 products). K % 128 == 0.
+    Both get `padded_rows` rows if that is more; what lies beyond M is not written.
     `pdl` lets the next kernel start early (programmatic dependent launch); that kernel must wait, as `gemv` does.
     """
     num_rows, row_length = x.shape
     is_fixed16 = act == "bf16"
-    q = torch.empty(num_rows, 1 + is_fixed16, row_length, dtype=torch.int8, device=x.device)
-    d = torch.empty(num_rows, row_length // GROUP, dtype=torch.float32, device=x.device)
+    rows = max(num_rows, padded_rows)
+    q = torch.empty(rows, 1 + is_fixed16, row_length, dtype=torch.int8, device=x.device)
+    d = torch.empty(rows, row_length // GROUP, dtype=torch.float32, device=x.device)
     groups = 16
     grid = (triton.cdiv(row_length, GROUP * groups), num_rows)
     _act_quant_kernel[grid](

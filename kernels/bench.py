@@ -16,7 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dynquant.codecs import decode
-from dynquant.codecs.scale_fields import with_scales
+from dynquant.codecs.scale_fields import num_scales, with_scales
 from dynquant.kernels import gemv, naive
 from dynquant.kernels.act_quant import quantize_activations
 from dynquant.kernels.plans import GemvConfig, gemv_config
@@ -117,7 +117,7 @@ def finite_blocks(type_name: str, num_rows: int, row_length: int) -> Tensor:
     if type_name == "MXFP4":
         blocks[:, 0] = blocks[:, 0] % 8 + 120
     elif type_name != "NVFP4":
-        scales = torch.rand(num_blocks, 2, device="cuda") * 0.1 + 0.01
+        scales = torch.rand(num_blocks, num_scales(type_name), device="cuda") * 0.1 + 0.01
         blocks = with_scales(type_name, blocks, scales)
     return blocks.reshape(num_rows, -1)
 
@@ -127,7 +127,7 @@ def error_of(type_name: str, m: int, row_length: int, act: str, config: GemvConf
     blocks = finite_blocks(type_name, 1040, row_length)
     planar = pack_planes(type_name, blocks)
     x = torch.randn(8, m, row_length, device="cuda", dtype=torch.bfloat16)
-    y = torch.stack([gemv.linear(part, planar, type_name, act, config) for part in x]).double()
+    y = torch.stack([gemv.linear_of_checked(part, planar, type_name, act, config) for part in x]).double()
     reference = x.double() @ decode(type_name, blocks).double().T
     return ((y - reference).norm() / reference.norm()).item()
 
@@ -154,7 +154,7 @@ def measure(
     row_bytes = QUANT_TYPES[type_name].row_bytes(k)
     weights = [part.view(n, row_bytes) for part in slices(pool, n * row_bytes)]
     x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-    calls = [lambda w=w: gemv.linear(x, w, type_name, act, config) for w in weights]
+    calls = [lambda w=w: gemv.linear_of_checked(x, w, type_name, act, config) for w in weights]
     us, results = graph_time(calls)
     for call, result in zip(calls, results, strict=True):
         if not torch.equal(call().view(torch.int16), result.view(torch.int16)):
@@ -163,8 +163,8 @@ def measure(
     row["gbps"] = (n * row_bytes + 2 * m * (n + k)) / us / 1e3
     if not is_quick:
         row["eager_us"] = eager_time(calls)
-        xq, xd = quantize_activations(x, act)
-        calls = [lambda w=w: gemv.multiply(xq, xd, w, type_name, x.dtype, config) for w in weights]
+        xq, xd = quantize_activations(x, act, padded_rows=-(-m // config.rows) * config.rows)
+        calls = [lambda w=w: gemv.multiply(xq, xd, w, type_name, m, x.dtype, config) for w in weights]
         row["multiply_us"], _ = graph_time(calls)
     return row
 
@@ -185,21 +185,27 @@ def naive_row(type_name: str, n: int, k: int, pool: Tensor) -> _Row:
     return row
 
 
-def tune_space(type_name: str) -> list[GemvConfig]:
-    """Tilings worth trying at small M."""
-    sizes = ((1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (8, 1))
-    space = [GemvConfig(bn, warps) for bn, warps in sizes]
-    return [*space, GemvConfig(4, 1, split=2)]
+def tune_space(m: int) -> list[GemvConfig]:
+    """Tilings worth trying for M rows of activations."""
+    if m > 4:
+        sizes = ((1, 1, 8), (2, 1, 8), (4, 1, 8), (2, 1, 4), (4, 1, 4), (2, 2, 8), (2, 1, 16), (1, 2, 16))
+        return [GemvConfig(bn, warps, rows=min(rows, m)) for bn, warps, rows in sizes]
+    sizes = ((1, 4), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1))
+    return [GemvConfig(bn, warps, rows=m) for bn, warps in sizes] + [
+        GemvConfig(4, 1, rows=m, pdl=True),
+        GemvConfig(2, 1, rows=m, pdl=True),
+        GemvConfig(4, 1, split=2, rows=m),
+    ]
 
 
-def _compile(job: tuple[str, int, int, str, GemvConfig]) -> None:
-    type_name, m, k, act, config = job
-    constants = gemv.kernel_constants(type_name, m, 1 + (act == "bf16"), k, config)
+def _compile(job: tuple[str, int, str, GemvConfig]) -> None:
+    type_name, k, act, config = job
+    constants = gemv.kernel_constants(type_name, 1 + (act == "bf16"), k, config)
     i32, dtype = torch.int32, torch.float32 if config.split > 1 else torch.bfloat16
-    gemv.gemv_kernel.warmup(torch.uint8, i32, torch.float32, i32, dtype, 4096, grid=(1,), **constants)
+    gemv.gemv_kernel.warmup(torch.uint8, i32, torch.float32, i32, dtype, 4096, 1, grid=(1,), **constants)
 
 
-def precompile(jobs: list[tuple[str, int, int, str, GemvConfig]], workers: int) -> None:
+def precompile(jobs: list[tuple[str, int, str, GemvConfig]], workers: int) -> None:
     """Compiles kernels in processes of their own; they are read back from Triton's cache."""
     began, done = time.perf_counter(), 0
     context = multiprocessing.get_context("spawn")
@@ -264,12 +270,12 @@ def main() -> None:
 
     jobs = []
     for name, act, m, (n, k) in itertools.product(types, acts, rows, shapes):
-        configs = tune_space(name) if options.tune else [gemv_config(name, m, n, k)]
+        configs = tune_space(m) if options.tune else [gemv_config(name, act, m, n, k)]
         for config in configs:
             if options.pdl is not None:
-                config = GemvConfig(config.bn, config.warps, config.split, bool(options.pdl))
+                config = replace(config, pdl=bool(options.pdl))
             jobs.append((name, m, n, k, act, config))
-    precompile([(name, m, k, act, config) for name, m, n, k, act, config in jobs], options.workers)
+    precompile([(name, k, act, config) for name, m, n, k, act, config in jobs], options.workers)
 
     head = ceilings()
     print(head, flush=True)

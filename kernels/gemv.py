@@ -1,8 +1,9 @@
-"""y = x W^T for one to four rows of activations and packed weights: a memory-bound product, 4 bytes a time.
+"""y = x W^T for few rows of activations and packed weights: a memory-bound product, 4 bytes a time.
 
 Every thread multiplies whole chunks of weights (`chunks`, `codebook_chunks`) with integer activations (`act_quant`)
-by dp4a. A program owns BN rows of W and T chunks at a time, and walks along K; with SPLIT > 1 several programs share
-the rows and their float32 results are added in a fixed order, so that results never depend on timing.
+by dp4a. A program owns BN rows of W and M of x, takes T chunks at a time, and walks along K; with SPLIT > 1 several
+programs share the rows and their float32 results are added in a fixed order, so that results never depend on timing.
+`supports` and `linear` are for 1 to 4 rows; `smallm` runs the same kernel for more.
 """
 
 # ruff: noqa: RUF005  (Triton has no `(*tuple, item)`)
@@ -37,9 +38,9 @@ _FAMILY = {
 """Quant type -> chunk function and weights per chunk."""
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "num_x_rows"])
 def gemv_kernel(
-    w_ptr, xq_ptr, xd_ptr, grid_ptr, y_ptr, N,
+    w_ptr, xq_ptr, xd_ptr, grid_ptr, y_ptr, N, num_x_rows,
     K: tl.constexpr, TYPE: tl.constexpr, FAMILY: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
     S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr, S4: tl.constexpr,
     M: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, T: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
@@ -47,7 +48,12 @@ def gemv_kernel(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    pid_n, pid_k = tl.program_id(0), tl.program_id(1)
+    # Programs that share weight rows are neighbours, so that all but the first find the weights in the cache.
+    x_blocks = tl.cdiv(num_x_rows, M)
+    pid_n, pid_k = tl.program_id(0) // x_blocks, tl.program_id(1)
+    first_m = tl.program_id(0) % x_blocks * M
+    xq_ptr += first_m.to(tl.int64) * (P * K // 4)
+    xd_ptr += first_m * (K // 32)
     row_blocks: tl.constexpr = K // BLOCK
     blocks = N.to(tl.int64) * row_blocks
     first = pid_n.to(tl.int64) * BN * row_blocks
@@ -95,7 +101,8 @@ def gemv_kernel(
     n = pid_n * BN + tl.arange(0, BN)
     for m in tl.static_range(M):
         y = tl.sum(acc[m], axis=0)
-        tl.store(y_ptr + (pid_k * M + m).to(tl.int64) * N + n, y.to(y_ptr.dtype.element_ty), mask=n < N)
+        offset = (pid_k * num_x_rows + first_m + m).to(tl.int64) * N
+        tl.store(y_ptr + offset + n, y.to(y_ptr.dtype.element_ty), mask=(n < N) & (first_m + m < num_x_rows))
 
 
 @triton.jit
@@ -115,12 +122,13 @@ def add_splits_kernel(
 
 def supports(type_name: str, x: Tensor) -> bool:
     """Whether `linear` takes these activations for weights of this type."""
+    return takes(type_name, x) and 1 <= x.shape[0] <= MAX_ROWS
+
+
+def takes(type_name: str, x: Tensor) -> bool:
+    """Whether the kernel takes these activations, however many rows they have."""
     return (
-        type_name in _FAMILY
-        and x.dim() == 2
-        and 1 <= x.shape[0] <= MAX_ROWS
-        and x.shape[1] % 256 == 0
-        and x.dtype in (torch.bfloat16, torch.float16)
+        type_name in _FAMILY and x.dim() == 2 and x.shape[1] % 256 == 0 and x.dtype in (torch.bfloat16, torch.float16)
     )
 
 
@@ -136,6 +144,12 @@ def linear(x: Tensor, weight: Tensor, type_name: str, act: str = "bf16", config:
         raise ValueError(
             f"`x` must be bf16 or fp16 [1-{MAX_ROWS}, 256 * n] for {type_name}, got {x.dtype} {[*x.shape]}"
         )
+    check_weight(x, weight, type_name, act)
+    return linear_of_checked(x, weight, type_name, act, config)
+
+
+def check_weight(x: Tensor, weight: Tensor, type_name: str, act: str) -> None:
+    """Raises ValueError as `linear` documents it."""
     if act not in ACTIVATIONS:
         raise ValueError(f"`act` must be one of {', '.join(ACTIVATIONS)}, got `{act}`")
     row_bytes = quant_type(type_name).row_bytes(x.shape[1])
@@ -144,26 +158,30 @@ def linear(x: Tensor, weight: Tensor, type_name: str, act: str = "bf16", config:
             f"`weight` must be contiguous uint8 [N, {row_bytes}], {x.shape[1]} weights of {type_name} a row, "
             f"got {weight.dtype} {[*weight.shape]}"
         )
+
+
+def linear_of_checked(x: Tensor, weight: Tensor, type_name: str, act: str, config: GemvConfig | None = None) -> Tensor:
+    """`linear` for any number of rows, without its checks."""
     x = x if x.stride(1) == 1 else x.contiguous()
-    config = config or gemv_config(type_name, x.shape[0], weight.shape[0], x.shape[1])
-    return multiply(*quantize_activations(x, act, pdl=config.pdl), weight, type_name, x.dtype, config)
+    num_x_rows = x.shape[0]
+    config = config or gemv_config(type_name, act, num_x_rows, weight.shape[0], x.shape[1])
+    padded = triton.cdiv(num_x_rows, config.rows) * config.rows
+    xq, xd = quantize_activations(x, act, padded_rows=padded, pdl=config.pdl)
+    return multiply(xq, xd, weight, type_name, num_x_rows, x.dtype, config)
 
 
 def multiply(
-    xq: Tensor, xd: Tensor, weight: Tensor, type_name: str, dtype: torch.dtype, config: GemvConfig | None = None
+    xq: Tensor, xd: Tensor, weight: Tensor, type_name: str, num_x_rows: int, dtype: torch.dtype, config: GemvConfig
 ) -> Tensor:
-    """`linear` of activations that are integers already: what `quantize_activations` returned -> [M, N]."""
-    num_rows, row_length = xq.shape[0], xq.shape[2]
-    num_outputs = weight.shape[0]
-    config = config or gemv_config(type_name, num_rows, num_outputs, row_length)
-    split = config.split
-    y = torch.empty(num_rows, num_outputs, dtype=dtype, device=weight.device)
-    target = y if split == 1 else torch.empty(split, num_rows, num_outputs, dtype=torch.float32, device=y.device)
+    """`linear` of activations that are integers already, padded to whole programs: [num_x_rows, N]."""
+    num_outputs, split = weight.shape[0], config.split
+    y = torch.empty(num_x_rows, num_outputs, dtype=dtype, device=weight.device)
+    target = y if split == 1 else torch.empty(split, num_x_rows, num_outputs, dtype=torch.float32, device=y.device)
     words = xq.view(torch.int32)
     table = codebook(type_name, weight.device) if has_codebook(type_name) else words
-    constants = kernel_constants(type_name, num_rows, xq.shape[1], row_length, config)
-    grid = (triton.cdiv(num_outputs, config.bn), split)
-    gemv_kernel[grid](weight, words, xd, table, target, num_outputs, **constants)
+    constants = kernel_constants(type_name, xq.shape[1], xq.shape[2], config)
+    grid = (triton.cdiv(num_outputs, config.bn) * triton.cdiv(num_x_rows, config.rows), split)
+    gemv_kernel[grid](weight, words, xd, table, target, num_outputs, num_x_rows, **constants)
     if split > 1:
         grid = (triton.cdiv(y.numel(), 256),)
         add_splits_kernel[grid](target, y, y.numel(), split, 256, config.pdl, num_warps=4, launch_pdl=config.pdl)
@@ -176,9 +194,7 @@ def has_codebook(type_name: str) -> bool:
 
 
 @functools.cache
-def kernel_constants(
-    type_name: str, num_rows: int, num_planes: int, row_length: int, config: GemvConfig
-) -> dict[str, object]:
+def kernel_constants(type_name: str, num_planes: int, row_length: int, config: GemvConfig) -> dict[str, object]:
     """The constants and launch options of `gemv_kernel`."""
     family, chunk = _FAMILY[type_name]
     starts = plane_starts(type_name, 1)
@@ -187,7 +203,7 @@ def kernel_constants(
     return {
         "K": row_length, "TYPE": type_name, "FAMILY": family, "CHUNK": chunk,
         "BLOCK": QUANT_TYPES[type_name].block_size, **{f"S{i}": value for i, value in enumerate(values)},
-        "M": num_rows, "P": num_planes, "BN": config.bn, "T": 32 * config.warps, "SPLIT": config.split,
+        "M": config.rows, "P": num_planes, "BN": config.bn, "T": 32 * config.warps, "SPLIT": config.split,
         "PDL": config.pdl, "num_warps": config.warps, "launch_pdl": config.pdl,
     }  # fmt: skip
 

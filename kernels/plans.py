@@ -5,15 +5,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class GemvConfig:
-    """Rows of a program, its warps (each 32 chunks wide), programs that share a row, dependent launch (Hopper)."""
+    """A tiling of `gemv`: weight rows and warps (each 32 chunks wide) of a program, programs that share a row, rows of
+    activations of a program, and dependent launch, which overlaps the start of a kernel with the end of the last one.
+    """
 
     bn: int
     warps: int
     split: int = 1
+    rows: int = 1
     pdl: bool = False
 
 
-def gemv_config(type_name: str, num_rows: int, num_outputs: int, row_length: int) -> GemvConfig:
-    """The tiling of a product of `num_rows` activation rows with weights [num_outputs, row_length]."""
-    del type_name, num_rows, num_outputs, row_length
-    return GemvConfig(bn=4, warps=1)
+def gemv_config(type_name: str, act: str, num_x_rows: int, num_outputs: int, row_length: int) -> GemvConfig:
+    """The tiling of `num_x_rows` rows of activations times weights [num_outputs, row_length]."""
+    del type_name, act, num_outputs, row_length
+    if num_x_rows <= 4:
+        return GemvConfig(bn=4, warps=1, rows=num_x_rows)
+    return GemvConfig(bn=4, warps=1, rows=min(num_x_rows, 8))

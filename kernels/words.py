@@ -20,9 +20,8 @@ def dp4a_u(codes, x, acc):
         return tl.inline_asm_elementwise(
             "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [codes, x, acc], dtype=tl.int32, is_pure=True, pack=1
         )
-    for i in tl.static_range(4):
-        acc += ((codes >> (8 * i)) & 255) * ((x << (24 - 8 * i)) >> 24)
-    return acc
+    shifts = (tl.arange(0, 4) * 8)[None, None, :]
+    return acc + tl.sum(((codes[:, :, None] >> shifts) & 255) * ((x[:, :, None] << (24 - shifts)) >> 24), axis=2)
 
 
 @triton.jit
@@ -32,9 +31,8 @@ def dp4a_s(codes, x, acc):
         return tl.inline_asm_elementwise(
             "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [codes, x, acc], dtype=tl.int32, is_pure=True, pack=1
         )
-    for i in tl.static_range(4):
-        acc += ((codes << (24 - 8 * i)) >> 24) * ((x << (24 - 8 * i)) >> 24)
-    return acc
+    shifts = 24 - (tl.arange(0, 4) * 8)[None, None, :]
+    return acc + tl.sum(((codes[:, :, None] << shifts) >> 24) * ((x[:, :, None] << shifts) >> 24), axis=2)
 
 
 @triton.jit
