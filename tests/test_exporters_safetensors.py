@@ -201,3 +201,18 @@ def test_a_full_disk_keeps_what_is_finished(tiny, tmp_path, monkeypatch):
     with pytest.raises(ExportError, match="full"):
         export_safetensors(model, plan, None, tmp_path, encoder=GGML)
     assert (tmp_path / "model.safetensors.partial").exists() and not (tmp_path / "config.json").exists()
+
+
+def test_the_command_line_exports_and_inspects(tiny, tmp_path):
+    from typer.testing import CliRunner
+
+    from dynquant.cli import app
+
+    model, run = tiny[0], CliRunner().invoke
+    arguments = ["export", str(model.hf_directory), "--preset", "uniform-q8_0", "--encoder", "ggml"]
+    done = run(app, [*arguments, "-f", "safetensors", "-o", str(tmp_path / "out"), "--split-max-size", "3MB"])
+    assert done.exit_code == 0 and "config.json" in done.output and "bits per weight" in done.output
+    done = run(app, ["inspect", str(tmp_path / "out"), "--json"])
+    assert json.loads(done.output)["types"][0]["label"] == "Q8_0"
+    done = run(app, [*arguments, "-f", "onnx", "-o", str(tmp_path / "other")])
+    assert isinstance(done.exception, ExportError) and "gguf, safetensors" in str(done.exception)

@@ -15,6 +15,8 @@ from dynquant.errors import CheckpointError
 from dynquant.exporters.safetensors import export_safetensors
 from dynquant.layers import PackedModule, set_layout
 from dynquant.quantize import load_encoder
+from tests.helpers.packed_models import mixed_plan
+from tests.helpers.tiny_models import save_tiny
 
 TOKENS = torch.randint(1, 8000, (1, 64), generator=torch.Generator().manual_seed(0))
 
@@ -26,9 +28,20 @@ def from_pretrained(directory: Path, **options):
 
 
 @pytest.fixture(scope="module")
-def model(packed_moe):
+def tiny(small_moe, tmp_path_factory) -> Path:
+    """A packed DeepSeek-V3 of three layers, quick to run: MLA, routed and shared experts, a dense layer."""
+    from dynquant.checkpoint import open_model
+
     torch.set_num_threads(2)
-    return from_pretrained(packed_moe.directory)
+    folder = tmp_path_factory.mktemp("tiny")
+    model = open_model(save_tiny("deepseek-v3", folder / "float", small_moe))
+    export_safetensors(model, mixed_plan(model), None, folder / "out", encoder=load_encoder("ggml"))
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    return from_pretrained(tiny)
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +83,10 @@ def test_either_import_order_registers_the_method(first):
     assert done.stdout.split("\n")[:2] == ["True True", "[]"]
 
 
-def test_memory_is_the_packed_bytes_and_small_buffers(packed_moe, model, logits):
-    del logits  # after a forward pass, nothing decoded has stayed
+def test_memory_is_the_packed_bytes_and_small_buffers(packed_moe):
+    model = from_pretrained(packed_moe.directory)
+    with torch.inference_mode():
+        model(TOKENS[:, :8])  # nothing decoded may stay
     tensors = [*model.parameters(), *model.buffers()]
     resident = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
     stored = load_file(packed_moe.directory / "model.safetensors").values()
@@ -81,7 +96,8 @@ def test_memory_is_the_packed_bytes_and_small_buffers(packed_moe, model, logits)
     assert all(p.dtype == torch.uint8 for n, p in model.named_parameters() if "q_a_proj" in n or "experts.gate" in n)
 
 
-def test_saving_gives_back_every_byte(packed_moe, model, tmp_path):
+def test_saving_gives_back_every_byte(packed_moe, tmp_path):
+    model = from_pretrained(packed_moe.directory)
     model.save_pretrained(tmp_path / "again", max_shard_size="4MB")
     shards = sorted((tmp_path / "again").glob("*.safetensors"))
     assert len(shards) > 1
@@ -108,8 +124,8 @@ def test_a_saved_model_loads_with_the_same_logits(model, logits, tmp_path):
     assert dict(again.named_parameters())["lm_head.weight"].dtype == torch.uint8
 
 
-def test_bfloat16_is_for_activations_only(packed_moe, model):
-    half = from_pretrained(packed_moe.directory, dtype="auto")
+def test_bfloat16_is_for_activations_only(tiny, model):
+    half = from_pretrained(tiny, dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
     for name, parameter in model.named_parameters():
         if parameter.dtype == torch.uint8:
@@ -118,10 +134,10 @@ def test_bfloat16_is_for_activations_only(packed_moe, model):
         assert half(TOKENS).logits.dtype == torch.bfloat16
 
 
-def test_generate_continues_text_as_the_whole_forward_pass_does(packed_moe, model):
+def test_generate_continues_text_as_the_whole_forward_pass_does(tiny, model):
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(packed_moe.directory)
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
     prompt = tokenizer("The heart pumps blood", return_tensors="pt")
     ids = model.generate(**prompt, max_new_tokens=8, do_sample=False)
     start = prompt["input_ids"].shape[1]
@@ -136,22 +152,22 @@ def test_compiles_without_a_graph_break(model, logits):
         torch.testing.assert_close(compiled(TOKENS, use_cache=False).logits, logits, atol=1e-3, rtol=1e-3)
 
 
-def test_lora_trains_on_packed_weights(packed_moe):
+def test_lora_trains_on_packed_weights(tiny):
     peft = pytest.importorskip("peft", reason="peft is not installed")
-    model = from_pretrained(packed_moe.directory)
+    model = from_pretrained(tiny)
     frozen = {name: tensor.clone() for name, tensor in model.state_dict().items() if tensor.dtype == torch.uint8}
     torch.manual_seed(0)
     config = peft.LoraConfig(r=4, target_modules=["q_b_proj", "o_proj", "kv_b_proj", "lm_head", "down_proj"])
     adapted = peft.get_peft_model(model, config)
     optimizer = torch.optim.Adam([p for p in adapted.parameters() if p.requires_grad], lr=5e-3)
     losses = []
-    for _ in range(6):
+    for _ in range(5):
         loss = adapted(TOKENS, labels=TOKENS).loss
         losses.append(loss.item())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert losses[-1] < losses[0] - 0.5
+    assert losses[-1] < losses[0] - 0.3
     state = adapted.base_model.model.state_dict()
     for name, tensor in frozen.items():
         stem, _, part = name.rpartition(".")
@@ -214,7 +230,6 @@ def test_transformers_cannot_quantize_with_it_while_loading(small_moe):
 def test_shards_load_and_tied_heads_share_their_bytes(small_moe, tmp_path):
     from dynquant.checkpoint import open_model
     from dynquant.plan_building import plan_from_types
-    from tests.helpers.tiny_models import save_tiny
 
     opened = open_model(save_tiny("llama-tied", tmp_path / "tied", small_moe))
     types = {name: ("Q8_0", "test") for name in opened.source.names() if len(opened.source.info(name).shape) == 2}

@@ -19,17 +19,15 @@ from dynquant.layers import (
     choose_layout,
     set_layout,
 )
-from dynquant.quant_types import quant_type
-from dynquant.quantize import load_encoder
+from dynquant.packed_model import FLOAT_DTYPES
+from tests.helpers.packed_weights import packed_weights
 
 
 def packed(type_name: str, *shape: int, seed: int = 0) -> torch.Tensor:
     """Blocks of random weights, uint8 [..., row_bytes]; floats in a float type."""
-    weights = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.1
-    if type_name in ("F32", "F16", "BF16"):
-        return weights.to({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[type_name])
-    rows = load_encoder("ggml").encode(quant_type(type_name), weights.reshape(-1, shape[-1]), torch.ones(1, shape[-1]))
-    return rows.reshape(*shape[:-1], -1)
+    if type_name not in FLOAT_DTYPES:
+        return packed_weights(type_name, *shape, seed=seed)
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.1).to(FLOAT_DTYPES[type_name])
 
 
 def fill(module: PackedModule, **weights: torch.Tensor) -> PackedModule:
