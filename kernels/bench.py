@@ -27,9 +27,9 @@ from torch import Tensor
 
 from dynquant.codecs import decode
 from dynquant.codecs.scale_fields import num_scales, with_scales
-from dynquant.kernels import gemv, naive
+from dynquant.kernels import gemv, mma, naive, smallm
 from dynquant.kernels.act_quant import quantize_activations
-from dynquant.kernels.plans import GemvConfig, gemv_config
+from dynquant.kernels.plans import GemvConfig, MmaConfig, gemv_config
 from dynquant.kernels.repack import pack_planes
 from dynquant.quant_types import QUANT_TYPES
 
@@ -43,6 +43,9 @@ ROTATED_BYTES = 240_000_000
 POOL_BYTES = 1 << 30
 
 _Row = dict[str, object]
+_Config = GemvConfig | MmaConfig
+_Job = tuple[str, int, int, str, _Config]
+"""type, M, K, act, tiling: what determines a compiled kernel"""
 
 
 @triton.jit
@@ -122,12 +125,18 @@ def finite_blocks(type_name: str, num_rows: int, row_length: int) -> Tensor:
     return blocks.reshape(num_rows, -1)
 
 
-def error_of(type_name: str, m: int, row_length: int, act: str, config: GemvConfig) -> float:
+def product(x: Tensor, weight: Tensor, type_name: str, act: str, config: _Config) -> Tensor:
+    """The kernel that the tiling is for."""
+    run = mma.linear_of_checked if isinstance(config, MmaConfig) else gemv.linear_of_checked
+    return run(x, weight, type_name, act, config)
+
+
+def error_of(type_name: str, m: int, row_length: int, act: str, config: _Config) -> float:
     """||y - ref|| / ||ref|| over 1040 rows of weights and 8 normal activations, by the kernel that is timed."""
     blocks = finite_blocks(type_name, 1040, row_length)
     planar = pack_planes(type_name, blocks)
     x = torch.randn(8, m, row_length, device="cuda", dtype=torch.bfloat16)
-    y = torch.stack([gemv.linear_of_checked(part, planar, type_name, act, config) for part in x]).double()
+    y = torch.stack([product(part, planar, type_name, act, config) for part in x]).double()
     reference = x.double() @ decode(type_name, blocks).double().T
     return ((y - reference).norm() / reference.norm()).item()
 
@@ -144,17 +153,18 @@ def bf16_times(pool: Tensor, shapes: list[tuple[int, int]], rows: list[int]) -> 
 
 
 def measure(
-    type_name: str, m: int, n: int, k: int, act: str, config: GemvConfig, pool: Tensor, *, is_quick: bool = False
+    type_name: str, m: int, n: int, k: int, act: str, config: _Config, pool: Tensor, *, is_quick: bool = False
 ) -> _Row:
     """One row of the report; `is_quick` leaves out eager times and the product alone."""
-    row: _Row = {"type": type_name, "m": m, "n": n, "k": k, "act": act, "config": asdict(config)}
+    row: _Row = {"type": type_name, "m": m, "n": n, "k": k, "act": act, "kernel": type(config).__name__}
+    row["config"] = asdict(config)
     row["error"] = error_of(type_name, m, k, act, config)
     if not row["error"] <= ERROR_LIMIT[act]:
         return row | {"refused": f"error above {ERROR_LIMIT[act]}"}
     row_bytes = QUANT_TYPES[type_name].row_bytes(k)
     weights = [part.view(n, row_bytes) for part in slices(pool, n * row_bytes)]
     x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-    calls = [lambda w=w: gemv.linear_of_checked(x, w, type_name, act, config) for w in weights]
+    calls = [lambda w=w: product(x, w, type_name, act, config) for w in weights]
     us, results = graph_time(calls)
     for call, result in zip(calls, results, strict=True):
         if not torch.equal(call().view(torch.int16), result.view(torch.int16)):
@@ -163,6 +173,8 @@ def measure(
     row["gbps"] = (n * row_bytes + 2 * m * (n + k)) / us / 1e3
     if not is_quick:
         row["eager_us"] = eager_time(calls)
+        if isinstance(config, MmaConfig):
+            return row
         xq, xd = quantize_activations(x, act, padded_rows=-(-m // config.rows) * config.rows)
         calls = [lambda w=w: gemv.multiply(xq, xd, w, type_name, m, x.dtype, config) for w in weights]
         row["multiply_us"], _ = graph_time(calls)
@@ -185,10 +197,13 @@ def naive_row(type_name: str, n: int, k: int, pool: Tensor) -> _Row:
     return row
 
 
-def tune_space(m: int) -> list[GemvConfig]:
+def tune_space(type_name: str, m: int, k: int) -> list[_Config]:
     """Tilings worth trying for M rows of activations."""
+    if m > 4 and type_name in mma.TYPES:
+        sizes = ((32, 1, 1), (32, 1, 4), (32, 2, 2), (32, 2, 4), (64, 2, 2), (64, 2, 4), (64, 4, 4))
+        return [MmaConfig(bn, warps, split) for bn, warps, split in sizes if k // 256 % split == 0]
     if m > 4:
-        sizes = ((1, 1, 8), (2, 1, 8), (4, 1, 8), (2, 1, 4), (4, 1, 4), (2, 2, 8), (2, 1, 16), (1, 2, 16))
+        sizes = ((1, 1, 8), (2, 1, 8), (4, 1, 8), (2, 1, 4), (4, 1, 4), (2, 2, 8))
         return [GemvConfig(bn, warps, rows=min(rows, m)) for bn, warps, rows in sizes]
     sizes = ((1, 4), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1))
     return [GemvConfig(bn, warps, rows=m) for bn, warps in sizes] + [
@@ -198,14 +213,19 @@ def tune_space(m: int) -> list[GemvConfig]:
     ]
 
 
-def _compile(job: tuple[str, int, str, GemvConfig]) -> None:
-    type_name, k, act, config = job
-    constants = gemv.kernel_constants(type_name, 1 + (act == "bf16"), k, config)
-    i32, dtype = torch.int32, torch.float32 if config.split > 1 else torch.bfloat16
-    gemv.gemv_kernel.warmup(torch.uint8, i32, torch.float32, i32, dtype, 4096, 1, grid=(1,), **constants)
+def _compile(job: _Job) -> None:
+    type_name, m, k, act, config = job
+    planes = 1 + (act == "bf16")
+    f32, dtype = torch.float32, torch.float32 if config.split > 1 else torch.bfloat16
+    if isinstance(config, MmaConfig):
+        constants = mma.kernel_constants(type_name, planes, k, m, config)
+        mma.mma_kernel.warmup(torch.uint8, torch.int8, f32, f32, dtype, 4096, 1, grid=(1,), **constants)
+    else:
+        constants = gemv.kernel_constants(type_name, planes, k, config)
+        gemv.gemv_kernel.warmup(torch.uint8, torch.int32, f32, torch.int32, dtype, 4096, 1, grid=(1,), **constants)
 
 
-def precompile(jobs: list[tuple[str, int, str, GemvConfig]], workers: int) -> None:
+def precompile(jobs: list[_Job], workers: int) -> None:
     """Compiles kernels in processes of their own; they are read back from Triton's cache."""
     began, done = time.perf_counter(), 0
     context = multiprocessing.get_context("spawn")
@@ -245,7 +265,7 @@ def best_configs(rows: list[_Row]) -> list[str]:
         if "us" in row and (key not in best or row["us"] < best[key]["us"]):
             best[key] = row
     return [
-        f"{key}: GemvConfig(**{row['config']}),  # {row['us']:.2f} us, {row.get('fraction', 0):.2f} of read bandwidth"
+        f"{key}: {row['kernel']}(**{row['config']}),  # {row['us']:.2f} us, {row.get('fraction', 0):.2f} of peak"
         for key, row in best.items()
     ]
 
@@ -254,7 +274,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--types", default=",".join(PRIORITY))
-    parser.add_argument("--m", default="1")
+    parser.add_argument("--m", default="1", help="rows of activations; above 64 only bf16 is timed")
     parser.add_argument("--acts", default="int8,bf16")
     parser.add_argument("--shapes", default=",".join(f"{n}x{k}" for n, k in SHAPES))
     parser.add_argument("--tune", action="store_true", help="sweep tilings instead of using `plans`")
@@ -269,13 +289,15 @@ def main() -> None:
     shapes = [tuple(int(side) for side in shape.split("x")) for shape in options.shapes.split(",")]
 
     jobs = []
-    for name, act, m, (n, k) in itertools.product(types, acts, rows, shapes):
-        configs = tune_space(m) if options.tune else [gemv_config(name, act, m, n, k)]
+    few = [m for m in rows if m <= smallm.MAX_ROWS]
+    for name, act, m, (n, k) in itertools.product(types, acts, few, shapes):
+        choose = gemv_config if m <= 4 else smallm.default_config
+        configs = tune_space(name, m, k) if options.tune else [choose(name, act, m, n, k)]
         for config in configs:
             if options.pdl is not None:
                 config = replace(config, pdl=bool(options.pdl))
             jobs.append((name, m, n, k, act, config))
-    precompile([(name, k, act, config) for name, m, n, k, act, config in jobs], options.workers)
+    precompile([(name, m, k, act, config) for name, m, n, k, act, config in jobs], options.workers)
 
     head = ceilings()
     print(head, flush=True)
@@ -288,7 +310,11 @@ def main() -> None:
         if time.perf_counter() - began > options.seconds:
             print("time is up", flush=True)
             break
-        report.add(measure(name, m, n, k, act, config, pool, is_quick=options.tune), dense[m, n, k])
+        try:
+            row = measure(name, m, n, k, act, config, pool, is_quick=options.tune)
+        except (RuntimeError, triton.errors.TritonError) as error:
+            row = {"type": name, "m": m, "n": n, "k": k, "act": act, "config": asdict(config), "failed": str(error)}
+        report.add(row, dense[m, n, k])
     if options.naive:
         for name, (n, k) in itertools.product(naive.TYPES, shapes[:1]):
             report.add(naive_row(name, n, k, pool), dense.get((1, n, k)))

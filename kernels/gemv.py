@@ -183,9 +183,14 @@ def multiply(
     grid = (triton.cdiv(num_outputs, config.bn) * triton.cdiv(num_x_rows, config.rows), split)
     gemv_kernel[grid](weight, words, xd, table, target, num_outputs, num_x_rows, **constants)
     if split > 1:
-        grid = (triton.cdiv(y.numel(), 256),)
-        add_splits_kernel[grid](target, y, y.numel(), split, 256, config.pdl, num_warps=4, launch_pdl=config.pdl)
+        add_splits(target, y, config.pdl)
     return y
+
+
+def add_splits(parts: Tensor, y: Tensor, pdl: bool) -> None:
+    """y = parts [SPLIT, M, N] summed over the first dimension, first to last."""
+    grid = (triton.cdiv(y.numel(), 256),)
+    add_splits_kernel[grid](parts, y, y.numel(), parts.shape[0], 256, pdl, num_warps=4, launch_pdl=pdl)
 
 
 def has_codebook(type_name: str) -> bool:
@@ -197,15 +202,20 @@ def has_codebook(type_name: str) -> bool:
 def kernel_constants(type_name: str, num_planes: int, row_length: int, config: GemvConfig) -> dict[str, object]:
     """The constants and launch options of `gemv_kernel`."""
     family, chunk = _FAMILY[type_name]
-    starts = plane_starts(type_name, 1)
-    in_block_order = sorted(PLANES[type_name], key=lambda field: field.offset)
-    values = [starts[field.name] for field in in_block_order] + [0] * (5 - len(starts))
     return {
         "K": row_length, "TYPE": type_name, "FAMILY": family, "CHUNK": chunk,
-        "BLOCK": QUANT_TYPES[type_name].block_size, **{f"S{i}": value for i, value in enumerate(values)},
+        "BLOCK": QUANT_TYPES[type_name].block_size, **plane_constants(type_name),
         "M": config.rows, "P": num_planes, "BN": config.bn, "T": 32 * config.warps, "SPLIT": config.split,
         "PDL": config.pdl, "num_warps": config.warps, "launch_pdl": config.pdl,
     }  # fmt: skip
+
+
+def plane_constants(type_name: str) -> dict[str, int]:
+    """S0 to S4: where the planes of the fields begin, for one block, in the order of the fields in a block."""
+    starts = plane_starts(type_name, 1)
+    in_block_order = sorted(PLANES[type_name], key=lambda field: field.offset)
+    values = [starts[field.name] for field in in_block_order] + [0] * (5 - len(starts))
+    return {f"S{i}": value for i, value in enumerate(values)}
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from dynquant.codecs import decode
-from dynquant.kernels import gemv, smallm
+from dynquant.kernels import gemv, mma, smallm
 from dynquant.kernels.formats import PLANES
 from dynquant.kernels.repack import pack_planes
 from tests.helpers.gemv_checks import activations, finite_blocks
@@ -36,7 +36,7 @@ def case(name: str, m: int, k: int, act: str, **config: int) -> dict:
     return {"type": name, "m": m, "n": 5, "k": k, "act": act, "hot": k - 7 * m, "config": tiling}
 
 
-EVERY_TYPE = [case(name, 2, 512 if i % 2 else 256, "bf16") for i, name in enumerate(sorted(PLANES)) if name != "TQ1_0"]
+EVERY_TYPE = [case(name, 2, 256 if i % 4 else 512, "bf16") for i, name in enumerate(sorted(PLANES)) if name != "TQ1_0"]
 OTHER_FORMS = [
     case("TQ1_0", 1, 256, "bf16"),
     case("Q4_K", 4, 256, "int8"),
@@ -44,9 +44,16 @@ OTHER_FORMS = [
     case("Q8_0", 5, 256, "bf16", rows=3),
     case("Q4_0", 16, 256, "int8", rows=8),
 ]
+TENSOR_CORES = [
+    {**case(name, 5 if i % 2 else 16, 512, act), "kernel": "mma", "n": 37, "config": {"bn": 32, "warps": 2, "split": 2}}
+    for i, name in enumerate(mma.TYPES)
+    for act in ("bf16", "int8")
+]
 
 
-@pytest.mark.parametrize("cases", [EVERY_TYPE[::2], EVERY_TYPE[1::2], OTHER_FORMS], ids=["even", "odd", "forms"])
+@pytest.mark.parametrize(
+    "cases", [EVERY_TYPE[::2], EVERY_TYPE[1::2], OTHER_FORMS, TENSOR_CORES], ids=["even", "odd", "forms", "mma"]
+)
 def test_interpreted_products_are_those_of_decoded_weights(cases):
     for asked, found in zip(cases, check_results("interpret", cases), strict=True):
         assert found["error"] <= {"bf16": 1e-3, "int8": 2.5e-2}[asked["act"]], (asked, found)
