@@ -228,20 +228,22 @@ def table_chunk(
         dots, _ = first_dots(xq_ptr, chunk * 2, K, (l0, l1, h0, h1), 0, True, M * P)
         parts = add_scaled(parts, dots, _ue4m3(scales & 255), xd_ptr, chunk, valid, K, 0.5, M, P)
         dots, _ = first_dots(xq_ptr, chunk * 2 + 1, K, (l2, l3, h2, h3), 0, True, M * P)
-        return add_scaled(parts, dots, _ue4m3(scales >> 8), xd_ptr, chunk, valid, K, 0.5, M, P)
-    dots, sums = first_dots(xq_ptr, chunk * 2, K, (l0, l1, l2, l3), 0, True, M * P)
-    dots, sums = more_dots(dots, sums, xq_ptr, chunk * 2 + 1, K, (h0, h1, h2, h3), 0, True, M * P)
-    if TYPE == "MXFP4":
-        e = tl.load(plane(w_ptr, blocks, first, S0, 1, tl.uint8) + block).to(tl.int32)
-        # 2^(e - 128), the values being doubled; the two smallest are subnormal.
-        scale = tl.where(e < 2, 0x00200000 << e, (e - 1) << 23).to(tl.float32, bitcast=True)
-        return add_scaled(parts, dots, scale, xd_ptr, chunk, valid, K, 1.0, M, P)
-    d = half(w_ptr, blocks, first, block, S0, 2)
-    if TYPE == "IQ4_XS":
-        high = tl.load(plane(w_ptr, blocks, first, S1, 2, tl.uint16) + block).to(tl.int32) >> (2 * inner)
-        low = tl.load(plane(w_ptr, blocks, first, S2, 4, tl.int32) + block) >> (4 * inner)
-        d = d * (((low & 15) | ((high & 3) << 4)) - 32).to(tl.float32)
-    return add_scaled(parts, dots, d, xd_ptr, chunk, valid, K, 1.0, M, P)
+        parts = add_scaled(parts, dots, _ue4m3(scales >> 8), xd_ptr, chunk, valid, K, 0.5, M, P)
+    else:
+        dots, sums = first_dots(xq_ptr, chunk * 2, K, (l0, l1, l2, l3), 0, True, M * P)
+        dots, sums = more_dots(dots, sums, xq_ptr, chunk * 2 + 1, K, (h0, h1, h2, h3), 0, True, M * P)
+        if TYPE == "MXFP4":
+            e = tl.load(plane(w_ptr, blocks, first, S0, 1, tl.uint8) + block).to(tl.int32)
+            # 2^(e - 128), the values being doubled; the two smallest are subnormal.
+            scale = tl.where(e < 2, 0x00200000 << e, (e - 1) << 23).to(tl.float32, bitcast=True)
+        else:
+            scale = half(w_ptr, blocks, first, block, S0, 2)
+        if TYPE == "IQ4_XS":
+            high = tl.load(plane(w_ptr, blocks, first, S1, 2, tl.uint16) + block).to(tl.int32) >> (2 * inner)
+            low = tl.load(plane(w_ptr, blocks, first, S2, 4, tl.int32) + block) >> (4 * inner)
+            scale = scale * (((low & 15) | ((high & 3) << 4)) - 32).to(tl.float32)
+        parts = add_scaled(parts, dots, scale, xd_ptr, chunk, valid, K, 1.0, M, P)
+    return parts
 
 
 @triton.jit

@@ -55,17 +55,19 @@ def ternary_chunk(
         dots, sums = first_dots(xq_ptr, chunk * 2, K, _nibble_codes(g0, g1), 1, False, M * P)
         dots, sums = more_dots(dots, sums, xq_ptr, chunk * 2 + 1, K, _nibble_codes(g2, g3), 1, False, M * P)
         parts = add_scaled(parts, dots, scale, xd_ptr, chunk, valid, K, 1.0, M, P)
-        return add_sums(parts, sums, scale * shift, xd_ptr, chunk, valid, K, M, P)
-    lower, upper = load2(plane(w_ptr, blocks, first, S2, 8, tl.int32), block)
-    d_bits = ((lower >> 12) & 15) | ((lower >> 24) & 0xF0) | ((upper >> 4) & 0xF00) | ((upper >> 16) & 0xF000)
-    scales = tl.where(inner >= 4, upper, lower) >> ((inner % 4) // 2 * 16 + inner % 2 * 6)
-    dots, _ = first_dots(xq_ptr, chunk * 2, K, _nibble_codes(g0, g1), 1, False, M * P)
-    dots = _with_shifts(dots, xq_ptr, chunk * 2, K, qh, M * P)
-    parts = add_scaled(parts, dots, (scales << 1 & 14 | 1).to(tl.float32), xd_ptr, chunk, valid, K, 0.125, M, P)
-    dots, _ = first_dots(xq_ptr, chunk * 2 + 1, K, _nibble_codes(g2, g3), 1, False, M * P)
-    dots = _with_shifts(dots, xq_ptr, chunk * 2 + 1, K, qh >> 8, M * P)
-    parts = add_scaled(parts, dots, (scales >> 2 & 14 | 1).to(tl.float32), xd_ptr, chunk, valid, K, 0.125, M, P)
-    return times(parts, d_bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32), M)
+        parts = add_sums(parts, sums, scale * shift, xd_ptr, chunk, valid, K, M, P)
+    else:
+        lower, upper = load2(plane(w_ptr, blocks, first, S2, 8, tl.int32), block)
+        d_bits = ((lower >> 12) & 15) | ((lower >> 24) & 0xF0) | ((upper >> 4) & 0xF00) | ((upper >> 16) & 0xF000)
+        scales = tl.where(inner >= 4, upper, lower) >> ((inner % 4) // 2 * 16 + inner % 2 * 6)
+        dots, _ = first_dots(xq_ptr, chunk * 2, K, _nibble_codes(g0, g1), 1, False, M * P)
+        dots = _with_shifts(dots, xq_ptr, chunk * 2, K, qh, M * P)
+        parts = add_scaled(parts, dots, (scales << 1 & 14 | 1).to(tl.float32), xd_ptr, chunk, valid, K, 0.125, M, P)
+        dots, _ = first_dots(xq_ptr, chunk * 2 + 1, K, _nibble_codes(g2, g3), 1, False, M * P)
+        dots = _with_shifts(dots, xq_ptr, chunk * 2 + 1, K, qh >> 8, M * P)
+        parts = add_scaled(parts, dots, (scales >> 2 & 14 | 1).to(tl.float32), xd_ptr, chunk, valid, K, 0.125, M, P)
+        parts = times(parts, d_bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32), M)
+    return parts
 
 
 @triton.jit
@@ -154,12 +156,14 @@ def signed_chunk(
             scale = ((scales >> (4 * u)) & 15).to(tl.float32) + 0.5
             parts = add_scaled(parts, dots, scale, xd_ptr, chunk, valid, K, 0.25, M, P)
     if TYPE == "IQ2_XS" or TYPE == "IQ2_S":
-        return times(parts, d, M)
-    if TYPE == "IQ3_S":
+        parts = times(parts, d, M)
+    elif TYPE == "IQ3_S":
         scale = d * ((((scales >> (4 * (inner % 2))) & 15) << 1) | 1).to(tl.float32)
-        return add_scaled(parts, dots, scale, xd_ptr, chunk, valid, K, 1.0, M, P)
-    scale = d * (((signs >> 28) & 15).to(tl.float32) + 0.5)
-    return add_scaled(parts, dots, scale, xd_ptr, chunk, valid, K, 0.25 if TYPE == "IQ2_XXS" else 0.5, M, P)
+        parts = add_scaled(parts, dots, scale, xd_ptr, chunk, valid, K, 1.0, M, P)
+    else:
+        scale = d * (((signs >> 28) & 15).to(tl.float32) + 0.5)
+        parts = add_scaled(parts, dots, scale, xd_ptr, chunk, valid, K, 0.25 if TYPE == "IQ2_XXS" else 0.5, M, P)
+    return parts
 
 
 @triton.jit

@@ -71,6 +71,14 @@ def test_sm_90_code_has_no_spills_and_stays_within_its_budget():
         assert 0.3 < found["per_weight"] <= budget, (name, act, found)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("act", LIMIT)
+def test_every_type_compiles_for_sm_90_without_spills(act):
+    cases = [{"type": name, "act": act, "config": {"bn": 4, "warps": 1}} for name in sorted(PLANES)]
+    for asked, found in zip(cases, check_results("compile", cases), strict=True):
+        assert found["spills"] == 0 and found["shared"] == 0, (asked, found)
+
+
 def test_what_kernels_cannot_multiply_is_refused():
     x = torch.zeros(1, 512, dtype=torch.bfloat16)
     assert gemv.supports("Q4_K", x) and not smallm.supports("Q4_K", x)
