@@ -1,9 +1,11 @@
 """Products with packed weights as PyTorch operators `dynquant::*`: traceable, differentiable, one call each.
 
 The weights are frozen: gradients reach activations only, and nothing but the packed bytes and the expert ids is kept
-for the backward pass. What runs is chosen by `dispatch`. The operators are registered with `torch.library.Library`,
-whose dispatch costs a fraction of `custom_op`'s on every call.
+for the backward pass. What runs is chosen by `dispatch`. The operators and their gradients are registered under plain
+dispatch keys: `custom_op` and `register_autograd` were measured to cost several times as much on every call.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -114,82 +116,62 @@ def _fake_embedding(ids, weight, type_name, dtype, layout):
     return weight.new_empty(shapes.embedding_shape(ids, weight, type_name, layout), dtype=dtype)
 
 
-def _save_dense(ctx, inputs, output):
-    _, weight, ctx.type_name, ctx.layout = inputs
-    ctx.save_for_backward(weight)
+class _Product(torch.autograd.Function):
+    """A product whose gradient is another operator with the same weight; saves the weight and the expert ids."""
+
+    @staticmethod
+    def forward(ctx, operators, activations, *rest):
+        ctx.gradient, ctx.ndim, ctx.options = operators[1], activations.dim(), rest[-2:]
+        ctx.save_for_backward(*rest[:-2])
+        with torch._C._AutoDispatchBelowAutograd():
+            return operators[0](activations, *rest)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight_and_ids = ctx.saved_tensors
+        result = ctx.gradient(grad, *weight_and_ids, *ctx.options)
+        if len(weight_and_ids) == 2 and ctx.ndim == 2:
+            result = result.sum(1)  # one row of activations went into every slot of its token
+        return None, result, *(None,) * (len(weight_and_ids) + 2)
 
 
-def _save_experts(ctx, inputs, output):
-    x, weight, expert_ids, ctx.type_name, ctx.layout = inputs
-    ctx.is_row_per_slot = x.dim() == 3
-    ctx.save_for_backward(weight, expert_ids)
-
-
-def _linear_backward(ctx, dy):
-    (weight,) = ctx.saved_tensors
-    return _OPS.input_grad(dy, weight, ctx.type_name, ctx.layout), None, None, None
-
-
-def _input_grad_backward(ctx, dx):
-    (weight,) = ctx.saved_tensors
-    return _OPS.linear(dx, weight, ctx.type_name, ctx.layout), None, None, None
-
-
-def _experts_linear_backward(ctx, dy):
-    weight, expert_ids = ctx.saved_tensors
-    dx = _OPS.experts_input_grad(dy, weight, expert_ids, ctx.type_name, ctx.layout)
-    return dx if ctx.is_row_per_slot else dx.sum(1), None, None, None, None
-
-
-def _experts_input_grad_backward(ctx, dx):
-    weight, expert_ids = ctx.saved_tensors
-    dy = _OPS.experts_linear(dx, weight, expert_ids, ctx.type_name, ctx.layout)
-    return dy if ctx.is_row_per_slot else dy.sum(1), None, None, None, None
-
-
-def _register(schema, run, fake, backward=None, save=None) -> None:
+def _define(schema: str, run: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):
         _LIBRARY.impl(name, run, key)
     torch.library.register_fake(f"dynquant::{name}", fake, lib=_LIBRARY)
-    if backward is not None:
-        torch.library.register_autograd(f"dynquant::{name}", backward, setup_context=save, lib=_LIBRARY)
 
 
-_DENSE, _EXPERTS = (
-    "Tensor weight, str type_name, str layout",
-    "Tensor weight, Tensor expert_ids, str type_name, str layout",
-)
-_register(f"linear(Tensor x, {_DENSE}) -> Tensor", dispatch.linear, _fake_linear, _linear_backward, _save_dense)
-_register(
-    f"input_grad(Tensor dy, {_DENSE}) -> Tensor",
-    dispatch.input_grad,
-    _fake_input_grad,
-    _input_grad_backward,
-    _save_dense,
-)
-_register(
-    f"experts_linear(Tensor x, {_EXPERTS}) -> Tensor",
-    dispatch.experts_linear,
-    _fake_experts_linear,
-    _experts_linear_backward,
-    _save_experts,
-)
-_register(
-    f"experts_input_grad(Tensor dy, {_EXPERTS}) -> Tensor",
-    dispatch.experts_input_grad,
-    _fake_experts_input_grad,
-    _experts_input_grad_backward,
-    _save_experts,
-)
-_register(
+def _differentiate(name: str, gradient: str) -> None:
+    operators = getattr(_OPS, name).default, getattr(_OPS, gradient).default
+
+    def run(activations, *rest):
+        if activations.requires_grad and torch.is_grad_enabled():
+            return _Product.apply(operators, activations, *rest)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operators[0](activations, *rest)
+
+    _LIBRARY.impl(name, run, "Autograd")
+
+
+_DENSE = "Tensor weight, str type_name, str layout"
+_EXPERTS = "Tensor weight, Tensor expert_ids, str type_name, str layout"
+_define(f"linear(Tensor x, {_DENSE}) -> Tensor", dispatch.linear, _fake_linear)
+_define(f"input_grad(Tensor dy, {_DENSE}) -> Tensor", dispatch.input_grad, _fake_input_grad)
+_define(f"experts_linear(Tensor x, {_EXPERTS}) -> Tensor", dispatch.experts_linear, _fake_experts_linear)
+_define(f"experts_input_grad(Tensor dy, {_EXPERTS}) -> Tensor", dispatch.experts_input_grad, _fake_experts_input_grad)
+_define(
     "dequantize(Tensor weight, str type_name, ScalarType dtype, str layout) -> Tensor",
     dispatch.dequantize,
     _fake_dequantize,
 )
-_register(
+_define(
     "embedding(Tensor ids, Tensor weight, str type_name, ScalarType dtype, str layout) -> Tensor",
     dispatch.embedding,
     _fake_embedding,
 )
+_differentiate("linear", "input_grad")
+_differentiate("input_grad", "linear")
+_differentiate("experts_linear", "experts_input_grad")
+_differentiate("experts_input_grad", "experts_linear")

@@ -30,3 +30,23 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """||actual - expected|| / ||expected||, in float64; NaN where one is NaN."""
     expected = expected.double()
     return ((actual.double().to(expected.device) - expected).norm() / expected.norm().clamp_min(1e-300)).item()
+
+
+def normal(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def experts_truth(
+    x: torch.Tensor, weight: torch.Tensor, expert_ids: torch.Tensor, name: str, *, transposed: bool = False
+) -> torch.Tensor:
+    """One product after the other, float64 [T, k, columns]."""
+    dense = decode(name, weight).double()
+    num_tokens, num_slots = expert_ids.shape
+    product = torch.zeros(num_tokens, num_slots, dense.shape[2 if transposed else 1], dtype=torch.float64)
+    for token in range(num_tokens):
+        for slot in range(num_slots):
+            expert = expert_ids[token, slot].item()
+            row = (x[token] if x.dim() == 2 else x[token, slot]).double()
+            if 0 <= expert < len(dense):
+                product[token, slot] = row @ dense[expert] if transposed else dense[expert] @ row
+    return product
