@@ -42,7 +42,10 @@ class PackedModule(nn.Module):
         stored = quant_type(self.types[name])
         if is_packed(stored):
             packed = torch.empty(*shape[:-1], stored.row_bytes(shape[-1]), dtype=torch.uint8, device=device)
-            self.register_parameter(name, nn.Parameter(packed, requires_grad=False))
+            weight = nn.Parameter(packed, requires_grad=False)
+            # transformers draws random numbers for weights without this mark, also for those it leaves on the disk.
+            weight._is_hf_initialized = True  # type: ignore[attr-defined]
+            self.register_parameter(name, weight)
         else:
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype, device=device)))
 

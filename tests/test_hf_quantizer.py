@@ -124,6 +124,15 @@ def test_a_saved_model_loads_with_the_same_logits(model, logits, tmp_path):
     assert dict(again.named_parameters())["lm_head.weight"].dtype == torch.uint8
 
 
+def test_a_device_map_may_leave_layers_on_the_disk(tiny, logits, tmp_path):
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk"}
+    layers = {f"model.layers.{i}": "disk" if i == 1 else "cpu" for i in range(3)}
+    model = from_pretrained(tiny, device_map=places | layers, offload_folder=tmp_path)
+    with torch.inference_mode():
+        assert torch.equal(model(TOKENS).logits, logits)
+
+
 def test_bfloat16_is_for_activations_only(tiny, model):
     half = from_pretrained(tiny, dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
