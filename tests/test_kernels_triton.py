@@ -27,7 +27,7 @@ BF16_ERROR = 4e-3
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.helpers.interpreted_kernels"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -66,13 +66,13 @@ def test_dequantize_compiles_for_an_h100_without_spills(name):
     assert len(codes) / 32 <= 24
 
 
-@pytest.mark.parametrize("kernel", ["_tile_linear_kernel", "_tile_input_grad_kernel"])
+@pytest.mark.parametrize("kernel", ["tile_linear_kernel", "tile_input_grad_kernel"])
 @pytest.mark.parametrize("name", ["Q4_K", pytest.param("IQ2_XS", marks=pytest.mark.slow)])
-def test_expert_tiles_compile_for_an_h100_without_spills(kernel, name):
-    from dynquant.kernels import grouped
+def test_tiles_compile_for_an_h100_without_spills(kernel, name):
+    from dynquant.kernels import tiles
     from tests.helpers.sm90 import count, opcodes
 
-    function = getattr(grouped, kernel)
+    function = getattr(tiles, kernel)
     pointers = {"planes_ptr": "*u8", "table_ptr": "*i32", "tiles_ptr": "*i32", "order_ptr": "*i64"}
     constants = {"TYPE": name, "BM": 64, "BN": 64, "G": 2}
     others = {arg: "*bf16" if arg.endswith("_ptr") else "i32" for arg in function.arg_names if arg not in constants}
