@@ -75,4 +75,4 @@ def dequantize_kernel(
         w = tl.where(is_found[:, None, None], w, float("nan"))
     i = tl.arange(0, 4)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
     out = out_ptr + (row.to(tl.int64) * num_groups + group)[:, None, None] * 32 + i
-    tl.store(out, w.to(out_ptr.dtype.element_ty), mask=is_inside[:, None, None] & (i >= 0))
+    tl.store(out, w.to(out_ptr.dtype.element_ty), mask=is_inside[:, None, None])

@@ -8,6 +8,7 @@ import functools
 import importlib
 import importlib.util
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
 import torch
@@ -31,7 +32,8 @@ def linear(x: Tensor, weight: Tensor, type_name: str, layout: str) -> Tensor:
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     if flat.shape[0] == 0 or weight.shape[0] == 0:
         return x.new_empty(shape)
-    return _first_kernel(_LINEAR, type_name, flat).linear(flat, weight, type_name).view(shape)
+    with _on_device_of(weight):
+        return _first_kernel(_LINEAR, type_name, flat).linear(flat, weight, type_name).view(shape)
 
 
 def input_grad(dy: Tensor, weight: Tensor, type_name: str, layout: str) -> Tensor:
@@ -42,7 +44,8 @@ def input_grad(dy: Tensor, weight: Tensor, type_name: str, layout: str) -> Tenso
     flat = dy.reshape(-1, dy.shape[-1]).contiguous()
     if flat.shape[0] == 0 or weight.shape[0] == 0:
         return dy.new_zeros(shape)
-    return _first_kernel(_INPUT_GRAD, type_name, flat).input_grad(flat, weight, type_name).view(shape)
+    with _on_device_of(weight):
+        return _first_kernel(_INPUT_GRAD, type_name, flat).input_grad(flat, weight, type_name).view(shape)
 
 
 def experts_linear(x: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str, layout: str) -> Tensor:
@@ -52,7 +55,8 @@ def experts_linear(x: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str
     shape = shapes.experts_shape(x, weight, expert_ids, type_name, layout)
     if 0 in (*shape, weight.shape[0]):
         return x.new_zeros(shape)
-    return _module("grouped").linear(x.contiguous(), weight, expert_ids, type_name)
+    with _on_device_of(weight):
+        return _module("grouped").linear(x.contiguous(), weight, expert_ids, type_name)
 
 
 def experts_input_grad(dy: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str, layout: str) -> Tensor:
@@ -62,7 +66,8 @@ def experts_input_grad(dy: Tensor, weight: Tensor, expert_ids: Tensor, type_name
     shape = shapes.experts_shape(dy, weight, expert_ids, type_name, layout, transposed=True)
     if 0 in (*shape, *weight.shape[:2]):
         return dy.new_zeros(shape)
-    return _module("grouped").input_grad(dy.contiguous(), weight, expert_ids, type_name)
+    with _on_device_of(weight):
+        return _module("grouped").input_grad(dy.contiguous(), weight, expert_ids, type_name)
 
 
 def dequantize(weight: Tensor, type_name: str, dtype: torch.dtype, layout: str) -> Tensor:
@@ -72,7 +77,8 @@ def dequantize(weight: Tensor, type_name: str, dtype: torch.dtype, layout: str) 
     shape = shapes.dequantize_shape(weight, type_name, layout)
     weights = torch.empty(shape, dtype=dtype, device=weight.device)
     if weights.numel():
-        _module("dequantize").dequantize(weight, type_name, weights.view(-1, shape[-1]))
+        with _on_device_of(weight):
+            _module("dequantize").dequantize(weight, type_name, weights.view(-1, shape[-1]))
     return weights
 
 
@@ -84,7 +90,8 @@ def embedding(ids: Tensor, weight: Tensor, type_name: str, dtype: torch.dtype, l
     weights = torch.empty(shape, dtype=dtype, device=weight.device)
     if weights.numel():
         flat = ids.reshape(-1).contiguous()
-        _module("dequantize").dequantize(weight, type_name, weights.view(-1, shape[-1]), row_ids=flat)
+        with _on_device_of(weight):
+            _module("dequantize").dequantize(weight, type_name, weights.view(-1, shape[-1]), row_ids=flat)
     return weights
 
 
@@ -95,6 +102,12 @@ def _first_kernel(table: tuple[tuple[str, int, int | None], ...], type_name: str
             if module is not None and (not hasattr(module, "supports") or module.supports(type_name, x)):
                 return module
     raise AssertionError("two_pass takes every row count")
+
+
+def _on_device_of(weight: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be that of a model spread over several."""
+    is_current = weight.get_device() == torch.cuda.current_device()
+    return nullcontext() if is_current else torch.cuda.device(weight.device)
 
 
 @functools.cache

@@ -129,7 +129,7 @@ def _pair_linear_kernel(
         w = unpack_groups(
             TYPE, planes_ptr, table_ptr, num_blocks.to(tl.int64), row * K_groups + tl.minimum(group, K_groups - 1)
         )
-        x = tl.load(x_ptr + group[:, None, None] * 32 + i, mask=(group < K_groups)[:, None, None] & (i >= 0), other=0.0)
+        x = tl.load(x_ptr + group[:, None, None] * 32 + i, mask=(group < K_groups)[:, None, None], other=0.0)
         acc += w * x.to(tl.float32)
     y = tl.sum(tl.reshape(acc, [BN, G * 32]), 1)
     tl.store(y_ptr + n, y.to(y_ptr.dtype.element_ty), mask=n < N)

@@ -387,9 +387,8 @@ def _tq1_0(p, nb, block, s, i8, i):
     t = s * 32 + i8 * 8 - 160
     is_tail = t >= 80
     digit = tl.where(is_tail, (t - 80 + i) >> 2, tl.where(t < 0, s, t >> 4))
-    start = tl.where(t < 0, i8 * 8, (t & 15) + 32)
-    body = tl.load(p + block * 48 + start + i, mask=t + i * 0 < 80, other=0).to(tl.int32)
-    tail = tl.load(p + nb * _plane("TQ1_0", "qh") + block * 4 + (i & 3), mask=is_tail & (i >= 0), other=0).to(tl.int32)
+    body = _byte(p, block * 48 + tl.where(t < 0, i8 * 8, (i8 & 1) * 8 + 32) + i)
+    tail = _word32(p, nb * (_plane("TQ1_0", "qh") // 4) + block) >> ((i & 3) * 8)
     power = tl.where(digit == 4, 81, (0x1B090301 >> ((digit & 3) * 8)) & 255)
     shifted = (tl.where(is_tail, tail, body) * power) & 255
     return d * (((shifted * 3) >> 8) - 1).to(tl.float32)
