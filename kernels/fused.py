@@ -33,9 +33,12 @@ def _product(inputs: Tensor, weight: Tensor, type_name: str, *, is_transposed: b
     length = shapes.row_length(weight, stored)
     extent = length if is_transposed else weight.shape[0]
     product = inputs.new_empty(len(inputs), extent)
-    config = tile_config(len(inputs))
+    config = tile_config(len(inputs), inputs.dtype)
     kernel = tile_input_grad_kernel if is_transposed else tile_linear_kernel
-    grid = (triton.cdiv(extent, 64), triton.cdiv(len(inputs), config["BM"]))
+    grid = (
+        triton.cdiv(extent, 32 * config["G"] if is_transposed else config["BN"]),
+        triton.cdiv(len(inputs), config["BM"]),
+    )
     kernel[grid](
         inputs, weight, table(stored.name, weight.device), None, None, product,
         weight.numel() // stored.block_bytes, weight.shape[0], length // 32, 1, 0, len(inputs),

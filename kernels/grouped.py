@@ -53,9 +53,9 @@ def _product(inputs: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str,
         )  # fmt: skip
     else:
         kernel = tile_input_grad_kernel if is_transposed else tile_linear_kernel
-        config = tile_config(num_pairs / num_experts)
+        config = tile_config(num_pairs / num_experts, inputs.dtype)
         order, tiles = sorted_tiles(expert_ids, num_experts, config["BM"])
-        grid = (triton.cdiv(extent, 64), tiles.shape[1])
+        grid = (triton.cdiv(extent, 32 * config["G"] if is_transposed else config["BN"]), tiles.shape[1])
         kernel[grid](
             inputs, weight, codebook, order, tiles, product,
             num_blocks, num_rows, length // 32, slots, tiles.shape[1], num_pairs, TYPE=stored.name, **config,

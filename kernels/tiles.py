@@ -8,14 +8,17 @@ Arguments in common: `num_blocks` of the whole tensor, N rows of a matrix, `K_gr
 `slots` results that share a row of activations, `num_pairs` results.
 """
 
+import torch
 import triton
 import triton.language as tl
 
 from dynquant.kernels.unpack import unpack_groups
 
 
-def tile_config(num_rows: float) -> dict[str, int]:
+def tile_config(num_rows: float, dtype: torch.dtype) -> dict[str, int]:
     """Constants and launch options of the kernels for about so many rows of activations that share a matrix."""
+    if dtype == torch.float32:  # no tensor cores: larger tiles were seen to spill registers
+        return {"BM": 16, "BN": 64, "G": 1, "num_warps": 4, "num_stages": 2}
     block_m = 16 if num_rows <= 16 else 32 if num_rows <= 32 else 64 if num_rows <= 256 else 128
     return {"BM": block_m, "BN": 64, "G": 2, "num_warps": 4, "num_stages": 3}
 
