@@ -81,7 +81,7 @@ def sorted_tiles(expert_ids: Tensor, num_experts: int, block_m: int) -> tuple[Te
     return order, tiles
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs", "num_tiles"])
 def _tile_table_kernel(
     starts_ptr, tiles_ptr, num_pairs, num_experts, num_tiles, BM: tl.constexpr, SEGMENTS: tl.constexpr
 ):

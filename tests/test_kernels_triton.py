@@ -217,6 +217,33 @@ def test_cuda_blocks_run_by_the_reference_with_a_warning(cuda):
 
 
 @pytest.mark.gpu
+def test_cuda_opcheck(cuda):
+    packed, experts = planar("Q4_K", 96, 512), planar("Q4_K", 4, 96, 512)
+    x = normal(7, 512, dtype=torch.bfloat16).cuda().requires_grad_()
+    ids = torch.randint(0, 5, (7, 2), device=cuda)
+    torch.library.opcheck(torch.ops.dynquant.linear.default, (x, packed, "Q4_K", "planes"))
+    torch.library.opcheck(torch.ops.dynquant.experts_linear.default, (x, experts, ids, "Q4_K", "planes"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["Q8_0", "IQ4_NL"])
+def test_cuda_sizes_of_one(name, cuda):
+    """Triton makes arguments that are 1 into constants, which are other programs."""
+    weight = packed_weights(name, 1, 1, 32)
+    dense, packed = decode(name, weight).double(), pack_planes(name, weight).cuda()
+    for tokens in (1, 40, 300):
+        x = normal(tokens, 32, dtype=torch.bfloat16)
+        ids = torch.zeros(tokens, 1, dtype=torch.int64, device=cuda)
+        expected = x.double() @ dense[0].T
+        assert relative_error(ops.linear(x.cuda(), packed[0], name, layout="planes").cpu(), expected) <= BF16_ERROR
+        routed = ops.experts_linear(x.cuda(), packed, ids, name, layout="planes")
+        assert relative_error(routed[:, 0].cpu(), expected) <= BF16_ERROR
+        back = ops.experts_input_grad(routed, packed, ids, name, layout="planes")
+        assert relative_error(back[:, 0].cpu(), routed[:, 0].cpu().double() @ dense[0]) <= BF16_ERROR
+    assert torch.equal(ops.dequantize(packed, name, layout="planes").cpu(), dense.float())
+
+
+@pytest.mark.gpu
 def test_cuda_traced_whole(cuda):
     packed = planar("Q4_K", 96, 512)
     x = normal(7, 512, dtype=torch.bfloat16).cuda()
