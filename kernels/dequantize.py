@@ -38,7 +38,7 @@ def dequantize(
     stored = quant_type(type_name)
     num_rows, num_columns = out.shape
     if out.numel():
-        grid = (triton.cdiv(num_columns, 256), triton.cdiv(num_rows, _TILE_ROWS))
+        grid = (triton.cdiv(num_columns, 256) * triton.cdiv(num_rows, _TILE_ROWS),)
         dequantize_kernel[grid](
             weight, table(stored.name, weight.device), out, row_ids,
             weight.numel() // stored.block_bytes, weight.numel() // weight.shape[-1],
@@ -49,7 +49,7 @@ def dequantize(
     return out
 
 
-@triton.jit(do_not_specialize=["first_row", "first_group", "tensor_rows"])
+@triton.jit(do_not_specialize=["num_blocks", "first_row", "first_group", "tensor_rows"])
 def dequantize_kernel(
     planes_ptr, table_ptr, out_ptr, ids_ptr,
     num_blocks, tensor_rows, tensor_groups,
@@ -58,8 +58,9 @@ def dequantize_kernel(
 ):  # fmt: skip
     """`_groups` are groups of 32 weights in a row; a tile is ROWS rows by 8 groups, its index r = 8 * row + group."""
     r = tl.arange(0, ROWS * 8)
-    row = tl.program_id(1) * ROWS + r // 8
-    group = tl.program_id(0) * 8 + r % 8
+    column_tiles = tl.cdiv(num_groups, 8)  # one grid axis: the others end at 65535 programs
+    row = tl.program_id(0) // column_tiles * ROWS + r // 8
+    group = tl.program_id(0) % column_tiles * 8 + r % 8
     is_inside = (row < num_rows) & (group < num_groups)
     if ids_ptr is None:
         source = first_row + tl.minimum(row, num_rows - 1)
@@ -74,4 +75,4 @@ def dequantize_kernel(
         w = tl.where(is_found[:, None, None], w, float("nan"))
     i = tl.arange(0, 4)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
     out = out_ptr + (row.to(tl.int64) * num_groups + group)[:, None, None] * 32 + i
-    tl.store(out, w.to(out_ptr.dtype.element_ty), mask=is_inside[:, None, None] & (i >= 0))
+    tl.store(out, w.to(out_ptr.dtype.element_ty), mask=is_inside[:, None, None])

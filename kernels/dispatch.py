@@ -1,13 +1,14 @@
 """Chooses what runs an operation, from the device, the layout, the dtype and the number of rows.
 
 Planar weights on CUDA go to Triton, everything else to the reference, and the first time that a CUDA tensor does a
-warning says why. Kernels are asked in the order of `_LINEAR`; the first that supports the type and the rows runs.
+warning says why. Kernels are asked in the order of a table; the first that supports the type and the rows runs.
 """
 
 import functools
 import importlib
 import importlib.util
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
 import torch
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from dynquant.kernels import reference, shapes
 
-_LINEAR = (("gemv", 1, 4), ("smallm", 5, 64), ("two_pass", 1, None))
-"""Kernel module, fewest rows, most rows. Each has `linear(x [M, K], weight, type_name)` and may have
-`supports(type_name, x)`; a module that is not part of this installation is passed over."""
+_LINEAR = (("gemv", 1, 4), ("smallm", 5, 64), ("fused", 1, 256), ("two_pass", 1, None))
+_INPUT_GRAD = (("fused", 1, 256), ("two_pass", 1, None))
+"""Kernel module, fewest rows, most rows. A module has `linear(x [M, K], weight, type_name)`, or `input_grad`, and may
+have `supports(type_name, x)`; one that is not part of this installation is passed over."""
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -30,7 +32,8 @@ def linear(x: Tensor, weight: Tensor, type_name: str, layout: str) -> Tensor:
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     if flat.shape[0] == 0 or weight.shape[0] == 0:
         return x.new_empty(shape)
-    return _linear_kernel(type_name, flat).linear(flat, weight, type_name).view(shape)
+    with _on_device_of(weight):
+        return _first_kernel(_LINEAR, type_name, flat).linear(flat, weight, type_name).view(shape)
 
 
 def input_grad(dy: Tensor, weight: Tensor, type_name: str, layout: str) -> Tensor:
@@ -41,7 +44,8 @@ def input_grad(dy: Tensor, weight: Tensor, type_name: str, layout: str) -> Tenso
     flat = dy.reshape(-1, dy.shape[-1]).contiguous()
     if flat.shape[0] == 0 or weight.shape[0] == 0:
         return dy.new_zeros(shape)
-    return _module("two_pass").input_grad(flat, weight, type_name).view(shape)
+    with _on_device_of(weight):
+        return _first_kernel(_INPUT_GRAD, type_name, flat).input_grad(flat, weight, type_name).view(shape)
 
 
 def experts_linear(x: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str, layout: str) -> Tensor:
@@ -51,7 +55,8 @@ def experts_linear(x: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str
     shape = shapes.experts_shape(x, weight, expert_ids, type_name, layout)
     if 0 in (*shape, weight.shape[0]):
         return x.new_zeros(shape)
-    return _module("grouped").linear(x.contiguous(), weight, expert_ids, type_name)
+    with _on_device_of(weight):
+        return _module("grouped").linear(x.contiguous(), weight, expert_ids, type_name)
 
 
 def experts_input_grad(dy: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str, layout: str) -> Tensor:
@@ -61,7 +66,8 @@ def experts_input_grad(dy: Tensor, weight: Tensor, expert_ids: Tensor, type_name
     shape = shapes.experts_shape(dy, weight, expert_ids, type_name, layout, transposed=True)
     if 0 in (*shape, *weight.shape[:2]):
         return dy.new_zeros(shape)
-    return _module("grouped").input_grad(dy.contiguous(), weight, expert_ids, type_name)
+    with _on_device_of(weight):
+        return _module("grouped").input_grad(dy.contiguous(), weight, expert_ids, type_name)
 
 
 def dequantize(weight: Tensor, type_name: str, dtype: torch.dtype, layout: str) -> Tensor:
@@ -71,7 +77,8 @@ def dequantize(weight: Tensor, type_name: str, dtype: torch.dtype, layout: str) 
     shape = shapes.dequantize_shape(weight, type_name, layout)
     weights = torch.empty(shape, dtype=dtype, device=weight.device)
     if weights.numel():
-        _module("dequantize").dequantize(weight, type_name, weights.view(-1, shape[-1]))
+        with _on_device_of(weight):
+            _module("dequantize").dequantize(weight, type_name, weights.view(-1, shape[-1]))
     return weights
 
 
@@ -83,17 +90,24 @@ def embedding(ids: Tensor, weight: Tensor, type_name: str, dtype: torch.dtype, l
     weights = torch.empty(shape, dtype=dtype, device=weight.device)
     if weights.numel():
         flat = ids.reshape(-1).contiguous()
-        _module("dequantize").dequantize(weight, type_name, weights.view(-1, shape[-1]), row_ids=flat)
+        with _on_device_of(weight):
+            _module("dequantize").dequantize(weight, type_name, weights.view(-1, shape[-1]), row_ids=flat)
     return weights
 
 
-def _linear_kernel(type_name: str, x: Tensor) -> ModuleType:
-    for name, fewest, most in _LINEAR:
+def _first_kernel(table: tuple[tuple[str, int, int | None], ...], type_name: str, x: Tensor) -> ModuleType:
+    for name, fewest, most in table:
         if x.shape[0] >= fewest and (most is None or x.shape[0] <= most):
             module = _module(name)
             if module is not None and (not hasattr(module, "supports") or module.supports(type_name, x)):
                 return module
     raise AssertionError("two_pass takes every row count")
+
+
+def _on_device_of(weight: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be that of a model spread over several."""
+    is_current = weight.get_device() == torch.cuda.current_device()
+    return nullcontext() if is_current else torch.cuda.device(weight.device)
 
 
 @functools.cache

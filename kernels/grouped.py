@@ -2,7 +2,7 @@
 
 A pair is a token and one of its slots. Few pairs: every pair reads its own expert's rows (`_pair_*`), bound by memory.
 Many pairs: they are sorted by expert, cut into tiles of pairs of one expert, and a tile decodes each piece of the
-matrix once for all its pairs (`_tile_*`). The tile table is made on the device for the most tiles there can be, so
+matrix once for all its pairs (`tiles`). The tile table is made on the device for the most tiles there can be, so
 that nothing waits for the host; tiles left over exit before they read anything. Products are summed in float32 in a
 fixed order.
 """
@@ -13,12 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from dynquant.kernels import shapes
+from dynquant.kernels.tiles import tile_config, tile_input_grad_kernel, tile_linear_kernel
 from dynquant.kernels.unpack import table, unpack_groups
 from dynquant.quant_types import quant_type
 
 _MOST_SINGLE_PAIRS = 32
 """Up to this many pairs read the weights one by one."""
-_ZEROS, _LEFT_OVER = -1, -2
 
 
 def linear(x: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str) -> Tensor:
@@ -41,40 +41,26 @@ def _product(inputs: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str,
     num_pairs = expert_ids.numel()
     product = inputs.new_empty(*expert_ids.shape, length if is_transposed else num_rows)
     codebook = table(stored.name, weight.device)
-    sizes = (
-        weight.numel() // stored.block_bytes, num_experts, num_rows, length // 32,
-        expert_ids.shape[1] if inputs.dim() == 2 else 1,
-    )  # fmt: skip
+    num_blocks, slots = weight.numel() // stored.block_bytes, expert_ids.shape[1] if inputs.dim() == 2 else 1
+    extent = length if is_transposed else num_rows
     if num_pairs <= _MOST_SINGLE_PAIRS:
-        kernel, extent, config = _pair_config(num_rows, length, is_transposed)
-        grid = (extent, num_pairs)
-        kernel[grid](inputs, weight, codebook, expert_ids.contiguous(), product, *sizes, TYPE=stored.name, **config)
-    else:
-        kernel, extent, config = _tile_config(num_rows, length, num_pairs // num_experts, is_transposed)
-        order, tiles = sorted_tiles(expert_ids, num_experts, config["BM"])
-        grid = (extent, tiles.shape[1])
+        kernel = _pair_input_grad_kernel if is_transposed else _pair_linear_kernel
+        width, config = (128, {"BN": 32, "G": 4}) if is_transposed else (16, {"BN": 16, "G": 8})
+        grid = (triton.cdiv(extent, width), num_pairs)
         kernel[grid](
-            inputs, weight, codebook, order, tiles, product, *sizes, tiles.shape[1], TYPE=stored.name, **config
-        )
+            inputs, weight, codebook, expert_ids.contiguous(), product,
+            num_blocks, num_experts, num_rows, length // 32, slots, TYPE=stored.name, num_warps=4, **config,
+        )  # fmt: skip
+    else:
+        kernel = tile_input_grad_kernel if is_transposed else tile_linear_kernel
+        config = tile_config(num_pairs / num_experts, inputs.dtype)
+        order, tiles = sorted_tiles(expert_ids, num_experts, config["BM"])
+        grid = (triton.cdiv(extent, 32 * config["G"] if is_transposed else config["BN"]), tiles.shape[1])
+        kernel[grid](
+            inputs, weight, codebook, order, tiles, product,
+            num_blocks, num_rows, length // 32, slots, tiles.shape[1], num_pairs, TYPE=stored.name, **config,
+        )  # fmt: skip
     return product
-
-
-def _pair_config(num_rows: int, length: int, is_transposed: bool) -> tuple[object, int, dict[str, int]]:
-    """Kernel, programs for one pair, and its constants."""
-    if is_transposed:
-        return _pair_input_grad_kernel, triton.cdiv(length, 128), {"BN": 32, "G": 4, "num_warps": 4}
-    return _pair_linear_kernel, triton.cdiv(num_rows, 16), {"BN": 16, "G": 8, "num_warps": 4}
-
-
-def _tile_config(
-    num_rows: int, length: int, per_expert: int, is_transposed: bool
-) -> tuple[object, int, dict[str, int]]:
-    """Kernel, programs for one tile of pairs, and its constants."""
-    block_m = 16 if per_expert <= 16 else 32 if per_expert <= 32 else 64 if per_expert <= 256 else 128
-    config = {"BM": block_m, "BN": 64, "G": 2, "num_warps": 4, "num_stages": 3}
-    if is_transposed:
-        return _tile_input_grad_kernel, triton.cdiv(length, 64), config
-    return _tile_linear_kernel, triton.cdiv(num_rows, 64), config
 
 
 def sorted_tiles(expert_ids: Tensor, num_experts: int, block_m: int) -> tuple[Tensor, Tensor]:
@@ -95,7 +81,7 @@ def sorted_tiles(expert_ids: Tensor, num_experts: int, block_m: int) -> tuple[Te
     return order, tiles
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs", "num_tiles"])
 def _tile_table_kernel(
     starts_ptr, tiles_ptr, num_pairs, num_experts, num_tiles, BM: tl.constexpr, SEGMENTS: tl.constexpr
 ):
@@ -119,7 +105,7 @@ def _tile_table_kernel(
     tl.store(tiles_ptr + 2 * num_tiles + tile, last, mask=is_tile)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def _pair_linear_kernel(
     x_ptr, planes_ptr, table_ptr, ids_ptr, y_ptr,
     num_blocks, num_experts, N, K_groups, slots,
@@ -143,13 +129,13 @@ def _pair_linear_kernel(
         w = unpack_groups(
             TYPE, planes_ptr, table_ptr, num_blocks.to(tl.int64), row * K_groups + tl.minimum(group, K_groups - 1)
         )
-        x = tl.load(x_ptr + group[:, None, None] * 32 + i, mask=(group < K_groups)[:, None, None] & (i >= 0), other=0.0)
+        x = tl.load(x_ptr + group[:, None, None] * 32 + i, mask=(group < K_groups)[:, None, None], other=0.0)
         acc += w * x.to(tl.float32)
     y = tl.sum(tl.reshape(acc, [BN, G * 32]), 1)
     tl.store(y_ptr + n, y.to(y_ptr.dtype.element_ty), mask=n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def _pair_input_grad_kernel(
     dy_ptr, planes_ptr, table_ptr, ids_ptr, dx_ptr,
     num_blocks, num_experts, N, K_groups, slots,
@@ -174,64 +160,3 @@ def _pair_input_grad_kernel(
         acc += w * dy[:, None, None]
     dx = tl.sum(tl.reshape(acc, [BN, G * 32]), 0)
     tl.store(dx_ptr + k, dx.to(dx_ptr.dtype.element_ty), mask=k < K_groups * 32)
-
-
-@triton.jit
-def _tile_linear_kernel(
-    x_ptr, planes_ptr, table_ptr, order_ptr, tiles_ptr, y_ptr,
-    num_blocks, num_experts, N, K_groups, slots, num_tiles,
-    TYPE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, G: tl.constexpr,
-):  # fmt: skip
-    """y^T = W x^T: as the left operand the decoded weights go to the tensor cores straight from registers."""
-    tile = tl.program_id(1)
-    expert = tl.load(tiles_ptr + tile)
-    if expert == -2:
-        return
-    place = tl.load(tiles_ptr + num_tiles + tile) + tl.arange(0, BM)
-    is_pair = place < tl.load(tiles_ptr + 2 * num_tiles + tile)
-    pair = tl.load(order_ptr + place, mask=is_pair, other=0)
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    acc = tl.zeros([BN, BM], tl.float32)
-    if expert >= 0:
-        r = tl.arange(0, BN * G)
-        row = expert * N + tl.minimum(tl.program_id(0) * BN + r // G, N - 1)
-        k = tl.arange(0, G * 32)
-        x_ptrs = x_ptr + (pair // slots)[None, :] * (K_groups * 32) + k[:, None]
-        for start in range(0, K_groups, G):
-            groups = row * K_groups + tl.minimum(start + r % G, K_groups - 1)
-            w = unpack_groups(TYPE, planes_ptr, table_ptr, num_blocks.to(tl.int64), groups)
-            x = tl.load(
-                x_ptrs + start * 32, mask=is_pair[None, :] & (start * 32 + k < K_groups * 32)[:, None], other=0.0
-            )
-            acc = tl.dot(tl.reshape(w, [BN, G * 32]).to(x.dtype), x, acc, input_precision="ieee")
-    y_ptrs = y_ptr + pair[None, :] * N + n[:, None]
-    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=is_pair[None, :] & (n < N)[:, None])
-
-
-@triton.jit
-def _tile_input_grad_kernel(
-    dy_ptr, planes_ptr, table_ptr, order_ptr, tiles_ptr, dx_ptr,
-    num_blocks, num_experts, N, K_groups, slots, num_tiles,
-    TYPE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, G: tl.constexpr,
-):  # fmt: skip
-    tile = tl.program_id(1)
-    expert = tl.load(tiles_ptr + tile)
-    if expert == -2:
-        return
-    place = tl.load(tiles_ptr + num_tiles + tile) + tl.arange(0, BM)
-    is_pair = place < tl.load(tiles_ptr + 2 * num_tiles + tile)
-    pair = tl.load(order_ptr + place, mask=is_pair, other=0)
-    k = tl.program_id(0) * G * 32 + tl.arange(0, G * 32)
-    acc = tl.zeros([BM, G * 32], tl.float32)
-    if expert >= 0:
-        r = tl.arange(0, BN * G)
-        group = tl.minimum(tl.program_id(0) * G + r % G, K_groups - 1)
-        n = tl.arange(0, BN)
-        dy_ptrs = dy_ptr + (pair // slots)[:, None] * N + n[None, :]
-        for start in range(0, N, BN):
-            row = expert * N + tl.minimum(start + r // G, N - 1)
-            w = unpack_groups(TYPE, planes_ptr, table_ptr, num_blocks.to(tl.int64), row * K_groups + group)
-            dy = tl.load(dy_ptrs + start, mask=is_pair[:, None] & (start + n < N)[None, :], other=0.0)
-            acc = tl.dot(dy, tl.reshape(w, [BN, G * 32]).to(dy.dtype), acc, input_precision="ieee")
-    dx_ptrs = dx_ptr + pair[:, None] * (K_groups * 32) + k[None, :]
-    tl.store(dx_ptrs, acc.to(dx_ptr.dtype.element_ty), mask=is_pair[:, None] & (k < K_groups * 32)[None, :])

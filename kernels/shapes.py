@@ -44,8 +44,15 @@ def row_length(weight: Tensor, stored: QuantType) -> int:
     return weight.shape[-1] // stored.block_bytes * stored.block_size
 
 
-def check_columns(name: str, activations: Tensor, length: int, stored: QuantType) -> None:
-    """Refuse activations that are not floating or whose last dimension is not `length`."""
+def check_device(name: str, tensor: Tensor, weight: Tensor) -> None:
+    """Refuse a tensor that is not where the weight is."""
+    if tensor.device != weight.device:
+        raise ValueError(f"`{name}` must be on the device of `weight`, {weight.device}, got {tensor.device}")
+
+
+def check_activations(name: str, activations: Tensor, weight: Tensor, length: int, stored: QuantType) -> None:
+    """Refuse activations that are elsewhere, not floating, or whose last dimension is not `length`."""
+    check_device(name, activations, weight)
     if not activations.is_floating_point():
         raise ValueError(f"`{name}` must be floating, got {activations.dtype}")
     if activations.dim() == 0 or activations.shape[-1] != length:
@@ -58,14 +65,14 @@ def check_columns(name: str, activations: Tensor, length: int, stored: QuantType
 def linear_shape(x: Tensor, weight: Tensor, type_name: str, layout: str) -> tuple[int, ...]:
     """Shape of x [..., K] times packed rows [N, row_bytes] transposed: [..., N]."""
     stored = packed_type(weight, type_name, layout, dims=2)
-    check_columns("x", x, row_length(weight, stored), stored)
+    check_activations("x", x, weight, row_length(weight, stored), stored)
     return (*x.shape[:-1], weight.shape[0])
 
 
 def input_grad_shape(dy: Tensor, weight: Tensor, type_name: str, layout: str) -> tuple[int, ...]:
     """Shape of dy [..., N] times packed rows [N, row_bytes]: [..., K]."""
     stored = packed_type(weight, type_name, layout, dims=2)
-    check_columns("dy", dy, weight.shape[0], stored)
+    check_activations("dy", dy, weight, weight.shape[0], stored)
     return (*dy.shape[:-1], row_length(weight, stored))
 
 
@@ -85,7 +92,8 @@ def experts_shape(
     num_tokens, num_slots = expert_ids.shape
     columns, rows = row_length(weight, stored), weight.shape[1]
     name = "dy" if transposed else "x"
-    check_columns(name, x, rows if transposed else columns, stored)
+    check_device("expert_ids", expert_ids, weight)
+    check_activations(name, x, weight, rows if transposed else columns, stored)
     if tuple(x.shape[:-1]) not in ((num_tokens, num_slots), (num_tokens,)):
         raise ValueError(
             f"`{name}` must be [{num_tokens}, columns] or [{num_tokens}, {num_slots}, columns] to fit `expert_ids` "
@@ -99,6 +107,7 @@ def embedding_shape(ids: Tensor, weight: Tensor, type_name: str, layout: str) ->
     stored = packed_type(weight, type_name, layout, dims=2)
     if ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"`ids` must be int32 or int64, got {ids.dtype}")
+    check_device("ids", ids, weight)
     return (*ids.shape, row_length(weight, stored))
 
 

@@ -23,8 +23,7 @@ from dynquant.kernels.formats import PLANES
 from dynquant.quant_types import QUANT_TYPES
 
 _IQ1 = ("IQ1_S", "IQ1_M")
-_IQ2 = ("IQ2_XXS", "IQ2_XS", "IQ2_S")
-_IQ3 = ("IQ3_XXS", "IQ3_S")
+_IQ2_IQ3 = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
 
 
 @triton.constexpr_function
@@ -44,14 +43,15 @@ def _plane(type_name, field):
 def table(type_name: str, device: torch.device) -> torch.Tensor:
     """The codebook of a type as int32 words, kept once per device; one unused word where a type has none.
 
-    IQ1: eight ternary digits plus one, IQ2: eight magnitude codes, IQ3: four, each in four bits. IQ4, MXFP4 and NVFP4:
-    the bits of sixteen float32 values, and for NVFP4 of those of its 256 scale bytes.
+    IQ1: eight ternary digits plus one, each in four bits. IQ2, IQ3: magnitudes, four bytes to a word. IQ4, MXFP4 and
+    NVFP4: the bits of sixteen float32 values, and for NVFP4 of those of its 256 scale bytes.
     """
     cpu = torch.device("cpu")
-    if type_name in (*_IQ1, *_IQ2, *_IQ3):
-        rows = tables.grid_rows("IQ1_S" if type_name in _IQ1 else type_name).astype(np.int64)
-        codes = rows + 1 if type_name in _IQ1 else np.searchsorted(np.unique(rows), rows)
-        words = (codes << (4 * np.arange(rows.shape[1]))).sum(1)
+    if type_name in _IQ1:
+        digits = tables.grid_rows("IQ1_S").astype(np.int64) + 1
+        words = (digits << (4 * np.arange(8))).sum(1)
+    elif type_name in _IQ2_IQ3:
+        words = tables.grid(type_name, cpu).numpy().view(np.int32)
     elif type_name in ("IQ4_NL", "IQ4_XS"):
         words = tables.values("IQ4_NL", cpu).numpy().view(np.int32)
     elif type_name == "MXFP4":
@@ -278,15 +278,27 @@ def _even_signs(bits):
 
 
 @triton.jit
-def _signed(magnitudes, signs, i):
-    return tl.where(((signs >> i) & 1) != 0, -magnitudes, magnitudes).to(tl.float32)
+def _signed(scale, magnitudes, signs, i):
+    """Scale times magnitude, negative where bit i of `signs` is set: the bit becomes the sign of the float."""
+    bits = (scale * magnitudes.to(tl.float32)).to(tl.int32, bitcast=True)
+    return (bits ^ ((signs << (31 - i)) & -2147483648)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _bytes(low, high, i):
+    """Byte i of two words."""
+    return (tl.where(i < 4, low, high) >> ((i & 3) * 8)) & 255
 
 
 @triton.jit
 def _iq2_magnitudes(table_ptr, index, i):
-    """8, 25 or 43 for the codes 0 to 2."""
-    code = (tl.load(table_ptr + index) >> (i * 4)) & 15
-    return code * 17 + (code >> 1) + 8
+    return _bytes(tl.load(table_ptr + index * 2), tl.load(table_ptr + index * 2 + 1), i)
+
+
+@triton.jit
+def _iq3_magnitudes(table_ptr, index0, index1, i):
+    """Two neighbouring grid entries of four weights."""
+    return _bytes(tl.load(table_ptr + index0), tl.load(table_ptr + index1), i)
 
 
 @triton.jit
@@ -294,7 +306,7 @@ def _iq2_xxs(p, table_ptr, nb, block, s, i8, i):
     word = _word32(p, block * 16 + s * 2 + 1)
     scale = _half(p, nb * (_plane("IQ2_XXS", "d") // 2) + block) * (((word >> 28) & 15).to(tl.float32) + 0.5) * 0.25
     magnitudes = _iq2_magnitudes(table_ptr, _byte(p, block * 64 + s * 8 + i8), i)
-    return scale * _signed(magnitudes, _even_signs((word >> (i8 * 7)) & 127), i)
+    return _signed(scale, magnitudes, _even_signs((word >> (i8 * 7)) & 127), i)
 
 
 @triton.jit
@@ -307,7 +319,7 @@ def _iq2_scale(TYPE: tl.constexpr, p, nb, block, s, i8):
 def _iq2_xs(p, table_ptr, nb, block, s, i8, i):
     word = _word16(p, nb * (_plane("IQ2_XS", "qs") // 2) + block * 32 + s * 4 + i8)
     magnitudes = _iq2_magnitudes(table_ptr, word & 511, i)
-    return _iq2_scale("IQ2_XS", p, nb, block, s, i8) * _signed(magnitudes, _even_signs(word >> 9), i)
+    return _signed(_iq2_scale("IQ2_XS", p, nb, block, s, i8), magnitudes, _even_signs(word >> 9), i)
 
 
 @triton.jit
@@ -315,14 +327,7 @@ def _iq2_s(p, table_ptr, nb, block, s, i8, i):
     high = (_byte(p, nb * _plane("IQ2_S", "qh") + block * 8 + s) >> (i8 * 2)) & 3
     index = _byte(p, nb * _plane("IQ2_S", "qs") + block * 32 + s * 4 + i8) | (high << 8)
     signs = _byte(p, nb * _plane("IQ2_S", "signs") + block * 32 + s * 4 + i8)
-    return _iq2_scale("IQ2_S", p, nb, block, s, i8) * _signed(_iq2_magnitudes(table_ptr, index, i), signs, i)
-
-
-@triton.jit
-def _iq3_codes(table_ptr, index0, index1, i):
-    """The codes of two neighbouring grid entries of four weights."""
-    words = tl.load(table_ptr + index0) | (tl.load(table_ptr + index1) << 16)
-    return (words >> (i * 4)) & 15
+    return _signed(_iq2_scale("IQ2_S", p, nb, block, s, i8), _iq2_magnitudes(table_ptr, index, i), signs, i)
 
 
 @triton.jit
@@ -330,9 +335,8 @@ def _iq3_xxs(p, table_ptr, nb, block, s, i8, i):
     word = _word32(p, nb * (_plane("IQ3_XXS", "scales") // 4) + block * 8 + s)
     scale = _half(p, nb * (_plane("IQ3_XXS", "d") // 2) + block) * (((word >> 28) & 15).to(tl.float32) + 0.5) * 0.5
     pair = _word16(p, nb * (_plane("IQ3_XXS", "qs") // 2) + block * 32 + s * 4 + i8)
-    code = _iq3_codes(table_ptr, pair & 255, pair >> 8, i)
-    magnitudes = code * 8 + tl.where(code == 7, 6, 4)  # 4, 12, ..., 52 and 62
-    return scale * _signed(magnitudes, _even_signs((word >> (i8 * 7)) & 127), i)
+    magnitudes = _iq3_magnitudes(table_ptr, pair & 255, pair >> 8, i)
+    return _signed(scale, magnitudes, _even_signs((word >> (i8 * 7)) & 127), i)
 
 
 @triton.jit
@@ -341,9 +345,9 @@ def _iq3_s(p, table_ptr, nb, block, s, i8, i):
     scale = _half(p, nb * (_plane("IQ3_S", "d") // 2) + block) * (sc * 2 + 1).to(tl.float32)
     pair = _word16(p, nb * (_plane("IQ3_S", "qs") // 2) + block * 32 + s * 4 + i8)
     high = _byte(p, nb * _plane("IQ3_S", "qh") + block * 8 + s) >> (i8 * 2)
-    code = _iq3_codes(table_ptr, (pair & 255) | ((high & 1) << 8), (pair >> 8) | ((high & 2) << 7), i)
+    magnitudes = _iq3_magnitudes(table_ptr, (pair & 255) | ((high & 1) << 8), (pair >> 8) | ((high & 2) << 7), i)
     signs = _byte(p, nb * _plane("IQ3_S", "signs") + block * 32 + s * 4 + i8)
-    return scale * _signed(code * 2 + 1, signs, i)
+    return _signed(scale, magnitudes, signs, i)
 
 
 @triton.jit
@@ -387,9 +391,8 @@ def _tq1_0(p, nb, block, s, i8, i):
     t = s * 32 + i8 * 8 - 160
     is_tail = t >= 80
     digit = tl.where(is_tail, (t - 80 + i) >> 2, tl.where(t < 0, s, t >> 4))
-    start = tl.where(t < 0, i8 * 8, (t & 15) + 32)
-    body = tl.load(p + block * 48 + start + i, mask=t + i * 0 < 80, other=0).to(tl.int32)
-    tail = tl.load(p + nb * _plane("TQ1_0", "qh") + block * 4 + (i & 3), mask=is_tail & (i >= 0), other=0).to(tl.int32)
+    body = _byte(p, block * 48 + tl.where(t < 0, i8 * 8, (i8 & 1) * 8 + 32) + i)
+    tail = _word32(p, nb * (_plane("TQ1_0", "qh") // 4) + block) >> ((i & 3) * 8)
     power = tl.where(digit == 4, 81, (0x1B090301 >> ((digit & 3) * 8)) & 255)
     shifted = (tl.where(is_tail, tail, body) * power) & 255
     return d * (((shifted * 3) >> 8) - 1).to(tl.float32)

@@ -170,7 +170,7 @@ def test_why_triton_is_refused_is_said_once(fresh_warnings, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("rows", "chosen"), [(1, "gemv"), (4, "gemv"), (5, "smallm"), (64, "two_pass"), (65, "two_pass")]
+    ("rows", "chosen"), [(1, "gemv"), (4, "gemv"), (5, "smallm"), (64, "fused"), (65, "fused"), (257, "two_pass")]
 )
 def test_kernels_are_asked_in_order(rows, chosen, monkeypatch):
     class Kernel:
@@ -180,6 +180,11 @@ def test_kernels_are_asked_in_order(rows, chosen, monkeypatch):
         def supports(self, type_name, x):
             return type_name == NAME and x.shape[0] <= self.most
 
-    found = {"gemv": Kernel("gemv", 4), "smallm": Kernel("smallm", 63), "two_pass": Kernel("two_pass", 1 << 30)}
+    found = {
+        "gemv": Kernel("gemv", 4),
+        "smallm": Kernel("smallm", 63),
+        "fused": Kernel("fused", 999),
+        "two_pass": Kernel("two_pass", 1 << 30),
+    }
     monkeypatch.setattr(dispatch, "_module", found.get)
-    assert dispatch._linear_kernel(NAME, torch.zeros(rows, 256)).name == chosen
+    assert dispatch._first_kernel(dispatch._LINEAR, NAME, torch.zeros(rows, 256)).name == chosen

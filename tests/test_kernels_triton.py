@@ -27,7 +27,7 @@ BF16_ERROR = 4e-3
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.helpers.interpreted_kernels"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -66,13 +66,13 @@ def test_dequantize_compiles_for_an_h100_without_spills(name):
     assert len(codes) / 32 <= 24
 
 
-@pytest.mark.parametrize("kernel", ["_tile_linear_kernel", "_tile_input_grad_kernel"])
+@pytest.mark.parametrize("kernel", ["tile_linear_kernel", "tile_input_grad_kernel"])
 @pytest.mark.parametrize("name", ["Q4_K", pytest.param("IQ2_XS", marks=pytest.mark.slow)])
-def test_expert_tiles_compile_for_an_h100_without_spills(kernel, name):
-    from dynquant.kernels import grouped
+def test_tiles_compile_for_an_h100_without_spills(kernel, name):
+    from dynquant.kernels import tiles
     from tests.helpers.sm90 import count, opcodes
 
-    function = getattr(grouped, kernel)
+    function = getattr(tiles, kernel)
     pointers = {"planes_ptr": "*u8", "table_ptr": "*i32", "tiles_ptr": "*i32", "order_ptr": "*i64"}
     constants = {"TYPE": name, "BM": 64, "BN": 64, "G": 2}
     others = {arg: "*bf16" if arg.endswith("_ptr") else "i32" for arg in function.arg_names if arg not in constants}
@@ -90,6 +90,12 @@ def cuda() -> torch.device:
 
 def planar(name: str, *shape: int) -> torch.Tensor:
     return pack_planes(name, packed_weights(name, *shape)).cuda()
+
+
+def dtypes_of(name: str) -> dict[torch.dtype, float]:
+    """Activation dtypes and the error they may have. Each is a compilation: the rarer two are for some types only."""
+    some = {torch.float16: BF16_ERROR, torch.float32: 1e-5} if name in FAMILIES else {}
+    return {torch.bfloat16: BF16_ERROR, **some}
 
 
 @pytest.mark.gpu
@@ -124,7 +130,7 @@ def test_cuda_products_equal_float64(name, cuda):
     weight = packed_weights(name, 130, 768)
     dense, packed = decode(name, weight).double(), pack_planes(name, weight).cuda()
     for rows in (1, 2, 5, 17, 65, 257):
-        for dtype, bound in ((torch.bfloat16, BF16_ERROR), (torch.float16, BF16_ERROR), (torch.float32, 1e-5)):
+        for dtype, bound in dtypes_of(name).items():
             x, dy = normal(rows, 768, dtype=dtype), normal(rows, 130, dtype=dtype)
             y = ops.linear(x.cuda(), packed, name, layout="planes")
             dx = ops.input_grad(dy.cuda(), packed, name, layout="planes")
@@ -141,7 +147,7 @@ def test_cuda_experts_equal_float64(name, tokens, cuda):
     ids = torch.randint(-1, 7, (tokens, 2), generator=torch.Generator().manual_seed(2))
     ids[ids == 2] = 3  # nobody chooses expert 2
     for chosen in (ids, torch.full_like(ids, 4)):
-        for dtype, bound in ((torch.bfloat16, BF16_ERROR), (torch.float32, 1e-5)):
+        for dtype, bound in dtypes_of(name).items():
             x, dy = normal(tokens, 512, dtype=dtype), normal(tokens, 2, 72, dtype=dtype)
             y = ops.experts_linear(x.cuda(), packed, chosen.cuda(), name, layout="planes").cpu()
             dx = ops.experts_input_grad(dy.cuda(), packed, chosen.cuda(), name, layout="planes").cpu()
@@ -208,6 +214,33 @@ def test_cuda_blocks_run_by_the_reference_with_a_warning(cuda):
     with pytest.warns(UserWarning, match="pack_planes"):
         y = ops.linear(x.cuda(), weight.cuda(), "Q4_K")
     assert relative_error(y.cpu(), x.double() @ decode("Q4_K", weight).double().T) < 1e-5
+
+
+@pytest.mark.gpu
+def test_cuda_opcheck(cuda):
+    packed, experts = planar("Q4_K", 96, 512), planar("Q4_K", 4, 96, 512)
+    x = normal(7, 512, dtype=torch.bfloat16).cuda().requires_grad_()
+    ids = torch.randint(0, 5, (7, 2), device=cuda)
+    torch.library.opcheck(torch.ops.dynquant.linear.default, (x, packed, "Q4_K", "planes"))
+    torch.library.opcheck(torch.ops.dynquant.experts_linear.default, (x, experts, ids, "Q4_K", "planes"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["Q8_0", "IQ4_NL"])
+def test_cuda_sizes_of_one(name, cuda):
+    """Triton makes arguments that are 1 into constants, which are other programs."""
+    weight = packed_weights(name, 1, 1, 32)
+    dense, packed = decode(name, weight).double(), pack_planes(name, weight).cuda()
+    for tokens in (1, 40, 300):
+        x = normal(tokens, 32, dtype=torch.bfloat16)
+        ids = torch.zeros(tokens, 1, dtype=torch.int64, device=cuda)
+        expected = x.double() @ dense[0].T
+        assert relative_error(ops.linear(x.cuda(), packed[0], name, layout="planes").cpu(), expected) <= BF16_ERROR
+        routed = ops.experts_linear(x.cuda(), packed, ids, name, layout="planes")
+        assert relative_error(routed[:, 0].cpu(), expected) <= BF16_ERROR
+        back = ops.experts_input_grad(routed, packed, ids, name, layout="planes")
+        assert relative_error(back[:, 0].cpu(), routed[:, 0].cpu().double() @ dense[0]) <= BF16_ERROR
+    assert torch.equal(ops.dequantize(packed, name, layout="planes").cpu(), dense.float())
 
 
 @pytest.mark.gpu

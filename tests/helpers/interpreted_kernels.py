@@ -11,15 +11,16 @@ import torch
 import triton.runtime.interpreter as interpreter
 
 from dynquant.codecs import decode
-from dynquant.kernels import grouped, two_pass
+from dynquant.kernels import fused, grouped, two_pass
 from dynquant.kernels.dequantize import dequantize
 from dynquant.kernels.formats import PLANES
 from dynquant.kernels.repack import pack_planes
 from dynquant.quant_types import QUANT_TYPES
 from tests.helpers.packed_weights import experts_truth, normal, packed_weights, relative_error
 
-GROUPED_TYPES = ("Q8_0", "Q4_K", "IQ3_S", "NVFP4")
-"""One of each block size and of the codebooks: what differs between types is in `unpack`, and tested for all."""
+PARTS_TYPES = ("Q8_0", "Q4_K", "NVFP4")
+PRODUCT_TYPES = ("Q5_1", "IQ3_S")
+"""What differs between types is in `unpack`, and tested for all; these stand for the block sizes and the codebooks."""
 
 _patched = interpreter._patch_lang_tensor
 
@@ -64,11 +65,11 @@ def parts(name: str) -> dict[str, bool]:
 
 
 def single_pairs(name: str) -> dict[str, float]:
-    weight = packed_weights(name, 3, 18, 256)
-    ids = torch.tensor([[2, 0], [3, 2]])
-    x = normal(2, 256)
+    weight = packed_weights(name, 3, 9, 256)
+    ids = torch.tensor([[2, 3, 0]])
+    x = normal(1, 256)
     y = grouped.linear(x, pack_planes(name, weight), ids, name)
-    return {"pairs": relative_error(y, experts_truth(x, weight, ids, name)), "sentinels": float(y[1, 0].abs().max())}
+    return {"pairs": relative_error(y, experts_truth(x, weight, ids, name)), "sentinels": float(y[0, 1].abs().max())}
 
 
 def products(name: str) -> dict[str, float]:
@@ -88,6 +89,10 @@ def products(name: str) -> dict[str, float]:
         "pairs transposed": relative_error(
             grouped.input_grad(dy[:2], planar, few, name), experts_truth(dy[:2], weight, few, name, transposed=True)
         ),
+        "fused": relative_error(fused.linear(x, matrix, name), x.double() @ dense.T),
+        "fused transposed": relative_error(
+            fused.input_grad(dy[:, 0].contiguous(), matrix, name), dy[:, 0].double() @ dense
+        ),
         "two passes": relative_error(two_pass.linear(x, matrix, name), x.double() @ dense.T),
         "two passes transposed": relative_error(two_pass.input_grad(dy[:, 0], matrix, name), dy[:, 0].double() @ dense),
     }
@@ -98,9 +103,9 @@ def main() -> None:
     two_pass._ROW_STEP = 16
     found = {
         "whole": {name: whole(name) for name in PLANES},
-        "parts": {name: parts(name) for name in GROUPED_TYPES},
+        "parts": {name: parts(name) for name in PARTS_TYPES},
         "single_pairs": {name: single_pairs(name) for name in PLANES},
-        "products": {name: products(name) for name in GROUPED_TYPES},
+        "products": {name: products(name) for name in PRODUCT_TYPES},
     }
     json.dump(found, sys.stdout)
 

@@ -39,14 +39,11 @@ def normal(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> to
 def experts_truth(
     x: torch.Tensor, weight: torch.Tensor, expert_ids: torch.Tensor, name: str, *, transposed: bool = False
 ) -> torch.Tensor:
-    """One product after the other, float64 [T, k, columns]."""
+    """Every pair times the decoded weights of its expert, float64 [T, k, columns]; zeros where it has none."""
+    rows = x.double() if x.dim() == 3 else x.double()[:, None].expand(-1, expert_ids.shape[1], -1)
     dense = decode(name, weight).double()
-    num_tokens, num_slots = expert_ids.shape
-    product = torch.zeros(num_tokens, num_slots, dense.shape[2 if transposed else 1], dtype=torch.float64)
-    for token in range(num_tokens):
-        for slot in range(num_slots):
-            expert = expert_ids[token, slot].item()
-            row = (x[token] if x.dim() == 2 else x[token, slot]).double()
-            if 0 <= expert < len(dense):
-                product[token, slot] = row @ dense[expert] if transposed else dense[expert] @ row
+    product = rows.new_zeros(*expert_ids.shape, dense.shape[2 if transposed else 1])
+    for expert, matrix in enumerate(dense):
+        chosen = expert_ids == expert
+        product[chosen] = rows[chosen] @ (matrix if transposed else matrix.T)
     return product
