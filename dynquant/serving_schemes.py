@@ -18,13 +18,11 @@ from math import prod
 from typing import Literal, NamedTuple
 
 from dynquant.errors import PlanError
-
-ITEM_BYTES = {"I64": 8, "I32": 4, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "U8": 1}
-"""Bytes of an item, by the type names of safetensors."""
+from dynquant.safetensors_header import DTYPE_BYTES
 
 
 class StoredPart(NamedTuple):
-    """One tensor that a quantized module is stored as; `suffix` follows the module's name."""
+    """One tensor that a linear layer is stored as; `suffix` follows the layer's name, `dtype` is safetensors' word."""
 
     suffix: str
     dtype: str
@@ -32,7 +30,7 @@ class StoredPart(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        return prod(self.shape) * ITEM_BYTES[self.dtype]
+        return prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
