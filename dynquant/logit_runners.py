@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 
 from dynquant.errors import CheckpointError, EvaluationError
-from dynquant.hf_loading import without_progress_bars
+from dynquant.hf_loading import unpack_compressed, without_progress_bars
 
 BATCH_TOKENS = 512
 """Tokens per llama_decode call, and its physical batch; part of the layout that compared models must share."""
@@ -189,6 +189,7 @@ class HuggingFaceRunner:
         try:
             with without_progress_bars():
                 model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+                model = unpack_compressed(model, torch.float32)
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(f"{path.name}: transformers cannot load the model: {error}") from error
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

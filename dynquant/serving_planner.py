@@ -1,7 +1,7 @@
 """Chooses a scheme for every unit within a byte budget, by what each scheme is measured to lose.
 
 The error table has the form of the GGUF planner's (errors.json): one row for a linear layer in a scheme, encoded under
-the importance of its inputs. Its cost is sensitivity times relative weighted error, the predicted KL; a unit's cost in
+the importance of its inputs. Rows are rounded alike, so a sample of them is measured. Its cost is sensitivity times relative weighted error, the predicted KL; a unit's cost in
 a scheme is the sum over its layers. `allocate` spends the budget.
 """
 
@@ -27,6 +27,8 @@ HEADROOM = 1.05
 """Size of the default plan over the smallest checkpoint."""
 ENCODER = "dynquant, diagonal"
 _WEIGHTS_IN_MEMORY = 1 << 23
+_SAMPLED_ROWS = 64
+"""Rows of each matrix that are measured, evenly spaced."""
 
 
 def candidates_of(linears: Sequence[LinearLayer], schemes: Iterable[str], *, mixed_experts: bool) -> dict[Scheme, int]:
@@ -125,12 +127,13 @@ def _row(
     linear: LinearLayer, scheme: Scheme, group: int, stats: CalibrationStats, device: torch.device | None
 ) -> ErrorRow:
     rows, columns = linear.shape[-2:]
+    sampled = slice(0, None, max(1, rows // _SAMPLED_ROWS))
     metric = importance(stats, linear.name, linear.shape)
     squared, weighted = [], []  # of each expert: error, energy
     step = max(1, _WEIGHTS_IN_MEMORY // (rows * columns))
     for start in range(0, linear.num_experts, step):
         experts = range(start, min(start + step, linear.num_experts))
-        weights = torch.stack([linear.load(expert) for expert in experts])
+        weights = torch.stack([linear.load(expert)[sampled] for expert in experts])
         part = None if metric is None else metric[start : experts.stop]
         scale = nvfp4_global_scale(float(weights.abs().max())) if scheme.strategy == "tensor_group" else None
         encoded = encode_served(

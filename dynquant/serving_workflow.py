@@ -114,17 +114,19 @@ def _table(
 ) -> ErrorTable:
     """The table in the directory when it is of these statistics, or a new one; with sensitivities."""
     path = directory / SERVING_ERRORS_NAME
-    known = ErrorTable.load(path) if path.is_file() else None
-    if known is not None and (known.stats_hash, known.fingerprint) == (stats_hash, model.fingerprint):
+    table = ErrorTable.load(path) if path.is_file() else None
+    if table is not None and (table.stats_hash, table.fingerprint) == (stats_hash, model.fingerprint):
         console.note(f"reusing {path}")
-        return known
-    with console.stage_progress() as progress:
-        table = measure_schemes(
-            model, checkpoint, stats, stats_hash=stats_hash,
-            device=torch.device(chosen_device(options.device)), progress=progress,
-        )  # fmt: skip
-    table = _with_sensitivity(model, table, options)
-    table.save(path)
+    else:
+        with console.stage_progress() as progress:
+            table = measure_schemes(
+                model, checkpoint, stats, stats_hash=stats_hash,
+                device=torch.device(chosen_device(options.device)), progress=progress,
+            )  # fmt: skip
+        table.save(path)
+    if not table.sensitivity:
+        table = _with_sensitivity(model, table, options)
+        table.save(path)
     return table
 
 
