@@ -1,8 +1,9 @@
 """Chooses a scheme for every unit within a byte budget, by what each scheme is measured to lose.
 
 The error table has the form of the GGUF planner's (errors.json): one row for a linear layer in a scheme, encoded under
-the importance of its inputs. Rows are rounded alike, so a sample of them is measured. Its cost is sensitivity times relative weighted error, the predicted KL; a unit's cost in
-a scheme is the sum over its layers. `allocate` spends the budget.
+the importance of its inputs. Rows of a matrix are rounded alike, so a sample of them is measured. A cost is sensitivity
+times relative weighted error, the predicted KL; a unit's cost in a scheme is the sum over its layers. `allocate` spends
+the budget.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

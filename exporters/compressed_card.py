@@ -7,7 +7,7 @@ from math import prod
 from dynquant import __version__
 from dynquant.serving_layers import ServedCheckpoint
 from dynquant.serving_plan import ServingEntry, ServingPlan
-from dynquant.serving_schemes import SCHEMES, Scheme
+from dynquant.serving_schemes import SCHEMES
 
 _LAYER = re.compile(r"^(?P<before>.*\.layers\.)(?P<layer>\d+)(?P<after>\..*)$")
 _EXPERT = re.compile(r"^(?P<before>.*\.layers\.)(?P<layer>\d+)(?P<after>\..*experts\.)\d+\.(?P<part>\w+)$")
@@ -99,16 +99,19 @@ def model_card(plan: ServingPlan, *, rounding: str) -> str:
 def transformers_problem(plan: ServingPlan) -> str | None:
     """Why transformers cannot load the routed experts, or None when it can.
 
-    transformers (5.24) dequantizes experts while it merges them into one tensor, takes one scheme for all of them, and
-    leaves out NVFP4's global scale and experts that are not quantized beside layers that are.
+    transformers (5.24) dequantizes experts while it merges them into one tensor. It takes one scheme for all of them,
+    found by the targets of the groups; without experts among the targets it is that of the first group, and only an
+    FP8 group leaves weights without scales as they are. NVFP4's global scale is not read.
     """
     experts = {(entry.scheme, entry.group_size) for entry in plan.entries if entry.is_expert}
     if len(experts) > 1:
         return "it takes one scheme for the routed experts of all layers, and here they differ"
+    first = next((name for name in plan.histogram() if SCHEMES[name].is_quantized), "FP8")
     for name, _ in experts:
-        scheme: Scheme = SCHEMES[name]
-        if not scheme.merges_experts:
+        if not SCHEMES[name].merges_experts:
             return f"it leaves out the global scale of {name} experts"
+        if not SCHEMES[name].is_quantized and first != "FP8":
+            return f"it takes experts in BF16 for {first} when other layers are"
     return None
 
 

@@ -13,6 +13,7 @@ from dynquant.analysis.error_table import ErrorRow, ErrorTable
 from dynquant.architecture import layer_of
 from dynquant.checkpoint import open_model
 from dynquant.errors import ExportError, PlanError
+from dynquant.exporters.compressed_card import transformers_problem
 from dynquant.exporters.compressed_tensors import export_compressed_tensors
 from dynquant.logit_runners import open_runner
 from dynquant.model import Model
@@ -22,6 +23,8 @@ from dynquant.serving_plan import ServingPlan
 from dynquant.serving_planner import choose_schemes
 from dynquant.serving_schemes import SCHEMES
 from dynquant.tensor_source import DictSource
+from dynquant.workflow import CalibrationOptions, run_calibration
+from tests.helpers.served_kl import kl_by_rounding
 from tests.helpers.served_models import TOKENS, filled, library_weights, logits, stored_parts, stored_tensors
 from tests.helpers.tiny_models import save_tiny
 
@@ -117,6 +120,22 @@ def test_what_transformers_cannot_load_is_said_and_decompresses_with_the_library
             fusion = entry.name.replace("_up_", "_gate_")
             by_fusion.setdefault(fusion, set()).update(float(parts[m]["weight_global_scale"]) for m in entry.modules)
     assert all(len(scales) == 1 for scales in by_fusion.values())
+
+
+@pytest.mark.parametrize(
+    ("experts", "words"),
+    [
+        (lambda n: "BF16", "it takes experts in BF16 for W4A16"),
+        (lambda n: ("W4A16", "W8A16")[n % 2], "it takes one scheme for the routed experts of all layers"),
+    ],
+    ids=["BF16", "mixed"],
+)
+def test_experts_that_transformers_refuses_are_named_beforehand(experts, words, deepseek, tmp_path):
+    choose = lambda n, linears: experts(n) if linears[0].is_expert else "W4A16"  # noqa: E731
+    plan = export(deepseek, tmp_path / "out", choose, mixed_experts=True)
+    assert words in transformers_problem(plan)
+    with pytest.raises(RuntimeError, match="conversion of the weights"):
+        logits(tmp_path / "out", torch.bfloat16)
 
 
 def test_the_directory_is_complete_and_described(mixed_llama):
@@ -324,3 +343,14 @@ def test_gguf_files_and_edited_plans_are_refused(llama, mixed_llama, tmp_path):
 def serving_plan_with(document, entry, **changes):
     entries = [{**e, **changes} if e["name"] == entry["name"] else e for e in document["entries"]]
     return {**document, "entries": entries}
+
+
+@pytest.mark.slow
+def test_importance_and_feedback_lose_less_than_rounding_to_nearest(small_moe, tmp_path):
+    """int4 experts of two layers of the bundled model, on text that calibration did not see."""
+    stats = tmp_path / "stats.safetensors"
+    run_calibration(open_model(small_moe), CalibrationOptions(tokens=4096), stats)
+    text = small_moe.parent / "demo_text.txt"
+    schemes = {f"blk.{layer}.experts": "W4A16" for layer in (1, 2)}
+    kl = {rounding: value for rounding, value, _ in kl_by_rounding(small_moe, stats, text, schemes, tokens=2048)}
+    assert kl["feedback"] < 0.8 * kl["nearest"] and kl["feedback"] < kl["importance"]
