@@ -1,3 +1,24 @@
-"""dynquant: measured dynamic low-bit quantization of language models."""
+"""dynquant: measured dynamic low-bit quantization of language models.
+
+After `import dynquant`, transformers' `from_pretrained` loads packed checkpoints; `dynquant.load` loads GGUF files.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from dynquant.hf_registration import register_when_imported
+
+if TYPE_CHECKING:
+    from dynquant.gguf_model import load
 
 __version__ = "0.1.0"
+__all__ = ["load"]
+
+register_when_imported()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load":
+        from dynquant.gguf_model import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

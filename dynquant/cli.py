@@ -269,12 +269,10 @@ def plan(
 @app.command()
 def export(
     model: ModelArg,
-    output: Annotated[
-        Path, typer.Option("-o", "--output", help="The .gguf file to write, or the directory of compressed-tensors.")
-    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The .gguf file, or the directory of the others.")],
     plan: Annotated[Path | None, typer.Option(help="plan.json of `dynquant plan`.")] = None,
     preset: PresetOpt = None,
-    format: Annotated[str, typer.Option("-f", "--format", help="gguf or compressed-tensors.")] = "gguf",
+    format: Annotated[str, typer.Option("-f", "--format", help="gguf, safetensors or compressed-tensors.")] = "gguf",
     stats: Annotated[Path | None, typer.Option(help="stats.safetensors. Default: the one beside the plan.")] = None,
     calibration: TextOpt = None,
     tokens: TokensOpt = 131072,
@@ -352,6 +350,13 @@ def evaluate(
     scoring: Annotated[str, typer.Option(help="letter, cloze or both.")] = "letter,cloze",
     reference_cache: Annotated[Path | None, typer.Option(help="Keep the reference's distributions here.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
+    runner: Annotated[
+        str, typer.Option(help="What runs GGUF files: llama.cpp, or transformers with packed weights.")
+    ] = "llama.cpp",
+    rounded: Annotated[
+        bool, typer.Option(help="Round activations to 8 bits in packed transformers models, as llama.cpp does.")
+    ] = False,
+    device: DeviceOpt = None,
     threads: ThreadsOpt = None,
     seed: SeedOpt = 0,
 ) -> None:
@@ -364,7 +369,8 @@ def evaluate(
     commands.evaluate(
         candidate, reference, tasks=_split(tasks) or (), text=text or [], max_tokens=max_tokens, window=window,
         mmlu_data=mmlu_data, shots=shots, num_shots=num_shots, limit=limit, cache_dir=reference_cache,
-        scoring=_split(scoring) or (), json_file=json_file, threads=threads, seed=seed,
+        scoring=_split(scoring) or (), json_file=json_file, runner=runner, rounded=rounded, device=device,
+        threads=threads, seed=seed,
     )  # fmt: skip
 
 

@@ -26,10 +26,13 @@ from dynquant.eval_report import (
 )
 from dynquant.eval_text import EvalText, load_text
 from dynquant.logit_runners import (
+    LLAMA_CPP,
+    RUNNERS,
     LogitRunner,
     ModelInfo,
     TextEncoder,
     describe_model,
+    is_gguf,
     open_encoder,
     open_runner,
     resolve_model,
@@ -55,6 +58,7 @@ class _Run:
     cache_dir: Path | None
     progress: Progress
     open: Callable[[Path], LogitRunner]
+    cache_options: dict[str, object] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -82,6 +86,8 @@ def evaluate(
     cache_dir: Path | None = None,
     scoring: Sequence[Scoring] = ("letter", "cloze"),
     seed: int = 0,
+    runner: str = LLAMA_CPP,
+    rounded: bool = False,
     progress: Progress | None = None,
 ) -> EvalReport:
     """Score `candidate` against `reference`; each is a Hugging Face directory, a hub id or a .gguf file.
@@ -89,15 +95,19 @@ def evaluate(
     `text` files (.txt, or .jsonl with a "text" per line) serve `kl` and `ppl`; the first `max_tokens` tokens of each
     are used. `mmlu_data` and `shots` are .jsonl files, or a `datasets` id (`cais/mmlu` when not given; its `dev` split
     then gives the shots). `limit` takes that many questions at equal steps. With `cache_dir`, what the reference said
-    is kept there and reused for the next candidate. `threads=None` is all cores.
+    is kept there and reused for the next candidate. `runner` runs GGUF files: llama.cpp, or transformers with the
+    weights packed; `rounded` makes packed models in transformers round activations to 8 bits as llama.cpp does.
+    `threads=None` is all cores.
 
     Raises:
         EvaluationError: the models cannot be compared, an option or a text is unusable, or a model gives NaN.
         CheckpointError: a model cannot be loaded.
     """
     _check_options(tasks, text, window, max_tokens, scoring)
+    if runner not in RUNNERS:
+        raise EvaluationError(f"There is no runner `{runner}`; use one of {', '.join(RUNNERS)}.")
     reference, candidate = resolve_model(reference), resolve_model(candidate)
-    infos = describe_model(reference), describe_model(candidate)
+    infos = describe_model(reference, runner=runner), describe_model(candidate, runner=runner)
     num_columns, notes = common_columns(*infos)
     context_length = min(info.context_length for info in infos)
     if window > context_length:
@@ -113,7 +123,8 @@ def evaluate(
         seed=seed,
         cache_dir=cache_dir,
         progress=progress or (lambda stage, done, total: None),
-        open=lambda path: open_runner(path, threads=threads, device=device),
+        open=lambda path: open_runner(path, threads=threads, device=device, runner=runner, rounded=rounded),
+        cache_options=_cache_options(reference, runner, rounded),
     )
     torch_threads = torch.get_num_threads()
     try:
@@ -139,6 +150,12 @@ def evaluate(
         notes=notes,
         seconds=run.seconds,
     )  # fmt: skip
+
+
+def _cache_options(reference: Path, runner: str, rounded: bool) -> dict[str, object]:
+    """What else decides the reference's distributions; empty for what is the default."""
+    options: dict[str, object] = {"rounded": True} if rounded else {}
+    return options | ({"runner": runner} if is_gguf(reference) and runner != LLAMA_CPP else {})
 
 
 def common_columns(reference: ModelInfo, candidate: ModelInfo) -> tuple[int, list[str]]:
@@ -252,7 +269,7 @@ def _cached(
 ) -> dict[str, np.ndarray]:
     if run.cache_dir is None:
         return make()
-    key = reference_cache.cache_key(path, tokens, **options)
+    key = reference_cache.cache_key(path, tokens, **options, **run.cache_options)
     arrays = reference_cache.load_cached(run.cache_dir, key)
     if arrays is None:
         arrays = make()

@@ -17,6 +17,7 @@ from dynquant.errors import ExportError, PlanError, StatsError
 from dynquant.exporters.gguf import export_gguf
 from dynquant.exporters.gguf_header import ENCODER_KEY
 from dynquant.exporters.gguf_patch import write_patched
+from dynquant.exporters.safetensors import SHARD_BYTES, export_safetensors
 from dynquant.families.recipe import RecipeSource
 from dynquant.gguf_source import GGUFSource
 from dynquant.hf_loading import load_hf, load_tokenizer
@@ -38,6 +39,8 @@ from dynquant.workflow import (
     parse_size,
     run_calibration,
 )
+
+FORMATS = ("gguf", "safetensors", "compressed-tensors")
 
 
 def export(
@@ -68,8 +71,8 @@ def export(
             path, output, plan_path=plan_path, preset=preset, stats_path=stats_path, calibration=calibration,
             device=device, split_max_size=split_max_size, resume=resume,
         )  # fmt: skip
-    if format != "gguf":
-        raise ExportError(f"There is no export format `{format}`; use one of gguf, compressed-tensors.")
+    if format not in FORMATS:
+        raise ExportError(f"There is no export format `{format}`; use one of {', '.join(FORMATS)}.")
     if (plan_path is None) == (preset is None):
         raise PlanError("Give either --plan FILE or --preset NAME.")
     model = open_and_announce(path, base_gguf)
@@ -86,11 +89,11 @@ def export(
     moments = _moments_of(stats, stats_path, chosen)
     writer = _Writer(
         model, made, stats, chosen, moments, protected, threads,
-        parse_size(split_max_size) if split_max_size else None, resume,
+        parse_size(split_max_size) if split_max_size else None, resume, format,
     )  # fmt: skip
     options = _closing_pass(model, chosen, moments, tune_tokens)
     files = writer.write(output) if options is None else _write_tuned(writer, output, options, device)
-    size = sum(file.stat().st_size for file in files)
+    size = sum(file.stat().st_size for file in files if file.suffix in (".gguf", ".safetensors"))
     for file in files:
         console.out.print(str(file))
     console.out.print(f"{size:,} bytes, {8 * size / made.num_weights:.3f} bits per weight")
@@ -110,8 +113,21 @@ class _Writer:
     threads: int | None
     split_max_bytes: int | None
     resume: bool
+    format: str
 
-    def write(self, output: Path) -> list[Path]:
+    def write(self, output: Path, *, stored: GGUFSource | None = None) -> list[Path]:
+        """Write in the format that was asked for; with `stored`, from the bytes of a GGUF file of the same plan."""
+        if self.format == "gguf":
+            return self.write_gguf(output)
+        with console.stage_progress() as progress:
+            return export_safetensors(
+                self.model, self.plan, self.stats, output,
+                encoder=self.encoder, moments=self.moments, protected=self.protected, threads=self.threads,
+                shard_max_bytes=self.split_max_bytes or SHARD_BYTES, resume=self.resume, progress=progress,
+                stored=stored,
+            )  # fmt: skip
+
+    def write_gguf(self, output: Path) -> list[Path]:
         with console.stage_progress() as progress:
             return export_gguf(
                 self.model, self.plan, self.stats, output,
@@ -157,10 +173,16 @@ def _write_tuned(writer: _Writer, output: Path, options: TuneOptions, device: st
     untuned = output.with_name(f".{output.stem}.untuned-{writer.identity[:12]}.gguf")
     written = sorted(untuned.parent.glob(f"{untuned.stem}-*-of-*.gguf")) or [untuned] * untuned.exists()
     if not written or not writer.resume:
-        written = writer.write(untuned)
-    files = tune_file(
-        writer.model, written[0], writer.moments.tokens, options, output, encoder=writer.encoder.name, device=device
+        written = writer.write_gguf(untuned)
+    target = (
+        output if writer.format == "gguf" else output.with_name(f".{output.stem}.tuned-{writer.identity[:12]}.gguf")
     )
+    files = tune_file(
+        writer.model, written[0], writer.moments.tokens, options, target, encoder=writer.encoder.name, device=device
+    )
+    if writer.format != "gguf":
+        written += files
+        files = writer.write(output, stored=GGUFSource(files[0]))
     for file in written:
         file.unlink()
     return files

@@ -8,7 +8,7 @@ import json
 import re
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -18,6 +18,7 @@ import gguf
 from dynquant.architecture import Role, role_of
 from dynquant.errors import CheckpointError
 from dynquant.gguf_source import open_reader, split_files
+from dynquant.quant_types import QUANT_TYPES
 from dynquant.tensor_source import INDEX_NAME, SINGLE_NAME
 
 _GGUF_KEYS = (
@@ -183,6 +184,10 @@ def _inspect_safetensors(directory: Path, files: list[Path]) -> FileSummary:
     if isinstance(quantization, dict) and "quant_method" in quantization:
         metadata["quant_method"] = quantization["quant_method"]
     tensors = [record for file in files for record in _read_safetensors_header(file)]
+    provenance: dict[str, object] = {}
+    if metadata.get("quant_method") == "dynquant" and isinstance(quantization, dict):
+        tensors = [_unpacked_record(record, quantization.get("types", {})) for record in tensors]
+        provenance = {f"dynquant.{key}": value for key, value in quantization.get("provenance", {}).items()}
     return FileSummary(
         format="safetensors",
         files=tuple(files),
@@ -190,8 +195,17 @@ def _inspect_safetensors(directory: Path, files: list[Path]) -> FileSummary:
         total_bytes=sum(file.stat().st_size for file in files),
         tensors=tuple(tensors),
         metadata=metadata,
-        provenance={},
+        provenance=provenance,
     )
+
+
+def _unpacked_record(record: TensorRecord, types: dict[str, str]) -> TensorRecord:
+    """A packed tensor under its quant type and the shape of its weights, not of its bytes."""
+    stored = QUANT_TYPES.get(types.get(record.name, ""))
+    if stored is None or record.type != "U8":
+        return record
+    shape = (*record.shape[:-1], record.shape[-1] // stored.block_bytes * stored.block_size)
+    return replace(record, shape=shape, type=stored.name)
 
 
 def _read_config(directory: Path) -> dict[str, object]:

@@ -17,7 +17,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dynquant.errors import EvaluationError
-from dynquant.logit_runners import MAX_BRANCHES, LogitRunner
+from dynquant.llama_runner import MAX_BRANCHES
+from dynquant.logit_runners import LogitRunner
 
 Scoring = Literal["letter", "cloze"]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

@@ -11,8 +11,9 @@ from pathlib import Path
 from dynquant import __version__
 from dynquant.artifacts import Region, ResumableOutput
 from dynquant.codecs.encoder import Encoder, ProtectedWeight
-from dynquant.errors import DynquantError, ExportError, PlanError, StatsError
+from dynquant.errors import DynquantError, ExportError
 from dynquant.exporters.gguf_header import FileLayout, ImatrixInfo, Provenance, TensorSpec, layout, split_paths
+from dynquant.exporters.provenance import check_stats, export_identity
 from dynquant.model import Model
 from dynquant.plan import Plan
 from dynquant.quantize import (
@@ -20,7 +21,6 @@ from dynquant.quantize import (
     QuantizedTensor,
     check_importance,
     check_plan,
-    encoder_version,
     guidance_of,
     quantize,
 )
@@ -56,7 +56,7 @@ def export_gguf(
     """
     output = Path(output)
     check_plan(model, plan)
-    _check_stats(model, plan, stats)
+    check_stats(model, plan, stats)
     _check_output(model, output)
     guidance = guidance_of(stats, moments if encoder.uses_hessians else None, protected)
     check_importance(plan, guidance.importance)
@@ -65,7 +65,7 @@ def export_gguf(
         split_paths(output, len(files)),
         [file.total_bytes for file in files],
         _regions(files),
-        _identity(plan, encoder, files, moments if encoder.uses_hessians else None),
+        export_identity(plan, encoder, _header_hash(files), moments if encoder.uses_hessians else None),
         resume=resume,
     )
     with target:
@@ -119,37 +119,12 @@ def _regions(files: Iterable[FileLayout]) -> dict[str, Region]:
     return regions
 
 
+def _header_hash(files: Iterable[FileLayout]) -> str:
+    return hashlib.sha256(b"".join(file.header for file in files)).hexdigest()
+
+
 def _header_region(number: int) -> str:
     return f"header of file {number + 1}"
-
-
-def _identity(
-    plan: Plan, encoder: Encoder, files: Iterable[FileLayout], moments: SecondMoments | None
-) -> dict[str, str]:
-    headers = hashlib.sha256(b"".join(file.header for file in files)).hexdigest()
-    return {
-        "plan": plan.hash,
-        "encoder": encoder.name,
-        "encoder_version": encoder_version(encoder),
-        "dynquant_version": __version__,
-        "header": headers,
-        "hessians": moments.identity if moments is not None else "none",
-    }
-
-
-def _check_stats(model: Model, plan: Plan, stats: CalibrationStats | None) -> None:
-    if stats is None and plan.stats_hash is not None:
-        raise StatsError(
-            f"The plan was made from calibration statistics ({plan.stats_hash[:12]}), and the same ones are needed to "
-            "export it. Give the stats.safetensors that lies beside the plan."
-        )
-    if stats is not None:
-        if plan.stats_hash is None:
-            raise PlanError(
-                "The plan was made without calibration statistics, so its size and types do not hold with them. Plan "
-                "again with the statistics, or export without them."
-            )
-        stats.check_belongs_to(model.fingerprint, model.name)
 
 
 def _check_output(model: Model, output: Path) -> None:

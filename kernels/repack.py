@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dynquant.kernels.formats import planes
+from dynquant.kernels.formats import plane_starts, planes
 from dynquant.quant_types import quant_type
 
 
@@ -30,6 +30,32 @@ def unpack_planes(type_name: str, planar: Tensor) -> Tensor:
     for field, part in zip(fields, parts, strict=True):
         blocks[:, field.offset : field.offset + field.num_bytes] = part.reshape(len(flat), field.num_bytes)
     return blocks.reshape(planar.shape)
+
+
+def block_rows(type_name: str, planar: Tensor, rows: slice | Tensor) -> Tensor:
+    """Some rows of a planar tensor as blocks.
+
+    Args:
+        type_name: the quant type.
+        planar: uint8 [..., row_bytes] of `pack_planes`.
+        rows: which rows, counted over all leading dimensions; a slice or indices [n].
+
+    Returns:
+        A new uint8 tensor [n, row_bytes].
+
+    Raises:
+        PlanError, ValueError: like `pack_planes`.
+    """
+    num_blocks = len(_as_blocks(type_name, planar))
+    per_row = planar.shape[-1] // quant_type(type_name).block_bytes
+    starts, flat = plane_starts(type_name, num_blocks), planar.reshape(-1)
+    columns = []
+    for field in sorted(planes(type_name), key=lambda f: f.offset):
+        start = starts[field.name]
+        plane = flat[start : start + num_blocks * field.num_bytes].reshape(-1, per_row * field.num_bytes)
+        chosen = plane[rows] if isinstance(rows, slice) else plane.index_select(0, rows)
+        columns.append(chosen.reshape(-1, per_row, field.num_bytes))
+    return torch.cat(columns, dim=-1).reshape(-1, planar.shape[-1])
 
 
 def _as_blocks(type_name: str, packed: Tensor) -> Tensor:

@@ -36,3 +36,11 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip("the shared data folder is not beside this checkout")
     return path
+
+
+@pytest.fixture(scope="session")
+def packed_moe(small_moe: Path, tmp_path_factory: pytest.TempPathFactory):
+    """textbook-moe-16m as GGUF and as packed safetensors, in the same mixture of types; read only."""
+    from tests.helpers.packed_models import export_both
+
+    return export_both(small_moe, tmp_path_factory.mktemp("packed"))

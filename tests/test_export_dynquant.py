@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import dynquant
 from dynquant.analysis.measure_errors import file_hash
 from dynquant.analysis.super_weights import SuperWeight
 from dynquant.checkpoint import open_model
@@ -120,6 +122,21 @@ def test_a_killed_export_ends_with_the_same_bytes(small_moe, plan, files, tmp_pa
     export(small_moe, plan, output, "--tune", TUNE_TOKENS)
     assert output.read_bytes() == files["tuned"].read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+
+
+def test_safetensors_get_the_tuned_bytes(small_moe, plan, files, tmp_path):
+    export(small_moe, plan, tmp_path / "out", "-f", "safetensors", "--tune", TUNE_TOKENS)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    stored, source = load_file(tmp_path / "out" / "model.safetensors"), GGUFSource(files["tuned"])
+    model = dynquant.load(files["tuned"], dtype=torch.bfloat16)
+    assert model.state_dict().keys() == stored.keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(stored[name].to(tensor.dtype), tensor), name
+    for part in ("gate", "up", "down"):
+        packed = source.load_packed(f"blk.1.ffn_{part}_exps.weight")
+        assert torch.equal(stored[f"model.layers.1.mlp.experts.{part}_proj"], packed)
+    provenance = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["provenance"]
+    assert provenance["encoder"] == "dynquant+tune"
 
 
 def test_without_second_moments_it_says_so(small_moe, calibrated, plan, tmp_path):

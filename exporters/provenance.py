@@ -1,0 +1,43 @@
+"""What every exporter checks of its inputs, and what decides the bytes that it writes."""
+
+from dynquant import __version__
+from dynquant.codecs.encoder import Encoder
+from dynquant.errors import PlanError, StatsError
+from dynquant.model import Model
+from dynquant.plan import Plan
+from dynquant.quantize import encoder_version
+from dynquant.second_moments import SecondMoments
+from dynquant.statistics import CalibrationStats
+
+
+def check_stats(model: Model, plan: Plan, stats: CalibrationStats | None) -> None:
+    """Refuse statistics that are not those of the plan.
+
+    Raises:
+        StatsError: missing, or of another checkpoint.
+        PlanError: there are some, but the plan was made without.
+    """
+    if stats is None and plan.stats_hash is not None:
+        raise StatsError(
+            f"The plan was made from calibration statistics ({plan.stats_hash[:12]}), and the same ones are needed to "
+            "export it. Give the stats.safetensors that lies beside the plan."
+        )
+    if stats is not None:
+        if plan.stats_hash is None:
+            raise PlanError(
+                "The plan was made without calibration statistics, so its size and types do not hold with them. Plan "
+                "again with the statistics, or export without them."
+            )
+        stats.check_belongs_to(model.fingerprint, model.name)
+
+
+def export_identity(plan: Plan, encoder: Encoder, header_hash: str, moments: SecondMoments | None) -> dict[str, str]:
+    """What decides an export's bytes; an interrupted one goes on only under an equal identity."""
+    return {
+        "plan": plan.hash,
+        "encoder": encoder.name,
+        "encoder_version": encoder_version(encoder),
+        "dynquant_version": __version__,
+        "header": header_hash,
+        "hessians": moments.identity if moments is not None else "none",
+    }

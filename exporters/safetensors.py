@@ -1,0 +1,240 @@
+"""Writes a plan as a checkpoint that transformers loads packed: GGUF blocks as uint8 tensors.
+
+The tensors hold the bytes of the GGUF export of the same plan; rows of rotary heads are in transformers' order
+(`packed_model`). Everything that the directory gets is one `ResumableOutput`: config.json is the last to get its name,
+so a directory that an interrupted export left cannot be loaded, and the same call goes on.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dynquant import __version__
+from dynquant.artifacts import Region, ResumableOutput
+from dynquant.codecs.encoder import Encoder, ProtectedWeight
+from dynquant.errors import CheckpointError, DynquantError, ExportError
+from dynquant.exporters.model_card import model_card
+from dynquant.exporters.provenance import check_stats, export_identity
+from dynquant.families import FAMILIES
+from dynquant.families.config import Config, read_config
+from dynquant.families.hf_config import config_from_gguf, tokenizer_files
+from dynquant.gguf_source import GGUFSource
+from dynquant.model import Model
+from dynquant.packed_model import Place, build_meta_model, places
+from dynquant.plan import Plan, PlanEntry
+from dynquant.quantize import Progress, QuantizedTensor, check_importance, check_plan, guidance_of, quantize
+from dynquant.safetensors_header import ShardLayout, group_by_size, lay_out
+from dynquant.second_moments import SecondMoments
+from dynquant.statistics import CalibrationStats
+
+SHARD_BYTES = 5_000_000_000
+SINGLE_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
+_WEIGHTS_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+_COPIED_FILES = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """Everything of the directory that is known before a weight is encoded."""
+
+    places: Mapping[str, Place]
+    computed: frozenset[str]
+    shards: dict[str, ShardLayout]
+    documents: dict[str, bytes]
+    """Small files by name; config.json is the first."""
+    file_of: dict[str, str]
+    """state_dict key -> shard."""
+
+
+def export_safetensors(
+    model: Model,
+    plan: Plan,
+    stats: CalibrationStats | None,
+    output: Path,
+    *,
+    encoder: Encoder,
+    moments: SecondMoments | None = None,
+    protected: Mapping[str, tuple[ProtectedWeight, ...]] | None = None,
+    threads: int | None = None,
+    shard_max_bytes: int = SHARD_BYTES,
+    resume: bool = True,
+    progress: Progress | None = None,
+    stored: GGUFSource | None = None,
+) -> list[Path]:
+    """Write `plan` into the directory `output` and return its files.
+
+    With `stored`, a GGUF file of the same plan, its bytes are taken instead of encoding again.
+
+    Raises:
+        PlanError: the plan is not of this model.
+        StatsError: the statistics are missing, superfluous, or of another checkpoint.
+        EncodeError: NaN or Inf weights, or a type without the statistics it needs; partial files are removed.
+        CheckpointError: an architecture that cannot be loaded packed.
+        ExportError: no space, an output that is no directory, or an interrupted export of something else.
+    """
+    output = Path(output)
+    check_plan(model, plan)
+    check_stats(model, plan, stats)
+    _check_output(model, output)
+    guidance = guidance_of(stats, moments if encoder.uses_hessians else None, protected)
+    check_importance(plan, guidance.importance)
+    name = _encoder_name(stored) or encoder.name
+    checkpoint = _describe(model, plan, name, shard_max_bytes)
+    regions, paths, sizes = _regions(output, checkpoint)
+    identity = export_identity(plan, encoder, _hash(checkpoint), moments if encoder.uses_hessians else None)
+    identity["stored"] = stored.fingerprint if stored is not None else "none"
+    target = ResumableOutput(paths, sizes, regions, identity, resume=resume)
+    with target:
+        skip = checkpoint.computed | target.finished
+        if stored is None:
+            tensors = quantize(model, plan, guidance, encoder, threads=threads, progress=progress, skip=skip)
+        else:
+            tensors = _tensors_of(stored, plan, skip)
+        try:
+            _write(target, checkpoint, tensors)
+        except ExportError:
+            raise
+        except DynquantError:
+            target.discard()
+            raise
+        files = target.commit()
+    _remove_old_shards(output, checkpoint)
+    return files
+
+
+def hf_config_of(model: Model) -> Config:
+    """The configuration under which transformers runs `model`.
+
+    Raises:
+        CheckpointError: an architecture outside the known families.
+    """
+    if model.hf_directory is not None:
+        return read_config(model.hf_directory, FAMILIES)
+    if isinstance(model.source, GGUFSource):
+        return config_from_gguf(model.source)
+    raise CheckpointError(f"{model.path} has neither config.json nor GGUF metadata, so transformers cannot run it.")
+
+
+def _describe(model: Model, plan: Plan, encoder: str, shard_max_bytes: int) -> _Checkpoint:
+    config = hf_config_of(model)
+    names = model.source.names()
+    whole = "blk.0.attn_kv_b.weight" in names
+    found, computed = places(config, build_meta_model(config), whole_kv_b=whole)
+    lost = [name for name in names if name not in found and name not in computed]
+    if lost:
+        raise CheckpointError(f"{model.name} holds `{lost[0]}`, which {config.model_type} has no place for.")
+    entries = {entry.name: entry for entry in plan.entries if entry.name in found}
+    tensors = {name: found[name].stored_as(entry.quant_type) for name, entry in entries.items()}
+    groups = group_by_size(list(tensors.values()), shard_max_bytes)
+    shards = {
+        _shard_name(number, len(groups)): lay_out(group, {"format": "pt"}) for number, group in enumerate(groups, 1)
+    }
+    file_of = {key: name for name, shard in shards.items() for key in shard.spans}
+    stored_bytes = sum(tensor.num_bytes for tensor in tensors.values())
+    documents = {"config.json": _json(_config_json(config, plan, entries, found, encoder))}
+    documents["README.md"] = model_card(plan, encoder=encoder, stored_bytes=stored_bytes).encode()
+    if len(shards) > 1:
+        documents[INDEX_NAME] = _json({"metadata": {"total_size": stored_bytes}, "weight_map": file_of})
+    documents |= _copied_files(model)
+    return _Checkpoint(found, frozenset(computed), shards, documents, file_of)
+
+
+def _config_json(
+    config: Config, plan: Plan, entries: Mapping[str, PlanEntry], found: Mapping[str, Place], encoder: str
+) -> dict[str, object]:
+    types = {
+        found[name].key: found[name].stored_type(entry.quant_type).name
+        for name, entry in entries.items()
+        if len(entry.shape) > 1
+    }
+    quantization = {
+        "quant_method": "dynquant",
+        "version": 1,
+        "types": types,
+        "provenance": {
+            "dynquant_version": __version__, "encoder": encoder, "recipe": plan.recipe, "plan_hash": plan.hash,
+            "fingerprint": plan.fingerprint, "stats_hash": plan.stats_hash or "",
+        },
+    }  # fmt: skip
+    is_tied = "output.weight" not in entries
+    return {**config.raw, "tie_word_embeddings": is_tied, "quantization_config": quantization}
+
+
+def _copied_files(model: Model) -> dict[str, bytes]:
+    if model.hf_directory is None:
+        return tokenizer_files(model.path)
+    paths = [model.hf_directory / name for name in _COPIED_FILES]
+    return {path.name: path.read_bytes() for path in paths if path.is_file()}
+
+
+def _regions(output: Path, checkpoint: _Checkpoint) -> tuple[dict[str, Region], list[Path], list[int]]:
+    """Regions by GGUF tensor, by shard for headers, and by name for small files; with paths and sizes of all files."""
+    sizes = {name: len(content) for name, content in checkpoint.documents.items()}
+    sizes |= {name: shard.total_bytes for name, shard in checkpoint.shards.items()}
+    number = {name: index for index, name in enumerate(sizes)}
+    regions = {name: Region(number[name], 0, len(content)) for name, content in checkpoint.documents.items()}
+    for name, shard in checkpoint.shards.items():
+        regions[name] = Region(number[name], 0, len(shard.header))
+    for name, place in checkpoint.places.items():
+        file = checkpoint.file_of.get(place.key)
+        if file is not None:
+            regions[name] = Region(number[file], *checkpoint.shards[file].spans[place.key])
+    return regions, [output / name for name in sizes], list(sizes.values())
+
+
+def _write(target: ResumableOutput, checkpoint: _Checkpoint, tensors: Iterable[QuantizedTensor]) -> None:
+    headers = {name: shard.header for name, shard in checkpoint.shards.items()}
+    for name, content in (checkpoint.documents | headers).items():
+        if name not in target.finished:
+            target.write(name, content)
+    for tensor in tensors:
+        values = checkpoint.places[tensor.name].from_gguf(tensor.quant_type, tensor.packed)
+        target.write(tensor.name, memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy()))
+
+
+def _tensors_of(source: GGUFSource, plan: Plan, skip: frozenset[str] | set[str]) -> Iterable[QuantizedTensor]:
+    for entry in plan.entries:
+        if entry.name not in skip:
+            yield QuantizedTensor(entry.name, entry.shape, entry.quant_type, source.load_packed(entry.name))
+
+
+def _encoder_name(stored: GGUFSource | None) -> str | None:
+    fields = {field.key: str(field.value).strip() for field in stored.metadata} if stored is not None else {}
+    return fields.get("dynquant.encoder")
+
+
+def _hash(checkpoint: _Checkpoint) -> str:
+    digest = hashlib.sha256()
+    for content in (*checkpoint.documents.values(), *(shard.header for shard in checkpoint.shards.values())):
+        digest.update(len(content).to_bytes(8, "little") + content)
+    return digest.hexdigest()
+
+
+def _json(content: Mapping[str, object]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def _shard_name(number: int, count: int) -> str:
+    return SINGLE_NAME if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def _check_output(model: Model, output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise ExportError(f"{output} is a file; `-f safetensors` writes a directory.")
+    if model.hf_directory is not None and output.exists() and output.samefile(model.hf_directory):
+        raise ExportError(f"{output} is the model that is being read; export to another directory.")
+
+
+def _remove_old_shards(output: Path, checkpoint: _Checkpoint) -> None:
+    """Weights of an older export in the same directory, which the new index no longer names."""
+    for path in output.glob("model*"):
+        if _WEIGHTS_NAME.fullmatch(path.name) and path.name not in (*checkpoint.shards, *checkpoint.documents):
+            path.unlink()

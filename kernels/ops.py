@@ -1,0 +1,177 @@
+"""Products with packed weights as PyTorch operators `dynquant::*`: traceable, differentiable, one call each.
+
+The weights are frozen: gradients reach activations only, and nothing but the packed bytes and the expert ids is kept
+for the backward pass. What runs is chosen by `dispatch`. The operators and their gradients are registered under plain
+dispatch keys: `custom_op` and `register_autograd` were measured to cost several times as much on every call.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dynquant.kernels import dispatch, shapes
+from dynquant.kernels.shapes import Layout
+
+_LIBRARY = torch.library.Library("dynquant", "DEF")
+_OPS = torch.ops.dynquant
+
+
+def linear(x: Tensor, weight: Tensor, type_name: str, *, layout: Layout = "blocks") -> Tensor:
+    """x [..., K] times the transposed packed rows uint8 [N, row_bytes]: [..., N] in the dtype of `x`.
+
+    Differentiable with respect to `x`.
+
+    Raises:
+        PlanError: no quant type has this name.
+        ValueError: a shape or dtype that does not fit, see `shapes.linear_shape`.
+    """
+    return _OPS.linear(x, weight, type_name, layout)
+
+
+def input_grad(dy: Tensor, weight: Tensor, type_name: str, *, layout: Layout = "blocks") -> Tensor:
+    """dy [..., N] times the packed rows uint8 [N, row_bytes]: [..., K] in the dtype of `dy`.
+
+    Differentiable with respect to `dy`; raises like `linear`.
+    """
+    return _OPS.input_grad(dy, weight, type_name, layout)
+
+
+def experts_linear(
+    x: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str, *, layout: Layout = "blocks"
+) -> Tensor:
+    """Every token times the weights of each of its experts.
+
+    Differentiable with respect to `x`.
+
+    Args:
+        x: [T, K], or [T, k, K] with a row for every slot.
+        weight: uint8 [E, N, row_bytes].
+        expert_ids: int32 or int64 [T, k]. An id outside 0 to E - 1 is held by another rank: its product is zero.
+        type_name: the quant type of `weight`.
+        layout: of `weight`.
+
+    Returns:
+        [T, k, N] in the dtype of `x`.
+
+    Raises:
+        PlanError: no quant type has this name.
+        ValueError: a shape or dtype that does not fit, see `shapes.experts_shape`.
+    """
+    return _OPS.experts_linear(x, weight, expert_ids, type_name, layout)
+
+
+def experts_input_grad(
+    dy: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str, *, layout: Layout = "blocks"
+) -> Tensor:
+    """Like `experts_linear` with the weights not transposed: dy [T, k, N] or [T, N] -> [T, k, K]."""
+    return _OPS.experts_input_grad(dy, weight, expert_ids, type_name, layout)
+
+
+def dequantize(
+    weight: Tensor, type_name: str, *, dtype: torch.dtype = torch.float32, layout: Layout = "blocks"
+) -> Tensor:
+    """All weights of packed rows: uint8 [..., row_bytes] -> `dtype` [..., K].
+
+    Raises:
+        PlanError: no quant type has this name.
+        ValueError: a weight that does not fit the type, see `shapes.packed_type`.
+    """
+    return _OPS.dequantize(weight, type_name, dtype, layout)
+
+
+def embedding(ids: Tensor, weight: Tensor, type_name: str, *, dtype: torch.dtype, layout: Layout = "blocks") -> Tensor:
+    """The rows `ids` int [...] of a packed table uint8 [V, row_bytes], decoded: [..., K].
+
+    An id outside the table is an IndexError on the reference path. Triton kernels cannot raise; they give a row of NaN.
+
+    Raises:
+        PlanError: no quant type has this name.
+        ValueError: a shape or dtype that does not fit, see `shapes.embedding_shape`.
+    """
+    return _OPS.embedding(ids, weight, type_name, dtype, layout)
+
+
+def _fake_linear(x, weight, type_name, layout):
+    return x.new_empty(shapes.linear_shape(x, weight, type_name, layout))
+
+
+def _fake_input_grad(dy, weight, type_name, layout):
+    return dy.new_empty(shapes.input_grad_shape(dy, weight, type_name, layout))
+
+
+def _fake_experts_linear(x, weight, expert_ids, type_name, layout):
+    return x.new_empty(shapes.experts_shape(x, weight, expert_ids, type_name, layout))
+
+
+def _fake_experts_input_grad(dy, weight, expert_ids, type_name, layout):
+    return dy.new_empty(shapes.experts_shape(dy, weight, expert_ids, type_name, layout, transposed=True))
+
+
+def _fake_dequantize(weight, type_name, dtype, layout):
+    return weight.new_empty(shapes.dequantize_shape(weight, type_name, layout), dtype=dtype)
+
+
+def _fake_embedding(ids, weight, type_name, dtype, layout):
+    return weight.new_empty(shapes.embedding_shape(ids, weight, type_name, layout), dtype=dtype)
+
+
+class _Product(torch.autograd.Function):
+    """A product whose gradient is another operator with the same weight; saves the weight and the expert ids."""
+
+    @staticmethod
+    def forward(ctx, operators, activations, *rest):
+        ctx.gradient, ctx.ndim, ctx.options = operators[1], activations.dim(), rest[-2:]
+        ctx.save_for_backward(*rest[:-2])
+        with torch._C._AutoDispatchBelowAutograd():
+            return operators[0](activations, *rest)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight_and_ids = ctx.saved_tensors
+        result = ctx.gradient(grad, *weight_and_ids, *ctx.options)
+        if len(weight_and_ids) == 2 and ctx.ndim == 2:
+            result = result.sum(1)  # one row of activations went into every slot of its token
+        return None, result, *(None,) * (len(weight_and_ids) + 2)
+
+
+def _define(schema: str, run: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for key in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, run, key)
+    torch.library.register_fake(f"dynquant::{name}", fake, lib=_LIBRARY)
+
+
+def _differentiate(name: str, gradient: str) -> None:
+    operators = getattr(_OPS, name).default, getattr(_OPS, gradient).default
+
+    def run(activations, *rest):
+        if activations.requires_grad and torch.is_grad_enabled():
+            return _Product.apply(operators, activations, *rest)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operators[0](activations, *rest)
+
+    _LIBRARY.impl(name, run, "Autograd")
+
+
+_DENSE = "Tensor weight, str type_name, str layout"
+_EXPERTS = "Tensor weight, Tensor expert_ids, str type_name, str layout"
+_define(f"linear(Tensor x, {_DENSE}) -> Tensor", dispatch.linear, _fake_linear)
+_define(f"input_grad(Tensor dy, {_DENSE}) -> Tensor", dispatch.input_grad, _fake_input_grad)
+_define(f"experts_linear(Tensor x, {_EXPERTS}) -> Tensor", dispatch.experts_linear, _fake_experts_linear)
+_define(f"experts_input_grad(Tensor dy, {_EXPERTS}) -> Tensor", dispatch.experts_input_grad, _fake_experts_input_grad)
+_define(
+    "dequantize(Tensor weight, str type_name, ScalarType dtype, str layout) -> Tensor",
+    dispatch.dequantize,
+    _fake_dequantize,
+)
+_define(
+    "embedding(Tensor ids, Tensor weight, str type_name, ScalarType dtype, str layout) -> Tensor",
+    dispatch.embedding,
+    _fake_embedding,
+)
+_differentiate("linear", "input_grad")
+_differentiate("input_grad", "linear")
+_differentiate("experts_linear", "experts_input_grad")
+_differentiate("experts_input_grad", "experts_linear")

@@ -1,0 +1,162 @@
+"""The operations of this package in plain PyTorch: their numerical truth, and what runs where Triton does not.
+
+Weights are decoded by `dynquant.codecs` a few rows at a time, so that no dense copy of a matrix ever exists; products
+are float32 (float64 for float64 activations) and come back in the dtype of the activations. Works on any device;
+the expert functions read the expert ids on the host.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from dynquant.codecs import decode
+from dynquant.kernels import shapes
+from dynquant.kernels.repack import block_rows
+from dynquant.kernels.shapes import Layout
+from dynquant.quant_types import quant_type
+
+_CHUNK_BYTES = 24 << 20
+"""Of decoded float32 weights. Stays in the L2 cache of an H100, and is small beside the activations of a layer."""
+
+
+def dequantize(
+    weight: Tensor, type_name: str, *, dtype: torch.dtype = torch.float32, layout: Layout = "blocks"
+) -> Tensor:
+    """All weights of packed rows: uint8 [..., row_bytes] -> `dtype` [..., K].
+
+    Raises:
+        PlanError, ValueError: see `shapes.packed_type`.
+    """
+    shape = shapes.dequantize_shape(weight, type_name, layout)
+    weights = torch.empty(shape, dtype=dtype, device=weight.device)
+    flat = weights.view(-1, shape[-1])
+    for start, stop in _chunks(len(flat), shape[-1]):
+        flat[start:stop] = _decoded(weight, type_name, layout, slice(start, stop))
+    return weights
+
+
+def linear(x: Tensor, weight: Tensor, type_name: str, *, layout: Layout = "blocks") -> Tensor:
+    """x [..., K] times the transposed packed rows [N, row_bytes]: [..., N] in the dtype of `x`.
+
+    Raises:
+        PlanError, ValueError: see `shapes.linear_shape`.
+    """
+    shape = shapes.linear_shape(x, weight, type_name, layout)
+    rows = slice(0, weight.shape[0])
+    return _times_rows(_flat(x), weight, type_name, layout, rows).to(x.dtype).reshape(shape)
+
+
+def input_grad(dy: Tensor, weight: Tensor, type_name: str, *, layout: Layout = "blocks") -> Tensor:
+    """dy [..., N] times the packed rows [N, row_bytes]: [..., K] in the dtype of `dy`.
+
+    Raises:
+        PlanError, ValueError: see `shapes.input_grad_shape`.
+    """
+    shape = shapes.input_grad_shape(dy, weight, type_name, layout)
+    rows = slice(0, weight.shape[0])
+    return _times_columns(_flat(dy), weight, type_name, layout, rows).to(dy.dtype).reshape(shape)
+
+
+def experts_linear(
+    x: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str, *, layout: Layout = "blocks"
+) -> Tensor:
+    """Every token times the weights of each of its experts.
+
+    Args:
+        x: [T, K], or [T, k, K] with a row for every slot.
+        weight: uint8 [E, N, row_bytes].
+        expert_ids: int [T, k]. An id outside 0 to E - 1 is held by another rank: its product is zero.
+        type_name: the quant type of `weight`.
+        layout: of `weight`.
+
+    Returns:
+        [T, k, N] in the dtype of `x`.
+
+    Raises:
+        PlanError, ValueError: see `shapes.experts_shape`.
+    """
+    shape = shapes.experts_shape(x, weight, expert_ids, type_name, layout)
+    return _experts(_times_rows, x, weight, expert_ids, type_name, layout, shape)
+
+
+def experts_input_grad(
+    dy: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str, *, layout: Layout = "blocks"
+) -> Tensor:
+    """Like `experts_linear` with the weights not transposed: dy [T, k, N] or [T, N] -> [T, k, K]."""
+    shape = shapes.experts_shape(dy, weight, expert_ids, type_name, layout, transposed=True)
+    return _experts(_times_columns, dy, weight, expert_ids, type_name, layout, shape)
+
+
+def embedding(ids: Tensor, weight: Tensor, type_name: str, *, dtype: torch.dtype, layout: Layout = "blocks") -> Tensor:
+    """The rows `ids` [...] of a packed table [V, row_bytes], decoded: [..., K]. Other rows are not read.
+
+    Raises:
+        PlanError, ValueError: see `shapes.embedding_shape`.
+        IndexError: an id outside the table.
+    """
+    shape = shapes.embedding_shape(ids, weight, type_name, layout)
+    return _decoded(weight, type_name, layout, ids.reshape(-1)).to(dtype).reshape(shape)
+
+
+def _experts(
+    times: Callable[..., Tensor],
+    x: Tensor,
+    weight: Tensor,
+    expert_ids: Tensor,
+    type_name: str,
+    layout: str,
+    shape: tuple[int, int, int],
+) -> Tensor:
+    num_experts, num_rows, _ = weight.shape
+    product = torch.zeros(shape, dtype=x.dtype, device=x.device)
+    for expert in expert_ids.unique().tolist():
+        if 0 <= expert < num_experts:
+            token, slot = (expert_ids == expert).nonzero(as_tuple=True)
+            inputs = x[token] if x.dim() == 2 else x[token, slot]
+            rows = slice(expert * num_rows, (expert + 1) * num_rows)
+            product[token, slot] = times(inputs, weight, type_name, layout, rows).to(x.dtype)
+    return product
+
+
+def _times_rows(x: Tensor, weight: Tensor, type_name: str, layout: str, rows: slice) -> Tensor:
+    """x [M, K] -> [M, rows] in the compute dtype."""
+    x = x.to(_compute_dtype(x))
+    product = x.new_empty(len(x), rows.stop - rows.start)
+    for start, stop in _chunks(rows.stop - rows.start, x.shape[-1]):
+        part = slice(rows.start + start, rows.start + stop)
+        product[:, start:stop] = x @ _decoded(weight, type_name, layout, part).to(x.dtype).T
+    return product
+
+
+def _times_columns(dy: Tensor, weight: Tensor, type_name: str, layout: str, rows: slice) -> Tensor:
+    """dy [M, rows] -> [M, K] in the compute dtype."""
+    dy = dy.to(_compute_dtype(dy))
+    length = shapes.row_length(weight, quant_type(type_name))
+    product = dy.new_zeros(len(dy), length)
+    for start, stop in _chunks(rows.stop - rows.start, length):
+        part = slice(rows.start + start, rows.start + stop)
+        product.addmm_(dy[:, start:stop], _decoded(weight, type_name, layout, part).to(dy.dtype))
+    return product
+
+
+def _compute_dtype(activations: Tensor) -> torch.dtype:
+    return torch.float64 if activations.dtype == torch.float64 else torch.float32
+
+
+def _decoded(weight: Tensor, type_name: str, layout: str, rows: slice | Tensor) -> Tensor:
+    """float32 [n, K] of some rows, counted over all leading dimensions."""
+    if layout == "planes":
+        return decode(type_name, block_rows(type_name, weight, rows))
+    flat = weight.reshape(-1, weight.shape[-1])
+    return decode(type_name, flat[rows] if isinstance(rows, slice) else flat.index_select(0, rows))
+
+
+def _chunks(num_rows: int, length: int) -> Iterator[tuple[int, int]]:
+    step = max(1, _CHUNK_BYTES // max(1, 4 * length))
+    for start in range(0, num_rows, step):
+        yield start, min(start + step, num_rows)
+
+
+def _flat(activations: Tensor) -> Tensor:
+    return activations.reshape(-1, activations.shape[-1])

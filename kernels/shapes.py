@@ -1,0 +1,108 @@
+"""What a multiplication by packed weights accepts: the shapes, refused by name before any byte is read."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dynquant.kernels.formats import planes
+from dynquant.quant_types import QuantType, quant_type
+
+Layout = Literal["blocks", "planes"]
+"""GGUF bytes, or `repack.pack_planes` of the whole tensor; both have the same shape."""
+
+
+def packed_type(weight: Tensor, type_name: str, layout: str, *, dims: int | None = None) -> QuantType:
+    """The type of packed rows `weight` [..., row_bytes].
+
+    Raises:
+        PlanError: no quant type has this name.
+        ValueError: a plain float type, an unknown layout, a weight that is not uint8 or has other than `dims`
+            dimensions, or rows that are not whole blocks.
+    """
+    planes(type_name)
+    stored = quant_type(type_name)
+    if layout not in ("blocks", "planes"):
+        raise ValueError(f"`layout` must be 'blocks' or 'planes', got {layout!r}")
+    if weight.dtype != torch.uint8 or weight.dim() == 0 or (dims is not None and weight.dim() != dims):
+        wanted = (
+            "[..., row_bytes]" if dims is None else "[rows, row_bytes]" if dims == 2 else "[experts, rows, row_bytes]"
+        )
+        raise ValueError(
+            f"`weight` of {stored.name} must be uint8 {wanted}, got {weight.dtype} of shape {list(weight.shape)}"
+        )
+    if weight.shape[-1] % stored.block_bytes:
+        raise ValueError(
+            f"rows of `weight` must be whole {stored.name} blocks of {stored.block_bytes} bytes, got rows of "
+            f"{weight.shape[-1]} bytes"
+        )
+    return stored
+
+
+def row_length(weight: Tensor, stored: QuantType) -> int:
+    """Weights in a row of packed bytes."""
+    return weight.shape[-1] // stored.block_bytes * stored.block_size
+
+
+def check_columns(name: str, activations: Tensor, length: int, stored: QuantType) -> None:
+    """Refuse activations that are not floating or whose last dimension is not `length`."""
+    if not activations.is_floating_point():
+        raise ValueError(f"`{name}` must be floating, got {activations.dtype}")
+    if activations.dim() == 0 or activations.shape[-1] != length:
+        raise ValueError(
+            f"the last dimension of `{name}` must be {length} to fit the {stored.name} weight, got shape "
+            f"{list(activations.shape)}"
+        )
+
+
+def linear_shape(x: Tensor, weight: Tensor, type_name: str, layout: str) -> tuple[int, ...]:
+    """Shape of x [..., K] times packed rows [N, row_bytes] transposed: [..., N]."""
+    stored = packed_type(weight, type_name, layout, dims=2)
+    check_columns("x", x, row_length(weight, stored), stored)
+    return (*x.shape[:-1], weight.shape[0])
+
+
+def input_grad_shape(dy: Tensor, weight: Tensor, type_name: str, layout: str) -> tuple[int, ...]:
+    """Shape of dy [..., N] times packed rows [N, row_bytes]: [..., K]."""
+    stored = packed_type(weight, type_name, layout, dims=2)
+    check_columns("dy", dy, weight.shape[0], stored)
+    return (*dy.shape[:-1], row_length(weight, stored))
+
+
+def experts_shape(
+    x: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str, layout: str, *, transposed: bool = False
+) -> tuple[int, int, int]:
+    """Shape of the products of token rows with the weights of their experts: [T, k, N], or [T, k, K] if `transposed`.
+
+    `x` is [T, columns] or [T, k, columns], one row for every slot; the columns are K, or N if `transposed`.
+    """
+    stored = packed_type(weight, type_name, layout, dims=3)
+    if expert_ids.dim() != 2 or expert_ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"`expert_ids` must be int32 or int64 [tokens, slots], got {expert_ids.dtype} of shape "
+            f"{list(expert_ids.shape)}"
+        )
+    num_tokens, num_slots = expert_ids.shape
+    columns, rows = row_length(weight, stored), weight.shape[1]
+    name = "dy" if transposed else "x"
+    check_columns(name, x, rows if transposed else columns, stored)
+    if tuple(x.shape[:-1]) not in ((num_tokens, num_slots), (num_tokens,)):
+        raise ValueError(
+            f"`{name}` must be [{num_tokens}, columns] or [{num_tokens}, {num_slots}, columns] to fit `expert_ids` "
+            f"{list(expert_ids.shape)}, got shape {list(x.shape)}"
+        )
+    return num_tokens, num_slots, columns if transposed else rows
+
+
+def embedding_shape(ids: Tensor, weight: Tensor, type_name: str, layout: str) -> tuple[int, ...]:
+    """Shape of the rows that `ids` [...] pick from packed rows [V, row_bytes]: [..., K]."""
+    stored = packed_type(weight, type_name, layout, dims=2)
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"`ids` must be int32 or int64, got {ids.dtype}")
+    return (*ids.shape, row_length(weight, stored))
+
+
+def dequantize_shape(weight: Tensor, type_name: str, layout: str) -> tuple[int, ...]:
+    """Shape of the weights that packed rows [..., row_bytes] hold: [..., K]."""
+    stored = packed_type(weight, type_name, layout)
+    return (*weight.shape[:-1], row_length(weight, stored))

@@ -1,0 +1,239 @@
+"""Arithmetic on 32-bit words of four bytes: what the GEMV of every quant type is made of.
+
+A tile is [T, BN]: BN weight rows, T chunks along K, one element per thread and chunk. Activations are the words that
+`act_quant` writes: [M, P, 8, K / 128, 4] int32, where unit u (16 weights) lies at plane u % 8 and column u // 8, so
+that neighbouring threads read neighbouring 16 bytes. P is 1 (int8) or 2 (16-bit fixed point, high and low byte).
+Inline PTX is replaced by plain arithmetic under the interpreter.
+"""
+
+# ruff: noqa: RUF005  (Triton has no `(*tuple, item)`)
+import triton
+import triton.language as tl
+
+USE_ASM = tl.constexpr(not triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def dp4a_u(codes, x, acc):
+    """acc + the dot product of four unsigned bytes of `codes` and four signed bytes of `x`."""
+    if USE_ASM:
+        return tl.inline_asm_elementwise(
+            "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [codes, x, acc], dtype=tl.int32, is_pure=True, pack=1
+        )
+    shifts = (tl.arange(0, 4) * 8)[None, None, :]
+    return acc + tl.sum(((codes[:, :, None] >> shifts) & 255) * ((x[:, :, None] << (24 - shifts)) >> 24), axis=2)
+
+
+@triton.jit
+def dp4a_s(codes, x, acc):
+    """acc + the dot product of four signed bytes of `codes` and four signed bytes of `x`."""
+    if USE_ASM:
+        return tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [codes, x, acc], dtype=tl.int32, is_pure=True, pack=1
+        )
+    shifts = 24 - (tl.arange(0, 4) * 8)[None, None, :]
+    return acc + tl.sum(((codes[:, :, None] << shifts) >> 24) * ((x[:, :, None] << shifts) >> 24), axis=2)
+
+
+@triton.jit
+def prmt(a, b, selector):
+    """PTX `prmt`: result byte i is byte (nibble i of `selector`) & 7 of a, b; nibble bit 3 spreads its sign bit."""
+    if USE_ASM:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, selector], dtype=tl.int32, is_pure=True, pack=1
+        )
+    both = (a.to(tl.int64) & 0xFFFFFFFF) | (b.to(tl.int64) << 32)
+    result = (both & 0).to(tl.int32)
+    for i in tl.static_range(4):
+        nibble = (selector >> (4 * i)) & 15
+        byte = ((both >> (8 * (nibble & 7)).to(tl.int64)) & 255).to(tl.int32)
+        byte = tl.where(nibble >= 8, (byte >> 7) * 255, byte)
+        result = result | (byte << (8 * i))
+    return result
+
+
+@triton.jit
+def plane(w_ptr, num_blocks, first_block, START: tl.constexpr, BYTES: tl.constexpr, dtype: tl.constexpr):
+    """Pointer to one field (`BYTES` per block) of block `first_block`; the plane begins at `num_blocks * START`."""
+    return (w_ptr + (num_blocks * START + first_block * BYTES)).to(tl.pointer_type(dtype))
+
+
+@triton.jit
+def load2(ptr, offs):
+    """Two consecutive words at `offs` * 2: a pair of tiles."""
+    pair = tl.arange(0, 2)[None, None, :]
+    return tl.split(tl.load(ptr + (offs[:, :, None] * 2 + pair)))
+
+
+@triton.jit
+def load4(ptr, offs):
+    """Four consecutive words at `offs` * 4: one 16-byte load, four tiles."""
+    four = tl.arange(0, 4)[None, None, :]
+    words = tl.load(ptr + (offs[:, :, None] * 4 + four))
+    even, odd = tl.split(tl.reshape(words, (words.shape[0], words.shape[1], 2, 2)))
+    w0, w2 = tl.split(even)
+    w1, w3 = tl.split(odd)
+    return w0, w1, w2, w3
+
+
+@triton.jit
+def load_x(xq_ptr, unit, K, C: tl.constexpr):
+    """The four words of unit [T, 1] of activation plane C = m * P + p."""
+    return load4(xq_ptr, C * (K // 16) + (unit % 8) * (K // 128) + unit // 8)
+
+
+@triton.jit
+def sum_words(words):
+    """Sum of the sixteen signed bytes of four words."""
+    total = words[0] & 0
+    for i in tl.static_range(4):
+        total = dp4a_s(words[i], total * 0 + 0x01010101, total)
+    return total
+
+
+@triton.jit
+def first_dots(xq_ptr, unit, K, words, OFFSET: tl.constexpr, SIGNED: tl.constexpr, C: tl.constexpr):
+    """Dot products of one unit for every activation plane: a tuple of C tiles; codes are shifted by -OFFSET."""
+    dots = ()
+    sums = ()
+    for c in tl.static_range(C):
+        x = load_x(xq_ptr, unit, K, c)
+        total = sum_words(x)
+        acc = (words[0] & 0) - total * OFFSET
+        for i in tl.static_range(4):
+            acc = dp4a_s(words[i], x[i], acc) if SIGNED else dp4a_u(words[i], x[i], acc)
+        dots = dots + (acc,)
+        sums = sums + (total,)
+    return dots, sums
+
+
+@triton.jit
+def more_dots(dots, sums, xq_ptr, unit, K, words, OFFSET: tl.constexpr, SIGNED: tl.constexpr, C: tl.constexpr):
+    """`first_dots` of another unit of the same group, added up."""
+    new_dots = ()
+    new_sums = ()
+    for c in tl.static_range(C):
+        x = load_x(xq_ptr, unit, K, c)
+        total = sum_words(x)
+        acc = dots[c] - total * OFFSET
+        for i in tl.static_range(4):
+            acc = dp4a_s(words[i], x[i], acc) if SIGNED else dp4a_u(words[i], x[i], acc)
+        new_dots = new_dots + (acc,)
+        new_sums = new_sums + (sums[c] + total,)
+    return new_dots, new_sums
+
+
+@triton.jit
+def add_scaled(parts, dots, scale, xd_ptr, group, valid, K, FACTOR: tl.constexpr, M: tl.constexpr, P: tl.constexpr):
+    """parts[m] + dot[m] * scale * xd[m, group] * FACTOR; high and low bytes of 16-bit activations meet here.
+
+    Chunks that are not `valid` (beyond the end of a row) count as activations of zero.
+    """
+    result = ()
+    for m in tl.static_range(M):
+        dot = dots[m] if P == 1 else dots[2 * m] * 256 + dots[2 * m + 1]
+        xd = tl.load(xd_ptr + (m * (K // 32) + group), mask=valid, other=0.0) * FACTOR
+        result = result + (parts[m] + dot.to(tl.float32) * (scale * xd),)
+    return result
+
+
+@triton.jit
+def add_sums(parts, sums, scale, xd_ptr, group, valid, K, M: tl.constexpr, P: tl.constexpr):
+    """`add_scaled` for sums of activations [T, 1]: multiplied by their scale first, once for all rows."""
+    result = ()
+    for m in tl.static_range(M):
+        total = sums[m] if P == 1 else sums[2 * m] * 256 + sums[2 * m + 1]
+        xd = tl.load(xd_ptr + (m * (K // 32) + group), mask=valid, other=0.0)
+        result = result + (parts[m] + (total.to(tl.float32) * xd) * scale,)
+    return result
+
+
+@triton.jit
+def zeros(tile, M: tl.constexpr):
+    """M tiles of float32 zeros, shaped like the integer `tile`."""
+    result = ()
+    for _ in tl.static_range(M):
+        result = result + ((tile & 0).to(tl.float32),)
+    return result
+
+
+@triton.jit
+def times(parts, factor, M: tl.constexpr):
+    """Every tile multiplied by `factor`."""
+    result = ()
+    for m in tl.static_range(M):
+        result = result + (parts[m] * factor,)
+    return result
+
+
+@triton.jit
+def minus_times(parts, others, factor, M: tl.constexpr):
+    """parts - factor * others."""
+    result = ()
+    for m in tl.static_range(M):
+        result = result + (parts[m] - factor * others[m],)
+    return result
+
+
+@triton.jit
+def table16(packed, t0, t1, t2, t3):
+    """Values of low and of high nibbles: words of four 8-bit table entries, from sixteen entries in four words."""
+    low_bits = packed & 0x77777777
+    upper = ((packed >> 1) & 0x44444444) | 0x32103210
+    a = prmt(prmt(t0, t1, low_bits), prmt(t2, t3, low_bits), upper)
+    low_bits = low_bits >> 16
+    b = prmt(prmt(t0, t1, low_bits), prmt(t2, t3, low_bits), upper >> 16)
+    return prmt(a, b, low_bits * 0 + 0x6420), prmt(a, b, low_bits * 0 + 0x7531)
+
+
+@triton.jit
+def with_signs(magnitudes, bits):
+    """Four bytes, negated where the four low `bits` are set; no byte may be zero."""
+    ones = (bits * 0x00204081) & 0x01010101
+    return (magnitudes ^ (ones * 255)) + ones
+
+
+@triton.jit
+def and4(words, MASK: tl.constexpr):
+    """Four words, masked."""
+    return words[0] & MASK, words[1] & MASK, words[2] & MASK, words[3] & MASK
+
+
+@triton.jit
+def or4(a, b):
+    """Four words of `a` or those of `b`."""
+    return a[0] | b[0], a[1] | b[1], a[2] | b[2], a[3] | b[3]
+
+
+@triton.jit
+def move4(words, BITS: tl.constexpr):
+    """Four words shifted left by BITS, or right if BITS is negative; bits that cross bytes are for a mask to remove."""
+    if BITS > 0:
+        return words[0] << BITS, words[1] << BITS, words[2] << BITS, words[3] << BITS
+    elif BITS < 0:
+        return words[0] >> -BITS, words[1] >> -BITS, words[2] >> -BITS, words[3] >> -BITS
+    else:
+        return words[0], words[1], words[2], words[3]
+
+
+@triton.jit
+def in_place(words, S: tl.constexpr):
+    """Crumb S of every byte, left where it is: 4^S times the code."""
+    if S == 3:
+        return and4(words, -0x3F3F3F40)
+    else:
+        return and4(words, 0x03030303 << (2 * S))
+
+
+@triton.jit
+def half(w_ptr, blocks, first, offs, START: tl.constexpr, BYTES: tl.constexpr):
+    """The fp16 number of a field as float32."""
+    return tl.load(plane(w_ptr, blocks, first, START, BYTES, tl.float16) + offs).to(tl.float32)
+
+
+@triton.jit
+def sum_pair(words):
+    """Sums of the first eight and of the last eight signed bytes of four words."""
+    zero = words[0] & 0
+    ones = zero + 0x01010101
+    return dp4a_s(words[1], ones, dp4a_s(words[0], ones, zero)), dp4a_s(words[3], ones, dp4a_s(words[2], ones, zero))

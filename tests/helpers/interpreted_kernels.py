@@ -1,0 +1,109 @@
+"""Runs Triton kernels on the CPU and prints one JSON object of findings; a program of its own.
+
+Triton decides at import whether it interprets, and a test process may have imported it already: start this with
+TRITON_INTERPRET=1. Activations are float32, since the interpreter's bfloat16 products and roundings are wrong.
+"""
+
+import json
+import sys
+
+import torch
+import triton.runtime.interpreter as interpreter
+
+from dynquant.codecs import decode
+from dynquant.kernels import grouped, two_pass
+from dynquant.kernels.dequantize import dequantize
+from dynquant.kernels.formats import PLANES
+from dynquant.kernels.repack import pack_planes
+from dynquant.quant_types import QUANT_TYPES
+from tests.helpers.packed_weights import experts_truth, normal, packed_weights, relative_error
+
+GROUPED_TYPES = ("Q8_0", "Q4_K", "IQ3_S", "NVFP4")
+"""One of each block size and of the codebooks: what differs between types is in `unpack`, and tested for all."""
+
+_patched = interpreter._patch_lang_tensor
+
+
+def _patch_lang_tensor(tensor, scope):
+    """NumPy 2.4 no longer turns arrays of one element into an index, which loops over arguments need."""
+    _patched(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+interpreter._patch_lang_tensor = _patch_lang_tensor
+
+
+def same_bits(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    bits = torch.int32 if actual.dtype == torch.float32 else torch.int16
+    return torch.equal(actual.view(bits), expected.to(actual.dtype).view(bits))
+
+
+def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.full(shape, float("nan"), dtype=dtype)
+
+
+def whole(name: str) -> bool:
+    weight = packed_weights(name, 3, 512)
+    return same_bits(dequantize(pack_planes(name, weight), name, poisoned(3, 512)), decode(name, weight))
+
+
+def parts(name: str) -> dict[str, bool]:
+    length = 256 + QUANT_TYPES[name].block_size  # not whole tiles of 256 columns where blocks are smaller
+    weight = packed_weights(name, 19, length)
+    planar, dense = pack_planes(name, weight), decode(name, weight)
+    ids = torch.tensor([18, 0, 7, 7])
+    rows = dequantize(planar, name, poisoned(5, length), row_ids=torch.cat((ids, torch.tensor([19]))))
+    return {
+        "float16": same_bits(dequantize(planar, name, poisoned(19, length, dtype=torch.float16)), dense),
+        "some rows": same_bits(dequantize(planar, name, poisoned(2, length), first_row=17), dense[17:]),
+        "some columns": same_bits(
+            dequantize(planar, name, poisoned(19, length - 256), first_column=256), dense[:, 256:].contiguous()
+        ),
+        "rows by index": same_bits(rows[:4], dense[ids]) and bool(rows[4].isnan().all()),
+    }
+
+
+def single_pairs(name: str) -> dict[str, float]:
+    weight = packed_weights(name, 3, 18, 256)
+    ids = torch.tensor([[2, 0], [3, 2]])
+    x = normal(2, 256)
+    y = grouped.linear(x, pack_planes(name, weight), ids, name)
+    return {"pairs": relative_error(y, experts_truth(x, weight, ids, name)), "sentinels": float(y[1, 0].abs().max())}
+
+
+def products(name: str) -> dict[str, float]:
+    length = 256 + QUANT_TYPES[name].block_size % 256
+    weight = packed_weights(name, 4, 70, length)
+    planar = pack_planes(name, weight)
+    ids = torch.tensor([[3, 4], [0, -1]]).repeat(9, 1)  # experts 1 and 2 have no token
+    ids[4] = 3
+    x, dy = normal(18, length), normal(18, 2, 70)
+    few = ids[:2].int()
+    matrix, dense = pack_planes(name, weight[0]), decode(name, weight[0]).double()
+    return {
+        "tiles": relative_error(grouped.linear(x, planar, ids, name), experts_truth(x, weight, ids, name)),
+        "tiles transposed": relative_error(
+            grouped.input_grad(dy, planar, ids, name), experts_truth(dy, weight, ids, name, transposed=True)
+        ),
+        "pairs transposed": relative_error(
+            grouped.input_grad(dy[:2], planar, few, name), experts_truth(dy[:2], weight, few, name, transposed=True)
+        ),
+        "two passes": relative_error(two_pass.linear(x, matrix, name), x.double() @ dense.T),
+        "two passes transposed": relative_error(two_pass.input_grad(dy[:, 0], matrix, name), dy[:, 0].double() @ dense),
+    }
+
+
+def main() -> None:
+    two_pass._SLICE_BYTES = 40 * 320 * 4
+    two_pass._ROW_STEP = 16
+    found = {
+        "whole": {name: whole(name) for name in PLANES},
+        "parts": {name: parts(name) for name in GROUPED_TYPES},
+        "single_pairs": {name: single_pairs(name) for name in PLANES},
+        "products": {name: products(name) for name in GROUPED_TYPES},
+    }
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

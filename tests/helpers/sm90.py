@@ -1,0 +1,33 @@
+"""Compiles Triton kernels for an H100 on a machine without a GPU, with the tools inside the Triton package."""
+
+import re
+import subprocess
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def opcodes(
+    kernel, types: dict[str, str], constants: dict[str, object], multiples_of_16: set[str], **options
+) -> list[str]:
+    """The machine instructions of a kernel: `types` as Triton spells them, for arguments that are not constants."""
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    aligned = [(i,) for i, name in enumerate(kernel.arg_names) if name.endswith("_ptr") or name in multiples_of_16]
+    attributes = {index: [["tt.divisibility", 16]] for index in aligned if kernel.arg_names[index[0]] in types}
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with TemporaryDirectory() as folder:
+        binary = Path(folder) / "kernel.cubin"
+        binary.write_bytes(compiled.asm["cubin"])
+        listing = subprocess.run([_TOOLS / "nvdisasm", "-c", binary], capture_output=True, text=True, check=True).stdout
+    return re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_.]+)", listing, re.MULTILINE)
+
+
+def count(codes: list[str], *prefixes: str) -> int:
+    """How many instructions begin with one of the prefixes."""
+    return sum(code.startswith(prefixes) for code in codes)

@@ -1,0 +1,105 @@
+"""The GEMV of every type against decoded weights: interpreted here, compiled for sm_90, run where there is a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from dynquant.codecs import decode
+from dynquant.kernels import gemv, mma, smallm
+from dynquant.kernels.formats import PLANES
+from dynquant.kernels.repack import pack_planes
+from tests.helpers.gemv_checks import activations, finite_blocks
+
+LIMIT = {"bf16": 4e-3, "int8": 1.2e-2}
+CHECKS = Path(__file__).parent / "helpers" / "gemv_checks.py"
+
+
+def check_results(mode: str, cases: list[dict]) -> list[dict]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    if mode == "interpret":
+        environment["TRITON_INTERPRET"] = "1"
+    command = [sys.executable, str(CHECKS), mode, json.dumps(cases)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def case(name: str, m: int, k: int, act: str, **config: int) -> dict:
+    tiling = {"bn": 8, "warps": 1, "rows": min(m, 4), **config}
+    return {"type": name, "m": m, "n": 5, "k": k, "act": act, "hot": k - 7 * m, "config": tiling}
+
+
+EVERY_TYPE = [case(name, 2, 256 if i % 4 else 512, "bf16") for i, name in enumerate(sorted(PLANES)) if name != "TQ1_0"]
+OTHER_FORMS = [
+    case("TQ1_0", 1, 256, "bf16"),
+    case("Q4_K", 4, 256, "int8"),
+    case("IQ2_XS", 2, 512, "int8", bn=2, split=2),
+    case("Q8_0", 5, 256, "bf16", rows=3),
+    case("Q4_0", 16, 256, "int8", rows=8),
+]
+TENSOR_CORES = [
+    {**case(name, 5 if i % 2 else 16, 512, act), "kernel": "mma", "n": 37, "config": {"bn": 32, "warps": 2, "split": 2}}
+    for i, name in enumerate(mma.TYPES)
+    for act in ("bf16", "int8")
+]
+
+
+@pytest.mark.parametrize(
+    "cases", [EVERY_TYPE[::2], EVERY_TYPE[1::2], OTHER_FORMS, TENSOR_CORES], ids=["even", "odd", "forms", "mma"]
+)
+def test_interpreted_products_are_those_of_decoded_weights(cases):
+    for asked, found in zip(cases, check_results("interpret", cases), strict=True):
+        assert found["error"] <= {"bf16": 1e-3, "int8": 2.5e-2}[asked["act"]], (asked, found)
+        assert found["wrong"] == 0 or asked["act"] == "int8", (asked, found)
+
+
+BUDGETS = [("TQ2_0", "int8", 1.15), ("Q4_K", "int8", 1.6), ("Q4_K", "bf16", 2.05), ("IQ1_S", "int8", 2.6),
+           ("IQ2_XXS", "int8", 3.8)]  # fmt: skip
+
+
+def test_sm_90_code_has_no_spills_and_stays_within_its_budget():
+    cases = [{"type": name, "act": act, "config": {"bn": 4, "warps": 1}} for name, act, _ in BUDGETS]
+    for (name, act, budget), found in zip(BUDGETS, check_results("compile", cases), strict=True):
+        assert found["spills"] == 0 and found["shared"] == 0, (name, act, found)
+        assert 0.3 < found["per_weight"] <= budget, (name, act, found)
+
+
+def test_what_kernels_cannot_multiply_is_refused():
+    x = torch.zeros(1, 512, dtype=torch.bfloat16)
+    assert gemv.supports("Q4_K", x) and not smallm.supports("Q4_K", x)
+    assert not gemv.supports("BF16", x)
+    assert not gemv.supports("Q8_0", x[:, :288]) and not gemv.supports("Q8_0", x.float())
+    assert not gemv.supports("Q4_K", x.expand(5, 512)) and smallm.supports("Q4_K", x.expand(5, 512))
+    weight = torch.zeros(3, 288, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"1-4"):
+        gemv.linear(x.expand(5, 512), weight, "Q4_K")
+    with pytest.raises(ValueError, match="`act`"):
+        gemv.linear(x, weight, "Q4_K", act="fp8")
+    with pytest.raises(ValueError, match="uint8"):
+        gemv.linear(x, weight[:, :144], "Q4_K")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", sorted(PLANES))
+@pytest.mark.parametrize("m", [1, 3, 4, 5, 16, 33])
+def test_products_on_a_gpu(name, m):
+    blocks = finite_blocks(name, 1003, 1024)
+    x = torch.cat((activations(m, 1024, 77), torch.randn(m, 1024).to(torch.bfloat16)))[-m:].cuda()
+    weights = decode(name, blocks.cuda())
+    planar = pack_planes(name, blocks.cuda())
+    product = gemv if m <= 4 else smallm
+    reference = x.double() @ weights.double().T
+    for act, limit in LIMIT.items():
+        y = product.linear(x, planar, name, act)
+        assert torch.equal(y, product.linear(x, planar, name, act))
+        assert (y.double() - reference).norm() / reference.norm() <= 1.5 * limit
+    one_hot = activations(m, 1024, 77).cuda()
+    assert torch.equal(product.linear(one_hot, planar, name)[0], weights[:, 77].to(torch.bfloat16))

@@ -1,0 +1,221 @@
+"""Triton kernels: interpreted on the CPU, compiled for an H100 without one, and measured against float64 on a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dynquant.codecs import decode
+from dynquant.kernels import ops
+from dynquant.kernels.formats import PLANES
+from dynquant.kernels.repack import pack_planes
+from tests.helpers.packed_weights import experts_truth, normal, packed_weights, relative_error
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+ROOT = Path(__file__).resolve().parent.parent
+TYPES = sorted(PLANES)
+FAMILIES = ("Q4_K", "Q6_K", "NVFP4", "IQ2_S", "IQ3_S", "TQ1_0")
+"""Types whose kernels are compiled in every run; the others are slow tests."""
+COMPILED = [pytest.param(name, marks=() if name in FAMILIES else pytest.mark.slow) for name in TYPES]
+BF16_ERROR = 4e-3
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.helpers.interpreted_kernels"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_interpreted_weights_are_bit_equal(name, interpreted):
+    assert interpreted["whole"][name]
+    assert all(interpreted["parts"].get(name, {}).values()), interpreted["parts"][name]
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_interpreted_products_equal_float64(name, interpreted):
+    found = interpreted["single_pairs"][name]
+    assert found["pairs"] < 1e-6 and found["sentinels"] == 0
+    for what, error in interpreted["products"].get(name, {}).items():
+        assert error < 1e-6, what
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_dequantize_compiles_for_an_h100_without_spills(name):
+    from dynquant.kernels.dequantize import dequantize_kernel
+    from tests.helpers.sm90 import count, opcodes
+
+    types = {"planes_ptr": "*u8", "table_ptr": "*i32", "out_ptr": "*bf16"}
+    sizes = ("num_blocks", "tensor_rows", "tensor_groups", "num_rows", "num_groups", "first_row", "first_group")
+    constants = {"ids_ptr": None, "TYPE": name, "ROWS": 16}
+    types |= dict.fromkeys(sizes, "i32")
+    codes = opcodes(
+        dequantize_kernel, types, constants, {"tensor_groups", "num_groups"}, num_warps=4, enable_fp_fusion=False
+    )
+    assert not count(codes, "LDL", "STL")
+    assert count(codes, "STG.E.128") == 4 and not count(codes, "STS"), "stores are not 16 bytes wide"
+    # 26 is what an H100 can issue for a weight while it writes two bytes; a program decodes 32 weights a thread.
+    assert len(codes) / 32 <= 24
+
+
+@pytest.mark.parametrize("kernel", ["_tile_linear_kernel", "_tile_input_grad_kernel"])
+@pytest.mark.parametrize("name", ["Q4_K", pytest.param("IQ2_XS", marks=pytest.mark.slow)])
+def test_expert_tiles_compile_for_an_h100_without_spills(kernel, name):
+    from dynquant.kernels import grouped
+    from tests.helpers.sm90 import count, opcodes
+
+    function = getattr(grouped, kernel)
+    pointers = {"planes_ptr": "*u8", "table_ptr": "*i32", "tiles_ptr": "*i32", "order_ptr": "*i64"}
+    constants = {"TYPE": name, "BM": 64, "BN": 64, "G": 2}
+    others = {arg: "*bf16" if arg.endswith("_ptr") else "i32" for arg in function.arg_names if arg not in constants}
+    codes = opcodes(function, others | pointers, constants, {"N", "K_groups"}, num_warps=4, num_stages=3)
+    assert not count(codes, "LDL", "STL")
+    assert count(codes, "HGMMA") and count(codes, "LDGSTS")
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return torch.device("cuda")
+
+
+def planar(name: str, *shape: int) -> torch.Tensor:
+    return pack_planes(name, packed_weights(name, *shape)).cuda()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", TYPES)
+def test_cuda_weights_are_bit_equal(name, cuda):
+    weight = packed_weights(name, 3, 67, 1280)
+    dense, packed = decode(name, weight), pack_planes(name, weight).cuda()
+    found = ops.dequantize(packed, name, layout="planes").cpu()
+    assert torch.equal(found.view(torch.int32), dense.view(torch.int32))
+    for dtype in (torch.bfloat16, torch.float16):
+        assert torch.equal(ops.dequantize(packed, name, dtype=dtype, layout="planes").cpu(), dense.to(dtype))
+    table = pack_planes(name, weight[0]).cuda()
+    ids = torch.tensor([[66, 0], [5, 5]], device=cuda)
+    rows = ops.embedding(ids, table, name, dtype=torch.float32, layout="planes").cpu()
+    assert torch.equal(rows, dense[0][ids.cpu()])
+    assert ops.embedding(ids + 66, table, name, dtype=torch.float32, layout="planes")[0, 0].isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["MXFP4", "NVFP4"])
+def test_cuda_subnormal_scales_are_kept(name, cuda):
+    weight = packed_weights(name, 256, 64)
+    columns = 1 if name == "MXFP4" else 4
+    weight[:, :columns] = torch.arange(256, dtype=torch.uint8)[:, None]
+    found = ops.dequantize(pack_planes(name, weight).cuda(), name, layout="planes").cpu()
+    assert torch.equal(found.nan_to_num(7.0), decode(name, weight).nan_to_num(7.0))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", TYPES)
+def test_cuda_products_equal_float64(name, cuda):
+    weight = packed_weights(name, 130, 768)
+    dense, packed = decode(name, weight).double(), pack_planes(name, weight).cuda()
+    for rows in (1, 2, 5, 17, 65, 257):
+        for dtype, bound in ((torch.bfloat16, BF16_ERROR), (torch.float16, BF16_ERROR), (torch.float32, 1e-5)):
+            x, dy = normal(rows, 768, dtype=dtype), normal(rows, 130, dtype=dtype)
+            y = ops.linear(x.cuda(), packed, name, layout="planes")
+            dx = ops.input_grad(dy.cuda(), packed, name, layout="planes")
+            assert y.dtype == dtype and relative_error(y.cpu(), x.double() @ dense.T) <= bound, (rows, dtype)
+            assert dx.dtype == dtype and relative_error(dx.cpu(), dy.double() @ dense) <= bound, (rows, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("tokens", [1, 3, 40, 700])
+def test_cuda_experts_equal_float64(name, tokens, cuda):
+    weight = packed_weights(name, 5, 72, 512)
+    packed = pack_planes(name, weight).cuda()
+    ids = torch.randint(-1, 7, (tokens, 2), generator=torch.Generator().manual_seed(2))
+    ids[ids == 2] = 3  # nobody chooses expert 2
+    for chosen in (ids, torch.full_like(ids, 4)):
+        for dtype, bound in ((torch.bfloat16, BF16_ERROR), (torch.float32, 1e-5)):
+            x, dy = normal(tokens, 512, dtype=dtype), normal(tokens, 2, 72, dtype=dtype)
+            y = ops.experts_linear(x.cuda(), packed, chosen.cuda(), name, layout="planes").cpu()
+            dx = ops.experts_input_grad(dy.cuda(), packed, chosen.cuda(), name, layout="planes").cpu()
+            assert relative_error(y, experts_truth(x, weight, chosen, name)) <= bound
+            assert relative_error(dx, experts_truth(dy, weight, chosen, name, transposed=True)) <= bound
+            absent = (chosen < 0) | (chosen >= 5)
+            assert not y[absent].any() and not dx[absent].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["Q4_K", "IQ2_XXS", "Q8_0"])
+def test_cuda_gradients(name, cuda):
+    packed, experts = planar(name, 96, 512), planar(name, 4, 96, 512)
+    x = normal(70, 512, dtype=torch.bfloat16).cuda().requires_grad_()
+    ids = torch.randint(0, 5, (70, 2), generator=torch.Generator().manual_seed(2)).cuda()
+    y = ops.linear(x, packed, name, layout="planes")
+    routed = ops.experts_linear(x, experts, ids, name, layout="planes")
+    (x_grad,) = torch.autograd.grad((y.float().square().sum() + routed.float().square().sum()) / 2, x)
+    dense = decode(name, packed_weights(name, 96, 512)).double().cuda()
+    dense_experts = decode(name, packed_weights(name, 4, 96, 512)).double().cuda()
+    stacked = torch.cat((dense_experts, torch.zeros_like(dense_experts[:1])))[ids]  # [70, 2, 96, 512]
+    expected = y.double() @ dense + torch.einsum("tsn,tsnk->tk", routed.double(), stacked)
+    assert relative_error(x_grad, expected) <= 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["Q4_K", "IQ3_S", "Q5_1"])
+@pytest.mark.parametrize("tokens", [1, 8, 100])
+def test_cuda_graphs_repeat_the_same_bits(name, tokens, cuda):
+    packed, experts = planar(name, 96, 512), planar(name, 4, 96, 512)
+    x = normal(tokens, 512, dtype=torch.bfloat16).cuda()
+    ids = torch.randint(0, 5, (tokens, 2), device=cuda)
+
+    def step():
+        y = ops.linear(x, packed, name, layout="planes")
+        routed = ops.experts_linear(x, experts, ids, name, layout="planes")
+        back = ops.input_grad(y, packed, name, layout="planes")
+        return y, routed, back, ops.experts_input_grad(routed, experts, ids, name, layout="planes")
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    x.copy_(normal(tokens, 512, seed=9).cuda())
+    ids.copy_(torch.randint(0, 5, (tokens, 2), device=cuda))
+    expected = step()
+    for result in captured:
+        result.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+@pytest.mark.gpu
+def test_cuda_blocks_run_by_the_reference_with_a_warning(cuda):
+    from dynquant.kernels import dispatch
+
+    dispatch._warn_once.cache_clear()
+    weight = packed_weights("Q4_K", 9, 256)
+    x = normal(2, 256)
+    with pytest.warns(UserWarning, match="pack_planes"):
+        y = ops.linear(x.cuda(), weight.cuda(), "Q4_K")
+    assert relative_error(y.cpu(), x.double() @ decode("Q4_K", weight).double().T) < 1e-5
+
+
+@pytest.mark.gpu
+def test_cuda_traced_whole(cuda):
+    packed = planar("Q4_K", 96, 512)
+    x = normal(7, 512, dtype=torch.bfloat16).cuda()
+
+    def model(x):
+        return ops.linear(torch.nn.functional.silu(x), packed, "Q4_K", layout="planes") * 2
+
+    torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), rtol=2e-2, atol=2e-2)
