@@ -185,6 +185,22 @@ def plan(
     config_only: Annotated[
         Path | None, typer.Option(help="Directory with config.json: sizes a preset or recipe.")
     ] = None,
+    serves: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            help="vllm: choose among the schemes that vLLM serves from compressed-tensors (--types w4a16,w8a16,fp8,"
+            "nvfp4a16,mxfp4a16,bf16), for export -f compressed-tensors.",
+            show_default=False,
+        ),
+    ] = None,
+    mixed_experts: Annotated[
+        bool,
+        typer.Option(
+            help="With --for vllm: routed experts of each layer have a scheme of their own, NVFP4 and BF16 among them; "
+            "vLLM loads that, transformers does not."
+        ),
+    ] = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Decide a quant type for every tensor, and show why.
@@ -195,10 +211,30 @@ def plan(
     Example: dynquant plan ./model --calibration text.jsonl --bpw 2.0 -o plan/
 
     Example: dynquant plan ./model --like published-IQ1_S.gguf -o plan/
+
+    Example: dynquant plan ./model --for vllm --bpw 5 -o plan/
     """
     from dynquant import workflow
     from dynquant.plan_search import SearchOptions
 
+    if serves is not None:
+        given = {
+            "--fits": fits, "--couple": couple, "--like": like, "--recipe": recipe, "--select": select or None,
+            "--frontier": frontier, "--sensitivity": sensitivity, "--config-only": config_only,
+            "--base-gguf": base_gguf,
+        }  # fmt: skip
+        _check_serves(serves, model, [option for option, value in given.items() if value is not None])
+        options = workflow.CalibrationOptions(
+            text=calibration, tokens=tokens, window=window, seed=seed,
+            hessians=_hessians(hessians), hessian_memory=hessian_memory, device=device,
+        )  # fmt: skip
+        _plan_for_vllm(
+            str(model), output, options, stats, as_json,
+            preset=preset, bpw=bpw, size=size, schemes=_split(types), mixed_experts=mixed_experts,
+        )  # fmt: skip
+        return
+    if mixed_experts:
+        raise PlanError("--mixed-experts goes with --for vllm; GGUF plans choose for each layer anyway.")
     target = workflow.Target(
         preset=preset, bpw=bpw, size=size, fits=fits, context=context, kv_type=kv_type, like=like, patterns=recipe,
         types=_split(types), floors=floors, couple=_split(couple) or (),
@@ -233,10 +269,10 @@ def plan(
 @app.command()
 def export(
     model: ModelArg,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The .gguf file, or the directory of safetensors.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The .gguf file, or the directory of the others.")],
     plan: Annotated[Path | None, typer.Option(help="plan.json of `dynquant plan`.")] = None,
     preset: PresetOpt = None,
-    format: Annotated[str, typer.Option("-f", "--format", help="gguf or safetensors.")] = "gguf",
+    format: Annotated[str, typer.Option("-f", "--format", help="gguf, safetensors or compressed-tensors.")] = "gguf",
     stats: Annotated[Path | None, typer.Option(help="stats.safetensors. Default: the one beside the plan.")] = None,
     calibration: TextOpt = None,
     tokens: TokensOpt = 131072,
@@ -258,6 +294,8 @@ def export(
     """Write the model in the types of a plan or preset.
 
     Example: dynquant export ./model --plan plan/plan.json -o model.gguf
+
+    Example: dynquant export ./model --plan plan/plan.json -f compressed-tensors -o out/
     """
     from dynquant.export_workflow import export as run
     from dynquant.workflow import CalibrationOptions
@@ -491,6 +529,32 @@ def demo(
 def version() -> None:
     """Print the version."""
     print(__version__)
+
+
+def _check_serves(serves: str, model: str | None, given: list[str]) -> None:
+    if serves.lower() != "vllm":
+        raise PlanError(f"--for {serves} is not known; give vllm, or leave it out for GGUF types.")
+    if model is None:
+        raise PlanError("Give a MODEL to plan with --for vllm.")
+    if given:
+        raise PlanError(
+            f"{' and '.join(given)} is for plans of GGUF types; --for vllm goes with --bpw, --size, --preset, --types "
+            "and options of calibration."
+        )
+
+
+def _plan_for_vllm(
+    model: str, output: Path, options: object, stats: Path | None, as_json: bool, **target: object
+) -> None:
+    from dynquant import serving_workflow
+
+    made = serving_workflow.plan_for_vllm(
+        model, serving_workflow.ServingTarget(**target), options, output, stats_path=stats
+    )
+    if as_json:
+        print(made.model_dump_json(indent=1))
+    else:
+        serving_workflow.print_serving_plan(made, output)
 
 
 def _default_methods(is_measured: bool) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ from dynquant.presets import preset_types
 from dynquant.quant_types import quant_type
 from dynquant.quantize import encoder_version, load_encoder
 from dynquant.second_moments import SecondMoments, load_beside, path_beside
+from dynquant.serving_workflow import export_for_vllm
 from dynquant.statistics import CalibrationStats
 from dynquant.tuning import TuneOptions, too_large_to_tune, tune
 from dynquant.workflow import (
@@ -39,7 +40,7 @@ from dynquant.workflow import (
     run_calibration,
 )
 
-FORMATS = ("gguf", "safetensors")
+FORMATS = ("gguf", "safetensors", "compressed-tensors")
 
 
 def export(
@@ -63,6 +64,13 @@ def export(
 
     `tune_tokens` is the length of the closing pass, 0 for none; None lets the encoder and the memory decide.
     """
+    if format == "compressed-tensors":
+        if base_gguf is not None or tune_tokens:
+            raise ExportError(f"{'--tune' if tune_tokens else '--base-gguf'} is for GGUF files; leave it out.")
+        return export_for_vllm(
+            path, output, plan_path=plan_path, preset=preset, stats_path=stats_path, calibration=calibration,
+            device=device, split_max_size=split_max_size, resume=resume,
+        )  # fmt: skip
     if format not in FORMATS:
         raise ExportError(f"There is no export format `{format}`; use one of {', '.join(FORMATS)}.")
     if (plan_path is None) == (preset is None):

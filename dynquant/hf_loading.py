@@ -42,6 +42,21 @@ def load_tokenizer(model: Model) -> "PreTrainedTokenizerBase":
     return _load(AutoTokenizer, model)
 
 
+def unpack_compressed(model: "PreTrainedModel", dtype: torch.dtype) -> "PreTrainedModel":
+    """Unpack a compressed-tensors model now instead of at its first forward pass, and bring all of it to one type.
+
+    The library gives FP4 weights as bfloat16 whatever the type of the model. Other models are returned as they are.
+    """
+    compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
+    if compressor is None or not hasattr(compressor, "decompress_model"):
+        return model
+    compressor.decompress_model(model)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
     """transformers draws a bar of its own while it loads; ours would be torn by it."""

@@ -24,7 +24,7 @@ from dynquant.errors import CheckpointError
 from dynquant.families.hf_config import config_from_gguf
 from dynquant.gguf_model import load as load_packed
 from dynquant.gguf_source import GGUFSource
-from dynquant.hf_loading import without_progress_bars
+from dynquant.hf_loading import unpack_compressed, without_progress_bars
 from dynquant.layers import choose_layout
 from dynquant.llama_runner import LlamaCppRunner, llama_encode, llama_metadata, llama_vocabulary
 
@@ -215,7 +215,8 @@ def _load_float32(path: Path) -> Any:
         if is_gguf(path):
             return load_packed(path, dtype=torch.float32)
         with without_progress_bars():
-            return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+            loaded = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+            return unpack_compressed(loaded, torch.float32)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{path.name}: transformers cannot load the model: {error}") from error
 

@@ -123,7 +123,13 @@ class Plan(BaseModel):
             PlanError: missing, not JSON, unknown fields or types, or a tensor named twice.
         """
         try:
-            plan = cls.model_validate_json(path.read_text())
+            text = path.read_text()
+            if '"serves"' in text[:200]:
+                raise PlanError(
+                    f"{path} is a plan for vLLM (`plan --for vllm`); export it with -f compressed-tensors, or make one "
+                    "of GGUF types with `dynquant plan`."
+                )
+            plan = cls.model_validate_json(text)
         except OSError as error:
             raise PlanError(f"The plan {path} cannot be read: {error.strerror}.") from error
         except (ValidationError, UnicodeDecodeError) as error:

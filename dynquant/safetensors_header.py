@@ -14,7 +14,9 @@ from typing import Any
 
 from dynquant.errors import CheckpointError, ExportError
 
-DTYPE_BYTES = {"U8": 1, "I8": 1, "BOOL": 1, "F16": 2, "BF16": 2, "I16": 2, "F32": 4, "I32": 4, "F64": 8, "I64": 8}
+DTYPE_BYTES = {
+    "U8": 1, "I8": 1, "BOOL": 1, "F8_E4M3": 1, "F16": 2, "BF16": 2, "I16": 2, "F32": 4, "I32": 4, "F64": 8, "I64": 8,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

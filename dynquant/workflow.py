@@ -213,7 +213,7 @@ def plan(
     fixed_types = _fixed_types(target, model)
     memory = target.memory(model)
     types = _candidates(target, fixed_types)
-    stats, stats_hash = _stats_of(model, options, directory, stats_path)
+    stats, stats_hash = statistics_of(model, options, directory, stats_path)
     searches = search is not None and search.runs_model and fixed_types is None
     store = encoded_store(model, stats, stats_hash, directory, encoder, threads) if searches else None
     table = _table_of(model, stats, stats_hash, types, directory, encoder, threads, store)
@@ -318,7 +318,7 @@ def _candidates(target: Target, preset: dict[str, tuple[str, str]] | None) -> tu
     return tuple(dict.fromkeys((*wanted, *of_preset)))
 
 
-def _stats_of(
+def statistics_of(
     model: Model, options: CalibrationOptions, directory: Path, stats_path: Path | None
 ) -> tuple[CalibrationStats, str]:
     """Given statistics, those already in the directory when they fit, or a new calibration."""

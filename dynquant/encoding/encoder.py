@@ -78,7 +78,7 @@ class DynquantEncoder:
                 packed[expert, row] = self._encode(layout, stacked[expert, row], loss, name)
         return packed.reshape(*weights.shape[:-1], packed.shape[-1])
 
-    def _encode(self, layout: BlockLayout, weights: Tensor, loss: "_Loss", name: str) -> Tensor:
+    def _encode(self, layout: BlockLayout, weights: Tensor, loss: "Loss", name: str) -> Tensor:
         """Block bytes [E, R, row_bytes] on the CPU; rows that do not fit in the GPU's memory are halved."""
         try:
             x = weights.to(self.device, torch.float32)
@@ -101,20 +101,10 @@ class DynquantEncoder:
         hessian: Tensor | None,
         *,
         protected_column: int | None = None,
-    ) -> "_Loss":
-        num_experts, columns = weights.shape[0], weights.shape[-1]
-        if hessian is not None:
-            h = (hessian[experts] if len(hessian) > 1 else hessian).to(self.device, torch.float32)
-            h = (h / h.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]).expand(num_experts, columns, columns)
-            if protected_column is not None:
-                h = h.clone()
-                h[:, protected_column, protected_column] += _PROTECTED
-            return _Loss(h.diagonal(dim1=-2, dim2=-1).contiguous(), h, upper_factor(h))
-        metric = torch.ones(num_experts, columns) if importance is None else importance[experts].clone()
-        metric = (metric / metric.mean(-1, keepdim=True)).to(self.device)
-        if protected_column is not None:
-            metric[:, protected_column] += _PROTECTED
-        return _Loss(metric)
+    ) -> "Loss":
+        part = None if importance is None else importance[experts]
+        full = None if hessian is None else (hessian[experts] if len(hessian) > 1 else hessian)
+        return loss_under(weights.shape, part, full, self.device, protected_column=protected_column)
 
     def _expert_batches(self, stacked: Tensor, hessian: Tensor | None) -> Iterator[slice]:
         is_cpu = self.device.type == "cpu"
@@ -129,7 +119,7 @@ class DynquantEncoder:
         return max(1, limit // (batch.shape[0] * batch.shape[-1]))
 
 
-class _Loss:
+class Loss:
     """What the rows of a batch of experts should keep small, and how it is brought down."""
 
     def __init__(self, metric: Tensor, hessian: Tensor | None = None, factor: Tensor | None = None) -> None:
@@ -147,6 +137,30 @@ class _Loss:
         fields, values = descend_scales(rows, fields, values, self._hessian)
         fields = refit(rows, fields, values, self._hessian)
         return fields, descend(rows, fields, values, self._hessian)
+
+
+def loss_under(
+    shape: tuple[int, ...],
+    importance: Tensor | None,
+    hessian: Tensor | None,
+    device: torch.device,
+    *,
+    protected_column: int | None = None,
+) -> Loss:
+    """The loss of weights of `shape` [E, R, C] under hessians [E or 1, C, C], else importance [E, C], else plain."""
+    num_experts, columns = shape[0], shape[-1]
+    if hessian is not None:
+        h = hessian.to(device, torch.float32)
+        h = (h / h.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]).expand(num_experts, columns, columns)
+        if protected_column is not None:
+            h = h.clone()
+            h[:, protected_column, protected_column] += _PROTECTED
+        return Loss(h.diagonal(dim1=-2, dim2=-1).contiguous(), h, upper_factor(h))
+    metric = torch.ones(num_experts, columns) if importance is None else importance.clone()
+    metric = (metric / metric.mean(-1, keepdim=True)).to(device)
+    if protected_column is not None:
+        metric[:, protected_column] += _PROTECTED
+    return Loss(metric)
 
 
 def _check_weights(layout: BlockLayout, x: Tensor, name: str) -> None:

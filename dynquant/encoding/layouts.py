@@ -146,15 +146,15 @@ def _iq4_xs() -> BlockLayout:
     return BlockLayout("IQ4_XS", Values("IQ4_NL"), 32, _range(-32, 32), pack)
 
 
-_MXFP4_FIRST = 2
+MXFP4_FIRST = 2
 """The first E8M0 byte whose halved value is a normal float32."""
 
 
 def _mxfp4() -> BlockLayout:
     def pack(f: Fields, values: Tensor) -> Tensor:
-        return packers.pack_mxfp4(f.scales.squeeze(1) + _MXFP4_FIRST, _table_indices("MXFP4", values))
+        return packers.pack_mxfp4(f.scales.squeeze(1) + MXFP4_FIRST, _table_indices("MXFP4", values))
 
-    powers = tuple(2.0 ** (e - 128) for e in range(_MXFP4_FIRST, 255))  # the stored values are doubled
+    powers = tuple(2.0 ** (e - 128) for e in range(MXFP4_FIRST, 255))  # the stored values are doubled
     return BlockLayout("MXFP4", Values("MXFP4"), 32, powers, pack, has_power_of_two_scale=True, fractions=(0.6, 1.1))
 
 

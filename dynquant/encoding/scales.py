@@ -239,6 +239,8 @@ def round_scales(rows: Rows, free: Tensor, curvature: Tensor) -> tuple[Tensor, T
 def _neighbours(rows: Rows, metric: Tensor, fields: Fields, values: Tensor) -> tuple[Fields, Tensor]:
     """Try the scale code below and above (and minimums likewise) in every sub-block, with a full search each."""
     layout = rows.layout
+    if len(layout.multipliers) == 1:
+        return fields, values
     error = _sum(_error(rows, metric, fields, values), layout.sub_block)
     best = fields
     for step, min_step in _steps(layout.num_mins > 0):

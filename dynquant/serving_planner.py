@@ -1,0 +1,192 @@
+"""Chooses a scheme for every unit within a byte budget, by what each scheme is measured to lose.
+
+The error table has the form of the GGUF planner's (errors.json): one row for a linear layer in a scheme, encoded under
+the importance of its inputs. Rows of a matrix are rounded alike, so a sample of them is measured. A cost is sensitivity
+times relative weighted error, the predicted KL; a unit's cost in a scheme is the sum over its layers. `allocate` spends
+the budget.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from dynquant.allocate import Option, allocate, largest_total, smallest_total, total_cost
+from dynquant.analysis.error_table import ErrorRow, ErrorTable
+from dynquant.architecture import layer_of
+from dynquant.encoding.served import encode_served, nvfp4_global_scale
+from dynquant.errors import PlanError
+from dynquant.exporters.compressed_layout import bytes_at_most, file_bytes, tensors_of_layer
+from dynquant.importance import importance
+from dynquant.model import Model
+from dynquant.quantize import Progress
+from dynquant.serving_building import units_of
+from dynquant.serving_layers import LinearLayer, ServedCheckpoint
+from dynquant.serving_schemes import SCHEMES, Scheme
+from dynquant.statistics import CalibrationStats
+
+HEADROOM = 1.05
+"""Size of the default plan over the smallest checkpoint."""
+ENCODER = "dynquant, diagonal"
+_WEIGHTS_IN_MEMORY = 1 << 23
+_SAMPLED_ROWS = 64
+"""Rows of each matrix that are measured, evenly spaced."""
+
+
+def candidates_of(linears: Sequence[LinearLayer], schemes: Iterable[str], *, mixed_experts: bool) -> dict[Scheme, int]:
+    """The schemes among `schemes` that a unit may have, with their group sizes; BF16 when there is none.
+
+    Unless `mixed_experts`, routed experts have only schemes that transformers merges, and are quantized.
+    """
+    found = {}
+    for scheme in (SCHEMES[name] for name in schemes):
+        if linears[0].is_expert:
+            merges = scheme.merges_experts and scheme.is_quantized
+            if not scheme.holds_experts or not (merges or mixed_experts):
+                continue
+        group = scheme.group_size(linear.shape[-1] for linear in linears)
+        if group is not None:
+            found[scheme] = group
+    return found or {SCHEMES["BF16"]: 0}
+
+
+def measure_schemes(
+    model: Model,
+    checkpoint: ServedCheckpoint,
+    stats: CalibrationStats,
+    *,
+    stats_hash: str,
+    device: torch.device | None = None,
+    progress: Progress | None = None,
+) -> ErrorTable:
+    """What every scheme that a linear layer may have does to it.
+
+    Raises:
+        StatsError: the statistics belong to another checkpoint.
+        EncodeError: NaN or Inf weights; the layer is named.
+    """
+    stats.check_belongs_to(model.fingerprint, model.name)
+    work = [
+        (linear, candidates_of(linears, SCHEMES, mixed_experts=True))
+        for linears in units_of(checkpoint, mixed_experts=True).values()
+        for linear in linears
+    ]
+    total = sum(_num_weights(linear) * len(found) for linear, found in work)
+    rows: list[ErrorRow] = []
+    done = 0
+    for linear, found in work:
+        for scheme, group in found.items():
+            rows.append(_row(linear, scheme, group, stats, device))
+            done += _num_weights(linear)
+            if progress:
+                progress("measuring errors", done, total)
+    return ErrorTable(
+        model=model.name,
+        fingerprint=model.fingerprint,
+        stats_hash=stats_hash,
+        encoder=ENCODER,
+        types=tuple(SCHEMES),
+        rows=tuple(rows),
+    )
+
+
+def choose_schemes(
+    table: ErrorTable, checkpoint: ServedCheckpoint, schemes: Sequence[str], budget: int | None, *, mixed_experts: bool
+) -> tuple[dict[str, tuple[str, str]], float]:
+    """Unit -> scheme and reason for files of at most `budget` bytes, and the summed cost.
+
+    Without a budget, the smallest checkpoint gets HEADROOM more.
+
+    Raises:
+        PlanError: the budget is below the smallest possible size; the range is named.
+    """
+    units = units_of(checkpoint, mixed_experts=mixed_experts)
+    options = {
+        unit: _options(table, linears, candidates_of(linears, schemes, mixed_experts=mixed_experts))
+        for unit, linears in units.items()
+    }
+    # An empty file has a header too; its padding is the 8 bytes.
+    fixed = bytes_at_most(checkpoint.others) + file_bytes([]) + 8
+    smallest, largest = fixed + smallest_total(options), fixed + largest_total(options)
+    limit = min(int(smallest * HEADROOM), largest) if budget is None else budget
+    if not smallest <= limit:
+        raise PlanError(_out_of_range(limit, smallest, largest, schemes))
+    chosen = allocate(options, limit - fixed)
+    wanted = {unit: (option.type, _reason(table, units[unit], option.type)) for unit, option in chosen.items()}
+    return wanted, total_cost(chosen)
+
+
+def _options(table: ErrorTable, linears: Sequence[LinearLayer], found: Mapping[Scheme, int]) -> list[Option]:
+    options = []
+    for scheme, group in found.items():
+        rows = [table.row(linear.name, scheme.name) for linear in linears]
+        size = sum(bytes_at_most(tensors_of_layer(linear, scheme, group)) for linear in linears)
+        options.append(Option(size, sum(table.cost(row) for row in rows if row is not None), scheme.name))
+    return options
+
+
+def _row(
+    linear: LinearLayer, scheme: Scheme, group: int, stats: CalibrationStats, device: torch.device | None
+) -> ErrorRow:
+    rows, columns = linear.shape[-2:]
+    sampled = slice(0, None, max(1, rows // _SAMPLED_ROWS))
+    metric = importance(stats, linear.name, linear.shape)
+    squared, weighted = [], []  # of each expert: error, energy
+    step = max(1, _WEIGHTS_IN_MEMORY // (rows * columns))
+    for start in range(0, linear.num_experts, step):
+        experts = range(start, min(start + step, linear.num_experts))
+        weights = torch.stack([linear.load(expert)[sampled] for expert in experts])
+        part = None if metric is None else metric[start : experts.stop]
+        scale = nvfp4_global_scale(float(weights.abs().max())) if scheme.strategy == "tensor_group" else None
+        encoded = encode_served(
+            scheme, group, weights, importance=part, global_scale=scale, device=device, name=linear.modules[start]
+        )
+        difference = weights - torch.stack([one.decoded() for one in encoded])
+        ones = torch.ones(len(weights), columns)
+        squared.append(torch.stack([_energy(difference, ones), _energy(weights, ones)], -1))
+        weighting = ones if part is None else part
+        weighted.append(torch.stack([_energy(difference, weighting), _energy(weights, weighting)], -1))
+    error, energy = torch.cat(squared).sum(0)
+    lost, kept = (torch.cat(weighted) * _shares(linear, stats)).sum(0)
+    return ErrorRow(
+        name=linear.name,
+        role=linear.role,
+        layer=layer_of(linear.name),
+        type=scheme.name,
+        bytes=sum(tensor.num_bytes for tensor in tensors_of_layer(linear, scheme, group)),
+        relative_rms=float((error / energy.clamp_min(1e-300)).sqrt()),
+        weighted_error=float(lost / kept.clamp_min(1e-300)),
+        weighted_energy=float(kept),
+    )
+
+
+def _energy(matrices: torch.Tensor, weighting: torch.Tensor) -> torch.Tensor:
+    """Weighted sum of squares of each matrix in [E, R, C], float64 [E]; weighting [E, C]."""
+    return (matrices.square().sum(dim=1, dtype=torch.float64) * weighting.double()).sum(-1)
+
+
+def _shares(linear: LinearLayer, stats: CalibrationStats) -> torch.Tensor:
+    """The share of tokens that each expert received, float64 [E, 1]."""
+    found = stats.input_of(linear.name)
+    if found is None or len(found.counts) != linear.num_experts or not int(found.counts.sum()):
+        return torch.full((linear.num_experts, 1), 1 / linear.num_experts, dtype=torch.float64)
+    return (found.counts.double() / found.counts.sum()).unsqueeze(1)
+
+
+def _num_weights(linear: LinearLayer) -> int:
+    return linear.num_experts * linear.shape[-2] * linear.shape[-1]
+
+
+def _reason(table: ErrorTable, linears: Sequence[LinearLayer], scheme: str) -> str:
+    found = [row for linear in linears if (row := table.row(linear.name, scheme)) is not None]
+    cost = sum(table.cost(row) for row in found)
+    with_others = f", with {len(linears) - 1} others that share its scheme" if len(linears) > 1 else ""
+    return f"best use of the budget{with_others}; {table.cost_name} {cost:.2e}"
+
+
+def _out_of_range(budget: int, smallest: int, largest: int, schemes: Sequence[str]) -> str:
+    return (
+        f"The budget of {budget:,} bytes is below the smallest possible size. With the schemes "
+        f"{', '.join(schemes)}, and embedding, head and routers in BF16, this model takes between {smallest:,} and "
+        f"{largest:,} bytes. Ask for a size between them, or quantize embedding and head as well with GGUF types "
+        "(-f gguf)."
+    )

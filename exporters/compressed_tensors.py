@@ -1,0 +1,232 @@
+"""Writes a serving plan as a compressed-tensors checkpoint, which vLLM and transformers load.
+
+All files are written in a hidden directory beside the output and move to its name together at the end. A killed export
+goes on where it stopped (`artifacts`) and gives the same bytes.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from dynquant import __version__
+from dynquant.artifacts import Region, ResumableOutput
+from dynquant.encoding.served import ServedWeights, encode_served, nvfp4_global_scale
+from dynquant.errors import DynquantError, ExportError
+from dynquant.exporters.compressed_card import model_card, quantization_config
+from dynquant.exporters.compressed_layout import (
+    INDEX_NAME,
+    SHARD_BYTES,
+    shards_of,
+    tensors_of_checkpoint,
+)
+from dynquant.model import Model
+from dynquant.quantize import Guidance, Progress
+from dynquant.safetensors_header import ShardLayout
+from dynquant.serving_building import check_serving_plan
+from dynquant.serving_layers import LinearLayer, ServedCheckpoint
+from dynquant.serving_plan import ServingEntry, ServingPlan
+
+_COPIED_FILES = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+_TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_CPU_WEIGHTS, _GPU_WEIGHTS = 1 << 23, 1 << 27
+"""Float32 weights of a stack of experts that are encoded together, at least one expert."""
+
+
+def export_compressed_tensors(
+    model: Model,
+    plan: ServingPlan,
+    checkpoint: ServedCheckpoint,
+    output: Path,
+    *,
+    guidance: Guidance | None = None,
+    rounding: str = "rounded by their own squared error",
+    identity: Mapping[str, str] | None = None,
+    device: torch.device | None = None,
+    shard_max_bytes: int | None = None,
+    resume: bool = True,
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Write `plan` as the directory `output`, which must not exist, and return its files.
+
+    Args:
+        model: What the plan is of.
+        plan: Schemes of all linear layers.
+        checkpoint: `served_checkpoint` of the model.
+        output: The directory to make.
+        guidance: Importance and hessians of the inputs, under which rounding errors are kept small.
+        rounding: The same in words, for the model card.
+        identity: What else decides the bytes; an interrupted export goes on only under an equal one.
+        device: Where to search; default the CPU.
+        shard_max_bytes: Largest file; default 5 GB.
+        resume: False discards an interrupted export.
+        progress: Told of weights done.
+
+    Raises:
+        PlanError: the plan is not of this model.
+        EncodeError: NaN or Inf weights; partial files are removed.
+        ExportError: the output exists, there is no space, or an interrupted export of something else is in the way.
+    """
+    output = Path(output)
+    check_serving_plan(plan, checkpoint, model.fingerprint, model.name)
+    if output.exists() or output.is_symlink():
+        raise ExportError(f"{output} exists already; export to another name, or remove it first.")
+    shards = shards_of(tensors_of_checkpoint(checkpoint, plan.entries), shard_max_bytes or SHARD_BYTES)
+    documents = _documents(model, plan, checkpoint, shards, rounding)
+    staging = output.with_name(f".{output.name}.partial")
+    names = [*documents, *shards]
+    sizes = [len(content) for content in documents.values()] + [shard.total_bytes for shard in shards.values()]
+    known = {"plan": plan.hash, "dynquant version": __version__, "torch version": torch.__version__}
+    target = ResumableOutput(
+        [staging / name for name in names], sizes, _regions(names, documents, shards),
+        {**known, "files": _hash(documents, shards), **(identity or {})}, resume=resume,
+    )  # fmt: skip
+    with target:
+        try:
+            for name, content in (documents | {name: shard.header for name, shard in shards.items()}).items():
+                if name not in target.finished:
+                    target.write(name, content)
+            for name, tensor in _tensors(plan, checkpoint, guidance or Guidance(), device, target.finished, progress):
+                target.write(name, memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+        except ExportError:
+            raise
+        except DynquantError:
+            target.discard()
+            staging.rmdir()
+            raise
+        target.commit()
+    _publish(staging, output)
+    return [output / name for name in names]
+
+
+def encode_layer(
+    entry: ServingEntry,
+    linear: LinearLayer,
+    experts: range,
+    guidance: Guidance,
+    *,
+    global_scale: float | None = None,
+    device: torch.device | None = None,
+) -> list[ServedWeights]:
+    """Some experts of an entry (of a matrix: the range 0 to 1) as they are stored.
+
+    Raises:
+        EncodeError: NaN or Inf weights; the layer is named.
+    """
+    weights = torch.stack([linear.load(expert) for expert in experts])
+    importance = hessian = None
+    part = slice(experts.start, experts.stop)
+    if guidance.importance is not None:
+        importance = guidance.importance(entry.name, entry.shape)
+        importance = None if importance is None else importance[part]
+    if guidance.hessian is not None:
+        hessian = guidance.hessian(entry.name, entry.shape, part)
+    return encode_served(
+        entry.stored_as, entry.group_size, weights, importance=importance, hessian=hessian,
+        global_scale=global_scale, device=device, name=entry.modules[experts.start],
+    )  # fmt: skip
+
+
+def global_scales(plan: ServingPlan, checkpoint: ServedCheckpoint) -> dict[str, float]:
+    """Layer -> NVFP4's global scale, of the layers that have one; those that vLLM fuses have the same."""
+    wanted = {entry.name for entry in plan.entries if entry.stored_as.strategy == "tensor_group"}
+    linears = [linear for linear in checkpoint.linears if linear.name in wanted]
+    peaks: dict[str, float] = {}
+    for linear in linears:
+        peak = max(float(linear.load(expert).abs().max()) for expert in range(linear.num_experts))
+        peaks[linear.fusion] = max(peak, peaks.get(linear.fusion, 0.0))
+    return {linear.name: nvfp4_global_scale(peaks[linear.fusion]) for linear in linears}
+
+
+def _tensors(
+    plan: ServingPlan,
+    checkpoint: ServedCheckpoint,
+    guidance: Guidance,
+    device: torch.device | None,
+    finished: set[str],
+    progress: Progress | None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor that is not finished, by name."""
+    for tensor in checkpoint.others:
+        if tensor.key not in finished:
+            yield tensor.key, checkpoint.checkpoint.load(tensor.key).to(_TORCH_DTYPES[tensor.dtype])
+    linears = {linear.name: linear for linear in checkpoint.linears}
+    scales = global_scales(plan, checkpoint)
+    total = sum(len(entry.modules) * entry.shape[-2] * entry.shape[-1] for entry in plan.entries)
+    done = 0
+    for entry in plan.entries:
+        suffixes = [part.suffix for part in entry.stored_as.parts(*entry.shape[-2:], entry.group_size)]
+        for experts in _expert_batches(entry, device):
+            modules = entry.modules[experts.start : experts.stop]
+            if not {f"{module}.{suffix}" for module in modules for suffix in suffixes} <= finished:
+                encoded = encode_layer(
+                    entry, linears[entry.name], experts, guidance, global_scale=scales.get(entry.name), device=device
+                )
+                for module, one in zip(modules, encoded, strict=True):
+                    for suffix, tensor in one.stored().items():
+                        if f"{module}.{suffix}" not in finished:
+                            yield f"{module}.{suffix}", tensor
+            done += len(experts) * entry.shape[-2] * entry.shape[-1]
+            if progress is not None:
+                progress("quantize", done, total)
+
+
+def _expert_batches(entry: ServingEntry, device: torch.device | None) -> Iterator[range]:
+    limit = _CPU_WEIGHTS if device is None or device.type == "cpu" else _GPU_WEIGHTS
+    step = max(1, limit // (entry.shape[-2] * entry.shape[-1]))
+    count = len(entry.modules)
+    return (range(start, min(start + step, count)) for start in range(0, count, step))
+
+
+def _documents(
+    model: Model, plan: ServingPlan, checkpoint: ServedCheckpoint, shards: Mapping[str, ShardLayout], rounding: str
+) -> dict[str, bytes]:
+    """The small files by name."""
+    config = json.loads((checkpoint.directory / "config.json").read_text())
+    config.pop("torch_dtype", None)
+    config |= {
+        "dtype": "bfloat16",
+        "quantization_config": quantization_config(plan, checkpoint, model.hyper.n_layer),
+    }
+    documents = {"config.json": _json(config), "README.md": model_card(plan, rounding=rounding).encode()}
+    if len(shards) > 1:
+        weight_map = {key: name for name, shard in shards.items() for key in shard.spans}
+        size = sum(length for shard in shards.values() for _, length in shard.spans.values())
+        documents[INDEX_NAME] = _json({"metadata": {"total_size": size}, "weight_map": weight_map})
+    paths = [checkpoint.directory / name for name in _COPIED_FILES]
+    return documents | {path.name: path.read_bytes() for path in paths if path.is_file()}
+
+
+def _regions(names: list[str], documents: Mapping[str, bytes], shards: Mapping[str, ShardLayout]) -> dict[str, Region]:
+    number = {name: index for index, name in enumerate(names)}
+    regions = {name: Region(number[name], 0, len(content)) for name, content in documents.items()}
+    for name, shard in shards.items():
+        regions[name] = Region(number[name], 0, len(shard.header))
+        regions |= {key: Region(number[name], *span) for key, span in shard.spans.items()}
+    return regions
+
+
+def _hash(documents: Mapping[str, bytes], shards: Mapping[str, ShardLayout]) -> str:
+    digest = hashlib.sha256()
+    for content in (*documents.values(), *(shard.header for shard in shards.values())):
+        digest.update(len(content).to_bytes(8, "little") + content)
+    return digest.hexdigest()
+
+
+def _json(content: Mapping[str, object]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def _publish(staging: Path, output: Path) -> None:
+    try:
+        os.rename(staging, output)
+    except OSError as error:
+        raise ExportError(
+            f"The finished checkpoint in {staging} could not be moved to {output}: {error.strerror}. Move it yourself."
+        ) from error

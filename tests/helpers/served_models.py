@@ -1,0 +1,68 @@
+"""What a compressed-tensors checkpoint should give: its weights as dynquant decodes them, in an ordinary model."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from dynquant.encoding.served import from_stored
+from dynquant.serving_plan import ServingPlan
+
+TOKENS = torch.arange(7, 71)[None]
+
+
+def stored_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor for file in sorted(directory.glob("*.safetensors")) for name, tensor in load_file(file).items()
+    }
+
+
+def stored_parts(directory: Path, plan: ServingPlan) -> dict[str, dict[str, torch.Tensor]]:
+    """Linear layer -> what it is stored as, by suffix."""
+    tensors = stored_tensors(directory)
+    found = {}
+    for entry in plan.entries:
+        suffixes = [part.suffix for part in entry.stored_as.parts(*entry.shape[-2:], entry.group_size)]
+        found |= {module: {suffix: tensors[f"{module}.{suffix}"] for suffix in suffixes} for module in entry.modules}
+    return found
+
+
+def filled(directory: Path, plan: ServingPlan, target: Path, dtype: torch.dtype) -> Path:
+    """An ordinary checkpoint of the decoded weights; experts as transformers merges them, in bfloat16."""
+    parts = stored_parts(directory, plan)
+    tensors = stored_tensors(directory)
+    for entry in plan.entries:
+        for module in entry.modules:
+            for suffix in parts[module]:
+                tensors.pop(f"{module}.{suffix}")
+            decoded = from_stored(entry.stored_as, parts[module])
+            tensors[f"{module}.weight"] = decoded.decoded(torch.bfloat16 if entry.is_expert else dtype).to(dtype)
+    target.mkdir()
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    del config["quantization_config"]
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def logits(directory: Path, dtype: torch.dtype, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+    with torch.inference_mode():
+        return model(tokens).logits[0].float()
+
+
+def library_weights(parts: dict[str, torch.Tensor], scheme, group: int, dtype: torch.dtype) -> torch.Tensor:
+    """What the compressed-tensors library makes of one layer in a model of `dtype`."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    given = dict(parts)
+    if given["weight_scale"].dtype == torch.bfloat16:
+        given["weight_scale"] = given["weight_scale"].to(dtype)
+    compressor = BaseCompressor.get_value_from_registry(scheme.format)
+    return compressor.decompress(given, QuantizationScheme(**scheme.config_group(group, ["Linear"])))["weight"].to(
+        dtype
+    )
