@@ -72,9 +72,9 @@ def test_sm_90_code_has_no_spills_and_stays_within_its_budget():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("act", LIMIT)
-def test_every_type_compiles_for_sm_90_without_spills(act):
-    cases = [{"type": name, "act": act, "config": {"bn": 4, "warps": 1}} for name in sorted(PLANES)]
+def test_every_type_compiles_for_sm_90_without_spills():
+    # Two planes of activations (bf16) need the most registers.
+    cases = [{"type": name, "act": "bf16", "config": {"bn": 4, "warps": 1}} for name in sorted(PLANES)]
     for asked, found in zip(cases, check_results("compile", cases), strict=True):
         assert found["spills"] == 0 and found["shared"] == 0, (asked, found)
 
