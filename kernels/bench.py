@@ -222,7 +222,9 @@ def _compile(job: _Job) -> None:
         mma.mma_kernel.warmup(torch.uint8, torch.int8, f32, f32, dtype, 4096, 1, grid=(1,), **constants)
     else:
         constants = gemv.kernel_constants(type_name, planes, k, config)
-        gemv.gemv_kernel.warmup(torch.uint8, torch.int32, f32, torch.int32, dtype, 4096, 1, grid=(1,), **constants)
+        gemv.gemv_kernel.warmup(
+            torch.uint8, torch.int32, f32, torch.int32, dtype, f32, 4096, 1, 1, 1, grid=(1,), **constants
+        )
 
 
 def precompile(jobs: list[_Job], workers: int) -> None:

@@ -3,7 +3,8 @@
 Every thread multiplies whole chunks of weights (`chunks`, `codebook_chunks`) with integer activations (`act_quant`)
 by dp4a. A program owns BN rows of W and M of x, takes T chunks at a time, and walks along K; with SPLIT > 1 several
 programs share the rows and their float32 results are added in a fixed order, so that results never depend on timing.
-`supports` and `linear` are for 1 to 4 rows; `smallm` runs the same kernel for more.
+`supports` and `linear` are for 1 to 4 rows; `smallm` runs the same kernel for more, `routed` for rows of which each has
+its own expert's matrix.
 """
 
 # ruff: noqa: RUF005  (Triton has no `(*tuple, item)`)
@@ -38,13 +39,15 @@ _FAMILY = {
 """Quant type -> chunk function and weights per chunk."""
 
 
-@triton.jit(do_not_specialize=["N", "num_x_rows"])
+@triton.jit(do_not_specialize=["N", "num_x_rows", "num_experts", "slots"])
 def gemv_kernel(
-    w_ptr, xq_ptr, xd_ptr, grid_ptr, y_ptr, N, num_x_rows,
+    w_ptr, xq_ptr, xd_ptr, grid_ptr, y_ptr, ids_ptr, N, num_x_rows, num_experts, slots,
     K: tl.constexpr, TYPE: tl.constexpr, FAMILY: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
     S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr, S4: tl.constexpr,
     M: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, T: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
+    ROUTED: tl.constexpr,
 ):  # fmt: skip
+    """With ROUTED, W is a stack of experts, M is 1, row m of y is that of x row m // slots and expert ids[m]."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -52,11 +55,21 @@ def gemv_kernel(
     x_blocks = tl.cdiv(num_x_rows, M)
     pid_n, pid_k = tl.program_id(0) // x_blocks, tl.program_id(1)
     first_m = tl.program_id(0) % x_blocks * M
-    xq_ptr += first_m.to(tl.int64) * (P * K // 4)
-    xd_ptr += first_m * (K // 32)
+    x_row = first_m // slots if ROUTED else first_m
+    xq_ptr += x_row.to(tl.int64) * (P * K // 4)
+    xd_ptr += x_row * (K // 32)
     row_blocks: tl.constexpr = K // BLOCK
     blocks = N.to(tl.int64) * row_blocks
     first = pid_n.to(tl.int64) * BN * row_blocks
+    if ROUTED:
+        expert = tl.load(ids_ptr + first_m).to(tl.int64)
+        if (expert < 0) | (expert >= num_experts):
+            nothing = pid_n * BN + tl.arange(0, BN)
+            offset = (pid_k * num_x_rows + first_m).to(tl.int64) * N
+            tl.store(y_ptr + offset + nothing, tl.zeros([BN], y_ptr.dtype.element_ty), mask=nothing < N)
+            return
+        first += expert * blocks
+        blocks *= num_experts
     # Rows and chunks beyond the end repeat the last ones; `valid` and the mask of the store cancel them.
     rows = tl.minimum(tl.arange(0, BN), N - 1 - pid_n * BN)[None, :]
     last: tl.constexpr = K // CHUNK - 1
@@ -170,18 +183,50 @@ def linear_of_checked(x: Tensor, weight: Tensor, type_name: str, act: str, confi
     return multiply(xq, xd, weight, type_name, num_x_rows, x.dtype, config)
 
 
-def multiply(
-    xq: Tensor, xd: Tensor, weight: Tensor, type_name: str, num_x_rows: int, dtype: torch.dtype, config: GemvConfig
+def routed(
+    x: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str, act: str = "bf16", config: GemvConfig | None = None
 ) -> Tensor:
-    """`linear` of activations that are integers already, padded to whole programs: [num_x_rows, N]."""
-    num_outputs, split = weight.shape[0], config.split
+    """x [T, K] or [T * k, K] times the expert of each slot, planar uint8 [E, N, row_bytes]: [T * k, N].
+
+    `expert_ids` int [T, k]; ids outside 0 to E - 1 give zeros. `takes` must be true. Worth it for few slots only: every
+    slot reads its expert's weights for itself.
+    """
+    config = config or gemv_config(type_name, act, 1, weight.shape[1], x.shape[1])
+    xq, xd = quantize_activations(x, act, padded_rows=len(x), pdl=config.pdl)
+    num_slots = expert_ids.numel()
+    return multiply(
+        xq, xd, weight, type_name, num_slots, x.dtype, config, ids=expert_ids.contiguous(), slots=num_slots // len(x)
+    )
+
+
+def multiply(
+    xq: Tensor,
+    xd: Tensor,
+    weight: Tensor,
+    type_name: str,
+    num_x_rows: int,
+    dtype: torch.dtype,
+    config: GemvConfig,
+    *,
+    ids: Tensor | None = None,
+    slots: int = 1,
+) -> Tensor:
+    """`linear` of activations that are integers already, padded to whole programs: [num_x_rows, N].
+
+    With `ids`, `routed`: `num_x_rows` counts slots, `slots` those of a row of activations.
+    """
+    num_outputs, split = weight.shape[-2], config.split
+    num_experts = 1 if ids is None else len(weight)
     y = torch.empty(num_x_rows, num_outputs, dtype=dtype, device=weight.device)
     target = y if split == 1 else torch.empty(split, num_x_rows, num_outputs, dtype=torch.float32, device=y.device)
     words = xq.view(torch.int32)
     table = codebook(type_name, weight.device) if has_codebook(type_name) else words
-    constants = kernel_constants(type_name, xq.shape[1], xq.shape[2], config)
+    constants = kernel_constants(type_name, xq.shape[1], xq.shape[2], config, routed=ids is not None)
     grid = (triton.cdiv(num_outputs, config.bn) * triton.cdiv(num_x_rows, config.rows), split)
-    gemv_kernel[grid](weight, words, xd, table, target, num_outputs, num_x_rows, **constants)
+    gemv_kernel[grid](
+        weight, words, xd, table, target, xd if ids is None else ids, num_outputs, num_x_rows, num_experts, slots,
+        **constants,
+    )  # fmt: skip
     if split > 1:
         add_splits(target, y, config.pdl)
     return y
@@ -199,14 +244,16 @@ def has_codebook(type_name: str) -> bool:
 
 
 @functools.cache
-def kernel_constants(type_name: str, num_planes: int, row_length: int, config: GemvConfig) -> dict[str, object]:
+def kernel_constants(
+    type_name: str, num_planes: int, row_length: int, config: GemvConfig, *, routed: bool = False
+) -> dict[str, object]:
     """The constants and launch options of `gemv_kernel`."""
     family, chunk = _FAMILY[type_name]
     return {
         "K": row_length, "TYPE": type_name, "FAMILY": family, "CHUNK": chunk,
         "BLOCK": QUANT_TYPES[type_name].block_size, **plane_constants(type_name),
         "M": config.rows, "P": num_planes, "BN": config.bn, "T": 32 * config.warps, "SPLIT": config.split,
-        "PDL": config.pdl, "num_warps": config.warps, "launch_pdl": config.pdl,
+        "PDL": config.pdl, "ROUTED": routed, "num_warps": config.warps, "launch_pdl": config.pdl,
     }  # fmt: skip
 
 

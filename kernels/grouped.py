@@ -1,7 +1,7 @@
 """Triton: products of tokens with the planar weights of their experts, forward and gradient, in one launch.
 
-A pair is a token and one of its slots. Few pairs: every pair reads its own expert's rows (`_pair_*`), bound by memory.
-Many pairs: they are sorted by expert, cut into tiles of pairs of one expert, and a tile decodes each piece of the
+A pair is a token and one of its slots. Few pairs: every pair reads its own expert's rows, bound by memory
+(`gemv.routed` for 16-bit activations, otherwise `_pair_*`). Many pairs: they are sorted by expert, cut into tiles of pairs of one expert, and a tile decodes each piece of the
 matrix once for all its pairs (`tiles`). The tile table is made on the device for the most tiles there can be, so
 that nothing waits for the host; tiles left over exit before they read anything. Products are summed in float32 in a
 fixed order.
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dynquant.kernels import shapes
+from dynquant.kernels import gemv, shapes
 from dynquant.kernels.tiles import tile_config, tile_input_grad_kernel, tile_linear_kernel
 from dynquant.kernels.unpack import table, unpack_groups
 from dynquant.quant_types import quant_type
@@ -26,6 +26,9 @@ def linear(x: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str) -> Ten
 
     Pairs whose id in `expert_ids` int [T, k] is outside 0 to E - 1 give zeros. All tensors are contiguous.
     """
+    rows = x.reshape(-1, x.shape[-1])
+    if expert_ids.numel() <= _MOST_SINGLE_PAIRS and gemv.takes(quant_type(type_name).name, rows):
+        return gemv.routed(rows, weight, expert_ids, quant_type(type_name).name).view(*expert_ids.shape, -1)
     return _product(x, weight, expert_ids, type_name, is_transposed=False)
 
 

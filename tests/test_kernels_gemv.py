@@ -23,7 +23,7 @@ CHECKS = Path(__file__).parent / "helpers" / "gemv_checks.py"
 
 def check_results(mode: str, cases: list[dict]) -> list[dict]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    if mode == "interpret":
+    if mode != "compile":
         environment["TRITON_INTERPRET"] = "1"
     command = [sys.executable, str(CHECKS), mode, json.dumps(cases)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -60,13 +60,28 @@ def test_interpreted_products_are_those_of_decoded_weights(cases):
         assert found["wrong"] == 0 or asked["act"] == "int8", (asked, found)
 
 
+ROUTES = [[0, 2], [2, 0], [3, 0], [-1, 2]]
+
+
+def test_interpreted_experts_are_those_of_decoded_weights():
+    tiling = {"bn": 4, "warps": 1, "rows": 1}
+    forms = [("Q4_K", "bf16", False, {}), ("IQ2_XXS", "bf16", True, {}), ("IQ1_S", "int8", False, {"split": 2})]
+    cases = [
+        {"type": name, "n": 5, "k": 512, "act": act, "ids": ROUTES, "per_slot": per_slot, "config": {**tiling, **more}}
+        for name, act, per_slot, more in forms
+    ]
+    for asked, found in zip(cases, check_results("interpret_routed", cases), strict=True):
+        assert found["error"] <= {"bf16": 1e-3, "int8": 2.5e-2}[asked["act"]] and found["zeros"], (asked, found)
+
+
 BUDGETS = [("TQ2_0", "int8", 1.15), ("Q4_K", "int8", 1.6), ("Q4_K", "bf16", 2.05), ("IQ1_S", "int8", 2.6),
            ("IQ2_XXS", "int8", 3.8)]  # fmt: skip
 
 
 def test_sm_90_code_has_no_spills_and_stays_within_its_budget():
     cases = [{"type": name, "act": act, "config": {"bn": 4, "warps": 1}} for name, act, _ in BUDGETS]
-    for (name, act, budget), found in zip(BUDGETS, check_results("compile", cases), strict=True):
+    cases.append({**cases[1], "routed": True})
+    for (name, act, budget), found in zip([*BUDGETS, BUDGETS[1]], check_results("compile", cases), strict=True):
         assert found["spills"] == 0 and found["shared"] == 0, (name, act, found)
         assert 0.3 < found["per_weight"] <= budget, (name, act, found)
 

@@ -64,6 +64,23 @@ def interpret(case: dict) -> dict:
     return {"error": error, "wrong": wrong}
 
 
+def interpret_routed(case: dict) -> dict:
+    """`interpret` for experts: the largest relative error over slots, and whether sentinels gave zeros."""
+    from dynquant.kernels import gemv, reference
+    from dynquant.kernels.plans import GemvConfig
+    from dynquant.kernels.repack import pack_planes
+
+    name, n, k, ids = case["type"], case["n"], case["k"], torch.tensor(case["ids"])
+    blocks = finite_blocks(name, 3 * n, k).reshape(3, n, -1)
+    x = activations(ids.numel() if case["per_slot"] else len(ids), k, 7).to(torch.float16)
+    y = gemv.routed(x, pack_planes(name, blocks), ids, name, case["act"], GemvConfig(**case["config"]))
+    inputs = x.reshape(*ids.shape, k) if case["per_slot"] else x
+    expected = reference.experts_linear(inputs.double(), blocks, ids, name).reshape(-1, n)
+    real = (ids.flatten() >= 0) & (ids.flatten() < 3)
+    error = ((y.double() - expected)[real].norm(dim=1) / expected[real].norm(dim=1)).max().item()
+    return {"error": error, "zeros": not y[~real].any().item()}
+
+
 def compile_for_hopper(case: dict) -> dict:
     """Instructions per weight of the main loop, and of which kinds; `spills` counts local memory accesses."""
     import triton
@@ -74,10 +91,11 @@ def compile_for_hopper(case: dict) -> dict:
     from dynquant.kernels.plans import GemvConfig
 
     config = GemvConfig(**case["config"])
-    options = gemv.kernel_constants(case["type"], 1 + (case["act"] == "bf16"), 8192, config)
+    planes = 1 + (case["act"] == "bf16")
+    options = gemv.kernel_constants(case["type"], planes, 8192, config, routed=case.get("routed", False))
     constants = {key: value for key, value in options.items() if key not in ("num_warps", "launch_pdl")}
-    names = ("w_ptr", "xq_ptr", "xd_ptr", "grid_ptr", "y_ptr", "N", "num_x_rows")
-    types = ("*u8", "*i32", "*fp32", "*i32", "*bf16", "i32", "i32")
+    names = ("w_ptr", "xq_ptr", "xd_ptr", "grid_ptr", "y_ptr", "ids_ptr", "N", "num_x_rows", "num_experts", "slots")
+    types = ("*u8", "*i32", "*fp32", "*i32", "*bf16", "*i64", "i32", "i32", "i32", "i32")
     signature = dict(zip(names, types, strict=True)) | dict.fromkeys(constants, "constexpr")
     aligned = {(i,): [["tt.divisibility", 16]] for i in range(5)}
     source = ASTSource(gemv.gemv_kernel, signature, constants, aligned)
@@ -125,6 +143,6 @@ def _longest_loop(lines: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 if __name__ == "__main__":
     mode, cases = sys.argv[1], json.loads(sys.argv[2])
-    run = interpret if mode == "interpret" else compile_for_hopper
-    assert (os.environ.get("TRITON_INTERPRET") == "1") == (mode == "interpret")
+    run = {"interpret": interpret, "interpret_routed": interpret_routed, "compile": compile_for_hopper}[mode]
+    assert (os.environ.get("TRITON_INTERPRET") == "1") == (mode != "compile")
     print(json.dumps([run(case) for case in cases]))
