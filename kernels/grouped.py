@@ -1,10 +1,10 @@
 """Triton: products of tokens with the planar weights of their experts, forward and gradient, in one launch.
 
 A pair is a token and one of its slots. Few pairs: every pair reads its own expert's rows, bound by memory
-(`gemv.routed` for 16-bit activations, otherwise `_pair_*`). Many pairs: they are sorted by expert, cut into tiles of pairs of one expert, and a tile decodes each piece of the
-matrix once for all its pairs (`tiles`). The tile table is made on the device for the most tiles there can be, so
-that nothing waits for the host; tiles left over exit before they read anything. Products are summed in float32 in a
-fixed order.
+(`gemv.routed` for 16-bit activations, otherwise `_pair_*`). Many pairs: they are sorted by expert, cut into tiles of
+pairs of one expert, and a tile decodes each piece of the matrix once for all its pairs (`tiles`). The tile table is
+made on the device for the most tiles there can be, so that nothing waits for the host; tiles left over exit before they
+read anything. Products are summed in float32 in a fixed order.
 """
 
 import torch
