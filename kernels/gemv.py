@@ -115,7 +115,8 @@ def gemv_kernel(
     for m in tl.static_range(M):
         y = tl.sum(acc[m], axis=0)
         offset = (pid_k * num_x_rows + first_m + m).to(tl.int64) * N
-        tl.store(y_ptr + offset + n, y.to(y_ptr.dtype.element_ty), mask=(n < N) & (first_m + m < num_x_rows))
+        limit = tl.where(first_m + m < num_x_rows, N, 0)
+        tl.store(y_ptr + offset + n, y.to(y_ptr.dtype.element_ty), mask=n < limit)
 
 
 @triton.jit

@@ -14,6 +14,21 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
+LONGEST_FILES = (
+    "test_export_dynquant",
+    "test_cli",
+    "test_plan_search",
+    "test_kernels_gemv",
+    "test_exporters_compressed",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files whose tests take longest go first, so that no worker is left alone with one of them at the end."""
+    slow: dict[Path, int] = {}
+    for item in items:
+        slow[item.path] = slow.get(item.path, 0) + (item.get_closest_marker("slow") is not None)
+    items.sort(key=lambda item: (item.path.stem not in LONGEST_FILES, -slow[item.path]))
 
 
 @pytest.fixture(scope="session")

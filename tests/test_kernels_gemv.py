@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,9 @@ from dynquant.kernels.repack import pack_planes
 from tests.helpers.gemv_checks import activations, finite_blocks
 
 LIMIT = {"bf16": 4e-3, "int8": 1.2e-2}
+IS_MEASURED_COMPILER = pytest.mark.skipif(
+    not version("triton").startswith("3.6."), reason="what the compiler makes is asserted for Triton 3.6"
+)
 CHECKS = Path(__file__).parent / "helpers" / "gemv_checks.py"
 
 
@@ -78,6 +82,7 @@ BUDGETS = [("TQ2_0", "int8", 1.15), ("Q4_K", "int8", 1.6), ("Q4_K", "bf16", 2.05
            ("IQ2_XXS", "int8", 3.8)]  # fmt: skip
 
 
+@IS_MEASURED_COMPILER
 def test_sm_90_code_has_no_spills_and_stays_within_its_budget():
     cases = [{"type": name, "act": act, "config": {"bn": 4, "warps": 1}} for name, act, _ in BUDGETS]
     cases.append({**cases[1], "routed": True})
@@ -87,6 +92,7 @@ def test_sm_90_code_has_no_spills_and_stays_within_its_budget():
 
 
 @pytest.mark.slow
+@IS_MEASURED_COMPILER
 def test_every_type_compiles_for_sm_90_without_spills():
     # Two planes of activations (bf16) need the most registers.
     cases = [{"type": name, "act": "bf16", "config": {"bn": 4, "warps": 1}} for name in sorted(PLANES)]

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,11 @@ FAMILIES = ("Q4_K", "Q6_K", "NVFP4", "IQ2_S", "IQ3_S", "TQ1_0")
 """Types whose kernels are compiled in every run; the others are slow tests."""
 COMPILED = [pytest.param(name, marks=() if name in FAMILIES else pytest.mark.slow) for name in TYPES]
 BF16_ERROR = 4e-3
+
+
+IS_MEASURED_COMPILER = pytest.mark.skipif(
+    not version("triton").startswith("3.6."), reason="what the compiler makes is asserted for Triton 3.6"
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +54,7 @@ def test_interpreted_products_equal_float64(name, interpreted):
         assert error < 1e-6, what
 
 
+@IS_MEASURED_COMPILER
 @pytest.mark.parametrize("name", COMPILED)
 def test_dequantize_compiles_for_an_h100_without_spills(name):
     from dynquant.kernels.dequantize import dequantize_kernel
@@ -66,6 +73,7 @@ def test_dequantize_compiles_for_an_h100_without_spills(name):
     assert len(codes) / 32 <= 24
 
 
+@IS_MEASURED_COMPILER
 @pytest.mark.parametrize("kernel", ["tile_linear_kernel", "tile_input_grad_kernel"])
 @pytest.mark.parametrize("name", ["Q4_K", pytest.param("IQ2_XS", marks=pytest.mark.slow)])
 def test_tiles_compile_for_an_h100_without_spills(kernel, name):
