@@ -13,18 +13,19 @@ from dynquant.analysis.measure_errors import file_hash
 from dynquant.calibration_text import pack_windows, read_text
 from dynquant.codecs.encoder import Encoder, ProtectedWeight
 from dynquant.devices import chosen_device
-from dynquant.errors import ExportError, PlanError, StatsError
+from dynquant.errors import ExportError, PlanError
+from dynquant.exporters.checkpoint_files import SHARD_BYTES
 from dynquant.exporters.gguf import export_gguf
-from dynquant.exporters.gguf_header import ENCODER_KEY
+from dynquant.exporters.gguf_header import recorded_encoder
 from dynquant.exporters.gguf_patch import write_patched
-from dynquant.exporters.safetensors import SHARD_BYTES, export_safetensors
+from dynquant.exporters.safetensors import export_safetensors
 from dynquant.families.recipe import RecipeSource
 from dynquant.gguf_source import GGUFSource
 from dynquant.hf_loading import load_hf, load_tokenizer
 from dynquant.model import Model
 from dynquant.plan import Plan
 from dynquant.plan_building import plan_from_types
-from dynquant.plan_report import STATS_NAME, SUPER_NAME, load_super_weights
+from dynquant.plan_report import STATS_NAME, SUPER_NAME, load_super_weights, stats_of_plan
 from dynquant.presets import preset_types
 from dynquant.quant_types import quant_type
 from dynquant.quantize import encoder_version, load_encoder
@@ -80,7 +81,7 @@ def export(
     if plan_path is not None:
         made = Plan.load(plan_path)
         stats_path = stats_path or plan_path.parent / STATS_NAME
-        stats = _stats_of_plan(made, stats_path)
+        stats = stats_of_plan(made.stats_hash, stats_path)
         protected = _protected(plan_path.with_name(SUPER_NAME))
     else:
         options = calibration or CalibrationOptions()
@@ -232,7 +233,7 @@ def tune_command(
     tokens = options.tokens + options.held_out_windows * window
     found = read_text(text, tokenizer=tokenizer, seed=options.seed, max_tokens=tokens)
     windows = pack_windows(found, tokenizer, window=window, max_tokens=tokens)
-    encoder = next((str(f.value).strip() for f in GGUFSource(path).metadata if f.key == ENCODER_KEY), "")
+    encoder = recorded_encoder(GGUFSource(path))
     files = tune_file(model, path, windows, options, output, encoder=encoder.removesuffix("+tune"), device=device)
     for file in files:
         console.out.print(str(file))
@@ -256,27 +257,6 @@ def _protected(path: Path) -> dict[str, tuple[ProtectedWeight, ...]]:
     for one in load_super_weights(path):
         found[one.name] = (*found.get(one.name, ()), ProtectedWeight(one.row, one.col, one.expert))
     return found
-
-
-def _stats_of_plan(plan: Plan, path: Path) -> CalibrationStats | None:
-    """The statistics that a plan was made from.
-
-    Raises:
-        StatsError: they are not at `path`, or are others; both hashes are named.
-    """
-    if plan.stats_hash is None:
-        return None
-    if not path.is_file():
-        raise StatsError(
-            f"The plan was made from calibration statistics, but there is no {path}. Give them with --stats FILE."
-        )
-    found = file_hash(path)
-    if found != plan.stats_hash:
-        raise StatsError(
-            f"{path} has the hash {found[:12]}, but the plan was made from statistics {plan.stats_hash[:12]}. Give the "
-            "stats.safetensors that was written beside the plan."
-        )
-    return CalibrationStats.load(path)
 
 
 def _plan_of_preset(

@@ -7,11 +7,12 @@ from pathlib import Path
 from dynquant import console
 from dynquant.analysis.error_table import ErrorTable
 from dynquant.analysis.frontier import frontier
+from dynquant.analysis.measure_errors import file_hash
 from dynquant.analysis.selection import Selection
 from dynquant.analysis.super_experts import find_super_experts
 from dynquant.analysis.super_weights import SuperWeight
 from dynquant.checkpoint import open_model
-from dynquant.errors import PlanError
+from dynquant.errors import PlanError, StatsError
 from dynquant.exporters.gguf_header import padded
 from dynquant.model import Model
 from dynquant.plan import Plan
@@ -27,6 +28,27 @@ FRONTIER_PRESETS = (
     "r1-iq1_s", "r1-iq2_xxs", "llama-iq1_s", "llama-iq2_xxs", "llama-iq3_xxs",
 )  # fmt: skip
 """Shown beside the planner's curve where the error table prices all their types."""
+
+
+def stats_of_plan(stats_hash: str | None, path: Path) -> CalibrationStats | None:
+    """The statistics with this hash, those that a plan was made from; None for a plan without.
+
+    Raises:
+        StatsError: they are not at `path`, or are others; both hashes are named.
+    """
+    if stats_hash is None:
+        return None
+    if not path.is_file():
+        raise StatsError(
+            f"The plan was made from calibration statistics, but there is no {path}. Give them with --stats FILE."
+        )
+    found = file_hash(path)
+    if found != stats_hash:
+        raise StatsError(
+            f"{path} has the hash {found[:12]}, but the plan was made from statistics {stats_hash[:12]}. Give the "
+            "stats.safetensors that was written beside the plan."
+        )
+    return CalibrationStats.load(path)
 
 
 def write_plan_report(path: str, directory: Path, *, evaluation: Mapping[str, object] | None = None) -> Path:

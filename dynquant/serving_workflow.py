@@ -14,11 +14,11 @@ from dynquant.analysis.error_table import ErrorTable
 from dynquant.analysis.measure_errors import file_hash
 from dynquant.analysis.sensitivity import output_sensitivity
 from dynquant.devices import chosen_device
-from dynquant.errors import CheckpointError, ExportError, PlanError, StatsError
+from dynquant.errors import CheckpointError, ExportError, PlanError
 from dynquant.exporters.compressed_card import transformers_problem
 from dynquant.exporters.compressed_tensors import export_compressed_tensors
 from dynquant.model import Model
-from dynquant.plan_report import PLAN_NAME, STATS_NAME
+from dynquant.plan_report import PLAN_NAME, STATS_NAME, stats_of_plan
 from dynquant.plan_target import parse_size
 from dynquant.quantize import Guidance, guidance_of
 from dynquant.second_moments import load_beside, path_beside
@@ -175,7 +175,7 @@ def export_for_vllm(
     chosen = torch.device(chosen_device(device))
     if loaded is not None and plan_path is not None:
         stats_path = stats_path or plan_path.parent / STATS_NAME
-        plan, stats = loaded, _stats_of(loaded, stats_path)
+        plan, stats = loaded, stats_of_plan(loaded.stats_hash, stats_path)
     else:
         wanted = preset_schemes(str(preset), checkpoint)
         options = calibration or CalibrationOptions()
@@ -211,22 +211,6 @@ def _calibrated(
     stats = CalibrationStats.load(path)
     stats.check_belongs_to(model.fingerprint, model.name)
     return stats
-
-
-def _stats_of(plan: ServingPlan, path: Path) -> CalibrationStats | None:
-    if plan.stats_hash is None:
-        return None
-    if not path.is_file():
-        raise StatsError(
-            f"The plan was made from calibration statistics, but there is no {path}. Give them with --stats FILE."
-        )
-    found = file_hash(path)
-    if found != plan.stats_hash:
-        raise StatsError(
-            f"{path} has the hash {found[:12]}, but the plan was made from statistics {plan.stats_hash[:12]}. Give the "
-            "stats.safetensors that was written beside the plan."
-        )
-    return CalibrationStats.load(path)
 
 
 def _guidance(stats: CalibrationStats | None, path: Path) -> tuple[Guidance, str, str]:

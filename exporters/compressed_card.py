@@ -2,9 +2,9 @@
 
 import re
 from collections.abc import Iterable
-from math import prod
 
 from dynquant import __version__
+from dynquant.exporters.model_card import mean_error
 from dynquant.serving_layers import ServedCheckpoint
 from dynquant.serving_plan import ServingEntry, ServingPlan
 from dynquant.serving_schemes import SCHEMES
@@ -135,9 +135,7 @@ def _role_rows(plan: ServingPlan) -> list[str]:
         found.setdefault((entry.role.value, entry.scheme, entry.group_size), []).append(entry)
     rows = []
     for (role, scheme, group), entries in found.items():
-        errors = [(e.weighted_error, prod(e.shape)) for e in entries if e.weighted_error is not None]
-        error = f"{sum(x * n for x, n in errors) / sum(n for _, n in errors):.2e}" if errors else ""
         layers = sum(len(entry.modules) for entry in entries)
         size = sum(entry.bytes for entry in entries)
-        rows.append(f"| {role} | {scheme} | {group or 'row'} | {layers:,} | {size:,} | {error} |")
+        rows.append(f"| {role} | {scheme} | {group or 'row'} | {layers:,} | {size:,} | {mean_error(entries)} |")
     return rows

@@ -2,13 +2,12 @@
 
 from collections.abc import Iterable, Sequence
 
-from dynquant.safetensors_header import ShardLayout, StoredTensor, group_by_size, lay_out
+from dynquant.exporters.checkpoint_files import shards_of
+from dynquant.safetensors_header import StoredTensor
 from dynquant.serving_layers import LinearLayer, ServedCheckpoint
 from dynquant.serving_plan import ServingEntry
 from dynquant.serving_schemes import Scheme
 
-SHARD_BYTES = 5_000_000_000
-SINGLE_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 _OFFSET_DIGITS = 14
 
 
@@ -29,12 +28,6 @@ def tensors_of_checkpoint(checkpoint: ServedCheckpoint, entries: Iterable[Servin
     return found
 
 
-def shards_of(tensors: Sequence[StoredTensor], max_bytes: int = SHARD_BYTES) -> dict[str, ShardLayout]:
-    """Layouts by file name."""
-    groups = group_by_size(tensors, max_bytes)
-    return {_shard_name(n, len(groups)): lay_out(group, {"format": "pt"}) for n, group in enumerate(groups, 1)}
-
-
 def file_bytes(tensors: Sequence[StoredTensor]) -> int:
     """Size of all safetensors files in shards of the default size."""
     return sum(shard.total_bytes for shard in shards_of(tensors).values())
@@ -47,7 +40,3 @@ def bytes_at_most(tensors: Iterable[StoredTensor]) -> int:
         + sum(len(str(size)) + 1 for size in tensor.shape) + 2 * _OFFSET_DIGITS
         for tensor in tensors
     )  # fmt: skip
-
-
-def _shard_name(number: int, count: int) -> str:
-    return SINGLE_NAME if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"

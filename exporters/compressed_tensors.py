@@ -4,7 +4,6 @@ All files are written in a hidden directory beside the output and move to its na
 goes on where it stopped (`artifacts`) and gives the same bytes.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -16,13 +15,18 @@ from dynquant import __version__
 from dynquant.artifacts import Region, ResumableOutput
 from dynquant.encoding.served import ServedWeights, encode_served, nvfp4_global_scale
 from dynquant.errors import DynquantError, ExportError
-from dynquant.exporters.compressed_card import model_card, quantization_config
-from dynquant.exporters.compressed_layout import (
-    INDEX_NAME,
+from dynquant.exporters.checkpoint_files import (
     SHARD_BYTES,
+    as_json,
+    copied_files,
+    files_hash,
+    index_of,
     shards_of,
-    tensors_of_checkpoint,
+    tensor_bytes,
+    write_small_files,
 )
+from dynquant.exporters.compressed_card import model_card, quantization_config
+from dynquant.exporters.compressed_layout import tensors_of_checkpoint
 from dynquant.model import Model
 from dynquant.quantize import Guidance, Progress
 from dynquant.safetensors_header import ShardLayout
@@ -30,10 +34,6 @@ from dynquant.serving_building import check_serving_plan
 from dynquant.serving_layers import LinearLayer, ServedCheckpoint
 from dynquant.serving_plan import ServingEntry, ServingPlan
 
-_COPIED_FILES = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja",
-)  # fmt: skip
 _TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CPU_WEIGHTS, _GPU_WEIGHTS = 1 << 23, 1 << 27
 """Float32 weights of a stack of experts that are encoded together, at least one expert."""
@@ -85,15 +85,13 @@ def export_compressed_tensors(
     known = {"plan": plan.hash, "dynquant version": __version__, "torch version": torch.__version__}
     target = ResumableOutput(
         [staging / name for name in names], sizes, _regions(names, documents, shards),
-        {**known, "files": _hash(documents, shards), **(identity or {})}, resume=resume,
+        {**known, "files": files_hash(documents, shards), **(identity or {})}, resume=resume,
     )  # fmt: skip
     with target:
         try:
-            for name, content in (documents | {name: shard.header for name, shard in shards.items()}).items():
-                if name not in target.finished:
-                    target.write(name, content)
+            write_small_files(target, documents, shards)
             for name, tensor in _tensors(plan, checkpoint, guidance or Guidance(), device, target.finished, progress):
-                target.write(name, memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+                target.write(name, tensor_bytes(tensor))
         except ExportError:
             raise
         except DynquantError:
@@ -194,13 +192,8 @@ def _documents(
         "dtype": "bfloat16",
         "quantization_config": quantization_config(plan, checkpoint, model.hyper.n_layer),
     }
-    documents = {"config.json": _json(config), "README.md": model_card(plan, rounding=rounding).encode()}
-    if len(shards) > 1:
-        weight_map = {key: name for name, shard in shards.items() for key in shard.spans}
-        size = sum(length for shard in shards.values() for _, length in shard.spans.values())
-        documents[INDEX_NAME] = _json({"metadata": {"total_size": size}, "weight_map": weight_map})
-    paths = [checkpoint.directory / name for name in _COPIED_FILES]
-    return documents | {path.name: path.read_bytes() for path in paths if path.is_file()}
+    documents = {"config.json": as_json(config), "README.md": model_card(plan, rounding=rounding).encode()}
+    return documents | index_of(shards) | copied_files(checkpoint.directory)
 
 
 def _regions(names: list[str], documents: Mapping[str, bytes], shards: Mapping[str, ShardLayout]) -> dict[str, Region]:
@@ -210,17 +203,6 @@ def _regions(names: list[str], documents: Mapping[str, bytes], shards: Mapping[s
         regions[name] = Region(number[name], 0, len(shard.header))
         regions |= {key: Region(number[name], *span) for key, span in shard.spans.items()}
     return regions
-
-
-def _hash(documents: Mapping[str, bytes], shards: Mapping[str, ShardLayout]) -> str:
-    digest = hashlib.sha256()
-    for content in (*documents.values(), *(shard.header for shard in shards.values())):
-        digest.update(len(content).to_bytes(8, "little") + content)
-    return digest.hexdigest()
-
-
-def _json(content: Mapping[str, object]) -> bytes:
-    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def _publish(staging: Path, output: Path) -> None:

@@ -25,7 +25,7 @@ from gguf.gguf_writer import WriterState
 
 from dynquant import __version__
 from dynquant.errors import ExportError
-from dynquant.gguf_source import MetadataField
+from dynquant.gguf_source import GGUFSource, MetadataField
 from dynquant.model import Model
 from dynquant.quant_types import QUANT_TYPES
 from dynquant.statistics import CalibrationStats
@@ -120,6 +120,11 @@ def predicted_bytes(
 ) -> int:
     """The exact size of the unsplit file; reads no weights."""
     return sum(file.total_bytes for file in layout(model, tensors, provenance, imatrix=imatrix))
+
+
+def recorded_encoder(source: GGUFSource) -> str:
+    """The encoder that a file of ours says it was written with; empty for other files."""
+    return next((str(field.value).strip() for field in source.metadata if field.key == ENCODER_KEY), "")
 
 
 def layout(

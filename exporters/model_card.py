@@ -6,6 +6,7 @@ from math import prod
 from dynquant import __version__
 from dynquant.architecture import Role
 from dynquant.plan import Plan, PlanEntry
+from dynquant.serving_plan import ServingEntry
 
 
 def model_card(plan: Plan, *, encoder: str, stored_bytes: int) -> str:
@@ -70,12 +71,12 @@ def _plan_rows(plan: Plan) -> list[str]:
         groups.setdefault((entry.role, entry.type), []).append(entry)
     return [
         f"| {role.value} | {type_name} | {len(entries)} | {sum(prod(e.shape) for e in entries):,} "
-        f"| {sum(e.bytes for e in entries):,} | {_error(entries)} |"
+        f"| {sum(e.bytes for e in entries):,} | {mean_error(entries)} |"
         for (role, type_name), entries in groups.items()
     ]
 
 
-def _error(entries: Sequence[PlanEntry]) -> str:
+def mean_error(entries: Sequence[PlanEntry | ServingEntry]) -> str:
     """Mean of the relative squared errors, weighted by size; empty where the plan has none."""
     known = [(entry.weighted_error, prod(entry.shape)) for entry in entries if entry.weighted_error is not None]
     return f"{sum(error * size for error, size in known) / sum(size for _, size in known):.2e}" if known else ""

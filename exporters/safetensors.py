@@ -5,19 +5,26 @@ The tensors hold the bytes of the GGUF export of the same plan; rows of rotary h
 so a directory that an interrupted export left cannot be loaded, and the same call goes on.
 """
 
-import hashlib
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from dynquant import __version__
 from dynquant.artifacts import Region, ResumableOutput
 from dynquant.codecs.encoder import Encoder, ProtectedWeight
 from dynquant.errors import CheckpointError, DynquantError, ExportError
+from dynquant.exporters.checkpoint_files import (
+    SHARD_BYTES,
+    as_json,
+    copied_files,
+    files_hash,
+    index_of,
+    shards_of,
+    tensor_bytes,
+    write_small_files,
+)
+from dynquant.exporters.gguf_header import recorded_encoder
 from dynquant.exporters.model_card import model_card
 from dynquant.exporters.provenance import check_stats, export_identity
 from dynquant.families import FAMILIES
@@ -28,17 +35,11 @@ from dynquant.model import Model
 from dynquant.packed_model import Place, build_meta_model, places
 from dynquant.plan import Plan, PlanEntry
 from dynquant.quantize import Progress, QuantizedTensor, check_importance, check_plan, guidance_of, quantize
-from dynquant.safetensors_header import ShardLayout, group_by_size, lay_out
+from dynquant.safetensors_header import ShardLayout
 from dynquant.second_moments import SecondMoments
 from dynquant.statistics import CalibrationStats
 
-SHARD_BYTES = 5_000_000_000
-SINGLE_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 _WEIGHTS_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-_COPIED_FILES = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,12 @@ def export_safetensors(
     _check_output(model, output)
     guidance = guidance_of(stats, moments if encoder.uses_hessians else None, protected)
     check_importance(plan, guidance.importance)
-    name = _encoder_name(stored) or encoder.name
+    name = (recorded_encoder(stored) if stored is not None else "") or encoder.name
     checkpoint = _describe(model, plan, name, shard_max_bytes)
     regions, paths, sizes = _regions(output, checkpoint)
-    identity = export_identity(plan, encoder, _hash(checkpoint), moments if encoder.uses_hessians else None)
+    identity = export_identity(
+        plan, encoder, files_hash(checkpoint.documents, checkpoint.shards), moments if encoder.uses_hessians else None
+    )
     identity["stored"] = stored.fingerprint if stored is not None else "none"
     target = ResumableOutput(paths, sizes, regions, identity, resume=resume)
     with target:
@@ -133,17 +136,13 @@ def _describe(model: Model, plan: Plan, encoder: str, shard_max_bytes: int) -> _
         raise CheckpointError(f"{model.name} holds `{lost[0]}`, which {config.model_type} has no place for.")
     entries = {entry.name: entry for entry in plan.entries if entry.name in found}
     tensors = {name: found[name].stored_as(entry.quant_type) for name, entry in entries.items()}
-    groups = group_by_size(list(tensors.values()), shard_max_bytes)
-    shards = {
-        _shard_name(number, len(groups)): lay_out(group, {"format": "pt"}) for number, group in enumerate(groups, 1)
-    }
+    shards = shards_of(list(tensors.values()), shard_max_bytes)
     file_of = {key: name for name, shard in shards.items() for key in shard.spans}
     stored_bytes = sum(tensor.num_bytes for tensor in tensors.values())
-    documents = {"config.json": _json(_config_json(config, plan, entries, found, encoder))}
+    documents = {"config.json": as_json(_config_json(config, plan, entries, found, encoder))}
     documents["README.md"] = model_card(plan, encoder=encoder, stored_bytes=stored_bytes).encode()
-    if len(shards) > 1:
-        documents[INDEX_NAME] = _json({"metadata": {"total_size": stored_bytes}, "weight_map": file_of})
-    documents |= _copied_files(model)
+    documents |= index_of(shards)
+    documents |= copied_files(model.hf_directory) if model.hf_directory is not None else tokenizer_files(model.path)
     return _Checkpoint(found, frozenset(computed), shards, documents, file_of)
 
 
@@ -168,13 +167,6 @@ def _config_json(
     return {**config.raw, "tie_word_embeddings": is_tied, "quantization_config": quantization}
 
 
-def _copied_files(model: Model) -> dict[str, bytes]:
-    if model.hf_directory is None:
-        return tokenizer_files(model.path)
-    paths = [model.hf_directory / name for name in _COPIED_FILES]
-    return {path.name: path.read_bytes() for path in paths if path.is_file()}
-
-
 def _regions(output: Path, checkpoint: _Checkpoint) -> tuple[dict[str, Region], list[Path], list[int]]:
     """Regions by GGUF tensor, by shard for headers, and by name for small files; with paths and sizes of all files."""
     sizes = {name: len(content) for name, content in checkpoint.documents.items()}
@@ -191,39 +183,16 @@ def _regions(output: Path, checkpoint: _Checkpoint) -> tuple[dict[str, Region], 
 
 
 def _write(target: ResumableOutput, checkpoint: _Checkpoint, tensors: Iterable[QuantizedTensor]) -> None:
-    headers = {name: shard.header for name, shard in checkpoint.shards.items()}
-    for name, content in (checkpoint.documents | headers).items():
-        if name not in target.finished:
-            target.write(name, content)
+    write_small_files(target, checkpoint.documents, checkpoint.shards)
     for tensor in tensors:
         values = checkpoint.places[tensor.name].from_gguf(tensor.quant_type, tensor.packed)
-        target.write(tensor.name, memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy()))
+        target.write(tensor.name, tensor_bytes(values))
 
 
 def _tensors_of(source: GGUFSource, plan: Plan, skip: frozenset[str] | set[str]) -> Iterable[QuantizedTensor]:
     for entry in plan.entries:
         if entry.name not in skip:
             yield QuantizedTensor(entry.name, entry.shape, entry.quant_type, source.load_packed(entry.name))
-
-
-def _encoder_name(stored: GGUFSource | None) -> str | None:
-    fields = {field.key: str(field.value).strip() for field in stored.metadata} if stored is not None else {}
-    return fields.get("dynquant.encoder")
-
-
-def _hash(checkpoint: _Checkpoint) -> str:
-    digest = hashlib.sha256()
-    for content in (*checkpoint.documents.values(), *(shard.header for shard in checkpoint.shards.values())):
-        digest.update(len(content).to_bytes(8, "little") + content)
-    return digest.hexdigest()
-
-
-def _json(content: Mapping[str, object]) -> bytes:
-    return (json.dumps(content, indent=2) + "\n").encode()
-
-
-def _shard_name(number: int, count: int) -> str:
-    return SINGLE_NAME if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
 def _check_output(model: Model, output: Path) -> None:

@@ -8,12 +8,14 @@ A peer that is not installed or fails is listed with its reason. llama.cpp is me
 
 import argparse
 import json
-import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from dynquant.kernels.bench import graph_time
 
 ROTATED_BYTES = 256 << 20
 SHAPES = ((14336, 4096), (8192, 8192), (28672, 8192))
@@ -45,22 +47,7 @@ def _measured(make: Callable[[int, int], tuple[Product, int]], shape: tuple[int,
     copies = max(4, -(-ROTATED_BYTES // num_bytes))
     products = [first, *(make(*shape)[0] for _ in range(copies - 1))]
     x = torch.randn(m, shape[1], device="cuda", dtype=torch.bfloat16)
-    for product in products:
-        product(x)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for product in products:
-            product(x)
-    times = []
-    for _ in range(20):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(1e3 * start.elapsed_time(end) / copies)
-    microseconds = statistics.median(times)
+    microseconds, _ = graph_time([partial(product, x) for product in products], replays=20)
     return {"us": round(microseconds, 2), "bits_per_weight": round(8 * num_bytes / shape[0] / shape[1], 3),
             "gb_per_s": round(num_bytes / microseconds / 1e3, 1)}  # fmt: skip
 

@@ -26,9 +26,9 @@ def linear(x: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str) -> Ten
 
     Pairs whose id in `expert_ids` int [T, k] is outside 0 to E - 1 give zeros. All tensors are contiguous.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    if expert_ids.numel() <= _MOST_SINGLE_PAIRS and gemv.takes(quant_type(type_name).name, rows):
-        return gemv.routed(rows, weight, expert_ids, quant_type(type_name).name).view(*expert_ids.shape, -1)
+    rows, name = x.reshape(-1, x.shape[-1]), quant_type(type_name).name
+    if expert_ids.numel() <= _MOST_SINGLE_PAIRS and gemv.takes(name, rows):
+        return gemv.routed(rows, weight, expert_ids, name).view(*expert_ids.shape, -1)
     return _product(x, weight, expert_ids, type_name, is_transposed=False)
 
 
