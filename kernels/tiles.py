@@ -5,7 +5,8 @@ products in float32. `grouped` and `fused` launch these kernels: the one with a 
 expert (-1: nobody's, the result is zero; -2: nothing to do), the other without, for a single matrix.
 
 Arguments in common: `num_blocks` of the whole tensor, N rows of a matrix, `K_groups` groups of 32 weights in a row,
-`slots` results that share a row of activations, `num_pairs` results.
+`slots` results that share a row of activations, `num_pairs` results. The third axis of the forward grid shares out the
+columns of the matrix: its programs write partial sums, float32 [splits, num_pairs, N].
 """
 
 import torch
@@ -50,14 +51,15 @@ def tile_linear_kernel(
         row = expert * N + tl.minimum(tl.program_id(0) * BN + r // G, N - 1)
         k = tl.arange(0, G * 32)
         x_ptrs = x_ptr + (pair // slots)[None, :] * (K_groups * 32) + k[:, None]
-        for start in range(0, K_groups, G):
+        share = tl.cdiv(tl.cdiv(K_groups, G), tl.num_programs(2)) * G
+        for start in range(tl.program_id(2) * share, tl.minimum((tl.program_id(2) + 1) * share, K_groups), G):
             groups = row * K_groups + tl.minimum(start + r % G, K_groups - 1)
             w = unpack_groups(TYPE, planes_ptr, table_ptr, num_blocks.to(tl.int64), groups)
             x = tl.load(
                 x_ptrs + start * 32, mask=is_pair[None, :] & (start * 32 + k < K_groups * 32)[:, None], other=0.0
             )
             acc = tl.dot(tl.reshape(w, [BN, G * 32]).to(x.dtype), x, acc, input_precision="ieee")
-    y_ptrs = y_ptr + pair[None, :] * N + n[:, None]
+    y_ptrs = y_ptr + (tl.program_id(2) * num_pairs.to(tl.int64) + pair)[None, :] * N + n[:, None]
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=is_pair[None, :] & (n < N)[:, None])
 
 

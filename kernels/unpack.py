@@ -1,7 +1,8 @@
 """Triton: packed planes to weights, one small function per quant type, for use inside any kernel.
 
 The unit is a group of 32 consecutive weights, [4, 8]: the 8 codes that one thread takes with a single load, and the
-weights that one entry of a codebook stands for. `unpack_groups` gives float32 [R, 4, 8] for R groups; a tile of R rows
+weights that one entry of a codebook stands for. Integer codes are formed four to a word, a pair of words for 8 weights,
+and split into floats last. `unpack_groups` gives float32 [R, 4, 8] for R groups; a tile of R rows
 by G groups of columns is R * G of them, reshaped. Inside a function:
 
     block  int64 [R, 1, 1]  the block of a group           i8  int32 [1, 4, 1]  0..3, the 8 weights of the group
@@ -19,7 +20,9 @@ import triton
 import triton.language as tl
 
 from dynquant.codecs import tables
+from dynquant.kernels.chunks import E2M1_0, E2M1_1, E2M1_2, E2M1_3, IQ4_0, IQ4_1, IQ4_2, IQ4_3
 from dynquant.kernels.formats import PLANES
+from dynquant.kernels.words import USE_ASM, prmt, table16
 from dynquant.quant_types import QUANT_TYPES
 
 _IQ1 = ("IQ1_S", "IQ1_M")
@@ -43,21 +46,17 @@ def _plane(type_name, field):
 def table(type_name: str, device: torch.device) -> torch.Tensor:
     """The codebook of a type as int32 words, kept once per device; one unused word where a type has none.
 
-    IQ1: eight ternary digits plus one, each in four bits. IQ2, IQ3: magnitudes, four bytes to a word. IQ4, MXFP4 and
-    NVFP4: the bits of sixteen float32 values, and for NVFP4 of those of its 256 scale bytes.
+    IQ1: eight ternary digits plus one in four bits each, the first four in the low halves of the bytes. IQ2, IQ3:
+    magnitudes, four bytes to a word. NVFP4: the bits of its 256 scale bytes as float32 values.
     """
     cpu = torch.device("cpu")
     if type_name in _IQ1:
         digits = tables.grid_rows("IQ1_S").astype(np.int64) + 1
-        words = (digits << (4 * np.arange(8))).sum(1)
+        words = (digits << np.array([0, 8, 16, 24, 4, 12, 20, 28])).sum(1)
     elif type_name in _IQ2_IQ3:
         words = tables.grid(type_name, cpu).numpy().view(np.int32)
-    elif type_name in ("IQ4_NL", "IQ4_XS"):
-        words = tables.values("IQ4_NL", cpu).numpy().view(np.int32)
-    elif type_name == "MXFP4":
-        words = tables.values("MXFP4", cpu).numpy().view(np.int32)
     elif type_name == "NVFP4":
-        words = torch.cat((tables.values("NVFP4", cpu), tables.ue4m3_halves(cpu))).numpy().view(np.int32)
+        words = tables.ue4m3_halves(cpu).numpy().view(np.int32)
     else:
         words = np.zeros(1)
     return torch.from_numpy(words.astype(np.int32)).to(device)
@@ -90,11 +89,11 @@ def unpack_groups(TYPE: tl.constexpr, planes_ptr, table_ptr, num_blocks, groups)
     elif TYPE == "Q4_1" or TYPE == "Q5_1":
         w = _q4_1_q5_1(TYPE, planes_ptr, num_blocks, block, i8, i)
     elif TYPE == "IQ4_NL":
-        w = _iq4_nl(planes_ptr, table_ptr, num_blocks, block, i8, i)
+        w = _iq4_nl(planes_ptr, num_blocks, block, i8, i)
     elif TYPE == "IQ4_XS":
-        w = _iq4_xs(planes_ptr, table_ptr, num_blocks, block, s, i8, i)
+        w = _iq4_xs(planes_ptr, num_blocks, block, s, i8, i)
     elif TYPE == "MXFP4":
-        w = _mxfp4(planes_ptr, table_ptr, num_blocks, block, i8, i)
+        w = _mxfp4(planes_ptr, num_blocks, block, i8, i)
     elif TYPE == "NVFP4":
         w = _nvfp4(planes_ptr, table_ptr, num_blocks, block, s, i8, i)
     elif TYPE == "Q2_K":
@@ -155,74 +154,122 @@ def _value(table_ptr, index):
 
 
 @triton.jit
-def _nibble_pair(p, block, i8, i):
-    """Codes of a block of 32: weight j shares a byte with weight j + 16."""
-    return (_byte(p, block * 16 + (i8 & 1) * 8 + i) >> ((i8 >> 1) * 4)) & 15
+def _words(p, offset):
+    """Eight bytes as two words; `offset` is a multiple of 8."""
+    words = p.to(tl.pointer_type(tl.int32)) + (offset >> 2)
+    return tl.load(words), tl.load(words + 1)
 
 
 @triton.jit
-def _crumb_plane(p, block, s, i8, i):
+def _fields(p, offset, shift, BITS: tl.constexpr):
+    """The `BITS` bits above bit `shift` of each of eight bytes."""
+    low, high = _words(p, offset)
+    MASK: tl.constexpr = ((1 << BITS) - 1) * 0x01010101
+    return (low >> shift) & MASK, (high >> shift) & MASK
+
+
+@triton.jit
+def _with_high_bits(codes, high_bits, AT: tl.constexpr):
+    """Pairs of words: `high_bits` moved to bit AT of the bytes of `codes`."""
+    return codes[0] | (high_bits[0] << AT), codes[1] | (high_bits[1] << AT)
+
+
+@triton.jit
+def _floats(codes, offset, i):
+    """Byte i of two words, unsigned, minus a small integer, in float32."""
+    word = tl.where(i < 4, codes[0], codes[1])
+    if USE_ASM:
+        # The byte becomes the last one of 2^23, which is exact and takes two instructions.
+        return prmt(word, word * 0 + 0x4B000000, 0x7540 + (i & 3)).to(tl.float32, bitcast=True) - (8388608.0 + offset)
+    else:
+        return ((word >> ((i & 3) * 8)) & 255).to(tl.float32) - offset
+
+
+@triton.jit
+def _nibble_pair(p, block, i8):
+    """Codes of a block of 32: weight j shares a byte with weight j + 16."""
+    return _fields(p, block * 16 + (i8 & 1) * 8, (i8 >> 1) * 4, 4)
+
+
+@triton.jit
+def _crumb_plane(p, block, s, i8):
     """Two-bit codes of a super-block: byte j of a half holds the weights j, 32 + j, 64 + j and 96 + j."""
-    return (_byte(p, block * 64 + (s >> 2) * 32 + i8 * 8 + i) >> ((s & 3) * 2)) & 3
+    return _fields(p, block * 64 + (s >> 2) * 32 + i8 * 8, (s & 3) * 2, 2)
+
+
+@triton.jit
+def _looked_up(packed, is_high, IS_E2M1: tl.constexpr, i):
+    """The values that the low or the high nibbles of eight bytes stand for."""
+    t0, t1 = (E2M1_0, E2M1_1) if IS_E2M1 else (IQ4_0, IQ4_1)
+    t2, t3 = (E2M1_2, E2M1_3) if IS_E2M1 else (IQ4_2, IQ4_3)
+    zero = packed[0] & 0
+    a, b = table16(packed[0], zero + t0, zero + t1, zero + t2, zero + t3)
+    c, d = table16(packed[1], zero + t0, zero + t1, zero + t2, zero + t3)
+    # Signed bytes plus 128 are unsigned.
+    return _floats((tl.where(is_high, b, a) ^ -0x7F7F7F80, tl.where(is_high, d, c) ^ -0x7F7F7F80), 128, i)
 
 
 @triton.jit
 def _q8_0(p, nb, block, i8, i):
     d = _half(p, nb * (_plane("Q8_0", "d") // 2) + block)
-    q = tl.load(p.to(tl.pointer_type(tl.int8)) + block * 32 + i8 * 8 + i)
-    return q.to(tl.float32) * d
+    low, high = _words(p, block * 32 + i8 * 8)
+    return _floats((low ^ -0x7F7F7F80, high ^ -0x7F7F7F80), 128, i) * d
 
 
 @triton.jit
-def _five_bits(TYPE: tl.constexpr, p, nb, block, i8, i):
-    q = _nibble_pair(p, block, i8, i)
+def _five_bits(TYPE: tl.constexpr, p, nb, block, i8):
+    codes = _nibble_pair(p, block, i8)
     if TYPE == "Q5_0" or TYPE == "Q5_1":
-        high = _byte(p, nb * _plane(TYPE, "qh") + block * 4 + i8)
-        q = q | (((high >> i) & 1) << 4)
-    return q
+        bits = _byte(p, nb * _plane(TYPE, "qh") + block * 4 + i8)
+        codes = _with_high_bits(codes, (_spread(bits & 15), _spread(bits >> 4)), 4)
+    return codes
+
+
+@triton.jit
+def _spread(bits):
+    """Four bits to bit 0 of four bytes."""
+    return (bits * 0x00204081) & 0x01010101
 
 
 @triton.jit
 def _q4_0_q5_0(TYPE: tl.constexpr, p, nb, block, i8, i):
-    MIDDLE: tl.constexpr = 16 if TYPE == "Q5_0" else 8
     d = _half(p, nb * (_plane(TYPE, "d") // 2) + block)
-    return d * (_five_bits(TYPE, p, nb, block, i8, i) - MIDDLE).to(tl.float32)
+    return d * _floats(_five_bits(TYPE, p, nb, block, i8), 16 if TYPE == "Q5_0" else 8, i)
 
 
 @triton.jit
 def _q4_1_q5_1(TYPE: tl.constexpr, p, nb, block, i8, i):
     dm = nb * (_plane(TYPE, "dm") // 2) + block * 2
-    return _half(p, dm) * _five_bits(TYPE, p, nb, block, i8, i).to(tl.float32) + _half(p, dm + 1)
+    return _half(p, dm) * _floats(_five_bits(TYPE, p, nb, block, i8), 0, i) + _half(p, dm + 1)
 
 
 @triton.jit
-def _iq4_nl(p, table_ptr, nb, block, i8, i):
+def _iq4_nl(p, nb, block, i8, i):
     d = _half(p, nb * (_plane("IQ4_NL", "d") // 2) + block)
-    return d * _value(table_ptr, _nibble_pair(p, block, i8, i))
+    return d * _looked_up(_words(p, block * 16 + (i8 & 1) * 8), i8 >= 2, False, i)
 
 
 @triton.jit
-def _iq4_xs(p, table_ptr, nb, block, s, i8, i):
+def _iq4_xs(p, nb, block, s, i8, i):
     low = (_byte(p, nb * _plane("IQ4_XS", "scales_l") + block * 4 + (s >> 1)) >> ((s & 1) * 4)) & 15
     high = (_word16(p, nb * (_plane("IQ4_XS", "scales_h") // 2) + block) >> (s * 2)) & 3
     scale = _half(p, nb * (_plane("IQ4_XS", "d") // 2) + block) * ((low | (high << 4)) - 32).to(tl.float32)
-    return scale * _value(table_ptr, _nibble_pair(p, block * 8 + s, i8, i))
+    return scale * _looked_up(_words(p, (block * 8 + s) * 16 + (i8 & 1) * 8), i8 >= 2, False, i)
 
 
 @triton.jit
-def _mxfp4(p, table_ptr, nb, block, i8, i):
+def _mxfp4(p, nb, block, i8, i):
     e = _byte(p, nb * _plane("MXFP4", "e") + block)
     # Half of 2^(e - 127); the two smallest are subnormal.
     scale = tl.where(e < 2, 0x00200000 << e, (e - 1) << 23).to(tl.float32, bitcast=True)
-    return scale * _value(table_ptr, _nibble_pair(p, block, i8, i))
+    return scale * _looked_up(_words(p, block * 16 + (i8 & 1) * 8), i8 >= 2, True, i)
 
 
 @triton.jit
 def _nvfp4(p, table_ptr, nb, block, s, i8, i):
     sub = s * 2 + (i8 >> 1)
-    scale = _value(table_ptr, 16 + _byte(p, nb * _plane("NVFP4", "d") + block * 4 + sub))
-    q = (_byte(p, block * 32 + sub * 8 + i) >> ((i8 & 1) * 4)) & 15
-    return scale * _value(table_ptr, q)
+    scale = _value(table_ptr, _byte(p, nb * _plane("NVFP4", "d") + block * 4 + sub))
+    return scale * _looked_up(_words(p, block * 32 + sub * 8), (i8 & 1) == 1, True, i)
 
 
 @triton.jit
@@ -231,7 +278,7 @@ def _q2_k(p, nb, block, s, i8, i):
     dm = nb * (_plane("Q2_K", "dm") // 2) + block * 2
     scale = _half(p, dm) * (scales & 15).to(tl.float32)
     minimum = _half(p, dm + 1) * (scales >> 4).to(tl.float32)
-    return scale * _crumb_plane(p + nb * _plane("Q2_K", "qs"), block, s, i8, i).to(tl.float32) - minimum
+    return scale * _floats(_crumb_plane(p + nb * _plane("Q2_K", "qs"), block, s, i8), 0, i) - minimum
 
 
 @triton.jit
@@ -241,9 +288,9 @@ def _q3_k(p, nb, block, s, i8, i):
     low = (_byte(p, scales + (n & 7)) >> ((n >> 3) * 4)) & 15
     high = (_byte(p, scales + 8 + (n & 3)) >> ((n >> 2) * 2)) & 3
     scale = _half(p, nb * (_plane("Q3_K", "d") // 2) + block) * ((low | (high << 4)) - 32).to(tl.float32)
-    bit = (_byte(p, nb * _plane("Q3_K", "hmask") + block * 32 + i8 * 8 + i) >> s) & 1
-    q = _crumb_plane(p + nb * _plane("Q3_K", "qs"), block, s, i8, i) | (bit << 2)
-    return scale * (q - 4).to(tl.float32)
+    third = _fields(p, nb * _plane("Q3_K", "hmask") + block * 32 + i8 * 8, s, 1)
+    codes = _with_high_bits(_crumb_plane(p + nb * _plane("Q3_K", "qs"), block, s, i8), third, 2)
+    return scale * _floats(codes, 4, i)
 
 
 @triton.jit
@@ -253,20 +300,19 @@ def _q4_k_q5_k(TYPE: tl.constexpr, p, nb, block, s, i8, i):
     sc = tl.where(s < 4, b0 & 63, (b2 & 15) | ((b0 >> 2) & 48))
     m = tl.where(s < 4, b1 & 63, (b2 >> 4) | ((b1 >> 2) & 48))
     dm = nb * (_plane(TYPE, "dm") // 2) + block * 2
-    q = (_byte(p, nb * _plane(TYPE, "qs") + block * 128 + (s >> 1) * 32 + i8 * 8 + i) >> ((s & 1) * 4)) & 15
+    codes = _fields(p, nb * _plane(TYPE, "qs") + block * 128 + (s >> 1) * 32 + i8 * 8, (s & 1) * 4, 4)
     if TYPE == "Q5_K":
-        high = _byte(p, nb * _plane(TYPE, "qh") + block * 32 + i8 * 8 + i)
-        q = q | (((high >> s) & 1) << 4)
-    return _half(p, dm) * sc.to(tl.float32) * q.to(tl.float32) - _half(p, dm + 1) * m.to(tl.float32)
+        codes = _with_high_bits(codes, _fields(p, nb * _plane(TYPE, "qh") + block * 32 + i8 * 8, s, 1), 4)
+    return _half(p, dm) * sc.to(tl.float32) * _floats(codes, 0, i) - _half(p, dm + 1) * m.to(tl.float32)
 
 
 @triton.jit
 def _q6_k(p, nb, block, s, i8, i):
     sc = _byte(p, nb * _plane("Q6_K", "scales") + block * 16 + s * 2 + (i8 >> 1))
     scale = _half(p, nb * (_plane("Q6_K", "d") // 2) + block) * ((sc ^ 128) - 128).to(tl.float32)
-    low = _byte(p, nb * _plane("Q6_K", "ql") + block * 128 + (s >> 2) * 64 + (s & 1) * 32 + i8 * 8 + i)
-    high = _crumb_plane(p + nb * _plane("Q6_K", "qh"), block, s, i8, i)
-    return scale * ((((low >> ((s & 2) * 2)) & 15) | (high << 4)) - 32).to(tl.float32)
+    offset = nb * _plane("Q6_K", "ql") + block * 128 + (s >> 2) * 64 + (s & 1) * 32 + i8 * 8
+    high = _crumb_plane(p + nb * _plane("Q6_K", "qh"), block, s, i8)
+    return scale * _floats(_with_high_bits(_fields(p, offset, (s & 2) * 2, 4), high, 4), 32, i)
 
 
 @triton.jit
@@ -280,32 +326,20 @@ def _even_signs(bits):
 @triton.jit
 def _signed(scale, magnitudes, signs, i):
     """Scale times magnitude, negative where bit i of `signs` is set: the bit becomes the sign of the float."""
-    bits = (scale * magnitudes.to(tl.float32)).to(tl.int32, bitcast=True)
+    bits = (scale * _floats(magnitudes, 0, i)).to(tl.int32, bitcast=True)
     return (bits ^ ((signs << (31 - i)) & -2147483648)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _bytes(low, high, i):
-    """Byte i of two words."""
-    return (tl.where(i < 4, low, high) >> ((i & 3) * 8)) & 255
-
-
-@triton.jit
-def _iq2_magnitudes(table_ptr, index, i):
-    return _bytes(tl.load(table_ptr + index * 2), tl.load(table_ptr + index * 2 + 1), i)
-
-
-@triton.jit
-def _iq3_magnitudes(table_ptr, index0, index1, i):
-    """Two neighbouring grid entries of four weights."""
-    return _bytes(tl.load(table_ptr + index0), tl.load(table_ptr + index1), i)
+def _iq2_magnitudes(table_ptr, index):
+    return tl.load(table_ptr + index * 2), tl.load(table_ptr + index * 2 + 1)
 
 
 @triton.jit
 def _iq2_xxs(p, table_ptr, nb, block, s, i8, i):
     word = _word32(p, block * 16 + s * 2 + 1)
     scale = _half(p, nb * (_plane("IQ2_XXS", "d") // 2) + block) * (((word >> 28) & 15).to(tl.float32) + 0.5) * 0.25
-    magnitudes = _iq2_magnitudes(table_ptr, _byte(p, block * 64 + s * 8 + i8), i)
+    magnitudes = _iq2_magnitudes(table_ptr, _byte(p, block * 64 + s * 8 + i8))
     return _signed(scale, magnitudes, _even_signs((word >> (i8 * 7)) & 127), i)
 
 
@@ -318,7 +352,7 @@ def _iq2_scale(TYPE: tl.constexpr, p, nb, block, s, i8):
 @triton.jit
 def _iq2_xs(p, table_ptr, nb, block, s, i8, i):
     word = _word16(p, nb * (_plane("IQ2_XS", "qs") // 2) + block * 32 + s * 4 + i8)
-    magnitudes = _iq2_magnitudes(table_ptr, word & 511, i)
+    magnitudes = _iq2_magnitudes(table_ptr, word & 511)
     return _signed(_iq2_scale("IQ2_XS", p, nb, block, s, i8), magnitudes, _even_signs(word >> 9), i)
 
 
@@ -327,7 +361,7 @@ def _iq2_s(p, table_ptr, nb, block, s, i8, i):
     high = (_byte(p, nb * _plane("IQ2_S", "qh") + block * 8 + s) >> (i8 * 2)) & 3
     index = _byte(p, nb * _plane("IQ2_S", "qs") + block * 32 + s * 4 + i8) | (high << 8)
     signs = _byte(p, nb * _plane("IQ2_S", "signs") + block * 32 + s * 4 + i8)
-    return _signed(_iq2_scale("IQ2_S", p, nb, block, s, i8), _iq2_magnitudes(table_ptr, index, i), signs, i)
+    return _signed(_iq2_scale("IQ2_S", p, nb, block, s, i8), _iq2_magnitudes(table_ptr, index), signs, i)
 
 
 @triton.jit
@@ -335,7 +369,7 @@ def _iq3_xxs(p, table_ptr, nb, block, s, i8, i):
     word = _word32(p, nb * (_plane("IQ3_XXS", "scales") // 4) + block * 8 + s)
     scale = _half(p, nb * (_plane("IQ3_XXS", "d") // 2) + block) * (((word >> 28) & 15).to(tl.float32) + 0.5) * 0.5
     pair = _word16(p, nb * (_plane("IQ3_XXS", "qs") // 2) + block * 32 + s * 4 + i8)
-    magnitudes = _iq3_magnitudes(table_ptr, pair & 255, pair >> 8, i)
+    magnitudes = tl.load(table_ptr + (pair & 255)), tl.load(table_ptr + (pair >> 8))
     return _signed(scale, magnitudes, _even_signs((word >> (i8 * 7)) & 127), i)
 
 
@@ -345,7 +379,8 @@ def _iq3_s(p, table_ptr, nb, block, s, i8, i):
     scale = _half(p, nb * (_plane("IQ3_S", "d") // 2) + block) * (sc * 2 + 1).to(tl.float32)
     pair = _word16(p, nb * (_plane("IQ3_S", "qs") // 2) + block * 32 + s * 4 + i8)
     high = _byte(p, nb * _plane("IQ3_S", "qh") + block * 8 + s) >> (i8 * 2)
-    magnitudes = _iq3_magnitudes(table_ptr, (pair & 255) | ((high & 1) << 8), (pair >> 8) | ((high & 2) << 7), i)
+    first, second = (pair & 255) | ((high & 1) << 8), (pair >> 8) | ((high & 2) << 7)
+    magnitudes = tl.load(table_ptr + first), tl.load(table_ptr + second)
     signs = _byte(p, nb * _plane("IQ3_S", "signs") + block * 32 + s * 4 + i8)
     return _signed(scale, magnitudes, signs, i)
 
@@ -353,8 +388,9 @@ def _iq3_s(p, table_ptr, nb, block, s, i8, i):
 @triton.jit
 def _ternary(table_ptr, index, scale, delta, i):
     """scale * (ternary + delta) in eighths: digits are stored plus one, delta is +1 or -1."""
-    digit = (tl.load(table_ptr + index) >> (i * 4)) & 15
-    return scale * 0.125 * (digit * 8 + (delta - 8)).to(tl.float32)
+    digits = tl.load(table_ptr + index)
+    eighths = (digits & 0x0F0F0F0F) << 3, ((digits >> 4) & 0x0F0F0F0F) << 3
+    return scale * 0.125 * _floats(eighths, (8 - delta).to(tl.float32), i)
 
 
 @triton.jit
@@ -381,7 +417,7 @@ def _iq1_m(p, table_ptr, nb, block, s, i8, i):
 @triton.jit
 def _tq2_0(p, nb, block, s, i8, i):
     d = _half(p, nb * (_plane("TQ2_0", "d") // 2) + block)
-    return d * (_crumb_plane(p, block, s, i8, i) - 1).to(tl.float32)
+    return d * _floats(_crumb_plane(p, block, s, i8), 1, i)
 
 
 @triton.jit
