@@ -3,7 +3,7 @@
 `int8` keeps round(x / d) with d = max|x| / 127. `fixed16` keeps 16-bit fixed point as a signed high and low byte,
 x = d * (256 * high + low), d a power of two: a value within 2^-6 of the largest of its group keeps all bits of bf16,
 and nothing is off by more than 2^-15 of the largest, so that sums of products are as good as bf16 products.
-Layout of the bytes: `[M, P, 8, K / 128, 16]`, see `words`; or row by row, `[M, P, K]`, for tensor cores.
+Layout of the bytes: `[M, P, 8, K / 128, 16]`, see `words`.
 """
 
 import torch
@@ -15,8 +15,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def _act_quant_kernel(
-    x_ptr, q_ptr, d_ptr, s_ptr, stride_xm, K,
-    IS_FIXED16: tl.constexpr, IS_PLAIN: tl.constexpr, GROUPS: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, q_ptr, d_ptr, stride_xm, K,
+    IS_FIXED16: tl.constexpr, GROUPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         # The product may only start to read weights once whatever wrote them is done: wait first.
@@ -29,10 +29,8 @@ def _act_quant_kernel(
     largest = tl.max(tl.abs(x), axis=1)
     # Infinite or missing activations make the scale, and so every sum over the group, not a number.
     poison = tl.sum(x, axis=1) * 0.0
-    place = k
-    if not IS_PLAIN:
-        unit = k // 16
-        place = (unit % 8 * (K // 128) + unit // 8) * 16 + k % 16
+    unit = k // 16
+    place = (unit % 8 * (K // 128) + unit // 8) * 16 + k % 16
     if IS_FIXED16:
         exponent = tl.maximum(tl.minimum((largest.to(tl.int32, bitcast=True) >> 23) & 255, 254), 16)
         d = ((exponent - 13) << 23).to(tl.float32, bitcast=True)
@@ -50,10 +48,6 @@ def _act_quant_kernel(
         tl.store(q_ptr + m * K + place, v.to(tl.int8), mask=k < K)
     d += poison
     tl.store(d_ptr + m * (K // 32) + group, d, mask=group < K // 32)
-    if IS_PLAIN:
-        sums = tl.sum(tl.reshape(v, (GROUPS, 2, 16)), axis=2).to(tl.float32) * d[:, None]
-        place = group[:, None] * 2 + tl.arange(0, 2)[None, :]
-        tl.store(s_ptr + m * (K // 16) + place, sums, mask=place < K // 16)
 
 
 def quantize_activations(x: Tensor, act: str, *, padded_rows: int = 0, pdl: bool = False) -> tuple[Tensor, Tensor]:
@@ -63,24 +57,11 @@ def quantize_activations(x: Tensor, act: str, *, padded_rows: int = 0, pdl: bool
     Both get `padded_rows` rows if that is more; what lies beyond M is not written.
     `pdl` lets the next kernel start early (programmatic dependent launch); that kernel must wait, as `gemv` does.
     """
-    q, d, _ = _quantized(x, act, max(len(x), padded_rows), is_plain=False, pdl=pdl)
-    return q, d
-
-
-def quantize_with_sums(x: Tensor, act: str, *, pdl: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """`quantize_activations` with bytes row by row, [M, P, K], and sums of sixteen quantized x, float32 [M, K / 16]."""
-    return _quantized(x, act, len(x), is_plain=True, pdl=pdl)
-
-
-def _quantized(x: Tensor, act: str, rows: int, *, is_plain: bool, pdl: bool) -> tuple[Tensor, Tensor, Tensor]:
-    row_length = x.shape[1]
-    is_fixed16 = act == "bf16"
+    row_length, is_fixed16 = x.shape[1], act == "bf16"
+    rows = max(len(x), padded_rows)
     q = torch.empty(rows, 1 + is_fixed16, row_length, dtype=torch.int8, device=x.device)
     d = torch.empty(rows, row_length // 32, dtype=torch.float32, device=x.device)
-    sums = torch.empty(rows, row_length // 16, dtype=torch.float32, device=x.device) if is_plain else d
     groups = 16
     grid = (triton.cdiv(row_length, 32 * groups), len(x))
-    _act_quant_kernel[grid](
-        x, q, d, sums, x.stride(0), row_length, is_fixed16, is_plain, groups, pdl, num_warps=4, launch_pdl=pdl
-    )
-    return q, d, sums
+    _act_quant_kernel[grid](x, q, d, x.stride(0), row_length, is_fixed16, groups, pdl, num_warps=4, launch_pdl=pdl)
+    return q, d

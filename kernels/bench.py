@@ -2,7 +2,8 @@
 
 Weights are slices of one pool of random bytes, rotated so that every replay of a CUDA graph reads at least 240 MB that
 the L2 cache cannot hold. Times are medians of graph replays (`us`) and of plain calls (`eager_us`), activations
-quantized inside; `multiply_us` is the product alone. GB/s counts packed weights, activations and results; the fraction
+quantized inside; `multiply_us` is the product alone. Up to four rows of activations run `gemv`, more of them whatever
+`dispatch` chooses. GB/s counts packed weights, activations and results; the fraction
 is of the read bandwidth measured first. Errors are against float64 products of decoded weights of the same K and
 tiling, and a replayed graph must give the bits of plain calls: a speed whose result is wrong is not reported.
 The file is rewritten after every row. Kernels are compiled ahead by worker processes into Triton's cache.
@@ -27,9 +28,9 @@ from torch import Tensor
 
 from dynquant.codecs import decode
 from dynquant.codecs.scale_fields import num_scales, with_scales
-from dynquant.kernels import gemv, mma, naive, smallm
+from dynquant.kernels import gemv, naive, ops
 from dynquant.kernels.act_quant import quantize_activations
-from dynquant.kernels.plans import GemvConfig, MmaConfig, gemv_config
+from dynquant.kernels.plans import GemvConfig, gemv_config
 from dynquant.kernels.repack import pack_planes
 from dynquant.quant_types import QUANT_TYPES
 
@@ -43,7 +44,7 @@ ROTATED_BYTES = 240_000_000
 POOL_BYTES = 1 << 30
 
 _Row = dict[str, object]
-_Config = GemvConfig | MmaConfig
+_Config = GemvConfig | None
 _Job = tuple[str, int, int, str, _Config]
 """type, M, K, act, tiling: what determines a compiled kernel"""
 
@@ -126,9 +127,10 @@ def finite_blocks(type_name: str, num_rows: int, row_length: int) -> Tensor:
 
 
 def product(x: Tensor, weight: Tensor, type_name: str, act: str, config: _Config) -> Tensor:
-    """The kernel that the tiling is for."""
-    run = mma.linear_of_checked if isinstance(config, MmaConfig) else gemv.linear_of_checked
-    return run(x, weight, type_name, act, config)
+    """`gemv` with this tiling, or without one the kernel that `dispatch` chooses."""
+    if config is None:
+        return ops.linear(x, weight, type_name, layout="planes")
+    return gemv.linear_of_checked(x, weight, type_name, act, config)
 
 
 def error_of(type_name: str, m: int, row_length: int, act: str, config: _Config) -> float:
@@ -156,8 +158,8 @@ def measure(
     type_name: str, m: int, n: int, k: int, act: str, config: _Config, pool: Tensor, *, is_quick: bool = False
 ) -> _Row:
     """One row of the report; `is_quick` leaves out eager times and the product alone."""
-    row: _Row = {"type": type_name, "m": m, "n": n, "k": k, "act": act, "kernel": type(config).__name__}
-    row["config"] = asdict(config)
+    row: _Row = {"type": type_name, "m": m, "n": n, "k": k, "act": act}
+    row["config"] = asdict(config) if config else "dispatch"
     row["error"] = error_of(type_name, m, k, act, config)
     if not row["error"] <= ERROR_LIMIT[act]:
         return row | {"refused": f"error above {ERROR_LIMIT[act]}"}
@@ -173,7 +175,7 @@ def measure(
     row["gbps"] = (n * row_bytes + 2 * m * (n + k)) / us / 1e3
     if not is_quick:
         row["eager_us"] = eager_time(calls)
-        if isinstance(config, MmaConfig):
+        if config is None:
             return row
         xq, xd = quantize_activations(x, act, padded_rows=-(-m // config.rows) * config.rows)
         calls = [lambda w=w: gemv.multiply(xq, xd, w, type_name, m, x.dtype, config) for w in weights]
@@ -197,34 +199,24 @@ def naive_row(type_name: str, n: int, k: int, pool: Tensor) -> _Row:
     return row
 
 
-def tune_space(type_name: str, m: int, k: int) -> list[_Config]:
-    """Tilings worth trying for M rows of activations."""
-    if m > 4 and type_name in mma.TYPES:
-        sizes = ((32, 1, 1), (32, 1, 4), (32, 2, 2), (32, 2, 4), (64, 2, 2), (64, 2, 4), (64, 4, 4))
-        return [MmaConfig(bn, warps, split) for bn, warps, split in sizes if k // 256 % split == 0]
-    if m > 4:
-        sizes = ((1, 1, 8), (2, 1, 8), (4, 1, 8), (2, 1, 4), (4, 1, 4), (2, 2, 8))
-        return [GemvConfig(bn, warps, rows=min(rows, m)) for bn, warps, rows in sizes]
-    sizes = ((1, 4), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1))
-    return [GemvConfig(bn, warps, rows=m) for bn, warps in sizes] + [
-        GemvConfig(4, 1, rows=m, pdl=True),
-        GemvConfig(2, 1, rows=m, pdl=True),
-        GemvConfig(4, 1, split=2, rows=m),
-    ]
+def tune_space(m: int) -> list[GemvConfig]:
+    """Tilings of `gemv` worth trying for M rows of activations."""
+    sizes = ((2, 1), (4, 1), (8, 1), (2, 2), (4, 2))
+    return [GemvConfig(bn, warps, rows=m, pdl=True) for bn, warps in sizes] + [GemvConfig(4, 1, rows=m)]
 
 
 def _compile(job: _Job) -> None:
     type_name, m, k, act, config = job
+    if config is None:
+        weight = torch.zeros(1024, QUANT_TYPES[type_name].row_bytes(k), dtype=torch.uint8, device="cuda")
+        product(torch.zeros(m, k, dtype=torch.bfloat16, device="cuda"), weight, type_name, act, None)
+        return
     planes = 1 + (act == "bf16")
     f32, dtype = torch.float32, torch.float32 if config.split > 1 else torch.bfloat16
-    if isinstance(config, MmaConfig):
-        constants = mma.kernel_constants(type_name, planes, k, m, config)
-        mma.mma_kernel.warmup(torch.uint8, torch.int8, f32, f32, dtype, 4096, 1, grid=(1,), **constants)
-    else:
-        constants = gemv.kernel_constants(type_name, planes, k, config)
-        gemv.gemv_kernel.warmup(
-            torch.uint8, torch.int32, f32, torch.int32, dtype, f32, 4096, 1, 1, 1, grid=(1,), **constants
-        )
+    constants = gemv.kernel_constants(type_name, planes, k, config)
+    gemv.gemv_kernel.warmup(
+        torch.uint8, torch.int32, f32, torch.int32, dtype, f32, 4096, 1, 1, 1, grid=(1,), **constants
+    )
 
 
 def precompile(jobs: list[_Job], workers: int) -> None:
@@ -264,10 +256,10 @@ def best_configs(rows: list[_Row]) -> list[str]:
     best: dict[tuple, _Row] = {}
     for row in rows:
         key = tuple(row[name] for name in ("type", "act", "m", "n", "k"))
-        if "us" in row and (key not in best or row["us"] < best[key]["us"]):
+        if "us" in row and "config" in row and (key not in best or row["us"] < best[key]["us"]):
             best[key] = row
     return [
-        f"{key}: {row['kernel']}(**{row['config']}),  # {row['us']:.2f} us, {row.get('fraction', 0):.2f} of peak"
+        f"{key}: {row['config']},  # {row['us']:.2f} us, {row.get('fraction', 0):.2f} of peak"
         for key, row in best.items()
     ]
 
@@ -276,7 +268,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--types", default=",".join(PRIORITY))
-    parser.add_argument("--m", default="1", help="rows of activations; above 64 only bf16 is timed")
+    parser.add_argument("--m", default="1", help="rows of activations; above 4 only bf16 is timed")
     parser.add_argument("--acts", default="int8,bf16")
     parser.add_argument("--shapes", default=",".join(f"{n}x{k}" for n, k in SHAPES))
     parser.add_argument("--tune", action="store_true", help="sweep tilings instead of using `plans`")
@@ -291,11 +283,12 @@ def main() -> None:
     shapes = [tuple(int(side) for side in shape.split("x")) for shape in options.shapes.split(",")]
 
     jobs = []
-    few = [m for m in rows if m <= smallm.MAX_ROWS]
-    for name, act, m, (n, k) in itertools.product(types, acts, few, shapes):
-        choose = gemv_config if m <= 4 else smallm.default_config
-        configs = tune_space(name, m, k) if options.tune else [choose(name, act, m, n, k)]
-        for config in configs:
+    for name, act, m, (n, k) in itertools.product(types, acts, rows, shapes):
+        if m > gemv.MAX_ROWS:
+            if act == "bf16":
+                jobs.append((name, m, n, k, act, None))
+            continue
+        for config in tune_space(m) if options.tune else [gemv_config(name, act, m, n, k)]:
             if options.pdl is not None:
                 config = replace(config, pdl=bool(options.pdl))
             jobs.append((name, m, n, k, act, config))
@@ -315,7 +308,7 @@ def main() -> None:
         try:
             row = measure(name, m, n, k, act, config, pool, is_quick=options.tune)
         except (RuntimeError, triton.errors.TritonError) as error:
-            row = {"type": name, "m": m, "n": n, "k": k, "act": act, "config": asdict(config), "failed": str(error)}
+            row = {"type": name, "m": m, "n": n, "k": k, "act": act, "failed": str(error)}
         report.add(row, dense[m, n, k])
     if options.naive:
         for name, (n, k) in itertools.product(naive.TYPES, shapes[:1]):

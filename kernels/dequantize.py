@@ -10,7 +10,7 @@ from torch import Tensor
 from dynquant.kernels.unpack import table, unpack_groups
 from dynquant.quant_types import quant_type
 
-_TILE_ROWS = 16
+_TILE_ROWS = 4
 
 
 def dequantize(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dynquant.kernels import reference, shapes
 
-_LINEAR = (("gemv", 1, 4), ("smallm", 5, 64), ("fused", 1, 256), ("two_pass", 1, None))
+_LINEAR = (("gemv", 1, 4), ("fused", 1, 128), ("two_pass", 1, None))
 _INPUT_GRAD = (("fused", 1, 256), ("two_pass", 1, None))
 """Kernel module, fewest rows, most rows. A module has `linear(x [M, K], weight, type_name)`, or `input_grad`, and may
 have `supports(type_name, x)`; one that is not part of this installation is passed over."""

@@ -8,7 +8,8 @@ import triton
 from torch import Tensor
 
 from dynquant.kernels import shapes
-from dynquant.kernels.tiles import tile_config, tile_input_grad_kernel, tile_linear_kernel
+from dynquant.kernels.gemv import add_splits
+from dynquant.kernels.tiles import column_shares, tile_config, tile_input_grad_kernel, tile_linear_kernel
 from dynquant.kernels.unpack import table
 from dynquant.quant_types import quant_type
 
@@ -39,9 +40,13 @@ def _product(inputs: Tensor, weight: Tensor, type_name: str, *, is_transposed: b
         triton.cdiv(extent, 32 * config["G"] if is_transposed else config["BN"]),
         triton.cdiv(len(inputs), config["BM"]),
     )
-    kernel[grid](
-        inputs, weight, table(stored.name, weight.device), None, None, product,
+    shares = 1 if is_transposed else column_shares(grid[0] * grid[1], config, length // 32)
+    target = product if shares == 1 else product.new_empty(shares, *product.shape, dtype=torch.float32)
+    kernel[(*grid, shares)](
+        inputs, weight, table(stored.name, weight.device), None, None, target,
         weight.numel() // stored.block_bytes, weight.shape[0], length // 32, 1, 0, len(inputs),
         TYPE=stored.name, **config,
     )  # fmt: skip
+    if shares > 1:
+        add_splits(target, product, pdl=False)
     return product

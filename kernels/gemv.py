@@ -3,7 +3,7 @@
 Every thread multiplies whole chunks of weights (`chunks`, `codebook_chunks`) with integer activations (`act_quant`)
 by dp4a. A program owns BN rows of W and M of x, takes T chunks at a time, and walks along K; with SPLIT > 1 several
 programs share the rows and their float32 results are added in a fixed order, so that results never depend on timing.
-`supports` and `linear` are for 1 to 4 rows; `smallm` runs the same kernel for more, `routed` for rows of which each has
+`supports` and `linear` are for 1 to 4 rows, `routed` for rows of which each has
 its own expert's matrix.
 """
 

@@ -15,13 +15,25 @@ import triton.language as tl
 
 from dynquant.kernels.unpack import unpack_groups
 
+_RESIDENT = {16: 896, 32: 640, 64: 512, 128: 384}
+"""Programs of so many rows that an H100 runs at once."""
+
 
 def tile_config(num_rows: float, dtype: torch.dtype) -> dict[str, int]:
     """Constants and launch options of the kernels for about so many rows of activations that share a matrix."""
     if dtype == torch.float32:  # no tensor cores: larger tiles were seen to spill registers
         return {"BM": 16, "BN": 64, "G": 1, "num_warps": 4, "num_stages": 2}
-    block_m = 16 if num_rows <= 16 else 32 if num_rows <= 32 else 64 if num_rows <= 256 else 128
-    return {"BM": block_m, "BN": 64, "G": 2, "num_warps": 4, "num_stages": 3}
+    block_m = 16 if num_rows <= 16 else 32 if num_rows <= 32 else 64 if num_rows <= 64 else 128
+    # A pipeline of loads needs registers and shared memory that more programs at once make better use of.
+    return {"BM": block_m, "BN": 64, "G": 2, "num_warps": 4, "num_stages": 1, "maxnreg": 168}
+
+
+def column_shares(num_programs: int, config: dict[str, int], num_groups: int) -> int:
+    """How many programs should share the columns of a matrix so that the device is busy: a power of two."""
+    shares, steps = 1, num_groups // config["G"]
+    while 2 * shares * num_programs <= _RESIDENT[config["BM"]] and steps >= 8 * shares:
+        shares *= 2
+    return shares
 
 
 @triton.jit(do_not_specialize=["num_blocks", "num_tiles", "num_pairs"])

@@ -83,17 +83,17 @@ def unpack_groups(TYPE: tl.constexpr, planes_ptr, table_ptr, num_blocks, groups)
     i8 = tl.arange(0, 4)[None, :, None]
     i = tl.arange(0, 8)[None, None, :]
     if TYPE == "Q8_0":
-        w = _q8_0(planes_ptr, num_blocks, block, i8, i)
+        w = _q8_0(planes_ptr, num_blocks, block, i)
     elif TYPE == "Q4_0" or TYPE == "Q5_0":
         w = _q4_0_q5_0(TYPE, planes_ptr, num_blocks, block, i8, i)
     elif TYPE == "Q4_1" or TYPE == "Q5_1":
         w = _q4_1_q5_1(TYPE, planes_ptr, num_blocks, block, i8, i)
     elif TYPE == "IQ4_NL":
-        w = _iq4_nl(planes_ptr, num_blocks, block, i8, i)
+        w = _iq4_nl(planes_ptr, num_blocks, block, i)
     elif TYPE == "IQ4_XS":
-        w = _iq4_xs(planes_ptr, num_blocks, block, s, i8, i)
+        w = _iq4_xs(planes_ptr, num_blocks, block, s, i)
     elif TYPE == "MXFP4":
-        w = _mxfp4(planes_ptr, num_blocks, block, i8, i)
+        w = _mxfp4(planes_ptr, num_blocks, block, i)
     elif TYPE == "NVFP4":
         w = _nvfp4(planes_ptr, table_ptr, num_blocks, block, s, i8, i)
     elif TYPE == "Q2_K":
@@ -101,7 +101,7 @@ def unpack_groups(TYPE: tl.constexpr, planes_ptr, table_ptr, num_blocks, groups)
     elif TYPE == "Q3_K":
         w = _q3_k(planes_ptr, num_blocks, block, s, i8, i)
     elif TYPE == "Q4_K" or TYPE == "Q5_K":
-        w = _q4_k_q5_k(TYPE, planes_ptr, num_blocks, block, s, i8, i)
+        w = _q4_k_q5_k(TYPE, planes_ptr, num_blocks, block, s, i)
     elif TYPE == "Q6_K":
         w = _q6_k(planes_ptr, num_blocks, block, s, i8, i)
     elif TYPE == "IQ3_S":
@@ -119,7 +119,7 @@ def unpack_groups(TYPE: tl.constexpr, planes_ptr, table_ptr, num_blocks, groups)
     elif TYPE == "IQ1_S":
         w = _iq1_s(planes_ptr, table_ptr, num_blocks, block, s, i8, i)
     elif TYPE == "TQ2_0":
-        w = _tq2_0(planes_ptr, num_blocks, block, s, i8, i)
+        w = _tq2_0(planes_ptr, num_blocks, block, s, i)
     else:
         tl.static_assert(TYPE == "TQ1_0", "unpack_groups does not know this quant type")
         w = _tq1_0(planes_ptr, num_blocks, block, s, i8, i)
@@ -149,23 +149,57 @@ def _half(p, offset):
 
 
 @triton.jit
+def _two_halves(p, index):
+    """Two neighbouring fp16 numbers, number `index` of such pairs: a block's scale and minimum."""
+    both = tl.load(p.to(tl.pointer_type(tl.int32)) + index)
+    low = both.to(tl.int16).to(tl.float16, bitcast=True)
+    return low.to(tl.float32), (both >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
 def _value(table_ptr, index):
     return tl.load(table_ptr.to(tl.pointer_type(tl.float32)) + index)
 
 
 @triton.jit
-def _words(p, offset):
-    """Eight bytes as two words; `offset` is a multiple of 8."""
-    words = p.to(tl.pointer_type(tl.int32)) + (offset >> 2)
-    return tl.load(words), tl.load(words + 1)
+def _words(p, unit, NUM: tl.constexpr):
+    """NUM words as [R, NUM], in the widest loads: number `unit` [R, 1, 1] of those that begin at `p`."""
+    first = tl.reshape(unit, [unit.shape[0], 1]) * NUM
+    return tl.load(p.to(tl.pointer_type(tl.int32)) + (first + tl.arange(0, NUM)[None, :]))
 
 
 @triton.jit
-def _fields(p, offset, shift, BITS: tl.constexpr):
-    """The `BITS` bits above bit `shift` of each of eight bytes."""
-    low, high = _words(p, offset)
+def _codes(words):
+    """[R, 8] words -> the bytes of every eight weights of a group as two words, [R, 4, 1] each."""
+    low, high = tl.split(tl.reshape(words, [words.shape[0], 4, 2]))
+    return low[:, :, None], high[:, :, None]
+
+
+@triton.jit
+def _fields(p, unit, shift, BITS: tl.constexpr):
+    """The `BITS` bits above bit `shift` of 32 bytes, number `unit` of those that begin at `p`."""
+    low, high = _codes(_words(p, unit, 8))
     MASK: tl.constexpr = ((1 << BITS) - 1) * 0x01010101
     return (low >> shift) & MASK, (high >> shift) & MASK
+
+
+@triton.jit
+def _byte_of(p, index, i8):
+    """Byte i8 of word `index` of those that begin at `p`."""
+    return (tl.load(p.to(tl.pointer_type(tl.int32)) + index) >> (i8 * 8)) & 255
+
+
+@triton.jit
+def _word16_of(p, unit, i8):
+    """Sixteen bits, number i8 of the four of `unit`."""
+    low, high = _two_words(p, unit)
+    return (tl.where(i8 < 2, low, high) >> ((i8 & 1) * 16)) & 0xFFFF
+
+
+@triton.jit
+def _two_words(p, unit):
+    low, high = tl.split(_words(p, unit, 2))
+    return low[:, None, None], high[:, None, None]
 
 
 @triton.jit
@@ -186,39 +220,48 @@ def _floats(codes, offset, i):
 
 
 @triton.jit
-def _nibble_pair(p, block, i8):
-    """Codes of a block of 32: weight j shares a byte with weight j + 16."""
-    return _fields(p, block * 16 + (i8 & 1) * 8, (i8 >> 1) * 4, 4)
+def _low_then_high(low, high):
+    """Words [R, 4] of low and of high nibbles: codes of a block of 32, where weight j shares a byte with j + 16."""
+    return _codes(tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), [low.shape[0], 8]))
 
 
 @triton.jit
-def _crumb_plane(p, block, s, i8):
+def _nibble_pair(p, block):
+    packed = _words(p, block, 4)
+    return _low_then_high(packed & 0x0F0F0F0F, (packed >> 4) & 0x0F0F0F0F)
+
+
+@triton.jit
+def _crumb_plane(p, block, s):
     """Two-bit codes of a super-block: byte j of a half holds the weights j, 32 + j, 64 + j and 96 + j."""
-    return _fields(p, block * 64 + (s >> 2) * 32 + i8 * 8, (s & 3) * 2, 2)
+    return _fields(p, block * 2 + (s >> 2), (s & 3) * 2, 2)
 
 
 @triton.jit
-def _looked_up(packed, is_high, IS_E2M1: tl.constexpr, i):
-    """The values that the low or the high nibbles of eight bytes stand for."""
+def _table16(packed, IS_E2M1: tl.constexpr):
+    """The values of low and of high nibbles, plus 128, which makes signed bytes unsigned."""
     t0, t1 = (E2M1_0, E2M1_1) if IS_E2M1 else (IQ4_0, IQ4_1)
     t2, t3 = (E2M1_2, E2M1_3) if IS_E2M1 else (IQ4_2, IQ4_3)
-    zero = packed[0] & 0
-    a, b = table16(packed[0], zero + t0, zero + t1, zero + t2, zero + t3)
-    c, d = table16(packed[1], zero + t0, zero + t1, zero + t2, zero + t3)
-    # Signed bytes plus 128 are unsigned.
-    return _floats((tl.where(is_high, b, a) ^ -0x7F7F7F80, tl.where(is_high, d, c) ^ -0x7F7F7F80), 128, i)
+    zero = packed & 0
+    low, high = table16(packed, zero + t0, zero + t1, zero + t2, zero + t3)
+    return low ^ -0x7F7F7F80, high ^ -0x7F7F7F80
 
 
 @triton.jit
-def _q8_0(p, nb, block, i8, i):
+def _looked_up(p, block, IS_E2M1: tl.constexpr, i):
+    low, high = _table16(_words(p, block, 4), IS_E2M1)
+    return _floats(_low_then_high(low, high), 128, i)
+
+
+@triton.jit
+def _q8_0(p, nb, block, i):
     d = _half(p, nb * (_plane("Q8_0", "d") // 2) + block)
-    low, high = _words(p, block * 32 + i8 * 8)
-    return _floats((low ^ -0x7F7F7F80, high ^ -0x7F7F7F80), 128, i) * d
+    return _floats(_codes(_words(p, block, 8) ^ -0x7F7F7F80), 128, i) * d  # signed bytes plus 128
 
 
 @triton.jit
 def _five_bits(TYPE: tl.constexpr, p, nb, block, i8):
-    codes = _nibble_pair(p, block, i8)
+    codes = _nibble_pair(p, block)
     if TYPE == "Q5_0" or TYPE == "Q5_1":
         bits = _byte(p, nb * _plane(TYPE, "qh") + block * 4 + i8)
         codes = _with_high_bits(codes, (_spread(bits & 15), _spread(bits >> 4)), 4)
@@ -239,46 +282,48 @@ def _q4_0_q5_0(TYPE: tl.constexpr, p, nb, block, i8, i):
 
 @triton.jit
 def _q4_1_q5_1(TYPE: tl.constexpr, p, nb, block, i8, i):
-    dm = nb * (_plane(TYPE, "dm") // 2) + block * 2
-    return _half(p, dm) * _floats(_five_bits(TYPE, p, nb, block, i8), 0, i) + _half(p, dm + 1)
+    d, m = _two_halves(p + nb * _plane(TYPE, "dm"), block)
+    return d * _floats(_five_bits(TYPE, p, nb, block, i8), 0, i) + m
 
 
 @triton.jit
-def _iq4_nl(p, nb, block, i8, i):
+def _iq4_nl(p, nb, block, i):
     d = _half(p, nb * (_plane("IQ4_NL", "d") // 2) + block)
-    return d * _looked_up(_words(p, block * 16 + (i8 & 1) * 8), i8 >= 2, False, i)
+    return d * _looked_up(p, block, False, i)
 
 
 @triton.jit
-def _iq4_xs(p, nb, block, s, i8, i):
+def _iq4_xs(p, nb, block, s, i):
     low = (_byte(p, nb * _plane("IQ4_XS", "scales_l") + block * 4 + (s >> 1)) >> ((s & 1) * 4)) & 15
     high = (_word16(p, nb * (_plane("IQ4_XS", "scales_h") // 2) + block) >> (s * 2)) & 3
     scale = _half(p, nb * (_plane("IQ4_XS", "d") // 2) + block) * ((low | (high << 4)) - 32).to(tl.float32)
-    return scale * _looked_up(_words(p, (block * 8 + s) * 16 + (i8 & 1) * 8), i8 >= 2, False, i)
+    return scale * _looked_up(p, block * 8 + s, False, i)
 
 
 @triton.jit
-def _mxfp4(p, nb, block, i8, i):
+def _mxfp4(p, nb, block, i):
     e = _byte(p, nb * _plane("MXFP4", "e") + block)
     # Half of 2^(e - 127); the two smallest are subnormal.
     scale = tl.where(e < 2, 0x00200000 << e, (e - 1) << 23).to(tl.float32, bitcast=True)
-    return scale * _looked_up(_words(p, block * 16 + (i8 & 1) * 8), i8 >= 2, True, i)
+    return scale * _looked_up(p, block, True, i)
 
 
 @triton.jit
 def _nvfp4(p, table_ptr, nb, block, s, i8, i):
     sub = s * 2 + (i8 >> 1)
     scale = _value(table_ptr, _byte(p, nb * _plane("NVFP4", "d") + block * 4 + sub))
-    return scale * _looked_up(_words(p, block * 32 + sub * 8), (i8 & 1) == 1, True, i)
+    # A block of 16 has its first eight weights in low nibbles, the others in high ones.
+    low, high = _table16(_words(p, block * 2 + s, 4), True)
+    both = tl.permute(tl.reshape(tl.join(low, high), [low.shape[0], 2, 2, 2]), (0, 1, 3, 2))
+    return scale * _floats(_codes(tl.reshape(both, [low.shape[0], 8])), 128, i)
 
 
 @triton.jit
 def _q2_k(p, nb, block, s, i8, i):
     scales = _byte(p, nb * _plane("Q2_K", "scales") + block * 16 + s * 2 + (i8 >> 1))
-    dm = nb * (_plane("Q2_K", "dm") // 2) + block * 2
-    scale = _half(p, dm) * (scales & 15).to(tl.float32)
-    minimum = _half(p, dm + 1) * (scales >> 4).to(tl.float32)
-    return scale * _floats(_crumb_plane(p + nb * _plane("Q2_K", "qs"), block, s, i8), 0, i) - minimum
+    d, dmin = _two_halves(p + nb * _plane("Q2_K", "dm"), block)
+    scale, minimum = d * (scales & 15).to(tl.float32), dmin * (scales >> 4).to(tl.float32)
+    return scale * _floats(_crumb_plane(p + nb * _plane("Q2_K", "qs"), block, s), 0, i) - minimum
 
 
 @triton.jit
@@ -288,31 +333,31 @@ def _q3_k(p, nb, block, s, i8, i):
     low = (_byte(p, scales + (n & 7)) >> ((n >> 3) * 4)) & 15
     high = (_byte(p, scales + 8 + (n & 3)) >> ((n >> 2) * 2)) & 3
     scale = _half(p, nb * (_plane("Q3_K", "d") // 2) + block) * ((low | (high << 4)) - 32).to(tl.float32)
-    third = _fields(p, nb * _plane("Q3_K", "hmask") + block * 32 + i8 * 8, s, 1)
-    codes = _with_high_bits(_crumb_plane(p + nb * _plane("Q3_K", "qs"), block, s, i8), third, 2)
+    third = _fields(p + nb * _plane("Q3_K", "hmask"), block, s, 1)
+    codes = _with_high_bits(_crumb_plane(p + nb * _plane("Q3_K", "qs"), block, s), third, 2)
     return scale * _floats(codes, 4, i)
 
 
 @triton.jit
-def _q4_k_q5_k(TYPE: tl.constexpr, p, nb, block, s, i8, i):
+def _q4_k_q5_k(TYPE: tl.constexpr, p, nb, block, s, i):
     scales = nb * _plane(TYPE, "scales") + block * 12 + (s & 3)
     b0, b1, b2 = _byte(p, scales), _byte(p, scales + 4), _byte(p, scales + 8)
     sc = tl.where(s < 4, b0 & 63, (b2 & 15) | ((b0 >> 2) & 48))
     m = tl.where(s < 4, b1 & 63, (b2 >> 4) | ((b1 >> 2) & 48))
-    dm = nb * (_plane(TYPE, "dm") // 2) + block * 2
-    codes = _fields(p, nb * _plane(TYPE, "qs") + block * 128 + (s >> 1) * 32 + i8 * 8, (s & 1) * 4, 4)
+    d, dmin = _two_halves(p + nb * _plane(TYPE, "dm"), block)
+    codes = _fields(p + nb * _plane(TYPE, "qs"), block * 4 + (s >> 1), (s & 1) * 4, 4)
     if TYPE == "Q5_K":
-        codes = _with_high_bits(codes, _fields(p, nb * _plane(TYPE, "qh") + block * 32 + i8 * 8, s, 1), 4)
-    return _half(p, dm) * sc.to(tl.float32) * _floats(codes, 0, i) - _half(p, dm + 1) * m.to(tl.float32)
+        codes = _with_high_bits(codes, _fields(p + nb * _plane(TYPE, "qh"), block, s, 1), 4)
+    return d * sc.to(tl.float32) * _floats(codes, 0, i) - dmin * m.to(tl.float32)
 
 
 @triton.jit
 def _q6_k(p, nb, block, s, i8, i):
     sc = _byte(p, nb * _plane("Q6_K", "scales") + block * 16 + s * 2 + (i8 >> 1))
     scale = _half(p, nb * (_plane("Q6_K", "d") // 2) + block) * ((sc ^ 128) - 128).to(tl.float32)
-    offset = nb * _plane("Q6_K", "ql") + block * 128 + (s >> 2) * 64 + (s & 1) * 32 + i8 * 8
-    high = _crumb_plane(p + nb * _plane("Q6_K", "qh"), block, s, i8)
-    return scale * _floats(_with_high_bits(_fields(p, offset, (s & 2) * 2, 4), high, 4), 32, i)
+    low = _fields(p + nb * _plane("Q6_K", "ql"), block * 4 + (s >> 2) * 2 + (s & 1), (s & 2) * 2, 4)
+    high = _crumb_plane(p + nb * _plane("Q6_K", "qh"), block, s)
+    return scale * _floats(_with_high_bits(low, high, 4), 32, i)
 
 
 @triton.jit
@@ -337,9 +382,9 @@ def _iq2_magnitudes(table_ptr, index):
 
 @triton.jit
 def _iq2_xxs(p, table_ptr, nb, block, s, i8, i):
-    word = _word32(p, block * 16 + s * 2 + 1)
+    indices, word = _two_words(p, block * 8 + s)
     scale = _half(p, nb * (_plane("IQ2_XXS", "d") // 2) + block) * (((word >> 28) & 15).to(tl.float32) + 0.5) * 0.25
-    magnitudes = _iq2_magnitudes(table_ptr, _byte(p, block * 64 + s * 8 + i8))
+    magnitudes = _iq2_magnitudes(table_ptr, (indices >> (i8 * 8)) & 255)
     return _signed(scale, magnitudes, _even_signs((word >> (i8 * 7)) & 127), i)
 
 
@@ -351,7 +396,7 @@ def _iq2_scale(TYPE: tl.constexpr, p, nb, block, s, i8):
 
 @triton.jit
 def _iq2_xs(p, table_ptr, nb, block, s, i8, i):
-    word = _word16(p, nb * (_plane("IQ2_XS", "qs") // 2) + block * 32 + s * 4 + i8)
+    word = _word16_of(p, block * 8 + s, i8)
     magnitudes = _iq2_magnitudes(table_ptr, word & 511)
     return _signed(_iq2_scale("IQ2_XS", p, nb, block, s, i8), magnitudes, _even_signs(word >> 9), i)
 
@@ -359,8 +404,8 @@ def _iq2_xs(p, table_ptr, nb, block, s, i8, i):
 @triton.jit
 def _iq2_s(p, table_ptr, nb, block, s, i8, i):
     high = (_byte(p, nb * _plane("IQ2_S", "qh") + block * 8 + s) >> (i8 * 2)) & 3
-    index = _byte(p, nb * _plane("IQ2_S", "qs") + block * 32 + s * 4 + i8) | (high << 8)
-    signs = _byte(p, nb * _plane("IQ2_S", "signs") + block * 32 + s * 4 + i8)
+    index = _byte_of(p, block * 8 + s, i8) | (high << 8)
+    signs = _byte_of(p + nb * _plane("IQ2_S", "signs"), block * 8 + s, i8)
     return _signed(_iq2_scale("IQ2_S", p, nb, block, s, i8), _iq2_magnitudes(table_ptr, index), signs, i)
 
 
@@ -368,7 +413,7 @@ def _iq2_s(p, table_ptr, nb, block, s, i8, i):
 def _iq3_xxs(p, table_ptr, nb, block, s, i8, i):
     word = _word32(p, nb * (_plane("IQ3_XXS", "scales") // 4) + block * 8 + s)
     scale = _half(p, nb * (_plane("IQ3_XXS", "d") // 2) + block) * (((word >> 28) & 15).to(tl.float32) + 0.5) * 0.5
-    pair = _word16(p, nb * (_plane("IQ3_XXS", "qs") // 2) + block * 32 + s * 4 + i8)
+    pair = _word16_of(p, block * 8 + s, i8)
     magnitudes = tl.load(table_ptr + (pair & 255)), tl.load(table_ptr + (pair >> 8))
     return _signed(scale, magnitudes, _even_signs((word >> (i8 * 7)) & 127), i)
 
@@ -377,11 +422,11 @@ def _iq3_xxs(p, table_ptr, nb, block, s, i8, i):
 def _iq3_s(p, table_ptr, nb, block, s, i8, i):
     sc = (_byte(p, nb * _plane("IQ3_S", "scales") + block * 4 + (s >> 1)) >> ((s & 1) * 4)) & 15
     scale = _half(p, nb * (_plane("IQ3_S", "d") // 2) + block) * (sc * 2 + 1).to(tl.float32)
-    pair = _word16(p, nb * (_plane("IQ3_S", "qs") // 2) + block * 32 + s * 4 + i8)
+    pair = _word16_of(p, block * 8 + s, i8)
     high = _byte(p, nb * _plane("IQ3_S", "qh") + block * 8 + s) >> (i8 * 2)
     first, second = (pair & 255) | ((high & 1) << 8), (pair >> 8) | ((high & 2) << 7)
     magnitudes = tl.load(table_ptr + first), tl.load(table_ptr + second)
-    signs = _byte(p, nb * _plane("IQ3_S", "signs") + block * 32 + s * 4 + i8)
+    signs = _byte_of(p + nb * _plane("IQ3_S", "signs"), block * 8 + s, i8)
     return _signed(scale, magnitudes, signs, i)
 
 
@@ -397,7 +442,7 @@ def _ternary(table_ptr, index, scale, delta, i):
 def _iq1_s(p, table_ptr, nb, block, s, i8, i):
     qh = _word16(p, nb * (_plane("IQ1_S", "qh") // 2) + block * 8 + s)
     scale = _half(p, nb * (_plane("IQ1_S", "d") // 2) + block) * (((qh >> 12) & 7) * 2 + 1).to(tl.float32)
-    low = _byte(p, nb * _plane("IQ1_S", "qs") + block * 32 + s * 4 + i8)
+    low = _byte_of(p, block * 8 + s, i8)
     return _ternary(table_ptr, low | (((qh >> (i8 * 3)) & 7) << 8), scale, 1 - ((qh >> 15) & 1) * 2, i)
 
 
@@ -409,15 +454,15 @@ def _iq1_m(p, table_ptr, nb, block, s, i8, i):
     d = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     sc = (_word16(p, words + (s >> 1)) >> ((s & 1) * 6 + (i8 >> 1) * 3)) & 7
     qh = _byte(p, nb * _plane("IQ1_M", "qh") + block * 16 + s * 2 + (i8 >> 1)) >> ((i8 & 1) * 4)
-    low = _byte(p, nb * _plane("IQ1_M", "qs") + block * 32 + s * 4 + i8)
+    low = _byte_of(p, block * 8 + s, i8)
     scale = d * (sc * 2 + 1).to(tl.float32)
     return _ternary(table_ptr, low | ((qh & 7) << 8), scale, 1 - ((qh >> 3) & 1) * 2, i)
 
 
 @triton.jit
-def _tq2_0(p, nb, block, s, i8, i):
+def _tq2_0(p, nb, block, s, i):
     d = _half(p, nb * (_plane("TQ2_0", "d") // 2) + block)
-    return d * _floats(_crumb_plane(p, block, s, i8), 1, i)
+    return d * _floats(_crumb_plane(p, block, s), 1, i)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("triton")
 
 from dynquant.codecs import decode
-from dynquant.kernels import gemv, mma, smallm
+from dynquant.kernels import gemv
 from dynquant.kernels.formats import PLANES
 from dynquant.kernels.repack import pack_planes
 from tests.helpers.gemv_checks import activations, finite_blocks
@@ -48,16 +48,9 @@ OTHER_FORMS = [
     case("Q8_0", 5, 256, "bf16", rows=3),
     case("Q4_0", 16, 256, "int8", rows=8),
 ]
-TENSOR_CORES = [
-    {**case(name, 5 if i % 2 else 16, 512, act), "kernel": "mma", "n": 37, "config": {"bn": 32, "warps": 2, "split": 2}}
-    for i, name in enumerate(mma.TYPES)
-    for act in ("bf16", "int8")
-]
 
 
-@pytest.mark.parametrize(
-    "cases", [EVERY_TYPE[::2], EVERY_TYPE[1::2], OTHER_FORMS, TENSOR_CORES], ids=["even", "odd", "forms", "mma"]
-)
+@pytest.mark.parametrize("cases", [EVERY_TYPE[::2], EVERY_TYPE[1::2], OTHER_FORMS], ids=["even", "odd", "forms"])
 def test_interpreted_products_are_those_of_decoded_weights(cases):
     for asked, found in zip(cases, check_results("interpret", cases), strict=True):
         assert found["error"] <= {"bf16": 1e-3, "int8": 2.5e-2}[asked["act"]], (asked, found)
@@ -102,10 +95,10 @@ def test_every_type_compiles_for_sm_90_without_spills():
 
 def test_what_kernels_cannot_multiply_is_refused():
     x = torch.zeros(1, 512, dtype=torch.bfloat16)
-    assert gemv.supports("Q4_K", x) and not smallm.supports("Q4_K", x)
+    assert gemv.supports("Q4_K", x)
     assert not gemv.supports("BF16", x)
     assert not gemv.supports("Q8_0", x[:, :288]) and not gemv.supports("Q8_0", x.float())
-    assert not gemv.supports("Q4_K", x.expand(5, 512)) and smallm.supports("Q4_K", x.expand(5, 512))
+    assert not gemv.supports("Q4_K", x.expand(5, 512))
     weight = torch.zeros(3, 288, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"1-4"):
         gemv.linear(x.expand(5, 512), weight, "Q4_K")
@@ -118,17 +111,16 @@ def test_what_kernels_cannot_multiply_is_refused():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", sorted(PLANES))
-@pytest.mark.parametrize("m", [1, 3, 4, 5, 16, 33])
+@pytest.mark.parametrize("m", [1, 3, 4])
 def test_products_on_a_gpu(name, m):
     blocks = finite_blocks(name, 1003, 1024)
     x = torch.cat((activations(m, 1024, 77), torch.randn(m, 1024).to(torch.bfloat16)))[-m:].cuda()
     weights = decode(name, blocks.cuda())
     planar = pack_planes(name, blocks.cuda())
-    product = gemv if m <= 4 else smallm
     reference = x.double() @ weights.double().T
     for act, limit in LIMIT.items():
-        y = product.linear(x, planar, name, act)
-        assert torch.equal(y, product.linear(x, planar, name, act))
+        y = gemv.linear(x, planar, name, act)
+        assert torch.equal(y, gemv.linear(x, planar, name, act))
         assert (y.double() - reference).norm() / reference.norm() <= 1.5 * limit
     one_hot = activations(m, 1024, 77).cuda()
-    assert torch.equal(product.linear(one_hot, planar, name)[0], weights[:, 77].to(torch.bfloat16))
+    assert torch.equal(gemv.linear(one_hot, planar, name)[0], weights[:, 77].to(torch.bfloat16))

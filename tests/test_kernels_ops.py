@@ -170,7 +170,7 @@ def test_why_triton_is_refused_is_said_once(fresh_warnings, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("rows", "chosen"), [(1, "gemv"), (4, "gemv"), (5, "smallm"), (64, "fused"), (65, "fused"), (257, "two_pass")]
+    ("rows", "chosen"), [(1, "gemv"), (4, "gemv"), (5, "fused"), (128, "fused"), (129, "two_pass")]
 )
 def test_kernels_are_asked_in_order(rows, chosen, monkeypatch):
     class Kernel:
@@ -182,7 +182,6 @@ def test_kernels_are_asked_in_order(rows, chosen, monkeypatch):
 
     found = {
         "gemv": Kernel("gemv", 4),
-        "smallm": Kernel("smallm", 63),
         "fused": Kernel("fused", 999),
         "two_pass": Kernel("two_pass", 1 << 30),
     }

@@ -57,20 +57,21 @@ def test_interpreted_products_equal_float64(name, interpreted):
 @IS_MEASURED_COMPILER
 @pytest.mark.parametrize("name", COMPILED)
 def test_dequantize_compiles_for_an_h100_without_spills(name):
-    from dynquant.kernels.dequantize import dequantize_kernel
+    from dynquant.kernels.dequantize import _TILE_ROWS, dequantize_kernel
     from tests.helpers.sm90 import count, opcodes
 
     types = {"planes_ptr": "*u8", "table_ptr": "*i32", "out_ptr": "*bf16"}
     sizes = ("num_blocks", "tensor_rows", "tensor_groups", "num_rows", "num_groups", "first_row", "first_group")
-    constants = {"ids_ptr": None, "TYPE": name, "ROWS": 16}
+    constants = {"ids_ptr": None, "TYPE": name, "ROWS": _TILE_ROWS}
     types |= dict.fromkeys(sizes, "i32")
     codes = opcodes(
         dequantize_kernel, types, constants, {"tensor_groups", "num_groups"}, num_warps=4, enable_fp_fusion=False
     )
     assert not count(codes, "LDL", "STL")
-    assert count(codes, "STG.E.128") == 4 and not count(codes, "STS"), "stores are not 16 bytes wide"
-    # 26 is what an H100 can issue for a weight while it writes two bytes; a program decodes 32 weights a thread.
-    assert len(codes) / 32 <= 24
+    # Eight weights a thread, written at once. 26 instructions are what an H100 can issue for a weight while it writes
+    # two bytes: small programs need about that, and are faster than large ones.
+    assert count(codes, "STG.E.128") == 1, "stores are not 16 bytes wide"
+    assert len(codes) / 8 <= 30
 
 
 @IS_MEASURED_COMPILER
@@ -82,11 +83,14 @@ def test_tiles_compile_for_an_h100_without_spills(kernel, name):
 
     function = getattr(tiles, kernel)
     pointers = {"planes_ptr": "*u8", "table_ptr": "*i32", "tiles_ptr": "*i32", "order_ptr": "*i64"}
-    constants = {"TYPE": name, "BM": 64, "BN": 64, "G": 2}
+    constants = {"TYPE": name, **tiles.tile_config(64, torch.bfloat16)}
+    options = {option: constants.pop(option) for option in ("num_warps", "num_stages", "maxnreg")}
     others = {arg: "*bf16" if arg.endswith("_ptr") else "i32" for arg in function.arg_names if arg not in constants}
-    codes = opcodes(function, others | pointers, constants, {"N", "K_groups"}, num_warps=4, num_stages=3)
+    codes = opcodes(function, others | pointers, constants, {"N", "K_groups"}, **options)
     assert not count(codes, "LDL", "STL")
-    assert count(codes, "HGMMA") and count(codes, "LDGSTS")
+    assert count(codes, "HGMMA")
+    # One load of codes for sixteen bytes: word by word, the loads took longer than everything else.
+    assert name != "Q4_K" or count(codes, "LDG.E.128") >= 2
 
 
 @pytest.fixture

@@ -47,8 +47,8 @@ def activations(num_rows: int, row_length: int, hot: int) -> torch.Tensor:
 
 def interpret(case: dict) -> dict:
     """Largest relative error over the rows of x but the first, and how many weights row 0 did not return."""
-    from dynquant.kernels import gemv, mma
-    from dynquant.kernels.plans import GemvConfig, MmaConfig
+    from dynquant.kernels import gemv
+    from dynquant.kernels.plans import GemvConfig
     from dynquant.kernels.repack import pack_planes
 
     name, m, n, k = case["type"], case["m"], case["n"], case["k"]
@@ -56,8 +56,7 @@ def interpret(case: dict) -> dict:
     weights = decode(name, blocks)
     # The interpreter cuts bf16 results off instead of rounding them; it rounds fp16.
     x = activations(m, k, case["hot"]).to(torch.float16)
-    kernel, config = (mma, MmaConfig) if case.get("kernel") == "mma" else (gemv, GemvConfig)
-    y = kernel.linear_of_checked(x, pack_planes(name, blocks), name, case["act"], config(**case["config"]))
+    y = gemv.linear_of_checked(x, pack_planes(name, blocks), name, case["act"], GemvConfig(**case["config"]))
     reference = x.double() @ weights.double().T
     wrong = (y[0] != weights[:, case["hot"]].to(x.dtype)).sum().item()
     error = ((y.double() - reference)[1:].norm(dim=1) / reference[1:].norm(dim=1)).max().item() if m > 1 else 0.0
