@@ -1,11 +1,13 @@
 """Tokens per second and peak memory of text generation, packed against bf16, on one GPU.
 
     python -m dynquant.analysis.generation_speed random-7b-a1b --types experts=IQ2_XXS,rest=Q4_K
+    python -m dynquant.analysis.generation_speed random --config DIR --types experts=IQ1_S,rest=Q4_K
     python -m dynquant.analysis.generation_speed MODEL.gguf --reference DIR
 
 `random-7b-a1b` is a mixture of experts in the shape of 7 billion weights, one billion of them active, with random
-weights: time and memory do not depend on their values. A step is timed as transformers' own `generate` does it and,
-where the model allows it, replayed from a CUDA graph over a static cache, which shows the kernels without Python.
+weights: time and memory do not depend on their values. `random` is the same for the shape in a `config.json`. A step
+is timed as transformers' own `generate` does it and, where the model allows it, replayed from a CUDA graph over a
+static cache, which shows the kernels without Python.
 """
 
 import argparse
@@ -24,7 +26,7 @@ from dynquant.layers import EXPERT_PARTS, PackedModule, choose_layout
 from dynquant.packed_model import pack_modules
 from dynquant.quant_types import quant_type
 
-RANDOM = "random-7b-a1b"
+RANDOM, RANDOM_SHAPE = "random-7b-a1b", "random"
 PROMPT_TOKENS = 32
 
 
@@ -55,21 +57,23 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model", help=f"{RANDOM}, or a GGUF file")
+    parser.add_argument("model", help=f"{RANDOM}, {RANDOM_SHAPE}, or a GGUF file")
+    parser.add_argument("--config", help=f"Checkpoint directory with the shape of `{RANDOM_SHAPE}`.")
     parser.add_argument("--reference", help="The bf16 checkpoint of the GGUF file; leave out to measure packed only.")
-    parser.add_argument("--types", default="experts=IQ2_XXS,rest=Q4_K", help=f"Quant types of {RANDOM}.")
+    parser.add_argument("--types", default="experts=IQ2_XXS,rest=Q4_K", help="Quant types of random weights.")
     parser.add_argument("--batches", default="1,16")
     parser.add_argument("--tokens", type=int, default=128)
     return parser.parse_args()
 
 
 def _models(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    if options.model == RANDOM:
+    if options.model in (RANDOM, RANDOM_SHAPE):
         types = dict(part.split("=") for part in options.types.split(","))
-        yield "bf16", _random_bf16
-        yield options.types, lambda: _random_packed(types)
+        config = _config() if options.model == RANDOM else AutoConfig.from_pretrained(options.config)
+        yield "bf16", lambda: _filled(_empty(config))
+        yield options.types, lambda: _random_packed(config, types)
         return
     if options.reference:
         yield (
@@ -89,22 +93,19 @@ def _config() -> Any:
     )  # fmt: skip
 
 
-def _random_bf16() -> nn.Module:
+def _empty(config: Any) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(_config(), dtype=torch.bfloat16)
-    return _filled(model)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
 
-def _random_packed(types: dict[str, str]) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(_config(), dtype=torch.bfloat16)
+def _random_packed(config: Any, types: dict[str, str]) -> nn.Module:
+    """MLA's latent projection stays in bf16: packed, it is two tensors that a file has to make of it."""
+    model = _empty(config)
     chosen: dict[str, str] = {}
     for path, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Embedding) and not path.endswith("mlp.gate"):
+        if isinstance(module, nn.Linear | nn.Embedding) and not path.endswith(("mlp.gate", "kv_b_proj")):
             chosen[f"{path}.weight"] = types["rest"]
         elif hasattr(module, "gate_up_proj"):
             chosen |= {f"{path}.{part}": types["experts"] for part in EXPERT_PARTS}
@@ -116,6 +117,8 @@ def _filled(model: nn.Module) -> nn.Module:
     """Random weights of a plausible size on the GPU; the rotary tables are computed anew."""
     rotary = type(model.model.rotary_emb)
     model.to_empty(device="cuda")
+    for buffer in model.buffers():
+        buffer.zero_()
     model.model.rotary_emb = rotary(config=model.config).to("cuda")
     packed = {
         id(getattr(module, name)): module.types[name]
