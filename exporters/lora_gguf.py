@@ -132,8 +132,7 @@ def _check_graph(targets: list[_Target], arch: str) -> None:
         raise AdapterError(
             f"The adapter changes {', '.join(kinds)} (`{left_out[0]}` and {len(left_out) - 1} more), to which "
             f"llama.cpp applies no adapter in its {arch} graph: it would load the file and leave these out. Train an "
-            "adapter without them (`add_adapter(model, llama_cpp=True)` chooses what llama.cpp applies), or merge this one "
-            "with `dynquant.lora.merge` and export the result."
+            "adapter without them; `add_adapter(model, llama_cpp=True)` chooses what llama.cpp applies."
         )
 
 
