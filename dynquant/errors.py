@@ -35,3 +35,7 @@ class EvaluationError(DynquantError):
 
 class DeviceError(DynquantError):
     """A device that is not there."""
+
+
+class AdapterError(DynquantError):
+    """An adapter cannot be added to, loaded into, merged into or exported for this model."""

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from dynquant.kernels import ops
 from dynquant.kernels.formats import is_packed
-from dynquant.kernels.repack import pack_planes, unpack_planes
+from dynquant.kernels.repack import block_rows, pack_planes, unpack_planes
 from dynquant.quant_types import quant_type
 
 BLOCKS, PLANES = "blocks", "planes"
 EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
 LATENT_PARTS = ("k_b", "v_b")
+ExpertsProduct = Callable[[Tensor, Tensor], Tensor]
+"""x [T, C] or [T, k, C] and expert ids [T, k] -> [T, k, N]."""
 
 
 class PackedModule(nn.Module):
@@ -49,12 +51,24 @@ class PackedModule(nn.Module):
         else:
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype, device=device)))
 
-    def dense(self, name: str, dtype: torch.dtype) -> Tensor:
-        """The weight `name` as numbers: [..., rows, columns]."""
-        weight = getattr(self, name)
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """The shape of the weight `name` as numbers."""
+        weight, stored = getattr(self, name), quant_type(self.types[name])
+        if name not in self.packed_names:
+            return tuple(weight.shape)
+        return (*weight.shape[:-1], weight.shape[-1] // stored.block_bytes * stored.block_size)
+
+    def dense(self, name: str, dtype: torch.dtype, index: int | None = None) -> Tensor:
+        """The weight `name` as numbers, [..., rows, columns], or one slice of its first dimension."""
+        weight, layout = getattr(self, name), self.layout
+        if index is not None and name in self.packed_names and layout == PLANES:
+            rows = weight.shape[-2]
+            weight, layout = block_rows(self.types[name], weight, slice(index * rows, (index + 1) * rows)), BLOCKS
+        elif index is not None:
+            weight = weight[index]
         if name not in self.packed_names:
             return weight.to(dtype)
-        return ops.dequantize(weight, self.types[name], dtype=dtype, layout=self.layout)
+        return ops.dequantize(weight, self.types[name], dtype=dtype, layout=layout)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -170,12 +184,29 @@ class PackedExperts(PackedModule):
         for name, shape in zip(EXPERT_PARTS, shapes, strict=True):
             self._add_weight(name, (num_experts, *shape), device, dtype)
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """hidden [T, hidden_dim], expert ids [T, k], their weights [T, k] -> [T, hidden_dim]."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        *,
+        added: Mapping[str, ExpertsProduct] | None = None,
+    ) -> Tensor:
+        """hidden [T, hidden_dim], expert ids [T, k], their weights [T, k] -> [T, hidden_dim].
+
+        `added` are products that an adapter adds, by transformers' names of the fused weights: `gate_up_proj` with
+        2 intermediate_dim columns, gate first, and `down_proj`.
+        """
+        added = added or {}
         gate = self._multiply("gate_proj", hidden_states, top_k_index)  # [T, k, width]
         up = self._multiply("up_proj", hidden_states, top_k_index)
+        if "gate_up_proj" in added:
+            more_gate, more_up = added["gate_up_proj"](hidden_states, top_k_index).chunk(2, dim=-1)
+            gate, up = gate + more_gate, up + more_up
         inner = self.act_fn(gate) * up if self._combine is None else self._apply_gate(torch.cat([gate, up], dim=-1))
         down = self._multiply("down_proj", inner, top_k_index)  # [T, k, hidden_dim]
+        if "down_proj" in added:
+            down = down + added["down_proj"](inner, top_k_index)
         return (down * top_k_weights[..., None]).sum(dim=1).to(hidden_states.dtype)
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
