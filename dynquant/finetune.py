@@ -1,0 +1,181 @@
+"""Supervised fine-tuning of a LoRA adapter on a packed model, by TRL's SFTTrainer.
+
+A part of the data is held out. Its loss decides when to stop and which adapter is kept; loss, perplexity and the KL from
+the base are then measured on it, without and with the adapter.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dynquant.devices import chosen_device
+from dynquant.distribution import Distribution
+from dynquant.errors import DataError
+from dynquant.eval_statistics import Estimate, bootstrap_mean
+from dynquant.logit_runners import resolve_model
+from dynquant.packed_base import open_packed_model, open_tokenizer, require_training_packages
+from dynquant.reference_cache import model_fingerprint
+from dynquant.training_data import TrainingData, read_training_data
+from dynquant.training_options import TrainOptions
+
+if TYPE_CHECKING:
+    from dynquant.training_run import Change, TrainingReport
+
+PLAIN_CHAT = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+"""For tokenizers without a chat template; saved with the adapter's tokenizer."""
+Progress = Callable[[str, int, int], None]
+
+
+def finetune(
+    packed: str,
+    data: Path,
+    output: Path,
+    options: TrainOptions,
+    *,
+    held_out_share: float = 0.1,
+    max_length: int = 1024,
+    tokenizer: str | None = None,
+    device: str | None = None,
+    resume: bool = True,
+    progress: Progress | None = None,
+) -> "TrainingReport":
+    """Train the adapter and write it to `output` with its tokenizer.
+
+    Args:
+        packed: directory of `export -f safetensors`, hub id of one, or a GGUF file.
+        data: .jsonl, see `training_data`.
+        held_out_share: of the lines.
+        max_length: tokens of an example; longer ones are cut at the end.
+        tokenizer: model whose tokenizer to use. Default: that of `packed`.
+
+    Raises:
+        TrainingError: no packed weights, a package of the extra `train` is missing, or an unfinished run that differs.
+        DataError: data are missing, empty or malformed; lines are named.
+        CheckpointError: the model or its tokenizer cannot be loaded.
+        ExportError: the output cannot be written.
+    """
+    require_training_packages()
+    from datasets import Dataset, disable_progress_bars
+    from trl import SFTConfig, SFTTrainer
+
+    from dynquant import training_run
+    from dynquant.lora import add_adapter
+    from dynquant.trl_support import use_packed_head
+
+    start = time.perf_counter()
+    device = chosen_device(device)
+    report = progress or (lambda stage, done, total: None)
+    found = read_training_data(data)
+    train_data, held_data = found.split(held_out_share, seed=options.seed)
+    base = resolve_model(packed)
+    identity = {
+        "task": "finetune", "base": model_fingerprint(base), "data": found.sha256, "held_out_share": held_out_share,
+        "max_length": max_length, "tokenizer": tokenizer or "the base's", "device": device, **asdict(options),
+    }  # fmt: skip
+    run = training_run.RunDirectory(output, identity, resume=resume)
+    model = open_packed_model(base, device=device)
+    encoder, notes = _with_chat_template(open_tokenizer(resolve_model(tokenizer) if tokenizer else base), found)
+    torch.manual_seed(options.seed)
+    adapted = add_adapter(
+        model, rank=options.rank, alpha=options.lora_alpha, experts=options.experts, rslora=options.rslora
+    )
+    settings = training_run.trainer_settings(
+        options, run.checkpoints, num_examples=len(train_data.rows),
+        num_weights=sum(parameter.numel() for parameter in model.parameters()), device=device,
+    )  # fmt: skip
+    disable_progress_bars()
+    trainer = SFTTrainer(
+        adapted, SFTConfig(**settings, max_length=max_length),
+        train_dataset=Dataset.from_list(list(train_data.rows)), eval_dataset=Dataset.from_list(list(held_data.rows)),
+        processing_class=encoder,
+        callbacks=[training_run.ProgressCallback(report), training_run.stopping(options)],
+    )  # fmt: skip
+    use_packed_head(trainer)
+    _check_lengths(trainer.train_dataset, found, max_length)
+    best = training_run.train(trainer, run)
+    changes = _measure(adapted, trainer.eval_dataset, report)
+    result = training_run.TrainingReport(
+        task="finetune", base=base.name, identity=run.identity,
+        options=asdict(options) | {"data": found.name, "held_out_share": held_out_share, "max_length": max_length},
+        trained_examples=len(train_data.rows), held_out_examples=len(held_data.rows), steps=trainer.state.global_step,
+        best_step=best, history=training_run.loss_history(trainer.state.log_history), changes=changes, notes=notes,
+        seconds=round(time.perf_counter() - start, 1),
+    )  # fmt: skip
+
+    def write(directory: Path) -> None:
+        adapted.save_pretrained(str(directory))
+        encoder.save_pretrained(str(directory))
+        training_run.write_report(directory, result, measure="loss (nats per token)")
+
+    run.finish(write)
+    return result
+
+
+def _with_chat_template(tokenizer: Any, data: TrainingData) -> tuple[Any, list[str]]:
+    if data.form != "messages" or tokenizer.chat_template:
+        return tokenizer, []
+    tokenizer.chat_template = PLAIN_CHAT
+    return tokenizer, [
+        "The tokenizer has no chat template; turns are written as `role: content`, and the template is saved with the "
+        "adapter."
+    ]
+
+
+def _check_lengths(prepared: Any, data: TrainingData, max_length: int) -> None:
+    """Refuse data in which some completion lies wholly beyond `max_length`: TRL would train on nothing, with a loss of 0."""
+    for number, row in enumerate(prepared):
+        labels = row.get("labels") or row["input_ids"]
+        if all(label == -100 for label in labels[1:]):
+            raise DataError(
+                f"Example {number + 1} of the training part of {data.name} has nothing to learn in its first {max_length} "
+                "tokens: its prompt is that long. Shorten it, or raise --max-length."
+            )
+
+
+def _measure(adapted: Any, dataset: Any, progress: Progress) -> list["Change"]:
+    """Loss, perplexity and KL from the base over the learned tokens of the held-out examples."""
+    from dynquant.training_run import Change
+
+    adapted.eval()
+    losses: dict[bool, list[np.ndarray]] = {False: [], True: []}
+    moved, lengths = [], []
+    for done, row in enumerate(dataset):
+        ids = torch.tensor([row["input_ids"]], device=adapted.device)
+        labels = torch.tensor(row.get("labels") or row["input_ids"])[1:]
+        learned = labels != -100
+        if not learned.any():
+            continue
+        targets = labels[learned]
+        base, tuned = (_learned_logits(adapted, ids, learned, with_adapter) for with_adapter in (False, True))
+        for with_adapter, logits in ((False, base), (True, tuned)):
+            losses[with_adapter].append(-logits.log_softmax(-1).gather(1, targets[:, None])[:, 0].numpy())
+        moved.append(Distribution.of(base).divergences(tuned).numpy())
+        lengths.append(len(targets))
+        progress("measure", done + 1, len(dataset))
+    before, after = (bootstrap_mean(np.concatenate(losses[key]), lengths) for key in (False, True))
+    none = Estimate(value=0.0, low=0.0, high=0.0)
+    return [
+        Change(name="held-out loss (nats)", before=before, after=after),
+        Change(name="held-out perplexity", before=_exp(before), after=_exp(after)),
+        Change(name="KL from the base (nats)", before=none, after=bootstrap_mean(np.concatenate(moved), lengths)),
+    ]
+
+
+@torch.no_grad()
+def _learned_logits(adapted: Any, ids: Tensor, learned: Tensor, with_adapter: bool) -> Tensor:
+    with nullcontext() if with_adapter else adapted.disable_adapter():
+        return adapted(input_ids=ids, use_cache=False).logits[0, :-1].float().cpu()[learned]
+
+
+def _exp(mean: Estimate) -> Estimate:
+    return Estimate(**{key: float(np.exp(value)) for key, value in mean.model_dump().items()})

@@ -1,0 +1,65 @@
+"""The packed model that an adapter is trained on, from an exported directory or a GGUF file, and its tokenizer."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from dynquant.checkpoint import open_model
+from dynquant.errors import CheckpointError, TrainingError
+from dynquant.hf_loading import load_tokenizer
+from dynquant.layers import PackedModule, choose_layout
+from dynquant.logit_runners import is_gguf, load_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def require_training_packages() -> None:
+    """Raises TrainingError when a package of the extra `train` is missing."""
+    for package in ("peft", "trl", "accelerate", "datasets"):
+        try:
+            __import__(package)
+        except ImportError as error:
+            raise TrainingError(
+                f"Training adapters needs the package `{package}` ({error}). "
+                "Run `pip install 'dynquant-toolchain[train]'`."
+            ) from error
+
+
+def open_packed_model(path: Path, *, device: str = "cpu") -> "PreTrainedModel":
+    """Load a packed model for training: activations are float32 on a CPU, bfloat16 on a GPU.
+
+    Args:
+        path: resolved directory of `export -f safetensors`, or a GGUF file.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+        TrainingError: its weights are not packed.
+    """
+    model = load_model(path, torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
+    if not any(isinstance(module, PackedModule) for module in model.modules()):
+        raise TrainingError(
+            f"{path} holds no packed weights, so PEFT and TRL can train on it as it is. Make a packed model with "
+            f"`dynquant export {path} --plan PLAN -f safetensors -o OUT` and train on OUT."
+        )
+    model = model.to(device)
+    choose_layout(model)
+    model.config.use_cache = False
+    return model
+
+
+def open_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a resolved directory or GGUF file.
+
+    Raises:
+        CheckpointError: there is none that transformers can load.
+    """
+    from transformers import AutoTokenizer
+
+    if is_gguf(path):
+        return load_tokenizer(open_model(path))
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: transformers cannot load the tokenizer: {error}") from error
