@@ -43,3 +43,7 @@ class TrainingError(DynquantError):
 
 class DeviceError(DynquantError):
     """A device that is not there."""
+
+
+class AdapterError(DynquantError):
+    """An adapter cannot be added to, loaded into, merged into or exported for this model."""

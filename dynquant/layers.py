@@ -19,6 +19,8 @@ from dynquant.quant_types import quant_type
 BLOCKS, PLANES = "blocks", "planes"
 EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
 LATENT_PARTS = ("k_b", "v_b")
+ExpertsProduct = Callable[[Tensor, Tensor], Tensor]
+"""x [T, C] or [T, k, C] and expert ids [T, k] -> [T, k, N]."""
 
 
 class PackedModule(nn.Module):
@@ -170,12 +172,29 @@ class PackedExperts(PackedModule):
         for name, shape in zip(EXPERT_PARTS, shapes, strict=True):
             self._add_weight(name, (num_experts, *shape), device, dtype)
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """hidden [T, hidden_dim], expert ids [T, k], their weights [T, k] -> [T, hidden_dim]."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        *,
+        added: Mapping[str, ExpertsProduct] | None = None,
+    ) -> Tensor:
+        """hidden [T, hidden_dim], expert ids [T, k], their weights [T, k] -> [T, hidden_dim].
+
+        `added` are products that an adapter adds, by transformers' names of the fused weights: `gate_up_proj` with
+        2 intermediate_dim columns, gate first, and `down_proj`.
+        """
+        added = added or {}
         gate = self._multiply("gate_proj", hidden_states, top_k_index)  # [T, k, width]
         up = self._multiply("up_proj", hidden_states, top_k_index)
+        if "gate_up_proj" in added:
+            more_gate, more_up = added["gate_up_proj"](hidden_states, top_k_index).chunk(2, dim=-1)
+            gate, up = gate + more_gate, up + more_up
         inner = self.act_fn(gate) * up if self._combine is None else self._apply_gate(torch.cat([gate, up], dim=-1))
         down = self._multiply("down_proj", inner, top_k_index)  # [T, k, hidden_dim]
+        if "down_proj" in added:
+            down = down + added["down_proj"](inner, top_k_index)
         return (down * top_k_weights[..., None]).sum(dim=1).to(hidden_states.dtype)
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:

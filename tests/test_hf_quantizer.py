@@ -70,17 +70,19 @@ def edited_weights(source: Path, target: Path, edit) -> Path:
     return target
 
 
-@pytest.mark.parametrize("first", ["dynquant", "transformers.quantizers.auto"])
+@pytest.mark.parametrize("first", ["dynquant", "transformers.quantizers.auto", "peft"])
 def test_either_import_order_registers_the_method(first):
     code = (
         f"import {first}, sys\n"
         "import dynquant\n"
+        "import peft\n"
         "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AUTO_QUANTIZATION_CONFIG_MAPPING\n"
         "print('dynquant' in AUTO_QUANTIZER_MAPPING, 'dynquant' in AUTO_QUANTIZATION_CONFIG_MAPPING)\n"
+        "print(peft.PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.LORA].__name__)\n"
         "print([f for f in sys.meta_path if 'dynquant' in type(f).__module__])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
-    assert done.stdout.split("\n")[:2] == ["True True", "[]"]
+    assert done.stdout.split("\n")[:3] == ["True True", "PackedLoraModel", "[]"]
 
 
 def test_memory_is_the_packed_bytes_and_small_buffers(packed_moe):

@@ -22,7 +22,7 @@ RANKS = [
     ["model", "importance"],
     ["second_moments"],
     ["families"],
-    ["checkpoint", "packed_model"],
+    ["checkpoint", "packed_model", "lora"],
     [
         "hf_loading",
         "calibration_text",

@@ -1,0 +1,152 @@
+"""`add_adapter` and `load_adapter`: adapters for a packed model with the right targets, and back from a directory."""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from dynquant.errors import AdapterError
+from dynquant.layers import (
+    EXPERT_PARTS,
+    PackedExperts,
+    PackedLatentProjection,
+    PackedLinear,
+    PackedModule,
+)
+from dynquant.lora.layers import FUSED_PARTS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_CONFIG_NAME = "adapter_config.json"
+
+
+def add_adapter(
+    model: "PreTrainedModel",
+    *,
+    rank: int = 16,
+    alpha: int = 32,
+    targets: Collection[str] | None = None,
+    experts: bool = True,
+    rslora: bool = False,
+    dtype: torch.dtype | None = None,
+    train_norms: bool = False,
+    train_router: bool = False,
+) -> PeftModel:
+    """Wrap a packed model with a fresh LoRA adapter; only what is added can be trained.
+
+    The adapter starts as no change at all: A is random (`torch.manual_seed` decides it), B is zero. It is saved by
+    `save_pretrained` and loads into the original model, or any other export of it, with stock PEFT.
+
+    Args:
+        model: loaded by `from_pretrained` or `dynquant.load`.
+        rank: columns of A and B; each expert has its own.
+        alpha: the product B A is scaled by alpha / rank.
+        targets: last parts of the names of linear layers, as ("q_proj", "v_proj"). Default: all packed linear layers
+            but the output head.
+        experts: also adapt the routed experts, where the model has them.
+        rslora: scale by alpha / sqrt(rank) instead (Kalajdzievski 2023).
+        dtype: of A and B. Default: float32, which is what trainers with mixed precision expect.
+        train_norms: also train, and save, copies of all norms.
+        train_router: also train, and save, copies of the routers.
+
+    Raises:
+        AdapterError: no packed weights, a target that the model lacks, or nothing to train.
+    """
+    packed = _packed_linears(model)
+    has_experts = any(isinstance(module, PackedExperts) for module in model.modules())
+    if not packed and not has_experts:
+        raise AdapterError(
+            f"{type(model).__name__} has no packed weights. Load the output of `dynquant export -f safetensors` with "
+            "from_pretrained, or a GGUF file with dynquant.load; for float weights use peft.get_peft_model itself."
+        )
+    names = packed if targets is None else _checked(targets, packed, model)
+    parameters = [f"experts.{part}" for part in FUSED_PARTS] if experts and has_experts else []
+    if has_experts:
+        # PEFT takes these names for those of experts, which transformers has fused, wherever they occur.
+        parameters += [f"{name}.weight" for name in names if name in EXPERT_PARTS]
+        names = [name for name in names if name not in EXPERT_PARTS]
+    if not names and not parameters:
+        raise AdapterError("`targets` is empty and there are no experts to adapt; name a linear layer.")
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, use_rslora=rslora, target_modules=names, target_parameters=parameters or None,
+        modules_to_save=_saved_modules(model, train_norms=train_norms, train_router=train_router) or None,
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=dtype is None)
+    return _cast(adapted, dtype)
+
+
+def load_adapter(model: "PreTrainedModel", path: str | Path, *, is_trainable: bool = False) -> PeftModel:
+    """Put a saved adapter on a packed model: `PeftModel.from_pretrained`, with the directory checked before.
+
+    Raises:
+        AdapterError: no adapter in the directory, one of another method or model, or damaged files.
+    """
+    path = Path(path)
+    if not (path / _CONFIG_NAME).is_file():
+        raise AdapterError(f"{path} holds no {_CONFIG_NAME}. Give the directory that `save_pretrained` wrote.")
+    try:
+        return PeftModel.from_pretrained(model, str(path), is_trainable=is_trainable)
+    except (ValueError, RuntimeError, OSError, KeyError) as error:
+        raise AdapterError(
+            f"The adapter in {path} does not load into {type(model).__name__} ({type(error).__name__}: {error}). "
+            "It is damaged, or was trained on another model."
+        ) from error
+
+
+def _packed_linears(model: nn.Module) -> list[str]:
+    """Last parts of the names of packed linear layers, without the output head."""
+    head = model.get_output_embeddings()
+    return sorted(
+        {
+            path.rpartition(".")[2]
+            for path, module in model.named_modules()
+            if isinstance(module, PackedLinear | PackedLatentProjection) and module is not head
+        }
+    )
+
+
+def _checked(targets: Collection[str], packed: list[str], model: nn.Module) -> list[str]:
+    linear = {
+        path.rpartition(".")[2]
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | PackedModule) and not isinstance(module, PackedExperts)
+    }
+    unknown = sorted(set(targets) - linear)
+    if unknown:
+        raise AdapterError(
+            f"{type(model).__name__} has no linear layer `{unknown[0]}` to put an adapter on; it has "
+            f"{', '.join(packed)}. Routed experts are chosen by `experts`, not by name."
+        )
+    return sorted(set(targets))
+
+
+def _saved_modules(model: nn.Module, *, train_norms: bool, train_router: bool) -> list[str]:
+    """Ends of the names of norms and routers. A router is named with its parent: `gate` alone ends other names too."""
+    found = set()
+    for path, module in model.named_modules():
+        parts = path.split(".")
+        if train_norms and "norm" in parts[-1] and any(True for _ in module.parameters(recurse=False)):
+            found.add(parts[-1])
+        if train_router and _is_router(model, path):
+            found.add(".".join(parts[-2:]))
+    return sorted(found)
+
+
+def _is_router(model: nn.Module, path: str) -> bool:
+    """Whether the module stands beside routed experts under the name that transformers gives to routers."""
+    parent, _, name = path.rpartition(".")
+    siblings = dict(model.get_submodule(parent).named_children()) if parent else {}
+    return name in ("gate", "router") and isinstance(siblings.get("experts"), PackedExperts)
+
+
+def _cast(adapted: PeftModel, dtype: torch.dtype | None) -> PeftModel:
+    if dtype is not None:
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(dtype)
+    return adapted

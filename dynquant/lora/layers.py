@@ -1,0 +1,139 @@
+"""PEFT's LoRA layers for packed weights: y = W x + (alpha / rank) B A x, with W left as the bytes that it is.
+
+Linear layers are PEFT's own `lora.Linear`. Routed experts have one A and one B for each expert, stored as PEFT's
+`ParamWrapper` stores them for a fused parameter [E, N, C] of transformers: `lora_A` [r E, C] with the rows of an expert
+together, `lora_B` [N, r E] with the columns of an expert E apart. PEFT adds B A to the whole weight in every forward
+pass; here the two products run on the slots that the router chose, so no weight is ever made. What needs the weight as
+numbers (DoRA, PiSSA, merging in place) is refused.
+"""
+
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners import lora
+from torch import Tensor, nn
+
+from dynquant.errors import AdapterError
+from dynquant.layers import ExpertsProduct, PackedExperts
+
+FUSED_PARTS = ("gate_up_proj", "down_proj")
+"""Parameters of transformers' fused experts, in the order in which PEFT wraps them: the first is the innermost."""
+_STARTS = (True, False, "gaussian", "eva")
+
+
+def check_config(config: LoraConfig) -> None:
+    """Refuse what computes with the base weight as numbers.
+
+    Raises:
+        AdapterError: naming the option.
+    """
+    if config.init_lora_weights not in _STARTS:
+        raise AdapterError(
+            f"`init_lora_weights` is {config.init_lora_weights!r}, which starts from the base weights as numbers; a "
+            "packed model has them as bytes. Give True, False or 'gaussian'."
+        )
+    variants = [
+        name
+        for name, field in type(config).__dataclass_fields__.items()
+        if field.metadata.get("is_lora_variant") and getattr(config, name)
+    ]
+    if variants:
+        raise AdapterError(f"Packed weights take plain LoRA, and rank-stabilised LoRA, but not `{variants[0]}`.")
+
+
+class _Unmergeable:
+    """Merging in place would have to round to the quant type; `dynquant.lora.merge` does that with statistics."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise AdapterError(
+            "PEFT cannot merge an adapter into packed weights: they have to be encoded again, under the statistics of "
+            "calibration. Call `dynquant.lora.merge(model, stats=...)`, keep the adapter beside the model, or export "
+            "it with `dynquant export-adapter`."
+        )
+
+
+class PackedLoraLinear(_Unmergeable, lora.Linear):
+    """LoRA on `PackedLinear` or `PackedLatentProjection`."""
+
+
+class PackedLoraEmbedding(_Unmergeable, lora.Embedding):
+    """LoRA on `PackedEmbedding`."""
+
+
+class PackedLoraExperts(_Unmergeable, lora.ParamWrapper):
+    """LoRA on one fused parameter of `PackedExperts`, `gate_up_proj` or `down_proj`; the other is wrapped around it."""
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        experts = self.experts
+        self.num_experts, self._param_ndim = experts.num_experts, 3
+        # PEFT takes the dimensions as they lie in the parameter [E, N, C], and swaps them itself.
+        if self.parameter_name == "gate_up_proj":
+            return 2 * experts.intermediate_dim, experts.hidden_dim
+        return experts.hidden_dim, experts.intermediate_dim
+
+    @property
+    def experts(self) -> PackedExperts:
+        return self.get_base_layer()
+
+    def get_param(self) -> Tensor:
+        """PEFT looks here for the device."""
+        return self.experts.down_proj if self.parameter_name == "down_proj" else self.experts.gate_proj
+
+    def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """A [E, r, C] and B [E, N, r] of every expert."""
+        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        return a.unflatten(0, (self.num_experts, -1)), b.unflatten(1, (-1, self.num_experts)).permute(2, 0, 1)
+
+    def forward(
+        self,
+        x: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        *,
+        added: dict[str, ExpertsProduct] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Called like the experts that it wraps."""
+        self._check_forward_args(x, top_k_index, top_k_weights, **kwargs)
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if active and not self.disable_adapters:
+            added = {**(added or {}), self.parameter_name: lambda x, ids: self._products(x, ids, active)}
+        # An experts module that nothing is added to may be a bare one with transformers' signature.
+        options = {"added": added} if added else {}
+        return self.base_layer(x, top_k_index, top_k_weights, **options)
+
+    def _products(self, x: Tensor, ids: Tensor, adapters: list[str]) -> Tensor:
+        products = [self.scaling[name] * grouped_low_rank(x, ids, *self.factors(name)) for name in adapters]
+        return sum(products[1:], products[0]).to(x.dtype)
+
+
+def grouped_low_rank(x: Tensor, ids: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """B_e A_e x for the experts of every token.
+
+    Slots are sorted by expert, so that each of the two products is one grouped matrix product.
+
+    Args:
+        x: [T, C], or [T, k, C] with a row for every slot.
+        ids: experts [T, k]. An id outside 0 to E - 1 is held by another rank: its product is zero.
+        a: [E, r, C].
+        b: [E, N, r].
+
+    Returns:
+        [T, k, N] in the dtype of the factors, or in that of autocast.
+    """
+    # As transformers' experts do it: torch's grouped product where device, dtype and version have it, a loop elsewhere.
+    from transformers.integrations.moe import _grouped_mm
+
+    num_experts, slots = a.shape[0], ids.flatten()
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else a.dtype
+    is_here = (slots >= 0) & (slots < num_experts)
+    order = torch.where(is_here, slots, num_experts).argsort(stable=True)
+    counts = torch.zeros(num_experts + 1, dtype=torch.int32, device=x.device)
+    counts.scatter_add_(0, torch.where(is_here, slots, num_experts), torch.ones_like(slots, dtype=torch.int32))
+    ends = counts[:-1].cumsum(0, dtype=torch.int32)
+    rows = x[order // ids.shape[1]] if x.dim() == 2 else x.flatten(0, 1)[order]
+    inner = _grouped_mm(rows.to(dtype), a.to(dtype).transpose(1, 2).contiguous(), ends)
+    outer = _grouped_mm(inner, b.to(dtype).transpose(1, 2).contiguous(), ends)
+    result = torch.zeros_like(outer).index_copy(0, order, outer)
+    return torch.where(is_here[:, None], result, 0).unflatten(0, ids.shape)
