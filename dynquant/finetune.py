@@ -1,7 +1,7 @@
 """Supervised fine-tuning of a LoRA adapter on a packed model, by TRL's SFTTrainer.
 
-A part of the data is held out. Its loss decides when to stop and which adapter is kept; loss, perplexity and the KL from
-the base are then measured on it, without and with the adapter.
+A part of the data is held out. Its loss decides when to stop and which adapter is kept; loss, perplexity and the KL
+from the base are then measured on it, without and with the adapter.
 """
 
 import time
@@ -132,13 +132,13 @@ def _with_chat_template(tokenizer: Any, data: TrainingData) -> tuple[Any, list[s
 
 
 def _check_lengths(prepared: Any, data: TrainingData, max_length: int) -> None:
-    """Refuse data in which some completion lies wholly beyond `max_length`: TRL would train on nothing, with a loss of 0."""
+    """Refuse a completion that lies wholly beyond `max_length`: TRL would train on nothing, with a loss of 0."""
     for number, row in enumerate(prepared):
         labels = row.get("labels") or row["input_ids"]
         if all(label == -100 for label in labels[1:]):
             raise DataError(
-                f"Example {number + 1} of the training part of {data.name} has nothing to learn in its first {max_length} "
-                "tokens: its prompt is that long. Shorten it, or raise --max-length."
+                f"Example {number + 1} of the training part of {data.name} has nothing to learn in its first "
+                f"{max_length} tokens: its prompt is that long. Shorten it, or raise --max-length."
             )
 
 

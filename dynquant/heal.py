@@ -176,13 +176,13 @@ def _split(text: CalibrationText, original: Path, data: HealData, own: Path) -> 
     clean = without_repeats(train, [*held, *others])
     if len(clean) < len(train):
         notes.append(
-            f"{len(train) - len(clean)} of {len(train)} training windows repeat a passage of the held-out text and were "
-            "left out."
+            f"{len(train) - len(clean)} of {len(train)} training windows repeat a passage of the held-out text and "
+            "were left out."
         )
     if not len(clean):
         raise DataError(
-            f"Every window of {text.name} repeats a passage of the text that is measured on, so nothing is left to train "
-            "on. Give another --text, or other --data."
+            f"Every window of {text.name} repeats a passage of the text that is measured on, so nothing is left to "
+            "train on. Give another --text, or other --data."
         )
     if held.shape[1] != clean.shape[1]:
         raise DataError(
@@ -245,8 +245,8 @@ def _paired(old: MultipleChoiceResult, new: MultipleChoiceResult) -> str:
     lost = sum(a and not b for a, b in zip(was, now, strict=True))
     won = sum(b and not a for a, b in zip(was, now, strict=True))
     return (
-        f"{old.questions} questions: the original answers {old.reference.accuracy.value:.1%}; the adapter wins {won} and "
-        f"loses {lost}, McNemar p = {mcnemar_exact(lost, won):.3g}."
+        f"{old.questions} questions: the original answers {old.reference.accuracy.value:.1%}; the adapter wins {won} "
+        f"and loses {lost}, McNemar p = {mcnemar_exact(lost, won):.3g}."
     )
 
 

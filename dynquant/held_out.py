@@ -1,4 +1,4 @@
-"""Text kept apart from training: whole documents where there are several, and no run of tokens that training repeats."""
+"""Text kept apart from training: whole documents where there are several, and no passage that training repeats."""
 
 from collections.abc import Iterable
 from dataclasses import replace

@@ -50,7 +50,7 @@ class TeacherWindows(Dataset):
             found = {name: shard.get_slice(name)[row] for name in ("top_ids", "top_log_probs", "log_rest")}
         except (SafetensorError, OSError) as error:
             raise EvaluationError(
-                f"The cached distributions {file} are damaged ({error}); delete the file and run the same command again."
+                f"The cached distributions {file} are damaged ({error}); delete the file and run the command again."
             ) from error
         return {"input_ids": self.windows[index], **found}
 
@@ -106,9 +106,7 @@ def _distributions(runner: LogitRunner, windows: Tensor, num_columns: int) -> di
     for window in windows.tolist():
         logits = runner.window_logits(window)[:, :num_columns]
         if not torch.isfinite(logits).all():
-            raise EvaluationError(
-                "The original's logits contain NaN or infinity; check its files before distilling it."
-            )
+            raise EvaluationError("The original's logits contain NaN or infinity; check its files.")
         found.append(Distribution.of(logits, NUM_KEPT))
     return {
         "top_ids": torch.stack([one.ids for one in found]).numpy(),

@@ -33,10 +33,8 @@ def _print(report: Any, output: Path) -> None:
     console.print_table(f"{report.base}: adapter of {steps}", ("held out", "without adapter", "with adapter"), rows)
     for line in report.notes:
         console.note(line)
-    if report.best_step == 0:
-        console.note(
-            "Training did not lower the held-out loss: the adapter is the untrained one, which changes nothing."
-        )
+    if not report.has_helped:
+        console.note("Training did not lower the held-out loss; the adapter is not worth using.")
     console.out.print(f"adapter: {output}\nlosses:  {output / 'loss.png'}")
 
 

@@ -9,7 +9,7 @@ class TrainOptions:
 
     `batch_size` counts the examples of an optimizer step, which are run `micro_batch` at a time. The held-out loss is
     measured `evaluations` times; after `patience` measurements without a new minimum the run stops, and the adapter of
-    the minimum is kept. `gradient_checkpointing` None recomputes activations on a GPU in models of 10^9 weights or more.
+    the minimum is kept. `gradient_checkpointing` None recomputes activations on a GPU from 10^9 weights.
     """
 
     rank: int = 16

@@ -26,7 +26,7 @@ SCHEMA_VERSION = 1
 REPORT_NAME = "training.json"
 _STATE = "trainer_state.json"
 _LARGE = 1_000_000_000
-"""Weights from which activations are recomputed on a GPU: below, they fit beside the model and recomputing only costs."""
+"""Weights from which activations are recomputed on a GPU: in smaller models they fit, and recomputing only costs."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -71,6 +71,12 @@ class TrainingReport(_Record):
     notes: list[str]
     seconds: float
 
+    @property
+    def has_helped(self) -> bool:
+        """Whether the held-out loss fell below that of the base."""
+        losses = [point.held_out for point in self.history if point.held_out is not None]
+        return min(losses) < losses[0]
+
 
 class RunDirectory:
     """The unfinished run beside `output`; `identity` is what decides its result.
@@ -86,8 +92,8 @@ class RunDirectory:
         self.identity = {key: str(value) for key, value in identity.items()}
         if output.exists() and not (output / REPORT_NAME).is_file() and (not output.is_dir() or any(output.iterdir())):
             raise TrainingError(
-                f"{output} exists and is not the adapter of an earlier run (it has no {REPORT_NAME}); it is left alone. "
-                "Choose another output directory."
+                f"{output} exists and is not the adapter of an earlier run (it has no {REPORT_NAME}); it is left "
+                "alone. Choose another output directory."
             )
         if not resume:
             shutil.rmtree(self.checkpoints, ignore_errors=True)
@@ -116,8 +122,8 @@ class RunDirectory:
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise ExportError(
-                f"The adapter could not be written to {self.output}: {error.strerror or error}. Free some space and run "
-                "the same command again: checkpoints are kept."
+                f"The adapter could not be written to {self.output}: {error.strerror or error}. Free some space and "
+                "run the same command again: checkpoints are kept."
             ) from error
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
