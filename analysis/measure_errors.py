@@ -4,10 +4,8 @@ One pass over the model, a few experts in memory at a time. The encoder sees the
 the measured bytes are the bytes that ship.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
@@ -205,9 +203,3 @@ def _ratio(error_and_energy: torch.Tensor) -> torch.Tensor:
 
 def _per_expert(weighted: torch.Tensor) -> tuple[float, ...]:
     return tuple(float(_ratio(pair)) for pair in weighted) if len(weighted) > 1 else ()
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -235,6 +235,12 @@ class ResumableOutput:
         )
 
 
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _write_all(file: BinaryIO, data: memoryview | bytes) -> None:
     rest = memoryview(data)
     while rest:

@@ -592,6 +592,28 @@ def heal(
     heal_command(packed, reference, output, source, options, device=device, resume=resume)
 
 
+@app.command("export-adapter")
+def export_adapter(
+    adapter: Annotated[Path, typer.Argument(help="Directory that save_pretrained wrote.", show_default=False)],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The .gguf file to write.")],
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            help="The model that the adapter was trained on: packed or original directory, or .gguf file. Default: "
+            "where the adapter says it was loaded from.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Write a LoRA adapter for llama.cpp: use it with any GGUF of its base, as --lora FILE or Llama(lora_path=...).
+
+    Example: dynquant export-adapter adapter/ --base model.gguf -o adapter.gguf
+    """
+    from dynquant import commands
+
+    commands.export_adapter(adapter, output, base=base)
+
+
 @app.command()
 def inspect(path: ModelArg, as_json: JsonOpt = False) -> None:
     """Types, sizes and bits per weight of a GGUF file or safetensors checkpoint.

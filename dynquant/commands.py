@@ -52,6 +52,14 @@ def report_tree(report: EvalReport) -> dict[str, dict[str, str]]:
     return tree
 
 
+def export_adapter(adapter: Path, output: Path, *, base: Path | None = None) -> None:
+    """Write a LoRA file for llama.cpp and say how large it is."""
+    from dynquant.exporters.lora_gguf import export_adapter as run
+
+    file = run(adapter, output, base=base)
+    console.out.print(f"{file}\n{file.stat().st_size:,} bytes", markup=False)
+
+
 def inspect(path: str, *, as_json: bool = False) -> None:
     """Types, roles, sizes and provenance of a file."""
     from dynquant.inspect_file import inspect as read

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from dynquant import __version__, console
-from dynquant.analysis.measure_errors import file_hash
+from dynquant.artifacts import file_hash
 from dynquant.calibration_text import pack_windows, read_text
 from dynquant.codecs.encoder import Encoder, ProtectedWeight
 from dynquant.devices import chosen_device

@@ -103,7 +103,7 @@ def finetune(
     use_packed_head(trainer)
     _check_lengths(trainer.train_dataset, found, max_length)
     best = training_run.train(trainer, run)
-    changes = _measure(adapted, trainer.eval_dataset, report)
+    changes = _measure(adapted, trainer.get_eval_dataloader(), report)
     result = training_run.TrainingReport(
         task="finetune", base=base.name, identity=run.identity,
         options=asdict(options) | {"data": found.name, "held_out_share": held_out_share, "max_length": max_length},
@@ -142,39 +142,35 @@ def _check_lengths(prepared: Any, data: TrainingData, max_length: int) -> None:
             )
 
 
-def _measure(adapted: Any, dataset: Any, progress: Progress) -> list["Change"]:
+def _measure(adapted: Any, batches: Any, progress: Progress) -> list["Change"]:
     """Loss, perplexity and KL from the base over the learned tokens of the held-out examples."""
     from dynquant.training_run import Change
 
     adapted.eval()
-    losses: dict[bool, list[np.ndarray]] = {False: [], True: []}
-    moved, lengths = [], []
-    for done, row in enumerate(dataset):
-        ids = torch.tensor([row["input_ids"]], device=adapted.device)
-        labels = torch.tensor(row.get("labels") or row["input_ids"])[1:]
+    before, after, moved, lengths = [], [], [], []
+    for done, batch in enumerate(batches):
+        labels = batch.pop("labels")[:, 1:]
         learned = labels != -100
-        if not learned.any():
-            continue
-        targets = labels[learned]
-        base, tuned = (_learned_logits(adapted, ids, learned, with_adapter) for with_adapter in (False, True))
-        for with_adapter, logits in ((False, base), (True, tuned)):
-            losses[with_adapter].append(-logits.log_softmax(-1).gather(1, targets[:, None])[:, 0].numpy())
-        moved.append(Distribution.of(base).divergences(tuned).numpy())
-        lengths.append(len(targets))
-        progress("measure", done + 1, len(dataset))
-    before, after = (bootstrap_mean(np.concatenate(losses[key]), lengths) for key in (False, True))
+        base, tuned = (_learned_logits(adapted, batch, learned, with_adapter) for with_adapter in (False, True))
+        for losses, logits in ((before, base), (after, tuned)):
+            losses.append(-logits.log_softmax(-1).gather(1, labels[learned].cpu()[:, None])[:, 0])
+        moved.append(Distribution.of(base).divergences(tuned))
+        lengths += learned.sum(1).tolist()
+        progress("measure", done + 1, len(batches))
+    lengths = [length for length in lengths if length]
+    old, new, kl = (bootstrap_mean(torch.cat(values).numpy(), lengths) for values in (before, after, moved))
     none = Estimate(value=0.0, low=0.0, high=0.0)
     return [
-        Change(name="held-out loss (nats)", before=before, after=after),
-        Change(name="held-out perplexity", before=_exp(before), after=_exp(after)),
-        Change(name="KL from the base (nats)", before=none, after=bootstrap_mean(np.concatenate(moved), lengths)),
+        Change(name="held-out loss (nats)", before=old, after=new),
+        Change(name="held-out perplexity", before=_exp(old), after=_exp(new)),
+        Change(name="KL from the base (nats)", before=none, after=kl),
     ]
 
 
 @torch.no_grad()
-def _learned_logits(adapted: Any, ids: Tensor, learned: Tensor, with_adapter: bool) -> Tensor:
+def _learned_logits(adapted: Any, batch: dict[str, Tensor], learned: Tensor, with_adapter: bool) -> Tensor:
     with nullcontext() if with_adapter else adapted.disable_adapter():
-        return adapted(input_ids=ids, use_cache=False).logits[0, :-1].float().cpu()[learned]
+        return adapted(**batch, use_cache=False).logits[:, :-1][learned].float().cpu()
 
 
 def _exp(mean: Estimate) -> Estimate:

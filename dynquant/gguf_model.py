@@ -54,6 +54,7 @@ def load(
         model = type(meta).from_pretrained(
             None, config=meta.config, state_dict=state, dtype=wanted, device_map=device_map, **options
         )
+    model.name_or_path = str(source.path)  # adapters record their base by it
     return model
 
 

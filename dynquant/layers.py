@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dynquant.kernels import ops
 from dynquant.kernels.formats import is_packed
-from dynquant.kernels.repack import pack_planes, unpack_planes
+from dynquant.kernels.repack import block_rows, pack_planes, unpack_planes
 from dynquant.quant_types import quant_type
 
 BLOCKS, PLANES = "blocks", "planes"
@@ -51,12 +51,24 @@ class PackedModule(nn.Module):
         else:
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype, device=device)))
 
-    def dense(self, name: str, dtype: torch.dtype) -> Tensor:
-        """The weight `name` as numbers: [..., rows, columns]."""
-        weight = getattr(self, name)
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """The shape of the weight `name` as numbers."""
+        weight, stored = getattr(self, name), quant_type(self.types[name])
+        if name not in self.packed_names:
+            return tuple(weight.shape)
+        return (*weight.shape[:-1], weight.shape[-1] // stored.block_bytes * stored.block_size)
+
+    def dense(self, name: str, dtype: torch.dtype, index: int | None = None) -> Tensor:
+        """The weight `name` as numbers, [..., rows, columns], or one slice of its first dimension."""
+        weight, layout = getattr(self, name), self.layout
+        if index is not None and name in self.packed_names and layout == PLANES:
+            rows = weight.shape[-2]
+            weight, layout = block_rows(self.types[name], weight, slice(index * rows, (index + 1) * rows)), BLOCKS
+        elif index is not None:
+            weight = weight[index]
         if name not in self.packed_names:
             return weight.to(dtype)
-        return ops.dequantize(weight, self.types[name], dtype=dtype, layout=self.layout)
+        return ops.dequantize(weight, self.types[name], dtype=dtype, layout=layout)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

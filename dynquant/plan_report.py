@@ -7,10 +7,10 @@ from pathlib import Path
 from dynquant import console
 from dynquant.analysis.error_table import ErrorTable
 from dynquant.analysis.frontier import frontier
-from dynquant.analysis.measure_errors import file_hash
 from dynquant.analysis.selection import Selection
 from dynquant.analysis.super_experts import find_super_experts
 from dynquant.analysis.super_weights import SuperWeight
+from dynquant.artifacts import file_hash
 from dynquant.checkpoint import open_model
 from dynquant.errors import PlanError, StatsError
 from dynquant.exporters.gguf_header import padded

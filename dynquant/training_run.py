@@ -7,6 +7,7 @@ all. A restart goes on from the last complete checkpoint, and only under the sam
 import json
 import math
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -220,7 +221,9 @@ def train(trainer: Trainer, run: RunDirectory) -> int:
     trainer.remove_callback(PrinterCallback)  # which prints every log entry as a dictionary
     checkpoint = run.last_checkpoint()
     trainer.args.eval_on_start = checkpoint is None
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of libraries about each other
+        trainer.train(resume_from_checkpoint=checkpoint)
     kept = trainer.state.best_model_checkpoint
     return int(kept.rpartition("-")[2]) if kept else trainer.state.global_step
 

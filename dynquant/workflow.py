@@ -13,12 +13,13 @@ from pathlib import Path
 
 from dynquant import console
 from dynquant.analysis.error_table import ErrorTable
-from dynquant.analysis.measure_errors import build_error_table, file_hash
+from dynquant.analysis.measure_errors import build_error_table
 from dynquant.analysis.selection import Selection
 from dynquant.analysis.sensitivity import output_sensitivity
 from dynquant.analysis.super_weights import SuperWeight, find_super_weights
 from dynquant.analysis.unit_kl import METHOD as UNIT_KL
 from dynquant.architecture import Role
+from dynquant.artifacts import file_hash
 from dynquant.calibration import Hessians
 from dynquant.checkpoint import open_model
 from dynquant.devices import chosen_device

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 import dynquant
-from dynquant.analysis.measure_errors import file_hash
 from dynquant.analysis.super_weights import SuperWeight
+from dynquant.artifacts import file_hash
 from dynquant.checkpoint import open_model
 from dynquant.codecs import decode
 from dynquant.evaluate import evaluate

@@ -9,10 +9,11 @@ import torch
 
 from dynquant.analysis.error_table import Price
 from dynquant.analysis.fisher_probe import fisher_probe, probe_prices
-from dynquant.analysis.measure_errors import build_error_table, file_hash
+from dynquant.analysis.measure_errors import build_error_table
 from dynquant.analysis.selection import Fit
 from dynquant.analysis.sensitivity import output_sensitivity
 from dynquant.analysis.unit_kl import group_of, measure_steps, prices_from, refine
+from dynquant.artifacts import file_hash
 from dynquant.calibration_text import pack_windows, read_text
 from dynquant.checkpoint import open_model
 from dynquant.codecs import decode

@@ -1,9 +1,29 @@
 """LoRA adapters on packed models, in PEFT's own format.
 
 `get_peft_model(model, LoraConfig(...))` and `PeftModel.from_pretrained(model, directory)` work as they are after
-`import dynquant`. `add_adapter` chooses the targets; `load_adapter` checks first that an adapter fits.
+`import dynquant`. `add_adapter` chooses the targets; `load_adapter` checks first that an adapter fits; `merge` encodes
+the packed weights again.
 """
 
-from dynquant.lora.adapters import add_adapter, load_adapter
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["add_adapter", "load_adapter"]
+from dynquant.errors import AdapterError
+
+if TYPE_CHECKING:
+    from dynquant.lora.adapters import add_adapter, load_adapter
+    from dynquant.lora.merging import merge
+
+__all__ = ["add_adapter", "load_adapter", "merge"]
+_MODULES = {"add_adapter": "adapters", "load_adapter": "adapters", "merge": "merging"}
+
+
+def __getattr__(name: str) -> Any:
+    """Reading a saved adapter needs no PEFT, so it is imported by the functions that do."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    try:
+        return getattr(import_module(f"dynquant.lora.{_MODULES[name]}"), name)
+    except ModuleNotFoundError as error:
+        raise AdapterError(f'Adapters need PEFT: install dynquant with the extra "finetune" ({error}).') from error

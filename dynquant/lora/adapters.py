@@ -8,7 +8,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
+from dynquant.architecture import gguf_name_of
 from dynquant.errors import AdapterError
+from dynquant.families import FAMILIES
 from dynquant.layers import (
     EXPERT_PARTS,
     PackedExperts,
@@ -17,11 +19,11 @@ from dynquant.layers import (
     PackedModule,
 )
 from dynquant.lora.layers import FUSED_PARTS
+from dynquant.lora.llama_cpp import takes_adapter
+from dynquant.lora.saved import CONFIG_NAME
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_CONFIG_NAME = "adapter_config.json"
 
 
 def add_adapter(
@@ -35,6 +37,7 @@ def add_adapter(
     dtype: torch.dtype | None = None,
     train_norms: bool = False,
     train_router: bool = False,
+    llama_cpp: bool = False,
 ) -> PeftModel:
     """Wrap a packed model with a fresh LoRA adapter; only what is added can be trained.
 
@@ -52,6 +55,8 @@ def add_adapter(
         dtype: of A and B. Default: float32, which is what trainers with mixed precision expect.
         train_norms: also train, and save, copies of all norms.
         train_router: also train, and save, copies of the routers.
+        llama_cpp: of the default targets, only those to which llama.cpp applies adapters, so that `export_adapter` can
+            write them all. That leaves out queries, keys and values of DeepSeek's attention, and nothing elsewhere.
 
     Raises:
         AdapterError: no packed weights, a target that the model lacks, or nothing to train.
@@ -63,7 +68,10 @@ def add_adapter(
             f"{type(model).__name__} has no packed weights. Load the output of `dynquant export -f safetensors` with "
             "from_pretrained, or a GGUF file with dynquant.load; for float weights use peft.get_peft_model itself."
         )
-    names = packed if targets is None else _checked(targets, packed, model)
+    if targets is not None:
+        names = _checked(targets, packed, model)
+    else:
+        names = [name for name in packed if not llama_cpp or _is_applied_by_llama_cpp(model, name)]
     parameters = [f"experts.{part}" for part in FUSED_PARTS] if experts and has_experts else []
     if has_experts:
         # PEFT takes these names for those of experts, which transformers has fused, wherever they occur.
@@ -87,8 +95,8 @@ def load_adapter(model: "PreTrainedModel", path: str | Path, *, is_trainable: bo
         AdapterError: no adapter in the directory, one of another method or model, or damaged files.
     """
     path = Path(path)
-    if not (path / _CONFIG_NAME).is_file():
-        raise AdapterError(f"{path} holds no {_CONFIG_NAME}. Give the directory that `save_pretrained` wrote.")
+    if not (path / CONFIG_NAME).is_file():
+        raise AdapterError(f"{path} holds no {CONFIG_NAME}. Give the directory that `save_pretrained` wrote.")
     try:
         return PeftModel.from_pretrained(model, str(path), is_trainable=is_trainable)
     except (ValueError, RuntimeError, OSError, KeyError) as error:
@@ -108,6 +116,16 @@ def _packed_linears(model: nn.Module) -> list[str]:
             if isinstance(module, PackedLinear | PackedLatentProjection) and module is not head
         }
     )
+
+
+def _is_applied_by_llama_cpp(model: "PreTrainedModel", name: str) -> bool:
+    config = model.config
+    if config.model_type not in FAMILIES:
+        raise AdapterError(f"llama.cpp's graph of the model type {config.model_type!r} is not known; name `targets`.")
+    arch = FAMILIES[config.model_type].arch
+    layers = [path for path, _ in model.named_modules() if path.endswith(f".{name}")]
+    gguf_names = [gguf_name_of(path, arch, config.num_hidden_layers) for path in layers]
+    return all(found is not None and takes_adapter(arch, f"{found}.weight") for found in gguf_names)
 
 
 def _checked(targets: Collection[str], packed: list[str], model: nn.Module) -> list[str]:

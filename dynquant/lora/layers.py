@@ -46,6 +46,8 @@ class _Unmergeable:
     """Merging in place would have to round to the quant type; `dynquant.lora.merge` does that with statistics."""
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        if set(adapter_names or self.active_adapters) <= set(self.merged_adapters):
+            return
         raise AdapterError(
             "PEFT cannot merge an adapter into packed weights: they have to be encoded again, under the statistics of "
             "calibration. Call `dynquant.lora.merge(model, stats=...)`, keep the adapter beside the model, or export "

@@ -13,8 +13,8 @@ Settings that matter:
 num_generations  answers in a group. The advantage of an answer is its reward less the group's mean, so a group of equal
                  rewards teaches nothing: with few answers, a format that the model hits once in ten tries is rarely
                  seen. Costs memory and time in proportion.
-temperature      of sampling. Low values give equal answers, and again equal rewards; above 1 answers leave the language.
-                 It must be the same for sampling and scoring: `use_packed_head` is told.
+temperature      of sampling. Low values give equal answers, and again equal rewards; above 1 answers leave the
+                 language. It must be the same for sampling and scoring: `use_packed_head` is told.
 beta             weight of the KL to the base, which is the same model with its adapter off, so it takes no memory but
                  another forward pass. 0 learns fastest; raise it when answers degenerate into what the reward
                  functions happen to accept.
@@ -81,7 +81,8 @@ def make_trainer(packed: Path, output: Path, *, steps: int, num_questions: int =
     } | changes  # fmt: skip
     config = GRPOConfig(str(output), **settings)
     trainer = GRPOTrainer(
-        adapted, [format_reward, answer_reward], args=config, train_dataset=Dataset.from_list(questions(0, num_questions)),
+        adapted, [format_reward, answer_reward], args=config,
+        train_dataset=Dataset.from_list(questions(0, num_questions)),
         processing_class=AutoTokenizer.from_pretrained(packed),
     )  # fmt: skip
     use_packed_head(trainer, temperature=config.temperature)
