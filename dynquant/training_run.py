@@ -96,7 +96,7 @@ class RunDirectory:
                 f"{output} exists and is not the adapter of an earlier run (it has no {REPORT_NAME}); it is left "
                 "alone. Choose another output directory."
             )
-        if not resume:
+        if not resume or self.last_checkpoint() is None:
             shutil.rmtree(self.checkpoints, ignore_errors=True)
         self._check_identity()
         write_atomically(self.checkpoints / "run.json", json.dumps(self.identity, indent=1) + "\n")
