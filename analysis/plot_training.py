@@ -15,6 +15,8 @@ def draw_training(
     train: Sequence[Point], held_out: Sequence[Point], *, best_step: int, measure: str, data: str
 ) -> tuple["Figure", str]:
     """Figure and headline. `train` and `held_out` are (step, loss); `measure` names the loss and its unit."""
+    from matplotlib.ticker import MaxNLocator
+
     first, best = held_out[0][1], min(loss for _, loss in held_out)
     headline = f"Held-out loss {first:.4g} to {best:.4g}" if len(held_out) > 1 else f"Held-out loss {first:.4g}"
     figure = new_figure(8.0, 4.6, headline, plain(f"{measure}; {data}", 100), legend_rows=1)
@@ -29,6 +31,7 @@ def draw_training(
     handles.append(line)
     handles.append(axes.axvline(best_step, color=GREY, linestyle=":", linewidth=1.2, label="adapter that was kept"))
     axes.set_xlabel("optimizer steps")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))
     axes.set_ylabel(measure)
     header_legend(figure, handles, columns=3)
     return figure, headline

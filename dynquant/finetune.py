@@ -65,6 +65,14 @@ def finetune(
         ExportError: the output cannot be written.
     """
     require_training_packages()
+    start = time.perf_counter()
+    device = chosen_device(device)
+    report = progress or (lambda stage, done, total: None)
+    found = read_training_data(data)
+    train_data, held_data = found.split(held_out_share, seed=options.seed)
+    base = resolve_model(packed)
+
+    # Only now: these take seconds, which nobody who mistyped a path should wait for.
     from datasets import Dataset, disable_progress_bars
     from trl import SFTConfig, SFTTrainer
 
@@ -72,12 +80,6 @@ def finetune(
     from dynquant.lora import add_adapter
     from dynquant.trl_support import use_packed_head
 
-    start = time.perf_counter()
-    device = chosen_device(device)
-    report = progress or (lambda stage, done, total: None)
-    found = read_training_data(data)
-    train_data, held_data = found.split(held_out_share, seed=options.seed)
-    base = resolve_model(packed)
     identity = {
         "task": "finetune", "base": model_fingerprint(base), "data": found.sha256, "held_out_share": held_out_share,
         "max_length": max_length, "tokenizer": tokenizer or "the base's", "device": device, **asdict(options),
@@ -101,14 +103,14 @@ def finetune(
         callbacks=[training_run.ProgressCallback(report), training_run.stopping(options)],
     )  # fmt: skip
     use_packed_head(trainer)
-    _check_lengths(trainer.train_dataset, found, max_length)
+    notes += _left_out(trainer, found, len(train_data.rows), len(held_data.rows), max_length)
     best = training_run.train(trainer, run)
     changes = _measure(adapted, trainer.get_eval_dataloader(), report)
     result = training_run.TrainingReport(
         task="finetune", base=base.name, identity=run.identity,
         options=asdict(options) | {"data": found.name, "held_out_share": held_out_share, "max_length": max_length},
-        trained_examples=len(train_data.rows), held_out_examples=len(held_data.rows), steps=trainer.state.global_step,
-        best_step=best, history=training_run.loss_history(trainer.state.log_history), changes=changes, notes=notes,
+        trained_examples=len(trainer.train_dataset), held_out_examples=len(trainer.eval_dataset),
+        steps=trainer.state.global_step, best_step=best, history=training_run.loss_history(trainer.state.log_history), changes=changes, notes=notes,
         seconds=round(time.perf_counter() - start, 1),
     )  # fmt: skip
 
@@ -131,15 +133,22 @@ def _with_chat_template(tokenizer: Any, data: TrainingData) -> tuple[Any, list[s
     ]
 
 
-def _check_lengths(prepared: Any, data: TrainingData, max_length: int) -> None:
-    """Refuse a completion that lies wholly beyond `max_length`: TRL would train on nothing, with a loss of 0."""
-    for number, row in enumerate(prepared):
-        labels = row.get("labels") or row["input_ids"]
-        if all(label == -100 for label in labels[1:]):
+def _left_out(trainer: Any, data: TrainingData, num_train: int, num_held: int, max_length: int) -> list[str]:
+    """TRL leaves out examples whose completion lies wholly beyond `max_length`: say so, or refuse when none is left."""
+    parts = {"training": (trainer.train_dataset, num_train), "held-out": (trainer.eval_dataset, num_held)}
+    notes = []
+    for name, (kept, count) in parts.items():
+        if not len(kept):
             raise DataError(
-                f"Example {number + 1} of the training part of {data.name} has nothing to learn in its first "
-                f"{max_length} tokens: its prompt is that long. Shorten it, or raise --max-length."
+                f"All {count} {name} examples of {data.name} have prompts of {max_length} tokens or more, so that "
+                "nothing is left to learn. Shorten them, or raise --max-length."
             )
+        if len(kept) < count:
+            notes.append(
+                f"{count - len(kept)} of {count} {name} examples have prompts of {max_length} tokens or more and were "
+                "left out."
+            )
+    return notes
 
 
 def _measure(adapted: Any, batches: Any, progress: Progress) -> list["Change"]:

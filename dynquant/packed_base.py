@@ -1,5 +1,6 @@
 """The packed model that an adapter is trained on, from an exported directory or a GGUF file, and its tokenizer."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,14 +18,12 @@ if TYPE_CHECKING:
 
 def require_training_packages() -> None:
     """Raises TrainingError when a package of the extra `train` is missing."""
-    for package in ("peft", "trl", "accelerate", "datasets"):
-        try:
-            __import__(package)
-        except ImportError as error:
+    for package in ("transformers", "peft", "trl", "accelerate", "datasets"):
+        if find_spec(package) is None:
             raise TrainingError(
-                f"Training adapters needs the package `{package}` ({error}). "
+                f"Training adapters needs the package `{package}`, which is not installed. "
                 "Run `pip install 'dynquant-toolchain[train]'`."
-            ) from error
+            )
 
 
 def open_packed_model(path: Path, *, device: str = "cpu") -> "PreTrainedModel":

@@ -13,6 +13,7 @@ import torch
 from dynquant.errors import DataError, TrainingError
 
 pytest.importorskip("trl", reason="trl is not installed")
+from dynquant import packed_base
 from dynquant.finetune import finetune
 from dynquant.lora import add_adapter, load_adapter
 from dynquant.packed_base import open_packed_model, open_tokenizer
@@ -157,17 +158,24 @@ def test_bad_input_is_one_paragraph(crushed, lists, tmp_path):
     broken.write_text('{"text": "a"}\n{"text": \n')
     paragraph = refused(crushed.packed, "--data", broken, "-o", tmp_path / "a")
     assert paragraph.startswith("error: broken.jsonl, line 2 is not JSON")
-    paragraph = refused(crushed.original, "--data", lists, "-o", tmp_path / "a")
-    assert "holds no packed weights" in paragraph and "dynquant export" in paragraph
-    assert not list(tmp_path.glob("a*"))
+    with pytest.raises(TrainingError, match=r"holds no packed weights.*dynquant export"):
+        finetune(str(crushed.original), lists, tmp_path / "a", OPTIONS)
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_missing_package_is_named(crushed, lists, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "trl", None)
+    found = packed_base.find_spec
+    monkeypatch.setattr(packed_base, "find_spec", lambda name: None if name == "trl" else found(name))
     with pytest.raises(TrainingError, match=r"needs the package `trl`.*pip install 'dynquant-toolchain\[train\]'"):
         finetune(str(crushed.packed), lists, tmp_path / "a", OPTIONS)
 
 
-def test_a_prompt_that_leaves_nothing_to_learn_is_refused(crushed, lists, tmp_path):
-    with pytest.raises(DataError, match="nothing to learn in its first 4 tokens"):
+def test_prompts_that_leave_nothing_to_learn_are_left_out_or_refused(crushed, lists, tmp_path):
+    with pytest.raises(DataError, match=r"All 72 training examples of lists\.jsonl have prompts of 4 tokens or more"):
         finetune(str(crushed.packed), lists, tmp_path / "a", OPTIONS, max_length=4)
+    longer = tmp_path / "longer.jsonl"
+    line = json.dumps({"prompt": "word " * 200, "completion": "x"})
+    longer.write_text("\n".join([*lists.read_text().splitlines()[:12], line]))
+    short = TrainOptions(rank=4, max_steps=1, batch_size=4, evaluations=1)
+    report = finetune(str(crushed.packed), longer, tmp_path / "b", short, max_length=64)
+    assert any(note.startswith("1 of 12 training examples have prompts of 64 tokens or more") for note in report.notes)
