@@ -11,8 +11,8 @@ import torch
 
 from dynquant import console
 from dynquant.analysis.error_table import ErrorTable
-from dynquant.analysis.measure_errors import file_hash
 from dynquant.analysis.sensitivity import output_sensitivity
+from dynquant.artifacts import file_hash
 from dynquant.devices import chosen_device
 from dynquant.errors import CheckpointError, ExportError, PlanError
 from dynquant.exporters.compressed_card import transformers_problem

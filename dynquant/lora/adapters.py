@@ -1,11 +1,14 @@
 """`add_adapter` and `load_adapter`: adapters for a packed model with the right targets, and back from a directory."""
 
+import re
+import warnings
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from dynquant.architecture import gguf_name_of
@@ -20,10 +23,13 @@ from dynquant.layers import (
 )
 from dynquant.lora.layers import FUSED_PARTS
 from dynquant.lora.llama_cpp import takes_adapter
-from dynquant.lora.saved import CONFIG_NAME
+from dynquant.lora.saved import CONFIG_NAME, WEIGHTS_NAME
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
+"""Experts one by one, as before transformers 5: PEFT fuses their factors while it loads them."""
 
 
 def add_adapter(
@@ -61,6 +67,8 @@ def add_adapter(
     Raises:
         AdapterError: no packed weights, a target that the model lacks, or nothing to train.
     """
+    if rank < 1 or alpha <= 0:
+        raise AdapterError(f"`rank` is {rank} and `alpha` {alpha}; both must be positive, as 16 and 32.")
     packed = _packed_linears(model)
     has_experts = any(isinstance(module, PackedExperts) for module in model.modules())
     if not packed and not has_experts:
@@ -98,12 +106,30 @@ def load_adapter(model: "PreTrainedModel", path: str | Path, *, is_trainable: bo
     if not (path / CONFIG_NAME).is_file():
         raise AdapterError(f"{path} holds no {CONFIG_NAME}. Give the directory that `save_pretrained` wrote.")
     try:
-        return PeftModel.from_pretrained(model, str(path), is_trainable=is_trainable)
-    except (ValueError, RuntimeError, OSError, KeyError) as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            adapted = PeftModel.from_pretrained(model, str(path), is_trainable=is_trainable)
+    except (ValueError, RuntimeError, OSError, KeyError, UserWarning, SafetensorError) as error:
         raise AdapterError(
             f"The adapter in {path} does not load into {type(model).__name__} ({type(error).__name__}: {error}). "
             "It is damaged, or was trained on another model."
         ) from error
+    loaded = get_peft_model_state_dict(adapted)
+    left = [key for key in _stored_keys(path) if key not in loaded and not _ONE_EXPERT.search(key)]
+    if left:
+        raise AdapterError(
+            f"{path} holds `{left[0]}` and {len(left) - 1} more tensors that {type(model).__name__} has no place for: "
+            "it was trained on another model."
+        )
+    return adapted
+
+
+def _stored_keys(path: Path) -> list[str]:
+    file = path / WEIGHTS_NAME
+    if not file.is_file():  # PyTorch's format, which PEFT reads as well
+        return []
+    with safe_open(file, "pt") as opened:
+        return list(opened.keys())
 
 
 def _packed_linears(model: nn.Module) -> list[str]:

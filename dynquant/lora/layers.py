@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners import lora
 from torch import Tensor, nn
+from torch.nn import functional
 
 from dynquant.errors import AdapterError
 from dynquant.layers import ExpertsProduct, PackedExperts
@@ -134,6 +135,9 @@ def grouped_low_rank(x: Tensor, ids: Tensor, a: Tensor, b: Tensor) -> Tensor:
     counts = torch.zeros(num_experts + 1, dtype=torch.int32, device=x.device)
     counts.scatter_add_(0, torch.where(is_here, slots, num_experts), torch.ones_like(slots, dtype=torch.int32))
     ends = counts[:-1].cumsum(0, dtype=torch.int32)
+    # Grouped products want rows of 16 bytes; ranks are few, and zeros add nothing.
+    missing = -a.shape[1] % 8
+    a, b = functional.pad(a, (0, 0, 0, missing)), functional.pad(b, (0, missing))
     rows = x[order // ids.shape[1]] if x.dim() == 2 else x.flatten(0, 1)[order]
     inner = _grouped_mm(rows.to(dtype), a.to(dtype).transpose(1, 2).contiguous(), ends)
     outer = _grouped_mm(inner, b.to(dtype).transpose(1, 2).contiguous(), ends)

@@ -6,13 +6,14 @@ in their configuration that stock PEFT does not know. `LoraConfig._register_cust
 with an adapter: whoever loads one would have to give the mapping again.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
+from accelerate import init_empty_weights
 from peft import LoraConfig, LoraModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from dynquant.errors import AdapterError
 from dynquant.layers import PackedEmbedding, PackedExperts, PackedLatentProjection, PackedLinear, PackedModule
 from dynquant.lora.layers import (
     FUSED_PARTS,
@@ -49,15 +50,14 @@ class PackedLoraModel(LoraModel):
         """PEFT's matching of `target_parameters`, over the names that transformers gives a packed module's weights."""
         if not any(isinstance(module, PackedModule) for module in model.modules()):
             return super()._inject_parameters(peft_config, model, adapter_name, low_cpu_mem_usage)
-        if low_cpu_mem_usage:
-            raise AdapterError("`low_cpu_mem_usage` is not for adapters of parameters in packed models; leave it out.")
         endings = tuple(f".{name}" for name in peft_config.target_parameters)
         found = []
         for path, module in list(model.named_modules()):
             bare = path.replace(".base_layer", "")
-            for name in _parameters_of(module):
+            for name in () if ".lora_" in path else _parameters_of(module):
                 if f".{bare}.{name}".endswith(endings):
-                    self._wrap_parameter(peft_config, model, adapter_name, bare, name)
+                    with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                        self._wrap_parameter(peft_config, model, adapter_name, bare, name)
                     found.append(f"{bare}.{name}")
         return found
 
