@@ -110,7 +110,8 @@ def finetune(
         task="finetune", base=base.name, identity=run.identity,
         options=asdict(options) | {"data": found.name, "held_out_share": held_out_share, "max_length": max_length},
         trained_examples=len(trainer.train_dataset), held_out_examples=len(trainer.eval_dataset),
-        steps=trainer.state.global_step, best_step=best, history=training_run.loss_history(trainer.state.log_history), changes=changes, notes=notes,
+        steps=trainer.state.global_step, best_step=best,
+        history=training_run.loss_history(trainer.state.log_history), changes=changes, notes=notes,
         seconds=round(time.perf_counter() - start, 1),
     )  # fmt: skip
 
