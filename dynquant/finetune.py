@@ -20,13 +20,13 @@ from dynquant.distribution import Distribution
 from dynquant.errors import DataError
 from dynquant.eval_statistics import Estimate, bootstrap_mean
 from dynquant.logit_runners import resolve_model
-from dynquant.packed_base import open_packed_model, open_tokenizer, require_training_packages
+from dynquant.packed_base import check_packed, open_packed_model, open_tokenizer, require_training_packages
 from dynquant.reference_cache import model_fingerprint
 from dynquant.training_data import TrainingData, read_training_data
 from dynquant.training_options import TrainOptions
 
 if TYPE_CHECKING:
-    from dynquant.training_run import Change, TrainingReport
+    from dynquant.training_run import Change, RunDirectory, TrainingReport
 
 PLAIN_CHAT = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n\n{% endfor %}"
@@ -71,8 +71,52 @@ def finetune(
     found = read_training_data(data)
     train_data, held_data = found.split(held_out_share, seed=options.seed)
     base = resolve_model(packed)
+    check_packed(base)
 
-    # Only now: these take seconds, which nobody who mistyped a path should wait for.
+    from dynquant import training_run  # takes seconds, which nobody who mistyped a path should wait for
+
+    identity = {
+        "task": "finetune", "base": model_fingerprint(base), "data": found.sha256, "held_out_share": held_out_share,
+        "max_length": max_length, "tokenizer": tokenizer or "the base's", "device": device, **asdict(options),
+    }  # fmt: skip
+    run = training_run.RunDirectory(output, identity, resume=resume)
+    encoder, notes = _with_chat_template(open_tokenizer(resolve_model(tokenizer) if tokenizer else base), found)
+    trainer = _trainer(
+        base, encoder, (train_data, held_data), options, run, max_length=max_length, device=device, progress=report
+    )
+    notes += _left_out(trainer, found, len(train_data.rows), len(held_data.rows), max_length)
+    best = training_run.train(trainer, run)
+    result = training_run.TrainingReport(
+        task="finetune", base=base.name, identity=run.identity,
+        options=asdict(options) | {"data": found.name, "held_out_share": held_out_share, "max_length": max_length},
+        trained_examples=len(trainer.train_dataset), held_out_examples=len(trainer.eval_dataset),
+        steps=trainer.state.global_step, best_step=best,
+        history=training_run.loss_history(trainer.state.log_history),
+        changes=_measure(trainer.model, trainer.get_eval_dataloader(), report), notes=notes,
+        seconds=round(time.perf_counter() - start, 1),
+    )  # fmt: skip
+
+    def write(directory: Path) -> None:
+        trainer.model.save_pretrained(str(directory))
+        encoder.save_pretrained(str(directory))
+        training_run.write_report(directory, result, measure="loss (nats per token)")
+
+    run.finish(write)
+    return result
+
+
+def _trainer(
+    base: Path,
+    encoder: Any,
+    data: tuple[TrainingData, TrainingData],
+    options: TrainOptions,
+    run: "RunDirectory",
+    *,
+    max_length: int,
+    device: str,
+    progress: Progress,
+) -> Any:
+    """TRL's trainer of a fresh adapter on the base."""
     from datasets import Dataset, disable_progress_bars
     from trl import SFTConfig, SFTTrainer
 
@@ -80,48 +124,24 @@ def finetune(
     from dynquant.lora import add_adapter
     from dynquant.trl_support import use_packed_head
 
-    identity = {
-        "task": "finetune", "base": model_fingerprint(base), "data": found.sha256, "held_out_share": held_out_share,
-        "max_length": max_length, "tokenizer": tokenizer or "the base's", "device": device, **asdict(options),
-    }  # fmt: skip
-    run = training_run.RunDirectory(output, identity, resume=resume)
     model = open_packed_model(base, device=device)
-    encoder, notes = _with_chat_template(open_tokenizer(resolve_model(tokenizer) if tokenizer else base), found)
     torch.manual_seed(options.seed)
     adapted = add_adapter(
         model, rank=options.rank, alpha=options.lora_alpha, experts=options.experts, rslora=options.rslora
     )
+    num_weights = sum(parameter.numel() for parameter in model.parameters())
     settings = training_run.trainer_settings(
-        options, run.checkpoints, num_examples=len(train_data.rows),
-        num_weights=sum(parameter.numel() for parameter in model.parameters()), device=device,
-    )  # fmt: skip
+        options, run.checkpoints, num_examples=len(data[0].rows), num_weights=num_weights, device=device
+    )
     disable_progress_bars()
+    train, held = (Dataset.from_list(list(part.rows)) for part in data)
     trainer = SFTTrainer(
-        adapted, SFTConfig(**settings, max_length=max_length),
-        train_dataset=Dataset.from_list(list(train_data.rows)), eval_dataset=Dataset.from_list(list(held_data.rows)),
+        adapted, SFTConfig(**settings, max_length=max_length), train_dataset=train, eval_dataset=held,
         processing_class=encoder,
-        callbacks=[training_run.ProgressCallback(report), training_run.stopping(options)],
+        callbacks=[training_run.ProgressCallback(progress), training_run.stopping(options)],
     )  # fmt: skip
     use_packed_head(trainer)
-    notes += _left_out(trainer, found, len(train_data.rows), len(held_data.rows), max_length)
-    best = training_run.train(trainer, run)
-    changes = _measure(adapted, trainer.get_eval_dataloader(), report)
-    result = training_run.TrainingReport(
-        task="finetune", base=base.name, identity=run.identity,
-        options=asdict(options) | {"data": found.name, "held_out_share": held_out_share, "max_length": max_length},
-        trained_examples=len(trainer.train_dataset), held_out_examples=len(trainer.eval_dataset),
-        steps=trainer.state.global_step, best_step=best,
-        history=training_run.loss_history(trainer.state.log_history), changes=changes, notes=notes,
-        seconds=round(time.perf_counter() - start, 1),
-    )  # fmt: skip
-
-    def write(directory: Path) -> None:
-        adapted.save_pretrained(str(directory))
-        encoder.save_pretrained(str(directory))
-        training_run.write_report(directory, result, measure="loss (nats per token)")
-
-    run.finish(write)
-    return result
+    return trainer
 
 
 def _with_chat_template(tokenizer: Any, data: TrainingData) -> tuple[Any, list[str]]:

@@ -9,6 +9,7 @@ adapter does is then measured by `evaluate` on held-out text, with and without i
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from dynquant.eval_text import load_text
 from dynquant.evaluate import common_columns, evaluate
 from dynquant.held_out import split_documents, without_repeats
 from dynquant.logit_runners import TRANSFORMERS, describe_model, open_encoder, open_runner, resolve_model
-from dynquant.packed_base import open_packed_model, open_tokenizer, require_training_packages
+from dynquant.packed_base import check_packed, open_packed_model, open_tokenizer, require_training_packages
 from dynquant.plan import write_atomically
 from dynquant.reference_cache import model_fingerprint
 from dynquant.training_options import TrainOptions
@@ -75,63 +76,35 @@ def heal(
         ExportError: the output cannot be written.
     """
     require_training_packages()
-    from transformers import TrainingArguments
-
-    from dynquant import training_run
-    from dynquant.distillation import DistillationTrainer
-    from dynquant.lora import add_adapter
-    from dynquant.teacher_cache import build_teacher_windows
-
     start = time.perf_counter()
     device = chosen_device(device)
     report = progress or (lambda stage, done, total: None)
     base, original = resolve_model(packed), resolve_model(reference)
+    check_packed(base)
     num_columns, notes = common_columns(
         describe_model(original, runner=TRANSFORMERS), describe_model(base, runner=TRANSFORMERS)
     )
     text = read_text(data.data, tokenizer=open_tokenizer(original), seed=options.seed, max_tokens=data.tokens)
+    cache = data.cache_dir or output.with_name(f"{output.name}.reference")
+    split = _split(text, original, data, cache)
+
+    from dynquant import training_run
+
     identity = {
         "task": "heal", "base": model_fingerprint(base), "reference": model_fingerprint(original),
-        "data": text.sha256, "tokens": data.tokens, "window": data.window, "device": device, **asdict(options),
+        "data": text.sha256, "tokens": data.tokens, "windows": sha256(split.train.numpy()).hexdigest(),
+        "device": device, **asdict(options),
     }  # fmt: skip
     run = training_run.RunDirectory(output, identity, resume=resume)
-    cache = data.cache_dir or output.with_name(f"{output.name}.reference")
-    split = _split(text, original, data, run.checkpoints / HELD_OUT_NAME)
-
-    def open_original():
-        return open_runner(original, device=device, runner=TRANSFORMERS)
-
-    train, held = (
-        build_teacher_windows(
-            original, open_original, windows, cache, num_columns=num_columns, stage=stage, progress=report
-        )
-        for windows, stage in ((split.train, "original, training text"), (split.held, "original, held-out text"))
-    )
+    train, held = _teacher(original, split, cache, num_columns, device, report)
     judge = _Judge(base, original, split.texts, data, cache, device, options.seed, report)
     before = judge(None)
-    model = open_packed_model(base, device=device)
-    torch.manual_seed(options.seed)
-    adapted = add_adapter(
-        model, rank=options.rank, alpha=options.lora_alpha, experts=options.experts, rslora=options.rslora
-    )
-    settings = training_run.trainer_settings(
-        options, run.checkpoints, num_examples=len(train), num_weights=_num_weights(model), device=device
-    )
-    trainer = DistillationTrainer(
-        adapted, TrainingArguments(**settings), num_columns=num_columns,
-        train_dataset=train, eval_dataset=held,
-        callbacks=[training_run.ProgressCallback(report), training_run.stopping(options)],
-    )  # fmt: skip
-    best = training_run.train(trainer, run)
     kept = run.checkpoints / "best"
-    adapted.save_pretrained(str(kept))
-    history, steps = training_run.loss_history(trainer.state.log_history), trainer.state.global_step
-    del trainer, adapted, model
-    after = judge(kept)
-    changes, gaps, remarks = _compare(before, after)
+    trained = _train(base, train, held, run, options, kept, num_columns=num_columns, device=device, progress=report)
+    changes, gaps, remarks = _compare(before, judge(kept))
     result = training_run.TrainingReport(
         task="heal", base=base.name, identity=run.identity, options=asdict(options) | _described(data),
-        trained_examples=len(train), held_out_examples=len(held), steps=steps, best_step=best, history=history,
+        trained_examples=len(train), held_out_examples=len(held), **trained,
         changes=changes, gap_closed=gaps, notes=[*notes, *split.notes, *remarks],
         seconds=round(time.perf_counter() - start, 1),
     )  # fmt: skip
@@ -145,6 +118,65 @@ def heal(
     return result
 
 
+def _teacher(
+    original: Path, split: "_Split", cache: Path, num_columns: int, device: str, progress: Any
+) -> tuple[Any, Any]:
+    """Training and held-out windows with the original's distributions; runs it where the cache lacks some."""
+    from dynquant.teacher_cache import build_teacher_windows
+
+    def open_original():
+        return open_runner(original, device=device, runner=TRANSFORMERS)
+
+    train, held = (
+        build_teacher_windows(
+            original, open_original, windows, cache, num_columns=num_columns, stage=stage, progress=progress
+        )
+        for windows, stage in ((split.train, "original, training text"), (split.held, "original, held-out text"))
+    )
+    return train, held
+
+
+def _train(
+    base: Path,
+    train: Any,
+    held: Any,
+    run: Any,
+    options: TrainOptions,
+    kept: Path,
+    *,
+    num_columns: int,
+    device: str,
+    progress: Any,
+) -> dict[str, Any]:
+    """Train an adapter and save the best one to `kept`; the base is freed. Gives steps, best step and losses."""
+    from transformers import TrainingArguments
+
+    from dynquant import training_run
+    from dynquant.distillation import DistillationTrainer
+    from dynquant.lora import add_adapter
+
+    model = open_packed_model(base, device=device)
+    torch.manual_seed(options.seed)
+    adapted = add_adapter(
+        model, rank=options.rank, alpha=options.lora_alpha, experts=options.experts, rslora=options.rslora
+    )
+    num_weights = sum(parameter.numel() for parameter in model.parameters())
+    settings = training_run.trainer_settings(
+        options, run.checkpoints, num_examples=len(train), num_weights=num_weights, device=device
+    )
+    trainer = DistillationTrainer(
+        adapted, TrainingArguments(**settings), num_columns=num_columns, train_dataset=train, eval_dataset=held,
+        callbacks=[training_run.ProgressCallback(progress), training_run.stopping(options)],
+    )  # fmt: skip
+    best = training_run.train(trainer, run)
+    adapted.save_pretrained(str(kept))
+    return {
+        "steps": trainer.state.global_step,
+        "best_step": best,
+        "history": training_run.loss_history(trainer.state.log_history),
+    }
+
+
 @dataclass(frozen=True)
 class _Split:
     train: torch.Tensor
@@ -155,7 +187,7 @@ class _Split:
     notes: list[str] = field(default_factory=list)
 
 
-def _split(text: CalibrationText, original: Path, data: HealData, own: Path) -> _Split:
+def _split(text: CalibrationText, original: Path, data: HealData, cache: Path) -> _Split:
     """Windows to train on and to check with, and the texts to measure on, which share no run of tokens."""
     tokenizer = open_tokenizer(original)
     train_text, held_text = split_documents(text, _HELD_OUT_SHARE)
@@ -163,7 +195,9 @@ def _split(text: CalibrationText, original: Path, data: HealData, own: Path) -> 
     train = pack_windows(train_text, tokenizer, window=data.window, max_tokens=data.tokens)
     notes = []
     texts = tuple(data.text)
+    own = None
     if not texts:
+        own = cache / f"held-out-{text.sha256[:12]}" / HELD_OUT_NAME
         write_atomically(own, "\n\n".join(held_text.documents))
         texts = (own,)
         notes.append(
@@ -189,7 +223,7 @@ def _split(text: CalibrationText, original: Path, data: HealData, own: Path) -> 
             f"{text.name} is too short: one of its parts (training {clean.shape[1]} tokens, held out {held.shape[1]}) "
             f"does not fill a window of {data.window}. Give more text, or a smaller --window."
         )
-    return _Split(clean, held, texts, None if data.text else own, notes)
+    return _Split(clean, held, texts, own, notes)
 
 
 @dataclass(frozen=True)
@@ -255,7 +289,3 @@ def _described(data: HealData) -> dict[str, Any]:
         "data": data.data or "built-in text", "tokens": data.tokens, "window": data.window,
         "text": [Path(path).name for path in data.text], "limit": data.limit, "num_shots": data.num_shots,
     }  # fmt: skip
-
-
-def _num_weights(model: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())

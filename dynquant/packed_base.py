@@ -1,5 +1,6 @@
 """The packed model that an adapter is trained on, from an exported directory or a GGUF file, and its tokenizer."""
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ import torch
 from dynquant.checkpoint import open_model
 from dynquant.errors import CheckpointError, TrainingError
 from dynquant.hf_loading import load_tokenizer
+from dynquant.hf_registration import QUANT_METHOD
 from dynquant.layers import PackedModule, choose_layout
 from dynquant.logit_runners import is_gguf, load_model
 
@@ -38,14 +40,34 @@ def open_packed_model(path: Path, *, device: str = "cpu") -> "PreTrainedModel":
     """
     model = load_model(path, torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
     if not any(isinstance(module, PackedModule) for module in model.modules()):
-        raise TrainingError(
-            f"{path} holds no packed weights, so PEFT and TRL can train on it as it is. Make a packed model with "
-            f"`dynquant export {path} --plan PLAN -f safetensors -o OUT` and train on OUT."
-        )
+        raise _not_packed(path)
     model = model.to(device)
     choose_layout(model)
     model.config.use_cache = False
     return model
+
+
+def check_packed(path: Path) -> None:
+    """Refuse a resolved model that cannot be packed, from its configuration alone.
+
+    Raises:
+        TrainingError: a directory that is no export of packed weights.
+    """
+    if is_gguf(path):
+        return
+    try:
+        config = json.loads((path / "config.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}/config.json cannot be read: {error}.") from error
+    if config.get("quantization_config", {}).get("quant_method") != QUANT_METHOD:
+        raise _not_packed(path)
+
+
+def _not_packed(path: Path) -> TrainingError:
+    return TrainingError(
+        f"{path} holds no packed weights, so PEFT and TRL can train on it as it is. Make a packed model with "
+        f"`dynquant export {path} --plan PLAN -f safetensors -o OUT` and train on OUT."
+    )
 
 
 def open_tokenizer(path: Path) -> "PreTrainedTokenizerBase":

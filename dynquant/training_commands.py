@@ -1,5 +1,8 @@
 """The commands that train adapters: progress, the before/after table, and where the files are."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +15,26 @@ from dynquant.training_options import TrainOptions
 
 def finetune_command(packed: str, data: Path, output: Path, options: TrainOptions, **more: Any) -> None:
     """Fine-tune and print what changed."""
-    with console.stage_progress() as progress:
+    with console.stage_progress() as progress, _without_notices():
         report = finetune(packed, data, output, options, progress=progress, **more)
     _print(report, output)
 
 
 def heal_command(packed: str, reference: str, output: Path, data: HealData, options: TrainOptions, **more: Any) -> None:
     """Heal and print what changed."""
-    with console.stage_progress() as progress:
+    with console.stage_progress() as progress, _without_notices():
         report = heal(packed, reference, output, data, options, progress=progress, **more)
     _print(report, output)
     cache = data.cache_dir or output.with_name(f"{output.name}.reference")
     console.note(f"the original's distributions are in {cache}, for further runs on the same text; it may be deleted")
+
+
+@contextmanager
+def _without_notices() -> Iterator[None]:
+    """Libraries tell each other's authors what will be renamed; who trains an adapter can do nothing about it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def _print(report: Any, output: Path) -> None:

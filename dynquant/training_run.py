@@ -7,7 +7,6 @@ all. A restart goes on from the last complete checkpoint, and only under the sam
 import json
 import math
 import shutil
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -221,9 +220,7 @@ def train(trainer: Trainer, run: RunDirectory) -> int:
     trainer.remove_callback(PrinterCallback)  # which prints every log entry as a dictionary
     checkpoint = run.last_checkpoint()
     trainer.args.eval_on_start = checkpoint is None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of libraries about each other
-        trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     kept = trainer.state.best_model_checkpoint
     return int(kept.rpartition("-")[2]) if kept else trainer.state.global_step
 
