@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback
 
@@ -160,7 +161,7 @@ def trainer_settings(
     """Keyword arguments of `TrainingArguments` and its descendants.
 
     Raises:
-        TrainingError: `micro_batch` does not divide `batch_size`.
+        TrainingError: `micro_batch` does not divide `batch_size`, or several GPUs are visible.
     """
     micro = options.micro_batch or options.batch_size
     if micro < 1 or options.batch_size % micro:
@@ -170,6 +171,11 @@ def trainer_settings(
     steps = total_steps(options, num_examples)
     every = max(1, round(steps / options.evaluations))
     on_cpu = device == "cpu"
+    if not on_cpu and torch.cuda.device_count() > 1:
+        raise TrainingError(
+            f"PyTorch sees {torch.cuda.device_count()} GPUs, over which transformers would copy the model. Adapters are "
+            "trained on one: set CUDA_VISIBLE_DEVICES=0."
+        )
     checkpointing = options.gradient_checkpointing
     return {
         "output_dir": str(directory),
