@@ -173,8 +173,8 @@ def trainer_settings(
     on_cpu = device == "cpu"
     if not on_cpu and torch.cuda.device_count() > 1:
         raise TrainingError(
-            f"PyTorch sees {torch.cuda.device_count()} GPUs, over which transformers would copy the model. Adapters are "
-            "trained on one: set CUDA_VISIBLE_DEVICES=0."
+            f"PyTorch sees {torch.cuda.device_count()} GPUs, over which transformers would copy the model. Adapters "
+            "are trained on one: set CUDA_VISIBLE_DEVICES=0."
         )
     checkpointing = options.gradient_checkpointing
     return {
