@@ -128,18 +128,18 @@ def grouped_low_rank(x: Tensor, ids: Tensor, a: Tensor, b: Tensor) -> Tensor:
     # As transformers' experts do it: torch's grouped product where device, dtype and version have it, a loop elsewhere.
     from transformers.integrations.moe import _grouped_mm
 
-    num_experts, slots = a.shape[0], ids.flatten()
+    num_experts = a.shape[0]
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else a.dtype
-    is_here = (slots >= 0) & (slots < num_experts)
-    order = torch.where(is_here, slots, num_experts).argsort(stable=True)
-    counts = torch.zeros(num_experts + 1, dtype=torch.int32, device=x.device)
-    counts.scatter_add_(0, torch.where(is_here, slots, num_experts), torch.ones_like(slots, dtype=torch.int32))
-    ends = counts[:-1].cumsum(0, dtype=torch.int32)
-    # Grouped products want rows of 16 bytes; ranks are few, and zeros add nothing.
-    missing = -a.shape[1] % 8
-    a, b = functional.pad(a, (0, 0, 0, missing)), functional.pad(b, (0, missing))
+    if missing := -a.shape[1] % 8:
+        # Grouped products want strides of 16 bytes, and zeros add nothing.
+        a, b = functional.pad(a, (0, 0, 0, missing)), functional.pad(b, (0, missing))
+    is_here = (ids >= 0) & (ids < num_experts)
+    slots = ids.clamp(0, num_experts - 1).flatten()
+    order = slots.argsort(stable=True)
+    counts = torch.zeros(num_experts, dtype=torch.int32, device=x.device)
+    ends = counts.scatter_add(0, slots.long(), torch.ones_like(slots, dtype=torch.int32)).cumsum(0, dtype=torch.int32)
     rows = x[order // ids.shape[1]] if x.dim() == 2 else x.flatten(0, 1)[order]
-    inner = _grouped_mm(rows.to(dtype), a.to(dtype).transpose(1, 2).contiguous(), ends)
+    inner = _grouped_mm(rows.to(dtype), a.to(dtype).transpose(1, 2), ends)
     outer = _grouped_mm(inner, b.to(dtype).transpose(1, 2).contiguous(), ends)
-    result = torch.zeros_like(outer).index_copy(0, order, outer)
-    return torch.where(is_here[:, None], result, 0).unflatten(0, ids.shape)
+    result = torch.empty_like(outer).index_copy_(0, order, outer).unflatten(0, ids.shape)
+    return torch.where(is_here[..., None], result, 0)
