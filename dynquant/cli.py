@@ -63,6 +63,9 @@ RankOpt = Annotated[int, typer.Option(help="Rank of the adapter.")]
 AlphaOpt = Annotated[int | None, typer.Option(help="The adapter is scaled by alpha / rank. Default: twice the rank.")]
 RsLoraOpt = Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank) instead.")]
 ExpertsOpt = Annotated[bool, typer.Option(help="Adapt the routed experts too.")]
+LlamaCppOpt = Annotated[
+    bool, typer.Option("--llama-cpp", help="Adapt only layers to which llama.cpp applies adapters, for export-adapter.")
+]
 RateOpt = Annotated[float, typer.Option(help="Highest learning rate; warmup, then a cosine to zero.")]
 EpochsOpt = Annotated[float, typer.Option(help="Passes over the training part, at most.")]
 StepsOpt = Annotated[int | None, typer.Option(help="Optimizer steps instead of --epochs.")]
@@ -499,6 +502,7 @@ def finetune(
     alpha: AlphaOpt = None,
     rslora: RsLoraOpt = False,
     experts: ExpertsOpt = True,
+    llama_cpp: LlamaCppOpt = False,
     learning_rate: RateOpt = 5e-4,
     epochs: EpochsOpt = 3.0,
     max_steps: StepsOpt = None,
@@ -519,9 +523,10 @@ def finetune(
     from dynquant.training_options import TrainOptions
 
     options = TrainOptions(
-        rank=rank, alpha=alpha, rslora=rslora, experts=experts, learning_rate=learning_rate, epochs=epochs,
-        max_steps=max_steps, batch_size=batch_size, micro_batch=micro_batch, evaluations=evaluations,
-        patience=patience, gradient_checkpointing=gradient_checkpointing, seed=seed,
+        rank=rank, alpha=alpha, rslora=rslora, experts=experts, llama_cpp=llama_cpp,
+        learning_rate=learning_rate, epochs=epochs, max_steps=max_steps, batch_size=batch_size,
+        micro_batch=micro_batch, evaluations=evaluations, patience=patience,
+        gradient_checkpointing=gradient_checkpointing, seed=seed,
     )  # fmt: skip
     finetune_command(
         packed, data, output, options, held_out_share=held_out, max_length=max_length, tokenizer=tokenizer,
@@ -558,6 +563,7 @@ def heal(
     alpha: AlphaOpt = None,
     rslora: RsLoraOpt = False,
     experts: ExpertsOpt = True,
+    llama_cpp: LlamaCppOpt = False,
     learning_rate: RateOpt = 1e-3,
     epochs: EpochsOpt = 3.0,
     max_steps: StepsOpt = None,
@@ -581,9 +587,10 @@ def heal(
     from dynquant.training_options import TrainOptions
 
     options = TrainOptions(
-        rank=rank, alpha=alpha, rslora=rslora, experts=experts, learning_rate=learning_rate, epochs=epochs,
-        max_steps=max_steps, batch_size=batch_size, micro_batch=micro_batch, evaluations=evaluations,
-        patience=patience, gradient_checkpointing=gradient_checkpointing, seed=seed,
+        rank=rank, alpha=alpha, rslora=rslora, experts=experts, llama_cpp=llama_cpp,
+        learning_rate=learning_rate, epochs=epochs, max_steps=max_steps, batch_size=batch_size,
+        micro_batch=micro_batch, evaluations=evaluations, patience=patience,
+        gradient_checkpointing=gradient_checkpointing, seed=seed,
     )  # fmt: skip
     source = HealData(
         data=data, tokens=tokens, window=window, text=text or (), max_tokens=max_tokens, mmlu_data=mmlu_data,

@@ -127,8 +127,9 @@ def _trainer(
     model = open_packed_model(base, device=device)
     torch.manual_seed(options.seed)
     adapted = add_adapter(
-        model, rank=options.rank, alpha=options.lora_alpha, experts=options.experts, rslora=options.rslora
-    )
+        model, rank=options.rank, alpha=options.lora_alpha, experts=options.experts, rslora=options.rslora,
+        llama_cpp=options.llama_cpp,
+    )  # fmt: skip
     num_weights = sum(parameter.numel() for parameter in model.parameters())
     settings = training_run.trainer_settings(
         options, run.checkpoints, num_examples=len(data[0].rows), num_weights=num_weights, device=device

@@ -17,6 +17,8 @@ class TrainOptions:
     """None is twice the rank."""
     rslora: bool = False
     experts: bool = True
+    llama_cpp: bool = False
+    """Adapt only what llama.cpp applies adapters to, so that `export-adapter` takes the result."""
     learning_rate: float = 5e-4
     epochs: float = 3.0
     max_steps: int | None = None
