@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from dynquant.calibration_text import CalibrationText, pack_windows, read_text
@@ -21,13 +22,17 @@ from dynquant.errors import DataError
 from dynquant.eval_report import EvalReport, MultipleChoiceResult
 from dynquant.eval_statistics import Estimate, bootstrap_ratio, mcnemar_exact
 from dynquant.eval_text import load_text
-from dynquant.evaluate import common_columns, evaluate
+from dynquant.evaluate import Progress, common_columns, evaluate
 from dynquant.held_out import split_documents, without_repeats
 from dynquant.logit_runners import TRANSFORMERS, describe_model, open_encoder, open_runner, resolve_model
 from dynquant.packed_base import check_packed, open_packed_model, open_tokenizer, require_training_packages
 from dynquant.plan import write_atomically
 from dynquant.reference_cache import model_fingerprint
 from dynquant.training_options import TrainOptions
+
+if TYPE_CHECKING:
+    from dynquant.teacher_cache import TeacherWindows
+    from dynquant.training_run import Change, RunDirectory, TrainingReport
 
 HELD_OUT_NAME = "held_out.txt"
 _HELD_OUT_SHARE = 0.1
@@ -37,7 +42,7 @@ _CHECK_WINDOWS = 16
 
 @dataclass(frozen=True)
 class HealData:
-    """What is trained on and what is measured. `text` None measures on the part of the data that was kept apart."""
+    """What is trained on and what is measured. Without `text`, the part of the data that was kept apart is measured."""
 
     data: str | None = None
     tokens: int = 524_288
@@ -60,8 +65,8 @@ def heal(
     *,
     device: str | None = None,
     resume: bool = True,
-    progress: Any = None,
-) -> Any:
+    progress: Progress | None = None,
+) -> "TrainingReport":
     """Train the adapter and write it to `output`; returns the `TrainingReport`.
 
     Args:
@@ -119,8 +124,8 @@ def heal(
 
 
 def _teacher(
-    original: Path, split: "_Split", cache: Path, num_columns: int, device: str, progress: Any
-) -> tuple[Any, Any]:
+    original: Path, split: "_Split", cache: Path, num_columns: int, device: str, progress: Progress
+) -> "tuple[TeacherWindows, TeacherWindows]":
     """Training and held-out windows with the original's distributions; runs it where the cache lacks some."""
     from dynquant.teacher_cache import build_teacher_windows
 
@@ -138,15 +143,15 @@ def _teacher(
 
 def _train(
     base: Path,
-    train: Any,
-    held: Any,
-    run: Any,
+    train: "TeacherWindows",
+    held: "TeacherWindows",
+    run: "RunDirectory",
     options: TrainOptions,
     kept: Path,
     *,
     num_columns: int,
     device: str,
-    progress: Any,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Train an adapter and save the best one to `kept`; the base is freed. Gives steps, best step and losses."""
     from transformers import TrainingArguments
@@ -238,7 +243,7 @@ class _Judge:
     cache: Path
     device: str
     seed: int
-    progress: Any
+    progress: Progress
 
     def __call__(self, adapter: Path | None) -> EvalReport:
         name = "with the adapter" if adapter else "before"
@@ -252,7 +257,7 @@ class _Judge:
         )  # fmt: skip
 
 
-def _compare(before: EvalReport, after: EvalReport) -> tuple[list, dict[str, Estimate], list[str]]:
+def _compare(before: EvalReport, after: EvalReport) -> tuple[list["Change"], dict[str, Estimate], list[str]]:
     """What changed, the share of the KL that is gone on each text, and what the questions say."""
     from dynquant.training_run import Change
 
@@ -264,7 +269,7 @@ def _compare(before: EvalReport, after: EvalReport) -> tuple[list, dict[str, Est
             Change(name=f"top-1 agreement, {name}", before=old.kl.top1_agreement, after=new.kl.top1_agreement),
             Change(name=f"perplexity, {name}", before=old.candidate_perplexity, after=new.candidate_perplexity),
         ]
-        ratio = bootstrap_ratio(torch.tensor(new.kl.block_sums).numpy(), torch.tensor(old.kl.block_sums).numpy())
+        ratio = bootstrap_ratio(np.array(new.kl.block_sums), np.array(old.kl.block_sums))
         gaps[name] = Estimate(value=1 - ratio.value, low=1 - ratio.high, high=1 - ratio.low)
     remarks = []
     for old, new in zip(before.multiple_choice, after.multiple_choice, strict=True):
