@@ -126,7 +126,10 @@ def test_the_small_moe_and_its_base_from_a_directory(packed_moe, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "qwen2-moe", "deepseek-v3", "deepseek-v2-lite"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "mixtral", "qwen2", "qwen3", "qwen2-moe", "qwen3-moe", "gemma3", "deepseek-v3", "deepseek-v2-lite"],
+)
 def test_the_graph_applies_adapters_where_we_say(name, tmp_path, small_moe):
     from dynquant.llama_runner import LlamaCppRunner
 

@@ -254,6 +254,39 @@ def test_merging_encodes_again(model, saved, tmp_path, layout):
     assert "merged_adapter" in again.config.quantization_config.provenance
 
 
+@pytest.mark.slow
+def test_merging_encodes_under_the_statistics_of_the_export(small_moe, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from dynquant.export_workflow import export
+    from dynquant.workflow import CalibrationOptions
+
+    source = save_tiny("deepseek-v3", tmp_path / "float", small_moe)
+    export(
+        str(source), tmp_path / "out", format="safetensors", preset="uniform-q4_k", encoder="ggml", tune_tokens=0,
+        calibration=CalibrationOptions(tokens=2048, hessians="activations"),
+    )  # fmt: skip
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert "Q4_K" in base.config.quantization_config.types.values()
+    base_logits = logits(base)
+    adapted = randomized(add_adapter(base, rank=4), std=0.2)
+    before = {
+        name: parameter.clone() for name, parameter in adapted.named_parameters() if parameter.dtype == torch.uint8
+    }
+    wanted = logits(adapted)
+    merged = merge(adapted, stats=tmp_path / "out.stats.safetensors", encoder="dynquant")
+    assert mean_kl(wanted[0], logits(merged)[0]) < 0.5 * mean_kl(wanted[0], base_logits[0])
+    after = dict(merged.named_parameters())
+    changed = set()
+    for name, old in before.items():
+        bare = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        assert after[bare].shape == old.shape
+        if not torch.equal(after[bare], old):
+            changed.add(bare.rpartition(".")[2] if "experts" in bare else bare.split(".")[-2])
+    assert changed >= {"gate_proj", "up_proj", "down_proj", "o_proj", "kv_b_proj", "q_b_proj"}
+    assert not changed & {"embed_tokens", "lm_head"}
+
+
 def test_merging_asks_for_the_statistics_and_checks_them(model, saved, tmp_path):
     adapted = load_adapter(copy.deepcopy(model), saved)
     before = bytes_of(adapted)
