@@ -34,6 +34,7 @@ def _without_notices() -> Iterator[None]:
     """Libraries tell each other's authors what will be renamed; who trains an adapter can do nothing about it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", message="Could not find a config file")  # PEFT, of GGUF files
         yield
 
 
