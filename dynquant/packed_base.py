@@ -83,8 +83,8 @@ def open_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
             return load_tokenizer(open_model(path))
         except CheckpointError as error:
             raise CheckpointError(
-                f"transformers cannot read the tokenizer of {path}. Give the Hugging Face directory of the original, as "
-                "--tokenizer to finetune, or as --reference to heal."
+                f"transformers cannot read the tokenizer of {path}. Give the Hugging Face directory of the original, "
+                "as --tokenizer to finetune, or as --reference to heal."
             ) from error
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
