@@ -59,19 +59,23 @@ PackedArg = Annotated[
     str, typer.Argument(help="Packed model: directory of `export -f safetensors`, or a .gguf file.", show_default=False)
 ]
 AdapterOutOpt = Annotated[Path, typer.Option("-o", "--output", help="Directory of the adapter.")]
-RankOpt = Annotated[int, typer.Option(help="Rank of the adapter.")]
-AlphaOpt = Annotated[int | None, typer.Option(help="The adapter is scaled by alpha / rank. Default: twice the rank.")]
+RankOpt = Annotated[int, typer.Option(help="Rank of the adapter.", min=1)]
+AlphaOpt = Annotated[
+    int | None, typer.Option(help="The adapter is scaled by alpha / rank. Default: twice the rank.", min=1)
+]
 RsLoraOpt = Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank) instead.")]
 ExpertsOpt = Annotated[bool, typer.Option(help="Adapt the routed experts too.")]
 LlamaCppOpt = Annotated[
     bool, typer.Option("--llama-cpp", help="Adapt only layers to which llama.cpp applies adapters, for export-adapter.")
 ]
-RateOpt = Annotated[float, typer.Option(help="Highest learning rate; warmup, then a cosine to zero.")]
-EpochsOpt = Annotated[float, typer.Option(help="Passes over the training part, at most.")]
-StepsOpt = Annotated[int | None, typer.Option(help="Optimizer steps instead of --epochs.")]
-MicroBatchOpt = Annotated[int | None, typer.Option(help="Examples run at a time. Default: the whole batch.")]
-EvaluationsOpt = Annotated[int, typer.Option(help="Measure the held-out loss, and save a checkpoint, this many times.")]
-PatienceOpt = Annotated[int, typer.Option(help="Stop after this many measurements without a new minimum.")]
+RateOpt = Annotated[float, typer.Option(help="Highest learning rate; warmup, then a cosine to zero.", min=0.0)]
+EpochsOpt = Annotated[float, typer.Option(help="Passes over the training part, at most.", min=0.0)]
+StepsOpt = Annotated[int | None, typer.Option(help="Optimizer steps instead of --epochs.", min=1)]
+MicroBatchOpt = Annotated[int | None, typer.Option(help="Examples run at a time. Default: the whole batch.", min=1)]
+EvaluationsOpt = Annotated[
+    int, typer.Option(help="Measure the held-out loss, and save a checkpoint, this many times.", min=1)
+]
+PatienceOpt = Annotated[int, typer.Option(help="Stop after this many measurements without a new minimum.", min=1)]
 CheckpointingOpt = Annotated[
     bool | None,
     typer.Option(

@@ -20,7 +20,13 @@ from dynquant.distribution import Distribution
 from dynquant.errors import DataError
 from dynquant.eval_statistics import Estimate, bootstrap_mean
 from dynquant.logit_runners import resolve_model
-from dynquant.packed_base import check_packed, open_packed_model, open_tokenizer, require_training_packages
+from dynquant.packed_base import (
+    check_context,
+    check_packed,
+    open_packed_model,
+    open_tokenizer,
+    require_training_packages,
+)
 from dynquant.reference_cache import model_fingerprint
 from dynquant.training_data import TrainingData, read_training_data
 from dynquant.training_options import TrainOptions
@@ -72,6 +78,7 @@ def finetune(
     train_data, held_data = found.split(held_out_share, seed=options.seed)
     base = resolve_model(packed)
     check_packed(base)
+    check_context(base, max_length, "--max-length")
 
     from dynquant import training_run  # takes seconds, which nobody who mistyped a path should wait for
 

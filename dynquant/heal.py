@@ -25,7 +25,13 @@ from dynquant.eval_text import load_text
 from dynquant.evaluate import Progress, common_columns, evaluate
 from dynquant.held_out import split_documents, without_repeats
 from dynquant.logit_runners import TRANSFORMERS, describe_model, open_encoder, open_runner, resolve_model
-from dynquant.packed_base import check_packed, open_packed_model, open_tokenizer, require_training_packages
+from dynquant.packed_base import (
+    check_context,
+    check_packed,
+    open_packed_model,
+    open_tokenizer,
+    require_training_packages,
+)
 from dynquant.plan import write_atomically
 from dynquant.reference_cache import model_fingerprint
 from dynquant.training_options import TrainOptions
@@ -86,6 +92,7 @@ def heal(
     report = progress or (lambda stage, done, total: None)
     base, original = resolve_model(packed), resolve_model(reference)
     check_packed(base)
+    check_context(base, data.window, "--window")
     num_columns, notes = common_columns(
         describe_model(original, runner=TRANSFORMERS), describe_model(base, runner=TRANSFORMERS)
     )

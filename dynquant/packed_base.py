@@ -12,7 +12,7 @@ from dynquant.errors import CheckpointError, TrainingError
 from dynquant.hf_loading import load_tokenizer
 from dynquant.hf_registration import QUANT_METHOD
 from dynquant.layers import PackedModule, choose_layout
-from dynquant.logit_runners import is_gguf, load_model
+from dynquant.logit_runners import TRANSFORMERS, describe_model, is_gguf, load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -61,6 +61,17 @@ def check_packed(path: Path) -> None:
         raise CheckpointError(f"{path}/config.json cannot be read: {error}.") from error
     if config.get("quantization_config", {}).get("quant_method") != QUANT_METHOD:
         raise _not_packed(path)
+
+
+def check_context(path: Path, tokens: int, option: str) -> None:
+    """Refuse sequences of `tokens`, as `option` asks for, beyond the context of a resolved model.
+
+    Raises:
+        TrainingError: naming both numbers.
+    """
+    context = describe_model(path, runner=TRANSFORMERS).context_length
+    if tokens > context:
+        raise TrainingError(f"{option} {tokens} is beyond the context of {path.name}, {context} tokens; give less.")
 
 
 def _not_packed(path: Path) -> TrainingError:

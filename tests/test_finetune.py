@@ -162,6 +162,8 @@ def test_bad_input_is_one_paragraph(crushed, lists, tmp_path):
     assert paragraph.startswith("error: broken.jsonl, line 2 is not JSON")
     with pytest.raises(TrainingError, match=r"holds no packed weights.*dynquant export"):
         finetune(str(crushed.original), lists, tmp_path / "a", OPTIONS)
+    with pytest.raises(TrainingError, match=r"--max-length 2000 is beyond the context of packed, 1024 tokens"):
+        finetune(str(crushed.packed), lists, tmp_path / "a", OPTIONS, max_length=2000)
     assert not (tmp_path / "a").exists()
 
 
