@@ -25,9 +25,9 @@ class Distribution:
         return len(self.log_rest)
 
     @classmethod
-    def of(cls, logits: Tensor) -> "Distribution":
+    def of(cls, logits: Tensor, kept: int = KEPT_PROBABILITIES) -> "Distribution":
         """Of the original's logits, float32 [T, vocabulary]; kept on the CPU."""
-        log_probs, ids = logits.log_softmax(-1).topk(min(KEPT_PROBABILITIES, logits.shape[-1]), dim=-1)
+        log_probs, ids = logits.log_softmax(-1).topk(min(kept, logits.shape[-1]), dim=-1)
         return cls(ids.int().cpu(), log_probs.cpu(), _log_rest(log_probs).cpu())
 
     def divergences(self, logits: Tensor) -> Tensor:

@@ -33,6 +33,14 @@ class EvaluationError(DynquantError):
     """Two models cannot be compared, or the evaluation data is unusable."""
 
 
+class DataError(DynquantError):
+    """Training data are missing, empty or malformed."""
+
+
+class TrainingError(DynquantError):
+    """A model cannot be trained as asked."""
+
+
 class DeviceError(DynquantError):
     """A device that is not there."""
 

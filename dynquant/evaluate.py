@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -57,7 +58,8 @@ class _Run:
     seed: int
     cache_dir: Path | None
     progress: Progress
-    open: Callable[[Path], LogitRunner]
+    open: Callable[..., LogitRunner]
+    adapter: Path | None = None
     cache_options: dict[str, object] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -88,6 +90,7 @@ def evaluate(
     seed: int = 0,
     runner: str = LLAMA_CPP,
     rounded: bool = False,
+    adapter: Path | None = None,
     progress: Progress | None = None,
 ) -> EvalReport:
     """Score `candidate` against `reference`; each is a Hugging Face directory, a hub id or a .gguf file.
@@ -97,7 +100,7 @@ def evaluate(
     then gives the shots). `limit` takes that many questions at equal steps. With `cache_dir`, what the reference said
     is kept there and reused for the next candidate. `runner` runs GGUF files: llama.cpp, or transformers with the
     weights packed; `rounded` makes packed models in transformers round activations to 8 bits as llama.cpp does.
-    `threads=None` is all cores.
+    `adapter` is a directory of PEFT that is put on the candidate. `threads=None` is all cores.
 
     Raises:
         EvaluationError: the models cannot be compared, an option or a text is unusable, or a model gives NaN.
@@ -107,6 +110,10 @@ def evaluate(
     if runner not in RUNNERS:
         raise EvaluationError(f"There is no runner `{runner}`; use one of {', '.join(RUNNERS)}.")
     reference, candidate = resolve_model(reference), resolve_model(candidate)
+    if adapter is not None and is_gguf(candidate) and runner == LLAMA_CPP:
+        raise EvaluationError(
+            f"The adapter {adapter} is PEFT's, which llama.cpp does not read; give --runner transformers."
+        )
     infos = describe_model(reference, runner=runner), describe_model(candidate, runner=runner)
     num_columns, notes = common_columns(*infos)
     context_length = min(info.context_length for info in infos)
@@ -123,7 +130,8 @@ def evaluate(
         seed=seed,
         cache_dir=cache_dir,
         progress=progress or (lambda stage, done, total: None),
-        open=lambda path: open_runner(path, threads=threads, device=device, runner=runner, rounded=rounded),
+        open=partial(open_runner, threads=threads, device=device, runner=runner, rounded=rounded),
+        adapter=adapter,
         cache_options=_cache_options(reference, runner, rounded),
     )
     torch_threads = torch.get_num_threads()
@@ -147,7 +155,7 @@ def evaluate(
             summarize_choices(name, encoded, reference_answers[name], candidate_answers[name])
             for name, encoded in questions.items()
         ],
-        notes=notes,
+        notes=[*notes, *([f"The candidate runs with the adapter {adapter}."] if adapter is not None else [])],
         seconds=run.seconds,
     )  # fmt: skip
 
@@ -220,8 +228,8 @@ def _load_questions(
 class _LazyRunner:
     """Loads the model when it is first needed: a reference whose results are all cached never is."""
 
-    def __init__(self, path: Path, run: _Run) -> None:
-        self._path, self._run = path, run
+    def __init__(self, path: Path, run: _Run, *, adapter: Path | None = None) -> None:
+        self._path, self._run, self._adapter = path, run, adapter
         self._runner: LogitRunner | None = None
 
     def __enter__(self) -> "_LazyRunner":
@@ -233,7 +241,7 @@ class _LazyRunner:
 
     def __call__(self) -> LogitRunner:
         if not self._runner:
-            self._runner = self._run.open(self._path)
+            self._runner = self._run.open(self._path, adapter=self._adapter)
         return self._runner
 
 
@@ -307,7 +315,7 @@ def _run_candidate(
     run: _Run,
 ) -> tuple[list[TokenScores], dict[Scoring, list[AnswerScores]]]:
     scores, answers = [], {}
-    with _LazyRunner(path, run) as runner:
+    with _LazyRunner(path, run, adapter=run.adapter) as runner:
         for item, distribution in zip(texts, distributions, strict=True):
             with run.timed(f"candidate, {item.name}") as report:
                 scores.append(_score_text(runner(), item, distribution, run, report))

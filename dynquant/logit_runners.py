@@ -132,15 +132,17 @@ def open_runner(
     device: str | None = None,
     runner: str = LLAMA_CPP,
     rounded: bool = False,
+    adapter: Path | None = None,
 ) -> LogitRunner:
     """Load a resolved model. `threads` defaults to all cores; `device` is for transformers (None: CUDA if present).
 
     `runner` runs GGUF files: llama.cpp, or transformers with the weights packed. Directories run in transformers. With
     `rounded`, packed models in transformers round activations to 8 bits as llama.cpp does (`activation_rounding`).
+    `adapter` is a directory of PEFT, for models in transformers.
     """
     if is_gguf(path) and runner == LLAMA_CPP:
         return LlamaCppRunner(path, threads=threads)
-    return HuggingFaceRunner(path, threads=threads, device=device, rounded=rounded)
+    return HuggingFaceRunner(path, threads=threads, device=device, rounded=rounded, adapter=adapter)
 
 
 @contextmanager
@@ -208,15 +210,19 @@ def _count_named_tokens(path: Path, vocab_size: int) -> int:
     return min(vocab_size, max(ids) + 1)
 
 
-def _load_float32(path: Path) -> Any:
+def load_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The transformers model of a resolved directory, or of a GGUF file with packed weights, on the CPU.
+
+    Raises CheckpointError when it cannot be loaded.
+    """
     from transformers import AutoModelForCausalLM
 
     try:
         if is_gguf(path):
-            return load_packed(path, dtype=torch.float32)
+            return load_packed(path, dtype=dtype)
         with without_progress_bars():
-            loaded = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
-            return unpack_compressed(loaded, torch.float32)
+            loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+            return unpack_compressed(loaded, dtype)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{path.name}: transformers cannot load the model: {error}") from error
 
@@ -242,16 +248,26 @@ class HuggingFaceRunner:
     """A transformers causal model in float32, from a directory, or with packed weights from a GGUF file."""
 
     def __init__(
-        self, path: Path, *, threads: int | None = None, device: str | None = None, rounded: bool = False
+        self,
+        path: Path,
+        *,
+        threads: int | None = None,
+        device: str | None = None,
+        rounded: bool = False,
+        adapter: Path | None = None,
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
-        model = _load_float32(path)
+        model = load_model(path)
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._model = model.eval().to(self._device)
         choose_layout(self._model)
         if rounded:
             round_activations(self._model)
+        if adapter is not None:
+            from dynquant.lora import load_adapter
+
+            self._model = load_adapter(self._model, adapter).eval()
         self._prefix_cache = None
         self.vocab_size: int = model.config.get_text_config().vocab_size
 

@@ -217,7 +217,7 @@ def cache_key(model: Path, tokens: Iterable[int], **options: object) -> str:
 
 def load_cached(directory: Path, key: str) -> dict[str, np.ndarray] | None:
     """The arrays stored under `key`, or None. Raises EvaluationError when the file is damaged."""
-    path = _entry_path(directory, key)
+    path = entry_path(directory, key)
     if not path.is_file():
         return None
     try:
@@ -228,7 +228,7 @@ def load_cached(directory: Path, key: str) -> dict[str, np.ndarray] | None:
 
 def save_cached(directory: Path, key: str, arrays: dict[str, np.ndarray]) -> None:
     """Store arrays under `key`; a reader never sees half a file."""
-    path = _entry_path(directory, key)
+    path = entry_path(directory, key)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -247,5 +247,6 @@ def save_cached(directory: Path, key: str, arrays: dict[str, np.ndarray]) -> Non
         ) from error
 
 
-def _entry_path(directory: Path, key: str) -> Path:
+def entry_path(directory: Path, key: str) -> Path:
+    """The safetensors file of a cache entry."""
     return directory / f"reference-{key}.safetensors"

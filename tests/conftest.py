@@ -20,6 +20,9 @@ LONGEST_FILES = (
     "test_plan_search",
     "test_kernels_gemv",
     "test_exporters_compressed",
+    "test_heal",
+    "test_finetune",
+    "test_grpo",
 )
 
 

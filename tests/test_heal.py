@@ -1,0 +1,151 @@
+"""Healing: the original distilled into an adapter on its packed model, stopped, resumed, measured, and refused."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dynquant.errors import DataError, TrainingError
+from dynquant.evaluate import evaluate
+
+pytest.importorskip("trl", reason="trl is not installed")
+from dynquant import heal as heal_module
+from dynquant.heal import HealData, heal
+from dynquant.training_options import TrainOptions
+from dynquant.training_run import TrainingReport
+from tests.helpers.crushed_models import crush
+
+OPTIONS = TrainOptions(rank=8, learning_rate=3e-3, max_steps=6, batch_size=8, evaluations=3)
+
+
+@pytest.fixture(scope="module")
+def crushed(small_moe, tmp_path_factory):
+    torch.set_num_threads(2)
+    return crush(small_moe, tmp_path_factory.mktemp("crushed"), small_moe.parent / "demo_text.txt")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("reference")
+
+
+def run(crushed, cache, output: Path, options=OPTIONS, *, text=None, progress=None, **more) -> TrainingReport:
+    data = HealData(
+        data=str(crushed.text), tokens=4096, window=64, text=[crushed.held_out] if text is None else text,
+        max_tokens=512, cache_dir=cache,
+    )  # fmt: skip
+    return heal(str(crushed.packed), str(crushed.original), output, data, options, progress=progress, **more)
+
+
+@pytest.fixture(scope="module")
+def healed(crushed, cache, tmp_path_factory):
+    output = tmp_path_factory.mktemp("healed") / "adapter"
+    before = hashlib.sha256((crushed.packed / "model.safetensors").read_bytes()).hexdigest()
+    report = run(crushed, cache, output)
+    assert hashlib.sha256((crushed.packed / "model.safetensors").read_bytes()).hexdigest() == before
+    return output, report
+
+
+def test_the_kl_on_held_out_text_falls(healed):
+    output, report = healed
+    kl = report.changes[0]
+    assert kl.name == "KL, held-out.txt" and kl.after.value < kl.before.value
+    assert report.gap_closed["held-out.txt"].low > 0
+    losses = [point.held_out for point in report.history if point.held_out is not None]
+    assert len(losses) == 4 and losses[-1] < losses[0] and report.has_helped
+    assert {file.name for file in output.iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "training.json", "loss.png", "loss.svg",
+    }  # fmt: skip
+    assert TrainingReport.model_validate_json((output / "training.json").read_text()) == report
+    assert not list(output.parent.glob(".*"))
+
+
+def test_the_saved_adapter_gives_what_was_reported(crushed, healed):
+    output, report = healed
+    options = {"tasks": ("kl",), "text": [crushed.held_out], "window": 64, "max_tokens": 512}
+    found = evaluate(crushed.packed, crushed.original, adapter=output, **options)
+    assert found.texts[0].kl.mean.value == pytest.approx(report.changes[0].after.value, rel=1e-5)
+    bare = evaluate(crushed.packed, crushed.original, **options)
+    assert bare.texts[0].kl.mean.value == pytest.approx(report.changes[0].before.value, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on_to_the_same_losses(crushed, cache, healed, tmp_path):
+    output = tmp_path / "adapter"
+
+    def interrupt(stage, done, total):
+        if stage == "train" and done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(crushed, cache, output, progress=interrupt)
+    assert not output.exists() and (tmp_path / ".adapter.training" / "checkpoint-4").is_dir()
+    with pytest.raises(TrainingError, match=r"unfinished run with learning_rate = 0.003; this one has 0.01"):
+        run(crushed, cache, output, TrainOptions(**{**vars(OPTIONS), "learning_rate": 0.01}))
+    steps = []
+    resumed = run(crushed, cache, output, progress=lambda stage, done, _: steps.append((stage, done)))
+    assert [done for stage, done in steps if stage == "train"] == [5, 6]
+    for found, expected in zip(resumed.history, healed[1].history, strict=True):
+        assert (found.step, found.train is None) == (expected.step, expected.train is None)
+        assert (found.train or found.held_out) == pytest.approx(expected.train or expected.held_out, rel=1e-4)
+    weights, others = (load_file(path / "adapter_model.safetensors") for path in (output, healed[0]))
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, others[name], rtol=1e-2, atol=1e-4)
+
+
+def test_the_original_is_not_loaded_when_all_that_it_said_is_cached(crushed, cache, healed, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("the original was loaded")
+
+    monkeypatch.setattr(heal_module, "open_runner", refuse)
+    report = run(crushed, cache, tmp_path / "adapter", TrainOptions(**{**vars(OPTIONS), "max_steps": 1}))
+    assert report.steps == 1
+
+
+@pytest.mark.slow
+def test_training_stops_when_the_held_out_kl_stops_falling(crushed, cache, tmp_path):
+    reckless = TrainOptions(rank=8, learning_rate=1.0, max_steps=8, batch_size=4, evaluations=8, patience=2)
+    report = run(crushed, cache, tmp_path / "adapter", reckless)
+    losses = [point.held_out for point in report.history if point.held_out is not None]
+    assert report.steps < 8
+    assert losses[report.best_step] == min(losses[1:])
+
+
+@pytest.mark.slow
+def test_text_that_is_measured_on_is_not_trained_on(crushed, cache, tmp_path):
+    lines = crushed.text.read_text("utf-8").splitlines()
+    repeated = tmp_path / "repeated.jsonl"
+    repeated.write_text("\n".join(lines[:2]))
+    report = run(
+        crushed, cache, tmp_path / "adapter", TrainOptions(**{**vars(OPTIONS), "max_steps": 1}), text=[repeated]
+    )
+    assert any("training windows repeat a passage" in note for note in report.notes)
+    everything = tmp_path / "everything.jsonl"
+    everything.write_text("\n".join(lines))
+    data = HealData(
+        data=str(crushed.text), tokens=1024, window=64, text=[everything], max_tokens=10**6, cache_dir=cache
+    )
+    with pytest.raises(DataError, match="nothing is left to train on"):
+        heal(str(crushed.packed), str(crushed.original), tmp_path / "other", data, OPTIONS)
+
+
+def test_without_a_text_the_part_that_was_kept_apart_is_measured_on(crushed, cache, tmp_path):
+    report = run(crushed, cache, tmp_path / "adapter", TrainOptions(**{**vars(OPTIONS), "max_steps": 1}), text=[])
+    assert report.changes[0].name == "KL, held_out.txt"
+    assert (tmp_path / "adapter" / "held_out.txt").stat().st_size
+    assert any("stricter test" in note for note in report.notes)
+
+
+def test_what_cannot_be_healed_is_refused(crushed, cache, tmp_path):
+    with pytest.raises(TrainingError, match="holds no packed weights"):
+        data = HealData(data=str(crushed.text), tokens=1024, window=64, text=[crushed.held_out], max_tokens=128)
+        heal(str(crushed.original), str(crushed.original), tmp_path / "a", data, OPTIONS)
+    occupied = tmp_path / "occupied"
+    occupied.mkdir()
+    (occupied / "precious.txt").write_text("")
+    with pytest.raises(TrainingError, match="is not the adapter of an earlier run"):
+        run(crushed, cache, occupied)
+    with pytest.raises(TrainingError, match="batch of 8 does not divide into micro-batches of 3"):
+        run(crushed, cache, tmp_path / "b", TrainOptions(**{**vars(OPTIONS), "micro_batch": 3}))
