@@ -17,11 +17,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
+SEARCH_TABLES = ("test_dynquant_encoder", "test_export_dynquant", "test_ggml_encoder", "test_codecs_decode")
+"""Files that encode IQ1 and IQ2 with ggml, which builds 28 s of search tables in each process that does."""
 LONGEST_FILES = (
-    "test_export_dynquant",
-    "test_cli",
+    *SEARCH_TABLES,
     "test_plan_search",
     "test_kernels_gemv",
+    "test_cli",
+    "test_gguf_model",
     "test_exporters_compressed",
 )
 
@@ -32,6 +35,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         slow[item.path] = slow.get(item.path, 0) + (item.get_closest_marker("slow") is not None)
     items.sort(key=lambda item: (item.path.stem not in LONGEST_FILES, -slow[item.path]))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """`--dist loadfile`, with the files of `SEARCH_TABLES` on one worker."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from tests.helpers.scheduling import FileScheduling
+
+    return FileScheduling(config, log, SEARCH_TABLES)
 
 
 @pytest.fixture(scope="session")

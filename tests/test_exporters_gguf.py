@@ -187,15 +187,15 @@ def test_provenance_and_imatrix_keys_name_no_path(tmp_path):
 def test_each_expert_is_encoded_with_its_own_statistics(tmp_path):
     model, name = tiny_model(), "blk.3.ffn_up_exps.weight"
     stats = tiny_stats(model)
-    types = {n: ("IQ1_S" if "exps" in n else "Q4_K", "asked") for n in model.source.names() if "norm" not in n}
+    types = {n: ("IQ2_XXS" if "exps" in n else "Q4_K", "asked") for n in model.source.names() if "norm" not in n}
     plan = plan_from_types(model, types, recipe="bpw 2.0", stats=stats, stats_hash="5" * 64)
     (path,) = export_gguf(model, plan, stats, tmp_path / "a.gguf", encoder=GGML)
     weights, measured = model.source.load(name), importance(stats, name, (3, 16, 256))
     stored = GGUFSource(path)
     for expert in range(3):
-        direct = GGML.encode(QUANT_TYPES["IQ1_S"], weights[expert], measured[expert], 1)
+        direct = GGML.encode(QUANT_TYPES["IQ2_XXS"], weights[expert], measured[expert], 1)
         assert torch.equal(stored.load_packed(name, expert), direct)
-        swapped = GGML.encode(QUANT_TYPES["IQ1_S"], weights[expert], measured[(expert + 1) % 3], 1)
+        swapped = GGML.encode(QUANT_TYPES["IQ2_XXS"], weights[expert], measured[(expert + 1) % 3], 1)
         assert not torch.equal(swapped, direct), "the statistics of two experts must differ for this test to mean much"
 
 
