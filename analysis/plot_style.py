@@ -182,9 +182,11 @@ def human_bytes(num_bytes: float) -> str:
 
 def freeze_layout(figure: "Figure") -> None:
     """Lay the figure out once and keep it so: what follows reads final pixel positions, and saving is faster."""
-    if figure.get_layout_engine() is not None:
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
+        # "none" would leave a placeholder, for which every save draws the figure once more.
+        figure.set_layout_engine(None)
 
 
 def save_figure(figure: "Figure", directory: Path, name: str, headline: str) -> PlotFiles:

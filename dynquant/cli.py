@@ -33,7 +33,7 @@ TextOpt = Annotated[
 TokensOpt = Annotated[int, typer.Option(help="Calibrate on at most this many tokens.")]
 WindowOpt = Annotated[int, typer.Option(help="Tokens in a window.")]
 SeedOpt = Annotated[int, typer.Option(help="Seed of everything that is sampled.")]
-ThreadsOpt = Annotated[int | None, typer.Option(help="Threads. Default: one per core.")]
+ThreadsOpt = Annotated[int | None, typer.Option(help="Threads. Default: one per usable core.")]
 TypesOpt = Annotated[str | None, typer.Option(help="Candidate quant types, as iq1_s,iq2_xxs,q4_k.")]
 PresetOpt = Annotated[
     str | None,

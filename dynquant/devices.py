@@ -1,4 +1,6 @@
-"""Which device to run on: what was asked for, if it is there, or else a GPU where there is one."""
+"""What to run on: the device that was asked for, or else a GPU where there is one, and how many CPU cores."""
+
+import os
 
 from dynquant.errors import DeviceError
 
@@ -18,3 +20,10 @@ def chosen_device(asked: str | None) -> str:
     if asked not in there:
         raise DeviceError(f"There is no device `{asked}` for PyTorch {torch.__version__}; it has {', '.join(there)}.")
     return asked
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may use; taskset, a batch system or a container may leave it few of the machine's."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dynquant.devices import usable_cores
 from dynquant.errors import CheckpointError, EvaluationError
 
 BATCH_TOKENS = 512
@@ -115,7 +116,7 @@ class LlamaCppRunner:
 
         self._api = llama_cpp
         self._path = path
-        self._threads = threads or os.cpu_count() or 1
+        self._threads = threads or usable_cores()
         self._model = load_llama_model(path, vocab_only=False)
         self._batch = llama_cpp.llama_batch_init(BATCH_TOKENS, 0, 1)
         self._context = None

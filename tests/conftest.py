@@ -8,17 +8,23 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Workers share the cores; more threads than cores only wait for each other.
+    # Each worker has its share of the cores: threads of both on one core would only wait for each other.
     workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+    if hasattr(os, "sched_setaffinity") and (share := len(cores := sorted(os.sched_getaffinity(0))) // workers):
+        first = share * int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+        os.sched_setaffinity(0, cores[first : first + share])
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
+SEARCH_TABLES = ("test_dynquant_encoder", "test_export_dynquant", "test_ggml_encoder", "test_codecs_decode")
+"""Files that encode IQ1 and IQ2 with ggml, which builds 28 s of search tables in each process that does."""
 LONGEST_FILES = (
-    "test_export_dynquant",
-    "test_cli",
+    *SEARCH_TABLES,
     "test_plan_search",
     "test_kernels_gemv",
+    "test_cli",
+    "test_gguf_model",
     "test_exporters_compressed",
     "test_heal",
     "test_finetune",
@@ -32,6 +38,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         slow[item.path] = slow.get(item.path, 0) + (item.get_closest_marker("slow") is not None)
     items.sort(key=lambda item: (item.path.stem not in LONGEST_FILES, -slow[item.path]))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """`--dist loadfile`, with the files of `SEARCH_TABLES` on one worker."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from tests.helpers.scheduling import FileScheduling
+
+    return FileScheduling(config, log, SEARCH_TABLES)
 
 
 @pytest.fixture(scope="session")

@@ -5,9 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import gguf
 import pytest
@@ -15,30 +13,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dynquant.plan import Plan
+from tests.helpers.commands import command, refused, run, run_alone
 
 TOKENS = "2048"
-
-
-def run(*arguments, **options):
-    command = [str(Path(sys.executable).with_name("dynquant")), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd="/", **options)
-
-
-def refused(*arguments):
-    """Run a command that must be refused; returns its one paragraph."""
-    done = run(*arguments)
-    assert done.returncode == 1, (done.returncode, done.stderr[-2000:])
-    assert "Traceback" not in done.stderr
-    paragraphs = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(paragraphs) == 1 and done.stderr.rstrip().endswith(paragraphs[0])
-    return paragraphs[0]
+TYPES = "iq2_xxs,q2_k,iq4_xs,q6_k"
 
 
 @pytest.fixture(scope="module")
 def planned(small_moe, tmp_path_factory):
     """One plan directory of the bundled model, made by the command."""
     directory = tmp_path_factory.mktemp("plan")
-    done = run("plan", small_moe, "--types", "iq1_s,q2_k,iq4_xs,q6_k", "--tokens", TOKENS, "-o", directory)
+    done = run("plan", small_moe, "--types", TYPES, "--tokens", TOKENS, "-o", directory)
     assert done.returncode == 0, done.stderr
     return directory
 
@@ -64,7 +49,7 @@ def test_plan_crushes_experts_and_keeps_the_rest(planned):
     assert types["blk.1.ffn_gate_inp.weight"] == "F32"
     assert types["blk.1.attn_norm.weight"] == "F32"
     assert types["blk.1.attn_q_a.weight"] == "IQ4_XS"
-    assert any(types[f"blk.{layer}.ffn_down_exps.weight"] in ("IQ1_S", "Q2_K") for layer in range(1, 6))
+    assert any(types[f"blk.{layer}.ffn_down_exps.weight"] in ("IQ2_XXS", "Q2_K") for layer in range(1, 6))
     assert all(entry.reason for entry in plan.entries)
     fallback = next(entry for entry in plan.entries if entry.name == "blk.1.attn_k_b.weight")
     assert fallback.type == "IQ4_NL" or fallback.wanted_type is None
@@ -73,7 +58,7 @@ def test_plan_crushes_experts_and_keeps_the_rest(planned):
 @pytest.mark.slow
 def test_another_budget_reuses_statistics_and_errors(planned, small_moe):
     before = (planned / "stats.safetensors").stat().st_mtime_ns, (planned / "errors.json").stat().st_mtime_ns
-    done = run("plan", small_moe, "--types", "iq1_s,q2_k,iq4_xs,q6_k", "--tokens", TOKENS, "-o", planned,
+    done = run("plan", small_moe, "--types", TYPES, "--tokens", TOKENS, "-o", planned,
                "--size", "6.5MB", "--no-report")  # fmt: skip
     assert done.returncode == 0, done.stderr
     after = (planned / "stats.safetensors").stat().st_mtime_ns, (planned / "errors.json").stat().st_mtime_ns
@@ -84,7 +69,7 @@ def test_another_budget_reuses_statistics_and_errors(planned, small_moe):
 @pytest.mark.slow
 def test_a_plan_for_a_memory_prints_the_parts_and_coupled_tensors_agree(planned, small_moe, tmp_path):
     shutil.copytree(planned, tmp_path / "plan")
-    common = ("plan", small_moe, "--types", "iq1_s,q2_k,iq4_xs,q6_k", "--tokens", TOKENS, "-o", tmp_path / "plan",
+    common = ("plan", small_moe, "--types", TYPES, "--tokens", TOKENS, "-o", tmp_path / "plan",
               "--no-report", "--context", "1024", "--couple", "gate-up,qkv")  # fmt: skip
     done = run(*common, "--fits", "576MB")
     assert done.returncode == 0, done.stderr
@@ -123,8 +108,9 @@ def test_killed_export_resumes_to_the_same_bytes(planned, small_moe, tmp_path):
     plan = str(planned / "plan.json")
     arguments = ("export", str(small_moe), "--plan", plan, "--encoder", "ggml", "--threads", "1", "-o")
     assert run(*arguments, whole).returncode == 0
-    command = [str(Path(sys.executable).with_name("dynquant")), *arguments, str(broken)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/")
+    process = subprocess.Popen(
+        command(*arguments, broken), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/"
+    )
     journal = next((p for _ in range(600) if (p := _journal(tmp_path)) or time.sleep(0.05)), None)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -140,7 +126,7 @@ def _journal(directory):
 
 @pytest.mark.slow
 def test_budgets_outside_the_possible_range_name_both_ends(planned, small_moe):
-    common = ("plan", small_moe, "--types", "iq1_s,q2_k,iq4_xs,q6_k", "--tokens", TOKENS, "-o", planned)
+    common = ("plan", small_moe, "--types", TYPES, "--tokens", TOKENS, "-o", planned)
     for size, words in (("1MB", "below the smallest"), ("10GB", "above the largest")):
         message = refused(*common, "--size", size)
         assert words in message and message.count(",") >= 4
@@ -183,7 +169,7 @@ def test_truncated_checkpoint(damaged):
 
 
 def test_missing_checkpoint(tmp_path):
-    assert "nowhere" in refused("plan", tmp_path / "nowhere", "-o", tmp_path / "plan")
+    assert "nowhere" in refused("plan", tmp_path / "nowhere", "-o", tmp_path / "plan", start=run_alone)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -212,8 +198,8 @@ def test_tiny_calibration_text_lists_experts_without_tokens(small_moe, tmp_path)
 def test_corrupt_gguf_header(tmp_path):
     path = tmp_path / "corrupt.gguf"
     path.write_bytes(b"GGUF" + b"\x03\x00\x00\x00" + b"\xff" * 64)
-    for command in (("inspect", path), ("plan", path, "-o", tmp_path / "plan")):
-        assert "corrupt.gguf" in refused(*command)
+    for arguments in (("inspect", path), ("plan", path, "-o", tmp_path / "plan")):
+        assert "corrupt.gguf" in refused(*arguments)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +219,7 @@ def test_unknown_presets_and_sizes(small_moe, tmp_path, arguments, words):
 
 
 def test_help_names_every_command():
-    text = run("--help").stdout
-    for command in ("calibrate", "analyze", "plan", "export", "tune", "eval", "inspect", "super-weights", "demo",
+    text = run_alone("--help").stdout
+    for name in ("calibrate", "analyze", "plan", "export", "tune", "eval", "inspect", "super-weights", "demo",
                     "compare-encoders", "recipe", "diff"):  # fmt: skip
-        assert command in text
+        assert name in text

@@ -16,7 +16,7 @@ ASKED = [
     "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "Q2_K", "Q3_K", "Q4_K", "IQ4_XS", "TQ1_0",
     "TQ2_0", "MXFP4",
 ]  # fmt: skip
-EXPERTS, ROWS, COLUMNS = 2, 7, 512
+EXPERTS, ROWS, COLUMNS = 2, 7, 256
 ENCODER = DynquantEncoder("cpu")
 
 
@@ -88,7 +88,8 @@ def test_weighted_error_is_never_above_ggmls(name, kind):
 
 @pytest.mark.parametrize("name", [n for n in ASKED if n not in ("TQ1_0", "MXFP4")])
 def test_error_feedback_lowers_the_loss_on_correlated_inputs(name):
-    weights, hessian = 0.02 * noise(EXPERTS, ROWS, COLUMNS), correlated(COLUMNS, 64)
+    """On rows of two super-blocks, whose scales are refitted together."""
+    weights, hessian = 0.02 * noise(EXPERTS, ROWS, 2 * COLUMNS), correlated(2 * COLUMNS, 64)
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     theirs = decode(name, ggml_encode(QUANT_TYPES[name], weights, diagonal))
     alone = decode(name, ENCODER.encode(QUANT_TYPES[name], weights, diagonal))
@@ -99,11 +100,10 @@ def test_error_feedback_lowers_the_loss_on_correlated_inputs(name):
 
 @pytest.mark.parametrize("name", ASKED)
 def test_equal_inputs_give_equal_bytes_however_they_are_batched(name, monkeypatch):
-    weights, hessian = 0.02 * noise(3, 5, 256), correlated(256, 32, experts=3)
+    weights, hessian = 0.02 * noise(2, 3, 256), correlated(256, 32, experts=2)
     whole = ENCODER.encode(QUANT_TYPES[name], weights, hessian=hessian)
-    assert torch.equal(ENCODER.encode(QUANT_TYPES[name], weights, hessian=hessian), whole)
     monkeypatch.setattr(encoder_module, "_CPU_HESSIAN_BYTES", 1)
-    experts = [ENCODER.encode(QUANT_TYPES[name], weights[e], hessian=hessian[e : e + 1]) for e in range(3)]
+    experts = [ENCODER.encode(QUANT_TYPES[name], weights[e], hessian=hessian[e : e + 1]) for e in range(2)]
     assert torch.equal(torch.stack(experts), ENCODER.encode(QUANT_TYPES[name], weights, hessian=hessian))
     together, apart = (decode(name, packed) for packed in (whole, torch.stack(experts)))
     assert loss(weights, apart, hessian) == pytest.approx(loss(weights, together, hessian), rel=0.02)
@@ -139,12 +139,12 @@ def test_hessians_of_few_tokens_and_dead_channels_work(name, tokens):
 @pytest.mark.parametrize("name", ASKED)
 def test_super_weights_keep_their_value(name):
     """What fp16 and the type's own scale steps allow: MXFP4 has steps of a third, the others none."""
-    weights, hessian = 0.02 * noise(EXPERTS, ROWS, COLUMNS), correlated(COLUMNS, 64)
-    weights[1, 4, 300] = 0.9
-    scalar = ProtectedWeight(4, 300, expert=1)
+    weights, hessian = 0.02 * noise(EXPERTS, ROWS, COLUMNS), correlated(COLUMNS, 32)
+    weights[1, 4, 200] = 0.9
+    scalar = ProtectedWeight(4, 200, expert=1)
     plain = ENCODER.encode(QUANT_TYPES[name], weights, hessian=hessian)
     packed = ENCODER.encode(QUANT_TYPES[name], weights, hessian=hessian, protected=[scalar])
-    kept = float(decode(name, packed)[1, 4, 300])
+    kept = float(decode(name, packed)[1, 4, 200])
     assert kept == pytest.approx(0.9, rel=0.12 if name == "MXFP4" else 2e-3)
     others = torch.ones(EXPERTS, ROWS, dtype=torch.bool)
     others[1, 4] = False
@@ -198,7 +198,7 @@ def test_missing_importance_is_refused():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ASKED)
 def test_cuda_gives_blocks_as_good_and_the_same_ones_each_time(name):
-    weights, hessian = 0.02 * noise(EXPERTS, 64, COLUMNS), correlated(COLUMNS, 64)
+    weights, hessian = 0.02 * noise(EXPERTS, 64, COLUMNS), correlated(COLUMNS, 32)
     on_gpu = DynquantEncoder("cuda")
     packed = on_gpu.encode(QUANT_TYPES[name], weights, hessian=hessian)
     assert torch.equal(on_gpu.encode(QUANT_TYPES[name], weights, hessian=hessian), packed)

@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import pytest
-import torch
 
 from dynquant.checkpoint import open_model
 from dynquant.errors import EvaluationError
@@ -19,12 +18,11 @@ from tests.helpers.tiny_models import mean_kl, save_tiny, write_f32
 @pytest.fixture(scope="module")
 def measure(small_moe, tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
-    torch.set_num_threads(2)
 
     def run(candidate, runner="llama.cpp"):
         report = evaluate(
             candidate, small_moe, tasks=["kl"], text=[small_moe.parent / "demo_text.txt"], window=128, max_tokens=256,
-            threads=2, device="cpu", cache_dir=cache, runner=runner,
+            device="cpu", cache_dir=cache, runner=runner,
         )  # fmt: skip
         return report.texts[0].kl.mean.value, report.candidate.runner
 
@@ -55,7 +53,7 @@ def test_rounded_activations_follow_llama_cpp(small_moe, tmp_path):
     (path,) = export_gguf(model, plan, None, tmp_path / "one.gguf", encoder=load_encoder("ggml"))
     tokens, logits = list(range(100, 160)), []
     for options in ({}, {"runner": "transformers"}, {"runner": "transformers", "rounded": True}):
-        runner = open_runner(path, threads=2, device="cpu", **options)
+        runner = open_runner(path, device="cpu", **options)
         logits.append(runner.window_logits(tokens))
         runner.close()
     assert mean_kl(logits[0], logits[2]) < 1e-8 < 1e-5 < mean_kl(logits[0], logits[1])

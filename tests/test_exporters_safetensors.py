@@ -32,7 +32,6 @@ def sha(tensor: torch.Tensor) -> str:
 @pytest.fixture(scope="module")
 def tiny(small_moe, tmp_path_factory):
     """A Llama with rotary rows to reorder and a head of its own; its plan takes Q8_0 and leaves one matrix in F16."""
-    torch.set_num_threads(2)
     model = open_model(save_tiny("llama", tmp_path_factory.mktemp("tiny") / "llama", small_moe))
     types = {name: ("Q8_0", "test") for name in model.source.names() if len(model.source.info(name).shape) == 2}
     types["blk.0.ffn_up.weight"] = ("F16", "test")

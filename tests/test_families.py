@@ -23,11 +23,6 @@ def random_tokens() -> list[int]:
     return torch.randint(1, 8000, (NUM_TOKENS,), generator=torch.Generator().manual_seed(3)).tolist()
 
 
-@pytest.fixture(autouse=True)
-def two_threads() -> None:
-    torch.set_num_threads(2)
-
-
 @pytest.fixture(scope="module")
 def deepseek_v3(tmp_path_factory: pytest.TempPathFactory, small_moe: Path) -> Path:
     return save_tiny("deepseek-v3", tmp_path_factory.mktemp("tiny") / "v3", small_moe)

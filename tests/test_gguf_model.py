@@ -29,11 +29,6 @@ def quick(names, chosen=QUICK) -> list:
     return [name if name in chosen else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-@pytest.fixture(autouse=True)
-def two_threads() -> None:
-    torch.set_num_threads(2)
-
-
 @pytest.fixture(scope="module")
 def tiny_llama(small_moe, tmp_path_factory) -> Path:
     return save_tiny("llama", tmp_path_factory.mktemp("tiny") / "llama", small_moe)
@@ -61,7 +56,7 @@ def test_packed_file_has_the_logits_of_its_decoded_weights(name, tmp_path, small
     matrices = [n for n in model.source.names() if len(model.source.info(n).shape) > 1]
     types = {n: (kinds[i % len(kinds)], "test") for i, n in enumerate(matrices)}
     plan = plan_from_types(model, types, recipe="test")
-    (path,) = export_gguf(model, plan, None, tmp_path / "packed.gguf", encoder=load_encoder("ggml"), threads=2)
+    (path,) = export_gguf(model, plan, None, tmp_path / "packed.gguf", encoder=load_encoder("ggml"))
     reference, source = load_hf(model), GGUFSource(path)
     live = LiveWeights(model, reference)
     for tensor in live.names():

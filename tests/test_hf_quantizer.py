@@ -32,7 +32,6 @@ def tiny(small_moe, tmp_path_factory) -> Path:
     """A packed DeepSeek-V3 of three layers, quick to run: MLA, routed and shared experts, a dense layer."""
     from dynquant.checkpoint import open_model
 
-    torch.set_num_threads(2)
     folder = tmp_path_factory.mktemp("tiny")
     model = open_model(save_tiny("deepseek-v3", folder / "float", small_moe))
     export_safetensors(model, mixed_plan(model), None, folder / "out", encoder=load_encoder("ggml"))

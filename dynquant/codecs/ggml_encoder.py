@@ -9,7 +9,6 @@ Left out: Q1_0 and other types outside the registry, and llama-quantize's file h
 
 import ctypes
 import importlib.util
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from typing import ClassVar
 import torch
 
 from dynquant.codecs.encoder import ProtectedWeight, RowsDone, check_finite, check_request
+from dynquant.devices import usable_cores
 from dynquant.errors import EncodeError
 from dynquant.quant_types import QuantType
 
@@ -74,7 +74,7 @@ class GgmlEncoder:
         library = _library()
         library.prepare(quant_type)
         tasks = list(_tasks(weights, packed, by_expert))
-        threads = min(threads or os.cpu_count() or 1, len(tasks))
+        threads = min(threads or usable_cores(), len(tasks))
 
         def run(task: "_Task") -> None:
             _encode_rows(library, quant_type, task, name=name)

@@ -1,7 +1,8 @@
-"""Checks of the GEMV kernels that need a process of their own: `python gemv_checks.py MODE JSON`, results as JSON.
+"""Checks of the GEMV kernels that need a process of their own: `python gemv_checks.py JSON`, results as JSON.
 
-`interpret` runs kernels in Triton's interpreter, which must be chosen before Triton is imported; `compile` builds
-them for sm_90 without a GPU and counts instructions.
+The argument has a list of cases for each mode, and so has the result. `interpret` and `interpret_routed` run kernels in
+Triton's interpreter, which must be chosen before Triton is imported; `compile` builds them for sm_90 without a GPU and
+counts instructions.
 """
 
 import collections
@@ -141,7 +142,7 @@ def _longest_loop(lines: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    mode, cases = sys.argv[1], json.loads(sys.argv[2])
-    run = {"interpret": interpret, "interpret_routed": interpret_routed, "compile": compile_for_hopper}[mode]
-    assert (os.environ.get("TRITON_INTERPRET") == "1") == (mode != "compile")
-    print(json.dumps([run(case) for case in cases]))
+    run = {"interpret": interpret, "interpret_routed": interpret_routed, "compile": compile_for_hopper}
+    asked = json.loads(sys.argv[1])
+    assert (os.environ.get("TRITON_INTERPRET") == "1") == ("compile" not in asked)
+    print(json.dumps({mode: [run[mode](case) for case in cases] for mode, cases in asked.items()}))

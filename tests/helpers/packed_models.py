@@ -37,6 +37,6 @@ def export_both(checkpoint: Path, folder: Path) -> PackedExports:
     """Both exports in `folder`, encoded by ggml."""
     model, encoder = open_model(checkpoint), load_encoder("ggml")
     plan = mixed_plan(model)
-    export_gguf(model, plan, None, folder / "model.gguf", encoder=encoder, threads=2)
-    export_safetensors(model, plan, None, folder / "out", encoder=encoder, threads=2)
+    export_gguf(model, plan, None, folder / "model.gguf", encoder=encoder)
+    export_safetensors(model, plan, None, folder / "out", encoder=encoder)
     return PackedExports(model, plan, folder / "model.gguf", folder / "out")

@@ -203,7 +203,7 @@ def llama_logits(path: Path, tokens: list[int]) -> torch.Tensor:
     """Float32 logits of llama.cpp with an F32 cache and flash attention off, [tokens, vocab]."""
     from dynquant.logit_runners import open_runner
 
-    runner = open_runner(path, threads=2)
+    runner = open_runner(path)
     try:
         return runner.window_logits(tokens)
     finally:
