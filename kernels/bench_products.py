@@ -75,10 +75,10 @@ def bench_experts(name: str) -> Iterator[dict[str, object]]:
         dy = torch.randn(tokens, _SLOTS, _EXPERT_ROWS, device="cuda").bfloat16()
         ids = torch.rand(tokens, _EXPERTS, device="cuda").topk(_SLOTS).indices
         line = {"type": name, "tokens": tokens}
-        for what, most in (("pairs", 1 << 30), ("tiles", 0)):
+        for what, is_few in (("pairs", True), ("tiles", False)):
             if what == "pairs" and tokens > 64:
                 continue
-            with mock.patch.object(grouped, "_MOST_SINGLE_PAIRS", most):
+            with mock.patch.object(grouped, "_is_few", lambda *_, is_few=is_few: is_few):
                 line[what] = microseconds(grouped.linear, x, weight, ids, name)
                 line[f"{what} grad"] = microseconds(grouped.input_grad, dy, weight, ids, name)
         if hasattr(torch, "_grouped_mm"):

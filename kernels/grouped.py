@@ -17,8 +17,8 @@ from dynquant.kernels.tiles import tile_config, tile_input_grad_kernel, tile_lin
 from dynquant.kernels.unpack import table, unpack_groups
 from dynquant.quant_types import quant_type
 
-_MOST_SINGLE_PAIRS = 32
-"""Up to this many pairs read the weights one by one."""
+_MOST_SINGLE_PAIRS = 128
+"""Up to this many pairs, and two for every expert, read the weights one by one."""
 
 
 def linear(x: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str) -> Tensor:
@@ -27,7 +27,7 @@ def linear(x: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str) -> Ten
     Pairs whose id in `expert_ids` int [T, k] is outside 0 to E - 1 give zeros. All tensors are contiguous.
     """
     rows, name = x.reshape(-1, x.shape[-1]), quant_type(type_name).name
-    if expert_ids.numel() <= _MOST_SINGLE_PAIRS and gemv.takes(name, rows):
+    if _is_few(expert_ids, len(weight)) and gemv.takes(name, rows):
         return gemv.routed(rows, weight, expert_ids, name).view(*expert_ids.shape, -1)
     return _product(x, weight, expert_ids, type_name, is_transposed=False)
 
@@ -35,6 +35,10 @@ def linear(x: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str) -> Ten
 def input_grad(dy: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str) -> Tensor:
     """dy [T, N] or [T, k, N] times planar experts uint8 [E, N, row_bytes]: [T, k, K]; see `linear`."""
     return _product(dy, weight, expert_ids, type_name, is_transposed=True)
+
+
+def _is_few(expert_ids: Tensor, num_experts: int) -> bool:
+    return expert_ids.numel() <= min(_MOST_SINGLE_PAIRS, max(32, 2 * num_experts))
 
 
 def _product(inputs: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str, *, is_transposed: bool) -> Tensor:
@@ -46,7 +50,7 @@ def _product(inputs: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str,
     codebook = table(stored.name, weight.device)
     num_blocks, slots = weight.numel() // stored.block_bytes, expert_ids.shape[1] if inputs.dim() == 2 else 1
     extent = length if is_transposed else num_rows
-    if num_pairs <= _MOST_SINGLE_PAIRS:
+    if _is_few(expert_ids, num_experts):
         kernel = _pair_input_grad_kernel if is_transposed else _pair_linear_kernel
         width, config = (128, {"BN": 32, "G": 4}) if is_transposed else (16, {"BN": 16, "G": 8})
         grid = (triton.cdiv(extent, width), num_pairs)

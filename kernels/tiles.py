@@ -24,8 +24,10 @@ def tile_config(num_rows: float, dtype: torch.dtype) -> dict[str, int]:
     if dtype == torch.float32:  # no tensor cores: larger tiles were seen to spill registers
         return {"BM": 16, "BN": 64, "G": 1, "num_warps": 4, "num_stages": 2}
     block_m = 16 if num_rows <= 16 else 32 if num_rows <= 32 else 64 if num_rows <= 64 else 128
-    # A pipeline of loads needs registers and shared memory that more programs at once make better use of.
-    return {"BM": block_m, "BN": 64, "G": 2, "num_warps": 4, "num_stages": 1, "maxnreg": 168}
+    # A pipeline of loads needs registers and shared memory that more programs at once make better use of. A limit that
+    # is not needed makes the compiler take more registers.
+    limit = {"maxnreg": 168} if block_m == 128 else {}
+    return {"BM": block_m, "BN": 64, "G": 2, "num_warps": 4, "num_stages": 1, **limit}
 
 
 def column_shares(num_programs: int, config: dict[str, int], num_groups: int) -> int:

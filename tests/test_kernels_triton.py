@@ -84,7 +84,7 @@ def test_tiles_compile_for_an_h100_without_spills(kernel, name):
     function = getattr(tiles, kernel)
     pointers = {"planes_ptr": "*u8", "table_ptr": "*i32", "tiles_ptr": "*i32", "order_ptr": "*i64"}
     constants = {"TYPE": name, **tiles.tile_config(64, torch.bfloat16)}
-    options = {option: constants.pop(option) for option in ("num_warps", "num_stages", "maxnreg")}
+    options = {option: constants.pop(option) for option in ("num_warps", "num_stages")}
     others = {arg: "*bf16" if arg.endswith("_ptr") else "i32" for arg in function.arg_names if arg not in constants}
     codes = opcodes(function, others | pointers, constants, {"N", "K_groups"}, **options)
     assert not count(codes, "LDL", "STL")
