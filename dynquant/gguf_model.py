@@ -46,7 +46,7 @@ def load(
         if len(place.shape) > 1
     }
     meta.config.quantization_config = {
-        "quant_method": "dynquant", "version": 1, "types": types, "provenance": {"gguf": source.path.name},
+        "quant_method": "dynquant", "version": 1, "types": types, "provenance": _provenance(source),
     }  # fmt: skip
     wanted = dtype or (torch.float32 if device_map is None else torch.bfloat16)
     state = {place.key: _LazyTensor(source, name, place) for name, place in found.items()}
@@ -83,6 +83,14 @@ class _LazyTensor:
     @property
     def _type(self) -> Any:
         return QUANT_TYPES[self.source.info(self.name).dtype]
+
+
+def _provenance(source: GGUFSource) -> dict[str, str]:
+    """The file's name, and the statistics it was encoded under if it is an export of ours: merging asks for them."""
+    recorded = {
+        f.key.removeprefix("dynquant."): str(f.value) for f in source.metadata if f.key == "dynquant.stats_hash"
+    }
+    return {"gguf": source.path.name, **recorded}
 
 
 def _check_tensors(source: GGUFSource, found: dict[str, Place], computed: set[str]) -> None:

@@ -239,7 +239,7 @@ def test_merging_encodes_again(model, saved, tmp_path, layout):
     from transformers import AutoModelForCausalLM
 
     base = copy.deepcopy(model)
-    base.config.quantization_config.provenance = {"stats_hash": ""}  # made without statistics
+    assert base.config.quantization_config.provenance["stats_hash"] == ""  # made without statistics
     set_layout(base, layout)
     adapted = load_adapter(base, saved)
     wanted, before = logits(adapted), logits(model)
@@ -289,6 +289,7 @@ def test_merging_encodes_under_the_statistics_of_the_export(small_moe, tmp_path)
 
 def test_merging_asks_for_the_statistics_and_checks_them(model, saved, tmp_path):
     adapted = load_adapter(copy.deepcopy(model), saved)
+    adapted.get_base_model().config.quantization_config.provenance = {}  # as of a file that others made
     before = bytes_of(adapted)
     with pytest.raises(AdapterError, match=r"dynquant\.lora\.merge"):
         adapted.merge_and_unload()
