@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dynquant import workflow
 from dynquant.plan import Plan
 from tests.helpers.commands import command, refused, run, run_alone
 
@@ -23,7 +24,9 @@ TYPES = "iq2_xxs,q2_k,iq4_xs,q6_k"
 def planned(small_moe, tmp_path_factory):
     """One plan directory of the bundled model, made by the command."""
     directory = tmp_path_factory.mktemp("plan")
-    done = run("plan", small_moe, "--types", TYPES, "--tokens", TOKENS, "-o", directory)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workflow, "PROBE_TOKENS", 512)
+        done = run("plan", small_moe, "--types", TYPES, "--tokens", TOKENS, "-o", directory)
     assert done.returncode == 0, done.stderr
     return directory
 

@@ -52,12 +52,13 @@ OTHER_FORMS = [
 ]
 
 PRODUCTS = {"types": EVERY_TYPE, "forms": OTHER_FORMS}
-ROUTES = [[0, 2], [2, 0], [3, 0], [-1, 2]]
+ROUTES = [[0, 2], [3, 0], [-1, 2]]
 ROUTED = [
-    {"type": name, "n": 5, "k": 512, "act": act, "ids": ROUTES, "per_slot": per_slot,
+    {"type": name, "n": 5, "k": k, "act": act, "ids": ROUTES, "per_slot": per_slot,
      "config": {"bn": 4, "warps": 1, "rows": 1, **more}}
-    for name, act, per_slot, more in (
-        ("Q4_K", "bf16", False, {}), ("IQ2_XXS", "bf16", True, {}), ("IQ1_S", "int8", False, {"split": 2})
+    for name, k, act, per_slot, more in (
+        ("Q4_K", 256, "bf16", False, {}), ("IQ2_XXS", 256, "bf16", True, {}),
+        ("IQ1_S", 512, "int8", False, {"split": 2}),
     )
 ]  # fmt: skip
 
