@@ -42,8 +42,9 @@ def main() -> None:
         + "|"
     )
     for label, build in _models(options):
+        before = torch.cuda.memory_allocated()
         model = build()
-        held = torch.cuda.memory_allocated()
+        held = torch.cuda.memory_allocated() - before
         for batch in (int(number) for number in options.batches.split(",")):
             torch.cuda.reset_peak_memory_stats()
             eager = _generate_speed(model, batch, options.tokens)

@@ -18,7 +18,7 @@ from dynquant.kernels.unpack import table, unpack_groups
 from dynquant.quant_types import quant_type
 
 _MOST_SINGLE_PAIRS = 128
-"""Up to this many pairs, and two for every expert, read the weights one by one."""
+"""Up to this many pairs, and one for every expert, read the weights one by one."""
 
 
 def linear(x: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str) -> Tensor:
@@ -38,7 +38,7 @@ def input_grad(dy: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str) -
 
 
 def _is_few(expert_ids: Tensor, num_experts: int) -> bool:
-    return expert_ids.numel() <= min(_MOST_SINGLE_PAIRS, max(32, 2 * num_experts))
+    return expert_ids.numel() <= min(_MOST_SINGLE_PAIRS, max(32, num_experts))
 
 
 def _product(inputs: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str, *, is_transposed: bool) -> Tensor:
