@@ -63,6 +63,8 @@ RANKS = [
     ["export_workflow"],
     ["commands", "compare", "training_commands"],
     ["compare_encoders"],
+    ["cli_options"],
+    ["cli_training"],
     ["cli"],
     ["__main__"],
 ]

@@ -1,0 +1,43 @@
+"""Arguments and options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ModelArg = Annotated[str, typer.Argument(help="Hugging Face directory or hub id, or a .gguf file.", show_default=False)]
+PlanArg = Annotated[Path, typer.Argument(help="A plan.json or a .gguf file.", show_default=False)]
+BaseGgufOpt = Annotated[
+    Path | None,
+    typer.Option(help="F32/F16/BF16 GGUF by llama.cpp's converter, for architectures dynquant does not convert."),
+]
+TextOpt = Annotated[
+    str | None,
+    typer.Option(help="Calibration text: .txt, .jsonl or a datasets id. Default: a small built-in text."),
+]
+TokensOpt = Annotated[int, typer.Option(help="Calibrate on at most this many tokens.")]
+WindowOpt = Annotated[int, typer.Option(help="Tokens in a window.")]
+SeedOpt = Annotated[int, typer.Option(help="Seed of everything that is sampled.")]
+ThreadsOpt = Annotated[int | None, typer.Option(help="Threads. Default: one per usable core.")]
+TypesOpt = Annotated[str | None, typer.Option(help="Candidate quant types, as iq1_s,iq2_xxs,q4_k.")]
+PresetOpt = Annotated[
+    str | None,
+    typer.Option(
+        help="f32, f16, bf16, uniform-TYPE, llama-FTYPE (llama.cpp's mixtures) or r1-iq1_s|iq1_m|iq2_xxs|q2_k_xl."
+    ),
+]
+EncoderOpt = Annotated[
+    str, typer.Option(help="dynquant: loses less at the same bytes. ggml: byte-equal to llama-quantize.")
+]
+DeviceOpt = Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
+HessiansOpt = Annotated[
+    str,
+    typer.Option(
+        help="Second moments for the dynquant encoder: activations, gradients (also a backward pass; better, and three "
+        "times as long) or none."
+    ),
+]
+HessianMemoryOpt = Annotated[
+    str, typer.Option(help="Memory for second moments; experts of a layer share one matrix when each has no room.")
+]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
