@@ -23,8 +23,8 @@ from dynquant.logit_runners import resolve_model
 from dynquant.packed_base import (
     check_context,
     check_packed,
-    open_packed_model,
     open_tokenizer,
+    open_with_adapter,
     require_training_packages,
 )
 from dynquant.reference_cache import model_fingerprint
@@ -128,16 +128,10 @@ def _trainer(
     from trl import SFTConfig, SFTTrainer
 
     from dynquant import training_run
-    from dynquant.lora import add_adapter
     from dynquant.trl_support import use_packed_head
 
-    model = open_packed_model(base, device=device)
-    torch.manual_seed(options.seed)
-    adapted = add_adapter(
-        model, rank=options.rank, alpha=options.lora_alpha, experts=options.experts, rslora=options.rslora,
-        llama_cpp=options.llama_cpp,
-    )  # fmt: skip
-    num_weights = sum(parameter.numel() for parameter in model.parameters())
+    adapted = open_with_adapter(base, options, device=device)
+    num_weights = sum(parameter.numel() for parameter in adapted.parameters())
     settings = training_run.trainer_settings(
         options, run.checkpoints, num_examples=len(data[0].rows), num_weights=num_weights, device=device
     )
@@ -146,7 +140,7 @@ def _trainer(
     trainer = SFTTrainer(
         adapted, SFTConfig(**settings, max_length=max_length), train_dataset=train, eval_dataset=held,
         processing_class=encoder,
-        callbacks=[training_run.ProgressCallback(progress), training_run.stopping(options)],
+        callbacks=training_run.callbacks(options, progress),
     )  # fmt: skip
     use_packed_head(trainer)
     return trainer

@@ -28,8 +28,8 @@ from dynquant.logit_runners import TRANSFORMERS, describe_model, open_encoder, o
 from dynquant.packed_base import (
     check_context,
     check_packed,
-    open_packed_model,
     open_tokenizer,
+    open_with_adapter,
     require_training_packages,
 )
 from dynquant.plan import write_atomically
@@ -165,21 +165,15 @@ def _train(
 
     from dynquant import training_run
     from dynquant.distillation import DistillationTrainer
-    from dynquant.lora import add_adapter
 
-    model = open_packed_model(base, device=device)
-    torch.manual_seed(options.seed)
-    adapted = add_adapter(
-        model, rank=options.rank, alpha=options.lora_alpha, experts=options.experts, rslora=options.rslora,
-        llama_cpp=options.llama_cpp,
-    )  # fmt: skip
-    num_weights = sum(parameter.numel() for parameter in model.parameters())
+    adapted = open_with_adapter(base, options, device=device)
+    num_weights = sum(parameter.numel() for parameter in adapted.parameters())
     settings = training_run.trainer_settings(
         options, run.checkpoints, num_examples=len(train), num_weights=num_weights, device=device
     )
     trainer = DistillationTrainer(
         adapted, TrainingArguments(**settings), num_columns=num_columns, train_dataset=train, eval_dataset=held,
-        callbacks=[training_run.ProgressCallback(progress), training_run.stopping(options)],
+        callbacks=training_run.callbacks(options, progress),
     )  # fmt: skip
     best = training_run.train(trainer, run)
     adapted.save_pretrained(str(kept))

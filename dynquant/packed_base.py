@@ -13,8 +13,10 @@ from dynquant.hf_loading import load_tokenizer
 from dynquant.hf_registration import QUANT_METHOD
 from dynquant.layers import PackedModule, choose_layout
 from dynquant.logit_runners import TRANSFORMERS, describe_model, is_gguf, load_model
+from dynquant.training_options import TrainOptions
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -45,6 +47,18 @@ def open_packed_model(path: Path, *, device: str = "cpu") -> "PreTrainedModel":
     choose_layout(model)
     model.config.use_cache = False
     return model
+
+
+def open_with_adapter(path: Path, options: TrainOptions, *, device: str) -> "PeftModel":
+    """`open_packed_model` with the fresh adapter that `options` describe; `options.seed` decides it."""
+    from dynquant.lora import add_adapter
+
+    model = open_packed_model(path, device=device)
+    torch.manual_seed(options.seed)
+    return add_adapter(
+        model, rank=options.rank, alpha=options.lora_alpha, experts=options.experts, rslora=options.rslora,
+        llama_cpp=options.llama_cpp,
+    )  # fmt: skip
 
 
 def check_packed(path: Path) -> None:

@@ -238,9 +238,9 @@ def loss_history(log: list[dict[str, Any]]) -> list[LossPoint]:
     return sorted(points, key=lambda point: (point.step, point.train is None))
 
 
-def stopping(options: TrainOptions) -> EarlyStoppingCallback:
-    """Ends a run whose held-out loss has stopped falling."""
-    return EarlyStoppingCallback(early_stopping_patience=options.patience)
+def callbacks(options: TrainOptions, progress: Progress) -> list[TrainerCallback]:
+    """Progress reports, and the end of a run whose held-out loss has stopped falling."""
+    return [ProgressCallback(progress), EarlyStoppingCallback(early_stopping_patience=options.patience)]
 
 
 def write_report(directory: Path, report: TrainingReport, *, measure: str) -> None:

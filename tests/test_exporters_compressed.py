@@ -2,13 +2,11 @@
 budgets and refusals."""
 
 import json
-import sys
 
 import pytest
 import torch
 from safetensors import safe_open
 
-from dynquant import cli
 from dynquant.analysis.error_table import ErrorRow, ErrorTable
 from dynquant.architecture import layer_of
 from dynquant.checkpoint import open_model
@@ -24,6 +22,7 @@ from dynquant.serving_planner import choose_schemes
 from dynquant.serving_schemes import SCHEMES
 from dynquant.tensor_source import DictSource
 from dynquant.workflow import CalibrationOptions, run_calibration
+from tests.helpers.commands import run
 from tests.helpers.served_kl import kl_by_rounding
 from tests.helpers.served_models import TOKENS, filled, library_weights, logits, stored_parts, stored_tensors
 from tests.helpers.tiny_models import save_tiny
@@ -256,17 +255,10 @@ def test_budgets_below_the_smallest_size_name_the_range(priced):
         choose_schemes(priced[1], priced[0], tuple(LOSSES), 100_000, mixed_experts=False)
 
 
-@pytest.fixture
-def typed(monkeypatch, capsys):
-    """Run a command in this process; gives its exit status and what it printed on stderr."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["dynquant", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        return left.value.code, capsys.readouterr().err
-
-    return call
+def typed(*arguments):
+    """Exit status of a command, and what it printed on stderr."""
+    done = run(*arguments)
+    return done.returncode, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +266,7 @@ def qwen(small_moe, tmp_path_factory):
     return save_tiny("qwen2", tmp_path_factory.mktemp("qwen") / "qwen", small_moe, num_hidden_layers=1)
 
 
-def test_command_line_plans_and_exports(qwen, typed, tmp_path):
+def test_command_line_plans_and_exports(qwen, tmp_path):
     text, plan, output = tmp_path / "text.txt", tmp_path / "plan", tmp_path / "out"
     text.write_text("".join(f"The purpose of test {n} is to find what is wrong. " for n in range(60)))
     calibration = ("--calibration", text, "--tokens", 512, "--window", 64)
@@ -312,7 +304,7 @@ def test_command_line_plans_and_exports(qwen, typed, tmp_path):
         (("plan", "MODEL", "--mixed-experts", "--bpw", "5"), "--mixed-experts goes with --for vllm"),
     ],
 )
-def test_refusals_are_one_paragraph(arguments, words, llama, typed, tmp_path):
+def test_refusals_are_one_paragraph(arguments, words, llama, tmp_path):
     status, said = typed(*(llama if part == "MODEL" else part for part in arguments), "-o", tmp_path / "out")
     assert status == 1 and words in said and said.count("error: ") == 1
     assert not (tmp_path / "out").exists()
