@@ -51,19 +51,24 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right")
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*(Text(printable(str(cell))) for cell in row))
     out.print(table)
 
 
 def note(message: str) -> None:
     """A line about what is being done, on stderr."""
-    err.print(message, soft_wrap=True)
+    err.print(Text(printable(message)), soft_wrap=True)
 
 
 def fail(message: str) -> None:
     """The one paragraph of a refusal, on stderr."""
     paragraph = " ".join(message.split())  # libraries' messages that we quote may have lines of their own
-    err.print(Text("error: ", style="bold red") + Text(paragraph), soft_wrap=True)
+    err.print(Text("error: ", style="bold red") + Text(printable(paragraph)), soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    """`text` without what steers a terminal: names and metadata come from files of strangers."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)
 
 
 def human_bytes(count: int) -> str:
