@@ -125,7 +125,7 @@ def layer_of(name: str) -> int | None:
 
 
 _MAX_NUMBER = 1 << 31
-_LARGEST = {"block_count": 4096}
+_LARGEST = {"block_count": 512}
 """Loops run over layers before any tensor is looked at."""
 
 

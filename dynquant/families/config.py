@@ -18,7 +18,10 @@ _MISSING = object()
 _MAX_JSON_BYTES = 1 << 28
 """The largest tokenizer.json have 35 MB."""
 _MAX_INTEGER = 1 << 31
-_LARGEST = {"num_hidden_layers": 4096, "vocab_size": 1 << 24}
+_LARGEST = {
+    "num_hidden_layers": 512, "n_routed_experts": 2048, "num_experts": 2048, "num_local_experts": 2048,
+    "vocab_size": 1 << 24,
+}  # fmt: skip
 """Numbers of things that are made in memory before any weight is looked at, far beyond any model."""
 
 

@@ -18,7 +18,7 @@ from dynquant.families.rope import llama3_factors, yarn_magnitude
 from dynquant.gguf_source import GGUFSource
 
 _GATING_SOFTMAX, _GATING_SIGMOID = 1, 2
-_MAX_NUMBER, _MAX_LAYERS = 1 << 31, 4096
+_MAX_NUMBER, _MAX_LAYERS = 1 << 31, 512
 _IGNORED_KEYS = frozenset({
     "vocab_size", "tensor_data_layout", "attention.causal", "pooling_type", "tokenizer", "leading_dense_block_count",
     "rope.scaling.finetuned", "nextn_predict_layers", "attention.sliding_window", "attention.sliding_window_pattern",

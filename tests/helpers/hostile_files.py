@@ -57,6 +57,8 @@ def damage(content: bytes, rng: random.Random, header_bytes: int | None) -> byte
     """One to six accidents."""
     if content[:1] in b"{[" and rng.random() < 0.7:
         return _damage_tree(content, rng)
+    if content[8:9] == b"{" and rng.random() < 0.7:
+        return _damage_safetensors(content, rng)
     data = bytearray(content)
     for _ in range(rng.randint(1, 6)):
         end = min(len(data), header_bytes or len(data)) if rng.random() < 0.9 else len(data)
@@ -81,6 +83,19 @@ def damage(content: bytes, rng: random.Random, header_bytes: int | None) -> byte
     if rng.random() < 0.05:
         del data[rng.randrange(len(data) + 1) :]
     return bytes(data)
+
+
+def _damage_safetensors(content: bytes, rng: random.Random) -> bytes:
+    """A damaged header, or damaged metadata of ours in it, before data that is whole."""
+    length = struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8 : 8 + length])
+    own = header.get("__metadata__", {})
+    if "dynquant" in own and rng.random() < 0.5:
+        own["dynquant"] = _damage_tree(own["dynquant"].encode(), rng).decode()
+        text = json.dumps(header).encode()
+    else:
+        text = _damage_tree(json.dumps(header).encode(), rng)
+    return struct.pack("<Q", len(text)) + text + content[8 + length :]
 
 
 def _damage_tree(content: bytes, rng: random.Random) -> bytes:
