@@ -4,7 +4,7 @@ One pass over the model, a few experts in memory at a time. The encoder sees the
 the measured bytes are the bytes that ship.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,11 +17,10 @@ from dynquant.encoded_store import EncodedStore
 from dynquant.importance import importance
 from dynquant.model import Model
 from dynquant.presets import is_quantizable
+from dynquant.progress import Progress
 from dynquant.quant_types import QUANT_TYPES, QuantType, fit_to_row
 from dynquant.statistics import CalibrationStats, InputStats
 from dynquant.tensor_source import TensorInfo
-
-Progress = Callable[[str, int, int], None]
 
 WEIGHTS_IN_MEMORY = 1 << 25
 """Experts are taken in groups of at most this many weights (128 MB of float32)."""

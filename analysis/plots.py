@@ -28,12 +28,12 @@ from dynquant.analysis.plot_style import PlotFiles, plot_settings, save_figure
 from dynquant.analysis.plot_super_weights import draw_super_weights
 from dynquant.analysis.selection import Selection
 from dynquant.plan import Plan
+from dynquant.progress import Progress
 from dynquant.statistics import CalibrationStats
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Progress = Callable[[str, int, int], None]
 Drawing = Callable[[], tuple["Figure", str] | None]
 
 

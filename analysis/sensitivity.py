@@ -28,8 +28,7 @@ from dynquant.architecture import Role, gguf_name_of, role_of
 from dynquant.expert_hooks import ExpertCall, expert_modules, record_experts
 from dynquant.fisher import activation_gradients, backward_from_sampled_labels
 from dynquant.linear_hooks import linear_names
-
-Progress = Callable[[str, int, int], None]
+from dynquant.progress import Progress
 
 
 def output_sensitivity(

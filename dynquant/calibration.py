@@ -27,6 +27,7 @@ from dynquant.input_recorder import InputRecorder
 from dynquant.linear_hooks import LinearHooks, linear_names
 from dynquant.model import Model
 from dynquant.moment_recorder import DEFAULT_LIMIT, MomentRecorder
+from dynquant.progress import Progress
 from dynquant.second_moments import SecondMoments
 from dynquant.statistics import CalibrationStats, StatsProvenance
 
@@ -35,9 +36,6 @@ DEFAULT_WINDOW = 512
 
 Hessians = Literal["none", "activations", "gradients"]
 """Which second moments to take; with gradients, a token counts by its squared gradient of the KL divergence too."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with stage, tokens done and tokens in all."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -39,15 +38,10 @@ from dynquant.logit_runners import (
     resolve_model,
 )
 from dynquant.multiple_choice import AnswerScores, EncodedQuestion, Scoring
+from dynquant.progress import Progress, ignore_progress
 from dynquant.reference_cache import ReferenceTokens, TokenScores
 
 TASKS = frozenset({"kl", "ppl", "mmlu"})
-
-
-class Progress(Protocol):
-    """Told of every window or question that is done; `stage` is a short text for people."""
-
-    def __call__(self, stage: str, done: int, total: int) -> None: ...
 
 
 @dataclass
@@ -129,7 +123,7 @@ def evaluate(
         num_columns=num_columns,
         seed=seed,
         cache_dir=cache_dir,
-        progress=progress or (lambda stage, done, total: None),
+        progress=progress or ignore_progress,
         open=partial(open_runner, threads=threads, device=device, runner=runner, rounded=rounded),
         adapter=adapter,
         cache_options=_cache_options(reference, runner, rounded),

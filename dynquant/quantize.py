@@ -18,6 +18,7 @@ from dynquant.gguf_source import GGUFSource
 from dynquant.importance import importance
 from dynquant.model import Model
 from dynquant.plan import Plan, PlanEntry
+from dynquant.progress import Progress
 from dynquant.quant_types import QuantType
 from dynquant.second_moments import SecondMoments, hessian
 from dynquant.statistics import CalibrationStats
@@ -26,8 +27,6 @@ ImportanceLookup = Callable[[str, tuple[int, ...]], torch.Tensor | None]
 """Tensor name and shape -> E[x^2], float32 [experts, row_length]; None when calibration did not see its input."""
 HessianLookup = Callable[[str, tuple[int, ...], slice], torch.Tensor | None]
 """Tensor name, shape and experts -> E[x xᵀ], float32 [experts, row_length, row_length]; None when it is not known."""
-Progress = Callable[[str, int, int], None]
-"""Called with stage, weights done and weights in total."""
 
 BATCH_WEIGHTS = 1 << 26
 """Float32 weights of a stack that are in memory at a time (256 MiB), at least one expert."""

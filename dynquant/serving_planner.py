@@ -18,7 +18,7 @@ from dynquant.errors import PlanError
 from dynquant.exporters.compressed_layout import bytes_at_most, file_bytes, tensors_of_layer
 from dynquant.importance import importance
 from dynquant.model import Model
-from dynquant.quantize import Progress
+from dynquant.progress import Progress
 from dynquant.serving_building import units_of
 from dynquant.serving_layers import LinearLayer, ServedCheckpoint
 from dynquant.serving_schemes import SCHEMES, Scheme

@@ -13,7 +13,6 @@ model is in memory: float32 weights, their gradients, and the decoded codes, 16 
 
 import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +27,7 @@ from dynquant.eval_statistics import block_sums
 from dynquant.gguf_source import GGUFSource
 from dynquant.live_weights import LiveWeights
 from dynquant.model import Model
+from dynquant.progress import Progress, ignore_progress
 from dynquant.quant_types import QUANT_TYPES
 
 BYTES_PER_WEIGHT = 20
@@ -35,8 +35,6 @@ BYTES_PER_WEIGHT = 20
 _FULL_RATE_STEPS = 16
 _CLEARLY = 1.64
 """Standard errors by which the KL must fall: one chance in twenty that it did not."""
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ def tune(
     """
     train, held = _split(windows, options)
     device = next(hf_model.parameters()).device
-    report = progress or (lambda *_: None)
+    report = progress or ignore_progress
     live = LiveWeights(model, hf_model)
     steps = train.split(max(1, options.step_tokens // train.shape[1]))
     checks = held.split(max(1, options.step_tokens // train.shape[1]))

@@ -28,7 +28,8 @@ from dynquant.exporters.checkpoint_files import (
 from dynquant.exporters.compressed_card import model_card, quantization_config
 from dynquant.exporters.compressed_layout import tensors_of_checkpoint
 from dynquant.model import Model
-from dynquant.quantize import Guidance, Progress
+from dynquant.progress import Progress
+from dynquant.quantize import Guidance
 from dynquant.safetensors_header import ShardLayout
 from dynquant.serving_building import check_serving_plan
 from dynquant.serving_layers import LinearLayer, ServedCheckpoint

@@ -13,7 +13,7 @@ FOLDERS = {"dynquant": ROOT / "dynquant", "dynquant.kernels": ROOT / "kernels",
 
 # A module may import from its own rank and from lower ones.
 RANKS = [
-    ["errors", "eval_statistics"],
+    ["errors", "eval_statistics", "progress"],
     ["devices", "distribution"],
     ["quant_types", "architecture"],
     ["codecs"],
