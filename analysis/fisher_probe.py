@@ -57,7 +57,7 @@ def fisher_probe(
 
     def report(done: int, total: int) -> None:
         if progress:
-            progress("Fisher probe", done, total)
+            progress("Fisher probe", done, total, unit="layers")
 
     live = LiveWeights(store.model, hf_model)
     streamed_gradients(hf_model, live, windows, drawn, table.tensors(), consume, report)

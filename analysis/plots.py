@@ -59,13 +59,13 @@ def write_plots(
     written: dict[str, PlotFiles] = {}
     for done, (name, draw) in enumerate(drawings.items()):
         if progress:
-            progress("drawing plots", done, len(drawings))
+            progress("drawing plots", done, len(drawings), unit="plots")
         with plot_settings():
             drawn = draw()
             if drawn is not None:
                 written[name] = save_figure(drawn[0], directory, name, drawn[1])
     if progress:
-        progress("drawing plots", len(drawings), len(drawings))
+        progress("drawing plots", len(drawings), len(drawings), unit="plots")
     return written
 
 

@@ -134,7 +134,7 @@ def measure_steps(
             )
         )
         if progress:
-            progress("measuring unit KL", index + 1, len(wanted))
+            progress("measuring unit KL", index + 1, len(wanted), unit="steps")
     return OperatingPoint(dict(types), float(plain.mean()), tuple(steps))
 
 

@@ -61,7 +61,8 @@ class _Run:
     def timed(self, stage: str) -> Iterator[Callable[[int, int], None]]:
         """Record the stage's wall time; gives the function that reports its progress."""
         start = time.perf_counter()
-        yield lambda done, total: self.progress(stage, done, total)
+        unit = "questions" if stage.endswith("questions") else "windows"
+        yield lambda done, total: self.progress(stage, done, total, unit=unit)
         self.seconds[stage] = round(time.perf_counter() - start, 3)
 
 
@@ -282,6 +283,7 @@ def _cached(
 def _compress(runner: LogitRunner, item: EvalText, run: _Run, report: Callable[[int, int], None]) -> dict:
     parts = []
     runner.reserve(max(map(len, item.windows)))
+    report(0, len(item.windows))
     for i, window in enumerate(item.windows):
         logits = runner.window_logits(window)[:-1, : run.num_columns]
         parts.append(reference_cache.compress(logits, np.array(window[1:]), seed=run.seed + i))
@@ -328,6 +330,7 @@ def _score_text(
 ) -> TokenScores:
     parts, start = [], 0
     runner.reserve(max(map(len, item.windows)))
+    report(0, len(item.windows))
     for i, window in enumerate(item.windows):
         end = start + len(window) - 1
         logits = runner.window_logits(window)[:-1, : run.num_columns]

@@ -187,7 +187,7 @@ def measure_adapter(adapted: Any, batches: Any, progress: Progress) -> list["Cha
             losses.append(-logits.log_softmax(-1).gather(1, labels[learned].cpu()[:, None])[:, 0])
         moved.append(Distribution.of(base).divergences(tuned))
         lengths += learned.sum(1).tolist()
-        progress("measure", done + 1, len(batches))
+        progress("measure", done + 1, len(batches), unit="batches")
     lengths = [length for length in lengths if length]
     old, new, kl = (bootstrap_mean(torch.cat(values).numpy(), lengths) for values in (before, after, moved))
     none = Estimate(value=0.0, low=0.0, high=0.0)

@@ -27,6 +27,7 @@ from dynquant.gguf_source import GGUFSource
 from dynquant.hf_loading import unpack_compressed, without_progress_bars
 from dynquant.layers import choose_layout
 from dynquant.llama_runner import LlamaCppRunner, llama_encode, llama_metadata, llama_vocabulary
+from dynquant.process_usage import count_mapped_files
 
 LLAMA_CPP, TRANSFORMERS = "llama.cpp", "transformers"
 RUNNERS = (LLAMA_CPP, TRANSFORMERS)
@@ -222,6 +223,7 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:
             return load_packed(path, dtype=dtype)
         with without_progress_bars():
             loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+            count_mapped_files(path.glob("*.safetensors"))
             return unpack_compressed(loaded, dtype)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{path.name}: transformers cannot load the model: {error}") from error

@@ -183,7 +183,7 @@ class PlanSearch:
                 )
             )
             if self.progress:
-                self.progress(stage, len(scored), len(candidates))
+                self.progress(stage, len(scored), len(candidates), unit="plans")
         return scored
 
     def _drawn(self, table: ErrorTable) -> list[Candidate]:

@@ -112,12 +112,12 @@ def quantize(
     check_plan(model, plan)
     check_importance(plan, guidance.importance, skip=skip)
     entries = {entry.name: entry for entry in plan.entries}
-    counter = _Counter(progress, plan.num_weights)
+    counter = _Counter(progress, plan.num_weights, sum(prod(entries[name].shape) for name in skip))
     for name in model.source.names():
         entry = entries[name]
         if name in skip:
-            counter.add(prod(entry.shape))
             continue
+        counter.begin(name)
         packed = _stored_bytes(model, entry)
         if packed is None:
             packed = encode_tensor(
@@ -162,14 +162,21 @@ def check_importance(plan: Plan, importance: ImportanceLookup | None, *, skip: C
 
 @dataclass
 class _Counter:
+    """Weights done, those of an earlier run included, and the tensor that is being encoded."""
+
     progress: Progress | None
     total: int
-    done: int = 0
+    done: int
+    tensor: str = ""
+
+    def begin(self, tensor: str) -> None:
+        self.tensor = tensor
+        self.add(0)
 
     def add(self, num_weights: int) -> None:
         self.done += num_weights
         if self.progress is not None:
-            self.progress("quantize", self.done, self.total)
+            self.progress("quantize", self.done, self.total, unit="weights", tensor=self.tensor)
 
 
 def _stored_bytes(model: Model, entry: PlanEntry) -> torch.Tensor | None:

@@ -93,7 +93,7 @@ def build_teacher_windows(
             runner = runner or open_reference()
             save_cached(directory, key, _distributions(runner, shard, num_columns))
         done += len(shard)
-        progress(stage, done, len(windows))
+        progress(stage, done, len(windows), unit="windows")
     if runner is not None:
         runner.close()
     return TeacherWindows(windows, [entry_path(directory, key) for key in keys])

@@ -151,7 +151,7 @@ class ProgressCallback(TrainerCallback):
         self._progress = progress
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._progress("train", state.global_step, state.max_steps)
+        self._progress("train", state.global_step, state.max_steps, unit="steps")
 
 
 def trainer_settings(

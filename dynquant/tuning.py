@@ -88,7 +88,7 @@ def tune(
     targets = []
     for batch in (*steps, *checks):
         targets.append(Distribution.of(_logits(hf_model, batch.to(device))))
-        report("original", min(total, sum(len(t) for t in targets)), total)
+        report("original", min(total, sum(len(t) for t in targets)), total, unit="tokens")
     trained = _install(live, file)
     before = _block_kls(hf_model, checks, targets[len(steps) :], device)
     _train(hf_model, live, trained, steps, targets, options, report)
@@ -251,7 +251,7 @@ def _train(
         for one in trained.values():
             one.apply()
         done += batch.numel()
-        report("tune", done, sum(step.numel() for step in steps))
+        report("tune", done, sum(step.numel() for step in steps), unit="tokens")
     for parameter in hf_model.parameters():
         parameter.requires_grad_(False)
 
