@@ -14,6 +14,7 @@ import torch
 from dynquant.codecs import decode
 from dynquant.errors import CheckpointError
 from dynquant.gguf_header import GGUFTensor, MetadataField, read_gguf_header
+from dynquant.process_usage import count_mapped
 from dynquant.quant_types import QUANT_TYPES
 from dynquant.tensor_source import TensorInfo
 
@@ -79,7 +80,9 @@ class GGUFSource:
         """The stored bytes, uint8 [..., row_bytes]; with `index`, only that slice of the first dimension."""
         tensor = self._tensors[name]
         packed = self._bytes(tensor).reshape(*tensor.shape[:-1], QUANT_TYPES[tensor.type].row_bytes(tensor.shape[-1]))
-        return torch.from_numpy((packed if index is None else packed[index]).copy())
+        chosen = torch.from_numpy((packed if index is None else packed[index]).copy())
+        count_mapped(chosen.numel())
+        return chosen
 
     def _bytes(self, tensor: GGUFTensor) -> np.ndarray:
         return self._data[self._file_of[tensor.name]][tensor.offset : tensor.offset + tensor.num_bytes]

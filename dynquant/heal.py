@@ -22,7 +22,7 @@ from dynquant.errors import DataError
 from dynquant.eval_report import EvalReport, MultipleChoiceResult
 from dynquant.eval_statistics import Estimate, bootstrap_ratio, mcnemar_exact
 from dynquant.eval_text import load_text
-from dynquant.evaluate import Progress, common_columns, evaluate
+from dynquant.evaluate import common_columns, evaluate
 from dynquant.held_out import split_documents, without_repeats
 from dynquant.logit_runners import TRANSFORMERS, describe_model, open_encoder, open_runner, resolve_model
 from dynquant.packed_base import (
@@ -33,6 +33,7 @@ from dynquant.packed_base import (
     require_training_packages,
 )
 from dynquant.plan import write_atomically
+from dynquant.progress import Progress, ignore_progress
 from dynquant.reference_cache import model_fingerprint
 from dynquant.training_options import TrainOptions
 
@@ -89,7 +90,7 @@ def heal(
     require_training_packages()
     start = time.perf_counter()
     device = chosen_device(device)
-    report = progress or (lambda stage, done, total: None)
+    report = progress or ignore_progress
     base, original = resolve_model(packed), resolve_model(reference)
     check_packed(base)
     check_context(base, data.window, "--window")

@@ -27,6 +27,7 @@ from dynquant.gguf_source import GGUFSource
 from dynquant.hf_loading import LOCAL_ONLY, unpack_compressed, without_progress_bars
 from dynquant.layers import choose_layout
 from dynquant.llama_runner import LlamaCppRunner, llama_encode, llama_metadata, llama_vocabulary
+from dynquant.process_usage import count_mapped_files
 from dynquant.strict_json import parse_json
 
 LLAMA_CPP, TRANSFORMERS = "llama.cpp", "transformers"
@@ -223,6 +224,7 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:
             return load_packed(path, dtype=dtype)
         with without_progress_bars():
             loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **LOCAL_ONLY)
+            count_mapped_files(path.glob("*.safetensors"))
             return unpack_compressed(loaded, dtype)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{path.name}: transformers cannot load the model: {error}") from error

@@ -17,12 +17,11 @@ from torch.utils.data import Dataset
 from dynquant.distribution import Distribution
 from dynquant.errors import EvaluationError
 from dynquant.logit_runners import LogitRunner
+from dynquant.progress import Progress
 from dynquant.reference_cache import cache_key, entry_path, save_cached
 
 NUM_KEPT = 128
 SHARD_WINDOWS = 64
-
-Progress = Callable[[str, int, int], None]
 
 
 class TeacherWindows(Dataset):
@@ -94,7 +93,7 @@ def build_teacher_windows(
             runner = runner or open_reference()
             save_cached(directory, key, _distributions(runner, shard, num_columns))
         done += len(shard)
-        progress(stage, done, len(windows))
+        progress(stage, done, len(windows), unit="windows")
     if runner is not None:
         runner.close()
     return TeacherWindows(windows, [entry_path(directory, key) for key in keys])

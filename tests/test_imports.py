@@ -13,7 +13,7 @@ FOLDERS = {"dynquant": ROOT / "dynquant", "dynquant.kernels": ROOT / "kernels",
 
 # A module may import from its own rank and from lower ones.
 RANKS = [
-    ["errors", "eval_statistics", "strict_json"],
+    ["errors", "eval_statistics", "strict_json", "progress", "process_usage", "interrupt"],
     ["devices", "distribution"],
     ["quant_types", "architecture"],
     ["codecs"],
@@ -62,6 +62,9 @@ RANKS = [
     ["evaluate"],
     ["packed_base", "teacher_cache", "distillation", "training_run"],
     ["finetune", "heal"],
+    ["run_record"],
+    ["progress_text"],
+    ["progress_display"],
     ["console"],
     ["plan_report"],
     ["plan_target"],
