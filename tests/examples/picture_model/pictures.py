@@ -85,15 +85,26 @@ def draw_picture(seed: int, index: int) -> Picture:
 
 
 def ask(picture: Picture, count: int, rng: np.random.Generator) -> list[Question]:
-    """`count` questions about a picture, each of a kind drawn evenly from those that the picture allows."""
-    found: list[Question] = []
+    """Up to `count` different questions about a picture, each of a kind drawn evenly from those that it allows."""
+    found: dict[str, Question] = {}
     kinds = list(QUESTION_KINDS)
-    while len(found) < count:
+    for _ in range(8 * count):
         kind = kinds[rng.integers(len(kinds))]
         asked = QUESTION_KINDS[kind](picture.things, rng)
         if asked is not None:
-            found.append(Question(*asked, kind))
-    return found
+            found.setdefault(asked[0], Question(*asked, kind))
+        if len(found) == count:
+            break
+    return list(found.values())
+
+
+def describe(picture: Picture) -> Question:
+    """Everything in the picture, from the top left to the bottom right."""
+    things = sorted(picture.things, key=lambda thing: thing.place)
+    listed = ", ".join(
+        f"{thing.color} {thing.kind if thing.digit is None else thing.digit} {PLACES[thing.place]}" for thing in things
+    )
+    return Question("Describe the picture.", listed, "description")
 
 
 def _choose_things(rng: np.random.Generator) -> tuple[Thing, ...]:

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from dynquant.families.pre_tokenizers import QWEN2
-from tests.examples.picture_model.pictures import ask, draw_picture
+from tests.examples.picture_model.pictures import ask, describe, draw_picture
 
 VOCAB_SIZE = 512
 END, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -74,7 +74,8 @@ def save_processor(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
 
 def _sentences(num_pictures: int) -> list[str]:
     rng = np.random.default_rng(0)
-    asked = (ask(draw_picture(0, index), 8, rng) for index in range(num_pictures))
+    pictures = (draw_picture(0, index) for index in range(num_pictures))
+    asked = ([*ask(picture, 8, rng), describe(picture)] for picture in pictures)
     return [text for one in itertools.chain.from_iterable(asked) for text in (one.text, one.answer)] + [
         "user\n", "assistant\n", "system\n",
     ] * 100  # fmt: skip
