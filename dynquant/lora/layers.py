@@ -62,11 +62,10 @@ class PackedLoraLinear(_Unmergeable, lora.Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's own sum, in one pass over the result where the dtypes allow it.
 
-        PEFT casts x to the dtype of A and back under autocast, scales B A x and adds it: on a GPU that took a third as
-        long as the product with W.
+        PEFT casts x to the dtype of A and, under autocast, back again, and scales and adds B A x in passes of their own.
         """
         names = [name for name in self.active_adapters if name in self.lora_A]
-        if args or kwargs or self.disable_adapters or self.merged or any(map(self._drops_inputs, names)):
+        if args or kwargs or self.disable_adapters or self.merged or not all(map(self._is_plain, names)):
             return super().forward(x, *args, **kwargs)
         result = self.base_layer(x)
         dtypes = {x.dtype, result.dtype, *(self.lora_A[name].weight.dtype for name in names)}
@@ -79,8 +78,8 @@ class PackedLoraLinear(_Unmergeable, lora.Linear):
             flat = torch.addmm(flat, inner, self.lora_B[name].weight.T, alpha=self.scaling[name])
         return flat.view(result.shape).to(result.dtype)
 
-    def _drops_inputs(self, adapter: str) -> bool:
-        return not isinstance(self.lora_dropout[adapter], nn.Identity)
+    def _is_plain(self, adapter: str) -> bool:
+        return isinstance(self.lora_dropout[adapter], nn.Identity) and self.lora_B[adapter].bias is None
 
 
 class PackedLoraEmbedding(_Unmergeable, lora.Embedding):
