@@ -255,7 +255,7 @@ class _Judge:
             max_tokens=self.data.max_tokens, mmlu_data=self.data.mmlu_data, shots=self.data.shots,
             num_shots=self.data.num_shots, limit=self.data.limit, scoring=("letter",), cache_dir=self.cache,
             device=self.device, seed=self.seed, runner=TRANSFORMERS, adapter=adapter,
-            progress=lambda stage, done, total: self.progress(f"{name}: {stage}", done, total),
+            progress=lambda stage, *counts, **where: self.progress(f"{name}: {stage}", *counts, **where),
         )  # fmt: skip
 
 
