@@ -278,15 +278,12 @@ def test_datasets_directory_is_read(tmp_path):
     assert sorted(read_text(tmp_path / "set").documents) == [f"row {i}" for i in range(5)]
 
 
-def test_chat_turns_use_the_template(tmp_path, small_moe):
-    tokenizer = load_tokenizer(open_model(small_moe))
+def test_chat_turns_become_plain_text(tmp_path):
     path = tmp_path / "chat.jsonl"
     path.write_text(
         json.dumps({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]})
     )
-    assert read_text(path, tokenizer=tokenizer).documents == ("user: hi\n\nassistant: yo",)
-    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-    assert read_text(path, tokenizer=tokenizer).documents == ("<user>hi<assistant>yo",)
+    assert read_text(path).documents == ("user: hi\n\nassistant: yo",)
 
 
 @pytest.mark.parametrize(
