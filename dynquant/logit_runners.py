@@ -284,6 +284,11 @@ class HuggingFaceRunner:
         return self._forward([list(tokens)], None).logits[0].float().cpu()
 
     @torch.inference_mode()
+    def batch_logits(self, windows: torch.Tensor) -> torch.Tensor:
+        """Logits float32 [n, T, vocab_size] of token ids [n, T], on the runner's device."""
+        return self._model(input_ids=windows.to(self._device), use_cache=False).logits.float()
+
+    @torch.inference_mode()
     def hold_prefix(self, tokens: Sequence[int]) -> None:
         self._prefix_cache = None
         if tokens:

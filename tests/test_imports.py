@@ -60,7 +60,7 @@ RANKS = [
     ["analysis", "planner", "serving_planner"],
     ["eval_text", "logit_runners", "reference_cache", "multiple_choice", "eval_report"],
     ["evaluate"],
-    ["packed_base", "teacher_cache", "distillation", "training_run"],
+    ["packed_base", "teacher_cache", "sampled_text", "distillation", "training_run"],
     ["finetune", "heal"],
     ["run_record"],
     ["progress_text"],
