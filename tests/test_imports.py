@@ -49,7 +49,7 @@ RANKS = [
     ["moment_recorder", "gguf_model"],
     ["calibration", "live_weights"],
     ["plan", "llama_presets", "presets", "allocate", "memory_budget", "serving_layers"],
-    ["serving_plan"],
+    ["serving_plan", "machine"],
     ["artifacts", "quantize", "tuning"],
     ["lora"],
     ["hf_registration"],
