@@ -7,12 +7,10 @@ not count; measured memory is the command's largest resident set. Set OMP_NUM_TH
 """
 
 import argparse
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 from dynquant.analysis.cost_model import Workload, predict
+from dynquant.analysis.measure_machine import command_usage
 from dynquant.checkpoint import open_model
 from dynquant.machine import Machine
 from dynquant.plan_building import plan_from_types
@@ -39,22 +37,13 @@ def main() -> None:
     ]  # fmt: skip
     print("| stage | predicted s | measured s | | predicted MB | measured MB | |\n|---|---|---|---|---|---|---|")
     for cost, command in zip(predict(model, plan, machine, work), commands, strict=True):
-        seconds, memory = _run(command)
+        seconds, memory = command_usage(command)
         seconds /= machine.threads
         print(
             f"| {cost.stage} | {cost.seconds:.1f} | {seconds:.1f} | {cost.seconds / seconds - 1:+.0%} | "
             f"{cost.memory_bytes / 1e6:.0f} | {memory / 1e6:.0f} | {cost.memory_bytes / memory - 1:+.0%} |",
             flush=True,
         )
-
-
-def _run(command: list[str]) -> tuple[float, int]:
-    """CPU seconds and peak resident bytes of one command of dynquant."""
-    process = subprocess.Popen([sys.executable, "-P", "-m", "dynquant", *command], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(f"`dynquant {' '.join(command)}` failed.")
-    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
 
 
 def _options() -> argparse.Namespace:

@@ -8,7 +8,7 @@ over the measured speed of each type. Reading is added where it is not hidden be
 Left out: super weights, sensitivities, the report and the closing pass.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import exp, log, prod
 
@@ -20,6 +20,9 @@ from dynquant.quant_types import QUANT_TYPES, fit_to_row
 
 _SHARES_INPUT = {Role.ATTN_K, Role.ATTN_V, Role.FFN_UP, Role.SHARED_UP, Role.SHARED_GATE, Role.EXPERT_UP, Role.MLA_KV_A}
 """Weights that read the input of another one."""
+TABLE_TYPES = ("IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
+"""Types whose search tables ggml builds before the first block."""
+_SHARES_TABLE = {"IQ1_M": "IQ1_S"}
 _FLOAT_BYTES = 4
 _ENCODED_AT_ONCE = 1 << 25
 
@@ -54,6 +57,7 @@ def predict(model: Model, plan: Plan, machine: Machine, work: Workload) -> list[
     largest = max(_at_once(entry) for entry in plan.entries) * _FLOAT_BYTES
     reading = stored / machine.disk_bytes_per_s
     moments = _moment_bytes(model, plan, work)
+    built = _search_tables(machine, plan.histogram()) if work.encoder == "ggml" else 0.0
     return [
         StageCost(
             "calibrate",
@@ -63,13 +67,15 @@ def predict(model: Model, plan: Plan, machine: Machine, work: Workload) -> list[
         ),
         StageCost(
             "error table",
-            machine.start_seconds + machine.table_seconds + max(reading, _table_seconds(plan, machine, work)),
+            machine.start_seconds
+            + _search_tables(machine, work.types)
+            + max(reading, _table_seconds(plan, machine, work)),
             machine.start_bytes + 4 * largest,
             stored,
         ),
         StageCost(
             "export",
-            machine.start_seconds + _export_table_seconds(plan, machine) + max(reading, _export(plan, machine, work)),
+            machine.start_seconds + built + max(reading, _export(plan, machine, work)),
             machine.start_bytes + 3 * largest + (moments if work.encoder == "dynquant" else 0),
             stored,
         ),
@@ -156,8 +162,9 @@ def _export(plan: Plan, machine: Machine, work: Workload) -> float:
     )
 
 
-def _export_table_seconds(plan: Plan, machine: Machine) -> float:
-    return machine.table_seconds if any(entry.quant_type.needs_imatrix for entry in plan.entries) else 0.0
+def _search_tables(machine: Machine, types: Iterable[str]) -> float:
+    needed = {_SHARES_TABLE.get(name, name) for name in types}
+    return sum(seconds for name, seconds in machine.table_seconds.items() if name in needed)
 
 
 def _at_once(entry: PlanEntry) -> int:

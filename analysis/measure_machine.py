@@ -6,6 +6,8 @@ idle. It takes about two minutes.
 
 import os
 import platform
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from importlib import resources
@@ -14,7 +16,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from dynquant.analysis.cost_model import Workload, calibration_elements, calibration_flop_seconds
+from dynquant.analysis.cost_model import TABLE_TYPES, Workload, calibration_elements, calibration_flop_seconds
 from dynquant.analysis.measure_errors import build_error_table
 from dynquant.checkpoint import open_model
 from dynquant.codecs.encoder import Encoder
@@ -23,7 +25,6 @@ from dynquant.machine import Machine
 from dynquant.model import Model
 from dynquant.plan_building import plan_from_types
 from dynquant.presets import preset_types
-from dynquant.process_usage import peak_memory_bytes
 from dynquant.progress import Progress, ignore_progress
 from dynquant.quant_types import QUANT_TYPES
 from dynquant.quantize import load_encoder
@@ -42,12 +43,11 @@ _NAME = "blk.0.ffn_down_exps.weight"
 
 def measure_machine(progress: Progress = ignore_progress) -> Machine:
     """Measure this machine, with PyTorch's number of threads."""
-    start_seconds = time.process_time()
     small = open_model(str(resources.files("dynquant") / "data" / "textbook-moe-16m"))
-    start_bytes = _resident()
+    start_seconds, start_bytes = _start(small)
     matmul = {width: _matmul_flops(width) for width in _WIDTHS}
     progress("measure", 1, 5, unit="parts")
-    element_seconds, run_bytes = _calibration(small, matmul, start_bytes)
+    element_seconds, run_bytes = _calibration(small, matmul, start_seconds, start_bytes)
     progress("measure", 2, 5, unit="parts")
     table_seconds, ggml = _ggml()
     encode = {"ggml": ggml, "dynquant": _speeds(load_encoder("dynquant", "cpu"), with_hessian=True)}
@@ -72,18 +72,33 @@ def measure_machine(progress: Progress = ignore_progress) -> Machine:
     )
 
 
+def _start(small: Model) -> tuple[float, int]:
+    """CPU seconds and peak memory of a command that does next to nothing with a model: an export as F16."""
+    with TemporaryDirectory() as folder:
+        command = ["export", str(small.path), "--preset", "f16", "--encoder", "ggml", "-o", f"{folder}/small.gguf"]
+        return command_usage(command)
+
+
+def command_usage(command: list[str]) -> tuple[float, int]:
+    """CPU seconds and peak resident bytes of one command of dynquant, in a process of its own.
+
+    Raises:
+        PlanError: it failed.
+    """
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([sys.executable, "-P", "-m", "dynquant", *command], **quiet)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise PlanError(f"`dynquant {' '.join(command)}` failed; run it alone to see why.")
+    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+
+
 def _seconds(run: Callable[[], object]) -> float:
     """CPU seconds of one run, spread over the threads."""
     start = time.process_time()
     run()
     return (time.process_time() - start) / torch.get_num_threads()
-
-
-def _resident() -> int:
-    statm = Path("/proc/self/statm")
-    if not statm.is_file():
-        raise PlanError("measure-machine reads memory from /proc, which this system does not have; run it on Linux.")
-    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _matmul_flops(width: int) -> float:
@@ -93,30 +108,27 @@ def _matmul_flops(width: int) -> float:
     return repeats * 2 * 512 * width * width / _seconds(lambda: [left @ right for _ in range(repeats)])
 
 
-def _calibration(small: Model, matmul: dict[int, float], start_bytes: int) -> tuple[float, int]:
+def _calibration(small: Model, matmul: dict[int, float], start_seconds: float, start_bytes: int) -> tuple[float, int]:
     """Seconds of a channel of a token, and memory beyond the weights, of a calibration without second moments."""
-    from dynquant.calibration import calibrate
-
-    before = peak_memory_bytes() or 0
-    seconds = _seconds(lambda: calibrate(small, tokens=_TOKENS))
+    with TemporaryDirectory() as folder:
+        options = ["--tokens", str(_TOKENS), "--hessians", "none", "-o", f"{folder}/stats.safetensors"]
+        seconds, peak = command_usage(["calibrate", str(small.path), *options])
     plan = plan_from_types(small, preset_types("bf16", small), recipe="bf16")
     work = Workload(tokens=_TOKENS, hessians="none")
-    elements = calibration_elements(small, plan, work)
+    seconds = max(seconds - start_seconds, 0.01) / torch.get_num_threads()
     rest = max(seconds - calibration_flop_seconds(small, plan, matmul, work), 0.05 * seconds)
-    peak = max(peak_memory_bytes() or 0, before)
-    return rest / elements, max(1 << 20, peak - start_bytes - 4 * small.num_weights)
+    return rest / calibration_elements(small, plan, work), max(1 << 20, peak - start_bytes - 4 * small.num_weights)
 
 
-def _ggml() -> tuple[float, dict[str, float]]:
-    """Seconds for the search tables, and speeds without them."""
+def _ggml() -> tuple[dict[str, float], dict[str, float]]:
+    """Type -> seconds for its search tables, and speeds without them."""
     encoder = load_encoder("ggml")
-    weights, ones = torch.randn(1, 1, 256), torch.ones(1, 256)
-
-    def build() -> None:
-        for name in ("IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"):
-            encoder.encode(QUANT_TYPES[name], weights, ones, torch.get_num_threads())
-
-    return _seconds(build), _speeds(encoder, with_hessian=False)
+    weights, ones, threads = torch.randn(1, 1, 256), torch.ones(1, 256), torch.get_num_threads()
+    tables = {
+        name: _seconds(lambda name=name: encoder.encode(QUANT_TYPES[name], weights, ones, threads))
+        for name in TABLE_TYPES
+    }
+    return tables, _speeds(encoder, with_hessian=False)
 
 
 def _speeds(encoder: Encoder, *, with_hessian: bool) -> dict[str, float]:

@@ -243,7 +243,7 @@ def measure(output: Path) -> None:
     """Measure this machine and write what was found."""
     from dynquant.analysis.measure_machine import measure_machine
 
-    with console.stage_progress() as progress:
+    with console.stage_progress("Nothing is kept: the measurement begins anew.") as progress:
         found = measure_machine(progress)
     found.save(output)
     console.note(f"wrote {output}: {found.name}, {found.threads} threads")

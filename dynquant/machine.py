@@ -35,8 +35,8 @@ class Machine(BaseModel):
     """Encoder -> type -> weights per second."""
     errors: dict[str, float]
     """Type -> weights per second of the error table: encoding by ggml, decoding, and sums."""
-    table_seconds: float = Field(ge=0, allow_inf_nan=False)
-    """ggml's search tables of IQ1 and IQ2, built once a process."""
+    table_seconds: dict[str, float]
+    """Type -> seconds that ggml takes for its search tables, once a process."""
 
     def save(self, path: Path) -> None:
         write_atomically(path, self.model_dump_json(indent=1) + "\n")

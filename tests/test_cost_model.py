@@ -18,7 +18,7 @@ MACHINE = Machine(
     name="made up", threads=1, memory_bytes=24 << 30, disk_bytes_per_s=1e9, start_seconds=5.0, start_bytes=300 << 20,
     run_bytes=500 << 20, matmul_flops={64: 5e9, 1024: 5e10, 4096: 1e11}, element_seconds=1e-9,
     encode={"ggml": {"Q4_K": 1e7, "IQ1_S": 5e6}, "dynquant": {"Q4_K": 3e5, "IQ1_S": 2e5}},
-    errors={"Q4_K": 1e7, "IQ1_S": 5e6}, table_seconds=10.0,
+    errors={"Q4_K": 1e7, "IQ1_S": 5e6}, table_seconds={"IQ1_S": 10.0, "IQ2_XXS": 5.0},
 )  # fmt: skip
 WORK = Workload(types=("IQ1_S", "Q4_K"))
 
@@ -47,7 +47,7 @@ def test_a_slower_encoder_and_a_slower_disk_take_longer(costs):
     assert costs(encoder="ggml")["export"].seconds < costs(encoder="dynquant")["export"].seconds
     slow = MACHINE.model_copy(update={"disk_bytes_per_s": 1e5})
     assert costs(slow)["error table"].seconds == pytest.approx(
-        MACHINE.start_seconds + MACHINE.table_seconds + costs()["error table"].bytes_read / 1e5
+        MACHINE.start_seconds + MACHINE.table_seconds["IQ1_S"] + costs()["error table"].bytes_read / 1e5
     )
 
 
