@@ -23,6 +23,7 @@ from dynquant.families.recipe import RecipeSource
 from dynquant.gguf_source import GGUFSource
 from dynquant.hf_loading import load_hf, load_tokenizer
 from dynquant.model import Model
+from dynquant.parts import PartLimits
 from dynquant.plan import Plan
 from dynquant.plan_building import plan_from_types
 from dynquant.plan_report import STATS_NAME, SUPER_NAME, load_super_weights, stats_of_plan
@@ -41,6 +42,8 @@ from dynquant.workflow import (
     run_calibration,
 )
 
+PROCESS_BYTES = 1 << 30
+"""Host memory of an export without its tensors: Python with its libraries, the tokenizer, an encoder's search."""
 FORMATS = ("gguf", "safetensors", "compressed-tensors")
 
 
@@ -60,10 +63,12 @@ def export(
     threads: int | None = None,
     base_gguf: Path | None = None,
     tune_tokens: int | None = None,
+    max_memory: str | None = None,
 ) -> list[Path]:
     """Write the files of a plan, or of a preset without a plan file.
 
     `tune_tokens` is the length of the closing pass, 0 for none; None lets the encoder and the memory decide.
+    `max_memory` bounds what encoding takes, as `8GiB`.
     """
     if format == "compressed-tensors":
         if base_gguf is not None or tune_tokens:
@@ -90,7 +95,7 @@ def export(
     moments = _moments_of(stats, stats_path, chosen)
     writer = _Writer(
         model, made, stats, chosen, moments, protected, threads,
-        parse_size(split_max_size) if split_max_size else None, resume, format,
+        parse_size(split_max_size) if split_max_size else None, resume, format, _limits(max_memory),
     )  # fmt: skip
     options = _closing_pass(model, chosen, moments, tune_tokens)
     files = writer.write(output) if options is None else _write_tuned(writer, output, options, device)
@@ -115,6 +120,7 @@ class _Writer:
     split_max_bytes: int | None
     resume: bool
     format: str
+    limits: PartLimits
 
     def write(self, output: Path, *, stored: GGUFSource | None = None) -> list[Path]:
         """Write in the format that was asked for; with `stored`, from the bytes of a GGUF file of the same plan."""
@@ -125,7 +131,7 @@ class _Writer:
                 self.model, self.plan, self.stats, output,
                 encoder=self.encoder, moments=self.moments, protected=self.protected, threads=self.threads,
                 shard_max_bytes=self.split_max_bytes or SHARD_BYTES, resume=self.resume, progress=progress,
-                stored=stored,
+                stored=stored, limits=self.limits,
             )  # fmt: skip
 
     def write_gguf(self, output: Path) -> list[Path]:
@@ -134,6 +140,7 @@ class _Writer:
                 self.model, self.plan, self.stats, output,
                 encoder=self.encoder, moments=self.moments, protected=self.protected, threads=self.threads,
                 split_max_bytes=self.split_max_bytes, resume=self.resume, progress=progress,
+                limits=self.limits,
             )  # fmt: skip
 
     @property
@@ -141,6 +148,23 @@ class _Writer:
         moments = self.moments.identity if self.moments else "none"
         content = [self.plan.hash, moments, self.encoder.name, encoder_version(self.encoder), __version__]
         return hashlib.sha256(json.dumps([*content, self.split_max_bytes]).encode()).hexdigest()
+
+
+def _limits(max_memory: str | None) -> PartLimits:
+    """Parts that leave room for the process itself.
+
+    Raises:
+        ExportError: less memory than the process takes.
+    """
+    if max_memory is None:
+        return PartLimits()
+    allowed = parse_size(max_memory)
+    if allowed <= PROCESS_BYTES:
+        raise ExportError(
+            f"--max-memory {max_memory} is less than the {PROCESS_BYTES:,} bytes that the program takes without a "
+            "tensor. Allow more."
+        )
+    return PartLimits(allowed - PROCESS_BYTES)
 
 
 def _closing_pass(

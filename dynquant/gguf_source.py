@@ -115,7 +115,7 @@ class GGUFSource:
             shape = shape[1:]
         return decode(tensor.tensor_type.name, self.load_packed(name, index), shape)
 
-    def load_packed(self, name: str, index: int | None = None) -> torch.Tensor:
+    def load_packed(self, name: str, index: int | slice | None = None) -> torch.Tensor:
         """The stored bytes, uint8 [..., row_bytes]; with `index`, only that slice of the first dimension."""
         tensor = self._tensors[name]
         data = tensor.data if index is None else tensor.data[index]
