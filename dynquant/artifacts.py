@@ -220,12 +220,11 @@ class ResumableOutput:
         except OSError:
             temporary.unlink(missing_ok=True)
             raise
-        self._journal = self.journal_path.open("ab")
+        self._journal = self.journal_path.open("ab", buffering=0)  # a full disk must not fail once more at closing
 
     def _record(self, line: dict[str, object]) -> None:
         assert self._journal is not None
-        self._journal.write(json.dumps(line).encode() + b"\n")
-        self._journal.flush()
+        _write_all(self._journal, json.dumps(line).encode() + b"\n")
 
     @property
     def _missing_bytes(self) -> int:

@@ -18,6 +18,7 @@ from dynquant.cli_options import (
     HessianMemoryOpt,
     HessiansOpt,
     JsonOpt,
+    MaxMemoryOpt,
     ModelArg,
     PlanArg,
     PresetOpt,
@@ -268,6 +269,7 @@ def export(
     ] = None,
     split_max_size: Annotated[str | None, typer.Option(help="Split into files of at most this size, as 40GB.")] = None,
     resume: Annotated[bool, typer.Option(help="Continue an interrupted export.")] = True,
+    max_memory: MaxMemoryOpt = None,
     threads: ThreadsOpt = None,
     base_gguf: BaseGgufOpt = None,
 ) -> None:
@@ -284,7 +286,7 @@ def export(
     run(
         model, output, format=format, plan_path=plan, preset=preset, stats_path=stats, calibration=options,
         encoder=encoder, device=device, split_max_size=split_max_size, resume=resume, threads=threads,
-        base_gguf=base_gguf, tune_tokens=tune,
+        base_gguf=base_gguf, tune_tokens=tune, max_memory=max_memory,
     )  # fmt: skip
 
 

@@ -70,9 +70,11 @@ def export(
     `tune_tokens` is the length of the closing pass, 0 for none; None lets the encoder and the memory decide.
     `max_memory` bounds what encoding takes, as `8GiB`.
     """
+    limits = _limits(max_memory)
     if format == "compressed-tensors":
-        if base_gguf is not None or tune_tokens:
-            raise ExportError(f"{'--tune' if tune_tokens else '--base-gguf'} is for GGUF files; leave it out.")
+        given = {"--tune": tune_tokens, "--base-gguf": base_gguf, "--max-memory": max_memory}
+        for option in (option for option, value in given.items() if value):
+            raise ExportError(f"{option} is for GGUF files and packed safetensors; leave it out.")
         return export_for_vllm(
             path, output, plan_path=plan_path, preset=preset, stats_path=stats_path, calibration=calibration,
             device=device, split_max_size=split_max_size, resume=resume,
@@ -95,9 +97,9 @@ def export(
     moments = _moments_of(stats, stats_path, chosen)
     writer = _Writer(
         model, made, stats, chosen, moments, protected, threads,
-        parse_size(split_max_size) if split_max_size else None, resume, format, _limits(max_memory),
+        parse_size(split_max_size) if split_max_size else None, resume, format, limits,
     )  # fmt: skip
-    options = _closing_pass(model, chosen, moments, tune_tokens)
+    options = _closing_pass(model, chosen, moments, tune_tokens, limits)
     files = writer.write(output) if options is None else _write_tuned(writer, output, options, device)
     size = sum(file.stat().st_size for file in files if file.suffix in (".gguf", ".safetensors"))
     for file in files:
@@ -168,7 +170,7 @@ def _limits(max_memory: str | None) -> PartLimits:
 
 
 def _closing_pass(
-    model: Model, encoder: Encoder, moments: SecondMoments | None, tokens: int | None
+    model: Model, encoder: Encoder, moments: SecondMoments | None, tokens: int | None, limits: PartLimits
 ) -> TuneOptions | None:
     """What the closing pass should do, or None; by default it runs with the encoder that uses second moments."""
     if tokens == 0 or (tokens is None and moments is None):
@@ -180,7 +182,7 @@ def _closing_pass(
         reason = "the model is not of a family that dynquant converts itself"
     elif tokens is None and model.hf_directory is None:
         reason = "the original is a GGUF file, which transformers may load in another form (`--tune N` tries)"
-    elif tokens is None and (too_large := too_large_to_tune(model)):
+    elif tokens is None and (too_large := too_large_to_tune(model, limits.memory)):
         reason = too_large
     elif tokens is None and len(moments.tokens) <= TuneOptions().held_out_windows:
         reason = "the calibration text is too short"

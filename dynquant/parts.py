@@ -18,7 +18,7 @@ from dynquant.tensor_source import TensorSource
 
 PART_WEIGHTS = 1 << 26
 """Weights of a part at most, but at least an expert: what a GPU encodes at once."""
-FEWEST_ROWS = 64
+FEWEST_ROWS = 16
 _BYTES_PER_WEIGHT = 12
 """As it is stored, as float32, and as the encoder's own float32 copy."""
 _BYTES_PER_MOMENT = 32
