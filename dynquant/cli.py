@@ -22,6 +22,7 @@ from dynquant.cli_options import (
     ModelArg,
     PlanArg,
     PresetOpt,
+    RayOpt,
     SeedOpt,
     TextOpt,
     ThreadsOpt,
@@ -270,6 +271,11 @@ def export(
     split_max_size: Annotated[str | None, typer.Option(help="Split into files of at most this size, as 40GB.")] = None,
     resume: Annotated[bool, typer.Option(help="Continue an interrupted export.")] = True,
     max_memory: MaxMemoryOpt = None,
+    ray: RayOpt = None,
+    ship_weights: Annotated[
+        bool,
+        typer.Option(help="With --ray: send weights and statistics to workers that cannot read them by path."),
+    ] = False,
     threads: ThreadsOpt = None,
     base_gguf: BaseGgufOpt = None,
 ) -> None:
@@ -286,7 +292,7 @@ def export(
     run(
         model, output, format=format, plan_path=plan, preset=preset, stats_path=stats, calibration=options,
         encoder=encoder, device=device, split_max_size=split_max_size, resume=resume, threads=threads,
-        base_gguf=base_gguf, tune_tokens=tune, max_memory=max_memory,
+        base_gguf=base_gguf, tune_tokens=tune, max_memory=max_memory, ray=ray, ship_weights=ship_weights,
     )  # fmt: skip
 
 

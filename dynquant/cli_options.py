@@ -43,4 +43,13 @@ HessianMemoryOpt = Annotated[
 MaxMemoryOpt = Annotated[
     str | None, typer.Option(help="Host memory that the command may take, as 8GiB.", show_default=False)
 ]
+RayOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        help="Spread the work over a Ray cluster: its address HOST:PORT, or auto for one that Ray finds, else all of "
+        "this machine. Same bytes.",
+        show_default=False,
+    ),
+]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,9 @@ from dynquant.plan_building import plan_from_types
 from dynquant.plan_report import STATS_NAME, SUPER_NAME, load_super_weights, stats_of_plan
 from dynquant.presets import preset_types
 from dynquant.quant_types import quant_type
-from dynquant.quantize import encoder_version, load_encoder
+from dynquant.quantize import PartStream, encoder_version, guidance_of, load_encoder
+from dynquant.ray_pool import RayPool, TaskNeeds, open_ray
+from dynquant.remote_encoding import EncoderChoice, RemoteEncoding, StoredFiles
 from dynquant.second_moments import SecondMoments, load_beside, path_beside
 from dynquant.serving_workflow import export_for_vllm
 from dynquant.statistics import CalibrationStats
@@ -64,15 +67,18 @@ def export(
     base_gguf: Path | None = None,
     tune_tokens: int | None = None,
     max_memory: str | None = None,
+    ray: str | None = None,
+    ship_weights: bool = False,
 ) -> list[Path]:
     """Write the files of a plan, or of a preset without a plan file.
 
     `tune_tokens` is the length of the closing pass, 0 for none; None lets the encoder and the memory decide.
-    `max_memory` bounds what encoding takes, as `8GiB`.
+    `max_memory` bounds what encoding takes, as `8GiB`. `ray` is the address of a cluster that encodes; with
+    `ship_weights` its workers read no files.
     """
     limits = _limits(max_memory)
     if format == "compressed-tensors":
-        given = {"--tune": tune_tokens, "--base-gguf": base_gguf, "--max-memory": max_memory}
+        given = {"--tune": tune_tokens, "--base-gguf": base_gguf, "--max-memory": max_memory, "--ray": ray}
         for option in (option for option, value in given.items() if value):
             raise ExportError(f"{option} is for GGUF files and packed safetensors; leave it out.")
         return export_for_vllm(
@@ -83,8 +89,39 @@ def export(
         raise ExportError(f"There is no export format `{format}`; use one of {', '.join(FORMATS)}.")
     if (plan_path is None) == (preset is None):
         raise PlanError("Give either --plan FILE or --preset NAME.")
+    with ExitStack() as stack:
+        pool = stack.enter_context(open_ray(ray)) if ray else None
+        return _export(
+            path, output, limits, pool,
+            format=format, plan_path=plan_path, preset=preset, stats_path=stats_path, calibration=calibration,
+            encoder=encoder, device=device, split_max_size=split_max_size, resume=resume, threads=threads,
+            base_gguf=base_gguf, tune_tokens=tune_tokens, ship_weights=ship_weights,
+        )  # fmt: skip
+
+
+def _export(
+    path: str,
+    output: Path,
+    limits: PartLimits,
+    pool: RayPool | None,
+    *,
+    format: str,
+    plan_path: Path | None,
+    preset: str | None,
+    stats_path: Path | None,
+    calibration: CalibrationOptions | None,
+    encoder: str,
+    device: str | None,
+    split_max_size: str | None,
+    resume: bool,
+    threads: int | None,
+    base_gguf: Path | None,
+    tune_tokens: int | None,
+    ship_weights: bool,
+) -> list[Path]:
     model = open_and_announce(path, base_gguf)
-    chosen = load_encoder(encoder, chosen_device(device))
+    encoding_device = chosen_device(device) if pool is None else device or ("cuda" if pool.has_gpus else "cpu")
+    chosen = load_encoder(encoder, encoding_device)
     if plan_path is not None:
         made = Plan.load(plan_path)
         stats_path = stats_path or plan_path.parent / STATS_NAME
@@ -98,6 +135,8 @@ def export(
     writer = _Writer(
         model, made, stats, chosen, moments, protected, threads,
         parse_size(split_max_size) if split_max_size else None, resume, format, limits,
+        _remote(pool, model, stats, stats_path, chosen, encoding_device, moments, protected, threads, limits, base_gguf,
+                ship_weights),
     )  # fmt: skip
     options = _closing_pass(model, chosen, moments, tune_tokens, limits)
     files = writer.write(output) if options is None else _write_tuned(writer, output, options, device)
@@ -123,6 +162,7 @@ class _Writer:
     resume: bool
     format: str
     limits: PartLimits
+    elsewhere: PartStream | None
 
     def write(self, output: Path, *, stored: GGUFSource | None = None) -> list[Path]:
         """Write in the format that was asked for; with `stored`, from the bytes of a GGUF file of the same plan."""
@@ -133,7 +173,7 @@ class _Writer:
                 self.model, self.plan, self.stats, output,
                 encoder=self.encoder, moments=self.moments, protected=self.protected, threads=self.threads,
                 shard_max_bytes=self.split_max_bytes or SHARD_BYTES, resume=self.resume, progress=progress,
-                stored=stored, limits=self.limits,
+                stored=stored, limits=self.limits, elsewhere=self.elsewhere,
             )  # fmt: skip
 
     def write_gguf(self, output: Path) -> list[Path]:
@@ -142,7 +182,7 @@ class _Writer:
                 self.model, self.plan, self.stats, output,
                 encoder=self.encoder, moments=self.moments, protected=self.protected, threads=self.threads,
                 split_max_bytes=self.split_max_bytes, resume=self.resume, progress=progress,
-                limits=self.limits,
+                limits=self.limits, elsewhere=self.elsewhere,
             )  # fmt: skip
 
     @property
@@ -150,6 +190,43 @@ class _Writer:
         moments = self.moments.identity if self.moments else "none"
         content = [self.plan.hash, moments, self.encoder.name, encoder_version(self.encoder), __version__]
         return hashlib.sha256(json.dumps([*content, self.split_max_bytes]).encode()).hexdigest()
+
+
+def _remote(
+    pool: RayPool | None,
+    model: Model,
+    stats: CalibrationStats | None,
+    stats_path: Path,
+    encoder: Encoder,
+    device: str,
+    moments: SecondMoments | None,
+    protected: Mapping[str, tuple[ProtectedWeight, ...]],
+    threads: int | None,
+    limits: PartLimits,
+    base_gguf: Path | None,
+    ship_weights: bool,
+) -> RemoteEncoding | None:
+    """Encoding on the cluster, or None without one."""
+    if pool is None:
+        return None
+    uses_gpu = encoder.uses_hessians and device.startswith("cuda")
+    worker_device = "cuda" if uses_gpu else "cpu"
+    memory = PROCESS_BYTES + limits.memory if limits.memory is not None else 0
+    guidance = guidance_of(stats, moments, protected)
+    files = StoredFiles.of(
+        model,
+        base_gguf=base_gguf,
+        stats=stats_path if stats is not None else None,
+        use_moments=moments is not None,
+        protected=protected,
+    )
+    return RemoteEncoding(
+        pool,
+        EncoderChoice.of(encoder, worker_device, threads or 1),
+        TaskNeeds(cpus=threads or 1, gpus=int(uses_gpu), memory=memory),
+        files,
+        (model, guidance, encoder) if ship_weights else None,
+    )
 
 
 def _limits(max_memory: str | None) -> PartLimits:

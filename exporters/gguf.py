@@ -11,7 +11,7 @@ from pathlib import Path
 from dynquant import __version__
 from dynquant.artifacts import Region, ResumableOutput
 from dynquant.codecs.encoder import Encoder, ProtectedWeight
-from dynquant.errors import DynquantError, ExportError
+from dynquant.errors import ClusterError, DynquantError, ExportError
 from dynquant.exporters.gguf_header import FileLayout, ImatrixInfo, Provenance, TensorSpec, layout, split_paths
 from dynquant.exporters.provenance import check_stats, export_identity
 from dynquant.model import Model
@@ -59,6 +59,7 @@ def export_gguf(
         StatsError: the statistics are missing, superfluous, or of another checkpoint.
         EncodeError: NaN or Inf weights, or a type without the statistics it needs; partial files are removed.
         ExportError: another size than the plan predicts, no space, or an interrupted export of something else.
+        ClusterError: `elsewhere` cannot go on; what is done is kept.
     """
     output = Path(output)
     check_plan(model, plan)
@@ -82,7 +83,7 @@ def export_gguf(
         )  # fmt: skip
         try:
             _write(target, files, quantized)
-        except ExportError:
+        except (ExportError, ClusterError):
             raise
         except DynquantError:
             target.discard()

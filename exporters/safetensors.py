@@ -14,7 +14,7 @@ from pathlib import Path
 from dynquant import __version__
 from dynquant.artifacts import Region, ResumableOutput
 from dynquant.codecs.encoder import Encoder, ProtectedWeight
-from dynquant.errors import CheckpointError, DynquantError, ExportError
+from dynquant.errors import CheckpointError, ClusterError, DynquantError, ExportError
 from dynquant.exporters.checkpoint_files import (
     SHARD_BYTES,
     as_json,
@@ -94,6 +94,7 @@ def export_safetensors(
         EncodeError: NaN or Inf weights, or a type without the statistics it needs; partial files are removed.
         CheckpointError: an architecture that cannot be loaded packed.
         ExportError: no space, an output that is no directory, or an interrupted export of something else.
+        ClusterError: `elsewhere` cannot go on; what is done is kept.
     """
     output = Path(output)
     check_plan(model, plan)
@@ -121,7 +122,7 @@ def export_safetensors(
             quantized = _parts_of(stored, parts, skip)
         try:
             _write(target, checkpoint, quantized)
-        except ExportError:
+        except (ExportError, ClusterError):
             raise
         except DynquantError:
             target.discard()

@@ -43,6 +43,8 @@ RANKS = [
     ["serving_plan"],
     ["artifacts", "parts"],
     ["quantize", "tuning"],
+    ["ray_pool"],
+    ["remote_encoding"],
     ["lora"],
     ["hf_registration"],
     ["encoded_store", "layer_replay"],
@@ -120,7 +122,7 @@ def test_installed_packages_match_the_folders():
 
 
 def test_importing_dynquant_loads_no_heavy_package():
-    heavy = ("torch", "transformers", "llama_cpp", "matplotlib")
+    heavy = ("torch", "transformers", "llama_cpp", "matplotlib", "ray")
     code = f"import sys, dynquant; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
     assert done.stdout.strip() == "[]"
