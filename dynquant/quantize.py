@@ -19,6 +19,7 @@ from dynquant.importance import importance
 from dynquant.model import Model
 from dynquant.parts import PartLimits, TensorPart, load_packed_part, load_part
 from dynquant.plan import Plan
+from dynquant.progress import Progress
 from dynquant.quant_types import QuantType
 from dynquant.second_moments import SecondMoments, hessian
 from dynquant.statistics import CalibrationStats
@@ -27,8 +28,6 @@ ImportanceLookup = Callable[[str, tuple[int, ...]], torch.Tensor | None]
 """Tensor name and shape -> E[x^2], float32 [experts, row_length]; None when calibration did not see its input."""
 HessianLookup = Callable[[str, tuple[int, ...], slice], torch.Tensor | None]
 """Tensor name, shape and experts -> E[x xᵀ], float32 [experts, row_length, row_length]; None when it is not known."""
-Progress = Callable[[str, int, int], None]
-"""Called with stage, weights done and weights in total."""
 
 PartStream = Callable[[Iterable[TensorPart]], Iterable[tuple[TensorPart, torch.Tensor]]]
 """Encodes parts, somewhere and in any order, and gives each with its blocks."""
@@ -148,14 +147,15 @@ def quantize(
     parts = parts or parts_of_plan(plan, guidance, encoder)
     every = [part for name in model.source.names() for part in parts[name]]
     wanted = [part for part in every if part.key not in skip and part.name not in skip]
-    counter = _Counter(progress, plan.num_weights)
-    counter.add(plan.num_weights - sum(part.num_weights for part in wanted))
+    counter = _Counter(progress, plan.num_weights, plan.num_weights - sum(part.num_weights for part in wanted))
     if elsewhere is not None:
         for part, packed in elsewhere(wanted):
+            counter.tensor = part.name
             counter.add(part.num_weights)
             yield QuantizedPart(part, packed)
         return
     for part in wanted:
+        counter.begin(part.name)
         packed = encode_part(model, part, guidance, encoder, threads=threads, on_weights=counter.add)
         yield QuantizedPart(part, packed)
 
@@ -194,14 +194,21 @@ def check_importance(plan: Plan, importance: ImportanceLookup | None, *, skip: C
 
 @dataclass
 class _Counter:
+    """Weights done, those of an earlier run included, and the tensor that is being encoded."""
+
     progress: Progress | None
     total: int
-    done: int = 0
+    done: int
+    tensor: str = ""
+
+    def begin(self, tensor: str) -> None:
+        self.tensor = tensor
+        self.add(0)
 
     def add(self, num_weights: int) -> None:
         self.done += num_weights
-        if self.progress is not None and num_weights:
-            self.progress("quantize", self.done, self.total)
+        if self.progress is not None:
+            self.progress("quantize", self.done, self.total, unit="weights", tensor=self.tensor)
 
 
 def encode_tensor(

@@ -17,9 +17,9 @@ from dynquant.exporters.provenance import check_stats, export_identity
 from dynquant.model import Model
 from dynquant.parts import PartLimits, TensorPart
 from dynquant.plan import Plan
+from dynquant.progress import Progress
 from dynquant.quantize import (
     PartStream,
-    Progress,
     QuantizedPart,
     check_importance,
     check_plan,

@@ -36,9 +36,9 @@ from dynquant.model import Model
 from dynquant.packed_model import Place, build_meta_model, places
 from dynquant.parts import PartLimits, TensorPart, load_packed_part
 from dynquant.plan import Plan, PlanEntry
+from dynquant.progress import Progress
 from dynquant.quantize import (
     PartStream,
-    Progress,
     QuantizedPart,
     check_importance,
     check_plan,

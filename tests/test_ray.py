@@ -146,12 +146,12 @@ def test_the_command_gives_the_bytes_of_a_local_export(cluster, small_moe, tmp_p
 
 def test_no_cluster_at_an_address_is_refused(small_moe, tmp_path):
     needs_ray()
-    done = run("export", small_moe, "--preset", "uniform-q4_0", "-o", tmp_path / "a.gguf", "--ray", "127.0.0.1:1")
+    done = run("export", small_moe, "--preset", "uniform-q8_0", "-o", tmp_path / "a.gguf", "--ray", "127.0.0.1:1")
     assert done.returncode == 1 and "There is no Ray cluster at 127.0.0.1:1" in done.stderr
     assert not list(tmp_path.iterdir())
 
 
 def test_without_ray_the_way_to_install_it_is_named(monkeypatch, small_moe, tmp_path):
     monkeypatch.setitem(sys.modules, "ray", None)
-    done = run("export", small_moe, "--preset", "uniform-q4_0", "-o", tmp_path / "a.gguf", "--ray", "auto")
+    done = run("export", small_moe, "--preset", "uniform-q8_0", "-o", tmp_path / "a.gguf", "--ray", "auto")
     assert done.returncode == 1 and "dynquant-toolchain[ray]" in done.stderr
