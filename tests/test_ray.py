@@ -69,7 +69,7 @@ def test_a_node_that_dies_half_way_changes_no_byte(cluster, pool, moe, plan, loc
     doomed = list(cluster.worker_nodes)
     assert len(doomed) == 1
 
-    def kill_half_way(_stage, done, total):
+    def kill_half_way(_stage, done, total, **_):
         if done > total / 2 and doomed:
             cluster.remove_node(doomed.pop(), allow_graceful=False)
 
