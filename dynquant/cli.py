@@ -78,6 +78,7 @@ def calibrate(
     imatrix: Annotated[
         Path | None, typer.Option(help="Import a llama.cpp imatrix GGUF instead of running the model.")
     ] = None,
+    ray: RayOpt = None,
     imatrix_out: Annotated[
         Path | None, typer.Option(help="Also write the statistics as a llama.cpp imatrix GGUF.")
     ] = None,
@@ -90,7 +91,7 @@ def calibrate(
 
     options = workflow.CalibrationOptions(
         text=calibration, tokens=tokens, window=window, seed=seed,
-        hessians=_hessians(hessians), hessian_memory=hessian_memory, device=device,
+        hessians=_hessians(hessians), hessian_memory=hessian_memory, device=device, ray=ray,
     )  # fmt: skip
     workflow.calibrate(model, options, output, base_gguf=base_gguf, imatrix=imatrix, imatrix_out=imatrix_out)
 

@@ -48,7 +48,7 @@ RayOpt = Annotated[
     typer.Option(
         "--ray",
         help="Spread the work over a Ray cluster: its address HOST:PORT, or auto for one that Ray finds, else all of "
-        "this machine. Same bytes.",
+        "this machine.",
         show_default=False,
     ),
 ]

@@ -6,6 +6,7 @@ does not matter: Ray runs it again when its worker or node is lost, also when th
 
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -122,8 +123,9 @@ def open_ray(address: str) -> Iterator[RayPool]:
     except ImportError as error:
         raise ClusterError("--ray needs Ray: pip install 'dynquant-toolchain[ray]', on every node.") from error
     try:
+        _check_answers(address)
         ray.init(address=None if address == AUTO else address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise ClusterError(
             f"There is no Ray cluster at {address} ({error}). Start one with `ray start --head`, join nodes with "
             "`ray start --address HOST:6379`, and give --ray HOST:6379; or use --ray auto on this machine."
@@ -132,6 +134,20 @@ def open_ray(address: str) -> Iterator[RayPool]:
         yield RayPool()
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself would try for minutes.
+
+    Raises:
+        OSError: nothing listens there, or not within 10 seconds.
+        ValueError: the address is not of the form HOST:PORT.
+    """
+    if address == AUTO:
+        return
+    host, _, port = address.rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=10):
+        pass
 
 
 def _call(task: Callable[[Any], Result], item: Any) -> Result:

@@ -44,7 +44,7 @@ RANKS = [
     ["artifacts", "parts"],
     ["quantize", "tuning"],
     ["ray_pool"],
-    ["remote_encoding"],
+    ["remote_encoding", "sharded_calibration"],
     ["lora"],
     ["hf_registration"],
     ["encoded_store", "layer_replay"],

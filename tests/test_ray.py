@@ -5,14 +5,17 @@ import sys
 import pytest
 import torch
 
+from dynquant.calibration import collect_statistics, windows_of
 from dynquant.checkpoint import open_model
 from dynquant.errors import CheckpointError, ClusterError
 from dynquant.exporters.gguf import export_gguf
+from dynquant.hf_loading import load_hf
 from dynquant.parts import PartLimits
 from dynquant.plan_building import plan_from_types, stays_f32
 from dynquant.quantize import Guidance, load_encoder
 from dynquant.ray_pool import RayPool, TaskNeeds, open_ray
 from dynquant.remote_encoding import EncoderChoice, RemoteEncoding, StoredFiles
+from dynquant.sharded_calibration import calibrate_in_shards, cut
 from tests.helpers.commands import run
 
 GGML = load_encoder("ggml")
@@ -142,6 +145,77 @@ def test_the_command_gives_the_bytes_of_a_local_export(cluster, small_moe, tmp_p
     assert (here.returncode, there.returncode) == (0, 0), there.stderr
     folders = [{path.name: path.read_bytes() for path in (tmp_path / n).iterdir()} for n in ("here", "there")]
     assert folders[0] == folders[1]
+
+
+@pytest.fixture(scope="module")
+def text(moe):
+    """32 windows of 32 tokens: two shards of sums, and one of three windows that are held back."""
+    return windows_of(moe, None, tokens=1024, window=32, seed=0)
+
+
+def measured(moe, text, hessians: str, pool: RayPool | None = None, progress=None):
+    options = {"hessians": hessians, "hessian_bytes": 1 << 30, "pool": pool, "progress": progress}
+    return calibrate_in_shards(moe, *text, **options)
+
+
+@pytest.fixture
+def one_thread():
+    """That of Ray's workers: products of more threads may round otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_calibration_keeps_its_bytes_when_a_node_dies(cluster, pool, moe, text, one_thread, tmp_path):
+    doomed = list(cluster.worker_nodes)
+
+    def kill(_stage, _done, _total, **_):
+        if doomed:
+            cluster.remove_node(doomed.pop(), allow_graceful=False)
+
+    here = measured(moe, text, "gradients")
+    try:
+        there = measured(moe, text, "gradients", pool, kill)
+    finally:
+        cluster.add_node(num_cpus=1)
+    assert not doomed
+    for found, name in ((here, "here"), (there, "there")):
+        found.stats.save(tmp_path / f"{name}.stats")
+        found.moments.save(tmp_path / f"{name}.moments")
+    for kind in ("stats", "moments"):
+        assert (tmp_path / f"here.{kind}").read_bytes() == (tmp_path / f"there.{kind}").read_bytes()
+
+
+def test_shards_add_up_to_the_one_sum(moe, text):
+    windows, provenance = text
+    sharded = measured(moe, text, "activations")
+    whole = collect_statistics(
+        load_hf(moe), windows, arch=moe.arch, n_layer=moe.hyper.n_layer, provenance=provenance, hessians="activations"
+    )
+    assert sharded.stats.provenance == whole.stats.provenance == sharded.moments.provenance
+    assert sharded.stats.aliases == whole.stats.aliases and sharded.stats.inputs.keys() == whole.stats.inputs.keys()
+    assert torch.equal(sharded.moments.tokens, whole.moments.tokens)
+    for key, found in whole.stats.inputs.items():
+        merged = sharded.stats.inputs[key]
+        assert torch.equal(merged.counts, found.counts)
+        torch.testing.assert_close(merged.in_sum2, found.in_sum2, rtol=1e-5, atol=0)
+        torch.testing.assert_close(sharded.moments.sums[key], whole.moments.sums[key], rtol=1e-4, atol=1e-3)
+        assert (merged.samples is None) == (found.samples is None)
+        if found.samples is not None:
+            assert torch.equal(merged.samples, found.samples)
+            assert torch.equal(merged.sample_counts, found.sample_counts)
+        if found.max_in is not None:
+            assert torch.equal(merged.max_in_channel, found.max_in_channel)
+
+
+def test_shards_are_cut_by_window_number(text):
+    windows, provenance = text
+    shards = cut(windows, provenance, 0.1)
+    assert [len(shard.windows) for shard in shards] == [16, 13, 3] and [s.is_held for s in shards] == [0, 0, 1]
+    assert torch.equal(torch.cat([shard.windows for shard in shards]), windows)
+    assert len({shard.provenance.seed for shard in shards}) == 3
+    assert [len(shard.windows) for shard in cut(windows[:2], provenance, 0.1)] == [1, 1]
 
 
 def test_no_cluster_at_an_address_is_refused(small_moe, tmp_path):
