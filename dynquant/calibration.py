@@ -88,21 +88,7 @@ def calibrate(
         CheckpointError: transformers cannot load the model.
         StatsError: the text is missing or empty, or the model has experts that cannot be observed.
     """
-<<<<<<< HEAD
     windows, provenance = windows_of(model, text, tokens=tokens, window=window, seed=seed)
-=======
-    tokenizer = load_tokenizer(model)
-    documents: CalibrationText = read_text(text, seed=seed, max_tokens=tokens)
-    windows = pack_windows(documents, tokenizer, window=window, max_tokens=tokens)
-    provenance = StatsProvenance(
-        fingerprint=model.fingerprint,
-        text_hash=documents.sha256,
-        text_name=documents.name,
-        window=windows.shape[1],
-        max_tokens=tokens,
-        seed=seed,
-    )
->>>>>>> main
     return collect_statistics(
         load_hf(model, dtype=dtype, device=device),
         windows,
@@ -125,7 +111,7 @@ def windows_of(
         StatsError: the text is missing or empty.
     """
     tokenizer = load_tokenizer(model)
-    documents: CalibrationText = read_text(text, tokenizer=tokenizer, seed=seed, max_tokens=tokens)
+    documents: CalibrationText = read_text(text, seed=seed, max_tokens=tokens)
     windows = pack_windows(documents, tokenizer, window=window, max_tokens=tokens)
     return windows, StatsProvenance(
         fingerprint=model.fingerprint,

@@ -144,7 +144,6 @@ def quantize(
     """
     check_plan(model, plan)
     check_importance(plan, guidance.importance, skip=skip)
-<<<<<<< HEAD
     parts = parts or parts_of_plan(plan, guidance, encoder)
     every = [part for name in model.source.names() for part in parts[name]]
     wanted = [part for part in every if part.key not in skip and part.name not in skip]
@@ -159,25 +158,6 @@ def quantize(
         counter.begin(part.name)
         packed = encode_part(model, part, guidance, encoder, threads=threads, on_weights=counter.add)
         yield QuantizedPart(part, packed)
-=======
-    entries = {entry.name: entry for entry in plan.entries}
-    counter = _Counter(
-        progress, plan.num_weights, sum(prod(entry.shape) for name, entry in entries.items() if name in skip)
-    )
-    for name in model.source.names():
-        entry = entries[name]
-        if name in skip:
-            continue
-        counter.begin(name)
-        packed = _stored_bytes(model, entry)
-        if packed is None:
-            packed = encode_tensor(
-                model, name, entry.quant_type, guidance, encoder, threads=threads, on_weights=counter.add
-            )
-        else:
-            counter.add(prod(entry.shape))
-        yield QuantizedTensor(name, entry.shape, entry.quant_type, packed)
->>>>>>> main
 
 
 def check_plan(model: Model, plan: Plan) -> None:
