@@ -61,7 +61,7 @@ def tiny_plan(model: Model, type_name: str = "Q4_K", **options):
 
 def tiny_stats(model: Model) -> CalibrationStats:
     provenance = StatsProvenance(
-        fingerprint=model.fingerprint, text_hash="t", text_name="/home/somebody/texts/prose.jsonl", num_windows=7
+        fingerprint=model.fingerprint, text_hash="7", text_name="/home/somebody/texts/prose.jsonl", num_windows=7
     )
     inputs = {
         f"blk.{layer}.ffn_up_exps.weight": InputStats(
@@ -364,7 +364,8 @@ def test_a_disk_that_fills_up_keeps_what_is_done_and_says_how_to_go_on(monkeypat
     write, calls = artifacts._write_all, iter(range(10**6))
 
     def fill_up(file, data):
-        if next(calls) == 9:
+        is_journal = str(file.name).endswith(".journal")
+        if not is_journal and next(calls) == 9:
             write(file, data[: len(data) // 2])
             raise OSError(errno.ENOSPC, "No space left on device")
         write(file, data)
