@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from dynquant.plan_building import plan_from_types
 from dynquant.plan_report import STATS_NAME, SUPER_NAME, load_super_weights, stats_of_plan
 from dynquant.presets import preset_types
 from dynquant.quant_types import quant_type
-from dynquant.quantize import PartStream, encoder_version, guidance_of, load_encoder
+from dynquant.quantize import encoder_version, guidance_of, load_encoder
 from dynquant.ray_pool import RayPool, TaskNeeds, open_ray
 from dynquant.remote_encoding import EncoderChoice, RemoteEncoding, StoredFiles
 from dynquant.second_moments import SecondMoments, load_beside, path_beside
@@ -89,62 +89,46 @@ def export(
         raise ExportError(f"There is no export format `{format}`; use one of {', '.join(FORMATS)}.")
     if (plan_path is None) == (preset is None):
         raise PlanError("Give either --plan FILE or --preset NAME.")
-    with ExitStack() as stack:
-        pool = stack.enter_context(open_ray(ray)) if ray else None
-        return _export(
-            path, output, limits, pool,
-            format=format, plan_path=plan_path, preset=preset, stats_path=stats_path, calibration=calibration,
-            encoder=encoder, device=device, split_max_size=split_max_size, resume=resume, threads=threads,
-            base_gguf=base_gguf, tune_tokens=tune_tokens, ship_weights=ship_weights,
+    with open_ray(ray) if ray else nullcontext() as pool:
+        model = open_and_announce(path, base_gguf)
+        cluster = None if pool is None else _Cluster(pool, device, base_gguf, ship_weights)
+        chosen = load_encoder(encoder, chosen_device(device) if cluster is None else cluster.device)
+        if plan_path is not None:
+            made = Plan.load(plan_path)
+            stats_path = stats_path or plan_path.parent / STATS_NAME
+            stats = stats_of_plan(made.stats_hash, stats_path)
+            protected = _protected(plan_path.with_name(SUPER_NAME))
+        else:
+            options = calibration or CalibrationOptions()
+            stats_path, made, stats = _plan_of_preset(model, str(preset), stats_path, options, output)
+            protected = {}
+        moments = _moments_of(stats, stats_path, chosen)
+        writer = _Writer(
+            model, made, stats, stats_path, chosen, moments, protected, threads,
+            parse_size(split_max_size) if split_max_size else None, resume, format, limits, cluster,
         )  # fmt: skip
-
-
-def _export(
-    path: str,
-    output: Path,
-    limits: PartLimits,
-    pool: RayPool | None,
-    *,
-    format: str,
-    plan_path: Path | None,
-    preset: str | None,
-    stats_path: Path | None,
-    calibration: CalibrationOptions | None,
-    encoder: str,
-    device: str | None,
-    split_max_size: str | None,
-    resume: bool,
-    threads: int | None,
-    base_gguf: Path | None,
-    tune_tokens: int | None,
-    ship_weights: bool,
-) -> list[Path]:
-    model = open_and_announce(path, base_gguf)
-    encoding_device = chosen_device(device) if pool is None else device or ("cuda" if pool.has_gpus else "cpu")
-    chosen = load_encoder(encoder, encoding_device)
-    if plan_path is not None:
-        made = Plan.load(plan_path)
-        stats_path = stats_path or plan_path.parent / STATS_NAME
-        stats = stats_of_plan(made.stats_hash, stats_path)
-        protected = _protected(plan_path.with_name(SUPER_NAME))
-    else:
-        options = calibration or CalibrationOptions()
-        stats_path, made, stats = _plan_of_preset(model, str(preset), stats_path, options, output)
-        protected = {}
-    moments = _moments_of(stats, stats_path, chosen)
-    writer = _Writer(
-        model, made, stats, chosen, moments, protected, threads,
-        parse_size(split_max_size) if split_max_size else None, resume, format, limits,
-        _remote(pool, model, stats, stats_path, chosen, encoding_device, moments, protected, threads, limits, base_gguf,
-                ship_weights),
-    )  # fmt: skip
-    options = _closing_pass(model, chosen, moments, tune_tokens, limits)
-    files = writer.write(output) if options is None else _write_tuned(writer, output, options, device)
+        options = _closing_pass(model, chosen, moments, tune_tokens, limits)
+        files = writer.write(output) if options is None else _write_tuned(writer, output, options, device)
     size = sum(file.stat().st_size for file in files if file.suffix in (".gguf", ".safetensors"))
     for file in files:
         console.out.print(str(file))
     console.out.print(f"{size:,} bytes, {8 * size / made.num_weights:.3f} bits per weight")
     return files
+
+
+@dataclass(frozen=True)
+class _Cluster:
+    """Where parts are encoded with --ray; `asked` is --device, of the workers."""
+
+    pool: RayPool
+    asked: str | None
+    base_gguf: Path | None
+    ship_weights: bool
+
+    @property
+    def device(self) -> str:
+        asked = self.asked or ("cuda" if self.pool.has_gpus else "cpu")
+        return "cuda" if asked.startswith("cuda") else asked  # Ray numbers the GPUs
 
 
 @dataclass(frozen=True)
@@ -154,6 +138,7 @@ class _Writer:
     model: Model
     plan: Plan
     stats: CalibrationStats | None
+    stats_path: Path
     encoder: Encoder
     moments: SecondMoments | None
     protected: Mapping[str, tuple[ProtectedWeight, ...]]
@@ -162,7 +147,7 @@ class _Writer:
     resume: bool
     format: str
     limits: PartLimits
-    elsewhere: PartStream | None
+    cluster: _Cluster | None
 
     def write(self, output: Path, *, stored: GGUFSource | None = None) -> list[Path]:
         """Write in the format that was asked for; with `stored`, from the bytes of a GGUF file of the same plan."""
@@ -186,47 +171,34 @@ class _Writer:
             )  # fmt: skip
 
     @property
+    def elsewhere(self) -> RemoteEncoding | None:
+        """Encoding on the cluster, or None without one."""
+        if self.cluster is None:
+            return None
+        on_gpu = self.encoder.uses_hessians and self.cluster.device == "cuda"
+        cpus = self.threads or 1
+        memory = PROCESS_BYTES + self.limits.memory if self.limits.memory is not None else 0
+        files = StoredFiles.of(
+            self.model,
+            base_gguf=self.cluster.base_gguf,
+            stats=self.stats_path if self.stats is not None else None,
+            use_moments=self.moments is not None,
+            protected=self.protected,
+        )
+        guidance = guidance_of(self.stats, self.moments, self.protected)
+        return RemoteEncoding(
+            self.cluster.pool,
+            EncoderChoice.of(self.encoder, "cuda" if on_gpu else "cpu", cpus),
+            TaskNeeds(cpus, int(on_gpu), memory),
+            files,
+            (self.model, guidance, self.encoder) if self.cluster.ship_weights else None,
+        )
+
+    @property
     def identity(self) -> str:
         moments = self.moments.identity if self.moments else "none"
         content = [self.plan.hash, moments, self.encoder.name, encoder_version(self.encoder), __version__]
         return hashlib.sha256(json.dumps([*content, self.split_max_bytes]).encode()).hexdigest()
-
-
-def _remote(
-    pool: RayPool | None,
-    model: Model,
-    stats: CalibrationStats | None,
-    stats_path: Path,
-    encoder: Encoder,
-    device: str,
-    moments: SecondMoments | None,
-    protected: Mapping[str, tuple[ProtectedWeight, ...]],
-    threads: int | None,
-    limits: PartLimits,
-    base_gguf: Path | None,
-    ship_weights: bool,
-) -> RemoteEncoding | None:
-    """Encoding on the cluster, or None without one."""
-    if pool is None:
-        return None
-    uses_gpu = encoder.uses_hessians and device.startswith("cuda")
-    worker_device = "cuda" if uses_gpu else "cpu"
-    memory = PROCESS_BYTES + limits.memory if limits.memory is not None else 0
-    guidance = guidance_of(stats, moments, protected)
-    files = StoredFiles.of(
-        model,
-        base_gguf=base_gguf,
-        stats=stats_path if stats is not None else None,
-        use_moments=moments is not None,
-        protected=protected,
-    )
-    return RemoteEncoding(
-        pool,
-        EncoderChoice.of(encoder, worker_device, threads or 1),
-        TaskNeeds(cpus=threads or 1, gpus=int(uses_gpu), memory=memory),
-        files,
-        (model, guidance, encoder) if ship_weights else None,
-    )
 
 
 def _limits(max_memory: str | None) -> PartLimits:

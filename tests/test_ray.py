@@ -128,18 +128,8 @@ def _refuse(item: int) -> None:
 
 
 def test_the_command_gives_the_bytes_of_a_local_export(cluster, small_moe, tmp_path):
-    arguments = (
-        "export",
-        small_moe,
-        "--preset",
-        "uniform-q4_0",
-        "--encoder",
-        "ggml",
-        "--tune",
-        "0",
-        "-f",
-        "safetensors",
-    )
+    preset = ("--preset", "uniform-q8_0", "--encoder", "ggml", "--tune", "0")
+    arguments = ("export", small_moe, *preset, "-f", "safetensors")
     here = run(*arguments, "-o", tmp_path / "here")
     there = run(*arguments, "-o", tmp_path / "there", "--ray", cluster.address, "--max-memory", "1.01GiB")
     assert (here.returncode, there.returncode) == (0, 0), there.stderr

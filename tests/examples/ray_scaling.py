@@ -2,8 +2,8 @@
 
     python tests/examples/ray_scaling.py MODEL --plan DIR/plan.json --nodes 1,2 --repeat 3 --tensors blk.1.
 
-Workers are warm: each has encoded before. Efficiency is the time of one node over N times that of N nodes. What else the
-machine does shows in the CPU seconds that a worker got per second of encoding, 1.0 on an idle machine; how well the
+Workers are warm: each has encoded before. Efficiency is the time of one node over N times that of N nodes. What else
+the machine does shows in the CPU seconds that a worker got per second of encoding, 1.0 on an idle machine; how well the
 driver keeps workers fed, in the share of their time that they encode.
 """
 
