@@ -88,17 +88,7 @@ def calibrate(
         CheckpointError: transformers cannot load the model.
         StatsError: the text is missing or empty, or the model has experts that cannot be observed.
     """
-    tokenizer = load_tokenizer(model)
-    documents: CalibrationText = read_text(text, seed=seed, max_tokens=tokens)
-    windows = pack_windows(documents, tokenizer, window=window, max_tokens=tokens)
-    provenance = StatsProvenance(
-        fingerprint=model.fingerprint,
-        text_hash=documents.sha256,
-        text_name=documents.name,
-        window=windows.shape[1],
-        max_tokens=tokens,
-        seed=seed,
-    )
+    windows, provenance = windows_of(model, text, tokens=tokens, window=window, seed=seed)
     return collect_statistics(
         load_hf(model, dtype=dtype, device=device),
         windows,
@@ -109,6 +99,27 @@ def calibrate(
         hessians=hessians,
         hessian_bytes=hessian_bytes,
         progress=progress,
+    )
+
+
+def windows_of(
+    model: Model, text: str | Path | None, *, tokens: int, window: int, seed: int
+) -> tuple[torch.Tensor, StatsProvenance]:
+    """Token ids [windows, window] of a text, and where they come from.
+
+    Raises:
+        StatsError: the text is missing or empty.
+    """
+    tokenizer = load_tokenizer(model)
+    documents: CalibrationText = read_text(text, seed=seed, max_tokens=tokens)
+    windows = pack_windows(documents, tokenizer, window=window, max_tokens=tokens)
+    return windows, StatsProvenance(
+        fingerprint=model.fingerprint,
+        text_hash=documents.sha256,
+        text_name=documents.name,
+        window=windows.shape[1],
+        max_tokens=tokens,
+        seed=seed,
     )
 
 
@@ -137,7 +148,8 @@ def collect_statistics(
     num_windows, window = tokens.shape if tokens.ndim == 2 else (0, 0)
     if num_windows == 0:
         raise StatsError("The calibration text gives no window of tokens; give a longer text.")
-    num_held = 0 if num_windows == 1 or held_back <= 0 else max(1, round(num_windows * held_back))
+    is_only_window = num_windows == 1 and held_back < 1
+    num_held = 0 if is_only_window or held_back <= 0 else max(1, round(num_windows * held_back))
     summed, held = tokens[: num_windows - num_held], tokens[num_windows - num_held :]
     moments = None if hessians == "none" else MomentRecorder.for_model(hf_model, hessian_bytes)
     collector = _Collector(hf_model, arch, n_layer, window, limits or SampleLimits(), moments)

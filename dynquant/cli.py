@@ -20,9 +20,11 @@ from dynquant.cli_options import (
     HessianMemoryOpt,
     HessiansOpt,
     JsonOpt,
+    MaxMemoryOpt,
     ModelArg,
     PlanArg,
     PresetOpt,
+    RayOpt,
     SeedOpt,
     TextOpt,
     ThreadsOpt,
@@ -76,6 +78,7 @@ def calibrate(
     imatrix: Annotated[
         Path | None, typer.Option(help="Import a llama.cpp imatrix GGUF instead of running the model.")
     ] = None,
+    ray: RayOpt = None,
     imatrix_out: Annotated[
         Path | None, typer.Option(help="Also write the statistics as a llama.cpp imatrix GGUF.")
     ] = None,
@@ -88,7 +91,7 @@ def calibrate(
 
     options = workflow.CalibrationOptions(
         text=calibration, tokens=tokens, window=window, seed=seed,
-        hessians=_hessians(hessians), hessian_memory=hessian_memory, device=device,
+        hessians=_hessians(hessians), hessian_memory=hessian_memory, device=device, ray=ray,
     )  # fmt: skip
     workflow.calibrate(model, options, output, base_gguf=base_gguf, imatrix=imatrix, imatrix_out=imatrix_out)
 
@@ -289,6 +292,12 @@ def export(
     ] = None,
     split_max_size: Annotated[str | None, typer.Option(help="Split into files of at most this size, as 40GB.")] = None,
     resume: Annotated[bool, typer.Option(help="Continue an interrupted export.")] = True,
+    max_memory: MaxMemoryOpt = None,
+    ray: RayOpt = None,
+    ship_weights: Annotated[
+        bool,
+        typer.Option(help="With --ray: send weights and statistics to workers that cannot read them by path."),
+    ] = False,
     threads: ThreadsOpt = None,
     base_gguf: BaseGgufOpt = None,
 ) -> None:
@@ -305,7 +314,7 @@ def export(
     run(
         model, output, format=format, plan_path=plan, preset=preset, stats_path=stats, calibration=options,
         encoder=encoder, device=device, split_max_size=split_max_size, resume=resume, threads=threads,
-        base_gguf=base_gguf, tune_tokens=tune,
+        base_gguf=base_gguf, tune_tokens=tune, max_memory=max_memory, ray=ray, ship_weights=ship_weights,
     )  # fmt: skip
 
 

@@ -40,4 +40,16 @@ HessiansOpt = Annotated[
 HessianMemoryOpt = Annotated[
     str, typer.Option(help="Memory for second moments; experts of a layer share one matrix when each has no room.")
 ]
+MaxMemoryOpt = Annotated[
+    str | None, typer.Option(help="Host memory that the command may take, as 8GiB.", show_default=False)
+]
+RayOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        help="Spread the work over a Ray cluster: its address HOST:PORT, or auto for one that Ray finds, else all of "
+        "this machine.",
+        show_default=False,
+    ),
+]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]

@@ -49,8 +49,8 @@ class TensorSource(Protocol):
     def info(self, name: str) -> TensorInfo:
         """Shape and type, without reading data."""
 
-    def load(self, name: str, index: int | None = None) -> torch.Tensor:
-        """Float32 values on the CPU; with `index`, only that slice of the first dimension (one expert)."""
+    def load(self, name: str, index: int | slice | None = None) -> torch.Tensor:
+        """Float32 values on the CPU; with `index`, only one expert of a stack, or some rows of a matrix."""
 
 
 class DictSource:
@@ -74,7 +74,7 @@ class DictSource:
         tensor = self._tensors[name]
         return TensorInfo(name, tuple(tensor.shape), _GGML_NAME.get(str(tensor.dtype).removeprefix("torch."), "F32"))
 
-    def load(self, name: str, index: int | None = None) -> torch.Tensor:
+    def load(self, name: str, index: int | slice | None = None) -> torch.Tensor:
         tensor = self._tensors[name]
         return (tensor if index is None else tensor[index]).to(torch.float32)
 
@@ -116,7 +116,7 @@ class SafetensorsSource:
     def info(self, name: str) -> TensorInfo:
         return self._info[name]
 
-    def load(self, name: str, index: int | None = None) -> torch.Tensor:
+    def load(self, name: str, index: int | slice | None = None) -> torch.Tensor:
         if not self._info[name].shape:
             return self._handle(self._file_of[name]).get_tensor(name).to(torch.float32)
         rows = self._slice(name)

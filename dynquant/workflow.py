@@ -20,7 +20,7 @@ from dynquant.analysis.super_weights import SuperWeight, find_super_weights
 from dynquant.analysis.unit_kl import METHOD as UNIT_KL
 from dynquant.architecture import Role
 from dynquant.artifacts import file_hash
-from dynquant.calibration import Hessians
+from dynquant.calibration import Calibration, Hessians
 from dynquant.checkpoint import open_model
 from dynquant.devices import chosen_device
 from dynquant.encoded_store import EncodedStore
@@ -42,6 +42,7 @@ from dynquant.plan_report import (
 from dynquant.plan_search import SearchOptions
 from dynquant.plan_target import Target, parse_size
 from dynquant.presets import R1_RECIPES, preset_types
+from dynquant.progress import Progress
 from dynquant.quant_types import quant_type
 from dynquant.quantize import load_encoder
 from dynquant.recipe_parser import recipe_types
@@ -70,6 +71,8 @@ class CalibrationOptions:
     hessians: Hessians = "activations"
     hessian_memory: str = "8GiB"
     device: str | None = None
+    ray: str | None = None
+    """Address of a Ray cluster on which to run it in shards of windows."""
 
 
 def open_and_announce(path: str | Path, base_gguf: Path | None = None) -> Model:
@@ -99,7 +102,7 @@ def calibrate(
         stats = import_imatrix(imatrix, model)
         stats.save(output)
     else:
-        stats = run_calibration(model, options, output)
+        stats = run_calibration(model, options, output, base_gguf=base_gguf)
     if imatrix_out:
         export_imatrix(stats, imatrix_out, model=model)
         console.note(f"wrote {imatrix_out}")
@@ -108,17 +111,23 @@ def calibrate(
     return stats
 
 
-def run_calibration(model: Model, options: CalibrationOptions, output: Path) -> CalibrationStats:
+def run_calibration(
+    model: Model, options: CalibrationOptions, output: Path, *, base_gguf: Path | None = None
+) -> CalibrationStats:
     """Write the statistics, and the second moments beside them when they are asked for."""
     from dynquant.calibration import calibrate as run
 
-    device, hessian_bytes = chosen_device(options.device), parse_size(options.hessian_memory)
+    hessian_bytes = parse_size(options.hessian_memory)
     with console.stage_progress("Calibration is not kept: what it has measured so far is lost.") as progress:
-        found = run(
-            model, options.text, tokens=options.tokens, window=options.window, seed=options.seed,
-            device=device, batch_size=16 if device.startswith("cuda") else 4, hessians=options.hessians,
-            hessian_bytes=hessian_bytes, progress=progress,
-        )  # fmt: skip
+        if options.ray is not None:
+            found = _calibrate_on_ray(model, options, hessian_bytes, base_gguf, progress)
+        else:
+            device = chosen_device(options.device)
+            found = run(
+                model, options.text, tokens=options.tokens, window=options.window, seed=options.seed,
+                device=device, batch_size=_batch_size(device), hessians=options.hessians,
+                hessian_bytes=hessian_bytes, progress=progress,
+            )  # fmt: skip
     output.parent.mkdir(parents=True, exist_ok=True)
     moments_path = path_beside(output)
     if found.moments is not None:
@@ -135,6 +144,30 @@ def run_calibration(model: Model, options: CalibrationOptions, output: Path) -> 
         )
     found.stats.save(output)
     return found.stats
+
+
+def _calibrate_on_ray(
+    model: Model, options: CalibrationOptions, hessian_bytes: int, base_gguf: Path | None, progress: Progress
+) -> Calibration:
+    from dynquant.calibration import windows_of
+    from dynquant.ray_pool import open_ray
+    from dynquant.sharded_calibration import calibrate_in_shards
+
+    windows, provenance = windows_of(
+        model, options.text, tokens=options.tokens, window=options.window, seed=options.seed
+    )
+    with open_ray(str(options.ray)) as pool:
+        device = options.device or ("cuda" if pool.has_gpus else "cpu")
+        return calibrate_in_shards(
+            model, windows, provenance,
+            base_gguf=base_gguf, device="cuda" if device.startswith("cuda") else device,
+            batch_size=_batch_size(device), hessians=options.hessians, hessian_bytes=hessian_bytes, pool=pool,
+            progress=progress,
+        )  # fmt: skip
+
+
+def _batch_size(device: str) -> int:
+    return 16 if device.startswith("cuda") else 4
 
 
 def print_coverage(stats: CalibrationStats, model: Model) -> None:

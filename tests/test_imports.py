@@ -50,7 +50,10 @@ RANKS = [
     ["calibration", "live_weights"],
     ["plan", "llama_presets", "presets", "allocate", "memory_budget", "serving_layers"],
     ["serving_plan"],
-    ["artifacts", "quantize", "tuning"],
+    ["artifacts", "parts"],
+    ["quantize", "tuning"],
+    ["ray_pool"],
+    ["remote_encoding", "sharded_calibration"],
     ["lora"],
     ["hf_registration"],
     ["encoded_store", "layer_replay"],
@@ -131,7 +134,7 @@ def test_installed_packages_match_the_folders():
 
 
 def test_importing_dynquant_loads_no_heavy_package():
-    heavy = ("torch", "transformers", "llama_cpp", "matplotlib")
+    heavy = ("torch", "transformers", "llama_cpp", "matplotlib", "ray")
     code = f"import sys, dynquant; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
     assert done.stdout.strip() == "[]"
