@@ -31,6 +31,29 @@ def load_hf(model: Model, *, dtype: torch.dtype | None = None, device: str = "cp
     return loaded.to(device).eval()
 
 
+def empty_hf(model: Model, *, dtype: torch.dtype, device: str = "cpu") -> "PreTrainedModel":
+    """The model of a Hugging Face directory with parameters on the meta device; what follows from the configuration
+    (rotary tables) is computed, on `device`.
+
+    Raises:
+        CheckpointError: no such directory, or transformers does not know the architecture.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config: Any = _load(AutoConfig, model)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    for module in empty.modules():
+        computed = module._non_persistent_buffers_set
+        if computed:
+            for name in computed:
+                module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
+            empty._init_weights(module)
+    return empty.eval()
+
+
 def load_tokenizer(model: Model) -> "PreTrainedTokenizerBase":
     """The checkpoint's tokenizer.
 
