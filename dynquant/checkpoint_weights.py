@@ -87,6 +87,19 @@ class CheckpointWeights:
             return self.source.stored_bytes(stack.fused)
         return sum(self.source.stored_bytes(one) for part in stack.parts for one in part)
 
+    def fill(self, hf_model: nn.Module, dtype: torch.dtype, device: torch.device | str) -> None:
+        """Give every parameter and persistent buffer of a model on the meta device its values."""
+        exact: Any = hf_model._get_dtype_plan(dtype)  # type: ignore[operator]
+        for name in self.names:
+            wanted = torch.float32 if any(pattern in name for pattern in exact) else dtype
+            put(hf_model, name, self.load(name).to(wanted).to(device))
+        for name, stack in self.stacks.items():
+            values = torch.empty(stack.shape, dtype=dtype, device=device)
+            for expert in range(stack.shape[0]):
+                values[expert] = torch.cat([part.to(dtype) for part in self.expert(name, expert)]).to(device)
+            put(hf_model, name, values)
+        hf_model.tie_weights()  # type: ignore[operator]
+
     def _joined(self, stack: ExpertStack) -> torch.Tensor:
         """One block of memory for a layer's experts, which the system gets back whole."""
         whole: torch.Tensor | None = None
@@ -139,6 +152,16 @@ class CheckpointWeights:
             f"{self._model.path} stores nothing that could be `{name}` {list(shape)} of the running model; it cannot "
             "be read layer by layer. Load the model whole: leave out --max-memory."
         )
+
+
+def put(root: nn.Module, name: str, values: torch.Tensor) -> None:
+    """Set a parameter, which then asks for no gradient, or a buffer, whatever device it was on."""
+    owner_name, _, attribute = name.rpartition(".")
+    owner = root.get_submodule(owner_name)
+    if attribute in owner._parameters:
+        owner._parameters[attribute] = nn.Parameter(values, requires_grad=False)
+    else:
+        owner._buffers[attribute] = values
 
 
 def _stacked_fp8(experts: list[StoredValues]) -> StoredValues:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dynquant.checkpoint_weights import CheckpointWeights
 from dynquant.errors import CheckpointError
+from dynquant.families.recipe import RecipeSource
 from dynquant.model import Model
 
 if TYPE_CHECKING:
@@ -26,6 +28,10 @@ def load_hf(model: Model, *, dtype: torch.dtype | None = None, device: str = "cp
     """
     from transformers import AutoModelForCausalLM
 
+    if isinstance(model.source, RecipeSource) and getattr(model.source.checkpoint, "has_fp8", False):
+        return _load_fp8(
+            model, dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16), device
+        )
     wanted = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
     loaded = _load(AutoModelForCausalLM, model, dtype=wanted)
     return loaded.to(device).eval()
@@ -52,6 +58,13 @@ def empty_hf(model: Model, *, dtype: torch.dtype, device: str = "cpu") -> "PreTr
                 module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
             empty._init_weights(module)
     return empty.eval()
+
+
+def _load_fp8(model: Model, dtype: torch.dtype, device: str) -> "PreTrainedModel":
+    """Weights times scales: transformers would run FP8 kernels, which need a GPU and round activations."""
+    empty = empty_hf(model, dtype=dtype, device=device)
+    CheckpointWeights(model, empty).fill(empty, dtype, device)
+    return empty
 
 
 def load_tokenizer(model: Model) -> "PreTrainedTokenizerBase":

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dynquant.checkpoint_weights import CheckpointWeights
+from dynquant.checkpoint_weights import CheckpointWeights, put
 from dynquant.errors import CheckpointError, StatsError
 from dynquant.expert_hooks import record_experts
 from dynquant.hf_loading import empty_hf
@@ -171,8 +171,7 @@ class LayerStream:
         staged = {name for stage in self._stages for name in (*stage.dense, *stage.stacks)}
         for name in self._weights.names:
             if name not in staged:
-                owner_name, _, attribute = name.rpartition(".")
-                self._put(self.hf_model.get_submodule(owner_name), attribute, self._values(name))
+                put(self.hf_model, name, self._values(name))
 
     def _loading_hook(self, number: int) -> Callable[..., None]:
         """A forward pass of a module outside `stage` loads it, and lets go of it at the end."""
@@ -224,7 +223,7 @@ class LayerStream:
         for name, (owner, attribute) in stage.dense.items():
             values = stored.pop(name)
             assert values is not None
-            self._put(owner, attribute, self._values(name, values[0]))
+            put(owner, attribute, self._values(name, values[0]))
         stage.is_loaded = True
 
     def _remove(self, stage: _Stage) -> None:
@@ -232,7 +231,7 @@ class LayerStream:
             owner.__dict__.pop(attribute, None)
         for owner, attribute in stage.dense.values():
             tensor = getattr(owner, attribute)
-            self._put(owner, attribute, torch.empty_like(tensor, device="meta"))
+            put(owner, attribute, torch.empty_like(tensor, device="meta"))
         stage.is_loaded = False
 
     def _values(self, name: str, stored: StoredValues | None = None) -> torch.Tensor:
@@ -250,13 +249,6 @@ class LayerStream:
             values = values.clone()
             values[row, column] = 0
         return values
-
-    @staticmethod
-    def _put(owner: nn.Module, attribute: str, values: torch.Tensor) -> None:
-        if attribute in owner._parameters:
-            owner._parameters[attribute] = nn.Parameter(values, requires_grad=False)
-        else:
-            owner._buffers[attribute] = values
 
 
 def decoder_layers(hf_model: nn.Module) -> nn.ModuleList:

@@ -155,7 +155,7 @@ class StagedPasses:
     @contextmanager
     def _embedding_gradients(self) -> Iterator[None]:
         embedding = self.stream.hf_model.get_input_embeddings()
-        hook = embedding.register_forward_hook(lambda _module, _args, out: out.requires_grad_(True))
+        hook = embedding.register_forward_hook(lambda _module, _args, out: out.requires_grad_(True), prepend=True)
         try:
             yield
         finally:
