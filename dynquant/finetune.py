@@ -99,7 +99,7 @@ def finetune(
         trained_examples=len(trainer.train_dataset), held_out_examples=len(trainer.eval_dataset),
         steps=trainer.state.global_step, best_step=best,
         history=training_run.loss_history(trainer.state.log_history),
-        changes=_measure(trainer.model, trainer.get_eval_dataloader(), report), notes=notes,
+        changes=measure_adapter(trainer.model, trainer.get_eval_dataloader(), report), notes=notes,
         seconds=round(time.perf_counter() - start, 1),
     )  # fmt: skip
 
@@ -174,8 +174,8 @@ def _left_out(trainer: Any, data: TrainingData, num_train: int, num_held: int, m
     return notes
 
 
-def _measure(adapted: Any, batches: Any, progress: Progress) -> list["Change"]:
-    """Loss, perplexity and KL from the base over the learned tokens of the held-out examples."""
+def measure_adapter(adapted: Any, batches: Any, progress: Progress) -> list["Change"]:
+    """Loss, perplexity and KL from the base over the learned tokens of a TRL trainer's held-out batches."""
     from dynquant.training_run import Change
 
     adapted.eval()

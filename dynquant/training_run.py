@@ -202,7 +202,7 @@ def trainer_settings(
         "seed": options.seed,
         "data_seed": options.seed,
         "use_cpu": on_cpu,
-        "bf16": False,
+        "bf16": not on_cpu,
         "gradient_checkpointing": not on_cpu and num_weights >= _LARGE if checkpointing is None else checkpointing,
         "dataloader_pin_memory": not on_cpu,
         "report_to": "none",

@@ -1,6 +1,7 @@
 """Healing: the original distilled into an adapter on its packed model, stopped, resumed, measured, and refused."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from dynquant import heal as heal_module
 from dynquant.heal import HealData, heal
 from dynquant.training_options import TrainOptions
 from dynquant.training_run import TrainingReport
-from tests.helpers.crushed_models import crush
+from tests.helpers.crushed_models import WORDS, crush
 
 OPTIONS = TrainOptions(rank=8, learning_rate=3e-3, max_steps=6, batch_size=8, evaluations=3)
 
@@ -31,10 +32,12 @@ def cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("reference")
 
 
-def run(crushed, cache, output: Path, options=OPTIONS, *, text=None, progress=None, **more) -> TrainingReport:
+def run(
+    crushed, cache, output: Path, options=OPTIONS, *, text=None, progress=None, questions=None, **more
+) -> TrainingReport:
     data = HealData(
         data=str(crushed.text), tokens=4096, window=64, text=[crushed.held_out] if text is None else text,
-        max_tokens=512, cache_dir=cache,
+        max_tokens=512, mmlu_data=questions, shots=questions, num_shots=1, cache_dir=cache,
     )  # fmt: skip
     return heal(str(crushed.packed), str(crushed.original), output, data, options, progress=progress, **more)
 
@@ -69,6 +72,29 @@ def test_the_saved_adapter_gives_what_was_reported(crushed, healed):
     assert found.texts[0].kl.mean.value == pytest.approx(report.changes[0].after.value, rel=1e-5)
     bare = evaluate(crushed.packed, crushed.original, **options)
     assert bare.texts[0].kl.mean.value == pytest.approx(report.changes[0].before.value, rel=1e-5)
+
+
+@pytest.mark.gpu
+def test_healing_on_a_gpu(crushed, cache, cuda, tmp_path):
+    report = run(crushed, cache, tmp_path / "adapter", device=str(cuda))
+    assert report.gap_closed["held-out.txt"].low > 0
+
+
+def test_answers_are_counted_with_and_without_the_adapter(crushed, cache, tmp_path):
+    questions = tmp_path / "questions.jsonl"
+    lines = [
+        {"subject": "words", "question": f"Which word comes {place}?", "choices": WORDS[i : i + 4], "answer": i % 4}
+        for i, place in enumerate(("first", "second", "third", "last"))
+    ]
+    questions.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = TrainOptions(**{**vars(OPTIONS), "max_steps": 1})
+    report = run(crushed, cache, tmp_path / "adapter", options, questions=questions)
+    accuracy = report.changes[-1]
+    scores = {"tasks": ("mmlu",), "mmlu_data": questions, "shots": questions, "num_shots": 1, "scoring": ("letter",)}
+    for adapter, stated in ((None, accuracy.before), (tmp_path / "adapter", accuracy.after)):
+        found = evaluate(crushed.packed, crushed.original, adapter=adapter, **scores)
+        assert found.multiple_choice[0].candidate.accuracy.value == stated.value
+    assert accuracy.name == "accuracy" and any("4 questions" in note and "McNemar" in note for note in report.notes)
 
 
 @pytest.mark.slow
