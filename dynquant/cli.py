@@ -18,10 +18,12 @@ from dynquant.cli_options import (
     HessianMemoryOpt,
     HessiansOpt,
     JsonOpt,
+    MaxMemoryOpt,
     ModelArg,
     PlanArg,
     PresetOpt,
     SeedOpt,
+    SpillOpt,
     TextOpt,
     ThreadsOpt,
     TokensOpt,
@@ -51,6 +53,8 @@ def calibrate(
     hessians: HessiansOpt = "activations",
     hessian_memory: HessianMemoryOpt = "8GiB",
     device: DeviceOpt = None,
+    max_memory: MaxMemoryOpt = None,
+    spill: SpillOpt = None,
     base_gguf: BaseGgufOpt = None,
     imatrix: Annotated[
         Path | None, typer.Option(help="Import a llama.cpp imatrix GGUF instead of running the model.")
@@ -68,6 +72,7 @@ def calibrate(
     options = workflow.CalibrationOptions(
         text=calibration, tokens=tokens, window=window, seed=seed,
         hessians=_hessians(hessians), hessian_memory=hessian_memory, device=device,
+        max_memory=max_memory, spill=spill,
     )  # fmt: skip
     workflow.calibrate(model, options, output, base_gguf=base_gguf, imatrix=imatrix, imatrix_out=imatrix_out)
 
@@ -132,6 +137,8 @@ def plan(
     hessians: HessiansOpt = "activations",
     hessian_memory: HessianMemoryOpt = "8GiB",
     device: DeviceOpt = None,
+    max_memory: MaxMemoryOpt = None,
+    spill: SpillOpt = None,
     stats: Annotated[Path | None, typer.Option(help="Use these statistics instead of calibrating.")] = None,
     encoder: EncoderOpt = "ggml",
     threads: ThreadsOpt = None,
@@ -207,6 +214,7 @@ def plan(
         options = workflow.CalibrationOptions(
             text=calibration, tokens=tokens, window=window, seed=seed,
             hessians=_hessians(hessians), hessian_memory=hessian_memory, device=device,
+            max_memory=max_memory, spill=spill,
         )  # fmt: skip
         _plan_for_vllm(
             str(model), output, options, stats, as_json,
@@ -230,6 +238,7 @@ def plan(
         options = workflow.CalibrationOptions(
             text=calibration, tokens=tokens, window=window, seed=seed,
             hessians=_hessians(hessians), hessian_memory=hessian_memory, device=device,
+            max_memory=max_memory, spill=spill,
         )  # fmt: skip
         made = workflow.plan(
             model, target, options, output,

@@ -40,4 +40,19 @@ HessiansOpt = Annotated[
 HessianMemoryOpt = Annotated[
     str, typer.Option(help="Memory for second moments; experts of a layer share one matrix when each has no room.")
 ]
+MaxMemoryOpt = Annotated[
+    str | None,
+    typer.Option(
+        help="Memory of the whole process, as 8GB: the model is streamed, one decoder layer at a time. Default: "
+        "streamed when it does not fit into the free memory.",
+        show_default=False,
+    ),
+]
+SpillOpt = Annotated[
+    Path | None,
+    typer.Option(
+        help="Directory for hidden states of a streamed model; a killed run goes on from them. Default: the output's.",
+        show_default=False,
+    ),
+]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]

@@ -10,6 +10,7 @@ import torch
 
 from dynquant import __version__, console
 from dynquant.artifacts import file_hash
+from dynquant.calibration_stage import CalibrationOptions, run_calibration
 from dynquant.calibration_text import pack_windows, read_text
 from dynquant.codecs.encoder import Encoder, ProtectedWeight
 from dynquant.devices import chosen_device
@@ -26,6 +27,7 @@ from dynquant.model import Model
 from dynquant.plan import Plan
 from dynquant.plan_building import plan_from_types
 from dynquant.plan_report import STATS_NAME, SUPER_NAME, load_super_weights, stats_of_plan
+from dynquant.plan_target import Target, parse_size
 from dynquant.presets import preset_types
 from dynquant.quant_types import quant_type
 from dynquant.quantize import encoder_version, load_encoder
@@ -33,13 +35,7 @@ from dynquant.second_moments import SecondMoments, load_beside, path_beside
 from dynquant.serving_workflow import export_for_vllm
 from dynquant.statistics import CalibrationStats
 from dynquant.tuning import TuneOptions, too_large_to_tune, tune
-from dynquant.workflow import (
-    CalibrationOptions,
-    Target,
-    open_and_announce,
-    parse_size,
-    run_calibration,
-)
+from dynquant.workflow import open_and_announce
 
 FORMATS = ("gguf", "safetensors", "compressed-tensors")
 

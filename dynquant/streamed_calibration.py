@@ -1,7 +1,7 @@
 """Calibration of a model that is larger than the memory: all batches through one decoder layer, then through the next.
 
 The statistics are those of `calibration`, bit for bit on a CPU: every input sees the same batches in the same order,
-and the same collector listens. With second moments weighted by gradients, the layers run a second time in reverse order.
+and the same collector listens. With second moments weighted by gradients, layers run a second time in reverse order.
 After each stage its statistics and the hidden states that it left are on the disk, in a directory beside the output
 (or `spill`); a run that was killed goes on after the last of them:
 
@@ -12,7 +12,6 @@ After each stage its statistics and the hidden states that it left are on the di
 
 import json
 import shutil
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any

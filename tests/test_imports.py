@@ -63,7 +63,7 @@ RANKS = [
     ["plan_report"],
     ["plan_target"],
     ["plan_choice", "plan_search"],
-    ["search_stage"],
+    ["search_stage", "calibration_stage"],
     ["workflow"],
     ["serving_workflow"],
     ["export_workflow"],
