@@ -11,6 +11,7 @@ After each stage its statistics and the hidden states that it left are on the di
 """
 
 import json
+import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,6 +134,8 @@ class _Journal:
         self.finished.append(entry)
         with (self.directory / "progress.jsonl").open("a") as file:
             file.write(json.dumps(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # what the stage needed is removed after this
 
 
 class _Run:
