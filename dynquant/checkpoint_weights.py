@@ -39,14 +39,8 @@ class CheckpointWeights:
     """
 
     def __init__(self, model: Model, hf_model: nn.Module) -> None:
-        if not isinstance(model.source, RecipeSource) or not isinstance(model.source.checkpoint, SafetensorsSource):
-            raise CheckpointError(
-                f"{model.path} cannot be read layer by layer: that needs a Hugging Face checkpoint in safetensors "
-                "format. Give it, or enough memory to load this model whole (leave out --max-memory)."
-            )
         self._model = model
-        self._recipes: RecipeSource = model.source
-        self.source: SafetensorsSource = model.source.checkpoint
+        self._recipes, self.source = checkpoint_of(model)
         self._known = set(self.source.names())
         self.stacks = dict(self._expert_stacks(hf_model))
         """Fused parameters by their name in the model."""
@@ -152,6 +146,20 @@ class CheckpointWeights:
             f"{self._model.path} stores nothing that could be `{name}` {list(shape)} of the running model; it cannot "
             "be read layer by layer. Load the model whole: leave out --max-memory."
         )
+
+
+def checkpoint_of(model: Model) -> tuple[RecipeSource, SafetensorsSource]:
+    """The recipes and files of a Hugging Face checkpoint.
+
+    Raises:
+        CheckpointError: `model` is something else.
+    """
+    if isinstance(model.source, RecipeSource) and isinstance(model.source.checkpoint, SafetensorsSource):
+        return model.source, model.source.checkpoint
+    raise CheckpointError(
+        f"{model.path} cannot be read layer by layer: that needs a Hugging Face checkpoint in safetensors format. Give "
+        "it, or enough memory to load this model whole (leave out --max-memory)."
+    )
 
 
 def put(root: nn.Module, name: str, values: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dynquant.checkpoint_weights import CheckpointWeights, put
+from dynquant.checkpoint_weights import CheckpointWeights, checkpoint_of, put
 from dynquant.errors import CheckpointError, StatsError
 from dynquant.expert_hooks import record_experts
 from dynquant.hf_loading import empty_hf
@@ -59,6 +59,7 @@ class LayerStream:
         keeps_experts: bool = True,
         reads_ahead: bool = True,
     ) -> None:
+        checkpoint_of(model)
         self.dtype, self.device = dtype, torch.device(device)
         self.keeps_experts, self.reads_ahead = keeps_experts, reads_ahead
         self.hf_model: Any = empty_hf(model, dtype=dtype, device=device)
