@@ -80,7 +80,7 @@ def streamed_sensitivity(
             passes.states.forget(stage)
             passes.gradients.forget(stage + 1)
         if progress:
-            progress("measuring sensitivity", done, len(stages))
+            progress("sensitivity by layers", done, len(stages))
     return _means_and_errors(per_window, passes.batches[0].numel(), passes.stream.is_tied)
 
 

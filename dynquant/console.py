@@ -88,6 +88,8 @@ def _unit(stage: str) -> str:
         return "questions"
     if stage.startswith(("reference", "candidate")):
         return "windows"
+    if stage.endswith("by layers"):
+        return "layers"
     if "calibrat" in stage or "sensitivity" in stage:
         return "tokens"
     return "weights" if "error" in stage or "quantize" in stage else ""
