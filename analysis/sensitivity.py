@@ -28,9 +28,8 @@ from dynquant.architecture import Role, gguf_name_of, role_of
 from dynquant.expert_hooks import ExpertCall, expert_modules, record_experts
 from dynquant.fisher import activation_gradients, backward_from_sampled_labels, sampled_log_probability
 from dynquant.linear_hooks import linear_names
+from dynquant.progress import Progress
 from dynquant.staged_passes import StagedPasses
-
-Progress = Callable[[str, int, int], None]
 
 
 def output_sensitivity(
@@ -49,11 +48,13 @@ def output_sensitivity(
     """
     generator = torch.Generator().manual_seed(seed)
     per_window: list[dict[str, float]] = [{} for _ in windows]
+    if progress:
+        progress("measuring sensitivity", 0, windows.numel(), unit="tokens")
     for index, window in enumerate(windows):
         with activation_gradients(hf_model), _observed(hf_model, arch, n_layer, partial(_add_to, per_window[index])):
             backward_from_sampled_labels(hf_model, window.unsqueeze(0), generator)
         if progress:
-            progress("measuring sensitivity", (index + 1) * window.numel(), windows.numel())
+            progress("measuring sensitivity", (index + 1) * window.numel(), windows.numel(), unit="tokens")
     return _means_and_errors(per_window, windows.shape[1], _is_tied(hf_model))
 
 
@@ -80,7 +81,7 @@ def streamed_sensitivity(
             passes.states.forget(stage)
             passes.gradients.forget(stage + 1)
         if progress:
-            progress("sensitivity by layers", done, len(stages))
+            progress("measuring sensitivity", done, len(stages), unit="layers")
     return _means_and_errors(per_window, passes.batches[0].numel(), passes.stream.is_tied)
 
 

@@ -18,7 +18,7 @@ from dynquant.analysis.super_weights import SuperWeight, find_super_weights
 from dynquant.calibration import Hessians, calibrate, windows_of
 from dynquant.devices import chosen_device
 from dynquant.families.recipe import RecipeSource
-from dynquant.hf_loading import load_hf
+from dynquant.hf_loading import computing_type, load_hf
 from dynquant.layer_stream import LayerStream
 from dynquant.memory_limit import COMFORTABLE_SHARE, Workload, fit_within, free_memory
 from dynquant.model import Model
@@ -31,6 +31,7 @@ from dynquant.streamed_calibration import StreamedCalibration, calibrate_streame
 PROBE_TOKENS = 4096
 """Tokens of the backward pass that measures sensitivities."""
 
+_PROBE_KEEPS = "Errors are kept; the sensitivities measured so far are lost."
 _LIMIT_SHARE = 0.85
 """Of the free memory, when a model is streamed without being asked."""
 
@@ -98,7 +99,7 @@ def run_probe(model: Model, options: CalibrationOptions, directory: Path, *, fin
     if limit is None:
         hf_model = load_hf(model)
         found = find_super_weights(hf_model, arch, n_layer, windows[0]) if finds_super_weights else []
-        with console.stage_progress() as progress:
+        with console.stage_progress(_PROBE_KEEPS) as progress:
             return Probe(
                 found, *output_sensitivity(hf_model, arch, n_layer, windows, seed=options.seed, progress=progress)
             )
@@ -109,7 +110,7 @@ def run_probe(model: Model, options: CalibrationOptions, directory: Path, *, fin
         if finds_super_weights:
             found = find_super_weights(stream.hf_model, arch, n_layer, windows[0], zeroed=stream.zeroed)
         passes = StagedPasses(stream, windows.split(1), scratch)
-        with console.stage_progress() as progress:
+        with console.stage_progress(_PROBE_KEEPS) as progress:
             return Probe(found, *streamed_sensitivity(passes, arch, n_layer, seed=options.seed, progress=progress))
 
 
@@ -133,7 +134,7 @@ def streaming_limit(model: Model, options: CalibrationOptions, device: str) -> i
 def _calibrate_whole(
     model: Model, options: CalibrationOptions, device: str, output: Path
 ) -> tuple[CalibrationStats, bool, tuple[str, ...], int]:
-    with console.stage_progress() as progress:
+    with console.stage_progress("Calibration is not kept: what it has measured so far is lost.") as progress:
         found = calibrate(model, options.text, progress=progress, **_measured(options, device), **_read(options))
     output.parent.mkdir(parents=True, exist_ok=True)
     if found.moments is not None:
@@ -146,8 +147,8 @@ def _calibrate_streamed(
     model: Model, options: CalibrationOptions, device: str, output: Path, limit: int
 ) -> StreamedCalibration:
     windows, provenance = windows_of(model, options.text, **_read(options))
-    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    with console.stage_progress() as progress:
+    dtype = computing_type(model, device)
+    with console.stage_progress("Finished layers are kept.") as progress:
         found = calibrate_streamed(
             model, windows, provenance, output, limit_bytes=limit, spill=options.spill, dtype=dtype, progress=progress,
             **_measured(options, device),

@@ -15,6 +15,7 @@ from dynquant.checkpoint_weights import CheckpointWeights
 from dynquant.errors import CheckpointError
 from dynquant.families.recipe import RecipeSource
 from dynquant.model import Model
+from dynquant.process_usage import count_mapped_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,12 +30,21 @@ def load_hf(model: Model, *, dtype: torch.dtype | None = None, device: str = "cp
     from transformers import AutoModelForCausalLM
 
     if isinstance(model.source, RecipeSource) and getattr(model.source.checkpoint, "has_fp8", False):
-        return _load_fp8(
-            model, dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16), device
-        )
+        return _load_fp8(model, dtype or computing_type(model, device), device)
     wanted = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
     loaded = _load(AutoModelForCausalLM, model, dtype=wanted)
+    count_mapped_files(model.hf_directory.glob("*.safetensors") if model.hf_directory else [model.gguf_file])
     return loaded.to(device).eval()
+
+
+def computing_type(model: Model, device: str) -> torch.dtype:
+    """What `load_hf` computes in without being told: float32 on a CPU, the type that config.json states elsewhere."""
+    from transformers import AutoConfig
+
+    if torch.device(device).type == "cpu":
+        return torch.float32
+    stated = _load(AutoConfig, model).dtype
+    return stated if isinstance(stated, torch.dtype) else torch.bfloat16
 
 
 def empty_hf(model: Model, *, dtype: torch.dtype, device: str = "cpu") -> "PreTrainedModel":

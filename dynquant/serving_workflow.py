@@ -112,7 +112,7 @@ def _table(
     if table is not None and (table.stats_hash, table.fingerprint) == (stats_hash, model.fingerprint):
         console.note(f"reusing {path}")
     else:
-        with console.stage_progress() as progress:
+        with console.stage_progress("Statistics are kept; the errors measured so far are lost.") as progress:
             table = measure_schemes(
                 model, checkpoint, stats, stats_hash=stats_hash,
                 device=torch.device(chosen_device(options.device)), progress=progress,
@@ -169,7 +169,7 @@ def export_for_vllm(
         stats_hash = file_hash(stats_path) if stats is not None else None
         plan = serving_plan(model, checkpoint, wanted, recipe=f"preset {preset}", stats_hash=stats_hash)
     guidance, rounding, moments = _guidance(stats, stats_path)
-    with console.stage_progress() as progress:
+    with console.stage_progress("Finished tensors are kept.") as progress:
         files = export_compressed_tensors(
             model, plan, checkpoint, output,
             guidance=guidance, rounding=rounding, identity={"hessians": moments}, device=chosen,

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from dynquant import __version__
-from dynquant.calibration import Hessians, Progress, check_seen, split_windows
+from dynquant.calibration import Hessians, check_seen, split_windows
 from dynquant.collector import Collector, SampleLimits
 from dynquant.errors import StatsError
 from dynquant.fisher import sampled_log_probability
@@ -28,6 +28,7 @@ from dynquant.layer_stream import LayerStream
 from dynquant.memory_limit import Workload, fit_within
 from dynquant.model import Model
 from dynquant.moment_recorder import DEFAULT_LIMIT, MomentRecorder
+from dynquant.progress import Progress
 from dynquant.second_moments import path_beside
 from dynquant.staged_passes import StagedPasses
 from dynquant.statistics import CalibrationStats, StatsProvenance, save_tensors
@@ -182,7 +183,7 @@ class _Run:
                 self._forward(stage) if direction == "forward" else self._backward(stage)
                 self._keep(direction, stage)
             if self._progress is not None:
-                self._progress("calibrate by layers", number + 1, len(order))
+                self._progress("calibrate", number + 1, len(order), unit="layers")
 
     def join(self, output: Path) -> tuple[CalibrationStats, Path | None, bool, tuple[str, ...], int]:
         """Write the statistics and second moments of all stages."""

@@ -136,7 +136,8 @@ def _measure(
     store: EncodedStore | None = None,
 ) -> ErrorTable:
     names = [quant_type(name).name for name in types]
-    with console.stage_progress() as progress:
+    kept = "encoded tensors are kept" if store else "the errors measured so far are lost"
+    with console.stage_progress(f"Statistics are kept; {kept}.") as progress:
         table = build_error_table(
             model, stats, names, load_encoder(encoder), stats_hash=stats_hash, threads=threads, store=store,
             progress=progress,

@@ -14,6 +14,9 @@ from dynquant.evaluate import evaluate
 pytest.importorskip("trl", reason="trl is not installed")
 from dynquant import heal as heal_module
 from dynquant.heal import HealData, heal
+from dynquant.logit_runners import load_model
+from dynquant.progress import ignore_progress
+from dynquant.sampled_text import sampled_windows
 from dynquant.training_options import TrainOptions
 from dynquant.training_run import TrainingReport
 from tests.helpers.crushed_models import WORDS, crush
@@ -155,6 +158,35 @@ def test_text_that_is_measured_on_is_not_trained_on(crushed, cache, tmp_path):
     )
     with pytest.raises(DataError, match="nothing is left to train on"):
         heal(str(crushed.packed), str(crushed.original), tmp_path / "other", data, OPTIONS)
+
+
+def test_the_original_writes_text_to_train_on(crushed, cache, tmp_path):
+    data = HealData(
+        data=str(crushed.text), tokens=1024, sampled_tokens=2048, window=64, text=[crushed.held_out], max_tokens=256,
+        cache_dir=cache,
+    )  # fmt: skip
+    options = TrainOptions(**{**vars(OPTIONS), "max_steps": 1})
+    report = heal(str(crushed.packed), str(crushed.original), tmp_path / "adapter", data, options)
+    assert report.trained_examples == 16 + 32
+    assert "32 training windows were sampled from the original." in report.notes
+
+
+def test_samples_follow_the_originals_distribution(crushed, tmp_path):
+    """After one fixed beginning, the share of each next token is the probability that the model gives it."""
+    model = load_model(crushed.original)
+    text = torch.arange(100, 132)[None]
+    sample = {"num_columns": 8000, "device": "cpu", "stage": "writing", "progress": ignore_progress}
+    windows = sampled_windows(crushed.original, text, 1500, tmp_path, seed=0, **sample)
+    assert windows.shape == (1500, 32) and windows.max() < 8000
+    beginnings = {tuple(window[:16].tolist()) for window in windows}
+    assert beginnings == {tuple(range(i, i + 16)) for i in range(100, 117)}
+    same = windows[windows[:, 0] == 100]
+    with torch.no_grad():
+        wanted = model(input_ids=same[:1, :16]).logits[0, -1, :8000].softmax(-1)
+    likely = wanted.topk(200).indices
+    share = torch.isin(same[:, 16], likely).float().mean()
+    assert abs(share - wanted[likely].sum()) < 4 * (0.25 / len(same)) ** 0.5
+    assert torch.equal(sampled_windows(crushed.original, text, 1500, tmp_path, seed=0, **sample), windows)
 
 
 def test_without_a_text_the_part_that_was_kept_apart_is_measured_on(crushed, cache, tmp_path):

@@ -60,8 +60,8 @@ def same_files(first: Path, second: Path) -> bool:
     )
 
 
-def stopping_after(stages: int) -> Callable[[str, int, int], None]:
-    def progress(_stage: str, done: int, _total: int) -> None:
+def stopping_after(stages: int) -> Callable[..., None]:
+    def progress(_stage: str, done: int, _total: int, **_where: object) -> None:
         if done == stages:
             raise KeyboardInterrupt
 
