@@ -93,7 +93,7 @@ def test_recording_leaves_logits_bit_equal(kind, request):
 def test_implementation_is_restored_after_a_failure(moe, windows):
     before = moe.config._experts_implementation
 
-    def fail(stage, done, total):
+    def fail(_stage, _done, _total, **_where):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -255,7 +255,7 @@ def test_calibrate_a_model_on_disk(small_moe, tmp_path):
     path.write_text("The quick brown fox jumps over the lazy dog. " * 100)
     model = open_model(small_moe)
     steps = []
-    found = calibrate(model, path, tokens=256, window=64, progress=lambda *step: steps.append(step)).stats
+    found = calibrate(model, path, tokens=256, window=64, progress=lambda *step, **_where: steps.append(step)).stats
     assert found.provenance.fingerprint == model.fingerprint
     assert found.provenance.num_windows == 4 and found.provenance.text_name == "text.txt"
     assert steps[-1] == ("sample", 256, 256)
