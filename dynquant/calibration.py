@@ -94,7 +94,7 @@ def windows_of(
         StatsError: the text is missing or empty.
     """
     tokenizer = load_tokenizer(model)
-    documents: CalibrationText = read_text(text, tokenizer=tokenizer, seed=seed, max_tokens=tokens)
+    documents: CalibrationText = read_text(text, seed=seed, max_tokens=tokens)
     windows = pack_windows(documents, tokenizer, window=window, max_tokens=tokens)
     return windows, StatsProvenance(
         fingerprint=model.fingerprint,

@@ -5,7 +5,6 @@ time. GGUF files are in `gguf_source.py`.
 """
 
 import hashlib
-import json
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -16,9 +15,11 @@ import torch
 from dynquant.errors import CheckpointError
 from dynquant.safetensors_header import DTYPE_BYTES
 from dynquant.stored_values import FileSpan, StoredValues, spans_of
+from dynquant.strict_json import parse_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+_PICKLED = ("*model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 @dataclass(frozen=True)
@@ -149,32 +150,17 @@ class SafetensorsSource:
         return sum(prod(span.shape) * DTYPE_BYTES[span.dtype] for span in parts)
 
     def _read_spans(self) -> dict[str, FileSpan]:
-        index, single = self.directory / INDEX_NAME, self.directory / SINGLE_NAME
-        if index.is_file():
-            return self._read_weight_map(index)
-        if single.is_file():
-            return dict(sorted(_spans_of(single).items()))
-        raise CheckpointError(
-            f"{self.directory} holds neither {SINGLE_NAME} nor {INDEX_NAME}; there are no weights to read. "
-            "Give the directory of a Hugging Face checkpoint in safetensors format, or a .gguf file."
-        )
-
-    def _read_weight_map(self, index: Path) -> dict[str, FileSpan]:
-        try:
-            weight_map = dict(json.loads(index.read_text())["weight_map"])
-            paths = {name: Path(weight_map[name]) for name in sorted(weight_map)}
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise CheckpointError(f"{index} is not a safetensors index ({error}). Fetch it again.") from error
-        for name, path in paths.items():
-            if path.name != weight_map[name] or path.name == "..":
-                raise CheckpointError(f"{index} points outside its directory for `{name}`: {weight_map[name]!r}.")
-        held = {path: _spans_of(self.directory / path) for path in sorted(set(paths.values()))}
-        for name, path in paths.items():
+        single = self.directory / SINGLE_NAME
+        if not (self.directory / INDEX_NAME).is_file():
+            if not single.is_file():
+                raise no_weights(self.directory)
+            return dict(sorted(spans_of(single).items()))
+        files = read_weight_map(self.directory)
+        held = {path: spans_of(path) for path in sorted(set(files.values()))}
+        for name, path in files.items():
             if name not in held[path]:
-                raise CheckpointError(
-                    f"{self.directory / path} does not hold `{name}`, which {INDEX_NAME} places there."
-                )
-        return {name: held[path][name] for name, path in paths.items()}
+                raise CheckpointError(f"{path} does not hold `{name}`, which {INDEX_NAME} places there.")
+        return {name: held[path][name] for name, path in files.items()}
 
     def _read_info(self, name: str) -> TensorInfo:
         span = self._spans[name]
@@ -206,24 +192,11 @@ class SafetensorsSource:
             )
 
 
-def _spans_of(path: Path) -> dict[str, FileSpan]:
-    if not path.is_file():
-        raise CheckpointError(
-            f"{path} is named by {INDEX_NAME} but does not exist. The download is incomplete; fetch it again."
-        )
-    try:
-        return spans_of(path)
-    except (CheckpointError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is not a complete safetensors file ({error}) It is truncated or corrupt; fetch it again."
-        ) from error
-
-
 def _fp8_layout(directory: Path) -> tuple[tuple[int, int], str]:
     """Rows and columns of a block, and the float type that the model computes in, from config.json."""
     path = directory / "config.json"
     try:
-        config = json.loads(path.read_text()) if path.is_file() else {}
+        config = parse_json(path.read_bytes()) if path.is_file() else {}
         rows, columns = (config.get("quantization_config") or {}).get("weight_block_size") or (128, 128)
         dtype = str(config.get("torch_dtype") or config.get("dtype") or "bfloat16")
         if not (isinstance(rows, int) and isinstance(columns, int) and min(rows, columns) > 0):
@@ -234,3 +207,38 @@ def _fp8_layout(directory: Path) -> tuple[tuple[int, int], str]:
             "[128, 128]. Fetch the file again."
         ) from error
     return (rows, columns), _GGML_NAME.get(dtype, "BF16")
+
+
+def read_weight_map(directory: Path) -> dict[str, Path]:
+    """Tensor name -> file, of model.safetensors.index.json, in order of names.
+
+    Raises:
+        CheckpointError: damaged, or it names a file outside the directory or one that is not safetensors.
+    """
+    index = directory / INDEX_NAME
+    try:
+        weight_map = dict(parse_json(index.read_bytes(), unique_names=True)["weight_map"])
+        files = {name: Path(weight_map[name]) for name in sorted(weight_map)}
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError(f"{index} is not a safetensors index ({error}). Fetch it again.") from error
+    for name, path in files.items():
+        if path.name != weight_map[name] or path.name == ".." or "\\" in path.name:
+            raise CheckpointError(f"{index} points outside its directory for `{name}`: {weight_map[name]!r}.")
+        if path.suffix != ".safetensors":
+            raise CheckpointError(f"{index} places {name!r} in {path.name!r}, which is no .safetensors file.")
+    return {name: directory / path for name, path in files.items()}
+
+
+def no_weights(directory: Path) -> CheckpointError:
+    """The refusal of a directory without safetensors files. Pickled weights are named, and why they stay unopened."""
+    pickled = sorted(path.name for pattern in _PICKLED for path in directory.glob(pattern))
+    if pickled:
+        return CheckpointError(
+            f"{directory} holds its weights as {pickled[0]}, a pickle. Opening one can run any code that its author "
+            "put in, so dynquant opens none. Fetch the safetensors files, which most hubs have; or, if you trust the "
+            "author, load it in transformers, call `save_pretrained`, and give the directory that it writes."
+        )
+    return CheckpointError(
+        f"{directory} holds neither {SINGLE_NAME} nor {INDEX_NAME}; there are no weights to read. "
+        "Give the directory of a Hugging Face checkpoint in safetensors format, or a .gguf file."
+    )

@@ -315,13 +315,12 @@ def _copy_moments(stats_path: Path, own: Path) -> None:
 
 def _was_made_with(stats: CalibrationStats, model: Model, options: CalibrationOptions) -> bool:
     from dynquant.calibration_text import read_text
-    from dynquant.hf_loading import load_tokenizer
 
     known = stats.provenance
     made = (known.fingerprint, known.window, known.max_tokens, known.seed)
     if made != (model.fingerprint, options.window, options.tokens, options.seed):
         return False
-    text = read_text(options.text, tokenizer=load_tokenizer(model), seed=options.seed, max_tokens=options.tokens)
+    text = read_text(options.text, seed=options.seed, max_tokens=options.tokens)
     return known.text_hash == text.sha256
 
 

@@ -13,13 +13,13 @@ FOLDERS = {"dynquant": ROOT / "dynquant", "dynquant.kernels": ROOT / "kernels",
 
 # A module may import from its own rank and from lower ones.
 RANKS = [
-    ["errors", "eval_statistics", "progress", "process_usage", "interrupt"],
+    ["errors", "eval_statistics", "strict_json", "progress", "process_usage", "interrupt"],
     ["devices", "distribution"],
     ["quant_types", "architecture"],
     ["codecs"],
     ["safetensors_header", "stored_values"],
     ["stored_experts", "tensor_merge"],
-    ["encoding", "tensor_source", "statistics", "layers", "llama_runner", "serving_schemes"],
+    ["encoding", "tensor_source", "statistics", "layers", "llama_runner", "gguf_header", "serving_schemes"],
     ["gguf_source", "activation_rounding"],
     ["model", "importance"],
     ["second_moments"],
