@@ -84,6 +84,7 @@ def calibrate_streamed(
             pools_experts=moments is None or moments.pools_experts,
         )
         fit_within(stream, limit_bytes, work)
+    output.parent.mkdir(parents=True, exist_ok=True)
     identity = {
         "tool": __version__, "provenance": provenance.model_dump(), "batch": batch_size, "dtype": str(dtype),
         "device": device, "hessians": hessians, "hessian_bytes": hessian_bytes,
