@@ -26,6 +26,8 @@ from dynquant.cli_options import (
     PresetOpt,
     RayOpt,
     SeedOpt,
+    SpillOpt,
+    StreamMemoryOpt,
     TextOpt,
     ThreadsOpt,
     TokensOpt,
@@ -74,6 +76,8 @@ def calibrate(
     hessians: HessiansOpt = "activations",
     hessian_memory: HessianMemoryOpt = "8GiB",
     device: DeviceOpt = None,
+    max_memory: StreamMemoryOpt = None,
+    spill: SpillOpt = None,
     base_gguf: BaseGgufOpt = None,
     imatrix: Annotated[
         Path | None, typer.Option(help="Import a llama.cpp imatrix GGUF instead of running the model.")
@@ -92,6 +96,7 @@ def calibrate(
     options = workflow.CalibrationOptions(
         text=calibration, tokens=tokens, window=window, seed=seed,
         hessians=_hessians(hessians), hessian_memory=hessian_memory, device=device, ray=ray,
+        max_memory=max_memory, spill=spill,
     )  # fmt: skip
     workflow.calibrate(model, options, output, base_gguf=base_gguf, imatrix=imatrix, imatrix_out=imatrix_out)
 
@@ -156,6 +161,8 @@ def plan(
     hessians: HessiansOpt = "activations",
     hessian_memory: HessianMemoryOpt = "8GiB",
     device: DeviceOpt = None,
+    max_memory: StreamMemoryOpt = None,
+    spill: SpillOpt = None,
     stats: Annotated[Path | None, typer.Option(help="Use these statistics instead of calibrating.")] = None,
     encoder: EncoderOpt = "ggml",
     threads: ThreadsOpt = None,
@@ -231,6 +238,7 @@ def plan(
         options = workflow.CalibrationOptions(
             text=calibration, tokens=tokens, window=window, seed=seed,
             hessians=_hessians(hessians), hessian_memory=hessian_memory, device=device,
+            max_memory=max_memory, spill=spill,
         )  # fmt: skip
         _plan_for_vllm(
             str(model), output, options, stats, as_json,
@@ -254,6 +262,7 @@ def plan(
         options = workflow.CalibrationOptions(
             text=calibration, tokens=tokens, window=window, seed=seed,
             hessians=_hessians(hessians), hessian_memory=hessian_memory, device=device,
+            max_memory=max_memory, spill=spill,
         )  # fmt: skip
         made = workflow.plan(
             model, target, options, output,

@@ -43,6 +43,22 @@ HessianMemoryOpt = Annotated[
 MaxMemoryOpt = Annotated[
     str | None, typer.Option(help="Host memory that the command may take, as 8GiB.", show_default=False)
 ]
+StreamMemoryOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--max-memory",
+        help="Memory of the whole process, as 8GB: the model is streamed, one decoder layer at a time. Default: "
+        "streamed when it does not fit into the free memory.",
+        show_default=False,
+    ),
+]
+SpillOpt = Annotated[
+    Path | None,
+    typer.Option(
+        help="Directory for hidden states of a streamed model; a killed run goes on from them. Default: the output's.",
+        show_default=False,
+    ),
+]
 RayOpt = Annotated[
     str | None,
     typer.Option(

@@ -11,6 +11,7 @@ import torch
 
 from dynquant import __version__, console
 from dynquant.artifacts import file_hash
+from dynquant.calibration_stage import CalibrationOptions, run_calibration
 from dynquant.calibration_text import pack_windows, read_text
 from dynquant.codecs.encoder import Encoder, ProtectedWeight
 from dynquant.devices import chosen_device
@@ -28,6 +29,7 @@ from dynquant.parts import PartLimits
 from dynquant.plan import Plan
 from dynquant.plan_building import plan_from_types
 from dynquant.plan_report import STATS_NAME, SUPER_NAME, load_super_weights, stats_of_plan
+from dynquant.plan_target import Target, parse_size
 from dynquant.presets import preset_types
 from dynquant.quant_types import quant_type
 from dynquant.quantize import encoder_version, guidance_of, load_encoder
@@ -37,13 +39,7 @@ from dynquant.second_moments import SecondMoments, load_beside, path_beside
 from dynquant.serving_workflow import export_for_vllm
 from dynquant.statistics import CalibrationStats
 from dynquant.tuning import TuneOptions, too_large_to_tune, tune
-from dynquant.workflow import (
-    CalibrationOptions,
-    Target,
-    open_and_announce,
-    parse_size,
-    run_calibration,
-)
+from dynquant.workflow import open_and_announce
 
 PROCESS_BYTES = 1 << 30
 """Host memory of an export without its tensors: Python with its libraries, the tokenizer, an encoder's search."""

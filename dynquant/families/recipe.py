@@ -65,6 +65,11 @@ class RecipeSource:
         self._recipes = {recipe.name: recipe for recipe in recipes}
 
     @property
+    def checkpoint(self) -> TensorSource:
+        """Where the parts of recipes are read."""
+        return self._source
+
+    @property
     def fingerprint(self) -> str:
         return self._source.fingerprint
 
