@@ -73,6 +73,8 @@ def export(
     `ship_weights` its workers read no files.
     """
     limits = _limits(max_memory)
+    if ship_weights and not ray:
+        raise ExportError("--ship-weights says how a Ray cluster gets its input; give its address with --ray.")
     if format == "compressed-tensors":
         given = {"--tune": tune_tokens, "--base-gguf": base_gguf, "--max-memory": max_memory, "--ray": ray}
         for option in (option for option, value in given.items() if value):

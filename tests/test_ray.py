@@ -215,6 +215,14 @@ def test_no_cluster_at_an_address_is_refused(small_moe, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_shipping_without_a_cluster_and_too_little_memory_are_refused(small_moe, tmp_path):
+    arguments = ("export", small_moe, "--preset", "uniform-q8_0", "-o", tmp_path / "a.gguf")
+    shipped, tight = run(*arguments, "--ship-weights"), run(*arguments, "--max-memory", "512MiB")
+    assert shipped.returncode == 1 and "give its address with --ray" in shipped.stderr
+    assert tight.returncode == 1 and "--max-memory 512MiB is less than" in tight.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_without_ray_the_way_to_install_it_is_named(monkeypatch, small_moe, tmp_path):
     monkeypatch.setitem(sys.modules, "ray", None)
     done = run("export", small_moe, "--preset", "uniform-q8_0", "-o", tmp_path / "a.gguf", "--ray", "auto")
