@@ -55,6 +55,8 @@ def test_scales_are_hidden_and_the_float_type_is_told(fp8):
     assert source.info(RAGGED).dtype == "BF16" and source.info(RAGGED).shape == (288, 256)
     assert all(torch.equal(source.load(name), plain[name].float()) for name in source.names())
     assert source.stored_bytes(RAGGED) == 288 * 256 + 4 * 3 * 2
+    for rows in (slice(0, 288), slice(37, 300), slice(130, 140), slice(256, 288)):
+        assert torch.equal(source.load(RAGGED, rows), plain[RAGGED].float()[rows])
 
 
 def test_statistics_are_those_of_the_floats(fp8, tmp_path):
