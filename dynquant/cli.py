@@ -319,7 +319,9 @@ def export(
     from dynquant.export_workflow import export as run
     from dynquant.workflow import CalibrationOptions
 
-    options = CalibrationOptions(text=calibration, tokens=tokens, hessians=_hessians(hessians), device=device)
+    options = CalibrationOptions(
+        text=calibration, tokens=tokens, hessians=_hessians(hessians), device=device, max_memory=max_memory
+    )
     run(
         model, output, format=format, plan_path=plan, preset=preset, stats_path=stats, calibration=options,
         encoder=encoder, device=device, split_max_size=split_max_size, resume=resume, threads=threads,

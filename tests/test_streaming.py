@@ -245,6 +245,18 @@ def test_a_streamed_plan_is_that_of_a_whole_model(small_moe, tmp_path):
     assert refused.returncode == 1 and "--sensitivity closed-form" in refused.stderr
 
 
+@pytest.mark.slow
+def test_an_export_that_calibrates_keeps_the_limit_too(moe, tmp_path):
+    made = [
+        run("export", moe.path, "--preset", "uniform-iq2_s", "--encoder", "ggml", "--tune", "0", "--tokens", "1024",
+            *more, "-o", tmp_path / f"{name}.gguf")
+        for name, more in (("whole", ()), ("streamed", ("--max-memory", "1.3GB")))
+    ]  # fmt: skip
+    assert all(one.returncode == 0 for one in made), made[-1].stderr
+    assert (tmp_path / "whole.gguf").read_bytes() == (tmp_path / "streamed.gguf").read_bytes()
+    assert "layers" in made[1].stdout + made[1].stderr
+
+
 def test_a_limit_is_a_size(moe, tmp_path):
     run_calibration(moe, CalibrationOptions(max_memory="8GB", hessians="none", **OPTIONS), tmp_path / "s.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["s.safetensors"]
