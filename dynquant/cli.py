@@ -196,6 +196,10 @@ def plan(
     config_only: Annotated[
         Path | None, typer.Option(help="Directory with config.json: sizes a preset or recipe.")
     ] = None,
+    machine: Annotated[
+        Path | None,
+        typer.Option(help="With --config-only: also time and memory of each stage, on a machine of `measure-machine`."),
+    ] = None,
     serves: Annotated[
         str | None,
         typer.Option(
@@ -255,7 +259,9 @@ def plan(
         if model is not None:
             raise PlanError("--config-only DIR goes without a MODEL.")
         made = workflow.plan_from_config(config_only, target)
-        show = workflow.print_histogram
+        show = workflow.print_histogram if machine is None else partial(_print_with_costs, config_only, machine, tokens)
+    elif machine is not None:
+        raise PlanError("--machine goes with --config-only DIR.")
     elif model is None:
         raise PlanError("Give a MODEL to plan, or --config-only DIR with --preset NAME.")
     else:
@@ -497,6 +503,19 @@ def inspect(path: ModelArg, as_json: JsonOpt = False) -> None:
     commands.inspect(path, as_json=as_json)
 
 
+@app.command("measure-machine")
+def measure_machine(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the machine file goes.")] = Path("machine.json"),
+) -> None:
+    """Measure this machine's CPU and disk for `plan --config-only DIR --machine FILE`: some minutes.
+
+    Example: dynquant measure-machine -o machine.json
+    """
+    from dynquant import commands
+
+    commands.measure(output)
+
+
 @app.command()
 def recipe(
     plan: PlanArg,
@@ -605,6 +624,13 @@ def _hessians(value: str) -> Literal["none", "activations", "gradients"]:
         if value == known:
             return known
     raise StatsError(f"--hessians {value} is not known; give activations, gradients or none.")
+
+
+def _print_with_costs(directory: Path, machine: Path, tokens: int, made: object) -> None:
+    from dynquant import commands, workflow
+
+    workflow.print_histogram(made)  # type: ignore[arg-type]
+    commands.print_costs(directory, made, machine, tokens)  # type: ignore[arg-type]
 
 
 def _split(value: str | None) -> tuple[str, ...] | None:

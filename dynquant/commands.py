@@ -8,9 +8,10 @@ from pathlib import Path
 from dynquant import console, export_workflow, workflow
 from dynquant.analysis.super_weights import Ablation, SuperWeight, find_super_weights
 from dynquant.eval_report import EvalReport, summary_rows
-from dynquant.plan import write_atomically
+from dynquant.plan import Plan, write_atomically
 from dynquant.plan_diff import PlanDiff, compare_types, number_ranges
 from dynquant.plan_report import PLAN_NAME, write_plan_report
+from dynquant.progress_text import human_bytes
 from dynquant.recipe_text import command_line, left_alone, recipe_of, uses_imatrix
 from dynquant.type_lists import read_types
 
@@ -236,3 +237,34 @@ def super_weights(
 
 def _perplexities(effect: Ablation) -> tuple[str, str, str]:
     return f"{effect.perplexity:.2f}", f"{effect.without_super_weight:.2f}", f"{effect.without_next_largest:.2f}"
+
+
+def measure(output: Path) -> None:
+    """Measure this machine and write what was found."""
+    from dynquant.analysis.measure_machine import measure_machine
+
+    with console.stage_progress() as progress:
+        found = measure_machine(progress)
+    found.save(output)
+    console.note(f"wrote {output}: {found.name}, {found.threads} threads")
+
+
+def print_costs(directory: Path, plan: Plan, machine_file: Path, tokens: int) -> None:
+    """Time and memory of each stage for a model that is known by its configuration only."""
+    from dynquant.analysis.cost_model import Workload, predict
+    from dynquant.families import open_config
+    from dynquant.machine import Machine
+
+    machine = Machine.load(machine_file)
+    costs = predict(open_config(directory), plan, machine, Workload(tokens=tokens, types=workflow.DEFAULT_TYPES))
+    rows = [
+        (cost.stage, f"{cost.seconds:,.0f} s", human_bytes(cost.memory_bytes), human_bytes(cost.bytes_read))
+        for cost in costs
+    ]
+    title = f"on {machine.name}, {machine.threads} threads, {tokens:,} calibration tokens (estimated)"
+    console.print_table(title, ("stage", "time", "memory", "reads"), rows)
+    for cost in costs:
+        if cost.memory_bytes > machine.memory_bytes:
+            console.note(
+                f"{cost.stage} does not fit in {human_bytes(machine.memory_bytes)}: run it elsewhere, or streamed."
+            )

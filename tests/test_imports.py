@@ -46,7 +46,7 @@ RANKS = [
     ["calibration", "live_weights"],
     ["streamed_calibration"],
     ["plan", "llama_presets", "presets", "allocate", "memory_budget", "serving_layers"],
-    ["serving_plan"],
+    ["serving_plan", "machine"],
     ["artifacts", "parts"],
     ["quantize", "tuning"],
     ["ray_pool"],

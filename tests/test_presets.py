@@ -36,6 +36,10 @@ QWEN3_235B = {
     "decoder_sparse_step": 1, "mlp_only_layers": [], "max_position_embeddings": 40960, "rms_norm_eps": 1e-6,
     "rope_theta": 1000000.0, "tie_word_embeddings": False, "hidden_act": "silu", "attention_bias": False,
 }  # fmt: skip
+KIMI_K2 = {
+    **DEEPSEEK_R1, "vocab_size": 163840, "num_attention_heads": 64, "num_key_value_heads": 64, "n_routed_experts": 384,
+    "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.827,
+}  # fmt: skip
 LLAMA3_8B = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096,
     "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -143,10 +147,11 @@ def test_names_of_an_index_are_held_to_the_configuration(tmp_path):
     "config, preset, weights, types",
     [
         (QWEN3_235B, "r1-iq1_s", 235_093_634_560, {"IQ1_S": 276, "IQ2_XXS": 6}),
+        (KIMI_K2, "r1-iq1_s", 1_026_470_731_392, {"IQ1_S": 174, "IQ2_XXS": 6}),
         (LLAMA3_8B, "uniform-q4_k", 8_030_261_248, {"Q4_K": 226}),
         (LLAMA3_8B, "llama-q4_k_m", 8_030_261_248, {"Q4_K": 193, "Q6_K": 33}),
     ],
-    ids=["qwen3-235b-r1", "llama3-8b-uniform", "llama3-8b-q4_k_m"],
+    ids=["qwen3-235b-r1", "kimi-k2-r1", "llama3-8b-uniform", "llama3-8b-q4_k_m"],
 )
 def test_other_families_are_sized_from_their_configuration(tmp_path, config, preset, weights, types):
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -1,0 +1,172 @@
+"""Measures a machine for `cost_model`: disk, products, encoders, and a small calibration of the bundled model.
+
+Work is timed in CPU seconds over the number of threads, so that a machine with other users is measured as if it were
+idle. It takes about two minutes.
+"""
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from dynquant.analysis.cost_model import Workload, calibration_elements, calibration_flop_seconds
+from dynquant.analysis.measure_errors import build_error_table
+from dynquant.checkpoint import open_model
+from dynquant.codecs.encoder import Encoder
+from dynquant.errors import PlanError
+from dynquant.machine import Machine
+from dynquant.model import Model
+from dynquant.plan_building import plan_from_types
+from dynquant.presets import preset_types
+from dynquant.process_usage import peak_memory_bytes
+from dynquant.progress import Progress, ignore_progress
+from dynquant.quant_types import QUANT_TYPES
+from dynquant.quantize import load_encoder
+from dynquant.statistics import CalibrationStats, InputStats, StatsProvenance
+from dynquant.tensor_source import DictSource
+
+MEASURED_TYPES = (
+    "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K",
+    "Q6_K", "Q8_0",
+)  # fmt: skip
+_WIDTHS = (64, 256, 512, 1024, 2048, 4096)
+_DISK_BYTES = 256 << 20
+_TOKENS = 8192
+_NAME = "blk.0.ffn_down_exps.weight"
+
+
+def measure_machine(progress: Progress = ignore_progress) -> Machine:
+    """Measure this machine, with PyTorch's number of threads."""
+    start_seconds = time.process_time()
+    small = open_model(str(resources.files("dynquant") / "data" / "textbook-moe-16m"))
+    start_bytes = _resident()
+    matmul = {width: _matmul_flops(width) for width in _WIDTHS}
+    progress("measure", 1, 5, unit="parts")
+    element_seconds, run_bytes = _calibration(small, matmul, start_bytes)
+    progress("measure", 2, 5, unit="parts")
+    table_seconds, ggml = _ggml()
+    encode = {"ggml": ggml, "dynquant": _speeds(load_encoder("dynquant", "cpu"), with_hessian=True)}
+    progress("measure", 3, 5, unit="parts")
+    errors = _error_speeds()
+    progress("measure", 4, 5, unit="parts")
+    disk = _disk_speed()
+    progress("measure", 5, 5, unit="parts")
+    return Machine(
+        name=f"{platform.machine()}, PyTorch {torch.__version__}",
+        threads=torch.get_num_threads(),
+        memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        disk_bytes_per_s=disk,
+        start_seconds=start_seconds,
+        start_bytes=start_bytes,
+        run_bytes=run_bytes,
+        matmul_flops=matmul,
+        element_seconds=element_seconds,
+        encode=encode,
+        errors=errors,
+        table_seconds=table_seconds,
+    )
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """CPU seconds of one run, spread over the threads."""
+    start = time.process_time()
+    run()
+    return (time.process_time() - start) / torch.get_num_threads()
+
+
+def _resident() -> int:
+    statm = Path("/proc/self/statm")
+    if not statm.is_file():
+        raise PlanError("measure-machine reads memory from /proc, which this system does not have; run it on Linux.")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _matmul_flops(width: int) -> float:
+    left, right = torch.randn(512, width), torch.randn(width, width)
+    left @ right
+    repeats = max(1, round(2e10 / (2 * 512 * width * width)))
+    return repeats * 2 * 512 * width * width / _seconds(lambda: [left @ right for _ in range(repeats)])
+
+
+def _calibration(small: Model, matmul: dict[int, float], start_bytes: int) -> tuple[float, int]:
+    """Seconds of a channel of a token, and memory beyond the weights, of a calibration without second moments."""
+    from dynquant.calibration import calibrate
+
+    before = peak_memory_bytes() or 0
+    seconds = _seconds(lambda: calibrate(small, tokens=_TOKENS))
+    plan = plan_from_types(small, preset_types("bf16", small), recipe="bf16")
+    work = Workload(tokens=_TOKENS, hessians="none")
+    elements = calibration_elements(small, plan, work)
+    rest = max(seconds - calibration_flop_seconds(small, plan, matmul, work), 0.05 * seconds)
+    peak = max(peak_memory_bytes() or 0, before)
+    return rest / elements, max(1 << 20, peak - start_bytes - 4 * small.num_weights)
+
+
+def _ggml() -> tuple[float, dict[str, float]]:
+    """Seconds for the search tables, and speeds without them."""
+    encoder = load_encoder("ggml")
+    weights, ones = torch.randn(1, 1, 256), torch.ones(1, 256)
+
+    def build() -> None:
+        for name in ("IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"):
+            encoder.encode(QUANT_TYPES[name], weights, ones, torch.get_num_threads())
+
+    return _seconds(build), _speeds(encoder, with_hessian=False)
+
+
+def _speeds(encoder: Encoder, *, with_hessian: bool) -> dict[str, float]:
+    """Type -> weights per second on gaussian weights, hessians as of `encoder_speed`."""
+    generator = torch.Generator().manual_seed(0)
+    weights = 0.02 * torch.randn(4, 256, 512, generator=generator)
+    directions = torch.randn(4, 512, 128, generator=generator)
+    hessian = directions @ directions.transpose(1, 2) / 128 + 0.05 * torch.eye(512)
+    importance = hessian.diagonal(dim1=-2, dim2=-1).contiguous()
+    extra = {"hessian": hessian} if with_hessian else {}
+    threads = torch.get_num_threads()
+    return {
+        name: weights.numel()
+        / _seconds(lambda name=name: encoder.encode(QUANT_TYPES[name], weights, importance, threads, **extra))
+        for name in MEASURED_TYPES
+    }
+
+
+def _error_speeds() -> dict[str, float]:
+    """Type -> weights per second of the error table of a stack of experts with samples."""
+    weights = 0.02 * torch.randn(4, 256, 512, generator=torch.Generator().manual_seed(0))
+    source = DictSource({_NAME: weights})
+    model = Model(Path("random"), source, (), lambda name: (name,))
+    inputs = InputStats(
+        torch.ones(4, 512, dtype=torch.float64), torch.full((4,), 64), torch.randn(4, 64, 512).bfloat16(),
+        torch.full((4,), 64),
+    )  # fmt: skip
+    provenance = StatsProvenance(fingerprint=source.fingerprint, text_hash="0", text_name="random")
+    stats = CalibrationStats(provenance, {_NAME: inputs})
+    encoder = load_encoder("ggml")
+
+    def seconds(types: tuple[str, ...]) -> float:
+        return _seconds(lambda: build_error_table(model, stats, types, encoder, stats_hash=""))
+
+    nothing = seconds(())
+    return {name: weights.numel() / max(seconds((name,)) - nothing, 1e-4) for name in MEASURED_TYPES}
+
+
+def _disk_speed() -> float:
+    """Bytes per second of a file that is not in the page cache."""
+    with TemporaryDirectory(dir=".") as folder:
+        path = Path(folder) / "probe"
+        with path.open("wb") as file:
+            for _ in range(_DISK_BYTES >> 20):
+                file.write(os.urandom(1 << 20))
+            file.flush()
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        start = time.perf_counter()
+        with path.open("rb", buffering=0) as file:
+            while file.read(1 << 22):
+                pass
+        return _DISK_BYTES / (time.perf_counter() - start)

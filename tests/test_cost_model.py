@@ -1,0 +1,68 @@
+"""Estimates of time and memory: they follow the work, fit machines that were measured, and refuse other files."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from dynquant.analysis.cost_model import Workload, predict
+from dynquant.checkpoint import open_model
+from dynquant.errors import PlanError
+from dynquant.machine import Machine
+from dynquant.plan_building import plan_from_types
+from dynquant.presets import preset_types
+from tests.helpers.commands import run
+from tests.test_presets import DEEPSEEK_R1
+
+MACHINE = Machine(
+    name="made up", threads=1, memory_bytes=24 << 30, disk_bytes_per_s=1e9, start_seconds=5.0, start_bytes=300 << 20,
+    run_bytes=500 << 20, matmul_flops={64: 5e9, 1024: 5e10, 4096: 1e11}, element_seconds=1e-9,
+    encode={"ggml": {"Q4_K": 1e7, "IQ1_S": 5e6}, "dynquant": {"Q4_K": 3e5, "IQ1_S": 2e5}},
+    errors={"Q4_K": 1e7, "IQ1_S": 5e6}, table_seconds=10.0,
+)  # fmt: skip
+WORK = Workload(types=("IQ1_S", "Q4_K"))
+
+
+@pytest.fixture(scope="module")
+def costs(small_moe):
+    model = open_model(small_moe)
+    plan = plan_from_types(model, preset_types("r1-iq1_s", model), recipe="r1-iq1_s")
+    return lambda machine=MACHINE, **work: {c.stage: c for c in predict(model, plan, machine, replace(WORK, **work))}
+
+
+def test_calibration_grows_with_its_tokens_and_what_it_measures(costs):
+    plain = costs(hessians="none", tokens=10_000)["calibrate"]
+    twice = costs(hessians="none", tokens=20_000)["calibrate"]
+    fixed = MACHINE.start_seconds + plain.bytes_read / MACHINE.disk_bytes_per_s
+    assert twice.seconds - fixed == pytest.approx(2 * (plain.seconds - fixed))
+    moments = costs(hessians="activations", tokens=10_000)["calibrate"]
+    gradients = costs(hessians="gradients", tokens=10_000)["calibrate"]
+    assert plain.seconds < moments.seconds < gradients.seconds
+    assert plain.memory_bytes < moments.memory_bytes
+    pooled = costs(hessians="activations", hessian_bytes=1 << 20)["calibrate"]
+    assert pooled.memory_bytes < moments.memory_bytes
+
+
+def test_a_slower_encoder_and_a_slower_disk_take_longer(costs):
+    assert costs(encoder="ggml")["export"].seconds < costs(encoder="dynquant")["export"].seconds
+    slow = MACHINE.model_copy(update={"disk_bytes_per_s": 1e5})
+    assert costs(slow)["error table"].seconds == pytest.approx(
+        MACHINE.start_seconds + MACHINE.table_seconds + costs()["error table"].bytes_read / 1e5
+    )
+
+
+def test_the_plan_of_a_configuration_tells_time_and_memory(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_R1))
+    MACHINE.save(tmp_path / "machine.json")
+    done = run("plan", "--config-only", tmp_path, "--preset", "r1-iq1_s", "--machine", tmp_path / "machine.json")
+    assert done.returncode == 0 and "130.60 GiB" in done.stdout
+    for stage in ("calibrate", "error table", "export"):
+        assert stage in done.stdout
+    assert "does not fit in 25.77 GB" in done.stderr
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"name": 1}', MACHINE.model_dump_json().replace("5000000.0", "-1.0")])
+def test_other_files_are_refused(tmp_path, content):
+    (tmp_path / "machine.json").write_text(content)
+    with pytest.raises(PlanError, match=r"machine\.json (is no machine file|holds a speed)"):
+        Machine.load(tmp_path / "machine.json")
