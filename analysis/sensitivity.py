@@ -17,7 +17,7 @@ Left out: correlations between matrices, and routing flips, which add to small e
 bundled model measured over predicted KL is 1.0 to 1.7 at e = 0.1 (tests/test_sensitivity.py).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -26,7 +26,7 @@ from torch import nn
 
 from dynquant.architecture import Role, gguf_name_of, role_of
 from dynquant.expert_hooks import ExpertCall, expert_modules, record_experts
-from dynquant.fisher import activation_gradients, backward_from_sampled_labels
+from dynquant.fisher import ModelInputs, activation_gradients, backward_from_sampled_labels
 from dynquant.linear_hooks import linear_names
 
 Progress = Callable[[str, int, int], None]
@@ -36,28 +36,34 @@ def output_sensitivity(
     hf_model: nn.Module,
     arch: str,
     n_layer: int,
-    windows: torch.Tensor,
+    windows: torch.Tensor | Sequence[ModelInputs],
     *,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """GGUF weight name -> s in nats per token, and its standard error, from token ids [windows, window].
 
+    Windows may also be keyword arguments of a model with a vision tower, one sample each; s is per token all the same.
+
     Labels are drawn from the model's own distribution with `seed`; the model's weights stay as they are. The embedding,
     every linear layer and every stack of routed experts gets an entry. With one window there is no standard error: 0.
     """
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, torch.Tensor] = {}
+    lengths = [
+        window.numel() if isinstance(window, torch.Tensor) else window["input_ids"].numel() for window in windows
+    ]
     for index, window in enumerate(windows):
         sums: dict[str, float] = {}
         with activation_gradients(hf_model), _observed(hf_model, arch, n_layer, sums):
-            backward_from_sampled_labels(hf_model, window.unsqueeze(0), generator)
+            inputs = window.unsqueeze(0) if isinstance(window, torch.Tensor) else window
+            backward_from_sampled_labels(hf_model, inputs, generator)
         if _is_tied(hf_model) and "output.weight" in sums:
             sums["token_embd.weight"] += sums.pop("output.weight")
         for name, total in sums.items():
-            found.setdefault(name, torch.zeros(len(windows), dtype=torch.float64))[index] = total / window.numel()
+            found.setdefault(name, torch.zeros(len(windows), dtype=torch.float64))[index] = total / lengths[index]
         if progress:
-            progress("measuring sensitivity", (index + 1) * window.numel(), windows.numel())
+            progress("measuring sensitivity", sum(lengths[: index + 1]), sum(lengths))
     count = len(windows)
     errors = {name: float(s.std()) / count**0.5 if count > 1 else 0.0 for name, s in sorted(found.items())}
     return {name: float(s.mean()) for name, s in sorted(found.items())}, errors

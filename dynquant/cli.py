@@ -13,6 +13,7 @@ import typer
 from dynquant import __version__, cli_training
 from dynquant.cli_options import (
     BaseGgufOpt,
+    DataOpt,
     DeviceOpt,
     EncoderOpt,
     HessianMemoryOpt,
@@ -22,6 +23,7 @@ from dynquant.cli_options import (
     PlanArg,
     PresetOpt,
     SeedOpt,
+    StrictOpt,
     TextOpt,
     ThreadsOpt,
     TokensOpt,
@@ -45,6 +47,8 @@ def calibrate(
         "stats.safetensors"
     ),
     calibration: TextOpt = None,
+    data: DataOpt = None,
+    strict: StrictOpt = False,
     tokens: TokensOpt = 131072,
     window: WindowOpt = 512,
     seed: SeedOpt = 0,
@@ -62,13 +66,16 @@ def calibrate(
     """Measure activations: per input channel, per expert, extremes and held-back samples.
 
     Example: dynquant calibrate ./model --calibration text.jsonl -o stats.safetensors
+
+    Example: dynquant calibrate ./vision-model --data pictures.jsonl -o stats.safetensors
     """
     from dynquant import workflow
 
     options = workflow.CalibrationOptions(
         text=calibration, tokens=tokens, window=window, seed=seed,
-        hessians=_hessians(hessians), hessian_memory=hessian_memory, device=device,
+        hessians=_hessians(hessians), hessian_memory=hessian_memory, device=device, data=data, strict=strict,
     )  # fmt: skip
+    _check_one_source(calibration, data)
     workflow.calibrate(model, options, output, base_gguf=base_gguf, imatrix=imatrix, imatrix_out=imatrix_out)
 
 
@@ -98,6 +105,8 @@ def plan(
     model: Annotated[str | None, typer.Argument(help="Hugging Face directory or hub id, or a .gguf file.")] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where all files of the plan go.")] = Path("plan"),
     calibration: TextOpt = None,
+    data: DataOpt = None,
+    strict: StrictOpt = False,
     bpw: Annotated[float | None, typer.Option(help="Budget in bits per weight, of the whole file.")] = None,
     size: Annotated[str | None, typer.Option(help="Budget in bytes, or as 140GB, 31.5MB, 12GiB.")] = None,
     fits: Annotated[
@@ -199,6 +208,7 @@ def plan(
 
     if serves is not None:
         given = {
+            "--data": data,
             "--fits": fits, "--couple": couple, "--like": like, "--recipe": recipe, "--select": select or None,
             "--frontier": frontier, "--sensitivity": sensitivity, "--config-only": config_only,
             "--base-gguf": base_gguf,
@@ -213,6 +223,7 @@ def plan(
             preset=preset, bpw=bpw, size=size, schemes=_split(types), mixed_experts=mixed_experts,
         )  # fmt: skip
         return
+    _check_one_source(calibration, data)
     if mixed_experts:
         raise PlanError("--mixed-experts goes with --for vllm; GGUF plans choose for each layer anyway.")
     target = workflow.Target(
@@ -229,7 +240,7 @@ def plan(
     else:
         options = workflow.CalibrationOptions(
             text=calibration, tokens=tokens, window=window, seed=seed,
-            hessians=_hessians(hessians), hessian_memory=hessian_memory, device=device,
+            hessians=_hessians(hessians), hessian_memory=hessian_memory, device=device, data=data, strict=strict,
         )  # fmt: skip
         made = workflow.plan(
             model, target, options, output,
@@ -517,6 +528,11 @@ def demo(
 def version() -> None:
     """Print the version."""
     print(__version__)
+
+
+def _check_one_source(calibration: str | None, data: str | None) -> None:
+    if calibration is not None and data is not None:
+        raise StatsError(f"Give either text (--calibration {calibration}) or samples with images (--data {data}).")
 
 
 def _check_serves(serves: str, model: str | None, given: list[str]) -> None:

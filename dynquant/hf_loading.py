@@ -24,10 +24,11 @@ def load_hf(model: Model, *, dtype: torch.dtype | None = None, device: str = "cp
     Raises:
         CheckpointError: transformers cannot load this checkpoint, with the way out.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    auto_class = AutoModelForImageTextToText if model.has_vision else AutoModelForCausalLM
     wanted = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
-    loaded = _load(AutoModelForCausalLM, model, dtype=wanted)
+    loaded = _load(auto_class, model, dtype=wanted)
     return loaded.to(device).eval()
 
 

@@ -7,7 +7,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from dynquant.calibration import Hessians
 from dynquant.checkpoint import open_model
 from dynquant.devices import chosen_device
 from dynquant.encoded_store import EncodedStore
-from dynquant.errors import CheckpointError, PlanError
+from dynquant.errors import CheckpointError, PlanError, StatsError
 from dynquant.importance import coverage_report
 from dynquant.model import Model
 from dynquant.plan import Plan, write_atomically
@@ -49,6 +49,15 @@ from dynquant.search_stage import encoded_store, search_plans
 from dynquant.second_moments import path_beside
 from dynquant.statistics import CalibrationStats
 from dynquant.type_lists import like_types
+from dynquant.vision.calibration import VisionCalibration
+from dynquant.vision_workflow import (
+    TEXT_ONLY,
+    DataOptions,
+    calibrate_on_samples,
+    probe_inputs,
+    remove_kinds,
+    write_token_errors,
+)
 
 DEFAULT_TYPES = (
     "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "IQ4_XS", "Q5_K", "Q6_K", "Q8_0",
@@ -61,7 +70,10 @@ PROBE_TOKENS = 4096
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """What to run the model on (`text=None` is the built-in text), and what to measure there."""
+    """What to run the model on (`text=None` is the built-in text), and what to measure there.
+
+    With `data`, a file of samples with images, there is no text; `strict` refuses images that cannot be decoded.
+    """
 
     text: str | None = None
     tokens: int = 131072
@@ -70,6 +82,12 @@ class CalibrationOptions:
     hessians: Hessians = "activations"
     hessian_memory: str = "8GiB"
     device: str | None = None
+    data: str | None = None
+    strict: bool = False
+
+    @property
+    def samples(self) -> DataOptions | None:
+        return None if self.data is None else DataOptions(self.data, self.tokens, self.seed, self.strict)
 
 
 def open_and_announce(path: str | Path, base_gguf: Path | None = None) -> Model:
@@ -113,12 +131,18 @@ def run_calibration(model: Model, options: CalibrationOptions, output: Path) -> 
     from dynquant.calibration import calibrate as run
 
     device, hessian_bytes = chosen_device(options.device), parse_size(options.hessian_memory)
-    with console.stage_progress() as progress:
-        found = run(
-            model, options.text, tokens=options.tokens, window=options.window, seed=options.seed,
-            device=device, batch_size=16 if device.startswith("cuda") else 4, hessians=options.hessians,
-            hessian_bytes=hessian_bytes, progress=progress,
-        )  # fmt: skip
+    if options.samples is not None:
+        found = _calibrate_on_samples(model, options, output, hessian_bytes)
+    else:
+        remove_kinds(output)
+        if model.has_vision:
+            console.note(TEXT_ONLY)
+        with console.stage_progress() as progress:
+            found = run(
+                model, options.text, tokens=options.tokens, window=options.window, seed=options.seed,
+                device=device, batch_size=16 if device.startswith("cuda") else 4, hessians=options.hessians,
+                hessian_bytes=hessian_bytes, progress=progress,
+            )  # fmt: skip
     output.parent.mkdir(parents=True, exist_ok=True)
     moments_path = path_beside(output)
     if found.moments is not None:
@@ -135,6 +159,17 @@ def run_calibration(model: Model, options: CalibrationOptions, output: Path) -> 
         )
     found.stats.save(output)
     return found.stats
+
+
+def _calibrate_on_samples(
+    model: Model, options: CalibrationOptions, output: Path, hessian_bytes: int
+) -> VisionCalibration:
+    if options.hessians == "gradients":
+        raise StatsError("--hessians gradients runs on text; with --data give activations or none.")
+    takes_moments = options.hessians == "activations"
+    return calibrate_on_samples(
+        model, options.samples, output, device=options.device, hessian_bytes=hessian_bytes if takes_moments else None
+    )
 
 
 def print_coverage(stats: CalibrationStats, model: Model) -> None:
@@ -216,9 +251,13 @@ def plan(
     types = _candidates(target, fixed_types)
     stats, stats_hash = statistics_of(model, options, directory, stats_path)
     searches = search is not None and search.runs_model and fixed_types is None
+    if searches and options.samples is not None:
+        raise PlanError("--select, --frontier and measured prices run on text; with --data leave them out.")
     store = encoded_store(model, stats, stats_hash, directory, encoder, threads) if searches else None
     table = _table_of(model, stats, stats_hash, types, directory, encoder, threads, store)
     supers, table = _probe(model, stats, table, options, directory)
+    if options.samples is not None:
+        write_token_errors(model, stats_path or directory / STATS_NAME, directory, types, encoder)
     chooser = Chooser(model, target, stats, stats_hash, table, supers, memory)
     selection = None
     if search is not None and store is not None:
@@ -358,6 +397,9 @@ def _was_made_with(stats: CalibrationStats, model: Model, options: CalibrationOp
     from dynquant.hf_loading import load_tokenizer
 
     known = stats.provenance
+    if options.samples is not None:
+        made = (known.fingerprint, known.max_tokens, known.seed, known.text_hash)
+        return made == (model.fingerprint, options.tokens, options.seed, options.samples.file.sha256)
     made = (known.fingerprint, known.window, known.max_tokens, known.seed)
     if made != (model.fingerprint, options.window, options.tokens, options.seed):
         return False
@@ -447,6 +489,8 @@ def _probe(
     fresh = path.is_file() and path.stat().st_mtime >= (directory / STATS_NAME).stat().st_mtime
     if fresh and table.sensitivity:
         return load_super_weights(path), table
+    if options.samples is not None:
+        return _probe_samples(model, table, options.samples, directory)
     from dynquant.calibration_text import pack_windows, read_text
     from dynquant.hf_loading import load_hf, load_tokenizer
 
@@ -465,3 +509,21 @@ def _probe(
     table.save(directory / ERRORS_NAME)
     write_atomically(path, json.dumps([one.model_dump() for one in found], indent=1) + "\n")
     return found, table
+
+
+def _probe_samples(
+    model: Model, table: ErrorTable, options: DataOptions, directory: Path
+) -> tuple[list[SuperWeight], ErrorTable]:
+    """Sensitivities on pictures and text; super weights are looked for with text alone, so there are none."""
+    from dynquant.hf_loading import load_hf
+
+    inputs = probe_inputs(model, replace(options, tokens=PROBE_TOKENS))
+    hf_model = load_hf(model)
+    with console.stage_progress() as progress:
+        found = output_sensitivity(
+            hf_model, model.arch, model.hyper.n_layer, inputs, seed=options.seed, progress=progress
+        )
+    table = table.with_sensitivity(*found)
+    table.save(directory / ERRORS_NAME)
+    write_atomically(directory / SUPER_NAME, "[]\n")
+    return [], table
