@@ -63,11 +63,8 @@ def cross_attention_name(name: str) -> str | None:
     if found is None:
         return None
     layer, projection, norm, gate = found.groups()
-    if projection:
-        part = "output" if projection == "o" else projection
-    else:
-        part = f"{norm}_norm" if norm else gate
-    return f"blk.{layer}.cross_attn_{part}{suffix}"
+    part = projection or gate or f"{norm}_norm"
+    return f"blk.{layer}.cross_attn_{'output' if part == 'o' else part}{suffix}"
 
 
 def language_name(name: str) -> str:

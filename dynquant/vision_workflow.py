@@ -22,8 +22,8 @@ from dynquant.vision.samples import Encoded, SampleEncoder, SampleFile, image_to
 TOKEN_ERRORS_NAME = "token_errors.json"
 TEXT_ONLY = (
     "This model has a vision tower, but the calibration is text alone: nothing of the vision tower, the projector and "
-    "cross-attention will be measured. Their inputs are then taken to be even, types below 2.5 bits are closed to them, "
-    "their sensitivities are guessed, and the language model is fitted to text tokens only, whose statistics differ "
+    "cross-attention will be measured. Their inputs are then taken to be even, types below 2.5 bits are closed to "
+    "them, their sensitivities are guessed, and the language model is fitted to text tokens only, whose statistics differ "
     "from those of image tokens. Give pictures with --data FILE."
 )
 

@@ -1,4 +1,4 @@
-"""Vision-language checkpoints under the names of `vision_names`: language model, vision tower and projector in one view.
+"""Vision-language checkpoints under the names of `vision_names`: language model, tower and projector in one view.
 
 The view serves calibration, error tables and plans. Tensors are taken as they are stored, without the permutations of
 rotary heads that llama.cpp wants: those move whole rows, which no error depends on. Convolutions over two frames are

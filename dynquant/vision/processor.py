@@ -22,7 +22,7 @@ def load_processor(directory: Path) -> "ProcessorMixin":
     _check_pillow()
     if not any((directory / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
         raise CheckpointError(
-            f"{directory} has neither preprocessor_config.json nor processor_config.json, so its processor, which turns "
+            f"{directory} has neither preprocessor_config.json nor processor_config.json: its processor, which turns "
             "images into model inputs, is missing. Copy the file from the original checkpoint into the directory."
         )
     try:

@@ -75,8 +75,8 @@ def read_samples(path: Path) -> SampleFile:
         raise DataError(f"{path} holds no samples. Each line is a JSON object with `images` and `text`.")
     if not any(sample.images for sample in samples):
         raise DataError(
-            f"None of the {len(samples)} samples of {path} has an image. Name some in `images`, or give text alone with "
-            "--calibration."
+            f"None of the {len(samples)} samples of {path} has an image. Name some in `images`, or give text alone "
+            "with --calibration."
         )
     digest = hashlib.sha256(content.encode())
     for image in sorted({image for sample in samples for image in sample.images}):
