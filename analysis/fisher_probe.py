@@ -13,7 +13,6 @@ geometric mean over types of probe over closed form; the errors of types are nea
 factor is known better than any one cost.
 """
 
-from collections.abc import Callable
 from math import exp, log
 from statistics import fmean
 
@@ -25,8 +24,8 @@ from dynquant.analysis.streamed_backward import streamed_gradients
 from dynquant.encoded_store import EncodedStore
 from dynquant.fisher import sampled_log_probability
 from dynquant.live_weights import LiveWeights
+from dynquant.progress import Progress
 
-Progress = Callable[[str, int, int], None]
 Costs = dict[str, dict[str, Price]]
 
 
@@ -58,7 +57,7 @@ def fisher_probe(
 
     def report(done: int, total: int) -> None:
         if progress:
-            progress("Fisher probe", done, total)
+            progress("Fisher probe", done, total, unit="layers")
 
     live = LiveWeights(store.model, hf_model)
     streamed_gradients(hf_model, live, windows, drawn, table.tensors(), consume, report)

@@ -6,6 +6,7 @@ the measured bytes are the bytes that ship.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -17,11 +18,10 @@ from dynquant.encoded_store import EncodedStore
 from dynquant.importance import importance
 from dynquant.model import Model
 from dynquant.presets import is_quantizable
+from dynquant.progress import Progress, ignore_progress
 from dynquant.quant_types import QUANT_TYPES, QuantType, fit_to_row
 from dynquant.statistics import CalibrationStats, InputStats
 from dynquant.tensor_source import TensorInfo
-
-Progress = Callable[[str, int, int], None]
 
 WEIGHTS_IN_MEMORY = 1 << 25
 """Experts are taken in groups of at most this many weights (128 MB of float32)."""
@@ -77,12 +77,16 @@ def build_error_table(
     total = sum(info.numel * len(found) for info, found in candidates.items())
     rows: list[ErrorRow] = []
     done = 0
+    report = progress or ignore_progress
+
+    def measured(info: TensorInfo, num_weights: int) -> None:
+        nonlocal done
+        done += num_weights
+        report("measuring errors", done, total, unit="weights", tensor=info.name)
+
     for info, found in candidates.items():
-        for row in _measure(model, stats, info, found, encoder, threads, store):
-            rows.append(row)
-            done += info.numel
-            if progress:
-                progress("measuring errors", done, total)
+        measured(info, 0)
+        rows += _measure(model, stats, info, found, encoder, threads, store, partial(measured, info))
     return ErrorTable(
         model=model.name,
         fingerprint=model.fingerprint,
@@ -117,6 +121,7 @@ def _measure(
     encoder: Encoder,
     threads: int | None,
     store: EncodedStore | None,
+    on_weights: Callable[[int], None],
 ) -> Iterator[ErrorRow]:
     columns = info.shape[-1]
     scale = importance(stats, info.name, info.shape)  # [E or 1, C] or None
@@ -135,6 +140,7 @@ def _measure(
             ones = torch.ones(len(weights), columns)
             weighting = ones if group_scale is None else group_scale.expand(len(weights), columns)
             sums[candidate.name].add(weights, decoded, weighting, samples)
+            on_weights(weights.numel())
     for candidate, wanted in candidates.items():
         yield _row(info, candidate, wanted, sums[candidate.name], inputs)
 

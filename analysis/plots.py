@@ -28,12 +28,12 @@ from dynquant.analysis.plot_style import PlotFiles, plot_settings, save_figure
 from dynquant.analysis.plot_super_weights import draw_super_weights
 from dynquant.analysis.selection import Selection
 from dynquant.plan import Plan
+from dynquant.progress import Progress
 from dynquant.statistics import CalibrationStats
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Progress = Callable[[str, int, int], None]
 Drawing = Callable[[], tuple["Figure", str] | None]
 
 
@@ -59,13 +59,13 @@ def write_plots(
     written: dict[str, PlotFiles] = {}
     for done, (name, draw) in enumerate(drawings.items()):
         if progress:
-            progress("drawing plots", done, len(drawings))
+            progress("drawing plots", done, len(drawings), unit="plots")
         with plot_settings():
             drawn = draw()
             if drawn is not None:
                 written[name] = save_figure(drawn[0], directory, name, drawn[1])
     if progress:
-        progress("drawing plots", len(drawings), len(drawings))
+        progress("drawing plots", len(drawings), len(drawings), unit="plots")
     return written
 
 

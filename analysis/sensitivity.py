@@ -28,8 +28,7 @@ from dynquant.architecture import Role, gguf_name_of, role_of
 from dynquant.expert_hooks import ExpertCall, expert_modules, record_experts
 from dynquant.fisher import ModelInputs, activation_gradients, backward_from_sampled_labels
 from dynquant.linear_hooks import linear_names
-
-Progress = Callable[[str, int, int], None]
+from dynquant.progress import Progress
 
 
 def output_sensitivity(
@@ -53,6 +52,8 @@ def output_sensitivity(
     lengths = [
         window.numel() if isinstance(window, torch.Tensor) else window["input_ids"].numel() for window in windows
     ]
+    if progress:
+        progress("measuring sensitivity", 0, sum(lengths), unit="tokens")
     for index, window in enumerate(windows):
         sums: dict[str, float] = {}
         with activation_gradients(hf_model), _observed(hf_model, arch, n_layer, sums):
@@ -63,7 +64,7 @@ def output_sensitivity(
         for name, total in sums.items():
             found.setdefault(name, torch.zeros(len(windows), dtype=torch.float64))[index] = total / lengths[index]
         if progress:
-            progress("measuring sensitivity", sum(lengths[: index + 1]), sum(lengths))
+            progress("measuring sensitivity", sum(lengths[: index + 1]), sum(lengths), unit="tokens")
     count = len(windows)
     errors = {name: float(s.std()) / count**0.5 if count > 1 else 0.0 for name, s in sorted(found.items())}
     return {name: float(s.mean()) for name, s in sorted(found.items())}, errors

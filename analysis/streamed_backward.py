@@ -18,7 +18,6 @@ from dynquant.live_weights import LiveWeights
 
 Loss = Callable[[Tensor], Tensor]
 """Logits [tokens, vocabulary] of a window -> a scalar."""
-Progress = Callable[[int, int], None]
 
 
 def streamed_gradients(
@@ -28,13 +27,14 @@ def streamed_gradients(
     loss: Loss,
     names: Collection[str],
     consume: Callable[[str, Tensor], None],
-    progress: Progress,
+    on_layer: Callable[[int, int], None],
 ) -> None:
     """Give `consume` every named tensor's gradients, [windows, weights], once.
 
     Args:
         windows: token ids [n, window]; each runs alone.
         names: GGUF tensors; those without a place in the running model are left out.
+        on_layer: told how many stages of how many are done: the layers, and the embedding.
 
     Raises:
         StatsError: the model's decoder layers cannot be found.
@@ -42,7 +42,7 @@ def streamed_gradients(
     backward = _Backward(
         hf_model, live, LayerReplay(hf_model, windows.split(1)), set(names) & set(live.names()), consume
     )
-    backward.run(loss, progress)
+    backward.run(loss, on_layer)
 
 
 class _Backward:
@@ -61,7 +61,7 @@ class _Backward:
         self._flowing: list[Tensor] = []
         self._parts: dict[str, Tensor] = {}
 
-    def run(self, loss: Loss, progress: Progress) -> None:
+    def run(self, loss: Loss, on_layer: Callable[[int, int], None]) -> None:
         stages = self._replay.num_layers + 1
         with frozen_weights(self._hf_model):
             for _ in self._replay.keep():
@@ -69,9 +69,9 @@ class _Backward:
             self._head(loss)
             for done, layer in enumerate(reversed(range(self._replay.num_layers)), start=1):
                 self._layer(layer)
-                progress(done, stages)
+                on_layer(done, stages)
             self._embedding()
-            progress(stages, stages)
+            on_layer(stages, stages)
 
     def _head(self, loss: Loss) -> None:
         """A tied embedding's part through the head is kept for the last stage."""

@@ -31,9 +31,8 @@ from dynquant.allocate import Option, lower_hull
 from dynquant.analysis.error_table import ErrorTable, Price
 from dynquant.architecture import layer_of, role_of
 from dynquant.eval_statistics import block_sums
+from dynquant.progress import Progress
 from dynquant.rendered_model import RenderedModel, ScoredText
-
-Progress = Callable[[str, int, int], None]
 
 METHOD = "unit-kl"
 _SPREAD = 0.5
@@ -135,7 +134,7 @@ def measure_steps(
             )
         )
         if progress:
-            progress("measuring unit KL", index + 1, len(wanted))
+            progress("measuring unit KL", index + 1, len(wanted), unit="steps")
     return OperatingPoint(dict(types), float(plain.mean()), tuple(steps))
 
 

@@ -27,6 +27,7 @@ from dynquant.input_recorder import InputRecorder
 from dynquant.linear_hooks import LinearHooks, linear_names
 from dynquant.model import Model
 from dynquant.moment_recorder import DEFAULT_LIMIT, MomentRecorder
+from dynquant.progress import Progress, ignore_progress
 from dynquant.second_moments import SecondMoments
 from dynquant.statistics import CalibrationStats, StatsProvenance
 
@@ -35,9 +36,6 @@ DEFAULT_WINDOW = 512
 
 Hessians = Literal["none", "activations", "gradients"]
 """Which second moments to take; with gradients, a token counts by its squared gradient of the KL divergence too."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with stage, tokens done and tokens in all."""
 
 
 @dataclass(frozen=True)
@@ -187,12 +185,13 @@ class _Run:
     def _each(self, stage: str, windows: torch.Tensor, run: Callable[[torch.Tensor], Any]) -> None:
         device = next(self.hf_model.parameters()).device
         batches = windows.split(self.batch_size) if len(windows) else ()
+        report = self.progress or ignore_progress
+        report(stage, self.done, self.total, unit="tokens")
         for index, batch in enumerate(batches):
             self.collector.sample_fill = (index + 1) / len(batches)
             run(batch.to(device))
             self.done += batch.numel()
-            if self.progress is not None:
-                self.progress(stage, self.done, self.total)
+            report(stage, self.done, self.total, unit="tokens")
 
 
 class _Collector:

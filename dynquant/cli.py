@@ -1,8 +1,10 @@
 """The `dynquant` command: parse, call, print. What the commands do is in `workflow.py` and below.
 
-Exit status: 0 done, 1 refused with one paragraph on stderr, 2 wrong usage. Tracebacks are bugs, or --debug.
+Exit status: 0 done, 1 refused with one paragraph on stderr, 2 wrong usage, 130 interrupted. Tracebacks are bugs, or
+--debug.
 """
 
+import shlex
 import sys
 from functools import partial
 from pathlib import Path
@@ -31,13 +33,32 @@ from dynquant.cli_options import (
     WindowOpt,
 )
 from dynquant.errors import DynquantError, PlanError, StatsError
+from dynquant.interrupt import ends_promptly
 
 app = typer.Typer(
-    help="Dynamic low-bit quantization: measure where it hurts, keep those places precise, crush the rest.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def every_command(
+    json_progress: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Tell progress as JSON lines in FILE, or with - on stderr. May stand behind the command.",
+            show_default=False,
+        ),
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of refusals.")] = False,
+) -> None:
+    """Dynamic low-bit quantization: measure where it hurts, keep those places precise, crush the rest."""
+    if json_progress is not None:
+        from dynquant import console
+
+        console.write_json_to(json_progress)
 
 
 @app.command()
@@ -586,20 +607,36 @@ def _split(value: str | None) -> tuple[str, ...] | None:
     return tuple(part.strip() for part in value.split(",") if part.strip()) if value else None
 
 
+def _global_options_first(arguments: list[str]) -> list[str]:
+    """Options of all commands may stand anywhere on the line; typer wants them before the command."""
+    first, rest = [], list(arguments)
+    for option, num_words in (("--debug", 1), ("--json-progress", 2)):
+        for index, word in enumerate(rest):
+            if word == option or (num_words == 2 and word.startswith(f"{option}=")):
+                end = index + (num_words if word == option else 1)
+                first += rest[index:end]
+                del rest[index:end]
+                break
+    return first + rest
+
+
 def main() -> None:
     """Entry point of the `dynquant` command."""
-    debug = "--debug" in sys.argv
-    if debug:
-        sys.argv.remove("--debug")
-    try:
-        app()
-    except (DynquantError, KeyboardInterrupt) as error:
-        if debug:
-            raise
-        from dynquant import console
+    from dynquant import console
 
-        if isinstance(error, KeyboardInterrupt):
-            console.fail("Interrupted. Run the same command again; finished stages and tensors are kept.")
-            sys.exit(130)
-        console.fail(str(error))
-        sys.exit(1)
+    arguments = _global_options_first(sys.argv[1:])
+    console.begin(shlex.join(["dynquant", *sys.argv[1:]]))
+    with ends_promptly(console.interrupted):
+        try:
+            app(args=arguments, prog_name="dynquant")
+        except DynquantError as error:
+            if "--debug" in arguments:
+                raise
+            console.fail(str(error))
+            sys.exit(1)
+        except Exception as error:
+            console.finish("failed", f"{type(error).__name__}: {error}")
+            raise
+        except SystemExit as left:
+            console.finish("failed" if left.code else "done")
+            raise

@@ -94,6 +94,9 @@ def heal(
         typer.Option(help="Text to train on: .txt, .jsonl or a datasets id. Default: the built-in text."),
     ] = None,
     tokens: Annotated[int, typer.Option(help="Train on at most this many tokens of it.")] = 524288,
+    sampled_tokens: Annotated[
+        int, typer.Option(help="Also train on this many tokens that the original writes itself.", min=0)
+    ] = 0,
     window: WindowOpt = 512,
     text: Annotated[
         list[Path] | None,
@@ -143,8 +146,9 @@ def heal(
         gradient_checkpointing=gradient_checkpointing, seed=seed,
     )  # fmt: skip
     source = HealData(
-        data=data, tokens=tokens, window=window, text=text or (), max_tokens=max_tokens, mmlu_data=mmlu_data,
-        shots=shots, num_shots=num_shots, limit=limit, cache_dir=reference_cache,
+        data=data, tokens=tokens, sampled_tokens=sampled_tokens, window=window, text=text or (),
+        max_tokens=max_tokens, mmlu_data=mmlu_data, shots=shots, num_shots=num_shots, limit=limit,
+        cache_dir=reference_cache,
     )  # fmt: skip
     heal_command(packed, reference, output, source, options, device=device, resume=resume)
 

@@ -14,12 +14,15 @@ from dynquant.plan_report import PLAN_NAME, write_plan_report
 from dynquant.recipe_text import command_line, left_alone, recipe_of, uses_imatrix
 from dynquant.type_lists import read_types
 
+_NOTHING_KEPT = "Nothing is kept without --reference-cache: what the models said so far is lost."
+
 
 def evaluate(candidate: str, reference: str, *, json_file: Path | None = None, **options) -> EvalReport:
     """Print the before/after table; `options` are those of `dynquant.evaluate.evaluate`."""
     from dynquant.evaluate import evaluate as run
 
-    with console.stage_progress() as progress:
+    kept = "What the original said is kept." if options.get("cache_dir") else _NOTHING_KEPT
+    with console.stage_progress(kept) as progress:
         report = run(candidate, reference, progress=progress, **options)
     print_report(report)
     if json_file:

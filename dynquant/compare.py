@@ -34,7 +34,7 @@ class Questions:
 
 def score(file: Path, model: str, questions: Questions, directory: Path, threads: int | None) -> EvalReport:
     """What a file loses against its original, whose own answers are kept in `directory`."""
-    with console.stage_progress() as progress:
+    with console.stage_progress("Finished files and the original's answers are kept.") as progress:
         return evaluate(
             file, model, progress=progress, threads=threads, cache_dir=directory / "reference",
             tasks=questions.tasks, text=questions.text, max_tokens=questions.max_tokens,

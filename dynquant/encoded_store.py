@@ -21,6 +21,7 @@ from dynquant.codecs.encoder import Encoder
 from dynquant.errors import ExportError
 from dynquant.model import Model
 from dynquant.plan import write_atomically
+from dynquant.process_usage import count_mapped
 from dynquant.quant_types import QUANT_TYPES
 from dynquant.quantize import Guidance, encode_tensor, encoder_version
 from dynquant.second_moments import SecondMoments
@@ -52,6 +53,7 @@ class EncodedStore:
             return encode_tensor(self.model, name, stored, self.guidance, self.encoder).view(*shape[:-1], -1)
         if file.is_file() and file.stat().st_size == stored.tensor_bytes(shape):
             content = np.memmap(file, dtype=np.uint8, mode="c")
+            count_mapped(content.size)
             return torch.from_numpy(content).view(*shape[:-1], stored.row_bytes(shape[-1]))
         packed = encode_tensor(self.model, name, stored, self.guidance, self.encoder, threads=self.threads)
         write_atomically(file, packed.contiguous().numpy().tobytes())

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -39,15 +38,10 @@ from dynquant.logit_runners import (
     resolve_model,
 )
 from dynquant.multiple_choice import AnswerScores, EncodedQuestion, Scoring
+from dynquant.progress import Progress, ignore_progress
 from dynquant.reference_cache import ReferenceTokens, TokenScores
 
 TASKS = frozenset({"kl", "ppl", "mmlu"})
-
-
-class Progress(Protocol):
-    """Told of every window or question that is done; `stage` is a short text for people."""
-
-    def __call__(self, stage: str, done: int, total: int) -> None: ...
 
 
 @dataclass
@@ -67,7 +61,8 @@ class _Run:
     def timed(self, stage: str) -> Iterator[Callable[[int, int], None]]:
         """Record the stage's wall time; gives the function that reports its progress."""
         start = time.perf_counter()
-        yield lambda done, total: self.progress(stage, done, total)
+        unit = "questions" if stage.endswith("questions") else "windows"
+        yield lambda done, total: self.progress(stage, done, total, unit=unit)
         self.seconds[stage] = round(time.perf_counter() - start, 3)
 
 
@@ -129,7 +124,7 @@ def evaluate(
         num_columns=num_columns,
         seed=seed,
         cache_dir=cache_dir,
-        progress=progress or (lambda stage, done, total: None),
+        progress=progress or ignore_progress,
         open=partial(open_runner, threads=threads, device=device, runner=runner, rounded=rounded),
         adapter=adapter,
         cache_options=_cache_options(reference, runner, rounded),
@@ -288,6 +283,7 @@ def _cached(
 def _compress(runner: LogitRunner, item: EvalText, run: _Run, report: Callable[[int, int], None]) -> dict:
     parts = []
     runner.reserve(max(map(len, item.windows)))
+    report(0, len(item.windows))
     for i, window in enumerate(item.windows):
         logits = runner.window_logits(window)[:-1, : run.num_columns]
         parts.append(reference_cache.compress(logits, np.array(window[1:]), seed=run.seed + i))
@@ -334,6 +330,7 @@ def _score_text(
 ) -> TokenScores:
     parts, start = [], 0
     runner.reserve(max(map(len, item.windows)))
+    report(0, len(item.windows))
     for i, window in enumerate(item.windows):
         end = start + len(window) - 1
         logits = runner.window_logits(window)[:-1, : run.num_columns]

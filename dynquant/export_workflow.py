@@ -120,7 +120,7 @@ class _Writer:
         """Write in the format that was asked for; with `stored`, from the bytes of a GGUF file of the same plan."""
         if self.format == "gguf":
             return self.write_gguf(output)
-        with console.stage_progress() as progress:
+        with console.stage_progress("Finished tensors are kept.") as progress:
             return export_safetensors(
                 self.model, self.plan, self.stats, output,
                 encoder=self.encoder, moments=self.moments, protected=self.protected, threads=self.threads,
@@ -129,7 +129,7 @@ class _Writer:
             )  # fmt: skip
 
     def write_gguf(self, output: Path) -> list[Path]:
-        with console.stage_progress() as progress:
+        with console.stage_progress("Finished tensors are kept.") as progress:
             return export_gguf(
                 self.model, self.plan, self.stats, output,
                 encoder=self.encoder, moments=self.moments, protected=self.protected, threads=self.threads,
@@ -202,7 +202,7 @@ def tune_file(
     """Tune the scales and norms of a GGUF file of `model` on token ids [n, window], and write the result."""
     source = GGUFSource(path)
     hf_model = load_hf(model, dtype=torch.float32, device=chosen_device(device))
-    with console.stage_progress() as progress:
+    with console.stage_progress("Encoded tensors are kept; the closing pass starts again.") as progress:
         tuned = tune(model, hf_model, source, windows, options, progress=progress)
     change = f"{tuned.kl_before:.4f} -> {tuned.kl_after:.4f} nats on {options.held_out_windows} windows held out"
     if tuned.replacements:

@@ -5,7 +5,6 @@ from the base are then measured on it, without and with the adapter.
 """
 
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +26,7 @@ from dynquant.packed_base import (
     open_with_adapter,
     require_training_packages,
 )
+from dynquant.progress import Progress, ignore_progress
 from dynquant.reference_cache import model_fingerprint
 from dynquant.training_data import TrainingData, read_training_data
 from dynquant.training_options import TrainOptions
@@ -39,7 +39,6 @@ PLAIN_CHAT = (
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 """For tokenizers without a chat template; saved with the adapter's tokenizer."""
-Progress = Callable[[str, int, int], None]
 
 
 def finetune(
@@ -73,7 +72,7 @@ def finetune(
     require_training_packages()
     start = time.perf_counter()
     device = chosen_device(device)
-    report = progress or (lambda stage, done, total: None)
+    report = progress or ignore_progress
     found = read_training_data(data)
     train_data, held_data = found.split(held_out_share, seed=options.seed)
     base = resolve_model(packed)
@@ -99,7 +98,7 @@ def finetune(
         trained_examples=len(trainer.train_dataset), held_out_examples=len(trainer.eval_dataset),
         steps=trainer.state.global_step, best_step=best,
         history=training_run.loss_history(trainer.state.log_history),
-        changes=_measure(trainer.model, trainer.get_eval_dataloader(), report), notes=notes,
+        changes=measure_adapter(trainer.model, trainer.get_eval_dataloader(), report), notes=notes,
         seconds=round(time.perf_counter() - start, 1),
     )  # fmt: skip
 
@@ -174,8 +173,8 @@ def _left_out(trainer: Any, data: TrainingData, num_train: int, num_held: int, m
     return notes
 
 
-def _measure(adapted: Any, batches: Any, progress: Progress) -> list["Change"]:
-    """Loss, perplexity and KL from the base over the learned tokens of the held-out examples."""
+def measure_adapter(adapted: Any, batches: Any, progress: Progress) -> list["Change"]:
+    """Loss, perplexity and KL from the base over the learned tokens of a TRL trainer's held-out batches."""
     from dynquant.training_run import Change
 
     adapted.eval()
@@ -188,7 +187,7 @@ def _measure(adapted: Any, batches: Any, progress: Progress) -> list["Change"]:
             losses.append(-logits.log_softmax(-1).gather(1, labels[learned].cpu()[:, None])[:, 0])
         moved.append(Distribution.of(base).divergences(tuned))
         lengths += learned.sum(1).tolist()
-        progress("measure", done + 1, len(batches))
+        progress("measure", done + 1, len(batches), unit="batches")
     lengths = [length for length in lengths if length]
     old, new, kl = (bootstrap_mean(torch.cat(values).numpy(), lengths) for values in (before, after, moved))
     none = Estimate(value=0.0, low=0.0, high=0.0)

@@ -19,6 +19,7 @@ from gguf import GGUF_MAGIC, GGUFReader, GGUFValueType, ReaderTensor
 
 from dynquant.codecs import decode
 from dynquant.errors import CheckpointError
+from dynquant.process_usage import count_mapped
 from dynquant.quant_types import quant_type_by_id
 from dynquant.tensor_source import TensorInfo
 
@@ -121,6 +122,7 @@ class GGUFSource:
         data = tensor.data if index is None else tensor.data[index]
         rows = data.reshape(-1, data.shape[-1]) if data.ndim else data.reshape(1, 1)
         packed = torch.from_numpy(rows.copy().view("uint8"))
+        count_mapped(packed.numel())
         return packed.reshape(*data.shape[:-1], packed.shape[-1])
 
     def _check_split_count(self) -> None:

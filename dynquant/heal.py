@@ -8,7 +8,7 @@ adapter does is then measured by `evaluate` on held-out text, with and without i
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from dynquant.errors import DataError
 from dynquant.eval_report import EvalReport, MultipleChoiceResult
 from dynquant.eval_statistics import Estimate, bootstrap_ratio, mcnemar_exact
 from dynquant.eval_text import load_text
-from dynquant.evaluate import Progress, common_columns, evaluate
+from dynquant.evaluate import common_columns, evaluate
 from dynquant.held_out import split_documents, without_repeats
 from dynquant.logit_runners import TRANSFORMERS, describe_model, open_encoder, open_runner, resolve_model
 from dynquant.packed_base import (
@@ -33,6 +33,7 @@ from dynquant.packed_base import (
     require_training_packages,
 )
 from dynquant.plan import write_atomically
+from dynquant.progress import Progress, ignore_progress
 from dynquant.reference_cache import model_fingerprint
 from dynquant.training_options import TrainOptions
 
@@ -52,6 +53,8 @@ class HealData:
 
     data: str | None = None
     tokens: int = 524_288
+    sampled_tokens: int = 0
+    """Tokens that the original writes itself, trained on beside those of the text."""
     window: int = 512
     text: Sequence[Path] = ()
     max_tokens: int = 8192
@@ -89,7 +92,7 @@ def heal(
     require_training_packages()
     start = time.perf_counter()
     device = chosen_device(device)
-    report = progress or (lambda stage, done, total: None)
+    report = progress or ignore_progress
     base, original = resolve_model(packed), resolve_model(reference)
     check_packed(base)
     check_context(base, data.window, "--window")
@@ -99,12 +102,15 @@ def heal(
     text = read_text(data.data, tokenizer=open_tokenizer(original), seed=options.seed, max_tokens=data.tokens)
     cache = data.cache_dir or output.with_name(f"{output.name}.reference")
     split = _split(text, original, data, cache)
+    if data.sampled_tokens:
+        split = _with_samples(split, original, data, cache, num_columns, device, options.seed, report)
 
     from dynquant import training_run
 
     identity = {
         "task": "heal", "base": model_fingerprint(base), "reference": model_fingerprint(original),
-        "data": text.sha256, "tokens": data.tokens, "windows": sha256(split.train.numpy()).hexdigest(),
+        "data": text.sha256, "tokens": data.tokens, "sampled_tokens": data.sampled_tokens,
+        "windows": sha256(split.train.numpy()).hexdigest(),
         "device": device, **asdict(options),
     }  # fmt: skip
     run = training_run.RunDirectory(output, identity, resume=resume)
@@ -188,6 +194,8 @@ def _train(
 class _Split:
     train: torch.Tensor
     held: torch.Tensor
+    measured_on: list[torch.Tensor]
+    """Token ids of everything held out, as runs [*]."""
     texts: tuple[Path, ...]
     own: Path | None
     """The held-out part as a file, when it is what is measured on."""
@@ -213,8 +221,8 @@ def _split(text: CalibrationText, original: Path, data: HealData, cache: Path) -
         )
     with open_encoder(original) as encode:
         measured = [load_text(path, encode, window=data.window, max_tokens=data.max_tokens) for path in texts]
-    others = [torch.tensor(window) for one in measured for window in one.windows]
-    clean = without_repeats(train, [*held, *others])
+    measured_on = [*held, *(torch.tensor(window) for one in measured for window in one.windows)]
+    clean = without_repeats(train, measured_on)
     if len(clean) < len(train):
         notes.append(
             f"{len(train) - len(clean)} of {len(train)} training windows repeat a passage of the held-out text and "
@@ -230,7 +238,32 @@ def _split(text: CalibrationText, original: Path, data: HealData, cache: Path) -
             f"{text.name} is too short: one of its parts (training {clean.shape[1]} tokens, held out {held.shape[1]}) "
             f"does not fill a window of {data.window}. Give more text, or a smaller --window."
         )
-    return _Split(clean, held, texts, own, notes)
+    return _Split(clean, held, measured_on, texts, own, notes)
+
+
+def _with_samples(
+    split: "_Split",
+    original: Path,
+    data: HealData,
+    cache: Path,
+    num_columns: int,
+    device: str,
+    seed: int,
+    progress: Progress,
+) -> "_Split":
+    """More windows to train on, sampled from the original; what it knows by heart of held-out text is left out."""
+    from dynquant.sampled_text import sampled_windows
+
+    count = -(-data.sampled_tokens // data.window)
+    windows = sampled_windows(
+        original, split.train, count, cache, num_columns=num_columns, device=device, seed=seed,
+        stage="original, writing", progress=progress,
+    )  # fmt: skip
+    clean = without_repeats(windows, split.measured_on)
+    notes = [f"{len(clean)} training windows were sampled from the original."]
+    if len(clean) < count:
+        notes.append(f"{count - len(clean)} sampled windows repeat a passage of the held-out text and were left out.")
+    return replace(split, train=torch.cat([split.train, clean]), notes=[*split.notes, *notes])
 
 
 @dataclass(frozen=True)
@@ -254,7 +287,7 @@ class _Judge:
             max_tokens=self.data.max_tokens, mmlu_data=self.data.mmlu_data, shots=self.data.shots,
             num_shots=self.data.num_shots, limit=self.data.limit, scoring=("letter",), cache_dir=self.cache,
             device=self.device, seed=self.seed, runner=TRANSFORMERS, adapter=adapter,
-            progress=lambda stage, done, total: self.progress(f"{name}: {stage}", done, total),
+            progress=lambda stage, done, total, **where: self.progress(f"{name}: {stage}", done, total, **where),
         )  # fmt: skip
 
 
@@ -293,6 +326,7 @@ def _paired(old: MultipleChoiceResult, new: MultipleChoiceResult) -> str:
 
 def _described(data: HealData) -> dict[str, Any]:
     return {
-        "data": data.data or "built-in text", "tokens": data.tokens, "window": data.window,
-        "text": [Path(path).name for path in data.text], "limit": data.limit, "num_shots": data.num_shots,
+        "data": data.data or "built-in text", "tokens": data.tokens, "sampled_tokens": data.sampled_tokens,
+        "window": data.window, "text": [Path(path).name for path in data.text], "limit": data.limit,
+        "num_shots": data.num_shots,
     }  # fmt: skip

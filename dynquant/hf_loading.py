@@ -13,6 +13,7 @@ import torch
 
 from dynquant.errors import CheckpointError
 from dynquant.model import Model
+from dynquant.process_usage import count_mapped_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,6 +30,7 @@ def load_hf(model: Model, *, dtype: torch.dtype | None = None, device: str = "cp
     auto_class = AutoModelForImageTextToText if model.has_vision else AutoModelForCausalLM
     wanted = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
     loaded = _load(auto_class, model, dtype=wanted)
+    count_mapped_files(model.hf_directory.glob("*.safetensors") if model.hf_directory else [model.gguf_file])
     return loaded.to(device).eval()
 
 

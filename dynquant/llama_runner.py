@@ -17,6 +17,7 @@ import torch
 
 from dynquant.devices import usable_cores
 from dynquant.errors import CheckpointError, EvaluationError
+from dynquant.process_usage import count_mapped_files
 
 BATCH_TOKENS = 512
 """Tokens per llama_decode call, and its physical batch; part of the layout that compared models must share."""
@@ -73,6 +74,8 @@ def load_llama_model(path: Path, *, vocab_only: bool) -> ctypes.c_void_p:
     model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
     if not model:
         raise CheckpointError(f"{path.name}: llama.cpp cannot load the file: {log}")
+    if not vocab_only:
+        count_mapped_files([path])
     return model
 
 

@@ -27,6 +27,7 @@ from dynquant.gguf_source import GGUFSource
 from dynquant.hf_loading import unpack_compressed, without_progress_bars
 from dynquant.layers import choose_layout
 from dynquant.llama_runner import LlamaCppRunner, llama_encode, llama_metadata, llama_vocabulary
+from dynquant.process_usage import count_mapped_files
 
 LLAMA_CPP, TRANSFORMERS = "llama.cpp", "transformers"
 RUNNERS = (LLAMA_CPP, TRANSFORMERS)
@@ -222,6 +223,7 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:
             return load_packed(path, dtype=dtype)
         with without_progress_bars():
             loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+            count_mapped_files(path.glob("*.safetensors"))
             return unpack_compressed(loaded, dtype)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{path.name}: transformers cannot load the model: {error}") from error
@@ -279,6 +281,11 @@ class HuggingFaceRunner:
     def window_logits(self, tokens: Sequence[int]) -> torch.Tensor:
         self._prefix_cache = None
         return self._forward([list(tokens)], None).logits[0].float().cpu()
+
+    @torch.inference_mode()
+    def batch_logits(self, windows: torch.Tensor) -> torch.Tensor:
+        """Logits float32 [n, T, vocab_size] of token ids [n, T], on the runner's device."""
+        return self._model(input_ids=windows.to(self._device), use_cache=False).logits.float()
 
     @torch.inference_mode()
     def hold_prefix(self, tokens: Sequence[int]) -> None:

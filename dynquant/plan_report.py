@@ -73,7 +73,7 @@ def write_report(
     from dynquant.analysis.report import write_report as write_html
 
     report = directory / "report.html"
-    with console.stage_progress() as progress:
+    with console.stage_progress("The plan is kept; plots and report are drawn again.") as progress:
         points = frontier(table, rules_of(supers, stats), _fixed_bytes_of(plan, table), fixed_recipes(model))
         shown = {
             "table": table, "plan": plan, "stats": stats, "super_weights": supers, "frontier": points,

@@ -22,12 +22,11 @@ from dynquant.analysis.unit_kl import prices_from, refine
 from dynquant.encoded_store import EncodedStore
 from dynquant.errors import PlanError
 from dynquant.eval_statistics import bootstrap_mean
+from dynquant.progress import Progress
 from dynquant.rendered_model import RenderedModel, ScoredText
 
 FISHER = "fisher-probe"
 METHODS = (CLOSED_FORM, FISHER, UNIT_KL)
-
-Progress = Callable[[str, int, int], None]
 
 
 class Choose(Protocol):
@@ -184,7 +183,7 @@ class PlanSearch:
                 )
             )
             if self.progress:
-                self.progress(stage, len(scored), len(candidates))
+                self.progress(stage, len(scored), len(candidates), unit="plans")
         return scored
 
     def _drawn(self, table: ErrorTable) -> list[Candidate]:

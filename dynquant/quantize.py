@@ -18,6 +18,7 @@ from dynquant.gguf_source import GGUFSource
 from dynquant.importance import importance
 from dynquant.model import Model
 from dynquant.plan import Plan, PlanEntry
+from dynquant.progress import Progress
 from dynquant.quant_types import QuantType
 from dynquant.second_moments import SecondMoments, hessian
 from dynquant.statistics import CalibrationStats
@@ -26,8 +27,6 @@ ImportanceLookup = Callable[[str, tuple[int, ...]], torch.Tensor | None]
 """Tensor name and shape -> E[x^2], float32 [experts, row_length]; None when calibration did not see its input."""
 HessianLookup = Callable[[str, tuple[int, ...], slice], torch.Tensor | None]
 """Tensor name, shape and experts -> E[x xᵀ], float32 [experts, row_length, row_length]; None when it is not known."""
-Progress = Callable[[str, int, int], None]
-"""Called with stage, weights done and weights in total."""
 
 BATCH_WEIGHTS = 1 << 26
 """Float32 weights of a stack that are in memory at a time (256 MiB), at least one expert."""
@@ -113,12 +112,12 @@ def quantize(
     check_plan(model, plan)
     check_importance(plan, guidance.importance, skip=skip)
     entries = {entry.name: entry for entry in plan.entries}
-    counter = _Counter(progress, plan.num_weights)
+    counter = _Counter(progress, plan.num_weights, sum(prod(entries[name].shape) for name in skip))
     for name in model.source.names():
         entry = entries[name]
         if name in skip:
-            counter.add(prod(entry.shape))
             continue
+        counter.begin(name)
         packed = _stored_bytes(model, entry)
         if packed is None:
             packed = encode_tensor(
@@ -163,14 +162,21 @@ def check_importance(plan: Plan, importance: ImportanceLookup | None, *, skip: C
 
 @dataclass
 class _Counter:
+    """Weights done, those of an earlier run included, and the tensor that is being encoded."""
+
     progress: Progress | None
     total: int
-    done: int = 0
+    done: int
+    tensor: str = ""
+
+    def begin(self, tensor: str) -> None:
+        self.tensor = tensor
+        self.add(0)
 
     def add(self, num_weights: int) -> None:
         self.done += num_weights
         if self.progress is not None:
-            self.progress("quantize", self.done, self.total)
+            self.progress("quantize", self.done, self.total, unit="weights", tensor=self.tensor)
 
 
 def _stored_bytes(model: Model, entry: PlanEntry) -> torch.Tensor | None:

@@ -72,7 +72,7 @@ def search_plans(
     fixed = fixed_recipes(model) if options.frontier is not None else {}
     recipes = {label: choose.stored(wanted, table) for label, wanted in fixed.items()}
     hf_model = load_hf(model, dtype=torch.float32, device=chosen_device(device))
-    with console.stage_progress() as progress:
+    with console.stage_progress("Errors and encoded tensors are kept; what the search measured is lost.") as progress:
         return PlanSearch(
             hf_model=hf_model, store=store, options=options, choose=choose, file_bytes=choose.file_bytes,
             probe_windows=_cut(calibrated, options.probes, options.probe_window),

@@ -18,7 +18,7 @@ from dynquant.errors import PlanError
 from dynquant.exporters.compressed_layout import bytes_at_most, file_bytes, tensors_of_layer
 from dynquant.importance import importance
 from dynquant.model import Model
-from dynquant.quantize import Progress
+from dynquant.progress import Progress, ignore_progress
 from dynquant.serving_building import units_of
 from dynquant.serving_layers import LinearLayer, ServedCheckpoint
 from dynquant.serving_schemes import SCHEMES, Scheme
@@ -73,12 +73,13 @@ def measure_schemes(
     total = sum(_num_weights(linear) * len(found) for linear, found in work)
     rows: list[ErrorRow] = []
     done = 0
+    report = progress or ignore_progress
     for linear, found in work:
+        report("measuring errors", done, total, unit="weights", tensor=linear.name)
         for scheme, group in found.items():
             rows.append(_row(linear, scheme, group, stats, device))
             done += _num_weights(linear)
-            if progress:
-                progress("measuring errors", done, total)
+            report("measuring errors", done, total, unit="weights", tensor=linear.name)
     return ErrorTable(
         model=model.name,
         fingerprint=model.fingerprint,

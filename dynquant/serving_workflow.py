@@ -118,7 +118,7 @@ def _table(
     if table is not None and (table.stats_hash, table.fingerprint) == (stats_hash, model.fingerprint):
         console.note(f"reusing {path}")
     else:
-        with console.stage_progress() as progress:
+        with console.stage_progress("Statistics are kept; the errors measured so far are lost.") as progress:
             table = measure_schemes(
                 model, checkpoint, stats, stats_hash=stats_hash,
                 device=torch.device(chosen_device(options.device)), progress=progress,
@@ -141,7 +141,7 @@ def _with_sensitivity(model: Model, table: ErrorTable, options: CalibrationOptio
         return table
     text = read_text(options.text, tokenizer=tokenizer, seed=options.seed, max_tokens=PROBE_TOKENS)
     windows = pack_windows(text, tokenizer, window=options.window, max_tokens=PROBE_TOKENS)
-    with console.stage_progress() as progress:
+    with console.stage_progress("Errors are kept; the sensitivities measured so far are lost.") as progress:
         found = output_sensitivity(
             hf_model, model.arch, model.hyper.n_layer, windows, seed=options.seed, progress=progress
         )
@@ -184,7 +184,7 @@ def export_for_vllm(
         stats_hash = file_hash(stats_path) if stats is not None else None
         plan = serving_plan(model, checkpoint, wanted, recipe=f"preset {preset}", stats_hash=stats_hash)
     guidance, rounding, moments = _guidance(stats, stats_path)
-    with console.stage_progress() as progress:
+    with console.stage_progress("Finished tensors are kept.") as progress:
         files = export_compressed_tensors(
             model, plan, checkpoint, output,
             guidance=guidance, rounding=rounding, identity={"hessians": moments}, device=chosen,

@@ -16,13 +16,13 @@ from torch.utils.data import Dataset
 
 from dynquant.distribution import Distribution
 from dynquant.errors import EvaluationError
-from dynquant.logit_runners import LogitRunner
+from dynquant.logit_runners import HuggingFaceRunner
+from dynquant.progress import Progress
 from dynquant.reference_cache import cache_key, entry_path, save_cached
 
 NUM_KEPT = 128
 SHARD_WINDOWS = 64
-
-Progress = Callable[[str, int, int], None]
+_LOGITS_AT_ONCE = 1 << 27
 
 
 class TeacherWindows(Dataset):
@@ -64,7 +64,7 @@ def distribution_of(batch: dict[str, Tensor]) -> Distribution:
 
 def build_teacher_windows(
     reference: Path,
-    open_reference: Callable[[], LogitRunner],
+    open_reference: Callable[[], HuggingFaceRunner],
     windows: Tensor,
     directory: Path,
     *,
@@ -87,29 +87,30 @@ def build_teacher_windows(
     shards = windows.split(SHARD_WINDOWS)
     options = {"kind": "distillation", "kept": NUM_KEPT, "columns": num_columns, "window": windows.shape[1]}
     keys = [cache_key(reference, shard.flatten().tolist(), **options) for shard in shards]
-    runner: LogitRunner | None = None
+    runner: HuggingFaceRunner | None = None
     done = 0
     for shard, key in zip(shards, keys, strict=True):
         if not entry_path(directory, key).is_file():
             runner = runner or open_reference()
             save_cached(directory, key, _distributions(runner, shard, num_columns))
         done += len(shard)
-        progress(stage, done, len(windows))
+        progress(stage, done, len(windows), unit="windows")
     if runner is not None:
         runner.close()
     return TeacherWindows(windows, [entry_path(directory, key) for key in keys])
 
 
-def _distributions(runner: LogitRunner, windows: Tensor, num_columns: int) -> dict[str, np.ndarray]:
-    runner.reserve(windows.shape[1])
+def _distributions(runner: HuggingFaceRunner, windows: Tensor, num_columns: int) -> dict[str, np.ndarray]:
+    count = max(1, _LOGITS_AT_ONCE // (windows.shape[1] * runner.vocab_size))
     found = []
-    for window in windows.tolist():
-        logits = runner.window_logits(window)[:, :num_columns]
+    for batch in windows.split(count):
+        logits = runner.batch_logits(batch)[..., :num_columns]
         if not torch.isfinite(logits).all():
             raise EvaluationError("The original's logits contain NaN or infinity; check its files.")
-        found.append(Distribution.of(logits, NUM_KEPT))
+        found.append(Distribution.of(logits.flatten(0, 1), NUM_KEPT))
+    shape = windows.shape
     return {
-        "top_ids": torch.stack([one.ids for one in found]).numpy(),
-        "top_log_probs": torch.stack([one.log_probs for one in found]).numpy(),
-        "log_rest": torch.stack([one.log_rest for one in found]).numpy(),
+        "top_ids": torch.cat([one.ids for one in found]).unflatten(0, shape).numpy(),
+        "top_log_probs": torch.cat([one.log_probs for one in found]).unflatten(0, shape).numpy(),
+        "log_rest": torch.cat([one.log_rest for one in found]).unflatten(0, shape).numpy(),
     }

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dynquant.errors import CheckpointError
+from dynquant.process_usage import count_mapped
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -117,7 +118,9 @@ class SafetensorsSource:
         if not self._info[name].shape:
             return self._handle(self._file_of[name]).get_tensor(name).to(torch.float32)
         rows = self._slice(name)
-        return (rows[:] if index is None else rows[index]).to(torch.float32)  # type: ignore[index]
+        stored: torch.Tensor = rows[:] if index is None else rows[index]  # type: ignore[index]
+        count_mapped(stored.nbytes)
+        return stored.to(torch.float32)
 
     def _slice(self, name: str) -> object:
         return self._handle(self._file_of[name]).get_slice(name)

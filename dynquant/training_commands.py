@@ -12,17 +12,19 @@ from dynquant.finetune import finetune
 from dynquant.heal import HealData, heal
 from dynquant.training_options import TrainOptions
 
+_KEPT = "The last checkpoint is kept; steps after it are lost."
+
 
 def finetune_command(packed: str, data: Path, output: Path, options: TrainOptions, **more: Any) -> None:
     """Fine-tune and print what changed."""
-    with console.stage_progress() as progress, _without_notices():
+    with console.stage_progress(_KEPT) as progress, _without_notices():
         report = finetune(packed, data, output, options, progress=progress, **more)
     _print(report, output)
 
 
 def heal_command(packed: str, reference: str, output: Path, data: HealData, options: TrainOptions, **more: Any) -> None:
     """Heal and print what changed."""
-    with console.stage_progress() as progress, _without_notices():
+    with console.stage_progress(_KEPT) as progress, _without_notices():
         report = heal(packed, reference, output, data, options, progress=progress, **more)
     _print(report, output)
     cache = data.cache_dir or output.with_name(f"{output.name}.reference")

@@ -21,6 +21,7 @@ from dynquant.analysis.plot_training import draw_training
 from dynquant.errors import ExportError, TrainingError
 from dynquant.eval_statistics import Estimate
 from dynquant.plan import write_atomically
+from dynquant.progress import Progress
 from dynquant.training_options import TrainOptions
 
 SCHEMA_VERSION = 1
@@ -28,8 +29,6 @@ REPORT_NAME = "training.json"
 _STATE = "trainer_state.json"
 _LARGE = 1_000_000_000
 """Weights from which activations are recomputed on a GPU: in smaller models they fit, and recomputing only costs."""
-
-Progress = Callable[[str, int, int], None]
 
 
 class _Record(BaseModel):
@@ -152,7 +151,7 @@ class ProgressCallback(TrainerCallback):
         self._progress = progress
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._progress("train", state.global_step, state.max_steps)
+        self._progress("train", state.global_step, state.max_steps, unit="steps")
 
 
 def trainer_settings(
@@ -202,7 +201,7 @@ def trainer_settings(
         "seed": options.seed,
         "data_seed": options.seed,
         "use_cpu": on_cpu,
-        "bf16": False,
+        "bf16": not on_cpu,
         "gradient_checkpointing": not on_cpu and num_weights >= _LARGE if checkpointing is None else checkpointing,
         "dataloader_pin_memory": not on_cpu,
         "report_to": "none",

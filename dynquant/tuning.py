@@ -13,7 +13,6 @@ model is in memory: float32 weights, their gradients, and the decoded codes, 16 
 
 import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +27,7 @@ from dynquant.eval_statistics import block_sums
 from dynquant.gguf_source import GGUFSource
 from dynquant.live_weights import LiveWeights
 from dynquant.model import Model
+from dynquant.progress import Progress, ignore_progress
 from dynquant.quant_types import QUANT_TYPES
 
 BYTES_PER_WEIGHT = 20
@@ -35,8 +35,6 @@ BYTES_PER_WEIGHT = 20
 _FULL_RATE_STEPS = 16
 _CLEARLY = 1.64
 """Standard errors by which the KL must fall: one chance in twenty that it did not."""
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ def tune(
     """
     train, held = _split(windows, options)
     device = next(hf_model.parameters()).device
-    report = progress or (lambda *_: None)
+    report = progress or ignore_progress
     live = LiveWeights(model, hf_model)
     steps = train.split(max(1, options.step_tokens // train.shape[1]))
     checks = held.split(max(1, options.step_tokens // train.shape[1]))
@@ -90,7 +88,7 @@ def tune(
     targets = []
     for batch in (*steps, *checks):
         targets.append(Distribution.of(_logits(hf_model, batch.to(device))))
-        report("original", min(total, sum(len(t) for t in targets)), total)
+        report("original", min(total, sum(len(t) for t in targets)), total, unit="tokens")
     trained = _install(live, file)
     before = _block_kls(hf_model, checks, targets[len(steps) :], device)
     _train(hf_model, live, trained, steps, targets, options, report)
@@ -253,7 +251,7 @@ def _train(
         for one in trained.values():
             one.apply()
         done += batch.numel()
-        report("tune", done, sum(step.numel() for step in steps))
+        report("tune", done, sum(step.numel() for step in steps), unit="tokens")
     for parameter in hf_model.parameters():
         parameter.requires_grad_(False)
 

@@ -23,7 +23,7 @@ TOKEN_ERRORS_NAME = "token_errors.json"
 TEXT_ONLY = (
     "This model has a vision tower, but the calibration is text alone: nothing of the vision tower, the projector and "
     "cross-attention will be measured. Their inputs are then taken to be even, types below 2.5 bits are closed to "
-    "them, their sensitivities are guessed, and the language model is fitted to text tokens only, whose statistics differ "
+    "them, their sensitivities are guessed, and the language model is fitted to text tokens, whose statistics differ "
     "from those of image tokens. Give pictures with --data FILE."
 )
 
@@ -80,7 +80,7 @@ def calibrate_on_samples(
         seed=options.seed,
     )  # fmt: skip
     hf_model = load_hf(model, device=chosen_device(device))
-    with console.stage_progress() as progress:
+    with console.stage_progress("Calibration is not kept: what it has measured so far is lost.") as progress:
         found = collect_vision_statistics(
             hf_model, samples, model, provenance, hessian_bytes=hessian_bytes, progress=progress
         )

@@ -137,7 +137,7 @@ def run_calibration(model: Model, options: CalibrationOptions, output: Path) -> 
         remove_kinds(output)
         if model.has_vision:
             console.note(TEXT_ONLY)
-        with console.stage_progress() as progress:
+        with console.stage_progress("Calibration is not kept: what it has measured so far is lost.") as progress:
             found = run(
                 model, options.text, tokens=options.tokens, window=options.window, seed=options.seed,
                 device=device, batch_size=16 if device.startswith("cuda") else 4, hessians=options.hessians,
@@ -218,7 +218,8 @@ def _measure(
     store: EncodedStore | None = None,
 ) -> ErrorTable:
     names = [quant_type(name).name for name in types]
-    with console.stage_progress() as progress:
+    kept = "encoded tensors are kept" if store else "the errors measured so far are lost"
+    with console.stage_progress(f"Statistics are kept; {kept}.") as progress:
         table = build_error_table(
             model, stats, names, load_encoder(encoder), stats_hash=stats_hash, threads=threads, store=store,
             progress=progress,
@@ -503,7 +504,7 @@ def _probe(
     windows = pack_windows(text, tokenizer, window=options.window, max_tokens=PROBE_TOKENS)
     arch, n_layer = model.arch, model.hyper.n_layer
     found = find_super_weights(hf_model, arch, n_layer, windows[0])
-    with console.stage_progress() as progress:
+    with console.stage_progress("Errors are kept; the sensitivities measured so far are lost.") as progress:
         found_and_errors = output_sensitivity(hf_model, arch, n_layer, windows, seed=options.seed, progress=progress)
     table = table.with_sensitivity(*found_and_errors)
     table.save(directory / ERRORS_NAME)

@@ -28,7 +28,8 @@ from dynquant.exporters.checkpoint_files import (
 from dynquant.exporters.compressed_card import model_card, quantization_config
 from dynquant.exporters.compressed_layout import tensors_of_checkpoint
 from dynquant.model import Model
-from dynquant.quantize import Guidance, Progress
+from dynquant.progress import Progress, ignore_progress
+from dynquant.quantize import Guidance
 from dynquant.safetensors_header import ShardLayout
 from dynquant.serving_building import check_serving_plan
 from dynquant.serving_layers import LinearLayer, ServedCheckpoint
@@ -158,7 +159,9 @@ def _tensors(
     scales = global_scales(plan, checkpoint)
     total = sum(len(entry.modules) * entry.shape[-2] * entry.shape[-1] for entry in plan.entries)
     done = 0
+    report = progress or ignore_progress
     for entry in plan.entries:
+        report("quantize", done, total, unit="weights", tensor=entry.name)
         suffixes = [part.suffix for part in entry.stored_as.parts(*entry.shape[-2:], entry.group_size)]
         for experts in _expert_batches(entry, device):
             modules = entry.modules[experts.start : experts.stop]
@@ -171,8 +174,7 @@ def _tensors(
                         if f"{module}.{suffix}" not in finished:
                             yield f"{module}.{suffix}", tensor
             done += len(experts) * entry.shape[-2] * entry.shape[-1]
-            if progress is not None:
-                progress("quantize", done, total)
+            report("quantize", done, total, unit="weights", tensor=entry.name)
 
 
 def _expert_batches(entry: ServingEntry, device: torch.device | None) -> Iterator[range]:

@@ -16,8 +16,8 @@ from dynquant.exporters.gguf_header import FileLayout, ImatrixInfo, Provenance, 
 from dynquant.exporters.provenance import check_stats, export_identity
 from dynquant.model import Model
 from dynquant.plan import Plan
+from dynquant.progress import Progress
 from dynquant.quantize import (
-    Progress,
     QuantizedTensor,
     check_importance,
     check_plan,

@@ -34,7 +34,8 @@ from dynquant.gguf_source import GGUFSource
 from dynquant.model import Model
 from dynquant.packed_model import Place, build_meta_model, places
 from dynquant.plan import Plan, PlanEntry
-from dynquant.quantize import Progress, QuantizedTensor, check_importance, check_plan, guidance_of, quantize
+from dynquant.progress import Progress
+from dynquant.quantize import QuantizedTensor, check_importance, check_plan, guidance_of, quantize
 from dynquant.safetensors_header import ShardLayout
 from dynquant.second_moments import SecondMoments
 from dynquant.statistics import CalibrationStats

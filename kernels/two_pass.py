@@ -1,7 +1,8 @@
 """Products of many rows with planar weights on CUDA: decode a slice of the matrix, multiply it with cuBLAS, repeat.
 
-The slice is small enough to stay in the L2 cache between the two passes. The forward pass takes slices of rows and the
-gradient slices of columns, so that in both every result is written once: no rounded partial sums are added up.
+With up to a thousand rows the slice is small enough to stay in the L2 cache between the two passes; with more, products
+take so long that fewer launches are worth more. The forward pass takes slices of rows and the gradient slices of
+columns, so that in both every result is written once: no rounded partial sums are added up.
 """
 
 import torch
@@ -13,6 +14,8 @@ from dynquant.quant_types import quant_type
 
 _SLICE_BYTES = 24 << 20
 """Half the L2 cache of an H100."""
+_LONG, _LONG_SLICE_BYTES = 1024, 128 << 20
+"""Rows from which slices are larger, and their size."""
 _COLUMN_STEP = 256
 _ROW_STEP = 128
 """Slices are whole tiles of the matrix product."""
@@ -46,7 +49,8 @@ def input_grad(dy: Tensor, weight: Tensor, type_name: str) -> Tensor:
 
 def _step(extent: int, other: int, activations: Tensor, multiple: int) -> int:
     """How much of `extent` one slice spans: as near to equal slices as multiples allow."""
-    limit = max(1, _SLICE_BYTES // max(1, other * activations.element_size()))
+    slice_bytes = _SLICE_BYTES if len(activations) <= _LONG else _LONG_SLICE_BYTES
+    limit = max(1, slice_bytes // max(1, other * activations.element_size()))
     slices = -(-extent // max(multiple, limit // multiple * multiple))
     even = -(-extent // max(1, slices))
     return max(1, min(extent, -(-even // multiple) * multiple))

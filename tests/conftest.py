@@ -126,3 +126,13 @@ def packed_moe(small_moe: Path, tmp_path_factory: pytest.TempPathFactory):
     from tests.helpers.packed_models import export_both
 
     return export_both(small_moe, tmp_path_factory.mktemp("packed"))
+
+
+@pytest.fixture
+def cuda():
+    """The GPU; tests that ask for it are skipped without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return torch.device("cuda")

@@ -56,6 +56,12 @@ def test_twenty_steps_lower_the_held_out_loss(tuned):
     }
 
 
+@pytest.mark.gpu
+def test_training_on_a_gpu_lowers_the_held_out_loss(crushed, lists, cuda, tmp_path):
+    report = finetune(str(crushed.packed), lists, tmp_path / "adapter", OPTIONS, device=str(cuda))
+    assert report.changes[0].after.high < report.changes[0].before.low
+
+
 def test_the_report_is_of_the_adapter_that_was_saved(crushed, lists, tuned):
     """Loss over the completions' tokens, as the saved adapter gives it on the same held-out lines."""
     from dynquant.training_data import read_training_data

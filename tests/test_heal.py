@@ -1,6 +1,7 @@
 """Healing: the original distilled into an adapter on its packed model, stopped, resumed, measured, and refused."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,12 @@ from dynquant.evaluate import evaluate
 pytest.importorskip("trl", reason="trl is not installed")
 from dynquant import heal as heal_module
 from dynquant.heal import HealData, heal
+from dynquant.logit_runners import load_model
+from dynquant.progress import ignore_progress
+from dynquant.sampled_text import sampled_windows
 from dynquant.training_options import TrainOptions
 from dynquant.training_run import TrainingReport
-from tests.helpers.crushed_models import crush
+from tests.helpers.crushed_models import WORDS, crush
 
 OPTIONS = TrainOptions(rank=8, learning_rate=3e-3, max_steps=6, batch_size=8, evaluations=3)
 
@@ -31,10 +35,12 @@ def cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("reference")
 
 
-def run(crushed, cache, output: Path, options=OPTIONS, *, text=None, progress=None, **more) -> TrainingReport:
+def run(
+    crushed, cache, output: Path, options=OPTIONS, *, text=None, progress=None, questions=None, **more
+) -> TrainingReport:
     data = HealData(
         data=str(crushed.text), tokens=4096, window=64, text=[crushed.held_out] if text is None else text,
-        max_tokens=512, cache_dir=cache,
+        max_tokens=512, mmlu_data=questions, shots=questions, num_shots=1, cache_dir=cache,
     )  # fmt: skip
     return heal(str(crushed.packed), str(crushed.original), output, data, options, progress=progress, **more)
 
@@ -69,6 +75,29 @@ def test_the_saved_adapter_gives_what_was_reported(crushed, healed):
     assert found.texts[0].kl.mean.value == pytest.approx(report.changes[0].after.value, rel=1e-5)
     bare = evaluate(crushed.packed, crushed.original, **options)
     assert bare.texts[0].kl.mean.value == pytest.approx(report.changes[0].before.value, rel=1e-5)
+
+
+@pytest.mark.gpu
+def test_healing_on_a_gpu(crushed, cache, cuda, tmp_path):
+    report = run(crushed, cache, tmp_path / "adapter", device=str(cuda))
+    assert report.gap_closed["held-out.txt"].low > 0
+
+
+def test_answers_are_counted_with_and_without_the_adapter(crushed, cache, tmp_path):
+    questions = tmp_path / "questions.jsonl"
+    lines = [
+        {"subject": "words", "question": f"Which word comes {place}?", "choices": WORDS[i : i + 4], "answer": i % 4}
+        for i, place in enumerate(("first", "second", "third", "last"))
+    ]
+    questions.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = TrainOptions(**{**vars(OPTIONS), "max_steps": 1})
+    report = run(crushed, cache, tmp_path / "adapter", options, questions=questions)
+    accuracy = report.changes[-1]
+    scores = {"tasks": ("mmlu",), "mmlu_data": questions, "shots": questions, "num_shots": 1, "scoring": ("letter",)}
+    for adapter, stated in ((None, accuracy.before), (tmp_path / "adapter", accuracy.after)):
+        found = evaluate(crushed.packed, crushed.original, adapter=adapter, **scores)
+        assert found.multiple_choice[0].candidate.accuracy.value == stated.value
+    assert accuracy.name == "accuracy" and any("4 questions" in note and "McNemar" in note for note in report.notes)
 
 
 @pytest.mark.slow
@@ -129,6 +158,35 @@ def test_text_that_is_measured_on_is_not_trained_on(crushed, cache, tmp_path):
     )
     with pytest.raises(DataError, match="nothing is left to train on"):
         heal(str(crushed.packed), str(crushed.original), tmp_path / "other", data, OPTIONS)
+
+
+def test_the_original_writes_text_to_train_on(crushed, cache, tmp_path):
+    data = HealData(
+        data=str(crushed.text), tokens=1024, sampled_tokens=2048, window=64, text=[crushed.held_out], max_tokens=256,
+        cache_dir=cache,
+    )  # fmt: skip
+    options = TrainOptions(**{**vars(OPTIONS), "max_steps": 1})
+    report = heal(str(crushed.packed), str(crushed.original), tmp_path / "adapter", data, options)
+    assert report.trained_examples == 16 + 32
+    assert "32 training windows were sampled from the original." in report.notes
+
+
+def test_samples_follow_the_originals_distribution(crushed, tmp_path):
+    """After one fixed beginning, the share of each next token is the probability that the model gives it."""
+    model = load_model(crushed.original)
+    text = torch.arange(100, 132)[None]
+    sample = {"num_columns": 8000, "device": "cpu", "stage": "writing", "progress": ignore_progress}
+    windows = sampled_windows(crushed.original, text, 1500, tmp_path, seed=0, **sample)
+    assert windows.shape == (1500, 32) and windows.max() < 8000
+    beginnings = {tuple(window[:16].tolist()) for window in windows}
+    assert beginnings == {tuple(range(i, i + 16)) for i in range(100, 117)}
+    same = windows[windows[:, 0] == 100]
+    with torch.no_grad():
+        wanted = model(input_ids=same[:1, :16]).logits[0, -1, :8000].softmax(-1)
+    likely = wanted.topk(200).indices
+    share = torch.isin(same[:, 16], likely).float().mean()
+    assert abs(share - wanted[likely].sum()) < 4 * (0.25 / len(same)) ** 0.5
+    assert torch.equal(sampled_windows(crushed.original, text, 1500, tmp_path, seed=0, **sample), windows)
 
 
 def test_without_a_text_the_part_that_was_kept_apart_is_measured_on(crushed, cache, tmp_path):

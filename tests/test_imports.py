@@ -13,7 +13,7 @@ FOLDERS = {"dynquant": ROOT / "dynquant", "dynquant.kernels": ROOT / "kernels",
 
 # A module may import from its own rank and from lower ones.
 RANKS = [
-    ["errors", "eval_statistics"],
+    ["errors", "eval_statistics", "progress", "process_usage", "interrupt"],
     ["devices", "distribution"],
     ["vision_names"],
     ["quant_types", "architecture"],
@@ -53,8 +53,11 @@ RANKS = [
     ["analysis", "planner", "serving_planner"],
     ["eval_text", "logit_runners", "reference_cache", "multiple_choice", "eval_report"],
     ["evaluate"],
-    ["packed_base", "teacher_cache", "distillation", "training_run"],
+    ["packed_base", "teacher_cache", "sampled_text", "distillation", "training_run"],
     ["finetune", "heal"],
+    ["run_record"],
+    ["progress_text"],
+    ["progress_display"],
     ["console"],
     ["plan_report"],
     ["plan_target"],

@@ -93,13 +93,6 @@ def test_tiles_compile_for_an_h100_without_spills(kernel, name):
     assert name != "Q4_K" or count(codes, "LDG.E.128") >= 2
 
 
-@pytest.fixture
-def cuda() -> torch.device:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    return torch.device("cuda")
-
-
 def planar(name: str, *shape: int) -> torch.Tensor:
     return pack_planes(name, packed_weights(name, *shape)).cuda()
 

@@ -10,7 +10,7 @@ import dynquant
 from dynquant.errors import AdapterError, StatsError
 from dynquant.gguf_source import GGUFSource
 from dynquant.hf_loading import load_hf
-from dynquant.layers import PackedExperts, PackedModule, set_layout
+from dynquant.layers import PackedExperts, PackedModule, choose_layout, set_layout
 from dynquant.live_weights import LiveWeights
 from tests.helpers.packed_models import export_both
 from tests.helpers.tiny_models import mean_kl, save_tiny
@@ -78,15 +78,15 @@ def bytes_of(model) -> str:
     for module in model.modules():
         if isinstance(module, PackedModule):
             for name in module.types:
-                digest.update(getattr(module, name).detach().reshape(-1).view(torch.uint8).numpy().tobytes())
+                digest.update(getattr(module, name).detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def train(adapted, steps: int, lr: float = 3e-3) -> list[float]:
+def train(adapted, steps: int, lr: float = 3e-3, tokens=TOKENS) -> list[float]:
     optimizer = torch.optim.AdamW(list(trainable(adapted).values()), lr=lr)
     losses = []
     for _ in range(steps):
-        loss = adapted(TOKENS, labels=TOKENS).loss
+        loss = adapted(tokens, labels=tokens).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -185,6 +185,31 @@ def test_half_precision_adapters_on_a_half_precision_model(tiny):
     with torch.autocast("cpu", torch.bfloat16):
         train(with_float32, 1)
     assert logits(adapted).isfinite().all()
+
+
+@pytest.mark.gpu
+def test_training_on_a_gpu(tiny, model, saved, cuda, tmp_path):
+    """bfloat16 products with the packed planes, float32 adapters: the CPU's gradients, up to rounding."""
+    exact = load_adapter(copy.deepcopy(model), saved, is_trainable=True)
+    exact(TOKENS, labels=TOKENS).loss.backward()
+    base = dynquant.load(tiny.gguf, dtype=torch.bfloat16).cuda()
+    choose_layout(base)
+    before = bytes_of(base)
+    adapted = load_adapter(base, saved, is_trainable=True)
+    tokens = TOKENS.cuda()
+    with torch.autocast("cuda", torch.bfloat16):
+        adapted(tokens, labels=tokens).loss.backward()
+    for name, parameter in trainable(exact).items():
+        error = (trainable(adapted)[name].grad.cpu() - parameter.grad).norm() / parameter.grad.norm()
+        assert error < 0.1, name
+    with torch.autocast("cuda", torch.bfloat16):
+        losses = train(adapted, 20, tokens=tokens)
+    assert losses[-1] < losses[0] - 2
+    assert bytes_of(base) == before
+    adapted.save_pretrained(tmp_path)
+    again = dynquant.load(tiny.gguf, dtype=torch.bfloat16).cuda()
+    choose_layout(again)
+    assert torch.equal(logits(load_adapter(again, tmp_path), tokens), logits(adapted, tokens))
 
 
 def test_no_weight_of_the_experts_is_ever_made(model, saved):

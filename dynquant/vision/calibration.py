@@ -5,7 +5,7 @@ and of text in one sequence; they are told apart by the placeholder's id. Vision
 and so do the keys and values of cross-attention. The last tenth of the samples is held back, as `calibration` does it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from dynquant.input_recorder import InputRecorder
 from dynquant.linear_hooks import LinearHooks
 from dynquant.model import Model
 from dynquant.moment_recorder import MomentRecorder
+from dynquant.progress import Progress
 from dynquant.second_moments import SecondMoments
 from dynquant.statistics import CalibrationStats, StatsProvenance
 from dynquant.vision.samples import Encoded
@@ -29,8 +30,6 @@ IMAGE, TEXT = "image", "text"
 KINDS = (IMAGE, TEXT)
 HELD_BACK = 0.1
 _IMAGE_READERS = ("cross_attn_k.weight", "cross_attn_v.weight")
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def collect_vision_statistics(
             hf_model(**{name: value.to(device) for name, value in sample.inputs.items()}, use_cache=False)
             done += sample.num_tokens
             if progress:
-                progress("calibrate", done, total)
+                progress("calibrate", done, total, unit="tokens")
     counted = {
         "num_windows": len(samples),
         "num_tokens": sum(sample.num_tokens for sample in samples[:num_summed]),

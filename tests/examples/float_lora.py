@@ -3,7 +3,7 @@
     python tests/examples/float_lora.py ORIGINAL --data d.jsonl --max-steps 40 --batch-size 16
 
 Same lines held out, same batches, rates, rank and targets (all linear layers but the output head, and routed experts).
-Prints the held-out loss before and after in nats per learned token.
+Prints the held-out loss before and after in nats per learned token, with intervals.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
+from dynquant.finetune import measure_adapter
 from dynquant.training_data import read_training_data
 from dynquant.training_options import TrainOptions
 from dynquant.training_run import trainer_settings
@@ -41,15 +42,16 @@ def main() -> None:
     settings = trainer_settings(
         options, Path(f".{given.data.stem}.float"), num_examples=len(train.rows), num_weights=0, device=device
     )
-    settings |= {"save_strategy": "no", "load_best_model_at_end": False, "eval_on_start": True}
+    settings |= {"eval_on_start": True}
     trainer = SFTTrainer(
         model, SFTConfig(**settings),
         train_dataset=Dataset.from_list(list(train.rows)), eval_dataset=Dataset.from_list(list(held.rows)),
         processing_class=AutoTokenizer.from_pretrained(given.original), peft_config=_config(model, options),
     )  # fmt: skip
     trainer.train()
-    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    print(f"held-out loss {losses[0]:.4f} to {min(losses):.4f}")
+    for change in measure_adapter(trainer.model, trainer.get_eval_dataloader(), lambda *_: None):
+        before, after = (f"{one.value:.4f} [{one.low:.4f}, {one.high:.4f}]" for one in (change.before, change.after))
+        print(f"{change.name}: {before} to {after}")
 
 
 def _config(model: nn.Module, options: TrainOptions) -> LoraConfig:
