@@ -4,6 +4,8 @@ transformers' processors of models that also take videos need torchvision althou
 not installed, such a processor is put together from its tokenizer and image processor, without the video part.
 """
 
+import json
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,11 @@ def load_processor(directory: Path) -> "ProcessorMixin":
         )
     try:
         return _load(directory)
+    except ModuleNotFoundError as error:
+        raise CheckpointError(
+            f"The processor in {directory} needs the package {error.name}, which is not installed. Install it "
+            "(torchvision in the build that matches your PyTorch) and try again."
+        ) from error
     except Exception as error:  # transformers raises errors of many libraries, none of them a contract
         raise CheckpointError(
             f"transformers cannot load the processor in {directory} ({type(error).__name__}: {error}). Fetch the "
@@ -44,18 +51,15 @@ def _check_pillow() -> None:
 
 
 def _load(directory: Path) -> Any:
-    from transformers import AutoProcessor
+    from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
     from transformers.utils import is_torchvision_available
 
     options = {"local_files_only": True, "trust_remote_code": False}
     if is_torchvision_available():
         return AutoProcessor.from_pretrained(directory, **options)
-    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-
-    processor_class = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(directory, **options))]
+    processor_class = _class_of(directory)
     if "video_processor" not in processor_class.get_attributes():
-        return AutoProcessor.from_pretrained(directory, **options)
+        return processor_class.from_pretrained(directory, **options)
     tokenizer = AutoTokenizer.from_pretrained(directory, **options)
     return _without_video(processor_class)(
         image_processor=AutoImageProcessor.from_pretrained(directory, **options),
@@ -63,6 +67,26 @@ def _load(directory: Path) -> Any:
         video_processor=None,
         chat_template=tokenizer.chat_template,
     )
+
+
+def _class_of(directory: Path) -> Any:
+    """The processor class that the files name, or that of the model's type.
+
+    It is imported from its module: transformers' own namespace holds a stand-in that asks for torchvision.
+    """
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    model_type = _value(directory, "config.json", "model_type")
+    files = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+    named = [_value(directory, file, "processor_class") for file in files]
+    name = next(filter(None, named), None) or PROCESSOR_MAPPING_NAMES[model_type]
+    folder = next((known for known, of_type in PROCESSOR_MAPPING_NAMES.items() if of_type == name), model_type)
+    return getattr(import_module(f"transformers.models.{folder}.processing_{folder}"), name)
+
+
+def _value(directory: Path, file: str, key: str) -> Any:
+    path = directory / file
+    return json.loads(path.read_text("utf-8")).get(key) if path.is_file() else None
 
 
 def _without_video(processor_class: Any) -> Any:

@@ -10,6 +10,7 @@ import torch
 import transformers as hf
 from PIL import Image
 
+from dynquant.vision.samples import Encoded
 from tests.examples.picture_model import processor_files as files
 
 TOKENS = ("<image>", "[IMG]", "[IMG_BREAK]", "[IMG_END]", "<|image|>", "<start_of_image>", "<end_of_image>")
@@ -25,8 +26,10 @@ _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3,
 
 def _qwen(tokenizer: Any, model_type: str) -> tuple[Any, Any]:
     token = tokenizer.convert_tokens_to_ids
-    ids = {"image_token_id": token(files.IMAGE_PAD), "video_token_id": token(files.VIDEO_PAD),
-           "vision_start_token_id": token(files.VISION_START), "vision_end_token_id": token(files.VISION_END)}  # fmt: skip
+    ids = {
+        "image_token_id": token(files.IMAGE_PAD), "video_token_id": token(files.VIDEO_PAD),
+        "vision_start_token_id": token(files.VISION_START), "vision_end_token_id": token(files.VISION_END),
+    }  # fmt: skip
     text = {**_TEXT, "rope_parameters": _MROPE}
     if model_type == "qwen2_vl":
         tower = {"depth": 2, "embed_dim": 64, "hidden_size": 64, "num_heads": 4, "mlp_ratio": 2}
@@ -46,22 +49,22 @@ def _llava(tokenizer: Any) -> tuple[Any, Any]:
                                      num_additional_image_tokens=1)  # fmt: skip
 
 
-def _pixtral(tokenizer: Any, config_class: Any, merge: int) -> tuple[Any, Any]:
+def _pixtral(tokenizer: Any, config_class: Any) -> tuple[Any, Any]:
     tower = {"model_type": "pixtral", **_TOWER, "image_size": SIDE, "patch_size": 14}
     text = {"model_type": "mistral", **_TEXT, "head_dim": 16}
     config = config_class(text_config=text, vision_config=tower, vision_feature_layer=-1,
                           image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"))  # fmt: skip
     if config_class is hf.LlavaConfig:
         config.vision_feature_select_strategy = "full"
-    images = hf.PixtralImageProcessor(patch_size={"height": 14, "width": 14}, size={"longest_edge": SIDE})
-    return config, hf.PixtralProcessor(images, tokenizer, patch_size=14, spatial_merge_size=merge)
+    return config, None
 
 
 def _gemma3(tokenizer: Any) -> tuple[Any, Any]:
-    tokenizer.boi_token, tokenizer.eoi_token, tokenizer.image_token = TOKENS[5], TOKENS[6], "<image>"
-    tokenizer.boi_token_id, tokenizer.eoi_token_id, tokenizer.image_token_id = tokenizer.convert_tokens_to_ids(
-        [TOKENS[5], TOKENS[6], "<image>"]
-    )
+    named = {"image_token": "<image>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
+    tokenizer = hf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, pad_token=files.END, eos_token=files.IM_END,
+        extra_special_tokens=named,
+    )  # fmt: skip
     config = hf.Gemma3Config(
         text_config={**_TEXT, "head_dim": 16}, vision_config={**_TOWER, "image_size": SIDE, "patch_size": 14},
         mm_tokens_per_image=4, image_token_index=tokenizer.image_token_id, boi_token_index=tokenizer.boi_token_id,
@@ -89,8 +92,8 @@ FAMILIES: dict[str, Callable[[Any], tuple[Any, Any]]] = {
     "qwen2_vl": lambda tokenizer: _qwen(tokenizer, "qwen2_vl"),
     "qwen2_5_vl": lambda tokenizer: _qwen(tokenizer, "qwen2_5_vl"),
     "llava": _llava,
-    "pixtral": lambda tokenizer: _pixtral(tokenizer, hf.LlavaConfig, 1),
-    "mistral3": lambda tokenizer: _pixtral(tokenizer, hf.Mistral3Config, 2),
+    "pixtral": lambda tokenizer: _pixtral(tokenizer, hf.LlavaConfig),
+    "mistral3": lambda tokenizer: _pixtral(tokenizer, hf.Mistral3Config),
     "gemma3": _gemma3,
     "mllama": _mllama,
 }
@@ -116,6 +119,22 @@ def save_vision_model(family: str, directory: Path, *, seed: int = 0) -> Path:
         tokenizer.chat_template = None
         processor.save_pretrained(directory)
     return directory
+
+
+def pixtral_inputs(directory: Path, pictures: list[Path]) -> list[Encoded]:
+    """What Pixtral's processor would give: that class cannot be imported without torchvision, its parts can."""
+    tokenizer = hf.AutoTokenizer.from_pretrained(directory)
+    config = hf.AutoConfig.from_pretrained(directory)
+    merge = getattr(config, "spatial_merge_size", 1)
+    images = hf.PixtralImageProcessorPil(patch_size={"height": 14, "width": 14}, size={"longest_edge": SIDE})
+    side = SIDE // 14 // merge
+    text = ("[IMG]" * side + "[IMG_BREAK]") * (side - 1) + "[IMG]" * side + "[IMG_END]What color is the ring?"
+    found = []
+    for path in pictures:
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        seen = images(Image.open(path), return_tensors="pt")
+        found.append(Encoded({"input_ids": ids, **seen}, ids[0] == config.image_token_index))
+    return found
 
 
 def write_pictures(directory: Path, count: int) -> Path:
