@@ -32,7 +32,7 @@ from dynquant.cli_options import (
     TypesOpt,
     WindowOpt,
 )
-from dynquant.errors import DynquantError, PlanError, StatsError
+from dynquant.errors import DynquantError, EvaluationError, PlanError, StatsError
 from dynquant.interrupt import ends_promptly
 
 app = typer.Typer(
@@ -347,10 +347,19 @@ def tune(
 def evaluate(
     candidate: ModelArg,
     reference: Annotated[str, typer.Option(help="The model to compare with: HF directory, hub id or .gguf.")],
-    tasks: Annotated[str, typer.Option(help="Any of kl, ppl, mmlu.")] = "kl,ppl",
+    tasks: Annotated[str, typer.Option(help="Any of kl, ppl, mmlu; with --data kl and vqa.")] = "kl,ppl",
     text: Annotated[
         list[Path] | None, typer.Option(help="Text for kl and ppl, .txt or .jsonl. May be repeated.")
     ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Questions with pictures, .jsonl, for kl and vqa of a vision-language model. The candidate is then a "
+            "plan.json, its folder, or a Hugging Face directory.",
+            show_default=False,
+        ),
+    ] = None,
+    strict: StrictOpt = False,
     max_tokens: Annotated[int, typer.Option(help="Tokens of each text.")] = 8192,
     window: WindowOpt = 512,
     mmlu_data: Annotated[
@@ -378,9 +387,21 @@ def evaluate(
     """Compare a quantized model with its original: KL divergence, perplexity, multiple choice; before and after.
 
     Example: dynquant eval model.gguf --reference ./model --tasks kl,ppl,mmlu --text held-out.txt --mmlu-data test.jsonl
+
+    Example: dynquant eval plan/ --reference ./vision-model --tasks kl,vqa --data questions.jsonl
     """
     from dynquant import commands
 
+    if data is not None:
+        if text or mmlu_data:
+            raise EvaluationError("--data goes without --text and --mmlu-data: all of its tasks run on its samples.")
+        commands.evaluate_on_samples(
+            Path(candidate), reference, data, tasks=_split(tasks) or (), limit=limit, strict=strict, device=device,
+            json_file=json_file,
+        )  # fmt: skip
+        return
+    if "vqa" in tasks:
+        raise EvaluationError("The task vqa needs questions with pictures; give them with --data FILE.")
     commands.evaluate(
         candidate, reference, tasks=_split(tasks) or (), text=text or [], max_tokens=max_tokens, window=window,
         mmlu_data=mmlu_data, shots=shots, num_shots=num_shots, limit=limit, cache_dir=reference_cache,

@@ -51,13 +51,15 @@ def stats_of_plan(stats_hash: str | None, path: Path) -> CalibrationStats | None
     return CalibrationStats.load(path)
 
 
-def write_plan_report(path: str, directory: Path, *, evaluation: Mapping[str, object] | None = None) -> Path:
+def write_plan_report(
+    path: str, directory: Path, *, evaluation: Mapping[str, object] | None = None, pictures: str = ""
+) -> Path:
     """Draw the plots and report.html of a plan directory again, with what `eval` found if given."""
     made = Plan.load(directory / PLAN_NAME)
     stats = CalibrationStats.load(directory / STATS_NAME)
     table = ErrorTable.load(directory / ERRORS_NAME)
     supers = load_super_weights(directory / SUPER_NAME)
-    return write_report(open_model(path), made, table, stats, supers, directory, evaluation)
+    return write_report(open_model(path), made, table, stats, supers, directory, evaluation, pictures)
 
 
 def write_report(
@@ -68,6 +70,7 @@ def write_report(
     supers: Sequence[SuperWeight],
     directory: Path,
     evaluation: Mapping[str, object] | None = None,
+    pictures: str = "",
 ) -> Path:
     from dynquant.analysis.plots import write_plots
     from dynquant.analysis.report import write_report as write_html
@@ -80,7 +83,7 @@ def write_report(
             "selection": Selection.load(directory / SELECTION_NAME),
         }  # fmt: skip
         plots = write_plots(directory / "plots", **shown, progress=progress)
-    write_html(report, **shown, plots=plots, evaluation=evaluation)
+    write_html(report, **shown, plots=plots, evaluation=evaluation, pictures=pictures)
     console.note(f"wrote {report}")
     return report
 

@@ -520,7 +520,7 @@ def _probe_samples(
 
     inputs = probe_inputs(model, replace(options, tokens=PROBE_TOKENS))
     hf_model = load_hf(model)
-    with console.stage_progress() as progress:
+    with console.stage_progress("Statistics and errors are kept; the sensitivities are measured again.") as progress:
         found = output_sensitivity(
             hf_model, model.arch, model.hyper.n_layer, inputs, seed=options.seed, progress=progress
         )

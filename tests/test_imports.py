@@ -63,7 +63,7 @@ RANKS = [
     ["plan_target"],
     ["plan_choice", "plan_search"],
     ["search_stage", "vision_workflow"],
-    ["workflow"],
+    ["workflow", "vision_evaluate"],
     ["serving_workflow"],
     ["export_workflow"],
     ["commands", "compare", "training_commands"],
