@@ -156,6 +156,13 @@ def plan(
     ] = None,
     types: TypesOpt = None,
     floors: Annotated[bool, typer.Option(help="Keep all but routed experts at 4 bits or more.")] = True,
+    vision: Annotated[
+        str,
+        typer.Option(
+            help="Vision tower and projector as wholes: keep (as stored), 8bit, lower (types like all others), or "
+            "auto, which decides by their output errors."
+        ),
+    ] = "auto",
     tokens: TokensOpt = 131072,
     window: WindowOpt = 512,
     seed: SeedOpt = 0,
@@ -249,7 +256,7 @@ def plan(
         raise PlanError("--mixed-experts goes with --for vllm; GGUF plans choose for each layer anyway.")
     target = workflow.Target(
         preset=preset, bpw=bpw, size=size, fits=fits, context=context, kv_type=kv_type, like=like, patterns=recipe,
-        types=_split(types), floors=floors, couple=_split(couple) or (),
+        types=_split(types), floors=floors, couple=_split(couple) or (), vision=vision,
     )  # fmt: skip
     if config_only is not None:
         if model is not None:

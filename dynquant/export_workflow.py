@@ -36,7 +36,7 @@ from dynquant.tuning import TuneOptions, too_large_to_tune, tune
 from dynquant.workflow import (
     CalibrationOptions,
     Target,
-    open_and_announce,
+    open_language_model,
     parse_size,
     run_calibration,
 )
@@ -76,7 +76,7 @@ def export(
         raise ExportError(f"There is no export format `{format}`; use one of {', '.join(FORMATS)}.")
     if (plan_path is None) == (preset is None):
         raise PlanError("Give either --plan FILE or --preset NAME.")
-    model = open_and_announce(path, base_gguf)
+    model = open_language_model(path, base_gguf)
     chosen = load_encoder(encoder, chosen_device(device))
     if plan_path is not None:
         made = Plan.load(plan_path)
@@ -228,7 +228,7 @@ def tune_command(
     """Tune any GGUF file whose original is a Hugging Face checkpoint."""
     if output.exists() and output.samefile(path):
         raise ExportError(f"{output} is the file that is being read; write the tuned one to another name.")
-    model = open_and_announce(reference)
+    model = open_language_model(reference)
     tokenizer = load_tokenizer(model)
     tokens = options.tokens + options.held_out_windows * window
     found = read_text(text, tokenizer=tokenizer, seed=options.seed, max_tokens=tokens)

@@ -31,7 +31,7 @@ from dynquant.statistics import CalibrationStats
 from dynquant.workflow import (
     PROBE_TOKENS,
     CalibrationOptions,
-    open_and_announce,
+    open_language_model,
     run_calibration,
     statistics_of,
 )
@@ -83,7 +83,7 @@ def plan_for_vllm(
 ) -> ServingPlan:
     """Write stats.safetensors, serving_errors.json and plan.json into `directory`."""
     schemes = tuple(serving_scheme(name).name for name in target.schemes or SCHEMES)
-    model = open_and_announce(path)
+    model = open_language_model(path)
     checkpoint = served_checkpoint(model)
     preset = preset_schemes(target.preset, checkpoint) if target.preset else None
     stats, stats_hash = statistics_of(model, options, directory, stats_path)
@@ -170,7 +170,7 @@ def export_for_vllm(
     if output.exists() or output.is_symlink():
         raise ExportError(f"{output} exists already; export to another name, or remove it first.")
     loaded = ServingPlan.load(plan_path) if plan_path is not None else None
-    model = open_and_announce(path)
+    model = open_language_model(path)
     checkpoint = served_checkpoint(model)
     chosen = torch.device(chosen_device(device))
     if loaded is not None and plan_path is not None:

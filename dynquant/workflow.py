@@ -24,7 +24,7 @@ from dynquant.calibration import Hessians
 from dynquant.checkpoint import open_model
 from dynquant.devices import chosen_device
 from dynquant.encoded_store import EncodedStore
-from dynquant.errors import CheckpointError, PlanError, StatsError
+from dynquant.errors import CheckpointError, ExportError, PlanError, StatsError
 from dynquant.importance import coverage_report
 from dynquant.model import Model
 from dynquant.plan import Plan, write_atomically
@@ -50,6 +50,8 @@ from dynquant.second_moments import path_beside
 from dynquant.statistics import CalibrationStats
 from dynquant.type_lists import like_types
 from dynquant.vision.calibration import VisionCalibration
+from dynquant.vision_choice import held_to, module_choices
+from dynquant.vision_names import part_of
 from dynquant.vision_workflow import (
     TEXT_ONLY,
     DataOptions,
@@ -97,6 +99,21 @@ def open_and_announce(path: str | Path, base_gguf: Path | None = None) -> Model:
     console.note(
         f"{model.name}: {model.arch}, {model.hyper.n_layer} layers{experts}, {model.num_weights / 1e6:,.1f} M weights"
     )
+    return model
+
+
+def open_language_model(path: str | Path, base_gguf: Path | None = None) -> Model:
+    """`open_and_announce` for stages that have no place for a vision tower.
+
+    Raises:
+        ExportError: the model has one.
+    """
+    model = open_and_announce(path, base_gguf)
+    if model.has_vision:
+        raise ExportError(
+            f"{model.name} has a vision tower; dynquant calibrates, plans and evaluates such models, but does not write "
+            "them yet. `dynquant eval plan/ --reference MODEL --data FILE` runs a plan of it."
+        )
     return model
 
 
@@ -272,7 +289,7 @@ def plan(
         chosen = chooser.explained(selection.winner.types)
     else:
         (directory / SELECTION_NAME).unlink(missing_ok=True)
-        chosen = fixed_types or chooser.explained(chooser(table))
+        chosen = fixed_types or _with_modules(chooser, table, target.vision)
     made = plan_from_types(
         model,
         chosen,
@@ -292,6 +309,25 @@ def plan(
     if memory is not None:
         console.note(memory.describe(made.predicted_bytes))
     return made
+
+
+def _with_modules(chooser: Chooser, table: ErrorTable, wanted: str) -> dict[str, tuple[str, str]]:
+    """Types and reasons after a decision for vision tower and projector as wholes, the highest that fits the budget."""
+    error: PlanError | None = None
+    for choices in module_choices(table, wanted):
+        try:
+            found = chooser.explained(chooser(held_to(table, choices)))
+        except PlanError as refused:
+            error = refused
+            continue
+        for choice in choices:
+            console.note(choice.reason)
+        reasons = {choice.part: choice.reason for choice in choices if choice.level != "lower"}
+        return {name: (type_name, reasons.get(part_of(name), reason)) for name, (type_name, reason) in found.items()}
+    assert error is not None
+    if wanted == "auto":
+        raise error
+    raise PlanError(f"With --vision {wanted}: {error}")
 
 
 def _promise(table: ErrorTable, types: Mapping[str, str], selection: Selection | None) -> dict[str, object]:

@@ -60,6 +60,7 @@ RANKS = [
     ["progress_display"],
     ["console"],
     ["plan_report"],
+    ["vision_choice"],
     ["plan_target"],
     ["plan_choice", "plan_search"],
     ["search_stage", "vision_workflow"],

@@ -192,6 +192,11 @@ def test_pictures_are_refused_for_a_language_model(pictures, tmp_path):
     assert "has no vision tower" in error
 
 
+def test_what_cannot_be_written_yet_is_refused(qwen, tmp_path):
+    error = refused("export", qwen, "--preset", "uniform-q4_k", "-o", tmp_path / "model.gguf")
+    assert "has a vision tower" in error and not (tmp_path / "model.gguf").exists()
+
+
 @pytest.mark.slow
 def test_plan_and_evaluation_on_pictures(qwen, pictures, tmp_path):
     plan_dir = tmp_path / "plan"
