@@ -75,7 +75,7 @@ def write_report(
         tables["selection"] = selection_table(selection)
         if selection.frontier:
             tables["measured_frontier"] = frontier_table(selection)
-    unasked = _unasked(selection)
+    unasked = _unasked(selection) | ({"token_errors"} - plots.keys())
     sections = [
         _plot_section(name, plots.get(name), tables.get(name, "")) for name in PLOT_TEXTS if name not in unasked
     ]

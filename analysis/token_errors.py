@@ -5,7 +5,9 @@ error is then measured on held-back inputs of each kind. A layer that loses more
 calibration, and bits.
 """
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -44,6 +46,14 @@ class TokenErrors(BaseModel):
     fingerprint: str
     type: str
     rows: tuple[TokenError, ...]
+
+    @classmethod
+    def load(cls, path: Path, fingerprint: str) -> "TokenErrors | None":
+        """Read token_errors.json; None when there is none of this checkpoint."""
+        if not path.is_file():
+            return None
+        found = cls.model_validate(json.loads(path.read_text()))
+        return found if found.fingerprint == fingerprint else None
 
     def sentence(self) -> str:
         """The medians over matrices that see both kinds, and the matrix that tells them apart most."""

@@ -10,6 +10,7 @@ from dynquant.analysis.frontier import frontier
 from dynquant.analysis.selection import Selection
 from dynquant.analysis.super_experts import find_super_experts
 from dynquant.analysis.super_weights import SuperWeight
+from dynquant.analysis.token_errors import TokenErrors
 from dynquant.artifacts import file_hash
 from dynquant.checkpoint import open_model
 from dynquant.errors import PlanError, StatsError
@@ -22,6 +23,7 @@ from dynquant.statistics import CalibrationStats
 
 STATS_NAME, ERRORS_NAME, PLAN_NAME, SUPER_NAME = "stats.safetensors", "errors.json", "plan.json", "super_weights.json"
 SELECTION_NAME = "selection.json"
+TOKEN_ERRORS_NAME = "token_errors.json"
 
 FRONTIER_PRESETS = (
     "uniform-iq1_s", "uniform-iq2_xxs", "uniform-q2_k", "uniform-iq3_xxs", "uniform-iq4_xs", "uniform-q6_k",
@@ -82,7 +84,8 @@ def write_report(
             "table": table, "plan": plan, "stats": stats, "super_weights": supers, "frontier": points,
             "selection": Selection.load(directory / SELECTION_NAME),
         }  # fmt: skip
-        plots = write_plots(directory / "plots", **shown, progress=progress)
+        token_errors = TokenErrors.load(directory / TOKEN_ERRORS_NAME, plan.fingerprint)
+        plots = write_plots(directory / "plots", **shown, token_errors=token_errors, progress=progress)
     write_html(report, **shown, plots=plots, evaluation=evaluation, pictures=pictures)
     console.note(f"wrote {report}")
     return report

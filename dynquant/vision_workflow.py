@@ -13,13 +13,13 @@ from dynquant.fisher import ModelInputs
 from dynquant.hf_loading import load_hf
 from dynquant.model import Model
 from dynquant.plan import write_atomically
+from dynquant.plan_report import TOKEN_ERRORS_NAME
 from dynquant.quantize import load_encoder
 from dynquant.statistics import CalibrationStats, StatsProvenance
 from dynquant.vision.calibration import KINDS, VisionCalibration, collect_vision_statistics, kind_path
 from dynquant.vision.processor import load_processor
 from dynquant.vision.samples import Encoded, SampleEncoder, SampleFile, image_token_of, read_samples
 
-TOKEN_ERRORS_NAME = "token_errors.json"
 TEXT_ONLY = (
     "This model has a vision tower, but the calibration is text alone: nothing of the vision tower, the projector and "
     "cross-attention will be measured. Their inputs are then taken to be even, types below 2.5 bits are closed to "

@@ -111,8 +111,8 @@ def open_language_model(path: str | Path, base_gguf: Path | None = None) -> Mode
     model = open_and_announce(path, base_gguf)
     if model.has_vision:
         raise ExportError(
-            f"{model.name} has a vision tower; dynquant calibrates, plans and evaluates such models, but does not write "
-            "them yet. `dynquant eval plan/ --reference MODEL --data FILE` runs a plan of it."
+            f"{model.name} has a vision tower; dynquant calibrates, plans and evaluates such models, but writes none "
+            "yet. `dynquant eval plan/ --reference MODEL --data FILE` runs a plan of it."
         )
     return model
 
@@ -274,8 +274,7 @@ def plan(
     store = encoded_store(model, stats, stats_hash, directory, encoder, threads) if searches else None
     table = _table_of(model, stats, stats_hash, types, directory, encoder, threads, store)
     supers, table = _probe(model, stats, table, options, directory)
-    if options.samples is not None:
-        write_token_errors(model, stats_path or directory / STATS_NAME, directory, types, encoder)
+    write_token_errors(model, stats_path or directory / STATS_NAME, directory, types, encoder)
     chooser = Chooser(model, target, stats, stats_hash, table, supers, memory)
     selection = None
     if search is not None and store is not None:
