@@ -7,7 +7,7 @@ SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
 export HF_HUB_OFFLINE = 1
 export PYTHONSAFEPATH = 1
 
-.PHONY: demo test test-fast lint clean
+.PHONY: demo test test-fast fuzz lint clean
 
 demo: $(READY)
 	$(VENV)/bin/dynquant demo -o $(DEMO)
@@ -17,6 +17,11 @@ test: $(READY)
 
 test-fast: $(READY)
 	$(VENV)/bin/pytest $(SIDE_BY_SIDE) -m "not slow"
+
+# Damaged files for an hour (FUZZ_SECONDS for longer); findings are in fuzz-out.
+FUZZ_SECONDS ?= 3600
+fuzz: $(READY)
+	PYTHONPATH=. PYTHONSAFEPATH= $(VENV)/bin/python -m tests.fuzz.nightly --seconds $(FUZZ_SECONDS) -o fuzz-out
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
@@ -33,4 +38,4 @@ $(READY): pyproject.toml .ci/constraints-cpu.txt .ci/test-models.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) $(DEMO) build *.egg-info
+	rm -rf $(VENV) $(DEMO) fuzz-out build *.egg-info

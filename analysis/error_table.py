@@ -11,10 +11,9 @@ Errors are always of the bytes that ship: the encoder's output, decoded. Written
 
 import csv
 import io
-import json
 from collections.abc import Collection, Iterable
 from functools import cached_property
-from math import sqrt
+from math import isfinite, sqrt
 from pathlib import Path
 from statistics import median
 from typing import Literal
@@ -25,6 +24,8 @@ from dynquant import __version__
 from dynquant.architecture import Role
 from dynquant.errors import PlanError
 from dynquant.plan import write_atomically
+from dynquant.quant_types import QUANT_TYPES
+from dynquant.strict_json import parse_json
 
 SCHEMA_VERSION = 1
 CLOSED_FORM = "closed-form"
@@ -213,6 +214,24 @@ class ErrorTable(BaseModel):
             PlanError: missing or not an error table.
         """
         try:
-            return cls.model_validate(json.loads(path.read_text()))
+            table = cls.model_validate(parse_json(path.read_bytes()))
+            _check_rows(table)
+            return table
         except (OSError, ValueError, ValidationError) as error:
             raise PlanError(f"{path} is not an error table of dynquant ({error}). Run `dynquant analyze`.") from error
+
+
+def _check_rows(table: ErrorTable) -> None:
+    """Raises ValueError for types that are not known, numbers that cannot be, and prices that are missing."""
+    for row in table.rows:
+        if row.type not in QUANT_TYPES:
+            raise ValueError(f"`{row.name}` in the unknown type {row.type!r:.40}")
+        if row.bytes < 0 or not all(isfinite(x) and x >= 0 for x in (row.weighted_error, row.relative_rms)):
+            raise ValueError(f"`{row.name}` in {row.type} has impossible bytes or errors")
+    numbers = (*table.sensitivity.values(), *table.sensitivity_se.values())
+    if not all(map(isfinite, numbers)):
+        raise ValueError("a sensitivity is NaN or infinite")
+    prices = table.prices.get(table.priced_by)
+    missing = next((r for r in table.rows if prices is not None and r.type not in prices.get(r.name, ())), None)
+    if missing:
+        raise ValueError(f"`{missing.name}` has no price in {missing.type} by {table.priced_by}")

@@ -38,8 +38,8 @@ def draw_token_errors(errors: TokenErrors, plan: Plan) -> tuple["Figure", str] |
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
     figure = new_figure({1: 8.5, 2: 11.0, 3: 13.5}[columns], 3.3 * rows, headline, subtitle, legend_rows=1)
-    header_legend(figure, _legend(), columns=3)
     crossing = sorted({row.layer for row in errors.rows if row.role is Role.CROSS_ATTN and row.layer is not None})
+    header_legend(figure, _legend(has_crossing=bool(crossing)), columns=3)
     layers = [row.layer for row in errors.rows if row.layer is not None]
     for index, (group, of_group) in enumerate(panels.items()):
         axes = figure.add_subplot(rows, columns, index + 1)
@@ -69,9 +69,9 @@ def _draw(axes: "Axes", rows: list[TokenError]) -> None:
         axes.plot(*zip(*sorted(worst.items()), strict=True), color=color, marker=marker, markersize=5, linewidth=1.3)
 
 
-def _legend() -> list:
+def _legend(*, has_crossing: bool) -> list:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     lines = [Line2D([], [], color=color, marker=marker, label=label) for _, color, marker, label in _KINDS]
-    return [*lines, Patch(color=GREY, alpha=0.15, label="cross-attention layer")]
+    return [*lines, Patch(color=GREY, alpha=0.15, label="cross-attention layer")] if has_crossing else lines

@@ -145,6 +145,11 @@ def layer_of(name: str) -> int | None:
     return int(match.group(2)) if match else None
 
 
+_MAX_NUMBER = 1 << 31
+_LARGEST = {"block_count": 512}
+"""Loops run over layers before any tensor is looked at."""
+
+
 @dataclass(frozen=True)
 class HyperParams:
     """The few numbers of an architecture that planning rules depend on, read from GGUF metadata."""
@@ -176,10 +181,13 @@ class HyperParams:
                     "without it. Convert the checkpoint again with llama.cpp's converter."
                 )
             try:
-                return int(max(value)) if isinstance(value, list | tuple) else int(value)  # type: ignore[call-overload]
+                found = int(max(value)) if isinstance(value, list | tuple) else int(value)  # type: ignore[call-overload]
+                if not 0 <= found <= _LARGEST.get(key, _MAX_NUMBER):
+                    raise ValueError
+                return found
             except (ValueError, TypeError, OverflowError) as error:
                 raise CheckpointError(
-                    f"The GGUF metadata gives `{arch}.{key}` as {value!r}, which is no number. The file is corrupt; "
+                    f"The GGUF metadata gives `{arch}.{key}` as {value!r:.80}, which cannot be. The file is corrupt; "
                     "fetch or make it again."
                 ) from error
 

@@ -89,7 +89,7 @@ def calibrate(
         StatsError: the text is missing or empty, or the model has experts that cannot be observed.
     """
     tokenizer = load_tokenizer(model)
-    documents: CalibrationText = read_text(text, tokenizer=tokenizer, seed=seed, max_tokens=tokens)
+    documents: CalibrationText = read_text(text, seed=seed, max_tokens=tokens)
     windows = pack_windows(documents, tokenizer, window=window, max_tokens=tokens)
     provenance = StatsProvenance(
         fingerprint=model.fingerprint,

@@ -1,14 +1,14 @@
 """Calibration text: where it comes from, and how it becomes fixed windows of token ids.
 
-Sources: a `.jsonl` file (field `text`, or chat turns in `messages` through the tokenizer's chat template), any other
-text file (one document), a `datasets` id or directory (`NAME` or `NAME:CONFIG`, split `train`), or the built-in text.
+Sources: a `.jsonl` file (field `text`, or chat turns in `messages`), any other text file (one document), a `datasets`
+id or directory (`NAME` or `NAME:CONFIG`, split `train`), or the built-in text. Turns become `role: content`: the chat
+template of a checkpoint is a program by whoever made it, and reading a checkpoint runs no program.
 `data/calibration_default.txt` is public domain: excerpts of Austen, C. Brontë, Dickens, Eliot, O. Henry, London,
 Melville, Stevenson, Thackeray and Trollope as found in Standard Ebooks, and of Python Enhancement Proposals 203, 574,
 683 and 703, which their authors placed in the public domain.
 """
 
 import hashlib
-import json
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dynquant.errors import StatsError
+from dynquant.strict_json import parse_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,18 +49,17 @@ class CalibrationText:
 def read_text(
     source: str | Path | None,
     *,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
     seed: int = 0,
     max_tokens: int = 131_072,
 ) -> CalibrationText:
     """Read calibration documents and shuffle them with `seed`.
 
-    A `datasets` source is read only as far as `max_tokens` can need. The tokenizer is used for chat turns only.
+    A `datasets` source is read only as far as `max_tokens` can need.
 
     Raises:
         StatsError: no such file or data set, a line without `text` or `messages`, or no text at all.
     """
-    name, found = _documents(source, tokenizer, max_tokens)
+    name, found = _documents(source, max_tokens)
     documents = [document for document in found if document.strip()]
     if not documents:
         raise StatsError(f"The calibration text {name} is empty. Give a file with text, or none for the built-in text.")
@@ -67,18 +67,16 @@ def read_text(
     return CalibrationText(name, tuple(documents))
 
 
-def _documents(
-    source: str | Path | None, tokenizer: "PreTrainedTokenizerBase | None", max_tokens: int
-) -> tuple[str, Iterable[str]]:
+def _documents(source: str | Path | None, max_tokens: int) -> tuple[str, Iterable[str]]:
     if source is None:
         default = resources.files("dynquant").joinpath("data/calibration_default.txt").read_text("utf-8")
         return DEFAULT_NAME, default.split(_DOCUMENT_BREAK)
     path = Path(source)
     if path.is_file():
-        return path.name, _read_jsonl(path, tokenizer) if path.suffix == ".jsonl" else [_read_file(path)]
+        return path.name, _read_jsonl(path) if path.suffix == ".jsonl" else [_read_file(path)]
     if path.suffix in (".jsonl", ".txt"):
         raise StatsError(f"There is no calibration text {path}. Check the path, or give none for the built-in text.")
-    return str(source), _read_dataset(str(source), tokenizer, max_tokens * _MAX_CHARACTERS_PER_TOKEN)
+    return str(source), _read_dataset(str(source), max_tokens * _MAX_CHARACTERS_PER_TOKEN)
 
 
 def _read_file(path: Path) -> str:
@@ -88,42 +86,35 @@ def _read_file(path: Path) -> str:
         raise StatsError(f"The calibration text {path} cannot be read as UTF-8: {error}.") from error
 
 
-def _read_jsonl(path: Path, tokenizer: "PreTrainedTokenizerBase | None") -> Iterator[str]:
+def _read_jsonl(path: Path) -> Iterator[str]:
     for number, line in enumerate(_read_file(path).split("\n"), start=1):
         if line.strip():
             try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
+                record = parse_json(line)
+            except ValueError as error:
                 raise StatsError(f"{path}, line {number} is not JSON: {error}.") from error
-            yield _text_of(record, f"{path}, line {number}", tokenizer)
+            yield _text_of(record, f"{path}, line {number}")
 
 
-def _text_of(record: Any, place: str, tokenizer: "PreTrainedTokenizerBase | None") -> str:
+def _text_of(record: Any, place: str) -> str:
     if isinstance(record, dict) and isinstance(record.get("text"), str):
         return record["text"]
     if isinstance(record, dict) and isinstance(record.get("messages"), list):
-        return _render_chat(record["messages"], place, tokenizer)
+        return _render_chat(record["messages"], place)
     raise StatsError(
         f"{place} has neither a field `text` (a string) nor `messages` (a list of chat turns). Rename the field, or "
         "give plain text in a .txt file."
     )
 
 
-def _render_chat(messages: list[Any], place: str, tokenizer: "PreTrainedTokenizerBase | None") -> str:
-    if getattr(tokenizer, "chat_template", None):
-        from jinja2 import TemplateError
-
-        try:
-            return str(tokenizer.apply_chat_template(messages, tokenize=False))
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
-            raise StatsError(f"{place}: the model's chat template refuses these messages: {error}.") from error
+def _render_chat(messages: list[Any], place: str) -> str:
     try:
         return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in messages)
     except (TypeError, KeyError) as error:
         raise StatsError(f"{place}: each entry of `messages` needs `role` and `content`.") from error
 
 
-def _read_dataset(spec: str, tokenizer: "PreTrainedTokenizerBase | None", max_characters: int) -> Iterator[str]:
+def _read_dataset(spec: str, max_characters: int) -> Iterator[str]:
     from datasets import load_dataset
 
     name, _, config = spec.partition(":")
@@ -131,7 +122,7 @@ def _read_dataset(spec: str, tokenizer: "PreTrainedTokenizerBase | None", max_ch
         rows = load_dataset(name, config or None, split="train", streaming=True)
         total = 0
         for number, record in enumerate(rows):
-            document = _text_of(record, f"{spec}, row {number}", tokenizer)
+            document = _text_of(record, f"{spec}, row {number}")
             total += len(document)
             yield document
             if total >= max_characters:

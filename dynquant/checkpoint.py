@@ -13,6 +13,8 @@ from dynquant.families.vision import is_vision_checkpoint, open_vision
 from dynquant.gguf_source import GGUFSource
 from dynquant.model import Model
 
+CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+"""What is downloaded: neither code nor pickles."""
 _OWN_KEYS = ("general.quantization_version", "general.file_type")
 _OWN_PREFIXES = ("quantize.imatrix.", "dynquant.", "split.")
 
@@ -51,8 +53,7 @@ def _download(repo_id: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-        return Path(snapshot_download(repo_id, allow_patterns=patterns))
+        return Path(snapshot_download(repo_id, allow_patterns=CHECKPOINT_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise CheckpointError(
             f"There is no directory {repo_id} and the hub did not give a model of that name ({error}). Check the "

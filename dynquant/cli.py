@@ -648,6 +648,10 @@ def _global_options_first(arguments: list[str]) -> list[str]:
     return first + rest
 
 
+for _command in app.registered_commands:
+    _command.epilog = "Every command also takes --json-progress FILE (- is stderr) and --debug."
+
+
 def main() -> None:
     """Entry point of the `dynquant` command."""
     from dynquant import console

@@ -67,7 +67,7 @@ def print_report(report: EvalReport) -> None:
     for row in summary_rows(report):
         if row.section != section:
             section = row.section
-            rows.append((f"[bold]{section}[/]", "", "", ""))
+            rows.append((section, "", "", ""))
         rows.append((f"  {row.metric}", row.reference, row.candidate, row.comparison))
     title = f"{report.candidate.name} against {report.reference.name}"
     console.print_table(title, ("", "reference", "candidate", "comparison"), rows)
@@ -240,7 +240,7 @@ def super_weights(
 
     opened = workflow.open_and_announce(model)
     tokenizer = load_tokenizer(opened)
-    found_text = read_text(text, tokenizer=tokenizer, max_tokens=tokens)
+    found_text = read_text(text, max_tokens=tokens)
     token_ids = pack_windows(found_text, tokenizer, window=tokens, max_tokens=tokens)[0]
     hf_model = load_hf(opened)
     found = find_super_weights(hf_model, opened.arch, opened.hyper.n_layer, token_ids)

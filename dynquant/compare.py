@@ -87,7 +87,7 @@ class _Run:
         wanted = {*asked.tasks} - {"mmlu"} | ({*asked.scoring} if "mmlu" in asked.tasks else set())
         if name in self.rows and wanted <= {*self.rows[name]["measured"]}:
             return self.rows[name]["bytes"]
-        console.note(f"[bold]{name}[/]")
+        console.note(name)
         folder = self.directory / "plan"
         plan = workflow.plan(
             self.model, target, self.options, folder, search=self.search, threads=self.threads, report=False

@@ -74,7 +74,7 @@ class _Run:
         wants_plain = as_encoded and f"{recipe} {encoder}" not in self.rows
         wants_tuned = tune_tokens > 0 and f"{recipe} {encoder}{TUNED}" not in self.rows
         if (wants_plain or wants_tuned) and not plain.is_file():
-            console.note(f"[bold]{recipe} {encoder}[/]")
+            console.note(f"{recipe} {encoder}")
             export_workflow.export(
                 self.model, plain, preset=recipe, stats_path=self.stats, encoder=encoder, device=self.options.device,
                 tune_tokens=0, threads=self.threads,

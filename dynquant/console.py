@@ -133,7 +133,7 @@ def print_table(
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right")
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*(Text(printable(str(cell))) for cell in row))
     console.print(table)
 
 
@@ -142,15 +142,20 @@ def note(message: str) -> None:
     if _session.has_only_json and _session.json_lines:
         _session.json_lines.write({"note": message})
     else:
-        err.print(message, soft_wrap=True)
+        err.print(Text(printable(message)), soft_wrap=True)
 
 
 def fail(message: str) -> None:
     """The one paragraph of a refusal, on stderr."""
     paragraph = " ".join(message.split())  # libraries' messages that we quote may have lines of their own
     if not _session.has_only_json:
-        err.print(Text("error: ", style="bold red") + Text(paragraph), soft_wrap=True)
+        err.print(Text("error: ", style="bold red") + Text(printable(paragraph)), soft_wrap=True)
     finish("refused", paragraph)
+
+
+def printable(text: str) -> str:
+    """`text` without what steers a terminal: names and metadata come from files of strangers."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)
 
 
 def _bytes(count: int | None) -> str:

@@ -1,12 +1,12 @@
 """Held-out text as windows of token ids for KL divergence and perplexity. Calibration text has its own module."""
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from dynquant.errors import EvaluationError
 from dynquant.logit_runners import TextEncoder
+from dynquant.strict_json import parse_json
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def _read_text(path: Path) -> str:
         if not line.strip():
             continue
         try:
-            parts.append(json.loads(line)["text"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            parts.append(parse_json(line)["text"])
+        except (ValueError, KeyError, TypeError) as error:
             raise EvaluationError(f'{path.name}, line {number} is not a JSON object with a "text" field.') from error
     return "\n\n".join(parts)

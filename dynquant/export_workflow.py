@@ -231,7 +231,7 @@ def tune_command(
     model = open_language_model(reference)
     tokenizer = load_tokenizer(model)
     tokens = options.tokens + options.held_out_windows * window
-    found = read_text(text, tokenizer=tokenizer, seed=options.seed, max_tokens=tokens)
+    found = read_text(text, seed=options.seed, max_tokens=tokens)
     windows = pack_windows(found, tokenizer, window=window, max_tokens=tokens)
     encoder = recorded_encoder(GGUFSource(path))
     files = tune_file(model, path, windows, options, output, encoder=encoder.removesuffix("+tune"), device=device)

@@ -99,7 +99,7 @@ def heal(
     num_columns, notes = common_columns(
         describe_model(original, runner=TRANSFORMERS), describe_model(base, runner=TRANSFORMERS)
     )
-    text = read_text(data.data, tokenizer=open_tokenizer(original), seed=options.seed, max_tokens=data.tokens)
+    text = read_text(data.data, seed=options.seed, max_tokens=data.tokens)
     cache = data.cache_dir or output.with_name(f"{output.name}.reference")
     split = _split(text, original, data, cache)
     if data.sampled_tokens:

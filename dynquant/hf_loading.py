@@ -18,6 +18,9 @@ from dynquant.process_usage import count_mapped_files
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+LOCAL_ONLY = {"local_files_only": True, "trust_remote_code": False}
+"""For transformers' `from_pretrained`, which would ask at the terminal whether to run a checkpoint's code."""
+
 
 def load_hf(model: Model, *, dtype: torch.dtype | None = None, device: str = "cpu") -> "PreTrainedModel":
     """Load for inference. `dtype` None means float32 on a CPU and the checkpoint's own elsewhere.
@@ -29,7 +32,7 @@ def load_hf(model: Model, *, dtype: torch.dtype | None = None, device: str = "cp
 
     auto_class = AutoModelForImageTextToText if model.has_vision else AutoModelForCausalLM
     wanted = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
-    loaded = _load(auto_class, model, dtype=wanted)
+    loaded = _load(auto_class, model, dtype=wanted, use_safetensors=True)
     count_mapped_files(model.hf_directory.glob("*.safetensors") if model.hf_directory else [model.gguf_file])
     return loaded.to(device).eval()
 
@@ -78,7 +81,7 @@ def _load(auto_class: Any, model: Model, **options: Any) -> Any:
     directory, options = _location(model, options)
     try:
         with without_progress_bars():
-            return auto_class.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **options)
+            return auto_class.from_pretrained(directory, **LOCAL_ONLY, **options)
     except (OSError, ValueError, KeyError, NotImplementedError, ImportError, RuntimeError) as error:
         raise CheckpointError(
             f"transformers cannot load {model.path} ({type(error).__name__}: {error}). Calibrate on the Hugging Face "

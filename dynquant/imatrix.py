@@ -17,7 +17,7 @@ import torch
 
 from dynquant.architecture import role_of
 from dynquant.errors import CheckpointError, StatsError
-from dynquant.gguf_source import open_reader
+from dynquant.gguf_source import GGUFSource
 from dynquant.importance import SHRINK_TOKENS, importance
 from dynquant.model import Model
 from dynquant.statistics import CalibrationStats, InputStats, StatsProvenance
@@ -33,25 +33,24 @@ def import_imatrix(path: str | Path, model: Model) -> CalibrationStats:
         StatsError: not an imatrix file, or an entry does not fit the shape of the model's weight of that name.
     """
     path = Path(path)
-    reader = _open(path)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    source = _open(path)
+    datasets, chunks, size = _provenance(path, source)
+    held = set(source.names())
     shapes = {name: model.source.info(name).shape for name in model.source.names()}
     inputs = {}
-    for name in tensors:
+    for name in source.names():
         weight = name.removesuffix(_SUMS)
         if weight != name and weight in shapes:
-            if f"{weight}{_COUNTS}" not in tensors:
+            if f"{weight}{_COUNTS}" not in held:
                 raise StatsError(f"{path} has sums for {weight} and no counts; the file is damaged, make it again.")
-            counts = np.array(tensors[f"{weight}{_COUNTS}"].data, dtype=np.float64).reshape(-1)
-            sums = np.array(tensors[name].data, dtype=np.float64).reshape(-1)
+            counts, sums = (source.load(key).numpy().astype(np.float64).reshape(-1) for key in (weight + _COUNTS, name))
             inputs[weight] = _input_stats(path, weight, shapes[weight], sums, counts)
     if not inputs:
         raise StatsError(f"No entry of {path} is named like a weight of {model.name}; it belongs to another model.")
-    chunks, size = (int(reader.fields[key].contents()) for key in _METADATA[1:])
     provenance = StatsProvenance(
         fingerprint=model.fingerprint,
         text_hash=hashlib.sha256(path.read_bytes()).hexdigest(),
-        text_name=", ".join(reader.fields[_METADATA[0]].contents()) or path.name,
+        text_name=", ".join(datasets) or path.name,
         num_windows=chunks,
         num_tokens=chunks * size,
         window=size,
@@ -60,7 +59,7 @@ def import_imatrix(path: str | Path, model: Model) -> CalibrationStats:
     return CalibrationStats(provenance, inputs)
 
 
-def _open(path: Path) -> gguf.GGUFReader:
+def _open(path: Path) -> GGUFSource:
     try:
         with path.open("rb") as file:
             magic = file.read(4)
@@ -69,13 +68,24 @@ def _open(path: Path) -> gguf.GGUFReader:
                 f"{path} is not a GGUF file. If it is an imatrix in the old .dat form, convert it with "
                 "`llama-imatrix --in-file OLD -o NEW.gguf`."
             )
-        reader = open_reader(path)
+        return GGUFSource(path)
     except (OSError, CheckpointError) as error:
         raise StatsError(f"The importance matrix cannot be read: {error}") from error
-    missing = [key for key in _METADATA if key not in reader.fields]
+
+
+def _provenance(path: Path, source: GGUFSource) -> tuple[list[str], int, int]:
+    """Names of the texts, number of chunks and tokens in each."""
+    values = {field.key: field.value for field in source.metadata}
+    missing = [key for key in _METADATA if key not in values]
     if missing:
         raise StatsError(f"{path} is a GGUF file but no importance matrix: it has no {', '.join(missing)}.")
-    return reader
+    datasets, *numbers = (values[key] for key in _METADATA)
+    if not isinstance(datasets, list) or not all(isinstance(name, str) for name in datasets):
+        raise StatsError(f"{path} gives `{_METADATA[0]}` as {datasets!r:.80}; a list of names is needed.")
+    for key, number in zip(_METADATA[1:], numbers, strict=True):
+        if not isinstance(number, int) or number < 0:
+            raise StatsError(f"{path} gives `{key}` as {number!r:.80}; a whole number is needed.")
+    return datasets, *numbers
 
 
 def _input_stats(path: Path, weight: str, shape: tuple[int, ...], sums: np.ndarray, counts: np.ndarray) -> InputStats:

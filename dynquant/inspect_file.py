@@ -4,9 +4,7 @@ Returns plain data; printing is the command line's. A GGUF type outside our regi
 safetensors, packed integers of other tools count as stored elements: their true number of weights is not in the header.
 """
 
-import json
 import re
-import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -17,9 +15,12 @@ import gguf
 
 from dynquant.architecture import Role, role_of
 from dynquant.errors import CheckpointError
-from dynquant.gguf_source import open_reader, split_files
+from dynquant.gguf_header import GGUFTensor, read_gguf_header
+from dynquant.gguf_source import split_files
 from dynquant.quant_types import QUANT_TYPES
-from dynquant.tensor_source import INDEX_NAME, SINGLE_NAME
+from dynquant.safetensors_header import read_header
+from dynquant.strict_json import parse_json
+from dynquant.tensor_source import INDEX_NAME, SINGLE_NAME, no_weights, read_weight_map
 
 _GGUF_KEYS = (
     "general.name", "general.size_label", "general.file_type", "general.quantization_version", "tokenizer.ggml.model",
@@ -129,23 +130,23 @@ def _shares(labelled: Iterable[tuple[str, TensorRecord]]) -> tuple[Share, ...]:
 
 def _inspect_gguf(path: Path) -> FileSummary:
     files = split_files(path)
-    readers = [open_reader(file) for file in files]
+    headers = [read_gguf_header(file) for file in files]
     values = {
-        key: field.contents()
-        for key, field in readers[0].fields.items()
+        key: field.value
+        for key, field in headers[0].fields.items()
         if key == "general.architecture" or key in _GGUF_KEYS or key.startswith(_PROVENANCE_PREFIXES)
     }
     arch = str(values.pop("general.architecture", "unknown"))
     for key in _GGUF_ARCH_KEYS:
-        field = readers[0].fields.get(f"{arch}.{key}")
+        field = headers[0].fields.get(f"{arch}.{key}")
         if field is not None:
-            values[f"{arch}.{key}"] = field.contents()
+            values[f"{arch}.{key}"] = field.value
     return FileSummary(
         format="gguf",
         files=tuple(files),
         arch=arch,
         total_bytes=sum(file.stat().st_size for file in files),
-        tensors=tuple(_gguf_record(tensor) for reader in readers for tensor in reader.tensors),
+        tensors=tuple(_gguf_record(tensor) for header in headers for tensor in header.tensors.values()),
         metadata={key: value for key, value in values.items() if not key.startswith(_PROVENANCE_PREFIXES)},
         provenance={
             key: value.rstrip() if isinstance(value, str) else value
@@ -155,24 +156,16 @@ def _inspect_gguf(path: Path) -> FileSummary:
     )
 
 
-def _gguf_record(tensor: gguf.ReaderTensor) -> TensorRecord:
-    shape = tuple(int(n) for n in reversed(tensor.shape))
-    return TensorRecord(tensor.name, shape, tensor.tensor_type.name, int(tensor.n_bytes), role_of(tensor.name))
+def _gguf_record(tensor: GGUFTensor) -> TensorRecord:
+    return TensorRecord(tensor.name, tensor.shape, tensor.type, tensor.num_bytes, role_of(tensor.name))
 
 
 def _checkpoint_files(directory: Path) -> list[Path]:
-    index = directory / INDEX_NAME
-    if index.is_file():
-        try:
-            names = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index} is not a safetensors index ({error}). Fetch it again.") from error
-        return [directory / Path(name).name for name in sorted(names)]
+    if (directory / INDEX_NAME).is_file():
+        return sorted(set(read_weight_map(directory).values()))
     if (directory / SINGLE_NAME).is_file():
         return [directory / SINGLE_NAME]
-    raise CheckpointError(
-        f"{directory} holds neither {SINGLE_NAME} nor {INDEX_NAME}. Give a checkpoint or a .gguf file."
-    )
+    raise no_weights(directory)
 
 
 def _inspect_safetensors(directory: Path, files: list[Path]) -> FileSummary:
@@ -183,11 +176,12 @@ def _inspect_safetensors(directory: Path, files: list[Path]) -> FileSummary:
     quantization = config.get("quantization_config")
     if isinstance(quantization, dict) and "quant_method" in quantization:
         metadata["quant_method"] = quantization["quant_method"]
-    tensors = [record for file in files for record in _read_safetensors_header(file)]
+    tensors = [record for file in files for record in _safetensors_records(file)]
     provenance: dict[str, object] = {}
     if metadata.get("quant_method") == "dynquant" and isinstance(quantization, dict):
-        tensors = [_unpacked_record(record, quantization.get("types", {})) for record in tensors]
-        provenance = {f"dynquant.{key}": value for key, value in quantization.get("provenance", {}).items()}
+        types, recorded = (_object(quantization.get(key)) for key in ("types", "provenance"))
+        tensors = [_unpacked_record(record, types) for record in tensors]
+        provenance = {f"dynquant.{key}": value for key, value in recorded.items()}
     return FileSummary(
         format="safetensors",
         files=tuple(files),
@@ -199,10 +193,14 @@ def _inspect_safetensors(directory: Path, files: list[Path]) -> FileSummary:
     )
 
 
-def _unpacked_record(record: TensorRecord, types: dict[str, str]) -> TensorRecord:
+def _object(value: object) -> dict[str, object]:
+    return value if isinstance(value, dict) else {}
+
+
+def _unpacked_record(record: TensorRecord, types: dict[str, object]) -> TensorRecord:
     """A packed tensor under its quant type and the shape of its weights, not of its bytes."""
-    stored = QUANT_TYPES.get(types.get(record.name, ""))
-    if stored is None or record.type != "U8":
+    stored = QUANT_TYPES.get(str(types.get(record.name)))
+    if stored is None or record.type != "U8" or not record.shape:
         return record
     shape = (*record.shape[:-1], record.shape[-1] // stored.block_bytes * stored.block_size)
     return replace(record, shape=shape, type=stored.name)
@@ -213,34 +211,23 @@ def _read_config(directory: Path) -> dict[str, object]:
     if not path.is_file():
         return {}
     try:
-        config = json.loads(path.read_text())
+        config = parse_json(path.read_bytes())
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error}). Fetch it again.") from error
     return config if isinstance(config, dict) else {}
 
 
-def _read_safetensors_header(path: Path) -> list[TensorRecord]:
-    """Header layout: u64 length, JSON {name: {dtype, shape, data_offsets}}, then the data."""
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(min(length, path.stat().st_size)))
-        records = [
-            TensorRecord(name, tuple(info["shape"]), info["dtype"], end - start, _role_of_parameter(name))
-            for name, info in header.items()
-            if name != "__metadata__"
-            for start, end in (info["data_offsets"],)
-        ]
-        stored = (
-            8 + length + max((info["data_offsets"][1] for n, info in header.items() if n != "__metadata__"), default=0)
+def _safetensors_records(file: Path) -> list[TensorRecord]:
+    return [
+        TensorRecord(
+            name,
+            tuple(entry["shape"]),
+            entry["dtype"],
+            entry["data_offsets"][1] - entry["data_offsets"][0],
+            _role_of_parameter(name),
         )
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is named by {INDEX_NAME} but does not exist; fetch it again.") from error
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise CheckpointError(f"{path} is not a safetensors file ({type(error).__name__}). Fetch it again.") from error
-    if stored != path.stat().st_size:
-        raise CheckpointError(f"{path} should have {stored:,} bytes but has {path.stat().st_size:,}; fetch it again.")
-    return records
+        for name, entry in read_header(file).items()
+    ]
 
 
 _FIRST_INDEX = re.compile(r"\.\d+\.")

@@ -7,7 +7,6 @@ different logits when the same tokens are batched differently. Sampling and chat
 """
 
 import copy
-import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,14 +19,16 @@ import torch
 from safetensors import SafetensorError
 
 from dynquant.activation_rounding import round_activations
+from dynquant.checkpoint import CHECKPOINT_FILES
 from dynquant.errors import CheckpointError
 from dynquant.families.hf_config import config_from_gguf
 from dynquant.gguf_model import load as load_packed
 from dynquant.gguf_source import GGUFSource
-from dynquant.hf_loading import unpack_compressed, without_progress_bars
+from dynquant.hf_loading import LOCAL_ONLY, unpack_compressed, without_progress_bars
 from dynquant.layers import choose_layout
 from dynquant.llama_runner import LlamaCppRunner, llama_encode, llama_metadata, llama_vocabulary
 from dynquant.process_usage import count_mapped_files
+from dynquant.strict_json import parse_json
 
 LLAMA_CPP, TRANSFORMERS = "llama.cpp", "transformers"
 RUNNERS = (LLAMA_CPP, TRANSFORMERS)
@@ -111,7 +112,7 @@ def _download(model_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model_id))
+        return Path(snapshot_download(model_id, allow_patterns=CHECKPOINT_FILES))
     except Exception as error:
         raise CheckpointError(
             f"{model_id} is no local directory, and the hub could not provide it ({error}). "
@@ -156,7 +157,7 @@ def open_encoder(path: Path) -> Iterator[TextEncoder]:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, **LOCAL_ONLY)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path.name}: transformers cannot load the tokenizer: {error}") from error
 
@@ -171,7 +172,7 @@ def _describe_hugging_face(path: Path) -> ModelInfo:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True).get_text_config()
+        config = AutoConfig.from_pretrained(path, **LOCAL_ONLY).get_text_config()
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path.name}: transformers cannot read the model's configuration: {error}") from error
     return ModelInfo(
@@ -204,7 +205,7 @@ def _count_named_tokens(path: Path, vocab_size: int) -> int:
     file = path / "tokenizer.json"
     if not file.is_file():
         return vocab_size
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = parse_json(file.read_bytes())
     vocab = content.get("model", {}).get("vocab", {})
     ids = [len(vocab) - 1] if isinstance(vocab, list) else list(vocab.values())
     ids += [token["id"] for token in content.get("added_tokens", [])]
@@ -222,7 +223,7 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:
         if is_gguf(path):
             return load_packed(path, dtype=dtype)
         with without_progress_bars():
-            loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+            loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **LOCAL_ONLY)
             count_mapped_files(path.glob("*.safetensors"))
             return unpack_compressed(loaded, dtype)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:

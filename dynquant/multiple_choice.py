@@ -6,7 +6,6 @@ own text, divided by its length in UTF-8 bytes. The keys and values of the few-s
 share are computed once. Generated answers and chat templates are left out.
 """
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from dynquant.errors import EvaluationError
 from dynquant.llama_runner import MAX_BRANCHES
 from dynquant.logit_runners import LogitRunner
+from dynquant.strict_json import parse_json
 
 Scoring = Literal["letter", "cloze"]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -103,8 +103,8 @@ def load_questions(source: str | Path, *, split: str = "test") -> list[Question]
 
 def _parse_question(line: str, where: str) -> Question:
     try:
-        return Question.model_validate(json.loads(line))
-    except (json.JSONDecodeError, ValidationError) as error:
+        return Question.model_validate(parse_json(line))
+    except ValueError as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise EvaluationError(
             f"{where} is not a question ({reason}). Each line needs subject, question, choices and answer "

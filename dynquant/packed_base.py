@@ -1,6 +1,5 @@
 """The packed model that an adapter is trained on, from an exported directory or a GGUF file, and its tokenizer."""
 
-import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,10 +8,11 @@ import torch
 
 from dynquant.checkpoint import open_model
 from dynquant.errors import CheckpointError, TrainingError
-from dynquant.hf_loading import load_tokenizer
+from dynquant.hf_loading import LOCAL_ONLY, load_tokenizer
 from dynquant.hf_registration import QUANT_METHOD
 from dynquant.layers import PackedModule, choose_layout
 from dynquant.logit_runners import TRANSFORMERS, describe_model, is_gguf, load_model
+from dynquant.strict_json import parse_json
 from dynquant.training_options import TrainOptions
 
 if TYPE_CHECKING:
@@ -70,10 +70,11 @@ def check_packed(path: Path) -> None:
     if is_gguf(path):
         return
     try:
-        config = json.loads((path / "config.json").read_text("utf-8"))
+        config = parse_json((path / "config.json").read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}/config.json cannot be read: {error}.") from error
-    if config.get("quantization_config", {}).get("quant_method") != QUANT_METHOD:
+    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
         raise _not_packed(path)
 
 
@@ -112,6 +113,6 @@ def open_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
                 "as --tokenizer to finetune, or as --reference to heal."
             ) from error
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+        return AutoTokenizer.from_pretrained(path, **LOCAL_ONLY)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: transformers cannot load the tokenizer: {error}") from error

@@ -20,6 +20,7 @@ from dynquant.errors import ExportError, PlanError
 from dynquant.quant_types import QUANT_TYPES, QuantType
 
 SCHEMA_VERSION = 1
+_MAX_DIMENSION, _MAX_BYTES = 1 << 48, 1 << 63
 
 
 class PlanEntry(BaseModel):
@@ -141,6 +142,8 @@ class Plan(BaseModel):
 
 
 def _check_entries(plan: Plan, path: Path) -> None:
+    if not plan.entries or not 0 <= plan.predicted_bytes < _MAX_BYTES:
+        raise PlanError(f"{path} has {len(plan.entries)} tensors in {plan.predicted_bytes!r:.40} bytes. Plan again.")
     seen: set[str] = set()
     for entry in plan.entries:
         if entry.type not in QUANT_TYPES:
@@ -148,7 +151,7 @@ def _check_entries(plan: Plan, path: Path) -> None:
         if entry.name in seen:
             raise PlanError(f"{path} names the tensor `{entry.name}` twice.")
         seen.add(entry.name)
-        if not entry.shape or min(entry.shape) < 1:
+        if not entry.shape or min(entry.shape) < 1 or len(entry.shape) > 4 or max(entry.shape) >= _MAX_DIMENSION:
             raise PlanError(f"{path} gives `{entry.name}` the impossible shape {list(entry.shape)}.")
         if entry.shape[-1] % entry.quant_type.block_size:
             raise PlanError(

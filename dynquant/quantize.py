@@ -112,7 +112,9 @@ def quantize(
     check_plan(model, plan)
     check_importance(plan, guidance.importance, skip=skip)
     entries = {entry.name: entry for entry in plan.entries}
-    counter = _Counter(progress, plan.num_weights, sum(prod(entries[name].shape) for name in skip))
+    counter = _Counter(
+        progress, plan.num_weights, sum(prod(entry.shape) for name, entry in entries.items() if name in skip)
+    )
     for name in model.source.names():
         entry = entries[name]
         if name in skip:

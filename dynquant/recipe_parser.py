@@ -28,6 +28,7 @@ from dynquant.recipe_text import Recipe
 
 _TYPE_OPTIONS = {"--token-embedding-type": "token_embedding", "--output-tensor-type": "output"}
 _PATTERN_OPTIONS = ("--tensor-type", "--custom-q")
+_MAX_REPEATS = 3
 _WITHOUT_MEANING = {
     "--imatrix": 1, "--include-weights": 1, "--exclude-weights": 1, "--override-kv": 1,
     "--allow-requantize": 0, "--keep-split": 0, "--dry-run": 0,
@@ -222,11 +223,22 @@ def _listed(text: str) -> Iterator[tuple[str, str]]:
             pattern, equals, type_name = part.partition("=")
             if not pattern or not equals or not type_name:
                 raise PlanError(f"`{part}` in the recipe is not of the form `regex=type`, as ffn_down_exps=iq2_xxs.")
-            try:
-                re.compile(pattern.lower())
-            except re.error as error:
-                raise PlanError(f"The pattern `{pattern}` of the recipe is no regular expression: {error}.") from error
+            _check_pattern(pattern)
             yield pattern, _type_name(type_name, pattern)
+
+
+def _check_pattern(pattern: str) -> None:
+    """Refuse what does not compile, and what could keep Python's matcher busy for years on one name."""
+    plain = re.sub(r"\\.|\[\^?\]?(\\.|[^\]\\])*\]", "x", pattern)
+    if re.search(r"\)[*+{]", plain) or len(re.findall(r"[*+]|\{\d*,\d*\}", plain)) > _MAX_REPEATS:
+        raise PlanError(
+            f"The pattern `{pattern:.200}` of the recipe repeats a group, or repeats more than {_MAX_REPEATS} things: "
+            "such an expression can take years on one name. Write it with alternatives, as ffn_(gate|up|down)_exps."
+        )
+    try:
+        re.compile(pattern.lower())
+    except (re.error, RecursionError, OverflowError) as error:
+        raise PlanError(f"The pattern `{pattern:.200}` of the recipe is no regular expression: {error}.") from error
 
 
 def _type_name(name: str, where: str) -> str:

@@ -54,12 +54,12 @@ def search_plans(
     tokenizer = load_tokenizer(model)
     used, window = stats.provenance.max_tokens or 0, stats.provenance.window or 512
     wanted = used + window + options.selection_tokens
-    documents = read_text(text, tokenizer=tokenizer, seed=seed, max_tokens=wanted)
+    documents = read_text(text, seed=seed, max_tokens=wanted)
     windows = pack_windows(documents, tokenizer, window=window, max_tokens=wanted)
     calibrated = windows[: max(1, used // window)]
     if options.text is not None:
         name = options.text.name
-        other = read_text(options.text, tokenizer=tokenizer, seed=seed, max_tokens=options.selection_tokens)
+        other = read_text(options.text, seed=seed, max_tokens=options.selection_tokens)
         selection = pack_windows(other, tokenizer, window=window, max_tokens=options.selection_tokens)
     else:
         name = f"{documents.name}, behind the calibrated tokens"

@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from dynquant.errors import StatsError
 from dynquant.importance import SHRINK_TOKENS, importance
 from dynquant.statistics import CalibrationStats, StatsProvenance, save_tensors
+from dynquant.strict_json import parse_json
 
 DAMPING = 0.01
 """Added to the diagonal, as a share of its mean."""
@@ -100,18 +101,16 @@ class SecondMoments:
         """
         try:
             with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {})["dynquant"])
+                header = parse_json((file.metadata() or {})["dynquant"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 provenance = StatsProvenance(**header["provenance"])
                 moments = cls(provenance, tensors.pop("tokens"), header["kind"], header["aliases"])
+                _fill(moments, tensors)
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise StatsError(
                 f"{path} does not hold second moments of dynquant ({type(error).__name__}: {error}). Make it with "
                 "`dynquant calibrate MODEL -o stats.safetensors`."
             ) from error
-        for name, tensor in tensors.items():
-            key, _, part = name.rpartition(".")
-            (moments.sums if part == "sum" else moments.weights)[key] = tensor
         return moments
 
     def check_belongs_to(self, stats: CalibrationStats, path: Path) -> None:
@@ -128,6 +127,28 @@ class SecondMoments:
                     f"{str(getattr(mine, what))[:12]}, theirs {str(getattr(theirs, what))[:12]}. Calibrate again, or "
                     "move it away to encode without error feedback."
                 )
+
+
+def _fill(moments: SecondMoments, tensors: dict[str, torch.Tensor]) -> None:
+    """Put the tensors of a file in their places. Raises ValueError for what is not as `SecondMoments` describes it."""
+    for name, tensor in tensors.items():
+        key, _, part = name.rpartition(".")
+        if part not in ("sum", "weight"):
+            raise ValueError(f"`{name}` is neither a sum nor a weight")
+        (moments.sums if part == "sum" else moments.weights)[key] = tensor
+    if moments.sums.keys() != moments.weights.keys():
+        raise ValueError("sums and weights are of different inputs")
+    for key, sums in moments.sums.items():
+        weights, shape = moments.weights[key], list(sums.shape)
+        if sums.ndim != 3 or shape[1] != shape[2] or not sums.numel() or sums.dtype != torch.float32:
+            raise ValueError(f"`{key}.sum` is {shape} of {sums.dtype}, not float32 [experts, channels, channels]")
+        if list(weights.shape) != shape[:1] or weights.dtype != torch.float64 or not torch.isfinite(weights).all():
+            raise ValueError(f"`{key}.weight` is {list(weights.shape)} of {weights.dtype}, or not finite")
+    aliases, tokens = moments.aliases, moments.tokens
+    if not isinstance(aliases, dict) or not all(isinstance(key, str) for key in aliases.values()):
+        raise ValueError("`aliases` does not map weights to inputs")
+    if moments.kind not in ("activations", "gradients") or tokens.ndim != 2 or tokens.is_floating_point():
+        raise ValueError(f"the kind {moments.kind!r:.40} of {list(tokens.shape)} tokens")
 
 
 def path_beside(stats: Path) -> Path:

@@ -18,8 +18,10 @@ from dynquant.architecture import Role
 from dynquant.errors import PlanError
 from dynquant.plan import write_atomically
 from dynquant.serving_schemes import SCHEMES, Scheme
+from dynquant.strict_json import parse_json
 
 SCHEMA_VERSION = 1
+_MAX_DIMENSION = 1 << 48
 
 
 class ServingEntry(BaseModel):
@@ -112,7 +114,7 @@ class ServingPlan(BaseModel):
         """
         try:
             text = path.read_text()
-            document = json.loads(text)
+            document = parse_json(text)
         except OSError as error:
             raise PlanError(f"The plan {path} cannot be read: {error.strerror}.") from error
         except ValueError as error:
@@ -140,6 +142,8 @@ def entry_bytes(scheme: Scheme, shape: tuple[int, ...], group: int) -> int:
 def _check_entries(plan: ServingPlan, path: Path) -> None:
     units: dict[str, tuple[str, int]] = {}
     for entry in plan.entries:
+        if len(entry.shape) not in (2, 3) or not all(0 < size < _MAX_DIMENSION for size in entry.shape):
+            raise PlanError(f"{path} gives `{entry.name}` the impossible shape {list(entry.shape)!r:.100}.")
         if entry.scheme not in SCHEMES:
             raise PlanError(f"{path} gives `{entry.name}` the unknown scheme {entry.scheme!r}.")
         scheme, columns, group = entry.stored_as, entry.shape[-1], entry.group_size

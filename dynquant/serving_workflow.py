@@ -139,7 +139,7 @@ def _with_sensitivity(model: Model, table: ErrorTable, options: CalibrationOptio
     except CheckpointError as error:
         console.note(f"no sensitivities, every layer's relative error counts alike: {error}")
         return table
-    text = read_text(options.text, tokenizer=tokenizer, seed=options.seed, max_tokens=PROBE_TOKENS)
+    text = read_text(options.text, seed=options.seed, max_tokens=PROBE_TOKENS)
     windows = pack_windows(text, tokenizer, window=options.window, max_tokens=PROBE_TOKENS)
     with console.stage_progress("Errors are kept; the sensitivities measured so far are lost.") as progress:
         found = output_sensitivity(

@@ -15,14 +15,20 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dynquant import __version__
 from dynquant.errors import StatsError
+from dynquant.strict_json import parse_json
 
 SCHEMA_VERSION = 1
+_PART_TYPES = {
+    "in_sum2": torch.float64, "counts": torch.int64, "samples": torch.bfloat16, "sample_counts": torch.int64,
+    "max_in": torch.float32, "max_in_channel": torch.int64, "max_in_position": torch.int64,
+    "max_out": torch.float32, "max_out_channel": torch.int64, "max_out_position": torch.int64,
+}  # fmt: skip
 
 
 @dataclass
@@ -89,13 +95,13 @@ class StatsProvenance(BaseModel):
     schema_version: Literal[1] = SCHEMA_VERSION
     tool_version: str = __version__
     fingerprint: str
-    text_hash: str
+    text_hash: str = Field(pattern="^[0-9a-f]{1,64}$")
     text_name: str
-    num_windows: int = 0
-    num_tokens: int = 0
-    num_held_back_tokens: int = 0
-    window: int = 512
-    max_tokens: int = 0
+    num_windows: int = Field(0, ge=0)
+    num_tokens: int = Field(0, ge=0)
+    num_held_back_tokens: int = Field(0, ge=0)
+    window: int = Field(512, ge=0)
+    max_tokens: int = Field(0, ge=0)
     """The limit that calibration ran under; 0 when unknown."""
     seed: int = 0
     imported_from: str | None = None
@@ -173,19 +179,54 @@ class CalibrationStats:
         """
         try:
             with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {})["dynquant"])
+                header = parse_json((file.metadata() or {})["dynquant"])
                 stats = cls(StatsProvenance(**header["provenance"]), aliases=header["aliases"])
                 parts: dict[str, dict[str, torch.Tensor]] = {}
                 for name in file.keys():  # noqa: SIM118
                     key, _, part = name.rpartition(".")
                     parts.setdefault(key, {})[part] = file.get_tensor(name)
-                stats.inputs = {key: InputStats(**found) for key, found in parts.items()}
+                stats.inputs = {key: _checked_input(key, found) for key, found in parts.items()}
+                _check_aliases(stats.aliases, stats.inputs)
                 return stats
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise StatsError(
                 f"{path} is not a statistics file of dynquant ({type(error).__name__}: {error}). "
                 "Make it with `dynquant calibrate MODEL -o FILE`."
             ) from error
+
+
+def _checked_input(key: str, found: dict[str, torch.Tensor]) -> InputStats:
+    """Raises ValueError for parts that are missing, of another type or shape, or not finite."""
+    stats = InputStats(**found)
+    sums, counts = stats.in_sum2, stats.counts
+    if sums.ndim != 2 or not sums.numel():
+        raise ValueError(f"`{key}.in_sum2` has the shape {list(sums.shape)}, not [experts, channels]")
+    experts, channels = sums.shape
+    for name, tensor in found.items():
+        if name == "samples":
+            fits = tensor.ndim == 3 and (tensor.shape[0], tensor.shape[2]) == (experts, channels)
+        else:
+            fits = tensor.shape == (sums.shape if name == "in_sum2" else (experts,))
+        if not fits or tensor.dtype != _PART_TYPES[name]:
+            raise ValueError(
+                f"`{key}.{name}` is {list(tensor.shape)} of {tensor.dtype} for {experts} experts and {channels} "
+                f"channels; {_PART_TYPES[name]} is needed"
+            )
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"`{key}.{name}` holds NaN or infinite values")
+    filled, samples = stats.sample_counts, stats.samples
+    if (filled is None) != (samples is None):
+        raise ValueError(f"`{key}` has only one of `samples` and `sample_counts`")
+    if bool((counts < 0).any() or (sums < 0).any()):
+        raise ValueError(f"`{key}` has negative sums or counts")
+    if filled is not None and bool((filled < 0).any() or (filled > samples.shape[1]).any()):
+        raise ValueError(f"`{key}.sample_counts` goes beyond the {samples.shape[1]} samples that are there")
+    return stats
+
+
+def _check_aliases(aliases: object, inputs: dict[str, InputStats]) -> None:
+    if not isinstance(aliases, dict) or not all(isinstance(key, str) and key in inputs for key in aliases.values()):
+        raise ValueError("`aliases` does not map weights to inputs of the file")
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, object]) -> None:

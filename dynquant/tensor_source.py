@@ -5,7 +5,6 @@ time. GGUF files are in `gguf_source.py`.
 """
 
 import hashlib
-import json
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -16,9 +15,12 @@ from safetensors import SafetensorError, safe_open
 
 from dynquant.errors import CheckpointError
 from dynquant.process_usage import count_mapped
+from dynquant.safetensors_header import read_header
+from dynquant.strict_json import parse_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+_PICKLED = ("*model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 @dataclass(frozen=True)
@@ -140,31 +142,17 @@ class SafetensorsSource:
         return self._handles[path]  # type: ignore[return-value]
 
     def _read_index(self) -> dict[str, Path]:
-        index, single = self.directory / INDEX_NAME, self.directory / SINGLE_NAME
-        if index.is_file():
-            return self._read_weight_map(index)
-        if single.is_file():
-            return dict.fromkeys(sorted(self._handle(single).keys()), single)
-        raise CheckpointError(
-            f"{self.directory} holds neither {SINGLE_NAME} nor {INDEX_NAME}; there are no weights to read. "
-            "Give the directory of a Hugging Face checkpoint in safetensors format, or a .gguf file."
-        )
-
-    def _read_weight_map(self, index: Path) -> dict[str, Path]:
-        try:
-            weight_map = dict(json.loads(index.read_text())["weight_map"])
-            paths = {name: Path(weight_map[name]) for name in sorted(weight_map)}
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise CheckpointError(f"{index} is not a safetensors index ({error}). Fetch it again.") from error
-        files = {}
-        for name, path in paths.items():
-            if path.name != weight_map[name] or path.name == "..":
-                raise CheckpointError(f"{index} points outside its directory for `{name}`: {weight_map[name]!r}.")
-            files[name] = self.directory / path
+        single = self.directory / SINGLE_NAME
+        if (self.directory / INDEX_NAME).is_file():
+            files = read_weight_map(self.directory)
+        elif single.is_file():
+            return dict.fromkeys(sorted(read_header(single)), single)
+        else:
+            raise no_weights(self.directory)
         for path in sorted(set(files.values())):
-            held = set(self._handle(path).keys())
+            held = read_header(path).keys()
             missing = next((n for n, f in files.items() if f == path and n not in held), None)
-            if missing:
+            if missing is not None:
                 raise CheckpointError(f"{path} does not hold `{missing}`, which {INDEX_NAME} places there.")
         return files
 
@@ -177,3 +165,38 @@ class SafetensorsSource:
                 "Convert the checkpoint to bfloat16 first."
             )
         return TensorInfo(name, tuple(view.get_shape()), dtype)  # type: ignore[attr-defined]
+
+
+def read_weight_map(directory: Path) -> dict[str, Path]:
+    """Tensor name -> file, of model.safetensors.index.json, in order of names.
+
+    Raises:
+        CheckpointError: damaged, or it names a file outside the directory or one that is not safetensors.
+    """
+    index = directory / INDEX_NAME
+    try:
+        weight_map = dict(parse_json(index.read_bytes(), unique_names=True)["weight_map"])
+        files = {name: Path(weight_map[name]) for name in sorted(weight_map)}
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError(f"{index} is not a safetensors index ({error}). Fetch it again.") from error
+    for name, path in files.items():
+        if path.name != weight_map[name] or path.name == ".." or "\\" in path.name:
+            raise CheckpointError(f"{index} points outside its directory for `{name}`: {weight_map[name]!r}.")
+        if path.suffix != ".safetensors":
+            raise CheckpointError(f"{index} places {name!r} in {path.name!r}, which is no .safetensors file.")
+    return {name: directory / path for name, path in files.items()}
+
+
+def no_weights(directory: Path) -> CheckpointError:
+    """The refusal of a directory without safetensors files. Pickled weights are named, and why they stay unopened."""
+    pickled = sorted(path.name for pattern in _PICKLED for path in directory.glob(pattern))
+    if pickled:
+        return CheckpointError(
+            f"{directory} holds its weights as {pickled[0]}, a pickle. Opening one can run any code that its author "
+            "put in, so dynquant opens none. Fetch the safetensors files, which most hubs have; or, if you trust the "
+            "author, load it in transformers, call `save_pretrained`, and give the directory that it writes."
+        )
+    return CheckpointError(
+        f"{directory} holds neither {SINGLE_NAME} nor {INDEX_NAME}; there are no weights to read. "
+        "Give the directory of a Hugging Face checkpoint in safetensors format, or a .gguf file."
+    )

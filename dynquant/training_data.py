@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dynquant.errors import DataError
+from dynquant.strict_json import parse_json
 
 Form = Literal["text", "completion", "messages"]
 _WAY_OUT = (
@@ -93,8 +94,8 @@ def read_training_data(path: Path) -> TrainingData:
 
 def _examples(line: str, place: str) -> tuple[Form, list[dict[str, Any]]]:
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
+        record = parse_json(line)
+    except ValueError as error:
         raise DataError(f"{place} is not JSON: {error}. {_WAY_OUT}") from error
     if not isinstance(record, dict):
         raise DataError(f"{place} is {type(record).__name__}, not an object. {_WAY_OUT}")

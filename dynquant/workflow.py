@@ -430,7 +430,6 @@ def _copy_moments(stats_path: Path, own: Path) -> None:
 
 def _was_made_with(stats: CalibrationStats, model: Model, options: CalibrationOptions) -> bool:
     from dynquant.calibration_text import read_text
-    from dynquant.hf_loading import load_tokenizer
 
     known = stats.provenance
     if options.samples is not None:
@@ -439,7 +438,7 @@ def _was_made_with(stats: CalibrationStats, model: Model, options: CalibrationOp
     made = (known.fingerprint, known.window, known.max_tokens, known.seed)
     if made != (model.fingerprint, options.window, options.tokens, options.seed):
         return False
-    text = read_text(options.text, tokenizer=load_tokenizer(model), seed=options.seed, max_tokens=options.tokens)
+    text = read_text(options.text, seed=options.seed, max_tokens=options.tokens)
     return known.text_hash == text.sha256
 
 
@@ -535,7 +534,7 @@ def _probe(
     except CheckpointError as error:
         console.note(f"no super weights and no sensitivities: {error}")
         return [], table
-    text = read_text(options.text, tokenizer=tokenizer, seed=options.seed, max_tokens=PROBE_TOKENS)
+    text = read_text(options.text, seed=options.seed, max_tokens=PROBE_TOKENS)
     windows = pack_windows(text, tokenizer, window=options.window, max_tokens=PROBE_TOKENS)
     arch, n_layer = model.arch, model.hyper.n_layer
     found = find_super_weights(hf_model, arch, n_layer, windows[0])

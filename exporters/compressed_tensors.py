@@ -4,7 +4,6 @@ All files are written in a hidden directory beside the output and move to its na
 goes on where it stopped (`artifacts`) and gives the same bytes.
 """
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -34,6 +33,7 @@ from dynquant.safetensors_header import ShardLayout
 from dynquant.serving_building import check_serving_plan
 from dynquant.serving_layers import LinearLayer, ServedCheckpoint
 from dynquant.serving_plan import ServingEntry, ServingPlan
+from dynquant.strict_json import parse_json
 
 _TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CPU_WEIGHTS, _GPU_WEIGHTS = 1 << 23, 1 << 27
@@ -188,7 +188,7 @@ def _documents(
     model: Model, plan: ServingPlan, checkpoint: ServedCheckpoint, shards: Mapping[str, ShardLayout], rounding: str
 ) -> dict[str, bytes]:
     """The small files by name."""
-    config = json.loads((checkpoint.directory / "config.json").read_text())
+    config = parse_json((checkpoint.directory / "config.json").read_bytes())
     config.pop("torch_dtype", None)
     config |= {
         "dtype": "bfloat16",

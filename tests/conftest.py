@@ -115,7 +115,7 @@ def drawn_moe(tmp_path_factory: pytest.TempPathFactory):
     steps = []
     files = write_plots(
         tmp_path_factory.mktemp("plots"), table=made.table, plan=made.plan, stats=made.stats,
-        super_weights=made.super_weights, frontier=made.frontier, progress=lambda *step: steps.append(step),
+        super_weights=made.super_weights, frontier=made.frontier, progress=lambda *step, **_: steps.append(step),
     )  # fmt: skip
     return DrawnModel(made, files, steps)
 

@@ -92,7 +92,7 @@ def test_recording_leaves_logits_bit_equal(kind, request):
 def test_implementation_is_restored_after_a_failure(moe, windows):
     before = moe.config._experts_implementation
 
-    def fail(stage, done, total):
+    def fail(stage, done, total, **_):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -254,7 +254,7 @@ def test_calibrate_a_model_on_disk(small_moe, tmp_path):
     path.write_text("The quick brown fox jumps over the lazy dog. " * 100)
     model = open_model(small_moe)
     steps = []
-    found = calibrate(model, path, tokens=256, window=64, progress=lambda *step: steps.append(step)).stats
+    found = calibrate(model, path, tokens=256, window=64, progress=lambda *step, **_: steps.append(step)).stats
     assert found.provenance.fingerprint == model.fingerprint
     assert found.provenance.num_windows == 4 and found.provenance.text_name == "text.txt"
     assert steps[-1] == ("sample", 256, 256)
@@ -278,15 +278,12 @@ def test_datasets_directory_is_read(tmp_path):
     assert sorted(read_text(tmp_path / "set").documents) == [f"row {i}" for i in range(5)]
 
 
-def test_chat_turns_use_the_template(tmp_path, small_moe):
-    tokenizer = load_tokenizer(open_model(small_moe))
+def test_chat_turns_become_plain_text(tmp_path):
     path = tmp_path / "chat.jsonl"
     path.write_text(
         json.dumps({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]})
     )
-    assert read_text(path, tokenizer=tokenizer).documents == ("user: hi\n\nassistant: yo",)
-    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-    assert read_text(path, tokenizer=tokenizer).documents == ("<user>hi<assistant>yo",)
+    assert read_text(path).documents == ("user: hi\n\nassistant: yo",)
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def run(small_moe, rounded_gguf, data, tmp_path_factory) -> tuple[EvalReport, Pa
     calls: list[tuple[str, int, int]] = []
     report = evaluate(
         rounded_gguf, small_moe, tasks={"kl", "ppl", "mmlu"}, cache_dir=cache, **data, **SMALL,
-        progress=lambda stage, done, total: calls.append((stage, done, total)),
+        progress=lambda stage, done, total, **_: calls.append((stage, done, total)),
     )  # fmt: skip
     return report, cache, calls
 
@@ -66,7 +66,7 @@ def test_gguf_candidate_against_hugging_face_reference(run) -> None:
         assert result.candidate.accuracy.value == pytest.approx(np.mean(right))
         assert sum(s.questions for s in result.subjects.values()) == result.questions == 6
     assert letter.candidate.summed_accuracy == letter.candidate.accuracy
-    assert calls[4] == ("reference, demo_text.txt", 5, 5)
+    assert calls[5] == ("reference, demo_text.txt", 5, 5)
     assert calls[-1] == ("candidate, cloze questions", 6, 6)
 
 

@@ -81,14 +81,16 @@ def test_the_report_is_of_the_adapter_that_was_saved(crushed, lists, tuned):
 
 @pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_losses(crushed, lists, tuned, tmp_path):
-    def interrupt(stage, done, total):
+    def interrupt(stage, done, total, **_):
         if stage == "train" and done == 12:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         finetune(str(crushed.packed), lists, tmp_path / "adapter", OPTIONS, progress=interrupt)
     steps = []
-    resumed = finetune(str(crushed.packed), lists, tmp_path / "adapter", OPTIONS, progress=lambda *s: steps.append(s))
+    resumed = finetune(
+        str(crushed.packed), lists, tmp_path / "adapter", OPTIONS, progress=lambda *s, **_: steps.append(s)
+    )
     assert [done for stage, done, _ in steps if stage == "train"] == list(range(11, 21))
     for found, expected in zip(resumed.history, tuned[1].history, strict=True):
         assert (found.step, found.train is None) == (expected.step, expected.train is None)

@@ -104,7 +104,7 @@ def test_answers_are_counted_with_and_without_the_adapter(crushed, cache, tmp_pa
 def test_an_interrupted_run_goes_on_to_the_same_losses(crushed, cache, healed, tmp_path):
     output = tmp_path / "adapter"
 
-    def interrupt(stage, done, total):
+    def interrupt(stage, done, total, **_):
         if stage == "train" and done == 5:
             raise KeyboardInterrupt
 
@@ -114,7 +114,7 @@ def test_an_interrupted_run_goes_on_to_the_same_losses(crushed, cache, healed, t
     with pytest.raises(TrainingError, match=r"unfinished run with learning_rate = 0.003; this one has 0.01"):
         run(crushed, cache, output, TrainOptions(**{**vars(OPTIONS), "learning_rate": 0.01}))
     steps = []
-    resumed = run(crushed, cache, output, progress=lambda stage, done, _: steps.append((stage, done)))
+    resumed = run(crushed, cache, output, progress=lambda stage, done, _, **__: steps.append((stage, done)))
     assert [done for stage, done in steps if stage == "train"] == [5, 6]
     for found, expected in zip(resumed.history, healed[1].history, strict=True):
         assert (found.step, found.train is None) == (expected.step, expected.train is None)

@@ -13,12 +13,21 @@ FOLDERS = {"dynquant": ROOT / "dynquant", "dynquant.kernels": ROOT / "kernels",
 
 # A module may import from its own rank and from lower ones.
 RANKS = [
-    ["errors", "eval_statistics", "progress", "process_usage", "interrupt"],
+    ["errors", "eval_statistics", "strict_json", "progress", "process_usage", "interrupt"],
     ["devices", "distribution"],
     ["vision_names"],
     ["quant_types", "architecture"],
     ["codecs"],
-    ["encoding", "tensor_source", "statistics", "layers", "llama_runner", "safetensors_header", "serving_schemes"],
+    [
+        "encoding",
+        "tensor_source",
+        "statistics",
+        "layers",
+        "llama_runner",
+        "gguf_header",
+        "safetensors_header",
+        "serving_schemes",
+    ],
     ["gguf_source", "activation_rounding"],
     ["model", "importance"],
     ["second_moments"],

@@ -56,7 +56,7 @@ def calibrated(model, small_moe, tmp_path_factory):
 @pytest.fixture(scope="module")
 def windows(model):
     tokenizer = load_tokenizer(model)
-    return pack_windows(read_text(None, tokenizer=tokenizer), tokenizer, window=128, max_tokens=2048)
+    return pack_windows(read_text(None), tokenizer, window=128, max_tokens=2048)
 
 
 @pytest.fixture(scope="module")

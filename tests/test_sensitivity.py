@@ -19,7 +19,7 @@ RELATIVE = 0.1
 def loaded(small_moe):
     model = open_model(small_moe)
     tokenizer = load_tokenizer(model)
-    text = read_text(None, tokenizer=tokenizer, seed=0, max_tokens=1024)
+    text = read_text(None, seed=0, max_tokens=1024)
     return load_hf(model), pack_windows(text, tokenizer, window=256, max_tokens=1024), model
 
 

@@ -51,7 +51,7 @@ def model(small_moe):
 @pytest.fixture(scope="module")
 def windows(model):
     tokenizer = load_tokenizer(model)
-    text = read_text(None, tokenizer=tokenizer, max_tokens=4096)
+    text = read_text(None, max_tokens=4096)
     return pack_windows(text, tokenizer, window=128, max_tokens=4096)
 
 

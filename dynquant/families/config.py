@@ -4,7 +4,6 @@ Values that a checkpoint leaves out are taken from transformers, so that the GGU
 would build. What a family cannot express in GGUF is refused here in one form, with the way out.
 """
 
-import json
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -12,9 +11,18 @@ from pathlib import Path
 from typing import NoReturn
 
 from dynquant.errors import CheckpointError
+from dynquant.strict_json import parse_json
 
 WAY_OUT = "Convert it with llama.cpp's own converter and pass the result with --base-gguf FILE."
 _MISSING = object()
+_MAX_JSON_BYTES = 1 << 28
+"""The largest tokenizer.json have 35 MB."""
+_MAX_INTEGER = 1 << 31
+_LARGEST = {
+    "num_hidden_layers": 512, "n_routed_experts": 2048, "num_experts": 2048, "num_local_experts": 2048,
+    "vocab_size": 1 << 24,
+}  # fmt: skip
+"""Numbers of things that are made in memory before any weight is looked at, far beyond any model."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +49,11 @@ class Config:
             CheckpointError: absent without a default, or not such a number.
         """
         value = self.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise CheckpointError(f"{self.path} gives `{key}` as {value!r}; a whole number is needed.")
+        largest = _LARGEST.get(key, _MAX_INTEGER)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= largest:
+            raise CheckpointError(
+                f"{self.path} gives `{key}` as {value!r:.80}; a whole number up to {largest:,} is needed."
+            )
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -78,7 +89,9 @@ def read_json(path: Path) -> dict[str, object]:
         CheckpointError: no such file, or not one JSON object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise ValueError(f"{path.stat().st_size:,} bytes, more than {_MAX_JSON_BYTES:,}")
+        content = parse_json(path.read_bytes())
     except FileNotFoundError as error:
         raise CheckpointError(
             f"There is no {path}. Give the directory of a Hugging Face checkpoint (config.json, tokenizer.json and "

@@ -18,6 +18,7 @@ from dynquant.families.rope import llama3_factors, yarn_magnitude
 from dynquant.gguf_source import GGUFSource
 
 _GATING_SOFTMAX, _GATING_SIGMOID = 1, 2
+_MAX_NUMBER, _MAX_LAYERS = 1 << 31, 512
 _IGNORED_KEYS = frozenset({
     "vocab_size", "tensor_data_layout", "attention.causal", "pooling_type", "tokenizer", "leading_dense_block_count",
     "rope.scaling.finetuned", "nextn_predict_layers", "attention.sliding_window", "attention.sliding_window_pattern",
@@ -46,8 +47,9 @@ class _Keys:
         value = self.get(key, default)
         if isinstance(value, list | tuple) and len(set(value)) == 1:
             value = value[0]
-        if not isinstance(value, int) or isinstance(value, bool):
-            self.refuse(f"`{self.arch}.{key}` is {value!r}, where one whole number is needed")
+        largest = _MAX_LAYERS if key == "block_count" else _MAX_NUMBER
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= largest:
+            self.refuse(f"`{self.arch}.{key}` is {value!r:.80}, where one whole number up to {largest:,} is needed")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:

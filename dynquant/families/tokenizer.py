@@ -5,6 +5,7 @@ with scores. Embedding rows without a token are named [PADn]. Unigram and WordPi
 """
 
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,7 +151,7 @@ def _write_special_tokens(
 ) -> None:
     """Merges, ids of special tokens, whether BOS and EOS are added, and the chat template."""
     if len(set(vocabulary.tokens)) != len(vocabulary.tokens):
-        repeated = next(text for i, text in enumerate(vocabulary.tokens) if text in vocabulary.tokens[:i])
+        repeated = Counter(vocabulary.tokens).most_common(1)[0][0]
         raise CheckpointError(
             f"{directory}: the token {repeated!r} has two ids, which llama.cpp cannot load. {WAY_OUT}"
         )

@@ -62,7 +62,7 @@ class PackedLoraLinear(_Unmergeable, lora.Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's own sum, in one pass over the result where the dtypes allow it.
 
-        PEFT casts x to the dtype of A and, under autocast, back again, and scales and adds B A x in passes of their own.
+        PEFT casts x to the dtype of A and, under autocast, back again; it scales and adds B A x in passes of their own.
         """
         names = [name for name in self.active_adapters if name in self.lora_A]
         if args or kwargs or self.disable_adapters or self.merged or not all(map(self._is_plain, names)):

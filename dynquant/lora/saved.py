@@ -5,7 +5,6 @@ Tensors are named as PEFT names them. A layer's factors are `PATH.lora_A.weight`
 one `.base_layer` more in its name.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dynquant.errors import AdapterError
+from dynquant.strict_json import parse_json
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"base_model\.model\.(?P<path>.+?)(?P<depth>(\.base_layer)*)\.lora_(?P<factor>[AB])\.weight")
@@ -97,7 +97,7 @@ class SavedAdapter:
 def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG_NAME
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_bytes())
     except FileNotFoundError as error:
         raise AdapterError(
             f"{directory} holds no {CONFIG_NAME}. Give the directory that `save_pretrained` wrote."
