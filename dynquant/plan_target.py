@@ -56,6 +56,8 @@ class Target:
             raise PlanError(f"--vision {self.vision} is not known; give auto, {', '.join(LEVELS)}.")
         if self.couple and given and given[0] in ("--preset", "--like", "--recipe"):
             raise PlanError(f"--couple goes with a budget; {given[0]} has types of its own.")
+        if self.vision != "auto" and given and given[0] in ("--preset", "--like", "--recipe"):
+            raise PlanError(f"--vision {self.vision} goes with a budget; {given[0]} has types of its own.")
         if self.fits is not None:
             parse_size(self.fits)
             check_cache(self.context, self.kv_type)
