@@ -21,10 +21,14 @@ from dynquant.cli_options import (
     HessianMemoryOpt,
     HessiansOpt,
     JsonOpt,
+    MaxMemoryOpt,
     ModelArg,
     PlanArg,
     PresetOpt,
+    RayOpt,
     SeedOpt,
+    SpillOpt,
+    StreamMemoryOpt,
     StrictOpt,
     TextOpt,
     ThreadsOpt,
@@ -76,10 +80,13 @@ def calibrate(
     hessians: HessiansOpt = "activations",
     hessian_memory: HessianMemoryOpt = "8GiB",
     device: DeviceOpt = None,
+    max_memory: StreamMemoryOpt = None,
+    spill: SpillOpt = None,
     base_gguf: BaseGgufOpt = None,
     imatrix: Annotated[
         Path | None, typer.Option(help="Import a llama.cpp imatrix GGUF instead of running the model.")
     ] = None,
+    ray: RayOpt = None,
     imatrix_out: Annotated[
         Path | None, typer.Option(help="Also write the statistics as a llama.cpp imatrix GGUF.")
     ] = None,
@@ -94,7 +101,8 @@ def calibrate(
 
     options = workflow.CalibrationOptions(
         text=calibration, tokens=tokens, window=window, seed=seed,
-        hessians=_hessians(hessians), hessian_memory=hessian_memory, device=device, data=data, strict=strict,
+        hessians=_hessians(hessians), hessian_memory=hessian_memory, device=device, ray=ray,
+        max_memory=max_memory, spill=spill, data=data, strict=strict,
     )  # fmt: skip
     _check_one_source(calibration, data)
     workflow.calibrate(model, options, output, base_gguf=base_gguf, imatrix=imatrix, imatrix_out=imatrix_out)
@@ -169,6 +177,8 @@ def plan(
     hessians: HessiansOpt = "activations",
     hessian_memory: HessianMemoryOpt = "8GiB",
     device: DeviceOpt = None,
+    max_memory: StreamMemoryOpt = None,
+    spill: SpillOpt = None,
     stats: Annotated[Path | None, typer.Option(help="Use these statistics instead of calibrating.")] = None,
     encoder: EncoderOpt = "ggml",
     threads: ThreadsOpt = None,
@@ -245,6 +255,7 @@ def plan(
         options = workflow.CalibrationOptions(
             text=calibration, tokens=tokens, window=window, seed=seed,
             hessians=_hessians(hessians), hessian_memory=hessian_memory, device=device,
+            max_memory=max_memory, spill=spill,
         )  # fmt: skip
         _plan_for_vllm(
             str(model), output, options, stats, as_json,
@@ -268,7 +279,8 @@ def plan(
     else:
         options = workflow.CalibrationOptions(
             text=calibration, tokens=tokens, window=window, seed=seed,
-            hessians=_hessians(hessians), hessian_memory=hessian_memory, device=device, data=data, strict=strict,
+            hessians=_hessians(hessians), hessian_memory=hessian_memory, device=device,
+            max_memory=max_memory, spill=spill, data=data, strict=strict,
         )  # fmt: skip
         made = workflow.plan(
             model, target, options, output,
@@ -307,6 +319,12 @@ def export(
     ] = None,
     split_max_size: Annotated[str | None, typer.Option(help="Split into files of at most this size, as 40GB.")] = None,
     resume: Annotated[bool, typer.Option(help="Continue an interrupted export.")] = True,
+    max_memory: MaxMemoryOpt = None,
+    ray: RayOpt = None,
+    ship_weights: Annotated[
+        bool,
+        typer.Option(help="With --ray: send weights and statistics to workers that cannot read them by path."),
+    ] = False,
     threads: ThreadsOpt = None,
     base_gguf: BaseGgufOpt = None,
 ) -> None:
@@ -323,7 +341,7 @@ def export(
     run(
         model, output, format=format, plan_path=plan, preset=preset, stats_path=stats, calibration=options,
         encoder=encoder, device=device, split_max_size=split_max_size, resume=resume, threads=threads,
-        base_gguf=base_gguf, tune_tokens=tune,
+        base_gguf=base_gguf, tune_tokens=tune, max_memory=max_memory, ray=ray, ship_weights=ship_weights,
     )  # fmt: skip
 
 

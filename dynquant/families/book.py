@@ -65,6 +65,8 @@ class RecipeBook:
 
     def add_stack(self, name: str, checkpoint_names: tuple[str, ...], shape: tuple[int, ...]) -> None:
         """A stacked tensor made of one checkpoint tensor per slice."""
+        if not checkpoint_names:
+            raise CheckpointError(f"{self.config.path} calls for experts and gives their number as 0. Fetch it again.")
         dtypes = [self._take(part, shape[1:]) for part in checkpoint_names]
         self.recipes.append(TensorRecipe(name, checkpoint_names, shape, dtypes[0]))
 

@@ -4,7 +4,7 @@ Values that a checkpoint leaves out are taken from transformers, so that the GGU
 would build. What a family cannot express in GGUF is refused here in one form, with the way out.
 """
 
-import math
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,8 +77,9 @@ def _alternatives(allowed: tuple[object, ...]) -> str:
 
 def finite(value: object, key: str, path: Path) -> float:
     """`value` as a finite float. Raises CheckpointError naming `key` otherwise."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise CheckpointError(f"{path} gives `{key}` as {value!r}; a finite number is needed.")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not abs(value) <= sys.float_info.max:  # type: ignore[arg-type]
+        raise CheckpointError(f"{path} gives `{key}` as {value!r:.80}; a finite number is needed.")
     return float(value)
 
 

@@ -4,7 +4,7 @@ Each value is read from the metadata, or where the metadata leaves it open, from
 graph always does. A key that may change what the model computes and is not understood here is refused.
 """
 
-import math
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -55,7 +55,7 @@ class _Keys:
     def number(self, key: str, default: float | None = None) -> float:
         """A finite number, rounded to what its float32 stands for."""
         value = self.get(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
             self.refuse(f"`{self.arch}.{key}` is {value!r}, where a finite number is needed")
         return float(f"{value:.8g}")
 

@@ -1,9 +1,8 @@
 """Hours of damaged files: `make fuzz`. Findings are kept as files, with the traceback beside each.
 
-    python -m tests.fuzz.nightly --seconds 3600 [--kinds gguf,plan] [--guided] -o FOLDER
+    python -m tests.fuzz.nightly --seconds 3600 [--kinds gguf,plan] -o FOLDER
 
-Without --guided, each case is random damage to a valid file, named by its number, so any case can be made again. With
-it, atheris (libFuzzer) grows inputs towards code that no input has reached, one kind a run.
+Each case is random damage to a valid file, named by its number, so any case can be made again.
 """
 
 import argparse
@@ -28,9 +27,6 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     targets = make_targets(Path(mkdtemp(prefix="fuzz-")), SMALL_MOE)
     kinds = options.kinds.split(",") if options.kinds else list(targets)
-    if options.guided:
-        _guided(kinds[0], targets[kinds[0]], options)
-        return
     sys.exit(_random(kinds, targets, options))
 
 
@@ -39,7 +35,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=3600)
     parser.add_argument("--kinds", help="Default: all in turn.")
     parser.add_argument("--first", type=int, default=0, help="Number of the first case of each kind.")
-    parser.add_argument("--guided", action="store_true", help="With atheris; the first of --kinds.")
     parser.add_argument("-o", "--output", type=Path, default=Path("fuzz-out"))
     return parser.parse_args()
 
@@ -86,28 +81,6 @@ def _summarize(folder: Path, kinds: list[str], cases: Counter, refused: Counter,
         "kinds": rows,
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-
-
-def _guided(kind: str, target: Target, options: argparse.Namespace) -> None:
-    import atheris
-
-    from dynquant import gguf_header, gguf_source, safetensors_header, strict_json, tensor_source
-
-    for module in (gguf_header, gguf_source, safetensors_header, strict_json, tensor_source):
-        for value in vars(module).values():
-            if callable(value) and getattr(value, "__module__", "") == module.__name__ and not isinstance(value, type):
-                setattr(module, value.__name__, atheris.instrument_func(value))
-    corpus = options.output / f"corpus-{kind}"
-    corpus.mkdir(exist_ok=True)
-    (corpus / "valid").write_bytes(target.file.read_bytes())
-
-    def one_case(content: bytes) -> None:
-        with at_most(SECONDS, MEMORY):
-            read_damaged(target, content)
-
-    limits = [f"-max_total_time={options.seconds:.0f}", "-max_len=65536", f"-artifact_prefix={options.output}/"]
-    atheris.Setup([sys.argv[0], *limits, str(corpus)], one_case)
-    atheris.Fuzz()
 
 
 if __name__ == "__main__":
