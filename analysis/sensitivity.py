@@ -17,7 +17,7 @@ Left out: correlations between matrices, and routing flips, which add to small e
 bundled model measured over predicted KL is 1.0 to 1.7 at e = 0.1 (tests/test_sensitivity.py).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -26,7 +26,12 @@ from torch import nn
 
 from dynquant.architecture import Role, gguf_name_of, role_of
 from dynquant.expert_hooks import ExpertCall, expert_modules, record_experts
-from dynquant.fisher import activation_gradients, backward_from_sampled_labels, sampled_log_probability
+from dynquant.fisher import (
+    ModelInputs,
+    activation_gradients,
+    backward_from_sampled_labels,
+    sampled_log_probability,
+)
 from dynquant.linear_hooks import linear_names
 from dynquant.progress import Progress
 from dynquant.staged_passes import StagedPasses
@@ -36,26 +41,32 @@ def output_sensitivity(
     hf_model: nn.Module,
     arch: str,
     n_layer: int,
-    windows: torch.Tensor,
+    windows: torch.Tensor | Sequence[ModelInputs],
     *,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """GGUF weight name -> s in nats per token, and its standard error, from token ids [windows, window].
 
+    Windows may also be keyword arguments of a model with a vision tower, one sample each; s is per token all the same.
+
     Labels are drawn from the model's own distribution with `seed`; the model's weights stay as they are. The embedding,
     every linear layer and every stack of routed experts gets an entry. With one window there is no standard error: 0.
     """
     generator = torch.Generator().manual_seed(seed)
+    lengths = [
+        window.numel() if isinstance(window, torch.Tensor) else window["input_ids"].numel() for window in windows
+    ]
     per_window: list[dict[str, float]] = [{} for _ in windows]
     if progress:
-        progress("measuring sensitivity", 0, windows.numel(), unit="tokens")
+        progress("measuring sensitivity", 0, sum(lengths), unit="tokens")
     for index, window in enumerate(windows):
         with activation_gradients(hf_model), _observed(hf_model, arch, n_layer, partial(_add_to, per_window[index])):
-            backward_from_sampled_labels(hf_model, window.unsqueeze(0), generator)
+            inputs = window.unsqueeze(0) if isinstance(window, torch.Tensor) else window
+            backward_from_sampled_labels(hf_model, inputs, generator)
         if progress:
-            progress("measuring sensitivity", (index + 1) * window.numel(), windows.numel(), unit="tokens")
-    return _means_and_errors(per_window, windows.shape[1], _is_tied(hf_model))
+            progress("measuring sensitivity", sum(lengths[: index + 1]), sum(lengths), unit="tokens")
+    return _means_and_errors(per_window, lengths, _is_tied(hf_model))
 
 
 def streamed_sensitivity(
@@ -82,7 +93,7 @@ def streamed_sensitivity(
             passes.gradients.forget(stage + 1)
         if progress:
             progress("measuring sensitivity", done, len(stages), unit="layers")
-    return _means_and_errors(per_window, passes.batches[0].numel(), passes.stream.is_tied)
+    return _means_and_errors(per_window, [batch.numel() for batch in passes.batches], passes.stream.is_tied)
 
 
 def _add_to(sums: dict[str, float], name: str, value: float) -> None:
@@ -90,16 +101,16 @@ def _add_to(sums: dict[str, float], name: str, value: float) -> None:
 
 
 def _means_and_errors(
-    per_window: list[dict[str, float]], window: int, is_tied: bool
+    per_window: list[dict[str, float]], lengths: Sequence[int], is_tied: bool
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Sums of each window of `window` tokens -> nats per token and standard errors, by name."""
+    """Sums of each window, of `lengths` tokens -> nats per token and standard errors, by name."""
     count = len(per_window)
     found: dict[str, torch.Tensor] = {}
     for index, sums in enumerate(per_window):
         if is_tied and "output.weight" in sums:
             sums["token_embd.weight"] += sums.pop("output.weight")
         for name, total in sums.items():
-            found.setdefault(name, torch.zeros(count, dtype=torch.float64))[index] = total / window
+            found.setdefault(name, torch.zeros(count, dtype=torch.float64))[index] = total / lengths[index]
     errors = {name: float(s.std()) / count**0.5 if count > 1 else 0.0 for name, s in sorted(found.items())}
     return {name: float(s.mean()) for name, s in sorted(found.items())}, errors
 

@@ -6,7 +6,7 @@ Both load the model whole where it fits, and stream it layer by layer where it d
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from dynquant.analysis.sensitivity import output_sensitivity, streamed_sensitivi
 from dynquant.analysis.super_weights import SuperWeight, find_super_weights
 from dynquant.calibration import Calibration, Hessians, calibrate, windows_of
 from dynquant.devices import chosen_device
-from dynquant.errors import PlanError
+from dynquant.errors import PlanError, StatsError
 from dynquant.families.recipe import RecipeSource
 from dynquant.hf_loading import computing_type, load_hf
 from dynquant.layer_stream import LayerStream
@@ -29,6 +29,7 @@ from dynquant.second_moments import path_beside
 from dynquant.staged_passes import StagedPasses
 from dynquant.statistics import CalibrationStats
 from dynquant.streamed_calibration import StreamedCalibration, calibrate_streamed
+from dynquant.vision_workflow import TEXT_ONLY, DataOptions, calibrate_on_samples, probe_inputs, remove_kinds
 
 PROBE_TOKENS = 4096
 """Tokens of the backward pass that measures sensitivities."""
@@ -40,7 +41,10 @@ _LIMIT_SHARE = 0.85
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """What to run the model on (`text=None` is the built-in text), what to measure there, and in how much memory."""
+    """What to run the model on (`text=None` is the built-in text), what to measure there, and in how much memory.
+
+    With `data`, a file of samples with images, there is no text; `strict` refuses images that cannot be decoded.
+    """
 
     text: str | None = None
     tokens: int = 131072
@@ -55,6 +59,12 @@ class CalibrationOptions:
     """Directory for hidden states of a streamed model; None is the output's own."""
     ray: str | None = None
     """Address of a Ray cluster on which to run it in shards of windows."""
+    data: str | None = None
+    strict: bool = False
+
+    @property
+    def samples(self) -> DataOptions | None:
+        return None if self.data is None else DataOptions(self.data, self.tokens, self.seed, self.strict)
 
 
 @dataclass(frozen=True)
@@ -73,6 +83,7 @@ def run_calibration(
 
     Raises:
         PlanError: a memory limit together with a cluster.
+        StatsError: an option that a vision-language model does not take.
     """
     if options.ray is not None and (options.max_memory is not None or options.spill is not None):
         raise PlanError(
@@ -80,8 +91,11 @@ def run_calibration(
             "out one or the other."
         )
     device = chosen_device(options.device)
+    _check_vision(model, options)
     limit = None if options.ray is not None else streaming_limit(model, options, device)
-    if limit is None:
+    if options.samples is not None:
+        stats, pools_experts, left_out, count = _calibrate_on_samples(model, options, output)
+    elif limit is None:
         stats, pools_experts, left_out, count = _calibrate_whole(model, options, device, output, base_gguf)
     else:
         found = _calibrate_streamed(model, options, device, output, limit)
@@ -108,6 +122,14 @@ def run_probe(model: Model, options: CalibrationOptions, directory: Path, *, fin
         CheckpointError: transformers cannot load the model.
         StatsError: a memory limit that is too small for it.
     """
+    if options.samples is not None:
+        inputs = probe_inputs(model, replace(options.samples, tokens=PROBE_TOKENS))
+        hf_model = load_hf(model)
+        with console.stage_progress(_PROBE_KEEPS) as progress:
+            found_on_samples = output_sensitivity(
+                hf_model, model.arch, model.hyper.n_layer, inputs, seed=options.seed, progress=progress
+            )
+        return Probe([], *found_on_samples)  # super weights are looked for with text alone
     windows, _ = windows_of(model, options.text, tokens=PROBE_TOKENS, window=options.window, seed=options.seed)
     arch, n_layer = model.arch, model.hyper.n_layer
     limit = streaming_limit(model, options, "cpu")
@@ -131,6 +153,8 @@ def run_probe(model: Model, options: CalibrationOptions, directory: Path, *, fin
 
 def streaming_limit(model: Model, options: CalibrationOptions, device: str) -> int | None:
     """Bytes within which the model is to be streamed, or None to load it whole."""
+    if model.has_vision:
+        return None
     if options.max_memory is not None:
         return parse_size(options.max_memory)
     on_gpu = device.startswith("cuda")
@@ -146,9 +170,33 @@ def streaming_limit(model: Model, options: CalibrationOptions, device: str) -> i
     return limit
 
 
+def _check_vision(model: Model, options: CalibrationOptions) -> None:
+    if not model.has_vision:
+        return
+    for option, given in (("--max-memory", options.max_memory), ("--ray", options.ray)):
+        if given is not None:
+            raise StatsError(f"{model.name} has a vision tower and is run whole, in one process; leave {option} out.")
+    if options.samples is not None and options.hessians == "gradients":
+        raise StatsError("--hessians gradients runs on text; with --data give activations or none.")
+
+
+def _calibrate_on_samples(
+    model: Model, options: CalibrationOptions, output: Path
+) -> tuple[CalibrationStats, bool, tuple[str, ...], int]:
+    hessian_bytes = parse_size(options.hessian_memory) if options.hessians == "activations" else None
+    found = calibrate_on_samples(model, options.samples, output, device=options.device, hessian_bytes=hessian_bytes)
+    if found.moments is not None:
+        found.moments.save(path_beside(output))
+    found.stats.save(output)
+    return found.stats, found.pools_experts, found.left_out, len(found.moments.sums) if found.moments else 0
+
+
 def _calibrate_whole(
     model: Model, options: CalibrationOptions, device: str, output: Path, base_gguf: Path | None
 ) -> tuple[CalibrationStats, bool, tuple[str, ...], int]:
+    remove_kinds(output)
+    if model.has_vision:
+        console.note(TEXT_ONLY)
     with console.stage_progress("Calibration is not kept: what it has measured so far is lost.") as progress:
         if options.ray is not None:
             found = _calibrate_on_ray(model, options, base_gguf, progress)

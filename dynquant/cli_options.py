@@ -15,6 +15,17 @@ TextOpt = Annotated[
     str | None,
     typer.Option(help="Calibration text: .txt, .jsonl or a datasets id. Default: a small built-in text."),
 ]
+DataOpt = Annotated[
+    str | None,
+    typer.Option(
+        help="Samples for a vision-language model instead of text: .jsonl with images and text, messages, or question "
+        "and answer.",
+        show_default=False,
+    ),
+]
+StrictOpt = Annotated[
+    bool, typer.Option("--strict", help="With --data: refuse images that cannot be decoded instead of skipping them.")
+]
 TokensOpt = Annotated[int, typer.Option(help="Calibrate on at most this many tokens.")]
 WindowOpt = Annotated[int, typer.Option(help="Tokens in a window.")]
 SeedOpt = Annotated[int, typer.Option(help="Seed of everything that is sampled.")]

@@ -39,7 +39,7 @@ from dynquant.second_moments import SecondMoments, load_beside, path_beside
 from dynquant.serving_workflow import export_for_vllm
 from dynquant.statistics import CalibrationStats
 from dynquant.tuning import TuneOptions, too_large_to_tune, tune
-from dynquant.workflow import open_and_announce
+from dynquant.workflow import open_language_model
 
 PROCESS_BYTES = 1 << 30
 """Host memory of an export without its tensors: Python with its libraries, the tokenizer, an encoder's search."""
@@ -88,7 +88,7 @@ def export(
     if (plan_path is None) == (preset is None):
         raise PlanError("Give either --plan FILE or --preset NAME.")
     with open_ray(ray) if ray else nullcontext() as pool:
-        model = open_and_announce(path, base_gguf)
+        model = open_language_model(path, base_gguf)
         cluster = None if pool is None else _Cluster(pool, device, base_gguf, ship_weights)
         chosen = load_encoder(encoder, chosen_device(device) if cluster is None else cluster.device)
         if plan_path is not None:
@@ -301,7 +301,7 @@ def tune_command(
     """Tune any GGUF file whose original is a Hugging Face checkpoint."""
     if output.exists() and output.samefile(path):
         raise ExportError(f"{output} is the file that is being read; write the tuned one to another name.")
-    model = open_and_announce(reference)
+    model = open_language_model(reference)
     tokenizer = load_tokenizer(model)
     tokens = options.tokens + options.held_out_windows * window
     found = read_text(text, seed=options.seed, max_tokens=tokens)

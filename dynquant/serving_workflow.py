@@ -28,7 +28,7 @@ from dynquant.serving_plan import ServingPlan
 from dynquant.serving_planner import choose_schemes, measure_schemes
 from dynquant.serving_schemes import SCHEMES, serving_scheme
 from dynquant.statistics import CalibrationStats
-from dynquant.workflow import open_and_announce, statistics_of
+from dynquant.workflow import open_language_model, statistics_of
 
 SERVING_ERRORS_NAME = "serving_errors.json"
 
@@ -77,7 +77,7 @@ def plan_for_vllm(
 ) -> ServingPlan:
     """Write stats.safetensors, serving_errors.json and plan.json into `directory`."""
     schemes = tuple(serving_scheme(name).name for name in target.schemes or SCHEMES)
-    model = open_and_announce(path)
+    model = open_language_model(path)
     checkpoint = served_checkpoint(model)
     preset = preset_schemes(target.preset, checkpoint) if target.preset else None
     stats, stats_hash = statistics_of(model, options, directory, stats_path)
@@ -155,7 +155,7 @@ def export_for_vllm(
     if output.exists() or output.is_symlink():
         raise ExportError(f"{output} exists already; export to another name, or remove it first.")
     loaded = ServingPlan.load(plan_path) if plan_path is not None else None
-    model = open_and_announce(path)
+    model = open_language_model(path)
     checkpoint = served_checkpoint(model)
     chosen = torch.device(chosen_device(device))
     if loaded is not None and plan_path is not None:

@@ -22,7 +22,7 @@ from dynquant.calibration_stage import CalibrationOptions, run_calibration, run_
 from dynquant.checkpoint import open_model
 from dynquant.devices import chosen_device
 from dynquant.encoded_store import EncodedStore
-from dynquant.errors import CheckpointError, PlanError
+from dynquant.errors import CheckpointError, ExportError, PlanError
 from dynquant.importance import coverage_report
 from dynquant.model import Model
 from dynquant.plan import Plan, write_atomically
@@ -47,6 +47,11 @@ from dynquant.search_stage import encoded_store, search_plans
 from dynquant.second_moments import path_beside
 from dynquant.statistics import CalibrationStats
 from dynquant.type_lists import like_types
+from dynquant.vision_choice import held_to, module_choices
+from dynquant.vision_names import part_of
+from dynquant.vision_workflow import (
+    write_token_errors,
+)
 
 DEFAULT_TYPES = (
     "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "IQ4_XS", "Q5_K", "Q6_K", "Q8_0",
@@ -61,6 +66,21 @@ def open_and_announce(path: str | Path, base_gguf: Path | None = None) -> Model:
     console.note(
         f"{model.name}: {model.arch}, {model.hyper.n_layer} layers{experts}, {model.num_weights / 1e6:,.1f} M weights"
     )
+    return model
+
+
+def open_language_model(path: str | Path, base_gguf: Path | None = None) -> Model:
+    """`open_and_announce` for stages that have no place for a vision tower.
+
+    Raises:
+        ExportError: the model has one.
+    """
+    model = open_and_announce(path, base_gguf)
+    if model.has_vision:
+        raise ExportError(
+            f"{model.name} has a vision tower; dynquant calibrates, plans and evaluates such models, but writes none "
+            "yet. `dynquant eval plan/ --reference MODEL --data FILE` runs a plan of it."
+        )
     return model
 
 
@@ -170,6 +190,8 @@ def plan(
     types = _candidates(target, fixed_types)
     stats, stats_hash = statistics_of(model, options, directory, stats_path)
     searches = search is not None and search.runs_model and fixed_types is None
+    if searches and options.samples is not None:
+        raise PlanError("--select, --frontier and measured prices run on text; with --data leave them out.")
     if searches and streaming_limit(model, options, chosen_device(options.device)) is not None:
         raise PlanError(
             f"--select, --frontier and the sensitivities fisher-probe and unit-kl run {model.name} as a whole, which "
@@ -179,6 +201,7 @@ def plan(
     store = encoded_store(model, stats, stats_hash, directory, encoder, threads) if searches else None
     table = _table_of(model, stats, stats_hash, types, directory, encoder, threads, store)
     supers, table = _probe(model, stats, table, options, directory)
+    write_token_errors(model, stats_path or directory / STATS_NAME, directory, types, encoder)
     chooser = Chooser(model, target, stats, stats_hash, table, supers, memory)
     selection = None
     if search is not None and store is not None:
@@ -192,7 +215,7 @@ def plan(
         chosen = chooser.explained(selection.winner.types)
     else:
         (directory / SELECTION_NAME).unlink(missing_ok=True)
-        chosen = fixed_types or chooser.explained(chooser(table))
+        chosen = fixed_types or _with_modules(chooser, table, target.vision)
     made = plan_from_types(
         model,
         chosen,
@@ -212,6 +235,25 @@ def plan(
     if memory is not None:
         console.note(memory.describe(made.predicted_bytes))
     return made
+
+
+def _with_modules(chooser: Chooser, table: ErrorTable, wanted: str) -> dict[str, tuple[str, str]]:
+    """Types and reasons after a decision for vision tower and projector as wholes, the highest that fits the budget."""
+    error: PlanError | None = None
+    for choices in module_choices(table, wanted):
+        try:
+            found = chooser.explained(chooser(held_to(table, choices)))
+        except PlanError as refused:
+            error = refused
+            continue
+        for choice in choices:
+            console.note(choice.reason)
+        reasons = {choice.part: choice.reason for choice in choices if choice.level != "lower"}
+        return {name: (type_name, reasons.get(part_of(name), reason)) for name, (type_name, reason) in found.items()}
+    assert error is not None
+    if wanted == "auto":
+        raise error
+    raise PlanError(f"With --vision {wanted}: {error}")
 
 
 def _promise(table: ErrorTable, types: Mapping[str, str], selection: Selection | None) -> dict[str, object]:
@@ -317,6 +359,9 @@ def _was_made_with(stats: CalibrationStats, model: Model, options: CalibrationOp
     from dynquant.calibration_text import read_text
 
     known = stats.provenance
+    if options.samples is not None:
+        made = (known.fingerprint, known.max_tokens, known.seed, known.text_hash)
+        return made == (model.fingerprint, options.tokens, options.seed, options.samples.file.sha256)
     made = (known.fingerprint, known.window, known.max_tokens, known.seed)
     if made != (model.fingerprint, options.window, options.tokens, options.seed):
         return False
