@@ -23,8 +23,11 @@ from dynquant.quant_types import QUANT_TYPES, QuantType, fit_to_row
 from dynquant.statistics import CalibrationStats, InputStats
 from dynquant.tensor_source import TensorInfo
 
-WEIGHTS_IN_MEMORY = 1 << 25
-"""Experts are taken in groups of at most this many weights (128 MB of float32)."""
+WEIGHTS_IN_MEMORY = 1 << 23
+"""Experts are taken in groups of at most this many weights (32 MB of float32, which the allocator uses again)."""
+
+_ROWS_AT_ONCE = 1 << 22
+"""Weights of rows whose errors are computed at a time."""
 
 
 @dataclass
@@ -37,13 +40,19 @@ class _Sums:
 
     def add(self, weights: torch.Tensor, decoded: torch.Tensor, scale: torch.Tensor, samples: torch.Tensor | None):
         """weights, decoded [E, R, C]; scale [E, C]; samples [E, S, C] or None."""
-        difference = weights - decoded
-        self.squared.append(torch.stack([_energy(difference), _energy(weights)], -1))
-        self.weighted.append(torch.stack([_energy(difference, scale), _energy(weights, scale)], -1))
+        count, _, columns = weights.shape
+        step = max(1, _ROWS_AT_ONCE // (count * columns))
+        squared, weighted, outputs = (torch.zeros(count, 2, dtype=torch.float64) for _ in range(3))
+        for kept, found in zip(weights.split(step, 1), decoded.split(step, 1), strict=True):
+            lost = kept - found
+            squared += torch.stack([_energy(lost), _energy(kept)], -1)
+            weighted += torch.stack([_energy(lost, scale), _energy(kept, scale)], -1)
+            if samples is not None:
+                outputs += torch.stack([_energy(samples @ part.transpose(1, 2)) for part in (lost, kept)], -1)
+        self.squared.append(squared)
+        self.weighted.append(weighted)
         if samples is not None:
-            lost = samples @ difference.transpose(1, 2)
-            kept = samples @ weights.transpose(1, 2)
-            self.outputs.append(torch.stack([_energy(lost), _energy(kept)], -1))
+            self.outputs.append(outputs)
 
 
 def _energy(matrices: torch.Tensor, column_scale: torch.Tensor | None = None) -> torch.Tensor:

@@ -18,7 +18,7 @@ MIN_PEERS = 5
 """Fewer tensors of one role than this give no spread to compare against."""
 MIN_LOG_SPREAD = 0.1
 """Floor of the spread in log units: an outlier is at least exp(0.35) = 1.4 times its role."""
-_PRECISE_ANYWAY = (Role.NORM, Role.ROUTER, Role.OTHER)
+_PRECISE_ANYWAY = (Role.NORM, Role.ROUTER, Role.VISION_PATCH, Role.OTHER)
 
 
 @dataclass(frozen=True)

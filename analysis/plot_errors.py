@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from dynquant.analysis.error_table import ErrorRow, ErrorTable
 from dynquant.analysis.outliers import StandOut, measure_of, stand_outs
-from dynquant.analysis.plot_inputs import GROUPS, OUTSIDE, group_of, shown_types
+from dynquant.analysis.plot_inputs import GROUPS, OUTSIDE, PROJECTOR, group_of, shown_types
 from dynquant.analysis.plot_labels import place_labels
 from dynquant.analysis.plot_style import (
     BLACK,
@@ -82,7 +82,7 @@ def draw_errors(table: ErrorTable, plan: Plan, measure: str) -> tuple["Figure", 
         percent_axis(axes.yaxis)
         if index % columns == 0:
             axes.set_ylabel(_AXIS_NAMES[measure])
-        if group == OUTSIDE:
+        if group in (OUTSIDE, PROJECTOR):
             _draw_outside(axes, panel)
         else:
             _draw_layers(axes, panel, layers)
@@ -168,7 +168,7 @@ def _draw_layers(axes: "Axes", panel: _Panel, layers: list[int]) -> None:
 
 
 def _draw_outside(axes: "Axes", panel: _Panel) -> None:
-    """Embedding and output matrices: one column a tensor."""
+    """Embedding, output and projector matrices: one column a tensor."""
     names = list(dict.fromkeys(row.name for row in panel.rows))
     for name, (color, marker, _) in zip(panel.types, TYPE_STYLES, strict=False):
         values = panel.values(name)

@@ -51,12 +51,22 @@ class FrontierPoint(Protocol):
     def kind(self) -> str: ...
 
 
-GROUPS = ("attention", "dense FFN", "shared expert", "routed gate/up", "routed down")
+PROJECTOR = "projector"
+GROUPS = (
+    "attention", "cross-attention", "dense FFN", "shared expert", "routed gate/up", "routed down", "vision attention",
+    "vision FFN", PROJECTOR,
+)  # fmt: skip
 OUTSIDE = "outside the layers"
+_OF_VISION = {
+    Role.CROSS_ATTN: "cross-attention", Role.VISION_ATTN: "vision attention", Role.VISION_FFN: "vision FFN",
+    Role.PROJECTOR: PROJECTOR,
+}  # fmt: skip
 
 
 def group_of(role: Role) -> str | None:
     """The panel of a role, None for routers, norms and others, which stay precise anyway."""
+    if role in _OF_VISION:
+        return _OF_VISION[role]
     if role.is_attention:
         return "attention"
     if role.is_dense_ffn:

@@ -2,6 +2,7 @@
 
 error_by_layer          what quantization does to each tensor's output
 weight_error_by_layer   what it does to the weights themselves
+token_errors            what it does to image tokens and to text tokens, apart
 expert_heatmap          tokens and error of every routed expert
 super_weights           largest input and output of every down projection
 size_breakdown          bytes by role
@@ -26,7 +27,9 @@ from dynquant.analysis.plot_selection import draw_selection
 from dynquant.analysis.plot_sizes import draw_size_breakdown
 from dynquant.analysis.plot_style import PlotFiles, plot_settings, save_figure
 from dynquant.analysis.plot_super_weights import draw_super_weights
+from dynquant.analysis.plot_token_errors import draw_token_errors
 from dynquant.analysis.selection import Selection
+from dynquant.analysis.token_errors import TokenErrors
 from dynquant.plan import Plan
 from dynquant.progress import Progress
 from dynquant.statistics import CalibrationStats
@@ -46,6 +49,7 @@ def write_plots(
     super_weights: Sequence[SuperWeight] = (),
     frontier: Sequence[FrontierPoint] | None = None,
     selection: Selection | None = None,
+    token_errors: TokenErrors | None = None,
     progress: Progress | None = None,
 ) -> dict[str, PlotFiles]:
     """Write NAME.png and NAME.svg of every plot that the data allow; absent names had nothing to show.
@@ -55,7 +59,7 @@ def write_plots(
         ExportError: matplotlib is missing, or the directory cannot be written.
     """
     check_same_checkpoint(plan, table, stats)
-    drawings = _drawings(table, plan, stats, super_weights, frontier, selection)
+    drawings = _drawings(table, plan, stats, super_weights, frontier, selection, token_errors)
     written: dict[str, PlotFiles] = {}
     for done, (name, draw) in enumerate(drawings.items()):
         if progress:
@@ -76,6 +80,7 @@ def _drawings(
     super_weights: Sequence[SuperWeight],
     frontier: Sequence[FrontierPoint] | None,
     selection: Selection | None,
+    token_errors: TokenErrors | None,
 ) -> dict[str, Drawing]:
     """Plot name -> how to draw it, in the order of the report; only plots whose inputs were given."""
     drawings: dict[str, Drawing] = {
@@ -85,6 +90,8 @@ def _drawings(
     if table is not None:
         drawings["error_by_layer"] = lambda: draw_errors(table, plan, "activation_error")
         drawings["weight_error_by_layer"] = lambda: draw_errors(table, plan, "relative_rms")
+    if token_errors is not None:
+        drawings["token_errors"] = lambda: draw_token_errors(token_errors, plan)
     if stats is not None:
         drawings["super_weights"] = lambda: draw_super_weights(plan, stats, super_weights)
         starved = [(layer, expert) for layer, expert, _ in starved_experts(stats)]

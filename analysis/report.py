@@ -59,8 +59,11 @@ def write_report(
     frontier: Sequence[FrontierPoint] | None = None,
     selection: Selection | None = None,
     evaluation: Mapping[str, object] | None = None,
+    pictures: str = "",
 ) -> None:
     """Write the report, whole or not at all. `plots` come from `write_plots`; absent ones are said to be absent.
+
+    `pictures` is the HTML of `answer_table`, shown below the evaluation.
 
     Raises:
         PlanError, StatsError: table or statistics belong to another checkpoint than the plan.
@@ -72,12 +75,12 @@ def write_report(
         tables["selection"] = selection_table(selection)
         if selection.frontier:
             tables["measured_frontier"] = frontier_table(selection)
-    unasked = _unasked(selection)
+    unasked = _unasked(selection) | ({"token_errors"} - plots.keys())
     sections = [
         _plot_section(name, plots.get(name), tables.get(name, "")) for name in PLOT_TEXTS if name not in unasked
     ]
     if evaluation:
-        sections.append(_section("evaluation", "Before and after", evaluation_table(evaluation)))
+        sections.append(_section("evaluation", "Before and after", evaluation_table(evaluation) + pictures))
     sections.append(_section("plan-section", "The plan, tensor by tensor", _filter() + plan_table(plan, table)))
     sections.append(_section("provenance", "Provenance", _provenance(plan, table, stats, frontier)))
     template = resources.files("dynquant.analysis").joinpath("report.html").read_text(encoding="utf-8")

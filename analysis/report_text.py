@@ -40,6 +40,13 @@ PLOT_TEXTS = {
         "weights are ordinary and its inputs are not: look for super weights and outlier channels.",
         "an error table",
     ),
+    "token_errors": PlotText(
+        "Image tokens and text tokens",
+        "What one type near 4 bits does to the output of every matrix on held-back image tokens and on text tokens. "
+        "Where the lines part, statistics of text alone would have served one kind of token only; shaded layers are "
+        "those of cross-attention, whose keys and values see pictures.",
+        "calibration on pictures (“dynquant plan --data FILE”)",
+    ),
     "super_weights": PlotText(
         "Super weights",
         "A super weight is one scalar of a down projection that a model cannot do without: it shows as a lone spike in "

@@ -17,7 +17,7 @@ Left out: correlations between matrices, and routing flips, which add to small e
 bundled model measured over predicted KL is 1.0 to 1.7 at e = 0.1 (tests/test_sensitivity.py).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -26,40 +26,91 @@ from torch import nn
 
 from dynquant.architecture import Role, gguf_name_of, role_of
 from dynquant.expert_hooks import ExpertCall, expert_modules, record_experts
-from dynquant.fisher import activation_gradients, backward_from_sampled_labels
+from dynquant.fisher import (
+    ModelInputs,
+    activation_gradients,
+    backward_from_sampled_labels,
+    sampled_log_probability,
+)
 from dynquant.linear_hooks import linear_names
 from dynquant.progress import Progress
+from dynquant.staged_passes import StagedPasses
 
 
 def output_sensitivity(
     hf_model: nn.Module,
     arch: str,
     n_layer: int,
-    windows: torch.Tensor,
+    windows: torch.Tensor | Sequence[ModelInputs],
     *,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """GGUF weight name -> s in nats per token, and its standard error, from token ids [windows, window].
 
+    Windows may also be keyword arguments of a model with a vision tower, one sample each; s is per token all the same.
+
     Labels are drawn from the model's own distribution with `seed`; the model's weights stay as they are. The embedding,
     every linear layer and every stack of routed experts gets an entry. With one window there is no standard error: 0.
     """
     generator = torch.Generator().manual_seed(seed)
-    found: dict[str, torch.Tensor] = {}
+    lengths = [
+        window.numel() if isinstance(window, torch.Tensor) else window["input_ids"].numel() for window in windows
+    ]
+    per_window: list[dict[str, float]] = [{} for _ in windows]
     if progress:
-        progress("measuring sensitivity", 0, windows.numel(), unit="tokens")
+        progress("measuring sensitivity", 0, sum(lengths), unit="tokens")
     for index, window in enumerate(windows):
-        sums: dict[str, float] = {}
-        with activation_gradients(hf_model), _observed(hf_model, arch, n_layer, sums):
-            backward_from_sampled_labels(hf_model, window.unsqueeze(0), generator)
-        if _is_tied(hf_model) and "output.weight" in sums:
+        with activation_gradients(hf_model), _observed(hf_model, arch, n_layer, partial(_add_to, per_window[index])):
+            inputs = window.unsqueeze(0) if isinstance(window, torch.Tensor) else window
+            backward_from_sampled_labels(hf_model, inputs, generator)
+        if progress:
+            progress("measuring sensitivity", sum(lengths[: index + 1]), sum(lengths), unit="tokens")
+    return _means_and_errors(per_window, lengths, _is_tied(hf_model))
+
+
+def streamed_sensitivity(
+    passes: StagedPasses, arch: str, n_layer: int, *, seed: int = 0, progress: Progress | None = None
+) -> tuple[dict[str, float], dict[str, float]]:
+    """What `output_sensitivity` gives, with one stage of the model in memory; every batch of `passes` is one window."""
+    generator = torch.Generator().manual_seed(seed)
+    per_window: list[dict[str, float]] = [{} for _ in passes.batches]
+    seen: dict[str, float] = {}
+
+    def before_window(index: int) -> None:
+        nonlocal seen
+        seen = per_window[index]
+
+    stages = [*range(passes.head), *range(passes.head, -1, -1)]
+    passes.states.check_space(len(stages) // 2 + 2)
+    for done, stage in enumerate(stages, 1):
+        if done <= passes.head:
+            passes.forward(stage)
+        else:
+            with _observed(passes.stream.hf_model, arch, n_layer, lambda name, value: _add_to(seen, name, value)):
+                passes.backward(stage, partial(sampled_log_probability, generator=generator), before_window)
+            passes.states.forget(stage)
+            passes.gradients.forget(stage + 1)
+        if progress:
+            progress("measuring sensitivity", done, len(stages), unit="layers")
+    return _means_and_errors(per_window, [batch.numel() for batch in passes.batches], passes.stream.is_tied)
+
+
+def _add_to(sums: dict[str, float], name: str, value: float) -> None:
+    sums[name] = sums.get(name, 0.0) + value
+
+
+def _means_and_errors(
+    per_window: list[dict[str, float]], lengths: Sequence[int], is_tied: bool
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Sums of each window, of `lengths` tokens -> nats per token and standard errors, by name."""
+    count = len(per_window)
+    found: dict[str, torch.Tensor] = {}
+    for index, sums in enumerate(per_window):
+        if is_tied and "output.weight" in sums:
             sums["token_embd.weight"] += sums.pop("output.weight")
         for name, total in sums.items():
-            found.setdefault(name, torch.zeros(len(windows), dtype=torch.float64))[index] = total / window.numel()
-        if progress:
-            progress("measuring sensitivity", (index + 1) * window.numel(), windows.numel(), unit="tokens")
-    count = len(windows)
+            found.setdefault(name, torch.zeros(count, dtype=torch.float64))[index] = total / lengths[index]
     errors = {name: float(s.std()) / count**0.5 if count > 1 else 0.0 for name, s in sorted(found.items())}
     return {name: float(s.mean()) for name, s in sorted(found.items())}, errors
 
@@ -70,10 +121,7 @@ def _is_tied(hf_model: nn.Module) -> bool:
 
 
 @contextmanager
-def _observed(hf_model: nn.Module, arch: str, n_layer: int, sums: dict[str, float]) -> Iterator[None]:
-    def add(name: str, value: float) -> None:
-        sums[name] = sums.get(name, 0.0) + value
-
+def _observed(hf_model: nn.Module, arch: str, n_layer: int, add: Callable[[str, float], None]) -> Iterator[None]:
     def linear_hook(name: str, _module: nn.Module, _inputs: tuple, out: torch.Tensor) -> None:
         if out.requires_grad:
             out.register_hook(partial(_add_output, add, name, out.detach()))

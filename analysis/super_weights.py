@@ -9,9 +9,10 @@ The paper's fixed threshold (|output| > 50) fits 7B models; a ratio and a measur
 """
 
 import re
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -23,7 +24,10 @@ from torch.nn import functional
 from dynquant.architecture import gguf_name_of, layer_of, role_of
 from dynquant.expert_hooks import ExpertCall, expert_modules, record_experts
 from dynquant.linear_hooks import linear_names
+from dynquant.stored_experts import StoredExperts
 
+Zeroed = Callable[[str, int | None, int, int], AbstractContextManager[float]]
+"""Makes one weight read as zero inside its context, and gives its value."""
 _LAYER_MODULE = re.compile(r"^(.*?\.\d+)\.")
 
 
@@ -104,11 +108,14 @@ def find_super_weights(
     min_share: float = 0.25,
     min_effect: float = 0.1,
     max_iterations: int = 6,
+    zeroed: Zeroed | None = None,
 ) -> list[SuperWeight]:
     """Search on one text, int64 [tokens] or [1, tokens]; a few hundred tokens are enough.
 
-    `max_iterations` bounds the candidates that are tried; each costs one forward pass.
+    `max_iterations` bounds the candidates that are tried; each costs one forward pass. `zeroed(module, expert, row,
+    col)` replaces writing into the model's weights, for a model that has them in memory only while it uses them.
     """
+    zero: Zeroed = zeroed or partial(_zeroed, hf_model)
     scan = _Scan(hf_model, arch, n_layer, token_ids)
     spikes, log_probs = scan.run()
     # A tensor that spikes only once another weight is zeroed answers to damage, and is not super in the model as it is.
@@ -128,7 +135,7 @@ def find_super_weights(
             first = candidates[0]
             tried.add(first.place)
             zeroing = ExitStack()
-            value = zeroing.enter_context(_zeroed(hf_model, first))
+            value = zeroing.enter_context(zero(first.module, first.expert, first.row, first.col))
             spikes_without, log_probs_without = scan.run()
             effect = (log_probs_without - log_probs).abs().mean().item()
             if effect < min_effect:
@@ -152,7 +159,7 @@ def ablation(hf_model: nn.Module, super_weight: SuperWeight, token_ids: torch.Te
     k = min(k, magnitudes.numel() - 1)
     rows, cols = torch.unravel_index(magnitudes.flatten().topk(k).indices, magnitudes.shape)
     original = _perplexity(hf_model, token_ids)
-    with _zeroed(hf_model, super_weight):
+    with _zeroed(hf_model, super_weight.module, super_weight.expert, super_weight.row, super_weight.col):
         without = _perplexity(hf_model, token_ids)
     kept = matrix[rows, cols].clone()
     matrix[rows, cols] = 0
@@ -191,19 +198,26 @@ def _matrix(hf_model: nn.Module, module: str, expert: int | None) -> torch.Tenso
     found: Any = hf_model.get_submodule(module)
     if expert is None:
         return found.weight.data
-    return found.down_proj.data[expert].T if found.is_transposed else found.down_proj.data[expert]
+    stack = found.down_proj
+    matrix = stack[expert] if isinstance(stack, StoredExperts) else stack.data[expert]
+    return matrix.T if found.is_transposed else matrix
 
 
 @contextmanager
-def _zeroed(hf_model: nn.Module, weight: DownSpike | SuperWeight) -> Iterator[float]:
+def _zeroed(hf_model: nn.Module, module: str, expert: int | None, row: int, col: int) -> Iterator[float]:
     """Set one weight to zero inside the context; gives its value."""
-    matrix = _matrix(hf_model, weight.module, weight.expert)
-    value = matrix[weight.row, weight.col].clone()
-    matrix[weight.row, weight.col] = 0
+    matrix = _matrix(hf_model, module, expert)
+    value = matrix[row, col].clone()
+    matrix[row, col] = 0
     try:
         yield value.item()
     finally:
-        matrix[weight.row, weight.col] = value
+        matrix[row, col] = value
+
+
+def _device_of(hf_model: nn.Module) -> torch.device:
+    """Where the model computes; weights that are not in memory say nothing of it."""
+    return next(parameter.device for parameter in hf_model.parameters() if not parameter.is_meta)
 
 
 def _token_losses(hf_model: Any, token_ids: torch.Tensor) -> torch.Tensor:
@@ -213,7 +227,7 @@ def _token_losses(hf_model: Any, token_ids: torch.Tensor) -> torch.Tensor:
 
 
 def _perplexity(hf_model: nn.Module, token_ids: torch.Tensor) -> float:
-    return _token_losses(hf_model, token_ids.to(next(hf_model.parameters()).device)).mean().exp().item()
+    return _token_losses(hf_model, token_ids.to(_device_of(hf_model))).mean().exp().item()
 
 
 class _Scan:
@@ -221,7 +235,7 @@ class _Scan:
 
     def __init__(self, hf_model: nn.Module, arch: str, n_layer: int, token_ids: torch.Tensor) -> None:
         self._model = hf_model
-        self._tokens = token_ids.reshape(1, -1).to(next(hf_model.parameters()).device)
+        self._tokens = token_ids.reshape(1, -1).to(_device_of(hf_model))
         module_names = {module: name for name, module in hf_model.named_modules()}
         self._linears = {
             module: (name, module_names[module])

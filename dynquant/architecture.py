@@ -12,6 +12,7 @@ from functools import cache
 import gguf
 
 from dynquant.errors import CheckpointError
+from dynquant.vision_names import cross_attention_name, language_name, vision_name
 
 
 class Role(StrEnum):
@@ -41,6 +42,11 @@ class Role(StrEnum):
     EXPERT_GATE = "expert_gate"
     EXPERT_UP = "expert_up"
     EXPERT_DOWN = "expert_down"
+    CROSS_ATTN = "cross_attn"
+    VISION_PATCH = "vision_patch"
+    VISION_ATTN = "vision_attn"
+    VISION_FFN = "vision_ffn"
+    PROJECTOR = "projector"
     OTHER = "other"
 
     @property
@@ -58,6 +64,11 @@ class Role(StrEnum):
     @property
     def is_dense_ffn(self) -> bool:
         return self.value.startswith("ffn_")
+
+    @property
+    def is_vision(self) -> bool:
+        """Of the vision tower or the projector, which see only image tokens."""
+        return self.value.startswith("vision_") or self is Role.PROJECTOR
 
     @property
     def is_down_projection(self) -> bool:
@@ -95,7 +106,14 @@ _ROLE_OF_TENSOR = {
     "FFN_DOWN_EXP": Role.EXPERT_DOWN,
     "FFN_GATE_UP_EXP": Role.EXPERT_GATE,
 }
-_LAYER = re.compile(r"^((?:dec\.|enc\.|v\.|a\.)?blk)\.(\d+)\.")
+_LAYER = re.compile(r"^((?:dec\.|enc\.|v\.|v\.global\.|a\.)?blk)\.(\d+)\.")
+_VISION_ROLES = (
+    (re.compile(r"v\.patch_embd\.weight(\.1)?"), Role.VISION_PATCH),
+    (re.compile(r"v\.(global\.)?blk\.\d+\.attn_(q|k|v|qkv|out)\.weight"), Role.VISION_ATTN),
+    (re.compile(r"v\.(global\.)?blk\.\d+\.ffn_(gate|up|down)\.weight"), Role.VISION_FFN),
+    (re.compile(r"mm\.(\d+|patch_merger|input_projection)\.weight"), Role.PROJECTOR),
+    (re.compile(r"blk\.\d+\.cross_attn_(q|k|v|output)\.weight"), Role.CROSS_ATTN),
+)
 _SUFFIX = re.compile(r"\.(weight|bias)$")
 
 
@@ -114,6 +132,9 @@ def role_of(name: str) -> Role:
     """The role of a GGUF tensor. Biases and anything outside gguf-py's map are `OTHER`; both stay precise."""
     if name.endswith(".bias") and not name.endswith("exp_probs_b.bias"):
         return Role.OTHER
+    for pattern, role in _VISION_ROLES:
+        if pattern.fullmatch(name):
+            return role
     template = _LAYER.sub(r"\1.{bid}.", _SUFFIX.sub("", name))
     return _roles_by_template().get(template, Role.OTHER)
 
@@ -200,9 +221,13 @@ def gguf_name_of(checkpoint_name: str, arch: str, n_layer: int) -> str | None:
     """The GGUF name of a Hugging Face parameter or module, or None when gguf-py's map does not hold it.
 
     Per-expert names map to the stacked tensor: `model.layers.3.mlp.experts.7.down_proj.weight` and the fused
-    `model.layers.3.mlp.experts.down_proj` both give `blk.3.ffn_down_exps.weight`.
+    `model.layers.3.mlp.experts.down_proj` both give `blk.3.ffn_down_exps.weight`. Parts of vision-language models get
+    the names of `vision_names`, whatever the architecture of the language model.
     """
-    stacked = _ONE_EXPERT.sub(r".experts.\1", checkpoint_name)
+    of_vision = vision_name(checkpoint_name) or cross_attention_name(checkpoint_name)
+    if of_vision is not None:
+        return of_vision
+    stacked = _ONE_EXPERT.sub(r".experts.\1", language_name(checkpoint_name))
     is_expert = ".experts." in stacked
     found = _tensor_name_map(arch, n_layer).get_name(stacked, try_suffixes=(".weight", ".bias"))
     if found is None:

@@ -4,11 +4,12 @@ An output is a set of files and of named regions in them. Files are written as N
 order of regions; a journal beside them names each region whose bytes have reached the disk, with their SHA-256:
 
     {"identity": {...}}                         what the output is made from; resuming needs an equal one
-    {"region": "blk.0.attn_q.weight", "sha256": "..."}
+    {"file": 0, "offset": 4096, "num_bytes": 8192, "sha256": "..."}
     {"sealed": true}                            every region is there; files are being moved to their names
 
-A restart checks the bytes of journaled regions against their hashes and writes only the rest. The journal goes last,
-so a kill between two renames is finished by the next run.
+A restart checks the bytes of journaled spans against their hashes and writes only regions that they do not cover, so
+that it may divide the files into other regions. The journal goes last: a kill between two renames is finished by the
+next run.
 """
 
 import errno
@@ -16,7 +17,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Self
@@ -34,11 +36,15 @@ class Region:
     offset: int
     num_bytes: int
 
+    @property
+    def end(self) -> int:
+        return self.offset + self.num_bytes
+
 
 @dataclass
 class _Journal:
     identity: dict[str, str] | None = None
-    hashes: dict[str, str] = field(default_factory=dict)
+    hashes: dict[Region, str] = field(default_factory=dict)
     sealed: bool = False
 
 
@@ -99,7 +105,7 @@ class ResumableOutput:
             file.seek(region.offset)
             _write_all(file, data)
             os.fsync(file.fileno())
-            self._record({"region": name, "sha256": hashlib.sha256(data).hexdigest()})
+            self._record(_journal_line(region, hashlib.sha256(data).hexdigest()))
         except OSError as error:
             raise self._failure(error, f"`{name}` could not be written") from error
         self.finished.add(name)
@@ -144,9 +150,12 @@ class ResumableOutput:
         if journal.identity not in (None, identity):
             raise self._another_run(journal.identity or {}, identity)
         moved = {i for i in range(len(self.paths)) if journal.sealed and self._was_moved(i, journal)}
+        intact: dict[Region, str] = {}
         for index in range(len(self.paths)):
             found = self.paths[index] if index in moved else self._partials[index]
-            self.finished |= self._intact(index, found, journal)
+            intact |= self._intact(index, found, journal)
+        self.finished = self._covered(intact)
+        journal.hashes = intact
         self._check_space()
         try:
             self._files = {i: self._open_partial(i) for i in range(len(self.paths)) if i not in moved}
@@ -159,20 +168,38 @@ class ResumableOutput:
             ) from error
 
     def _was_moved(self, index: int, journal: _Journal) -> bool:
-        path = self.paths[index]
         expected = {name for name, region in self._regions.items() if region.file == index}
-        return not self._partials[index].exists() and self._intact(index, path, journal) == expected
+        return (
+            not self._partials[index].exists()
+            and self._covered(self._intact(index, self.paths[index], journal)) == expected
+        )
 
-    def _intact(self, index: int, path: Path, journal: _Journal) -> set[str]:
-        """Journaled regions of one file whose bytes still have their hash."""
+    def _intact(self, index: int, path: Path, journal: _Journal) -> dict[Region, str]:
+        """Journaled spans of one file whose bytes still have their hash."""
         if not path.is_file() or path.stat().st_size != self._sizes[index]:
-            return set()
+            return {}
         with path.open("rb") as file:
             return {
-                name
-                for name, region in self._regions.items()
-                if region.file == index and name in journal.hashes and _digest(file, region) == journal.hashes[name]
+                span: digest
+                for span, digest in journal.hashes.items()
+                if span.file == index and _digest(file, span) == digest
             }
+
+    def _covered(self, spans: Iterable[Region]) -> set[str]:
+        """Names of the regions all of whose bytes are in `spans`."""
+        runs: list[Region] = []
+        for span in sorted(spans, key=lambda span: (span.file, span.offset)):
+            if runs and runs[-1].file == span.file and runs[-1].end >= span.offset:
+                last = runs.pop()
+                span = Region(span.file, last.offset, max(last.end, span.end) - last.offset)
+            runs.append(span)
+        starts = [(run.file, run.offset) for run in runs]
+        found = set()
+        for name, region in self._regions.items():
+            place = bisect_right(starts, (region.file, region.offset)) - 1
+            if place >= 0 and runs[place].file == region.file and runs[place].end >= region.end:
+                found.add(name)
+        return found
 
     def _open_partial(self, index: int) -> BinaryIO:
         path = self._partials[index]
@@ -183,7 +210,7 @@ class ResumableOutput:
     def _start_journal(self, journal: _Journal, identity: dict[str, str]) -> None:
         """Rewrite the journal with what was found intact, which also drops a line that a kill cut short."""
         lines: list[dict[str, object]] = [{"identity": identity}]
-        lines += [{"region": n, "sha256": journal.hashes[n]} for n in self._regions if n in self.finished]
+        lines += [_journal_line(span, digest) for span, digest in journal.hashes.items()]
         if journal.sealed:
             lines.append({"sealed": True})
         temporary = self.journal_path.with_name(f"{self.journal_path.name}.new")
@@ -193,16 +220,27 @@ class ResumableOutput:
         except OSError:
             temporary.unlink(missing_ok=True)
             raise
-        self._journal = self.journal_path.open("ab")
+        self._journal = self.journal_path.open("ab", buffering=0)  # a full disk must not fail once more at closing
 
     def _record(self, line: dict[str, object]) -> None:
         assert self._journal is not None
-        self._journal.write(json.dumps(line).encode() + b"\n")
-        self._journal.flush()
+        _write_all(self._journal, json.dumps(line).encode() + b"\n")
 
     @property
     def _missing_bytes(self) -> int:
         return sum(region.num_bytes for name, region in self._regions.items() if name not in self.finished)
+
+    @property
+    def _bytes_to_allocate(self) -> int:
+        """What the files will take beyond what their partial forms have on the disk already."""
+        unallocated = 0
+        for partial, size in zip(self._partials, self._sizes, strict=True):
+            if partial.exists():
+                allocated = 512 * getattr(partial.stat(), "st_blocks", 0)  # not on Windows
+                unallocated += max(0, size - allocated)
+            else:
+                unallocated += size
+        return min(unallocated, self._missing_bytes)
 
     def _check_space(self) -> None:
         directory = self.paths[0].parent
@@ -211,9 +249,9 @@ class ResumableOutput:
             free = shutil.disk_usage(directory).free
         except OSError as error:
             raise ExportError(f"The output directory {directory} cannot be used: {error.strerror}.") from error
-        if self._missing_bytes > free:
+        if self._bytes_to_allocate > free:
             raise ExportError(
-                f"{self._missing_bytes:,} bytes are still to be written to {directory}, but only {free:,} are free "
+                f"{self._bytes_to_allocate:,} bytes are still to be written to {directory}, but only {free:,} are free "
                 "there. Free some space, or choose an output on another disk."
             )
 
@@ -259,6 +297,10 @@ def _digest(file: BinaryIO, region: Region) -> str:
     return digest.hexdigest()
 
 
+def _journal_line(span: Region, digest: str) -> dict[str, object]:
+    return {"file": span.file, "offset": span.offset, "num_bytes": span.num_bytes, "sha256": digest}
+
+
 def _read_journal(path: Path) -> _Journal:
     """What the journal states up to the first line that is cut short."""
     journal = _Journal()
@@ -269,8 +311,9 @@ def _read_journal(path: Path) -> _Journal:
             line = json.loads(text)
             if "identity" in line:
                 journal.identity = {str(key): str(value) for key, value in line["identity"].items()}
-            elif "region" in line:
-                journal.hashes[line["region"]] = line["sha256"]
+            elif "sha256" in line:
+                span = Region(int(line["file"]), int(line["offset"]), int(line["num_bytes"]))
+                journal.hashes[span] = str(line["sha256"])
             elif "sealed" in line:
                 journal.sealed = True
         except (ValueError, KeyError, TypeError, AttributeError):

@@ -7,24 +7,20 @@ Second moments (E[x xᵀ], what error feedback needs) are summed beside, from th
 gradients of a backward pass. `calibrate` adds what a user has: a model on disk and a text.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from dynquant.architecture import gguf_name_of
 from dynquant.calibration_text import CalibrationText, pack_windows, read_text
+from dynquant.collector import Collector, SampleLimits
 from dynquant.errors import StatsError
-from dynquant.expert_hooks import ExpertCall, expert_modules, record_experts
 from dynquant.fisher import activation_gradients, backward_from_sampled_labels
 from dynquant.hf_loading import load_hf, load_tokenizer
-from dynquant.input_recorder import InputRecorder
-from dynquant.linear_hooks import LinearHooks, linear_names
 from dynquant.model import Model
 from dynquant.moment_recorder import DEFAULT_LIMIT, MomentRecorder
 from dynquant.progress import Progress, ignore_progress
@@ -36,19 +32,6 @@ DEFAULT_WINDOW = 512
 
 Hessians = Literal["none", "activations", "gradients"]
 """Which second moments to take; with gradients, a token counts by its squared gradient of the KL divergence too."""
-
-
-@dataclass(frozen=True)
-class SampleLimits:
-    """How many held-back rows are kept: per dense input, per expert, and bytes per layer of experts."""
-
-    dense_rows: int = 256
-    expert_rows: int = 32
-    expert_layer_bytes: int = 64 * 2**20
-
-    def rows_per_expert(self, num_experts: int, channels: int) -> int:
-        """Rows of bfloat16 for each expert when inputs of `channels` channels in all are kept."""
-        return max(1, min(self.expert_rows, self.expert_layer_bytes // (2 * num_experts * channels)))
 
 
 @dataclass(frozen=True)
@@ -88,17 +71,7 @@ def calibrate(
         CheckpointError: transformers cannot load the model.
         StatsError: the text is missing or empty, or the model has experts that cannot be observed.
     """
-    tokenizer = load_tokenizer(model)
-    documents: CalibrationText = read_text(text, seed=seed, max_tokens=tokens)
-    windows = pack_windows(documents, tokenizer, window=window, max_tokens=tokens)
-    provenance = StatsProvenance(
-        fingerprint=model.fingerprint,
-        text_hash=documents.sha256,
-        text_name=documents.name,
-        window=windows.shape[1],
-        max_tokens=tokens,
-        seed=seed,
-    )
+    windows, provenance = windows_of(model, text, tokens=tokens, window=window, seed=seed)
     return collect_statistics(
         load_hf(model, dtype=dtype, device=device),
         windows,
@@ -110,6 +83,50 @@ def calibrate(
         hessian_bytes=hessian_bytes,
         progress=progress,
     )
+
+
+def windows_of(
+    model: Model, text: str | Path | None, *, tokens: int, window: int, seed: int
+) -> tuple[torch.Tensor, StatsProvenance]:
+    """Token ids [windows, window] of a text, and where they come from.
+
+    Raises:
+        StatsError: the text is missing or empty.
+    """
+    tokenizer = load_tokenizer(model)
+    documents: CalibrationText = read_text(text, seed=seed, max_tokens=tokens)
+    windows = pack_windows(documents, tokenizer, window=window, max_tokens=tokens)
+    return windows, StatsProvenance(
+        fingerprint=model.fingerprint,
+        text_hash=documents.sha256,
+        text_name=documents.name,
+        window=windows.shape[1],
+        max_tokens=tokens,
+        seed=seed,
+    )
+
+
+def split_windows(
+    tokens: torch.Tensor, provenance: StatsProvenance, held_back: float = 0.1
+) -> tuple[torch.Tensor, torch.Tensor, StatsProvenance]:
+    """Windows that are summed, windows that are sampled, and the provenance with their numbers.
+
+    Raises:
+        StatsError: no window.
+    """
+    num_windows, window = tokens.shape if tokens.ndim == 2 else (0, 0)
+    if num_windows == 0:
+        raise StatsError("The calibration text gives no window of tokens; give a longer text.")
+    is_only_window = num_windows == 1 and held_back < 1
+    num_held = 0 if is_only_window or held_back <= 0 else max(1, round(num_windows * held_back))
+    summed, held = tokens[: num_windows - num_held], tokens[num_windows - num_held :]
+    counted = {
+        "num_windows": num_windows,
+        "num_tokens": summed.numel(),
+        "num_held_back_tokens": held.numel(),
+        "window": window,
+    }
+    return summed, held, provenance.model_copy(update=counted)
 
 
 def collect_statistics(
@@ -134,13 +151,12 @@ def collect_statistics(
     Raises:
         StatsError: no window, no linear layer with a GGUF name, or experts that cannot be observed.
     """
-    num_windows, window = tokens.shape if tokens.ndim == 2 else (0, 0)
-    if num_windows == 0:
-        raise StatsError("The calibration text gives no window of tokens; give a longer text.")
-    num_held = 0 if num_windows == 1 or held_back <= 0 else max(1, round(num_windows * held_back))
-    summed, held = tokens[: num_windows - num_held], tokens[num_windows - num_held :]
+    summed, held, provenance = split_windows(tokens, provenance, held_back)
     moments = None if hessians == "none" else MomentRecorder.for_model(hf_model, hessian_bytes)
-    collector = _Collector(hf_model, arch, n_layer, window, limits or SampleLimits(), moments)
+    collector = Collector(
+        hf_model, arch, n_layer, provenance.window, limits or SampleLimits(), moments,
+        with_gradients=hessians == "gradients",
+    )  # fmt: skip
     run = _Run(hf_model, collector, batch_size, progress, tokens.numel())
     with collector.attached():
         if hessians == "gradients":
@@ -149,18 +165,25 @@ def collect_statistics(
             run.forward("calibrate", summed)
         collector.is_sampling = True
         run.forward("sample", held)
-    counted = {
-        "num_windows": num_windows,
-        "num_tokens": summed.numel(),
-        "num_held_back_tokens": held.numel(),
-        "window": window,
-    }
-    provenance = provenance.model_copy(update=counted)
-    stats = collector.finish(provenance)
+    stats = CalibrationStats(provenance, collector.take(), collector.aliases)
+    check_seen(stats, hf_model)
     if moments is None:
         return Calibration(stats)
     found = moments.finish(provenance, summed, hessians, stats.aliases)
     return Calibration(stats, found, moments.pools_experts, tuple(moments.left_out))
+
+
+def check_seen(stats: CalibrationStats, hf_model: nn.Module) -> None:
+    """Refuse statistics of a model none of whose layers has a name.
+
+    Raises:
+        StatsError: with the model's class.
+    """
+    if not stats.inputs:
+        raise StatsError(
+            f"None of the linear layers of {type(hf_model).__name__} has a name in gguf-py's tensor map, so "
+            "nothing was measured; check that the model's architecture is the one that was asked for."
+        )
 
 
 @dataclass
@@ -168,7 +191,7 @@ class _Run:
     """Batches of windows through the model."""
 
     hf_model: nn.Module
-    collector: "_Collector"
+    collector: Collector
     batch_size: int
     progress: Progress | None
     total: int
@@ -192,144 +215,6 @@ class _Run:
             run(batch.to(device))
             self.done += batch.numel()
             report(stage, self.done, self.total, unit="tokens")
-
-
-class _Collector:
-    """Names the inputs that the hooks show, and hands them to recorders."""
-
-    def __init__(
-        self,
-        hf_model: nn.Module,
-        arch: str,
-        n_layer: int,
-        window: int,
-        limits: SampleLimits,
-        moments: MomentRecorder | None,
-    ) -> None:
-        self.is_sampling = False
-        """Whether windows are held back: sampled, and no part of the sums."""
-        self.sample_fill = 0.0
-        """The share of the sample capacity to fill by the end of this batch."""
-        self._model = hf_model
-        self._window = window
-        self._limits = limits
-        self._moments = moments
-        self._with_gradients = False
-        self._recorders: dict[str, InputRecorder] = {}
-        self._linear_layers = linear_names(hf_model, arch, n_layer)
-        self._linears = LinearHooks(hf_model, arch, n_layer, self._observe_linear)
-        self._experts = {
-            module: _ExpertNames.of(name, arch, n_layer) for name, module in expert_modules(hf_model).items()
-        }
-
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        with self._linears.attached(), record_experts(self._model, self._observe_expert):
-            yield
-
-    @contextmanager
-    def seeing_gradients(self) -> Iterator[None]:
-        """Second moments of linear layers wait for the gradient of their output."""
-        hooks = [
-            layer.register_forward_hook(partial(self._await_gradient, name), with_kwargs=True)
-            for name, layer in self._linear_layers.items()
-        ]
-        self._with_gradients = True
-        try:
-            yield
-        finally:
-            self._with_gradients = False
-            for hook in hooks:
-                hook.remove()
-
-    def finish(self, provenance: StatsProvenance) -> CalibrationStats:
-        if not self._recorders:
-            raise StatsError(
-                f"None of the linear layers of {type(self._model).__name__} has a name in gguf-py's tensor map, so "
-                "nothing was measured; check that the model's architecture is the one that was asked for."
-            )
-        aliases = self._linears.aliases | {
-            alias: names.gate for names in self._experts.values() for alias in names.aliases
-        }
-        inputs = {key: recorder.finish() for key, recorder in self._recorders.items()}
-        return CalibrationStats(provenance, inputs, aliases)
-
-    def _observe_linear(self, key: str, x: torch.Tensor, out: torch.Tensor | None) -> None:
-        recorder = self._recorders.get(key)
-        if recorder is None:
-            num_experts = x.shape[1] if x.ndim == 3 else 1
-            recorder = self._add_recorder(key, num_experts, x, self._limits.dense_rows)
-        self._record(recorder, x, 0)
-        if self._moments is not None and not self.is_sampling and key not in self._awaiting():
-            self._moments.add(key, x)
-        if out is not None:
-            positions = torch.arange(len(x), device=x.device) % self._window
-            recorder.add_extremes(x.detach(), out.detach(), positions)
-
-    def _awaiting(self) -> Collection[str]:
-        """Weights whose inputs are summed when their gradients arrive."""
-        return self._linear_layers if self._with_gradients else ()
-
-    def _await_gradient(self, name: str, _module: nn.Module, args: tuple, kwargs: dict, out: torch.Tensor) -> None:
-        key = self._linears.aliases.get(name, name)
-        x = (args[0] if args else kwargs["input"]).detach().flatten(0, -2)
-        if out.requires_grad:
-            out.register_hook(lambda gradient: self._add_moments(key, x, gradient.flatten(0, -2)))
-
-    def _observe_expert(self, call: ExpertCall) -> None:
-        names, module = self._experts[call.module], call.module
-        x, h = call.x.detach(), call.down_input.detach()
-        if names.down not in self._recorders:
-            rows = self._limits.rows_per_expert(module.num_experts, x.shape[1] + h.shape[1])
-            self._add_recorder(names.gate, module.num_experts, x, rows)
-            self._add_recorder(names.down, module.num_experts, h, rows)
-        self._record(self._recorders[names.gate], x, call.expert)
-        self._record(self._recorders[names.down], h, call.expert)
-        positions = call.tokens % self._window
-        self._recorders[names.down].add_extremes(h, call.down_output.detach(), positions, expert=call.expert)
-        if self._moments is None or self.is_sampling:
-            return
-        where = {"num_experts": module.num_experts, "expert": call.expert}
-        for key, inputs, output in ((names.gate, x, call.gate_up_output), (names.down, h, call.down_output)):
-            if self._with_gradients:
-                output.register_hook(partial(self._add_moments, key, inputs, **where))
-            else:
-                self._moments.add(key, inputs, **where)
-
-    def _add_moments(self, key: str, x: torch.Tensor, gradient: torch.Tensor, **where: int) -> None:
-        assert self._moments is not None
-        self._moments.add(key, x, squared_gradients=gradient.square().sum(-1), **where)
-
-    def _add_recorder(self, key: str, num_experts: int, x: torch.Tensor, rows: int) -> InputRecorder:
-        self._recorders[key] = InputRecorder(num_experts, x.shape[-1], sample_rows=rows, device=x.device)
-        return self._recorders[key]
-
-    def _record(self, recorder: InputRecorder, x: torch.Tensor, expert: int) -> None:
-        if self.is_sampling:
-            recorder.add_samples(x, expert=expert, fill=self.sample_fill)
-        else:
-            recorder.add_sums(x.detach(), expert=expert)
-
-
-@dataclass(frozen=True)
-class _ExpertNames:
-    """GGUF names of one layer's stacked experts. `gate` is the key of the common input; others are aliases of it."""
-
-    gate: str
-    down: str
-    aliases: tuple[str, ...]
-
-    @classmethod
-    def of(cls, module_name: str, arch: str, n_layer: int) -> "_ExpertNames":
-        parts = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
-        gate, up, gate_up, down = (gguf_name_of(f"{module_name}.{part}", arch, n_layer) for part in parts)
-        readers = [name for name in (gate, up, gate_up) if name is not None]
-        if not readers or down is None:
-            raise StatsError(
-                f"gguf-py has no name for the experts {module_name} in architecture `{arch}`; calibrate with "
-                "llama-imatrix and import the file instead."
-            )
-        return cls(readers[0], down, tuple(readers[1:]))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dynquant.errors import CheckpointError
 from dynquant.families import open_hf
+from dynquant.families.vision import is_vision_checkpoint, open_vision
 from dynquant.gguf_source import GGUFSource
 from dynquant.model import Model
 
@@ -31,7 +32,7 @@ def open_model(path: str | Path, *, base_gguf: str | Path | None = None) -> Mode
     if base_gguf is not None:
         model = _open_gguf(Path(base_gguf))
         return Model(directory, model.source, model.metadata, model.checkpoint_names, hf_directory=directory)
-    return open_hf(directory)
+    return open_vision(directory) if is_vision_checkpoint(directory) else open_hf(directory)
 
 
 def _open_gguf(path: Path) -> Model:

@@ -15,22 +15,28 @@ import typer
 from dynquant import __version__, cli_training
 from dynquant.cli_options import (
     BaseGgufOpt,
+    DataOpt,
     DeviceOpt,
     EncoderOpt,
     HessianMemoryOpt,
     HessiansOpt,
     JsonOpt,
+    MaxMemoryOpt,
     ModelArg,
     PlanArg,
     PresetOpt,
+    RayOpt,
     SeedOpt,
+    SpillOpt,
+    StreamMemoryOpt,
+    StrictOpt,
     TextOpt,
     ThreadsOpt,
     TokensOpt,
     TypesOpt,
     WindowOpt,
 )
-from dynquant.errors import DynquantError, PlanError, StatsError
+from dynquant.errors import DynquantError, EvaluationError, PlanError, StatsError
 from dynquant.interrupt import ends_promptly
 
 app = typer.Typer(
@@ -66,16 +72,21 @@ def calibrate(
         "stats.safetensors"
     ),
     calibration: TextOpt = None,
+    data: DataOpt = None,
+    strict: StrictOpt = False,
     tokens: TokensOpt = 131072,
     window: WindowOpt = 512,
     seed: SeedOpt = 0,
     hessians: HessiansOpt = "activations",
     hessian_memory: HessianMemoryOpt = "8GiB",
     device: DeviceOpt = None,
+    max_memory: StreamMemoryOpt = None,
+    spill: SpillOpt = None,
     base_gguf: BaseGgufOpt = None,
     imatrix: Annotated[
         Path | None, typer.Option(help="Import a llama.cpp imatrix GGUF instead of running the model.")
     ] = None,
+    ray: RayOpt = None,
     imatrix_out: Annotated[
         Path | None, typer.Option(help="Also write the statistics as a llama.cpp imatrix GGUF.")
     ] = None,
@@ -83,13 +94,17 @@ def calibrate(
     """Measure activations: per input channel, per expert, extremes and held-back samples.
 
     Example: dynquant calibrate ./model --calibration text.jsonl -o stats.safetensors
+
+    Example: dynquant calibrate ./vision-model --data pictures.jsonl -o stats.safetensors
     """
     from dynquant import workflow
 
     options = workflow.CalibrationOptions(
         text=calibration, tokens=tokens, window=window, seed=seed,
-        hessians=_hessians(hessians), hessian_memory=hessian_memory, device=device,
+        hessians=_hessians(hessians), hessian_memory=hessian_memory, device=device, ray=ray,
+        max_memory=max_memory, spill=spill, data=data, strict=strict,
     )  # fmt: skip
+    _check_one_source(calibration, data)
     workflow.calibrate(model, options, output, base_gguf=base_gguf, imatrix=imatrix, imatrix_out=imatrix_out)
 
 
@@ -119,6 +134,8 @@ def plan(
     model: Annotated[str | None, typer.Argument(help="Hugging Face directory or hub id, or a .gguf file.")] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where all files of the plan go.")] = Path("plan"),
     calibration: TextOpt = None,
+    data: DataOpt = None,
+    strict: StrictOpt = False,
     bpw: Annotated[float | None, typer.Option(help="Budget in bits per weight, of the whole file.")] = None,
     size: Annotated[str | None, typer.Option(help="Budget in bytes, or as 140GB, 31.5MB, 12GiB.")] = None,
     fits: Annotated[
@@ -147,12 +164,21 @@ def plan(
     ] = None,
     types: TypesOpt = None,
     floors: Annotated[bool, typer.Option(help="Keep all but routed experts at 4 bits or more.")] = True,
+    vision: Annotated[
+        str,
+        typer.Option(
+            help="Vision tower and projector as wholes: keep (as stored), 8bit, lower (types like all others), or "
+            "auto, which decides by their output errors."
+        ),
+    ] = "auto",
     tokens: TokensOpt = 131072,
     window: WindowOpt = 512,
     seed: SeedOpt = 0,
     hessians: HessiansOpt = "activations",
     hessian_memory: HessianMemoryOpt = "8GiB",
     device: DeviceOpt = None,
+    max_memory: StreamMemoryOpt = None,
+    spill: SpillOpt = None,
     stats: Annotated[Path | None, typer.Option(help="Use these statistics instead of calibrating.")] = None,
     encoder: EncoderOpt = "ggml",
     threads: ThreadsOpt = None,
@@ -224,6 +250,7 @@ def plan(
 
     if serves is not None:
         given = {
+            "--data": data,
             "--fits": fits, "--couple": couple, "--like": like, "--recipe": recipe, "--select": select or None,
             "--frontier": frontier, "--sensitivity": sensitivity, "--config-only": config_only,
             "--base-gguf": base_gguf,
@@ -232,17 +259,19 @@ def plan(
         options = workflow.CalibrationOptions(
             text=calibration, tokens=tokens, window=window, seed=seed,
             hessians=_hessians(hessians), hessian_memory=hessian_memory, device=device,
+            max_memory=max_memory, spill=spill,
         )  # fmt: skip
         _plan_for_vllm(
             str(model), output, options, stats, as_json,
             preset=preset, bpw=bpw, size=size, schemes=_split(types), mixed_experts=mixed_experts,
         )  # fmt: skip
         return
+    _check_one_source(calibration, data)
     if mixed_experts:
         raise PlanError("--mixed-experts goes with --for vllm; GGUF plans choose for each layer anyway.")
     target = workflow.Target(
         preset=preset, bpw=bpw, size=size, fits=fits, context=context, kv_type=kv_type, like=like, patterns=recipe,
-        types=_split(types), floors=floors, couple=_split(couple) or (),
+        types=_split(types), floors=floors, couple=_split(couple) or (), vision=vision,
     )  # fmt: skip
     if config_only is not None:
         if model is not None:
@@ -257,6 +286,7 @@ def plan(
         options = workflow.CalibrationOptions(
             text=calibration, tokens=tokens, window=window, seed=seed,
             hessians=_hessians(hessians), hessian_memory=hessian_memory, device=device,
+            max_memory=max_memory, spill=spill, data=data, strict=strict,
         )  # fmt: skip
         made = workflow.plan(
             model, target, options, output,
@@ -295,6 +325,12 @@ def export(
     ] = None,
     split_max_size: Annotated[str | None, typer.Option(help="Split into files of at most this size, as 40GB.")] = None,
     resume: Annotated[bool, typer.Option(help="Continue an interrupted export.")] = True,
+    max_memory: MaxMemoryOpt = None,
+    ray: RayOpt = None,
+    ship_weights: Annotated[
+        bool,
+        typer.Option(help="With --ray: send weights and statistics to workers that cannot read them by path."),
+    ] = False,
     threads: ThreadsOpt = None,
     base_gguf: BaseGgufOpt = None,
 ) -> None:
@@ -307,11 +343,13 @@ def export(
     from dynquant.export_workflow import export as run
     from dynquant.workflow import CalibrationOptions
 
-    options = CalibrationOptions(text=calibration, tokens=tokens, hessians=_hessians(hessians), device=device)
+    options = CalibrationOptions(
+        text=calibration, tokens=tokens, hessians=_hessians(hessians), device=device, max_memory=max_memory
+    )
     run(
         model, output, format=format, plan_path=plan, preset=preset, stats_path=stats, calibration=options,
         encoder=encoder, device=device, split_max_size=split_max_size, resume=resume, threads=threads,
-        base_gguf=base_gguf, tune_tokens=tune,
+        base_gguf=base_gguf, tune_tokens=tune, max_memory=max_memory, ray=ray, ship_weights=ship_weights,
     )  # fmt: skip
 
 
@@ -342,10 +380,19 @@ def tune(
 def evaluate(
     candidate: ModelArg,
     reference: Annotated[str, typer.Option(help="The model to compare with: HF directory, hub id or .gguf.")],
-    tasks: Annotated[str, typer.Option(help="Any of kl, ppl, mmlu.")] = "kl,ppl",
+    tasks: Annotated[str, typer.Option(help="Any of kl, ppl, mmlu; with --data kl and vqa.")] = "kl,ppl",
     text: Annotated[
         list[Path] | None, typer.Option(help="Text for kl and ppl, .txt or .jsonl. May be repeated.")
     ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Questions with pictures, .jsonl, for kl and vqa of a vision-language model. The candidate is then a "
+            "plan.json, its folder, or a Hugging Face directory.",
+            show_default=False,
+        ),
+    ] = None,
+    strict: StrictOpt = False,
     max_tokens: Annotated[int, typer.Option(help="Tokens of each text.")] = 8192,
     window: WindowOpt = 512,
     mmlu_data: Annotated[
@@ -373,9 +420,21 @@ def evaluate(
     """Compare a quantized model with its original: KL divergence, perplexity, multiple choice; before and after.
 
     Example: dynquant eval model.gguf --reference ./model --tasks kl,ppl,mmlu --text held-out.txt --mmlu-data test.jsonl
+
+    Example: dynquant eval plan/ --reference ./vision-model --tasks kl,vqa --data questions.jsonl
     """
     from dynquant import commands
 
+    if data is not None:
+        if text or mmlu_data:
+            raise EvaluationError("--data goes without --text and --mmlu-data: all of its tasks run on its samples.")
+        commands.evaluate_on_samples(
+            Path(candidate), reference, data, tasks=_split(tasks) or (), limit=limit, strict=strict, device=device,
+            json_file=json_file,
+        )  # fmt: skip
+        return
+    if "vqa" in tasks:
+        raise EvaluationError("The task vqa needs questions with pictures; give them with --data FILE.")
     commands.evaluate(
         candidate, reference, tasks=_split(tasks) or (), text=text or [], max_tokens=max_tokens, window=window,
         mmlu_data=mmlu_data, shots=shots, num_shots=num_shots, limit=limit, cache_dir=reference_cache,
@@ -557,6 +616,11 @@ def demo(
 def version() -> None:
     """Print the version."""
     print(__version__)
+
+
+def _check_one_source(calibration: str | None, data: str | None) -> None:
+    if calibration is not None and data is not None:
+        raise StatsError(f"Give either text (--calibration {calibration}) or samples with images (--data {data}).")
 
 
 def _check_serves(serves: str, model: str | None, given: list[str]) -> None:

@@ -15,6 +15,17 @@ TextOpt = Annotated[
     str | None,
     typer.Option(help="Calibration text: .txt, .jsonl or a datasets id. Default: a small built-in text."),
 ]
+DataOpt = Annotated[
+    str | None,
+    typer.Option(
+        help="Samples for a vision-language model instead of text: .jsonl with images and text, messages, or question "
+        "and answer.",
+        show_default=False,
+    ),
+]
+StrictOpt = Annotated[
+    bool, typer.Option("--strict", help="With --data: refuse images that cannot be decoded instead of skipping them.")
+]
 TokensOpt = Annotated[int, typer.Option(help="Calibrate on at most this many tokens.")]
 WindowOpt = Annotated[int, typer.Option(help="Tokens in a window.")]
 SeedOpt = Annotated[int, typer.Option(help="Seed of everything that is sampled.")]
@@ -39,5 +50,33 @@ HessiansOpt = Annotated[
 ]
 HessianMemoryOpt = Annotated[
     str, typer.Option(help="Memory for second moments; experts of a layer share one matrix when each has no room.")
+]
+MaxMemoryOpt = Annotated[
+    str | None, typer.Option(help="Host memory that the command may take, as 8GiB.", show_default=False)
+]
+StreamMemoryOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--max-memory",
+        help="Memory of the whole process, as 8GB: the model is streamed, one decoder layer at a time. Default: "
+        "streamed when it does not fit into the free memory.",
+        show_default=False,
+    ),
+]
+SpillOpt = Annotated[
+    Path | None,
+    typer.Option(
+        help="Directory for hidden states of a streamed model; a killed run goes on from them. Default: the output's.",
+        show_default=False,
+    ),
+]
+RayOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        help="Spread the work over a Ray cluster: its address HOST:PORT, or auto for one that Ray finds, else all of "
+        "this machine.",
+        show_default=False,
+    ),
 ]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]

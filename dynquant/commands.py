@@ -14,6 +14,8 @@ from dynquant.plan_report import PLAN_NAME, write_plan_report
 from dynquant.progress_text import human_bytes
 from dynquant.recipe_text import command_line, left_alone, recipe_of, uses_imatrix
 from dynquant.type_lists import read_types
+from dynquant.vision_evaluate import PictureReport
+from dynquant.vision_evaluate import evaluate_on_samples as run_on_samples
 
 _NOTHING_KEPT = "Nothing is kept without --reference-cache: what the models said so far is lost."
 
@@ -30,6 +32,33 @@ def evaluate(candidate: str, reference: str, *, json_file: Path | None = None, *
         write_atomically(json_file, report.to_json())
         console.note(f"wrote {json_file}")
     return report
+
+
+def evaluate_on_samples(
+    candidate: Path, reference: str, data: Path, *, json_file: Path | None = None, **options
+) -> PictureReport:
+    """Print the before/after table on pictures, and draw it into the report beside a plan."""
+    with console.stage_progress("Nothing is kept.") as progress:
+        report = run_on_samples(candidate, reference, data, progress=progress, **options)
+    title = f"{candidate} against {report.reference}: {report.samples} samples of {report.data}"
+    console.print_table(title, ("", "reference", "candidate", "comparison"), report.rows())
+    for reason in report.skipped:
+        console.note(f"skipped: {reason}")
+    if json_file:
+        write_atomically(json_file, report.model_dump_json(indent=1) + "\n")
+        console.note(f"wrote {json_file}")
+    directory = candidate if candidate.is_dir() else candidate.parent
+    if (directory / "report.html").is_file() and (directory / "plan.json").is_file():
+        _draw_pictures(report, reference, directory)
+    return report
+
+
+def _draw_pictures(report: PictureReport, reference: str, directory: Path) -> None:
+    from dynquant.analysis.picture_answers import answer_table
+
+    measured = {name: "; ".join(filter(None, (f"{was} to {now}", change))) for name, was, now, change in report.rows()}
+    pictures = answer_table(report.questions.answers) if report.questions else ""
+    write_plan_report(reference, directory, evaluation={report.data: measured}, pictures=pictures)
 
 
 def print_report(report: EvalReport) -> None:

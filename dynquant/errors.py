@@ -47,3 +47,7 @@ class DeviceError(DynquantError):
 
 class AdapterError(DynquantError):
     """An adapter cannot be added to, loaded into, merged into or exported for this model."""
+
+
+class ClusterError(DynquantError):
+    """A Ray cluster cannot be used: it is not there, lacks what a task needs, or its nodes see other files."""

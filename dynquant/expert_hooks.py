@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from dynquant.errors import StatsError
+from dynquant.stored_experts import StoredExperts
 
 IMPLEMENTATION = "dynquant_recording"
 
@@ -66,12 +67,14 @@ def _is_unsupported_experts(name: str, module: nn.Module) -> bool:
 def record_experts(hf_model: nn.Module, observer: ExpertObserver) -> Iterator[None]:
     """Run all fused experts eagerly and call `observer` for every expert that gets tokens.
 
-    Logits are bit-equal to those of `experts_implementation="eager"`. The former implementation is restored at exit.
+    Logits are bit-equal to those of `experts_implementation="eager"`. The former implementation is restored at exit; it
+    may be that of another observer, who sees nothing meanwhile.
     """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     configs: dict[int, Any] = {id(module.config): module.config for module in expert_modules(hf_model).values()}
     before = {key: config._experts_implementation for key, config in configs.items()}
+    other_observer = ALL_EXPERTS_FUNCTIONS.get(IMPLEMENTATION)
     ALL_EXPERTS_FUNCTIONS[IMPLEMENTATION] = partial(_call_recording_forward, observer)
     try:
         for config in configs.values():
@@ -80,7 +83,10 @@ def record_experts(hf_model: nn.Module, observer: ExpertObserver) -> Iterator[No
     finally:
         for key, config in configs.items():
             config._experts_implementation = before[key]
-        del ALL_EXPERTS_FUNCTIONS[IMPLEMENTATION]
+        if other_observer is None:
+            del ALL_EXPERTS_FUNCTIONS[IMPLEMENTATION]
+        else:
+            ALL_EXPERTS_FUNCTIONS[IMPLEMENTATION] = other_observer
 
 
 def _call_recording_forward(observer: ExpertObserver, module: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -115,6 +121,9 @@ def _recording_forward(
 
 
 def _linear(module: Any, name: str, x: torch.Tensor, expert: int) -> torch.Tensor:
-    weight = getattr(module, name)[expert]
-    out = x @ weight if module.is_transposed else functional.linear(x, weight)
+    stack = getattr(module, name)
+    if isinstance(stack, StoredExperts):
+        out = stack.product(x, expert)
+    else:
+        out = x @ stack[expert] if module.is_transposed else functional.linear(x, stack[expert])
     return out + getattr(module, f"{name}_bias")[expert] if module.has_bias else out

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from dynquant import __version__, console
 from dynquant.artifacts import file_hash
+from dynquant.calibration_stage import CalibrationOptions, run_calibration
 from dynquant.calibration_text import pack_windows, read_text
 from dynquant.codecs.encoder import Encoder, ProtectedWeight
 from dynquant.devices import chosen_device
@@ -23,24 +25,24 @@ from dynquant.families.recipe import RecipeSource
 from dynquant.gguf_source import GGUFSource
 from dynquant.hf_loading import load_hf, load_tokenizer
 from dynquant.model import Model
+from dynquant.parts import PartLimits
 from dynquant.plan import Plan
 from dynquant.plan_building import plan_from_types
 from dynquant.plan_report import STATS_NAME, SUPER_NAME, load_super_weights, stats_of_plan
+from dynquant.plan_target import Target, parse_size
 from dynquant.presets import preset_types
 from dynquant.quant_types import quant_type
-from dynquant.quantize import encoder_version, load_encoder
+from dynquant.quantize import encoder_version, guidance_of, load_encoder
+from dynquant.ray_pool import RayPool, TaskNeeds, open_ray
+from dynquant.remote_encoding import EncoderChoice, RemoteEncoding, StoredFiles
 from dynquant.second_moments import SecondMoments, load_beside, path_beside
 from dynquant.serving_workflow import export_for_vllm
 from dynquant.statistics import CalibrationStats
 from dynquant.tuning import TuneOptions, too_large_to_tune, tune
-from dynquant.workflow import (
-    CalibrationOptions,
-    Target,
-    open_and_announce,
-    parse_size,
-    run_calibration,
-)
+from dynquant.workflow import open_language_model
 
+PROCESS_BYTES = 1 << 30
+"""Host memory of an export without its tensors: Python with its libraries, the tokenizer, an encoder's search."""
 FORMATS = ("gguf", "safetensors", "compressed-tensors")
 
 
@@ -60,14 +62,23 @@ def export(
     threads: int | None = None,
     base_gguf: Path | None = None,
     tune_tokens: int | None = None,
+    max_memory: str | None = None,
+    ray: str | None = None,
+    ship_weights: bool = False,
 ) -> list[Path]:
     """Write the files of a plan, or of a preset without a plan file.
 
     `tune_tokens` is the length of the closing pass, 0 for none; None lets the encoder and the memory decide.
+    `max_memory` bounds what encoding takes, as `8GiB`. `ray` is the address of a cluster that encodes; with
+    `ship_weights` its workers read no files.
     """
+    limits = _limits(max_memory)
+    if ship_weights and not ray:
+        raise ExportError("--ship-weights says how a Ray cluster gets its input; give its address with --ray.")
     if format == "compressed-tensors":
-        if base_gguf is not None or tune_tokens:
-            raise ExportError(f"{'--tune' if tune_tokens else '--base-gguf'} is for GGUF files; leave it out.")
+        given = {"--tune": tune_tokens, "--base-gguf": base_gguf, "--max-memory": max_memory, "--ray": ray}
+        for option in (option for option, value in given.items() if value):
+            raise ExportError(f"{option} is for GGUF files and packed safetensors; leave it out.")
         return export_for_vllm(
             path, output, plan_path=plan_path, preset=preset, stats_path=stats_path, calibration=calibration,
             device=device, split_max_size=split_max_size, resume=resume,
@@ -76,29 +87,46 @@ def export(
         raise ExportError(f"There is no export format `{format}`; use one of {', '.join(FORMATS)}.")
     if (plan_path is None) == (preset is None):
         raise PlanError("Give either --plan FILE or --preset NAME.")
-    model = open_and_announce(path, base_gguf)
-    chosen = load_encoder(encoder, chosen_device(device))
-    if plan_path is not None:
-        made = Plan.load(plan_path)
-        stats_path = stats_path or plan_path.parent / STATS_NAME
-        stats = stats_of_plan(made.stats_hash, stats_path)
-        protected = _protected(plan_path.with_name(SUPER_NAME))
-    else:
-        options = calibration or CalibrationOptions()
-        stats_path, made, stats = _plan_of_preset(model, str(preset), stats_path, options, output)
-        protected = {}
-    moments = _moments_of(stats, stats_path, chosen)
-    writer = _Writer(
-        model, made, stats, chosen, moments, protected, threads,
-        parse_size(split_max_size) if split_max_size else None, resume, format,
-    )  # fmt: skip
-    options = _closing_pass(model, chosen, moments, tune_tokens)
-    files = writer.write(output) if options is None else _write_tuned(writer, output, options, device)
+    with open_ray(ray) if ray else nullcontext() as pool:
+        model = open_language_model(path, base_gguf)
+        cluster = None if pool is None else _Cluster(pool, device, base_gguf, ship_weights)
+        chosen = load_encoder(encoder, chosen_device(device) if cluster is None else cluster.device)
+        if plan_path is not None:
+            made = Plan.load(plan_path)
+            stats_path = stats_path or plan_path.parent / STATS_NAME
+            stats = stats_of_plan(made.stats_hash, stats_path)
+            protected = _protected(plan_path.with_name(SUPER_NAME))
+        else:
+            options = calibration or CalibrationOptions()
+            stats_path, made, stats = _plan_of_preset(model, str(preset), stats_path, options, output)
+            protected = {}
+        moments = _moments_of(stats, stats_path, chosen)
+        writer = _Writer(
+            model, made, stats, stats_path, chosen, moments, protected, threads,
+            parse_size(split_max_size) if split_max_size else None, resume, format, limits, cluster,
+        )  # fmt: skip
+        options = _closing_pass(model, chosen, moments, tune_tokens, limits)
+        files = writer.write(output) if options is None else _write_tuned(writer, output, options, device)
     size = sum(file.stat().st_size for file in files if file.suffix in (".gguf", ".safetensors"))
     for file in files:
         console.out.print(str(file))
     console.out.print(f"{size:,} bytes, {8 * size / made.num_weights:.3f} bits per weight")
     return files
+
+
+@dataclass(frozen=True)
+class _Cluster:
+    """Where parts are encoded with --ray; `asked` is --device, of the workers."""
+
+    pool: RayPool
+    asked: str | None
+    base_gguf: Path | None
+    ship_weights: bool
+
+    @property
+    def device(self) -> str:
+        asked = self.asked or ("cuda" if self.pool.has_gpus else "cpu")
+        return "cuda" if asked.startswith("cuda") else asked  # Ray numbers the GPUs
 
 
 @dataclass(frozen=True)
@@ -108,6 +136,7 @@ class _Writer:
     model: Model
     plan: Plan
     stats: CalibrationStats | None
+    stats_path: Path
     encoder: Encoder
     moments: SecondMoments | None
     protected: Mapping[str, tuple[ProtectedWeight, ...]]
@@ -115,6 +144,8 @@ class _Writer:
     split_max_bytes: int | None
     resume: bool
     format: str
+    limits: PartLimits
+    cluster: _Cluster | None
 
     def write(self, output: Path, *, stored: GGUFSource | None = None) -> list[Path]:
         """Write in the format that was asked for; with `stored`, from the bytes of a GGUF file of the same plan."""
@@ -125,7 +156,7 @@ class _Writer:
                 self.model, self.plan, self.stats, output,
                 encoder=self.encoder, moments=self.moments, protected=self.protected, threads=self.threads,
                 shard_max_bytes=self.split_max_bytes or SHARD_BYTES, resume=self.resume, progress=progress,
-                stored=stored,
+                stored=stored, limits=self.limits, elsewhere=self.elsewhere,
             )  # fmt: skip
 
     def write_gguf(self, output: Path) -> list[Path]:
@@ -134,7 +165,32 @@ class _Writer:
                 self.model, self.plan, self.stats, output,
                 encoder=self.encoder, moments=self.moments, protected=self.protected, threads=self.threads,
                 split_max_bytes=self.split_max_bytes, resume=self.resume, progress=progress,
+                limits=self.limits, elsewhere=self.elsewhere,
             )  # fmt: skip
+
+    @property
+    def elsewhere(self) -> RemoteEncoding | None:
+        """Encoding on the cluster, or None without one."""
+        if self.cluster is None:
+            return None
+        on_gpu = self.encoder.uses_hessians and self.cluster.device == "cuda"
+        cpus = self.threads or 1
+        memory = PROCESS_BYTES + self.limits.memory if self.limits.memory is not None else 0
+        files = StoredFiles.of(
+            self.model,
+            base_gguf=self.cluster.base_gguf,
+            stats=self.stats_path if self.stats is not None else None,
+            use_moments=self.moments is not None,
+            protected=self.protected,
+        )
+        guidance = guidance_of(self.stats, self.moments, self.protected)
+        return RemoteEncoding(
+            self.cluster.pool,
+            EncoderChoice.of(self.encoder, "cuda" if on_gpu else "cpu", cpus),
+            TaskNeeds(cpus, int(on_gpu), memory),
+            files,
+            (self.model, guidance, self.encoder) if self.cluster.ship_weights else None,
+        )
 
     @property
     def identity(self) -> str:
@@ -143,8 +199,25 @@ class _Writer:
         return hashlib.sha256(json.dumps([*content, self.split_max_bytes]).encode()).hexdigest()
 
 
+def _limits(max_memory: str | None) -> PartLimits:
+    """Parts that leave room for the process itself.
+
+    Raises:
+        ExportError: less memory than the process takes.
+    """
+    if max_memory is None:
+        return PartLimits()
+    allowed = parse_size(max_memory)
+    if allowed <= PROCESS_BYTES:
+        raise ExportError(
+            f"--max-memory {max_memory} is less than the {PROCESS_BYTES:,} bytes that the program takes without a "
+            "tensor. Allow more."
+        )
+    return PartLimits(allowed - PROCESS_BYTES)
+
+
 def _closing_pass(
-    model: Model, encoder: Encoder, moments: SecondMoments | None, tokens: int | None
+    model: Model, encoder: Encoder, moments: SecondMoments | None, tokens: int | None, limits: PartLimits
 ) -> TuneOptions | None:
     """What the closing pass should do, or None; by default it runs with the encoder that uses second moments."""
     if tokens == 0 or (tokens is None and moments is None):
@@ -156,7 +229,7 @@ def _closing_pass(
         reason = "the model is not of a family that dynquant converts itself"
     elif tokens is None and model.hf_directory is None:
         reason = "the original is a GGUF file, which transformers may load in another form (`--tune N` tries)"
-    elif tokens is None and (too_large := too_large_to_tune(model)):
+    elif tokens is None and (too_large := too_large_to_tune(model, limits.memory)):
         reason = too_large
     elif tokens is None and len(moments.tokens) <= TuneOptions().held_out_windows:
         reason = "the calibration text is too short"
@@ -228,7 +301,7 @@ def tune_command(
     """Tune any GGUF file whose original is a Hugging Face checkpoint."""
     if output.exists() and output.samefile(path):
         raise ExportError(f"{output} is the file that is being read; write the tuned one to another name.")
-    model = open_and_announce(reference)
+    model = open_language_model(reference)
     tokenizer = load_tokenizer(model)
     tokens = options.tokens + options.held_out_windows * window
     found = read_text(text, seed=options.seed, max_tokens=tokens)

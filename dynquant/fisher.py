@@ -4,7 +4,7 @@ E[g gᵀ] over such gradients g is the Fisher information, the Hessian of the KL
 arXiv:1503.05671). The model's weights get no gradients; hooks on activations see theirs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -35,9 +35,17 @@ def frozen_weights(hf_model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def backward_from_sampled_labels(hf_model: nn.Module, tokens: torch.Tensor, generator: torch.Generator) -> None:
-    """Gradients of the summed log-probability of one drawn token at every position of `tokens` [windows, window]."""
-    sampled_log_probability(hf_model(input_ids=tokens, use_cache=False).logits, generator).backward()
+ModelInputs = torch.Tensor | Mapping[str, torch.Tensor]
+"""Token ids [windows, window], or the keyword arguments of a model that also takes images."""
+
+
+def backward_from_sampled_labels(hf_model: nn.Module, inputs: ModelInputs, generator: torch.Generator) -> None:
+    """Gradients of the summed log-probability of one drawn token at every position.
+
+    Gradients reach a vision tower when its pixels ask for one.
+    """
+    arguments = {"input_ids": inputs} if isinstance(inputs, torch.Tensor) else inputs
+    sampled_log_probability(hf_model(**arguments, use_cache=False).logits, generator).backward()
 
 
 def sampled_log_probability(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -76,7 +76,7 @@ class GGUFSource:
         shape = tensor.shape if index is None else tensor.shape[1:]
         return decode(tensor.type, self.load_packed(name, index), shape)
 
-    def load_packed(self, name: str, index: int | None = None) -> torch.Tensor:
+    def load_packed(self, name: str, index: int | slice | None = None) -> torch.Tensor:
         """The stored bytes, uint8 [..., row_bytes]; with `index`, only that slice of the first dimension."""
         tensor = self._tensors[name]
         packed = self._bytes(tensor).reshape(*tensor.shape[:-1], QUANT_TYPES[tensor.type].row_bytes(tensor.shape[-1]))

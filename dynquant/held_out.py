@@ -12,6 +12,7 @@ from dynquant.errors import DataError
 
 RUN_TOKENS = 32
 """Consecutive tokens that training and held-out text must not share; common phrases are shorter."""
+_AT_ONCE = 1024
 
 
 def split_documents(text: CalibrationText, share: float) -> tuple[CalibrationText, CalibrationText]:
@@ -41,14 +42,15 @@ def without_repeats(windows: Tensor, held_out: Iterable[Tensor]) -> Tensor:
     """The training windows [n, T] that share no run of `RUN_TOKENS` tokens with held-out sequences [*]."""
     seen = [_runs(tokens.numpy()) for tokens in held_out]
     known = np.unique(np.concatenate(seen)) if seen else np.empty(0, np.int64)
-    repeats = torch.tensor([bool(np.isin(_runs(window), known).any()) for window in windows.numpy()])
-    return windows[~repeats]
+    repeats = [np.isin(_runs(part.numpy()), known).any(axis=-1) for part in windows.split(_AT_ONCE)]
+    return windows[~torch.from_numpy(np.concatenate([np.empty(0, bool), *repeats]))]
 
 
 def _runs(tokens: np.ndarray) -> np.ndarray:
-    """A 64-bit hash of every run of consecutive tokens."""
-    if len(tokens) < RUN_TOKENS:
-        return np.empty(0, np.int64)
-    factors = np.random.default_rng(0).integers(-(2**62), 2**62, RUN_TOKENS) | 1
+    """A 64-bit hash of every run of consecutive tokens [..., T]: [..., T - RUN_TOKENS + 1]."""
+    count = max(0, tokens.shape[-1] - RUN_TOKENS + 1)
+    hashes = np.zeros((*tokens.shape[:-1], count), np.int64)
     with np.errstate(over="ignore"):
-        return np.lib.stride_tricks.sliding_window_view(tokens.astype(np.int64), RUN_TOKENS) @ factors
+        for place, factor in enumerate(np.random.default_rng(0).integers(-(2**62), 2**62, RUN_TOKENS) | 1):
+            hashes += tokens[..., place : place + count] * factor
+    return hashes

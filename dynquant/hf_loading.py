@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dynquant.checkpoint_weights import CheckpointWeights
 from dynquant.errors import CheckpointError
+from dynquant.families.recipe import RecipeSource
 from dynquant.model import Model
 from dynquant.process_usage import count_mapped_files
 
@@ -28,12 +30,55 @@ def load_hf(model: Model, *, dtype: torch.dtype | None = None, device: str = "cp
     Raises:
         CheckpointError: transformers cannot load this checkpoint, with the way out.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    if isinstance(model.source, RecipeSource) and getattr(model.source.checkpoint, "has_fp8", False):
+        return _load_fp8(model, dtype or computing_type(model, device), device)
+    auto_class = AutoModelForImageTextToText if model.has_vision else AutoModelForCausalLM
     wanted = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
-    loaded = _load(AutoModelForCausalLM, model, dtype=wanted, use_safetensors=True)
+    loaded = _load(auto_class, model, dtype=wanted, use_safetensors=True)
     count_mapped_files(model.hf_directory.glob("*.safetensors") if model.hf_directory else [model.gguf_file])
     return loaded.to(device).eval()
+
+
+def computing_type(model: Model, device: str) -> torch.dtype:
+    """What `load_hf` computes in without being told: float32 on a CPU, the type that config.json states elsewhere."""
+    from transformers import AutoConfig
+
+    if torch.device(device).type == "cpu":
+        return torch.float32
+    stated = _load(AutoConfig, model).dtype
+    return stated if isinstance(stated, torch.dtype) else torch.bfloat16
+
+
+def empty_hf(model: Model, *, dtype: torch.dtype, device: str = "cpu") -> "PreTrainedModel":
+    """The model of a Hugging Face directory with parameters on the meta device; what follows from the configuration
+    (rotary tables) is computed, on `device`.
+
+    Raises:
+        CheckpointError: no such directory, or transformers does not know the architecture.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config: Any = _load(AutoConfig, model)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    for module in empty.modules():
+        computed = module._non_persistent_buffers_set
+        if computed:
+            for name in computed:
+                module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
+            empty._init_weights(module)
+    return empty.eval()
+
+
+def _load_fp8(model: Model, dtype: torch.dtype, device: str) -> "PreTrainedModel":
+    """Weights times scales: transformers would run FP8 kernels, which need a GPU and round activations."""
+    empty = empty_hf(model, dtype=dtype, device=device)
+    CheckpointWeights(model, empty).fill(empty, dtype, device)
+    return empty
 
 
 def load_tokenizer(model: Model) -> "PreTrainedTokenizerBase":

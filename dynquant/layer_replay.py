@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynquant.errors import StatsError
+from dynquant.layer_stream import decoder_layers
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class LayerReplay:
         self._hf_model = hf_model
         self._device = next(hf_model.parameters()).device
         self.batches = tuple(batches)
-        self.layers = _decoder_layers(hf_model)
+        self.layers = decoder_layers(hf_model)
         self._calls: list[list[_Call]] = []
         self._gives_tuples = False
 
@@ -118,18 +118,3 @@ def _keep_call(kept: list[_Call], _module: nn.Module, args: tuple, kwargs: dict[
     others = dict(kwargs)
     hidden = args[0] if args else others.pop("hidden_states")
     kept.append(_Call(hidden, others))
-
-
-def _decoder_layers(hf_model: nn.Module) -> nn.ModuleList:
-    wanted = hf_model.config.get_text_config().num_hidden_layers
-    found = [
-        module
-        for module in hf_model.modules()
-        if isinstance(module, nn.ModuleList) and len(module) == wanted and any(True for _ in module[0].parameters())
-    ]
-    if not found:
-        raise StatsError(
-            f"{type(hf_model).__name__} has no list of {wanted} decoder layers, so they cannot be measured one by one. "
-            "Plan with --sensitivity closed-form."
-        )
-    return max(found, key=lambda layers: sum(parameter.numel() for parameter in layers.parameters()))

@@ -38,6 +38,11 @@ class Model:
         return self.source.fingerprint
 
     @cached_property
+    def has_vision(self) -> bool:
+        """Whether there is a vision tower."""
+        return any(name.startswith("v.") for name in self.source.names())
+
+    @cached_property
     def num_weights(self) -> int:
         """Of all tensors."""
         return sum(self.source.info(name).numel for name in self.source.names())

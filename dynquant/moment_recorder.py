@@ -26,7 +26,7 @@ class MomentRecorder:
     left_out: list[str] = field(default_factory=list)
     _sums: dict[str, torch.Tensor] = field(default_factory=dict)
     _weights: dict[str, torch.Tensor] = field(default_factory=dict)
-    _used: int = 0
+    used_bytes: int = 0
 
     @classmethod
     def for_model(cls, hf_model: nn.Module, limit_bytes: int) -> "MomentRecorder":
@@ -66,17 +66,23 @@ class MomentRecorder:
     def finish(
         self, provenance: StatsProvenance, tokens: torch.Tensor, kind: str, aliases: dict[str, str]
     ) -> SecondMoments:
-        """The moments on the CPU, exactly symmetric."""
-        sums = {key: ((s + s.transpose(1, 2)) / 2).cpu() for key, s in self._sums.items()}
+        """The moments of all inputs."""
+        sums, weights = self.take()
         known = {alias: key for alias, key in aliases.items() if key in sums}
-        return SecondMoments(
-            provenance,
-            tokens.to(torch.int32).cpu(),
-            kind,
-            known,
-            sums,
-            {key: w.cpu() for key, w in self._weights.items()},
-        )
+        return SecondMoments(provenance, tokens.to(torch.int32).cpu(), kind, known, sums, weights)
+
+    def take(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Sums, exactly symmetric, and weights of the inputs that were seen since the last call, on the CPU.
+
+        What was taken still counts against the limit.
+        """
+        sums = {}
+        for key in list(self._sums):
+            one = self._sums.pop(key)
+            sums[key] = ((one + one.transpose(1, 2)) / 2).cpu()
+        weights = {key: one.cpu() for key, one in self._weights.items()}
+        self._weights.clear()
+        return sums, weights
 
     def _has_room(self, key: str, x: torch.Tensor, num_experts: int) -> bool:
         if key in self._sums:
@@ -85,10 +91,10 @@ class MomentRecorder:
             return False
         count = x.shape[1] if x.dim() == 3 else 1 if self.pools_experts else num_experts
         columns = x.shape[-1]
-        if self._used + 4 * count * columns**2 > self.limit_bytes:
+        if self.used_bytes + 4 * count * columns**2 > self.limit_bytes:
             self.left_out.append(key)
             return False
-        self._used += 4 * count * columns**2
+        self.used_bytes += 4 * count * columns**2
         self._sums[key] = torch.zeros(count, columns, columns, device=x.device)
         self._weights[key] = torch.zeros(count, dtype=torch.float64, device=x.device)
         return True

@@ -61,6 +61,10 @@ class Place:
             return StoredTensor(self.key, stored.name, self.shape)
         return StoredTensor(self.key, "U8", (*self.shape[:-1], stored.row_bytes(self.shape[-1])))
 
+    def keeps_bytes(self, given: QuantType) -> bool:
+        """Whether the entry is the bytes of GGUF, in their order."""
+        return self.order is None and not self.shift and self.stored_type(given) is given
+
     def from_gguf(self, given: QuantType, packed: Tensor) -> Tensor:
         """The entry of `state_dict`: bytes in transformers' order of rows, or floats of the GGUF tensor's own dtype.
 

@@ -110,6 +110,8 @@ def _choose(
     model: Model, name: str, shape: tuple[int, ...], wanted: tuple[str, str] | None, exact: bool
 ) -> tuple[str, str, str | None]:
     """Type, reason, and the wanted type when the row length forced another one."""
+    if role_of(name) == Role.VISION_PATCH and wanted is None:
+        return "F16", "patch embedding: a convolution, kept F16 as in llama.cpp", None
     if stays_f32(name, shape) and not (exact and wanted):
         return "F32", "vectors, norms and routers stay F32, as in llama.cpp", None
     if wanted is None:

@@ -10,6 +10,7 @@ from dynquant.analysis.frontier import frontier
 from dynquant.analysis.selection import Selection
 from dynquant.analysis.super_experts import find_super_experts
 from dynquant.analysis.super_weights import SuperWeight
+from dynquant.analysis.token_errors import TokenErrors
 from dynquant.artifacts import file_hash
 from dynquant.checkpoint import open_model
 from dynquant.errors import PlanError, StatsError
@@ -22,6 +23,7 @@ from dynquant.statistics import CalibrationStats
 
 STATS_NAME, ERRORS_NAME, PLAN_NAME, SUPER_NAME = "stats.safetensors", "errors.json", "plan.json", "super_weights.json"
 SELECTION_NAME = "selection.json"
+TOKEN_ERRORS_NAME = "token_errors.json"
 
 FRONTIER_PRESETS = (
     "uniform-iq1_s", "uniform-iq2_xxs", "uniform-q2_k", "uniform-iq3_xxs", "uniform-iq4_xs", "uniform-q6_k",
@@ -51,13 +53,15 @@ def stats_of_plan(stats_hash: str | None, path: Path) -> CalibrationStats | None
     return CalibrationStats.load(path)
 
 
-def write_plan_report(path: str, directory: Path, *, evaluation: Mapping[str, object] | None = None) -> Path:
+def write_plan_report(
+    path: str, directory: Path, *, evaluation: Mapping[str, object] | None = None, pictures: str = ""
+) -> Path:
     """Draw the plots and report.html of a plan directory again, with what `eval` found if given."""
     made = Plan.load(directory / PLAN_NAME)
     stats = CalibrationStats.load(directory / STATS_NAME)
     table = ErrorTable.load(directory / ERRORS_NAME)
     supers = load_super_weights(directory / SUPER_NAME)
-    return write_report(open_model(path), made, table, stats, supers, directory, evaluation)
+    return write_report(open_model(path), made, table, stats, supers, directory, evaluation, pictures)
 
 
 def write_report(
@@ -68,6 +72,7 @@ def write_report(
     supers: Sequence[SuperWeight],
     directory: Path,
     evaluation: Mapping[str, object] | None = None,
+    pictures: str = "",
 ) -> Path:
     from dynquant.analysis.plots import write_plots
     from dynquant.analysis.report import write_report as write_html
@@ -79,8 +84,9 @@ def write_report(
             "table": table, "plan": plan, "stats": stats, "super_weights": supers, "frontier": points,
             "selection": Selection.load(directory / SELECTION_NAME),
         }  # fmt: skip
-        plots = write_plots(directory / "plots", **shown, progress=progress)
-    write_html(report, **shown, plots=plots, evaluation=evaluation)
+        token_errors = TokenErrors.load(directory / TOKEN_ERRORS_NAME, plan.fingerprint)
+        plots = write_plots(directory / "plots", **shown, token_errors=token_errors, progress=progress)
+    write_html(report, **shown, plots=plots, evaluation=evaluation, pictures=pictures)
     console.note(f"wrote {report}")
     return report
 

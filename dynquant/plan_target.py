@@ -9,6 +9,7 @@ from dynquant.errors import PlanError
 from dynquant.memory_budget import MemoryBudget, check_cache, memory_budget
 from dynquant.model import Model
 from dynquant.planner import check_couplings
+from dynquant.vision_choice import LEVELS
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Target:
     kv_type: str = "f16"
     couple: tuple[str, ...] = ()
     """Kinds of `planner.COUPLINGS`."""
+    vision: str = "auto"
+    """What becomes of a vision tower and its projector: keep, 8bit, lower, or auto for what was measured."""
 
     def __post_init__(self) -> None:
         fields = {
@@ -49,8 +52,12 @@ class Target:
                 "says alone which types the plan has."
             )
         check_couplings(self.couple)
+        if self.vision not in ("auto", *LEVELS):
+            raise PlanError(f"--vision {self.vision} is not known; give auto, {', '.join(LEVELS)}.")
         if self.couple and given and given[0] in ("--preset", "--like", "--recipe"):
             raise PlanError(f"--couple goes with a budget; {given[0]} has types of its own.")
+        if self.vision != "auto" and given and given[0] in ("--preset", "--like", "--recipe"):
+            raise PlanError(f"--vision {self.vision} goes with a budget; {given[0]} has types of its own.")
         if self.fits is not None:
             parse_size(self.fits)
             check_cache(self.context, self.kv_type)

@@ -87,9 +87,9 @@ def preset_types(preset: str, model: Model) -> dict[str, Choice]:
 
 
 def is_quantizable(name: str, shape: tuple[int, ...]) -> bool:
-    """Matrices that are neither norms, routers nor of unknown purpose; the rest keeps F32, as in llama.cpp."""
-    role = role_of(name)
-    return len(shape) >= 2 and name.endswith(".weight") and role not in (Role.NORM, Role.ROUTER, Role.OTHER)
+    """Matrices that are neither norms, routers nor of unknown purpose; the rest stays precise, as in llama.cpp."""
+    kept = (Role.NORM, Role.ROUTER, Role.VISION_PATCH, Role.OTHER)
+    return len(shape) >= 2 and name.endswith(".weight") and role_of(name) not in kept
 
 
 def _each(names: Iterable[str], choose: Callable[[str], Choice]) -> dict[str, Choice]:

@@ -1,14 +1,14 @@
-"""The stream of quantized tensors: each is loaded, encoded once, and handed to whichever exporter writes it.
+"""The stream of quantized tensors: each is loaded and encoded in parts that whichever exporter writes at once.
 
-Stacked tensors are loaded and encoded a few experts at a time, so that the float32 copy of a whole expert stack never
-exists; only its packed bytes do. A quantized GGUF that already stores the wanted type gives its own bytes.
+Neither the float32 copy of a whole expert stack nor its packed bytes ever exist (`parts`). What an encoder is told of a
+part, `PartInput`, can be gathered in one process and encoded in another. A quantized GGUF that already stores the
+wanted type gives its own bytes.
 """
 
 import importlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import prod
 
 import torch
 
@@ -17,7 +17,8 @@ from dynquant.errors import EncodeError, PlanError
 from dynquant.gguf_source import GGUFSource
 from dynquant.importance import importance
 from dynquant.model import Model
-from dynquant.plan import Plan, PlanEntry
+from dynquant.parts import PartLimits, TensorPart, load_packed_part, load_part
+from dynquant.plan import Plan
 from dynquant.progress import Progress
 from dynquant.quant_types import QuantType
 from dynquant.second_moments import SecondMoments, hessian
@@ -28,8 +29,8 @@ ImportanceLookup = Callable[[str, tuple[int, ...]], torch.Tensor | None]
 HessianLookup = Callable[[str, tuple[int, ...], slice], torch.Tensor | None]
 """Tensor name, shape and experts -> E[x xᵀ], float32 [experts, row_length, row_length]; None when it is not known."""
 
-BATCH_WEIGHTS = 1 << 26
-"""Float32 weights of a stack that are in memory at a time (256 MiB), at least one expert."""
+PartStream = Callable[[Iterable[TensorPart]], Iterable[tuple[TensorPart, torch.Tensor]]]
+"""Encodes parts, somewhere and in any order, and gives each with its blocks."""
 
 _ENCODERS = {
     "ggml": ("dynquant.codecs.ggml_encoder", "GgmlEncoder"),
@@ -62,13 +63,22 @@ def guidance_of(
 
 
 @dataclass(frozen=True)
-class QuantizedTensor:
-    """One tensor as it is stored. `packed` is uint8 [..., rows, row_bytes]; 1-D tensors have one row."""
+class QuantizedPart:
+    """A part as it is stored. `packed` is uint8 [..., rows, row_bytes]; 1-D tensors have one row."""
 
-    name: str
-    shape: tuple[int, ...]
-    quant_type: QuantType
+    part: TensorPart
     packed: torch.Tensor
+
+
+@dataclass(frozen=True)
+class PartInput:
+    """All that decides the blocks of a part beside the encoder: see `Encoder.encode`."""
+
+    part: TensorPart
+    weights: torch.Tensor
+    importance: torch.Tensor | None
+    hessian: torch.Tensor | None
+    protected: tuple[ProtectedWeight, ...]
 
 
 def load_encoder(name: str, device: str | None = None) -> Encoder:
@@ -93,17 +103,40 @@ def encoder_version(encoder: Encoder) -> str:
     return ggml_version()
 
 
+def parts_of_plan(
+    plan: Plan, guidance: Guidance, encoder: Encoder, limits: PartLimits | None = None, *, whole: Collection[str] = ()
+) -> dict[str, list[TensorPart]]:
+    """Tensor name -> its parts. Tensors named in `whole` have one, whatever the limits.
+
+    Raises:
+        ExportError: the limits are too tight for a tensor.
+    """
+    limits = limits or PartLimits()
+    found = {}
+    for entry in plan.entries:
+        if entry.name in whole:
+            found[entry.name] = [TensorPart.whole(entry.name, entry.shape, entry.quant_type)]
+            continue
+        hessians = _uses_hessian(guidance, encoder, entry.quant_type)
+        found[entry.name] = limits.parts(entry.name, entry.shape, entry.quant_type, hessians=hessians)
+    return found
+
+
 def quantize(
     model: Model,
     plan: Plan,
     guidance: Guidance,
     encoder: Encoder,
     *,
+    parts: Mapping[str, list[TensorPart]] | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
     skip: Collection[str] = (),
-) -> Iterator[QuantizedTensor]:
-    """Every tensor of the plan in the model's order, without those in `skip`.
+    elsewhere: PartStream | None = None,
+) -> Iterator[QuantizedPart]:
+    """Every part of every tensor of the plan, without those whose key or tensor name is in `skip`.
+
+    Here, parts come in the model's order; `elsewhere`, in its own. `parts` are those of `parts_of_plan`.
 
     Raises:
         PlanError: the plan is of another checkpoint, or gives a tensor another shape.
@@ -111,23 +144,20 @@ def quantize(
     """
     check_plan(model, plan)
     check_importance(plan, guidance.importance, skip=skip)
-    entries = {entry.name: entry for entry in plan.entries}
-    counter = _Counter(
-        progress, plan.num_weights, sum(prod(entry.shape) for name, entry in entries.items() if name in skip)
-    )
-    for name in model.source.names():
-        entry = entries[name]
-        if name in skip:
-            continue
-        counter.begin(name)
-        packed = _stored_bytes(model, entry)
-        if packed is None:
-            packed = encode_tensor(
-                model, name, entry.quant_type, guidance, encoder, threads=threads, on_weights=counter.add
-            )
-        else:
-            counter.add(prod(entry.shape))
-        yield QuantizedTensor(name, entry.shape, entry.quant_type, packed)
+    parts = parts or parts_of_plan(plan, guidance, encoder)
+    every = [part for name in model.source.names() for part in parts[name]]
+    wanted = [part for part in every if part.key not in skip and part.name not in skip]
+    counter = _Counter(progress, plan.num_weights, plan.num_weights - sum(part.num_weights for part in wanted))
+    if elsewhere is not None:
+        for part, packed in elsewhere(wanted):
+            counter.tensor = part.name
+            counter.add(part.num_weights)
+            yield QuantizedPart(part, packed)
+        return
+    for part in wanted:
+        counter.begin(part.name)
+        packed = encode_part(model, part, guidance, encoder, threads=threads, on_weights=counter.add)
+        yield QuantizedPart(part, packed)
 
 
 def check_plan(model: Model, plan: Plan) -> None:
@@ -181,14 +211,6 @@ class _Counter:
             self.progress("quantize", self.done, self.total, unit="weights", tensor=self.tensor)
 
 
-def _stored_bytes(model: Model, entry: PlanEntry) -> torch.Tensor | None:
-    """The source's own blocks when it holds the wanted type; floats go through the encoder, which checks for NaN."""
-    source = model.source
-    if isinstance(source, GGUFSource) and not entry.quant_type.is_float and source.info(entry.name).dtype == entry.type:
-        return source.load_packed(entry.name)
-    return None
-
-
 def encode_tensor(
     model: Model,
     name: str,
@@ -197,42 +219,83 @@ def encode_tensor(
     encoder: Encoder,
     *,
     threads: int | None = None,
-    on_weights: Callable[[int], None] | None = None,
 ) -> torch.Tensor:
-    """One tensor's blocks, uint8 [..., rows, row_bytes]; `on_weights` hears how many weights each step encoded.
+    """One tensor's blocks, uint8 [..., rows, row_bytes], encoded part by part.
 
     Raises:
         EncodeError: NaN or Inf weights, or a type that needs statistics the tensor has none of.
     """
     shape = tuple(model.source.info(name).shape)
+    parts = PartLimits().parts(name, shape, stored, hessians=_uses_hessian(guidance, encoder, stored))
+    encoded = (encode_input(gather(model, part, guidance, encoder), encoder, threads=threads) for part in parts)
+    if len(parts) == 1:
+        return next(encoded)
+    packed = torch.empty(stored.tensor_bytes(shape), dtype=torch.uint8)
+    for part, blocks in zip(parts, encoded, strict=True):
+        packed[part.offset : part.offset + part.num_bytes] = blocks.reshape(-1)
+    return packed.view(*shape[:-1], -1)
+
+
+def encode_part(
+    model: Model,
+    part: TensorPart,
+    guidance: Guidance,
+    encoder: Encoder,
+    *,
+    threads: int | None = None,
+    on_weights: Callable[[int], None] | None = None,
+) -> torch.Tensor:
+    """A part's blocks, uint8 [..., rows, row_bytes]; `on_weights` hears how many weights each step encoded.
+
+    Raises:
+        EncodeError: NaN or Inf weights, or a type that needs statistics the tensor has none of.
+    """
+    if not is_stored(model, part):
+        given = gather(model, part, guidance, encoder)
+        return encode_input(given, encoder, threads=threads, on_weights=on_weights)
+    if on_weights is not None:
+        on_weights(part.num_weights)
+    assert isinstance(model.source, GGUFSource)
+    return load_packed_part(model.source, part)
+
+
+def is_stored(model: Model, part: TensorPart) -> bool:
+    """Whether the source's own blocks are the wanted ones; floats go through the encoder, which checks for NaN."""
+    holds_blocks = isinstance(model.source, GGUFSource) and not part.quant_type.is_float
+    return holds_blocks and model.source.info(part.name).dtype == part.quant_type.name
+
+
+def gather(model: Model, part: TensorPart, guidance: Guidance, encoder: Encoder) -> PartInput:
+    """Read what an encoder needs for a part."""
+    stored, experts = part.quant_type, slice(part.experts.start, part.experts.stop)
     uses_importance = stored.uses_imatrix or (encoder.uses_hessians and not stored.is_float)
-    importance = guidance.importance(name, shape) if guidance.importance and uses_importance else None
-    protected = guidance.protected.get(name, ())
-
-    def encoded(weights: torch.Tensor, experts: slice, part: torch.Tensor | None) -> torch.Tensor:
-        hessian = None
-        if guidance.hessian is not None and encoder.uses_hessians and not stored.is_float:
-            hessian = guidance.hessian(name, shape, experts)
-        inside = [p for p in protected if (p.expert or 0) in _numbers(experts)]
-        scalars = [replace(p, expert=(p.expert or 0) - experts.start) for p in inside]
-        return encoder.encode(
-            stored, weights, part, threads, name=name, hessian=hessian, protected=scalars, progress=on_weights
-        )
-
-    if len(shape) != 3:
-        return encoded(model.source.load(name).reshape(-1, shape[-1]), slice(0, 1), importance)
-    num_experts, num_rows, row_length = shape
-    packed = torch.empty((num_experts, num_rows, stored.row_bytes(row_length)), dtype=torch.uint8)
-    batch = max(1, BATCH_WEIGHTS // (num_rows * row_length))
-    for start in range(0, num_experts, batch):
-        experts = slice(start, min(start + batch, num_experts))
-        weights = torch.stack([model.source.load(name, expert) for expert in _numbers(experts)])
-        part = importance
-        if importance is not None:
-            part = importance[0] if len(importance) == 1 else importance[experts]
-        packed[experts] = encoded(weights, experts, part)
-    return packed
+    importance = guidance.importance(part.name, part.shape) if guidance.importance and uses_importance else None
+    if importance is not None and len(part.shape) == 3:
+        importance = importance[0] if len(importance) == 1 else importance[experts]
+    hessian = None
+    if guidance.hessian is not None and _uses_hessian(guidance, encoder, stored):
+        hessian = guidance.hessian(part.name, part.shape, experts)
+    protected = tuple(
+        replace(scalar, expert=(scalar.expert or 0) - part.experts.start, row=scalar.row - part.rows.start)
+        for scalar in guidance.protected.get(part.name, ())
+        if (scalar.expert or 0) in part.experts and scalar.row in part.rows
+    )
+    return PartInput(part, load_part(model.source, part), importance, hessian, protected)
 
 
-def _numbers(experts: slice) -> range:
-    return range(experts.start, experts.stop)
+def encode_input(
+    given: PartInput,
+    encoder: Encoder,
+    *,
+    threads: int | None = None,
+    on_weights: Callable[[int], None] | None = None,
+) -> torch.Tensor:
+    """The blocks of a part from what was gathered for it, uint8 [..., rows, row_bytes]."""
+    return encoder.encode(
+        given.part.quant_type, given.weights, given.importance, threads,
+        name=given.part.name, hessian=given.hessian, protected=given.protected, progress=on_weights,
+    )  # fmt: skip
+
+
+def _uses_hessian(guidance: Guidance, encoder: Encoder, stored: QuantType) -> bool:
+    return guidance.hessian is not None and encoder.uses_hessians and not stored.is_float

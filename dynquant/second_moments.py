@@ -46,11 +46,19 @@ class SecondMoments:
     aliases: dict[str, str] = field(default_factory=dict)
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    _layer_mean: dict[str, torch.Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def key_of(self, weight: str) -> str | None:
         """The input that a GGUF weight reads, or None when there are no moments of it."""
         key = self.aliases.get(weight, weight)
         return key if key in self.sums else None
+
+    def layer_mean(self, key: str) -> torch.Tensor:
+        """Weighted mean over all experts of an input, float32 [C, C]; of the last input that was asked for it is kept,
+        because the experts of a layer are asked for in turns and a sum over all of them reads all of them."""
+        if key not in self._layer_mean:
+            self._layer_mean = {key: self.sums[key].sum(0) / self.weights[key].sum().clamp_min(1)}
+        return self._layer_mean[key]
 
     @property
     def identity(self) -> str:
@@ -70,6 +78,7 @@ class SecondMoments:
                 f"Second moments of checkpoint {other.provenance.fingerprint[:12]} cannot be merged into those of "
                 f"{self.provenance.fingerprint[:12]}; calibrate both on the same model."
             )
+        self._layer_mean = {}
         for key, sums in other.sums.items():
             if key not in self.sums:
                 self.sums[key], self.weights[key] = sums.clone(), other.weights[key].clone()
@@ -201,14 +210,15 @@ def hessian(
     elif len(sums) == 1:
         mean, known = sums / totals.clamp_min(1).to(torch.float32)[:, None, None], counts.sum().reshape(1)
     else:
-        mean = _shrunk(sums, totals, counts, experts, shrink_tokens)
+        mean = _shrunk(sums, totals, counts, moments.layer_mean(key), experts, shrink_tokens)
         known = counts[experts] + shrink_tokens
     return _invertible(mean, known, damping)
 
 
-def _shrunk(sums: torch.Tensor, totals: torch.Tensor, counts: torch.Tensor, experts: slice, k: float) -> torch.Tensor:
+def _shrunk(
+    sums: torch.Tensor, totals: torch.Tensor, counts: torch.Tensor, layer: torch.Tensor, experts: slice, k: float
+) -> torch.Tensor:
     """(n S_e + k S) / (n + k) with S_e and S the weighted means of an expert and of all."""
-    layer = sums.sum(0) / totals.sum().clamp_min(1)
     own = sums[experts] / totals[experts].clamp_min(1e-12).to(torch.float32)[:, None, None]
     share = (counts[experts] / (counts[experts] + max(k, 1e-12))).to(torch.float32)[:, None, None]
     return share * own + (1 - share) * layer

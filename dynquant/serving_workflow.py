@@ -11,8 +11,8 @@ import torch
 
 from dynquant import console
 from dynquant.analysis.error_table import ErrorTable
-from dynquant.analysis.sensitivity import output_sensitivity
 from dynquant.artifacts import file_hash
+from dynquant.calibration_stage import CalibrationOptions, run_calibration, run_probe
 from dynquant.devices import chosen_device
 from dynquant.errors import CheckpointError, ExportError, PlanError
 from dynquant.exporters.compressed_card import transformers_problem
@@ -28,13 +28,7 @@ from dynquant.serving_plan import ServingPlan
 from dynquant.serving_planner import choose_schemes, measure_schemes
 from dynquant.serving_schemes import SCHEMES, serving_scheme
 from dynquant.statistics import CalibrationStats
-from dynquant.workflow import (
-    PROBE_TOKENS,
-    CalibrationOptions,
-    open_and_announce,
-    run_calibration,
-    statistics_of,
-)
+from dynquant.workflow import open_language_model, statistics_of
 
 SERVING_ERRORS_NAME = "serving_errors.json"
 
@@ -83,7 +77,7 @@ def plan_for_vllm(
 ) -> ServingPlan:
     """Write stats.safetensors, serving_errors.json and plan.json into `directory`."""
     schemes = tuple(serving_scheme(name).name for name in target.schemes or SCHEMES)
-    model = open_and_announce(path)
+    model = open_language_model(path)
     checkpoint = served_checkpoint(model)
     preset = preset_schemes(target.preset, checkpoint) if target.preset else None
     stats, stats_hash = statistics_of(model, options, directory, stats_path)
@@ -125,27 +119,18 @@ def _table(
             )  # fmt: skip
         table.save(path)
     if not table.sensitivity:
-        table = _with_sensitivity(model, table, options)
+        table = _with_sensitivity(model, table, options, directory)
         table.save(path)
     return table
 
 
-def _with_sensitivity(model: Model, table: ErrorTable, options: CalibrationOptions) -> ErrorTable:
-    from dynquant.calibration_text import pack_windows, read_text
-    from dynquant.hf_loading import load_hf, load_tokenizer
-
+def _with_sensitivity(model: Model, table: ErrorTable, options: CalibrationOptions, directory: Path) -> ErrorTable:
     try:
-        tokenizer, hf_model = load_tokenizer(model), load_hf(model)
+        probe = run_probe(model, options, directory, finds_super_weights=False)
     except CheckpointError as error:
         console.note(f"no sensitivities, every layer's relative error counts alike: {error}")
         return table
-    text = read_text(options.text, seed=options.seed, max_tokens=PROBE_TOKENS)
-    windows = pack_windows(text, tokenizer, window=options.window, max_tokens=PROBE_TOKENS)
-    with console.stage_progress("Errors are kept; the sensitivities measured so far are lost.") as progress:
-        found = output_sensitivity(
-            hf_model, model.arch, model.hyper.n_layer, windows, seed=options.seed, progress=progress
-        )
-    return table.with_sensitivity(*found)
+    return table.with_sensitivity(probe.sensitivity, probe.sensitivity_se)
 
 
 def export_for_vllm(
@@ -170,7 +155,7 @@ def export_for_vllm(
     if output.exists() or output.is_symlink():
         raise ExportError(f"{output} exists already; export to another name, or remove it first.")
     loaded = ServingPlan.load(plan_path) if plan_path is not None else None
-    model = open_and_announce(path)
+    model = open_language_model(path)
     checkpoint = served_checkpoint(model)
     chosen = torch.device(chosen_device(device))
     if loaded is not None and plan_path is not None:

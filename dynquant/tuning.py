@@ -97,9 +97,12 @@ def tune(
     return Tuned(changed, float(before.mean()), float(after.mean()), train.numel())
 
 
-def too_large_to_tune(model: Model) -> str | None:
-    """Why the closing pass should not run unasked, or None: it would take more than half of the memory."""
+def too_large_to_tune(model: Model, allowed: int | None = None) -> str | None:
+    """Why the closing pass should not run unasked, or None: it would take more than half of the memory, or more host
+    memory than `allowed` bytes."""
     needed = BYTES_PER_WEIGHT * model.num_weights
+    if allowed is not None and needed > allowed:
+        return f"it needs about {needed / 1e9:.1f} GB, more than --max-memory leaves (`--tune N` insists)"
     if torch.cuda.is_available():
         where, memory = "GPU", torch.cuda.mem_get_info()[1]
     else:

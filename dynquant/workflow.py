@@ -7,7 +7,6 @@ import json
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
@@ -15,16 +14,15 @@ from dynquant import console
 from dynquant.analysis.error_table import ErrorTable
 from dynquant.analysis.measure_errors import build_error_table
 from dynquant.analysis.selection import Selection
-from dynquant.analysis.sensitivity import output_sensitivity
-from dynquant.analysis.super_weights import SuperWeight, find_super_weights
+from dynquant.analysis.super_weights import SuperWeight
 from dynquant.analysis.unit_kl import METHOD as UNIT_KL
 from dynquant.architecture import Role
 from dynquant.artifacts import file_hash
-from dynquant.calibration import Hessians
+from dynquant.calibration_stage import CalibrationOptions, run_calibration, run_probe, streaming_limit
 from dynquant.checkpoint import open_model
 from dynquant.devices import chosen_device
 from dynquant.encoded_store import EncodedStore
-from dynquant.errors import CheckpointError, PlanError
+from dynquant.errors import CheckpointError, ExportError, PlanError
 from dynquant.importance import coverage_report
 from dynquant.model import Model
 from dynquant.plan import Plan, write_atomically
@@ -40,7 +38,7 @@ from dynquant.plan_report import (
     write_report,
 )
 from dynquant.plan_search import SearchOptions
-from dynquant.plan_target import Target, parse_size
+from dynquant.plan_target import Target
 from dynquant.presets import R1_RECIPES, preset_types
 from dynquant.quant_types import quant_type
 from dynquant.quantize import load_encoder
@@ -49,27 +47,16 @@ from dynquant.search_stage import encoded_store, search_plans
 from dynquant.second_moments import path_beside
 from dynquant.statistics import CalibrationStats
 from dynquant.type_lists import like_types
+from dynquant.vision_choice import held_to, module_choices
+from dynquant.vision_names import part_of
+from dynquant.vision_workflow import (
+    write_token_errors,
+)
 
 DEFAULT_TYPES = (
     "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "IQ4_XS", "Q5_K", "Q6_K", "Q8_0",
 )  # fmt: skip
 """Candidates of `plan`: the useful types of each size. IQ2_XS and Q3_K lose to their neighbours at equal bytes."""
-
-PROBE_TOKENS = 4096
-"""Tokens of the backward pass that measures sensitivities."""
-
-
-@dataclass(frozen=True)
-class CalibrationOptions:
-    """What to run the model on (`text=None` is the built-in text), and what to measure there."""
-
-    text: str | None = None
-    tokens: int = 131072
-    window: int = 512
-    seed: int = 0
-    hessians: Hessians = "activations"
-    hessian_memory: str = "8GiB"
-    device: str | None = None
 
 
 def open_and_announce(path: str | Path, base_gguf: Path | None = None) -> Model:
@@ -79,6 +66,21 @@ def open_and_announce(path: str | Path, base_gguf: Path | None = None) -> Model:
     console.note(
         f"{model.name}: {model.arch}, {model.hyper.n_layer} layers{experts}, {model.num_weights / 1e6:,.1f} M weights"
     )
+    return model
+
+
+def open_language_model(path: str | Path, base_gguf: Path | None = None) -> Model:
+    """`open_and_announce` for stages that have no place for a vision tower.
+
+    Raises:
+        ExportError: the model has one.
+    """
+    model = open_and_announce(path, base_gguf)
+    if model.has_vision:
+        raise ExportError(
+            f"{model.name} has a vision tower; dynquant calibrates, plans and evaluates such models, but writes none "
+            "yet. `dynquant eval plan/ --reference MODEL --data FILE` runs a plan of it."
+        )
     return model
 
 
@@ -99,42 +101,13 @@ def calibrate(
         stats = import_imatrix(imatrix, model)
         stats.save(output)
     else:
-        stats = run_calibration(model, options, output)
+        stats = run_calibration(model, options, output, base_gguf=base_gguf)
     if imatrix_out:
         export_imatrix(stats, imatrix_out, model=model)
         console.note(f"wrote {imatrix_out}")
     print_coverage(stats, model)
     console.out.print(f"{output}: {stats.provenance.num_tokens:,} tokens, {len(stats.inputs)} inputs")
     return stats
-
-
-def run_calibration(model: Model, options: CalibrationOptions, output: Path) -> CalibrationStats:
-    """Write the statistics, and the second moments beside them when they are asked for."""
-    from dynquant.calibration import calibrate as run
-
-    device, hessian_bytes = chosen_device(options.device), parse_size(options.hessian_memory)
-    with console.stage_progress("Calibration is not kept: what it has measured so far is lost.") as progress:
-        found = run(
-            model, options.text, tokens=options.tokens, window=options.window, seed=options.seed,
-            device=device, batch_size=16 if device.startswith("cuda") else 4, hessians=options.hessians,
-            hessian_bytes=hessian_bytes, progress=progress,
-        )  # fmt: skip
-    output.parent.mkdir(parents=True, exist_ok=True)
-    moments_path = path_beside(output)
-    if found.moments is not None:
-        found.moments.save(moments_path)
-        size = console.human_bytes(moments_path.stat().st_size)
-        pooled = ", one for each layer's experts" if found.pools_experts else ""
-        console.note(f"wrote {moments_path}: {len(found.moments.sums)} second moments{pooled}, {size}")
-    else:
-        moments_path.unlink(missing_ok=True)
-    if found.left_out:
-        console.note(
-            f"no second moments for {len(found.left_out)} inputs, because --hessian-memory {options.hessian_memory} is "
-            f"used up; they are encoded without error feedback: {', '.join(found.left_out)}"
-        )
-    found.stats.save(output)
-    return found.stats
 
 
 def print_coverage(stats: CalibrationStats, model: Model) -> None:
@@ -217,9 +190,18 @@ def plan(
     types = _candidates(target, fixed_types)
     stats, stats_hash = statistics_of(model, options, directory, stats_path)
     searches = search is not None and search.runs_model and fixed_types is None
+    if searches and options.samples is not None:
+        raise PlanError("--select, --frontier and measured prices run on text; with --data leave them out.")
+    if searches and streaming_limit(model, options, chosen_device(options.device)) is not None:
+        raise PlanError(
+            f"--select, --frontier and the sensitivities fisher-probe and unit-kl run {model.name} as a whole, which "
+            f"takes {console.human_bytes(4 * model.num_weights)} on a CPU. Plan with --sensitivity closed-form, which "
+            "is streamed, or on a machine with that much memory and without --max-memory."
+        )
     store = encoded_store(model, stats, stats_hash, directory, encoder, threads) if searches else None
     table = _table_of(model, stats, stats_hash, types, directory, encoder, threads, store)
     supers, table = _probe(model, stats, table, options, directory)
+    write_token_errors(model, stats_path or directory / STATS_NAME, directory, types, encoder)
     chooser = Chooser(model, target, stats, stats_hash, table, supers, memory)
     selection = None
     if search is not None and store is not None:
@@ -233,7 +215,7 @@ def plan(
         chosen = chooser.explained(selection.winner.types)
     else:
         (directory / SELECTION_NAME).unlink(missing_ok=True)
-        chosen = fixed_types or chooser.explained(chooser(table))
+        chosen = fixed_types or _with_modules(chooser, table, target.vision)
     made = plan_from_types(
         model,
         chosen,
@@ -253,6 +235,25 @@ def plan(
     if memory is not None:
         console.note(memory.describe(made.predicted_bytes))
     return made
+
+
+def _with_modules(chooser: Chooser, table: ErrorTable, wanted: str) -> dict[str, tuple[str, str]]:
+    """Types and reasons after a decision for vision tower and projector as wholes, the highest that fits the budget."""
+    error: PlanError | None = None
+    for choices in module_choices(table, wanted):
+        try:
+            found = chooser.explained(chooser(held_to(table, choices)))
+        except PlanError as refused:
+            error = refused
+            continue
+        for choice in choices:
+            console.note(choice.reason)
+        reasons = {choice.part: choice.reason for choice in choices if choice.level != "lower"}
+        return {name: (type_name, reasons.get(part_of(name), reason)) for name, (type_name, reason) in found.items()}
+    assert error is not None
+    if wanted == "auto":
+        raise error
+    raise PlanError(f"With --vision {wanted}: {error}")
 
 
 def _promise(table: ErrorTable, types: Mapping[str, str], selection: Selection | None) -> dict[str, object]:
@@ -358,6 +359,9 @@ def _was_made_with(stats: CalibrationStats, model: Model, options: CalibrationOp
     from dynquant.calibration_text import read_text
 
     known = stats.provenance
+    if options.samples is not None:
+        made = (known.fingerprint, known.max_tokens, known.seed, known.text_hash)
+        return made == (model.fingerprint, options.tokens, options.seed, options.samples.file.sha256)
     made = (known.fingerprint, known.window, known.max_tokens, known.seed)
     if made != (model.fingerprint, options.window, options.tokens, options.seed):
         return False
@@ -447,21 +451,12 @@ def _probe(
     fresh = path.is_file() and path.stat().st_mtime >= (directory / STATS_NAME).stat().st_mtime
     if fresh and table.sensitivity:
         return load_super_weights(path), table
-    from dynquant.calibration_text import pack_windows, read_text
-    from dynquant.hf_loading import load_hf, load_tokenizer
-
     try:
-        tokenizer, hf_model = load_tokenizer(model), load_hf(model)
+        probe = run_probe(model, options, directory)
     except CheckpointError as error:
         console.note(f"no super weights and no sensitivities: {error}")
         return [], table
-    text = read_text(options.text, seed=options.seed, max_tokens=PROBE_TOKENS)
-    windows = pack_windows(text, tokenizer, window=options.window, max_tokens=PROBE_TOKENS)
-    arch, n_layer = model.arch, model.hyper.n_layer
-    found = find_super_weights(hf_model, arch, n_layer, windows[0])
-    with console.stage_progress("Errors are kept; the sensitivities measured so far are lost.") as progress:
-        found_and_errors = output_sensitivity(hf_model, arch, n_layer, windows, seed=options.seed, progress=progress)
-    table = table.with_sensitivity(*found_and_errors)
+    table = table.with_sensitivity(probe.sensitivity, probe.sensitivity_se)
     table.save(directory / ERRORS_NAME)
-    write_atomically(path, json.dumps([one.model_dump() for one in found], indent=1) + "\n")
-    return found, table
+    write_atomically(path, json.dumps([one.model_dump() for one in probe.super_weights], indent=1) + "\n")
+    return probe.super_weights, table

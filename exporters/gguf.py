@@ -1,7 +1,7 @@
 """Writes a plan as GGUF files that stock llama.cpp loads.
 
 Headers and offsets are fixed first (`gguf_header`); tensors are then written to their places as they are encoded, one
-in memory at a time. A killed export goes on where it stopped and gives the same bytes (`artifacts`).
+part in memory at a time (`parts`). A killed export goes on where it stopped and gives the same bytes (`artifacts`).
 """
 
 import hashlib
@@ -11,17 +11,20 @@ from pathlib import Path
 from dynquant import __version__
 from dynquant.artifacts import Region, ResumableOutput
 from dynquant.codecs.encoder import Encoder, ProtectedWeight
-from dynquant.errors import DynquantError, ExportError
+from dynquant.errors import ClusterError, DynquantError, ExportError
 from dynquant.exporters.gguf_header import FileLayout, ImatrixInfo, Provenance, TensorSpec, layout, split_paths
 from dynquant.exporters.provenance import check_stats, export_identity
 from dynquant.model import Model
+from dynquant.parts import PartLimits, TensorPart
 from dynquant.plan import Plan
 from dynquant.progress import Progress
 from dynquant.quantize import (
-    QuantizedTensor,
+    PartStream,
+    QuantizedPart,
     check_importance,
     check_plan,
     guidance_of,
+    parts_of_plan,
     quantize,
 )
 from dynquant.second_moments import SecondMoments
@@ -41,18 +44,22 @@ def export_gguf(
     split_max_bytes: int | None = None,
     resume: bool = True,
     progress: Progress | None = None,
+    limits: PartLimits | None = None,
+    elsewhere: PartStream | None = None,
 ) -> list[Path]:
     """Write `plan` to `output`, or to NAME-00001-of-0000N.gguf beside it, and return the files.
 
     Until everything is written there are only NAME.partial and NAME.journal; an older `output` is replaced at the end.
     After a kill or a full disk the same call goes on. `stats` are those that the plan was made from, None if none;
     `moments` give encoders that use them hessians for error feedback, `protected` the super weights of each tensor.
+    `limits` bound what is in memory at a time; `elsewhere` encodes on other machines.
 
     Raises:
         PlanError: the plan is not of this model.
         StatsError: the statistics are missing, superfluous, or of another checkpoint.
         EncodeError: NaN or Inf weights, or a type without the statistics it needs; partial files are removed.
         ExportError: another size than the plan predicts, no space, or an interrupted export of something else.
+        ClusterError: `elsewhere` cannot go on; what is done is kept.
     """
     output = Path(output)
     check_plan(model, plan)
@@ -61,20 +68,22 @@ def export_gguf(
     guidance = guidance_of(stats, moments if encoder.uses_hessians else None, protected)
     check_importance(plan, guidance.importance)
     files = _layout(model, plan, stats, encoder, split_max_bytes)
+    parts = parts_of_plan(plan, guidance, encoder, limits)
     target = ResumableOutput(
         split_paths(output, len(files)),
         [file.total_bytes for file in files],
-        _regions(files),
+        _regions(files, parts),
         export_identity(plan, encoder, _header_hash(files), moments if encoder.uses_hessians else None),
         resume=resume,
     )
     with target:
-        tensors = quantize(
-            model, plan, guidance, encoder, threads=threads, progress=progress, skip=frozenset(target.finished)
-        )
+        quantized = quantize(
+            model, plan, guidance, encoder,
+            parts=parts, threads=threads, progress=progress, skip=frozenset(target.finished), elsewhere=elsewhere,
+        )  # fmt: skip
         try:
-            _write(target, files, tensors)
-        except ExportError:
+            _write(target, files, quantized)
+        except (ExportError, ClusterError):
             raise
         except DynquantError:
             target.discard()
@@ -82,12 +91,12 @@ def export_gguf(
         return target.commit()
 
 
-def _write(target: ResumableOutput, files: Iterable[FileLayout], tensors: Iterable[QuantizedTensor]) -> None:
+def _write(target: ResumableOutput, files: Iterable[FileLayout], quantized: Iterable[QuantizedPart]) -> None:
     for number, file in enumerate(files):
         if _header_region(number) not in target.finished:
             target.write(_header_region(number), file.header)
-    for tensor in tensors:
-        target.write(tensor.name, memoryview(tensor.packed.contiguous().numpy().reshape(-1)))
+    for one in quantized:
+        target.write(one.part.key, memoryview(one.packed.contiguous().numpy().reshape(-1)))
 
 
 def _layout(
@@ -110,12 +119,13 @@ def _layout(
     return layout(model, tensors, provenance, imatrix=imatrix, split_max_bytes=split_max_bytes)
 
 
-def _regions(files: Iterable[FileLayout]) -> dict[str, Region]:
+def _regions(files: Iterable[FileLayout], parts: Mapping[str, list[TensorPart]]) -> dict[str, Region]:
     regions = {}
     for number, file in enumerate(files):
         regions[_header_region(number)] = Region(number, 0, len(file.header))
         for placement in file.placements:
-            regions[placement.tensor.name] = Region(number, placement.offset, placement.tensor.num_bytes)
+            for part in parts[placement.tensor.name]:
+                regions[part.key] = Region(number, placement.offset + part.offset, part.num_bytes)
     return regions
 
 

@@ -1,8 +1,9 @@
 """Writes a plan as a checkpoint that transformers loads packed: GGUF blocks as uint8 tensors.
 
 The tensors hold the bytes of the GGUF export of the same plan; rows of rotary heads are in transformers' order
-(`packed_model`). Everything that the directory gets is one `ResumableOutput`: config.json is the last to get its name,
-so a directory that an interrupted export left cannot be loaded, and the same call goes on.
+(`packed_model`); such tensors are written whole, all others part by part. Everything that the directory gets is one
+`ResumableOutput`: config.json is the last to get its name, so a directory that an interrupted export left cannot be
+loaded, and the same call goes on.
 """
 
 import re
@@ -13,7 +14,7 @@ from pathlib import Path
 from dynquant import __version__
 from dynquant.artifacts import Region, ResumableOutput
 from dynquant.codecs.encoder import Encoder, ProtectedWeight
-from dynquant.errors import CheckpointError, DynquantError, ExportError
+from dynquant.errors import CheckpointError, ClusterError, DynquantError, ExportError
 from dynquant.exporters.checkpoint_files import (
     SHARD_BYTES,
     as_json,
@@ -33,9 +34,18 @@ from dynquant.families.hf_config import config_from_gguf, tokenizer_files
 from dynquant.gguf_source import GGUFSource
 from dynquant.model import Model
 from dynquant.packed_model import Place, build_meta_model, places
+from dynquant.parts import PartLimits, TensorPart, load_packed_part
 from dynquant.plan import Plan, PlanEntry
 from dynquant.progress import Progress
-from dynquant.quantize import QuantizedTensor, check_importance, check_plan, guidance_of, quantize
+from dynquant.quantize import (
+    PartStream,
+    QuantizedPart,
+    check_importance,
+    check_plan,
+    guidance_of,
+    parts_of_plan,
+    quantize,
+)
 from dynquant.safetensors_header import ShardLayout
 from dynquant.second_moments import SecondMoments
 from dynquant.statistics import CalibrationStats
@@ -70,10 +80,13 @@ def export_safetensors(
     resume: bool = True,
     progress: Progress | None = None,
     stored: GGUFSource | None = None,
+    limits: PartLimits | None = None,
+    elsewhere: PartStream | None = None,
 ) -> list[Path]:
     """Write `plan` into the directory `output` and return its files.
 
-    With `stored`, a GGUF file of the same plan, its bytes are taken instead of encoding again.
+    With `stored`, a GGUF file of the same plan, its bytes are taken instead of encoding again. `limits` bound what is
+    in memory at a time; `elsewhere` encodes on other machines.
 
     Raises:
         PlanError: the plan is not of this model.
@@ -81,6 +94,7 @@ def export_safetensors(
         EncodeError: NaN or Inf weights, or a type without the statistics it needs; partial files are removed.
         CheckpointError: an architecture that cannot be loaded packed.
         ExportError: no space, an output that is no directory, or an interrupted export of something else.
+        ClusterError: `elsewhere` cannot go on; what is done is kept.
     """
     output = Path(output)
     check_plan(model, plan)
@@ -90,7 +104,8 @@ def export_safetensors(
     check_importance(plan, guidance.importance)
     name = (recorded_encoder(stored) if stored is not None else "") or encoder.name
     checkpoint = _describe(model, plan, name, shard_max_bytes)
-    regions, paths, sizes = _regions(output, checkpoint)
+    parts = parts_of_plan(plan, guidance, encoder, limits, whole=_rewritten(checkpoint, plan))
+    regions, paths, sizes = _regions(output, checkpoint, parts)
     identity = export_identity(
         plan, encoder, files_hash(checkpoint.documents, checkpoint.shards), moments if encoder.uses_hessians else None
     )
@@ -99,12 +114,15 @@ def export_safetensors(
     with target:
         skip = checkpoint.computed | target.finished
         if stored is None:
-            tensors = quantize(model, plan, guidance, encoder, threads=threads, progress=progress, skip=skip)
+            quantized = quantize(
+                model, plan, guidance, encoder,
+                parts=parts, threads=threads, progress=progress, skip=skip, elsewhere=elsewhere,
+            )  # fmt: skip
         else:
-            tensors = _tensors_of(stored, plan, skip)
+            quantized = _parts_of(stored, parts, skip)
         try:
-            _write(target, checkpoint, tensors)
-        except ExportError:
+            _write(target, checkpoint, quantized)
+        except (ExportError, ClusterError):
             raise
         except DynquantError:
             target.discard()
@@ -168,8 +186,20 @@ def _config_json(
     return {**config.raw, "tie_word_embeddings": is_tied, "quantization_config": quantization}
 
 
-def _regions(output: Path, checkpoint: _Checkpoint) -> tuple[dict[str, Region], list[Path], list[int]]:
-    """Regions by GGUF tensor, by shard for headers, and by name for small files; with paths and sizes of all files."""
+def _rewritten(checkpoint: _Checkpoint, plan: Plan) -> frozenset[str]:
+    """Tensors whose entry is not the bytes of GGUF, or is none at all."""
+    places = checkpoint.places
+    return frozenset(
+        entry.name
+        for entry in plan.entries
+        if entry.name not in places or not places[entry.name].keeps_bytes(entry.quant_type)
+    )
+
+
+def _regions(
+    output: Path, checkpoint: _Checkpoint, parts: Mapping[str, list[TensorPart]]
+) -> tuple[dict[str, Region], list[Path], list[int]]:
+    """Regions by part, by shard for headers, and by name for small files; with paths and sizes of all files."""
     sizes = {name: len(content) for name, content in checkpoint.documents.items()}
     sizes |= {name: shard.total_bytes for name, shard in checkpoint.shards.items()}
     number = {name: index for index, name in enumerate(sizes)}
@@ -178,22 +208,28 @@ def _regions(output: Path, checkpoint: _Checkpoint) -> tuple[dict[str, Region], 
         regions[name] = Region(number[name], 0, len(shard.header))
     for name, place in checkpoint.places.items():
         file = checkpoint.file_of.get(place.key)
-        if file is not None:
-            regions[name] = Region(number[file], *checkpoint.shards[file].spans[place.key])
+        if file is None:
+            continue
+        start, length = checkpoint.shards[file].spans[place.key]
+        for part in parts[name]:
+            regions[part.key] = Region(number[file], start + part.offset, length if part.is_whole else part.num_bytes)
     return regions, [output / name for name in sizes], list(sizes.values())
 
 
-def _write(target: ResumableOutput, checkpoint: _Checkpoint, tensors: Iterable[QuantizedTensor]) -> None:
+def _write(target: ResumableOutput, checkpoint: _Checkpoint, quantized: Iterable[QuantizedPart]) -> None:
     write_small_files(target, checkpoint.documents, checkpoint.shards)
-    for tensor in tensors:
-        values = checkpoint.places[tensor.name].from_gguf(tensor.quant_type, tensor.packed)
-        target.write(tensor.name, tensor_bytes(values))
+    for one in quantized:
+        part = one.part
+        values = checkpoint.places[part.name].from_gguf(part.quant_type, one.packed) if part.is_whole else one.packed
+        target.write(part.key, tensor_bytes(values))
 
 
-def _tensors_of(source: GGUFSource, plan: Plan, skip: frozenset[str] | set[str]) -> Iterable[QuantizedTensor]:
-    for entry in plan.entries:
-        if entry.name not in skip:
-            yield QuantizedTensor(entry.name, entry.shape, entry.quant_type, source.load_packed(entry.name))
+def _parts_of(
+    source: GGUFSource, parts: Mapping[str, list[TensorPart]], skip: frozenset[str] | set[str]
+) -> Iterable[QuantizedPart]:
+    for part in (part for several in parts.values() for part in several):
+        if part.key not in skip and part.name not in skip:
+            yield QuantizedPart(part, load_packed_part(source, part))
 
 
 def _check_output(model: Model, output: Path) -> None:

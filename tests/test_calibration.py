@@ -7,9 +7,10 @@ import torch
 from torch.nn import functional
 
 from dynquant.architecture import HyperParams
-from dynquant.calibration import SampleLimits, calibrate, collect_statistics
+from dynquant.calibration import calibrate, collect_statistics
 from dynquant.calibration_text import CalibrationText, pack_windows, read_text
 from dynquant.checkpoint import open_model
+from dynquant.collector import SampleLimits
 from dynquant.errors import CheckpointError, StatsError
 from dynquant.expert_hooks import record_experts
 from dynquant.hf_loading import load_hf, load_tokenizer

@@ -9,6 +9,7 @@ from safetensors import safe_open
 
 from dynquant.analysis.error_table import ErrorRow, ErrorTable
 from dynquant.architecture import layer_of
+from dynquant.calibration_stage import CalibrationOptions, run_calibration
 from dynquant.checkpoint import open_model
 from dynquant.errors import ExportError, PlanError
 from dynquant.exporters.compressed_card import transformers_problem
@@ -21,7 +22,6 @@ from dynquant.serving_plan import ServingPlan
 from dynquant.serving_planner import choose_schemes
 from dynquant.serving_schemes import SCHEMES
 from dynquant.tensor_source import DictSource
-from dynquant.workflow import CalibrationOptions, run_calibration
 from tests.helpers.commands import run
 from tests.helpers.served_kl import kl_by_rounding
 from tests.helpers.served_models import TOKENS, filled, library_weights, logits, stored_parts, stored_tensors

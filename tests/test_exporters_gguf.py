@@ -1,6 +1,7 @@
 """GGUF files: exact sizes, exact bytes, stock llama.cpp, and what a kill, a full disk or a wrong input leave behind."""
 
 import errno
+import io
 import multiprocessing
 import os
 import random
@@ -22,6 +23,7 @@ from dynquant.exporters.gguf_header import file_type_of
 from dynquant.gguf_source import GGUFSource, MetadataField
 from dynquant.importance import importance
 from dynquant.model import Model
+from dynquant.parts import PartLimits
 from dynquant.plan_building import plan_from_types, stays_f32
 from dynquant.quant_types import QUANT_TYPES
 from dynquant.quantize import load_encoder
@@ -59,7 +61,7 @@ def tiny_plan(model: Model, type_name: str = "Q4_K", **options):
 
 def tiny_stats(model: Model) -> CalibrationStats:
     provenance = StatsProvenance(
-        fingerprint=model.fingerprint, text_hash="t", text_name="/home/somebody/texts/prose.jsonl", num_windows=7
+        fingerprint=model.fingerprint, text_hash="7", text_name="/home/somebody/texts/prose.jsonl", num_windows=7
     )
     inputs = {
         f"blk.{layer}.ffn_up_exps.weight": InputStats(
@@ -362,7 +364,8 @@ def test_a_disk_that_fills_up_keeps_what_is_done_and_says_how_to_go_on(monkeypat
     write, calls = artifacts._write_all, iter(range(10**6))
 
     def fill_up(file, data):
-        if next(calls) == 9:
+        is_journal = str(file.name).endswith(".journal")
+        if not is_journal and next(calls) == 9:
             write(file, data[: len(data) // 2])
             raise OSError(errno.ENOSPC, "No space left on device")
         write(file, data)
@@ -375,6 +378,84 @@ def test_a_disk_that_fills_up_keeps_what_is_done_and_says_how_to_go_on(monkeypat
     (path,) = export_gguf(model, plan, None, tmp_path / "a.gguf", encoder=GGML)
     (straight,) = export_gguf(model, plan, None, tmp_path / "b.gguf", encoder=GGML)
     assert path.read_bytes() == straight.read_bytes()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_disk_full_at_any_byte_is_gone_on_from(monkeypatch, tmp_path, seed):
+    """Room for a random number of bytes, in tensors or in the journal; then again, until the export fits."""
+    model, dice = tiny_model(), random.Random(seed)
+    plan, room, full_for = tiny_plan(model), 0, ""
+    os_open = open
+
+    class SmallDisk(io.FileIO):
+        def write(self, data):
+            nonlocal room
+            if not str(self.name).endswith(full_for):
+                return super().write(data)
+            if not room:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            count = super().write(memoryview(data)[: min(room, len(data))])
+            room -= count
+            return count
+
+    def open_small(path, mode="r", **options):
+        if "b" in mode and ("w" in mode or "+" in mode or "a" in mode):
+            file = SmallDisk(path, mode.replace("b", ""))
+            return file if options.get("buffering") == 0 else io.BufferedWriter(file)
+        return os_open(path, mode, **options)
+
+    monkeypatch.setattr(artifacts, "open", open_small, raising=False)
+    monkeypatch.setattr(Path, "open", open_small)
+    fills, options = 0, {"encoder": GGML, "limits": PartLimits(20 * 256 * 12)}
+    while True:
+        full_for = dice.choice(["", ".journal"])
+        room = dice.randrange(2000 if full_for else plan.predicted_bytes // 2)
+        try:
+            (path,) = export_gguf(model, plan, None, tmp_path / "a.gguf", **options)
+            break
+        except ExportError as refusal:
+            assert "is full" in str(refusal) and left_in(tmp_path) == ["a.gguf.journal", "a.gguf.partial"]
+            fills += 1
+    assert fills >= 2
+    monkeypatch.undo()
+    (straight,) = export_gguf(model, plan, None, tmp_path / "b.gguf", encoder=GGML)
+    assert path.read_bytes() == straight.read_bytes()
+
+
+def test_a_resumed_export_may_have_other_parts(monkeypatch, tmp_path):
+    model = tiny_model()
+    plan, parts = tiny_plan(model), PartLimits(20 * 256 * 12)
+    encoded = []
+
+    class Recorder(SlowEncoder):
+        def encode(self, _type, weights, *args, name, **options):
+            encoded.append((name, len(weights)))
+            return GGML.encode(_type, weights, *args, name=name, **options)
+
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 12)
+        with pytest.raises(KeyboardInterrupt):
+            export_gguf(model, plan, None, tmp_path / "a.gguf", encoder=Recorder(), limits=parts)
+    assert {name: [n for other, n in encoded if other == name] for name, _ in encoded}["blk.0.ffn_up_exps.weight"] == [
+        1, 1, 1,
+    ]  # fmt: skip
+    done, encoded[:] = {name for name, _ in encoded[:-1]}, []
+    (path,) = export_gguf(model, plan, None, tmp_path / "a.gguf", encoder=Recorder())
+    begun = encoded[0][0]
+    assert {name for name, _ in encoded}.isdisjoint(done - {begun}) and (begun, 3) in encoded[:1]
+    (straight,) = export_gguf(model, plan, None, tmp_path / "b.gguf", encoder=GGML)
+    assert path.read_bytes() == straight.read_bytes()
+
+
+def test_space_that_the_partial_file_has_already_is_not_asked_for_again(monkeypatch, tmp_path):
+    model, plan = interrupted(monkeypatch, tmp_path, count=25)
+    allocated = 512 * (tmp_path / "a.gguf.partial").stat().st_blocks
+    usage = namedtuple("usage", "total used free")
+    free = max(0, plan.predicted_bytes - allocated)
+    assert free < plan.predicted_bytes // 4
+    monkeypatch.setattr(artifacts.shutil, "disk_usage", lambda path: usage(10**9, 10**9 - free, free))
+    (path,) = export_gguf(model, plan, None, tmp_path / "a.gguf", encoder=GGML)
+    assert path.stat().st_size == plan.predicted_bytes
 
 
 def test_too_little_space_is_refused_before_anything_is_written(monkeypatch, tmp_path):

@@ -15,18 +15,12 @@ FOLDERS = {"dynquant": ROOT / "dynquant", "dynquant.kernels": ROOT / "kernels",
 RANKS = [
     ["errors", "eval_statistics", "strict_json", "progress", "process_usage", "interrupt"],
     ["devices", "distribution"],
+    ["vision_names"],
     ["quant_types", "architecture"],
     ["codecs"],
-    [
-        "encoding",
-        "tensor_source",
-        "statistics",
-        "layers",
-        "llama_runner",
-        "gguf_header",
-        "safetensors_header",
-        "serving_schemes",
-    ],
+    ["safetensors_header", "stored_values"],
+    ["stored_experts", "tensor_merge"],
+    ["encoding", "tensor_source", "statistics", "layers", "llama_runner", "gguf_header", "serving_schemes"],
     ["gguf_source", "activation_rounding"],
     ["model", "importance"],
     ["second_moments"],
@@ -34,6 +28,7 @@ RANKS = [
     ["checkpoint", "packed_model"],
     [
         "hf_loading",
+        "checkpoint_weights",
         "calibration_text",
         "expert_hooks",
         "linear_hooks",
@@ -46,11 +41,17 @@ RANKS = [
         "training_options",
         "trl_support",
     ],
-    ["moment_recorder", "gguf_model"],
+    ["moment_recorder", "gguf_model", "hidden_states"],
+    ["collector", "layer_stream"],
+    ["staged_passes", "memory_limit"],
     ["calibration", "live_weights"],
+    ["streamed_calibration", "vision"],
     ["plan", "llama_presets", "presets", "allocate", "memory_budget", "serving_layers"],
     ["serving_plan", "machine"],
-    ["artifacts", "quantize", "tuning"],
+    ["artifacts", "parts"],
+    ["quantize", "tuning"],
+    ["ray_pool"],
+    ["remote_encoding", "sharded_calibration"],
     ["lora"],
     ["hf_registration"],
     ["encoded_store", "layer_replay"],
@@ -67,10 +68,12 @@ RANKS = [
     ["progress_display"],
     ["console"],
     ["plan_report"],
+    ["vision_choice"],
     ["plan_target"],
     ["plan_choice", "plan_search"],
-    ["search_stage"],
-    ["workflow"],
+    ["search_stage", "vision_workflow"],
+    ["calibration_stage"],
+    ["workflow", "vision_evaluate"],
     ["serving_workflow"],
     ["export_workflow"],
     ["commands", "compare", "training_commands"],
@@ -131,7 +134,7 @@ def test_installed_packages_match_the_folders():
 
 
 def test_importing_dynquant_loads_no_heavy_package():
-    heavy = ("torch", "transformers", "llama_cpp", "matplotlib")
+    heavy = ("torch", "transformers", "llama_cpp", "matplotlib", "ray")
     code = f"import sys, dynquant; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
     assert done.stdout.strip() == "[]"

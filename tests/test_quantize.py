@@ -7,15 +7,15 @@ import pytest
 import torch
 from gguf import GGUFValueType
 
-from dynquant import quantize as quantize_module
 from dynquant.checkpoint import open_model
 from dynquant.errors import EncodeError, PlanError
 from dynquant.exporters.gguf import export_gguf
 from dynquant.gguf_source import MetadataField
 from dynquant.model import Model
+from dynquant.parts import PartLimits
 from dynquant.plan_building import fixed_bytes, plan_from_types
 from dynquant.quant_types import QUANT_TYPES
-from dynquant.quantize import Guidance, load_encoder, quantize
+from dynquant.quantize import Guidance, load_encoder, parts_of_plan, quantize
 from dynquant.tensor_source import DictSource
 
 SHAPES = {
@@ -88,32 +88,45 @@ def test_plan_refuses(types, words):
         plan_of(tiny_model(), types)
 
 
-@pytest.mark.parametrize("batch_weights", [1, 2 * 32 * 256 + 5, 1 << 26], ids=["one", "two", "all"])
-def test_experts_encoded_in_batches_equal_one_encode(monkeypatch, batch_weights):
-    monkeypatch.setattr(quantize_module, "BATCH_WEIGHTS", batch_weights)
-    model, encoder = tiny_model(), load_encoder("ggml")
+def whole_tensors(stream) -> dict[str, torch.Tensor]:
+    """Tensor name -> blocks, from parts in any order."""
+    found: dict[str, dict[int, torch.Tensor]] = {}
+    for one in stream:
+        found.setdefault(one.part.name, {})[one.part.offset] = one.packed.reshape(-1)
+    return {name: torch.cat([parts[offset] for offset in sorted(parts)]) for name, parts in found.items()}
+
+
+@pytest.mark.parametrize("memory", [24_000 * 12, 3 * 32 * 256 * 12, None], ids=["rows", "experts", "whole"])
+def test_parts_equal_one_encode(monkeypatch, memory):
+    model, encoder = tiny_model(token=torch.randn(400, 256)), load_encoder("ggml")
+    shapes = SHAPES | {"token": (400, 256)}
+    types = TYPES | {"token": ("Q4_K", "asked")}
     loaded = []
     load = model.source.load
     monkeypatch.setattr(
         model.source, "load", lambda name, index=None: (loaded.append((name, index)), load(name, index))[1]
     )
-    stream = {t.name: t for t in quantize(model, plan_of(model), Guidance(importance), encoder, threads=2)}
-    assert list(stream) == list(SHAPES)
+    plan = plan_of(model, types)
+    parts = parts_of_plan(plan, Guidance(importance), encoder, PartLimits(memory))
+    stored = whole_tensors(quantize(model, plan, Guidance(importance), encoder, parts=parts, threads=2))
+    assert list(stored) == list(shapes)
     assert ("blk.0.ffn_down_exps.weight", None) not in loaded
-    for name, tensor in stream.items():
-        weights = load(name).reshape(-1, *SHAPES[name][-2:]) if len(SHAPES[name]) > 1 else load(name)[None]
-        matrix = importance(name, SHAPES[name]) if tensor.quant_type.uses_imatrix else None
-        direct = encoder.encode(tensor.quant_type, weights, matrix, 1)
-        assert torch.equal(tensor.packed.reshape(-1), direct.reshape(-1)), name
+    assert (("token", None) in loaded) == (memory is None)
+    assert (len(parts["blk.0.ffn_down_exps.weight"]) > 1) == (memory is not None)
+    for entry in plan.entries:
+        weights = load(entry.name)
+        matrix = importance(entry.name, entry.shape) if entry.quant_type.uses_imatrix else None
+        direct = encoder.encode(entry.quant_type, weights if weights.dim() > 1 else weights[None], matrix, 1)
+        assert torch.equal(stored[entry.name], direct.reshape(-1)), entry.name
 
 
 def test_one_importance_row_holds_for_every_expert():
     model, encoder = tiny_model(), load_encoder("ggml")
     guidance = Guidance(lambda name, shape: importance(name, shape)[:1])
-    one = {t.name: t.packed for t in quantize(model, plan_of(model), guidance, encoder)}
+    one = whole_tensors(quantize(model, plan_of(model), guidance, encoder))
     name = "blk.0.ffn_down_exps.weight"
     direct = encoder.encode(QUANT_TYPES["IQ2_XXS"], model.source.load(name), importance(name, SHAPES[name])[0], 1)
-    assert torch.equal(one[name], direct)
+    assert torch.equal(one[name], direct.reshape(-1))
 
 
 def test_progress_counts_every_weight_once_and_skipped_ones_too():
@@ -122,7 +135,7 @@ def test_progress_counts_every_weight_once_and_skipped_ones_too():
         model, plan_of(model), Guidance(importance), load_encoder("ggml"), skip={"token_embd.weight"},
         progress=lambda stage, done, total, **_: seen.append((stage, done, total)),
     )  # fmt: skip
-    assert "token_embd.weight" not in [tensor.name for tensor in stream]
+    assert "token_embd.weight" not in [one.part.name for one in stream]
     total = sum(torch.Size(shape).numel() for shape in SHAPES.values())
     assert seen[-1] == ("quantize", total, total)
     skipped = torch.Size(SHAPES["token_embd.weight"]).numel()
@@ -158,11 +171,11 @@ def test_a_gguf_gives_its_own_blocks_where_it_holds_the_wanted_type(tmp_path):
     (path,) = export_gguf(model, plan_of(model, types), None, tmp_path / "a.gguf", encoder=encoder)
     again = open_model(path)
     wanted = types | {"token_embd.weight": ("Q4_K", "asked")}
-    stream = {t.name: t for t in quantize(again, plan_of(again, wanted), Guidance(), encoder)}
+    stored = whole_tensors(quantize(again, plan_of(again, wanted), Guidance(), encoder))
     reader = {t.name: t for t in gguf.GGUFReader(path).tensors}
     for name in ("blk.0.ffn_down_exps.weight", "blk.0.attn_k.weight"):
-        assert stream[name].packed.numpy().tobytes() == reader[name].data.tobytes(), name
-    assert stream["token_embd.weight"].packed.numel() == QUANT_TYPES["Q4_K"].tensor_bytes((40, 256))
+        assert stored[name].numpy().tobytes() == reader[name].data.tobytes(), name
+    assert stored["token_embd.weight"].numel() == QUANT_TYPES["Q4_K"].tensor_bytes((40, 256))
 
 
 def test_an_unknown_encoder_is_refused():

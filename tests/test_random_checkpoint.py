@@ -25,7 +25,7 @@ def test_transformers_and_dynquant_read_the_same_weights(tiny: Path) -> None:
     assert torch.equal(model.source.load("blk.1.ffn_up_exps.weight", 3), experts.gate_up_proj[3, 256:])
     assert torch.equal(model.source.load("blk.1.ffn_down_exps.weight", 7), experts.down_proj[7])
     assert model.hyper.n_expert == SHAPES["tiny"][1]["n_routed_experts"]
-    assert 0.1 < float(hf_model(torch.arange(64)[None]).logits.std()) < 10
+    assert 0.1 < float(hf_model(torch.arange(64)[None]).logits.detach().std()) < 10
 
 
 def test_equal_seeds_give_equal_bytes(tiny: Path, tmp_path: Path) -> None:

@@ -59,11 +59,14 @@ def open_hf(directory: Path) -> "Model":
         CheckpointError: missing or damaged files, missing or unknown tensors, or something that llama.cpp cannot run.
     """
     config = read_config(directory, FAMILIES)
-    if config.raw.get("quantization_config") is not None:
+    quantization = config.raw.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    source = SafetensorsSource(directory) if method in (None, "fp8") else None
+    if source is None or (method == "fp8" and not source.has_fp8):
         config.refuse(
-            "its weights are already quantized (`quantization_config`); start from the BF16 or F16 checkpoint"
+            "its weights are already quantized (`quantization_config`), and not as FP8 matrices with block scales; "
+            "start from the BF16, F16 or FP8 checkpoint"
         )
-    source = SafetensorsSource(directory)
     return _build(directory, RecipeBook(config, source), source)
 
 

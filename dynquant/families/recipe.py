@@ -33,21 +33,21 @@ class TensorRecipe:
     values: torch.Tensor | None = None
     """The tensor itself, when it is computed from the configuration and no part is read."""
 
-    def load(self, source: TensorSource, index: int | None) -> torch.Tensor:
-        """Float32 values of `shape`, or of `shape[1:]` with `index`."""
+    def load(self, source: TensorSource, index: int | slice | None) -> torch.Tensor:
+        """Float32 values of `shape`; with `index`, of one expert of a stack, or of some rows of a matrix."""
         if self.values is not None:
             return self.values if index is None else self.values[index]
         if len(self.parts) > 1:
             if index is not None:
                 return self.transform(_load_finite(source, self.parts[index]))
             return torch.stack([self.transform(_load_finite(source, part)) for part in self.parts])
-        if self.by_slice:
+        if self.by_slice or (self.transform is unchanged and isinstance(index, slice)):
             return self.transform(_load_finite(source, self.parts[0], index)).contiguous()
         whole = self.transform(_load_finite(source, self.parts[0]))
         return (whole if index is None else whole[index]).contiguous()
 
 
-def _load_finite(source: TensorSource, name: str, index: int | None = None) -> torch.Tensor:
+def _load_finite(source: TensorSource, name: str, index: int | slice | None = None) -> torch.Tensor:
     values = source.load(name, index)
     if not torch.isfinite(values).all():
         raise CheckpointError(
@@ -65,6 +65,11 @@ class RecipeSource:
         self._recipes = {recipe.name: recipe for recipe in recipes}
 
     @property
+    def checkpoint(self) -> TensorSource:
+        """Where the parts of recipes are read."""
+        return self._source
+
+    @property
     def fingerprint(self) -> str:
         return self._source.fingerprint
 
@@ -75,7 +80,7 @@ class RecipeSource:
         recipe = self._recipes[name]
         return TensorInfo(name, recipe.shape, recipe.dtype)
 
-    def load(self, name: str, index: int | None = None) -> torch.Tensor:
+    def load(self, name: str, index: int | slice | None = None) -> torch.Tensor:
         return self._recipes[name].load(self._source, index)
 
     def checkpoint_names(self, name: str) -> tuple[str, ...]:

@@ -49,7 +49,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator(_sentences(2000), trainer)
+    backend.train_from_iterator(_sentences(500), trainer)
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token=END, eos_token=IM_END, chat_template=CHAT_TEMPLATE, model_max_length=1024,

@@ -22,11 +22,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import MethodType
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers.models.qwen2_vl.modeling_qwen2_vl import VisionAttention, apply_rotary_pos_emb_vision
 
 from tests.examples.picture_model import processor_files as files
 from tests.examples.picture_model.pictures import QUESTION_KINDS, SIZE, Question, ask, describe, draw_picture
@@ -157,6 +159,31 @@ def _positions(input_ids: torch.Tensor) -> torch.Tensor:
     return torch.cat([before, picture, after], dim=1).unsqueeze(1).expand(3, num, length)
 
 
+def attend_together(model: Qwen2VLForConditionalGeneration) -> None:
+    """Let the vision tower attend to all pictures of a batch at once, where transformers takes one after the other.
+
+    They have one size, so that the result is the same; on a GPU a step takes a fraction of the time.
+    """
+
+    def forward(
+        attention: VisionAttention,
+        hidden_states: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        **_: object,
+    ) -> torch.Tensor:
+        length = len(hidden_states)
+        q, k, v = attention.qkv(hidden_states).view(length, 3, attention.num_heads, -1).unbind(1)
+        q, k = apply_rotary_pos_emb_vision(q, k, *position_embeddings)
+        q, k, v = (x.unflatten(0, (len(cu_seqlens) - 1, -1)).transpose(1, 2) for x in (q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v.to(q.dtype))
+        return attention.proj(out.transpose(1, 2).reshape(length, -1).to(hidden_states.dtype))
+
+    for module in model.modules():
+        if isinstance(module, VisionAttention):
+            module.forward = MethodType(forward, module)
+
+
 @torch.inference_mode()
 def accuracy(model: Qwen2VLForConditionalGeneration, batches: list[Batch]) -> tuple[float, dict[str, float]]:
     """Share of exact answers to the first question of each picture, in all and by kind of question."""
@@ -192,6 +219,7 @@ class Training:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, options: argparse.Namespace) -> None:
         self.device = torch.device(options.device)
         self.model = Qwen2VLForConditionalGeneration(make_config(tokenizer)).to(self.device)
+        attend_together(self.model)
         self.step, self.best = 0, -1.0
         self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=options.lr, betas=(0.9, 0.98))
         self._options = options

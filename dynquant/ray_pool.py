@@ -1,0 +1,154 @@
+"""A Ray cluster as a place where independent tasks run. Ray is imported when a pool is opened, and not before.
+
+A task is a picklable callable of one item whose result depends on nothing else, so that where and how often it runs
+does not matter: Ray runs it again when its worker or node is lost, also when that takes a result nobody had fetched.
+"""
+
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from dynquant.errors import ClusterError, DynquantError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+AUTO = "auto"
+_RETRIES = 8
+"""A task that kills its worker as often as this, by its memory for instance, is given up."""
+
+
+@dataclass(frozen=True)
+class TaskNeeds:
+    """What one task occupies of a node; `memory` in bytes, 0 for not said."""
+
+    cpus: int = 1
+    gpus: int = 0
+    memory: int = 0
+
+
+class RayPool:
+    """Runs tasks on the cluster that this process is connected to; see `open_ray`."""
+
+    def __init__(self) -> None:
+        import ray
+
+        self._ray = ray
+
+    @property
+    def has_gpus(self) -> bool:
+        return self._ray.cluster_resources().get("GPU", 0) >= 1
+
+    def run(
+        self,
+        task: Callable[[Any], Result],
+        items: Iterable[Item],
+        needs: TaskNeeds,
+        *,
+        ordered: bool = False,
+        load: Callable[[Item], Any] | None = None,
+    ) -> Iterator[tuple[Item, Result]]:
+        """Each item with the result of `task`, in the order of items or as they are done.
+
+        Twice as many tasks are submitted as can run. With `load`, tasks get `load(item)`, which is then put into the
+        object store when the task is submitted.
+
+        Raises:
+            ClusterError: no node can run such a task, or it was lost with its worker again and again.
+            DynquantError: what the task itself raised.
+        """
+        slots = self._slots(needs)
+        remote = self._ray.remote(_call).options(
+            num_cpus=needs.cpus, num_gpus=needs.gpus, memory=needs.memory or None, max_retries=_RETRIES
+        )
+        shared, rest = self._ray.put(task), iter(items)
+        pending: dict[Any, Item] = {}
+        try:
+            while True:
+                while len(pending) < 2 * slots and (item := next(rest, None)) is not None:
+                    pending[remote.remote(shared, load(item) if load else item)] = item
+                if not pending:
+                    return
+                done = next(iter(pending)) if ordered else self._ray.wait(list(pending), num_returns=1)[0][0]
+                result = self._result(done)
+                yield pending.pop(done), result
+        finally:
+            for reference in pending:
+                self._ray.cancel(reference)
+
+    def _result(self, reference: Any) -> Any:
+        try:
+            return self._ray.get(reference)
+        except self._ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, DynquantError):
+                raise error.cause from None
+            raise
+        except self._ray.exceptions.RayError as error:
+            raise ClusterError(
+                f"A task was lost with its worker {_RETRIES + 1} times ({type(error).__name__}): nodes died, or it "
+                "takes more memory than they have. Add nodes, or give --max-memory so that fewer run on a node; what "
+                "is done is kept."
+            ) from error
+
+    def _slots(self, needs: TaskNeeds) -> int:
+        """How many such tasks the cluster runs at a time, at least one."""
+        asked = {"CPU": needs.cpus, "GPU": needs.gpus, "memory": needs.memory}
+        count = 0
+        for node in self._ray.nodes():
+            has = node["Resources"] if node["Alive"] else {}
+            count += min(int(has.get(name, 0) // amount) for name, amount in asked.items() if amount)
+        if not count:
+            wanted = ", ".join(f"{amount:,} {name}" for name, amount in asked.items() if amount)
+            raise ClusterError(
+                f"No node of the Ray cluster has {wanted} for a task. Give smaller --threads or --max-memory, another "
+                "--device, or add a node that has."
+            )
+        return count
+
+
+@contextmanager
+def open_ray(address: str) -> Iterator[RayPool]:
+    """A pool on the cluster at `address`; with `auto`, on the one that Ray finds, or one of this machine alone.
+
+    Raises:
+        ClusterError: Ray is not installed, or nothing answers at the address.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing about a model leaves the cluster
+    try:
+        import ray
+    except ImportError as error:
+        raise ClusterError("--ray needs Ray: pip install 'dynquant-toolchain[ray]', on every node.") from error
+    try:
+        _check_answers(address)
+        ray.init(address=None if address == AUTO else address, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ClusterError(
+            f"There is no Ray cluster at {address} ({error}). Start one with `ray start --head`, join nodes with "
+            "`ray start --address HOST:6379`, and give --ray HOST:6379; or use --ray auto on this machine."
+        ) from error
+    try:
+        yield RayPool()
+    finally:
+        ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself would try for minutes.
+
+    Raises:
+        OSError: nothing listens there, or not within 10 seconds.
+        ValueError: the address is not of the form HOST:PORT.
+    """
+    if address == AUTO:
+        return
+    host, _, port = address.rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=10):
+        pass
+
+
+def _call(task: Callable[[Any], Result], item: Any) -> Result:
+    return task(item)

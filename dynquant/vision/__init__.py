@@ -1,0 +1,1 @@
+"""Vision-language models: their processors and samples with images, roles of their parts, calibration and planning."""

@@ -1,0 +1,98 @@
+"""Decides for the vision tower and the projector as wholes: keep them as they are, 8 bits, or types like all others.
+
+The measure is the output error of a module's matrices on held-back pictures, in one type near 4 bits, over that of the
+language model's matrices. A module that loses KEEP_RATIO times as much in the median stays whole, one that loses
+EIGHT_BIT_RATIO times as much gets 8 bits; the rest of the budget is shared by what is left. Where the budget does not
+hold that, the module is lowered by a step, and the plan says so.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import median
+from typing import Literal
+
+from dynquant.analysis.error_table import ErrorRow, ErrorTable
+from dynquant.quant_types import QUANT_TYPES
+from dynquant.vision_names import LANGUAGE, PROJECTOR, VISION, part_of
+
+Level = Literal["keep", "8bit", "lower"]
+LEVELS: tuple[Level, ...] = ("keep", "8bit", "lower")
+KEEP_RATIO, EIGHT_BIT_RATIO = 2.0, 1.25
+_MEASURED_IN = ("Q4_K", "IQ4_XS", "IQ4_NL", "Q4_0", "Q3_K", "IQ3_S", "IQ3_XXS", "Q5_K", "Q2_K", "IQ2_S")
+_NAMES = {VISION: "the vision tower", PROJECTOR: "the projector"}
+_OUTCOMES = {"keep": "stays whole", "8bit": "gets 8 bits", "lower": "takes types like all others"}
+
+
+@dataclass(frozen=True)
+class ModuleChoice:
+    """What was decided for one module, and the words for it in the plan and on the terminal."""
+
+    part: str
+    level: Level
+    reason: str
+
+
+def module_choices(table: ErrorTable, wanted: str) -> Iterator[tuple[ModuleChoice, ...]]:
+    """Choices for both modules, from the measured or wanted ones down; without a vision tower nothing is chosen.
+
+    `wanted` is a level of LEVELS for both modules, or `auto`; a wanted level is the only one.
+    """
+    parts = [part for part in _NAMES if any(part_of(name) == part for name in table.tensors())]
+    if not parts:
+        yield ()
+    elif wanted != "auto":
+        level = next(level for level in LEVELS if level == wanted)
+        yield tuple(ModuleChoice(part, level, f"{_NAMES[part]} {_OUTCOMES[level]}, as asked for") for part in parts)
+    else:
+        measured = tuple(_measured(table, part) for part in parts)
+        yield measured
+        while any(choice.level != LEVELS[-1] for choice in measured):
+            measured = tuple(_lowered(choice) for choice in measured)
+            yield measured
+
+
+def held_to(table: ErrorTable, choices: tuple[ModuleChoice, ...]) -> ErrorTable:
+    """Only the rows that the choices allow."""
+    level_of = {choice.part: choice.level for choice in choices}
+    rows: list[ErrorRow] = []
+    for name, of_types in table.tensors().items():
+        rows += _allowed(table, name, of_types, level_of.get(part_of(name), "lower"))
+    return table.with_rows(rows)
+
+
+def _allowed(table: ErrorTable, name: str, rows: dict[str, ErrorRow], level: Level) -> list[ErrorRow]:
+    whole = [row for row in rows.values() if QUANT_TYPES[row.type].is_float]
+    if level == "keep":
+        return whole
+    eight_bit = table.row(name, "Q8_0")
+    return list(rows.values()) if level == "lower" else [eight_bit] if eight_bit is not None else whole
+
+
+def _measured(table: ErrorTable, part: str) -> ModuleChoice:
+    type_name = next((name for name in _MEASURED_IN if name in table.types), None)
+    errors = {one: _errors(table, one, type_name) for one in (part, LANGUAGE)}
+    if not errors[part] or not errors[LANGUAGE]:
+        return ModuleChoice(part, "8bit", f"{_NAMES[part]} gets 8 bits: its output errors were not measured")
+    own, others = (median(errors[one]) for one in (part, LANGUAGE))
+    ratio = own / others
+    level: Level = "keep" if ratio >= KEEP_RATIO else "8bit" if ratio >= EIGHT_BIT_RATIO else "lower"
+    reason = (
+        f"{_NAMES[part]} {_OUTCOMES[level]}: its median output error in {type_name} is {own:.1%}, {ratio:.2f} times "
+        "that of the language model"
+    )
+    return ModuleChoice(part, level, reason)
+
+
+def _errors(table: ErrorTable, part: str, type_name: str | None) -> list[float]:
+    if type_name is None:
+        return []
+    rows = (table.row(name, type_name) for name in table.tensors() if part_of(name) == part)
+    return [row.activation_error for row in rows if row is not None and row.activation_error is not None]
+
+
+def _lowered(choice: ModuleChoice) -> ModuleChoice:
+    if choice.level == LEVELS[-1]:
+        return choice
+    level = LEVELS[LEVELS.index(choice.level) + 1]
+    start = choice.reason.partition(" (")[0]
+    return ModuleChoice(choice.part, level, f"{start} (but the budget does not hold that, so it {_OUTCOMES[level]})")

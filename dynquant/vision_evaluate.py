@@ -1,0 +1,276 @@
+"""Compare a vision-language model with its original on pictures: KL divergence, and exact answers to questions.
+
+The original runs first and is reduced to compact distributions and answers. The candidate is a plan.json, whose types
+are then rendered into the running original tensor by tensor, or a directory that transformers loads. KL is scored at
+every position that is followed by a text token; placeholders of image tokens predict nothing. Answers are decoded
+greedily and are right when they are the file's answer, apart from case and surrounding space.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from dynquant.checkpoint import open_model
+from dynquant.devices import chosen_device
+from dynquant.distribution import Distribution
+from dynquant.encoded_store import EncodedStore, store_directory
+from dynquant.errors import EvaluationError
+from dynquant.eval_statistics import Estimate, bootstrap_mean, mcnemar_exact, wilson_interval
+from dynquant.hf_loading import load_hf
+from dynquant.model import Model
+from dynquant.plan import Plan
+from dynquant.plan_report import STATS_NAME, stats_of_plan
+from dynquant.progress import Progress, ignore_progress
+from dynquant.quantize import guidance_of, load_encoder
+from dynquant.rendered_model import RenderedModel
+from dynquant.second_moments import load_beside
+from dynquant.vision.processor import load_processor
+from dynquant.vision.samples import Encoded, Sample, SampleEncoder, image_token_of, read_samples
+
+TASKS = frozenset({"kl", "vqa"})
+SPARE_TOKENS = 4
+"""How much longer than the right answer a decoded one may become; beyond that it is wrong whatever follows."""
+
+
+class Answer(BaseModel):
+    """One question with the answers of both models; `image` is the path of its first picture."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    image: str
+    question: str
+    right: str
+    reference: str
+    candidate: str
+
+
+class Questions(BaseModel):
+    """Exact-match accuracies on the same questions; `mcnemar_p` is two-sided and exact."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    reference: Estimate
+    candidate: Estimate
+    only_reference_right: int
+    only_candidate_right: int
+    mcnemar_p: float
+    answers: tuple[Answer, ...]
+
+
+class PictureReport(BaseModel):
+    """What one candidate does to pictures; sizes in bytes, KL in nats per text token with 95 % intervals."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    reference: str
+    candidate: str
+    reference_bytes: int
+    candidate_bytes: int
+    data: str
+    data_sha256: str
+    samples: int
+    skipped: tuple[str, ...]
+    kl: Estimate | None = None
+    top1_agreement: Estimate | None = None
+    questions: Questions | None = None
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """Metric, reference, candidate, comparison."""
+        share = f"{self.candidate_bytes / self.reference_bytes:.1%}"
+        found = [("bytes", f"{self.reference_bytes:,}", f"{self.candidate_bytes:,}", share)]
+        if self.kl is not None and self.top1_agreement is not None:
+            found.append(("mean KL (nats per token)", "0", _shown(self.kl, ".4f"), ""))
+            found.append(("same top token", "100 %", _shown(self.top1_agreement, ".2%"), ""))
+        if self.questions is not None:
+            asked = self.questions
+            flips = f"{asked.only_reference_right} lost, {asked.only_candidate_right} won, p = {asked.mcnemar_p:.2g}"
+            found.append(("exact answers", _shown(asked.reference, ".1%"), _shown(asked.candidate, ".1%"), flips))
+        return found
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One sample, whole and up to the answer."""
+
+    sample: Sample
+    whole: Encoded
+    prompt: Encoded | None
+
+    @property
+    def scored(self) -> torch.Tensor:
+        """Positions that are followed by a text token."""
+        return (~self.whole.is_image[1:]).nonzero().flatten()
+
+
+def evaluate_on_samples(
+    candidate: Path,
+    reference: str,
+    data: Path,
+    *,
+    tasks: Collection[str] = ("kl", "vqa"),
+    limit: int | None = None,
+    strict: bool = False,
+    device: str | None = None,
+    encoder: str | None = None,
+    progress: Progress = ignore_progress,
+) -> PictureReport:
+    """Run both models on the samples of `data`; `encoder` renders a plan, by default the one that the plan names.
+
+    Raises:
+        EvaluationError: an unknown task, a reference without a vision tower, or a file without questions for `vqa`.
+        DataError: the file cannot be used, or with `strict` an image cannot be decoded.
+    """
+    unknown = sorted(set(tasks) - TASKS)
+    if unknown or not tasks:
+        raise EvaluationError(f"With --data, tasks are kl and vqa; {', '.join(unknown) or 'none'} was asked for.")
+    model = open_model(reference)
+    if not model.has_vision or model.hf_directory is None:
+        raise EvaluationError(f"{model.name} has no vision tower that transformers can run; leave --data out.")
+    file = read_samples(data)
+    items, skipped = _items(model, file.samples, "vqa" in tasks, limit, strict)
+    hf_model = load_hf(model, dtype=torch.float32, device=chosen_device(device))
+    first = _Scorer(hf_model, items, "reference", progress)
+    targets = first.map(_distribution) if "kl" in tasks else []
+    before = _answers(first, model.hf_directory) if "vqa" in tasks else []
+    other, candidate_bytes = _candidate(candidate, model, hf_model, encoder)
+    second = _Scorer(other, items, "candidate", progress)
+    found: dict[str, Any] = {}
+    if "kl" in tasks:
+        scores = second.map(lambda run, item: _compare(run, item, targets.pop(0)))
+        lengths = [len(one) for one, _ in scores]
+        divergences, agreements = (np.concatenate([one[part] for one in scores]) for part in (0, 1))
+        found["kl"] = bootstrap_mean(divergences, lengths)
+        found["top1_agreement"] = bootstrap_mean(agreements, lengths)
+    if "vqa" in tasks:
+        found["questions"] = _questions(items, before, _answers(second, model.hf_directory))
+    return PictureReport(
+        reference=model.name,
+        candidate=str(candidate),
+        reference_bytes=_stored_bytes(model.hf_directory),
+        candidate_bytes=candidate_bytes,
+        data=file.name,
+        data_sha256=file.sha256,
+        samples=len(items),
+        skipped=tuple(skipped),
+        **found,
+    )
+
+
+class _Scorer:
+    """One model over all samples."""
+
+    def __init__(self, hf_model: Any, items: Sequence[_Item], name: str, progress: Progress) -> None:
+        self.hf_model = hf_model
+        self._items, self._name, self._progress = items, name, progress
+
+    def map(self, score: Callable[[Any, _Item], Any], stage: str = "pictures") -> list[Any]:
+        found = []
+        with torch.inference_mode():
+            for index, item in enumerate(self._items):
+                if stage == "pictures" or item.prompt is not None:
+                    found.append(score(self.hf_model, item))
+                self._progress(f"{self._name}: {stage}", index + 1, len(self._items), unit=stage)
+        return found
+
+
+def _items(
+    model: Model, samples: Sequence[Sample], asks: bool, limit: int | None, strict: bool
+) -> tuple[list[_Item], list[str]]:
+    if asks and not any(sample.question for sample in samples):
+        raise EvaluationError("The task vqa needs lines with `images`, `question` and `answer`; the file has none.")
+    encoder = SampleEncoder(load_processor(model.hf_directory), image_token_of(model.hf_directory), strict=strict)
+    found = []
+    for sample in samples[:limit]:
+        whole = encoder.encode(sample)
+        if whole is not None:
+            prompt = encoder.encode(sample, prompt_only=True) if asks and sample.question else None
+            found.append(_Item(sample, whole, prompt))
+    if not found:
+        raise EvaluationError("No sample can be used: all of their images fail to decode.")
+    return found, encoder.skipped
+
+
+def _logits(hf_model: Any, item: _Item) -> torch.Tensor:
+    inputs = {name: value.to(hf_model.device) for name, value in item.whole.inputs.items()}
+    return hf_model(**inputs, use_cache=False).logits[0].float()[item.scored.to(hf_model.device)]
+
+
+def _distribution(hf_model: Any, item: _Item) -> Distribution:
+    return Distribution.of(_logits(hf_model, item))
+
+
+def _compare(hf_model: Any, item: _Item, target: Distribution) -> tuple[np.ndarray, np.ndarray]:
+    logits = _logits(hf_model, item)
+    if not torch.isfinite(logits).all():
+        raise EvaluationError(f"{item.sample.place}: the candidate's logits are NaN or infinite.")
+    return target.divergences(logits).cpu().numpy(), target.agreements(logits).numpy()
+
+
+def _answers(scorer: _Scorer, directory: Path) -> list[str]:
+    processor = load_processor(directory)
+
+    def answer(hf_model: Any, item: _Item) -> str:
+        inputs = {name: value.to(hf_model.device) for name, value in item.prompt.inputs.items()}
+        length = item.whole.num_tokens - item.prompt.num_tokens + SPARE_TOKENS
+        made = hf_model.generate(**inputs, max_new_tokens=length, do_sample=False)
+        return processor.tokenizer.decode(made[0, item.prompt.num_tokens :], skip_special_tokens=True).strip()
+
+    return scorer.map(answer, "questions")
+
+
+def _questions(items: Sequence[_Item], before: Sequence[str], after: Sequence[str]) -> Questions:
+    samples = [item.sample for item in items if item.prompt is not None]
+    answers = tuple(
+        Answer(
+            image=str(sample.images[0]) if sample.images else "", question=str(sample.question),
+            right=str(sample.answer), reference=first, candidate=second,
+        )
+        for sample, first, second in zip(samples, before, after, strict=True)
+    )  # fmt: skip
+    first = [_is_right(one.reference, one.right) for one in answers]
+    second = [_is_right(one.candidate, one.right) for one in answers]
+    lost = sum(was and not now for was, now in zip(first, second, strict=True))
+    won = sum(now and not was for was, now in zip(first, second, strict=True))
+    return Questions(
+        reference=wilson_interval(sum(first), len(answers)),
+        candidate=wilson_interval(sum(second), len(answers)),
+        only_reference_right=lost,
+        only_candidate_right=won,
+        mcnemar_p=mcnemar_exact(lost, won),
+        answers=answers,
+    )
+
+
+def _is_right(answer: str, right: str) -> bool:
+    return answer.strip().casefold() == right.strip().casefold()
+
+
+def _candidate(path: Path, model: Model, hf_model: Any, encoder_name: str | None) -> tuple[Any, int]:
+    """The running candidate and its bytes; a plan turns the original itself into it."""
+    plan_file = path / "plan.json" if (path / "plan.json").is_file() else path
+    if plan_file.suffix != ".json":
+        other = open_model(path)
+        return load_hf(other, dtype=torch.float32, device=str(hf_model.device)), _stored_bytes(path)
+    plan = Plan.load(plan_file)
+    plan.check_covers(model.source.names(), model.fingerprint, model.name)
+    stats_path = plan_file.with_name(STATS_NAME)
+    stats = stats_of_plan(plan.stats_hash, stats_path)
+    encoder = load_encoder(encoder_name or "ggml")
+    moments = load_beside(stats_path, stats) if stats is not None and encoder.uses_hessians else None
+    parent = store_directory(plan_file.with_name("encoded"), model, plan.stats_hash or "", encoder, moments)
+    rendered = RenderedModel(hf_model, EncodedStore(model, guidance_of(stats, moments), encoder, parent))
+    rendered.install({entry.name: entry.type for entry in plan.entries if not entry.quant_type.is_float})
+    return rendered.hf_model, plan.predicted_bytes
+
+
+def _stored_bytes(directory: Path) -> int:
+    return sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
+
+
+def _shown(estimate: Estimate, form: str) -> str:
+    return f"{estimate.value:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"
