@@ -1,6 +1,5 @@
 """The folder that `plan` leaves behind: names of its files, and its plots and report.html drawn from them."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from dynquant.plan import Plan
 from dynquant.planner import Rules
 from dynquant.presets import preset_types
 from dynquant.statistics import CalibrationStats
+from dynquant.strict_json import parse_json
 
 STATS_NAME, ERRORS_NAME, PLAN_NAME, SUPER_NAME = "stats.safetensors", "errors.json", "plan.json", "super_weights.json"
 SELECTION_NAME = "selection.json"
@@ -128,4 +128,9 @@ def rules_of(
 
 def load_super_weights(path: Path) -> list[SuperWeight]:
     """Read super_weights.json; an absent file means that none were looked for."""
-    return [SuperWeight(**one) for one in json.loads(path.read_text())] if path.is_file() else []
+    if not path.is_file():
+        return []
+    try:
+        return [SuperWeight(**one) for one in parse_json(path.read_bytes())]
+    except (OSError, ValueError, TypeError) as error:
+        raise PlanError(f"{path} does not hold super weights ({error}). Delete it and plan again.") from error
