@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dynquant import workflow
+from dynquant import calibration_stage
 from dynquant.plan import Plan
 from tests.helpers.commands import command, refused, run, run_alone
 
@@ -25,7 +25,7 @@ def planned(small_moe, tmp_path_factory):
     """One plan directory of the bundled model, made by the command."""
     directory = tmp_path_factory.mktemp("plan")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workflow, "PROBE_TOKENS", 512)
+        patch.setattr(calibration_stage, "PROBE_TOKENS", 512)
         done = run("plan", small_moe, "--types", TYPES, "--tokens", TOKENS, "-o", directory)
     assert done.returncode == 0, done.stderr
     return directory

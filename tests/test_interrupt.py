@@ -8,9 +8,10 @@ import time
 
 import pytest
 
-from dynquant import workflow
+from dynquant import calibration_stage
 from tests.helpers.commands import command, run
 
+TYPES = "q4_k,q5_k,q6_k,iq4_xs"  # the stages last long enough to be interrupted
 LIMIT_SECONDS = 2.0
 """A second is promised; on a busy machine the kernel may need another one."""
 
@@ -85,10 +86,10 @@ def test_interrupted_export_goes_on_to_the_same_bytes(small_moe, tmp_path):
 
 @pytest.mark.slow
 def test_interrupted_plan_goes_on_to_the_same_files(small_moe, tmp_path, monkeypatch):
-    monkeypatch.setattr(workflow, "PROBE_TOKENS", 512)
+    monkeypatch.setattr(calibration_stage, "PROBE_TOKENS", 512)
 
     def arguments(directory):
-        return ("plan", small_moe, "--tokens", "4096", "--hessians", "none", "--types", "q4_k", "--threads", "1",
+        return ("plan", small_moe, "--tokens", "16384", "--hessians", "none", "--types", TYPES, "--threads", "1",
                 "--no-report", "-o", directory)  # fmt: skip
 
     broken, whole = tmp_path / "broken", tmp_path / "whole"
