@@ -20,8 +20,7 @@ COMFORTABLE_SHARE = 0.7
 
 _SHARES_INPUT = ("k_proj", "v_proj", "up_proj", "kv_a_proj_with_mqa")
 _RESERVE = 200 * 2**20
-"""For libraries that load late, and memory that the allocator holds back; twice that in a backward pass, in which a
-7B mixture of experts was seen to take 40 MB more than is counted here with it once."""
+"""For libraries that load late, and memory that the allocator holds back."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def fit_within(stream: LayerStream, limit_bytes: int, work: Workload) -> None:
     Raises:
         StatsError: it cannot; the least limit is named.
     """
-    fixed = resident_memory() + (2 if work.is_backward else 1) * _RESERVE
+    fixed = resident_memory() + _RESERVE
     for keeps_experts, reads_ahead in ((True, True), (True, False), (False, True), (False, False)):
         stream.keeps_experts, stream.reads_ahead = keeps_experts, reads_ahead
         needed = fixed + max(_stage_bytes(stream, stage, work) for stage in range(stream.num_layers + 2))
