@@ -106,6 +106,11 @@ def windows_of(
     )
 
 
+def num_held_back(count: int, share: float) -> int:
+    """How many of `count` windows or samples are held back: at least one, but not the only one unless all are."""
+    return 0 if share <= 0 or (count == 1 and share < 1) else max(1, round(count * share))
+
+
 def split_windows(
     tokens: torch.Tensor, provenance: StatsProvenance, held_back: float = 0.1
 ) -> tuple[torch.Tensor, torch.Tensor, StatsProvenance]:
@@ -117,8 +122,7 @@ def split_windows(
     num_windows, window = tokens.shape if tokens.ndim == 2 else (0, 0)
     if num_windows == 0:
         raise StatsError("The calibration text gives no window of tokens; give a longer text.")
-    is_only_window = num_windows == 1 and held_back < 1
-    num_held = 0 if is_only_window or held_back <= 0 else max(1, round(num_windows * held_back))
+    num_held = num_held_back(num_windows, held_back)
     summed, held = tokens[: num_windows - num_held], tokens[num_windows - num_held :]
     counted = {
         "num_windows": num_windows,

@@ -29,6 +29,7 @@ from dynquant.second_moments import path_beside
 from dynquant.staged_passes import StagedPasses
 from dynquant.statistics import CalibrationStats
 from dynquant.streamed_calibration import StreamedCalibration, calibrate_streamed
+from dynquant.vision.calibration import VisionCalibration
 from dynquant.vision_workflow import TEXT_ONLY, DataOptions, calibrate_on_samples, probe_inputs, remove_kinds
 
 PROBE_TOKENS = 4096
@@ -185,10 +186,7 @@ def _calibrate_on_samples(
 ) -> tuple[CalibrationStats, bool, tuple[str, ...], int]:
     hessian_bytes = parse_size(options.hessian_memory) if options.hessians == "activations" else None
     found = calibrate_on_samples(model, options.samples, output, device=options.device, hessian_bytes=hessian_bytes)
-    if found.moments is not None:
-        found.moments.save(path_beside(output))
-    found.stats.save(output)
-    return found.stats, found.pools_experts, found.left_out, len(found.moments.sums) if found.moments else 0
+    return _saved(found, output)
 
 
 def _calibrate_whole(
@@ -202,6 +200,11 @@ def _calibrate_whole(
             found = _calibrate_on_ray(model, options, base_gguf, progress)
         else:
             found = calibrate(model, options.text, progress=progress, **_measured(options, device), **_read(options))
+    return _saved(found, output)
+
+
+def _saved(found: Calibration | VisionCalibration, output: Path) -> tuple[CalibrationStats, bool, tuple[str, ...], int]:
+    """Write what was measured in one piece."""
     output.parent.mkdir(parents=True, exist_ok=True)
     if found.moments is not None:
         found.moments.save(path_beside(output))

@@ -65,7 +65,7 @@ class Collector:
         self._linear_layers = linear_names(hf_model, arch, n_layer)
         self._linears = LinearHooks(hf_model, arch, n_layer, self._observe_linear)
         self._experts = {
-            module: _ExpertNames.of(name, arch, n_layer) for name, module in expert_modules(hf_model).items()
+            module: ExpertNames.of(name, arch, n_layer) for name, module in expert_modules(hf_model).items()
         }
 
     @contextmanager
@@ -177,15 +177,18 @@ class Collector:
 
 
 @dataclass(frozen=True)
-class _ExpertNames:
-    """GGUF names of one layer's stacked experts. `gate` is the key of the common input; others are aliases of it."""
+class ExpertNames:
+    """GGUF names of one layer's stacked experts. `gate` is the key of the common input; others are aliases of it.
+
+    `of` raises StatsError when gguf-py has no names for them.
+    """
 
     gate: str
     down: str
     aliases: tuple[str, ...]
 
     @classmethod
-    def of(cls, module_name: str, arch: str, n_layer: int) -> "_ExpertNames":
+    def of(cls, module_name: str, arch: str, n_layer: int) -> "ExpertNames":
         parts = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
         gate, up, gate_up, down = (gguf_name_of(f"{module_name}.{part}", arch, n_layer) for part in parts)
         readers = [name for name in (gate, up, gate_up) if name is not None]

@@ -7,7 +7,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from dynquant import __version__
-from dynquant.eval_statistics import Estimate, block_sums, bootstrap_mean, mcnemar_exact, wilson_interval
+from dynquant.eval_statistics import Estimate, block_sums, bootstrap_mean, mcnemar_exact, only_one, wilson_interval
 from dynquant.multiple_choice import AnswerScores, EncodedQuestion, Scoring
 from dynquant.reference_cache import TokenScores
 
@@ -162,7 +162,7 @@ def summarize_choices(
     answers = np.array([e.question.answer for e in encoded])
     predictions = [np.array([s.prediction(scoring) for s in scores]) for scores in (reference, candidate)]
     right = [p == answers for p in predictions]
-    only_reference, only_candidate = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
+    only_reference, only_candidate = only_one(*(one.tolist() for one in right))
     return MultipleChoiceResult(
         scoring=scoring,
         questions=len(encoded),

@@ -4,6 +4,7 @@ Neighbouring tokens are correlated, so means over tokens are resampled in blocks
 the same questions are compared pair by pair. Multiple-testing corrections are left to the reader.
 """
 
+from collections.abc import Sequence
 from math import sqrt
 
 import numpy as np
@@ -60,6 +61,12 @@ def wilson_interval(successes: int, total: int) -> Estimate:
     center = (p + _Z95**2 / (2 * total)) / scale
     half = _Z95 / scale * sqrt(p * (1 - p) / total + _Z95**2 / (4 * total**2))
     return Estimate(value=p, low=min(p, max(0.0, center - half)), high=max(p, min(1.0, center + half)))
+
+
+def only_one(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int]:
+    """How many questions only the first, and only the second, of two paired classifiers answers correctly."""
+    pairs = list(zip(first, second, strict=True))
+    return sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
 
 
 def mcnemar_exact(only_first: int, only_second: int) -> float:

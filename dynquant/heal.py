@@ -20,7 +20,7 @@ from dynquant.calibration_text import CalibrationText, pack_windows, read_text
 from dynquant.devices import chosen_device
 from dynquant.errors import DataError
 from dynquant.eval_report import EvalReport, MultipleChoiceResult
-from dynquant.eval_statistics import Estimate, bootstrap_ratio, mcnemar_exact
+from dynquant.eval_statistics import Estimate, bootstrap_ratio, mcnemar_exact, only_one
 from dynquant.eval_text import load_text
 from dynquant.evaluate import common_columns, evaluate
 from dynquant.held_out import split_documents, without_repeats
@@ -316,8 +316,7 @@ def _paired(old: MultipleChoiceResult, new: MultipleChoiceResult) -> str:
     right = old.right_answers
     was = [a == b for a, b in zip(old.candidate.predictions, right, strict=True)]
     now = [a == b for a, b in zip(new.candidate.predictions, right, strict=True)]
-    lost = sum(a and not b for a, b in zip(was, now, strict=True))
-    won = sum(b and not a for a, b in zip(was, now, strict=True))
+    lost, won = only_one(was, now)
     return (
         f"{old.questions} questions: the original answers {old.reference.accuracy.value:.1%}; the adapter wins {won} "
         f"and loses {lost}, McNemar p = {mcnemar_exact(lost, won):.3g}."

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from dynquant.calibration import Calibration, Hessians, collect_statistics
+from dynquant.calibration import Calibration, Hessians, collect_statistics, num_held_back
 from dynquant.checkpoint import open_model
 from dynquant.errors import ClusterError, DynquantError, StatsError
 from dynquant.hf_loading import load_hf
@@ -91,7 +91,7 @@ def cut(windows: torch.Tensor, provenance: StatsProvenance, held_back: float) ->
     """
     if windows.ndim != 2 or not len(windows):
         raise StatsError("The calibration text gives no window of tokens; give a longer text.")
-    num_held = 0 if len(windows) == 1 or held_back <= 0 else max(1, round(len(windows) * held_back))
+    num_held = num_held_back(len(windows), held_back)
     summed, held = windows[: len(windows) - num_held], windows[len(windows) - num_held :]
     parts = [(part, False) for part in summed.split(SHARD_WINDOWS)] + [(held, True)] * bool(num_held)
     return [

@@ -20,7 +20,7 @@ from dynquant.devices import chosen_device
 from dynquant.distribution import Distribution
 from dynquant.encoded_store import EncodedStore, store_directory
 from dynquant.errors import EvaluationError
-from dynquant.eval_statistics import Estimate, bootstrap_mean, mcnemar_exact, wilson_interval
+from dynquant.eval_statistics import Estimate, bootstrap_mean, mcnemar_exact, only_one, wilson_interval
 from dynquant.hf_loading import load_hf
 from dynquant.model import Model
 from dynquant.plan import Plan
@@ -132,11 +132,13 @@ def evaluate_on_samples(
     if not model.has_vision or model.hf_directory is None:
         raise EvaluationError(f"{model.name} has no vision tower that transformers can run; leave --data out.")
     file = read_samples(data)
-    items, skipped = _items(model, file.samples, "vqa" in tasks, limit, strict)
+    processor = load_processor(model.hf_directory)
+    encoder_of_samples = SampleEncoder(processor, image_token_of(model.hf_directory), strict=strict)
+    items = _items(encoder_of_samples, file.samples[:limit], "vqa" in tasks)
     hf_model = load_hf(model, dtype=torch.float32, device=chosen_device(device))
     first = _Scorer(hf_model, items, "reference", progress)
     targets = first.map(_distribution) if "kl" in tasks else []
-    before = _answers(first, model.hf_directory) if "vqa" in tasks else []
+    before = _answers(first, processor.tokenizer) if "vqa" in tasks else []
     other, candidate_bytes = _candidate(candidate, model, hf_model, encoder)
     second = _Scorer(other, items, "candidate", progress)
     found: dict[str, Any] = {}
@@ -147,7 +149,7 @@ def evaluate_on_samples(
         found["kl"] = bootstrap_mean(divergences, lengths)
         found["top1_agreement"] = bootstrap_mean(agreements, lengths)
     if "vqa" in tasks:
-        found["questions"] = _questions(items, before, _answers(second, model.hf_directory))
+        found["questions"] = _questions(items, before, _answers(second, processor.tokenizer))
     return PictureReport(
         reference=model.name,
         candidate=str(candidate),
@@ -156,7 +158,7 @@ def evaluate_on_samples(
         data=file.name,
         data_sha256=file.sha256,
         samples=len(items),
-        skipped=tuple(skipped),
+        skipped=tuple(encoder_of_samples.skipped),
         **found,
     )
 
@@ -178,21 +180,18 @@ class _Scorer:
         return found
 
 
-def _items(
-    model: Model, samples: Sequence[Sample], asks: bool, limit: int | None, strict: bool
-) -> tuple[list[_Item], list[str]]:
+def _items(encoder: SampleEncoder, samples: Sequence[Sample], asks: bool) -> list[_Item]:
     if asks and not any(sample.question for sample in samples):
         raise EvaluationError("The task vqa needs lines with `images`, `question` and `answer`; the file has none.")
-    encoder = SampleEncoder(load_processor(model.hf_directory), image_token_of(model.hf_directory), strict=strict)
     found = []
-    for sample in samples[:limit]:
+    for sample in samples:
         whole = encoder.encode(sample)
         if whole is not None:
             prompt = encoder.encode(sample, prompt_only=True) if asks and sample.question else None
             found.append(_Item(sample, whole, prompt))
     if not found:
         raise EvaluationError("No sample can be used: all of their images fail to decode.")
-    return found, encoder.skipped
+    return found
 
 
 def _logits(hf_model: Any, item: _Item) -> torch.Tensor:
@@ -211,14 +210,12 @@ def _compare(hf_model: Any, item: _Item, target: Distribution) -> tuple[np.ndarr
     return target.divergences(logits).cpu().numpy(), target.agreements(logits).numpy()
 
 
-def _answers(scorer: _Scorer, directory: Path) -> list[str]:
-    processor = load_processor(directory)
-
+def _answers(scorer: _Scorer, tokenizer: Any) -> list[str]:
     def answer(hf_model: Any, item: _Item) -> str:
         inputs = {name: value.to(hf_model.device) for name, value in item.prompt.inputs.items()}
         length = item.whole.num_tokens - item.prompt.num_tokens + SPARE_TOKENS
         made = hf_model.generate(**inputs, max_new_tokens=length, do_sample=False)
-        return processor.tokenizer.decode(made[0, item.prompt.num_tokens :], skip_special_tokens=True).strip()
+        return tokenizer.decode(made[0, item.prompt.num_tokens :], skip_special_tokens=True).strip()
 
     return scorer.map(answer, "questions")
 
@@ -234,8 +231,7 @@ def _questions(items: Sequence[_Item], before: Sequence[str], after: Sequence[st
     )  # fmt: skip
     first = [_is_right(one.reference, one.right) for one in answers]
     second = [_is_right(one.candidate, one.right) for one in answers]
-    lost = sum(was and not now for was, now in zip(first, second, strict=True))
-    won = sum(now and not was for was, now in zip(first, second, strict=True))
+    lost, won = only_one(first, second)
     return Questions(
         reference=wilson_interval(sum(first), len(answers)),
         candidate=wilson_interval(sum(second), len(answers)),

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dynquant.architecture import gguf_name_of, role_of
-from dynquant.calibration import SampleLimits
+from dynquant.architecture import role_of
+from dynquant.calibration import num_held_back
+from dynquant.collector import ExpertNames, SampleLimits
 from dynquant.errors import StatsError
 from dynquant.expert_hooks import ExpertCall, expert_modules, record_experts
 from dynquant.input_recorder import InputRecorder
@@ -64,7 +65,7 @@ def collect_vision_statistics(
     """
     if not samples:
         raise StatsError("No sample is left to calibrate on; give some whose images can be decoded.")
-    num_held = max(1, round(len(samples) * HELD_BACK)) if len(samples) > 1 else 0
+    num_held = num_held_back(len(samples), HELD_BACK)
     num_summed = len(samples) - num_held
     moments = None if hessian_bytes is None else MomentRecorder.for_model(hf_model, hessian_bytes)
     collector = _Collector(hf_model, model, moments)
@@ -112,7 +113,7 @@ class _Collector:
         arch, n_layer = self.model.arch, self.model.hyper.n_layer
         self._hooks = LinearHooks(self.hf_model, arch, n_layer, self._observe_linear)
         self._experts = {
-            module: _expert_keys(name, arch, n_layer) for name, module in expert_modules(self.hf_model).items()
+            module: ExpertNames.of(name, arch, n_layer) for name, module in expert_modules(self.hf_model).items()
         }
         self._recorders: dict[str, _Recorders] = {}
         self._is_image = torch.zeros(0, dtype=torch.bool)
@@ -130,7 +131,9 @@ class _Collector:
     def finish(self, provenance: StatsProvenance) -> tuple[CalibrationStats, dict[str, CalibrationStats]]:
         if not self._recorders:
             raise StatsError(f"None of the linear layers of {type(self.hf_model).__name__} was seen in calibration.")
-        aliases = self._hooks.aliases | {alias: keys[0] for keys in self._experts.values() for alias in keys[1:-1]}
+        aliases = self._hooks.aliases | {
+            alias: names.gate for names in self._experts.values() for alias in names.aliases
+        }
         inputs = {key: recorders.all.finish() for key, recorders in self._recorders.items()}
         by_kind = {
             kind: CalibrationStats(
@@ -151,11 +154,11 @@ class _Collector:
         return torch.ones(num_rows, dtype=torch.bool) if sees_images else self._is_image
 
     def _observe_expert(self, call: ExpertCall) -> None:
-        keys, count = self._experts[call.module], call.module.num_experts
+        names, count = self._experts[call.module], call.module.num_experts
         is_image = self._is_image[call.tokens.cpu()]
         rows = self.limits.rows_per_expert(count, call.x.shape[1] + call.down_input.shape[1])
-        self._add(keys[0], call.x, is_image, count, call.expert, rows, None)
-        self._add(keys[-1], call.down_input, is_image, count, call.expert, rows, call.down_output)
+        self._add(names.gate, call.x, is_image, count, call.expert, rows, None)
+        self._add(names.down, call.down_input, is_image, count, call.expert, rows, call.down_output)
 
     def _add(
         self,
@@ -190,13 +193,3 @@ class _Collector:
 
 def _recorder(num_experts: int, x: torch.Tensor, rows: int) -> InputRecorder:
     return InputRecorder(num_experts, x.shape[-1], sample_rows=rows, device=x.device)
-
-
-def _expert_keys(module_name: str, arch: str, n_layer: int) -> tuple[str, ...]:
-    """GGUF names of a layer's stacked experts: those that read its input, then the down projection."""
-    parts = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
-    names = [gguf_name_of(f"{module_name}.{part}", arch, n_layer) for part in parts]
-    found = tuple(name for name in names if name is not None)
-    if len(found) < 2:
-        raise StatsError(f"gguf-py has no name for the experts {module_name} in architecture `{arch}`.")
-    return found

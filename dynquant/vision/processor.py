@@ -4,12 +4,12 @@ transformers' processors of models that also take videos need torchvision althou
 not installed, such a processor is put together from its tokenizer and image processor, without the video part.
 """
 
-import json
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynquant.errors import CheckpointError
+from dynquant.strict_json import parse_json
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -86,7 +86,7 @@ def _class_of(directory: Path) -> Any:
 
 def _value(directory: Path, file: str, key: str) -> Any:
     path = directory / file
-    return json.loads(path.read_text("utf-8")).get(key) if path.is_file() else None
+    return parse_json(path.read_bytes()).get(key) if path.is_file() else None
 
 
 def _without_video(processor_class: Any) -> Any:

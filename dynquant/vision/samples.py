@@ -10,7 +10,6 @@ A line of a .jsonl file is one sample, in one of three forms; paths of images ar
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dynquant.errors import DataError
+from dynquant.strict_json import parse_json
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -86,8 +86,8 @@ def read_samples(path: Path) -> SampleFile:
 
 def _sample(line: str, place: str, directory: Path) -> Sample:
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
+        record = parse_json(line)
+    except ValueError as error:
         raise DataError(f"{place} is not JSON: {error}.") from error
     named = record.get("images", []) if isinstance(record, dict) else None
     if not isinstance(named, list) or not all(isinstance(one, str) for one in named):
@@ -241,5 +241,5 @@ def _open(path: Path) -> Any:
 
 def image_token_of(directory: Path) -> int | None:
     """The id of the placeholder that stands for image tokens, from config.json."""
-    config = json.loads((directory / "config.json").read_text("utf-8"))
+    config = parse_json((directory / "config.json").read_bytes())
     return next((config[key] for key in ("image_token_id", "image_token_index") if key in config), None)
