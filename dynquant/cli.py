@@ -325,6 +325,14 @@ def export(
     ] = None,
     split_max_size: Annotated[str | None, typer.Option(help="Split into files of at most this size, as 40GB.")] = None,
     resume: Annotated[bool, typer.Option(help="Continue an interrupted export.")] = True,
+    mmproj_type: Annotated[
+        str | None,
+        typer.Option(
+            help="One type for vision tower and projector, which go to mmproj-NAME.gguf: f32, bf16, f16 or q8_0. "
+            "Default: the types of the plan.",
+            show_default=False,
+        ),
+    ] = None,
     max_memory: MaxMemoryOpt = None,
     ray: RayOpt = None,
     ship_weights: Annotated[
@@ -350,6 +358,7 @@ def export(
         model, output, format=format, plan_path=plan, preset=preset, stats_path=stats, calibration=options,
         encoder=encoder, device=device, split_max_size=split_max_size, resume=resume, threads=threads,
         base_gguf=base_gguf, tune_tokens=tune, max_memory=max_memory, ray=ray, ship_weights=ship_weights,
+        mmproj_type=mmproj_type,
     )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ def _qwen(tokenizer: Any, model_type: str) -> tuple[Any, Any]:
         tower = {"depth": 2, "embed_dim": 64, "hidden_size": 64, "num_heads": 4, "mlp_ratio": 2}
         return hf.Qwen2VLConfig(text_config=text, vision_config=tower, **ids), None
     tower = {"depth": 2, "hidden_size": 64, "out_hidden_size": 64, "intermediate_size": 128, "num_heads": 4,
-             "fullatt_block_indexes": [1], "window_size": 56}  # fmt: skip
+             "fullatt_block_indexes": [1], "window_size": 112}  # fmt: skip
     return hf.Qwen2_5_VLConfig(text_config=text, vision_config=tower, **ids), None
 
 
@@ -66,7 +66,8 @@ def _gemma3(tokenizer: Any) -> tuple[Any, Any]:
         extra_special_tokens=named,
     )  # fmt: skip
     config = hf.Gemma3Config(
-        text_config={**_TEXT, "head_dim": 16}, vision_config={**_TOWER, "image_size": SIDE, "patch_size": 14},
+        text_config={**_TEXT, "head_dim": 16, "query_pre_attn_scalar": 16},
+        vision_config={**_TOWER, "image_size": SIDE, "patch_size": 14},
         mm_tokens_per_image=4, image_token_index=tokenizer.image_token_id, boi_token_index=tokenizer.boi_token_id,
         eoi_token_index=tokenizer.eoi_token_id,
     )  # fmt: skip
