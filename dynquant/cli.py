@@ -397,9 +397,13 @@ def evaluate(
         Path | None,
         typer.Option(
             help="Questions with pictures, .jsonl, for kl and vqa of a vision-language model. The candidate is then a "
-            "plan.json, its folder, or a Hugging Face directory.",
+            "plan.json, its folder, a Hugging Face directory, or a .gguf file with its mmproj file.",
             show_default=False,
         ),
+    ] = None,
+    mmproj: Annotated[
+        Path | None,
+        typer.Option(help="With --data: the vision part of a .gguf candidate. Default: mmproj-NAME.gguf beside it."),
     ] = None,
     strict: StrictOpt = False,
     max_tokens: Annotated[int, typer.Option(help="Tokens of each text.")] = 8192,
@@ -431,6 +435,8 @@ def evaluate(
     Example: dynquant eval model.gguf --reference ./model --tasks kl,ppl,mmlu --text held-out.txt --mmlu-data test.jsonl
 
     Example: dynquant eval plan/ --reference ./vision-model --tasks kl,vqa --data questions.jsonl
+
+    Example: dynquant eval model.gguf --reference ./vision-model --tasks kl,vqa --data questions.jsonl
     """
     from dynquant import commands
 
@@ -439,9 +445,11 @@ def evaluate(
             raise EvaluationError("--data goes without --text and --mmlu-data: all of its tasks run on its samples.")
         commands.evaluate_on_samples(
             Path(candidate), reference, data, tasks=_split(tasks) or (), limit=limit, strict=strict, device=device,
-            json_file=json_file,
+            mmproj=mmproj, json_file=json_file,
         )  # fmt: skip
         return
+    if mmproj is not None:
+        raise EvaluationError("--mmproj is for questions with pictures; give them with --data FILE.")
     if "vqa" in tasks:
         raise EvaluationError("The task vqa needs questions with pictures; give them with --data FILE.")
     commands.evaluate(

@@ -19,8 +19,8 @@ class Model:
     """One checkpoint in GGUF terms.
 
     `hf_directory` is set when transformers can load the model from a directory; `gguf_file` when it is a GGUF.
-    `checkpoint_names(name)` lists the checkpoint's own tensors that a GGUF tensor is made of. A vision-language model is
-    written as several files, its `parts`; `unwritten` says why parts are missing there.
+    `checkpoint_names(name)` lists the checkpoint's own tensors that a GGUF tensor is made of. A vision-language model
+    is written as several files, its `parts`; `unwritten` says why parts are missing there.
     """
 
     path: Path

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import gguf
-import torch
 
 from dynquant.errors import CheckpointError
 from dynquant.families.book import RecipeBook

@@ -1,4 +1,4 @@
-"""A part of a checkpoint under other names, as a tensor source: the language model, or the vision tower with projector."""
+"""A part of a checkpoint under other names, as a tensor source: a language model, or vision tower and projector."""
 
 from collections.abc import Mapping
 

@@ -70,7 +70,8 @@ def _parts(directory: Path, config: Any, stored: SafetensorsSource) -> tuple[tup
     values = config.to_dict()
     whole = Config(directory / "config.json", values, values)
     parts, unwritten = [], []
-    for what, open_part in (("Vision tower and projector", open_projector_part), ("Language model", open_language_part)):
+    openers = {"Vision tower and projector": open_projector_part, "Language model": open_language_part}
+    for what, open_part in openers.items():
         try:
             parts.append(open_part(directory, whole, stored))
         except CheckpointError as error:

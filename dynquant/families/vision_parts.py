@@ -90,7 +90,7 @@ def _write_qwen2vl_keys(config: Config, writer: gguf.GGUFWriter) -> None:
     parameters = config.get("rope_parameters")
     sections = parameters.get("mrope_section") if isinstance(parameters, dict) else None
     if not isinstance(sections, list) or len(sections) != 3 or not all(isinstance(one, int) for one in sections):
-        config.refuse(f"`mrope_section` is {sections!r}; it must give three parts of a head, for time, height and width")
+        config.refuse(f"`mrope_section` is {sections!r}; three parts of a head are needed, for time, height and width")
     writer.add_rope_dimension_sections([*sections, 0])
 
 
@@ -113,8 +113,8 @@ def _mean_and_std(directory: Path) -> tuple[list[float], list[float]]:
         if all(_is_colour(one) for one in found):
             return tuple([float(value) for value in one] for one in found)  # type: ignore[return-value,union-attr]
     raise CheckpointError(
-        f"{directory} has no preprocessor_config.json or processor_config.json with `image_mean` and `image_std`, three "
-        "numbers each, which an mmproj file needs. Copy it from the original checkpoint."
+        f"{directory} has no preprocessor_config.json or processor_config.json with `image_mean` and `image_std` of "
+        "three numbers each, which an mmproj file needs. Copy it from the original checkpoint."
     )
 
 
