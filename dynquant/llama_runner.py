@@ -49,6 +49,10 @@ class _LlamaLog:
         self._lines.clear()
         llama_cpp.llama_log_set(self.callback, ctypes.c_void_p(0))
 
+    def last(self) -> str:
+        """The latest line alone."""
+        return self._lines[-1] if self._lines else "no reason given"
+
     def __str__(self) -> str:
         return "; ".join(line for line in self._lines if line) or "no reason given"
 

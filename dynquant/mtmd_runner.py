@@ -6,7 +6,8 @@ also gives its tokens their positions. Everything computes in F32, without flash
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,7 @@ class MtmdRunner(LlamaCppRunner):
         self._vision = mtmd_cpp.mtmd_init_from_file(os.fsencode(mmproj), self._model, params)
         if not self._vision:
             self.close()
-            raise CheckpointError(f"{mmproj.name}: llama.cpp cannot load the file beside {path.name}: {log}")
+            raise CheckpointError(f"{mmproj.name}: llama.cpp cannot load the file beside {path.name}: {log.last()}")
 
     def sample_logits(self, segments: Sequence[Segment]) -> torch.Tensor:
         """Logits behind every text token, float32 [text tokens, vocabulary]."""
@@ -123,10 +124,11 @@ class _Picture:
         """Decode the picture's tokens from `position` on; returns the position that follows."""
         following = self._runner._api.llama_pos(position)
         for chunk in self._seen:
-            code = self._mtmd.mtmd_helper_eval_chunk_single(
-                self._runner._vision, self._runner._context, chunk, following.value, 0, BATCH_TOKENS, False,
-                ctypes.byref(following),
-            )  # fmt: skip
+            with _zeroed_memory():
+                code = self._mtmd.mtmd_helper_eval_chunk_single(
+                    self._runner._vision, self._runner._context, chunk, following.value, 0, BATCH_TOKENS, False,
+                    ctypes.byref(following),
+                )  # fmt: skip
             if code != 0:
                 raise EvaluationError(f"libmtmd cannot run a picture of {self.num_tokens} tokens: {llama_log()}")
         return following.value
@@ -136,3 +138,23 @@ class _Picture:
 
     def _count(self) -> int:
         return self._mtmd.mtmd_input_chunks_size(self._chunks)
+
+
+_M_PERTURB, _ZEROS = -6, 0xFF  # of glibc: with 0xFF, allocated memory is filled with its complement
+
+
+@contextmanager
+def _zeroed_memory() -> Iterator[None]:
+    """Let glibc fill the memory that it gives out with zeros.
+
+    llama.cpp's Pixtral graph multiplies memory that it never wrote by zero; where that holds NaN, so do the results.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is None:
+        yield
+        return
+    mallopt(_M_PERTURB, _ZEROS)
+    try:
+        yield
+    finally:
+        mallopt(_M_PERTURB, 0)

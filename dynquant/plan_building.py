@@ -111,8 +111,10 @@ def _choose(
     model: Model, name: str, shape: tuple[int, ...], wanted: tuple[str, str] | None, exact: bool
 ) -> tuple[str, str, str | None]:
     """Type, reason, and the wanted type when the row length forced another one."""
-    if role_of(name) == Role.VISION_PATCH and wanted is None:
-        return "F16", "patch embedding: a convolution, kept F16 as in llama.cpp", None
+    if role_of(name) == Role.VISION_PATCH:
+        if wanted and wanted[0] == "F32":
+            return "F32", wanted[1], None
+        return "F16", "patch embedding: a convolution, which llama.cpp runs in F16 or F32", None
     if stays_f32(name, shape) and not (exact and wanted):
         return "F32", "vectors, norms and routers stay F32, as in llama.cpp", None
     if name == TRANSPOSED and not (wanted and quant_type(wanted[0]).is_float):
@@ -166,28 +168,17 @@ def plan_of_part(part: ModelPart, plan: Plan, stats: CalibrationStats | None) ->
 
 def with_projector_type(model: Model, plan: Plan, type_name: str, stats: CalibrationStats | None) -> Plan:
     """The plan with one type for all matrices of the vision tower and the projector."""
-    wanted = {
-        entry.name: (type_name, f"{type_name} for the vision part, as asked for")
-        for entry in plan.entries
-        if entry.role.is_vision
-    }
+    wanted = type_name, f"{type_name} for the vision part, as asked for"
     entries = tuple(
-        _entry(model, entry.name, wanted[entry.name], {}, False) if entry.name in wanted else entry
-        for entry in plan.entries
+        _entry(model, entry.name, wanted, {}, False) if entry.role.is_vision else entry for entry in plan.entries
     )
     size = _file_bytes(model, [_spec(entry) for entry in entries], plan.recipe, stats, plan.stats_hash)
     return plan.model_copy(update={"entries": entries, "predicted_bytes": size})
 
 
 def _part_specs(part: ModelPart, types: Mapping[str, str]) -> list[TensorSpec]:
-    """Tensors of a file with the types of the whole model's tensors; what those do not hold is F32.
-
-    Convolutions run in F16 or F32 only; BF16 becomes F16, which takes the same bytes.
-    """
-    found = []
-    for name in part.model.source.names():
-        type_name = types.get(part.plan_name(name), "F32")
-        if type_name == "BF16" and role_of(name) == Role.VISION_PATCH:
-            type_name = "F16"
-        found.append(TensorSpec(name, part.model.source.info(name).shape, type_name))
-    return found
+    """Tensors of a file with the types of the whole model's tensors; what those do not hold is F32."""
+    source = part.model.source
+    return [
+        TensorSpec(name, source.info(name).shape, types.get(part.plan_name(name), "F32")) for name in source.names()
+    ]

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import gguf
+
 from dynquant import console
 from dynquant.errors import ExportError
 from dynquant.model import Model, ModelPart
@@ -17,6 +19,11 @@ from dynquant.second_moments import SecondMoments
 from dynquant.statistics import CalibrationStats
 
 MMPROJ_TYPES = ("f32", "bf16", "f16", "q8_0")
+_CAVEATS = {
+    "mlp": "llama.cpp's graph of LLaVA puts the class embedding behind the patches; the model was trained with it in "
+    "front. Patches get their neighbours' positions, and answers differ from those of transformers (reports/vision.md)."
+}
+"""By projector: what llama.cpp computes otherwise than transformers from the same weights."""
 PartWriter = Callable[[ModelPart, Plan, CalibrationStats | None, SecondMoments | None, Path], list[Path]]
 
 
@@ -31,6 +38,10 @@ def check_parts(model: Model) -> None:
         raise ExportError(
             f"{model.name} cannot be written as GGUF. {reasons} Nothing is written; `-f safetensors` keeps all parts."
         )
+    for part in model.parts:
+        kind = next((field.value for field in part.model.metadata if field.key == gguf.Keys.Clip.PROJECTOR_TYPE), None)
+        if kind in _CAVEATS:
+            console.note(_CAVEATS[str(kind)])
     if model.unwritten:
         console.note(f"only the language model is written, and it will not see pictures. {reasons}")
 
@@ -76,7 +87,7 @@ def write_parts(
     files: list[Path] = []
     for part, own in zip(model.parts, plans, strict=True):
         path = mmproj_path(output) if part.is_projector else output
-        files = write(part, own, _stats_of(part, stats), _moments_of(part, moments), path) + files
+        files = write(part, own, stats_of_part(part, stats), _moments_of(part, moments), path) + files
     return files
 
 
@@ -86,7 +97,8 @@ def _renamed(part: ModelPart, aliases: dict[str, str]) -> dict[str, str]:
     return aliases | {name: aliases.get(whole, whole) for name, whole in own.items() if name != whole}
 
 
-def _stats_of(part: ModelPart, stats: CalibrationStats | None) -> CalibrationStats | None:
+def stats_of_part(part: ModelPart, stats: CalibrationStats | None) -> CalibrationStats | None:
+    """Statistics under the names that tensors have in a part's file."""
     return None if stats is None else replace(stats, aliases=_renamed(part, stats.aliases))
 
 

@@ -127,23 +127,24 @@ def pixtral_inputs(directory: Path, pictures: list[Path]) -> list[Encoded]:
     tokenizer = hf.AutoTokenizer.from_pretrained(directory)
     config = hf.AutoConfig.from_pretrained(directory)
     merge = getattr(config, "spatial_merge_size", 1)
-    images = hf.PixtralImageProcessorPil(patch_size={"height": 14, "width": 14}, size={"longest_edge": SIDE})
-    side = SIDE // 14 // merge
-    text = ("[IMG]" * side + "[IMG_BREAK]") * (side - 1) + "[IMG]" * side + "[IMG_END]What color is the ring?"
+    images = hf.PixtralImageProcessorPil(patch_size={"height": 14, "width": 14}, size={"longest_edge": 4 * SIDE})
     found = []
     for path in pictures:
+        picture = Image.open(path)
+        columns, rows = (side // 14 // merge for side in picture.size)
+        text = "[IMG_BREAK]".join(["[IMG]" * columns] * rows) + "[IMG_END]What color is the ring?"
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
-        seen = images(Image.open(path), return_tensors="pt")
+        seen = images(picture, return_tensors="pt")
         found.append(Encoded({"input_ids": ids, **seen}, ids[0] == config.image_token_index))
     return found
 
 
-def write_pictures(directory: Path, count: int) -> Path:
+def write_pictures(directory: Path, count: int, *, height: int = SIDE, width: int = SIDE) -> Path:
     """Coloured noise with a caption each; returns the sample file."""
     rng = np.random.default_rng(0)
     lines = []
     for index in range(count):
-        pixels = rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(directory / f"{index}.png")
         lines.append(json.dumps({"images": [f"{index}.png"], "text": f"What color is the ring? red {index}"}))
     path = directory / "samples.jsonl"
