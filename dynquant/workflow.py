@@ -78,8 +78,8 @@ def open_language_model(path: str | Path, base_gguf: Path | None = None) -> Mode
     model = open_and_announce(path, base_gguf)
     if model.has_vision:
         raise ExportError(
-            f"{model.name} has a vision tower, for which this command has no place. Such models are calibrated, planned "
-            "and evaluated on pictures (--data FILE) and exported as GGUF."
+            f"{model.name} has a vision tower, for which this command has no place. Such models are calibrated, "
+            "planned and evaluated on pictures (--data FILE) and exported as GGUF."
         )
     return model
 
