@@ -75,11 +75,14 @@ def fixed_bytes(
     stats: CalibrationStats | None = None,
     stats_hash: str | None = None,
 ) -> int:
-    """File bytes that do not depend on the types of the `planned` tensors: header and all other tensors, in F32.
+    """File bytes that do not depend on the types of the `planned` tensors: header and all other tensors.
 
     A file budget minus this is what a planner may spend on `padded` tensor bytes.
     """
-    specs = [TensorSpec(name, model.source.info(name).shape, "F32") for name in model.source.names()]
+    specs = [
+        TensorSpec(name, model.source.info(name).shape, "F16" if role_of(name) is Role.VISION_PATCH else "F32")
+        for name in model.source.names()
+    ]
     total = _file_bytes(model, specs, recipe, stats, stats_hash)
     return total - sum(padded(spec.num_bytes) for spec in specs if spec.name in planned)
 

@@ -8,7 +8,7 @@ import gguf
 import torch
 
 from dynquant.families.book import RecipeBook
-from dynquant.families.config import Config
+from dynquant.families.config import Config, finite
 from dynquant.families.decoder import add_attention, add_embeddings, add_gated_ffn, head_dim, write_decoder_keys
 from dynquant.families.rope import rope_parameters, write_rope
 
@@ -36,7 +36,7 @@ def write_gemma3_keys(config: Config, writer: gguf.GGUFWriter) -> None:
         sliding = rope_parameters(config, "sliding_attention")
         if sliding.get("rope_type", "default") != "default":
             config.refuse("rope scaling in sliding-window layers is not supported")
-        writer.add_rope_freq_base_swa(float(sliding["rope_theta"]))  # type: ignore[arg-type]
+        writer.add_rope_freq_base_swa(finite(sliding["rope_theta"], "rope_parameters.rope_theta", config.path))
         writer.add_sliding_window(config.integer("sliding_window"))
         if period != _DEFAULT_PERIOD:
             writer.add_sliding_window_pattern(period)

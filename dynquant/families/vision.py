@@ -48,7 +48,7 @@ def open_vision(directory: Path) -> Model:
     """
     config = _read_config(directory)
     text = config.get_text_config()
-    arch = _LANGUAGE_ARCH.get(text.model_type)
+    arch = _LANGUAGE_ARCH.get(str(text.model_type))
     if arch is None:
         raise CheckpointError(
             f"{directory / 'config.json'} has a language model of type {text.model_type!r}, which dynquant does not "
