@@ -39,7 +39,7 @@ from dynquant.second_moments import SecondMoments, load_beside, path_beside
 from dynquant.serving_workflow import export_for_vllm
 from dynquant.statistics import CalibrationStats
 from dynquant.tuning import TuneOptions, too_large_to_tune, tune
-from dynquant.workflow import open_language_model
+from dynquant.workflow import open_and_announce, open_language_model
 
 PROCESS_BYTES = 1 << 30
 """Host memory of an export without its tensors: Python with its libraries, the tokenizer, an encoder's search."""
@@ -88,7 +88,7 @@ def export(
     if (plan_path is None) == (preset is None):
         raise PlanError("Give either --plan FILE or --preset NAME.")
     with open_ray(ray) if ray else nullcontext() as pool:
-        model = open_language_model(path, base_gguf)
+        model = (open_and_announce if format == "safetensors" else open_language_model)(path, base_gguf)
         cluster = None if pool is None else _Cluster(pool, device, base_gguf, ship_weights)
         chosen = load_encoder(encoder, chosen_device(device) if cluster is None else cluster.device)
         if plan_path is not None:
@@ -225,6 +225,8 @@ def _closing_pass(
     reason = None
     if moments is None:
         reason = "there are no second moments, whose text it would train on; calibrate with --hessians"
+    elif model.has_vision:
+        reason = "it runs on text alone, and this model sees pictures"
     elif model.hf_directory is not None and not isinstance(model.source, RecipeSource):
         reason = "the model is not of a family that dynquant converts itself"
     elif tokens is None and model.hf_directory is None:

@@ -22,6 +22,8 @@ from dynquant.encoded_store import EncodedStore, store_directory
 from dynquant.errors import EvaluationError
 from dynquant.eval_statistics import Estimate, bootstrap_mean, mcnemar_exact, only_one, wilson_interval
 from dynquant.hf_loading import load_hf
+from dynquant.layers import choose_layout
+from dynquant.logit_runners import load_model
 from dynquant.model import Model
 from dynquant.plan import Plan
 from dynquant.plan_report import STATS_NAME, stats_of_plan
@@ -250,8 +252,9 @@ def _candidate(path: Path, model: Model, hf_model: Any, encoder_name: str | None
     """The running candidate and its bytes; a plan turns the original itself into it."""
     plan_file = path / "plan.json" if (path / "plan.json").is_file() else path
     if plan_file.suffix != ".json":
-        other = open_model(path)
-        return load_hf(other, dtype=torch.float32, device=str(hf_model.device)), _stored_bytes(path)
+        other = load_model(path).to(hf_model.device).eval()
+        choose_layout(other)
+        return other, _stored_bytes(path)
     plan = Plan.load(plan_file)
     plan.check_covers(model.source.names(), model.fingerprint, model.name)
     stats_path = plan_file.with_name(STATS_NAME)

@@ -49,7 +49,7 @@ RANKS = [
     ["plan", "llama_presets", "presets", "allocate", "memory_budget", "serving_layers"],
     ["serving_plan", "machine"],
     ["artifacts", "parts"],
-    ["quantize", "tuning"],
+    ["quantize", "tuning", "packed_vision"],
     ["ray_pool"],
     ["remote_encoding", "sharded_calibration"],
     ["lora"],
