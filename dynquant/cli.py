@@ -339,6 +339,8 @@ def export(
     Example: dynquant export ./model --plan plan/plan.json -o model.gguf
 
     Example: dynquant export ./model --plan plan/plan.json -f compressed-tensors -o out/
+
+    Example: dynquant export ./vision-model --plan plan/plan.json -f safetensors -o out/
     """
     from dynquant.export_workflow import export as run
     from dynquant.workflow import CalibrationOptions
@@ -388,11 +390,12 @@ def evaluate(
         Path | None,
         typer.Option(
             help="Questions with pictures, .jsonl, for kl and vqa of a vision-language model. The candidate is then a "
-            "plan.json, its folder, or a Hugging Face directory.",
+            "plan.json, its folder, or a Hugging Face directory, packed or not.",
             show_default=False,
         ),
     ] = None,
     strict: StrictOpt = False,
+    encoder: Annotated[str, typer.Option(help="What renders a plan with --data: dynquant or ggml.")] = "dynquant",
     max_tokens: Annotated[int, typer.Option(help="Tokens of each text.")] = 8192,
     window: WindowOpt = 512,
     mmlu_data: Annotated[
@@ -430,7 +433,7 @@ def evaluate(
             raise EvaluationError("--data goes without --text and --mmlu-data: all of its tasks run on its samples.")
         commands.evaluate_on_samples(
             Path(candidate), reference, data, tasks=_split(tasks) or (), limit=limit, strict=strict, device=device,
-            json_file=json_file,
+            encoder=encoder, json_file=json_file,
         )  # fmt: skip
         return
     if "vqa" in tasks:

@@ -223,10 +223,10 @@ def _closing_pass(
     if tokens == 0 or (tokens is None and moments is None):
         return None
     reason = None
-    if moments is None:
-        reason = "there are no second moments, whose text it would train on; calibrate with --hessians"
-    elif model.has_vision:
+    if model.has_vision:
         reason = "it runs on text alone, and this model sees pictures"
+    elif moments is None:
+        reason = "there are no second moments, whose text it would train on; calibrate with --hessians"
     elif model.hf_directory is not None and not isinstance(model.source, RecipeSource):
         reason = "the model is not of a family that dynquant converts itself"
     elif tokens is None and model.hf_directory is None:

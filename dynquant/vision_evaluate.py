@@ -1,9 +1,9 @@
 """Compare a vision-language model with its original on pictures: KL divergence, and exact answers to questions.
 
 The original runs first and is reduced to compact distributions and answers. The candidate is a plan.json, whose types
-are then rendered into the running original tensor by tensor, or a directory that transformers loads. KL is scored at
-every position that is followed by a text token; placeholders of image tokens predict nothing. Answers are decoded
-greedily and are right when they are the file's answer, apart from case and surrounding space.
+are then rendered into the running original tensor by tensor, or a directory that transformers loads, packed or not. KL
+is scored at every position that is followed by a text token; placeholders of image tokens predict nothing. Answers are
+decoded greedily and are right when they are the file's answer, apart from case and surrounding space.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -118,10 +118,10 @@ def evaluate_on_samples(
     limit: int | None = None,
     strict: bool = False,
     device: str | None = None,
-    encoder: str | None = None,
+    encoder: str = "dynquant",
     progress: Progress = ignore_progress,
 ) -> PictureReport:
-    """Run both models on the samples of `data`; `encoder` renders a plan, by default the one that the plan names.
+    """Run both models on the samples of `data`; `encoder` renders a plan as `export` would with it.
 
     Raises:
         EvaluationError: an unknown task, a reference without a vision tower, or a file without questions for `vqa`.
@@ -248,7 +248,7 @@ def _is_right(answer: str, right: str) -> bool:
     return answer.strip().casefold() == right.strip().casefold()
 
 
-def _candidate(path: Path, model: Model, hf_model: Any, encoder_name: str | None) -> tuple[Any, int]:
+def _candidate(path: Path, model: Model, hf_model: Any, encoder_name: str) -> tuple[Any, int]:
     """The running candidate and its bytes; a plan turns the original itself into it."""
     plan_file = path / "plan.json" if (path / "plan.json").is_file() else path
     if plan_file.suffix != ".json":
@@ -259,7 +259,7 @@ def _candidate(path: Path, model: Model, hf_model: Any, encoder_name: str | None
     plan.check_covers(model.source.names(), model.fingerprint, model.name)
     stats_path = plan_file.with_name(STATS_NAME)
     stats = stats_of_plan(plan.stats_hash, stats_path)
-    encoder = load_encoder(encoder_name or "ggml")
+    encoder = load_encoder(encoder_name)
     moments = load_beside(stats_path, stats) if stats is not None and encoder.uses_hessians else None
     parent = store_directory(plan_file.with_name("encoded"), model, plan.stats_hash or "", encoder, moments)
     rendered = RenderedModel(hf_model, EncodedStore(model, guidance_of(stats, moments), encoder, parent))

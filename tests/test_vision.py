@@ -21,7 +21,7 @@ from dynquant.vision.processor import load_processor
 from dynquant.vision.samples import SampleEncoder, image_token_of, read_samples
 from dynquant.vision_names import vision_name
 from tests.helpers.commands import refused, run
-from tests.helpers.tiny_vision import FAMILIES, pixtral_inputs, save_vision_model, write_pictures
+from tests.helpers.tiny_vision import FAMILIES, encoded_pictures, save_vision_model, write_pictures
 
 VISION_ROLES = {Role.VISION_PATCH, Role.VISION_ATTN, Role.VISION_FFN, Role.PROJECTOR}
 
@@ -70,11 +70,7 @@ def test_language_models_have_no_vision_names():
 def test_every_family_is_opened_run_and_measured(family, pictures, tmp_path):
     model = open_model(save_vision_model(family, tmp_path / family))
     hf_model = load_hf(model)
-    if family in ("pixtral", "mistral3"):
-        samples = pixtral_inputs(model.path, [pictures.parent / f"{index}.png" for index in range(4)])
-    else:
-        encoder = SampleEncoder(load_processor(model.path), image_token_of(model.path))
-        samples = list(encoder.encode_all(read_samples(pictures).samples, 10_000))
+    samples = encoded_pictures(family, model.path, pictures)
     provenance = StatsProvenance(fingerprint=model.fingerprint, text_hash="0", text_name="pictures")
     found = collect_vision_statistics(hf_model, samples, model, provenance)
 
