@@ -74,11 +74,14 @@ def fixed_bytes(
     stats: CalibrationStats | None = None,
     stats_hash: str | None = None,
 ) -> int:
-    """File bytes that do not depend on the types of the `planned` tensors: header and all other tensors, in F32.
+    """File bytes that do not depend on the types of the `planned` tensors: header and all other tensors.
 
     A file budget minus this is what a planner may spend on `padded` tensor bytes.
     """
-    specs = [TensorSpec(name, model.source.info(name).shape, "F32") for name in model.source.names()]
+    specs = [
+        TensorSpec(name, model.source.info(name).shape, "F16" if _stays_f16(name) and name not in planned else "F32")
+        for name in model.source.names()
+    ]
     total = _file_bytes(model, specs, recipe, stats, stats_hash)
     return total - sum(padded(spec.num_bytes) for spec in specs if spec.name in planned)
 
@@ -86,6 +89,11 @@ def fixed_bytes(
 def stays_f32(name: str, shape: tuple[int, ...]) -> bool:
     """Whether llama.cpp keeps this tensor in F32: vectors, biases, norms and routers."""
     return len(shape) < 2 or not name.endswith(".weight") or role_of(name) in (Role.NORM, Role.ROUTER)
+
+
+def _stays_f16(name: str) -> bool:
+    """Whether a tensor that has no wanted type is stored as F16 rather than F32."""
+    return role_of(name) == Role.VISION_PATCH
 
 
 def _entry(
@@ -110,7 +118,7 @@ def _choose(
     model: Model, name: str, shape: tuple[int, ...], wanted: tuple[str, str] | None, exact: bool
 ) -> tuple[str, str, str | None]:
     """Type, reason, and the wanted type when the row length forced another one."""
-    if role_of(name) == Role.VISION_PATCH and wanted is None:
+    if _stays_f16(name) and wanted is None:
         return "F16", "patch embedding: a convolution, kept F16 as in llama.cpp", None
     if stays_f32(name, shape) and not (exact and wanted):
         return "F32", "vectors, norms and routers stay F32, as in llama.cpp", None

@@ -197,10 +197,12 @@ def test_what_cannot_be_written_yet_is_refused(qwen, tmp_path):
 def test_plan_and_evaluation_on_pictures(qwen, pictures, tmp_path):
     plan_dir = tmp_path / "plan"
     types = "q2_k,q4_k,q8_0,iq4_nl,q4_0"
-    made = run("plan", qwen, "--data", pictures, "-o", plan_dir, "--types", types, "--bpw", 11)
+    made = run("plan", qwen, "--data", pictures, "-o", plan_dir, "--types", types, "--bpw", 10)
     assert made.returncode == 0, made.stderr[-2000:]
     plan = Plan.load(plan_dir / "plan.json")
     assert {entry.role for entry in plan.entries} >= VISION_ROLES
+    budget = 10 * open_model(qwen).num_weights / 8
+    assert 0.97 * budget < plan.predicted_bytes <= budget
     assert sum(prod(entry.shape) for entry in plan.entries) == open_model(qwen).num_weights
     assert all(kind_path(plan_dir / "stats.safetensors", kind).is_file() for kind in ("image", "text"))
     rows = {row["name"]: row for row in json.loads((plan_dir / "token_errors.json").read_text())["rows"]}
