@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from dynquant.analysis.picture_answers import is_right
 from dynquant.checkpoint import open_model
 from dynquant.devices import chosen_device
 from dynquant.distribution import Distribution
@@ -231,8 +232,8 @@ def _questions(items: Sequence[_Item], before: Sequence[str], after: Sequence[st
         )
         for sample, first, second in zip(samples, before, after, strict=True)
     )  # fmt: skip
-    first = [_is_right(one.reference, one.right) for one in answers]
-    second = [_is_right(one.candidate, one.right) for one in answers]
+    first = [is_right(one.reference, one.right) for one in answers]
+    second = [is_right(one.candidate, one.right) for one in answers]
     lost, won = only_one(first, second)
     return Questions(
         reference=wilson_interval(sum(first), len(answers)),
@@ -242,10 +243,6 @@ def _questions(items: Sequence[_Item], before: Sequence[str], after: Sequence[st
         mcnemar_p=mcnemar_exact(lost, won),
         answers=answers,
     )
-
-
-def _is_right(answer: str, right: str) -> bool:
-    return answer.strip().casefold() == right.strip().casefold()
 
 
 def _candidate(path: Path, model: Model, hf_model: Any, encoder_name: str) -> tuple[Any, int]:
