@@ -168,7 +168,7 @@ def plan(
         str,
         typer.Option(
             help="Vision tower and projector as wholes: keep (as stored), 8bit, lower (types like all others), or "
-            "auto, which decides by their output errors."
+            "auto, which decides by their output errors, and with --select by the KL of plans of each."
         ),
     ] = "auto",
     tokens: TokensOpt = 131072,
@@ -195,7 +195,8 @@ def plan(
         bool, typer.Option(help="Render several plans and take the one with the lowest KL on text kept apart.")
     ] = False,
     selection_text: Annotated[
-        Path | None, typer.Option(help="Text to select on. Default: what calibration left of its text.")
+        Path | None,
+        typer.Option(help="Text, or with --data samples, to select on. Default: what calibration left of its own."),
     ] = None,
     probes: Annotated[int, typer.Option(help="Windows of 256 tokens for the Fisher probe.")] = 32,
     check_plans: Annotated[
@@ -292,7 +293,7 @@ def plan(
             model, target, options, output,
             stats_path=stats, encoder=encoder, threads=threads, base_gguf=base_gguf, report=report,
             search=SearchOptions(
-                methods=_split(sensitivity) or _default_methods(select or frontier is not None),
+                methods=_split(sensitivity) or _default_methods(data is None and (select or frontier is not None)),
                 select=select, text=selection_text, probes=probes, check_plans=check_plans, frontier=_range(frontier),
             ),
         )  # fmt: skip

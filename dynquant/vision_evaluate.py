@@ -31,6 +31,7 @@ from dynquant.plan_report import STATS_NAME, stats_of_plan
 from dynquant.progress import Progress, ignore_progress
 from dynquant.quantize import guidance_of, load_encoder
 from dynquant.rendered_model import RenderedModel
+from dynquant.scored_pictures import text_logits
 from dynquant.second_moments import load_beside
 from dynquant.vision.processor import load_processor
 from dynquant.vision.samples import Encoded, Sample, SampleEncoder, image_token_of, read_samples
@@ -103,11 +104,6 @@ class _Item:
     sample: Sample
     whole: Encoded
     prompt: Encoded | None
-
-    @property
-    def scored(self) -> torch.Tensor:
-        """Positions that are followed by a text token."""
-        return (~self.whole.is_image[1:]).nonzero().flatten()
 
 
 def evaluate_on_samples(
@@ -197,17 +193,12 @@ def _items(encoder: SampleEncoder, samples: Sequence[Sample], asks: bool) -> lis
     return found
 
 
-def _logits(hf_model: Any, item: _Item) -> torch.Tensor:
-    inputs = {name: value.to(hf_model.device) for name, value in item.whole.inputs.items()}
-    return hf_model(**inputs, use_cache=False).logits[0].float()[item.scored.to(hf_model.device)]
-
-
 def _distribution(hf_model: Any, item: _Item) -> Distribution:
-    return Distribution.of(_logits(hf_model, item))
+    return Distribution.of(text_logits(hf_model, item.whole))
 
 
 def _compare(hf_model: Any, item: _Item, target: Distribution) -> tuple[np.ndarray, np.ndarray]:
-    logits = _logits(hf_model, item)
+    logits = text_logits(hf_model, item.whole)
     if not torch.isfinite(logits).all():
         raise EvaluationError(f"{item.sample.place}: the candidate's logits are NaN or infinite.")
     return target.divergences(logits).cpu().numpy(), target.agreements(logits).numpy()

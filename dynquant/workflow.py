@@ -47,8 +47,9 @@ from dynquant.search_stage import encoded_store, search_plans
 from dynquant.second_moments import path_beside
 from dynquant.statistics import CalibrationStats
 from dynquant.type_lists import like_types
-from dynquant.vision_choice import held_to, module_choices
+from dynquant.vision_choice import ModuleChoice, held_to, module_choices
 from dynquant.vision_names import part_of
+from dynquant.vision_search import search_modules
 from dynquant.vision_workflow import (
     write_token_errors,
 )
@@ -190,8 +191,11 @@ def plan(
     types = _candidates(target, fixed_types)
     stats, stats_hash = statistics_of(model, options, directory, stats_path)
     searches = search is not None and search.runs_model and fixed_types is None
-    if searches and options.samples is not None:
-        raise PlanError("--select, --frontier and measured prices run on text; with --data leave them out.")
+    if searches and options.samples is not None and search.runs_on_text:
+        raise PlanError(
+            "--frontier, --check-plans and the sensitivities fisher-probe and unit-kl run on text; with --data leave "
+            "them out. --select chooses among plans for vision tower and projector."
+        )
     if searches and streaming_limit(model, options, chosen_device(options.device)) is not None:
         raise PlanError(
             f"--select, --frontier and the sensitivities fisher-probe and unit-kl run {model.name} as a whole, which "
@@ -204,7 +208,14 @@ def plan(
     write_token_errors(model, stats_path or directory / STATS_NAME, directory, types, encoder)
     chooser = Chooser(model, target, stats, stats_hash, table, supers, memory)
     selection = None
-    if search is not None and store is not None:
+    if search is not None and store is not None and options.samples is not None:
+        selection, choices = search_modules(
+            model, table, store, chooser, options.samples,
+            wanted=target.vision, other=search.text, device=options.device,
+        )  # fmt: skip
+        selection.save(directory / SELECTION_NAME)
+        chosen = _explained_modules(chooser, selection.winner.types, choices)
+    elif search is not None and store is not None:
         measured = table
         table, selection = search_plans(
             model, stats, chooser.allowed(table), store, search, chooser,
@@ -242,18 +253,26 @@ def _with_modules(chooser: Chooser, table: ErrorTable, wanted: str) -> dict[str,
     error: PlanError | None = None
     for choices in module_choices(table, wanted):
         try:
-            found = chooser.explained(chooser(held_to(table, choices)))
+            types = chooser(held_to(table, choices))
         except PlanError as refused:
             error = refused
             continue
-        for choice in choices:
-            console.note(choice.reason)
-        reasons = {choice.part: choice.reason for choice in choices if choice.level != "lower"}
-        return {name: (type_name, reasons.get(part_of(name), reason)) for name, (type_name, reason) in found.items()}
+        return _explained_modules(chooser, types, choices)
     assert error is not None
     if wanted == "auto":
         raise error
     raise PlanError(f"With --vision {wanted}: {error}")
+
+
+def _explained_modules(
+    chooser: Chooser, types: Mapping[str, str], choices: tuple[ModuleChoice, ...]
+) -> dict[str, tuple[str, str]]:
+    """Types and reasons of a plan; what was decided for a whole module is the reason of its tensors, and is told."""
+    for choice in choices:
+        console.note(choice.reason)
+    reasons = {choice.part: choice.reason for choice in choices if choice.level != "lower"}
+    found = chooser.explained(types)
+    return {name: (type_name, reasons.get(part_of(name), reason)) for name, (type_name, reason) in found.items()}
 
 
 def _promise(table: ErrorTable, types: Mapping[str, str], selection: Selection | None) -> dict[str, object]:
