@@ -39,6 +39,7 @@ from dynquant.plan_report import (
 )
 from dynquant.plan_search import SearchOptions
 from dynquant.plan_target import Target
+from dynquant.planner import FLOOR_PRICE
 from dynquant.presets import R1_RECIPES, preset_types
 from dynquant.quant_types import quant_type
 from dynquant.quantize import load_encoder
@@ -48,7 +49,7 @@ from dynquant.second_moments import path_beside
 from dynquant.statistics import CalibrationStats
 from dynquant.type_lists import like_types
 from dynquant.vision_choice import ModuleChoice, held_to, module_choices
-from dynquant.vision_names import part_of
+from dynquant.vision_names import VISION, part_of
 from dynquant.vision_search import search_modules
 from dynquant.vision_workflow import (
     write_token_errors,
@@ -249,19 +250,34 @@ def plan(
 
 
 def _with_modules(chooser: Chooser, table: ErrorTable, wanted: str) -> dict[str, tuple[str, str]]:
-    """Types and reasons after a decision for vision tower and projector as wholes, the highest that fits the budget."""
+    """Types and reasons after a decision for vision tower and projector as wholes, the highest that the budget holds.
+
+    With measured sensitivities, what `auto` decides may raise the predicted KL no more than floors may.
+    """
+    plans: list[tuple[tuple[ModuleChoice, ...], dict[str, str]]] = []
     error: PlanError | None = None
     for choices in module_choices(table, wanted):
         try:
-            types = chooser(held_to(table, choices))
+            plans.append((choices, chooser(held_to(table, choices))))
         except PlanError as refused:
             error = refused
-            continue
-        return _explained_modules(chooser, types, choices)
-    assert error is not None
-    if wanted == "auto":
-        raise error
-    raise PlanError(f"With --vision {wanted}: {error}")
+    if not plans:
+        assert error is not None
+        raise error if wanted == "auto" else PlanError(f"With --vision {wanted}: {error}")
+    is_priced = any(part_of(name) == VISION for name in table.sensitivity)
+    predicted = [_predicted(table, types) for _, types in plans]
+    chosen = next(i for i, kl in enumerate(predicted) if not is_priced or kl <= FLOOR_PRICE * predicted[-1])
+    if chosen > 0:
+        console.note(
+            f"the predicted KL is {predicted[chosen]:.3g} nats per token; with modules held as their errors say it "
+            f"would be {predicted[0]:.3g} at the same bytes"
+        )
+    choices, types = plans[chosen]
+    return _explained_modules(chooser, types, choices)
+
+
+def _predicted(table: ErrorTable, types: Mapping[str, str]) -> float:
+    return table.total(table.tensors()[name][type_name] for name, type_name in types.items()).kl
 
 
 def _explained_modules(

@@ -89,6 +89,22 @@ def test_the_loaded_model_is_the_one_that_eval_renders(family, pictures, tmp_pat
     assert {name for name in packable if now[name].dtype == torch.uint8} == packable - COMPUTED_WITH.get(family, set())
 
 
+def test_published_names_of_a_tower_are_kept_and_found(pictures, tmp_path):
+    """Published LLaVA and Gemma 3 checkpoints have a prefix that transformers drops."""
+    directory = save_vision_model("llava", tmp_path / "llava")
+    own = load_file(directory / "model.safetensors")
+    renamed = {name.replace("vision_tower.", "vision_tower.vision_model."): tensor for name, tensor in own.items()}
+    save_file(renamed, directory / "model.safetensors", metadata={"format": "pt"})
+    model = open_model(directory)
+    export_safetensors(model, mixed_plan(model), None, tmp_path / "out", encoder=load_encoder("ggml"))
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == renamed.keys()
+    (sample, *_) = encoded_pictures("llava", directory, pictures)
+    packed, original = from_pretrained(tmp_path / "out"), load_hf(model)
+    with torch.inference_mode():
+        change = (packed(**sample.inputs).logits - original(**sample.inputs).logits).abs().mean()
+    assert 0 < change < 0.2 * original.lm_head.weight.std() * 64**0.5
+
+
 def test_saving_keeps_names_bytes_and_logits(qwen, pictures, tmp_path):
     model, _, out = qwen
     (sample, *_) = encoded_pictures("qwen2_vl", model.path, pictures)

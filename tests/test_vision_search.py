@@ -5,8 +5,10 @@ import pytest
 pytest.importorskip("PIL", reason="Pillow is not installed")
 import torch
 
+from dynquant import vision_choice, workflow
 from dynquant.analysis.selection import Selection
 from dynquant.analysis.vision_modules import measure_modules
+from dynquant.architecture import Role
 from dynquant.checkpoint import open_model
 from dynquant.encoded_store import EncodedStore
 from dynquant.hf_loading import load_hf
@@ -94,3 +96,21 @@ def test_select_takes_the_combination_with_the_lowest_kl(qwen, pictures, tmp_pat
 def test_what_runs_on_text_is_refused_with_pictures(qwen, pictures, tmp_path):
     error = refused("plan", qwen, "--data", pictures, "--bpw", 9, "--frontier", "5:9", "-o", tmp_path / "plan")
     assert "run on text" in error and "--select" in error
+
+
+def test_whole_modules_are_held_only_near_the_lowest_predicted_kl(qwen, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(vision_choice, "KEEP_RATIO", 0.0)  # errors of a random tower are like those of the layers
+    plans = {}
+    for kept in (True, False):
+        monkeypatch.setattr(workflow, "FLOOR_PRICE", 1e9 if kept else 1.1)
+        options = ("--types", "q4_0,q8_0,bf16", "--bpw", 13.5, "--no-report", "--hessians", "none")
+        made = run("plan", qwen, "--data", pictures, "-o", tmp_path, *options)
+        assert made.returncode == 0, made.stderr[-2000:]
+        assert ("with modules held as their errors say it would be" in made.stderr) is not kept
+        plans[kept] = Plan.load(tmp_path / "plan.json")
+    towers = [
+        {entry.type for entry in plans[kept].entries if entry.role in (Role.VISION_ATTN, Role.VISION_FFN)}
+        for kept in (True, False)
+    ]
+    assert towers[0] == {"BF16"} and "BF16" not in towers[1]
+    assert plans[True].predicted_kl > 1.1 * plans[False].predicted_kl
