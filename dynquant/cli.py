@@ -326,6 +326,14 @@ def export(
     ] = None,
     split_max_size: Annotated[str | None, typer.Option(help="Split into files of at most this size, as 40GB.")] = None,
     resume: Annotated[bool, typer.Option(help="Continue an interrupted export.")] = True,
+    mmproj_type: Annotated[
+        str | None,
+        typer.Option(
+            help="One type for vision tower and projector, which go to mmproj-NAME.gguf: f32, bf16, f16 or q8_0. "
+            "Default: the types of the plan.",
+            show_default=False,
+        ),
+    ] = None,
     max_memory: MaxMemoryOpt = None,
     ray: RayOpt = None,
     ship_weights: Annotated[
@@ -353,6 +361,7 @@ def export(
         model, output, format=format, plan_path=plan, preset=preset, stats_path=stats, calibration=options,
         encoder=encoder, device=device, split_max_size=split_max_size, resume=resume, threads=threads,
         base_gguf=base_gguf, tune_tokens=tune, max_memory=max_memory, ray=ray, ship_weights=ship_weights,
+        mmproj_type=mmproj_type,
     )  # fmt: skip
 
 
@@ -391,9 +400,13 @@ def evaluate(
         Path | None,
         typer.Option(
             help="Questions with pictures, .jsonl, for kl and vqa of a vision-language model. The candidate is then a "
-            "plan.json, its folder, or a Hugging Face directory, packed or not.",
+            "plan.json, its folder, a Hugging Face directory, packed or not, or a .gguf file with its mmproj file.",
             show_default=False,
         ),
+    ] = None,
+    mmproj: Annotated[
+        Path | None,
+        typer.Option(help="With --data: the vision part of a .gguf candidate. Default: mmproj-NAME.gguf beside it."),
     ] = None,
     strict: StrictOpt = False,
     encoder: Annotated[str, typer.Option(help="What renders a plan with --data: dynquant or ggml.")] = "dynquant",
@@ -426,6 +439,8 @@ def evaluate(
     Example: dynquant eval model.gguf --reference ./model --tasks kl,ppl,mmlu --text held-out.txt --mmlu-data test.jsonl
 
     Example: dynquant eval plan/ --reference ./vision-model --tasks kl,vqa --data questions.jsonl
+
+    Example: dynquant eval model.gguf --reference ./vision-model --tasks kl,vqa --data questions.jsonl
     """
     from dynquant import commands
 
@@ -434,9 +449,11 @@ def evaluate(
             raise EvaluationError("--data goes without --text and --mmlu-data: all of its tasks run on its samples.")
         commands.evaluate_on_samples(
             Path(candidate), reference, data, tasks=_split(tasks) or (), limit=limit, strict=strict, device=device,
-            encoder=encoder, json_file=json_file,
+            encoder=encoder, mmproj=mmproj, json_file=json_file,
         )  # fmt: skip
         return
+    if mmproj is not None:
+        raise EvaluationError("--mmproj is for questions with pictures; give them with --data FILE.")
     if "vqa" in tasks:
         raise EvaluationError("The task vqa needs questions with pictures; give them with --data FILE.")
     commands.evaluate(

@@ -1,6 +1,6 @@
 """Pictures with text on which a running vision-language model is scored: KL of whatever weights are installed.
 
-Scored is every position that is followed by a text token; placeholders of image tokens predict nothing.
+Scored is every text token that is followed by one; image tokens predict nothing.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,8 @@ from dynquant.vision.samples import Encoded
 def text_logits(hf_model: Any, sample: Encoded) -> Tensor:
     """Logits float32 [n, vocabulary] of the sample's scored positions, on the model's device."""
     inputs = {name: value.to(hf_model.device) for name, value in sample.inputs.items()}
-    scored = (~sample.is_image[1:]).nonzero().flatten()
+    is_text = ~sample.is_image
+    scored = (is_text[:-1] & is_text[1:]).nonzero().flatten()
     return hf_model(**inputs, use_cache=False).logits[0].float()[scored.to(hf_model.device)]
 
 

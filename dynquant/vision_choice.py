@@ -15,7 +15,7 @@ from typing import Literal
 
 from dynquant.analysis.error_table import ErrorRow, ErrorTable
 from dynquant.quant_types import QUANT_TYPES
-from dynquant.vision_names import LANGUAGE, PROJECTOR, VISION, part_of
+from dynquant.vision_names import LANGUAGE, PROJECTOR, TRANSPOSED, VISION, part_of
 
 Level = Literal["keep", "8bit", "lower"]
 LEVELS: tuple[Level, ...] = ("keep", "8bit", "lower")
@@ -91,7 +91,7 @@ def held_to(table: ErrorTable, choices: tuple[ModuleChoice, ...]) -> ErrorTable:
 
 def _allowed(table: ErrorTable, name: str, rows: dict[str, ErrorRow], level: Level) -> list[ErrorRow]:
     whole = [row for row in rows.values() if QUANT_TYPES[row.type].is_float]
-    if level == "keep":
+    if level == "keep" or name == TRANSPOSED:
         return whole
     eight_bit = table.row(name, "Q8_0")
     return list(rows.values()) if level == "lower" else [eight_bit] if eight_bit is not None else whole

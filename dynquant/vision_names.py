@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable
 
 LANGUAGE, VISION, PROJECTOR = "language", "vision", "projector"
+TRANSPOSED = "mm.input_projection.weight"
+"""Gemma 3's projection: llama.cpp stores it transposed and turns it when it runs, which only float types allow."""
 
 _TOWER = re.compile(r"^(?:visual|vision_tower(?:\.vision_model)?|vision_model)\.(.+)$")
 _BLOCK = re.compile(

@@ -179,7 +179,7 @@ def test_export_inspect_and_eval_agree_with_the_plan(qwen, pictures, tmp_path):
 def test_a_closing_pass_is_refused(qwen, tmp_path):
     model, plan, _ = qwen
     plan.save(tmp_path / "plan.json")
-    with pytest.raises(ExportError, match="it runs on text alone"):
+    with pytest.raises(ExportError, match="it trains on text alone"):
         export(
             str(model.path), tmp_path / "out", format="safetensors", plan_path=tmp_path / "plan.json", tune_tokens=500
         )

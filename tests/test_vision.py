@@ -189,8 +189,8 @@ def test_pictures_are_refused_for_a_language_model(pictures, tmp_path):
 
 
 def test_what_cannot_be_written_yet_is_refused(qwen, tmp_path):
-    error = refused("export", qwen, "--preset", "uniform-q4_k", "-o", tmp_path / "model.gguf")
-    assert "has a vision tower" in error and not (tmp_path / "model.gguf").exists()
+    error = refused("export", qwen, "--preset", "uniform-w4a16", "-f", "compressed-tensors", "-o", tmp_path / "model")
+    assert "has a vision tower" in error and not (tmp_path / "model").exists()
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ def test_pictures_score_what_is_installed(store, qwen, pictures):
     samples = encoded_pictures("qwen2_vl", qwen, pictures)
     rendered = RenderedModel(load_hf(store.model), store)
     scored = ScoredPictures(rendered, samples)
-    assert scored.num_tokens == sum(int((~sample.is_image[1:]).sum()) for sample in samples)
+    assert scored.num_tokens == sum(int((~sample.is_image[1:] & ~sample.is_image[:-1]).sum()) for sample in samples)
     divergences, agreements = scored.score()
     assert divergences.abs().max() < 1e-5 and agreements.all()
     rendered.install({"blk.0.ffn_up.weight": "Q4_0"})
@@ -65,7 +65,7 @@ def test_modules_are_measured_beside_the_same_language_model(store, qwen, pictur
     for module in ("vision tower", "projector", "both"):
         assert alone * 0.5 < kl[module, "q8_0"] < kl[module, "q4_0"]
         assert size[module, "q4_0"] < size[module, "q8_0"] < size["both", "as stored"]
-    assert kl["both", "q4_0"] > 10 * alone
+    assert kl["both", "q4_0"] > 3 * alone
     assert size["both", "q4_0"] / size["both", "as stored"] == pytest.approx(4.5 / 16)
 
 
