@@ -223,7 +223,7 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:
     try:
         if is_gguf(path):
             return load_packed(path, dtype=dtype)
-        auto_class: Any = AutoModelForImageTextToText if is_vision_checkpoint(path) else AutoModelForCausalLM
+        auto_class = AutoModelForImageTextToText if is_vision_checkpoint(path) else AutoModelForCausalLM
         with without_progress_bars():
             loaded = auto_class.from_pretrained(path, dtype=dtype, use_safetensors=True, **LOCAL_ONLY)
             count_mapped_files(path.glob("*.safetensors"))
