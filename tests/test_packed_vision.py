@@ -128,6 +128,21 @@ def test_a_missing_tensor_is_named_as_in_the_model(qwen, tmp_path):
         from_pretrained(tmp_path)
 
 
+def test_an_interrupted_export_goes_on_with_the_same_bytes(qwen, tmp_path):
+    model, plan, out = qwen
+
+    def stop_late(stage, done, total, **_):
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_safetensors(model, plan, None, tmp_path / "again", encoder=load_encoder("ggml"), progress=stop_late)
+    assert not (tmp_path / "again" / "config.json").exists()
+    export_safetensors(model, plan, None, tmp_path / "again", encoder=load_encoder("ggml"))
+    for file in out.iterdir():
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
 def test_adapters_of_a_vision_model_leave_the_tower_alone(qwen, pictures, tmp_path):
     pytest.importorskip("peft", reason="peft is not installed")
     from dynquant.exporters.lora_gguf import export_adapter
