@@ -10,7 +10,7 @@ pytest.importorskip("PIL", reason="Pillow is not installed")
 from dynquant.architecture import Role
 from dynquant.checkpoint import open_model
 from dynquant.encoded_store import EncodedStore
-from dynquant.errors import CheckpointError, ExportError
+from dynquant.errors import AdapterError, CheckpointError, ExportError
 from dynquant.export_workflow import export
 from dynquant.exporters.safetensors import export_safetensors
 from dynquant.hf_loading import load_hf
@@ -128,8 +128,24 @@ def test_a_missing_tensor_is_named_as_in_the_model(qwen, tmp_path):
         from_pretrained(tmp_path)
 
 
-def test_adapters_of_a_vision_model_leave_the_tower_alone(qwen, pictures):
+def test_an_interrupted_export_goes_on_with_the_same_bytes(qwen, tmp_path):
+    model, plan, out = qwen
+
+    def stop_late(stage, done, total, **_):
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_safetensors(model, plan, None, tmp_path / "again", encoder=load_encoder("ggml"), progress=stop_late)
+    assert not (tmp_path / "again" / "config.json").exists()
+    export_safetensors(model, plan, None, tmp_path / "again", encoder=load_encoder("ggml"))
+    for file in out.iterdir():
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_adapters_of_a_vision_model_leave_the_tower_alone(qwen, pictures, tmp_path):
     pytest.importorskip("peft", reason="peft is not installed")
+    from dynquant.exporters.lora_gguf import export_adapter
     from dynquant.lora import add_adapter
 
     _, _, out = qwen
@@ -146,6 +162,9 @@ def test_adapters_of_a_vision_model_leave_the_tower_alone(qwen, pictures):
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < losses[0] - 0.1
+    adapted.save_pretrained(tmp_path)
+    with pytest.raises(AdapterError, match="vision-language model"):
+        export_adapter(tmp_path, tmp_path / "adapter.gguf", base=out)
 
 
 @pytest.mark.slow
