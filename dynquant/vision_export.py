@@ -33,6 +33,8 @@ def check_parts(model: Model) -> None:
     Raises:
         ExportError: with the reason.
     """
+    if model.gguf_file is not None:
+        raise ExportError(f"{model.name} is an mmproj file; give the checkpoint that it was made from.")
     reasons = " ".join(model.unwritten)
     if not any(not part.is_projector for part in model.parts):
         raise ExportError(

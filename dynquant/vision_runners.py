@@ -4,7 +4,7 @@ Both take the token ids that the original's processor made, so that they see the
 themselves and resizes them its own way, to as many tokens as the processor allows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -113,7 +113,7 @@ class GgufPictures:
         self._runner.close()
 
     def _segments(self, item: PictureItem, encoded: Encoded) -> list[Segment]:
-        pictures = iter([np.asarray(open_image(path)) for path in item.sample.images])
+        pictures = (np.asarray(open_image(path)) for path in item.sample.images)
         segments = segments_of(encoded.inputs["input_ids"][0], item.is_text(encoded), pictures)
         if segments is None:
             raise EvaluationError(
@@ -123,7 +123,7 @@ class GgufPictures:
         return segments
 
 
-def segments_of(ids: torch.Tensor, is_text: torch.Tensor, pictures: Any) -> list[Segment] | None:
+def segments_of(ids: torch.Tensor, is_text: torch.Tensor, pictures: Iterator[np.ndarray]) -> list[Segment] | None:
     """Text as token ids, each run of other tokens as the next picture; None when their numbers differ."""
     boundaries = [0, *((is_text[1:] != is_text[:-1]).nonzero().flatten() + 1).tolist(), len(ids)]
     segments: list[Segment] = []

@@ -80,8 +80,8 @@ def open_language_model(path: str | Path, base_gguf: Path | None = None) -> Mode
     model = open_and_announce(path, base_gguf)
     if model.has_vision:
         raise ExportError(
-            f"{model.name} has a vision tower; such models are written with `dynquant export -f gguf` or `-f safetensors`, and "
-            "`dynquant eval plan/ --reference MODEL --data FILE` runs a plan without writing it."
+            f"{model.name} has a vision tower, for which this command has no place. Such models are calibrated, "
+            "planned and evaluated on pictures (--data FILE) and exported as GGUF or packed safetensors."
         )
     return model
 

@@ -130,7 +130,7 @@ def _write_qwen_keys(config: Config, writer: gguf.GGUFWriter) -> None:
 def _full_attention_period(tower: Config) -> int:
     """Every how many blocks one attends to the whole picture."""
     indexes, depth = tower.get("fullatt_block_indexes"), tower.integer("depth")
-    if isinstance(indexes, list) and indexes and isinstance(indexes[0], int):
+    if isinstance(indexes, list) and indexes and isinstance(indexes[0], int) and indexes[0] >= 0:
         period = indexes[0] + 1
         if indexes == list(range(indexes[0], depth, period)):
             return period
@@ -200,13 +200,20 @@ def _add_tower_blocks(book: RecipeBook) -> None:
         _add_pair(book, f"{prefix}.ffn_down", width, ffn)
 
 
+def _patches_per_side(config: Config) -> int:
+    tower = _tower(config)
+    if tower.integer("patch_size") == 0:
+        config.refuse("the patches of its tower have no size")
+    return tower.integer("image_size") // tower.integer("patch_size")
+
+
 def _add_patches(book: RecipeBook) -> int:
     """Patch embedding; returns the number of patches of a picture of the configured size."""
     tower = _tower(book.config)
     patch = tower.integer("patch_size")
     shape = (tower.integer("hidden_size"), tower.integer("num_channels"), patch, patch)
     book.add("v.patch_embd.weight", "v.patch_embd.weight", shape)
-    return (tower.integer("image_size") // max(patch, 1)) ** 2
+    return _patches_per_side(book.config) ** 2
 
 
 def _write_gemma3_keys(config: Config, writer: gguf.GGUFWriter) -> None:
@@ -214,7 +221,7 @@ def _write_gemma3_keys(config: Config, writer: gguf.GGUFWriter) -> None:
     tower.expect("hidden_act", "gelu_pytorch_tanh")
     _write_tower_keys(config, writer)
     writer.add_vision_use_gelu(True)
-    per_side = tower.integer("image_size") // tower.integer("patch_size")
+    per_side = _patches_per_side(config)
     tokens = round(config.integer("mm_tokens_per_image") ** 0.5)
     if tokens < 1 or per_side % tokens or tokens**2 != config.integer("mm_tokens_per_image"):
         config.refuse(f"{per_side} patches a side cannot be pooled to {config.get('mm_tokens_per_image')} tokens")

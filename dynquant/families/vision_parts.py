@@ -10,7 +10,7 @@ import gguf
 from dynquant.errors import CheckpointError
 from dynquant.families import FAMILIES, Family
 from dynquant.families.book import RecipeBook
-from dynquant.families.config import Config, read_json
+from dynquant.families.config import Config, finite, read_json
 from dynquant.families.metadata import recorded_fields, write_general_keys
 from dynquant.families.projector import ARCH, IMG_BREAK, projector_of, write_projector_keys
 from dynquant.families.qwen import add_qwen_tensors, write_qwen_keys
@@ -66,7 +66,7 @@ def open_projector_part(directory: Path, config: Config, stored: SafetensorsSour
     embedding = next((name for name in stored.names() if language_name(name) == _EMBEDDING), None)
     rows = {}
     if projector.type == "pixtral" and embedding is not None:
-        rows[IMG_BREAK] = embedding, _token_id(directory, "[IMG_BREAK]")
+        rows[IMG_BREAK] = embedding, _token_id(directory, "[IMG_BREAK]", stored.info(embedding).shape[0])
     view = RenamedSource(stored, names, rows)
     book = RecipeBook(config, view)
     projector.add_tensors(book)
@@ -94,11 +94,16 @@ def _write_qwen2vl_keys(config: Config, writer: gguf.GGUFWriter) -> None:
     writer.add_rope_dimension_sections([*sections, 0])
 
 
-def _token_id(directory: Path, text: str) -> int:
-    for token in read_json(directory / "tokenizer.json").get("added_tokens") or []:  # type: ignore[attr-defined]
-        if isinstance(token, dict) and token.get("content") == text and isinstance(token.get("id"), int):
-            return token["id"]
-    raise CheckpointError(f"{directory / 'tokenizer.json'} has no token {text}, which Pixtral puts behind each row.")
+def _token_id(directory: Path, text: str, vocab_size: int) -> int:
+    added = read_json(directory / "tokenizer.json").get("added_tokens")
+    for token in added if isinstance(added, list) else []:
+        token_id = token.get("id") if isinstance(token, dict) and token.get("content") == text else None
+        if isinstance(token_id, int) and 0 <= token_id < vocab_size:
+            return token_id
+    raise CheckpointError(
+        f"{directory / 'tokenizer.json'} gives the token {text}, which Pixtral puts behind each row, no id below "
+        f"{vocab_size:,}. Fetch the file again."
+    )
 
 
 def _mean_and_std(directory: Path) -> tuple[list[float], list[float]]:
@@ -109,14 +114,11 @@ def _mean_and_std(directory: Path) -> tuple[list[float], list[float]]:
         values = read_json(directory / name)
         inner = values.get("image_processor")
         values = inner if isinstance(inner, dict) else values
-        found = [values.get(key) for key in ("image_mean", "image_std")]
-        if all(_is_colour(one) for one in found):
-            return tuple([float(value) for value in one] for one in found)  # type: ignore[return-value,union-attr]
+        mean, std = values.get("image_mean"), values.get("image_std")
+        if isinstance(mean, list) and isinstance(std, list) and len(mean) == len(std) == 3:
+            path = directory / name
+            return [finite(one, "image_mean", path) for one in mean], [finite(one, "image_std", path) for one in std]
     raise CheckpointError(
         f"{directory} has no preprocessor_config.json or processor_config.json with `image_mean` and `image_std` of "
         "three numbers each, which an mmproj file needs. Copy it from the original checkpoint."
     )
-
-
-def _is_colour(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(isinstance(one, int | float) for one in value)
