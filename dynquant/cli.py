@@ -168,7 +168,7 @@ def plan(
         str,
         typer.Option(
             help="Vision tower and projector as wholes: keep (as stored), 8bit, lower (types like all others), or "
-            "auto, which decides by their output errors."
+            "auto, which decides by their output errors, and with --select by the KL of plans of each."
         ),
     ] = "auto",
     tokens: TokensOpt = 131072,
@@ -195,7 +195,8 @@ def plan(
         bool, typer.Option(help="Render several plans and take the one with the lowest KL on text kept apart.")
     ] = False,
     selection_text: Annotated[
-        Path | None, typer.Option(help="Text to select on. Default: what calibration left of its text.")
+        Path | None,
+        typer.Option(help="Text, or with --data samples, to select on. Default: what calibration left of its own."),
     ] = None,
     probes: Annotated[int, typer.Option(help="Windows of 256 tokens for the Fisher probe.")] = 32,
     check_plans: Annotated[
@@ -292,7 +293,7 @@ def plan(
             model, target, options, output,
             stats_path=stats, encoder=encoder, threads=threads, base_gguf=base_gguf, report=report,
             search=SearchOptions(
-                methods=_split(sensitivity) or _default_methods(select or frontier is not None),
+                methods=_split(sensitivity) or _default_methods(data is None and (select or frontier is not None)),
                 select=select, text=selection_text, probes=probes, check_plans=check_plans, frontier=_range(frontier),
             ),
         )  # fmt: skip
@@ -347,6 +348,8 @@ def export(
     Example: dynquant export ./model --plan plan/plan.json -o model.gguf
 
     Example: dynquant export ./model --plan plan/plan.json -f compressed-tensors -o out/
+
+    Example: dynquant export ./vision-model --plan plan/plan.json -f safetensors -o out/
     """
     from dynquant.export_workflow import export as run
     from dynquant.workflow import CalibrationOptions
@@ -397,7 +400,7 @@ def evaluate(
         Path | None,
         typer.Option(
             help="Questions with pictures, .jsonl, for kl and vqa of a vision-language model. The candidate is then a "
-            "plan.json, its folder, a Hugging Face directory, or a .gguf file with its mmproj file.",
+            "plan.json, its folder, a Hugging Face directory, packed or not, or a .gguf file with its mmproj file.",
             show_default=False,
         ),
     ] = None,
@@ -406,6 +409,7 @@ def evaluate(
         typer.Option(help="With --data: the vision part of a .gguf candidate. Default: mmproj-NAME.gguf beside it."),
     ] = None,
     strict: StrictOpt = False,
+    encoder: Annotated[str, typer.Option(help="What renders a plan with --data: dynquant or ggml.")] = "dynquant",
     max_tokens: Annotated[int, typer.Option(help="Tokens of each text.")] = 8192,
     window: WindowOpt = 512,
     mmlu_data: Annotated[
@@ -445,7 +449,7 @@ def evaluate(
             raise EvaluationError("--data goes without --text and --mmlu-data: all of its tasks run on its samples.")
         commands.evaluate_on_samples(
             Path(candidate), reference, data, tasks=_split(tasks) or (), limit=limit, strict=strict, device=device,
-            mmproj=mmproj, json_file=json_file,
+            encoder=encoder, mmproj=mmproj, json_file=json_file,
         )  # fmt: skip
         return
     if mmproj is not None:

@@ -91,11 +91,11 @@ def export(
     if (plan_path is None) == (preset is None):
         raise PlanError("Give either --plan FILE or --preset NAME.")
     with open_ray(ray) if ray else nullcontext() as pool:
-        model = open_and_announce(path, base_gguf) if format == "gguf" else open_language_model(path, base_gguf)
-        if model.has_vision:
+        model = open_and_announce(path, base_gguf)
+        if model.has_vision and format == "gguf":
             check_parts(model)
             if ray:
-                raise ExportError("--ray does not encode vision-language models yet; leave it out.")
+                raise ExportError("--ray does not encode vision-language models as GGUF yet; leave it out.")
         cluster = None if pool is None else _Cluster(pool, device, base_gguf, ship_weights)
         chosen = load_encoder(encoder, chosen_device(device) if cluster is None else cluster.device)
         if plan_path is not None:
@@ -108,6 +108,8 @@ def export(
             stats_path, made, stats = _plan_of_preset(model, str(preset), stats_path, options, output)
             protected = {}
         if mmproj_type is not None:
+            if format != "gguf":
+                raise ExportError("--mmproj-type is for GGUF files; leave it out.")
             made = with_mmproj_type(model, made, mmproj_type, stats)
         moments = _moments_of(stats, stats_path, chosen)
         writer = _Writer(
@@ -115,7 +117,7 @@ def export(
             parse_size(split_max_size) if split_max_size else None, resume, format, limits, cluster,
         )  # fmt: skip
         options = _closing_pass(model, chosen, moments, tune_tokens, limits)
-        if model.has_vision:
+        if model.has_vision and format == "gguf":
             files = write_parts(model, made, stats, moments, output, writer.write_part)
         else:
             files = writer.write(output) if options is None else _write_tuned(writer, output, options, device)

@@ -80,7 +80,7 @@ def fixed_bytes(
     A file budget minus this is what a planner may spend on `padded` tensor bytes.
     """
     specs = [
-        TensorSpec(name, model.source.info(name).shape, "F16" if role_of(name) is Role.VISION_PATCH else "F32")
+        TensorSpec(name, model.source.info(name).shape, "F16" if _stays_f16(name) and name not in planned else "F32")
         for name in model.source.names()
     ]
     total = _file_bytes(model, specs, recipe, stats, stats_hash)
@@ -90,6 +90,11 @@ def fixed_bytes(
 def stays_f32(name: str, shape: tuple[int, ...]) -> bool:
     """Whether llama.cpp keeps this tensor in F32: vectors, biases, norms and routers."""
     return len(shape) < 2 or not name.endswith(".weight") or role_of(name) in (Role.NORM, Role.ROUTER)
+
+
+def _stays_f16(name: str) -> bool:
+    """Whether a tensor that has no wanted type is stored as F16 rather than F32."""
+    return role_of(name) == Role.VISION_PATCH
 
 
 def _entry(
@@ -114,7 +119,7 @@ def _choose(
     model: Model, name: str, shape: tuple[int, ...], wanted: tuple[str, str] | None, exact: bool
 ) -> tuple[str, str, str | None]:
     """Type, reason, and the wanted type when the row length forced another one."""
-    if role_of(name) == Role.VISION_PATCH:
+    if _stays_f16(name):
         if wanted and wanted[0] == "F32":
             return "F32", wanted[1], None
         return "F16", "patch embedding: a convolution, which llama.cpp runs in F16 or F32", None

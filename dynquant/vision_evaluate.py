@@ -1,10 +1,10 @@
 """Compare a vision-language model with its original on pictures: KL divergence, and exact answers to questions.
 
 The original runs first and is reduced to compact distributions and answers. The candidate is a plan.json, whose types
-are then rendered into the running original tensor by tensor, a directory that transformers loads, or a GGUF file with
-its mmproj file, which llama.cpp runs. KL is scored at every text token that is followed by one; image tokens predict
-nothing. Answers are decoded greedily and are right when they are the file's answer, apart from case and surrounding
-space.
+are then rendered into the running original tensor by tensor, a directory that transformers loads, packed or not, or a
+GGUF file with its mmproj file, which llama.cpp runs. KL is scored at every text token that is followed by one; image
+tokens predict nothing. Answers are decoded greedily and are right when they are the file's answer, apart from case and
+surrounding space.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from dynquant.analysis.picture_answers import is_right
 from dynquant.checkpoint import open_model
 from dynquant.devices import chosen_device
 from dynquant.distribution import Distribution
@@ -23,6 +24,8 @@ from dynquant.encoded_store import EncodedStore, store_directory
 from dynquant.errors import EvaluationError
 from dynquant.eval_statistics import Estimate, bootstrap_mean, mcnemar_exact, only_one, wilson_interval
 from dynquant.hf_loading import load_hf
+from dynquant.layers import choose_layout
+from dynquant.logit_runners import load_model
 from dynquant.model import Model
 from dynquant.plan import Plan
 from dynquant.plan_report import STATS_NAME, stats_of_plan
@@ -105,11 +108,11 @@ def evaluate_on_samples(
     limit: int | None = None,
     strict: bool = False,
     device: str | None = None,
-    encoder: str | None = None,
+    encoder: str = "dynquant",
     mmproj: Path | None = None,
     progress: Progress = ignore_progress,
 ) -> PictureReport:
-    """Run both models on the samples of `data`; `encoder` renders a plan, by default the one that the plan names.
+    """Run both models on the samples of `data`; `encoder` renders a plan as `export` would with it.
 
     `mmproj` belongs to a GGUF candidate; None takes mmproj-NAME.gguf beside it.
 
@@ -212,8 +215,8 @@ def _questions(items: Sequence[PictureItem], before: Sequence[str], after: Seque
         )
         for sample, first, second in zip(samples, before, after, strict=True)
     )  # fmt: skip
-    first = [_is_right(one.reference, one.right) for one in answers]
-    second = [_is_right(one.candidate, one.right) for one in answers]
+    first = [is_right(one.reference, one.right) for one in answers]
+    second = [is_right(one.candidate, one.right) for one in answers]
     lost, won = only_one(first, second)
     return Questions(
         reference=wilson_interval(sum(first), len(answers)),
@@ -225,17 +228,13 @@ def _questions(items: Sequence[PictureItem], before: Sequence[str], after: Seque
     )
 
 
-def _is_right(answer: str, right: str) -> bool:
-    return answer.strip().casefold() == right.strip().casefold()
-
-
 @contextmanager
 def _candidate(
     path: Path,
     mmproj: Path | None,
     model: Model,
     original: TransformersPictures,
-    encoder_name: str | None,
+    encoder_name: str,
     processor: Any,
 ) -> Iterator[tuple[PictureRunner, int]]:
     """The running candidate and its bytes; a plan turns the original itself into it."""
@@ -251,17 +250,17 @@ def _candidate(
         return
     if mmproj is not None:
         raise EvaluationError(f"--mmproj goes with a GGUF file, and {path} is none; leave it out.")
-    device = str(original.hf_model.device)
     plan_file = path / "plan.json" if (path / "plan.json").is_file() else path
     if plan_file.suffix != ".json":
-        other = load_hf(open_model(path), dtype=torch.float32, device=device)
+        other = load_model(path).to(original.hf_model.device).eval()
+        choose_layout(other)
         yield TransformersPictures(other), _stored_bytes(path)
         return
     plan = Plan.load(plan_file)
     plan.check_covers(model.source.names(), model.fingerprint, model.name)
     stats_path = plan_file.with_name(STATS_NAME)
     stats = stats_of_plan(plan.stats_hash, stats_path)
-    encoder = load_encoder(encoder_name or "ggml")
+    encoder = load_encoder(encoder_name)
     moments = load_beside(stats_path, stats) if stats is not None and encoder.uses_hessians else None
     parent = store_directory(plan_file.with_name("encoded"), model, plan.stats_hash or "", encoder, moments)
     store = EncodedStore(model, guidance_of(stats, moments), encoder, parent)

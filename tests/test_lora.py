@@ -222,29 +222,44 @@ def test_another_model_is_no_original(tiny, model, small_moe):
         start_from_residual(add_adapter(copy.deepcopy(model), rank=4), open_model(small_moe))
 
 
+def planar(tiny, dtype: torch.dtype):
+    """The packed model on the GPU, its bytes in the layout of the kernels."""
+    base = dynquant.load(tiny.gguf, dtype=dtype).cuda()
+    choose_layout(base)
+    return base
+
+
 @pytest.mark.gpu
-def test_training_on_a_gpu(tiny, model, saved, cuda, tmp_path):
-    """bfloat16 products with the packed planes, float32 adapters: the CPU's gradients, up to rounding."""
+@pytest.mark.parametrize(
+    ("dtype", "bound"),
+    [(torch.float32, 1e-3), (torch.bfloat16, 0.3)],  # these random weights amplify rounding: 0.1 on a CPU in bfloat16
+)
+def test_gradients_on_a_gpu_are_those_of_the_cpu(tiny, model, saved, cuda, dtype, bound):
     exact = load_adapter(copy.deepcopy(model), saved, is_trainable=True)
     exact(TOKENS, labels=TOKENS).loss.backward()
-    base = dynquant.load(tiny.gguf, dtype=torch.bfloat16).cuda()
-    choose_layout(base)
-    before = bytes_of(base)
-    adapted = load_adapter(base, saved, is_trainable=True)
+    adapted = load_adapter(planar(tiny, dtype), saved, is_trainable=True)
     tokens = TOKENS.cuda()
-    with torch.autocast("cuda", torch.bfloat16):
+    with torch.autocast("cuda", torch.bfloat16, enabled=dtype is torch.bfloat16):
         adapted(tokens, labels=tokens).loss.backward()
     for name, parameter in trainable(exact).items():
         error = (trainable(adapted)[name].grad.cpu() - parameter.grad).norm() / parameter.grad.norm()
-        assert error < 0.1, name
+        assert error < bound, name
+
+
+@pytest.mark.gpu
+def test_training_on_a_gpu(tiny, saved, cuda, tmp_path):
+    """bfloat16 products with the packed planes, float32 adapters."""
+    base = planar(tiny, torch.bfloat16)
+    before = bytes_of(base)
+    adapted = load_adapter(base, saved, is_trainable=True)
+    tokens = TOKENS.cuda()
     with torch.autocast("cuda", torch.bfloat16):
         losses = train(adapted, 20, tokens=tokens)
     assert losses[-1] < losses[0] - 2
     assert bytes_of(base) == before
     adapted.save_pretrained(tmp_path)
-    again = dynquant.load(tiny.gguf, dtype=torch.bfloat16).cuda()
-    choose_layout(again)
-    assert torch.equal(logits(load_adapter(again, tmp_path), tokens), logits(adapted, tokens))
+    again = load_adapter(planar(tiny, torch.bfloat16), tmp_path)
+    assert torch.equal(logits(again, tokens), logits(adapted, tokens))
 
 
 def test_no_weight_of_the_experts_is_ever_made(model, saved):

@@ -10,7 +10,8 @@ import torch
 import transformers as hf
 from PIL import Image
 
-from dynquant.vision.samples import Encoded
+from dynquant.vision.processor import load_processor
+from dynquant.vision.samples import Encoded, SampleEncoder, image_token_of, read_samples
 from tests.examples.picture_model import processor_files as files
 
 TOKENS = ("<image>", "[IMG]", "[IMG_BREAK]", "[IMG_END]", "<|image|>", "<start_of_image>", "<end_of_image>")
@@ -137,6 +138,14 @@ def pixtral_inputs(directory: Path, pictures: list[Path]) -> list[Encoded]:
         seen = images(picture, return_tensors="pt")
         found.append(Encoded({"input_ids": ids, **seen}, ids[0] == config.image_token_index))
     return found
+
+
+def encoded_pictures(family: str, directory: Path, samples: Path) -> list[Encoded]:
+    """Model inputs of the samples that `write_pictures` wrote, for a checkpoint of the family in `directory`."""
+    if family in ("pixtral", "mistral3"):
+        return pixtral_inputs(directory, sorted(samples.parent.glob("[0-9].png")))
+    encoder = SampleEncoder(load_processor(directory), image_token_of(directory))
+    return list(encoder.encode_all(read_samples(samples).samples, 10_000))
 
 
 def write_pictures(directory: Path, count: int, *, height: int = SIDE, width: int = SIDE) -> Path:
