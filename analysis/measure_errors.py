@@ -4,12 +4,15 @@ One pass over the model, a few experts in memory at a time. The encoder sees the
 the measured bytes are the bytes that ship.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from functools import partial
+from math import prod
 
 import torch
 
+from dynquant.analysis.error_journal import ErrorJournal
+from dynquant.analysis.error_sums import ErrorSums
 from dynquant.analysis.error_table import ErrorRow, ErrorTable
 from dynquant.architecture import layer_of, role_of
 from dynquant.codecs import decode
@@ -26,40 +29,6 @@ from dynquant.tensor_source import TensorInfo
 WEIGHTS_IN_MEMORY = 1 << 23
 """Experts are taken in groups of at most this many weights (32 MB of float32, which the allocator uses again)."""
 
-_ROWS_AT_ONCE = 1 << 22
-"""Weights of rows whose errors are computed at a time."""
-
-
-@dataclass
-class _Sums:
-    """Squared errors and energies of one tensor in one type, one entry an expert."""
-
-    squared: list[torch.Tensor] = field(default_factory=list)  # error, energy
-    weighted: list[torch.Tensor] = field(default_factory=list)  # error, energy
-    outputs: list[torch.Tensor] = field(default_factory=list)  # error, energy
-
-    def add(self, weights: torch.Tensor, decoded: torch.Tensor, scale: torch.Tensor, samples: torch.Tensor | None):
-        """weights, decoded [E, R, C]; scale [E, C]; samples [E, S, C] or None."""
-        count, _, columns = weights.shape
-        step = max(1, _ROWS_AT_ONCE // (count * columns))
-        squared, weighted, outputs = (torch.zeros(count, 2, dtype=torch.float64) for _ in range(3))
-        for kept, found in zip(weights.split(step, 1), decoded.split(step, 1), strict=True):
-            lost = kept - found
-            squared += torch.stack([_energy(lost), _energy(kept)], -1)
-            weighted += torch.stack([_energy(lost, scale), _energy(kept, scale)], -1)
-            if samples is not None:
-                outputs += torch.stack([_energy(samples @ part.transpose(1, 2)) for part in (lost, kept)], -1)
-        self.squared.append(squared)
-        self.weighted.append(weighted)
-        if samples is not None:
-            self.outputs.append(outputs)
-
-
-def _energy(matrices: torch.Tensor, column_scale: torch.Tensor | None = None) -> torch.Tensor:
-    """Sum of squares of each matrix in [E, R, C], columns weighted by [E, C]; float64 [E]."""
-    columns = matrices.square().sum(dim=1, dtype=torch.float64)  # [E, C]
-    return (columns if column_scale is None else columns * column_scale.double()).sum(-1)
-
 
 def build_error_table(
     model: Model,
@@ -70,19 +39,21 @@ def build_error_table(
     stats_hash: str,
     threads: int | None = None,
     store: EncodedStore | None = None,
+    journal: ErrorJournal | None = None,
     progress: Progress | None = None,
 ) -> ErrorTable:
     """Measure every quantizable tensor in every type of `type_names` that its row length and statistics allow.
 
-    Blocks are taken from `store`, of the same encoder, and kept there; without one they are forgotten.
+    Blocks are taken from `store`, of the same encoder, and kept there; without one they are forgotten. Parts that
+    `journal` holds are not measured again, others are added to it.
 
     Raises:
         StatsError: the statistics belong to another checkpoint.
         EncodeError: a weight is NaN or infinite; the tensor is named.
     """
     stats.check_belongs_to(model.fingerprint, model.name)
-    infos = [info for info in map(model.source.info, model.source.names()) if is_quantizable(info.name, info.shape)]
-    candidates = {info: _candidates(info, type_names, stats) for info in infos}
+    meter = _Meter(model, stats, encoder, threads, store)
+    candidates = {info: _candidates(info, type_names, stats) for info in _quantizable(model)}
     total = sum(info.numel * len(found) for info, found in candidates.items())
     rows: list[ErrorRow] = []
     done = 0
@@ -95,7 +66,19 @@ def build_error_table(
 
     for info, found in candidates.items():
         measured(info, 0)
-        rows += _measure(model, stats, info, found, encoder, threads, store, partial(measured, info))
+        parts = []
+        for experts in expert_ranges(info):
+            sums = journal.get(info.name, experts, {one.name for one in found}) if journal else None
+            if sums is not None:
+                measured(info, len(experts) * prod(info.shape[-2:]) * len(found))
+            else:
+                sums = meter.sums(info, experts, found, partial(measured, info))
+                if journal:
+                    journal.add(info.name, experts, sums)
+            parts.append(sums)
+        for candidate, wanted in found.items():
+            joined = ErrorSums.joined(sums[candidate.name] for sums in parts)
+            rows.append(_row(info, candidate, wanted, joined, stats.input_of(info.name)))
     return ErrorTable(
         model=model.name,
         fingerprint=model.fingerprint,
@@ -106,14 +89,38 @@ def build_error_table(
     )
 
 
+def unmeasured_table(model: Model, stats: CalibrationStats | None, type_names: Sequence[str]) -> ErrorTable:
+    """The rows that `build_error_table` would measure, with their bytes alone: every error is 0.
+
+    Without statistics, all inputs are taken to have some.
+    """
+    rows = [
+        ErrorRow(
+            name=info.name, role=role_of(info.name), layer=layer_of(info.name), type=candidate.name,
+            wanted=_others(wanted, candidate), bytes=candidate.tensor_bytes(info.shape), relative_rms=0.0,
+            weighted_error=0.0, weighted_energy=0.0,
+        )
+        for info in _quantizable(model)
+        for candidate, wanted in _candidates(info, type_names, stats).items()
+    ]  # fmt: skip
+    return ErrorTable(
+        model=model.name, fingerprint=model.fingerprint, stats_hash="", encoder="", types=tuple(type_names),
+        rows=tuple(rows),
+    )  # fmt: skip
+
+
+def _quantizable(model: Model) -> list[TensorInfo]:
+    return [info for info in map(model.source.info, model.source.names()) if is_quantizable(info.name, info.shape)]
+
+
 def _candidates(
-    info: TensorInfo, type_names: Sequence[str], stats: CalibrationStats
+    info: TensorInfo, type_names: Sequence[str], stats: CalibrationStats | None
 ) -> dict[QuantType, tuple[str, ...]]:
     """Stored type -> the wanted types that lead to it, without those that need statistics the tensor does not have.
 
     The checkpoint's own float type is always one: it loses nothing.
     """
-    has_stats = stats.input_of(info.name) is not None
+    has_stats = stats is None or stats.input_of(info.name) is not None
     found: dict[QuantType, tuple[str, ...]] = {}
     for name in (*type_names, info.dtype if info.dtype in ("F32", "F16", "BF16") else "F16"):
         stored, _ = fit_to_row(QUANT_TYPES[name], info.shape[-1])
@@ -122,68 +129,73 @@ def _candidates(
     return found
 
 
-def _measure(
-    model: Model,
-    stats: CalibrationStats,
-    info: TensorInfo,
-    candidates: Mapping[QuantType, tuple[str, ...]],
-    encoder: Encoder,
-    threads: int | None,
-    store: EncodedStore | None,
-    on_weights: Callable[[int], None],
-) -> Iterator[ErrorRow]:
-    columns = info.shape[-1]
-    scale = importance(stats, info.name, info.shape)  # [E or 1, C] or None
-    inputs = stats.input_of(info.name)
-    sums = {candidate.name: _Sums() for candidate in candidates}
-    for experts, weights in expert_groups(model, info):
-        group_scale = None if scale is None else (scale[0] if len(scale) == 1 else scale[experts])
-        samples = _samples(inputs, experts, columns)
+@dataclass(frozen=True)
+class _Meter:
+    """How parts of tensors are measured; see `build_error_table`."""
+
+    model: Model
+    stats: CalibrationStats
+    encoder: Encoder
+    threads: int | None
+    store: EncodedStore | None
+
+    def sums(
+        self, info: TensorInfo, experts: range, candidates: Collection[QuantType], on_weights: Callable[[int], None]
+    ) -> dict[str, ErrorSums]:
+        """Sums of some experts of a tensor in every type, by name."""
+        columns = info.shape[-1]
+        weights = load_experts(self.model, info, experts)
+        scale = importance(self.stats, info.name, info.shape)  # [E or 1, C] or None
+        if scale is not None:
+            scale = scale[0] if len(scale) == 1 else scale[experts.start : experts.stop]
+        weighting = torch.ones(len(weights), columns) if scale is None else scale.expand(len(weights), columns)
+        samples = _samples(self.stats.input_of(info.name), experts, columns)
+        found = {}
         for candidate in candidates:
-            if store is None:
-                packed = encoder.encode(candidate, weights, group_scale, threads=threads, name=info.name)
+            if self.store is None:
+                packed = self.encoder.encode(candidate, weights, scale, threads=self.threads, name=info.name)
             else:
-                whole = store.packed(info.name, candidate.name)
-                packed = whole[experts] if whole.ndim == 3 else whole.unsqueeze(0)
+                whole = self.store.packed(info.name, candidate.name)
+                packed = whole[experts.start : experts.stop] if whole.ndim == 3 else whole.unsqueeze(0)
             decoded = decode(candidate, packed, tuple(weights.shape))
-            ones = torch.ones(len(weights), columns)
-            weighting = ones if group_scale is None else group_scale.expand(len(weights), columns)
-            sums[candidate.name].add(weights, decoded, weighting, samples)
+            found[candidate.name] = ErrorSums.measured(weights, decoded, weighting, samples)
             on_weights(weights.numel())
-    for candidate, wanted in candidates.items():
-        yield _row(info, candidate, wanted, sums[candidate.name], inputs)
+        return found
 
 
-def expert_groups(model: Model, info: TensorInfo) -> Iterator[tuple[slice, torch.Tensor]]:
-    """A tensor as float32 [E, R, C], in groups of experts that fit in memory; a matrix is one expert."""
+def expert_ranges(info: TensorInfo) -> list[range]:
+    """Experts of a tensor that are in memory together; a matrix is one expert."""
     if len(info.shape) == 2:
-        yield slice(0, 1), model.source.load(info.name).unsqueeze(0)
-        return
-    count = info.shape[0]
-    step = max(1, WEIGHTS_IN_MEMORY // (info.shape[-2] * info.shape[-1]))
-    for start in range(0, count, step):
-        experts = range(start, min(start + step, count))
-        weights = torch.stack([model.source.load(info.name, expert) for expert in experts])
-        yield slice(start, experts.stop), weights
+        return [range(1)]
+    count, step = info.shape[0], max(1, WEIGHTS_IN_MEMORY // (info.shape[-2] * info.shape[-1]))
+    return [range(start, min(start + step, count)) for start in range(0, count, step)]
 
 
-def _samples(inputs: InputStats | None, experts: slice, columns: int) -> torch.Tensor | None:
+def load_experts(model: Model, info: TensorInfo, experts: range) -> torch.Tensor:
+    """Some experts of a tensor as float32 [E, R, C]."""
+    if len(info.shape) == 2:
+        return model.source.load(info.name).unsqueeze(0)
+    return torch.stack([model.source.load(info.name, expert) for expert in experts])
+
+
+def _samples(inputs: InputStats | None, experts: range, columns: int) -> torch.Tensor | None:
     """Held-back inputs float32 [E, S, C] with unfilled rows zero, or None when there are none of this width."""
     if inputs is None or inputs.samples is None or inputs.samples.shape[-1] != columns:
         return None
-    samples = inputs.samples if len(inputs.samples) == 1 else inputs.samples[experts]
-    counts = inputs.sample_counts if len(inputs.samples) == 1 else inputs.sample_counts[experts]
+    own = slice(None) if len(inputs.samples) == 1 else slice(experts.start, experts.stop)
+    samples, counts = inputs.samples[own], inputs.sample_counts[own]
     filled = torch.arange(samples.shape[1]) < counts.unsqueeze(1)  # [E, S]
     return samples.float() * filled.unsqueeze(-1)
 
 
 def _row(
-    info: TensorInfo, candidate: QuantType, wanted: tuple[str, ...], sums: _Sums, inputs: InputStats | None
+    info: TensorInfo, candidate: QuantType, wanted: tuple[str, ...], sums: ErrorSums, inputs: InputStats | None
 ) -> ErrorRow:
-    squared, weighted = torch.cat(sums.squared), torch.cat(sums.weighted)  # [E, 2]
+    squared, weighted = sums.squared, sums.weighted
     activation, per_expert_activation = None, ()
-    if sums.outputs and inputs is not None and inputs.sample_counts is not None and inputs.sample_counts.any():
-        outputs = torch.cat(sums.outputs) / inputs.sample_counts.clamp_min(1).unsqueeze(1)
+    counts = None if inputs is None else inputs.sample_counts
+    if sums.outputs is not None and counts is not None and counts.any():
+        outputs = sums.outputs / counts.clamp_min(1).unsqueeze(1)
         ratios = (outputs[:, 0] / outputs[:, 1]).sqrt()
         per_expert_activation = tuple(None if torch.isnan(r) else float(r) for r in ratios)
         activation = _ratio(_routed_mean(outputs, inputs)).sqrt().item()
@@ -192,7 +204,7 @@ def _row(
         role=role_of(info.name),
         layer=layer_of(info.name),
         type=candidate.name,
-        wanted=tuple(name for name in wanted if name != candidate.name),
+        wanted=_others(wanted, candidate),
         bytes=candidate.tensor_bytes(info.shape),
         relative_rms=_ratio(squared.sum(0)).sqrt().item(),
         weighted_error=_ratio(_routed_mean(weighted, inputs)).item(),
@@ -201,6 +213,10 @@ def _row(
         per_expert_weighted_error=_per_expert(weighted),
         per_expert_activation_error=per_expert_activation if len(per_expert_activation) > 1 else (),
     )
+
+
+def _others(wanted: tuple[str, ...], candidate: QuantType) -> tuple[str, ...]:
+    return tuple(name for name in wanted if name != candidate.name)
 
 
 def _routed_mean(per_expert: torch.Tensor, inputs: InputStats | None) -> torch.Tensor:

@@ -24,8 +24,8 @@ ReadExpert = Callable[[int], tuple[StoredValues, ...]]
 class StoredExperts:
     """Experts `shape` [E, rows, columns] given as `dtype` on `device`.
 
-    `kept` holds stacks [E, rows of the part, columns]; without it every access calls `read`. `scratch`, flat and of that
-    dtype and device, holds the matrix of one product at a time and has room for the largest.
+    `kept` holds stacks [E, rows of the part, columns]; without it every access calls `read`. `scratch`, flat and of
+    that dtype and device, holds the matrix of one product at a time and has room for the largest.
     """
 
     def __init__(

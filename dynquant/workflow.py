@@ -7,10 +7,12 @@ import json
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from math import prod
 from pathlib import Path
 
-from dynquant import console
+from dynquant import __version__, console
+from dynquant.analysis.error_journal import ErrorJournal
 from dynquant.analysis.error_table import ErrorTable
 from dynquant.analysis.measure_errors import build_error_table
 from dynquant.analysis.selection import Selection
@@ -27,7 +29,7 @@ from dynquant.importance import coverage_report
 from dynquant.model import Model
 from dynquant.plan import Plan, write_atomically
 from dynquant.plan_building import plan_from_types
-from dynquant.plan_choice import Chooser
+from dynquant.plan_choice import Chooser, check_budget
 from dynquant.plan_report import (
     ERRORS_NAME,
     PLAN_NAME,
@@ -41,7 +43,7 @@ from dynquant.plan_search import SearchOptions
 from dynquant.plan_target import Target
 from dynquant.presets import R1_RECIPES, preset_types
 from dynquant.quant_types import quant_type
-from dynquant.quantize import load_encoder
+from dynquant.quantize import encoder_version, load_encoder
 from dynquant.recipe_parser import recipe_types
 from dynquant.search_stage import encoded_store, search_plans
 from dynquant.second_moments import path_beside
@@ -154,16 +156,25 @@ def _measure(
     encoder: str,
     threads: int | None,
     store: EncodedStore | None = None,
+    known: ErrorTable | None = None,
 ) -> ErrorTable:
-    names = [quant_type(name).name for name in types]
-    kept = "encoded tensors are kept" if store else "the errors measured so far are lost"
-    with console.stage_progress(f"Statistics are kept; {kept}.") as progress:
-        table = build_error_table(
-            model, stats, names, load_encoder(encoder), stats_hash=stats_hash, threads=threads, store=store,
-            progress=progress,
-        )  # fmt: skip
-    output.parent.mkdir(parents=True, exist_ok=True)
-    table.save(output)
+    """Write the table, with the rows of `known` for other types; goes on where an interrupted run stopped."""
+    names, loaded = [quant_type(name).name for name in types], load_encoder(encoder)
+    identity = {
+        "tool": __version__, "fingerprint": model.fingerprint, "stats": stats_hash, "types": " ".join(names),
+        "encoder": f"{loaded.name} {encoder_version(loaded)}", "store": store.directory.name if store else "",
+    }  # fmt: skip
+    with ErrorJournal(output, identity) as journal:
+        if journal.num_found:
+            console.note(f"going on with the interrupted {output.name}, {journal.num_found} parts of tensors are there")
+        with console.stage_progress("Statistics and the errors measured so far are kept.") as progress:
+            table = build_error_table(
+                model, stats, names, loaded, stats_hash=stats_hash, threads=threads, store=store, journal=journal,
+                progress=progress,
+            )  # fmt: skip
+        table = table if known is None else known.extended_by(table)
+        table.save(output)
+        journal.remove()
     return table
 
 
@@ -188,7 +199,12 @@ def plan(
     fixed_types = _fixed_types(target, model)
     memory = target.memory(model)
     types = _candidates(target, fixed_types)
+    check = partial(check_budget, model, target, _known_types(directory, types), memory)
+    if fixed_types is None:
+        check(CalibrationStats.load(stats_path) if stats_path is not None else None)
     stats, stats_hash = statistics_of(model, options, directory, stats_path)
+    if fixed_types is None:
+        check(stats)
     searches = search is not None and search.runs_model and fixed_types is None
     if searches and options.samples is not None:
         raise PlanError("--select, --frontier and measured prices run on text; with --data leave them out.")
@@ -321,6 +337,12 @@ def _candidates(target: Target, preset: dict[str, tuple[str, str]] | None) -> tu
     return tuple(dict.fromkeys((*wanted, *of_preset)))
 
 
+def _known_types(directory: Path, types: Sequence[str]) -> tuple[str, ...]:
+    """Candidate types, and those of a table that is there already."""
+    path = directory / ERRORS_NAME
+    return tuple(dict.fromkeys((*types, *(ErrorTable.load(path).types if path.is_file() else ()))))
+
+
 def statistics_of(
     model: Model, options: CalibrationOptions, directory: Path, stats_path: Path | None
 ) -> tuple[CalibrationStats, str]:
@@ -391,9 +413,7 @@ def _table_of(
     missing = [name for name in types if name not in known.types]
     console.note(f"reusing {path}" + (f", adding {', '.join(missing)}" if missing else ""))
     if missing:
-        added = _measure(model, stats, stats_hash, missing, path, encoder, threads, store)
-        known = known.extended_by(added)
-        known.save(path)
+        return _measure(model, stats, stats_hash, missing, path, encoder, threads, store, known)
     return known
 
 

@@ -10,8 +10,10 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFValueType
 
+from dynquant.analysis import measure_errors
+from dynquant.analysis.error_journal import ErrorJournal
 from dynquant.analysis.error_table import ErrorRow, ErrorTable
-from dynquant.analysis.measure_errors import build_error_table
+from dynquant.analysis.measure_errors import build_error_table, unmeasured_table
 from dynquant.errors import PlanError, StatsError
 from dynquant.gguf_source import MetadataField
 from dynquant.importance import importance
@@ -155,6 +157,74 @@ def test_statistics_of_another_model_are_refused(model, stats):
     other = CalibrationStats(stats.provenance.model_copy(update={"fingerprint": "e" * 64}))
     with pytest.raises(StatsError, match="eeeeeeeeeeee"):
         build_error_table(model, other, ("Q8_0",), NumpyEncoder(), stats_hash="s")
+
+
+def test_the_sizes_are_known_before_anything_is_measured(model, stats, table):
+    before = unmeasured_table(model, stats, ("Q4_0", "Q8_0", "Q4_K"))
+    known = [(row.name, row.role, row.layer, row.type, row.wanted, row.bytes) for row in table.rows]
+    assert [(row.name, row.role, row.layer, row.type, row.wanted, row.bytes) for row in before.rows] == known
+
+
+class StoppedError(Exception):
+    """Stands for whatever ends a run."""
+
+
+class CountingEncoder(NumpyEncoder):
+    """Stops at the call number `stop`."""
+
+    def __init__(self, stop=None):
+        self.calls, self.stop = 0, stop
+
+    def encode(self, *args, **options):
+        if self.calls == self.stop:
+            raise StoppedError
+        self.calls += 1
+        return super().encode(*args, **options)
+
+
+@pytest.mark.parametrize("experts_at_once", [1, 8])
+def test_an_interrupted_table_goes_on_to_the_same_bytes(model, stats, tmp_path, monkeypatch, experts_at_once):
+    monkeypatch.setattr(measure_errors, "WEIGHTS_IN_MEMORY", experts_at_once * 8 * 64)
+    path, identity = tmp_path / "errors.json", {"types": "Q4_0 Q8_0 Q4_K"}
+
+    def measure(encoder, journal=None):
+        return build_error_table(model, stats, ("Q4_0", "Q8_0", "Q4_K"), encoder, stats_hash="s", journal=journal)
+
+    undisturbed = CountingEncoder()
+    whole = measure(undisturbed).model_dump_json()
+    per_part = 4  # Q4_0, Q8_0, Q5_0 and the float type
+    for stop in range(undisturbed.calls):
+        with pytest.raises(StoppedError), ErrorJournal(path, identity) as journal:
+            measure(CountingEncoder(stop), journal)
+        rest = CountingEncoder()
+        with ErrorJournal(path, identity) as journal:
+            assert journal.num_found == stop // per_part
+            assert measure(rest, journal).model_dump_json() == whole
+            journal.remove()
+        assert rest.calls == undisturbed.calls - stop // per_part * per_part
+        assert not list(tmp_path.iterdir())
+
+
+def test_only_whole_lines_of_the_same_table_count(model, stats, tmp_path):
+    path = tmp_path / "errors.json"
+    with ErrorJournal(path, {"types": "Q8_0"}) as journal:
+        build_error_table(model, stats, ("Q8_0",), NumpyEncoder(), stats_hash="s", journal=journal)
+    lines = journal.path.read_text().splitlines(keepends=True)
+    assert len(lines) == 4
+
+    def found(content, **identity):
+        journal.path.write_text(content)
+        with ErrorJournal(path, {"types": "Q8_0"} | identity) as again:
+            return again.num_found
+
+    assert found("".join(lines)) == 3
+    assert found("".join(lines)[:-10]) == 2
+    assert found("".join([*lines[:2], lines[2].replace('"experts": [0, 1]', '"experts": [0, 2]'), lines[3]])) == 1
+    assert found("".join(lines), types="Q4_0") == 0
+    assert found("not a journal\n") == 0
+    (tmp_path / "file").touch()
+    with pytest.raises(PlanError, match=r"errors\.json\.journal, which keeps .* cannot be written"):
+        ErrorJournal(tmp_path / "file" / "errors.json", {})
 
 
 def test_restricted_to(table):
