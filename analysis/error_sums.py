@@ -59,9 +59,10 @@ class ErrorSums:
         Raises:
             ValueError, TypeError: they are not sums of so many experts.
         """
-        squared, weighted, outputs = (
-            None if one is None else torch.tensor(one, dtype=torch.float64).reshape(num_experts, 2) for one in numbers
-        )
+        found = [None if one is None else torch.tensor(one, dtype=torch.float64) for one in numbers]
+        if any(one is not None and one.shape != (num_experts, 2) for one in found):
+            raise ValueError(f"not the sums of {num_experts} experts")
+        squared, weighted, outputs = found
         if squared is None or weighted is None:
             raise ValueError("sums of weights are missing")
         return cls(squared, weighted, outputs)
