@@ -16,7 +16,13 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from dynquant.analysis.cost_model import TABLE_TYPES, Workload, calibration_elements, calibration_flop_seconds
+from dynquant.analysis.cost_model import (
+    MEASURED_FLOAT,
+    TABLE_TYPES,
+    Workload,
+    calibration_elements,
+    calibration_flop_seconds,
+)
 from dynquant.analysis.measure_errors import build_error_table
 from dynquant.checkpoint import open_model
 from dynquant.codecs.encoder import Encoder
@@ -148,13 +154,13 @@ def _speeds(encoder: Encoder, *, with_hessian: bool) -> dict[str, float]:
 
 
 def _error_speeds() -> dict[str, float]:
-    """Type -> weights per second of the error table of a stack of experts with samples."""
-    weights = 0.02 * torch.randn(4, 256, 512, generator=torch.Generator().manual_seed(0))
+    """Type -> weights per second of the error table: a stack of experts with samples, as many as it takes at once."""
+    weights = 0.02 * torch.randn(2, 1024, 1024, generator=torch.Generator().manual_seed(0))
     source = DictSource({_NAME: weights})
     model = Model(Path("random"), source, (), lambda name: (name,))
     inputs = InputStats(
-        torch.ones(4, 512, dtype=torch.float64), torch.full((4,), 64), torch.randn(4, 64, 512).bfloat16(),
-        torch.full((4,), 64),
+        torch.ones(2, 1024, dtype=torch.float64), torch.full((2,), 64), torch.randn(2, 64, 1024).bfloat16(),
+        torch.full((2,), 64),
     )  # fmt: skip
     provenance = StatsProvenance(fingerprint=source.fingerprint, text_hash="0", text_name="random")
     stats = CalibrationStats(provenance, {_NAME: inputs})
@@ -164,7 +170,8 @@ def _error_speeds() -> dict[str, float]:
         return _seconds(lambda: build_error_table(model, stats, types, encoder, stats_hash=""))
 
     nothing = seconds(())
-    return {name: weights.numel() / max(seconds((name,)) - nothing, 1e-4) for name in MEASURED_TYPES}
+    speeds = {name: weights.numel() / max(seconds((name,)) - nothing, 1e-4) for name in MEASURED_TYPES}
+    return speeds | {MEASURED_FLOAT: weights.numel() / max(nothing, 1e-4)}
 
 
 def _disk_speed() -> float:
