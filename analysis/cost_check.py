@@ -15,7 +15,6 @@ from dynquant.analysis.measure_machine import command_usage
 from dynquant.checkpoint import open_model
 from dynquant.machine import Machine
 from dynquant.plan_building import plan_from_types
-from dynquant.plan_target import parse_size
 from dynquant.presets import preset_types
 
 
@@ -27,12 +26,12 @@ def main() -> None:
     types = tuple(name.upper() for name in options.types.split(","))
     work = Workload(
         tokens=options.tokens, hessians=options.hessians, encoder=options.encoder, types=types,
-        limit_bytes=parse_size(options.max_memory) if options.max_memory else None,
+        limit_bytes=options.max_memory,
     )  # fmt: skip
     options.output.mkdir(parents=True, exist_ok=True)
     stats = str(options.output / "stats.safetensors")
     text = ["--calibration", options.calibration] if options.calibration else []
-    limit = ["--max-memory", options.max_memory] if options.max_memory else []
+    limit = ["--max-memory", str(options.max_memory)] if options.max_memory else []
     commands = [
         ["calibrate", options.model, *text, *limit, "--tokens", str(options.tokens), "--hessians", options.hessians,
          "-o", stats],
@@ -64,7 +63,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--hessians", default="activations")
     parser.add_argument("--encoder", default="ggml")
     parser.add_argument("--types", default="iq1_s,iq2_xxs,q2_k,iq3_xxs,q4_k,q6_k")
-    parser.add_argument("--max-memory")
+    parser.add_argument("--max-memory", type=int, help="bytes; streams the model")
     parser.add_argument("-o", "--output", type=Path, required=True)
     return parser.parse_args()
 
