@@ -30,8 +30,8 @@ _SHARES_INPUT = {Role.ATTN_K, Role.ATTN_V, Role.FFN_UP, Role.SHARED_UP, Role.SHA
 TABLE_TYPES = ("IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
 """Types whose search tables ggml builds before the first block."""
 _SHARES_TABLE = {"IQ1_M": "IQ1_S"}
-MEASURED_FLOAT = "F32"
-"""Stands for the float type that is a candidate for every tensor."""
+MEASURED_FLOAT = "BF16"
+"""The checkpoint's own type, which is a candidate for every tensor; its speed has that of loading in it."""
 _FLOAT_BYTES = 4
 _BATCH_WINDOWS = 4
 """Windows that calibration runs at a time on a CPU."""
@@ -76,9 +76,7 @@ def predict(model: Model, plan: Plan, machine: Machine, work: Workload) -> list[
         _calibration(model, plan, machine, work),
         StageCost(
             "error table",
-            machine.start_seconds
-            + _search_tables(machine, work.types)
-            + max(reading, _table_seconds(plan, machine, work)),
+            machine.start_seconds + _search_tables(machine, work.types) + reading + _table_seconds(plan, machine, work),
             machine.start_bytes + 4 * largest,
             stored,
         ),
