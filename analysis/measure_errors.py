@@ -4,14 +4,14 @@ One pass over the model, a few experts in memory at a time. The encoder sees the
 the measured bytes are the bytes that ship.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
 
 import torch
 
-from dynquant.analysis.error_journal import ErrorJournal
+from dynquant.analysis.error_journal import ErrorJournal, Sums
 from dynquant.analysis.error_sums import ErrorSums
 from dynquant.analysis.error_table import ErrorRow, ErrorTable
 from dynquant.architecture import layer_of, role_of
@@ -31,6 +31,62 @@ WEIGHTS_IN_MEMORY = 1 << 21
 the system, and page faults take longer than all else for types that are quickly encoded."""
 
 
+@dataclass(frozen=True)
+class ErrorPart:
+    """What is measured at a time: experts of the tensor `name` of `shape`, in all their types."""
+
+    name: str
+    shape: tuple[int, ...]
+    experts: range
+    types: tuple[str, ...]
+
+    @property
+    def num_weights(self) -> int:
+        return len(self.experts) * prod(self.shape[-2:])
+
+
+Measure = Callable[[Iterable[ErrorPart]], Iterator[tuple[ErrorPart, Sums]]]
+"""Parts -> each with its sums, in any order."""
+
+
+@dataclass(frozen=True)
+class ErrorMeter:
+    """Measures parts in this process; see `build_error_table`."""
+
+    model: Model
+    stats: CalibrationStats
+    encoder: Encoder
+    threads: int | None = None
+    store: EncodedStore | None = None
+
+    def sums(self, part: ErrorPart, on_type: Callable[[], None] = lambda: None) -> Sums:
+        """Sums of a part; `on_type` is called after each type."""
+        columns, experts = part.shape[-1], slice(part.experts.start, part.experts.stop)
+        weights = self._load(part)
+        scale = importance(self.stats, part.name, part.shape)  # [E or 1, C] or None
+        if scale is not None:
+            scale = scale[0] if len(scale) == 1 else scale[experts]
+        weighting = torch.ones(len(weights), columns) if scale is None else scale.expand(len(weights), columns)
+        samples = _samples(self.stats.input_of(part.name), experts, columns)
+        found = {}
+        for candidate in (QUANT_TYPES[name] for name in part.types):
+            if self.store is None:
+                packed = self.encoder.encode(candidate, weights, scale, threads=self.threads, name=part.name)
+            else:
+                whole = self.store.packed(part.name, candidate.name)
+                packed = whole[experts] if whole.ndim == 3 else whole.unsqueeze(0)
+            decoded = decode(candidate, packed, tuple(weights.shape))
+            found[candidate.name] = ErrorSums.measured(weights, decoded, weighting, samples)
+            on_type()
+        return found
+
+    def _load(self, part: ErrorPart) -> torch.Tensor:
+        """float32 [E, R, C]."""
+        if len(part.shape) == 2:
+            return self.model.source.load(part.name).unsqueeze(0)
+        return torch.stack([self.model.source.load(part.name, expert) for expert in part.experts])
+
+
 def build_error_table(
     model: Model,
     stats: CalibrationStats,
@@ -41,45 +97,54 @@ def build_error_table(
     threads: int | None = None,
     store: EncodedStore | None = None,
     journal: ErrorJournal | None = None,
+    elsewhere: Measure | None = None,
     progress: Progress | None = None,
 ) -> ErrorTable:
     """Measure every quantizable tensor in every type of `type_names` that its row length and statistics allow.
 
     Blocks are taken from `store`, of the same encoder, and kept there; without one they are forgotten. Parts that
-    `journal` holds are not measured again, others are added to it.
+    `journal` holds are not measured again, others are added to it. `elsewhere` measures them on other machines, with
+    neither `threads` nor `store`.
 
     Raises:
         StatsError: the statistics belong to another checkpoint.
         EncodeError: a weight is NaN or infinite; the tensor is named.
     """
     stats.check_belongs_to(model.fingerprint, model.name)
-    meter = _Meter(model, stats, encoder, threads, store)
     candidates = {info: _candidates(info, type_names, stats) for info in _quantizable(model)}
-    total = sum(info.numel * len(found) for info, found in candidates.items())
-    rows: list[ErrorRow] = []
-    done = 0
+    parts = {info: _parts(info, found) for info, found in candidates.items()}
+    every = [part for of_tensor in parts.values() for part in of_tensor]
+    total, done = sum(part.num_weights * len(part.types) for part in every), 0
     report = progress or ignore_progress
 
-    def measured(info: TensorInfo, num_weights: int) -> None:
+    def measured(part: ErrorPart, num_types: int) -> None:
         nonlocal done
-        done += num_weights
-        report("measuring errors", done, total, unit="weights", tensor=info.name)
+        done += part.num_weights * num_types
+        report("measuring errors", done, total, unit="weights", tensor=part.name)
 
-    for info, found in candidates.items():
-        measured(info, 0)
-        parts = []
-        for experts in expert_ranges(info):
-            sums = journal.get(info.name, experts, {one.name for one in found}) if journal else None
-            if sums is not None:
-                measured(info, len(experts) * prod(info.shape[-2:]) * len(found))
-            else:
-                sums = meter.sums(info, experts, found, partial(measured, info))
-                if journal:
-                    journal.add(info.name, experts, sums)
-            parts.append(sums)
-        for candidate, wanted in found.items():
-            joined = ErrorSums.joined(sums[candidate.name] for sums in parts)
-            rows.append(_row(info, candidate, wanted, joined, stats.input_of(info.name)))
+    def measured_here(waiting: Iterable[ErrorPart]) -> Iterator[tuple[ErrorPart, Sums]]:
+        meter = ErrorMeter(model, stats, encoder, threads, store)
+        for part in waiting:
+            measured(part, 0)
+            yield part, meter.sums(part, partial(measured, part, 1))
+
+    sums: dict[ErrorPart, Sums] = {}
+    for part in every:
+        found = journal.get(part.name, part.experts, part.types) if journal else None
+        if found is not None:
+            sums[part] = found
+            measured(part, len(part.types))
+    for part, found in (elsewhere or measured_here)([part for part in every if part not in sums]):
+        sums[part] = found
+        if elsewhere:
+            measured(part, len(part.types))
+        if journal:
+            journal.add(part.name, part.experts, found)
+    rows = [
+        _row(info, candidate, wanted, ErrorSums.joined(sums[part][candidate.name] for part in parts[info]), stats)
+        for info, of_types in candidates.items()
+        for candidate, wanted in of_types.items()
+    ]
     return ErrorTable(
         model=model.name,
         fingerprint=model.fingerprint,
@@ -130,68 +195,30 @@ def _candidates(
     return found
 
 
-@dataclass(frozen=True)
-class _Meter:
-    """How parts of tensors are measured; see `build_error_table`."""
-
-    model: Model
-    stats: CalibrationStats
-    encoder: Encoder
-    threads: int | None
-    store: EncodedStore | None
-
-    def sums(
-        self, info: TensorInfo, experts: range, candidates: Collection[QuantType], on_weights: Callable[[int], None]
-    ) -> dict[str, ErrorSums]:
-        """Sums of some experts of a tensor in every type, by name."""
-        columns = info.shape[-1]
-        weights = load_experts(self.model, info, experts)
-        scale = importance(self.stats, info.name, info.shape)  # [E or 1, C] or None
-        if scale is not None:
-            scale = scale[0] if len(scale) == 1 else scale[experts.start : experts.stop]
-        weighting = torch.ones(len(weights), columns) if scale is None else scale.expand(len(weights), columns)
-        samples = _samples(self.stats.input_of(info.name), experts, columns)
-        found = {}
-        for candidate in candidates:
-            if self.store is None:
-                packed = self.encoder.encode(candidate, weights, scale, threads=self.threads, name=info.name)
-            else:
-                whole = self.store.packed(info.name, candidate.name)
-                packed = whole[experts.start : experts.stop] if whole.ndim == 3 else whole.unsqueeze(0)
-            decoded = decode(candidate, packed, tuple(weights.shape))
-            found[candidate.name] = ErrorSums.measured(weights, decoded, weighting, samples)
-            on_weights(weights.numel())
-        return found
-
-
-def expert_ranges(info: TensorInfo) -> list[range]:
-    """Experts of a tensor that are in memory together; a matrix is one expert."""
+def _parts(info: TensorInfo, candidates: Collection[QuantType]) -> list[ErrorPart]:
+    """Experts that are in memory together; a matrix is one expert."""
+    types = tuple(candidate.name for candidate in candidates)
     if len(info.shape) == 2:
-        return [range(1)]
-    count, step = info.shape[0], max(1, WEIGHTS_IN_MEMORY // (info.shape[-2] * info.shape[-1]))
-    return [range(start, min(start + step, count)) for start in range(0, count, step)]
+        return [ErrorPart(info.name, info.shape, range(1), types)]
+    count, step = info.shape[0], max(1, WEIGHTS_IN_MEMORY // prod(info.shape[-2:]))
+    ranges = (range(start, min(start + step, count)) for start in range(0, count, step))
+    return [ErrorPart(info.name, info.shape, experts, types) for experts in ranges]
 
 
-def load_experts(model: Model, info: TensorInfo, experts: range) -> torch.Tensor:
-    """Some experts of a tensor as float32 [E, R, C]."""
-    if len(info.shape) == 2:
-        return model.source.load(info.name).unsqueeze(0)
-    return torch.stack([model.source.load(info.name, expert) for expert in experts])
-
-
-def _samples(inputs: InputStats | None, experts: range, columns: int) -> torch.Tensor | None:
+def _samples(inputs: InputStats | None, experts: slice, columns: int) -> torch.Tensor | None:
     """Held-back inputs float32 [E, S, C] with unfilled rows zero, or None when there are none of this width."""
     if inputs is None or inputs.samples is None or inputs.samples.shape[-1] != columns:
         return None
-    own = slice(None) if len(inputs.samples) == 1 else slice(experts.start, experts.stop)
+    own = slice(None) if len(inputs.samples) == 1 else experts
     samples, counts = inputs.samples[own], inputs.sample_counts[own]
     filled = torch.arange(samples.shape[1]) < counts.unsqueeze(1)  # [E, S]
     return samples.float() * filled.unsqueeze(-1)
 
 
 def _row(
-    info: TensorInfo, candidate: QuantType, wanted: tuple[str, ...], sums: ErrorSums, inputs: InputStats | None
+    info: TensorInfo, candidate: QuantType, wanted: tuple[str, ...], sums: ErrorSums, stats: CalibrationStats
 ) -> ErrorRow:
+    inputs = stats.input_of(info.name)
     squared, weighted = sums.squared, sums.weighted
     activation, per_expert_activation = None, ()
     counts = None if inputs is None else inputs.sample_counts

@@ -123,6 +123,7 @@ def analyze(
     encoder: EncoderOpt = "ggml",
     threads: ThreadsOpt = None,
     base_gguf: BaseGgufOpt = None,
+    ray: RayOpt = None,
 ) -> None:
     """Measure what every candidate type does to every tensor: bytes, weight error, activation error.
 
@@ -130,7 +131,9 @@ def analyze(
     """
     from dynquant import workflow
 
-    workflow.analyze(model, stats, output, types=_split(types), encoder=encoder, threads=threads, base_gguf=base_gguf)
+    workflow.analyze(
+        model, stats, output, types=_split(types), encoder=encoder, threads=threads, base_gguf=base_gguf, ray=ray
+    )
 
 
 @app.command()
@@ -183,6 +186,7 @@ def plan(
     device: DeviceOpt = None,
     max_memory: StreamMemoryOpt = None,
     spill: SpillOpt = None,
+    ray: RayOpt = None,
     stats: Annotated[Path | None, typer.Option(help="Use these statistics instead of calibrating.")] = None,
     encoder: EncoderOpt = "ggml",
     threads: ThreadsOpt = None,
@@ -279,7 +283,7 @@ def plan(
     )  # fmt: skip
     options = workflow.CalibrationOptions(
         text=calibration, tokens=tokens, window=window, seed=seed,
-        hessians=_hessians(hessians), hessian_memory=hessian_memory, device=device,
+        hessians=_hessians(hessians), hessian_memory=hessian_memory, device=device, ray=ray,
         max_memory=max_memory, spill=spill, data=data, strict=strict,
     )  # fmt: skip
     if config_only is not None:
