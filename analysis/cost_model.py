@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, exp, log, prod
 
-from dynquant.analysis.streamed_cost import StreamedCost, StreamedPass, streamed_cost
+from dynquant.analysis.streamed_cost import StreamedCost, StreamedPass, kept_bytes, streamed_cost
 from dynquant.architecture import Role, layer_of
 from dynquant.machine import Machine
 from dynquant.model import Model
@@ -118,11 +118,12 @@ def _sensitivities(model: Model, plan: Plan, machine: Machine, work: Workload) -
     streamed = work.limit_bytes is not None
     head = 2 * (2 * probe.tokens * model.hyper.n_vocab * model.hyper.n_embd) / _interpolated(machine.matmul_flops, 4096)
     seconds = _calibration_seconds(model, plan, machine, search) + (3 if streamed else 2) * once + head
+    passed = _passed(model, work, 1, is_backward=True)
     if work.limit_bytes is None:
-        memory = machine.start_bytes + machine.run_bytes + _FLOAT_BYTES * weights
+        memory = machine.start_bytes + machine.run_bytes + _FLOAT_BYTES * weights + kept_bytes(plan, passed)
         reading = 2 * weights / machine.disk_bytes_per_s
         return StageCost("sensitivities", machine.start_seconds + reading + seconds, memory, 2 * weights)
-    cost = streamed_cost(plan, machine.start_bytes, _passed(model, work, 1, is_backward=True), work.limit_bytes)
+    cost = streamed_cost(plan, machine.start_bytes, passed, work.limit_bytes)
     batches = ceil(_PROBE_TOKENS / work.window)
     return _streamed("sensitivities", plan, machine, cost, seconds, passes=3, batches=batches)
 

@@ -77,6 +77,11 @@ def streamed_cost(plan: Plan, start_bytes: int, work: StreamedPass, limit_bytes:
     return found
 
 
+def kept_bytes(plan: Plan, work: StreamedPass) -> int:
+    """What a backward pass through the whole model keeps of its layers: half of what each holds at its own peak."""
+    return sum(stage.activation_bytes(work) for stage in list(_stages(plan))[1:-1]) // 2
+
+
 def _stages(plan: Plan) -> Iterator[_Stage]:
     """In the order of a forward pass; a tied embedding is its own head."""
     embedding = tuple(entry for entry in plan.entries if entry.role == Role.EMBEDDING)
