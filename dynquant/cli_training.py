@@ -112,6 +112,12 @@ def heal(
     reference_cache: Annotated[
         Path | None, typer.Option(help="Keep the original's distributions here. Default: beside the output.")
     ] = None,
+    start: Annotated[
+        str,
+        typer.Option(
+            help="residual: the adapter starts from what quantization took of the weights. zero: as no change."
+        ),
+    ] = "residual",
     rank: RankOpt = 16,
     alpha: AlphaOpt = None,
     rslora: RsLoraOpt = False,
@@ -150,7 +156,7 @@ def heal(
         max_tokens=max_tokens, mmlu_data=mmlu_data, shots=shots, num_shots=num_shots, limit=limit,
         cache_dir=reference_cache,
     )  # fmt: skip
-    heal_command(packed, reference, output, source, options, device=device, resume=resume)
+    heal_command(packed, reference, output, source, options, start=start, device=device, resume=resume)
 
 
 def export_adapter(

@@ -2,8 +2,9 @@
 
     original over training windows -> distributions on disk -> freed -> base + adapter, trained on the KL to them
 
-Original and base are never in memory together. The held-out KL decides when to stop and which adapter is kept. What the
-adapter does is then measured by `evaluate` on held-out text, with and without it.
+The adapter starts as the low-rank part of what quantization took (`lora.residual`), for which the original's weights
+are read one by one; original and base are never in memory together. The held-out KL decides when to stop and which
+adapter is kept. What the adapter does is then measured by `evaluate` on held-out text, with and without it.
 """
 
 import time
@@ -17,8 +18,9 @@ import numpy as np
 import torch
 
 from dynquant.calibration_text import CalibrationText, pack_windows, read_text
+from dynquant.checkpoint import open_model
 from dynquant.devices import chosen_device
-from dynquant.errors import DataError
+from dynquant.errors import DataError, TrainingError
 from dynquant.eval_report import EvalReport, MultipleChoiceResult
 from dynquant.eval_statistics import Estimate, bootstrap_ratio, mcnemar_exact, only_one
 from dynquant.eval_text import load_text
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
     from dynquant.training_run import Change, RunDirectory, TrainingReport
 
 HELD_OUT_NAME = "held_out.txt"
+RESIDUAL, ZERO = "residual", "zero"
+"""How the adapter starts: from what quantization took, or as no change at all."""
 _HELD_OUT_SHARE = 0.1
 _CHECK_WINDOWS = 16
 """Held-out windows that are run at every check; 8,192 tokens, as `eval` takes by default."""
@@ -72,6 +76,7 @@ def heal(
     data: HealData,
     options: TrainOptions,
     *,
+    start: str = RESIDUAL,
     device: str | None = None,
     resume: bool = True,
     progress: Progress | None = None,
@@ -81,16 +86,21 @@ def heal(
     Args:
         packed: directory of `export -f safetensors`, or a GGUF file.
         reference: the original: Hugging Face directory, hub id or GGUF file.
+        start: RESIDUAL or ZERO.
         progress: called as `progress(stage, done, total)`.
 
     Raises:
-        TrainingError: no packed weights, a package of the extra `train` is missing, or an unfinished run that differs.
+        TrainingError: no packed weights, a package of the extra `train` is missing, an unfinished run that differs, or
+            no such start.
+        AdapterError: the reference is not the model that was quantized.
         DataError, StatsError: text is missing, or too short.
         CheckpointError, EvaluationError: a model cannot be loaded, or the two cannot be compared.
         ExportError: the output cannot be written.
     """
     require_training_packages()
-    start = time.perf_counter()
+    if start not in (RESIDUAL, ZERO):
+        raise TrainingError(f"There is no start {start!r} of an adapter; give {RESIDUAL} or {ZERO}.")
+    began = time.perf_counter()
     device = chosen_device(device)
     report = progress or ignore_progress
     base, original = resolve_model(packed), resolve_model(reference)
@@ -111,20 +121,24 @@ def heal(
         "task": "heal", "base": model_fingerprint(base), "reference": model_fingerprint(original),
         "data": text.sha256, "tokens": data.tokens, "sampled_tokens": data.sampled_tokens,
         "windows": sha256(split.train.numpy()).hexdigest(),
-        "device": device, **asdict(options),
+        "start": start, "device": device, **asdict(options),
     }  # fmt: skip
     run = training_run.RunDirectory(output, identity, resume=resume)
     train, held = _teacher(original, split, cache, num_columns, device, report)
     judge = _Judge(base, original, split.texts, data, cache, device, options.seed, report)
     before = judge(None)
     kept = run.checkpoints / "best"
-    trained = _train(base, train, held, run, options, kept, num_columns=num_columns, device=device, progress=report)
+    trained = _train(
+        base, train, held, run, options, kept, num_columns=num_columns, device=device, progress=report,
+        beginning=original if start == RESIDUAL else None,
+    )  # fmt: skip
     changes, gaps, remarks = _compare(before, judge(kept))
     result = training_run.TrainingReport(
-        task="heal", base=base.name, identity=run.identity, options=asdict(options) | _described(data),
+        task="heal", base=base.name, identity=run.identity,
+        options=asdict(options) | {"start": start} | _described(data),
         trained_examples=len(train), held_out_examples=len(held), **trained,
         changes=changes, gap_closed=gaps, notes=[*notes, *split.notes, *remarks],
-        seconds=round(time.perf_counter() - start, 1),
+        seconds=round(time.perf_counter() - began, 1),
     )  # fmt: skip
 
     def write(directory: Path) -> None:
@@ -165,14 +179,21 @@ def _train(
     num_columns: int,
     device: str,
     progress: Progress,
+    beginning: Path | None,
 ) -> dict[str, Any]:
-    """Train an adapter and save the best one to `kept`; the base is freed. Gives steps, best step and losses."""
+    """Train an adapter, which starts from the residual of the original `beginning`, and save the best one to `kept`.
+
+    The base is freed. Gives steps, best step and losses.
+    """
     from transformers import TrainingArguments
 
     from dynquant import training_run
     from dynquant.distillation import DistillationTrainer
+    from dynquant.lora import start_from_residual
 
     adapted = open_with_adapter(base, options, device=device)
+    if beginning is not None:
+        start_from_residual(adapted, open_model(beginning), progress=progress)
     num_weights = sum(parameter.numel() for parameter in adapted.parameters())
     settings = training_run.trainer_settings(
         options, run.checkpoints, num_examples=len(train), num_weights=num_weights, device=device

@@ -18,13 +18,11 @@ from torch import Tensor
 
 from dynquant.artifacts import file_hash
 from dynquant.errors import AdapterError, StatsError
-from dynquant.families import FAMILIES
-from dynquant.families.config import Config
 from dynquant.kernels.repack import pack_planes
 from dynquant.layers import LATENT_PARTS, PLANES, PackedLatentProjection, PackedModule
 from dynquant.lora.layers import PackedLoraEmbedding, PackedLoraExperts, PackedLoraLinear
+from dynquant.lora.places import bare_path, places_by_key
 from dynquant.model import Model
-from dynquant.packed_model import build_meta_model, places
 from dynquant.quant_types import quant_type
 from dynquant.quantize import Guidance, encode_tensor, guidance_of, load_encoder
 from dynquant.second_moments import load_beside
@@ -76,9 +74,9 @@ def merge(
     if not layers:
         raise AdapterError("There is no adapter on packed weights to merge; call merge_and_unload of PEFT instead.")
     base = model.get_base_model()
-    names = _gguf_names(base)
+    names = {key: place.name for key, place in places_by_key(base).items()}
     parts = {}
-    for part in (part for path, layer in layers.items() for part in _parts(_bare(path), layer)):
+    for part in (part for path, layer in layers.items() for part in _parts(bare_path(path), layer)):
         if part.key not in names:
             raise AdapterError(f"`{part.key}` has no name in GGUF, so no statistics. Keep the adapter.")
         parts[names[part.key]] = part
@@ -165,20 +163,6 @@ def _experts_delta(layer: PackedLoraExperts, active: list[str], name: str, index
     return total
 
 
-def _gguf_names(base: "PreTrainedModel") -> dict[str, str]:
-    """state_dict key -> GGUF name."""
-    values = base.config.to_dict()
-    if values.get("model_type") not in FAMILIES:
-        raise AdapterError(
-            f"The model type {values.get('model_type')!r} is not among those whose tensors dynquant can name "
-            f"({', '.join(FAMILIES)}), so its statistics cannot be found. Keep the adapter beside the model."
-        )
-    config = Config(Path(base.name_or_path), values, {k: v for k, v in values.items() if k != "quantization_config"})
-    has_latent = any(isinstance(module, PackedLatentProjection) for module in base.modules())
-    found, _ = places(config, build_meta_model(config), whole_kv_b="kv_lora_rank" in values and not has_latent)
-    return {place.key: name for name, place in found.items()}
-
-
 def _guidance(base: "PreTrainedModel", parts: dict[str, _Part], path: Path | None) -> Guidance:
     provenance = getattr(getattr(base.config, "quantization_config", None), "provenance", {})
     recorded = provenance.get("stats_hash")
@@ -209,10 +193,6 @@ def _write(part: _Part, packed: Tensor | None) -> None:
         return
     packed = packed.to(weight.device).reshape(*part.module.shape_of(part.attribute)[:-1], -1)
     weight.copy_(pack_planes(part.type_name, packed) if part.module.layout == PLANES else packed)
-
-
-def _bare(path: str) -> str:
-    return path.removeprefix("base_model.model.").replace(".base_layer", "")
 
 
 def _record(base: "PreTrainedModel", model: PeftModel) -> None:

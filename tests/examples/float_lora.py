@@ -49,7 +49,7 @@ def main() -> None:
         processing_class=AutoTokenizer.from_pretrained(given.original), peft_config=_config(model, options),
     )  # fmt: skip
     trainer.train()
-    for change in measure_adapter(trainer.model, trainer.get_eval_dataloader(), lambda *_: None):
+    for change in measure_adapter(trainer.model, trainer.get_eval_dataloader(), lambda *_, **__: None):
         before, after = (f"{one.value:.4f} [{one.low:.4f}, {one.high:.4f}]" for one in (change.before, change.after))
         print(f"{change.name}: {before} to {after}")
 

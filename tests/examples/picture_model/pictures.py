@@ -88,7 +88,7 @@ def ask(picture: Picture, count: int, rng: np.random.Generator) -> list[Question
     """Up to `count` different questions about a picture, each of a kind drawn evenly from those that it allows."""
     found: dict[str, Question] = {}
     kinds = list(QUESTION_KINDS)
-    for _ in range(8 * count):
+    for _ in range(64 * count):
         kind = kinds[rng.integers(len(kinds))]
         asked = QUESTION_KINDS[kind](picture.things, rng)
         if asked is not None:
