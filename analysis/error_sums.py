@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+SumNumbers = list[list[list[float]] | None]
+"""Squared, weighted and output sums as JSON holds them."""
 _ROWS_AT_ONCE = 1 << 22
 """Weights of rows whose errors are computed at a time."""
 
@@ -48,12 +50,12 @@ class ErrorSums:
             torch.cat(outputs) if outputs else None,
         )
 
-    def numbers(self) -> list[list[list[float]] | None]:
+    def numbers(self) -> SumNumbers:
         """As JSON holds them."""
         return [None if one is None else one.tolist() for one in (self.squared, self.weighted, self.outputs)]
 
     @classmethod
-    def from_numbers(cls, numbers: list[list[list[float]] | None], num_experts: int) -> "ErrorSums":
+    def from_numbers(cls, numbers: SumNumbers, num_experts: int) -> "ErrorSums":
         """What `numbers` gave.
 
         Raises:

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import gguf
@@ -203,6 +205,37 @@ def test_an_interrupted_table_goes_on_to_the_same_bytes(model, stats, tmp_path, 
             journal.remove()
         assert rest.calls == undisturbed.calls - stop // per_part * per_part
         assert not list(tmp_path.iterdir())
+
+
+_LARGE = """
+import torch
+from pathlib import Path
+from dynquant.analysis import measure_errors
+from dynquant.memory_limit import resident_memory
+from dynquant.model import Model
+from dynquant.quantize import load_encoder
+from dynquant.statistics import CalibrationStats, StatsProvenance
+from dynquant.tensor_source import DictSource
+
+torch.set_num_threads(1)
+measure_errors.WEIGHTS_IN_MEMORY = 1 << 18
+stack = torch.ones(1, dtype=torch.bfloat16).expand(96, 512, 512)
+source = DictSource({f"blk.{layer}.ffn_up_exps.weight": stack for layer in range(2)})
+stats = CalibrationStats(StatsProvenance(fingerprint=source.fingerprint, text_hash="0" * 64, text_name="none"))
+seen = []
+measure_errors.build_error_table(
+    Model(Path("made up"), source, (), lambda name: (name,)), stats, ("Q8_0", "Q4_0"), load_encoder("ggml"),
+    stats_hash="", threads=1, progress=lambda *_, **__: seen.append(resident_memory()),
+)
+print(len(seen), max(seen) - seen[len(seen) // 8])
+"""
+
+
+def test_memory_does_not_grow_with_the_number_of_parts():
+    done = subprocess.run([sys.executable, "-c", _LARGE], capture_output=True, text=True, check=True, cwd="/")
+    steps, growth = map(int, done.stdout.split())
+    assert steps == 2 * 96 * (3 + 1)
+    assert growth < 32 << 20  # of 192 parts of 1 MiB, each with several arrays of it; their results are a few numbers
 
 
 def test_only_whole_lines_of_the_same_table_count(model, stats, tmp_path):
