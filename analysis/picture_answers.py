@@ -7,8 +7,11 @@ from html import escape
 from pathlib import Path
 from typing import Protocol
 
+from dynquant.analysis.report_tables import html_table
+
 SHOWN = 24
 _THUMBNAIL = 96
+_KINDS = ("lost", "won", "changed and wrong", "the same")
 
 
 class Answered(Protocol):
@@ -26,15 +29,38 @@ class Answered(Protocol):
     def candidate(self) -> str: ...
 
 
+def is_right(answer: str, right: str) -> bool:
+    """Whether an answer is the right one, apart from case and surrounding space."""
+    return answer.strip().casefold() == right.strip().casefold()
+
+
+def picture_section(rows: Sequence[tuple[str, str, str, str]], title: str, answers: Sequence[Answered]) -> str:
+    """HTML: a before/after table of `rows` (measure, original, plan, comparison), and the answers if there are any."""
+    before_after = html_table(title, ("Measure", "Original", "This plan", "Comparison"), rows)
+    return before_after + (answer_table(answers) if answers else "")
+
+
 def answer_table(answers: Sequence[Answered]) -> str:
-    """HTML with thumbnails: first the questions on which the two models differ, at most SHOWN in all."""
-    differing = [one for one in answers if one.reference != one.candidate]
-    same = [one for one in answers if one.reference == one.candidate]
-    shown = (differing + same)[:SHOWN]
-    rows = "".join(_row(one) for one in shown)
-    caption = f"{len(differing)} of {len(answers)} answers differ; {len(shown)} questions shown, those first"
-    head = "".join(f"<th>{name}</th>" for name in ("Picture", "Question", "Right", "Reference", "Candidate"))
-    return f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    """HTML with thumbnails, at most SHOWN: what quantization lost first, then what it won, then what else differs."""
+    ordered = sorted(answers, key=_kind)
+    counts = [sum(_kind(one) == kind for one in answers) for kind in range(len(_KINDS))]
+    told = ", ".join(f"{count} {name}" for count, name in zip(counts, _KINDS, strict=True) if count)
+    caption = f"{len(answers)} answers: {told}; {min(SHOWN, len(answers))} shown, in this order"
+    heads = ("Picture", "Question", "Right answer", "Original", "This plan")
+    head = "".join(f'<th scope="col">{name}</th>' for name in heads)
+    rows = "\n".join(_row(one) for one in ordered[:SHOWN])
+    return (
+        f'<div class="scroll pictures" tabindex="0" role="region" aria-label="Answers"><table>'
+        f"<caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>\n{rows}\n</tbody></table></div>"
+    )
+
+
+def _kind(one: Answered) -> int:
+    """Index into _KINDS."""
+    before, after = is_right(one.reference, one.right), is_right(one.candidate, one.right)
+    if before != after:
+        return 0 if before else 1
+    return 3 if before or one.reference == one.candidate else 2
 
 
 def _row(one: Answered) -> str:
@@ -44,8 +70,8 @@ def _row(one: Answered) -> str:
 
 
 def _marked(answer: str, right: str) -> str:
-    is_right = answer.strip().casefold() == right.strip().casefold()
-    return f"{'✓' if is_right else '✗'} {escape(answer)}"
+    kind, mark = ("right", "✓") if is_right(answer, right) else ("wrong", "✗")
+    return f'<span class="{kind}">{mark} {escape(answer) or "(nothing)"}</span>'
 
 
 def _thumbnail(path: Path) -> str:
@@ -60,4 +86,5 @@ def _thumbnail(path: Path) -> str:
     data = io.BytesIO()
     small.save(data, "PNG")
     text = base64.b64encode(data.getvalue()).decode()
-    return f'<img alt="{escape(path.name)}" width="{small.width}" src="data:image/png;base64,{text}">'
+    size = f'width="{small.width}" height="{small.height}"'
+    return f'<img alt="{escape(path.name)}" {size} src="data:image/png;base64,{text}">'

@@ -17,6 +17,7 @@ KEPT_BITS = 4.0
 BIT_EDGES = (1.5, 1.8, 2.2, 2.8, KEPT_BITS, 4.6, 5.7, 7.0, 10.0, 17.0, 33.0)
 COLOURS = ("#a50026", "#d73027", "#f46d43", "#fdae61", "#e0f3f8", "#c3e3ef", "#9ecae1", "#74add1", "#4575b4", "#313695")
 """Red is crushed, blue is kept: after ColorBrewer's RdYlBu, safe for colour-blind readers."""
+_ENDS = (Role.EMBEDDING, Role.OUTPUT, Role.VISION_PATCH, Role.PROJECTOR)
 
 
 def map_cells(plan: Plan) -> dict[tuple[int, Role], PlanEntry]:
@@ -39,7 +40,7 @@ def draw_plan_map(plan: Plan) -> tuple["Figure", str] | None:
         return None
     layers = sorted({layer for layer, _ in cells})
     roles = [role for role in Role if any((layer, role) in cells for layer in layers)]
-    ends = [entry for entry in plan.entries if entry.role in (Role.EMBEDDING, Role.OUTPUT) and len(entry.shape) > 1]
+    ends = [entry for entry in plan.entries if entry.role in _ENDS and len(entry.shape) > 1]
     headline = _headline(plan)
     subtitle = f"{plain(plan.model, 60)}, plan “{plain(plan.recipe, 40)}”: top of the model above, output below"
     width, row = max(0.74 * len(roles) + 2.2, 8.5), 0.30 if len(layers) <= 24 else 0.205
@@ -89,7 +90,7 @@ def _draw_cells(axes: "Axes", cells: dict, layers: list[int], roles: list[Role])
 
 
 def _draw_ends(axes: "Axes", ends: list[PlanEntry], layers: list[int], roles: list[Role]) -> None:
-    """Embedding above the first layer and output below the last, across the whole width."""
+    """Embedding above the first layer, output and ends of the vision tower below the last, across the whole width."""
     above, below = -1, len(layers)
     for entry in ends:
         top = above if entry.role is Role.EMBEDDING else below

@@ -63,7 +63,7 @@ def write_report(
 ) -> None:
     """Write the report, whole or not at all. `plots` come from `write_plots`; absent ones are said to be absent.
 
-    `pictures` is the HTML of `answer_table`, shown below the evaluation.
+    `pictures` is the HTML of `picture_section`.
 
     Raises:
         PlanError, StatsError: table or statistics belong to another checkpoint than the plan.
@@ -79,8 +79,9 @@ def write_report(
     sections = [
         _plot_section(name, plots.get(name), tables.get(name, "")) for name in PLOT_TEXTS if name not in unasked
     ]
-    if evaluation:
-        sections.append(_section("evaluation", "Before and after", evaluation_table(evaluation) + pictures))
+    if evaluation or pictures:
+        measured = evaluation_table(evaluation) if evaluation else ""
+        sections.append(_section("evaluation", "Before and after", measured + pictures))
     sections.append(_section("plan-section", "The plan, tensor by tensor", _filter() + plan_table(plan, table)))
     sections.append(_section("provenance", "Provenance", _provenance(plan, table, stats, frontier)))
     template = resources.files("dynquant.analysis").joinpath("report.html").read_text(encoding="utf-8")

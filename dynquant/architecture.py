@@ -172,12 +172,13 @@ class HyperParams:
             CheckpointError: a key that every architecture must have is missing.
         """
         arch = str(values.get("general.architecture", ""))
+        prefix = "clip.vision" if arch == "clip" else arch
 
         def number(key: str, default: int | None = None) -> int:
-            value = values.get(f"{arch}.{key}", default)
+            value = values.get(f"{prefix}.{key}", default)
             if value is None:
                 raise CheckpointError(
-                    f"The GGUF metadata has no `{arch}.{key}`; a model of architecture `{arch}` cannot be planned "
+                    f"The GGUF metadata has no `{prefix}.{key}`; a model of architecture `{arch}` cannot be planned "
                     "without it. Convert the checkpoint again with llama.cpp's converter."
                 )
             try:
@@ -187,7 +188,7 @@ class HyperParams:
                 return found
             except (ValueError, TypeError, OverflowError) as error:
                 raise CheckpointError(
-                    f"The GGUF metadata gives `{arch}.{key}` as {value!r:.80}, which cannot be. The file is corrupt; "
+                    f"The GGUF metadata gives `{prefix}.{key}` as {value!r:.80}, which cannot be. The file is corrupt; "
                     "fetch or make it again."
                 ) from error
 

@@ -175,7 +175,7 @@ def plan(
         str,
         typer.Option(
             help="Vision tower and projector as wholes: keep (as stored), 8bit, lower (types like all others), or "
-            "auto, which decides by their output errors."
+            "auto, which decides by their output errors, and with --select by the KL of plans of each."
         ),
     ] = "auto",
     tokens: TokensOpt = 131072,
@@ -203,7 +203,8 @@ def plan(
         bool, typer.Option(help="Render several plans and take the one with the lowest KL on text kept apart.")
     ] = False,
     selection_text: Annotated[
-        Path | None, typer.Option(help="Text to select on. Default: what calibration left of its text.")
+        Path | None,
+        typer.Option(help="Text, or with --data samples, to select on. Default: what calibration left of its own."),
     ] = None,
     probes: Annotated[int, typer.Option(help="Windows of 256 tokens for the Fisher probe.")] = 32,
     check_plans: Annotated[
@@ -302,7 +303,7 @@ def plan(
             model, target, options, output,
             stats_path=stats, encoder=encoder, threads=threads, base_gguf=base_gguf, report=report,
             search=SearchOptions(
-                methods=_split(sensitivity) or _default_methods(select or frontier is not None),
+                methods=_split(sensitivity) or _default_methods(data is None and (select or frontier is not None)),
                 select=select, text=selection_text, probes=probes, check_plans=check_plans, frontier=_range(frontier),
             ),
         )  # fmt: skip
@@ -335,6 +336,14 @@ def export(
     ] = None,
     split_max_size: Annotated[str | None, typer.Option(help="Split into files of at most this size, as 40GB.")] = None,
     resume: Annotated[bool, typer.Option(help="Continue an interrupted export.")] = True,
+    mmproj_type: Annotated[
+        str | None,
+        typer.Option(
+            help="One type for vision tower and projector, which go to mmproj-NAME.gguf: f32, bf16, f16 or q8_0. "
+            "Default: the types of the plan.",
+            show_default=False,
+        ),
+    ] = None,
     max_memory: MaxMemoryOpt = None,
     ray: RayOpt = None,
     ship_weights: Annotated[
@@ -349,6 +358,8 @@ def export(
     Example: dynquant export ./model --plan plan/plan.json -o model.gguf
 
     Example: dynquant export ./model --plan plan/plan.json -f compressed-tensors -o out/
+
+    Example: dynquant export ./vision-model --plan plan/plan.json -f safetensors -o out/
     """
     from dynquant.export_workflow import export as run
     from dynquant.workflow import CalibrationOptions
@@ -360,6 +371,7 @@ def export(
         model, output, format=format, plan_path=plan, preset=preset, stats_path=stats, calibration=options,
         encoder=encoder, device=device, split_max_size=split_max_size, resume=resume, threads=threads,
         base_gguf=base_gguf, tune_tokens=tune, max_memory=max_memory, ray=ray, ship_weights=ship_weights,
+        mmproj_type=mmproj_type,
     )  # fmt: skip
 
 
@@ -398,11 +410,16 @@ def evaluate(
         Path | None,
         typer.Option(
             help="Questions with pictures, .jsonl, for kl and vqa of a vision-language model. The candidate is then a "
-            "plan.json, its folder, or a Hugging Face directory.",
+            "plan.json, its folder, a Hugging Face directory, packed or not, or a .gguf file with its mmproj file.",
             show_default=False,
         ),
     ] = None,
+    mmproj: Annotated[
+        Path | None,
+        typer.Option(help="With --data: the vision part of a .gguf candidate. Default: mmproj-NAME.gguf beside it."),
+    ] = None,
     strict: StrictOpt = False,
+    encoder: Annotated[str, typer.Option(help="What renders a plan with --data: dynquant or ggml.")] = "dynquant",
     max_tokens: Annotated[int, typer.Option(help="Tokens of each text.")] = 8192,
     window: WindowOpt = 512,
     mmlu_data: Annotated[
@@ -432,6 +449,8 @@ def evaluate(
     Example: dynquant eval model.gguf --reference ./model --tasks kl,ppl,mmlu --text held-out.txt --mmlu-data test.jsonl
 
     Example: dynquant eval plan/ --reference ./vision-model --tasks kl,vqa --data questions.jsonl
+
+    Example: dynquant eval model.gguf --reference ./vision-model --tasks kl,vqa --data questions.jsonl
     """
     from dynquant import commands
 
@@ -440,9 +459,11 @@ def evaluate(
             raise EvaluationError("--data goes without --text and --mmlu-data: all of its tasks run on its samples.")
         commands.evaluate_on_samples(
             Path(candidate), reference, data, tasks=_split(tasks) or (), limit=limit, strict=strict, device=device,
-            json_file=json_file,
+            encoder=encoder, mmproj=mmproj, json_file=json_file,
         )  # fmt: skip
         return
+    if mmproj is not None:
+        raise EvaluationError("--mmproj is for questions with pictures; give them with --data FILE.")
     if "vqa" in tasks:
         raise EvaluationError("The task vqa needs questions with pictures; give them with --data FILE.")
     commands.evaluate(

@@ -56,11 +56,11 @@ def evaluate_on_samples(
 
 
 def _draw_pictures(report: PictureReport, reference: str, directory: Path) -> None:
-    from dynquant.analysis.picture_answers import answer_table
+    from dynquant.analysis.picture_answers import picture_section
 
-    measured = {name: "; ".join(filter(None, (f"{was} to {now}", change))) for name, was, now, change in report.rows()}
-    pictures = answer_table(report.questions.answers) if report.questions else ""
-    write_plan_report(reference, directory, evaluation={report.data: measured}, pictures=pictures)
+    title = f"{report.samples} samples of {report.data}"
+    answers = report.questions.answers if report.questions else ()
+    write_plan_report(reference, directory, pictures=picture_section(report.rows(), title, answers))
 
 
 def print_report(report: EvalReport) -> None:

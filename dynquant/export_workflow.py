@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from dynquant.exporters.safetensors import export_safetensors
 from dynquant.families.recipe import RecipeSource
 from dynquant.gguf_source import GGUFSource
 from dynquant.hf_loading import load_hf, load_tokenizer
-from dynquant.model import Model
+from dynquant.model import Model, ModelPart
 from dynquant.parts import PartLimits
 from dynquant.plan import Plan
 from dynquant.plan_building import plan_from_types
@@ -39,7 +39,8 @@ from dynquant.second_moments import SecondMoments, load_beside, path_beside
 from dynquant.serving_workflow import export_for_vllm
 from dynquant.statistics import CalibrationStats
 from dynquant.tuning import TuneOptions, too_large_to_tune, tune
-from dynquant.workflow import open_language_model
+from dynquant.vision_export import check_parts, with_mmproj_type, write_parts
+from dynquant.workflow import open_and_announce, open_language_model
 
 PROCESS_BYTES = 1 << 30
 """Host memory of an export without its tensors: Python with its libraries, the tokenizer, an encoder's search."""
@@ -65,12 +66,14 @@ def export(
     max_memory: str | None = None,
     ray: str | None = None,
     ship_weights: bool = False,
+    mmproj_type: str | None = None,
 ) -> list[Path]:
     """Write the files of a plan, or of a preset without a plan file.
 
     `tune_tokens` is the length of the closing pass, 0 for none; None lets the encoder and the memory decide.
     `max_memory` bounds what encoding takes, as `8GiB`. `ray` is the address of a cluster that encodes; with
-    `ship_weights` its workers read no files.
+    `ship_weights` its workers read no files. A vision-language model gets a second GGUF file, mmproj-OUTPUT, whose
+    matrices have the types of the plan or all `mmproj_type`.
     """
     limits = _limits(max_memory)
     if ship_weights and not ray:
@@ -88,7 +91,11 @@ def export(
     if (plan_path is None) == (preset is None):
         raise PlanError("Give either --plan FILE or --preset NAME.")
     with open_ray(ray) if ray else nullcontext() as pool:
-        model = open_language_model(path, base_gguf)
+        model = open_and_announce(path, base_gguf)
+        if model.has_vision and format == "gguf":
+            check_parts(model)
+            if ray:
+                raise ExportError("--ray does not encode vision-language models as GGUF yet; leave it out.")
         cluster = None if pool is None else _Cluster(pool, device, base_gguf, ship_weights)
         chosen = load_encoder(encoder, chosen_device(device) if cluster is None else cluster.device)
         if plan_path is not None:
@@ -100,13 +107,20 @@ def export(
             options = calibration or CalibrationOptions()
             stats_path, made, stats = _plan_of_preset(model, str(preset), stats_path, options, output)
             protected = {}
+        if mmproj_type is not None:
+            if format != "gguf":
+                raise ExportError("--mmproj-type is for GGUF files; leave it out.")
+            made = with_mmproj_type(model, made, mmproj_type, stats)
         moments = _moments_of(stats, stats_path, chosen)
         writer = _Writer(
             model, made, stats, stats_path, chosen, moments, protected, threads,
             parse_size(split_max_size) if split_max_size else None, resume, format, limits, cluster,
         )  # fmt: skip
         options = _closing_pass(model, chosen, moments, tune_tokens, limits)
-        files = writer.write(output) if options is None else _write_tuned(writer, output, options, device)
+        if model.has_vision and format == "gguf":
+            files = write_parts(model, made, stats, moments, output, writer.write_part)
+        else:
+            files = writer.write(output) if options is None else _write_tuned(writer, output, options, device)
     size = sum(file.stat().st_size for file in files if file.suffix in (".gguf", ".safetensors"))
     for file in files:
         console.out.print(str(file))
@@ -158,6 +172,14 @@ class _Writer:
                 shard_max_bytes=self.split_max_bytes or SHARD_BYTES, resume=self.resume, progress=progress,
                 stored=stored, limits=self.limits, elsewhere=self.elsewhere,
             )  # fmt: skip
+
+    def write_part(
+        self, part: ModelPart, plan: Plan, stats: CalibrationStats | None, moments: SecondMoments | None, output: Path
+    ) -> list[Path]:
+        """Write one file of a model that has several; llama.cpp reads no split mmproj."""
+        limit = None if part.is_projector else self.split_max_bytes
+        own = replace(self, model=part.model, plan=plan, stats=stats, moments=moments, split_max_bytes=limit)
+        return own.write_gguf(output)
 
     def write_gguf(self, output: Path) -> list[Path]:
         with console.stage_progress("Finished tensors are kept.") as progress:
@@ -223,7 +245,9 @@ def _closing_pass(
     if tokens == 0 or (tokens is None and moments is None):
         return None
     reason = None
-    if moments is None:
+    if model.has_vision:
+        reason = "it trains on text alone, and the model sees pictures"
+    elif moments is None:
         reason = "there are no second moments, whose text it would train on; calibrate with --hessians"
     elif model.hf_directory is not None and not isinstance(model.source, RecipeSource):
         reason = "the model is not of a family that dynquant converts itself"

@@ -1,6 +1,7 @@
 """`quantization_config` with `quant_method: "dynquant"`: transformers loads and saves packed models.
 
-The configuration names the quant type of every matrix by its state_dict key; modules are replaced on the meta device,
+The configuration names the quant type of every matrix by its name in the files, which is that of the parameter in
+language models, and the checkpoint's own in vision-language models; modules are replaced on the meta device,
 and weights load as the bytes that they are. Registered by `import dynquant` (`hf_registration`).
 """
 
@@ -19,12 +20,13 @@ from dynquant.layers import PackedModule, choose_layout
 from dynquant.packed_model import pack_modules
 from dynquant.quant_types import quant_type
 from dynquant.safetensors_header import read_header
+from dynquant.vision_names import keys_of
 
 FORMAT_VERSION = 1
 
 
 class DynquantConfig(QuantizationConfigMixin):
-    """`types`: state_dict key -> quant type name. `provenance`: what made the weights, as strings.
+    """`types`: tensor name in the files -> quant type name. `provenance`: what made the weights, as strings.
 
     Raises:
         CheckpointError: written by a later version of the format, or without types.
@@ -75,7 +77,9 @@ class DynquantHfQuantizer(HfQuantizer):
         return False
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        pack_modules(model, self.quantization_config.types, dtype=kwargs.get("dtype"))
+        types = self.quantization_config.types
+        key_of = keys_of(types, model.state_dict())
+        pack_modules(model, {key_of.get(name, name): given for name, given in types.items()}, dtype=kwargs.get("dtype"))
         files = kwargs.get("checkpoint_files") or ()
         check_files(model, [Path(file) for file in files if str(file).endswith(".safetensors")])
 
@@ -97,7 +101,9 @@ def check_files(model: nn.Module, files: list[Path]) -> None:
     """
     if not files:
         return
-    stored = {name: (file, entry) for file in files for name, entry in read_header(file).items()}
+    found = {name: (file, entry) for file in files for name, entry in read_header(file).items()}
+    key_of = keys_of(found, model.state_dict())
+    stored = {key_of.get(name, name): place for name, place in found.items()}
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     for path, module in model.named_modules():
         for name in module.types if isinstance(module, PackedModule) else ():

@@ -33,7 +33,7 @@ class _LlamaLog:
 
         self._lines: deque[str] = deque(maxlen=8)
         # An attribute, because llama.cpp keeps only the raw pointer of the callback.
-        self._callback = llama_cpp.llama_log_callback(self._keep)
+        self.callback = llama_cpp.llama_log_callback(self._keep)
         llama_cpp.llama_backend_init()
         self.clear()
 
@@ -47,14 +47,19 @@ class _LlamaLog:
         import llama_cpp
 
         self._lines.clear()
-        llama_cpp.llama_log_set(self._callback, ctypes.c_void_p(0))
+        llama_cpp.llama_log_set(self.callback, ctypes.c_void_p(0))
+
+    def last(self) -> str:
+        """The latest line alone."""
+        return self._lines[-1] if self._lines else "no reason given"
 
     def __str__(self) -> str:
         return "; ".join(line for line in self._lines if line) or "no reason given"
 
 
 @cache
-def _start_llama() -> _LlamaLog:
+def llama_log() -> _LlamaLog:
+    """The log of this process."""
     return _LlamaLog()
 
 
@@ -67,7 +72,7 @@ def load_llama_model(path: Path, *, vocab_only: bool) -> ctypes.c_void_p:
             f'"llama" ({error}).'
         ) from error
 
-    log = _start_llama()
+    log = llama_log()
     log.clear()
     params = llama_cpp.llama_model_default_params()
     params.vocab_only = vocab_only
@@ -129,7 +134,7 @@ class LlamaCppRunner:
     def reserve(self, num_tokens: int) -> None:
         self._free_context()
         params = self._api.llama_context_default_params()
-        params.n_ctx = num_tokens
+        params.n_ctx = max(num_tokens, BATCH_TOKENS)  # llama.cpp aborts when sequences outnumber its tokens
         params.n_batch = params.n_ubatch = BATCH_TOKENS
         params.n_seq_max = 2 + MAX_BRANCHES
         params.kv_unified = True  # sequences share the prefix's cells instead of each getting n_ctx / n_seq_max
@@ -139,7 +144,7 @@ class LlamaCppRunner:
         self._context = self._api.llama_init_from_model(self._model, params)
         if not self._context:
             raise EvaluationError(
-                f"{self._path.name}: llama.cpp cannot make a context of {num_tokens} tokens: {_start_llama()}. "
+                f"{self._path.name}: llama.cpp cannot make a context of {num_tokens} tokens: {llama_log()}. "
                 "Use a smaller window, or a machine with more memory."
             )
         self._memory = self._api.llama_get_memory(self._context)
@@ -209,7 +214,7 @@ class LlamaCppRunner:
         code = self._api.llama_decode(self._context, batch)
         if code != 0:
             raise EvaluationError(
-                f"{self._path.name}: llama_decode returned {code} for {len(entries)} tokens: {_start_llama()}"
+                f"{self._path.name}: llama_decode returned {code} for {len(entries)} tokens: {llama_log()}"
             )
         num_rows = sum(wants for *_, wants in entries)
         if num_rows == 0:

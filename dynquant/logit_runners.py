@@ -22,6 +22,7 @@ from dynquant.activation_rounding import round_activations
 from dynquant.checkpoint import CHECKPOINT_FILES
 from dynquant.errors import CheckpointError
 from dynquant.families.hf_config import config_from_gguf
+from dynquant.families.vision import is_vision_checkpoint
 from dynquant.gguf_model import load as load_packed
 from dynquant.gguf_source import GGUFSource
 from dynquant.hf_loading import LOCAL_ONLY, unpack_compressed, without_progress_bars
@@ -217,13 +218,14 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:
 
     Raises CheckpointError when it cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     try:
         if is_gguf(path):
             return load_packed(path, dtype=dtype)
+        auto_class = AutoModelForImageTextToText if is_vision_checkpoint(path) else AutoModelForCausalLM
         with without_progress_bars():
-            loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **LOCAL_ONLY)
+            loaded = auto_class.from_pretrained(path, dtype=dtype, use_safetensors=True, **LOCAL_ONLY)
             count_mapped_files(path.glob("*.safetensors"))
             return unpack_compressed(loaded, dtype)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:

@@ -19,7 +19,8 @@ class Model:
     """One checkpoint in GGUF terms.
 
     `hf_directory` is set when transformers can load the model from a directory; `gguf_file` when it is a GGUF.
-    `checkpoint_names(name)` lists the checkpoint's own tensors that a GGUF tensor is made of.
+    `checkpoint_names(name)` lists the checkpoint's own tensors that a GGUF tensor is made of. A vision-language model
+    is written as several files, its `parts`; `unwritten` says why parts are missing there.
     """
 
     path: Path
@@ -28,6 +29,8 @@ class Model:
     checkpoint_names: Callable[[str], tuple[str, ...]]
     hf_directory: Path | None = None
     gguf_file: Path | None = None
+    parts: "tuple[ModelPart, ...]" = ()
+    unwritten: tuple[str, ...] = ()
 
     @cached_property
     def hyper(self) -> HyperParams:
@@ -54,3 +57,15 @@ class Model:
     @property
     def name(self) -> str:
         return self.path.stem if self.gguf_file and self.path.is_file() else self.path.resolve().name
+
+
+@dataclass(frozen=True)
+class ModelPart:
+    """One GGUF file of a model that is written as several.
+
+    `plan_name(name)` is the tensor of the whole model from which a tensor of the file takes its type.
+    """
+
+    model: Model
+    plan_name: Callable[[str], str]
+    is_projector: bool = False

@@ -21,7 +21,7 @@ from dynquant.errors import CheckpointError
 from dynquant.families import FAMILIES
 from dynquant.families.book import RecipeBook
 from dynquant.families.config import Config
-from dynquant.families.recipe import TensorRecipe, unchanged
+from dynquant.families.recipe import TensorRecipe, Transform, unchanged
 from dynquant.kernels.formats import is_packed
 from dynquant.layers import (
     EXPERT_PARTS,
@@ -49,6 +49,8 @@ class Place:
     shift: float = 0.0
     can_be_packed: bool = True
     """False for what transformers computes with directly, as routers: such tensors are stored as F32."""
+    transposed: bool = False
+    """Of a matrix that cannot be packed: `key` has its columns as rows."""
 
     def stored_type(self, given: QuantType) -> QuantType:
         """The type under which the packed model keeps a tensor that GGUF stores as `given`."""
@@ -58,7 +60,7 @@ class Place:
         """The entry of a safetensors file."""
         stored = self.stored_type(given)
         if not is_packed(stored):
-            return StoredTensor(self.key, stored.name, self.shape)
+            return StoredTensor(self.key, stored.name, self.shape[::-1] if self.transposed else self.shape)
         return StoredTensor(self.key, "U8", (*self.shape[:-1], stored.row_bytes(self.shape[-1])))
 
     def keeps_bytes(self, given: QuantType) -> bool:
@@ -78,6 +80,8 @@ class Place:
             values = packed.contiguous().view(FLOAT_DTYPES[given.name]).reshape(self.shape)
         if self.shift:
             values = (values.float() - self.shift).to(values.dtype)
+        if self.transposed:
+            return values.t()
         if self.order is None:
             return values
         ordered = torch.empty_like(values)
@@ -123,7 +127,7 @@ def pack_modules(model: nn.Module, types: Mapping[str, str], dtype: torch.dtype 
         path, _, part = key.rpartition(".")
         groups.setdefault(path, {})[part] = type_name
     for path, parts in groups.items():
-        if set(parts) == {"weight"} and not is_packed(quant_type(parts["weight"])):
+        if len(parts) == 1 and not any(is_packed(quant_type(type_name)) for type_name in parts.values()):
             continue
         parent_path, _, name = path.rpartition(".")
         try:
@@ -141,12 +145,20 @@ def _place(recipe: TensorRecipe, hf_model: nn.Module) -> Place:
     if special or recipe.transform is unchanged:
         packable = special or isinstance(hf_model.get_submodule(path), nn.Linear | nn.Embedding)
         return Place(recipe.name, key, shape, can_be_packed=packable and len(shape) > 1)
+    order, shift = order_of_rows(recipe.transform, shape)
+    return Place(recipe.name, key, shape, order, shift, len(shape) > 1)
+
+
+def order_of_rows(transform: Transform, shape: tuple[int, ...]) -> tuple[Tensor | None, float]:
+    """`order` and `shift` of a `Place` whose tensor `transform` makes by moving rows and adding a constant."""
+    if transform is unchanged:
+        return None, 0.0
     rows = shape[0]
     column = (rows,) + (1,) * (len(shape) - 1)
-    start = recipe.transform(torch.zeros(column, dtype=torch.float64)).flatten()
-    order = recipe.transform(torch.arange(rows, dtype=torch.float64).reshape(column)).flatten() - start
+    start = transform(torch.zeros(column, dtype=torch.float64)).flatten()
+    order = transform(torch.arange(rows, dtype=torch.float64).reshape(column)).flatten() - start
     is_moved = bool((order != torch.arange(rows)).any())
-    return Place(recipe.name, key, shape, order.long() if is_moved else None, float(start[0]), len(shape) > 1)
+    return order.long() if is_moved else None, float(start[0])
 
 
 def _key(recipe: TensorRecipe) -> str:

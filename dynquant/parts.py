@@ -7,6 +7,7 @@ which a test holds; on a GPU as long as the parts are the same, because products
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
@@ -27,7 +28,8 @@ _BYTES_PER_MOMENT = 32
 
 @dataclass(frozen=True)
 class TensorPart:
-    """Experts and rows of the tensor `name` of `shape`; a matrix is one expert, and a vector one row."""
+    """Experts and rows of the tensor `name` of `shape`; a matrix is one expert, a vector one row, and of a convolution
+    [out, in, height, width] every line is a row."""
 
     name: str
     shape: tuple[int, ...]
@@ -85,6 +87,8 @@ class PartLimits:
         Raises:
             ExportError: the smallest part takes more than `memory`.
         """
+        if len(shape) > 3:
+            return [TensorPart.whole(name, shape, quant_type)]
         num_experts, num_rows, columns = _stacked(shape)
         hessian = _BYTES_PER_MOMENT * columns**2 if hessians else 0
         row = _BYTES_PER_WEIGHT * columns
@@ -110,7 +114,7 @@ class PartLimits:
 def load_part(source: TensorSource, part: TensorPart) -> torch.Tensor:
     """The weights of a part, float32 [experts, rows, row_length] of a stack, else [rows, row_length]."""
     columns, is_every_row = part.shape[-1], len(part.rows) == _stacked(part.shape)[1]
-    if len(part.shape) < 3:
+    if len(part.shape) != 3:
         weights = source.load(part.name) if is_every_row else _load_rows(source, part)
         return weights.reshape(-1, columns)
     weights = torch.empty(len(part.experts), len(part.rows), columns)
@@ -121,7 +125,7 @@ def load_part(source: TensorSource, part: TensorPart) -> torch.Tensor:
 
 def load_packed_part(source: GGUFSource, part: TensorPart) -> torch.Tensor:
     """A part's blocks in a file that stores the tensor in the type of the part, uint8 [..., row_bytes]."""
-    if len(part.shape) < 3:
+    if len(part.shape) != 3:
         return source.load_packed(part.name, None if part.is_whole else _slice(part.rows))
     if part.is_whole:
         return source.load_packed(part.name)
@@ -138,6 +142,8 @@ def _load_rows(source: TensorSource, part: TensorPart) -> torch.Tensor:
 
 def _stacked(shape: tuple[int, ...]) -> tuple[int, int, int]:
     """Experts, rows and row length."""
+    if len(shape) > 3:
+        return 1, prod(shape[:-1]), shape[-1]
     experts, rows, columns = (1, 1, 1, *shape)[-3:]
     return experts, rows, columns
 

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dynquant.architecture import Role, role_of
 from dynquant.errors import PlanError
 from dynquant.exporters.gguf_header import ImatrixInfo, Provenance, TensorSpec, padded, predicted_bytes
-from dynquant.model import Model
+from dynquant.model import Model, ModelPart
 from dynquant.plan import Plan, PlanEntry
 from dynquant.quant_types import fit_to_row, quant_type
 from dynquant.statistics import CalibrationStats
+from dynquant.vision_names import TRANSPOSED
 
 
 def plan_from_types(
@@ -74,11 +75,14 @@ def fixed_bytes(
     stats: CalibrationStats | None = None,
     stats_hash: str | None = None,
 ) -> int:
-    """File bytes that do not depend on the types of the `planned` tensors: header and all other tensors, in F32.
+    """File bytes that do not depend on the types of the `planned` tensors: header and all other tensors.
 
     A file budget minus this is what a planner may spend on `padded` tensor bytes.
     """
-    specs = [TensorSpec(name, model.source.info(name).shape, "F32") for name in model.source.names()]
+    specs = [
+        TensorSpec(name, model.source.info(name).shape, "F16" if _stays_f16(name) and name not in planned else "F32")
+        for name in model.source.names()
+    ]
     total = _file_bytes(model, specs, recipe, stats, stats_hash)
     return total - sum(padded(spec.num_bytes) for spec in specs if spec.name in planned)
 
@@ -86,6 +90,11 @@ def fixed_bytes(
 def stays_f32(name: str, shape: tuple[int, ...]) -> bool:
     """Whether llama.cpp keeps this tensor in F32: vectors, biases, norms and routers."""
     return len(shape) < 2 or not name.endswith(".weight") or role_of(name) in (Role.NORM, Role.ROUTER)
+
+
+def _stays_f16(name: str) -> bool:
+    """Whether a tensor that has no wanted type is stored as F16 rather than F32."""
+    return role_of(name) == Role.VISION_PATCH
 
 
 def _entry(
@@ -110,10 +119,14 @@ def _choose(
     model: Model, name: str, shape: tuple[int, ...], wanted: tuple[str, str] | None, exact: bool
 ) -> tuple[str, str, str | None]:
     """Type, reason, and the wanted type when the row length forced another one."""
-    if role_of(name) == Role.VISION_PATCH and wanted is None:
-        return "F16", "patch embedding: a convolution, kept F16 as in llama.cpp", None
+    if _stays_f16(name):
+        if wanted and wanted[0] == "F32":
+            return "F32", wanted[1], None
+        return "F16", "patch embedding: a convolution, which llama.cpp runs in F16 or F32", None
     if stays_f32(name, shape) and not (exact and wanted):
         return "F32", "vectors, norms and routers stay F32, as in llama.cpp", None
+    if name == TRANSPOSED and not (wanted and quant_type(wanted[0]).is_float):
+        return "F16", "llama.cpp transposes it when it runs: kept F16", quant_type(wanted[0]).name if wanted else None
     if wanted is None:
         if role_of(name) == Role.OTHER:
             return "F32", "of unknown purpose: kept F32", None
@@ -134,4 +147,46 @@ def _file_bytes(
 ) -> int:
     provenance = Provenance(model.fingerprint, recipe, stats_hash=stats_hash or "")
     imatrix = ImatrixInfo.from_stats(stats) if stats is not None else None
-    return predicted_bytes(model, specs, provenance, imatrix)
+    if not model.parts or model.unwritten:
+        return predicted_bytes(model, specs, provenance, imatrix)
+    types = {spec.name: spec.type for spec in specs}
+    return sum(predicted_bytes(part.model, _part_specs(part, types), provenance, imatrix) for part in model.parts)
+
+
+def plan_of_part(part: ModelPart, plan: Plan, stats: CalibrationStats | None) -> Plan:
+    """The plan of one file of a model that is written as several, with the types of the whole model's plan."""
+    planned = {entry.name: entry for entry in plan.entries}
+    entries = []
+    for spec in _part_specs(part, {name: entry.type for name, entry in planned.items()}):
+        whole = planned.get(part.plan_name(spec.name))
+        entries.append(
+            PlanEntry(
+                name=spec.name, shape=spec.shape, role=role_of(spec.name), type=spec.type, bytes=spec.num_bytes,
+                reason=whole.reason if whole is not None else "not in the plan of the whole model: kept F32",
+                sources=part.model.checkpoint_names(spec.name),
+            )
+        )  # fmt: skip
+    specs = [_spec(entry) for entry in entries]
+    own = {
+        "model": part.model.name, "arch": part.model.arch, "entries": tuple(entries),
+        "predicted_bytes": _file_bytes(part.model, specs, plan.recipe, stats, plan.stats_hash),
+    }  # fmt: skip
+    return plan.model_copy(update=own)
+
+
+def with_projector_type(model: Model, plan: Plan, type_name: str, stats: CalibrationStats | None) -> Plan:
+    """The plan with one type for all matrices of the vision tower and the projector."""
+    wanted = type_name, f"{type_name} for the vision part, as asked for"
+    entries = tuple(
+        _entry(model, entry.name, wanted, {}, False) if entry.role.is_vision else entry for entry in plan.entries
+    )
+    size = _file_bytes(model, [_spec(entry) for entry in entries], plan.recipe, stats, plan.stats_hash)
+    return plan.model_copy(update={"entries": entries, "predicted_bytes": size})
+
+
+def _part_specs(part: ModelPart, types: Mapping[str, str]) -> list[TensorSpec]:
+    """Tensors of a file with the types of the whole model's tensors; what those do not hold is F32."""
+    source = part.model.source
+    return [
+        TensorSpec(name, source.info(name).shape, types.get(part.plan_name(name), "F32")) for name in source.names()
+    ]

@@ -42,7 +42,7 @@ class SearchOptions:
     methods: tuple[str, ...] = (CLOSED_FORM,)
     select: bool = False
     text: Path | None = None
-    """Text to select on; None for calibration text behind the windows that calibration used."""
+    """Text, or samples with pictures, to select on; None for what calibration left of its own."""
     probes: int = 32
     probe_window: int = 256
     unit_tokens: int = 2048
@@ -68,6 +68,11 @@ class SearchOptions:
         """Whether anything but the closed form is asked for."""
         asked = self.select or self.check_plans > 0 or self.frontier is not None
         return asked or set(self.methods) != {CLOSED_FORM}
+
+    @property
+    def runs_on_text(self) -> bool:
+        """Whether anything is asked for that samples with pictures do not serve."""
+        return self.check_plans > 0 or self.frontier is not None or set(self.methods) != {CLOSED_FORM}
 
 
 @dataclass(frozen=True)

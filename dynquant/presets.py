@@ -69,6 +69,8 @@ def preset_types(preset: str, model: Model) -> dict[str, Choice]:
     """
     name = preset.lower()
     names = [tensor for tensor in model.source.names() if is_quantizable(tensor, model.source.info(tensor).shape)]
+    if name == "f32":
+        names += [tensor for tensor in model.source.names() if role_of(tensor) is Role.VISION_PATCH]
     if name in _FLOATS:
         return {tensor: (name.upper(), f"preset {name}") for tensor in names}
     if name.startswith("uniform-"):

@@ -3,23 +3,26 @@
 The measure is the output error of a module's matrices on held-back pictures, in one type near 4 bits, over that of the
 language model's matrices. A module that loses KEEP_RATIO times as much in the median stays whole, one that loses
 EIGHT_BIT_RATIO times as much gets 8 bits; the rest of the budget is shared by what is left. Where the budget does not
-hold that, the module is lowered by a step, and the plan says so.
+hold that, or the predicted KL of the whole plan would rise by more than floors may raise it, the module is lowered by a
+step, and the plan says so. The two ratios are rules of thumb; `plan --select` measures instead (`vision_search`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from statistics import median
 from typing import Literal
 
 from dynquant.analysis.error_table import ErrorRow, ErrorTable
 from dynquant.quant_types import QUANT_TYPES
-from dynquant.vision_names import LANGUAGE, PROJECTOR, VISION, part_of
+from dynquant.vision_names import LANGUAGE, PROJECTOR, TRANSPOSED, VISION, part_of
 
 Level = Literal["keep", "8bit", "lower"]
 LEVELS: tuple[Level, ...] = ("keep", "8bit", "lower")
 KEEP_RATIO, EIGHT_BIT_RATIO = 2.0, 1.25
 _MEASURED_IN = ("Q4_K", "IQ4_XS", "IQ4_NL", "Q4_0", "Q3_K", "IQ3_S", "IQ3_XXS", "Q5_K", "Q2_K", "IQ2_S")
 _NAMES = {VISION: "the vision tower", PROJECTOR: "the projector"}
+_WITH: dict[Level, str] = {"keep": "whole", "8bit": "with 8 bits", "lower": "with types like all others"}
 _OUTCOMES = {"keep": "stays whole", "8bit": "gets 8 bits", "lower": "takes types like all others"}
 
 
@@ -51,6 +54,32 @@ def module_choices(table: ErrorTable, wanted: str) -> Iterator[tuple[ModuleChoic
             yield measured
 
 
+def every_choice(table: ErrorTable, wanted: str) -> Iterator[tuple[ModuleChoice, ...]]:
+    """Every combination of levels of the modules that there are; a wanted level is the only one."""
+    if wanted != "auto":
+        yield from module_choices(table, wanted)
+        return
+    parts = [part for part in _NAMES if any(part_of(name) == part for name in table.tensors())]
+    for levels in product(LEVELS, repeat=len(parts)):
+        yield tuple(ModuleChoice(part, level, "") for part, level in zip(parts, levels, strict=True))
+
+
+def with_measured_reasons(
+    chosen: tuple[ModuleChoice, ...], measured: Mapping[tuple[ModuleChoice, ...], float], where: str
+) -> tuple[ModuleChoice, ...]:
+    """The chosen combination with the lowest KL of each level of each module as the reason."""
+    found = []
+    for choice in chosen:
+        best: dict[Level, float] = {}
+        for choices, kl in measured.items():
+            level = next(one.level for one in choices if one.part == choice.part)
+            best[level] = min(kl, best.get(level, kl))
+        told = ", ".join(f"{_WITH[level]} {kl:.4g}" for level, kl in best.items())
+        reason = f"{_NAMES[choice.part]} {_OUTCOMES[choice.level]}; KL on {where}: {told}"
+        found.append(ModuleChoice(choice.part, choice.level, reason))
+    return tuple(found)
+
+
 def held_to(table: ErrorTable, choices: tuple[ModuleChoice, ...]) -> ErrorTable:
     """Only the rows that the choices allow."""
     level_of = {choice.part: choice.level for choice in choices}
@@ -62,7 +91,7 @@ def held_to(table: ErrorTable, choices: tuple[ModuleChoice, ...]) -> ErrorTable:
 
 def _allowed(table: ErrorTable, name: str, rows: dict[str, ErrorRow], level: Level) -> list[ErrorRow]:
     whole = [row for row in rows.values() if QUANT_TYPES[row.type].is_float]
-    if level == "keep":
+    if level == "keep" or name == TRANSPOSED:
         return whole
     eight_bit = table.row(name, "Q8_0")
     return list(rows.values()) if level == "lower" else [eight_bit] if eight_bit is not None else whole

@@ -1,13 +1,14 @@
 """Compare a vision-language model with its original on pictures: KL divergence, and exact answers to questions.
 
 The original runs first and is reduced to compact distributions and answers. The candidate is a plan.json, whose types
-are then rendered into the running original tensor by tensor, or a directory that transformers loads. KL is scored at
-every position that is followed by a text token; placeholders of image tokens predict nothing. Answers are decoded
-greedily and are right when they are the file's answer, apart from case and surrounding space.
+are then rendered into the running original tensor by tensor, a directory that transformers loads, packed or not, or a
+GGUF file with its mmproj file, which llama.cpp runs. KL is scored at every text token that is followed by one; image
+tokens predict nothing. Answers are decoded greedily and are right when they are the file's answer, apart from case and
+surrounding space.
 """
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from dynquant.analysis.picture_answers import is_right
 from dynquant.checkpoint import open_model
 from dynquant.devices import chosen_device
 from dynquant.distribution import Distribution
@@ -22,6 +24,8 @@ from dynquant.encoded_store import EncodedStore, store_directory
 from dynquant.errors import EvaluationError
 from dynquant.eval_statistics import Estimate, bootstrap_mean, mcnemar_exact, only_one, wilson_interval
 from dynquant.hf_loading import load_hf
+from dynquant.layers import choose_layout
+from dynquant.logit_runners import load_model
 from dynquant.model import Model
 from dynquant.plan import Plan
 from dynquant.plan_report import STATS_NAME, stats_of_plan
@@ -30,7 +34,9 @@ from dynquant.quantize import guidance_of, load_encoder
 from dynquant.rendered_model import RenderedModel
 from dynquant.second_moments import load_beside
 from dynquant.vision.processor import load_processor
-from dynquant.vision.samples import Encoded, Sample, SampleEncoder, image_token_of, read_samples
+from dynquant.vision.samples import Sample, SampleEncoder, image_token_of, read_samples
+from dynquant.vision_export import mmproj_path
+from dynquant.vision_runners import GgufPictures, PictureItem, PictureRunner, TransformersPictures, gguf_bytes
 
 TASKS = frozenset({"kl", "vqa"})
 SPARE_TOKENS = 4
@@ -93,20 +99,6 @@ class PictureReport(BaseModel):
         return found
 
 
-@dataclass(frozen=True)
-class _Item:
-    """One sample, whole and up to the answer."""
-
-    sample: Sample
-    whole: Encoded
-    prompt: Encoded | None
-
-    @property
-    def scored(self) -> torch.Tensor:
-        """Positions that are followed by a text token."""
-        return (~self.whole.is_image[1:]).nonzero().flatten()
-
-
 def evaluate_on_samples(
     candidate: Path,
     reference: str,
@@ -116,10 +108,13 @@ def evaluate_on_samples(
     limit: int | None = None,
     strict: bool = False,
     device: str | None = None,
-    encoder: str | None = None,
+    encoder: str = "dynquant",
+    mmproj: Path | None = None,
     progress: Progress = ignore_progress,
 ) -> PictureReport:
-    """Run both models on the samples of `data`; `encoder` renders a plan, by default the one that the plan names.
+    """Run both models on the samples of `data`; `encoder` renders a plan as `export` would with it.
+
+    `mmproj` belongs to a GGUF candidate; None takes mmproj-NAME.gguf beside it.
 
     Raises:
         EvaluationError: an unknown task, a reference without a vision tower, or a file without questions for `vqa`.
@@ -135,21 +130,21 @@ def evaluate_on_samples(
     processor = load_processor(model.hf_directory)
     encoder_of_samples = SampleEncoder(processor, image_token_of(model.hf_directory), strict=strict)
     items = _items(encoder_of_samples, file.samples[:limit], "vqa" in tasks)
-    hf_model = load_hf(model, dtype=torch.float32, device=chosen_device(device))
-    first = _Scorer(hf_model, items, "reference", progress)
-    targets = first.map(_distribution) if "kl" in tasks else []
+    original = TransformersPictures(load_hf(model, dtype=torch.float32, device=chosen_device(device)))
+    first = _Scorer(original, items, "reference", progress)
+    targets = first.map(lambda run, item: Distribution.of(run.logits(item))) if "kl" in tasks else []
     before = _answers(first, processor.tokenizer) if "vqa" in tasks else []
-    other, candidate_bytes = _candidate(candidate, model, hf_model, encoder)
-    second = _Scorer(other, items, "candidate", progress)
-    found: dict[str, Any] = {}
-    if "kl" in tasks:
-        scores = second.map(lambda run, item: _compare(run, item, targets.pop(0)))
-        lengths = [len(one) for one, _ in scores]
-        divergences, agreements = (np.concatenate([one[part] for one in scores]) for part in (0, 1))
-        found["kl"] = bootstrap_mean(divergences, lengths)
-        found["top1_agreement"] = bootstrap_mean(agreements, lengths)
-    if "vqa" in tasks:
-        found["questions"] = _questions(items, before, _answers(second, processor.tokenizer))
+    with _candidate(candidate, mmproj, model, original, encoder, processor) as (other, candidate_bytes):
+        second = _Scorer(other, items, "candidate", progress)
+        found: dict[str, Any] = {}
+        if "kl" in tasks:
+            scores = second.map(lambda run, item: _compare(run, item, targets.pop(0)))
+            lengths = [len(one) for one, _ in scores]
+            divergences, agreements = (np.concatenate([one[part] for one in scores]) for part in (0, 1))
+            found["kl"] = bootstrap_mean(divergences, lengths)
+            found["top1_agreement"] = bootstrap_mean(agreements, lengths)
+        if "vqa" in tasks:
+            found["questions"] = _questions(items, before, _answers(second, processor.tokenizer))
     return PictureReport(
         reference=model.name,
         candidate=str(candidate),
@@ -166,61 +161,52 @@ def evaluate_on_samples(
 class _Scorer:
     """One model over all samples."""
 
-    def __init__(self, hf_model: Any, items: Sequence[_Item], name: str, progress: Progress) -> None:
-        self.hf_model = hf_model
+    def __init__(self, run: PictureRunner, items: Sequence[PictureItem], name: str, progress: Progress) -> None:
+        self._run = run
         self._items, self._name, self._progress = items, name, progress
 
-    def map(self, score: Callable[[Any, _Item], Any], stage: str = "pictures") -> list[Any]:
+    def map(self, score: Callable[[PictureRunner, PictureItem], Any], stage: str = "pictures") -> list[Any]:
         found = []
         with torch.inference_mode():
             for index, item in enumerate(self._items):
                 if stage == "pictures" or item.prompt is not None:
-                    found.append(score(self.hf_model, item))
+                    found.append(score(self._run, item))
                 self._progress(f"{self._name}: {stage}", index + 1, len(self._items), unit=stage)
         return found
 
 
-def _items(encoder: SampleEncoder, samples: Sequence[Sample], asks: bool) -> list[_Item]:
+def _items(encoder: SampleEncoder, samples: Sequence[Sample], asks: bool) -> list[PictureItem]:
     if asks and not any(sample.question for sample in samples):
         raise EvaluationError("The task vqa needs lines with `images`, `question` and `answer`; the file has none.")
+    break_token = getattr(encoder.processor, "image_break_token_id", None)
+    inside = frozenset() if break_token is None else frozenset([break_token])
     found = []
     for sample in samples:
         whole = encoder.encode(sample)
         if whole is not None:
             prompt = encoder.encode(sample, prompt_only=True) if asks and sample.question else None
-            found.append(_Item(sample, whole, prompt))
+            found.append(PictureItem(sample, whole, prompt, inside))
     if not found:
         raise EvaluationError("No sample can be used: all of their images fail to decode.")
     return found
 
 
-def _logits(hf_model: Any, item: _Item) -> torch.Tensor:
-    inputs = {name: value.to(hf_model.device) for name, value in item.whole.inputs.items()}
-    return hf_model(**inputs, use_cache=False).logits[0].float()[item.scored.to(hf_model.device)]
-
-
-def _distribution(hf_model: Any, item: _Item) -> Distribution:
-    return Distribution.of(_logits(hf_model, item))
-
-
-def _compare(hf_model: Any, item: _Item, target: Distribution) -> tuple[np.ndarray, np.ndarray]:
-    logits = _logits(hf_model, item)
+def _compare(run: PictureRunner, item: PictureItem, target: Distribution) -> tuple[np.ndarray, np.ndarray]:
+    logits = run.logits(item)
     if not torch.isfinite(logits).all():
         raise EvaluationError(f"{item.sample.place}: the candidate's logits are NaN or infinite.")
     return target.divergences(logits).cpu().numpy(), target.agreements(logits).numpy()
 
 
 def _answers(scorer: _Scorer, tokenizer: Any) -> list[str]:
-    def answer(hf_model: Any, item: _Item) -> str:
-        inputs = {name: value.to(hf_model.device) for name, value in item.prompt.inputs.items()}
-        length = item.whole.num_tokens - item.prompt.num_tokens + SPARE_TOKENS
-        made = hf_model.generate(**inputs, max_new_tokens=length, do_sample=False)
-        return tokenizer.decode(made[0, item.prompt.num_tokens :], skip_special_tokens=True).strip()
+    def answer(run: PictureRunner, item: PictureItem) -> str:
+        made = run.answer(item, item.answer_tokens + SPARE_TOKENS)
+        return tokenizer.decode(made, skip_special_tokens=True).strip()
 
     return scorer.map(answer, "questions")
 
 
-def _questions(items: Sequence[_Item], before: Sequence[str], after: Sequence[str]) -> Questions:
+def _questions(items: Sequence[PictureItem], before: Sequence[str], after: Sequence[str]) -> Questions:
     samples = [item.sample for item in items if item.prompt is not None]
     answers = tuple(
         Answer(
@@ -229,8 +215,8 @@ def _questions(items: Sequence[_Item], before: Sequence[str], after: Sequence[st
         )
         for sample, first, second in zip(samples, before, after, strict=True)
     )  # fmt: skip
-    first = [_is_right(one.reference, one.right) for one in answers]
-    second = [_is_right(one.candidate, one.right) for one in answers]
+    first = [is_right(one.reference, one.right) for one in answers]
+    second = [is_right(one.candidate, one.right) for one in answers]
     lost, won = only_one(first, second)
     return Questions(
         reference=wilson_interval(sum(first), len(answers)),
@@ -242,26 +228,45 @@ def _questions(items: Sequence[_Item], before: Sequence[str], after: Sequence[st
     )
 
 
-def _is_right(answer: str, right: str) -> bool:
-    return answer.strip().casefold() == right.strip().casefold()
-
-
-def _candidate(path: Path, model: Model, hf_model: Any, encoder_name: str | None) -> tuple[Any, int]:
+@contextmanager
+def _candidate(
+    path: Path,
+    mmproj: Path | None,
+    model: Model,
+    original: TransformersPictures,
+    encoder_name: str,
+    processor: Any,
+) -> Iterator[tuple[PictureRunner, int]]:
     """The running candidate and its bytes; a plan turns the original itself into it."""
+    if path.suffix == ".gguf":
+        vision = mmproj or mmproj_path(path)
+        if not vision.is_file():
+            raise EvaluationError(f"There is no {vision}, and {path.name} alone sees no pictures; give --mmproj FILE.")
+        run = GgufPictures(path, vision, original, processor)
+        try:
+            yield run, gguf_bytes((path, vision))
+        finally:
+            run.close()
+        return
+    if mmproj is not None:
+        raise EvaluationError(f"--mmproj goes with a GGUF file, and {path} is none; leave it out.")
     plan_file = path / "plan.json" if (path / "plan.json").is_file() else path
     if plan_file.suffix != ".json":
-        other = open_model(path)
-        return load_hf(other, dtype=torch.float32, device=str(hf_model.device)), _stored_bytes(path)
+        other = load_model(path).to(original.hf_model.device).eval()
+        choose_layout(other)
+        yield TransformersPictures(other), _stored_bytes(path)
+        return
     plan = Plan.load(plan_file)
     plan.check_covers(model.source.names(), model.fingerprint, model.name)
     stats_path = plan_file.with_name(STATS_NAME)
     stats = stats_of_plan(plan.stats_hash, stats_path)
-    encoder = load_encoder(encoder_name or "ggml")
+    encoder = load_encoder(encoder_name)
     moments = load_beside(stats_path, stats) if stats is not None and encoder.uses_hessians else None
     parent = store_directory(plan_file.with_name("encoded"), model, plan.stats_hash or "", encoder, moments)
-    rendered = RenderedModel(hf_model, EncodedStore(model, guidance_of(stats, moments), encoder, parent))
+    store = EncodedStore(model, guidance_of(stats, moments), encoder, parent)
+    rendered = RenderedModel(original.hf_model, store)
     rendered.install({entry.name: entry.type for entry in plan.entries if not entry.quant_type.is_float})
-    return rendered.hf_model, plan.predicted_bytes
+    yield TransformersPictures(rendered.hf_model), plan.predicted_bytes
 
 
 def _stored_bytes(directory: Path) -> int:

@@ -7,8 +7,11 @@ the same style.
 """
 
 import re
+from collections.abc import Iterable
 
 LANGUAGE, VISION, PROJECTOR = "language", "vision", "projector"
+TRANSPOSED = "mm.input_projection.weight"
+"""Gemma 3's projection: llama.cpp stores it transposed and turns it when it runs, which only float types allow."""
 
 _TOWER = re.compile(r"^(?:visual|vision_tower(?:\.vision_model)?|vision_model)\.(.+)$")
 _BLOCK = re.compile(
@@ -73,6 +76,21 @@ def language_name(name: str) -> str:
         if name.startswith(prefix):
             return f"model.{name.removeprefix(prefix)}"
     return name.removeprefix("language_model.")
+
+
+def keys_of(names: Iterable[str], keys: Iterable[str]) -> dict[str, str]:
+    """Name in a file -> the one of `keys`, a model's parameters, that it stands for; names without one are left out.
+
+    transformers wraps a checkpoint's `visual.…` and `model.…` as `model.visual.…` and `model.language_model.…`.
+    """
+    exact = set(keys)
+    by_bare_name = {_bare(key): key for key in exact}
+    found = ((name, name if name in exact else by_bare_name.get(_bare(name))) for name in names)
+    return {name: key for name, key in found if key is not None}
+
+
+def _bare(name: str) -> str:
+    return vision_name(name) or language_name(name)
 
 
 def part_of(name: str) -> str:

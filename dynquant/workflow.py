@@ -45,6 +45,7 @@ from dynquant.plan_report import (
 )
 from dynquant.plan_search import SearchOptions
 from dynquant.plan_target import Target
+from dynquant.planner import FLOOR_PRICE
 from dynquant.presets import R1_RECIPES, preset_types
 from dynquant.quant_types import quant_type
 from dynquant.quantize import encoder_version, load_encoder
@@ -55,8 +56,9 @@ from dynquant.search_stage import encoded_store, search_plans
 from dynquant.second_moments import path_beside
 from dynquant.statistics import CalibrationStats
 from dynquant.type_lists import like_types
-from dynquant.vision_choice import held_to, module_choices
-from dynquant.vision_names import part_of
+from dynquant.vision_choice import ModuleChoice, held_to, module_choices
+from dynquant.vision_names import VISION, part_of
+from dynquant.vision_search import search_modules
 from dynquant.vision_workflow import (
     write_token_errors,
 )
@@ -86,8 +88,8 @@ def open_language_model(path: str | Path, base_gguf: Path | None = None) -> Mode
     model = open_and_announce(path, base_gguf)
     if model.has_vision:
         raise ExportError(
-            f"{model.name} has a vision tower; dynquant calibrates, plans and evaluates such models, but writes none "
-            "yet. `dynquant eval plan/ --reference MODEL --data FILE` runs a plan of it."
+            f"{model.name} has a vision tower, for which this command has no place. Such models are calibrated, "
+            "planned and evaluated on pictures (--data FILE) and exported as GGUF or packed safetensors."
         )
     return model
 
@@ -235,8 +237,11 @@ def plan(
     if fixed_types is None:
         check(stats)
     searches = search is not None and search.runs_model and fixed_types is None
-    if searches and options.samples is not None:
-        raise PlanError("--select, --frontier and measured prices run on text; with --data leave them out.")
+    if searches and options.samples is not None and search.runs_on_text:
+        raise PlanError(
+            "--frontier, --check-plans and the sensitivities fisher-probe and unit-kl run on text; with --data leave "
+            "them out. --select chooses among plans for vision tower and projector."
+        )
     if searches and streaming_limit(model, options, chosen_device(options.device)) is not None:
         raise PlanError(
             f"--select, --frontier and the sensitivities fisher-probe and unit-kl run {model.name} as a whole, which "
@@ -250,7 +255,14 @@ def plan(
     write_token_errors(model, stats_path or directory / STATS_NAME, directory, types, encoder)
     chooser = Chooser(model, target, stats, stats_hash, table, supers, memory)
     selection = None
-    if search is not None and store is not None:
+    if search is not None and store is not None and options.samples is not None:
+        selection, choices = search_modules(
+            model, table, store, chooser, options.samples,
+            wanted=target.vision, other=search.text, device=options.device,
+        )  # fmt: skip
+        selection.save(directory / SELECTION_NAME)
+        chosen = _explained_modules(chooser, selection.winner.types, choices)
+    elif search is not None and store is not None:
         measured = table
         table, selection = search_plans(
             model, stats, chooser.allowed(table), store, search, chooser,
@@ -284,22 +296,45 @@ def plan(
 
 
 def _with_modules(chooser: Chooser, table: ErrorTable, wanted: str) -> dict[str, tuple[str, str]]:
-    """Types and reasons after a decision for vision tower and projector as wholes, the highest that fits the budget."""
+    """Types and reasons after a decision for vision tower and projector as wholes, the highest that the budget holds.
+
+    With measured sensitivities, what `auto` decides may raise the predicted KL no more than floors may.
+    """
+    plans: list[tuple[tuple[ModuleChoice, ...], dict[str, str]]] = []
     error: PlanError | None = None
     for choices in module_choices(table, wanted):
         try:
-            found = chooser.explained(chooser(held_to(table, choices)))
+            plans.append((choices, chooser(held_to(table, choices))))
         except PlanError as refused:
             error = refused
-            continue
-        for choice in choices:
-            console.note(choice.reason)
-        reasons = {choice.part: choice.reason for choice in choices if choice.level != "lower"}
-        return {name: (type_name, reasons.get(part_of(name), reason)) for name, (type_name, reason) in found.items()}
-    assert error is not None
-    if wanted == "auto":
-        raise error
-    raise PlanError(f"With --vision {wanted}: {error}")
+    if not plans:
+        assert error is not None
+        raise error if wanted == "auto" else PlanError(f"With --vision {wanted}: {error}")
+    is_priced = any(part_of(name) == VISION for name in table.sensitivity)
+    predicted = [_predicted(table, types) for _, types in plans]
+    chosen = next(i for i, kl in enumerate(predicted) if not is_priced or kl <= FLOOR_PRICE * predicted[-1])
+    if chosen > 0:
+        console.note(
+            f"the predicted KL is {predicted[chosen]:.3g} nats per token; with modules held as their errors say it "
+            f"would be {predicted[0]:.3g} at the same bytes"
+        )
+    choices, types = plans[chosen]
+    return _explained_modules(chooser, types, choices)
+
+
+def _predicted(table: ErrorTable, types: Mapping[str, str]) -> float:
+    return table.total(table.tensors()[name][type_name] for name, type_name in types.items()).kl
+
+
+def _explained_modules(
+    chooser: Chooser, types: Mapping[str, str], choices: tuple[ModuleChoice, ...]
+) -> dict[str, tuple[str, str]]:
+    """Types and reasons of a plan; what was decided for a whole module is the reason of its tensors, and is told."""
+    for choice in choices:
+        console.note(choice.reason)
+    reasons = {choice.part: choice.reason for choice in choices if choice.level != "lower"}
+    found = chooser.explained(types)
+    return {name: (type_name, reasons.get(part_of(name), reason)) for name, (type_name, reason) in found.items()}
 
 
 def _promise(table: ErrorTable, types: Mapping[str, str], selection: Selection | None) -> dict[str, object]:

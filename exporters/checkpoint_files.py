@@ -14,7 +14,8 @@ from dynquant.tensor_source import INDEX_NAME, SINGLE_NAME
 SHARD_BYTES = 5_000_000_000
 _COPIED_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja",
+    "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "processor_config.json",
+    "preprocessor_config.json", "video_preprocessor_config.json",
 )  # fmt: skip
 
 
@@ -38,7 +39,7 @@ def index_of(shards: Mapping[str, ShardLayout]) -> dict[str, bytes]:
 
 
 def copied_files(directory: Path) -> dict[str, bytes]:
-    """Tokenizer and generation files of a checkpoint, those that are there."""
+    """Tokenizer, processor and generation files of a checkpoint, those that are there."""
     paths = [directory / name for name in _COPIED_FILES]
     return {path.name: path.read_bytes() for path in paths if path.is_file()}
 

@@ -25,6 +25,7 @@ from dynquant.errors import AdapterError, ExportError
 from dynquant.families import FAMILIES
 from dynquant.families.config import Config, read_config
 from dynquant.families.hf_config import config_from_gguf
+from dynquant.families.vision import is_vision_checkpoint
 from dynquant.gguf_source import GGUFSource
 from dynquant.lora.llama_cpp import takes_adapter
 from dynquant.lora.saved import AdaptedWeight, SavedAdapter
@@ -92,6 +93,11 @@ def _base_config(saved: SavedAdapter, base: Path | None) -> tuple[Config, bool]:
         raise AdapterError(
             f"{where} neither a directory with config.json nor a .gguf file. Give the model that the adapter was "
             "trained on, packed or original, with --base."
+        )
+    if is_vision_checkpoint(path):
+        raise AdapterError(
+            f"{path} is a vision-language model, whose adapters dynquant does not write for llama.cpp. Use it in "
+            "transformers: load the packed model and give the adapter to `dynquant.lora.load_adapter`."
         )
     return read_config(path, FAMILIES), False
 

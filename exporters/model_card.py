@@ -12,6 +12,8 @@ from dynquant.serving_plan import ServingEntry
 def model_card(plan: Plan, *, encoder: str, stored_bytes: int) -> str:
     """The card as Markdown with the hub's metadata block; `stored_bytes` counts the tensors as written."""
     weights = plan.num_weights
+    has_vision = any(entry.role.is_vision for entry in plan.entries)
+    auto_class = "AutoModelForImageTextToText" if has_vision else "AutoModelForCausalLM"
     lines = [
         "---",
         "library_name: transformers",
@@ -25,14 +27,14 @@ def model_card(plan: Plan, *, encoder: str, stored_bytes: int) -> str:
         "",
         "```python",
         "import dynquant  # tells transformers how to load it",
-        "from transformers import AutoModelForCausalLM",
+        f"from transformers import {auto_class}",
         "",
-        'model = AutoModelForCausalLM.from_pretrained("PATH", device_map="auto")',
+        f'model = {auto_class}.from_pretrained("PATH", device_map="auto")',
         "```",
         "",
         "## Damage",
         "",
-        *_damage(plan),
+        *_damage(plan, "kl,vqa --data questions.jsonl" if has_vision else "kl,ppl --text held-out.txt"),
         "",
         "## Plan",
         "",
@@ -46,7 +48,7 @@ def model_card(plan: Plan, *, encoder: str, stored_bytes: int) -> str:
     return "\n".join(lines)
 
 
-def _damage(plan: Plan) -> list[str]:
+def _damage(plan: Plan, tasks: str) -> list[str]:
     lines = []
     if plan.selected_kl is not None:
         lines.append(
@@ -59,8 +61,7 @@ def _damage(plan: Plan) -> list[str]:
         )
     if plan.selected_kl is None:
         lines.append(
-            "- Not measured on this file. Measure it: "
-            "`dynquant eval PATH --reference ORIGINAL --tasks kl,ppl --text held-out.txt`"
+            f"- Not measured on this file. Measure it: `dynquant eval PATH --reference ORIGINAL --tasks {tasks}`"
         )
     return lines
 

@@ -29,13 +29,15 @@ from dynquant.exporters.gguf_header import recorded_encoder
 from dynquant.exporters.model_card import model_card
 from dynquant.exporters.provenance import check_stats, export_identity
 from dynquant.families import FAMILIES
-from dynquant.families.config import Config, read_config
+from dynquant.families.config import Config, read_config, read_json
 from dynquant.families.hf_config import config_from_gguf, tokenizer_files
+from dynquant.families.recipe import RecipeSource, load_finite
 from dynquant.gguf_source import GGUFSource
 from dynquant.model import Model
-from dynquant.packed_model import Place, build_meta_model, places
+from dynquant.packed_model import FLOAT_DTYPES, Place, build_meta_model, places
+from dynquant.packed_vision import build_meta_vision, lay_out_vision
 from dynquant.parts import PartLimits, TensorPart, load_packed_part
-from dynquant.plan import Plan, PlanEntry
+from dynquant.plan import Plan
 from dynquant.progress import Progress
 from dynquant.quantize import (
     PartStream,
@@ -46,7 +48,7 @@ from dynquant.quantize import (
     parts_of_plan,
     quantize,
 )
-from dynquant.safetensors_header import ShardLayout
+from dynquant.safetensors_header import ShardLayout, StoredTensor
 from dynquant.second_moments import SecondMoments
 from dynquant.statistics import CalibrationStats
 
@@ -58,7 +60,10 @@ class _Checkpoint:
     """Everything of the directory that is known before a weight is encoded."""
 
     places: Mapping[str, Place]
-    computed: frozenset[str]
+    skipped: frozenset[str]
+    """GGUF names of tensors that are computed, or parts of one that is copied."""
+    copied: Mapping[str, StoredTensor]
+    """Entries that hold a tensor of the original checkpoint, by GGUF name."""
     shards: dict[str, ShardLayout]
     documents: dict[str, bytes]
     """Small files by name; config.json is the first."""
@@ -112,7 +117,7 @@ def export_safetensors(
     identity["stored"] = stored.fingerprint if stored is not None else "none"
     target = ResumableOutput(paths, sizes, regions, identity, resume=resume)
     with target:
-        skip = checkpoint.computed | target.finished
+        skip = checkpoint.skipped | checkpoint.copied.keys() | target.finished
         if stored is None:
             quantized = quantize(
                 model, plan, guidance, encoder,
@@ -121,6 +126,8 @@ def export_safetensors(
         else:
             quantized = _parts_of(stored, parts, skip)
         try:
+            write_small_files(target, checkpoint.documents, checkpoint.shards)
+            _copy(target, model, checkpoint.copied)
             _write(target, checkpoint, quantized)
         except (ExportError, ClusterError):
             raise
@@ -146,32 +153,19 @@ def hf_config_of(model: Model) -> Config:
 
 
 def _describe(model: Model, plan: Plan, encoder: str, shard_max_bytes: int) -> _Checkpoint:
-    config = hf_config_of(model)
-    names = model.source.names()
-    whole = "blk.0.attn_kv_b.weight" in names
-    found, computed = places(config, build_meta_model(config), whole_kv_b=whole)
-    lost = [name for name in names if name not in found and name not in computed]
-    if lost:
-        raise CheckpointError(f"{model.name} holds `{lost[0]}`, which {config.model_type} has no place for.")
-    entries = {entry.name: entry for entry in plan.entries if entry.name in found}
-    tensors = {name: found[name].stored_as(entry.quant_type) for name, entry in entries.items()}
+    laid_out = _lay_out_vision(model, plan) if model.has_vision else _lay_out_language(model, plan)
+    entries = {entry.name: entry for entry in plan.entries if entry.name in laid_out.places}
+    tensors = {
+        name: laid_out.copied.get(name) or laid_out.places[name].stored_as(entry.quant_type)
+        for name, entry in entries.items()
+    }
     shards = shards_of(list(tensors.values()), shard_max_bytes)
     file_of = {key: name for name, shard in shards.items() for key in shard.spans}
     stored_bytes = sum(tensor.num_bytes for tensor in tensors.values())
-    documents = {"config.json": as_json(_config_json(config, plan, entries, found, encoder))}
-    documents["README.md"] = model_card(plan, encoder=encoder, stored_bytes=stored_bytes).encode()
-    documents |= index_of(shards)
-    documents |= copied_files(model.hf_directory) if model.hf_directory is not None else tokenizer_files(model.path)
-    return _Checkpoint(found, frozenset(computed), shards, documents, file_of)
-
-
-def _config_json(
-    config: Config, plan: Plan, entries: Mapping[str, PlanEntry], found: Mapping[str, Place], encoder: str
-) -> dict[str, object]:
     types = {
-        found[name].key: found[name].stored_type(entry.quant_type).name
+        laid_out.places[name].key: laid_out.places[name].stored_type(entry.quant_type).name
         for name, entry in entries.items()
-        if len(entry.shape) > 1
+        if len(entry.shape) > 1 and name not in laid_out.copied
     }
     quantization = {
         "quant_method": "dynquant",
@@ -182,8 +176,39 @@ def _config_json(
             "fingerprint": plan.fingerprint, "stats_hash": plan.stats_hash or "",
         },
     }  # fmt: skip
-    is_tied = "output.weight" not in entries
-    return {**config.raw, "tie_word_embeddings": is_tied, "quantization_config": quantization}
+    documents = {"config.json": as_json({**laid_out.config, "quantization_config": quantization})}
+    documents["README.md"] = model_card(plan, encoder=encoder, stored_bytes=stored_bytes).encode()
+    documents |= index_of(shards)
+    documents |= copied_files(model.hf_directory) if model.hf_directory is not None else tokenizer_files(model.path)
+    return _Checkpoint(laid_out.places, laid_out.skipped, laid_out.copied, shards, documents, file_of)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Of a kind of model: see `_Checkpoint`. `config` is its config.json without `quantization_config`."""
+
+    places: Mapping[str, Place]
+    skipped: frozenset[str]
+    copied: Mapping[str, StoredTensor]
+    config: Mapping[str, object]
+
+
+def _lay_out_language(model: Model, plan: Plan) -> _Layout:
+    config = hf_config_of(model)
+    names = model.source.names()
+    whole = "blk.0.attn_kv_b.weight" in names
+    found, computed = places(config, build_meta_model(config), whole_kv_b=whole)
+    lost = [name for name in names if name not in found and name not in computed]
+    if lost:
+        raise CheckpointError(f"{model.name} holds `{lost[0]}`, which {config.model_type} has no place for.")
+    is_tied = all(entry.name != "output.weight" for entry in plan.entries)
+    return _Layout(found, frozenset(computed), {}, {**config.raw, "tie_word_embeddings": is_tied})
+
+
+def _lay_out_vision(model: Model, plan: Plan) -> _Layout:
+    assert model.hf_directory is not None
+    found = lay_out_vision(model, plan, build_meta_vision(model))
+    return _Layout(found.places, found.parts, found.copied, read_json(model.hf_directory / "config.json"))
 
 
 def _rewritten(checkpoint: _Checkpoint, plan: Plan) -> frozenset[str]:
@@ -192,7 +217,9 @@ def _rewritten(checkpoint: _Checkpoint, plan: Plan) -> frozenset[str]:
     return frozenset(
         entry.name
         for entry in plan.entries
-        if entry.name not in places or not places[entry.name].keeps_bytes(entry.quant_type)
+        if entry.name not in places
+        or entry.name in checkpoint.copied
+        or not places[entry.name].keeps_bytes(entry.quant_type)
     )
 
 
@@ -217,11 +244,19 @@ def _regions(
 
 
 def _write(target: ResumableOutput, checkpoint: _Checkpoint, quantized: Iterable[QuantizedPart]) -> None:
-    write_small_files(target, checkpoint.documents, checkpoint.shards)
     for one in quantized:
         part = one.part
         values = checkpoint.places[part.name].from_gguf(part.quant_type, one.packed) if part.is_whole else one.packed
         target.write(part.key, tensor_bytes(values))
+
+
+def _copy(target: ResumableOutput, model: Model, copied: Mapping[str, StoredTensor]) -> None:
+    """Tensors of the checkpoint, in its own type or the plan's, whichever takes fewer bytes."""
+    for name, stored in copied.items():
+        if name not in target.finished:
+            assert isinstance(model.source, RecipeSource)
+            values = load_finite(model.source.checkpoint, stored.key)
+            target.write(name, tensor_bytes(values.to(FLOAT_DTYPES[stored.dtype])))
 
 
 def _parts_of(

@@ -77,6 +77,18 @@ def test_the_saved_adapter_gives_what_was_reported(crushed, healed):
     assert bare.texts[0].kl.mean.value == pytest.approx(report.changes[0].before.value, rel=1e-5)
 
 
+def test_the_adapter_starts_from_what_quantization_took(crushed, cache, healed, tmp_path):
+    """Without any training it is nearer to the original than the packed model, and than an adapter from zero."""
+    still = TrainOptions(**{**vars(OPTIONS), "max_steps": 1, "learning_rate": 0.0})
+    report = run(crushed, cache, tmp_path / "adapter", still)
+    kl = report.changes[0]
+    assert kl.after.value < 0.95 * kl.before.value and report.gap_closed["held-out.txt"].low > 0
+    losses = [point.held_out for point in run(crushed, cache, tmp_path / "zero", still, start="zero").history]
+    assert losses[0] > report.history[0].held_out
+    with pytest.raises(TrainingError, match="no start 'svd' of an adapter; give residual or zero"):
+        run(crushed, cache, tmp_path / "other", start="svd")
+
+
 @pytest.mark.gpu
 def test_healing_on_a_gpu(crushed, cache, cuda, tmp_path):
     report = run(crushed, cache, tmp_path / "adapter", device=str(cuda))

@@ -21,7 +21,7 @@ from dynquant.vision.processor import load_processor
 from dynquant.vision.samples import SampleEncoder, image_token_of, read_samples
 from dynquant.vision_names import vision_name
 from tests.helpers.commands import refused, run
-from tests.helpers.tiny_vision import FAMILIES, pixtral_inputs, save_vision_model, write_pictures
+from tests.helpers.tiny_vision import FAMILIES, encoded_pictures, save_vision_model, write_pictures
 
 VISION_ROLES = {Role.VISION_PATCH, Role.VISION_ATTN, Role.VISION_FFN, Role.PROJECTOR}
 
@@ -70,11 +70,7 @@ def test_language_models_have_no_vision_names():
 def test_every_family_is_opened_run_and_measured(family, pictures, tmp_path):
     model = open_model(save_vision_model(family, tmp_path / family))
     hf_model = load_hf(model)
-    if family in ("pixtral", "mistral3"):
-        samples = pixtral_inputs(model.path, [pictures.parent / f"{index}.png" for index in range(4)])
-    else:
-        encoder = SampleEncoder(load_processor(model.path), image_token_of(model.path))
-        samples = list(encoder.encode_all(read_samples(pictures).samples, 10_000))
+    samples = encoded_pictures(family, model.path, pictures)
     provenance = StatsProvenance(fingerprint=model.fingerprint, text_hash="0", text_name="pictures")
     found = collect_vision_statistics(hf_model, samples, model, provenance)
 
@@ -193,18 +189,20 @@ def test_pictures_are_refused_for_a_language_model(pictures, tmp_path):
 
 
 def test_what_cannot_be_written_yet_is_refused(qwen, tmp_path):
-    error = refused("export", qwen, "--preset", "uniform-q4_k", "-o", tmp_path / "model.gguf")
-    assert "has a vision tower" in error and not (tmp_path / "model.gguf").exists()
+    error = refused("export", qwen, "--preset", "uniform-w4a16", "-f", "compressed-tensors", "-o", tmp_path / "model")
+    assert "has a vision tower" in error and not (tmp_path / "model").exists()
 
 
 @pytest.mark.slow
 def test_plan_and_evaluation_on_pictures(qwen, pictures, tmp_path):
     plan_dir = tmp_path / "plan"
     types = "q2_k,q4_k,q8_0,iq4_nl,q4_0"
-    made = run("plan", qwen, "--data", pictures, "-o", plan_dir, "--types", types, "--bpw", 11)
+    made = run("plan", qwen, "--data", pictures, "-o", plan_dir, "--types", types, "--bpw", 10)
     assert made.returncode == 0, made.stderr[-2000:]
     plan = Plan.load(plan_dir / "plan.json")
     assert {entry.role for entry in plan.entries} >= VISION_ROLES
+    budget = 10 * open_model(qwen).num_weights / 8
+    assert 0.97 * budget < plan.predicted_bytes <= budget
     assert sum(prod(entry.shape) for entry in plan.entries) == open_model(qwen).num_weights
     assert all(kind_path(plan_dir / "stats.safetensors", kind).is_file() for kind in ("image", "text"))
     rows = {row["name"]: row for row in json.loads((plan_dir / "token_errors.json").read_text())["rows"]}

@@ -6,7 +6,7 @@ from dynquant.analysis.error_table import ErrorRow, ErrorTable
 from dynquant.architecture import layer_of, role_of
 from dynquant.errors import PlanError
 from dynquant.plan_target import Target
-from dynquant.vision_choice import held_to, module_choices
+from dynquant.vision_choice import every_choice, held_to, module_choices, with_measured_reasons
 
 TYPES = {"Q2_K": 4.0, "Q4_K": 1.0, "Q8_0": 0.05, "BF16": 0.0}
 NAMES = (
@@ -79,3 +79,16 @@ def test_a_language_model_has_nothing_to_decide():
 def test_an_unknown_level_is_refused():
     with pytest.raises(PlanError, match="--vision half is not known"):
         Target(vision="half")
+
+
+def test_every_combination_is_offered_and_the_measured_one_explained():
+    table = table_of({"blk": 0.05, "v.": 0.15, "mm": 0.07})
+    every = list(every_choice(table, "auto"))
+    assert len(every) == 9 and len({tuple(one.level for one in choices) for choices in every}) == 9
+    measured = {choices: 0.01 * number for number, choices in enumerate(every, start=1)}
+    tower, projector = with_measured_reasons(every[0], measured, "3 samples")
+    assert tower.reason == (
+        "the vision tower stays whole; KL on 3 samples: whole 0.01, with 8 bits 0.04, with types like all others 0.07"
+    )
+    assert projector.reason.endswith("whole 0.01, with 8 bits 0.02, with types like all others 0.03")
+    assert [len(list(every_choice(table, level))) for level in ("keep", "8bit", "lower")] == [1, 1, 1]

@@ -9,13 +9,15 @@ from dynquant.gguf_source import MetadataField
 from dynquant.tensor_source import TensorSource
 
 
-def write_general_keys(writer: gguf.GGUFWriter, directory: Path, source: TensorSource) -> None:
+def write_general_keys(
+    writer: gguf.GGUFWriter, directory: Path, source: TensorSource, kind: str = gguf.GGUFType.MODEL
+) -> None:
     """`general.*` keys: type, and what the directory name and model card tell (name, size label, license, …)."""
     total, shared, expert, count = _parameter_counts(source)
     metadata = gguf.Metadata.load(None, directory, None, total)
     metadata.name = metadata.name or directory.name
     metadata.size_label = metadata.size_label or gguf.size_label(total, shared, expert, count)
-    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_type(kind)
     metadata.set_gguf_meta_model(writer)
 
 

@@ -39,15 +39,16 @@ class TensorRecipe:
             return self.values if index is None else self.values[index]
         if len(self.parts) > 1:
             if index is not None:
-                return self.transform(_load_finite(source, self.parts[index]))
-            return torch.stack([self.transform(_load_finite(source, part)) for part in self.parts])
+                return self.transform(load_finite(source, self.parts[index]))
+            return torch.stack([self.transform(load_finite(source, part)) for part in self.parts])
         if self.by_slice or (self.transform is unchanged and isinstance(index, slice)):
-            return self.transform(_load_finite(source, self.parts[0], index)).contiguous()
-        whole = self.transform(_load_finite(source, self.parts[0]))
+            return self.transform(load_finite(source, self.parts[0], index)).contiguous()
+        whole = self.transform(load_finite(source, self.parts[0]))
         return (whole if index is None else whole[index]).contiguous()
 
 
-def _load_finite(source: TensorSource, name: str, index: int | slice | None = None) -> torch.Tensor:
+def load_finite(source: TensorSource, name: str, index: int | slice | None = None) -> torch.Tensor:
+    """A checkpoint tensor as float32. Raises CheckpointError when it holds NaN or infinite values."""
     values = source.load(name, index)
     if not torch.isfinite(values).all():
         raise CheckpointError(

@@ -7,17 +7,20 @@ split by frame, and what has no GGUF name keeps a readable one and stays precise
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import gguf
 import torch
 
 from dynquant.architecture import gguf_name_of
 from dynquant.errors import CheckpointError
-from dynquant.families.config import read_json
+from dynquant.families.config import Config, read_json
 from dynquant.families.metadata import recorded_fields, write_general_keys
 from dynquant.families.recipe import RecipeSource, TensorRecipe, Transform, unchanged
 from dynquant.families.tokenizer import write_tokenizer
-from dynquant.model import Model
+from dynquant.families.vision_parts import open_language_part, open_projector_part
+from dynquant.gguf_source import MetadataField
+from dynquant.model import Model, ModelPart
 from dynquant.tensor_source import SafetensorsSource
 from dynquant.vision_names import language_name
 
@@ -54,6 +57,30 @@ def open_vision(directory: Path) -> Model:
     stored = SafetensorsSource(directory)
     recipes = [recipe for name in stored.names() for recipe in _recipes(stored, name, arch, text.num_hidden_layers)]
     source = RecipeSource(stored, recipes)
+    parts, unwritten = _parts(directory, config, stored)
+    language = next((part.model for part in parts if not part.is_projector), None)
+    metadata = language.metadata if language is not None else _sizes(directory, text, arch, source)
+    return Model(
+        directory, source, metadata, source.checkpoint_names, hf_directory=directory, parts=parts, unwritten=unwritten
+    )
+
+
+def _parts(directory: Path, config: Any, stored: SafetensorsSource) -> tuple[tuple[ModelPart, ...], tuple[str, ...]]:
+    """The GGUF files that llama.cpp has a place for, the small mmproj first, and why others are missing."""
+    values = config.to_dict()
+    whole = Config(directory / "config.json", values, values)
+    parts, unwritten = [], []
+    openers = {"Vision tower and projector": open_projector_part, "Language model": open_language_part}
+    for what, open_part in openers.items():
+        try:
+            parts.append(open_part(directory, whole, stored))
+        except CheckpointError as error:
+            unwritten.append(f"{what}: {error}")
+    return tuple(parts), tuple(unwritten)
+
+
+def _sizes(directory: Path, text: Any, arch: str, source: RecipeSource) -> tuple[MetadataField, ...]:
+    """Keys of a model that is not written as GGUF: what planning needs, and the tokenizer as part of the size."""
     writer = gguf.GGUFWriter(None, arch)
     write_general_keys(writer, directory, source)
     writer.add_block_count(text.num_hidden_layers)
@@ -67,10 +94,10 @@ def open_vision(directory: Path) -> Model:
         write_tokenizer(writer, directory, text.vocab_size)
     except CheckpointError as error:
         warnings.warn(f"the plan's size leaves the tokenizer out: {error}", stacklevel=2)
-    return Model(directory, source, recorded_fields(writer), source.checkpoint_names, hf_directory=directory)
+    return recorded_fields(writer)
 
 
-def _read_config(directory: Path):
+def _read_config(directory: Path) -> Any:
     from transformers import AutoConfig
 
     path = directory / "config.json"

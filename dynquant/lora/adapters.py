@@ -24,6 +24,7 @@ from dynquant.layers import (
 from dynquant.lora.layers import FUSED_PARTS
 from dynquant.lora.llama_cpp import takes_adapter
 from dynquant.lora.saved import CONFIG_NAME, WEIGHTS_NAME
+from dynquant.vision_names import vision_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,7 +56,7 @@ def add_adapter(
         rank: columns of A and B; each expert has its own.
         alpha: the product B A is scaled by alpha / rank.
         targets: last parts of the names of linear layers, as ("q_proj", "v_proj"). Default: all packed linear layers
-            but the output head.
+            but the output head, and none of a vision tower or its projector.
         experts: also adapt the routed experts, where the model has them.
         rslora: scale by alpha / sqrt(rank) instead (Kalajdzievski 2023).
         dtype: of A and B. Default: float32, which is what trainers with mixed precision expect.
@@ -133,15 +134,19 @@ def _stored_keys(path: Path) -> list[str]:
 
 
 def _packed_linears(model: nn.Module) -> list[str]:
-    """Last parts of the names of packed linear layers, without the output head."""
+    """Last parts of the names of packed linear layers, without the output head.
+
+    Beside a vision tower, whose layers may be called alike, whole names of the language model's layers.
+    """
     head = model.get_output_embeddings()
-    return sorted(
-        {
-            path.rpartition(".")[2]
-            for path, module in model.named_modules()
-            if isinstance(module, PackedLinear | PackedLatentProjection) and module is not head
-        }
-    )
+    paths = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, PackedLinear | PackedLatentProjection) and module is not head
+    ]
+    if any(vision_name(path) for path, _ in model.named_modules()):
+        return sorted(path for path in paths if vision_name(path) is None)
+    return sorted({path.rpartition(".")[2] for path in paths})
 
 
 def _is_applied_by_llama_cpp(model: "PreTrainedModel", name: str) -> bool:

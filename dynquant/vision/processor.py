@@ -41,6 +41,19 @@ def load_processor(directory: Path) -> "ProcessorMixin":
         ) from error
 
 
+def image_token_limits(processor: Any) -> tuple[int, int] | None:
+    """Fewest and most tokens of a picture of free size; None where all pictures get the same size."""
+    images = processor.image_processor
+    size, patch = getattr(images, "size", None) or {}, getattr(images, "patch_size", None)
+    if patch is None or not size.get("longest_edge"):
+        return None
+    side = (patch if isinstance(patch, int) else patch["height"]) * getattr(images, "merge_size", 1)
+    side *= getattr(processor, "spatial_merge_size", 1)
+    if size.get("shortest_edge"):  # of Qwen2-VL: both are numbers of pixels
+        return max(1, size["shortest_edge"] // side**2), max(1, size["longest_edge"] // side**2)
+    return 1, max(1, (size["longest_edge"] // side) ** 2)
+
+
 def _check_pillow() -> None:
     try:
         import PIL  # noqa: F401

@@ -159,7 +159,7 @@ class SampleEncoder:
             DataError: the processor refuses the sample, or with `strict` an image cannot be decoded.
         """
         try:
-            images = [_open(path) for path in sample.images]
+            images = [open_image(path) for path in sample.images]
         except OSError as error:
             if self._strict:
                 raise DataError(f"{sample.place}: {error} Repair or remove it, or leave --strict out.") from error
@@ -226,8 +226,8 @@ def _without_template(turns: list[Mapping[str, Any]], token: str) -> str:
     return "\n".join(lines)
 
 
-def _open(path: Path) -> Any:
-    """The decoded image. Raises OSError naming the file."""
+def open_image(path: Path) -> Any:
+    """The decoded image, RGB. Raises OSError naming the file."""
     from PIL import Image, UnidentifiedImageError
 
     try:

@@ -10,7 +10,8 @@ import torch
 import transformers as hf
 from PIL import Image
 
-from dynquant.vision.samples import Encoded
+from dynquant.vision.processor import load_processor
+from dynquant.vision.samples import Encoded, SampleEncoder, image_token_of, read_samples
 from tests.examples.picture_model import processor_files as files
 
 TOKENS = ("<image>", "[IMG]", "[IMG_BREAK]", "[IMG_END]", "<|image|>", "<start_of_image>", "<end_of_image>")
@@ -35,7 +36,7 @@ def _qwen(tokenizer: Any, model_type: str) -> tuple[Any, Any]:
         tower = {"depth": 2, "embed_dim": 64, "hidden_size": 64, "num_heads": 4, "mlp_ratio": 2}
         return hf.Qwen2VLConfig(text_config=text, vision_config=tower, **ids), None
     tower = {"depth": 2, "hidden_size": 64, "out_hidden_size": 64, "intermediate_size": 128, "num_heads": 4,
-             "fullatt_block_indexes": [1], "window_size": 56}  # fmt: skip
+             "fullatt_block_indexes": [1], "window_size": 112}  # fmt: skip
     return hf.Qwen2_5_VLConfig(text_config=text, vision_config=tower, **ids), None
 
 
@@ -66,7 +67,8 @@ def _gemma3(tokenizer: Any) -> tuple[Any, Any]:
         extra_special_tokens=named,
     )  # fmt: skip
     config = hf.Gemma3Config(
-        text_config={**_TEXT, "head_dim": 16}, vision_config={**_TOWER, "image_size": SIDE, "patch_size": 14},
+        text_config={**_TEXT, "head_dim": 16, "query_pre_attn_scalar": 16},
+        vision_config={**_TOWER, "image_size": SIDE, "patch_size": 14},
         mm_tokens_per_image=4, image_token_index=tokenizer.image_token_id, boi_token_index=tokenizer.boi_token_id,
         eoi_token_index=tokenizer.eoi_token_id,
     )  # fmt: skip
@@ -126,23 +128,32 @@ def pixtral_inputs(directory: Path, pictures: list[Path]) -> list[Encoded]:
     tokenizer = hf.AutoTokenizer.from_pretrained(directory)
     config = hf.AutoConfig.from_pretrained(directory)
     merge = getattr(config, "spatial_merge_size", 1)
-    images = hf.PixtralImageProcessorPil(patch_size={"height": 14, "width": 14}, size={"longest_edge": SIDE})
-    side = SIDE // 14 // merge
-    text = ("[IMG]" * side + "[IMG_BREAK]") * (side - 1) + "[IMG]" * side + "[IMG_END]What color is the ring?"
+    images = hf.PixtralImageProcessorPil(patch_size={"height": 14, "width": 14}, size={"longest_edge": 4 * SIDE})
     found = []
     for path in pictures:
+        picture = Image.open(path)
+        columns, rows = (side // 14 // merge for side in picture.size)
+        text = "[IMG_BREAK]".join(["[IMG]" * columns] * rows) + "[IMG_END]What color is the ring?"
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
-        seen = images(Image.open(path), return_tensors="pt")
+        seen = images(picture, return_tensors="pt")
         found.append(Encoded({"input_ids": ids, **seen}, ids[0] == config.image_token_index))
     return found
 
 
-def write_pictures(directory: Path, count: int) -> Path:
+def encoded_pictures(family: str, directory: Path, samples: Path) -> list[Encoded]:
+    """Model inputs of the samples that `write_pictures` wrote, for a checkpoint of the family in `directory`."""
+    if family in ("pixtral", "mistral3"):
+        return pixtral_inputs(directory, sorted(samples.parent.glob("[0-9].png")))
+    encoder = SampleEncoder(load_processor(directory), image_token_of(directory))
+    return list(encoder.encode_all(read_samples(samples).samples, 10_000))
+
+
+def write_pictures(directory: Path, count: int, *, height: int = SIDE, width: int = SIDE) -> Path:
     """Coloured noise with a caption each; returns the sample file."""
     rng = np.random.default_rng(0)
     lines = []
     for index in range(count):
-        pixels = rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(directory / f"{index}.png")
         lines.append(json.dumps({"images": [f"{index}.png"], "text": f"What color is the ring? red {index}"}))
     path = directory / "samples.jsonl"

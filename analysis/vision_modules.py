@@ -1,0 +1,158 @@
+"""KL of a plan's language model with vision tower and projector in one type after the other, on pictures.
+
+    python -m dynquant.analysis.vision_modules MODEL --plan plan/ --data unseen.jsonl --types q8_0,q6_k,q4_k
+
+The first row is the language model alone quantized; each further one changes the type of the vision tower, of the
+projector, or of both, and nothing else. Beside it stands what `--vision auto` goes by: the module's median output error
+in that type over the language model's, from the plan's errors.json.
+"""
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from dynquant.analysis.error_table import ErrorTable
+from dynquant.architecture import role_of
+from dynquant.checkpoint import open_model
+from dynquant.devices import chosen_device
+from dynquant.encoded_store import EncodedStore, store_directory
+from dynquant.eval_statistics import Estimate, bootstrap_mean
+from dynquant.hf_loading import load_hf
+from dynquant.model import Model
+from dynquant.plan import Plan
+from dynquant.quant_types import fit_to_row, quant_type
+from dynquant.quantize import guidance_of, load_encoder
+from dynquant.rendered_model import RenderedModel
+from dynquant.scored_pictures import ScoredPictures
+from dynquant.second_moments import load_beside
+from dynquant.statistics import CalibrationStats
+from dynquant.vision.processor import load_processor
+from dynquant.vision.samples import Encoded, SampleEncoder, image_token_of, read_samples
+from dynquant.vision_names import LANGUAGE, PROJECTOR, VISION, part_of
+
+MODULES = {"vision tower": (VISION,), "projector": (PROJECTOR,), "both": (VISION, PROJECTOR)}
+
+
+@dataclass(frozen=True)
+class ModuleScore:
+    """One row: `ratio` is None where the error table has no such type."""
+
+    module: str
+    type: str
+    bytes: int
+    kl: Estimate
+    top1: Estimate
+    ratio: float | None
+
+
+def measure_modules(
+    plan: Plan,
+    store: EncodedStore,
+    samples: Sequence[Encoded],
+    types: Sequence[str],
+    *,
+    table: ErrorTable | None = None,
+    device: str | None = None,
+) -> Iterator[ModuleScore]:
+    """Score the plan's language model with each module in each type; bytes are those of both modules' matrices."""
+    model = store.model
+    rendered = RenderedModel(load_hf(model, dtype=torch.float32, device=chosen_device(device)), store)
+    pictures = ScoredPictures(rendered, samples)
+    language = {
+        entry.name: entry.type
+        for entry in plan.entries
+        if part_of(entry.name) == LANGUAGE and not entry.quant_type.is_float
+    }
+    matrices = [name for name in model.source.names() if role_of(name).is_vision and _is_matrix(model, name)]
+    for module, type_name, parts in _variants(types):
+        changed = {name: _fitting(model, name, type_name) for name in matrices if part_of(name) in parts}
+        rendered.install(language | changed)
+        divergences, agreements = pictures.score()
+        yield ModuleScore(
+            module=module,
+            type=type_name or "as stored",
+            bytes=sum(_bytes(model, name, changed) for name in matrices),
+            kl=bootstrap_mean(divergences.numpy(), pictures.sample_lengths),
+            top1=bootstrap_mean(agreements.numpy(), pictures.sample_lengths),
+            ratio=None if table is None or not changed else _ratio(table, parts, quant_type(type_name).name),
+        )
+
+
+def main() -> None:
+    """Parse, measure, print a Markdown table."""
+    options = _options()
+    model, directory = open_model(options.model), Path(options.plan)
+    plan = Plan.load(directory / "plan.json")
+    plan.check_covers(model.source.names(), model.fingerprint, model.name)
+    stats_path = directory / "stats.safetensors"
+    stats = CalibrationStats.load(stats_path)
+    encoder = load_encoder(options.encoder)
+    moments = load_beside(stats_path, stats) if encoder.uses_hessians else None
+    parent = store_directory(directory / "encoded", model, plan.stats_hash or "", encoder, moments)
+    store = EncodedStore(model, guidance_of(stats, moments), encoder, parent)
+    sample_encoder = SampleEncoder(load_processor(Path(options.model)), image_token_of(Path(options.model)))
+    samples = list(sample_encoder.encode_all(read_samples(Path(options.data)).samples[: options.limit], 1 << 40))
+    table = ErrorTable.load(directory / "errors.json")
+    print(f"{model.name}, language model as in `{plan.recipe}`, encoder {encoder.name}, {len(samples)} samples\n")
+    print(
+        "| module | type | bytes of both | KL, nats per text token | same top token | error ratio |\n"
+        + "|---" * 6
+        + "|"
+    )
+    for one in measure_modules(plan, store, samples, options.types.split(","), table=table, device=options.device):
+        kl, top1 = one.kl, one.top1
+        print(
+            f"| {one.module} | {one.type} | {one.bytes:,} | {kl.value:.3g} [{kl.low:.3g}, {kl.high:.3g}] | "
+            f"{top1.value:.2%} | {'' if one.ratio is None else f'{one.ratio:.2f}'} |",
+            flush=True,
+        )
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", help="Directory of a vision-language checkpoint.")
+    parser.add_argument("--plan", required=True, help="Directory of `dynquant plan MODEL --data FILE`.")
+    parser.add_argument("--data", required=True, help="Samples with images that calibration did not use, .jsonl.")
+    parser.add_argument("--types", default="q8_0,q6_k,q4_k", help="Quant types of the modules.")
+    parser.add_argument("--limit", type=int, help="At most this many samples.")
+    parser.add_argument("--encoder", default="dynquant", help="dynquant or ggml.")
+    parser.add_argument("--device", help="cpu or cuda.")
+    return parser.parse_args()
+
+
+def _variants(types: Sequence[str]) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """Module, type and parts of names; the first changes nothing."""
+    yield "both", "", ()
+    for module, parts in MODULES.items():
+        for type_name in types:
+            yield module, type_name, parts
+
+
+def _is_matrix(model: Model, name: str) -> bool:
+    return len(model.source.info(name).shape) == 2
+
+
+def _fitting(model: Model, name: str, type_name: str) -> str:
+    return fit_to_row(quant_type(type_name), model.source.info(name).shape[-1])[0].name
+
+
+def _bytes(model: Model, name: str, changed: Mapping[str, str]) -> int:
+    info = model.source.info(name)
+    return quant_type(changed.get(name, info.dtype)).tensor_bytes(info.shape)
+
+
+def _ratio(table: ErrorTable, parts: tuple[str, ...], type_name: str) -> float | None:
+    errors: dict[bool, list[float]] = {True: [], False: []}
+    for name in table.tensors():
+        row = table.row(name, type_name)
+        if row is not None and row.activation_error is not None and part_of(name) in (*parts, LANGUAGE):
+            errors[part_of(name) in parts].append(row.activation_error)
+    return median(errors[True]) / median(errors[False]) if errors[True] and errors[False] else None
+
+
+if __name__ == "__main__":
+    main()
