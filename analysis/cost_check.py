@@ -1,7 +1,8 @@
-"""Predicted against measured: runs calibrate, analyze and export on a model and compares with `cost_model`.
+"""Predicted against measured: runs calibrate, analyze, plan and export on a model and compares with `cost_model`.
 
     python -m dynquant.analysis.cost_check MODEL --machine machine.json --preset r1-iq1_s [--calibration FILE] -o DIR
 
+`plan` finds statistics and errors in DIR, so that sensitivities are what it measures.
 Measured seconds are CPU seconds of the command over the machine file's threads, so that other users of the machine do
 not count; measured memory is the command's largest resident set. Set OMP_NUM_THREADS as for `measure-machine`.
 """
@@ -23,16 +24,22 @@ def main() -> None:
     machine, model = Machine.load(options.machine), open_model(options.model)
     plan = plan_from_types(model, preset_types(options.preset, model), recipe=f"preset {options.preset}")
     types = tuple(name.upper() for name in options.types.split(","))
-    work = Workload(tokens=options.tokens, hessians=options.hessians, encoder=options.encoder, types=types)
+    work = Workload(
+        tokens=options.tokens, hessians=options.hessians, encoder=options.encoder, types=types,
+        limit_bytes=options.max_memory,
+    )  # fmt: skip
     options.output.mkdir(parents=True, exist_ok=True)
     stats = str(options.output / "stats.safetensors")
     text = ["--calibration", options.calibration] if options.calibration else []
+    limit = ["--max-memory", str(options.max_memory)] if options.max_memory else []
     commands = [
-        ["calibrate", options.model, *text, "--tokens", str(options.tokens), "--hessians", options.hessians,
+        ["calibrate", options.model, *text, *limit, "--tokens", str(options.tokens), "--hessians", options.hessians,
          "-o", stats],
         ["analyze", options.model, "--stats", stats, "--types", options.types,
          "-o", str(options.output / "errors.json")],
-        ["export", options.model, "--preset", options.preset, "--stats", stats, "--encoder", options.encoder,
+        ["plan", options.model, *text, *limit, "--stats", stats, "--types", options.types, "--no-report",
+         "-o", str(options.output)],
+        ["export", options.model, *limit, "--preset", options.preset, "--stats", stats, "--encoder", options.encoder,
          "--tune", "0", "-o", str(options.output / "model.gguf")],
     ]  # fmt: skip
     print("| stage | predicted s | measured s | | predicted MB | measured MB | |\n|---|---|---|---|---|---|---|")
@@ -56,6 +63,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--hessians", default="activations")
     parser.add_argument("--encoder", default="ggml")
     parser.add_argument("--types", default="iq1_s,iq2_xxs,q2_k,iq3_xxs,q4_k,q6_k")
+    parser.add_argument("--max-memory", type=int, help="bytes; streams the model")
     parser.add_argument("-o", "--output", type=Path, required=True)
     return parser.parse_args()
 

@@ -1,18 +1,25 @@
-"""How long calibration, error table and export take on a machine, and in what memory, before anything is run.
+"""How long calibration, error table, sensitivities and export take on a machine, and in what memory, before anything is
+run.
 
 Calibration: 2 operations for each weight that a token meets, at the machine's matmul speed for that width; 4 for each
 pair of token and channel in attention; 2 C² a token for second moments of C channels; and a measured time for every
 channel that goes in or out of a linear layer. A backward pass triples the first two. Error table and export: weights
-over the measured speed of each type. Reading is added where it is not hidden behind the work. One process on the CPU.
+over the measured speed of each type. Sensitivities: the products of a calibration once forward and once back, those of
+the head too, and a forward pass in search of super weights. Reading is added where it is not hidden behind the work.
+One process on the CPU.
 
-Left out: super weights, sensitivities, the report and the closing pass.
+Within a memory limit the model is streamed: every pass reads the checkpoint, experts that have no room are read for
+every batch, and a backward pass runs each layer a second time.
+
+Left out: the report, the closing pass, and what a candidate for a super weight takes to try (a pass each).
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from math import exp, log, prod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import ceil, exp, log, prod
 
-from dynquant.architecture import Role
+from dynquant.analysis.streamed_cost import StreamedCost, StreamedPass, kept_bytes, streamed_cost
+from dynquant.architecture import Role, layer_of
 from dynquant.machine import Machine
 from dynquant.model import Model
 from dynquant.plan import Plan, PlanEntry
@@ -23,7 +30,12 @@ _SHARES_INPUT = {Role.ATTN_K, Role.ATTN_V, Role.FFN_UP, Role.SHARED_UP, Role.SHA
 TABLE_TYPES = ("IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
 """Types whose search tables ggml builds before the first block."""
 _SHARES_TABLE = {"IQ1_M": "IQ1_S"}
+MEASURED_FLOAT = "BF16"
+"""The checkpoint's own type, which is a candidate for every tensor; its speed has that of loading in it."""
 _FLOAT_BYTES = 4
+_BATCH_WINDOWS = 4
+"""Windows that calibration runs at a time on a CPU."""
+_PROBE_TOKENS = 4096
 _ENCODED_AT_ONCE = 1 << 25
 
 
@@ -48,31 +60,27 @@ class Workload:
     encoder: str = "dynquant"
     types: tuple[str, ...] = ()
     """Candidate types of the error table."""
+    limit_bytes: int | None = None
+    """Memory within which the model is streamed; None loads it whole."""
 
 
 def predict(model: Model, plan: Plan, machine: Machine, work: Workload) -> list[StageCost]:
-    """Costs of calibrating, of the error table over `work.types`, and of exporting `plan`."""
+    """Costs of calibrating, of the error table over `work.types`, of the sensitivities, and of exporting `plan`."""
     weights = sum(prod(entry.shape) for entry in plan.entries)
     stored = 2 * weights
     largest = max(_at_once(entry) for entry in plan.entries) * _FLOAT_BYTES
     reading = stored / machine.disk_bytes_per_s
-    moments = _moment_bytes(model, plan, work)
     built = _search_tables(machine, plan.histogram()) if work.encoder == "ggml" else 0.0
+    moments = _moment_bytes(model, plan.entries, work)
     return [
-        StageCost(
-            "calibrate",
-            machine.start_seconds + reading + _calibration_seconds(model, plan, machine, work),
-            machine.start_bytes + machine.run_bytes + _FLOAT_BYTES * weights + 2 * moments,
-            stored,
-        ),
+        _calibration(model, plan, machine, work),
         StageCost(
             "error table",
-            machine.start_seconds
-            + _search_tables(machine, work.types)
-            + max(reading, _table_seconds(plan, machine, work)),
+            machine.start_seconds + _search_tables(machine, work.types) + reading + _table_seconds(plan, machine, work),
             machine.start_bytes + 4 * largest,
             stored,
         ),
+        _sensitivities(model, plan, machine, work),
         StageCost(
             "export",
             machine.start_seconds + built + max(reading, _export(plan, machine, work)),
@@ -82,9 +90,65 @@ def predict(model: Model, plan: Plan, machine: Machine, work: Workload) -> list[
     ]
 
 
-def _linears(model: Model, plan: Plan) -> Iterator[tuple[PlanEntry, float]]:
+def _calibration(model: Model, plan: Plan, machine: Machine, work: Workload) -> StageCost:
+    weights = sum(prod(entry.shape) for entry in plan.entries)
+    seconds = _calibration_seconds(model, plan, machine, work)
+    if work.limit_bytes is None:
+        moments = _moment_bytes(model, plan.entries, work)
+        memory = machine.start_bytes + machine.run_bytes + _FLOAT_BYTES * weights + 2 * moments
+        reading = 2 * weights / machine.disk_bytes_per_s
+        return StageCost("calibrate", machine.start_seconds + reading + seconds, memory, 2 * weights)
+    is_backward = work.hessians == "gradients"
+    layers = {layer_of(entry.name) for entry in plan.entries} - {None}
+    moments = max(
+        _moment_bytes(model, [entry for entry in plan.entries if layer_of(entry.name) == layer], work)
+        for layer in layers
+    )
+    passed = _passed(model, work, _BATCH_WINDOWS, is_backward=is_backward, moment_bytes=moments)
+    batches = ceil(work.tokens / passed.batch_tokens)
+    cost = streamed_cost(plan, machine.start_bytes, passed, work.limit_bytes)
+    return _streamed("calibrate", plan, machine, cost, seconds, passes=2 if is_backward else 1, batches=batches)
+
+
+def _sensitivities(model: Model, plan: Plan, machine: Machine, work: Workload) -> StageCost:
+    weights = sum(prod(entry.shape) for entry in plan.entries)
+    search = replace(work, tokens=work.window, hessians="none")
+    probe = replace(work, tokens=_PROBE_TOKENS, hessians="none")
+    once = _calibration_seconds(model, plan, machine, probe)
+    streamed = work.limit_bytes is not None
+    head = 2 * (2 * probe.tokens * model.hyper.n_vocab * model.hyper.n_embd) / _interpolated(machine.matmul_flops, 4096)
+    seconds = _calibration_seconds(model, plan, machine, search) + (3 if streamed else 2) * once + head
+    passed = _passed(model, work, 1, is_backward=True)
+    if work.limit_bytes is None:
+        memory = machine.start_bytes + machine.run_bytes + _FLOAT_BYTES * weights + kept_bytes(plan, passed)
+        reading = 2 * weights / machine.disk_bytes_per_s
+        return StageCost("sensitivities", machine.start_seconds + reading + seconds, memory, 2 * weights)
+    cost = streamed_cost(plan, machine.start_bytes, passed, work.limit_bytes)
+    batches = ceil(_PROBE_TOKENS / work.window)
+    return _streamed("sensitivities", plan, machine, cost, seconds, passes=3, batches=batches)
+
+
+def _passed(model: Model, work: Workload, windows: int, *, is_backward: bool, moment_bytes: int = 0) -> StreamedPass:
+    return StreamedPass(windows * work.window, model.hyper.n_expert_used, is_backward, moment_bytes)
+
+
+def _streamed(
+    stage: str, plan: Plan, machine: Machine, cost: StreamedCost, seconds: float, *, passes: int, batches: int
+) -> StageCost:
+    """Of a stage that computes for so many seconds."""
+    dense, experts = (
+        2 * sum(prod(entry.shape) for entry in plan.entries if entry.role.is_routed_expert == routed)
+        for routed in (False, True)
+    )
+    read = passes * (dense + experts * (1 if cost.keeps_experts else batches))
+    reading = read / machine.disk_bytes_per_s
+    hidden = max(reading, seconds) if cost.reads_ahead and cost.keeps_experts else reading + seconds
+    return StageCost(stage, machine.start_seconds + hidden, cost.memory_bytes, read)
+
+
+def _linears(model: Model, entries: Iterable[PlanEntry]) -> Iterator[tuple[PlanEntry, float]]:
     """Matrices that tokens go through while a model is calibrated, and the share of tokens that meets each slice."""
-    for entry in plan.entries:
+    for entry in entries:
         if len(entry.shape) < 2 or entry.role in (Role.EMBEDDING, Role.OUTPUT):
             continue
         routed = entry.role.is_routed_expert and model.hyper.n_expert
@@ -104,7 +168,7 @@ def _calibration_seconds(model: Model, plan: Plan, machine: Machine, work: Workl
         * prod(entry.shape[:-2])
         * entry.shape[-1] ** 2
         / _interpolated(machine.matmul_flops, entry.shape[-1])
-        for entry, share in _linears(model, plan)
+        for entry, share in _linears(model, plan.entries)
         if _has_moment(entry)
     )
 
@@ -112,7 +176,7 @@ def _calibration_seconds(model: Model, plan: Plan, machine: Machine, work: Workl
 def calibration_flop_seconds(model: Model, plan: Plan, matmul_flops: dict[int, float], work: Workload) -> float:
     """Of the products of one forward pass."""
     seconds = 0.0
-    for entry, share in _linears(model, plan):
+    for entry, share in _linears(model, plan.entries):
         *slices, rows, columns = entry.shape
         operations = 2 * work.tokens * share * prod(slices) * rows * columns
         seconds += operations / _interpolated(matmul_flops, min(rows, columns))
@@ -124,7 +188,8 @@ def calibration_flop_seconds(model: Model, plan: Plan, matmul_flops: dict[int, f
 def calibration_elements(model: Model, plan: Plan, work: Workload) -> float:
     """Channels of tokens that go in or out of linear layers in one forward pass."""
     return sum(
-        work.tokens * share * prod(entry.shape[:-2]) * sum(entry.shape[-2:]) for entry, share in _linears(model, plan)
+        work.tokens * share * prod(entry.shape[:-2]) * sum(entry.shape[-2:])
+        for entry, share in _linears(model, plan.entries)
     )
 
 
@@ -132,11 +197,11 @@ def _has_moment(entry: PlanEntry) -> bool:
     return entry.role not in _SHARES_INPUT and entry.role not in (Role.MLA_K_B, Role.MLA_V_B, Role.ROUTER)
 
 
-def _moment_bytes(model: Model, plan: Plan, work: Workload) -> int:
-    """Of all second moments; experts share a matrix when each has no room."""
+def _moment_bytes(model: Model, entries: Sequence[PlanEntry], work: Workload) -> int:
+    """Of the second moments of their inputs; experts share a matrix when each has no room."""
     if work.hessians == "none":
         return 0
-    entries = [entry for entry, _ in _linears(model, plan) if _has_moment(entry)]
+    entries = [entry for entry, _ in _linears(model, entries) if _has_moment(entry)]
     each, shared = (
         sum(_FLOAT_BYTES * (prod(entry.shape[:-2]) if apart else 1) * entry.shape[-1] ** 2 for entry in entries)
         for apart in (True, False)
@@ -149,7 +214,7 @@ def _table_seconds(plan: Plan, machine: Machine, work: Workload) -> float:
     for entry in plan.entries:
         if len(entry.shape) < 2 or entry.role == Role.ROUTER:
             continue
-        stored = {fit_to_row(QUANT_TYPES[name], entry.shape[-1])[0].name for name in work.types}
+        stored = {fit_to_row(QUANT_TYPES[name], entry.shape[-1])[0].name for name in work.types} | {MEASURED_FLOAT}
         seconds += prod(entry.shape) * sum(1 / _speed(machine.errors, name) for name in stored)
     return seconds
 

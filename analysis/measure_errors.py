@@ -4,12 +4,15 @@ One pass over the model, a few experts in memory at a time. The encoder sees the
 the measured bytes are the bytes that ship.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from math import prod
 
 import torch
 
+from dynquant.analysis.error_journal import ErrorJournal, Sums
+from dynquant.analysis.error_sums import ErrorSums, SumNumbers
 from dynquant.analysis.error_table import ErrorRow, ErrorTable
 from dynquant.architecture import layer_of, role_of
 from dynquant.codecs import decode
@@ -23,42 +26,101 @@ from dynquant.quant_types import QUANT_TYPES, QuantType, fit_to_row
 from dynquant.statistics import CalibrationStats, InputStats
 from dynquant.tensor_source import TensorInfo
 
-WEIGHTS_IN_MEMORY = 1 << 23
-"""Experts are taken in groups of at most this many weights (32 MB of float32, which the allocator uses again)."""
-
-_ROWS_AT_ONCE = 1 << 22
-"""Weights of rows whose errors are computed at a time."""
+WEIGHTS_IN_MEMORY = 1 << 21
+"""Experts are taken in groups of at most this many weights: 8 MB of float32. Of 32 MB, glibc gives every array back to
+the system, and page faults take longer than all else for types that are quickly encoded."""
 
 
-@dataclass
-class _Sums:
-    """Squared errors and energies of one tensor in one type, one entry an expert."""
+@dataclass(frozen=True)
+class ErrorPart:
+    """What is measured at a time: experts of the tensor `name` of `shape`, in all their types."""
 
-    squared: list[torch.Tensor] = field(default_factory=list)  # error, energy
-    weighted: list[torch.Tensor] = field(default_factory=list)  # error, energy
-    outputs: list[torch.Tensor] = field(default_factory=list)  # error, energy
+    name: str
+    shape: tuple[int, ...]
+    experts: range
+    types: tuple[str, ...]
 
-    def add(self, weights: torch.Tensor, decoded: torch.Tensor, scale: torch.Tensor, samples: torch.Tensor | None):
-        """weights, decoded [E, R, C]; scale [E, C]; samples [E, S, C] or None."""
-        count, _, columns = weights.shape
-        step = max(1, _ROWS_AT_ONCE // (count * columns))
-        squared, weighted, outputs = (torch.zeros(count, 2, dtype=torch.float64) for _ in range(3))
-        for kept, found in zip(weights.split(step, 1), decoded.split(step, 1), strict=True):
-            lost = kept - found
-            squared += torch.stack([_energy(lost), _energy(kept)], -1)
-            weighted += torch.stack([_energy(lost, scale), _energy(kept, scale)], -1)
-            if samples is not None:
-                outputs += torch.stack([_energy(samples @ part.transpose(1, 2)) for part in (lost, kept)], -1)
-        self.squared.append(squared)
-        self.weighted.append(weighted)
-        if samples is not None:
-            self.outputs.append(outputs)
+    @property
+    def num_weights(self) -> int:
+        return len(self.experts) * prod(self.shape[-2:])
 
 
-def _energy(matrices: torch.Tensor, column_scale: torch.Tensor | None = None) -> torch.Tensor:
-    """Sum of squares of each matrix in [E, R, C], columns weighted by [E, C]; float64 [E]."""
-    columns = matrices.square().sum(dim=1, dtype=torch.float64)  # [E, C]
-    return (columns if column_scale is None else columns * column_scale.double()).sum(-1)
+Measure = Callable[[Iterable[ErrorPart]], Iterator[tuple[ErrorPart, Sums]]]
+"""Parts -> each with its sums, in any order."""
+
+
+@dataclass(frozen=True)
+class ErrorMeter:
+    """Measures parts in this process; see `build_error_table`."""
+
+    model: Model
+    stats: CalibrationStats
+    encoder: Encoder
+    threads: int | None = None
+    store: EncodedStore | None = None
+
+    def sums(self, part: ErrorPart, on_type: Callable[[], None] = lambda: None) -> Sums:
+        """Sums of a part; `on_type` is called after each type."""
+        columns, experts = part.shape[-1], slice(part.experts.start, part.experts.stop)
+        weights = self._load(part)
+        scale = importance(self.stats, part.name, part.shape)  # [E or 1, C] or None
+        if scale is not None:
+            scale = scale[0] if len(scale) == 1 else scale[experts]
+        weighting = torch.ones(len(weights), columns) if scale is None else scale.expand(len(weights), columns)
+        samples = _samples(self.stats.input_of(part.name), experts, columns)
+        found = {}
+        for candidate in (QUANT_TYPES[name] for name in part.types):
+            if self.store is None:
+                packed = self.encoder.encode(candidate, weights, scale, threads=self.threads, name=part.name)
+            else:
+                whole = self.store.packed(part.name, candidate.name)
+                packed = whole[experts] if whole.ndim == 3 else whole.unsqueeze(0)
+            decoded = decode(candidate, packed, tuple(weights.shape))
+            found[candidate.name] = ErrorSums.measured(weights, decoded, weighting, samples)
+            on_type()
+        return found
+
+    def _load(self, part: ErrorPart) -> torch.Tensor:
+        """float32 [E, R, C]."""
+        if len(part.shape) == 2:
+            return self.model.source.load(part.name).unsqueeze(0)
+        return torch.stack([self.model.source.load(part.name, expert) for expert in part.experts])
+
+
+class _Gathered:
+    """Rows of the tensors all of whose parts are measured; they come in any order.
+
+    Sums wait as numbers: tensors of a few bytes would lie between the large ones for as long, and memory that is freed
+    around them is not joined. A 14 GB checkpoint took 23 GB.
+    """
+
+    def __init__(
+        self,
+        stats: CalibrationStats,
+        candidates: Mapping[TensorInfo, Mapping[QuantType, tuple[str, ...]]],
+        parts: Mapping[TensorInfo, Sequence[ErrorPart]],
+    ) -> None:
+        self.rows: dict[str, list[ErrorRow]] = {}
+        self._stats = stats
+        self._tensors = {info.name: (info, candidates[info], parts[info]) for info in candidates}
+        self._waiting: dict[str, dict[ErrorPart, dict[str, SumNumbers]]] = {}
+
+    def add(self, part: ErrorPart, sums: Sums) -> None:
+        """A part's sums; the last of a tensor makes its rows."""
+        info, candidates, parts = self._tensors[part.name]
+        waiting = self._waiting.setdefault(part.name, {})
+        waiting[part] = {type_name: one.numbers() for type_name, one in sums.items()}
+        if len(waiting) < len(parts):
+            return
+        self.rows[part.name] = [
+            _row(info, candidate, wanted, self._joined(parts, candidate.name), self._stats)
+            for candidate, wanted in candidates.items()
+        ]
+        del self._waiting[part.name]
+
+    def _joined(self, parts: Sequence[ErrorPart], type_name: str) -> ErrorSums:
+        waiting = self._waiting[parts[0].name]
+        return ErrorSums.joined(ErrorSums.from_numbers(waiting[one][type_name], len(one.experts)) for one in parts)
 
 
 def build_error_table(
@@ -70,50 +132,95 @@ def build_error_table(
     stats_hash: str,
     threads: int | None = None,
     store: EncodedStore | None = None,
+    journal: ErrorJournal | None = None,
+    elsewhere: Measure | None = None,
     progress: Progress | None = None,
 ) -> ErrorTable:
     """Measure every quantizable tensor in every type of `type_names` that its row length and statistics allow.
 
-    Blocks are taken from `store`, of the same encoder, and kept there; without one they are forgotten.
+    Blocks are taken from `store`, of the same encoder, and kept there; without one they are forgotten. Parts that
+    `journal` holds are not measured again, others are added to it. `elsewhere` measures them on other machines, with
+    neither `threads` nor `store`.
 
     Raises:
         StatsError: the statistics belong to another checkpoint.
         EncodeError: a weight is NaN or infinite; the tensor is named.
     """
     stats.check_belongs_to(model.fingerprint, model.name)
-    infos = [info for info in map(model.source.info, model.source.names()) if is_quantizable(info.name, info.shape)]
-    candidates = {info: _candidates(info, type_names, stats) for info in infos}
-    total = sum(info.numel * len(found) for info, found in candidates.items())
-    rows: list[ErrorRow] = []
-    done = 0
+    candidates = {info: _candidates(info, type_names, stats) for info in _quantizable(model)}
+    parts = {info: _parts(info, found) for info, found in candidates.items()}
+    every = [part for of_tensor in parts.values() for part in of_tensor]
+    total, done = sum(part.num_weights * len(part.types) for part in every), 0
     report = progress or ignore_progress
 
-    def measured(info: TensorInfo, num_weights: int) -> None:
+    def measured(part: ErrorPart, num_types: int) -> None:
         nonlocal done
-        done += num_weights
-        report("measuring errors", done, total, unit="weights", tensor=info.name)
+        done += part.num_weights * num_types
+        report("measuring errors", done, total, unit="weights", tensor=part.name)
 
-    for info, found in candidates.items():
-        measured(info, 0)
-        rows += _measure(model, stats, info, found, encoder, threads, store, partial(measured, info))
+    def measured_here(waiting: Iterable[ErrorPart]) -> Iterator[tuple[ErrorPart, Sums]]:
+        meter = ErrorMeter(model, stats, encoder, threads, store)
+        for part in waiting:
+            measured(part, 0)
+            yield part, meter.sums(part, partial(measured, part, 1))
+
+    gathered = _Gathered(stats, candidates, parts)
+    waiting = []
+    for part in every:
+        found = journal.get(part.name, part.experts, part.types) if journal else None
+        if found is None:
+            waiting.append(part)
+            continue
+        gathered.add(part, found)
+        measured(part, len(part.types))
+    for part, found in (elsewhere or measured_here)(waiting):
+        gathered.add(part, found)
+        if elsewhere:
+            measured(part, len(part.types))
+        if journal:
+            journal.add(part.name, part.experts, found)
     return ErrorTable(
         model=model.name,
         fingerprint=model.fingerprint,
         stats_hash=stats_hash,
         encoder=encoder.name,
         types=tuple(type_names),
-        rows=tuple(rows),
+        rows=tuple(row for info in candidates for row in gathered.rows[info.name]),
     )
 
 
+def unmeasured_table(model: Model, stats: CalibrationStats | None, type_names: Sequence[str]) -> ErrorTable:
+    """The rows that `build_error_table` would measure, with their bytes alone: every error is 0.
+
+    Without statistics, all inputs are taken to have some.
+    """
+    rows = [
+        ErrorRow(
+            name=info.name, role=role_of(info.name), layer=layer_of(info.name), type=candidate.name,
+            wanted=_others(wanted, candidate), bytes=candidate.tensor_bytes(info.shape), relative_rms=0.0,
+            weighted_error=0.0, weighted_energy=0.0,
+        )
+        for info in _quantizable(model)
+        for candidate, wanted in _candidates(info, type_names, stats).items()
+    ]  # fmt: skip
+    return ErrorTable(
+        model=model.name, fingerprint=model.fingerprint, stats_hash="", encoder="", types=tuple(type_names),
+        rows=tuple(rows),
+    )  # fmt: skip
+
+
+def _quantizable(model: Model) -> list[TensorInfo]:
+    return [info for info in map(model.source.info, model.source.names()) if is_quantizable(info.name, info.shape)]
+
+
 def _candidates(
-    info: TensorInfo, type_names: Sequence[str], stats: CalibrationStats
+    info: TensorInfo, type_names: Sequence[str], stats: CalibrationStats | None
 ) -> dict[QuantType, tuple[str, ...]]:
     """Stored type -> the wanted types that lead to it, without those that need statistics the tensor does not have.
 
     The checkpoint's own float type is always one: it loses nothing.
     """
-    has_stats = stats.input_of(info.name) is not None
+    has_stats = stats is None or stats.input_of(info.name) is not None
     found: dict[QuantType, tuple[str, ...]] = {}
     for name in (*type_names, info.dtype if info.dtype in ("F32", "F16", "BF16") else "F16"):
         stored, _ = fit_to_row(QUANT_TYPES[name], info.shape[-1])
@@ -122,68 +229,35 @@ def _candidates(
     return found
 
 
-def _measure(
-    model: Model,
-    stats: CalibrationStats,
-    info: TensorInfo,
-    candidates: Mapping[QuantType, tuple[str, ...]],
-    encoder: Encoder,
-    threads: int | None,
-    store: EncodedStore | None,
-    on_weights: Callable[[int], None],
-) -> Iterator[ErrorRow]:
-    columns = info.shape[-1]
-    scale = importance(stats, info.name, info.shape)  # [E or 1, C] or None
-    inputs = stats.input_of(info.name)
-    sums = {candidate.name: _Sums() for candidate in candidates}
-    for experts, weights in expert_groups(model, info):
-        group_scale = None if scale is None else (scale[0] if len(scale) == 1 else scale[experts])
-        samples = _samples(inputs, experts, columns)
-        for candidate in candidates:
-            if store is None:
-                packed = encoder.encode(candidate, weights, group_scale, threads=threads, name=info.name)
-            else:
-                whole = store.packed(info.name, candidate.name)
-                packed = whole[experts] if whole.ndim == 3 else whole.unsqueeze(0)
-            decoded = decode(candidate, packed, tuple(weights.shape))
-            ones = torch.ones(len(weights), columns)
-            weighting = ones if group_scale is None else group_scale.expand(len(weights), columns)
-            sums[candidate.name].add(weights, decoded, weighting, samples)
-            on_weights(weights.numel())
-    for candidate, wanted in candidates.items():
-        yield _row(info, candidate, wanted, sums[candidate.name], inputs)
-
-
-def expert_groups(model: Model, info: TensorInfo) -> Iterator[tuple[slice, torch.Tensor]]:
-    """A tensor as float32 [E, R, C], in groups of experts that fit in memory; a matrix is one expert."""
+def _parts(info: TensorInfo, candidates: Collection[QuantType]) -> list[ErrorPart]:
+    """Experts that are in memory together; a matrix is one expert."""
+    types = tuple(candidate.name for candidate in candidates)
     if len(info.shape) == 2:
-        yield slice(0, 1), model.source.load(info.name).unsqueeze(0)
-        return
-    count = info.shape[0]
-    step = max(1, WEIGHTS_IN_MEMORY // (info.shape[-2] * info.shape[-1]))
-    for start in range(0, count, step):
-        experts = range(start, min(start + step, count))
-        weights = torch.stack([model.source.load(info.name, expert) for expert in experts])
-        yield slice(start, experts.stop), weights
+        return [ErrorPart(info.name, info.shape, range(1), types)]
+    count, step = info.shape[0], max(1, WEIGHTS_IN_MEMORY // prod(info.shape[-2:]))
+    ranges = (range(start, min(start + step, count)) for start in range(0, count, step))
+    return [ErrorPart(info.name, info.shape, experts, types) for experts in ranges]
 
 
 def _samples(inputs: InputStats | None, experts: slice, columns: int) -> torch.Tensor | None:
     """Held-back inputs float32 [E, S, C] with unfilled rows zero, or None when there are none of this width."""
     if inputs is None or inputs.samples is None or inputs.samples.shape[-1] != columns:
         return None
-    samples = inputs.samples if len(inputs.samples) == 1 else inputs.samples[experts]
-    counts = inputs.sample_counts if len(inputs.samples) == 1 else inputs.sample_counts[experts]
+    own = slice(None) if len(inputs.samples) == 1 else experts
+    samples, counts = inputs.samples[own], inputs.sample_counts[own]
     filled = torch.arange(samples.shape[1]) < counts.unsqueeze(1)  # [E, S]
     return samples.float() * filled.unsqueeze(-1)
 
 
 def _row(
-    info: TensorInfo, candidate: QuantType, wanted: tuple[str, ...], sums: _Sums, inputs: InputStats | None
+    info: TensorInfo, candidate: QuantType, wanted: tuple[str, ...], sums: ErrorSums, stats: CalibrationStats
 ) -> ErrorRow:
-    squared, weighted = torch.cat(sums.squared), torch.cat(sums.weighted)  # [E, 2]
+    inputs = stats.input_of(info.name)
+    squared, weighted = sums.squared, sums.weighted
     activation, per_expert_activation = None, ()
-    if sums.outputs and inputs is not None and inputs.sample_counts is not None and inputs.sample_counts.any():
-        outputs = torch.cat(sums.outputs) / inputs.sample_counts.clamp_min(1).unsqueeze(1)
+    counts = None if inputs is None else inputs.sample_counts
+    if sums.outputs is not None and counts is not None and counts.any():
+        outputs = sums.outputs / counts.clamp_min(1).unsqueeze(1)
         ratios = (outputs[:, 0] / outputs[:, 1]).sqrt()
         per_expert_activation = tuple(None if torch.isnan(r) else float(r) for r in ratios)
         activation = _ratio(_routed_mean(outputs, inputs)).sqrt().item()
@@ -192,7 +266,7 @@ def _row(
         role=role_of(info.name),
         layer=layer_of(info.name),
         type=candidate.name,
-        wanted=tuple(name for name in wanted if name != candidate.name),
+        wanted=_others(wanted, candidate),
         bytes=candidate.tensor_bytes(info.shape),
         relative_rms=_ratio(squared.sum(0)).sqrt().item(),
         weighted_error=_ratio(_routed_mean(weighted, inputs)).item(),
@@ -201,6 +275,10 @@ def _row(
         per_expert_weighted_error=_per_expert(weighted),
         per_expert_activation_error=per_expert_activation if len(per_expert_activation) > 1 else (),
     )
+
+
+def _others(wanted: tuple[str, ...], candidate: QuantType) -> tuple[str, ...]:
+    return tuple(name for name in wanted if name != candidate.name)
 
 
 def _routed_mean(per_expert: torch.Tensor, inputs: InputStats | None) -> torch.Tensor:

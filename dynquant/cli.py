@@ -8,7 +8,7 @@ import shlex
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -38,6 +38,10 @@ from dynquant.cli_options import (
 )
 from dynquant.errors import DynquantError, EvaluationError, PlanError, StatsError
 from dynquant.interrupt import ends_promptly
+
+if TYPE_CHECKING:
+    from dynquant.calibration_stage import CalibrationOptions
+    from dynquant.plan import Plan
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -119,6 +123,7 @@ def analyze(
     encoder: EncoderOpt = "ggml",
     threads: ThreadsOpt = None,
     base_gguf: BaseGgufOpt = None,
+    ray: RayOpt = None,
 ) -> None:
     """Measure what every candidate type does to every tensor: bytes, weight error, activation error.
 
@@ -126,7 +131,9 @@ def analyze(
     """
     from dynquant import workflow
 
-    workflow.analyze(model, stats, output, types=_split(types), encoder=encoder, threads=threads, base_gguf=base_gguf)
+    workflow.analyze(
+        model, stats, output, types=_split(types), encoder=encoder, threads=threads, base_gguf=base_gguf, ray=ray
+    )
 
 
 @app.command()
@@ -179,6 +186,7 @@ def plan(
     device: DeviceOpt = None,
     max_memory: StreamMemoryOpt = None,
     spill: SpillOpt = None,
+    ray: RayOpt = None,
     stats: Annotated[Path | None, typer.Option(help="Use these statistics instead of calibrating.")] = None,
     encoder: EncoderOpt = "ggml",
     threads: ThreadsOpt = None,
@@ -274,21 +282,23 @@ def plan(
         preset=preset, bpw=bpw, size=size, fits=fits, context=context, kv_type=kv_type, like=like, patterns=recipe,
         types=_split(types), floors=floors, couple=_split(couple) or (), vision=vision,
     )  # fmt: skip
+    options = workflow.CalibrationOptions(
+        text=calibration, tokens=tokens, window=window, seed=seed,
+        hessians=_hessians(hessians), hessian_memory=hessian_memory, device=device, ray=ray,
+        max_memory=max_memory, spill=spill, data=data, strict=strict,
+    )  # fmt: skip
     if config_only is not None:
         if model is not None:
             raise PlanError("--config-only DIR goes without a MODEL.")
         made = workflow.plan_from_config(config_only, target)
-        show = workflow.print_histogram if machine is None else partial(_print_with_costs, config_only, machine, tokens)
+        show = workflow.print_histogram
+        if machine is not None:
+            show = partial(_print_with_costs, config_only, machine, options, target.types)
     elif machine is not None:
         raise PlanError("--machine goes with --config-only DIR.")
     elif model is None:
         raise PlanError("Give a MODEL to plan, or --config-only DIR with --preset NAME.")
     else:
-        options = workflow.CalibrationOptions(
-            text=calibration, tokens=tokens, window=window, seed=seed,
-            hessians=_hessians(hessians), hessian_memory=hessian_memory, device=device,
-            max_memory=max_memory, spill=spill, data=data, strict=strict,
-        )  # fmt: skip
         made = workflow.plan(
             model, target, options, output,
             stats_path=stats, encoder=encoder, threads=threads, base_gguf=base_gguf, report=report,
@@ -691,11 +701,13 @@ def _hessians(value: str) -> Literal["none", "activations", "gradients"]:
     raise StatsError(f"--hessians {value} is not known; give activations, gradients or none.")
 
 
-def _print_with_costs(directory: Path, machine: Path, tokens: int, made: object) -> None:
+def _print_with_costs(
+    directory: Path, machine: Path, options: "CalibrationOptions", types: tuple[str, ...] | None, made: "Plan"
+) -> None:
     from dynquant import commands, workflow
 
-    workflow.print_histogram(made)  # type: ignore[arg-type]
-    commands.print_costs(directory, made, machine, tokens)  # type: ignore[arg-type]
+    workflow.print_histogram(made)
+    commands.print_costs(directory, made, machine, options, types and [name.upper() for name in types])
 
 
 def _split(value: str | None) -> tuple[str, ...] | None:

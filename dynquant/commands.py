@@ -1,6 +1,7 @@
 """Commands that show rather than make: eval, inspect, super-weights and the demo."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
@@ -11,6 +12,7 @@ from dynquant.eval_report import EvalReport, summary_rows
 from dynquant.plan import Plan, write_atomically
 from dynquant.plan_diff import PlanDiff, compare_types, number_ranges
 from dynquant.plan_report import PLAN_NAME, write_plan_report
+from dynquant.plan_target import parse_size
 from dynquant.progress_text import human_bytes
 from dynquant.recipe_text import command_line, left_alone, recipe_of, uses_imatrix
 from dynquant.type_lists import read_types
@@ -278,22 +280,34 @@ def measure(output: Path) -> None:
     console.note(f"wrote {output}: {found.name}, {found.threads} threads")
 
 
-def print_costs(directory: Path, plan: Plan, machine_file: Path, tokens: int) -> None:
+def print_costs(
+    directory: Path,
+    plan: Plan,
+    machine_file: Path,
+    options: workflow.CalibrationOptions,
+    types: Sequence[str] | None,
+) -> None:
     """Time and memory of each stage for a model that is known by its configuration only."""
     from dynquant.analysis.cost_model import Workload, predict
     from dynquant.families import open_config
     from dynquant.machine import Machine
 
     machine = Machine.load(machine_file)
-    costs = predict(open_config(directory), plan, machine, Workload(tokens=tokens, types=workflow.DEFAULT_TYPES))
+    limit = None if options.max_memory is None else parse_size(options.max_memory)
+    work = Workload(
+        tokens=options.tokens, window=options.window, hessians=options.hessians,
+        hessian_bytes=parse_size(options.hessian_memory), types=tuple(types or workflow.DEFAULT_TYPES),
+        limit_bytes=limit,
+    )  # fmt: skip
+    costs = predict(open_config(directory), plan, machine, work)
     rows = [
         (cost.stage, f"{cost.seconds:,.0f} s", human_bytes(cost.memory_bytes), human_bytes(cost.bytes_read))
         for cost in costs
     ]
-    title = f"on {machine.name}, {machine.threads} threads, {tokens:,} calibration tokens (estimated)"
+    streamed = "" if limit is None else f", streamed within {human_bytes(limit)}"
+    title = f"on {machine.name}, {machine.threads} threads, {work.tokens:,} calibration tokens{streamed} (estimated)"
     console.print_table(title, ("stage", "time", "memory", "reads"), rows)
     for cost in costs:
-        if cost.memory_bytes > machine.memory_bytes:
-            console.note(
-                f"{cost.stage} does not fit in {human_bytes(machine.memory_bytes)}: run it elsewhere, or streamed."
-            )
+        if cost.memory_bytes > (limit or machine.memory_bytes):
+            way_out = "give a higher --max-memory." if limit else "run it elsewhere, or streamed (--max-memory)."
+            console.note(f"{cost.stage} does not fit in {human_bytes(limit or machine.memory_bytes)}: {way_out}")

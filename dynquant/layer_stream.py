@@ -68,6 +68,8 @@ class LayerStream:
         self._weights = CheckpointWeights(model, self.hf_model)
         self._exact_types = self.hf_model._get_dtype_plan(dtype)
         self._stages = self._find_stages()
+        largest = max((prod(stack.shape[1:]) for stack in self._weights.stacks.values()), default=0)
+        self._scratch = torch.empty(largest, dtype=dtype, device=device)
         self._ahead: tuple[int, Future] | None = None
         self._loads = True
         self._zeroed: list[tuple[str, int | None, int, int]] = []
@@ -218,7 +220,8 @@ class LayerStream:
             if kept is not None:
                 kept = tuple(one.moved(self.device) for one in kept)
             shape = self._weights.stacks[name].shape
-            experts = StoredExperts(shape, self.dtype, self.device, partial(self._weights.expert, name), kept)
+            read = partial(self._weights.expert, name)
+            experts = StoredExperts(shape, self.dtype, self.device, read, self._scratch, kept)
             experts.zeroed = [(e, row, column) for of, e, row, column in self._zeroed if of == name and e is not None]
             # transformers' parameter of that name stays on the meta device, hidden by the instance's own attribute.
             owner.__dict__[attribute] = experts

@@ -19,7 +19,9 @@ COMFORTABLE_SHARE = 0.7
 """A model whose float weights take more than this share of the free memory is streamed without being asked."""
 
 _SHARES_INPUT = ("k_proj", "v_proj", "up_proj", "kv_a_proj_with_mqa")
-_RESERVE = 200 * 2**20
+WAYS_TO_RUN = ((True, True), (True, False), (False, True), (False, False))
+"""Whether experts are kept and the next stage is read ahead, from the fastest way to the most frugal one."""
+RESERVE_BYTES = 200 * 2**20
 """For libraries that load late, and memory that the allocator holds back."""
 
 
@@ -62,8 +64,8 @@ def fit_within(stream: LayerStream, limit_bytes: int, work: Workload) -> None:
     Raises:
         StatsError: it cannot; the least limit is named.
     """
-    fixed = resident_memory() + _RESERVE
-    for keeps_experts, reads_ahead in ((True, True), (True, False), (False, True), (False, False)):
+    fixed = resident_memory() + RESERVE_BYTES
+    for keeps_experts, reads_ahead in WAYS_TO_RUN:
         stream.keeps_experts, stream.reads_ahead = keeps_experts, reads_ahead
         needed = fixed + max(_stage_bytes(stream, stage, work) for stage in range(stream.num_layers + 2))
         if needed <= limit_bytes:
@@ -96,14 +98,23 @@ def _token_bytes(work: Workload, width: int) -> int:
     return 4 * work.batch_tokens * width
 
 
+def activation_channels(linears: int, experts: int, experts_used: int, *, is_backward: bool) -> int:
+    """Channels of a token that a layer holds at its peak, from those that its linear layers and one expert give.
+
+    Four times what is there once. A backward pass keeps ten times that of linear layers (norms, attention and gradients
+    among it); of every used expert twice: gate and up, the activated gate, the product and the output. The third is for
+    gaps between them.
+    """
+    return 10 * linears + 3 * experts * experts_used if is_backward else 4 * (linears + experts)
+
+
 def _activation_bytes(layer: nn.Module, work: Workload) -> int:
-    """Outputs of all linear layers and experts, four times over; with what a backward pass keeps, ten times."""
-    width = sum(module.out_features for module in layer.modules() if isinstance(module, nn.Linear))
+    linears = sum(module.out_features for module in layer.modules() if isinstance(module, nn.Linear))
+    rows, used = 0, 1
     for experts in expert_modules(layer).values():
-        rows = sum(getattr(experts, name).shape[1] for name in ("gate_up_proj", "down_proj"))
-        used = getattr(experts.config, "num_experts_per_tok", 1) if work.is_backward else 1  # type: ignore[union-attr]
-        width += rows * used
-    return (10 if work.is_backward else 4) * _token_bytes(work, width)
+        rows += sum(getattr(experts, name).shape[1] for name in ("gate_up_proj", "down_proj"))
+        used = getattr(experts.config, "num_experts_per_tok", 1)  # type: ignore[union-attr]
+    return _token_bytes(work, activation_channels(linears, rows, used, is_backward=work.is_backward))
 
 
 def _moment_bytes(layer: nn.Module, work: Workload) -> int:

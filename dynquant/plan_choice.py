@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from dynquant import console
 from dynquant.analysis.error_table import ErrorTable
+from dynquant.analysis.measure_errors import unmeasured_table
 from dynquant.analysis.super_weights import SuperWeight
 from dynquant.exporters.gguf_header import padded
 from dynquant.memory_budget import MemoryBudget
@@ -11,9 +12,12 @@ from dynquant.model import Model
 from dynquant.plan_building import fixed_bytes
 from dynquant.plan_report import rules_of
 from dynquant.plan_target import Target
-from dynquant.planner import Rules, coupled_tensors, plan_types, size_range
+from dynquant.planner import Rules, check_budget_range, coupled_tensors, plan_types, size_range
 from dynquant.quant_types import fit_to_row, quant_type
 from dynquant.statistics import CalibrationStats
+
+_NAMED_STATISTICS = 1024
+"""Bytes of a file's header, at most, that name the statistics it was made with."""
 
 
 class Chooser:
@@ -39,8 +43,7 @@ class Chooser:
 
     def allowed(self, table: ErrorTable) -> ErrorTable:
         """The rows of the candidate types that were asked for."""
-        types = self._target.types
-        return table.restricted_to([name.upper() for name in types]) if types else table
+        return _allowed(self._target, table)
 
     def __call__(self, table: ErrorTable, *, floors: bool = True, file_bytes: int | None = None) -> dict[str, str]:
         allowed = self.allowed(table)
@@ -74,6 +77,37 @@ class Chooser:
         """Bytes of the whole file."""
         shapes = {name: self._model.source.info(name).shape for name in types}
         return self._fixed + sum(padded(quant_type(types[name]).tensor_bytes(shape)) for name, shape in shapes.items())
+
+
+def check_budget(
+    model: Model,
+    target: Target,
+    types: Sequence[str],
+    memory: MemoryBudget | None,
+    stats: CalibrationStats | None,
+) -> None:
+    """Refuse a budget that no choice among `types` meets, before a tensor is measured.
+
+    Without statistics, only what none of them could mend is refused; sizes lack the bytes that name them in the file.
+
+    Raises:
+        PlanError: as `plan_types` and `MemoryBudget.file_budget`.
+    """
+    table = unmeasured_table(model, stats, types)
+    any_hash = None if stats is None else "0" * 64
+    fixed = fixed_bytes(model, table.tensors(), recipe=target.recipe, stats=stats, stats_hash=any_hash)
+    rules = Rules(coupled=coupled_tensors(table.tensors(), target.couple))
+    smallest, largest = size_range(_allowed(target, table), rules, fixed_bytes=fixed)
+    if memory is not None:
+        memory.file_budget(smallest, largest)
+        return
+    budget, unknown = target.budget(model.num_weights), 0 if stats is not None else _NAMED_STATISTICS
+    if budget is not None and not largest < budget <= largest + unknown:
+        check_budget_range(budget, smallest, largest)
+
+
+def _allowed(target: Target, table: ErrorTable) -> ErrorTable:
+    return table.restricted_to([name.upper() for name in target.types]) if target.types else table
 
 
 def _coupled(target: Target, table: ErrorTable) -> tuple[tuple[str, ...], ...]:

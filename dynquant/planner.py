@@ -92,10 +92,7 @@ def plan_types(
     smallest, largest = size_range(table, rules, fixed_bytes=fixed_bytes)
     if budget is None:
         return _explain(table, _draft(table, groups, exceptions, 0, fixed_bytes, None, largest), groups, exceptions)
-    if budget < smallest:
-        raise PlanError(_out_of_range("below the smallest", budget, smallest, largest))
-    if budget > largest:
-        raise PlanError(_out_of_range("above the largest", budget, smallest, largest))
+    check_budget_range(budget, smallest, largest)
     levels = range(len(LEVELS)) if rules.floors else (len(LEVELS) - 1,)
     drafts = (_draft(table, groups, exceptions, level, fixed_bytes, budget, largest) for level in levels)
     return _explain(table, _worth_its_floors([draft for draft in drafts if draft], table), groups, exceptions)
@@ -109,6 +106,16 @@ def size_range(table: ErrorTable, rules: Rules, *, fixed_bytes: int = 0) -> tupl
     """
     everything = _options(table, _groups(table, rules), {})
     return fixed_bytes + smallest_total(everything), fixed_bytes + largest_total(everything)
+
+
+def check_budget_range(budget: int, smallest: int, largest: int) -> None:
+    """Raises PlanError for a budget outside the sizes that `size_range` gives; both are named."""
+    how = "below the smallest" if budget < smallest else "above the largest" if budget > largest else None
+    if how is not None:
+        raise PlanError(
+            f"The budget of {budget:,} bytes is {how} possible size. With these candidate types this model takes "
+            f"between {smallest:,} and {largest:,} bytes; ask for a size between them, or give other `--types`."
+        )
 
 
 def check_couplings(kinds: Iterable[str]) -> None:
@@ -261,11 +268,4 @@ def _nothing_in_common(group: tuple[str, ...], members: list[Mapping[str, ErrorR
     return (
         f"Coupled tensors must have one type, but no candidate type fits the rows of all of them: {held}. Give other "
         "`--types`, or leave out `--couple`."
-    )
-
-
-def _out_of_range(how: str, budget: int, smallest: int, largest: int) -> str:
-    return (
-        f"The budget of {budget:,} bytes is {how} possible size. With these candidate types this model "
-        f"takes between {smallest:,} and {largest:,} bytes; ask for a size between them, or give other `--types`."
     )

@@ -34,7 +34,7 @@ from dynquant.quantize import (
     load_encoder,
 )
 from dynquant.ray_pool import RayPool, TaskNeeds
-from dynquant.second_moments import load_beside
+from dynquant.second_moments import SecondMoments, load_beside
 from dynquant.statistics import CalibrationStats
 
 
@@ -109,31 +109,41 @@ class RemoteEncoding:
 
 
 def _encode_from_storage(choice: EncoderChoice, files: StoredFiles, part: TensorPart) -> np.ndarray:
-    model, guidance = _opened(files)
-    return encode_part(model, part, guidance, _encoder(choice), threads=choice.threads).numpy()
+    model, stats, moments = open_stored(files)
+    guidance = guidance_of(stats, moments, dict(files.protected))
+    return encode_part(model, part, guidance, worker_encoder(choice), threads=choice.threads).numpy()
 
 
 def _encode_shipped(choice: EncoderChoice, given: PartInput) -> np.ndarray:
-    return encode_input(given, _encoder(choice), threads=choice.threads).numpy()
+    return encode_input(given, worker_encoder(choice), threads=choice.threads).numpy()
 
 
 @cache
-def _encoder(choice: EncoderChoice) -> Encoder:
+def worker_encoder(choice: EncoderChoice) -> Encoder:
+    """The encoder of a worker process.
+
+    Raises:
+        ClusterError: it would be of other versions than the driver's.
+    """
     encoder = load_encoder(choice.name, choice.device)
     found, wanted = (__version__, encoder_version(encoder)), (choice.tool_version, choice.version)
     if found != wanted:
         raise ClusterError(
             f"{socket.gethostname()} has dynquant {found[0]} with the {choice.name} encoder's library {found[1]}, but "
-            f"this export is made with {wanted[0]} and {wanted[1]}; their bytes may differ. Install the same versions "
+            f"the command runs with {wanted[0]} and {wanted[1]}; their bytes may differ. Install the same versions "
             "on all nodes."
         )
     return encoder
 
 
 @cache
-def _opened(files: StoredFiles) -> tuple[Model, Guidance]:
-    """Once in each worker process; weights are read when a part needs them."""
-    where = f"{socket.gethostname()} cannot read what this export is made from"
+def open_stored(files: StoredFiles) -> tuple[Model, CalibrationStats | None, SecondMoments | None]:
+    """Once in each worker process; weights are read when a part needs them.
+
+    Raises:
+        ClusterError: they cannot be read there, or are others.
+    """
+    where = f"{socket.gethostname()} cannot read what the command works on"
     way_out = "Put it on storage that every node has at the same path, or give --ship-weights."
     try:
         model = open_model(files.model, base_gguf=files.base_gguf)
@@ -144,4 +154,4 @@ def _opened(files: StoredFiles) -> tuple[Model, Guidance]:
     if model.fingerprint != files.fingerprint or (files.use_moments and moments is None):
         what = "second moments" if model.fingerprint == files.fingerprint else "checkpoint"
         raise ClusterError(f"{where}: {files.model} or the files of its calibration have another {what}. {way_out}")
-    return model, guidance_of(stats, moments, dict(files.protected))
+    return model, stats, moments

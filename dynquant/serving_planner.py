@@ -105,22 +105,48 @@ def choose_schemes(
         unit: _options(table, linears, candidates_of(linears, schemes, mixed_experts=mixed_experts))
         for unit, linears in units.items()
     }
-    # An empty file has a header too; its padding is the 8 bytes.
-    fixed = bytes_at_most(checkpoint.others) + file_bytes([]) + 8
+    fixed = _fixed_bytes(checkpoint)
     smallest, largest = fixed + smallest_total(options), fixed + largest_total(options)
     limit = min(int(smallest * HEADROOM), largest) if budget is None else budget
-    if not smallest <= limit:
-        raise PlanError(_out_of_range(limit, smallest, largest, schemes))
+    _check_range(limit, smallest, largest, schemes)
     chosen = allocate(options, limit - fixed)
     wanted = {unit: (option.type, _reason(table, units[unit], option.type)) for unit, option in chosen.items()}
     return wanted, total_cost(chosen)
+
+
+def check_schemes_budget(
+    checkpoint: ServedCheckpoint, schemes: Sequence[str], budget: int, *, mixed_experts: bool
+) -> None:
+    """Refuse a budget that `choose_schemes` would refuse, before anything is measured.
+
+    Raises:
+        PlanError: as `choose_schemes`.
+    """
+    sizes = [
+        [
+            _layer_bytes(linears, scheme, group)
+            for scheme, group in candidates_of(linears, schemes, mixed_experts=mixed_experts).items()
+        ]
+        for linears in units_of(checkpoint, mixed_experts=mixed_experts).values()
+    ]
+    smallest, largest = (_fixed_bytes(checkpoint) + sum(map(extreme, sizes)) for extreme in (min, max))
+    _check_range(budget, smallest, largest, schemes)
+
+
+def _fixed_bytes(checkpoint: ServedCheckpoint) -> int:
+    """Of what has no choice. An empty file has a header too; its padding is the 8 bytes."""
+    return bytes_at_most(checkpoint.others) + file_bytes([]) + 8
+
+
+def _layer_bytes(linears: Sequence[LinearLayer], scheme: Scheme, group: int) -> int:
+    return sum(bytes_at_most(tensors_of_layer(linear, scheme, group)) for linear in linears)
 
 
 def _options(table: ErrorTable, linears: Sequence[LinearLayer], found: Mapping[Scheme, int]) -> list[Option]:
     options = []
     for scheme, group in found.items():
         rows = [table.row(linear.name, scheme.name) for linear in linears]
-        size = sum(bytes_at_most(tensors_of_layer(linear, scheme, group)) for linear in linears)
+        size = _layer_bytes(linears, scheme, group)
         options.append(Option(size, sum(table.cost(row) for row in rows if row is not None), scheme.name))
     return options
 
@@ -184,10 +210,11 @@ def _reason(table: ErrorTable, linears: Sequence[LinearLayer], scheme: str) -> s
     return f"best use of the budget{with_others}; {table.cost_name} {cost:.2e}"
 
 
-def _out_of_range(budget: int, smallest: int, largest: int, schemes: Sequence[str]) -> str:
-    return (
-        f"The budget of {budget:,} bytes is below the smallest possible size. With the schemes "
-        f"{', '.join(schemes)}, and embedding, head and routers in BF16, this model takes between {smallest:,} and "
-        f"{largest:,} bytes. Ask for a size between them, or quantize embedding and head as well with GGUF types "
-        "(-f gguf)."
-    )
+def _check_range(budget: int, smallest: int, largest: int, schemes: Sequence[str]) -> None:
+    if budget < smallest:
+        raise PlanError(
+            f"The budget of {budget:,} bytes is below the smallest possible size. With the schemes "
+            f"{', '.join(schemes)}, and embedding, head and routers in BF16, this model takes between {smallest:,} and "
+            f"{largest:,} bytes. Ask for a size between them, or quantize embedding and head as well with GGUF types "
+            "(-f gguf)."
+        )

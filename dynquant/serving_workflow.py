@@ -25,7 +25,7 @@ from dynquant.second_moments import load_beside, path_beside
 from dynquant.serving_building import preset_schemes, serving_plan
 from dynquant.serving_layers import ServedCheckpoint, served_checkpoint
 from dynquant.serving_plan import ServingPlan
-from dynquant.serving_planner import choose_schemes, measure_schemes
+from dynquant.serving_planner import check_schemes_budget, choose_schemes, measure_schemes
 from dynquant.serving_schemes import SCHEMES, serving_scheme
 from dynquant.statistics import CalibrationStats
 from dynquant.workflow import open_language_model, statistics_of
@@ -80,14 +80,15 @@ def plan_for_vllm(
     model = open_language_model(path)
     checkpoint = served_checkpoint(model)
     preset = preset_schemes(target.preset, checkpoint) if target.preset else None
+    budget = target.budget(model.num_weights)
+    if budget is not None:
+        check_schemes_budget(checkpoint, schemes, budget, mixed_experts=target.mixed_experts)
     stats, stats_hash = statistics_of(model, options, directory, stats_path)
     if preset is not None:
         made = serving_plan(model, checkpoint, preset, recipe=target.recipe, stats_hash=stats_hash)
     else:
         table = _table(model, checkpoint, stats, stats_hash, options, directory)
-        wanted, cost = choose_schemes(
-            table, checkpoint, schemes, target.budget(model.num_weights), mixed_experts=target.mixed_experts
-        )
+        wanted, cost = choose_schemes(table, checkpoint, schemes, budget, mixed_experts=target.mixed_experts)
         made = serving_plan(
             model, checkpoint, wanted,
             recipe=target.recipe, mixed_experts=target.mixed_experts, stats_hash=stats_hash, schemes=schemes,

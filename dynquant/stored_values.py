@@ -34,7 +34,20 @@ class StoredValues:
         """The values; FP8 is scaled in float32 and rounded once."""
         if self.scale is None:
             return self.data.to(dtype)
-        values = self.data.to(torch.float32)
+        return self._scaled(self.data.to(torch.float32)).to(dtype)
+
+    def write_to(self, out: Tensor) -> None:
+        """Give a tensor of the same shape the values, as `to` its type."""
+        if self.scale is None:
+            out.copy_(self.data)
+        elif out.dtype == torch.float32:
+            self._scaled(out.copy_(self.data))
+        else:
+            out.copy_(self.to(out.dtype))
+
+    def _scaled(self, values: Tensor) -> Tensor:
+        """Multiplies float32 values of `data` with their scales, in place."""
+        assert self.scale is not None
         block_rows, block_columns = self.block
         columns = values.shape[-1]
         for number in range(self.scale.shape[-2]):
@@ -42,7 +55,7 @@ class StoredValues:
             values.narrow(-2, number * block_rows, min(block_rows, values.shape[-2] - number * block_rows)).mul_(
                 scales.unsqueeze(-2)
             )
-        return values.to(dtype)
+        return values
 
     def moved(self, device: torch.device | str) -> "StoredValues":
         """The same on another device."""

@@ -6,13 +6,18 @@ Each stage reuses its output file when that file was made from the same inputs, 
 import json
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 
-from dynquant import console
+from dynquant import __version__, console
+from dynquant.analysis.error_journal import ErrorJournal
 from dynquant.analysis.error_table import ErrorTable
 from dynquant.analysis.measure_errors import build_error_table
+from dynquant.analysis.remote_errors import RemoteErrors
 from dynquant.analysis.selection import Selection
 from dynquant.analysis.super_weights import SuperWeight
 from dynquant.analysis.unit_kl import METHOD as UNIT_KL
@@ -20,6 +25,7 @@ from dynquant.architecture import Role
 from dynquant.artifacts import file_hash
 from dynquant.calibration_stage import CalibrationOptions, run_calibration, run_probe, streaming_limit
 from dynquant.checkpoint import open_model
+from dynquant.codecs.encoder import Encoder
 from dynquant.devices import chosen_device
 from dynquant.encoded_store import EncodedStore
 from dynquant.errors import CheckpointError, ExportError, PlanError
@@ -27,7 +33,7 @@ from dynquant.importance import coverage_report
 from dynquant.model import Model
 from dynquant.plan import Plan, write_atomically
 from dynquant.plan_building import plan_from_types
-from dynquant.plan_choice import Chooser
+from dynquant.plan_choice import Chooser, check_budget
 from dynquant.plan_report import (
     ERRORS_NAME,
     PLAN_NAME,
@@ -42,8 +48,10 @@ from dynquant.plan_target import Target
 from dynquant.planner import FLOOR_PRICE
 from dynquant.presets import R1_RECIPES, preset_types
 from dynquant.quant_types import quant_type
-from dynquant.quantize import load_encoder
+from dynquant.quantize import encoder_version, load_encoder
+from dynquant.ray_pool import open_ray
 from dynquant.recipe_parser import recipe_types
+from dynquant.remote_encoding import EncoderChoice, StoredFiles
 from dynquant.search_stage import encoded_store, search_plans
 from dynquant.second_moments import path_beside
 from dynquant.statistics import CalibrationStats
@@ -138,13 +146,32 @@ def analyze(
     encoder: str = "ggml",
     threads: int | None = None,
     base_gguf: Path | None = None,
+    ray: str | None = None,
 ) -> ErrorTable:
     """Write errors.json and errors.csv."""
     model = open_and_announce(path, base_gguf)
     stats = CalibrationStats.load(stats_path)
-    table = _measure(model, stats, file_hash(stats_path), types or DEFAULT_TYPES, output, encoder, threads)
+    cluster = _Cluster(ray, stats_path, base_gguf) if ray else None
+    table = _measure(
+        model, stats, file_hash(stats_path), types or DEFAULT_TYPES, output, encoder, threads, cluster=cluster
+    )
     console.out.print(f"{output}: {len(table.tensors())} tensors, {len(table.rows)} rows")
     return table
+
+
+@dataclass(frozen=True)
+class _Cluster:
+    """Where an error table is measured, and what its nodes read."""
+
+    address: str
+    stats: Path
+    base_gguf: Path | None
+
+    @contextmanager
+    def measuring(self, model: Model, encoder: Encoder, threads: int) -> Iterator[RemoteErrors]:
+        files = StoredFiles.of(model, base_gguf=self.base_gguf, stats=self.stats, use_moments=False, protected={})
+        with open_ray(self.address) as pool:
+            yield RemoteErrors(pool, EncoderChoice.of(encoder, "cpu", threads), files)
 
 
 def _measure(
@@ -156,16 +183,29 @@ def _measure(
     encoder: str,
     threads: int | None,
     store: EncodedStore | None = None,
+    known: ErrorTable | None = None,
+    cluster: _Cluster | None = None,
 ) -> ErrorTable:
-    names = [quant_type(name).name for name in types]
-    kept = "encoded tensors are kept" if store else "the errors measured so far are lost"
-    with console.stage_progress(f"Statistics are kept; {kept}.") as progress:
-        table = build_error_table(
-            model, stats, names, load_encoder(encoder), stats_hash=stats_hash, threads=threads, store=store,
-            progress=progress,
-        )  # fmt: skip
-    output.parent.mkdir(parents=True, exist_ok=True)
-    table.save(output)
+    """Write the table, with the rows of `known` for other types; goes on where an interrupted run stopped."""
+    names, loaded = [quant_type(name).name for name in types], load_encoder(encoder)
+    identity = {
+        "tool": __version__, "fingerprint": model.fingerprint, "stats": stats_hash, "types": " ".join(names),
+        "encoder": f"{loaded.name} {encoder_version(loaded)}", "store": store.directory.name if store else "",
+    }  # fmt: skip
+    with (
+        ErrorJournal(output, identity) as journal,
+        cluster.measuring(model, loaded, threads or 1) if cluster else nullcontext() as elsewhere,
+    ):
+        if journal.num_found:
+            console.note(f"going on with the interrupted {output.name}, {journal.num_found} parts of tensors are there")
+        with console.stage_progress("Statistics and the errors measured so far are kept.") as progress:
+            table = build_error_table(
+                model, stats, names, loaded, stats_hash=stats_hash, threads=threads, store=store, journal=journal,
+                elsewhere=elsewhere, progress=progress,
+            )  # fmt: skip
+        table = table if known is None else known.extended_by(table)
+        table.save(output)
+        journal.remove()
     return table
 
 
@@ -190,7 +230,12 @@ def plan(
     fixed_types = _fixed_types(target, model)
     memory = target.memory(model)
     types = _candidates(target, fixed_types)
+    check = partial(check_budget, model, target, _known_types(directory, types), memory)
+    if fixed_types is None:
+        check(CalibrationStats.load(stats_path) if stats_path is not None else None)
     stats, stats_hash = statistics_of(model, options, directory, stats_path)
+    if fixed_types is None:
+        check(stats)
     searches = search is not None and search.runs_model and fixed_types is None
     if searches and options.samples is not None and search.runs_on_text:
         raise PlanError(
@@ -204,7 +249,8 @@ def plan(
             "is streamed, or on a machine with that much memory and without --max-memory."
         )
     store = encoded_store(model, stats, stats_hash, directory, encoder, threads) if searches else None
-    table = _table_of(model, stats, stats_hash, types, directory, encoder, threads, store)
+    cluster = _Cluster(options.ray, directory / STATS_NAME, base_gguf) if options.ray and store is None else None
+    table = _table_of(model, stats, stats_hash, types, directory, encoder, threads, store, cluster)
     supers, table = _probe(model, stats, table, options, directory)
     write_token_errors(model, stats_path or directory / STATS_NAME, directory, types, encoder)
     chooser = Chooser(model, target, stats, stats_hash, table, supers, memory)
@@ -356,6 +402,12 @@ def _candidates(target: Target, preset: dict[str, tuple[str, str]] | None) -> tu
     return tuple(dict.fromkeys((*wanted, *of_preset)))
 
 
+def _known_types(directory: Path, types: Sequence[str]) -> tuple[str, ...]:
+    """Candidate types, and those of a table that is there already."""
+    path = directory / ERRORS_NAME
+    return tuple(dict.fromkeys((*types, *(ErrorTable.load(path).types if path.is_file() else ()))))
+
+
 def statistics_of(
     model: Model, options: CalibrationOptions, directory: Path, stats_path: Path | None
 ) -> tuple[CalibrationStats, str]:
@@ -413,6 +465,7 @@ def _table_of(
     encoder: str,
     threads: int | None,
     store: EncodedStore | None,
+    cluster: _Cluster | None,
 ) -> ErrorTable:
     """The error table in the directory, extended by types that it lacks; measured anew when the statistics changed."""
     path = directory / ERRORS_NAME
@@ -422,13 +475,11 @@ def _table_of(
         encoder,
         model.fingerprint,
     ):
-        return _measure(model, stats, stats_hash, types, path, encoder, threads, store)
+        return _measure(model, stats, stats_hash, types, path, encoder, threads, store, cluster=cluster)
     missing = [name for name in types if name not in known.types]
     console.note(f"reusing {path}" + (f", adding {', '.join(missing)}" if missing else ""))
     if missing:
-        added = _measure(model, stats, stats_hash, missing, path, encoder, threads, store)
-        known = known.extended_by(added)
-        known.save(path)
+        return _measure(model, stats, stats_hash, missing, path, encoder, threads, store, known, cluster)
     return known
 
 

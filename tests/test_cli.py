@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dynquant import calibration_stage
+from dynquant.checkpoint import open_model
 from dynquant.plan import Plan
+from dynquant.statistics import CalibrationStats, StatsProvenance
 from tests.helpers.commands import command, refused, run, run_alone
 
 TOKENS = "2048"
@@ -37,6 +39,11 @@ def damaged(small_moe, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(small_moe, copy)
     return copy
+
+
+def save_empty_statistics(model, path):
+    """Statistics of this checkpoint that saw no input."""
+    CalibrationStats(StatsProvenance(fingerprint=model.fingerprint, text_hash="0" * 64, text_name="none")).save(path)
 
 
 @pytest.mark.slow
@@ -133,6 +140,25 @@ def test_budgets_outside_the_possible_range_name_both_ends(planned, small_moe):
     for size, words in (("1MB", "below the smallest"), ("10GB", "above the largest")):
         message = refused(*common, "--size", size)
         assert words in message and message.count(",") >= 4
+
+
+@pytest.mark.parametrize(
+    "more", [(), ("--max-memory", "4GB"), ("--stats", "given")], ids=["whole", "streamed", "stats"]
+)
+def test_budgets_that_no_type_meets_are_refused_before_anything_is_measured(small_moe, tmp_path, more):
+    if "--stats" in more:
+        save_empty_statistics(open_model(small_moe), tmp_path / "stats.safetensors")
+        more = ("--stats", tmp_path / "stats.safetensors")
+    for size, words in (("1MB", "below the smallest"), ("10GB", "above the largest")):
+        message = refused("plan", small_moe, "--types", TYPES, *more, "--size", size, "-o", tmp_path / "plan")
+        assert words in message and "between" in message
+    assert "for the weights, and the smallest plan" in refused(
+        "plan", small_moe, "--types", "q8_0", *more, "--fits", "570MB", "--context", "256", "-o", tmp_path / "plan"
+    )
+    assert "below the smallest" in refused(
+        "plan", small_moe, "--for", "vllm", *more, "--size", "1MB", "-o", tmp_path / "plan"
+    )
+    assert not (tmp_path / "plan").exists()
 
 
 @pytest.mark.slow

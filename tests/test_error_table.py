@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import gguf
@@ -10,8 +12,10 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFValueType
 
+from dynquant.analysis import measure_errors
+from dynquant.analysis.error_journal import ErrorJournal
 from dynquant.analysis.error_table import ErrorRow, ErrorTable
-from dynquant.analysis.measure_errors import build_error_table
+from dynquant.analysis.measure_errors import build_error_table, unmeasured_table
 from dynquant.errors import PlanError, StatsError
 from dynquant.gguf_source import MetadataField
 from dynquant.importance import importance
@@ -155,6 +159,105 @@ def test_statistics_of_another_model_are_refused(model, stats):
     other = CalibrationStats(stats.provenance.model_copy(update={"fingerprint": "e" * 64}))
     with pytest.raises(StatsError, match="eeeeeeeeeeee"):
         build_error_table(model, other, ("Q8_0",), NumpyEncoder(), stats_hash="s")
+
+
+def test_the_sizes_are_known_before_anything_is_measured(model, stats, table):
+    before = unmeasured_table(model, stats, ("Q4_0", "Q8_0", "Q4_K"))
+    known = [(row.name, row.role, row.layer, row.type, row.wanted, row.bytes) for row in table.rows]
+    assert [(row.name, row.role, row.layer, row.type, row.wanted, row.bytes) for row in before.rows] == known
+
+
+class StoppedError(Exception):
+    """Stands for whatever ends a run."""
+
+
+class CountingEncoder(NumpyEncoder):
+    """Stops at the call number `stop`."""
+
+    def __init__(self, stop=None):
+        self.calls, self.stop = 0, stop
+
+    def encode(self, *args, **options):
+        if self.calls == self.stop:
+            raise StoppedError
+        self.calls += 1
+        return super().encode(*args, **options)
+
+
+@pytest.mark.parametrize("experts_at_once", [1, 8])
+def test_an_interrupted_table_goes_on_to_the_same_bytes(model, stats, tmp_path, monkeypatch, experts_at_once):
+    monkeypatch.setattr(measure_errors, "WEIGHTS_IN_MEMORY", experts_at_once * 8 * 64)
+    path, identity = tmp_path / "errors.json", {"types": "Q4_0 Q8_0 Q4_K"}
+
+    def measure(encoder, journal=None):
+        return build_error_table(model, stats, ("Q4_0", "Q8_0", "Q4_K"), encoder, stats_hash="s", journal=journal)
+
+    undisturbed = CountingEncoder()
+    whole = measure(undisturbed).model_dump_json()
+    per_part = 4  # Q4_0, Q8_0, Q5_0 and the float type
+    for stop in range(1, undisturbed.calls, 3):
+        with pytest.raises(StoppedError), ErrorJournal(path, identity) as journal:
+            measure(CountingEncoder(stop), journal)
+        rest = CountingEncoder()
+        with ErrorJournal(path, identity) as journal:
+            assert journal.num_found == stop // per_part
+            assert measure(rest, journal).model_dump_json() == whole
+            journal.remove()
+        assert rest.calls == undisturbed.calls - stop // per_part * per_part
+        assert not list(tmp_path.iterdir())
+
+
+_LARGE = """
+import torch
+from pathlib import Path
+from dynquant.analysis import measure_errors
+from dynquant.memory_limit import resident_memory
+from dynquant.model import Model
+from dynquant.quantize import load_encoder
+from dynquant.statistics import CalibrationStats, StatsProvenance
+from dynquant.tensor_source import DictSource
+
+torch.set_num_threads(1)
+measure_errors.WEIGHTS_IN_MEMORY = 1 << 18
+stack = torch.ones(1, dtype=torch.bfloat16).expand(96, 512, 512)
+source = DictSource({f"blk.{layer}.ffn_up_exps.weight": stack for layer in range(2)})
+stats = CalibrationStats(StatsProvenance(fingerprint=source.fingerprint, text_hash="0" * 64, text_name="none"))
+seen = []
+measure_errors.build_error_table(
+    Model(Path("made up"), source, (), lambda name: (name,)), stats, ("Q8_0", "Q4_0"), load_encoder("ggml"),
+    stats_hash="", threads=1, progress=lambda *_, **__: seen.append(resident_memory()),
+)
+print(len(seen), max(seen) - seen[len(seen) // 8])
+"""
+
+
+def test_memory_does_not_grow_with_the_number_of_parts():
+    done = subprocess.run([sys.executable, "-c", _LARGE], capture_output=True, text=True, check=True, cwd="/")
+    steps, growth = map(int, done.stdout.split())
+    assert steps == 2 * 96 * (3 + 1)
+    assert growth < 32 << 20  # of 192 parts of 1 MiB, each with several arrays of it; their results are a few numbers
+
+
+def test_only_whole_lines_of_the_same_table_count(model, stats, tmp_path):
+    path = tmp_path / "errors.json"
+    with ErrorJournal(path, {"types": "Q8_0"}) as journal:
+        build_error_table(model, stats, ("Q8_0",), NumpyEncoder(), stats_hash="s", journal=journal)
+    lines = journal.path.read_text().splitlines(keepends=True)
+    assert len(lines) == 4
+
+    def found(content, **identity):
+        journal.path.write_text(content)
+        with ErrorJournal(path, {"types": "Q8_0"} | identity) as again:
+            return again.num_found
+
+    assert found("".join(lines)) == 3
+    assert found("".join(lines)[:-10]) == 2
+    assert found("".join([*lines[:2], lines[2].replace('"experts": [0, 1]', '"experts": [0, 2]'), lines[3]])) == 1
+    assert found("".join(lines), types="Q4_0") == 0
+    assert found("not a journal\n") == 0
+    (tmp_path / "file").touch()
+    with pytest.raises(PlanError, match=r"errors\.json\.journal, which keeps .* cannot be written"):
+        ErrorJournal(tmp_path / "file" / "errors.json", {})
 
 
 def test_restricted_to(table):

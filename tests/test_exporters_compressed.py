@@ -19,7 +19,7 @@ from dynquant.model import Model
 from dynquant.serving_building import serving_plan, units_of
 from dynquant.serving_layers import served_checkpoint
 from dynquant.serving_plan import ServingPlan
-from dynquant.serving_planner import choose_schemes
+from dynquant.serving_planner import check_schemes_budget, choose_schemes
 from dynquant.serving_schemes import SCHEMES
 from dynquant.tensor_source import DictSource
 from tests.helpers.commands import run
@@ -251,8 +251,12 @@ def test_budgets_hold_and_fused_layers_share_their_scheme(priced, deepseek, mixe
 
 
 def test_budgets_below_the_smallest_size_name_the_range(priced):
-    with pytest.raises(PlanError, match=r"budget of 100,000 bytes is below .* between 9,\d+,\d+ and"):
-        choose_schemes(priced[1], priced[0], tuple(LOSSES), 100_000, mixed_experts=False)
+    for mixed in (False, True):
+        with pytest.raises(PlanError, match=r"budget of 100,000 bytes is below .* between 9,\d+,\d+ and") as measured:
+            choose_schemes(priced[1], priced[0], tuple(LOSSES), 100_000, mixed_experts=mixed)
+        with pytest.raises(PlanError) as before:
+            check_schemes_budget(priced[0], tuple(LOSSES), 100_000, mixed_experts=mixed)
+        assert str(before.value) == str(measured.value)
 
 
 def typed(*arguments):

@@ -97,11 +97,16 @@ def test_interrupted_plan_goes_on_to_the_same_files(small_moe, tmp_path, monkeyp
     assert "in calibrate at" in line and "lost" in line and str(broken) in line
     assert not broken.exists() or not list(broken.iterdir())
     line = interrupted(arguments(broken), tmp_path / "progress.jsonl", "measuring errors", at=0.2)
-    assert "in measuring errors at" in line and "Statistics are kept" in line
-    assert [file.name for file in broken.iterdir()] == ["stats.safetensors"]
+    assert "in measuring errors at" in line and "Statistics and the errors measured so far are kept" in line
+    assert sorted(file.name for file in broken.iterdir()) == ["errors.json.journal", "stats.safetensors"]
+    measured = (broken / "errors.json.journal").read_text().splitlines()[1:]
+    assert measured
     for directory in (broken, whole):
         done = run(*arguments(directory))
         assert done.returncode == 0, done.stderr
+        goes_on = f"going on with the interrupted errors.json, {len(measured)} parts"
+        assert (goes_on in done.stderr) == (directory == broken)
+        assert not (directory / "errors.json.journal").exists()
     assert "reusing" in run(*arguments(broken)).stderr
     for name in ("stats.safetensors", "errors.json", "plan.json", "super_weights.json"):
         assert (broken / name).read_bytes() == (whole / name).read_bytes(), name

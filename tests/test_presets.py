@@ -37,8 +37,26 @@ QWEN3_235B = {
     "rope_theta": 1000000.0, "tie_word_embeddings": False, "hidden_act": "silu", "attention_bias": False,
 }  # fmt: skip
 KIMI_K2 = {
-    **DEEPSEEK_R1, "vocab_size": 163840, "num_attention_heads": 64, "num_key_value_heads": 64, "n_routed_experts": 384,
+    **DEEPSEEK_R1, "model_type": "kimi_k2", "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
+    "vocab_size": 163840, "num_attention_heads": 64, "num_key_value_heads": 64, "n_routed_experts": 384,
     "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.827,
+}  # fmt: skip
+LLAMA4_SCOUT_TEXT = {
+    "model_type": "llama4_text", "vocab_size": 202048, "hidden_size": 5120, "intermediate_size": 8192,
+    "intermediate_size_mlp": 16384, "num_hidden_layers": 48, "num_attention_heads": 40, "num_key_value_heads": 8,
+    "head_dim": 128, "num_local_experts": 16, "num_experts_per_tok": 1, "interleave_moe_layer_step": 1,
+    "max_position_embeddings": 10485760, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "hidden_act": "silu",
+    "rope_scaling": {
+        "rope_type": "llama3", "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+    },
+}  # fmt: skip
+LLAMA4_SCOUT = {
+    "architectures": ["Llama4ForConditionalGeneration"], "model_type": "llama4", "text_config": LLAMA4_SCOUT_TEXT,
+    "vision_config": {"model_type": "llama4_vision_model"},
+}  # fmt: skip
+LLAMA4_MAVERICK = {
+    **LLAMA4_SCOUT, "text_config": LLAMA4_SCOUT_TEXT | {"num_local_experts": 128, "interleave_moe_layer_step": 2},
 }  # fmt: skip
 LLAMA3_8B = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096,
@@ -148,16 +166,48 @@ def test_names_of_an_index_are_held_to_the_configuration(tmp_path):
     [
         (QWEN3_235B, "r1-iq1_s", 235_093_634_560, {"IQ1_S": 276, "IQ2_XXS": 6}),
         (KIMI_K2, "r1-iq1_s", 1_026_408_232_448, {"IQ1_S": 174, "IQ2_XXS": 6}),
+        (LLAMA4_SCOUT, "r1-iq1_s", 107_769_861_184, {"IQ1_S": 138, "IQ2_XXS": 6, "Q5_K": 96}),
+        (LLAMA4_SCOUT_TEXT, "r1-iq1_s", 107_769_861_184, {"IQ1_S": 138, "IQ2_XXS": 6, "Q5_K": 96}),
+        (LLAMA4_MAVERICK, "r1-iq1_s", 400_711_849_024, {"IQ1_S": 66, "IQ2_XXS": 6, "Q5_K": 48}),
         (LLAMA3_8B, "uniform-q4_k", 8_030_261_248, {"Q4_K": 226}),
         (LLAMA3_8B, "llama-q4_k_m", 8_030_261_248, {"Q4_K": 193, "Q6_K": 33}),
     ],
-    ids=["qwen3-235b-r1", "kimi-k2-r1", "llama3-8b-uniform", "llama3-8b-q4_k_m"],
+    ids=[
+        "qwen3-235b-r1",
+        "kimi-k2-r1",
+        "llama-4-scout-r1",
+        "llama-4-scout-text-r1",
+        "llama-4-maverick-r1",
+        "llama3-8b-uniform",
+        "llama3-8b-q4_k_m",
+    ],
 )
 def test_other_families_are_sized_from_their_configuration(tmp_path, config, preset, weights, types):
     (tmp_path / "config.json").write_text(json.dumps(config))
     plan = plan_from_config(tmp_path, Target(preset=preset))
     assert plan.num_weights == weights
     assert types.items() <= plan.histogram().items()
+
+
+def test_llama_4_is_its_language_model(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA4_MAVERICK))
+    model = open_config(tmp_path)
+    assert (model.arch, model.hyper.n_expert, model.hyper.n_expert_used) == ("llama4", 128, 1)
+    shapes = {name: model.source.info(name).shape for name in model.source.names()}
+    assert shapes["blk.0.ffn_up.weight"] == (16384, 5120) and "blk.0.ffn_up_exps.weight" not in shapes
+    assert shapes["blk.1.ffn_up_exps.weight"] == (128, 8192, 5120) and "blk.1.ffn_up.weight" not in shapes
+    assert shapes["blk.1.ffn_down_shexp.weight"] == (5120, 8192)
+    names = {f"language_model.{part}" for name in shapes for part in model.source.checkpoint_names(name)}
+    index_of(tmp_path, names | {"vision_model.class_embedding"})
+    with pytest.warns(UserWarning, match="1 tensors are left out .*vision tower"):
+        assert open_config(tmp_path).source.names() == model.source.names()
+
+
+@pytest.mark.parametrize("config", [LLAMA4_SCOUT_TEXT, KIMI_K2], ids=["llama4_text", "kimi_k2"])
+def test_what_is_only_sized_is_not_converted(tmp_path, config):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=f"model_type '{config['model_type']}', which dynquant cannot convert"):
+        open_model(tmp_path)
 
 
 def test_unknown_families_are_refused_with_the_way_out(tmp_path):

@@ -5,6 +5,9 @@ import sys
 import pytest
 import torch
 
+from dynquant.analysis.error_journal import ErrorJournal
+from dynquant.analysis.measure_errors import build_error_table
+from dynquant.analysis.remote_errors import RemoteErrors
 from dynquant.calibration import collect_statistics, windows_of
 from dynquant.checkpoint import open_model
 from dynquant.errors import CheckpointError, ClusterError
@@ -102,6 +105,39 @@ def test_another_checkpoint_or_version_on_a_node_is_refused_and_what_is_done_kep
     with pytest.raises(ClusterError, match=r"Install the same versions"):
         remote = RemoteEncoding(pool, other, TaskNeeds(), encoding(pool, moe).files)
         next(iter(remote(LIMITS.parts("output_norm.weight", (256,), plan.entries[0].quant_type))))
+
+
+def test_an_error_table_of_a_cluster_is_the_local_one_and_goes_on(cluster, pool, moe, text, one_thread, tmp_path):
+    stats = measured(moe, text, "none").stats
+    stats.save(tmp_path / "stats.safetensors")
+    files = StoredFiles.of(moe, base_gguf=None, stats=tmp_path / "stats.safetensors", use_moments=False, protected={})
+    remote = RemoteErrors(pool, EncoderChoice.of(GGML, "cpu", 1), files)
+    doomed = list(cluster.worker_nodes)
+
+    def table(progress=None, **options):
+        return build_error_table(moe, stats, ("Q4_0", "Q8_0"), GGML, stats_hash="s", progress=progress, **options)
+
+    def stop(_stage, done, total, **_):
+        if done > total / 3:
+            raise StoppedError
+
+    def kill(_stage, done, total, **_):
+        if done > total / 2 and doomed:
+            cluster.remove_node(doomed.pop(), allow_graceful=False)
+
+    with pytest.raises(StoppedError), ErrorJournal(tmp_path / "errors.json", {}) as journal:
+        table(stop, elsewhere=remote, journal=journal)
+    try:
+        with ErrorJournal(tmp_path / "errors.json", {}) as journal:
+            assert journal.num_found
+            found = table(kill, elsewhere=remote, journal=journal)
+    finally:
+        cluster.add_node(num_cpus=1)
+    assert not doomed and found.model_dump_json() == table().model_dump_json()
+
+
+class StoppedError(Exception):
+    """Stands for whatever ends a run."""
 
 
 def test_results_keep_the_order_of_items_when_asked(pool):

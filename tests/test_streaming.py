@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +22,8 @@ from dynquant.layer_stream import LayerStream
 from dynquant.memory_limit import Workload, fit_within
 from dynquant.model import Model
 from dynquant.staged_passes import StagedPasses
+from dynquant.stored_experts import StoredExperts
+from dynquant.stored_values import StoredValues
 from dynquant.streamed_calibration import StreamedCalibration, calibrate_streamed
 from tests.helpers.commands import run
 from tests.helpers.tiny_models import TINY, save_tiny
@@ -206,6 +210,38 @@ def test_reading_ahead_and_experts_are_given_up_for_memory(small_moe, tmp_path, 
         fit_within(stream, limit, work)
         chosen.append((stream.keeps_experts, stream.reads_ahead))
     assert list(dict.fromkeys(chosen)) == [(False, False), (False, True), (True, False), (True, True)]
+
+
+_PRODUCTS = """
+import torch
+from torch.nn import functional
+from dynquant.memory_limit import resident_memory
+from dynquant.stored_experts import StoredExperts
+from dynquant.stored_values import StoredValues
+
+kept = StoredValues(torch.zeros(64, 2048, 1024, dtype=torch.bfloat16))
+experts = StoredExperts((64, 2048, 1024), torch.float32, "cpu", None, torch.empty(2048 * 1024), (kept,))
+x = torch.zeros(64, 1024, requires_grad=True)
+before, outputs = resident_memory(), []
+for expert in range(64):
+    product = experts.product(x.clone(), expert)
+    outputs.append(functional.silu(product) * product)
+print(resident_memory() - before)
+"""
+
+
+def test_matrices_of_experts_leave_no_holes_among_what_a_backward_pass_keeps():
+    done = subprocess.run([sys.executable, "-c", _PRODUCTS], capture_output=True, text=True, check=True, cwd="/")
+    matrix, outputs = 4 * 2048 * 1024, 3 * 64 * 64 * 4 * 2048
+    assert int(done.stdout) < outputs + 8 * matrix  # 64 matrices lay there once
+
+
+def test_a_matrix_of_an_expert_outlives_the_next_product():
+    values = torch.arange(24, dtype=torch.bfloat16).view(2, 3, 4)
+    experts = StoredExperts((2, 3, 4), torch.float32, "cpu", None, torch.empty(12), (StoredValues(values),))
+    first, x = experts[0], torch.ones(1, 4)
+    assert torch.equal(experts.product(x, 1), x @ values[1].float().T)
+    assert torch.equal(first, values[0].float())
 
 
 def test_hidden_states_need_space(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from dynquant.families.config import Config, read_config, read_json
 from dynquant.families.deepseek import add_deepseek_tensors, write_deepseek_keys
 from dynquant.families.gemma import add_gemma3_tensors, write_gemma3_keys
 from dynquant.families.llama import add_llama_tensors, write_llama_keys
+from dynquant.families.llama4 import add_llama4_tensors, write_llama4_keys
 from dynquant.families.metadata import recorded_fields, write_general_keys
 from dynquant.families.qwen import add_qwen_tensors, write_qwen_keys
 from dynquant.families.recipe import RecipeSource
@@ -51,6 +52,12 @@ FAMILIES: dict[str, Family] = {
 }
 """Families by `model_type` of config.json."""
 
+_LLAMA4 = Family("llama4", write_llama4_keys, add_llama4_tensors)
+_SIZED_FAMILIES = FAMILIES | {"llama4": _LLAMA4, "llama4_text": _LLAMA4, "kimi_k2": FAMILIES["deepseek_v3"]}
+"""Families whose configuration is enough: what `open_config` knows."""
+_SAME_CONFIG = {"kimi_k2": "deepseek_v3"}
+"""Types that transformers does not have -> the type that has the same configuration and tensors."""
+
 
 def open_hf(directory: Path) -> "Model":
     """Open a Hugging Face checkpoint; nothing but headers, configuration and tokenizer is read.
@@ -80,7 +87,7 @@ def open_config(directory: Path, *, whole_kv_b: bool = False) -> "Model":
     Raises:
         CheckpointError: missing or damaged files, an unknown architecture, or an index of another model.
     """
-    config = read_config(directory, FAMILIES)
+    config = read_config(directory, _SIZED_FAMILIES, same_as=_SAME_CONFIG)
     book = RecipeBook(config, None, names=_indexed_names(directory), whole_kv_b=whole_kv_b)
     book.drop(lambda name: name.endswith("_scale_inv"), "they scale weights that are stored as FP8.")
     return _build(directory, book, None)
@@ -93,14 +100,14 @@ def _indexed_names(directory: Path) -> list[str] | None:
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict):
         raise CheckpointError(f"{index} has no `weight_map`, so it is not a safetensors index. Fetch it again.")
-    return list(names)
+    return [name.removeprefix("language_model.") for name in names]
 
 
 def _build(directory: Path, book: RecipeBook, checkpoint: TensorSource | None) -> "Model":
     from dynquant.model import Model
 
     config = book.config
-    family = FAMILIES[config.model_type]
+    family = _SIZED_FAMILIES[config.model_type]
     writer = gguf.GGUFWriter(None, family.arch)
     family.add_tensors(book)
     source = RecipeSource(checkpoint or _NoWeights(directory), book.finish())

@@ -5,7 +5,7 @@ would build. What a family cannot express in GGUF is refused here in one form, w
 """
 
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -107,8 +107,10 @@ def read_json(path: Path) -> dict[str, object]:
     return content
 
 
-def read_config(directory: Path, known: Collection[str]) -> Config:
-    """Read `config.json` and fill in transformers' defaults.
+def read_config(directory: Path, known: Collection[str], *, same_as: Mapping[str, str] | None = None) -> Config:
+    """Read `config.json` and fill in transformers' defaults; of a model with a vision tower, its language model's part.
+
+    `same_as` gives types that transformers does not have the type whose configuration they share.
 
     Raises:
         CheckpointError: missing or damaged file, a `model_type` not in `known`, or values that transformers refuses.
@@ -122,13 +124,20 @@ def read_config(directory: Path, known: Collection[str]) -> Config:
             f"{path} has model_type {raw['model_type']!r}, which dynquant cannot convert (it can: "
             f"{', '.join(sorted(known))}). {WAY_OUT}"
         )
-    return Config(path, {**raw, **_with_defaults(directory, raw)}, raw)
+    defaults = _with_defaults(directory, raw, (same_as or {}).get(raw["model_type"]))
+    text, own = defaults.get("text_config"), raw.get("text_config")
+    if isinstance(text, dict):
+        raw, defaults = own if isinstance(own, dict) else {}, text
+    return Config(path, {**raw, **defaults}, raw)
 
 
-def _with_defaults(directory: Path, raw: dict[str, object]) -> dict[str, object]:
+def _with_defaults(directory: Path, raw: dict[str, object], same_as: str | None) -> dict[str, object]:
     from transformers import AutoConfig
 
     try:
+        if same_as is not None:
+            values = {key: value for key, value in raw.items() if key not in ("model_type", "auto_map")}
+            return AutoConfig.for_model(same_as, **values).to_dict()
         return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True).to_dict()
     except Exception as error:  # transformers validates with many exception types, none of them a contract
         raise CheckpointError(

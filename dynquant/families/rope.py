@@ -55,14 +55,14 @@ def llama3_factors(config: Config, parameters: dict[str, object], head_dim: int)
     """Divisors of the base frequencies, float32 [head_dim / 2], for `rope_freqs.weight`.
 
     Wavelengths below original / high_freq_factor are kept, above original / low_freq_factor divided by `factor`, and
-    blended between (Llama 3.1).
+    blended between (Llama 3.1); Llama 4 has one bound for both.
     """
     factor, low, high = (_number(config, parameters, key) for key in ("factor", "low_freq_factor", "high_freq_factor"))
     original = _number(config, parameters, "original_max_position_embeddings")
     theta = _number(config, parameters, "rope_theta")
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
     turns = original / (2 * math.pi * theta**exponents)  # rotations within the original context
-    blend = ((turns - low) / (high - low)).clamp(0, 1)
+    blend = ((turns - low) / (high - low)).clamp(0, 1) if high > low else (turns > low).double()
     return (1 / (blend + (1 - blend) / factor)).to(torch.float32)
 
 
