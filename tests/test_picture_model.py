@@ -23,7 +23,6 @@ from tests.examples.picture_model.train import (
     train,
 )
 
-
 TRAINED = Path(__file__).parent / "examples" / "picture_model" / "trained"
 
 
