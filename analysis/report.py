@@ -43,6 +43,7 @@ from dynquant.analysis.selection import Selection
 from dynquant.errors import ExportError
 from dynquant.plan import Plan, PlanEntry, write_atomically
 from dynquant.statistics import CalibrationStats
+from dynquant.vision_names import LANGUAGE, part_of
 
 MAX_SVG_BYTES = 1_500_000
 """A larger SVG is embedded as PNG."""
@@ -194,7 +195,7 @@ def _tables(
             found = stand_outs(table, measure, types)
             tables[name] = stand_out_table(found, plan) if found else "<p>No tensor sticks out of its role.</p>"
     tables["super_weights"] = (
-        super_weight_table(super_weights, plan) if super_weights else "<p>No super weight was detected.</p>"
+        super_weight_table(super_weights, plan) if super_weights else f"<p>{_no_super_weight(plan)}</p>"
     )
     starved = starved_experts(stats)
     if starved:
@@ -203,6 +204,12 @@ def _tables(
     elif any(entry.role.is_routed_expert for entry in plan.entries) and stats is not None:
         tables["expert_heatmap"] = "<p>No expert is starved.</p>"
     return tables
+
+
+def _no_super_weight(plan: Plan) -> str:
+    if any(part_of(entry.name) != LANGUAGE for entry in plan.entries):
+        return "Super weights are looked for in text models only."
+    return "No super weight was detected."
 
 
 def _filter() -> str:

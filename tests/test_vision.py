@@ -221,6 +221,7 @@ def test_plan_and_evaluation_on_pictures(qwen, pictures, tmp_path):
     assert 0 < found["kl"]["value"] < 1 and found["samples"] == 3
     assert found["candidate_bytes"] == plan.predicted_bytes
     assert (plan_dir / "plots" / "token_errors.png").is_file()
-    assert "data:image/png;base64" in (plan_dir / "report.html").read_text()
+    page = (plan_dir / "report.html").read_text()
+    assert "data:image/png;base64" in page and "Super weights are looked for in text models only." in page
     same = run("eval", qwen, "--reference", qwen, "--tasks", "kl", "--data", questions, "--json", result)
     assert same.returncode == 0 and abs(json.loads(result.read_text())["kl"]["value"]) < 1e-6
