@@ -11,7 +11,7 @@ Errors are always of the bytes that ship: the encoder's output, decoded. Written
 
 import csv
 import io
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
 from math import isfinite, sqrt
 from pathlib import Path
@@ -107,6 +107,17 @@ class ErrorTable(BaseModel):
         """The costs of one row of each tensor together; their errors are taken to be independent."""
         rows = list(rows)
         return Price(kl=sum(self.cost(row) for row in rows), se=sqrt(sum(self.cost_se(row) ** 2 for row in rows)))
+
+    def price_of(self, types: Mapping[str, str]) -> Price:
+        """`total` of a plan, tensor -> stored type; all of them are measured."""
+        tensors = self.tensors()
+        return self.total(tensors[name][type_name] for name, type_name in types.items())
+
+    def median_output_error(self, type_name: str, names: Iterable[str]) -> float | None:
+        """Median `activation_error` of tensors in a wanted type; None where none was measured."""
+        rows = (self.row(name, type_name) for name in names)
+        found = [row.activation_error for row in rows if row is not None and row.activation_error is not None]
+        return median(found) if found else None
 
     def closed_form_cost(self, row: ErrorRow) -> float:
         """Sensitivity times relative error.

@@ -11,7 +11,6 @@ import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 import torch
 
@@ -19,16 +18,15 @@ from dynquant.analysis.error_table import ErrorTable
 from dynquant.architecture import role_of
 from dynquant.checkpoint import open_model
 from dynquant.devices import chosen_device
-from dynquant.encoded_store import EncodedStore, store_directory
+from dynquant.encoded_store import ENCODED_NAME, EncodedStore, open_store
 from dynquant.eval_statistics import Estimate, bootstrap_mean
 from dynquant.hf_loading import load_hf
 from dynquant.model import Model
 from dynquant.plan import Plan
 from dynquant.quant_types import fit_to_row, quant_type
-from dynquant.quantize import guidance_of, load_encoder
+from dynquant.quantize import load_encoder
 from dynquant.rendered_model import RenderedModel
 from dynquant.scored_pictures import ScoredPictures
-from dynquant.second_moments import load_beside
 from dynquant.statistics import CalibrationStats
 from dynquant.vision.processor import load_processor
 from dynquant.vision.samples import Encoded, SampleEncoder, image_token_of, read_samples
@@ -89,15 +87,14 @@ def main() -> None:
     plan = Plan.load(directory / "plan.json")
     plan.check_covers(model.source.names(), model.fingerprint, model.name)
     stats_path = directory / "stats.safetensors"
-    stats = CalibrationStats.load(stats_path)
-    encoder = load_encoder(options.encoder)
-    moments = load_beside(stats_path, stats) if encoder.uses_hessians else None
-    parent = store_directory(directory / "encoded", model, plan.stats_hash or "", encoder, moments)
-    store = EncodedStore(model, guidance_of(stats, moments), encoder, parent)
+    store = open_store(
+        model, CalibrationStats.load(stats_path), stats_path, load_encoder(options.encoder),
+        stats_hash=plan.stats_hash or "", parent=directory / ENCODED_NAME,
+    )  # fmt: skip
     sample_encoder = SampleEncoder(load_processor(Path(options.model)), image_token_of(Path(options.model)))
     samples = list(sample_encoder.encode_all(read_samples(Path(options.data)).samples[: options.limit], 1 << 40))
     table = ErrorTable.load(directory / "errors.json")
-    print(f"{model.name}, language model as in `{plan.recipe}`, encoder {encoder.name}, {len(samples)} samples\n")
+    print(f"{model.name}, language model as in `{plan.recipe}`, encoder {store.encoder.name}, {len(samples)} samples\n")
     print(
         "| module | type | bytes of both | KL, nats per text token | same top token | error ratio |\n"
         + "|---" * 6
@@ -146,12 +143,11 @@ def _bytes(model: Model, name: str, changed: Mapping[str, str]) -> int:
 
 
 def _ratio(table: ErrorTable, parts: tuple[str, ...], type_name: str) -> float | None:
-    errors: dict[bool, list[float]] = {True: [], False: []}
-    for name in table.tensors():
-        row = table.row(name, type_name)
-        if row is not None and row.activation_error is not None and part_of(name) in (*parts, LANGUAGE):
-            errors[part_of(name) in parts].append(row.activation_error)
-    return median(errors[True]) / median(errors[False]) if errors[True] and errors[False] else None
+    own, others = (
+        table.median_output_error(type_name, (name for name in table.tensors() if part_of(name) in of))
+        for of in (parts, (LANGUAGE,))
+    )
+    return own / others if own is not None and others is not None else None
 
 
 if __name__ == "__main__":

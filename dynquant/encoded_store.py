@@ -23,8 +23,12 @@ from dynquant.model import Model
 from dynquant.plan import write_atomically
 from dynquant.process_usage import count_mapped
 from dynquant.quant_types import QUANT_TYPES
-from dynquant.quantize import Guidance, encode_tensor, encoder_version
-from dynquant.second_moments import SecondMoments
+from dynquant.quantize import Guidance, encode_tensor, encoder_version, guidance_of
+from dynquant.second_moments import SecondMoments, load_beside
+from dynquant.statistics import CalibrationStats
+
+ENCODED_NAME = "encoded"
+"""The folder of all stores beside a plan."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,27 @@ class EncodedStore:
         """The tensor as a runtime sees it, float32 in its own shape."""
         shape = tuple(self.model.source.info(name).shape)
         return decode(type_name, self.packed(name, type_name), shape)
+
+
+def open_store(
+    model: Model,
+    stats: CalibrationStats | None,
+    stats_path: Path,
+    encoder: Encoder,
+    *,
+    stats_hash: str,
+    parent: Path,
+    threads: int | None = None,
+) -> EncodedStore:
+    """The store below `parent` of what `encoder` makes under these statistics and the second moments beside them.
+
+    Raises:
+        StatsError: the second moments are damaged, or of another calibration.
+        ExportError: the directory cannot be made.
+    """
+    moments = load_beside(stats_path, stats) if stats is not None and encoder.uses_hessians else None
+    directory = store_directory(parent, model, stats_hash, encoder, moments)
+    return EncodedStore(model, guidance_of(stats, moments), encoder, directory, threads)
 
 
 def store_directory(

@@ -163,7 +163,7 @@ class PlanSearch:
         return self._priced(method if floors else f"{method}, no floors", self.choose(table, floors=floors), table)
 
     def _priced(self, label: str, types: Mapping[str, str], table: ErrorTable) -> Candidate:
-        total = table.total(table.tensors()[name][type_name] for name, type_name in types.items())
+        total = table.price_of(types)
         return Candidate(
             label=label,
             bytes=self.file_bytes(types),

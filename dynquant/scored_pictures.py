@@ -14,12 +14,20 @@ from dynquant.rendered_model import RenderedModel
 from dynquant.vision.samples import Encoded
 
 
+def scored_positions(is_text: Tensor) -> Tensor:
+    """Positions of text tokens that are followed by one, from bool [T]."""
+    return (is_text[:-1] & is_text[1:]).nonzero().flatten()
+
+
+def logits_at(hf_model: Any, sample: Encoded, positions: Tensor) -> Tensor:
+    """Logits float32 [n, vocabulary] of a sample at `positions` [n], on the model's device."""
+    logits = hf_model(**sample.inputs_on(hf_model.device), use_cache=False).logits[0].float()
+    return logits[positions.to(logits.device)]
+
+
 def text_logits(hf_model: Any, sample: Encoded) -> Tensor:
     """Logits float32 [n, vocabulary] of the sample's scored positions, on the model's device."""
-    inputs = {name: value.to(hf_model.device) for name, value in sample.inputs.items()}
-    is_text = ~sample.is_image
-    scored = (is_text[:-1] & is_text[1:]).nonzero().flatten()
-    return hf_model(**inputs, use_cache=False).logits[0].float()[scored.to(hf_model.device)]
+    return logits_at(hf_model, sample, scored_positions(~sample.is_image))
 
 
 class ScoredPictures:

@@ -9,28 +9,25 @@ from dynquant.analysis.error_table import ErrorTable
 from dynquant.analysis.selection import Selection
 from dynquant.calibration_text import pack_windows, read_text
 from dynquant.devices import chosen_device
-from dynquant.encoded_store import EncodedStore, store_directory
+from dynquant.encoded_store import ENCODED_NAME, EncodedStore, open_store
 from dynquant.errors import StatsError
 from dynquant.hf_loading import load_hf, load_tokenizer
 from dynquant.model import Model
 from dynquant.plan_choice import Chooser
 from dynquant.plan_report import STATS_NAME, fixed_recipes
 from dynquant.plan_search import PlanSearch, SearchOptions
-from dynquant.quantize import guidance_of, load_encoder
-from dynquant.second_moments import load_beside
+from dynquant.quantize import load_encoder
 from dynquant.statistics import CalibrationStats
-
-ENCODED_NAME = "encoded"
 
 
 def encoded_store(
     model: Model, stats: CalibrationStats, stats_hash: str, directory: Path, encoder_name: str, threads: int | None
 ) -> EncodedStore:
     """Blocks of this model beside the plan, encoded as `export` will."""
-    encoder = load_encoder(encoder_name)
-    moments = load_beside(directory / STATS_NAME, stats) if encoder.uses_hessians else None
-    parent = store_directory(directory / ENCODED_NAME, model, stats_hash, encoder, moments)
-    return EncodedStore(model, guidance_of(stats, moments), encoder, parent, threads)
+    return open_store(
+        model, stats, directory / STATS_NAME, load_encoder(encoder_name),
+        stats_hash=stats_hash, parent=directory / ENCODED_NAME, threads=threads,
+    )  # fmt: skip
 
 
 def search_plans(

@@ -10,7 +10,6 @@ step, and the plan says so. The two ratios are rules of thumb; `plan --select` m
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
-from statistics import median
 from typing import Literal
 
 from dynquant.analysis.error_table import ErrorRow, ErrorTable
@@ -40,7 +39,7 @@ def module_choices(table: ErrorTable, wanted: str) -> Iterator[tuple[ModuleChoic
 
     `wanted` is a level of LEVELS for both modules, or `auto`; a wanted level is the only one.
     """
-    parts = [part for part in _NAMES if any(part_of(name) == part for name in table.tensors())]
+    parts = _modules(table)
     if not parts:
         yield ()
     elif wanted != "auto":
@@ -59,7 +58,7 @@ def every_choice(table: ErrorTable, wanted: str) -> Iterator[tuple[ModuleChoice,
     if wanted != "auto":
         yield from module_choices(table, wanted)
         return
-    parts = [part for part in _NAMES if any(part_of(name) == part for name in table.tensors())]
+    parts = _modules(table)
     for levels in product(LEVELS, repeat=len(parts)):
         yield tuple(ModuleChoice(part, level, "") for part, level in zip(parts, levels, strict=True))
 
@@ -99,10 +98,9 @@ def _allowed(table: ErrorTable, name: str, rows: dict[str, ErrorRow], level: Lev
 
 def _measured(table: ErrorTable, part: str) -> ModuleChoice:
     type_name = next((name for name in _MEASURED_IN if name in table.types), None)
-    errors = {one: _errors(table, one, type_name) for one in (part, LANGUAGE)}
-    if not errors[part] or not errors[LANGUAGE]:
+    own, others = (_median_error(table, one, type_name) for one in (part, LANGUAGE))
+    if own is None or others is None:
         return ModuleChoice(part, "8bit", f"{_NAMES[part]} gets 8 bits: its output errors were not measured")
-    own, others = (median(errors[one]) for one in (part, LANGUAGE))
     ratio = own / others
     level: Level = "keep" if ratio >= KEEP_RATIO else "8bit" if ratio >= EIGHT_BIT_RATIO else "lower"
     reason = (
@@ -112,11 +110,15 @@ def _measured(table: ErrorTable, part: str) -> ModuleChoice:
     return ModuleChoice(part, level, reason)
 
 
-def _errors(table: ErrorTable, part: str, type_name: str | None) -> list[float]:
+def _median_error(table: ErrorTable, part: str, type_name: str | None) -> float | None:
     if type_name is None:
-        return []
-    rows = (table.row(name, type_name) for name in table.tensors() if part_of(name) == part)
-    return [row.activation_error for row in rows if row is not None and row.activation_error is not None]
+        return None
+    return table.median_output_error(type_name, (name for name in table.tensors() if part_of(name) == part))
+
+
+def _modules(table: ErrorTable) -> list[str]:
+    """VISION and PROJECTOR, those that the model has."""
+    return [part for part in _NAMES if any(part_of(name) == part for name in table.tensors())]
 
 
 def _lowered(choice: ModuleChoice) -> ModuleChoice:

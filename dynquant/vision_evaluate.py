@@ -20,7 +20,7 @@ from dynquant.analysis.picture_answers import is_right
 from dynquant.checkpoint import open_model
 from dynquant.devices import chosen_device
 from dynquant.distribution import Distribution
-from dynquant.encoded_store import EncodedStore, store_directory
+from dynquant.encoded_store import ENCODED_NAME, open_store
 from dynquant.errors import EvaluationError
 from dynquant.eval_statistics import Estimate, bootstrap_mean, mcnemar_exact, only_one, wilson_interval
 from dynquant.hf_loading import load_hf
@@ -30,9 +30,8 @@ from dynquant.model import Model
 from dynquant.plan import Plan
 from dynquant.plan_report import STATS_NAME, stats_of_plan
 from dynquant.progress import Progress, ignore_progress
-from dynquant.quantize import guidance_of, load_encoder
+from dynquant.quantize import load_encoder
 from dynquant.rendered_model import RenderedModel
-from dynquant.second_moments import load_beside
 from dynquant.vision.processor import load_processor
 from dynquant.vision.samples import Sample, SampleEncoder, image_token_of, read_samples
 from dynquant.vision_export import mmproj_path
@@ -260,10 +259,10 @@ def _candidate(
     plan.check_covers(model.source.names(), model.fingerprint, model.name)
     stats_path = plan_file.with_name(STATS_NAME)
     stats = stats_of_plan(plan.stats_hash, stats_path)
-    encoder = load_encoder(encoder_name)
-    moments = load_beside(stats_path, stats) if stats is not None and encoder.uses_hessians else None
-    parent = store_directory(plan_file.with_name("encoded"), model, plan.stats_hash or "", encoder, moments)
-    store = EncodedStore(model, guidance_of(stats, moments), encoder, parent)
+    store = open_store(
+        model, stats, stats_path, load_encoder(encoder_name),
+        stats_hash=plan.stats_hash or "", parent=plan_file.with_name(ENCODED_NAME),
+    )  # fmt: skip
     rendered = RenderedModel(original.hf_model, store)
     rendered.install({entry.name: entry.type for entry in plan.entries if not entry.quant_type.is_float})
     yield TransformersPictures(rendered.hf_model), plan.predicted_bytes

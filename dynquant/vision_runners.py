@@ -17,6 +17,7 @@ import torch
 from dynquant.errors import EvaluationError
 from dynquant.gguf_source import GGUFSource
 from dynquant.mtmd_runner import MtmdRunner, Segment
+from dynquant.scored_pictures import logits_at, scored_positions
 from dynquant.vision.processor import image_token_limits
 from dynquant.vision.samples import Encoded, Sample, open_image
 
@@ -33,8 +34,7 @@ class PictureItem:
     @cached_property
     def scored(self) -> torch.Tensor:
         """Positions of text tokens that are followed by one."""
-        is_text = self.is_text(self.whole)
-        return (is_text[:-1] & is_text[1:]).nonzero().flatten()
+        return scored_positions(self.is_text(self.whole))
 
     def is_text(self, encoded: Encoded) -> torch.Tensor:
         """Which positions hold text, bool [T]."""
@@ -64,12 +64,12 @@ class TransformersPictures:
         self.hf_model = hf_model
 
     def logits(self, item: PictureItem) -> torch.Tensor:
-        found = self.hf_model(**self._on_device(item.whole), use_cache=False).logits[0].float()
-        return found[item.scored.to(found.device)]
+        return logits_at(self.hf_model, item.whole, item.scored)
 
     def answer(self, item: PictureItem, max_tokens: int) -> list[int]:
         assert item.prompt is not None
-        made = self.hf_model.generate(**self._on_device(item.prompt), max_new_tokens=max_tokens, do_sample=False)
+        inputs = item.prompt.inputs_on(self.hf_model.device)
+        made = self.hf_model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
         return made[0, item.prompt.num_tokens :].tolist()
 
     @property
@@ -81,9 +81,6 @@ class TransformersPictures:
     @property
     def vocab_size(self) -> int:
         return self.hf_model.config.get_text_config().vocab_size
-
-    def _on_device(self, encoded: Encoded) -> dict[str, torch.Tensor]:
-        return {name: value.to(self.hf_model.device) for name, value in encoded.inputs.items()}
 
 
 class GgufPictures:

@@ -102,7 +102,7 @@ def _scored(
     pictures: ScoredPictures,
 ) -> Candidate:
     divergences, agreements = pictures.score()
-    total = table.total(table.tensors()[name][type_name] for name, type_name in types.items())
+    total = table.price_of(types)
     return Candidate(
         label=" / ".join(f"{choice.part} {choice.level}" for choice in choices),
         bytes=chooser.file_bytes(types),

@@ -311,7 +311,7 @@ def _with_modules(chooser: Chooser, table: ErrorTable, wanted: str) -> dict[str,
         assert error is not None
         raise error if wanted == "auto" else PlanError(f"With --vision {wanted}: {error}")
     is_priced = any(part_of(name) == VISION for name in table.sensitivity)
-    predicted = [_predicted(table, types) for _, types in plans]
+    predicted = [table.price_of(types).kl for _, types in plans]
     chosen = next(i for i, kl in enumerate(predicted) if not is_priced or kl <= FLOOR_PRICE * predicted[-1])
     if chosen > 0:
         console.note(
@@ -320,10 +320,6 @@ def _with_modules(chooser: Chooser, table: ErrorTable, wanted: str) -> dict[str,
         )
     choices, types = plans[chosen]
     return _explained_modules(chooser, types, choices)
-
-
-def _predicted(table: ErrorTable, types: Mapping[str, str]) -> float:
-    return table.total(table.tensors()[name][type_name] for name, type_name in types.items()).kl
 
 
 def _explained_modules(

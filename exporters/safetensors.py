@@ -56,14 +56,23 @@ _WEIGHTS_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)
 
 
 @dataclass(frozen=True)
-class _Checkpoint:
-    """Everything of the directory that is known before a weight is encoded."""
+class _Layout:
+    """Where tensors go, which differs with the kind of model."""
 
     places: Mapping[str, Place]
     skipped: frozenset[str]
     """GGUF names of tensors that are computed, or parts of one that is copied."""
     copied: Mapping[str, StoredTensor]
     """Entries that hold a tensor of the original checkpoint, by GGUF name."""
+    config: Mapping[str, object]
+    """config.json without `quantization_config`."""
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """Everything of the directory that is known before a weight is encoded."""
+
+    layout: _Layout
     shards: dict[str, ShardLayout]
     documents: dict[str, bytes]
     """Small files by name; config.json is the first."""
@@ -117,7 +126,7 @@ def export_safetensors(
     identity["stored"] = stored.fingerprint if stored is not None else "none"
     target = ResumableOutput(paths, sizes, regions, identity, resume=resume)
     with target:
-        skip = checkpoint.skipped | checkpoint.copied.keys() | target.finished
+        skip = checkpoint.layout.skipped | checkpoint.layout.copied.keys() | target.finished
         if stored is None:
             quantized = quantize(
                 model, plan, guidance, encoder,
@@ -127,8 +136,8 @@ def export_safetensors(
             quantized = _parts_of(stored, parts, skip)
         try:
             write_small_files(target, checkpoint.documents, checkpoint.shards)
-            _copy(target, model, checkpoint.copied)
-            _write(target, checkpoint, quantized)
+            _copy(target, model, checkpoint.layout.copied)
+            _write(target, checkpoint.layout.places, quantized)
         except (ExportError, ClusterError):
             raise
         except DynquantError:
@@ -153,19 +162,19 @@ def hf_config_of(model: Model) -> Config:
 
 
 def _describe(model: Model, plan: Plan, encoder: str, shard_max_bytes: int) -> _Checkpoint:
-    laid_out = _lay_out_vision(model, plan) if model.has_vision else _lay_out_language(model, plan)
-    entries = {entry.name: entry for entry in plan.entries if entry.name in laid_out.places}
+    layout = _lay_out_vision(model, plan) if model.has_vision else _lay_out_language(model, plan)
+    entries = {entry.name: entry for entry in plan.entries if entry.name in layout.places}
     tensors = {
-        name: laid_out.copied.get(name) or laid_out.places[name].stored_as(entry.quant_type)
+        name: layout.copied.get(name) or layout.places[name].stored_as(entry.quant_type)
         for name, entry in entries.items()
     }
     shards = shards_of(list(tensors.values()), shard_max_bytes)
     file_of = {key: name for name, shard in shards.items() for key in shard.spans}
     stored_bytes = sum(tensor.num_bytes for tensor in tensors.values())
     types = {
-        laid_out.places[name].key: laid_out.places[name].stored_type(entry.quant_type).name
+        layout.places[name].key: layout.places[name].stored_type(entry.quant_type).name
         for name, entry in entries.items()
-        if len(entry.shape) > 1 and name not in laid_out.copied
+        if len(entry.shape) > 1 and name not in layout.copied
     }
     quantization = {
         "quant_method": "dynquant",
@@ -176,21 +185,11 @@ def _describe(model: Model, plan: Plan, encoder: str, shard_max_bytes: int) -> _
             "fingerprint": plan.fingerprint, "stats_hash": plan.stats_hash or "",
         },
     }  # fmt: skip
-    documents = {"config.json": as_json({**laid_out.config, "quantization_config": quantization})}
+    documents = {"config.json": as_json({**layout.config, "quantization_config": quantization})}
     documents["README.md"] = model_card(plan, encoder=encoder, stored_bytes=stored_bytes).encode()
     documents |= index_of(shards)
     documents |= copied_files(model.hf_directory) if model.hf_directory is not None else tokenizer_files(model.path)
-    return _Checkpoint(laid_out.places, laid_out.skipped, laid_out.copied, shards, documents, file_of)
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Of a kind of model: see `_Checkpoint`. `config` is its config.json without `quantization_config`."""
-
-    places: Mapping[str, Place]
-    skipped: frozenset[str]
-    copied: Mapping[str, StoredTensor]
-    config: Mapping[str, object]
+    return _Checkpoint(layout, shards, documents, file_of)
 
 
 def _lay_out_language(model: Model, plan: Plan) -> _Layout:
@@ -213,12 +212,12 @@ def _lay_out_vision(model: Model, plan: Plan) -> _Layout:
 
 def _rewritten(checkpoint: _Checkpoint, plan: Plan) -> frozenset[str]:
     """Tensors whose entry is not the bytes of GGUF, or is none at all."""
-    places = checkpoint.places
+    places = checkpoint.layout.places
     return frozenset(
         entry.name
         for entry in plan.entries
         if entry.name not in places
-        or entry.name in checkpoint.copied
+        or entry.name in checkpoint.layout.copied
         or not places[entry.name].keeps_bytes(entry.quant_type)
     )
 
@@ -233,7 +232,7 @@ def _regions(
     regions = {name: Region(number[name], 0, len(content)) for name, content in checkpoint.documents.items()}
     for name, shard in checkpoint.shards.items():
         regions[name] = Region(number[name], 0, len(shard.header))
-    for name, place in checkpoint.places.items():
+    for name, place in checkpoint.layout.places.items():
         file = checkpoint.file_of.get(place.key)
         if file is None:
             continue
@@ -243,10 +242,10 @@ def _regions(
     return regions, [output / name for name in sizes], list(sizes.values())
 
 
-def _write(target: ResumableOutput, checkpoint: _Checkpoint, quantized: Iterable[QuantizedPart]) -> None:
+def _write(target: ResumableOutput, found: Mapping[str, Place], quantized: Iterable[QuantizedPart]) -> None:
     for one in quantized:
         part = one.part
-        values = checkpoint.places[part.name].from_gguf(part.quant_type, one.packed) if part.is_whole else one.packed
+        values = found[part.name].from_gguf(part.quant_type, one.packed) if part.is_whole else one.packed
         target.write(part.key, tensor_bytes(values))
 
 

@@ -8,6 +8,7 @@ import gguf
 from dynquant.families.book import RecipeBook
 from dynquant.families.config import Config
 from dynquant.families.recipe import Transform, unchanged
+from dynquant.families.rope import llama3_factors, rope_parameters
 
 GATED_NAMES = ("gate_proj", "up_proj", "down_proj")
 
@@ -38,6 +39,13 @@ def write_head_keys(config: Config, writer: gguf.GGUFWriter) -> None:
     if config.get("head_dim") is not None:
         writer.add_key_length(head_dim(config))
         writer.add_value_length(head_dim(config))
+
+
+def add_rope_factors(book: RecipeBook) -> None:
+    """`rope_freqs.weight`, for Llama 3.1's way to longer contexts alone."""
+    parameters = rope_parameters(book.config)
+    if parameters.get("rope_type") == "llama3":
+        book.add_computed("rope_freqs.weight", llama3_factors(book.config, parameters, head_dim(book.config)))
 
 
 def add_embeddings(book: RecipeBook, *, always_output: bool = False) -> None:

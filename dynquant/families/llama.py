@@ -16,6 +16,7 @@ from dynquant.families.decoder import (
     add_experts,
     add_gated_ffn,
     add_norm,
+    add_rope_factors,
     add_router,
     head_dim,
     num_kv_heads,
@@ -23,7 +24,7 @@ from dynquant.families.decoder import (
     write_head_keys,
 )
 from dynquant.families.recipe import Transform
-from dynquant.families.rope import llama3_factors, rope_parameters, write_attention_factor, write_rope
+from dynquant.families.rope import rope_parameters, write_attention_factor, write_rope
 
 
 def write_llama_keys(config: Config, writer: gguf.GGUFWriter) -> None:
@@ -44,9 +45,7 @@ def write_llama_keys(config: Config, writer: gguf.GGUFWriter) -> None:
 def add_llama_tensors(book: RecipeBook) -> None:
     """Tensors of Llama, Mistral and Mixtral."""
     config = book.config
-    parameters = rope_parameters(config)
-    if parameters.get("rope_type") == "llama3":
-        book.add_computed("rope_freqs.weight", llama3_factors(config, parameters, head_dim(config)))
+    add_rope_factors(book)
     add_embeddings(book)
     bias = ("q", "k", "v", "o") if config.get("attention_bias", False) else ()
     for layer in range(config.integer("num_hidden_layers")):

@@ -16,12 +16,13 @@ from dynquant.families.decoder import (
     add_embeddings,
     add_gated_ffn,
     add_norm,
+    add_rope_factors,
     head_dim,
     num_kv_heads,
     write_decoder_keys,
     write_head_keys,
 )
-from dynquant.families.rope import llama3_factors, rope_parameters, write_rope
+from dynquant.families.rope import rope_parameters, write_rope
 
 
 def write_llama4_keys(config: Config, writer: gguf.GGUFWriter) -> None:
@@ -41,9 +42,7 @@ def write_llama4_keys(config: Config, writer: gguf.GGUFWriter) -> None:
 def add_llama4_tensors(book: RecipeBook) -> None:
     """Tensors of Llama 4's language model."""
     config = book.config
-    parameters = rope_parameters(config)
-    if parameters.get("rope_type") == "llama3":
-        book.add_computed("rope_freqs.weight", llama3_factors(config, parameters, head_dim(config)))
+    add_rope_factors(book)
     add_embeddings(book)
     bias = ("q", "k", "v", "o") if config.get("attention_bias", False) else ()
     routed = config.get("moe_layers", [])

@@ -101,9 +101,14 @@ class PackedLoraExperts(_Unmergeable, lora.ParamWrapper):
     def experts(self) -> PackedExperts:
         return self.get_base_layer()
 
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """Packed weights that the parameter stands for, in the order of its rows."""
+        return ("down_proj",) if self.parameter_name == "down_proj" else ("gate_proj", "up_proj")
+
     def get_param(self) -> Tensor:
         """PEFT looks here for the device."""
-        return self.experts.down_proj if self.parameter_name == "down_proj" else self.experts.gate_proj
+        return getattr(self.experts, self.part_names[0])
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """A [E, r, C] and B [E, N, r] of every expert."""

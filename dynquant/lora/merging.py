@@ -127,8 +127,7 @@ def _parts(path: str, layer: LoraLayer) -> Iterator[_Part]:
     module = layer.get_base_layer()
     active = _active(layer)
     if isinstance(layer, PackedLoraExperts):
-        names = ("down_proj",) if layer.parameter_name == "down_proj" else ("gate_proj", "up_proj")
-        for name in names:
+        for name in layer.part_names:
             yield _Part(module, name, f"{path}.{name}", partial(_experts_delta, layer, active, name))
         return
     whole = partial(_matrix_delta, layer, active)

@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from dynquant.errors import AdapterError
-from dynquant.layers import PackedExperts, PackedLatentProjection, PackedModule
+from dynquant.layers import PackedLatentProjection, PackedModule
 from dynquant.lora.layers import PackedLoraExperts, PackedLoraLinear
 from dynquant.lora.places import bare_path, places_by_key
 from dynquant.model import Model
@@ -91,16 +91,12 @@ def _matrices(residuals: _Residuals, path: str, layer: Any) -> Iterator[tuple[Te
         if isinstance(layer, PackedLoraExperts):
             a, b = layer.factors(adapter)
             for expert in range(len(a)):
-                yield _expert(residuals, module, path, layer.parameter_name, expert), (a[expert], b[expert]), scaling
+                parts = [residuals.of(module, name, f"{path}.{name}", expert) for name in layer.part_names]
+                yield torch.cat(parts), (a[expert], b[expert]), scaling
             continue
         latent = isinstance(module, PackedLatentProjection)
         residual = _latent(residuals, module, path) if latent else residuals.of(module, "weight", f"{path}.weight")
         yield residual, (layer.lora_A[adapter].weight, layer.lora_B[adapter].weight), scaling
-
-
-def _expert(residuals: _Residuals, module: PackedExperts, path: str, parameter: str, expert: int) -> Tensor:
-    names = ("down_proj",) if parameter == "down_proj" else ("gate_proj", "up_proj")
-    return torch.cat([residuals.of(module, name, f"{path}.{name}", expert) for name in names])
 
 
 def _latent(residuals: _Residuals, module: PackedLatentProjection, path: str) -> Tensor:

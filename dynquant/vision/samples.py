@@ -47,6 +47,10 @@ class Encoded:
     def num_tokens(self) -> int:
         return len(self.is_image)
 
+    def inputs_on(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """Keyword arguments of a model on a device."""
+        return {name: value.to(device) for name, value in self.inputs.items()}
+
 
 @dataclass(frozen=True)
 class SampleFile:
