@@ -63,22 +63,23 @@ def main() -> None:
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--layers", type=int, help="decoder layers, where fewer than the model's will do")
     options = parser.parse_args()
     try:
-        files = write_random_checkpoint(options.shape, options.output, seed=options.seed)
+        files = write_random_checkpoint(options.shape, options.output, seed=options.seed, layers=options.layers)
     except DynquantError as error:
         sys.exit(f"error: {error}")
     size = sum(file.stat().st_size for file in files)
     print(f"{options.output}: {options.shape}, {len(files)} files, {size:,} bytes")
 
 
-def write_random_checkpoint(shape: str, output: Path, *, seed: int = 0) -> list[Path]:
-    """Write the checkpoint of a shape in `SHAPES` into the directory `output` and return its files.
+def write_random_checkpoint(shape: str, output: Path, *, seed: int = 0, layers: int | None = None) -> list[Path]:
+    """Write the checkpoint of a shape in `SHAPES`, with `layers` decoder layers, into `output` and return its files.
 
     Raises:
         ExportError: `output` is a file or holds a checkpoint, or there is too little space.
     """
-    config = _config(shape)
+    config = _config(shape, {} if layers is None else {"num_hidden_layers": layers})
     if output.is_file() or (output / "config.json").exists():
         raise ExportError(f"{output} is there already. Give another directory, or remove it first.")
     tensors = _tensors(config)
@@ -100,11 +101,11 @@ def write_random_checkpoint(shape: str, output: Path, *, seed: int = 0) -> list[
         return target.commit()
 
 
-def _config(shape: str) -> Any:
+def _config(shape: str, changed: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
     model_type, values = SHAPES[shape]
-    config = AutoConfig.for_model(model_type, **values, **_TOKENS)
+    config = AutoConfig.for_model(model_type, **values | changed, **_TOKENS)
     config.architectures = [{"deepseek_v3": "DeepseekV3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}[model_type]]
     config.dtype = torch.bfloat16
     return config

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from dynquant.kernels import gemv, shapes
 from dynquant.kernels.tiles import tile_config, tile_input_grad_kernel, tile_linear_kernel
@@ -19,6 +20,8 @@ from dynquant.quant_types import quant_type
 
 _MOST_SINGLE_PAIRS = 128
 """Up to this many pairs, and one for every expert, read the weights one by one."""
+_found: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""`_tiles_of` by the tensor of ids, for as long as that lives."""
 
 
 def linear(x: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str) -> Tensor:
@@ -61,13 +64,29 @@ def _product(inputs: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str,
     else:
         kernel = tile_input_grad_kernel if is_transposed else tile_linear_kernel
         config = tile_config(num_pairs / num_experts, inputs.dtype)
-        order, tiles = sorted_tiles(expert_ids, num_experts, config["BM"])
+        order, tiles = _tiles_of(expert_ids, num_experts, config["BM"])
         grid = (triton.cdiv(extent, 32 * config["G"] if is_transposed else config["BN"]), tiles.shape[1])
         kernel[grid](
             inputs, weight, codebook, order, tiles, product,
             num_blocks, num_rows, length // 32, slots, tiles.shape[1], num_pairs, TYPE=stored.name, **config,
         )  # fmt: skip
     return product
+
+
+def _tiles_of(expert_ids: Tensor, num_experts: int, block_m: int) -> tuple[Tensor, Tensor]:
+    """`sorted_tiles`, which gate, up and down, their gradients and a recomputed pass ask for with the same ids.
+
+    Sorting is eight launches; in training, launches from Python decide the time of a step. Ids that may change unseen
+    are sorted every time: inference tensors count no versions, and a replayed CUDA graph runs no Python.
+    """
+    if not expert_ids.is_cuda or expert_ids.is_inference() or torch.cuda.is_current_stream_capturing():
+        return sorted_tiles(expert_ids, num_experts, block_m)
+    key = (expert_ids._version, num_experts, block_m, torch.cuda.current_stream(expert_ids.device))
+    last, tiles = _found.get(expert_ids, (None, None))
+    if last != key:
+        tiles = sorted_tiles(expert_ids, num_experts, block_m)
+        _found[expert_ids] = key, tiles
+    return tiles
 
 
 def sorted_tiles(expert_ids: Tensor, num_experts: int, block_m: int) -> tuple[Tensor, Tensor]:

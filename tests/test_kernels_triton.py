@@ -179,6 +179,24 @@ def test_cuda_gradients(name, cuda):
 
 
 @pytest.mark.gpu
+def test_cuda_ids_are_sorted_once_until_they_change(cuda, monkeypatch):
+    from dynquant.kernels import grouped
+
+    sorted_ids = []
+    sort = grouped.sorted_tiles
+    monkeypatch.setattr(grouped, "sorted_tiles", lambda ids, *sizes: sorted_ids.append(ids) or sort(ids, *sizes))
+    weight = packed_weights("Q4_K", 5, 96, 512)
+    packed, x = pack_planes("Q4_K", weight).cuda(), normal(100, 512).cuda().requires_grad_()
+    ids = torch.randint(0, 5, (100, 2), generator=torch.Generator().manual_seed(2)).cuda()
+    y = ops.experts_linear(x, packed, ids, "Q4_K", layout="planes")
+    ops.experts_linear(2 * x, packed, ids, "Q4_K", layout="planes").sum().backward()
+    assert len(sorted_ids) == 1 and relative_error(y.cpu(), experts_truth(x.cpu(), weight, ids.cpu(), "Q4_K")) < 1e-5
+    ids.fill_(3)
+    y = ops.experts_linear(x, packed, ids, "Q4_K", layout="planes")
+    assert len(sorted_ids) == 2 and relative_error(y.cpu(), experts_truth(x.cpu(), weight, ids.cpu(), "Q4_K")) < 1e-5
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", ["Q4_K", "IQ3_S", "Q5_1"])
 @pytest.mark.parametrize("tokens", [1, 8, 100])
 def test_cuda_graphs_repeat_the_same_bits(name, tokens, cuda):

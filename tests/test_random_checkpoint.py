@@ -28,6 +28,11 @@ def test_transformers_and_dynquant_read_the_same_weights(tiny: Path) -> None:
     assert 0.1 < float(hf_model(torch.arange(64)[None]).logits.detach().std()) < 10
 
 
+def test_fewer_layers(tmp_path: Path) -> None:
+    write_random_checkpoint("tiny", tmp_path / "two", layers=2)
+    assert open_model(tmp_path / "two").hyper.n_layer == 2
+
+
 def test_equal_seeds_give_equal_bytes(tiny: Path, tmp_path: Path) -> None:
     write_random_checkpoint("tiny", tmp_path / "same")
     write_random_checkpoint("tiny", tmp_path / "other", seed=1)

@@ -1,8 +1,9 @@
-"""Times the encoding of a plan's tensors on local Ray clusters of 1, 2, ... nodes of one core.
+"""Times the encoding of a plan's tensors on local Ray clusters of 1, 2, ... nodes of one core, or of so many GPUs.
 
     python tests/examples/ray_scaling.py MODEL --plan DIR/plan.json --nodes 1,2 --repeat 3 --tensors blk.1.
+    python tests/examples/ray_scaling.py MODEL --plan DIR/plan.json --nodes 1,2 --device cuda
 
-Workers are warm: each has encoded before. Efficiency is the time of one node over N times that of N nodes. What else
+GPUs are of one node, which numbers them. Workers are warm: each has encoded before. Efficiency is the time of one node over N times that of N nodes. What else
 the machine does shows in the CPU seconds that a worker got per second of encoding, 1.0 on an idle machine; how well the
 driver keeps workers fed, in the share of their time that they encode.
 """
@@ -40,14 +41,17 @@ class Timed:
 
 def measure(task: Timed, parts: list[TensorPart], nodes: int) -> tuple[float, float, float]:
     """Seconds until all parts are encoded, those that workers encoded, and their CPU seconds."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    for _ in range(nodes - 1):
+    on_gpu = task.choice.device == "cuda"
+    head = {"num_cpus": nodes, "num_gpus": nodes} if on_gpu else {"num_cpus": 1}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    for _ in range(0 if on_gpu else nodes - 1):
         cluster.add_node(num_cpus=1)
+    needs = TaskNeeds(gpus=int(on_gpu))
     try:
         with open_ray(cluster.address) as pool:
-            list(pool.run(task, parts[: 4 * nodes], TaskNeeds()))
+            list(pool.run(task, parts[: 4 * nodes], needs))
             begin = time.perf_counter()
-            found = [times for _, times in pool.run(task, parts, TaskNeeds())]
+            found = [times for _, times in pool.run(task, parts, needs)]
             seconds = time.perf_counter() - begin
     finally:
         cluster.shutdown()
@@ -62,15 +66,16 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--tensors", default="", help="Only tensors whose names begin so.")
     parser.add_argument("--max-memory", default="1GiB", help="Of one part.")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     given = parser.parse_args()
-    model, plan, encoder = open_model(given.model), Plan.load(given.plan), load_encoder("dynquant", "cpu")
+    model, plan, encoder = open_model(given.model), Plan.load(given.plan), load_encoder("dynquant", given.device)
     stats_path = given.plan.with_name("stats.safetensors")
     stats = CalibrationStats.load(stats_path)
     guidance = guidance_of(stats, load_beside(stats_path, stats))
     by_tensor = parts_of_plan(plan, guidance, encoder, PartLimits(parse_size(given.max_memory)))
     parts = [part for name, several in by_tensor.items() if name.startswith(given.tensors) for part in several]
     files = StoredFiles.of(model, base_gguf=None, stats=stats_path, use_moments=True, protected={})
-    task = Timed(EncoderChoice.of(encoder, "cpu", 1), files)
+    task = Timed(EncoderChoice.of(encoder, given.device, 1), files)
     print(f"{len(parts)} parts, {sum(part.num_weights for part in parts):,} weights", flush=True)
     for _ in range(given.repeat):
         single = None
@@ -78,7 +83,7 @@ def main() -> None:
             seconds, busy, cpu = measure(task, parts, nodes)
             single = single or nodes * seconds
             print(
-                f"{nodes} nodes: {seconds:.1f} s, efficiency {single / (nodes * seconds):.0%}, "
+                f"{nodes} {'GPUs' if given.device == 'cuda' else 'nodes'}: {seconds:.1f} s, efficiency {single / (nodes * seconds):.0%}, "
                 f"workers encode {busy / (nodes * seconds):.0%} of the time and get {cpu / busy:.2f} CPU s per s, "
                 f"{cpu:.1f} CPU s in all",
                 flush=True,
