@@ -109,7 +109,7 @@ def _table(
 ) -> ErrorTable:
     """The table in the directory when it is of these statistics, or a new one; with sensitivities."""
     path = directory / SERVING_ERRORS_NAME
-    table = ErrorTable.load(path) if path.is_file() else None
+    table = ErrorTable.load(path, known_types=SCHEMES) if path.is_file() else None
     if table is not None and (table.stats_hash, table.fingerprint) == (stats_hash, model.fingerprint):
         console.note(f"reusing {path}")
     else:
