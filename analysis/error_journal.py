@@ -1,4 +1,4 @@
-"""What an interrupted error table has measured: a journal beside errors.json, until that is written.
+"""What an interrupted error table has measured: a journal beside the table's file, until that is written.
 
     errors.json.journal
         {"identity": {...}}                                  what decides the numbers; other ones start anew

@@ -218,24 +218,27 @@ class ErrorTable(BaseModel):
         write_atomically(path.with_suffix(".csv"), text.getvalue())
 
     @classmethod
-    def load(cls, path: Path) -> "ErrorTable":
-        """Read errors.json.
+    def load(cls, path: Path, *, known_types: Collection[str] = QUANT_TYPES) -> "ErrorTable":
+        """Read errors.json, or a table of other types that are known.
 
         Raises:
             PlanError: missing or not an error table.
         """
         try:
             table = cls.model_validate(parse_json(path.read_bytes()))
-            _check_rows(table)
+            _check_rows(table, known_types)
             return table
         except (OSError, ValueError, ValidationError) as error:
-            raise PlanError(f"{path} is not an error table of dynquant ({error}). Run `dynquant analyze`.") from error
+            raise PlanError(
+                f"{path} is not an error table of dynquant ({error}). Run `dynquant analyze`, or remove the "
+                "file and plan again."
+            ) from error
 
 
-def _check_rows(table: ErrorTable) -> None:
+def _check_rows(table: ErrorTable, known_types: Collection[str]) -> None:
     """Raises ValueError for types that are not known, numbers that cannot be, and prices that are missing."""
     for row in table.rows:
-        if row.type not in QUANT_TYPES:
+        if row.type not in known_types:
             raise ValueError(f"`{row.name}` in the unknown type {row.type!r:.40}")
         if row.bytes < 0 or not all(isfinite(x) and x >= 0 for x in (row.weighted_error, row.relative_rms)):
             raise ValueError(f"`{row.name}` in {row.type} has impossible bytes or errors")

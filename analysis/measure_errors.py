@@ -4,7 +4,7 @@ One pass over the model, a few experts in memory at a time. The encoder sees the
 the measured bytes are the bytes that ship.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -87,12 +87,34 @@ class ErrorMeter:
         return torch.stack([self.model.source.load(part.name, expert) for expert in part.experts])
 
 
-class _Gathered:
-    """Rows of the tensors all of whose parts are measured; they come in any order.
+class WaitingSums:
+    """Sums of a tensor's parts until all are measured; they come in any order.
 
-    Sums wait as numbers: tensors of a few bytes would lie between the large ones for as long, and memory that is freed
+    They wait as numbers: tensors of a few bytes would lie between the large ones for as long, and memory that is freed
     around them is not joined. A 14 GB checkpoint took 23 GB.
     """
+
+    def __init__(self, parts: Sequence[ErrorPart]) -> None:
+        self._parts = parts
+        self._numbers: dict[ErrorPart, dict[str, SumNumbers]] = {}
+
+    @property
+    def is_complete(self) -> bool:
+        return len(self._numbers) == len(self._parts)
+
+    def add(self, part: ErrorPart, sums: Sums) -> None:
+        """What was measured of a part."""
+        self._numbers[part] = {type_name: one.numbers() for type_name, one in sums.items()}
+
+    def joined(self, type_name: str) -> ErrorSums:
+        """Of the whole tensor in one type."""
+        return ErrorSums.joined(
+            ErrorSums.from_numbers(self._numbers[part][type_name], len(part.experts)) for part in self._parts
+        )
+
+
+class _Gathered:
+    """Rows of the tensors all of whose parts are measured."""
 
     def __init__(
         self,
@@ -103,24 +125,20 @@ class _Gathered:
         self.rows: dict[str, list[ErrorRow]] = {}
         self._stats = stats
         self._tensors = {info.name: (info, candidates[info], parts[info]) for info in candidates}
-        self._waiting: dict[str, dict[ErrorPart, dict[str, SumNumbers]]] = {}
+        self._waiting: dict[str, WaitingSums] = {}
 
     def add(self, part: ErrorPart, sums: Sums) -> None:
         """A part's sums; the last of a tensor makes its rows."""
         info, candidates, parts = self._tensors[part.name]
-        waiting = self._waiting.setdefault(part.name, {})
-        waiting[part] = {type_name: one.numbers() for type_name, one in sums.items()}
-        if len(waiting) < len(parts):
+        waiting = self._waiting.setdefault(part.name, WaitingSums(parts))
+        waiting.add(part, sums)
+        if not waiting.is_complete:
             return
         self.rows[part.name] = [
-            _row(info, candidate, wanted, self._joined(parts, candidate.name), self._stats)
+            _row(info, candidate, wanted, waiting.joined(candidate.name), self._stats)
             for candidate, wanted in candidates.items()
         ]
         del self._waiting[part.name]
-
-    def _joined(self, parts: Sequence[ErrorPart], type_name: str) -> ErrorSums:
-        waiting = self._waiting[parts[0].name]
-        return ErrorSums.joined(ErrorSums.from_numbers(waiting[one][type_name], len(one.experts)) for one in parts)
 
 
 def build_error_table(
@@ -148,7 +166,10 @@ def build_error_table(
     """
     stats.check_belongs_to(model.fingerprint, model.name)
     candidates = {info: _candidates(info, type_names, stats) for info in _quantizable(model)}
-    parts = {info: _parts(info, found) for info, found in candidates.items()}
+    parts = {
+        info: parts_of(info.name, info.shape, [candidate.name for candidate in found], WEIGHTS_IN_MEMORY)
+        for info, found in candidates.items()
+    }
     every = [part for of_tensor in parts.values() for part in of_tensor]
     total, done = sum(part.num_weights * len(part.types) for part in every), 0
     report = progress or ignore_progress
@@ -229,14 +250,11 @@ def _candidates(
     return found
 
 
-def _parts(info: TensorInfo, candidates: Collection[QuantType]) -> list[ErrorPart]:
-    """Experts that are in memory together; a matrix is one expert."""
-    types = tuple(candidate.name for candidate in candidates)
-    if len(info.shape) == 2:
-        return [ErrorPart(info.name, info.shape, range(1), types)]
-    count, step = info.shape[0], max(1, WEIGHTS_IN_MEMORY // prod(info.shape[-2:]))
+def parts_of(name: str, shape: tuple[int, ...], types: Sequence[str], max_weights: int) -> list[ErrorPart]:
+    """Experts that are in memory together, of at most `max_weights` or one alone; a matrix is one expert."""
+    count, step = prod(shape[:-2]), max(1, max_weights // prod(shape[-2:]))
     ranges = (range(start, min(start + step, count)) for start in range(0, count, step))
-    return [ErrorPart(info.name, info.shape, experts, types) for experts in ranges]
+    return [ErrorPart(name, shape, experts, tuple(types)) for experts in ranges]
 
 
 def _samples(inputs: InputStats | None, experts: slice, columns: int) -> torch.Tensor | None:
@@ -260,7 +278,7 @@ def _row(
         outputs = sums.outputs / counts.clamp_min(1).unsqueeze(1)
         ratios = (outputs[:, 0] / outputs[:, 1]).sqrt()
         per_expert_activation = tuple(None if torch.isnan(r) else float(r) for r in ratios)
-        activation = _ratio(_routed_mean(outputs, inputs)).sqrt().item()
+        activation = ratio_of(routed_mean(outputs, inputs)).sqrt().item()
     return ErrorRow(
         name=info.name,
         role=role_of(info.name),
@@ -268,9 +286,9 @@ def _row(
         type=candidate.name,
         wanted=_others(wanted, candidate),
         bytes=candidate.tensor_bytes(info.shape),
-        relative_rms=_ratio(squared.sum(0)).sqrt().item(),
-        weighted_error=_ratio(_routed_mean(weighted, inputs)).item(),
-        weighted_energy=float(_routed_mean(weighted, inputs)[1]),
+        relative_rms=ratio_of(squared.sum(0)).sqrt().item(),
+        weighted_error=ratio_of(routed_mean(weighted, inputs)).item(),
+        weighted_energy=float(routed_mean(weighted, inputs)[1]),
         activation_error=activation,
         per_expert_weighted_error=_per_expert(weighted),
         per_expert_activation_error=per_expert_activation if len(per_expert_activation) > 1 else (),
@@ -281,7 +299,7 @@ def _others(wanted: tuple[str, ...], candidate: QuantType) -> tuple[str, ...]:
     return tuple(name for name in wanted if name != candidate.name)
 
 
-def _routed_mean(per_expert: torch.Tensor, inputs: InputStats | None) -> torch.Tensor:
+def routed_mean(per_expert: torch.Tensor, inputs: InputStats | None) -> torch.Tensor:
     """Mean of [E, 2] over experts, each weighted by the share of tokens it received."""
     if inputs is None or len(inputs.counts) != len(per_expert) or not int(inputs.counts.sum()):
         return per_expert.mean(0)
@@ -289,10 +307,11 @@ def _routed_mean(per_expert: torch.Tensor, inputs: InputStats | None) -> torch.T
     return (per_expert * share.unsqueeze(1)).sum(0)
 
 
-def _ratio(error_and_energy: torch.Tensor) -> torch.Tensor:
+def ratio_of(error_and_energy: torch.Tensor) -> torch.Tensor:
+    """Error over energy, of [2]; 0 where there is no energy."""
     error, energy = error_and_energy
     return error / energy if float(energy) > 0 else torch.zeros((), dtype=torch.float64)
 
 
 def _per_expert(weighted: torch.Tensor) -> tuple[float, ...]:
-    return tuple(float(_ratio(pair)) for pair in weighted) if len(weighted) > 1 else ()
+    return tuple(float(ratio_of(pair)) for pair in weighted) if len(weighted) > 1 else ()

@@ -6,12 +6,16 @@ times relative weighted error, the predicted KL; a unit's cost in a scheme is th
 the budget.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 
 from dynquant.allocate import Option, allocate, largest_total, smallest_total, total_cost
+from dynquant.analysis.error_journal import ErrorJournal, Sums
+from dynquant.analysis.error_sums import ErrorSums
 from dynquant.analysis.error_table import ErrorRow, ErrorTable
+from dynquant.analysis.measure_errors import ErrorPart, WaitingSums, parts_of, ratio_of, routed_mean
 from dynquant.architecture import layer_of
 from dynquant.encoding.served import encode_served, nvfp4_global_scale
 from dynquant.errors import PlanError
@@ -55,31 +59,44 @@ def measure_schemes(
     stats: CalibrationStats,
     *,
     stats_hash: str,
+    journal: ErrorJournal,
     device: torch.device | None = None,
     progress: Progress | None = None,
 ) -> ErrorTable:
     """What every scheme that a linear layer may have does to it.
 
+    Parts that `journal` holds are not measured again, others are added to it.
+
     Raises:
+        PlanError: the journal cannot be written.
         StatsError: the statistics belong to another checkpoint.
         EncodeError: NaN or Inf weights; the layer is named.
     """
     stats.check_belongs_to(model.fingerprint, model.name)
-    work = [
-        (linear, candidates_of(linears, SCHEMES, mixed_experts=True))
-        for linears in units_of(checkpoint, mixed_experts=True).values()
-        for linear in linears
-    ]
-    total = sum(_num_weights(linear) * len(found) for linear, found in work)
-    rows: list[ErrorRow] = []
-    done = 0
+    work = []
+    for linears in units_of(checkpoint, mixed_experts=True).values():
+        found = candidates_of(linears, SCHEMES, mixed_experts=True)
+        names = [scheme.name for scheme in found]
+        work += [(one, found, parts_of(one.name, one.shape, names, _WEIGHTS_IN_MEMORY)) for one in linears]
+    total, done = sum(part.num_weights * len(part.types) for *_, parts in work for part in parts), 0
     report = progress or ignore_progress
-    for linear, found in work:
-        report("measuring errors", done, total, unit="weights", tensor=linear.name)
-        for scheme, group in found.items():
-            rows.append(_row(linear, scheme, group, stats, device))
-            done += _num_weights(linear)
-            report("measuring errors", done, total, unit="weights", tensor=linear.name)
+
+    def measured(part: ErrorPart, num_schemes: int) -> None:
+        nonlocal done
+        done += part.num_weights * num_schemes
+        report("measuring errors", done, total, unit="weights", tensor=part.name)
+
+    rows: list[ErrorRow] = []
+    for linear, found, parts in work:
+        waiting = WaitingSums(parts)
+        for part in parts:
+            sums = journal.get(part.name, part.experts, part.types)
+            measured(part, 0 if sums is None else len(part.types))
+            if sums is None:
+                sums = _sums(linear, found, part.experts, stats, device, partial(measured, part, 1))
+                journal.add(part.name, part.experts, sums)
+            waiting.add(part, sums)
+        rows += [_row(linear, scheme, group, waiting.joined(scheme.name), stats) for scheme, group in found.items()]
     return ErrorTable(
         model=model.name,
         fingerprint=model.fingerprint,
@@ -151,56 +168,46 @@ def _options(table: ErrorTable, linears: Sequence[LinearLayer], found: Mapping[S
     return options
 
 
-def _row(
-    linear: LinearLayer, scheme: Scheme, group: int, stats: CalibrationStats, device: torch.device | None
-) -> ErrorRow:
+def _sums(
+    linear: LinearLayer,
+    schemes: Mapping[Scheme, int],
+    experts: range,
+    stats: CalibrationStats,
+    device: torch.device | None,
+    on_scheme: Callable[[], None],
+) -> Sums:
+    """Sums of some experts' sampled rows in each scheme; `on_scheme` is called after each."""
     rows, columns = linear.shape[-2:]
     sampled = slice(0, None, max(1, rows // _SAMPLED_ROWS))
+    weights = torch.stack([linear.load(expert)[sampled] for expert in experts])
     metric = importance(stats, linear.name, linear.shape)
-    squared, weighted = [], []  # of each expert: error, energy
-    step = max(1, _WEIGHTS_IN_MEMORY // (rows * columns))
-    for start in range(0, linear.num_experts, step):
-        experts = range(start, min(start + step, linear.num_experts))
-        weights = torch.stack([linear.load(expert)[sampled] for expert in experts])
-        part = None if metric is None else metric[start : experts.stop]
-        scale = nvfp4_global_scale(float(weights.abs().max())) if scheme.strategy == "tensor_group" else None
+    metric = None if metric is None else metric[experts.start : experts.stop]
+    weighting = torch.ones(len(weights), columns) if metric is None else metric
+    peak, found = float(weights.abs().max()), {}
+    for scheme, group in schemes.items():
+        scale = nvfp4_global_scale(peak) if scheme.strategy == "tensor_group" else None
         encoded = encode_served(
-            scheme, group, weights, importance=part, global_scale=scale, device=device, name=linear.modules[start]
-        )
-        difference = weights - torch.stack([one.decoded() for one in encoded])
-        ones = torch.ones(len(weights), columns)
-        squared.append(torch.stack([_energy(difference, ones), _energy(weights, ones)], -1))
-        weighting = ones if part is None else part
-        weighted.append(torch.stack([_energy(difference, weighting), _energy(weights, weighting)], -1))
-    error, energy = torch.cat(squared).sum(0)
-    lost, kept = (torch.cat(weighted) * _shares(linear, stats)).sum(0)
+            scheme, group, weights, importance=metric, global_scale=scale, device=device,
+            name=linear.modules[experts.start],
+        )  # fmt: skip
+        decoded = torch.stack([one.decoded() for one in encoded])
+        found[scheme.name] = ErrorSums.measured(weights, decoded, weighting, None)
+        on_scheme()
+    return found
+
+
+def _row(linear: LinearLayer, scheme: Scheme, group: int, sums: ErrorSums, stats: CalibrationStats) -> ErrorRow:
+    weighted = routed_mean(sums.weighted, stats.input_of(linear.name))
     return ErrorRow(
         name=linear.name,
         role=linear.role,
         layer=layer_of(linear.name),
         type=scheme.name,
         bytes=sum(tensor.num_bytes for tensor in tensors_of_layer(linear, scheme, group)),
-        relative_rms=float((error / energy.clamp_min(1e-300)).sqrt()),
-        weighted_error=float(lost / kept.clamp_min(1e-300)),
-        weighted_energy=float(kept),
+        relative_rms=ratio_of(sums.squared.sum(0)).sqrt().item(),
+        weighted_error=ratio_of(weighted).item(),
+        weighted_energy=float(weighted[1]),
     )
-
-
-def _energy(matrices: torch.Tensor, weighting: torch.Tensor) -> torch.Tensor:
-    """Weighted sum of squares of each matrix in [E, R, C], float64 [E]; weighting [E, C]."""
-    return (matrices.square().sum(dim=1, dtype=torch.float64) * weighting.double()).sum(-1)
-
-
-def _shares(linear: LinearLayer, stats: CalibrationStats) -> torch.Tensor:
-    """The share of tokens that each expert received, float64 [E, 1]."""
-    found = stats.input_of(linear.name)
-    if found is None or len(found.counts) != linear.num_experts or not int(found.counts.sum()):
-        return torch.full((linear.num_experts, 1), 1 / linear.num_experts, dtype=torch.float64)
-    return (found.counts.double() / found.counts.sum()).unsqueeze(1)
-
-
-def _num_weights(linear: LinearLayer) -> int:
-    return linear.num_experts * linear.shape[-2] * linear.shape[-1]
 
 
 def _reason(table: ErrorTable, linears: Sequence[LinearLayer], scheme: str) -> str:

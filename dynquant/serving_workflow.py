@@ -14,6 +14,7 @@ from dynquant.analysis.error_table import ErrorTable
 from dynquant.artifacts import file_hash
 from dynquant.calibration_stage import CalibrationOptions, run_calibration, run_probe
 from dynquant.devices import chosen_device
+from dynquant.error_stage import measure_table
 from dynquant.errors import CheckpointError, ExportError, PlanError
 from dynquant.exporters.compressed_card import transformers_problem
 from dynquant.exporters.compressed_tensors import export_compressed_tensors
@@ -25,7 +26,7 @@ from dynquant.second_moments import load_beside, path_beside
 from dynquant.serving_building import preset_schemes, serving_plan
 from dynquant.serving_layers import ServedCheckpoint, served_checkpoint
 from dynquant.serving_plan import ServingPlan
-from dynquant.serving_planner import check_schemes_budget, choose_schemes, measure_schemes
+from dynquant.serving_planner import ENCODER, check_schemes_budget, choose_schemes, measure_schemes
 from dynquant.serving_schemes import SCHEMES, serving_scheme
 from dynquant.statistics import CalibrationStats
 from dynquant.workflow import open_language_model, statistics_of
@@ -109,16 +110,19 @@ def _table(
 ) -> ErrorTable:
     """The table in the directory when it is of these statistics, or a new one; with sensitivities."""
     path = directory / SERVING_ERRORS_NAME
-    table = ErrorTable.load(path) if path.is_file() else None
+    table = ErrorTable.load(path, known_types=SCHEMES) if path.is_file() else None
     if table is not None and (table.stats_hash, table.fingerprint) == (stats_hash, model.fingerprint):
         console.note(f"reusing {path}")
     else:
-        with console.stage_progress("Statistics are kept; the errors measured so far are lost.") as progress:
-            table = measure_schemes(
-                model, checkpoint, stats, stats_hash=stats_hash,
-                device=torch.device(chosen_device(options.device)), progress=progress,
-            )  # fmt: skip
-        table.save(path)
+        device = chosen_device(options.device)
+        identity = {"types": " ".join(SCHEMES), "encoder": f"{ENCODER}, torch {torch.__version__}", "device": device}
+        table = measure_table(
+            path, model, stats_hash, identity,
+            lambda journal, progress: measure_schemes(
+                model, checkpoint, stats,
+                stats_hash=stats_hash, journal=journal, device=torch.device(device), progress=progress,
+            ),
+        )  # fmt: skip
     if not table.sensitivity:
         table = _with_sensitivity(model, table, options, directory)
         table.save(path)

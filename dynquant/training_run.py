@@ -73,7 +73,7 @@ class TrainingReport(_Record):
 
     @property
     def has_helped(self) -> bool:
-        """Whether the held-out loss fell below that of the base."""
+        """Whether the held-out loss fell below that of the adapter as it started."""
         losses = [point.held_out for point in self.history if point.held_out is not None]
         return min(losses) < losses[0]
 
@@ -220,7 +220,8 @@ def total_steps(options: TrainOptions, num_examples: int) -> int:
 def train(trainer: Trainer, run: RunDirectory) -> int:
     """Train from the last checkpoint or from the start; the best adapter is in the model then. Returns its step.
 
-    The held-out loss is measured before the first step too: an adapter starts as no change, so that is the base's.
+    The held-out loss is measured before the first step too: that of the adapter as it starts, which is the base's own
+    loss unless the adapter starts from the residual (`heal`).
     """
     trainer.remove_callback(PrinterCallback)  # which prints every log entry as a dictionary
     checkpoint = run.last_checkpoint()

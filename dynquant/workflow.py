@@ -13,7 +13,7 @@ from functools import partial
 from math import prod
 from pathlib import Path
 
-from dynquant import __version__, console
+from dynquant import console
 from dynquant.analysis.error_journal import ErrorJournal
 from dynquant.analysis.error_table import ErrorTable
 from dynquant.analysis.measure_errors import build_error_table
@@ -28,6 +28,7 @@ from dynquant.checkpoint import open_model
 from dynquant.codecs.encoder import Encoder
 from dynquant.devices import chosen_device
 from dynquant.encoded_store import EncodedStore
+from dynquant.error_stage import measure_table
 from dynquant.errors import CheckpointError, ExportError, PlanError
 from dynquant.importance import coverage_report
 from dynquant.model import Model
@@ -47,6 +48,7 @@ from dynquant.plan_search import SearchOptions
 from dynquant.plan_target import Target
 from dynquant.planner import FLOOR_PRICE
 from dynquant.presets import R1_RECIPES, preset_types
+from dynquant.progress import Progress
 from dynquant.quant_types import quant_type
 from dynquant.quantize import encoder_version, load_encoder
 from dynquant.ray_pool import open_ray
@@ -189,24 +191,19 @@ def _measure(
     """Write the table, with the rows of `known` for other types; goes on where an interrupted run stopped."""
     names, loaded = [quant_type(name).name for name in types], load_encoder(encoder)
     identity = {
-        "tool": __version__, "fingerprint": model.fingerprint, "stats": stats_hash, "types": " ".join(names),
-        "encoder": f"{loaded.name} {encoder_version(loaded)}", "store": store.directory.name if store else "",
+        "types": " ".join(names), "encoder": f"{loaded.name} {encoder_version(loaded)}",
+        "store": store.directory.name if store else "",
     }  # fmt: skip
-    with (
-        ErrorJournal(output, identity) as journal,
-        cluster.measuring(model, loaded, threads or 1) if cluster else nullcontext() as elsewhere,
-    ):
-        if journal.num_found:
-            console.note(f"going on with the interrupted {output.name}, {journal.num_found} parts of tensors are there")
-        with console.stage_progress("Statistics and the errors measured so far are kept.") as progress:
-            table = build_error_table(
-                model, stats, names, loaded, stats_hash=stats_hash, threads=threads, store=store, journal=journal,
-                elsewhere=elsewhere, progress=progress,
-            )  # fmt: skip
-        table = table if known is None else known.extended_by(table)
-        table.save(output)
-        journal.remove()
-    return table
+
+    def measure(journal: ErrorJournal, progress: Progress) -> ErrorTable:
+        table = build_error_table(
+            model, stats, names, loaded, stats_hash=stats_hash, threads=threads, store=store, journal=journal,
+            elsewhere=elsewhere, progress=progress,
+        )  # fmt: skip
+        return table if known is None else known.extended_by(table)
+
+    with cluster.measuring(model, loaded, threads or 1) if cluster else nullcontext() as elsewhere:
+        return measure_table(output, model, stats_hash, identity, measure)
 
 
 def plan(

@@ -289,6 +289,15 @@ def test_json_round_trip_and_refusals(table, tmp_path):
         ErrorTable.load(tmp_path / "none.json")
 
 
+def test_a_table_of_other_types_is_read_where_they_are_known(table, tmp_path):
+    path = tmp_path / "serving_errors.json"
+    other = table.with_rows(row.model_copy(update={"type": "W4A16"}) for row in table.rows)
+    other.save(path)
+    assert ErrorTable.load(path, known_types=("W4A16", "FP8")) == other
+    with pytest.raises(PlanError, match="unknown type 'W4A16'"):
+        ErrorTable.load(path)
+
+
 def test_csv_is_tidy(table, tmp_path):
     table.save(tmp_path / "errors.json")
     with (tmp_path / "errors.csv").open(newline="") as file:

@@ -72,7 +72,7 @@ RANKS = [
     ["plan_target"],
     ["plan_choice", "plan_search"],
     ["search_stage", "vision_workflow", "vision_search", "vision_export", "vision_runners"],
-    ["calibration_stage"],
+    ["calibration_stage", "error_stage"],
     ["workflow", "vision_evaluate"],
     ["serving_workflow"],
     ["export_workflow"],

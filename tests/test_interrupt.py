@@ -85,12 +85,18 @@ def test_interrupted_export_goes_on_to_the_same_bytes(small_moe, tmp_path):
 
 
 @pytest.mark.slow
-def test_interrupted_plan_goes_on_to_the_same_files(small_moe, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("errors", "options"),
+    [
+        ("errors.json", ("--types", TYPES, "--threads", "1", "--no-report")),
+        ("serving_errors.json", ("--for", "vllm")),
+    ],
+)
+def test_interrupted_plan_goes_on_to_the_same_files(errors, options, small_moe, tmp_path, monkeypatch):
     monkeypatch.setattr(calibration_stage, "PROBE_TOKENS", 512)
 
     def arguments(directory):
-        return ("plan", small_moe, "--tokens", "16384", "--hessians", "none", "--types", TYPES, "--threads", "1",
-                "--no-report", "-o", directory)  # fmt: skip
+        return ("plan", small_moe, "--tokens", "16384", "--hessians", "none", *options, "-o", directory)
 
     broken, whole = tmp_path / "broken", tmp_path / "whole"
     line = interrupted(arguments(broken), tmp_path / "progress.jsonl", "calibrate", at=0.2, number=signal.SIGTERM)
@@ -98,18 +104,18 @@ def test_interrupted_plan_goes_on_to_the_same_files(small_moe, tmp_path, monkeyp
     assert not broken.exists() or not list(broken.iterdir())
     line = interrupted(arguments(broken), tmp_path / "progress.jsonl", "measuring errors", at=0.2)
     assert "in measuring errors at" in line and "Statistics and the errors measured so far are kept" in line
-    assert sorted(file.name for file in broken.iterdir()) == ["errors.json.journal", "stats.safetensors"]
-    measured = (broken / "errors.json.journal").read_text().splitlines()[1:]
+    assert sorted(file.name for file in broken.iterdir()) == [f"{errors}.journal", "stats.safetensors"]
+    measured = (broken / f"{errors}.journal").read_text().splitlines()[1:]
     assert measured
     for directory in (broken, whole):
         done = run(*arguments(directory))
         assert done.returncode == 0, done.stderr
-        goes_on = f"going on with the interrupted errors.json, {len(measured)} parts"
+        goes_on = f"going on with the interrupted {errors}, {len(measured)} parts"
         assert (goes_on in done.stderr) == (directory == broken)
-        assert not (directory / "errors.json.journal").exists()
-    assert "reusing" in run(*arguments(broken)).stderr
-    for name in ("stats.safetensors", "errors.json", "plan.json", "super_weights.json"):
-        assert (broken / name).read_bytes() == (whole / name).read_bytes(), name
+    files = {file.name: file.read_bytes() for file in whole.iterdir()}
+    assert {"stats.safetensors", errors, "plan.json"} <= files.keys()
+    assert {file.name: file.read_bytes() for file in broken.iterdir()} == files
+    assert f"reusing {broken / errors}" in run(*arguments(broken)).stderr
 
 
 def interrupted(arguments, progress, stage, *, at, number=signal.SIGINT) -> str:
