@@ -118,6 +118,15 @@ def heal(
             help="residual: the adapter starts from what quantization took of the weights. zero: as no change."
         ),
     ] = "residual",
+    blend: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the way from the start to what training made of the adapter; less keeps more of what the "
+            "text does not ask for. Default: 0.5 from the residual, 1 from zero.",
+            min=0,
+            max=1,
+        ),
+    ] = None,
     rank: RankOpt = 16,
     alpha: AlphaOpt = None,
     rslora: RsLoraOpt = False,
@@ -156,7 +165,7 @@ def heal(
         max_tokens=max_tokens, mmlu_data=mmlu_data, shots=shots, num_shots=num_shots, limit=limit,
         cache_dir=reference_cache,
     )  # fmt: skip
-    heal_command(packed, reference, output, source, options, start=start, device=device, resume=resume)
+    heal_command(packed, reference, output, source, options, start=start, blend=blend, device=device, resume=resume)
 
 
 def export_adapter(

@@ -4,7 +4,8 @@
 
 The adapter starts as the low-rank part of what quantization took (`lora.residual`), for which the original's weights
 are read one by one; original and base are never in memory together. The held-out KL decides when to stop and which
-adapter is kept. What the adapter does is then measured by `evaluate` on held-out text, with and without it.
+step is kept; the adapter is a blend of that step and the start. What it does is then measured by `evaluate` on held-out
+text, with and without it.
 """
 
 import time
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 HELD_OUT_NAME = "held_out.txt"
 RESIDUAL, ZERO = "residual", "zero"
 """How the adapter starts: from what quantization took, or as no change at all."""
+_BLEND = {RESIDUAL: 0.5, ZERO: 1.0}
+"""Share of the way from the start that the adapter goes: the start at the residual knows what training forgets."""
 _HELD_OUT_SHARE = 0.1
 _CHECK_WINDOWS = 16
 """Held-out windows that are run at every check; 8,192 tokens, as `eval` takes by default."""
@@ -77,6 +80,7 @@ def heal(
     options: TrainOptions,
     *,
     start: str = RESIDUAL,
+    blend: float | None = None,
     device: str | None = None,
     resume: bool = True,
     progress: Progress | None = None,
@@ -87,11 +91,13 @@ def heal(
         packed: directory of `export -f safetensors`, or a GGUF file.
         reference: the original: Hugging Face directory, hub id or GGUF file.
         start: RESIDUAL or ZERO.
+        blend: where the adapter lies between its start, 0, and the step of the lowest held-out KL, 1; None is 0.5 from
+            the residual and 1 from zero.
         progress: called as `progress(stage, done, total)`.
 
     Raises:
         TrainingError: no packed weights, a package of the extra `train` is missing, an unfinished run that differs, or
-            no such start.
+            no such start or blend.
         AdapterError: the reference is not the model that was quantized.
         DataError, StatsError: text is missing, or too short.
         CheckpointError, EvaluationError: a model cannot be loaded, or the two cannot be compared.
@@ -100,6 +106,11 @@ def heal(
     require_training_packages()
     if start not in (RESIDUAL, ZERO):
         raise TrainingError(f"There is no start {start!r} of an adapter; give {RESIDUAL} or {ZERO}.")
+    share = _BLEND[start] if blend is None else blend
+    if not 0 <= share <= 1:
+        raise TrainingError(
+            f"A blend of {share} is not between 0, the adapter's start, and 1, what training made of it."
+        )
     began = time.perf_counter()
     device = chosen_device(device)
     report = progress or ignore_progress
@@ -121,7 +132,7 @@ def heal(
         "task": "heal", "base": model_fingerprint(base), "reference": model_fingerprint(original),
         "data": text.sha256, "tokens": data.tokens, "sampled_tokens": data.sampled_tokens,
         "windows": sha256(split.train.numpy()).hexdigest(),
-        "start": start, "device": device, **asdict(options),
+        "start": start, "blend": share, "device": device, **asdict(options),
     }  # fmt: skip
     run = training_run.RunDirectory(output, identity, resume=resume)
     train, held = _teacher(original, split, cache, num_columns, device, report)
@@ -130,12 +141,16 @@ def heal(
     kept = run.checkpoints / "best"
     trained = _train(
         base, train, held, run, options, kept, num_columns=num_columns, device=device, progress=report,
-        beginning=original if start == RESIDUAL else None,
+        beginning=original if start == RESIDUAL else None, share=share,
     )  # fmt: skip
     changes, gaps, remarks = _compare(before, judge(kept))
+    if share < 1:
+        remarks.append(
+            f"The adapter lies {share:g} of the way from its start to step {trained['best_step']} (--blend)."
+        )
     result = training_run.TrainingReport(
         task="heal", base=base.name, identity=run.identity,
-        options=asdict(options) | {"start": start} | _described(data),
+        options=asdict(options) | {"start": start, "blend": share} | _described(data),
         trained_examples=len(train), held_out_examples=len(held), **trained,
         changes=changes, gap_closed=gaps, notes=[*notes, *split.notes, *remarks],
         seconds=round(time.perf_counter() - began, 1),
@@ -180,8 +195,10 @@ def _train(
     device: str,
     progress: Progress,
     beginning: Path | None,
+    share: float,
 ) -> dict[str, Any]:
-    """Train an adapter, which starts from the residual of the original `beginning`, and save the best one to `kept`.
+    """Train an adapter, which starts from the residual of the original `beginning`, and save to `kept` what lies
+    `share` of the way from there to the best step.
 
     The base is freed. Gives steps, best step and losses.
     """
@@ -189,11 +206,12 @@ def _train(
 
     from dynquant import training_run
     from dynquant.distillation import DistillationTrainer
-    from dynquant.lora import start_from_residual
+    from dynquant.lora import AdapterStart, start_from_residual
 
     adapted = open_with_adapter(base, options, device=device)
     if beginning is not None:
         start_from_residual(adapted, open_model(beginning), progress=progress)
+    begun = AdapterStart(adapted)
     num_weights = sum(parameter.numel() for parameter in adapted.parameters())
     settings = training_run.trainer_settings(
         options, run.checkpoints, num_examples=len(train), num_weights=num_weights, device=device
@@ -203,6 +221,7 @@ def _train(
         callbacks=training_run.callbacks(options, progress),
     )  # fmt: skip
     best = training_run.train(trainer, run)
+    begun.blend(adapted, share)
     adapted.save_pretrained(str(kept))
     return {
         "steps": trainer.state.global_step,

@@ -48,7 +48,7 @@ def _print(report: Any, output: Path) -> None:
     for line in report.notes:
         console.note(line)
     if not report.has_helped:
-        console.note("Training did not lower the held-out loss; the adapter is not worth using.")
+        console.note("Training did not lower the held-out loss below that of the adapter's start.")
     console.out.print(f"adapter: {output}\nlosses:  {output / 'loss.png'}")
 
 

@@ -89,6 +89,20 @@ def test_the_adapter_starts_from_what_quantization_took(crushed, cache, healed, 
         run(crushed, cache, tmp_path / "other", start="svd")
 
 
+def test_the_adapter_lies_between_its_start_and_the_trained_one(crushed, cache, healed, tmp_path):
+    weights = {}
+    for share in (0, 1):
+        report = run(crushed, cache, tmp_path / str(share), blend=share)
+        weights[share] = load_file(tmp_path / str(share) / "adapter_model.safetensors")
+        assert any("--blend" in note for note in report.notes) == (share == 0)
+    default = load_file(healed[0] / "adapter_model.safetensors")
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in default)
+    for name, weight in default.items():
+        torch.testing.assert_close(weight, (weights[0][name] + weights[1][name]) / 2, rtol=1e-3, atol=1e-6)
+    with pytest.raises(TrainingError, match=r"A blend of 1.5 is not between 0"):
+        run(crushed, cache, tmp_path / "other", blend=1.5)
+
+
 @pytest.mark.gpu
 def test_healing_on_a_gpu(crushed, cache, cuda, tmp_path):
     report = run(crushed, cache, tmp_path / "adapter", device=str(cuda))

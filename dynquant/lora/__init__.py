@@ -2,7 +2,8 @@
 
 `get_peft_model(model, LoraConfig(...))` and `PeftModel.from_pretrained(model, directory)` work as they are after
 `import dynquant`. `add_adapter` chooses the targets; `load_adapter` checks first that an adapter fits; `merge` encodes
-the packed weights again. `start_from_residual` starts an adapter from what quantization took.
+the packed weights again. `start_from_residual` starts an adapter from what quantization took; `AdapterStart` blends
+what training made of it with that start.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -11,12 +12,14 @@ from dynquant.errors import AdapterError
 
 if TYPE_CHECKING:
     from dynquant.lora.adapters import add_adapter, load_adapter
+    from dynquant.lora.blend import AdapterStart
     from dynquant.lora.merging import merge
     from dynquant.lora.residual import start_from_residual
 
-__all__ = ["add_adapter", "load_adapter", "merge", "start_from_residual"]
+__all__ = ["AdapterStart", "add_adapter", "load_adapter", "merge", "start_from_residual"]
 _MODULES = {
-    "add_adapter": "adapters", "load_adapter": "adapters", "merge": "merging", "start_from_residual": "residual",
+    "AdapterStart": "blend", "add_adapter": "adapters", "load_adapter": "adapters", "merge": "merging",
+    "start_from_residual": "residual",
 }  # fmt: skip
 
 

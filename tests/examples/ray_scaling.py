@@ -3,9 +3,9 @@
     python tests/examples/ray_scaling.py MODEL --plan DIR/plan.json --nodes 1,2 --repeat 3 --tensors blk.1.
     python tests/examples/ray_scaling.py MODEL --plan DIR/plan.json --nodes 1,2 --device cuda
 
-GPUs are of one node, which numbers them. Workers are warm: each has encoded before. Efficiency is the time of one node over N times that of N nodes. What else
-the machine does shows in the CPU seconds that a worker got per second of encoding, 1.0 on an idle machine; how well the
-driver keeps workers fed, in the share of their time that they encode.
+GPUs are of one node, which numbers them. Workers are warm: each has encoded before. Efficiency is the time of one node
+over N times that of N nodes. What else the machine does shows in the CPU seconds that a worker got per second of
+encoding, 1.0 on an idle machine; how well the driver keeps workers fed, in the share of their time that they encode.
 """
 
 import argparse
@@ -77,13 +77,14 @@ def main() -> None:
     files = StoredFiles.of(model, base_gguf=None, stats=stats_path, use_moments=True, protected={})
     task = Timed(EncoderChoice.of(encoder, given.device, 1), files)
     print(f"{len(parts)} parts, {sum(part.num_weights for part in parts):,} weights", flush=True)
+    unit = "GPUs" if given.device == "cuda" else "nodes"
     for _ in range(given.repeat):
         single = None
         for nodes in map(int, given.nodes.split(",")):
             seconds, busy, cpu = measure(task, parts, nodes)
             single = single or nodes * seconds
             print(
-                f"{nodes} {'GPUs' if given.device == 'cuda' else 'nodes'}: {seconds:.1f} s, efficiency {single / (nodes * seconds):.0%}, "
+                f"{nodes} {unit}: {seconds:.1f} s, efficiency {single / (nodes * seconds):.0%}, "
                 f"workers encode {busy / (nodes * seconds):.0%} of the time and get {cpu / busy:.2f} CPU s per s, "
                 f"{cpu:.1f} CPU s in all",
                 flush=True,
