@@ -15,8 +15,8 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize("format", ["gguf", "safetensors"])
 def test_killed_exports_end_with_the_bytes_of_an_undisturbed_one(small_moe, tmp_path, format):
     arguments = [str(small_moe), "--preset", "uniform-q8_0", "--encoder", "ggml", "--tune", "0", "-f", format]
-    counts = run([*arguments, "--max-memory", "1.001GiB"], tmp_path, kills=2, seed=2)
-    assert counts["kills"] == 2 and counts["kills with parts kept"] >= 1
+    counts = run([*arguments, "--max-memory", "1.001GiB"], tmp_path, kills=2, seed=2, each_ends=True)
+    assert counts["kills"] == 2 and counts["kills with parts kept"] >= 1 and counts["finished"] >= 2
 
 
 def test_an_export_takes_the_memory_of_a_part_and_not_of_a_stack():

@@ -43,8 +43,8 @@ def whole(moe: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return calibrated_whole(moe, tmp_path_factory.mktemp("whole"), "gradients")
 
 
-def calibrated_whole(model: Model, directory: Path, hessians: str) -> Path:
-    found = calibrate(model, hessians=hessians, **OPTIONS)
+def calibrated_whole(model: Model, directory: Path, hessians: str, **options) -> Path:
+    found = calibrate(model, hessians=hessians, **OPTIONS, **options)
     found.stats.save(directory / "stats.safetensors")
     if found.moments is not None:
         found.moments.save(directory / "hessians.safetensors")
@@ -96,6 +96,14 @@ def test_second_moments_of_activations_are_the_same(moe, tmp_path):
     (tmp_path / "whole").mkdir()
     streamed(moe, tmp_path, "activations")
     assert same_files(calibrated_whole(moe, tmp_path / "whole", "activations"), tmp_path)
+
+
+@pytest.mark.gpu
+def test_a_gpu_streams_the_same_files_too(moe, tmp_path):
+    on_gpu = {"device": "cuda", "dtype": torch.float32}
+    (tmp_path / "whole").mkdir()
+    streamed(moe, tmp_path, "activations", **on_gpu)
+    assert same_files(calibrated_whole(moe, tmp_path / "whole", "activations", **on_gpu), tmp_path)
 
 
 @pytest.mark.parametrize("stages", [3, 9])  # in the middle of the layers, and before the last one runs backward

@@ -4,7 +4,8 @@
 
 Everything after `--` is for `dynquant export`, without -o. Moments are drawn half by time and half by the number of
 parts that are on the disk, so that kills also fall between parts that take no time. An export that ends before its kill
-is compared with the undisturbed one, byte by byte, and begun anew.
+is compared with the undisturbed one, byte by byte, and begun anew. With `--each-ends`, every kill is followed by a run
+that ends and is compared.
 """
 
 import argparse
@@ -44,7 +45,7 @@ def wait_for_moment(child: subprocess.Popen, output: Path, seconds: float | None
         time.sleep(0.002)
 
 
-def run(arguments: list[str], work: Path, *, kills: int, seed: int) -> dict[str, int]:
+def run(arguments: list[str], work: Path, *, kills: int, seed: int, each_ends: bool) -> dict[str, int]:
     """Counts of kills, of kills after which parts were kept, and of finished exports, all with the expected bytes."""
     dice, straight, output = random.Random(seed), work / "straight", work / "killed"
     for folder in (straight, output):
@@ -59,16 +60,18 @@ def run(arguments: list[str], work: Path, *, kills: int, seed: int) -> dict[str,
     duration, wanted = time.monotonic() - begin, contents(straight)
     print(f"undisturbed: {duration:.1f} s, {most_parts} parts, {sum(map(len, wanted.values())):,} bytes", flush=True)
     counts = {"kills": 0, "kills with parts kept": 0, "finished": 0}
-    while counts["kills"] < kills or parts_on_disk(output):
+    killed = False
+    while counts["kills"] < kills or killed:
         child = start(arguments, output)
-        if counts["kills"] < kills:
+        if counts["kills"] < kills and not (each_ends and killed):
             by_time = dice.random() < 0.5
             kept = parts_on_disk(output)
             parts = dice.randint(min(kept + 1, most_parts), most_parts)
             wait_for_moment(child, output, dice.uniform(0, duration) if by_time else None, parts)
             child.kill()
         error = child.communicate()[1]
-        if child.returncode == -9:
+        killed = child.returncode == -9
+        if killed:
             counts["kills"] += 1
             counts["kills with parts kept"] += parts_on_disk(output) > 0
             continue
@@ -86,10 +89,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--each-ends", action="store_true", help="After each kill, let the export end and compare.")
     parser.add_argument("--work", type=Path, required=True, help="An empty or new directory.")
     parser.add_argument("arguments", nargs="+", help="Of `dynquant export`, after `--`.")
     given = parser.parse_args()
-    counts = run(given.arguments, given.work, kills=given.kills, seed=given.seed)
+    counts = run(given.arguments, given.work, kills=given.kills, seed=given.seed, each_ends=given.each_ends)
     print(", ".join(f"{name}: {count}" for name, count in counts.items()) + "; all finished exports have equal bytes")
 
 

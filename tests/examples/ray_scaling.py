@@ -72,8 +72,10 @@ def main() -> None:
     stats_path = given.plan.with_name("stats.safetensors")
     stats = CalibrationStats.load(stats_path)
     guidance = guidance_of(stats, load_beside(stats_path, stats))
+    chosen = tuple(entry for entry in plan.entries if entry.name.startswith(given.tensors))
+    plan = plan.model_copy(update={"entries": chosen})
     by_tensor = parts_of_plan(plan, guidance, encoder, PartLimits(parse_size(given.max_memory)))
-    parts = [part for name, several in by_tensor.items() if name.startswith(given.tensors) for part in several]
+    parts = [part for several in by_tensor.values() for part in several]
     files = StoredFiles.of(model, base_gguf=None, stats=stats_path, use_moments=True, protected={})
     task = Timed(EncoderChoice.of(encoder, given.device, 1), files)
     print(f"{len(parts)} parts, {sum(part.num_weights for part in parts):,} weights", flush=True)
