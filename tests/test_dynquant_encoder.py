@@ -1,5 +1,10 @@
 """The dynquant encoder: never worse than ggml on its objective, better with error feedback, exact about its limits."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -11,6 +16,7 @@ from dynquant.encoding.encoder import DynquantEncoder
 from dynquant.encoding.layouts import LAYOUTS
 from dynquant.errors import EncodeError
 from dynquant.quant_types import QUANT_TYPES
+from tests.conftest import REPOSITORY
 
 ASKED = [
     "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "Q2_K", "Q3_K", "Q4_K", "IQ4_XS", "TQ1_0",
@@ -194,9 +200,20 @@ def test_missing_importance_is_refused():
         ENCODER.encode(QUANT_TYPES["IQ1_S"], noise(4, 256))
 
 
+@pytest.mark.slow
+def test_kernels_of_columns_find_what_pytorch_finds():
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.helpers.interpreted_encoding"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    for passes in json.loads(done.stdout).values():
+        for found in passes.values():
+            assert found["changed"] > 0.1 and found["same"] > 0.99 and found["loss"] == pytest.approx(1, rel=0.01)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", ASKED)
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_cuda_gives_blocks_as_good_and_the_same_ones_each_time(name):
     weights, hessian = 0.02 * noise(EXPERTS, 64, COLUMNS), correlated(COLUMNS, 32)
     on_gpu = DynquantEncoder("cuda")

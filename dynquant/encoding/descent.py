@@ -11,9 +11,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dynquant.encoding.feedback import feed_back, upper_factor
+from dynquant.encoding.feedback import CHUNK, feed_back, has_column_kernels, upper_factor
 from dynquant.encoding.layouts import BlockLayout, Fields
-from dynquant.encoding.rows import Rows
+from dynquant.encoding.rows import Rows, Spread
 from dynquant.encoding.scales import merged
 
 _RIDGE = 1e-7
@@ -33,6 +33,8 @@ def descend(rows: Rows, fields: Fields, values: Tensor, hessian: Tensor) -> Tens
     decoded = spread.decoded(values, slice(None))
     values = values.clone()
     slope = (rows.x - decoded) @ hessian  # half the gradient
+    if has_column_kernels(rows):
+        return _descend_in_chunks(rows, spread, decoded, slope, values, hessian)
     for first in range(0, rows.x.shape[-1], group):
         columns = slice(first, first + group)
         block = hessian[:, columns, columns]
@@ -43,6 +45,19 @@ def descend(rows: Rows, fields: Fields, values: Tensor, hessian: Tensor) -> Tens
         better = change < 0
         values[..., columns] = torch.where(better, found, values[..., columns])
         slope += torch.where(better, step, 0.0) @ hessian[:, columns]
+    return values
+
+
+def _descend_in_chunks(
+    rows: Rows, spread: Spread, decoded: Tensor, slope: Tensor, values: Tensor, hessian: Tensor
+) -> Tensor:
+    from dynquant.encoding.column_kernels import descend_chunk
+
+    for start in range(0, rows.x.shape[-1], CHUNK):
+        stop = min(start + CHUNK, rows.x.shape[-1])
+        steps = torch.empty_like(slope[..., start:stop], memory_format=torch.contiguous_format)
+        descend_chunk(rows, spread, decoded, slope, hessian, start, steps, values)
+        slope[..., stop:] += steps @ hessian[:, start:stop, stop:]
     return values
 
 
@@ -60,13 +75,15 @@ def descend_scales(rows: Rows, fields: Fields, values: Tensor, hessian: Tensor) 
     mins = None if fields.mins is None else fields.mins.clone()
     shifts = None if fields.shifts is None else fields.shifts.clone()
     slope = (rows.x - decoded) @ hessian
+    blocks = _diagonal_blocks(hessian, width)
+    factors, solvers = upper_factor(blocks), torch.linalg.lu_factor(blocks)
     for s in range(rows.num_sub_blocks):
         columns = slice(s * width, (s + 1) * width)
-        block = hessian[:, columns, columns]
-        target = decoded[..., columns] + _solve(slope[..., columns], block)
+        lu, pivots = (part[:, s] for part in solvers)
+        target = decoded[..., columns] + torch.linalg.lu_solve(lu, pivots, slope[..., columns], left=False)
         sub = Rows(layout, target, rows.unit)
         kept = _sub_fields(fields, s, rows.num_sub_blocks, scales, mins, shifts)
-        best, found = _best_trial(sub, kept, values[..., columns], block)
+        best, found = _best_trial(sub, kept, values[..., columns], blocks[:, s], factors[:, s])
         scales[..., s : s + 1] = best.scales
         if mins is not None:
             mins[..., s : s + 1] = best.mins
@@ -80,13 +97,19 @@ def descend_scales(rows: Rows, fields: Fields, values: Tensor, hessian: Tensor) 
     return replace(fields, scales=scales, mins=mins, shifts=shifts), values
 
 
-def _best_trial(sub: Rows, kept: Fields, values: Tensor, block: Tensor) -> tuple[Fields, Tensor]:
+def _diagonal_blocks(hessian: Tensor, width: int) -> Tensor:
+    """[E, C, C] -> [E, C / width, width, width]."""
+    cut = hessian.unflatten(-1, (-1, width)).unflatten(1, (-1, width))
+    return cut.diagonal(dim1=1, dim2=3).movedim(-1, 1)
+
+
+def _best_trial(sub: Rows, kept: Fields, values: Tensor, block: Tensor, factor: Tensor) -> tuple[Fields, Tensor]:
     """The fields and values with least loss: those at hand, or a trial after feedback; all trials are run at once."""
     trials = _trials(sub.layout, kept)
     count = len(trials)
     many = Rows(sub.layout, sub.x.repeat(count, 1, 1), sub.unit.repeat(count, 1, 1))
     fields = _stacked(trials)
-    tried = feed_back(many, fields, upper_factor(block).repeat(count, 1, 1))
+    tried = feed_back(many, fields, factor.repeat(count, 1, 1))
     losses = torch.cat(
         (
             loss(sub, kept, values, block)[None],

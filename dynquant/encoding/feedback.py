@@ -10,13 +10,16 @@ so that, groups being rounded in order, each should round x_g + sum_{h<g} e_h U_
 by its diagonal; `descent` makes up for what that loses. Scales, minimums and shifts are frozen during the pass.
 """
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
+from dynquant.encoding.codebooks import Integers
 from dynquant.encoding.layouts import Fields
 from dynquant.encoding.rows import Rows
 
-_COLUMNS = 64
+CHUNK = 64
 """Columns whose mutual feedback is applied at once; feedback from earlier ones comes in one product."""
 
 
@@ -30,14 +33,25 @@ def upper_factor(hessian: Tensor) -> Tensor:
     return reversed_factor.flip(-1, -2).to(torch.float32)
 
 
+def has_column_kernels(rows: Rows) -> bool:
+    """Whether Triton takes these rows through the columns of a chunk (`column_kernels`)."""
+    return rows.x.is_cuda and isinstance(rows.layout.codebook, Integers) and find_spec("triton") is not None
+
+
 def feed_back(rows: Rows, fields: Fields, factor: Tensor) -> Tensor:
     """Values [E, R, C] of one pass; `factor` is `upper_factor` of the hessian."""
     x, group = rows.x, rows.layout.codebook.group
     spread = rows.spread(fields)
     values, errors = torch.empty_like(x), torch.empty_like(x)
-    for start in range(0, x.shape[-1], _COLUMNS):
-        stop = min(start + _COLUMNS, x.shape[-1])
+    has_kernels = has_column_kernels(rows)
+    for start in range(0, x.shape[-1], CHUNK):
+        stop = min(start + CHUNK, x.shape[-1])
         earlier = errors[..., :start] @ factor[:, :start, start:stop]
+        if has_kernels:
+            from dynquant.encoding.column_kernels import feed_back_chunk
+
+            feed_back_chunk(rows, spread, earlier, factor, start, values, errors)
+            continue
         for first in range(start, stop, group):
             columns = slice(first, first + group)
             pending = earlier[..., first - start : first - start + group]

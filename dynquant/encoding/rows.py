@@ -34,7 +34,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Rows:
-    """Normalised weights `x` [E, R, C] of E experts; the true ones are `x * unit`, `unit` [E, R, 1]."""
+    """Normalised weights `x` [E, R, C] of E experts, contiguous; the true ones are `x * unit`, `unit` [E, R, 1]."""
 
     layout: BlockLayout
     x: Tensor
@@ -45,7 +45,7 @@ class Rows:
         """From float32 weights [E, R, C]."""
         peak = weights.abs().amax(-1, keepdim=True)
         unit = torch.exp2(torch.frexp(peak).exponent.to(torch.float32).clamp(-126, 127))
-        return cls(layout, weights / unit, unit)
+        return cls(layout, (weights / unit).contiguous(), unit)
 
     def with_targets(self, x: Tensor) -> "Rows":
         return replace(self, x=x)
