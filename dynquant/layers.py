@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynquant.kernels import ops
+from dynquant.kernels import ops, reference
 from dynquant.kernels.formats import is_packed
 from dynquant.kernels.repack import block_rows, pack_planes, unpack_planes
 from dynquant.quant_types import quant_type
@@ -60,15 +60,16 @@ class PackedModule(nn.Module):
 
     def dense(self, name: str, dtype: torch.dtype, index: int | None = None) -> Tensor:
         """The weight `name` as numbers, [..., rows, columns], or one slice of its first dimension."""
-        weight, layout = getattr(self, name), self.layout
-        if index is not None and name in self.packed_names and layout == PLANES:
+        weight, has_blocks = getattr(self, name), name in self.packed_names
+        if index is not None and has_blocks and self.layout == PLANES:
             rows = weight.shape[-2]
-            weight, layout = block_rows(self.types[name], weight, slice(index * rows, (index + 1) * rows)), BLOCKS
-        elif index is not None:
+            blocks = block_rows(self.types[name], weight, slice(index * rows, (index + 1) * rows))
+            return reference.dequantize(blocks, self.types[name], dtype=dtype)
+        if index is not None:
             weight = weight[index]
-        if name not in self.packed_names:
+        if not has_blocks:
             return weight.to(dtype)
-        return ops.dequantize(weight, self.types[name], dtype=dtype, layout=layout)
+        return ops.dequantize(weight, self.types[name], dtype=dtype, layout=self.layout)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -149,6 +149,7 @@ def quantize(
     wanted = [part for part in every if part.key not in skip and part.name not in skip]
     counter = _Counter(progress, plan.num_weights, plan.num_weights - sum(part.num_weights for part in wanted))
     if elsewhere is not None:
+        counter.add(0)  # the stage begins before workers do
         for part, packed in elsewhere(wanted):
             counter.tensor = part.name
             counter.add(part.num_weights)

@@ -55,7 +55,9 @@ class RayPool:
         """Each item with the result of `task`, in the order of items or as they are done.
 
         Twice as many tasks are submitted as can run. With `load`, tasks get `load(item)`, which is then put into the
-        object store when the task is submitted.
+        object store when the task is submitted. Where nobody takes the rest, what is submitted runs on until the pool
+        closes: cancelling a task whose result is on its way aborts the whole process (a check in Ray 2.60's
+        task_manager.cc).
 
         Raises:
             ClusterError: no node can run such a task, or it was lost with its worker again and again.
@@ -67,18 +69,14 @@ class RayPool:
         )
         shared, rest = self._ray.put(task), iter(items)
         pending: dict[Any, Item] = {}
-        try:
-            while True:
-                while len(pending) < 2 * slots and (item := next(rest, None)) is not None:
-                    pending[remote.remote(shared, load(item) if load else item)] = item
-                if not pending:
-                    return
-                done = next(iter(pending)) if ordered else self._ray.wait(list(pending), num_returns=1)[0][0]
-                result = self._result(done)
-                yield pending.pop(done), result
-        finally:
-            for reference in pending:
-                self._ray.cancel(reference)
+        while True:
+            while len(pending) < 2 * slots and (item := next(rest, None)) is not None:
+                pending[remote.remote(shared, load(item) if load else item)] = item
+            if not pending:
+                return
+            done = next(iter(pending)) if ordered else self._ray.wait(list(pending), num_returns=1)[0][0]
+            result = self._result(done)
+            yield pending.pop(done), result
 
     def _result(self, reference: Any) -> Any:
         try:
