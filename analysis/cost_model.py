@@ -20,6 +20,8 @@ from math import ceil, exp, log, prod
 
 from dynquant.analysis.streamed_cost import StreamedCost, StreamedPass, kept_bytes, streamed_cost
 from dynquant.architecture import Role, layer_of
+from dynquant.calibration import HELD_BACK, num_held_back
+from dynquant.collector import SampleLimits
 from dynquant.machine import Machine
 from dynquant.model import Model
 from dynquant.plan import Plan, PlanEntry
@@ -37,6 +39,8 @@ _BATCH_WINDOWS = 4
 """Windows that calibration runs at a time on a CPU."""
 _PROBE_TOKENS = 4096
 _ENCODED_AT_ONCE = 1 << 25
+_MEASURING_BYTES = 1 << 25
+"""Differences and their squares, of some rows at a time (`error_sums`)."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ def predict(model: Model, plan: Plan, machine: Machine, work: Workload) -> list[
         StageCost(
             "error table",
             machine.start_seconds + _search_tables(machine, work.types) + reading + _table_seconds(plan, machine, work),
-            machine.start_bytes + 4 * largest,
+            machine.start_bytes + _sample_bytes(model, plan.entries, work) + 3 * largest + _MEASURING_BYTES,
             stored,
         ),
         _sensitivities(model, plan, machine, work),
@@ -207,6 +211,19 @@ def _moment_bytes(model: Model, entries: Sequence[PlanEntry], work: Workload) ->
         for apart in (True, False)
     )
     return min(each if each <= work.hessian_bytes else shared, work.hessian_bytes)
+
+
+def _sample_bytes(model: Model, entries: Sequence[PlanEntry], work: Workload) -> int:
+    """Of the held-back inputs in the statistics, bfloat16."""
+    limits, held = SampleLimits(), work.window * num_held_back(ceil(work.tokens / work.window), HELD_BACK)
+    total = 0
+    for entry, share in _linears(model, entries):
+        if not _has_moment(entry):
+            continue
+        experts, channels = prod(entry.shape[:-2]), entry.shape[-1]
+        most = limits.rows_per_expert(experts, channels) if entry.role.is_routed_expert else limits.dense_rows
+        total += 2 * min(most, ceil(held * share)) * experts * channels
+    return total
 
 
 def _table_seconds(plan: Plan, machine: Machine, work: Workload) -> float:

@@ -29,6 +29,8 @@ from dynquant.statistics import CalibrationStats, StatsProvenance
 
 DEFAULT_TOKENS = 131_072
 DEFAULT_WINDOW = 512
+HELD_BACK = 0.1
+"""Share of the windows that are sampled instead of summed."""
 
 Hessians = Literal["none", "activations", "gradients"]
 """Which second moments to take; with gradients, a token counts by its squared gradient of the KL divergence too."""
@@ -112,7 +114,7 @@ def num_held_back(count: int, share: float) -> int:
 
 
 def split_windows(
-    tokens: torch.Tensor, provenance: StatsProvenance, held_back: float = 0.1
+    tokens: torch.Tensor, provenance: StatsProvenance, held_back: float = HELD_BACK
 ) -> tuple[torch.Tensor, torch.Tensor, StatsProvenance]:
     """Windows that are summed, windows that are sampled, and the provenance with their numbers.
 
@@ -140,7 +142,7 @@ def collect_statistics(
     arch: str,
     n_layer: int,
     provenance: StatsProvenance,
-    held_back: float = 0.1,
+    held_back: float = HELD_BACK,
     limits: SampleLimits | None = None,
     batch_size: int = 4,
     hessians: Hessians = "none",

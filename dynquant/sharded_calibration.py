@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from dynquant.calibration import Calibration, Hessians, collect_statistics, num_held_back
+from dynquant.calibration import HELD_BACK, Calibration, Hessians, collect_statistics, num_held_back
 from dynquant.checkpoint import open_model
 from dynquant.errors import ClusterError, DynquantError, StatsError
 from dynquant.hf_loading import load_hf
@@ -56,7 +56,7 @@ def calibrate_in_shards(
     provenance: StatsProvenance,
     *,
     base_gguf: Path | None = None,
-    held_back: float = 0.1,
+    held_back: float = HELD_BACK,
     device: str = "cpu",
     batch_size: int = 4,
     hessians: Hessians = "none",
