@@ -34,6 +34,7 @@ CheckpointingOpt = Annotated[
         help="Recompute activations to save memory. Default: on a GPU, from a billion weights.", show_default=False
     ),
 ]
+StoreOpt = Annotated[str, typer.Option(help="Type of the adapter's file: float32, or bfloat16 in half the bytes.")]
 ResumeTrainingOpt = Annotated[bool, typer.Option(help="Continue an interrupted run.")]
 
 
@@ -62,6 +63,7 @@ def finetune(
     evaluations: EvaluationsOpt = 10,
     patience: PatienceOpt = 3,
     gradient_checkpointing: CheckpointingOpt = None,
+    store: StoreOpt = "float32",
     resume: ResumeTrainingOpt = True,
     seed: SeedOpt = 0,
     device: DeviceOpt = None,
@@ -77,7 +79,7 @@ def finetune(
         rank=rank, alpha=alpha, rslora=rslora, experts=experts, llama_cpp=llama_cpp,
         learning_rate=learning_rate, epochs=epochs, max_steps=max_steps, batch_size=batch_size,
         micro_batch=micro_batch, evaluations=evaluations, patience=patience,
-        gradient_checkpointing=gradient_checkpointing, seed=seed,
+        gradient_checkpointing=gradient_checkpointing, seed=seed, store=store,
     )  # fmt: skip
     finetune_command(
         packed, data, output, options, held_out_share=held_out, max_length=max_length, tokenizer=tokenizer,
@@ -140,6 +142,7 @@ def heal(
     evaluations: EvaluationsOpt = 10,
     patience: PatienceOpt = 3,
     gradient_checkpointing: CheckpointingOpt = None,
+    store: StoreOpt = "float32",
     resume: ResumeTrainingOpt = True,
     seed: SeedOpt = 0,
     device: DeviceOpt = None,
@@ -158,7 +161,7 @@ def heal(
         rank=rank, alpha=alpha, rslora=rslora, experts=experts, llama_cpp=llama_cpp,
         learning_rate=learning_rate, epochs=epochs, max_steps=max_steps, batch_size=batch_size,
         micro_batch=micro_batch, evaluations=evaluations, patience=patience,
-        gradient_checkpointing=gradient_checkpointing, seed=seed,
+        gradient_checkpointing=gradient_checkpointing, seed=seed, store=store,
     )  # fmt: skip
     source = HealData(
         data=data, tokens=tokens, sampled_tokens=sampled_tokens, window=window, text=text or (),

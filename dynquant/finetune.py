@@ -80,6 +80,7 @@ def finetune(
     check_context(base, max_length, "--max-length")
 
     from dynquant import training_run  # takes seconds, which nobody who mistyped a path should wait for
+    from dynquant.lora import round_adapter, save_adapter
 
     identity = {
         "task": "finetune", "base": model_fingerprint(base), "data": found.sha256, "held_out_share": held_out_share,
@@ -92,6 +93,7 @@ def finetune(
     )
     notes += _left_out(trainer, found, len(train_data.rows), len(held_data.rows), max_length)
     best = training_run.train(trainer, run)
+    round_adapter(trainer.model, options.stored_dtype)
     result = training_run.TrainingReport(
         task="finetune", base=base.name, identity=run.identity,
         options=asdict(options) | {"data": found.name, "held_out_share": held_out_share, "max_length": max_length},
@@ -103,7 +105,7 @@ def finetune(
     )  # fmt: skip
 
     def write(directory: Path) -> None:
-        trainer.model.save_pretrained(str(directory))
+        save_adapter(trainer.model, directory, options.stored_dtype)
         encoder.save_pretrained(str(directory))
         training_run.write_report(directory, result, measure="loss (nats per token)")
 

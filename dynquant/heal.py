@@ -206,7 +206,7 @@ def _train(
 
     from dynquant import training_run
     from dynquant.distillation import DistillationTrainer
-    from dynquant.lora import AdapterStart, start_from_residual
+    from dynquant.lora import AdapterStart, save_adapter, start_from_residual
 
     adapted = open_with_adapter(base, options, device=device)
     if beginning is not None:
@@ -222,7 +222,7 @@ def _train(
     )  # fmt: skip
     best = training_run.train(trainer, run)
     begun.blend(adapted, share)
-    adapted.save_pretrained(str(kept))
+    save_adapter(adapted, kept, options.stored_dtype)
     return {
         "steps": trainer.state.global_step,
         "best_step": best,

@@ -1,6 +1,14 @@
 """How to train an adapter."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dynquant.errors import TrainingError
+
+if TYPE_CHECKING:
+    import torch
+
+STORED = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -10,6 +18,9 @@ class TrainOptions:
     `batch_size` counts the examples of an optimizer step, which are run `micro_batch` at a time. The held-out loss is
     measured `evaluations` times; after `patience` measurements without a new minimum the run stops, and the adapter of
     the minimum is kept. `gradient_checkpointing` None recomputes activations on a GPU from 10^9 weights.
+
+    Raises:
+        TrainingError: `store` is not one of STORED.
     """
 
     rank: int = 16
@@ -29,7 +40,20 @@ class TrainOptions:
     patience: int = 3
     gradient_checkpointing: bool | None = None
     seed: int = 0
+    store: str = "float32"
+    """One of STORED: what the adapter's file holds. It is trained in float32."""
+
+    def __post_init__(self) -> None:
+        if self.store not in STORED:
+            raise TrainingError(f"An adapter cannot be stored as {self.store!r}; give {' or '.join(STORED)}.")
 
     @property
     def lora_alpha(self) -> int:
         return 2 * self.rank if self.alpha is None else self.alpha
+
+    @property
+    def stored_dtype(self) -> "torch.dtype":
+        """`store` as PyTorch has it."""
+        import torch
+
+        return getattr(torch, self.store)

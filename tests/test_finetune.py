@@ -4,11 +4,13 @@ import hashlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dynquant.errors import DataError, TrainingError
 
@@ -54,6 +56,20 @@ def test_twenty_steps_lower_the_held_out_loss(tuned):
     assert {"adapter_model.safetensors", "tokenizer.json", "training.json", "loss.png"} <= {
         file.name for file in output.iterdir()
     }
+
+
+def test_an_adapter_in_half_the_bytes_is_the_rounded_one(crushed, lists, tuned, tmp_path):
+    output = tmp_path / "adapter"
+    report = finetune(str(crushed.packed), lists, output, replace(OPTIONS, store="bfloat16"))
+    whole, half = (load_file(path / "adapter_model.safetensors") for path in (tuned[0], output))
+    assert {tensor.dtype for tensor in half.values()} == {torch.bfloat16}
+    for name, tensor in whole.items():
+        torch.testing.assert_close(half[name].float(), tensor, rtol=1e-2, atol=1e-4)
+    assert report.changes[0].after.value == pytest.approx(tuned[1].changes[0].after.value, rel=0.01)
+    model = load_adapter(open_packed_model(crushed.packed), output)
+    assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.float32}
+    with pytest.raises(TrainingError, match=r"cannot be stored as 'float8'; give float32 or bfloat16"):
+        replace(OPTIONS, store="float8")
 
 
 @pytest.mark.gpu

@@ -116,8 +116,10 @@ def test_answers_are_counted_with_and_without_the_adapter(crushed, cache, tmp_pa
         for i, place in enumerate(("first", "second", "third", "last"))
     ]
     questions.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    options = TrainOptions(**{**vars(OPTIONS), "max_steps": 1})
+    options = TrainOptions(**{**vars(OPTIONS), "max_steps": 1, "store": "bfloat16"})
     report = run(crushed, cache, tmp_path / "adapter", options, questions=questions)
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors").values()
+    assert {tensor.dtype for tensor in stored} == {torch.bfloat16}
     accuracy = report.changes[-1]
     scores = {"tasks": ("mmlu",), "mmlu_data": questions, "shots": questions, "num_shots": 1, "scoring": ("letter",)}
     for adapter, stated in ((None, accuracy.before), (tmp_path / "adapter", accuracy.after)):

@@ -3,7 +3,7 @@
 `get_peft_model(model, LoraConfig(...))` and `PeftModel.from_pretrained(model, directory)` work as they are after
 `import dynquant`. `add_adapter` chooses the targets; `load_adapter` checks first that an adapter fits; `merge` encodes
 the packed weights again. `start_from_residual` starts an adapter from what quantization took; `AdapterStart` blends
-what training made of it with that start.
+what training made of it with that start. `save_adapter` writes it in a type of choice, to which `round_adapter` rounds.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -15,11 +15,14 @@ if TYPE_CHECKING:
     from dynquant.lora.blend import AdapterStart
     from dynquant.lora.merging import merge
     from dynquant.lora.residual import start_from_residual
+    from dynquant.lora.storing import round_adapter, save_adapter
 
-__all__ = ["AdapterStart", "add_adapter", "load_adapter", "merge", "start_from_residual"]
+__all__ = [
+    "AdapterStart", "add_adapter", "load_adapter", "merge", "round_adapter", "save_adapter", "start_from_residual",
+]  # fmt: skip
 _MODULES = {
     "AdapterStart": "blend", "add_adapter": "adapters", "load_adapter": "adapters", "merge": "merging",
-    "start_from_residual": "residual",
+    "round_adapter": "storing", "save_adapter": "storing", "start_from_residual": "residual",
 }  # fmt: skip
 
 
