@@ -56,7 +56,8 @@ def test_rounded_activations_follow_llama_cpp(small_moe, tmp_path):
         runner = open_runner(path, device="cpu", **options)
         logits.append(runner.window_logits(tokens))
         runner.close()
-    assert mean_kl(logits[0], logits[2]) < 1e-8 < 1e-5 < mean_kl(logits[0], logits[1])
+    # An activation near the middle of two steps may go the other way: how float32 sums are ordered is the CPU's.
+    assert mean_kl(logits[0], logits[2]) < 1e-7 < 1e-5 < mean_kl(logits[0], logits[1])
 
 
 def test_both_runtimes_describe_a_gguf_file_alike(packed_moe):

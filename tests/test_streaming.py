@@ -99,8 +99,8 @@ def test_second_moments_of_activations_are_the_same(moe, tmp_path):
 
 
 @pytest.mark.gpu
-def test_a_gpu_streams_the_same_files_too(moe, tmp_path):
-    on_gpu = {"device": "cuda", "dtype": torch.float32}
+def test_a_gpu_streams_the_same_files_too(moe, cuda, tmp_path):
+    on_gpu = {"device": str(cuda), "dtype": torch.float32}
     (tmp_path / "whole").mkdir()
     streamed(moe, tmp_path, "activations", **on_gpu)
     assert same_files(calibrated_whole(moe, tmp_path / "whole", "activations", **on_gpu), tmp_path)
