@@ -11,9 +11,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dynquant.encoding.feedback import CHUNK, feed_back, has_column_kernels, upper_factor
+from dynquant.encoding.feedback import CHUNK, feed_back, kernels_for, upper_factor
 from dynquant.encoding.layouts import BlockLayout, Fields
-from dynquant.encoding.rows import Rows, Spread
+from dynquant.encoding.rows import Rows
 from dynquant.encoding.scales import merged
 
 _RIDGE = 1e-7
@@ -33,8 +33,13 @@ def descend(rows: Rows, fields: Fields, values: Tensor, hessian: Tensor) -> Tens
     decoded = spread.decoded(values, slice(None))
     values = values.clone()
     slope = (rows.x - decoded) @ hessian  # half the gradient
-    if has_column_kernels(rows):
-        return _descend_in_chunks(rows, spread, decoded, slope, values, hessian)
+    if (kernels := kernels_for(rows)) is not None:
+        for start in range(0, rows.x.shape[-1], CHUNK):
+            stop = min(start + CHUNK, rows.x.shape[-1])
+            steps = torch.empty_like(slope[..., start:stop], memory_format=torch.contiguous_format)
+            kernels.descend_chunk(rows, spread, decoded, slope, hessian, start, steps, values)
+            slope[..., stop:] += steps @ hessian[:, start:stop, stop:]
+        return values
     for first in range(0, rows.x.shape[-1], group):
         columns = slice(first, first + group)
         block = hessian[:, columns, columns]
@@ -45,19 +50,6 @@ def descend(rows: Rows, fields: Fields, values: Tensor, hessian: Tensor) -> Tens
         better = change < 0
         values[..., columns] = torch.where(better, found, values[..., columns])
         slope += torch.where(better, step, 0.0) @ hessian[:, columns]
-    return values
-
-
-def _descend_in_chunks(
-    rows: Rows, spread: Spread, decoded: Tensor, slope: Tensor, values: Tensor, hessian: Tensor
-) -> Tensor:
-    from dynquant.encoding.column_kernels import descend_chunk
-
-    for start in range(0, rows.x.shape[-1], CHUNK):
-        stop = min(start + CHUNK, rows.x.shape[-1])
-        steps = torch.empty_like(slope[..., start:stop], memory_format=torch.contiguous_format)
-        descend_chunk(rows, spread, decoded, slope, hessian, start, steps, values)
-        slope[..., stop:] += steps @ hessian[:, start:stop, stop:]
     return values
 
 

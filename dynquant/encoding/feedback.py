@@ -11,6 +11,7 @@ by its diagonal; `descent` makes up for what that loses. Scales, minimums and sh
 """
 
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -33,9 +34,13 @@ def upper_factor(hessian: Tensor) -> Tensor:
     return reversed_factor.flip(-1, -2).to(torch.float32)
 
 
-def has_column_kernels(rows: Rows) -> bool:
-    """Whether Triton takes these rows through the columns of a chunk (`column_kernels`)."""
-    return rows.x.is_cuda and isinstance(rows.layout.codebook, Integers) and find_spec("triton") is not None
+def kernels_for(rows: Rows) -> ModuleType | None:
+    """`column_kernels` where Triton takes these rows through the columns of a chunk, else None."""
+    if not (rows.x.is_cuda and isinstance(rows.layout.codebook, Integers) and find_spec("triton")):
+        return None
+    from dynquant.encoding import column_kernels
+
+    return column_kernels
 
 
 def feed_back(rows: Rows, fields: Fields, factor: Tensor) -> Tensor:
@@ -43,14 +48,12 @@ def feed_back(rows: Rows, fields: Fields, factor: Tensor) -> Tensor:
     x, group = rows.x, rows.layout.codebook.group
     spread = rows.spread(fields)
     values, errors = torch.empty_like(x), torch.empty_like(x)
-    has_kernels = has_column_kernels(rows)
+    kernels = kernels_for(rows)
     for start in range(0, x.shape[-1], CHUNK):
         stop = min(start + CHUNK, x.shape[-1])
         earlier = errors[..., :start] @ factor[:, :start, start:stop]
-        if has_kernels:
-            from dynquant.encoding.column_kernels import feed_back_chunk
-
-            feed_back_chunk(rows, spread, earlier, factor, start, values, errors)
+        if kernels is not None:
+            kernels.feed_back_chunk(rows, spread, earlier, factor, start, values, errors)
             continue
         for first in range(start, stop, group):
             columns = slice(first, first + group)

@@ -12,14 +12,15 @@ class AdapterStart:
     """The trained parameters of a model as they are now."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._tensors = {name: tensor.detach().clone() for name, tensor in _trained(model)}
+        self._tensors = {name: tensor.detach().clone() for name, tensor in trained(model)}
 
     @torch.no_grad()
     def blend(self, model: nn.Module, share: float) -> None:
         """Move the same model's parameters to `share` of the way from the start to where they are."""
-        for name, tensor in _trained(model):
+        for name, tensor in trained(model):
             tensor.copy_(self._tensors[name].lerp(tensor, share))
 
 
-def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Names and parameters that training changes."""
     return [(name, tensor) for name, tensor in model.named_parameters() if tensor.requires_grad]

@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import torch
 
-from dynquant.encoding import descent, feedback
+from dynquant.encoding import column_kernels, descent, feedback
 from dynquant.encoding.layouts import LAYOUTS
 from dynquant.encoding.rows import Rows
 from dynquant.encoding.scales import fit
@@ -38,8 +38,8 @@ def compared(name: str, weights: torch.Tensor, hessian: torch.Tensor) -> dict[st
     for name, values_of in passes.items():
         by_torch = values_of()
         with (
-            patch.object(feedback, "has_column_kernels", lambda _: True),
-            patch.object(descent, "has_column_kernels", lambda _: True),
+            patch.object(feedback, "kernels_for", lambda _: column_kernels),
+            patch.object(descent, "kernels_for", lambda _: column_kernels),
         ):
             values = values_of()
         there, here = (descent.loss(rows, fields, v, hessian).sum() for v in (values, by_torch))
