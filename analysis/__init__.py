@@ -1,1 +1,1 @@
-"""Error tables, super weights, plots and the HTML report."""
+"""Step 2, analyze: what quantization breaks, and the plots and pages that show it."""

@@ -5,10 +5,10 @@ After `import dynquant`, transformers' `from_pretrained` loads packed checkpoint
 
 from typing import TYPE_CHECKING, Any
 
-from dynquant.hf_registration import register_when_imported
+from dynquant.registration import register_when_imported
 
 if TYPE_CHECKING:
-    from dynquant.gguf_model import load
+    from dynquant.packed.load_gguf import load
 
 __version__ = "0.1.0"
 __all__ = ["load"]
@@ -18,7 +18,7 @@ register_when_imported()
 
 def __getattr__(name: str) -> Any:
     if name == "load":
-        from dynquant.gguf_model import load
+        from dynquant.packed.load_gguf import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

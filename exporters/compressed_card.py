@@ -5,9 +5,9 @@ from collections.abc import Iterable
 
 from dynquant import __version__
 from dynquant.exporters.model_card import mean_error
-from dynquant.serving_layers import ServedCheckpoint
-from dynquant.serving_plan import ServingEntry, ServingPlan
-from dynquant.serving_schemes import SCHEMES
+from dynquant.families.linear_layers import ServedCheckpoint
+from dynquant.formats.vllm_schemes import SCHEMES
+from dynquant.recipes.serving_plan import ServingEntry, ServingPlan
 
 _LAYER = re.compile(r"^(?P<before>.*\.layers\.)(?P<layer>\d+)(?P<after>\..*)$")
 _EXPERT = re.compile(r"^(?P<before>.*\.layers\.)(?P<layer>\d+)(?P<after>\..*experts\.)\d+\.(?P<part>\w+)$")

@@ -11,10 +11,7 @@ from pathlib import Path
 import torch
 
 from dynquant import __version__
-from dynquant.artifacts import Region, ResumableOutput
-from dynquant.encoding.served import ServedWeights, encode_served, nvfp4_global_scale
-from dynquant.errors import DynquantError, ExportError
-from dynquant.exporters.checkpoint_files import (
+from dynquant.checkpoints.checkpoint_directory import (
     SHARD_BYTES,
     as_json,
     copied_files,
@@ -24,16 +21,19 @@ from dynquant.exporters.checkpoint_files import (
     tensor_bytes,
     write_small_files,
 )
+from dynquant.checkpoints.model import Model
+from dynquant.checkpoints.safetensors_format import ShardLayout
+from dynquant.encoding.stream import Guidance
+from dynquant.encoding.vllm import ServedWeights, encode_served, nvfp4_global_scale
+from dynquant.errors import DynquantError, ExportError
 from dynquant.exporters.compressed_card import model_card, quantization_config
-from dynquant.exporters.compressed_layout import tensors_of_checkpoint
-from dynquant.model import Model
-from dynquant.progress import Progress, ignore_progress
-from dynquant.quantize import Guidance
-from dynquant.safetensors_header import ShardLayout
-from dynquant.serving_building import check_serving_plan
-from dynquant.serving_layers import LinearLayer, ServedCheckpoint
-from dynquant.serving_plan import ServingEntry, ServingPlan
-from dynquant.strict_json import parse_json
+from dynquant.families.linear_layers import LinearLayer, ServedCheckpoint
+from dynquant.recipes.compressed_layout import tensors_of_checkpoint
+from dynquant.recipes.serving_building import check_serving_plan
+from dynquant.recipes.serving_plan import ServingEntry, ServingPlan
+from dynquant.session import Progress, ignore_progress
+from dynquant.storage.resumable_output import Region, ResumableOutput
+from dynquant.storage.strict_json import parse_json
 
 _TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CPU_WEIGHTS, _GPU_WEIGHTS = 1 << 23, 1 << 27

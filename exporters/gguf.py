@@ -9,16 +9,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from dynquant import __version__
-from dynquant.artifacts import Region, ResumableOutput
-from dynquant.codecs.encoder import Encoder, ProtectedWeight
-from dynquant.errors import ClusterError, DynquantError, ExportError
-from dynquant.exporters.gguf_header import FileLayout, ImatrixInfo, Provenance, TensorSpec, layout, split_paths
-from dynquant.exporters.provenance import check_stats, export_identity
-from dynquant.model import Model
-from dynquant.parts import PartLimits, TensorPart
-from dynquant.plan import Plan
-from dynquant.progress import Progress
-from dynquant.quantize import (
+from dynquant.calibration.second_moments import SecondMoments
+from dynquant.calibration.statistics import CalibrationStats
+from dynquant.checkpoints.gguf_layout import FileLayout, ImatrixInfo, Provenance, TensorSpec, layout, split_paths
+from dynquant.checkpoints.model import Model
+from dynquant.encoding.interface import Encoder, ProtectedWeight
+from dynquant.encoding.parts import PartLimits, TensorPart
+from dynquant.encoding.stream import (
     PartStream,
     QuantizedPart,
     check_importance,
@@ -27,8 +24,11 @@ from dynquant.quantize import (
     parts_of_plan,
     quantize,
 )
-from dynquant.second_moments import SecondMoments
-from dynquant.statistics import CalibrationStats
+from dynquant.errors import ClusterError, DynquantError, ExportError
+from dynquant.exporters.provenance import check_stats, export_identity
+from dynquant.recipes.plan import Plan
+from dynquant.session import Progress
+from dynquant.storage.resumable_output import Region, ResumableOutput
 
 
 def export_gguf(

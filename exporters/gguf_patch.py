@@ -7,9 +7,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from dynquant.checkpoints.gguf_layout import ENCODER_KEY, PADDED_WIDTH, split_paths
+from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.errors import ExportError
-from dynquant.exporters.gguf_header import ENCODER_KEY, PADDED_WIDTH, split_paths
-from dynquant.gguf_source import GGUFSource
 
 
 def write_patched(source: GGUFSource, output: Path, replacements: Mapping[str, Tensor], *, encoder: str) -> list[Path]:

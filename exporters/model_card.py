@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from math import prod
 
 from dynquant import __version__
-from dynquant.architecture import Role
-from dynquant.plan import Plan, PlanEntry
-from dynquant.serving_plan import ServingEntry
+from dynquant.checkpoints.tensor_roles import Role
+from dynquant.recipes.plan import Plan, PlanEntry
+from dynquant.recipes.serving_plan import ServingEntry
 
 
 def model_card(plan: Plan, *, encoder: str, stored_bytes: int) -> str:

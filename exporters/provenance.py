@@ -1,13 +1,13 @@
 """What every exporter checks of its inputs, and what decides the bytes that it writes."""
 
 from dynquant import __version__
-from dynquant.codecs.encoder import Encoder
+from dynquant.calibration.second_moments import SecondMoments
+from dynquant.calibration.statistics import CalibrationStats
+from dynquant.checkpoints.model import Model
+from dynquant.encoding.interface import Encoder
+from dynquant.encoding.stream import encoder_version
 from dynquant.errors import PlanError, StatsError
-from dynquant.model import Model
-from dynquant.plan import Plan
-from dynquant.quantize import encoder_version
-from dynquant.second_moments import SecondMoments
-from dynquant.statistics import CalibrationStats
+from dynquant.recipes.plan import Plan
 
 
 def check_stats(model: Model, plan: Plan, stats: CalibrationStats | None) -> None:

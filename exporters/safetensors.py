@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dynquant import __version__
-from dynquant.artifacts import Region, ResumableOutput
-from dynquant.codecs.encoder import Encoder, ProtectedWeight
-from dynquant.errors import CheckpointError, ClusterError, DynquantError, ExportError
-from dynquant.exporters.checkpoint_files import (
+from dynquant.calibration.second_moments import SecondMoments
+from dynquant.calibration.statistics import CalibrationStats
+from dynquant.checkpoints.checkpoint_directory import (
     SHARD_BYTES,
     as_json,
     copied_files,
@@ -25,21 +24,13 @@ from dynquant.exporters.checkpoint_files import (
     tensor_bytes,
     write_small_files,
 )
-from dynquant.exporters.gguf_header import recorded_encoder
-from dynquant.exporters.model_card import model_card
-from dynquant.exporters.provenance import check_stats, export_identity
-from dynquant.families import FAMILIES
-from dynquant.families.config import Config, read_config, read_json
-from dynquant.families.hf_config import config_from_gguf, tokenizer_files
-from dynquant.families.recipe import RecipeSource, load_finite
-from dynquant.gguf_source import GGUFSource
-from dynquant.model import Model
-from dynquant.packed_model import FLOAT_DTYPES, Place, build_meta_model, places
-from dynquant.packed_vision import build_meta_vision, lay_out_vision
-from dynquant.parts import PartLimits, TensorPart, load_packed_part
-from dynquant.plan import Plan
-from dynquant.progress import Progress
-from dynquant.quantize import (
+from dynquant.checkpoints.gguf_layout import recorded_encoder
+from dynquant.checkpoints.gguf_source import GGUFSource
+from dynquant.checkpoints.model import Model
+from dynquant.checkpoints.safetensors_format import ShardLayout, StoredTensor
+from dynquant.encoding.interface import Encoder, ProtectedWeight
+from dynquant.encoding.parts import PartLimits, TensorPart, load_packed_part
+from dynquant.encoding.stream import (
     PartStream,
     QuantizedPart,
     check_importance,
@@ -48,9 +39,18 @@ from dynquant.quantize import (
     parts_of_plan,
     quantize,
 )
-from dynquant.safetensors_header import ShardLayout, StoredTensor
-from dynquant.second_moments import SecondMoments
-from dynquant.statistics import CalibrationStats
+from dynquant.errors import CheckpointError, ClusterError, DynquantError, ExportError
+from dynquant.exporters.model_card import model_card
+from dynquant.exporters.provenance import check_stats, export_identity
+from dynquant.families.common.config import Config, read_config, read_json
+from dynquant.families.common.conversion import RecipeSource, load_finite
+from dynquant.families.from_gguf import config_from_gguf, tokenizer_files
+from dynquant.families.text.registry import FAMILIES
+from dynquant.packed.packed_vision import build_meta_vision, lay_out_vision
+from dynquant.packed.places import FLOAT_DTYPES, Place, build_meta_model, places
+from dynquant.recipes.plan import Plan
+from dynquant.session import Progress
+from dynquant.storage.resumable_output import Region, ResumableOutput
 
 _WEIGHTS_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 

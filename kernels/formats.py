@@ -13,12 +13,12 @@ Planes are ordered by the power of two that divides their size, largest first: e
 
 from dataclasses import dataclass
 
-from dynquant.quant_types import QUANT_TYPES, QuantType, quant_type
+from dynquant.formats.quant_types import QUANT_TYPES, QuantType, quant_type
 
 
 @dataclass(frozen=True)
 class Field:
-    """One field of a block: `num_bytes` from byte `offset`. The byte maps are in `dynquant.codecs`."""
+    """One field of a block: `num_bytes` from byte `offset`. The byte maps are in `dynquant.formats`."""
 
     name: str
     offset: int

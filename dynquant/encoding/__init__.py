@@ -1,1 +1,1 @@
-"""The dynquant encoder: codeword search, scale fitting and error feedback inside ggml's byte layouts."""
+"""Step 4, export: weights to bytes, by our encoder or by ggml."""

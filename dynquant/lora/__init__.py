@@ -12,9 +12,9 @@ from dynquant.errors import AdapterError
 
 if TYPE_CHECKING:
     from dynquant.lora.adapters import add_adapter, load_adapter
-    from dynquant.lora.blend import AdapterStart
     from dynquant.lora.merging import merge
     from dynquant.lora.residual import start_from_residual
+    from dynquant.lora.start import AdapterStart
     from dynquant.lora.storing import round_adapter, save_adapter
 
 __all__ = [

@@ -11,20 +11,14 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from dynquant.architecture import gguf_name_of
+from dynquant.checkpoints.tensor_roles import gguf_name_of
+from dynquant.checkpoints.vision_names import vision_name
 from dynquant.errors import AdapterError
-from dynquant.families import FAMILIES
-from dynquant.layers import (
-    EXPERT_PARTS,
-    PackedExperts,
-    PackedLatentProjection,
-    PackedLinear,
-    PackedModule,
-)
+from dynquant.families.text.registry import FAMILIES
 from dynquant.lora.layers import FUSED_PARTS
 from dynquant.lora.llama_cpp import takes_adapter
 from dynquant.lora.saved import CONFIG_NAME, WEIGHTS_NAME
-from dynquant.vision_names import vision_name
+from dynquant.packed.layers import EXPERT_PARTS, PackedExperts, PackedLatentProjection, PackedLinear, PackedModule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

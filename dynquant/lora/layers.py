@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dynquant.errors import AdapterError
-from dynquant.layers import ExpertsProduct, PackedExperts
+from dynquant.packed.layers import ExpertsProduct, PackedExperts
 
 FUSED_PARTS = ("gate_up_proj", "down_proj")
 """Parameters of transformers' fused experts, in the order in which PEFT wraps them: the first is the innermost."""

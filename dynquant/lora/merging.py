@@ -16,18 +16,18 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from dynquant.artifacts import file_hash
+from dynquant.calibration.second_moments import load_beside
+from dynquant.calibration.statistics import CalibrationStats
+from dynquant.checkpoints.model import Model
+from dynquant.checkpoints.tensor_source import TensorInfo
+from dynquant.encoding.stream import Guidance, encode_tensor, guidance_of, load_encoder
 from dynquant.errors import AdapterError, StatsError
-from dynquant.kernels.repack import pack_planes
-from dynquant.layers import LATENT_PARTS, PLANES, PackedLatentProjection, PackedModule
+from dynquant.formats.quant_types import quant_type
+from dynquant.kernels.planes import pack_planes
 from dynquant.lora.layers import PackedLoraEmbedding, PackedLoraExperts, PackedLoraLinear
 from dynquant.lora.places import bare_path, places_by_key
-from dynquant.model import Model
-from dynquant.quant_types import quant_type
-from dynquant.quantize import Guidance, encode_tensor, guidance_of, load_encoder
-from dynquant.second_moments import load_beside
-from dynquant.statistics import CalibrationStats
-from dynquant.tensor_source import TensorInfo
+from dynquant.packed.layers import LATENT_PARTS, PLANES, PackedLatentProjection, PackedModule
+from dynquant.storage.resumable_output import file_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynquant.errors import AdapterError
-from dynquant.families import FAMILIES
-from dynquant.families.config import Config
-from dynquant.layers import PackedLatentProjection
-from dynquant.packed_model import Place, build_meta_model, places
+from dynquant.families.common.config import Config
+from dynquant.families.text.registry import FAMILIES
+from dynquant.packed.layers import PackedLatentProjection
+from dynquant.packed.places import Place, build_meta_model, places
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,14 +14,14 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from dynquant.checkpoints.model import Model
 from dynquant.errors import AdapterError
-from dynquant.layers import PackedLatentProjection, PackedModule
+from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.lora.layers import PackedLoraExperts, PackedLoraLinear
 from dynquant.lora.places import bare_path, places_by_key
-from dynquant.model import Model
-from dynquant.packed_model import Place
-from dynquant.progress import Progress, ignore_progress
-from dynquant.quant_types import QUANT_TYPES
+from dynquant.packed.layers import PackedLatentProjection, PackedModule
+from dynquant.packed.places import Place
+from dynquant.session import Progress, ignore_progress
 
 _MORE_COLUMNS, _POWER_ITERATIONS = 16, 4
 """Of the randomized decomposition (Halko et al. 2011): its error beside an exact one is far below that of the cut."""

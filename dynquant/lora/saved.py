@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dynquant.errors import AdapterError
-from dynquant.strict_json import parse_json
+from dynquant.storage.strict_json import parse_json
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"base_model\.model\.(?P<path>.+?)(?P<depth>(\.base_layer)*)\.lora_(?P<factor>[AB])\.weight")

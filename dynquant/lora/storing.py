@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
-from dynquant.lora.blend import trained
+from dynquant.lora.start import trained
 
 
 @torch.no_grad()

@@ -14,14 +14,8 @@ from peft import LoraConfig, LoraModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from dynquant.layers import PackedEmbedding, PackedExperts, PackedLatentProjection, PackedLinear, PackedModule
-from dynquant.lora.layers import (
-    FUSED_PARTS,
-    PackedLoraEmbedding,
-    PackedLoraExperts,
-    PackedLoraLinear,
-    check_config,
-)
+from dynquant.lora.layers import FUSED_PARTS, PackedLoraEmbedding, PackedLoraExperts, PackedLoraLinear, check_config
+from dynquant.packed.layers import PackedEmbedding, PackedExperts, PackedLatentProjection, PackedLinear, PackedModule
 
 _LAYERS = {
     PackedLinear: PackedLoraLinear,

@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 from gguf import GGUFValueType
 
+from dynquant.checkpoints.gguf_source import MetadataField
+from dynquant.checkpoints.model import Model
+from dynquant.checkpoints.tensor_source import TensorInfo
+from dynquant.encoding.parts import PartLimits
+from dynquant.encoding.stream import load_encoder
 from dynquant.exporters.gguf import export_gguf
-from dynquant.gguf_source import MetadataField
-from dynquant.model import Model
-from dynquant.parts import PartLimits
-from dynquant.plan_building import plan_from_types
-from dynquant.plan_target import parse_size
-from dynquant.quantize import load_encoder
-from dynquant.tensor_source import TensorInfo
+from dynquant.planning.target import parse_size
+from dynquant.recipes.build_plan import plan_from_types
 
 SHAPE = (256, 1024, 1024)
 NAME = "blk.0.ffn_up_exps.weight"

@@ -16,10 +16,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from dynquant.finetune import measure_adapter
-from dynquant.training_data import read_training_data
-from dynquant.training_options import TrainOptions
-from dynquant.training_run import trainer_settings
+from dynquant.inputs.chats import read_training_data
+from dynquant.training.finetune import measure_adapter
+from dynquant.training.options import TrainOptions
+from dynquant.training.run import trainer_settings
 
 
 def main() -> None:

@@ -66,7 +66,7 @@ def make_trainer(packed: Path, output: Path, *, steps: int, num_questions: int =
     from trl import GRPOConfig, GRPOTrainer
 
     from dynquant.lora import add_adapter
-    from dynquant.trl_support import use_packed_head
+    from dynquant.training.trl_head import use_packed_head
 
     on_cpu = not torch.cuda.is_available()
     dtype = torch.float32 if on_cpu else torch.bfloat16

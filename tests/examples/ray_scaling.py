@@ -15,15 +15,15 @@ from pathlib import Path
 
 from ray.cluster_utils import Cluster
 
-from dynquant.checkpoint import open_model
-from dynquant.parts import PartLimits, TensorPart
-from dynquant.plan import Plan
-from dynquant.plan_target import parse_size
-from dynquant.quantize import guidance_of, load_encoder, parts_of_plan
-from dynquant.ray_pool import TaskNeeds, open_ray
-from dynquant.remote_encoding import EncoderChoice, StoredFiles, _encode_from_storage
-from dynquant.second_moments import load_beside
-from dynquant.statistics import CalibrationStats
+from dynquant.calibration.second_moments import load_beside
+from dynquant.calibration.statistics import CalibrationStats
+from dynquant.encoding.parts import PartLimits, TensorPart
+from dynquant.encoding.remote import EncoderChoice, StoredFiles, _encode_from_storage
+from dynquant.encoding.stream import guidance_of, load_encoder, parts_of_plan
+from dynquant.families.open import open_model
+from dynquant.planning.target import parse_size
+from dynquant.recipes.plan import Plan
+from dynquant.running.cluster import TaskNeeds, open_ray
 
 
 @dataclass(frozen=True)

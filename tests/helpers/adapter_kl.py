@@ -16,9 +16,9 @@ import llama_cpp
 import torch
 
 import dynquant
-from dynquant.checkpoint import open_model
-from dynquant.exporters.lora_gguf import export_adapter
-from dynquant.llama_runner import llama_encode, llama_vocabulary
+from dynquant.evaluation.llama_cpp import llama_encode, llama_vocabulary
+from dynquant.exporters.adapter_gguf import export_adapter
+from dynquant.families.open import open_model
 from dynquant.lora import add_adapter, load_adapter, merge
 from tests.helpers.tiny_models import write_f32
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
-from dynquant import cli
+from dynquant.cli import app as cli
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from dynquant.checkpoint import open_model
+from dynquant.encoding.stream import load_encoder
 from dynquant.exporters.safetensors import export_safetensors
-from dynquant.plan_building import plan_from_types, stays_f32
-from dynquant.quantize import load_encoder
+from dynquant.families.open import open_model
+from dynquant.recipes.build_plan import plan_from_types, stays_f32
 from tests.helpers.tiny_models import save_tiny
 
 WORDS = [

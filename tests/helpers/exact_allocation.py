@@ -1,6 +1,6 @@
 """The exact answer to the allocation problem, by dynamic programming, to measure the allocator against."""
 
-from dynquant.allocate import Option
+from dynquant.planning.allocate import Option
 
 
 def lowest_cost(table: dict[str, list[Option]], budget: int) -> float | None:

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from dynquant.codecs import decode
-from dynquant.codecs.scale_fields import num_scales, with_scales
-from dynquant.quant_types import QUANT_TYPES
+from dynquant.formats import decode
+from dynquant.formats.quant_types import QUANT_TYPES
+from dynquant.formats.scale_fields import num_scales, with_scales
 
 
 def finite_blocks(type_name: str, num_rows: int, row_length: int) -> torch.Tensor:
@@ -48,9 +48,9 @@ def activations(num_rows: int, row_length: int, hot: int) -> torch.Tensor:
 
 def interpret(case: dict) -> dict:
     """Largest relative error over the rows of x but the first, and how many weights row 0 did not return."""
-    from dynquant.kernels import gemv
-    from dynquant.kernels.plans import GemvConfig
-    from dynquant.kernels.repack import pack_planes
+    from dynquant.kernels.planes import pack_planes
+    from dynquant.kernels.triton import gemv
+    from dynquant.kernels.triton.plans import GemvConfig
 
     name, m, n, k = case["type"], case["m"], case["n"], case["k"]
     blocks = finite_blocks(name, n, k)
@@ -66,9 +66,10 @@ def interpret(case: dict) -> dict:
 
 def interpret_routed(case: dict) -> dict:
     """`interpret` for experts: the largest relative error over slots, and whether sentinels gave zeros."""
-    from dynquant.kernels import gemv, reference
-    from dynquant.kernels.plans import GemvConfig
-    from dynquant.kernels.repack import pack_planes
+    from dynquant.kernels import reference
+    from dynquant.kernels.planes import pack_planes
+    from dynquant.kernels.triton import gemv
+    from dynquant.kernels.triton.plans import GemvConfig
 
     name, n, k, ids = case["type"], case["n"], case["k"], torch.tensor(case["ids"])
     blocks = finite_blocks(name, 3 * n, k).reshape(3, n, -1)
@@ -87,8 +88,8 @@ def compile_for_hopper(case: dict) -> dict:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from dynquant.kernels import gemv
-    from dynquant.kernels.plans import GemvConfig
+    from dynquant.kernels.triton import gemv
+    from dynquant.kernels.triton.plans import GemvConfig
 
     config = GemvConfig(**case["config"])
     planes = 1 + (case["act"] == "bf16")

@@ -17,16 +17,16 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from dynquant.analysis.error_table import ErrorTable
-from dynquant.checkpoint import open_model
+from dynquant.analysis.errors.table import ErrorTable
+from dynquant.calibration.imatrix import import_imatrix
+from dynquant.calibration.second_moments import SecondMoments
+from dynquant.calibration.statistics import CalibrationStats, InputStats, StatsProvenance
+from dynquant.checkpoints.inspect import inspect
+from dynquant.checkpoints.tensor_source import SafetensorsSource
 from dynquant.errors import DynquantError
-from dynquant.families import open_config
-from dynquant.imatrix import import_imatrix
-from dynquant.inspect_file import inspect
-from dynquant.plan import Plan, PlanEntry
-from dynquant.second_moments import SecondMoments
-from dynquant.statistics import CalibrationStats, InputStats, StatsProvenance
-from dynquant.tensor_source import SafetensorsSource
+from dynquant.families.open import open_model
+from dynquant.families.text.registry import open_config
+from dynquant.recipes.plan import Plan, PlanEntry
 
 _EDGES = (0, 1, 2, 3, 7, 31, 32, 63, 64, 127, 128, 255, 256, 65535, 1 << 31, (1 << 32) - 1, 1 << 40, 1 << 60, 1 << 63)
 _VALUES = (None, True, "", "x" * 5000, "\x1b[2J", "../../x", -1, 0, 1, 1 << 31, 1 << 63, 10**400, 1e308, float("nan"),

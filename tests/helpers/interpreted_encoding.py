@@ -8,10 +8,10 @@ from unittest.mock import patch
 
 import torch
 
-from dynquant.encoding import column_kernels, descent, feedback
-from dynquant.encoding.layouts import LAYOUTS
-from dynquant.encoding.rows import Rows
-from dynquant.encoding.scales import fit
+from dynquant.encoding.search import column_kernels, descent, feedback
+from dynquant.encoding.search.layouts import LAYOUTS
+from dynquant.encoding.search.rows import Rows
+from dynquant.encoding.search.scales import fit
 
 TYPES = ("Q4_K", "Q6_K")
 """With minimums, and with signed scales."""

@@ -10,12 +10,12 @@ import sys
 import torch
 import triton.runtime.interpreter as interpreter
 
-from dynquant.codecs import decode
-from dynquant.kernels import fused, grouped, two_pass
-from dynquant.kernels.dequantize import dequantize
+from dynquant.formats import decode
+from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.kernels.formats import PLANES
-from dynquant.kernels.repack import pack_planes
-from dynquant.quant_types import QUANT_TYPES
+from dynquant.kernels.planes import pack_planes
+from dynquant.kernels.triton import fused, grouped, two_pass
+from dynquant.kernels.triton.dequantize import dequantize
 from tests.helpers.packed_weights import experts_truth, normal, packed_weights, relative_error
 
 PARTS_TYPES = ("Q8_0", "Q4_K", "NVFP4")

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from gguf import GGUFReader, GGUFWriter
 
-from dynquant.architecture import HyperParams
-from dynquant.llama_presets import LLAMA_FTYPES
+from dynquant.checkpoints.tensor_roles import HyperParams
+from dynquant.recipes.llama_mixtures import LLAMA_FTYPES
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from dynquant.checkpoint import open_model
+from dynquant.checkpoints.model import Model
+from dynquant.encoding.stream import load_encoder
 from dynquant.exporters.gguf import export_gguf
 from dynquant.exporters.safetensors import export_safetensors
-from dynquant.model import Model
-from dynquant.plan import Plan
-from dynquant.plan_building import plan_from_types, stays_f32
-from dynquant.quantize import load_encoder
+from dynquant.families.open import open_model
+from dynquant.recipes.build_plan import plan_from_types, stays_f32
+from dynquant.recipes.plan import Plan
 
 MIXTURE = {
     "ffn_gate_exps": "Q2_K", "ffn_up_exps": "IQ4_NL", "ffn_down_exps": "Q4_K", "token_embd": "Q6_K",

@@ -2,9 +2,9 @@
 
 import torch
 
-from dynquant.codecs import decode
-from dynquant.codecs.scale_fields import num_scales, with_scales
-from dynquant.quant_types import QUANT_TYPES
+from dynquant.formats import decode
+from dynquant.formats.quant_types import QUANT_TYPES
+from dynquant.formats.scale_fields import num_scales, with_scales
 
 
 def packed_weights(name: str, *shape: int, seed: int = 0) -> torch.Tensor:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from dynquant.checkpoint import open_model
-from dynquant.tensor_source import TensorInfo, TensorSource
+from dynquant.checkpoints.tensor_source import TensorInfo, TensorSource
+from dynquant.families.open import open_model
 from tests.helpers.tiny_models import write_f32
 
 

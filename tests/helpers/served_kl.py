@@ -16,15 +16,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from dynquant.checkpoint import open_model
-from dynquant.evaluate import evaluate
+from dynquant.calibration.second_moments import load_beside
+from dynquant.calibration.statistics import CalibrationStats
+from dynquant.encoding.stream import guidance_of
+from dynquant.evaluation.evaluate import evaluate
 from dynquant.exporters.compressed_tensors import encode_layer, global_scales
-from dynquant.quantize import guidance_of
-from dynquant.second_moments import load_beside
-from dynquant.serving_building import serving_plan, units_of
-from dynquant.serving_layers import ServedCheckpoint, served_checkpoint
-from dynquant.serving_plan import ServingEntry
-from dynquant.statistics import CalibrationStats
+from dynquant.families.linear_layers import ServedCheckpoint, served_checkpoint
+from dynquant.families.open import open_model
+from dynquant.recipes.serving_building import serving_plan, units_of
+from dynquant.recipes.serving_plan import ServingEntry
 
 
 def rounded_to_nearest(entry: ServingEntry, weights: torch.Tensor) -> torch.Tensor:

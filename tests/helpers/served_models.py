@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from dynquant.encoding.served import from_stored
-from dynquant.serving_plan import ServingPlan
+from dynquant.encoding.vllm import from_stored
+from dynquant.recipes.serving_plan import ServingPlan
 
 TOKENS = torch.arange(7, 71)[None]
 

@@ -11,12 +11,12 @@ from math import prod
 import numpy as np
 import torch
 
-from dynquant.analysis.error_table import ErrorRow, ErrorTable
-from dynquant.analysis.plot_style import PlotFiles
-from dynquant.architecture import Role, layer_of, role_of
-from dynquant.plan import Plan, PlanEntry
-from dynquant.quant_types import QUANT_TYPES, fit_to_row
-from dynquant.statistics import CalibrationStats, InputStats, StatsProvenance
+from dynquant.analysis.errors.table import ErrorRow, ErrorTable
+from dynquant.analysis.plots.style import PlotFiles
+from dynquant.calibration.statistics import CalibrationStats, InputStats, StatsProvenance
+from dynquant.checkpoints.tensor_roles import Role, layer_of, role_of
+from dynquant.formats.quant_types import QUANT_TYPES, fit_to_row
+from dynquant.recipes.plan import Plan, PlanEntry
 
 FINGERPRINT = "f" * 64
 TYPES = ("IQ1_S", "IQ2_XXS", "Q2_K", "IQ3_XXS", "Q4_K", "Q6_K", "Q8_0")

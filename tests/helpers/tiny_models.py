@@ -12,7 +12,7 @@ import gguf
 import torch
 from gguf import GGUFValueType
 
-from dynquant.model import Model
+from dynquant.checkpoints.model import Model
 
 INIT_SCALE = 0.08
 VOCAB_SIZE = 8192
@@ -201,7 +201,7 @@ def hf_logits(directory: Path, tokens: list[int]) -> torch.Tensor:
 
 def llama_logits(path: Path, tokens: list[int]) -> torch.Tensor:
     """Float32 logits of llama.cpp with an F32 cache and flash attention off, [tokens, vocab]."""
-    from dynquant.logit_runners import open_runner
+    from dynquant.evaluation.runners import open_runner
 
     runner = open_runner(path)
     try:

@@ -10,8 +10,8 @@ import torch
 import transformers as hf
 from PIL import Image
 
-from dynquant.vision.processor import load_processor
-from dynquant.vision.samples import Encoded, SampleEncoder, image_token_of, read_samples
+from dynquant.inputs.pictures import Encoded, SampleEncoder, image_token_of, read_samples
+from dynquant.inputs.processor import load_processor
 from tests.examples.picture_model import processor_files as files
 
 TOKENS = ("<image>", "[IMG]", "[IMG_BREAK]", "[IMG_END]", "<|image|>", "<start_of_image>", "<end_of_image>")

@@ -8,9 +8,9 @@ Prints bytes, KL and exact answers of both, and McNemar's exact test of the ques
 import argparse
 from pathlib import Path
 
-from dynquant.analysis.picture_answers import is_right
-from dynquant.eval_statistics import mcnemar_exact, only_one
-from dynquant.vision_evaluate import PictureReport
+from dynquant.analysis.report.pictures import is_right
+from dynquant.evaluation.picture_evaluate import PictureReport
+from dynquant.evaluation.statistics import mcnemar_exact, only_one
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from dynquant.families.pre_tokenizers import QWEN2
+from dynquant.families.tokenizers.pre_tokenizers import QWEN2
 from tests.examples.picture_model.pictures import ask, describe, draw_picture
 
 VOCAB_SIZE = 512

@@ -1,0 +1,139 @@
+"""Tokens per second and peak memory of text generation, packed against bf16, on one GPU.
+
+    python -m dynquant.analysis.generation_speed 7b-a1b --types experts=IQ2_XXS,rest=Q4_K
+    python -m dynquant.analysis.generation_speed random --config DIR --types experts=IQ1_S,rest=Q4_K
+    python -m dynquant.analysis.generation_speed MODEL.gguf --reference DIR
+
+Models of a shape (`random_models`), or of the one in a `config.json`, have random weights. A step is timed as
+transformers' own `generate` does it and, where the model allows it, replayed from a CUDA graph over a static cache,
+which shows the kernels without Python.
+"""
+
+import argparse
+import gc
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynquant.analysis.bench.random_models import SHAPES, random_model, random_packed, shape_config
+from dynquant.packed.load_gguf import load
+
+RANDOM_SHAPE = "random"
+PROMPT_TOKENS = 32
+
+
+def main() -> None:
+    """Parse, measure, print a Markdown table."""
+    options = _options()
+    print(
+        f"{options.model}, {torch.cuda.get_device_name()}, PyTorch {torch.__version__}, {options.tokens} new tokens\n"
+    )
+    print(
+        "| weights | batch | generate, tokens/s | CUDA graph, tokens/s | weights, GiB | peak, GiB |\n"
+        + "|---" * 6
+        + "|"
+    )
+    for label, build in _models(options):
+        before = torch.cuda.memory_allocated()
+        model = build()
+        held = torch.cuda.memory_allocated() - before
+        for batch in (int(number) for number in options.batches.split(",")):
+            torch.cuda.reset_peak_memory_stats()
+            eager = _generate_speed(model, batch, options.tokens)
+            graphed = _graph_speed(model, batch, options.tokens)
+            peak = torch.cuda.max_memory_allocated() / 2**30
+            print(f"| {label} | {batch} | {eager:.1f} | {graphed} | {held / 2**30:.2f} | {peak:.2f} |", flush=True)
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", help=f"{', '.join(SHAPES)}, {RANDOM_SHAPE}, or a GGUF file")
+    parser.add_argument("--config", help=f"Checkpoint directory with the shape of `{RANDOM_SHAPE}`.")
+    parser.add_argument("--reference", help="The bf16 checkpoint of the GGUF file; leave out to measure packed only.")
+    parser.add_argument("--types", default="experts=IQ2_XXS,rest=Q4_K", help="Quant types of random weights.")
+    parser.add_argument("--batches", default="1,16")
+    parser.add_argument("--tokens", type=int, default=128)
+    return parser.parse_args()
+
+
+def _models(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if options.model in (*SHAPES, RANDOM_SHAPE):
+        types = dict(part.split("=") for part in options.types.split(","))
+        is_named = options.model in SHAPES
+        config = shape_config(options.model) if is_named else AutoConfig.from_pretrained(options.config)
+        yield "bf16", lambda: random_model(config)
+        yield options.types, lambda: random_packed(config, types)
+        return
+    if options.reference:
+        yield (
+            "bf16",
+            lambda: AutoModelForCausalLM.from_pretrained(options.reference, dtype=torch.bfloat16).cuda().eval(),
+        )
+    yield Path(options.model).stem, lambda: load(options.model, device_map="cuda", dtype=torch.bfloat16).eval()
+
+
+@torch.inference_mode()
+def _generate_speed(model: Any, batch: int, tokens: int) -> float:
+    ids = torch.randint(0, model.config.vocab_size, (batch, PROMPT_TOKENS), device="cuda")
+    lengths = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    model.generate(ids, max_new_tokens=8, min_new_tokens=8, **lengths)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, **lengths)
+    torch.cuda.synchronize()
+    return batch * tokens / (time.perf_counter() - start)
+
+
+@torch.inference_mode()
+def _graph_speed(model: Any, batch: int, tokens: int) -> str:
+    """Tokens per second of one decoding step replayed from a CUDA graph, or why there is none."""
+    from transformers import StaticCache
+
+    # A static cache counts its positions on the device, in replays too.
+    cache = StaticCache(config=model.config, max_cache_len=PROMPT_TOKENS + tokens + 8)
+    ids = torch.randint(0, model.config.vocab_size, (batch, PROMPT_TOKENS), device="cuda")
+    positions = torch.arange(PROMPT_TOKENS, device="cuda")
+    model(ids, past_key_values=cache, cache_position=positions, use_cache=True)
+    token, position = ids[:, -1:].clone(), torch.full((1,), PROMPT_TOKENS, device="cuda")
+
+    def step() -> Tensor:
+        return model(
+            token,
+            past_key_values=cache,
+            cache_position=position,
+            position_ids=position.expand(batch, 1),
+            use_cache=True,
+        ).logits
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            step()
+    except RuntimeError as error:
+        torch.cuda.synchronize()
+        return f"none ({str(error).splitlines()[0][:60]})"
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(tokens):
+        graph.replay()
+    torch.cuda.synchronize()
+    return f"{batch * tokens / (time.perf_counter() - start):.1f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""What one machine does in a second, as `dynquant measure-machine` found it, for estimates of time and memory."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dynquant.errors import PlanError
+from dynquant.recipes.plan import write_atomically
+
+Positive = Field(gt=0, allow_inf_nan=False)
+
+
+class Machine(BaseModel):
+    """Speeds are those of `threads` threads on an otherwise idle machine, in float32 on the CPU."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = 1
+    name: str
+    threads: int = Field(gt=0)
+    memory_bytes: int = Field(gt=0)
+    disk_bytes_per_s: float = Positive
+    start_seconds: float = Positive
+    """Of a command that imports PyTorch and transformers and opens a model."""
+    start_bytes: int = Field(gt=0)
+    """Resident memory of such a command before it loads weights."""
+    run_bytes: int = Field(gt=0)
+    """What running a model adds besides its weights: code that loads late, and activations of the small model."""
+    matmul_flops: dict[int, float]
+    """Width of square weights -> operations per second on 512 rows."""
+    element_seconds: float = Positive
+    """Of one channel of one token at the input or output of a linear layer: norms, activation, hooks, sums."""
+    encode: dict[str, dict[str, float]]
+    """Encoder -> type -> weights per second."""
+    errors: dict[str, float]
+    """Type -> weights per second of the error table: encoding by ggml, decoding, and sums."""
+    table_seconds: dict[str, float]
+    """Type -> seconds that ggml takes for its search tables, once a process."""
+
+    def save(self, path: Path) -> None:
+        write_atomically(path, self.model_dump_json(indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> "Machine":
+        """Read a machine file.
+
+        Raises:
+            PlanError: missing, or not written by `dynquant measure-machine`.
+        """
+        try:
+            machine = cls.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError) as error:
+            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
+            raise PlanError(
+                f"{path} is no machine file ({reason}). Make one with `dynquant measure-machine -o FILE`."
+            ) from error
+        speeds = [*machine.matmul_flops.values(), *machine.errors.values()]
+        speeds += [speed for types in machine.encode.values() for speed in types.values()]
+        if not machine.matmul_flops or not all(0 < speed < float("inf") for speed in speeds):
+            raise PlanError(f"{path} holds a speed that is not positive. Measure again.")
+        return machine

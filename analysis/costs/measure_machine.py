@@ -1,0 +1,199 @@
+"""Measures a machine for `cost_model`: disk, products, encoders, and a small calibration of the bundled model.
+
+Work is timed in CPU seconds over the number of threads, so that a machine with other users is measured as if it were
+idle. It takes about two minutes.
+"""
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from dynquant.analysis.costs.machine import Machine
+from dynquant.analysis.costs.model import (
+    MEASURED_FLOAT,
+    TABLE_TYPES,
+    Workload,
+    calibration_elements,
+    calibration_flop_seconds,
+)
+from dynquant.analysis.errors.measure import build_error_table
+from dynquant.calibration.statistics import CalibrationStats, InputStats, StatsProvenance
+from dynquant.checkpoints.model import Model
+from dynquant.checkpoints.tensor_source import DictSource
+from dynquant.encoding.interface import Encoder
+from dynquant.encoding.stream import load_encoder
+from dynquant.errors import PlanError
+from dynquant.families.common.conversion import RecipeSource, TensorRecipe
+from dynquant.families.open import open_model
+from dynquant.formats.quant_types import QUANT_TYPES
+from dynquant.recipes.build_plan import plan_from_types
+from dynquant.recipes.presets import preset_types
+from dynquant.session import Progress, ignore_progress
+
+MEASURED_TYPES = (
+    "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K",
+    "Q6_K", "Q8_0",
+)  # fmt: skip
+_WIDTHS = (64, 256, 512, 1024, 2048, 4096)
+_DISK_BYTES = 256 << 20
+_TOKENS = 8192
+_FEWEST_SECONDS = 0.3
+"""For which what is quick is repeated."""
+_NAME = "blk.0.ffn_down_exps.weight"
+
+
+def measure_machine(progress: Progress = ignore_progress) -> Machine:
+    """Measure this machine, with PyTorch's number of threads."""
+    small = open_model(str(resources.files("dynquant") / "data" / "textbook-moe-16m"))
+    start_seconds, start_bytes = _start(small)
+    matmul = {width: _matmul_flops(width) for width in _WIDTHS}
+    progress("measure", 1, 5, unit="parts")
+    element_seconds, run_bytes = _calibration(small, matmul, start_seconds, start_bytes)
+    progress("measure", 2, 5, unit="parts")
+    table_seconds, ggml = _ggml()
+    encode = {"ggml": ggml, "dynquant": _speeds(load_encoder("dynquant", "cpu"), with_hessian=True)}
+    progress("measure", 3, 5, unit="parts")
+    errors = _error_speeds()
+    progress("measure", 4, 5, unit="parts")
+    disk = _disk_speed()
+    progress("measure", 5, 5, unit="parts")
+    return Machine(
+        name=f"{platform.machine()}, PyTorch {torch.__version__}",
+        threads=torch.get_num_threads(),
+        memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        disk_bytes_per_s=disk,
+        start_seconds=start_seconds,
+        start_bytes=start_bytes,
+        run_bytes=run_bytes,
+        matmul_flops=matmul,
+        element_seconds=element_seconds,
+        encode=encode,
+        errors=errors,
+        table_seconds=table_seconds,
+    )
+
+
+def _start(small: Model) -> tuple[float, int]:
+    """CPU seconds and peak memory of a command that does next to nothing with a model: an export as F16."""
+    with TemporaryDirectory() as folder:
+        command = ["export", str(small.path), "--preset", "f16", "--encoder", "ggml", "-o", f"{folder}/small.gguf"]
+        return command_usage(command)
+
+
+def command_usage(command: list[str]) -> tuple[float, int]:
+    """CPU seconds and peak resident bytes of one command of dynquant, in a process of its own.
+
+    Raises:
+        PlanError: it failed.
+    """
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([sys.executable, "-P", "-m", "dynquant", *command], **quiet)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise PlanError(f"`dynquant {' '.join(command)}` failed; run it alone to see why.")
+    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """CPU seconds of one run, spread over the threads."""
+    start = time.process_time()
+    run()
+    return (time.process_time() - start) / torch.get_num_threads()
+
+
+def _matmul_flops(width: int) -> float:
+    left, right = torch.randn(512, width), torch.randn(width, width)
+    left @ right
+    repeats = max(1, round(2e10 / (2 * 512 * width * width)))
+    return repeats * 2 * 512 * width * width / _seconds(lambda: [left @ right for _ in range(repeats)])
+
+
+def _calibration(small: Model, matmul: dict[int, float], start_seconds: float, start_bytes: int) -> tuple[float, int]:
+    """Seconds of a channel of a token, and memory beyond the weights, of a calibration without second moments."""
+    with TemporaryDirectory() as folder:
+        options = ["--tokens", str(_TOKENS), "--hessians", "none", "-o", f"{folder}/stats.safetensors"]
+        seconds, peak = command_usage(["calibrate", str(small.path), *options])
+    plan = plan_from_types(small, preset_types("bf16", small), recipe="bf16")
+    work = Workload(tokens=_TOKENS, hessians="none")
+    seconds = max(seconds - start_seconds, 0.01) / torch.get_num_threads()
+    rest = max(seconds - calibration_flop_seconds(small, plan, matmul, work), 0.05 * seconds)
+    return rest / calibration_elements(small, plan, work), max(1 << 20, peak - start_bytes - 4 * small.num_weights)
+
+
+def _ggml() -> tuple[dict[str, float], dict[str, float]]:
+    """Type -> seconds for its search tables, and speeds without them."""
+    encoder = load_encoder("ggml")
+    weights, ones, threads = torch.randn(1, 1, 256), torch.ones(1, 256), torch.get_num_threads()
+    tables = {
+        name: _seconds(lambda name=name: encoder.encode(QUANT_TYPES[name], weights, ones, threads))
+        for name in TABLE_TYPES
+    }
+    return tables, _speeds(encoder, with_hessian=False)
+
+
+def _speeds(encoder: Encoder, *, with_hessian: bool) -> dict[str, float]:
+    """Type -> weights per second on gaussian weights, hessians as of `encoder_speed`."""
+    generator = torch.Generator().manual_seed(0)
+    weights = 0.02 * torch.randn(4, 256, 512, generator=generator)
+    directions = torch.randn(4, 512, 128, generator=generator)
+    hessian = directions @ directions.transpose(1, 2) / 128 + 0.05 * torch.eye(512)
+    importance = hessian.diagonal(dim1=-2, dim2=-1).contiguous()
+    extra = {"hessian": hessian} if with_hessian else {}
+    threads = torch.get_num_threads()
+    return {
+        name: weights.numel()
+        / _seconds(lambda name=name: encoder.encode(QUANT_TYPES[name], weights, importance, threads, **extra))
+        for name in MEASURED_TYPES
+    }
+
+
+def _error_speeds() -> dict[str, float]:
+    """Type -> weights per second of the error table: experts of a checkpoint in BF16 with samples."""
+    weights = (0.02 * torch.randn(4, 1024, 1024, generator=torch.Generator().manual_seed(0))).bfloat16()
+    stored = DictSource({f"{expert}": matrix for expert, matrix in enumerate(weights)})
+    source = RecipeSource(stored, [TensorRecipe(_NAME, tuple(stored.names()), tuple(weights.shape), MEASURED_FLOAT)])
+    model = Model(Path("random"), source, (), source.checkpoint_names)
+    inputs = InputStats(
+        torch.ones(4, 1024, dtype=torch.float64), torch.full((4,), 64), torch.randn(4, 64, 1024).bfloat16(),
+        torch.full((4,), 64),
+    )  # fmt: skip
+    provenance = StatsProvenance(fingerprint=source.fingerprint, text_hash="0", text_name="random")
+    stats = CalibrationStats(provenance, {_NAME: inputs})
+    encoder = load_encoder("ggml")
+
+    def seconds(types: tuple[str, ...]) -> float:
+        taken: list[float] = []
+        while sum(taken) < _FEWEST_SECONDS:
+            taken.append(_seconds(lambda: build_error_table(model, stats, types, encoder, stats_hash="")))
+        return sum(taken) / len(taken)
+
+    seconds(())  # memory is taken from the system once
+    nothing = seconds(())
+    speeds = {name: weights.numel() / max(seconds((name,)) - nothing, 1e-4) for name in MEASURED_TYPES}
+    return speeds | {MEASURED_FLOAT: weights.numel() / max(nothing, 1e-4)}
+
+
+def _disk_speed() -> float:
+    """Bytes per second of a file that is not in the page cache."""
+    with TemporaryDirectory(dir=".") as folder:
+        path = Path(folder) / "probe"
+        with path.open("wb") as file:
+            for _ in range(_DISK_BYTES >> 20):
+                file.write(os.urandom(1 << 20))
+            file.flush()
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        start = time.perf_counter()
+        with path.open("rb", buffering=0) as file:
+            while file.read(1 << 22):
+                pass
+        return _DISK_BYTES / (time.perf_counter() - start)

@@ -1,0 +1,1 @@
+"""Step 2a: the error of every matrix in every quant type."""

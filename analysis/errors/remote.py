@@ -1,0 +1,34 @@
+"""Measures the error table on a Ray cluster: every part is one task, and its sums come back.
+
+Workers open checkpoint and statistics by path, which every node must see. The table is that of a local run, to the bit
+where PyTorch runs there on as many threads as a task has; a node that reads another checkpoint, or runs another version
+of dynquant or ggml, is refused.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from dynquant.analysis.errors.error_journal import Sums
+from dynquant.analysis.errors.measure import ErrorMeter, ErrorPart
+from dynquant.encoding.remote import EncoderChoice, StoredFiles, open_stored, worker_encoder
+from dynquant.running.cluster import RayPool, TaskNeeds
+
+
+@dataclass(frozen=True)
+class RemoteErrors:
+    """Measures parts on `pool`; for `build_error_table`."""
+
+    pool: RayPool
+    choice: EncoderChoice
+    files: StoredFiles
+
+    def __call__(self, parts: Iterable[ErrorPart]) -> Iterator[tuple[ErrorPart, Sums]]:
+        measure = partial(_measure, self.choice, self.files)
+        return self.pool.run(measure, parts, TaskNeeds(self.choice.threads))
+
+
+def _measure(choice: EncoderChoice, files: StoredFiles, part: ErrorPart) -> Sums:
+    model, stats, _ = open_stored(files)
+    assert stats is not None
+    return ErrorMeter(model, stats, worker_encoder(choice), choice.threads).sums(part)

@@ -1,0 +1,251 @@
+"""The error table: what every candidate type does to every tensor.
+
+For a tensor W, its encoding Wq and its importance w_j = E[x_j^2] (per expert for stacked tensors), a row holds
+
+    relative_rms      sqrt( sum (W - Wq)^2 / sum W^2 )
+    weighted_error    sum_j w_j (W - Wq)_j^2 / sum_j w_j W_j^2          (what the encoders minimise)
+    activation_error  ||X (W - Wq)^T||_F / ||X W^T||_F                  on held-back activations X
+
+Errors are always of the bytes that ship: the encoder's output, decoded. Written as errors.json and errors.csv.
+"""
+
+import csv
+import io
+from collections.abc import Collection, Iterable, Mapping
+from functools import cached_property
+from math import isfinite, sqrt
+from pathlib import Path
+from statistics import median
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dynquant import __version__
+from dynquant.checkpoints.tensor_roles import Role
+from dynquant.errors import PlanError
+from dynquant.formats.quant_types import QUANT_TYPES
+from dynquant.recipes.plan import write_atomically
+from dynquant.storage.strict_json import parse_json
+
+SCHEMA_VERSION = 1
+CLOSED_FORM = "closed-form"
+
+
+class ErrorRow(BaseModel):
+    """One tensor in one type. `per_expert_*` have one number an expert, None where an expert has no samples."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    role: Role
+    layer: int | None
+    type: str
+    wanted: tuple[str, ...] = ()
+    """The candidate types that are stored as `type` in rows of this length; empty means `type` alone."""
+    bytes: int
+    relative_rms: float
+    weighted_error: float
+    weighted_energy: float
+    """The denominator of `weighted_error` per token: sum_j w_j W_j^2, the mean squared norm of the output."""
+    activation_error: float | None = None
+    per_expert_weighted_error: tuple[float, ...] = ()
+    per_expert_activation_error: tuple[float | None, ...] = ()
+
+
+class Price(BaseModel):
+    """What a tensor in a type adds to the KL, in nats per token, with its standard error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kl: float
+    se: float
+
+
+class ErrorTable(BaseModel):
+    """All rows of one model, with the identity of what they were measured on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    tool_version: str = __version__
+    model: str
+    fingerprint: str
+    stats_hash: str
+    encoder: str
+    types: tuple[str, ...]
+    """Candidate types as they were asked for, before row-length fallbacks."""
+    rows: tuple[ErrorRow, ...]
+    sensitivity: dict[str, float] = {}
+    """GGUF name -> nats of KL per unit of `weighted_error` (analysis/sensitivity.py); empty when not measured."""
+    sensitivity_se: dict[str, float] = {}
+    """Standard errors of `sensitivity`, over windows."""
+    prices: dict[str, dict[str, dict[str, Price]]] = {}
+    """Method (`fisher-probe`, `unit-kl`) -> tensor -> type -> its price, where they were measured."""
+    priced_by: str = CLOSED_FORM
+    """Which of the prices `cost` gives."""
+
+    @property
+    def cost_name(self) -> str:
+        """What `cost` estimates, for plans and plots."""
+        if self.priced_by in self.prices:
+            return f"predicted KL (nats per token) by {self.priced_by}"
+        return "predicted KL (nats per token)" if self.sensitivity else "importance-weighted error, summed over tensors"
+
+    def cost(self, row: ErrorRow) -> float:
+        """What a planner should minimise the sum of: predicted KL where that was measured."""
+        prices = self.prices.get(self.priced_by)
+        return self.closed_form_cost(row) if prices is None else prices[row.name][row.type].kl
+
+    def cost_se(self, row: ErrorRow) -> float:
+        """Standard error of `cost`; 0 where there is none to give."""
+        prices = self.prices.get(self.priced_by)
+        if prices is not None:
+            return prices[row.name][row.type].se
+        return self.sensitivity_se.get(row.name, 0.0) * row.weighted_error
+
+    def total(self, rows: Iterable[ErrorRow]) -> Price:
+        """The costs of one row of each tensor together; their errors are taken to be independent."""
+        rows = list(rows)
+        return Price(kl=sum(self.cost(row) for row in rows), se=sqrt(sum(self.cost_se(row) ** 2 for row in rows)))
+
+    def price_of(self, types: Mapping[str, str]) -> Price:
+        """`total` of a plan, tensor -> stored type; all of them are measured."""
+        tensors = self.tensors()
+        return self.total(tensors[name][type_name] for name, type_name in types.items())
+
+    def median_output_error(self, type_name: str, names: Iterable[str]) -> float | None:
+        """Median `activation_error` of tensors in a wanted type; None where none was measured."""
+        rows = (self.row(name, type_name) for name in names)
+        found = [row.activation_error for row in rows if row is not None and row.activation_error is not None]
+        return median(found) if found else None
+
+    def closed_form_cost(self, row: ErrorRow) -> float:
+        """Sensitivity times relative error.
+
+        Without any sensitivity, every tensor's relative error counts alike. A tensor that alone has none takes the
+        median.
+        """
+        if not self.sensitivity:
+            return row.weighted_error
+        return self.sensitivity.get(row.name, self._median_sensitivity) * row.weighted_error
+
+    @cached_property
+    def _median_sensitivity(self) -> float:
+        return median(self.sensitivity.values())
+
+    def row(self, name: str, type_name: str) -> ErrorRow | None:
+        """The row of a tensor in a type, or in the type that is stored for it when the row length does not fit."""
+        return self._by_key.get((name, type_name))
+
+    @cached_property
+    def _by_key(self) -> dict[tuple[str, str], ErrorRow]:
+        wanted = {(row.name, name): row for row in self.rows for name in row.wanted}
+        return wanted | {(row.name, row.type): row for row in self.rows}
+
+    def tensors(self) -> dict[str, dict[str, ErrorRow]]:
+        """Tensor name -> type name -> row, in table order."""
+        return self._by_tensor
+
+    @cached_property
+    def _by_tensor(self) -> dict[str, dict[str, ErrorRow]]:
+        found: dict[str, dict[str, ErrorRow]] = {}
+        for row in self.rows:
+            found.setdefault(row.name, {})[row.type] = row
+        return found
+
+    def restricted_to(self, types: Collection[str]) -> "ErrorTable":
+        """Only the rows that these candidate types lead to; a tensor that would lose all of them keeps its own."""
+        kept = {
+            name: [row for row in rows.values() if set(types) & {row.type, *row.wanted}] or list(rows.values())
+            for name, rows in self.tensors().items()
+        }
+        return self.with_rows(row for rows in kept.values() for row in rows)
+
+    def extended_by(self, other: "ErrorTable") -> "ErrorTable":
+        """Both tables' rows, tensor by tensor; a row that both hold stands for the wanted types of both.
+
+        Prices that were measured for this table's types alone are dropped.
+        """
+        rows = {(row.name, row.type): row for row in self.rows}
+        for row in other.rows:
+            known = rows.get((row.name, row.type))
+            wanted = dict.fromkeys((*(known.wanted if known else ()), *row.wanted))
+            rows[row.name, row.type] = row.model_copy(update={"wanted": tuple(wanted)})
+        order = {name: index for index, name in enumerate(self.tensors() | other.tensors())}
+        types = tuple(dict.fromkeys((*self.types, *other.types)))
+        merged = tuple(sorted(rows.values(), key=lambda row: order[row.name]))
+        return self._copy(types=types, rows=merged, prices={}, priced_by=CLOSED_FORM)
+
+    def with_sensitivity(self, sensitivity: dict[str, float], errors: dict[str, float]) -> "ErrorTable":
+        """The same rows, priced by these sensitivities, whose standard errors are `errors`."""
+        return self._copy(sensitivity=sensitivity, sensitivity_se=errors)
+
+    def with_prices(self, method: str, prices: dict[str, dict[str, Price]]) -> "ErrorTable":
+        """The same rows, priced by `method`."""
+        return self._copy(prices={**self.prices, method: prices}, priced_by=method)
+
+    def is_priced_by(self, method: str) -> bool:
+        """Whether every row has a price by this method."""
+        prices = self.prices.get(method, {})
+        return method in self.prices and all(row.type in prices.get(row.name, {}) for row in self.rows)
+
+    def remembering(self, other: "ErrorTable") -> "ErrorTable":
+        """The same rows with the prices of a table that may have fewer of them; used where they cover all rows."""
+        known = self._copy(prices={**self.prices, **other.prices}, priced_by=CLOSED_FORM)
+        return known.priced(other.priced_by) if known.is_priced_by(other.priced_by) else known
+
+    def priced(self, method: str) -> "ErrorTable":
+        """The same rows, priced by a method whose prices it holds, or in closed form."""
+        return self._copy(priced_by=method)
+
+    def with_rows(self, rows: Iterable[ErrorRow]) -> "ErrorTable":
+        """Other rows of the same tensors, priced the same way."""
+        return self._copy(rows=tuple(rows))
+
+    def _copy(self, **changes: object) -> "ErrorTable":
+        """A new table, so that nothing that was derived from the old rows and cached comes along."""
+        return ErrorTable.model_construct(**{name: getattr(self, name) for name in ErrorTable.model_fields} | changes)
+
+    def save(self, path: Path) -> None:
+        """Write errors.json and, beside it, the same rows as a tidy CSV."""
+        write_atomically(path, self.model_dump_json(indent=1) + "\n")
+        columns = [name for name in ErrorRow.model_fields if not name.startswith(("per_expert", "wanted"))]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        for row in self.rows:
+            writer.writerow(row.model_dump(include=set(columns), mode="json"))
+        write_atomically(path.with_suffix(".csv"), text.getvalue())
+
+    @classmethod
+    def load(cls, path: Path, *, known_types: Collection[str] = QUANT_TYPES) -> "ErrorTable":
+        """Read errors.json, or a table of other types that are known.
+
+        Raises:
+            PlanError: missing or not an error table.
+        """
+        try:
+            table = cls.model_validate(parse_json(path.read_bytes()))
+            _check_rows(table, known_types)
+            return table
+        except (OSError, ValueError, ValidationError) as error:
+            raise PlanError(
+                f"{path} is not an error table of dynquant ({error}). Run `dynquant analyze`, or remove the "
+                "file and plan again."
+            ) from error
+
+
+def _check_rows(table: ErrorTable, known_types: Collection[str]) -> None:
+    """Raises ValueError for types that are not known, numbers that cannot be, and prices that are missing."""
+    for row in table.rows:
+        if row.type not in known_types:
+            raise ValueError(f"`{row.name}` in the unknown type {row.type!r:.40}")
+        if row.bytes < 0 or not all(isfinite(x) and x >= 0 for x in (row.weighted_error, row.relative_rms)):
+            raise ValueError(f"`{row.name}` in {row.type} has impossible bytes or errors")
+    numbers = (*table.sensitivity.values(), *table.sensitivity_se.values())
+    if not all(map(isfinite, numbers)):
+        raise ValueError("a sensitivity is NaN or infinite")
+    prices = table.prices.get(table.priced_by)
+    missing = next((r for r in table.rows if prices is not None and r.type not in prices.get(r.name, ())), None)
+    if missing:
+        raise ValueError(f"`{missing.name}` has no price in {missing.type} by {table.priced_by}")

@@ -1,0 +1,1 @@
+"""Super weights, super experts and tensors that stand out."""

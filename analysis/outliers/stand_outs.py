@@ -1,0 +1,67 @@
+"""Tensors whose error stands out: far above the tensors of the same role in other layers.
+
+One rule serves plots, report and planner: the modified z-score of the logarithm of the error among the role's tensors
+in one quant type (median and median absolute deviation).
+"""
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from statistics import median
+
+from dynquant.analysis.errors.table import ErrorRow, ErrorTable
+from dynquant.checkpoints.tensor_roles import Role
+
+OUTLIER_Z = 3.5
+"""Iglewicz and Hoaglin's usual bound for the modified z-score."""
+MIN_PEERS = 5
+"""Fewer tensors of one role than this give no spread to compare against."""
+MIN_LOG_SPREAD = 0.1
+"""Floor of the spread in log units: an outlier is at least exp(0.35) = 1.4 times its role."""
+_PRECISE_ANYWAY = (Role.NORM, Role.ROUTER, Role.VISION_PATCH, Role.OTHER)
+
+
+@dataclass(frozen=True)
+class StandOut:
+    """A tensor whose error lies far above those of its role in other layers, in the type where it is largest."""
+
+    row: ErrorRow
+    value: float
+    typical: float
+    """Median error of its role in the same type."""
+    z: float
+
+
+def measure_of(row: ErrorRow, measure: str) -> float | None:
+    """`activation_error` or `relative_rms` of a row; None when absent, zero or not finite (no place on a log axis)."""
+    value = getattr(row, measure)
+    return value if value is not None and math.isfinite(value) and value > 0 else None
+
+
+def stand_outs(table: ErrorTable, measure: str, types: Collection[str]) -> list[StandOut]:
+    """Tensors with a robust z-score of log error above `OUTLIER_Z` among their role, worst first."""
+    peers: dict[tuple[Role, str], list[tuple[ErrorRow, float]]] = {}
+    for row in table.rows:
+        value = measure_of(row, measure)
+        if value is not None and row.layer is not None and row.type in types and row.role not in _PRECISE_ANYWAY:
+            peers.setdefault((row.role, row.type), []).append((row, value))
+    worst: dict[str, StandOut] = {}
+    for members in peers.values():
+        for found in _outliers_among(members):
+            known = worst.get(found.row.name)
+            if known is None or found.value > known.value:
+                worst[found.row.name] = found
+    return sorted(worst.values(), key=lambda found: -found.z)
+
+
+def _outliers_among(members: list[tuple[ErrorRow, float]]) -> list[StandOut]:
+    if len(members) < MIN_PEERS:
+        return []
+    logs = [math.log(value) for _, value in members]
+    middle = median(logs)
+    spread = max(1.4826 * median(abs(log - middle) for log in logs), MIN_LOG_SPREAD)
+    return [
+        StandOut(row, value, math.exp(middle), (log - middle) / spread)
+        for (row, value), log in zip(members, logs, strict=True)
+        if log - middle > OUTLIER_Z * spread
+    ]

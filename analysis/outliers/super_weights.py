@@ -1,0 +1,315 @@
+"""Super weights: single scalars of a down-projection that a model cannot do without (arXiv 2411.07191).
+
+One forward pass records, for every down-projection (dense, shared and each routed expert), the output of largest
+magnitude. A spike makes its tensor a candidate when it is `threshold` times the median of the layers' maxima and when
+it enlarges the residual stream; [row, col] is its output channel and the input channel that contributes most to it.
+The candidate is zeroed and the model run again: it is a super weight when the log-probabilities of the text change by
+`min_effect` on average. Then the search goes on without it, until no spike is left. All weights are restored.
+The paper's fixed threshold (|output| > 50) fits 7B models; a ratio and a measured effect fit any size.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+from torch.nn import functional
+
+from dynquant.checkpoints.tensor_roles import gguf_name_of, layer_of, role_of
+from dynquant.running.expert_hooks import ExpertCall, expert_modules, record_experts
+from dynquant.running.linear_hooks import linear_names
+from dynquant.running.stored_experts import StoredExperts
+
+Zeroed = Callable[[str, int | None, int, int], AbstractContextManager[float]]
+"""Makes one weight read as zero inside its context, and gives its value."""
+_LAYER_MODULE = re.compile(r"^(.*?\.\d+)\.")
+
+
+class SuperWeight(BaseModel):
+    """`name[expert][row, col]`, in the order of discovery. `max_in` and `max_out` are signed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    """GGUF name of the tensor; `expert` is None for dense and shared projections."""
+    module: str
+    expert: int | None
+    layer: int
+    row: int
+    col: int
+    value: float
+    max_in: float
+    max_out: float
+    position: int
+    """Token at which `max_out` occurs."""
+    ratio: float
+    """|max_out| over the median of the layers' maxima."""
+    share: float
+    """Part of `max_out` that this one weight contributes."""
+    effect: float
+    """Mean change of a token's log-probability, in nats, when the weight is zeroed."""
+
+
+class Ablation(BaseModel):
+    """Perplexity of a text: as it is, with the super weight zeroed, with the k next-largest weights zeroed instead."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    perplexity: float
+    without_super_weight: float
+    without_next_largest: float
+    num_next_largest: int
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class DownSpike:
+    """Largest output of one down-projection (of one expert) in one forward pass, and where it comes from."""
+
+    name: str
+    module: str
+    expert: int | None
+    max_in: float
+    in_channel: int
+    max_out: float
+    position: int
+    row: int
+    col: int
+    share: float
+    is_growing: bool
+    """The residual stream is larger at this token and channel after the layer than before it."""
+
+    @property
+    def layer(self) -> int:
+        return layer_of(self.name) or 0
+
+    @property
+    def tensor(self) -> tuple[str, int | None]:
+        return self.name, self.expert
+
+    @property
+    def place(self) -> tuple[str, int | None, int, int]:
+        return self.name, self.expert, self.row, self.col
+
+
+def find_super_weights(
+    hf_model: nn.Module,
+    arch: str,
+    n_layer: int,
+    token_ids: torch.Tensor,
+    *,
+    threshold: float = 20.0,
+    min_share: float = 0.25,
+    min_effect: float = 0.1,
+    max_iterations: int = 6,
+    zeroed: Zeroed | None = None,
+) -> list[SuperWeight]:
+    """Search on one text, int64 [tokens] or [1, tokens]; a few hundred tokens are enough.
+
+    `max_iterations` bounds the candidates that are tried; each costs one forward pass. `zeroed(module, expert, row,
+    col)` replaces writing into the model's weights, for a model that has them in memory only while it uses them.
+    """
+    zero: Zeroed = zeroed or partial(_zeroed, hf_model)
+    scan = _Scan(hf_model, arch, n_layer, token_ids)
+    spikes, log_probs = scan.run()
+    # A tensor that spikes only once another weight is zeroed answers to damage, and is not super in the model as it is.
+    eligible = {spike.tensor for spike in spikes if spike.is_growing and _ratio(spike, spikes) >= threshold}
+    found: list[SuperWeight] = []
+    tried: set[tuple] = set()
+    with ExitStack() as restore:
+        while len(tried) < max_iterations:
+            candidates = [
+                spike
+                for spike in spikes
+                if spike.tensor in eligible and spike.place not in tried
+                if spike.share >= min_share and _ratio(spike, spikes) >= threshold
+            ]
+            if not candidates:
+                break
+            first = candidates[0]
+            tried.add(first.place)
+            zeroing = ExitStack()
+            value = zeroing.enter_context(zero(first.module, first.expert, first.row, first.col))
+            spikes_without, log_probs_without = scan.run()
+            effect = (log_probs_without - log_probs).abs().mean().item()
+            if effect < min_effect:
+                zeroing.close()
+                continue
+            restore.push(zeroing)
+            found.append(_super_weight(first, value, _ratio(first, spikes), effect))
+            spikes, log_probs = spikes_without, log_probs_without
+    return found
+
+
+def ablation(hf_model: nn.Module, super_weight: SuperWeight, token_ids: torch.Tensor, *, k: int = 1000) -> Ablation:
+    """Compare zeroing one super weight with zeroing the `k` next-largest weights of the same matrix.
+
+    The matrix is that of one expert for routed experts. Weights are restored.
+    """
+    token_ids = token_ids.reshape(1, -1)
+    matrix = _matrix(hf_model, super_weight.module, super_weight.expert)
+    magnitudes = matrix.abs().float()
+    magnitudes[super_weight.row, super_weight.col] = -1.0
+    k = min(k, magnitudes.numel() - 1)
+    rows, cols = torch.unravel_index(magnitudes.flatten().topk(k).indices, magnitudes.shape)
+    original = _perplexity(hf_model, token_ids)
+    with _zeroed(hf_model, super_weight.module, super_weight.expert, super_weight.row, super_weight.col):
+        without = _perplexity(hf_model, token_ids)
+    kept = matrix[rows, cols].clone()
+    matrix[rows, cols] = 0
+    try:
+        without_others = _perplexity(hf_model, token_ids)
+    finally:
+        matrix[rows, cols] = kept
+    return Ablation(
+        perplexity=original,
+        without_super_weight=without,
+        without_next_largest=without_others,
+        num_next_largest=k,
+        num_tokens=token_ids.numel(),
+    )
+
+
+def scan_down_projections(hf_model: nn.Module, arch: str, n_layer: int, token_ids: torch.Tensor) -> list[DownSpike]:
+    """The largest output of every down-projection and used expert in one forward pass, in layer order."""
+    return _Scan(hf_model, arch, n_layer, token_ids).run()[0]
+
+
+def _ratio(spike: DownSpike, spikes: list[DownSpike]) -> float:
+    maxima: dict[int, float] = {}
+    for other in spikes:
+        maxima[other.layer] = max(maxima.get(other.layer, 0.0), abs(other.max_out))
+    return abs(spike.max_out) / max(median(maxima.values()), 1e-30)
+
+
+def _super_weight(spike: DownSpike, value: float, ratio: float, effect: float) -> SuperWeight:
+    same = {name: getattr(spike, name) for name in SuperWeight.model_fields if hasattr(spike, name)}
+    return SuperWeight(**same, value=value, ratio=ratio, effect=effect)
+
+
+def _matrix(hf_model: nn.Module, module: str, expert: int | None) -> torch.Tensor:
+    """Writable view of a down-projection's weights, [out, in]."""
+    found: Any = hf_model.get_submodule(module)
+    if expert is None:
+        return found.weight.data
+    stack = found.down_proj
+    matrix = stack[expert] if isinstance(stack, StoredExperts) else stack.data[expert]
+    return matrix.T if found.is_transposed else matrix
+
+
+@contextmanager
+def _zeroed(hf_model: nn.Module, module: str, expert: int | None, row: int, col: int) -> Iterator[float]:
+    """Set one weight to zero inside the context; gives its value."""
+    matrix = _matrix(hf_model, module, expert)
+    value = matrix[row, col].clone()
+    matrix[row, col] = 0
+    try:
+        yield value.item()
+    finally:
+        matrix[row, col] = value
+
+
+def _device_of(hf_model: nn.Module) -> torch.device:
+    """Where the model computes; weights that are not in memory say nothing of it."""
+    return next(parameter.device for parameter in hf_model.parameters() if not parameter.is_meta)
+
+
+def _token_losses(hf_model: Any, token_ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        logits = hf_model(input_ids=token_ids, use_cache=False).logits[0, :-1]
+    return functional.cross_entropy(logits.float(), token_ids[0, 1:], reduction="none")
+
+
+def _perplexity(hf_model: nn.Module, token_ids: torch.Tensor) -> float:
+    return _token_losses(hf_model, token_ids.to(_device_of(hf_model))).mean().exp().item()
+
+
+class _Scan:
+    """Forward passes over one text that record spikes of all down-projections."""
+
+    def __init__(self, hf_model: nn.Module, arch: str, n_layer: int, token_ids: torch.Tensor) -> None:
+        self._model = hf_model
+        self._tokens = token_ids.reshape(1, -1).to(_device_of(hf_model))
+        module_names = {module: name for name, module in hf_model.named_modules()}
+        self._linears = {
+            module: (name, module_names[module])
+            for name, module in linear_names(hf_model, arch, n_layer).items()
+            if role_of(name).is_down_projection
+        }
+        self._experts = {
+            module: (gguf_name_of(f"{name}.down_proj", arch, n_layer) or name, name)
+            for name, module in expert_modules(hf_model).items()
+        }
+        self._spikes: list[DownSpike] = []
+        self._pending: list[DownSpike] = []
+
+    def run(self) -> tuple[list[DownSpike], torch.Tensor]:
+        """Spikes in layer order, and log-probability of each token after the first."""
+        self._spikes = []
+        with ExitStack() as stack:
+            for module in self._linears:
+                stack.callback(module.register_forward_hook(self._linear_hook).remove)
+            for layer in self._layer_modules():
+                stack.callback(layer.register_forward_hook(self._layer_hook, with_kwargs=True).remove)
+            stack.enter_context(record_experts(self._model, self._observe_expert))
+            losses = _token_losses(self._model, self._tokens)
+        return sorted(self._spikes, key=lambda spike: spike.layer), -losses
+
+    def _layer_modules(self) -> list[nn.Module]:
+        places = [place for _, place in (*self._linears.values(), *self._experts.values())]
+        matches = filter(None, map(_LAYER_MODULE.match, places))
+        return [self._model.get_submodule(name) for name in dict.fromkeys(match.group(1) for match in matches)]
+
+    def _linear_hook(self, module: nn.Module, args: tuple, out: torch.Tensor) -> None:
+        x, out = args[0].flatten(0, -2), out.flatten(0, -2)
+        name, place = self._linears[module]
+        self._add(name, place, None, x, out, torch.arange(len(x)))
+
+    def _observe_expert(self, call: ExpertCall) -> None:
+        name, place = self._experts[call.module]
+        self._add(name, place, call.expert, call.down_input, call.down_output, call.tokens)
+
+    def _add(
+        self,
+        name: str,
+        place: str,
+        expert: int | None,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        token_index: torch.Tensor,
+    ) -> None:
+        token, row = divmod(int(out.abs().argmax()), out.shape[1])
+        value = float(out[token, row])
+        contributions = _matrix(self._model, place, expert)[row] * x[token]
+        col = int((contributions if value > 0 else -contributions).argmax())
+        share = float(contributions[col]) / value if value else 0.0
+        in_token, in_channel = divmod(int(x.abs().argmax()), x.shape[1])
+        spike = DownSpike(
+            name=name,
+            module=place,
+            expert=expert,
+            max_in=float(x[in_token, in_channel]),
+            in_channel=in_channel,
+            max_out=value,
+            position=int(token_index[token]),
+            row=row,
+            col=col,
+            share=share,
+            is_growing=False,
+        )
+        self._pending.append(spike)
+
+    def _layer_hook(self, _module: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+        before = args[0] if args else kwargs["hidden_states"]
+        after = out[0] if isinstance(out, tuple) else out
+        for spike in self._pending:
+            at = (0, spike.position, spike.row)
+            is_growing = bool(after[at].abs() > before[at].abs())
+            self._spikes.append(replace(spike, is_growing=is_growing))
+        self._pending.clear()

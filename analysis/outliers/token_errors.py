@@ -1,0 +1,116 @@
+"""What quantization does to image tokens and to text tokens, apart: output errors of the language model's layers.
+
+Every matrix is encoded once, in one type near 4 bits, under the statistics of all tokens, as `export` would; the output
+error is then measured on held-back inputs of each kind. A layer that loses more on image tokens needs pictures in its
+calibration, and bits.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from dynquant.calibration.importance import importance
+from dynquant.calibration.statistics import CalibrationStats, InputStats
+from dynquant.checkpoints.model import Model
+from dynquant.checkpoints.tensor_roles import Role, layer_of, role_of
+from dynquant.encoding.interface import Encoder
+from dynquant.formats import decode
+from dynquant.formats.quant_types import QUANT_TYPES, fit_to_row
+from dynquant.recipes.presets import is_quantizable
+
+_PREFERRED = ("Q4_K", "IQ4_XS", "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "Q5_K", "Q6_K", "Q8_0")
+
+
+class TokenError(BaseModel):
+    """Relative output error |x (W - Wq)ᵀ| / |x Wᵀ| of one matrix, None where no token of the kind was held back."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    role: Role
+    layer: int | None
+    type: str
+    image: float | None
+    text: float | None
+
+
+class TokenErrors(BaseModel):
+    """All matrices that see both kinds of tokens, and those that see one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    fingerprint: str
+    type: str
+    rows: tuple[TokenError, ...]
+
+    @classmethod
+    def load(cls, path: Path, fingerprint: str) -> "TokenErrors | None":
+        """Read token_errors.json; None when there is none of this checkpoint."""
+        if not path.is_file():
+            return None
+        found = cls.model_validate(json.loads(path.read_text()))
+        return found if found.fingerprint == fingerprint else None
+
+    def sentence(self) -> str:
+        """The medians over matrices that see both kinds, and the matrix that tells them apart most."""
+        both = [row for row in self.rows if row.image and row.text]
+        if not both:
+            return f"output error in {self.type}: no matrix saw both image and text tokens"
+        worst = max(both, key=lambda row: max(row.image / row.text, row.text / row.image))
+        return (
+            f"output error in {self.type}, median over {len(both)} matrices: image tokens "
+            f"{median(row.image for row in both):.2%}, text tokens {median(row.text for row in both):.2%}; furthest "
+            f"apart: {worst.name}, {worst.image:.2%} and {worst.text:.2%}"
+        )
+
+
+def measure_token_errors(
+    model: Model,
+    stats: CalibrationStats,
+    by_kind: Mapping[str, CalibrationStats],
+    types: Sequence[str],
+    encoder: Encoder,
+) -> TokenErrors:
+    """Measure every matrix (routed experts left out) in that one of `types` which is nearest to 4 bits.
+
+    Raises:
+        StatsError: the statistics belong to another checkpoint.
+    """
+    stats.check_belongs_to(model.fingerprint, model.name)
+    wanted = next((name for name in _PREFERRED if name in types), types[0])
+    rows = []
+    for info in map(model.source.info, model.source.names()):
+        inputs = {kind: _samples(found.input_of(info.name), info.shape[-1]) for kind, found in by_kind.items()}
+        if len(info.shape) != 2 or not is_quantizable(info.name, info.shape) or not any(map(_filled, inputs.values())):
+            continue
+        stored, _ = fit_to_row(QUANT_TYPES[wanted], info.shape[-1])
+        weights = model.source.load(info.name)
+        scale = importance(stats, info.name, info.shape)
+        packed = encoder.encode(stored, weights.unsqueeze(0), scale, name=info.name)
+        difference = weights - decode(stored, packed, (1, *weights.shape))[0]
+        errors = {kind: _error(x, weights, difference) for kind, x in inputs.items()}
+        rows.append(
+            TokenError(name=info.name, role=role_of(info.name), layer=layer_of(info.name), type=stored.name, **errors)
+        )
+    return TokenErrors(fingerprint=model.fingerprint, type=wanted, rows=tuple(rows))
+
+
+def _samples(inputs: InputStats | None, columns: int) -> torch.Tensor | None:
+    if inputs is None or inputs.samples is None or inputs.samples.shape[-1] != columns or len(inputs.samples) != 1:
+        return None
+    return inputs.samples[0, : int(inputs.sample_counts[0])].float()
+
+
+def _filled(samples: torch.Tensor | None) -> bool:
+    return samples is not None and len(samples) > 0
+
+
+def _error(x: torch.Tensor | None, weights: torch.Tensor, difference: torch.Tensor) -> float | None:
+    if x is None or not len(x):
+        return None
+    kept = float((x @ weights.T).square().sum(dtype=torch.float64))
+    return (float((x @ difference.T).square().sum(dtype=torch.float64)) / kept) ** 0.5 if kept > 0 else 0.0

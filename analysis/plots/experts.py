@@ -1,0 +1,181 @@
+"""Expert heat map: tokens that calibration routed to every expert, beside the error of what the plan ships."""
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dynquant.analysis.errors.table import ErrorTable
+from dynquant.analysis.plots.style import BLACK, LIGHT, header_legend, new_figure, plain, short_number
+from dynquant.calibration.importance import expert_coverage
+from dynquant.calibration.statistics import CalibrationStats
+from dynquant.checkpoints.tensor_roles import layer_of
+from dynquant.recipes.plan import Plan, PlanEntry
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+STACKED_FROM = 48
+"""From this many experts the two maps stand above each other, each over the full width."""
+
+
+def expert_tokens(plan: Plan, stats: CalibrationStats) -> dict[int, np.ndarray]:
+    """Layer -> tokens routed to each expert, int64 [E]; layers without routed experts or counts are left out."""
+    found: dict[int, np.ndarray] = {}
+    for entry in _routed(plan):
+        inputs = stats.input_of(entry.name)
+        if inputs is not None and len(inputs.counts) == entry.shape[0]:
+            found.setdefault(layer_of(entry.name), inputs.counts.numpy())
+    return dict(sorted(found.items()))
+
+
+def starved_experts(stats: CalibrationStats | None) -> list[tuple[int, int, int]]:
+    """(layer, expert, tokens) of the experts whose statistics lean on their layer's mean."""
+    rows = expert_coverage(stats) if stats is not None else []
+    return [(row.layer, expert, row.tokens[expert]) for row in rows for expert in row.starved]
+
+
+def expert_errors(plan: Plan, table: ErrorTable) -> tuple[dict[int, np.ndarray], str]:
+    """Layer -> relative error of each expert in the plan's types, worst projection, NaN without samples; its name.
+
+    Output error where any was measured, else the square root of the importance-weighted error.
+    """
+    rows = table.tensors()
+    shipped = [row for entry in _routed(plan) if (row := rows.get(entry.name, {}).get(entry.type)) is not None]
+    measured = any(value is not None for row in shipped for value in row.per_expert_activation_error)
+    found: dict[int, np.ndarray] = {}
+    for row in shipped:
+        if measured:
+            values = np.array([np.nan if v is None else v for v in row.per_expert_activation_error])
+        else:
+            values = np.sqrt(np.array(row.per_expert_weighted_error))
+        known = found.get(row.layer)
+        if len(values) and (known is None or len(known) == len(values)):
+            found[row.layer] = values if known is None else np.fmax(known, values)
+    name = "relative output error" if measured else "importance-weighted relative error"
+    return dict(sorted(found.items())), name
+
+
+def draw_experts(
+    plan: Plan, table: ErrorTable | None, stats: CalibrationStats, starved: Collection[tuple[int, int]]
+) -> tuple["Figure", str] | None:
+    """Figure and headline, or None for a model without counted experts. `starved` holds (layer, expert)."""
+    tokens = expert_tokens(plan, stats)
+    if not tokens:
+        return None
+    errors, error_name = expert_errors(plan, table) if table is not None else ({}, "")
+    num_experts = max(len(counts) for counts in tokens.values())
+    headline = _headline(tokens, starved)
+    figure = _figure(
+        len(tokens), num_experts, bool(errors), headline, f"{plain(plan.model, 60)}, plan “{plain(plan.recipe, 40)}”"
+    )
+    stacked = num_experts >= STACKED_FROM
+    shape = (1, 1) if not errors else (2, 1) if stacked else (1, 2)
+    layers = list(tokens)
+    axes = figure.add_subplot(*shape, 1)
+    _heat(
+        axes,
+        _matrix(tokens, layers, num_experts),
+        layers,
+        "tokens routed to each expert",
+        "tokens",
+        "viridis",
+        short_number,
+    )
+    _mark(axes, starved, layers, num_experts)
+    if errors:
+        axes = figure.add_subplot(*shape, 2)
+        title = f"{error_name} in the plan's types, worst projection"
+        _heat(
+            axes,
+            _matrix(errors, layers, num_experts),
+            layers,
+            title,
+            "error (%)",
+            "magma_r",
+            lambda v: f"{100 * v:.3g}%",
+        )
+        _mark(axes, starved, layers, num_experts)
+    header_legend(figure, _legend(bool(starved), errors), columns=3)
+    return figure, headline
+
+
+def _routed(plan: Plan) -> list[PlanEntry]:
+    return [
+        entry
+        for entry in plan.entries
+        if entry.role.is_routed_expert and len(entry.shape) == 3 and layer_of(entry.name) is not None
+    ]
+
+
+def _headline(tokens: dict[int, np.ndarray], starved: Collection) -> str:
+    total = sum(len(counts) for counts in tokens.values())
+    if not starved:
+        fewest = min(int(counts.min()) for counts in tokens.values())
+        return f"Experts: all {total:,} were seen, the rarest by {fewest:,} tokens"
+    return f"Experts: {len(set(starved)):,} of {total:,} saw too few calibration tokens to be trusted"
+
+
+def _figure(num_layers: int, num_experts: int, has_errors: bool, headline: str, subtitle: str) -> "Figure":
+    if num_experts >= STACKED_FROM:
+        one = min(max(1.1 + 0.075 * num_layers, 2.4), 8.0)
+        return new_figure(13.5, one * (2 if has_errors else 1), headline, subtitle, legend_rows=1)
+    height = min(max(1.2 + 0.22 * num_layers, 2.6), 9.0)
+    return new_figure(13.5 if has_errors else 8.5, height, headline, subtitle, legend_rows=1)
+
+
+def _matrix(values: dict[int, np.ndarray], layers: list[int], num_experts: int) -> np.ndarray:
+    matrix = np.full((len(layers), num_experts), np.nan)
+    for index, layer in enumerate(layers):
+        if layer in values:
+            matrix[index, : len(values[layer])] = values[layer]
+    return matrix
+
+
+def _heat(axes: "Axes", matrix: np.ndarray, layers: list[int], title: str, unit: str, colours: str, label) -> None:
+    from matplotlib import colormaps
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    positive = matrix[np.isfinite(matrix) & (matrix > 0)]
+    low, high = (positive.min(), positive.max()) if positive.size else (0.1, 1.0)
+    low, high = (low / 1.1, high * 1.1) if high / low < 1.2 else (low, high)
+    palette = colormaps[colours].with_extremes(bad=LIGHT)
+    shown = np.ma.masked_where(~(matrix > 0), matrix)
+    image = axes.imshow(shown, cmap=palette, norm=LogNorm(low, high), aspect="auto", interpolation="none")
+    axes.grid(visible=False)
+    axes.set_title(title)
+    axes.set_xlabel("expert")
+    axes.set_ylabel("layer")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=17, integer=True, steps=[1, 2, 4, 5, 10]))
+    step = 1 if len(layers) <= 20 else 5 if len(layers) <= 100 else 10
+    rows = [index for index, layer in enumerate(layers) if layer % step == 0]
+    axes.set_yticks(rows, [str(layers[index]) for index in rows])
+    bar = axes.figure.colorbar(image, ax=axes, pad=0.01, fraction=0.04)
+    bar.set_label(unit)
+    subs = (1.0,) if high / low > 300 else (1.0, 2.0, 5.0) if high / low > 8 else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
+    bar.ax.yaxis.set_major_locator(LogLocator(base=10, subs=subs))
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: label(value)))
+    bar.ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _mark(axes: "Axes", starved: Collection[tuple[int, int]], layers: list[int], num_experts: int) -> None:
+    """A cross with a white rim on every starved expert: legible on any colour."""
+    points = [(expert, layers.index(layer)) for layer, expert in starved if layer in layers]
+    if not points:
+        return
+    size = 34 if num_experts < STACKED_FROM else 13
+    axes.scatter(*zip(*points, strict=True), marker="x", s=size, color="white", linewidths=3.0 if size > 20 else 2.0)
+    axes.scatter(*zip(*points, strict=True), marker="x", s=size, color=BLACK, linewidths=1.4 if size > 20 else 0.9)
+
+
+def _legend(has_starved: bool, errors: dict) -> list:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    handles = []
+    if has_starved:
+        handles.append(Line2D([], [], color=BLACK, marker="x", linestyle="none", label="starved: too few tokens"))
+    missing = "no tokens" if not errors else "no tokens, or no held-back sample"
+    return [*handles, Patch(facecolor=LIGHT, edgecolor="#9ca3af", label=missing)]

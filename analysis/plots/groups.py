@@ -1,0 +1,124 @@
+"""What the plots and the report are drawn from, and the reductions that they share.
+
+Super weights and frontier points come from other stages; only the attributes read here are required of them.
+Also: the role groups of the panels, which types to show, and which tensors stick out.
+"""
+
+from collections.abc import Iterable
+from math import prod
+from typing import Protocol
+
+from dynquant.analysis.errors.table import ErrorTable
+from dynquant.calibration.statistics import CalibrationStats
+from dynquant.checkpoints.tensor_roles import Role
+from dynquant.errors import PlanError
+from dynquant.formats.quant_types import QUANT_TYPES
+from dynquant.recipes.plan import Plan, PlanEntry
+
+MAX_TYPES = 7
+"""More lines than this in one panel cannot be told apart."""
+
+
+class SuperWeight(Protocol):
+    """One detected super weight; `expert` is None outside stacked tensors. Maxima may be signed."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def row(self) -> int: ...
+    @property
+    def col(self) -> int: ...
+    @property
+    def expert(self) -> int | None: ...
+    @property
+    def value(self) -> float: ...
+    @property
+    def max_in(self) -> float: ...
+    @property
+    def max_out(self) -> float: ...
+
+
+class FrontierPoint(Protocol):
+    """One plan on the size/error curve; `kind` is `plan` (the planner at some budget), `uniform` or `preset`."""
+
+    @property
+    def label(self) -> str: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def error(self) -> float: ...
+    @property
+    def kind(self) -> str: ...
+
+
+PROJECTOR = "projector"
+GROUPS = (
+    "attention", "cross-attention", "dense FFN", "shared expert", "routed gate/up", "routed down", "vision attention",
+    "vision FFN", PROJECTOR,
+)  # fmt: skip
+OUTSIDE = "outside the layers"
+_OF_VISION = {
+    Role.CROSS_ATTN: "cross-attention", Role.VISION_ATTN: "vision attention", Role.VISION_FFN: "vision FFN",
+    Role.PROJECTOR: PROJECTOR,
+}  # fmt: skip
+
+
+def group_of(role: Role) -> str | None:
+    """The panel of a role, None for routers, norms and others, which stay precise anyway."""
+    if role in _OF_VISION:
+        return _OF_VISION[role]
+    if role.is_attention:
+        return "attention"
+    if role.is_dense_ffn:
+        return "dense FFN"
+    if role.is_shared_expert:
+        return "shared expert"
+    if role.is_routed_expert:
+        return "routed down" if role.is_down_projection else "routed gate/up"
+    return OUTSIDE if role in (Role.EMBEDDING, Role.OUTPUT) else None
+
+
+def role_group(role: Role) -> str:
+    """The line of a role in size tables: the panel's name, or embedding, output, and the small rest."""
+    if role in (Role.EMBEDDING, Role.OUTPUT):
+        return role.value
+    return group_of(role) or "router/norm/other"
+
+
+def bits_of(entries: Iterable[PlanEntry]) -> float:
+    """Mean bits per weight of some tensors, 0 for none."""
+    entries = list(entries)
+    weights = sum(prod(entry.shape) for entry in entries)
+    return 8 * sum(entry.bytes for entry in entries) / weights if weights else 0.0
+
+
+def check_same_checkpoint(plan: Plan, table: ErrorTable | None, stats: CalibrationStats | None) -> None:
+    """Refuse an error table or statistics of another checkpoint than the plan's.
+
+    Raises:
+        PlanError: the table's fingerprint differs; both are named.
+        StatsError: the statistics' fingerprint differs.
+    """
+    if table is not None and table.fingerprint != plan.fingerprint:
+        raise PlanError(
+            f"The error table was measured on checkpoint {table.fingerprint[:12]} ({table.model}), but the plan is for "
+            f"{plan.fingerprint[:12]} ({plan.model}). Run `dynquant analyze` on {plan.model}."
+        )
+    if stats is not None:
+        stats.check_belongs_to(plan.fingerprint, plan.model)
+
+
+def shown_types(table: ErrorTable, plan: Plan) -> list[str]:
+    """At most `MAX_TYPES` measured types, fewest bits first: those of the plan, then an even choice of the others."""
+    measured = sorted(set(table.types), key=lambda name: (QUANT_TYPES[name].bits_per_weight, name))
+    if len(measured) <= MAX_TYPES:
+        return measured
+    weights: dict[str, int] = {}
+    for entry in plan.entries:
+        if entry.type in measured and group_of(entry.role):
+            weights[entry.type] = weights.get(entry.type, 0) + prod(entry.shape)
+    chosen = set(sorted(weights, key=lambda name: -weights[name])[:MAX_TYPES])
+    others = [name for name in measured if name not in chosen]
+    free = MAX_TYPES - len(chosen)
+    chosen |= {others[(2 * i + 1) * len(others) // (2 * free)] for i in range(free)}
+    return [name for name in measured if name in chosen]

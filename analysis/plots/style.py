@@ -1,0 +1,208 @@
+"""The look of every plot: palette, header band, number formats, and writing PNG and SVG.
+
+Figures are built with matplotlib's object interface (no pyplot, no window). Colours are Okabe and Ito's, told apart
+also by marker and dash. Text is never parsed as mathematics: model and tensor names are not trusted.
+"""
+
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dynquant.errors import ExportError
+from dynquant.recipes.plan import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLACK, GREY, LIGHT = "#000000", "#6b7280", "#e5e7eb"
+ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
+BLUE, VERMILION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
+TYPE_STYLES = (
+    (VERMILION, "v", "-"),
+    (ORANGE, "s", "--"),
+    (PURPLE, "D", "-."),
+    (GREY, "o", ":"),
+    (GREEN, "^", "-"),
+    (SKY, "P", "--"),
+    (BLUE, "X", "-."),
+)
+"""Colour, marker and dash of the shown types, fewest bits first: warm is crushed, cool is precise."""
+GROUP_COLOURS = {
+    "routed gate/up": SKY,
+    "routed down": BLUE,
+    "shared expert": GREEN,
+    "dense FFN": YELLOW,
+    "attention": ORANGE,
+    "cross-attention": "#8c510a",
+    "vision attention": "#1b7837",
+    "vision FFN": "#a6dba0",
+    "projector": "#762a83",
+    "embedding": PURPLE,
+    "output": VERMILION,
+    "router/norm/other": GREY,
+}
+PNG_DPI = 150
+_RC = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#9ca3af",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "grid.color": LIGHT,
+    "grid.linewidth": 0.7,
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "dynquant",
+    "text.parse_math": False,
+}
+
+
+@dataclass(frozen=True)
+class PlotFiles:
+    """One plot on disk. `headline` is its title, which also states what it shows (used as alternative text)."""
+
+    png: Path
+    svg: Path
+    headline: str
+
+
+@contextmanager
+def plot_settings() -> Iterator[None]:
+    """Our settings for the figures built inside; the caller's are restored.
+
+    Raises:
+        ExportError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ExportError(
+            "Plots need matplotlib, which is not installed. Run `pip install 'dynquant-toolchain[report]'`."
+        ) from error
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_RC)
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+        yield
+
+
+def plain(text: str, limit: int = 80) -> str:
+    """A name as one printable line of at most `limit` characters."""
+    line = "".join(char if char.isprintable() else "\ufffd" for char in text)
+    return line if len(line) <= limit else f"{line[: limit - 1]}…"
+
+
+def new_figure(width: float, height: float, headline: str, subtitle: str, *, legend_rows: int = 0) -> "Figure":
+    """A figure of width x height inches under a header band with headline, subtitle and room for a legend."""
+    from matplotlib.figure import Figure
+
+    header = 0.72 + 0.24 * legend_rows
+    total = height + header
+    figure = Figure(figsize=(width, total), dpi=PNG_DPI)
+    figure.set_layout_engine("constrained", rect=(0.008, 0.008, 0.984, height / total - 0.008), h_pad=0.08, w_pad=0.08)
+    figure.text(0.15 / width, 1 - 0.12 / total, headline, fontsize=13, fontweight="bold", va="top")
+    figure.text(0.15 / width, 1 - 0.40 / total, subtitle, fontsize=9, color=GREY, va="top")
+    return figure
+
+
+def header_legend(figure: "Figure", handles: list, columns: int) -> None:
+    """A legend in the header band, clear of the data."""
+    width, height = figure.get_size_inches()
+    legend = figure.legend(
+        handles=handles,
+        loc="upper left",
+        bbox_to_anchor=(0.05 / width, 1 - 0.56 / height),
+        ncols=columns,
+        columnspacing=1.4,
+        handlelength=2.6,
+    )
+    legend.set_in_layout(False)
+
+
+def percent_axis(axis) -> None:
+    """Plain percent labels on a logarithmic axis of fractions, at one, two and five in each decade as they fit."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = sorted(axis.get_view_interval())
+    subs = (1.0, 2.0, 5.0) if high / low < 300 else (1.0,)
+    axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=12))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{short_number(100 * value)}%"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def number_axis(axis) -> None:
+    """Plain numbers on a logarithmic axis."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = sorted(axis.get_view_interval())
+    subs = (1.0, 2.0, 5.0) if high / low < 300 else (1.0,)
+    axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=12))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def layer_axis(axes: "Axes", layers: list[int]) -> None:
+    """Whole layer numbers from the first to the last layer."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlim(min(layers) - 0.6, max(layers) + 0.6)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
+
+
+def short_number(value: float) -> str:
+    """1234567 -> 1.23M; small numbers keep three digits."""
+    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= limit:
+            return f"{value / {'G': 1e9, 'M': 1e6, 'k': 1e3}[suffix]:.3g}{suffix}"
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def size_unit(num_bytes: float) -> tuple[float, str]:
+    """Divisor and name of the decimal unit that suits a size."""
+    for divisor, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
+        if num_bytes >= divisor:
+            return divisor, unit
+    return 1e3, "kB"
+
+
+def human_bytes(num_bytes: float) -> str:
+    """Decimal units with three digits: 31.0 MB, 140 GB."""
+    divisor, unit = size_unit(num_bytes)
+    value = num_bytes / divisor
+    return (
+        f"{value:.0f} {unit}" if value >= 99.95 else f"{value:.1f} {unit}" if value >= 9.995 else f"{value:.2f} {unit}"
+    )
+
+
+def freeze_layout(figure: "Figure") -> None:
+    """Lay the figure out once and keep it so: what follows reads final pixel positions, and saving is faster."""
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
+        # "none" would leave a placeholder, for which every save draws the figure once more.
+        figure.set_layout_engine(None)
+
+
+def save_figure(figure: "Figure", directory: Path, name: str, headline: str) -> PlotFiles:
+    """Write NAME.png (150 dpi) and NAME.svg, each whole or not at all.
+
+    Raises:
+        ExportError: the directory cannot be written.
+    """
+    files = PlotFiles(directory / f"{name}.png", directory / f"{name}.svg", headline)
+    freeze_layout(figure)
+    for path, metadata in ((files.png, {"Software": None}), (files.svg, {"Date": None, "Creator": None})):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=path.suffix[1:], dpi=PNG_DPI, metadata=metadata)
+        write_atomically(path, buffer.getvalue())
+    return files

@@ -1,0 +1,259 @@
+"""report.html: one file that opens offline and says what a plan keeps, what it crushes, and why.
+
+Plots are embedded as data; a content security policy forbids every request and any script but the page's own few
+lines (sorting and filtering of tables), named by hash. All inserted text is escaped: model and tensor names are not
+trusted. The page is written as ASCII, so that no reader can mistake its encoding.
+"""
+
+import base64
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib import resources
+from math import prod
+from pathlib import Path
+from string import Template
+
+from dynquant.analysis.errors.table import ErrorTable
+from dynquant.analysis.outliers.stand_outs import stand_outs
+from dynquant.analysis.plots.experts import starved_experts
+from dynquant.analysis.plots.groups import (
+    FrontierPoint,
+    SuperWeight,
+    bits_of,
+    check_same_checkpoint,
+    role_group,
+    shown_types,
+)
+from dynquant.analysis.plots.plan_map import KEPT_BITS
+from dynquant.analysis.plots.style import GROUP_COLOURS, PlotFiles, human_bytes
+from dynquant.analysis.report.tables import (
+    evaluation_table,
+    frontier_table,
+    plan_table,
+    selection_table,
+    size_table,
+    stand_out_table,
+    starved_table,
+    super_weight_table,
+)
+from dynquant.analysis.report.texts import PLOT_TEXTS
+from dynquant.calibration.statistics import CalibrationStats
+from dynquant.checkpoints.vision_names import LANGUAGE, part_of
+from dynquant.errors import ExportError
+from dynquant.planning.selection import Selection
+from dynquant.recipes.plan import Plan, PlanEntry, write_atomically
+
+MAX_SVG_BYTES = 1_500_000
+"""A larger SVG is embedded as PNG."""
+
+
+def write_report(
+    path: Path,
+    *,
+    plan: Plan,
+    table: ErrorTable | None,
+    stats: CalibrationStats | None,
+    super_weights: Sequence[SuperWeight],
+    plots: Mapping[str, PlotFiles],
+    frontier: Sequence[FrontierPoint] | None = None,
+    selection: Selection | None = None,
+    evaluation: Mapping[str, object] | None = None,
+    pictures: str = "",
+) -> None:
+    """Write the report, whole or not at all. `plots` come from `write_plots`; absent ones are said to be absent.
+
+    `pictures` is the HTML of `picture_section`.
+
+    Raises:
+        PlanError, StatsError: table or statistics belong to another checkpoint than the plan.
+        ExportError: a plot cannot be read, or the report cannot be written.
+    """
+    check_same_checkpoint(plan, table, stats)
+    tables = _tables(plan, table, stats, super_weights)
+    if selection is not None:
+        tables["selection"] = selection_table(selection)
+        if selection.frontier:
+            tables["measured_frontier"] = frontier_table(selection)
+    unasked = _unasked(selection) | ({"token_errors"} - plots.keys())
+    sections = [
+        _plot_section(name, plots.get(name), tables.get(name, "")) for name in PLOT_TEXTS if name not in unasked
+    ]
+    if evaluation or pictures:
+        measured = evaluation_table(evaluation) if evaluation else ""
+        sections.append(_section("evaluation", "Before and after", measured + pictures))
+    sections.append(_section("plan-section", "The plan, tensor by tensor", _filter() + plan_table(plan, table)))
+    sections.append(_section("provenance", "Provenance", _provenance(plan, table, stats, frontier)))
+    template = resources.files("dynquant.analysis.report").joinpath("page.html").read_text(encoding="utf-8")
+    page = Template(template).substitute(
+        policy=_content_policy(template),
+        title=escape(f"{plan.model}: {plan.recipe}"),
+        model=escape(plan.model),
+        sentence=escape(summary_sentence(plan)),
+        facts=_facts(plan),
+        sections="\n".join(sections),
+    )
+    write_atomically(path, page.encode("ascii", "xmlcharrefreplace").decode())
+
+
+def _unasked(selection: Selection | None) -> set[str]:
+    """Plots of what was not asked for; the page does not miss them."""
+    if selection is None:
+        return {"selection", "measured_frontier"}
+    return set() if selection.frontier else {"measured_frontier"}
+
+
+def summary_sentence(plan: Plan) -> str:
+    """What was crushed and what was kept, in one sentence with bits and shares of the weights."""
+    crushed = [entry for entry in plan.entries if entry.quant_type.bits_per_weight < KEPT_BITS]
+    kept = [entry for entry in plan.entries if entry.quant_type.bits_per_weight >= KEPT_BITS]
+    if not crushed:
+        return (
+            f"Nothing is crushed: every tensor is kept at {KEPT_BITS:g} bits or more, {bits_of(kept):.2f} on average."
+        )
+    share = sum(prod(entry.shape) for entry in crushed) / plan.num_weights
+    words = (
+        f"{_parts(crushed, plan)} crushed to {bits_of(crushed):.2f} bits per weight ({_share(share)} of the weights)"
+    )
+    if not kept:
+        return words[0].upper() + words[1:] + "."
+    words += f"; {_parts(kept, plan)} kept at {bits_of(kept):.2f} bits ({_share(1 - share)})."
+    return words[0].upper() + words[1:]
+
+
+def _parts(entries: list[PlanEntry], plan: Plan) -> str:
+    """The role groups of some entries, with a count where a group is split between kept and crushed."""
+    names = []
+    for group in GROUP_COLOURS:
+        count = sum(role_group(entry.role) == group for entry in entries)
+        total = sum(role_group(entry.role) == group for entry in plan.entries)
+        if count:
+            names.append(group if count == total else f"{group} ({count} of {total} tensors)")
+    return names[0] if len(names) == 1 else f"{'; '.join(names[:-1])} and {names[-1]}".replace("; ", ", ")
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.1f}%"
+
+
+def _facts(plan: Plan) -> str:
+    original = 2 * plan.num_weights
+    types = ", ".join(f"{name} ({count})" for name, count in plan.histogram().items())
+    facts = {
+        "File size": f"{human_bytes(plan.predicted_bytes)} ({plan.predicted_bytes:,} bytes)",
+        "Of the 16-bit original": f"{_share(plan.predicted_bytes / original)} of {human_bytes(original)}",
+        "Bits per weight": f"{plan.bits_per_weight:.3f}",
+        "Weights": f"{plan.num_weights:,}",
+        "Recipe": plan.recipe,
+        "Architecture": plan.arch,
+        "Types (tensors)": types,
+    }
+    return _definitions(facts)
+
+
+def _definitions(facts: Mapping[str, str]) -> str:
+    return "\n".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
+
+
+def _section(identity: str, heading: str, body: str) -> str:
+    return f'<section id="{identity}"><h2>{escape(heading)}</h2>\n{body}\n</section>'
+
+
+def _plot_section(name: str, files: PlotFiles | None, extra: str) -> str:
+    text = PLOT_TEXTS[name]
+    if files is None:
+        return _section(
+            name, text.heading, f'<p class="absent">Not drawn: this plot needs {escape(text.needs)}.</p>{extra}'
+        )
+    figure = (
+        f'<figure><img src="{_data_uri(files)}" alt="{escape(files.headline)}">'
+        f"<figcaption>{escape(text.how_to_read)}</figcaption></figure>"
+    )
+    return _section(name, text.heading, figure + extra)
+
+
+def _data_uri(files: PlotFiles) -> str:
+    try:
+        path, kind = (files.svg, "svg+xml") if files.svg.stat().st_size <= MAX_SVG_BYTES else (files.png, "png")
+        return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    except OSError as error:
+        raise ExportError(f"The plot {error.filename} cannot be read for the report: {error.strerror}.") from error
+
+
+def _tables(
+    plan: Plan,
+    table: ErrorTable | None,
+    stats: CalibrationStats | None,
+    super_weights: Sequence[SuperWeight],
+) -> dict[str, str]:
+    """Plot name -> the table below it."""
+    tables = {"size_breakdown": size_table(plan)}
+    if table is not None:
+        types = shown_types(table, plan)
+        for name, measure in (("error_by_layer", "activation_error"), ("weight_error_by_layer", "relative_rms")):
+            found = stand_outs(table, measure, types)
+            tables[name] = stand_out_table(found, plan) if found else "<p>No tensor sticks out of its role.</p>"
+    tables["super_weights"] = (
+        super_weight_table(super_weights, plan) if super_weights else f"<p>{_no_super_weight(plan)}</p>"
+    )
+    starved = starved_experts(stats)
+    if starved:
+        count = f"{len(starved):,} starved experts: their statistics are shrunk to their layer's mean."
+        tables["expert_heatmap"] = f"<details><summary>{count}</summary>{starved_table(starved)}</details>"
+    elif any(entry.role.is_routed_expert for entry in plan.entries) and stats is not None:
+        tables["expert_heatmap"] = "<p>No expert is starved.</p>"
+    return tables
+
+
+def _no_super_weight(plan: Plan) -> str:
+    if any(part_of(entry.name) != LANGUAGE for entry in plan.entries):
+        return "Super weights are looked for in text models only."
+    return "No super weight was detected."
+
+
+def _filter() -> str:
+    return (
+        '<p><label>Show tensors with <input type="search" data-filter="plan" placeholder="ffn_down, Q6_K, …"></label> '
+        "Click a heading to sort.</p>"
+    )
+
+
+def _provenance(
+    plan: Plan, table: ErrorTable | None, stats: CalibrationStats | None, frontier: Sequence[FrontierPoint] | None
+) -> str:
+    facts = {
+        "Tool": f"dynquant {plan.tool_version}",
+        "Checkpoint fingerprint": plan.fingerprint,
+        "Plan hash": plan.hash,
+        "Candidate types": ", ".join(plan.types) or "fixed by the recipe",
+        "Statistics hash": plan.stats_hash or "none: the recipe reads no statistics",
+        "Error table hash": plan.errors_hash or "none",
+    }
+    if table is not None:
+        facts["Error table"] = f"{len(table.rows):,} rows, encoder {table.encoder}, dynquant {table.tool_version}"
+        facts["Statistics hash in the error table"] = table.stats_hash
+    if stats is not None:
+        known = stats.provenance
+        facts["Calibration text"] = f"{known.text_name}, {known.num_tokens:,} tokens in {known.num_windows:,} windows"
+        facts["Calibration text hash"] = known.text_hash
+        facts["Calibration options"] = (
+            f"window {known.window}, seed {known.seed}, {known.num_held_back_tokens:,} tokens held back"
+        )
+        if known.imported_from:
+            facts["Statistics imported from"] = known.imported_from
+    if frontier:
+        facts["Frontier"] = f"{len(frontier)} plans priced"
+    return f'<dl class="provenance">{_definitions(facts)}</dl>'
+
+
+def _content_policy(template: str) -> str:
+    """Forbid all requests; allow embedded images and the page's own style and script by hash."""
+    parts = {}
+    for tag in ("style", "script"):
+        text = re.search(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL).group(1)
+        parts[tag] = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return (
+        f"default-src 'none'; img-src data:; style-src 'sha256-{parts['style']}'; "
+        f"script-src 'sha256-{parts['script']}'; base-uri 'none'; form-action 'none'"
+    )

@@ -1,0 +1,1 @@
+"""Step 1, calibrate: statistics of the inputs of every matrix."""

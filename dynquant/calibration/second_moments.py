@@ -1,0 +1,240 @@
+"""Full second moments of layer inputs, and the hessians that error feedback works with.
+
+Calibration sums v_t x_t x_tᵀ over tokens t for every input, in float32: per expert where that fits in memory, pooled
+over the experts of a layer where it does not. v is 1, or 1 + the token's squared gradient over its mean, when
+calibration ran backward: tokens on which the output depends count more. Sums are mergeable. They are kept apart from
+stats.safetensors, because C² numbers per input are many (7,168 channels: 206 MB for each expert).
+
+`hessian` turns sums into what an encoder may invert. An expert that saw n tokens gets
+
+    S = (n S_e + k S) / (n + k)         leaning on the layer's mean S like `importance`, k = 16
+    H = (1 - r) S + r diag(S) + damping, r = C / (C + n + k)
+
+so that off-diagonal terms count in the measure in which n tokens can know them: an expert without tokens is encoded on
+the layer's diagonal, one with many on its own full matrix. Dead channels get the damping alone.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from dynquant.calibration.importance import SHRINK_TOKENS, importance
+from dynquant.calibration.statistics import CalibrationStats, StatsProvenance, save_tensors
+from dynquant.errors import StatsError
+from dynquant.storage.strict_json import parse_json
+
+DAMPING = 0.01
+"""Added to the diagonal, as a share of its mean."""
+
+
+@dataclass
+class SecondMoments:
+    """Sums of one model. `sums` and `weights` are keyed as `CalibrationStats.inputs`.
+
+    `sums[key]` float32 [E, C, C], or [1, C, C] when pooled over experts; `weights[key]` float64 [E or 1], what the
+    token weights v of its sum add up to. `tokens` int32 [windows, window] is the text that was summed.
+    """
+
+    provenance: StatsProvenance
+    tokens: torch.Tensor
+    kind: str = "activations"
+    """Whether token weights are 1 (`activations`) or hold squared gradients (`gradients`)."""
+    aliases: dict[str, str] = field(default_factory=dict)
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    _layer_mean: dict[str, torch.Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def key_of(self, weight: str) -> str | None:
+        """The input that a GGUF weight reads, or None when there are no moments of it."""
+        key = self.aliases.get(weight, weight)
+        return key if key in self.sums else None
+
+    def layer_mean(self, key: str) -> torch.Tensor:
+        """Weighted mean over all experts of an input, float32 [C, C]; of the last input that was asked for it is kept,
+        because the experts of a layer are asked for in turns and a sum over all of them reads all of them."""
+        if key not in self._layer_mean:
+            self._layer_mean = {key: self.sums[key].sum(0) / self.weights[key].sum().clamp_min(1)}
+        return self._layer_mean[key]
+
+    @property
+    def identity(self) -> str:
+        """Tells these moments from others, without reading the sums."""
+        totals = {key: weights.tolist() for key, weights in sorted(self.weights.items())}
+        content = [self.provenance.model_dump(), self.kind, totals]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def merge(self, other: "SecondMoments") -> None:
+        """Add another run over other text of the same model.
+
+        Raises:
+            StatsError: another checkpoint, or sums that were pooled in one run and not in the other.
+        """
+        if other.provenance.fingerprint != self.provenance.fingerprint:
+            raise StatsError(
+                f"Second moments of checkpoint {other.provenance.fingerprint[:12]} cannot be merged into those of "
+                f"{self.provenance.fingerprint[:12]}; calibrate both on the same model."
+            )
+        self._layer_mean = {}
+        for key, sums in other.sums.items():
+            if key not in self.sums:
+                self.sums[key], self.weights[key] = sums.clone(), other.weights[key].clone()
+                continue
+            if self.sums[key].shape != sums.shape:
+                raise StatsError(
+                    f"The second moments of `{key}` are {tuple(self.sums[key].shape)} in one run and "
+                    f"{tuple(sums.shape)} in the other; calibrate both with the same --hessian-memory."
+                )
+            self.sums[key] += sums
+            self.weights[key] += other.weights[key]
+        self.aliases |= other.aliases
+        self.tokens = torch.cat((self.tokens, other.tokens))
+        self.provenance = self.provenance.joined(other.provenance)
+
+    def save(self, path: Path) -> None:
+        """Write hessians.safetensors, whole or not at all."""
+        tensors = {f"{key}.sum": sums for key, sums in self.sums.items()}
+        tensors |= {f"{key}.weight": weights for key, weights in self.weights.items()}
+        header = {"provenance": self.provenance.model_dump(), "aliases": self.aliases, "kind": self.kind}
+        save_tensors(path, tensors | {"tokens": self.tokens}, header)
+
+    @classmethod
+    def load(cls, path: Path) -> "SecondMoments":
+        """Read hessians.safetensors by memory map.
+
+        Raises:
+            StatsError: missing, truncated, or not written by `dynquant calibrate`.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = parse_json((file.metadata() or {})["dynquant"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                provenance = StatsProvenance(**header["provenance"])
+                moments = cls(provenance, tensors.pop("tokens"), header["kind"], header["aliases"])
+                _fill(moments, tensors)
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise StatsError(
+                f"{path} does not hold second moments of dynquant ({type(error).__name__}: {error}). Make it with "
+                "`dynquant calibrate MODEL -o stats.safetensors`."
+            ) from error
+        return moments
+
+    def check_belongs_to(self, stats: CalibrationStats, path: Path) -> None:
+        """Refuse second moments of another calibration than the statistics.
+
+        Raises:
+            StatsError: naming both texts or checkpoints.
+        """
+        mine, theirs = self.provenance, stats.provenance
+        for what in ("fingerprint", "text_hash", "num_tokens"):
+            if getattr(mine, what) != getattr(theirs, what):
+                raise StatsError(
+                    f"{path} is of another calibration than the statistics: its {what.replace('_', ' ')} is "
+                    f"{str(getattr(mine, what))[:12]}, theirs {str(getattr(theirs, what))[:12]}. Calibrate again, or "
+                    "move it away to encode without error feedback."
+                )
+
+
+def _fill(moments: SecondMoments, tensors: dict[str, torch.Tensor]) -> None:
+    """Put the tensors of a file in their places. Raises ValueError for what is not as `SecondMoments` describes it."""
+    for name, tensor in tensors.items():
+        key, _, part = name.rpartition(".")
+        if part not in ("sum", "weight"):
+            raise ValueError(f"`{name}` is neither a sum nor a weight")
+        (moments.sums if part == "sum" else moments.weights)[key] = tensor
+    if moments.sums.keys() != moments.weights.keys():
+        raise ValueError("sums and weights are of different inputs")
+    for key, sums in moments.sums.items():
+        weights, shape = moments.weights[key], list(sums.shape)
+        if sums.ndim != 3 or shape[1] != shape[2] or not sums.numel() or sums.dtype != torch.float32:
+            raise ValueError(f"`{key}.sum` is {shape} of {sums.dtype}, not float32 [experts, channels, channels]")
+        if list(weights.shape) != shape[:1] or weights.dtype != torch.float64 or not torch.isfinite(weights).all():
+            raise ValueError(f"`{key}.weight` is {list(weights.shape)} of {weights.dtype}, or not finite")
+    aliases, tokens = moments.aliases, moments.tokens
+    if not isinstance(aliases, dict) or not all(isinstance(key, str) for key in aliases.values()):
+        raise ValueError("`aliases` does not map weights to inputs")
+    if moments.kind not in ("activations", "gradients") or tokens.ndim != 2 or tokens.is_floating_point():
+        raise ValueError(f"the kind {moments.kind!r:.40} of {list(tokens.shape)} tokens")
+
+
+def path_beside(stats: Path) -> Path:
+    """Where the second moments of a statistics file are: `stats.safetensors` -> `hessians.safetensors`."""
+    if "stats" in stats.name:
+        return stats.with_name(stats.name.replace("stats", "hessians"))
+    return stats.with_name(f"{stats.stem}.hessians{stats.suffix}")
+
+
+def load_beside(stats_path: Path, stats: CalibrationStats) -> SecondMoments | None:
+    """The second moments that were measured with these statistics; None when there is no file of them.
+
+    Raises:
+        StatsError: the file is damaged, or of another calibration.
+    """
+    path = path_beside(stats_path)
+    if not path.is_file():
+        return None
+    moments = SecondMoments.load(path)
+    moments.check_belongs_to(stats, path)
+    return moments
+
+
+def hessian(
+    moments: SecondMoments,
+    stats: CalibrationStats,
+    weight: str,
+    shape: tuple[int, ...],
+    experts: slice = slice(None),
+    *,
+    shrink_tokens: float = SHRINK_TOKENS,
+    damping: float = DAMPING,
+) -> torch.Tensor | None:
+    """E[x xᵀ] of a weight's input, positive definite, float32 [E, C, C]: one matrix, or one for each of `experts`.
+
+    Pooled moments lend every expert their correlations, and the expert keeps its own diagonal. None when there are no
+    moments of this input, or they are not of its width.
+    """
+    key, columns = moments.key_of(weight), shape[-1]
+    if key is None or moments.sums[key].shape[-1] != columns:
+        return None
+    sums, totals = moments.sums[key], moments.weights[key]
+    stacked = len(shape) == 3
+    if stacked and len(sums) not in (1, shape[0]):
+        return None
+    counts = stats.inputs[key].counts.to(torch.float64)
+    if stacked and len(sums) == 1 and len(counts) == shape[0]:
+        mean = _with_diagonals(sums, totals, importance(stats, weight, shape, shrink_tokens=shrink_tokens)[experts])
+        known = torch.full((len(mean),), float(counts.sum()))
+    elif len(sums) == 1:
+        mean, known = sums / totals.clamp_min(1).to(torch.float32)[:, None, None], counts.sum().reshape(1)
+    else:
+        mean = _shrunk(sums, totals, counts, moments.layer_mean(key), experts, shrink_tokens)
+        known = counts[experts] + shrink_tokens
+    return _invertible(mean, known, damping)
+
+
+def _shrunk(
+    sums: torch.Tensor, totals: torch.Tensor, counts: torch.Tensor, layer: torch.Tensor, experts: slice, k: float
+) -> torch.Tensor:
+    """(n S_e + k S) / (n + k) with S_e and S the weighted means of an expert and of all."""
+    own = sums[experts] / totals[experts].clamp_min(1e-12).to(torch.float32)[:, None, None]
+    share = (counts[experts] / (counts[experts] + max(k, 1e-12))).to(torch.float32)[:, None, None]
+    return share * own + (1 - share) * layer
+
+
+def _with_diagonals(sums: torch.Tensor, totals: torch.Tensor, diagonals: torch.Tensor) -> torch.Tensor:
+    """The pooled correlations under each expert's own mean squares [E, C]."""
+    pooled = sums[0] / totals[0].clamp_min(1).to(torch.float32)
+    scale = diagonals.sqrt() * pooled.diagonal().clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
+    return pooled * scale.unsqueeze(1) * scale.unsqueeze(2)
+
+
+def _invertible(mean: torch.Tensor, known_tokens: torch.Tensor, damping: float) -> torch.Tensor:
+    columns = mean.shape[-1]
+    diagonal = mean.diagonal(dim1=-2, dim2=-1)
+    trust = (known_tokens / (columns + known_tokens)).to(torch.float32)[:, None, None]
+    average = diagonal.mean(-1, keepdim=True)
+    added = (1 - trust.squeeze(2)) * diagonal + damping * torch.where(average > 0, average, 1.0)
+    return mean * trust + torch.diag_embed(added)

@@ -1,0 +1,1 @@
+"""Files that hold a model, read lazily: safetensors directories and GGUF files."""

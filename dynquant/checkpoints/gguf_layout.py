@@ -1,0 +1,296 @@
+"""The header of a GGUF file and the place of every byte after it, known before any weight is read.
+
+    header: magic, counts, key/value pairs, tensor infos | padding to 32 | tensor | padding | tensor | padding ...
+
+Header bytes are made by gguf-py's writer, so the size that `plan` predicts is the size that `export` writes. Strings
+that are only known at export (tool version, encoder) are padded with spaces to a fixed width, and hashes have 64
+digits: the size of a file depends on the model, the types, the recipe and the statistics alone.
+
+Left out: arrays without items, which gguf-py cannot write and which carry no value, and `general.alignment`, because
+data is always aligned to ggml's default of 32.
+"""
+
+import io
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+import gguf
+import numpy as np
+from gguf import GGUFValueType
+from gguf.gguf_writer import WriterState
+
+from dynquant import __version__
+from dynquant.calibration.statistics import CalibrationStats
+from dynquant.checkpoints.gguf_source import GGUFSource, MetadataField
+from dynquant.checkpoints.model import Model
+from dynquant.errors import ExportError
+from dynquant.formats.quant_types import QUANT_TYPES
+
+ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
+MAX_NAME_LENGTH = 63
+"""llama.cpp refuses longer tensor names (GGML_MAX_NAME is 64 with the terminator)."""
+PADDED_WIDTH = 16
+ENCODER_KEY = "dynquant.encoder"
+UNKNOWN_HASH = "0" * 64
+"""Stands for a hash that is not known yet; it has the size of any other."""
+MAX_FILES = 65535
+"""`split.no` and `split.count` are u16."""
+STATS_FILE_NAME = "stats.safetensors"
+
+_FILE_TYPE_OF = {
+    "F32": "ALL_F32",
+    "Q3_K": "MOSTLY_Q3_K_M",
+    "Q4_K": "MOSTLY_Q4_K_M",
+    "Q5_K": "MOSTLY_Q5_K_M",
+    "MXFP4": "MOSTLY_MXFP4_MOE",
+}
+
+
+class TensorSpec(NamedTuple):
+    """What the header says of a tensor. `shape` has the row length last; `type` is a quant type name."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+
+    @property
+    def num_bytes(self) -> int:
+        return QUANT_TYPES[self.type].tensor_bytes(self.shape)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where the weights of a file come from, written as `dynquant.*`."""
+
+    fingerprint: str
+    recipe: str
+    encoder: str = ""
+    plan_hash: str = UNKNOWN_HASH
+    stats_hash: str = ""
+
+
+@dataclass(frozen=True)
+class ImatrixInfo:
+    """The keys that llama-quantize writes about an importance matrix. Names never hold a path."""
+
+    file: str
+    dataset: str
+    num_entries: int
+    num_chunks: int
+
+    @classmethod
+    def from_stats(cls, stats: CalibrationStats) -> "ImatrixInfo":
+        provenance = stats.provenance
+        return cls(
+            file=_last_component(provenance.imported_from or STATS_FILE_NAME),
+            dataset=_last_component(provenance.text_name),
+            num_entries=len(stats.inputs.keys() | stats.aliases.keys()),
+            num_chunks=provenance.num_windows,
+        )
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one tensor's bytes lie, counted from the start of its file."""
+
+    tensor: TensorSpec
+    offset: int
+
+
+@dataclass(frozen=True)
+class FileLayout:
+    """One file: its header, padded to the alignment, and what follows. Gaps between tensors are zero bytes."""
+
+    header: bytes
+    placements: tuple[Placement, ...]
+    total_bytes: int
+
+
+def padded(num_bytes: int) -> int:
+    """Bytes that a tensor occupies in a file, up to the next multiple of the alignment."""
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def predicted_bytes(
+    model: Model, tensors: Sequence[TensorSpec], provenance: Provenance, imatrix: ImatrixInfo | None = None
+) -> int:
+    """The exact size of the unsplit file; reads no weights."""
+    return sum(file.total_bytes for file in layout(model, tensors, provenance, imatrix=imatrix))
+
+
+def recorded_encoder(source: GGUFSource) -> str:
+    """The encoder that a file of ours says it was written with; empty for other files."""
+    return next((str(field.value).strip() for field in source.metadata if field.key == ENCODER_KEY), "")
+
+
+def layout(
+    model: Model,
+    tensors: Sequence[TensorSpec],
+    provenance: Provenance,
+    *,
+    imatrix: ImatrixInfo | None = None,
+    split_max_bytes: int | None = None,
+) -> list[FileLayout]:
+    """Header and offsets of every file; one file unless `split_max_bytes` asks for more.
+
+    Metadata goes into the first file; the others hold the split keys only, as llama.cpp's gguf-split writes them.
+
+    Raises:
+        ExportError: a tensor name that llama.cpp cannot load, or a limit that some tensor alone exceeds.
+    """
+    for tensor in tensors:
+        if len(tensor.name.encode()) > MAX_NAME_LENGTH:
+            raise ExportError(
+                f"The tensor name `{tensor.name}` is longer than the {MAX_NAME_LENGTH} bytes that llama.cpp can load, "
+                "so this model cannot be written as GGUF."
+            )
+    fields = [*_model_fields(model), *_own_fields(tensors, provenance, imatrix)]
+    groups = [list(tensors)]
+    if split_max_bytes is not None:
+        groups = _grouped(model.arch, fields, tensors, split_max_bytes)
+    return [_place(header, group) for header, group in zip(_headers(model.arch, fields, groups), groups, strict=True)]
+
+
+def split_paths(output: Path, count: int) -> list[Path]:
+    """The names of `count` files, as llama.cpp expects them: `NAME-00001-of-0000N.gguf`."""
+    if count == 1:
+        return [output]
+    stem = output.name.removesuffix(".gguf")
+    return [output.with_name(f"{stem}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
+
+
+def file_type_of(recipe: str, tensors: Iterable[TensorSpec]) -> int:
+    """`general.file_type`: that of the preset's mixture, else of the type that holds most weights. Display only."""
+    preset = re.fullmatch(r"preset (?:llama-|uniform-|r1-)?(\w+)", recipe)
+    if preset and (found := _file_type(preset.group(1).upper())) is not None:
+        return found
+    weights: dict[str, int] = {}
+    for tensor in tensors:
+        weights[tensor.type] = weights.get(tensor.type, 0) + prod(tensor.shape)
+    most = max(weights, key=lambda name: weights[name], default="F32")
+    return _file_type(most) or 0
+
+
+def _file_type(name: str) -> int | None:
+    member = _FILE_TYPE_OF.get(name, f"MOSTLY_{name}")
+    return int(gguf.LlamaFileType[member]) if member in gguf.LlamaFileType.__members__ else None
+
+
+def _model_fields(model: Model) -> list[MetadataField]:
+    return [
+        field
+        for field in model.metadata
+        if field.key not in (gguf.Keys.General.ARCHITECTURE, gguf.Keys.General.ALIGNMENT)
+        and not (field.value_type == GGUFValueType.ARRAY and len(field.value) == 0)  # type: ignore[arg-type]
+    ]
+
+
+def _own_fields(
+    tensors: Sequence[TensorSpec], provenance: Provenance, imatrix: ImatrixInfo | None
+) -> list[MetadataField]:
+    fields = [
+        _number(gguf.Keys.General.QUANTIZATION_VERSION, gguf.GGML_QUANT_VERSION),
+        _number(gguf.Keys.General.FILE_TYPE, file_type_of(provenance.recipe, tensors)),
+    ]
+    if imatrix is not None:
+        fields += [
+            _text("quantize.imatrix.file", imatrix.file),
+            _text("quantize.imatrix.dataset", imatrix.dataset),
+            _number("quantize.imatrix.entries_count", imatrix.num_entries),
+            _number("quantize.imatrix.chunks_count", imatrix.num_chunks),
+        ]
+    return [
+        *fields,
+        _text("dynquant.version", _fixed_width(__version__)),
+        _text(ENCODER_KEY, _fixed_width(provenance.encoder)),
+        _text("dynquant.recipe", provenance.recipe),
+        _text("dynquant.fingerprint", provenance.fingerprint),
+        _text("dynquant.plan_hash", provenance.plan_hash),
+        _text("dynquant.stats_hash", provenance.stats_hash),
+    ]
+
+
+def _number(key: str, value: int) -> MetadataField:
+    return MetadataField(key, value, GGUFValueType.UINT32)
+
+
+def _text(key: str, value: str) -> MetadataField:
+    return MetadataField(key, value, GGUFValueType.STRING)
+
+
+def _fixed_width(text: str) -> str:
+    if len(text) > PADDED_WIDTH:
+        raise ValueError(f"`{text}` is longer than the {PADDED_WIDTH} characters kept for it")
+    return text.ljust(PADDED_WIDTH)
+
+
+def _last_component(name: str) -> str:
+    return re.split(r"[\\/]", name.rstrip("\\/"))[-1]
+
+
+def _headers(arch: str, fields: Sequence[MetadataField], groups: Sequence[Sequence[TensorSpec]]) -> list[bytes]:
+    """The header of each file, from gguf-py's writer pointed at memory."""
+    writer = gguf.GGUFWriter(None, arch)
+    for field in fields:
+        writer.add_key_value(field.key, field.value, field.value_type, field.item_type)
+    for number, group in enumerate(groups):
+        if number > 0:
+            writer.tensors.append({})
+        for name, shape, type_name in group:
+            ggml_type = gguf.GGMLQuantizationType[type_name]
+            num_bytes = QUANT_TYPES[type_name].tensor_bytes(shape)
+            writer.add_tensor_info(name, shape, np.dtype(np.float32), num_bytes, raw_dtype=ggml_type)
+    buffers = [io.BytesIO() for _ in groups]
+    writer.fout = buffers  # type: ignore[assignment]
+    writer.state = WriterState.EMPTY
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    return [_pad_header(buffer.getvalue()) for buffer in buffers]
+
+
+def _pad_header(header: bytes) -> bytes:
+    return header.ljust(padded(len(header)), b"\0")
+
+
+def _place(header: bytes, tensors: Sequence[TensorSpec]) -> FileLayout:
+    offset, placements = len(header), []
+    for tensor in tensors:
+        placements.append(Placement(tensor, offset))
+        offset += padded(tensor.num_bytes)
+    return FileLayout(header, tuple(placements), offset)
+
+
+def _grouped(
+    arch: str, fields: Sequence[MetadataField], tensors: Sequence[TensorSpec], limit: int
+) -> list[list[TensorSpec]]:
+    """Fill files in order so that each, header included, stays within `limit` bytes."""
+    first, other = (len(header) for header in _headers(arch, fields, [[], []]))
+    groups: list[list[TensorSpec]] = [[]]
+    size = first
+    for tensor in tensors:
+        needed = _info_bytes(tensor) + padded(tensor.num_bytes)
+        if groups[-1] and size + needed > limit:
+            groups.append([])
+            size = other
+        size += needed
+        if size > limit:
+            raise ExportError(
+                f"Files of at most {limit:,} bytes were asked for, but `{tensor.name}` ({tensor.type}) with its header "
+                f"takes {size:,} bytes and a tensor cannot be split. Give a limit of at least that."
+            )
+        groups[-1].append(tensor)
+    if len(groups) > MAX_FILES:
+        raise ExportError(
+            f"Files of at most {limit:,} bytes would be {len(groups):,} files; GGUF counts to {MAX_FILES}."
+        )
+    return groups
+
+
+def _info_bytes(tensor: TensorSpec) -> int:
+    """An upper bound of what one more tensor adds to the padded header: name, dimensions, type, offset."""
+    return padded(8 + len(tensor.name.encode()) + 4 + 8 * len(tensor.shape) + 4 + 8)

@@ -1,0 +1,119 @@
+"""GGUF files as a tensor source: single or split, float or quantized.
+
+Headers are read by `gguf_header`; data is memory-mapped. What is added are joined splits, lazy dequantization with our
+decoders, and the metadata as plain typed fields that an exporter can write again.
+"""
+
+import hashlib
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dynquant.checkpoints.gguf_reader import GGUFTensor, MetadataField, read_gguf_header
+from dynquant.checkpoints.tensor_source import TensorInfo
+from dynquant.errors import CheckpointError
+from dynquant.formats import decode
+from dynquant.formats.quant_types import QUANT_TYPES
+from dynquant.process_usage import count_mapped
+
+_SPLIT_NAME = re.compile(r"^(.*)-(\d{5})-of-(\d{5})\.gguf$")
+
+
+class GGUFSource:
+    """The tensors and metadata of a GGUF file, or of all files of a split when given the first.
+
+    Raises:
+        CheckpointError: missing, truncated or corrupt file, missing split, or a tensor type outside the registry.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.files = split_files(path)
+        self._headers = [read_gguf_header(file) for file in self.files]
+        self._data = [np.memmap(file, np.uint8, mode="r") for file in self.files]
+        self._tensors: dict[str, GGUFTensor] = {}
+        self._file_of: dict[str, int] = {}
+        for number, header in enumerate(self._headers):
+            for tensor in header.tensors.values():
+                self._add(number, tensor)
+        self._check_split_count()
+
+    @property
+    def metadata(self) -> list[MetadataField]:
+        """Fields of the first file, without the split bookkeeping."""
+        return [field for key, field in self._headers[0].fields.items() if not key.startswith("split.")]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over every tensor's name, type, shape and two samples of 256 bytes."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self._tensors.items()):
+            digest.update(f"{name}{tensor.type}{list(reversed(tensor.shape))}".encode())
+            raw = self._bytes(tensor)
+            for start in (0, raw.size // 2):
+                digest.update(raw[start : start + 256].tobytes())
+        return digest.hexdigest()
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def location(self, name: str) -> tuple[int, int]:
+        """Index of the file that holds a tensor, and the byte at which its data begins there."""
+        return self._file_of[name], self._tensors[name].offset
+
+    def text_location(self, key: str) -> tuple[int, int] | None:
+        """First byte and length of a string value in the first file's metadata; None when there is no such string."""
+        return self._headers[0].text_spans.get(key)
+
+    def info(self, name: str) -> TensorInfo:
+        tensor = self._tensors[name]
+        return TensorInfo(name, tensor.shape, tensor.type)
+
+    def load(self, name: str, index: int | None = None) -> torch.Tensor:
+        tensor = self._tensors[name]
+        shape = tensor.shape if index is None else tensor.shape[1:]
+        return decode(tensor.type, self.load_packed(name, index), shape)
+
+    def load_packed(self, name: str, index: int | slice | None = None) -> torch.Tensor:
+        """The stored bytes, uint8 [..., row_bytes]; with `index`, only that slice of the first dimension."""
+        tensor = self._tensors[name]
+        packed = self._bytes(tensor).reshape(*tensor.shape[:-1], QUANT_TYPES[tensor.type].row_bytes(tensor.shape[-1]))
+        chosen = torch.from_numpy((packed if index is None else packed[index]).copy())
+        count_mapped(chosen.numel())
+        return chosen
+
+    def _bytes(self, tensor: GGUFTensor) -> np.ndarray:
+        return self._data[self._file_of[tensor.name]][tensor.offset : tensor.offset + tensor.num_bytes]
+
+    def _check_split_count(self) -> None:
+        field = self._headers[0].fields.get("split.count")
+        count = field.value if field is not None else len(self.files)
+        if count not in (0, len(self.files)):
+            raise CheckpointError(
+                f"{self.path} says that it is one of {count!r} files, but its name stands for {len(self.files)}. Give "
+                "the parts of a split GGUF their names back: NAME-00001-of-0000N.gguf and so on."
+            )
+
+    def _add(self, number: int, tensor: GGUFTensor) -> None:
+        file, name = self.files[number], tensor.name
+        if name in self._tensors:
+            raise CheckpointError(f"{file} holds `{name}`, and another file of the split holds it too.")
+        if tensor.type not in QUANT_TYPES:
+            raise CheckpointError(f"{file} stores `{name}` as {tensor.type}, a type that dynquant cannot decode.")
+        self._tensors[name] = tensor
+        self._file_of[name] = number
+
+
+def split_files(path: Path) -> list[Path]:
+    """All files of a split GGUF given its first file; otherwise the file itself."""
+    match = _SPLIT_NAME.match(path.name)
+    if not match:
+        return [path]
+    stem, number, count = match.group(1), int(match.group(2)), int(match.group(3))
+    if not 1 <= number <= count:
+        raise CheckpointError(f"{path} is named as part {number} of {count}, which cannot be; check the file name.")
+    if number != 1:
+        raise CheckpointError(f"{path} is part {number} of a split GGUF; give the first part, {stem}-00001-of-….gguf.")
+    return [path.with_name(f"{stem}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]

@@ -1,0 +1,254 @@
+"""What is in a checkpoint: types, sizes and bits per weight of any GGUF or safetensors file, from headers alone.
+
+Returns plain data; printing is the command line's. A GGUF type outside our registry is listed by its ggml name. In
+safetensors, packed integers of other tools count as stored elements: their true number of weights is not in the header.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cache
+from math import prod
+from pathlib import Path
+
+import gguf
+
+from dynquant.checkpoints.gguf_reader import GGUFTensor, read_gguf_header
+from dynquant.checkpoints.gguf_source import split_files
+from dynquant.checkpoints.safetensors_format import read_header
+from dynquant.checkpoints.tensor_roles import Role, role_of
+from dynquant.checkpoints.tensor_source import INDEX_NAME, SINGLE_NAME, no_weights, read_weight_map
+from dynquant.errors import CheckpointError
+from dynquant.formats.quant_types import QUANT_TYPES
+from dynquant.storage.strict_json import parse_json
+
+_GGUF_KEYS = (
+    "general.name", "general.size_label", "general.file_type", "general.quantization_version", "tokenizer.ggml.model",
+    "tokenizer.ggml.pre",
+)  # fmt: skip
+_GGUF_ARCH_KEYS = (
+    "block_count", "context_length", "embedding_length", "attention.head_count", "attention.head_count_kv",
+    "expert_count", "expert_used_count", "leading_dense_block_count",
+)  # fmt: skip
+_CONFIG_KEYS = (
+    "model_type", "dtype", "torch_dtype", "num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings",
+    "n_routed_experts", "num_experts", "num_local_experts", "num_experts_per_tok",
+)  # fmt: skip
+_PROVENANCE_PREFIXES = ("dynquant.", "quantize.imatrix.")
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """One stored tensor. `shape` has the row length last."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    num_bytes: int
+    role: Role
+
+    @property
+    def num_weights(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Share:
+    """The tensors of one type, or of one role."""
+
+    label: str
+    num_tensors: int
+    num_weights: int
+    num_bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.num_bytes / self.num_weights if self.num_weights else 0.0
+
+
+@dataclass(frozen=True)
+class FileSummary:
+    """One checkpoint. `total_bytes` counts whole files, so headers and padding are in `bits_per_weight`."""
+
+    format: str
+    files: tuple[Path, ...]
+    arch: str
+    total_bytes: int
+    tensors: tuple[TensorRecord, ...]
+    metadata: dict[str, object]
+    provenance: dict[str, object]
+    """`dynquant.*` and `quantize.imatrix.*` keys; empty for files of other tools."""
+
+    @property
+    def num_weights(self) -> int:
+        return sum(tensor.num_weights for tensor in self.tensors)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.total_bytes / self.num_weights if self.num_weights else 0.0
+
+    @property
+    def types(self) -> tuple[Share, ...]:
+        """Shares by type, largest first."""
+        return _shares((tensor.type, tensor) for tensor in self.tensors)
+
+    @property
+    def roles(self) -> tuple[Share, ...]:
+        """Shares by role, largest first."""
+        return _shares((tensor.role.value, tensor) for tensor in self.tensors)
+
+
+def inspect(path: str | Path) -> FileSummary:
+    """Summarise a .gguf file (of a split, the first part), a .safetensors file, or a checkpoint directory.
+
+    Raises:
+        CheckpointError: nothing is there, or a file is truncated, corrupt or of another kind.
+    """
+    path = Path(path)
+    if path.suffix == ".gguf":
+        return _inspect_gguf(path)
+    if path.suffix == ".safetensors" and path.is_file():
+        return _inspect_safetensors(path.parent, [path])
+    if path.is_dir():
+        return _inspect_safetensors(path, _checkpoint_files(path))
+    raise CheckpointError(
+        f"{path} is neither a .gguf file, nor a .safetensors file, nor a directory that holds a checkpoint. Check the "
+        "path."
+    )
+
+
+def _shares(labelled: Iterable[tuple[str, TensorRecord]]) -> tuple[Share, ...]:
+    groups: dict[str, list[TensorRecord]] = {}
+    for label, tensor in labelled:
+        groups.setdefault(label, []).append(tensor)
+    shares = [
+        Share(label, len(group), sum(t.num_weights for t in group), sum(t.num_bytes for t in group))
+        for label, group in groups.items()
+    ]
+    return tuple(sorted(shares, key=lambda share: -share.num_bytes))
+
+
+def _inspect_gguf(path: Path) -> FileSummary:
+    files = split_files(path)
+    headers = [read_gguf_header(file) for file in files]
+    values = {
+        key: field.value
+        for key, field in headers[0].fields.items()
+        if key == "general.architecture" or key in _GGUF_KEYS or key.startswith(_PROVENANCE_PREFIXES)
+    }
+    arch = str(values.pop("general.architecture", "unknown"))
+    for key in _GGUF_ARCH_KEYS:
+        field = headers[0].fields.get(f"{arch}.{key}")
+        if field is not None:
+            values[f"{arch}.{key}"] = field.value
+    return FileSummary(
+        format="gguf",
+        files=tuple(files),
+        arch=arch,
+        total_bytes=sum(file.stat().st_size for file in files),
+        tensors=tuple(_gguf_record(tensor) for header in headers for tensor in header.tensors.values()),
+        metadata={key: value for key, value in values.items() if not key.startswith(_PROVENANCE_PREFIXES)},
+        provenance={
+            key: value.rstrip() if isinstance(value, str) else value
+            for key, value in values.items()
+            if key.startswith(_PROVENANCE_PREFIXES)
+        },
+    )
+
+
+def _gguf_record(tensor: GGUFTensor) -> TensorRecord:
+    return TensorRecord(tensor.name, tensor.shape, tensor.type, tensor.num_bytes, role_of(tensor.name))
+
+
+def _checkpoint_files(directory: Path) -> list[Path]:
+    if (directory / INDEX_NAME).is_file():
+        return sorted(set(read_weight_map(directory).values()))
+    if (directory / SINGLE_NAME).is_file():
+        return [directory / SINGLE_NAME]
+    raise no_weights(directory)
+
+
+def _inspect_safetensors(directory: Path, files: list[Path]) -> FileSummary:
+    config = _read_config(directory)
+    architectures = config.get("architectures")
+    arch = architectures[0] if isinstance(architectures, list) and architectures else config.get("model_type")
+    metadata = {key: config[key] for key in _CONFIG_KEYS if config.get(key) is not None}
+    quantization = config.get("quantization_config")
+    if isinstance(quantization, dict) and "quant_method" in quantization:
+        metadata["quant_method"] = quantization["quant_method"]
+    tensors = [record for file in files for record in _safetensors_records(file)]
+    provenance: dict[str, object] = {}
+    if metadata.get("quant_method") == "dynquant" and isinstance(quantization, dict):
+        types, recorded = (_object(quantization.get(key)) for key in ("types", "provenance"))
+        tensors = [_unpacked_record(record, types) for record in tensors]
+        provenance = {f"dynquant.{key}": value for key, value in recorded.items()}
+    return FileSummary(
+        format="safetensors",
+        files=tuple(files),
+        arch=str(arch or "unknown"),
+        total_bytes=sum(file.stat().st_size for file in files),
+        tensors=tuple(tensors),
+        metadata=metadata,
+        provenance=provenance,
+    )
+
+
+def _object(value: object) -> dict[str, object]:
+    return value if isinstance(value, dict) else {}
+
+
+def _unpacked_record(record: TensorRecord, types: dict[str, object]) -> TensorRecord:
+    """A packed tensor under its quant type and the shape of its weights, not of its bytes."""
+    stored = QUANT_TYPES.get(str(types.get(record.name)))
+    if stored is None or record.type != "U8" or not record.shape:
+        return record
+    shape = (*record.shape[:-1], record.shape[-1] // stored.block_bytes * stored.block_size)
+    return replace(record, shape=shape, type=stored.name)
+
+
+def _read_config(directory: Path) -> dict[str, object]:
+    path = directory / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        config = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}). Fetch it again.") from error
+    return config if isinstance(config, dict) else {}
+
+
+def _safetensors_records(file: Path) -> list[TensorRecord]:
+    return [
+        TensorRecord(
+            name,
+            tuple(entry["shape"]),
+            entry["dtype"],
+            entry["data_offsets"][1] - entry["data_offsets"][0],
+            _role_of_parameter(name),
+        )
+        for name, entry in read_header(file).items()
+    ]
+
+
+_FIRST_INDEX = re.compile(r"\.\d+\.")
+_EXPERT_INDEX = re.compile(r"\.experts\.\d+\.")
+
+
+def _role_of_parameter(name: str) -> Role:
+    """The role of a Hugging Face parameter, by the names of all architectures in gguf-py's map."""
+    template = _FIRST_INDEX.sub(".{bid}.", _EXPERT_INDEX.sub(".experts.", name), count=1)
+    if template.endswith(".bias") and not template.endswith("e_score_correction_bias"):
+        return Role.OTHER
+    known = _roles_by_parameter()
+    return known.get(template) or known.get(template.rpartition(".")[0]) or Role.OTHER
+
+
+@cache
+def _roles_by_parameter() -> dict[str, Role]:
+    tables = (gguf.TensorNameMap.mappings_cfg, gguf.TensorNameMap.block_mappings_cfg)
+    return {
+        name: role_of(gguf.TENSOR_NAMES[tensor].replace("{bid}", "0") + ".weight")
+        for table in tables
+        for tensor, names in reversed(table.items())
+        for name in names
+    }

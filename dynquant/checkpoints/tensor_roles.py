@@ -1,0 +1,236 @@
+"""What a tensor is for: GGUF tensor name -> role, for every architecture in gguf-py's tensor map.
+
+Roles are what planners and reports speak of. They are read from the GGUF name alone, so that a Hugging Face directory,
+an F16 GGUF and a published quantized GGUF of one model get the same roles.
+"""
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cache
+
+import gguf
+
+from dynquant.checkpoints.vision_names import cross_attention_name, language_name, vision_name
+from dynquant.errors import CheckpointError
+
+
+class Role(StrEnum):
+    """The part that a tensor plays in the model."""
+
+    EMBEDDING = "embedding"
+    OUTPUT = "output"
+    NORM = "norm"
+    ROUTER = "router"
+    ATTN_Q = "attn_q"
+    ATTN_K = "attn_k"
+    ATTN_V = "attn_v"
+    ATTN_QKV = "attn_qkv"
+    ATTN_OUT = "attn_out"
+    MLA_Q_A = "mla_q_a"
+    MLA_Q_B = "mla_q_b"
+    MLA_KV_A = "mla_kv_a"
+    MLA_KV_B = "mla_kv_b"
+    MLA_K_B = "mla_k_b"
+    MLA_V_B = "mla_v_b"
+    FFN_GATE = "ffn_gate"
+    FFN_UP = "ffn_up"
+    FFN_DOWN = "ffn_down"
+    SHARED_GATE = "shared_gate"
+    SHARED_UP = "shared_up"
+    SHARED_DOWN = "shared_down"
+    EXPERT_GATE = "expert_gate"
+    EXPERT_UP = "expert_up"
+    EXPERT_DOWN = "expert_down"
+    CROSS_ATTN = "cross_attn"
+    VISION_PATCH = "vision_patch"
+    VISION_ATTN = "vision_attn"
+    VISION_FFN = "vision_ffn"
+    PROJECTOR = "projector"
+    OTHER = "other"
+
+    @property
+    def is_attention(self) -> bool:
+        return self.value.startswith(("attn_", "mla_"))
+
+    @property
+    def is_routed_expert(self) -> bool:
+        return self.value.startswith("expert_")
+
+    @property
+    def is_shared_expert(self) -> bool:
+        return self.value.startswith("shared_")
+
+    @property
+    def is_dense_ffn(self) -> bool:
+        return self.value.startswith("ffn_")
+
+    @property
+    def is_vision(self) -> bool:
+        """Of the vision tower or the projector, which see only image tokens."""
+        return self.value.startswith("vision_") or self is Role.PROJECTOR
+
+    @property
+    def is_down_projection(self) -> bool:
+        return self.value.endswith("_down")
+
+
+_ROLE_OF_TENSOR = {
+    "TOKEN_EMBD": Role.EMBEDDING,
+    "OUTPUT": Role.OUTPUT,
+    "FFN_GATE_INP": Role.ROUTER,
+    "FFN_GATE_INP_SHEXP": Role.ROUTER,
+    "FFN_EXP_PROBS_B": Role.ROUTER,
+    "ATTN_Q": Role.ATTN_Q,
+    "ATTN_K": Role.ATTN_K,
+    "ATTN_V": Role.ATTN_V,
+    "ATTN_QKV": Role.ATTN_QKV,
+    "ATTN_OUT": Role.ATTN_OUT,
+    "ATTN_Q_A": Role.MLA_Q_A,
+    "ATTN_Q_B": Role.MLA_Q_B,
+    "ATTN_KV_A_MQA": Role.MLA_KV_A,
+    "ATTN_KV_B": Role.MLA_KV_B,
+    "ATTN_K_B": Role.MLA_K_B,
+    "ATTN_V_B": Role.MLA_V_B,
+    "FFN_GATE": Role.FFN_GATE,
+    "FFN_UP": Role.FFN_UP,
+    "FFN_DOWN": Role.FFN_DOWN,
+    "FFN_GATE_SHEXP": Role.SHARED_GATE,
+    "FFN_UP_SHEXP": Role.SHARED_UP,
+    "FFN_DOWN_SHEXP": Role.SHARED_DOWN,
+    "FFN_GATE_CHEXP": Role.EXPERT_GATE,
+    "FFN_UP_CHEXP": Role.EXPERT_UP,
+    "FFN_DOWN_CHEXP": Role.EXPERT_DOWN,
+    "FFN_GATE_EXP": Role.EXPERT_GATE,
+    "FFN_UP_EXP": Role.EXPERT_UP,
+    "FFN_DOWN_EXP": Role.EXPERT_DOWN,
+    "FFN_GATE_UP_EXP": Role.EXPERT_GATE,
+}
+_LAYER = re.compile(r"^((?:dec\.|enc\.|v\.|v\.global\.|a\.)?blk)\.(\d+)\.")
+_VISION_ROLES = (
+    (re.compile(r"v\.patch_embd\.weight(\.1)?"), Role.VISION_PATCH),
+    (re.compile(r"v\.(global\.)?blk\.\d+\.attn_(q|k|v|qkv|out)\.weight"), Role.VISION_ATTN),
+    (re.compile(r"v\.(global\.)?blk\.\d+\.ffn_(gate|up|down)\.weight"), Role.VISION_FFN),
+    (re.compile(r"mm\.(\d+|patch_merger|input_projection)\.weight"), Role.PROJECTOR),
+    (re.compile(r"blk\.\d+\.cross_attn_(q|k|v|output)\.weight"), Role.CROSS_ATTN),
+)
+_SUFFIX = re.compile(r"\.(weight|bias)$")
+
+
+@cache
+def _roles_by_template() -> dict[str, Role]:
+    roles = {}
+    for tensor, template in gguf.TENSOR_NAMES.items():
+        role = _ROLE_OF_TENSOR.get(tensor.name)
+        if role is None:
+            role = Role.NORM if "norm" in template else Role.OTHER
+        roles.setdefault(template, role)
+    return roles
+
+
+def role_of(name: str) -> Role:
+    """The role of a GGUF tensor. Biases and anything outside gguf-py's map are `OTHER`; both stay precise."""
+    if name.endswith(".bias") and not name.endswith("exp_probs_b.bias"):
+        return Role.OTHER
+    for pattern, role in _VISION_ROLES:
+        if pattern.fullmatch(name):
+            return role
+    template = _LAYER.sub(r"\1.{bid}.", _SUFFIX.sub("", name))
+    return _roles_by_template().get(template, Role.OTHER)
+
+
+def layer_of(name: str) -> int | None:
+    """The layer index in `blk.N.…`, or None for tensors outside the layers."""
+    match = _LAYER.match(name)
+    return int(match.group(2)) if match else None
+
+
+_MAX_NUMBER = 1 << 31
+_LARGEST = {"block_count": 512}
+"""Loops run over layers before any tensor is looked at."""
+
+
+@dataclass(frozen=True)
+class HyperParams:
+    """The few numbers of an architecture that planning rules depend on, read from GGUF metadata."""
+
+    arch: str
+    n_layer: int
+    n_embd: int
+    n_head: int
+    n_head_kv: int
+    n_vocab: int
+    n_expert: int = 0
+    n_expert_used: int = 0
+    leading_dense: int = 0
+
+    @classmethod
+    def from_metadata(cls, values: dict[str, object]) -> "HyperParams":
+        """Read from GGUF key/value pairs.
+
+        Raises:
+            CheckpointError: a key that every architecture must have is missing.
+        """
+        arch = str(values.get("general.architecture", ""))
+        prefix = "clip.vision" if arch == "clip" else arch
+
+        def number(key: str, default: int | None = None) -> int:
+            value = values.get(f"{prefix}.{key}", default)
+            if value is None:
+                raise CheckpointError(
+                    f"The GGUF metadata has no `{prefix}.{key}`; a model of architecture `{arch}` cannot be planned "
+                    "without it. Convert the checkpoint again with llama.cpp's converter."
+                )
+            try:
+                found = int(max(value)) if isinstance(value, list | tuple) else int(value)  # type: ignore[call-overload]
+                if not 0 <= found <= _LARGEST.get(key, _MAX_NUMBER):
+                    raise ValueError
+                return found
+            except (ValueError, TypeError, OverflowError) as error:
+                raise CheckpointError(
+                    f"The GGUF metadata gives `{prefix}.{key}` as {value!r:.80}, which cannot be. The file is corrupt; "
+                    "fetch or make it again."
+                ) from error
+
+        n_head = number("attention.head_count", 1)
+        tokens = values.get("tokenizer.ggml.tokens")
+        return cls(
+            arch=arch,
+            n_layer=number("block_count"),
+            n_embd=number("embedding_length"),
+            n_head=n_head,
+            n_head_kv=number("attention.head_count_kv", n_head),
+            n_vocab=number("vocab_size", len(tokens) if isinstance(tokens, list | tuple) else 0),
+            n_expert=number("expert_count", 0),
+            n_expert_used=number("expert_used_count", 0),
+            leading_dense=number("leading_dense_block_count", 0),
+        )
+
+
+@cache
+def _tensor_name_map(arch: str, n_layer: int) -> gguf.TensorNameMap:
+    by_name = {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}
+    if arch not in by_name:
+        raise CheckpointError(f"gguf-py knows no architecture `{arch}`; give `--base-gguf` a GGUF made by llama.cpp.")
+    return gguf.get_tensor_name_map(by_name[arch], n_layer)
+
+
+_ONE_EXPERT = re.compile(r"\.experts\.\d+\.(\w+?)(\.weight)?$")
+
+
+def gguf_name_of(checkpoint_name: str, arch: str, n_layer: int) -> str | None:
+    """The GGUF name of a Hugging Face parameter or module, or None when gguf-py's map does not hold it.
+
+    Per-expert names map to the stacked tensor: `model.layers.3.mlp.experts.7.down_proj.weight` and the fused
+    `model.layers.3.mlp.experts.down_proj` both give `blk.3.ffn_down_exps.weight`. Parts of vision-language models get
+    the names of `vision_names`, whatever the architecture of the language model.
+    """
+    of_vision = vision_name(checkpoint_name) or cross_attention_name(checkpoint_name)
+    if of_vision is not None:
+        return of_vision
+    stacked = _ONE_EXPERT.sub(r".experts.\1", language_name(checkpoint_name))
+    is_expert = ".experts." in stacked
+    found = _tensor_name_map(arch, n_layer).get_name(stacked, try_suffixes=(".weight", ".bias"))
+    if found is None:
+        return None
+    return f"{found}.weight" if is_expert and not found.endswith((".weight", ".bias")) else found

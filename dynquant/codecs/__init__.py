@@ -1,5 +1,0 @@
-"""Encoding and decoding of packed blocks. `decode` is all a reader of weights needs."""
-
-from dynquant.codecs.decode import decode
-
-__all__ = ["decode"]

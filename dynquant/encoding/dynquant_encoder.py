@@ -1,0 +1,187 @@
+"""The `dynquant` encoder: better blocks for the same bytes, in PyTorch, on a CPU or, with Triton's help, on a GPU.
+
+With a hessian (second moments of the layer's input) each row loses little in e H eᵀ: scales are fitted on the
+diagonal, codewords found with error feedback, super-block scales refitted, and everything visited once more by
+coordinate descent. Without one the diagonal alone counts, and the fit goes on until its error stops falling. Experts
+and rows are independent, so they are processed together in batches that fit in memory.
+
+Types that this encoder does not search (floats, Q8_0, the 32-wide Q4_0 to Q5_1 and IQ4_NL, NVFP4) are ggml's.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dynquant.encoding.ggml import GgmlEncoder
+from dynquant.encoding.interface import ProtectedWeight, RowsDone, check_finite, check_request
+from dynquant.encoding.search.descent import descend, descend_scales, refit
+from dynquant.encoding.search.feedback import feed_back, upper_factor
+from dynquant.encoding.search.layouts import LAYOUTS, BlockLayout, Fields
+from dynquant.encoding.search.rows import Rows
+from dynquant.encoding.search.scales import fit
+from dynquant.errors import EncodeError
+from dynquant.formats.quant_types import QuantType
+
+_CPU_WEIGHTS = 1 << 21
+_GPU_WEIGHTS = 1 << 26
+"""Weights in a batch; the search needs about 80 bytes for each, and 1 GiB for scores on a GPU."""
+_CPU_HESSIAN_BYTES = 1 << 29
+_GPU_HESSIAN_BYTES = 1 << 31
+"""Float32 hessians in a batch, at least one. Factoring takes five times as much for a moment."""
+_PROTECTED = 1e5
+"""Weight of a protected scalar's error over the mean of the others."""
+
+
+class DynquantEncoder:
+    """See the module; `device` None takes a CUDA device where there is one."""
+
+    name: ClassVar[str] = "dynquant"
+    uses_hessians: ClassVar[bool] = True
+
+    def __init__(self, device: str | None = None) -> None:
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def encode(
+        self,
+        quant_type: QuantType,
+        weights: Tensor,
+        importance: Tensor | None = None,
+        threads: int | None = None,
+        *,
+        name: str = "tensor",
+        hessian: Tensor | None = None,
+        protected: Sequence[ProtectedWeight] = (),
+        progress: RowsDone | None = None,
+    ) -> Tensor:
+        """Encode all rows of `weights`; see `dynquant.encoding.interface.Encoder.encode`."""
+        layout = LAYOUTS.get(quant_type.name)
+        if layout is None:
+            return GgmlEncoder().encode(quant_type, weights, importance, threads, name=name, progress=progress)
+        by_expert = check_request(quant_type, weights, importance, hessian, name=name)
+        stacked = weights.detach() if weights.dim() == 3 else weights.detach().unsqueeze(0)
+        packed = torch.empty((*stacked.shape[:2], quant_type.row_bytes(stacked.shape[-1])), dtype=torch.uint8)
+        with _threads(threads):
+            for experts in self._expert_batches(stacked, hessian):
+                loss = self._loss(stacked[experts], experts, by_expert, hessian)
+                for rows in _slices(stacked.shape[1], self._rows_at_once(stacked[experts])):
+                    part = stacked[experts, rows]
+                    packed[experts, rows] = self._encode(layout, part, loss, name)
+                    if progress is not None:
+                        progress(part.numel())
+            for scalar in protected:
+                expert = slice(scalar.expert or 0, (scalar.expert or 0) + 1)
+                row = slice(scalar.row, scalar.row + 1)
+                loss = self._loss(stacked[expert], expert, by_expert, hessian, protected_column=scalar.column)
+                packed[expert, row] = self._encode(layout, stacked[expert, row], loss, name)
+        return packed.reshape(*weights.shape[:-1], packed.shape[-1])
+
+    def _encode(self, layout: BlockLayout, weights: Tensor, loss: "Loss", name: str) -> Tensor:
+        """Block bytes [E, R, row_bytes] on the CPU; rows that do not fit in the GPU's memory are halved."""
+        try:
+            x = weights.to(self.device, torch.float32)
+            _check_weights(layout, x, name)
+            rows = Rows.of(layout, x)
+            return rows.packed(*loss.blocks(rows)).cpu()
+        except torch.OutOfMemoryError:
+            half = weights.shape[1] // 2
+            if not half:
+                raise
+        torch.cuda.empty_cache()
+        halves = [self._encode(layout, part, loss, name) for part in (weights[:, :half], weights[:, half:])]
+        return torch.cat(halves, dim=1)
+
+    def _loss(
+        self,
+        weights: Tensor,
+        experts: slice,
+        importance: Tensor | None,
+        hessian: Tensor | None,
+        *,
+        protected_column: int | None = None,
+    ) -> "Loss":
+        part = None if importance is None else importance[experts]
+        full = None if hessian is None else (hessian[experts] if len(hessian) > 1 else hessian)
+        return loss_under(weights.shape, part, full, self.device, protected_column=protected_column)
+
+    def _expert_batches(self, stacked: Tensor, hessian: Tensor | None) -> Iterator[slice]:
+        is_cpu = self.device.type == "cpu"
+        count = (_CPU_WEIGHTS if is_cpu else _GPU_WEIGHTS) // max(1, stacked[:1].numel())
+        if hessian is not None:
+            limit = _CPU_HESSIAN_BYTES if is_cpu else _GPU_HESSIAN_BYTES
+            count = min(count, limit // hessian[:1].nbytes)
+        return _slices(stacked.shape[0], max(1, count))
+
+    def _rows_at_once(self, batch: Tensor) -> int:
+        limit = _CPU_WEIGHTS if self.device.type == "cpu" else _GPU_WEIGHTS
+        return max(1, limit // (batch.shape[0] * batch.shape[-1]))
+
+
+class Loss:
+    """What the rows of a batch of experts should keep small, and how it is brought down."""
+
+    def __init__(self, metric: Tensor, hessian: Tensor | None = None, factor: Tensor | None = None) -> None:
+        self._metric, self._hessian, self._factor = metric, hessian, factor
+
+    def blocks(self, rows: Rows) -> tuple[Fields, Tensor]:
+        """Fields and values of all rows."""
+        if self._hessian is None or self._factor is None:
+            return fit(rows, self._metric, candidates=8, rounds=4)
+        is_scalar = rows.layout.codebook.group == 1
+        fields, _ = fit(rows, self._metric, candidates=8 if is_scalar else 4, rounds=1 if is_scalar else 0)
+        values = feed_back(rows, fields, self._factor)
+        fields = refit(rows, fields, values, self._hessian)
+        values = descend(rows, fields, values, self._hessian)
+        fields, values = descend_scales(rows, fields, values, self._hessian)
+        fields = refit(rows, fields, values, self._hessian)
+        return fields, descend(rows, fields, values, self._hessian)
+
+
+def loss_under(
+    shape: tuple[int, ...],
+    importance: Tensor | None,
+    hessian: Tensor | None,
+    device: torch.device,
+    *,
+    protected_column: int | None = None,
+) -> Loss:
+    """The loss of weights of `shape` [E, R, C] under hessians [E or 1, C, C], else importance [E, C], else plain."""
+    num_experts, columns = shape[0], shape[-1]
+    if hessian is not None:
+        h = hessian.to(device, torch.float32)
+        h = (h / h.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]).expand(num_experts, columns, columns)
+        if protected_column is not None:
+            h = h.clone()
+            h[:, protected_column, protected_column] += _PROTECTED
+        return Loss(h.diagonal(dim1=-2, dim2=-1).contiguous(), h, upper_factor(h))
+    metric = torch.ones(num_experts, columns) if importance is None else importance.clone()
+    metric = (metric / metric.mean(-1, keepdim=True)).to(device)
+    if protected_column is not None:
+        metric[:, protected_column] += _PROTECTED
+    return Loss(metric)
+
+
+def _check_weights(layout: BlockLayout, x: Tensor, name: str) -> None:
+    peak = check_finite(x, name=name)
+    if peak > layout.largest_weight:
+        raise EncodeError(
+            f"`{name}` cannot be encoded as {layout.name}: the scale of a block is beyond float16 (the largest weight "
+            f"here is {peak:.3g}). Keep this tensor as F32 or BF16."
+        )
+
+
+def _slices(count: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

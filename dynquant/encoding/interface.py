@@ -1,0 +1,152 @@
+"""What every encoder offers, and the refusals that all of them share.
+
+An encoder turns float weights into the packed blocks of a quant type. `check_request` is what can be told from shapes
+and the importance matrix alone; whether the weights themselves are finite is for the encoder to see while it reads
+them, so that a tensor larger than the cache is not walked twice.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from dynquant.errors import EncodeError
+from dynquant.formats.quant_types import QuantType
+
+RowsDone = Callable[[int], None]
+"""Called with the number of weights that were encoded since the last call."""
+
+
+@dataclass(frozen=True)
+class ProtectedWeight:
+    """One scalar whose value matters more than all others of its row: a super weight. `expert` None: a matrix."""
+
+    row: int
+    column: int
+    expert: int | None = None
+
+
+class Encoder(Protocol):
+    """Weights to packed blocks. Equal inputs give equal bytes."""
+
+    name: str
+    uses_hessians: bool
+    """Whether `hessian` and `protected` change the bytes."""
+
+    def encode(
+        self,
+        quant_type: QuantType,
+        weights: torch.Tensor,
+        importance: torch.Tensor | None = None,
+        threads: int | None = None,
+        *,
+        name: str = "tensor",
+        hessian: torch.Tensor | None = None,
+        protected: Sequence[ProtectedWeight] = (),
+        progress: RowsDone | None = None,
+    ) -> torch.Tensor:
+        """Encode all rows of `weights`.
+
+        Args:
+            quant_type: The byte layout to produce.
+            weights: [rows, row_length], or [experts, rows, row_length]; any floating dtype, read as float32.
+            importance: E[x^2] per input channel, [row_length] or [experts, row_length]; None where the type allows it.
+            threads: How many threads to use; None for one per core.
+            name: The tensor's name, for error messages.
+            hessian: E[x xᵀ] of the input, positive definite, [1, row_length, row_length] for all experts or one for
+                each; what error feedback works with.
+            protected: Scalars that must keep their values as well as the type can store them.
+            progress: Told how many weights are done.
+
+        Returns:
+            uint8 [..., rows, row_bytes].
+
+        Raises:
+            EncodeError: see `check_request`; NaN, Inf or weights too large for the type.
+        """
+
+
+def check_request(
+    quant_type: QuantType,
+    weights: torch.Tensor,
+    importance: torch.Tensor | None,
+    hessian: torch.Tensor | None = None,
+    *,
+    name: str,
+) -> torch.Tensor | None:
+    """Refuse what no encoder can do; otherwise give the importance as float32 [experts, row_length], or None.
+
+    A 2-D tensor counts as one expert; an importance without an expert dimension holds for every expert.
+
+    Raises:
+        EncodeError: not a 2-D or 3-D floating tensor, a row length that the block size does not divide, a type that
+            needs an importance matrix without one, an importance of the wrong shape or with NaN, Inf or negative
+            values, or a hessian of the wrong shape.
+    """
+    if weights.dim() not in (2, 3) or not weights.is_floating_point():
+        raise EncodeError(
+            f"`{name}` is {weights.dtype} of shape {tuple(weights.shape)}; only floating tensors [rows, row_length] or "
+            "[experts, rows, row_length] can be encoded. Keep it as F32."
+        )
+    row_length = weights.shape[-1]
+    if row_length % quant_type.block_size:
+        raise EncodeError(
+            f"`{name}` has rows of {row_length}, which blocks of {quant_type.block_size} ({quant_type.name}) do not "
+            f"divide. Use a type with smaller blocks, such as {quant_type.fallback or 'F16'}."
+        )
+    if hessian is not None and tuple(hessian.shape) not in _hessian_shapes(weights):
+        raise EncodeError(
+            f"The hessian of `{name}` has shape {tuple(hessian.shape)}, but the weights {tuple(weights.shape)} need "
+            f"{' or '.join(map(str, _hessian_shapes(weights)))}. It is of another model; calibrate this one."
+        )
+    if importance is not None:
+        return _checked_importance(weights, importance, name=name)
+    if quant_type.needs_imatrix and hessian is None:
+        raise EncodeError(
+            f"`{name}` cannot be encoded as {quant_type.name} without an importance matrix. Calibrate the model first, "
+            "or choose a type that does not need one."
+        )
+    return None
+
+
+def _checked_importance(weights: torch.Tensor, importance: torch.Tensor, *, name: str) -> torch.Tensor:
+    experts = weights.shape[0] if weights.dim() == 3 else 1
+    row_length = weights.shape[-1]
+    if tuple(importance.shape) not in ((row_length,), (experts, row_length)):
+        raise EncodeError(
+            f"The importance matrix of `{name}` has shape {tuple(importance.shape)}, but the weights "
+            f"{tuple(weights.shape)} need [{row_length}] or [{experts}, {row_length}]. The statistics are of another "
+            "model; calibrate this one."
+        )
+    importance = importance.detach().to(device="cpu", dtype=torch.float32)
+    if not torch.isfinite(importance).all() or (importance < 0).any():
+        raise EncodeError(
+            f"The importance matrix of `{name}` holds NaN, Inf or negative values, but it is a mean of squares. "
+            "Calibrate again; if that repeats, the model's activations overflow."
+        )
+    return importance.expand(experts, row_length).contiguous()
+
+
+def _hessian_shapes(weights: torch.Tensor) -> tuple[tuple[int, ...], ...]:
+    columns = weights.shape[-1]
+    experts = (weights.shape[0],) if weights.dim() == 3 and weights.shape[0] != 1 else ()
+    return tuple((count, columns, columns) for count in (1, *experts))
+
+
+def check_finite(weights: torch.Tensor, *, name: str) -> float:
+    """The largest magnitude in `weights`; 0 when there are none.
+
+    Raises:
+        EncodeError: NaN or Inf; the tensor is named.
+    """
+    if not weights.numel():
+        return 0.0
+    low, high = (float(x) for x in weights.aminmax())
+    peak = max(-low, high)
+    if not peak <= torch.finfo(torch.float32).max:
+        raise EncodeError(
+            f"`{name}` holds NaN or Inf weights, so nothing that is encoded from it can work. The checkpoint is "
+            "damaged or was saved after an overflow; fetch it again or repair this tensor."
+        )
+    return peak

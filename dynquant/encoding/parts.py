@@ -1,0 +1,160 @@
+"""What is encoded, written and recorded at a time: a tensor, some experts of a stack, or some rows of a matrix.
+
+A stack of experts of a large model takes gigabytes even packed, and four times as much as bfloat16. Its experts do not
+depend on each other, nor do rows under one hessian, so parts have the bytes of the whole tensor: on a CPU to the bit,
+which a test holds; on a GPU as long as the parts are the same, because products of other shapes may round otherwise.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from dynquant.checkpoints.gguf_source import GGUFSource
+from dynquant.checkpoints.tensor_source import TensorSource
+from dynquant.errors import ExportError
+from dynquant.formats import decode
+from dynquant.formats.quant_types import QuantType
+
+PART_WEIGHTS = 1 << 26
+"""Weights of a part at most, but at least an expert: what a GPU encodes at once."""
+FEWEST_ROWS = 16
+_BYTES_PER_WEIGHT = 12
+"""As it is stored, as float32, and as the encoder's own float32 copy."""
+_BYTES_PER_MOMENT = 32
+"""For each entry of a hessian: the sums that it is made from, and its factors in float64."""
+
+
+@dataclass(frozen=True)
+class TensorPart:
+    """Experts and rows of the tensor `name` of `shape`; a matrix is one expert, a vector one row, and of a convolution
+    [out, in, height, width] every line is a row."""
+
+    name: str
+    shape: tuple[int, ...]
+    quant_type: QuantType
+    experts: range
+    rows: range
+
+    @classmethod
+    def whole(cls, name: str, shape: tuple[int, ...], quant_type: QuantType) -> "TensorPart":
+        experts, rows, _ = _stacked(shape)
+        return cls(name, shape, quant_type, range(experts), range(rows))
+
+    @property
+    def is_whole(self) -> bool:
+        num_experts, num_rows, _ = _stacked(self.shape)
+        return len(self.experts) == num_experts and len(self.rows) == num_rows
+
+    @property
+    def key(self) -> str:
+        """The tensor's name, and what of it this is."""
+        if self.is_whole:
+            return self.name
+        experts = f" experts {_span(self.experts)}" if len(self.shape) == 3 else ""
+        rows = "" if len(self.rows) == _stacked(self.shape)[1] else f" rows {_span(self.rows)}"
+        return f"{self.name}{experts}{rows}"
+
+    @property
+    def num_weights(self) -> int:
+        return len(self.experts) * len(self.rows) * self.shape[-1]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its blocks."""
+        return len(self.experts) * len(self.rows) * self.quant_type.row_bytes(self.shape[-1])
+
+    @property
+    def offset(self) -> int:
+        """Its first byte, counted from that of the tensor."""
+        num_rows = _stacked(self.shape)[1]
+        return (self.experts.start * num_rows + self.rows.start) * self.quant_type.row_bytes(self.shape[-1])
+
+
+@dataclass(frozen=True)
+class PartLimits:
+    """How large parts may be. `memory` in bytes holds for one part with all that encoding it takes, hessians included;
+    None leaves `PART_WEIGHTS` alone."""
+
+    memory: int | None = None
+
+    def parts(
+        self, name: str, shape: tuple[int, ...], quant_type: QuantType, *, hessians: bool = False
+    ) -> list[TensorPart]:
+        """A tensor's parts in the order of their bytes. `hessians`: whether each expert is encoded under one.
+
+        Raises:
+            ExportError: the smallest part takes more than `memory`.
+        """
+        if len(shape) > 3:
+            return [TensorPart.whole(name, shape, quant_type)]
+        num_experts, num_rows, columns = _stacked(shape)
+        hessian = _BYTES_PER_MOMENT * columns**2 if hessians else 0
+        row = _BYTES_PER_WEIGHT * columns
+        experts = max(1, PART_WEIGHTS // (num_rows * columns))
+        rows = num_rows if len(shape) == 3 else min(num_rows, max(1, PART_WEIGHTS // columns))
+        if self.memory is not None:
+            experts = min(experts, max(1, self.memory // (num_rows * row + hessian)))
+            rows = min(rows, (self.memory - hessian) // row)
+            if rows < min(num_rows, FEWEST_ROWS):
+                needed = min(num_rows, FEWEST_ROWS) * row + hessian
+                raise ExportError(
+                    f"`{name}` of shape {list(shape)} needs {needed:,} bytes to encode {FEWEST_ROWS} of its rows"
+                    f"{' under its second moments' if hessians else ''}, but --max-memory leaves {self.memory:,}. "
+                    "Allow more memory" + (", or calibrate with --hessians none." if hessians else ".")
+                )
+        return [
+            TensorPart(name, shape, quant_type, some, several)
+            for some in _ranges(num_experts, experts)
+            for several in _ranges(num_rows, rows)
+        ]
+
+
+def load_part(source: TensorSource, part: TensorPart) -> torch.Tensor:
+    """The weights of a part, float32 [experts, rows, row_length] of a stack, else [rows, row_length]."""
+    columns, is_every_row = part.shape[-1], len(part.rows) == _stacked(part.shape)[1]
+    if len(part.shape) != 3:
+        weights = source.load(part.name) if is_every_row else _load_rows(source, part)
+        return weights.reshape(-1, columns)
+    weights = torch.empty(len(part.experts), len(part.rows), columns)
+    for place, expert in enumerate(part.experts):
+        weights[place] = source.load(part.name, expert)[part.rows.start : part.rows.stop]
+    return weights
+
+
+def load_packed_part(source: GGUFSource, part: TensorPart) -> torch.Tensor:
+    """A part's blocks in a file that stores the tensor in the type of the part, uint8 [..., row_bytes]."""
+    if len(part.shape) != 3:
+        return source.load_packed(part.name, None if part.is_whole else _slice(part.rows))
+    if part.is_whole:
+        return source.load_packed(part.name)
+    packed = [source.load_packed(part.name, expert)[_slice(part.rows)] for expert in part.experts]
+    return torch.stack(packed)
+
+
+def _load_rows(source: TensorSource, part: TensorPart) -> torch.Tensor:
+    if isinstance(source, GGUFSource):
+        packed = source.load_packed(part.name, _slice(part.rows))
+        return decode(source.info(part.name).dtype, packed, (len(part.rows), part.shape[-1]))
+    return source.load(part.name, _slice(part.rows))
+
+
+def _stacked(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Experts, rows and row length."""
+    if len(shape) > 3:
+        return 1, prod(shape[:-1]), shape[-1]
+    experts, rows, columns = (1, 1, 1, *shape)[-3:]
+    return experts, rows, columns
+
+
+def _ranges(count: int, step: int) -> Iterator[range]:
+    return (range(start, min(start + step, count)) for start in range(0, count, step))
+
+
+def _slice(numbers: range) -> slice:
+    return slice(numbers.start, numbers.stop)
+
+
+def _span(numbers: range) -> str:
+    return f"{numbers.start}-{numbers.stop - 1}"

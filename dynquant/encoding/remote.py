@@ -1,0 +1,157 @@
+"""Encodes parts on a Ray cluster: every part is one task, and its blocks come back as bytes.
+
+    from storage    workers open checkpoint, statistics and second moments by path, which every node must see
+    shipped         this process reads them, and sends a worker what its part needs
+
+Parts are those of a local export, and so are their bytes; a node that reads another checkpoint, or runs another version
+of dynquant or PyTorch, is refused.
+"""
+
+import socket
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dynquant import __version__
+from dynquant.calibration.second_moments import SecondMoments, load_beside
+from dynquant.calibration.statistics import CalibrationStats
+from dynquant.checkpoints.model import Model
+from dynquant.encoding.interface import Encoder, ProtectedWeight
+from dynquant.encoding.parts import TensorPart
+from dynquant.encoding.stream import (
+    Guidance,
+    PartInput,
+    encode_input,
+    encode_part,
+    encoder_version,
+    gather,
+    guidance_of,
+    is_stored,
+    load_encoder,
+)
+from dynquant.errors import ClusterError, DynquantError
+from dynquant.families.open import open_model
+from dynquant.running.cluster import RayPool, TaskNeeds
+
+
+@dataclass(frozen=True)
+class EncoderChoice:
+    """An encoder that workers make for themselves, of the versions of the driver."""
+
+    name: str
+    device: str
+    threads: int
+    version: str
+    tool_version: str = __version__
+
+    @classmethod
+    def of(cls, encoder: Encoder, device: str, threads: int) -> "EncoderChoice":
+        return cls(encoder.name, device, threads, encoder_version(encoder))
+
+
+@dataclass(frozen=True)
+class StoredFiles:
+    """Where workers find what a part is encoded from; paths are absolute."""
+
+    model: Path
+    fingerprint: str
+    base_gguf: Path | None = None
+    stats: Path | None = None
+    use_moments: bool = False
+    protected: tuple[tuple[str, tuple[ProtectedWeight, ...]], ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        *,
+        base_gguf: Path | None,
+        stats: Path | None,
+        use_moments: bool,
+        protected: Mapping[str, tuple[ProtectedWeight, ...]],
+    ) -> "StoredFiles":
+        return cls(
+            model.path.resolve(), model.fingerprint, base_gguf and base_gguf.resolve(), stats and stats.resolve(),
+            use_moments, tuple(protected.items()),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RemoteEncoding:
+    """Encodes parts on `pool`; a `PartStream`. With `shipped`, from what this process reads of model and guidance."""
+
+    pool: RayPool
+    choice: EncoderChoice
+    needs: TaskNeeds
+    files: StoredFiles
+    shipped: tuple[Model, Guidance, Encoder] | None = None
+
+    def __call__(self, parts: Iterable[TensorPart]) -> Iterator[tuple[TensorPart, torch.Tensor]]:
+        if self.shipped is None:
+            results = self.pool.run(partial(_encode_from_storage, self.choice, self.files), parts, self.needs)
+        else:
+            model, guidance, encoder = self.shipped
+            parts = list(parts)
+            for part in (part for part in parts if is_stored(model, part)):
+                yield part, encode_part(model, part, guidance, encoder)
+            results = self.pool.run(
+                partial(_encode_shipped, self.choice),
+                (part for part in parts if not is_stored(model, part)),
+                self.needs,
+                load=lambda part: gather(model, part, guidance, encoder),
+            )
+        for part, blocks in results:
+            yield part, torch.from_numpy(np.array(blocks))  # Ray's array is a read-only view of its store
+
+
+def _encode_from_storage(choice: EncoderChoice, files: StoredFiles, part: TensorPart) -> np.ndarray:
+    model, stats, moments = open_stored(files)
+    guidance = guidance_of(stats, moments, dict(files.protected))
+    return encode_part(model, part, guidance, worker_encoder(choice), threads=choice.threads).numpy()
+
+
+def _encode_shipped(choice: EncoderChoice, given: PartInput) -> np.ndarray:
+    return encode_input(given, worker_encoder(choice), threads=choice.threads).numpy()
+
+
+@cache
+def worker_encoder(choice: EncoderChoice) -> Encoder:
+    """The encoder of a worker process.
+
+    Raises:
+        ClusterError: it would be of other versions than the driver's.
+    """
+    encoder = load_encoder(choice.name, choice.device)
+    found, wanted = (__version__, encoder_version(encoder)), (choice.tool_version, choice.version)
+    if found != wanted:
+        raise ClusterError(
+            f"{socket.gethostname()} has dynquant {found[0]} with the {choice.name} encoder's library {found[1]}, but "
+            f"the command runs with {wanted[0]} and {wanted[1]}; their bytes may differ. Install the same versions "
+            "on all nodes."
+        )
+    return encoder
+
+
+@cache
+def open_stored(files: StoredFiles) -> tuple[Model, CalibrationStats | None, SecondMoments | None]:
+    """Once in each worker process; weights are read when a part needs them.
+
+    Raises:
+        ClusterError: they cannot be read there, or are others.
+    """
+    where = f"{socket.gethostname()} cannot read what the command works on"
+    way_out = "Put it on storage that every node has at the same path, or give --ship-weights."
+    try:
+        model = open_model(files.model, base_gguf=files.base_gguf)
+        stats = CalibrationStats.load(files.stats) if files.stats else None
+        moments = load_beside(files.stats, stats) if files.stats and stats and files.use_moments else None
+    except DynquantError as error:
+        raise ClusterError(f"{where}: {error} {way_out}") from error
+    if model.fingerprint != files.fingerprint or (files.use_moments and moments is None):
+        what = "second moments" if model.fingerprint == files.fingerprint else "checkpoint"
+        raise ClusterError(f"{where}: {files.model} or the files of its calibration have another {what}. {way_out}")
+    return model, stats, moments

@@ -1,0 +1,1 @@
+"""The numerics of the dynquant encoder: codeword search, scales, error feedback, descent."""

@@ -1,0 +1,202 @@
+"""Coordinate descent on e H eᵀ after the feedback pass: everything is chosen once more, knowing all the rest.
+
+`descend` revisits the codewords group by group, `descend_scales` the scale codes (minimums, shifts) of the sub-blocks
+with their codewords, `refit` solves for all super-block scales of a row together. A change is only made where it lowers
+the loss, so the loss never rises but for the rounding of refitted scales.
+"""
+
+from dataclasses import fields as dataclass_fields
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from dynquant.encoding.search.feedback import CHUNK, feed_back, kernels_for, upper_factor
+from dynquant.encoding.search.layouts import BlockLayout, Fields
+from dynquant.encoding.search.rows import Rows
+from dynquant.encoding.search.scales import merged
+
+_RIDGE = 1e-7
+"""Added to the diagonal of the scale equations, relative to its mean: super-blocks of zeros have no equation."""
+
+
+def loss(rows: Rows, fields: Fields, values: Tensor, hessian: Tensor) -> Tensor:
+    """e H eᵀ of every row [E, R], in normalised units."""
+    error = rows.x - rows.decoded(fields, values)
+    return ((error @ hessian) * error).sum(-1)
+
+
+def descend(rows: Rows, fields: Fields, values: Tensor, hessian: Tensor) -> Tensor:
+    """Values after one visit of every group."""
+    group = rows.layout.codebook.group
+    spread = rows.spread(fields)
+    decoded = spread.decoded(values, slice(None))
+    values = values.clone()
+    slope = (rows.x - decoded) @ hessian  # half the gradient
+    if (kernels := kernels_for(rows)) is not None:
+        for start in range(0, rows.x.shape[-1], CHUNK):
+            stop = min(start + CHUNK, rows.x.shape[-1])
+            steps = torch.empty_like(slope[..., start:stop], memory_format=torch.contiguous_format)
+            kernels.descend_chunk(rows, spread, decoded, slope, hessian, start, steps, values)
+            slope[..., stop:] += steps @ hessian[:, start:stop, stop:]
+        return values
+    for first in range(0, rows.x.shape[-1], group):
+        columns = slice(first, first + group)
+        block = hessian[:, columns, columns]
+        target = spread.targets(decoded[..., columns] + _solve(slope[..., columns], block), columns)
+        found = rows.layout.codebook.nearest(target, block.diagonal(dim1=-2, dim2=-1))
+        step = spread.a[..., columns] * (values[..., columns] - found)  # what the error grows by
+        change = ((2 * slope[..., columns] + step @ block) * step).sum(-1, keepdim=True)
+        better = change < 0
+        values[..., columns] = torch.where(better, found, values[..., columns])
+        slope += torch.where(better, step, 0.0) @ hessian[:, columns]
+    return values
+
+
+def descend_scales(rows: Rows, fields: Fields, values: Tensor, hessian: Tensor) -> tuple[Fields, Tensor]:
+    """Fields and values after one visit of every sub-block, in which neighbouring scale codes are tried.
+
+    For each trial the sub-block's codewords are found anew, by feedback within the sub-block.
+    """
+    layout = rows.layout
+    if len(layout.multipliers) == 1:
+        return fields, values
+    width = layout.sub_block
+    decoded = rows.decoded(fields, values)
+    values, scales = values.clone(), fields.scales.clone()
+    mins = None if fields.mins is None else fields.mins.clone()
+    shifts = None if fields.shifts is None else fields.shifts.clone()
+    slope = (rows.x - decoded) @ hessian
+    blocks = _diagonal_blocks(hessian, width)
+    factors, solvers = upper_factor(blocks), torch.linalg.lu_factor(blocks)
+    for s in range(rows.num_sub_blocks):
+        columns = slice(s * width, (s + 1) * width)
+        lu, pivots = (part[:, s] for part in solvers)
+        target = decoded[..., columns] + torch.linalg.lu_solve(lu, pivots, slope[..., columns], left=False)
+        sub = Rows(layout, target, rows.unit)
+        kept = _sub_fields(fields, s, rows.num_sub_blocks, scales, mins, shifts)
+        best, found = _best_trial(sub, kept, values[..., columns], blocks[:, s], factors[:, s])
+        scales[..., s : s + 1] = best.scales
+        if mins is not None:
+            mins[..., s : s + 1] = best.mins
+        if shifts is not None:
+            runs = width // layout.shift_width
+            shifts[..., s * runs : (s + 1) * runs] = best.shifts
+        values[..., columns] = found
+        new = sub.decoded(best, found)
+        slope += (decoded[..., columns] - new) @ hessian[:, columns]
+        decoded[..., columns] = new
+    return replace(fields, scales=scales, mins=mins, shifts=shifts), values
+
+
+def _diagonal_blocks(hessian: Tensor, width: int) -> Tensor:
+    """[E, C, C] -> [E, C / width, width, width]."""
+    cut = hessian.unflatten(-1, (-1, width)).unflatten(1, (-1, width))
+    return cut.diagonal(dim1=1, dim2=3).movedim(-1, 1)
+
+
+def _best_trial(sub: Rows, kept: Fields, values: Tensor, block: Tensor, factor: Tensor) -> tuple[Fields, Tensor]:
+    """The fields and values with least loss: those at hand, or a trial after feedback; all trials are run at once."""
+    trials = _trials(sub.layout, kept)
+    count = len(trials)
+    many = Rows(sub.layout, sub.x.repeat(count, 1, 1), sub.unit.repeat(count, 1, 1))
+    fields = _stacked(trials)
+    tried = feed_back(many, fields, factor.repeat(count, 1, 1))
+    losses = torch.cat(
+        (
+            loss(sub, kept, values, block)[None],
+            loss(many, fields, tried, block.repeat(count, 1, 1)).unflatten(0, (count, -1)),
+        )
+    )
+    choice = losses.argmin(0, keepdim=True).unsqueeze(-1)  # [1, E, R, 1]; the first of equals
+
+    def chosen(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
+        if mine is None or theirs is None:
+            return None
+        options = torch.cat((mine[None], theirs.unflatten(0, (count, -1))))
+        return options.gather(0, choice.expand(1, *mine.shape)).squeeze(0)
+
+    best = Fields(
+        kept.d,
+        chosen(kept.scales, fields.scales),
+        chosen(kept.shifts, fields.shifts),
+        kept.dmin,
+        chosen(kept.mins, fields.mins),
+    )
+    return best, chosen(values, tried)
+
+
+def _stacked(trials: list[Fields]) -> Fields:
+    def together(parts: list[Tensor | None]) -> Tensor | None:
+        return None if parts[0] is None else torch.cat(parts)
+
+    return Fields(*(together([getattr(trial, f.name) for trial in trials]) for f in dataclass_fields(Fields)))
+
+
+def _sub_fields(fields: Fields, s: int, num: int, scales: Tensor, mins: Tensor | None, shifts: Tensor | None) -> Fields:
+    """The fields of one sub-block, as of a super-block of its own."""
+    block = s * fields.d.shape[-1] // num
+    runs = 0 if shifts is None else shifts.shape[-1] // num
+    return Fields(
+        fields.d[..., block : block + 1],
+        scales[..., s : s + 1],
+        None if shifts is None else shifts[..., s * runs : (s + 1) * runs],
+        None if fields.dmin is None else fields.dmin[..., block : block + 1],
+        None if mins is None else mins[..., s : s + 1],
+    )
+
+
+def _trials(layout: BlockLayout, fields: Fields) -> list[Fields]:
+    """The present fields, and those that differ in one: the scale code or the minimum by one, or the shift."""
+    found = [fields]
+    for step in (-1, 1):
+        found.append(replace(fields, scales=(fields.scales + step).clamp(0, len(layout.multipliers) - 1)))
+        if fields.mins is not None:
+            found.append(replace(fields, mins=(fields.mins + step).clamp(0, layout.num_mins - 1)))
+    if fields.shifts is not None and fields.shifts.shape[-1] == 1:
+        found.append(replace(fields, shifts=-fields.shifts))
+    return found
+
+
+def refit(rows: Rows, fields: Fields, values: Tensor, hessian: Tensor) -> Fields:
+    """All `d` (and `dmin`) of each row by least squares under the whole hessian, as they will be stored.
+
+    Rows whose rounded scales lose more than the present ones keep those.
+    """
+    layout = rows.layout
+    if layout.has_power_of_two_scale:
+        return fields
+    units = [rows.wide(layout.multiplier_table(rows.x.device)[fields.scales]) * (values + rows.offsets(fields.shifts))]
+    if fields.mins is not None:
+        units.append(-rows.wide(fields.mins.to(torch.float32)))
+    solution = _solve_scales(torch.stack(units, dim=2), rows.x, hessian, layout.super_block)
+    solution = rows.rounded(solution)
+    blocks = fields.d.shape[-1]
+    new = replace(fields, d=solution[..., :blocks], dmin=None if fields.dmin is None else solution[..., blocks:])
+    better = loss(rows, new, values, hessian) < loss(rows, fields, values, hessian)
+    return merged(better.unsqueeze(-1).expand_as(fields.d), (new, values), (fields, values))[0]
+
+
+def _solve_scales(units: Tensor, x: Tensor, hessian: Tensor, width: int) -> Tensor:
+    """Coefficients [E, R, k * B] of the vectors `units` [E, R, k, C], cut into B super-blocks each, that give `x`."""
+    experts, num_rows, kinds, columns = units.shape
+    blocks = columns // width
+    cut = units.unflatten(-1, (blocks, width))  # [E, R, k, B, width]
+    left = torch.empty(experts, num_rows, kinds * blocks, kinds * blocks, device=x.device)
+    for j in range(blocks):
+        part = hessian[:, j * width : (j + 1) * width]  # [E, width, C]
+        for k in range(kinds):
+            pulled = (cut[:, :, k, j] @ part).unflatten(-1, (blocks, width))  # [E, R, B, width]
+            left[:, :, k * blocks + j] = (pulled.unsqueeze(2) * cut).sum(-1).flatten(2)
+    right = ((x @ hessian).unflatten(-1, (blocks, width)).unsqueeze(2) * cut).sum(-1).flatten(2)
+    diagonal = left.diagonal(dim1=-2, dim2=-1)
+    ridge = _RIDGE * diagonal.mean(-1, keepdim=True) + torch.finfo(torch.float32).tiny
+    left = left.to(torch.float64) + torch.diag_embed(ridge.expand_as(diagonal).to(torch.float64))
+    return torch.linalg.solve(left, right.to(torch.float64).unsqueeze(-1)).squeeze(-1).to(torch.float32)
+
+
+def _solve(t: Tensor, block: Tensor) -> Tensor:
+    """t H⁻¹ for symmetric H [E, n, n]."""
+    if block.shape[-1] == 1:
+        return t / block
+    return torch.linalg.solve(block, t, left=False)

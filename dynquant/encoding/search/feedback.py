@@ -1,0 +1,75 @@
+"""Error feedback: what rounding one group of columns loses, the columns after it make up for.
+
+The loss of a row is e H eᵀ with e = weights - decoded and H the second moment of the layer's input. With the block
+factorisation H = U Uᵀ, U upper triangular, it is a sum over groups g of
+
+    |(e_g + sum_{h<g} e_h U_hg U_gg⁻¹) U_gg|²
+
+so that, groups being rounded in order, each should round x_g + sum_{h<g} e_h U_hg U_gg⁻¹ under the metric U_gg U_ggᵀ
+(LDLQ, arXiv:2307.13304; the same as GPTQ, arXiv:2210.17323, with groups of the codebook's width). The metric is taken
+by its diagonal; `descent` makes up for what that loses. Scales, minimums and shifts are frozen during the pass.
+"""
+
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from dynquant.encoding.search.codebooks import Integers
+from dynquant.encoding.search.layouts import Fields
+from dynquant.encoding.search.rows import Rows
+
+CHUNK = 64
+"""Columns whose mutual feedback is applied at once; feedback from earlier ones comes in one product."""
+
+
+def upper_factor(hessian: Tensor) -> Tensor:
+    """U [E, C, C], upper triangular, with hessian = U Uᵀ.
+
+    Raises:
+        torch.linalg.LinAlgError: a hessian is not positive definite; damping belongs to the caller.
+    """
+    reversed_factor = torch.linalg.cholesky(hessian.to(torch.float64).flip(-1, -2))
+    return reversed_factor.flip(-1, -2).to(torch.float32)
+
+
+def kernels_for(rows: Rows) -> ModuleType | None:
+    """`column_kernels` where Triton takes these rows through the columns of a chunk, else None."""
+    if not (rows.x.is_cuda and isinstance(rows.layout.codebook, Integers) and find_spec("triton")):
+        return None
+    from dynquant.encoding.search import column_kernels
+
+    return column_kernels
+
+
+def feed_back(rows: Rows, fields: Fields, factor: Tensor) -> Tensor:
+    """Values [E, R, C] of one pass; `factor` is `upper_factor` of the hessian."""
+    x, group = rows.x, rows.layout.codebook.group
+    spread = rows.spread(fields)
+    values, errors = torch.empty_like(x), torch.empty_like(x)
+    kernels = kernels_for(rows)
+    for start in range(0, x.shape[-1], CHUNK):
+        stop = min(start + CHUNK, x.shape[-1])
+        earlier = errors[..., :start] @ factor[:, :start, start:stop]
+        if kernels is not None:
+            kernels.feed_back_chunk(rows, spread, earlier, factor, start, values, errors)
+            continue
+        for first in range(start, stop, group):
+            columns = slice(first, first + group)
+            pending = earlier[..., first - start : first - start + group]
+            if first > start:
+                pending = pending + errors[..., start:first] @ factor[:, start:first, columns]
+            diagonal = factor[:, columns, columns]
+            target = spread.targets(x[..., columns] + _right_solve(pending, diagonal), columns)
+            found = rows.layout.codebook.nearest(target, diagonal.square().sum(-1))
+            values[..., columns] = found
+            errors[..., columns] = x[..., columns] - spread.decoded(found, columns)
+    return values
+
+
+def _right_solve(t: Tensor, triangle: Tensor) -> Tensor:
+    """t U⁻¹ for upper triangular U [E, group, group]."""
+    if triangle.shape[-1] == 1:
+        return t / triangle
+    return torch.linalg.solve_triangular(triangle, t, upper=True, left=False)

@@ -1,0 +1,206 @@
+"""What the encoder knows of each type: how its blocks make weights of codewords, scales and minimums.
+
+    weight = a * (codeword + shift) - b        a = d * multiplier[scale], b = dmin * min
+
+`d` and `dmin` are stored once for a super-block, `scale` and `min` for a sub-block. IQ1 alone has a shift: +1/8 or -1/8
+of every codeword in a run of `shift_width` weights. Everything else about a type follows from these numbers, so search,
+scale fitting and error feedback are written once, for all types.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dynquant.encoding.search.codebooks import Codebook, Grid, Integers, SignedWords, TernaryWords, Values
+from dynquant.formats import packers, tables
+from dynquant.formats.quant_types import QUANT_TYPES, QuantType
+
+SHIFT = 0.125
+"""IQ1S_DELTA of ggml."""
+
+_FP16_MAX = 65504.0
+_FP16_TINY = torch.tensor(2.0**-24)
+
+
+@dataclass(frozen=True)
+class Fields:
+    """What blocks store beside the codewords. In a tensor [E, R, C] with B super-blocks and S sub-blocks a row:
+
+    `d` [E, R, B] as float32; `scales` [E, R, S] indices of the layout's multipliers; `shifts` [E, R, C / shift_width]
+    signs as +1 or -1; `dmin` and `mins` as `d` and `scales`, for types with minimums.
+    """
+
+    d: Tensor
+    scales: Tensor
+    shifts: Tensor | None = None
+    dmin: Tensor | None = None
+    mins: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """The encoder's view of one quant type. `pack` gets the fields of n super-blocks and their values [n, C]."""
+
+    name: str
+    codebook: Codebook
+    sub_block: int
+    multipliers: tuple[float, ...]
+    pack: Callable[[Fields, Tensor], Tensor]
+    num_mins: int = 0
+    """Stored minimums run from 0 to this, exclusive; 0 for a type without minimums."""
+    shift_width: int = 0
+    has_power_of_two_scale: bool = False
+    """There is no `d`: the scale code itself is an exponent."""
+    fractions: tuple[float, float] = (0.85, 1.05)
+    """Where the best scale of a sub-block lies, as a share of the one that lets its largest weight be met."""
+
+    @property
+    def quant_type(self) -> QuantType:
+        return QUANT_TYPES[self.name]
+
+    @property
+    def super_block(self) -> int:
+        return self.quant_type.block_size
+
+    @property
+    def has_signed_scales(self) -> bool:
+        return self.multipliers[0] < 0
+
+    @property
+    def largest_weight(self) -> float:
+        """Beyond this no scale that fits in fp16 reaches."""
+        return _FP16_MAX * max(abs(m) for m in self.multipliers) * self.codebook.peak
+
+    def multiplier_table(self, device: torch.device) -> Tensor:
+        """Multipliers, ascending."""
+        return torch.tensor(self.multipliers, dtype=torch.float32, device=device)
+
+    def round_scale(self, d: Tensor) -> Tensor:
+        """The nearest number that a block can store as its scale.
+
+        Where codewords may be 0, a scale too small for fp16 becomes the smallest one instead of 0.
+        """
+        if self.has_power_of_two_scale:
+            return torch.ones_like(d)
+        stored = d.clamp(-_FP16_MAX, _FP16_MAX).to(torch.float16).to(torch.float32)
+        if isinstance(self.codebook, Integers):
+            return torch.where((stored == 0) & (d != 0), torch.copysign(_FP16_TINY, d), stored)
+        return stored
+
+
+def _odd(count: int) -> tuple[float, ...]:
+    return tuple(float(2 * i + 1) for i in range(count))
+
+
+def _half_steps(step: float) -> tuple[float, ...]:
+    return tuple((i + 0.5) * step for i in range(16))
+
+
+def _range(low: int, high: int) -> tuple[float, ...]:
+    return tuple(float(i) for i in range(low, high))
+
+
+def _ternary(name: str, sub_block: int, shift_width: int, write: Callable[..., Tensor]) -> BlockLayout:
+    book = TernaryWords()
+
+    def pack(f: Fields, values: Tensor) -> Tensor:
+        assert f.shifts is not None
+        return write(f.d, f.scales, (f.shifts < 0).to(torch.int64), _indices(book.grid, values))
+
+    return BlockLayout(name, book, sub_block, _odd(8), pack, shift_width=shift_width, fractions=(0.35, 0.95))
+
+
+def _signed(
+    name: str, sub_block: int, multipliers: tuple[float, ...], write: Callable[..., Tensor], *, even_signs: bool
+) -> BlockLayout:
+    book = SignedWords(name, even_signs)
+
+    def pack(f: Fields, values: Tensor) -> Tensor:
+        return write(f.d, f.scales, _indices(book.grid, values.abs()), _sign_bytes(values))
+
+    return BlockLayout(name, book, sub_block, multipliers, pack, fractions=(0.6, 1.1))
+
+
+def _affine(name: str, sub_block: int, num_scales: int, high: int, write: Callable[..., Tensor]) -> BlockLayout:
+    def pack(f: Fields, values: Tensor) -> Tensor:
+        return write(f.d, f.dmin, f.scales, f.mins, values.to(torch.int64))
+
+    return BlockLayout(name, Integers(0, high), sub_block, _range(0, num_scales), pack, num_mins=num_scales)
+
+
+def _symmetric(name: str, half_scales: int, half_range: int, write: Callable[..., Tensor]) -> BlockLayout:
+    def pack(f: Fields, values: Tensor) -> Tensor:
+        return write(f.d, f.scales - half_scales, values.to(torch.int64))
+
+    fractions = (0.6, 1.1) if half_range < 8 else (0.9, 1.02)
+    multipliers = _range(-half_scales, half_scales)
+    return BlockLayout(name, Integers(-half_range, half_range - 1), 16, multipliers, pack, fractions=fractions)
+
+
+def _iq4_xs() -> BlockLayout:
+    def pack(f: Fields, values: Tensor) -> Tensor:
+        return packers.pack_iq4_xs(f.d, f.scales - 32, _table_indices("IQ4_NL", values))
+
+    return BlockLayout("IQ4_XS", Values("IQ4_NL"), 32, _range(-32, 32), pack)
+
+
+MXFP4_FIRST = 2
+"""The first E8M0 byte whose halved value is a normal float32."""
+
+
+def _mxfp4() -> BlockLayout:
+    def pack(f: Fields, values: Tensor) -> Tensor:
+        return packers.pack_mxfp4(f.scales.squeeze(1) + MXFP4_FIRST, _table_indices("MXFP4", values))
+
+    powers = tuple(2.0 ** (e - 128) for e in range(MXFP4_FIRST, 255))  # the stored values are doubled
+    return BlockLayout("MXFP4", Values("MXFP4"), 32, powers, pack, has_power_of_two_scale=True, fractions=(0.6, 1.1))
+
+
+def _plain_ternary(name: str, write: Callable[..., Tensor]) -> BlockLayout:
+    def pack(f: Fields, values: Tensor) -> Tensor:
+        return write(f.d, values.to(torch.int64))
+
+    return BlockLayout(name, Integers(-1, 1), 256, (1.0,), pack, fractions=(0.15, 0.8))
+
+
+def _indices(grid: Grid, values: Tensor) -> Tensor:
+    """[n, 256] -> index of each word in the grid."""
+    return grid.index_of(values.reshape(len(values), -1, grid.width))
+
+
+def _sign_bytes(values: Tensor) -> Tensor:
+    """[n, 256] -> [n, 32]: a set bit for each negative weight."""
+    bits = (values.reshape(len(values), -1, 8) < 0).to(torch.int64)
+    return (bits << torch.arange(8, device=values.device)).sum(-1)
+
+
+def _table_indices(type_name: str, values: Tensor) -> Tensor:
+    """[n, C] values -> their places in the type's own table, which need not ascend."""
+    ascending, places = tables.values(type_name, values.device).sort(stable=True)
+    return places[torch.bucketize(values, ascending)]
+
+
+LAYOUTS: dict[str, BlockLayout] = {
+    layout.name: layout
+    for layout in (
+        _ternary("IQ1_S", 32, 32, packers.pack_iq1_s),
+        _ternary("IQ1_M", 16, 8, packers.pack_iq1_m),
+        _signed("IQ2_XXS", 32, _half_steps(0.25), packers.pack_iq2_xxs, even_signs=True),
+        _signed("IQ2_XS", 16, _half_steps(0.25), packers.pack_iq2_xs, even_signs=True),
+        _signed("IQ2_S", 16, _half_steps(0.25), packers.pack_iq2_s, even_signs=False),
+        _signed("IQ3_XXS", 32, _half_steps(0.5), packers.pack_iq3_xxs, even_signs=True),
+        _signed("IQ3_S", 32, _odd(16), packers.pack_iq3_s, even_signs=False),
+        _affine("Q2_K", 16, 16, 3, packers.pack_q2_k),
+        _affine("Q4_K", 32, 64, 15, packers.pack_q4_k),
+        _affine("Q5_K", 32, 64, 31, packers.pack_q5_k),
+        _symmetric("Q3_K", 32, 4, packers.pack_q3_k),
+        _symmetric("Q6_K", 128, 32, packers.pack_q6_k),
+        _iq4_xs(),
+        _plain_ternary("TQ1_0", packers.pack_tq1_0),
+        _plain_ternary("TQ2_0", packers.pack_tq2_0),
+        _mxfp4(),
+    )
+}
+"""Types with a block structure that this encoder searches; for others rounding has nothing to choose."""

@@ -1,0 +1,313 @@
+"""Scales, minimums and shifts for weights that are rounded on their own, under a diagonal metric.
+
+Every sub-block first gets a free scale: several fractions of its largest weight are tried, each followed by the
+least-squares scale of the codewords found. The free scales are then rounded together to the fields of their
+super-block. From there on everything is judged on stored fields: neighbouring scale codes and both shifts are tried
+by a full search, and `d` is refitted by weighted least squares, until the error stops falling.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from dynquant.encoding.search.layouts import Fields
+from dynquant.encoding.search.rows import Rows
+
+_TINY = 1e-30
+_SUPER_SCALES = 24
+"""Candidates for `d`, from the largest scale over the largest multiplier to 2.5 times that."""
+
+
+def fit(rows: Rows, metric: Tensor, *, candidates: int, rounds: int) -> tuple[Fields, Tensor]:
+    """Fields and values [E, R, C] of small weighted error; `metric` [E, C] weighs the square of each column's error.
+
+    `candidates` free scales are tried for each sub-block, `rounds` times the stored ones are improved.
+    """
+    fields = (_fit_affine if rows.layout.num_mins else _fit_scales)(rows, metric, candidates)
+    best = _Best(rows, metric)
+    values, fields = _search(rows, metric, fields)
+    best.offer(fields, values)
+    for _ in range(rounds):
+        fields, values = _neighbours(rows, metric, *best.taken())
+        fields = _refit(rows, metric, fields, values)
+        values, fields = _search(rows, metric, fields)
+        if not best.offer(fields, values):
+            break
+    return best.taken()
+
+
+class _Best:
+    """The best fields and values so far, super-block by super-block."""
+
+    def __init__(self, rows: Rows, metric: Tensor) -> None:
+        self._rows, self._metric = rows, metric
+        self._error: Tensor | None = None
+        self._kept: tuple[Fields, Tensor] | None = None
+
+    def offer(self, fields: Fields, values: Tensor) -> bool:
+        """Keep what is better; False when nothing was."""
+        rows = self._rows
+        error = _sum(_error(rows, self._metric, fields, values), rows.layout.super_block)
+        if self._kept is None or self._error is None:
+            self._error, self._kept = error, (fields, values)
+            return True
+        better = error < self._error
+        if not better.any():
+            return False
+        self._kept = merged(better, (fields, values), self._kept)
+        self._error = torch.where(better, error, self._error)
+        return True
+
+    def taken(self) -> tuple[Fields, Tensor]:
+        assert self._kept is not None
+        return self._kept
+
+
+def merged(better: Tensor, new: tuple[Fields, Tensor], old: tuple[Fields, Tensor]) -> tuple[Fields, Tensor]:
+    """`new` in the super-blocks that are marked in `better` [E, R, B], `old` elsewhere."""
+
+    def choose(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+        if a is None or b is None:
+            return None
+        return torch.where(better.repeat_interleave(a.shape[-1] // better.shape[-1], dim=-1), a, b)
+
+    f, g = new[0], old[0]
+    fields = Fields(
+        choose(f.d, g.d),
+        choose(f.scales, g.scales),
+        choose(f.shifts, g.shifts),
+        choose(f.dmin, g.dmin),
+        choose(f.mins, g.mins),
+    )
+    return fields, choose(new[1], old[1])
+
+
+def _values(
+    rows: Rows, metric: Tensor, a: Tensor, b: Tensor | None, offsets: Tensor | float, *, scan: bool = False
+) -> Tensor:
+    """Codewords [E, R, C] for the weights under scales `a`, `b` [E, R, S]: the nearest, or those of a scan."""
+    inverse = rows.wide(torch.where(a != 0, a.reciprocal(), 0.0))
+    y = (rows.x if b is None else rows.x + rows.wide(b)) * inverse - offsets
+    experts, num_rows, columns = y.shape
+    book = rows.layout.codebook
+    find = book.scan if scan else book.nearest
+    if book.group == 1:
+        return find(y, metric)
+    grouped = y.view(experts, num_rows, -1, book.group).transpose(1, 2).reshape(-1, num_rows, book.group)
+    found = find(grouped, metric.reshape(-1, book.group))
+    return found.view(experts, -1, num_rows, book.group).transpose(1, 2).reshape(experts, num_rows, columns)
+
+
+def _search(rows: Rows, metric: Tensor, fields: Fields) -> tuple[Tensor, Fields]:
+    """Nearest values, and the fields with the better shift of each run."""
+    a, b = rows.scales(fields), rows.minimums(fields)
+    if not rows.layout.shift_width:
+        return _values(rows, metric, a, b, 0.0), fields
+    shifts, values = _best_shifts(rows, metric, a)
+    return values, replace(fields, shifts=shifts)
+
+
+def _best_shifts(rows: Rows, metric: Tensor, a: Tensor, *, scan: bool = False) -> tuple[Tensor, Tensor]:
+    """Shifts [E, R, C / shift_width] and values."""
+    width = rows.layout.shift_width
+    found = []
+    for sign in (1.0, -1.0):
+        shifts = torch.full((*rows.x.shape[:2], rows.x.shape[2] // width), sign, device=rows.x.device)
+        offsets = rows.offsets(shifts)
+        values = _values(rows, metric, a, None, offsets, scan=scan)
+        error = _sum(_squares(rows.x - rows.wide(a) * (values + offsets), metric), width)
+        found.append((shifts, values, error))
+    (shifts, values, error), (other, other_values, other_error) = found
+    wins = other_error < error
+    wide = wins.repeat_interleave(width, dim=-1)
+    return torch.where(wins, other, shifts), torch.where(wide, other_values, values)
+
+
+def _fit_scales(rows: Rows, metric: Tensor, candidates: int) -> Fields:
+    """Types without minimums."""
+    layout = rows.layout
+    peak = rows.x.unflatten(-1, (-1, layout.sub_block)).abs().amax(-1)  # [E, R, S]
+    fractions = torch.linspace(*layout.fractions, candidates).tolist()
+    best: tuple[Tensor, Tensor, Tensor] | None = None
+    for fraction in (sign * one for one in fractions for sign in ((1, -1) if layout.has_signed_scales else (1,))):
+        a = peak * (fraction / layout.codebook.peak)
+        shifts = None
+        if layout.shift_width:
+            shifts, values = _best_shifts(rows, metric, a, scan=True)
+        else:
+            values = _values(rows, metric, a, None, 0.0, scan=True)
+        product, square = _products(rows, metric, values + rows.offsets(shifts))
+        a = product / square.clamp_min(_TINY)
+        gain = product * a  # what the squared error falls by
+        if best is None:
+            best = gain, a, square
+        else:
+            wins = gain > best[0]
+            best = tuple(torch.where(wins, new, old) for new, old in zip((gain, a, square), best, strict=True))
+    assert best is not None
+    d, scales = round_scales(rows, best[1], best[2])
+    return Fields(d, scales)
+
+
+def _fit_affine(rows: Rows, metric: Tensor, candidates: int) -> Fields:
+    """Types with minimums: both ends of the range are tried, then scale and minimum fitted together."""
+    layout = rows.layout
+    levels = layout.codebook.peak
+    x = rows.x.unflatten(-1, (-1, layout.sub_block))  # [E, R, S, n]
+    w = metric.unflatten(-1, (-1, layout.sub_block)).unsqueeze(1)  # [E, 1, S, n]
+    low, high = x.amin(-1).clamp_max(0), x.amax(-1).clamp_min(0)
+    fractions = torch.linspace(0.6, 1.0, max(2, candidates // 2)).tolist()
+    best: tuple[Tensor, Tensor, Tensor] | None = None
+    for below in fractions:
+        for above in fractions:
+            a = ((above * high - below * low) / levels).clamp_min(_TINY)
+            b = -below * low
+            for _ in range(2):
+                a, b = _line(x, w, ((x + b.unsqueeze(-1)) / a.unsqueeze(-1)).round_().clamp_(0, levels))
+            q = ((x + b.unsqueeze(-1)) / a.unsqueeze(-1)).round_().clamp_(0, levels)
+            error = ((x - a.unsqueeze(-1) * q + b.unsqueeze(-1)).square_() * w).sum(-1)
+            if best is None:
+                best = error, a, b
+            else:
+                wins = error < best[0]
+                best = tuple(torch.where(wins, new, old) for new, old in zip((error, a, b), best, strict=True))
+    assert best is not None
+    _, a, b = best
+    q = ((x + b.unsqueeze(-1)) / a.unsqueeze(-1)).round_().clamp_(0, levels)
+    d, scales = round_scales(rows, a, (w * q * q).sum(-1))
+    fields = Fields(d, scales)
+    a = rows.scales(fields).unsqueeze(-1)
+    for _ in range(2):
+        q = torch.where(a != 0, (x + b.unsqueeze(-1)) / a, 0.0).round_().clamp_(0, levels)
+        b = ((w * (a * q - x)).sum(-1) / w.sum(-1).clamp_min(_TINY)).clamp_min(0)
+    dmin, mins = round_scales(rows, b, w.sum(-1).expand_as(b))
+    return replace(fields, dmin=dmin, mins=mins)
+
+
+def _line(x: Tensor, w: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted least squares of x = a q - b with b >= 0; all [..., n] -> [...]."""
+    sw, sq, sqq = w.sum(-1), (w * q).sum(-1), (w * q * q).sum(-1)
+    sx, sxq = (w * x).sum(-1), (w * x * q).sum(-1)
+    determinant = sw * sqq - sq * sq
+    a = (sw * sxq - sq * sx) / determinant.clamp_min(_TINY)
+    b = (a * sq - sx) / sw.clamp_min(_TINY)
+    through_zero = (b < 0) | (determinant <= 1e-9 * sw * sqq)
+    a = torch.where(through_zero, sxq / sqq.clamp_min(_TINY), a).clamp_min(_TINY)
+    return a, torch.where(through_zero, 0.0, b)
+
+
+def round_scales(rows: Rows, free: Tensor, curvature: Tensor) -> tuple[Tensor, Tensor]:
+    """Super-block scale [E, R, B] and codes [E, R, S] that stand for free scales [E, R, S] with least weighted error.
+
+    `curvature` [E, R, S] is what a unit of squared difference costs.
+    """
+    layout = rows.layout
+    table = layout.multiplier_table(free.device)
+    per_block = layout.super_block // layout.sub_block
+    free, curvature = free.unflatten(-1, (-1, per_block)), curvature.unflatten(-1, (-1, per_block))
+    if layout.has_power_of_two_scale:
+        d = rows.rounded(free)
+        return d.squeeze(-1), torch.bucketize(free / d, (table[1:] + table[:-1]) / 2).flatten(-2)
+    if len(table) == 1:
+        return rows.rounded(free.squeeze(-1)), torch.zeros_like(free, dtype=torch.int64).flatten(-2)
+    middles = (table[1:] + table[:-1]) / 2
+    peak = free.abs().amax(-1, keepdim=True)
+
+    def codes_of(d: Tensor) -> Tensor:
+        return torch.bucketize(torch.where(d != 0, free / d, 0.0), middles)
+
+    best: tuple[Tensor, Tensor, Tensor] | None = None
+    for share in torch.linspace(0.4, 1.15, _SUPER_SCALES).tolist():
+        d = peak / (share * table[-1])
+        for _ in range(2):
+            m = table[codes_of(d)]
+            square = (curvature * m * m).sum(-1, keepdim=True)
+            d = torch.where(square > 0, (curvature * m * free).sum(-1, keepdim=True) / square.clamp_min(_TINY), d)
+        d = rows.rounded(d)
+        codes = codes_of(d)
+        error = (curvature * (free - d * table[codes]).square()).sum(-1, keepdim=True)
+        if best is None:
+            best = error, d, codes
+        else:
+            wins = error < best[0]
+            best = tuple(torch.where(wins, new, old) for new, old in zip((error, d, codes), best, strict=True))
+    assert best is not None
+    return best[1].squeeze(-1), best[2].flatten(-2)
+
+
+def _neighbours(rows: Rows, metric: Tensor, fields: Fields, values: Tensor) -> tuple[Fields, Tensor]:
+    """Try the scale code below and above (and minimums likewise) in every sub-block, with a full search each."""
+    layout = rows.layout
+    if len(layout.multipliers) == 1:
+        return fields, values
+    error = _sum(_error(rows, metric, fields, values), layout.sub_block)
+    best = fields
+    for step, min_step in _steps(layout.num_mins > 0):
+        scales = (fields.scales + step).clamp(0, len(layout.multipliers) - 1)
+        mins = None if fields.mins is None else (fields.mins + min_step).clamp(0, layout.num_mins - 1)
+        trial = replace(fields, scales=scales, mins=mins)
+        found, trial = _search(rows, metric, trial)
+        trial_error = _sum(_error(rows, metric, trial, found), layout.sub_block)
+        wins = trial_error < error
+        error = torch.where(wins, trial_error, error)
+        best = replace(
+            best,
+            scales=torch.where(wins, trial.scales, best.scales),
+            mins=None if mins is None else torch.where(wins, mins, best.mins),
+            shifts=_chosen_shifts(wins, trial, best),
+        )
+        values = torch.where(rows.wide(wins), found, values)
+    return best, values
+
+
+def _chosen_shifts(wins: Tensor, new: Fields, old: Fields) -> Tensor | None:
+    if new.shifts is None or old.shifts is None:
+        return None
+    return torch.where(wins.repeat_interleave(new.shifts.shape[-1] // wins.shape[-1], dim=-1), new.shifts, old.shifts)
+
+
+def _steps(has_mins: bool) -> list[tuple[int, int]]:
+    if not has_mins:
+        return [(-1, 0), (1, 0)]
+    return [(s, m) for s in (-1, 0, 1) for m in (-1, 0, 1) if (s, m) != (0, 0)]
+
+
+def _refit(rows: Rows, metric: Tensor, fields: Fields, values: Tensor) -> Fields:
+    """`d` (and `dmin`) by weighted least squares over each super-block, as they will be stored."""
+    layout = rows.layout
+    units = rows.wide(layout.multiplier_table(rows.x.device)[fields.scales]) * (values + rows.offsets(fields.shifts))
+    b = rows.minimums(fields)
+    x = rows.x if b is None else rows.x + rows.wide(b)
+    d = _least_squares(x, units, metric, layout.super_block, fields.d)
+    d = rows.rounded(d)
+    if fields.mins is None or fields.dmin is None:
+        return replace(fields, d=d)
+    fields = replace(fields, d=d)
+    ups = rows.wide(rows.scales(fields)) * values
+    dmin = _least_squares(ups - rows.x, rows.wide(fields.mins.float()), metric, layout.super_block, fields.dmin)
+    return replace(fields, dmin=rows.rounded(dmin.clamp_min(0)))
+
+
+def _least_squares(x: Tensor, units: Tensor, metric: Tensor, width: int, otherwise: Tensor) -> Tensor:
+    w = metric.unsqueeze(1)
+    square = _sum(w * units * units, width)
+    return torch.where(square > 0, _sum(w * x * units, width) / square.clamp_min(_TINY), otherwise)
+
+
+def _products(rows: Rows, metric: Tensor, units: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted x . u and u . u of every sub-block [E, R, S]."""
+    w, width = metric.unsqueeze(1), rows.layout.sub_block
+    return _sum(w * rows.x * units, width), _sum(w * units * units, width)
+
+
+def _error(rows: Rows, metric: Tensor, fields: Fields, values: Tensor) -> Tensor:
+    return _squares(rows.x - rows.decoded(fields, values), metric)
+
+
+def _squares(difference: Tensor, metric: Tensor) -> Tensor:
+    return difference.square() * metric.unsqueeze(1)
+
+
+def _sum(t: Tensor, width: int) -> Tensor:
+    return t.unflatten(-1, (-1, width)).sum(-1)

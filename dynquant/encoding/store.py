@@ -1,0 +1,109 @@
+"""Blocks of every (tensor, type), encoded once and kept on disk, for all plans that are tried.
+
+    DIR/ggml-1f2e3d4c5b6a/blk.3.ffn_down_exps.weight.IQ2_XXS
+
+The folder's name holds a hash of what decides the bytes: checkpoint, statistics, second moments, encoder and its
+version. A file is a tensor's blocks and nothing else, in the order of GGUF; it appears whole or not at all. Float types
+are not kept: they cost no more to make than to read.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dynquant.calibration.second_moments import SecondMoments, load_beside
+from dynquant.calibration.statistics import CalibrationStats
+from dynquant.checkpoints.model import Model
+from dynquant.encoding.interface import Encoder
+from dynquant.encoding.stream import Guidance, encode_tensor, encoder_version, guidance_of
+from dynquant.errors import ExportError
+from dynquant.formats import decode
+from dynquant.formats.quant_types import QUANT_TYPES
+from dynquant.process_usage import count_mapped
+from dynquant.recipes.plan import write_atomically
+
+ENCODED_NAME = "encoded"
+"""The folder of all stores beside a plan."""
+
+
+@dataclass(frozen=True)
+class EncodedStore:
+    """Encodes tensors of `model` on demand; `directory` is this store's own, from `store_directory`."""
+
+    model: Model
+    guidance: Guidance
+    encoder: Encoder
+    directory: Path
+    threads: int | None = None
+
+    def packed(self, name: str, type_name: str) -> torch.Tensor:
+        """Blocks of a tensor, uint8 [..., rows, row_bytes], from disk where they were encoded before.
+
+        Only what is used of them is read: the error table asks for a few experts at a time.
+
+        Raises:
+            EncodeError: NaN or Inf weights, or a type that needs statistics the tensor has none of.
+            ExportError: the disk is full or cannot be written to.
+        """
+        stored = QUANT_TYPES[type_name]
+        shape = tuple(self.model.source.info(name).shape)
+        file = self.directory / f"{name}.{stored.name}"
+        if stored.is_float:
+            return encode_tensor(self.model, name, stored, self.guidance, self.encoder).view(*shape[:-1], -1)
+        if file.is_file() and file.stat().st_size == stored.tensor_bytes(shape):
+            content = np.memmap(file, dtype=np.uint8, mode="c")
+            count_mapped(content.size)
+            return torch.from_numpy(content).view(*shape[:-1], stored.row_bytes(shape[-1]))
+        packed = encode_tensor(self.model, name, stored, self.guidance, self.encoder, threads=self.threads)
+        write_atomically(file, packed.contiguous().numpy().tobytes())
+        return packed.view(*shape[:-1], -1)
+
+    def decoded(self, name: str, type_name: str) -> torch.Tensor:
+        """The tensor as a runtime sees it, float32 in its own shape."""
+        shape = tuple(self.model.source.info(name).shape)
+        return decode(type_name, self.packed(name, type_name), shape)
+
+
+def open_store(
+    model: Model,
+    stats: CalibrationStats | None,
+    stats_path: Path,
+    encoder: Encoder,
+    *,
+    stats_hash: str,
+    parent: Path,
+    threads: int | None = None,
+) -> EncodedStore:
+    """The store below `parent` of what `encoder` makes under these statistics and the second moments beside them.
+
+    Raises:
+        StatsError: the second moments are damaged, or of another calibration.
+        ExportError: the directory cannot be made.
+    """
+    moments = load_beside(stats_path, stats) if stats is not None and encoder.uses_hessians else None
+    directory = store_directory(parent, model, stats_hash, encoder, moments)
+    return EncodedStore(model, guidance_of(stats, moments), encoder, directory, threads)
+
+
+def store_directory(
+    parent: Path, model: Model, stats_hash: str, encoder: Encoder, moments: SecondMoments | None = None
+) -> Path:
+    """Where blocks of this checkpoint, these statistics and second moments, and this encoder are kept.
+
+    Raises:
+        ExportError: the directory cannot be made.
+    """
+    content = [model.fingerprint, stats_hash, encoder.name, encoder_version(encoder)]
+    if moments is not None:
+        content.append(moments.identity)
+    directory = parent / f"{encoder.name}-{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ExportError(f"{directory} cannot be made: {error.strerror or os.strerror(error.errno or 0)}.") from error
+    return directory

@@ -1,0 +1,302 @@
+"""The stream of quantized tensors: each is loaded and encoded in parts that whichever exporter writes at once.
+
+Neither the float32 copy of a whole expert stack nor its packed bytes ever exist (`parts`). What an encoder is told of a
+part, `PartInput`, can be gathered in one process and encoded in another. A quantized GGUF that already stores the
+wanted type gives its own bytes.
+"""
+
+import importlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+
+from dynquant.calibration.importance import importance
+from dynquant.calibration.second_moments import SecondMoments, hessian
+from dynquant.calibration.statistics import CalibrationStats
+from dynquant.checkpoints.gguf_source import GGUFSource
+from dynquant.checkpoints.model import Model
+from dynquant.encoding.interface import Encoder, ProtectedWeight
+from dynquant.encoding.parts import PartLimits, TensorPart, load_packed_part, load_part
+from dynquant.errors import EncodeError, PlanError
+from dynquant.formats.quant_types import QuantType
+from dynquant.recipes.plan import Plan
+from dynquant.session import Progress
+
+ImportanceLookup = Callable[[str, tuple[int, ...]], torch.Tensor | None]
+"""Tensor name and shape -> E[x^2], float32 [experts, row_length]; None when calibration did not see its input."""
+HessianLookup = Callable[[str, tuple[int, ...], slice], torch.Tensor | None]
+"""Tensor name, shape and experts -> E[x xᵀ], float32 [experts, row_length, row_length]; None when it is not known."""
+
+PartStream = Callable[[Iterable[TensorPart]], Iterable[tuple[TensorPart, torch.Tensor]]]
+"""Encodes parts, somewhere and in any order, and gives each with its blocks."""
+
+_ENCODERS = {
+    "ggml": ("dynquant.encoding.ggml", "GgmlEncoder"),
+    "dynquant": ("dynquant.encoding.dynquant_encoder", "DynquantEncoder"),
+}
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """What encoders are told of each tensor besides its weights."""
+
+    importance: ImportanceLookup | None = None
+    hessian: HessianLookup | None = None
+    protected: Mapping[str, tuple[ProtectedWeight, ...]] = field(default_factory=dict)
+
+
+def guidance_of(
+    stats: CalibrationStats | None,
+    moments: SecondMoments | None,
+    protected: Mapping[str, tuple[ProtectedWeight, ...]] | None = None,
+) -> Guidance:
+    """What calibration knows, for an encoder; `protected` are super weights by tensor."""
+    if stats is None:
+        return Guidance(protected=protected or {})
+    return Guidance(
+        importance=partial(importance, stats),
+        hessian=None if moments is None else partial(hessian, moments, stats),
+        protected=protected or {},
+    )
+
+
+@dataclass(frozen=True)
+class QuantizedPart:
+    """A part as it is stored. `packed` is uint8 [..., rows, row_bytes]; 1-D tensors have one row."""
+
+    part: TensorPart
+    packed: torch.Tensor
+
+
+@dataclass(frozen=True)
+class PartInput:
+    """All that decides the blocks of a part beside the encoder: see `Encoder.encode`."""
+
+    part: TensorPart
+    weights: torch.Tensor
+    importance: torch.Tensor | None
+    hessian: torch.Tensor | None
+    protected: tuple[ProtectedWeight, ...]
+
+
+def load_encoder(name: str, device: str | None = None) -> Encoder:
+    """The encoder of this name; `device` is for those that can use a GPU, and None lets them choose.
+
+    Raises:
+        EncodeError: no encoder of that name, or a device that it cannot use.
+    """
+    if name not in _ENCODERS:
+        raise EncodeError(f"There is no encoder `{name}`; use one of {', '.join(_ENCODERS)}.")
+    module_name, class_name = _ENCODERS[name]
+    encoder_class = getattr(importlib.import_module(module_name), class_name)
+    return encoder_class(device) if encoder_class.uses_hessians else encoder_class()
+
+
+def encoder_version(encoder: Encoder) -> str:
+    """What decides the encoder's bytes beside dynquant's own version: the release of ggml, or of PyTorch."""
+    if encoder.name != "ggml":
+        return torch.__version__
+    from dynquant.encoding.ggml import ggml_version
+
+    return ggml_version()
+
+
+def parts_of_plan(
+    plan: Plan, guidance: Guidance, encoder: Encoder, limits: PartLimits | None = None, *, whole: Collection[str] = ()
+) -> dict[str, list[TensorPart]]:
+    """Tensor name -> its parts. Tensors named in `whole` have one, whatever the limits.
+
+    Raises:
+        ExportError: the limits are too tight for a tensor.
+    """
+    limits = limits or PartLimits()
+    found = {}
+    for entry in plan.entries:
+        if entry.name in whole:
+            found[entry.name] = [TensorPart.whole(entry.name, entry.shape, entry.quant_type)]
+            continue
+        hessians = _uses_hessian(guidance, encoder, entry.quant_type)
+        found[entry.name] = limits.parts(entry.name, entry.shape, entry.quant_type, hessians=hessians)
+    return found
+
+
+def quantize(
+    model: Model,
+    plan: Plan,
+    guidance: Guidance,
+    encoder: Encoder,
+    *,
+    parts: Mapping[str, list[TensorPart]] | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    skip: Collection[str] = (),
+    elsewhere: PartStream | None = None,
+) -> Iterator[QuantizedPart]:
+    """Every part of every tensor of the plan, without those whose key or tensor name is in `skip`.
+
+    Here, parts come in the model's order; `elsewhere`, in its own. `parts` are those of `parts_of_plan`.
+
+    Raises:
+        PlanError: the plan is of another checkpoint, or gives a tensor another shape.
+        EncodeError: NaN or Inf weights, or a type that needs statistics the model has none of; both name the tensor.
+    """
+    check_plan(model, plan)
+    check_importance(plan, guidance.importance, skip=skip)
+    parts = parts or parts_of_plan(plan, guidance, encoder)
+    every = [part for name in model.source.names() for part in parts[name]]
+    wanted = [part for part in every if part.key not in skip and part.name not in skip]
+    counter = _Counter(progress, plan.num_weights, plan.num_weights - sum(part.num_weights for part in wanted))
+    if elsewhere is not None:
+        counter.add(0)  # the stage begins before workers do
+        for part, packed in elsewhere(wanted):
+            counter.tensor = part.name
+            counter.add(part.num_weights)
+            yield QuantizedPart(part, packed)
+        return
+    for part in wanted:
+        counter.begin(part.name)
+        packed = encode_part(model, part, guidance, encoder, threads=threads, on_weights=counter.add)
+        yield QuantizedPart(part, packed)
+
+
+def check_plan(model: Model, plan: Plan) -> None:
+    """Refuse a plan that is not exactly of this model.
+
+    Raises:
+        PlanError: another fingerprint, a missing or unknown tensor, or another shape.
+    """
+    plan.check_covers(model.source.names(), model.fingerprint, model.name)
+    for entry in plan.entries:
+        shape = model.source.info(entry.name).shape
+        if entry.shape != tuple(shape):
+            raise PlanError(
+                f"The plan gives `{entry.name}` the shape {entry.shape}, but {model.name} stores {tuple(shape)}. "
+                f"Run `dynquant plan` on {model.name}."
+            )
+
+
+def check_importance(plan: Plan, importance: ImportanceLookup | None, *, skip: Collection[str] = ()) -> None:
+    """Refuse, before hours of encoding, types that ggml cannot encode without an importance matrix.
+
+    Raises:
+        EncodeError: naming the tensor and its type.
+    """
+    for entry in plan.entries:
+        if not entry.quant_type.needs_imatrix or entry.name in skip:
+            continue
+        if importance is None or importance(entry.name, entry.shape) is None:
+            raise EncodeError(
+                f"`{entry.name}` is planned as {entry.type}, which needs an importance matrix, but there are no "
+                "statistics of its input. Calibrate the model and give the statistics, or choose another type."
+            )
+
+
+@dataclass
+class _Counter:
+    """Weights done, those of an earlier run included, and the tensor that is being encoded."""
+
+    progress: Progress | None
+    total: int
+    done: int
+    tensor: str = ""
+
+    def begin(self, tensor: str) -> None:
+        self.tensor = tensor
+        self.add(0)
+
+    def add(self, num_weights: int) -> None:
+        self.done += num_weights
+        if self.progress is not None:
+            self.progress("quantize", self.done, self.total, unit="weights", tensor=self.tensor)
+
+
+def encode_tensor(
+    model: Model,
+    name: str,
+    stored: QuantType,
+    guidance: Guidance,
+    encoder: Encoder,
+    *,
+    threads: int | None = None,
+) -> torch.Tensor:
+    """One tensor's blocks, uint8 [..., rows, row_bytes], encoded part by part.
+
+    Raises:
+        EncodeError: NaN or Inf weights, or a type that needs statistics the tensor has none of.
+    """
+    shape = tuple(model.source.info(name).shape)
+    parts = PartLimits().parts(name, shape, stored, hessians=_uses_hessian(guidance, encoder, stored))
+    encoded = (encode_input(gather(model, part, guidance, encoder), encoder, threads=threads) for part in parts)
+    if len(parts) == 1:
+        return next(encoded)
+    packed = torch.empty(stored.tensor_bytes(shape), dtype=torch.uint8)
+    for part, blocks in zip(parts, encoded, strict=True):
+        packed[part.offset : part.offset + part.num_bytes] = blocks.reshape(-1)
+    return packed.view(*shape[:-1], -1)
+
+
+def encode_part(
+    model: Model,
+    part: TensorPart,
+    guidance: Guidance,
+    encoder: Encoder,
+    *,
+    threads: int | None = None,
+    on_weights: Callable[[int], None] | None = None,
+) -> torch.Tensor:
+    """A part's blocks, uint8 [..., rows, row_bytes]; `on_weights` hears how many weights each step encoded.
+
+    Raises:
+        EncodeError: NaN or Inf weights, or a type that needs statistics the tensor has none of.
+    """
+    if not is_stored(model, part):
+        given = gather(model, part, guidance, encoder)
+        return encode_input(given, encoder, threads=threads, on_weights=on_weights)
+    if on_weights is not None:
+        on_weights(part.num_weights)
+    assert isinstance(model.source, GGUFSource)
+    return load_packed_part(model.source, part)
+
+
+def is_stored(model: Model, part: TensorPart) -> bool:
+    """Whether the source's own blocks are the wanted ones; floats go through the encoder, which checks for NaN."""
+    holds_blocks = isinstance(model.source, GGUFSource) and not part.quant_type.is_float
+    return holds_blocks and model.source.info(part.name).dtype == part.quant_type.name
+
+
+def gather(model: Model, part: TensorPart, guidance: Guidance, encoder: Encoder) -> PartInput:
+    """Read what an encoder needs for a part."""
+    stored, experts = part.quant_type, slice(part.experts.start, part.experts.stop)
+    uses_importance = stored.uses_imatrix or (encoder.uses_hessians and not stored.is_float)
+    importance = guidance.importance(part.name, part.shape) if guidance.importance and uses_importance else None
+    if importance is not None and len(part.shape) == 3:
+        importance = importance[0] if len(importance) == 1 else importance[experts]
+    hessian = None
+    if guidance.hessian is not None and _uses_hessian(guidance, encoder, stored):
+        hessian = guidance.hessian(part.name, part.shape, experts)
+    protected = tuple(
+        replace(scalar, expert=(scalar.expert or 0) - part.experts.start, row=scalar.row - part.rows.start)
+        for scalar in guidance.protected.get(part.name, ())
+        if (scalar.expert or 0) in part.experts and scalar.row in part.rows
+    )
+    return PartInput(part, load_part(model.source, part), importance, hessian, protected)
+
+
+def encode_input(
+    given: PartInput,
+    encoder: Encoder,
+    *,
+    threads: int | None = None,
+    on_weights: Callable[[int], None] | None = None,
+) -> torch.Tensor:
+    """The blocks of a part from what was gathered for it, uint8 [..., rows, row_bytes]."""
+    return encoder.encode(
+        given.part.quant_type, given.weights, given.importance, threads,
+        name=given.part.name, hessian=given.hessian, protected=given.protected, progress=on_weights,
+    )  # fmt: skip
+
+
+def _uses_hessian(guidance: Guidance, encoder: Encoder, stored: QuantType) -> bool:
+    return guidance.hessian is not None and encoder.uses_hessians and not stored.is_float

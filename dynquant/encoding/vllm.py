@@ -1,0 +1,184 @@
+"""Encodes linear layers into the schemes that vLLM serves, and decodes them as compressed-tensors does.
+
+Scales, codewords and error feedback are found by the search of the dynquant encoder: with a hessian e H eᵀ is made
+small, with an importance its diagonal, without either the plain squared error.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dynquant.encoding.dynquant_encoder import loss_under
+from dynquant.encoding.interface import RowsDone, check_finite
+from dynquant.encoding.search.layouts import MXFP4_FIRST
+from dynquant.encoding.search.rows import Rows
+from dynquant.encoding.search.served_layouts import E2M1_MAX, E4M3_MAX, served_layout
+from dynquant.errors import EncodeError
+from dynquant.formats.vllm_schemes import Scheme
+
+_CPU_WEIGHTS = 1 << 21
+_GPU_WEIGHTS = 1 << 25
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+@dataclass(frozen=True)
+class ServedWeights:
+    """Weights [R, C] of one linear layer in a scheme.
+
+    `codes` float32 [R, C] are integers, E4M3 or E2M1 numbers; `scales` [R, G] as they are stored.
+    """
+
+    scheme: Scheme
+    codes: Tensor
+    scales: Tensor
+    global_scale: float | None = None
+
+    def decoded(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weights as compressed-tensors decompresses them in a model of `dtype`."""
+        scales = self.scales
+        if self.scheme.strategy == "none":
+            return self.codes.to(dtype)
+        if scales.dtype == torch.uint8:
+            scales = torch.exp2(scales.to(torch.float32) - 127)
+        scales = scales.to(torch.float32)
+        if self.global_scale is not None:
+            scales = scales / torch.tensor([self.global_scale])
+        products = self.codes * scales.repeat_interleave(self.codes.shape[-1] // scales.shape[-1], dim=-1)
+        # The library unpacks E2M1 numbers in bfloat16, whatever the model's type is.
+        is_fp4 = self.scheme.kind == "float" and self.scheme.num_bits == 4
+        return (products.to(torch.bfloat16) if is_fp4 else products).to(dtype)
+
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors to write, by suffix; see `serving_schemes`."""
+        scheme, codes = self.scheme, self.codes
+        if scheme.strategy == "none":
+            return {"weight": codes.to(torch.bfloat16)}
+        if scheme.kind == "int":
+            packed = _packed_integers(codes, scheme.num_bits)
+            return {
+                "weight_packed": packed, "weight_scale": self.scales, "weight_shape": torch.tensor(codes.shape),
+            }  # fmt: skip
+        if scheme.num_bits == 8:
+            return {"weight": codes.to(torch.float8_e4m3fn), "weight_scale": self.scales}
+        parts = {"weight_packed": _packed_e2m1(codes), "weight_scale": self.scales}
+        if self.global_scale is not None:
+            parts["weight_global_scale"] = torch.tensor([self.global_scale])
+        return parts
+
+
+def nvfp4_global_scale(peak: float) -> float:
+    """What NVFP4's scales are multiplied with, for layers whose largest magnitude is `peak`; exact in float32.
+
+    vLLM takes one for all layers that it fuses, so `peak` is that of all of them.
+    """
+    return float(torch.tensor(E4M3_MAX * E2M1_MAX / peak if peak > 0 else 1.0))
+
+
+def encode_served(
+    scheme: Scheme,
+    group: int,
+    weights: Tensor,
+    *,
+    importance: Tensor | None = None,
+    hessian: Tensor | None = None,
+    global_scale: float | None = None,
+    device: torch.device | None = None,
+    name: str = "tensor",
+    progress: RowsDone | None = None,
+) -> list[ServedWeights]:
+    """Encode a stack of linear layers [E, R, C] that count as experts; a single layer is a stack of one.
+
+    Args:
+        scheme: What to store.
+        group: Weights of a row that share a scale; 0 for the whole row.
+        weights: float32 [E, R, C].
+        importance: E[x²] of the inputs, [E, C].
+        hessian: E[x xᵀ] of the inputs, [E, C, C] or [1, C, C] for all; positive definite.
+        global_scale: `nvfp4_global_scale`, for NVFP4A16.
+        device: Where to search; default the CPU.
+        name: For error messages.
+        progress: Told how many weights are done.
+
+    Raises:
+        EncodeError: NaN or Inf weights, or weights beyond the range of the scheme.
+    """
+    peak = check_finite(weights, name=name)
+    if scheme.strategy == "none":
+        return [ServedWeights(scheme, one.to(torch.bfloat16).to(torch.float32), one[:, :0]) for one in weights]
+    device = device or torch.device("cpu")
+    layout = served_layout(scheme, weights.shape[-1], group, global_scale)
+    if peak > layout.largest_weight:
+        raise EncodeError(
+            f"`{name}` cannot be encoded as {scheme.name}: its largest weight is {peak:.3g}. Keep it as BF16."
+        )
+    loss = loss_under(weights.shape, importance, hessian, device)
+    codes, scales = torch.empty_like(weights), []
+    for part in _row_slices(weights, device):
+        rows = Rows.of(layout, weights[:, part].to(device, torch.float32))
+        fields, values = loss.blocks(rows)
+        codes[:, part] = values.cpu()
+        scales.append(_stored_scales(scheme, fields.d * rows.unit, fields.scales, global_scale).cpu())
+        if progress is not None:
+            progress(rows.x.numel())
+    if scheme.kind == "float" and scheme.num_bits == 4:
+        codes = codes / 2  # ggml's table holds E2M1 numbers doubled
+    return [ServedWeights(scheme, *one, global_scale) for one in zip(codes, torch.cat(scales, dim=1), strict=True)]
+
+
+def from_stored(scheme: Scheme, parts: Mapping[str, Tensor]) -> ServedWeights:
+    """The inverse of `ServedWeights.stored`."""
+    if scheme.strategy == "none":
+        return ServedWeights(scheme, parts["weight"].to(torch.float32), parts["weight"][:, :0])
+    if scheme.kind == "int":
+        codes = _unpacked_integers(parts["weight_packed"], scheme.num_bits)
+    elif scheme.num_bits == 8:
+        codes = parts["weight"].to(torch.float32)
+    else:
+        codes = _unpacked_e2m1(parts["weight_packed"])
+    global_scale = float(parts["weight_global_scale"]) if "weight_global_scale" in parts else None
+    return ServedWeights(scheme, codes, parts["weight_scale"], global_scale)
+
+
+def _stored_scales(scheme: Scheme, d: Tensor, exponents: Tensor, global_scale: float | None) -> Tensor:
+    if scheme.strategy == "tensor_group":
+        assert global_scale is not None
+        return (2 * global_scale * d).to(torch.float8_e4m3fn)
+    if scheme.kind == "float" and scheme.num_bits == 4:
+        return (exponents + MXFP4_FIRST).to(torch.uint8)
+    return d.to(torch.bfloat16)
+
+
+def _row_slices(weights: Tensor, device: torch.device) -> Iterator[slice]:
+    limit = _CPU_WEIGHTS if device.type == "cpu" else _GPU_WEIGHTS
+    step = max(1, limit // (weights.shape[0] * weights.shape[-1]))
+    return (slice(start, start + step) for start in range(0, weights.shape[1], step))
+
+
+def _packed_integers(codes: Tensor, num_bits: int) -> Tensor:
+    """Codes, offset to start at 0, from the low bits of each int32 up; the row length is a multiple of 32."""
+    per_byte = 8 // num_bits
+    unsigned = (codes + (1 << (num_bits - 1))).to(torch.uint8).unflatten(-1, (-1, per_byte))
+    bytes_ = unsigned[..., 0] if per_byte == 1 else unsigned[..., 0] | (unsigned[..., 1] << 4)
+    return bytes_.contiguous().view(torch.int32)
+
+
+def _unpacked_integers(packed: Tensor, num_bits: int) -> Tensor:
+    bytes_ = packed.contiguous().view(torch.uint8)
+    if num_bits == 4:
+        bytes_ = torch.stack((bytes_ & 15, bytes_ >> 4), dim=-1).flatten(-2)
+    return bytes_.to(torch.float32) - (1 << (num_bits - 1))
+
+
+def _packed_e2m1(codes: Tensor) -> Tensor:
+    """Bit 3 is the sign, bits 0 to 2 the place in _E2M1; the first of two neighbours is in the low bits."""
+    places = torch.bucketize(codes.abs(), torch.tensor(_E2M1)).to(torch.uint8)
+    nibbles = (places | ((codes < 0).to(torch.uint8) << 3)).unflatten(-1, (-1, 2))
+    return nibbles[..., 0] | (nibbles[..., 1] << 4)
+
+
+def _unpacked_e2m1(packed: Tensor) -> Tensor:
+    nibbles = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2).to(torch.int64)
+    magnitudes = torch.tensor(_E2M1)[nibbles & 7]
+    return torch.where(nibbles >= 8, -magnitudes, magnitudes)

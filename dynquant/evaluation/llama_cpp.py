@@ -1,0 +1,223 @@
+"""llama.cpp through the low-level API of llama-cpp-python: loading, tokenizing, and logits of windows and branches.
+
+The key/value cache is F32 and flash attention off: with its defaults a mixture of experts differs from float32 by a
+mean KL of 1e-4.
+"""
+
+import ctypes
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dynquant.errors import CheckpointError, EvaluationError
+from dynquant.process_usage import count_mapped_files
+from dynquant.resources import usable_cores
+
+BATCH_TOKENS = 512
+"""Tokens per llama_decode call, and its physical batch; part of the layout that compared models must share."""
+
+MAX_BRANCHES = 26
+
+
+class _LlamaLog:
+    """The tail of llama.cpp's warnings and errors, kept instead of printed."""
+
+    def __init__(self) -> None:
+        import llama_cpp
+
+        self._lines: deque[str] = deque(maxlen=8)
+        # An attribute, because llama.cpp keeps only the raw pointer of the callback.
+        self.callback = llama_cpp.llama_log_callback(self._keep)
+        llama_cpp.llama_backend_init()
+        self.clear()
+
+    def _keep(self, level: int, text: bytes, _user_data: object) -> None:
+        warning, error = 3, 4  # enum ggml_log_level of ggml.h
+        if level in (warning, error):
+            self._lines.append(text.decode("utf-8", errors="replace").strip())
+
+    def clear(self) -> None:
+        """Forget earlier lines, and listen again: the callback is the process's, others may have replaced it."""
+        import llama_cpp
+
+        self._lines.clear()
+        llama_cpp.llama_log_set(self.callback, ctypes.c_void_p(0))
+
+    def last(self) -> str:
+        """The latest line alone."""
+        return self._lines[-1] if self._lines else "no reason given"
+
+    def __str__(self) -> str:
+        return "; ".join(line for line in self._lines if line) or "no reason given"
+
+
+@cache
+def llama_log() -> _LlamaLog:
+    """The log of this process."""
+    return _LlamaLog()
+
+
+def load_llama_model(path: Path, *, vocab_only: bool) -> ctypes.c_void_p:
+    try:
+        import llama_cpp
+    except ImportError as error:
+        raise EvaluationError(
+            f"{path.name} is a GGUF file, and running it needs llama-cpp-python: install dynquant with the extra "
+            f'"llama" ({error}).'
+        ) from error
+
+    log = llama_log()
+    log.clear()
+    params = llama_cpp.llama_model_default_params()
+    params.vocab_only = vocab_only
+    model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
+    if not model:
+        raise CheckpointError(f"{path.name}: llama.cpp cannot load the file: {log}")
+    if not vocab_only:
+        count_mapped_files([path])
+    return model
+
+
+@contextmanager
+def llama_vocabulary(path: Path) -> Iterator[tuple[ctypes.c_void_p, ctypes.c_void_p]]:
+    """A model loaded without weights, and its vocabulary."""
+    model = load_llama_model(path, vocab_only=True)
+    import llama_cpp
+
+    try:
+        yield model, llama_cpp.llama_model_get_vocab(model)
+    finally:
+        llama_cpp.llama_model_free(model)
+
+
+def llama_encode(vocab: ctypes.c_void_p, text: str, *, add_special: bool = True) -> list[int]:
+    import llama_cpp
+
+    data = text.encode("utf-8")
+    capacity = len(data) + 8
+    tokens = (llama_cpp.llama_token * capacity)()
+    count = llama_cpp.llama_tokenize(vocab, data, len(data), tokens, capacity, add_special, False)
+    if count < 0:
+        raise EvaluationError(f"llama.cpp's tokenizer failed on a text of {len(data)} bytes.")
+    return list(tokens[:count])
+
+
+def llama_metadata(model: ctypes.c_void_p, key: str) -> str:
+    import llama_cpp
+
+    buffer = ctypes.create_string_buffer(256)
+    length = llama_cpp.llama_model_meta_val_str(model, key.encode(), buffer, len(buffer))
+    return buffer.value.decode() if length >= 0 else ""
+
+
+class LlamaCppRunner:
+    """A GGUF model in llama.cpp. Sequence 0 holds the shared prefix, 1 a question, 2 and up its answer branches."""
+
+    def __init__(self, path: Path, *, threads: int | None = None) -> None:
+        import llama_cpp
+
+        self._api = llama_cpp
+        self._path = path
+        self._threads = threads or usable_cores()
+        self._model = load_llama_model(path, vocab_only=False)
+        self._batch = llama_cpp.llama_batch_init(BATCH_TOKENS, 0, 1)
+        self._context = None
+        self._prefix_length = 0
+        self.vocab_size: int = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
+
+    def reserve(self, num_tokens: int) -> None:
+        self._free_context()
+        params = self._api.llama_context_default_params()
+        params.n_ctx = max(num_tokens, BATCH_TOKENS)  # llama.cpp aborts when sequences outnumber its tokens
+        params.n_batch = params.n_ubatch = BATCH_TOKENS
+        params.n_seq_max = 2 + MAX_BRANCHES
+        params.kv_unified = True  # sequences share the prefix's cells instead of each getting n_ctx / n_seq_max
+        params.n_threads = params.n_threads_batch = self._threads
+        params.type_k = params.type_v = self._api.GGML_TYPE_F32
+        params.flash_attn_type = self._api.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self._context = self._api.llama_init_from_model(self._model, params)
+        if not self._context:
+            raise EvaluationError(
+                f"{self._path.name}: llama.cpp cannot make a context of {num_tokens} tokens: {llama_log()}. "
+                "Use a smaller window, or a machine with more memory."
+            )
+        self._memory = self._api.llama_get_memory(self._context)
+
+    def window_logits(self, tokens: Sequence[int]) -> torch.Tensor:
+        self._clear(len(tokens))
+        return self._decode([(token, i, 0, True) for i, token in enumerate(tokens)])
+
+    def hold_prefix(self, tokens: Sequence[int]) -> None:
+        self._clear(len(tokens))
+        self._decode([(token, i, 0, False) for i, token in enumerate(tokens)])
+        self._prefix_length = len(tokens)
+
+    def branch_logits(self, suffix: Sequence[int], branches: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        if len(branches) > MAX_BRANCHES:
+            raise EvaluationError(f"a question has {len(branches)} choices; at most {MAX_BRANCHES} can be scored.")
+        question, start = 1, self._prefix_length
+        self._copy_sequence(0, question)
+        end = start + len(suffix)
+        last = len(suffix) - 1
+        first = self._decode([(token, start + i, question, i == last) for i, token in enumerate(suffix)])
+        entries = []
+        for i, branch in enumerate(branches):
+            if len(branch) > 1:
+                self._copy_sequence(question, 2 + i)
+                entries += [(token, end + j, 2 + i, True) for j, token in enumerate(branch[:-1])]
+        later = self._decode(entries).split([len(branch) - 1 for branch in branches])
+        for sequence in range(1, 2 + len(branches)):
+            self._api.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+        return [torch.cat([first, rows]) for rows in later]
+
+    def close(self) -> None:
+        self._free_context()
+        if self._model:
+            self._api.llama_batch_free(self._batch)
+            self._api.llama_model_free(self._model)
+            self._model = None
+
+    def _free_context(self) -> None:
+        if self._context:
+            self._api.llama_free(self._context)
+        self._context = None
+
+    def _clear(self, num_tokens: int) -> None:
+        if not self._context or self._api.llama_n_ctx(self._context) < num_tokens:
+            self.reserve(num_tokens)
+        self._api.llama_memory_clear(self._memory, True)
+        self._prefix_length = 0
+
+    def _copy_sequence(self, source: int, target: int) -> None:
+        self._api.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+
+    def _decode(self, entries: Sequence[tuple[int, int, int, bool]]) -> torch.Tensor:
+        """Decode (token, position, sequence, wants logits) entries; returns the wanted rows in entry order."""
+        rows = [self._decode_batch(entries[i : i + BATCH_TOKENS]) for i in range(0, len(entries), BATCH_TOKENS)]
+        return torch.cat(rows) if rows else torch.empty(0, self.vocab_size)
+
+    def _decode_batch(self, entries: Sequence[tuple[int, int, int, bool]]) -> torch.Tensor:
+        batch = self._batch
+        batch.n_tokens = len(entries)
+        for i, (token, position, sequence, wants_logits) in enumerate(entries):
+            batch.token[i] = token
+            batch.pos[i] = position
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = sequence
+            batch.logits[i] = wants_logits
+        code = self._api.llama_decode(self._context, batch)
+        if code != 0:
+            raise EvaluationError(
+                f"{self._path.name}: llama_decode returned {code} for {len(entries)} tokens: {llama_log()}"
+            )
+        num_rows = sum(wants for *_, wants in entries)
+        if num_rows == 0:
+            return torch.empty(0, self.vocab_size)
+        pointer = self._api.llama_get_logits(self._context)
+        return torch.from_numpy(np.ctypeslib.as_array(pointer, shape=(num_rows, self.vocab_size)).copy())

@@ -1,0 +1,254 @@
+"""Few-shot multiple-choice questions in MMLU's two formats, scored by the log-probability of the answers.
+
+Prompts, continuations and their tokenization are those of lm-evaluation-harness 0.4 (`mmlu` and `mmlu_continuation`):
+the letter format lists the choices and scores " A" to " D"; the cloze format shows no choices and scores each choice's
+own text, divided by its length in UTF-8 bytes. The keys and values of the few-shot prefix that a subject's questions
+share are computed once. Generated answers and chat templates are left out.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dynquant.errors import EvaluationError
+from dynquant.evaluation.llama_cpp import MAX_BRANCHES
+from dynquant.evaluation.runners import LogitRunner
+from dynquant.storage.strict_json import parse_json
+
+Scoring = Literal["letter", "cloze"]
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+class Question(BaseModel):
+    """One line of a question file; `answer` is the index of the right choice."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    subject: str
+    question: str
+    choices: tuple[str, ...] = Field(min_length=2, max_length=MAX_BRANCHES)
+    answer: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _answer_is_a_choice(self) -> "Question":
+        if self.answer >= len(self.choices):
+            raise ValueError(f"answer {self.answer} is not an index into {len(self.choices)} choices")
+        if not all(choice.strip() for choice in self.choices):
+            raise ValueError("a choice is empty")
+        return self
+
+
+@dataclass(frozen=True)
+class EncodedQuestion:
+    """Token ids of a prompt and of its answers, as given to every model."""
+
+    question: Question
+    prompt: tuple[int, ...]
+    answers: tuple[tuple[int, ...], ...]
+    dropped_shots: int
+
+
+@dataclass(frozen=True)
+class AnswerScores:
+    """One model's summed log-probabilities of a question's answers, over the full vocabulary."""
+
+    question: Question
+    log_probs: np.ndarray  # float64 [choices]
+
+    def prediction(self, scoring: Scoring) -> int:
+        """Index of the best answer; cloze answers are compared per byte of their text."""
+        return int(np.argmax(self._normalized(scoring)))
+
+    def probability_among_choices(self, scoring: Scoring) -> float:
+        """Softmax over the choices only, of the right answer."""
+        scores = self._normalized(scoring)
+        weights = np.exp(scores - scores.max())
+        return float(weights[self.question.answer] / weights.sum())
+
+    @property
+    def probability(self) -> float:
+        """Probability of the right answer's tokens in the full vocabulary."""
+        return float(np.exp(self.log_probs[self.question.answer]))
+
+    def _normalized(self, scoring: Scoring) -> np.ndarray:
+        if scoring == "letter":
+            return self.log_probs
+        return self.log_probs / np.array([len(choice.encode()) for choice in self.question.choices])
+
+
+def load_questions(source: str | Path, *, split: str = "test") -> list[Question]:
+    """Questions of a .jsonl file, or of a `datasets` id such as `cais/mmlu` (configuration `all`) when online.
+
+    Raises EvaluationError when the file is missing, empty or has a malformed line, naming it.
+    """
+    path = Path(source)
+    if not path.is_file():
+        if path.suffix or path.is_absolute():
+            raise EvaluationError(f"The question file {source} does not exist; check the path.")
+        return _load_from_datasets(str(source), split)
+    questions = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                questions.append(_parse_question(line, f"{path.name}, line {number}"))
+    if not questions:
+        raise EvaluationError(f"{path.name} holds no questions.")
+    return questions
+
+
+def _parse_question(line: str, where: str) -> Question:
+    try:
+        return Question.model_validate(parse_json(line))
+    except ValueError as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise EvaluationError(
+            f"{where} is not a question ({reason}). Each line needs subject, question, choices and answer "
+            "(the index of the right choice)."
+        ) from error
+
+
+def _load_from_datasets(name: str, split: str) -> list[Question]:
+    from datasets import load_dataset
+
+    try:
+        rows: Iterable[dict] = load_dataset(name, "all", split=split)
+    except Exception as error:
+        raise EvaluationError(
+            f"{name} is no local file, and the data set could not be loaded ({error}). "
+            "Give a .jsonl file with subject, question, choices and answer, or go online."
+        ) from error
+    return [Question.model_validate(dict(row)) for row in rows]
+
+
+def take_evenly(questions: Sequence[Question], limit: int | None) -> list[Question]:
+    """At most `limit` questions at equal steps through the list, so that every subject keeps its share."""
+    if limit is None or limit >= len(questions):
+        return list(questions)
+    if limit < 1:
+        raise EvaluationError(f"The limit of questions must be at least 1, got {limit}.")
+    return [questions[i * len(questions) // limit] for i in range(limit)]
+
+
+def render_prompt(question: Question, shots: Sequence[Question], scoring: Scoring) -> str:
+    """Description, answered shots and the open question, ending in "Answer:"."""
+    kind = "multiple choice questions" if scoring == "letter" else "questions"
+    description = f"The following are {kind} (with answers) about {question.subject.replace('_', ' ')}.\n\n"
+    answered = "".join(f"{_render(s, scoring)} {answer_texts(s, scoring)[s.answer]}\n\n" for s in shots)
+    return description + answered + _render(question, scoring)
+
+
+def answer_texts(question: Question, scoring: Scoring) -> list[str]:
+    """What is scored after "Answer: ": letters, or the choices themselves."""
+    return list(LETTERS[: len(question.choices)]) if scoring == "letter" else list(question.choices)
+
+
+def _render(question: Question, scoring: Scoring) -> str:
+    text = question.question.strip()
+    if scoring == "cloze":
+        return f"Question: {text}\nAnswer:"
+    listed = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, question.choices, strict=False))
+    return f"{text}\n{listed}\nAnswer:"
+
+
+def encode_questions(
+    questions: Sequence[Question],
+    shots: Sequence[Question],
+    scoring: Scoring,
+    encode: Callable[[str], list[int]],
+    *,
+    num_shots: int,
+    context_length: int,
+) -> list[EncodedQuestion]:
+    """Tokenize prompts with the first `num_shots` shots of each subject.
+
+    A prompt that does not fit `context_length` with its longest answer loses its oldest shots; `dropped_shots` counts
+    them. Raises EvaluationError when a subject has fewer shots than asked, or when a question alone does not fit.
+    """
+    by_subject: dict[str, list[Question]] = {}
+    for shot in shots:
+        by_subject.setdefault(shot.subject, []).append(shot)
+    encoded = []
+    for question in questions:
+        own = by_subject.get(question.subject, [])[:num_shots]
+        if len(own) < num_shots:
+            raise EvaluationError(
+                f"Subject {question.subject!r} has {len(own)} example questions, but {num_shots} shots were asked for. "
+                "Add examples to the shots file, or ask for fewer shots."
+            )
+        encoded.append(_encode_question(question, own, scoring, encode, context_length))
+    return encoded
+
+
+def _encode_question(
+    question: Question,
+    shots: list[Question],
+    scoring: Scoring,
+    encode: Callable[[str], list[int]],
+    context_length: int,
+) -> EncodedQuestion:
+    for dropped in range(len(shots) + 1):
+        text = render_prompt(question, shots[dropped:], scoring)
+        prompt = encode(text)
+        # The prompt is encoded together with each answer and split at its own length, as the harness does: a
+        # tokenizer may merge characters across the seam.
+        answers = [tuple(encode(f"{text} {answer}")[len(prompt) :]) for answer in answer_texts(question, scoring)]
+        if not all(answers):
+            raise EvaluationError(f"An answer to {question.question[:60]!r} has no tokens of its own after the prompt.")
+        if len(prompt) + max(map(len, answers)) - 1 <= context_length:
+            return EncodedQuestion(question, tuple(prompt), tuple(answers), dropped)
+    raise EvaluationError(
+        f"The question {question.question[:60]!r} ({question.subject}) takes {len(prompt)} tokens without any shot, "
+        f"more than the context of {context_length}. Leave it out of the question file."
+    )
+
+
+def tokens_in_memory(encoded: Sequence[EncodedQuestion]) -> int:
+    """The largest number of key/value cells that any question and its answers occupy together."""
+    return max(len(e.prompt) + sum(len(answer) - 1 for answer in e.answers) for e in encoded)
+
+
+def score_questions(
+    runner: LogitRunner,
+    encoded: Sequence[EncodedQuestion],
+    *,
+    num_columns: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[AnswerScores]:
+    """Log-probabilities of every answer, in the order of `encoded`; logits beyond `num_columns` are ignored."""
+    groups: dict[tuple[str, int], list[int]] = {}
+    for i, item in enumerate(encoded):
+        groups.setdefault((item.question.subject, item.dropped_shots), []).append(i)
+    runner.reserve(tokens_in_memory(encoded))
+    scores: dict[int, AnswerScores] = {}
+    for indices in groups.values():
+        # At least one token must be left to run, because the answer's first logits come from it.
+        shared = _common_prefix([encoded[i].prompt[:-1] for i in indices])
+        runner.hold_prefix(shared)
+        for i in indices:
+            rows = runner.branch_logits(encoded[i].prompt[len(shared) :], encoded[i].answers)
+            log_probs = [_sum_log_probs(r[:, :num_columns], a) for r, a in zip(rows, encoded[i].answers, strict=True)]
+            scores[i] = AnswerScores(encoded[i].question, np.array(log_probs))
+            progress(len(scores), len(encoded))
+    return [scores[i] for i in range(len(encoded))]
+
+
+def _common_prefix(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    length = 0
+    for column in zip(*prompts, strict=False):
+        if len(set(column)) > 1:
+            break
+        length += 1
+    return prompts[0][:length]
+
+
+def _sum_log_probs(logits: torch.Tensor, tokens: Sequence[int]) -> float:
+    log_probs = logits.double().log_softmax(dim=-1)
+    total = float(log_probs[torch.arange(len(tokens)), torch.tensor(tokens)].sum())
+    if np.isnan(total):
+        raise EvaluationError("The model's logits contain NaN; its weights are damaged or overflow.")
+    return total

@@ -1,0 +1,279 @@
+"""Results of an evaluation as one JSON document, and the rows of its before/after table."""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from dynquant import __version__
+from dynquant.evaluation.multiple_choice import AnswerScores, EncodedQuestion, Scoring
+from dynquant.evaluation.reference_cache import TokenScores
+from dynquant.evaluation.statistics import (
+    Estimate,
+    block_sums,
+    bootstrap_mean,
+    mcnemar_exact,
+    only_one,
+    wilson_interval,
+)
+
+SCHEMA_VERSION = 1
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelIdentity(_Record):
+    """Which model was run, and how; `fingerprint` is reference_cache.model_fingerprint."""
+
+    name: str
+    runner: Literal["transformers", "llama.cpp"]
+    file_bytes: int
+    fingerprint: str
+
+
+class Divergence(_Record):
+    """KL(reference || candidate) per token, in nats."""
+
+    mean: Estimate
+    median: float
+    p99_9: float
+    maximum: float
+    top1_agreement: Estimate
+    block_sums: tuple[float, ...] = ()
+    """Sums over the blocks of 64 tokens that intervals are drawn from, for paired comparisons with another file."""
+
+
+class TextResult(_Record):
+    """One text. `perplexity_ratio` is candidate over reference on the same tokens."""
+
+    name: str
+    sha256: str
+    scored_tokens: int
+    windows: int
+    reference_perplexity: Estimate
+    candidate_perplexity: Estimate
+    perplexity_ratio: Estimate
+    kl: Divergence | None
+
+
+class SubjectAccuracy(_Record):
+    questions: int
+    reference: float
+    candidate: float
+
+
+class ChoiceScores(_Record):
+    """One model on a question set.
+
+    `accuracy`: letters by log-probability, cloze answers by log-probability per byte. `summed_accuracy`: not per byte.
+    `right_probability_among_choices`: mean softmax over the choices' scores only (letter: log-probabilities; cloze:
+    log-probabilities per byte). `right_probability_full_vocabulary`: mean probability of the right answer's tokens.
+    """
+
+    accuracy: Estimate
+    summed_accuracy: Estimate
+    right_probability_among_choices: Estimate
+    right_probability_full_vocabulary: Estimate
+    predictions: tuple[int, ...]
+
+
+class MultipleChoiceResult(_Record):
+    """Both models on the same questions. `mcnemar_p` is two-sided and exact."""
+
+    scoring: Scoring
+    questions: int
+    questions_with_dropped_shots: int
+    dropped_shots: int
+    reference: ChoiceScores
+    candidate: ChoiceScores
+    same_prediction: float
+    only_reference_right: int
+    only_candidate_right: int
+    mcnemar_p: float
+    right_answers: tuple[int, ...]
+    subjects: dict[str, SubjectAccuracy]
+
+
+class EvalReport(_Record):
+    """Everything `evaluate` found; `seconds` is the wall time of each stage, about 0 where the cache answered."""
+
+    schema_version: int = SCHEMA_VERSION
+    tool_version: str = __version__
+    reference: ModelIdentity
+    candidate: ModelIdentity
+    options: dict[str, int | str | list[str] | None]
+    texts: list[TextResult]
+    multiple_choice: list[MultipleChoiceResult]
+    notes: list[str]
+    seconds: dict[str, float]
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=2) + "\n"
+
+
+class SummaryRow(NamedTuple):
+    """One line of the before/after table; empty cells do not apply."""
+
+    section: str
+    metric: str
+    reference: str
+    candidate: str
+    comparison: str
+
+
+def summarize_text(
+    name: str,
+    sha256: str,
+    window_lengths: list[int],
+    reference_log_prob: np.ndarray,
+    scores: TokenScores,
+    *,
+    with_kl: bool,
+) -> TextResult:
+    """Means with intervals over the scored tokens of one text."""
+
+    def perplexity(log_prob: np.ndarray) -> Estimate:
+        mean = bootstrap_mean(-log_prob, window_lengths)
+        return Estimate(value=np.exp(mean.value), low=np.exp(mean.low), high=np.exp(mean.high))
+
+    divergence = Divergence(
+        mean=bootstrap_mean(scores.divergence, window_lengths),
+        median=float(np.median(scores.divergence)),
+        p99_9=float(np.quantile(scores.divergence, 0.999)),
+        maximum=float(scores.divergence.max()),
+        top1_agreement=bootstrap_mean(scores.same_top, window_lengths),
+        block_sums=tuple(block_sums(scores.divergence, window_lengths)[0].tolist()),
+    )
+    return TextResult(
+        name=name,
+        sha256=sha256,
+        scored_tokens=len(reference_log_prob),
+        windows=len(window_lengths),
+        reference_perplexity=perplexity(reference_log_prob),
+        candidate_perplexity=perplexity(scores.target_log_prob),
+        perplexity_ratio=perplexity(scores.target_log_prob - reference_log_prob),
+        kl=divergence if with_kl else None,
+    )
+
+
+def summarize_choices(
+    scoring: Scoring,
+    encoded: Sequence[EncodedQuestion],
+    reference: Sequence[AnswerScores],
+    candidate: Sequence[AnswerScores],
+) -> MultipleChoiceResult:
+    """Accuracies of both models and their paired comparison."""
+    answers = np.array([e.question.answer for e in encoded])
+    predictions = [np.array([s.prediction(scoring) for s in scores]) for scores in (reference, candidate)]
+    right = [p == answers for p in predictions]
+    only_reference, only_candidate = only_one(*(one.tolist() for one in right))
+    return MultipleChoiceResult(
+        scoring=scoring,
+        questions=len(encoded),
+        questions_with_dropped_shots=sum(e.dropped_shots > 0 for e in encoded),
+        dropped_shots=sum(e.dropped_shots for e in encoded),
+        reference=_choice_scores(scoring, reference, predictions[0], right[0]),
+        candidate=_choice_scores(scoring, candidate, predictions[1], right[1]),
+        same_prediction=float((predictions[0] == predictions[1]).mean()),
+        only_reference_right=only_reference,
+        only_candidate_right=only_candidate,
+        mcnemar_p=mcnemar_exact(only_reference, only_candidate),
+        right_answers=tuple(answers.tolist()),
+        subjects=_by_subject(encoded, *right),
+    )
+
+
+def _choice_scores(
+    scoring: Scoring, scores: Sequence[AnswerScores], predictions: np.ndarray, right: np.ndarray
+) -> ChoiceScores:
+    singles = [1] * len(scores)
+    summed_right = sum(int(s.log_probs.argmax()) == s.question.answer for s in scores)
+    return ChoiceScores(
+        accuracy=wilson_interval(int(right.sum()), len(right)),
+        summed_accuracy=wilson_interval(summed_right, len(right)),
+        right_probability_among_choices=bootstrap_mean(
+            np.array([s.probability_among_choices(scoring) for s in scores]), singles
+        ),
+        right_probability_full_vocabulary=bootstrap_mean(np.array([s.probability for s in scores]), singles),
+        predictions=tuple(predictions.tolist()),
+    )
+
+
+def _by_subject(
+    encoded: Sequence[EncodedQuestion], reference_right: np.ndarray, candidate_right: np.ndarray
+) -> dict[str, SubjectAccuracy]:
+    rows: dict[str, list[int]] = {}
+    for i, item in enumerate(encoded):
+        rows.setdefault(item.question.subject, []).append(i)
+    return {
+        subject: SubjectAccuracy(
+            questions=len(indices),
+            reference=float(reference_right[indices].mean()),
+            candidate=float(candidate_right[indices].mean()),
+        )
+        for subject, indices in sorted(rows.items())
+    }
+
+
+def summary_rows(report: EvalReport) -> list[SummaryRow]:
+    """The before/after table, text by text and scoring by scoring, without any layout."""
+    rows = [
+        SummaryRow(
+            "file", "bytes", f"{report.reference.file_bytes:,}", f"{report.candidate.file_bytes:,}", _shrink(report)
+        )
+    ]
+    for text in report.texts:
+        rows += _text_rows(text)
+    for result in report.multiple_choice:
+        rows += _choice_rows(result)
+    return rows
+
+
+def _shrink(report: EvalReport) -> str:
+    return f"{report.candidate.file_bytes / max(1, report.reference.file_bytes):.1%} of the reference"
+
+
+def _text_rows(text: TextResult) -> list[SummaryRow]:
+    section = f"{text.name} ({text.scored_tokens:,} tokens)"
+    rows = [
+        SummaryRow(
+            section, "perplexity", f"{text.reference_perplexity.value:.3f}", f"{text.candidate_perplexity.value:.3f}",
+            f"ratio {_interval(text.perplexity_ratio)}",
+        )
+    ]  # fmt: skip
+    if text.kl:
+        rows += [
+            SummaryRow(section, "mean KL (nats)", "", "", _interval(text.kl.mean)),
+            SummaryRow(section, "median KL", "", "", f"{text.kl.median:.4g}"),
+            SummaryRow(section, "99.9th percentile KL", "", "", f"{text.kl.p99_9:.4g}"),
+            SummaryRow(section, "top-1 agreement", "", "", _percent_interval(text.kl.top1_agreement)),
+        ]
+    return rows
+
+
+def _choice_rows(result: MultipleChoiceResult) -> list[SummaryRow]:
+    section = f"{result.questions:,} questions, {result.scoring} scoring"
+    if result.questions_with_dropped_shots:
+        section += f", shots dropped from {result.questions_with_dropped_shots:,}"
+    paired = (
+        f"only reference right {result.only_reference_right}, only candidate right {result.only_candidate_right}, "
+        f"McNemar p = {result.mcnemar_p:.3g}"
+    )
+    before, after = result.reference, result.candidate
+    pairs = [("accuracy", before.accuracy, after.accuracy, paired)]
+    if result.scoring == "cloze":
+        pairs.append(("accuracy, not per byte", before.summed_accuracy, after.summed_accuracy, ""))
+    choices = before.right_probability_among_choices, after.right_probability_among_choices
+    pairs.append(("P(right) among choices", *choices, ""))
+    return [SummaryRow(section, m, _percent_interval(r), _percent_interval(c), note) for m, r, c, note in pairs]
+
+
+def _interval(estimate: Estimate) -> str:
+    return f"{estimate.value:.4g} [{estimate.low:.4g}, {estimate.high:.4g}]"
+
+
+def _percent_interval(estimate: Estimate) -> str:
+    return f"{estimate.value:.1%} [{estimate.low:.1%}, {estimate.high:.1%}]"

@@ -1,0 +1,93 @@
+"""How each GGUF tensor is made of checkpoint tensors, and a tensor source that follows those recipes lazily.
+
+Nothing is read until a tensor is asked for, and one expert of a stacked tensor is read without its neighbours, whether
+the checkpoint stores experts one by one or fused.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from dynquant.checkpoints.tensor_source import TensorInfo, TensorSource
+from dynquant.errors import CheckpointError
+
+Transform = Callable[[torch.Tensor], torch.Tensor]
+
+
+def unchanged(values: torch.Tensor) -> torch.Tensor:
+    return values
+
+
+@dataclass(frozen=True)
+class TensorRecipe:
+    """One GGUF tensor. With several `parts`, each part is one slice of the first dimension (one expert)."""
+
+    name: str
+    parts: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    transform: Transform = unchanged
+    by_slice: bool = False
+    """`transform` may be applied to one slice of the (single) part's first dimension at a time."""
+    values: torch.Tensor | None = None
+    """The tensor itself, when it is computed from the configuration and no part is read."""
+
+    def load(self, source: TensorSource, index: int | slice | None) -> torch.Tensor:
+        """Float32 values of `shape`; with `index`, of one expert of a stack, or of some rows of a matrix."""
+        if self.values is not None:
+            return self.values if index is None else self.values[index]
+        if len(self.parts) > 1:
+            if index is not None:
+                return self.transform(load_finite(source, self.parts[index]))
+            return torch.stack([self.transform(load_finite(source, part)) for part in self.parts])
+        if self.by_slice or (self.transform is unchanged and isinstance(index, slice)):
+            return self.transform(load_finite(source, self.parts[0], index)).contiguous()
+        whole = self.transform(load_finite(source, self.parts[0]))
+        return (whole if index is None else whole[index]).contiguous()
+
+
+def load_finite(source: TensorSource, name: str, index: int | slice | None = None) -> torch.Tensor:
+    """A checkpoint tensor as float32. Raises CheckpointError when it holds NaN or infinite values."""
+    values = source.load(name, index)
+    if not torch.isfinite(values).all():
+        raise CheckpointError(
+            f"`{name}` holds NaN or infinite values; a model with such weights cannot be quantized. Fetch the "
+            "checkpoint again or repair that tensor."
+        )
+    return values
+
+
+class RecipeSource:
+    """The GGUF tensors of a Hugging Face checkpoint, as a TensorSource."""
+
+    def __init__(self, source: TensorSource, recipes: list[TensorRecipe]) -> None:
+        self._source = source
+        self._recipes = {recipe.name: recipe for recipe in recipes}
+
+    @property
+    def checkpoint(self) -> TensorSource:
+        """Where the parts of recipes are read."""
+        return self._source
+
+    @property
+    def fingerprint(self) -> str:
+        return self._source.fingerprint
+
+    def names(self) -> list[str]:
+        return list(self._recipes)
+
+    def info(self, name: str) -> TensorInfo:
+        recipe = self._recipes[name]
+        return TensorInfo(name, recipe.shape, recipe.dtype)
+
+    def load(self, name: str, index: int | slice | None = None) -> torch.Tensor:
+        return self._recipes[name].load(self._source, index)
+
+    def checkpoint_names(self, name: str) -> tuple[str, ...]:
+        """The checkpoint tensors that a GGUF tensor is made of: every expert of a stack, none if it is computed."""
+        return self._recipes[name].parts
+
+    def transform(self, name: str) -> Transform:
+        """How a GGUF tensor is made of its checkpoint tensor, or of each of them."""
+        return self._recipes[name].transform

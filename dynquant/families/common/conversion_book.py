@@ -1,0 +1,135 @@
+"""Collects the recipes of one checkpoint while a family names its tensors, and holds the family to the checkpoint.
+
+Every tensor that a family asks for must be there in the expected shape, and every tensor that is there must have been
+asked for: a bias or norm that a family does not know would otherwise be dropped in silence.
+"""
+
+import warnings
+from collections.abc import Callable, Collection
+
+import torch
+
+from dynquant.checkpoints.tensor_source import TensorSource
+from dynquant.errors import CheckpointError
+from dynquant.families.common.config import WAY_OUT, Config
+from dynquant.families.common.conversion import TensorRecipe, Transform, unchanged
+
+_COMPUTED_BUFFERS = (".rotary_emb.inv_freq",)
+
+
+class RecipeBook:
+    """Recipes of one checkpoint, in the order in which they are added.
+
+    `source` may be None, for planning from `config.json` alone. Then `names` are those of the checkpoint's tensors,
+    whose shapes nobody checks, or None when they are not known either and every tensor counts as present.
+    `whole_kv_b` leaves MLA's `attn_kv_b` in one piece, as llama.cpp wrote it until April 2025.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        source: TensorSource | None,
+        *,
+        names: Collection[str] | None = None,
+        whole_kv_b: bool = False,
+    ) -> None:
+        self.config = config
+        self.recipes: list[TensorRecipe] = []
+        self.whole_kv_b = whole_kv_b
+        self._source = source
+        self._knows_names = source is not None or names is not None
+        self._stored = frozenset(source.names() if source else names or ())
+        self._unused = set(self._stored)
+        self._missing: list[str] = []
+
+    def holds(self, checkpoint_name: str) -> bool:
+        """Whether the checkpoint stores this tensor; without a list of names, no."""
+        return checkpoint_name in self._stored
+
+    def add(
+        self,
+        name: str,
+        checkpoint_name: str,
+        shape: tuple[int, ...],
+        *,
+        transform: Transform = unchanged,
+        stored_shape: tuple[int, ...] | None = None,
+        dtype: str | None = None,
+        optional: bool = False,
+    ) -> None:
+        """One GGUF tensor of `shape` made of one checkpoint tensor of `stored_shape` (default: the same)."""
+        if optional and not self.holds(checkpoint_name):
+            return
+        stored = self._take(checkpoint_name, stored_shape or shape)
+        self.recipes.append(TensorRecipe(name, (checkpoint_name,), shape, dtype or stored, transform))
+
+    def add_stack(self, name: str, checkpoint_names: tuple[str, ...], shape: tuple[int, ...]) -> None:
+        """A stacked tensor made of one checkpoint tensor per slice."""
+        if not checkpoint_names:
+            raise CheckpointError(f"{self.config.path} calls for experts and gives their number as 0. Fetch it again.")
+        dtypes = [self._take(part, shape[1:]) for part in checkpoint_names]
+        self.recipes.append(TensorRecipe(name, checkpoint_names, shape, dtypes[0]))
+
+    def add_rows(self, name: str, checkpoint_name: str, shape: tuple[int, ...], start: int, stored_rows: int) -> None:
+        """Rows `start…` of every slice of a fused tensor [slices, stored_rows, columns]."""
+        num_rows = shape[1]
+        dtype = self._take(checkpoint_name, (shape[0], stored_rows, shape[2]))
+        self.recipes.append(
+            TensorRecipe(name, (checkpoint_name,), shape, dtype, lambda t: t.narrow(-2, start, num_rows), by_slice=True)
+        )
+
+    def add_computed(self, name: str, values: torch.Tensor) -> None:
+        """A tensor that follows from the configuration."""
+        self.recipes.append(TensorRecipe(name, (), tuple(values.shape), "F32", values=values))
+
+    def drop(self, matches: Callable[[str], bool], reason: str) -> None:
+        """Leave out checkpoint tensors that GGUF has no place for, and say so."""
+        dropped = sorted(name for name in self._unused if matches(name))
+        if dropped:
+            self._unused.difference_update(dropped)
+            warnings.warn(f"{len(dropped)} tensors are left out ({_sample(dropped)}): {reason}", stacklevel=4)
+
+    def ignore(self, checkpoint_name: str) -> None:
+        """A tensor that transformers does not use either."""
+        self._unused.discard(checkpoint_name)
+
+    def finish(self) -> list[TensorRecipe]:
+        """All recipes.
+
+        Raises:
+            CheckpointError: tensors are missing, or stored but unknown to the family.
+        """
+        where = f"{self.config.path.parent} ({self.config.model_type})"
+        if self._missing:
+            raise CheckpointError(
+                f"{where} lacks {len(self._missing)} tensors that its configuration calls for: "
+                f"{_sample(self._missing)}. The download is incomplete, or config.json belongs to another model."
+            )
+        unknown = sorted(name for name in self._unused if not name.endswith(_COMPUTED_BUFFERS))
+        if unknown:
+            raise CheckpointError(
+                f"{where} holds {len(unknown)} tensors that its architecture has no place for: {_sample(unknown)}. "
+                f"Leaving them out would change the model. {WAY_OUT}"
+            )
+        return self.recipes
+
+    def _take(self, checkpoint_name: str, shape: tuple[int, ...]) -> str:
+        """Mark as used, check the shape, and return the stored type."""
+        if self._knows_names and not self.holds(checkpoint_name):
+            self._missing.append(checkpoint_name)
+            return "F32"
+        self._unused.discard(checkpoint_name)
+        if self._source is None:
+            return "BF16"
+        info = self._source.info(checkpoint_name)
+        if info.shape != shape:
+            raise CheckpointError(
+                f"`{checkpoint_name}` in {self.config.path.parent} has shape {list(info.shape)}, but config.json calls "
+                f"for {list(shape)}. The configuration belongs to another checkpoint."
+            )
+        return info.dtype
+
+
+def _sample(names: list[str]) -> str:
+    shown = ", ".join(f"`{name}`" for name in names[:4])
+    return shown if len(names) <= 4 else f"{shown}, …"

@@ -1,0 +1,354 @@
+"""The way back: `config.json` and tokenizer of a GGUF file of the known families, as transformers would write them.
+
+Each value is read from the metadata, or where the metadata leaves it open, from tensor shapes, or from what llama.cpp's
+graph always does. A key that may change what the model computes and is not understood here is refused.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NoReturn
+
+import torch
+
+from dynquant.checkpoints.gguf_source import GGUFSource
+from dynquant.errors import CheckpointError
+from dynquant.families.common.config import Config
+from dynquant.families.common.rope import llama3_factors, yarn_magnitude
+
+_GATING_SOFTMAX, _GATING_SIGMOID = 1, 2
+_MAX_NUMBER, _MAX_LAYERS = 1 << 31, 512
+_IGNORED_KEYS = frozenset({
+    "vocab_size", "tensor_data_layout", "attention.causal", "pooling_type", "tokenizer", "leading_dense_block_count",
+    "rope.scaling.finetuned", "nextn_predict_layers", "attention.sliding_window", "attention.sliding_window_pattern",
+    "rope.freq_base_swa", "rope.scale_linear", "feed_forward_length",
+})  # fmt: skip
+"""Display only, or read from where they apply."""
+
+
+class _Keys:
+    """Metadata and tensors of one file. `used` collects the architecture's keys that were read."""
+
+    def __init__(self, source: GGUFSource) -> None:
+        self.source = source
+        self.values: dict[str, Any] = {field.key: field.value for field in source.metadata}
+        self.arch = str(self.values.get("general.architecture", ""))
+        self.names = set(source.names())
+        self.used: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.used.add(key)
+        value = self.values.get(f"{self.arch}.{key}", default)
+        return value
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        """A whole number. Raises CheckpointError when it is absent without a default, or differs by layer."""
+        value = self.get(key, default)
+        if isinstance(value, list | tuple) and len(set(value)) == 1:
+            value = value[0]
+        largest = _MAX_LAYERS if key == "block_count" else _MAX_NUMBER
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= largest:
+            self.refuse(f"`{self.arch}.{key}` is {value!r:.80}, where one whole number up to {largest:,} is needed")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A finite number, rounded to what its float32 stands for."""
+        value = self.get(key, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
+            self.refuse(f"`{self.arch}.{key}` is {value!r}, where a finite number is needed")
+        return float(f"{value:.8g}")
+
+    def rows(self, name: str, dimension: int = 0) -> int:
+        """One dimension of a tensor."""
+        if name not in self.names:
+            self.refuse(f"it has no tensor `{name}`")
+        return self.source.info(name).shape[dimension]
+
+    def first(self, suffix: str) -> str | None:
+        """The first layer's tensor of this name, whichever layer that is."""
+        return next(
+            (f"blk.{i}.{suffix}" for i in range(self.integer("block_count")) if f"blk.{i}.{suffix}" in self.names), None
+        )
+
+    def refuse(self, reason: str) -> NoReturn:
+        raise CheckpointError(
+            f"{self.source.path} ({self.arch or 'no architecture'}) cannot be loaded in transformers: {reason}. Run it "
+            "in llama.cpp, or start from the Hugging Face checkpoint that it was made of."
+        )
+
+
+def config_from_gguf(source: GGUFSource) -> Config:
+    """The configuration of a GGUF file, with transformers' defaults filled in as `read_config` does.
+
+    Raises:
+        CheckpointError: an architecture outside the families, a missing value, or a key that is not understood.
+    """
+    from transformers import AutoConfig
+
+    keys = _Keys(source)
+    family = _FAMILIES.get(keys.arch)
+    if family is None:
+        keys.refuse(f"dynquant knows the architectures {', '.join(sorted(_FAMILIES))}")
+    raw = {**_common(keys), **family(keys), **_token_ids(keys)}
+    prefix = f"{keys.arch}."
+    unknown = [
+        key for key in keys.values if key.startswith(prefix) and key[len(prefix) :] not in keys.used | _IGNORED_KEYS
+    ]
+    if unknown:
+        keys.refuse(f"the key `{unknown[0]}` ({keys.values[unknown[0]]!r}) is not understood")
+    defaults = AutoConfig.for_model(**raw).to_dict()
+    return Config(source.path, {**raw, **defaults}, raw)
+
+
+def tokenizer_files(gguf_file: Path) -> dict[str, bytes]:
+    """Tokenizer files by name, made by transformers from a GGUF file; none when it cannot convert this tokenizer."""
+    import warnings
+
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, local_files_only=True)
+        with TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+    except Exception as error:  # transformers raises many types for what it cannot convert
+        warnings.warn(
+            f"{gguf_file}: transformers cannot convert the tokenizer ({error}); copy the original's tokenizer files.",
+            stacklevel=2,
+        )
+        return {}
+
+
+def _common(keys: _Keys) -> dict[str, Any]:
+    heads = keys.integer("attention.head_count")
+    bias = "blk.0.attn_q.bias" in keys.names
+    dense = keys.first("ffn_gate.weight")
+    width = keys.rows(dense) if dense else keys.integer("feed_forward_length", 0)
+    return {
+        "vocab_size": keys.rows("token_embd.weight"),
+        "hidden_size": keys.integer("embedding_length"),
+        "intermediate_size": width,
+        "num_hidden_layers": keys.integer("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys.integer("attention.head_count_kv", heads),
+        "max_position_embeddings": keys.integer("context_length"),
+        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
+        "attention_bias": bias,
+        "tie_word_embeddings": "output.weight" not in keys.names,
+        "dtype": "bfloat16",
+    }
+
+
+def _token_ids(keys: _Keys) -> dict[str, Any]:
+    names = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
+    found = {ours: keys.values.get(f"tokenizer.ggml.{theirs}_token_id") for theirs, ours in names.items()}
+    return {name: token_id for name, token_id in found.items() if token_id is not None}
+
+
+def _head_dim(keys: _Keys) -> int:
+    default = keys.integer("embedding_length") // keys.integer("attention.head_count")
+    width = keys.integer("attention.key_length", default)
+    if keys.integer("attention.value_length", width) != width:
+        keys.refuse("keys and values have different widths")
+    if keys.integer("rope.dimension_count", width) != width:
+        keys.refuse(f"only {keys.integer('rope.dimension_count')} of {width} dimensions of a head are rotated")
+    return width
+
+
+def _llama(keys: _Keys) -> dict[str, Any]:
+    raw = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_act": "silu",
+        "head_dim": _head_dim(keys),
+        "mlp_bias": "blk.0.ffn_gate.bias" in keys.names,
+        "rope_parameters": _rope(keys),
+    }
+    if not keys.integer("expert_count", 0):
+        keys.integer("expert_used_count", 0)
+        return raw
+    experts = {
+        "model_type": "mixtral",
+        "architectures": ["MixtralForCausalLM"],
+        "num_local_experts": keys.integer("expert_count"),
+        "num_experts_per_tok": keys.integer("expert_used_count"),
+        "sliding_window": None,
+        "intermediate_size": _expert_width(keys),
+    }
+    return {**raw, **experts}
+
+
+def _qwen(keys: _Keys) -> dict[str, Any]:
+    names = {"qwen2": "Qwen2", "qwen3": "Qwen3", "qwen2moe": "Qwen2Moe", "qwen3moe": "Qwen3Moe"}
+    raw = {
+        "model_type": keys.arch.replace("moe", "_moe"),
+        "architectures": [f"{names[keys.arch]}ForCausalLM"],
+        "hidden_act": "silu",
+        "head_dim": _head_dim(keys),
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "rope_parameters": _rope(keys),
+    }
+    if not keys.arch.endswith("moe"):
+        return raw
+    keys.get("expert_feed_forward_length")
+    keys.get("expert_shared_feed_forward_length")
+    raw |= {
+        "num_experts": keys.integer("expert_count"),
+        "num_experts_per_tok": keys.integer("expert_used_count"),
+        "moe_intermediate_size": _expert_width(keys),
+        "norm_topk_prob": keys.arch == "qwen3moe",
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+    if keys.arch == "qwen2moe":
+        raw["shared_expert_intermediate_size"] = keys.rows("blk.0.ffn_gate_shexp.weight")
+        raw["qkv_bias"] = "blk.0.attn_q.bias" in keys.names
+    return raw
+
+
+def _gemma3(keys: _Keys) -> dict[str, Any]:
+    head_dim, layers = _head_dim(keys), keys.integer("block_count")
+    period = keys.integer("attention.sliding_window_pattern", 6)
+    window = keys.integer("attention.sliding_window", 0)
+    sliding, full = "sliding_attention", "full_attention"
+    types = [full if not window or (i + 1) % period == 0 else sliding for i in range(layers)]
+    scale = keys.integer("embedding_length") // keys.integer("attention.head_count") if layers == 62 else head_dim
+    local = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa", 10000.0)}
+    cap = keys.get("final_logit_softcapping")
+    return {
+        "model_type": "gemma3_text",
+        "architectures": ["Gemma3ForCausalLM"],
+        "hidden_activation": "gelu_pytorch_tanh",
+        "head_dim": head_dim,
+        "query_pre_attn_scalar": scale,
+        "sliding_window": window or keys.integer("context_length"),
+        "layer_types": types,
+        "rope_parameters": {full: _rope(keys, default_base=1e6), sliding: local},
+        "final_logit_softcapping": None if cap is None else keys.number("final_logit_softcapping"),
+        "attn_logit_softcapping": None,
+    }
+
+
+def _deepseek(keys: _Keys) -> dict[str, Any]:
+    rope = keys.integer("rope.dimension_count")
+    # Files from before llama.cpp absorbed MLA (April 2025) give the widths of heads under the plain keys.
+    key_width = keys.integer("attention.key_length_mla", keys.integer("attention.key_length", 0))
+    value_width = keys.integer("attention.value_length_mla", keys.integer("attention.value_length", 0))
+    is_v3 = "exp_probs_b.bias" in {name.split(".", 2)[-1] for name in keys.names}
+    gating = keys.integer("expert_gating_func", _GATING_SIGMOID if is_v3 else _GATING_SOFTMAX)
+    if gating != (_GATING_SIGMOID if is_v3 else _GATING_SOFTMAX):
+        keys.refuse(
+            f"`{keys.arch}.expert_gating_func` is {gating} {'with' if is_v3 else 'without'} router corrections, which "
+            "is neither DeepSeek V2 nor V3"
+        )
+    groups, used = keys.integer("expert_group_count", 1), keys.integer("expert_group_used_count", 1)
+    width, shared = _expert_width(keys), keys.integer("expert_shared_count", 0)
+    keys.get("expert_feed_forward_length")
+    q_rank = keys.integer("attention.q_lora_rank", 0) if keys.first("attn_q_a.weight") else None
+    keys.get("attention.q_lora_rank")
+    raw = {
+        "model_type": "deepseek_v3" if is_v3 else "deepseek_v2",
+        "architectures": ["DeepseekV3ForCausalLM" if is_v3 else "DeepseekV2ForCausalLM"],
+        "hidden_act": "silu",
+        "num_key_value_heads": keys.integer("attention.head_count"),
+        "kv_lora_rank": keys.integer("attention.kv_lora_rank"),
+        "q_lora_rank": q_rank,
+        "qk_rope_head_dim": rope,
+        "qk_nope_head_dim": key_width - rope,
+        "v_head_dim": value_width,
+        "moe_intermediate_size": width,
+        "n_routed_experts": keys.integer("expert_count"),
+        "num_experts_per_tok": keys.integer("expert_used_count"),
+        "n_shared_experts": shared,
+        "first_k_dense_replace": keys.integer("leading_dense_block_count", 0),
+        "routed_scaling_factor": keys.number("expert_weights_scale", 1.0),
+        "norm_topk_prob": bool(keys.get("expert_weights_norm", False)),
+        "n_group": groups,
+        "topk_group": used,
+        "rope_parameters": _deepseek_rope(keys),
+    }
+    if not is_v3:
+        raw["topk_method"] = "greedy" if groups <= 1 else "group_limited_greedy"
+        if raw["norm_topk_prob"]:
+            keys.refuse("its router normalizes weights, which transformers' DeepSeek V2 does not")
+    return raw
+
+
+_FAMILIES: dict[str, Callable[[_Keys], dict[str, Any]]] = {
+    "llama": _llama,
+    "qwen2": _qwen,
+    "qwen3": _qwen,
+    "qwen2moe": _qwen,
+    "qwen3moe": _qwen,
+    "gemma3": _gemma3,
+    "deepseek2": _deepseek,
+}
+
+
+def _expert_width(keys: _Keys) -> int:
+    stack = keys.first("ffn_gate_exps.weight")
+    if stack is None:
+        keys.refuse("it names experts, but has no stacked expert tensors (`ffn_gate_exps`)")
+    return keys.rows(stack, 1)
+
+
+def _rope(keys: _Keys, *, default_base: float = 10000.0) -> dict[str, Any]:
+    parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base", default_base)}
+    kind = keys.get("rope.scaling.type", "none")
+    attention = keys.number("rope.scaling.attn_factor", 1.0)
+    if "rope_freqs.weight" in keys.names:
+        return parameters | _llama3(keys, parameters["rope_theta"])
+    factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 1.0))
+    if kind == "linear" or (kind == "none" and factor != 1.0 and "rope.scaling.type" not in keys.values):
+        return parameters | ({"rope_type": "linear", "factor": factor} if factor != 1.0 else {})
+    if kind == "yarn":
+        parameters |= {"rope_type": "yarn", "factor": factor} | _yarn(keys)
+        if attention != 1.0:
+            parameters["attention_factor"] = attention * yarn_magnitude(factor)
+        return parameters
+    if kind != "none":
+        keys.refuse(f"rope scaling `{kind}` is not supported (known: none, linear, yarn, llama3)")
+    return parameters
+
+
+def _yarn(keys: _Keys) -> dict[str, Any]:
+    parameters: dict[str, Any] = {
+        "original_max_position_embeddings": keys.integer(
+            "rope.scaling.original_context_length", keys.integer("context_length")
+        )
+    }
+    for ours, theirs in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
+        if keys.get(f"rope.scaling.{theirs}") is not None:
+            parameters[ours] = keys.number(f"rope.scaling.{theirs}")
+    return parameters
+
+
+def _deepseek_rope(keys: _Keys) -> dict[str, Any]:
+    parameters = _rope(keys)
+    log_mul = keys.number("rope.scaling.yarn_log_multiplier", 0.0)
+    if parameters["rope_type"] == "yarn" and log_mul:
+        parameters["mscale"] = parameters["mscale_all_dim"] = float(f"{10 * log_mul:.6g}")
+    return parameters
+
+
+def _llama3(keys: _Keys, theta: float) -> dict[str, Any]:
+    """Parameters whose frequency factors are the file's: the tensor holds factors, transformers wants their causes."""
+    stored = keys.source.load("rope_freqs.weight").flatten()
+    keys.get("rope.scaling.factor")
+    keys.get("rope.scaling.original_context_length")
+    config = Config(keys.source.path, {}, {})
+    for original in (1 << power for power in range(5, 21)):
+        found: Mapping[str, Any] = {
+            "rope_type": "llama3",
+            "rope_theta": theta,
+            "factor": round(float(stored.max()), 4),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": original,
+        }
+        factors = llama3_factors(config, dict(found), 2 * len(stored))
+        if torch.allclose(factors, stored, rtol=1e-5):
+            return dict(found)
+    keys.refuse("`rope_freqs.weight` is not Llama 3's scaling, which transformers would compute otherwise")

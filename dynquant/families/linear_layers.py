@@ -1,0 +1,128 @@
+"""The linear layers of a Hugging Face checkpoint as vLLM sees them, and what else the checkpoint holds.
+
+Matrices are named by their GGUF names, under which statistics are kept, and hold the checkpoint's own orientation and
+row order. Routed experts become one linear layer each, whether the checkpoint stores them one by one or fused.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dynquant.checkpoints.model import Model
+from dynquant.checkpoints.safetensors_format import StoredTensor
+from dynquant.checkpoints.tensor_roles import Role, gguf_name_of, layer_of, role_of
+from dynquant.checkpoints.tensor_source import SafetensorsSource
+from dynquant.errors import ExportError
+from dynquant.families.common.conversion import RecipeSource
+
+_FUSED: dict[str, tuple[Role, ...]] = {
+    "qkv": (Role.ATTN_Q, Role.ATTN_K, Role.ATTN_V),
+    "latents": (Role.MLA_Q_A, Role.MLA_KV_A),
+    "gate_up": (Role.FFN_GATE, Role.FFN_UP),
+    "shared_gate_up": (Role.SHARED_GATE, Role.SHARED_UP),
+    "experts_gate_up": (Role.EXPERT_GATE, Role.EXPERT_UP),
+}
+"""Linear layers that vLLM fuses into one in each layer."""
+_EXPERT_PARTS = {Role.EXPERT_GATE: "gate_proj", Role.EXPERT_UP: "up_proj", Role.EXPERT_DOWN: "down_proj"}
+_KEPT_ROLES = (Role.EMBEDDING, Role.OUTPUT, Role.NORM, Role.ROUTER, Role.OTHER)
+
+
+@dataclass(frozen=True)
+class LinearLayer:
+    """One matrix [R, C], or a stack of the routed experts' matrices [E, R, C]. `load(e)` gives float32 [R, C]."""
+
+    name: str
+    role: Role
+    shape: tuple[int, ...]
+    modules: tuple[str, ...]
+    sources: tuple[str, ...]
+    """The checkpoint's tensors that it replaces."""
+    load: Callable[[int], torch.Tensor]
+
+    @property
+    def is_expert(self) -> bool:
+        return len(self.shape) == 3
+
+    @property
+    def num_experts(self) -> int:
+        return self.shape[0] if self.is_expert else 1
+
+    @property
+    def fusion(self) -> str:
+        """The matrix that vLLM makes of it and others; they share NVFP4's global scale."""
+        fused = next((name for name, roles in _FUSED.items() if self.role in roles), None)
+        return self.name.removesuffix(".weight") if fused is None else f"blk.{layer_of(self.name)}.{fused}"
+
+    def unit(self, *, mixed_experts: bool) -> str:
+        """What it shares its scheme with: its fusion, or all routed experts (of its layer, when `mixed_experts`)."""
+        if self.is_expert:
+            return f"blk.{layer_of(self.name)}.experts" if mixed_experts else "experts"
+        return self.fusion
+
+
+@dataclass(frozen=True)
+class ServedCheckpoint:
+    """Everything that a compressed-tensors checkpoint of a model holds."""
+
+    directory: Path
+    checkpoint: SafetensorsSource
+    linears: tuple[LinearLayer, ...]
+    others: tuple[StoredTensor, ...]
+    """Stored as they are, but for matrices, which become BF16."""
+
+    @property
+    def other_bytes(self) -> int:
+        return sum(tensor.num_bytes for tensor in self.others)
+
+
+def served_checkpoint(model: Model) -> ServedCheckpoint:
+    """The linear layers of a model that vLLM can load from a Hugging Face directory.
+
+    Raises:
+        ExportError: the model is a GGUF file, or of a family whose linear layers are not known here.
+    """
+    source, directory = model.source, model.hf_directory
+    if directory is None or not isinstance(source, RecipeSource):
+        raise ExportError(
+            f"{model.path} is not a Hugging Face directory of a family that dynquant converts itself, and a "
+            "compressed-tensors checkpoint keeps the names and configuration of one. Start from the directory that "
+            "the model was published as, without --base-gguf."
+        )
+    checkpoint = SafetensorsSource(directory)
+    linears: dict[str, LinearLayer] = {}
+    for name in source.names():
+        shape, parts = source.info(name).shape, source.checkpoint_names(name)
+        if not name.endswith(".weight") or len(shape) < 2 or role_of(name) in _KEPT_ROLES or not parts:
+            continue
+        found = _experts(source, name) if role_of(name).is_routed_expert else _matrix(model, checkpoint, parts[0])
+        linears[found.name] = found
+    replaced = {part for linear in linears.values() for part in linear.sources}
+    others = tuple(_other(checkpoint, name) for name in checkpoint.names() if name not in replaced)
+    return ServedCheckpoint(directory, checkpoint, tuple(linears.values()), others)
+
+
+def _matrix(model: Model, checkpoint: SafetensorsSource, stored: str) -> LinearLayer:
+    """A layer as the checkpoint has it; GGUF may hold it in pieces or with other rows."""
+    name = gguf_name_of(stored, model.arch, model.hyper.n_layer)
+    assert name is not None
+    shape = checkpoint.info(stored).shape
+    modules = (stored.removesuffix(".weight"),)
+    return LinearLayer(name, role_of(name), shape, modules, (stored,), lambda _expert: checkpoint.load(stored))
+
+
+def _experts(source: RecipeSource, name: str) -> LinearLayer:
+    shape, parts, role = source.info(name).shape, source.checkpoint_names(name), role_of(name)
+    if len(parts) == shape[0]:
+        modules = tuple(part.removesuffix(".weight") for part in parts)
+    else:
+        experts = re.sub(r"\.(gate_up_proj|down_proj)(\.weight)?$", "", parts[0])
+        modules = tuple(f"{experts}.{expert}.{_EXPERT_PARTS[role]}" for expert in range(shape[0]))
+    return LinearLayer(name, role, shape, modules, parts, lambda expert: source.load(name, expert))
+
+
+def _other(checkpoint: SafetensorsSource, name: str) -> StoredTensor:
+    info = checkpoint.info(name)
+    return StoredTensor(name, "BF16" if len(info.shape) >= 2 else info.dtype, info.shape)

@@ -1,0 +1,121 @@
+"""Pieces and scores of SentencePiece BPE tokenizers, from tokenizer.model or from tokenizer.json alone.
+
+llama.cpp merges the pair of neighbours whose joined piece has the highest score. A tokenizer.json has no scores, but
+its merges are in score order; a piece's score is then the negated rank of the first merge that makes it. That is exact
+when every way to split a piece is a merge, as in all that transformers converts from SentencePiece; this is checked.
+"""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gguf import TokenType
+
+from dynquant.errors import CheckpointError
+from dynquant.families.common.config import WAY_OUT
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+
+Piece = tuple[str | None, TokenType, float]
+"""Text (None where an id has no token), type and score."""
+
+SPACE = "\u2581"
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_UNMERGED_SCORE = -1000000.0
+
+
+def model_pieces(path: Path) -> list[Piece]:
+    """All pieces of a tokenizer.model, by id."""
+    processor = _processor(path)
+    pieces: list[Piece] = []
+    for token_id in range(processor.GetPieceSize()):
+        kind = TokenType.NORMAL
+        if processor.IsUnknown(token_id):
+            kind = TokenType.UNKNOWN
+        elif processor.IsControl(token_id):
+            kind = TokenType.CONTROL
+        elif processor.IsUnused(token_id):
+            kind = TokenType.UNUSED
+        elif processor.IsByte(token_id):
+            kind = TokenType.BYTE
+        pieces.append((processor.IdToPiece(token_id), kind, processor.GetScore(token_id)))
+    return pieces
+
+
+def model_prefixes_space(path: Path) -> bool:
+    """Whether a tokenizer.model puts a space before the text."""
+    return "".join(_processor(path).EncodeAsPieces("a")).startswith(SPACE)
+
+
+def json_pieces(tokenizer: dict[str, object], path: Path) -> tuple[list[Piece], bool]:
+    """Pieces by id, and whether a space is put before the text, from a tokenizer.json with byte fallback.
+
+    Raises:
+        CheckpointError: rules that llama.cpp's SentencePiece tokenizer does not have.
+    """
+    vocab: dict[str, int] = tokenizer["model"]["vocab"]  # type: ignore[index]
+    scores = _scores_from_merges(tokenizer["model"].get("merges") or [], vocab, path)  # type: ignore[index,attr-defined]
+    unknown = tokenizer["model"].get("unk_token")  # type: ignore[index,attr-defined]
+    pieces: list[Piece] = [(None, TokenType.UNUSED, 0.0)] * (max(vocab.values()) + 1)
+    for text, token_id in vocab.items():
+        kind = TokenType.BYTE if _BYTE.fullmatch(text) else TokenType.NORMAL
+        kind = TokenType.UNKNOWN if text == unknown else kind
+        pieces[token_id] = (text, kind, scores.get(text, _UNMERGED_SCORE))
+    return pieces, _prefixes_space(tokenizer, path)
+
+
+def _processor(path: Path) -> "SentencePieceProcessor":
+    try:
+        from sentencepiece import SentencePieceProcessor
+    except ImportError as error:
+        raise CheckpointError(f"Reading {path} needs the package sentencepiece: pip install sentencepiece.") from error
+    try:
+        return SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is not a SentencePiece model ({error}). Fetch it again.") from error
+
+
+def _scores_from_merges(merges: list, vocab: dict[str, int], path: Path) -> dict[str, float]:
+    """Negated first rank of each piece's merges; pieces whose ranks interleave had equal scores and get them back."""
+    ranks: dict[str, list[int]] = {}
+    for rank, merge in enumerate(merges):
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        ranks.setdefault(left + right, []).append(rank)
+    scores: dict[str, float] = {}
+    start, end = 0, -1
+    for text, own in ranks.items():
+        num_splits = sum(text[:i] in vocab and text[i:] in vocab for i in range(1, len(text)))
+        if num_splits != len(own):
+            raise CheckpointError(
+                f"{path}: {text!r} can be split into pieces in {num_splits} ways, but {len(own)} of them are merges. "
+                "llama.cpp's SentencePiece tokenizer merges in all of them and would give other ids. Put "
+                f"tokenizer.model beside it. {WAY_OUT}"
+            )
+        if own[0] > end:
+            start = own[0]
+        end = max(end, own[-1])
+        scores[text] = -float(start)
+    return scores
+
+
+def _prefixes_space(tokenizer: dict[str, object], path: Path) -> bool:
+    """Read the normalizer and pre-tokenizer; only the replacement of spaces and a leading space are allowed."""
+    prefixes = False
+    for step in _steps(tokenizer.get("normalizer"), "normalizers"):
+        if step.get("type") == "Prepend" and step.get("prepend") == SPACE:
+            prefixes = True
+        elif step.get("type") != "Replace" or step.get("pattern") != {"String": " "} or step.get("content") != SPACE:
+            raise CheckpointError(f"{path} normalizes text in a way that llama.cpp does not: {step!r}. {WAY_OUT}")
+    for step in _steps(tokenizer.get("pre_tokenizer"), "pretokenizers"):
+        if step.get("type") == "Metaspace" and not step.get("split", True):
+            prefixes = prefixes or step.get("prepend_scheme") in ("first", "always")
+        elif step.get("type") != "Split" or step.get("pattern") != {"String": " "}:
+            raise CheckpointError(f"{path} splits text in a way that llama.cpp does not: {step!r}. {WAY_OUT}")
+    return prefixes
+
+
+def _steps(stage: object, key: str) -> list[dict[str, object]]:
+    if not isinstance(stage, dict):
+        return []
+    return stage.get(key, []) if stage.get("type") == "Sequence" else [stage]

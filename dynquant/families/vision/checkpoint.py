@@ -1,0 +1,138 @@
+"""Vision-language checkpoints under the names of `vision_names`: language model, tower and projector in one view.
+
+The view serves calibration, error tables and plans. Tensors are taken as they are stored, without the permutations of
+rotary heads that llama.cpp wants: those move whole rows, which no error depends on. Convolutions over two frames are
+split by frame, and what has no GGUF name keeps a readable one and stays precise.
+"""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+
+from dynquant.checkpoints.gguf_source import MetadataField
+from dynquant.checkpoints.model import Model, ModelPart
+from dynquant.checkpoints.tensor_roles import gguf_name_of
+from dynquant.checkpoints.tensor_source import SafetensorsSource
+from dynquant.checkpoints.vision_names import language_name
+from dynquant.errors import CheckpointError
+from dynquant.families.common.config import Config, read_json
+from dynquant.families.common.conversion import RecipeSource, TensorRecipe, Transform, unchanged
+from dynquant.families.common.metadata import recorded_fields, write_general_keys
+from dynquant.families.tokenizers.tokenizer import write_tokenizer
+from dynquant.families.vision.parts import open_language_part, open_projector_part
+
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "mllama", "llava", "mistral3", "gemma3")
+"""`model_type` of the checkpoints that can be opened. Pixtral is a LLaVA with Pixtral's vision tower."""
+
+_LANGUAGE_ARCH = {
+    "qwen2_vl_text": "qwen2vl", "qwen2_5_vl_text": "qwen2vl", "mllama_text_model": "llama", "llama": "llama",
+    "mistral": "llama", "ministral": "llama", "ministral3": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
+    "gemma3_text": "gemma3",
+}  # fmt: skip
+
+
+def is_vision_checkpoint(directory: Path) -> bool:
+    """Whether config.json describes a model with a vision tower."""
+    path = directory / "config.json"
+    return path.is_file() and isinstance(read_json(path).get("vision_config"), dict)
+
+
+def open_vision(directory: Path) -> Model:
+    """Open a vision-language checkpoint; nothing but headers, configuration and tokenizer is read.
+
+    Raises:
+        CheckpointError: missing or damaged files, or a family or language model that is not known.
+    """
+    config = _read_config(directory)
+    text = config.get_text_config()
+    arch = _LANGUAGE_ARCH.get(str(text.model_type))
+    if arch is None:
+        raise CheckpointError(
+            f"{directory / 'config.json'} has a language model of type {text.model_type!r}, which dynquant does not "
+            f"know inside a vision-language model (it knows: {', '.join(sorted(_LANGUAGE_ARCH))})."
+        )
+    stored = SafetensorsSource(directory)
+    recipes = [recipe for name in stored.names() for recipe in _recipes(stored, name, arch, text.num_hidden_layers)]
+    source = RecipeSource(stored, recipes)
+    parts, unwritten = _parts(directory, config, stored)
+    language = next((part.model for part in parts if not part.is_projector), None)
+    metadata = language.metadata if language is not None else _sizes(directory, text, arch, source)
+    return Model(
+        directory, source, metadata, source.checkpoint_names, hf_directory=directory, parts=parts, unwritten=unwritten
+    )
+
+
+def _parts(directory: Path, config: Any, stored: SafetensorsSource) -> tuple[tuple[ModelPart, ...], tuple[str, ...]]:
+    """The GGUF files that llama.cpp has a place for, the small mmproj first, and why others are missing."""
+    values = config.to_dict()
+    whole = Config(directory / "config.json", values, values)
+    parts, unwritten = [], []
+    openers = {"Vision tower and projector": open_projector_part, "Language model": open_language_part}
+    for what, open_part in openers.items():
+        try:
+            parts.append(open_part(directory, whole, stored))
+        except CheckpointError as error:
+            unwritten.append(f"{what}: {error}")
+    return tuple(parts), tuple(unwritten)
+
+
+def _sizes(directory: Path, text: Any, arch: str, source: RecipeSource) -> tuple[MetadataField, ...]:
+    """Keys of a model that is not written as GGUF: what planning needs, and the tokenizer as part of the size."""
+    writer = gguf.GGUFWriter(None, arch)
+    write_general_keys(writer, directory, source)
+    writer.add_block_count(text.num_hidden_layers)
+    writer.add_context_length(text.max_position_embeddings)
+    writer.add_embedding_length(text.hidden_size)
+    writer.add_feed_forward_length(text.intermediate_size)
+    writer.add_head_count(text.num_attention_heads)
+    writer.add_head_count_kv(text.num_key_value_heads or text.num_attention_heads)
+    writer.add_vocab_size(text.vocab_size)
+    try:
+        write_tokenizer(writer, directory, text.vocab_size)
+    except CheckpointError as error:
+        warnings.warn(f"the plan's size leaves the tokenizer out: {error}", stacklevel=2)
+    return recorded_fields(writer)
+
+
+def _read_config(directory: Path) -> Any:
+    from transformers import AutoConfig
+
+    path = directory / "config.json"
+    raw = read_json(path)
+    if raw.get("model_type") not in FAMILIES:
+        raise CheckpointError(
+            f"{path} has model_type {raw.get('model_type')!r} with a vision tower, which dynquant does not know (it "
+            f"knows: {', '.join(FAMILIES)})."
+        )
+    if raw.get("quantization_config") is not None:
+        raise CheckpointError(f"{path} says that the weights are already quantized; start from the BF16 checkpoint.")
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers validates with many exception types, none of them a contract
+        raise CheckpointError(f"transformers does not accept {path}: {error}. Fetch the file again.") from error
+
+
+def _recipes(stored: SafetensorsSource, name: str, arch: str, n_layer: int) -> list[TensorRecipe]:
+    info = stored.info(name)
+    target = gguf_name_of(name, arch, n_layer) or _plain_name(name)
+    if len(info.shape) == 5:
+        shape = (*info.shape[:2], *info.shape[3:])
+        names = [target, *(f"{target}.{frame}" for frame in range(1, info.shape[2]))]
+        return [TensorRecipe(one, (name,), shape, info.dtype, _frame(index)) for index, one in enumerate(names)]
+    if target == "mm.input_projection.weight" and name.endswith("mm_input_projection_weight"):
+        return [TensorRecipe(target, (name,), info.shape[::-1], info.dtype, torch.t)]
+    if not info.shape:
+        return [TensorRecipe(target, (name,), (1,), info.dtype, lambda values: values.reshape(1))]
+    return [TensorRecipe(target, (name,), info.shape, info.dtype, unchanged)]
+
+
+def _frame(index: int) -> Transform:
+    return lambda values: values[:, :, index]
+
+
+def _plain_name(name: str) -> str:
+    """`model.layers.3.some_gate` -> `blk.3.some_gate`."""
+    return language_name(name).removeprefix("model.").replace("layers.", "blk.", 1)

@@ -1,0 +1,127 @@
+"""Decoders of the codebook types IQ1_S to IQ4_XS: indices into fixed grids of weight vectors.
+
+w = scale * magnitude * sign (IQ2, IQ3), scale * (ternary + delta) (IQ1) or scale * value (IQ4). Super-blocks hold
+256 weights (IQ4_NL: 32); a grid entry stands for 8 neighbouring weights (IQ1, IQ2), 4 (IQ3) or 1 (IQ4).
+The grids themselves come from the gguf package, see `tables`.
+
+Each docstring is the byte map of one block, with the number of bytes of a field in parentheses.
+"""
+
+import torch
+from torch import Tensor
+
+from dynquant.formats import tables
+from dynquant.formats.bits import crumbs, field, half, nibbles, shifted
+
+_SIGN_SHIFTS = (0, 7, 14, 21)
+_IQ1_SHIFTS = (0, 3, 6, 9)
+
+
+def decode_iq1_s(blocks: Tensor) -> Tensor:
+    """| d f16 (2) | qs low 8 index bits (32) | qh u16 x 8 (16) |
+
+    qh: bit 15 sign of delta | bits 14-12 scale | 4 x 3 high index bits; one for 32 weights.
+    """
+    qh = field(blocks, 34, 16, torch.int16).to(torch.int32)
+    scales = ((qh >> 12) & 7) * 2 + 1
+    high = shifted(qh, _IQ1_SHIFTS, 7) | (((qh >> 15) & 1) << 3).unsqueeze(-1)
+    return _ternary(half(blocks, 0), scales, blocks[:, 2:34] | (high.flatten(1) << 8))
+
+
+def decode_iq1_m(blocks: Tensor) -> Tensor:
+    """| qs low 8 index bits (32) | qh nibbles (16) | scales u16 x 4 (8) |
+
+    qh nibble, one for 8 weights: bit 3 sign of delta | 3 high index bits.
+    scales: bits 15-12 = a quarter of the fp16 scale d, lowest first | 4 x 3 bit scale, one for 16 weights.
+    """
+    scales = field(blocks, 48, 8, torch.int16).to(torch.int32)
+    scales = shifted(scales, _IQ1_SHIFTS, 7).flatten(1) * 2 + 1
+    high = nibbles(blocks[:, 32:48], dim=-1).flatten(1).to(torch.int32)
+    return _ternary(_iq1_m_scale(blocks), scales, blocks[:, :32] | (high << 8))
+
+
+def decode_iq2_xxs(blocks: Tensor) -> Tensor:
+    """| d f16 (2) | 8 x [ 4 indices u8 (4) | bits 31-28 scale, 4 x 7 sign bits (4) ] |"""
+    groups = blocks[:, 2:].reshape(-1, 8, 8)
+    words = groups[..., 4:].clone(memory_format=torch.contiguous_format).view(torch.int32).squeeze(-1)
+    signs = tables.lookup(tables.even_signs(blocks.device), shifted(words, _SIGN_SHIFTS, 127).flatten(1))
+    grid = tables.lookup(tables.grid("IQ2_XXS", blocks.device), groups[..., :4].flatten(1))
+    return _signed(half(blocks, 0) * _plus_half(words >> 28 & 15) * 0.25, grid, signs)
+
+
+def decode_iq2_xs(blocks: Tensor) -> Tensor:
+    """| d f16 (2) | qs u16 x 32 (64): bits 15-9 signs, 8-0 index | scales nibbles (8), one for 16 weights |"""
+    qs = field(blocks, 2, 64, torch.int16)
+    signs = tables.lookup(tables.even_signs(blocks.device), (qs >> 9) & 127)
+    grid = tables.lookup(tables.grid("IQ2_XS", blocks.device), qs & 511)
+    scales = nibbles(blocks[:, 66:], dim=-1).flatten(1)
+    return _signed(half(blocks, 0) * _plus_half(scales) * 0.25, grid, signs)
+
+
+def decode_iq2_s(blocks: Tensor) -> Tensor:
+    """| d f16 (2) | qs low 8 index bits (32) | signs (32) | qh crumbs, high index bits (8) | scales nibbles (8) |"""
+    high = crumbs(blocks[:, 66:74], dim=-1).flatten(1).to(torch.int32)
+    grid = tables.lookup(tables.grid("IQ2_S", blocks.device), blocks[:, 2:34] | (high << 8))
+    signs = tables.lookup(tables.signs(blocks.device), blocks[:, 34:66])
+    scales = nibbles(blocks[:, 74:], dim=-1).flatten(1)
+    return _signed(half(blocks, 0) * _plus_half(scales) * 0.25, grid, signs)
+
+
+def decode_iq3_xxs(blocks: Tensor) -> Tensor:
+    """| d f16 (2) | qs indices u8 (64) | scales u32 x 8 (32): bits 31-28 scale, 4 x 7 sign bits |"""
+    words = field(blocks, 66, 32, torch.int32)
+    signs = tables.lookup(tables.even_signs(blocks.device), shifted(words, _SIGN_SHIFTS, 127).flatten(1))
+    grid = tables.lookup(tables.grid("IQ3_XXS", blocks.device), blocks[:, 2:66])
+    return _signed(half(blocks, 0) * _plus_half(words >> 28 & 15) * 0.5, grid, signs)
+
+
+def decode_iq3_s(blocks: Tensor) -> Tensor:
+    """| d f16 (2) | qs low 8 index bits (64) | qh 9th index bits (8) | signs (32) | scales nibbles (4) |"""
+    high = tables.lookup(tables.bits(blocks.device), blocks[:, 66:74]).to(torch.int32)
+    grid = tables.lookup(tables.grid("IQ3_S", blocks.device), blocks[:, 2:66] | (high << 8))
+    signs = tables.lookup(tables.signs(blocks.device), blocks[:, 74:106])
+    scales = nibbles(blocks[:, 106:], dim=-1).flatten(1) * 2 + 1
+    return _signed(half(blocks, 0) * scales.float(), grid, signs)
+
+
+def decode_iq4_nl(blocks: Tensor) -> Tensor:
+    """| d f16 (2) | qs nibbles (16) |"""
+    q = tables.lookup_value(tables.values("IQ4_NL", blocks.device), nibbles(blocks[:, 2:], dim=1))
+    return half(blocks, 0) * q.flatten(1)
+
+
+def decode_iq4_xs(blocks: Tensor) -> Tensor:
+    """| d f16 (2) | scales_h u16 (2): 8 x 2 high bits | scales_l nibbles (4) | qs nibbles (128) |
+
+    The six-bit scales, one for 32 weights, are stored with an offset of 32.
+    """
+    high = shifted(field(blocks, 2, 2, torch.int16), tuple(range(0, 16, 2)), 3).flatten(1)
+    low = nibbles(blocks[:, 4:8], dim=-1).flatten(1)
+    scales = half(blocks, 0) * ((low | (high << 4)) - 32).float()
+    q = nibbles(blocks[:, 8:].reshape(-1, 8, 16), dim=2)
+    q = tables.lookup_value(tables.values("IQ4_NL", blocks.device), q).flatten(2)
+    return (scales.unsqueeze(-1) * q).flatten(1)
+
+
+def _plus_half(scales: Tensor) -> Tensor:
+    return scales.float() + 0.5
+
+
+def _signed(scales: Tensor, magnitudes: Tensor, signs: Tensor) -> Tensor:
+    """scales [n, s] times signed int8 magnitudes [n, 256]; a sign never changes how a product rounds."""
+    q = (magnitudes * signs).float().reshape(*scales.shape, -1)
+    return (scales.unsqueeze(-1) * q).flatten(1)
+
+
+def _ternary(d: Tensor, scales: Tensor, index: Tensor) -> Tensor:
+    """d * scale * (ternary + delta), from a table in eighths: taking the 1/8 out of the sum is exact."""
+    q = tables.lookup(tables.ternary_grid(index.device), index).float().reshape(*scales.shape, -1)
+    return ((d * scales.float() * 0.125).unsqueeze(-1) * q).flatten(1)
+
+
+def _iq1_m_scale(blocks: Tensor) -> Tensor:
+    """The fp16 scale that IQ1_M spreads over the top nibbles of its four scale words, as float32 [n, 1]."""
+    top = blocks[:, 49:56:2]
+    low_byte = (top[:, 0] >> 4) | (top[:, 1] & 0xF0)
+    high_byte = (top[:, 2] >> 4) | (top[:, 3] & 0xF0)
+    return torch.stack((low_byte, high_byte), dim=1).view(torch.float16).float()

@@ -1,0 +1,140 @@
+"""What vLLM serves from compressed-tensors checkpoints with weights alone quantized: schemes as plain data.
+
+    W4A16      weight_packed int32 [R, C / 8]   weight_scale bf16 [R, C / group]   weight_shape int64 [2]
+    W8A16      weight_packed int32 [R, C / 4]   weight_scale bf16 [R, C / group]   weight_shape int64 [2]
+    FP8        weight e4m3 [R, C]               weight_scale bf16 [R, 1]
+    NVFP4A16   weight_packed uint8 [R, C / 2]   weight_scale e4m3 [R, C / 16]      weight_global_scale f32 [1]
+    MXFP4A16   weight_packed uint8 [R, C / 2]   weight_scale uint8 [R, C / 32] (exponents)
+    BF16       weight bf16 [R, C]
+
+Names are those of compressed-tensors' presets. Routed experts have no FP8: vLLM's fused experts take FP8 weights only
+together with FP8 activations.
+"""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from typing import Literal, NamedTuple
+
+from dynquant.checkpoints.safetensors_format import DTYPE_BYTES
+from dynquant.errors import PlanError
+
+
+class StoredPart(NamedTuple):
+    """One tensor that a linear layer is stored as; `suffix` follows the layer's name, `dtype` is safetensors' word."""
+
+    suffix: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One way to store a linear layer. `group_sizes` from the most to the least wanted; (0,) is one scale a row."""
+
+    name: str
+    format: str
+    num_bits: int
+    kind: Literal["int", "float"]
+    strategy: Literal["group", "tensor_group", "channel", "none"]
+    group_sizes: tuple[int, ...] = (0,)
+    holds_experts: bool = True
+    """vLLM has fused-experts kernels for it."""
+    merges_experts: bool = True
+    """transformers merges such experts into its fused tensors when it loads them."""
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.strategy != "none"
+
+    def group_size(self, row_lengths: Iterable[int]) -> int | None:
+        """The first group size that divides all rows; 0 for scales of whole rows; None when none does."""
+        lengths = list(row_lengths)
+        return next((g for g in self.group_sizes if g == 0 or all(length % g == 0 for length in lengths)), None)
+
+    def parts(self, rows: int, columns: int, group: int) -> tuple[StoredPart, ...]:
+        """What a weight [rows, columns] is stored as."""
+        scale = StoredPart("weight_scale", "BF16", (rows, columns // group if group else 1))
+        if self.strategy == "none":
+            return (StoredPart("weight", "BF16", (rows, columns)),)
+        if self.kind == "int":
+            packed = StoredPart("weight_packed", "I32", (rows, columns * self.num_bits // 32))
+            return packed, scale, StoredPart("weight_shape", "I64", (2,))
+        if self.num_bits == 8:
+            return StoredPart("weight", "F8_E4M3", (rows, columns)), scale
+        packed = StoredPart("weight_packed", "U8", (rows, columns // 2))
+        if self.strategy == "group":
+            return packed, scale._replace(dtype="U8")
+        return packed, scale._replace(dtype="F8_E4M3"), StoredPart("weight_global_scale", "F32", (1,))
+
+    def num_bytes(self, rows: int, columns: int, group: int) -> int:
+        return sum(part.num_bytes for part in self.parts(rows, columns, group))
+
+    def config_group(self, group: int, targets: list[str]) -> dict[str, object]:
+        """An entry of `config_groups` in config.json."""
+        weights: dict[str, object] = {
+            "num_bits": self.num_bits, "type": self.kind, "symmetric": True, "strategy": self.strategy,
+            "group_size": group or None, "dynamic": False,
+        }  # fmt: skip
+        if self.kind == "float" and self.num_bits == 4:
+            weights["scale_dtype"] = "torch.uint8" if self.strategy == "group" else "torch.float8_e4m3fn"
+        return {
+            "targets": targets,
+            "weights": weights,
+            "input_activations": None,
+            "output_activations": None,
+            "format": self.format,
+        }
+
+
+BF16 = Scheme("BF16", "dense", 16, "float", "none")
+_GROUPS = (128, 64, 32)
+SCHEMES: dict[str, Scheme] = {
+    scheme.name: scheme
+    for scheme in (
+        BF16,
+        Scheme("W8A16", "pack-quantized", 8, "int", "group", _GROUPS),
+        Scheme("FP8", "float-quantized", 8, "float", "channel", holds_experts=False),
+        Scheme("W4A16", "pack-quantized", 4, "int", "group", _GROUPS),
+        Scheme("NVFP4A16", "nvfp4-pack-quantized", 4, "float", "tensor_group", (16,), merges_experts=False),
+        Scheme("MXFP4A16", "mxfp4-pack-quantized", 4, "float", "group", (32,)),
+    )
+}
+"""Schemes by name, the most precise first."""
+
+
+def serving_scheme(name: str) -> Scheme:
+    """Look up a scheme by name, in any case.
+
+    Raises:
+        PlanError: vLLM serves nothing of that name from compressed-tensors.
+    """
+    found = SCHEMES.get(name.upper())
+    if found is None:
+        near = difflib.get_close_matches(name.upper(), SCHEMES, n=1, cutoff=0.6)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise PlanError(
+            f"`{name}` is not a scheme that vLLM serves from a compressed-tensors checkpoint.{hint} Give any of "
+            f"{', '.join(SCHEMES)}; for llama.cpp's types export with -f gguf."
+        )
+    return found
+
+
+def fit_to_rows(wanted: Scheme, row_lengths: Iterable[int], *, is_expert: bool) -> tuple[Scheme, int, str | None]:
+    """The scheme and group size to take for `wanted` in rows of these lengths, and why it is another one."""
+    lengths = sorted(set(row_lengths))
+    if is_expert and not wanted.holds_experts:
+        instead, group, why = fit_to_rows(SCHEMES["W8A16"], lengths, is_expert=True)
+        kernels = f"vLLM's experts take no {wanted.name} weights without {wanted.name} activations: {instead.name}"
+        return instead, group, f"{kernels}; {why}" if why else kernels
+    group = wanted.group_size(lengths)
+    if group is not None:
+        return wanted, group, None
+    instead = BF16 if is_expert else SCHEMES["FP8"]
+    rows = " and ".join(map(str, lengths))
+    return instead, 0, f"rows of {rows} do not divide into groups of {wanted.group_sizes[-1]}: {instead.name}"

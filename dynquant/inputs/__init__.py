@@ -1,0 +1,1 @@
+"""What is fed to a model: text, pictures, chats and questions."""

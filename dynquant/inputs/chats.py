@@ -1,0 +1,129 @@
+"""Examples for supervised fine-tuning: lines of a .jsonl file in the forms that TRL's trainers take.
+
+    {"text": "..."}                                      every token is learned
+    {"prompt": "...", "completion": "..."}               the completion is learned
+    {"messages": [{"role": ..., "content": ...}, ...]}   every assistant turn is learned
+
+A conversation becomes one example for each assistant turn, with the turns before it as the prompt, so that any chat
+template will do: no template has to mark which tokens are the assistant's. Loading from the hub is left out.
+"""
+
+import hashlib
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dynquant.errors import DataError
+from dynquant.storage.strict_json import parse_json
+
+Form = Literal["text", "completion", "messages"]
+_WAY_OUT = (
+    'Each line needs "text", or "prompt" and "completion" (strings), or "messages" (a list of chat turns with role and '
+    "content, one of them by the assistant)."
+)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Examples of one form. `sha256` is that of the file; `groups[i]` is the line that example i came from."""
+
+    name: str
+    sha256: str
+    form: Form
+    rows: tuple[dict[str, Any], ...]
+    groups: tuple[int, ...]
+
+    def split(self, share: float, *, seed: int) -> tuple["TrainingData", "TrainingData"]:
+        """Training and held-out part. Examples of one line stay together, and equal examples do too.
+
+        Raises:
+            DataError: fewer than two different lines, so that nothing can be held out.
+        """
+        lines_of: dict[int, list[dict[str, Any]]] = {}
+        for row, group in zip(self.rows, self.groups, strict=True):
+            lines_of.setdefault(group, []).append(row)
+        contents = {group: json.dumps(rows, sort_keys=True) for group, rows in lines_of.items()}
+        keys = [contents[group] for group in self.groups]
+        lines = sorted(set(keys))
+        if len(lines) < 2:
+            raise DataError(
+                f"{self.name} holds one example only (or copies of one), so none can be held out to measure what "
+                "training does. Give at least two different ones."
+            )
+        random.Random(seed).shuffle(lines)
+        held = set(lines[: min(len(lines) - 1, max(1, round(share * len(lines))))])
+        return self._where([key not in held for key in keys]), self._where([key in held for key in keys])
+
+    def _where(self, chosen: list[bool]) -> "TrainingData":
+        rows = tuple(row for row, keep in zip(self.rows, chosen, strict=True) if keep)
+        groups = tuple(group for group, keep in zip(self.groups, chosen, strict=True) if keep)
+        return TrainingData(self.name, self.sha256, self.form, rows, groups)
+
+
+def read_training_data(path: Path) -> TrainingData:
+    """Read a .jsonl file; the first line decides the form.
+
+    Raises:
+        DataError: no such file, no example, a line that is not JSON or has no usable field; the line is named.
+    """
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"The training data {path} cannot be read: {error}. Give a .jsonl file in UTF-8.") from error
+    form: Form | None = None
+    rows, groups = [], []
+    # Not splitlines(): it also splits at U+2028 and the like, which JSON strings may hold.
+    for number, line in enumerate(content.split("\n"), start=1):
+        if not line.strip():
+            continue
+        found, examples = _examples(line, f"{path.name}, line {number}")
+        form = form or found
+        if found != form:
+            raise DataError(
+                f"{path.name}, line {number} has the field `{found}`, but the lines before it have `{form}`. Use one "
+                "form in a file."
+            )
+        rows += examples
+        groups += [number] * len(examples)
+    if form is None:
+        raise DataError(f"The training data {path} holds no example. {_WAY_OUT}")
+    return TrainingData(path.name, hashlib.sha256(content.encode()).hexdigest(), form, tuple(rows), tuple(groups))
+
+
+def _examples(line: str, place: str) -> tuple[Form, list[dict[str, Any]]]:
+    try:
+        record = parse_json(line)
+    except ValueError as error:
+        raise DataError(f"{place} is not JSON: {error}. {_WAY_OUT}") from error
+    if not isinstance(record, dict):
+        raise DataError(f"{place} is {type(record).__name__}, not an object. {_WAY_OUT}")
+    if "messages" in record:
+        return "messages", _replies(record["messages"], place)
+    if "prompt" in record or "completion" in record:
+        return "completion", [{key: _text(record, key, place) for key in ("prompt", "completion")}]
+    if "text" in record:
+        return "text", [{"text": _text(record, "text", place)}]
+    named = ", ".join(f"`{key}`" for key in record) or "nothing"
+    raise DataError(f"{place} has no usable field: it has {named}. {_WAY_OUT}")
+
+
+def _text(record: dict[str, Any], key: str, place: str) -> str:
+    value = record.get(key)
+    if not isinstance(value, str) or (key != "prompt" and not value.strip()):
+        raise DataError(f"{place}: `{key}` must be a text, but it is {json.dumps(value)[:40]}. {_WAY_OUT}")
+    return value
+
+
+def _replies(messages: Any, place: str) -> list[dict[str, Any]]:
+    if not isinstance(messages, list) or not all(
+        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+        for turn in messages
+    ):
+        raise DataError(f"{place}: `messages` must be a list of turns, each with `role` and `content`. {_WAY_OUT}")
+    turns = [{"role": turn["role"], "content": turn["content"]} for turn in messages]
+    replies = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and i > 0]
+    if not replies:
+        raise DataError(f"{place}: no turn of `messages` is an answer of the assistant. {_WAY_OUT}")
+    return [{"prompt": turns[:i], "completion": [turns[i]]} for i in replies]

@@ -1,0 +1,249 @@
+"""Calibration and question files with images: their lines, and the model inputs that a processor makes of them.
+
+A line of a .jsonl file is one sample, in one of three forms; paths of images are relative to the file:
+
+    {"images": ["a.png"], "text": "A train in the rain."}
+    {"images": ["a.png"], "question": "What is this?", "answer": "a train"}
+    {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "…"}]}]}
+
+`messages` may also hold plain strings, with the images in `images`: they go before the first turn of the user.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dynquant.errors import DataError
+from dynquant.storage.strict_json import parse_json
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One line. `turns` are chat turns with lists of parts; `text` is used as it stands when there are no turns."""
+
+    place: str
+    images: tuple[Path, ...]
+    turns: tuple[Mapping[str, Any], ...] = ()
+    text: str = ""
+    question: str | None = None
+    answer: str | None = None
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What the processor made of a sample: keyword arguments of the model, and which positions hold image tokens."""
+
+    inputs: dict[str, torch.Tensor]
+    is_image: torch.Tensor  # bool [T]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.is_image)
+
+    def inputs_on(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """Keyword arguments of a model on a device."""
+        return {name: value.to(device) for name, value in self.inputs.items()}
+
+
+@dataclass(frozen=True)
+class SampleFile:
+    """All samples of a file. `sha256` covers the file and the bytes of its images."""
+
+    name: str
+    samples: tuple[Sample, ...]
+    sha256: str
+
+
+def read_samples(path: Path) -> SampleFile:
+    """Read a .jsonl file of samples; images are not opened yet.
+
+    Raises:
+        DataError: no such file, no sample, no image in any sample, or a line of another form.
+    """
+    try:
+        content = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"The samples {path} cannot be read: {error}. Give a .jsonl file with images and text."
+        ) from error
+    lines = [(number, line) for number, line in enumerate(content.split("\n"), start=1) if line.strip()]
+    samples = tuple(_sample(line, f"{path}, line {number}", path.parent) for number, line in lines)
+    if not samples:
+        raise DataError(f"{path} holds no samples. Each line is a JSON object with `images` and `text`.")
+    if not any(sample.images for sample in samples):
+        raise DataError(
+            f"None of the {len(samples)} samples of {path} has an image. Name some in `images`, or give text alone "
+            "with --calibration."
+        )
+    digest = hashlib.sha256(content.encode())
+    for image in sorted({image for sample in samples for image in sample.images}):
+        digest.update(image.read_bytes() if image.is_file() else b"")
+    return SampleFile(path.name, samples, digest.hexdigest())
+
+
+def _sample(line: str, place: str, directory: Path) -> Sample:
+    try:
+        record = parse_json(line)
+    except ValueError as error:
+        raise DataError(f"{place} is not JSON: {error}.") from error
+    named = record.get("images", []) if isinstance(record, dict) else None
+    if not isinstance(named, list) or not all(isinstance(one, str) for one in named):
+        raise DataError(f"{place}: `images` must be a list of file names.")
+    images = tuple(directory / one for one in named)
+    if isinstance(record.get("question"), str) and isinstance(record.get("answer"), str):
+        turns = [{"role": "user", "content": record["question"]}, {"role": "assistant", "content": record["answer"]}]
+        turns, images = _with_images(turns, images, place, directory)
+        return Sample(place, images, turns, question=record["question"], answer=record["answer"])
+    if isinstance(record.get("text"), str):
+        return Sample(place, images, text=record["text"])
+    if isinstance(record.get("messages"), list):
+        turns, images = _with_images(record["messages"], images, place, directory)
+        return Sample(place, images, turns)
+    raise DataError(f"{place} has neither `text`, nor `messages`, nor `question` and `answer`.")
+
+
+def _with_images(
+    turns: list[Any], images: tuple[Path, ...], place: str, directory: Path
+) -> tuple[tuple[Mapping[str, Any], ...], tuple[Path, ...]]:
+    """Turns with lists of parts; an image that a part names joins `images`, in order."""
+    named: list[Path] = []
+    found = []
+    for turn in turns:
+        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str) or "content" not in turn:
+            raise DataError(f"{place}: each entry of `messages` needs `role` and `content`.")
+        content = turn["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+        for part in parts:
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind not in ("text", "image"):
+                raise DataError(f"{place}: a part of `content` has the type {kind!r}; text and image are known.")
+            path = next((part[key] for key in ("image", "path", "url") if isinstance(part.get(key), str)), None)
+            if kind == "image" and path is not None:
+                named.append(directory / path)
+        found.append({"role": turn["role"], "content": [_plain(part) for part in parts]})
+    holders = sum(part["type"] == "image" for turn in found for part in turn["content"])
+    first = next((turn for turn in found if turn["role"] == "user"), None)
+    if not holders and images and first is not None:
+        first["content"] = [{"type": "image"}] * len(images) + first["content"]
+        holders = len(images)
+    images = images or tuple(named)
+    if holders != len(images):
+        raise DataError(f"{place} has {len(images)} images for {holders} places in `messages`.")
+    return tuple(found), images
+
+
+def _plain(part: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "image"} if part["type"] == "image" else {"type": "text", "text": str(part.get("text", ""))}
+
+
+class SampleEncoder:
+    """Makes model inputs of samples, one at a time, and counts those whose images cannot be decoded.
+
+    With `strict` the first such image is refused.
+    """
+
+    def __init__(self, processor: "ProcessorMixin", image_token: int | None, *, strict: bool = False) -> None:
+        self.processor = processor
+        self.skipped: list[str] = []
+        """What was wrong with each sample that was left out."""
+        self._image_token = image_token
+        self._strict = strict
+
+    def encode(self, sample: Sample, *, prompt_only: bool = False) -> Encoded | None:
+        """Model inputs of one sample, or None when it is skipped; `prompt_only` leaves the answer out.
+
+        Raises:
+            DataError: the processor refuses the sample, or with `strict` an image cannot be decoded.
+        """
+        try:
+            images = [open_image(path) for path in sample.images]
+        except OSError as error:
+            if self._strict:
+                raise DataError(f"{sample.place}: {error} Repair or remove it, or leave --strict out.") from error
+            self.skipped.append(f"{sample.place}: {error}")
+            return None
+        text, is_templated = self._text(sample, prompt_only)
+        try:
+            made = self.processor(
+                images=[images] if images else None, text=[text], return_tensors="pt",
+                add_special_tokens=not is_templated,
+            )  # fmt: skip
+        except (ValueError, TypeError, KeyError, IndexError) as error:
+            raise DataError(f"{sample.place}: the model's processor refuses it: {error}") from error
+        inputs = {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
+        ids = inputs["input_ids"][0]
+        is_image = (
+            ids == self._image_token if self._image_token is not None else torch.zeros_like(ids, dtype=torch.bool)
+        )
+        return Encoded(inputs, is_image)
+
+    def encode_all(self, samples: tuple[Sample, ...], max_tokens: int) -> Iterator[Encoded]:
+        """Samples in order until they have `max_tokens` tokens."""
+        total = 0
+        for sample in samples:
+            found = self.encode(sample)
+            if found is not None:
+                yield found
+                total += found.num_tokens
+            if total >= max_tokens:
+                return
+
+    def _text(self, sample: Sample, prompt_only: bool) -> tuple[str, bool]:
+        """The text to encode, and whether it came from the chat template, which writes special tokens itself."""
+        token = getattr(self.processor, "image_token", None) or "<image>"
+        turns = list(sample.turns)
+        if not turns:
+            if sample.text.count(token) == len(sample.images):
+                return sample.text, False
+            if not self._has_template():
+                return token * len(sample.images) + sample.text, False
+            parts = [{"type": "image"}] * len(sample.images) + [{"type": "text", "text": sample.text}]
+            turns = [{"role": "user", "content": parts}]
+        elif prompt_only:
+            turns = turns[:-1]
+        if not self._has_template():
+            return _without_template(turns, token), False
+        from jinja2 import TemplateError
+
+        try:
+            text = self.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt_only)
+        except (TemplateError, TypeError, KeyError, ValueError) as error:
+            raise DataError(f"{sample.place}: the model's chat template refuses these turns: {error}.") from error
+        return str(text), True
+
+    def _has_template(self) -> bool:
+        return bool(getattr(self.processor, "chat_template", None))
+
+
+def _without_template(turns: list[Mapping[str, Any]], token: str) -> str:
+    lines = []
+    for turn in turns:
+        parts = [token if part["type"] == "image" else part["text"] for part in turn["content"]]
+        lines.append("".join(parts))
+    return "\n".join(lines)
+
+
+def open_image(path: Path) -> Any:
+    """The decoded image, RGB. Raises OSError naming the file."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError as error:
+        raise OSError(f"There is no image {path}.") from error
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise OSError(f"The image {path} cannot be decoded ({error}).") from error
+
+
+def image_token_of(directory: Path) -> int | None:
+    """The id of the placeholder that stands for image tokens, from config.json."""
+    config = parse_json((directory / "config.json").read_bytes())
+    return next((config[key] for key in ("image_token_id", "image_token_index") if key in config), None)

@@ -1,0 +1,1 @@
+"""A quantized model running in PyTorch, its weights still packed."""

@@ -1,0 +1,312 @@
+"""Modules that keep their weights packed: linear, embedding, routed experts, and MLA's latent projection.
+
+A packed weight is the GGUF blocks of its tensor, uint8 [..., rows, row_bytes], in memory and in `state_dict`. On a GPU
+the same bytes may lie as planes (`kernels.repack`); `state_dict` gives blocks whatever the layout, and loads blocks.
+A part whose type is F32, F16 or BF16 is an ordinary parameter. All arithmetic on packed weights is `kernels.ops`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynquant.formats.quant_types import quant_type
+from dynquant.kernels import ops, reference
+from dynquant.kernels.formats import is_packed
+from dynquant.kernels.planes import block_rows, pack_planes, unpack_planes
+
+BLOCKS, PLANES = "blocks", "planes"
+EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
+LATENT_PARTS = ("k_b", "v_b")
+ExpertsProduct = Callable[[Tensor, Tensor], Tensor]
+"""x [T, C] or [T, k, C] and expert ids [T, k] -> [T, k, N]."""
+
+
+class PackedModule(nn.Module):
+    """What packed modules share. `types` names the quant type of each weight, `layout` how its bytes lie."""
+
+    types: dict[str, str]
+    packed_names: tuple[str, ...]
+    """Weights that are stored as bytes; the others are ordinary parameters."""
+    layout: str
+    round_input: Callable[[Tensor, str], Tensor] | None = None
+    """Applied to the input of each product with the weight's type; `activation_rounding` sets it."""
+
+    def _start(self, types: Mapping[str, str]) -> None:
+        nn.Module.__init__(self)
+        found = {name: quant_type(type_name) for name, type_name in types.items()}
+        self.types = {name: stored.name for name, stored in found.items()}
+        self.packed_names = tuple(name for name, stored in found.items() if is_packed(stored))
+        self.layout = BLOCKS
+
+    def _add_weight(self, name: str, shape: tuple[int, ...], device: Any, dtype: torch.dtype | None) -> None:
+        stored = quant_type(self.types[name])
+        if is_packed(stored):
+            packed = torch.empty(*shape[:-1], stored.row_bytes(shape[-1]), dtype=torch.uint8, device=device)
+            weight = nn.Parameter(packed, requires_grad=False)
+            # transformers draws random numbers for weights without this mark, also for those it leaves on the disk.
+            weight._is_hf_initialized = True  # type: ignore[attr-defined]
+            self.register_parameter(name, weight)
+        else:
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype, device=device)))
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """The shape of the weight `name` as numbers."""
+        weight, stored = getattr(self, name), quant_type(self.types[name])
+        if name not in self.packed_names:
+            return tuple(weight.shape)
+        return (*weight.shape[:-1], weight.shape[-1] // stored.block_bytes * stored.block_size)
+
+    def dense(self, name: str, dtype: torch.dtype, index: int | None = None) -> Tensor:
+        """The weight `name` as numbers, [..., rows, columns], or one slice of its first dimension."""
+        weight, has_blocks = getattr(self, name), name in self.packed_names
+        if index is not None and has_blocks and self.layout == PLANES:
+            rows = weight.shape[-2]
+            blocks = block_rows(self.types[name], weight, slice(index * rows, (index + 1) * rows))
+            return reference.dequantize(blocks, self.types[name], dtype=dtype)
+        if index is not None:
+            weight = weight[index]
+        if not has_blocks:
+            return weight.to(dtype)
+        return ops.dequantize(weight, self.types[name], dtype=dtype, layout=self.layout)
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.layout == PLANES:
+            for name in self.packed_names:
+                destination[prefix + name] = unpack_planes(self.types[name], getattr(self, name).detach())
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        if self.layout == PLANES:
+            names = [name for name in self.packed_names if prefix + name in state_dict]
+            planar = {prefix + name: pack_planes(self.types[name], state_dict[prefix + name]) for name in names}
+            state_dict = {**state_dict, **planar}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}: {type_name}" for name, type_name in self.types.items())
+
+
+class PackedLinear(PackedModule, nn.Linear):
+    """y = x Wᵀ + b with W packed, uint8 [out_features, row_bytes]. PEFT takes it for the linear layer that it is.
+
+    Raises:
+        PlanError: no quant type has this name.
+        ValueError: `in_features` does not divide into blocks.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        type_name: str,
+        *,
+        bias: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._start({"weight": type_name})
+        self.in_features, self.out_features = in_features, out_features
+        self._add_weight("weight", (out_features, in_features), device, dtype)
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+
+    def forward(self, input: Tensor) -> Tensor:
+        type_name = self.types["weight"]
+        x = input if self.round_input is None else self.round_input(input, type_name)
+        y = ops.linear(x, self.weight, type_name, layout=self.layout)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return f"{nn.Linear.extra_repr(self)}, {self.types['weight']}"
+
+
+class PackedEmbedding(PackedModule, nn.Embedding):
+    """Rows of a packed table, uint8 [num_embeddings, row_bytes], times `scale` (Gemma's).
+
+    Only the rows that are asked for are decoded. The result has the dtype that the module was made with or cast to.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        type_name: str,
+        *,
+        padding_idx: int | None = None,
+        scale: float | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._start({"weight": type_name})
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
+        self.scale = scale
+        self._add_weight("weight", (num_embeddings, embedding_dim), device, dtype)
+        # Follows `module.to(dtype)`, which leaves the bytes alone.
+        self.register_buffer("_result", torch.empty(0, dtype=dtype, device=device), persistent=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        dtype = self._result.dtype
+        rows = ops.embedding(input, self.weight, self.types["weight"], dtype=dtype, layout=self.layout)
+        # Rounded to the dtype first, as transformers does.
+        return rows if self.scale is None else rows * torch.full((), self.scale, dtype=dtype, device=rows.device)
+
+    def extra_repr(self) -> str:
+        return f"{nn.Embedding.extra_repr(self)}, {self.types['weight']}"
+
+
+class PackedExperts(PackedModule):
+    """Routed experts as three stacks: gate and up [E, width, row_bytes], down [E, hidden, row_bytes].
+
+    Stands where transformers has a fused experts module and is called like it. GGUF keeps gate and up apart, and they
+    may have different types. `apply_gate` replaces act(gate) * up for models that combine them otherwise.
+    """
+
+    has_gate, has_bias, is_transposed, is_concatenated = True, False, False, True
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_dim: int,
+        intermediate_dim: int,
+        types: Mapping[str, str],
+        act_fn: Callable[[Tensor], Tensor],
+        *,
+        config: Any = None,
+        apply_gate: Callable[["PackedExperts", Tensor], Tensor] | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._start({name: types[name] for name in EXPERT_PARTS})
+        self.num_experts, self.hidden_dim, self.intermediate_dim = num_experts, hidden_dim, intermediate_dim
+        self.act_fn, self.config, self._combine = act_fn, config, apply_gate
+        shapes = ((intermediate_dim, hidden_dim), (intermediate_dim, hidden_dim), (hidden_dim, intermediate_dim))
+        for name, shape in zip(EXPERT_PARTS, shapes, strict=True):
+            self._add_weight(name, (num_experts, *shape), device, dtype)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        *,
+        added: Mapping[str, ExpertsProduct] | None = None,
+    ) -> Tensor:
+        """hidden [T, hidden_dim], expert ids [T, k], their weights [T, k] -> [T, hidden_dim].
+
+        `added` are products that an adapter adds, by transformers' names of the fused weights: `gate_up_proj` with
+        2 intermediate_dim columns, gate first, and `down_proj`.
+        """
+        added = added or {}
+        gate = self._multiply("gate_proj", hidden_states, top_k_index)  # [T, k, width]
+        up = self._multiply("up_proj", hidden_states, top_k_index)
+        if "gate_up_proj" in added:
+            more_gate, more_up = added["gate_up_proj"](hidden_states, top_k_index).chunk(2, dim=-1)
+            gate, up = gate + more_gate, up + more_up
+        inner = self.act_fn(gate) * up if self._combine is None else self._apply_gate(torch.cat([gate, up], dim=-1))
+        down = self._multiply("down_proj", inner, top_k_index)  # [T, k, hidden_dim]
+        if "down_proj" in added:
+            down = down + added["down_proj"](inner, top_k_index)
+        return (down * top_k_weights[..., None]).sum(dim=1).to(hidden_states.dtype)
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        if self._combine is not None:
+            return self._combine(self, gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.act_fn(gate) * up
+
+    def _multiply(self, name: str, x: Tensor, experts: Tensor) -> Tensor:
+        weight, type_name = getattr(self, name), self.types[name]
+        x = x if self.round_input is None else self.round_input(x, type_name)
+        if name in self.packed_names:
+            return ops.experts_linear(x, weight, experts, type_name, layout=self.layout)
+        return _dense_experts(x, weight, experts)
+
+
+class PackedLatentProjection(PackedModule, nn.Linear):
+    """MLA's `kv_b_proj`, latent [..., rank] -> [..., heads * (nope + value)], from the tensors that GGUF makes of it.
+
+    k_b [heads, rank, nope] is the key part transposed, v_b [heads, value, rank] the value part. Both are decoded in
+    every call: they are small, and the key part cannot be multiplied row by row.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        heads: int,
+        nope_dim: int,
+        value_dim: int,
+        types: Mapping[str, str],
+        *,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._start({name: types[name] for name in LATENT_PARTS})
+        self.in_features, self.out_features = rank, heads * (nope_dim + value_dim)
+        self._add_weight("k_b", (heads, rank, nope_dim), device, dtype)
+        self._add_weight("v_b", (heads, value_dim, rank), device, dtype)
+        self.register_parameter("bias", None)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """Bytes of the key part: PEFT and transformers look here for a linear layer's device."""
+        return self.k_b
+
+    def forward(self, input: Tensor) -> Tensor:
+        k_b, v_b = (self.dense(name, input.dtype) for name in LATENT_PARTS)
+        weight = torch.cat([k_b.transpose(1, 2), v_b], dim=1)  # [heads, nope + value, rank]
+        return nn.functional.linear(input, weight.reshape(self.out_features, self.in_features))
+
+
+def set_layout(model: nn.Module, layout: str) -> None:
+    """Rearrange the bytes of every packed weight in place: "planes" for the GPU kernels, "blocks" as stored.
+
+    Modules that share a weight (tied embeddings) are changed together.
+    """
+    if layout not in (BLOCKS, PLANES):
+        raise ValueError(f"`layout` must be {BLOCKS!r} or {PLANES!r}, got {layout!r}")
+    convert = pack_planes if layout == PLANES else unpack_planes
+    done: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, PackedModule) and module.layout != layout:
+            for name in module.packed_names:
+                weight = getattr(module, name)
+                if id(weight) not in done:
+                    done.add(id(weight))
+                    weight.data = convert(module.types[name], weight.data)
+            module.layout = layout
+
+
+def choose_layout(model: nn.Module) -> None:
+    """Planes when every packed weight is on a GPU that Triton can use, blocks otherwise."""
+    weights = [
+        getattr(module, name)
+        for module in model.modules()
+        if isinstance(module, PackedModule)
+        for name in module.packed_names
+    ]
+    on_gpu = bool(weights) and all(weight.is_cuda for weight in weights)
+    set_layout(model, PLANES if on_gpu and _has_triton() else BLOCKS)
+
+
+def _has_triton() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _dense_experts(x: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
+    """Experts whose weights are plain floats: x [T, C] or [T, k, C], weight [E, N, C] -> [T, k, N]."""
+    inputs = x[:, None].expand(*experts.shape, x.shape[-1]) if x.dim() == 2 else x
+    result = x.new_zeros(*experts.shape, weight.shape[1])
+    if torch.compiler.is_compiling():  # which expert is used by whom cannot decide shapes in a graph
+        for number, matrix in enumerate(weight):
+            result = torch.where((experts == number)[..., None], inputs @ matrix.to(x.dtype).T, result)
+        return result
+    for number in experts.unique().tolist():
+        chosen = experts == number
+        result[chosen] = inputs[chosen] @ weight[number].to(x.dtype).T
+    return result

@@ -1,0 +1,241 @@
+"""Puts packed modules into a transformers model, and finds the place of every GGUF tensor in it.
+
+One GGUF tensor is one entry of the packed model's `state_dict`:
+
+    token_embd, output, attn_*, ffn_*      MODULE.weight
+    ffn_{gate,up,down}_exps                MODULE.experts.{gate,up,down}_proj     (fused in transformers)
+    attn_k_b, attn_v_b                     MODULE.kv_b_proj.{k_b,v_b}             (one matrix in transformers)
+
+Rows are in transformers' order: llama.cpp interleaves those of rotary heads, which moves whole packed rows.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynquant.checkpoints.safetensors_format import StoredTensor
+from dynquant.errors import CheckpointError
+from dynquant.families.common.config import Config
+from dynquant.families.common.conversion import TensorRecipe, Transform, unchanged
+from dynquant.families.common.conversion_book import RecipeBook
+from dynquant.families.text.registry import FAMILIES
+from dynquant.formats import decode
+from dynquant.formats.quant_types import QUANT_TYPES, QuantType, quant_type
+from dynquant.kernels.formats import is_packed
+from dynquant.packed.layers import (
+    EXPERT_PARTS,
+    LATENT_PARTS,
+    PackedEmbedding,
+    PackedExperts,
+    PackedLatentProjection,
+    PackedLinear,
+)
+
+FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the GGUF tensor `name` of `shape` lives: row i of it is row `order[i]` of `key`, plus `shift`."""
+
+    name: str
+    key: str
+    shape: tuple[int, ...]
+    order: Tensor | None = None
+    shift: float = 0.0
+    can_be_packed: bool = True
+    """False for what transformers computes with directly, as routers: such tensors are stored as F32."""
+    transposed: bool = False
+    """Of a matrix that cannot be packed: `key` has its columns as rows."""
+
+    def stored_type(self, given: QuantType) -> QuantType:
+        """The type under which the packed model keeps a tensor that GGUF stores as `given`."""
+        return given if self.can_be_packed or not is_packed(given) else QUANT_TYPES["F32"]
+
+    def stored_as(self, given: QuantType) -> StoredTensor:
+        """The entry of a safetensors file."""
+        stored = self.stored_type(given)
+        if not is_packed(stored):
+            return StoredTensor(self.key, stored.name, self.shape[::-1] if self.transposed else self.shape)
+        return StoredTensor(self.key, "U8", (*self.shape[:-1], stored.row_bytes(self.shape[-1])))
+
+    def keeps_bytes(self, given: QuantType) -> bool:
+        """Whether the entry is the bytes of GGUF, in their order."""
+        return self.order is None and not self.shift and self.stored_type(given) is given
+
+    def from_gguf(self, given: QuantType, packed: Tensor) -> Tensor:
+        """The entry of `state_dict`: bytes in transformers' order of rows, or floats of the GGUF tensor's own dtype.
+
+        `packed` are GGUF's bytes, uint8 [..., row_bytes].
+        """
+        if is_packed(given) and self.can_be_packed:
+            values = packed
+        elif is_packed(given):
+            values = decode(given, packed, self.shape)
+        else:
+            values = packed.contiguous().view(FLOAT_DTYPES[given.name]).reshape(self.shape)
+        if self.shift:
+            values = (values.float() - self.shift).to(values.dtype)
+        if self.transposed:
+            return values.t()
+        if self.order is None:
+            return values
+        ordered = torch.empty_like(values)
+        ordered[self.order] = values
+        return ordered
+
+
+def places(config: Config, hf_model: nn.Module, *, whole_kv_b: bool = False) -> tuple[dict[str, Place], set[str]]:
+    """Places by GGUF name, and the names of tensors that follow from the configuration and have none.
+
+    `hf_model` is what transformers makes of the configuration, on any device, before modules are replaced.
+
+    Raises:
+        CheckpointError: this transformers has parameters that the family does not know.
+    """
+    book = RecipeBook(config, None, names=list(hf_model.state_dict()), whole_kv_b=whole_kv_b)
+    FAMILIES[config.model_type].add_tensors(book)
+    recipes = book.finish()
+    found = {recipe.name: _place(recipe, hf_model) for recipe in recipes if recipe.values is None}
+    return found, {recipe.name for recipe in recipes if recipe.values is not None}
+
+
+def build_meta_model(config: Config) -> nn.Module:
+    """The causal language model of a configuration, without memory for its weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = {key: value for key, value in config.raw.items() if key != "quantization_config"}
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
+
+
+def pack_modules(model: nn.Module, types: Mapping[str, str], dtype: torch.dtype | None = None) -> None:
+    """Replace the modules of `model` that hold packed weights; `types` gives the quant type of each state_dict key.
+
+    Weights are made on the meta device and wait to be loaded. `dtype` is that of the floats beside them.
+
+    Raises:
+        CheckpointError: an unknown type, or a key that the model has no place for; both are named.
+    """
+    packed = {key for key, type_name in types.items() if is_packed(_known_type(key, type_name))}
+    groups: dict[str, dict[str, str]] = {}
+    for key, type_name in {**types, **_tied_types(model, types, packed)}.items():
+        path, _, part = key.rpartition(".")
+        groups.setdefault(path, {})[part] = type_name
+    for path, parts in groups.items():
+        if len(parts) == 1 and not any(is_packed(quant_type(type_name)) for type_name in parts.values()):
+            continue
+        parent_path, _, name = path.rpartition(".")
+        try:
+            parent, module = model.get_submodule(parent_path), model.get_submodule(path)
+        except AttributeError as error:
+            raise CheckpointError(_no_place(model, path, parts)) from error
+        with torch.device("meta"):
+            setattr(parent, name, _packed_module(model, parent, module, path, parts, dtype))
+
+
+def _place(recipe: TensorRecipe, hf_model: nn.Module) -> Place:
+    key, shape = _key(recipe), recipe.shape
+    path = key.rpartition(".")[0]
+    special = key.endswith((*_dotted(EXPERT_PARTS), *_dotted(LATENT_PARTS)))
+    if special or recipe.transform is unchanged:
+        packable = special or isinstance(hf_model.get_submodule(path), nn.Linear | nn.Embedding)
+        return Place(recipe.name, key, shape, can_be_packed=packable and len(shape) > 1)
+    order, shift = order_of_rows(recipe.transform, shape)
+    return Place(recipe.name, key, shape, order, shift, len(shape) > 1)
+
+
+def order_of_rows(transform: Transform, shape: tuple[int, ...]) -> tuple[Tensor | None, float]:
+    """`order` and `shift` of a `Place` whose tensor `transform` makes by moving rows and adding a constant."""
+    if transform is unchanged:
+        return None, 0.0
+    rows = shape[0]
+    column = (rows,) + (1,) * (len(shape) - 1)
+    start = transform(torch.zeros(column, dtype=torch.float64)).flatten()
+    order = transform(torch.arange(rows, dtype=torch.float64).reshape(column)).flatten() - start
+    is_moved = bool((order != torch.arange(rows)).any())
+    return order.long() if is_moved else None, float(start[0])
+
+
+def _key(recipe: TensorRecipe) -> str:
+    first = recipe.parts[0]
+    if recipe.name == "output.weight":
+        return _HEAD
+    if recipe.name.endswith("_exps.weight"):
+        kind = recipe.name.removesuffix("_exps.weight").rpartition("_")[2]
+        return f"{first.partition('.experts.')[0]}.experts.{kind}_proj"
+    if recipe.name.endswith(("attn_k_b.weight", "attn_v_b.weight")):
+        return f"{first.removesuffix('.weight')}.{recipe.name.split('attn_')[1].removesuffix('.weight')}"
+    return first
+
+
+def _dotted(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f".{name}" for name in names)
+
+
+def _known_type(key: str, type_name: object) -> QuantType:
+    found = QUANT_TYPES.get(type_name) if isinstance(type_name, str) else None
+    if found is None:
+        raise CheckpointError(
+            f"`quantization_config` gives `{key}` the quant type {type_name!r}, which this dynquant does not know. "
+            f"Install the version that wrote the checkpoint, or export it again. Known: {', '.join(QUANT_TYPES)}."
+        )
+    return found
+
+
+def _tied_types(model: nn.Module, types: Mapping[str, str], packed: set[str]) -> dict[str, str]:
+    """Types of weights that transformers will tie to packed ones, as a head to its embedding."""
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    return {target: types[source] for target, source in tied.items() if source in packed and target not in types}
+
+
+def _packed_module(
+    model: Any, parent: Any, module: Any, path: str, parts: dict[str, str], dtype: torch.dtype | None
+) -> nn.Module:
+    try:
+        if isinstance(module, nn.Linear) and set(parts) == {"weight"}:
+            has_bias = module.bias is not None
+            return PackedLinear(module.in_features, module.out_features, parts["weight"], bias=has_bias, dtype=dtype)
+        if isinstance(module, nn.Embedding) and set(parts) == {"weight"}:
+            scale = getattr(module, "scalar_embed_scale", None)
+            return PackedEmbedding(
+                module.num_embeddings, module.embedding_dim, parts["weight"],
+                padding_idx=module.padding_idx, scale=scale, dtype=dtype,
+            )  # fmt: skip
+        if isinstance(module, nn.Linear) and set(parts) == set(LATENT_PARTS):
+            nope, value = parent.qk_nope_head_dim, parent.v_head_dim
+            heads = module.out_features // (nope + value)
+            return PackedLatentProjection(module.in_features, heads, nope, value, parts, dtype=dtype)
+        if hasattr(module, "gate_up_proj") and set(parts) == set(EXPERT_PARTS):
+            return _packed_experts(module, path, parts, dtype)
+    except ValueError as error:
+        raise CheckpointError(f"`{path}` cannot hold {parts}: {error}. config.json is of another model.") from error
+    raise CheckpointError(_no_place(model, path, parts))
+
+
+def _packed_experts(module: Any, path: str, parts: dict[str, str], dtype: torch.dtype | None) -> PackedExperts:
+    from transformers.integrations.moe import _default_apply_gate
+
+    if module.has_bias or module.is_transposed or not module.has_gate:
+        raise CheckpointError(
+            f"The experts of `{path}` ({type(module).__name__}) have biases, no gate, or transposed weights, which "
+            "packed experts do not do. Load the GGUF in llama.cpp."
+        )
+    num_experts, hidden, width = module.down_proj.shape
+    combine = type(module)._apply_gate
+    return PackedExperts(
+        num_experts, hidden, width, parts, module.act_fn, config=module.config, dtype=dtype,
+        apply_gate=None if combine is _default_apply_gate else combine,
+    )  # fmt: skip
+
+
+def _no_place(model: nn.Module, path: str, parts: Mapping[str, str]) -> str:
+    names = ", ".join(f"`{path}.{part}` ({type_name})" for part, type_name in parts.items())
+    return (
+        f"`quantization_config` names {names}, but {type(model).__name__} has no module there that can be packed. "
+        "config.json belongs to another model, or this version of transformers builds it differently."
+    )

@@ -1,0 +1,1 @@
+"""Step 3, plan: a quant type for every matrix."""

@@ -1,0 +1,117 @@
+"""One budget, any pricing: the types that the planner takes for a table, and why."""
+
+from collections.abc import Mapping, Sequence
+
+from dynquant.analysis.errors.measure import unmeasured_table
+from dynquant.analysis.errors.table import ErrorTable
+from dynquant.analysis.outliers.super_weights import SuperWeight
+from dynquant.analysis.report.stage import rules_of
+from dynquant.calibration.statistics import CalibrationStats
+from dynquant.checkpoints.gguf_layout import padded
+from dynquant.checkpoints.model import Model
+from dynquant.cli.terminal import console
+from dynquant.formats.quant_types import fit_to_row, quant_type
+from dynquant.planning.memory_budget import MemoryBudget
+from dynquant.planning.planner import Rules, check_budget_range, coupled_tensors, plan_types, size_range
+from dynquant.planning.target import Target
+from dynquant.recipes.build_plan import fixed_bytes
+
+_NAMED_STATISTICS = 1024
+"""Bytes of a file's header, at most, that name the statistics it was made with."""
+
+
+class Chooser:
+    """Types at the target's budget for any pricing of a table, with the reason of each kept."""
+
+    def __init__(
+        self,
+        model: Model,
+        target: Target,
+        stats: CalibrationStats,
+        stats_hash: str,
+        table: ErrorTable,
+        supers: Sequence[SuperWeight],
+        memory: MemoryBudget | None,
+    ) -> None:
+        self.context = {"recipe": target.recipe, "stats": stats, "stats_hash": stats_hash}
+        self._model, self._target = model, target
+        self._fixed = fixed_bytes(model, table.tensors(), **self.context)
+        coupled = _coupled(target, table)
+        self._rules = {flag: rules_of(supers, stats, floors=flag, coupled=coupled) for flag in (True, False)}
+        self._memory = memory
+        self._reasons: dict[tuple[tuple[str, str], ...], dict[str, tuple[str, str]]] = {}
+
+    def allowed(self, table: ErrorTable) -> ErrorTable:
+        """The rows of the candidate types that were asked for."""
+        return _allowed(self._target, table)
+
+    def __call__(self, table: ErrorTable, *, floors: bool = True, file_bytes: int | None = None) -> dict[str, str]:
+        allowed = self.allowed(table)
+        rules = self._rules[floors and self._target.floors]
+        found = plan_types(allowed, self._budget(allowed, rules, file_bytes), rules, fixed_bytes=self._fixed)
+        types = {name: type_name for name, (type_name, _) in found.items()}
+        self._reasons[tuple(sorted(types.items()))] = found
+        return types
+
+    def _budget(self, table: ErrorTable, rules: Rules, wanted: int | None) -> int | None:
+        """File bytes: the target's, None for the planner's default, or the possible size nearest to `wanted`."""
+        if wanted is not None:
+            smallest, largest = size_range(table, rules, fixed_bytes=self._fixed)
+            return max(smallest, min(largest, wanted))
+        if self._memory is not None:
+            return self._memory.file_budget(*size_range(table, rules, fixed_bytes=self._fixed))
+        return self._target.budget(self._model.num_weights)
+
+    def explained(self, types: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+        """Types that were chosen before, with their reasons."""
+        return self._reasons[tuple(sorted(types.items()))]
+
+    def stored(self, wanted: Mapping[str, str], table: ErrorTable) -> dict[str, str]:
+        """Wanted types of a recipe -> the stored ones, of the tensors that have a choice."""
+        return {
+            name: fit_to_row(quant_type(wanted[name]), self._model.source.info(name).shape[-1])[0].name
+            for name in table.tensors()
+        }
+
+    def file_bytes(self, types: Mapping[str, str]) -> int:
+        """Bytes of the whole file."""
+        shapes = {name: self._model.source.info(name).shape for name in types}
+        return self._fixed + sum(padded(quant_type(types[name]).tensor_bytes(shape)) for name, shape in shapes.items())
+
+
+def check_budget(
+    model: Model,
+    target: Target,
+    types: Sequence[str],
+    memory: MemoryBudget | None,
+    stats: CalibrationStats | None,
+) -> None:
+    """Refuse a budget that no choice among `types` meets, before a tensor is measured.
+
+    Without statistics, only what none of them could mend is refused; sizes lack the bytes that name them in the file.
+
+    Raises:
+        PlanError: as `plan_types` and `MemoryBudget.file_budget`.
+    """
+    table = unmeasured_table(model, stats, types)
+    any_hash = None if stats is None else "0" * 64
+    fixed = fixed_bytes(model, table.tensors(), recipe=target.recipe, stats=stats, stats_hash=any_hash)
+    rules = Rules(coupled=coupled_tensors(table.tensors(), target.couple))
+    smallest, largest = size_range(_allowed(target, table), rules, fixed_bytes=fixed)
+    if memory is not None:
+        memory.file_budget(smallest, largest)
+        return
+    budget, unknown = target.budget(model.num_weights), 0 if stats is not None else _NAMED_STATISTICS
+    if budget is not None and not largest < budget <= largest + unknown:
+        check_budget_range(budget, smallest, largest)
+
+
+def _allowed(target: Target, table: ErrorTable) -> ErrorTable:
+    return table.restricted_to([name.upper() for name in target.types]) if target.types else table
+
+
+def _coupled(target: Target, table: ErrorTable) -> tuple[tuple[str, ...], ...]:
+    for kind in target.couple:
+        if not coupled_tensors(table.tensors(), (kind,)):
+            console.note(f"--couple {kind}: this model has no such tensors")
+    return coupled_tensors(table.tensors(), target.couple)

@@ -1,0 +1,49 @@
+"""The size/error curve: what the planner would reach at many budgets, beside uniform types and fixed recipes.
+
+Every point is priced with the same error table: the sum over tensors of `ErrorTable.cost`. It is a prediction;
+`dynquant eval` and `dynquant compare` measure.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dynquant.analysis.errors.table import ErrorTable
+from dynquant.checkpoints.gguf_layout import padded
+from dynquant.planning.planner import Rules, plan_types, size_range
+
+
+@dataclass(frozen=True)
+class FrontierPoint:
+    """One plan: its file size and predicted error. `kind` is `plan`, `uniform` or `preset`."""
+
+    label: str
+    bytes: int
+    error: float
+    kind: str
+
+
+def price(table: ErrorTable, types: Mapping[str, str], fixed_bytes: int) -> tuple[int, float] | None:
+    """File bytes and predicted error of an assignment, or None when a type of it was not measured."""
+    rows = [table.row(name, types[name]) for name in table.tensors()]
+    if any(row is None for row in rows):
+        return None
+    return fixed_bytes + sum(padded(r.bytes) for r in rows if r), sum(table.cost(r) for r in rows if r)
+
+
+def frontier(
+    table: ErrorTable, rules: Rules, fixed_bytes: int, presets: Mapping[str, Mapping[str, str]], num_points: int = 24
+) -> list[FrontierPoint]:
+    """The planner at `num_points` budgets over its whole range of sizes, and every preset that can be priced."""
+    low, high = size_range(table, rules, fixed_bytes=fixed_bytes)
+    points = []
+    for step in range(num_points):
+        budget = int(low * (high / low) ** (step / (num_points - 1)))
+        chosen = plan_types(table, min(max(budget, low), high), rules, fixed_bytes=fixed_bytes)
+        priced = price(table, {name: choice for name, (choice, _) in chosen.items()}, fixed_bytes)
+        if priced:
+            points.append(FrontierPoint(f"{budget}", *priced, kind="plan"))
+    for label, types in presets.items():
+        priced = price(table, types, fixed_bytes)
+        if priced:
+            points.append(FrontierPoint(label, *priced, kind="uniform" if label.startswith("uniform") else "preset"))
+    return points

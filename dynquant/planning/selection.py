@@ -1,0 +1,108 @@
+"""What a selection found (selection.json): candidate plans with predicted and measured KL, and how the two agree."""
+
+from math import exp, log
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dynquant.errors import PlanError
+from dynquant.evaluation.statistics import Estimate
+from dynquant.recipes.plan import write_atomically
+
+
+class Candidate(BaseModel):
+    """One plan: what it was predicted to cost, and what it costs on the selection text."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    label: str
+    bytes: int
+    predicted_kl: float | None = None
+    """What its prices add up to; None for recipes with types that were not priced."""
+    predicted_kl_se: float | None = None
+    kl: Estimate | None = None
+    top1: Estimate | None = None
+    types: dict[str, str]
+    """Tensor -> stored type, of the tensors that have a choice."""
+
+    @property
+    def method(self) -> str:
+        """The pricing that made it: its label up to the first comma."""
+        return self.label.split(",")[0]
+
+
+class Fit(BaseModel):
+    """log KL = intercept + slope log(sum of prices) + noise of standard deviation `residual`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    intercept: float
+    slope: float
+    residual: float
+
+    def predicted(self, total: float) -> tuple[float, float]:
+        """KL in nats per token for a plan whose prices add up to `total`, and its standard error."""
+        value = exp(self.intercept + self.slope * log(total))
+        return value, value * self.residual
+
+    @classmethod
+    def of(cls, totals: np.ndarray, measured: np.ndarray) -> "Fit":
+        """Least squares in logarithms; the residual has the degrees of freedom of two fitted numbers."""
+        slope, intercept = np.polyfit(np.log(totals), np.log(measured), 1)
+        errors = np.log(measured) - intercept - slope * np.log(totals)
+        residual = float(np.sqrt((errors**2).sum() / max(1, len(errors) - 2)))
+        return cls(intercept=float(intercept), slope=float(slope), residual=residual)
+
+
+class Selection(BaseModel):
+    """selection.json: every candidate with its score; `chosen` indexes the plan that was taken."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    text: str
+    num_tokens: int
+    candidates: tuple[Candidate, ...]
+    chosen: int
+    checked: tuple[Candidate, ...] = ()
+    """Plans drawn around the chosen one, to compare prediction and measurement."""
+    rank_correlation: Estimate | None = None
+    """Spearman's between predicted and measured KL of `checked`."""
+    fit: Fit | None = None
+    """From what prices add up to to the KL that is measured, fitted on `checked`."""
+    frontier: tuple[Candidate, ...] = ()
+    """The planner at several sizes (labels begin with `planner`), and fixed recipes."""
+
+    @property
+    def winner(self) -> Candidate:
+        return self.candidates[self.chosen]
+
+    def save(self, path: Path) -> None:
+        """Write selection.json, whole or not at all."""
+        write_atomically(path, self.model_dump_json(indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> "Selection | None":
+        """Read selection.json; None when nothing was selected.
+
+        Raises:
+            PlanError: the file is not a selection.
+        """
+        if not path.is_file():
+            return None
+        try:
+            return cls.model_validate_json(path.read_text())
+        except ValidationError as error:
+            raise PlanError(
+                f"{path} is not a selection of dynquant: {error.errors()[0]['msg']}. Plan again."
+            ) from error
+
+
+def rank_correlation(pairs: np.ndarray, *, resamples: int = 2000) -> Estimate:
+    """Rank correlation of predicted and measured KL, [plans, 2], with a 95 % bootstrap interval over plans."""
+    from scipy.stats import spearmanr
+
+    picks = np.random.default_rng(0).integers(0, len(pairs), (resamples, len(pairs)))
+    values = [spearmanr(*pairs[pick].T).statistic for pick in picks if len(set(pick.tolist())) > 2]
+    low, high = np.nanquantile(values, [0.025, 0.975])
+    return Estimate(value=float(spearmanr(*pairs.T).statistic), low=float(low), high=float(high))

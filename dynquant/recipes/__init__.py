@@ -1,0 +1,1 @@
+"""What a plan is, and the recipes that people know."""

@@ -1,0 +1,451 @@
+"""llama.cpp's own type mixtures: which type llama-quantize would store for each tensor, and why.
+
+Each file type (`iq1_s`, `q4_k_m`, ...) has a base type; tables of rules per tensor category raise or lower it, first
+match wins; a last step fits the type to the row length. The facts are those of `src/llama-quant.cpp` in the llama.cpp
+inside llama-cpp-python 0.3.36, for an F32 input and with an importance matrix, which dynquant always has.
+
+Left out: pruning, and types outside the registry (Q1_0, Q2_0). Overrides given by hand (`--tensor-type` and the like)
+are `recipe_parser.py`'s.
+"""
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import NamedTuple
+
+from dynquant.checkpoints.tensor_roles import HyperParams
+from dynquant.errors import PlanError
+from dynquant.formats.quant_types import QUANT_TYPES, fit_to_row
+
+
+class FileType(NamedTuple):
+    """A file type of llama-quantize: its `general.file_type` number and the type of what no rule names."""
+
+    id: int
+    base: str
+
+
+class TypeChoice(NamedTuple):
+    """A quant type's name and the reason for it."""
+
+    type: str
+    reason: str
+
+
+LLAMA_FTYPES: dict[str, FileType] = {
+    "f32": FileType(0, "F32"),
+    "f16": FileType(1, "F16"),
+    "q4_0": FileType(2, "Q4_0"),
+    "q4_1": FileType(3, "Q4_1"),
+    "q8_0": FileType(7, "Q8_0"),
+    "q5_0": FileType(8, "Q5_0"),
+    "q5_1": FileType(9, "Q5_1"),
+    "q2_k": FileType(10, "Q2_K"),
+    "q3_k_s": FileType(11, "Q3_K"),
+    "q3_k_m": FileType(12, "Q3_K"),
+    "q3_k_l": FileType(13, "Q3_K"),
+    "q4_k_s": FileType(14, "Q4_K"),
+    "q4_k_m": FileType(15, "Q4_K"),
+    "q5_k_s": FileType(16, "Q5_K"),
+    "q5_k_m": FileType(17, "Q5_K"),
+    "q6_k": FileType(18, "Q6_K"),
+    "iq2_xxs": FileType(19, "IQ2_XXS"),
+    "iq2_xs": FileType(20, "IQ2_XS"),
+    "q2_k_s": FileType(21, "Q2_K"),
+    "iq3_xs": FileType(22, "IQ3_S"),
+    "iq3_xxs": FileType(23, "IQ3_XXS"),
+    "iq1_s": FileType(24, "IQ1_S"),
+    "iq4_nl": FileType(25, "IQ4_NL"),
+    "iq3_s": FileType(26, "IQ3_S"),
+    "iq3_m": FileType(27, "IQ3_S"),
+    "iq2_s": FileType(28, "IQ2_XS"),
+    "iq2_m": FileType(29, "IQ2_S"),
+    "iq4_xs": FileType(30, "IQ4_XS"),
+    "iq1_m": FileType(31, "IQ1_M"),
+    "bf16": FileType(32, "BF16"),
+    "tq1_0": FileType(36, "TQ1_0"),
+    "tq2_0": FileType(37, "TQ2_0"),
+    "mxfp4_moe": FileType(38, "MXFP4"),
+}
+_ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
+
+
+class _Category(Enum):
+    TOKEN_EMBD = auto()
+    OUTPUT = auto()
+    ATTN_V = auto()
+    ATTN_K = auto()
+    ATTN_Q = auto()
+    ATTN_OUT = auto()
+    FFN_UP = auto()
+    FFN_GATE = auto()
+    FFN_DOWN = auto()
+    OTHER = auto()
+
+
+_FFN = (_Category.FFN_UP, _Category.FFN_GATE, _Category.FFN_DOWN)
+_CATEGORY_OF_SUBSTRING = {
+    "attn_qkv.weight": _Category.ATTN_V,
+    "attn_kv_b.weight": _Category.ATTN_V,
+    "attn_v.weight": _Category.ATTN_V,
+    "attn_k.weight": _Category.ATTN_K,
+    "attn_q.weight": _Category.ATTN_Q,
+    "attn_output.weight": _Category.ATTN_OUT,
+    "ffn_up": _Category.FFN_UP,
+    "ffn_gate": _Category.FFN_GATE,
+    "ffn_down": _Category.FFN_DOWN,
+}
+
+
+OUTPUT_NAME = "output.weight"
+"""What `--output-tensor-type` speaks of."""
+EMBEDDING_NAMES = ("token_embd.weight", "per_layer_token_embd.weight")
+"""What `--token-embedding-type` speaks of."""
+
+
+def _category(name: str) -> _Category:
+    if name == OUTPUT_NAME:
+        return _Category.OUTPUT
+    if name in EMBEDDING_NAMES:
+        return _Category.TOKEN_EMBD
+    return next((c for part, c in _CATEGORY_OF_SUBSTRING.items() if part in name), _Category.OTHER)
+
+
+_KEPT_NAMES = ("position_embd.weight", "token_types.weight")
+_KEPT_SUBSTRINGS = (
+    "_norm.weight", "ffn_gate_inp.weight", "ffn_gate_tid2eid.weight", "altup", "laurel", "per_layer_model_proj",
+    "ssm_conv1d", "shortconv.conv.weight", "indexer.k_proj.weight", "indexer.q_proj.weight", "time_mix_first.weight",
+    *(f"time_mix_{part}.weight" for part in ("w0", "w1", "w2", "v0", "v1", "v2", "a0", "a1", "a2", "g1", "g2")),
+    "time_mix_decay_w1.weight", "time_mix_decay_w2.weight", "time_mix_lerp_fused.weight", "attn_rel_b.weight",
+    ".position_embd", "sam.pos_embd", "sam.neck.", "sam.net_", ".rel_pos", ".patch_embd", ".patch_merger",
+    "a.rvq.codebook", "mm.a.code_embd",
+)  # fmt: skip
+_KEPT_IN_ARCH = {
+    "glm5-next": (
+        "hc_", "indexer.attn_q_b", "indexer.attn_k", "indexer.proj", "indexer_compressor_gate",
+        "indexer_compressor_ape", "ssm_f_a.weight", "ssm_f_b.weight", "ssm_g_a.weight", "ssm_g_b.weight",
+        "ssm_beta.weight", "attn_kv_a_mqa.weight", "attn_k_b.weight", "attn_v_b.weight",
+    ),
+}  # fmt: skip
+_AT_LEAST_Q8_0_IN_ARCH = {"glm5-next": ("attn_q_a", "attn_q_b", "nextn.eh_proj")}
+
+
+def kept_because(name: str, shape: Sequence[int], arch: str) -> str | None:
+    """Why llama-quantize leaves this tensor as it is, or None when it quantizes it. `shape` ends in the row length."""
+    if len(shape) - next((i for i, n in enumerate(shape) if n != 1), len(shape)) < 2:
+        return "one-dimensional"
+    if not name.endswith("weight"):
+        return "not a weight"
+    parts = (*_KEPT_SUBSTRINGS, *_KEPT_IN_ARCH.get(arch, ()))
+    if name in _KEPT_NAMES or any(part in name for part in parts):
+        return "small or delicate, never quantized"
+    return None
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What conditions may look at: number `index` of `total` in its category (or layer `index`), and the model."""
+
+    index: int
+    total: int
+    hyper: HyperParams
+
+    @property
+    def heads_share_kv(self) -> bool:
+        """At least four query heads use one key/value head, so these matrices are small for what they do."""
+        return self.hyper.n_head_kv > 0 and self.hyper.n_head // self.hyper.n_head_kv >= 4
+
+    @property
+    def has_more_bits(self) -> bool:
+        """The first and last eighth, and every third between them."""
+        eighth, last = self.total // 8, 7 * self.total // 8
+        return self.index < eighth or self.index >= last or (self.index - eighth) % 3 == 2
+
+
+_Condition = Callable[[_Place], bool]
+
+
+def _always(_: _Place) -> bool:
+    return True
+
+
+def _heads_share_kv(place: _Place) -> bool:
+    return place.heads_share_kv
+
+
+def _kv_shared_or_experts(place: _Place) -> bool:
+    return place.heads_share_kv or place.hyper.n_expert >= 4
+
+
+def _eight_experts(place: _Place) -> bool:
+    return place.hyper.n_expert == 8
+
+
+def _not_eight_experts(place: _Place) -> bool:
+    return place.hyper.n_expert != 8
+
+
+def _more_bits(place: _Place) -> bool:
+    return place.has_more_bits
+
+
+def _eight_experts_more_bits(place: _Place) -> bool:
+    return place.hyper.n_expert == 8 and place.has_more_bits
+
+
+def _first_eighth(place: _Place) -> bool:
+    return place.index < place.total // 8
+
+
+def _first_sixteenth(place: _Place) -> bool:
+    return place.index < place.total // 16
+
+
+def _middle(place: _Place) -> bool:
+    return place.total // 8 <= place.index < 7 * place.total // 8
+
+
+def _first(count: int) -> _Condition:
+    return lambda place: place.index < count
+
+
+_WORDS = {
+    _heads_share_kv: "4 or more query heads share it",
+    _kv_shared_or_experts: "4 or more query heads share it, or 4 or more experts",
+    _eight_experts: "8 experts",
+    _more_bits: "a layer given more bits",
+    _eight_experts_more_bits: "8 experts, a layer given more bits",
+    _first_eighth: "among the first eighth",
+    _first_sixteenth: "among the first sixteenth",
+    _middle: "neither first nor last eighth",
+}
+
+
+@dataclass(frozen=True)
+class _Rule:
+    file_types: frozenset[str]
+    type: str
+    when: _Condition = _always
+
+
+def _rule(file_types: str | Iterable[str], type_name: str, when: _Condition = _always) -> _Rule:
+    names = file_types.split() if isinstance(file_types, str) else file_types
+    return _Rule(frozenset(names), type_name, when)
+
+
+_IQ1 = frozenset(("iq1_s", "iq1_m"))
+_IQ2_SMALL = frozenset(("iq2_xxs", "iq2_xs"))
+_IQ2_LARGE = frozenset(("iq2_s", "iq2_m"))
+_VERY_LOW = _IQ1 | _IQ2_SMALL | _IQ2_LARGE
+_OTHERS = frozenset(LLAMA_FTYPES) - _VERY_LOW - {"mxfp4_moe"}
+
+_EMBEDDING_RULES = (
+    _rule(_IQ1 | _IQ2_SMALL, "Q2_K"),
+    _rule(_IQ2_LARGE | {"iq3_xxs"}, "IQ3_S"),
+    _rule("tq1_0 tq2_0", "Q4_K"),
+)
+_OUTPUT_RULES = (
+    _rule(_VERY_LOW | {"iq3_xxs"}, "Q5_K"),
+    _rule("mxfp4_moe q8_0", "Q8_0"),
+    _rule(_OTHERS, "Q6_K"),
+)
+_COMMON_FFN_DOWN_RULES = (
+    _rule(_IQ1 | _IQ2_SMALL, "Q2_K", _first_eighth),
+    _rule(_IQ2_LARGE, "IQ3_S", _first_eighth),
+    _rule("q2_k", "Q3_K"),
+    _rule("q2_k_s", "Q4_K", _first_eighth),
+    _rule("iq3_m", "Q4_K", _first_eighth),
+    _rule("iq3_m", "Q4_K", _eight_experts_more_bits),
+    _rule("q5_k_m", "Q6_K", _more_bits),
+    _rule("q4_0", "Q4_1", _first_eighth),
+    _rule("q5_0", "Q5_1", _first_eighth),
+)
+_MIDDLE_FFN_RULES = (_rule("iq3_xs", "IQ3_XXS", _middle),)
+_RULES: dict[_Category, tuple[_Rule, ...]] = {
+    _Category.ATTN_V: (
+        _rule(_VERY_LOW, "Q4_K", _kv_shared_or_experts),
+        _rule(_IQ1 | _IQ2_SMALL, "Q2_K"),
+        _rule(_IQ2_LARGE, "IQ3_S"),
+        _rule(_OTHERS, "Q8_0", _eight_experts),
+        _rule("q2_k q2_k_s iq3_xxs iq3_xs iq3_s", "Q4_K", _heads_share_kv),
+        _rule("q2_k", "Q3_K"),
+        _rule("iq3_m", "Q4_K"),
+        _rule("q3_k_m", "Q5_K", _first(2)),
+        _rule("q3_k_m", "Q4_K"),
+        _rule("q3_k_l", "Q5_K"),
+        _rule("iq4_nl iq4_xs", "Q5_K", _heads_share_kv),
+        _rule("q4_k_m q5_k_m", "Q6_K", _more_bits),
+        _rule("q4_k_s", "Q5_K", _first(4)),
+    ),
+    _Category.ATTN_K: (
+        _rule(_VERY_LOW, "Q4_K", _eight_experts),
+        _rule(_OTHERS, "Q8_0", _eight_experts),
+        _rule("iq3_xs", "IQ3_XXS"),
+        _rule("iq3_xxs", "IQ2_S"),
+    ),
+    _Category.ATTN_Q: (
+        _rule("iq3_xs", "IQ3_XXS"),
+        _rule("iq3_xxs", "IQ2_S"),
+    ),
+    _Category.ATTN_OUT: (
+        _rule(_VERY_LOW, "Q5_K", _eight_experts),
+        _rule(_IQ1, "IQ2_XXS"),
+        _rule(_IQ2_LARGE, "IQ3_S"),
+        _rule("q2_k iq3_xs iq3_xxs q3_k_s q3_k_m iq4_nl q4_k_s q4_k_m iq3_s iq3_m iq4_xs", "Q5_K", _eight_experts),
+        _rule("q2_k", "Q3_K", _not_eight_experts),
+        _rule("iq3_xxs", "IQ3_S", _not_eight_experts),
+        _rule("q3_k_m iq3_m", "Q4_K", _not_eight_experts),
+        _rule("q3_k_l", "Q5_K", _not_eight_experts),
+    ),
+    _Category.FFN_DOWN: (
+        *_COMMON_FFN_DOWN_RULES,
+        _rule("q3_k_m", "Q5_K", _first_sixteenth),
+        _rule("q3_k_m", "Q4_K"),
+        _rule("q3_k_l", "Q5_K"),
+        _rule("q4_k_m", "Q6_K", _more_bits),
+        _rule("q4_k_s", "Q5_K", _first_eighth),
+    ),
+    _Category.FFN_UP: _MIDDLE_FFN_RULES,
+    _Category.FFN_GATE: _MIDDLE_FFN_RULES,
+}
+_FALCON_RULES = _RULES | {
+    _Category.ATTN_OUT: (*_RULES[_Category.ATTN_OUT][:3], _rule("q3_k_l", "Q4_K")),
+    _Category.FFN_DOWN: (
+        *_COMMON_FFN_DOWN_RULES,
+        _rule("q3_k_m", "Q5_K", _first_sixteenth),
+        _rule("q3_k_m", "Q4_K", _more_bits),
+        _rule("q3_k_l", "Q4_K"),
+        _rule("q4_k_m", "Q6_K", _first_sixteenth),
+        _rule("q4_k_m", "Q5_K", _more_bits),
+    ),
+}
+_SEVENTY_BILLION_LAYERS = {"llama": 80, "llama-embed": 80, "deci": 80, "olmo": 80, "qwen2": 80, "jais2": 68}
+
+
+def _is_70b(hyper: HyperParams) -> bool:
+    """llama.cpp's model size "70B", which it tells by the number of layers."""
+    if hyper.n_layer != _SEVENTY_BILLION_LAYERS.get(hyper.arch):
+        return False
+    return not hyper.arch.startswith("llama") or (hyper.n_expert != 8 and hyper.n_head != hyper.n_head_kv)
+
+
+_BLOCK = re.compile(r"blk\.(\d+)")
+
+
+def _counting_order(name: str) -> tuple[int, bytes]:
+    """llama.cpp's order of tensors, whatever the file's: outside layers first, then by layer, then by name."""
+    match = _BLOCK.match(name)
+    return int(match.group(1)) if match else -1, name.encode()
+
+
+class _Mixture:
+    """One file type applied to one model: counts tensors per category as llama-quantize does."""
+
+    def __init__(self, file_type: str, names: Sequence[str], hyper: HyperParams) -> None:
+        self.file_type = file_type
+        self.base = LLAMA_FTYPES[file_type].base
+        self.hyper = hyper
+        self.is_tied = OUTPUT_NAME not in names
+        self.num_attn_v = sum(_category(name) is _Category.ATTN_V for name in names)
+        self.seen: Counter[_Category] = Counter()
+
+    def choose(self, name: str, shape: Sequence[int]) -> TypeChoice:
+        kept = kept_because(name, shape, self.hyper.arch)
+        if kept:
+            return TypeChoice("F32", f"llama.cpp {self.file_type}: {kept}")
+        if QUANT_TYPES[self.base].is_float:
+            return TypeChoice(self.base, f"llama.cpp {self.file_type}: all matrices")
+        type_name, why = self._mixed(name, shape)
+        fitted, misfit = fit_to_row(QUANT_TYPES[type_name], shape[-1])
+        return TypeChoice(fitted.name, f"llama.cpp {self.file_type}: {why}" + (f"; {misfit}" if misfit else ""))
+
+    def _mixed(self, name: str, shape: Sequence[int]) -> tuple[str, str]:
+        category = _category(name)
+        if any(part in name for part in _AT_LEAST_Q8_0_IN_ARCH.get(self.hyper.arch, ())):
+            return "Q8_0", f"never lower in {self.hyper.arch}"
+        if category is _Category.OUTPUT or (self.is_tied and category is _Category.TOKEN_EMBD):
+            return self._output(shape[-1])
+        if self.file_type == "mxfp4_moe":
+            return self._mxfp4_moe(category, shape)
+        if category is _Category.TOKEN_EMBD:
+            return self._by_rules(_EMBEDDING_RULES, self._place(category, name), "token embedding")
+        rules = (_FALCON_RULES if self.hyper.arch == "falcon" else _RULES).get(category, ())
+        place = self._place(category, name)
+        self.seen[category] += 1
+        type_name, why = self._by_rules(rules, place, category.name.lower())
+        is_raised = category is _Category.ATTN_V and self.file_type in _OTHERS and type_name in ("Q3_K", "Q4_K")
+        if is_raised and _is_70b(self.hyper):
+            return "Q5_K", "attn_v of a 70B model"
+        return type_name, why
+
+    def _output(self, row_length: int) -> tuple[str, str]:
+        what = "output (tied to the token embedding)" if self.is_tied else "output"
+        if self.hyper.arch == "falcon" or row_length % QUANT_TYPES[self.base].block_size:
+            return "Q8_0", f"{what}; rows of {row_length} in {self.hyper.arch}"
+        return self._by_rules(_OUTPUT_RULES, _Place(0, 1, self.hyper), what)
+
+    def _mxfp4_moe(self, category: _Category, shape: Sequence[int]) -> tuple[str, str]:
+        is_expert = len(shape) > 2 and shape[-3] > 1 and (self.hyper.arch != "bailingmoe3" or category in _FFN)
+        return ("MXFP4", "expert weights") if is_expert else ("Q8_0", "not expert weights")
+
+    def _place(self, category: _Category, name: str) -> _Place:
+        if category is _Category.ATTN_V:
+            return _Place(self.seen[category], self.num_attn_v, self.hyper)
+        # Experts of one layer may be apart in the file, so layers are read from the name; the rules for 1- and 2-bit
+        # files count tensors instead, experts and shared experts alike.
+        counts_layers = category in _FFN and self.hyper.n_expert > 1 and self.file_type not in _VERY_LOW
+        index = _counting_order(name)[0] if counts_layers else self.seen[category]
+        return _Place(index, self.hyper.n_layer, self.hyper)
+
+    def _by_rules(self, rules: tuple[_Rule, ...], place: _Place, what: str) -> tuple[str, str]:
+        for rule in rules:
+            if self.file_type in rule.file_types and rule.when(place):
+                words = _WORDS.get(rule.when)
+                return rule.type, f"{what} ({words})" if words else what
+        return self.base, "base type"
+
+
+def file_type_name(ftype: str) -> str:
+    """The key of `LLAMA_FTYPES` that llama-quantize understands by `ftype`.
+
+    Raises:
+        PlanError: no such file type; the message lists the nearest names.
+    """
+    file_type = _ALIASES.get(ftype.lower(), ftype.lower())
+    if file_type not in LLAMA_FTYPES:
+        near = difflib.get_close_matches(file_type, LLAMA_FTYPES, n=4, cutoff=0.4) or list(LLAMA_FTYPES)
+        raise PlanError(f"llama.cpp has no file type `{ftype}`. Did you mean one of: {', '.join(near)}?")
+    return file_type
+
+
+def llama_tensor_types(
+    ftype: str,
+    tensors: Iterable[tuple[str, Sequence[int]]],
+    hyper: HyperParams,
+    *,
+    overridden: Container[str] = (),
+) -> dict[str, TypeChoice]:
+    """The types that llama-quantize gives to a model's tensors for a file type.
+
+    Args:
+        ftype: A key of `LLAMA_FTYPES` in any case, or `q3_k`, `q4_k`, `q5_k` for their `_m` mixtures.
+        tensors: All GGUF names of the file with shapes (last dimension is the row), in any order.
+        hyper: As read from the GGUF metadata; `n_head_kv` is 1 for MLA models as llama.cpp's converter writes them.
+        overridden: Names that get their type by hand. They are not in the answer, and rules that count tensors do not
+            count them, as in llama-quantize.
+
+    Returns:
+        Name -> (type, reason) in the order of `tensors`. What llama-quantize leaves alone is F32.
+
+    Raises:
+        PlanError: no such file type.
+    """
+    file_type = file_type_name(ftype)
+    shapes = {name: tuple(shape) for name, shape in tensors}
+    mixture = _Mixture(file_type, list(shapes), hyper)
+    left = [name for name in shapes if name not in overridden]
+    chosen = {name: mixture.choose(name, shapes[name]) for name in sorted(left, key=_counting_order)}
+    return {name: chosen[name] for name in left}

@@ -1,0 +1,121 @@
+"""Which type every tensor has: read from a plan.json or from any GGUF file, and taken over for a model.
+
+Both kinds of file answer the same questions (names, shapes, types, bytes), so recipes and comparisons take either.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dynquant.checkpoints.inspect import TensorRecord, inspect
+from dynquant.checkpoints.model import Model
+from dynquant.errors import PlanError
+from dynquant.formats.quant_types import QUANT_TYPES
+from dynquant.recipes.build_plan import stays_f32
+from dynquant.recipes.llama_mixtures import OUTPUT_NAME
+from dynquant.recipes.plan import Plan
+
+_EMBEDDING_NAME = "token_embd.weight"
+
+
+@dataclass(frozen=True)
+class TypeList:
+    """The tensors of a plan or file. `file_bytes` is the whole GGUF, header and padding included."""
+
+    name: str
+    """The file's name without its directory."""
+    arch: str
+    file_bytes: int
+    tensors: tuple[TensorRecord, ...]
+
+
+def read_types(path: Path) -> TypeList:
+    """Read a plan.json, or a .gguf file (of a split, the first part).
+
+    Raises:
+        PlanError: not a plan.
+        CheckpointError: a GGUF that is missing, damaged, or holds types of a fork of llama.cpp.
+    """
+    if path.suffix == ".gguf":
+        summary = inspect(path)
+        return TypeList(path.name, summary.arch, summary.total_bytes, summary.tensors)
+    plan = Plan.load(path)
+    tensors = tuple(TensorRecord(e.name, e.shape, e.type, e.bytes, e.role) for e in plan.entries)
+    return TypeList(path.name, plan.arch, plan.predicted_bytes, tensors)
+
+
+def without_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape as ggml counts dimensions: (1, 64) and (64,) are the same vector."""
+    first = next((i for i, n in enumerate(shape[:-1]) if n != 1), len(shape) - 1)
+    return shape[first:]
+
+
+def consecutive_runs(numbers: Iterable[int]) -> list[list[int]]:
+    """Sorted numbers, cut where one is left out: 3 4 5 9 -> [3 4 5] [9]."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return runs
+
+
+def like_types(path: Path, model: Model) -> dict[str, tuple[str, str]]:
+    """Type and reason of the model's tensors, as another file or plan has them. F32 vectors are left out.
+
+    Where only one of the two ties the output to the token embedding, the output of the other gets the embedding's type,
+    or the embedding the more precise type of both.
+
+    Raises:
+        PlanError: a tensor that only one side has, another shape, or a type outside the registry; it is named.
+        CheckpointError: as `read_types`.
+    """
+    like = read_types(path)
+    stored = {tensor.name: tensor for tensor in like.tensors}
+    shapes = {name: tuple(model.source.info(name).shape) for name in model.source.names()}
+    types = {name: (tensor.type, f"like {like.name}") for name, tensor in stored.items()}
+    for name, tensor in stored.items():
+        if tensor.type not in QUANT_TYPES:
+            raise PlanError(
+                f"{like.name} stores `{name}` as {tensor.type}, a type that dynquant does not write. Take another "
+                f"file, or edit its recipe (`dynquant recipe {like.name}`) and plan with --recipe."
+            )
+    _tie(types, shapes, like.name, model.name)
+    _check_names(types, shapes, like.name, model.name)
+    for name, tensor in stored.items():
+        if name in shapes and without_leading_ones(tensor.shape) != without_leading_ones(shapes[name]):
+            raise PlanError(
+                f"{like.name} has `{name}` in the shape {list(tensor.shape)}, {model.name} in {list(shapes[name])}. "
+                "Only a file of the same model, or of one with the same shapes, can be followed."
+            )
+    return {
+        name: types[name] for name, shape in shapes.items() if types[name][0] != "F32" or not stays_f32(name, shape)
+    }
+
+
+def _tie(types: dict[str, tuple[str, str]], shapes: dict[str, tuple[int, ...]], file: str, model: str) -> None:
+    """Give both sides the same tensors when one of them has no output of its own."""
+    if _EMBEDDING_NAME not in types:
+        return
+    embedding = types[_EMBEDDING_NAME][0]
+    if OUTPUT_NAME in types and OUTPUT_NAME not in shapes:
+        output = types.pop(OUTPUT_NAME)[0]
+        if QUANT_TYPES[output].bits_per_weight > QUANT_TYPES[embedding].bits_per_weight:
+            types[_EMBEDDING_NAME] = (output, f"like {file}: the type of its output, which {model} ties to this tensor")
+    elif OUTPUT_NAME in shapes and OUTPUT_NAME not in types:
+        types[OUTPUT_NAME] = (embedding, f"like {file}, which ties its output to the token embedding")
+
+
+def _check_names(types: dict[str, tuple[str, str]], shapes: dict[str, tuple[int, ...]], file: str, model: str) -> None:
+    for owner, other, names in (
+        (model, file, [name for name in shapes if name not in types]),
+        (file, model, [name for name in types if name not in shapes]),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise PlanError(
+                f"{owner} has the tensor `{names[0]}`{more}, which {other} does not have. Only a file of the same "
+                "architecture and conversion can be followed; for others, edit what `dynquant recipe` prints and plan "
+                "with --recipe."
+            )

@@ -1,0 +1,1 @@
+"""A Hugging Face model executed, whole or layer by layer from disk."""

@@ -1,0 +1,120 @@
+"""Passes that start in the middle: hidden states before every decoder layer are kept, and used again.
+
+When only layers from L on have changed weights, everything below L gives what it gave before. `LayerReplay.keep` runs
+the model once and keeps each layer's input; `logits` then runs the model's own forward with the layers below L replaced
+by those states, so that masks, position embeddings and the head are the model's own. `layer`, `head` and `embedded` run
+one stage each, for a backward pass that is streamed stage by stage. 4 bytes a channel, layer and token: 92 MB for 4,096
+tokens of 11 layers of 512 channels.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynquant.running.layer_stream import decoder_layers
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a layer was called with."""
+
+    hidden: Tensor  # [windows, window, channels]
+    others: dict[str, Any]
+
+
+class LayerReplay:
+    """The decoder layers of `hf_model`, and what entered them on each of `batches` (token ids [windows, window]).
+
+    Raises:
+        StatsError: the decoder layers cannot be found.
+    """
+
+    def __init__(self, hf_model: nn.Module, batches: Sequence[Tensor]) -> None:
+        self._hf_model = hf_model
+        self._device = next(hf_model.parameters()).device
+        self.batches = tuple(batches)
+        self.layers = decoder_layers(hf_model)
+        self._calls: list[list[_Call]] = []
+        self._gives_tuples = False
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    def keep(self) -> Iterator[Tensor]:
+        """Run every batch with the weights as they are and keep the layers' inputs; gives the logits of each."""
+        self._calls = []
+        for batch in self.batches:
+            kept: list[_Call] = []
+            with ExitStack() as hooks, torch.no_grad():
+                for layer in self.layers:
+                    hook = layer.register_forward_pre_hook(partial(_keep_call, kept), with_kwargs=True)
+                    hooks.callback(hook.remove)
+                hooks.callback(self.layers[-1].register_forward_hook(self._note_kind).remove)
+                logits = self._forward(batch)
+            self._calls.append(kept)
+            yield logits
+
+    def logits(self, index: int, first_layer: int) -> Tensor:
+        """Logits [tokens, vocabulary] of batch `index`, with layers below `first_layer` as they were in `keep`.
+
+        At least the last layer runs, whatever `first_layer` is.
+        """
+        first_layer = min(first_layer, len(self.layers) - 1)
+        with torch.no_grad(), self._skipping(first_layer, self._calls[index][first_layer].hidden):
+            return self._forward(self.batches[index])
+
+    def layer(self, index: int, layer: int, hidden: Tensor | None = None) -> Tensor:
+        """Output of one layer on its kept input, or on `hidden` in its place."""
+        call = self._calls[index][layer]
+        out = self.layers[layer](call.hidden if hidden is None else hidden, **call.others)
+        return out[0] if self._gives_tuples else out
+
+    def layer_input(self, index: int, layer: int) -> Tensor:
+        """What entered a layer in `keep`, [windows, window, channels]."""
+        return self._calls[index][layer].hidden
+
+    def head(self, index: int, hidden: Tensor) -> Tensor:
+        """Logits [tokens, vocabulary] of the final norm and head on `hidden`, the last layer's output."""
+        with self._skipping(len(self.layers), hidden):
+            return self._forward(self.batches[index])
+
+    def embedded(self, index: int) -> Tensor:
+        """What enters the first layer, computed again."""
+        kept: list[_Call] = []
+        hook = self.layers[0].register_forward_pre_hook(partial(_keep_call, kept), with_kwargs=True)
+        try:
+            self.head(index, self._calls[index][0].hidden)
+        finally:
+            hook.remove()
+        return kept[0].hidden
+
+    def _forward(self, batch: Tensor) -> Tensor:
+        return self._hf_model(input_ids=batch.to(self._device), use_cache=False).logits.float().flatten(0, 1)
+
+    def _note_kind(self, _module: nn.Module, _inputs: tuple, out: Any) -> None:
+        self._gives_tuples = isinstance(out, tuple)
+
+    @contextmanager
+    def _skipping(self, first_layer: int, states: Tensor) -> Iterator[None]:
+        """Inside, layers below `first_layer` do nothing but give `states`."""
+        out = (states,) if self._gives_tuples else states
+        skipped = list(self.layers)[:first_layer]
+        try:
+            for layer in skipped:
+                layer.forward = lambda *_args, **_kwargs: out
+            yield
+        finally:
+            for layer in skipped:
+                del layer.forward
+
+
+def _keep_call(kept: list[_Call], _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    others = dict(kwargs)
+    hidden = args[0] if args else others.pop("hidden_states")
+    kept.append(_Call(hidden, others))

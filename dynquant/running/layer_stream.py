@@ -1,0 +1,283 @@
+"""A transformers model whose weights are in memory one stage at a time: the embedding, a decoder layer, or the head.
+
+The model itself is built on the meta device; norms and rotary tables outside the layers are loaded once. A stage is
+loaded by `LayerStream.stage`, or by its own forward pass, so that `hf_model(input_ids=...)` works too and reads the
+checkpoint from end to end. The next stage is read ahead on a thread. Linear layers are held in the type of computation,
+experts as stored (`stored_experts`): what is computed is bit for bit what a model loaded whole computes.
+"""
+
+import ctypes
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+
+from dynquant.checkpoints.fp8_values import StoredValues
+from dynquant.checkpoints.model import Model
+from dynquant.errors import CheckpointError, StatsError
+from dynquant.running.expert_hooks import record_experts
+from dynquant.running.load import empty_hf
+from dynquant.running.stored_experts import StoredExperts
+from dynquant.running.weights import CheckpointWeights, checkpoint_of, put
+
+
+@dataclass
+class _Stage:
+    """Modules that are loaded together, and what is known of their weights."""
+
+    modules: tuple[tuple[str, nn.Module], ...]
+    """Prefix of the names of parameters, and the module."""
+    dense: dict[str, tuple[nn.Module, str]] = field(default_factory=dict)
+    """Full name -> owner and attribute of parameters and persistent buffers."""
+    stacks: dict[str, tuple[nn.Module, str]] = field(default_factory=dict)
+    is_loaded: bool = False
+
+
+class LayerStream:
+    """The model of a checkpoint, ready to run on `device` in `dtype`.
+
+    Stages are numbered: 0 the embedding, 1 to `num_layers` the decoder layers, `num_layers + 1` the head.
+    `keeps_experts` False reads every expert again whenever it is used; `reads_ahead` False saves the memory of the next
+    stage.
+
+    Raises:
+        CheckpointError: not a safetensors checkpoint of a known family.
+        StatsError: its decoder layers or experts cannot be told apart.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        keeps_experts: bool = True,
+        reads_ahead: bool = True,
+    ) -> None:
+        checkpoint_of(model)
+        self.dtype, self.device = dtype, torch.device(device)
+        self.keeps_experts, self.reads_ahead = keeps_experts, reads_ahead
+        self.hf_model: Any = empty_hf(model, dtype=dtype, device=device)
+        self.layers = decoder_layers(self.hf_model)
+        self._weights = CheckpointWeights(model, self.hf_model)
+        self._exact_types = self.hf_model._get_dtype_plan(dtype)
+        self._stages = self._find_stages()
+        largest = max((prod(stack.shape[1:]) for stack in self._weights.stacks.values()), default=0)
+        self._scratch = torch.empty(largest, dtype=dtype, device=device)
+        self._ahead: tuple[int, Future] | None = None
+        self._loads = True
+        self._zeroed: list[tuple[str, int | None, int, int]] = []
+        self._load_rest()
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the head multiplies with the embedding's weights."""
+        return bool(self.hf_model.config.get_text_config().tie_word_embeddings)
+
+    def dense_bytes(self, stage: int) -> int:
+        """Memory of a loaded stage, without experts."""
+        tensors = (getattr(owner, name) for owner, name in self._stages[stage].dense.values())
+        return sum(tensor.numel() * self.dtype.itemsize for tensor in tensors)
+
+    def largest_tensor_bytes(self, stage: int) -> int:
+        """Memory of the largest weight of a loaded stage, or of one expert's matrices."""
+        dense = (getattr(owner, name).numel() for owner, name in self._stages[stage].dense.values())
+        experts = (2 * prod(self._weights.stacks[name].shape[1:]) for name in self._stages[stage].stacks)
+        return max((*dense, *experts), default=0) * self.dtype.itemsize
+
+    def expert_bytes(self, stage: int) -> int:
+        """Memory of the experts of a loaded stage."""
+        return sum(self._weights.stored_bytes(name) for name in self._stages[stage].stacks)
+
+    def stored_bytes(self, stage: int) -> int:
+        """Memory of a stage that is read ahead."""
+        dense = sum(self._weights.stored_bytes(name) for name in self._stages[stage].dense)
+        return dense + (self.expert_bytes(stage) if self.keeps_experts else 0)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Inside, the model can be run; afterwards nothing is read any more."""
+        with ExitStack() as stack:
+            self._reader = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="dynquant-read-ahead"))
+            stack.callback(self._forget_ahead)
+            for number, stage in enumerate(self._stages):
+                for _, module in stage.modules:
+                    stack.callback(module.register_forward_pre_hook(self._loading_hook(number)).remove)
+            stack.enter_context(record_experts(self.hf_model, lambda _call: None))
+            yield
+
+    @contextmanager
+    def stage(self, number: int, *, then: int | None = None) -> Iterator[None]:
+        """Inside, the weights of a stage are there; stage `then` is read meanwhile."""
+        stage = self._stages[number]
+        if stage.is_loaded:
+            yield
+            return
+        self._install(stage, self._read_or_take(number))
+        try:
+            if then is not None and self.reads_ahead:
+                self._ahead = (then, self._reader.submit(self._read, self._stages[then]))
+            yield
+        finally:
+            self._remove(stage)
+
+    @contextmanager
+    def not_loading(self) -> Iterator[None]:
+        """Inside, forward passes find what `stage` has loaded and load nothing themselves."""
+        before, self._loads = self._loads, False
+        try:
+            yield
+        finally:
+            self._loads = before
+
+    @contextmanager
+    def zeroed(self, module: str, expert: int | None, row: int, column: int) -> Iterator[float]:
+        """Inside, one weight of a linear layer or of an expert's down-projection reads as zero; gives its value."""
+        name = f"{module}.weight" if expert is None else f"{module}.down_proj"
+        stored = self._weights.load(name) if expert is None else self._weights.expert(name, expert)[0]
+        value = float(stored.to(self.dtype)[row, column])
+        place = (name, expert, row, column)
+        self._zeroed.append(place)
+        try:
+            yield value
+        finally:
+            self._zeroed.remove(place)
+
+    def _find_stages(self) -> list[_Stage]:
+        names = {module: name for name, module in self.hf_model.named_modules()}
+        embedding, head = self.hf_model.get_input_embeddings(), self.hf_model.get_output_embeddings()
+        if head is None:
+            raise StatsError(f"{type(self.hf_model).__name__} has no output head, so it is no language model.")
+        groups = [(embedding,), *((layer,) for layer in self.layers), (head,)]
+        return [self._stage_of(tuple((names[module], module) for module in group)) for group in groups]
+
+    def _stage_of(self, modules: tuple[tuple[str, nn.Module], ...]) -> _Stage:
+        stage = _Stage(modules)
+        for prefix, module in modules:
+            for part in module.state_dict():
+                owner_name, _, attribute = part.rpartition(".")
+                full, owner = f"{prefix}.{part}", module.get_submodule(owner_name)
+                (stage.stacks if full in self._weights.stacks else stage.dense)[full] = (owner, attribute)
+        return stage
+
+    def _load_rest(self) -> None:
+        """Everything that belongs to no stage: a final norm."""
+        staged = {name for stage in self._stages for name in (*stage.dense, *stage.stacks)}
+        for name in self._weights.names:
+            if name not in staged:
+                put(self.hf_model, name, self._values(name))
+
+    def _loading_hook(self, number: int) -> Callable[..., None]:
+        """A forward pass of a module outside `stage` loads it, and lets go of it at the end."""
+
+        def before(module: nn.Module, _args: Any) -> None:
+            if self._stages[number].is_loaded or not self._loads:
+                return
+            following = number + 1 if number + 1 < len(self._stages) else None
+            loaded = self.stage(number, then=following)
+            loaded.__enter__()
+
+            def after(*_: Any) -> None:
+                handle.remove()
+                loaded.__exit__(None, None, None)
+
+            handle = module.register_forward_hook(after, always_call=True)
+
+        return before
+
+    def _read_or_take(self, number: int) -> dict[str, tuple[StoredValues, ...] | None]:
+        if self._ahead is not None and self._ahead[0] == number:
+            future, self._ahead = self._ahead[1], None
+            return future.result()
+        self._forget_ahead()
+        return self._read(self._stages[number])
+
+    def _forget_ahead(self) -> None:
+        if self._ahead is not None:
+            future, self._ahead = self._ahead[1], None
+            if not future.cancel():
+                future.exception()
+
+    def _read(self, stage: _Stage) -> dict[str, tuple[StoredValues, ...] | None]:
+        found: dict[str, tuple[StoredValues, ...] | None] = {name: (self._weights.load(name),) for name in stage.dense}
+        for name in stage.stacks:
+            found[name] = self._weights.stack(name) if self.keeps_experts else None
+        return found
+
+    def _install(self, stage: _Stage, stored: dict[str, tuple[StoredValues, ...] | None]) -> None:
+        for name, (owner, attribute) in stage.stacks.items():
+            kept = stored.pop(name)
+            if kept is not None:
+                kept = tuple(one.moved(self.device) for one in kept)
+            shape = self._weights.stacks[name].shape
+            read = partial(self._weights.expert, name)
+            experts = StoredExperts(shape, self.dtype, self.device, read, self._scratch, kept)
+            experts.zeroed = [(e, row, column) for of, e, row, column in self._zeroed if of == name and e is not None]
+            # transformers' parameter of that name stays on the meta device, hidden by the instance's own attribute.
+            owner.__dict__[attribute] = experts
+        for name, (owner, attribute) in stage.dense.items():
+            values = stored.pop(name)
+            assert values is not None
+            put(owner, attribute, self._values(name, values[0]))
+        stage.is_loaded = True
+
+    def _remove(self, stage: _Stage) -> None:
+        for owner, attribute in stage.stacks.values():
+            owner.__dict__.pop(attribute, None)
+        for owner, attribute in stage.dense.values():
+            tensor = getattr(owner, attribute)
+            put(owner, attribute, torch.empty_like(tensor, device="meta"))
+        stage.is_loaded = False
+        _give_back_freed_memory()
+
+    def _values(self, name: str, stored: StoredValues | None = None) -> torch.Tensor:
+        kept_exact = any(pattern in name for pattern in self._exact_types)
+        dtype = torch.float32 if kept_exact else self.dtype
+        values = (stored or self._weights.load(name)).moved(self.device).to(dtype)
+        bad = torch.isfinite(values).logical_not_().any()
+        if bad:
+            raise CheckpointError(
+                f"`{name}` holds NaN or infinite values; a model with such weights cannot be quantized. Fetch the "
+                "checkpoint again or repair that tensor."
+            )
+        places = [(row, column) for of, expert, row, column in self._zeroed if of == name and expert is None]
+        for row, column in places:
+            values = values.clone()
+            values[row, column] = 0
+        return values
+
+
+def _give_back_freed_memory() -> None:
+    """glibc keeps what was freed in small pieces; the next stage would come on top of it (0.9 GB on a 7B MoE)."""
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def decoder_layers(hf_model: nn.Module) -> nn.ModuleList:
+    """The list of a causal language model's decoder layers.
+
+    Raises:
+        StatsError: there is none.
+    """
+    wanted = hf_model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr]
+    found = [
+        module
+        for module in hf_model.modules()
+        if isinstance(module, nn.ModuleList) and len(module) == wanted and any(True for _ in module[0].parameters())
+    ]
+    if not found:
+        raise StatsError(
+            f"{type(hf_model).__name__} has no list of {wanted} decoder layers, so they cannot be measured one by one. "
+            "Plan with --sensitivity closed-form."
+        )
+    return max(found, key=lambda layers: sum(parameter.numel() for parameter in layers.parameters()))

@@ -1,0 +1,112 @@
+"""Forward hooks on `nn.Linear`: which GGUF weight reads which input.
+
+Weights that read one input (q/k/v, gate/up, q_a/kv_a) are found by the tensor object that they are called with during
+the first forward pass and share one key. Multi-head latent attention is special because GGUF stores `kv_b_proj` as
+`attn_k_b` (rows of qk_nope, multiplied with q_nope of its head) and `attn_v_b` (rows of kv_lora):
+
+    attn_k_b   E[q_nope^2] per head, from the output of q_b_proj or q_proj           [n_head, qk_nope]
+    attn_v_b   the input of kv_b_proj, for all heads alike                           [1, kv_lora]
+
+The exact input of `attn_v_b` is the attention-weighted mean of that input; it is not seen by a linear layer.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from dynquant.checkpoints.tensor_roles import Role, gguf_name_of, layer_of, role_of
+
+LinearObserver = Callable[[str, torch.Tensor, torch.Tensor | None], None]
+"""Called with a key, its input [T, C] (or [T, heads, C]), and for down-projections the output [T, rows]."""
+
+
+def linear_names(hf_model: nn.Module, arch: str, n_layer: int) -> dict[str, nn.Linear]:
+    """GGUF weight name -> linear layer, for every linear layer in gguf-py's map of the architecture."""
+    found = {}
+    for module_name, module in hf_model.named_modules():
+        if isinstance(module, nn.Linear):
+            name = gguf_name_of(f"{module_name}.weight", arch, n_layer)
+            if name is not None:
+                found[name] = module
+    return found
+
+
+class LinearHooks:
+    """Calls `observer` once per distinct input of a forward pass, and learns `aliases` (weight -> key)."""
+
+    def __init__(self, hf_model: nn.Module, arch: str, n_layer: int, observer: LinearObserver) -> None:
+        self.aliases: dict[str, str] = {}
+        self._model = hf_model
+        self._linears = linear_names(hf_model, arch, n_layer)
+        self._observer = observer
+        self._key_of: dict[str, str] = {}
+        self._layer: int | None = None
+        self._layer_inputs: list[tuple[torch.Tensor, int, str]] = []
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Hooks are in place inside this context, and gone after it whatever happens."""
+        handles = [self._register(name, module) for name, module in self._linears.items()]
+        handles += [module.register_forward_hook(hook) for module, hook in self._latent_attention_hooks()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._layer_inputs.clear()
+
+    def _register(self, name: str, module: nn.Linear) -> RemovableHandle:
+        if not role_of(name).is_down_projection:
+
+            def before(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+                self._observe(name, args[0] if args else kwargs["input"], None)
+
+            return module.register_forward_pre_hook(before, with_kwargs=True)
+
+        def after(_module: nn.Module, args: tuple, kwargs: dict[str, Any], out: torch.Tensor) -> None:
+            self._observe(name, args[0] if args else kwargs["input"], out.flatten(0, -2))
+
+        return module.register_forward_hook(after, with_kwargs=True)
+
+    def _observe(self, name: str, x: torch.Tensor, out: torch.Tensor | None) -> None:
+        if self._key(name, x) == name:
+            self._observer(name, x.flatten(0, -2), out)
+
+    def _key(self, name: str, x: torch.Tensor) -> str:
+        if name in self._key_of:
+            return self._key_of[name]
+        if layer_of(name) != self._layer:
+            self._layer, self._layer_inputs = layer_of(name), []
+        # The list keeps the tensors alive, so an equal object is the same input; the version catches in-place writes.
+        key = next((key for seen, version, key in self._layer_inputs if seen is x and version == x._version), name)
+        if key == name:
+            self._layer_inputs.append((x, x._version, name))
+        else:
+            self.aliases[name] = key
+        self._key_of[name] = key
+        return key
+
+    def _latent_attention_hooks(self) -> Iterator[tuple[nn.Module, Callable[..., None]]]:
+        modules = dict(self._model.named_modules())
+        names = {module: name for name, module in modules.items()}
+        for name, linear in self._linears.items():
+            if role_of(name) is not Role.MLA_KV_B:
+                continue
+            attention: Any = modules[names[linear].rpartition(".")[0]]
+            query = getattr(attention, "q_b_proj", None) or getattr(attention, "q_proj", None)
+            if query is None:
+                continue
+            prefix = name.removesuffix("attn_kv_b.weight")
+            self.aliases[f"{prefix}attn_v_b.weight"] = name
+            yield query, self._query_hook(f"{prefix}attn_k_b.weight", attention)
+
+    def _query_hook(self, key: str, attention: Any) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: tuple, out: torch.Tensor) -> None:
+            heads = out.reshape(-1, attention.num_heads, attention.qk_head_dim)
+            self._observer(key, heads[..., : attention.qk_nope_head_dim], None)
+
+        return hook

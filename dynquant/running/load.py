@@ -1,0 +1,141 @@
+"""Loads the transformers model and tokenizer of a `Model`, from a Hugging Face directory or from a GGUF file.
+
+transformers dequantizes a GGUF while it loads, for a handful of dense architectures. Code that comes with a checkpoint
+is never run, and nothing is downloaded: `open_model` has fetched what there is.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dynquant.checkpoints.model import Model
+from dynquant.errors import CheckpointError
+from dynquant.families.common.conversion import RecipeSource
+from dynquant.process_usage import count_mapped_files
+from dynquant.running.weights import CheckpointWeights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+LOCAL_ONLY = {"local_files_only": True, "trust_remote_code": False}
+"""For transformers' `from_pretrained`, which would ask at the terminal whether to run a checkpoint's code."""
+
+
+def load_hf(model: Model, *, dtype: torch.dtype | None = None, device: str = "cpu") -> "PreTrainedModel":
+    """Load for inference. `dtype` None means float32 on a CPU and the checkpoint's own elsewhere.
+
+    Raises:
+        CheckpointError: transformers cannot load this checkpoint, with the way out.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    if isinstance(model.source, RecipeSource) and getattr(model.source.checkpoint, "has_fp8", False):
+        return _load_fp8(model, dtype or computing_type(model, device), device)
+    auto_class = AutoModelForImageTextToText if model.has_vision else AutoModelForCausalLM
+    wanted = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
+    loaded = _load(auto_class, model, dtype=wanted, use_safetensors=True)
+    count_mapped_files(model.hf_directory.glob("*.safetensors") if model.hf_directory else [model.gguf_file])
+    return loaded.to(device).eval()
+
+
+def computing_type(model: Model, device: str) -> torch.dtype:
+    """What `load_hf` computes in without being told: float32 on a CPU, the type that config.json states elsewhere."""
+    from transformers import AutoConfig
+
+    if torch.device(device).type == "cpu":
+        return torch.float32
+    stated = _load(AutoConfig, model).dtype
+    return stated if isinstance(stated, torch.dtype) else torch.bfloat16
+
+
+def empty_hf(model: Model, *, dtype: torch.dtype, device: str = "cpu") -> "PreTrainedModel":
+    """The model of a Hugging Face directory with parameters on the meta device; what follows from the configuration
+    (rotary tables) is computed, on `device`.
+
+    Raises:
+        CheckpointError: no such directory, or transformers does not know the architecture.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config: Any = _load(AutoConfig, model)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    for module in empty.modules():
+        computed = module._non_persistent_buffers_set
+        if computed:
+            for name in computed:
+                module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
+            empty._init_weights(module)
+    return empty.eval()
+
+
+def _load_fp8(model: Model, dtype: torch.dtype, device: str) -> "PreTrainedModel":
+    """Weights times scales: transformers would run FP8 kernels, which need a GPU and round activations."""
+    empty = empty_hf(model, dtype=dtype, device=device)
+    CheckpointWeights(model, empty).fill(empty, dtype, device)
+    return empty
+
+
+def load_tokenizer(model: Model) -> "PreTrainedTokenizerBase":
+    """The checkpoint's tokenizer.
+
+    Raises:
+        CheckpointError: there is none that transformers can load.
+    """
+    from transformers import AutoTokenizer
+
+    return _load(AutoTokenizer, model)
+
+
+def unpack_compressed(model: "PreTrainedModel", dtype: torch.dtype) -> "PreTrainedModel":
+    """Unpack a compressed-tensors model now instead of at its first forward pass, and bring all of it to one type.
+
+    The library gives FP4 weights as bfloat16 whatever the type of the model. Other models are returned as they are.
+    """
+    compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
+    if compressor is None or not hasattr(compressor, "decompress_model"):
+        return model
+    compressor.decompress_model(model)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """transformers draws a bar of its own while it loads; ours would be torn by it."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _load(auto_class: Any, model: Model, **options: Any) -> Any:
+    directory, options = _location(model, options)
+    try:
+        with without_progress_bars():
+            return auto_class.from_pretrained(directory, **LOCAL_ONLY, **options)
+    except (OSError, ValueError, KeyError, NotImplementedError, ImportError, RuntimeError) as error:
+        raise CheckpointError(
+            f"transformers cannot load {model.path} ({type(error).__name__}: {error}). Calibrate on the Hugging Face "
+            "checkpoint that it was made from, or import an importance matrix of llama-imatrix."
+        ) from error
+
+
+def _location(model: Model, options: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    if model.hf_directory is not None:
+        return model.hf_directory, options
+    if model.gguf_file is None:
+        raise CheckpointError(f"{model.path} is neither a Hugging Face directory nor a GGUF file that can be loaded.")
+    return model.gguf_file.parent, options | {"gguf_file": model.gguf_file.name}

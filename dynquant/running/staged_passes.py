@@ -1,0 +1,162 @@
+"""Forward and backward passes of many batches, one stage of a `LayerStream` after the other.
+
+A stage's weights are loaded once and all batches go through it. What enters each lies in `HiddenStates`; backward,
+a stage runs again from there, takes the gradient of its output and leaves that of its input. Masks and position
+embeddings are the model's own: its forward pass is run with stand-ins for the layers, which note what they are given.
+That depends on the shape of a batch alone.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynquant.running.hidden_states import HiddenStates
+from dynquant.running.layer_stream import LayerStream
+
+Loss = Callable[[Tensor], Tensor]
+"""Logits [windows, window, vocabulary] of a batch -> a scalar."""
+BeforeBatch = Callable[[int], None]
+"""Called with the index of a batch before it goes through a stage."""
+
+
+class StagedPasses:
+    """Batches of token ids [windows, window] through the stages of `stream`, with files in `directory`.
+
+    Stages are numbered as in `LayerStream`: 0 embeds, the last one is the head. To be used inside `stream.running()`.
+    """
+
+    def __init__(self, stream: LayerStream, batches: Sequence[Tensor], directory: Path) -> None:
+        self.stream = stream
+        self.batches = tuple(batches)
+        channels = stream.hf_model.get_input_embeddings().embedding_dim
+        shapes = [(*batch.shape, channels) for batch in self.batches]
+        self.states = HiddenStates(directory, "states", shapes, stream.dtype)
+        self.gradients = HiddenStates(directory, "gradients", shapes, stream.dtype)
+        self._calls: dict[torch.Size, list[dict[str, Any]]] = {}
+
+    @property
+    def head(self) -> int:
+        """Number of the last stage."""
+        return self.stream.num_layers + 1
+
+    def forward(self, stage: int, before_batch: BeforeBatch = lambda _: None) -> None:
+        """Run one stage on all batches and keep what enters the next; the head computes each window's last logits."""
+        with torch.no_grad(), self.stream.stage(stage, then=stage + 1 if stage < self.head else None):
+            for index, batch in enumerate(self.batches):
+                before_batch(index)
+                if stage == self.head:
+                    with self._last_position():
+                        self._logits(self._entering(stage, index))
+                elif stage == 0:
+                    self.states.write(1, index, self._embedded(batch))
+                else:
+                    self.states.write(stage + 1, index, self._layer(stage, self._entering(stage, index)))
+
+    def backward(
+        self,
+        stage: int,
+        loss: Loss | None = None,
+        before_batch: BeforeBatch = lambda _: None,
+        *,
+        num_batches: int | None = None,
+    ) -> None:
+        """Run one stage again on the first batches (all), then back from the gradients that the stage above it left.
+
+        The head takes `loss` of a batch's logits instead.
+        """
+        with torch.enable_grad(), self.stream.stage(stage, then=stage - 1 if stage else None):
+            for index, batch in enumerate(self.batches[:num_batches]):
+                before_batch(index)
+                if stage == 0:
+                    with self._embedding_gradients():
+                        self._embedded(batch).backward(self._flowing(1, index))
+                    continue
+                hidden = self._entering(stage, index).requires_grad_(True)
+                if stage == self.head:
+                    assert loss is not None
+                    loss(self._logits(hidden)).backward()
+                else:
+                    self._layer(stage, hidden).backward(self._flowing(stage + 1, index))
+                assert hidden.grad is not None
+                self.gradients.write(stage, index, hidden.grad)
+
+    def _entering(self, stage: int, index: int) -> Tensor:
+        return self.states.read(stage, index).to(self.stream.device)
+
+    def _flowing(self, stage: int, index: int) -> Tensor:
+        return self.gradients.read(stage, index).to(self.stream.device)
+
+    def _layer(self, stage: int, hidden: Tensor) -> Tensor:
+        out = self.stream.layers[stage - 1](hidden, **self._others(hidden.shape)[stage - 1])
+        return out[0] if isinstance(out, tuple) else out
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        with self._standing_in(lambda _layer, given, _others: given):
+            return self.stream.hf_model(inputs_embeds=hidden, use_cache=False).logits
+
+    def _embedded(self, batch: Tensor) -> Tensor:
+        """What enters the first layer; models may scale what the embedding gives."""
+        entered: list[Tensor] = []
+
+        def note(layer: int, hidden: Tensor, _others: dict[str, Any]) -> Tensor:
+            entered.extend([hidden] if layer == 0 else [])
+            return hidden
+
+        with self._standing_in(note):
+            self.stream.hf_model.base_model(input_ids=batch.to(self.stream.device), use_cache=False)
+        return entered[0]
+
+    def _others(self, shape: torch.Size) -> list[dict[str, Any]]:
+        """What each layer is called with beside hidden states of `shape`."""
+        if shape not in self._calls:
+            calls: list[dict[str, Any]] = []
+
+            def note(_layer: int, hidden: Tensor, others: dict[str, Any]) -> Tensor:
+                calls.append(others)
+                return hidden
+
+            zeros = torch.zeros(shape, dtype=self.stream.dtype, device=self.stream.device)
+            with torch.no_grad(), self._standing_in(note):
+                self.stream.hf_model.base_model(inputs_embeds=zeros, use_cache=False)
+            self._calls[shape] = calls
+        return self._calls[shape]
+
+    @contextmanager
+    def _standing_in(self, stand_in: Callable[[int, Tensor, dict[str, Any]], Tensor]) -> Iterator[None]:
+        """Inside, decoder layers give what `stand_in(layer, hidden, other arguments)` gives."""
+
+        def call(layer: int, hidden_states: Tensor, **others: Any) -> Tensor:
+            return stand_in(layer, hidden_states, others)
+
+        layers = list(self.stream.layers)
+        try:
+            for number, layer in enumerate(layers):
+                layer.__dict__["forward"] = partial(call, number)
+            with self.stream.not_loading():
+                yield
+        finally:
+            for layer in layers:
+                layer.__dict__.pop("forward", None)
+
+    @contextmanager
+    def _last_position(self) -> Iterator[None]:
+        head = self.stream.hf_model.get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda _module, args: (args[0][:, -1:], *args[1:]))
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    @contextmanager
+    def _embedding_gradients(self) -> Iterator[None]:
+        embedding = self.stream.hf_model.get_input_embeddings()
+        hook = embedding.register_forward_hook(lambda _module, _args, out: out.requires_grad_(True), prepend=True)
+        try:
+            yield
+        finally:
+            hook.remove()

@@ -1,0 +1,90 @@
+"""The matrices of a layer's routed experts as the checkpoint stores them, converted one at a time where they are used.
+
+They stand in for transformers' fused parameters [E, rows, columns] in `expert_hooks`. In memory are the stored bytes
+(half of float32 for bfloat16, a quarter for FP8) and the one matrix that is multiplied with; a layer larger than
+the memory reads each matrix again for every batch. A backward pass converts again instead of keeping float32 copies.
+
+Products use one piece of memory for all matrices. Allocated anew among what a backward pass keeps, each would leave a
+hole that the next one does not fit into: 1.1 GB of them in a layer of 64 experts of 25 MB.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dynquant.checkpoints.fp8_values import StoredValues
+
+ReadExpert = Callable[[int], tuple[StoredValues, ...]]
+"""Expert -> its parts, which follow each other as rows: (gate, up), or (down,)."""
+
+
+class StoredExperts:
+    """Experts `shape` [E, rows, columns] given as `dtype` on `device`.
+
+    `kept` holds stacks [E, rows of the part, columns]; without it every access calls `read`. `scratch`, flat and of
+    that dtype and device, holds the matrix of one product at a time and has room for the largest.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device | str,
+        read: ReadExpert,
+        scratch: Tensor,
+        kept: tuple[StoredValues, ...] | None = None,
+    ) -> None:
+        self.shape = torch.Size(shape)
+        self._dtype, self._device, self._read, self._scratch, self._kept = dtype, device, read, scratch, kept
+        self.zeroed: list[tuple[int, int, int]] = []
+        """Expert, row and column of weights that are to read as zero."""
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, expert: int) -> Tensor:
+        """The matrix [rows, columns] of one expert."""
+        return self._write(expert, torch.empty(self.shape[1:], dtype=self._dtype, device=self._device))
+
+    def matrix_of_product(self, expert: int) -> Tensor:
+        """The same in the scratch memory, where it lies until any other product."""
+        return self._write(expert, self._scratch[: self.shape[1:].numel()].view(self.shape[1:]))
+
+    def product(self, x: Tensor, expert: int) -> Tensor:
+        """x [T, columns] -> [T, rows], differentiable in x."""
+        return _Product.apply(x, self, expert)
+
+    def _write(self, expert: int, matrix: Tensor) -> Tensor:
+        row = 0
+        for part in self._parts(expert):
+            rows = part.data.shape[0]
+            part.write_to(matrix[row : row + rows])
+            row += rows
+        for of, at, column in self.zeroed:
+            if of == expert:
+                matrix[at, column] = 0
+        return matrix
+
+    def _parts(self, expert: int) -> tuple[StoredValues, ...]:
+        if self._kept is None:
+            return tuple(part.moved(self._device) for part in self._read(expert))
+        return tuple(
+            StoredValues(stack.data[expert], None if stack.scale is None else stack.scale[expert], stack.block)
+            for stack in self._kept
+        )
+
+
+class _Product(torch.autograd.Function):
+    """A product with a matrix that is made again for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, experts: StoredExperts, expert: int) -> Tensor:
+        ctx.experts, ctx.expert = experts, expert
+        return functional.linear(x, experts.matrix_of_product(expert))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0].mm(ctx.experts.matrix_of_product(ctx.expert)), None, None

@@ -1,0 +1,130 @@
+"""How much memory a streamed model takes, and how it is run within a limit.
+
+The limit is for the whole process as the system counts it (resident set). Of a stage are counted its weights, those of
+the stage that is read ahead, activations of one batch, and the second moments of one layer. What does not fit is given
+up in this order: reading ahead, then keeping a layer's experts in memory while its batches run.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from dynquant.errors import StatsError
+from dynquant.running.expert_hooks import expert_modules
+from dynquant.running.layer_stream import LayerStream
+
+COMFORTABLE_SHARE = 0.7
+"""A model whose float weights take more than this share of the free memory is streamed without being asked."""
+
+_SHARES_INPUT = ("k_proj", "v_proj", "up_proj", "kv_a_proj_with_mqa")
+WAYS_TO_RUN = ((True, True), (True, False), (False, True), (False, False))
+"""Whether experts are kept and the next stage is read ahead, from the fastest way to the most frugal one."""
+RESERVE_BYTES = 200 * 2**20
+"""For libraries that load late, and memory that the allocator holds back."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What goes through the model at a time."""
+
+    batch_tokens: int
+    is_backward: bool = False
+    moments: bool = False
+    pools_experts: bool = True
+
+
+def free_memory() -> int:
+    """Bytes that this process can still take, by the machine's and its control group's count."""
+    found = []
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+        found.append(int(lines["MemAvailable"].split()[0]) * 1024)
+    else:
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()).isdigit():
+        found.append(max(0, int(text) - int(used.read_text())))
+    return min(found)
+
+
+def resident_memory() -> int:
+    """Bytes that this process holds now; 0 where the system does not say."""
+    statm = Path("/proc/self/statm")
+    if not statm.is_file():
+        return 0
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def fit_within(stream: LayerStream, limit_bytes: int, work: Workload) -> None:
+    """Choose how `stream` is run so that the process stays within the limit.
+
+    Raises:
+        StatsError: it cannot; the least limit is named.
+    """
+    fixed = resident_memory() + RESERVE_BYTES
+    for keeps_experts, reads_ahead in WAYS_TO_RUN:
+        stream.keeps_experts, stream.reads_ahead = keeps_experts, reads_ahead
+        needed = fixed + max(_stage_bytes(stream, stage, work) for stage in range(stream.num_layers + 2))
+        if needed <= limit_bytes:
+            return
+    raise StatsError(
+        f"A memory limit of {limit_bytes:,} bytes is too small: the largest stage of this model takes {needed:,} "
+        f"({fixed:,} of them are taken before a weight is read). Give --max-memory {-(-needed // 10**8) / 10:.1f}GB or "
+        "more, a shorter --window, or --hessians none."
+    )
+
+
+def _stage_bytes(stream: LayerStream, stage: int, work: Workload) -> int:
+    other = stage - 1 if work.is_backward else stage + 1
+    ahead = stream.stored_bytes(other) if stream.reads_ahead and 0 <= other < stream.num_layers + 2 else 0
+    # A tensor is there twice while it is converted.
+    weights = stream.dense_bytes(stage) + stream.largest_tensor_bytes(stage)
+    if stream.keeps_experts:
+        weights += stream.expert_bytes(stage)
+    if stage == 0:
+        return weights + ahead + _token_bytes(work, stream.hf_model.get_input_embeddings().embedding_dim)
+    if stage > stream.num_layers:
+        vocabulary = stream.hf_model.get_output_embeddings().out_features if work.is_backward else 0
+        hidden = stream.hf_model.get_input_embeddings().embedding_dim
+        return weights + ahead + 5 * _token_bytes(work, vocabulary) + 6 * _token_bytes(work, hidden)
+    layer = stream.layers[stage - 1]
+    return weights + ahead + _activation_bytes(layer, work) + (_moment_bytes(layer, work) if work.moments else 0)
+
+
+def _token_bytes(work: Workload, width: int) -> int:
+    return 4 * work.batch_tokens * width
+
+
+def activation_channels(linears: int, experts: int, experts_used: int, *, is_backward: bool) -> int:
+    """Channels of a token that a layer holds at its peak, from those that its linear layers and one expert give.
+
+    Four times what is there once. A backward pass keeps ten times that of linear layers (norms, attention and gradients
+    among it); of every used expert twice: gate and up, the activated gate, the product and the output. The third is for
+    gaps between them.
+    """
+    return 10 * linears + 3 * experts * experts_used if is_backward else 4 * (linears + experts)
+
+
+def _activation_bytes(layer: nn.Module, work: Workload) -> int:
+    linears = sum(module.out_features for module in layer.modules() if isinstance(module, nn.Linear))
+    rows, used = 0, 1
+    for experts in expert_modules(layer).values():
+        rows += sum(getattr(experts, name).shape[1] for name in ("gate_up_proj", "down_proj"))
+        used = getattr(experts.config, "num_experts_per_tok", 1)  # type: ignore[union-attr]
+    return _token_bytes(work, activation_channels(linears, rows, used, is_backward=work.is_backward))
+
+
+def _moment_bytes(layer: nn.Module, work: Workload) -> int:
+    columns = [
+        module.in_features
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear) and not name.endswith(_SHARES_INPUT)
+    ]
+    total = sum(4 * width**2 for width in columns)
+    for experts in expert_modules(layer).values():
+        shape = experts.down_proj.shape  # type: ignore[union-attr]
+        total += 4 * (1 if work.pools_experts else shape[0]) * (shape[1] ** 2 + shape[2] ** 2)
+    return total

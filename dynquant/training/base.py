@@ -1,0 +1,118 @@
+"""The packed model that an adapter is trained on, from an exported directory or a GGUF file, and its tokenizer."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from dynquant.errors import CheckpointError, TrainingError
+from dynquant.evaluation.runners import TRANSFORMERS, describe_model, is_gguf, load_model
+from dynquant.families.open import open_model
+from dynquant.packed.layers import PackedModule, choose_layout
+from dynquant.registration import QUANT_METHOD
+from dynquant.running.load import LOCAL_ONLY, load_tokenizer
+from dynquant.storage.strict_json import parse_json
+from dynquant.training.options import TrainOptions
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def require_training_packages() -> None:
+    """Raises TrainingError when a package of the extra `train` is missing."""
+    for package in ("transformers", "peft", "trl", "accelerate", "datasets"):
+        if find_spec(package) is None:
+            raise TrainingError(
+                f"Training adapters needs the package `{package}`, which is not installed. "
+                "Run `pip install 'dynquant-toolchain[train]'`."
+            )
+
+
+def open_packed_model(path: Path, *, device: str = "cpu") -> "PreTrainedModel":
+    """Load a packed model for training: activations are float32 on a CPU, bfloat16 on a GPU.
+
+    Args:
+        path: resolved directory of `export -f safetensors`, or a GGUF file.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+        TrainingError: its weights are not packed.
+    """
+    model = load_model(path, torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
+    if not any(isinstance(module, PackedModule) for module in model.modules()):
+        raise _not_packed(path)
+    model = model.to(device)
+    choose_layout(model)
+    model.config.use_cache = False
+    return model
+
+
+def open_with_adapter(path: Path, options: TrainOptions, *, device: str) -> "PeftModel":
+    """`open_packed_model` with the fresh adapter that `options` describe; `options.seed` decides it."""
+    from dynquant.lora import add_adapter
+
+    model = open_packed_model(path, device=device)
+    torch.manual_seed(options.seed)
+    return add_adapter(
+        model, rank=options.rank, alpha=options.lora_alpha, experts=options.experts, rslora=options.rslora,
+        llama_cpp=options.llama_cpp,
+    )  # fmt: skip
+
+
+def check_packed(path: Path) -> None:
+    """Refuse a resolved model that cannot be packed, from its configuration alone.
+
+    Raises:
+        TrainingError: a directory that is no export of packed weights.
+    """
+    if is_gguf(path):
+        return
+    try:
+        config = parse_json((path / "config.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}/config.json cannot be read: {error}.") from error
+    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
+        raise _not_packed(path)
+
+
+def check_context(path: Path, tokens: int, option: str) -> None:
+    """Refuse sequences of `tokens`, as `option` asks for, beyond the context of a resolved model.
+
+    Raises:
+        TrainingError: naming both numbers.
+    """
+    context = describe_model(path, runner=TRANSFORMERS).context_length
+    if tokens > context:
+        raise TrainingError(f"{option} {tokens} is beyond the context of {path.name}, {context} tokens; give less.")
+
+
+def _not_packed(path: Path) -> TrainingError:
+    return TrainingError(
+        f"{path} holds no packed weights, so PEFT and TRL can train on it as it is. Make a packed model with "
+        f"`dynquant export {path} --plan PLAN -f safetensors -o OUT` and train on OUT."
+    )
+
+
+def open_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a resolved directory or GGUF file.
+
+    Raises:
+        CheckpointError: there is none that transformers can load.
+    """
+    from transformers import AutoTokenizer
+
+    if is_gguf(path):
+        try:
+            return load_tokenizer(open_model(path))
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"transformers cannot read the tokenizer of {path}. Give the Hugging Face directory of the original, "
+                "as --tokenizer to finetune, or as --reference to heal."
+            ) from error
+    try:
+        return AutoTokenizer.from_pretrained(path, **LOCAL_ONLY)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: transformers cannot load the tokenizer: {error}") from error

@@ -1,0 +1,210 @@
+"""Supervised fine-tuning of a LoRA adapter on a packed model, by TRL's SFTTrainer.
+
+A part of the data is held out. Its loss decides when to stop and which adapter is kept; loss, perplexity and the KL
+from the base are then measured on it, without and with the adapter.
+"""
+
+import time
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dynquant.errors import DataError
+from dynquant.evaluation.distributions import Distribution
+from dynquant.evaluation.reference_cache import model_fingerprint
+from dynquant.evaluation.runners import resolve_model
+from dynquant.evaluation.statistics import Estimate, bootstrap_mean
+from dynquant.inputs.chats import TrainingData, read_training_data
+from dynquant.resources import chosen_device
+from dynquant.session import Progress, ignore_progress
+from dynquant.training.base import (
+    check_context,
+    check_packed,
+    open_tokenizer,
+    open_with_adapter,
+    require_training_packages,
+)
+from dynquant.training.options import TrainOptions
+
+if TYPE_CHECKING:
+    from dynquant.training.run import Change, RunDirectory, TrainingReport
+
+PLAIN_CHAT = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+"""For tokenizers without a chat template; saved with the adapter's tokenizer."""
+
+
+def finetune(
+    packed: str,
+    data: Path,
+    output: Path,
+    options: TrainOptions,
+    *,
+    held_out_share: float = 0.1,
+    max_length: int = 1024,
+    tokenizer: str | None = None,
+    device: str | None = None,
+    resume: bool = True,
+    progress: Progress | None = None,
+) -> "TrainingReport":
+    """Train the adapter and write it to `output` with its tokenizer.
+
+    Args:
+        packed: directory of `export -f safetensors`, hub id of one, or a GGUF file.
+        data: .jsonl, see `training_data`.
+        held_out_share: of the lines.
+        max_length: tokens of an example; longer ones are cut at the end.
+        tokenizer: model whose tokenizer to use. Default: that of `packed`.
+
+    Raises:
+        TrainingError: no packed weights, a package of the extra `train` is missing, or an unfinished run that differs.
+        DataError: data are missing, empty or malformed; lines are named.
+        CheckpointError: the model or its tokenizer cannot be loaded.
+        ExportError: the output cannot be written.
+    """
+    require_training_packages()
+    start = time.perf_counter()
+    device = chosen_device(device)
+    report = progress or ignore_progress
+    found = read_training_data(data)
+    train_data, held_data = found.split(held_out_share, seed=options.seed)
+    base = resolve_model(packed)
+    check_packed(base)
+    check_context(base, max_length, "--max-length")
+
+    from dynquant.lora import round_adapter, save_adapter
+    from dynquant.training import run as training_run  # takes seconds, which nobody who mistyped a path should wait for
+
+    identity = {
+        "task": "finetune", "base": model_fingerprint(base), "data": found.sha256, "held_out_share": held_out_share,
+        "max_length": max_length, "tokenizer": tokenizer or "the base's", "device": device, **asdict(options),
+    }  # fmt: skip
+    run = training_run.RunDirectory(output, identity, resume=resume)
+    encoder, notes = _with_chat_template(open_tokenizer(resolve_model(tokenizer) if tokenizer else base), found)
+    trainer = _trainer(
+        base, encoder, (train_data, held_data), options, run, max_length=max_length, device=device, progress=report
+    )
+    notes += _left_out(trainer, found, len(train_data.rows), len(held_data.rows), max_length)
+    best = training_run.train(trainer, run)
+    round_adapter(trainer.model, options.stored_dtype)
+    result = training_run.TrainingReport(
+        task="finetune", base=base.name, identity=run.identity,
+        options=asdict(options) | {"data": found.name, "held_out_share": held_out_share, "max_length": max_length},
+        trained_examples=len(trainer.train_dataset), held_out_examples=len(trainer.eval_dataset),
+        steps=trainer.state.global_step, best_step=best,
+        history=training_run.loss_history(trainer.state.log_history),
+        changes=measure_adapter(trainer.model, trainer.get_eval_dataloader(), report), notes=notes,
+        seconds=round(time.perf_counter() - start, 1),
+    )  # fmt: skip
+
+    def write(directory: Path) -> None:
+        save_adapter(trainer.model, directory, options.stored_dtype)
+        encoder.save_pretrained(str(directory))
+        training_run.write_report(directory, result, measure="loss (nats per token)")
+
+    run.finish(write)
+    return result
+
+
+def _trainer(
+    base: Path,
+    encoder: Any,
+    data: tuple[TrainingData, TrainingData],
+    options: TrainOptions,
+    run: "RunDirectory",
+    *,
+    max_length: int,
+    device: str,
+    progress: Progress,
+) -> Any:
+    """TRL's trainer of a fresh adapter on the base."""
+    from datasets import Dataset, disable_progress_bars
+    from trl import SFTConfig, SFTTrainer
+
+    from dynquant.training import run as training_run
+    from dynquant.training.trl_head import use_packed_head
+
+    adapted = open_with_adapter(base, options, device=device)
+    num_weights = sum(parameter.numel() for parameter in adapted.parameters())
+    settings = training_run.trainer_settings(
+        options, run.checkpoints, num_examples=len(data[0].rows), num_weights=num_weights, device=device
+    )
+    disable_progress_bars()
+    train, held = (Dataset.from_list(list(part.rows)) for part in data)
+    trainer = SFTTrainer(
+        adapted, SFTConfig(**settings, max_length=max_length), train_dataset=train, eval_dataset=held,
+        processing_class=encoder,
+        callbacks=training_run.callbacks(options, progress),
+    )  # fmt: skip
+    use_packed_head(trainer)
+    return trainer
+
+
+def _with_chat_template(tokenizer: Any, data: TrainingData) -> tuple[Any, list[str]]:
+    if data.form != "messages" or tokenizer.chat_template:
+        return tokenizer, []
+    tokenizer.chat_template = PLAIN_CHAT
+    return tokenizer, [
+        "The tokenizer has no chat template; turns are written as `role: content`, and the template is saved with the "
+        "adapter."
+    ]
+
+
+def _left_out(trainer: Any, data: TrainingData, num_train: int, num_held: int, max_length: int) -> list[str]:
+    """TRL leaves out examples whose completion lies wholly beyond `max_length`: say so, or refuse when none is left."""
+    parts = {"training": (trainer.train_dataset, num_train), "held-out": (trainer.eval_dataset, num_held)}
+    notes = []
+    for name, (kept, count) in parts.items():
+        if not len(kept):
+            raise DataError(
+                f"All {count} {name} examples of {data.name} have prompts of {max_length} tokens or more, so that "
+                "nothing is left to learn. Shorten them, or raise --max-length."
+            )
+        if len(kept) < count:
+            notes.append(
+                f"{count - len(kept)} of {count} {name} examples have prompts of {max_length} tokens or more and were "
+                "left out."
+            )
+    return notes
+
+
+def measure_adapter(adapted: Any, batches: Any, progress: Progress) -> list["Change"]:
+    """Loss, perplexity and KL from the base over the learned tokens of a TRL trainer's held-out batches."""
+    from dynquant.training.run import Change
+
+    adapted.eval()
+    before, after, moved, lengths = [], [], [], []
+    for done, batch in enumerate(batches):
+        labels = batch.pop("labels")[:, 1:]
+        learned = labels != -100
+        base, tuned = (_learned_logits(adapted, batch, learned, with_adapter) for with_adapter in (False, True))
+        for losses, logits in ((before, base), (after, tuned)):
+            losses.append(-logits.log_softmax(-1).gather(1, labels[learned].cpu()[:, None])[:, 0])
+        moved.append(Distribution.of(base).divergences(tuned))
+        lengths += learned.sum(1).tolist()
+        progress("measure", done + 1, len(batches), unit="batches")
+    lengths = [length for length in lengths if length]
+    old, new, kl = (bootstrap_mean(torch.cat(values).numpy(), lengths) for values in (before, after, moved))
+    none = Estimate(value=0.0, low=0.0, high=0.0)
+    return [
+        Change(name="held-out loss (nats)", before=old, after=new),
+        Change(name="held-out perplexity", before=_exp(old), after=_exp(new)),
+        Change(name="KL from the base (nats)", before=none, after=kl),
+    ]
+
+
+@torch.no_grad()
+def _learned_logits(adapted: Any, batch: dict[str, Tensor], learned: Tensor, with_adapter: bool) -> Tensor:
+    with nullcontext() if with_adapter else adapted.disable_adapter():
+        return adapted(**batch, use_cache=False).logits[:, :-1][learned].float().cpu()
+
+
+def _exp(mean: Estimate) -> Estimate:
+    return Estimate(**{key: float(np.exp(value)) for key, value in mean.model_dump().items()})

@@ -1,0 +1,86 @@
+"""Text that the original writes itself, to distill on when there is little text of the kind it was trained on.
+
+Samples at temperature 1 follow the original's own distribution, which is what the packed model is brought back to
+(data-free distillation: LLM-QAT, Liu et al. 2023). Each window goes on from a short beginning taken from given text, so
+that subjects and formats of that text come up. Batches are written to the cache as they are finished.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dynquant.evaluation.reference_cache import cache_key, entry_path, load_cached, save_cached
+from dynquant.evaluation.runners import load_model
+from dynquant.session import Progress
+
+START_TOKENS = 16
+"""Tokens of each beginning."""
+_LARGE = 1_000_000_000
+_BATCH, _BATCH_OF_LARGE = 2048, 64
+"""Windows that are written side by side; keys and values of all their tokens are in memory."""
+
+
+def sampled_windows(
+    original: Path,
+    text: Tensor,
+    count: int,
+    directory: Path,
+    *,
+    num_columns: int,
+    device: str,
+    seed: int,
+    stage: str,
+    progress: Progress,
+) -> Tensor:
+    """Windows sampled from a model, token ids int64 [count, T].
+
+    Args:
+        original: resolved directory or GGUF file; loaded only when `directory` lacks some windows.
+        text: windows [n, T] that beginnings are taken from, at random places.
+        num_columns: leading logits that may be drawn.
+        stage: name in progress reports.
+
+    Raises:
+        CheckpointError: the model cannot be loaded.
+        EvaluationError: the cache cannot be written, or is damaged.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    length = text.shape[1]
+    kept = min(START_TOKENS, length // 2)
+    rows = torch.randint(len(text), (count,), generator=generator)
+    places = torch.randint(length - kept + 1, (count,), generator=generator)
+    starts = text[rows[:, None], places[:, None] + torch.arange(kept)]
+    options = {"kind": "sampled", "columns": num_columns, "window": length, "seed": seed, "device": device}
+    model: nn.Module | None = None
+    found = []
+    for number, batch in enumerate(starts.split(_BATCH)):
+        key = cache_key(original, batch.flatten().tolist(), number=number, **options)
+        if not entry_path(directory, key).is_file():
+            model = model or _open(original, device)
+            parts = batch.split(_BATCH if model.num_parameters() < _LARGE else _BATCH_OF_LARGE)
+            draws = torch.Generator(device).manual_seed(seed + number)
+            windows = torch.cat([_continue(model, part.to(device), length, num_columns, draws) for part in parts])
+            save_cached(directory, key, {"windows": windows.int().cpu().numpy()})
+        found.append(torch.from_numpy(load_cached(directory, key)["windows"]).long())
+        progress(stage, sum(map(len, found)), count, unit="windows")
+    return torch.cat(found) if found else text.new_empty(0, length)
+
+
+def _open(original: Path, device: str) -> nn.Module:
+    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    return load_model(original, dtype).to(device).eval()
+
+
+@torch.inference_mode()
+def _continue(model: nn.Module, starts: Tensor, length: int, num_columns: int, draws: torch.Generator) -> Tensor:
+    """`starts` [n, s] and what the model writes after them, [n, length]. An end of text ends no window."""
+    ids, past = starts, None
+    new = starts
+    while ids.shape[1] < length:
+        output = model(input_ids=new, past_key_values=past, use_cache=True, logits_to_keep=1)
+        past = output.past_key_values
+        probabilities = output.logits[:, -1, :num_columns].float().softmax(-1)
+        new = torch.multinomial(probabilities, 1, generator=draws)
+        ids = torch.cat([ids, new], dim=1)
+    return ids

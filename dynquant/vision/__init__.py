@@ -1,1 +1,0 @@
-"""Vision-language models: their processors and samples with images, roles of their parts, calibration and planning."""

@@ -1,0 +1,275 @@
+"""The closing pass: stored scales, minimums and norms of a quantized model are tuned on the KL to the original.
+
+Codes are fixed. Every super-block's d (and dmin) gets a factor, every norm its own values; all are trained together by
+Adam on KL(original || quantized) over calibration text, with gradients that flow through the whole model, so that each
+layer also makes up for what the layers before it lost. Step sizes follow the damage: a scale moves in proportion to the
+relative error of its tensor, norms to the mean one; longer runs take smaller steps, or noise undoes what more text
+gains. The result is kept only where it clearly lowers the KL on windows that were not trained on. File size and types
+stay as they are.
+
+The original's distributions are kept as the largest probabilities of every token and the mass of the rest, so only one
+model is in memory: float32 weights, their gradients, and the decoded codes, 16 bytes a weight.
+"""
+
+import math
+import os
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from dynquant.checkpoints.gguf_source import GGUFSource
+from dynquant.checkpoints.model import Model
+from dynquant.checkpoints.tensor_roles import Role, role_of
+from dynquant.errors import StatsError
+from dynquant.evaluation.distributions import Distribution
+from dynquant.evaluation.statistics import block_sums
+from dynquant.formats import decode
+from dynquant.formats.quant_types import QUANT_TYPES
+from dynquant.formats.scale_fields import num_scales, read_scales, with_scales
+from dynquant.running.live_weights import LiveWeights
+from dynquant.session import Progress, ignore_progress
+
+BYTES_PER_WEIGHT = 20
+"""Peak memory: the model, its gradients, the decoded codes of one or two parts, and activations."""
+_FULL_RATE_STEPS = 16
+_CLEARLY = 1.64
+"""Standard errors by which the KL must fall: one chance in twenty that it did not."""
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """How to train. Rates are shares of the relative error that the quantization made, for runs of 16 steps or fewer;
+    they fall with the square root of the number of steps."""
+
+    tokens: int = 16384
+    step_tokens: int = 1024
+    scale_rate: float = 0.025
+    norm_rate: float = 0.01
+    held_out_windows: int = 4
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """New bytes of each changed tensor; empty when tuning did not clearly lower the KL on held-out windows."""
+
+    replacements: dict[str, Tensor] = field(default_factory=dict)
+    kl_before: float = 0.0
+    kl_after: float = 0.0
+    tokens: int = 0
+
+
+def tune(
+    model: Model,
+    hf_model: nn.Module,
+    file: GGUFSource,
+    windows: Tensor,
+    options: TuneOptions,
+    *,
+    progress: Progress | None = None,
+) -> Tuned:
+    """Tune `file` towards `hf_model`, its original in float32, which ends up holding tuned weights.
+
+    Args:
+        windows: token ids [n, window] to train on; the last `held_out_windows` are held out.
+
+    Raises:
+        StatsError: too little text.
+        CheckpointError: the original's weights cannot be followed into the running model.
+    """
+    train, held = _split(windows, options)
+    device = next(hf_model.parameters()).device
+    report = progress or ignore_progress
+    live = LiveWeights(model, hf_model)
+    steps = train.split(max(1, options.step_tokens // train.shape[1]))
+    checks = held.split(max(1, options.step_tokens // train.shape[1]))
+    total = train.numel() + held.numel()
+    targets = []
+    for batch in (*steps, *checks):
+        targets.append(Distribution.of(_logits(hf_model, batch.to(device))))
+        report("original", min(total, sum(len(t) for t in targets)), total, unit="tokens")
+    trained = _install(live, file)
+    before = _block_kls(hf_model, checks, targets[len(steps) :], device)
+    _train(hf_model, live, trained, steps, targets, options, report)
+    after = _block_kls(hf_model, checks, targets[len(steps) :], device)
+    changed = {name: one.packed() for name, one in trained.items()} if _clearly_lower(after, before) else {}
+    return Tuned(changed, float(before.mean()), float(after.mean()), train.numel())
+
+
+def too_large_to_tune(model: Model, allowed: int | None = None) -> str | None:
+    """Why the closing pass should not run unasked, or None: it would take more than half of the memory, or more host
+    memory than `allowed` bytes."""
+    needed = BYTES_PER_WEIGHT * model.num_weights
+    if allowed is not None and needed > allowed:
+        return f"it needs about {needed / 1e9:.1f} GB, more than --max-memory leaves (`--tune N` insists)"
+    if torch.cuda.is_available():
+        where, memory = "GPU", torch.cuda.mem_get_info()[1]
+    else:
+        where, memory = "machine", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed <= memory / 2:
+        return None
+    return f"it needs about {needed / 1e9:.0f} GB, and this {where} has {memory / 1e9:.0f} GB (`--tune N` insists)"
+
+
+def _split(windows: Tensor, options: TuneOptions) -> tuple[Tensor, Tensor]:
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(options.seed))
+    wanted = max(1, options.tokens // windows.shape[1])
+    if len(windows) < options.held_out_windows + 1:
+        raise StatsError(
+            f"The closing pass needs more than {options.held_out_windows} windows of {windows.shape[1]} tokens, but "
+            f"calibration had {len(windows)}. Calibrate on more text, or export with `--tune 0`."
+        )
+    held, rest = order[: options.held_out_windows], order[options.held_out_windows :]
+    return windows[rest[:wanted]].long(), windows[held].long()
+
+
+def _logits(hf_model: nn.Module, batch: Tensor) -> Tensor:
+    with torch.no_grad():
+        return hf_model(input_ids=batch, use_cache=False).logits.float().flatten(0, 1)
+
+
+def _block_kls(
+    hf_model: nn.Module, batches: tuple[Tensor, ...], targets: list[Distribution], device: torch.device
+) -> Tensor:
+    """Mean KL of every block of tokens."""
+    per_token = [
+        target.divergences(_logits(hf_model, batch.to(device))).cpu()
+        for batch, target in zip(batches, targets, strict=True)
+    ]
+    sums, sizes = block_sums(torch.cat(per_token).numpy(), [len(row) for batch in batches for row in batch])
+    return torch.from_numpy(sums / sizes)
+
+
+def _clearly_lower(after: Tensor, before: Tensor) -> bool:
+    change = after - before
+    return float(change.mean()) < -_CLEARLY * float(change.std()) / math.sqrt(len(change))
+
+
+class _Scales:
+    """The factors on the fp16 numbers of one tensor."""
+
+    def __init__(self, live: LiveWeights, name: str, type_name: str, packed: Tensor) -> None:
+        self._live, self._name, self._type = live, name, type_name
+        self._packed = packed
+        original = live.read(name)
+        device, layout = original.device, QUANT_TYPES[type_name]
+        blocks = packed.reshape(-1, layout.block_bytes)
+        count = num_scales(type_name)
+        stored = read_scales(type_name, blocks)
+        parts = []
+        for column in range(count):
+            alone = torch.zeros_like(stored)
+            alone[:, column] = stored[:, column]
+            parts.append(decode(type_name, with_scales(type_name, blocks, alone)))
+        self._parts = torch.stack(parts, dim=1).to(device)  # [blocks, count, block_size]
+        self.factors = torch.ones(len(blocks), count, device=device)
+        decoded = self._parts.sum(1).view_as(original)
+        self.relative_error = float((decoded - original).norm() / original.norm().clamp_min(1e-12))
+        self.num_weights = original.numel()
+
+    @property
+    def parameter(self) -> Tensor:
+        return self.factors
+
+    def apply(self) -> None:
+        self._live.write(self._name, (self._parts * self.factors.unsqueeze(-1)).sum(1))
+
+    def pull_gradient(self) -> None:
+        gradient = self._live.gradient(self._name).reshape(len(self._parts), 1, -1)
+        self.factors.grad = (gradient * self._parts).sum(-1)
+
+    def packed(self) -> Tensor:
+        blocks = self._packed.reshape(-1, QUANT_TYPES[self._type].block_bytes)
+        scales = read_scales(self._type, blocks) * self.factors.cpu()
+        return with_scales(self._type, blocks, scales).reshape(self._packed.shape)
+
+
+class _Norm:
+    """The values of one norm, stored in F32."""
+
+    def __init__(self, live: LiveWeights, name: str) -> None:
+        self._live, self._name = live, name
+        self.values = live.read(name).float()
+        self.magnitude = float(self.values.square().mean().sqrt())
+
+    @property
+    def parameter(self) -> Tensor:
+        return self.values
+
+    def apply(self) -> None:
+        self._live.write(self._name, self.values)
+
+    def pull_gradient(self) -> None:
+        self.values.grad = self._live.gradient(self._name).float().view_as(self.values)
+
+    def packed(self) -> Tensor:
+        return self.values.cpu().view(torch.uint8)
+
+
+def _install(live: LiveWeights, file: GGUFSource) -> dict[str, _Scales | _Norm]:
+    """Put the file's weights into the model; returns what can be trained. Parameters without a use stay frozen."""
+    trained: dict[str, _Scales | _Norm] = {}
+    wanted = set(live.names())
+    for name in file.names():
+        if name not in wanted:
+            continue
+        stored = file.info(name)
+        if num_scales(stored.dtype):
+            trained[name] = _Scales(live, name, stored.dtype, file.load_packed(name))
+            trained[name].apply()
+        else:
+            live.write(name, file.load(name))
+            if role_of(name) is Role.NORM and stored.dtype == "F32":
+                trained[name] = _Norm(live, name)
+    return trained
+
+
+def _train(
+    hf_model: nn.Module,
+    live: LiveWeights,
+    trained: dict[str, _Scales | _Norm],
+    steps: tuple[Tensor, ...],
+    targets: list[Distribution],
+    options: TuneOptions,
+    report: Progress,
+) -> None:
+    for parameter in hf_model.parameters():
+        parameter.requires_grad_(False)
+    for name in trained:
+        live.parameter(name).requires_grad_(True)
+    device = next(hf_model.parameters()).device
+    optimizer = torch.optim.Adam(_groups(trained, options, len(steps)), betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: _warm_then_cosine(i, len(steps)))
+    done = 0
+    for batch, target in zip(steps, targets, strict=False):
+        with torch.enable_grad():
+            logits = hf_model(input_ids=batch.to(device), use_cache=False).logits.float().flatten(0, 1)
+            target.divergences(logits).mean().backward()
+        for one in trained.values():
+            one.pull_gradient()
+        hf_model.zero_grad(set_to_none=True)
+        optimizer.step()
+        schedule.step()
+        for one in trained.values():
+            one.apply()
+        done += batch.numel()
+        report("tune", done, sum(step.numel() for step in steps), unit="tokens")
+    for parameter in hf_model.parameters():
+        parameter.requires_grad_(False)
+
+
+def _groups(trained: dict[str, _Scales | _Norm], options: TuneOptions, steps: int) -> list[dict[str, object]]:
+    scales = [one for one in trained.values() if isinstance(one, _Scales)]
+    norms = [one for one in trained.values() if isinstance(one, _Norm)]
+    weights = sum(one.num_weights for one in scales)
+    mean_error = sum(one.relative_error * one.num_weights for one in scales) / max(1, weights)
+    shorter = min(1.0, math.sqrt(_FULL_RATE_STEPS / steps))
+    scale_rate, norm_rate = shorter * options.scale_rate, shorter * options.norm_rate * mean_error
+    groups = [{"params": [one.parameter], "lr": scale_rate * one.relative_error} for one in scales]
+    return groups + [{"params": [one.parameter], "lr": norm_rate * one.magnitude} for one in norms]
+
+
+def _warm_then_cosine(step: int, steps: int) -> float:
+    warm = min(4, max(1, steps // 4))
+    return min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))

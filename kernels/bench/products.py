@@ -1,0 +1,127 @@
+"""Times what decides the constants of `dispatch`, `two_pass`, `tiles` and `grouped`, on the GPU at hand.
+
+    python -m dynquant.kernels.bench_products dequantize|linear|experts|tiles [--types Q4_K,IQ2_XXS]
+
+Every line is one JSON object. Times are microseconds of CUDA-graph replays, without launch overhead; weights are as
+large as those of real models, but a single matrix may stay in the L2 cache between replays.
+"""
+
+import argparse
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+
+from dynquant.formats.quant_types import QUANT_TYPES
+from dynquant.kernels.formats import PLANES
+from dynquant.kernels.triton import fused, grouped, two_pass
+from dynquant.kernels.triton.dequantize import dequantize
+
+_ROWS = (8, 16, 32, 64, 128, 256, 512, 1024, 4096)
+_MATRICES = ((4096, 4096), (14336, 4096), (4096, 14336))
+_EXPERTS, _SLOTS, _EXPERT_ROWS, _EXPERT_LENGTH = 128, 8, 1536, 2048
+"""Gate and up projection of Qwen3-30B-A3B."""
+
+
+def packed(name: str, *shape: int) -> Tensor:
+    """Zero scales would make decoding no cheaper: what the bytes say does not change how long it takes."""
+    row_bytes = QUANT_TYPES[name].row_bytes(shape[-1])
+    return torch.randint(0, 256, (*shape[:-1], row_bytes), dtype=torch.uint8, device="cuda") & 0x3F
+
+
+def microseconds(call: Callable[..., object], *arguments: object) -> float:
+    """Median time of one call."""
+    call(*arguments)
+    time = triton.testing.do_bench_cudagraph(lambda: call(*arguments), rep=30, return_mode="median")
+    return round(1000 * time, 2)
+
+
+def bench_dequantize(name: str) -> Iterator[dict[str, object]]:
+    """Whole matrices to bfloat16; `gb_s` counts the bytes read and written."""
+    weight, out = packed(name, 14336, 8192), torch.empty(14336, 8192, dtype=torch.bfloat16, device="cuda")
+    time = microseconds(dequantize, weight, name, out)
+    yield {"type": name, "us": time, "gb_s": round((weight.numel() + 2 * out.numel()) / time / 1000)}
+
+
+def bench_linear(name: str) -> Iterator[dict[str, object]]:
+    """`fused` and `two_pass` with slices of several sizes, forward and backward, beside bfloat16."""
+    for (rows, length), m in itertools.product(_MATRICES, _ROWS):
+        weight = packed(name, rows, length)
+        dense = torch.randn(rows, length, dtype=torch.bfloat16, device="cuda")
+        x, dy = torch.randn(m, length, device="cuda").bfloat16(), torch.randn(m, rows, device="cuda").bfloat16()
+        line = {"type": name, "n": rows, "k": length, "m": m}
+        line["bf16"] = microseconds(torch.matmul, x, dense.T)
+        line["bf16 grad"] = microseconds(torch.matmul, dy, dense)
+        if m <= 1024:
+            line["fused"] = microseconds(fused.linear, x, weight, name)
+            line["fused grad"] = microseconds(fused.input_grad, dy, weight, name)
+        for mega in (24, 48, 96):
+            with mock.patch.object(two_pass, "_SLICE_BYTES", mega << 20):
+                line[f"two_pass {mega}"] = microseconds(two_pass.linear, x, weight, name)
+                line[f"two_pass {mega} grad"] = microseconds(two_pass.input_grad, dy, weight, name)
+        yield line
+
+
+def bench_experts(name: str) -> Iterator[dict[str, object]]:
+    """Pairs one by one against tiles, forward and backward, with bfloat16 products of sorted tokens beside them."""
+    weight = packed(name, _EXPERTS, _EXPERT_ROWS, _EXPERT_LENGTH)
+    dense = torch.randn(_EXPERTS, _EXPERT_LENGTH, _EXPERT_ROWS, dtype=torch.bfloat16, device="cuda")
+    for tokens in (1, 2, 4, 8, 16, 64, 256, 1024, 4096):
+        x = torch.randn(tokens, _EXPERT_LENGTH, device="cuda").bfloat16()
+        dy = torch.randn(tokens, _SLOTS, _EXPERT_ROWS, device="cuda").bfloat16()
+        ids = torch.rand(tokens, _EXPERTS, device="cuda").topk(_SLOTS).indices
+        line = {"type": name, "tokens": tokens}
+        for what, is_few in (("pairs", True), ("tiles", False)):
+            if what == "pairs" and tokens > 64:
+                continue
+            with mock.patch.object(grouped, "_is_few", lambda *_, is_few=is_few: is_few):
+                line[what] = microseconds(grouped.linear, x, weight, ids, name)
+                line[f"{what} grad"] = microseconds(grouped.input_grad, dy, weight, ids, name)
+        if hasattr(torch, "_grouped_mm"):
+            order = ids.flatten().argsort()
+            ends = ids.flatten().bincount(minlength=_EXPERTS).cumsum(0).int()
+            rows = x[order // _SLOTS]
+            line["bf16 grouped_mm"] = microseconds(torch._grouped_mm, rows, dense, ends)
+        yield line
+
+
+def bench_tiles(name: str) -> Iterator[dict[str, object]]:
+    """Constants of the tile kernels for a full prefill and for few rows."""
+    weight = packed(name, _EXPERTS, _EXPERT_ROWS, _EXPERT_LENGTH)
+    for tokens, rows_per_tile in ((4096, (64, 128, 256)), (1024, (32, 64)), (128, (16,))):
+        x = torch.randn(tokens, _EXPERT_LENGTH, device="cuda").bfloat16()
+        dy = torch.randn(tokens, _SLOTS, _EXPERT_ROWS, device="cuda").bfloat16()
+        ids = torch.rand(tokens, _EXPERTS, device="cuda").topk(_SLOTS).indices
+        for bm, bn, g, warps, stages in itertools.product(rows_per_tile, (64, 128), (2, 4), (4, 8), (1, 3)):
+            config = {"BM": bm, "BN": bn, "G": g, "num_warps": warps, "num_stages": stages}
+            line = {"type": name, "tokens": tokens, **config}
+            with mock.patch.object(grouped, "tile_config", lambda *_, config=config: dict(config)):
+                for what, call, inputs in (("us", grouped.linear, x), ("grad us", grouped.input_grad, dy)):
+                    try:
+                        line[what] = microseconds(call, inputs, weight, ids, name)
+                    except triton.runtime.errors.OutOfResources:
+                        line[what] = None
+            yield line
+
+
+def main() -> None:
+    """Reads the arguments and prints the lines."""
+    benches = {
+        "dequantize": bench_dequantize, "linear": bench_linear, "experts": bench_experts, "tiles": bench_tiles,
+    }  # fmt: skip
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=benches)
+    parser.add_argument("--types", default=",".join(PLANES))
+    arguments = parser.parse_args()
+    print(json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__}), flush=True)
+    for name in arguments.types.split(","):
+        for line in benches[arguments.what](name):
+            print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()

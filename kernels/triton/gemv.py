@@ -1,0 +1,276 @@
+"""y = x W^T for few rows of activations and packed weights: a memory-bound product, 4 bytes a time.
+
+Every thread multiplies whole chunks of weights (`chunks`, `codebook_chunks`) with integer activations (`act_quant`)
+by dp4a. A program owns BN rows of W and M of x, takes T chunks at a time, and walks along K; with SPLIT > 1 several
+programs share the rows and their float32 results are added in a fixed order, so that results never depend on timing.
+`supports` and `linear` are for 1 to 4 rows, `routed` for rows of which each has
+its own expert's matrix.
+"""
+
+# ruff: noqa: RUF005  (Triton has no `(*tuple, item)`)
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from dynquant.formats import tables
+from dynquant.formats.quant_types import QUANT_TYPES, quant_type
+from dynquant.kernels.formats import PLANES, plane_starts
+from dynquant.kernels.triton.activations import quantize_activations
+from dynquant.kernels.triton.bit_chunks import crumb_chunk, nibble_chunk, plain_chunk, table_chunk
+from dynquant.kernels.triton.codebook_chunks import digit_chunk, signed_chunk, ternary_chunk
+from dynquant.kernels.triton.plans import GemvConfig, gemv_config
+
+MAX_ROWS = 4
+ACTIVATIONS = ("bf16", "int8")
+
+_FAMILY = {
+    **dict.fromkeys(("Q2_K", "Q3_K", "Q6_K", "TQ2_0"), ("crumb", 64)),
+    **dict.fromkeys(("Q4_K", "Q5_K"), ("nibble", 64)),
+    **dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"), ("plain", 32)),
+    **dict.fromkeys(("IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4"), ("table", 32)),
+    **dict.fromkeys(("IQ1_S", "IQ1_M"), ("ternary", 32)),
+    **dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), ("signed", 32)),
+    "TQ1_0": ("digit", 256),
+}
+"""Quant type -> chunk function and weights per chunk."""
+
+
+@triton.jit(do_not_specialize=["N", "num_x_rows", "num_experts", "slots"])
+def gemv_kernel(
+    w_ptr, xq_ptr, xd_ptr, grid_ptr, y_ptr, ids_ptr, N, num_x_rows, num_experts, slots,
+    K: tl.constexpr, TYPE: tl.constexpr, FAMILY: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr, S4: tl.constexpr,
+    M: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, T: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
+    ROUTED: tl.constexpr,
+):  # fmt: skip
+    """With ROUTED, W is a stack of experts, M is 1, row m of y is that of x row m // slots and expert ids[m]."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    # Programs that share weight rows are neighbours, so that all but the first find the weights in the cache.
+    x_blocks = tl.cdiv(num_x_rows, M)
+    pid_n, pid_k = tl.program_id(0) // x_blocks, tl.program_id(1)
+    first_m = tl.program_id(0) % x_blocks * M
+    x_row = first_m // slots if ROUTED else first_m
+    xq_ptr += x_row.to(tl.int64) * (P * K // 4)
+    xd_ptr += x_row * (K // 32)
+    row_blocks: tl.constexpr = K // BLOCK
+    blocks = N.to(tl.int64) * row_blocks
+    first = pid_n.to(tl.int64) * BN * row_blocks
+    if ROUTED:
+        expert = tl.load(ids_ptr + first_m).to(tl.int64)
+        if (expert < 0) | (expert >= num_experts):
+            nothing = pid_n * BN + tl.arange(0, BN)
+            offset = (pid_k * num_x_rows + first_m).to(tl.int64) * N
+            tl.store(y_ptr + offset + nothing, tl.zeros([BN], y_ptr.dtype.element_ty), mask=nothing < N)
+            return
+        first += expert * blocks
+        blocks *= num_experts
+    # Rows and chunks beyond the end repeat the last ones; `valid` and the mask of the store cancel them.
+    rows = tl.minimum(tl.arange(0, BN), N - 1 - pid_n * BN)[None, :]
+    last: tl.constexpr = K // CHUNK - 1
+    acc = ()
+    for _ in tl.static_range(M):
+        acc = acc + (tl.zeros([T, BN], tl.float32),)
+    for step in range((last + T * SPLIT) // (T * SPLIT)):
+        chunk = (step * SPLIT + pid_k) * T + tl.arange(0, T)[:, None]
+        valid = chunk <= last
+        chunk = tl.minimum(chunk, last)
+        block = rows * row_blocks + chunk * CHUNK // BLOCK
+        if FAMILY == "crumb":
+            parts = crumb_chunk(
+                w_ptr, blocks, first, block, chunk, valid, xq_ptr, xd_ptr, K, TYPE, S0, S1, S2, S3, M, P
+            )
+        elif FAMILY == "nibble":
+            parts = nibble_chunk(
+                w_ptr, blocks, first, block, chunk, valid, xq_ptr, xd_ptr, K, TYPE, S0, S1, S2, S3, M, P
+            )
+        elif FAMILY == "plain":
+            parts = plain_chunk(
+                w_ptr, blocks, first, block, chunk, valid, xq_ptr, xd_ptr, K, TYPE, S0, S1, S2, S3, M, P
+            )
+        elif FAMILY == "table":
+            parts = table_chunk(
+                w_ptr, blocks, first, block, chunk, valid, xq_ptr, xd_ptr, K, TYPE, S0, S1, S2, S3, M, P
+            )
+        elif FAMILY == "ternary":
+            parts = ternary_chunk(
+                w_ptr, blocks, first, block, chunk, valid, xq_ptr, xd_ptr, grid_ptr, K, TYPE, S0, S1, S2, M, P
+            )
+        elif FAMILY == "signed":
+            parts = signed_chunk(
+                w_ptr, blocks, first, block, chunk, valid, xq_ptr, xd_ptr, grid_ptr, K, TYPE, S0, S1, S2, S3, S4, M, P
+            )
+        else:
+            parts = digit_chunk(w_ptr, blocks, first, block, chunk, valid, xq_ptr, xd_ptr, K, S0, S1, S2, M, P)
+        new = ()
+        for m in tl.static_range(M):
+            new = new + (acc[m] + parts[m],)
+        acc = new
+    n = pid_n * BN + tl.arange(0, BN)
+    for m in tl.static_range(M):
+        y = tl.sum(acc[m], axis=0)
+        offset = (pid_k * num_x_rows + first_m + m).to(tl.int64) * N
+        limit = tl.where(first_m + m < num_x_rows, N, 0)
+        tl.store(y_ptr + offset + n, y.to(y_ptr.dtype.element_ty), mask=n < limit)
+
+
+@triton.jit
+def add_splits_kernel(
+    parts_ptr, y_ptr, num_values, SPLIT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    """y = the sum of SPLIT float32 arrays, first to last."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for s in tl.static_range(SPLIT):
+        total += tl.load(parts_ptr + s * num_values + i, mask=i < num_values, other=0.0)
+    tl.store(y_ptr + i, total.to(y_ptr.dtype.element_ty), mask=i < num_values)
+
+
+def supports(type_name: str, x: Tensor) -> bool:
+    """Whether `linear` takes these activations for weights of this type."""
+    return takes(type_name, x) and 1 <= x.shape[0] <= MAX_ROWS
+
+
+def takes(type_name: str, x: Tensor) -> bool:
+    """Whether the kernel takes these activations, however many rows they have."""
+    return (
+        type_name in _FAMILY and x.dim() == 2 and x.shape[1] % 256 == 0 and x.dtype in (torch.bfloat16, torch.float16)
+    )
+
+
+def linear(x: Tensor, weight: Tensor, type_name: str, act: str = "bf16", config: GemvConfig | None = None) -> Tensor:
+    """x [M, K] times planar weights uint8 [N, row_bytes], transposed: [M, N] of the dtype of x.
+
+    `act` "bf16" is as exact as bf16 products, "int8" rounds the activations to 8 bits in groups of 32.
+
+    Raises:
+        ValueError: `supports` is false, `act` is unknown, or the rows of `weight` are not K weights of the type.
+    """
+    if not supports(type_name, x):
+        raise ValueError(
+            f"`x` must be bf16 or fp16 [1-{MAX_ROWS}, 256 * n] for {type_name}, got {x.dtype} {[*x.shape]}"
+        )
+    check_weight(x, weight, type_name, act)
+    return linear_of_checked(x, weight, type_name, act, config)
+
+
+def check_weight(x: Tensor, weight: Tensor, type_name: str, act: str) -> None:
+    """Raises ValueError as `linear` documents it."""
+    if act not in ACTIVATIONS:
+        raise ValueError(f"`act` must be one of {', '.join(ACTIVATIONS)}, got `{act}`")
+    row_bytes = quant_type(type_name).row_bytes(x.shape[1])
+    if weight.dtype != torch.uint8 or weight.dim() != 2 or weight.shape[1] != row_bytes or not weight.is_contiguous():
+        raise ValueError(
+            f"`weight` must be contiguous uint8 [N, {row_bytes}], {x.shape[1]} weights of {type_name} a row, "
+            f"got {weight.dtype} {[*weight.shape]}"
+        )
+
+
+def linear_of_checked(x: Tensor, weight: Tensor, type_name: str, act: str, config: GemvConfig | None = None) -> Tensor:
+    """`linear` for any number of rows, without its checks."""
+    x = x if x.stride(1) == 1 else x.contiguous()
+    num_x_rows = x.shape[0]
+    config = config or gemv_config(type_name, act, num_x_rows, weight.shape[0], x.shape[1])
+    padded = triton.cdiv(num_x_rows, config.rows) * config.rows
+    xq, xd = quantize_activations(x, act, padded_rows=padded, pdl=config.pdl)
+    return multiply(xq, xd, weight, type_name, num_x_rows, x.dtype, config)
+
+
+def routed(
+    x: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str, act: str = "bf16", config: GemvConfig | None = None
+) -> Tensor:
+    """x [T, K] or [T * k, K] times the expert of each slot, planar uint8 [E, N, row_bytes]: [T * k, N].
+
+    `expert_ids` int [T, k]; ids outside 0 to E - 1 give zeros. `takes` must be true. Worth it for few slots only: every
+    slot reads its expert's weights for itself.
+    """
+    config = config or gemv_config(type_name, act, 1, weight.shape[1], x.shape[1])
+    xq, xd = quantize_activations(x, act, padded_rows=len(x), pdl=config.pdl)
+    num_slots = expert_ids.numel()
+    return multiply(
+        xq, xd, weight, type_name, num_slots, x.dtype, config, ids=expert_ids.contiguous(), slots=num_slots // len(x)
+    )
+
+
+def multiply(
+    xq: Tensor,
+    xd: Tensor,
+    weight: Tensor,
+    type_name: str,
+    num_x_rows: int,
+    dtype: torch.dtype,
+    config: GemvConfig,
+    *,
+    ids: Tensor | None = None,
+    slots: int = 1,
+) -> Tensor:
+    """`linear` of activations that are integers already, padded to whole programs: [num_x_rows, N].
+
+    With `ids`, `routed`: `num_x_rows` counts slots, `slots` those of a row of activations.
+    """
+    num_outputs, split = weight.shape[-2], config.split
+    num_experts = 1 if ids is None else len(weight)
+    y = torch.empty(num_x_rows, num_outputs, dtype=dtype, device=weight.device)
+    target = y if split == 1 else torch.empty(split, num_x_rows, num_outputs, dtype=torch.float32, device=y.device)
+    words = xq.view(torch.int32)
+    table = codebook(type_name, weight.device) if has_codebook(type_name) else words
+    constants = kernel_constants(type_name, xq.shape[1], xq.shape[2], config, routed=ids is not None)
+    grid = (triton.cdiv(num_outputs, config.bn) * triton.cdiv(num_x_rows, config.rows), split)
+    gemv_kernel[grid](
+        weight, words, xd, table, target, xd if ids is None else ids, num_outputs, num_x_rows, num_experts, slots,
+        **constants,
+    )  # fmt: skip
+    if split > 1:
+        add_splits(target, y, config.pdl)
+    return y
+
+
+def add_splits(parts: Tensor, y: Tensor, pdl: bool) -> None:
+    """y = parts [SPLIT, M, N] summed over the first dimension, first to last."""
+    grid = (triton.cdiv(y.numel(), 256),)
+    add_splits_kernel[grid](parts, y, y.numel(), parts.shape[0], 256, pdl, num_warps=4, launch_pdl=pdl)
+
+
+def has_codebook(type_name: str) -> bool:
+    """Whether the kernel looks weights up in a table that `codebook` makes."""
+    return _FAMILY[type_name][0] in ("ternary", "signed")
+
+
+@functools.cache
+def kernel_constants(
+    type_name: str, num_planes: int, row_length: int, config: GemvConfig, *, routed: bool = False
+) -> dict[str, object]:
+    """The constants and launch options of `gemv_kernel`."""
+    family, chunk = _FAMILY[type_name]
+    return {
+        "K": row_length, "TYPE": type_name, "FAMILY": family, "CHUNK": chunk,
+        "BLOCK": QUANT_TYPES[type_name].block_size, **plane_constants(type_name),
+        "M": config.rows, "P": num_planes, "BN": config.bn, "T": 32 * config.warps, "SPLIT": config.split,
+        "PDL": config.pdl, "ROUTED": routed, "num_warps": config.warps, "launch_pdl": config.pdl,
+    }  # fmt: skip
+
+
+def plane_constants(type_name: str) -> dict[str, int]:
+    """S0 to S4: where the planes of the fields begin, for one block, in the order of the fields in a block."""
+    starts = plane_starts(type_name, 1)
+    in_block_order = sorted(PLANES[type_name], key=lambda field: field.offset)
+    values = [starts[field.name] for field in in_block_order] + [0] * (5 - len(starts))
+    return {f"S{i}": value for i, value in enumerate(values)}
+
+
+@functools.cache
+def codebook(type_name: str, device: torch.device) -> Tensor:
+    """The grid of a codebook type as int32 words: see `codebook_chunks`."""
+    if type_name in ("IQ1_S", "IQ1_M"):
+        codes = torch.from_numpy(tables.grid_rows("IQ1_S")).to(torch.int32) + 1  # [2048, 8]
+        nibbles = codes[:, :4] | (codes[:, 4:] << 4)
+        return nibbles.to(torch.uint8).view(torch.int32).flatten().to(device)
+    return tables.grid(type_name, device).view(torch.int32)

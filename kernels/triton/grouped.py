@@ -1,0 +1,189 @@
+"""Triton: products of tokens with the planar weights of their experts, forward and gradient, in one launch.
+
+A pair is a token and one of its slots. Few pairs: every pair reads its own expert's rows, bound by memory
+(`gemv.routed` for 16-bit activations, otherwise `_pair_*`). Many pairs: they are sorted by expert, cut into tiles of
+pairs of one expert, and a tile decodes each piece of the matrix once for all its pairs (`tiles`). The tile table is
+made on the device for the most tiles there can be, so that nothing waits for the host; tiles left over exit before they
+read anything. Products are summed in float32 in a fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from dynquant.formats.quant_types import quant_type
+from dynquant.kernels import shapes
+from dynquant.kernels.triton import gemv
+from dynquant.kernels.triton.tiles import tile_config, tile_input_grad_kernel, tile_linear_kernel
+from dynquant.kernels.triton.unpack import table, unpack_groups
+
+_MOST_SINGLE_PAIRS = 128
+"""Up to this many pairs, and one for every expert, read the weights one by one."""
+_found: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""`_tiles_of` by the tensor of ids, for as long as that lives."""
+
+
+def linear(x: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str) -> Tensor:
+    """x [T, K] or [T, k, K] times planar experts uint8 [E, N, row_bytes] transposed: [T, k, N].
+
+    Pairs whose id in `expert_ids` int [T, k] is outside 0 to E - 1 give zeros. All tensors are contiguous.
+    """
+    rows, name = x.reshape(-1, x.shape[-1]), quant_type(type_name).name
+    if _is_few(expert_ids, len(weight)) and gemv.takes(name, rows):
+        return gemv.routed(rows, weight, expert_ids, name).view(*expert_ids.shape, -1)
+    return _product(x, weight, expert_ids, type_name, is_transposed=False)
+
+
+def input_grad(dy: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str) -> Tensor:
+    """dy [T, N] or [T, k, N] times planar experts uint8 [E, N, row_bytes]: [T, k, K]; see `linear`."""
+    return _product(dy, weight, expert_ids, type_name, is_transposed=True)
+
+
+def _is_few(expert_ids: Tensor, num_experts: int) -> bool:
+    return expert_ids.numel() <= min(_MOST_SINGLE_PAIRS, max(32, num_experts))
+
+
+def _product(inputs: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str, *, is_transposed: bool) -> Tensor:
+    stored = quant_type(type_name)
+    num_experts, num_rows, _ = weight.shape
+    length = shapes.row_length(weight, stored)
+    num_pairs = expert_ids.numel()
+    product = inputs.new_empty(*expert_ids.shape, length if is_transposed else num_rows)
+    codebook = table(stored.name, weight.device)
+    num_blocks, slots = weight.numel() // stored.block_bytes, expert_ids.shape[1] if inputs.dim() == 2 else 1
+    extent = length if is_transposed else num_rows
+    if _is_few(expert_ids, num_experts):
+        kernel = _pair_input_grad_kernel if is_transposed else _pair_linear_kernel
+        width, config = (128, {"BN": 32, "G": 4}) if is_transposed else (16, {"BN": 16, "G": 8})
+        grid = (triton.cdiv(extent, width), num_pairs)
+        kernel[grid](
+            inputs, weight, codebook, expert_ids.contiguous(), product,
+            num_blocks, num_experts, num_rows, length // 32, slots, TYPE=stored.name, num_warps=4, **config,
+        )  # fmt: skip
+    else:
+        kernel = tile_input_grad_kernel if is_transposed else tile_linear_kernel
+        config = tile_config(num_pairs / num_experts, inputs.dtype)
+        order, tiles = _tiles_of(expert_ids, num_experts, config["BM"])
+        grid = (triton.cdiv(extent, 32 * config["G"] if is_transposed else config["BN"]), tiles.shape[1])
+        kernel[grid](
+            inputs, weight, codebook, order, tiles, product,
+            num_blocks, num_rows, length // 32, slots, tiles.shape[1], num_pairs, TYPE=stored.name, **config,
+        )  # fmt: skip
+    return product
+
+
+def _tiles_of(expert_ids: Tensor, num_experts: int, block_m: int) -> tuple[Tensor, Tensor]:
+    """`sorted_tiles`, which gate, up and down, their gradients and a recomputed pass ask for with the same ids.
+
+    Sorting is eight launches; in training, launches from Python decide the time of a step. Ids that may change unseen
+    are sorted every time: inference tensors count no versions, and a replayed CUDA graph runs no Python.
+    """
+    if not expert_ids.is_cuda or expert_ids.is_inference() or torch.cuda.is_current_stream_capturing():
+        return sorted_tiles(expert_ids, num_experts, block_m)
+    key = (expert_ids._version, num_experts, block_m, torch.cuda.current_stream(expert_ids.device))
+    last, tiles = _found.get(expert_ids, (None, None))
+    if last != key:
+        tiles = sorted_tiles(expert_ids, num_experts, block_m)
+        _found[expert_ids] = key, tiles
+    return tiles
+
+
+def sorted_tiles(expert_ids: Tensor, num_experts: int, block_m: int) -> tuple[Tensor, Tensor]:
+    """Pairs in the order of their experts, and how tiles of `block_m` cover them, without waiting for the device.
+
+    Returns:
+        order int64 [pairs], and int32 [3, tiles]: the expert (-1: ids that are no expert here, -2: left over), the
+        first place in `order`, and the place after the last.
+    """
+    ids, order = torch.sort(expert_ids.reshape(-1), stable=True)
+    starts = torch.searchsorted(ids, torch.arange(num_experts + 1, device=ids.device, dtype=ids.dtype))
+    num_tiles = triton.cdiv(len(ids), block_m) + num_experts + 2
+    tiles = torch.empty(3, num_tiles, dtype=torch.int32, device=ids.device)
+    _tile_table_kernel[(triton.cdiv(num_tiles, 32),)](
+        starts, tiles, len(ids), num_experts, num_tiles,
+        BM=block_m, SEGMENTS=triton.next_power_of_2(num_experts + 2), num_warps=4,
+    )  # fmt: skip
+    return order, tiles
+
+
+@triton.jit(do_not_specialize=["num_pairs", "num_tiles"])
+def _tile_table_kernel(
+    starts_ptr, tiles_ptr, num_pairs, num_experts, num_tiles, BM: tl.constexpr, SEGMENTS: tl.constexpr
+):
+    """Segment 0 holds ids below zero, 1 + e those of expert e, num_experts + 1 those above."""
+    segment = tl.arange(0, SEGMENTS)
+    is_used = segment < num_experts + 2
+    start = tl.load(starts_ptr + segment - 1, mask=is_used & (segment > 0), other=0).to(tl.int32)
+    stop = tl.load(starts_ptr + segment, mask=segment <= num_experts, other=num_pairs).to(tl.int32)
+    counts = tl.where(is_used, (stop - start + BM - 1) // BM, 0)
+    ends = tl.cumsum(counts, 0)
+    tile = tl.program_id(0) * 32 + tl.arange(0, 32)
+    is_own = (ends[None, :] > tile[:, None]) & ((ends - counts)[None, :] <= tile[:, None])  # [32, SEGMENTS]
+    expert = tl.sum(tl.where(is_own, segment[None, :], 0), 1) - 1
+    first = tl.sum(tl.where(is_own, (start - (ends - counts) * BM)[None, :], 0), 1) + tile * BM
+    last = tl.minimum(tl.sum(tl.where(is_own, stop[None, :], 0), 1), first + BM)
+    has_own = tl.sum(is_own.to(tl.int32), 1) > 0
+    expert = tl.where(has_own, tl.where(expert == num_experts, -1, expert), -2)
+    is_tile = tile < num_tiles
+    tl.store(tiles_ptr + tile, expert, mask=is_tile)
+    tl.store(tiles_ptr + num_tiles + tile, first, mask=is_tile)
+    tl.store(tiles_ptr + 2 * num_tiles + tile, last, mask=is_tile)
+
+
+@triton.jit(do_not_specialize=["num_blocks"])
+def _pair_linear_kernel(
+    x_ptr, planes_ptr, table_ptr, ids_ptr, y_ptr,
+    num_blocks, num_experts, N, K_groups, slots,
+    TYPE: tl.constexpr, BN: tl.constexpr, G: tl.constexpr,
+):  # fmt: skip
+    pair = tl.program_id(1).to(tl.int64)
+    expert = tl.load(ids_ptr + pair).to(tl.int64)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    y_ptr += pair * N
+    if (expert < 0) | (expert >= num_experts):
+        tl.store(y_ptr + n, tl.zeros([BN], y_ptr.dtype.element_ty), mask=n < N)
+        return
+    r = tl.arange(0, BN * G)
+    g = r % G
+    row = expert.to(tl.int32) * N + tl.minimum(tl.program_id(0) * BN + r // G, N - 1)
+    x_ptr += pair // slots * K_groups * 32
+    i = tl.arange(0, 4)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
+    acc = tl.zeros([BN * G, 4, 8], tl.float32)
+    for start in range(0, K_groups, G):
+        group = start + g
+        w = unpack_groups(
+            TYPE, planes_ptr, table_ptr, num_blocks.to(tl.int64), row * K_groups + tl.minimum(group, K_groups - 1)
+        )
+        x = tl.load(x_ptr + group[:, None, None] * 32 + i, mask=(group < K_groups)[:, None, None], other=0.0)
+        acc += w * x.to(tl.float32)
+    y = tl.sum(tl.reshape(acc, [BN, G * 32]), 1)
+    tl.store(y_ptr + n, y.to(y_ptr.dtype.element_ty), mask=n < N)
+
+
+@triton.jit(do_not_specialize=["num_blocks"])
+def _pair_input_grad_kernel(
+    dy_ptr, planes_ptr, table_ptr, ids_ptr, dx_ptr,
+    num_blocks, num_experts, N, K_groups, slots,
+    TYPE: tl.constexpr, BN: tl.constexpr, G: tl.constexpr,
+):  # fmt: skip
+    pair = tl.program_id(1).to(tl.int64)
+    expert = tl.load(ids_ptr + pair).to(tl.int64)
+    k = tl.program_id(0) * G * 32 + tl.arange(0, G * 32)
+    dx_ptr += pair * K_groups * 32
+    if (expert < 0) | (expert >= num_experts):
+        tl.store(dx_ptr + k, tl.zeros([G * 32], dx_ptr.dtype.element_ty), mask=k < K_groups * 32)
+        return
+    r = tl.arange(0, BN * G)
+    group = tl.minimum(tl.program_id(0) * G + r % G, K_groups - 1)
+    dy_ptr += pair // slots * N
+    acc = tl.zeros([BN * G, 4, 8], tl.float32)
+    for start in range(0, N, BN):
+        n = start + r // G
+        row = expert.to(tl.int32) * N + tl.minimum(n, N - 1)
+        w = unpack_groups(TYPE, planes_ptr, table_ptr, num_blocks.to(tl.int64), row * K_groups + group)
+        dy = tl.load(dy_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+        acc += w * dy[:, None, None]
+    dx = tl.sum(tl.reshape(acc, [BN, G * 32]), 0)
+    tl.store(dx_ptr + k, dx.to(dx_ptr.dtype.element_ty), mask=k < K_groups * 32)

@@ -1,0 +1,56 @@
+"""Products of many rows with planar weights on CUDA: decode a slice of the matrix, multiply it with cuBLAS, repeat.
+
+With up to a thousand rows the slice is small enough to stay in the L2 cache between the two passes; with more, products
+take so long that fewer launches are worth more. The forward pass takes slices of rows and the gradient slices of
+columns, so that in both every result is written once: no rounded partial sums are added up.
+"""
+
+import torch
+from torch import Tensor
+
+from dynquant.formats.quant_types import quant_type
+from dynquant.kernels import shapes
+from dynquant.kernels.triton.dequantize import dequantize
+
+_SLICE_BYTES = 24 << 20
+"""Half the L2 cache of an H100."""
+_LONG, _LONG_SLICE_BYTES = 1024, 128 << 20
+"""Rows from which slices are larger, and their size."""
+_COLUMN_STEP = 256
+_ROW_STEP = 128
+"""Slices are whole tiles of the matrix product."""
+
+
+def linear(x: Tensor, weight: Tensor, type_name: str) -> Tensor:
+    """x [M, K] times planar rows uint8 [N, row_bytes] transposed: [M, N]."""
+    num_rows, length = weight.shape[0], x.shape[1]
+    product = x.new_empty(len(x), num_rows)
+    step = _step(num_rows, length, x, _ROW_STEP)
+    dense = x.new_empty(step, length)
+    for start in range(0, num_rows, step):
+        part = dequantize(weight, type_name, dense[: num_rows - start], first_row=start)
+        torch.mm(x, part.T, out=product[:, start : start + step])
+    return product
+
+
+def input_grad(dy: Tensor, weight: Tensor, type_name: str) -> Tensor:
+    """dy [M, N] times planar rows uint8 [N, row_bytes]: [M, K]."""
+    num_rows, length = weight.shape[0], shapes.row_length(weight, quant_type(type_name))
+    product = dy.new_empty(len(dy), length)
+    step = _step(length, num_rows, dy, _COLUMN_STEP)
+    dense = dy.new_empty(num_rows * step)
+    for start in range(0, length, step):
+        width = min(step, length - start)
+        part = dense[: num_rows * width].view(num_rows, width)
+        dequantize(weight, type_name, part, first_column=start)
+        torch.mm(dy, part, out=product[:, start : start + width])
+    return product
+
+
+def _step(extent: int, other: int, activations: Tensor, multiple: int) -> int:
+    """How much of `extent` one slice spans: as near to equal slices as multiples allow."""
+    slice_bytes = _SLICE_BYTES if len(activations) <= _LONG else _LONG_SLICE_BYTES
+    limit = max(1, slice_bytes // max(1, other * activations.element_size()))
+    slices = -(-extent // max(multiple, limit // multiple * multiple))
+    even = -(-extent // max(1, slices))
+    return max(1, min(extent, -(-even // multiple) * multiple))

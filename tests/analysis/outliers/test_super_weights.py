@@ -1,0 +1,128 @@
+"""Super weights: planted ones are found at their exact place, none on the model as it is, and a published one."""
+
+import pytest
+import torch
+
+from dynquant.analysis.outliers.super_experts import find_super_experts
+from dynquant.analysis.outliers.super_weights import ablation, find_super_weights, scan_down_projections
+from dynquant.calibration.statistics import CalibrationStats, InputStats, StatsProvenance
+from dynquant.families.open import open_model
+from dynquant.running.load import load_hf, load_tokenizer
+
+N_LAYER = 6
+TEXT = (
+    "The general idea of the theory is that every body in the universe attracts every other body. Call me Ishmael. "
+    "Some years ago, having little or no money in my purse, I thought I would sail about a little and see the world. "
+    "def area(radius): return 3.14159 * radius ** 2. The cat (noun): a small animal that is kept in houses."
+)
+
+
+@pytest.fixture(scope="module")
+def moe(small_moe):
+    return load_hf(open_model(small_moe))
+
+
+@pytest.fixture(scope="module")
+def tokens(small_moe):
+    return torch.tensor(load_tokenizer(open_model(small_moe))(TEXT)["input_ids"])
+
+
+def matrix_of(moe, name, expert):
+    layer = moe.model.layers[int(name.split(".")[1])].mlp
+    if expert is not None:
+        return layer.experts.down_proj.data[expert]
+    return (layer.shared_experts if "shexp" in name else layer).down_proj.weight.data
+
+
+PLACES = [
+    ("blk.0.ffn_down.weight", None, 37),
+    ("blk.2.ffn_down_shexp.weight", None, 201),
+    ("blk.1.ffn_down_exps.weight", None, 90),
+    ("blk.4.ffn_down_exps.weight", None, 5),
+]
+
+
+@pytest.fixture(params=PLACES, ids=lambda place: place[0])
+def planted(request, moe, tokens):
+    """Make one weight dominate: 40 times the layers' usual maximum, at the strongest input of the tensor."""
+    name, _, row = request.param
+    spikes = scan_down_projections(moe, "deepseek2", N_LAYER, tokens)
+    usual = sorted(abs(spike.max_out) for spike in spikes)[len(spikes) // 2]
+    spike = max((spike for spike in spikes if spike.name == name), key=lambda spike: abs(spike.max_in))
+    matrix = matrix_of(moe, name, spike.expert)
+    before = matrix.clone()
+    matrix[row, spike.in_channel] = 100 * usual / abs(spike.max_in)
+    yield name, spike.expert, row, spike.in_channel
+    matrix.copy_(before)
+
+
+def test_planted_super_weight_is_found_exactly(planted, moe, tokens):
+    before = {name: value.clone() for name, value in moe.state_dict().items()}
+    found = find_super_weights(moe, "deepseek2", N_LAYER, tokens)
+    assert [(item.name, item.expert, item.row, item.col) for item in found] == [planted]
+    assert found[0].share > 0.9 and found[0].ratio > 20
+    assert all(torch.equal(before[name], value) for name, value in moe.state_dict().items())
+
+
+def test_model_as_it_is_has_none(moe, tokens):
+    assert find_super_weights(moe, "deepseek2", N_LAYER, tokens) == []
+
+
+def test_large_model_has_massive_activations_but_no_super_weight(moe_89m):
+    model = open_model(moe_89m)
+    tokens = torch.tensor(load_tokenizer(model)(TEXT)["input_ids"])
+    loaded = load_hf(model)
+    assert find_super_weights(loaded, "deepseek2", 11, tokens) == []
+    spikes = scan_down_projections(loaded, "deepseek2", 11, tokens)
+    massive = max((spike for spike in spikes if spike.layer == 5), key=lambda spike: abs(spike.max_out))
+    assert (massive.name, massive.row) == ("blk.5.ffn_down_shexp.weight", 152)
+
+
+def test_ablation_restores_the_weights_and_tells_them_apart(moe, tokens):
+    matrix = matrix_of(moe, "blk.0.ffn_down.weight", None)
+    before = matrix.clone()
+    spike = scan_down_projections(moe, "deepseek2", N_LAYER, tokens)[0]
+    matrix[3, spike.in_channel] = 1000.0
+    planted = matrix.clone()
+    try:
+        (found,) = find_super_weights(moe, "deepseek2", N_LAYER, tokens)
+        result = ablation(moe, found, tokens, k=50)
+        assert torch.equal(matrix, planted)
+    finally:
+        matrix.copy_(before)
+    assert result.num_next_largest == 50 and result.num_tokens == len(tokens)
+    change = abs(torch.tensor(result.without_super_weight / result.perplexity).log())
+    others = abs(torch.tensor(result.without_next_largest / result.perplexity).log())
+    assert change > 10 * others
+
+
+@pytest.mark.slow
+def test_published_super_weight_of_smollm2(shared_data, smollm2):
+    text = (shared_data / "wikitext2_valid.txt").read_text()[:4000]
+    tokens = torch.tensor(smollm2.tokenizer(text)["input_ids"][:512])
+    first = find_super_weights(smollm2.network, "llama", 30, tokens, max_iterations=1)[0]
+    assert (first.name, first.row, first.col) == ("blk.11.ffn_down.weight", 507, 1229)
+    result = ablation(smollm2.network, first, tokens)
+    assert result.without_super_weight > 3 * result.perplexity
+    assert result.without_next_largest < 1.5 * result.perplexity
+
+
+def expert_stats(max_out, energy, counts):
+    provenance = StatsProvenance(fingerprint="f" * 64, text_hash="0" * 64, text_name="made up")
+    inputs = InputStats(
+        in_sum2=torch.tensor(energy, dtype=torch.float64).unsqueeze(1),
+        counts=torch.tensor(counts),
+        max_out=torch.tensor(max_out),
+    )
+    return CalibrationStats(provenance, {"blk.4.ffn_down_exps.weight": inputs})
+
+
+def test_super_experts_by_output_and_by_energy():
+    usual = [1.0] * 64, [1.0] * 64, [100] * 64
+    assert find_super_experts(expert_stats(*usual)) == []
+    spike = [1.0] * 63 + [-400.0], [1.0] * 64, [100] * 64
+    (found,) = find_super_experts(expert_stats(*spike))
+    assert (found.layer, found.expert, found.max_out, found.ratio) == (4, 63, -400.0, 400.0)
+    energy = [1.0] * 64, [1.0] * 63 + [30.0], [1000] * 63 + [100]
+    (found,) = find_super_experts(expert_stats(*energy))
+    assert found.expert == 63 and found.energy_share == pytest.approx(30 / 93)

@@ -1,0 +1,373 @@
+"""Calibration: exact logits, sums equal to a direct computation, held-back samples, starved experts, text sources."""
+
+import json
+
+import pytest
+import torch
+from torch.nn import functional
+
+from dynquant.calibration.collector import SampleLimits
+from dynquant.calibration.importance import SHRINK_TOKENS, coverage_report, importance
+from dynquant.calibration.run import calibrate, collect_statistics
+from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
+from dynquant.checkpoints.tensor_roles import HyperParams
+from dynquant.errors import CheckpointError, StatsError
+from dynquant.families.open import open_model
+from dynquant.inputs.text import CalibrationText, pack_windows, read_text
+from dynquant.running.expert_hooks import record_experts
+from dynquant.running.load import load_hf, load_tokenizer
+
+N_LAYER, N_EXPERT = 6, 8
+HYPER = HyperParams("deepseek2", N_LAYER, 256, 4, 4, 8192, n_expert=N_EXPERT, n_expert_used=2, leading_dense=1)
+
+
+@pytest.fixture(scope="module")
+def moe(small_moe):
+    return load_hf(open_model(small_moe))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(small_moe):
+    return load_tokenizer(open_model(small_moe))
+
+
+@pytest.fixture(scope="module")
+def windows(tokenizer):
+    return pack_windows(read_text(None), tokenizer, window=64, max_tokens=64 * 8)
+
+
+@pytest.fixture(scope="module")
+def stats(moe, windows):
+    return collect(moe, windows)
+
+
+def collect(model, windows, **options):
+    provenance = StatsProvenance(fingerprint="f" * 64, text_hash="0" * 64, text_name="test")
+    found = collect_statistics(model, windows, arch="deepseek2", n_layer=N_LAYER, provenance=provenance, **options)
+    return found.stats
+
+
+def inputs_of(model, module_name, tokens):
+    """What the named linear layer is called with, [tokens, channels]."""
+    seen = []
+    module = model.get_submodule(module_name)
+    handle = module.register_forward_hook(lambda _module, args, out: seen.append((args[0], out)))
+    with torch.no_grad():
+        model(input_ids=tokens)
+    handle.remove()
+    return [torch.cat([part.flatten(0, -2) for part in parts]) for parts in zip(*seen, strict=True)]
+
+
+def tiny_model(kind):
+    """Random two-layer models whose experts differ in layout: plain, transposed with bias, interleaved gate."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    common = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 24,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+        "num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **common), dtype=torch.float32).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["small_moe", "qwen3_moe", "mixtral", "gpt_oss", "qwen2_moe"])
+def test_recording_leaves_logits_bit_equal(kind, request):
+    model = request.getfixturevalue("moe") if kind == "small_moe" else tiny_model(kind)
+    tokens = torch.arange(60).reshape(2, 30)
+    before = model.config._experts_implementation
+    seen = []
+    with torch.no_grad():
+        model.set_experts_implementation("eager")
+        expected = model(input_ids=tokens).logits
+        model.set_experts_implementation(before)
+        with record_experts(model, lambda call: seen.append(call.expert)):
+            recorded = model(input_ids=tokens).logits
+    assert torch.equal(recorded, expected)
+    assert seen and model.config._experts_implementation == before
+
+
+def test_implementation_is_restored_after_a_failure(moe, windows):
+    before = moe.config._experts_implementation
+
+    def fail(stage, done, total, **_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        collect(moe, windows[:2], progress=fail)
+    assert moe.config._experts_implementation == before
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in moe.modules())
+
+
+def test_sums_equal_a_direct_computation(moe, windows, stats):
+    summed = windows[:7]
+    for module, weight in {
+        "model.layers.2.self_attn.q_a_proj": "blk.2.attn_q_a.weight",
+        "model.layers.0.mlp.down_proj": "blk.0.ffn_down.weight",
+        "model.layers.4.mlp.shared_experts.up_proj": "blk.4.ffn_up_shexp.weight",
+        "lm_head": "output.weight",
+    }.items():
+        x, _ = inputs_of(moe, module, summed)
+        found = stats.input_of(weight)
+        torch.testing.assert_close(found.in_sum2[0], x.double().square().sum(0), rtol=2e-5, atol=1e-12)
+        assert found.counts.tolist() == [summed.numel()]
+
+
+def test_expert_sums_equal_a_direct_computation(moe, windows, stats):
+    layer = moe.model.layers[3].mlp
+    kept = {}
+    handle = layer.experts.register_forward_pre_hook(lambda _module, args: kept.update(x=args[0], index=args[1]))
+    with torch.no_grad():
+        moe(input_ids=windows[:7])
+    handle.remove()
+    for expert in range(N_EXPERT):
+        x = kept["x"][(kept["index"] == expert).any(-1)]
+        gate, up = functional.linear(x, layer.experts.gate_up_proj[expert]).chunk(2, dim=-1)
+        down_input = (functional.silu(gate) * up).detach()
+        for weight, expected in (("ffn_up_exps", x), ("ffn_down_exps", down_input)):
+            found = stats.input_of(f"blk.3.{weight}.weight")
+            assert int(found.counts[expert]) == len(x)
+            torch.testing.assert_close(found.in_sum2[expert], expected.double().square().sum(0), rtol=1e-4, atol=1e-9)
+
+
+def test_every_expert_layer_counts_all_routed_tokens(stats):
+    for layer in range(1, N_LAYER):
+        for part in ("gate", "down"):
+            assert int(stats.input_of(f"blk.{layer}.ffn_{part}_exps.weight").counts.sum()) == 7 * 64 * 2
+
+
+def test_latent_attention_uses_queries_and_the_latent(moe, windows, stats):
+    _, queries = inputs_of(moe, "model.layers.1.self_attn.q_b_proj", windows[:7])
+    nope = queries.reshape(-1, 4, 64)[..., :32].double()
+    torch.testing.assert_close(stats.input_of("blk.1.attn_k_b.weight").in_sum2, nope.square().sum(0), rtol=1e-5, atol=0)
+    latent = importance(stats, "blk.1.attn_v_b.weight", (4, 64, 256))
+    assert torch.equal(latent, importance(stats, "blk.1.attn_kv_b.weight", (384, 256)).expand(4, -1))
+
+
+def test_weights_with_one_input_share_it(stats):
+    for alias, key in {
+        "blk.1.attn_kv_a_mqa.weight": "blk.1.attn_q_a.weight",
+        "blk.0.ffn_up.weight": "blk.0.ffn_gate.weight",
+        "blk.1.ffn_up_exps.weight": "blk.1.ffn_gate_exps.weight",
+        "blk.1.ffn_up_shexp.weight": "blk.1.ffn_gate_shexp.weight",
+    }.items():
+        assert stats.aliases[alias] == key
+    assert "blk.1.attn_q_b.weight" in stats.inputs
+    assert not any("token_embd" in name for name in (*stats.inputs, *stats.aliases))
+
+
+def test_held_back_windows_give_samples_only(moe, windows, stats):
+    assert stats.provenance.num_tokens == 7 * 64
+    assert stats.provenance.num_held_back_tokens == 64
+    x, _ = inputs_of(moe, "model.layers.2.self_attn.q_a_proj", windows[7:])
+    found = stats.input_of("blk.2.attn_q_a.weight")
+    assert found.sample_counts.tolist() == [64]
+    torch.testing.assert_close(found.samples[0, :64], x.to(torch.bfloat16), rtol=0.01, atol=1e-3)
+    experts = stats.input_of("blk.2.ffn_down_exps.weight")
+    assert experts.samples.dtype == torch.bfloat16 and int(experts.sample_counts.sum()) > 0
+    assert (experts.sample_counts <= experts.samples.shape[1]).all()
+
+
+def test_samples_come_from_all_held_back_batches(moe, windows):
+    found = collect(moe, windows, held_back=0.5, batch_size=1, limits=SampleLimits(dense_rows=8))
+    rows = found.input_of("blk.3.attn_q_a.weight").samples[0].float()
+    x, _ = inputs_of(moe, "model.layers.3.self_attn.q_a_proj", windows[4:])
+    nearest = torch.cdist(rows, x.float()).argmin(1)
+    assert (nearest // 64).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_expert_samples_are_bounded_in_bytes():
+    limits = SampleLimits()
+    assert limits.rows_per_expert(8, 512) == 32
+    assert 256 * limits.rows_per_expert(256, 9216) * 9216 * 2 <= 64 * 2**20
+
+
+def test_extremes_name_channel_and_position(moe, windows, stats):
+    x, out = inputs_of(moe, "model.layers.3.mlp.shared_experts.down_proj", windows)
+    found = stats.input_of("blk.3.ffn_down_shexp.weight")
+    for values, name in ((x, "max_in"), (out, "max_out")):
+        token, channel = divmod(int(values.abs().argmax()), values.shape[1])
+        assert getattr(found, name).item() == pytest.approx(values[token, channel].item(), rel=1e-4)
+        assert getattr(found, f"{name}_channel").item() == channel
+        assert getattr(found, f"{name}_position").item() == token % 64
+    assert stats.input_of("blk.3.attn_q_a.weight").max_in is None
+    assert stats.input_of("blk.3.ffn_down_exps.weight").max_out.shape == (N_EXPERT,)
+
+
+def test_batch_size_and_shards_give_the_same_sums(moe, windows):
+    whole = collect(moe, windows, held_back=0.0, batch_size=3)
+    merged = collect(moe, windows[:4], held_back=0.0)
+    merged.merge(collect(moe, windows[4:], held_back=0.0))
+    assert merged.provenance.num_tokens == whole.provenance.num_tokens == windows.numel()
+    for key, found in whole.inputs.items():
+        assert torch.equal(merged.inputs[key].counts, found.counts)
+        torch.testing.assert_close(merged.inputs[key].in_sum2, found.in_sum2, rtol=1e-4, atol=1e-9)
+
+
+def test_statistics_survive_a_file(stats, tmp_path):
+    stats.save(tmp_path / "stats.safetensors")
+    loaded = CalibrationStats.load(tmp_path / "stats.safetensors")
+    assert loaded.aliases == stats.aliases and loaded.provenance == stats.provenance
+    for key, found in stats.inputs.items():
+        assert torch.equal(loaded.inputs[key].in_sum2, found.in_sum2)
+
+
+@pytest.fixture
+def starved_router(moe):
+    bias = moe.model.layers[2].mlp.gate.e_score_correction_bias
+    before = bias.clone()
+    bias[5] = -1e4
+    yield
+    bias.copy_(before)
+
+
+def test_starved_expert_is_listed_and_gets_the_layer_mean(moe, windows, starved_router):
+    found = collect(moe, windows)
+    row = coverage_report(found, HYPER)[1]
+    assert row.layer == 2 and row.tokens[5] == 0
+    assert 5 in row.starved and row.unseen == (5,)
+    weights = importance(found, "blk.2.ffn_gate_exps.weight", (N_EXPERT, 256, 256))
+    raw = found.inputs["blk.2.ffn_gate_exps.weight"]
+    mean = raw.in_sum2.sum(0) / raw.counts.sum()
+    torch.testing.assert_close(weights[5], mean.float())
+    expert, count = 1, int(raw.counts[1])
+    expected = (raw.in_sum2[expert] + SHRINK_TOKENS * mean) / (count + SHRINK_TOKENS)
+    torch.testing.assert_close(weights[expert], expected.float())
+
+
+def test_importance_refuses_another_shape(stats):
+    with pytest.raises(StatsError, match="another model"):
+        importance(stats, "blk.2.ffn_gate_exps.weight", (16, 256, 256))
+    assert importance(stats, "token_embd.weight", (8192, 256)) is None
+
+
+def test_coverage_of_statistics_without_experts(stats):
+    dense = CalibrationStats(stats.provenance, {"blk.0.ffn_down.weight": stats.inputs["blk.0.ffn_down.weight"]})
+    with pytest.raises(StatsError, match="8 experts"):
+        coverage_report(dense, HYPER)
+
+
+def test_calibrate_a_model_on_disk(small_moe, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog. " * 100)
+    model = open_model(small_moe)
+    steps = []
+    found = calibrate(model, path, tokens=256, window=64, progress=lambda *step, **_: steps.append(step)).stats
+    assert found.provenance.fingerprint == model.fingerprint
+    assert found.provenance.num_windows == 4 and found.provenance.text_name == "text.txt"
+    assert steps[-1] == ("sample", 256, 256)
+    assert [row.layer for row in coverage_report(found, model.hyper)] == [1, 2, 3, 4, 5]
+
+
+def test_all_three_sources_are_read(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("plain text\n\nof two paragraphs")
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": "two"}\n')
+    assert read_text(tmp_path / "a.txt").documents == ("plain text\n\nof two paragraphs",)
+    assert sorted(read_text(tmp_path / "a.jsonl").documents) == ["one", "two"]
+    default = read_text(None)
+    assert 60_000 < sum(map(len, default.documents)) < 100_000
+    assert default.sha256 == read_text(None).sha256 != read_text(None, seed=1).sha256
+
+
+def test_datasets_directory_is_read(tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(5)))
+    assert sorted(read_text(tmp_path / "set").documents) == [f"row {i}" for i in range(5)]
+
+
+def test_chat_turns_become_plain_text(tmp_path):
+    path = tmp_path / "chat.jsonl"
+    path.write_text(
+        json.dumps({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]})
+    )
+    assert read_text(path).documents == ("user: hi\n\nassistant: yo",)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", " \n", "is empty"),
+        ("bad.jsonl", "{oops\n", "line 1 is not JSON"),
+        ("field.jsonl", '{"content": "x"}\n', "neither a field `text`"),
+        ("turns.jsonl", '{"messages": [{"role": "user"}]}\n', "`role` and `content`"),
+    ],
+)
+def test_bad_text_is_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(StatsError, match=message):
+        read_text(tmp_path / name)
+
+
+def test_missing_text_is_refused(tmp_path):
+    with pytest.raises(StatsError, match="no calibration text"):
+        read_text(tmp_path / "none.txt")
+
+
+def test_short_text_gives_one_short_window(tokenizer):
+    packed = pack_windows(CalibrationText("t", ("just a few words",)), tokenizer, window=512)
+    assert packed.shape[0] == 1 and 2 < packed.shape[1] < 10
+
+
+def test_ragged_end_is_dropped_and_documents_are_separated(tokenizer):
+    text = CalibrationText("t", ("alpha beta gamma", "delta"))
+    whole = pack_windows(text, tokenizer, window=512)[0].tolist()
+    assert whole.count(tokenizer.eos_token_id) == 1
+    packed = pack_windows(text, tokenizer, window=4)
+    assert packed.flatten().tolist() == whole[: len(whole) // 4 * 4]
+
+
+def test_windows_start_with_bos_where_the_tokenizer_adds_it(tokenizer):
+    class WithBos:
+        bos_token_id, eos_token_id = 7, 0
+
+        def __call__(self, text, **_):
+            return {"input_ids": [7, *tokenizer(text)["input_ids"]]}
+
+    packed = pack_windows(CalibrationText("t", ("one two three four five six", "seven")), WithBos(), window=4)
+    assert (packed[:, 0] == 7).all() and not (packed[:, 1:] == 7).any()
+
+
+def test_experts_outside_the_interface_are_refused():
+    class LooseExperts(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down_proj = torch.nn.Parameter(torch.zeros(2, 3, 4))
+
+    with pytest.raises(StatsError, match="LooseExperts"), record_experts(LooseExperts(), print):
+        pass
+
+
+def test_unsupported_gguf_is_refused_with_the_way_out(tmp_path):
+    import gguf
+
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "deepseek2")
+    writer.add_block_count(1)
+    writer.add_embedding_length(32)
+    writer.add_head_count(1)
+    writer.add_vocab_size(8)
+    writer.add_tensor("token_embd.weight", torch.zeros(8, 32).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match="import an importance matrix"):
+        load_hf(open_model(path))
+
+
+@pytest.mark.slow
+def test_gguf_input_is_calibrated(smollm2, monkeypatch):
+    model = smollm2.model
+    # What these two would return once more.
+    monkeypatch.setattr("dynquant.calibration.run.load_hf", lambda *_, **__: smollm2.network)
+    monkeypatch.setattr("dynquant.calibration.run.load_tokenizer", lambda _: smollm2.tokenizer)
+    found = calibrate(model, tokens=64, window=32).stats
+    assert found.provenance.fingerprint == model.fingerprint
+    for name in model.source.names():
+        shape = model.source.info(name).shape
+        if len(shape) == 2 and name != "token_embd.weight":
+            assert torch.isfinite(importance(found, name, shape)).all()

@@ -1,0 +1,124 @@
+"""FP8 checkpoints with block scales: read as floats, calibrated, planned and exported; damaged ones are refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dynquant.calibration.run import calibrate, windows_of
+from dynquant.calibration.streamed import calibrate_streamed
+from dynquant.checkpoints.fp8_values import StoredValues
+from dynquant.checkpoints.gguf_source import GGUFSource
+from dynquant.checkpoints.tensor_source import SafetensorsSource
+from dynquant.errors import CheckpointError
+from dynquant.families.open import open_model
+from tests.helpers.commands import run
+from tests.helpers.fp8_checkpoints import dequantized, quantized, save_fp8
+
+RAGGED = "model.layers.2.self_attn.kv_a_proj_with_mqa.weight"  # 288 rows: two blocks and a quarter
+
+
+@pytest.fixture(scope="module")
+def fp8(small_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """textbook-moe-16m in FP8; the float32 that it stands for is beside it, in `floats`."""
+    directory = tmp_path_factory.mktemp("fp8")
+    save_fp8(small_moe, directory / "fp8", directory / "floats")
+    return directory / "fp8"
+
+
+def damage(fp8: Path, target: Path, edit) -> Path:
+    """A copy of a checkpoint whose tensors went through `edit(tensors)`."""
+    target.mkdir()
+    (target / "config.json").write_text((fp8 / "config.json").read_text())
+    tensors = load_file(fp8 / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, target / "model.safetensors")
+    return target
+
+
+@pytest.mark.parametrize("shape", [(128, 256), (288, 256), (5, 130), (1, 1), (257, 127)])
+def test_values_are_scaled_by_block(shape):
+    values, scales = quantized(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    stored = StoredValues(values, scales)
+    assert torch.equal(stored.to(torch.float32), dequantized(values, scales))
+    assert stored.num_bytes == values.numel() + 4 * scales.numel()
+    stack = StoredValues(torch.stack([values.view(torch.uint8)] * 2).view(values.dtype), torch.stack([scales] * 2))
+    assert torch.equal(stack.to(torch.float32)[1], dequantized(values, scales))
+
+
+def test_scales_are_hidden_and_the_float_type_is_told(fp8):
+    source = SafetensorsSource(fp8)
+    plain = load_file(fp8.parent / "floats" / "model.safetensors")
+    assert source.has_fp8 and source.names() == sorted(plain)
+    assert source.info(RAGGED).dtype == "BF16" and source.info(RAGGED).shape == (288, 256)
+    assert all(torch.equal(source.load(name), plain[name].float()) for name in source.names())
+    assert source.stored_bytes(RAGGED) == 288 * 256 + 4 * 3 * 2
+    for rows in (slice(0, 288), slice(37, 300), slice(130, 140), slice(256, 288)):
+        assert torch.equal(source.load(RAGGED, rows), plain[RAGGED].float()[rows])
+
+
+def test_statistics_are_those_of_the_floats(fp8, tmp_path):
+    options = {"tokens": 600, "window": 128}
+    expected = calibrate(open_model(fp8.parent / "floats"), **options).stats
+    model = open_model(fp8)
+    found = calibrate(model, **options).stats
+    windows, provenance = windows_of(model, None, seed=0, **options)
+    streamed = calibrate_streamed(model, windows, provenance, tmp_path / "stats.safetensors").stats
+    assert found.inputs.keys() == expected.inputs.keys() == streamed.inputs.keys()
+    for key, one in expected.inputs.items():
+        for other in (found, streamed):
+            assert torch.equal(other.inputs[key].in_sum2, one.in_sum2), key
+            assert other.inputs[key].samples is None or torch.equal(other.inputs[key].samples, one.samples)
+
+
+@pytest.mark.slow
+def test_exports_are_those_of_the_floats(fp8, tmp_path):
+    for name in ("fp8", "floats"):
+        made = run("export", fp8.parent / name, "--preset", "uniform-q8_0", "--encoder", "ggml", "--tokens", "512",
+                   "--hessians", "none", "-o", tmp_path / f"{name}.gguf")  # fmt: skip
+        assert made.returncode == 0, made.stderr
+    found, expected = GGUFSource(tmp_path / "fp8.gguf"), GGUFSource(tmp_path / "floats.gguf")
+    assert found.names() == expected.names()
+    assert all(torch.equal(found.load(name), expected.load(name)) for name in found.names())
+
+
+@pytest.mark.slow
+def test_a_plan_is_made_within_a_limit(fp8, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The heart pumps blood through the arteries to all parts of the body. " * 40)
+    made = run("plan", fp8, "--bpw", "6", "--types", "q4_0,q8_0", "--calibration", text, "--window", "128",
+               "--hessians", "none", "--no-report", "--max-memory", "8GB", "-o", tmp_path / "plan")  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    entries = json.loads((tmp_path / "plan" / "plan.json").read_text())["entries"]
+    assert {"Q8_0", "Q4_0"} <= {entry["type"] for entry in entries}
+
+
+def test_a_missing_scale_is_named(fp8, tmp_path):
+    def drop(tensors):
+        del tensors[f"{RAGGED}_scale_inv"]
+
+    with pytest.raises(CheckpointError, match=rf"`{RAGGED}` as F8_E4M3, but .* no `{RAGGED}_scale_inv`"):
+        SafetensorsSource(damage(fp8, tmp_path / "bad", drop))
+
+
+@pytest.mark.parametrize(
+    "edit", [lambda s: s[:2], lambda s: s.repeat(2, 1), lambda s: s.flatten(), lambda s: s.bfloat16()]
+)
+def test_scales_that_do_not_fit_are_refused(fp8, tmp_path, edit):
+    def change(tensors):
+        tensors[f"{RAGGED}_scale_inv"] = edit(tensors[f"{RAGGED}_scale_inv"]).contiguous()
+
+    with pytest.raises(CheckpointError, match=r"needs F32 \[3, 2\]"):
+        SafetensorsSource(damage(fp8, tmp_path / "bad", change))
+
+
+@pytest.mark.parametrize("size", [[64], [0, 128], ["a", "b"], 7])
+def test_a_block_size_that_is_none_is_refused(fp8, tmp_path, size):
+    bad = damage(fp8, tmp_path / "bad", lambda tensors: None)
+    config = json.loads((bad / "config.json").read_text())
+    config["quantization_config"]["weight_block_size"] = size
+    (bad / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"config\.json does not describe FP8 weights"):
+        SafetensorsSource(bad)

@@ -1,0 +1,124 @@
+"""Roles from GGUF names, and GGUF names from the names of Hugging Face checkpoints."""
+
+import pytest
+
+from dynquant.checkpoints.tensor_roles import HyperParams, Role, gguf_name_of, layer_of, role_of
+from dynquant.errors import CheckpointError
+
+ROLES = {
+    "token_embd.weight": Role.EMBEDDING,
+    "output.weight": Role.OUTPUT,
+    "output_norm.weight": Role.NORM,
+    "blk.0.attn_norm.weight": Role.NORM,
+    "blk.10.attn_q_a_norm.weight": Role.NORM,
+    "blk.0.attn_q.weight": Role.ATTN_Q,
+    "blk.0.attn_k.weight": Role.ATTN_K,
+    "blk.0.attn_v.weight": Role.ATTN_V,
+    "blk.0.attn_qkv.weight": Role.ATTN_QKV,
+    "blk.0.attn_output.weight": Role.ATTN_OUT,
+    "blk.3.attn_q_a.weight": Role.MLA_Q_A,
+    "blk.3.attn_q_b.weight": Role.MLA_Q_B,
+    "blk.3.attn_kv_a_mqa.weight": Role.MLA_KV_A,
+    "blk.3.attn_kv_b.weight": Role.MLA_KV_B,
+    "blk.3.attn_k_b.weight": Role.MLA_K_B,
+    "blk.3.attn_v_b.weight": Role.MLA_V_B,
+    "blk.0.ffn_gate.weight": Role.FFN_GATE,
+    "blk.0.ffn_up.weight": Role.FFN_UP,
+    "blk.0.ffn_down.weight": Role.FFN_DOWN,
+    "blk.3.ffn_gate_inp.weight": Role.ROUTER,
+    "blk.3.exp_probs_b.bias": Role.ROUTER,
+    "blk.3.ffn_gate_inp_shexp.weight": Role.ROUTER,
+    "blk.3.ffn_gate_shexp.weight": Role.SHARED_GATE,
+    "blk.3.ffn_up_shexp.weight": Role.SHARED_UP,
+    "blk.3.ffn_down_shexp.weight": Role.SHARED_DOWN,
+    "blk.3.ffn_gate_exps.weight": Role.EXPERT_GATE,
+    "blk.3.ffn_up_exps.weight": Role.EXPERT_UP,
+    "blk.60.ffn_down_exps.weight": Role.EXPERT_DOWN,
+    # GPT-OSS: biases of experts and router, attention sinks
+    "blk.3.ffn_down_exps.bias": Role.OTHER,
+    "blk.3.ffn_gate_inp.bias": Role.OTHER,
+    "blk.3.attn_sinks.weight": Role.OTHER,
+    "blk.3.attn_q.bias": Role.OTHER,
+    # Mamba
+    "blk.0.ssm_in.weight": Role.OTHER,
+    "blk.0.ssm_conv1d.weight": Role.OTHER,
+    "blk.0.ssm_a": Role.OTHER,
+    "blk.0.ssm_norm.weight": Role.NORM,
+    "rope_freqs.weight": Role.OTHER,
+    "made.up.weight": Role.OTHER,
+}
+
+
+@pytest.mark.parametrize("name", ROLES)
+def test_role_of(name):
+    assert role_of(name) is ROLES[name]
+
+
+def test_groups_of_roles_do_not_overlap():
+    groups = ("is_attention", "is_routed_expert", "is_shared_expert", "is_dense_ffn")
+    for role in Role:
+        assert sum(getattr(role, group) for group in groups) <= 1
+    assert {role for role in Role if role.is_down_projection} == {Role.FFN_DOWN, Role.SHARED_DOWN, Role.EXPERT_DOWN}
+    assert Role.MLA_KV_B.is_attention and not Role.ROUTER.is_attention
+
+
+@pytest.mark.parametrize("name, layer", [("blk.12.ffn_up.weight", 12), ("output.weight", None), ("blk.x.a", None)])
+def test_layer_of(name, layer):
+    assert layer_of(name) == layer
+
+
+LAYER = "model.layers.3"
+NAMES = [
+    ("deepseek2", "model.embed_tokens.weight", "token_embd.weight"),
+    ("deepseek2", "lm_head.weight", "output.weight"),
+    ("deepseek2", "model.norm.weight", "output_norm.weight"),
+    ("deepseek2", f"{LAYER}.self_attn.q_a_proj.weight", "blk.3.attn_q_a.weight"),
+    ("deepseek2", f"{LAYER}.self_attn.q_a_proj", "blk.3.attn_q_a"),
+    ("deepseek2", f"{LAYER}.self_attn.kv_a_proj_with_mqa.weight", "blk.3.attn_kv_a_mqa.weight"),
+    ("deepseek2", f"{LAYER}.self_attn.kv_b_proj.weight", "blk.3.attn_kv_b.weight"),
+    ("deepseek2", f"{LAYER}.mlp.gate.weight", "blk.3.ffn_gate_inp.weight"),
+    ("deepseek2", f"{LAYER}.mlp.shared_experts.down_proj.weight", "blk.3.ffn_down_shexp.weight"),
+    ("deepseek2", f"{LAYER}.mlp.experts.7.gate_proj.weight", "blk.3.ffn_gate_exps.weight"),
+    ("deepseek2", f"{LAYER}.mlp.experts.255.down_proj.weight", "blk.3.ffn_down_exps.weight"),
+    ("deepseek2", f"{LAYER}.mlp.experts.down_proj", "blk.3.ffn_down_exps.weight"),
+    ("deepseek2", "model.layers.61.mlp.down_proj.weight", None),
+    ("llama", f"{LAYER}.self_attn.q_proj.weight", "blk.3.attn_q.weight"),
+    ("llama", f"{LAYER}.self_attn.q_proj.bias", "blk.3.attn_q.bias"),
+    ("llama", f"{LAYER}.mlp.down_proj.weight", "blk.3.ffn_down.weight"),
+    ("llama", f"{LAYER}.block_sparse_moe.gate.weight", "blk.3.ffn_gate_inp.weight"),
+    ("llama", f"{LAYER}.block_sparse_moe.experts.5.w1.weight", "blk.3.ffn_gate_exps.weight"),
+    ("llama", f"{LAYER}.block_sparse_moe.experts.5.w2.weight", "blk.3.ffn_down_exps.weight"),
+    ("llama", f"{LAYER}.block_sparse_moe.experts.5.w3.weight", "blk.3.ffn_up_exps.weight"),
+    ("qwen2moe", f"{LAYER}.mlp.shared_expert.up_proj.weight", "blk.3.ffn_up_shexp.weight"),
+    ("qwen2moe", f"{LAYER}.mlp.shared_expert_gate.weight", "blk.3.ffn_gate_inp_shexp.weight"),
+    ("gpt-oss", f"{LAYER}.mlp.experts.down_proj", "blk.3.ffn_down_exps.weight"),
+    ("gpt-oss", f"{LAYER}.mlp.router.weight", "blk.3.ffn_gate_inp.weight"),
+    ("mamba", "backbone.layers.3.mixer.in_proj.weight", "blk.3.ssm_in.weight"),
+    ("llama", "made.up.weight", None),
+]
+
+
+@pytest.mark.parametrize("arch, checkpoint_name, expected", NAMES)
+def test_gguf_name_of(arch, checkpoint_name, expected):
+    assert gguf_name_of(checkpoint_name, arch, 61) == expected
+
+
+def test_an_unknown_architecture_is_refused():
+    with pytest.raises(CheckpointError, match="no architecture `nonesuch`"):
+        gguf_name_of("lm_head.weight", "nonesuch", 1)
+
+
+def test_hyper_params_take_the_largest_of_per_layer_values():
+    values = {
+        "general.architecture": "llama", "llama.block_count": 2, "llama.embedding_length": 64,
+        "llama.attention.head_count": 4, "llama.attention.head_count_kv": [1, 2],
+        "tokenizer.ggml.tokens": ["a", "b", "c"],
+    }  # fmt: skip
+    assert HyperParams.from_metadata(values) == HyperParams("llama", 2, 64, 4, 2, 3)
+
+
+@pytest.mark.parametrize("value", [None, "two", [], [[1]]])
+def test_hyper_params_refuse_a_missing_or_senseless_number(value):
+    values = {"general.architecture": "llama", "llama.block_count": value, "llama.embedding_length": 64}
+    with pytest.raises(CheckpointError, match=r"llama\.block_count"):
+        HyperParams.from_metadata(values)

@@ -1,0 +1,151 @@
+"""Ctrl-C and SIGTERM in real processes: gone within a second or two, one line, and the same command goes on."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from dynquant.calibration import stage as calibration_stage
+from tests.helpers.commands import command, run
+
+TYPES = "q4_k,q5_k,q6_k,iq4_xs"  # the stages last long enough to be interrupted
+LIMIT_SECONDS = 2.0
+"""A second is promised; on a busy machine the kernel may need another one."""
+
+NATIVE = {
+    "torch": "import torch; a = torch.rand(3000, 3000); print('ready', flush=True); torch.linalg.svd(a)",
+    "ggml": "from dynquant.encoding.ggml import _library; from dynquant.formats.quant_types import QUANT_TYPES;"
+    " library = _library(); print('ready', flush=True); library.prepare(QUANT_TYPES['IQ1_S'])",
+}
+PROGRAM = """
+import time
+from dynquant.cli.terminal.interrupt import ends_promptly
+with ends_promptly(lambda: print('said', flush=True)):
+    {work}
+    print('finished', flush=True)
+"""
+
+
+@pytest.mark.parametrize("work", ["import time; print('ready', flush=True); time.sleep(60)", *NATIVE.values()],
+                         ids=["python", *NATIVE])  # fmt: skip
+def test_native_code_does_not_hold_the_process(work):
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM.format(work=work)], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, cwd="/")  # fmt: skip
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.2)
+    seconds, out, err = stop(process, signal.SIGINT)
+    assert (process.returncode, out, err) == (130, "said\n", "")
+    assert seconds < LIMIT_SECONDS
+
+
+def test_code_that_swallows_the_interruption_does_not_hold_the_process():
+    work = """
+    try:
+        print('ready', flush=True)
+        time.sleep(60)
+    except BaseException:
+        time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM.format(work=work.strip())], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, cwd="/")  # fmt: skip
+    assert process.stdout.readline() == "ready\n"
+    seconds, out, _ = stop(process, signal.SIGTERM)
+    assert (process.returncode, out) == (130, "said\n")
+    assert seconds < LIMIT_SECONDS
+
+
+def test_handlers_are_put_back(small_moe):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    assert run("version").returncode == 0
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+@pytest.mark.slow
+def test_interrupted_export_goes_on_to_the_same_bytes(small_moe, tmp_path):
+    stats = tmp_path / "stats.safetensors"
+    assert run("calibrate", small_moe, "--tokens", "1024", "--hessians", "none", "-o", stats).returncode == 0
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    for directory in (broken, whole):
+        directory.mkdir()
+
+    def arguments(directory):
+        return ("export", small_moe, "--preset", "uniform-iq3_s", "--stats", stats, "--encoder", "ggml",
+                "--threads", "1", "-o", directory / "model.gguf")  # fmt: skip
+
+    line = interrupted(arguments(broken), tmp_path / "progress.jsonl", "quantize", at=0.2)
+    assert "in quantize at" in line and "Finished tensors are kept" in line and str(broken) in line
+    assert sorted(file.name for file in broken.iterdir()) == ["model.gguf.journal", "model.gguf.partial"]
+    for directory in (broken, whole):
+        assert run(*arguments(directory)).returncode == 0
+        assert [file.name for file in directory.iterdir()] == ["model.gguf"]
+    assert (broken / "model.gguf").read_bytes() == (whole / "model.gguf").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("errors", "options"),
+    [
+        ("errors.json", ("--types", TYPES, "--threads", "1", "--no-report")),
+        ("serving_errors.json", ("--for", "vllm")),
+    ],
+)
+def test_interrupted_plan_goes_on_to_the_same_files(errors, options, small_moe, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration_stage, "PROBE_TOKENS", 512)
+
+    def arguments(directory):
+        return ("plan", small_moe, "--tokens", "16384", "--hessians", "none", *options, "-o", directory)
+
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    line = interrupted(arguments(broken), tmp_path / "progress.jsonl", "calibrate", at=0.2, number=signal.SIGTERM)
+    assert "in calibrate at" in line and "lost" in line and str(broken) in line
+    assert not broken.exists() or not list(broken.iterdir())
+    line = interrupted(arguments(broken), tmp_path / "progress.jsonl", "measuring errors", at=0.2)
+    assert "in measuring errors at" in line and "Statistics and the errors measured so far are kept" in line
+    assert sorted(file.name for file in broken.iterdir()) == [f"{errors}.journal", "stats.safetensors"]
+    measured = (broken / f"{errors}.journal").read_text().splitlines()[1:]
+    assert measured
+    for directory in (broken, whole):
+        done = run(*arguments(directory))
+        assert done.returncode == 0, done.stderr
+        goes_on = f"going on with the interrupted {errors}, {len(measured)} parts"
+        assert (goes_on in done.stderr) == (directory == broken)
+    files = {file.name: file.read_bytes() for file in whole.iterdir()}
+    assert {"stats.safetensors", errors, "plan.json"} <= files.keys()
+    assert {file.name: file.read_bytes() for file in broken.iterdir()} == files
+    assert f"reusing {broken / errors}" in run(*arguments(broken)).stderr
+
+
+def interrupted(arguments, progress, stage, *, at, number=signal.SIGINT) -> str:
+    """Start a command, stop it when `stage` is this far, and return the line that it leaves."""
+    process = subprocess.Popen(command(*arguments, "--json-progress", progress), stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, cwd="/")  # fmt: skip
+    while process.poll() is None and not has_reached(progress, stage, at):
+        time.sleep(0.02)
+    seconds, _, err = stop(process, number)
+    assert process.returncode == 130, err
+    assert seconds < LIMIT_SECONDS
+    assert "Traceback" not in err
+    [line] = [line for line in err.splitlines() if line.startswith("Interrupted")]
+    assert line.endswith(f"--json-progress {progress}") and "run the same command again: dynquant " in line
+    summary = json.loads(progress.read_text().splitlines()[-1])["summary"]
+    assert (summary["status"], summary["message"]) == ("interrupted", line)
+    progress.unlink()
+    return line
+
+
+def has_reached(progress, stage, share) -> bool:
+    if not progress.is_file():
+        return False
+    told = [json.loads(line) for line in progress.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return any(line.get("stage") == stage and line["done"] >= share * line["total"] for line in told)
+
+
+def stop(process, number) -> tuple[float, str, str]:
+    """Seconds until the process was gone, and the rest of what it printed."""
+    start = time.monotonic()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    return time.monotonic() - start, out, err

@@ -1,0 +1,194 @@
+"""What stages tell, and how it is shown: bars, lines of text, lines of JSON, and the summary."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from dynquant import process_usage
+from dynquant.cli.terminal import console
+from dynquant.cli.terminal.display import Bars, JsonLines, Lines
+from dynquant.cli.terminal.record import RATE_SECONDS, RunRecord
+from dynquant.cli.terminal.wording import describe
+from dynquant.errors import ExportError
+from tests.helpers.commands import refused, run
+
+FIELDS = ("stage", "done", "total", "unit", "rate", "layer", "tensor", "bytes_read", "bytes_written", "seconds",
+          "seconds_left", "peak_memory_bytes", "peak_cuda_bytes")  # fmt: skip
+
+
+class Clock:
+    """A clock that tests set."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def record(clock):
+    return RunRecord(clock)
+
+
+def tell(record, stage, done, total, *, unit="weights", layer=None, tensor=None):
+    record.report(stage, done, total, unit=unit, layer=layer, tensor=tensor)
+    return record.stages[stage]
+
+
+def test_time_belongs_to_the_stage_that_reports_and_loading_to_none(record, clock):
+    clock.now += 7  # loading
+    tell(record, "a", 0, 10)
+    clock.now += 2
+    tell(record, "a", 10, 10)
+    clock.now += 5  # loading for b
+    tell(record, "b", 0, 4)
+    clock.now += 1
+    tell(record, "b", 4, 4)
+    clock.now += 3  # b's files are moved to their names
+    record.close()
+    assert {name: stage.seconds for name, stage in record.stages.items()} == {"a": 2, "b": 4}
+    assert record.seconds == 18
+
+
+def test_rate_and_time_left_ignore_what_an_earlier_run_had_done(record, clock):
+    stage = tell(record, "quantize", 600, 1000)
+    assert (stage.rate, stage.seconds_left) == (None, None)
+    clock.now += 10
+    tell(record, "quantize", 700, 1000)
+    assert (stage.rate, stage.seconds_left, stage.amount) == (10.0, 30.0, 100)
+
+
+def test_rate_follows_a_change_of_speed(record, clock):
+    stage = tell(record, "quantize", 0, 10_000)
+    for _ in range(60):
+        clock.now += 1
+        tell(record, "quantize", stage.done + 100, 10_000)
+    for _ in range(int(RATE_SECONDS) + 1):
+        clock.now += 1
+        tell(record, "quantize", stage.done + 10, 10_000)
+    assert stage.rate == 10.0
+
+
+def test_a_stage_that_runs_again_adds_up(record, clock):
+    for _ in range(2):
+        record.open()
+        tell(record, "quantize", 0, 50)
+        clock.now += 3
+        tell(record, "quantize", 50, 50)
+        record.close()
+    stage = record.stages["quantize"]
+    assert (stage.amount, stage.seconds, stage.done) == (100, 6, 50)
+
+
+def test_a_tensor_gives_the_layer(record):
+    assert tell(record, "quantize", 0, 1, tensor="blk.12.attn_q.weight").layer == 12
+    assert tell(record, "quantize", 0, 1, tensor="output.weight").layer is None
+    assert tell(record, "calibrate", 0, 1, layer=3).layer == 3
+
+
+def test_bytes_read_and_written_are_counted(record, tmp_path):
+    if process_usage.traffic().written is None:
+        pytest.skip("this system does not count a process's bytes")
+    stage = tell(record, "quantize", 0, 1)
+    (tmp_path / "file").write_bytes(bytes(3_000_000))
+    (tmp_path / "file").read_bytes()
+    process_usage.count_mapped(5_000_000)
+    tell(record, "quantize", 1, 1)
+    assert 3_000_000 <= stage.traffic.written < 3_100_000
+    assert 8_000_000 <= stage.traffic.read < 8_100_000
+
+
+def test_lines_are_seconds_apart_and_say_everything(record, clock):
+    lines = []
+    display = Lines(lines.append, clock)
+    for done in range(0, 13_000_000, 1_000_000):
+        display.show(tell(record, "quantize", done, 16_000_000, tensor="blk.3.attn_q.weight"))
+        clock.now += 1
+    assert len(lines) == 2
+    for words in ("quantize 62 %", "10.0 M of 16.0 M weights", "1.0 M weights/s", "0:06 left", "blk.3.attn_q.weight",
+                  "peak memory"):  # fmt: skip
+        assert words in lines[1]
+
+
+def test_json_lines_keep_first_and_last_and_have_every_field(record, clock):
+    stream = io.StringIO()
+    display = JsonLines(stream, clock)
+    for done in range(101):
+        display.show(tell(record, "quantize", done, 100, tensor="blk.3.attn_q.weight"))
+        clock.now += 0.01
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [tuple(line) for line in lines] == [FIELDS] * len(lines)
+    assert (lines[0]["done"], lines[-1]["done"]) == (0, 100)
+    assert len(lines) == 3
+    assert (lines[1]["layer"], lines[1]["rate"], lines[1]["seconds_left"]) == (3, 100.0, 0.5)
+    assert lines[1]["peak_memory_bytes"] > 10_000_000
+
+
+def test_bars_show_stage_speed_and_tensor(record, clock):
+    screen = Console(file=io.StringIO(), force_terminal=True, width=120)
+    bars = Bars(screen)
+    bars.show(tell(record, "quantize", 0, 4_000_000))
+    clock.now += 2
+    bars.show(tell(record, "quantize", 1_000_000, 4_000_000, tensor="blk.3.attn_q.weight"))
+    bars._bars.refresh()
+    bars.close()
+    shown = screen.file.getvalue()
+    for words in ("quantize", "25%", "500.0 k weights/s", "0:06 left", "blk.3.attn_q.weight", "peak memory"):
+        assert words in shown
+
+
+def test_description_of_a_stage_without_an_amount(record):
+    assert describe(tell(record, "drawing plots", 0, 0, unit="")).startswith("drawing plots 0 %, 0 of 0, ")
+
+
+def test_export_tells_every_tensor_in_a_file_and_a_summary_on_stderr(small_moe, tmp_path):
+    lines_file, output = tmp_path / "progress.jsonl", tmp_path / "model.gguf"
+    done = run("export", small_moe, "--preset", "uniform-q8_0", "--encoder", "ggml", "-o", output,
+               "--json-progress", lines_file)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    *stages, last = [json.loads(line) for line in lines_file.read_text().splitlines()]
+    assert {line["stage"] for line in stages} == {"quantize"}
+    assert (stages[0]["done"], stages[0]["unit"]) == (0, "weights")
+    assert stages[-1]["done"] == stages[-1]["total"] > 15_000_000
+    summary = last["summary"]
+    assert (summary["status"], summary["stages"][0]["amount"]) == ("done", stages[-1]["total"])
+    if summary["bytes_read"] is not None:
+        assert summary["stages"][0]["bytes_read"] >= (small_moe / "model.safetensors").stat().st_size * 0.99
+        assert summary["bytes_written"] >= output.stat().st_size
+    assert "peak memory" in done.stderr and "15.9 M weights" in done.stderr
+    assert "quantize" not in done.stdout
+
+
+def test_on_stderr_there_is_nothing_but_json(small_moe, tmp_path):
+    done = run("--json-progress", "-", "export", small_moe, "--preset", "f16", "-o", tmp_path / "model.gguf")
+    assert done.returncode == 0
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert "15.9 M weights" in lines[0]["note"] and lines[-1]["summary"]["status"] == "done"
+    done = run("export", tmp_path / "nowhere", "--preset", "f16", "-o", tmp_path / "model.gguf", "--json-progress=-")
+    [line] = done.stderr.splitlines()
+    summary = json.loads(line)["summary"]
+    assert (done.returncode, summary["status"]) == (1, "refused") and "nowhere" in summary["message"]
+
+
+def test_a_file_that_cannot_be_written_is_refused(small_moe, tmp_path):
+    arguments = ("export", small_moe, "--preset", "f16", "-o", tmp_path / "model.gguf")
+    message = refused(*arguments, "--json-progress", tmp_path / "missing" / "progress.jsonl")
+    assert "--json-progress" in message and "missing" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failing_stage_leaves_no_display_open():
+    console.begin("dynquant test")
+    with pytest.raises(ExportError), console.stage_progress("Nothing is kept.") as report:
+        report("quantize", 0, 4)
+        raise ExportError("no space")
+    with console.stage_progress("Nothing is kept.") as report:
+        report("quantize", 4, 4)

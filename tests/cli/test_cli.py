@@ -1,0 +1,254 @@
+"""The whole tool as a user types it, on the bundled model, and one paragraph for every bad input."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import gguf
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dynquant.calibration import stage as calibration_stage
+from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
+from dynquant.families.open import open_model
+from dynquant.recipes.plan import Plan
+from tests.helpers.commands import command, refused, run, run_alone
+
+TOKENS = "2048"
+TYPES = "iq2_xxs,q2_k,iq4_xs,q6_k"
+
+
+@pytest.fixture(scope="module")
+def planned(small_moe, tmp_path_factory):
+    """One plan directory of the bundled model, made by the command."""
+    directory = tmp_path_factory.mktemp("plan")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration_stage, "PROBE_TOKENS", 512)
+        done = run("plan", small_moe, "--types", TYPES, "--tokens", TOKENS, "-o", directory)
+    assert done.returncode == 0, done.stderr
+    return directory
+
+
+@pytest.fixture
+def damaged(small_moe, tmp_path):
+    """A copy of the bundled model whose tensors a test may change."""
+    copy = tmp_path / "copy"
+    shutil.copytree(small_moe, copy)
+    return copy
+
+
+def save_empty_statistics(model, path):
+    """Statistics of this checkpoint that saw no input."""
+    CalibrationStats(StatsProvenance(fingerprint=model.fingerprint, text_hash="0" * 64, text_name="none")).save(path)
+
+
+@pytest.mark.slow
+def test_plan_leaves_every_file_of_the_contract(planned):
+    for name in ("stats.safetensors", "errors.json", "errors.csv", "plan.json", "report.html", "plots/plan_map.png"):
+        assert (planned / name).stat().st_size > 0, name
+
+
+@pytest.mark.slow
+def test_plan_crushes_experts_and_keeps_the_rest(planned):
+    plan = Plan.load(planned / "plan.json")
+    types = {entry.name: entry.type for entry in plan.entries}
+    assert types["blk.1.ffn_gate_inp.weight"] == "F32"
+    assert types["blk.1.attn_norm.weight"] == "F32"
+    assert types["blk.1.attn_q_a.weight"] == "IQ4_XS"
+    assert any(types[f"blk.{layer}.ffn_down_exps.weight"] in ("IQ2_XXS", "Q2_K") for layer in range(1, 6))
+    assert all(entry.reason for entry in plan.entries)
+    fallback = next(entry for entry in plan.entries if entry.name == "blk.1.attn_k_b.weight")
+    assert fallback.type == "IQ4_NL" or fallback.wanted_type is None
+
+
+@pytest.mark.slow
+def test_another_budget_reuses_statistics_and_errors(planned, small_moe):
+    before = (planned / "stats.safetensors").stat().st_mtime_ns, (planned / "errors.json").stat().st_mtime_ns
+    done = run("plan", small_moe, "--types", TYPES, "--tokens", TOKENS, "-o", planned,
+               "--size", "6.5MB", "--no-report")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    after = (planned / "stats.safetensors").stat().st_mtime_ns, (planned / "errors.json").stat().st_mtime_ns
+    assert before == after
+    assert 6_300_000 < Plan.load(planned / "plan.json").predicted_bytes <= 6_500_000
+
+
+@pytest.mark.slow
+def test_a_plan_for_a_memory_prints_the_parts_and_coupled_tensors_agree(planned, small_moe, tmp_path):
+    shutil.copytree(planned, tmp_path / "plan")
+    common = ("plan", small_moe, "--types", TYPES, "--tokens", TOKENS, "-o", tmp_path / "plan",
+              "--no-report", "--context", "1024", "--couple", "gate-up,qkv")  # fmt: skip
+    done = run(*common, "--fits", "576MB")
+    assert done.returncode == 0, done.stderr
+    assert "KV cache 3.5 MB, compute buffer 29.9 MB (at most) and CUDA context 536.9 MB" in done.stderr
+    assert "--couple qkv: this model has no such tensors" in done.stderr
+    plan = Plan.load(tmp_path / "plan" / "plan.json")
+    assert plan.predicted_bytes <= 576_000_000 - 3_538_944 - 29_884_416 - (512 << 20)
+    types = {entry.name: entry.type for entry in plan.entries}
+    for layer in range(1, 6):
+        assert types[f"blk.{layer}.ffn_gate_exps.weight"] == types[f"blk.{layer}.ffn_up_exps.weight"]
+    assert "smallest plan" in refused(*common, "--fits", "573MB")
+
+
+@pytest.mark.slow
+def test_exported_file_has_the_predicted_size_and_runs(planned, small_moe, tmp_path):
+    output = tmp_path / "model.gguf"
+    done = run("export", small_moe, "--plan", planned / "plan.json", "--encoder", "ggml", "-o", output)
+    assert done.returncode == 0, done.stderr
+    plan = Plan.load(planned / "plan.json")
+    assert output.stat().st_size == plan.predicted_bytes
+    fields = gguf.GGUFReader(output).fields
+    assert fields["dynquant.plan_hash"].contents() == plan.hash
+    assert str(tmp_path) not in str([field.contents() for field in fields.values()])
+    result = tmp_path / "eval.json"
+    text = small_moe.parent / "demo_text.txt"
+    done = run("eval", output, "--reference", small_moe, "--tasks", "kl,ppl", "--text", text, "--max-tokens", "1024",
+               "--json", result)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    kl = json.loads(result.read_text())["texts"][0]["kl"]
+    assert 0.01 < kl["mean"]["value"] < 1.5 and kl["mean"]["low"] < kl["mean"]["value"] < kl["mean"]["high"]
+
+
+@pytest.mark.slow
+def test_killed_export_resumes_to_the_same_bytes(planned, small_moe, tmp_path):
+    whole, broken = tmp_path / "whole.gguf", tmp_path / "broken.gguf"
+    plan = str(planned / "plan.json")
+    arguments = ("export", str(small_moe), "--plan", plan, "--encoder", "ggml", "--threads", "1", "-o")
+    assert run(*arguments, whole).returncode == 0
+    process = subprocess.Popen(
+        command(*arguments, broken), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/"
+    )
+    journal = next((p for _ in range(600) if (p := _journal(tmp_path)) or time.sleep(0.05)), None)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert journal is not None and not broken.exists()
+    assert run(*arguments, broken).returncode == 0
+    assert broken.read_bytes() == whole.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken.gguf", "whole.gguf"]
+
+
+def _journal(directory):
+    return next((p for p in directory.glob("*broken*journal*") if p.stat().st_size > 600), None)
+
+
+@pytest.mark.slow
+def test_budgets_outside_the_possible_range_name_both_ends(planned, small_moe):
+    common = ("plan", small_moe, "--types", TYPES, "--tokens", TOKENS, "-o", planned)
+    for size, words in (("1MB", "below the smallest"), ("10GB", "above the largest")):
+        message = refused(*common, "--size", size)
+        assert words in message and message.count(",") >= 4
+
+
+@pytest.mark.parametrize(
+    "more", [(), ("--max-memory", "4GB"), ("--stats", "given")], ids=["whole", "streamed", "stats"]
+)
+def test_budgets_that_no_type_meets_are_refused_before_anything_is_measured(small_moe, tmp_path, more):
+    if "--stats" in more:
+        save_empty_statistics(open_model(small_moe), tmp_path / "stats.safetensors")
+        more = ("--stats", tmp_path / "stats.safetensors")
+    for size, words in (("1MB", "below the smallest"), ("10GB", "above the largest")):
+        message = refused("plan", small_moe, "--types", TYPES, *more, "--size", size, "-o", tmp_path / "plan")
+        assert words in message and "between" in message
+    assert "for the weights, and the smallest plan" in refused(
+        "plan", small_moe, "--types", "q8_0", *more, "--fits", "570MB", "--context", "256", "-o", tmp_path / "plan"
+    )
+    assert "below the smallest" in refused(
+        "plan", small_moe, "--for", "vllm", *more, "--size", "1MB", "-o", tmp_path / "plan"
+    )
+    assert not (tmp_path / "plan").exists()
+
+
+@pytest.mark.slow
+def test_statistics_of_another_checkpoint_are_refused(planned, damaged):
+    tensors = load_file(damaged / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 2
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+    message = refused("analyze", damaged, "--stats", planned / "stats.safetensors", "-o", damaged / "errors.json")
+    assert "fingerprint" in message and not (damaged / "errors.json").exists()
+    message = refused("export", damaged, "--plan", planned / "plan.json", "-o", damaged / "out.gguf")
+    assert "fingerprint" in message and not list(damaged.glob("out*"))
+
+
+@pytest.mark.slow
+def test_a_plan_that_names_a_missing_tensor_is_refused(planned, small_moe, tmp_path):
+    document = json.loads((planned / "plan.json").read_text())
+    document["entries"][5]["name"] = "blk.77.attn_q.weight"
+    (tmp_path / "plan.json").write_text(json.dumps(document))
+    message = refused("export", small_moe, "--plan", tmp_path / "plan.json", "--stats",
+                      planned / "stats.safetensors", "-o", tmp_path / "out.gguf")  # fmt: skip
+    assert "blk.77.attn_q.weight" in message and not list(tmp_path.glob("out*"))
+
+
+def test_nan_weights_name_the_tensor(damaged):
+    tensors = load_file(damaged / "model.safetensors")
+    tensors["model.layers.2.self_attn.o_proj.weight"][3, 5] = torch.nan
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+    message = refused("export", damaged, "--preset", "uniform-q8_0", "-o", damaged / "out.gguf")
+    assert "blk.2.attn_output.weight" in message or "layers.2.self_attn.o_proj" in message
+    assert not list(damaged.glob("*out*"))
+
+
+def test_truncated_checkpoint(damaged):
+    whole = (damaged / "model.safetensors").read_bytes()
+    (damaged / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert "model.safetensors" in refused("export", damaged, "--preset", "f16", "-o", damaged / "out.gguf")
+
+
+def test_missing_checkpoint(tmp_path):
+    assert "nowhere" in refused("plan", tmp_path / "nowhere", "-o", tmp_path / "plan", start=run_alone)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_architecture_points_to_base_gguf(damaged):
+    config = json.loads((damaged / "config.json").read_text())
+    config["architectures"], config["model_type"] = ["NovelForCausalLM"], "novel"
+    (damaged / "config.json").write_text(json.dumps(config))
+    message = refused("plan", damaged, "-o", damaged / "plan")
+    assert "novel" in message.lower() and "--base-gguf" in message
+
+
+def test_empty_calibration_text(small_moe, tmp_path):
+    (tmp_path / "empty.txt").write_text(" \n")
+    message = refused("plan", small_moe, "--calibration", tmp_path / "empty.txt", "-o", tmp_path / "plan")
+    assert "empty.txt" in message and not (tmp_path / "plan").exists()
+
+
+@pytest.mark.slow
+def test_tiny_calibration_text_lists_experts_without_tokens(small_moe, tmp_path):
+    (tmp_path / "tiny.txt").write_text("Yes.")
+    done = run("calibrate", small_moe, "--calibration", tmp_path / "tiny.txt", "-o", tmp_path / "stats.safetensors")
+    assert done.returncode == 0, done.stderr
+    assert "starved" in done.stderr and "(0)" in done.stderr
+
+
+def test_corrupt_gguf_header(tmp_path):
+    path = tmp_path / "corrupt.gguf"
+    path.write_bytes(b"GGUF" + b"\x03\x00\x00\x00" + b"\xff" * 64)
+    for arguments in (("inspect", path), ("plan", path, "-o", tmp_path / "plan")):
+        assert "corrupt.gguf" in refused(*arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("--preset", "r2-d2"), "r1-iq1_s"),
+        (("--preset", "uniform-iq9_z"), "IQ"),
+        (("--size", "many"), "140GB"),
+        (("--bpw", "2", "--size", "4MB"), "--bpw and --size"),
+        (("--fits", "24GB", "--kv-type", "q5_k"), "f16, q8_0, q4_0"),
+        (("--fits", "0.5GB"), "leave nothing for the weights"),
+        (("--bpw", "2", "--couple", "gates"), "gate-up, qkv"),
+    ],
+)
+def test_unknown_presets_and_sizes(small_moe, tmp_path, arguments, words):
+    assert words in refused("plan", small_moe, *arguments, "-o", tmp_path / "plan")
+
+
+def test_help_names_every_command():
+    text = run_alone("--help").stdout
+    for name in ("calibrate", "analyze", "plan", "export", "tune", "eval", "inspect", "super-weights", "demo",
+                    "compare-encoders", "recipe", "diff"):  # fmt: skip
+        assert name in text

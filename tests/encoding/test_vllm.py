@@ -1,0 +1,102 @@
+"""Schemes that vLLM serves: the library decompresses what we measured, and the search lowers what it should."""
+
+import pytest
+import torch
+
+from dynquant.encoding.vllm import encode_served, from_stored, nvfp4_global_scale
+from dynquant.errors import EncodeError, PlanError
+from dynquant.formats.vllm_schemes import SCHEMES, fit_to_rows, serving_scheme
+from tests.helpers.served_models import library_weights
+
+QUANTIZED = [scheme for scheme in SCHEMES.values() if scheme.is_quantized]
+COLUMNS = 192
+
+
+@pytest.fixture(scope="module")
+def weights():
+    generator = torch.Generator().manual_seed(0)
+    drawn = 0.05 * torch.randn(2, 24, COLUMNS, generator=generator)
+    drawn[0, 3, 7], drawn[0, 4] = -1.3, 0.0
+    return drawn
+
+
+@pytest.fixture(scope="module")
+def hessian():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(600, COLUMNS, generator=generator) @ torch.randn(COLUMNS, COLUMNS, generator=generator)
+    x *= torch.linspace(0.1, 3, COLUMNS)
+    return (x.T @ x / len(x) + 0.1 * torch.eye(COLUMNS))[None]
+
+
+def encoded(scheme, weights, **options):
+    scale = nvfp4_global_scale(float(weights.abs().max())) if scheme.strategy == "tensor_group" else None
+    return encode_served(scheme, scheme.group_size([COLUMNS]), weights, global_scale=scale, **options)
+
+
+@pytest.mark.parametrize("scheme", QUANTIZED, ids=lambda scheme: scheme.name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_library_decompresses_exactly_what_we_decode(scheme, dtype, weights):
+    group = scheme.group_size([COLUMNS])
+    for one in encoded(scheme, weights):
+        parts = one.stored()
+        assert torch.equal(library_weights(parts, scheme, group, dtype), one.decoded(dtype))
+        assert torch.equal(from_stored(scheme, parts).decoded(dtype), one.decoded(dtype))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=lambda scheme: scheme.name)
+def test_parts_have_the_sizes_that_the_scheme_states(scheme, weights):
+    expected = scheme.parts(24, COLUMNS, scheme.group_size([COLUMNS]))
+    parts = encoded(scheme, weights)[1].stored()
+    assert list(parts) == [part.suffix for part in expected]
+    for part in expected:
+        assert parts[part.suffix].shape == part.shape and parts[part.suffix].nbytes == part.num_bytes
+
+
+@pytest.mark.parametrize("scheme", QUANTIZED, ids=lambda scheme: scheme.name)
+def test_importance_and_hessian_lower_the_error_they_weigh(scheme, weights, hessian):
+    importance = hessian.diagonal(dim1=1, dim2=2).expand(2, -1)
+
+    def error(**options):
+        lost = weights - torch.stack([one.decoded() for one in encoded(scheme, weights, **options)])
+        return float((lost.square() * importance[:, None]).sum()), float(((lost @ hessian) * lost).sum())
+
+    plain, weighted, fed_back = error(), error(importance=importance), error(hessian=hessian)
+    assert weighted[0] < plain[0] * 1.001
+    assert fed_back[1] < 0.6 * weighted[1]
+
+
+def test_integers_use_all_sixteen_values_on_either_side(weights):
+    """The scale of a group may be negative, so that -8 meets the largest weight whatever its sign."""
+    scales = torch.cat([one.scales for one in encoded(SCHEMES["W4A16"], weights)])
+    assert (scales < 0).any() and (scales > 0).any()
+
+
+def test_nan_weights_name_the_layer(weights):
+    damaged = weights.clone()
+    damaged[1, 2, 3] = float("nan")
+    with pytest.raises(EncodeError, match=r"model\.layers\.3.* NaN"):
+        encoded(SCHEMES["W4A16"], damaged, name="model.layers.3.mlp.up_proj")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "lengths", "is_expert", "chosen", "words"),
+    [
+        ("W4A16", [512, 256], False, ("W4A16", 128), None),
+        ("W4A16", [576], False, ("W4A16", 64), None),
+        ("W4A16", [96], False, ("W4A16", 32), None),
+        ("W4A16", [100], False, ("FP8", 0), "rows of 100 do not divide into groups of 32"),
+        ("NVFP4A16", [100], True, ("BF16", 0), "groups of 16"),
+        ("FP8", [256], True, ("W8A16", 128), "no FP8 weights without FP8 activations"),
+    ],
+)
+def test_rows_and_experts_that_a_scheme_does_not_fit(wanted, lengths, is_expert, chosen, words):
+    scheme, group, why = fit_to_rows(SCHEMES[wanted], lengths, is_expert=is_expert)
+    assert (scheme.name, group) == chosen
+    assert (why is None) if words is None else (words in why)
+
+
+def test_unservable_types_are_named():
+    with pytest.raises(PlanError, match=r"`iq1_s` is not a scheme .* W4A16.* -f gguf"):
+        serving_scheme("iq1_s")
+    with pytest.raises(PlanError, match="Did you mean MXFP4A16"):
+        serving_scheme("mxfp4")

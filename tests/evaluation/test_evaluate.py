@@ -1,0 +1,199 @@
+"""The whole comparison, its statistics, its cache, and what it refuses."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dynquant.errors import EvaluationError
+from dynquant.evaluation import evaluate as evaluate_module
+from dynquant.evaluation.evaluate import common_columns, evaluate
+from dynquant.evaluation.report import EvalReport, summary_rows
+from dynquant.evaluation.runners import ModelInfo
+from dynquant.evaluation.statistics import block_sums, bootstrap_mean, mcnemar_exact, wilson_interval
+from dynquant.inputs.eval_text import load_text
+from tests.helpers.rounded_models import write_gguf
+
+SMALL = {"window": 128, "max_tokens": 600, "threads": 1, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def rounded_gguf(small_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_gguf(small_moe, tmp_path_factory.mktemp("gguf") / "rounded.gguf", bits=4)
+
+
+@pytest.fixture(scope="module")
+def data(small_moe: Path) -> dict:
+    folder = small_moe.parent
+    return {
+        "text": [folder / "demo_text.txt"],
+        "mmlu_data": folder / "demo_questions.jsonl",
+        "shots": folder / "demo_shots.jsonl",
+        "num_shots": 2,
+        "limit": 6,
+    }
+
+
+@pytest.fixture(scope="module")
+def run(small_moe, rounded_gguf, data, tmp_path_factory) -> tuple[EvalReport, Path, list[tuple[str, int, int]]]:
+    """A rounded GGUF against the Hugging Face original, all tasks, with a cache."""
+    cache = tmp_path_factory.mktemp("cache")
+    calls: list[tuple[str, int, int]] = []
+    report = evaluate(
+        rounded_gguf, small_moe, tasks={"kl", "ppl", "mmlu"}, cache_dir=cache, **data, **SMALL,
+        progress=lambda stage, done, total, **_: calls.append((stage, done, total)),
+    )  # fmt: skip
+    return report, cache, calls
+
+
+def test_gguf_candidate_against_hugging_face_reference(run) -> None:
+    report, _, calls = run
+    [text] = report.texts
+    assert (report.reference.runner, report.candidate.runner) == ("transformers", "llama.cpp")
+    assert (text.scored_tokens, text.windows) == (595, 5)
+    assert 0.001 < text.kl.median < text.kl.mean.value < text.kl.p99_9 <= text.kl.maximum
+    assert text.kl.mean.low < text.kl.mean.value < text.kl.mean.high
+    assert 0.5 < text.kl.top1_agreement.value < 1
+    assert text.perplexity_ratio.value == pytest.approx(
+        text.candidate_perplexity.value / text.reference_perplexity.value
+    )
+    letter, cloze = report.multiple_choice
+    assert (letter.scoring, cloze.scoring) == ("letter", "cloze")
+    for result in (letter, cloze):
+        right = [p == a for p, a in zip(result.candidate.predictions, result.right_answers, strict=True)]
+        assert result.candidate.accuracy.value == pytest.approx(np.mean(right))
+        assert sum(s.questions for s in result.subjects.values()) == result.questions == 6
+    assert letter.candidate.summed_accuracy == letter.candidate.accuracy
+    assert calls[5] == ("reference, demo_text.txt", 5, 5)
+    assert calls[-1] == ("candidate, cloze questions", 6, 6)
+
+
+def test_report_survives_json_and_fills_a_table(run) -> None:
+    report, _, _ = run
+    assert EvalReport.model_validate(json.loads(report.to_json())) == report
+    metrics = [row.metric for row in summary_rows(report)]
+    assert metrics[:3] == ["bytes", "perplexity", "mean KL (nats)"]
+    assert metrics.count("accuracy") == 2
+
+
+def test_cached_reference_is_not_loaded_again_and_changes_nothing(
+    run, small_moe, rounded_gguf, data, monkeypatch
+) -> None:
+    first, cache, _ = run
+    opened = []
+    original = evaluate_module.open_runner
+    monkeypatch.setattr(
+        evaluate_module, "open_runner", lambda path, **options: opened.append(path) or original(path, **options)
+    )
+    second = evaluate(rounded_gguf, small_moe, tasks={"kl", "ppl", "mmlu"}, cache_dir=cache, **data, **SMALL)
+    assert opened == [rounded_gguf]
+    assert second.model_copy(update={"seconds": {}}) == first.model_copy(update={"seconds": {}})
+
+
+def test_a_model_equals_itself(small_moe, data) -> None:
+    report = evaluate(
+        small_moe, small_moe, tasks={"kl", "mmlu"}, scoring=["letter"], **data, **SMALL | {"max_tokens": 128}
+    )
+    assert report.texts[0].kl.maximum < 1e-12
+    assert report.texts[0].kl.top1_agreement.value == 1
+    assert report.multiple_choice[0].mcnemar_p == 1
+    assert report.multiple_choice[0].same_prediction == 1
+
+
+def test_perplexity_alone_reports_no_divergence(small_moe, data) -> None:
+    report = evaluate(small_moe, small_moe, tasks=["ppl"], text=data["text"], **SMALL | {"max_tokens": 64})
+    assert report.texts[0].kl is None
+    assert report.multiple_choice == []
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"tasks": {"kl", "speed"}}, r"Unknown tasks \['speed'\]"),
+        ({"tasks": {"kl"}, "text": []}, "need a text"),
+        ({"tasks": {"kl"}, "window": 4096}, "does not fit the context of 1024"),
+        ({"tasks": {"kl"}, "window": 1}, "at least 2"),
+        ({"tasks": {"mmlu"}, "shots": None}, "give --shots"),
+        ({"tasks": {"mmlu"}, "scoring": ["digits"]}, "Unknown scoring"),
+        ({"tasks": {"kl"}, "text": [Path("absent.txt")]}, "cannot be read"),
+    ],
+)
+def test_unusable_options_are_refused_before_any_model_is_loaded(small_moe, data, options, reason, monkeypatch) -> None:
+    monkeypatch.setattr(evaluate_module, "open_runner", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(EvaluationError, match=reason):
+        evaluate(small_moe, small_moe, **{**data, **SMALL, **options})
+
+
+def info(vocab_size: int, num_named: int, name: str) -> ModelInfo:
+    return ModelInfo(Path(name), "llama.cpp", vocab_size, 512, num_named)
+
+
+def test_vocabularies_may_differ_only_by_padding() -> None:
+    plain, padded = info(100, 100, "plain"), info(128, 100, "padded")
+    assert common_columns(plain, plain) == (100, [])
+    for pair in ((plain, padded), (padded, plain)):
+        columns, [note] = common_columns(*pair)
+        assert columns == 100
+        assert "padded: the last 28 logits" in note
+    with pytest.raises(EvaluationError, match=r"plain has .* 100 tokens and larger one of 128"):
+        common_columns(plain, replace(info(128, 128, "larger")))
+
+
+def test_windows_cut_the_text_and_start_with_bos_only_if_the_tokenizer_adds_it(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"text": "abcdefg"}\n{"text": "hi"}\n')
+
+    def plain(text: str, *, add_special: bool = True) -> list[int]:
+        return [ord(c) for c in text]
+
+    def with_bos(text: str, *, add_special: bool = True) -> list[int]:
+        return [1] * add_special + plain(text)
+
+    joined = [ord(c) for c in "abcdefg\n\nhi"]
+    assert load_text(path, plain, window=4, max_tokens=9).windows == [joined[:4], joined[4:8]]
+    assert load_text(path, with_bos, window=4, max_tokens=7).windows == [[1, *joined[:3]], [1, *joined[3:6]], [1, 103]]
+    path.write_text('{"text": "a\u2028b"}\n\n', encoding="utf-8")
+    assert load_text(path, plain, window=4, max_tokens=9).windows == [[97, 0x2028, 98]]
+    path.write_text('{"words": "x"}\n')
+    with pytest.raises(EvaluationError, match=r't\.jsonl, line 1 .*"text"'):
+        load_text(path, plain, window=4, max_tokens=7)
+
+
+def test_blocks_never_cross_a_window() -> None:
+    sums, sizes = block_sums(np.ones(300), [150, 150])
+    assert sizes.tolist() == [64, 64, 22, 64, 64, 22]
+    assert sums.tolist() == sizes.tolist()
+    with pytest.raises(ValueError, match="300"):
+        block_sums(np.ones(300), [150])
+
+
+def test_block_bootstrap_sees_that_neighbours_are_correlated() -> None:
+    rng = np.random.default_rng(0)
+    block_means = rng.normal(size=100)
+    values = np.repeat(block_means, 64)
+    estimate = bootstrap_mean(values, [6400])
+    half_width = 1.96 / np.sqrt(100)  # the means vary with standard deviation 1; treating tokens as independent: / 8
+    assert estimate.value == pytest.approx(block_means.mean())
+    assert (estimate.high - estimate.low) / 2 == pytest.approx(half_width, rel=0.2)
+
+
+def test_wilson_interval_has_the_published_values() -> None:
+    estimate = wilson_interval(8, 10)
+    assert (estimate.value, estimate.low, estimate.high) == pytest.approx((0.8, 0.4902, 0.9433), abs=1e-4)
+    assert wilson_interval(0, 5).low == 0
+    assert wilson_interval(5, 5).high == 1
+    with pytest.raises(ValueError, match="6 of 5"):
+        wilson_interval(6, 5)
+
+
+@pytest.mark.parametrize(
+    ("only_first", "only_second", "p"), [(0, 0, 1.0), (1, 9, 22 / 1024), (9, 1, 22 / 1024), (5, 5, 1.0), (0, 6, 2 / 64)]
+)
+def test_mcnemar_is_the_exact_binomial_test(only_first: int, only_second: int, p: float) -> None:
+    assert mcnemar_exact(only_first, only_second) == pytest.approx(p)
+
+
+def test_mcnemar_survives_large_counts() -> None:
+    assert 0 < mcnemar_exact(3000, 3300) < 0.001

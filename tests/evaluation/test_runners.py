@@ -1,0 +1,121 @@
+"""Both runners: the same logits for the same weights, prefix reuse that changes nothing, and refused files."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from dynquant.errors import CheckpointError
+from dynquant.evaluation.runners import LogitRunner, describe_model, open_encoder, open_runner, resolve_model
+from tests.helpers.rounded_models import write_gguf
+
+TEXT = "A quantized model answers a question.\n\nWhat is mitosis?  É naïve \t 42 + 7\nAnswer:"
+
+
+@pytest.fixture(scope="module")
+def small_gguf(small_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_gguf(small_moe, tmp_path_factory.mktemp("gguf") / "small.gguf")
+
+
+@pytest.fixture(scope="module", params=["transformers", "llama.cpp"])
+def runner(request: pytest.FixtureRequest, small_moe: Path, small_gguf: Path) -> Iterator[LogitRunner]:
+    opened = open_runner(small_moe if request.param == "transformers" else small_gguf, threads=1, device="cpu")
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def tokens(small_moe: Path) -> list[int]:
+    with open_encoder(small_moe) as encode:
+        return encode((small_moe.parent / "demo_text.txt").read_text(encoding="utf-8")[:4000])
+
+
+def test_gguf_in_float32_gives_the_logits_of_transformers(small_moe, small_gguf, tokens) -> None:
+    window = tokens[:200]
+    logits = []
+    for path in (small_moe, small_gguf):
+        opened = open_runner(path, threads=1, device="cpu")
+        logits.append(opened.window_logits(window).double().log_softmax(-1))
+        opened.close()
+    log_p, log_q = logits
+    assert log_p.shape == (200, 8192)
+    assert float((log_p.exp() * (log_p - log_q)).sum(-1).mean()) < 1e-9
+
+
+def test_windows_longer_than_a_batch_and_the_context_grow_on_demand(runner, tokens) -> None:
+    short = runner.window_logits(tokens[:40])
+    long = runner.window_logits(tokens[:600])
+    assert long.shape == (600, 8192)
+    torch.testing.assert_close(long[:40], short, atol=2e-3, rtol=0)
+
+
+def test_branches_after_a_held_prefix_equal_the_whole_sequence(runner, tokens) -> None:
+    prefix, suffix = tokens[:100], tokens[100:130]
+    branches = [tokens[130:134], tokens[200:201], tokens[300:307]]
+    runner.reserve(200)
+    runner.hold_prefix(prefix)
+    runner.branch_logits(tokens[50:90], [tokens[:3], tokens[5:9]])  # an earlier question must leave no trace
+    rows = runner.branch_logits(suffix, branches)
+    assert [len(r) for r in rows] == [4, 1, 7]
+    for branch, found in zip(branches, rows, strict=True):
+        whole = runner.window_logits([*prefix, *suffix, *branch])[129:-1]
+        torch.testing.assert_close(found, whole, atol=2e-3, rtol=0)
+
+
+def test_an_empty_prefix_starts_from_nothing(runner, tokens) -> None:
+    runner.reserve(100)
+    runner.hold_prefix(tokens[:50])
+    runner.hold_prefix([])
+    [found] = runner.branch_logits(tokens[60:80], [tokens[80:82]])
+    torch.testing.assert_close(found, runner.window_logits(tokens[60:82])[19:21], atol=2e-3, rtol=0)
+
+
+def test_both_tokenizers_agree(small_moe, small_gguf) -> None:
+    ids = []
+    for path in (small_moe, small_gguf):
+        with open_encoder(path) as encode:
+            ids.append((encode(TEXT), encode(TEXT, add_special=False)))
+    assert ids[0] == ids[1]
+    assert len(ids[0][0]) > 20
+
+
+def test_descriptions_come_without_weights(small_moe, small_gguf) -> None:
+    for path, kind in ((small_moe, "transformers"), (small_gguf, "llama.cpp")):
+        info = describe_model(path)
+        assert (info.kind, info.vocab_size, info.context_length) == (kind, 8192, 1024)
+        assert info.num_named_tokens == 8192
+
+
+def test_a_corrupt_gguf_is_refused_with_llama_cpps_reason(tmp_path: Path) -> None:
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(b"GGUX" + bytes(100))
+    with pytest.raises(CheckpointError, match=r"bad\.gguf: llama\.cpp cannot load the file: .*magic"):
+        open_runner(path)
+
+
+def test_a_truncated_gguf_is_refused(small_gguf: Path, tmp_path: Path) -> None:
+    path = tmp_path / "short.gguf"
+    with small_gguf.open("rb") as whole:
+        path.write_bytes(whole.read(3_000_000))
+    with pytest.raises(CheckpointError, match=r"short\.gguf"):
+        open_runner(path)
+
+
+def test_what_is_not_a_model_is_refused(tmp_path: Path) -> None:
+    later = tmp_path / "m-00002-of-00003.gguf"
+    later.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"part 2 .* m-00001-of-00003\.gguf"):
+        resolve_model(later)
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        resolve_model(tmp_path)
+    with pytest.raises(CheckpointError, match="neither"):
+        resolve_model(tmp_path / "absent.gguf")
+
+
+def test_damaged_safetensors_are_refused(small_moe: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((small_moe / name).read_bytes())
+    (tmp_path / "model.safetensors").write_bytes((small_moe / "model.safetensors").read_bytes()[:500_000])
+    with pytest.raises(CheckpointError, match="cannot load the model"):
+        open_runner(tmp_path, device="cpu")

@@ -1,0 +1,223 @@
+"""Adapters as files of llama.cpp: the same logits as PEFT with the same base, and what llama.cpp cannot apply."""
+
+import ctypes
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+import dynquant
+from dynquant.checkpoints.gguf_source import GGUFSource
+from dynquant.cli.app import app
+from dynquant.encoding.stream import load_encoder
+from dynquant.errors import AdapterError, ExportError
+from dynquant.exporters.adapter_gguf import export_adapter
+from dynquant.exporters.gguf import export_gguf
+from dynquant.families.text.registry import open_hf
+from dynquant.recipes.build_plan import plan_from_types, stays_f32
+from tests.helpers.tiny_models import mean_kl, save_tiny, write_f32
+
+peft = pytest.importorskip("peft", reason="peft is not installed")
+llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+from dynquant.lora import add_adapter  # noqa: E402
+from dynquant.lora.llama_cpp import takes_adapter  # noqa: E402
+
+TOKENS = torch.randint(1, 8000, (48,), generator=torch.Generator().manual_seed(5)).tolist()
+QUICK = ("llama", "qwen2-moe", "deepseek-v3")
+FAMILIES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+            for name in ("llama", "llama-tied", "mistral", "mixtral", "qwen2", "qwen3", "qwen2-moe", "qwen3-moe",
+                         "gemma3", "deepseek-v2-lite", "deepseek-v3")]  # fmt: skip
+TYPES = ("Q8_0", "Q4_0", "IQ4_NL", "Q5_1", "MXFP4")
+
+
+def packed_gguf(name: str, folder: Path, tokenizer_from: Path) -> Path:
+    """A tiny checkpoint of a family with its matrices in five types."""
+    model = open_hf(save_tiny(name, folder / name, tokenizer_from))
+    shapes = {tensor: tuple(model.source.info(tensor).shape) for tensor in model.source.names()}
+    matrices = [tensor for tensor, shape in shapes.items() if not stays_f32(tensor, shape)]
+    types = {tensor: (TYPES[i % len(TYPES)], "test") for i, tensor in enumerate(matrices)}
+    plan = plan_from_types(model, types, recipe="test")
+    (file,) = export_gguf(model, plan, None, folder / f"{name}.gguf", encoder=load_encoder("ggml"), threads=2)
+    return file
+
+
+def decoded(file: Path, path: Path) -> Path:
+    """The same weights as F32, so that llama.cpp multiplies in float32: packed types round activations to 8 bits."""
+    source = GGUFSource(file)
+    model = open_hf(file.with_suffix(""))
+    return write_f32(replace(model, source=source), path)
+
+
+def adapter_of(file: Path, directory: Path, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    """Save a random adapter for the model in `file`; logits without and with it."""
+    adapted = add_adapter(dynquant.load(file), **{"rank": 4, "alpha": 6, "llama_cpp": True} | options)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    adapted.save_pretrained(directory)
+    with torch.inference_mode():
+        on = adapted(torch.tensor([TOKENS])).logits[0]
+        with adapted.disable_adapter():
+            return adapted(torch.tensor([TOKENS])).logits[0], on
+
+
+def llama_logits(file: Path, adapter: Path | None = None) -> torch.Tensor:
+    llama = llama_cpp.Llama(
+        str(file), lora_path=adapter and str(adapter), n_ctx=64, n_batch=64, logits_all=True, verbose=False,
+        type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32, flash_attn=False, n_threads=2,
+    )  # fmt: skip
+    llama.eval(TOKENS)
+    logits = torch.from_numpy(llama.scores[: len(TOKENS)].copy())
+    llama.close()
+    return logits
+
+
+@pytest.fixture(scope="module")
+def deepseek(small_moe, tmp_path_factory) -> Path:
+    return packed_gguf("deepseek-v3", tmp_path_factory.mktemp("deepseek"), small_moe)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_llama_cpp_adds_what_peft_adds(name, tmp_path, small_moe):
+    file = packed_gguf(name, tmp_path, small_moe)
+    off, on = adapter_of(file, tmp_path / "adapter", rslora="qwen" in name)
+    exported = export_adapter(tmp_path / "adapter", tmp_path / "adapter.gguf")
+    base = decoded(file, tmp_path / "decoded.gguf")
+    limit = 1e-6 if "gemma" in name else 1e-9  # as without an adapter
+    assert mean_kl(off, on) > 0.01
+    assert mean_kl(off, llama_logits(base)) < limit
+    assert mean_kl(on, llama_logits(base, exported)) < limit
+    # With packed weights llama.cpp rounds activations to 8 bits, with or without an adapter.
+    assert mean_kl(on, llama_logits(file, exported)) < 2e-2
+
+
+def test_the_small_moe_and_its_base_from_a_directory(packed_moe, tmp_path):
+    """textbook-moe-16m, an adapter of the safetensors export, and the original directory named as base."""
+    from transformers import AutoModelForCausalLM
+
+    adapted = add_adapter(AutoModelForCausalLM.from_pretrained(packed_moe.directory), rank=4, llama_cpp=True)
+    torch.manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    adapted.save_pretrained(tmp_path / "adapter")
+    names = [str(tmp_path / "adapter"), "-o", str(tmp_path / "a.gguf"), "--base", str(packed_moe.model.path)]
+    done = CliRunner().invoke(app, ["export-adapter", *names])
+    assert done.exit_code == 0, done.output
+    assert export_adapter(tmp_path / "adapter", tmp_path / "b.gguf").read_bytes() == (tmp_path / "a.gguf").read_bytes()
+    reader = gguf.GGUFReader(tmp_path / "a.gguf")
+    assert {key: reader.fields[key].contents() for key in ("general.type", "adapter.type", "adapter.lora.alpha")} == {
+        "general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 32.0,
+    }  # fmt: skip
+    shapes = {tensor.name: list(tensor.shape) for tensor in reader.tensors}
+    assert shapes["blk.1.ffn_gate_exps.weight.lora_a"] == [256, 4, 8]
+    assert shapes["blk.1.ffn_down_exps.weight.lora_b"] == [4, 256, 8]
+    with torch.inference_mode():
+        on = adapted(torch.tensor([TOKENS])).logits[0].float()
+    assert mean_kl(on, llama_logits(packed_moe.gguf, tmp_path / "a.gguf")) < 5e-2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "mixtral", "qwen2", "qwen3", "qwen2-moe", "qwen3-moe", "gemma3", "deepseek-v3", "deepseek-v2-lite"],
+)
+def test_the_graph_applies_adapters_where_we_say(name, tmp_path, small_moe):
+    from dynquant.evaluation.llama_cpp import LlamaCppRunner
+
+    model = open_hf(save_tiny(name, tmp_path / name, small_moe))
+    runner = LlamaCppRunner(write_f32(model, tmp_path / "base.gguf"), threads=2)
+    runner.reserve(64)
+    before = runner.window_logits(TOKENS)
+    generator = torch.Generator().manual_seed(0)
+    seen = set()
+    for tensor in model.source.names():
+        shape, kind = tuple(model.source.info(tensor).shape), tensor.split(".")[-2]
+        if len(shape) < 2 or tensor == "token_embd.weight" or kind in seen:
+            continue
+        seen.add(kind)
+        writer = gguf.GGUFWriter(tmp_path / "one.gguf", model.arch)
+        writer.add_type("adapter")
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", 4.0)
+        writer.add_tensor(f"{tensor}.lora_a", torch.randn(*shape[:-2], 4, shape[-1], generator=generator).numpy())
+        writer.add_tensor(f"{tensor}.lora_b", torch.randn(*shape[:-1], 4, generator=generator).numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        adapter = llama_cpp.llama_adapter_lora_init(runner._model, str(tmp_path / "one.gguf").encode())
+        assert adapter, tensor
+        pointers, scales = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter), (ctypes.c_float * 1)(1.0)
+        assert llama_cpp.llama_set_adapters_lora(runner._context, pointers, 1, scales) == 0
+        assert torch.equal(runner.window_logits(TOKENS), before) != takes_adapter(model.arch, tensor), tensor
+        llama_cpp.llama_set_adapters_lora(runner._context, pointers, 0, scales)
+        llama_cpp.llama_adapter_lora_free(adapter)
+    runner.close()
+    assert len(seen) > 6
+
+
+def test_what_llama_cpp_would_leave_out_is_refused(deepseek, tmp_path):
+    adapter_of(deepseek, tmp_path / "adapter", llama_cpp=False)
+    with pytest.raises(AdapterError, match=r"kv_a_proj_with_mqa, kv_b_proj, q_a_proj, q_b_proj .*deepseek2"):
+        export_adapter(tmp_path / "adapter", tmp_path / "a.gguf")
+    assert not list(tmp_path.glob("*.gguf*"))
+
+
+def test_whole_weights_and_other_methods_are_refused(deepseek, tmp_path):
+    adapter_of(deepseek, tmp_path / "norms", train_norms=True)
+    with pytest.raises(AdapterError, match=r"layernorm.*no LoRA factor"):
+        export_adapter(tmp_path / "norms", tmp_path / "a.gguf")
+    with pytest.raises(AdapterError, match=r"no adapter_config\.json"):
+        export_adapter(tmp_path, tmp_path / "a.gguf")
+    for edit in ({"peft_type": "IA3"}, {"use_dora": True}, {"lora_alpha": 0}):
+        config = json.loads((tmp_path / "norms" / "adapter_config.json").read_text()) | edit
+        (tmp_path / "other").mkdir(exist_ok=True)
+        (tmp_path / "other" / "adapter_config.json").write_text(json.dumps(config))
+        with pytest.raises(AdapterError, match=r"IA3|use_dora|lora_alpha"):
+            export_adapter(tmp_path / "other", tmp_path / "a.gguf")
+
+
+def test_damage_and_another_base_are_refused(deepseek, small_moe, tmp_path):
+    adapter_of(deepseek, tmp_path / "good")
+    good, target = tmp_path / "good", tmp_path / "a.gguf"
+    with pytest.raises(AdapterError, match=r"base model has no such weight.*--base"):
+        export_adapter(good, target, base=small_moe)
+    with pytest.raises(AdapterError, match=r"neither a directory.*--base"):
+        export_adapter(good, target, base=tmp_path / "none")
+    with pytest.raises(ExportError, match=r"name it .*\.gguf"):
+        export_adapter(good, tmp_path / "a.bin")
+    for kind, message in (("nan", "NaN"), ("half", "one of the two factors"), ("cut", "cut short")):
+        bad = shutil.copytree(good, tmp_path / kind)
+        file = bad / "adapter_model.safetensors"
+        tensors = load_file(file)
+        name = next(name for name in tensors if "lora_B" in name)
+        if kind == "half":
+            del tensors[name]
+        else:
+            tensors[name][0, 0] = float("nan")
+        save_file(tensors, file)
+        if kind == "cut":
+            file.write_bytes(file.read_bytes()[:-10])
+        with pytest.raises(AdapterError, match=message):
+            export_adapter(bad, target)
+    assert not list(tmp_path.glob("*.gguf*")) and not list(tmp_path.glob(".*partial"))
+
+
+def test_the_command_refuses_in_one_paragraph(tmp_path):
+    import subprocess
+    import sys
+
+    done = subprocess.run(
+        [sys.executable, "-m", "dynquant", "export-adapter", str(tmp_path), "-o", str(tmp_path / "a.gguf")],
+        capture_output=True, text=True, cwd="/",
+    )  # fmt: skip
+    assert done.returncode == 1 and "adapter_config.json" in done.stderr and "Traceback" not in done.stderr

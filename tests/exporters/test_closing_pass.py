@@ -1,0 +1,164 @@
+"""The closing pass on the small model: weights in their places, a lower KL on unseen text, only scales changed."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dynquant.checkpoints.gguf_source import GGUFSource
+from dynquant.checkpoints.tensor_roles import Role, role_of
+from dynquant.encoding.stream import load_encoder
+from dynquant.errors import CheckpointError, StatsError
+from dynquant.exporters.closing_pass import TuneOptions, too_large_to_tune, tune
+from dynquant.exporters.gguf import export_gguf
+from dynquant.exporters.gguf_patch import write_patched
+from dynquant.families.open import open_model
+from dynquant.formats.quant_types import QUANT_TYPES
+from dynquant.formats.scale_fields import num_scales, with_scales
+from dynquant.inputs.text import pack_windows, read_text
+from dynquant.recipes.build_plan import plan_from_types
+from dynquant.recipes.presets import preset_types
+from dynquant.running.live_weights import LiveWeights
+from dynquant.running.load import load_hf, load_tokenizer
+from tests.helpers.tiny_models import TINY, save_tiny
+
+
+@pytest.mark.parametrize("family", sorted(TINY))
+def test_every_tensor_finds_its_place_in_the_running_model(family, tmp_path, small_moe):
+    """Written with zeros and then with the checkpoint's own values, through permutations, splits and shifted norms."""
+    model = open_model(save_tiny(family, tmp_path / family, small_moe))
+    hf_model = load_hf(model)
+    tokens = torch.arange(1, 40).unsqueeze(0)
+    with torch.no_grad():
+        expected = hf_model(input_ids=tokens).logits
+        live = LiveWeights(model, hf_model)
+        matrices = {name for name in model.source.names() if len(model.source.info(name).shape) > 1}
+        tied_copy = {"output.weight"} if family == "qwen2-moe-tied" else set()
+        assert matrices - tied_copy <= set(live.names())
+        for name in live.names():
+            assert torch.equal(live.read(name).reshape(-1), model.source.load(name).reshape(-1)), name
+            live.write(name, torch.zeros_like(model.source.load(name)))
+        for name in live.names():
+            live.write(name, model.source.load(name))
+        assert torch.equal(hf_model(input_ids=tokens).logits, expected)
+
+
+@pytest.fixture(scope="module")
+def model(small_moe):
+    return open_model(small_moe)
+
+
+@pytest.fixture(scope="module")
+def windows(model):
+    tokenizer = load_tokenizer(model)
+    text = read_text(None, max_tokens=4096)
+    return pack_windows(text, tokenizer, window=128, max_tokens=4096)
+
+
+@pytest.fixture(scope="module")
+def crushed(model, tmp_path_factory) -> Path:
+    """Experts that ggml made ternary, by their largest weights: damage enough for a short run to mend some of it."""
+    path = tmp_path_factory.mktemp("crushed") / "ternary.gguf"
+    plan = plan_from_types(model, preset_types("experts-tq2_0", model), recipe="preset experts-tq2_0")
+    export_gguf(model, plan, None, path, encoder=load_encoder("ggml"))
+    return path
+
+
+OPTIONS = TuneOptions(tokens=3072, step_tokens=256)
+
+
+@pytest.fixture(scope="module")
+def tuned(model, crushed, windows):
+    return tune(model, load_hf(model), GGUFSource(crushed), windows, OPTIONS)
+
+
+def test_kl_falls_on_windows_that_were_not_trained_on(tuned):
+    assert 0 < tuned.kl_after < 0.97 * tuned.kl_before
+    assert tuned.tokens == 3072
+
+
+def test_only_scales_and_norms_change(model, crushed, tuned):
+    source = GGUFSource(crushed)
+    assert tuned.replacements
+    for name, packed in tuned.replacements.items():
+        stored = source.info(name).dtype
+        if role_of(name) is Role.NORM:
+            assert stored == "F32" and packed.numel() == 4 * source.info(name).numel
+            continue
+        layout, before = QUANT_TYPES[stored], source.load_packed(name)
+        zeros = torch.zeros(before.numel() // layout.block_bytes, num_scales(stored))
+        codes = [with_scales(stored, p.reshape(-1, layout.block_bytes), zeros) for p in (before, packed)]
+        assert torch.equal(*codes), name
+
+
+def test_the_patched_file_has_the_new_bytes_and_nothing_else(crushed, tuned, tmp_path):
+    source, path = GGUFSource(crushed), tmp_path / "tuned.gguf"
+    assert write_patched(source, path, tuned.replacements, encoder="ggml+tune") == [path]
+    assert path.stat().st_size == crushed.stat().st_size
+    written = GGUFSource(path)
+    for name in source.names():
+        expected = tuned.replacements.get(name, source.load_packed(name))
+        assert torch.equal(written.load_packed(name).reshape(-1), expected.reshape(-1)), name
+    keys = {field.key: field.value for field in written.metadata}
+    assert keys.pop("dynquant.encoder").strip() == "ggml+tune"
+    before = {field.key: field.value for field in source.metadata}
+    assert keys == {key: value for key, value in before.items() if key != "dynquant.encoder"}
+
+
+def test_the_same_run_gives_the_same_bytes(model, crushed, windows, tuned):
+    again = tune(model, load_hf(model), GGUFSource(crushed), windows, OPTIONS)
+    assert all(torch.equal(again.replacements[name], packed) for name, packed in tuned.replacements.items())
+
+
+def test_a_pass_that_does_not_help_changes_nothing(model, crushed, windows):
+    reckless = TuneOptions(tokens=512, step_tokens=256, scale_rate=30.0, norm_rate=30.0)
+    result = tune(model, load_hf(model), GGUFSource(crushed), windows, reckless)
+    assert not result.replacements and not result.kl_after < result.kl_before
+
+
+def test_too_little_text_is_refused(model, crushed, windows):
+    with pytest.raises(StatsError, match=r"needs more than 4 windows of 128 tokens, but calibration had 3"):
+        tune(model, load_hf(model), GGUFSource(crushed), windows[:3], OPTIONS)
+
+
+def test_weights_of_a_gguf_original_are_found(tmp_path, small_moe):
+    """transformers undoes the order in which llama.cpp stores the rows of rotary heads."""
+    checkpoint = open_model(save_tiny("llama", tmp_path / "llama", small_moe))
+    path = tmp_path / "llama.gguf"
+    export_gguf(
+        checkpoint,
+        plan_from_types(checkpoint, preset_types("f32", checkpoint), recipe="f32"),
+        None,
+        path,
+        encoder=load_encoder("ggml"),
+    )
+    original = open_model(path)
+    live = LiveWeights(original, load_hf(original))
+    assert {name for name in original.source.names() if name.endswith("weight")} <= set(live.names())
+    for name in live.names():
+        assert torch.equal(live.read(name).reshape(-1), original.source.load(name).reshape(-1)), name
+        live.write(name, 2 * original.source.load(name))
+        assert torch.equal(live.read(name).reshape(-1), 2 * original.source.load(name).reshape(-1)), name
+
+
+def test_a_gguf_that_is_not_what_runs_is_refused(crushed, model):
+    with pytest.raises(CheckpointError, match="in an order that dynquant does not know"):
+        LiveWeights(open_model(crushed), load_hf(model))
+
+
+def test_models_beyond_the_memory_are_not_tuned_unasked(model, monkeypatch):
+    assert too_large_to_tune(model) is None
+    monkeypatch.setattr("dynquant.exporters.closing_pass.BYTES_PER_WEIGHT", 10**6)
+    assert "needs about" in too_large_to_tune(model)
+
+
+def test_no_file_is_left_when_the_disk_is_full(crushed, tuned, tmp_path, monkeypatch):
+    from dynquant.errors import ExportError
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dynquant.exporters.gguf_patch.os.fsync", full)
+    with pytest.raises(ExportError, match="could not be written"):
+        write_patched(GGUFSource(crushed), tmp_path / "tuned.gguf", tuned.replacements, encoder="x")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,352 @@
+"""compressed-tensors checkpoints: transformers loads them with the logits of our decoded weights; sizes, siblings,
+budgets and refusals."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from dynquant.analysis.errors.table import ErrorRow, ErrorTable
+from dynquant.calibration.stage import CalibrationOptions, run_calibration
+from dynquant.checkpoints.model import Model
+from dynquant.checkpoints.tensor_roles import layer_of
+from dynquant.checkpoints.tensor_source import DictSource
+from dynquant.errors import ExportError, PlanError
+from dynquant.evaluation.runners import open_runner
+from dynquant.exporters.compressed_card import transformers_problem
+from dynquant.exporters.compressed_tensors import export_compressed_tensors
+from dynquant.families.linear_layers import served_checkpoint
+from dynquant.families.open import open_model
+from dynquant.formats.vllm_schemes import SCHEMES
+from dynquant.planning.serving_planner import check_schemes_budget, choose_schemes
+from dynquant.recipes.serving_building import serving_plan, units_of
+from dynquant.recipes.serving_plan import ServingPlan
+from tests.helpers.commands import run
+from tests.helpers.served_kl import kl_by_rounding
+from tests.helpers.served_models import TOKENS, filled, library_weights, logits, stored_parts, stored_tensors
+from tests.helpers.tiny_models import save_tiny
+
+DENSE = ("W4A16", "NVFP4A16", "FP8", "MXFP4A16", "W8A16", "BF16")
+
+
+def export(directory, output, choose, **options):
+    """Export without statistics, each unit in the scheme that `choose` gives for its number and layers."""
+    model = open_model(directory)
+    checkpoint = served_checkpoint(model)
+    mixed = options.pop("mixed_experts", False)
+    units = units_of(checkpoint, mixed_experts=mixed)
+    wanted = {unit: (choose(n, linears), "test") for n, (unit, linears) in enumerate(units.items())}
+    plan = serving_plan(model, checkpoint, wanted, recipe="test", mixed_experts=mixed)
+    export_compressed_tensors(model, plan, checkpoint, output, **options)
+    return plan
+
+
+@pytest.fixture(scope="module")
+def llama(small_moe, tmp_path_factory):
+    return save_tiny("llama", tmp_path_factory.mktemp("llama") / "llama", small_moe)
+
+
+@pytest.fixture(scope="module")
+def deepseek(small_moe, tmp_path_factory):
+    return save_tiny("deepseek-v3", tmp_path_factory.mktemp("deepseek") / "deepseek", small_moe)
+
+
+@pytest.fixture(scope="module")
+def mixed_llama(llama, tmp_path_factory):
+    """All six schemes in one dense model."""
+    output = tmp_path_factory.mktemp("mixed") / "out"
+    return output, export(llama, output, lambda n, _: DENSE[n % len(DENSE)])
+
+
+@pytest.fixture(scope="module")
+def mixed_deepseek(deepseek, tmp_path_factory):
+    """Experts in W4A16, the rest in all six schemes."""
+    output = tmp_path_factory.mktemp("moe") / "out"
+    choose = lambda n, linears: "W4A16" if linears[0].is_expert else DENSE[n % len(DENSE)]  # noqa: E731
+    return output, export(deepseek, output, choose)
+
+
+def test_transformers_gives_the_logits_of_our_decoded_weights(mixed_llama, tmp_path):
+    output, plan = mixed_llama
+    assert set(plan.histogram()) == set(SCHEMES)
+    expected = logits(filled(output, plan, tmp_path / "filled", torch.bfloat16), torch.bfloat16)
+    assert torch.equal(logits(output, torch.bfloat16), expected)
+
+
+def test_eval_runs_it_in_float32(mixed_llama, tmp_path):
+    """FP4 weights come out of the library as bfloat16 whatever the model's type; our runner makes one type of all."""
+    output, plan = mixed_llama
+    expected = logits(filled(output, plan, tmp_path / "filled", torch.float32), torch.float32)
+    runner = open_runner(output)
+    torch.testing.assert_close(runner.window_logits(TOKENS[0].tolist()), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_experts_load_merged_beside_all_schemes(mixed_deepseek, tmp_path):
+    output, plan = mixed_deepseek
+    assert set(plan.histogram()) == set(SCHEMES)
+    expected = logits(filled(output, plan, tmp_path / "filled", torch.bfloat16), torch.bfloat16)
+    assert torch.equal(logits(output, torch.bfloat16), expected)
+    assert "model.layers.1.mlp.experts.3.gate_proj.weight_packed" in stored_tensors(output)
+
+
+@pytest.mark.parametrize("scheme", ["W8A16", "MXFP4A16"])
+def test_experts_load_in_every_scheme_that_the_planner_gives_them(scheme, deepseek, tmp_path):
+    choose = lambda _, linears: scheme if linears[0].is_expert else "BF16"  # noqa: E731
+    plan = export(deepseek, tmp_path / "out", choose)
+    expected = logits(filled(tmp_path / "out", plan, tmp_path / "filled", torch.bfloat16), torch.bfloat16)
+    assert torch.equal(logits(tmp_path / "out", torch.bfloat16), expected)
+
+
+def test_what_transformers_cannot_load_is_said_and_decompresses_with_the_library(deepseek, tmp_path):
+    """NVFP4 experts: transformers 5.24 drops their global scale. The files are right all the same."""
+    output = tmp_path / "out"
+    choose = lambda _, linears: "NVFP4A16" if linears[0].is_expert else "W4A16"  # noqa: E731
+    plan = export(deepseek, output, choose, mixed_experts=True)
+    assert "transformers cannot load it: it leaves out the global scale" in (output / "README.md").read_text()
+    expected = logits(filled(output, plan, tmp_path / "filled", torch.bfloat16), torch.bfloat16)
+    assert not torch.allclose(logits(output, torch.bfloat16), expected, atol=0.5)
+    original = open_model(deepseek).source
+    parts = stored_parts(output, plan)
+    for entry in (entry for entry in plan.entries if entry.is_expert):
+        for expert, module in enumerate(entry.modules):
+            found = library_weights(parts[module], entry.stored_as, entry.group_size, torch.float32)
+            wanted = original.load(entry.name, expert)
+            assert (found - wanted).norm() < 0.12 * wanted.norm()
+    by_fusion = {}
+    for entry in plan.entries:
+        if entry.scheme == "NVFP4A16":
+            fusion = entry.name.replace("_up_", "_gate_")
+            by_fusion.setdefault(fusion, set()).update(float(parts[m]["weight_global_scale"]) for m in entry.modules)
+    assert all(len(scales) == 1 for scales in by_fusion.values())
+
+
+@pytest.mark.parametrize(
+    ("experts", "words"),
+    [
+        (lambda n: "BF16", "it takes experts in BF16 for W4A16"),
+        (lambda n: ("W4A16", "W8A16")[n % 2], "it takes one scheme for the routed experts of all layers"),
+    ],
+    ids=["BF16", "mixed"],
+)
+def test_experts_that_transformers_refuses_are_named_beforehand(experts, words, deepseek, tmp_path):
+    choose = lambda n, linears: experts(n) if linears[0].is_expert else "W4A16"  # noqa: E731
+    plan = export(deepseek, tmp_path / "out", choose, mixed_experts=True)
+    assert words in transformers_problem(plan)
+    with pytest.raises(RuntimeError, match="conversion of the weights"):
+        logits(tmp_path / "out", torch.bfloat16)
+
+
+def test_the_directory_is_complete_and_described(mixed_llama):
+    output, plan = mixed_llama
+    config = json.loads((output / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "compressed-tensors" and config["format"] == "mixed-precision"
+    targets = [target for group in config["config_groups"].values() for target in group["targets"]]
+    quantized = [m for entry in plan.entries if entry.stored_as.is_quantized for m in entry.modules]
+    assert sorted(targets) == sorted(quantized)
+    assert {"lm_head", *(m for e in plan.entries if e.scheme == "BF16" for m in e.modules)} == set(config["ignore"])
+    assert (output / "tokenizer.json").is_file() and not list(output.parent.glob("*.partial"))
+    card = (output / "README.md").read_text()
+    assert all(f"| {name} | {SCHEMES[name].format} |" in card for name in plan.histogram())
+
+
+def test_written_bytes_are_the_predicted_ones_in_one_file_or_more(mixed_deepseek, deepseek, tmp_path):
+    output, plan = mixed_deepseek
+    assert sum(f.stat().st_size for f in output.glob("*.safetensors")) == plan.predicted_bytes
+    model = open_model(deepseek)
+    export_compressed_tensors(model, plan, served_checkpoint(model), tmp_path / "split", shard_max_bytes=4_200_000)
+    weight_map = json.loads((tmp_path / "split" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(weight_map.values())) == 3
+    whole, split = stored_tensors(output), stored_tensors(tmp_path / "split")
+    assert weight_map.keys() == whole.keys() == split.keys()
+    assert all(torch.equal(whole[name], split[name]) for name in whole)
+    for file in set(weight_map.values()):
+        with safe_open(tmp_path / "split" / file, framework="pt") as handle:
+            assert {name for name, place in weight_map.items() if place == file} == set(handle.keys())
+
+
+def test_an_interrupted_export_leaves_no_directory_and_goes_on(llama, mixed_llama, tmp_path, monkeypatch):
+    output, plan = mixed_llama
+    model, target = open_model(llama), tmp_path / "out"
+    checkpoint = served_checkpoint(model)
+    from dynquant.exporters import compressed_tensors
+
+    encode, calls = compressed_tensors.encode_layer, []
+
+    def counted(entry, *arguments, **options):
+        calls.append(entry.name)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return encode(entry, *arguments, **options)
+
+    monkeypatch.setattr(compressed_tensors, "encode_layer", counted)
+    with pytest.raises(KeyboardInterrupt):
+        export_compressed_tensors(model, plan, checkpoint, target)
+    assert not target.exists()
+    first = calls[:8]
+    calls[:] = ["an interruption is over"] * 9
+    export_compressed_tensors(model, plan, checkpoint, target)
+    assert not set(first) & set(calls[9:])
+    assert (target / "model.safetensors").read_bytes() == (output / "model.safetensors").read_bytes()
+
+
+def test_rows_that_no_group_divides_fall_back_with_the_reason(small_moe, tmp_path):
+    directory = save_tiny("llama", tmp_path / "odd", small_moe, intermediate_size=328)
+    plan = export(directory, tmp_path / "out", lambda *_: "W4A16")
+    down = {entry.name: entry for entry in plan.entries}["blk.0.ffn_down.weight"]
+    assert (down.scheme, down.wanted_scheme) == ("FP8", "W4A16")
+    reason = "`blk.0.ffn_down.weight`: FP8 instead of W4A16 (test; rows of 328 do not divide into groups of 32: FP8)"
+    assert reason in (tmp_path / "out" / "README.md").read_text()
+    expected = logits(filled(tmp_path / "out", plan, tmp_path / "filled", torch.bfloat16), torch.bfloat16)
+    assert torch.equal(logits(tmp_path / "out", torch.bfloat16), expected)
+
+
+LOSSES = {"BF16": 1e-6, "W8A16": 4e-5, "FP8": 6e-4, "W4A16": 1e-2, "NVFP4A16": 7e-3, "MXFP4A16": 1.3e-2}
+
+
+@pytest.fixture(scope="module")
+def priced(deepseek):
+    """The tiny MoE with a made-up error table, in which later layers matter more."""
+    checkpoint = served_checkpoint(open_model(deepseek))
+    rows = [
+        ErrorRow(
+            name=linear.name, role=linear.role, layer=layer_of(linear.name), type=name, bytes=0, relative_rms=0.0,
+            weighted_error=loss, weighted_energy=1.0,
+        )
+        for linear in checkpoint.linears
+        for name, loss in LOSSES.items()
+    ]  # fmt: skip
+    sensitivity = {linear.name: 1.0 + n for n, linear in enumerate(checkpoint.linears)}
+    table = ErrorTable(
+        model="tiny", fingerprint="", stats_hash="", encoder="", types=tuple(LOSSES), rows=tuple(rows),
+        sensitivity=sensitivity,
+    )  # fmt: skip
+    return checkpoint, table
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["one scheme for experts", "mixed experts"])
+def test_budgets_hold_and_fused_layers_share_their_scheme(priced, deepseek, mixed):
+    checkpoint, table = priced
+    model = open_model(deepseek)
+    sizes = []
+    for budget in (9_340_000, 9_700_000, 10_300_000, 11_600_000):
+        wanted, _ = choose_schemes(table, checkpoint, tuple(LOSSES), budget, mixed_experts=mixed)
+        plan = serving_plan(model, checkpoint, wanted, recipe="test", mixed_experts=mixed)
+        assert plan.predicted_bytes <= budget
+        sizes.append(plan.predicted_bytes)
+        scheme = {entry.name: (entry.scheme, entry.group_size) for entry in plan.entries}
+        for layer in range(3):
+            blk = f"blk.{layer}."
+            assert scheme[f"{blk}attn_q_a.weight"] == scheme[f"{blk}attn_kv_a_mqa.weight"]
+            kinds = ("",) if layer == 0 else ("_shexp", "_exps")
+            assert all(scheme[f"{blk}ffn_gate{k}.weight"] == scheme[f"{blk}ffn_up{k}.weight"] for k in kinds)
+        experts = [{scheme[f"blk.{n}.ffn_{part}_exps.weight"] for part in ("gate", "up", "down")} for n in (1, 2)]
+        assert all(len(found) == 1 for found in experts)
+        if not mixed:
+            assert experts[0] == experts[1] and experts[0] <= {("W4A16", 64), ("W8A16", 64), ("MXFP4A16", 32)}
+        assert {"lm_head.weight", "model.embed_tokens.weight", "model.layers.1.mlp.gate.weight"} <= {
+            tensor.key for tensor in checkpoint.others
+        }
+    assert sizes == sorted(sizes) and sizes[-1] > 1.15 * sizes[0]
+
+
+def test_budgets_below_the_smallest_size_name_the_range(priced):
+    for mixed in (False, True):
+        with pytest.raises(PlanError, match=r"budget of 100,000 bytes is below .* between 9,\d+,\d+ and") as measured:
+            choose_schemes(priced[1], priced[0], tuple(LOSSES), 100_000, mixed_experts=mixed)
+        with pytest.raises(PlanError) as before:
+            check_schemes_budget(priced[0], tuple(LOSSES), 100_000, mixed_experts=mixed)
+        assert str(before.value) == str(measured.value)
+
+
+def typed(*arguments):
+    """Exit status of a command, and what it printed on stderr."""
+    done = run(*arguments)
+    return done.returncode, done.stderr
+
+
+@pytest.fixture(scope="module")
+def qwen(small_moe, tmp_path_factory):
+    return save_tiny("qwen2", tmp_path_factory.mktemp("qwen") / "qwen", small_moe, num_hidden_layers=1)
+
+
+def test_command_line_plans_and_exports(qwen, tmp_path):
+    text, plan, output = tmp_path / "text.txt", tmp_path / "plan", tmp_path / "out"
+    text.write_text("".join(f"The purpose of test {n} is to find what is wrong. " for n in range(60)))
+    calibration = ("--calibration", text, "--tokens", 512, "--window", 64)
+    status, said = typed("plan", qwen, "--for", "vllm", "--size", "8.9MB", *calibration, "-o", plan)
+    assert not status, said
+    made = ServingPlan.load(plan / "plan.json")
+    assert 8_700_000 < made.predicted_bytes <= 8_900_000 and made.predicted_kl > 0
+    status, said = typed("export", qwen, "-f", "compressed-tensors", "--plan", plan / "plan.json", "-o", output)
+    assert not status, said
+    assert sum(f.stat().st_size for f in output.glob("*.safetensors")) == made.predicted_bytes
+    assert "scales and error feedback under the second moments of" in (output / "README.md").read_text()
+    expected = logits(filled(output, made, tmp_path / "filled", torch.bfloat16), torch.bfloat16)
+    assert torch.equal(logits(output, torch.bfloat16), expected)
+    status, said = typed("export", qwen, "-f", "compressed-tensors", "--plan", plan / "plan.json", "-o", output)
+    assert status == 1 and "exists already" in said
+    (plan / "stats.safetensors").unlink()
+    status, said = typed("export", qwen, "-f", "compressed-tensors", "--plan", plan / "plan.json", "-o", tmp_path / "x")
+    assert status == 1 and "made from calibration statistics, but there is no" in said
+    status, said = typed("export", qwen, "-f", "gguf", "--plan", plan / "plan.json", "-o", tmp_path / "x.gguf")
+    assert status == 1 and "export it with -f compressed-tensors" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("export", "MODEL", "-f", "tensors", "--preset", "uniform-w4a16"), "no export format `tensors`"),
+        (("export", "MODEL", "-f", "compressed-tensors"), "either --plan FILE"),
+        (("export", "MODEL", "-f", "compressed-tensors", "--preset", "r1-iq1_s"), "is a recipe of GGUF types"),
+        (("export", "MODEL", "-f", "compressed-tensors", "--preset", "uniform-iq1_s"), "`iq1_s` is not a scheme"),
+        (("export", "MODEL", "-f", "compressed-tensors", "--preset", "uniform-fp8", "--tune", "4096"), "--tune is for"),
+        (("plan", "MODEL", "--for", "vllm", "--types", "w4a16,q4_k"), "`q4_k` is not a scheme"),
+        (("plan", "MODEL", "--for", "sglang", "--bpw", "5"), "--for sglang is not known"),
+        (("plan", "MODEL", "--for", "vllm", "--bpw", "5", "--size", "1GB"), "not --bpw and --size"),
+        (("plan", "MODEL", "--for", "vllm", "--bpw", "5", "--select"), "--select is for plans of GGUF types"),
+        (("plan", "MODEL", "--mixed-experts", "--bpw", "5"), "--mixed-experts goes with --for vllm"),
+    ],
+)
+def test_refusals_are_one_paragraph(arguments, words, llama, tmp_path):
+    status, said = typed(*(llama if part == "MODEL" else part for part in arguments), "-o", tmp_path / "out")
+    assert status == 1 and words in said and said.count("error: ") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_gguf_files_and_edited_plans_are_refused(llama, mixed_llama, tmp_path):
+    output, plan = mixed_llama
+    model = open_model(llama)
+    with pytest.raises(ExportError, match="exists already"):
+        export_compressed_tensors(model, plan, served_checkpoint(model), output)
+    with pytest.raises(ExportError, match="is not a Hugging Face directory"):
+        served_checkpoint(Model(llama, DictSource({}), (), lambda name: (name,)))
+    document = json.loads(plan.model_dump_json())
+    entry = next(e for e in document["entries"] if e["name"].endswith("attn_q.weight"))
+    changed = serving_plan_with(document, entry, scheme="W8A16", group_size=128, bytes=256 * 256 + 256 * 4 + 16)
+    (tmp_path / "plan.json").write_text(json.dumps(changed))
+    with pytest.raises(PlanError, match="which vLLM fuses with it"):
+        ServingPlan.load(tmp_path / "plan.json")
+    changed = serving_plan_with(document, entry, scheme="IQ1_S")
+    (tmp_path / "plan.json").write_text(json.dumps(changed))
+    with pytest.raises(PlanError, match="unknown scheme 'IQ1_S'"):
+        ServingPlan.load(tmp_path / "plan.json")
+    (tmp_path / "plan.json").write_text('{"entries": []}')
+    with pytest.raises(PlanError, match="is a plan of GGUF types"):
+        ServingPlan.load(tmp_path / "plan.json")
+
+
+def serving_plan_with(document, entry, **changes):
+    entries = [{**e, **changes} if e["name"] == entry["name"] else e for e in document["entries"]]
+    return {**document, "entries": entries}
+
+
+@pytest.mark.slow
+def test_importance_and_feedback_lose_less_than_rounding_to_nearest(small_moe, tmp_path):
+    """int4 experts of two layers of the bundled model, on text that calibration did not see."""
+    stats = tmp_path / "stats.safetensors"
+    run_calibration(open_model(small_moe), CalibrationOptions(tokens=4096), stats)
+    text = small_moe.parent / "demo_text.txt"
+    schemes = {f"blk.{layer}.experts": "W4A16" for layer in (1, 2)}
+    kl = {rounding: value for rounding, value, _ in kl_by_rounding(small_moe, stats, text, schemes, tokens=2048)}
+    assert kl["feedback"] < 0.8 * kl["nearest"] and kl["feedback"] < kl["importance"]

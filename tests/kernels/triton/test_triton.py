@@ -1,0 +1,277 @@
+"""Triton kernels: interpreted on the CPU, compiled for an H100 without one, and measured against float64 on a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+
+from dynquant.formats import decode
+from dynquant.kernels import ops
+from dynquant.kernels.formats import PLANES
+from dynquant.kernels.planes import pack_planes
+from tests.helpers.packed_weights import experts_truth, normal, packed_weights, relative_error
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+ROOT = Path(__file__).resolve().parents[3]
+TYPES = sorted(PLANES)
+FAMILIES = ("Q4_K", "Q6_K", "NVFP4", "IQ2_S", "IQ3_S", "TQ1_0")
+"""Types whose kernels are compiled in every run; the others are slow tests."""
+COMPILED = [pytest.param(name, marks=() if name in FAMILIES else pytest.mark.slow) for name in TYPES]
+BF16_ERROR = 4e-3
+
+
+IS_MEASURED_COMPILER = pytest.mark.skipif(
+    not version("triton").startswith("3.6."), reason="what the compiler makes is asserted for Triton 3.6"
+)
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.helpers.interpreted_kernels"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_interpreted_weights_are_bit_equal(name, interpreted):
+    assert interpreted["whole"][name]
+    assert all(interpreted["parts"].get(name, {}).values()), interpreted["parts"][name]
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_interpreted_products_equal_float64(name, interpreted):
+    found = interpreted["single_pairs"][name]
+    assert found["pairs"] < 1e-6 and found["sentinels"] == 0
+    for what, error in interpreted["products"].get(name, {}).items():
+        assert error < 1e-6, what
+
+
+@IS_MEASURED_COMPILER
+@pytest.mark.parametrize("name", COMPILED)
+def test_dequantize_compiles_for_an_h100_without_spills(name):
+    from dynquant.kernels.triton.dequantize import _TILE_ROWS, dequantize_kernel
+    from tests.helpers.sm90 import count, opcodes
+
+    types = {"planes_ptr": "*u8", "table_ptr": "*i32", "out_ptr": "*bf16"}
+    sizes = ("num_blocks", "tensor_rows", "tensor_groups", "num_rows", "num_groups", "first_row", "first_group")
+    constants = {"ids_ptr": None, "TYPE": name, "ROWS": _TILE_ROWS}
+    types |= dict.fromkeys(sizes, "i32")
+    codes = opcodes(
+        dequantize_kernel, types, constants, {"tensor_groups", "num_groups"}, num_warps=4, enable_fp_fusion=False
+    )
+    assert not count(codes, "LDL", "STL")
+    # Eight weights a thread, written at once. 26 instructions are what an H100 can issue for a weight while it writes
+    # two bytes: small programs need about that, and are faster than large ones.
+    assert count(codes, "STG.E.128") == 1, "stores are not 16 bytes wide"
+    assert len(codes) / 8 <= 30
+
+
+@IS_MEASURED_COMPILER
+@pytest.mark.parametrize("kernel", ["tile_linear_kernel", "tile_input_grad_kernel"])
+@pytest.mark.parametrize("name", ["Q4_K", pytest.param("IQ2_XS", marks=pytest.mark.slow)])
+def test_tiles_compile_for_an_h100_without_spills(kernel, name):
+    from dynquant.kernels.triton import tiles
+    from tests.helpers.sm90 import count, opcodes
+
+    function = getattr(tiles, kernel)
+    pointers = {"planes_ptr": "*u8", "table_ptr": "*i32", "tiles_ptr": "*i32", "order_ptr": "*i64"}
+    constants = {"TYPE": name, **tiles.tile_config(64, torch.bfloat16)}
+    options = {option: constants.pop(option) for option in ("num_warps", "num_stages")}
+    others = {arg: "*bf16" if arg.endswith("_ptr") else "i32" for arg in function.arg_names if arg not in constants}
+    codes = opcodes(function, others | pointers, constants, {"N", "K_groups"}, **options)
+    assert not count(codes, "LDL", "STL")
+    assert count(codes, "HGMMA")
+    # One load of codes for sixteen bytes: word by word, the loads took longer than everything else.
+    assert name != "Q4_K" or count(codes, "LDG.E.128") >= 2
+
+
+def planar(name: str, *shape: int) -> torch.Tensor:
+    return pack_planes(name, packed_weights(name, *shape)).cuda()
+
+
+def dtypes_of(name: str) -> dict[torch.dtype, float]:
+    """Activation dtypes and the error they may have. Each is a compilation: the rarer two are for some types only."""
+    some = {torch.float16: BF16_ERROR, torch.float32: 1e-5} if name in FAMILIES else {}
+    return {torch.bfloat16: BF16_ERROR, **some}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", TYPES)
+def test_cuda_weights_are_bit_equal(name, cuda):
+    weight = packed_weights(name, 3, 67, 1280)
+    dense, packed = decode(name, weight), pack_planes(name, weight).cuda()
+    found = ops.dequantize(packed, name, layout="planes").cpu()
+    assert torch.equal(found.view(torch.int32), dense.view(torch.int32))
+    for dtype in (torch.bfloat16, torch.float16):
+        assert torch.equal(ops.dequantize(packed, name, dtype=dtype, layout="planes").cpu(), dense.to(dtype))
+    table = pack_planes(name, weight[0]).cuda()
+    ids = torch.tensor([[66, 0], [5, 5]], device=cuda)
+    rows = ops.embedding(ids, table, name, dtype=torch.float32, layout="planes").cpu()
+    assert torch.equal(rows, dense[0][ids.cpu()])
+    assert ops.embedding(ids + 66, table, name, dtype=torch.float32, layout="planes")[0, 0].isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["MXFP4", "NVFP4"])
+def test_cuda_subnormal_scales_are_kept(name, cuda):
+    weight = packed_weights(name, 256, 64)
+    columns = 1 if name == "MXFP4" else 4
+    weight[:, :columns] = torch.arange(256, dtype=torch.uint8)[:, None]
+    found = ops.dequantize(pack_planes(name, weight).cuda(), name, layout="planes").cpu()
+    assert torch.equal(found.nan_to_num(7.0), decode(name, weight).nan_to_num(7.0))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", TYPES)
+def test_cuda_products_equal_float64(name, cuda):
+    weight = packed_weights(name, 130, 768)
+    dense, packed = decode(name, weight).double(), pack_planes(name, weight).cuda()
+    for rows in (1, 2, 5, 17, 65, 257):
+        for dtype, bound in dtypes_of(name).items():
+            x, dy = normal(rows, 768, dtype=dtype), normal(rows, 130, dtype=dtype)
+            y = ops.linear(x.cuda(), packed, name, layout="planes")
+            dx = ops.input_grad(dy.cuda(), packed, name, layout="planes")
+            assert y.dtype == dtype and relative_error(y.cpu(), x.double() @ dense.T) <= bound, (rows, dtype)
+            assert dx.dtype == dtype and relative_error(dx.cpu(), dy.double() @ dense) <= bound, (rows, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("tokens", [1, 3, 40, 700])
+def test_cuda_experts_equal_float64(name, tokens, cuda):
+    weight = packed_weights(name, 5, 72, 512)
+    packed = pack_planes(name, weight).cuda()
+    ids = torch.randint(-1, 7, (tokens, 2), generator=torch.Generator().manual_seed(2))
+    ids[ids == 2] = 3  # nobody chooses expert 2
+    for chosen in (ids, torch.full_like(ids, 4)):
+        for dtype, bound in dtypes_of(name).items():
+            x, dy = normal(tokens, 512, dtype=dtype), normal(tokens, 2, 72, dtype=dtype)
+            y = ops.experts_linear(x.cuda(), packed, chosen.cuda(), name, layout="planes").cpu()
+            dx = ops.experts_input_grad(dy.cuda(), packed, chosen.cuda(), name, layout="planes").cpu()
+            assert relative_error(y, experts_truth(x, weight, chosen, name)) <= bound
+            assert relative_error(dx, experts_truth(dy, weight, chosen, name, transposed=True)) <= bound
+            absent = (chosen < 0) | (chosen >= 5)
+            assert not y[absent].any() and not dx[absent].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["Q4_K", "IQ2_XXS", "Q8_0"])
+def test_cuda_gradients(name, cuda):
+    packed, experts = planar(name, 96, 512), planar(name, 4, 96, 512)
+    x = normal(70, 512, dtype=torch.bfloat16).cuda().requires_grad_()
+    ids = torch.randint(0, 5, (70, 2), generator=torch.Generator().manual_seed(2)).cuda()
+    y = ops.linear(x, packed, name, layout="planes")
+    routed = ops.experts_linear(x, experts, ids, name, layout="planes")
+    (x_grad,) = torch.autograd.grad((y.float().square().sum() + routed.float().square().sum()) / 2, x)
+    dense = decode(name, packed_weights(name, 96, 512)).double().cuda()
+    dense_experts = decode(name, packed_weights(name, 4, 96, 512)).double().cuda()
+    stacked = torch.cat((dense_experts, torch.zeros_like(dense_experts[:1])))[ids]  # [70, 2, 96, 512]
+    expected = y.double() @ dense + torch.einsum("tsn,tsnk->tk", routed.double(), stacked)
+    assert relative_error(x_grad, expected) <= 1e-2
+
+
+@pytest.mark.gpu
+def test_cuda_ids_are_sorted_once_until_they_change(cuda, monkeypatch):
+    from dynquant.kernels.triton import grouped
+
+    sorted_ids = []
+    sort = grouped.sorted_tiles
+    monkeypatch.setattr(grouped, "sorted_tiles", lambda ids, *sizes: sorted_ids.append(ids) or sort(ids, *sizes))
+    weight = packed_weights("Q4_K", 5, 96, 512)
+    packed, x = pack_planes("Q4_K", weight).cuda(), normal(100, 512).cuda().requires_grad_()
+    ids = torch.randint(0, 5, (100, 2), generator=torch.Generator().manual_seed(2)).cuda()
+    y = ops.experts_linear(x, packed, ids, "Q4_K", layout="planes")
+    ops.experts_linear(2 * x, packed, ids, "Q4_K", layout="planes").sum().backward()
+    assert len(sorted_ids) == 1 and relative_error(y.cpu(), experts_truth(x.cpu(), weight, ids.cpu(), "Q4_K")) < 1e-5
+    ids.fill_(3)
+    y = ops.experts_linear(x, packed, ids, "Q4_K", layout="planes")
+    assert len(sorted_ids) == 2 and relative_error(y.cpu(), experts_truth(x.cpu(), weight, ids.cpu(), "Q4_K")) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["Q4_K", "IQ3_S", "Q5_1"])
+@pytest.mark.parametrize("tokens", [1, 8, 100])
+def test_cuda_graphs_repeat_the_same_bits(name, tokens, cuda):
+    packed, experts = planar(name, 96, 512), planar(name, 4, 96, 512)
+    x = normal(tokens, 512, dtype=torch.bfloat16).cuda()
+    ids = torch.randint(0, 5, (tokens, 2), device=cuda)
+
+    def step():
+        y = ops.linear(x, packed, name, layout="planes")
+        routed = ops.experts_linear(x, experts, ids, name, layout="planes")
+        back = ops.input_grad(y, packed, name, layout="planes")
+        return y, routed, back, ops.experts_input_grad(routed, experts, ids, name, layout="planes")
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    x.copy_(normal(tokens, 512, seed=9).cuda())
+    ids.copy_(torch.randint(0, 5, (tokens, 2), device=cuda))
+    expected = step()
+    for result in captured:
+        result.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+@pytest.mark.gpu
+def test_cuda_blocks_run_by_the_reference_with_a_warning(cuda):
+    from dynquant.kernels import dispatch
+
+    dispatch._warn_once.cache_clear()
+    weight = packed_weights("Q4_K", 9, 256)
+    x = normal(2, 256)
+    with pytest.warns(UserWarning, match="pack_planes"):
+        y = ops.linear(x.cuda(), weight.cuda(), "Q4_K")
+    assert relative_error(y.cpu(), x.double() @ decode("Q4_K", weight).double().T) < 1e-5
+
+
+@pytest.mark.gpu
+def test_cuda_opcheck(cuda):
+    packed, experts = planar("Q4_K", 96, 512), planar("Q4_K", 4, 96, 512)
+    x = normal(7, 512, dtype=torch.bfloat16).cuda().requires_grad_()
+    ids = torch.randint(0, 5, (7, 2), device=cuda)
+    torch.library.opcheck(torch.ops.dynquant.linear.default, (x, packed, "Q4_K", "planes"))
+    torch.library.opcheck(torch.ops.dynquant.experts_linear.default, (x, experts, ids, "Q4_K", "planes"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["Q8_0", "IQ4_NL"])
+def test_cuda_sizes_of_one(name, cuda):
+    """Triton makes arguments that are 1 into constants, which are other programs."""
+    weight = packed_weights(name, 1, 1, 32)
+    dense, packed = decode(name, weight).double(), pack_planes(name, weight).cuda()
+    for tokens in (1, 40, 300):
+        x = normal(tokens, 32, dtype=torch.bfloat16)
+        ids = torch.zeros(tokens, 1, dtype=torch.int64, device=cuda)
+        expected = x.double() @ dense[0].T
+        assert relative_error(ops.linear(x.cuda(), packed[0], name, layout="planes").cpu(), expected) <= BF16_ERROR
+        routed = ops.experts_linear(x.cuda(), packed, ids, name, layout="planes")
+        assert relative_error(routed[:, 0].cpu(), expected) <= BF16_ERROR
+        back = ops.experts_input_grad(routed, packed, ids, name, layout="planes")
+        assert relative_error(back[:, 0].cpu(), routed[:, 0].cpu().double() @ dense[0]) <= BF16_ERROR
+    assert torch.equal(ops.dequantize(packed, name, layout="planes").cpu(), dense.float())
+
+
+@pytest.mark.gpu
+def test_cuda_traced_whole(cuda):
+    packed = planar("Q4_K", 96, 512)
+    x = normal(7, 512, dtype=torch.bfloat16).cuda()
+
+    def model(x):
+        return ops.linear(torch.nn.functional.silu(x), packed, "Q4_K", layout="planes") * 2
+
+    torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), rtol=2e-2, atol=2e-2)

@@ -1,0 +1,287 @@
+"""Prices measured by running the bundled model, and the plan that is chosen among several by its KL on other text."""
+
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from dynquant.analysis.errors.measure import build_error_table
+from dynquant.analysis.errors.table import Price
+from dynquant.analysis.sensitivity.closed_form import output_sensitivity
+from dynquant.analysis.sensitivity.fisher_probe import fisher_probe, probe_prices
+from dynquant.analysis.sensitivity.unit_kl import group_of, measure_steps, prices_from, refine
+from dynquant.calibration.importance import importance
+from dynquant.calibration.second_moments import SecondMoments
+from dynquant.calibration.statistics import CalibrationStats
+from dynquant.encoding.store import EncodedStore, store_directory
+from dynquant.encoding.stream import Guidance, load_encoder
+from dynquant.errors import PlanError
+from dynquant.evaluation.distributions import Distribution
+from dynquant.evaluation.evaluate import evaluate
+from dynquant.evaluation.rendered_model import RenderedModel, ScoredText
+from dynquant.exporters.stage import export
+from dynquant.families.open import open_model
+from dynquant.formats import decode
+from dynquant.inputs.text import pack_windows, read_text
+from dynquant.planning.planner import Rules, plan_types
+from dynquant.planning.search import SearchOptions
+from dynquant.planning.search_stage import encoded_store
+from dynquant.planning.selection import Fit
+from dynquant.planning.stage import CalibrationOptions, calibrate, plan
+from dynquant.planning.target import Target
+from dynquant.running.gradients import sampled_log_probability
+from dynquant.running.layer_replay import LayerReplay
+from dynquant.running.live_weights import LiveWeights
+from dynquant.running.load import load_hf, load_tokenizer
+from dynquant.storage.resumable_output import file_hash
+
+TYPES = ("IQ2_XXS", "Q2_K", "Q4_K")
+TOKENS = 4096
+
+
+@pytest.fixture(scope="module")
+def model(small_moe):
+    return open_model(small_moe)
+
+
+@pytest.fixture(scope="module")
+def calibrated(model, small_moe, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("calibrated")
+    options = CalibrationOptions(tokens=TOKENS, window=256, hessians="none")
+    return calibrate(str(small_moe), options, directory / "stats.safetensors"), directory
+
+
+@pytest.fixture(scope="module")
+def windows(model):
+    tokenizer = load_tokenizer(model)
+    return pack_windows(read_text(None), tokenizer, window=128, max_tokens=2048)
+
+
+@pytest.fixture(scope="module")
+def store(model, calibrated):
+    stats, directory = calibrated
+    encoder = load_encoder("ggml")
+    guidance = Guidance(importance=partial(importance, stats))
+    return EncodedStore(model, guidance, encoder, store_directory(directory / "encoded", model, "stats", encoder))
+
+
+@pytest.fixture(scope="module")
+def table(model, calibrated, store, windows):
+    stats, _ = calibrated
+    measured = build_error_table(model, stats, TYPES, store.encoder, stats_hash="stats", store=store)
+    found = output_sensitivity(load_hf(model), model.arch, model.hyper.n_layer, windows[:4])
+    return measured.with_sensitivity(*found)
+
+
+def types_of(table, wanted):
+    """Every tensor in one wanted type, as it is stored."""
+    return {name: table.row(name, wanted).type for name in table.tensors()}
+
+
+def test_a_distribution_gives_the_whole_kl_and_a_cut_one_no_more():
+    generator = torch.Generator().manual_seed(0)
+    original, other = torch.randn(2, 5, 3000, generator=generator).unbind(0)
+    p, q = original.log_softmax(-1), other.log_softmax(-1)
+    whole = (p.exp() * (p - q)).sum(-1)
+    assert (Distribution.of(original).divergences(other) <= whole).all()
+    few = torch.arange(900)
+    exact = Distribution.of(original[:, few]).divergences(other[:, few])
+    p, q = original[:, few].log_softmax(-1), other[:, few].log_softmax(-1)
+    torch.testing.assert_close(exact, (p.exp() * (p - q)).sum(-1))
+
+
+def test_a_pass_from_the_middle_gives_the_same_logits(model, windows):
+    hf_model = load_hf(model)
+    replay = LayerReplay(hf_model, windows[:4].split(2))
+    whole = list(replay.keep())
+    for first_layer in (0, 3, replay.num_layers):
+        assert torch.equal(replay.logits(1, first_layer), whole[1])
+    with torch.no_grad():
+        last = replay.layer(0, replay.num_layers - 1)
+        assert torch.equal(replay.head(0, last), whole[0])
+        assert torch.equal(replay.embedded(0), replay.layer_input(0, 0))
+
+
+def test_blocks_are_encoded_once_and_are_those_of_the_error_table(table, store, monkeypatch):
+    name = "blk.2.ffn_down_exps.weight"
+    first = store.packed(name, "IQ2_XXS")
+    monkeypatch.setattr("dynquant.encoding.store.encode_tensor", None)
+    assert torch.equal(store.packed(name, "IQ2_XXS"), first)
+    weights = store.model.source.load(name)
+    decoded = decode("IQ2_XXS", first, tuple(weights.shape))
+    error = ((weights - decoded).square().sum() / weights.square().sum()).sqrt()
+    assert table.row(name, "IQ2_XXS").relative_rms == pytest.approx(float(error), rel=1e-5)
+
+
+def test_other_second_moments_are_another_store(model, calibrated, tmp_path):
+    stats, _ = calibrated
+    encoder = load_encoder("dynquant", "cpu")
+    kinds = ("activations", "gradients")
+    moments = [SecondMoments(stats.provenance, torch.zeros(1, 4, dtype=torch.int32), kind) for kind in kinds]
+    places = {store_directory(tmp_path, model, "stats", encoder, one) for one in (None, *moments)}
+    assert len(places) == 3
+
+
+def test_a_table_from_the_store_is_the_table_of_the_encoder(model, calibrated, table):
+    stats, _ = calibrated
+    plain = build_error_table(model, stats, ("Q2_K",), load_encoder("ggml"), stats_hash="stats")
+    known = {(row.name, row.type): row.weighted_error for row in table.rows}
+    for row in plain.rows:
+        assert known[row.name, row.type] == pytest.approx(row.weighted_error, rel=1e-6)
+
+
+def test_streamed_gradients_are_those_of_the_whole_backward_pass(model, table, store, windows):
+    hf_model = load_hf(model)
+    costs = fisher_probe(hf_model, store, table, windows[:2])
+    assert costs.keys() == table.tensors().keys()
+    live = LiveWeights(model, hf_model)
+    names = ["blk.0.attn_k_b.weight", "blk.3.ffn_up_exps.weight", "token_embd.weight", "output.weight"]
+    generator = torch.Generator().manual_seed(0)
+    squares = {name: [] for name in names}
+    for window in windows[:2]:
+        hf_model.zero_grad()
+        logits = hf_model(input_ids=window[None], use_cache=False).logits.flatten(0, 1)
+        sampled_log_probability(logits, generator).backward()
+        for name in names:
+            type_name = table.row(name, "Q2_K").type
+            difference = model.source.load(name) - store.decoded(name, type_name)
+            squares[name].append(float((live.gradient(name).view_as(difference) * difference).sum()) ** 2)
+    for name in names:
+        type_name = table.row(name, "Q2_K").type
+        assert costs[name][type_name].kl == pytest.approx(np.mean(squares[name]) / 2 / 128, rel=1e-3), name
+    assert all(parameter.requires_grad for parameter in hf_model.parameters())
+
+
+def test_probe_prices_scale_each_tensor_by_one_factor(table):
+    name = "blk.1.attn_output.weight"
+    rows = table.tensors()[name]
+    costs = {name: {t: Price(kl=3 * table.closed_form_cost(row), se=0.0) for t, row in rows.items()}}
+    priced = table.with_prices("fisher-probe", probe_prices(table, costs))
+    for row in rows.values():
+        assert priced.cost(row) == pytest.approx(3 * table.closed_form_cost(row))
+    other = next(row for row in table.rows if row.name != name and row.weighted_error > 0)
+    assert priced.cost(other) == pytest.approx(3 * table.closed_form_cost(other))
+
+
+def test_steps_are_the_change_of_the_whole_model(model, table, store, windows):
+    rendered = RenderedModel(load_hf(model), store)
+    text = ScoredText(rendered, windows[:2])
+    types = types_of(table, "Q2_K")
+    point = measure_steps(rendered, text, table, types)
+    assert {step.group for step in point.steps} == {group_of(name) for name in table.tensors()}
+    for step in point.steps[::7]:
+        rendered.install(types | {name: to for name, (_, to) in step.types.items()})
+        whole = float(text.score()[0].mean())
+        assert step.kl_change == pytest.approx(whole - point.kl, abs=1e-5)
+    prices = prices_from(table, point)
+    assert sum(prices[name][type_name].kl for name, type_name in types.items()) == pytest.approx(point.kl)
+    for name, rows in table.tensors().items():
+        by_size = sorted(rows.values(), key=table.cost)
+        found = [prices[name][row.type].kl for row in by_size]
+        assert found == sorted(found)
+    rendered.install({})
+    assert float(text.score()[0].max()) == pytest.approx(0, abs=1e-6)
+    with pytest.raises(ValueError, match="holds a plan's weights"):
+        rendered.install(types)
+        ScoredText(rendered, windows[:1])
+
+
+def test_refinement_never_ends_worse_on_its_own_text(model, table, store, windows):
+    budget = int(sum(table.row(name, "Q2_K").bytes for name in table.tensors()))
+
+    def choose(priced):
+        chosen = plan_types(priced, budget, Rules(floors=False))
+        types = {name: type_name for name, (type_name, _) in chosen.items()}
+        assert sum(priced.tensors()[name][type_name].bytes for name, type_name in types.items()) <= budget
+        return types
+
+    rendered = RenderedModel(load_hf(model), store)
+    points = refine(rendered, ScoredText(rendered, windows[:2]), table, choose, rounds=1)
+    kls = [point.kl for point in points]
+    assert kls == sorted(kls, reverse=True)
+    assert points[0].types == choose(table)
+
+
+def test_a_fit_gives_back_the_line_that_made_the_points():
+    totals = np.array([0.1, 0.2, 0.4, 0.8])
+    fit = Fit.of(totals, 3 * totals**1.5)
+    value, error = fit.predicted(0.3)
+    assert value == pytest.approx(3 * 0.3**1.5)
+    assert error == pytest.approx(0, abs=1e-9)
+
+
+@pytest.fixture(scope="module")
+def selected(small_moe, calibrated):
+    _, directory = calibrated
+    search = SearchOptions(
+        methods=("closed-form", "fisher-probe"), select=True, probes=4, probe_window=128, selection_tokens=512,
+        check_plans=5, frontier=(2.8, 2.95), frontier_points=2,
+    )  # fmt: skip
+    options = CalibrationOptions(tokens=TOKENS, window=256, hessians="none")
+    target = Target(bpw=3.0, types=TYPES)
+    made = plan(str(small_moe), target, options, directory, search=search, report=False)
+    return made, json.loads((directory / "selection.json").read_text())
+
+
+def test_the_chosen_plan_has_the_lowest_kl_and_keeps_the_budget(model, selected):
+    made, selection = selected
+    kls = [one["kl"]["value"] for one in selection["candidates"]]
+    winner = selection["candidates"][selection["chosen"]]
+    assert winner["kl"]["value"] == min(kls) == made.selected_kl
+    assert winner["bytes"] == made.predicted_bytes <= 3.0 * made.num_weights / 8
+    assert {entry.name: entry.type for entry in made.entries if entry.name in winner["types"]} == winner["types"]
+    labels = {one["label"].split(",")[0] for one in selection["candidates"]}
+    assert labels == {"closed-form", "fisher-probe"}
+    assert len(selection["checked"]) == 5
+    assert -1 <= selection["rank_correlation"]["low"] <= selection["rank_correlation"]["value"] <= 1
+
+
+def test_the_frontier_falls_and_holds_the_recipes_in_its_range(selected):
+    made, selection = selected
+    planned = [one for one in selection["frontier"] if one["label"].startswith("planner")]
+    assert planned[0]["bytes"] <= 2.8 * made.num_weights / 8 < planned[1]["bytes"] <= 2.95 * made.num_weights / 8
+    assert planned[0]["kl"]["value"] > planned[1]["kl"]["value"]
+    recipes = {one["label"]: one for one in selection["frontier"] if not one["label"].startswith("planner")}
+    assert "uniform-q2_k" in recipes and "uniform-q6_k" not in recipes
+    assert recipes["uniform-q2_k"]["kl"]["value"] > 0
+
+
+def test_a_rendered_plan_has_the_kl_of_its_file_in_llama_cpp(small_moe, calibrated, selected, tmp_path):
+    made, _ = selected
+    _, directory = calibrated
+    made.save(directory / "plan.json")
+    text = tmp_path / "text.txt"
+    text.write_text("The committee shall report to the assembly before the end of the year. " * 40)
+    (file,) = export(str(small_moe), tmp_path / "m.gguf", plan_path=directory / "plan.json", encoder="ggml")
+    report = evaluate(file, small_moe, tasks=("kl",), text=(text,), window=128, max_tokens=256)
+    model = open_model(small_moe)
+    stats = CalibrationStats.load(directory / "stats.safetensors")
+    rendered = RenderedModel(
+        load_hf(model), encoded_store(model, stats, file_hash(directory / "stats.safetensors"), directory, "ggml", None)
+    )
+    tokenizer = load_tokenizer(model)
+    words = ScoredText(rendered, pack_windows(read_text(text), tokenizer, window=128, max_tokens=256))
+    rendered.install({entry.name: entry.type for entry in made.entries if entry.type != "F32"})
+    assert float(words.score()[0].mean()) == pytest.approx(report.texts[0].kl.mean.value, rel=0.05)
+
+
+def test_another_budget_reuses_prices(small_moe, calibrated, selected, monkeypatch):
+    _, directory = calibrated
+    monkeypatch.setattr("dynquant.planning.search.fisher_probe", None)
+    search = SearchOptions(methods=("fisher-probe",), selection_tokens=512)
+    options = CalibrationOptions(tokens=TOKENS, window=256, hessians="none")
+    made = plan(str(small_moe), Target(bpw=3.5, types=TYPES), options, directory, search=search, report=False)
+    assert made.objective.endswith("by fisher-probe")
+    assert made.predicted_kl < selected[0].predicted_kl
+    assert made.selected_kl is None
+
+
+def test_unknown_methods_and_too_few_plans_are_refused():
+    with pytest.raises(PlanError, match=r"no sensitivity `magic`.*fisher-probe"):
+        SearchOptions(methods=("magic",))
+    with pytest.raises(PlanError, match="--frontier 4:2 is no range"):
+        SearchOptions(frontier=(4, 2))
+    with pytest.raises(PlanError, match="--check-plans 3 is too few"):
+        SearchOptions(check_plans=3)

@@ -1,0 +1,131 @@
+"""The error table of the schemes that vLLM serves: its numbers, and what an interrupted run leaves of it."""
+
+import pytest
+import torch
+
+from dynquant.analysis.errors import stage as error_stage
+from dynquant.analysis.errors.error_journal import ErrorJournal
+from dynquant.calibration import stage as calibration_stage
+from dynquant.calibration.importance import importance
+from dynquant.calibration.stage import CalibrationOptions, run_calibration
+from dynquant.calibration.statistics import CalibrationStats
+from dynquant.encoding.vllm import encode_served
+from dynquant.families.linear_layers import served_checkpoint
+from dynquant.families.open import open_model
+from dynquant.formats.vllm_schemes import SCHEMES
+from dynquant.planning import serving_planner
+from dynquant.planning.serving_planner import measure_schemes
+from tests.helpers.commands import run
+from tests.helpers.tiny_models import save_tiny
+
+DENSE, STACK = "blk.0.ffn_down.weight", "blk.1.ffn_down_exps.weight"
+
+
+class StoppedError(Exception):
+    """Stands for whatever ends a run."""
+
+
+class NotedEncoding:
+    """`encode_served`, which notes what it is asked for and stops at the call number `stop`."""
+
+    def __init__(self, monkeypatch, stop=None):
+        self.calls, self.stop = [], stop
+        monkeypatch.setattr(serving_planner, "encode_served", self)
+
+    def __call__(self, scheme, *arguments, name, **options):
+        if len(self.calls) == self.stop:
+            raise StoppedError
+        self.calls.append((name, scheme.name))
+        return encode_served(scheme, *arguments, name=name, **options)
+
+
+@pytest.fixture(scope="module")
+def directory(small_moe, tmp_path_factory):
+    return save_tiny("deepseek-v3", tmp_path_factory.mktemp("tiny") / "deepseek", small_moe, num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def stats_path(directory, tmp_path_factory):
+    path = tmp_path_factory.mktemp("stats") / "stats.safetensors"
+    run_calibration(open_model(directory), CalibrationOptions(tokens=512, window=64, hessians="none"), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def measure(directory, stats_path):
+    model, stats = open_model(directory), CalibrationStats.load(stats_path)
+    checkpoint = served_checkpoint(model)
+    return lambda journal: measure_schemes(model, checkpoint, stats, stats_hash="s", journal=journal)
+
+
+def test_errors_equal_a_direct_computation(directory, stats_path, measure, tmp_path):
+    stats, scheme = CalibrationStats.load(stats_path), SCHEMES["W4A16"]
+    linears = {linear.name: linear for linear in served_checkpoint(open_model(directory)).linears}
+    with ErrorJournal(tmp_path / "errors.json", {}) as journal:
+        table = measure(journal)
+    for name in (DENSE, STACK):
+        linear, row = linears[name], table.row(name, scheme.name)
+        weights = torch.stack([linear.load(expert) for expert in range(linear.num_experts)])
+        weights = weights[:, :: weights.shape[1] // 64]
+        scale = importance(stats, name, linear.shape)
+        encoded = encode_served(scheme, scheme.group_size([weights.shape[-1]]), weights, importance=scale)
+        weights, decoded = weights.double(), torch.stack([one.decoded() for one in encoded]).double()
+        counts = stats.input_of(name).counts.double()
+        metric = (counts / counts.sum()).reshape(-1, 1, 1) * scale.double().unsqueeze(1)
+        error, energy = (float((m.square() * metric).sum()) for m in (weights - decoded, weights))
+        assert row.weighted_error == pytest.approx(error / energy, rel=1e-5)
+        assert row.weighted_energy == pytest.approx(energy, rel=1e-5)
+        assert row.relative_rms == pytest.approx(float((weights - decoded).norm() / weights.norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("experts_at_once", [1, 8])
+def test_an_interrupted_table_goes_on_to_the_same_bytes(measure, tmp_path, monkeypatch, experts_at_once):
+    monkeypatch.setattr(serving_planner, "_WEIGHTS_IN_MEMORY", experts_at_once * 256 * 64)
+    path, undisturbed = tmp_path / "serving_errors.json", NotedEncoding(monkeypatch)
+    with ErrorJournal(path, {}) as journal:
+        whole = measure(journal).model_dump_json()
+        journal.remove()
+    layers = [layer for layer, _ in undisturbed.calls]
+    middle = layers.index(layers[len(layers) // 2])
+    for stop, is_cut in [(1, False), (middle, True), (middle + 1, False), (len(layers) - 1, False)]:
+        NotedEncoding(monkeypatch, stop)
+        with pytest.raises(StoppedError), ErrorJournal(path, {}) as journal:
+            measure(journal)
+        if is_cut:
+            journal.path.write_bytes(journal.path.read_bytes()[:-10])
+        first = layers.index(layers[stop - 1 if is_cut else stop])
+        rest = NotedEncoding(monkeypatch)
+        with ErrorJournal(path, {}) as journal:
+            assert journal.num_found == len(set(layers[:first]))
+            assert measure(journal).model_dump_json() == whole
+            journal.remove()
+        assert rest.calls == undisturbed.calls[first:]
+        assert not list(tmp_path.iterdir())
+
+
+def test_the_command_goes_on_under_the_same_identity_alone(directory, stats_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration_stage, "PROBE_TOKENS", 256)
+
+    def planned(name, stop=None):
+        noted = NotedEncoding(monkeypatch, stop)
+        done = run("plan", directory, "--for", "vllm", "--stats", stats_path, "-o", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        return noted.calls, done.stderr
+
+    every, _ = planned("whole")
+    for name in ("same", "other"):
+        with pytest.raises(StoppedError):
+            planned(name, stop=len(every) // 2)
+        left = {file.name for file in (tmp_path / name).iterdir()}
+        assert left == {"serving_errors.json.journal", "stats.safetensors"}
+    calls, said = planned("same")
+    assert "going on with the interrupted serving_errors.json, " in said
+    assert len(every) / 2 <= len(calls) < 0.6 * len(every) and calls == every[-len(calls) :]
+    monkeypatch.setattr(error_stage, "__version__", "0.0")
+    calls, said = planned("other")
+    assert "going on" not in said and calls == every
+    whole = {file.name: file.read_bytes() for file in (tmp_path / "whole").iterdir()}
+    for name in ("same", "other"):
+        assert {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} == whole
+    calls, said = planned("same")
+    assert f"reusing {tmp_path / 'same' / 'serving_errors.json'}" in said and not calls

@@ -1,0 +1,265 @@
+"""Encoding on a Ray cluster: the bytes of a local export, whatever dies; refusals that say what to do."""
+
+import sys
+
+import pytest
+import torch
+
+from dynquant.analysis.errors.error_journal import ErrorJournal
+from dynquant.analysis.errors.measure import build_error_table
+from dynquant.analysis.errors.remote import RemoteErrors
+from dynquant.calibration.run import collect_statistics, windows_of
+from dynquant.calibration.sharded import calibrate_in_shards, cut
+from dynquant.encoding.parts import PartLimits
+from dynquant.encoding.remote import EncoderChoice, RemoteEncoding, StoredFiles
+from dynquant.encoding.stream import Guidance, load_encoder
+from dynquant.errors import CheckpointError, ClusterError
+from dynquant.exporters.gguf import export_gguf
+from dynquant.families.open import open_model
+from dynquant.recipes.build_plan import plan_from_types, stays_f32
+from dynquant.running.cluster import RayPool, TaskNeeds, open_ray
+from dynquant.running.load import load_hf
+from tests.helpers.commands import run
+
+GGML = load_encoder("ggml")
+LIMITS = PartLimits(3 << 20)
+pytestmark = pytest.mark.slow
+
+
+def needs_ray():
+    return pytest.importorskip("ray", reason="Ray is not installed: pip install 'dynquant-toolchain[ray]'")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two nodes of one core each on this machine; tests may remove the second and must add another."""
+    needs_ray()
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster.add_node(num_cpus=1)
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.fixture
+def pool(cluster):
+    with open_ray(cluster.address) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def moe(small_moe):
+    return open_model(small_moe)
+
+
+@pytest.fixture(scope="module")
+def plan(moe):
+    names = [name for name in moe.source.names() if not stays_f32(name, moe.source.info(name).shape)]
+    return plan_from_types(moe, dict.fromkeys(names, ("Q4_0", "test")), recipe="preset uniform-q4_0")
+
+
+@pytest.fixture(scope="module")
+def local(moe, plan, tmp_path_factory):
+    return export_gguf(moe, plan, None, tmp_path_factory.mktemp("local") / "a.gguf", encoder=GGML)[0].read_bytes()
+
+
+def encoding(pool: RayPool, opened, *, shipped: bool = False, **changes) -> RemoteEncoding:
+    files = StoredFiles.of(opened, base_gguf=None, stats=None, use_moments=False, protected={})
+    files = StoredFiles(**{**vars(files), **changes})
+    sent = (opened, Guidance(), GGML) if shipped else None
+    return RemoteEncoding(pool, EncoderChoice.of(GGML, "cpu", 1), TaskNeeds(), files, sent)
+
+
+def test_a_node_that_dies_half_way_changes_no_byte(cluster, pool, moe, plan, local, tmp_path):
+    doomed = list(cluster.worker_nodes)
+    assert len(doomed) == 1
+
+    def kill_half_way(_stage, done, total, **_):
+        if done > total / 2 and doomed:
+            cluster.remove_node(doomed.pop(), allow_graceful=False)
+
+    try:
+        (path,) = export_gguf(
+            moe, plan, None, tmp_path / "a.gguf",
+            encoder=GGML, limits=LIMITS, elsewhere=encoding(pool, moe), progress=kill_half_way,
+        )  # fmt: skip
+    finally:
+        cluster.add_node(num_cpus=1)
+    assert not doomed and path.read_bytes() == local
+
+
+def test_shipped_weights_give_the_same_bytes_without_files(pool, moe, plan, local, tmp_path):
+    remote = encoding(pool, moe, shipped=True, model=tmp_path / "not there")
+    (path,) = export_gguf(moe, plan, None, tmp_path / "a.gguf", encoder=GGML, limits=LIMITS, elsewhere=remote)
+    assert path.read_bytes() == local
+
+
+def test_another_checkpoint_or_version_on_a_node_is_refused_and_what_is_done_kept(pool, moe, plan, tmp_path):
+    for changes, words in [({"model": tmp_path / "none"}, "--ship-weights"), ({"fingerprint": "0"}, "checkpoint")]:
+        with pytest.raises(ClusterError, match=words):
+            remote = encoding(pool, moe, **changes)
+            export_gguf(moe, plan, None, tmp_path / "a.gguf", encoder=GGML, limits=LIMITS, elsewhere=remote)
+        assert (tmp_path / "a.gguf.journal").is_file()
+    other = EncoderChoice("ggml", "cpu", 1, version="0.0")
+    with pytest.raises(ClusterError, match=r"Install the same versions"):
+        remote = RemoteEncoding(pool, other, TaskNeeds(), encoding(pool, moe).files)
+        next(iter(remote(LIMITS.parts("output_norm.weight", (256,), plan.entries[0].quant_type))))
+
+
+def test_an_error_table_of_a_cluster_is_the_local_one_and_goes_on(cluster, pool, moe, text, one_thread, tmp_path):
+    stats = measured(moe, text, "none").stats
+    stats.save(tmp_path / "stats.safetensors")
+    files = StoredFiles.of(moe, base_gguf=None, stats=tmp_path / "stats.safetensors", use_moments=False, protected={})
+    remote = RemoteErrors(pool, EncoderChoice.of(GGML, "cpu", 1), files)
+    doomed = list(cluster.worker_nodes)
+
+    def table(progress=None, **options):
+        return build_error_table(moe, stats, ("Q4_0", "Q8_0"), GGML, stats_hash="s", progress=progress, **options)
+
+    def stop(_stage, done, total, **_):
+        if done > total / 3:
+            raise StoppedError
+
+    def kill(_stage, done, total, **_):
+        if done > total / 2 and doomed:
+            cluster.remove_node(doomed.pop(), allow_graceful=False)
+
+    with pytest.raises(StoppedError), ErrorJournal(tmp_path / "errors.json", {}) as journal:
+        table(stop, elsewhere=remote, journal=journal)
+    try:
+        with ErrorJournal(tmp_path / "errors.json", {}) as journal:
+            assert journal.num_found
+            found = table(kill, elsewhere=remote, journal=journal)
+    finally:
+        cluster.add_node(num_cpus=1)
+    assert not doomed and found.model_dump_json() == table().model_dump_json()
+
+
+class StoppedError(Exception):
+    """Stands for whatever ends a run."""
+
+
+def test_results_keep_the_order_of_items_when_asked(pool):
+    found = list(pool.run(_wait_and_square, [5, 1, 4, 2, 3], TaskNeeds(), ordered=True))
+    assert found == [(5, 25), (1, 1), (4, 16), (2, 4), (3, 9)]
+    with pytest.raises(CheckpointError, match="item 7"):
+        list(pool.run(_refuse, [7], TaskNeeds()))
+
+
+def test_needs_that_no_node_has_are_refused(pool):
+    with pytest.raises(ClusterError, match="3 CPU"):
+        next(pool.run(_refuse, [1], TaskNeeds(cpus=3)))
+    with pytest.raises(ClusterError, match="1 GPU"):
+        next(pool.run(_refuse, [1], TaskNeeds(gpus=1)))
+
+
+def _wait_and_square(number: int) -> int:
+    torch.manual_seed(number)
+    return number * number
+
+
+def _refuse(item: int) -> None:
+    raise CheckpointError(f"item {item} cannot be read")
+
+
+def test_the_command_gives_the_bytes_of_a_local_export(cluster, small_moe, tmp_path):
+    preset = ("--preset", "uniform-q8_0", "--encoder", "ggml", "--tune", "0")
+    arguments = ("export", small_moe, *preset, "-f", "safetensors")
+    here = run(*arguments, "-o", tmp_path / "here")
+    there = run(*arguments, "-o", tmp_path / "there", "--ray", cluster.address, "--max-memory", "1.01GiB")
+    assert (here.returncode, there.returncode) == (0, 0), there.stderr
+    folders = [{path.name: path.read_bytes() for path in (tmp_path / n).iterdir()} for n in ("here", "there")]
+    assert folders[0] == folders[1]
+
+
+@pytest.fixture(scope="module")
+def text(moe):
+    """32 windows of 32 tokens: two shards of sums, and one of three windows that are held back."""
+    return windows_of(moe, None, tokens=1024, window=32, seed=0)
+
+
+def measured(moe, text, hessians: str, pool: RayPool | None = None, progress=None):
+    options = {"hessians": hessians, "hessian_bytes": 1 << 30, "pool": pool, "progress": progress}
+    return calibrate_in_shards(moe, *text, **options)
+
+
+@pytest.fixture
+def one_thread():
+    """That of Ray's workers: products of more threads may round otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_calibration_keeps_its_bytes_when_a_node_dies(cluster, pool, moe, text, one_thread, tmp_path):
+    doomed = list(cluster.worker_nodes)
+
+    def kill(_stage, _done, _total, **_):
+        if doomed:
+            cluster.remove_node(doomed.pop(), allow_graceful=False)
+
+    here = measured(moe, text, "gradients")
+    try:
+        there = measured(moe, text, "gradients", pool, kill)
+    finally:
+        cluster.add_node(num_cpus=1)
+    assert not doomed
+    for found, name in ((here, "here"), (there, "there")):
+        found.stats.save(tmp_path / f"{name}.stats")
+        found.moments.save(tmp_path / f"{name}.moments")
+    for kind in ("stats", "moments"):
+        assert (tmp_path / f"here.{kind}").read_bytes() == (tmp_path / f"there.{kind}").read_bytes()
+
+
+def test_shards_add_up_to_the_one_sum(moe, text):
+    windows, provenance = text
+    sharded = measured(moe, text, "activations")
+    whole = collect_statistics(
+        load_hf(moe), windows, arch=moe.arch, n_layer=moe.hyper.n_layer, provenance=provenance, hessians="activations"
+    )
+    assert sharded.stats.provenance == whole.stats.provenance == sharded.moments.provenance
+    assert sharded.stats.aliases == whole.stats.aliases and sharded.stats.inputs.keys() == whole.stats.inputs.keys()
+    assert torch.equal(sharded.moments.tokens, whole.moments.tokens)
+    for key, found in whole.stats.inputs.items():
+        merged = sharded.stats.inputs[key]
+        assert torch.equal(merged.counts, found.counts)
+        torch.testing.assert_close(merged.in_sum2, found.in_sum2, rtol=1e-5, atol=0)
+        torch.testing.assert_close(sharded.moments.sums[key], whole.moments.sums[key], rtol=1e-4, atol=1e-3)
+        assert (merged.samples is None) == (found.samples is None)
+        if found.samples is not None:
+            assert torch.equal(merged.samples, found.samples)
+            assert torch.equal(merged.sample_counts, found.sample_counts)
+        if found.max_in is not None:
+            assert torch.equal(merged.max_in_channel, found.max_in_channel)
+
+
+def test_shards_are_cut_by_window_number(text):
+    windows, provenance = text
+    shards = cut(windows, provenance, 0.1)
+    assert [len(shard.windows) for shard in shards] == [16, 13, 3] and [s.is_held for s in shards] == [0, 0, 1]
+    assert torch.equal(torch.cat([shard.windows for shard in shards]), windows)
+    assert len({shard.provenance.seed for shard in shards}) == 3
+    assert [len(shard.windows) for shard in cut(windows[:2], provenance, 0.1)] == [1, 1]
+
+
+def test_no_cluster_at_an_address_is_refused(small_moe, tmp_path):
+    needs_ray()
+    done = run("export", small_moe, "--preset", "uniform-q8_0", "-o", tmp_path / "a.gguf", "--ray", "127.0.0.1:1")
+    assert done.returncode == 1 and "There is no Ray cluster at 127.0.0.1:1" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_shipping_without_a_cluster_and_too_little_memory_are_refused(small_moe, tmp_path):
+    arguments = ("export", small_moe, "--preset", "uniform-q8_0", "-o", tmp_path / "a.gguf")
+    shipped, tight = run(*arguments, "--ship-weights"), run(*arguments, "--max-memory", "512MiB")
+    assert shipped.returncode == 1 and "give its address with --ray" in shipped.stderr
+    assert tight.returncode == 1 and "--max-memory 512MiB is less than" in tight.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_ray_the_way_to_install_it_is_named(monkeypatch, small_moe, tmp_path):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    done = run("export", small_moe, "--preset", "uniform-q8_0", "-o", tmp_path / "a.gguf", "--ray", "auto")
+    assert done.returncode == 1 and "dynquant-toolchain[ray]" in done.stderr

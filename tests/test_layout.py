@@ -1,0 +1,137 @@
+"""The house keeps its order: imports follow the order of folders, every folder is a package, importing stays light."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = """
+    dynquant storage formats checkpoints families kernels inputs running calibration recipes encoding packed lora
+    evaluation analysis analysis.errors analysis.sensitivity analysis.outliers planning analysis.plots analysis.report
+    analysis.costs exporters training cli.terminal cli kernels.bench analysis.bench
+"""
+ORDER = ["dynquant", *(f"dynquant.{name}" for name in FOLDERS.split()[1:])]
+"""A module imports from its own folder and from those before it; a sub-folder without an entry counts as its parent."""
+LAZY_PLUGS = {"dynquant", "dynquant.__main__", "dynquant.registration"}
+"""They look upward on purpose, inside functions."""
+
+
+def modules() -> dict[str, Path]:
+    places = {}
+    for top in ("dynquant", "kernels", "analysis", "exporters"):
+        for path in (ROOT / top).rglob("*.py"):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            places[".".join(("dynquant",) * (top != "dynquant") + parts).removesuffix(".__init__")] = path
+    return places
+
+
+MODULES = modules()
+
+
+def place(module: str) -> int:
+    """Position in `ORDER` of the folder that holds `module`."""
+    folder = module if MODULES[module].name == "__init__.py" else module.rpartition(".")[0]
+    while folder not in ORDER:
+        folder = folder.rpartition(".")[0]
+    return ORDER.index(folder)
+
+
+def imported_modules(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    assert not names & {"kernels", "analysis", "exporters"}, f"{path} imports by the name of a folder"
+    return names & MODULES.keys()
+
+
+UPWARD_FOR_NOW: dict[str, set[str]] = {
+    "dynquant.analysis.errors.stage": {"dynquant.cli.terminal", "dynquant.cli.terminal.console"},
+    "dynquant.analysis.report.stage": {"dynquant.cli.terminal", "dynquant.cli.terminal.console"},
+    "dynquant.analysis.sensitivity.unit_kl": {"dynquant.planning.allocate"},
+    "dynquant.calibration.picture_stage": {
+        "dynquant.analysis.outliers.token_errors",
+        "dynquant.analysis.report.stage",
+        "dynquant.cli.terminal",
+        "dynquant.cli.terminal.console",
+        "dynquant.encoding.stream",
+        "dynquant.recipes.plan",
+    },
+    "dynquant.calibration.stage": {
+        "dynquant.analysis.outliers.super_weights",
+        "dynquant.analysis.sensitivity.closed_form",
+        "dynquant.cli.terminal",
+        "dynquant.cli.terminal.console",
+        "dynquant.planning.target",
+    },
+    "dynquant.checkpoints.gguf_layout": {"dynquant.calibration.statistics"},
+    "dynquant.evaluation.picture_evaluate": {
+        "dynquant.analysis.report.pictures",
+        "dynquant.analysis.report.stage",
+        "dynquant.exporters.mmproj",
+    },
+    "dynquant.exporters.mmproj": {"dynquant.cli.terminal", "dynquant.cli.terminal.console"},
+    "dynquant.exporters.stage": {"dynquant.cli.terminal", "dynquant.cli.terminal.console"},
+    "dynquant.formats.vllm_schemes": {"dynquant.checkpoints.safetensors_format"},
+    "dynquant.inputs.eval_text": {"dynquant.evaluation.runners"},
+    "dynquant.planning.chooser": {
+        "dynquant.analysis.report.stage",
+        "dynquant.cli.terminal",
+        "dynquant.cli.terminal.console",
+    },
+    "dynquant.planning.search_stage": {
+        "dynquant.analysis.report.stage",
+        "dynquant.cli.terminal",
+        "dynquant.cli.terminal.console",
+    },
+    "dynquant.planning.serving_stage": {
+        "dynquant.analysis.report.stage",
+        "dynquant.cli.terminal",
+        "dynquant.cli.terminal.console",
+        "dynquant.exporters.compressed_card",
+        "dynquant.exporters.compressed_tensors",
+    },
+    "dynquant.planning.stage": {
+        "dynquant.analysis.report.stage",
+        "dynquant.cli.terminal",
+        "dynquant.cli.terminal.console",
+    },
+    "dynquant.planning.vision_search": {"dynquant.cli.terminal", "dynquant.cli.terminal.console"},
+}
+"""Imports that the pure move left pointing upward: module -> modules. Each is to be carved away."""
+
+
+@pytest.mark.parametrize("module", sorted(MODULES.keys() - LAZY_PLUGS))
+def test_imports_follow_the_order_of_folders(module: str) -> None:
+    above = {name for name in imported_modules(MODULES[module]) if place(name) > place(module)}
+    assert not above - UPWARD_FOR_NOW.get(module, set()), f"{module} must not import {sorted(above)}"
+
+
+def test_installed_packages_match_the_folders() -> None:
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    assert listed == {name for name, path in MODULES.items() if path.name == "__init__.py"}
+    assert {path.parent for path in MODULES.values()} == {MODULES[name].parent for name in listed}
+
+
+def test_importing_dynquant_loads_no_heavy_package() -> None:
+    heavy = ("torch", "transformers", "llama_cpp", "matplotlib", "ray")
+    code = f"import sys, dynquant; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    assert done.stdout.strip() == "[]"
+
+
+def test_no_machine_path_or_registry_in_tracked_files() -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    texts = [ROOT / name for name in tracked if Path(name).suffix in (".py", ".md", ".toml", ".txt", ".json", "")]
+    assert texts
+    for path in texts:
+        if path.is_file() and path.stat().st_size < 400_000:
+            text = path.read_text(errors="ignore")
+            assert str(ROOT.parent) + "/" not in text, path
+            assert "pypi" + ".org" not in text, path
