@@ -1,5 +1,8 @@
-"""How long work tells others how far it is: one call signature for every stage of the package."""
+"""How a step runs, apart from what it makes: device, threads, seed, and who hears of its progress."""
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 
@@ -17,7 +20,7 @@ class Progress(Protocol):
         layer: int | None = None,
         tensor: str | None = None,
     ) -> None:
-        """Tell that `done` of `total` are done.
+        """Report that `done` of `total` units are finished.
 
         Args:
             stage: A short text for people; it also identifies the stage.
@@ -29,3 +32,28 @@ class Progress(Protocol):
 
 def ignore_progress(stage: str, done: int, total: int, /, **where: str | int | None) -> None:
     """A `Progress` for callers that want to hear nothing."""
+
+
+def ignore_note(message: str) -> None:
+    """A note for callers that want to hear nothing."""
+
+
+@contextmanager
+def ignore_stages(kept: str) -> Iterator[Progress]:
+    """Context manager: yields a `Progress` that nobody hears."""
+    yield ignore_progress
+
+
+@dataclass(frozen=True)
+class Session:
+    """What every door is given beside its options. The default one is silent and takes the machine as it is."""
+
+    device: str | None = None
+    """PyTorch's name of a device; None takes a GPU where there is one."""
+    threads: int | None = None
+    """Threads of encoders; None for all cores."""
+    seed: int = 0
+    note: Callable[[str], None] = ignore_note
+    """Says one line about what is being done."""
+    stage: Callable[[str], AbstractContextManager[Progress]] = ignore_stages
+    """Context manager around long work, which yields its `Progress`; the argument says what a stop here would lose."""
