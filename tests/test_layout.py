@@ -54,7 +54,6 @@ def imported_modules(path: Path) -> set[str]:
 UPWARD_FOR_NOW: dict[str, set[str]] = {
     "dynquant.analysis.errors.stage": {"dynquant.cli.terminal", "dynquant.cli.terminal.console"},
     "dynquant.analysis.report.stage": {"dynquant.cli.terminal", "dynquant.cli.terminal.console"},
-    "dynquant.analysis.sensitivity.unit_kl": {"dynquant.planning.allocate"},
     "dynquant.calibration.picture_stage": {
         "dynquant.analysis.outliers.token_errors",
         "dynquant.analysis.report.stage",
