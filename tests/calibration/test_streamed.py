@@ -13,6 +13,7 @@ import torch
 from dynquant.analysis.outliers.super_weights import find_super_weights
 from dynquant.analysis.sensitivity.closed_form import output_sensitivity, streamed_sensitivity
 from dynquant.calibration.run import calibrate, windows_of
+from dynquant.session import Session
 from dynquant.calibration.stage import CalibrationOptions, run_calibration, streaming_limit
 from dynquant.calibration.streamed import StreamedCalibration, calibrate_streamed
 from dynquant.checkpoints.fp8_values import StoredValues
@@ -266,12 +267,13 @@ def test_a_gguf_file_cannot_be_streamed(packed_moe, tmp_path):
         LayerStream(model)
 
 
-def test_what_fits_is_loaded_whole_and_the_rest_is_streamed(moe, monkeypatch, capsys):
+def test_what_fits_is_loaded_whole_and_the_rest_is_streamed(moe, monkeypatch):
+    notes = []
     assert streaming_limit(moe, CalibrationOptions(), "cpu") is None
     assert streaming_limit(moe, CalibrationOptions(max_memory="8GB"), "cpu") == 8 * 10**9
     monkeypatch.setattr("dynquant.calibration.stage.free_memory", lambda: 80 * 10**6)
-    assert streaming_limit(moe, CalibrationOptions(), "cpu") == 68 * 10**6
-    assert "streamed layer by layer within 68.00 MB" in " ".join(capsys.readouterr().err.split())
+    assert streaming_limit(moe, CalibrationOptions(), "cpu", Session(note=notes.append)) == 68 * 10**6
+    assert "streamed layer by layer within 68.00 MB" in " ".join(notes)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import dynquant
-from dynquant.analysis.outliers.super_weights import SuperWeight
+from dynquant.recipes.folder import SuperWeight
 from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.evaluation.evaluate import evaluate
