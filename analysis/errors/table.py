@@ -16,7 +16,7 @@ from functools import cached_property
 from math import isfinite, sqrt
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -233,6 +233,35 @@ class ErrorTable(BaseModel):
                 f"{path} is not an error table of dynquant ({error}). Run `dynquant analyze`, or remove the "
                 "file and plan again."
             ) from error
+
+
+class Option(NamedTuple):
+    """One type of one tensor (or of a group of tensors).
+
+    The order of the fields decides what `min`, `max` and `sorted` of options mean: by bytes, then by cost.
+    """
+
+    bytes: int
+    """As the file stores it, with padding."""
+    cost: float
+    type: str
+
+
+def lower_hull(options: Iterable[Option]) -> list[Option]:
+    """Return the options on the lower convex hull of cost over bytes, by rising bytes and falling cost."""
+    hull: list[Option] = []
+    for option in sorted(options):
+        if hull and option.cost >= hull[-1].cost:
+            continue
+        while len(hull) >= 2 and hull_slope(hull[-2], hull[-1]) <= hull_slope(hull[-1], option):
+            hull.pop()
+        hull.append(option)
+    return hull
+
+
+def hull_slope(smaller: Option, larger: Option) -> float:
+    """Return the cost that each further byte saves."""
+    return (smaller.cost - larger.cost) / (larger.bytes - smaller.bytes)
 
 
 def _check_rows(table: ErrorTable, known_types: Collection[str]) -> None:

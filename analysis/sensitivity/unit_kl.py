@@ -27,11 +27,10 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from dynquant.analysis.errors.table import ErrorTable, Price
+from dynquant.analysis.errors.table import ErrorTable, Option, Price, lower_hull
 from dynquant.checkpoints.tensor_roles import layer_of, role_of
 from dynquant.evaluation.rendered_model import RenderedModel, ScoredText
 from dynquant.evaluation.statistics import block_sums
-from dynquant.planning.allocate import Option, lower_hull
 from dynquant.session import Progress
 
 METHOD = "unit-kl"

@@ -25,14 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-
-class Option(NamedTuple):
-    """One type of one tensor (or of a group of tensors), `bytes` padded as the file stores it."""
-
-    bytes: int
-    cost: float
-    type: str
-
+from dynquant.analysis.errors.table import Option, hull_slope, lower_hull
 
 Assignment = dict[str, Option]
 
@@ -40,22 +33,6 @@ _DEPTH = 3
 """Searches within searches; one more gains nothing that can be measured."""
 _MANY, _DEPTH_OF_MANY = 256, 1
 """With so many items the first searches are within 0.03 % of the optimum, and the deeper ones take a second."""
-
-
-def lower_hull(options: Sequence[Option]) -> list[Option]:
-    """Options on the lower convex hull of cost over bytes, by rising bytes and falling cost."""
-    hull: list[Option] = []
-    for option in sorted(options):
-        if hull and option.cost >= hull[-1].cost:
-            continue
-        while len(hull) >= 2 and _slope(hull[-2], hull[-1]) <= _slope(hull[-1], option):
-            hull.pop()
-        hull.append(option)
-    return hull
-
-
-def _slope(smaller: Option, larger: Option) -> float:
-    return (smaller.cost - larger.cost) / (larger.bytes - smaller.bytes)
 
 
 def smallest_total(options: Mapping[str, Sequence[Option]]) -> int:
@@ -124,7 +101,7 @@ class _Step(NamedTuple):
 def _hull_steps(options: Mapping[str, Sequence[Option]]) -> list[_Step]:
     """Steps of every item along its hull, those that save most per byte first; each item's are in order."""
     return sorted(
-        _Step(-_slope(smaller, larger), name, smaller, larger)
+        _Step(-hull_slope(smaller, larger), name, smaller, larger)
         for name, choices in options.items()
         if len(choices) > 1
         for smaller, larger in pairwise(lower_hull(choices))

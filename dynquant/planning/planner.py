@@ -16,13 +16,13 @@ Tensors that a runtime fuses can be coupled: they take one type, and are one ite
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from dynquant.analysis.errors.table import ErrorRow, ErrorTable
+from dynquant.analysis.errors.table import ErrorRow, ErrorTable, Option
 from dynquant.analysis.outliers.stand_outs import stand_outs
 from dynquant.checkpoints.gguf_layout import padded
 from dynquant.checkpoints.tensor_roles import Role, layer_of, role_of
 from dynquant.errors import PlanError
 from dynquant.formats.quant_types import QUANT_TYPES, QuantType
-from dynquant.planning.allocate import Option, allocate, largest_total, smallest_total, total_cost
+from dynquant.planning.allocate import allocate, largest_total, smallest_total, total_cost
 
 LEVELS = (
     ("IQ4_XS", "Q6_K", "Q6_K"), ("Q3_K", "Q4_K", "Q6_K"), ("Q2_K", "Q3_K", "Q6_K"),

@@ -14,7 +14,7 @@ import torch
 from dynquant.analysis.errors.error_journal import ErrorJournal, Sums
 from dynquant.analysis.errors.measure import ErrorPart, WaitingSums, parts_of, ratio_of, routed_mean
 from dynquant.analysis.errors.sums import ErrorSums
-from dynquant.analysis.errors.table import ErrorRow, ErrorTable
+from dynquant.analysis.errors.table import ErrorRow, ErrorTable, Option
 from dynquant.calibration.importance import importance
 from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.model import Model
@@ -23,7 +23,7 @@ from dynquant.encoding.vllm import encode_served, nvfp4_global_scale
 from dynquant.errors import PlanError
 from dynquant.families.linear_layers import LinearLayer, ServedCheckpoint
 from dynquant.formats.vllm_schemes import SCHEMES, Scheme
-from dynquant.planning.allocate import Option, allocate, largest_total, smallest_total, total_cost
+from dynquant.planning.allocate import allocate, largest_total, smallest_total, total_cost
 from dynquant.recipes.compressed_layout import bytes_at_most, file_bytes, tensors_of_layer
 from dynquant.recipes.serving_building import units_of
 from dynquant.session import Progress, ignore_progress

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from dynquant.calibration.stage import STATS_NAME as STATS_NAME
 from dynquant.calibration.stage import StatsFile
 from dynquant.errors import PlanError, StatsError
 from dynquant.storage.strict_json import parse_json

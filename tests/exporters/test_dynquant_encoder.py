@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 import dynquant
-from dynquant.recipes.folder import SuperWeight
 from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.evaluation.evaluate import evaluate
 from dynquant.families.open import open_model
 from dynquant.formats import decode
 from dynquant.recipes.build_plan import plan_from_types
+from dynquant.recipes.folder import SuperWeight
 from dynquant.recipes.presets import preset_types
 from dynquant.running.live_weights import LiveWeights
 from dynquant.running.load import load_hf
@@ -27,7 +27,6 @@ from dynquant.storage.resumable_output import file_hash
 from tests.helpers.commands import command, refused, run
 from tests.helpers.tiny_models import llama_logits, mean_kl
 
-pytestmark = pytest.mark.slow
 TUNE_TOKENS = 2048
 CRUSHED_DOWN = "blk.1.ffn_down_exps.weight"
 
@@ -118,6 +117,7 @@ def test_llama_cpp_computes_with_the_weights_that_we_decode(small_moe, files):
     assert mean_kl(ours, llama_logits(files["tuned"], tokens)) < 5e-3
 
 
+@pytest.mark.nightly
 def test_a_killed_export_ends_with_the_same_bytes(small_moe, plan, files, tmp_path):
     output = tmp_path / "model.gguf"
     arguments = command("export", small_moe, "--plan", plan, "--tune", TUNE_TOKENS, "-o", output)

@@ -1,6 +1,6 @@
 """The exact answer to the allocation problem, by dynamic programming, to measure the allocator against."""
 
-from dynquant.planning.allocate import Option
+from dynquant.analysis.errors.table import Option
 
 
 def lowest_cost(table: dict[str, list[Option]], budget: int) -> float | None:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynquant.planning.allocate import Option, allocate, largest_total, lower_hull, smallest_total, total_cost
+from dynquant.analysis.errors.table import Option, lower_hull
+from dynquant.planning.allocate import allocate, largest_total, smallest_total, total_cost
 from tests.helpers.exact_allocation import lowest_cost
 
 

@@ -14,7 +14,7 @@ from dynquant.analysis.sensitivity.fisher_probe import fisher_probe, probe_price
 from dynquant.analysis.sensitivity.unit_kl import group_of, measure_steps, prices_from, refine
 from dynquant.calibration.importance import importance
 from dynquant.calibration.second_moments import SecondMoments
-from dynquant.calibration.statistics import CalibrationStats
+from dynquant.calibration.stage import CalibrationOptions, StatsFile, calibrate_model
 from dynquant.encoding.store import EncodedStore, store_directory
 from dynquant.encoding.stream import Guidance, load_encoder
 from dynquant.errors import PlanError
@@ -29,15 +29,13 @@ from dynquant.planning.planner import Rules, plan_types
 from dynquant.planning.search import SearchOptions
 from dynquant.planning.search_stage import encoded_store
 from dynquant.planning.selection import Fit
-from dynquant.calibration.stage import CalibrationOptions, StatsFile, calibrate_model
 from dynquant.planning.stage import plan
-from dynquant.session import SILENT
 from dynquant.planning.target import Target
 from dynquant.running.gradients import sampled_log_probability
 from dynquant.running.layer_replay import LayerReplay
 from dynquant.running.live_weights import LiveWeights
 from dynquant.running.load import load_hf, load_tokenizer
-from dynquant.storage.resumable_output import file_hash
+from dynquant.session import SILENT
 
 TYPES = ("IQ2_XXS", "Q2_K", "Q4_K")
 TOKENS = 4096

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dynquant.analysis.outliers.super_weights import scan_down_projections
-from dynquant.families.open import open_model
 from dynquant.calibration.stage import CalibrationOptions
+from dynquant.families.open import open_model
 from dynquant.planning.stage import plan
 from dynquant.planning.target import Target
 from dynquant.running.load import load_hf, load_tokenizer
@@ -34,7 +34,6 @@ def planted(small_moe, tmp_path):
     return directory, strongest.in_channel
 
 
-@pytest.mark.slow
 def test_a_planted_super_weight_in_a_routed_expert_keeps_that_tensor_precise(planted, tmp_path):
     directory, column = planted
     (tmp_path / "text.txt").write_text(TEXT)
