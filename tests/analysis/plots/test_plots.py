@@ -143,7 +143,6 @@ def test_plan_alone_still_gives_its_map_and_sizes(tmp_path, moe):
     assert set(files) == {"plan_map", "size_breakdown"}
 
 
-@pytest.mark.slow
 def test_large_moe_stays_legible(tmp_path):
     made = synthetic_model(LARGE_MOE, spikes={"blk.46.ffn_down_exps.weight": 2.5, "blk.47.ffn_down_exps.weight": 3.5})
     with plot_settings():

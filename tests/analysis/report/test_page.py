@@ -127,8 +127,8 @@ def browse(tmp_path, *arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome is installed")
-@pytest.mark.slow
 def test_browser_draws_the_page(report, tmp_path):
     picture = tmp_path / "page.png"
     browse(tmp_path, f"--screenshot={picture}", "--window-size=1280,4000", report.as_uri())
@@ -141,7 +141,6 @@ def test_browser_draws_the_page(report, tmp_path):
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome is installed")
-@pytest.mark.slow
 def test_browser_runs_the_script(moe, report, tmp_path):
     document = browse(tmp_path, "--dump-dom", report.as_uri() + "#sort=6-down")
     page = Page(document[document.index("<html") :])
