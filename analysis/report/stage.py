@@ -36,6 +36,7 @@ def write_plan_report(
 ) -> Path:
     """Draw the plots and report.html of a plan folder, with what `eval` measured if given."""
     from dynquant.analysis.plots.all_plots import write_plots
+    from dynquant.analysis.plots.groups import PlanResults
     from dynquant.analysis.report.page import write_report
 
     plan = Plan.load(directory / PLAN_NAME)
@@ -45,14 +46,17 @@ def write_plan_report(
     report = directory / REPORT_NAME
     with session.stage("The plan is kept; plots and report are drawn again.") as progress:
         recipes = fixed_recipes(open_model(path, base_gguf=base_gguf))
-        shown = {
-            "table": table, "plan": plan, "stats": stats, "super_weights": super_weights,
-            "frontier": frontier(table, rules_of(super_weights, stats), _fixed_bytes_of(plan, table), recipes),
-            "selection": Selection.load(directory / SELECTION_NAME),
-        }  # fmt: skip
-        token_errors = TokenErrors.load(directory / TOKEN_ERRORS_NAME, plan.fingerprint)
-        plots = write_plots(directory / "plots", **shown, token_errors=token_errors, progress=progress)
-    write_report(report, **shown, plots=plots, evaluation=evaluation, pictures=pictures)
+        results = PlanResults(
+            plan=plan,
+            table=table,
+            stats=stats,
+            super_weights=super_weights,
+            frontier=frontier(table, rules_of(super_weights, stats), _fixed_bytes_of(plan, table), recipes),
+            selection=Selection.load(directory / SELECTION_NAME),
+            token_errors=TokenErrors.load(directory / TOKEN_ERRORS_NAME, plan.fingerprint),
+        )
+        plots = write_plots(directory / "plots", results, progress)
+    write_report(report, results, plots, evaluation=evaluation, pictures=pictures)
     session.note(f"wrote {report}")
     return report
 
