@@ -331,8 +331,8 @@ def test_merging_encodes_again(model, saved, tmp_path, layout):
 def test_merging_encodes_under_the_statistics_of_the_export(small_moe, tmp_path):
     from transformers import AutoModelForCausalLM
 
+    from dynquant.calibration.stage import CalibrationOptions
     from dynquant.exporters.stage import export
-    from dynquant.planning.stage import CalibrationOptions
 
     source = save_tiny("deepseek-v3", tmp_path / "float", small_moe)
     export(
