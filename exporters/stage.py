@@ -41,7 +41,7 @@ from dynquant.recipes.presets import preset_types
 from dynquant.resources import chosen_device
 from dynquant.running.cluster import RayPool, TaskNeeds, open_ray
 from dynquant.running.load import load_hf, load_tokenizer
-from dynquant.storage.resumable_output import file_hash
+from dynquant.storage.atomic import file_hash
 
 PROCESS_BYTES = 1 << 30
 """Host memory of an export without its tensors: Python with its libraries, the tokenizer, an encoder's search."""

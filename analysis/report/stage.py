@@ -18,7 +18,7 @@ from dynquant.planning.planner import Rules
 from dynquant.planning.selection import Selection
 from dynquant.recipes.plan import Plan
 from dynquant.recipes.presets import preset_types
-from dynquant.storage.resumable_output import file_hash
+from dynquant.storage.atomic import file_hash
 from dynquant.storage.strict_json import parse_json
 
 STATS_NAME, ERRORS_NAME, PLAN_NAME, SUPER_NAME = "stats.safetensors", "errors.json", "plan.json", "super_weights.json"

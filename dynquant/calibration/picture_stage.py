@@ -15,10 +15,10 @@ from dynquant.encoding.stream import load_encoder
 from dynquant.errors import DataError
 from dynquant.inputs.pictures import Encoded, SampleEncoder, SampleFile, image_token_of, read_samples
 from dynquant.inputs.processor import load_processor
-from dynquant.recipes.plan import write_atomically
 from dynquant.resources import chosen_device
 from dynquant.running.gradients import ModelInputs
 from dynquant.running.load import load_hf
+from dynquant.storage.atomic import write_atomically
 
 TEXT_ONLY = (
     "This model has a vision tower, but the calibration is text alone: nothing of the vision tower, the projector and "

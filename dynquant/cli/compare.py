@@ -16,7 +16,8 @@ from dynquant.evaluation.report import EvalReport
 from dynquant.exporters import stage as export_workflow
 from dynquant.planning import stage as workflow
 from dynquant.planning.search import SearchOptions
-from dynquant.recipes.plan import Plan, write_atomically
+from dynquant.recipes.plan import Plan
+from dynquant.storage.atomic import write_atomically
 
 PLAN_PREFIX = "plan at "
 

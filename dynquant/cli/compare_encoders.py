@@ -20,7 +20,7 @@ from dynquant.evaluation.statistics import bootstrap_ratio
 from dynquant.exporters import stage as export_workflow
 from dynquant.exporters.closing_pass import TuneOptions
 from dynquant.planning import stage as workflow
-from dynquant.recipes.plan import write_atomically
+from dynquant.storage.atomic import write_atomically
 
 BASE, TUNED = "ggml", "+tune"
 VARIANTS = ("ggml", "dynquant", "dynquant+tune")

@@ -29,7 +29,7 @@ from dynquant.planning.target import parse_size
 from dynquant.recipes.serving_building import preset_schemes, serving_plan
 from dynquant.recipes.serving_plan import ServingPlan
 from dynquant.resources import chosen_device
-from dynquant.storage.resumable_output import file_hash
+from dynquant.storage.atomic import file_hash
 
 SERVING_ERRORS_NAME = "serving_errors.json"
 

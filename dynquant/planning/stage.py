@@ -55,13 +55,13 @@ from dynquant.planning.vision_modules import ModuleChoice, held_to, module_choic
 from dynquant.planning.vision_search import search_modules
 from dynquant.recipes.build_plan import plan_from_types
 from dynquant.recipes.command_line import recipe_types
-from dynquant.recipes.plan import Plan, write_atomically
+from dynquant.recipes.plan import Plan
 from dynquant.recipes.presets import R1_RECIPES, preset_types
 from dynquant.recipes.type_lists import like_types
 from dynquant.resources import chosen_device
 from dynquant.running.cluster import open_ray
 from dynquant.session import Progress
-from dynquant.storage.resumable_output import file_hash
+from dynquant.storage.atomic import file_hash, write_atomically
 
 DEFAULT_TYPES = (
     "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "IQ4_XS", "Q5_K", "Q6_K", "Q8_0",

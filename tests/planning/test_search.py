@@ -35,7 +35,7 @@ from dynquant.running.gradients import sampled_log_probability
 from dynquant.running.layer_replay import LayerReplay
 from dynquant.running.live_weights import LiveWeights
 from dynquant.running.load import load_hf, load_tokenizer
-from dynquant.storage.resumable_output import file_hash
+from dynquant.storage.atomic import file_hash
 
 TYPES = ("IQ2_XXS", "Q2_K", "Q4_K")
 TOKENS = 4096
