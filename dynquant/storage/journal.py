@@ -89,11 +89,11 @@ def differing_key(stored: Record, identity: Record) -> str | None:
     return next((key for key in (*identity, *stored) if stored.get(key) != identity.get(key)), None)
 
 
-def write_all(file: BinaryIO, data: memoryview | bytes, *, at_once: int = 1 << 24) -> None:
+def write_all(file: BinaryIO, data: memoryview | bytes) -> None:
     """Write all of `data` to an unbuffered file, which may accept only a part of it at a time."""
     rest = memoryview(data)
     while rest:
-        rest = rest[file.write(rest[:at_once]) :]
+        rest = rest[file.write(rest[: 1 << 24]) :]
 
 
 def _line(record: Record) -> bytes:

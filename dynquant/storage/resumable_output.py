@@ -101,7 +101,7 @@ class ResumableOutput:
         try:
             file = self._files[region.file]
             file.seek(region.offset)
-            write_all(file, data, at_once=_COPY_BYTES)
+            write_all(file, data)
             os.fsync(file.fileno())
             self._journal.add(region.record(hashlib.sha256(data).hexdigest()))
         except OSError as error:
