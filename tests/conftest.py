@@ -74,10 +74,8 @@ def drawn_moe(tmp_path_factory: pytest.TempPathFactory):
         spikes={"blk.1.ffn_down_exps.weight": 2.5, "blk.4.ffn_down_shexp.weight": 3.5},
     )
     steps = []
-    files = write_plots(
-        tmp_path_factory.mktemp("plots"), table=made.table, plan=made.plan, stats=made.stats,
-        super_weights=made.super_weights, frontier=made.frontier, progress=lambda *step, **_: steps.append(step),
-    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("plots")
+    files = write_plots(folder, made.results, lambda *step, **_: steps.append(step))
     return DrawnModel(made, files, steps)
 
 

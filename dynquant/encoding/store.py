@@ -21,10 +21,10 @@ from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.model import Model
 from dynquant.encoding.interface import Encoder
 from dynquant.encoding.stream import Guidance, encode_tensor, encoder_version, guidance_of
-from dynquant.errors import ExportError
+from dynquant.errors import WriteError
 from dynquant.formats import decode
 from dynquant.formats.quant_types import QUANT_TYPES
-from dynquant.process_usage import count_mapped
+from dynquant.resources import count_mapped
 from dynquant.storage.atomic import write_atomically
 
 ENCODED_NAME = "encoded"
@@ -105,5 +105,5 @@ def store_directory(
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ExportError(f"{directory} cannot be made: {error.strerror or os.strerror(error.errno or 0)}.") from error
+        raise WriteError(f"{directory} cannot be made: {error.strerror or os.strerror(error.errno or 0)}.") from error
     return directory
