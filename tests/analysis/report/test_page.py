@@ -11,7 +11,7 @@ from PIL import Image
 
 from dynquant.analysis.plots.groups import PlanResults
 from dynquant.analysis.report.page import summary_sentence, write_report
-from dynquant.errors import PlanError
+from dynquant.errors import PlanError, WriteError
 from tests.helpers.synthetic_models import DENSE, Shape, synthetic_model
 
 EVALUATION = {"kl": {"mean": 0.01234567, "interval": [0.011, 0.013]}, "per token": list(range(50)), "top1": 0.93}
