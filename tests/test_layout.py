@@ -52,7 +52,6 @@ def imported_modules(path: Path) -> set[str]:
 
 
 UPWARD_FOR_NOW: dict[str, set[str]] = {
-    "dynquant.checkpoints.gguf_layout": {"dynquant.calibration.statistics"},
     "dynquant.evaluation.picture_evaluate": {"dynquant.analysis.report.pictures", "dynquant.exporters.mmproj"},
     "dynquant.inputs.eval_text": {"dynquant.evaluation.runners"},
 }

@@ -104,11 +104,6 @@ def quant_type(name: str) -> QuantType:
     return found
 
 
-def quant_type_by_id(ggml_id: int) -> QuantType | None:
-    """The type with this ggml id, or None when the registry does not hold it."""
-    return _BY_ID.get(ggml_id)
-
-
 def fit_to_row(wanted: QuantType, row_length: int) -> tuple[QuantType, str | None]:
     """The type that llama.cpp would store for `wanted` in rows of this length, and why it differs.
 
