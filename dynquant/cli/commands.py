@@ -16,9 +16,9 @@ from dynquant.evaluation.report import EvalReport, summary_rows
 from dynquant.exporters import stage as export_workflow
 from dynquant.planning import stage as workflow
 from dynquant.planning.target import parse_size
+from dynquant.recipes.command_line import command_line, left_alone, recipe_of, uses_imatrix
 from dynquant.recipes.diff import PlanDiff, compare_types, number_ranges
 from dynquant.recipes.plan import Plan, write_atomically
-from dynquant.recipes.recipe_text import command_line, left_alone, recipe_of, uses_imatrix
 from dynquant.recipes.type_lists import read_types
 
 _NOTHING_KEPT = "Nothing is kept without --reference-cache: what the models said so far is lost."
