@@ -24,7 +24,7 @@ from dynquant.encoding.stream import (
     parts_of_plan,
     quantize,
 )
-from dynquant.errors import ClusterError, DynquantError, ExportError
+from dynquant.errors import ClusterError, DynquantError, ExportError, WriteError
 from dynquant.exporters.provenance import check_stats, export_identity
 from dynquant.recipes.plan import Plan
 from dynquant.session import Progress
@@ -83,7 +83,7 @@ def export_gguf(
         )  # fmt: skip
         try:
             _write(target, files, quantized)
-        except (ExportError, ClusterError):
+        except (WriteError, ClusterError):
             raise
         except DynquantError:
             target.discard()
