@@ -129,7 +129,7 @@ def _commonest_base(tensors: list[TensorRecord]) -> str:
 
 
 def _patterns(tensors: Iterable[TensorRecord]) -> tuple[tuple[str, str], ...]:
-    """Return disjoint patterns: layers of one part and type as one class, parts with the same layers as alternatives."""
+    """Return disjoint patterns, one for the layers of a part and type; parts with the same layers share one."""
     layers: dict[tuple[str, str], dict[str, list[int]]] = {}
     outside: list[tuple[str, str]] = []
     for tensor in tensors:
