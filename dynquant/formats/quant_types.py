@@ -88,7 +88,6 @@ def _from_gguf(name: str) -> QuantType:
 
 
 QUANT_TYPES: dict[str, QuantType] = {name: _from_gguf(name) for name in _NAMES}
-_BY_ID = {t.ggml_id: t for t in QUANT_TYPES.values()}
 
 
 def quant_type(name: str) -> QuantType:
