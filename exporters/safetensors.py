@@ -39,7 +39,7 @@ from dynquant.encoding.stream import (
     parts_of_plan,
     quantize,
 )
-from dynquant.errors import CheckpointError, ClusterError, DynquantError, ExportError
+from dynquant.errors import CheckpointError, ClusterError, DynquantError, ExportError, WriteError
 from dynquant.exporters.model_card import model_card
 from dynquant.exporters.provenance import check_stats, export_identity
 from dynquant.families.common.config import Config, read_config, read_json
@@ -138,7 +138,7 @@ def export_safetensors(
             write_small_files(target, checkpoint.documents, checkpoint.shards)
             _copy(target, model, checkpoint.layout.copied)
             _write(target, checkpoint.layout.places, quantized)
-        except (ExportError, ClusterError):
+        except (WriteError, ClusterError):
             raise
         except DynquantError:
             target.discard()

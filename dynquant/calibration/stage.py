@@ -27,7 +27,7 @@ from dynquant.resources import chosen_device, human_bytes, parse_size
 from dynquant.running.load import computing_type
 from dynquant.running.stream_memory import COMFORTABLE_SHARE, free_memory
 from dynquant.session import SILENT, Progress, Session
-from dynquant.storage.resumable_output import file_hash
+from dynquant.storage.atomic import file_hash
 
 STATS_NAME = "stats.safetensors"
 """Statistics beside a plan."""

@@ -55,10 +55,8 @@ def test_pictures_score_what_is_installed(store, qwen, pictures):
 
 
 def test_modules_are_measured_beside_the_same_language_model(store, qwen, pictures):
-    model = store.model
-    rows = list(
-        measure_modules(plan_of(model, "Q8_0"), store, encoded_pictures("qwen2_vl", qwen, pictures), ("q8_0", "q4_0"))
-    )
+    samples = encoded_pictures("qwen2_vl", qwen, pictures)
+    rows = list(measure_modules(plan_of(store.model, "Q8_0"), store, samples, ("q8_0", "q4_0")))
     kl = {(row.module, row.type): row.kl.value for row in rows}
     size = {(row.module, row.type): row.bytes for row in rows}
     assert len(rows) == 7 and rows[0].type == "as stored"

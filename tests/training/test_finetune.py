@@ -23,30 +23,15 @@ from dynquant.training.options import TrainOptions
 from dynquant.training.trl_head import use_packed_head
 
 OPTIONS = TrainOptions(rank=8, learning_rate=5e-3, max_steps=20, batch_size=16, evaluations=4)
-WORDS = [
-    "river",
-    "stone",
-    "garden",
-    "candle",
-    "market",
-    "bridge",
-    "letter",
-    "window",
-    "harbor",
-    "forest",
-    "engine",
-    "teacher",
-    "silver",
-    "mirror",
-]
 
 
 @pytest.fixture(scope="module")
 def lists(tmp_path_factory) -> Path:
     """A format to learn: words as a bracketed list."""
-    lines = []
+    vocabulary = "river stone garden candle market bridge letter window harbor forest engine teacher silver mirror"
+    vocabulary, lines = vocabulary.split(), []
     for i in range(80):
-        words = [WORDS[(i * 5 + j * (i % 3 + 1)) % len(WORDS)] for j in range(3)]
+        words = [vocabulary[(i * 5 + j * (i % 3 + 1)) % len(vocabulary)] for j in range(3)]
         lines.append({"prompt": "Words: " + " ".join(words) + "\nList:", "completion": f" [{'] ['.join(words)}]"})
     path = tmp_path_factory.mktemp("data") / "lists.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")

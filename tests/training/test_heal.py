@@ -103,10 +103,8 @@ def test_healing_on_a_gpu(crushed, cache, cuda, tmp_path):
 
 
 def test_answers_are_counted_with_and_without_the_adapter(crushed, cache, tmp_path):
-    questions, words = (
-        tmp_path / "questions.jsonl",
-        ["river", "stone", "garden", "candle", "market", "bridge", "letter"],
-    )
+    questions = tmp_path / "questions.jsonl"
+    words = ["river", "stone", "garden", "candle", "market", "bridge", "letter"]
     lines = [
         {"subject": "words", "question": f"Which word comes {place}?", "choices": words[i : i + 4], "answer": i % 4}
         for i, place in enumerate(("first", "second", "third", "last"))
