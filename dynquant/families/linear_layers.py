@@ -13,8 +13,8 @@ import torch
 
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_format import StoredTensor
+from dynquant.checkpoints.safetensors_source import SafetensorsSource
 from dynquant.checkpoints.tensor_roles import Role, gguf_name_of, layer_of, role_of
-from dynquant.checkpoints.tensor_source import SafetensorsSource
 from dynquant.errors import ExportError
 from dynquant.families.common.conversion import RecipeSource
 

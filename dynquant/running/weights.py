@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dynquant.checkpoints.fp8_values import StoredValues
 from dynquant.checkpoints.model import Model
+from dynquant.checkpoints.safetensors_source import SafetensorsSource, StoredValues
 from dynquant.checkpoints.tensor_roles import gguf_name_of
-from dynquant.checkpoints.tensor_source import SafetensorsSource
 from dynquant.errors import CheckpointError
 from dynquant.families.common.conversion import RecipeSource
 from dynquant.running.expert_hooks import expert_modules

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 import gguf
 
-from dynquant.checkpoints.tensor_source import INDEX_NAME, SafetensorsSource, TensorSource
+from dynquant.checkpoints.safetensors_source import INDEX_NAME, SafetensorsSource
+from dynquant.checkpoints.tensor_source import TensorSource
 from dynquant.errors import CheckpointError
 from dynquant.families.common.config import Config, read_config, read_json
 from dynquant.families.common.conversion import RecipeSource

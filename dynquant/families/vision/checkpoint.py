@@ -14,8 +14,8 @@ import torch
 
 from dynquant.checkpoints.gguf_source import MetadataField
 from dynquant.checkpoints.model import Model, ModelPart
+from dynquant.checkpoints.safetensors_source import SafetensorsSource
 from dynquant.checkpoints.tensor_roles import gguf_name_of
-from dynquant.checkpoints.tensor_source import SafetensorsSource
 from dynquant.checkpoints.vision_names import language_name
 from dynquant.errors import CheckpointError
 from dynquant.families.common.config import Config, read_json

@@ -8,7 +8,7 @@ from pathlib import Path
 import gguf
 
 from dynquant.checkpoints.model import Model, ModelPart
-from dynquant.checkpoints.tensor_source import SafetensorsSource
+from dynquant.checkpoints.safetensors_source import SafetensorsSource
 from dynquant.checkpoints.vision_names import language_name, vision_name
 from dynquant.errors import CheckpointError
 from dynquant.families.common.config import Config, finite, read_json
