@@ -68,7 +68,7 @@ def planned_16m(small_moe: Path, calibrated_16m: Path, tmp_path_factory: pytest.
     folder = linked_copy(calibrated_16m, tmp_path_factory.mktemp("planned") / "plan")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage, "PROBE_TOKENS", 512)
-        said = succeed("plan", small_moe, "--types", "q2_k,q3_k,iq4_xs,q6_k", *CALIBRATION_16M, "-o", folder)
+        said = succeed("plan", small_moe, "--types", "q2_k,iq4_xs,q6_k", *CALIBRATION_16M, "-o", folder)
     assert "stats.safetensors" in said
     return folder
 

@@ -18,7 +18,7 @@ from dynquant.recipes.plan import Plan
 from tests.conftest import CALIBRATION_16M
 from tests.helpers.commands import command, linked_copy, refused, run, run_alone, succeed
 
-TYPES = "q2_k,q3_k,iq4_xs,q6_k"
+TYPES = "q2_k,iq4_xs,q6_k"
 
 
 @pytest.fixture(scope="module")

@@ -38,9 +38,9 @@ def calibrated(calibrated_16m, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def plan(small_moe, calibrated) -> Path:
-    """The experts of one layer in IQ2_XXS, the rest in F16: the damage is all ours, and seconds of work."""
-    crushed = ("blk.1.ffn_gate_exps.weight", "blk.1.ffn_up_exps.weight", CRUSHED_DOWN)
-    return save_plan(small_moe, calibrated, "plan.json", dict.fromkeys(crushed, "IQ2_XXS"))
+    """The experts of one layer in IQ1_S and IQ2_XXS, the rest in F16: the damage is all ours, and seconds of work."""
+    ternary = dict.fromkeys(("blk.1.ffn_gate_exps.weight", "blk.1.ffn_up_exps.weight"), "IQ1_S")
+    return save_plan(small_moe, calibrated, "plan.json", ternary | {CRUSHED_DOWN: "IQ2_XXS"})
 
 
 @pytest.fixture(scope="module")
@@ -165,8 +165,8 @@ def test_super_weights_beside_the_plan_keep_their_value(small_moe, calibrated, p
 
 
 def test_tune_improves_any_file(small_moe, files, tmp_path):
-    said = succeed("tune", files["ggml"], "--reference", small_moe, "--tokens", 2048, "-o", tmp_path / "tuned.gguf")
-    assert "closing pass on 2,048 tokens: KL" in said
+    said = succeed("tune", files["ggml"], "--reference", small_moe, "--tokens", 4096, "-o", tmp_path / "tuned.gguf")
+    assert "closing pass on 4,096 tokens: KL" in said
     keys = {field.key: field.value for field in GGUFSource(tmp_path / "tuned.gguf").metadata}
     assert keys["dynquant.encoder"].strip() == "ggml+tune"
 
