@@ -22,7 +22,7 @@ from dynquant.checkpoints.model import Model
 from dynquant.encoding.store import ENCODED_NAME, open_store
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import EvaluationError
-from dynquant.evaluation.distributions import Distribution
+from dynquant.evaluation.distributions import Distributions
 from dynquant.evaluation.picture_runners import (
     GgufPictures,
     PictureItem,
@@ -137,7 +137,7 @@ def evaluate_on_samples(
     items = _items(encoder_of_samples, file.samples[:limit], "vqa" in tasks)
     original = TransformersPictures(load_hf(model, dtype=torch.float32, device=chosen_device(device)))
     first = _Scorer(original, items, "reference", progress)
-    targets = first.map(lambda run, item: Distribution.of(run.logits(item))) if "kl" in tasks else []
+    targets = first.map(lambda run, item: Distributions.of(run.logits(item))) if "kl" in tasks else []
     before = _answers(first, processor.tokenizer) if "vqa" in tasks else []
     with _candidate(candidate, mmproj, model, original, encoder, processor) as (other, candidate_bytes):
         second = _Scorer(other, items, "candidate", progress)
@@ -196,11 +196,11 @@ def _items(encoder: SampleEncoder, samples: Sequence[Sample], asks: bool) -> lis
     return found
 
 
-def _compare(run: PictureRunner, item: PictureItem, target: Distribution) -> tuple[np.ndarray, np.ndarray]:
+def _compare(run: PictureRunner, item: PictureItem, target: Distributions) -> tuple[np.ndarray, np.ndarray]:
     logits = run.logits(item)
     if not torch.isfinite(logits).all():
         raise EvaluationError(f"{item.sample.place}: the candidate's logits are NaN or infinite.")
-    return target.divergences(logits).cpu().numpy(), target.agreements(logits).numpy()
+    return target.kl(logits).cpu().numpy(), target.agreements(logits).numpy()
 
 
 def _answers(scorer: _Scorer, tokenizer: Any) -> list[str]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dynquant.checkpoints.tensor_roles import layer_of
 from dynquant.encoding.store import EncodedStore
-from dynquant.evaluation.distributions import Distribution
+from dynquant.evaluation.distributions import Distributions
 from dynquant.running.layer_replay import LayerReplay
 from dynquant.running.live_weights import LiveWeights
 
@@ -63,7 +63,7 @@ class ScoredText:
         self._rendered = rendered
         self.window_lengths = [windows.shape[1]] * len(windows)
         self._replay = LayerReplay(rendered.hf_model, windows.split(max(1, BATCH_TOKENS // windows.shape[1])))
-        self._targets = [Distribution.of(logits) for logits in self._replay.keep()]
+        self._targets = [Distributions.of(logits) for logits in self._replay.keep()]
 
     @property
     def num_tokens(self) -> int:
@@ -76,7 +76,7 @@ class ScoredText:
         """
         divergences, agreements = [], []
         for logits, target in zip(self._replay.keep(), self._targets, strict=True):
-            divergences.append(target.divergences(logits).cpu())
+            divergences.append(target.kl(logits).cpu())
             agreements.append(target.agreements(logits))
         return torch.cat(divergences), torch.cat(agreements)
 
@@ -87,10 +87,7 @@ class ScoredText:
             for name, wanted in changes.items():
                 self._rendered.write(name, wanted)
             first = _first_layer(changes, self._replay.num_layers)
-            found = [
-                target.divergences(self._replay.logits(index, first)).cpu()
-                for index, target in enumerate(self._targets)
-            ]
+            found = [target.kl(self._replay.logits(index, first)).cpu() for index, target in enumerate(self._targets)]
         finally:
             for name, wanted in before.items():
                 self._rendered.write(name, wanted)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynquant.evaluation.distributions import Distribution
+from dynquant.evaluation.distributions import Distributions
 from dynquant.evaluation.rendered_model import RenderedModel
 from dynquant.inputs.pictures import Encoded
 
@@ -42,7 +42,7 @@ class ScoredPictures:
             raise ValueError("`rendered` holds a plan's weights; score its pictures before anything is installed")
         self._hf_model, self._samples = rendered.hf_model, samples
         with torch.inference_mode():
-            self._targets = [Distribution.of(text_logits(self._hf_model, sample)) for sample in samples]
+            self._targets = [Distributions.of(text_logits(self._hf_model, sample)) for sample in samples]
         self.sample_lengths = [len(target) for target in self._targets]
 
     @property
@@ -56,6 +56,6 @@ class ScoredPictures:
         with torch.inference_mode():
             for sample, target in zip(self._samples, self._targets, strict=True):
                 logits = text_logits(self._hf_model, sample)
-                divergences.append(target.divergences(logits).cpu())
+                divergences.append(target.kl(logits).cpu())
                 agreements.append(target.agreements(logits))
         return torch.cat(divergences), torch.cat(agreements)
