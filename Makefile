@@ -3,20 +3,27 @@ PYTHON ?= python3
 VENV ?= .venv
 READY := $(VENV)/.ready
 DEMO ?= demo-out
-SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
+SIDE_BY_SIDE := -n 2 --dist worksteal
 export HF_HUB_OFFLINE = 1
 export PYTHONSAFEPATH = 1
 
-.PHONY: demo test test-fast fuzz lint clean
+.PHONY: demo test nightly test-gpu fuzz lint clean
 
 demo: $(READY)
 	$(VENV)/bin/dynquant demo -o $(DEMO)
 
+# Five minutes on two cores: every behaviour, but of what takes long (interpreted and compiled Triton kernels, training
+# runs, Ray, kills, browsers, damaged files) one representative each.
 test: $(READY)
 	$(VENV)/bin/pytest $(SIDE_BY_SIDE)
 
-test-fast: $(READY)
-	$(VENV)/bin/pytest $(SIDE_BY_SIDE) -m "not slow"
+# All tests: those of `make test` and the ones marked nightly. A quarter of an hour on two cores.
+nightly: $(READY)
+	$(VENV)/bin/pytest $(SIDE_BY_SIDE) -m ""
+
+# The tests that need a GPU; one process, because they share it.
+test-gpu: $(READY)
+	$(VENV)/bin/pytest -m gpu
 
 # Damaged files for an hour (FUZZ_SECONDS for longer); findings are in fuzz-out.
 FUZZ_SECONDS ?= 3600

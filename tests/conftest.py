@@ -11,50 +11,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Each worker has its share of the cores: threads of both on one core would only wait for each other.
-    workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
-    if hasattr(os, "sched_setaffinity") and (share := len(cores := sorted(os.sched_getaffinity(0))) // workers):
-        first = share * int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
-        os.sched_setaffinity(0, cores[first : first + share])
+    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
-TOGETHER = {
-    "search tables": ("test_dynquant_encoder", "test_export_dynquant", "test_ggml_encoder", "test_codecs_decode"),
-    "smollm2": ("test_super_weights", "test_calibration"),
-    "plots": ("test_plots", "test_report"),
-}
-"""Files for one worker: what they share is in its process. ggml's search tables of IQ1 and IQ2 take 28 s to build."""
-LONGEST_FILES = (
-    *TOGETHER["search tables"],
-    *TOGETHER["smollm2"],
-    "test_plan_search",
-    "test_kernels_gemv",
-    "test_cli",
-    "test_gguf_model",
-    "test_exporters_compressed",
-    "test_heal",
-    "test_finetune",
-    "test_grpo",
-)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files whose tests take longest go first, so that no worker is left alone with one of them at the end."""
-    slow: dict[Path, int] = {}
-    for item in items:
-        slow[item.path] = slow.get(item.path, 0) + (item.get_closest_marker("slow") is not None)
-    items.sort(key=lambda item: (item.path.stem not in LONGEST_FILES, -slow[item.path]))
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log):
-    """`--dist loadfile`, with the files of a group of `TOGETHER` on one worker."""
-    if config.getoption("dist") != "loadfile":
-        return None
-    from tests.helpers.scheduling import FileScheduling
-
-    return FileScheduling(config, log, TOGETHER)
 
 
 @pytest.fixture(scope="session")
@@ -113,10 +74,8 @@ def drawn_moe(tmp_path_factory: pytest.TempPathFactory):
         spikes={"blk.1.ffn_down_exps.weight": 2.5, "blk.4.ffn_down_shexp.weight": 3.5},
     )
     steps = []
-    files = write_plots(
-        tmp_path_factory.mktemp("plots"), table=made.table, plan=made.plan, stats=made.stats,
-        super_weights=made.super_weights, frontier=made.frontier, progress=lambda *step, **_: steps.append(step),
-    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("plots")
+    files = write_plots(folder, made.results, lambda *step, **_: steps.append(step))
     return DrawnModel(made, files, steps)
 
 

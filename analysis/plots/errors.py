@@ -1,27 +1,33 @@
-"""Error by layer, one panel a role group: which layers must not be quantized.
+"""Error by layer, one panel a role group: which layers must not be quantized, and what image and text tokens lose.
 
-A line joins the worst tensor of every layer in one type, dots are the tensors, and the black line is what the plan
-ships. Tensors far above their role's other layers (`stand_outs`) are ringed and the worst of them named.
+A line joins the worst tensor of every layer in one type (or for one kind of token), dots are the tensors, and the black
+line is what the plan ships. Tensors far above their role's other layers (`stand_outs`) are ringed and the worst of them
+named.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dynquant.analysis.errors.table import ErrorRow, ErrorTable
 from dynquant.analysis.outliers.stand_outs import StandOut, measure_of, stand_outs
+from dynquant.analysis.outliers.token_errors import TokenError, TokenErrors
 from dynquant.analysis.plots.groups import GROUPS, OUTSIDE, PROJECTOR, group_of, shown_types
 from dynquant.analysis.plots.labels import place_labels
 from dynquant.analysis.plots.style import (
     BLACK,
+    BLUE,
+    GREY,
     LIGHT,
     TYPE_STYLES,
+    VERMILION,
     header_legend,
     layer_axis,
     new_figure,
     percent_axis,
     plain,
 )
+from dynquant.checkpoints.tensor_roles import Role
 from dynquant.recipes.plan import Plan
 
 if TYPE_CHECKING:
@@ -30,11 +36,14 @@ if TYPE_CHECKING:
 
 NAMED_LAYERS, NAMED_TENSORS = 4, 3
 """Layers named in a panel, and tensors of each; the report lists all."""
-_AXIS_NAMES = {
-    "activation_error": "relative output error (%)",
-    "relative_rms": "relative RMS weight error (%)",
+_NAMES = {
+    "activation_error": ("Output error", "relative output error (%)"),
+    "relative_rms": ("Weight error", "relative RMS weight error (%)"),
 }
-_WORDS = {"activation_error": "Output error", "relative_rms": "Weight error"}
+_TOKEN_KINDS = (("image", BLUE, "o", "image tokens"), ("text", VERMILION, "s", "text tokens"))
+_WIDTHS = {1: 8.5, 2: 11.0, 3: 13.5}
+"""Inches of a figure with so many columns."""
+_SHIPPED_MARK = {"color": BLACK, "marker": "_", "markersize": 34, "markeredgewidth": 2.2, "linestyle": "none"}
 
 
 @dataclass(frozen=True)
@@ -48,12 +57,13 @@ class _Panel:
     """Tensor name -> the plan's type."""
 
     def values(self, type_name: str) -> list[tuple[ErrorRow, float]]:
-        found = ((row, measure_of(row, self.measure)) for row in self.rows if row.type == type_name)
-        return [(row, value) for row, value in found if value is not None]
+        return self._measured(row for row in self.rows if row.type == type_name)
 
     def shipped(self) -> list[tuple[ErrorRow, float]]:
-        found = ((row, measure_of(row, self.measure)) for row in self.rows if self.planned.get(row.name) == row.type)
-        return [(row, value) for row, value in found if value is not None]
+        return self._measured(row for row in self.rows if self.planned.get(row.name) == row.type)
+
+    def _measured(self, rows: Iterable[ErrorRow]) -> list[tuple[ErrorRow, float]]:
+        return [(row, value) for row in rows if (value := measure_of(row, self.measure)) is not None]
 
 
 def draw_errors(table: ErrorTable, plan: Plan, measure: str) -> tuple["Figure", str] | None:
@@ -67,48 +77,75 @@ def draw_errors(table: ErrorTable, plan: Plan, measure: str) -> tuple["Figure", 
             panels[group] = _Panel(rows, types, measure, planned)
     if not panels:
         return None
-    found = stand_outs(table, measure, types)
-    headline = _headline(found, measure)
-    figure = _figure(len(panels), headline, _subtitle(table, plan, types))
-    header_legend(figure, _legend(types, bool(found)), columns=len(types) + 2)
+    word, axis_name = _NAMES[measure]
+    outliers = stand_outs(table, measure, types)
+    headline = f"{word} by layer: {_outliers_sentence(outliers)}"
+    figure, grid = _panel_grid(panels, headline, _subtitle(table, plan, types), axis_name)
+    header_legend(figure, _legend(types, bool(outliers)), columns=len(types) + 2)
     layers = [row.layer for row in table.rows if row.layer is not None]
     limits = _common_range(list(panels.values()))
-    columns = min(len(panels), 3)
-    for index, (group, panel) in enumerate(panels.items()):
-        axes = figure.add_subplot(-(-len(panels) // columns), columns, index + 1)
-        axes.set_title(group)
-        axes.set_yscale("log")
+    for group, axes in grid.items():
         axes.set_ylim(*limits)
         percent_axis(axes.yaxis)
-        if index % columns == 0:
-            axes.set_ylabel(_AXIS_NAMES[measure])
         if group in (OUTSIDE, PROJECTOR):
-            _draw_outside(axes, panel)
+            _draw_outside(axes, panels[group])
         else:
-            _draw_layers(axes, panel, layers)
-    for axes, (group, panel) in zip(figure.axes, panels.items(), strict=True):
-        _name_stand_outs(axes, panel, [item for item in found if group_of(item.row.role) == group])
+            _draw_layers(axes, panels[group], layers)
+    for group, axes in grid.items():
+        _name_stand_outs(axes, panels[group], [item for item in outliers if group_of(item.row.role) == group])
     return figure, headline
 
 
-def _headline(found: Sequence[StandOut], measure: str) -> str:
-    word = _WORDS[measure]
-    if not found:
-        return f"{word} by layer: no tensor sticks out of its role"
-    names = "tensor sticks" if len(found) == 1 else "tensors stick"
-    return f"{word} by layer: {len(found)} {names} out of their role, worst {plain(found[0].row.name, 40)}"
+def draw_token_errors(errors: TokenErrors, plan: Plan) -> tuple["Figure", str] | None:
+    """Figure and headline; None when no matrix in a layer saw any token. Cross-attention layers are shaded."""
+    rows = [row for row in errors.rows if row.layer is not None]
+    panels = {group: of_group for group in GROUPS if (of_group := [row for row in rows if group_of(row.role) == group])}
+    if not panels:
+        return None
+    headline = f"Output error in {errors.type}, image tokens and text tokens apart"
+    subtitle = f"{plain(plan.model, 60)}: every dot is a matrix, a line joins the worst of each layer"
+    figure, grid = _panel_grid(panels, headline, subtitle, "relative output error (%)")
+    crossing = sorted({row.layer for row in rows if row.role is Role.CROSS_ATTN})
+    header_legend(figure, _token_legend(has_crossing=bool(crossing)), columns=3)
+    for group, axes in grid.items():
+        _draw_tokens(axes, panels[group])
+        for layer in [] if group.startswith("vision") else crossing:
+            axes.axvspan(layer - 0.5, layer + 0.5, color=GREY, alpha=0.15, linewidth=0)
+        layer_axis(axes, [row.layer for row in rows])
+        percent_axis(axes.yaxis)
+        axes.set_xlabel("layer")
+    return figure, headline
+
+
+def _panel_grid(
+    groups: Iterable[str], headline: str, subtitle: str, axis_name: str
+) -> tuple["Figure", dict[str, "Axes"]]:
+    """Return a figure with one panel a group, at most three in a row, and its axes by group."""
+    groups = list(groups)
+    columns = min(len(groups), 3)
+    rows = -(-len(groups) // columns)
+    figure = new_figure(_WIDTHS[columns], 3.3 * rows, headline, subtitle, legend_rows=1)
+    grid = {}
+    for index, group in enumerate(groups):
+        grid[group] = axes = figure.add_subplot(rows, columns, index + 1)
+        axes.set_title(group)
+        axes.set_yscale("log")
+        if index % columns == 0:
+            axes.set_ylabel(axis_name)
+    return figure, grid
+
+
+def _outliers_sentence(outliers: Sequence[StandOut]) -> str:
+    if not outliers:
+        return "no tensor sticks out of its role"
+    names = "tensor sticks" if len(outliers) == 1 else "tensors stick"
+    return f"{len(outliers)} {names} out of their role, worst {plain(outliers[0].row.name, 40)}"
 
 
 def _subtitle(table: ErrorTable, plan: Plan, types: list[str]) -> str:
     left_out = len(set(table.types)) - len(types)
     note = f", {left_out} more types measured but not drawn" if left_out else ""
     return f"{plain(plan.model, 60)}, plan “{plain(plan.recipe, 40)}”, encoder {plain(table.encoder, 20)}{note}"
-
-
-def _figure(num_panels: int, headline: str, subtitle: str) -> "Figure":
-    columns = min(num_panels, 3)
-    width = {1: 8.5, 2: 11.0, 3: 13.5}[columns]
-    return new_figure(width, 3.3 * -(-num_panels // columns), headline, subtitle, legend_rows=1)
 
 
 def _legend(types: list[str], has_stand_outs: bool) -> list:
@@ -120,18 +157,21 @@ def _legend(types: list[str], has_stand_outs: bool) -> list:
     ]
     handles.append(Line2D([], [], color=BLACK, linewidth=2.2, label="the plan"))
     if has_stand_outs:
-        ring = {
-            "marker": "o",
-            "markerfacecolor": "none",
-            "markeredgecolor": BLACK,
-            "markersize": 9,
-            "linestyle": "none",
-        }
-        handles.append(Line2D([], [], label="sticks out (xN: N times the median of its role)", **ring))
+        ring = Line2D([], [], marker="o", markerfacecolor="none", markeredgecolor=BLACK, markersize=9, linestyle="none")
+        ring.set_label("sticks out (xN: N times the median of its role)")
+        handles.append(ring)
     return handles
 
 
-def _worst_per_layer(values: list[tuple[ErrorRow, float]]) -> list[tuple[int, float]]:
+def _token_legend(*, has_crossing: bool) -> list:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    lines = [Line2D([], [], color=color, marker=marker, label=label) for _, color, marker, label in _TOKEN_KINDS]
+    return [*lines, Patch(color=GREY, alpha=0.15, label="cross-attention layer")] if has_crossing else lines
+
+
+def _worst_per_layer(values: Iterable[tuple[ErrorRow | TokenError, float]]) -> list[tuple[int, float]]:
     worst: dict[int, float] = {}
     for row, value in values:
         worst[row.layer] = max(value, worst.get(row.layer, 0.0))
@@ -139,64 +179,66 @@ def _worst_per_layer(values: list[tuple[ErrorRow, float]]) -> list[tuple[int, fl
 
 
 def _draw_layers(axes: "Axes", panel: _Panel, layers: list[int]) -> None:
+    dots = {"s": 4, "alpha": 0.35, "linewidths": 0, "rasterized": True}
     for name, (color, marker, dash) in zip(panel.types, TYPE_STYLES, strict=False):
         values = panel.values(name)
         if not values:
             continue
-        axes.scatter(
-            [r.layer for r, _ in values],
-            [v for _, v in values],
-            s=4,
-            color=color,
-            alpha=0.35,
-            linewidths=0,
-            rasterized=True,
-        )
+        axes.scatter([row.layer for row, _ in values], [value for _, value in values], color=color, **dots)
         line = _worst_per_layer(values)
         size = 4.5 if len(line) <= 30 else 2.8
         axes.plot(*zip(*line, strict=True), color=color, marker=marker, linestyle=dash, markersize=size, linewidth=1.2)
     shipped = _worst_per_layer(panel.shipped())
     if shipped:
+        # A line through one point is invisible, so a lone layer gets a bar.
         lone = {"marker": "_", "markersize": 12, "markeredgewidth": 2.2} if len(shipped) == 1 else {}
         axes.plot(*zip(*shipped, strict=True), color=BLACK, linewidth=2.2, zorder=2.5, alpha=0.85, **lone)
     layer_axis(axes, layers)
     axes.set_xlabel("layer")
-    present = {row.layer for row in panel.rows}
-    if len(present) < len(set(layers)):
-        for layer in set(layers) - present:
-            axes.axvspan(layer - 0.5, layer + 0.5, color=LIGHT, alpha=0.45, linewidth=0, zorder=0)
+    for layer in set(layers) - {row.layer for row in panel.rows}:
+        axes.axvspan(layer - 0.5, layer + 0.5, color=LIGHT, alpha=0.45, linewidth=0, zorder=0)
 
 
 def _draw_outside(axes: "Axes", panel: _Panel) -> None:
-    """Embedding, output and projector matrices: one column a tensor."""
+    """Draw embedding, output and projector matrices: one column a tensor."""
     names = list(dict.fromkeys(row.name for row in panel.rows))
     for name, (color, marker, _) in zip(panel.types, TYPE_STYLES, strict=False):
         values = panel.values(name)
         axes.plot([names.index(r.name) for r, _ in values], [v for _, v in values], marker, color=color, markersize=6)
     shipped = panel.shipped()
-    style = {"color": BLACK, "marker": "_", "markersize": 34, "markeredgewidth": 2.2, "linestyle": "none"}
-    axes.plot([names.index(row.name) for row, _ in shipped], [value for _, value in shipped], **style)
+    axes.plot([names.index(row.name) for row, _ in shipped], [value for _, value in shipped], **_SHIPPED_MARK)
     axes.set_xlim(-0.7, len(names) - 0.3)
     axes.set_xticks(range(len(names)), [plain(name, 24) for name in names])
     axes.grid(axis="x", visible=False)
 
 
+def _draw_tokens(axes: "Axes", rows: list[TokenError]) -> None:
+    for kind, color, marker, _ in _TOKEN_KINDS:
+        values = [(row, error) for row in rows if (error := getattr(row, kind))]
+        if not values:
+            continue
+        dots = {"alpha": 0.4, "markersize": 4, "linestyle": "none"}
+        axes.plot([row.layer for row, _ in values], [error for _, error in values], marker, color=color, **dots)
+        line = _worst_per_layer(values)
+        axes.plot(*zip(*line, strict=True), color=color, marker=marker, markersize=5, linewidth=1.3)
+
+
 def _common_range(panels: Sequence[_Panel]) -> tuple[float, float]:
-    """One error range for all panels, so that groups compare; room for names on top."""
+    """Return one error range for all panels, so that groups compare, with room for names on top."""
     values = [value for panel in panels for name in panel.types for _, value in panel.values(name)]
     low, high = min(values), max(values)
     span = max(high / low, 3.0)
     return low / span**0.04, high * span**0.26
 
 
-def _name_stand_outs(axes: "Axes", panel: _Panel, found: list[StandOut]) -> None:
-    if not found:
+def _name_stand_outs(axes: "Axes", panel: _Panel, outliers: list[StandOut]) -> None:
+    if not outliers:
         return
-    points = [(item.row.layer, item.value) for item in found]
+    points = [(item.row.layer, item.value) for item in outliers]
     axes.scatter(*zip(*points, strict=True), s=70, facecolors="none", edgecolors=BLACK, linewidths=1.1, zorder=5)
     lines = [line for name in panel.types if (line := _worst_per_layer(panel.values(name)))]
     by_layer: dict[int, list[StandOut]] = {}
-    for item in found:
+    for item in outliers:
         by_layer.setdefault(item.row.layer, []).append(item)
     named = sorted(list(by_layer.items())[:NAMED_LAYERS])
     labels = [(layer, max(item.value for item in items), _names(items)) for layer, items in named]
@@ -204,7 +246,7 @@ def _name_stand_outs(axes: "Axes", panel: _Panel, found: list[StandOut]) -> None
 
 
 def _names(items: list[StandOut]) -> str:
-    """One line a tensor of a layer, with its error as a multiple of its role's median."""
+    """Return one line a tensor of a layer, with its error as a multiple of its role's median."""
     shown = items if len(items) <= NAMED_TENSORS else items[: NAMED_TENSORS - 1]
     lines = [f"{plain(item.row.name.removesuffix('.weight'), 34)} x{item.value / item.typical:.1f}" for item in shown]
     return "\n".join(lines + ([f"+{len(items) - len(shown)} more"] if len(items) > len(shown) else []))

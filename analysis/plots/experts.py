@@ -1,6 +1,6 @@
 """Expert heat map: tokens that calibration routed to every expert, beside the error of what the plan ships."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,12 +22,12 @@ STACKED_FROM = 48
 
 def expert_tokens(plan: Plan, stats: CalibrationStats) -> dict[int, np.ndarray]:
     """Layer -> tokens routed to each expert, int64 [E]; layers without routed experts or counts are left out."""
-    found: dict[int, np.ndarray] = {}
+    tokens: dict[int, np.ndarray] = {}
     for entry in _routed(plan):
         inputs = stats.input_of(entry.name)
         if inputs is not None and len(inputs.counts) == entry.shape[0]:
-            found.setdefault(layer_of(entry.name), inputs.counts.numpy())
-    return dict(sorted(found.items()))
+            tokens.setdefault(layer_of(entry.name), inputs.counts.numpy())
+    return dict(sorted(tokens.items()))
 
 
 def starved_experts(stats: CalibrationStats | None) -> list[tuple[int, int, int]]:
@@ -44,60 +44,43 @@ def expert_errors(plan: Plan, table: ErrorTable) -> tuple[dict[int, np.ndarray],
     rows = table.tensors()
     shipped = [row for entry in _routed(plan) if (row := rows.get(entry.name, {}).get(entry.type)) is not None]
     measured = any(value is not None for row in shipped for value in row.per_expert_activation_error)
-    found: dict[int, np.ndarray] = {}
+    worst: dict[int, np.ndarray] = {}
     for row in shipped:
         if measured:
             values = np.array([np.nan if v is None else v for v in row.per_expert_activation_error])
         else:
             values = np.sqrt(np.array(row.per_expert_weighted_error))
-        known = found.get(row.layer)
-        if len(values) and (known is None or len(known) == len(values)):
-            found[row.layer] = values if known is None else np.fmax(known, values)
+        others = worst.get(row.layer)
+        if len(values) and (others is None or len(others) == len(values)):
+            worst[row.layer] = values if others is None else np.fmax(others, values)
     name = "relative output error" if measured else "importance-weighted relative error"
-    return dict(sorted(found.items())), name
+    return dict(sorted(worst.items())), name
 
 
-def draw_experts(
-    plan: Plan, table: ErrorTable | None, stats: CalibrationStats, starved: Collection[tuple[int, int]]
-) -> tuple["Figure", str] | None:
-    """Figure and headline, or None for a model without counted experts. `starved` holds (layer, expert)."""
+def draw_experts(plan: Plan, table: ErrorTable | None, stats: CalibrationStats) -> tuple["Figure", str] | None:
+    """Figure and headline, or None for a model without counted experts."""
     tokens = expert_tokens(plan, stats)
     if not tokens:
         return None
+    starved = [(layer, expert) for layer, expert, _ in starved_experts(stats)]
     errors, error_name = expert_errors(plan, table) if table is not None else ({}, "")
     num_experts = max(len(counts) for counts in tokens.values())
+    is_stacked = num_experts >= STACKED_FROM
     headline = _headline(tokens, starved)
-    figure = _figure(
-        len(tokens), num_experts, bool(errors), headline, f"{plain(plan.model, 60)}, plan “{plain(plan.recipe, 40)}”"
-    )
-    stacked = num_experts >= STACKED_FROM
-    shape = (1, 1) if not errors else (2, 1) if stacked else (1, 2)
-    layers = list(tokens)
-    axes = figure.add_subplot(*shape, 1)
-    _heat(
-        axes,
-        _matrix(tokens, layers, num_experts),
-        layers,
-        "tokens routed to each expert",
-        "tokens",
-        "viridis",
-        short_number,
-    )
-    _mark(axes, starved, layers, num_experts)
+    subtitle = f"{plain(plan.model, 60)}, plan “{plain(plan.recipe, 40)}”"
+    figure = new_figure(*_size(len(tokens), is_stacked, bool(errors)), headline, subtitle, legend_rows=1)
+    maps = [(tokens, "tokens routed to each expert", "tokens", "viridis", short_number)]
     if errors:
-        axes = figure.add_subplot(*shape, 2)
         title = f"{error_name} in the plan's types, worst projection"
-        _heat(
-            axes,
-            _matrix(errors, layers, num_experts),
-            layers,
-            title,
-            "error (%)",
-            "magma_r",
-            lambda v: f"{100 * v:.3g}%",
-        )
-        _mark(axes, starved, layers, num_experts)
-    header_legend(figure, _legend(bool(starved), errors), columns=3)
+        maps.append((errors, title, "error (%)", "magma_r", lambda v: f"{100 * v:.3g}%"))
+    grid = (len(maps), 1) if is_stacked else (1, len(maps))
+    for index, (values, title, unit, colours, label) in enumerate(maps):
+        axes = figure.add_subplot(*grid, index + 1)
+        axes.set_title(title)
+        _heat(axes, _matrix(values, list(tokens), num_experts), unit, colours, label)
+        _name_axes(axes, list(tokens))
+        _mark(axes, [(expert, list(tokens).index(layer)) for layer, expert in starved if layer in tokens], is_stacked)
+    header_legend(figure, _legend(bool(starved), bool(errors)), columns=3)
     return figure, headline
 
 
@@ -117,12 +100,12 @@ def _headline(tokens: dict[int, np.ndarray], starved: Collection) -> str:
     return f"Experts: {len(set(starved)):,} of {total:,} saw too few calibration tokens to be trusted"
 
 
-def _figure(num_layers: int, num_experts: int, has_errors: bool, headline: str, subtitle: str) -> "Figure":
-    if num_experts >= STACKED_FROM:
-        one = min(max(1.1 + 0.075 * num_layers, 2.4), 8.0)
-        return new_figure(13.5, one * (2 if has_errors else 1), headline, subtitle, legend_rows=1)
-    height = min(max(1.2 + 0.22 * num_layers, 2.6), 9.0)
-    return new_figure(13.5 if has_errors else 8.5, height, headline, subtitle, legend_rows=1)
+def _size(num_layers: int, is_stacked: bool, has_errors: bool) -> tuple[float, float]:
+    """Return width and height in inches."""
+    if is_stacked:
+        height = min(max(1.1 + 0.075 * num_layers, 2.4), 8.0)
+        return 13.5, height * (2 if has_errors else 1)
+    return 13.5 if has_errors else 8.5, min(max(1.2 + 0.22 * num_layers, 2.6), 9.0)
 
 
 def _matrix(values: dict[int, np.ndarray], layers: list[int], num_experts: int) -> np.ndarray:
@@ -133,10 +116,10 @@ def _matrix(values: dict[int, np.ndarray], layers: list[int], num_experts: int) 
     return matrix
 
 
-def _heat(axes: "Axes", matrix: np.ndarray, layers: list[int], title: str, unit: str, colours: str, label) -> None:
+def _heat(axes: "Axes", matrix: np.ndarray, unit: str, colours: str, label: Callable[[float], str]) -> None:
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     positive = matrix[np.isfinite(matrix) & (matrix > 0)]
     low, high = (positive.min(), positive.max()) if positive.size else (0.1, 1.0)
@@ -144,14 +127,6 @@ def _heat(axes: "Axes", matrix: np.ndarray, layers: list[int], title: str, unit:
     palette = colormaps[colours].with_extremes(bad=LIGHT)
     shown = np.ma.masked_where(~(matrix > 0), matrix)
     image = axes.imshow(shown, cmap=palette, norm=LogNorm(low, high), aspect="auto", interpolation="none")
-    axes.grid(visible=False)
-    axes.set_title(title)
-    axes.set_xlabel("expert")
-    axes.set_ylabel("layer")
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=17, integer=True, steps=[1, 2, 4, 5, 10]))
-    step = 1 if len(layers) <= 20 else 5 if len(layers) <= 100 else 10
-    rows = [index for index, layer in enumerate(layers) if layer % step == 0]
-    axes.set_yticks(rows, [str(layers[index]) for index in rows])
     bar = axes.figure.colorbar(image, ax=axes, pad=0.01, fraction=0.04)
     bar.set_label(unit)
     subs = (1.0,) if high / low > 300 else (1.0, 2.0, 5.0) if high / low > 8 else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
@@ -160,22 +135,34 @@ def _heat(axes: "Axes", matrix: np.ndarray, layers: list[int], title: str, unit:
     bar.ax.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _mark(axes: "Axes", starved: Collection[tuple[int, int]], layers: list[int], num_experts: int) -> None:
-    """A cross with a white rim on every starved expert: legible on any colour."""
-    points = [(expert, layers.index(layer)) for layer, expert in starved if layer in layers]
+def _name_axes(axes: "Axes", layers: list[int]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.grid(visible=False)
+    axes.set_xlabel("expert")
+    axes.set_ylabel("layer")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=17, integer=True, steps=[1, 2, 4, 5, 10]))
+    step = 1 if len(layers) <= 20 else 5 if len(layers) <= 100 else 10
+    rows = [index for index, layer in enumerate(layers) if layer % step == 0]
+    axes.set_yticks(rows, [str(layers[index]) for index in rows])
+
+
+def _mark(axes: "Axes", points: list[tuple[int, int]], is_small: bool) -> None:
+    """Draw a cross at every (column, row) of a starved expert."""
     if not points:
         return
-    size = 34 if num_experts < STACKED_FROM else 13
-    axes.scatter(*zip(*points, strict=True), marker="x", s=size, color="white", linewidths=3.0 if size > 20 else 2.0)
-    axes.scatter(*zip(*points, strict=True), marker="x", s=size, color=BLACK, linewidths=1.4 if size > 20 else 0.9)
+    size, rim, line = (13, 2.0, 0.9) if is_small else (34, 3.0, 1.4)
+    # The white rim makes the cross legible on any colour.
+    axes.scatter(*zip(*points, strict=True), marker="x", s=size, color="white", linewidths=rim)
+    axes.scatter(*zip(*points, strict=True), marker="x", s=size, color=BLACK, linewidths=line)
 
 
-def _legend(has_starved: bool, errors: dict) -> list:
+def _legend(has_starved: bool, has_errors: bool) -> list:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     handles = []
     if has_starved:
         handles.append(Line2D([], [], color=BLACK, marker="x", linestyle="none", label="starved: too few tokens"))
-    missing = "no tokens" if not errors else "no tokens, or no held-back sample"
+    missing = "no tokens, or no held-back sample" if has_errors else "no tokens"
     return [*handles, Patch(facecolor=LIGHT, edgecolor="#9ca3af", label=missing)]

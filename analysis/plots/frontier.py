@@ -1,6 +1,7 @@
-"""Size/error frontier: this plan beside uniform types, fixed recipes and the planner at other budgets.
+"""A plan beside uniform types, fixed recipes and other budgets: predicted, measured, and one against the other.
 
-The error is the planner's prediction: `ErrorTable.cost` of each tensor in its type, summed.
+The predicted error is the planner's: `ErrorTable.cost` of each tensor in its type, summed. What a selection measured is
+the KL and the top-1 agreement of rendered plans.
 """
 
 import math
@@ -8,10 +9,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dynquant.analysis.errors.table import ErrorTable
-from dynquant.analysis.plots.groups import FrontierPoint
 from dynquant.analysis.plots.labels import place_labels
 from dynquant.analysis.plots.style import (
+    BLACK,
     BLUE,
+    GREEN,
     GREY,
     ORANGE,
     VERMILION,
@@ -21,6 +23,9 @@ from dynquant.analysis.plots.style import (
     plain,
     size_unit,
 )
+from dynquant.evaluation.statistics import Estimate
+from dynquant.planning.frontier import FrontierPoint
+from dynquant.planning.selection import Candidate, Selection
 from dynquant.recipes.plan import Plan
 
 if TYPE_CHECKING:
@@ -28,19 +33,29 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 THIS_PLAN = "this plan"
+UNIFORM = "one type for every matrix"
+PLANNER = "planner"
 _LOOKS = {
     THIS_PLAN: (VERMILION, "*", 15.0, "none"),
     "planner, other budgets": (ORANGE, ".", 6.0, "-"),
-    "one type for every matrix": (GREY, "o", 6.0, ":"),
+    UNIFORM: (GREY, "o", 6.0, ":"),
     "fixed recipe": (BLUE, "s", 6.0, "none"),
 }
-_LABEL_OF_KIND = {"plan": "planner, other budgets", "uniform": "one type for every matrix"}
+"""Colour, marker, marker size and dash of the series of the predicted frontier."""
+_LABEL_OF_KIND = {"plan": "planner, other budgets", "uniform": UNIFORM}
+_MEASURED_LOOKS = {
+    PLANNER: (VERMILION, "o", "-"),
+    UNIFORM: (GREY, "s", ":"),
+    "llama.cpp mixture": (BLUE, "^", "--"),
+    "R1 recipe": (GREEN, "D", "none"),
+}
+"""Colour, marker and dash of the series of the measured frontier."""
 Point = tuple[float, float, str]
 """Size in the axis unit, error, label."""
 
 
 def plan_error(plan: Plan, table: ErrorTable | None) -> float | None:
-    """Predicted error of the plan itself; None when the table knows none of its types."""
+    """Return the predicted error of the plan itself; None when the table knows none of its types."""
     rows = [table.row(entry.name, entry.type) for entry in plan.entries] if table is not None else []
     priced = [table.cost(row) for row in rows if row is not None and table is not None]
     return math.fsum(priced) if priced else None
@@ -67,15 +82,14 @@ def draw_frontier(plan: Plan, table: ErrorTable | None, points: Sequence[Frontie
     axes.set_ylabel(table.cost_name if table is not None else "predicted error")
     _dress(axes, unit, [size for group in series.values() for size, _, _ in group])
     named = [point for name in _LOOKS if "budgets" not in name for point in series.get(name, [])]
-    lines = [
-        [(size, height) for size, height, _ in group] for name, group in series.items() if _LOOKS[name][3] != "none"
-    ]
+    joined = [group for name, group in series.items() if _LOOKS[name][3] != "none"]
+    lines = [[(size, height) for size, height, _ in group] for group in joined]
     place_labels(axes, named, lines, fontsize=8, clearance=9)
     return figure, headline
 
 
 def _is_this_plan(point: FrontierPoint, plan: Plan, error: float | None) -> bool:
-    """Whether a priced recipe is the plan itself, which is drawn as the star."""
+    """Return whether a priced recipe is the plan itself, which is drawn as the star."""
     same_size = math.isclose(point.bytes, plan.predicted_bytes, rel_tol=1e-3)
     return error is not None and same_size and math.isclose(point.error, error, rel_tol=1e-3)
 
@@ -101,14 +115,23 @@ def _headline(plan: Plan, error: float | None, points: Sequence[FrontierPoint]) 
     return f"Frontier: {100 - 100 / ratio:.0f}% less predicted error than {name}, the best recipe at no more bytes"
 
 
-def _draw_series(axes: "Axes", name: str, points: list[Point]) -> None:
+def _style(name: str) -> dict:
     color, marker, size, dash = _LOOKS[name]
-    edge = {} if marker == "." else {"markeredgecolor": "black", "markeredgewidth": 0.7}
-    sizes, errors = [point[0] for point in points], [point[1] for point in points]
+    return {"color": color, "marker": marker, "markersize": size, "linestyle": dash, "markeredgewidth": 0.7}
+
+
+def _draw_series(axes: "Axes", name: str, points: list[Point]) -> None:
+    style = _style(name)
+    edge = {"markeredgewidth": None} if style["marker"] == "." else {"markeredgecolor": "black"}
     above = 5 if name == THIS_PLAN else 3
-    axes.plot(
-        sizes, errors, color=color, marker=marker, markersize=size, linestyle=dash, linewidth=1.2, zorder=above, **edge
-    )
+    sizes, errors = [point[0] for point in points], [point[1] for point in points]
+    axes.plot(sizes, errors, linewidth=1.2, zorder=above, **style | edge)
+
+
+def _handle(name: str):
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], label=name, **_style(name))
 
 
 def _dress(axes: "Axes", unit: str, sizes: list[float]) -> None:
@@ -121,9 +144,105 @@ def _dress(axes: "Axes", unit: str, sizes: list[float]) -> None:
     axes.set_xlabel(f"file size ({unit})")
 
 
-def _handle(name: str):
-    from matplotlib.lines import Line2D
+def draw_selection(selection: Selection) -> tuple["Figure", str] | None:
+    """Figure and headline of measured over predicted KL of the candidates, and of the plans drawn around the chosen.
 
-    color, marker, size, dash = _LOOKS[name]
-    style = {"color": color, "marker": marker, "markersize": size, "linestyle": dash, "markeredgewidth": 0.7}
-    return Line2D([], [], label=name, **style)
+    None when nothing was measured.
+    """
+    others = [plan for i, plan in enumerate(selection.candidates) if plan.kl and i != selection.chosen]
+    winner = [selection.winner] if selection.winner.kl else []
+    drawn = [plan for plan in selection.checked if plan.kl]
+    if not winner and not drawn:
+        return None
+    headline = _selection_headline(selection)
+    subtitle = f"KL on {selection.num_tokens:,} tokens of {plain(selection.text, 60)}; bars are 95 % intervals"
+    figure = new_figure(8.5, 5.6, headline, subtitle, legend_rows=1)
+    axes = figure.add_subplot()
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    handles = []
+    for name, plans, color, marker, size in (
+        ("plans drawn around it", drawn, GREY, "o", 4),
+        ("other candidates", others, BLUE, "s", 6),
+        ("chosen plan", winner, VERMILION, "*", 15),
+    ):
+        if plans:
+            style = {"color": color, "marker": marker, "markersize": size, "linestyle": "none", "elinewidth": 0.8}
+            edge = {"markeredgecolor": BLACK, "markeredgewidth": 0.4, "label": name}
+            predicted = [plan.predicted_kl for plan in plans]
+            handles.append(_draw_estimates(axes, predicted, [plan.kl for plan in plans], 1, **style, **edge))
+    if selection.fit is not None:
+        x = sorted(plan.predicted_kl for plan in drawn)
+        fitted = [selection.fit.predicted(kl)[0] for kl in x]
+        handles += axes.plot(x, fitted, color=ORANGE, linewidth=1.2, label="fit")
+    for plan in [*others, *winner]:
+        point = plan.predicted_kl, plan.kl.value
+        axes.annotate(plan.label, point, xytext=(7, 4), textcoords="offset points", fontsize=8)
+    axes.set_xlabel("predicted KL: prices added up (nats per token)")
+    axes.set_ylabel("measured KL (nats per token)")
+    number_axis(axes.xaxis)
+    number_axis(axes.yaxis)
+    axes.margins(x=0.15, y=0.12)
+    header_legend(figure, handles, columns=4)
+    return figure, headline
+
+
+def _selection_headline(selection: Selection) -> str:
+    if selection.rank_correlation is not None:
+        rho = selection.rank_correlation
+        return f"Selection: predictions rank {len(selection.checked)} plans with Spearman {rho.value:.2f}"
+    measured = sum(plan.kl is not None for plan in selection.candidates)
+    if measured < 2:
+        return "Selection: one plan"
+    return f"Selection: {selection.winner.label} has the lowest KL of {measured} plans"
+
+
+def draw_measured_frontier(selection: Selection) -> tuple["Figure", str] | None:
+    """Figure and headline of KL and top-1 agreement over file size; None when no frontier was measured."""
+    points = sorted((point for point in selection.frontier if point.kl and point.top1), key=lambda point: point.bytes)
+    if not points:
+        return None
+    divisor, unit = size_unit(points[-1].bytes)
+    series = {name: [point for point in points if _kind_of(point.label) == name] for name in _MEASURED_LOOKS}
+    headline = _measured_headline(series)
+    subtitle = f"on {selection.num_tokens:,} tokens of {plain(selection.text, 60)}; bars are 95 % intervals"
+    figure = new_figure(11, 5.2, headline, subtitle, legend_rows=1)
+    left, right = figure.subplots(1, 2)
+    handles = []
+    for name, members in series.items():
+        if members:
+            sizes = [point.bytes / divisor for point in members]
+            color, marker, dash = _MEASURED_LOOKS[name]
+            style = {"color": color, "marker": marker, "markersize": 5, "linestyle": dash, "linewidth": 1.2}
+            style |= {"elinewidth": 0.8, "label": name}
+            handles.append(_draw_estimates(left, sizes, [point.kl for point in members], 1, **style))
+            _draw_estimates(right, sizes, [point.top1 for point in members], 100, **style)
+    left.set_yscale("log")
+    number_axis(left.yaxis)
+    left.set_ylabel("KL to the original (nats per token)")
+    right.set_ylabel("same top token (%)")
+    for axes in (left, right):
+        axes.set_xlabel(f"file size ({unit})")
+    header_legend(figure, handles, columns=4)
+    return figure, headline
+
+
+def _kind_of(label: str) -> str:
+    kinds = {"uniform": UNIFORM, "llama": "llama.cpp mixture", "r1": "R1 recipe"}
+    return next((kind for start, kind in kinds.items() if label.startswith(start)), PLANNER)
+
+
+def _measured_headline(series: dict[str, list[Candidate]]) -> str:
+    fixed = [point for name, points in series.items() if name != PLANNER for point in points]
+    beaten = [
+        point
+        for point in fixed
+        if any(planned.bytes <= point.bytes and planned.kl.value < point.kl.value for planned in series[PLANNER])
+    ]
+    return f"Measured frontier: planned files are no larger and better than {len(beaten)} of {len(fixed)} fixed recipes"
+
+
+def _draw_estimates(axes: "Axes", x: list[float], estimates: list[Estimate], scale: float, **style):
+    """Draw estimates, times `scale`, with their intervals; return the handle for a legend."""
+    bars = [[scale * (mean.value - mean.low), scale * (mean.high - mean.value)] for mean in estimates]
+    return axes.errorbar(x, [scale * mean.value for mean in estimates], yerr=list(zip(*bars, strict=True)), **style)

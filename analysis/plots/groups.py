@@ -1,54 +1,54 @@
 """What the plots and the report are drawn from, and the reductions that they share.
 
-Super weights and frontier points come from other stages; only the attributes read here are required of them.
-Also: the role groups of the panels, which types to show, and which tensors stick out.
+The role groups of the panels, which types to show, and mean bits of some tensors.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from math import prod
-from typing import Protocol
 
 from dynquant.analysis.errors.table import ErrorTable
+from dynquant.analysis.outliers.super_weights import SuperWeight
+from dynquant.analysis.outliers.token_errors import TokenErrors
 from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.tensor_roles import Role
 from dynquant.errors import PlanError
 from dynquant.formats.quant_types import QUANT_TYPES
+from dynquant.planning.frontier import FrontierPoint
+from dynquant.planning.selection import Selection
 from dynquant.recipes.plan import Plan, PlanEntry
 
 MAX_TYPES = 7
 """More lines than this in one panel cannot be told apart."""
 
 
-class SuperWeight(Protocol):
-    """One detected super weight; `expert` is None outside stacked tensors. Maxima may be signed."""
+@dataclass(frozen=True)
+class PlanResults:
+    """A plan and all that is known about it. What is None or empty was not measured, and its plots are not drawn."""
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def row(self) -> int: ...
-    @property
-    def col(self) -> int: ...
-    @property
-    def expert(self) -> int | None: ...
-    @property
-    def value(self) -> float: ...
-    @property
-    def max_in(self) -> float: ...
-    @property
-    def max_out(self) -> float: ...
+    plan: Plan
+    table: ErrorTable | None = None
+    stats: CalibrationStats | None = None
+    super_weights: Sequence[SuperWeight] = ()
+    frontier: Sequence[FrontierPoint] = ()
+    selection: Selection | None = None
+    token_errors: TokenErrors | None = None
 
+    def check_same_checkpoint(self) -> None:
+        """Refuse an error table or statistics of another checkpoint than the plan's.
 
-class FrontierPoint(Protocol):
-    """One plan on the size/error curve; `kind` is `plan` (the planner at some budget), `uniform` or `preset`."""
-
-    @property
-    def label(self) -> str: ...
-    @property
-    def bytes(self) -> int: ...
-    @property
-    def error(self) -> float: ...
-    @property
-    def kind(self) -> str: ...
+        Raises:
+            PlanError: the table's fingerprint differs; both are named.
+            StatsError: the statistics' fingerprint differs.
+        """
+        plan, table = self.plan, self.table
+        if table is not None and table.fingerprint != plan.fingerprint:
+            raise PlanError(
+                f"The error table was measured on checkpoint {table.fingerprint[:12]} ({table.model}), but the plan is "
+                f"for {plan.fingerprint[:12]} ({plan.model}). Run `dynquant analyze` on {plan.model}."
+            )
+        if self.stats is not None:
+            self.stats.check_belongs_to(plan.fingerprint, plan.model)
 
 
 PROJECTOR = "projector"
@@ -90,22 +90,6 @@ def bits_of(entries: Iterable[PlanEntry]) -> float:
     entries = list(entries)
     weights = sum(prod(entry.shape) for entry in entries)
     return 8 * sum(entry.bytes for entry in entries) / weights if weights else 0.0
-
-
-def check_same_checkpoint(plan: Plan, table: ErrorTable | None, stats: CalibrationStats | None) -> None:
-    """Refuse an error table or statistics of another checkpoint than the plan's.
-
-    Raises:
-        PlanError: the table's fingerprint differs; both are named.
-        StatsError: the statistics' fingerprint differs.
-    """
-    if table is not None and table.fingerprint != plan.fingerprint:
-        raise PlanError(
-            f"The error table was measured on checkpoint {table.fingerprint[:12]} ({table.model}), but the plan is for "
-            f"{plan.fingerprint[:12]} ({plan.model}). Run `dynquant analyze` on {plan.model}."
-        )
-    if stats is not None:
-        stats.check_belongs_to(plan.fingerprint, plan.model)
 
 
 def shown_types(table: ErrorTable, plan: Plan) -> list[str]:

@@ -6,7 +6,7 @@ Method of Yu et al. 2024 (arXiv 2411.07191): the row is the channel of the outpu
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dynquant.analysis.plots.groups import SuperWeight
+from dynquant.analysis.outliers.super_weights import SuperWeight
 from dynquant.analysis.plots.labels import place_labels
 from dynquant.analysis.plots.style import (
     BLUE,
@@ -37,17 +37,17 @@ _SERIES = {
 
 def down_projection_extremes(plan: Plan, stats: CalibrationStats, part: str) -> dict[Role, list[tuple[int, float]]]:
     """Role -> (layer, largest magnitude) of `max_in` or `max_out`, over all experts of a stacked tensor."""
-    found: dict[Role, list[tuple[int, float]]] = {}
+    extremes: dict[Role, list[tuple[int, float]]] = {}
     for entry in plan.entries:
         inputs = stats.input_of(entry.name) if entry.role in _SERIES else None
-        extremes = getattr(inputs, part, None)
+        values = getattr(inputs, part, None)
         layer = layer_of(entry.name)
-        if extremes is None or layer is None:
+        if values is None or layer is None:
             continue
-        largest = float(extremes.abs().max())
+        largest = float(values.abs().max())
         if 0 < largest < float("inf"):
-            found.setdefault(entry.role, []).append((layer, largest))
-    return {role: sorted(points) for role, points in found.items()}
+            extremes.setdefault(entry.role, []).append((layer, largest))
+    return {role: sorted(points) for role, points in extremes.items()}
 
 
 def draw_super_weights(
@@ -57,7 +57,7 @@ def draw_super_weights(
     sides = {part: down_projection_extremes(plan, stats, part) for part in ("max_in", "max_out")}
     if not any(sides.values()):
         return None
-    headline = _headline(super_weights)
+    headline = "Super weights: none detected" if not super_weights else _headline(super_weights)
     figure = new_figure(13.5, 3.9, headline, f"{plain(plan.model, 60)}, down projections of every layer", legend_rows=1)
     header_legend(figure, _legend(sides, bool(super_weights)), columns=4)
     layers = [layer for side in sides.values() for points in side.values() for layer, _ in points]
@@ -74,25 +74,18 @@ def draw_super_weights(
 
 
 def _headline(super_weights: Sequence[SuperWeight]) -> str:
-    if not super_weights:
-        return "Super weights: none detected"
     first = super_weights[0]
+    expert = "" if first.expert is None else f" expert {first.expert}"
+    place = f"{plain(first.name.removesuffix('.weight'), 34)}{expert} [{first.row}, {first.col}]"
     more = "" if len(super_weights) == 1 else f" and {len(super_weights) - 1} more"
-    return f"Super weights: {_where(first)}{more}: keep these tensors precise"
-
-
-def _where(item: SuperWeight) -> str:
-    expert = "" if item.expert is None else f" expert {item.expert}"
-    return f"{plain(item.name.removesuffix('.weight'), 34)}{expert} [{item.row}, {item.col}]"
+    return f"Super weights: {place}{more}: keep these tensors precise"
 
 
 def _draw_side(axes: "Axes", side: dict, layers: list[int], spikes: list[tuple[int, float]]) -> None:
     for role, points in side.items():
         _, color, marker, dash = _SERIES[role]
-        size = 5 if len(points) <= 30 else 3
-        axes.plot(
-            *zip(*points, strict=True), color=color, marker=marker, linestyle=dash, markersize=size, linewidth=1.3
-        )
+        style = {"color": color, "marker": marker, "linestyle": dash, "linewidth": 1.3}
+        axes.plot(*zip(*points, strict=True), markersize=5 if len(points) <= 30 else 3, **style)
     if spikes:
         style = {"marker": "*", "s": 170, "color": VERMILION, "edgecolors": "black", "linewidths": 0.8, "zorder": 5}
         axes.scatter(*zip(*spikes, strict=True), **style)

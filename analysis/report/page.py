@@ -8,24 +8,16 @@ trusted. The page is written as ASCII, so that no reader can mistake its encodin
 import base64
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from importlib import resources
 from math import prod
 from pathlib import Path
 from string import Template
 
-from dynquant.analysis.errors.table import ErrorTable
 from dynquant.analysis.outliers.stand_outs import stand_outs
 from dynquant.analysis.plots.experts import starved_experts
-from dynquant.analysis.plots.groups import (
-    FrontierPoint,
-    SuperWeight,
-    bits_of,
-    check_same_checkpoint,
-    role_group,
-    shown_types,
-)
+from dynquant.analysis.plots.groups import PlanResults, bits_of, role_group, shown_types
 from dynquant.analysis.plots.plan_map import KEPT_BITS
 from dynquant.analysis.plots.style import GROUP_COLOURS, PlotFiles, human_bytes
 from dynquant.analysis.report.tables import (
@@ -39,7 +31,6 @@ from dynquant.analysis.report.tables import (
     super_weight_table,
 )
 from dynquant.analysis.report.texts import PLOT_TEXTS
-from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.vision_names import LANGUAGE, part_of
 from dynquant.errors import ExportError
 from dynquant.planning.selection import Selection
@@ -47,44 +38,43 @@ from dynquant.recipes.plan import Plan, PlanEntry, write_atomically
 
 MAX_SVG_BYTES = 1_500_000
 """A larger SVG is embedded as PNG."""
+_FILTER = (
+    '<p><label>Show tensors with <input type="search" data-filter="plan" placeholder="ffn_down, Q6_K, …"></label> '
+    "Click a heading to sort.</p>"
+)
 
 
 def write_report(
     path: Path,
-    *,
-    plan: Plan,
-    table: ErrorTable | None,
-    stats: CalibrationStats | None,
-    super_weights: Sequence[SuperWeight],
+    results: PlanResults,
     plots: Mapping[str, PlotFiles],
-    frontier: Sequence[FrontierPoint] | None = None,
-    selection: Selection | None = None,
+    *,
     evaluation: Mapping[str, object] | None = None,
     pictures: str = "",
 ) -> None:
     """Write the report, whole or not at all. `plots` come from `write_plots`; absent ones are said to be absent.
 
-    `pictures` is the HTML of `picture_section`.
+    Args:
+        evaluation: What `eval` measured, with any nesting.
+        pictures: HTML of `picture_section`.
 
     Raises:
         PlanError, StatsError: table or statistics belong to another checkpoint than the plan.
         ExportError: a plot cannot be read, or the report cannot be written.
     """
-    check_same_checkpoint(plan, table, stats)
-    tables = _tables(plan, table, stats, super_weights)
-    if selection is not None:
-        tables["selection"] = selection_table(selection)
-        if selection.frontier:
-            tables["measured_frontier"] = frontier_table(selection)
-    unasked = _unasked(selection) | ({"token_errors"} - plots.keys())
+    results.check_same_checkpoint()
+    plan = results.plan
+    tables = _tables(results)
+    not_asked_for = _not_asked_for(results.selection) | ({"token_errors"} - plots.keys())
     sections = [
-        _plot_section(name, plots.get(name), tables.get(name, "")) for name in PLOT_TEXTS if name not in unasked
+        _plot_section(name, plots.get(name), tables.get(name, "")) for name in PLOT_TEXTS if name not in not_asked_for
     ]
     if evaluation or pictures:
         measured = evaluation_table(evaluation) if evaluation else ""
         sections.append(_section("evaluation", "Before and after", measured + pictures))
-    sections.append(_section("plan-section", "The plan, tensor by tensor", _filter() + plan_table(plan, table)))
-    sections.append(_section("provenance", "Provenance", _provenance(plan, table, stats, frontier)))
+    every_tensor = _FILTER + plan_table(plan, results.table)
+    sections.append(_section("plan-section", "The plan, tensor by tensor", every_tensor))
+    sections.append(_section("provenance", "Provenance", _provenance(results)))
     template = resources.files("dynquant.analysis.report").joinpath("page.html").read_text(encoding="utf-8")
     page = Template(template).substitute(
         policy=_content_policy(template),
@@ -97,15 +87,15 @@ def write_report(
     write_atomically(path, page.encode("ascii", "xmlcharrefreplace").decode())
 
 
-def _unasked(selection: Selection | None) -> set[str]:
-    """Plots of what was not asked for; the page does not miss them."""
+def _not_asked_for(selection: Selection | None) -> set[str]:
+    """Return the plots that the page does not miss, because nothing that they show was asked for."""
     if selection is None:
         return {"selection", "measured_frontier"}
     return set() if selection.frontier else {"measured_frontier"}
 
 
 def summary_sentence(plan: Plan) -> str:
-    """What was crushed and what was kept, in one sentence with bits and shares of the weights."""
+    """Say what was crushed and what was kept, in one sentence with bits and shares of the weights."""
     crushed = [entry for entry in plan.entries if entry.quant_type.bits_per_weight < KEPT_BITS]
     kept = [entry for entry in plan.entries if entry.quant_type.bits_per_weight >= KEPT_BITS]
     if not crushed:
@@ -113,17 +103,15 @@ def summary_sentence(plan: Plan) -> str:
             f"Nothing is crushed: every tensor is kept at {KEPT_BITS:g} bits or more, {bits_of(kept):.2f} on average."
         )
     share = sum(prod(entry.shape) for entry in crushed) / plan.num_weights
-    words = (
-        f"{_parts(crushed, plan)} crushed to {bits_of(crushed):.2f} bits per weight ({_share(share)} of the weights)"
-    )
-    if not kept:
-        return words[0].upper() + words[1:] + "."
-    words += f"; {_parts(kept, plan)} kept at {bits_of(kept):.2f} bits ({_share(1 - share)})."
-    return words[0].upper() + words[1:]
+    bits = f"{bits_of(crushed):.2f} bits per weight ({_share(share)} of the weights)"
+    sentence = f"{_groups(crushed, plan)} crushed to {bits}"
+    if kept:
+        sentence += f"; {_groups(kept, plan)} kept at {bits_of(kept):.2f} bits ({_share(1 - share)})"
+    return f"{sentence[0].upper()}{sentence[1:]}."
 
 
-def _parts(entries: list[PlanEntry], plan: Plan) -> str:
-    """The role groups of some entries, with a count where a group is split between kept and crushed."""
+def _groups(entries: list[PlanEntry], plan: Plan) -> str:
+    """List the role groups of some entries, with a count where a group is split between kept and crushed."""
     names = []
     for group in GROUP_COLOURS:
         count = sum(role_group(entry.role) == group for entry in entries)
@@ -163,9 +151,8 @@ def _section(identity: str, heading: str, body: str) -> str:
 def _plot_section(name: str, files: PlotFiles | None, extra: str) -> str:
     text = PLOT_TEXTS[name]
     if files is None:
-        return _section(
-            name, text.heading, f'<p class="absent">Not drawn: this plot needs {escape(text.needs)}.</p>{extra}'
-        )
+        absent = f'<p class="absent">Not drawn: this plot needs {escape(text.needs)}.</p>'
+        return _section(name, text.heading, absent + extra)
     figure = (
         f'<figure><img src="{_data_uri(files)}" alt="{escape(files.headline)}">'
         f"<figcaption>{escape(text.how_to_read)}</figcaption></figure>"
@@ -181,28 +168,29 @@ def _data_uri(files: PlotFiles) -> str:
         raise ExportError(f"The plot {error.filename} cannot be read for the report: {error.strerror}.") from error
 
 
-def _tables(
-    plan: Plan,
-    table: ErrorTable | None,
-    stats: CalibrationStats | None,
-    super_weights: Sequence[SuperWeight],
-) -> dict[str, str]:
-    """Plot name -> the table below it."""
+def _tables(results: PlanResults) -> dict[str, str]:
+    """Return the HTML below each plot."""
+    plan, table, stats, selection = results.plan, results.table, results.stats, results.selection
     tables = {"size_breakdown": size_table(plan)}
     if table is not None:
         types = shown_types(table, plan)
         for name, measure in (("error_by_layer", "activation_error"), ("weight_error_by_layer", "relative_rms")):
-            found = stand_outs(table, measure, types)
-            tables[name] = stand_out_table(found, plan) if found else "<p>No tensor sticks out of its role.</p>"
-    tables["super_weights"] = (
-        super_weight_table(super_weights, plan) if super_weights else f"<p>{_no_super_weight(plan)}</p>"
-    )
+            outliers = stand_outs(table, measure, types)
+            tables[name] = stand_out_table(outliers, plan) if outliers else "<p>No tensor sticks out of its role.</p>"
+    if results.super_weights:
+        tables["super_weights"] = super_weight_table(results.super_weights, plan)
+    else:
+        tables["super_weights"] = f"<p>{_no_super_weight(plan)}</p>"
     starved = starved_experts(stats)
     if starved:
         count = f"{len(starved):,} starved experts: their statistics are shrunk to their layer's mean."
         tables["expert_heatmap"] = f"<details><summary>{count}</summary>{starved_table(starved)}</details>"
     elif any(entry.role.is_routed_expert for entry in plan.entries) and stats is not None:
         tables["expert_heatmap"] = "<p>No expert is starved.</p>"
+    if selection is not None:
+        tables["selection"] = selection_table(selection)
+        if selection.frontier:
+            tables["measured_frontier"] = frontier_table(selection)
     return tables
 
 
@@ -212,16 +200,8 @@ def _no_super_weight(plan: Plan) -> str:
     return "No super weight was detected."
 
 
-def _filter() -> str:
-    return (
-        '<p><label>Show tensors with <input type="search" data-filter="plan" placeholder="ffn_down, Q6_K, …"></label> '
-        "Click a heading to sort.</p>"
-    )
-
-
-def _provenance(
-    plan: Plan, table: ErrorTable | None, stats: CalibrationStats | None, frontier: Sequence[FrontierPoint] | None
-) -> str:
+def _provenance(results: PlanResults) -> str:
+    plan, table, stats = results.plan, results.table, results.stats
     facts = {
         "Tool": f"dynquant {plan.tool_version}",
         "Checkpoint fingerprint": plan.fingerprint,
@@ -234,16 +214,16 @@ def _provenance(
         facts["Error table"] = f"{len(table.rows):,} rows, encoder {table.encoder}, dynquant {table.tool_version}"
         facts["Statistics hash in the error table"] = table.stats_hash
     if stats is not None:
-        known = stats.provenance
-        facts["Calibration text"] = f"{known.text_name}, {known.num_tokens:,} tokens in {known.num_windows:,} windows"
-        facts["Calibration text hash"] = known.text_hash
+        text = stats.provenance
+        facts["Calibration text"] = f"{text.text_name}, {text.num_tokens:,} tokens in {text.num_windows:,} windows"
+        facts["Calibration text hash"] = text.text_hash
         facts["Calibration options"] = (
-            f"window {known.window}, seed {known.seed}, {known.num_held_back_tokens:,} tokens held back"
+            f"window {text.window}, seed {text.seed}, {text.num_held_back_tokens:,} tokens held back"
         )
-        if known.imported_from:
-            facts["Statistics imported from"] = known.imported_from
-    if frontier:
-        facts["Frontier"] = f"{len(frontier)} plans priced"
+        if text.imported_from:
+            facts["Statistics imported from"] = text.imported_from
+    if results.frontier:
+        facts["Frontier"] = f"{len(results.frontier)} plans priced"
     return f'<dl class="provenance">{_definitions(facts)}</dl>'
 
 

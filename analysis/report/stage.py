@@ -75,18 +75,23 @@ def write_report(
     pictures: str = "",
 ) -> Path:
     from dynquant.analysis.plots.all_plots import write_plots
+    from dynquant.analysis.plots.groups import PlanResults
     from dynquant.analysis.report.page import write_report as write_html
 
     report = directory / "report.html"
     with console.stage_progress("The plan is kept; plots and report are drawn again.") as progress:
         points = frontier(table, rules_of(supers, stats), _fixed_bytes_of(plan, table), fixed_recipes(model))
-        shown = {
-            "table": table, "plan": plan, "stats": stats, "super_weights": supers, "frontier": points,
-            "selection": Selection.load(directory / SELECTION_NAME),
-        }  # fmt: skip
-        token_errors = TokenErrors.load(directory / TOKEN_ERRORS_NAME, plan.fingerprint)
-        plots = write_plots(directory / "plots", **shown, token_errors=token_errors, progress=progress)
-    write_html(report, **shown, plots=plots, evaluation=evaluation, pictures=pictures)
+        results = PlanResults(
+            plan=plan,
+            table=table,
+            stats=stats,
+            super_weights=supers,
+            frontier=points,
+            selection=Selection.load(directory / SELECTION_NAME),
+            token_errors=TokenErrors.load(directory / TOKEN_ERRORS_NAME, plan.fingerprint),
+        )
+        plots = write_plots(directory / "plots", results, progress)
+    write_html(report, results, plots, evaluation=evaluation, pictures=pictures)
     console.note(f"wrote {report}")
     return report
 

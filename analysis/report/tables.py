@@ -8,7 +8,7 @@ from math import prod
 
 from dynquant.analysis.errors.table import ErrorTable
 from dynquant.analysis.outliers.stand_outs import StandOut
-from dynquant.analysis.plots.groups import SuperWeight
+from dynquant.analysis.outliers.super_weights import SuperWeight
 from dynquant.analysis.plots.sizes import role_sizes
 from dynquant.analysis.plots.style import human_bytes
 from dynquant.checkpoints.tensor_roles import layer_of

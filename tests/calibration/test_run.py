@@ -359,7 +359,6 @@ def test_unsupported_gguf_is_refused_with_the_way_out(tmp_path):
         load_hf(open_model(path))
 
 
-@pytest.mark.slow
 def test_gguf_input_is_calibrated(smollm2, monkeypatch):
     model = smollm2.model
     # What these two would return once more.

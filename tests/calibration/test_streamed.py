@@ -26,6 +26,7 @@ from dynquant.running.staged_passes import StagedPasses
 from dynquant.running.stored_experts import StoredExperts
 from dynquant.running.stream_memory import Workload, fit_within
 from tests.helpers.commands import run
+from tests.helpers.representatives import represented_by
 from tests.helpers.tiny_models import TINY, save_tiny
 
 OPTIONS = {"tokens": 450, "window": 64}
@@ -72,9 +73,7 @@ def stopping_after(stages: int) -> Callable[..., None]:
     return progress
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in TINY]
-)
+@pytest.mark.parametrize("name", represented_by(QUICK, TINY))
 def test_files_are_byte_equal_to_those_of_a_whole_model(name, tmp_path, small_moe):
     model = open_model(save_tiny(name, tmp_path / "model", small_moe))
     (tmp_path / "whole").mkdir()
@@ -274,7 +273,6 @@ def test_what_fits_is_loaded_whole_and_the_rest_is_streamed(moe, monkeypatch, ca
     assert "streamed layer by layer within 68.00 MB" in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.slow
 def test_a_streamed_plan_is_that_of_a_whole_model(small_moe, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("The heart pumps blood through the arteries to all parts of the body. " * 40)
@@ -289,7 +287,6 @@ def test_a_streamed_plan_is_that_of_a_whole_model(small_moe, tmp_path):
     assert refused.returncode == 1 and "--sensitivity closed-form" in refused.stderr
 
 
-@pytest.mark.slow
 def test_an_export_that_calibrates_keeps_the_limit_too(moe, tmp_path):
     made = [
         run("export", moe.path, "--preset", "uniform-iq2_s", "--encoder", "ggml", "--tune", "0", "--tokens", "1024",

@@ -73,7 +73,6 @@ def test_statistics_are_those_of_the_floats(fp8, tmp_path):
             assert other.inputs[key].samples is None or torch.equal(other.inputs[key].samples, one.samples)
 
 
-@pytest.mark.slow
 def test_exports_are_those_of_the_floats(fp8, tmp_path):
     for name in ("fp8", "floats"):
         made = run("export", fp8.parent / name, "--preset", "uniform-q8_0", "--encoder", "ggml", "--tokens", "512",
@@ -84,7 +83,6 @@ def test_exports_are_those_of_the_floats(fp8, tmp_path):
     assert all(torch.equal(found.load(name), expected.load(name)) for name in found.names())
 
 
-@pytest.mark.slow
 def test_a_plan_is_made_within_a_limit(fp8, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("The heart pumps blood through the arteries to all parts of the body. " * 40)

@@ -46,13 +46,11 @@ def save_empty_statistics(model, path):
     CalibrationStats(StatsProvenance(fingerprint=model.fingerprint, text_hash="0" * 64, text_name="none")).save(path)
 
 
-@pytest.mark.slow
 def test_plan_leaves_every_file_of_the_contract(planned):
     for name in ("stats.safetensors", "errors.json", "errors.csv", "plan.json", "report.html", "plots/plan_map.png"):
         assert (planned / name).stat().st_size > 0, name
 
 
-@pytest.mark.slow
 def test_plan_crushes_experts_and_keeps_the_rest(planned):
     plan = Plan.load(planned / "plan.json")
     types = {entry.name: entry.type for entry in plan.entries}
@@ -65,7 +63,6 @@ def test_plan_crushes_experts_and_keeps_the_rest(planned):
     assert fallback.type == "IQ4_NL" or fallback.wanted_type is None
 
 
-@pytest.mark.slow
 def test_another_budget_reuses_statistics_and_errors(planned, small_moe):
     before = (planned / "stats.safetensors").stat().st_mtime_ns, (planned / "errors.json").stat().st_mtime_ns
     done = run("plan", small_moe, "--types", TYPES, "--tokens", TOKENS, "-o", planned,
@@ -76,7 +73,6 @@ def test_another_budget_reuses_statistics_and_errors(planned, small_moe):
     assert 6_300_000 < Plan.load(planned / "plan.json").predicted_bytes <= 6_500_000
 
 
-@pytest.mark.slow
 def test_a_plan_for_a_memory_prints_the_parts_and_coupled_tensors_agree(planned, small_moe, tmp_path):
     shutil.copytree(planned, tmp_path / "plan")
     common = ("plan", small_moe, "--types", TYPES, "--tokens", TOKENS, "-o", tmp_path / "plan",
@@ -93,7 +89,6 @@ def test_a_plan_for_a_memory_prints_the_parts_and_coupled_tensors_agree(planned,
     assert "smallest plan" in refused(*common, "--fits", "573MB")
 
 
-@pytest.mark.slow
 def test_exported_file_has_the_predicted_size_and_runs(planned, small_moe, tmp_path):
     output = tmp_path / "model.gguf"
     done = run("export", small_moe, "--plan", planned / "plan.json", "--encoder", "ggml", "-o", output)
@@ -112,7 +107,7 @@ def test_exported_file_has_the_predicted_size_and_runs(planned, small_moe, tmp_p
     assert 0.01 < kl["mean"]["value"] < 1.5 and kl["mean"]["low"] < kl["mean"]["value"] < kl["mean"]["high"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_killed_export_resumes_to_the_same_bytes(planned, small_moe, tmp_path):
     whole, broken = tmp_path / "whole.gguf", tmp_path / "broken.gguf"
     plan = str(planned / "plan.json")
@@ -134,7 +129,6 @@ def _journal(directory):
     return next((p for p in directory.glob("*broken*journal*") if p.stat().st_size > 600), None)
 
 
-@pytest.mark.slow
 def test_budgets_outside_the_possible_range_name_both_ends(planned, small_moe):
     common = ("plan", small_moe, "--types", TYPES, "--tokens", TOKENS, "-o", planned)
     for size, words in (("1MB", "below the smallest"), ("10GB", "above the largest")):
@@ -161,7 +155,6 @@ def test_budgets_that_no_type_meets_are_refused_before_anything_is_measured(smal
     assert not (tmp_path / "plan").exists()
 
 
-@pytest.mark.slow
 def test_statistics_of_another_checkpoint_are_refused(planned, damaged):
     tensors = load_file(damaged / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"] * 2
@@ -172,7 +165,6 @@ def test_statistics_of_another_checkpoint_are_refused(planned, damaged):
     assert "fingerprint" in message and not list(damaged.glob("out*"))
 
 
-@pytest.mark.slow
 def test_a_plan_that_names_a_missing_tensor_is_refused(planned, small_moe, tmp_path):
     document = json.loads((planned / "plan.json").read_text())
     document["entries"][5]["name"] = "blk.77.attn_q.weight"
@@ -216,7 +208,6 @@ def test_empty_calibration_text(small_moe, tmp_path):
     assert "empty.txt" in message and not (tmp_path / "plan").exists()
 
 
-@pytest.mark.slow
 def test_tiny_calibration_text_lists_experts_without_tokens(small_moe, tmp_path):
     (tmp_path / "tiny.txt").write_text("Yes.")
     done = run("calibrate", small_moe, "--calibration", tmp_path / "tiny.txt", "-o", tmp_path / "stats.safetensors")

@@ -200,7 +200,7 @@ def test_missing_importance_is_refused():
         ENCODER.encode(QUANT_TYPES["IQ1_S"], noise(4, 256))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_kernels_of_columns_find_what_pytorch_finds():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.helpers.interpreted_encoding"]

@@ -42,7 +42,6 @@ def ggml() -> ctypes.CDLL:
     return ctypes.CDLL(str(library_path()))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("model", "mixtures"), CASES.values(), ids=CASES)
 def test_bytes_equal_llama_quantize(model: TinyModel, mixtures: list[str], tmp_path: Path):
     source, target = model.write(tmp_path / "f32.gguf"), tmp_path / "quantized.gguf"

@@ -159,7 +159,6 @@ def harness_task(name: str, scoring: str, subject: str, files: dict[str, str]) -
     }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("scoring", ["letter", "cloze"])
 def test_scores_and_accuracy_equal_lm_evaluation_harness(small_moe, shots, scoring, tmp_path) -> None:
     lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra `dev`)")

@@ -21,6 +21,7 @@ from dynquant.exporters.adapter_gguf import export_adapter
 from dynquant.exporters.gguf import export_gguf
 from dynquant.families.text.registry import open_hf
 from dynquant.recipes.build_plan import plan_from_types, stays_f32
+from tests.helpers.representatives import represented_by
 from tests.helpers.tiny_models import mean_kl, save_tiny, write_f32
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
@@ -30,9 +31,8 @@ from dynquant.lora.llama_cpp import takes_adapter  # noqa: E402
 
 TOKENS = torch.randint(1, 8000, (48,), generator=torch.Generator().manual_seed(5)).tolist()
 QUICK = ("llama", "qwen2-moe", "deepseek-v3")
-FAMILIES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
-            for name in ("llama", "llama-tied", "mistral", "mixtral", "qwen2", "qwen3", "qwen2-moe", "qwen3-moe",
-                         "gemma3", "deepseek-v2-lite", "deepseek-v3")]  # fmt: skip
+FAMILIES = ("llama", "llama-tied", "mistral", "mixtral", "qwen2", "qwen3", "qwen2-moe", "qwen3-moe", "gemma3",
+            "deepseek-v2-lite", "deepseek-v3")  # fmt: skip
 TYPES = ("Q8_0", "Q4_0", "IQ4_NL", "Q5_1", "MXFP4")
 
 
@@ -85,7 +85,7 @@ def deepseek(small_moe, tmp_path_factory) -> Path:
     return packed_gguf("deepseek-v3", tmp_path_factory.mktemp("deepseek"), small_moe)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", represented_by(QUICK, FAMILIES))
 def test_llama_cpp_adds_what_peft_adds(name, tmp_path, small_moe):
     file = packed_gguf(name, tmp_path, small_moe)
     off, on = adapter_of(file, tmp_path / "adapter", rslora="qwen" in name)
@@ -125,7 +125,6 @@ def test_the_small_moe_and_its_base_from_a_directory(packed_moe, tmp_path):
     assert mean_kl(on, llama_logits(packed_moe.gguf, tmp_path / "a.gguf")) < 5e-2
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     ["llama", "mixtral", "qwen2", "qwen3", "qwen2-moe", "qwen3-moe", "gemma3", "deepseek-v3", "deepseek-v2-lite"],

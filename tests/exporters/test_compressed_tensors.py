@@ -341,7 +341,6 @@ def serving_plan_with(document, entry, **changes):
     return {**document, "entries": entries}
 
 
-@pytest.mark.slow
 def test_importance_and_feedback_lose_less_than_rounding_to_nearest(small_moe, tmp_path):
     """int4 experts of two layers of the bundled model, on text that calibration did not see."""
     stats = tmp_path / "stats.safetensors"

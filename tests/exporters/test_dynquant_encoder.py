@@ -27,7 +27,6 @@ from dynquant.storage.resumable_output import file_hash
 from tests.helpers.commands import command, refused, run
 from tests.helpers.tiny_models import llama_logits, mean_kl
 
-pytestmark = pytest.mark.slow
 TUNE_TOKENS = 2048
 CRUSHED_DOWN = "blk.1.ffn_down_exps.weight"
 
@@ -118,6 +117,7 @@ def test_llama_cpp_computes_with_the_weights_that_we_decode(small_moe, files):
     assert mean_kl(ours, llama_logits(files["tuned"], tokens)) < 5e-3
 
 
+@pytest.mark.nightly
 def test_a_killed_export_ends_with_the_same_bytes(small_moe, plan, files, tmp_path):
     output = tmp_path / "model.gguf"
     arguments = command("export", small_moe, "--plan", plan, "--tune", TUNE_TOKENS, "-o", output)

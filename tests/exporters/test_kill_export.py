@@ -9,9 +9,8 @@ import pytest
 from tests.conftest import REPOSITORY
 from tests.examples.kill_export import run
 
-pytestmark = pytest.mark.slow
 
-
+@pytest.mark.nightly
 @pytest.mark.parametrize("format", ["gguf", "safetensors"])
 def test_killed_exports_end_with_the_bytes_of_an_undisturbed_one(small_moe, tmp_path, format):
     arguments = [str(small_moe), "--preset", "uniform-q8_0", "--encoder", "ggml", "--tune", "0", "-f", format]

@@ -13,6 +13,7 @@ from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_source import SafetensorsSource
 from dynquant.errors import CheckpointError
 from dynquant.families.text.registry import open_config, open_hf
+from tests.helpers.representatives import represented_by
 from tests.helpers.tiny_models import TINY, hf_logits, llama_logits, mean_kl, save_tiny, write_f32
 
 NUM_TOKENS = 400
@@ -53,9 +54,7 @@ def metadata(model: Model) -> dict[str, object]:
     return {field.key: field.value for field in model.metadata}
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in TINY]
-)
+@pytest.mark.parametrize("name", represented_by(QUICK, TINY))
 def test_logits_equal_transformers(name: str, tmp_path: Path, small_moe: Path) -> None:
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     directory = save_tiny(name, tmp_path / name, small_moe)

@@ -1,4 +1,4 @@
-"""Runs Triton kernels on the CPU and prints one JSON object of findings; a program of its own.
+"""Runs Triton kernels of the named types on the CPU and prints a JSON object of findings; a program of its own.
 
 Triton decides at import whether it interprets, and a test process may have imported it already: start this with
 TRITON_INTERPRET=1. Activations are float32, since the interpreter's bfloat16 products and roundings are wrong.
@@ -12,7 +12,6 @@ import triton.runtime.interpreter as interpreter
 
 from dynquant.formats import decode
 from dynquant.formats.quant_types import QUANT_TYPES
-from dynquant.kernels.formats import PLANES
 from dynquant.kernels.planes import pack_planes
 from dynquant.kernels.triton import fused, grouped, two_pass
 from dynquant.kernels.triton.dequantize import dequantize
@@ -101,11 +100,12 @@ def products(name: str) -> dict[str, float]:
 def main() -> None:
     two_pass._SLICE_BYTES = 40 * 320 * 4
     two_pass._ROW_STEP = 16
+    names = sys.argv[1:]
     found = {
-        "whole": {name: whole(name) for name in PLANES},
-        "parts": {name: parts(name) for name in PARTS_TYPES},
-        "single_pairs": {name: single_pairs(name) for name in PLANES},
-        "products": {name: products(name) for name in PRODUCT_TYPES},
+        "whole": {name: whole(name) for name in names},
+        "parts": {name: parts(name) for name in names if name in PARTS_TYPES},
+        "single_pairs": {name: single_pairs(name) for name in names},
+        "products": {name: products(name) for name in names if name in PRODUCT_TYPES},
     }
     json.dump(found, sys.stdout)
 

@@ -12,33 +12,17 @@ import numpy as np
 import torch
 
 from dynquant.analysis.errors.table import ErrorRow, ErrorTable
+from dynquant.analysis.outliers.super_weights import SuperWeight
+from dynquant.analysis.plots.groups import PlanResults
 from dynquant.analysis.plots.style import PlotFiles
 from dynquant.calibration.statistics import CalibrationStats, InputStats, StatsProvenance
 from dynquant.checkpoints.tensor_roles import Role, layer_of, role_of
 from dynquant.formats.quant_types import QUANT_TYPES, fit_to_row
+from dynquant.planning.frontier import FrontierPoint
 from dynquant.recipes.plan import Plan, PlanEntry
 
 FINGERPRINT = "f" * 64
 TYPES = ("IQ1_S", "IQ2_XXS", "Q2_K", "IQ3_XXS", "Q4_K", "Q6_K", "Q8_0")
-
-
-@dataclass(frozen=True)
-class FakeSuperWeight:
-    name: str
-    row: int
-    col: int
-    expert: int | None
-    value: float
-    max_in: float
-    max_out: float
-
-
-@dataclass(frozen=True)
-class FakePoint:
-    label: str
-    bytes: int
-    error: float
-    kind: str
 
 
 @dataclass
@@ -46,8 +30,12 @@ class Synthetic:
     plan: Plan
     table: ErrorTable
     stats: CalibrationStats
-    super_weights: list[FakeSuperWeight] = field(default_factory=list)
-    frontier: list[FakePoint] = field(default_factory=list)
+    super_weights: list[SuperWeight] = field(default_factory=list)
+    frontier: list[FrontierPoint] = field(default_factory=list)
+
+    @property
+    def results(self) -> PlanResults:
+        return PlanResults(self.plan, self.table, self.stats, self.super_weights, self.frontier)
 
 
 @dataclass(frozen=True)
@@ -213,18 +201,31 @@ def _stats(tensors: dict, shape: Shape, spikes: dict[str, float], random) -> Cal
     return stats
 
 
-def _super_weight(name: str, factor: float) -> FakeSuperWeight:
-    expert = 0 if role_of(name) is Role.EXPERT_DOWN else None
-    return FakeSuperWeight(name, 507, 1229, expert, -0.4 * factor, 350.0, -900.0)
+def _super_weight(name: str, factor: float) -> SuperWeight:
+    return SuperWeight(
+        name=name,
+        module="",
+        expert=0 if role_of(name) is Role.EXPERT_DOWN else None,
+        layer=layer_of(name),
+        row=507,
+        col=1229,
+        value=-0.4 * factor,
+        max_in=350.0,
+        max_out=-900.0,
+        position=0,
+        ratio=100.0,
+        share=1.0,
+        effect=1.0,
+    )
 
 
-def _frontier(plan: Plan, table: ErrorTable) -> list[FakePoint]:
+def _frontier(plan: Plan, table: ErrorTable) -> list[FrontierPoint]:
     rows = table.tensors()
     points = []
     for name in table.types:
         kept = [found[name] for found in rows.values() if name in found]
         points.append(
-            FakePoint(
+            FrontierPoint(
                 f"uniform-{name.lower()}",
                 sum(row.bytes for row in kept),
                 sum(row.weighted_error for row in kept),
@@ -233,7 +234,7 @@ def _frontier(plan: Plan, table: ErrorTable) -> list[FakePoint]:
         )
     error = sum(entry.weighted_error or 0 for entry in plan.entries)
     for scale in (0.98, 1.3, 1.8, 2.6, 3.9):
-        points.append(FakePoint(str(scale), int(plan.predicted_bytes * scale), error / scale**2.2, "plan"))
-    points.append(FakePoint("llama-iq1_s", int(plan.predicted_bytes * 0.99), error * 1.3, "preset"))
-    points.append(FakePoint("llama-iq2_xxs", int(plan.predicted_bytes * 1.25), error * 0.9, "preset"))
+        points.append(FrontierPoint(str(scale), int(plan.predicted_bytes * scale), error / scale**2.2, "plan"))
+    points.append(FrontierPoint("llama-iq1_s", int(plan.predicted_bytes * 0.99), error * 1.3, "preset"))
+    points.append(FrontierPoint("llama-iq2_xxs", int(plan.predicted_bytes * 1.25), error * 0.9, "preset"))
     return points

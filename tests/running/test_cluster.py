@@ -23,7 +23,6 @@ from tests.helpers.commands import run
 
 GGML = load_encoder("ggml")
 LIMITS = PartLimits(3 << 20)
-pytestmark = pytest.mark.slow
 
 
 def needs_ray():
@@ -89,12 +88,14 @@ def test_a_node_that_dies_half_way_changes_no_byte(cluster, pool, moe, plan, loc
     assert not doomed and path.read_bytes() == local
 
 
+@pytest.mark.nightly
 def test_shipped_weights_give_the_same_bytes_without_files(pool, moe, plan, local, tmp_path):
     remote = encoding(pool, moe, shipped=True, model=tmp_path / "not there")
     (path,) = export_gguf(moe, plan, None, tmp_path / "a.gguf", encoder=GGML, limits=LIMITS, elsewhere=remote)
     assert path.read_bytes() == local
 
 
+@pytest.mark.nightly
 def test_another_checkpoint_or_version_on_a_node_is_refused_and_what_is_done_kept(pool, moe, plan, tmp_path):
     for changes, words in [({"model": tmp_path / "none"}, "--ship-weights"), ({"fingerprint": "0"}, "checkpoint")]:
         with pytest.raises(ClusterError, match=words):
@@ -107,6 +108,7 @@ def test_another_checkpoint_or_version_on_a_node_is_refused_and_what_is_done_kep
         next(iter(remote(LIMITS.parts("output_norm.weight", (256,), plan.entries[0].quant_type))))
 
 
+@pytest.mark.nightly
 def test_an_error_table_of_a_cluster_is_the_local_one_and_goes_on(cluster, pool, moe, text, one_thread, tmp_path):
     stats = measured(moe, text, "none").stats
     stats.save(tmp_path / "stats.safetensors")
@@ -140,6 +142,7 @@ class StoppedError(Exception):
     """Stands for whatever ends a run."""
 
 
+@pytest.mark.nightly
 def test_results_keep_the_order_of_items_when_asked(pool):
     found = list(pool.run(_wait_and_square, [5, 1, 4, 2, 3], TaskNeeds(), ordered=True))
     assert found == [(5, 25), (1, 1), (4, 16), (2, 4), (3, 9)]
@@ -147,6 +150,7 @@ def test_results_keep_the_order_of_items_when_asked(pool):
         list(pool.run(_refuse, [7], TaskNeeds()))
 
 
+@pytest.mark.nightly
 def test_needs_that_no_node_has_are_refused(pool):
     with pytest.raises(ClusterError, match="3 CPU"):
         next(pool.run(_refuse, [1], TaskNeeds(cpus=3)))
@@ -163,6 +167,7 @@ def _refuse(item: int) -> None:
     raise CheckpointError(f"item {item} cannot be read")
 
 
+@pytest.mark.nightly
 def test_the_command_gives_the_bytes_of_a_local_export(cluster, small_moe, tmp_path):
     preset = ("--preset", "uniform-q8_0", "--encoder", "ggml", "--tune", "0")
     arguments = ("export", small_moe, *preset, "-f", "safetensors")
@@ -193,6 +198,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.mark.nightly
 def test_calibration_keeps_its_bytes_when_a_node_dies(cluster, pool, moe, text, one_thread, tmp_path):
     doomed = list(cluster.worker_nodes)
 

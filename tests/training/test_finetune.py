@@ -95,7 +95,6 @@ def test_the_report_is_of_the_adapter_that_was_saved(crushed, lists, tuned):
     assert float(torch.stack(losses).mean()) == pytest.approx(report.changes[0].after.value, rel=1e-4)
 
 
-@pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_losses(crushed, lists, tuned, tmp_path):
     def interrupt(stage, done, total, **_):
         if stage == "train" and done == 12:
@@ -125,7 +124,6 @@ def test_conversations_train_without_a_chat_template(crushed, tmp_path):
     assert text == "user: say 0\n\nassistant: "
 
 
-@pytest.mark.slow
 def test_gradient_checkpointing_gives_the_same_losses(crushed, lists, tuned, tmp_path):
     options = TrainOptions(**{**vars(OPTIONS), "gradient_checkpointing": True, "max_steps": 5, "evaluations": 1})
     plain = TrainOptions(**{**vars(options), "gradient_checkpointing": False})

@@ -16,7 +16,6 @@ def test_rewards_can_be_checked_by_hand():
     assert all(row["prompt"].endswith("\nAnswer:") and row["answer"] in "ABCD" for row in rows)
 
 
-@pytest.mark.slow
 def test_the_format_reward_rises(packed_moe, tmp_path):
     trainer = make_trainer(packed_moe.directory, tmp_path, steps=7, num_questions=4)
     before = _packed_bytes(trainer.model)
@@ -28,7 +27,7 @@ def test_the_format_reward_rises(packed_moe, tmp_path):
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_beta_holds_the_adapter_to_the_base(packed_moe, tmp_path):
     """The KL to the base, which is the same model with its adapter off, is zero before the first step and then not."""
     trainer = make_trainer(packed_moe.directory, tmp_path, steps=2, num_questions=2, beta=0.1)

@@ -128,7 +128,6 @@ def test_answers_are_counted_with_and_without_the_adapter(crushed, cache, tmp_pa
     assert accuracy.name == "accuracy" and any("4 questions" in note and "McNemar" in note for note in report.notes)
 
 
-@pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_losses(crushed, cache, healed, tmp_path):
     output = tmp_path / "adapter"
 
@@ -161,7 +160,6 @@ def test_the_original_is_not_loaded_when_all_that_it_said_is_cached(crushed, cac
     assert report.steps == 1
 
 
-@pytest.mark.slow
 def test_training_stops_when_the_held_out_kl_stops_falling(crushed, cache, tmp_path):
     reckless = TrainOptions(rank=8, learning_rate=1.0, max_steps=8, batch_size=4, evaluations=8, patience=2)
     report = run(crushed, cache, tmp_path / "adapter", reckless)
@@ -170,7 +168,6 @@ def test_training_stops_when_the_held_out_kl_stops_falling(crushed, cache, tmp_p
     assert losses[report.best_step] == min(losses[1:])
 
 
-@pytest.mark.slow
 def test_text_that_is_measured_on_is_not_trained_on(crushed, cache, tmp_path):
     lines = crushed.text.read_text("utf-8").splitlines()
     repeated = tmp_path / "repeated.jsonl"

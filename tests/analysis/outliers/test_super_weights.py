@@ -96,7 +96,6 @@ def test_ablation_restores_the_weights_and_tells_them_apart(moe, tokens):
     assert change > 10 * others
 
 
-@pytest.mark.slow
 def test_published_super_weight_of_smollm2(shared_data, smollm2):
     text = (shared_data / "wikitext2_valid.txt").read_text()[:4000]
     tokens = torch.tensor(smollm2.tokenizer(text)["input_ids"][:512])

@@ -12,7 +12,7 @@ from dynquant.analysis.outliers.stand_outs import stand_outs
 from dynquant.analysis.plots.all_plots import write_plots
 from dynquant.analysis.plots.experts import draw_experts, expert_errors, starved_experts
 from dynquant.analysis.plots.frontier import draw_frontier, plan_error
-from dynquant.analysis.plots.groups import MAX_TYPES, shown_types
+from dynquant.analysis.plots.groups import MAX_TYPES, PlanResults, shown_types
 from dynquant.analysis.plots.labels import place_labels
 from dynquant.analysis.plots.plan_map import map_cells
 from dynquant.analysis.plots.sizes import role_sizes
@@ -22,8 +22,9 @@ from dynquant.calibration.importance import expert_coverage
 from dynquant.checkpoints.tensor_roles import Role
 from dynquant.errors import ExportError, PlanError, StatsError
 from dynquant.evaluation.statistics import Estimate
+from dynquant.planning.frontier import FrontierPoint
 from dynquant.planning.selection import Candidate, Fit, Selection
-from tests.helpers.synthetic_models import DENSE, LARGE_MOE, SMALL_MOE, TYPES, FakePoint, Shape, synthetic_model
+from tests.helpers.synthetic_models import DENSE, LARGE_MOE, SMALL_MOE, TYPES, Shape, synthetic_model
 
 ALL_PLOTS = {
     "plan_map", "size_breakdown", "error_by_layer", "weight_error_by_layer", "super_weights", "expert_heatmap",
@@ -38,8 +39,7 @@ def texts_of(path) -> list[str]:
 
 
 def write(directory, made, **changes):
-    arguments = {"table": made.table, "plan": made.plan, "stats": made.stats, "super_weights": made.super_weights}
-    return write_plots(directory, **(arguments | {"frontier": made.frontier} | changes))
+    return write_plots(directory, dataclasses.replace(made.results, **changes))
 
 
 @pytest.fixture(scope="module")
@@ -121,9 +121,9 @@ def test_frontier_marks_the_plan_at_its_own_error(moe, moe_plots):
 
 def test_the_plans_own_recipe_is_not_its_rival(moe):
     error = plan_error(moe.plan, moe.table)
-    itself = FakePoint("r1-iq1_s", moe.plan.predicted_bytes, error * 0.9999, "preset")
-    worse = FakePoint("uniform-iq1_s", moe.plan.predicted_bytes - 1000, error * 2, "uniform")
-    better = FakePoint("llama-iq1_s", moe.plan.predicted_bytes - 1000, error / 2, "preset")
+    itself = FrontierPoint("r1-iq1_s", moe.plan.predicted_bytes, error * 0.9999, "preset")
+    worse = FrontierPoint("uniform-iq1_s", moe.plan.predicted_bytes - 1000, error * 2, "uniform")
+    better = FrontierPoint("llama-iq1_s", moe.plan.predicted_bytes - 1000, error / 2, "preset")
     with plot_settings():
         assert "50% less predicted error than uniform-iq1_s" in draw_frontier(moe.plan, moe.table, [itself, worse])[1]
         assert "llama-iq1_s is predicted better" in draw_frontier(moe.plan, moe.table, [worse, better])[1]
@@ -139,16 +139,15 @@ def test_dense_model_has_no_expert_plot(tmp_path):
 
 
 def test_plan_alone_still_gives_its_map_and_sizes(tmp_path, moe):
-    files = write(tmp_path, moe, table=None, stats=None, super_weights=[], frontier=None)
+    files = write(tmp_path, moe, table=None, stats=None, super_weights=(), frontier=())
     assert set(files) == {"plan_map", "size_breakdown"}
 
 
-@pytest.mark.slow
 def test_large_moe_stays_legible(tmp_path):
     made = synthetic_model(LARGE_MOE, spikes={"blk.46.ffn_down_exps.weight": 2.5, "blk.47.ffn_down_exps.weight": 3.5})
     with plot_settings():
-        starved = [(layer, expert) for layer, expert, _ in starved_experts(made.stats)]
-        figure, headline = draw_experts(made.plan, made.table, made.stats, starved)
+        starved = starved_experts(made.stats)
+        figure, headline = draw_experts(made.plan, made.table, made.stats)
         figure.draw_without_rendering()
         tokens, errors = figure.axes[0], figure.axes[2]
         cell = tokens.transData.transform([(0, 0), (1, 1)])
@@ -199,7 +198,7 @@ def test_other_checkpoints_are_refused(tmp_path, moe):
 def test_unwritable_directory_is_one_clear_error(tmp_path, moe):
     (tmp_path / "plots").write_text("a file")
     with pytest.raises(ExportError, match="plan_map"):
-        write(tmp_path / "plots", moe, table=None, stats=None, frontier=None)
+        write(tmp_path / "plots", moe, table=None, stats=None, frontier=())
 
 
 def test_settings_of_the_caller_are_restored():
@@ -251,10 +250,11 @@ def test_a_selection_is_drawn_and_listed(tmp_path):
         frontier=(*plans, *recipes),
         rank_correlation=Estimate(value=0.9, low=0.7, high=0.95), fit=Fit(intercept=0.0, slope=1.0, residual=0.1),
     )  # fmt: skip
-    files = write_plots(tmp_path, table=None, plan=made.plan, stats=None, selection=selection)
+    results = PlanResults(made.plan, selection=selection)
+    files = write_plots(tmp_path, results)
     assert {"selection", "measured_frontier"} <= set(files)
     page = tmp_path / "report.html"
-    write_report(page, plan=made.plan, table=None, stats=None, super_weights=[], plots=files, selection=selection)
+    write_report(page, results, files)
     text = page.read_text()
     assert "fisher-probe (chosen)" in text and "0.900, 95 % interval 0.700 to 0.950" in text
     assert "held &lt;out&gt;.txt" in text and "held <out>" not in text

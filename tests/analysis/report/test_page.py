@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dynquant.analysis.plots.groups import PlanResults
 from dynquant.analysis.report.page import summary_sentence, write_report
 from dynquant.errors import ExportError, PlanError
 from tests.helpers.synthetic_models import DENSE, Shape, synthetic_model
@@ -48,13 +49,6 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
-def make(directory, made, files, **changes):
-    arguments = {"plan": made.plan, "table": made.table, "stats": made.stats, "super_weights": made.super_weights,
-                 "plots": files, "frontier": made.frontier, "evaluation": EVALUATION}  # fmt: skip
-    write_report(directory / "report.html", **(arguments | changes))
-    return directory / "report.html"
-
-
 @pytest.fixture(scope="module")
 def moe(drawn_moe):
     return drawn_moe.made
@@ -62,7 +56,9 @@ def moe(drawn_moe):
 
 @pytest.fixture(scope="module")
 def report(drawn_moe, tmp_path_factory):
-    return make(tmp_path_factory.mktemp("report"), drawn_moe.made, drawn_moe.files)
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    write_report(path, drawn_moe.made.results, drawn_moe.files, evaluation=EVALUATION)
+    return path
 
 
 def test_report_is_one_file_without_requests(report):
@@ -105,7 +101,7 @@ def test_report_states_plan_and_provenance(moe, report):
 
 def test_absent_plots_are_named(tmp_path):
     made = synthetic_model(Shape(layers=2, hidden=256))
-    write_report(tmp_path / "r.html", plan=made.plan, table=None, stats=None, super_weights=[], plots={})
+    write_report(tmp_path / "r.html", PlanResults(made.plan), {})
     words = "".join(Page((tmp_path / "r.html").read_text()).words)
     assert words.count("Not drawn: this plot needs") == 7 and "this model has none" in words
 
@@ -119,12 +115,11 @@ def test_summary_sentence_of_mixed_and_plain_plans(moe):
 
 def test_refusals(tmp_path, moe):
     other = moe.table.model_copy(update={"fingerprint": "e" * 64})
-    arguments = {"plan": moe.plan, "stats": moe.stats, "super_weights": [], "plots": {}}
     with pytest.raises(PlanError, match="eeee"):
-        write_report(tmp_path / "r.html", table=other, **arguments)
+        write_report(tmp_path / "r.html", PlanResults(moe.plan, other, moe.stats), {})
     (tmp_path / "r.html").mkdir()
     with pytest.raises(ExportError, match="could not be written"):
-        write_report(tmp_path / "r.html", table=moe.table, **arguments)
+        write_report(tmp_path / "r.html", PlanResults(moe.plan, moe.table, moe.stats), {})
 
 
 def browse(tmp_path, *arguments: str) -> str:
@@ -132,8 +127,8 @@ def browse(tmp_path, *arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome is installed")
-@pytest.mark.slow
 def test_browser_draws_the_page(report, tmp_path):
     picture = tmp_path / "page.png"
     browse(tmp_path, f"--screenshot={picture}", "--window-size=1280,4000", report.as_uri())
@@ -146,7 +141,6 @@ def test_browser_draws_the_page(report, tmp_path):
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome is installed")
-@pytest.mark.slow
 def test_browser_runs_the_script(moe, report, tmp_path):
     document = browse(tmp_path, "--dump-dom", report.as_uri() + "#sort=6-down")
     page = Page(document[document.index("<html") :])

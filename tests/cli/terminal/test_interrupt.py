@@ -63,7 +63,6 @@ def test_handlers_are_put_back(small_moe):
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-@pytest.mark.slow
 def test_interrupted_export_goes_on_to_the_same_bytes(small_moe, tmp_path):
     stats = tmp_path / "stats.safetensors"
     assert run("calibrate", small_moe, "--tokens", "1024", "--hessians", "none", "-o", stats).returncode == 0
@@ -84,7 +83,6 @@ def test_interrupted_export_goes_on_to_the_same_bytes(small_moe, tmp_path):
     assert (broken / "model.gguf").read_bytes() == (whole / "model.gguf").read_bytes()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("errors", "options"),
     [

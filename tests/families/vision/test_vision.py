@@ -193,7 +193,6 @@ def test_what_cannot_be_written_yet_is_refused(qwen, tmp_path):
     assert "has a vision tower" in error and not (tmp_path / "model").exists()
 
 
-@pytest.mark.slow
 def test_plan_and_evaluation_on_pictures(qwen, pictures, tmp_path):
     plan_dir = tmp_path / "plan"
     types = "q2_k,q4_k,q8_0,iq4_nl,q4_0"

@@ -15,14 +15,14 @@ from dynquant.kernels import ops
 from dynquant.kernels.formats import PLANES
 from dynquant.kernels.planes import pack_planes
 from tests.helpers.packed_weights import experts_truth, normal, packed_weights, relative_error
+from tests.helpers.representatives import represented_by
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 ROOT = Path(__file__).resolve().parents[3]
 TYPES = sorted(PLANES)
 FAMILIES = ("Q4_K", "Q6_K", "NVFP4", "IQ2_S", "IQ3_S", "TQ1_0")
-"""Types whose kernels are compiled in every run; the others are slow tests."""
-COMPILED = [pytest.param(name, marks=() if name in FAMILIES else pytest.mark.slow) for name in TYPES]
+"""One type of each kind of codes."""
 BF16_ERROR = 4e-3
 
 
@@ -32,21 +32,23 @@ IS_MEASURED_COMPILER = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def interpreted() -> dict:
+def interpreted(request) -> dict:
+    """What the interpreter found, for the types of the tests that were selected."""
+    asked = {item.callspec.params["name"] for item in request.session.items if "interpreted" in item.fixturenames}
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.helpers.interpreted_kernels"]
+    command = [sys.executable, "-m", "tests.helpers.interpreted_kernels", *sorted(asked)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("name", represented_by(("Q4_K",), TYPES))
 def test_interpreted_weights_are_bit_equal(name, interpreted):
     assert interpreted["whole"][name]
     assert all(interpreted["parts"].get(name, {}).values()), interpreted["parts"][name]
 
 
-@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("name", represented_by(("Q5_1",), TYPES))
 def test_interpreted_products_equal_float64(name, interpreted):
     found = interpreted["single_pairs"][name]
     assert found["pairs"] < 1e-6 and found["sentinels"] == 0
@@ -55,7 +57,7 @@ def test_interpreted_products_equal_float64(name, interpreted):
 
 
 @IS_MEASURED_COMPILER
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("name", represented_by(("Q4_K",), TYPES))
 def test_dequantize_compiles_for_an_h100_without_spills(name):
     from dynquant.kernels.triton.dequantize import _TILE_ROWS, dequantize_kernel
     from tests.helpers.sm90 import count, opcodes
@@ -74,9 +76,10 @@ def test_dequantize_compiles_for_an_h100_without_spills(name):
     assert len(codes) / 8 <= 30
 
 
+@pytest.mark.nightly
 @IS_MEASURED_COMPILER
 @pytest.mark.parametrize("kernel", ["tile_linear_kernel", "tile_input_grad_kernel"])
-@pytest.mark.parametrize("name", ["Q4_K", pytest.param("IQ2_XS", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["Q4_K", "IQ2_XS"])
 def test_tiles_compile_for_an_h100_without_spills(kernel, name):
     from dynquant.kernels.triton import tiles
     from tests.helpers.sm90 import count, opcodes
