@@ -24,8 +24,8 @@ from dynquant.encoding.stream import Guidance, encode_tensor, encoder_version, g
 from dynquant.errors import ExportError
 from dynquant.formats import decode
 from dynquant.formats.quant_types import QUANT_TYPES
-from dynquant.process_usage import count_mapped
 from dynquant.recipes.plan import write_atomically
+from dynquant.resources import count_mapped
 
 ENCODED_NAME = "encoded"
 """The folder of all stores beside a plan."""
