@@ -64,6 +64,10 @@ class Calibration:
     by_kind: Mapping[str, CalibrationStats] = field(default_factory=dict)
     """Statistics of image and of text tokens, where pictures were seen."""
 
+    @property
+    def num_moments(self) -> int:
+        return 0 if self.moments is None else len(self.moments.sums)
+
 
 def calibrate(
     model: Model,

@@ -13,6 +13,7 @@ After each stage its statistics and the hidden states that it left are on the di
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ class StreamedCalibration:
     num_moments: int
     first_stage: int
     """Stages below this one were taken over from an interrupted run."""
+    by_kind: Mapping[str, CalibrationStats] = field(default_factory=dict)
+    """Always empty: pictures are not streamed."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,8 @@ def calibrate_streamed(
     inputs: ModelInputs,
     provenance: StatsProvenance,
     output: Path,
-    options: StatisticsOptions,
-    streaming: StreamingOptions,
+    options: StatisticsOptions | None = None,
+    streaming: StreamingOptions | None = None,
     progress: Progress = ignore_progress,
 ) -> StreamedCalibration:
     """Calibrate on windows of text and write `output` and, beside it, second moments.
@@ -76,6 +79,7 @@ def calibrate_streamed(
         CheckpointError: the model is no safetensors checkpoint of a known family.
         StatsError: the limit is too small, or there is no space for hidden states.
     """
+    options, streaming = options or StatisticsOptions(), streaming or StreamingOptions()
     summed, held, provenance = split_inputs(inputs, provenance, options.held_back)
     stream = LayerStream(model, dtype=streaming.dtype, device=streaming.device)
     moments = options.recorder(stream.hf_model)
@@ -226,7 +230,9 @@ class _Run:
     def _before_batch(self, index: int) -> None:
         num_summed = self._summed.num_batches
         num_held = len(self._batches) - num_summed
-        self._collector.start(self._batches[index], (index - num_summed + 1) / num_held if index >= num_summed else None)
+        self._collector.start(
+            self._batches[index], (index - num_summed + 1) / num_held if index >= num_summed else None
+        )
 
     def _keep(self, direction: str, stage: int) -> None:
         """Statistics and second moments of a stage go to the disk, then its line to the journal."""

@@ -183,14 +183,14 @@ class _Scorer:
 def _items(encoder: SampleEncoder, samples: Sequence[Sample], asks: bool) -> list[PictureItem]:
     if asks and not any(sample.question for sample in samples):
         raise EvaluationError("The task vqa needs lines with `images`, `question` and `answer`; the file has none.")
-    break_token = getattr(encoder.processor, "image_break_token_id", None)
-    inside = frozenset() if break_token is None else frozenset([break_token])
     found = []
     for sample in samples:
-        whole = encoder.encode(sample)
+        whole = encoder.encode(sample, breaks_are_text=False)
         if whole is not None:
-            prompt = encoder.encode(sample, prompt_only=True) if asks and sample.question else None
-            found.append(PictureItem(sample, whole, prompt, inside))
+            prompt = None
+            if asks and sample.question:
+                prompt = encoder.encode(sample, prompt_only=True, breaks_are_text=False)
+            found.append(PictureItem(sample, whole, prompt))
     if not found:
         raise EvaluationError("No sample can be used: all of their images fail to decode.")
     return found

@@ -102,5 +102,5 @@ class ModelInputs:
 
 
 def num_held_back(count: int, share: float) -> int:
-    """Return how many of `count` windows or samples are held back: at least one, and not the only one unless all are."""
+    """Return how many of `count` inputs are held back: at least one, and not the only one unless all are."""
     return 0 if share <= 0 or (count == 1 and share < 1) else max(1, round(count * share))

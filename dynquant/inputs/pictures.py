@@ -168,8 +168,10 @@ class SampleEncoder:
         self._image_token = image_token
         self._strict = strict
 
-    def encode(self, sample: Sample, *, prompt_only: bool = False) -> Batch | None:
+    def encode(self, sample: Sample, *, prompt_only: bool = False, breaks_are_text: bool = True) -> Batch | None:
         """Return the model inputs of one sample, or None when it is skipped; `prompt_only` leaves the answer out.
+
+        Some models end every row of a picture with a token; unless `breaks_are_text` it belongs to the picture.
 
         Raises:
             DataError: the processor refuses the sample, or with `strict` an image cannot be decoded.
@@ -192,6 +194,9 @@ class SampleEncoder:
         arguments = {name: value for name, value in features.items() if isinstance(value, torch.Tensor)}
         ids = arguments["input_ids"]
         is_text = ids != self._image_token if self._image_token is not None else torch.ones_like(ids, dtype=torch.bool)
+        row_break = getattr(self.processor, "image_break_token_id", None)
+        if row_break is not None and not breaks_are_text:
+            is_text &= ids != row_break
         return Batch(arguments, is_text)
 
     def encode_all(self, samples: tuple[Sample, ...], max_tokens: int) -> Iterator[Batch]:
