@@ -13,12 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from dynquant.errors import CheckpointError, ExportError
+from dynquant.formats.storage_format import DTYPE_BYTES
 from dynquant.storage.strict_json import parse_json
-
-DTYPE_BYTES = {
-    "U8": 1, "I8": 1, "BOOL": 1, "F8_E4M3": 1, "F16": 2, "BF16": 2, "I16": 2, "F32": 4, "I32": 4, "F64": 8, "I64": 8,
-}  # fmt: skip
-
 
 _MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library."""

@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 
 from dynquant.checkpoints.fp8_values import FileSpan, StoredValues, spans_of
-from dynquant.checkpoints.safetensors_format import DTYPE_BYTES
 from dynquant.errors import CheckpointError
+from dynquant.formats.storage_format import DTYPE_BYTES
 from dynquant.storage.strict_json import parse_json
 
 INDEX_NAME = "model.safetensors.index.json"

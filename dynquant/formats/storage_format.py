@@ -1,6 +1,11 @@
-"""What GGUF types and compressed-tensors schemes have in common."""
+"""What GGUF types and compressed-tensors schemes have in common, and the words for choosing among them."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
+
+DTYPE_BYTES = {
+    "U8": 1, "I8": 1, "BOOL": 1, "F8_E4M3": 1, "F16": 2, "BF16": 2, "I16": 2, "F32": 4, "I32": 4, "F64": 8, "I64": 8,
+}  # fmt: skip
+"""Bytes of an element by safetensors' name for its type."""
 
 
 class Choice(NamedTuple):
@@ -10,3 +15,17 @@ class Choice(NamedTuple):
     """Name of a quant type or of a scheme."""
     reason: str
     """For people; it is written into the plan."""
+
+
+class StorageFormat(Protocol):
+    """A way to store a tensor: a quant type of GGUF, or a compressed-tensors scheme with its group size."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def block_size(self) -> int:
+        """Neighbouring weights of a row that are stored together; it divides every row."""
+
+    def tensor_bytes(self, shape: tuple[int, ...]) -> int:
+        """Return the bytes of a tensor whose last dimension is the row."""

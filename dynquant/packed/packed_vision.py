@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from dynquant.checkpoints.model import Model
-from dynquant.checkpoints.safetensors_format import DTYPE_BYTES, StoredTensor
+from dynquant.checkpoints.safetensors_format import StoredTensor
 from dynquant.checkpoints.vision_names import keys_of
 from dynquant.errors import CheckpointError
 from dynquant.families.common.conversion import RecipeSource
+from dynquant.formats.storage_format import DTYPE_BYTES
 from dynquant.packed.places import Place, order_of_rows
 from dynquant.recipes.plan import Plan
 
