@@ -1,8 +1,23 @@
-"""What to run on: the device that was asked for, or else a GPU where there is one, and how many CPU cores."""
+"""What a run uses: the device, CPU cores and sizes that were asked for, and what the process has used so far.
+
+Bytes read and written are those of the process's own reads and writes as Linux counts them, cached or not, plus tensors
+taken from memory-mapped files, which the kernel does not count: whoever maps a file calls `count_mapped`.
+"""
 
 import os
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
 
-from dynquant.errors import DeviceError
+from dynquant.errors import DeviceError, PlanError
+
+_SIZE = re.compile(r"^\s*([\d.]+)\s*([kMGT]i?)?B?\s*$", re.IGNORECASE)
+_POWER = {"k": 1, "m": 2, "g": 3, "t": 4}
+_STATUS = Path("/proc/self/status")
+_IO = Path("/proc/self/io")
+_mapped_bytes = 0
 
 
 def chosen_device(asked: str | None) -> str:
@@ -27,3 +42,89 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `31002144`, `140GB` (decimal) or `130.6GiB` (binary).
+
+    Raises:
+        PlanError: not a size.
+    """
+    match = _SIZE.match(text)
+    try:
+        number = float(match.group(1)) if match else None
+    except ValueError:
+        number = None
+    if match is None or number is None:
+        raise PlanError(f"`{text}` is not a size; write bytes, or a number with a unit as 140GB, 31.5MB or 12GiB.")
+    unit = (match.group(2) or "").lower()
+    return int(number * (1024 if unit.endswith("i") else 1000) ** _POWER.get(unit[:1], 0))
+
+
+def human_bytes(count: int) -> str:
+    """Decimal units, as file managers and model hubs show them."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"
+        value /= 1000
+    return f"{value:.2f} TB"
+
+
+class Traffic(NamedTuple):
+    """Bytes since the process began; None where the system does not tell."""
+
+    read: int | None
+    written: int | None
+
+    def since(self, start: "Traffic") -> "Traffic":
+        """What was added after `start`."""
+        return Traffic(*(None if a is None or b is None else a - b for a, b in zip(self, start, strict=True)))
+
+    def plus(self, other: "Traffic") -> "Traffic":
+        """The sum of two spans."""
+        return Traffic(*(None if a is None or b is None else a + b for a, b in zip(self, other, strict=True)))
+
+
+def count_mapped(num_bytes: int) -> None:
+    """Add bytes that were read through a memory map."""
+    global _mapped_bytes
+    _mapped_bytes += num_bytes
+
+
+def count_mapped_files(files: Iterable[Path]) -> None:
+    """Add whole files that another library reads through memory maps."""
+    count_mapped(sum(file.stat().st_size for file in files))
+
+
+def traffic() -> Traffic:
+    """Bytes read and written until now."""
+    try:
+        counts = dict(line.split(": ") for line in _IO.read_text().splitlines())
+        return Traffic(int(counts["rchar"]) + _mapped_bytes, int(counts["wchar"]))
+    except (OSError, KeyError, ValueError):
+        return Traffic(None, None)
+
+
+def peak_memory_bytes() -> int | None:
+    """The largest resident set until now; None on systems that do not tell."""
+    try:
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_cuda_bytes() -> int | None:
+    """The most that PyTorch had allocated on any CUDA device; None when it has not used one."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    return max(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count()))

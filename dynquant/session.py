@@ -57,3 +57,7 @@ class Session:
     """Says one line about what is being done."""
     stage: Callable[[str], AbstractContextManager[Progress]] = ignore_stages
     """Context manager around long work, which yields its `Progress`; the argument says what a stop here would lose."""
+
+
+SILENT = Session()
+"""What tests and callers in Python run under when they ask for nothing else."""

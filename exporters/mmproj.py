@@ -13,10 +13,10 @@ import gguf
 from dynquant.calibration.second_moments import SecondMoments
 from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.model import Model, ModelPart
-from dynquant.cli.terminal import console
 from dynquant.errors import ExportError
 from dynquant.recipes.build_plan import plan_of_part, with_projector_type
 from dynquant.recipes.plan import Plan
+from dynquant.session import Session
 
 MMPROJ_TYPES = ("f32", "bf16", "f16", "q8_0")
 _CAVEATS = {
@@ -27,7 +27,7 @@ _CAVEATS = {
 PartWriter = Callable[[ModelPart, Plan, CalibrationStats | None, SecondMoments | None, Path], list[Path]]
 
 
-def check_parts(model: Model) -> None:
+def check_parts(model: Model, session: Session) -> None:
     """Refuse a model whose language part llama.cpp cannot run; say what else is not written.
 
     Raises:
@@ -43,9 +43,9 @@ def check_parts(model: Model) -> None:
     for part in model.parts:
         kind = next((field.value for field in part.model.metadata if field.key == gguf.Keys.Clip.PROJECTOR_TYPE), None)
         if kind in _CAVEATS:
-            console.note(_CAVEATS[str(kind)])
+            session.note(_CAVEATS[str(kind)])
     if model.unwritten:
-        console.note(f"only the language model is written, and it will not see pictures. {reasons}")
+        session.note(f"only the language model is written, and it will not see pictures. {reasons}")
 
 
 def mmproj_path(output: Path) -> Path:

@@ -9,7 +9,7 @@ from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.model import Model
 from dynquant.encoding.interface import Encoder
 from dynquant.encoding.stream import encoder_version
-from dynquant.errors import ClusterError, DynquantError, ExportError, PlanError, StatsError
+from dynquant.errors import ClusterError, DynquantError, PlanError, StatsError, WriteError
 from dynquant.recipes.plan import Plan
 from dynquant.storage.resumable_output import ResumableOutput
 
@@ -23,7 +23,7 @@ def writing(target: ResumableOutput) -> Iterator[None]:
     with target:
         try:
             yield
-        except (ExportError, ClusterError):
+        except (WriteError, ClusterError):
             raise
         except DynquantError:
             target.discard()

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = """
     dynquant storage formats checkpoints families kernels inputs running calibration recipes encoding packed lora
-    evaluation analysis analysis.errors analysis.sensitivity analysis.outliers planning analysis.plots analysis.report
+    evaluation analysis analysis.errors analysis.outliers analysis.sensitivity planning analysis.plots analysis.report
     analysis.costs exporters training cli.terminal cli kernels.bench analysis.bench
 """
 ORDER = ["dynquant", *(f"dynquant.{name}" for name in FOLDERS.split()[1:])]
@@ -52,56 +52,10 @@ def imported_modules(path: Path) -> set[str]:
 
 
 UPWARD_FOR_NOW: dict[str, set[str]] = {
-    "dynquant.analysis.errors.stage": {"dynquant.cli.terminal", "dynquant.cli.terminal.console"},
-    "dynquant.analysis.report.stage": {"dynquant.cli.terminal", "dynquant.cli.terminal.console"},
-    "dynquant.calibration.picture_stage": {
-        "dynquant.analysis.outliers.token_errors",
-        "dynquant.analysis.report.stage",
-        "dynquant.cli.terminal",
-        "dynquant.cli.terminal.console",
-        "dynquant.encoding.stream",
-        "dynquant.recipes.plan",
-    },
-    "dynquant.calibration.stage": {
-        "dynquant.analysis.outliers.super_weights",
-        "dynquant.analysis.sensitivity.closed_form",
-        "dynquant.cli.terminal",
-        "dynquant.cli.terminal.console",
-        "dynquant.planning.target",
-    },
     "dynquant.checkpoints.gguf_layout": {"dynquant.calibration.statistics"},
-    "dynquant.evaluation.picture_evaluate": {
-        "dynquant.analysis.report.pictures",
-        "dynquant.analysis.report.stage",
-        "dynquant.exporters.mmproj",
-    },
-    "dynquant.exporters.mmproj": {"dynquant.cli.terminal", "dynquant.cli.terminal.console"},
-    "dynquant.exporters.stage": {"dynquant.cli.terminal", "dynquant.cli.terminal.console"},
+    "dynquant.evaluation.picture_evaluate": {"dynquant.analysis.report.pictures", "dynquant.exporters.mmproj"},
     "dynquant.formats.vllm_schemes": {"dynquant.checkpoints.safetensors_format"},
     "dynquant.inputs.eval_text": {"dynquant.evaluation.runners"},
-    "dynquant.planning.chooser": {
-        "dynquant.analysis.report.stage",
-        "dynquant.cli.terminal",
-        "dynquant.cli.terminal.console",
-    },
-    "dynquant.planning.search_stage": {
-        "dynquant.analysis.report.stage",
-        "dynquant.cli.terminal",
-        "dynquant.cli.terminal.console",
-    },
-    "dynquant.planning.serving_stage": {
-        "dynquant.analysis.report.stage",
-        "dynquant.cli.terminal",
-        "dynquant.cli.terminal.console",
-        "dynquant.exporters.compressed_card",
-        "dynquant.exporters.compressed_tensors",
-    },
-    "dynquant.planning.stage": {
-        "dynquant.analysis.report.stage",
-        "dynquant.cli.terminal",
-        "dynquant.cli.terminal.console",
-    },
-    "dynquant.planning.vision_search": {"dynquant.cli.terminal", "dynquant.cli.terminal.console"},
 }
 """Imports that the pure move left pointing upward: module -> modules. Each is to be carved away."""
 

@@ -1,14 +1,113 @@
-"""The stage that measures an error table: goes on where an interrupted run stopped, and writes the table at the end."""
+"""Analysis: measures what every candidate type does to every tensor, and writes the error table.
 
-from collections.abc import Callable, Mapping
+A table that is there already is reused, extended by the types that it lacks; an interrupted one goes on.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dynquant import __version__
 from dynquant.analysis.errors.error_journal import ErrorJournal
+from dynquant.analysis.errors.measure import build_error_table
+from dynquant.analysis.errors.remote import RemoteErrors
 from dynquant.analysis.errors.table import ErrorTable
+from dynquant.calibration.stage import StatsFile
 from dynquant.checkpoints.model import Model
-from dynquant.cli.terminal import console
-from dynquant.session import Progress
+from dynquant.encoding.interface import Encoder
+from dynquant.encoding.remote import EncoderChoice, StoredFiles
+from dynquant.encoding.store import EncodedStore
+from dynquant.encoding.stream import encoder_version, load_encoder
+from dynquant.families.open import open_and_announce
+from dynquant.formats.quant_types import quant_type
+from dynquant.running.cluster import open_ray
+from dynquant.session import SILENT, Progress, Session
+
+DEFAULT_TYPES = (
+    "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "IQ4_XS", "Q5_K", "Q6_K", "Q8_0",
+)  # fmt: skip
+"""Candidates of `plan`: the useful types of each size. IQ2_XS and Q3_K lose to their neighbours at equal bytes."""
+
+
+@dataclass(frozen=True)
+class TableOptions:
+    """Which types are measured, by which encoder, and where: here, or on the Ray cluster at an address."""
+
+    types: tuple[str, ...] = DEFAULT_TYPES
+    encoder: str = "ggml"
+    base_gguf: Path | None = None
+    ray: str | None = None
+
+
+def analyze(path: str, stats_path: Path, output: Path, options: TableOptions, session: Session = SILENT) -> ErrorTable:
+    """Write errors.json and errors.csv."""
+    model = open_and_announce(path, session, base_gguf=options.base_gguf)
+    return _measured(model, StatsFile(stats_path), output, options, session)
+
+
+def error_table(
+    model: Model,
+    stats: StatsFile,
+    path: Path,
+    options: TableOptions,
+    session: Session,
+    store: EncodedStore | None = None,
+) -> ErrorTable:
+    """Return the table at `path`, extended by types that it lacks; measure it anew when the statistics changed.
+
+    With `store`, blocks are kept there, encoded once for the table and for everything that renders them later.
+    """
+    known = ErrorTable.load(path) if path.is_file() else None
+    inputs = (stats.hash, options.encoder, model.fingerprint)
+    if known is None or (known.stats_hash, known.encoder, known.fingerprint) != inputs:
+        return _measured(model, stats, path, options, session, store)
+    missing = tuple(name for name in options.types if name not in known.types)
+    session.note(f"reusing {path}" + (f", adding {', '.join(missing)}" if missing else ""))
+    if missing:
+        return _measured(model, stats, path, replace(options, types=missing), session, store, known)
+    return known
+
+
+def _measured(
+    model: Model,
+    stats: StatsFile,
+    output: Path,
+    options: TableOptions,
+    session: Session,
+    store: EncodedStore | None = None,
+    known: ErrorTable | None = None,
+) -> ErrorTable:
+    """Write the table, with the rows of `known` for other types."""
+    names, encoder = [quant_type(name).name for name in options.types], load_encoder(options.encoder)
+    identity = {
+        "types": " ".join(names),
+        "encoder": f"{encoder.name} {encoder_version(encoder)}",
+        "store": store.directory.name if store else "",
+    }
+
+    def measure(journal: ErrorJournal, progress: Progress) -> ErrorTable:
+        table = build_error_table(
+            model, stats.stats, names, encoder, stats_hash=stats.hash, threads=session.threads, store=store,
+            journal=journal, elsewhere=elsewhere, progress=progress,
+        )  # fmt: skip
+        return table if known is None else known.extended_by(table)
+
+    with _cluster(model, stats, encoder, options, session) as elsewhere:
+        return measure_table(output, model, stats.hash, identity, measure, session)
+
+
+@contextmanager
+def _cluster(
+    model: Model, stats: StatsFile, encoder: Encoder, options: TableOptions, session: Session
+) -> Iterator[RemoteErrors | None]:
+    """Context manager: the Ray cluster that measures, or None where this machine does."""
+    if options.ray is None:
+        yield None
+        return
+    files = StoredFiles.of(model, base_gguf=options.base_gguf, stats=stats.path, use_moments=False, protected={})
+    with open_ray(options.ray) as pool:
+        yield RemoteErrors(pool, EncoderChoice.of(encoder, "cpu", session.threads or 1), files)
 
 
 def measure_table(
@@ -17,8 +116,9 @@ def measure_table(
     stats_hash: str,
     identity: Mapping[str, str],
     measure: Callable[[ErrorJournal, Progress], ErrorTable],
+    session: Session,
 ) -> ErrorTable:
-    """Write the table that `measure` gives.
+    """Write the table that `measure` returns; what an interrupted run measured is used again.
 
     `identity` is what decides its numbers beside model, statistics and version; what an interrupted run measured is
     kept only under an equal one.
@@ -26,11 +126,11 @@ def measure_table(
     Raises:
         PlanError: the journal cannot be written.
     """
-    known = {"tool": __version__, "fingerprint": model.fingerprint, "stats": stats_hash}
-    with ErrorJournal(output, {**known, **identity}) as journal:
+    origin = {"tool": __version__, "fingerprint": model.fingerprint, "stats": stats_hash}
+    with ErrorJournal(output, {**origin, **identity}) as journal:
         if journal.num_found:
-            console.note(f"going on with the interrupted {output.name}, {journal.num_found} parts of tensors are there")
-        with console.stage_progress("Statistics and the errors measured so far are kept.") as progress:
+            session.note(f"going on with the interrupted {output.name}, {journal.num_found} parts of tensors are there")
+        with session.stage("Statistics and the errors measured so far are kept.") as progress:
             table = measure(journal, progress)
         table.save(output)
         journal.remove()

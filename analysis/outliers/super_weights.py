@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn import functional
 
 from dynquant.checkpoints.tensor_roles import gguf_name_of, layer_of, role_of
+from dynquant.recipes.folder import SuperWeight
 from dynquant.running.expert_hooks import ExpertCall, expert_modules, record_experts
 from dynquant.running.linear_hooks import linear_names
 from dynquant.running.stored_experts import StoredExperts
@@ -29,31 +30,6 @@ from dynquant.running.stored_experts import StoredExperts
 Zeroed = Callable[[str, int | None, int, int], AbstractContextManager[float]]
 """Makes one weight read as zero inside its context, and gives its value."""
 _LAYER_MODULE = re.compile(r"^(.*?\.\d+)\.")
-
-
-class SuperWeight(BaseModel):
-    """`name[expert][row, col]`, in the order of discovery. `max_in` and `max_out` are signed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str
-    """GGUF name of the tensor; `expert` is None for dense and shared projections."""
-    module: str
-    expert: int | None
-    layer: int
-    row: int
-    col: int
-    value: float
-    max_in: float
-    max_out: float
-    position: int
-    """Token at which `max_out` occurs."""
-    ratio: float
-    """|max_out| over the median of the layers' maxima."""
-    share: float
-    """Part of `max_out` that this one weight contributes."""
-    effect: float
-    """Mean change of a token's log-probability, in nats, when the weight is zeroed."""
 
 
 class Ablation(BaseModel):

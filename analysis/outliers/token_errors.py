@@ -14,13 +14,18 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from dynquant.calibration.importance import importance
+from dynquant.calibration.picture_collector import KINDS, kind_path
 from dynquant.calibration.statistics import CalibrationStats, InputStats
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import Role, layer_of, role_of
 from dynquant.encoding.interface import Encoder
+from dynquant.encoding.stream import load_encoder
 from dynquant.formats import decode
 from dynquant.formats.quant_types import QUANT_TYPES, fit_to_row
+from dynquant.recipes.folder import TOKEN_ERRORS_NAME
 from dynquant.recipes.presets import is_quantizable
+from dynquant.session import Session
+from dynquant.storage.atomic import write_atomically
 
 _PREFERRED = ("Q4_K", "IQ4_XS", "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "Q5_K", "Q6_K", "Q8_0")
 
@@ -114,3 +119,20 @@ def _error(x: torch.Tensor | None, weights: torch.Tensor, difference: torch.Tens
         return None
     kept = float((x @ weights.T).square().sum(dtype=torch.float64))
     return (float((x @ difference.T).square().sum(dtype=torch.float64)) / kept) ** 0.5 if kept > 0 else 0.0
+
+
+def write_token_errors(
+    model: Model, stats_path: Path, directory: Path, types: tuple[str, ...], encoder: str, session: Session
+) -> TokenErrors | None:
+    """Measure the language model's errors on image and text tokens apart; None without such statistics."""
+    paths = {kind: kind_path(stats_path, kind) for kind in KINDS}
+    output = directory / TOKEN_ERRORS_NAME
+    if not all(path.is_file() for path in paths.values()):
+        output.unlink(missing_ok=True)
+        return None
+    stats = CalibrationStats.load(stats_path)
+    by_kind = {kind: CalibrationStats.load(path) for kind, path in paths.items()}
+    errors = measure_token_errors(model, stats, by_kind, types, load_encoder(encoder))
+    write_atomically(output, json.dumps(errors.model_dump(), indent=1) + "\n")
+    session.note(errors.sentence())
+    return errors

@@ -1,24 +1,19 @@
 """The stages of `calibrate` and `plan` that run a vision-language model on pictures and text (`--data FILE`)."""
 
-import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from dynquant.analysis.outliers.token_errors import TokenErrors, measure_token_errors
-from dynquant.analysis.report.stage import TOKEN_ERRORS_NAME
 from dynquant.calibration.picture_collector import KINDS, VisionCalibration, collect_vision_statistics, kind_path
-from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
+from dynquant.calibration.statistics import StatsProvenance
 from dynquant.checkpoints.model import Model
-from dynquant.cli.terminal import console
-from dynquant.encoding.stream import load_encoder
 from dynquant.errors import DataError
 from dynquant.inputs.pictures import Encoded, SampleEncoder, SampleFile, image_token_of, read_samples
 from dynquant.inputs.processor import load_processor
-from dynquant.recipes.plan import write_atomically
 from dynquant.resources import chosen_device
 from dynquant.running.gradients import ModelInputs
 from dynquant.running.load import load_hf
+from dynquant.session import Session
 
 TEXT_ONLY = (
     "This model has a vision tower, but the calibration is text alone: nothing of the vision tower, the projector and "
@@ -34,7 +29,6 @@ class DataOptions:
 
     path: str
     tokens: int
-    seed: int = 0
     strict: bool = False
 
     @property
@@ -42,7 +36,7 @@ class DataOptions:
         return read_samples(Path(self.path))
 
 
-def encoded_samples(model: Model, options: DataOptions) -> tuple[list[Encoded], SampleFile]:
+def encoded_samples(model: Model, options: DataOptions, session: Session) -> tuple[list[Encoded], SampleFile]:
     """The file's samples, shuffled, up to the number of tokens; those that had to be left out are told.
 
     Raises:
@@ -59,28 +53,28 @@ def encoded_samples(model: Model, options: DataOptions) -> tuple[list[Encoded], 
         load_processor(model.hf_directory), image_token_of(model.hf_directory), strict=options.strict
     )
     samples = list(file.samples)
-    random.Random(options.seed).shuffle(samples)
+    random.Random(session.seed).shuffle(samples)
     found = list(encoder.encode_all(tuple(samples), options.tokens))
     if encoder.skipped:
-        console.note(f"skipped {len(encoder.skipped)} samples whose images cannot be decoded:")
+        session.note(f"skipped {len(encoder.skipped)} samples whose images cannot be decoded:")
         for reason in encoder.skipped:
-            console.note(f"  {reason}")
+            session.note(f"  {reason}")
     if not found:
         raise DataError(f"No sample of {options.path} can be used: all of their images fail to decode.")
     return found, file
 
 
 def calibrate_on_samples(
-    model: Model, options: DataOptions, output: Path, *, device: str | None, hessian_bytes: int | None
+    model: Model, options: DataOptions, output: Path, session: Session, *, hessian_bytes: int | None
 ) -> VisionCalibration:
     """Run the model on samples and write the statistics of image and text tokens beside `output`."""
-    samples, file = encoded_samples(model, options)
+    samples, file = encoded_samples(model, options, session)
     provenance = StatsProvenance(
         fingerprint=model.fingerprint, text_hash=file.sha256, text_name=file.name, max_tokens=options.tokens,
-        seed=options.seed,
+        seed=session.seed,
     )  # fmt: skip
-    hf_model = load_hf(model, device=chosen_device(device))
-    with console.stage_progress("Calibration is not kept: what it has measured so far is lost.") as progress:
+    hf_model = load_hf(model, device=chosen_device(session.device))
+    with session.stage("Calibration is not kept: what it has measured so far is lost.") as progress:
         found = collect_vision_statistics(
             hf_model, samples, model, provenance, hessian_bytes=hessian_bytes, progress=progress
         )
@@ -89,7 +83,7 @@ def calibrate_on_samples(
         stats.save(kind_path(output, kind))
     num_images = sum(int(sample.is_image.sum()) for sample in samples)
     num_tokens = sum(sample.num_tokens for sample in samples)
-    console.note(f"{len(samples)} samples: {num_images:,} image tokens, {num_tokens - num_images:,} text tokens")
+    session.note(f"{len(samples)} samples: {num_images:,} image tokens, {num_tokens - num_images:,} text tokens")
     return found
 
 
@@ -99,9 +93,9 @@ def remove_kinds(output: Path) -> None:
         kind_path(output, kind).unlink(missing_ok=True)
 
 
-def probe_inputs(model: Model, options: DataOptions) -> list[ModelInputs]:
+def probe_inputs(model: Model, options: DataOptions, session: Session) -> list[ModelInputs]:
     """Inputs for a backward pass that reaches the vision tower."""
-    samples, _ = encoded_samples(model, options)
+    samples, _ = encoded_samples(model, options, session)
     found: list[ModelInputs] = []
     for sample in samples:
         pixels = {
@@ -110,21 +104,4 @@ def probe_inputs(model: Model, options: DataOptions) -> list[ModelInputs]:
             if value.is_floating_point()
         }
         found.append({**sample.inputs, **pixels})
-    return found
-
-
-def write_token_errors(
-    model: Model, stats_path: Path, directory: Path, types: tuple[str, ...], encoder: str
-) -> TokenErrors | None:
-    """Measure the language model's errors on image and text tokens apart; None without such statistics."""
-    paths = {kind: kind_path(stats_path, kind) for kind in KINDS}
-    output = directory / TOKEN_ERRORS_NAME
-    if not all(path.is_file() for path in paths.values()):
-        output.unlink(missing_ok=True)
-        return None
-    stats = CalibrationStats.load(stats_path)
-    by_kind = {kind: CalibrationStats.load(path) for kind, path in paths.items()}
-    found = measure_token_errors(model, stats, by_kind, types, load_encoder(encoder))
-    write_atomically(output, json.dumps(found.model_dump(), indent=1) + "\n")
-    console.note(found.sentence())
     return found

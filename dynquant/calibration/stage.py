@@ -1,43 +1,38 @@
-"""The stages that run the original: calibration, and the probe for super weights and sensitivities.
+"""Calibration: runs the original over text or pictures, and writes what its matrices see.
 
-Both load the model whole where it fits, and stream it layer by layer where it does not or a limit is given.
+The model is loaded whole where it fits, and streamed layer by layer where it does not or a limit is given.
 """
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dynquant.analysis.outliers.super_weights import SuperWeight, find_super_weights
-from dynquant.analysis.sensitivity.closed_form import output_sensitivity, streamed_sensitivity
+from dynquant.calibration.importance import coverage_report
 from dynquant.calibration.picture_collector import VisionCalibration
-from dynquant.calibration.picture_stage import TEXT_ONLY, DataOptions, calibrate_on_samples, probe_inputs, remove_kinds
+from dynquant.calibration.picture_stage import TEXT_ONLY, DataOptions, calibrate_on_samples, remove_kinds
 from dynquant.calibration.run import Calibration, Hessians, calibrate, windows_of
-from dynquant.calibration.second_moments import path_beside
+from dynquant.calibration.second_moments import SecondMoments, load_beside, path_beside
 from dynquant.calibration.statistics import CalibrationStats
 from dynquant.calibration.streamed import StreamedCalibration, calibrate_streamed
 from dynquant.checkpoints.model import Model
-from dynquant.cli.terminal import console
 from dynquant.errors import PlanError, StatsError
 from dynquant.families.common.conversion import RecipeSource
-from dynquant.planning.target import parse_size
-from dynquant.resources import chosen_device
-from dynquant.running.layer_stream import LayerStream
-from dynquant.running.load import computing_type, load_hf
-from dynquant.running.staged_passes import StagedPasses
-from dynquant.running.stream_memory import COMFORTABLE_SHARE, Workload, fit_within, free_memory
-from dynquant.session import Progress
+from dynquant.families.open import open_and_announce
+from dynquant.inputs.text import read_text
+from dynquant.resources import chosen_device, human_bytes, parse_size
+from dynquant.running.load import computing_type
+from dynquant.running.stream_memory import COMFORTABLE_SHARE, free_memory
+from dynquant.session import SILENT, Progress, Session
+from dynquant.storage.atomic import file_hash
 
-PROBE_TOKENS = 4096
-"""Tokens of the backward pass that measures sensitivities."""
-
-_PROBE_KEEPS = "Errors are kept; the sensitivities measured so far are lost."
+STATS_NAME = "stats.safetensors"
+"""Statistics beside a plan."""
 _LIMIT_SHARE = 0.85
-"""Of the free memory, when a model is streamed without being asked."""
+"""Share of the free memory within which a model is streamed that does not fit into it."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +45,8 @@ class CalibrationOptions:
     text: str | None = None
     tokens: int = 131072
     window: int = 512
-    seed: int = 0
     hessians: Hessians = "activations"
     hessian_memory: str = "8GiB"
-    device: str | None = None
     max_memory: str | None = None
     """Limit of the process, as 8GB; the model is then streamed. None streams what does not fit into the free memory."""
     spill: Path | None = None
@@ -65,20 +58,135 @@ class CalibrationOptions:
 
     @property
     def samples(self) -> DataOptions | None:
-        return None if self.data is None else DataOptions(self.data, self.tokens, self.seed, self.strict)
+        return None if self.data is None else DataOptions(self.data, self.tokens, self.strict)
 
 
 @dataclass(frozen=True)
-class Probe:
-    """What a backward pass and ablations told of the original."""
+class StatsFile:
+    """Statistics with the file that holds them; tables and plans name them by its hash."""
 
-    super_weights: list[SuperWeight] = field(default_factory=list)
-    sensitivity: dict[str, float] = field(default_factory=dict)
-    sensitivity_se: dict[str, float] = field(default_factory=dict)
+    path: Path
+    measured: CalibrationStats | None = None
+    """What was just written to the file, so that nobody reads it again."""
+
+    @cached_property
+    def stats(self) -> CalibrationStats:
+        return self.measured or CalibrationStats.load(self.path)
+
+    @cached_property
+    def hash(self) -> str:
+        return file_hash(self.path)
+
+    @cached_property
+    def moments(self) -> SecondMoments | None:
+        """Second moments of the file beside, or None where there is none."""
+        return load_beside(self.path, self.stats)
+
+    def of(self, model: Model) -> "StatsFile":
+        """Return itself.
+
+        Raises:
+            StatsError: the statistics are those of another checkpoint.
+        """
+        self.stats.check_belongs_to(model.fingerprint, model.name)
+        return self
+
+
+def calibrate_model(
+    path: str,
+    options: CalibrationOptions,
+    output: Path,
+    session: Session = SILENT,
+    *,
+    base_gguf: Path | None = None,
+    imatrix: Path | None = None,
+    imatrix_out: Path | None = None,
+) -> StatsFile:
+    """Write stats.safetensors; import or export a llama.cpp imatrix when asked."""
+    from dynquant.calibration.imatrix import export_imatrix, import_imatrix
+
+    model = open_and_announce(path, session, base_gguf=base_gguf)
+    if imatrix:
+        stats = import_imatrix(imatrix, model)
+        stats.save(output)
+    else:
+        stats = run_calibration(model, options, output, session, base_gguf=base_gguf)
+    if imatrix_out:
+        export_imatrix(stats, imatrix_out, model=model)
+        session.note(f"wrote {imatrix_out}")
+    tell_coverage(stats, model, session)
+    return StatsFile(output, stats)
+
+
+def tell_coverage(stats: CalibrationStats, model: Model, session: Session) -> None:
+    """Say how many tokens the experts saw, and which layers have starved experts."""
+    rows = coverage_report(stats, model.hyper)
+    if not rows:
+        return
+    fewest = min(min(row.tokens) for row in rows)
+    starved = sum(len(row.starved) for row in rows)
+    session.note(
+        f"experts: {sum(len(row.tokens) for row in rows)} in {len(rows)} layers, fewest tokens {fewest:,}, "
+        f"{starved} starved (their statistics lean on the layer's mean)"
+    )
+    for row in rows:
+        if row.starved:
+            listed = ", ".join(f"{expert} ({row.tokens[expert]})" for expert in row.starved)
+            session.note(f"  layer {row.layer}: starved experts (tokens) {listed}")
+
+
+def statistics_in(
+    directory: Path,
+    model: Model,
+    options: CalibrationOptions,
+    session: Session,
+    *,
+    stats_path: Path | None = None,
+    base_gguf: Path | None = None,
+) -> StatsFile:
+    """Return the statistics of a plan folder: a copy of `stats_path`, those that fit the options, or new ones."""
+    path = directory / STATS_NAME
+    if stats_path is not None:
+        found = StatsFile(stats_path).of(model)
+        directory.mkdir(parents=True, exist_ok=True)
+        if stats_path.resolve() != path.resolve():
+            found.stats.save(path)
+            _copy_moments(stats_path, path)
+        return StatsFile(path, found.stats)
+    if path.is_file():
+        found = StatsFile(path)
+        has_moments = options.hessians == "none" or path_beside(path).is_file()
+        if has_moments and _was_made_with(found.stats, model, options, session.seed):
+            session.note(f"reusing {path}")
+            return found
+    stats = run_calibration(model, options, path, session)
+    tell_coverage(stats, model, session)
+    return StatsFile(path, stats)
+
+
+def _copy_moments(source_stats: Path, target_stats: Path) -> None:
+    source, target = path_beside(source_stats), path_beside(target_stats)
+    target.unlink(missing_ok=True)
+    if source.is_file():
+        try:
+            target.hardlink_to(source)
+        except OSError:
+            shutil.copyfile(source, target)
+
+
+def _was_made_with(stats: CalibrationStats, model: Model, options: CalibrationOptions, seed: int) -> bool:
+    made = stats.provenance
+    if (made.fingerprint, made.max_tokens, made.seed) != (model.fingerprint, options.tokens, seed):
+        return False
+    if options.samples is not None:
+        return made.text_hash == options.samples.file.sha256
+    return made.window == options.window and (
+        made.text_hash == read_text(options.text, seed=seed, max_tokens=options.tokens).sha256
+    )
 
 
 def run_calibration(
-    model: Model, options: CalibrationOptions, output: Path, *, base_gguf: Path | None = None
+    model: Model, options: CalibrationOptions, output: Path, session: Session = SILENT, *, base_gguf: Path | None = None
 ) -> CalibrationStats:
     """Write the statistics, and the second moments beside them when they are asked for.
 
@@ -91,68 +199,32 @@ def run_calibration(
             "Every worker of a cluster holds the model whole, so --max-memory and --spill do not go with --ray; leave "
             "out one or the other."
         )
-    device = chosen_device(options.device)
+    device = chosen_device(session.device)
     _check_vision(model, options)
-    limit = None if options.ray is not None else streaming_limit(model, options, device)
+    limit = None if options.ray is not None else streaming_limit(model, options, device, session)
     if options.samples is not None:
-        stats, pools_experts, left_out, count = _calibrate_on_samples(model, options, output)
+        stats, pools_experts, left_out, count = _calibrate_on_samples(model, options, output, session)
     elif limit is None:
-        stats, pools_experts, left_out, count = _calibrate_whole(model, options, device, output, base_gguf)
+        stats, pools_experts, left_out, count = _calibrate_whole(model, options, device, output, session, base_gguf)
     else:
-        found = _calibrate_streamed(model, options, device, output, limit)
+        found = _calibrate_streamed(model, options, device, output, session, limit)
         stats, pools_experts, left_out, count = found.stats, found.pools_experts, found.left_out, found.num_moments
     moments_path = path_beside(output)
     if options.hessians != "none":
-        size = console.human_bytes(moments_path.stat().st_size)
+        size = human_bytes(moments_path.stat().st_size)
         pooled = ", one for each layer's experts" if pools_experts else ""
-        console.note(f"wrote {moments_path}: {count} second moments{pooled}, {size}")
+        session.note(f"wrote {moments_path}: {count} second moments{pooled}, {size}")
     else:
         moments_path.unlink(missing_ok=True)
     if left_out:
-        console.note(
+        session.note(
             f"no second moments for {len(left_out)} inputs, because --hessian-memory {options.hessian_memory} is "
             f"used up; they are encoded without error feedback: {', '.join(left_out)}"
         )
     return stats
 
 
-def run_probe(model: Model, options: CalibrationOptions, directory: Path, *, finds_super_weights: bool = True) -> Probe:
-    """Super weights, and the sensitivity of the output to every tensor; computed in float32 on the CPU.
-
-    Raises:
-        CheckpointError: transformers cannot load the model.
-        StatsError: a memory limit that is too small for it.
-    """
-    if options.samples is not None:
-        inputs = probe_inputs(model, replace(options.samples, tokens=PROBE_TOKENS))
-        hf_model = load_hf(model)
-        with console.stage_progress(_PROBE_KEEPS) as progress:
-            found_on_samples = output_sensitivity(
-                hf_model, model.arch, model.hyper.n_layer, inputs, seed=options.seed, progress=progress
-            )
-        return Probe([], *found_on_samples)  # super weights are looked for with text alone
-    windows, _ = windows_of(model, options.text, tokens=PROBE_TOKENS, window=options.window, seed=options.seed)
-    arch, n_layer = model.arch, model.hyper.n_layer
-    limit = streaming_limit(model, options, "cpu")
-    if limit is None:
-        hf_model = load_hf(model)
-        found = find_super_weights(hf_model, arch, n_layer, windows[0]) if finds_super_weights else []
-        with console.stage_progress(_PROBE_KEEPS) as progress:
-            return Probe(
-                found, *output_sensitivity(hf_model, arch, n_layer, windows, seed=options.seed, progress=progress)
-            )
-    stream = LayerStream(model)
-    fit_within(stream, limit, Workload(windows.shape[1], is_backward=True))
-    with stream.running(), _scratch((options.spill or directory) / ".probe.streaming") as scratch:
-        found = []
-        if finds_super_weights:
-            found = find_super_weights(stream.hf_model, arch, n_layer, windows[0], zeroed=stream.zeroed)
-        passes = StagedPasses(stream, windows.split(1), scratch)
-        with console.stage_progress(_PROBE_KEEPS) as progress:
-            return Probe(found, *streamed_sensitivity(passes, arch, n_layer, seed=options.seed, progress=progress))
-
-
-def streaming_limit(model: Model, options: CalibrationOptions, device: str) -> int | None:
+def streaming_limit(model: Model, options: CalibrationOptions, device: str, session: Session = SILENT) -> int | None:
     """Bytes within which the model is to be streamed, or None to load it whole."""
     if model.has_vision:
         return None
@@ -164,9 +236,9 @@ def streaming_limit(model: Model, options: CalibrationOptions, device: str) -> i
     if needed <= COMFORTABLE_SHARE * free or not isinstance(model.source, RecipeSource):
         return None
     limit = int(_LIMIT_SHARE * free_memory())
-    console.note(
-        f"{model.name} takes {console.human_bytes(needed)} as floats and {console.human_bytes(free)} are free: it is "
-        f"streamed layer by layer within {console.human_bytes(limit)}. --max-memory sets another limit"
+    session.note(
+        f"{model.name} takes {human_bytes(needed)} as floats and {human_bytes(free)} are free: it is "
+        f"streamed layer by layer within {human_bytes(limit)}. --max-memory sets another limit"
     )
     return limit
 
@@ -182,24 +254,26 @@ def _check_vision(model: Model, options: CalibrationOptions) -> None:
 
 
 def _calibrate_on_samples(
-    model: Model, options: CalibrationOptions, output: Path
+    model: Model, options: CalibrationOptions, output: Path, session: Session
 ) -> tuple[CalibrationStats, bool, tuple[str, ...], int]:
     hessian_bytes = parse_size(options.hessian_memory) if options.hessians == "activations" else None
-    found = calibrate_on_samples(model, options.samples, output, device=options.device, hessian_bytes=hessian_bytes)
+    found = calibrate_on_samples(model, options.samples, output, session, hessian_bytes=hessian_bytes)
     return _saved(found, output)
 
 
 def _calibrate_whole(
-    model: Model, options: CalibrationOptions, device: str, output: Path, base_gguf: Path | None
+    model: Model, options: CalibrationOptions, device: str, output: Path, session: Session, base_gguf: Path | None
 ) -> tuple[CalibrationStats, bool, tuple[str, ...], int]:
     remove_kinds(output)
     if model.has_vision:
-        console.note(TEXT_ONLY)
-    with console.stage_progress("Calibration is not kept: what it has measured so far is lost.") as progress:
+        session.note(TEXT_ONLY)
+    with session.stage("Calibration is not kept: what it has measured so far is lost.") as progress:
         if options.ray is not None:
-            found = _calibrate_on_ray(model, options, base_gguf, progress)
+            found = _calibrate_on_ray(model, options, base_gguf, session, progress)
         else:
-            found = calibrate(model, options.text, progress=progress, **_measured(options, device), **_read(options))
+            found = calibrate(
+                model, options.text, progress=progress, **_measured(options, device), **_read(options, session)
+            )
     return _saved(found, output)
 
 
@@ -213,14 +287,14 @@ def _saved(found: Calibration | VisionCalibration, output: Path) -> tuple[Calibr
 
 
 def _calibrate_on_ray(
-    model: Model, options: CalibrationOptions, base_gguf: Path | None, progress: Progress
+    model: Model, options: CalibrationOptions, base_gguf: Path | None, session: Session, progress: Progress
 ) -> Calibration:
     from dynquant.calibration.sharded import calibrate_in_shards
     from dynquant.running.cluster import open_ray
 
-    windows, provenance = windows_of(model, options.text, **_read(options))
+    windows, provenance = windows_of(model, options.text, **_read(options, session))
     with open_ray(str(options.ray)) as pool:
-        device = options.device or ("cuda" if pool.has_gpus else "cpu")
+        device = session.device or ("cuda" if pool.has_gpus else "cpu")
         return calibrate_in_shards(
             model, windows, provenance, base_gguf=base_gguf, pool=pool, progress=progress,
             **_measured(options, "cuda" if device.startswith("cuda") else device),
@@ -228,22 +302,22 @@ def _calibrate_on_ray(
 
 
 def _calibrate_streamed(
-    model: Model, options: CalibrationOptions, device: str, output: Path, limit: int
+    model: Model, options: CalibrationOptions, device: str, output: Path, session: Session, limit: int
 ) -> StreamedCalibration:
-    windows, provenance = windows_of(model, options.text, **_read(options))
+    windows, provenance = windows_of(model, options.text, **_read(options, session))
     dtype = computing_type(model, device)
-    with console.stage_progress("Finished layers are kept.") as progress:
+    with session.stage("Finished layers are kept.") as progress:
         found = calibrate_streamed(
             model, windows, provenance, output, limit_bytes=limit, spill=options.spill, dtype=dtype, progress=progress,
             **_measured(options, device),
         )  # fmt: skip
     if found.first_stage:
-        console.note(f"went on with an interrupted calibration, {found.first_stage} of its stages were there")
+        session.note(f"went on with an interrupted calibration, {found.first_stage} of its stages were there")
     return found
 
 
-def _read(options: CalibrationOptions) -> dict[str, Any]:
-    return {"tokens": options.tokens, "window": options.window, "seed": options.seed}
+def _read(options: CalibrationOptions, session: Session) -> dict[str, Any]:
+    return {"tokens": options.tokens, "window": options.window, "seed": session.seed}
 
 
 def _measured(options: CalibrationOptions, device: str) -> dict[str, Any]:
@@ -253,14 +327,3 @@ def _measured(options: CalibrationOptions, device: str) -> dict[str, Any]:
         "hessians": options.hessians,
         "hessian_bytes": parse_size(options.hessian_memory),
     }
-
-
-@contextmanager
-def _scratch(directory: Path) -> Iterator[Path]:
-    """An empty directory that is gone afterwards."""
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)

@@ -16,7 +16,7 @@ from dynquant.checkpoints.tensor_source import TensorInfo
 from dynquant.errors import CheckpointError
 from dynquant.formats import decode
 from dynquant.formats.quant_types import QUANT_TYPES
-from dynquant.process_usage import count_mapped
+from dynquant.resources import count_mapped
 
 _SPLIT_NAME = re.compile(r"^(.*)-(\d{5})-of-(\d{5})\.gguf$")
 

@@ -102,15 +102,21 @@ def calibrate(
 
     Example: dynquant calibrate ./vision-model --data pictures.jsonl -o stats.safetensors
     """
-    from dynquant.planning import stage as workflow
+    from dynquant.calibration.stage import CalibrationOptions, calibrate_model
+    from dynquant.cli.terminal import console
 
-    options = workflow.CalibrationOptions(
-        text=calibration, tokens=tokens, window=window, seed=seed,
-        hessians=_hessians(hessians), hessian_memory=hessian_memory, device=device, ray=ray,
+    options = CalibrationOptions(
+        text=calibration, tokens=tokens, window=window,
+        hessians=_hessians(hessians), hessian_memory=hessian_memory, ray=ray,
         max_memory=max_memory, spill=spill, data=data, strict=strict,
     )  # fmt: skip
     _check_one_source(calibration, data)
-    workflow.calibrate(model, options, output, base_gguf=base_gguf, imatrix=imatrix, imatrix_out=imatrix_out)
+    session = console.session(device, seed=seed)
+    file = calibrate_model(
+        model, options, output, session, base_gguf=base_gguf, imatrix=imatrix, imatrix_out=imatrix_out
+    )
+    stats = file.stats
+    console.out.print(f"{output}: {stats.provenance.num_tokens:,} tokens, {len(stats.inputs)} inputs")
 
 
 @app.command()
@@ -130,11 +136,13 @@ def analyze(
 
     Example: dynquant analyze ./model --stats stats.safetensors --types iq1_s,iq2_xxs,q4_k
     """
-    from dynquant.planning import stage as workflow
+    from dynquant.analysis.errors.stage import DEFAULT_TYPES, TableOptions
+    from dynquant.analysis.errors.stage import analyze as run
+    from dynquant.cli.terminal import console
 
-    workflow.analyze(
-        model, stats, output, types=_split(types), encoder=encoder, threads=threads, base_gguf=base_gguf, ray=ray
-    )
+    options = TableOptions(_split(types) or DEFAULT_TYPES, encoder, base_gguf, ray)
+    table = run(model, stats, output, options, console.session(threads=threads))
+    console.out.print(f"{output}: {len(table.tensors())} tensors, {len(table.rows)} rows")
 
 
 @app.command()
@@ -255,9 +263,13 @@ def plan(
 
     Example: dynquant plan ./model --for vllm --bpw 5 -o plan/
     """
-    from dynquant.planning import stage as workflow
+    from dynquant.cli.plan import print_histogram, print_plan
+    from dynquant.cli.terminal import console
+    from dynquant.planning import stage
     from dynquant.planning.search import SearchOptions
+    from dynquant.planning.target import Target
 
+    session = console.session(device, threads, seed)
     if serves is not None:
         given = {
             "--data": data,
@@ -266,33 +278,32 @@ def plan(
             "--base-gguf": base_gguf,
         }  # fmt: skip
         _check_serves(serves, model, [option for option, value in given.items() if value is not None])
-        options = workflow.CalibrationOptions(
-            text=calibration, tokens=tokens, window=window, seed=seed,
-            hessians=_hessians(hessians), hessian_memory=hessian_memory, device=device,
-            max_memory=max_memory, spill=spill,
+        options = stage.CalibrationOptions(
+            text=calibration, tokens=tokens, window=window,
+            hessians=_hessians(hessians), hessian_memory=hessian_memory, max_memory=max_memory, spill=spill,
         )  # fmt: skip
         _plan_for_vllm(
-            str(model), output, options, stats, as_json,
+            str(model), output, options, session, stats, as_json,
             preset=preset, bpw=bpw, size=size, schemes=_split(types), mixed_experts=mixed_experts,
         )  # fmt: skip
         return
     _check_one_source(calibration, data)
     if mixed_experts:
         raise PlanError("--mixed-experts goes with --for vllm; GGUF plans choose for each layer anyway.")
-    target = workflow.Target(
+    target = Target(
         preset=preset, bpw=bpw, size=size, fits=fits, context=context, kv_type=kv_type, like=like, patterns=recipe,
         types=_split(types), floors=floors, couple=_split(couple) or (), vision=vision,
     )  # fmt: skip
-    options = workflow.CalibrationOptions(
-        text=calibration, tokens=tokens, window=window, seed=seed,
-        hessians=_hessians(hessians), hessian_memory=hessian_memory, device=device, ray=ray,
+    options = stage.CalibrationOptions(
+        text=calibration, tokens=tokens, window=window,
+        hessians=_hessians(hessians), hessian_memory=hessian_memory, ray=ray,
         max_memory=max_memory, spill=spill, data=data, strict=strict,
     )  # fmt: skip
     if config_only is not None:
         if model is not None:
             raise PlanError("--config-only DIR goes without a MODEL.")
-        made = workflow.plan_from_config(config_only, target)
-        show = workflow.print_histogram
+        made = stage.plan_from_config(config_only, target, session)
+        show = print_histogram
         if machine is not None:
             show = partial(_print_with_costs, config_only, machine, options, target.types)
     elif machine is not None:
@@ -300,15 +311,19 @@ def plan(
     elif model is None:
         raise PlanError("Give a MODEL to plan, or --config-only DIR with --preset NAME.")
     else:
-        made = workflow.plan(
-            model, target, options, output,
-            stats_path=stats, encoder=encoder, threads=threads, base_gguf=base_gguf, report=report,
+        made = stage.plan(
+            model, target, options, output, session,
+            stats_path=stats, encoder=encoder, base_gguf=base_gguf,
             search=SearchOptions(
                 methods=_split(sensitivity) or _default_methods(data is None and (select or frontier is not None)),
                 select=select, text=selection_text, probes=probes, check_plans=check_plans, frontier=_range(frontier),
             ),
         )  # fmt: skip
-        show = partial(workflow.print_plan, directory=output)
+        if report:
+            from dynquant.analysis.report.stage import write_plan_report
+
+            write_plan_report(model, output, session, base_gguf=base_gguf)
+        show = partial(print_plan, directory=output)
     if as_json:
         print(made.model_dump_json(indent=1))
     else:
@@ -362,15 +377,15 @@ def export(
 
     Example: dynquant export ./vision-model --plan plan/plan.json -f safetensors -o out/
     """
-    from dynquant.exporters.stage import export as run
-    from dynquant.planning.stage import CalibrationOptions
+    from dynquant.calibration.stage import CalibrationOptions
+    from dynquant.cli import commands
+    from dynquant.cli.terminal import console
 
-    options = CalibrationOptions(
-        text=calibration, tokens=tokens, hessians=_hessians(hessians), device=device, max_memory=max_memory
-    )
-    run(
-        model, output, format=format, plan_path=plan, preset=preset, stats_path=stats, calibration=options,
-        encoder=encoder, device=device, split_max_size=split_max_size, resume=resume, threads=threads,
+    options = CalibrationOptions(text=calibration, tokens=tokens, hessians=_hessians(hessians), max_memory=max_memory)
+    commands.export(
+        model, output, console.session(device, threads), format=format, plan_path=plan, preset=preset,
+        stats_path=stats, calibration=options,
+        encoder=encoder, split_max_size=split_max_size, resume=resume,
         base_gguf=base_gguf, tune_tokens=tune, max_memory=max_memory, ray=ray, ship_weights=ship_weights,
         mmproj_type=mmproj_type,
     )  # fmt: skip
@@ -392,11 +407,14 @@ def tune(
 
     Example: dynquant tune model.gguf --reference ./model --calibration text.jsonl -o tuned.gguf
     """
+    from dynquant.cli.terminal import console
     from dynquant.exporters.closing_pass import TuneOptions
     from dynquant.exporters.stage import tune_command
 
     options = TuneOptions(tokens=tokens, step_tokens=step_tokens, seed=seed)
-    tune_command(file, reference, output, options, text=calibration, window=window, device=device)
+    session = console.session(device)
+    for path in tune_command(file, reference, output, options, session, text=calibration, window=window):
+        console.out.print(str(path))
 
 
 @app.command("eval")
@@ -500,10 +518,11 @@ def compare(
 
     Example: dynquant compare ./model --recipes llama-iq1_s,r1-iq1_s --text held-out.txt -o comparison/
     """
+    from dynquant.calibration.stage import CalibrationOptions
     from dynquant.cli.compare import Questions
     from dynquant.cli.compare import compare as run
+    from dynquant.cli.terminal import console
     from dynquant.planning.search import SearchOptions
-    from dynquant.planning.stage import CalibrationOptions
 
     questions = Questions(
         tasks=_split(tasks) or (), text=tuple(text or ()), max_tokens=max_tokens, mmlu_data=mmlu_data, shots=shots,
@@ -514,7 +533,7 @@ def compare(
     search = SearchOptions(methods=_default_methods(select), select=True) if select else None
     run(
         model, _split(recipes) or (), questions, options, output,
-        encoder=encoder, search=search, threads=threads, keep=keep,
+        session=console.session(threads=threads), encoder=encoder, search=search, keep=keep,
     )  # fmt: skip
 
 
@@ -543,18 +562,19 @@ def compare_encoders(
 
     Example: dynquant compare-encoders ./model --recipes r1-iq1_s,experts-q2_k --text held-out.txt -o encoders/
     """
+    from dynquant.calibration.stage import CalibrationOptions
     from dynquant.cli.compare import Questions
     from dynquant.cli.compare_encoders import compare_encoders as run
-    from dynquant.planning.stage import CalibrationOptions
+    from dynquant.cli.terminal import console
 
     questions = Questions(
         tasks=_split(tasks) or (), text=tuple(text or ()), max_tokens=max_tokens, mmlu_data=mmlu_data, shots=shots,
         limit=limit, scoring=_split(scoring) or (),
     )  # fmt: skip
-    options = CalibrationOptions(text=calibration, tokens=tokens, hessians=_hessians(hessians), device=device)
+    options = CalibrationOptions(text=calibration, tokens=tokens, hessians=_hessians(hessians))
     run(
         model, _split(recipes) or (), questions, options, output,
-        tune_tokens=tune, variants=_split(variants) or (), threads=threads, keep=keep,
+        session=console.session(device, threads), tune_tokens=tune, variants=_split(variants) or (), keep=keep,
     )  # fmt: skip
 
 
@@ -668,17 +688,18 @@ def _check_serves(serves: str, model: str | None, given: list[str]) -> None:
 
 
 def _plan_for_vllm(
-    model: str, output: Path, options: object, stats: Path | None, as_json: bool, **target: object
+    model: str, output: Path, options: object, session: object, stats: Path | None, as_json: bool, **target: object
 ) -> None:
-    from dynquant.planning import serving_stage as serving_workflow
+    from dynquant.cli.plan import print_serving_plan
+    from dynquant.planning import serving_stage
 
-    made = serving_workflow.plan_for_vllm(
-        model, serving_workflow.ServingTarget(**target), options, output, stats_path=stats
+    made = serving_stage.plan_for_vllm(
+        model, serving_stage.ServingTarget(**target), options, output, session, stats_path=stats
     )
     if as_json:
         print(made.model_dump_json(indent=1))
     else:
-        serving_workflow.print_serving_plan(made, output)
+        print_serving_plan(made, output)
 
 
 def _default_methods(is_measured: bool) -> tuple[str, ...]:
@@ -706,9 +727,9 @@ def _print_with_costs(
     directory: Path, machine: Path, options: "CalibrationOptions", types: tuple[str, ...] | None, made: "Plan"
 ) -> None:
     from dynquant.cli import commands
-    from dynquant.planning import stage as workflow
+    from dynquant.cli.plan import print_histogram
 
-    workflow.print_histogram(made)
+    print_histogram(made)
     commands.print_costs(directory, made, machine, options, types and [name.upper() for name in types])
 
 

@@ -6,20 +6,27 @@ from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 
+from dynquant.analysis.errors.stage import DEFAULT_TYPES
 from dynquant.analysis.outliers.super_weights import Ablation, SuperWeight, find_super_weights
-from dynquant.analysis.report.stage import PLAN_NAME, write_plan_report
+from dynquant.analysis.report.stage import write_plan_report
+from dynquant.calibration.stage import CalibrationOptions
+from dynquant.cli.plan import print_plan
 from dynquant.cli.terminal import console
-from dynquant.cli.terminal.wording import human_bytes
 from dynquant.evaluation.picture_evaluate import PictureReport
 from dynquant.evaluation.picture_evaluate import evaluate_on_samples as run_on_samples
 from dynquant.evaluation.report import EvalReport, summary_rows
-from dynquant.exporters import stage as export_workflow
-from dynquant.planning import stage as workflow
-from dynquant.planning.target import parse_size
+from dynquant.exporters import stage as exporting
+from dynquant.families.open import open_and_announce
+from dynquant.planning import stage as planning
+from dynquant.planning.target import Target
+from dynquant.recipes.command_line import command_line, left_alone, recipe_of, uses_imatrix
 from dynquant.recipes.diff import PlanDiff, compare_types, number_ranges
-from dynquant.recipes.plan import Plan, write_atomically
-from dynquant.recipes.recipe_text import command_line, left_alone, recipe_of, uses_imatrix
+from dynquant.recipes.folder import PLAN_NAME
+from dynquant.recipes.plan import Plan
 from dynquant.recipes.type_lists import read_types
+from dynquant.resources import human_bytes, parse_size
+from dynquant.session import Session
+from dynquant.storage.atomic import write_atomically
 
 _NOTHING_KEPT = "Nothing is kept without --reference-cache: what the models said so far is lost."
 
@@ -62,7 +69,7 @@ def _draw_pictures(report: PictureReport, reference: str, directory: Path) -> No
 
     title = f"{report.samples} samples of {report.data}"
     answers = report.questions.answers if report.questions else ()
-    write_plan_report(reference, directory, pictures=picture_section(report.rows(), title, answers))
+    write_plan_report(reference, directory, console.session(), pictures=picture_section(report.rows(), title, answers))
 
 
 def print_report(report: EvalReport) -> None:
@@ -87,6 +94,16 @@ def report_tree(report: EvalReport) -> dict[str, dict[str, str]]:
         change = " to ".join(part for part in (row.reference, row.candidate) if part)
         tree.setdefault(row.section, {})[row.metric] = "; ".join(part for part in (change, row.comparison) if part)
     return tree
+
+
+def export(path: str, output: Path, session: Session, **options) -> list[Path]:
+    """Write the files and print them; `options` are those of `exporters.stage.export`."""
+    done = exporting.export(path, output, session, **options)
+    for file in done.files:
+        console.out.print(str(file))
+    size = done.num_bytes
+    console.out.print(f"{size:,} bytes, {8 * size / done.num_weights:.3f} bits per weight")
+    return done.files
 
 
 def export_adapter(adapter: Path, output: Path, *, base: Path | None = None) -> None:
@@ -117,7 +134,7 @@ def inspect(path: str, *, as_json: bool = False) -> None:
         return
     for title, shares in (("by type", summary.types), ("by role", summary.roles)):
         rows = [
-            (s.label, s.num_tensors, f"{s.bits_per_weight:.3f}", console.human_bytes(s.num_bytes),
+            (s.label, s.num_tensors, f"{s.bits_per_weight:.3f}", human_bytes(s.num_bytes),
              f"{s.num_bytes / summary.total_bytes:.1%}")
             for s in shares
         ]  # fmt: skip
@@ -125,7 +142,7 @@ def inspect(path: str, *, as_json: bool = False) -> None:
     for key, value in (summary.metadata | summary.provenance).items():
         console.out.print(f"{key}: {value}", markup=False)
     console.out.print(
-        f"{summary.arch}, {console.human_bytes(summary.total_bytes)} ({summary.total_bytes:,} bytes), "
+        f"{summary.arch}, {human_bytes(summary.total_bytes)} ({summary.total_bytes:,} bytes), "
         f"{summary.bits_per_weight:.3f} bits per weight"
     )
 
@@ -175,8 +192,8 @@ def diff(before: Path, after: Path, *, as_json: bool = False) -> None:
     if found.changes:
         _print_changes(found)
     rows = [
-        (share.type, share.tensors_before, share.tensors_after, console.human_bytes(share.bytes_before),
-         console.human_bytes(share.bytes_after))
+        (share.type, share.tensors_before, share.tensors_after, human_bytes(share.bytes_before),
+         human_bytes(share.bytes_after))
         for share in found.histogram
     ]  # fmt: skip
     console.print_table("by type", ("type", "tensors before", "after", "bytes before", "after"), rows)
@@ -190,13 +207,13 @@ def diff(before: Path, after: Path, *, as_json: bool = False) -> None:
 def _print_changes(found: PlanDiff) -> None:
     rows = [
         (change.role.value, number_ranges(change.layers) or "-", len(change.tensors),
-         f"{change.before} > {change.after}", console.human_bytes(change.bytes_before),
-         console.human_bytes(change.bytes_after))
+         f"{change.before} > {change.after}", human_bytes(change.bytes_before),
+         human_bytes(change.bytes_after))
         for change in found.changes
     ]  # fmt: skip
     old, new = (sum(getattr(c, side) for c in found.changes) for side in ("bytes_before", "bytes_after"))
     tensors = sum(len(change.tensors) for change in found.changes)
-    rows.append(("all", "", tensors, "", console.human_bytes(old), console.human_bytes(new)))
+    rows.append(("all", "", tensors, "", human_bytes(old), console.human_bytes(new)))
     columns = ("role", "layers", "tensors", "types", "before", "after")
     console.print_table(f"{found.before.name} to {found.after.name}", columns, rows)
 
@@ -205,10 +222,12 @@ def demo(output: Path) -> None:
     """plan -> export -> eval on the bundled model; everything lands in `output`."""
     with resources.as_file(resources.files("dynquant") / "data") as data:
         model = str(data / "textbook-moe-16m")
-        made = workflow.plan(model, workflow.Target(), workflow.CalibrationOptions(tokens=16384), output / "plan")
-        workflow.print_plan(made, output / "plan")
+        session = console.session()
+        made = planning.plan(model, Target(), CalibrationOptions(tokens=16384), output / "plan", session)
+        write_plan_report(model, output / "plan", session)
+        print_plan(made, output / "plan")
         file = output / f"textbook-moe-16m-{made.bits_per_weight:.2f}bpw.gguf"
-        export_workflow.export(model, file, plan_path=output / "plan" / PLAN_NAME)
+        export(model, file, session, plan_path=output / "plan" / PLAN_NAME)
         report = evaluate(
             str(file),
             model,
@@ -221,7 +240,7 @@ def demo(output: Path) -> None:
             scoring=("cloze",),
             json_file=output / "eval.json",
         )
-        write_plan_report(model, output / "plan", evaluation=report_tree(report))
+        write_plan_report(model, output / "plan", session, evaluation=report_tree(report))
     _continue_text(file)
     console.out.print(f"\nmodel:  {file}\nreport: {output / 'plan' / 'report.html'}")
 
@@ -243,7 +262,7 @@ def super_weights(
     from dynquant.inputs.text import pack_windows, read_text
     from dynquant.running.load import load_hf, load_tokenizer
 
-    opened = workflow.open_and_announce(model)
+    opened = open_and_announce(model, console.session())
     tokenizer = load_tokenizer(opened)
     found_text = read_text(text, max_tokens=tokens)
     token_ids = pack_windows(found_text, tokenizer, window=tokens, max_tokens=tokens)[0]
@@ -286,7 +305,7 @@ def print_costs(
     directory: Path,
     plan: Plan,
     machine_file: Path,
-    options: workflow.CalibrationOptions,
+    options: CalibrationOptions,
     types: Sequence[str] | None,
 ) -> None:
     """Time and memory of each stage for a model that is known by its configuration only."""
@@ -298,7 +317,7 @@ def print_costs(
     limit = None if options.max_memory is None else parse_size(options.max_memory)
     work = Workload(
         tokens=options.tokens, window=options.window, hessians=options.hessians,
-        hessian_bytes=parse_size(options.hessian_memory), types=tuple(types or workflow.DEFAULT_TYPES),
+        hessian_bytes=parse_size(options.hessian_memory), types=tuple(types or DEFAULT_TYPES),
         limit_bytes=limit,
     )  # fmt: skip
     costs = predict(open_config(directory), plan, machine, work)

@@ -9,14 +9,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dynquant.analysis.report.stage import PLAN_NAME, STATS_NAME
+from dynquant.calibration.stage import CalibrationOptions
+from dynquant.cli.commands import export
 from dynquant.cli.terminal import console
 from dynquant.evaluation.evaluate import evaluate
 from dynquant.evaluation.report import EvalReport
-from dynquant.exporters import stage as export_workflow
-from dynquant.planning import stage as workflow
 from dynquant.planning.search import SearchOptions
-from dynquant.recipes.plan import Plan, write_atomically
+from dynquant.planning.stage import plan as make_plan
+from dynquant.planning.target import Target
+from dynquant.recipes.folder import PLAN_NAME, STATS_NAME
+from dynquant.recipes.plan import Plan
+from dynquant.session import Session
+from dynquant.storage.atomic import write_atomically
 
 PLAN_PREFIX = "plan at "
 
@@ -48,21 +52,21 @@ def compare(
     model: str,
     recipes: Sequence[str],
     questions: Questions,
-    options: workflow.CalibrationOptions,
+    options: CalibrationOptions,
     directory: Path,
     *,
     encoder: str = "ggml",
     search: SearchOptions | None = None,
-    threads: int | None = None,
+    session: Session,
     keep: bool = False,
 ) -> Path:
     """Measure every recipe and the planner at its bytes, without a closing pass; returns the Markdown table."""
     result = directory / "compare.json"
     rows: dict[str, dict] = json.loads(result.read_text()) if result.is_file() else {}
-    run = _Run(model, questions, options, directory, encoder, search, threads, keep, rows)
+    run = _Run(model, questions, options, directory, encoder, search, session, keep, rows)
     for recipe in recipes:
-        size = run.measure(recipe, workflow.Target(preset=recipe))
-        run.measure(f"{PLAN_PREFIX}{recipe}", workflow.Target(size=str(size)))
+        size = run.measure(recipe, Target(preset=recipe))
+        run.measure(f"{PLAN_PREFIX}{recipe}", Target(size=str(size)))
     table = directory / "compare.md"
     write_atomically(table, markdown(rows))
     console.out.print(table.read_text(), markup=False)
@@ -75,15 +79,15 @@ class _Run:
 
     model: str
     questions: Questions
-    options: workflow.CalibrationOptions
+    options: CalibrationOptions
     directory: Path
     encoder: str
     search: SearchOptions | None
-    threads: int | None
+    session: Session
     keep: bool
     rows: dict[str, dict]
 
-    def measure(self, name: str, target: workflow.Target) -> int:
+    def measure(self, name: str, target: Target) -> int:
         """Plan, export and score one recipe unless its row is there; returns the file's bytes."""
         asked = self.questions
         wanted = {*asked.tasks} - {"mmlu"} | ({*asked.scoring} if "mmlu" in asked.tasks else set())
@@ -91,16 +95,14 @@ class _Run:
             return self.rows[name]["bytes"]
         console.note(name)
         folder = self.directory / "plan"
-        plan = workflow.plan(
-            self.model, target, self.options, folder, search=self.search, threads=self.threads, report=False
-        )
+        plan = make_plan(self.model, target, self.options, folder, self.session, search=self.search)
         file = self.directory / f"{name.replace(' ', '-')}.gguf"
         plan.save(self.directory / f"{file.stem}.plan.json")
-        export_workflow.export(
-            self.model, file, plan_path=folder / PLAN_NAME, stats_path=folder / STATS_NAME, encoder=self.encoder,
-            device=self.options.device, tune_tokens=0, threads=self.threads,
+        export(
+            self.model, file, self.session, plan_path=folder / PLAN_NAME, stats_path=folder / STATS_NAME,
+            encoder=self.encoder, tune_tokens=0,
         )  # fmt: skip
-        report = score(file, self.model, asked, self.directory, self.threads)
+        report = score(file, self.model, asked, self.directory, self.session.threads)
         if not self.keep:
             file.unlink()
         before = self.rows.get(name, {"measured": [], "metrics": {}})

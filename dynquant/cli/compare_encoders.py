@@ -12,15 +12,18 @@ from pathlib import Path
 
 import numpy as np
 
-from dynquant.analysis.report.stage import STATS_NAME
 from dynquant.calibration.second_moments import SecondMoments, path_beside
+from dynquant.calibration.stage import CalibrationOptions, calibrate_model
+from dynquant.cli.commands import export
 from dynquant.cli.compare import Questions, metrics_of, score
 from dynquant.cli.terminal import console
 from dynquant.evaluation.statistics import bootstrap_ratio
-from dynquant.exporters import stage as export_workflow
 from dynquant.exporters.closing_pass import TuneOptions
-from dynquant.planning import stage as workflow
-from dynquant.recipes.plan import write_atomically
+from dynquant.exporters.stage import tune_file
+from dynquant.families.open import open_and_announce
+from dynquant.recipes.folder import STATS_NAME
+from dynquant.session import Session
+from dynquant.storage.atomic import write_atomically
 
 BASE, TUNED = "ggml", "+tune"
 VARIANTS = ("ggml", "dynquant", "dynquant+tune")
@@ -31,12 +34,12 @@ def compare_encoders(
     model: str,
     recipes: Sequence[str],
     questions: Questions,
-    options: workflow.CalibrationOptions,
+    options: CalibrationOptions,
     directory: Path,
     *,
     tune_tokens: int,
     variants: Sequence[str] = VARIANTS,
-    threads: int | None = None,
+    session: Session,
     keep: bool = False,
 ) -> Path:
     """Measure every recipe under every variant; returns the Markdown table."""
@@ -44,8 +47,8 @@ def compare_encoders(
     rows: dict[str, dict] = json.loads(result.read_text()) if result.is_file() else {}
     stats = directory / STATS_NAME
     if not stats.is_file():
-        workflow.calibrate(model, options, stats)
-    run = _Run(model, questions, options, directory, stats, threads, rows)
+        calibrate_model(model, options, stats, session)
+    run = _Run(model, questions, options, directory, stats, session, rows)
     for recipe in recipes:
         for encoder in dict.fromkeys(variant.removesuffix(TUNED) for variant in variants):
             run.measure(recipe, encoder, encoder in variants, tune_tokens if f"{encoder}{TUNED}" in variants else 0)
@@ -64,10 +67,10 @@ class _Run:
 
     model: str
     questions: Questions
-    options: workflow.CalibrationOptions
+    options: CalibrationOptions
     directory: Path
     stats: Path
-    threads: int | None
+    session: Session
     rows: dict[str, dict]
 
     def measure(self, recipe: str, encoder: str, as_encoded: bool, tune_tokens: int) -> None:
@@ -77,22 +80,21 @@ class _Run:
         wants_tuned = tune_tokens > 0 and f"{recipe} {encoder}{TUNED}" not in self.rows
         if (wants_plain or wants_tuned) and not plain.is_file():
             console.note(f"{recipe} {encoder}")
-            export_workflow.export(
-                self.model, plain, preset=recipe, stats_path=self.stats, encoder=encoder, device=self.options.device,
-                tune_tokens=0, threads=self.threads,
-            )  # fmt: skip
+            export(
+                self.model, plain, self.session, preset=recipe, stats_path=self.stats, encoder=encoder, tune_tokens=0
+            )
         if wants_plain:
             self._record(recipe, encoder, plain)
         if wants_tuned:
             moments = SecondMoments.load(path_beside(self.stats))
-            export_workflow.tune_file(
-                workflow.open_and_announce(self.model), plain, moments.tokens, TuneOptions(tokens=tune_tokens), tuned,
-                encoder=encoder, device=self.options.device,
+            tune_file(
+                open_and_announce(self.model, self.session), plain, moments.tokens, TuneOptions(tokens=tune_tokens),
+                tuned, self.session, encoder=encoder,
             )  # fmt: skip
             self._record(recipe, f"{encoder}{TUNED}", tuned)
 
     def _record(self, recipe: str, variant: str, file: Path) -> None:
-        report = score(file, self.model, self.questions, self.directory, self.threads)
+        report = score(file, self.model, self.questions, self.directory, self.session.threads)
         self.rows[f"{recipe} {variant}"] = {
             "recipe": recipe,
             "variant": variant,

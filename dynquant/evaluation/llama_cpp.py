@@ -16,8 +16,7 @@ import numpy as np
 import torch
 
 from dynquant.errors import CheckpointError, EvaluationError
-from dynquant.process_usage import count_mapped_files
-from dynquant.resources import usable_cores
+from dynquant.resources import count_mapped_files, usable_cores
 
 BATCH_TOKENS = 512
 """Tokens per llama_decode call, and its physical batch; part of the layout that compared models must share."""

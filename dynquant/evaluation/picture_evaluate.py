@@ -17,7 +17,6 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from dynquant.analysis.report.pictures import is_right
-from dynquant.analysis.report.stage import STATS_NAME, stats_of_plan
 from dynquant.checkpoints.model import Model
 from dynquant.encoding.store import ENCODED_NAME, open_store
 from dynquant.encoding.stream import load_encoder
@@ -38,6 +37,7 @@ from dynquant.families.open import open_model
 from dynquant.inputs.pictures import Sample, SampleEncoder, image_token_of, read_samples
 from dynquant.inputs.processor import load_processor
 from dynquant.packed.layers import choose_layout
+from dynquant.recipes.folder import STATS_NAME, stats_of_plan
 from dynquant.recipes.plan import Plan
 from dynquant.resources import chosen_device
 from dynquant.running.load import load_hf
@@ -264,7 +264,8 @@ def _candidate(
     plan = Plan.load(plan_file)
     plan.check_covers(model.source.names(), model.fingerprint, model.name)
     stats_path = plan_file.with_name(STATS_NAME)
-    stats = stats_of_plan(plan.stats_hash, stats_path)
+    file = stats_of_plan(plan.stats_hash, stats_path)
+    stats = file and file.stats
     store = open_store(
         model, stats, stats_path, load_encoder(encoder_name),
         stats_hash=plan.stats_hash or "", parent=plan_file.with_name(ENCODED_NAME),

@@ -27,7 +27,7 @@ from dynquant.families.vision.checkpoint import is_vision_checkpoint
 from dynquant.packed.layers import choose_layout
 from dynquant.packed.load_gguf import load as load_packed
 from dynquant.packed.rounding import round_activations
-from dynquant.process_usage import count_mapped_files
+from dynquant.resources import count_mapped_files
 from dynquant.running.load import LOCAL_ONLY, unpack_compressed, without_progress_bars
 from dynquant.storage.strict_json import parse_json
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
-from dynquant.errors import CheckpointError
+from dynquant.errors import CheckpointError, ExportError
 from dynquant.families.text.registry import open_hf
 from dynquant.families.vision.checkpoint import is_vision_checkpoint, open_vision
+from dynquant.session import Session
 
 CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 """What is downloaded: neither code nor pickles."""
@@ -33,6 +34,31 @@ def open_model(path: str | Path, *, base_gguf: str | Path | None = None) -> Mode
         model = _open_gguf(Path(base_gguf))
         return Model(directory, model.source, model.metadata, model.checkpoint_names, hf_directory=directory)
     return open_vision(directory) if is_vision_checkpoint(directory) else open_hf(directory)
+
+
+def open_and_announce(path: str | Path, session: Session, *, base_gguf: Path | None = None) -> Model:
+    """Open a model and say what it is."""
+    model = open_model(path, base_gguf=base_gguf)
+    experts = f", {model.hyper.n_expert} experts" if model.hyper.n_expert else ""
+    session.note(
+        f"{model.name}: {model.arch}, {model.hyper.n_layer} layers{experts}, {model.num_weights / 1e6:,.1f} M weights"
+    )
+    return model
+
+
+def open_language_model(path: str | Path, session: Session) -> Model:
+    """`open_and_announce` for steps that have no place for a vision tower.
+
+    Raises:
+        ExportError: the model has one.
+    """
+    model = open_and_announce(path, session)
+    if model.has_vision:
+        raise ExportError(
+            f"{model.name} has a vision tower, for which this command has no place. Such models are calibrated, "
+            "planned and evaluated on pictures (--data FILE) and exported as GGUF or packed safetensors."
+        )
+    return model
 
 
 def _open_gguf(path: Path) -> Model:

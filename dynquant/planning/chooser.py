@@ -4,17 +4,18 @@ from collections.abc import Mapping, Sequence
 
 from dynquant.analysis.errors.measure import unmeasured_table
 from dynquant.analysis.errors.table import ErrorTable
-from dynquant.analysis.outliers.super_weights import SuperWeight
-from dynquant.analysis.report.stage import rules_of
+from dynquant.analysis.outliers.super_experts import find_super_experts
+from dynquant.calibration.stage import StatsFile
 from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.gguf_layout import padded
 from dynquant.checkpoints.model import Model
-from dynquant.cli.terminal import console
 from dynquant.formats.quant_types import fit_to_row, quant_type
 from dynquant.planning.memory_budget import MemoryBudget
 from dynquant.planning.planner import Rules, check_budget_range, coupled_tensors, plan_types, size_range
 from dynquant.planning.target import Target
 from dynquant.recipes.build_plan import fixed_bytes
+from dynquant.recipes.folder import SuperWeight
+from dynquant.session import SILENT, Session
 
 _NAMED_STATISTICS = 1024
 """Bytes of a file's header, at most, that name the statistics it was made with."""
@@ -27,17 +28,17 @@ class Chooser:
         self,
         model: Model,
         target: Target,
-        stats: CalibrationStats,
-        stats_hash: str,
+        stats: StatsFile,
         table: ErrorTable,
         supers: Sequence[SuperWeight],
         memory: MemoryBudget | None,
+        session: Session = SILENT,
     ) -> None:
-        self.context = {"recipe": target.recipe, "stats": stats, "stats_hash": stats_hash}
+        self.context = {"recipe": target.recipe, "stats": stats.stats, "stats_hash": stats.hash}
         self._model, self._target = model, target
         self._fixed = fixed_bytes(model, table.tensors(), **self.context)
-        coupled = _coupled(target, table)
-        self._rules = {flag: rules_of(supers, stats, floors=flag, coupled=coupled) for flag in (True, False)}
+        coupled = _coupled(target, table, session)
+        self._rules = {flag: rules_of(supers, stats.stats, floors=flag, coupled=coupled) for flag in (True, False)}
         self._memory = memory
         self._reasons: dict[tuple[tuple[str, str], ...], dict[str, tuple[str, str]]] = {}
 
@@ -110,8 +111,27 @@ def _allowed(target: Target, table: ErrorTable) -> ErrorTable:
     return table.restricted_to([name.upper() for name in target.types]) if target.types else table
 
 
-def _coupled(target: Target, table: ErrorTable) -> tuple[tuple[str, ...], ...]:
+def _coupled(target: Target, table: ErrorTable, session: Session) -> tuple[tuple[str, ...], ...]:
     for kind in target.couple:
         if not coupled_tensors(table.tensors(), (kind,)):
-            console.note(f"--couple {kind}: this model has no such tensors")
+            session.note(f"--couple {kind}: this model has no such tensors")
     return coupled_tensors(table.tensors(), target.couple)
+
+
+def rules_of(
+    supers: Sequence[SuperWeight],
+    stats: CalibrationStats,
+    *,
+    floors: bool = True,
+    coupled: tuple[tuple[str, ...], ...] = (),
+) -> Rules:
+    """Tensors that hold super weights or super experts should stay precise."""
+    return Rules(
+        floors=floors,
+        outliers={
+            found.name: f"expert {found.expert} is a super expert (output {found.ratio:.0f} times the median)"
+            for found in find_super_experts(stats)
+        },
+        super_weights={found.name: f"holds the super weight [{found.row},{found.col}]" for found in supers},
+        coupled=coupled,
+    )

@@ -9,7 +9,16 @@ from dataclasses import dataclass
 
 from dynquant.analysis.errors.table import ErrorTable
 from dynquant.checkpoints.gguf_layout import padded
+from dynquant.checkpoints.model import Model
+from dynquant.errors import PlanError
 from dynquant.planning.planner import Rules, plan_types, size_range
+from dynquant.recipes.presets import preset_types
+
+FRONTIER_PRESETS = (
+    "uniform-iq1_s", "uniform-iq2_xxs", "uniform-q2_k", "uniform-iq3_xxs", "uniform-iq4_xs", "uniform-q6_k",
+    "r1-iq1_s", "r1-iq2_xxs", "llama-iq1_s", "llama-iq2_xxs", "llama-iq3_xxs",
+)  # fmt: skip
+"""Shown beside the planner's curve where the error table prices all their types."""
 
 
 @dataclass(frozen=True)
@@ -47,3 +56,14 @@ def frontier(
         if priced:
             points.append(FrontierPoint(label, *priced, kind="uniform" if label.startswith("uniform") else "preset"))
     return points
+
+
+def fixed_recipes(model: Model) -> dict[str, dict[str, str]]:
+    """Wanted types of the recipes to show beside the planner's curve; those that do not apply are left out."""
+    found = {}
+    for name in FRONTIER_PRESETS:
+        try:
+            found[name] = {tensor: wanted for tensor, (wanted, _) in preset_types(name, model).items()}
+        except PlanError:
+            continue
+    return found

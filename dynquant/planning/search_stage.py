@@ -5,28 +5,27 @@ from pathlib import Path
 import torch
 
 from dynquant.analysis.errors.table import ErrorTable
-from dynquant.analysis.report.stage import STATS_NAME, fixed_recipes
+from dynquant.calibration.stage import StatsFile
 from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.model import Model
-from dynquant.cli.terminal import console
 from dynquant.encoding.store import ENCODED_NAME, EncodedStore, open_store
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import StatsError
 from dynquant.inputs.text import pack_windows, read_text
 from dynquant.planning.chooser import Chooser
+from dynquant.planning.frontier import fixed_recipes
 from dynquant.planning.search import PlanSearch, SearchOptions
 from dynquant.planning.selection import Selection
 from dynquant.resources import chosen_device
 from dynquant.running.load import load_hf, load_tokenizer
+from dynquant.session import Session
 
 
-def encoded_store(
-    model: Model, stats: CalibrationStats, stats_hash: str, directory: Path, encoder_name: str, threads: int | None
-) -> EncodedStore:
+def encoded_store(model: Model, stats: StatsFile, directory: Path, encoder_name: str, session: Session) -> EncodedStore:
     """Blocks of this model beside the plan, encoded as `export` will."""
     return open_store(
-        model, stats, directory / STATS_NAME, load_encoder(encoder_name),
-        stats_hash=stats_hash, parent=directory / ENCODED_NAME, threads=threads,
+        model, stats.stats, stats.path, load_encoder(encoder_name),
+        stats_hash=stats.hash, parent=directory / ENCODED_NAME, threads=session.threads,
     )  # fmt: skip
 
 
@@ -37,10 +36,9 @@ def search_plans(
     store: EncodedStore,
     options: SearchOptions,
     choose: Chooser,
+    session: Session,
     *,
     text: str | None,
-    seed: int,
-    device: str | None,
 ) -> tuple[ErrorTable, Selection]:
     """Price, propose and select; `text` is the calibration source, None for the built-in one.
 
@@ -51,12 +49,12 @@ def search_plans(
     tokenizer = load_tokenizer(model)
     used, window = stats.provenance.max_tokens or 0, stats.provenance.window or 512
     wanted = used + window + options.selection_tokens
-    documents = read_text(text, seed=seed, max_tokens=wanted)
+    documents = read_text(text, seed=session.seed, max_tokens=wanted)
     windows = pack_windows(documents, tokenizer, window=window, max_tokens=wanted)
     calibrated = windows[: max(1, used // window)]
     if options.text is not None:
         name = options.text.name
-        other = read_text(options.text, seed=seed, max_tokens=options.selection_tokens)
+        other = read_text(options.text, seed=session.seed, max_tokens=options.selection_tokens)
         selection = pack_windows(other, tokenizer, window=window, max_tokens=options.selection_tokens)
     else:
         name = f"{documents.name}, behind the calibrated tokens"
@@ -68,14 +66,14 @@ def search_plans(
         )
     fixed = fixed_recipes(model) if options.frontier is not None else {}
     recipes = {label: choose.stored(wanted, table) for label, wanted in fixed.items()}
-    hf_model = load_hf(model, dtype=torch.float32, device=chosen_device(device))
-    with console.stage_progress("Errors and encoded tensors are kept; what the search measured is lost.") as progress:
+    hf_model = load_hf(model, dtype=torch.float32, device=chosen_device(session.device))
+    with session.stage("Errors and encoded tensors are kept; what the search measured is lost.") as progress:
         return PlanSearch(
             hf_model=hf_model, store=store, options=options, choose=choose, file_bytes=choose.file_bytes,
             probe_windows=_cut(calibrated, options.probes, options.probe_window),
             unit_windows=calibrated[: max(1, options.unit_tokens // window)],
             selection_windows=selection if len(selection) else calibrated[:1],
-            selection_text=name, num_weights=model.num_weights, recipes=recipes, seed=seed, progress=progress,
+            selection_text=name, num_weights=model.num_weights, recipes=recipes, seed=session.seed, progress=progress,
         ).run(table)  # fmt: skip
 
 

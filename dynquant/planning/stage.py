@@ -1,49 +1,22 @@
-"""The stages behind the commands, joined by files: calibrate -> analyze -> plan. `export_workflow` has the rest.
-
-Each stage reuses its output file when that file was made from the same inputs, and says so.
-"""
+"""Planning: chooses a type for every tensor of a model. Statistics, error table and probe are files that it reuses."""
 
 import json
-import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
-from math import prod
 from pathlib import Path
 
-from dynquant.analysis.errors.error_journal import ErrorJournal
-from dynquant.analysis.errors.measure import build_error_table
-from dynquant.analysis.errors.remote import RemoteErrors
-from dynquant.analysis.errors.stage import measure_table
+from dynquant.analysis.errors.stage import DEFAULT_TYPES, TableOptions, error_table
 from dynquant.analysis.errors.table import ErrorTable
-from dynquant.analysis.outliers.super_weights import SuperWeight
-from dynquant.analysis.report.stage import (
-    ERRORS_NAME,
-    PLAN_NAME,
-    SELECTION_NAME,
-    STATS_NAME,
-    SUPER_NAME,
-    load_super_weights,
-    write_report,
-)
+from dynquant.analysis.outliers.token_errors import write_token_errors
+from dynquant.analysis.sensitivity.stage import run_probe
 from dynquant.analysis.sensitivity.unit_kl import METHOD as UNIT_KL
-from dynquant.calibration.importance import coverage_report
-from dynquant.calibration.picture_stage import write_token_errors
-from dynquant.calibration.second_moments import path_beside
-from dynquant.calibration.stage import CalibrationOptions, run_calibration, run_probe, streaming_limit
-from dynquant.calibration.statistics import CalibrationStats
+from dynquant.calibration.stage import CalibrationOptions, StatsFile, statistics_in, streaming_limit
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import Role
 from dynquant.checkpoints.vision_names import VISION, part_of
-from dynquant.cli.terminal import console
-from dynquant.encoding.interface import Encoder
-from dynquant.encoding.remote import EncoderChoice, StoredFiles
-from dynquant.encoding.store import EncodedStore
-from dynquant.encoding.stream import encoder_version, load_encoder
-from dynquant.errors import CheckpointError, ExportError, PlanError
-from dynquant.families.open import open_model
+from dynquant.errors import CheckpointError, PlanError
+from dynquant.families.open import open_and_announce
 from dynquant.formats.quant_types import quant_type
 from dynquant.planning.chooser import Chooser, check_budget
 from dynquant.planning.planner import FLOOR_PRICE
@@ -55,153 +28,21 @@ from dynquant.planning.vision_modules import ModuleChoice, held_to, module_choic
 from dynquant.planning.vision_search import search_modules
 from dynquant.recipes.build_plan import plan_from_types
 from dynquant.recipes.command_line import recipe_types
-from dynquant.recipes.plan import Plan, write_atomically
+from dynquant.recipes.folder import (
+    ERRORS_NAME,
+    PLAN_NAME,
+    SELECTION_NAME,
+    STATS_NAME,
+    SUPER_NAME,
+    SuperWeight,
+    load_super_weights,
+)
+from dynquant.recipes.plan import Plan
 from dynquant.recipes.presets import R1_RECIPES, preset_types
 from dynquant.recipes.type_lists import like_types
-from dynquant.resources import chosen_device
-from dynquant.running.cluster import open_ray
-from dynquant.session import Progress
-from dynquant.storage.resumable_output import file_hash
-
-DEFAULT_TYPES = (
-    "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "IQ4_XS", "Q5_K", "Q6_K", "Q8_0",
-)  # fmt: skip
-"""Candidates of `plan`: the useful types of each size. IQ2_XS and Q3_K lose to their neighbours at equal bytes."""
-
-
-def open_and_announce(path: str | Path, base_gguf: Path | None = None) -> Model:
-    """Open a model and say what it is."""
-    model = open_model(path, base_gguf=base_gguf)
-    experts = f", {model.hyper.n_expert} experts" if model.hyper.n_expert else ""
-    console.note(
-        f"{model.name}: {model.arch}, {model.hyper.n_layer} layers{experts}, {model.num_weights / 1e6:,.1f} M weights"
-    )
-    return model
-
-
-def open_language_model(path: str | Path, base_gguf: Path | None = None) -> Model:
-    """`open_and_announce` for stages that have no place for a vision tower.
-
-    Raises:
-        ExportError: the model has one.
-    """
-    model = open_and_announce(path, base_gguf)
-    if model.has_vision:
-        raise ExportError(
-            f"{model.name} has a vision tower, for which this command has no place. Such models are calibrated, "
-            "planned and evaluated on pictures (--data FILE) and exported as GGUF or packed safetensors."
-        )
-    return model
-
-
-def calibrate(
-    path: str,
-    options: CalibrationOptions,
-    output: Path,
-    *,
-    base_gguf: Path | None = None,
-    imatrix: Path | None = None,
-    imatrix_out: Path | None = None,
-) -> CalibrationStats:
-    """Write stats.safetensors; import or export a llama.cpp imatrix when asked."""
-    from dynquant.calibration.imatrix import export_imatrix, import_imatrix
-
-    model = open_and_announce(path, base_gguf)
-    if imatrix:
-        stats = import_imatrix(imatrix, model)
-        stats.save(output)
-    else:
-        stats = run_calibration(model, options, output, base_gguf=base_gguf)
-    if imatrix_out:
-        export_imatrix(stats, imatrix_out, model=model)
-        console.note(f"wrote {imatrix_out}")
-    print_coverage(stats, model)
-    console.out.print(f"{output}: {stats.provenance.num_tokens:,} tokens, {len(stats.inputs)} inputs")
-    return stats
-
-
-def print_coverage(stats: CalibrationStats, model: Model) -> None:
-    """Tokens per expert, and every layer with starved experts."""
-    rows = coverage_report(stats, model.hyper)
-    if not rows:
-        return
-    fewest = min(min(row.tokens) for row in rows)
-    starved = sum(len(row.starved) for row in rows)
-    console.note(
-        f"experts: {sum(len(row.tokens) for row in rows)} in {len(rows)} layers, fewest tokens {fewest:,}, "
-        f"{starved} starved (their statistics lean on the layer's mean)"
-    )
-    for row in rows:
-        if row.starved:
-            listed = ", ".join(f"{expert} ({row.tokens[expert]})" for expert in row.starved)
-            console.note(f"  layer {row.layer}: starved experts (tokens) {listed}")
-
-
-def analyze(
-    path: str,
-    stats_path: Path,
-    output: Path,
-    *,
-    types: Sequence[str] | None = None,
-    encoder: str = "ggml",
-    threads: int | None = None,
-    base_gguf: Path | None = None,
-    ray: str | None = None,
-) -> ErrorTable:
-    """Write errors.json and errors.csv."""
-    model = open_and_announce(path, base_gguf)
-    stats = CalibrationStats.load(stats_path)
-    cluster = _Cluster(ray, stats_path, base_gguf) if ray else None
-    table = _measure(
-        model, stats, file_hash(stats_path), types or DEFAULT_TYPES, output, encoder, threads, cluster=cluster
-    )
-    console.out.print(f"{output}: {len(table.tensors())} tensors, {len(table.rows)} rows")
-    return table
-
-
-@dataclass(frozen=True)
-class _Cluster:
-    """Where an error table is measured, and what its nodes read."""
-
-    address: str
-    stats: Path
-    base_gguf: Path | None
-
-    @contextmanager
-    def measuring(self, model: Model, encoder: Encoder, threads: int) -> Iterator[RemoteErrors]:
-        files = StoredFiles.of(model, base_gguf=self.base_gguf, stats=self.stats, use_moments=False, protected={})
-        with open_ray(self.address) as pool:
-            yield RemoteErrors(pool, EncoderChoice.of(encoder, "cpu", threads), files)
-
-
-def _measure(
-    model: Model,
-    stats: CalibrationStats,
-    stats_hash: str,
-    types: Sequence[str],
-    output: Path,
-    encoder: str,
-    threads: int | None,
-    store: EncodedStore | None = None,
-    known: ErrorTable | None = None,
-    cluster: _Cluster | None = None,
-) -> ErrorTable:
-    """Write the table, with the rows of `known` for other types; goes on where an interrupted run stopped."""
-    names, loaded = [quant_type(name).name for name in types], load_encoder(encoder)
-    identity = {
-        "types": " ".join(names), "encoder": f"{loaded.name} {encoder_version(loaded)}",
-        "store": store.directory.name if store else "",
-    }  # fmt: skip
-
-    def measure(journal: ErrorJournal, progress: Progress) -> ErrorTable:
-        table = build_error_table(
-            model, stats, names, loaded, stats_hash=stats_hash, threads=threads, store=store, journal=journal,
-            elsewhere=elsewhere, progress=progress,
-        )  # fmt: skip
-        return table if known is None else known.extended_by(table)
-
-    with cluster.measuring(model, loaded, threads or 1) if cluster else nullcontext() as elsewhere:
-        return measure_table(output, model, stats_hash, identity, measure)
+from dynquant.resources import chosen_device, human_bytes
+from dynquant.session import SILENT, Session
+from dynquant.storage.atomic import file_hash, write_atomically
 
 
 def plan(
@@ -209,66 +50,64 @@ def plan(
     target: Target,
     options: CalibrationOptions,
     directory: Path,
+    session: Session = SILENT,
     *,
     stats_path: Path | None = None,
     encoder: str = "ggml",
-    threads: int | None = None,
     base_gguf: Path | None = None,
     search: SearchOptions | None = None,
-    report: bool = True,
 ) -> Plan:
-    """Write stats.safetensors, errors.json, plan.json, plots and report.html into `directory`.
+    """Write stats.safetensors, errors.json and plan.json into `directory`.
 
     `search` prices and selects by running the model; None, or a target with fixed types, leaves the closed form.
     """
-    model = open_and_announce(path, base_gguf)
+    model = open_and_announce(path, session, base_gguf=base_gguf)
     fixed_types = _fixed_types(target, model)
     memory = target.memory(model)
     types = _candidates(target, fixed_types)
     check = partial(check_budget, model, target, _known_types(directory, types), memory)
     if fixed_types is None:
-        check(CalibrationStats.load(stats_path) if stats_path is not None else None)
-    stats, stats_hash = statistics_of(model, options, directory, stats_path)
+        check(StatsFile(stats_path).stats if stats_path is not None else None)
+    stats = statistics_in(directory, model, options, session, stats_path=stats_path, base_gguf=base_gguf)
     if fixed_types is None:
-        check(stats)
+        check(stats.stats)
     searches = search is not None and search.runs_model and fixed_types is None
     if searches and options.samples is not None and search.runs_on_text:
         raise PlanError(
             "--frontier, --check-plans and the sensitivities fisher-probe and unit-kl run on text; with --data leave "
             "them out. --select chooses among plans for vision tower and projector."
         )
-    if searches and streaming_limit(model, options, chosen_device(options.device)) is not None:
+    if searches and streaming_limit(model, options, chosen_device(session.device), session) is not None:
         raise PlanError(
             f"--select, --frontier and the sensitivities fisher-probe and unit-kl run {model.name} as a whole, which "
-            f"takes {console.human_bytes(4 * model.num_weights)} on a CPU. Plan with --sensitivity closed-form, which "
+            f"takes {human_bytes(4 * model.num_weights)} on a CPU. Plan with --sensitivity closed-form, which "
             "is streamed, or on a machine with that much memory and without --max-memory."
         )
-    store = encoded_store(model, stats, stats_hash, directory, encoder, threads) if searches else None
-    cluster = _Cluster(options.ray, directory / STATS_NAME, base_gguf) if options.ray and store is None else None
-    table = _table_of(model, stats, stats_hash, types, directory, encoder, threads, store, cluster)
-    supers, table = _probe(model, stats, table, options, directory)
-    write_token_errors(model, stats_path or directory / STATS_NAME, directory, types, encoder)
-    chooser = Chooser(model, target, stats, stats_hash, table, supers, memory)
+    store = encoded_store(model, stats, directory, encoder, session) if searches else None
+    ray = options.ray if store is None else None
+    table_options = TableOptions(types, encoder, base_gguf, ray)
+    table = error_table(model, stats, directory / ERRORS_NAME, table_options, session, store)
+    supers, table = _probe(model, table, options, directory, session)
+    write_token_errors(model, stats_path or stats.path, directory, types, encoder, session)
+    chooser = Chooser(model, target, stats, table, supers, memory, session)
     selection = None
     if search is not None and store is not None and options.samples is not None:
         selection, choices = search_modules(
-            model, table, store, chooser, options.samples,
-            wanted=target.vision, other=search.text, device=options.device,
-        )  # fmt: skip
+            model, table, store, chooser, options.samples, session, wanted=target.vision, other=search.text
+        )
         selection.save(directory / SELECTION_NAME)
-        chosen = _explained_modules(chooser, selection.winner.types, choices)
+        chosen = _explained_modules(chooser, selection.winner.types, choices, session)
     elif search is not None and store is not None:
         measured = table
         table, selection = search_plans(
-            model, stats, chooser.allowed(table), store, search, chooser,
-            text=options.text, seed=options.seed, device=options.device,
-        )  # fmt: skip
+            model, stats.stats, chooser.allowed(table), store, search, chooser, session, text=options.text
+        )
         measured.remembering(table).save(directory / ERRORS_NAME)
         selection.save(directory / SELECTION_NAME)
         chosen = chooser.explained(selection.winner.types)
     else:
         (directory / SELECTION_NAME).unlink(missing_ok=True)
-        chosen = fixed_types or _with_modules(chooser, table, target.vision)
+        chosen = fixed_types or _with_modules(chooser, table, target.vision, session)
     made = plan_from_types(
         model,
         chosen,
@@ -283,14 +122,12 @@ def plan(
             update=_promise(table, {name: wanted for name, (wanted, _) in chosen.items()}, selection)
         )
     made.save(directory / PLAN_NAME)
-    if report:
-        write_report(model, made, table, stats, supers, directory)
     if memory is not None:
-        console.note(memory.describe(made.predicted_bytes))
+        session.note(memory.describe(made.predicted_bytes))
     return made
 
 
-def _with_modules(chooser: Chooser, table: ErrorTable, wanted: str) -> dict[str, tuple[str, str]]:
+def _with_modules(chooser: Chooser, table: ErrorTable, wanted: str, session: Session) -> dict[str, tuple[str, str]]:
     """Types and reasons after a decision for vision tower and projector as wholes, the highest that the budget holds.
 
     With measured sensitivities, what `auto` decides may raise the predicted KL no more than floors may.
@@ -309,20 +146,20 @@ def _with_modules(chooser: Chooser, table: ErrorTable, wanted: str) -> dict[str,
     predicted = [table.price_of(types).kl for _, types in plans]
     chosen = next(i for i, kl in enumerate(predicted) if not is_priced or kl <= FLOOR_PRICE * predicted[-1])
     if chosen > 0:
-        console.note(
+        session.note(
             f"the predicted KL is {predicted[chosen]:.3g} nats per token; with modules held as their errors say it "
             f"would be {predicted[0]:.3g} at the same bytes"
         )
     choices, types = plans[chosen]
-    return _explained_modules(chooser, types, choices)
+    return _explained_modules(chooser, types, choices, session)
 
 
 def _explained_modules(
-    chooser: Chooser, types: Mapping[str, str], choices: tuple[ModuleChoice, ...]
+    chooser: Chooser, types: Mapping[str, str], choices: tuple[ModuleChoice, ...], session: Session
 ) -> dict[str, tuple[str, str]]:
     """Types and reasons of a plan; what was decided for a whole module is the reason of its tensors, and is told."""
     for choice in choices:
-        console.note(choice.reason)
+        session.note(choice.reason)
     reasons = {choice.part: choice.reason for choice in choices if choice.level != "lower"}
     found = chooser.explained(types)
     return {name: (type_name, reasons.get(part_of(name), reason)) for name, (type_name, reason) in found.items()}
@@ -347,7 +184,7 @@ def _promise(table: ErrorTable, types: Mapping[str, str], selection: Selection |
     }
 
 
-def plan_from_config(directory: Path, target: Target) -> Plan:
+def plan_from_config(directory: Path, target: Target, session: Session = SILENT) -> Plan:
     """Size and types of a preset, recipe or like file from config.json (and tokenizer and index, if they are there).
 
     No weights are needed. The R1 recipes are sized as published, with MLA's `attn_kv_b` in one piece; what `export`
@@ -370,7 +207,7 @@ def plan_from_config(directory: Path, target: Target) -> Plan:
     is_r1 = target.preset is not None and target.preset.lower() in R1_RECIPES
     if not is_r1 or not any(entry.role == Role.MLA_K_B for entry in made.entries):
         return made
-    console.note(
+    session.note(
         "attn_kv_b is counted in one piece, as in the published files. `export` splits it, as llama.cpp now does: "
         f"{len(made.entries):,} tensors, {made.predicted_bytes / 2**30:.2f} GiB"
     )
@@ -399,125 +236,8 @@ def _known_types(directory: Path, types: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*types, *(ErrorTable.load(path).types if path.is_file() else ()))))
 
 
-def statistics_of(
-    model: Model, options: CalibrationOptions, directory: Path, stats_path: Path | None
-) -> tuple[CalibrationStats, str]:
-    """Given statistics, those already in the directory when they fit, or a new calibration."""
-    own = directory / STATS_NAME
-    if stats_path is not None:
-        stats = CalibrationStats.load(stats_path)
-        stats.check_belongs_to(model.fingerprint, model.name)
-        directory.mkdir(parents=True, exist_ok=True)
-        if stats_path.resolve() != own.resolve():
-            stats.save(own)
-            _copy_moments(stats_path, own)
-        return stats, file_hash(own)
-    if own.is_file():
-        stats = CalibrationStats.load(own)
-        has_moments = options.hessians == "none" or path_beside(own).is_file()
-        if has_moments and _was_made_with(stats, model, options):
-            console.note(f"reusing {own}")
-            return stats, file_hash(own)
-    stats = run_calibration(model, options, own)
-    print_coverage(stats, model)
-    return stats, file_hash(own)
-
-
-def _copy_moments(stats_path: Path, own: Path) -> None:
-    source, target = path_beside(stats_path), path_beside(own)
-    target.unlink(missing_ok=True)
-    if source.is_file():
-        try:
-            target.hardlink_to(source)
-        except OSError:
-            shutil.copyfile(source, target)
-
-
-def _was_made_with(stats: CalibrationStats, model: Model, options: CalibrationOptions) -> bool:
-    from dynquant.inputs.text import read_text
-
-    known = stats.provenance
-    if options.samples is not None:
-        made = (known.fingerprint, known.max_tokens, known.seed, known.text_hash)
-        return made == (model.fingerprint, options.tokens, options.seed, options.samples.file.sha256)
-    made = (known.fingerprint, known.window, known.max_tokens, known.seed)
-    if made != (model.fingerprint, options.window, options.tokens, options.seed):
-        return False
-    text = read_text(options.text, seed=options.seed, max_tokens=options.tokens)
-    return known.text_hash == text.sha256
-
-
-def _table_of(
-    model: Model,
-    stats: CalibrationStats,
-    stats_hash: str,
-    types: Sequence[str],
-    directory: Path,
-    encoder: str,
-    threads: int | None,
-    store: EncodedStore | None,
-    cluster: _Cluster | None,
-) -> ErrorTable:
-    """The error table in the directory, extended by types that it lacks; measured anew when the statistics changed."""
-    path = directory / ERRORS_NAME
-    known = ErrorTable.load(path) if path.is_file() else None
-    if known is None or (known.stats_hash, known.encoder, known.fingerprint) != (
-        stats_hash,
-        encoder,
-        model.fingerprint,
-    ):
-        return _measure(model, stats, stats_hash, types, path, encoder, threads, store, cluster=cluster)
-    missing = [name for name in types if name not in known.types]
-    console.note(f"reusing {path}" + (f", adding {', '.join(missing)}" if missing else ""))
-    if missing:
-        return _measure(model, stats, stats_hash, missing, path, encoder, threads, store, known, cluster)
-    return known
-
-
-def print_histogram(plan: Plan) -> None:
-    """Size in GiB and the number of tensors of each type."""
-    console.print_table(
-        f"{plan.model}: {plan.recipe}", ("type", "tensors"), [(name, count) for name, count in plan.histogram().items()]
-    )
-    console.out.print(
-        f"{plan.predicted_bytes / 2**30:.2f} GiB ({plan.predicted_bytes:,} bytes), {len(plan.entries):,} tensors, "
-        f"{plan.bits_per_weight:.3f} bits per weight"
-    )
-
-
-def print_plan(plan: Plan, directory: Path) -> None:
-    """What was kept, what was crushed, and the size."""
-    by_role: dict[str, list] = {}
-    for entry in plan.entries:
-        by_role.setdefault(entry.role.value, []).append(entry)
-    rows = []
-    for role, entries in sorted(by_role.items(), key=lambda item: -sum(e.bytes for e in item[1])):
-        types = sorted({e.type for e in entries}, key=lambda name: -quant_type(name).bits_per_weight)
-        size = sum(e.bytes for e in entries)
-        weights = sum(prod(e.shape) for e in entries)
-        share = f"{size / plan.predicted_bytes:.1%}"
-        rows.append(
-            (role, len(entries), " ".join(types), f"{8 * size / weights:.3f}", console.human_bytes(size), share)
-        )
-    console.print_table(f"{plan.model}: {plan.recipe}", ("role", "tensors", "types", "bpw", "size", "share"), rows)
-    exceptions = [e for e in plan.entries if "super " in e.reason or "stands out" in e.reason]
-    for entry in exceptions:
-        console.out.print(f"  {entry.name}: {entry.type}, {entry.reason}")
-    fallbacks = [e for e in plan.entries if e.wanted_type]
-    if fallbacks:
-        console.out.print(f"  {len(fallbacks)} tensors took another type because of their row length (see the plan)")
-    if plan.predicted_kl is not None:
-        error = f" ± {plan.predicted_kl_se:.4f}" if plan.predicted_kl_se else ""
-        measured = "" if plan.selected_kl is None else f", measured {plan.selected_kl:.4f}"
-        console.out.print(f"  KL to the original, nats per token: predicted {plan.predicted_kl:.4f}{error}{measured}")
-    console.out.print(
-        f"{console.human_bytes(plan.predicted_bytes)} ({plan.predicted_bytes:,} bytes), "
-        f"{plan.bits_per_weight:.3f} bits per weight. Plan: {directory / PLAN_NAME}"
-    )
-
-
 def _probe(
-    model: Model, stats: CalibrationStats, table: ErrorTable, options: CalibrationOptions, directory: Path
+    model: Model, table: ErrorTable, options: CalibrationOptions, directory: Path, session: Session
 ) -> tuple[list[SuperWeight], ErrorTable]:
     """What needs the running model: super weights, and the sensitivity of the output to every tensor.
 
@@ -529,9 +249,9 @@ def _probe(
     if fresh and table.sensitivity:
         return load_super_weights(path), table
     try:
-        probe = run_probe(model, options, directory)
+        probe = run_probe(model, options, directory, session)
     except CheckpointError as error:
-        console.note(f"no super weights and no sensitivities: {error}")
+        session.note(f"no super weights and no sensitivities: {error}")
         return [], table
     table = table.with_sensitivity(probe.sensitivity, probe.sensitivity_se)
     table.save(directory / ERRORS_NAME)

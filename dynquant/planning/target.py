@@ -1,7 +1,6 @@
 """What a plan should reach, as a user says it: a budget, a memory, a recipe, or another file's types."""
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from dynquant.errors import PlanError
 from dynquant.planning.memory_budget import MemoryBudget, check_cache, memory_budget
 from dynquant.planning.planner import check_couplings
 from dynquant.planning.vision_modules import LEVELS
+from dynquant.resources import parse_size
 
 
 @dataclass(frozen=True)
@@ -97,24 +97,3 @@ class Target:
         if self.bpw is not None:
             return int(self.bpw * num_weights / 8)
         return parse_size(self.size) if self.size else None
-
-
-_SIZE = re.compile(r"^\s*([\d.]+)\s*([kMGT]i?)?B?\s*$", re.IGNORECASE)
-_POWER = {"k": 1, "m": 2, "g": 3, "t": 4}
-
-
-def parse_size(text: str) -> int:
-    """Bytes of `31002144`, `140GB` (decimal) or `130.6GiB` (binary).
-
-    Raises:
-        PlanError: not a size.
-    """
-    match = _SIZE.match(text)
-    try:
-        number = float(match.group(1)) if match else None
-    except ValueError:
-        number = None
-    if match is None or number is None:
-        raise PlanError(f"`{text}` is not a size; write bytes, or a number with a unit as 140GB, 31.5MB or 12GiB.")
-    unit = (match.group(2) or "").lower()
-    return int(number * (1024 if unit.endswith("i") else 1000) ** _POWER.get(unit[:1], 0))

@@ -14,7 +14,6 @@ from dynquant.calibration.picture_collector import HELD_BACK
 from dynquant.calibration.picture_stage import DataOptions, encoded_samples
 from dynquant.calibration.run import num_held_back
 from dynquant.checkpoints.model import Model
-from dynquant.cli.terminal import console
 from dynquant.encoding.store import EncodedStore
 from dynquant.errors import PlanError
 from dynquant.evaluation.rendered_model import RenderedModel
@@ -27,6 +26,7 @@ from dynquant.planning.selection import Candidate, Selection
 from dynquant.planning.vision_modules import ModuleChoice, every_choice, held_to, with_measured_reasons
 from dynquant.resources import chosen_device
 from dynquant.running.load import load_hf
+from dynquant.session import Session
 
 SELECTION_TOKENS = 16384
 """Image and text tokens that plans are scored on, at most: every plan runs on all of them."""
@@ -38,10 +38,10 @@ def search_modules(
     store: EncodedStore,
     chooser: Chooser,
     options: DataOptions,
+    session: Session,
     *,
     wanted: str,
     other: Path | None = None,
-    device: str | None = None,
 ) -> tuple[Selection, tuple[ModuleChoice, ...]]:
     """The scored plans, and the decisions of the one with the lowest KL.
 
@@ -54,11 +54,11 @@ def search_modules(
         DataError: the samples cannot be used.
     """
     plans = _plans(chooser, table, wanted)
-    samples, name = _selection_samples(model, options, other)
-    rendered = RenderedModel(load_hf(model, dtype=torch.float32, device=chosen_device(device)), store)
+    samples, name = _selection_samples(model, options, other, session)
+    rendered = RenderedModel(load_hf(model, dtype=torch.float32, device=chosen_device(session.device)), store)
     pictures = ScoredPictures(rendered, samples)
     scored = []
-    with console.stage_progress("Errors and encoded tensors are kept; what the search measured is lost.") as progress:
+    with session.stage("Errors and encoded tensors are kept; what the search measured is lost.") as progress:
         for choices, types in plans:
             rendered.install({one: given for one, given in types.items() if not QUANT_TYPES[given].is_float})
             scored.append(_scored(choices, types, table, chooser, pictures))
@@ -81,12 +81,14 @@ def _plans(chooser: Chooser, table: ErrorTable, wanted: str) -> list[tuple[tuple
     return found
 
 
-def _selection_samples(model: Model, options: DataOptions, other: Path | None) -> tuple[Sequence[Encoded], str]:
+def _selection_samples(
+    model: Model, options: DataOptions, other: Path | None, session: Session
+) -> tuple[Sequence[Encoded], str]:
     if other is not None:
-        chosen = DataOptions(str(other), SELECTION_TOKENS, options.seed, options.strict)
-        samples, file = encoded_samples(model, chosen)
+        chosen = DataOptions(str(other), SELECTION_TOKENS, options.strict)
+        samples, file = encoded_samples(model, chosen, session)
         return samples, file.name
-    samples, file = encoded_samples(model, options)
+    samples, file = encoded_samples(model, options, session)
     held = samples[len(samples) - num_held_back(len(samples), HELD_BACK) :] or samples
     kept: list[Encoded] = []
     while held and sum(sample.num_tokens for sample in kept) < SELECTION_TOKENS:

@@ -12,8 +12,6 @@ plan.json is total by construction, readable, and reproducible: the same inputs 
 
 import hashlib
 import json
-import os
-from contextlib import suppress
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -22,10 +20,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dynquant import __version__
 from dynquant.checkpoints.tensor_roles import Role
-from dynquant.errors import ExportError, PlanError
+from dynquant.errors import PlanError
 from dynquant.formats.quant_types import QUANT_TYPES, QuantType
 from dynquant.formats.storage_format import StorageFormat
 from dynquant.formats.vllm_schemes import SCHEMES, Scheme
+from dynquant.storage.atomic import write_atomically
 
 SCHEMA_VERSION = 2
 PlanTarget = Literal["gguf", "vllm"]
@@ -269,22 +268,3 @@ def _check_units(plan: Plan, path: Path) -> None:
                 f"layers of `{entry.unit}`, which vLLM fuses with it, {first[0]} in groups of {first[1]}. Give them "
                 "one scheme."
             )
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a small file beside its place and move it there, so that it appears whole or not at all. Text is UTF-8.
-
-    Raises:
-        ExportError: no space, no permission, or a parent that is no directory.
-    """
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise ExportError(
-            f"{path} could not be written: {error.strerror or error}. Free some space or choose another place."
-        ) from error

@@ -14,7 +14,7 @@ import torch
 from dynquant.checkpoints.model import Model
 from dynquant.errors import CheckpointError
 from dynquant.families.common.conversion import RecipeSource
-from dynquant.process_usage import count_mapped_files
+from dynquant.resources import count_mapped_files
 from dynquant.running.weights import CheckpointWeights
 
 if TYPE_CHECKING:

@@ -25,6 +25,7 @@ from dynquant.running.load import load_hf
 from dynquant.running.staged_passes import StagedPasses
 from dynquant.running.stored_experts import StoredExperts
 from dynquant.running.stream_memory import Workload, fit_within
+from dynquant.session import Session
 from tests.helpers.commands import run
 from tests.helpers.representatives import represented_by
 from tests.helpers.tiny_models import TINY, save_tiny
@@ -265,12 +266,13 @@ def test_a_gguf_file_cannot_be_streamed(packed_moe, tmp_path):
         LayerStream(model)
 
 
-def test_what_fits_is_loaded_whole_and_the_rest_is_streamed(moe, monkeypatch, capsys):
+def test_what_fits_is_loaded_whole_and_the_rest_is_streamed(moe, monkeypatch):
+    notes = []
     assert streaming_limit(moe, CalibrationOptions(), "cpu") is None
     assert streaming_limit(moe, CalibrationOptions(max_memory="8GB"), "cpu") == 8 * 10**9
     monkeypatch.setattr("dynquant.calibration.stage.free_memory", lambda: 80 * 10**6)
-    assert streaming_limit(moe, CalibrationOptions(), "cpu") == 68 * 10**6
-    assert "streamed layer by layer within 68.00 MB" in " ".join(capsys.readouterr().err.split())
+    assert streaming_limit(moe, CalibrationOptions(), "cpu", Session(note=notes.append)) == 68 * 10**6
+    assert "streamed layer by layer within 68.00 MB" in " ".join(notes)
 
 
 def test_a_streamed_plan_is_that_of_a_whole_model(small_moe, tmp_path):

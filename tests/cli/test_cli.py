@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dynquant.calibration import stage as calibration_stage
+from dynquant.analysis.sensitivity import stage as sensitivity_stage
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
 from dynquant.families.open import open_model
 from dynquant.recipes.plan import Plan
@@ -27,7 +27,7 @@ def planned(small_moe, tmp_path_factory):
     """One plan directory of the bundled model, made by the command."""
     directory = tmp_path_factory.mktemp("plan")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibration_stage, "PROBE_TOKENS", 512)
+        patch.setattr(sensitivity_stage, "PROBE_TOKENS", 512)
         done = run("plan", small_moe, "--types", TYPES, "--tokens", TOKENS, "-o", directory)
     assert done.returncode == 0, done.stderr
     return directory

@@ -21,8 +21,8 @@ from dynquant.encoding.parts import PartLimits, TensorPart
 from dynquant.encoding.remote import EncoderChoice, StoredFiles, _encode_from_storage
 from dynquant.encoding.stream import guidance_of, load_encoder, parts_of_plan
 from dynquant.families.open import open_model
-from dynquant.planning.target import parse_size
 from dynquant.recipes.plan import Plan
+from dynquant.resources import parse_size
 from dynquant.running.cluster import TaskNeeds, open_ray
 
 

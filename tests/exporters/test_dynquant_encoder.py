@@ -13,17 +13,17 @@ import torch
 from safetensors.torch import load_file
 
 import dynquant
-from dynquant.analysis.outliers.super_weights import SuperWeight
 from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.evaluation.evaluate import evaluate
 from dynquant.families.open import open_model
 from dynquant.formats import decode
 from dynquant.recipes.build_plan import plan_from_types
+from dynquant.recipes.folder import SuperWeight
 from dynquant.recipes.presets import preset_types
 from dynquant.running.live_weights import LiveWeights
 from dynquant.running.load import load_hf
-from dynquant.storage.resumable_output import file_hash
+from dynquant.storage.atomic import file_hash
 from tests.helpers.commands import command, refused, run
 from tests.helpers.tiny_models import llama_logits, mean_kl
 

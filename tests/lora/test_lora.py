@@ -25,7 +25,6 @@ TOKENS = torch.randint(1, 8000, (2, 24), generator=torch.Generator().manual_seed
 @pytest.fixture(scope="module")
 def tiny(small_moe, tmp_path_factory):
     """A packed DeepSeek-V3 of three layers: MLA, a dense layer, routed and shared experts; many quant types."""
-    torch.set_num_threads(2)
     folder = tmp_path_factory.mktemp("tiny")
     return export_both(save_tiny("deepseek-v3", folder / "float", small_moe), folder)
 
@@ -332,8 +331,8 @@ def test_merging_encodes_again(model, saved, tmp_path, layout):
 def test_merging_encodes_under_the_statistics_of_the_export(small_moe, tmp_path):
     from transformers import AutoModelForCausalLM
 
+    from dynquant.calibration.stage import CalibrationOptions
     from dynquant.exporters.stage import export
-    from dynquant.planning.stage import CalibrationOptions
 
     source = save_tiny("deepseek-v3", tmp_path / "float", small_moe)
     export(

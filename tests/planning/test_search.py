@@ -14,7 +14,7 @@ from dynquant.analysis.sensitivity.fisher_probe import fisher_probe, probe_price
 from dynquant.analysis.sensitivity.unit_kl import group_of, measure_steps, prices_from, refine
 from dynquant.calibration.importance import importance
 from dynquant.calibration.second_moments import SecondMoments
-from dynquant.calibration.statistics import CalibrationStats
+from dynquant.calibration.stage import CalibrationOptions, StatsFile, calibrate_model
 from dynquant.encoding.store import EncodedStore, store_directory
 from dynquant.encoding.stream import Guidance, load_encoder
 from dynquant.errors import PlanError
@@ -29,13 +29,13 @@ from dynquant.planning.planner import Rules, plan_types
 from dynquant.planning.search import SearchOptions
 from dynquant.planning.search_stage import encoded_store
 from dynquant.planning.selection import Fit
-from dynquant.planning.stage import CalibrationOptions, calibrate, plan
+from dynquant.planning.stage import plan
 from dynquant.planning.target import Target
 from dynquant.running.gradients import sampled_log_probability
 from dynquant.running.layer_replay import LayerReplay
 from dynquant.running.live_weights import LiveWeights
 from dynquant.running.load import load_hf, load_tokenizer
-from dynquant.storage.resumable_output import file_hash
+from dynquant.session import SILENT
 
 TYPES = ("IQ2_XXS", "Q2_K", "Q4_K")
 TOKENS = 4096
@@ -50,7 +50,7 @@ def model(small_moe):
 def calibrated(model, small_moe, tmp_path_factory):
     directory = tmp_path_factory.mktemp("calibrated")
     options = CalibrationOptions(tokens=TOKENS, window=256, hessians="none")
-    return calibrate(str(small_moe), options, directory / "stats.safetensors"), directory
+    return calibrate_model(str(small_moe), options, directory / "stats.safetensors").stats, directory
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +221,7 @@ def selected(small_moe, calibrated):
     )  # fmt: skip
     options = CalibrationOptions(tokens=TOKENS, window=256, hessians="none")
     target = Target(bpw=3.0, types=TYPES)
-    made = plan(str(small_moe), target, options, directory, search=search, report=False)
+    made = plan(str(small_moe), target, options, directory, search=search)
     return made, json.loads((directory / "selection.json").read_text())
 
 
@@ -254,13 +254,11 @@ def test_a_rendered_plan_has_the_kl_of_its_file_in_llama_cpp(small_moe, calibrat
     made.save(directory / "plan.json")
     text = tmp_path / "text.txt"
     text.write_text("The committee shall report to the assembly before the end of the year. " * 40)
-    (file,) = export(str(small_moe), tmp_path / "m.gguf", plan_path=directory / "plan.json", encoder="ggml")
+    (file,) = export(str(small_moe), tmp_path / "m.gguf", plan_path=directory / "plan.json", encoder="ggml").files
     report = evaluate(file, small_moe, tasks=("kl",), text=(text,), window=128, max_tokens=256)
     model = open_model(small_moe)
-    stats = CalibrationStats.load(directory / "stats.safetensors")
-    rendered = RenderedModel(
-        load_hf(model), encoded_store(model, stats, file_hash(directory / "stats.safetensors"), directory, "ggml", None)
-    )
+    stats = StatsFile(directory / "stats.safetensors")
+    rendered = RenderedModel(load_hf(model), encoded_store(model, stats, directory, "ggml", SILENT))
     tokenizer = load_tokenizer(model)
     words = ScoredText(rendered, pack_windows(read_text(text), tokenizer, window=128, max_tokens=256))
     rendered.install({entry.name: entry.type for entry in made.entries if entry.type != "F32"})
@@ -272,7 +270,7 @@ def test_another_budget_reuses_prices(small_moe, calibrated, selected, monkeypat
     monkeypatch.setattr("dynquant.planning.search.fisher_probe", None)
     search = SearchOptions(methods=("fisher-probe",), selection_tokens=512)
     options = CalibrationOptions(tokens=TOKENS, window=256, hessians="none")
-    made = plan(str(small_moe), Target(bpw=3.5, types=TYPES), options, directory, search=search, report=False)
+    made = plan(str(small_moe), Target(bpw=3.5, types=TYPES), options, directory, search=search)
     assert made.objective.endswith("by fisher-probe")
     assert made.predicted_kl < selected[0].predicted_kl
     assert made.selected_kl is None

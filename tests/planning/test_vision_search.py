@@ -12,7 +12,7 @@ from dynquant.encoding.stream import Guidance, load_encoder
 from dynquant.evaluation.rendered_model import RenderedModel
 from dynquant.evaluation.scored_pictures import ScoredPictures
 from dynquant.families.open import open_model
-from dynquant.planning import stage as workflow
+from dynquant.planning import stage
 from dynquant.planning import vision_modules as vision_choice
 from dynquant.planning.selection import Selection
 from dynquant.recipes.build_plan import plan_from_types, stays_f32
@@ -103,7 +103,7 @@ def test_whole_modules_are_held_only_near_the_lowest_predicted_kl(qwen, pictures
     monkeypatch.setattr(vision_choice, "KEEP_RATIO", 0.0)  # errors of a random tower are like those of the layers
     plans = {}
     for kept in (True, False):
-        monkeypatch.setattr(workflow, "FLOOR_PRICE", 1e9 if kept else 1.1)
+        monkeypatch.setattr(stage, "FLOOR_PRICE", 1e9 if kept else 1.1)
         options = ("--types", "q4_0,q8_0,bf16", "--bpw", 13.5, "--no-report", "--hessians", "none")
         made = run("plan", qwen, "--data", pictures, "-o", tmp_path, *options)
         assert made.returncode == 0, made.stderr[-2000:]

@@ -5,7 +5,7 @@ import torch
 
 from dynquant.analysis.errors import stage as error_stage
 from dynquant.analysis.errors.error_journal import ErrorJournal
-from dynquant.calibration import stage as calibration_stage
+from dynquant.analysis.sensitivity import stage as sensitivity_stage
 from dynquant.calibration.importance import importance
 from dynquant.calibration.stage import CalibrationOptions, run_calibration
 from dynquant.calibration.statistics import CalibrationStats
@@ -104,7 +104,7 @@ def test_an_interrupted_table_goes_on_to_the_same_bytes(measure, tmp_path, monke
 
 
 def test_the_command_goes_on_under_the_same_identity_alone(directory, stats_path, tmp_path, monkeypatch):
-    monkeypatch.setattr(calibration_stage, "PROBE_TOKENS", 256)
+    monkeypatch.setattr(sensitivity_stage, "PROBE_TOKENS", 256)
 
     def planned(name, stop=None):
         noted = NotedEncoding(monkeypatch, stop)

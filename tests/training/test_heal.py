@@ -26,7 +26,6 @@ OPTIONS = TrainOptions(rank=8, learning_rate=3e-3, max_steps=6, batch_size=8, ev
 
 @pytest.fixture(scope="module")
 def crushed(small_moe, tmp_path_factory):
-    torch.set_num_threads(2)
     return crush(small_moe, tmp_path_factory.mktemp("crushed"), small_moe.parent / "demo_text.txt")
 
 

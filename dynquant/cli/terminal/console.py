@@ -15,10 +15,9 @@ from rich.text import Text
 
 from dynquant.cli.terminal.display import Bars, Display, JsonLines, Lines
 from dynquant.cli.terminal.record import RunRecord
-from dynquant.cli.terminal.wording import duration, human_bytes, memory_peaks, short
-from dynquant.session import Progress
-
-__all__ = ["human_bytes"]
+from dynquant.cli.terminal.wording import duration, memory_peaks, short
+from dynquant.resources import human_bytes
+from dynquant.session import Progress, Session
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -87,6 +86,11 @@ def stage_progress(kept: str) -> Iterator[Progress]:
     finally:
         for display in displays:
             display.close()
+
+
+def session(device: str | None = None, threads: int | None = None, seed: int = 0) -> Session:
+    """The session of a command: its notes and stages are seen on the terminal."""
+    return Session(device, threads, seed, note=note, stage=stage_progress)
 
 
 def finish(status: str, message: str | None = None) -> None:

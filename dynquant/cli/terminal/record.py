@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from dynquant.process_usage import Traffic, peak_cuda_bytes, peak_memory_bytes, traffic
+from dynquant.resources import Traffic, peak_cuda_bytes, peak_memory_bytes, traffic
 
 RATE_SECONDS = 30.0
 """The rate is taken over this much of the stage's latest time, so that a slow tensor soon shows in the time left."""

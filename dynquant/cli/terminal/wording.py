@@ -1,7 +1,7 @@
 """A stage in words: amounts, speed, time left, place, bytes and memory."""
 
 from dynquant.cli.terminal.record import StageRecord
-from dynquant.process_usage import peak_cuda_bytes, peak_memory_bytes
+from dynquant.resources import human_bytes, peak_cuda_bytes, peak_memory_bytes
 
 
 def describe(stage: StageRecord) -> str:
@@ -22,16 +22,6 @@ def memory_peaks() -> str:
     """The most memory that the process has used, and the most on a GPU."""
     found = (("peak memory", peak_memory_bytes()), ("peak GPU memory", peak_cuda_bytes()))
     return ", ".join(f"{name} {human_bytes(count)}" for name, count in found if count is not None)
-
-
-def human_bytes(count: int) -> str:
-    """Decimal units, as file managers and model hubs show them."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"
-        value /= 1000
-    return f"{value:.2f} TB"
 
 
 def short(number: float) -> str:

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from dynquant.calibration import stage as calibration_stage
+from dynquant.analysis.sensitivity import stage as sensitivity_stage
 from tests.helpers.commands import command, run
 
 TYPES = "q4_k,q5_k,q6_k,iq4_xs"  # the stages last long enough to be interrupted
@@ -91,7 +91,7 @@ def test_interrupted_export_goes_on_to_the_same_bytes(small_moe, tmp_path):
     ],
 )
 def test_interrupted_plan_goes_on_to_the_same_files(errors, options, small_moe, tmp_path, monkeypatch):
-    monkeypatch.setattr(calibration_stage, "PROBE_TOKENS", 512)
+    monkeypatch.setattr(sensitivity_stage, "PROBE_TOKENS", 512)
 
     def arguments(directory):
         return ("plan", small_moe, "--tokens", "16384", "--hessians", "none", *options, "-o", directory)

@@ -6,7 +6,7 @@ import json
 import pytest
 from rich.console import Console
 
-from dynquant import process_usage
+from dynquant import resources
 from dynquant.cli.terminal import console
 from dynquant.cli.terminal.display import Bars, JsonLines, Lines
 from dynquant.cli.terminal.record import RATE_SECONDS, RunRecord
@@ -95,12 +95,12 @@ def test_a_tensor_gives_the_layer(record):
 
 
 def test_bytes_read_and_written_are_counted(record, tmp_path):
-    if process_usage.traffic().written is None:
+    if resources.traffic().written is None:
         pytest.skip("this system does not count a process's bytes")
     stage = tell(record, "quantize", 0, 1)
     (tmp_path / "file").write_bytes(bytes(3_000_000))
     (tmp_path / "file").read_bytes()
-    process_usage.count_mapped(5_000_000)
+    resources.count_mapped(5_000_000)
     tell(record, "quantize", 1, 1)
     assert 3_000_000 <= stage.traffic.written < 3_100_000
     assert 8_000_000 <= stage.traffic.read < 8_100_000

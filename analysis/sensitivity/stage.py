@@ -1,0 +1,86 @@
+"""What a backward pass and ablations tell of the original: sensitivities and super weights.
+
+The model is loaded whole where it fits, and streamed layer by layer where it does not or a limit is given.
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from dynquant.analysis.outliers.super_weights import find_super_weights
+from dynquant.analysis.sensitivity.closed_form import output_sensitivity, streamed_sensitivity
+from dynquant.calibration.picture_stage import probe_inputs
+from dynquant.calibration.run import windows_of
+from dynquant.calibration.stage import CalibrationOptions, streaming_limit
+from dynquant.checkpoints.model import Model
+from dynquant.recipes.folder import SuperWeight
+from dynquant.running.layer_stream import LayerStream
+from dynquant.running.load import load_hf
+from dynquant.running.staged_passes import StagedPasses
+from dynquant.running.stream_memory import Workload, fit_within
+from dynquant.session import Session
+
+PROBE_TOKENS = 4096
+"""Tokens of the backward pass that measures sensitivities."""
+
+_PROBE_KEEPS = "Errors are kept; the sensitivities measured so far are lost."
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Findings of the backward pass and the ablations."""
+
+    super_weights: list[SuperWeight] = field(default_factory=list)
+    sensitivity: dict[str, float] = field(default_factory=dict)
+    sensitivity_se: dict[str, float] = field(default_factory=dict)
+
+
+def run_probe(
+    model: Model, options: CalibrationOptions, directory: Path, session: Session, *, finds_super_weights: bool = True
+) -> Probe:
+    """Super weights, and the sensitivity of the output to every tensor; computed in float32 on the CPU.
+
+    Raises:
+        CheckpointError: transformers cannot load the model.
+        StatsError: a memory limit that is too small for it.
+    """
+    if options.samples is not None:
+        inputs = probe_inputs(model, replace(options.samples, tokens=PROBE_TOKENS), session)
+        hf_model = load_hf(model)
+        with session.stage(_PROBE_KEEPS) as progress:
+            found_on_samples = output_sensitivity(
+                hf_model, model.arch, model.hyper.n_layer, inputs, seed=session.seed, progress=progress
+            )
+        return Probe([], *found_on_samples)  # super weights are looked for with text alone
+    windows, _ = windows_of(model, options.text, tokens=PROBE_TOKENS, window=options.window, seed=session.seed)
+    arch, n_layer = model.arch, model.hyper.n_layer
+    limit = streaming_limit(model, options, "cpu", session)
+    if limit is None:
+        hf_model = load_hf(model)
+        found = find_super_weights(hf_model, arch, n_layer, windows[0]) if finds_super_weights else []
+        with session.stage(_PROBE_KEEPS) as progress:
+            return Probe(
+                found, *output_sensitivity(hf_model, arch, n_layer, windows, seed=session.seed, progress=progress)
+            )
+    stream = LayerStream(model)
+    fit_within(stream, limit, Workload(windows.shape[1], is_backward=True))
+    with stream.running(), _scratch((options.spill or directory) / ".probe.streaming") as scratch:
+        found = []
+        if finds_super_weights:
+            found = find_super_weights(stream.hf_model, arch, n_layer, windows[0], zeroed=stream.zeroed)
+        passes = StagedPasses(stream, windows.split(1), scratch)
+        with session.stage(_PROBE_KEEPS) as progress:
+            return Probe(found, *streamed_sensitivity(passes, arch, n_layer, seed=session.seed, progress=progress))
+
+
+@contextmanager
+def _scratch(directory: Path) -> Iterator[Path]:
+    """An empty directory that is gone afterwards."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)

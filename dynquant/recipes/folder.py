@@ -1,0 +1,73 @@
+"""The folder that `plan` leaves behind: names of its files, and what other steps read from it."""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from dynquant.calibration.stage import STATS_NAME as STATS_NAME
+from dynquant.calibration.stage import StatsFile
+from dynquant.errors import PlanError, StatsError
+from dynquant.storage.strict_json import parse_json
+
+ERRORS_NAME = "errors.json"
+PLAN_NAME = "plan.json"
+SUPER_NAME = "super_weights.json"
+SELECTION_NAME = "selection.json"
+TOKEN_ERRORS_NAME = "token_errors.json"
+REPORT_NAME = "report.html"
+
+
+class SuperWeight(BaseModel):
+    """`name[expert][row, col]`, in the order of discovery. `max_in` and `max_out` are signed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    """GGUF name of the tensor; `expert` is None for dense and shared projections."""
+    module: str
+    expert: int | None
+    layer: int
+    row: int
+    col: int
+    value: float
+    max_in: float
+    max_out: float
+    position: int
+    """Token at which `max_out` occurs."""
+    ratio: float
+    """|max_out| over the median of the layers' maxima."""
+    share: float
+    """Part of `max_out` that this one weight contributes."""
+    effect: float
+    """Mean change of a token's log-probability, in nats, when the weight is zeroed."""
+
+
+def load_super_weights(path: Path) -> list[SuperWeight]:
+    """Read super_weights.json; an absent file means that none were looked for."""
+    if not path.is_file():
+        return []
+    try:
+        return [SuperWeight(**one) for one in parse_json(path.read_bytes())]
+    except (OSError, ValueError, TypeError) as error:
+        raise PlanError(f"{path} does not hold super weights ({error}). Delete it and plan again.") from error
+
+
+def stats_of_plan(stats_hash: str | None, path: Path) -> StatsFile | None:
+    """Return the statistics with this hash, from which a plan was made; None for a plan without.
+
+    Raises:
+        StatsError: they are not at `path`, or are others; both hashes are named.
+    """
+    if stats_hash is None:
+        return None
+    if not path.is_file():
+        raise StatsError(
+            f"The plan was made from calibration statistics, but there is no {path}. Give them with --stats FILE."
+        )
+    file = StatsFile(path)
+    if file.hash != stats_hash:
+        raise StatsError(
+            f"{path} has the hash {file.hash[:12]}, but the plan was made from statistics {stats_hash[:12]}. Give the "
+            "stats.safetensors that was written beside the plan."
+        )
+    return file

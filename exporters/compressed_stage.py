@@ -1,0 +1,107 @@
+"""The stage behind `export -f compressed-tensors`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dynquant.calibration.second_moments import path_beside
+from dynquant.calibration.stage import CalibrationOptions, StatsFile, run_calibration
+from dynquant.checkpoints.model import Model
+from dynquant.encoding.stream import Guidance, guidance_of
+from dynquant.errors import ExportError, PlanError
+from dynquant.exporters.compressed_card import transformers_problem
+from dynquant.exporters.compressed_tensors import export_compressed_tensors
+from dynquant.families.linear_layers import served_checkpoint
+from dynquant.families.open import open_language_model
+from dynquant.formats.vllm_schemes import SCHEMES
+from dynquant.recipes.folder import STATS_NAME, stats_of_plan
+from dynquant.recipes.serving_building import preset_schemes, serving_plan
+from dynquant.recipes.serving_plan import ServingPlan
+from dynquant.resources import chosen_device, parse_size
+from dynquant.session import Session
+
+
+@dataclass(frozen=True)
+class Exported:
+    """Files that an export wrote, the model's first."""
+
+    files: list[Path]
+    num_weights: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the files that hold weights."""
+        return sum(file.stat().st_size for file in self.files if file.suffix in (".gguf", ".safetensors"))
+
+
+def export_for_vllm(
+    path: str,
+    output: Path,
+    session: Session,
+    *,
+    plan_path: Path | None = None,
+    preset: str | None = None,
+    stats_path: Path | None = None,
+    calibration: CalibrationOptions | None = None,
+    split_max_size: str | None = None,
+    resume: bool = True,
+) -> Exported:
+    """Write the compressed-tensors checkpoint of a serving plan, or of a preset without a plan file.
+
+    Raises:
+        PlanError, StatsError, EncodeError, ExportError: see `export_compressed_tensors`.
+    """
+    if (plan_path is None) == (preset is None):
+        raise PlanError("Give either --plan FILE (of `dynquant plan --for vllm`) or --preset uniform-SCHEME.")
+    if output.exists() or output.is_symlink():
+        raise ExportError(f"{output} exists already; export to another name, or remove it first.")
+    loaded = ServingPlan.load(plan_path) if plan_path is not None else None
+    model = open_language_model(path, session)
+    checkpoint = served_checkpoint(model)
+    chosen = torch.device(chosen_device(session.device))
+    if loaded is not None and plan_path is not None:
+        plan, stats = loaded, stats_of_plan(loaded.stats_hash, stats_path or plan_path.parent / STATS_NAME)
+    else:
+        wanted = preset_schemes(str(preset), checkpoint)
+        options = calibration or CalibrationOptions()
+        stats_path = stats_path or output.with_name(f"{output.name}.stats.safetensors")
+        stats = _calibrated(model, wanted, stats_path, options, session)
+        plan = serving_plan(model, checkpoint, wanted, recipe=f"preset {preset}", stats_hash=stats and stats.hash)
+    guidance, rounding, moments = _guidance(stats, session)
+    with session.stage("Finished tensors are kept.") as progress:
+        files = export_compressed_tensors(
+            model, plan, checkpoint, output,
+            guidance=guidance, rounding=rounding, identity={"hessians": moments}, device=chosen,
+            shard_max_bytes=parse_size(split_max_size) if split_max_size else None, resume=resume, progress=progress,
+        )  # fmt: skip
+    problem = transformers_problem(plan)
+    if problem is not None:
+        session.note(f"vLLM loads this checkpoint, transformers does not: {problem}")
+    return Exported(files, plan.num_weights)
+
+
+def _calibrated(
+    model: Model, wanted: dict[str, tuple[str, str]], path: Path, options: CalibrationOptions, session: Session
+) -> StatsFile | None:
+    if not any(SCHEMES[name].is_quantized for name, _ in wanted.values()):
+        return None
+    if not path.is_file():
+        session.note(f"no --stats given: calibrating on {options.text or 'the built-in text'} into {path}")
+        run_calibration(model, options, path, session)
+    return StatsFile(path).of(model)
+
+
+def _guidance(stats: StatsFile | None, session: Session) -> tuple[Guidance, str, str]:
+    """What the encoder is told, the same in words, and the identity of the second moments."""
+    if stats is None:
+        return Guidance(), "rounded by their own squared error", "none"
+    moments = stats.moments
+    tokens = f"of {stats.stats.provenance.num_tokens:,} calibration tokens"
+    if moments is None:
+        session.note(
+            f"there is no {path_beside(stats.path)}: encoding without error feedback (calibrate with --hessians)"
+        )
+        return guidance_of(stats.stats, None), f"scales fitted under the mean squares {tokens}", "none"
+    words = f"scales and error feedback under the second moments {tokens}"
+    return guidance_of(stats.stats, moments), words, moments.identity
