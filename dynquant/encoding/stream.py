@@ -261,7 +261,7 @@ def encode_part(
 
 
 def is_stored(model: Model, part: TensorPart) -> bool:
-    """Return whether the source's own blocks are the wanted ones; floats go through the encoder, which checks for NaN."""
+    """Return whether the source holds the wanted blocks; floats go through the encoder, which checks for NaN."""
     holds_blocks = isinstance(model.source, GGUFSource) and not part.quant_type.is_float
     return holds_blocks and model.source.info(part.name).dtype == part.quant_type.name
 
