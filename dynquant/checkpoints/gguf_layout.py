@@ -151,6 +151,11 @@ def split_paths(output: Path, count: int) -> list[Path]:
     return [output.with_name(f"{stem}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
 
 
+def mmproj_path(output: Path) -> Path:
+    """Return the name of the projector file beside the language model `output`."""
+    return output.with_name(f"mmproj-{output.name}")
+
+
 def file_type_of(recipe: str, tensors: Iterable[TensorSpec]) -> int:
     """`general.file_type`: that of the preset's mixture, else of the type that holds most weights. Display only."""
     preset = re.fullmatch(r"preset (?:llama-|uniform-|r1-)?(\w+)", recipe)

@@ -2,11 +2,6 @@
 
 from typing import NamedTuple, Protocol
 
-DTYPE_BYTES = {
-    "U8": 1, "I8": 1, "BOOL": 1, "F8_E4M3": 1, "F16": 2, "BF16": 2, "I16": 2, "F32": 4, "I32": 4, "F64": 8, "I64": 8,
-}  # fmt: skip
-"""Bytes of an element by safetensors' name for its type."""
-
 
 class Choice(NamedTuple):
     """The format of one tensor, and why it was taken."""

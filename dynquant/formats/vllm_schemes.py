@@ -18,7 +18,7 @@ from math import prod
 from typing import Literal, NamedTuple
 
 from dynquant.errors import PlanError
-from dynquant.formats.storage_format import DTYPE_BYTES
+from dynquant.formats.plain_quants import DTYPE_BYTES
 
 
 class StoredPart(NamedTuple):
