@@ -24,7 +24,7 @@ from dynquant.calibration.run import Hessians, check_seen, split_windows
 from dynquant.calibration.second_moments import path_beside
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
 from dynquant.checkpoints.model import Model
-from dynquant.checkpoints.tensor_merge import merge_tensor_files
+from dynquant.checkpoints.safetensors_format import merge_tensor_files
 from dynquant.errors import StatsError
 from dynquant.running.gradients import sampled_log_probability
 from dynquant.running.layer_stream import LayerStream

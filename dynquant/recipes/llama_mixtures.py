@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import NamedTuple
 
-from dynquant.checkpoints.tensor_roles import HyperParams
+from dynquant.checkpoints.model import HyperParams
 from dynquant.errors import PlanError
 from dynquant.formats.quant_types import QUANT_TYPES, fit_to_row
 from dynquant.formats.storage_format import Choice
