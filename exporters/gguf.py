@@ -11,7 +11,7 @@ from pathlib import Path
 from dynquant import __version__
 from dynquant.calibration.second_moments import SecondMoments
 from dynquant.calibration.statistics import CalibrationStats
-from dynquant.checkpoints.gguf_layout import FileLayout, ImatrixInfo, Provenance, TensorSpec, layout, split_paths
+from dynquant.checkpoints.gguf_layout import FileLayout, Provenance, TensorSpec, layout, split_paths
 from dynquant.checkpoints.model import Model
 from dynquant.encoding.interface import Encoder, ProtectedWeight
 from dynquant.encoding.parts import PartLimits, TensorPart
@@ -24,9 +24,10 @@ from dynquant.encoding.stream import (
     parts_of_plan,
     quantize,
 )
-from dynquant.errors import ClusterError, DynquantError, ExportError
-from dynquant.exporters.provenance import check_stats, export_identity
+from dynquant.errors import ExportError
+from dynquant.exporters.output import check_stats, export_identity, writing
 from dynquant.recipes.plan import Plan
+from dynquant.recipes.sizes import imatrix_info
 from dynquant.session import Progress
 from dynquant.storage.resumable_output import Region, ResumableOutput
 
@@ -76,18 +77,12 @@ def export_gguf(
         export_identity(plan, encoder, _header_hash(files), moments if encoder.uses_hessians else None),
         resume=resume,
     )
-    with target:
+    with writing(target):
         quantized = quantize(
             model, plan, guidance, encoder,
             parts=parts, threads=threads, progress=progress, skip=frozenset(target.finished), elsewhere=elsewhere,
         )  # fmt: skip
-        try:
-            _write(target, files, quantized)
-        except (ExportError, ClusterError):
-            raise
-        except DynquantError:
-            target.discard()
-            raise
+        _write(target, files, quantized)
         return target.commit()
 
 
@@ -105,7 +100,7 @@ def _layout(
     entries = {entry.name: entry for entry in plan.entries}
     tensors = [TensorSpec(name, entries[name].shape, entries[name].type) for name in model.source.names()]
     provenance = Provenance(plan.fingerprint, plan.recipe, encoder.name, plan.hash, plan.stats_hash or "")
-    imatrix = ImatrixInfo.from_stats(stats) if stats is not None else None
+    imatrix = imatrix_info(stats)
     files = layout(model, tensors, provenance, imatrix=imatrix)
     total = sum(file.total_bytes for file in files)
     if total != plan.predicted_bytes:

@@ -39,11 +39,11 @@ from dynquant.encoding.stream import (
     parts_of_plan,
     quantize,
 )
-from dynquant.errors import CheckpointError, ClusterError, DynquantError, ExportError
-from dynquant.exporters.model_card import model_card
-from dynquant.exporters.provenance import check_stats, export_identity
+from dynquant.errors import CheckpointError, ExportError
+from dynquant.exporters.model_card import packed_card
+from dynquant.exporters.output import check_stats, export_identity, writing
 from dynquant.families.common.config import Config, read_config, read_json
-from dynquant.families.common.conversion import RecipeSource, load_finite
+from dynquant.families.common.conversion import ConvertedSource, load_finite
 from dynquant.families.from_gguf import config_from_gguf, tokenizer_files
 from dynquant.families.text.registry import FAMILIES
 from dynquant.packed.packed_vision import build_meta_vision, lay_out_vision
@@ -125,7 +125,7 @@ def export_safetensors(
     )
     identity["stored"] = stored.fingerprint if stored is not None else "none"
     target = ResumableOutput(paths, sizes, regions, identity, resume=resume)
-    with target:
+    with writing(target):
         skip = checkpoint.layout.skipped | checkpoint.layout.copied.keys() | target.finished
         if stored is None:
             quantized = quantize(
@@ -134,15 +134,9 @@ def export_safetensors(
             )  # fmt: skip
         else:
             quantized = _parts_of(stored, parts, skip)
-        try:
-            write_small_files(target, checkpoint.documents, checkpoint.shards)
-            _copy(target, model, checkpoint.layout.copied)
-            _write(target, checkpoint.layout.places, quantized)
-        except (ExportError, ClusterError):
-            raise
-        except DynquantError:
-            target.discard()
-            raise
+        write_small_files(target, checkpoint.documents, checkpoint.shards)
+        _copy(target, model, checkpoint.layout.copied)
+        _write(target, checkpoint.layout.places, quantized)
         files = target.commit()
     _remove_old_shards(output, checkpoint)
     return files
@@ -186,7 +180,7 @@ def _describe(model: Model, plan: Plan, encoder: str, shard_max_bytes: int) -> _
         },
     }  # fmt: skip
     documents = {"config.json": as_json({**layout.config, "quantization_config": quantization})}
-    documents["README.md"] = model_card(plan, encoder=encoder, stored_bytes=stored_bytes).encode()
+    documents["README.md"] = packed_card(plan, encoder=encoder, stored_bytes=stored_bytes).encode()
     documents |= index_of(shards)
     documents |= copied_files(model.hf_directory) if model.hf_directory is not None else tokenizer_files(model.path)
     return _Checkpoint(layout, shards, documents, file_of)
@@ -253,7 +247,7 @@ def _copy(target: ResumableOutput, model: Model, copied: Mapping[str, StoredTens
     """Tensors of the checkpoint, in its own type or the plan's, whichever takes fewer bytes."""
     for name, stored in copied.items():
         if name not in target.finished:
-            assert isinstance(model.source, RecipeSource)
+            assert isinstance(model.source, ConvertedSource)
             values = load_finite(model.source.checkpoint, stored.key)
             target.write(name, tensor_bytes(values.to(FLOAT_DTYPES[stored.dtype])))
 

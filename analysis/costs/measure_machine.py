@@ -24,14 +24,14 @@ from dynquant.analysis.costs.model import (
     calibration_elements,
     calibration_flop_seconds,
 )
-from dynquant.analysis.errors.measure import build_error_table
+from dynquant.analysis.errors.measure import ErrorMeter, build_error_table
 from dynquant.calibration.statistics import CalibrationStats, InputStats, StatsProvenance
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_source import DictSource
 from dynquant.encoding.interface import Encoder
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import PlanError
-from dynquant.families.common.conversion import RecipeSource, TensorRecipe
+from dynquant.families.common.conversion import Conversion, ConvertedSource
 from dynquant.families.open import open_model
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.recipes.build_plan import plan_from_types
@@ -160,7 +160,7 @@ def _error_speeds() -> dict[str, float]:
     """Type -> weights per second of the error table: experts of a checkpoint in BF16 with samples."""
     weights = (0.02 * torch.randn(4, 1024, 1024, generator=torch.Generator().manual_seed(0))).bfloat16()
     stored = DictSource({f"{expert}": matrix for expert, matrix in enumerate(weights)})
-    source = RecipeSource(stored, [TensorRecipe(_NAME, tuple(stored.names()), tuple(weights.shape), MEASURED_FLOAT)])
+    source = ConvertedSource(stored, [Conversion(_NAME, tuple(stored.names()), tuple(weights.shape), MEASURED_FLOAT)])
     model = Model(Path("random"), source, (), source.checkpoint_names)
     inputs = InputStats(
         torch.ones(4, 1024, dtype=torch.float64), torch.full((4,), 64), torch.randn(4, 64, 1024).bfloat16(),
@@ -173,7 +173,7 @@ def _error_speeds() -> dict[str, float]:
     def seconds(types: tuple[str, ...]) -> float:
         taken: list[float] = []
         while sum(taken) < _FEWEST_SECONDS:
-            taken.append(_seconds(lambda: build_error_table(model, stats, types, encoder, stats_hash="")))
+            taken.append(_seconds(lambda: build_error_table(ErrorMeter(model, stats, encoder), types, stats_hash="")))
         return sum(taken) / len(taken)
 
     seconds(())  # memory is taken from the system once

@@ -19,13 +19,14 @@ from dynquant.exporters import stage as exporting
 from dynquant.families.open import open_and_announce
 from dynquant.planning import stage as planning
 from dynquant.planning.target import Target
+from dynquant.recipes.command_line import command_line, left_alone, recipe_of, uses_imatrix
 from dynquant.recipes.diff import PlanDiff, compare_types, number_ranges
 from dynquant.recipes.folder import PLAN_NAME
-from dynquant.recipes.plan import Plan, write_atomically
-from dynquant.recipes.recipe_text import command_line, left_alone, recipe_of, uses_imatrix
+from dynquant.recipes.plan import Plan
 from dynquant.recipes.type_lists import read_types
 from dynquant.resources import human_bytes, parse_size
 from dynquant.session import Session
+from dynquant.storage.atomic import write_atomically
 
 _NOTHING_KEPT = "Nothing is kept without --reference-cache: what the models said so far is lost."
 

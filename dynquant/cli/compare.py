@@ -18,8 +18,9 @@ from dynquant.planning.search import SearchOptions
 from dynquant.planning.stage import plan as make_plan
 from dynquant.planning.target import Target
 from dynquant.recipes.folder import PLAN_NAME, STATS_NAME
-from dynquant.recipes.plan import Plan, write_atomically
+from dynquant.recipes.plan import Plan
 from dynquant.session import Session
+from dynquant.storage.atomic import write_atomically
 
 PLAN_PREFIX = "plan at "
 

@@ -22,8 +22,8 @@ from dynquant.exporters.closing_pass import TuneOptions
 from dynquant.exporters.stage import tune_file
 from dynquant.families.open import open_and_announce
 from dynquant.recipes.folder import STATS_NAME
-from dynquant.recipes.plan import write_atomically
 from dynquant.session import Session
+from dynquant.storage.atomic import write_atomically
 
 BASE, TUNED = "ggml", "+tune"
 VARIANTS = ("ggml", "dynquant", "dynquant+tune")

@@ -7,9 +7,7 @@ files of `SHARD_WINDOWS` windows each; only those of a batch are in memory.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -22,6 +20,7 @@ from torch.utils.data import Dataset
 from dynquant.errors import EvaluationError
 from dynquant.evaluation.distributions import Distributions
 from dynquant.session import Progress
+from dynquant.storage.atomic import writing
 
 SCHEMA_VERSION = 2
 """Part of every name: entries of an earlier version are made again."""
@@ -80,22 +79,10 @@ def load_cached(directory: Path, key: str) -> dict[str, Tensor] | None:
 def save_cached(directory: Path, key: str, tensors: Mapping[str, Tensor]) -> None:
     """Store tensors under `key`; a reader never sees half a file."""
     path = entry_path(directory, key)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        mode = temporary.stat().st_mode  # save_file makes its file private; this one follows the umask
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    way_out = f"It takes {size:,} bytes. Free some space, or name another cache directory."
+    with writing(path, way_out) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-        temporary.chmod(mode)
-        os.replace(temporary, path)
-    except (SafetensorError, OSError) as error:
-        with suppress(OSError):
-            temporary.unlink()
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        raise EvaluationError(
-            f"The reference results ({size:,} bytes) cannot be written to {directory}: {error}. "
-            "Free some space, or name another cache directory."
-        ) from error
 
 
 def entry_path(directory: Path, key: str) -> Path:

@@ -35,12 +35,12 @@ from dynquant.recipes.folder import (
     SuperWeight,
     load_super_weights,
 )
-from dynquant.recipes.plan import Plan, write_atomically
+from dynquant.recipes.plan import Plan
 from dynquant.recipes.presets import R1_RECIPES, preset_types
 from dynquant.recipes.type_lists import like_types
 from dynquant.resources import chosen_device, human_bytes
 from dynquant.session import SILENT, Session
-from dynquant.storage.resumable_output import file_hash
+from dynquant.storage.atomic import file_hash, write_atomically
 
 
 def plan(

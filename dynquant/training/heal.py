@@ -29,9 +29,9 @@ from dynquant.families.open import open_model
 from dynquant.inputs.eval_text import load_text
 from dynquant.inputs.held_out import split_documents, without_repeats
 from dynquant.inputs.text import CalibrationText, pack_windows, read_text
-from dynquant.recipes.plan import write_atomically
 from dynquant.resources import chosen_device
 from dynquant.session import Progress, ignore_progress
+from dynquant.storage.atomic import write_atomically
 from dynquant.training.base import (
     check_context,
     check_packed,
@@ -102,7 +102,7 @@ def heal(
         AdapterError: the reference is not the model that was quantized.
         DataError, StatsError: text is missing, or too short.
         CheckpointError, EvaluationError: a model cannot be loaded, or the two cannot be compared.
-        ExportError: the output cannot be written.
+        WriteError: the output cannot be written.
     """
     require_training_packages()
     if start not in (RESIDUAL, ZERO):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dynquant.errors import EvaluationError
+from dynquant.errors import EvaluationError, WriteError
 from dynquant.evaluation import reference_cache
 from dynquant.evaluation.distributions import Distributions
 
@@ -27,7 +27,7 @@ def test_entries_come_back_unchanged_and_damage_is_named(tmp_path: Path) -> None
 
 def test_an_unwritable_cache_is_refused_with_its_reason(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(EvaluationError, match="cannot be written"):
+    with pytest.raises(WriteError, match="could not be written"):
         reference_cache.save_cached(tmp_path / "file", "k", {"a": torch.zeros(3)})
 
 
