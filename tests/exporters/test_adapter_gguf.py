@@ -19,7 +19,7 @@ from dynquant.encoding.stream import load_encoder
 from dynquant.errors import AdapterError, ExportError
 from dynquant.exporters.adapter_gguf import export_adapter
 from dynquant.exporters.gguf import export_gguf
-from dynquant.families.text.registry import open_hf
+from dynquant.families.open import open_hf
 from dynquant.recipes.build_plan import plan_from_types, stays_f32
 from tests.helpers.representatives import represented_by
 from tests.helpers.tiny_models import mean_kl, save_tiny, write_f32
