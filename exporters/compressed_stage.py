@@ -10,14 +10,15 @@ from dynquant.calibration.stage import CalibrationOptions, StatsFile, run_calibr
 from dynquant.checkpoints.model import Model
 from dynquant.encoding.stream import Guidance, guidance_of
 from dynquant.errors import ExportError, PlanError
-from dynquant.exporters.compressed_card import transformers_problem
+from dynquant.exporters.compressed_config import transformers_problem
 from dynquant.exporters.compressed_tensors import export_compressed_tensors
-from dynquant.families.linear_layers import served_checkpoint
+from dynquant.families.linear_layers import linear_checkpoint
 from dynquant.families.open import open_language_model
+from dynquant.formats.storage_format import Choice
 from dynquant.formats.vllm_schemes import SCHEMES
+from dynquant.recipes.build_plan import plan_for_vllm, uniform_schemes
 from dynquant.recipes.folder import STATS_NAME, stats_of_plan
-from dynquant.recipes.serving_building import preset_schemes, serving_plan
-from dynquant.recipes.serving_plan import ServingPlan
+from dynquant.recipes.plan import Plan
 from dynquant.resources import chosen_device, parse_size
 from dynquant.session import Session
 
@@ -56,18 +57,18 @@ def export_for_vllm(
         raise PlanError("Give either --plan FILE (of `dynquant plan --for vllm`) or --preset uniform-SCHEME.")
     if output.exists() or output.is_symlink():
         raise ExportError(f"{output} exists already; export to another name, or remove it first.")
-    loaded = ServingPlan.load(plan_path) if plan_path is not None else None
+    loaded = Plan.load(plan_path, "vllm") if plan_path is not None else None
     model = open_language_model(path, session)
-    checkpoint = served_checkpoint(model)
+    checkpoint = linear_checkpoint(model)
     chosen = torch.device(chosen_device(session.device))
     if loaded is not None and plan_path is not None:
         plan, stats = loaded, stats_of_plan(loaded.stats_hash, stats_path or plan_path.parent / STATS_NAME)
     else:
-        wanted = preset_schemes(str(preset), checkpoint)
+        wanted = uniform_schemes(str(preset), checkpoint)
         options = calibration or CalibrationOptions()
         stats_path = stats_path or output.with_name(f"{output.name}.stats.safetensors")
         stats = _calibrated(model, wanted, stats_path, options, session)
-        plan = serving_plan(model, checkpoint, wanted, recipe=f"preset {preset}", stats_hash=stats and stats.hash)
+        plan = plan_for_vllm(model, checkpoint, wanted, recipe=f"preset {preset}", stats_hash=stats and stats.hash)
     guidance, rounding, moments = _guidance(stats, session)
     with session.stage("Finished tensors are kept.") as progress:
         files = export_compressed_tensors(
@@ -82,7 +83,7 @@ def export_for_vllm(
 
 
 def _calibrated(
-    model: Model, wanted: dict[str, tuple[str, str]], path: Path, options: CalibrationOptions, session: Session
+    model: Model, wanted: dict[str, Choice], path: Path, options: CalibrationOptions, session: Session
 ) -> StatsFile | None:
     if not any(SCHEMES[name].is_quantized for name, _ in wanted.values()):
         return None

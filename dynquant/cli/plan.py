@@ -4,11 +4,10 @@ from math import prod
 from pathlib import Path
 
 from dynquant.cli.terminal import console
-from dynquant.exporters.compressed_card import transformers_problem
+from dynquant.exporters.compressed_config import transformers_problem
 from dynquant.formats.quant_types import quant_type
 from dynquant.recipes.folder import PLAN_NAME
 from dynquant.recipes.plan import Plan
-from dynquant.recipes.serving_plan import ServingPlan
 from dynquant.resources import human_bytes
 
 
@@ -52,18 +51,24 @@ def print_plan(plan: Plan, directory: Path) -> None:
     )
 
 
-def print_serving_plan(plan: ServingPlan, directory: Path) -> None:
+def print_serving_plan(plan: Plan, directory: Path) -> None:
     """Schemes, what fell back, and the size."""
     rows = [
-        (name, layers, f"{8 * size / weights:.3f}", human_bytes(size), f"{size / plan.predicted_bytes:.1%}")
-        for name, (layers, weights, size) in plan.histogram().items()
+        (
+            name,
+            sum(len(entry.modules) for entry in entries),
+            f"{8 * sum(e.bytes for e in entries) / sum(prod(e.shape) for e in entries):.3f}",
+            human_bytes(sum(e.bytes for e in entries)),
+            f"{sum(e.bytes for e in entries) / plan.predicted_bytes:.1%}",
+        )
+        for name, entries in plan.by_type().items()
     ]
     rows.append(("everything else", "", "", human_bytes(plan.other_bytes),
                  f"{plan.other_bytes / plan.predicted_bytes:.1%}"))  # fmt: skip
     console.print_table(f"{plan.model}: {plan.recipe}", ("scheme", "linear layers", "bpw", "size", "share"), rows)
     for entry in plan.entries:
-        if entry.wanted_scheme:
-            console.out.print(f"  {entry.name}: {entry.scheme} instead of {entry.wanted_scheme}, {entry.reason}")
+        if entry.wanted_type:
+            console.out.print(f"  {entry.name}: {entry.type} instead of {entry.wanted_type}, {entry.reason}")
     problem = transformers_problem(plan)
     if problem is not None:
         console.note(f"vLLM will load this checkpoint, transformers will not: {problem}")

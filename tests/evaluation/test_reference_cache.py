@@ -11,9 +11,14 @@ from dynquant.errors import EvaluationError, WriteError
 from dynquant.evaluation import reference_cache
 from dynquant.evaluation.reference_cache import compress, score
 from dynquant.evaluation.runners import HuggingFaceRunner, open_encoder
-from tests.helpers.rounded_models import round_to_bits
 
 WINDOW = 256
+
+
+def round_to_bits(weights: torch.Tensor, bits: int) -> torch.Tensor:
+    """Round to the nearest of evenly spaced levels, one scale a row."""
+    scale = weights.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / (2 ** (bits - 1) - 0.5)
+    return (weights / scale).round() * scale
 
 
 def exact_divergence(reference: torch.Tensor, candidate: torch.Tensor) -> np.ndarray:

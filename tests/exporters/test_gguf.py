@@ -27,8 +27,9 @@ from dynquant.errors import EncodeError, ExportError, PlanError, StatsError
 from dynquant.exporters.gguf import export_gguf
 from dynquant.families.open import open_model
 from dynquant.formats.quant_types import QUANT_TYPES
-from dynquant.recipes.build_plan import plan_from_types, stays_f32
+from dynquant.recipes.build_plan import plan_from_types
 from dynquant.storage import resumable_output as artifacts
+from tests.helpers.packed_models import plan_of
 
 GGML = load_encoder("ggml")
 NUM_LAYERS = 12
@@ -94,9 +95,7 @@ def moe(small_moe):
 
 @pytest.fixture(scope="module")
 def moe_plan(moe):
-    names = [name for name in moe.source.names() if not stays_f32(name, moe.source.info(name).shape)]
-    types = {name: ("MXFP4" if "exps" in name else "Q8_0", "test") for name in names}
-    return plan_from_types(moe, types, recipe="preset uniform-q8_0")
+    return plan_of(moe, lambda name: "MXFP4" if "exps" in name else "Q8_0", recipe="preset uniform-q8_0")
 
 
 @pytest.fixture(scope="module")

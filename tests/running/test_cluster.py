@@ -5,9 +5,9 @@ import sys
 import pytest
 import torch
 
-from dynquant.analysis.errors.error_journal import ErrorJournal
-from dynquant.analysis.errors.measure import build_error_table
+from dynquant.analysis.errors.measure import ErrorMeter, build_error_table
 from dynquant.analysis.errors.remote import RemoteErrors
+from dynquant.analysis.errors.sums import ErrorJournal
 from dynquant.calibration.run import collect_statistics, windows_of
 from dynquant.calibration.sharded import calibrate_in_shards, cut
 from dynquant.encoding.parts import PartLimits
@@ -16,10 +16,11 @@ from dynquant.encoding.stream import Guidance, load_encoder
 from dynquant.errors import CheckpointError, ClusterError
 from dynquant.exporters.gguf import export_gguf
 from dynquant.families.open import open_model
-from dynquant.recipes.build_plan import plan_from_types, stays_f32
 from dynquant.running.cluster import RayPool, TaskNeeds, open_ray
 from dynquant.running.load import load_hf
+from dynquant.session import ignore_progress
 from tests.helpers.commands import run
+from tests.helpers.packed_models import plan_of
 
 GGML = load_encoder("ggml")
 LIMITS = PartLimits(3 << 20)
@@ -54,8 +55,7 @@ def moe(small_moe):
 
 @pytest.fixture(scope="module")
 def plan(moe):
-    names = [name for name in moe.source.names() if not stays_f32(name, moe.source.info(name).shape)]
-    return plan_from_types(moe, dict.fromkeys(names, ("Q4_0", "test")), recipe="preset uniform-q4_0")
+    return plan_of(moe, "Q4_0", recipe="preset uniform-q4_0")
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +116,10 @@ def test_an_error_table_of_a_cluster_is_the_local_one_and_goes_on(cluster, pool,
     remote = RemoteErrors(pool, EncoderChoice.of(GGML, "cpu", 1), files)
     doomed = list(cluster.worker_nodes)
 
-    def table(progress=None, **options):
-        return build_error_table(moe, stats, ("Q4_0", "Q8_0"), GGML, stats_hash="s", progress=progress, **options)
+    def table(progress=ignore_progress, **options):
+        return build_error_table(
+            ErrorMeter(moe, stats, GGML), ("Q4_0", "Q8_0"), stats_hash="s", progress=progress, **options
+        )
 
     def stop(_stage, done, total, **_):
         if done > total / 3:
@@ -131,7 +133,7 @@ def test_an_error_table_of_a_cluster_is_the_local_one_and_goes_on(cluster, pool,
         table(stop, elsewhere=remote, journal=journal)
     try:
         with ErrorJournal(tmp_path / "errors.json", {}) as journal:
-            assert journal.num_found
+            assert journal.num_parts
             found = table(kill, elsewhere=remote, journal=journal)
     finally:
         cluster.add_node(num_cpus=1)
