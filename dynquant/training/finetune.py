@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dynquant.errors import DataError
-from dynquant.evaluation.distributions import Distribution
+from dynquant.evaluation.distributions import Distributions
 from dynquant.evaluation.reference_cache import model_fingerprint
 from dynquant.evaluation.statistics import Estimate, bootstrap_mean
 from dynquant.families.open import locate_model
@@ -187,7 +187,7 @@ def measure_adapter(adapted: Any, batches: Any, progress: Progress) -> list["Cha
         base, tuned = (_learned_logits(adapted, batch, learned, with_adapter) for with_adapter in (False, True))
         for losses, logits in ((before, base), (after, tuned)):
             losses.append(-logits.log_softmax(-1).gather(1, labels[learned].cpu()[:, None])[:, 0])
-        moved.append(Distribution.of(base).divergences(tuned))
+        moved.append(Distributions.of(base).kl(tuned))
         lengths += learned.sum(1).tolist()
         progress("measure", done + 1, len(batches), unit="batches")
     lengths = [length for length in lengths if length]
