@@ -29,11 +29,10 @@ from dynquant.evaluation.runners import (
     ModelInfo,
     TextEncoder,
     describe_model,
-    is_gguf,
     open_encoder,
     open_runner,
-    resolve_model,
 )
+from dynquant.families.open import is_gguf, locate_model
 from dynquant.inputs.eval_text import EvalText, load_text
 from dynquant.session import Progress, ignore_progress
 
@@ -102,7 +101,7 @@ def evaluate(
     _check_options(tasks, text, window, max_tokens, scoring)
     if runner not in RUNNERS:
         raise EvaluationError(f"There is no runner `{runner}`; use one of {', '.join(RUNNERS)}.")
-    reference, candidate = resolve_model(reference), resolve_model(candidate)
+    reference, candidate = locate_model(reference), locate_model(candidate)
     if adapter is not None and is_gguf(candidate) and runner == LLAMA_CPP:
         raise EvaluationError(
             f"The adapter {adapter} is PEFT's, which llama.cpp does not read; give --runner transformers."

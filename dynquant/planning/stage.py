@@ -184,7 +184,7 @@ def plan_from_config(directory: Path, target: Target, session: Session = SILENT)
     Raises:
         PlanError: a target that depends on measurement.
     """
-    from dynquant.families.text.registry import open_config
+    from dynquant.families.open import open_config
 
     def sized(model: Model) -> Plan:
         types = _fixed_types(target, model)

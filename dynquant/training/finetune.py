@@ -17,8 +17,8 @@ from torch import Tensor
 from dynquant.errors import DataError
 from dynquant.evaluation.distributions import Distributions
 from dynquant.evaluation.reference_cache import model_fingerprint
-from dynquant.evaluation.runners import resolve_model
 from dynquant.evaluation.statistics import Estimate, bootstrap_mean
+from dynquant.families.open import locate_model
 from dynquant.inputs.chats import TrainingData, read_training_data
 from dynquant.resources import chosen_device
 from dynquant.session import Progress, ignore_progress
@@ -75,7 +75,7 @@ def finetune(
     report = progress or ignore_progress
     found = read_training_data(data)
     train_data, held_data = found.split(held_out_share, seed=options.seed)
-    base = resolve_model(packed)
+    base = locate_model(packed)
     check_packed(base)
     check_context(base, max_length, "--max-length")
 
@@ -87,7 +87,7 @@ def finetune(
         "max_length": max_length, "tokenizer": tokenizer or "the base's", "device": device, **asdict(options),
     }  # fmt: skip
     run = training_run.RunDirectory(output, identity, resume=resume)
-    encoder, notes = _with_chat_template(open_tokenizer(resolve_model(tokenizer) if tokenizer else base), found)
+    encoder, notes = _with_chat_template(open_tokenizer(locate_model(tokenizer) if tokenizer else base), found)
     trainer = _trainer(
         base, encoder, (train_data, held_data), options, run, max_length=max_length, device=device, progress=report
     )

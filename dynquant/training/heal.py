@@ -23,9 +23,9 @@ from dynquant.evaluation.distributions import NUM_TAIL
 from dynquant.evaluation.evaluate import common_columns, evaluate
 from dynquant.evaluation.reference_cache import model_fingerprint
 from dynquant.evaluation.report import EvalReport, MultipleChoiceResult
-from dynquant.evaluation.runners import TRANSFORMERS, describe_model, open_encoder, open_runner, resolve_model
+from dynquant.evaluation.runners import TRANSFORMERS, describe_model, open_encoder, open_runner
 from dynquant.evaluation.statistics import Estimate, bootstrap_ratio, mcnemar_exact, only_one
-from dynquant.families.open import open_model
+from dynquant.families.open import locate_model, open_model
 from dynquant.inputs.eval_text import load_text
 from dynquant.inputs.held_out import split_documents, without_repeats
 from dynquant.inputs.text import CalibrationText, pack_windows, read_text
@@ -115,7 +115,7 @@ def heal(
     began = time.perf_counter()
     device = chosen_device(device)
     report = progress or ignore_progress
-    base, original = resolve_model(packed), resolve_model(reference)
+    base, original = locate_model(packed), locate_model(reference)
     check_packed(base)
     check_context(base, data.window, "--window")
     num_columns, notes = common_columns(
