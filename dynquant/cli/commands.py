@@ -310,12 +310,12 @@ def print_costs(
 ) -> None:
     """Time and memory of each stage for a model that is known by its configuration only."""
     from dynquant.analysis.costs.machine import Machine
-    from dynquant.analysis.costs.model import Workload, predict
+    from dynquant.analysis.costs.model import CostOptions, predict
     from dynquant.families.text.registry import open_config
 
     machine = Machine.load(machine_file)
     limit = None if options.max_memory is None else parse_size(options.max_memory)
-    work = Workload(
+    work = CostOptions(
         tokens=options.tokens, window=options.window, hessians=options.hessians,
         hessian_bytes=parse_size(options.hessian_memory), types=tuple(types or DEFAULT_TYPES),
         limit_bytes=limit,

@@ -86,7 +86,7 @@ class _LazyTensor:
 
 
 def _provenance(source: GGUFSource) -> dict[str, str]:
-    """Return the file's name, and the statistics it was encoded under if it is an export of ours: merging asks for them."""
+    """Return the file's name, and the statistics that an export of ours was encoded under, which merging asks for."""
     recorded = {
         f.key.removeprefix("dynquant."): str(f.value) for f in source.metadata if f.key == "dynquant.stats_hash"
     }
