@@ -20,10 +20,11 @@ from math import ceil, exp, log, prod
 from dynquant.analysis.costs.machine import Machine
 from dynquant.analysis.sensitivity.stage import PROBE_TOKENS
 from dynquant.calibration.collector import SampleLimits
-from dynquant.calibration.run import HELD_BACK, num_held_back
+from dynquant.calibration.run import HELD_BACK
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import Role, layer_of
 from dynquant.formats.quant_types import QUANT_TYPES, fit_to_row
+from dynquant.inputs.model_inputs import num_held_back
 from dynquant.recipes.plan import Plan, PlanEntry
 from dynquant.running.stream_memory import RESERVE_BYTES, WAYS_TO_RUN, Workload, activation_channels
 

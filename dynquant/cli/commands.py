@@ -311,7 +311,7 @@ def print_costs(
     """Time and memory of each stage for a model that is known by its configuration only."""
     from dynquant.analysis.costs.machine import Machine
     from dynquant.analysis.costs.model import CostOptions, predict
-    from dynquant.families.text.registry import open_config
+    from dynquant.families.open import open_config
 
     machine = Machine.load(machine_file)
     limit = None if options.max_memory is None else parse_size(options.max_memory)

@@ -20,12 +20,10 @@ from dynquant.families.open import open_and_announce
 from dynquant.formats.quant_types import quant_type
 from dynquant.planning.chooser import Chooser, check_budget
 from dynquant.planning.planner import FLOOR_PRICE
-from dynquant.planning.search import SearchOptions
-from dynquant.planning.search_stage import encoded_store, search_plans
+from dynquant.planning.search import SearchOptions, encoded_store, search_plans
 from dynquant.planning.selection import Selection
 from dynquant.planning.target import Target
 from dynquant.planning.vision_modules import ModuleChoice, held_to, module_choices
-from dynquant.planning.vision_search import search_modules
 from dynquant.recipes.build_plan import plan_from_types
 from dynquant.recipes.command_line import recipe_types
 from dynquant.recipes.folder import (
@@ -72,7 +70,7 @@ def plan(
     if fixed_types is None:
         check(stats.stats)
     searches = search is not None and search.runs_model and fixed_types is None
-    if searches and options.samples is not None and search.runs_on_text:
+    if searches and options.data is not None and search.runs_on_text:
         raise PlanError(
             "--frontier, --check-plans and the sensitivities fisher-probe and unit-kl run on text; with --data leave "
             "them out. --select chooses among plans for vision tower and projector."
@@ -91,20 +89,13 @@ def plan(
     write_token_errors(model, stats_path or stats.path, directory, types, encoder, session)
     chooser = Chooser(model, target, stats, table, supers, memory, session)
     selection = None
-    if search is not None and store is not None and options.samples is not None:
-        selection, choices = search_modules(
-            model, table, store, chooser, options.samples, session, wanted=target.vision, other=search.text
-        )
+    if search is not None and store is not None:
+        result = search_plans(table, store, search, chooser, options, session, vision=target.vision)
+        if result.table is not table:
+            table.remembering(result.table).save(directory / ERRORS_NAME)
+        table, selection = result.table, result.selection
         selection.save(directory / SELECTION_NAME)
-        chosen = _explained_modules(chooser, selection.winner.types, choices, session)
-    elif search is not None and store is not None:
-        measured = table
-        table, selection = search_plans(
-            model, stats.stats, chooser.allowed(table), store, search, chooser, session, text=options.text
-        )
-        measured.remembering(table).save(directory / ERRORS_NAME)
-        selection.save(directory / SELECTION_NAME)
-        chosen = chooser.explained(selection.winner.types)
+        chosen = _explained_modules(chooser, selection.winner.types, result.choices, session)
     else:
         (directory / SELECTION_NAME).unlink(missing_ok=True)
         chosen = fixed_types or _with_modules(chooser, table, target.vision, session)
@@ -193,7 +184,7 @@ def plan_from_config(directory: Path, target: Target, session: Session = SILENT)
     Raises:
         PlanError: a target that depends on measurement.
     """
-    from dynquant.families.text.registry import open_config
+    from dynquant.families.open import open_config
 
     def sized(model: Model) -> Plan:
         types = _fixed_types(target, model)
