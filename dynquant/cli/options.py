@@ -1,82 +1,171 @@
-"""Arguments and options that several commands share."""
+"""Makes the parameters of a command from the fields of options dataclasses.
 
+A command is a function of options, of a session and of what only the terminal knows:
+
+    def analyze(options: AnalyzeOptions, session: Annotated[Session, Only(("threads",))]) -> None: ...
+
+`from_options` returns the same command with one parameter for each field that has a `Flag`, for typer to read.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from inspect import Parameter, Signature, signature
+from keyword import iskeyword
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
-ModelArg = Annotated[str, typer.Argument(help="Hugging Face directory or hub id, or a .gguf file.", show_default=False)]
-PlanArg = Annotated[Path, typer.Argument(help="A plan.json or a .gguf file.", show_default=False)]
-BaseGgufOpt = Annotated[
-    Path | None,
-    typer.Option(help="F32/F16/BF16 GGUF by llama.cpp's converter, for architectures dynquant does not convert."),
-]
-TextOpt = Annotated[
-    str | None,
-    typer.Option(help="Calibration text: .txt, .jsonl or a datasets id. Default: a small built-in text."),
-]
-DataOpt = Annotated[
-    str | None,
-    typer.Option(
-        help="Samples for a vision-language model instead of text: .jsonl with images and text, messages, or question "
-        "and answer.",
-        show_default=False,
-    ),
-]
-StrictOpt = Annotated[
-    bool, typer.Option("--strict", help="With --data: refuse images that cannot be decoded instead of skipping them.")
-]
-TokensOpt = Annotated[int, typer.Option(help="Calibrate on at most this many tokens.")]
-WindowOpt = Annotated[int, typer.Option(help="Tokens in a window.")]
-SeedOpt = Annotated[int, typer.Option(help="Seed of everything that is sampled.")]
-ThreadsOpt = Annotated[int | None, typer.Option(help="Threads. Default: one per usable core.")]
-TypesOpt = Annotated[str | None, typer.Option(help="Candidate quant types, as iq1_s,iq2_xxs,q4_k.")]
-PresetOpt = Annotated[
-    str | None,
-    typer.Option(
-        help="f32, f16, bf16, uniform-TYPE, llama-FTYPE (llama.cpp's mixtures) or r1-iq1_s|iq1_m|iq2_xxs|q2_k_xl."
-    ),
-]
-EncoderOpt = Annotated[
-    str, typer.Option(help="dynquant: loses less at the same bytes. ggml: byte-equal to llama-quantize.")
-]
-DeviceOpt = Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
-HessiansOpt = Annotated[
-    str,
-    typer.Option(
-        help="Second moments for the dynquant encoder: activations, gradients (also a backward pass; better, and three "
-        "times as long) or none."
-    ),
-]
-HessianMemoryOpt = Annotated[
-    str, typer.Option(help="Memory for second moments; experts of a layer share one matrix when each has no room.")
-]
-MaxMemoryOpt = Annotated[
-    str | None, typer.Option(help="Host memory that the command may take, as 8GiB.", show_default=False)
-]
-StreamMemoryOpt = Annotated[
-    str | None,
-    typer.Option(
-        "--max-memory",
-        help="Memory of the whole process, as 8GB: the model is streamed, one decoder layer at a time. Default: "
-        "streamed when it does not fit into the free memory.",
-        show_default=False,
-    ),
-]
-SpillOpt = Annotated[
-    Path | None,
-    typer.Option(
-        help="Directory for hidden states of a streamed model; a killed run goes on from them. Default: the output's.",
-        show_default=False,
-    ),
-]
-RayOpt = Annotated[
-    str | None,
-    typer.Option(
-        "--ray",
-        help="Spread the work over a Ray cluster: its address HOST:PORT, or auto for one that Ray finds, else all of "
-        "this machine.",
-        show_default=False,
-    ),
-]
-JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+from dynquant.cli.terminal import console
+from dynquant.options import Flag, Only
+from dynquant.session import Session
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """A field that the command line shows, under the name of its parameter."""
+
+    name: str
+    type: Any
+    flag: Flag
+    default: Any
+
+
+def from_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Return a command with the fields of `function`'s options dataclasses as parameters."""
+    hints = get_type_hints(function, include_extras=True)
+    own = signature(function).parameters
+    groups = {name: hint for name, hint in hints.items() if is_dataclass(_bare(hint)[0])}
+
+    def command(**values: Any) -> None:
+        arguments = {name: _build(hint, values) for name, hint in groups.items()}
+        for name, value in arguments.items():
+            if isinstance(value, Session):
+                arguments[name] = console.session(value.device, value.threads, value.seed)
+        function(**arguments, **{name: values[name] for name in own if name not in groups})
+
+    parameters = [_parameter(shown) for hint in groups.values() for shown in _shown(hint)]
+    parameters += [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=own[name].default, annotation=hints[name])
+        for name in own
+        if name not in groups
+    ]
+    command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    command.__doc__, command.__name__ = function.__doc__, function.__name__
+    return command
+
+
+def _bare(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Type and notes of an Annotated type."""
+    if get_origin(hint) is Annotated:
+        bare, *notes = get_args(hint)
+        return bare, tuple(notes)
+    return hint, ()
+
+
+def _fields(hint: Any) -> Iterator[tuple[Field[Any], Any, Flag | None]]:
+    """Fields of a dataclass that its hint shows, with their hints; a nested dataclass has no flag."""
+    options, notes = _bare(hint)
+    names = next((note.names for note in notes if isinstance(note, Only)), None)
+    hints = get_type_hints(options, include_extras=True)
+    for field in fields(options):
+        bare, field_notes = _bare(hints[field.name])
+        flag = next((note for note in field_notes if isinstance(note, Flag)), None)
+        if (flag is not None or is_dataclass(bare)) and (names is None or field.name in names):
+            yield field, hints[field.name], flag
+
+
+def _shown(hint: Any) -> Iterator[_Shown]:
+    for field, field_hint, flag in _fields(hint):
+        if flag is None:
+            yield from _shown(field_hint)
+        else:
+            yield _Shown(_name(field, flag), _bare(field_hint)[0], flag, field.default)
+
+
+def _name(field: Field[Any], flag: Flag) -> str:
+    """Name of the parameter: that of its longest flag, so that two options may have fields of one name."""
+    name = max(flag.names, key=len).lstrip("-").replace("-", "_") if flag.names else field.name
+    return f"{name}_" if iskeyword(name) else name
+
+
+def _parameter(shown: _Shown) -> Parameter:
+    flag, kind = shown.flag, _typer_type(shown)
+    default = shown.default
+    if isinstance(default, tuple):
+        default = ",".join(default) or None
+    more = {} if flag.is_argument else {"min": flag.min, "max": flag.max}
+    make = typer.Argument if flag.is_argument else typer.Option
+    info = make(*flag.names, help=flag.help, show_default=flag.show_default, **more)
+    default = Parameter.empty if default is MISSING else default
+    return Parameter(shown.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
+
+
+def _typer_type(shown: _Shown) -> Any:
+    """The type that typer reads: text for what is split or parsed, a list for a flag that may be repeated."""
+    if _is_repeated(shown.type):
+        return list[Path] | None
+    if shown.flag.parse is not None or get_origin(shown.type) in (tuple, Literal):
+        return str if shown.default else str | None
+    return shown.type
+
+
+def _is_repeated(kind: Any) -> bool:
+    return get_origin(kind) is tuple and get_args(kind)[0] is Path
+
+
+def _build(hint: Any, values: dict[str, Any]) -> Any:
+    """The dataclass with what was typed."""
+    made = {}
+    for field, field_hint, flag in _fields(hint):
+        if flag is None:
+            made[field.name] = _build(field_hint, values)
+        else:
+            made[field.name] = _value(_bare(field_hint)[0], flag, values[_name(field, flag)])
+    return _bare(hint)[0](**made)
+
+
+def _value(kind: Any, flag: Flag, typed: Any) -> Any:
+    if flag.parse is not None:
+        return None if typed is None else flag.parse(typed)
+    if _is_repeated(kind):
+        return tuple(typed or ())
+    if get_origin(kind) is tuple:
+        return tuple(part.strip() for part in (typed or "").split(",") if part.strip())
+    return typed
+
+
+def command_reference(app: typer.Typer) -> str:
+    """Return all commands with their options as Markdown."""
+    group = typer.main.get_command(app)
+    lines = []
+    for name, command in group.commands.items():  # type: ignore[attr-defined]
+        arguments = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
+        usage = " ".join(["dynquant", name, *(argument.name.upper() for argument in arguments), "[OPTIONS]"])
+        lines += [f"## {name}", "", f"    {usage}", "", (command.help or "").strip(), ""]
+        lines += ["| option | default | |", "|---|---|---|"]
+        for parameter in command.params:
+            lines.append(f"| {_spelling(parameter)} | {_default(parameter)} | {_cell(parameter.help or '')} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _spelling(parameter: Any) -> str:
+    if parameter.param_type_name == "argument":
+        return f"`{parameter.name.upper()}`"
+    return ", ".join(f"`{flag}`" for flag in (*parameter.opts, *parameter.secondary_opts))
+
+
+def _default(parameter: Any) -> str:
+    if parameter.required:
+        return "required"
+    if parameter.default is None or parameter.default is False or not parameter.show_default:
+        return ""
+    return f"`{'yes' if parameter.default is True else parameter.default}`"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
