@@ -25,8 +25,12 @@ class EncodeError(DynquantError):
     """A tensor cannot be encoded as asked (NaN, Inf, row length, missing importance matrix)."""
 
 
-class ExportError(DynquantError):
-    """An output file cannot be written."""
+class WriteError(DynquantError):
+    """A file cannot be written: no space, no permission, or no directory where its parent should be."""
+
+
+class ExportError(WriteError):
+    """A model cannot be exported as asked, or its output cannot be written."""
 
 
 class EvaluationError(DynquantError):

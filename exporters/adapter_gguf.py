@@ -11,9 +11,7 @@ heads. transformers' fused `gate_up_proj` becomes the adapters of two tensors wi
 Names and shapes follow llama.cpp's loader (src/llama-adapter.cpp), what is applied its graphs (`lora.llama_cpp`).
 """
 
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -30,6 +28,7 @@ from dynquant.families.vision.checkpoint import is_vision_checkpoint
 from dynquant.lora.llama_cpp import takes_adapter
 from dynquant.lora.saved import AdaptedWeight, SavedAdapter
 from dynquant.packed.places import Place, build_meta_model, places
+from dynquant.storage.atomic import writing
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def export_adapter(adapter: Path, output: Path, *, base: Path | None = None) -> 
     Raises:
         AdapterError: no LoRA adapter, one of another model, or one that llama.cpp would not apply whole.
         CheckpointError: a base of an architecture that dynquant does not know.
-        ExportError: an output that cannot be written.
+        ExportError: an output that is no GGUF file, or cannot be written.
     """
     adapter, output = Path(adapter), Path(output)
     if output.is_dir() or output.suffix != ".gguf":
@@ -65,18 +64,8 @@ def export_adapter(adapter: Path, output: Path, *, base: Path | None = None) -> 
     by_key = {place.key: place for place in found.values()}
     targets = [target for weight in saved.weights for target in _targets(saved, weight, by_key)]
     _check_graph(targets, arch)
-    temporary = output.with_name(f".{output.name}.partial")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
+    with writing(output) as temporary:
         _write(temporary, arch, saved, targets)
-        os.replace(temporary, output)
-    except OSError as error:
-        raise ExportError(
-            f"{output} could not be written: {error.strerror or error}. Free some space or choose another place."
-        ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
     return output
 
 

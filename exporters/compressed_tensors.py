@@ -25,7 +25,7 @@ from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_format import ShardLayout
 from dynquant.encoding.stream import Guidance
 from dynquant.encoding.vllm import ServedWeights, encode_served, nvfp4_global_scale
-from dynquant.errors import DynquantError, ExportError
+from dynquant.errors import DynquantError, ExportError, WriteError
 from dynquant.exporters.compressed_card import model_card, quantization_config
 from dynquant.families.linear_layers import LinearLayer, ServedCheckpoint
 from dynquant.recipes.compressed_layout import tensors_of_checkpoint
@@ -93,7 +93,7 @@ def export_compressed_tensors(
             write_small_files(target, documents, shards)
             for name, tensor in _tensors(plan, checkpoint, guidance or Guidance(), device, target.finished, progress):
                 target.write(name, tensor_bytes(tensor))
-        except ExportError:
+        except WriteError:
             raise
         except DynquantError:
             target.discard()

@@ -11,7 +11,7 @@ from pathlib import Path
 from dynquant import __version__
 from dynquant.calibration.second_moments import SecondMoments
 from dynquant.calibration.statistics import CalibrationStats
-from dynquant.checkpoints.gguf_layout import FileLayout, ImatrixInfo, Provenance, TensorSpec, layout, split_paths
+from dynquant.checkpoints.gguf_layout import FileLayout, Provenance, TensorSpec, layout, split_paths
 from dynquant.checkpoints.model import Model
 from dynquant.encoding.interface import Encoder, ProtectedWeight
 from dynquant.encoding.parts import PartLimits, TensorPart
@@ -24,8 +24,9 @@ from dynquant.encoding.stream import (
     parts_of_plan,
     quantize,
 )
-from dynquant.errors import ClusterError, DynquantError, ExportError
+from dynquant.errors import ClusterError, DynquantError, ExportError, WriteError
 from dynquant.exporters.provenance import check_stats, export_identity
+from dynquant.recipes.build_plan import imatrix_info
 from dynquant.recipes.plan import Plan
 from dynquant.session import Progress
 from dynquant.storage.resumable_output import Region, ResumableOutput
@@ -83,7 +84,7 @@ def export_gguf(
         )  # fmt: skip
         try:
             _write(target, files, quantized)
-        except (ExportError, ClusterError):
+        except (WriteError, ClusterError):
             raise
         except DynquantError:
             target.discard()
@@ -105,7 +106,7 @@ def _layout(
     entries = {entry.name: entry for entry in plan.entries}
     tensors = [TensorSpec(name, entries[name].shape, entries[name].type) for name in model.source.names()]
     provenance = Provenance(plan.fingerprint, plan.recipe, encoder.name, plan.hash, plan.stats_hash or "")
-    imatrix = ImatrixInfo.from_stats(stats) if stats is not None else None
+    imatrix = imatrix_info(stats) if stats is not None else None
     files = layout(model, tensors, provenance, imatrix=imatrix)
     total = sum(file.total_bytes for file in files)
     if total != plan.predicted_bytes:

@@ -3,26 +3,27 @@
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 from torch import Tensor
 
 from dynquant.checkpoints.gguf_layout import ENCODER_KEY, PADDED_WIDTH, split_paths
 from dynquant.checkpoints.gguf_source import GGUFSource
-from dynquant.errors import ExportError
+from dynquant.storage.atomic import writing
 
 
 def write_patched(source: GGUFSource, output: Path, replacements: Mapping[str, Tensor], *, encoder: str) -> list[Path]:
     """Write `source`, all of its files, under the name `output`; `encoder` is entered where dynquant keeps it.
 
     Raises:
-        ExportError: no space or no permission; nothing is left behind.
+        WriteError: no space or no permission; nothing is left behind.
     """
     paths = split_paths(output, len(source.files))
-    partials = [path.with_name(f"{path.name}.partial") for path in paths]
-    try:
+    with ExitStack() as stack:
+        # The stack moves the first file last: loaders open it, and it must not appear before the others.
+        partials = [stack.enter_context(writing(path)) for path in paths]
         for file, partial in zip(source.files, partials, strict=True):
-            partial.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, partial)
         patches = [
             (*source.location(name), packed.contiguous().numpy().tobytes()) for name, packed in replacements.items()
@@ -38,13 +39,4 @@ def write_patched(source: GGUFSource, output: Path, replacements: Mapping[str, T
                         target.write(data)
                 target.flush()
                 os.fsync(target.fileno())
-        # The first file goes last: loaders open it, and it must not appear before the others.
-        for partial, path in reversed(list(zip(partials, paths, strict=True))):
-            os.replace(partial, path)
-    except OSError as error:
-        for partial in partials:
-            partial.unlink(missing_ok=True)
-        raise ExportError(
-            f"{output} could not be written: {error.strerror or error}. Free some space or choose another place."
-        ) from error
     return paths

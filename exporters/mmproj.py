@@ -12,6 +12,7 @@ import gguf
 
 from dynquant.calibration.second_moments import SecondMoments
 from dynquant.calibration.statistics import CalibrationStats
+from dynquant.checkpoints.gguf_layout import mmproj_path
 from dynquant.checkpoints.model import Model, ModelPart
 from dynquant.errors import ExportError
 from dynquant.recipes.build_plan import plan_of_part, with_projector_type
@@ -46,11 +47,6 @@ def check_parts(model: Model, session: Session) -> None:
             session.note(_CAVEATS[str(kind)])
     if model.unwritten:
         session.note(f"only the language model is written, and it will not see pictures. {reasons}")
-
-
-def mmproj_path(output: Path) -> Path:
-    """Where the mmproj file of `output` goes."""
-    return output.with_name(f"mmproj-{output.name}")
 
 
 def with_mmproj_type(model: Model, plan: Plan, wanted: str, stats: CalibrationStats | None) -> Plan:

@@ -39,11 +39,11 @@ from dynquant.encoding.stream import (
     parts_of_plan,
     quantize,
 )
-from dynquant.errors import CheckpointError, ClusterError, DynquantError, ExportError
+from dynquant.errors import CheckpointError, ClusterError, DynquantError, ExportError, WriteError
 from dynquant.exporters.model_card import model_card
 from dynquant.exporters.provenance import check_stats, export_identity
 from dynquant.families.common.config import Config, read_config, read_json
-from dynquant.families.common.conversion import RecipeSource, load_finite
+from dynquant.families.common.conversion import ConvertedSource, load_finite
 from dynquant.families.from_gguf import config_from_gguf, tokenizer_files
 from dynquant.families.text.registry import FAMILIES
 from dynquant.packed.packed_vision import build_meta_vision, lay_out_vision
@@ -138,7 +138,7 @@ def export_safetensors(
             write_small_files(target, checkpoint.documents, checkpoint.shards)
             _copy(target, model, checkpoint.layout.copied)
             _write(target, checkpoint.layout.places, quantized)
-        except (ExportError, ClusterError):
+        except (WriteError, ClusterError):
             raise
         except DynquantError:
             target.discard()
@@ -253,7 +253,7 @@ def _copy(target: ResumableOutput, model: Model, copied: Mapping[str, StoredTens
     """Tensors of the checkpoint, in its own type or the plan's, whichever takes fewer bytes."""
     for name, stored in copied.items():
         if name not in target.finished:
-            assert isinstance(model.source, RecipeSource)
+            assert isinstance(model.source, ConvertedSource)
             values = load_finite(model.source.checkpoint, stored.key)
             target.write(name, tensor_bytes(values.to(FLOAT_DTYPES[stored.dtype])))
 

@@ -30,7 +30,7 @@ from dynquant.exporters.gguf_patch import write_patched
 from dynquant.exporters.mmproj import check_parts, with_mmproj_type, write_parts
 from dynquant.exporters.options import ExportOptions, TuneFileOptions
 from dynquant.exporters.safetensors import export_safetensors
-from dynquant.families.common.conversion import RecipeSource
+from dynquant.families.common.conversion import ConvertedSource
 from dynquant.families.open import open_and_announce, open_language_model
 from dynquant.formats.quant_types import quant_type
 from dynquant.inputs.text import pack_windows, read_text
@@ -255,7 +255,7 @@ def _closing_pass(writer: _Writer) -> TuneOptions | None:
         reason = "it trains on text alone, and the model sees pictures"
     elif moments is None:
         reason = "there are no second moments, whose text it would train on; calibrate with --hessians"
-    elif model.hf_directory is not None and not isinstance(model.source, RecipeSource):
+    elif model.hf_directory is not None and not isinstance(model.source, ConvertedSource):
         reason = "the model is not of a family that dynquant converts itself"
     elif tokens is None and model.hf_directory is None:
         reason = "the original is a GGUF file, which transformers may load in another form (`--tune N` tries)"

@@ -9,10 +9,14 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # Each worker has its share of the cores: threads of both on one core would only wait for each other.
-    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
+if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+    # Each worker, and what it starts, gets its share of the cores: dynquant, PyTorch and llama.cpp start as many
+    # threads as there are, and threads of two workers on one core wait for each other in loops, ten times longer.
+    cores = sorted(os.sched_getaffinity(0))
+    share = max(1, len(cores) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    first = share * int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(cores)
+    os.sched_setaffinity(0, cores[first : first + share])
+    os.environ.setdefault("OMP_NUM_THREADS", str(share))
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"

@@ -52,9 +52,7 @@ def imported_modules(path: Path) -> set[str]:
 
 
 UPWARD_FOR_NOW: dict[str, set[str]] = {
-    "dynquant.checkpoints.gguf_layout": {"dynquant.calibration.statistics"},
     "dynquant.evaluation.picture_evaluate": {"dynquant.analysis.report.pictures", "dynquant.exporters.mmproj"},
-    "dynquant.formats.vllm_schemes": {"dynquant.checkpoints.safetensors_format"},
     "dynquant.inputs.eval_text": {"dynquant.evaluation.runners"},
 }
 """Imports that the pure move left pointing upward: module -> modules. Each is to be carved away."""

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dynquant.errors import PlanError
-from dynquant.recipes.plan import write_atomically
+from dynquant.storage.atomic import write_atomically
 
 Positive = Field(gt=0, allow_inf_nan=False)
 

@@ -31,7 +31,7 @@ from dynquant.checkpoints.tensor_source import DictSource
 from dynquant.encoding.interface import Encoder
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import PlanError
-from dynquant.families.common.conversion import RecipeSource, TensorRecipe
+from dynquant.families.common.conversion import Conversion, ConvertedSource
 from dynquant.families.open import open_model
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.recipes.build_plan import plan_from_types
@@ -160,7 +160,7 @@ def _error_speeds() -> dict[str, float]:
     """Type -> weights per second of the error table: experts of a checkpoint in BF16 with samples."""
     weights = (0.02 * torch.randn(4, 1024, 1024, generator=torch.Generator().manual_seed(0))).bfloat16()
     stored = DictSource({f"{expert}": matrix for expert, matrix in enumerate(weights)})
-    source = RecipeSource(stored, [TensorRecipe(_NAME, tuple(stored.names()), tuple(weights.shape), MEASURED_FLOAT)])
+    source = ConvertedSource(stored, [Conversion(_NAME, tuple(stored.names()), tuple(weights.shape), MEASURED_FLOAT)])
     model = Model(Path("random"), source, (), source.checkpoint_names)
     inputs = InputStats(
         torch.ones(4, 1024, dtype=torch.float64), torch.full((4,), 64), torch.randn(4, 64, 1024).bfloat16(),

@@ -8,14 +8,14 @@ A line is some experts of a tensor (or a matrix) in all its types, and is there 
 that a kill cut short does not count.
 """
 
-import json
-import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Self
+from typing import Self
 
 from dynquant.analysis.errors.sums import ErrorSums
 from dynquant.errors import PlanError
+from dynquant.storage.journal import Journal, Record
 
 Sums = Mapping[str, ErrorSums]
 """Type -> sums of the same experts."""
@@ -32,24 +32,22 @@ class ErrorJournal:
     """
 
     def __init__(self, table_path: Path, identity: Mapping[str, str]) -> None:
-        self.path = table_path.with_name(f"{table_path.name}.journal")
+        self._journal = Journal(table_path.with_name(f"{table_path.name}.journal"))
         self._found: dict[tuple[str, int, int], Sums] = {}
-        first = json.dumps({"identity": dict(identity)}, sort_keys=True)
-        kept = self._read(first)
-        temporary = self.path.with_name(f".{self.path.name}.partial")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text("".join(f"{line}\n" for line in (first, *kept)))
-            os.replace(temporary, self.path)
-            self._file: IO[bytes] = self.path.open("ab", buffering=0)
-        except OSError as error:
-            raise self._failure(error) from error
+        records = self._journal.records if self._journal.belongs_to(dict(identity)) else []
+        with self._refusing():
+            self._journal.start(dict(identity), records[: self._read(records)])
+
+    @property
+    def path(self) -> Path:
+        """Name of the journal's file."""
+        return self._journal.path
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self._journal.close()
 
     @property
     def num_found(self) -> int:
@@ -68,35 +66,31 @@ class ErrorJournal:
             PlanError: it cannot be written.
         """
         numbers = {type_name: one.numbers() for type_name, one in sums.items()}
-        line = json.dumps({"name": name, "experts": [experts.start, experts.stop], "sums": numbers})
-        try:
-            self._file.write(f"{line}\n".encode())
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise self._failure(error) from error
+        with self._refusing():
+            self._journal.add({"name": name, "experts": [experts.start, experts.stop], "sums": numbers})
 
     def remove(self) -> None:
-        """The table is written."""
-        self._file.close()
-        self.path.unlink(missing_ok=True)
+        """Delete the journal: the table is written."""
+        self._journal.remove()
 
-    def _read(self, first: str) -> list[str]:
-        """Lines that hold under the same identity, after the first."""
-        lines = self.path.read_text(errors="replace").splitlines() if self.path.is_file() else []
-        if not lines or lines[0] != first:
-            return []
-        for number, line in enumerate(lines[1:]):
+    def _read(self, records: Sequence[Record]) -> int:
+        """Take over what records say and return how many of them could be read."""
+        for number, record in enumerate(records):
             try:
-                entry = json.loads(line)
-                start, stop = map(int, entry["experts"])
-                sums = {str(key): ErrorSums.from_numbers(one, stop - start) for key, one in entry["sums"].items()}
-                self._found[str(entry["name"]), start, stop] = sums
+                start, stop = map(int, record["experts"])
+                sums = {str(key): ErrorSums.from_numbers(one, stop - start) for key, one in record["sums"].items()}
+                self._found[str(record["name"]), start, stop] = sums
             except (ValueError, KeyError, TypeError, AttributeError):
-                return lines[1 : number + 1]
-        return lines[1:]
+                return number
+        return len(records)
 
-    def _failure(self, error: OSError) -> PlanError:
-        return PlanError(
-            f"{self.path}, which keeps the errors measured so far, cannot be written ({error.strerror}). Free some "
-            "space and run the same command again to go on, or choose another output directory."
-        )
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Context manager: a journal that cannot be written is refused with the way out."""
+        try:
+            yield
+        except OSError as error:
+            raise PlanError(
+                f"{self.path}, which keeps the errors measured so far, cannot be written ({error.strerror}). Free some "
+                "space and run the same command again to go on, or choose another output directory."
+            ) from error

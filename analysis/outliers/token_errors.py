@@ -23,9 +23,9 @@ from dynquant.encoding.stream import load_encoder
 from dynquant.formats import decode
 from dynquant.formats.quant_types import QUANT_TYPES, fit_to_row
 from dynquant.recipes.folder import TOKEN_ERRORS_NAME
-from dynquant.recipes.plan import write_atomically
 from dynquant.recipes.presets import is_quantizable
 from dynquant.session import Session
+from dynquant.storage.atomic import write_atomically
 
 _PREFERRED = ("Q4_K", "IQ4_XS", "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "Q5_K", "Q6_K", "Q8_0")
 

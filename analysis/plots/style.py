@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynquant.errors import ExportError
-from dynquant.recipes.plan import write_atomically
+from dynquant.storage.atomic import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -197,7 +197,7 @@ def save_figure(figure: "Figure", directory: Path, name: str, headline: str) -> 
     """Write NAME.png (150 dpi) and NAME.svg, each whole or not at all.
 
     Raises:
-        ExportError: the directory cannot be written.
+        WriteError: the directory cannot be written.
     """
     files = PlotFiles(directory / f"{name}.png", directory / f"{name}.svg", headline)
     freeze_layout(figure)

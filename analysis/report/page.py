@@ -34,7 +34,8 @@ from dynquant.analysis.report.texts import PLOT_TEXTS
 from dynquant.checkpoints.vision_names import LANGUAGE, part_of
 from dynquant.errors import ExportError
 from dynquant.planning.selection import Selection
-from dynquant.recipes.plan import Plan, PlanEntry, write_atomically
+from dynquant.recipes.plan import Plan, PlanEntry
+from dynquant.storage.atomic import write_atomically
 
 MAX_SVG_BYTES = 1_500_000
 """A larger SVG is embedded as PNG."""

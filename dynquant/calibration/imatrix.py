@@ -7,7 +7,6 @@ count. Only the GGUF form is supported; the older .dat form, which has no counts
 """
 
 import hashlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import role_of
 from dynquant.errors import CheckpointError, StatsError
+from dynquant.storage.atomic import writing
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _METADATA = ("imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size")
@@ -114,14 +114,14 @@ def export_imatrix(
     which llama-imatrix can merge with others; llama-quantize then treats unseen experts as all ones.
 
     Raises:
-        StatsError: the statistics belong to another model, cover no weight of it, or the file cannot be written.
+        StatsError: the statistics belong to another model, or cover no weight of it.
+        WriteError: the file cannot be written.
     """
     stats.check_belongs_to(model.fingerprint, model.name)
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.partial")
     provenance = stats.provenance
     written = 0
-    try:
+    with writing(path) as temporary:
         writer = gguf.GGUFWriter(temporary, model.arch)
         writer.add_type("imatrix")
         writer.add_array(_METADATA[0], [provenance.text_name])
@@ -137,11 +137,6 @@ def export_imatrix(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        os.replace(temporary, path)
-    except OSError as error:
-        raise StatsError(f"The importance matrix could not be written to {path}: {error}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return written
 
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from dynquant.calibration.statistics import CalibrationStats, InputStats
-from dynquant.checkpoints.tensor_roles import HyperParams, Role, layer_of, role_of
+from dynquant.checkpoints.model import HyperParams
+from dynquant.checkpoints.tensor_roles import Role, layer_of, role_of
 from dynquant.errors import StatsError
 
 SHRINK_TOKENS = 16

@@ -23,8 +23,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dynquant.calibration.importance import SHRINK_TOKENS, importance
-from dynquant.calibration.statistics import CalibrationStats, StatsProvenance, save_tensors
+from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
 from dynquant.errors import StatsError
+from dynquant.storage.atomic import save_tensors
 from dynquant.storage.strict_json import parse_json
 
 DAMPING = 0.01

@@ -22,14 +22,14 @@ from dynquant.calibration.statistics import CalibrationStats
 from dynquant.calibration.streamed import StreamedCalibration, calibrate_streamed
 from dynquant.checkpoints.model import Model
 from dynquant.errors import PlanError, StatsError
-from dynquant.families.common.conversion import RecipeSource
+from dynquant.families.common.conversion import ConvertedSource
 from dynquant.families.open import open_and_announce
 from dynquant.inputs.text import read_text
 from dynquant.resources import chosen_device, human_bytes, parse_size
 from dynquant.running.load import computing_type
 from dynquant.running.stream_memory import COMFORTABLE_SHARE, free_memory
 from dynquant.session import SILENT, Progress, Session
-from dynquant.storage.resumable_output import file_hash
+from dynquant.storage.atomic import file_hash
 
 STATS_NAME = "stats.safetensors"
 """Statistics beside a plan."""
@@ -200,7 +200,7 @@ def streaming_limit(model: Model, options: CalibrationOptions, device: str, sess
     on_gpu = device.startswith("cuda")
     free = torch.cuda.mem_get_info(device)[0] if on_gpu else free_memory()
     needed = model.num_weights * (2 if on_gpu else 4)
-    if needed <= COMFORTABLE_SHARE * free or not isinstance(model.source, RecipeSource):
+    if needed <= COMFORTABLE_SHARE * free or not isinstance(model.source, ConvertedSource):
         return None
     limit = int(_LIMIT_SHARE * free_memory())
     session.note(

@@ -7,9 +7,6 @@ one JSON metadata entry `dynquant` (schema version, tool version, checkpoint fin
 """
 
 import copy
-import json
-import os
-from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
@@ -17,10 +14,10 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from dynquant import __version__
 from dynquant.errors import StatsError
+from dynquant.storage.atomic import save_tensors
 from dynquant.storage.strict_json import parse_json
 
 SCHEMA_VERSION = 1
@@ -227,26 +224,6 @@ def _checked_input(key: str, found: dict[str, torch.Tensor]) -> InputStats:
 def _check_aliases(aliases: object, inputs: dict[str, InputStats]) -> None:
     if not isinstance(aliases, dict) or not all(isinstance(key, str) and key in inputs for key in aliases.values()):
         raise ValueError("`aliases` does not map weights to inputs of the file")
-
-
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, object]) -> None:
-    """Write a statistics file, whole or not at all.
-
-    Raises:
-        StatsError: no space or no permission.
-    """
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # save_file makes its file private; this one follows the umask
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, metadata={"dynquant": json.dumps(header, sort_keys=True)})
-        temporary.chmod(mode)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise StatsError(f"The statistics could not be written to {path}: {error}.") from error
 
 
 def _joined_hash(first: str, second: str) -> str:

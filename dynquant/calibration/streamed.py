@@ -10,10 +10,8 @@ After each stage its statistics and the hidden states that it left are on the di
     states-00008.bin, gradients-00007.bin
 """
 
-import json
-import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +22,17 @@ from dynquant.calibration.collector import Collector, SampleLimits
 from dynquant.calibration.moment_recorder import DEFAULT_LIMIT, MomentRecorder
 from dynquant.calibration.run import Hessians, check_seen, split_windows
 from dynquant.calibration.second_moments import path_beside
-from dynquant.calibration.statistics import CalibrationStats, StatsProvenance, save_tensors
+from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
 from dynquant.checkpoints.model import Model
-from dynquant.checkpoints.tensor_merge import merge_tensor_files
+from dynquant.checkpoints.safetensors_format import merge_tensor_files
 from dynquant.errors import StatsError
 from dynquant.running.gradients import sampled_log_probability
 from dynquant.running.layer_stream import LayerStream
 from dynquant.running.staged_passes import StagedPasses
 from dynquant.running.stream_memory import Workload, fit_within
 from dynquant.session import Progress
+from dynquant.storage.atomic import save_tensors
+from dynquant.storage.journal import Journal
 
 
 @dataclass(frozen=True)
@@ -89,55 +89,33 @@ def calibrate_streamed(
         "tool": __version__, "provenance": provenance.model_dump(), "batch": batch_size, "dtype": str(dtype),
         "device": device, "hessians": hessians, "hessian_bytes": hessian_bytes,
     }  # fmt: skip
-    journal = _Journal.open((spill or output.parent) / f".{output.name}.streaming", identity)
+    directory = (spill or output.parent) / f".{output.name}.streaming"
+    journal = _journal_in(directory, identity)
     run = _Run(stream, model, summed, held, provenance, batch_size, moments, hessians, journal, progress)
-    first_stage = len(journal.finished)
+    first_stage = len(journal.records)
     with stream.running():
         run.all_stages()
     found = run.join(output)
-    shutil.rmtree(journal.directory)
+    journal.close()
+    shutil.rmtree(directory)
     return StreamedCalibration(*found, first_stage)
 
 
-@dataclass
-class _Journal:
-    """Which stages are done, in the order in which they are run, and what the collector knew after each."""
-
-    directory: Path
-    finished: list[dict[str, Any]] = field(default_factory=list)
-
-    @classmethod
-    def open(cls, directory: Path, identity: dict[str, object]) -> "_Journal":
-        """Go on with an interrupted run of the same calibration, or start anew."""
-        line = json.dumps({"identity": identity}, sort_keys=True)
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            path = directory / "progress.jsonl"
-            lines = path.read_text().splitlines() if path.is_file() else []
-            if not lines or lines[0] != line:
-                for file in directory.iterdir():
-                    file.unlink()
-                path.write_text(line + "\n")
-                return cls(directory)
-        except OSError as error:
-            raise StatsError(
-                f"{directory} cannot be used for hidden states ({error}). Name another directory with --spill."
-            ) from error
-        journal = cls(directory)
-        for text in lines[1:]:
-            try:
-                journal.finished.append(json.loads(text))
-            except ValueError:
-                break  # a kill cut the line short, so its stage is run again
-        path.write_text("".join(one + "\n" for one in [line, *map(json.dumps, journal.finished)]))
-        return journal
-
-    def add(self, entry: dict[str, Any]) -> None:
-        self.finished.append(entry)
-        with (self.directory / "progress.jsonl").open("a") as file:
-            file.write(json.dumps(entry) + "\n")
-            file.flush()
-            os.fsync(file.fileno())  # what the stage needed is removed after this
+def _journal_in(directory: Path, identity: dict[str, object]) -> Journal:
+    """Go on with the interrupted run in `directory` when it is of the same calibration, or start anew there."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        journal = Journal(directory / "progress.jsonl")
+        if not journal.belongs_to(identity):
+            for file in directory.iterdir():
+                file.unlink()
+            journal.remove()
+        journal.start(identity, journal.records)
+    except OSError as error:
+        raise StatsError(
+            f"{directory} cannot be used for hidden states ({error}). Name another directory with --spill."
+        ) from error
+    return journal
 
 
 class _Run:
@@ -153,15 +131,16 @@ class _Run:
         batch_size: int,
         moments: MomentRecorder | None,
         hessians: Hessians,
-        journal: _Journal,
+        journal: Journal,
         progress: Progress | None,
     ) -> None:
         self._stream, self._summed, self._provenance = stream, summed, provenance
         self._moments, self._hessians, self._journal, self._progress = moments, hessians, journal, progress
+        self._directory = journal.path.parent
         sampled = held.split(batch_size) if len(held) else ()
         self._num_summed = len(summed.split(batch_size))
         self._num_sampled = len(sampled)
-        self._passes = StagedPasses(stream, (*summed.split(batch_size), *sampled), journal.directory)
+        self._passes = StagedPasses(stream, (*summed.split(batch_size), *sampled), self._directory)
         self._collector = Collector(
             stream.hf_model, model.arch, model.hyper.n_layer, provenance.window, SampleLimits(), moments,
             with_gradients=hessians == "gradients",
@@ -173,7 +152,7 @@ class _Run:
         forward = [("forward", stage) for stage in range(self._passes.head + 1)]
         backward = [("backward", stage) for stage in range(self._passes.head, 0, -1)]
         order = forward + (backward if self._with_gradients else [])
-        done = self._journal.finished
+        done = self._journal.records
         if done and self._moments is not None:
             self._moments.used_bytes, self._moments.left_out = done[-1]["moment_bytes"], list(done[-1]["left_out"])
         if done:
@@ -197,7 +176,7 @@ class _Run:
         if self._moments is not None:
             moments_path = path_beside(output)
             parts = self._parts("*.moments.safetensors")
-            keys = {key for entry in self._journal.finished for key in entry["moments"]}
+            keys = {key for entry in self._journal.records for key in entry["moments"]}
             known = {alias: key for alias, key in aliases.items() if key in keys}
             header = {"provenance": self._provenance.model_dump(), "aliases": known, "kind": self._hessians}
             merge_tensor_files(moments_path, parts, {"tokens": self._summed.to(torch.int32)}, header)
@@ -230,7 +209,7 @@ class _Run:
 
     def _keep(self, direction: str, stage: int) -> None:
         """Statistics and second moments of a stage go to the disk, then its line to the journal."""
-        name = self._journal.directory / f"{direction}-{stage:05d}.safetensors"
+        name = self._directory / f"{direction}-{stage:05d}.safetensors"
         if direction == "forward":
             CalibrationStats(self._provenance, self._collector.take()).save(name)
         entry: dict[str, Any] = {"stage": stage, "direction": direction, "aliases": self._collector.aliases}
@@ -251,4 +230,4 @@ class _Run:
             self._passes.states.forget(stage)
 
     def _parts(self, pattern: str) -> list[Path]:
-        return sorted(self._journal.directory.glob(pattern))
+        return sorted(self._directory.glob(pattern))

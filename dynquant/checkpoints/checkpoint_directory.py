@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from dynquant.checkpoints.safetensors_format import ShardLayout, StoredTensor, group_by_size, lay_out
-from dynquant.checkpoints.tensor_source import INDEX_NAME, SINGLE_NAME
+from dynquant.checkpoints.safetensors_source import INDEX_NAME, SINGLE_NAME
 from dynquant.storage.resumable_output import ResumableOutput
 
 SHARD_BYTES = 5_000_000_000

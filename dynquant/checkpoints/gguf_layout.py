@@ -24,7 +24,6 @@ from gguf import GGUFValueType
 from gguf.gguf_writer import WriterState
 
 from dynquant import __version__
-from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.gguf_source import GGUFSource, MetadataField
 from dynquant.checkpoints.model import Model
 from dynquant.errors import ExportError
@@ -39,7 +38,6 @@ UNKNOWN_HASH = "0" * 64
 """Stands for a hash that is not known yet; it has the size of any other."""
 MAX_FILES = 65535
 """`split.no` and `split.count` are u16."""
-STATS_FILE_NAME = "stats.safetensors"
 
 _FILE_TYPE_OF = {
     "F32": "ALL_F32",
@@ -81,16 +79,6 @@ class ImatrixInfo:
     dataset: str
     num_entries: int
     num_chunks: int
-
-    @classmethod
-    def from_stats(cls, stats: CalibrationStats) -> "ImatrixInfo":
-        provenance = stats.provenance
-        return cls(
-            file=_last_component(provenance.imported_from or STATS_FILE_NAME),
-            dataset=_last_component(provenance.text_name),
-            num_entries=len(stats.inputs.keys() | stats.aliases.keys()),
-            num_chunks=provenance.num_windows,
-        )
 
 
 @dataclass(frozen=True)
@@ -163,6 +151,11 @@ def split_paths(output: Path, count: int) -> list[Path]:
     return [output.with_name(f"{stem}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
 
 
+def mmproj_path(output: Path) -> Path:
+    """Return the name of the projector file beside the language model `output`."""
+    return output.with_name(f"mmproj-{output.name}")
+
+
 def file_type_of(recipe: str, tensors: Iterable[TensorSpec]) -> int:
     """`general.file_type`: that of the preset's mixture, else of the type that holds most weights. Display only."""
     preset = re.fullmatch(r"preset (?:llama-|uniform-|r1-)?(\w+)", recipe)
@@ -226,10 +219,6 @@ def _fixed_width(text: str) -> str:
     if len(text) > PADDED_WIDTH:
         raise ValueError(f"`{text}` is longer than the {PADDED_WIDTH} characters kept for it")
     return text.ljust(PADDED_WIDTH)
-
-
-def _last_component(name: str) -> str:
-    return re.split(r"[\\/]", name.rstrip("\\/"))[-1]
 
 
 def _headers(arch: str, fields: Sequence[MetadataField], groups: Sequence[Sequence[TensorSpec]]) -> list[bytes]:

@@ -16,8 +16,8 @@ import gguf
 from dynquant.checkpoints.gguf_reader import GGUFTensor, read_gguf_header
 from dynquant.checkpoints.gguf_source import split_files
 from dynquant.checkpoints.safetensors_format import read_header
+from dynquant.checkpoints.safetensors_source import INDEX_NAME, SINGLE_NAME, no_weights, read_weight_map
 from dynquant.checkpoints.tensor_roles import Role, role_of
-from dynquant.checkpoints.tensor_source import INDEX_NAME, SINGLE_NAME, no_weights, read_weight_map
 from dynquant.errors import CheckpointError
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.storage.strict_json import parse_json

@@ -1,7 +1,7 @@
 """A model as GGUF sees it, wherever its files come from.
 
 Every stage has the same view: GGUF tensor names, shapes and float32 values, GGUF metadata, and the numbers that
-planning rules need. `checkpoint.open_model` makes one from a directory or a file.
+planning rules need. `families.open.open_model` makes one from a directory or a file.
 """
 
 from collections.abc import Callable
@@ -10,8 +10,69 @@ from functools import cached_property
 from pathlib import Path
 
 from dynquant.checkpoints.gguf_source import MetadataField
-from dynquant.checkpoints.tensor_roles import HyperParams
 from dynquant.checkpoints.tensor_source import TensorSource
+from dynquant.errors import CheckpointError
+
+_MAX_NUMBER = 1 << 31
+_LARGEST = {"block_count": 512}
+"""Loops run over layers before any tensor is looked at."""
+
+
+@dataclass(frozen=True)
+class HyperParams:
+    """The few numbers of an architecture that planning rules depend on, read from GGUF metadata."""
+
+    arch: str
+    n_layer: int
+    n_embd: int
+    n_head: int
+    n_head_kv: int
+    n_vocab: int
+    n_expert: int = 0
+    n_expert_used: int = 0
+    leading_dense: int = 0
+
+    @classmethod
+    def from_metadata(cls, values: dict[str, object]) -> "HyperParams":
+        """Read from GGUF key/value pairs.
+
+        Raises:
+            CheckpointError: a key that every architecture must have is missing.
+        """
+        arch = str(values.get("general.architecture", ""))
+        prefix = "clip.vision" if arch == "clip" else arch
+
+        def number(key: str, default: int | None = None) -> int:
+            value = values.get(f"{prefix}.{key}", default)
+            if value is None:
+                raise CheckpointError(
+                    f"The GGUF metadata has no `{prefix}.{key}`; a model of architecture `{arch}` cannot be planned "
+                    "without it. Convert the checkpoint again with llama.cpp's converter."
+                )
+            try:
+                found = int(max(value)) if isinstance(value, list | tuple) else int(value)  # type: ignore[call-overload]
+                if not 0 <= found <= _LARGEST.get(key, _MAX_NUMBER):
+                    raise ValueError
+                return found
+            except (ValueError, TypeError, OverflowError) as error:
+                raise CheckpointError(
+                    f"The GGUF metadata gives `{prefix}.{key}` as {value!r:.80}, which cannot be. The file is corrupt; "
+                    "fetch or make it again."
+                ) from error
+
+        n_head = number("attention.head_count", 1)
+        tokens = values.get("tokenizer.ggml.tokens")
+        return cls(
+            arch=arch,
+            n_layer=number("block_count"),
+            n_embd=number("embedding_length"),
+            n_head=n_head,
+            n_head_kv=number("attention.head_count_kv", n_head),
+            n_vocab=number("vocab_size", len(tokens) if isinstance(tokens, list | tuple) else 0),
+            n_expert=number("expert_count", 0),
+            n_expert_used=number("expert_used_count", 0),
+            leading_dense=number("leading_dense_block_count", 0),
+        )
 
 
 @dataclass(frozen=True)
@@ -47,7 +108,7 @@ class Model:
 
     @cached_property
     def num_weights(self) -> int:
-        """Of all tensors."""
+        """Number of weights in all tensors."""
         return sum(self.source.info(name).numel for name in self.source.names())
 
     @property

@@ -1,4 +1,4 @@
-"""The header of safetensors files: what it says of a file that is read, and the bytes of one that is written.
+"""The safetensors format: headers read and written, tensors read from their place in a file, and files joined.
 
     length u64 | JSON {name: {dtype, shape, data_offsets}} padded with spaces to 8 | data without gaps
 
@@ -12,14 +12,26 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from dynquant.errors import CheckpointError, ExportError
+from dynquant.formats.plain_quants import DTYPE_BYTES
+from dynquant.storage.atomic import writing
 from dynquant.storage.strict_json import parse_json
 
-DTYPE_BYTES = {
-    "U8": 1, "I8": 1, "BOOL": 1, "F8_E4M3": 1, "F16": 2, "BF16": 2, "I16": 2, "F32": 4, "I32": 4, "F64": 8, "I64": 8,
-}  # fmt: skip
-
-
+TORCH_DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+}
+_NAME_OF = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+_WRITING_ORDER = ["I64", "F64", "F32", "I32", "BF16", "F16", "F8_E4M3"]
+"""The safetensors library's order of types: larger elements first."""
 _MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library."""
 _MAX_NAME_LENGTH = 512
@@ -90,6 +102,46 @@ def group_by_size(tensors: Sequence[StoredTensor], max_bytes: int | None) -> lis
     return groups
 
 
+@dataclass(frozen=True)
+class FileSpan:
+    """Where a tensor lies: `offset` bytes from the start of a file."""
+
+    path: Path
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def row_values(self) -> int:
+        """Values of one slice of the first dimension."""
+        return 1 if not self.shape else torch.Size(self.shape[1:]).numel()
+
+    def read(self, index: int | slice | None = None, *, count: int | None = None) -> Tensor:
+        """The tensor, slice or range `index` of its first dimension, or the first `count` values of that.
+
+        Bytes go from the file into memory that the tensor owns; mapped pages would count as this process's memory for
+        as long as the file is open. Safe to call from several threads.
+
+        Raises:
+            OSError: the file is gone, or ends early.
+        """
+        dtype = TORCH_DTYPES[self.dtype]
+        first = 0
+        shape = self.shape
+        if isinstance(index, slice):
+            first, stop, _ = index.indices(shape[0])
+            shape = (max(0, stop - first), *shape[1:])
+        elif index is not None:
+            first, shape = index, shape[1:]
+        total = torch.Size(shape).numel()
+        if count is not None and count < total:
+            shape, total = (count,), count
+        start = first * self.row_values
+        buffer = torch.empty(total * dtype.itemsize, dtype=torch.uint8)
+        _read_into(self.path, self.offset + start * dtype.itemsize, buffer)
+        return buffer.view(dtype).reshape(shape)
+
+
 def read_header(file: Path) -> dict[str, dict[str, Any]]:
     """Name -> {dtype, shape, data_offsets} of a safetensors file. Nothing but the header is read.
 
@@ -116,6 +168,43 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
         ) from error
     _check_order(file, spans, size - 8 - length)
     return header
+
+
+def spans_of(path: Path) -> dict[str, FileSpan]:
+    """Where each tensor of a safetensors file lies.
+
+    Raises:
+        CheckpointError: not a complete safetensors file.
+    """
+    header = read_header(path)
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+    return {
+        name: FileSpan(path, start + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
+        for name, entry in header.items()
+    }
+
+
+def merge_tensor_files(
+    path: Path, parts: Sequence[Path], tensors: Mapping[str, Tensor], header: Mapping[str, object]
+) -> None:
+    """Write all tensors of `parts`, and `tensors`, to `path`, with the bytes that the safetensors library would write.
+
+    One tensor is in memory at a time, and the file appears whole or not at all.
+
+    Raises:
+        WriteError: no space or no permission.
+    """
+    spans = {name: span for part in parts for name, span in spans_of(part).items()}
+    entries = [StoredTensor(name, span.dtype, span.shape) for name, span in spans.items()]
+    entries += [StoredTensor(name, _NAME_OF[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
+    entries.sort(key=lambda entry: (_WRITING_ORDER.index(entry.dtype), entry.key))
+    layout = lay_out(entries, {"dynquant": json.dumps(header, sort_keys=True)})
+    with writing(path) as temporary, temporary.open("wb") as file:
+        file.write(layout.header)
+        for entry in entries:
+            values = spans[entry.key].read() if entry.key in spans else tensors[entry.key]
+            file.write(memoryview(values.contiguous().view(-1).view(torch.uint8).numpy()))
 
 
 def _checked_span(file: Path, name: str, entry: Any, data_bytes: int) -> tuple[int, int]:
@@ -160,3 +249,14 @@ def _check_order(file: Path, spans: dict[str, tuple[int, int]], data_bytes: int)
         raise CheckpointError(
             f"{file} has {data_bytes - at:,} bytes after its last tensor. It is corrupt; fetch it again."
         )
+
+
+def _read_into(path: Path, offset: int, buffer: Tensor) -> None:
+    rest = memoryview(buffer.numpy())
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        while rest:
+            taken = file.readinto(rest[: 1 << 28])  # type: ignore[attr-defined]
+            if not taken:
+                raise OSError(f"{path} ends {len(rest):,} bytes early")
+            rest = rest[taken:]

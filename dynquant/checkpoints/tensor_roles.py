@@ -1,11 +1,10 @@
-"""What a tensor is for: GGUF tensor name -> role, for every architecture in gguf-py's tensor map.
+"""The role of every tensor and its GGUF name, for every architecture in gguf-py's tensor map.
 
 Roles are what planners and reports speak of. They are read from the GGUF name alone, so that a Hugging Face directory,
 an F16 GGUF and a published quantized GGUF of one model get the same roles.
 """
 
 import re
-from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
 
@@ -143,68 +142,6 @@ def layer_of(name: str) -> int | None:
     """The layer index in `blk.N.…`, or None for tensors outside the layers."""
     match = _LAYER.match(name)
     return int(match.group(2)) if match else None
-
-
-_MAX_NUMBER = 1 << 31
-_LARGEST = {"block_count": 512}
-"""Loops run over layers before any tensor is looked at."""
-
-
-@dataclass(frozen=True)
-class HyperParams:
-    """The few numbers of an architecture that planning rules depend on, read from GGUF metadata."""
-
-    arch: str
-    n_layer: int
-    n_embd: int
-    n_head: int
-    n_head_kv: int
-    n_vocab: int
-    n_expert: int = 0
-    n_expert_used: int = 0
-    leading_dense: int = 0
-
-    @classmethod
-    def from_metadata(cls, values: dict[str, object]) -> "HyperParams":
-        """Read from GGUF key/value pairs.
-
-        Raises:
-            CheckpointError: a key that every architecture must have is missing.
-        """
-        arch = str(values.get("general.architecture", ""))
-        prefix = "clip.vision" if arch == "clip" else arch
-
-        def number(key: str, default: int | None = None) -> int:
-            value = values.get(f"{prefix}.{key}", default)
-            if value is None:
-                raise CheckpointError(
-                    f"The GGUF metadata has no `{prefix}.{key}`; a model of architecture `{arch}` cannot be planned "
-                    "without it. Convert the checkpoint again with llama.cpp's converter."
-                )
-            try:
-                found = int(max(value)) if isinstance(value, list | tuple) else int(value)  # type: ignore[call-overload]
-                if not 0 <= found <= _LARGEST.get(key, _MAX_NUMBER):
-                    raise ValueError
-                return found
-            except (ValueError, TypeError, OverflowError) as error:
-                raise CheckpointError(
-                    f"The GGUF metadata gives `{prefix}.{key}` as {value!r:.80}, which cannot be. The file is corrupt; "
-                    "fetch or make it again."
-                ) from error
-
-        n_head = number("attention.head_count", 1)
-        tokens = values.get("tokenizer.ggml.tokens")
-        return cls(
-            arch=arch,
-            n_layer=number("block_count"),
-            n_embd=number("embedding_length"),
-            n_head=n_head,
-            n_head_kv=number("attention.head_count_kv", n_head),
-            n_vocab=number("vocab_size", len(tokens) if isinstance(tokens, list | tuple) else 0),
-            n_expert=number("expert_count", 0),
-            n_expert_used=number("expert_used_count", 0),
-            leading_dense=number("leading_dense_block_count", 0),
-        )
 
 
 @cache

@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from dynquant.analysis.errors.options import AnalyzeOptions
 from dynquant.analysis.outliers.options import SuperWeightOptions
-from dynquant.cli.options import AsJson
 from dynquant.cli.terminal import console
+from dynquant.cli.terminal.parameters import AsJson
 from dynquant.options import Only
 from dynquant.session import Session
 

@@ -1,7 +1,7 @@
 """The `dynquant` command: registers one command a file, and turns refusals into one paragraph.
 
 Exit status: 0 done, 1 refused with one paragraph on stderr, 2 wrong usage, 130 interrupted. Tracebacks are bugs, or
---debug. `python -m dynquant.cli.app` prints the reference of all commands as Markdown.
+--debug.
 """
 
 import shlex
@@ -18,10 +18,10 @@ from dynquant.cli.demo import demo
 from dynquant.cli.evaluate import evaluate
 from dynquant.cli.export import export, export_adapter, tune
 from dynquant.cli.inspect import diff, inspect, measure_machine, recipe
-from dynquant.cli.options import command_reference, from_options
 from dynquant.cli.plan import plan
 from dynquant.cli.terminal import console
 from dynquant.cli.terminal.interrupt import ends_promptly
+from dynquant.cli.terminal.parameters import from_options
 from dynquant.cli.train import finetune, heal
 from dynquant.errors import DynquantError
 
@@ -111,7 +111,3 @@ def main() -> None:
         except SystemExit as left:
             console.finish("failed" if left.code else "done")
             raise
-
-
-if __name__ == "__main__":
-    print(command_reference(app))

@@ -20,6 +20,7 @@ from dynquant.options import Flag, ModelPath, Only
 from dynquant.planning.options import PlanOptions, SearchOptions
 from dynquant.planning.target import Target
 from dynquant.session import Session
+from dynquant.storage.atomic import write_atomically
 
 if TYPE_CHECKING:
     from dynquant.evaluation.report import EvalReport
@@ -135,15 +136,11 @@ class _Results:
         )
 
     def record(self, name: str, row: dict[str, Any]) -> None:
-        from dynquant.recipes.plan import write_atomically
-
         self.rows[name] = row
         write_atomically(self._path, json.dumps(self.rows, indent=1) + "\n")
 
     def show(self, path: Path, table: Callable[[dict[str, dict[str, Any]]], str]) -> None:
         """Write the Markdown table and print it."""
-        from dynquant.recipes.plan import write_atomically
-
         write_atomically(path, table(self.rows))
         console.say(path.read_text())
 

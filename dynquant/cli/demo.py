@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from dynquant.cli.terminal import console
+from dynquant.storage.atomic import write_atomically
 
 
 def demo(
@@ -25,7 +26,6 @@ def demo(
     from dynquant.exporters.stage import export
     from dynquant.planning.options import PlanOptions
     from dynquant.planning.stage import make_plan
-    from dynquant.recipes.plan import write_atomically
 
     session, folder = console.session(), output / "plan"
     with resources.as_file(resources.files("dynquant") / "data") as data:

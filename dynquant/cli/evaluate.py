@@ -9,6 +9,7 @@ from dynquant.cli.terminal import console
 from dynquant.evaluation.options import EvalOptions
 from dynquant.options import Only
 from dynquant.session import Session
+from dynquant.storage.atomic import write_atomically
 
 if TYPE_CHECKING:
     from dynquant.evaluation.picture_evaluate import PictureReport
@@ -86,8 +87,6 @@ def _draw_pictures(report: "PictureReport", reference: str, directory: Path, ses
 
 
 def _write(json_file: Path | None, text: str) -> None:
-    from dynquant.recipes.plan import write_atomically
-
     if json_file is not None:
         write_atomically(json_file, text)
         console.note(f"wrote {json_file}")

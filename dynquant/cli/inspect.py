@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dynquant.cli.options import AsJson
 from dynquant.cli.terminal import console
+from dynquant.cli.terminal.parameters import AsJson
 from dynquant.options import MODEL_HELP
 from dynquant.resources import human_bytes
 
@@ -85,7 +85,7 @@ def recipe(
 
     Example: dynquant recipe plan/plan.json --model model-f32.gguf --imatrix imatrix.gguf -o model.gguf
     """
-    from dynquant.recipes.recipe_text import command_line, left_alone, recipe_of, uses_imatrix
+    from dynquant.recipes.command_line import command_line, left_alone, recipe_of, uses_imatrix
     from dynquant.recipes.type_lists import read_types
 
     types = read_types(plan)

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dynquant.cli.options import AsJson
 from dynquant.cli.terminal import console
+from dynquant.cli.terminal.parameters import AsJson
 from dynquant.errors import PlanError
 from dynquant.formats.quant_types import quant_type
 from dynquant.options import Only

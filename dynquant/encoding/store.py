@@ -21,11 +21,11 @@ from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.model import Model
 from dynquant.encoding.interface import Encoder
 from dynquant.encoding.stream import Guidance, encode_tensor, encoder_version, guidance_of
-from dynquant.errors import ExportError
+from dynquant.errors import WriteError
 from dynquant.formats import decode
 from dynquant.formats.quant_types import QUANT_TYPES
-from dynquant.recipes.plan import write_atomically
 from dynquant.resources import count_mapped
+from dynquant.storage.atomic import write_atomically
 
 ENCODED_NAME = "encoded"
 """The folder of all stores beside a plan."""
@@ -48,7 +48,7 @@ class EncodedStore:
 
         Raises:
             EncodeError: NaN or Inf weights, or a type that needs statistics the tensor has none of.
-            ExportError: the disk is full or cannot be written to.
+            WriteError: the disk is full or cannot be written to.
         """
         stored = QUANT_TYPES[type_name]
         shape = tuple(self.model.source.info(name).shape)
@@ -83,7 +83,7 @@ def open_store(
 
     Raises:
         StatsError: the second moments are damaged, or of another calibration.
-        ExportError: the directory cannot be made.
+        WriteError: the directory cannot be made.
     """
     moments = load_beside(stats_path, stats) if stats is not None and encoder.uses_hessians else None
     directory = store_directory(parent, model, stats_hash, encoder, moments)
@@ -96,7 +96,7 @@ def store_directory(
     """Where blocks of this checkpoint, these statistics and second moments, and this encoder are kept.
 
     Raises:
-        ExportError: the directory cannot be made.
+        WriteError: the directory cannot be made.
     """
     content = [model.fingerprint, stats_hash, encoder.name, encoder_version(encoder)]
     if moments is not None:
@@ -105,5 +105,5 @@ def store_directory(
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ExportError(f"{directory} cannot be made: {error.strerror or os.strerror(error.errno or 0)}.") from error
+        raise WriteError(f"{directory} cannot be made: {error.strerror or os.strerror(error.errno or 0)}.") from error
     return directory

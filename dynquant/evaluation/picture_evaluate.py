@@ -17,6 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from dynquant.analysis.report.pictures import is_right
+from dynquant.checkpoints.gguf_layout import mmproj_path
 from dynquant.checkpoints.model import Model
 from dynquant.encoding.store import ENCODED_NAME, open_store
 from dynquant.encoding.stream import load_encoder
@@ -32,7 +33,6 @@ from dynquant.evaluation.picture_runners import (
 from dynquant.evaluation.rendered_model import RenderedModel
 from dynquant.evaluation.runners import load_model
 from dynquant.evaluation.statistics import Estimate, bootstrap_mean, mcnemar_exact, only_one, wilson_interval
-from dynquant.exporters.mmproj import mmproj_path
 from dynquant.families.open import open_model
 from dynquant.inputs.pictures import Sample, SampleEncoder, image_token_of, read_samples
 from dynquant.inputs.processor import load_processor

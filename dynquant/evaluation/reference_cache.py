@@ -15,9 +15,7 @@ is float64, so a model compared with itself gives zero. A token takes 3 kB; 150,
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -27,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from dynquant.errors import EvaluationError
+from dynquant.storage.atomic import writing
 
 SCHEMA_VERSION = 1
 NUM_TOP = 256
@@ -229,22 +228,10 @@ def load_cached(directory: Path, key: str) -> dict[str, np.ndarray] | None:
 def save_cached(directory: Path, key: str, arrays: dict[str, np.ndarray]) -> None:
     """Store arrays under `key`; a reader never sees half a file."""
     path = entry_path(directory, key)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        mode = temporary.stat().st_mode  # save_file makes its file private; this one follows the umask
+    size = sum(array.nbytes for array in arrays.values())
+    way_out = f"It takes {size:,} bytes. Free some space, or name another cache directory."
+    with writing(path, way_out) as temporary:
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary)
-        temporary.chmod(mode)
-        os.replace(temporary, path)
-    except (SafetensorError, OSError) as error:
-        with suppress(OSError):
-            temporary.unlink()
-        size = sum(array.nbytes for array in arrays.values())
-        raise EvaluationError(
-            f"The reference results ({size:,} bytes) cannot be written to {directory}: {error}. "
-            "Free some space, or name another cache directory."
-        ) from error
 
 
 def entry_path(directory: Path, key: str) -> Path:

@@ -13,10 +13,10 @@ import torch
 
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_format import StoredTensor
+from dynquant.checkpoints.safetensors_source import SafetensorsSource
 from dynquant.checkpoints.tensor_roles import Role, gguf_name_of, layer_of, role_of
-from dynquant.checkpoints.tensor_source import SafetensorsSource
 from dynquant.errors import ExportError
-from dynquant.families.common.conversion import RecipeSource
+from dynquant.families.common.conversion import ConvertedSource
 
 _FUSED: dict[str, tuple[Role, ...]] = {
     "qkv": (Role.ATTN_Q, Role.ATTN_K, Role.ATTN_V),
@@ -85,7 +85,7 @@ def served_checkpoint(model: Model) -> ServedCheckpoint:
         ExportError: the model is a GGUF file, or of a family whose linear layers are not known here.
     """
     source, directory = model.source, model.hf_directory
-    if directory is None or not isinstance(source, RecipeSource):
+    if directory is None or not isinstance(source, ConvertedSource):
         raise ExportError(
             f"{model.path} is not a Hugging Face directory of a family that dynquant converts itself, and a "
             "compressed-tensors checkpoint keeps the names and configuration of one. Start from the directory that "
@@ -113,7 +113,7 @@ def _matrix(model: Model, checkpoint: SafetensorsSource, stored: str) -> LinearL
     return LinearLayer(name, role_of(name), shape, modules, (stored,), lambda _expert: checkpoint.load(stored))
 
 
-def _experts(source: RecipeSource, name: str) -> LinearLayer:
+def _experts(source: ConvertedSource, name: str) -> LinearLayer:
     shape, parts, role = source.info(name).shape, source.checkpoint_names(name), role_of(name)
     if len(parts) == shape[0]:
         modules = tuple(part.removesuffix(".weight") for part in parts)

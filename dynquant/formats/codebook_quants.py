@@ -1,20 +1,36 @@
-"""Decoders of the codebook types IQ1_S to IQ4_XS: indices into fixed grids of weight vectors.
+"""Types whose weights come from a fixed set: vectors of a grid (IQ1_S to IQ4_XS), or -1, 0 and 1 (TQ1_0, TQ2_0).
 
-w = scale * magnitude * sign (IQ2, IQ3), scale * (ternary + delta) (IQ1) or scale * value (IQ4). Super-blocks hold
-256 weights (IQ4_NL: 32); a grid entry stands for 8 neighbouring weights (IQ1, IQ2), 4 (IQ3) or 1 (IQ4).
+w = scale * magnitude * sign (IQ2, IQ3), scale * (ternary + delta) (IQ1), scale * value (IQ4), d * q (TQ). Super-blocks
+hold 256 weights (IQ4_NL: 32); a grid entry stands for 8 neighbouring weights (IQ1, IQ2), 4 (IQ3) or 1 (IQ4).
 The grids themselves come from the gguf package, see `tables`.
 
-Each docstring is the byte map of one block, with the number of bytes of a field in parentheses.
+A decoder's docstring is the byte map of one block, with the number of bytes of a field in parentheses. A packer is its
+inverse, of integer fields over n blocks: `index` into the grid, `signs` bytes with a bit per negative weight, `scales`
+as stored, `q` per weight. Scales `d` are float32 [n], already rounded to fp16.
 """
 
 import torch
 from torch import Tensor
 
 from dynquant.formats import tables
-from dynquant.formats.bits import crumbs, field, half, nibbles, shifted
+from dynquant.formats.bits import (
+    as_bytes,
+    crumb_planes,
+    crumbs,
+    field,
+    half,
+    half_bytes,
+    joined,
+    low_high,
+    nibble_pairs,
+    nibbles,
+    shifted,
+    word_bytes,
+)
 
 _SIGN_SHIFTS = (0, 7, 14, 21)
 _IQ1_SHIFTS = (0, 3, 6, 9)
+_POWERS_OF_3 = (81, 27, 9, 3, 1)
 
 
 def decode_iq1_s(blocks: Tensor) -> Tensor:
@@ -26,6 +42,13 @@ def decode_iq1_s(blocks: Tensor) -> Tensor:
     scales = ((qh >> 12) & 7) * 2 + 1
     high = shifted(qh, _IQ1_SHIFTS, 7) | (((qh >> 15) & 1) << 3).unsqueeze(-1)
     return _ternary(half(blocks, 0), scales, blocks[:, 2:34] | (high.flatten(1) << 8))
+
+
+def pack_iq1_s(d: Tensor, scales: Tensor, shifts: Tensor, index: Tensor) -> Tensor:
+    """scales, shifts (1 where delta is negative) [n, 8]; index [n, 32]."""
+    high = joined(index.reshape(-1, 8, 4) >> 8, (0, 3, 6, 9))  # [n, 8]
+    qh = high | (scales << 12) | (shifts << 15)
+    return torch.cat((half_bytes(d), as_bytes(index & 255), word_bytes(qh)), dim=1)
 
 
 def decode_iq1_m(blocks: Tensor) -> Tensor:
@@ -40,6 +63,14 @@ def decode_iq1_m(blocks: Tensor) -> Tensor:
     return _ternary(_iq1_m_scale(blocks), scales, blocks[:, :32] | (high << 8))
 
 
+def pack_iq1_m(d: Tensor, scales: Tensor, shifts: Tensor, index: Tensor) -> Tensor:
+    """scales [n, 16]; shifts, index [n, 32]."""
+    qh = nibble_pairs((index >> 8) | (shifts << 3))
+    words = joined(scales.reshape(-1, 4, 4), (0, 3, 6, 9))  # [n, 4]
+    quarters = _quarters(d, words.shape[0])
+    return torch.cat((as_bytes(index & 255), qh, word_bytes(words | (quarters << 12))), dim=1)
+
+
 def decode_iq2_xxs(blocks: Tensor) -> Tensor:
     """| d f16 (2) | 8 x [ 4 indices u8 (4) | bits 31-28 scale, 4 x 7 sign bits (4) ] |"""
     groups = blocks[:, 2:].reshape(-1, 8, 8)
@@ -47,6 +78,13 @@ def decode_iq2_xxs(blocks: Tensor) -> Tensor:
     signs = tables.lookup(tables.even_signs(blocks.device), shifted(words, _SIGN_SHIFTS, 127).flatten(1))
     grid = tables.lookup(tables.grid("IQ2_XXS", blocks.device), groups[..., :4].flatten(1))
     return _signed(half(blocks, 0) * _plus_half(words >> 28 & 15) * 0.25, grid, signs)
+
+
+def pack_iq2_xxs(d: Tensor, scales: Tensor, index: Tensor, signs: Tensor) -> Tensor:
+    """scales [n, 8]; index, signs [n, 32] with an even number of minus signs."""
+    words = _sign_words(scales, signs)  # [n, 8, 4] bytes
+    groups = torch.cat((as_bytes(index).reshape(-1, 8, 4), words), dim=2)
+    return torch.cat((half_bytes(d), groups.flatten(1)), dim=1)
 
 
 def decode_iq2_xs(blocks: Tensor) -> Tensor:
@@ -58,6 +96,11 @@ def decode_iq2_xs(blocks: Tensor) -> Tensor:
     return _signed(half(blocks, 0) * _plus_half(scales) * 0.25, grid, signs)
 
 
+def pack_iq2_xs(d: Tensor, scales: Tensor, index: Tensor, signs: Tensor) -> Tensor:
+    """scales [n, 16]; index, signs [n, 32] with an even number of minus signs."""
+    return torch.cat((half_bytes(d), word_bytes(index | ((signs & 127) << 9)), nibble_pairs(scales)), dim=1)
+
+
 def decode_iq2_s(blocks: Tensor) -> Tensor:
     """| d f16 (2) | qs low 8 index bits (32) | signs (32) | qh crumbs, high index bits (8) | scales nibbles (8) |"""
     high = crumbs(blocks[:, 66:74], dim=-1).flatten(1).to(torch.int32)
@@ -65,6 +108,12 @@ def decode_iq2_s(blocks: Tensor) -> Tensor:
     signs = tables.lookup(tables.signs(blocks.device), blocks[:, 34:66])
     scales = nibbles(blocks[:, 74:], dim=-1).flatten(1)
     return _signed(half(blocks, 0) * _plus_half(scales) * 0.25, grid, signs)
+
+
+def pack_iq2_s(d: Tensor, scales: Tensor, index: Tensor, signs: Tensor) -> Tensor:
+    """scales [n, 16]; index, signs [n, 32]."""
+    high = as_bytes(joined((index >> 8).reshape(-1, 8, 4), (0, 2, 4, 6)))
+    return torch.cat((half_bytes(d), as_bytes(index & 255), as_bytes(signs), high, nibble_pairs(scales)), dim=1)
 
 
 def decode_iq3_xxs(blocks: Tensor) -> Tensor:
@@ -75,6 +124,11 @@ def decode_iq3_xxs(blocks: Tensor) -> Tensor:
     return _signed(half(blocks, 0) * _plus_half(words >> 28 & 15) * 0.5, grid, signs)
 
 
+def pack_iq3_xxs(d: Tensor, scales: Tensor, index: Tensor, signs: Tensor) -> Tensor:
+    """scales [n, 8]; index [n, 64]; signs [n, 32] with an even number of minus signs."""
+    return torch.cat((half_bytes(d), as_bytes(index), _sign_words(scales, signs).flatten(1)), dim=1)
+
+
 def decode_iq3_s(blocks: Tensor) -> Tensor:
     """| d f16 (2) | qs low 8 index bits (64) | qh 9th index bits (8) | signs (32) | scales nibbles (4) |"""
     high = tables.lookup(tables.bits(blocks.device), blocks[:, 66:74]).to(torch.int32)
@@ -82,6 +136,12 @@ def decode_iq3_s(blocks: Tensor) -> Tensor:
     signs = tables.lookup(tables.signs(blocks.device), blocks[:, 74:106])
     scales = nibbles(blocks[:, 106:], dim=-1).flatten(1) * 2 + 1
     return _signed(half(blocks, 0) * scales.float(), grid, signs)
+
+
+def pack_iq3_s(d: Tensor, scales: Tensor, index: Tensor, signs: Tensor) -> Tensor:
+    """scales [n, 8]; index [n, 64]; signs [n, 32]."""
+    high = as_bytes(joined((index >> 8).reshape(-1, 8, 8), tuple(range(8))))
+    return torch.cat((half_bytes(d), as_bytes(index & 255), high, as_bytes(signs), nibble_pairs(scales)), dim=1)
 
 
 def decode_iq4_nl(blocks: Tensor) -> Tensor:
@@ -101,6 +161,49 @@ def decode_iq4_xs(blocks: Tensor) -> Tensor:
     q = nibbles(blocks[:, 8:].reshape(-1, 8, 16), dim=2)
     q = tables.lookup_value(tables.values("IQ4_NL", blocks.device), q).flatten(2)
     return (scales.unsqueeze(-1) * q).flatten(1)
+
+
+def pack_iq4_xs(d: Tensor, scales: Tensor, q: Tensor) -> Tensor:
+    """scales [n, 8] from -32 to 31; q [n, 256] index of the value."""
+    stored = scales + 32
+    high = word_bytes(joined((stored >> 4).unsqueeze(1), tuple(range(0, 16, 2))))
+    return torch.cat((half_bytes(d), high, nibble_pairs(stored & 15), low_high(q, 8, 16)), dim=1)
+
+
+def decode_tq1_0(blocks: Tensor) -> Tensor:
+    """| qs 32 bytes x 5 digits | qs 16 bytes x 5 digits | qh 4 bytes x 4 digits | d f16 (2) |
+
+    A byte holds base-3 digits as a fraction of 256, so that the first digit is the integer part of 3 * byte / 256, and
+    multiplying the byte by 3 (modulo 256) brings up the next one.
+    """
+    parts = (
+        _digit_bytes(blocks[:, :32], num_digits=5),
+        _digit_bytes(blocks[:, 32:48], num_digits=5),
+        _digit_bytes(blocks[:, 48:52], num_digits=4),
+    )
+    shifted = torch.cat(parts, dim=1)
+    # The leading digit, 3 * byte // 256, without leaving eight bits: it grows by one at 86 and at 171.
+    digit = (shifted >= 86).view(torch.int8) + (shifted >= 171).view(torch.int8)
+    return half(blocks, 52) * (digit - 1).float()
+
+
+def pack_tq1_0(d: Tensor, q: Tensor) -> Tensor:
+    """q [n, 256] from -1 to 1; a byte is its base-3 number as a fraction of 3^5, rounded up."""
+    digits = q + 1
+    parts = digits[:, :160].reshape(-1, 5, 32), digits[:, 160:240].reshape(-1, 5, 16), digits[:, 240:].reshape(-1, 4, 4)
+    numbers = torch.cat([_base_3(part) for part in parts], dim=1)
+    return torch.cat((as_bytes((numbers * 256 + 242) // 243), half_bytes(d)), dim=1)
+
+
+def decode_tq2_0(blocks: Tensor) -> Tensor:
+    """| qs crumbs (64) | d f16 (2) |"""
+    q = crumbs(blocks[:, :64].reshape(-1, 2, 32), dim=2).flatten(1)
+    return half(blocks, 64) * (q.view(torch.int8) - 1).float()
+
+
+def pack_tq2_0(d: Tensor, q: Tensor) -> Tensor:
+    """q [n, 256] from -1 to 1."""
+    return torch.cat((crumb_planes(q + 1), half_bytes(d)), dim=1)
 
 
 def _plus_half(scales: Tensor) -> Tensor:
@@ -125,3 +228,26 @@ def _iq1_m_scale(blocks: Tensor) -> Tensor:
     low_byte = (top[:, 0] >> 4) | (top[:, 1] & 0xF0)
     high_byte = (top[:, 2] >> 4) | (top[:, 3] & 0xF0)
     return torch.stack((low_byte, high_byte), dim=1).view(torch.float16).float()
+
+
+def _digit_bytes(packed: Tensor, *, num_digits: int) -> Tensor:
+    """[n, k] -> [n, num_digits * k]: the bytes with each digit in turn moved to the front."""
+    return torch.stack([packed * 3**i for i in range(num_digits)], dim=1).flatten(1)
+
+
+def _base_3(digits: Tensor) -> Tensor:
+    """[n, digits, bytes] -> the number that five digits make, missing ones being 0."""
+    powers = torch.tensor(_POWERS_OF_3[: digits.shape[1]], device=digits.device)
+    return (digits * powers[:, None]).sum(1)
+
+
+def _sign_words(scales: Tensor, signs: Tensor) -> Tensor:
+    """Four bytes for 32 weights: 4 x 7 sign bits, the scale on top; [n, 8, 4]."""
+    words = joined((signs & 127).to(torch.int64).reshape(-1, 8, 4), (0, 7, 14, 21)) | (scales.to(torch.int64) << 28)
+    return words.to(torch.int32).unsqueeze(2).view(torch.uint8)
+
+
+def _quarters(d: Tensor, num_blocks: int) -> Tensor:
+    """The four quarters of the fp16 number, lowest first [n, 4]."""
+    bits = d.to(torch.float16).view(torch.int16).to(torch.int32) & 0xFFFF
+    return torch.stack([(bits >> s) & 15 for s in (0, 4, 8, 12)], dim=1).reshape(num_blocks, 4)

@@ -11,41 +11,17 @@ from math import prod
 import torch
 from torch import Tensor
 
-from dynquant.formats import codebook_quants as codebooks
-from dynquant.formats import float_formats, k_quants, ternary
-from dynquant.formats import plain_quants as simple_blocks
+from dynquant.formats import codebook_quants, k_quants, plain_quants
 from dynquant.formats.quant_types import QuantType, quant_type
 
 _BlockDecoder = Callable[[Tensor], Tensor]
 """uint8 [n, block_bytes] -> float32 [n, block_size]"""
 
 _DECODERS: dict[str, _BlockDecoder] = {
-    "F32": float_formats.decode_f32,
-    "F16": float_formats.decode_f16,
-    "BF16": float_formats.decode_bf16,
-    "MXFP4": float_formats.decode_mxfp4,
-    "NVFP4": float_formats.decode_nvfp4,
-    "Q8_0": simple_blocks.decode_q8_0,
-    "Q5_1": simple_blocks.decode_q5_1,
-    "Q5_0": simple_blocks.decode_q5_0,
-    "Q4_1": simple_blocks.decode_q4_1,
-    "Q4_0": simple_blocks.decode_q4_0,
-    "Q6_K": k_quants.decode_q6_k,
-    "Q5_K": k_quants.decode_q5_k,
-    "Q4_K": k_quants.decode_q4_k,
-    "Q3_K": k_quants.decode_q3_k,
-    "Q2_K": k_quants.decode_q2_k,
-    "IQ4_XS": codebooks.decode_iq4_xs,
-    "IQ4_NL": codebooks.decode_iq4_nl,
-    "IQ3_S": codebooks.decode_iq3_s,
-    "IQ3_XXS": codebooks.decode_iq3_xxs,
-    "IQ2_S": codebooks.decode_iq2_s,
-    "IQ2_XS": codebooks.decode_iq2_xs,
-    "IQ2_XXS": codebooks.decode_iq2_xxs,
-    "IQ1_M": codebooks.decode_iq1_m,
-    "IQ1_S": codebooks.decode_iq1_s,
-    "TQ2_0": ternary.decode_tq2_0,
-    "TQ1_0": ternary.decode_tq1_0,
+    name.removeprefix("decode_").upper(): function
+    for module in (plain_quants, k_quants, codebook_quants)
+    for name, function in vars(module).items()
+    if name.startswith("decode_")
 }
 
 _CPU_CHUNK_WEIGHTS = 1 << 18

@@ -1,16 +1,27 @@
-"""Decoders of the blocks of 32 with one fp16 scale: Q8_0, Q5_1, Q5_0, Q4_1, Q4_0.
+"""Plain numbers: blocks of 32 with one fp16 scale (Q8_0 to Q4_0), floats, and the four-bit floats MXFP4 and NVFP4.
 
-w = d * q + m, with q unsigned where the minimum `m` is stored, and centred (q - 8, q - 16) where it is not.
+Q types: w = d * q + m, with q unsigned where the minimum `m` is stored, and centred (q - 8, q - 16) where it is not.
 In the four-bit part weight j shares a byte with weight j + 16.
 
-Each docstring is the byte map of one block, with the number of bytes of a field in parentheses.
+Four-bit floats are E2M1 numbers stored doubled (0, 1, 2, 3, 4, 6, 8, 12 and their negatives); the block scales are
+halved to make up for it. A tensor-wide scale, which NVFP4 checkpoints may carry beside the blocks, is not applied here.
+
+A decoder's docstring is the byte map of one block, with the number of bytes of a field in parentheses.
 """
 
 import torch
 from torch import Tensor
 
 from dynquant.formats import tables
-from dynquant.formats.bits import half, nibbles
+from dynquant.formats.bits import as_bytes, field, half, low_high, nibbles
+
+DTYPE_BYTES = {
+    **dict.fromkeys(("U8", "I8", "BOOL", "F8_E4M3"), 1),
+    **dict.fromkeys(("F16", "BF16", "I16"), 2),
+    **dict.fromkeys(("F32", "I32"), 4),
+    **dict.fromkeys(("F64", "I64"), 8),
+}
+"""Bytes of one number, by the name that safetensors gives its type."""
 
 
 def decode_q8_0(blocks: Tensor) -> Tensor:
@@ -40,6 +51,40 @@ def decode_q5_1(blocks: Tensor) -> Tensor:
     """| d f16 (2) | m f16 (2) | qh bits (4) | qs nibbles (16) |"""
     q = _five_bits(blocks[:, 4:8], blocks[:, 8:]).float()
     return (half(blocks, 0) * q).add_(half(blocks, 2))
+
+
+def decode_f32(blocks: Tensor) -> Tensor:
+    """| f32 (4) |"""
+    return field(blocks, 0, 4, torch.float32)
+
+
+def decode_f16(blocks: Tensor) -> Tensor:
+    """| f16 (2) |"""
+    return field(blocks, 0, 2, torch.float16).float()
+
+
+def decode_bf16(blocks: Tensor) -> Tensor:
+    """| bf16 (2) |"""
+    return field(blocks, 0, 2, torch.bfloat16).float()
+
+
+def decode_mxfp4(blocks: Tensor) -> Tensor:
+    """| e E8M0 (1) | qs nibbles (16) |"""
+    scales = tables.lookup_value(tables.e8m0_halves(blocks.device), blocks[:, :1])
+    q = tables.lookup_value(tables.values("MXFP4", blocks.device), nibbles(blocks[:, 1:], dim=1))
+    return scales * q.flatten(1)
+
+
+def pack_mxfp4(exponents: Tensor, q: Tensor) -> Tensor:
+    """exponents [n], the E8M0 byte; q [n, 32] index of the value."""
+    return torch.cat((as_bytes(exponents.unsqueeze(1)), low_high(q, 1, 16)), dim=1)
+
+
+def decode_nvfp4(blocks: Tensor) -> Tensor:
+    """| d unsigned E4M3 (4), one for 16 weights | qs nibbles (32): 8 bytes for 16 weights |"""
+    scales = tables.lookup_value(tables.ue4m3_halves(blocks.device), blocks[:, :4])
+    q = tables.lookup_value(tables.values("NVFP4", blocks.device), nibbles(blocks[:, 4:].reshape(-1, 4, 8), dim=2))
+    return (scales.unsqueeze(-1) * q.flatten(2)).flatten(1)
 
 
 def _low_then_high(qs: Tensor) -> Tensor:

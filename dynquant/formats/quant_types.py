@@ -88,7 +88,6 @@ def _from_gguf(name: str) -> QuantType:
 
 
 QUANT_TYPES: dict[str, QuantType] = {name: _from_gguf(name) for name in _NAMES}
-_BY_ID = {t.ggml_id: t for t in QUANT_TYPES.values()}
 
 
 def quant_type(name: str) -> QuantType:
@@ -102,11 +101,6 @@ def quant_type(name: str) -> QuantType:
         near = difflib.get_close_matches(name.upper(), QUANT_TYPES, n=4, cutoff=0.4) or list(QUANT_TYPES)
         raise PlanError(f"There is no quant type `{name}`. Did you mean one of: {', '.join(near)}?")
     return found
-
-
-def quant_type_by_id(ggml_id: int) -> QuantType | None:
-    """The type with this ggml id, or None when the registry does not hold it."""
-    return _BY_ID.get(ggml_id)
 
 
 def fit_to_row(wanted: QuantType, row_length: int) -> tuple[QuantType, str | None]:

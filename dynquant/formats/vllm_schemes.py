@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal, NamedTuple
 
-from dynquant.checkpoints.safetensors_format import DTYPE_BYTES
 from dynquant.errors import PlanError
+from dynquant.formats.plain_quants import DTYPE_BYTES
 
 
 class StoredPart(NamedTuple):

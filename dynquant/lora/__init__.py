@@ -21,7 +21,7 @@ __all__ = [
     "AdapterStart", "add_adapter", "load_adapter", "merge", "round_adapter", "save_adapter", "start_from_residual",
 ]  # fmt: skip
 _MODULES = {
-    "AdapterStart": "blend", "add_adapter": "adapters", "load_adapter": "adapters", "merge": "merging",
+    "AdapterStart": "start", "add_adapter": "adapters", "load_adapter": "adapters", "merge": "merging",
     "round_adapter": "storing", "save_adapter": "storing", "start_from_residual": "residual",
 }  # fmt: skip
 

@@ -27,7 +27,7 @@ from dynquant.kernels.planes import pack_planes
 from dynquant.lora.layers import PackedLoraEmbedding, PackedLoraExperts, PackedLoraLinear
 from dynquant.lora.places import bare_path, places_by_key
 from dynquant.packed.layers import LATENT_PARTS, PLANES, PackedLatentProjection, PackedModule
-from dynquant.storage.resumable_output import file_hash
+from dynquant.storage.atomic import file_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from dynquant.checkpoints.model import Model
-from dynquant.checkpoints.safetensors_format import DTYPE_BYTES, StoredTensor
+from dynquant.checkpoints.safetensors_format import StoredTensor
 from dynquant.checkpoints.vision_names import keys_of
 from dynquant.errors import CheckpointError
-from dynquant.families.common.conversion import RecipeSource
+from dynquant.families.common.conversion import ConvertedSource
+from dynquant.formats.plain_quants import DTYPE_BYTES
 from dynquant.packed.places import Place, order_of_rows
 from dynquant.recipes.plan import Plan
 
@@ -45,7 +46,7 @@ def lay_out_vision(model: Model, plan: Plan, hf_model: Any) -> VisionLayout:
         CheckpointError: transformers' model has no parameter for a tensor of the checkpoint.
     """
     source = model.source
-    assert isinstance(source, RecipeSource)
+    assert isinstance(source, ConvertedSource)
     types = {entry.name: entry.quant_type for entry in plan.entries}
     stored_names = [source.checkpoint_names(name)[0] for name in types]
     key_of = keys_of(stored_names, hf_model.state_dict())
@@ -79,7 +80,7 @@ def _packable(hf_model: Any, key: str) -> bool:
     return part == "weight" and (type(module) is nn.Linear or module is hf_model.get_input_embeddings())
 
 
-def _packed_place(source: RecipeSource, name: str, stored_name: str, packable: bool) -> Place:
+def _packed_place(source: ConvertedSource, name: str, stored_name: str, packable: bool) -> Place:
     shape = tuple(source.info(name).shape)
     if source.transform(name) is torch.t:
         return Place(name, stored_name, shape, transposed=True, can_be_packed=False)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from dynquant.checkpoints.safetensors_format import StoredTensor
 from dynquant.errors import CheckpointError
 from dynquant.families.common.config import Config
-from dynquant.families.common.conversion import TensorRecipe, Transform, unchanged
-from dynquant.families.common.conversion_book import RecipeBook
+from dynquant.families.common.conversion import Conversion, Transform, unchanged
+from dynquant.families.common.conversion_book import ConversionBook
 from dynquant.families.text.registry import FAMILIES
 from dynquant.formats import decode
 from dynquant.formats.quant_types import QUANT_TYPES, QuantType, quant_type
@@ -97,11 +97,11 @@ def places(config: Config, hf_model: nn.Module, *, whole_kv_b: bool = False) -> 
     Raises:
         CheckpointError: this transformers has parameters that the family does not know.
     """
-    book = RecipeBook(config, None, names=list(hf_model.state_dict()), whole_kv_b=whole_kv_b)
+    book = ConversionBook(config, None, names=list(hf_model.state_dict()), whole_kv_b=whole_kv_b)
     FAMILIES[config.model_type].add_tensors(book)
-    recipes = book.finish()
-    found = {recipe.name: _place(recipe, hf_model) for recipe in recipes if recipe.values is None}
-    return found, {recipe.name for recipe in recipes if recipe.values is not None}
+    conversions = book.finish()
+    found = {conversion.name: _place(conversion, hf_model) for conversion in conversions if conversion.values is None}
+    return found, {conversion.name for conversion in conversions if conversion.values is not None}
 
 
 def build_meta_model(config: Config) -> nn.Module:
@@ -138,15 +138,15 @@ def pack_modules(model: nn.Module, types: Mapping[str, str], dtype: torch.dtype 
             setattr(parent, name, _packed_module(model, parent, module, path, parts, dtype))
 
 
-def _place(recipe: TensorRecipe, hf_model: nn.Module) -> Place:
-    key, shape = _key(recipe), recipe.shape
+def _place(conversion: Conversion, hf_model: nn.Module) -> Place:
+    key, shape = _key(conversion), conversion.shape
     path = key.rpartition(".")[0]
     special = key.endswith((*_dotted(EXPERT_PARTS), *_dotted(LATENT_PARTS)))
-    if special or recipe.transform is unchanged:
+    if special or conversion.transform is unchanged:
         packable = special or isinstance(hf_model.get_submodule(path), nn.Linear | nn.Embedding)
-        return Place(recipe.name, key, shape, can_be_packed=packable and len(shape) > 1)
-    order, shift = order_of_rows(recipe.transform, shape)
-    return Place(recipe.name, key, shape, order, shift, len(shape) > 1)
+        return Place(conversion.name, key, shape, can_be_packed=packable and len(shape) > 1)
+    order, shift = order_of_rows(conversion.transform, shape)
+    return Place(conversion.name, key, shape, order, shift, len(shape) > 1)
 
 
 def order_of_rows(transform: Transform, shape: tuple[int, ...]) -> tuple[Tensor | None, float]:
@@ -161,15 +161,15 @@ def order_of_rows(transform: Transform, shape: tuple[int, ...]) -> tuple[Tensor 
     return order.long() if is_moved else None, float(start[0])
 
 
-def _key(recipe: TensorRecipe) -> str:
-    first = recipe.parts[0]
-    if recipe.name == "output.weight":
+def _key(conversion: Conversion) -> str:
+    first = conversion.parts[0]
+    if conversion.name == "output.weight":
         return _HEAD
-    if recipe.name.endswith("_exps.weight"):
-        kind = recipe.name.removesuffix("_exps.weight").rpartition("_")[2]
+    if conversion.name.endswith("_exps.weight"):
+        kind = conversion.name.removesuffix("_exps.weight").rpartition("_")[2]
         return f"{first.partition('.experts.')[0]}.experts.{kind}_proj"
-    if recipe.name.endswith(("attn_k_b.weight", "attn_v_b.weight")):
-        return f"{first.removesuffix('.weight')}.{recipe.name.split('attn_')[1].removesuffix('.weight')}"
+    if conversion.name.endswith(("attn_k_b.weight", "attn_v_b.weight")):
+        return f"{first.removesuffix('.weight')}.{conversion.name.split('attn_')[1].removesuffix('.weight')}"
     return first
 
 

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dynquant.errors import PlanError
 from dynquant.evaluation.statistics import Estimate
-from dynquant.recipes.plan import write_atomically
+from dynquant.storage.atomic import write_atomically
 
 
 class Candidate(BaseModel):

@@ -41,13 +41,13 @@ from dynquant.recipes.folder import (
     SuperWeight,
     load_super_weights,
 )
-from dynquant.recipes.plan import Plan, write_atomically
+from dynquant.recipes.plan import Plan
 from dynquant.recipes.presets import R1_RECIPES, preset_types
 from dynquant.recipes.serving_plan import ServingPlan
 from dynquant.recipes.type_lists import like_types
 from dynquant.resources import chosen_device, human_bytes
 from dynquant.session import SILENT, Session
-from dynquant.storage.resumable_output import file_hash
+from dynquant.storage.atomic import file_hash, write_atomically
 
 
 def make_plan(options: PlanOptions, session: Session = SILENT) -> Plan:

@@ -4,6 +4,7 @@ Presets and the planner decide which type a matrix should have; everything that 
 here, once, so that every plan states it in the same words.
 """
 
+import re
 from collections.abc import Mapping
 
 from dynquant.calibration.statistics import CalibrationStats
@@ -14,6 +15,8 @@ from dynquant.checkpoints.vision_names import TRANSPOSED
 from dynquant.errors import PlanError
 from dynquant.formats.quant_types import fit_to_row, quant_type
 from dynquant.recipes.plan import Plan, PlanEntry
+
+_STATS_NAME = "stats.safetensors"
 
 
 def plan_from_types(
@@ -146,7 +149,7 @@ def _file_bytes(
     model: Model, specs: list[TensorSpec], recipe: str, stats: CalibrationStats | None, stats_hash: str | None
 ) -> int:
     provenance = Provenance(model.fingerprint, recipe, stats_hash=stats_hash or "")
-    imatrix = ImatrixInfo.from_stats(stats) if stats is not None else None
+    imatrix = imatrix_info(stats) if stats is not None else None
     if not model.parts or model.unwritten:
         return predicted_bytes(model, specs, provenance, imatrix)
     types = {spec.name: spec.type for spec in specs}
@@ -190,3 +193,18 @@ def _part_specs(part: ModelPart, types: Mapping[str, str]) -> list[TensorSpec]:
     return [
         TensorSpec(name, source.info(name).shape, types.get(part.plan_name(name), "F32")) for name in source.names()
     ]
+
+
+def imatrix_info(stats: CalibrationStats) -> ImatrixInfo:
+    """Return what the header of a file says of the statistics that it was made with."""
+    provenance = stats.provenance
+    return ImatrixInfo(
+        file=_last_component(provenance.imported_from or _STATS_NAME),
+        dataset=_last_component(provenance.text_name),
+        num_entries=len(stats.inputs.keys() | stats.aliases.keys()),
+        num_chunks=provenance.num_windows,
+    )
+
+
+def _last_component(name: str) -> str:
+    return re.split(r"[\\/]", name.rstrip("\\/"))[-1]

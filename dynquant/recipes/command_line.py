@@ -1,20 +1,30 @@
-"""The way back: a llama-quantize command line, or a list of `regex=type`, as types for a model.
+"""A list of types as the arguments of llama-quantize that give the same types, and the way back.
 
-A command line means what llama-quantize would do with it (`recipe_text.py` has the order): tensors that no pattern
-names get the mixture of its base type. A list of patterns, as recipes for ik_llama.cpp are published (one a line or
-separated by commas, `#` begins a comment line), has no base type and must name every matrix.
+For a matrix that it quantizes at all (`llama_mixtures.kept_because`), llama-quantize takes the first of: the types for
+token embedding and output; the first `--tensor-type PATTERN=TYPE` whose pattern is found in the name (ECMAScript,
+searched, lower-cased by the command line), if the base type is no float; the mixture of the base type. Every tensor
+gets exactly one pattern here, anchored at both ends, so neither their order nor the mixture matters.
+
+The way back reads a command line, or a list of patterns as recipes for ik_llama.cpp are published (one a line or
+separated by commas, `#` begins a comment line). A list has no base type and must name every matrix.
+
+The facts are those of `tools/quantize/quantize.cpp` and `src/llama-quant.cpp`; the tests run the latter.
 """
 
 import os
 import re
 import shlex
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
+from dynquant.checkpoints.inspect import TensorRecord
 from dynquant.checkpoints.model import Model
 from dynquant.errors import PlanError
 from dynquant.formats.quant_types import QUANT_TYPES, quant_type
+from dynquant.formats.storage_format import Choice
 from dynquant.recipes.build_plan import stays_f32
 from dynquant.recipes.llama_mixtures import (
     EMBEDDING_NAMES,
@@ -24,30 +34,177 @@ from dynquant.recipes.llama_mixtures import (
     kept_because,
     llama_tensor_types,
 )
-from dynquant.recipes.recipe_text import Recipe
+from dynquant.recipes.type_lists import TypeList, consecutive_runs
 
+_FLOATS = ("F32", "F16", "BF16")
+_BLOCK = re.compile(r"^((?:\w+\.)?blk)\.(\d+)\.(.+)$")
 _TYPE_OPTIONS = {"--token-embedding-type": "token_embedding", "--output-tensor-type": "output"}
 _PATTERN_OPTIONS = ("--tensor-type", "--custom-q")
+_NUM_VALUES = {
+    "--imatrix": 1,
+    "--include-weights": 1,
+    "--exclude-weights": 1,
+    "--override-kv": 1,
+    "--allow-requantize": 0,
+    "--keep-split": 0,
+    "--dry-run": 0,
+}
+"""Options that do not decide types -> number of values, which are skipped."""
 _MAX_REPEATS = 3
-_WITHOUT_MEANING = {
-    "--imatrix": 1, "--include-weights": 1, "--exclude-weights": 1, "--override-kv": 1,
-    "--allow-requantize": 0, "--keep-split": 0, "--dry-run": 0,
-}  # fmt: skip
-"""Options that do not decide types -> number of values."""
 
 
-def recipe_types(recipe: str, model: Model) -> dict[str, tuple[str, str]]:
-    """Type and reason of the model's tensors by a recipe: a file's name, or the text itself. F32 vectors are left out.
+@dataclass(frozen=True)
+class Recipe:
+    """Arguments of llama-quantize. Types are registry names; patterns are as the command line takes them."""
+
+    base: str | None
+    """A key of `LLAMA_FTYPES`; None in a list of patterns alone."""
+    patterns: tuple[tuple[str, str], ...] = ()
+    """(regex, type); the first that is found in a name decides."""
+    token_embedding: str | None = None
+    output: str | None = None
+    is_pure: bool = False
+    """What nothing names gets the base type itself, without llama.cpp's mixture."""
+
+    @property
+    def has_float_base(self) -> bool:
+        return self.base is not None and QUANT_TYPES[LLAMA_FTYPES[self.base].base].is_float
+
+
+def recipe_of(types: TypeList) -> Recipe:
+    """Return the recipe of a plan or file. Tensors that llama-quantize never changes are not in it (`left_alone`)."""
+    tensors = [tensor for tensor in types.tensors if kept_because(tensor.name, tensor.shape, types.arch) is None]
+    used = {tensor.type for tensor in tensors}
+    if used <= {"F32"} or (len(used) == 1 and used <= set(_FLOATS)):
+        return Recipe(base=next(iter(used), "F32").lower())
+    embedding = {tensor.type for tensor in tensors if tensor.name in EMBEDDING_NAMES}
+    # The option speaks of both embeddings at once; where they differ, patterns must tell them apart.
+    has_option = len(embedding) == 1
+    by_option = {OUTPUT_NAME, *(EMBEDDING_NAMES if has_option else ())}
+    return Recipe(
+        base=_commonest_base(tensors),
+        patterns=_patterns(tensor for tensor in tensors if tensor.name not in by_option),
+        token_embedding=embedding.pop() if has_option else None,
+        output=next((tensor.type for tensor in tensors if tensor.name == OUTPUT_NAME), None),
+    )
+
+
+def left_alone(types: TypeList) -> list[tuple[TensorRecord, str]]:
+    """Return the tensors that llama-quantize copies from its input and that should not be F32, each with the reason."""
+    kept = ((tensor, kept_because(tensor.name, tensor.shape, types.arch)) for tensor in types.tensors)
+    return [(tensor, why) for tensor, why in kept if why is not None and tensor.type != "F32"]
+
+
+def uses_imatrix(recipe: Recipe) -> bool:
+    """Return whether an importance matrix changes the file that the recipe makes."""
+    base = () if recipe.base is None else (LLAMA_FTYPES[recipe.base].base,)
+    named = (*base, recipe.token_embedding, recipe.output, *(name for _, name in recipe.patterns))
+    return any(QUANT_TYPES[name].uses_imatrix for name in named if name in QUANT_TYPES)
+
+
+def command_line(recipe: Recipe, *, model: str, imatrix: str | None, output: str) -> str:
+    """Write a recipe with a base type as a command for a shell, one option a line."""
+    options = []
+    if imatrix is not None:
+        options.append(("--imatrix", imatrix))
+    if recipe.token_embedding:
+        options.append(("--token-embedding-type", recipe.token_embedding.lower()))
+    if recipe.output:
+        options.append(("--output-tensor-type", recipe.output.lower()))
+    options += [("--tensor-type", f"{pattern}={name.lower()}") for pattern, name in recipe.patterns]
+    lines = ["llama-quantize", *(f"  {shlex.join(option)}" for option in options)]
+    return " \\\n".join([*lines, f"  {shlex.join((model, output, str(recipe.base).upper()))}"])
+
+
+def _commonest_base(tensors: list[TensorRecord]) -> str:
+    """The file type of the quantized type with most weights; Q8_0 when llama-quantize has no file type for any."""
+    weights: Counter[str] = Counter()
+    for tensor in tensors:
+        weights[tensor.type] += tensor.num_weights
+    for name, _ in weights.most_common():
+        bases = [key for key, file_type in LLAMA_FTYPES.items() if file_type.base == name]
+        if bases and name not in _FLOATS:
+            return name.lower() if name.lower() in bases else bases[0]
+    return "q8_0"
+
+
+def _patterns(tensors: Iterable[TensorRecord]) -> tuple[tuple[str, str], ...]:
+    """Return disjoint patterns, one for the layers of a part and type; parts with the same layers share one."""
+    layers: dict[tuple[str, str], dict[str, list[int]]] = {}
+    outside: list[tuple[str, str]] = []
+    for tensor in tensors:
+        match = _BLOCK.match(tensor.name)
+        if match is None:
+            outside.append((f"^{_escaped(tensor.name)}$", tensor.type))
+        else:
+            block, layer, part = match.groups()
+            layers.setdefault((block, part), {}).setdefault(tensor.type, []).append(int(layer))
+    parts: dict[tuple[str, str, str], list[str]] = {}
+    for (block, part), by_type in layers.items():
+        for name, numbers in by_type.items():
+            where = "[0-9]+" if len(by_type) == 1 else numbers_pattern(numbers)
+            parts.setdefault((block, where, name), []).append(part)
+    inside = [
+        (rf"^{_escaped(block)}\.{where}\.{_alternatives(names)}$", type_name)
+        for (block, where, type_name), names in parts.items()
+    ]
+    return (*outside, *inside)
+
+
+def _alternatives(parts: list[str]) -> str:
+    """Return a regex for exactly these names; their common ending is written once."""
+    if len(parts) > 1 and all(part.endswith(".weight") for part in parts):
+        return rf"{_any_of([_escaped(part.removesuffix('.weight')) for part in parts])}\.weight"
+    return _any_of([_escaped(part) for part in parts])
+
+
+def _any_of(choices: list[str]) -> str:
+    return choices[0] if len(choices) == 1 else f"({'|'.join(choices)})"
+
+
+def numbers_pattern(numbers: Iterable[int]) -> str:
+    """Return a regex for exactly these numbers, decade by decade: 3 4 5 10 11 -> `([3-5]|1[01])`."""
+    digits: dict[str, list[int]] = {}
+    for number in sorted(set(numbers)):
+        digits.setdefault(str(number)[:-1], []).append(number % 10)
+    prefixes: dict[tuple[int, str], list[str]] = {}
+    for prefix, last in digits.items():
+        prefixes.setdefault((len(prefix), _digit_class(last)), []).append(prefix)
+    choices = []
+    for (length, last), starts in prefixes.items():
+        if length == 1:
+            choices.append(_digit_class([int(start) for start in starts]) + last)
+        else:
+            choices += [start + last for start in starts]
+    return _any_of(choices)
+
+
+def _digit_class(digits: list[int]) -> str:
+    if len(digits) == 1:
+        return str(digits[0])
+    runs = consecutive_runs(digits)
+    spans = [f"{run[0]}-{run[-1]}" if len(run) > 2 else "".join(map(str, run)) for run in runs]
+    return f"[{''.join(spans)}]"
+
+
+def _escaped(name: str) -> str:
+    return re.sub(r"([^A-Za-z0-9_-])", r"\\\1", name)
+
+
+def recipe_types(recipe: str, model: Model) -> dict[str, Choice]:
+    """Return type and reason of the model's tensors by a recipe: a file's name, or the text itself.
+
+    F32 vectors are left out.
 
     Raises:
         PlanError: no such file, a malformed recipe, an unknown type, a pattern that is found in no tensor, or a matrix
             without a type; it is named.
     """
-    return types_by(parse_recipe(read_recipe(recipe)), model)
+    return _types_by(parse_recipe(_read_recipe(recipe)), model)
 
 
-def read_recipe(recipe: str) -> str:
-    """The text of a file, or `recipe` itself when it has the form of one.
+def _read_recipe(recipe: str) -> str:
+    """Return the text of a file, or `recipe` itself when it has the form of one.
 
     Raises:
         PlanError: neither, or not text.
@@ -66,24 +223,24 @@ def read_recipe(recipe: str) -> str:
 
 
 def parse_recipe(text: str) -> Recipe:
-    """The arguments in a text.
+    """Read the arguments in a text.
 
     Raises:
         PlanError: an option that is not known or changes other things than types, an unknown type, a broken regex, or
             nothing at all.
     """
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
-    words = "\n".join(lines)
-    if re.search(r"(^|\s)--[a-z]", words):
-        return _command(words)
-    recipe = Recipe(base=None, patterns=tuple(_listed(words)))
+    statement = "\n".join(lines)
+    if re.search(r"(^|\s)--[a-z]", statement):
+        return _parse_command(statement)
+    recipe = Recipe(base=None, patterns=tuple(_listed(statement)))
     if not recipe.patterns:
         raise PlanError("The recipe is empty: it has no `regex=type` line and is no llama-quantize command line.")
     return recipe
 
 
-def types_by(recipe: Recipe, model: Model) -> dict[str, tuple[str, str]]:
-    """What llama-quantize would store, as `recipe_types`."""
+def _types_by(recipe: Recipe, model: Model) -> dict[str, Choice]:
+    """Return what llama-quantize would store, as `recipe_types`."""
     shapes = {name: tuple(model.source.info(name).shape) for name in model.source.names()}
     rules = [(re.compile(pattern.lower()), pattern, type_name) for pattern, type_name in recipe.patterns]
     for regex, pattern, _ in rules:
@@ -92,62 +249,54 @@ def types_by(recipe: Recipe, model: Model) -> dict[str, tuple[str, str]]:
                 f"The pattern `{pattern}` of the recipe is found in no tensor of {model.name}. Correct or remove it; "
                 "`dynquant inspect` and plan.json show the names."
             )
-    types: dict[str, tuple[str, str]] = {}
-    missing = []
+
+    def by_name(name: str) -> Choice | None:
+        """Return what an option or a pattern says of a tensor; None for those that take the base type."""
+        is_embedding = name in EMBEDDING_NAMES
+        if is_embedding and recipe.token_embedding:
+            return Choice(recipe.token_embedding, "recipe: --token-embedding-type")
+        if name == OUTPUT_NAME and recipe.output:
+            return Choice(recipe.output, "recipe: --output-tensor-type")
+        for regex, pattern, type_name in rules:
+            if regex.search(name):
+                return Choice(type_name, f"recipe: {pattern}")
+        is_tied, uses_mixture = OUTPUT_NAME not in shapes, not recipe.is_pure and not recipe.has_float_base
+        if is_embedding and is_tied and recipe.output and uses_mixture:
+            return Choice(recipe.output, "recipe: --output-tensor-type, to which the token embedding is tied")
+        return None
+
+    types: dict[str, Choice] = {}
+    unnamed = []
     for name, shape in shapes.items():
         kept = kept_because(name, shape, model.arch)
         if kept is None:
-            named = _named_type(recipe, rules, name, is_tied=OUTPUT_NAME not in shapes)
-            if named is None:
-                missing.append(name)
+            choice = by_name(name)
+            if choice is None:
+                unnamed.append(name)
             else:
-                types[name] = named
+                types[name] = choice
         elif not stays_f32(name, shape):
-            types[name] = ("F32", f"recipe: not changed by llama.cpp, {kept}")
-    return types | _by_base(recipe, model, shapes, missing)
+            types[name] = Choice("F32", f"recipe: not changed by llama.cpp, {kept}")
+    return types | _by_base(recipe, model, shapes, unnamed)
 
 
-def _named_type(
-    recipe: Recipe, rules: list[tuple[re.Pattern[str], str, str]], name: str, *, is_tied: bool
-) -> tuple[str, str] | None:
-    is_embedding = name in EMBEDDING_NAMES
-    if is_embedding and recipe.token_embedding:
-        return recipe.token_embedding, "recipe: --token-embedding-type"
-    if name == OUTPUT_NAME and recipe.output:
-        return recipe.output, "recipe: --output-tensor-type"
-    for regex, pattern, type_name in rules:
-        if regex.search(name):
-            return type_name, f"recipe: {pattern}"
-    uses_mixture = not recipe.is_pure and not _has_float_base(recipe)
-    if is_embedding and is_tied and recipe.output and uses_mixture:
-        return recipe.output, "recipe: --output-tensor-type, to which the token embedding is tied"
-    return None
-
-
-def _by_base(
-    recipe: Recipe, model: Model, shapes: dict[str, tuple[int, ...]], missing: list[str]
-) -> dict[str, tuple[str, str]]:
-    """Types of the tensors that nothing names."""
-    if not missing:
+def _by_base(recipe: Recipe, model: Model, shapes: dict[str, tuple[int, ...]], unnamed: list[str]) -> dict[str, Choice]:
+    """Return the types of the tensors that nothing names."""
+    if not unnamed:
         return {}
     if recipe.base is None:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        more = f" and {len(unnamed) - 1} more" if len(unnamed) > 1 else ""
         raise PlanError(
-            f"The recipe has no pattern for `{missing[0]}`{more} of {model.name}. Add one (`.*=q6_k` as the last line "
+            f"The recipe has no pattern for `{unnamed[0]}`{more} of {model.name}. Add one (`.*=q6_k` as the last line "
             "names all that is left), or give a llama-quantize command line, whose base type is for the rest."
         )
-    if recipe.is_pure or _has_float_base(recipe):
-        return dict.fromkeys(missing, (LLAMA_FTYPES[recipe.base].base, "recipe: base type"))
-    named = shapes.keys() - set(missing)
-    mixture = llama_tensor_types(recipe.base, shapes.items(), model.hyper, overridden=named)
-    return {name: (type_name, f"recipe, by no pattern: {why}") for name, (type_name, why) in mixture.items()}
+    if recipe.is_pure or recipe.has_float_base:
+        return dict.fromkeys(unnamed, Choice(LLAMA_FTYPES[recipe.base].base, "recipe: base type"))
+    mixture = llama_tensor_types(recipe.base, shapes.items(), model.hyper, overridden=shapes.keys() - set(unnamed))
+    return {name: Choice(by.type, f"recipe, by no pattern: {by.reason}") for name, by in mixture.items()}
 
 
-def _has_float_base(recipe: Recipe) -> bool:
-    return recipe.base is not None and QUANT_TYPES[LLAMA_FTYPES[recipe.base].base].is_float
-
-
-def _command(text: str) -> Recipe:
+def _parse_command(text: str) -> Recipe:
     try:
         words = shlex.split(text.replace("\\\n", " "))
     except ValueError as error:
@@ -156,29 +305,29 @@ def _command(text: str) -> Recipe:
     rest = iter(words[program + 1 :])
     types: dict[str, str] = {}
     patterns: list[tuple[str, str]] = []
-    is_pure = False
     positional: list[str] = []
+    is_pure = False
     for word in rest:
         if positional or not word.startswith("--"):
             positional.append(word)
-        elif word == "--pure":
-            is_pure = True
         elif word in _TYPE_OPTIONS:
             types[_TYPE_OPTIONS[word]] = _type_name(_value(rest, word), word)
         elif word in _PATTERN_OPTIONS:
             patterns += _listed(_value(rest, word))
         elif word == "--tensor-type-file":
             patterns += _listed(_listed_file(_value(rest, word)))
-        elif word in _WITHOUT_MEANING:
-            for _ in range(_WITHOUT_MEANING[word]):
+        elif word in _NUM_VALUES:
+            for _ in range(_NUM_VALUES[word]):
                 _value(rest, word)
+        elif word == "--pure":
+            is_pure = True
         else:
             raise PlanError(
                 f"The recipe has the option `{word}`, which dynquant cannot follow. Take it out, and say what it did "
                 "with --tensor-type PATTERN=TYPE."
             )
     recipe = Recipe(_base(positional), tuple(patterns), is_pure=is_pure, **types)
-    if patterns and _has_float_base(recipe):
+    if patterns and recipe.has_float_base:
         raise PlanError(
             f"llama-quantize ignores --tensor-type when the base type is a float, and the recipe's is {recipe.base}. "
             "Give a quantized base type, as Q8_0."
@@ -212,7 +361,7 @@ def _base(positional: list[str]) -> str | None:
 def _listed_file(name: str) -> str:
     if not os.path.isfile(name):
         raise PlanError(f"The recipe refers to the file `{name}` with --tensor-type-file, and there is none.")
-    return read_recipe(name)
+    return _read_recipe(name)
 
 
 def _listed(text: str) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""What differs between two lists of types of one model: which parts of which layers changed type, and what it costs."""
+"""Differences between two lists of types of one model: which parts of which layers changed type, and what it costs."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from dynquant.recipes.type_lists import TypeList, consecutive_runs, without_lead
 
 
 @dataclass(frozen=True)
-class Change:
+class TypeChange:
     """Tensors of one role that go from one type to another. Bytes are those of all of them together."""
 
     role: Role
@@ -44,7 +44,7 @@ class PlanDiff:
 
     before: TypeList
     after: TypeList
-    changes: tuple[Change, ...]
+    changes: tuple[TypeChange, ...]
     histogram: tuple[TypeShare, ...]
 
 
@@ -60,20 +60,16 @@ def compare_types(before: TypeList, after: TypeList) -> PlanDiff:
     for name, tensor in old.items():
         if tensor.type != new[name].type:
             groups.setdefault((tensor.role, tensor.type, new[name].type), []).append(name)
-    changes = [
-        Change(
-            role, was, now, tuple(names),
-            bytes_before=sum(old[name].num_bytes for name in names),
-            bytes_after=sum(new[name].num_bytes for name in names),
-        )
-        for (role, was, now), names in groups.items()
-    ]  # fmt: skip
+    changes = []
+    for (role, was, now), names in groups.items():
+        sizes = (sum(side[name].num_bytes for name in names) for side in (old, new))
+        changes.append(TypeChange(role, was, now, tuple(names), *sizes))
     changes.sort(key=lambda change: -abs(change.bytes_after - change.bytes_before))
     return PlanDiff(before, after, tuple(changes), _histogram(before.tensors, after.tensors))
 
 
 def number_ranges(numbers: Iterable[int]) -> str:
-    """Sorted numbers for people: 3 4 5 9 -> `3-5, 9`."""
+    """Write sorted numbers for people: 3 4 5 9 -> `3-5, 9`."""
     runs = consecutive_runs(numbers)
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 

@@ -5,7 +5,7 @@ match wins; a last step fits the type to the row length. The facts are those of 
 inside llama-cpp-python 0.3.36, for an F32 input and with an importance matrix, which dynquant always has.
 
 Left out: pruning, and types outside the registry (Q1_0, Q2_0). Overrides given by hand (`--tensor-type` and the like)
-are `recipe_parser.py`'s.
+are `command_line.py`'s.
 """
 
 import difflib
@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import NamedTuple
 
-from dynquant.checkpoints.tensor_roles import HyperParams
+from dynquant.checkpoints.model import HyperParams
 from dynquant.errors import PlanError
 from dynquant.formats.quant_types import QUANT_TYPES, fit_to_row
+from dynquant.formats.storage_format import Choice
 
 
 class FileType(NamedTuple):
@@ -26,13 +27,6 @@ class FileType(NamedTuple):
 
     id: int
     base: str
-
-
-class TypeChoice(NamedTuple):
-    """A quant type's name and the reason for it."""
-
-    type: str
-    reason: str
 
 
 LLAMA_FTYPES: dict[str, FileType] = {
@@ -134,7 +128,7 @@ _AT_LEAST_Q8_0_IN_ARCH = {"glm5-next": ("attn_q_a", "attn_q_b", "nextn.eh_proj")
 
 
 def kept_because(name: str, shape: Sequence[int], arch: str) -> str | None:
-    """Why llama-quantize leaves this tensor as it is, or None when it quantizes it. `shape` ends in the row length."""
+    """Say why llama-quantize leaves this tensor as it is; None when it quantizes it. `shape` ends in the row length."""
     if len(shape) - next((i for i, n in enumerate(shape) if n != 1), len(shape)) < 2:
         return "one-dimensional"
     if not name.endswith("weight"):
@@ -146,7 +140,7 @@ def kept_because(name: str, shape: Sequence[int], arch: str) -> str | None:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Position:
     """What conditions may look at: number `index` of `total` in its category (or layer `index`), and the model."""
 
     index: int
@@ -165,75 +159,42 @@ class _Place:
         return self.index < eighth or self.index >= last or (self.index - eighth) % 3 == 2
 
 
-_Condition = Callable[[_Place], bool]
+@dataclass(frozen=True)
+class _Condition:
+    """`words` stand in the reason; empty where the rule needs no explanation."""
+
+    words: str
+    holds: Callable[[_Position], bool]
 
 
-def _always(_: _Place) -> bool:
-    return True
-
-
-def _heads_share_kv(place: _Place) -> bool:
-    return place.heads_share_kv
-
-
-def _kv_shared_or_experts(place: _Place) -> bool:
-    return place.heads_share_kv or place.hyper.n_expert >= 4
-
-
-def _eight_experts(place: _Place) -> bool:
-    return place.hyper.n_expert == 8
-
-
-def _not_eight_experts(place: _Place) -> bool:
-    return place.hyper.n_expert != 8
-
-
-def _more_bits(place: _Place) -> bool:
-    return place.has_more_bits
-
-
-def _eight_experts_more_bits(place: _Place) -> bool:
-    return place.hyper.n_expert == 8 and place.has_more_bits
-
-
-def _first_eighth(place: _Place) -> bool:
-    return place.index < place.total // 8
-
-
-def _first_sixteenth(place: _Place) -> bool:
-    return place.index < place.total // 16
-
-
-def _middle(place: _Place) -> bool:
-    return place.total // 8 <= place.index < 7 * place.total // 8
-
-
-def _first(count: int) -> _Condition:
-    return lambda place: place.index < count
-
-
-_WORDS = {
-    _heads_share_kv: "4 or more query heads share it",
-    _kv_shared_or_experts: "4 or more query heads share it, or 4 or more experts",
-    _eight_experts: "8 experts",
-    _more_bits: "a layer given more bits",
-    _eight_experts_more_bits: "8 experts, a layer given more bits",
-    _first_eighth: "among the first eighth",
-    _first_sixteenth: "among the first sixteenth",
-    _middle: "neither first nor last eighth",
-}
+_ALWAYS = _Condition("", lambda at: True)
+_HEADS_SHARE_KV = _Condition("4 or more query heads share it", lambda at: at.heads_share_kv)
+_KV_SHARED_OR_EXPERTS = _Condition(
+    "4 or more query heads share it, or 4 or more experts", lambda at: at.heads_share_kv or at.hyper.n_expert >= 4
+)
+_EIGHT_EXPERTS = _Condition("8 experts", lambda at: at.hyper.n_expert == 8)
+_NOT_EIGHT_EXPERTS = _Condition("", lambda at: at.hyper.n_expert != 8)
+_MORE_BITS = _Condition("a layer given more bits", lambda at: at.has_more_bits)
+_EIGHT_EXPERTS_MORE_BITS = _Condition(
+    "8 experts, a layer given more bits", lambda at: at.hyper.n_expert == 8 and at.has_more_bits
+)
+_FIRST_EIGHTH = _Condition("among the first eighth", lambda at: at.index < at.total // 8)
+_FIRST_SIXTEENTH = _Condition("among the first sixteenth", lambda at: at.index < at.total // 16)
+_MIDDLE = _Condition("neither first nor last eighth", lambda at: at.total // 8 <= at.index < 7 * at.total // 8)
+_FIRST_TWO = _Condition("", lambda at: at.index < 2)
+_FIRST_FOUR = _Condition("", lambda at: at.index < 4)
 
 
 @dataclass(frozen=True)
 class _Rule:
     file_types: frozenset[str]
     type: str
-    when: _Condition = _always
+    condition: _Condition = _ALWAYS
 
 
-def _rule(file_types: str | Iterable[str], type_name: str, when: _Condition = _always) -> _Rule:
+def _rule(file_types: str | Iterable[str], type_name: str, condition: _Condition = _ALWAYS) -> _Rule:
     names = file_types.split() if isinstance(file_types, str) else file_types
-    return _Rule(frozenset(names), type_name, when)
+    return _Rule(frozenset(names), type_name, condition)
 
 
 _IQ1 = frozenset(("iq1_s", "iq1_m"))
@@ -253,36 +214,36 @@ _OUTPUT_RULES = (
     _rule(_OTHERS, "Q6_K"),
 )
 _COMMON_FFN_DOWN_RULES = (
-    _rule(_IQ1 | _IQ2_SMALL, "Q2_K", _first_eighth),
-    _rule(_IQ2_LARGE, "IQ3_S", _first_eighth),
+    _rule(_IQ1 | _IQ2_SMALL, "Q2_K", _FIRST_EIGHTH),
+    _rule(_IQ2_LARGE, "IQ3_S", _FIRST_EIGHTH),
     _rule("q2_k", "Q3_K"),
-    _rule("q2_k_s", "Q4_K", _first_eighth),
-    _rule("iq3_m", "Q4_K", _first_eighth),
-    _rule("iq3_m", "Q4_K", _eight_experts_more_bits),
-    _rule("q5_k_m", "Q6_K", _more_bits),
-    _rule("q4_0", "Q4_1", _first_eighth),
-    _rule("q5_0", "Q5_1", _first_eighth),
+    _rule("q2_k_s", "Q4_K", _FIRST_EIGHTH),
+    _rule("iq3_m", "Q4_K", _FIRST_EIGHTH),
+    _rule("iq3_m", "Q4_K", _EIGHT_EXPERTS_MORE_BITS),
+    _rule("q5_k_m", "Q6_K", _MORE_BITS),
+    _rule("q4_0", "Q4_1", _FIRST_EIGHTH),
+    _rule("q5_0", "Q5_1", _FIRST_EIGHTH),
 )
-_MIDDLE_FFN_RULES = (_rule("iq3_xs", "IQ3_XXS", _middle),)
+_MIDDLE_FFN_RULES = (_rule("iq3_xs", "IQ3_XXS", _MIDDLE),)
 _RULES: dict[_Category, tuple[_Rule, ...]] = {
     _Category.ATTN_V: (
-        _rule(_VERY_LOW, "Q4_K", _kv_shared_or_experts),
+        _rule(_VERY_LOW, "Q4_K", _KV_SHARED_OR_EXPERTS),
         _rule(_IQ1 | _IQ2_SMALL, "Q2_K"),
         _rule(_IQ2_LARGE, "IQ3_S"),
-        _rule(_OTHERS, "Q8_0", _eight_experts),
-        _rule("q2_k q2_k_s iq3_xxs iq3_xs iq3_s", "Q4_K", _heads_share_kv),
+        _rule(_OTHERS, "Q8_0", _EIGHT_EXPERTS),
+        _rule("q2_k q2_k_s iq3_xxs iq3_xs iq3_s", "Q4_K", _HEADS_SHARE_KV),
         _rule("q2_k", "Q3_K"),
         _rule("iq3_m", "Q4_K"),
-        _rule("q3_k_m", "Q5_K", _first(2)),
+        _rule("q3_k_m", "Q5_K", _FIRST_TWO),
         _rule("q3_k_m", "Q4_K"),
         _rule("q3_k_l", "Q5_K"),
-        _rule("iq4_nl iq4_xs", "Q5_K", _heads_share_kv),
-        _rule("q4_k_m q5_k_m", "Q6_K", _more_bits),
-        _rule("q4_k_s", "Q5_K", _first(4)),
+        _rule("iq4_nl iq4_xs", "Q5_K", _HEADS_SHARE_KV),
+        _rule("q4_k_m q5_k_m", "Q6_K", _MORE_BITS),
+        _rule("q4_k_s", "Q5_K", _FIRST_FOUR),
     ),
     _Category.ATTN_K: (
-        _rule(_VERY_LOW, "Q4_K", _eight_experts),
-        _rule(_OTHERS, "Q8_0", _eight_experts),
+        _rule(_VERY_LOW, "Q4_K", _EIGHT_EXPERTS),
+        _rule(_OTHERS, "Q8_0", _EIGHT_EXPERTS),
         _rule("iq3_xs", "IQ3_XXS"),
         _rule("iq3_xxs", "IQ2_S"),
     ),
@@ -291,22 +252,22 @@ _RULES: dict[_Category, tuple[_Rule, ...]] = {
         _rule("iq3_xxs", "IQ2_S"),
     ),
     _Category.ATTN_OUT: (
-        _rule(_VERY_LOW, "Q5_K", _eight_experts),
+        _rule(_VERY_LOW, "Q5_K", _EIGHT_EXPERTS),
         _rule(_IQ1, "IQ2_XXS"),
         _rule(_IQ2_LARGE, "IQ3_S"),
-        _rule("q2_k iq3_xs iq3_xxs q3_k_s q3_k_m iq4_nl q4_k_s q4_k_m iq3_s iq3_m iq4_xs", "Q5_K", _eight_experts),
-        _rule("q2_k", "Q3_K", _not_eight_experts),
-        _rule("iq3_xxs", "IQ3_S", _not_eight_experts),
-        _rule("q3_k_m iq3_m", "Q4_K", _not_eight_experts),
-        _rule("q3_k_l", "Q5_K", _not_eight_experts),
+        _rule("q2_k iq3_xs iq3_xxs q3_k_s q3_k_m iq4_nl q4_k_s q4_k_m iq3_s iq3_m iq4_xs", "Q5_K", _EIGHT_EXPERTS),
+        _rule("q2_k", "Q3_K", _NOT_EIGHT_EXPERTS),
+        _rule("iq3_xxs", "IQ3_S", _NOT_EIGHT_EXPERTS),
+        _rule("q3_k_m iq3_m", "Q4_K", _NOT_EIGHT_EXPERTS),
+        _rule("q3_k_l", "Q5_K", _NOT_EIGHT_EXPERTS),
     ),
     _Category.FFN_DOWN: (
         *_COMMON_FFN_DOWN_RULES,
-        _rule("q3_k_m", "Q5_K", _first_sixteenth),
+        _rule("q3_k_m", "Q5_K", _FIRST_SIXTEENTH),
         _rule("q3_k_m", "Q4_K"),
         _rule("q3_k_l", "Q5_K"),
-        _rule("q4_k_m", "Q6_K", _more_bits),
-        _rule("q4_k_s", "Q5_K", _first_eighth),
+        _rule("q4_k_m", "Q6_K", _MORE_BITS),
+        _rule("q4_k_s", "Q5_K", _FIRST_EIGHTH),
     ),
     _Category.FFN_UP: _MIDDLE_FFN_RULES,
     _Category.FFN_GATE: _MIDDLE_FFN_RULES,
@@ -315,11 +276,11 @@ _FALCON_RULES = _RULES | {
     _Category.ATTN_OUT: (*_RULES[_Category.ATTN_OUT][:3], _rule("q3_k_l", "Q4_K")),
     _Category.FFN_DOWN: (
         *_COMMON_FFN_DOWN_RULES,
-        _rule("q3_k_m", "Q5_K", _first_sixteenth),
-        _rule("q3_k_m", "Q4_K", _more_bits),
+        _rule("q3_k_m", "Q5_K", _FIRST_SIXTEENTH),
+        _rule("q3_k_m", "Q4_K", _MORE_BITS),
         _rule("q3_k_l", "Q4_K"),
-        _rule("q4_k_m", "Q6_K", _first_sixteenth),
-        _rule("q4_k_m", "Q5_K", _more_bits),
+        _rule("q4_k_m", "Q6_K", _FIRST_SIXTEENTH),
+        _rule("q4_k_m", "Q5_K", _MORE_BITS),
     ),
 }
 _SEVENTY_BILLION_LAYERS = {"llama": 80, "llama-embed": 80, "deci": 80, "olmo": 80, "qwen2": 80, "jais2": 68}
@@ -352,64 +313,63 @@ class _Mixture:
         self.num_attn_v = sum(_category(name) is _Category.ATTN_V for name in names)
         self.seen: Counter[_Category] = Counter()
 
-    def choose(self, name: str, shape: Sequence[int]) -> TypeChoice:
+    def choose(self, name: str, shape: Sequence[int]) -> Choice:
+        """Return the type that is stored; tensors must come in `_counting_order`."""
         kept = kept_because(name, shape, self.hyper.arch)
         if kept:
-            return TypeChoice("F32", f"llama.cpp {self.file_type}: {kept}")
+            return Choice("F32", f"llama.cpp {self.file_type}: {kept}")
         if QUANT_TYPES[self.base].is_float:
-            return TypeChoice(self.base, f"llama.cpp {self.file_type}: all matrices")
-        type_name, why = self._mixed(name, shape)
-        fitted, misfit = fit_to_row(QUANT_TYPES[type_name], shape[-1])
-        return TypeChoice(fitted.name, f"llama.cpp {self.file_type}: {why}" + (f"; {misfit}" if misfit else ""))
+            return Choice(self.base, f"llama.cpp {self.file_type}: all matrices")
+        mixed = self._mixed(name, shape)
+        fitted, misfit = fit_to_row(QUANT_TYPES[mixed.type], shape[-1])
+        reason = f"llama.cpp {self.file_type}: {mixed.reason}" + (f"; {misfit}" if misfit else "")
+        return Choice(fitted.name, reason)
 
-    def _mixed(self, name: str, shape: Sequence[int]) -> tuple[str, str]:
-        category = _category(name)
-        if any(part in name for part in _AT_LEAST_Q8_0_IN_ARCH.get(self.hyper.arch, ())):
-            return "Q8_0", f"never lower in {self.hyper.arch}"
+    def _mixed(self, name: str, shape: Sequence[int]) -> Choice:
+        category, arch = _category(name), self.hyper.arch
+        if any(part in name for part in _AT_LEAST_Q8_0_IN_ARCH.get(arch, ())):
+            return Choice("Q8_0", f"never lower in {arch}")
         if category is _Category.OUTPUT or (self.is_tied and category is _Category.TOKEN_EMBD):
             return self._output(shape[-1])
         if self.file_type == "mxfp4_moe":
-            return self._mxfp4_moe(category, shape)
+            is_expert = len(shape) > 2 and shape[-3] > 1 and (arch != "bailingmoe3" or category in _FFN)
+            return Choice("MXFP4", "expert weights") if is_expert else Choice("Q8_0", "not expert weights")
+        position = self._position(category, name)
         if category is _Category.TOKEN_EMBD:
-            return self._by_rules(_EMBEDDING_RULES, self._place(category, name), "token embedding")
-        rules = (_FALCON_RULES if self.hyper.arch == "falcon" else _RULES).get(category, ())
-        place = self._place(category, name)
+            return self._by_rules(_EMBEDDING_RULES, position, "token embedding")
         self.seen[category] += 1
-        type_name, why = self._by_rules(rules, place, category.name.lower())
-        is_raised = category is _Category.ATTN_V and self.file_type in _OTHERS and type_name in ("Q3_K", "Q4_K")
+        rules = (_FALCON_RULES if arch == "falcon" else _RULES).get(category, ())
+        choice = self._by_rules(rules, position, category.name.lower())
+        is_raised = category is _Category.ATTN_V and self.file_type in _OTHERS and choice.type in ("Q3_K", "Q4_K")
         if is_raised and _is_70b(self.hyper):
-            return "Q5_K", "attn_v of a 70B model"
-        return type_name, why
+            return Choice("Q5_K", "attn_v of a 70B model")
+        return choice
 
-    def _output(self, row_length: int) -> tuple[str, str]:
-        what = "output (tied to the token embedding)" if self.is_tied else "output"
+    def _output(self, row_length: int) -> Choice:
+        subject = "output (tied to the token embedding)" if self.is_tied else "output"
         if self.hyper.arch == "falcon" or row_length % QUANT_TYPES[self.base].block_size:
-            return "Q8_0", f"{what}; rows of {row_length} in {self.hyper.arch}"
-        return self._by_rules(_OUTPUT_RULES, _Place(0, 1, self.hyper), what)
+            return Choice("Q8_0", f"{subject}; rows of {row_length} in {self.hyper.arch}")
+        return self._by_rules(_OUTPUT_RULES, _Position(0, 1, self.hyper), subject)
 
-    def _mxfp4_moe(self, category: _Category, shape: Sequence[int]) -> tuple[str, str]:
-        is_expert = len(shape) > 2 and shape[-3] > 1 and (self.hyper.arch != "bailingmoe3" or category in _FFN)
-        return ("MXFP4", "expert weights") if is_expert else ("Q8_0", "not expert weights")
-
-    def _place(self, category: _Category, name: str) -> _Place:
+    def _position(self, category: _Category, name: str) -> _Position:
         if category is _Category.ATTN_V:
-            return _Place(self.seen[category], self.num_attn_v, self.hyper)
+            return _Position(self.seen[category], self.num_attn_v, self.hyper)
         # Experts of one layer may be apart in the file, so layers are read from the name; the rules for 1- and 2-bit
         # files count tensors instead, experts and shared experts alike.
         counts_layers = category in _FFN and self.hyper.n_expert > 1 and self.file_type not in _VERY_LOW
         index = _counting_order(name)[0] if counts_layers else self.seen[category]
-        return _Place(index, self.hyper.n_layer, self.hyper)
+        return _Position(index, self.hyper.n_layer, self.hyper)
 
-    def _by_rules(self, rules: tuple[_Rule, ...], place: _Place, what: str) -> tuple[str, str]:
+    def _by_rules(self, rules: tuple[_Rule, ...], position: _Position, subject: str) -> Choice:
         for rule in rules:
-            if self.file_type in rule.file_types and rule.when(place):
-                words = _WORDS.get(rule.when)
-                return rule.type, f"{what} ({words})" if words else what
-        return self.base, "base type"
+            if self.file_type in rule.file_types and rule.condition.holds(position):
+                words = rule.condition.words
+                return Choice(rule.type, f"{subject} ({words})" if words else subject)
+        return Choice(self.base, "base type")
 
 
 def file_type_name(ftype: str) -> str:
-    """The key of `LLAMA_FTYPES` that llama-quantize understands by `ftype`.
+    """Return the key of `LLAMA_FTYPES` that llama-quantize understands by `ftype`.
 
     Raises:
         PlanError: no such file type; the message lists the nearest names.
@@ -427,8 +387,8 @@ def llama_tensor_types(
     hyper: HyperParams,
     *,
     overridden: Container[str] = (),
-) -> dict[str, TypeChoice]:
-    """The types that llama-quantize gives to a model's tensors for a file type.
+) -> dict[str, Choice]:
+    """Return the types that llama-quantize gives to a model's tensors for a file type.
 
     Args:
         ftype: A key of `LLAMA_FTYPES` in any case, or `q3_k`, `q4_k`, `q5_k` for their `_m` mixtures.
@@ -438,7 +398,7 @@ def llama_tensor_types(
             count them, as in llama-quantize.
 
     Returns:
-        Name -> (type, reason) in the order of `tensors`. What llama-quantize leaves alone is F32.
+        GGUF name -> choice, in the order of `tensors`. What llama-quantize leaves alone is F32.
 
     Raises:
         PlanError: no such file type.
@@ -447,5 +407,5 @@ def llama_tensor_types(
     shapes = {name: tuple(shape) for name, shape in tensors}
     mixture = _Mixture(file_type, list(shapes), hyper)
     left = [name for name in shapes if name not in overridden]
-    chosen = {name: mixture.choose(name, shapes[name]) for name in sorted(left, key=_counting_order)}
-    return {name: chosen[name] for name in left}
+    choices = {name: mixture.choose(name, shapes[name]) for name in sorted(left, key=_counting_order)}
+    return {name: choices[name] for name in left}

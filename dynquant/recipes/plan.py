@@ -6,8 +6,6 @@ inputs give the same bytes. `predicted_bytes` is the exact size of the GGUF file
 
 import hashlib
 import json
-import os
-from contextlib import suppress
 from math import prod
 from pathlib import Path
 from typing import Literal
@@ -16,8 +14,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dynquant import __version__
 from dynquant.checkpoints.tensor_roles import Role
-from dynquant.errors import ExportError, PlanError
+from dynquant.errors import PlanError
 from dynquant.formats.quant_types import QUANT_TYPES, QuantType
+from dynquant.storage.atomic import write_atomically
 
 SCHEMA_VERSION = 1
 _MAX_DIMENSION, _MAX_BYTES = 1 << 48, 1 << 63
@@ -160,22 +159,3 @@ def _check_entries(plan: Plan, path: Path) -> None:
             )
         if entry.bytes != entry.quant_type.tensor_bytes(entry.shape):
             raise PlanError(f"{path} states {entry.bytes} bytes for `{entry.name}`; {entry.type} takes another size.")
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a small file beside its place and move it there, so that it appears whole or not at all. Text is UTF-8.
-
-    Raises:
-        ExportError: no space, no permission, or a parent that is no directory.
-    """
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise ExportError(
-            f"{path} could not be written: {error.strerror or error}. Free some space or choose another place."
-        ) from error

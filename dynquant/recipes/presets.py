@@ -5,26 +5,24 @@
     r1-...                Unsloth's original dynamic DeepSeek-R1 files: attention, shared experts and dense layers
                           precise, routed experts crushed, the down projections of the first MoE layers a step higher
     experts-TYPE          all routed experts in TYPE, the rest as in r1-iq1_s; for comparing types and encoders
-    llama-FTYPE           llama.cpp's own mixture, tensor by tensor as `llama-quantize FTYPE` (llama_presets.py)
+    llama-FTYPE           llama.cpp's own mixture, tensor by tensor as `llama-quantize FTYPE` (llama_mixtures.py)
 
 The r1-iq1_s assignment reproduces the published histogram (F32 361, Q4_K 190, Q5_K 116, Q6_K 184, IQ2_XXS 6, IQ1_S 168;
 gpustack issue 1107). Of the other three only sizes are published (158, 183, 212 GiB, Unsloth's R1 blog): their down
 projections are the types that meet those sizes.
 """
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import Role, layer_of, role_of
 from dynquant.errors import PlanError
 from dynquant.formats.quant_types import QUANT_TYPES, quant_type
-from dynquant.recipes.llama_mixtures import LLAMA_FTYPES, llama_tensor_types
+from dynquant.formats.storage_format import Choice
+from dynquant.recipes.llama_mixtures import llama_tensor_types
 
-Choice = tuple[str, str]
-"""Type name and reason."""
-
-_SIX = 6
+_NUM_EARLY = 6
+"""MoE layers whose down projections are a step more precise."""
 
 
 @dataclass(frozen=True)
@@ -54,15 +52,8 @@ _R1_PRECISE = {
 _FLOATS = ("f32", "f16", "bf16")
 
 
-def preset_names() -> list[str]:
-    """Every accepted preset; `uniform-`, `experts-` and `llama-` are followed by each of their types."""
-    types = [name.lower() for name in QUANT_TYPES if name.lower() not in _FLOATS]
-    of_type = [f"{kind}-{name}" for kind in ("uniform", "experts") for name in types]
-    return [*_FLOATS, *R1_RECIPES, *of_type, *(f"llama-{name}" for name in LLAMA_FTYPES)]
-
-
 def preset_types(preset: str, model: Model) -> dict[str, Choice]:
-    """Wanted type and reason of every quantizable tensor; row-length fallbacks are applied by the plan builder.
+    """Return wanted type and reason of every quantizable tensor; row-length fallbacks are applied by the plan builder.
 
     Raises:
         PlanError: unknown preset, or an R1 recipe for a model without routed experts.
@@ -72,16 +63,17 @@ def preset_types(preset: str, model: Model) -> dict[str, Choice]:
     if name == "f32":
         names += [tensor for tensor in model.source.names() if role_of(tensor) is Role.VISION_PATCH]
     if name in _FLOATS:
-        return {tensor: (name.upper(), f"preset {name}") for tensor in names}
+        return dict.fromkeys(names, Choice(name.upper(), f"preset {name}"))
     if name.startswith("uniform-"):
-        return _each(names, _uniform(quant_type(name.removeprefix("uniform-")).name))
+        return _uniform(quant_type(name.removeprefix("uniform-")).name, names)
     if name.startswith("experts-"):
         crushed = quant_type(name.removeprefix("experts-")).name
-        return _each(names, _r1(_R1Recipe(crushed, crushed, crushed), names, name))
+        return _r1(_R1Recipe(crushed, crushed, crushed), names, name)
     if name in R1_RECIPES:
-        return _each(names, _r1(R1_RECIPES[name], names, name))
+        return _r1(R1_RECIPES[name], names, name)
     if name.startswith("llama-"):
-        return _llama(name.removeprefix("llama-"), model)
+        tensors = [(tensor, model.source.info(tensor).shape) for tensor in model.source.names()]
+        return llama_tensor_types(name.removeprefix("llama-"), tensors, model.hyper)
     raise PlanError(
         f"There is no preset `{preset}`. Presets are f32, f16, bf16, {', '.join(R1_RECIPES)}, uniform-TYPE (as "
         "uniform-iq2_xxs), experts-TYPE and llama-FTYPE (as llama-q4_k_m)."
@@ -89,45 +81,35 @@ def preset_types(preset: str, model: Model) -> dict[str, Choice]:
 
 
 def is_quantizable(name: str, shape: tuple[int, ...]) -> bool:
-    """Matrices that are neither norms, routers nor of unknown purpose; the rest stays precise, as in llama.cpp."""
+    """Return whether a tensor is a matrix that is neither norm, router nor of unknown purpose.
+
+    The rest stays precise, as in llama.cpp.
+    """
     kept = (Role.NORM, Role.ROUTER, Role.VISION_PATCH, Role.OTHER)
     return len(shape) >= 2 and name.endswith(".weight") and role_of(name) not in kept
 
 
-def _each(names: Iterable[str], choose: Callable[[str], Choice]) -> dict[str, Choice]:
-    return {name: choose(name) for name in names}
+def _uniform(type_name: str, names: list[str]) -> dict[str, Choice]:
+    everywhere = Choice(type_name, f"uniform {type_name}")
+    if QUANT_TYPES[type_name].bits_per_weight >= QUANT_TYPES["Q2_K"].bits_per_weight:
+        return dict.fromkeys(names, everywhere)
+    at_the_ends = Choice("Q2_K", f"uniform {type_name}: embedding and output take Q2_K")
+    return {name: at_the_ends if role_of(name) in (Role.EMBEDDING, Role.OUTPUT) else everywhere for name in names}
 
 
-def _uniform(type_name: str) -> Callable[[str], Choice]:
-    below_q2_k = QUANT_TYPES[type_name].bits_per_weight < QUANT_TYPES["Q2_K"].bits_per_weight
-
-    def choose(name: str) -> Choice:
-        if below_q2_k and role_of(name) in (Role.EMBEDDING, Role.OUTPUT):
-            return "Q2_K", f"uniform {type_name}: embedding and output take Q2_K"
-        return type_name, f"uniform {type_name}"
-
-    return choose
-
-
-def _r1(recipe: _R1Recipe, names: list[str], preset: str) -> Callable[[str], Choice]:
+def _r1(recipe: _R1Recipe, names: list[str], preset: str) -> dict[str, Choice]:
     down = sorted((layer_of(name) or 0, name) for name in names if role_of(name) == Role.EXPERT_DOWN)
     if not down:
         raise PlanError(f"The preset {preset} crushes routed experts, and this model has none; use llama-q4_k_m.")
-    early = {name for _, name in down[:_SIX]}
+    early = {name for _, name in down[:_NUM_EARLY]}
 
     def choose(name: str) -> Choice:
         role = role_of(name)
         if name in early:
-            return recipe.early_down, f"{preset}: down projection of the first {_SIX} MoE layers"
-        if role == Role.EXPERT_DOWN:
-            return recipe.down, f"{preset}: routed experts crushed"
+            return Choice(recipe.early_down, f"{preset}: down projection of the first {_NUM_EARLY} MoE layers")
         if role.is_routed_expert:
-            return recipe.gate_up, f"{preset}: routed experts crushed"
-        return _R1_PRECISE.get(role, "Q4_K"), f"{preset}: {role.value} kept precise"
+            type_name = recipe.down if role == Role.EXPERT_DOWN else recipe.gate_up
+            return Choice(type_name, f"{preset}: routed experts crushed")
+        return Choice(_R1_PRECISE.get(role, "Q4_K"), f"{preset}: {role.value} kept precise")
 
-    return choose
-
-
-def _llama(ftype: str, model: Model) -> dict[str, Choice]:
-    tensors = [(name, model.source.info(name).shape) for name in model.source.names()]
-    return llama_tensor_types(ftype, tensors, model.hyper)
+    return {name: choose(name) for name in names}

@@ -17,7 +17,7 @@ from dynquant import __version__
 from dynquant.checkpoints.tensor_roles import Role
 from dynquant.errors import PlanError
 from dynquant.formats.vllm_schemes import SCHEMES, Scheme
-from dynquant.recipes.plan import write_atomically
+from dynquant.storage.atomic import write_atomically
 from dynquant.storage.strict_json import parse_json
 
 SCHEMA_VERSION = 1

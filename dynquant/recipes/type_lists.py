@@ -11,6 +11,7 @@ from dynquant.checkpoints.inspect import TensorRecord, inspect
 from dynquant.checkpoints.model import Model
 from dynquant.errors import PlanError
 from dynquant.formats.quant_types import QUANT_TYPES
+from dynquant.formats.storage_format import Choice
 from dynquant.recipes.build_plan import stays_f32
 from dynquant.recipes.llama_mixtures import OUTPUT_NAME
 from dynquant.recipes.plan import Plan
@@ -45,13 +46,13 @@ def read_types(path: Path) -> TypeList:
 
 
 def without_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape as ggml counts dimensions: (1, 64) and (64,) are the same vector."""
+    """Return the shape as ggml counts dimensions: (1, 64) and (64,) are the same vector."""
     first = next((i for i, n in enumerate(shape[:-1]) if n != 1), len(shape) - 1)
     return shape[first:]
 
 
 def consecutive_runs(numbers: Iterable[int]) -> list[list[int]]:
-    """Sorted numbers, cut where one is left out: 3 4 5 9 -> [3 4 5] [9]."""
+    """Cut sorted numbers where one is left out: 3 4 5 9 -> [3 4 5] [9]."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
@@ -61,8 +62,8 @@ def consecutive_runs(numbers: Iterable[int]) -> list[list[int]]:
     return runs
 
 
-def like_types(path: Path, model: Model) -> dict[str, tuple[str, str]]:
-    """Type and reason of the model's tensors, as another file or plan has them. F32 vectors are left out.
+def like_types(path: Path, model: Model) -> dict[str, Choice]:
+    """Return type and reason of the model's tensors, as another file or plan has them. F32 vectors are left out.
 
     Where only one of the two ties the output to the token embedding, the output of the other gets the embedding's type,
     or the embedding the more precise type of both.
@@ -74,7 +75,7 @@ def like_types(path: Path, model: Model) -> dict[str, tuple[str, str]]:
     like = read_types(path)
     stored = {tensor.name: tensor for tensor in like.tensors}
     shapes = {name: tuple(model.source.info(name).shape) for name in model.source.names()}
-    types = {name: (tensor.type, f"like {like.name}") for name, tensor in stored.items()}
+    types = {name: Choice(tensor.type, f"like {like.name}") for name, tensor in stored.items()}
     for name, tensor in stored.items():
         if tensor.type not in QUANT_TYPES:
             raise PlanError(
@@ -90,24 +91,25 @@ def like_types(path: Path, model: Model) -> dict[str, tuple[str, str]]:
                 "Only a file of the same model, or of one with the same shapes, can be followed."
             )
     return {
-        name: types[name] for name, shape in shapes.items() if types[name][0] != "F32" or not stays_f32(name, shape)
+        name: types[name] for name, shape in shapes.items() if types[name].type != "F32" or not stays_f32(name, shape)
     }
 
 
-def _tie(types: dict[str, tuple[str, str]], shapes: dict[str, tuple[int, ...]], file: str, model: str) -> None:
+def _tie(types: dict[str, Choice], shapes: dict[str, tuple[int, ...]], file: str, model: str) -> None:
     """Give both sides the same tensors when one of them has no output of its own."""
     if _EMBEDDING_NAME not in types:
         return
-    embedding = types[_EMBEDDING_NAME][0]
+    embedding = types[_EMBEDDING_NAME].type
     if OUTPUT_NAME in types and OUTPUT_NAME not in shapes:
-        output = types.pop(OUTPUT_NAME)[0]
+        output = types.pop(OUTPUT_NAME).type
         if QUANT_TYPES[output].bits_per_weight > QUANT_TYPES[embedding].bits_per_weight:
-            types[_EMBEDDING_NAME] = (output, f"like {file}: the type of its output, which {model} ties to this tensor")
+            reason = f"like {file}: the type of its output, which {model} ties to this tensor"
+            types[_EMBEDDING_NAME] = Choice(output, reason)
     elif OUTPUT_NAME in shapes and OUTPUT_NAME not in types:
-        types[OUTPUT_NAME] = (embedding, f"like {file}, which ties its output to the token embedding")
+        types[OUTPUT_NAME] = Choice(embedding, f"like {file}, which ties its output to the token embedding")
 
 
-def _check_names(types: dict[str, tuple[str, str]], shapes: dict[str, tuple[int, ...]], file: str, model: str) -> None:
+def _check_names(types: dict[str, Choice], shapes: dict[str, tuple[int, ...]], file: str, model: str) -> None:
     for owner, other, names in (
         (model, file, [name for name in shapes if name not in types]),
         (file, model, [name for name in types if name not in shapes]),

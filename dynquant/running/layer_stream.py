@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dynquant.checkpoints.fp8_values import StoredValues
 from dynquant.checkpoints.model import Model
+from dynquant.checkpoints.safetensors_source import StoredValues
 from dynquant.errors import CheckpointError, StatsError
 from dynquant.running.expert_hooks import record_experts
 from dynquant.running.load import empty_hf

@@ -1,9 +1,9 @@
 """GGUF tensors inside a running transformers model: written into its parameters, and their gradients read back.
 
 A GGUF tensor is a selection of a checkpoint tensor's entries: some rows, another order, a transposition, at most with a
-constant added (Gemma's norms). `TensorRecipe.transform` makes it; the way back is the transform's adjoint, which
+constant added (Gemma's norms). `Conversion.transform` makes it; the way back is the transform's adjoint, which
 automatic differentiation gives, so no family has to state an inverse. When the original is a GGUF file there are no
-recipes: parameters are found by name, rows of rotary heads are reordered where that is what makes them equal, and every
+conversions: parameters are found by name, rows of rotary heads are reordered where that makes them equal, and every
 place is checked against the file.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import gguf_name_of
 from dynquant.errors import CheckpointError
-from dynquant.families.common.conversion import RecipeSource, Transform, unchanged
+from dynquant.families.common.conversion import ConvertedSource, Transform, unchanged
 from dynquant.families.text.llama import interleave_halves
 from dynquant.running.expert_hooks import expert_modules
 
@@ -33,7 +33,7 @@ class LiveWeights:
     """The GGUF tensors of `model` that have a place in `hf_model`, loaded by transformers from the same checkpoint."""
 
     def __init__(self, model: Model, hf_model: nn.Module) -> None:
-        if isinstance(model.source, RecipeSource):
+        if isinstance(model.source, ConvertedSource):
             self._places = _stack_places(model, hf_model) | _single_places(model, model.source, hf_model)
         else:
             self._places = _places_of_a_file(model, hf_model)
@@ -91,7 +91,7 @@ def _stack_places(model: Model, hf_model: nn.Module) -> dict[str, _Place]:
     return places
 
 
-def _single_places(model: Model, source: RecipeSource, hf_model: nn.Module) -> dict[str, _Place]:
+def _single_places(model: Model, source: ConvertedSource, hf_model: nn.Module) -> dict[str, _Place]:
     """Tensors made of one checkpoint tensor, found under its own name or under the name that GGUF gives it.
 
     A tied embedding that GGUF stores twice has one place, that of the embedding.

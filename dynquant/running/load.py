@@ -13,7 +13,7 @@ import torch
 
 from dynquant.checkpoints.model import Model
 from dynquant.errors import CheckpointError
-from dynquant.families.common.conversion import RecipeSource
+from dynquant.families.common.conversion import ConvertedSource
 from dynquant.resources import count_mapped_files
 from dynquant.running.weights import CheckpointWeights
 
@@ -32,7 +32,7 @@ def load_hf(model: Model, *, dtype: torch.dtype | None = None, device: str = "cp
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    if isinstance(model.source, RecipeSource) and getattr(model.source.checkpoint, "has_fp8", False):
+    if isinstance(model.source, ConvertedSource) and getattr(model.source.checkpoint, "has_fp8", False):
         return _load_fp8(model, dtype or computing_type(model, device), device)
     auto_class = AutoModelForImageTextToText if model.has_vision else AutoModelForCausalLM
     wanted = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dynquant.checkpoints.fp8_values import StoredValues
+from dynquant.checkpoints.safetensors_source import StoredValues
 
 ReadExpert = Callable[[int], tuple[StoredValues, ...]]
 """Expert -> its parts, which follow each other as rows: (gate, up), or (down,)."""

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from dynquant.checkpoints.fp8_values import StoredValues
 from dynquant.checkpoints.model import Model
+from dynquant.checkpoints.safetensors_source import SafetensorsSource, StoredValues
 from dynquant.checkpoints.tensor_roles import gguf_name_of
-from dynquant.checkpoints.tensor_source import SafetensorsSource
 from dynquant.errors import CheckpointError
-from dynquant.families.common.conversion import RecipeSource
+from dynquant.families.common.conversion import ConvertedSource
 from dynquant.running.expert_hooks import expert_modules
 
 _PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
@@ -40,7 +39,7 @@ class CheckpointWeights:
 
     def __init__(self, model: Model, hf_model: nn.Module) -> None:
         self._model = model
-        self._recipes, self.source = checkpoint_of(model)
+        self._converted, self.source = checkpoint_of(model)
         self._known = set(self.source.names())
         self.stacks = dict(self._expert_stacks(hf_model))
         """Fused parameters by their name in the model."""
@@ -124,9 +123,9 @@ class CheckpointWeights:
         names = [
             gguf_name_of(f"{module_name}.{one}", self._model.arch, self._model.hyper.n_layer) for one in _PARTS[part]
         ]
-        if not all(name is not None and name in self._recipes.names() for name in names):
+        if not all(name is not None and name in self._converted.names() for name in names):
             raise self._lacks(f"{module_name}.{part}", shape)
-        stored = tuple(self._recipes.checkpoint_names(str(name)) for name in names)
+        stored = tuple(self._converted.checkpoint_names(str(name)) for name in names)
         if len(stored[0]) == 1 and shape[0] > 1:
             return ExpertStack(shape, stored[0][0])
         return ExpertStack(shape, None, stored)
@@ -135,7 +134,7 @@ class CheckpointWeights:
         found = name if name in self._known else None
         if found is None:
             gguf_name = gguf_name_of(name, self._model.arch, self._model.hyper.n_layer)
-            parts = self._recipes.checkpoint_names(gguf_name) if gguf_name in self._recipes.names() else ()
+            parts = self._converted.checkpoint_names(gguf_name) if gguf_name in self._converted.names() else ()
             found = parts[0] if len(parts) == 1 else None
         if found is None or self.source.info(found).shape != shape:
             raise self._lacks(name, shape)
@@ -148,13 +147,13 @@ class CheckpointWeights:
         )
 
 
-def checkpoint_of(model: Model) -> tuple[RecipeSource, SafetensorsSource]:
-    """The recipes and files of a Hugging Face checkpoint.
+def checkpoint_of(model: Model) -> tuple[ConvertedSource, SafetensorsSource]:
+    """The conversions and files of a Hugging Face checkpoint.
 
     Raises:
         CheckpointError: `model` is something else.
     """
-    if isinstance(model.source, RecipeSource) and isinstance(model.source.checkpoint, SafetensorsSource):
+    if isinstance(model.source, ConvertedSource) and isinstance(model.source.checkpoint, SafetensorsSource):
         return model.source, model.source.checkpoint
     raise CheckpointError(
         f"{model.path} cannot be read layer by layer: that needs a Hugging Face checkpoint in safetensors format. Give "

@@ -14,16 +14,16 @@ next run.
 
 import errno
 import hashlib
-import json
 import os
 import shutil
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Self
 
 from dynquant.errors import ExportError
+from dynquant.storage.journal import Journal, Record, differing_key, write_all
 
 _COPY_BYTES = 1 << 24
 
@@ -40,12 +40,9 @@ class Region:
     def end(self) -> int:
         return self.offset + self.num_bytes
 
-
-@dataclass
-class _Journal:
-    identity: dict[str, str] | None = None
-    hashes: dict[Region, str] = field(default_factory=dict)
-    sealed: bool = False
+    def record(self, digest: str) -> Record:
+        """Return the line of the journal that says: these bytes are on the disk and have this hash."""
+        return {"file": self.file, "offset": self.offset, "num_bytes": self.num_bytes, "sha256": digest}
 
 
 class ResumableOutput:
@@ -80,7 +77,8 @@ class ResumableOutput:
         self.finished: set[str] = set()
         """Names of the regions that need not be written again."""
         self._files: dict[int, BinaryIO] = {}
-        self._journal: BinaryIO | None = None
+        # Bytes that lost their line are written again, so that a line need not wait for the disk.
+        self._journal = Journal(self.journal_path, sync=False)
         if not resume:
             self.discard()
         self._open(dict(identity))
@@ -103,9 +101,9 @@ class ResumableOutput:
         try:
             file = self._files[region.file]
             file.seek(region.offset)
-            _write_all(file, data)
+            write_all(file, data)
             os.fsync(file.fileno())
-            self._record(_journal_line(region, hashlib.sha256(data).hexdigest()))
+            self._journal.add(region.record(hashlib.sha256(data).hexdigest()))
         except OSError as error:
             raise self._failure(error, f"`{name}` could not be written") from error
         self.finished.add(name)
@@ -120,13 +118,13 @@ class ResumableOutput:
         if missing:
             raise ValueError(f"{len(missing)} regions were never written, the first is `{missing[0]}`")
         try:
-            self._record({"sealed": True})
+            self._journal.add({"sealed": True})
             self.close()
             # The first file goes last: loaders open it, and it must not appear before the others.
             for partial, path in reversed(list(zip(self._partials, self.paths, strict=True))):
                 if partial.exists():
                     os.replace(partial, path)
-            self.journal_path.unlink()
+            self._journal.remove()
         except OSError as error:
             raise self._failure(error, "the finished file could not be moved to its name") from error
         return self.paths
@@ -134,32 +132,34 @@ class ResumableOutput:
     def discard(self) -> None:
         """Remove partial files and journal; files that already have their final name stay."""
         self.close()
-        for path in (*self._partials, self.journal_path):
+        for path in self._partials:
             path.unlink(missing_ok=True)
+        self._journal.remove()
 
     def close(self) -> None:
         """Close the files, keeping what is written."""
-        for file in (*self._files.values(), *((self._journal,) if self._journal else ())):
+        for file in self._files.values():
             file.close()
-        self._files, self._journal = {}, None
+        self._files = {}
+        self._journal.close()
 
     def _open(self, identity: dict[str, str]) -> None:
-        journal = _read_journal(self.journal_path)
-        if journal.sealed and not any(path.exists() for path in self._partials) and journal.identity != identity:
-            journal = _Journal()
-        if journal.identity not in (None, identity):
-            raise self._another_run(journal.identity or {}, identity)
-        moved = {i for i in range(len(self.paths)) if journal.sealed and self._was_moved(i, journal)}
+        hashes, is_sealed = _finished_spans(self._journal.records)
+        is_ours = self._journal.belongs_to(identity)
+        if is_sealed and not is_ours and not any(path.exists() for path in self._partials):
+            hashes, is_sealed = {}, False  # every file of that run has its name; only its journal is left
+        elif self._journal.identity is not None and not is_ours:
+            raise self._another_run(self._journal.identity, identity)
+        moved = {i for i in range(len(self.paths)) if is_sealed and self._was_moved(i, hashes)}
         intact: dict[Region, str] = {}
-        for index in range(len(self.paths)):
-            found = self.paths[index] if index in moved else self._partials[index]
-            intact |= self._intact(index, found, journal)
+        for index, (path, partial) in enumerate(zip(self.paths, self._partials, strict=True)):
+            intact |= self._intact(index, path if index in moved else partial, hashes)
         self.finished = self._covered(intact)
-        journal.hashes = intact
         self._check_space()
+        records = [span.record(digest) for span, digest in intact.items()]
         try:
             self._files = {i: self._open_partial(i) for i in range(len(self.paths)) if i not in moved}
-            self._start_journal(journal, identity)
+            self._journal.start(identity, records + [{"sealed": True}] * is_sealed)
         except OSError as error:
             self.close()
             raise ExportError(
@@ -167,22 +167,20 @@ class ResumableOutput:
                 "written to."
             ) from error
 
-    def _was_moved(self, index: int, journal: _Journal) -> bool:
+    def _was_moved(self, index: int, hashes: Mapping[Region, str]) -> bool:
         expected = {name for name, region in self._regions.items() if region.file == index}
         return (
             not self._partials[index].exists()
-            and self._covered(self._intact(index, self.paths[index], journal)) == expected
+            and self._covered(self._intact(index, self.paths[index], hashes)) == expected
         )
 
-    def _intact(self, index: int, path: Path, journal: _Journal) -> dict[Region, str]:
-        """Journaled spans of one file whose bytes still have their hash."""
+    def _intact(self, index: int, path: Path, hashes: Mapping[Region, str]) -> dict[Region, str]:
+        """Return the journaled spans of one file whose bytes still have their hash."""
         if not path.is_file() or path.stat().st_size != self._sizes[index]:
             return {}
         with path.open("rb") as file:
             return {
-                span: digest
-                for span, digest in journal.hashes.items()
-                if span.file == index and _digest(file, span) == digest
+                span: digest for span, digest in hashes.items() if span.file == index and _digest(file, span) == digest
             }
 
     def _covered(self, spans: Iterable[Region]) -> set[str]:
@@ -206,25 +204,6 @@ class ResumableOutput:
         file = open(path, "r+b" if path.exists() else "w+b", buffering=0)  # noqa: SIM115
         file.truncate(self._sizes[index])
         return file  # type: ignore[return-value]
-
-    def _start_journal(self, journal: _Journal, identity: dict[str, str]) -> None:
-        """Rewrite the journal with what was found intact, which also drops a line that a kill cut short."""
-        lines: list[dict[str, object]] = [{"identity": identity}]
-        lines += [_journal_line(span, digest) for span, digest in journal.hashes.items()]
-        if journal.sealed:
-            lines.append({"sealed": True})
-        temporary = self.journal_path.with_name(f"{self.journal_path.name}.new")
-        try:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-            os.replace(temporary, self.journal_path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
-        self._journal = self.journal_path.open("ab", buffering=0)  # a full disk must not fail once more at closing
-
-    def _record(self, line: dict[str, object]) -> None:
-        assert self._journal is not None
-        _write_all(self._journal, json.dumps(line).encode() + b"\n")
 
     @property
     def _missing_bytes(self) -> int:
@@ -255,12 +234,12 @@ class ResumableOutput:
                 "there. Free some space, or choose an output on another disk."
             )
 
-    def _another_run(self, found: dict[str, str], wanted: dict[str, str]) -> ExportError:
-        key = next(key for key in (*wanted, *found) if found.get(key) != wanted.get(key))
+    def _another_run(self, stored: Record, identity: Record) -> ExportError:
+        key = differing_key(stored, identity) or ""
         return ExportError(
             f"{self.journal_path} belongs to an interrupted export with another {key.replace('_', ' ')} "
-            f"({found.get(key, 'none')[:16]}, now {wanted.get(key, 'none')[:16]}); its tensors cannot be used for this "
-            "one. Finish it with its own plan and options, start over with --no-resume, or export to another name."
+            f"({stored.get(key, 'none')!s:.16}, now {identity.get(key, 'none')!s:.16}); its tensors cannot be used for "
+            "this one. Finish it with its own plan and options, start over with --no-resume, or export to another name."
         )
 
     def _failure(self, error: OSError, what: str) -> ExportError:
@@ -273,49 +252,26 @@ class ResumableOutput:
         )
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_all(file: BinaryIO, data: memoryview | bytes) -> None:
-    rest = memoryview(data)
-    while rest:
-        rest = rest[file.write(rest[:_COPY_BYTES]) :]
-
-
 def _digest(file: BinaryIO, region: Region) -> str:
     digest, rest = hashlib.sha256(), region.num_bytes
     file.seek(region.offset)
-    while rest:
-        part = file.read(min(rest, _COPY_BYTES))
-        if not part:
-            break
+    while rest and (part := file.read(min(rest, _COPY_BYTES))):
         digest.update(part)
         rest -= len(part)
     return digest.hexdigest()
 
 
-def _journal_line(span: Region, digest: str) -> dict[str, object]:
-    return {"file": span.file, "offset": span.offset, "num_bytes": span.num_bytes, "sha256": digest}
-
-
-def _read_journal(path: Path) -> _Journal:
-    """What the journal states up to the first line that is cut short."""
-    journal = _Journal()
-    if not path.is_file():
-        return journal
-    for text in path.read_text(errors="replace").splitlines():
+def _finished_spans(records: Iterable[Record]) -> tuple[dict[Region, str], bool]:
+    """Return the SHA-256 of every span that was written, and whether all of them were."""
+    hashes: dict[Region, str] = {}
+    is_sealed = False
+    for record in records:
         try:
-            line = json.loads(text)
-            if "identity" in line:
-                journal.identity = {str(key): str(value) for key, value in line["identity"].items()}
-            elif "sha256" in line:
-                span = Region(int(line["file"]), int(line["offset"]), int(line["num_bytes"]))
-                journal.hashes[span] = str(line["sha256"])
-            elif "sealed" in line:
-                journal.sealed = True
-        except (ValueError, KeyError, TypeError, AttributeError):
+            if "sealed" in record:
+                is_sealed = True
+            else:
+                span = Region(int(record["file"]), int(record["offset"]), int(record["num_bytes"]))
+                hashes[span] = str(record["sha256"])
+        except (ValueError, KeyError, TypeError):
             break
-    return journal
+    return hashes, is_sealed

@@ -48,7 +48,7 @@ def finetune(options: FinetuneOptions, session: Session = SILENT) -> "TrainingRe
         TrainingError: no packed weights, a package of the extra `train` is missing, or an unfinished run that differs.
         DataError: data are missing, empty or malformed; lines are named.
         CheckpointError: the model or its tokenizer cannot be loaded.
-        ExportError: the output cannot be written.
+        WriteError: the output cannot be written.
     """
     with session.stage(KEPT) as progress:
         return _finetune(

@@ -27,9 +27,9 @@ from dynquant.families.open import open_model
 from dynquant.inputs.eval_text import load_text
 from dynquant.inputs.held_out import split_documents, without_repeats
 from dynquant.inputs.text import CalibrationText, pack_windows, read_text
-from dynquant.recipes.plan import write_atomically
 from dynquant.resources import chosen_device
 from dynquant.session import SILENT, Progress, Session
+from dynquant.storage.atomic import write_atomically
 from dynquant.training.base import (
     check_context,
     check_packed,
@@ -60,7 +60,7 @@ def heal(options: HealOptions, session: Session = SILENT) -> "TrainingReport":
         AdapterError: the reference is not the model that was quantized.
         DataError, StatsError: text is missing, or too short.
         CheckpointError, EvaluationError: a model cannot be loaded, or the two cannot be compared.
-        ExportError: the output cannot be written.
+        WriteError: the output cannot be written.
     """
     with session.stage(KEPT) as progress:
         return _heal(

@@ -4,7 +4,6 @@ Checkpoints lie in `.NAME.training` beside the output until the run is done; the
 all. A restart goes on from the last complete checkpoint, and only under the same options, data and base.
 """
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
@@ -18,10 +17,11 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traine
 from dynquant import __version__
 from dynquant.analysis.plots.style import plot_settings, save_figure
 from dynquant.analysis.plots.training import draw_training
-from dynquant.errors import ExportError, TrainingError
+from dynquant.errors import ExportError, TrainingError, WriteError
 from dynquant.evaluation.statistics import Estimate
-from dynquant.recipes.plan import write_atomically
 from dynquant.session import Progress
+from dynquant.storage.atomic import write_atomically
+from dynquant.storage.journal import Journal, Record, differing_key
 from dynquant.training.options import TrainOptions
 
 SCHEMA_VERSION = 1
@@ -83,7 +83,7 @@ class RunDirectory:
 
     Raises:
         TrainingError: an unfinished run of another identity, or an output that is no adapter of an earlier run.
-        ExportError: the directory cannot be made.
+        WriteError: the directory cannot be made.
     """
 
     def __init__(self, output: Path, identity: Mapping[str, object], *, resume: bool) -> None:
@@ -95,10 +95,17 @@ class RunDirectory:
                 f"{output} exists and is not the adapter of an earlier run (it has no {REPORT_NAME}); it is left "
                 "alone. Choose another output directory."
             )
-        if not resume or self.last_checkpoint() is None:
-            shutil.rmtree(self.checkpoints, ignore_errors=True)
-        self._check_identity()
-        write_atomically(self.checkpoints / "run.json", json.dumps(self.identity, indent=1) + "\n")
+        with Journal(self.checkpoints / "run.json") as journal:
+            if not resume or journal.identity is None or self.last_checkpoint() is None:
+                shutil.rmtree(self.checkpoints, ignore_errors=True)
+            else:
+                self._check_identity(journal.identity)
+            try:
+                journal.start(self.identity, ())
+            except OSError as error:
+                raise WriteError(
+                    f"{journal.path} could not be written: {error.strerror}. Free some space or choose another place."
+                ) from error
 
     def last_checkpoint(self) -> str | None:
         """The last complete checkpoint; what was being written when the run was killed is removed."""
@@ -127,21 +134,14 @@ class RunDirectory:
             ) from error
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
-    def _check_identity(self) -> None:
-        path = self.checkpoints / "run.json"
-        if not path.is_file():
-            return
-        try:
-            stored = json.loads(path.read_text())
-        except (OSError, ValueError):
-            stored = {}
-        for key in sorted(stored.keys() | self.identity.keys()):
+    def _check_identity(self, stored: Record) -> None:
+        key = differing_key(stored, self.identity)
+        if key is not None:
             old, new = stored.get(key, "nothing"), self.identity.get(key, "nothing")
-            if old != new:
-                raise TrainingError(
-                    f"{self.checkpoints} holds an unfinished run with {key} = {old}; this one has {new}. Repeat the "
-                    "earlier command to finish it, or give --no-resume to start afresh."
-                )
+            raise TrainingError(
+                f"{self.checkpoints} holds an unfinished run with {key} = {old}; this one has {new}. Repeat the "
+                "earlier command to finish it, or give --no-resume to start afresh."
+            )
 
 
 class ProgressCallback(TrainerCallback):

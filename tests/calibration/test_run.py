@@ -10,7 +10,7 @@ from dynquant.calibration.collector import SampleLimits
 from dynquant.calibration.importance import SHRINK_TOKENS, coverage_report, importance
 from dynquant.calibration.run import calibrate, collect_statistics
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
-from dynquant.checkpoints.tensor_roles import HyperParams
+from dynquant.checkpoints.model import HyperParams
 from dynquant.errors import CheckpointError, StatsError
 from dynquant.families.open import open_model
 from dynquant.inputs.text import CalibrationText, pack_windows, read_text

@@ -15,8 +15,8 @@ from dynquant.analysis.sensitivity.closed_form import output_sensitivity, stream
 from dynquant.calibration.run import calibrate, windows_of
 from dynquant.calibration.stage import CalibrationOptions, run_calibration, streaming_limit
 from dynquant.calibration.streamed import StreamedCalibration, calibrate_streamed
-from dynquant.checkpoints.fp8_values import StoredValues
 from dynquant.checkpoints.model import Model
+from dynquant.checkpoints.safetensors_source import StoredValues
 from dynquant.errors import CheckpointError, StatsError
 from dynquant.families.open import open_model
 from dynquant.running.hidden_states import HiddenStates
@@ -225,7 +225,7 @@ import torch
 from torch.nn import functional
 from dynquant.running.stream_memory import resident_memory
 from dynquant.running.stored_experts import StoredExperts
-from dynquant.checkpoints.fp8_values import StoredValues
+from dynquant.checkpoints.safetensors_source import StoredValues
 
 kept = StoredValues(torch.zeros(64, 2048, 1024, dtype=torch.bfloat16))
 experts = StoredExperts((64, 2048, 1024), torch.float32, "cpu", None, torch.empty(2048 * 1024), (kept,))

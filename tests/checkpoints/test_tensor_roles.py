@@ -2,7 +2,8 @@
 
 import pytest
 
-from dynquant.checkpoints.tensor_roles import HyperParams, Role, gguf_name_of, layer_of, role_of
+from dynquant.checkpoints.model import HyperParams
+from dynquant.checkpoints.tensor_roles import Role, gguf_name_of, layer_of, role_of
 from dynquant.errors import CheckpointError
 
 ROLES = {

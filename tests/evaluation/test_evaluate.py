@@ -14,14 +14,8 @@ from dynquant.evaluation.report import EvalReport, summary_rows
 from dynquant.evaluation.runners import ModelInfo
 from dynquant.evaluation.statistics import block_sums, bootstrap_mean, mcnemar_exact, wilson_interval
 from dynquant.inputs.eval_text import load_text
-from tests.helpers.rounded_models import write_gguf
 
 SMALL = {"window": 128, "max_tokens": 600, "threads": 1, "device": "cpu"}
-
-
-@pytest.fixture(scope="module")
-def rounded_gguf(small_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_gguf(small_moe, tmp_path_factory.mktemp("gguf") / "rounded.gguf", bits=4)
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +31,12 @@ def data(small_moe: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def run(small_moe, rounded_gguf, data, tmp_path_factory) -> tuple[EvalReport, Path, list[tuple[str, int, int]]]:
-    """A rounded GGUF against the Hugging Face original, all tasks, with a cache."""
+def run(small_moe, packed_moe, data, tmp_path_factory) -> tuple[EvalReport, Path, list[tuple[str, int, int]]]:
+    """The packed GGUF against the Hugging Face original, all tasks, with a cache."""
     cache = tmp_path_factory.mktemp("cache")
     calls: list[tuple[str, int, int]] = []
     report = evaluate(
-        rounded_gguf, small_moe, tasks={"kl", "ppl", "mmlu"}, cache_dir=cache, **data, **SMALL,
+        packed_moe.gguf, small_moe, tasks={"kl", "ppl", "mmlu"}, cache_dir=cache, **data, **SMALL,
         progress=lambda stage, done, total, **_: calls.append((stage, done, total)),
     )  # fmt: skip
     return report, cache, calls
@@ -79,7 +73,7 @@ def test_report_survives_json_and_fills_a_table(run) -> None:
 
 
 def test_cached_reference_is_not_loaded_again_and_changes_nothing(
-    run, small_moe, rounded_gguf, data, monkeypatch
+    run, small_moe, packed_moe, data, monkeypatch
 ) -> None:
     first, cache, _ = run
     opened = []
@@ -87,8 +81,8 @@ def test_cached_reference_is_not_loaded_again_and_changes_nothing(
     monkeypatch.setattr(
         evaluate_module, "open_runner", lambda path, **options: opened.append(path) or original(path, **options)
     )
-    second = evaluate(rounded_gguf, small_moe, tasks={"kl", "ppl", "mmlu"}, cache_dir=cache, **data, **SMALL)
-    assert opened == [rounded_gguf]
+    second = evaluate(packed_moe.gguf, small_moe, tasks={"kl", "ppl", "mmlu"}, cache_dir=cache, **data, **SMALL)
+    assert opened == [packed_moe.gguf]
     assert second.model_copy(update={"seconds": {}}) == first.model_copy(update={"seconds": {}})
 
 

@@ -7,13 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from dynquant.errors import EvaluationError
+from dynquant.errors import EvaluationError, WriteError
 from dynquant.evaluation import reference_cache
 from dynquant.evaluation.reference_cache import compress, score
 from dynquant.evaluation.runners import HuggingFaceRunner, open_encoder
-from tests.helpers.rounded_models import round_to_bits
 
 WINDOW = 256
+
+
+def round_to_bits(weights: torch.Tensor, bits: int) -> torch.Tensor:
+    """Round to the nearest of evenly spaced levels, one scale a row."""
+    scale = weights.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / (2 ** (bits - 1) - 0.5)
+    return (weights / scale).round() * scale
 
 
 def exact_divergence(reference: torch.Tensor, candidate: torch.Tensor) -> np.ndarray:
@@ -121,7 +126,7 @@ def test_entries_come_back_unchanged_and_damage_is_named(tmp_path: Path) -> None
 
 def test_an_unwritable_cache_is_refused_with_its_reason(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(EvaluationError, match="cannot be written"):
+    with pytest.raises(WriteError, match="could not be written"):
         reference_cache.save_cached(tmp_path / "file", "k", {"a": np.zeros(3)})
 
 

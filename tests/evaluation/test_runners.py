@@ -8,14 +8,15 @@ import torch
 
 from dynquant.errors import CheckpointError
 from dynquant.evaluation.runners import LogitRunner, describe_model, open_encoder, open_runner, resolve_model
-from tests.helpers.rounded_models import write_gguf
+from dynquant.families.open import open_model
+from tests.helpers.tiny_models import write_f32
 
 TEXT = "A quantized model answers a question.\n\nWhat is mitosis?  É naïve \t 42 + 7\nAnswer:"
 
 
 @pytest.fixture(scope="module")
 def small_gguf(small_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_gguf(small_moe, tmp_path_factory.mktemp("gguf") / "small.gguf")
+    return write_f32(open_model(small_moe), tmp_path_factory.mktemp("gguf") / "small.gguf")
 
 
 @pytest.fixture(scope="module", params=["transformers", "llama.cpp"])

@@ -1,6 +1,7 @@
 """Adapters as files of llama.cpp: the same logits as PEFT with the same base, and what llama.cpp cannot apply."""
 
 import ctypes
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -20,7 +21,7 @@ from dynquant.errors import AdapterError, ExportError
 from dynquant.exporters.adapter_gguf import export_adapter
 from dynquant.exporters.gguf import export_gguf
 from dynquant.families.text.registry import open_hf
-from dynquant.recipes.build_plan import plan_from_types, stays_f32
+from tests.helpers.packed_models import plan_of
 from tests.helpers.representatives import represented_by
 from tests.helpers.tiny_models import mean_kl, save_tiny, write_f32
 
@@ -39,11 +40,9 @@ TYPES = ("Q8_0", "Q4_0", "IQ4_NL", "Q5_1", "MXFP4")
 def packed_gguf(name: str, folder: Path, tokenizer_from: Path) -> Path:
     """A tiny checkpoint of a family with its matrices in five types."""
     model = open_hf(save_tiny(name, folder / name, tokenizer_from))
-    shapes = {tensor: tuple(model.source.info(tensor).shape) for tensor in model.source.names()}
-    matrices = [tensor for tensor, shape in shapes.items() if not stays_f32(tensor, shape)]
-    types = {tensor: (TYPES[i % len(TYPES)], "test") for i, tensor in enumerate(matrices)}
-    plan = plan_from_types(model, types, recipe="test")
-    (file,) = export_gguf(model, plan, None, folder / f"{name}.gguf", encoder=load_encoder("ggml"), threads=2)
+    types = itertools.cycle(TYPES)
+    plan = plan_of(model, lambda _: next(types))
+    (file,) = export_gguf(model, plan, None, folder / f"{name}.gguf", encoder=load_encoder("ggml"))
     return file
 
 
@@ -72,7 +71,7 @@ def adapter_of(file: Path, directory: Path, **options) -> tuple[torch.Tensor, to
 def llama_logits(file: Path, adapter: Path | None = None) -> torch.Tensor:
     llama = llama_cpp.Llama(
         str(file), lora_path=adapter and str(adapter), n_ctx=64, n_batch=64, logits_all=True, verbose=False,
-        type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32, flash_attn=False, n_threads=2,
+        type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32, flash_attn=False, 
     )  # fmt: skip
     llama.eval(TOKENS)
     logits = torch.from_numpy(llama.scores[: len(TOKENS)].copy())
@@ -133,7 +132,7 @@ def test_the_graph_applies_adapters_where_we_say(name, tmp_path, small_moe):
     from dynquant.evaluation.llama_cpp import LlamaCppRunner
 
     model = open_hf(save_tiny(name, tmp_path / name, small_moe))
-    runner = LlamaCppRunner(write_f32(model, tmp_path / "base.gguf"), threads=2)
+    runner = LlamaCppRunner(write_f32(model, tmp_path / "base.gguf"))
     runner.reserve(64)
     before = runner.window_logits(TOKENS)
     generator = torch.Generator().manual_seed(0)

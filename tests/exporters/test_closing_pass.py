@@ -153,12 +153,12 @@ def test_models_beyond_the_memory_are_not_tuned_unasked(model, monkeypatch):
 
 
 def test_no_file_is_left_when_the_disk_is_full(crushed, tuned, tmp_path, monkeypatch):
-    from dynquant.errors import ExportError
+    from dynquant.errors import WriteError
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("dynquant.exporters.gguf_patch.os.fsync", full)
-    with pytest.raises(ExportError, match="could not be written"):
+    with pytest.raises(WriteError, match="could not be written"):
         write_patched(GGUFSource(crushed), tmp_path / "tuned.gguf", tuned.replacements, encoder="x")
     assert not list(tmp_path.iterdir())

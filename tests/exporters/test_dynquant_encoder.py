@@ -23,7 +23,7 @@ from dynquant.recipes.folder import SuperWeight
 from dynquant.recipes.presets import preset_types
 from dynquant.running.live_weights import LiveWeights
 from dynquant.running.load import load_hf
-from dynquant.storage.resumable_output import file_hash
+from dynquant.storage.atomic import file_hash
 from tests.helpers.commands import command, refused, run
 from tests.helpers.tiny_models import llama_logits, mean_kl
 

@@ -27,8 +27,9 @@ from dynquant.errors import EncodeError, ExportError, PlanError, StatsError
 from dynquant.exporters.gguf import export_gguf
 from dynquant.families.open import open_model
 from dynquant.formats.quant_types import QUANT_TYPES
-from dynquant.recipes.build_plan import plan_from_types, stays_f32
+from dynquant.recipes.build_plan import plan_from_types
 from dynquant.storage import resumable_output as artifacts
+from tests.helpers.packed_models import plan_of
 
 GGML = load_encoder("ggml")
 NUM_LAYERS = 12
@@ -94,9 +95,7 @@ def moe(small_moe):
 
 @pytest.fixture(scope="module")
 def moe_plan(moe):
-    names = [name for name in moe.source.names() if not stays_f32(name, moe.source.info(name).shape)]
-    types = {name: ("MXFP4" if "exps" in name else "Q8_0", "test") for name in names}
-    return plan_from_types(moe, types, recipe="preset uniform-q8_0")
+    return plan_of(moe, lambda name: "MXFP4" if "exps" in name else "Q8_0", recipe="preset uniform-q8_0")
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +258,7 @@ def test_kills_at_random_moments_leave_a_file_with_the_same_bytes(tmp_path, spli
 
 def interrupt_after(monkeypatch, count: int) -> None:
     """Stop like a kill, right before the journal line of region number `count`."""
-    record = artifacts.ResumableOutput._record
+    record = artifacts.Journal.add
     calls = iter(range(10**6))
 
     def stop(self, line):
@@ -267,7 +266,7 @@ def interrupt_after(monkeypatch, count: int) -> None:
             raise KeyboardInterrupt
         record(self, line)
 
-    monkeypatch.setattr(artifacts.ResumableOutput, "_record", stop)
+    monkeypatch.setattr(artifacts.Journal, "add", stop)
 
 
 def interrupted(monkeypatch, tmp_path, count=10):
@@ -310,7 +309,7 @@ def test_a_kill_between_two_renames_is_finished_by_the_next_run(monkeypatch, tmp
     move, moved = os.replace, []
 
     def move_once(source, target):
-        if Path(source).name.endswith(".partial"):
+        if Path(source).name == f"{Path(target).name}.partial":
             if moved:
                 raise KeyboardInterrupt
             moved.append(target)
@@ -361,7 +360,7 @@ def test_an_older_output_stays_until_the_new_one_is_complete(monkeypatch, tmp_pa
 def test_a_disk_that_fills_up_keeps_what_is_done_and_says_how_to_go_on(monkeypatch, tmp_path):
     model = tiny_model()
     plan = tiny_plan(model)
-    write, calls = artifacts._write_all, iter(range(10**6))
+    write, calls = artifacts.write_all, iter(range(10**6))
 
     def fill_up(file, data):
         is_journal = str(file.name).endswith(".journal")
@@ -371,7 +370,7 @@ def test_a_disk_that_fills_up_keeps_what_is_done_and_says_how_to_go_on(monkeypat
         write(file, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(artifacts, "_write_all", fill_up)
+        patch.setattr(artifacts, "write_all", fill_up)
         with pytest.raises(ExportError, match=r"full: `blk\.3\..*9 of 26 parts are kept.*same command") as refusal:
             export_gguf(model, plan, None, tmp_path / "a.gguf", encoder=GGML)
     assert "a.gguf.partial" in str(refusal.value)

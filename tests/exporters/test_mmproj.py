@@ -14,11 +14,12 @@ from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 
 from dynquant.calibration.picture_collector import collect_vision_statistics
 from dynquant.calibration.statistics import StatsProvenance
+from dynquant.checkpoints.gguf_layout import mmproj_path
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.errors import CheckpointError
 from dynquant.evaluation.llama_cpp_pictures import MtmdRunner
 from dynquant.evaluation.picture_runners import segments_of
-from dynquant.exporters.mmproj import mmproj_path, stats_of_part
+from dynquant.exporters.mmproj import stats_of_part
 from dynquant.families.open import open_model
 from dynquant.inputs.pictures import SampleEncoder, image_token_of, read_samples
 from dynquant.inputs.processor import image_token_limits, load_processor

@@ -10,7 +10,7 @@ from gguf import ExpertGatingFuncType, GGUFValueType
 from safetensors.torch import load_file, save_file
 
 from dynquant.checkpoints.model import Model
-from dynquant.checkpoints.tensor_source import SafetensorsSource
+from dynquant.checkpoints.safetensors_source import SafetensorsSource
 from dynquant.errors import CheckpointError
 from dynquant.families.text.registry import open_config, open_hf
 from tests.helpers.representatives import represented_by

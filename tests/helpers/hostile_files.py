@@ -22,7 +22,7 @@ from dynquant.calibration.imatrix import import_imatrix
 from dynquant.calibration.second_moments import SecondMoments
 from dynquant.calibration.statistics import CalibrationStats, InputStats, StatsProvenance
 from dynquant.checkpoints.inspect import inspect
-from dynquant.checkpoints.tensor_source import SafetensorsSource
+from dynquant.checkpoints.safetensors_source import SafetensorsSource
 from dynquant.errors import DynquantError
 from dynquant.families.open import open_model
 from dynquant.families.text.registry import open_config

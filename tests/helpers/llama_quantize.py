@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from gguf import GGUFReader, GGUFWriter
 
-from dynquant.checkpoints.tensor_roles import HyperParams
+from dynquant.checkpoints.model import HyperParams
 from dynquant.recipes.llama_mixtures import LLAMA_FTYPES
 
 Shapes = dict[str, tuple[int, ...]]

@@ -1,5 +1,7 @@
-"""The small MoE in a mixture of packed types, exported to GGUF and to safetensors from one plan."""
+"""Small models in packed types: a plan by a rule, its exports, and one crushed far enough that training shows."""
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from dynquant.exporters.safetensors import export_safetensors
 from dynquant.families.open import open_model
 from dynquant.recipes.build_plan import plan_from_types, stays_f32
 from dynquant.recipes.plan import Plan
+from tests.helpers.tiny_models import save_tiny
 
 MIXTURE = {
     "ffn_gate_exps": "Q2_K", "ffn_up_exps": "IQ4_NL", "ffn_down_exps": "Q4_K", "token_embd": "Q6_K",
@@ -26,17 +29,46 @@ class PackedExports:
     directory: Path
 
 
-def mixed_plan(model: Model) -> Plan:
-    """`MIXTURE` by parts of names; vectors and routers stay F32."""
+def plan_of(model: Model, type_of: str | Callable[[str], str], *, recipe: str = "preset test") -> Plan:
+    """Return a plan with every matrix in the type, or in `type_of(its name)`; vectors and routers stay F32."""
     names = [name for name in model.source.names() if not stays_f32(name, model.source.info(name).shape)]
-    types = {name: (next((t for part, t in MIXTURE.items() if part in name), "Q8_0"), "test") for name in names}
-    return plan_from_types(model, types, recipe="preset test")
+    types = {name: (type_of if isinstance(type_of, str) else type_of(name), "test") for name in names}
+    return plan_from_types(model, types, recipe=recipe)
+
+
+def mixed_plan(model: Model) -> Plan:
+    """Return the plan of `MIXTURE`, by parts of names."""
+    return plan_of(model, lambda name: next((t for part, t in MIXTURE.items() if part in name), "Q8_0"))
 
 
 def export_both(checkpoint: Path, folder: Path) -> PackedExports:
-    """Both exports in `folder`, encoded by ggml."""
+    """Write the GGUF file and the packed safetensors of `mixed_plan` in `folder`, encoded by ggml."""
     model, encoder = open_model(checkpoint), load_encoder("ggml")
     plan = mixed_plan(model)
     export_gguf(model, plan, None, folder / "model.gguf", encoder=encoder)
     export_safetensors(model, plan, None, folder / "out", encoder=encoder)
     return PackedExports(model, plan, folder / "model.gguf", folder / "out")
+
+
+@dataclass(frozen=True)
+class Crushed:
+    """`original` is a float checkpoint, `packed` its export with 2-bit experts and attention."""
+
+    original: Path
+    packed: Path
+    text: Path
+    held_out: Path
+
+
+def crush(tokenizer_from: Path, folder: Path, text_from: Path) -> Crushed:
+    """Write three layers of DeepSeek-V3 with random weights, packed, 30 documents of text, and another text."""
+    original = save_tiny("deepseek-v3", folder / "original", tokenizer_from)
+    model = open_model(original)
+    plan = plan_of(model, lambda name: "Q4_0" if model.source.info(name).shape[-1] % 256 else "Q2_K")
+    export_safetensors(model, plan, None, folder / "packed", encoder=load_encoder("ggml"))
+    paragraphs = text_from.read_text("utf-8").split("\n\n")
+    documents = ["\n\n".join(paragraphs[i::31]) for i in range(31)]
+    text, held_out = folder / "text.jsonl", folder / "held-out.txt"
+    text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents[:30]), "utf-8")
+    held_out.write_text(documents[30], "utf-8")
+    return Crushed(original, folder / "packed", text, held_out)

@@ -25,7 +25,6 @@ TOKENS = torch.randint(1, 8000, (2, 24), generator=torch.Generator().manual_seed
 @pytest.fixture(scope="module")
 def tiny(small_moe, tmp_path_factory):
     """A packed DeepSeek-V3 of three layers: MLA, a dense layer, routed and shared experts; many quant types."""
-    torch.set_num_threads(2)
     folder = tmp_path_factory.mktemp("tiny")
     return export_both(save_tiny("deepseek-v3", folder / "float", small_moe), folder)
 

@@ -1,5 +1,6 @@
 """Packed vision-language checkpoints: what eval measures of a plan is what transformers loads and runs with images."""
 
+import itertools
 import json
 
 import pytest
@@ -18,10 +19,10 @@ from dynquant.exporters.safetensors import export_safetensors
 from dynquant.exporters.stage import export
 from dynquant.families.open import open_model
 from dynquant.inputs.processor import load_processor
-from dynquant.recipes.build_plan import plan_from_types, stays_f32
 from dynquant.recipes.plan import Plan
 from dynquant.running.load import load_hf
 from tests.helpers.commands import run
+from tests.helpers.packed_models import plan_of
 from tests.helpers.tiny_vision import FAMILIES, encoded_pictures, save_vision_model, write_pictures
 
 MIXTURE = ("IQ4_NL", "Q8_0", "Q4_0", "MXFP4", "BF16")
@@ -36,10 +37,8 @@ def pictures(tmp_path_factory):
 
 
 def mixed_plan(model) -> Plan:
-    names = [name for name in model.source.names() if not stays_f32(name, model.source.info(name).shape)]
-    return plan_from_types(
-        model, {name: (MIXTURE[i % len(MIXTURE)], "test") for i, name in enumerate(names)}, recipe="test"
-    )
+    types = itertools.cycle(MIXTURE)
+    return plan_of(model, lambda _: next(types))
 
 
 def export_mixed(family, folder):

@@ -15,10 +15,10 @@ from dynquant.families.open import open_model
 from dynquant.planning import stage
 from dynquant.planning import vision_modules as vision_choice
 from dynquant.planning.selection import Selection
-from dynquant.recipes.build_plan import plan_from_types, stays_f32
 from dynquant.recipes.plan import Plan
 from dynquant.running.load import load_hf
 from tests.helpers.commands import refused, run
+from tests.helpers.packed_models import plan_of
 from tests.helpers.tiny_vision import encoded_pictures, save_vision_model, write_pictures
 
 
@@ -55,10 +55,8 @@ def test_pictures_score_what_is_installed(store, qwen, pictures):
 
 
 def test_modules_are_measured_beside_the_same_language_model(store, qwen, pictures):
-    model = store.model
-    names = [name for name in model.source.names() if not stays_f32(name, model.source.info(name).shape)]
-    plan = plan_from_types(model, dict.fromkeys(names, ("Q8_0", "test")), recipe="test")
-    rows = list(measure_modules(plan, store, encoded_pictures("qwen2_vl", qwen, pictures), ("q8_0", "q4_0")))
+    samples = encoded_pictures("qwen2_vl", qwen, pictures)
+    rows = list(measure_modules(plan_of(store.model, "Q8_0"), store, samples, ("q8_0", "q4_0")))
     kl = {(row.module, row.type): row.kl.value for row in rows}
     size = {(row.module, row.type): row.bytes for row in rows}
     assert len(rows) == 7 and rows[0].type == "as stored"

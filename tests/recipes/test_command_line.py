@@ -13,9 +13,17 @@ from dynquant.errors import PlanError
 from dynquant.families.open import open_model
 from dynquant.formats.quant_types import QUANT_TYPES, fit_to_row
 from dynquant.recipes.build_plan import plan_from_types
-from dynquant.recipes.command_line import parse_recipe, recipe_types
+from dynquant.recipes.command_line import (
+    Recipe,
+    command_line,
+    left_alone,
+    numbers_pattern,
+    parse_recipe,
+    recipe_of,
+    recipe_types,
+    uses_imatrix,
+)
 from dynquant.recipes.presets import preset_types
-from dynquant.recipes.recipe_text import Recipe, command_line, left_alone, numbers_pattern, recipe_of, uses_imatrix
 from dynquant.recipes.type_lists import TypeList, read_types
 from tests.helpers.llama_quantize import (
     TinyModel,

@@ -8,10 +8,12 @@ from dynquant.checkpoints.tensor_roles import Role, layer_of
 from dynquant.errors import CheckpointError, PlanError
 from dynquant.families.open import open_model
 from dynquant.families.text.registry import open_config
+from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.planning.stage import plan_from_config
 from dynquant.planning.target import Target
 from dynquant.recipes.build_plan import plan_from_types
-from dynquant.recipes.presets import R1_RECIPES, preset_names, preset_types
+from dynquant.recipes.llama_mixtures import LLAMA_FTYPES
+from dynquant.recipes.presets import R1_RECIPES, preset_types
 
 GIB = 1 << 30
 PUBLISHED_GIB = {"r1-iq1_s": 130.6, "r1-iq1_m": 158, "r1-iq2_xxs": 183.9, "r1-q2_k_xl": 212}
@@ -249,8 +251,11 @@ def test_float_presets_leave_vectors_and_routers_in_f32(model, preset):
         assert entry.type == ("F32" if keeps else preset.upper())
 
 
-def test_every_listed_preset_makes_a_plan_of_the_small_model(model):
-    for preset in preset_names():
+def test_every_preset_makes_a_plan_of_the_small_model(model):
+    floats = ["f32", "f16", "bf16"]
+    types = [name.lower() for name in QUANT_TYPES if name.lower() not in floats]
+    of_type = [f"{kind}-{name}" for kind in ("uniform", "experts") for name in types]
+    for preset in [*floats, *R1_RECIPES, *of_type, *(f"llama-{name}" for name in LLAMA_FTYPES)]:
         assert planned(model, preset).predicted_bytes > 0
 
 

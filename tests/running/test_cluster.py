@@ -16,10 +16,10 @@ from dynquant.encoding.stream import Guidance, load_encoder
 from dynquant.errors import CheckpointError, ClusterError
 from dynquant.exporters.gguf import export_gguf
 from dynquant.families.open import open_model
-from dynquant.recipes.build_plan import plan_from_types, stays_f32
 from dynquant.running.cluster import RayPool, TaskNeeds, open_ray
 from dynquant.running.load import load_hf
 from tests.helpers.commands import run
+from tests.helpers.packed_models import plan_of
 
 GGML = load_encoder("ggml")
 LIMITS = PartLimits(3 << 20)
@@ -54,8 +54,7 @@ def moe(small_moe):
 
 @pytest.fixture(scope="module")
 def plan(moe):
-    names = [name for name in moe.source.names() if not stays_f32(name, moe.source.info(name).shape)]
-    return plan_from_types(moe, dict.fromkeys(names, ("Q4_0", "test")), recipe="preset uniform-q4_0")
+    return plan_of(moe, "Q4_0", recipe="preset uniform-q4_0")
 
 
 @pytest.fixture(scope="module")

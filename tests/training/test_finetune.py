@@ -21,20 +21,21 @@ from dynquant.training.base import open_packed_model, open_tokenizer
 from dynquant.training.finetune import finetune
 from dynquant.training.options import TrainOptions
 from dynquant.training.trl_head import use_packed_head
-from tests.helpers.crushed_models import crush, write_lists
 
 OPTIONS = TrainOptions(rank=8, learning_rate=5e-3, max_steps=20, batch_size=16, evaluations=4)
 
 
 @pytest.fixture(scope="module")
-def crushed(small_moe, tmp_path_factory):
-    torch.set_num_threads(2)
-    return crush(small_moe, tmp_path_factory.mktemp("crushed"), small_moe.parent / "demo_text.txt")
-
-
-@pytest.fixture(scope="module")
 def lists(tmp_path_factory) -> Path:
-    return write_lists(tmp_path_factory.mktemp("data") / "lists.jsonl", 80)
+    """A format to learn: words as a bracketed list."""
+    vocabulary = "river stone garden candle market bridge letter window harbor forest engine teacher silver mirror"
+    vocabulary, lines = vocabulary.split(), []
+    for i in range(80):
+        words = [vocabulary[(i * 5 + j * (i % 3 + 1)) % len(vocabulary)] for j in range(3)]
+        lines.append({"prompt": "Words: " + " ".join(words) + "\nList:", "completion": f" [{'] ['.join(words)}]"})
+    path = tmp_path_factory.mktemp("data") / "lists.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    return path
 
 
 @pytest.fixture(scope="module")

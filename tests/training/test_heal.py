@@ -19,15 +19,8 @@ from dynquant.training.heal import HealData, heal
 from dynquant.training.options import TrainOptions
 from dynquant.training.run import TrainingReport
 from dynquant.training.sampling import sampled_windows
-from tests.helpers.crushed_models import WORDS, crush
 
 OPTIONS = TrainOptions(rank=8, learning_rate=3e-3, max_steps=6, batch_size=8, evaluations=3)
-
-
-@pytest.fixture(scope="module")
-def crushed(small_moe, tmp_path_factory):
-    torch.set_num_threads(2)
-    return crush(small_moe, tmp_path_factory.mktemp("crushed"), small_moe.parent / "demo_text.txt")
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +104,9 @@ def test_healing_on_a_gpu(crushed, cache, cuda, tmp_path):
 
 def test_answers_are_counted_with_and_without_the_adapter(crushed, cache, tmp_path):
     questions = tmp_path / "questions.jsonl"
+    words = ["river", "stone", "garden", "candle", "market", "bridge", "letter"]
     lines = [
-        {"subject": "words", "question": f"Which word comes {place}?", "choices": WORDS[i : i + 4], "answer": i % 4}
+        {"subject": "words", "question": f"Which word comes {place}?", "choices": words[i : i + 4], "answer": i % 4}
         for i, place in enumerate(("first", "second", "third", "last"))
     ]
     questions.write_text("".join(json.dumps(line) + "\n" for line in lines))

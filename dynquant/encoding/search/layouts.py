@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dynquant.encoding.search.codebooks import Codebook, Grid, Integers, SignedWords, TernaryWords, Values
-from dynquant.formats import packers, tables
+from dynquant.formats import codebook_quants, k_quants, plain_quants, tables
 from dynquant.formats.quant_types import QUANT_TYPES, QuantType
 
 SHIFT = 0.125
@@ -141,7 +141,7 @@ def _symmetric(name: str, half_scales: int, half_range: int, write: Callable[...
 
 def _iq4_xs() -> BlockLayout:
     def pack(f: Fields, values: Tensor) -> Tensor:
-        return packers.pack_iq4_xs(f.d, f.scales - 32, _table_indices("IQ4_NL", values))
+        return codebook_quants.pack_iq4_xs(f.d, f.scales - 32, _table_indices("IQ4_NL", values))
 
     return BlockLayout("IQ4_XS", Values("IQ4_NL"), 32, _range(-32, 32), pack)
 
@@ -152,7 +152,7 @@ MXFP4_FIRST = 2
 
 def _mxfp4() -> BlockLayout:
     def pack(f: Fields, values: Tensor) -> Tensor:
-        return packers.pack_mxfp4(f.scales.squeeze(1) + MXFP4_FIRST, _table_indices("MXFP4", values))
+        return plain_quants.pack_mxfp4(f.scales.squeeze(1) + MXFP4_FIRST, _table_indices("MXFP4", values))
 
     powers = tuple(2.0 ** (e - 128) for e in range(MXFP4_FIRST, 255))  # the stored values are doubled
     return BlockLayout("MXFP4", Values("MXFP4"), 32, powers, pack, has_power_of_two_scale=True, fractions=(0.6, 1.1))
@@ -185,21 +185,21 @@ def _table_indices(type_name: str, values: Tensor) -> Tensor:
 LAYOUTS: dict[str, BlockLayout] = {
     layout.name: layout
     for layout in (
-        _ternary("IQ1_S", 32, 32, packers.pack_iq1_s),
-        _ternary("IQ1_M", 16, 8, packers.pack_iq1_m),
-        _signed("IQ2_XXS", 32, _half_steps(0.25), packers.pack_iq2_xxs, even_signs=True),
-        _signed("IQ2_XS", 16, _half_steps(0.25), packers.pack_iq2_xs, even_signs=True),
-        _signed("IQ2_S", 16, _half_steps(0.25), packers.pack_iq2_s, even_signs=False),
-        _signed("IQ3_XXS", 32, _half_steps(0.5), packers.pack_iq3_xxs, even_signs=True),
-        _signed("IQ3_S", 32, _odd(16), packers.pack_iq3_s, even_signs=False),
-        _affine("Q2_K", 16, 16, 3, packers.pack_q2_k),
-        _affine("Q4_K", 32, 64, 15, packers.pack_q4_k),
-        _affine("Q5_K", 32, 64, 31, packers.pack_q5_k),
-        _symmetric("Q3_K", 32, 4, packers.pack_q3_k),
-        _symmetric("Q6_K", 128, 32, packers.pack_q6_k),
+        _ternary("IQ1_S", 32, 32, codebook_quants.pack_iq1_s),
+        _ternary("IQ1_M", 16, 8, codebook_quants.pack_iq1_m),
+        _signed("IQ2_XXS", 32, _half_steps(0.25), codebook_quants.pack_iq2_xxs, even_signs=True),
+        _signed("IQ2_XS", 16, _half_steps(0.25), codebook_quants.pack_iq2_xs, even_signs=True),
+        _signed("IQ2_S", 16, _half_steps(0.25), codebook_quants.pack_iq2_s, even_signs=False),
+        _signed("IQ3_XXS", 32, _half_steps(0.5), codebook_quants.pack_iq3_xxs, even_signs=True),
+        _signed("IQ3_S", 32, _odd(16), codebook_quants.pack_iq3_s, even_signs=False),
+        _affine("Q2_K", 16, 16, 3, k_quants.pack_q2_k),
+        _affine("Q4_K", 32, 64, 15, k_quants.pack_q4_k),
+        _affine("Q5_K", 32, 64, 31, k_quants.pack_q5_k),
+        _symmetric("Q3_K", 32, 4, k_quants.pack_q3_k),
+        _symmetric("Q6_K", 128, 32, k_quants.pack_q6_k),
         _iq4_xs(),
-        _plain_ternary("TQ1_0", packers.pack_tq1_0),
-        _plain_ternary("TQ2_0", packers.pack_tq2_0),
+        _plain_ternary("TQ1_0", codebook_quants.pack_tq1_0),
+        _plain_ternary("TQ2_0", codebook_quants.pack_tq2_0),
         _mxfp4(),
     )
 }

@@ -1,4 +1,4 @@
-"""How each GGUF tensor is made of checkpoint tensors, and a tensor source that follows those recipes lazily.
+"""How each GGUF tensor is made of checkpoint tensors, and a tensor source that follows those conversions lazily.
 
 Nothing is read until a tensor is asked for, and one expert of a stacked tensor is read without its neighbours, whether
 the checkpoint stores experts one by one or fused.
@@ -20,7 +20,7 @@ def unchanged(values: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class TensorRecipe:
+class Conversion:
     """One GGUF tensor. With several `parts`, each part is one slice of the first dimension (one expert)."""
 
     name: str
@@ -58,16 +58,16 @@ def load_finite(source: TensorSource, name: str, index: int | slice | None = Non
     return values
 
 
-class RecipeSource:
+class ConvertedSource:
     """The GGUF tensors of a Hugging Face checkpoint, as a TensorSource."""
 
-    def __init__(self, source: TensorSource, recipes: list[TensorRecipe]) -> None:
+    def __init__(self, source: TensorSource, conversions: list[Conversion]) -> None:
         self._source = source
-        self._recipes = {recipe.name: recipe for recipe in recipes}
+        self._conversions = {conversion.name: conversion for conversion in conversions}
 
     @property
     def checkpoint(self) -> TensorSource:
-        """Where the parts of recipes are read."""
+        """Where the parts of conversions are read."""
         return self._source
 
     @property
@@ -75,19 +75,19 @@ class RecipeSource:
         return self._source.fingerprint
 
     def names(self) -> list[str]:
-        return list(self._recipes)
+        return list(self._conversions)
 
     def info(self, name: str) -> TensorInfo:
-        recipe = self._recipes[name]
-        return TensorInfo(name, recipe.shape, recipe.dtype)
+        conversion = self._conversions[name]
+        return TensorInfo(name, conversion.shape, conversion.dtype)
 
     def load(self, name: str, index: int | slice | None = None) -> torch.Tensor:
-        return self._recipes[name].load(self._source, index)
+        return self._conversions[name].load(self._source, index)
 
     def checkpoint_names(self, name: str) -> tuple[str, ...]:
         """The checkpoint tensors that a GGUF tensor is made of: every expert of a stack, none if it is computed."""
-        return self._recipes[name].parts
+        return self._conversions[name].parts
 
     def transform(self, name: str) -> Transform:
         """How a GGUF tensor is made of its checkpoint tensor, or of each of them."""
-        return self._recipes[name].transform
+        return self._conversions[name].transform

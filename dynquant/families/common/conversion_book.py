@@ -1,4 +1,4 @@
-"""Collects the recipes of one checkpoint while a family names its tensors, and holds the family to the checkpoint.
+"""Collects the conversions of one checkpoint while a family names its tensors, and holds the family to the checkpoint.
 
 Every tensor that a family asks for must be there in the expected shape, and every tensor that is there must have been
 asked for: a bias or norm that a family does not know would otherwise be dropped in silence.
@@ -12,13 +12,13 @@ import torch
 from dynquant.checkpoints.tensor_source import TensorSource
 from dynquant.errors import CheckpointError
 from dynquant.families.common.config import WAY_OUT, Config
-from dynquant.families.common.conversion import TensorRecipe, Transform, unchanged
+from dynquant.families.common.conversion import Conversion, Transform, unchanged
 
 _COMPUTED_BUFFERS = (".rotary_emb.inv_freq",)
 
 
-class RecipeBook:
-    """Recipes of one checkpoint, in the order in which they are added.
+class ConversionBook:
+    """Conversions of one checkpoint, in the order in which they are added.
 
     `source` may be None, for planning from `config.json` alone. Then `names` are those of the checkpoint's tensors,
     whose shapes nobody checks, or None when they are not known either and every tensor counts as present.
@@ -34,7 +34,7 @@ class RecipeBook:
         whole_kv_b: bool = False,
     ) -> None:
         self.config = config
-        self.recipes: list[TensorRecipe] = []
+        self.conversions: list[Conversion] = []
         self.whole_kv_b = whole_kv_b
         self._source = source
         self._knows_names = source is not None or names is not None
@@ -61,26 +61,26 @@ class RecipeBook:
         if optional and not self.holds(checkpoint_name):
             return
         stored = self._take(checkpoint_name, stored_shape or shape)
-        self.recipes.append(TensorRecipe(name, (checkpoint_name,), shape, dtype or stored, transform))
+        self.conversions.append(Conversion(name, (checkpoint_name,), shape, dtype or stored, transform))
 
     def add_stack(self, name: str, checkpoint_names: tuple[str, ...], shape: tuple[int, ...]) -> None:
         """A stacked tensor made of one checkpoint tensor per slice."""
         if not checkpoint_names:
             raise CheckpointError(f"{self.config.path} calls for experts and gives their number as 0. Fetch it again.")
         dtypes = [self._take(part, shape[1:]) for part in checkpoint_names]
-        self.recipes.append(TensorRecipe(name, checkpoint_names, shape, dtypes[0]))
+        self.conversions.append(Conversion(name, checkpoint_names, shape, dtypes[0]))
 
     def add_rows(self, name: str, checkpoint_name: str, shape: tuple[int, ...], start: int, stored_rows: int) -> None:
         """Rows `start…` of every slice of a fused tensor [slices, stored_rows, columns]."""
         num_rows = shape[1]
         dtype = self._take(checkpoint_name, (shape[0], stored_rows, shape[2]))
-        self.recipes.append(
-            TensorRecipe(name, (checkpoint_name,), shape, dtype, lambda t: t.narrow(-2, start, num_rows), by_slice=True)
+        self.conversions.append(
+            Conversion(name, (checkpoint_name,), shape, dtype, lambda t: t.narrow(-2, start, num_rows), by_slice=True)
         )
 
     def add_computed(self, name: str, values: torch.Tensor) -> None:
         """A tensor that follows from the configuration."""
-        self.recipes.append(TensorRecipe(name, (), tuple(values.shape), "F32", values=values))
+        self.conversions.append(Conversion(name, (), tuple(values.shape), "F32", values=values))
 
     def drop(self, matches: Callable[[str], bool], reason: str) -> None:
         """Leave out checkpoint tensors that GGUF has no place for, and say so."""
@@ -93,8 +93,8 @@ class RecipeBook:
         """A tensor that transformers does not use either."""
         self._unused.discard(checkpoint_name)
 
-    def finish(self) -> list[TensorRecipe]:
-        """All recipes.
+    def finish(self) -> list[Conversion]:
+        """All conversions.
 
         Raises:
             CheckpointError: tensors are missing, or stored but unknown to the family.
@@ -111,7 +111,7 @@ class RecipeBook:
                 f"{where} holds {len(unknown)} tensors that its architecture has no place for: {_sample(unknown)}. "
                 f"Leaving them out would change the model. {WAY_OUT}"
             )
-        return self.recipes
+        return self.conversions
 
     def _take(self, checkpoint_name: str, shape: tuple[int, ...]) -> str:
         """Mark as used, check the shape, and return the stored type."""

@@ -7,7 +7,7 @@ import gguf
 
 from dynquant.families.common.config import Config
 from dynquant.families.common.conversion import Transform, unchanged
-from dynquant.families.common.conversion_book import RecipeBook
+from dynquant.families.common.conversion_book import ConversionBook
 from dynquant.families.common.rope import llama3_factors, rope_parameters
 
 GATED_NAMES = ("gate_proj", "up_proj", "down_proj")
@@ -41,14 +41,14 @@ def write_head_keys(config: Config, writer: gguf.GGUFWriter) -> None:
         writer.add_value_length(head_dim(config))
 
 
-def add_rope_factors(book: RecipeBook) -> None:
+def add_rope_factors(book: ConversionBook) -> None:
     """`rope_freqs.weight`, for Llama 3.1's way to longer contexts alone."""
     parameters = rope_parameters(book.config)
     if parameters.get("rope_type") == "llama3":
         book.add_computed("rope_freqs.weight", llama3_factors(book.config, parameters, head_dim(book.config)))
 
 
-def add_embeddings(book: RecipeBook, *, always_output: bool = False) -> None:
+def add_embeddings(book: ConversionBook, *, always_output: bool = False) -> None:
     """Token embedding and output matrix; tied models get no `output.weight` unless `always_output`."""
     config = book.config
     shape = (config.integer("vocab_size"), config.integer("hidden_size"))
@@ -61,12 +61,12 @@ def add_embeddings(book: RecipeBook, *, always_output: bool = False) -> None:
         book.add("output.weight", "model.embed_tokens.weight", shape)
 
 
-def add_norm(book: RecipeBook, name: str, checkpoint_name: str, width: int | None = None) -> None:
+def add_norm(book: ConversionBook, name: str, checkpoint_name: str, width: int | None = None) -> None:
     book.add(name, checkpoint_name, (width or book.config.integer("hidden_size"),))
 
 
 def add_attention(
-    book: RecipeBook,
+    book: ConversionBook,
     layer: int,
     *,
     bias: tuple[str, ...] = (),
@@ -87,7 +87,7 @@ def add_attention(
         book.add(f"blk.{layer}.attn_output.bias", f"{prefix}.o_proj.bias", (hidden,))
 
 
-def add_gated_ffn(book: RecipeBook, layer: int, module: str, width: int, suffix: str = "") -> None:
+def add_gated_ffn(book: ConversionBook, layer: int, module: str, width: int, suffix: str = "") -> None:
     """A gated feed-forward block; `suffix` is `_shexp` for shared experts."""
     hidden = book.config.integer("hidden_size")
     for kind, stored, shape in zip(("gate", "up", "down"), GATED_NAMES, _ffn_shapes(width, hidden), strict=True):
@@ -95,7 +95,7 @@ def add_gated_ffn(book: RecipeBook, layer: int, module: str, width: int, suffix:
 
 
 def add_experts(
-    book: RecipeBook,
+    book: ConversionBook,
     layer: int,
     module: str,
     *,
@@ -118,7 +118,7 @@ def add_experts(
         book.add_stack(target, tuple(f"{module}.experts.{e}.{stored}.weight" for e in range(count)), shape)
 
 
-def add_router(book: RecipeBook, layer: int, module: str, count: int) -> None:
+def add_router(book: ConversionBook, layer: int, module: str, count: int) -> None:
     book.add(f"blk.{layer}.ffn_gate_inp.weight", f"{module}.gate.weight", (count, book.config.integer("hidden_size")))
 
 

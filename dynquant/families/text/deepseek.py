@@ -15,7 +15,7 @@ import gguf
 import torch
 
 from dynquant.families.common.config import Config
-from dynquant.families.common.conversion_book import RecipeBook
+from dynquant.families.common.conversion_book import ConversionBook
 from dynquant.families.common.decoder import (
     add_embeddings,
     add_experts,
@@ -47,7 +47,7 @@ def write_deepseek_keys(config: Config, writer: gguf.GGUFWriter) -> None:
         writer.add_rope_scaling_yarn_log_mul(0.1 * _yarn_mscale(config, parameters))
 
 
-def add_deepseek_tensors(book: RecipeBook) -> None:
+def add_deepseek_tensors(book: ConversionBook) -> None:
     """Tensors of DeepSeek V2 and V3."""
     config = book.config
     num_layers = config.integer("num_hidden_layers")
@@ -96,7 +96,7 @@ def _write_expert_keys(config: Config, writer: gguf.GGUFWriter) -> None:
     writer.add_expert_group_used_count(used)
 
 
-def _add_attention(book: RecipeBook, layer: int) -> None:
+def _add_attention(book: ConversionBook, layer: int) -> None:
     config, stored, name = book.config, f"model.layers.{layer}.self_attn", f"blk.{layer}.attn"
     hidden, heads, rank = (config.integer(key) for key in ("hidden_size", "num_attention_heads", "kv_lora_rank"))
     nope, rope, value = (config.integer(key) for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
@@ -114,7 +114,7 @@ def _add_attention(book: RecipeBook, layer: int) -> None:
     book.add(f"{name}_output.weight", f"{stored}.o_proj.weight", (hidden, heads * value))
 
 
-def _add_kv_b(book: RecipeBook, name: str, stored: str) -> None:
+def _add_kv_b(book: ConversionBook, name: str, stored: str) -> None:
     config = book.config
     heads, rank = config.integer("num_attention_heads"), config.integer("kv_lora_rank")
     nope, value = config.integer("qk_nope_head_dim"), config.integer("v_head_dim")
@@ -138,7 +138,7 @@ def _add_kv_b(book: RecipeBook, name: str, stored: str) -> None:
         )
 
 
-def _add_moe(book: RecipeBook, layer: int) -> None:
+def _add_moe(book: ConversionBook, layer: int) -> None:
     config, module = book.config, f"model.layers.{layer}.mlp"
     count, width = config.integer("n_routed_experts"), config.integer("moe_intermediate_size")
     add_router(book, layer, module, count)

@@ -8,7 +8,7 @@ import gguf
 import torch
 
 from dynquant.families.common.config import Config, finite
-from dynquant.families.common.conversion_book import RecipeBook
+from dynquant.families.common.conversion_book import ConversionBook
 from dynquant.families.common.decoder import add_attention, add_embeddings, add_gated_ffn, head_dim, write_decoder_keys
 from dynquant.families.common.rope import rope_parameters, write_rope
 
@@ -44,7 +44,7 @@ def write_gemma3_keys(config: Config, writer: gguf.GGUFWriter) -> None:
         writer.add_final_logit_softcapping(config.number("final_logit_softcapping"))
 
 
-def add_gemma3_tensors(book: RecipeBook) -> None:
+def add_gemma3_tensors(book: ConversionBook) -> None:
     """Tensors of Gemma 3 text models."""
     config = book.config
     add_embeddings(book)
@@ -66,7 +66,7 @@ def _plus_one(weight: torch.Tensor) -> torch.Tensor:
     return weight + 1
 
 
-def _add_shifted_norm(book: RecipeBook, name: str, stored: str, width: int | None = None) -> None:
+def _add_shifted_norm(book: ConversionBook, name: str, stored: str, width: int | None = None) -> None:
     # F32 whatever the checkpoint stores: w + 1 does not fit bfloat16 without rounding.
     book.add(name, stored, (width or book.config.integer("hidden_size"),), transform=_plus_one, dtype="F32")
 

@@ -10,7 +10,7 @@ import torch
 
 from dynquant.families.common.config import Config
 from dynquant.families.common.conversion import Transform
-from dynquant.families.common.conversion_book import RecipeBook
+from dynquant.families.common.conversion_book import ConversionBook
 from dynquant.families.common.decoder import (
     add_attention,
     add_embeddings,
@@ -42,7 +42,7 @@ def write_llama_keys(config: Config, writer: gguf.GGUFWriter) -> None:
         writer.add_expert_used_count(config.integer("num_experts_per_tok"))
 
 
-def add_llama_tensors(book: RecipeBook) -> None:
+def add_llama_tensors(book: ConversionBook) -> None:
     """Tensors of Llama, Mistral and Mixtral."""
     config = book.config
     add_rope_factors(book)
@@ -73,7 +73,7 @@ def interleave_halves(num_heads: int) -> Transform:
     return reorder
 
 
-def _add_feed_forward(book: RecipeBook, layer: int) -> None:
+def _add_feed_forward(book: ConversionBook, layer: int) -> None:
     config = book.config
     width = config.integer("intermediate_size")
     if config.model_type != "mixtral":

@@ -10,7 +10,7 @@ from dataclasses import replace
 import gguf
 
 from dynquant.families.common.config import Config
-from dynquant.families.common.conversion_book import RecipeBook
+from dynquant.families.common.conversion_book import ConversionBook
 from dynquant.families.common.decoder import (
     add_attention,
     add_embeddings,
@@ -39,7 +39,7 @@ def write_llama4_keys(config: Config, writer: gguf.GGUFWriter) -> None:
     writer.add_expert_feed_forward_length(config.integer("intermediate_size"))
 
 
-def add_llama4_tensors(book: RecipeBook) -> None:
+def add_llama4_tensors(book: ConversionBook) -> None:
     """Tensors of Llama 4's language model."""
     config = book.config
     add_rope_factors(book)
@@ -62,7 +62,7 @@ def add_llama4_tensors(book: RecipeBook) -> None:
     )
 
 
-def _add_moe(book: RecipeBook, layer: int) -> None:
+def _add_moe(book: ConversionBook, layer: int) -> None:
     config, module = book.config, f"model.layers.{layer}.feed_forward"
     count, width = config.integer("num_local_experts"), config.integer("intermediate_size")
     hidden = config.integer("hidden_size")

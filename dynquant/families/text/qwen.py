@@ -7,7 +7,7 @@ Qwen3-MoE always does. transformers' default for Qwen3-MoE is the opposite, so a
 import gguf
 
 from dynquant.families.common.config import Config
-from dynquant.families.common.conversion_book import RecipeBook
+from dynquant.families.common.conversion_book import ConversionBook
 from dynquant.families.common.decoder import (
     add_attention,
     add_embeddings,
@@ -42,7 +42,7 @@ def write_qwen_keys(config: Config, writer: gguf.GGUFWriter) -> None:
         writer.add_expert_shared_feed_forward_length(config.integer("shared_expert_intermediate_size"))
 
 
-def add_qwen_tensors(book: RecipeBook) -> None:
+def add_qwen_tensors(book: ConversionBook) -> None:
     """Tensors of the four Qwen families."""
     config = book.config
     is_qwen2 = config.model_type in _QWEN2_TYPES
@@ -60,7 +60,7 @@ def add_qwen_tensors(book: RecipeBook) -> None:
     add_norm(book, "output_norm.weight", "model.norm.weight")
 
 
-def _add_feed_forward(book: RecipeBook, layer: int) -> None:
+def _add_feed_forward(book: ConversionBook, layer: int) -> None:
     config, module = book.config, f"model.layers.{layer}.mlp"
     if config.model_type not in _MOE_TYPES:
         add_gated_ffn(book, layer, module, config.integer("intermediate_size"))

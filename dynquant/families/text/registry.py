@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, NoReturn
 
 import gguf
 
-from dynquant.checkpoints.tensor_source import INDEX_NAME, SafetensorsSource, TensorSource
+from dynquant.checkpoints.safetensors_source import INDEX_NAME, SafetensorsSource
+from dynquant.checkpoints.tensor_source import TensorSource
 from dynquant.errors import CheckpointError
 from dynquant.families.common.config import Config, read_config, read_json
-from dynquant.families.common.conversion import RecipeSource
-from dynquant.families.common.conversion_book import RecipeBook
+from dynquant.families.common.conversion import ConvertedSource
+from dynquant.families.common.conversion_book import ConversionBook
 from dynquant.families.common.metadata import recorded_fields, write_general_keys
 from dynquant.families.text.deepseek import add_deepseek_tensors, write_deepseek_keys
 from dynquant.families.text.gemma import add_gemma3_tensors, write_gemma3_keys
@@ -35,7 +36,7 @@ class Family:
 
     arch: str
     write_keys: Callable[[Config, gguf.GGUFWriter], None]
-    add_tensors: Callable[[RecipeBook], None]
+    add_tensors: Callable[[ConversionBook], None]
 
 
 FAMILIES: dict[str, Family] = {
@@ -74,7 +75,7 @@ def open_hf(directory: Path) -> "Model":
             "its weights are already quantized (`quantization_config`), and not as FP8 matrices with block scales; "
             "start from the BF16, F16 or FP8 checkpoint"
         )
-    return _build(directory, RecipeBook(config, source), source)
+    return _build(directory, ConversionBook(config, source), source)
 
 
 def open_config(directory: Path, *, whole_kv_b: bool = False) -> "Model":
@@ -88,7 +89,7 @@ def open_config(directory: Path, *, whole_kv_b: bool = False) -> "Model":
         CheckpointError: missing or damaged files, an unknown architecture, or an index of another model.
     """
     config = read_config(directory, _SIZED_FAMILIES, same_as=_SAME_CONFIG)
-    book = RecipeBook(config, None, names=_indexed_names(directory), whole_kv_b=whole_kv_b)
+    book = ConversionBook(config, None, names=_indexed_names(directory), whole_kv_b=whole_kv_b)
     book.drop(lambda name: name.endswith("_scale_inv"), "they scale weights that are stored as FP8.")
     return _build(directory, book, None)
 
@@ -103,14 +104,14 @@ def _indexed_names(directory: Path) -> list[str] | None:
     return [name.removeprefix("language_model.") for name in names]
 
 
-def _build(directory: Path, book: RecipeBook, checkpoint: TensorSource | None) -> "Model":
+def _build(directory: Path, book: ConversionBook, checkpoint: TensorSource | None) -> "Model":
     from dynquant.checkpoints.model import Model
 
     config = book.config
     family = _SIZED_FAMILIES[config.model_type]
     writer = gguf.GGUFWriter(None, family.arch)
     family.add_tensors(book)
-    source = RecipeSource(checkpoint or _NoWeights(directory), book.finish())
+    source = ConvertedSource(checkpoint or _NoWeights(directory), book.finish())
     write_general_keys(writer, directory, source)
     family.write_keys(config, writer)
     if checkpoint is not None or any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):

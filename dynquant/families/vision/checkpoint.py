@@ -14,12 +14,12 @@ import torch
 
 from dynquant.checkpoints.gguf_source import MetadataField
 from dynquant.checkpoints.model import Model, ModelPart
+from dynquant.checkpoints.safetensors_source import SafetensorsSource
 from dynquant.checkpoints.tensor_roles import gguf_name_of
-from dynquant.checkpoints.tensor_source import SafetensorsSource
 from dynquant.checkpoints.vision_names import language_name
 from dynquant.errors import CheckpointError
 from dynquant.families.common.config import Config, read_json
-from dynquant.families.common.conversion import RecipeSource, TensorRecipe, Transform, unchanged
+from dynquant.families.common.conversion import Conversion, ConvertedSource, Transform, unchanged
 from dynquant.families.common.metadata import recorded_fields, write_general_keys
 from dynquant.families.tokenizers.tokenizer import write_tokenizer
 from dynquant.families.vision.parts import open_language_part, open_projector_part
@@ -55,8 +55,10 @@ def open_vision(directory: Path) -> Model:
             f"know inside a vision-language model (it knows: {', '.join(sorted(_LANGUAGE_ARCH))})."
         )
     stored = SafetensorsSource(directory)
-    recipes = [recipe for name in stored.names() for recipe in _recipes(stored, name, arch, text.num_hidden_layers)]
-    source = RecipeSource(stored, recipes)
+    conversions = [
+        conversion for name in stored.names() for conversion in _conversions(stored, name, arch, text.num_hidden_layers)
+    ]
+    source = ConvertedSource(stored, conversions)
     parts, unwritten = _parts(directory, config, stored)
     language = next((part.model for part in parts if not part.is_projector), None)
     metadata = language.metadata if language is not None else _sizes(directory, text, arch, source)
@@ -79,7 +81,7 @@ def _parts(directory: Path, config: Any, stored: SafetensorsSource) -> tuple[tup
     return tuple(parts), tuple(unwritten)
 
 
-def _sizes(directory: Path, text: Any, arch: str, source: RecipeSource) -> tuple[MetadataField, ...]:
+def _sizes(directory: Path, text: Any, arch: str, source: ConvertedSource) -> tuple[MetadataField, ...]:
     """Keys of a model that is not written as GGUF: what planning needs, and the tokenizer as part of the size."""
     writer = gguf.GGUFWriter(None, arch)
     write_general_keys(writer, directory, source)
@@ -115,18 +117,18 @@ def _read_config(directory: Path) -> Any:
         raise CheckpointError(f"transformers does not accept {path}: {error}. Fetch the file again.") from error
 
 
-def _recipes(stored: SafetensorsSource, name: str, arch: str, n_layer: int) -> list[TensorRecipe]:
+def _conversions(stored: SafetensorsSource, name: str, arch: str, n_layer: int) -> list[Conversion]:
     info = stored.info(name)
     target = gguf_name_of(name, arch, n_layer) or _plain_name(name)
     if len(info.shape) == 5:
         shape = (*info.shape[:2], *info.shape[3:])
         names = [target, *(f"{target}.{frame}" for frame in range(1, info.shape[2]))]
-        return [TensorRecipe(one, (name,), shape, info.dtype, _frame(index)) for index, one in enumerate(names)]
+        return [Conversion(one, (name,), shape, info.dtype, _frame(index)) for index, one in enumerate(names)]
     if target == "mm.input_projection.weight" and name.endswith("mm_input_projection_weight"):
-        return [TensorRecipe(target, (name,), info.shape[::-1], info.dtype, torch.t)]
+        return [Conversion(target, (name,), info.shape[::-1], info.dtype, torch.t)]
     if not info.shape:
-        return [TensorRecipe(target, (name,), (1,), info.dtype, lambda values: values.reshape(1))]
-    return [TensorRecipe(target, (name,), info.shape, info.dtype, unchanged)]
+        return [Conversion(target, (name,), (1,), info.dtype, lambda values: values.reshape(1))]
+    return [Conversion(target, (name,), info.shape, info.dtype, unchanged)]
 
 
 def _frame(index: int) -> Transform:

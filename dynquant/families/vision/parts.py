@@ -8,12 +8,12 @@ from pathlib import Path
 import gguf
 
 from dynquant.checkpoints.model import Model, ModelPart
-from dynquant.checkpoints.tensor_source import SafetensorsSource
+from dynquant.checkpoints.safetensors_source import SafetensorsSource
 from dynquant.checkpoints.vision_names import language_name, vision_name
 from dynquant.errors import CheckpointError
 from dynquant.families.common.config import Config, finite, read_json
-from dynquant.families.common.conversion import RecipeSource
-from dynquant.families.common.conversion_book import RecipeBook
+from dynquant.families.common.conversion import ConvertedSource
+from dynquant.families.common.conversion_book import ConversionBook
 from dynquant.families.common.metadata import recorded_fields, write_general_keys
 from dynquant.families.text.qwen import add_qwen_tensors, write_qwen_keys
 from dynquant.families.text.registry import FAMILIES, Family
@@ -44,10 +44,10 @@ def open_language_part(directory: Path, config: Config, stored: SafetensorsSourc
     own = Config(config.path, values, values)
     names = {language_name(name): name for name in stored.names() if vision_name(name) is None}
     view = RenamedSource(stored, names)
-    book = RecipeBook(own, view)
+    book = ConversionBook(own, view)
     family.add_tensors(book)
     writer = gguf.GGUFWriter(None, family.arch)
-    source = RecipeSource(view, book.finish())
+    source = ConvertedSource(view, book.finish())
     write_general_keys(writer, directory, source)
     family.write_keys(own, writer)
     write_tokenizer(writer, directory, own.integer("vocab_size"))
@@ -68,17 +68,17 @@ def open_projector_part(directory: Path, config: Config, stored: SafetensorsSour
     if projector.type == "pixtral" and embedding is not None:
         rows[IMG_BREAK] = embedding, _token_id(directory, "[IMG_BREAK]", stored.info(embedding).shape[0])
     view = RenamedSource(stored, names, rows)
-    book = RecipeBook(config, view)
+    book = ConversionBook(config, view)
     projector.add_tensors(book)
     writer = gguf.GGUFWriter(None, ARCH)
-    source = RecipeSource(view, book.finish())
+    source = ConvertedSource(view, book.finish())
     write_general_keys(writer, directory, source, gguf.GGUFType.MMPROJ)
     write_projector_keys(config, writer, *_mean_and_std(directory))
     model = _model(directory, source, view, writer)
     return ModelPart(model, lambda name: next(iter(source.checkpoint_names(name))), is_projector=True)
 
 
-def _model(directory: Path, source: RecipeSource, view: RenamedSource, writer: gguf.GGUFWriter) -> Model:
+def _model(directory: Path, source: ConvertedSource, view: RenamedSource, writer: gguf.GGUFWriter) -> Model:
     def checkpoint_names(name: str) -> tuple[str, ...]:
         return tuple(map(view.stored_name, source.checkpoint_names(name)))
 

@@ -12,7 +12,7 @@ import gguf
 
 from dynquant.errors import CheckpointError
 from dynquant.families.common.config import Config
-from dynquant.families.common.conversion_book import RecipeBook
+from dynquant.families.common.conversion_book import ConversionBook
 from dynquant.families.text.llama import interleave_halves
 
 ARCH = "clip"
@@ -30,7 +30,7 @@ class Projector:
 
     type: str
     write_keys: Callable[[Config, gguf.GGUFWriter], None]
-    add_tensors: Callable[[RecipeBook], None]
+    add_tensors: Callable[[ConversionBook], None]
 
 
 def projector_of(config: Config) -> Projector:
@@ -87,7 +87,7 @@ def _check_ffn(config: Config, width: int, ffn: int) -> None:
         config.refuse("its tower's feed-forward blocks are as wide as the tower, which llama.cpp takes for swapped")
 
 
-def _add_pair(book: RecipeBook, name: str, rows: int, columns: int | None = None) -> None:
+def _add_pair(book: ConversionBook, name: str, rows: int, columns: int | None = None) -> None:
     """Weight and bias of a linear layer, or of a norm when there are no columns."""
     book.add(f"{name}.weight", f"{name}.weight", (rows,) if columns is None else (rows, columns))
     book.add(f"{name}.bias", f"{name}.bias", (rows,))
@@ -137,7 +137,7 @@ def _full_attention_period(tower: Config) -> int:
     tower.refuse(f"`fullatt_block_indexes` is {indexes!r}, but llama.cpp needs every n-th of the {depth} blocks")
 
 
-def _add_qwen_tensors(book: RecipeBook) -> None:
+def _add_qwen_tensors(book: ConversionBook) -> None:
     width, ffn, blocks, patch, merge = _qwen_sizes(book.config)
     stored = (width, 3, 2, patch, patch)
     for frame, name in enumerate(("v.patch_embd.weight", "v.patch_embd.weight.1")):
@@ -167,7 +167,7 @@ def _add_qwen_tensors(book: RecipeBook) -> None:
     _add_pair(book, "mm.2", _text(book.config).integer("hidden_size"), merged)
 
 
-def _add_norm_weight(book: RecipeBook, name: str, width: int) -> None:
+def _add_norm_weight(book: ConversionBook, name: str, width: int) -> None:
     book.add(f"{name}.weight", f"{name}.weight", (width,))
 
 
@@ -187,7 +187,7 @@ def _write_tower_keys(config: Config, writer: gguf.GGUFWriter) -> None:
         writer.add_vision_attention_layernorm_eps(tower.number("layer_norm_eps"))
 
 
-def _add_tower_blocks(book: RecipeBook) -> None:
+def _add_tower_blocks(book: ConversionBook) -> None:
     tower = _tower(book.config)
     width, ffn = tower.integer("hidden_size"), tower.integer("intermediate_size")
     for block in range(tower.integer("num_hidden_layers")):
@@ -207,7 +207,7 @@ def _patches_per_side(config: Config) -> int:
     return tower.integer("image_size") // tower.integer("patch_size")
 
 
-def _add_patches(book: RecipeBook) -> int:
+def _add_patches(book: ConversionBook) -> int:
     """Patch embedding; returns the number of patches of a picture of the configured size."""
     tower = _tower(book.config)
     patch = tower.integer("patch_size")
@@ -228,7 +228,7 @@ def _write_gemma3_keys(config: Config, writer: gguf.GGUFWriter) -> None:
     writer.add_vision_projector_scale_factor(per_side // tokens)
 
 
-def _add_gemma3_tensors(book: RecipeBook) -> None:
+def _add_gemma3_tensors(book: ConversionBook) -> None:
     width = _tower(book.config).integer("hidden_size")
     hidden = _text(book.config).integer("hidden_size")
     patches = _add_patches(book)
@@ -263,7 +263,7 @@ def _feature_layer(config: Config) -> int:
     return layer if layer > 0 else blocks + 1 + layer
 
 
-def _add_llava_tensors(book: RecipeBook) -> None:
+def _add_llava_tensors(book: ConversionBook) -> None:
     width, hidden = (part.integer("hidden_size") for part in (_tower(book.config), _text(book.config)))
     patches = _add_patches(book)
     book.add("v.class_embd", "v.class_embd", (width,))
@@ -275,7 +275,7 @@ def _add_llava_tensors(book: RecipeBook) -> None:
         book.ignore(name)
 
 
-def _add_llava_projector(book: RecipeBook, names: tuple[str, str], width: int, hidden: int) -> None:
+def _add_llava_projector(book: ConversionBook, names: tuple[str, str], width: int, hidden: int) -> None:
     """The two linear layers, whose bias is optional."""
     for name, stored, columns in zip(names, ("mm.1", "mm.2"), (width, hidden), strict=True):
         book.add(f"{name}.weight", f"{stored}.weight", (hidden, columns))
@@ -305,7 +305,7 @@ def _write_pixtral_keys(config: Config, writer: gguf.GGUFWriter) -> None:
         writer.add_vision_spatial_merge_size(config.integer("spatial_merge_size"))
 
 
-def _add_pixtral_tensors(book: RecipeBook) -> None:
+def _add_pixtral_tensors(book: ConversionBook) -> None:
     config, tower = book.config, _tower(book.config)
     width, ffn, hidden = (
         tower.integer("hidden_size"), tower.integer("intermediate_size"), _text(config).integer("hidden_size"),

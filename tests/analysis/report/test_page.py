@@ -11,7 +11,7 @@ from PIL import Image
 
 from dynquant.analysis.plots.groups import PlanResults
 from dynquant.analysis.report.page import summary_sentence, write_report
-from dynquant.errors import ExportError, PlanError
+from dynquant.errors import PlanError, WriteError
 from tests.helpers.synthetic_models import DENSE, Shape, synthetic_model
 
 EVALUATION = {"kl": {"mean": 0.01234567, "interval": [0.011, 0.013]}, "per token": list(range(50)), "top1": 0.93}
@@ -118,7 +118,7 @@ def test_refusals(tmp_path, moe):
     with pytest.raises(PlanError, match="eeee"):
         write_report(tmp_path / "r.html", PlanResults(moe.plan, other, moe.stats), {})
     (tmp_path / "r.html").mkdir()
-    with pytest.raises(ExportError, match="could not be written"):
+    with pytest.raises(WriteError, match="could not be written"):
         write_report(tmp_path / "r.html", PlanResults(moe.plan, moe.table, moe.stats), {})
 
 

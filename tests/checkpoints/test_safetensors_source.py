@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dynquant.checkpoints.tensor_source import INDEX_NAME, SINGLE_NAME, DictSource, SafetensorsSource
+from dynquant.checkpoints.safetensors_source import INDEX_NAME, SINGLE_NAME, SafetensorsSource
+from dynquant.checkpoints.tensor_source import DictSource
 from dynquant.errors import CheckpointError
 
 TENSORS = {

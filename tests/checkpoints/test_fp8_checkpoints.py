@@ -9,9 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from dynquant.calibration.run import calibrate, windows_of
 from dynquant.calibration.streamed import calibrate_streamed
-from dynquant.checkpoints.fp8_values import StoredValues
 from dynquant.checkpoints.gguf_source import GGUFSource
-from dynquant.checkpoints.tensor_source import SafetensorsSource
+from dynquant.checkpoints.safetensors_source import SafetensorsSource, StoredValues
 from dynquant.errors import CheckpointError
 from dynquant.families.open import open_model
 from tests.helpers.commands import run

@@ -136,36 +136,3 @@ def _value(kind: Any, flag: Flag, typed: Any) -> Any:
     if get_origin(kind) is tuple:
         return tuple(part.strip() for part in (typed or "").split(",") if part.strip())
     return typed
-
-
-def command_reference(app: typer.Typer) -> str:
-    """Return all commands with their options as Markdown."""
-    group = typer.main.get_command(app)
-    lines = []
-    for name, command in group.commands.items():  # type: ignore[attr-defined]
-        arguments = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
-        usage = " ".join(["dynquant", name, *(argument.name.upper() for argument in arguments), "[OPTIONS]"])
-        lines += [f"## {name}", "", f"    {usage}", "", (command.help or "").strip(), ""]
-        lines += ["| option | default | |", "|---|---|---|"]
-        for parameter in command.params:
-            lines.append(f"| {_spelling(parameter)} | {_default(parameter)} | {_cell(parameter.help or '')} |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _spelling(parameter: Any) -> str:
-    if parameter.param_type_name == "argument":
-        return f"`{parameter.name.upper()}`"
-    return ", ".join(f"`{flag}`" for flag in (*parameter.opts, *parameter.secondary_opts))
-
-
-def _default(parameter: Any) -> str:
-    if parameter.required:
-        return "required"
-    if parameter.default is None or parameter.default is False or not parameter.show_default:
-        return ""
-    return f"`{'yes' if parameter.default is True else parameter.default}`"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")

@@ -1,0 +1,238 @@
+"""A directory of safetensors files as a tensor source, and its weights as stored: floats, or FP8 with block scales.
+
+FP8 checkpoints (DeepSeek V3, R1) store a matrix as F8_E4M3 beside `NAME_scale_inv`, float32 [rows / b, columns / b]
+rounded up; a weight is its value times the scale of its block. Kept as stored, a layer takes a quarter of its float32.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dynquant.checkpoints.safetensors_format import FileSpan, spans_of
+from dynquant.checkpoints.tensor_source import GGML_NAMES, TensorInfo
+from dynquant.errors import CheckpointError
+from dynquant.formats.plain_quants import DTYPE_BYTES
+from dynquant.storage.strict_json import parse_json
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+_PICKLED = ("*model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_FLOAT_DTYPES = {"F32", "F16", "BF16"}
+_FP8 = "F8_E4M3"
+_SCALE_SUFFIX = "_scale_inv"
+_SAMPLED = 64
+
+
+@dataclass(frozen=True)
+class StoredValues:
+    """`data` [..., rows, columns]; FP8 comes with `scale` [..., block rows, block columns], `block` (rows, columns)."""
+
+    data: Tensor
+    scale: Tensor | None = None
+    block: tuple[int, int] = (128, 128)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
+
+    def to(self, dtype: torch.dtype) -> Tensor:
+        """The values; FP8 is scaled in float32 and rounded once."""
+        if self.scale is None:
+            return self.data.to(dtype)
+        return self._scaled(self.data.to(torch.float32)).to(dtype)
+
+    def write_to(self, out: Tensor) -> None:
+        """Give a tensor of the same shape the values, as `to` its type."""
+        if self.scale is None:
+            out.copy_(self.data)
+        elif out.dtype == torch.float32:
+            self._scaled(out.copy_(self.data))
+        else:
+            out.copy_(self.to(out.dtype))
+
+    def _scaled(self, values: Tensor) -> Tensor:
+        """Multiplies float32 values of `data` with their scales, in place."""
+        assert self.scale is not None
+        block_rows, block_columns = self.block
+        columns = values.shape[-1]
+        for number in range(self.scale.shape[-2]):
+            scales = self.scale[..., number, :].repeat_interleave(block_columns, -1)[..., :columns]
+            values.narrow(-2, number * block_rows, min(block_rows, values.shape[-2] - number * block_rows)).mul_(
+                scales.unsqueeze(-2)
+            )
+        return values
+
+    def moved(self, device: torch.device | str) -> "StoredValues":
+        """The same on another device."""
+        return StoredValues(self.data.to(device), None if self.scale is None else self.scale.to(device), self.block)
+
+
+class SafetensorsSource:
+    """One `model.safetensors`, or the shards of `model.safetensors.index.json`, in a directory.
+
+    FP8 matrices with block scales appear as one tensor of the float type that config.json states; their scales are not
+    listed.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or corrupt, the index names a file outside the directory, a tensor
+            has a dtype that is not F32, F16, BF16 or FP8 with scales, or scales do not fit their matrix.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._spans = self._read_spans()
+        self._scale_of = {name: f"{name}{_SCALE_SUFFIX}" for name, span in self._spans.items() if span.dtype == _FP8}
+        self._block, self._fp8_float = _fp8_layout(directory) if self._scale_of else ((1, 1), "BF16")
+        hidden = set(self._scale_of.values())
+        self._info = {name: self._read_info(name) for name in self._spans if name not in hidden}
+
+    @property
+    def has_fp8(self) -> bool:
+        """Whether a matrix is stored as FP8."""
+        return bool(self._scale_of)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over every stored tensor's name, dtype, shape and two samples of 64 values."""
+        digest = hashlib.sha256()
+        for name, span in sorted(self._spans.items()):
+            digest.update(f"{name}{span.dtype}{span.shape}".encode())
+            for row in (0, span.shape[0] // 2) if span.shape and prod(span.shape) else ():
+                sample = span.read(row, count=min(_SAMPLED, span.row_values)).to(torch.float32)
+                digest.update(sample.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def names(self) -> list[str]:
+        return list(self._info)
+
+    def info(self, name: str) -> TensorInfo:
+        return self._info[name]
+
+    def load(self, name: str, index: int | slice | None = None) -> torch.Tensor:
+        if not isinstance(index, slice) or name not in self._scale_of or len(self._info[name].shape) > 2:
+            return self.stored(name, index).to(torch.float32)
+        first = index.start // self._block[0] * self._block[0]  # the rows of a block share scales
+        return self.stored(name, slice(first, index.stop)).to(torch.float32)[index.start - first :]
+
+    def stored(self, name: str, index: int | slice | None = None) -> StoredValues:
+        """The tensor, or a slice or range of its first dimension, in the types of the file.
+
+        A range of the rows of an FP8 matrix starts with a block.
+        """
+        scale = self._scale_of.get(name)
+        try:
+            data = self._spans[name].read(index)
+            if scale is None:
+                return StoredValues(data)
+            if isinstance(index, int) and data.dim() < 2:
+                raise ValueError(f"`{name}` is one FP8 matrix; its rows share scales and are not read alone")
+            if isinstance(index, slice) and data.dim() == 2:
+                index = slice(index.start // self._block[0], -(-index.stop // self._block[0]))
+            return StoredValues(data, self._spans[scale].read(index), self._block)
+        except OSError as error:
+            raise CheckpointError(
+                f"`{name}` cannot be read from {self._spans[name].path} ({error}). Fetch the file again."
+            ) from error
+
+    def stored_bytes(self, name: str) -> int:
+        """What `stored` takes in memory."""
+        parts = [self._spans[part] for part in (name, self._scale_of.get(name)) if part is not None]
+        return sum(prod(span.shape) * DTYPE_BYTES[span.dtype] for span in parts)
+
+    def _read_spans(self) -> dict[str, FileSpan]:
+        single = self.directory / SINGLE_NAME
+        if not (self.directory / INDEX_NAME).is_file():
+            if not single.is_file():
+                raise no_weights(self.directory)
+            return dict(sorted(spans_of(single).items()))
+        files = read_weight_map(self.directory)
+        held = {path: spans_of(path) for path in sorted(set(files.values()))}
+        for name, path in files.items():
+            if name not in held[path]:
+                raise CheckpointError(f"{path} does not hold `{name}`, which {INDEX_NAME} places there.")
+        return {name: held[path][name] for name, path in files.items()}
+
+    def _read_info(self, name: str) -> TensorInfo:
+        span = self._spans[name]
+        if span.dtype == _FP8:
+            self._check_scales(name)
+            return TensorInfo(name, span.shape, self._fp8_float)
+        if span.dtype not in _FLOAT_DTYPES:
+            raise CheckpointError(
+                f"{span.path} stores `{name}` as {span.dtype}; only F32, F16 and BF16 checkpoints, and FP8 (F8_E4M3) "
+                "with block scales, can be read. Convert the checkpoint to bfloat16 first."
+            )
+        return TensorInfo(name, span.shape, span.dtype)
+
+    def _check_scales(self, name: str) -> None:
+        span, scale = self._spans[name], self._spans.get(self._scale_of[name])
+        if scale is None:
+            raise CheckpointError(
+                f"{span.path} stores `{name}` as {_FP8}, but the checkpoint has no `{self._scale_of[name]}`, so its "
+                "values are unknown. The download is incomplete, or the scales are of a kind that dynquant does not "
+                "read; convert the checkpoint to bfloat16."
+            )
+        blocks = tuple(-(-size // block) for size, block in zip(span.shape[-2:], self._block, strict=False))
+        expected = (*span.shape[:-2], *blocks)
+        if len(span.shape) < 2 or scale.shape != expected or scale.dtype != "F32":
+            raise CheckpointError(
+                f"{scale.path} stores `{self._scale_of[name]}` as {scale.dtype} {list(scale.shape)}, but `{name}` "
+                f"{list(span.shape)} in blocks of {self._block[0]} x {self._block[1]} needs F32 {list(expected)}. "
+                "Check `weight_block_size` in config.json, or convert the checkpoint to bfloat16."
+            )
+
+
+def _fp8_layout(directory: Path) -> tuple[tuple[int, int], str]:
+    """Rows and columns of a block, and the float type that the model computes in, from config.json."""
+    path = directory / "config.json"
+    try:
+        config = parse_json(path.read_bytes()) if path.is_file() else {}
+        rows, columns = (config.get("quantization_config") or {}).get("weight_block_size") or (128, 128)
+        dtype = str(config.get("torch_dtype") or config.get("dtype") or "bfloat16")
+        if not (isinstance(rows, int) and isinstance(columns, int) and min(rows, columns) > 0):
+            raise ValueError(f"`weight_block_size` is {[rows, columns]}")
+    except (ValueError, TypeError, AttributeError, OSError) as error:
+        raise CheckpointError(
+            f"{path} does not describe FP8 weights ({error}); `weight_block_size` is to be two positive numbers, as "
+            "[128, 128]. Fetch the file again."
+        ) from error
+    return (rows, columns), GGML_NAMES.get(dtype, "BF16")
+
+
+def read_weight_map(directory: Path) -> dict[str, Path]:
+    """Tensor name -> file, of model.safetensors.index.json, in order of names.
+
+    Raises:
+        CheckpointError: damaged, or it names a file outside the directory or one that is not safetensors.
+    """
+    index = directory / INDEX_NAME
+    try:
+        weight_map = dict(parse_json(index.read_bytes(), unique_names=True)["weight_map"])
+        files = {name: Path(weight_map[name]) for name in sorted(weight_map)}
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError(f"{index} is not a safetensors index ({error}). Fetch it again.") from error
+    for name, path in files.items():
+        if path.name != weight_map[name] or path.name == ".." or "\\" in path.name:
+            raise CheckpointError(f"{index} points outside its directory for `{name}`: {weight_map[name]!r}.")
+        if path.suffix != ".safetensors":
+            raise CheckpointError(f"{index} places {name!r} in {path.name!r}, which is no .safetensors file.")
+    return {name: directory / path for name, path in files.items()}
+
+
+def no_weights(directory: Path) -> CheckpointError:
+    """The refusal of a directory without safetensors files. Pickled weights are named, and why they stay unopened."""
+    pickled = sorted(path.name for pattern in _PICKLED for path in directory.glob(pattern))
+    if pickled:
+        return CheckpointError(
+            f"{directory} holds its weights as {pickled[0]}, a pickle. Opening one can run any code that its author "
+            "put in, so dynquant opens none. Fetch the safetensors files, which most hubs have; or, if you trust the "
+            "author, load it in transformers, call `save_pretrained`, and give the directory that it writes."
+        )
+    return CheckpointError(
+        f"{directory} holds neither {SINGLE_NAME} nor {INDEX_NAME}; there are no weights to read. "
+        "Give the directory of a Hugging Face checkpoint in safetensors format, or a .gguf file."
+    )

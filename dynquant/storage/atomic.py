@@ -1,0 +1,86 @@
+"""Files that appear whole or not at all: each is written under a temporary name in its folder and then moved.
+
+The temporary name is unique, so that two processes that write the same file never touch each other's half of it.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+from dynquant.errors import WriteError
+
+_WAY_OUT = "Free some space or choose another place."
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Context manager: yields the name of an empty file beside `path`, and moves that file to `path` on exit.
+
+    An exception removes the temporary file and leaves an older `path` as it is.
+
+    Raises:
+        OSError: as it comes, for callers that have more to say about it than `writing`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
+        yield temporary
+        temporary.chmod(mode)  # safetensors makes its files private; this one follows the umask
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def writing(path: Path, way_out: str = _WAY_OUT) -> Iterator[Path]:
+    """Context manager: `replacing`, where a file that cannot be written is refused in words that end in `way_out`.
+
+    Raises:
+        WriteError: no space, no permission, or a parent that is no directory.
+    """
+    try:
+        with replacing(path) as temporary:
+            yield temporary
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise WriteError(f"{path} could not be written: {reason}. {way_out}") from error
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a small file in one step. Text is UTF-8.
+
+    Raises:
+        WriteError: no space, no permission, or a parent that is no directory.
+    """
+    with writing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, object]) -> None:
+    """Write a safetensors file in one step, with `header` as JSON in its metadata.
+
+    Raises:
+        WriteError: no space, no permission, or a parent that is no directory.
+    """
+    from safetensors.torch import save_file
+
+    metadata = {"dynquant": json.dumps(header, sort_keys=True)}
+    with writing(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

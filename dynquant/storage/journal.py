@@ -1,0 +1,100 @@
+"""An append-only record of what an unfinished run has done, from which the next run goes on.
+
+    {"identity": {...}}        what decides the result; a run with another one cannot go on here
+    {...}                      one record a line, written when what it speaks of is done
+
+A kill can cut the last line short. It does not count, and `start` drops it.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+from dynquant.storage.atomic import replacing
+
+Record = Mapping[str, Any]
+
+
+class Journal:
+    """The journal at `path`: what an interrupted run left is read at once; `start` opens it for `add`.
+
+    A context manager: `with` closes the file. OSErrors pass as they come; callers say what they mean for the run.
+
+    Args:
+        sync: Waits until every record is on the disk. False where nothing is lost with a record but time.
+    """
+
+    def __init__(self, path: Path, *, sync: bool = True) -> None:
+        self.path = path
+        self.identity: Record | None = None
+        """Identity of the interrupted run; None without one."""
+        self.records: list[Record] = []
+        """Records of the interrupted run, up to the first line that is cut short."""
+        self._sync = sync
+        self._file: BinaryIO | None = None
+        if path.is_file():
+            self._read(path.read_text(errors="replace").splitlines())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def belongs_to(self, identity: Record) -> bool:
+        """Return whether the interrupted run had this identity."""
+        return self.identity == json.loads(json.dumps(identity))  # JSON knows no tuples
+
+    def start(self, identity: Record, records: Iterable[Record]) -> None:
+        """Rewrite the journal in one step with the records that still hold, and open it for more."""
+        self.records = list(records)
+        with replacing(self.path) as temporary:
+            temporary.write_bytes(b"".join(map(_line, ({"identity": identity}, *self.records))))
+        # Unbuffered: a full disk must not fail once more at closing.
+        self._file = self.path.open("ab", buffering=0)  # type: ignore[assignment]
+
+    def add(self, record: Record) -> None:
+        """Append a record."""
+        assert self._file is not None, "the journal was not started"
+        write_all(self._file, _line(record))
+        if self._sync:
+            os.fsync(self._file.fileno())
+        self.records.append(record)
+
+    def close(self) -> None:
+        """Close the file, which stays for the next run."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def remove(self) -> None:
+        """Close and delete the file, and forget what it said: the run is finished, or not to be continued."""
+        self.close()
+        self.path.unlink(missing_ok=True)
+        self.identity, self.records = None, []
+
+    def _read(self, lines: list[str]) -> None:
+        try:
+            self.identity = dict(json.loads(lines[0])["identity"])
+            for line in lines[1:]:
+                self.records.append(dict(json.loads(line)))
+        except (ValueError, KeyError, TypeError, IndexError):
+            return
+
+
+def differing_key(stored: Record, identity: Record) -> str | None:
+    """Return the first key in which two identities differ, or None."""
+    return next((key for key in (*identity, *stored) if stored.get(key) != identity.get(key)), None)
+
+
+def write_all(file: BinaryIO, data: memoryview | bytes) -> None:
+    """Write all of `data` to an unbuffered file, which may accept only a part of it at a time."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest[: 1 << 24]) :]
+
+
+def _line(record: Record) -> bytes:
+    return json.dumps(record).encode() + b"\n"

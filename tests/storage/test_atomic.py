@@ -1,0 +1,38 @@
+"""Files that appear whole or not at all."""
+
+import os
+
+import pytest
+
+from dynquant.errors import WriteError
+from dynquant.storage.atomic import replacing, write_atomically
+
+
+def test_a_file_is_replaced_whole_and_nothing_else_is_left(tmp_path):
+    path = tmp_path / "new" / "plan.json"
+    write_atomically(path, "old")
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old" and temporary.parent == path.parent
+    assert path.read_text() == "new" and os.listdir(path.parent) == ["plan.json"]
+
+
+def test_two_writers_have_a_file_each(tmp_path):
+    path = tmp_path / "a"
+    with replacing(path) as first, replacing(path) as second:
+        assert first != second
+
+
+def test_an_exception_leaves_the_older_file(tmp_path):
+    path = tmp_path / "a"
+    write_atomically(path, "old")
+    with pytest.raises(KeyboardInterrupt), replacing(path) as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["a"]
+
+
+def test_what_cannot_be_written_is_refused_with_its_name(tmp_path):
+    write_atomically(tmp_path / "file", "")
+    with pytest.raises(WriteError, match=r"a\.json could not be written: .*another place"):
+        write_atomically(tmp_path / "file" / "a.json", "")
