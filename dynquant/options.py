@@ -2,7 +2,8 @@
 
     tokens: Annotated[int, Flag("Calibrate on this many tokens.")] = 131072
 
-`cli/terminal/parameters.py` turns such fields into parameters of a command, so that a flag, its default and its help stand once.
+`cli/terminal/parameters.py` turns such fields into parameters of a command, so that a flag, its default and its help
+stand once.
 A field without a `Flag` is for callers in Python; a field that is itself such a dataclass shows its fields, or those
 that `Only` names.
 """

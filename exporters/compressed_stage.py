@@ -10,15 +10,16 @@ from dynquant.calibration.stage import StatsFile, run_calibration
 from dynquant.checkpoints.model import Model
 from dynquant.encoding.stream import Guidance, guidance_of
 from dynquant.errors import ExportError, PlanError
-from dynquant.exporters.compressed_card import transformers_problem
+from dynquant.exporters.compressed_config import transformers_problem
 from dynquant.exporters.compressed_tensors import export_compressed_tensors
 from dynquant.exporters.options import ExportOptions
-from dynquant.families.linear_layers import served_checkpoint
+from dynquant.families.linear_layers import linear_checkpoint
 from dynquant.families.open import open_language_model
+from dynquant.formats.storage_format import Choice
 from dynquant.formats.vllm_schemes import SCHEMES
+from dynquant.recipes.build_plan import plan_for_vllm, uniform_schemes
 from dynquant.recipes.folder import STATS_NAME, stats_of_plan
-from dynquant.recipes.serving_building import preset_schemes, serving_plan
-from dynquant.recipes.serving_plan import ServingPlan
+from dynquant.recipes.plan import Plan
 from dynquant.resources import chosen_device, parse_size
 from dynquant.session import Session
 
@@ -47,17 +48,17 @@ def export_for_vllm(options: ExportOptions, session: Session) -> Exported:
         raise PlanError("Give either --plan FILE (of `dynquant plan --for vllm`) or --preset uniform-SCHEME.")
     if output.exists() or output.is_symlink():
         raise ExportError(f"{output} exists already; export to another name, or remove it first.")
-    loaded = ServingPlan.load(options.plan) if options.plan is not None else None
+    loaded = Plan.load(options.plan, "vllm") if options.plan is not None else None
     model = open_language_model(options.model, session)
-    checkpoint = served_checkpoint(model)
+    checkpoint = linear_checkpoint(model)
     device = torch.device(chosen_device(session.device))
     if loaded is not None and options.plan is not None:
         plan, stats = loaded, stats_of_plan(loaded.stats_hash, options.stats or options.plan.parent / STATS_NAME)
     else:
-        types = preset_schemes(str(options.preset), checkpoint)
+        types = uniform_schemes(str(options.preset), checkpoint)
         stats = _calibrated(model, types, options, session)
         recipe = f"preset {options.preset}"
-        plan = serving_plan(model, checkpoint, types, recipe=recipe, stats_hash=stats and stats.hash)
+        plan = plan_for_vllm(model, checkpoint, types, recipe=recipe, stats_hash=stats and stats.hash)
     guidance, rounding, moments = _guidance(stats, session)
     with session.stage("Finished tensors are kept.") as progress:
         files = export_compressed_tensors(
@@ -72,9 +73,7 @@ def export_for_vllm(options: ExportOptions, session: Session) -> Exported:
     return Exported(files, plan.num_weights)
 
 
-def _calibrated(
-    model: Model, types: dict[str, tuple[str, str]], options: ExportOptions, session: Session
-) -> StatsFile | None:
+def _calibrated(model: Model, types: dict[str, Choice], options: ExportOptions, session: Session) -> StatsFile | None:
     if not any(SCHEMES[name].is_quantized for name, _ in types.values()):
         return None
     path = options.stats or options.output.with_name(f"{options.output.name}.stats.safetensors")

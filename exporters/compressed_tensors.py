@@ -1,4 +1,4 @@
-"""Writes a serving plan as a compressed-tensors checkpoint, which vLLM and transformers load.
+"""Writes a plan for vLLM as a compressed-tensors checkpoint, which vLLM and transformers load.
 
 All files are written in a hidden directory beside the output and move to its name together at the end. A killed export
 goes on where it stopped (`artifacts`) and gives the same bytes.
@@ -6,6 +6,7 @@ goes on where it stopped (`artifacts`) and gives the same bytes.
 
 import os
 from collections.abc import Iterator, Mapping
+from math import prod
 from pathlib import Path
 
 import torch
@@ -23,14 +24,17 @@ from dynquant.checkpoints.checkpoint_directory import (
 )
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_format import ShardLayout
+from dynquant.encoding.parts import as_slice, ranges
 from dynquant.encoding.stream import Guidance
-from dynquant.encoding.vllm import ServedWeights, encode_served, nvfp4_global_scale
-from dynquant.errors import DynquantError, ExportError, WriteError
-from dynquant.exporters.compressed_card import model_card, quantization_config
-from dynquant.families.linear_layers import LinearLayer, ServedCheckpoint
-from dynquant.recipes.compressed_layout import tensors_of_checkpoint
-from dynquant.recipes.serving_building import check_serving_plan
-from dynquant.recipes.serving_plan import ServingEntry, ServingPlan
+from dynquant.encoding.vllm import EncodedLayer, encode_layers, nvfp4_global_scale
+from dynquant.errors import ExportError
+from dynquant.exporters.compressed_config import quantization_config
+from dynquant.exporters.model_card import compressed_card
+from dynquant.exporters.output import writing
+from dynquant.families.linear_layers import LinearCheckpoint, LinearLayer
+from dynquant.recipes.build_plan import check_linears, schemes_of
+from dynquant.recipes.plan import Plan, PlanEntry
+from dynquant.recipes.sizes import tensors_of_checkpoint
 from dynquant.session import Progress, ignore_progress
 from dynquant.storage.resumable_output import Region, ResumableOutput
 from dynquant.storage.strict_json import parse_json
@@ -42,8 +46,8 @@ _CPU_WEIGHTS, _GPU_WEIGHTS = 1 << 23, 1 << 27
 
 def export_compressed_tensors(
     model: Model,
-    plan: ServingPlan,
-    checkpoint: ServedCheckpoint,
+    plan: Plan,
+    checkpoint: LinearCheckpoint,
     output: Path,
     *,
     guidance: Guidance | None = None,
@@ -59,7 +63,7 @@ def export_compressed_tensors(
     Args:
         model: What the plan is of.
         plan: Schemes of all linear layers.
-        checkpoint: `served_checkpoint` of the model.
+        checkpoint: `linear_checkpoint` of the model.
         output: The directory to make.
         guidance: Importance and hessians of the inputs, under which rounding errors are kept small.
         rounding: The same in words, for the model card.
@@ -75,10 +79,10 @@ def export_compressed_tensors(
         ExportError: the output exists, there is no space, or an interrupted export of something else is in the way.
     """
     output = Path(output)
-    check_serving_plan(plan, checkpoint, model.fingerprint, model.name)
+    check_linears(plan, checkpoint, model)
     if output.exists() or output.is_symlink():
         raise ExportError(f"{output} exists already; export to another name, or remove it first.")
-    shards = shards_of(tensors_of_checkpoint(checkpoint, plan.entries), shard_max_bytes or SHARD_BYTES)
+    shards = shards_of(tensors_of_checkpoint(checkpoint, schemes_of(plan)), shard_max_bytes or SHARD_BYTES)
     documents = _documents(model, plan, checkpoint, shards, rounding)
     staging = output.with_name(f".{output.name}.partial")
     names = [*documents, *shards]
@@ -88,53 +92,55 @@ def export_compressed_tensors(
         [staging / name for name in names], sizes, _regions(names, documents, shards),
         {**known, "files": files_hash(documents, shards), **(identity or {})}, resume=resume,
     )  # fmt: skip
-    with target:
-        try:
+    try:
+        with writing(target):
             write_small_files(target, documents, shards)
             for name, tensor in _tensors(plan, checkpoint, guidance or Guidance(), device, target.finished, progress):
                 target.write(name, tensor_bytes(tensor))
-        except WriteError:
-            raise
-        except DynquantError:
-            target.discard()
-            staging.rmdir()
-            raise
-        target.commit()
+            target.commit()
+    finally:
+        if not any(staging.iterdir()):
+            staging.rmdir()  # nothing is left of what could not be exported
     _publish(staging, output)
     return [output / name for name in names]
 
 
 def encode_layer(
-    entry: ServingEntry,
+    entry: PlanEntry,
     linear: LinearLayer,
     experts: range,
     guidance: Guidance,
     *,
     global_scale: float | None = None,
     device: torch.device | None = None,
-) -> list[ServedWeights]:
-    """Some experts of an entry (of a matrix: the range 0 to 1) as they are stored.
+) -> list[EncodedLayer]:
+    """Return some experts of an entry (of a matrix: the range 0 to 1) as they are stored.
 
     Raises:
         EncodeError: NaN or Inf weights; the layer is named.
     """
     weights = torch.stack([linear.load(expert) for expert in experts])
     importance = hessian = None
-    part = slice(experts.start, experts.stop)
+    part = as_slice(experts)
     if guidance.importance is not None:
         importance = guidance.importance(entry.name, entry.shape)
         importance = None if importance is None else importance[part]
     if guidance.hessian is not None:
         hessian = guidance.hessian(entry.name, entry.shape, part)
-    return encode_served(
-        entry.stored_as, entry.group_size, weights, importance=importance, hessian=hessian,
-        global_scale=global_scale, device=device, name=entry.modules[experts.start],
-    )  # fmt: skip
+    return encode_layers(
+        entry.scheme,
+        weights,
+        importance=importance,
+        hessian=hessian,
+        global_scale=global_scale,
+        device=device,
+        name=entry.modules[experts.start],
+    )
 
 
-def global_scales(plan: ServingPlan, checkpoint: ServedCheckpoint) -> dict[str, float]:
-    """Layer -> NVFP4's global scale, of the layers that have one; those that vLLM fuses have the same."""
-    wanted = {entry.name for entry in plan.entries if entry.stored_as.strategy == "tensor_group"}
+def global_scales(plan: Plan, checkpoint: LinearCheckpoint) -> dict[str, float]:
+    """Return NVFP4's global scale by layer, of the layers that have one; those that vLLM fuses have the same."""
+    wanted = {entry.name for entry in plan.entries if entry.scheme.strategy == "tensor_group"}
     linears = [linear for linear in checkpoint.linears if linear.name in wanted]
     peaks: dict[str, float] = {}
     for linear in linears:
@@ -144,26 +150,26 @@ def global_scales(plan: ServingPlan, checkpoint: ServedCheckpoint) -> dict[str, 
 
 
 def _tensors(
-    plan: ServingPlan,
-    checkpoint: ServedCheckpoint,
+    plan: Plan,
+    checkpoint: LinearCheckpoint,
     guidance: Guidance,
     device: torch.device | None,
     finished: set[str],
     progress: Progress | None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor that is not finished, by name."""
+    """Yield every tensor that is not finished, with its name."""
     for tensor in checkpoint.others:
         if tensor.key not in finished:
-            yield tensor.key, checkpoint.checkpoint.load(tensor.key).to(_TORCH_DTYPES[tensor.dtype])
+            yield tensor.key, checkpoint.source.load(tensor.key).to(_TORCH_DTYPES[tensor.dtype])
     linears = {linear.name: linear for linear in checkpoint.linears}
     scales = global_scales(plan, checkpoint)
-    total = sum(len(entry.modules) * entry.shape[-2] * entry.shape[-1] for entry in plan.entries)
-    done = 0
+    at_once = _CPU_WEIGHTS if device is None or device.type == "cpu" else _GPU_WEIGHTS
+    total, done = sum(prod(entry.shape) for entry in plan.entries), 0
     report = progress or ignore_progress
     for entry in plan.entries:
         report("quantize", done, total, unit="weights", tensor=entry.name)
-        suffixes = [part.suffix for part in entry.stored_as.parts(*entry.shape[-2:], entry.group_size)]
-        for experts in _expert_batches(entry, device):
+        suffixes = [part.suffix for part in entry.scheme.parts(*entry.shape[-2:])]
+        for experts in ranges(len(entry.modules), max(1, at_once // prod(entry.shape[-2:]))):
             modules = entry.modules[experts.start : experts.stop]
             if not {f"{module}.{suffix}" for module in modules for suffix in suffixes} <= finished:
                 encoded = encode_layer(
@@ -173,28 +179,21 @@ def _tensors(
                     for suffix, tensor in one.stored().items():
                         if f"{module}.{suffix}" not in finished:
                             yield f"{module}.{suffix}", tensor
-            done += len(experts) * entry.shape[-2] * entry.shape[-1]
+            done += len(experts) * prod(entry.shape[-2:])
             report("quantize", done, total, unit="weights", tensor=entry.name)
 
 
-def _expert_batches(entry: ServingEntry, device: torch.device | None) -> Iterator[range]:
-    limit = _CPU_WEIGHTS if device is None or device.type == "cpu" else _GPU_WEIGHTS
-    step = max(1, limit // (entry.shape[-2] * entry.shape[-1]))
-    count = len(entry.modules)
-    return (range(start, min(start + step, count)) for start in range(0, count, step))
-
-
 def _documents(
-    model: Model, plan: ServingPlan, checkpoint: ServedCheckpoint, shards: Mapping[str, ShardLayout], rounding: str
+    model: Model, plan: Plan, checkpoint: LinearCheckpoint, shards: Mapping[str, ShardLayout], rounding: str
 ) -> dict[str, bytes]:
-    """The small files by name."""
+    """Return the small files by name."""
     config = parse_json((checkpoint.directory / "config.json").read_bytes())
     config.pop("torch_dtype", None)
     config |= {
         "dtype": "bfloat16",
         "quantization_config": quantization_config(plan, checkpoint, model.hyper.n_layer),
     }
-    documents = {"config.json": as_json(config), "README.md": model_card(plan, rounding=rounding).encode()}
+    documents = {"config.json": as_json(config), "README.md": compressed_card(plan, rounding=rounding).encode()}
     return documents | index_of(shards) | copied_files(checkpoint.directory)
 
 

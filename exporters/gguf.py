@@ -24,10 +24,10 @@ from dynquant.encoding.stream import (
     parts_of_plan,
     quantize,
 )
-from dynquant.errors import ClusterError, DynquantError, ExportError, WriteError
-from dynquant.exporters.provenance import check_stats, export_identity
-from dynquant.recipes.build_plan import imatrix_info
+from dynquant.errors import ExportError
+from dynquant.exporters.output import check_stats, export_identity, writing
 from dynquant.recipes.plan import Plan
+from dynquant.recipes.sizes import imatrix_info
 from dynquant.session import Progress
 from dynquant.storage.resumable_output import Region, ResumableOutput
 
@@ -77,18 +77,12 @@ def export_gguf(
         export_identity(plan, encoder, _header_hash(files), moments if encoder.uses_hessians else None),
         resume=resume,
     )
-    with target:
+    with writing(target):
         quantized = quantize(
             model, plan, guidance, encoder,
             parts=parts, threads=threads, progress=progress, skip=frozenset(target.finished), elsewhere=elsewhere,
         )  # fmt: skip
-        try:
-            _write(target, files, quantized)
-        except (WriteError, ClusterError):
-            raise
-        except DynquantError:
-            target.discard()
-            raise
+        _write(target, files, quantized)
         return target.commit()
 
 
@@ -106,7 +100,7 @@ def _layout(
     entries = {entry.name: entry for entry in plan.entries}
     tensors = [TensorSpec(name, entries[name].shape, entries[name].type) for name in model.source.names()]
     provenance = Provenance(plan.fingerprint, plan.recipe, encoder.name, plan.hash, plan.stats_hash or "")
-    imatrix = imatrix_info(stats) if stats is not None else None
+    imatrix = imatrix_info(stats)
     files = layout(model, tensors, provenance, imatrix=imatrix)
     total = sum(file.total_bytes for file in files)
     if total != plan.predicted_bytes:

@@ -4,27 +4,26 @@ from collections.abc import Sequence
 from math import prod
 
 from dynquant import __version__
-from dynquant.checkpoints.tensor_roles import Role
+from dynquant.exporters.compressed_config import transformers_problem
+from dynquant.formats.vllm_schemes import SCHEMES
 from dynquant.recipes.plan import Plan, PlanEntry
-from dynquant.recipes.serving_plan import ServingEntry
 
 
-def model_card(plan: Plan, *, encoder: str, stored_bytes: int) -> str:
-    """The card as Markdown with the hub's metadata block; `stored_bytes` counts the tensors as written."""
-    weights = plan.num_weights
+def packed_card(plan: Plan, *, encoder: str, stored_bytes: int) -> str:
+    """Return the card of a checkpoint of GGUF blocks; `stored_bytes` counts the tensors as written."""
     has_vision = any(entry.role.is_vision for entry in plan.entries)
     auto_class = "AutoModelForImageTextToText" if has_vision else "AutoModelForCausalLM"
-    lines = [
-        "---",
-        "library_name: transformers",
-        "tags: [dynquant, quantized]",
-        "---",
-        f"# {plan.model}, {8 * stored_bytes / weights:.2f} bits per weight",
-        "",
-        f"{plan.model} ({plan.arch}, {weights:,} weights) with GGUF blocks as its weights, {stored_bytes:,} bytes, "
-        f"made by dynquant {__version__} (recipe `{plan.recipe}`, encoder `{encoder}`). uint8 tensors hold the same "
-        "bytes as the GGUF export of the same plan; `quantization_config` in config.json gives their types.",
-        "",
+    rows = [
+        f"| {group[0].role.value} | {group[0].type} | {len(group)} | {sum(prod(e.shape) for e in group):,} "
+        f"| {sum(e.bytes for e in group):,} | {_mean_error(group)} |"
+        for group in _grouped(plan)
+    ]
+    about = (
+        f"with GGUF blocks as its weights, {stored_bytes:,} bytes, made by dynquant {__version__} (recipe "
+        f"`{plan.recipe}`, encoder `{encoder}`). uint8 tensors hold the same bytes as the GGUF export of the same "
+        "plan; `quantization_config` in config.json gives their types."
+    )
+    body = [
         "```python",
         "import dynquant  # tells transformers how to load it",
         f"from transformers import {auto_class}",
@@ -40,7 +39,56 @@ def model_card(plan: Plan, *, encoder: str, stored_bytes: int) -> str:
         "",
         "| role | type | tensors | weights | bytes | weighted error |",
         "|---|---|---|---|---|---|",
-        *_plan_rows(plan),
+        *rows,
+    ]
+    return _card(plan, "dynquant, quantized", 8 * stored_bytes / plan.num_weights, about, body)
+
+
+def compressed_card(plan: Plan, *, rounding: str) -> str:
+    """Return the card of a compressed-tensors checkpoint; `rounding` says how rounding errors were kept small."""
+    about = (
+        f"as a compressed-tensors checkpoint of {plan.predicted_bytes:,} bytes, made by dynquant {__version__} (recipe "
+        f"`{plan.recipe}`). Weights alone are quantized; {rounding}."
+    )
+    fallbacks = [
+        f"- `{e.name}`: {e.type} instead of {e.wanted_type} ({e.reason})" for e in plan.entries if e.wanted_type
+    ]
+    body = [
+        "| scheme | format | linear layers | weights | bytes | bits per weight |",
+        "|---|---|---|---|---|---|",
+        *(_scheme_row(name, entries) for name, entries in plan.by_type().items()),
+        f"| embedding, head, routers, norms, biases | BF16, or as in the original | | | {plan.other_bytes:,} | |",
+        "",
+        "| role | scheme | group | layers | bytes | weighted error |",
+        "|---|---|---|---|---|---|",
+        *(
+            f"| {group[0].role.value} | {group[0].type} | {group[0].group_size or 'row'} "
+            f"| {sum(len(e.modules) for e in group):,} | {sum(e.bytes for e in group):,} | {_mean_error(group)} |"
+            for group in _grouped(plan)
+        ),
+        "",
+        *(["Stored otherwise than asked for:", "", *fallbacks, ""] if fallbacks else []),
+        "```",
+        "vllm serve PATH",
+        "```",
+        "",
+        _transformers_note(plan),
+    ]
+    return _card(plan, "compressed-tensors, vllm, dynquant", plan.bits_per_weight, about, body)
+
+
+def _card(plan: Plan, tags: str, bits_per_weight: float, about: str, body: Sequence[str]) -> str:
+    """Return a card as Markdown with the hub's metadata block."""
+    lines = [
+        "---",
+        "library_name: transformers",
+        f"tags: [{tags}]",
+        "---",
+        f"# {plan.model}, {bits_per_weight:.2f} bits per weight",
+        "",
+        f"{plan.model} ({plan.arch}, {plan.num_weights:,} weights) {about}",
+        "",
+        *body,
         "",
         f"Checkpoint `{plan.fingerprint}`, plan `{plan.hash}`, statistics `{plan.stats_hash or 'none'}`.",
         "",
@@ -66,18 +114,28 @@ def _damage(plan: Plan, tasks: str) -> list[str]:
     return lines
 
 
-def _plan_rows(plan: Plan) -> list[str]:
-    groups: dict[tuple[Role, str], list[PlanEntry]] = {}
+def _transformers_note(plan: Plan) -> str:
+    problem = transformers_problem(plan)
+    if problem:
+        return f"transformers cannot load it: {problem}. vLLM can."
+    return "transformers loads it as well, with the package compressed-tensors; it unpacks the weights in memory."
+
+
+def _scheme_row(name: str, entries: Sequence[PlanEntry]) -> str:
+    layers, weights = sum(len(entry.modules) for entry in entries), sum(prod(entry.shape) for entry in entries)
+    size = sum(entry.bytes for entry in entries)
+    return f"| {name} | {SCHEMES[name].format} | {layers:,} | {weights:,} | {size:,} | {8 * size / weights:.2f} |"
+
+
+def _grouped(plan: Plan) -> list[list[PlanEntry]]:
+    """Return the entries of each role, type and group size, in the order of the plan."""
+    groups: dict[tuple[object, ...], list[PlanEntry]] = {}
     for entry in plan.entries:
-        groups.setdefault((entry.role, entry.type), []).append(entry)
-    return [
-        f"| {role.value} | {type_name} | {len(entries)} | {sum(prod(e.shape) for e in entries):,} "
-        f"| {sum(e.bytes for e in entries):,} | {mean_error(entries)} |"
-        for (role, type_name), entries in groups.items()
-    ]
+        groups.setdefault((entry.role, entry.type, entry.group_size), []).append(entry)
+    return list(groups.values())
 
 
-def mean_error(entries: Sequence[PlanEntry | ServingEntry]) -> str:
-    """Mean of the relative squared errors, weighted by size; empty where the plan has none."""
+def _mean_error(entries: Sequence[PlanEntry]) -> str:
+    """Return the mean of the relative squared errors, weighted by size; empty where the plan has none."""
     known = [(entry.weighted_error, prod(entry.shape)) for entry in entries if entry.weighted_error is not None]
     return f"{sum(error * size for error, size in known) / sum(size for _, size in known):.2e}" if known else ""

@@ -39,9 +39,9 @@ from dynquant.encoding.stream import (
     parts_of_plan,
     quantize,
 )
-from dynquant.errors import CheckpointError, ClusterError, DynquantError, ExportError, WriteError
-from dynquant.exporters.model_card import model_card
-from dynquant.exporters.provenance import check_stats, export_identity
+from dynquant.errors import CheckpointError, ExportError
+from dynquant.exporters.model_card import packed_card
+from dynquant.exporters.output import check_stats, export_identity, writing
 from dynquant.families.common.config import Config, read_config, read_json
 from dynquant.families.common.conversion import ConvertedSource, load_finite
 from dynquant.families.from_gguf import config_from_gguf, tokenizer_files
@@ -125,7 +125,7 @@ def export_safetensors(
     )
     identity["stored"] = stored.fingerprint if stored is not None else "none"
     target = ResumableOutput(paths, sizes, regions, identity, resume=resume)
-    with target:
+    with writing(target):
         skip = checkpoint.layout.skipped | checkpoint.layout.copied.keys() | target.finished
         if stored is None:
             quantized = quantize(
@@ -134,15 +134,9 @@ def export_safetensors(
             )  # fmt: skip
         else:
             quantized = _parts_of(stored, parts, skip)
-        try:
-            write_small_files(target, checkpoint.documents, checkpoint.shards)
-            _copy(target, model, checkpoint.layout.copied)
-            _write(target, checkpoint.layout.places, quantized)
-        except (WriteError, ClusterError):
-            raise
-        except DynquantError:
-            target.discard()
-            raise
+        write_small_files(target, checkpoint.documents, checkpoint.shards)
+        _copy(target, model, checkpoint.layout.copied)
+        _write(target, checkpoint.layout.places, quantized)
         files = target.commit()
     _remove_old_shards(output, checkpoint)
     return files
@@ -186,7 +180,7 @@ def _describe(model: Model, plan: Plan, encoder: str, shard_max_bytes: int) -> _
         },
     }  # fmt: skip
     documents = {"config.json": as_json({**layout.config, "quantization_config": quantization})}
-    documents["README.md"] = model_card(plan, encoder=encoder, stored_bytes=stored_bytes).encode()
+    documents["README.md"] = packed_card(plan, encoder=encoder, stored_bytes=stored_bytes).encode()
     documents |= index_of(shards)
     documents |= copied_files(model.hf_directory) if model.hf_directory is not None else tokenizer_files(model.path)
     return _Checkpoint(layout, shards, documents, file_of)

@@ -9,7 +9,6 @@ import typer
 from dynquant.cli.terminal import console
 from dynquant.cli.terminal.parameters import AsJson
 from dynquant.errors import PlanError
-from dynquant.formats.quant_types import quant_type
 from dynquant.options import Only
 from dynquant.planning.options import PlanOptions
 from dynquant.resources import human_bytes, parse_size
@@ -17,7 +16,6 @@ from dynquant.session import Session
 
 if TYPE_CHECKING:
     from dynquant.recipes.plan import Plan
-    from dynquant.recipes.serving_plan import ServingPlan
 
 
 def plan(
@@ -73,7 +71,7 @@ def plan(
 
 
 def print_histogram(plan: "Plan") -> None:
-    """Size in GiB and the number of tensors of each type."""
+    """Show the size in GiB and the number of tensors of each type."""
     console.print_table(
         f"{plan.model}: {plan.recipe}", ("type", "tensors"), [(name, count) for name, count in plan.histogram().items()]
     )
@@ -84,7 +82,9 @@ def print_histogram(plan: "Plan") -> None:
 
 
 def print_plan(plan: "Plan", directory: Path) -> None:
-    """What was kept, what was crushed, and the size."""
+    """Show what was kept, what was crushed, and the size."""
+    from dynquant.formats.quant_types import quant_type
+
     by_role: dict[str, list] = {}
     for entry in plan.entries:
         by_role.setdefault(entry.role.value, []).append(entry)
@@ -112,20 +112,23 @@ def print_plan(plan: "Plan", directory: Path) -> None:
     )
 
 
-def print_serving_plan(plan: "ServingPlan", directory: Path) -> None:
-    """Schemes, what fell back, and the size."""
-    rows = [
-        (name, layers, f"{8 * size / weights:.3f}", human_bytes(size), f"{size / plan.predicted_bytes:.1%}")
-        for name, (layers, weights, size) in plan.histogram().items()
-    ]
-    rows.append(("everything else", "", "", human_bytes(plan.other_bytes),
-                 f"{plan.other_bytes / plan.predicted_bytes:.1%}"))  # fmt: skip
+def print_serving_plan(plan: "Plan", directory: Path) -> None:
+    """Show schemes, what fell back, and the size."""
+    from dynquant.exporters.compressed_config import transformers_problem
+
+    rows: list[tuple[object, ...]] = []
+    for name, entries in plan.by_type().items():
+        num_bytes = sum(entry.bytes for entry in entries)
+        bits_per_weight = 8 * num_bytes / sum(prod(entry.shape) for entry in entries)
+        num_layers = sum(len(entry.modules) for entry in entries)
+        share = f"{num_bytes / plan.predicted_bytes:.1%}"
+        rows.append((name, num_layers, f"{bits_per_weight:.3f}", human_bytes(num_bytes), share))
+    share = f"{plan.other_bytes / plan.predicted_bytes:.1%}"
+    rows.append(("everything else", "", "", human_bytes(plan.other_bytes), share))
     console.print_table(f"{plan.model}: {plan.recipe}", ("scheme", "linear layers", "bpw", "size", "share"), rows)
     for entry in plan.entries:
-        if entry.wanted_scheme:
-            console.say(f"  {entry.name}: {entry.scheme} instead of {entry.wanted_scheme}, {entry.reason}")
-    from dynquant.exporters.compressed_card import transformers_problem
-
+        if entry.wanted_type:
+            console.say(f"  {entry.name}: {entry.type} instead of {entry.wanted_type}, {entry.reason}")
     problem = transformers_problem(plan)
     if problem is not None:
         console.note(f"vLLM will load this checkpoint, transformers will not: {problem}")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dynquant.encoding.ggml import GgmlEncoder
 from dynquant.encoding.interface import ProtectedWeight, RowsDone, check_finite, check_request
+from dynquant.encoding.parts import as_slice, ranges
 from dynquant.encoding.search.descent import descend, descend_scales, refit
 from dynquant.encoding.search.feedback import feed_back, upper_factor
 from dynquant.encoding.search.layouts import LAYOUTS, BlockLayout, Fields
@@ -66,7 +67,7 @@ class DynquantEncoder:
         with _threads(threads):
             for experts in self._expert_batches(stacked, hessian):
                 loss = self._loss(stacked[experts], experts, by_expert, hessian)
-                for rows in _slices(stacked.shape[1], self._rows_at_once(stacked[experts])):
+                for rows in map(as_slice, ranges(stacked.shape[1], self._rows_at_once(stacked[experts]))):
                     part = stacked[experts, rows]
                     packed[experts, rows] = self._encode(layout, part, loss, name)
                     if progress is not None:
@@ -112,7 +113,7 @@ class DynquantEncoder:
         if hessian is not None:
             limit = _CPU_HESSIAN_BYTES if is_cpu else _GPU_HESSIAN_BYTES
             count = min(count, limit // hessian[:1].nbytes)
-        return _slices(stacked.shape[0], max(1, count))
+        return map(as_slice, ranges(stacked.shape[0], max(1, count)))
 
     def _rows_at_once(self, batch: Tensor) -> int:
         limit = _CPU_WEIGHTS if self.device.type == "cpu" else _GPU_WEIGHTS
@@ -170,10 +171,6 @@ def _check_weights(layout: BlockLayout, x: Tensor, name: str) -> None:
             f"`{name}` cannot be encoded as {layout.name}: the scale of a block is beyond float16 (the largest weight "
             f"here is {peak:.3g}). Keep this tensor as F32 or BF16."
         )
-
-
-def _slices(count: int, step: int) -> Iterator[slice]:
-    return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
 @contextmanager

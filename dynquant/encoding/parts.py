@@ -1,4 +1,4 @@
-"""What is encoded, written and recorded at a time: a tensor, some experts of a stack, or some rows of a matrix.
+"""Parts of tensors, the unit of encoding, writing and recording: experts of a stack, or rows of a matrix.
 
 A stack of experts of a large model takes gigabytes even packed, and four times as much as bfloat16. Its experts do not
 depend on each other, nor do rows under one hessian, so parts have the bytes of the whole tensor: on a CPU to the bit,
@@ -62,12 +62,12 @@ class TensorPart:
 
     @property
     def num_bytes(self) -> int:
-        """Of its blocks."""
+        """Size of the encoded part in bytes."""
         return len(self.experts) * len(self.rows) * self.quant_type.row_bytes(self.shape[-1])
 
     @property
     def offset(self) -> int:
-        """Its first byte, counted from that of the tensor."""
+        """First byte of the part, counted from that of the tensor."""
         num_rows = _stacked(self.shape)[1]
         return (self.experts.start * num_rows + self.rows.start) * self.quant_type.row_bytes(self.shape[-1])
 
@@ -82,7 +82,7 @@ class PartLimits:
     def parts(
         self, name: str, shape: tuple[int, ...], quant_type: QuantType, *, hessians: bool = False
     ) -> list[TensorPart]:
-        """A tensor's parts in the order of their bytes. `hessians`: whether each expert is encoded under one.
+        """Return a tensor's parts in the order of their bytes. `hessians`: whether each expert is encoded under one.
 
         Raises:
             ExportError: the smallest part takes more than `memory`.
@@ -106,38 +106,38 @@ class PartLimits:
                 )
         return [
             TensorPart(name, shape, quant_type, some, several)
-            for some in _ranges(num_experts, experts)
-            for several in _ranges(num_rows, rows)
+            for some in ranges(num_experts, experts)
+            for several in ranges(num_rows, rows)
         ]
 
 
 def load_part(source: TensorSource, part: TensorPart) -> torch.Tensor:
-    """The weights of a part, float32 [experts, rows, row_length] of a stack, else [rows, row_length]."""
+    """Return the weights of a part, float32 [experts, rows, row_length] of a stack, else [rows, row_length]."""
     columns, is_every_row = part.shape[-1], len(part.rows) == _stacked(part.shape)[1]
     if len(part.shape) != 3:
         weights = source.load(part.name) if is_every_row else _load_rows(source, part)
         return weights.reshape(-1, columns)
     weights = torch.empty(len(part.experts), len(part.rows), columns)
     for place, expert in enumerate(part.experts):
-        weights[place] = source.load(part.name, expert)[part.rows.start : part.rows.stop]
+        weights[place] = source.load(part.name, expert)[as_slice(part.rows)]
     return weights
 
 
 def load_packed_part(source: GGUFSource, part: TensorPart) -> torch.Tensor:
-    """A part's blocks in a file that stores the tensor in the type of the part, uint8 [..., row_bytes]."""
+    """Return a part's blocks in a file that stores the tensor in the type of the part, uint8 [..., row_bytes]."""
     if len(part.shape) != 3:
-        return source.load_packed(part.name, None if part.is_whole else _slice(part.rows))
+        return source.load_packed(part.name, None if part.is_whole else as_slice(part.rows))
     if part.is_whole:
         return source.load_packed(part.name)
-    packed = [source.load_packed(part.name, expert)[_slice(part.rows)] for expert in part.experts]
+    packed = [source.load_packed(part.name, expert)[as_slice(part.rows)] for expert in part.experts]
     return torch.stack(packed)
 
 
 def _load_rows(source: TensorSource, part: TensorPart) -> torch.Tensor:
     if isinstance(source, GGUFSource):
-        packed = source.load_packed(part.name, _slice(part.rows))
+        packed = source.load_packed(part.name, as_slice(part.rows))
         return decode(source.info(part.name).dtype, packed, (len(part.rows), part.shape[-1]))
-    return source.load(part.name, _slice(part.rows))
+    return source.load(part.name, as_slice(part.rows))
 
 
 def _stacked(shape: tuple[int, ...]) -> tuple[int, int, int]:
@@ -148,11 +148,13 @@ def _stacked(shape: tuple[int, ...]) -> tuple[int, int, int]:
     return experts, rows, columns
 
 
-def _ranges(count: int, step: int) -> Iterator[range]:
+def ranges(count: int, step: int) -> Iterator[range]:
+    """Cut the numbers below `count` into ranges of `step`; the last may be shorter."""
     return (range(start, min(start + step, count)) for start in range(0, count, step))
 
 
-def _slice(numbers: range) -> slice:
+def as_slice(numbers: range) -> slice:
+    """Return the index that picks these neighbours of a tensor's first dimension."""
     return slice(numbers.start, numbers.stop)
 
 

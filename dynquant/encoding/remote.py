@@ -114,8 +114,8 @@ def _encode_from_storage(choice: EncoderChoice, files: StoredFiles, part: Tensor
     return encode_part(model, part, guidance, worker_encoder(choice), threads=choice.threads).numpy()
 
 
-def _encode_shipped(choice: EncoderChoice, given: PartInput) -> np.ndarray:
-    return encode_input(given, worker_encoder(choice), threads=choice.threads).numpy()
+def _encode_shipped(choice: EncoderChoice, part_input: PartInput) -> np.ndarray:
+    return encode_input(part_input, worker_encoder(choice), threads=choice.threads).numpy()
 
 
 @cache

@@ -5,7 +5,6 @@ part, `PartInput`, can be gathered in one process and encoded in another. A quan
 wanted type gives its own bytes.
 """
 
-import importlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,7 +17,7 @@ from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
 from dynquant.encoding.interface import Encoder, ProtectedWeight
-from dynquant.encoding.parts import PartLimits, TensorPart, load_packed_part, load_part
+from dynquant.encoding.parts import PartLimits, TensorPart, as_slice, load_packed_part, load_part
 from dynquant.errors import EncodeError, PlanError
 from dynquant.formats.quant_types import QuantType
 from dynquant.recipes.plan import Plan
@@ -32,15 +31,12 @@ HessianLookup = Callable[[str, tuple[int, ...], slice], torch.Tensor | None]
 PartStream = Callable[[Iterable[TensorPart]], Iterable[tuple[TensorPart, torch.Tensor]]]
 """Encodes parts, somewhere and in any order, and gives each with its blocks."""
 
-_ENCODERS = {
-    "ggml": ("dynquant.encoding.ggml", "GgmlEncoder"),
-    "dynquant": ("dynquant.encoding.dynquant_encoder", "DynquantEncoder"),
-}
+ENCODERS = ("dynquant", "ggml")
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """What encoders are told of each tensor besides its weights."""
+    """Guidance of encoders: what they are told of each tensor besides its weights."""
 
     importance: ImportanceLookup | None = None
     hessian: HessianLookup | None = None
@@ -52,7 +48,7 @@ def guidance_of(
     moments: SecondMoments | None,
     protected: Mapping[str, tuple[ProtectedWeight, ...]] | None = None,
 ) -> Guidance:
-    """What calibration knows, for an encoder; `protected` are super weights by tensor."""
+    """Return what calibration knows, for an encoder; `protected` are super weights by tensor."""
     if stats is None:
         return Guidance(protected=protected or {})
     return Guidance(
@@ -82,20 +78,24 @@ class PartInput:
 
 
 def load_encoder(name: str, device: str | None = None) -> Encoder:
-    """The encoder of this name; `device` is for those that can use a GPU, and None lets them choose.
+    """Return the encoder of this name; `device` is for those that can use a GPU, and None lets them choose.
 
     Raises:
         EncodeError: no encoder of that name, or a device that it cannot use.
     """
-    if name not in _ENCODERS:
-        raise EncodeError(f"There is no encoder `{name}`; use one of {', '.join(_ENCODERS)}.")
-    module_name, class_name = _ENCODERS[name]
-    encoder_class = getattr(importlib.import_module(module_name), class_name)
-    return encoder_class(device) if encoder_class.uses_hessians else encoder_class()
+    if name == "dynquant":
+        from dynquant.encoding.dynquant_encoder import DynquantEncoder
+
+        return DynquantEncoder(device)
+    if name == "ggml":
+        from dynquant.encoding.ggml import GgmlEncoder
+
+        return GgmlEncoder()
+    raise EncodeError(f"There is no encoder `{name}`; use one of {', '.join(ENCODERS)}.")
 
 
 def encoder_version(encoder: Encoder) -> str:
-    """What decides the encoder's bytes beside dynquant's own version: the release of ggml, or of PyTorch."""
+    """Return what decides the encoder's bytes beside dynquant's own version: the release of ggml, or of PyTorch."""
     if encoder.name != "ggml":
         return torch.__version__
     from dynquant.encoding.ggml import ggml_version
@@ -106,7 +106,7 @@ def encoder_version(encoder: Encoder) -> str:
 def parts_of_plan(
     plan: Plan, guidance: Guidance, encoder: Encoder, limits: PartLimits | None = None, *, whole: Collection[str] = ()
 ) -> dict[str, list[TensorPart]]:
-    """Tensor name -> its parts. Tensors named in `whole` have one, whatever the limits.
+    """Return the parts of every tensor by its name. Tensors named in `whole` have one, whatever the limits.
 
     Raises:
         ExportError: the limits are too tight for a tensor.
@@ -134,7 +134,7 @@ def quantize(
     skip: Collection[str] = (),
     elsewhere: PartStream | None = None,
 ) -> Iterator[QuantizedPart]:
-    """Every part of every tensor of the plan, without those whose key or tensor name is in `skip`.
+    """Yield every part of every tensor of the plan, without those whose key or tensor name is in `skip`.
 
     Here, parts come in the model's order; `elsewhere`, in its own. `parts` are those of `parts_of_plan`.
 
@@ -221,7 +221,7 @@ def encode_tensor(
     *,
     threads: int | None = None,
 ) -> torch.Tensor:
-    """One tensor's blocks, uint8 [..., rows, row_bytes], encoded part by part.
+    """Return one tensor's blocks, uint8 [..., rows, row_bytes], encoded part by part.
 
     Raises:
         EncodeError: NaN or Inf weights, or a type that needs statistics the tensor has none of.
@@ -246,14 +246,14 @@ def encode_part(
     threads: int | None = None,
     on_weights: Callable[[int], None] | None = None,
 ) -> torch.Tensor:
-    """A part's blocks, uint8 [..., rows, row_bytes]; `on_weights` hears how many weights each step encoded.
+    """Return a part's blocks, uint8 [..., rows, row_bytes]; `on_weights` hears how many weights each step encoded.
 
     Raises:
         EncodeError: NaN or Inf weights, or a type that needs statistics the tensor has none of.
     """
     if not is_stored(model, part):
-        given = gather(model, part, guidance, encoder)
-        return encode_input(given, encoder, threads=threads, on_weights=on_weights)
+        part_input = gather(model, part, guidance, encoder)
+        return encode_input(part_input, encoder, threads=threads, on_weights=on_weights)
     if on_weights is not None:
         on_weights(part.num_weights)
     assert isinstance(model.source, GGUFSource)
@@ -261,14 +261,14 @@ def encode_part(
 
 
 def is_stored(model: Model, part: TensorPart) -> bool:
-    """Whether the source's own blocks are the wanted ones; floats go through the encoder, which checks for NaN."""
+    """Return whether the source holds the wanted blocks; floats go through the encoder, which checks for NaN."""
     holds_blocks = isinstance(model.source, GGUFSource) and not part.quant_type.is_float
     return holds_blocks and model.source.info(part.name).dtype == part.quant_type.name
 
 
 def gather(model: Model, part: TensorPart, guidance: Guidance, encoder: Encoder) -> PartInput:
     """Read what an encoder needs for a part."""
-    stored, experts = part.quant_type, slice(part.experts.start, part.experts.stop)
+    stored, experts = part.quant_type, as_slice(part.experts)
     uses_importance = stored.uses_imatrix or (encoder.uses_hessians and not stored.is_float)
     importance = guidance.importance(part.name, part.shape) if guidance.importance and uses_importance else None
     if importance is not None and len(part.shape) == 3:
@@ -285,16 +285,16 @@ def gather(model: Model, part: TensorPart, guidance: Guidance, encoder: Encoder)
 
 
 def encode_input(
-    given: PartInput,
+    part_input: PartInput,
     encoder: Encoder,
     *,
     threads: int | None = None,
     on_weights: Callable[[int], None] | None = None,
 ) -> torch.Tensor:
-    """The blocks of a part from what was gathered for it, uint8 [..., rows, row_bytes]."""
+    """Return the blocks of a part from what was gathered for it, uint8 [..., rows, row_bytes]."""
     return encoder.encode(
-        given.part.quant_type, given.weights, given.importance, threads,
-        name=given.part.name, hessian=given.hessian, protected=given.protected, progress=on_weights,
+        part_input.part.quant_type, part_input.weights, part_input.importance, threads,
+        name=part_input.part.name, hessian=part_input.hessian, protected=part_input.protected, progress=on_weights,
     )  # fmt: skip
 
 

@@ -1,10 +1,10 @@
-"""Encodes linear layers into the schemes that vLLM serves, and decodes them as compressed-tensors does.
+"""Encodes linear layers into the schemes that vLLM reads, and decodes them as compressed-tensors does.
 
 Scales, codewords and error feedback are found by the search of the dynquant encoder: with a hessian e H eᵀ is made
 small, with an importance its diagonal, without either the plain squared error.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from dynquant.encoding.dynquant_encoder import loss_under
 from dynquant.encoding.interface import RowsDone, check_finite
-from dynquant.encoding.search.layouts import MXFP4_FIRST
+from dynquant.encoding.parts import as_slice, ranges
+from dynquant.encoding.search.layouts import E2M1_MAX, E4M3_MAX, MXFP4_FIRST, scheme_layout
 from dynquant.encoding.search.rows import Rows
-from dynquant.encoding.search.served_layouts import E2M1_MAX, E4M3_MAX, served_layout
 from dynquant.errors import EncodeError
 from dynquant.formats.vllm_schemes import Scheme
 
@@ -24,7 +24,7 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 @dataclass(frozen=True)
-class ServedWeights:
+class EncodedLayer:
     """Weights [R, C] of one linear layer in a scheme.
 
     `codes` float32 [R, C] are integers, E4M3 or E2M1 numbers; `scales` [R, G] as they are stored.
@@ -36,7 +36,7 @@ class ServedWeights:
     global_scale: float | None = None
 
     def decoded(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weights as compressed-tensors decompresses them in a model of `dtype`."""
+        """Return the weights as compressed-tensors decompresses them in a model of `dtype`."""
         scales = self.scales
         if self.scheme.strategy == "none":
             return self.codes.to(dtype)
@@ -51,15 +51,13 @@ class ServedWeights:
         return (products.to(torch.bfloat16) if is_fp4 else products).to(dtype)
 
     def stored(self) -> dict[str, Tensor]:
-        """The tensors to write, by suffix; see `serving_schemes`."""
+        """Return the tensors to write, by suffix; see `vllm_schemes`."""
         scheme, codes = self.scheme, self.codes
         if scheme.strategy == "none":
             return {"weight": codes.to(torch.bfloat16)}
         if scheme.kind == "int":
             packed = _packed_integers(codes, scheme.num_bits)
-            return {
-                "weight_packed": packed, "weight_scale": self.scales, "weight_shape": torch.tensor(codes.shape),
-            }  # fmt: skip
+            return {"weight_packed": packed, "weight_scale": self.scales, "weight_shape": torch.tensor(codes.shape)}
         if scheme.num_bits == 8:
             return {"weight": codes.to(torch.float8_e4m3fn), "weight_scale": self.scales}
         parts = {"weight_packed": _packed_e2m1(codes), "weight_scale": self.scales}
@@ -69,16 +67,15 @@ class ServedWeights:
 
 
 def nvfp4_global_scale(peak: float) -> float:
-    """What NVFP4's scales are multiplied with, for layers whose largest magnitude is `peak`; exact in float32.
+    """Return what NVFP4's scales are multiplied with, for layers whose largest magnitude is `peak`; exact in float32.
 
     vLLM takes one for all layers that it fuses, so `peak` is that of all of them.
     """
     return float(torch.tensor(E4M3_MAX * E2M1_MAX / peak if peak > 0 else 1.0))
 
 
-def encode_served(
+def encode_layers(
     scheme: Scheme,
-    group: int,
     weights: Tensor,
     *,
     importance: Tensor | None = None,
@@ -87,12 +84,11 @@ def encode_served(
     device: torch.device | None = None,
     name: str = "tensor",
     progress: RowsDone | None = None,
-) -> list[ServedWeights]:
-    """Encode a stack of linear layers [E, R, C] that count as experts; a single layer is a stack of one.
+) -> list[EncodedLayer]:
+    """Encode a stack of linear layers [E, R, C]; a single layer is a stack of one.
 
     Args:
-        scheme: What to store.
-        group: Weights of a row that share a scale; 0 for the whole row.
+        scheme: What to store, with its group size.
         weights: float32 [E, R, C].
         importance: E[x²] of the inputs, [E, C].
         hessian: E[x xᵀ] of the inputs, [E, C, C] or [1, C, C] for all; positive definite.
@@ -106,16 +102,17 @@ def encode_served(
     """
     peak = check_finite(weights, name=name)
     if scheme.strategy == "none":
-        return [ServedWeights(scheme, one.to(torch.bfloat16).to(torch.float32), one[:, :0]) for one in weights]
+        return [EncodedLayer(scheme, one.to(torch.bfloat16).to(torch.float32), one[:, :0]) for one in weights]
     device = device or torch.device("cpu")
-    layout = served_layout(scheme, weights.shape[-1], group, global_scale)
+    layout = scheme_layout(scheme, weights.shape[-1], global_scale)
     if peak > layout.largest_weight:
         raise EncodeError(
             f"`{name}` cannot be encoded as {scheme.name}: its largest weight is {peak:.3g}. Keep it as BF16."
         )
     loss = loss_under(weights.shape, importance, hessian, device)
     codes, scales = torch.empty_like(weights), []
-    for part in _row_slices(weights, device):
+    rows_at_once = max(1, (_CPU_WEIGHTS if device.type == "cpu" else _GPU_WEIGHTS) // weights[:, :1].numel())
+    for part in map(as_slice, ranges(weights.shape[1], rows_at_once)):
         rows = Rows.of(layout, weights[:, part].to(device, torch.float32))
         fields, values = loss.blocks(rows)
         codes[:, part] = values.cpu()
@@ -124,13 +121,13 @@ def encode_served(
             progress(rows.x.numel())
     if scheme.kind == "float" and scheme.num_bits == 4:
         codes = codes / 2  # ggml's table holds E2M1 numbers doubled
-    return [ServedWeights(scheme, *one, global_scale) for one in zip(codes, torch.cat(scales, dim=1), strict=True)]
+    return [EncodedLayer(scheme, *one, global_scale) for one in zip(codes, torch.cat(scales, dim=1), strict=True)]
 
 
-def from_stored(scheme: Scheme, parts: Mapping[str, Tensor]) -> ServedWeights:
-    """The inverse of `ServedWeights.stored`."""
+def from_stored(scheme: Scheme, parts: Mapping[str, Tensor]) -> EncodedLayer:
+    """Return what `EncodedLayer.stored` was called on."""
     if scheme.strategy == "none":
-        return ServedWeights(scheme, parts["weight"].to(torch.float32), parts["weight"][:, :0])
+        return EncodedLayer(scheme, parts["weight"].to(torch.float32), parts["weight"][:, :0])
     if scheme.kind == "int":
         codes = _unpacked_integers(parts["weight_packed"], scheme.num_bits)
     elif scheme.num_bits == 8:
@@ -138,7 +135,7 @@ def from_stored(scheme: Scheme, parts: Mapping[str, Tensor]) -> ServedWeights:
     else:
         codes = _unpacked_e2m1(parts["weight_packed"])
     global_scale = float(parts["weight_global_scale"]) if "weight_global_scale" in parts else None
-    return ServedWeights(scheme, codes, parts["weight_scale"], global_scale)
+    return EncodedLayer(scheme, codes, parts["weight_scale"], global_scale)
 
 
 def _stored_scales(scheme: Scheme, d: Tensor, exponents: Tensor, global_scale: float | None) -> Tensor:
@@ -148,12 +145,6 @@ def _stored_scales(scheme: Scheme, d: Tensor, exponents: Tensor, global_scale: f
     if scheme.kind == "float" and scheme.num_bits == 4:
         return (exponents + MXFP4_FIRST).to(torch.uint8)
     return d.to(torch.bfloat16)
-
-
-def _row_slices(weights: Tensor, device: torch.device) -> Iterator[slice]:
-    limit = _CPU_WEIGHTS if device.type == "cpu" else _GPU_WEIGHTS
-    step = max(1, limit // (weights.shape[0] * weights.shape[-1]))
-    return (slice(start, start + step) for start in range(0, weights.shape[1], step))
 
 
 def _packed_integers(codes: Tensor, num_bits: int) -> Tensor:

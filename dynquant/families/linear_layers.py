@@ -17,6 +17,7 @@ from dynquant.checkpoints.safetensors_source import SafetensorsSource
 from dynquant.checkpoints.tensor_roles import Role, gguf_name_of, layer_of, role_of
 from dynquant.errors import ExportError
 from dynquant.families.common.conversion import ConvertedSource
+from dynquant.formats.vllm_schemes import Scheme
 
 _FUSED: dict[str, tuple[Role, ...]] = {
     "qkv": (Role.ATTN_Q, Role.ATTN_K, Role.ATTN_V),
@@ -56,30 +57,40 @@ class LinearLayer:
         fused = next((name for name, roles in _FUSED.items() if self.role in roles), None)
         return self.name.removesuffix(".weight") if fused is None else f"blk.{layer_of(self.name)}.{fused}"
 
+    def stored_as(self, scheme: Scheme) -> list[StoredTensor]:
+        """Return the tensors of the layer, or of each expert of the stack, in a scheme."""
+        parts = scheme.parts(*self.shape[-2:])
+        return [
+            StoredTensor(f"{module}.{part.suffix}", part.dtype, part.shape) for module in self.modules for part in parts
+        ]
+
     def unit(self, *, mixed_experts: bool) -> str:
-        """What it shares its scheme with: its fusion, or all routed experts (of its layer, when `mixed_experts`)."""
+        """Return what shares its scheme: its fusion, or all routed experts (of its layer, if `mixed_experts`)."""
         if self.is_expert:
             return f"blk.{layer_of(self.name)}.experts" if mixed_experts else "experts"
         return self.fusion
 
 
 @dataclass(frozen=True)
-class ServedCheckpoint:
-    """Everything that a compressed-tensors checkpoint of a model holds."""
+class LinearCheckpoint:
+    """A Hugging Face checkpoint as its linear layers and everything else."""
 
     directory: Path
-    checkpoint: SafetensorsSource
+    source: SafetensorsSource
     linears: tuple[LinearLayer, ...]
     others: tuple[StoredTensor, ...]
     """Stored as they are, but for matrices, which become BF16."""
 
-    @property
-    def other_bytes(self) -> int:
-        return sum(tensor.num_bytes for tensor in self.others)
+    def units(self, *, mixed_experts: bool) -> dict[str, list[LinearLayer]]:
+        """Return the linear layers that share a scheme, by the name of their unit."""
+        units: dict[str, list[LinearLayer]] = {}
+        for linear in self.linears:
+            units.setdefault(linear.unit(mixed_experts=mixed_experts), []).append(linear)
+        return units
 
 
-def served_checkpoint(model: Model) -> ServedCheckpoint:
-    """The linear layers of a model that vLLM can load from a Hugging Face directory.
+def linear_checkpoint(model: Model) -> LinearCheckpoint:
+    """Return the linear layers of a model that vLLM can load from a Hugging Face directory.
 
     Raises:
         ExportError: the model is a GGUF file, or of a family whose linear layers are not known here.
@@ -97,15 +108,15 @@ def served_checkpoint(model: Model) -> ServedCheckpoint:
         shape, parts = source.info(name).shape, source.checkpoint_names(name)
         if not name.endswith(".weight") or len(shape) < 2 or role_of(name) in _KEPT_ROLES or not parts:
             continue
-        found = _experts(source, name) if role_of(name).is_routed_expert else _matrix(model, checkpoint, parts[0])
-        linears[found.name] = found
+        linear = _experts(source, name) if role_of(name).is_routed_expert else _matrix(model, checkpoint, parts[0])
+        linears[linear.name] = linear
     replaced = {part for linear in linears.values() for part in linear.sources}
     others = tuple(_other(checkpoint, name) for name in checkpoint.names() if name not in replaced)
-    return ServedCheckpoint(directory, checkpoint, tuple(linears.values()), others)
+    return LinearCheckpoint(directory, checkpoint, tuple(linears.values()), others)
 
 
 def _matrix(model: Model, checkpoint: SafetensorsSource, stored: str) -> LinearLayer:
-    """A layer as the checkpoint has it; GGUF may hold it in pieces or with other rows."""
+    """Return a layer as the checkpoint has it; GGUF may hold it in pieces or with other rows."""
     name = gguf_name_of(stored, model.arch, model.hyper.n_layer)
     assert name is not None
     shape = checkpoint.info(stored).shape

@@ -1,6 +1,6 @@
-"""What GGUF types and compressed-tensors schemes have in common."""
+"""What GGUF types and compressed-tensors schemes have in common, and the words for choosing among them."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 
 class Choice(NamedTuple):
@@ -10,3 +10,17 @@ class Choice(NamedTuple):
     """Name of a quant type or of a scheme."""
     reason: str
     """For people; it is written into the plan."""
+
+
+class StorageFormat(Protocol):
+    """A way to store a tensor: a quant type of GGUF, or a compressed-tensors scheme with its group size."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def block_size(self) -> int:
+        """Neighbouring weights of a row that are stored together; it divides every row."""
+
+    def tensor_bytes(self, shape: tuple[int, ...]) -> int:
+        """Return the bytes of a tensor whose last dimension is the row."""

@@ -12,8 +12,8 @@ together with FP8 activations.
 """
 
 import difflib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal, NamedTuple
 
@@ -35,7 +35,7 @@ class StoredPart(NamedTuple):
 
 @dataclass(frozen=True)
 class Scheme:
-    """One way to store a linear layer. `group_sizes` from the most to the least wanted; (0,) is one scale a row."""
+    """One way to store a linear layer; a `StorageFormat` once `for_rows` has settled its group size."""
 
     name: str
     format: str
@@ -43,23 +43,34 @@ class Scheme:
     kind: Literal["int", "float"]
     strategy: Literal["group", "tensor_group", "channel", "none"]
     group_sizes: tuple[int, ...] = (0,)
+    """What the group size may be, the most wanted first; (0,) is one scale for a row."""
     holds_experts: bool = True
     """vLLM has fused-experts kernels for it."""
     merges_experts: bool = True
     """transformers merges such experts into its fused tensors when it loads them."""
+    group_size: int = 0
+    """Weights of a row that share a scale; 0 for the whole row."""
 
     @property
     def is_quantized(self) -> bool:
         return self.strategy != "none"
 
-    def group_size(self, row_lengths: Iterable[int]) -> int | None:
-        """The first group size that divides all rows; 0 for scales of whole rows; None when none does."""
-        lengths = list(row_lengths)
-        return next((g for g in self.group_sizes if g == 0 or all(length % g == 0 for length in lengths)), None)
+    @property
+    def block_size(self) -> int:
+        return self.group_size or 1
 
-    def parts(self, rows: int, columns: int, group: int) -> tuple[StoredPart, ...]:
-        """What a weight [rows, columns] is stored as."""
-        scale = StoredPart("weight_scale", "BF16", (rows, columns // group if group else 1))
+    def grouped(self, group_size: int) -> "Scheme":
+        """Return the scheme with this group size."""
+        return replace(self, group_size=group_size)
+
+    def for_rows(self, row_lengths: Collection[int]) -> "Scheme | None":
+        """Return the scheme with the first group size that divides all rows, or None when none does."""
+        fitting = (g for g in self.group_sizes if g == 0 or all(length % g == 0 for length in row_lengths))
+        return next(map(self.grouped, fitting), None)
+
+    def parts(self, rows: int, columns: int) -> tuple[StoredPart, ...]:
+        """Return what a weight [rows, columns] is stored as."""
+        scale = StoredPart("weight_scale", "BF16", (rows, columns // self.group_size if self.group_size else 1))
         if self.strategy == "none":
             return (StoredPart("weight", "BF16", (rows, columns)),)
         if self.kind == "int":
@@ -72,15 +83,20 @@ class Scheme:
             return packed, scale._replace(dtype="U8")
         return packed, scale._replace(dtype="F8_E4M3"), StoredPart("weight_global_scale", "F32", (1,))
 
-    def num_bytes(self, rows: int, columns: int, group: int) -> int:
-        return sum(part.num_bytes for part in self.parts(rows, columns, group))
+    def tensor_bytes(self, shape: tuple[int, ...]) -> int:
+        """Return the bytes of one matrix [R, C] or of a stack [E, R, C]."""
+        return prod(shape[:-2]) * sum(part.num_bytes for part in self.parts(shape[-2], shape[-1]))
 
-    def config_group(self, group: int, targets: list[str]) -> dict[str, object]:
-        """An entry of `config_groups` in config.json."""
+    def config_group(self, targets: list[str]) -> dict[str, object]:
+        """Return an entry of `config_groups` in config.json."""
         weights: dict[str, object] = {
-            "num_bits": self.num_bits, "type": self.kind, "symmetric": True, "strategy": self.strategy,
-            "group_size": group or None, "dynamic": False,
-        }  # fmt: skip
+            "num_bits": self.num_bits,
+            "type": self.kind,
+            "symmetric": True,
+            "strategy": self.strategy,
+            "group_size": self.group_size or None,
+            "dynamic": False,
+        }
         if self.kind == "float" and self.num_bits == 4:
             weights["scale_dtype"] = "torch.uint8" if self.strategy == "group" else "torch.float8_e4m3fn"
         return {
@@ -108,33 +124,32 @@ SCHEMES: dict[str, Scheme] = {
 """Schemes by name, the most precise first."""
 
 
-def serving_scheme(name: str) -> Scheme:
+def vllm_scheme(name: str) -> Scheme:
     """Look up a scheme by name, in any case.
 
     Raises:
         PlanError: vLLM serves nothing of that name from compressed-tensors.
     """
-    found = SCHEMES.get(name.upper())
-    if found is None:
+    scheme = SCHEMES.get(name.upper())
+    if scheme is None:
         near = difflib.get_close_matches(name.upper(), SCHEMES, n=1, cutoff=0.6)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise PlanError(
             f"`{name}` is not a scheme that vLLM serves from a compressed-tensors checkpoint.{hint} Give any of "
             f"{', '.join(SCHEMES)}; for llama.cpp's types export with -f gguf."
         )
-    return found
+    return scheme
 
 
-def fit_to_rows(wanted: Scheme, row_lengths: Iterable[int], *, is_expert: bool) -> tuple[Scheme, int, str | None]:
-    """The scheme and group size to take for `wanted` in rows of these lengths, and why it is another one."""
-    lengths = sorted(set(row_lengths))
+def fit_to_rows(wanted: Scheme, row_lengths: Collection[int], *, is_expert: bool) -> tuple[Scheme, str | None]:
+    """Return the scheme, grouped, to take for `wanted` in rows of these lengths, and why it is another one."""
     if is_expert and not wanted.holds_experts:
-        instead, group, why = fit_to_rows(SCHEMES["W8A16"], lengths, is_expert=True)
+        instead, why = fit_to_rows(SCHEMES["W8A16"], row_lengths, is_expert=True)
         kernels = f"vLLM's experts take no {wanted.name} weights without {wanted.name} activations: {instead.name}"
-        return instead, group, f"{kernels}; {why}" if why else kernels
-    group = wanted.group_size(lengths)
-    if group is not None:
-        return wanted, group, None
+        return instead, f"{kernels}; {why}" if why else kernels
+    fitting = wanted.for_rows(row_lengths)
+    if fitting is not None:
+        return fitting, None
     instead = BF16 if is_expert else SCHEMES["FP8"]
-    rows = " and ".join(map(str, lengths))
-    return instead, 0, f"rows of {rows} do not divide into groups of {wanted.group_sizes[-1]}: {instead.name}"
+    rows = " and ".join(map(str, sorted(set(row_lengths))))
+    return instead, f"rows of {rows} do not divide into groups of {wanted.group_sizes[-1]}: {instead.name}"

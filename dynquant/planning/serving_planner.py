@@ -6,7 +6,7 @@ times relative weighted error, the predicted KL; a unit's cost in a scheme is th
 the budget.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -19,13 +19,13 @@ from dynquant.calibration.importance import importance
 from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import layer_of
-from dynquant.encoding.vllm import encode_served, nvfp4_global_scale
+from dynquant.encoding.vllm import encode_layers, nvfp4_global_scale
 from dynquant.errors import PlanError
-from dynquant.families.linear_layers import LinearLayer, ServedCheckpoint
+from dynquant.families.linear_layers import LinearCheckpoint, LinearLayer
+from dynquant.formats.storage_format import Choice
 from dynquant.formats.vllm_schemes import SCHEMES, Scheme
 from dynquant.planning.allocate import allocate, largest_total, smallest_total, total_cost
-from dynquant.recipes.compressed_layout import bytes_at_most, file_bytes, tensors_of_layer
-from dynquant.recipes.serving_building import units_of
+from dynquant.recipes.sizes import fixed_safetensors_bytes, safetensors_bytes_at_most
 from dynquant.session import Progress, ignore_progress
 
 HEADROOM = 1.05
@@ -36,26 +36,26 @@ _SAMPLED_ROWS = 64
 """Rows of each matrix that are measured, evenly spaced."""
 
 
-def candidates_of(linears: Sequence[LinearLayer], schemes: Iterable[str], *, mixed_experts: bool) -> dict[Scheme, int]:
-    """The schemes among `schemes` that a unit may have, with their group sizes; BF16 when there is none.
+def candidates_of(linears: Sequence[LinearLayer], schemes: Iterable[str], *, mixed_experts: bool) -> list[Scheme]:
+    """Return the schemes among `schemes` that a unit may have, with their group sizes; BF16 when there is none.
 
     Unless `mixed_experts`, routed experts have only schemes that transformers merges, and are quantized.
     """
-    found = {}
+    candidates = []
     for scheme in (SCHEMES[name] for name in schemes):
         if linears[0].is_expert:
             merges = scheme.merges_experts and scheme.is_quantized
             if not scheme.holds_experts or not (merges or mixed_experts):
                 continue
-        group = scheme.group_size(linear.shape[-1] for linear in linears)
-        if group is not None:
-            found[scheme] = group
-    return found or {SCHEMES["BF16"]: 0}
+        fitting = scheme.for_rows([linear.shape[-1] for linear in linears])
+        if fitting is not None:
+            candidates.append(fitting)
+    return candidates or [SCHEMES["BF16"]]
 
 
 def measure_schemes(
     model: Model,
-    checkpoint: ServedCheckpoint,
+    checkpoint: LinearCheckpoint,
     stats: CalibrationStats,
     *,
     stats_hash: str,
@@ -74,7 +74,7 @@ def measure_schemes(
     """
     stats.check_belongs_to(model.fingerprint, model.name)
     work = []
-    for linears in units_of(checkpoint, mixed_experts=True).values():
+    for linears in checkpoint.units(mixed_experts=True).values():
         found = candidates_of(linears, SCHEMES, mixed_experts=True)
         names = [scheme.name for scheme in found]
         work += [(one, found, parts_of(one.name, one.shape, names, _WEIGHTS_IN_MEMORY)) for one in linears]
@@ -96,7 +96,7 @@ def measure_schemes(
                 sums = _sums(linear, found, part.experts, stats, device, partial(measured, part, 1))
                 journal.add(part.name, part.experts, sums)
             waiting.add(part, sums)
-        rows += [_row(linear, scheme, group, waiting.joined(scheme.name), stats) for scheme, group in found.items()]
+        rows += [_row(linear, scheme, waiting.joined(scheme.name), stats) for scheme in found]
     return ErrorTable(
         model=model.name,
         fingerprint=model.fingerprint,
@@ -108,31 +108,35 @@ def measure_schemes(
 
 
 def choose_schemes(
-    table: ErrorTable, checkpoint: ServedCheckpoint, schemes: Sequence[str], budget: int | None, *, mixed_experts: bool
-) -> tuple[dict[str, tuple[str, str]], float]:
-    """Unit -> scheme and reason for files of at most `budget` bytes, and the summed cost.
+    table: ErrorTable, checkpoint: LinearCheckpoint, schemes: Sequence[str], budget: int | None, *, mixed_experts: bool
+) -> tuple[dict[str, Choice], float]:
+    """Return scheme and reason of every linear layer for files of at most `budget` bytes, and the summed cost.
 
     Without a budget, the smallest checkpoint gets HEADROOM more.
 
     Raises:
         PlanError: the budget is below the smallest possible size; the range is named.
     """
-    units = units_of(checkpoint, mixed_experts=mixed_experts)
+    units = checkpoint.units(mixed_experts=mixed_experts)
     options = {
         unit: _options(table, linears, candidates_of(linears, schemes, mixed_experts=mixed_experts))
         for unit, linears in units.items()
     }
-    fixed = _fixed_bytes(checkpoint)
+    fixed = fixed_safetensors_bytes(checkpoint)
     smallest, largest = fixed + smallest_total(options), fixed + largest_total(options)
     limit = min(int(smallest * HEADROOM), largest) if budget is None else budget
     _check_range(limit, smallest, largest, schemes)
     chosen = allocate(options, limit - fixed)
-    wanted = {unit: (option.type, _reason(table, units[unit], option.type)) for unit, option in chosen.items()}
+    wanted = {
+        linear.name: Choice(option.type, _reason(table, units[unit], option.type))
+        for unit, option in chosen.items()
+        for linear in units[unit]
+    }
     return wanted, total_cost(chosen)
 
 
 def check_schemes_budget(
-    checkpoint: ServedCheckpoint, schemes: Sequence[str], budget: int, *, mixed_experts: bool
+    checkpoint: LinearCheckpoint, schemes: Sequence[str], budget: int, *, mixed_experts: bool
 ) -> None:
     """Refuse a budget that `choose_schemes` would refuse, before anything is measured.
 
@@ -140,37 +144,29 @@ def check_schemes_budget(
         PlanError: as `choose_schemes`.
     """
     sizes = [
-        [
-            _layer_bytes(linears, scheme, group)
-            for scheme, group in candidates_of(linears, schemes, mixed_experts=mixed_experts).items()
-        ]
-        for linears in units_of(checkpoint, mixed_experts=mixed_experts).values()
+        [_layer_bytes(linears, scheme) for scheme in candidates_of(linears, schemes, mixed_experts=mixed_experts)]
+        for linears in checkpoint.units(mixed_experts=mixed_experts).values()
     ]
-    smallest, largest = (_fixed_bytes(checkpoint) + sum(map(extreme, sizes)) for extreme in (min, max))
+    smallest, largest = (fixed_safetensors_bytes(checkpoint) + sum(map(extreme, sizes)) for extreme in (min, max))
     _check_range(budget, smallest, largest, schemes)
 
 
-def _fixed_bytes(checkpoint: ServedCheckpoint) -> int:
-    """Of what has no choice. An empty file has a header too; its padding is the 8 bytes."""
-    return bytes_at_most(checkpoint.others) + file_bytes([]) + 8
+def _layer_bytes(linears: Sequence[LinearLayer], scheme: Scheme) -> int:
+    return sum(safetensors_bytes_at_most(linear.stored_as(scheme)) for linear in linears)
 
 
-def _layer_bytes(linears: Sequence[LinearLayer], scheme: Scheme, group: int) -> int:
-    return sum(bytes_at_most(tensors_of_layer(linear, scheme, group)) for linear in linears)
-
-
-def _options(table: ErrorTable, linears: Sequence[LinearLayer], found: Mapping[Scheme, int]) -> list[Option]:
+def _options(table: ErrorTable, linears: Sequence[LinearLayer], found: Iterable[Scheme]) -> list[Option]:
     options = []
-    for scheme, group in found.items():
+    for scheme in found:
         rows = [table.row(linear.name, scheme.name) for linear in linears]
-        size = _layer_bytes(linears, scheme, group)
+        size = _layer_bytes(linears, scheme)
         options.append(Option(size, sum(table.cost(row) for row in rows if row is not None), scheme.name))
     return options
 
 
 def _sums(
     linear: LinearLayer,
-    schemes: Mapping[Scheme, int],
+    schemes: Iterable[Scheme],
     experts: range,
     stats: CalibrationStats,
     device: torch.device | None,
@@ -184,10 +180,10 @@ def _sums(
     metric = None if metric is None else metric[experts.start : experts.stop]
     weighting = torch.ones(len(weights), columns) if metric is None else metric
     peak, found = float(weights.abs().max()), {}
-    for scheme, group in schemes.items():
+    for scheme in schemes:
         scale = nvfp4_global_scale(peak) if scheme.strategy == "tensor_group" else None
-        encoded = encode_served(
-            scheme, group, weights, importance=metric, global_scale=scale, device=device,
+        encoded = encode_layers(
+            scheme, weights, importance=metric, global_scale=scale, device=device,
             name=linear.modules[experts.start],
         )  # fmt: skip
         decoded = torch.stack([one.decoded() for one in encoded])
@@ -196,14 +192,14 @@ def _sums(
     return found
 
 
-def _row(linear: LinearLayer, scheme: Scheme, group: int, sums: ErrorSums, stats: CalibrationStats) -> ErrorRow:
+def _row(linear: LinearLayer, scheme: Scheme, sums: ErrorSums, stats: CalibrationStats) -> ErrorRow:
     weighted = routed_mean(sums.weighted, stats.input_of(linear.name))
     return ErrorRow(
         name=linear.name,
         role=linear.role,
         layer=layer_of(linear.name),
         type=scheme.name,
-        bytes=sum(tensor.num_bytes for tensor in tensors_of_layer(linear, scheme, group)),
+        bytes=scheme.tensor_bytes(linear.shape),
         relative_rms=ratio_of(sums.squared.sum(0)).sqrt().item(),
         weighted_error=ratio_of(weighted).item(),
         weighted_energy=float(weighted[1]),

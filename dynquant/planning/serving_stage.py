@@ -16,13 +16,14 @@ from dynquant.calibration.options import CalibrationOptions
 from dynquant.calibration.stage import StatsFile, statistics_in
 from dynquant.checkpoints.model import Model
 from dynquant.errors import CheckpointError, PlanError
-from dynquant.families.linear_layers import ServedCheckpoint, served_checkpoint
+from dynquant.families.linear_layers import LinearCheckpoint, linear_checkpoint
 from dynquant.families.open import open_language_model
-from dynquant.formats.vllm_schemes import SCHEMES, serving_scheme
+from dynquant.formats.vllm_schemes import SCHEMES, vllm_scheme
 from dynquant.planning.serving_planner import ENCODER, check_schemes_budget, choose_schemes, measure_schemes
+from dynquant.recipes.build_plan import plan_for_vllm as build_plan
+from dynquant.recipes.build_plan import uniform_schemes
 from dynquant.recipes.folder import PLAN_NAME
-from dynquant.recipes.serving_building import preset_schemes, serving_plan
-from dynquant.recipes.serving_plan import ServingPlan
+from dynquant.recipes.plan import Plan
 from dynquant.resources import chosen_device, parse_size
 from dynquant.session import SILENT, Session
 
@@ -71,34 +72,39 @@ def plan_for_vllm(
     session: Session = SILENT,
     *,
     stats_path: Path | None = None,
-) -> ServingPlan:
+) -> Plan:
     """Write stats.safetensors, serving_errors.json and plan.json into `directory`."""
-    schemes = tuple(serving_scheme(name).name for name in target.schemes or SCHEMES)
+    schemes = tuple(vllm_scheme(name).name for name in target.schemes or SCHEMES)
     model = open_language_model(path, session)
-    checkpoint = served_checkpoint(model)
-    preset = preset_schemes(target.preset, checkpoint) if target.preset else None
+    checkpoint = linear_checkpoint(model)
+    preset = uniform_schemes(target.preset, checkpoint) if target.preset else None
     budget = target.budget(model.num_weights)
     if budget is not None:
         check_schemes_budget(checkpoint, schemes, budget, mixed_experts=target.mixed_experts)
     stats = statistics_in(directory, model, options, session, stats_path=stats_path)
     if preset is not None:
-        made = serving_plan(model, checkpoint, preset, recipe=target.recipe, stats_hash=stats.hash)
+        made = build_plan(model, checkpoint, preset, recipe=target.recipe, stats_hash=stats.hash)
     else:
         table = _table(model, checkpoint, stats, options, directory, session)
         wanted, cost = choose_schemes(table, checkpoint, schemes, budget, mixed_experts=target.mixed_experts)
-        made = serving_plan(
-            model, checkpoint, wanted,
-            recipe=target.recipe, mixed_experts=target.mixed_experts, stats_hash=stats.hash, schemes=schemes,
-            objective=table.cost_name, predicted_kl=cost if table.sensitivity else None,
+        made = build_plan(
+            model,
+            checkpoint,
+            wanted,
+            recipe=target.recipe,
+            mixed_experts=target.mixed_experts,
+            stats_hash=stats.hash,
             weighted_errors={(row.name, row.type): row.weighted_error for row in table.rows},
-        )  # fmt: skip
+        )
+        promise = {"types": schemes, "objective": table.cost_name, "predicted_kl": cost if table.sensitivity else None}
+        made = made.model_copy(update=promise)
     made.save(directory / PLAN_NAME)
     return made
 
 
 def _table(
     model: Model,
-    checkpoint: ServedCheckpoint,
+    checkpoint: LinearCheckpoint,
     stats: StatsFile,
     options: CalibrationOptions,
     directory: Path,

@@ -43,7 +43,6 @@ from dynquant.recipes.folder import (
 )
 from dynquant.recipes.plan import Plan
 from dynquant.recipes.presets import R1_RECIPES, preset_types
-from dynquant.recipes.serving_plan import ServingPlan
 from dynquant.recipes.type_lists import like_types
 from dynquant.resources import chosen_device, human_bytes
 from dynquant.session import SILENT, Session
@@ -95,7 +94,7 @@ def make_plan(options: PlanOptions, session: Session = SILENT) -> Plan:
     return plan
 
 
-def _plan_for_vllm(options: PlanOptions, session: Session) -> ServingPlan:
+def _plan_for_vllm(options: PlanOptions, session: Session) -> Plan:
     _check_vllm(options)
     target = options.target
     serving_target = ServingTarget(

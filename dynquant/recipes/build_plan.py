@@ -1,27 +1,31 @@
-"""Makes a plan from wanted types: what must stay F32, row-length fallbacks, roles, sizes and the exact file size.
+"""Makes a plan from wanted types: what must stay F32, row-length fallbacks, fused layers, sizes and exact file sizes.
 
-Presets and the planner decide which type a matrix should have; everything that follows from the file format is decided
-here, once, so that every plan states it in the same words.
+Presets and the planner decide which type a matrix should have; everything that follows from the file format, and from
+the kernels of vLLM, is decided here, once, so that every plan states it in the same words.
 """
 
-import re
 from collections.abc import Mapping
 
 from dynquant.calibration.statistics import CalibrationStats
-from dynquant.checkpoints.gguf_layout import ImatrixInfo, Provenance, TensorSpec, padded, predicted_bytes
+from dynquant.checkpoints.gguf_layout import TensorSpec, padded
 from dynquant.checkpoints.model import Model, ModelPart
 from dynquant.checkpoints.tensor_roles import Role, role_of
 from dynquant.checkpoints.vision_names import TRANSPOSED
 from dynquant.errors import PlanError
+from dynquant.families.linear_layers import LinearCheckpoint
 from dynquant.formats.quant_types import fit_to_row, quant_type
+from dynquant.formats.storage_format import Choice
+from dynquant.formats.vllm_schemes import SCHEMES, Scheme, fit_to_rows, vllm_scheme
 from dynquant.recipes.plan import Plan, PlanEntry
+from dynquant.recipes.sizes import gguf_bytes, part_specs, safetensors_bytes, tensors_of_checkpoint
 
-_STATS_NAME = "stats.safetensors"
+UNIFORM = "uniform-"
+"""Presets for vLLM are this and a scheme."""
 
 
 def plan_from_types(
     model: Model,
-    types: Mapping[str, tuple[str, str]],
+    types: Mapping[str, Choice],
     *,
     recipe: str,
     stats: CalibrationStats | None = None,
@@ -31,7 +35,7 @@ def plan_from_types(
     weighted_errors: Mapping[tuple[str, str], float] | None = None,
     exact: bool = False,
 ) -> Plan:
-    """A plan with one entry per tensor of the model.
+    """Return a plan with one entry per tensor of the model, for GGUF.
 
     Args:
         model: What is planned.
@@ -50,13 +54,13 @@ def plan_from_types(
     """
     if (stats is None) != (stats_hash is None):
         raise ValueError("`stats` and `stats_hash` must be given together or not at all")
-    names = model.source.names()
-    known = set(names)
-    unknown = next((name for name in types if name not in known), None)
+    names = dict.fromkeys(model.source.names())
+    unknown = next((name for name in types if name not in names), None)
     if unknown is not None:
         raise PlanError(f"A type is given for `{unknown}`, a tensor that {model.name} does not have.")
     errors = weighted_errors or {}
-    entries = tuple(_entry(model, name, types.get(name), errors, exact) for name in names)
+    wanted = {name: Choice(*choice) for name, choice in types.items()}
+    entries = tuple(_entry(model, name, wanted.get(name), errors, exact) for name in names)
     return Plan(
         model=model.name,
         arch=model.arch,
@@ -65,7 +69,7 @@ def plan_from_types(
         errors_hash=errors_hash,
         recipe=recipe,
         types=candidates,
-        predicted_bytes=_file_bytes(model, [_spec(entry) for entry in entries], recipe, stats, stats_hash),
+        predicted_bytes=gguf_bytes(model, [_spec(entry) for entry in entries], recipe, stats, stats_hash),
         entries=entries,
     )
 
@@ -78,7 +82,7 @@ def fixed_bytes(
     stats: CalibrationStats | None = None,
     stats_hash: str | None = None,
 ) -> int:
-    """File bytes that do not depend on the types of the `planned` tensors: header and all other tensors.
+    """Return the file bytes that do not depend on the types of the `planned` tensors: header and all other tensors.
 
     A file budget minus this is what a planner may spend on `padded` tensor bytes.
     """
@@ -86,22 +90,22 @@ def fixed_bytes(
         TensorSpec(name, model.source.info(name).shape, "F16" if _stays_f16(name) and name not in planned else "F32")
         for name in model.source.names()
     ]
-    total = _file_bytes(model, specs, recipe, stats, stats_hash)
+    total = gguf_bytes(model, specs, recipe, stats, stats_hash)
     return total - sum(padded(spec.num_bytes) for spec in specs if spec.name in planned)
 
 
 def stays_f32(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether llama.cpp keeps this tensor in F32: vectors, biases, norms and routers."""
+    """Return whether llama.cpp keeps this tensor in F32: vectors, biases, norms and routers."""
     return len(shape) < 2 or not name.endswith(".weight") or role_of(name) in (Role.NORM, Role.ROUTER)
 
 
 def _stays_f16(name: str) -> bool:
-    """Whether a tensor that has no wanted type is stored as F16 rather than F32."""
+    """Return whether a tensor that has no wanted type is stored as F16 rather than F32."""
     return role_of(name) == Role.VISION_PATCH
 
 
 def _entry(
-    model: Model, name: str, wanted: tuple[str, str] | None, errors: Mapping[tuple[str, str], float], exact: bool
+    model: Model, name: str, wanted: Choice | None, errors: Mapping[tuple[str, str], float], exact: bool
 ) -> PlanEntry:
     shape = model.source.info(name).shape
     type_name, reason, wanted_type = _choose(model, name, shape, wanted, exact)
@@ -119,22 +123,22 @@ def _entry(
 
 
 def _choose(
-    model: Model, name: str, shape: tuple[int, ...], wanted: tuple[str, str] | None, exact: bool
+    model: Model, name: str, shape: tuple[int, ...], wanted: Choice | None, exact: bool
 ) -> tuple[str, str, str | None]:
-    """Type, reason, and the wanted type when the row length forced another one."""
+    """Return the type, the reason, and the wanted type when the row length forced another one."""
     if _stays_f16(name):
-        if wanted and wanted[0] == "F32":
-            return "F32", wanted[1], None
+        if wanted and wanted.type == "F32":
+            return "F32", wanted.reason, None
         return "F16", "patch embedding: a convolution, which llama.cpp runs in F16 or F32", None
     if stays_f32(name, shape) and not (exact and wanted):
         return "F32", "vectors, norms and routers stay F32, as in llama.cpp", None
-    if name == TRANSPOSED and not (wanted and quant_type(wanted[0]).is_float):
-        return "F16", "llama.cpp transposes it when it runs: kept F16", quant_type(wanted[0]).name if wanted else None
+    if name == TRANSPOSED and not (wanted and quant_type(wanted.type).is_float):
+        return "F16", "llama.cpp transposes it when it runs: kept F16", quant_type(wanted.type).name if wanted else None
     if wanted is None:
         if role_of(name) == Role.OTHER:
             return "F32", "of unknown purpose: kept F32", None
         raise PlanError(f"No type was chosen for `{name}` of {model.name}, a matrix of shape {shape}.")
-    asked, reason = quant_type(wanted[0]), wanted[1]
+    asked, reason = quant_type(wanted.type), wanted.reason
     chosen, why = fit_to_row(asked, shape[-1])
     if why is None:
         return chosen.name, reason, None
@@ -145,22 +149,11 @@ def _spec(entry: PlanEntry) -> TensorSpec:
     return TensorSpec(entry.name, entry.shape, entry.type)
 
 
-def _file_bytes(
-    model: Model, specs: list[TensorSpec], recipe: str, stats: CalibrationStats | None, stats_hash: str | None
-) -> int:
-    provenance = Provenance(model.fingerprint, recipe, stats_hash=stats_hash or "")
-    imatrix = imatrix_info(stats) if stats is not None else None
-    if not model.parts or model.unwritten:
-        return predicted_bytes(model, specs, provenance, imatrix)
-    types = {spec.name: spec.type for spec in specs}
-    return sum(predicted_bytes(part.model, _part_specs(part, types), provenance, imatrix) for part in model.parts)
-
-
 def plan_of_part(part: ModelPart, plan: Plan, stats: CalibrationStats | None) -> Plan:
-    """The plan of one file of a model that is written as several, with the types of the whole model's plan."""
+    """Return the plan of one file of a model that is written as several, with the types of the whole model's plan."""
     planned = {entry.name: entry for entry in plan.entries}
     entries = []
-    for spec in _part_specs(part, {name: entry.type for name, entry in planned.items()}):
+    for spec in part_specs(part, {name: entry.type for name, entry in planned.items()}):
         whole = planned.get(part.plan_name(spec.name))
         entries.append(
             PlanEntry(
@@ -172,39 +165,119 @@ def plan_of_part(part: ModelPart, plan: Plan, stats: CalibrationStats | None) ->
     specs = [_spec(entry) for entry in entries]
     own = {
         "model": part.model.name, "arch": part.model.arch, "entries": tuple(entries),
-        "predicted_bytes": _file_bytes(part.model, specs, plan.recipe, stats, plan.stats_hash),
+        "predicted_bytes": gguf_bytes(part.model, specs, plan.recipe, stats, plan.stats_hash),
     }  # fmt: skip
     return plan.model_copy(update=own)
 
 
 def with_projector_type(model: Model, plan: Plan, type_name: str, stats: CalibrationStats | None) -> Plan:
-    """The plan with one type for all matrices of the vision tower and the projector."""
-    wanted = type_name, f"{type_name} for the vision part, as asked for"
+    """Return the plan with one type for all matrices of the vision tower and the projector."""
+    wanted = Choice(type_name, f"{type_name} for the vision part, as asked for")
     entries = tuple(
         _entry(model, entry.name, wanted, {}, False) if entry.role.is_vision else entry for entry in plan.entries
     )
-    size = _file_bytes(model, [_spec(entry) for entry in entries], plan.recipe, stats, plan.stats_hash)
+    size = gguf_bytes(model, [_spec(entry) for entry in entries], plan.recipe, stats, plan.stats_hash)
     return plan.model_copy(update={"entries": entries, "predicted_bytes": size})
 
 
-def _part_specs(part: ModelPart, types: Mapping[str, str]) -> list[TensorSpec]:
-    """Tensors of a file with the types of the whole model's tensors; what those do not hold is F32."""
-    source = part.model.source
-    return [
-        TensorSpec(name, source.info(name).shape, types.get(part.plan_name(name), "F32")) for name in source.names()
-    ]
+def plan_for_vllm(
+    model: Model,
+    checkpoint: LinearCheckpoint,
+    schemes: Mapping[str, Choice],
+    *,
+    recipe: str,
+    mixed_experts: bool = False,
+    stats_hash: str | None = None,
+    weighted_errors: Mapping[tuple[str, str], float] | None = None,
+) -> Plan:
+    """Return a plan with one entry per linear layer or stack of experts.
 
-
-def imatrix_info(stats: CalibrationStats) -> ImatrixInfo:
-    """Return what the header of a file says of the statistics that it was made with."""
-    provenance = stats.provenance
-    return ImatrixInfo(
-        file=_last_component(provenance.imported_from or _STATS_NAME),
-        dataset=_last_component(provenance.text_name),
-        num_entries=len(stats.inputs.keys() | stats.aliases.keys()),
-        num_chunks=provenance.num_windows,
+    Args:
+        model: What is planned.
+        checkpoint: Its linear layers.
+        schemes: GGUF name of each linear layer -> wanted scheme and reason, the same for all layers of a unit.
+        recipe: What was asked for.
+        mixed_experts: Whether each layer's routed experts are a unit, or those of all layers.
+        stats_hash: SHA-256 of the statistics that the export will use.
+        weighted_errors: (GGUF name, scheme) -> importance-weighted relative squared error.
+    """
+    errors = weighted_errors or {}
+    entries: list[PlanEntry] = []
+    for unit, linears in checkpoint.units(mixed_experts=mixed_experts).items():
+        asked, reason = SCHEMES[schemes[linears[0].name].type], schemes[linears[0].name].reason
+        row_lengths = [linear.shape[-1] for linear in linears]
+        scheme, why = fit_to_rows(asked, row_lengths, is_expert=linears[0].is_expert)
+        entries += [
+            PlanEntry(
+                name=linear.name,
+                shape=linear.shape,
+                role=linear.role,
+                type=scheme.name,
+                reason=f"{reason}; {why}" if why else reason,
+                bytes=scheme.tensor_bytes(linear.shape),
+                wanted_type=asked.name if why else None,
+                sources=linear.sources,
+                weighted_error=errors.get((linear.name, scheme.name)),
+                group_size=scheme.group_size,
+                unit=unit,
+                modules=linear.modules,
+            )
+            for linear in linears
+        ]
+    plan = Plan(
+        target="vllm",
+        model=model.name,
+        arch=model.arch,
+        fingerprint=model.fingerprint,
+        stats_hash=stats_hash,
+        recipe=recipe,
+        mixed_experts=mixed_experts,
+        predicted_bytes=0,
+        other_bytes=sum(tensor.num_bytes for tensor in checkpoint.others),
+        entries=tuple(entries),
     )
+    size = safetensors_bytes(tensors_of_checkpoint(checkpoint, schemes_of(plan)))
+    return plan.model_copy(update={"predicted_bytes": size, "other_weights": model.num_weights - plan.num_weights})
 
 
-def _last_component(name: str) -> str:
-    return re.split(r"[\\/]", name.rstrip("\\/"))[-1]
+def schemes_of(plan: Plan) -> dict[str, Scheme]:
+    """Return the scheme of every linear layer, by GGUF name, in the order of the entries."""
+    return {entry.name: entry.scheme for entry in plan.entries}
+
+
+def uniform_schemes(preset: str, checkpoint: LinearCheckpoint) -> dict[str, Choice]:
+    """Return the scheme of the preset `uniform-SCHEME` for every linear layer.
+
+    Raises:
+        PlanError: another preset, or a scheme that vLLM does not serve.
+    """
+    if not preset.lower().startswith(UNIFORM):
+        raise PlanError(
+            f"`--preset {preset}` is a recipe of GGUF types. A compressed-tensors checkpoint takes "
+            f"{', '.join(UNIFORM + name.lower() for name in SCHEMES)}, or a plan of `dynquant plan --for vllm`."
+        )
+    scheme = vllm_scheme(preset[len(UNIFORM) :])
+    return {linear.name: Choice(scheme.name, f"uniform {scheme.name}") for linear in checkpoint.linears}
+
+
+def check_linears(plan: Plan, checkpoint: LinearCheckpoint, model: Model) -> None:
+    """Refuse a plan for vLLM that is not exactly of this checkpoint.
+
+    Raises:
+        PlanError: another fingerprint, a missing or unknown layer, other shapes, or another size than it predicts.
+    """
+    linears = {linear.name: linear for linear in checkpoint.linears}
+    plan.check_covers(list(linears), model.fingerprint, model.name)
+    for entry in plan.entries:
+        linear = linears[entry.name]
+        unit = linear.unit(mixed_experts=plan.mixed_experts)
+        if (entry.shape, entry.modules, entry.unit) != (linear.shape, linear.modules, unit):
+            raise PlanError(
+                f"The plan describes `{entry.name}` of {model.name} otherwise than it is stored. Plan again."
+            )
+    size = safetensors_bytes(tensors_of_checkpoint(checkpoint, schemes_of(plan)))
+    if size != plan.predicted_bytes:
+        raise PlanError(
+            f"The plan predicts files of {plan.predicted_bytes:,} bytes, but its schemes give {size:,}. It was edited "
+            "or made by another version of dynquant. Plan again."
+        )

@@ -1,47 +1,81 @@
-"""The plan: which quant type every tensor gets, and why.
+"""The plan: how every tensor is stored, and why. llama.cpp and vLLM are two targets of one plan.
 
-plan.json is total by construction (every tensor of the model exactly once), readable, and reproducible: the same
-inputs give the same bytes. `predicted_bytes` is the exact size of the GGUF file that `export` writes from it.
+plan.json is total by construction, readable, and reproducible: the same inputs give the same bytes.
+
+    gguf    one entry for every tensor of the GGUF file, in a quant type of ggml
+    vllm    one entry for every linear layer, or for the routed experts' layers of one kind, in a compressed-tensors
+            scheme; everything else (embedding, head, routers, norms, biases) is stored as in the checkpoint, matrices
+            as BF16. Layers that vLLM fuses into one are one unit and share a scheme.
+
+`predicted_bytes` is the exact size of the weight files that `export` writes from it.
 """
 
 import hashlib
 import json
 from math import prod
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dynquant import __version__
 from dynquant.checkpoints.tensor_roles import Role
 from dynquant.errors import PlanError
 from dynquant.formats.quant_types import QUANT_TYPES, QuantType
+from dynquant.formats.storage_format import StorageFormat
+from dynquant.formats.vllm_schemes import SCHEMES, Scheme
 from dynquant.storage.atomic import write_atomically
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+PlanTarget = Literal["gguf", "vllm"]
 _MAX_DIMENSION, _MAX_BYTES = 1 << 48, 1 << 63
 
 
+def _is_empty(value: object) -> bool:
+    return not value
+
+
 class PlanEntry(BaseModel):
-    """One GGUF tensor. `shape` has the row length last; `sources` are the checkpoint's own tensor names."""
+    """One tensor; of a plan for vLLM one linear layer or stack of experts. `shape` has the row length last."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
+    """GGUF name: the name of its statistics."""
     shape: tuple[int, ...]
     role: Role
     type: str
+    """Quant type or scheme."""
     reason: str
     bytes: int
     wanted_type: str | None = None
-    """The type that was asked for when the row length forced another one."""
+    """The type that was asked for when the row length, or vLLM's kernels, forced another one."""
     sources: tuple[str, ...] = ()
+    """The checkpoint's own tensors that it holds."""
     weighted_error: float | None = None
-    """Importance-weighted relative squared error of the chosen type, from errors.json."""
+    """Importance-weighted relative squared error of the chosen type, as it was measured."""
+    group_size: int | None = Field(None, exclude_if=lambda size: size is None)
+    """vLLM: weights of a row that share a scale; 0 for the whole row."""
+    unit: str = Field("", exclude_if=_is_empty)
+    """vLLM: entries of one unit have one scheme and group size."""
+    modules: tuple[str, ...] = Field((), exclude_if=_is_empty)
+    """vLLM: the linear layers in the checkpoint that is written, one, or one for each expert."""
+
+    @property
+    def format(self) -> StorageFormat:
+        return self.quant_type if self.group_size is None else self.scheme
 
     @property
     def quant_type(self) -> QuantType:
         return QUANT_TYPES[self.type]
+
+    @property
+    def scheme(self) -> Scheme:
+        return SCHEMES[self.type].grouped(self.group_size or 0)
+
+    @property
+    def is_expert_stack(self) -> bool:
+        return len(self.shape) == 3
 
 
 class Plan(BaseModel):
@@ -49,8 +83,9 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     tool_version: str = __version__
+    target: PlanTarget = "gguf"
     model: str
     arch: str
     fingerprint: str
@@ -62,17 +97,41 @@ class Plan(BaseModel):
     objective: str = "fixed recipe"
     """What the types were chosen to minimise (`ErrorTable.cost_name`)."""
     types: tuple[str, ...] = ()
+    """The types or schemes that the planner could choose from."""
     predicted_kl: float | None = None
     """KL to the original in nats per token as the prices add up; None for a fixed recipe."""
     predicted_kl_se: float | None = None
     selected_kl: float | None = None
     """KL on the selection text, rendered; None when nothing was selected."""
     predicted_bytes: int
+    mixed_experts: bool = Field(False, exclude_if=_is_empty)
+    """vLLM: the experts of one layer may differ from those of another; vLLM loads that, transformers does not."""
+    other_bytes: int = Field(0, exclude_if=_is_empty)
+    """vLLM: bytes of all tensors that no entry holds."""
+    other_weights: int = Field(0, exclude_if=_is_empty)
+    """vLLM: weights of the model that no entry holds."""
     entries: tuple[PlanEntry, ...]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_older(cls, document: Any) -> Any:
+        """Schema 1 had plans of GGUF types, and plans for vLLM with fields of their own and `serves` in them."""
+        if not isinstance(document, dict) or document.get("schema_version") != 1:
+            return document
+        document = {**document, "schema_version": SCHEMA_VERSION}
+        if document.pop("serves", None) != "vllm":
+            return document
+        try:
+            entries = [_entry_of_schema_1(entry) for entry in document["entries"]]
+            weights = document.pop("num_weights") - sum(prod(entry["shape"]) for entry in entries)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a plan for vLLM of schema 1 ({error!r})") from error
+        types = document.pop("schemes", ())
+        return document | {"target": "vllm", "types": types, "other_weights": weights, "entries": entries}
 
     @property
     def num_weights(self) -> int:
-        return sum(prod(entry.shape) for entry in self.entries)
+        return sum(prod(entry.shape) for entry in self.entries) + self.other_weights
 
     @property
     def tensor_bytes(self) -> int:
@@ -85,14 +144,22 @@ class Plan(BaseModel):
 
     @property
     def hash(self) -> str:
-        """SHA-256 of what decides the output's weights: fingerprint, statistics, and each tensor's type."""
-        payload = [self.fingerprint, self.stats_hash, [(entry.name, entry.type) for entry in self.entries]]
-        return hashlib.sha256(json.dumps(payload).encode()).hexdigest()
+        """SHA-256 of what decides the output's weights: fingerprint, statistics, and how each tensor is stored."""
+        stored = [
+            (entry.name, entry.type) if entry.group_size is None else (entry.name, entry.type, entry.group_size)
+            for entry in self.entries
+        ]
+        return hashlib.sha256(json.dumps([self.fingerprint, self.stats_hash, stored]).encode()).hexdigest()
+
+    def by_type(self) -> dict[str, list[PlanEntry]]:
+        """Return the entries of each type, most precise type first."""
+        formats = {"gguf": QUANT_TYPES, "vllm": SCHEMES}[self.target]
+        entries = {name: [entry for entry in self.entries if entry.type == name] for name in formats}
+        return {name: members for name, members in entries.items() if members}
 
     def histogram(self) -> dict[str, int]:
-        """Number of tensors of each type, most precise type first."""
-        counts = {name: sum(entry.type == name for entry in self.entries) for name in QUANT_TYPES}
-        return {name: count for name, count in counts.items() if count}
+        """Return the number of tensors of each type, most precise type first."""
+        return {name: len(entries) for name, entries in self.by_type().items()}
 
     def check_covers(self, names: list[str], fingerprint: str, model_name: str) -> None:
         """Refuse a plan of another checkpoint, or one whose tensors are not exactly the model's.
@@ -101,9 +168,10 @@ class Plan(BaseModel):
             PlanError: naming the tensor or the two fingerprints.
         """
         if self.fingerprint != fingerprint:
+            command = "dynquant plan --for vllm" if self.target == "vllm" else "dynquant plan"
             raise PlanError(
                 f"The plan was made for checkpoint {self.fingerprint[:12]} ({self.model}), but {model_name} has "
-                f"fingerprint {fingerprint[:12]}. Run `dynquant plan` on {model_name}."
+                f"fingerprint {fingerprint[:12]}. Run `{command}` on {model_name}."
             )
         planned = {entry.name for entry in self.entries}
         for name in sorted(planned - set(names)):
@@ -116,28 +184,38 @@ class Plan(BaseModel):
         write_atomically(path, self.model_dump_json(indent=1) + "\n")
 
     @classmethod
-    def load(cls, path: Path) -> "Plan":
-        """Read plan.json.
+    def load(cls, path: Path, target: PlanTarget = "gguf") -> "Plan":
+        """Read plan.json, of this version or an older one.
 
         Raises:
-            PlanError: missing, not JSON, unknown fields or types, or a tensor named twice.
+            PlanError: missing, not JSON, of another target, unknown fields or types, or a tensor named twice.
         """
         try:
-            text = path.read_text()
-            if '"serves"' in text[:200]:
-                raise PlanError(
-                    f"{path} is a plan for vLLM (`plan --for vllm`); export it with -f compressed-tensors, or make one "
-                    "of GGUF types with `dynquant plan`."
-                )
-            plan = cls.model_validate_json(text)
+            plan = cls.model_validate_json(path.read_text())
         except OSError as error:
             raise PlanError(f"The plan {path} cannot be read: {error.strerror}.") from error
         except (ValidationError, UnicodeDecodeError) as error:
             first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
             where = ".".join(str(part) for part in first["loc"]) or "the file"
             raise PlanError(f"{path} is not a plan of dynquant: {where}: {first['msg']}.") from error
+        if plan.target != target:
+            raise PlanError(f"{path} {_OTHER_TARGET[plan.target]}")
         _check_entries(plan, path)
         return plan
+
+
+_OTHER_TARGET = {
+    "vllm": "is a plan for vLLM (`plan --for vllm`); export it with -f compressed-tensors, or make one of GGUF types "
+    "with `dynquant plan`.",
+    "gguf": "is a plan of GGUF types, which vLLM does not serve from compressed-tensors. Make one of its schemes with "
+    "`dynquant plan MODEL --for vllm`, or export this one with -f gguf.",
+}
+"""What a command says that works with the other target."""
+
+
+def _entry_of_schema_1(entry: dict[str, Any]) -> dict[str, Any]:
+    names = {"scheme": "type", "wanted_scheme": "wanted_type"}
+    return {names.get(key, key): value for key, value in entry.items()}
 
 
 def _check_entries(plan: Plan, path: Path) -> None:
@@ -145,17 +223,48 @@ def _check_entries(plan: Plan, path: Path) -> None:
         raise PlanError(f"{path} has {len(plan.entries)} tensors in {plan.predicted_bytes!r:.40} bytes. Plan again.")
     seen: set[str] = set()
     for entry in plan.entries:
-        if entry.type not in QUANT_TYPES:
-            raise PlanError(f"{path} gives `{entry.name}` the unknown type {entry.type!r}.")
         if entry.name in seen:
             raise PlanError(f"{path} names the tensor `{entry.name}` twice.")
         seen.add(entry.name)
+        (_check_scheme if plan.target == "vllm" else _check_quant_type)(entry, path)
         if not entry.shape or min(entry.shape) < 1 or len(entry.shape) > 4 or max(entry.shape) >= _MAX_DIMENSION:
-            raise PlanError(f"{path} gives `{entry.name}` the impossible shape {list(entry.shape)}.")
-        if entry.shape[-1] % entry.quant_type.block_size:
+            raise PlanError(f"{path} gives `{entry.name}` the impossible shape {list(entry.shape)!r:.100}.")
+        if entry.shape[-1] % entry.format.block_size:
             raise PlanError(
-                f"{path} gives `{entry.name}` the type {entry.type}, whose blocks of {entry.quant_type.block_size} do "
+                f"{path} gives `{entry.name}` the type {entry.type}, whose blocks of {entry.format.block_size} do "
                 f"not divide its rows of {entry.shape[-1]}."
             )
-        if entry.bytes != entry.quant_type.tensor_bytes(entry.shape):
+        if entry.bytes != entry.format.tensor_bytes(entry.shape):
             raise PlanError(f"{path} states {entry.bytes} bytes for `{entry.name}`; {entry.type} takes another size.")
+    _check_units(plan, path)
+
+
+def _check_quant_type(entry: PlanEntry, path: Path) -> None:
+    if entry.type not in QUANT_TYPES:
+        raise PlanError(f"{path} gives `{entry.name}` the unknown type {entry.type!r}.")
+    if entry.group_size is not None:
+        raise PlanError(f"{path} gives `{entry.name}` groups of {entry.group_size}; quant types have none.")
+
+
+def _check_scheme(entry: PlanEntry, path: Path) -> None:
+    if entry.type not in SCHEMES:
+        raise PlanError(f"{path} gives `{entry.name}` the unknown scheme {entry.type!r}.")
+    if entry.group_size not in entry.scheme.group_sizes:
+        raise PlanError(f"{path} gives `{entry.name}` groups of {entry.group_size}, which {entry.type} does not have.")
+    if len(entry.shape) not in (2, 3):
+        raise PlanError(f"{path} gives `{entry.name}` the impossible shape {list(entry.shape)!r:.100}.")
+    if entry.is_expert_stack and not entry.scheme.holds_experts:
+        raise PlanError(f"{path} gives the experts `{entry.name}` the scheme {entry.type}, which has no kernel.")
+
+
+def _check_units(plan: Plan, path: Path) -> None:
+    """Raise PlanError for layers that vLLM fuses and that have two schemes."""
+    schemes: dict[str, tuple[str, int | None]] = {}
+    for entry in (entry for entry in plan.entries if entry.unit):
+        first = schemes.setdefault(entry.unit, (entry.type, entry.group_size))
+        if first != (entry.type, entry.group_size):
+            raise PlanError(
+                f"{path} gives `{entry.name}` the scheme {entry.type} in groups of {entry.group_size}, but other "
+                f"layers of `{entry.unit}`, which vLLM fuses with it, {first[0]} in groups of {first[1]}. Give them "
+                "one scheme."
+            )

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from dynquant.encoding.vllm import encode_served, from_stored, nvfp4_global_scale
+from dynquant.encoding.vllm import encode_layers, from_stored, nvfp4_global_scale
 from dynquant.errors import EncodeError, PlanError
-from dynquant.formats.vllm_schemes import SCHEMES, fit_to_rows, serving_scheme
+from dynquant.formats.vllm_schemes import SCHEMES, fit_to_rows, vllm_scheme
 from tests.helpers.served_models import library_weights
 
 QUANTIZED = [scheme for scheme in SCHEMES.values() if scheme.is_quantized]
@@ -30,22 +30,22 @@ def hessian():
 
 def encoded(scheme, weights, **options):
     scale = nvfp4_global_scale(float(weights.abs().max())) if scheme.strategy == "tensor_group" else None
-    return encode_served(scheme, scheme.group_size([COLUMNS]), weights, global_scale=scale, **options)
+    return encode_layers(scheme.for_rows([COLUMNS]), weights, global_scale=scale, **options)
 
 
 @pytest.mark.parametrize("scheme", QUANTIZED, ids=lambda scheme: scheme.name)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_library_decompresses_exactly_what_we_decode(scheme, dtype, weights):
-    group = scheme.group_size([COLUMNS])
+    scheme = scheme.for_rows([COLUMNS])
     for one in encoded(scheme, weights):
         parts = one.stored()
-        assert torch.equal(library_weights(parts, scheme, group, dtype), one.decoded(dtype))
+        assert torch.equal(library_weights(parts, scheme, dtype), one.decoded(dtype))
         assert torch.equal(from_stored(scheme, parts).decoded(dtype), one.decoded(dtype))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=lambda scheme: scheme.name)
 def test_parts_have_the_sizes_that_the_scheme_states(scheme, weights):
-    expected = scheme.parts(24, COLUMNS, scheme.group_size([COLUMNS]))
+    expected = scheme.for_rows([COLUMNS]).parts(24, COLUMNS)
     parts = encoded(scheme, weights)[1].stored()
     assert list(parts) == [part.suffix for part in expected]
     for part in expected:
@@ -90,13 +90,13 @@ def test_nan_weights_name_the_layer(weights):
     ],
 )
 def test_rows_and_experts_that_a_scheme_does_not_fit(wanted, lengths, is_expert, chosen, words):
-    scheme, group, why = fit_to_rows(SCHEMES[wanted], lengths, is_expert=is_expert)
-    assert (scheme.name, group) == chosen
+    scheme, why = fit_to_rows(SCHEMES[wanted], lengths, is_expert=is_expert)
+    assert (scheme.name, scheme.group_size) == chosen
     assert (why is None) if words is None else (words in why)
 
 
 def test_unservable_types_are_named():
     with pytest.raises(PlanError, match=r"`iq1_s` is not a scheme .* W4A16.* -f gguf"):
-        serving_scheme("iq1_s")
+        vllm_scheme("iq1_s")
     with pytest.raises(PlanError, match="Did you mean MXFP4A16"):
-        serving_scheme("mxfp4")
+        vllm_scheme("mxfp4")

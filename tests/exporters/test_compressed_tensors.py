@@ -2,42 +2,47 @@
 budgets and refusals."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 
 from dynquant.analysis.errors.table import ErrorRow, ErrorTable
-from dynquant.calibration.stage import CalibrationOptions, run_calibration
+from dynquant.calibration.options import CalibrationOptions
+from dynquant.calibration.stage import run_calibration
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import layer_of
 from dynquant.checkpoints.tensor_source import DictSource
 from dynquant.errors import ExportError, PlanError
 from dynquant.evaluation.runners import open_runner
-from dynquant.exporters.compressed_card import transformers_problem
+from dynquant.exporters.compressed_config import transformers_problem
 from dynquant.exporters.compressed_tensors import export_compressed_tensors
-from dynquant.families.linear_layers import served_checkpoint
+from dynquant.families.linear_layers import linear_checkpoint
 from dynquant.families.open import open_model
+from dynquant.formats.storage_format import Choice
 from dynquant.formats.vllm_schemes import SCHEMES
 from dynquant.planning.serving_planner import check_schemes_budget, choose_schemes
-from dynquant.recipes.serving_building import serving_plan, units_of
-from dynquant.recipes.serving_plan import ServingPlan
+from dynquant.recipes.build_plan import plan_for_vllm
+from dynquant.recipes.plan import Plan
 from tests.helpers.commands import run
 from tests.helpers.served_kl import kl_by_rounding
 from tests.helpers.served_models import TOKENS, filled, library_weights, logits, stored_parts, stored_tensors
 from tests.helpers.tiny_models import save_tiny
 
+PLANS = Path(__file__).parent.parent / "examples" / "plans"
 DENSE = ("W4A16", "NVFP4A16", "FP8", "MXFP4A16", "W8A16", "BF16")
 
 
 def export(directory, output, choose, **options):
     """Export without statistics, each unit in the scheme that `choose` gives for its number and layers."""
     model = open_model(directory)
-    checkpoint = served_checkpoint(model)
+    checkpoint = linear_checkpoint(model)
     mixed = options.pop("mixed_experts", False)
-    units = units_of(checkpoint, mixed_experts=mixed)
-    wanted = {unit: (choose(n, linears), "test") for n, (unit, linears) in enumerate(units.items())}
-    plan = serving_plan(model, checkpoint, wanted, recipe="test", mixed_experts=mixed)
+    units = checkpoint.units(mixed_experts=mixed).values()
+    wanted = {linear.name: Choice(choose(n, linears), "test") for n, linears in enumerate(units) for linear in linears}
+    plan = plan_for_vllm(model, checkpoint, wanted, recipe="test", mixed_experts=mixed)
     export_compressed_tensors(model, plan, checkpoint, output, **options)
     return plan
 
@@ -108,14 +113,14 @@ def test_what_transformers_cannot_load_is_said_and_decompresses_with_the_library
     assert not torch.allclose(logits(output, torch.bfloat16), expected, atol=0.5)
     original = open_model(deepseek).source
     parts = stored_parts(output, plan)
-    for entry in (entry for entry in plan.entries if entry.is_expert):
+    for entry in (entry for entry in plan.entries if entry.is_expert_stack):
         for expert, module in enumerate(entry.modules):
-            found = library_weights(parts[module], entry.stored_as, entry.group_size, torch.float32)
+            found = library_weights(parts[module], entry.scheme, torch.float32)
             wanted = original.load(entry.name, expert)
             assert (found - wanted).norm() < 0.12 * wanted.norm()
     by_fusion = {}
     for entry in plan.entries:
-        if entry.scheme == "NVFP4A16":
+        if entry.type == "NVFP4A16":
             fusion = entry.name.replace("_up_", "_gate_")
             by_fusion.setdefault(fusion, set()).update(float(parts[m]["weight_global_scale"]) for m in entry.modules)
     assert all(len(scales) == 1 for scales in by_fusion.values())
@@ -142,9 +147,9 @@ def test_the_directory_is_complete_and_described(mixed_llama):
     config = json.loads((output / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "compressed-tensors" and config["format"] == "mixed-precision"
     targets = [target for group in config["config_groups"].values() for target in group["targets"]]
-    quantized = [m for entry in plan.entries if entry.stored_as.is_quantized for m in entry.modules]
+    quantized = [m for entry in plan.entries if entry.scheme.is_quantized for m in entry.modules]
     assert sorted(targets) == sorted(quantized)
-    assert {"lm_head", *(m for e in plan.entries if e.scheme == "BF16" for m in e.modules)} == set(config["ignore"])
+    assert {"lm_head", *(m for e in plan.entries if e.type == "BF16" for m in e.modules)} == set(config["ignore"])
     assert (output / "tokenizer.json").is_file() and not list(output.parent.glob("*.partial"))
     card = (output / "README.md").read_text()
     assert all(f"| {name} | {SCHEMES[name].format} |" in card for name in plan.histogram())
@@ -154,7 +159,7 @@ def test_written_bytes_are_the_predicted_ones_in_one_file_or_more(mixed_deepseek
     output, plan = mixed_deepseek
     assert sum(f.stat().st_size for f in output.glob("*.safetensors")) == plan.predicted_bytes
     model = open_model(deepseek)
-    export_compressed_tensors(model, plan, served_checkpoint(model), tmp_path / "split", shard_max_bytes=4_200_000)
+    export_compressed_tensors(model, plan, linear_checkpoint(model), tmp_path / "split", shard_max_bytes=4_200_000)
     weight_map = json.loads((tmp_path / "split" / "model.safetensors.index.json").read_text())["weight_map"]
     assert len(set(weight_map.values())) == 3
     whole, split = stored_tensors(output), stored_tensors(tmp_path / "split")
@@ -168,7 +173,7 @@ def test_written_bytes_are_the_predicted_ones_in_one_file_or_more(mixed_deepseek
 def test_an_interrupted_export_leaves_no_directory_and_goes_on(llama, mixed_llama, tmp_path, monkeypatch):
     output, plan = mixed_llama
     model, target = open_model(llama), tmp_path / "out"
-    checkpoint = served_checkpoint(model)
+    checkpoint = linear_checkpoint(model)
     from dynquant.exporters import compressed_tensors
 
     encode, calls = compressed_tensors.encode_layer, []
@@ -194,7 +199,7 @@ def test_rows_that_no_group_divides_fall_back_with_the_reason(small_moe, tmp_pat
     directory = save_tiny("llama", tmp_path / "odd", small_moe, intermediate_size=328)
     plan = export(directory, tmp_path / "out", lambda *_: "W4A16")
     down = {entry.name: entry for entry in plan.entries}["blk.0.ffn_down.weight"]
-    assert (down.scheme, down.wanted_scheme) == ("FP8", "W4A16")
+    assert (down.type, down.wanted_type) == ("FP8", "W4A16")
     reason = "`blk.0.ffn_down.weight`: FP8 instead of W4A16 (test; rows of 328 do not divide into groups of 32: FP8)"
     assert reason in (tmp_path / "out" / "README.md").read_text()
     expected = logits(filled(tmp_path / "out", plan, tmp_path / "filled", torch.bfloat16), torch.bfloat16)
@@ -207,7 +212,7 @@ LOSSES = {"BF16": 1e-6, "W8A16": 4e-5, "FP8": 6e-4, "W4A16": 1e-2, "NVFP4A16": 7
 @pytest.fixture(scope="module")
 def priced(deepseek):
     """The tiny MoE with a made-up error table, in which later layers matter more."""
-    checkpoint = served_checkpoint(open_model(deepseek))
+    checkpoint = linear_checkpoint(open_model(deepseek))
     rows = [
         ErrorRow(
             name=linear.name, role=linear.role, layer=layer_of(linear.name), type=name, bytes=0, relative_rms=0.0,
@@ -231,10 +236,10 @@ def test_budgets_hold_and_fused_layers_share_their_scheme(priced, deepseek, mixe
     sizes = []
     for budget in (9_340_000, 9_700_000, 10_300_000, 11_600_000):
         wanted, _ = choose_schemes(table, checkpoint, tuple(LOSSES), budget, mixed_experts=mixed)
-        plan = serving_plan(model, checkpoint, wanted, recipe="test", mixed_experts=mixed)
+        plan = plan_for_vllm(model, checkpoint, wanted, recipe="test", mixed_experts=mixed)
         assert plan.predicted_bytes <= budget
         sizes.append(plan.predicted_bytes)
-        scheme = {entry.name: (entry.scheme, entry.group_size) for entry in plan.entries}
+        scheme = {entry.name: (entry.type, entry.group_size) for entry in plan.entries}
         for layer in range(3):
             blk = f"blk.{layer}."
             assert scheme[f"{blk}attn_q_a.weight"] == scheme[f"{blk}attn_kv_a_mqa.weight"]
@@ -276,7 +281,7 @@ def test_command_line_plans_and_exports(qwen, tmp_path):
     calibration = ("--calibration", text, "--tokens", 512, "--window", 64)
     status, said = typed("plan", qwen, "--for", "vllm", "--size", "8.9MB", *calibration, "-o", plan)
     assert not status, said
-    made = ServingPlan.load(plan / "plan.json")
+    made = Plan.load(plan / "plan.json", "vllm")
     assert 8_700_000 < made.predicted_bytes <= 8_900_000 and made.predicted_kl > 0
     status, said = typed("export", qwen, "-f", "compressed-tensors", "--plan", plan / "plan.json", "-o", output)
     assert not status, said
@@ -318,25 +323,25 @@ def test_gguf_files_and_edited_plans_are_refused(llama, mixed_llama, tmp_path):
     output, plan = mixed_llama
     model = open_model(llama)
     with pytest.raises(ExportError, match="exists already"):
-        export_compressed_tensors(model, plan, served_checkpoint(model), output)
+        export_compressed_tensors(model, plan, linear_checkpoint(model), output)
     with pytest.raises(ExportError, match="is not a Hugging Face directory"):
-        served_checkpoint(Model(llama, DictSource({}), (), lambda name: (name,)))
+        linear_checkpoint(Model(llama, DictSource({}), (), lambda name: (name,)))
     document = json.loads(plan.model_dump_json())
     entry = next(e for e in document["entries"] if e["name"].endswith("attn_q.weight"))
-    changed = serving_plan_with(document, entry, scheme="W8A16", group_size=128, bytes=256 * 256 + 256 * 4 + 16)
+    changed = plan_with(document, entry, type="W8A16", group_size=128, bytes=256 * 256 + 256 * 4 + 16)
     (tmp_path / "plan.json").write_text(json.dumps(changed))
     with pytest.raises(PlanError, match="which vLLM fuses with it"):
-        ServingPlan.load(tmp_path / "plan.json")
-    changed = serving_plan_with(document, entry, scheme="IQ1_S")
+        Plan.load(tmp_path / "plan.json", "vllm")
+    changed = plan_with(document, entry, type="IQ1_S")
     (tmp_path / "plan.json").write_text(json.dumps(changed))
     with pytest.raises(PlanError, match="unknown scheme 'IQ1_S'"):
-        ServingPlan.load(tmp_path / "plan.json")
-    (tmp_path / "plan.json").write_text('{"entries": []}')
+        Plan.load(tmp_path / "plan.json", "vllm")
+    shutil.copy(PLANS / "gguf-schema-1.json", tmp_path / "plan.json")
     with pytest.raises(PlanError, match="is a plan of GGUF types"):
-        ServingPlan.load(tmp_path / "plan.json")
+        Plan.load(tmp_path / "plan.json", "vllm")
 
 
-def serving_plan_with(document, entry, **changes):
+def plan_with(document, entry, **changes):
     entries = [{**e, **changes} if e["name"] == entry["name"] else e for e in document["entries"]]
     return {**document, "entries": entries}
 

@@ -21,19 +21,20 @@ from dynquant.calibration.statistics import CalibrationStats
 from dynquant.encoding.stream import guidance_of
 from dynquant.evaluation.evaluate import evaluate
 from dynquant.exporters.compressed_tensors import encode_layer, global_scales
-from dynquant.families.linear_layers import ServedCheckpoint, served_checkpoint
+from dynquant.families.linear_layers import LinearCheckpoint, linear_checkpoint
 from dynquant.families.open import open_model
-from dynquant.recipes.serving_building import serving_plan, units_of
-from dynquant.recipes.serving_plan import ServingEntry
+from dynquant.formats.storage_format import Choice
+from dynquant.recipes.build_plan import plan_for_vllm
+from dynquant.recipes.plan import PlanEntry
 
 
-def rounded_to_nearest(entry: ServingEntry, weights: torch.Tensor) -> torch.Tensor:
+def rounded_to_nearest(entry: PlanEntry, weights: torch.Tensor) -> torch.Tensor:
     """One layer [R, C] in the integers of W4A16 or W8A16, quantized and dequantized by the library."""
     from compressed_tensors.quantization import QuantizationArgs
     from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
 
-    scheme, group = entry.stored_as, entry.group_size
-    args = QuantizationArgs(**scheme.config_group(group, [])["weights"])
+    scheme, group = entry.scheme, entry.group_size
+    args = QuantizationArgs(**scheme.config_group([])["weights"])
     peak = weights.unflatten(-1, (-1, group)).abs().amax(-1)
     scale = (peak / ((2**scheme.num_bits - 1) / 2)).to(torch.bfloat16).float().clamp_min(1e-8)
     codes = quantize(weights, scale, None, args, dtype=torch.int8)
@@ -45,10 +46,12 @@ def kl_by_rounding(
 ) -> Iterator[tuple[str, float, float]]:
     """Rounding, KL and half of its interval; units that `schemes` does not name stay as they are."""
     model = open_model(directory)
-    checkpoint = served_checkpoint(model)
+    checkpoint = linear_checkpoint(model)
     stats = CalibrationStats.load(stats_path)
-    wanted = {unit: (schemes.get(unit, "BF16"), "") for unit in units_of(checkpoint, mixed_experts=True)}
-    plan = serving_plan(model, checkpoint, wanted, recipe="", mixed_experts=True)
+    wanted = {
+        linear.name: Choice(schemes.get(linear.unit(mixed_experts=True), "BF16"), "") for linear in checkpoint.linears
+    }
+    plan = plan_for_vllm(model, checkpoint, wanted, recipe="", mixed_experts=True)
     guidance = guidance_of(stats, load_beside(stats_path, stats))
     scales, linears = global_scales(plan, checkpoint), {linear.name: linear for linear in checkpoint.linears}
     for rounding in ("nearest", "importance", "feedback"):
@@ -56,7 +59,7 @@ def kl_by_rounding(
         weights = {}
         for entry in plan.entries:
             linear, experts = linears[entry.name], range(len(entry.modules))
-            if not entry.stored_as.is_quantized:
+            if not entry.scheme.is_quantized:
                 found = [linear.load(expert) for expert in experts]
             elif rounding == "nearest":
                 found = [rounded_to_nearest(entry, linear.load(expert)) for expert in experts]
@@ -71,8 +74,8 @@ def kl_by_rounding(
         yield rounding, kl.mean.value, (kl.mean.high - kl.mean.low) / 2
 
 
-def _write(checkpoint: ServedCheckpoint, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    others = {tensor.key: checkpoint.checkpoint.load(tensor.key) for tensor in checkpoint.others}
+def _write(checkpoint: LinearCheckpoint, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    others = {tensor.key: checkpoint.source.load(tensor.key) for tensor in checkpoint.others}
     save_file({**others, **{n: w.contiguous() for n, w in weights.items()}}, folder / "model.safetensors",
               metadata={"format": "pt"})  # fmt: skip
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
@@ -80,7 +83,7 @@ def _write(checkpoint: ServedCheckpoint, weights: dict[str, torch.Tensor], folde
 
 
 def main(directory: str, stats: str, text: str, scheme: str, tokens: str = "8192") -> None:
-    units = units_of(served_checkpoint(open_model(directory)), mixed_experts=True)
+    units = linear_checkpoint(open_model(directory)).units(mixed_experts=True)
     schemes = dict.fromkeys(units, scheme.upper())
     for rounding, kl, half in kl_by_rounding(Path(directory), Path(stats), Path(text), schemes, tokens=int(tokens)):
         print(f"{rounding:<12}{kl:.5f} ± {half:.5f}", flush=True)

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dynquant.encoding.vllm import from_stored
-from dynquant.recipes.serving_plan import ServingPlan
+from dynquant.recipes.plan import Plan
 
 TOKENS = torch.arange(7, 71)[None]
 
@@ -18,17 +18,17 @@ def stored_tensors(directory: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def stored_parts(directory: Path, plan: ServingPlan) -> dict[str, dict[str, torch.Tensor]]:
+def stored_parts(directory: Path, plan: Plan) -> dict[str, dict[str, torch.Tensor]]:
     """Linear layer -> what it is stored as, by suffix."""
     tensors = stored_tensors(directory)
     found = {}
     for entry in plan.entries:
-        suffixes = [part.suffix for part in entry.stored_as.parts(*entry.shape[-2:], entry.group_size)]
+        suffixes = [part.suffix for part in entry.scheme.parts(*entry.shape[-2:])]
         found |= {module: {suffix: tensors[f"{module}.{suffix}"] for suffix in suffixes} for module in entry.modules}
     return found
 
 
-def filled(directory: Path, plan: ServingPlan, target: Path, dtype: torch.dtype) -> Path:
+def filled(directory: Path, plan: Plan, target: Path, dtype: torch.dtype) -> Path:
     """An ordinary checkpoint of the decoded weights; experts as transformers merges them, in bfloat16."""
     parts = stored_parts(directory, plan)
     tensors = stored_tensors(directory)
@@ -36,8 +36,8 @@ def filled(directory: Path, plan: ServingPlan, target: Path, dtype: torch.dtype)
         for module in entry.modules:
             for suffix in parts[module]:
                 tensors.pop(f"{module}.{suffix}")
-            decoded = from_stored(entry.stored_as, parts[module])
-            tensors[f"{module}.weight"] = decoded.decoded(torch.bfloat16 if entry.is_expert else dtype).to(dtype)
+            decoded = from_stored(entry.scheme, parts[module])
+            tensors[f"{module}.weight"] = decoded.decoded(torch.bfloat16 if entry.is_expert_stack else dtype).to(dtype)
     target.mkdir()
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((directory / "config.json").read_text())
@@ -54,7 +54,7 @@ def logits(directory: Path, dtype: torch.dtype, tokens: torch.Tensor = TOKENS) -
         return model(tokens).logits[0].float()
 
 
-def library_weights(parts: dict[str, torch.Tensor], scheme, group: int, dtype: torch.dtype) -> torch.Tensor:
+def library_weights(parts: dict[str, torch.Tensor], scheme, dtype: torch.dtype) -> torch.Tensor:
     """What the compressed-tensors library makes of one layer in a model of `dtype`."""
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationScheme
@@ -63,6 +63,4 @@ def library_weights(parts: dict[str, torch.Tensor], scheme, group: int, dtype: t
     if given["weight_scale"].dtype == torch.bfloat16:
         given["weight_scale"] = given["weight_scale"].to(dtype)
     compressor = BaseCompressor.get_value_from_registry(scheme.format)
-    return compressor.decompress(given, QuantizationScheme(**scheme.config_group(group, ["Linear"])))["weight"].to(
-        dtype
-    )
+    return compressor.decompress(given, QuantizationScheme(**scheme.config_group(["Linear"])))["weight"].to(dtype)

@@ -7,10 +7,11 @@ from dynquant.analysis.errors import stage as error_stage
 from dynquant.analysis.errors.error_journal import ErrorJournal
 from dynquant.analysis.sensitivity import stage as sensitivity_stage
 from dynquant.calibration.importance import importance
-from dynquant.calibration.stage import CalibrationOptions, run_calibration
+from dynquant.calibration.options import CalibrationOptions
+from dynquant.calibration.stage import run_calibration
 from dynquant.calibration.statistics import CalibrationStats
-from dynquant.encoding.vllm import encode_served
-from dynquant.families.linear_layers import served_checkpoint
+from dynquant.encoding.vllm import encode_layers
+from dynquant.families.linear_layers import linear_checkpoint
 from dynquant.families.open import open_model
 from dynquant.formats.vllm_schemes import SCHEMES
 from dynquant.planning import serving_planner
@@ -26,17 +27,17 @@ class StoppedError(Exception):
 
 
 class NotedEncoding:
-    """`encode_served`, which notes what it is asked for and stops at the call number `stop`."""
+    """`encode_layers`, which notes what it is asked for and stops at the call number `stop`."""
 
     def __init__(self, monkeypatch, stop=None):
         self.calls, self.stop = [], stop
-        monkeypatch.setattr(serving_planner, "encode_served", self)
+        monkeypatch.setattr(serving_planner, "encode_layers", self)
 
     def __call__(self, scheme, *arguments, name, **options):
         if len(self.calls) == self.stop:
             raise StoppedError
         self.calls.append((name, scheme.name))
-        return encode_served(scheme, *arguments, name=name, **options)
+        return encode_layers(scheme, *arguments, name=name, **options)
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +55,13 @@ def stats_path(directory, tmp_path_factory):
 @pytest.fixture(scope="module")
 def measure(directory, stats_path):
     model, stats = open_model(directory), CalibrationStats.load(stats_path)
-    checkpoint = served_checkpoint(model)
+    checkpoint = linear_checkpoint(model)
     return lambda journal: measure_schemes(model, checkpoint, stats, stats_hash="s", journal=journal)
 
 
 def test_errors_equal_a_direct_computation(directory, stats_path, measure, tmp_path):
     stats, scheme = CalibrationStats.load(stats_path), SCHEMES["W4A16"]
-    linears = {linear.name: linear for linear in served_checkpoint(open_model(directory)).linears}
+    linears = {linear.name: linear for linear in linear_checkpoint(open_model(directory)).linears}
     with ErrorJournal(tmp_path / "errors.json", {}) as journal:
         table = measure(journal)
     for name in (DENSE, STACK):
@@ -68,7 +69,7 @@ def test_errors_equal_a_direct_computation(directory, stats_path, measure, tmp_p
         weights = torch.stack([linear.load(expert) for expert in range(linear.num_experts)])
         weights = weights[:, :: weights.shape[1] // 64]
         scale = importance(stats, name, linear.shape)
-        encoded = encode_served(scheme, scheme.group_size([weights.shape[-1]]), weights, importance=scale)
+        encoded = encode_layers(scheme.for_rows([weights.shape[-1]]), weights, importance=scale)
         weights, decoded = weights.double(), torch.stack([one.decoded() for one in encoded]).double()
         counts = stats.input_of(name).counts.double()
         metric = (counts / counts.sum()).reshape(-1, 1, 1) * scale.double().unsqueeze(1)

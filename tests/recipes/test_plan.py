@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -79,7 +80,7 @@ def test_hash_is_of_what_decides_the_weights(plan):
         (lambda c: c.update(surprise=1), "surprise"),
         (lambda c: c["entries"][0].update(surprise=1), r"entries\.0\.surprise"),
         (lambda c: c.pop("fingerprint"), "fingerprint"),
-        (lambda c: c.update(schema_version=2), "schema_version"),
+        (lambda c: c.update(schema_version=3), "schema_version"),
         (lambda c: c["entries"][0].update(type="Q9_Z"), r"blk\.0\.attn_q\.weight.*unknown type 'Q9_Z'"),
         (lambda c: c["entries"].append(c["entries"][0]), r"blk\.0\.attn_q\.weight.*twice"),
         (lambda c: c["entries"][0].update(bytes=201), "201 bytes"),
@@ -131,3 +132,46 @@ def test_predicted_bytes_are_the_fixed_bytes_and_the_padded_tensors_for_any_type
         plan = plan_from_types(model, wanted, recipe="bpw 2")
         spent = sum(padded(entry.bytes) for entry in plan.entries if entry.name in wanted)
         assert plan.predicted_bytes == fixed + spent
+
+
+PLANS = Path(__file__).parent.parent / "examples" / "plans"
+
+
+def test_plans_of_gguf_types_that_schema_1_wrote_are_read(tmp_path):
+    document = json.loads((PLANS / "gguf-schema-1.json").read_text())
+    plan = Plan.load(PLANS / "gguf-schema-1.json")
+    assert plan.hash == "a45bb729c119c20481890eb8550630c20c028f245dac63666e969d235a3eea88"
+    written = json.loads(plan.model_dump_json())
+    assert (written.pop("target"), written.pop("schema_version")) == ("gguf", 2)
+    assert document.pop("schema_version") == 1 and written == document
+
+
+def test_plans_for_vllm_that_schema_1_wrote_are_read(tmp_path):
+    """They had fields of their own: `serves`, `schemes`, `scheme`, `wanted_scheme` and `num_weights`."""
+    document = json.loads((PLANS / "vllm-schema-1.json").read_text())
+    plan = Plan.load(PLANS / "vllm-schema-1.json", "vllm")
+    assert plan.hash == "29ae19dd0aa8cb0e5158003a6aba1077c760e759ad67f2ea4f9d0e7be493dda8"
+    assert plan.target == "vllm" and plan.mixed_experts and plan.types == tuple(document["schemes"])
+    assert (plan.num_weights, plan.other_bytes) == (document["num_weights"], document["other_bytes"])
+    for entry, old in zip(plan.entries, document["entries"], strict=True):
+        assert (entry.type, entry.wanted_type) == (old["scheme"], old["wanted_scheme"])
+        assert (entry.group_size, entry.unit, list(entry.modules)) == (old["group_size"], old["unit"], old["modules"])
+        assert entry.scheme.tensor_bytes(entry.shape) == old["bytes"]
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json", "vllm") == plan
+
+
+@pytest.mark.parametrize("field", ["num_weights", "entries"])
+def test_a_damaged_plan_of_schema_1_is_refused(tmp_path, field):
+    document = json.loads((PLANS / "vllm-schema-1.json").read_text())
+    del document[field]
+    (tmp_path / "plan.json").write_text(json.dumps(document))
+    with pytest.raises(PlanError, match=rf"not a plan of dynquant.*{field}"):
+        Plan.load(tmp_path / "plan.json", "vllm")
+
+
+def test_a_plan_of_the_other_target_is_refused_with_the_way_out():
+    with pytest.raises(PlanError, match="export it with -f compressed-tensors"):
+        Plan.load(PLANS / "vllm-schema-1.json")
+    with pytest.raises(PlanError, match="is a plan of GGUF types"):
+        Plan.load(PLANS / "gguf-schema-1.json", "vllm")

@@ -5,10 +5,15 @@
 `d` and `dmin` are stored once for a super-block, `scale` and `min` for a sub-block. IQ1 alone has a shift: +1/8 or -1/8
 of every codeword in a run of `shift_width` weights. Everything else about a type follows from these numbers, so search,
 scale fitting and error feedback are written once, for all types.
+
+The schemes that vLLM reads have one scale `d` for a group of weights, in a number format of their own: bfloat16 for
+integers and E4M3 codewords (compressed-tensors multiplies in the model's own type), E4M3 over one number for the tensor
+for NVFP4, powers of two for MXFP4.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +21,15 @@ from torch import Tensor
 from dynquant.encoding.search.codebooks import Codebook, Grid, Integers, SignedWords, TernaryWords, Values
 from dynquant.formats import codebook_quants, k_quants, plain_quants, tables
 from dynquant.formats.quant_types import QUANT_TYPES, QuantType
+from dynquant.formats.vllm_schemes import Scheme
 
 SHIFT = 0.125
 """IQ1S_DELTA of ggml."""
 
+E4M3_MAX = 448.0
+E2M1_MAX = 6.0
+_E4M3_TINY = 2.0**-9
+_BF16_MAX = torch.finfo(torch.bfloat16).max
 _FP16_MAX = 65504.0
 _FP16_TINY = torch.tensor(2.0**-24)
 
@@ -204,3 +214,68 @@ LAYOUTS: dict[str, BlockLayout] = {
     )
 }
 """Types with a block structure that this encoder searches; for others rounding has nothing to choose."""
+
+
+@dataclass(frozen=True)
+class Float8:
+    """E4M3 numbers, one weight at a time."""
+
+    group: int = 1
+    peak: float = E4M3_MAX
+
+    def nearest(self, y: Tensor, metric: Tensor) -> Tensor:
+        return y.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).to(torch.float32)
+
+    scan = nearest
+
+
+@dataclass(frozen=True)
+class SchemeLayout(BlockLayout):
+    """Groups of one scale. `global_scale` is what NVFP4's scales are multiplied with before they are stored."""
+
+    group_size: int = 0
+    tries_negative_scales: bool = False
+    global_scale: float | None = None
+
+    @property
+    def super_block(self) -> int:
+        return self.group_size
+
+    @property
+    def has_signed_scales(self) -> bool:
+        return self.tries_negative_scales
+
+    @property
+    def largest_weight(self) -> float:
+        return _BF16_MAX
+
+    def round_scale(self, d: Tensor) -> Tensor:
+        if self.global_scale is None:
+            return d.to(torch.bfloat16).to(torch.float32)
+        # The codewords are ggml's doubled E2M1 numbers.
+        stored = (2 * self.global_scale * d).clamp(_E4M3_TINY, E4M3_MAX).to(torch.float8_e4m3fn)
+        return stored.to(torch.float32) / (2 * self.global_scale)
+
+
+def scheme_layout(scheme: Scheme, columns: int, global_scale: float | None = None) -> BlockLayout:
+    """Return the layout of rows of `columns` weights in a scheme that vLLM reads."""
+    group = scheme.group_size or columns
+    if scheme.strategy == "tensor_group":
+        return _grouped(scheme, Values("MXFP4"), group, (0.6, 1.1), global_scale=global_scale)
+    if scheme.kind == "int":
+        half = 1 << (scheme.num_bits - 1)
+        fractions = (0.6, 1.1) if scheme.num_bits == 4 else (0.9, 1.02)
+        return _grouped(scheme, Integers(-half, half - 1), group, fractions, tries_negative_scales=True)
+    if scheme.num_bits == 8:
+        return _grouped(scheme, Float8(), group, (1.0, 1.9))
+    return LAYOUTS["MXFP4"]
+
+
+def _grouped(
+    scheme: Scheme, codebook: Codebook, group: int, fractions: tuple[float, float], **more: Any
+) -> SchemeLayout:
+    return SchemeLayout(scheme.name, codebook, group, (1.0,), _no_blocks, fractions=fractions, group_size=group, **more)
+
+
+def _no_blocks(_fields: Fields, _values: Tensor) -> Tensor:
+    raise NotImplementedError("compressed-tensors stores codewords and scales apart")

@@ -1,4 +1,7 @@
-"""What every exporter checks of its inputs, and what decides the bytes that it writes."""
+"""What every exporter shares: checks of its inputs, the identity of its bytes, and what becomes of a run that fails."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from dynquant import __version__
 from dynquant.calibration.second_moments import SecondMoments
@@ -6,8 +9,25 @@ from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.model import Model
 from dynquant.encoding.interface import Encoder
 from dynquant.encoding.stream import encoder_version
-from dynquant.errors import PlanError, StatsError
+from dynquant.errors import ClusterError, DynquantError, PlanError, StatsError, WriteError
 from dynquant.recipes.plan import Plan
+from dynquant.storage.resumable_output import ResumableOutput
+
+
+@contextmanager
+def writing(target: ResumableOutput) -> Iterator[None]:
+    """Context manager: closes `target`; what is written of inputs that cannot be exported at all is removed.
+
+    A full disk, a lost cluster or an interruption keeps it, so that the same call goes on.
+    """
+    with target:
+        try:
+            yield
+        except (WriteError, ClusterError):
+            raise
+        except DynquantError:
+            target.discard()
+            raise
 
 
 def check_stats(model: Model, plan: Plan, stats: CalibrationStats | None) -> None:
