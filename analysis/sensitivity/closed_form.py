@@ -19,19 +19,16 @@ bundled model measured over predicted KL is 1.0 to 1.7 at e = 0.1 (tests/test_se
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import nn
 
 from dynquant.checkpoints.tensor_roles import Role, gguf_name_of, role_of
+from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.running.expert_hooks import ExpertCall, expert_modules, record_experts
-from dynquant.running.gradients import (
-    ModelInputs,
-    activation_gradients,
-    backward_from_sampled_labels,
-    sampled_log_probability,
-)
+from dynquant.running.gradients import activation_gradients, backward_from_sampled_labels, sampled_log_probability
 from dynquant.running.linear_hooks import linear_names
 from dynquant.running.staged_passes import StagedPasses
 from dynquant.session import Progress
@@ -41,29 +38,25 @@ def output_sensitivity(
     hf_model: nn.Module,
     arch: str,
     n_layer: int,
-    windows: torch.Tensor | Sequence[ModelInputs],
+    inputs: ModelInputs,
     *,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """GGUF weight name -> s in nats per token, and its standard error, from token ids [windows, window].
-
-    Windows may also be keyword arguments of a model with a vision tower, one sample each; s is per token all the same.
+    """Return GGUF weight name -> s in nats per token, and its standard error, from windows or samples, run one by one.
 
     Labels are drawn from the model's own distribution with `seed`; the model's weights stay as they are. The embedding,
     every linear layer and every stack of routed experts gets an entry. With one window there is no standard error: 0.
     """
     generator = torch.Generator().manual_seed(seed)
-    lengths = [
-        window.numel() if isinstance(window, torch.Tensor) else window["input_ids"].numel() for window in windows
-    ]
-    per_window: list[dict[str, float]] = [{} for _ in windows]
+    batches = [batch.with_gradients() for batch in replace(inputs, batch_size=1)]
+    lengths = [batch.num_tokens for batch in batches]
+    per_window: list[dict[str, float]] = [{} for _ in batches]
     if progress:
         progress("measuring sensitivity", 0, sum(lengths), unit="tokens")
-    for index, window in enumerate(windows):
+    for index, batch in enumerate(batches):
         with activation_gradients(hf_model), _observed(hf_model, arch, n_layer, partial(_add_to, per_window[index])):
-            inputs = window.unsqueeze(0) if isinstance(window, torch.Tensor) else window
-            backward_from_sampled_labels(hf_model, inputs, generator)
+            backward_from_sampled_labels(hf_model, batch.arguments, generator)
         if progress:
             progress("measuring sensitivity", sum(lengths[: index + 1]), sum(lengths), unit="tokens")
     return _means_and_errors(per_window, lengths, _is_tied(hf_model))

@@ -35,16 +35,13 @@ def frozen_weights(hf_model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-ModelInputs = torch.Tensor | Mapping[str, torch.Tensor]
-"""Token ids [windows, window], or the keyword arguments of a model that also takes images."""
-
-
-def backward_from_sampled_labels(hf_model: nn.Module, inputs: ModelInputs, generator: torch.Generator) -> None:
-    """Gradients of the summed log-probability of one drawn token at every position.
+def backward_from_sampled_labels(
+    hf_model: nn.Module, arguments: Mapping[str, torch.Tensor], generator: torch.Generator
+) -> None:
+    """Compute gradients of the summed log-probability of one drawn token at every position of a batch.
 
     Gradients reach a vision tower when its pixels ask for one.
     """
-    arguments = {"input_ids": inputs} if isinstance(inputs, torch.Tensor) else inputs
     sampled_log_probability(hf_model(**arguments, use_cache=False).logits, generator).backward()
 
 

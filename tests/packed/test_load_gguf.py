@@ -14,7 +14,7 @@ from dynquant.checkpoints.gguf_source import GGUFSource, MetadataField
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import CheckpointError
 from dynquant.exporters.gguf import export_gguf
-from dynquant.families.text.registry import open_hf
+from dynquant.families.open import open_hf
 from dynquant.packed.layers import PackedExperts, PackedLinear, PackedModule
 from dynquant.recipes.build_plan import plan_from_types
 from dynquant.running.live_weights import LiveWeights

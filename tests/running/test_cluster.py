@@ -5,10 +5,10 @@ import sys
 import pytest
 import torch
 
-from dynquant.analysis.errors.error_journal import ErrorJournal
-from dynquant.analysis.errors.measure import build_error_table
+from dynquant.analysis.errors.measure import ErrorMeter, build_error_table
 from dynquant.analysis.errors.remote import RemoteErrors
-from dynquant.calibration.run import collect_statistics, windows_of
+from dynquant.analysis.errors.sums import ErrorJournal
+from dynquant.calibration.run import StatisticsOptions, collect_statistics, provenance_of, text_inputs
 from dynquant.calibration.sharded import calibrate_in_shards, cut
 from dynquant.encoding.parts import PartLimits
 from dynquant.encoding.remote import EncoderChoice, RemoteEncoding, StoredFiles
@@ -18,6 +18,7 @@ from dynquant.exporters.gguf import export_gguf
 from dynquant.families.open import open_model
 from dynquant.running.cluster import RayPool, TaskNeeds, open_ray
 from dynquant.running.load import load_hf
+from dynquant.session import ignore_progress
 from tests.helpers.commands import run
 from tests.helpers.packed_models import plan_of
 
@@ -115,8 +116,10 @@ def test_an_error_table_of_a_cluster_is_the_local_one_and_goes_on(cluster, pool,
     remote = RemoteErrors(pool, EncoderChoice.of(GGML, "cpu", 1), files)
     doomed = list(cluster.worker_nodes)
 
-    def table(progress=None, **options):
-        return build_error_table(moe, stats, ("Q4_0", "Q8_0"), GGML, stats_hash="s", progress=progress, **options)
+    def table(progress=ignore_progress, **options):
+        return build_error_table(
+            ErrorMeter(moe, stats, GGML), ("Q4_0", "Q8_0"), stats_hash="s", progress=progress, **options
+        )
 
     def stop(_stage, done, total, **_):
         if done > total / 3:
@@ -130,7 +133,7 @@ def test_an_error_table_of_a_cluster_is_the_local_one_and_goes_on(cluster, pool,
         table(stop, elsewhere=remote, journal=journal)
     try:
         with ErrorJournal(tmp_path / "errors.json", {}) as journal:
-            assert journal.num_found
+            assert journal.num_parts
             found = table(kill, elsewhere=remote, journal=journal)
     finally:
         cluster.add_node(num_cpus=1)
@@ -180,12 +183,12 @@ def test_the_command_gives_the_bytes_of_a_local_export(cluster, small_moe, tmp_p
 @pytest.fixture(scope="module")
 def text(moe):
     """32 windows of 32 tokens: two shards of sums, and one of three windows that are held back."""
-    return windows_of(moe, None, tokens=1024, window=32, seed=0)
+    inputs = text_inputs(moe, None, tokens=1024, window=32)
+    return inputs, provenance_of(moe, inputs, tokens=1024, seed=0)
 
 
-def measured(moe, text, hessians: str, pool: RayPool | None = None, progress=None):
-    options = {"hessians": hessians, "hessian_bytes": 1 << 30, "pool": pool, "progress": progress}
-    return calibrate_in_shards(moe, *text, **options)
+def measured(moe, text, hessians: str, pool: RayPool | None = None, progress=ignore_progress):
+    return calibrate_in_shards(moe, *text, StatisticsOptions(hessians, 1 << 30), pool=pool, progress=progress)
 
 
 @pytest.fixture
@@ -219,11 +222,12 @@ def test_calibration_keeps_its_bytes_when_a_node_dies(cluster, pool, moe, text, 
 
 
 def test_shards_add_up_to_the_one_sum(moe, text):
-    windows, provenance = text
+    inputs, provenance = text
     sharded = measured(moe, text, "activations")
     whole = collect_statistics(
-        load_hf(moe), windows, arch=moe.arch, n_layer=moe.hyper.n_layer, provenance=provenance, hessians="activations"
-    )
+        load_hf(moe), inputs, arch=moe.arch, n_layer=moe.hyper.n_layer, provenance=provenance,
+        options=StatisticsOptions("activations"),
+    )  # fmt: skip
     assert sharded.stats.provenance == whole.stats.provenance == sharded.moments.provenance
     assert sharded.stats.aliases == whole.stats.aliases and sharded.stats.inputs.keys() == whole.stats.inputs.keys()
     assert torch.equal(sharded.moments.tokens, whole.moments.tokens)
@@ -241,12 +245,12 @@ def test_shards_add_up_to_the_one_sum(moe, text):
 
 
 def test_shards_are_cut_by_window_number(text):
-    windows, provenance = text
-    shards = cut(windows, provenance, 0.1)
-    assert [len(shard.windows) for shard in shards] == [16, 13, 3] and [s.is_held for s in shards] == [0, 0, 1]
-    assert torch.equal(torch.cat([shard.windows for shard in shards]), windows)
+    inputs, provenance = text
+    shards = cut(inputs, provenance, 0.1)
+    assert [len(shard.inputs) for shard in shards] == [16, 13, 3] and [s.is_held for s in shards] == [0, 0, 1]
+    assert torch.equal(torch.cat([shard.inputs.windows for shard in shards]), inputs.windows)
     assert len({shard.provenance.seed for shard in shards}) == 3
-    assert [len(shard.windows) for shard in cut(windows[:2], provenance, 0.1)] == [1, 1]
+    assert [len(shard.inputs) for shard in cut(inputs[:2], provenance, 0.1)] == [1, 1]
 
 
 def test_no_cluster_at_an_address_is_refused(small_moe, tmp_path):
