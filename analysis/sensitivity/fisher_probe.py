@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dynquant.analysis.errors.table import ErrorTable, Price
 from dynquant.analysis.sensitivity.streamed_backward import streamed_gradients
 from dynquant.encoding.store import EncodedStore
-from dynquant.running.gradients import sampled_log_probability
+from dynquant.running.linear_hooks import sampled_log_probability
 from dynquant.running.live_weights import LiveWeights
 from dynquant.session import Progress
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dynquant.checkpoints.tensor_roles import layer_of
-from dynquant.running.gradients import frozen_weights
 from dynquant.running.layer_replay import LayerReplay
+from dynquant.running.linear_hooks import frozen_weights
 from dynquant.running.live_weights import LiveWeights
 
 Loss = Callable[[Tensor], Tensor]
