@@ -217,7 +217,7 @@ def selected(small_moe, calibrated):
     _, directory = calibrated
     search = SearchOptions(
         methods=("closed-form", "fisher-probe"), select=True, probes=4, probe_window=128, selection_tokens=512,
-        check_plans=5, frontier=(2.8, 2.95), frontier_points=2,
+        check_plans=5, frontier=(2.8, 2.87), frontier_points=2,
     )  # fmt: skip
     options = CalibrationOptions(tokens=TOKENS, window=256, hessians="none")
     target = Target(bpw=3.0, types=TYPES)
@@ -241,7 +241,7 @@ def test_the_chosen_plan_has_the_lowest_kl_and_keeps_the_budget(model, selected)
 def test_the_frontier_falls_and_holds_the_recipes_in_its_range(selected):
     made, selection = selected
     planned = [one for one in selection["frontier"] if one["label"].startswith("planner")]
-    assert planned[0]["bytes"] <= 2.8 * made.num_weights / 8 < planned[1]["bytes"] <= 2.95 * made.num_weights / 8
+    assert planned[0]["bytes"] <= 2.8 * made.num_weights / 8 < planned[1]["bytes"] <= 2.87 * made.num_weights / 8
     assert planned[0]["kl"]["value"] > planned[1]["kl"]["value"]
     recipes = {one["label"]: one for one in selection["frontier"] if not one["label"].startswith("planner")}
     assert "uniform-q2_k" in recipes and "uniform-q6_k" not in recipes
