@@ -26,7 +26,7 @@ from dynquant.checkpoints.model import Model
 from dynquant.errors import StatsError
 from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.inputs.text import pack_windows, read_text
-from dynquant.running.gradients import activation_gradients, backward_from_sampled_labels
+from dynquant.running.linear_hooks import activation_gradients, backward_from_sampled_labels
 from dynquant.running.load import load_hf, load_tokenizer
 from dynquant.session import Progress, ignore_progress
 

@@ -294,8 +294,7 @@ def _calibrate_on_ray(
     from dynquant.running.cluster import open_ray
 
     with open_ray(address) as pool:
-        device = device or ("cuda" if pool.has_gpus else "cpu")
-        device = "cuda" if device.startswith("cuda") else device
+        device = pool.device(device)
         return calibrate_in_shards(
             model, replace(inputs, batch_size=_batch_size(device)), provenance, statistics,
             base_gguf=base_gguf, device=device, pool=pool, progress=progress,

@@ -29,8 +29,8 @@ from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_format import merge_tensor_files
 from dynquant.errors import StatsError
 from dynquant.inputs.model_inputs import ModelInputs
-from dynquant.running.gradients import sampled_log_probability
 from dynquant.running.layer_stream import LayerStream
+from dynquant.running.linear_hooks import sampled_log_probability
 from dynquant.running.staged_passes import StagedPasses
 from dynquant.running.stream_memory import Workload, fit_within
 from dynquant.session import Progress, ignore_progress

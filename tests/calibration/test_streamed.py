@@ -20,10 +20,9 @@ from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_source import StoredValues
 from dynquant.errors import CheckpointError, StatsError
 from dynquant.families.open import open_model
-from dynquant.running.hidden_states import HiddenStates
 from dynquant.running.layer_stream import LayerStream
 from dynquant.running.load import load_hf
-from dynquant.running.staged_passes import StagedPasses
+from dynquant.running.staged_passes import HiddenStates, StagedPasses
 from dynquant.running.stored_experts import StoredExperts
 from dynquant.running.stream_memory import Workload, fit_within
 from dynquant.session import Session, ignore_progress

@@ -34,8 +34,8 @@ from dynquant.planning.search import encoded_store
 from dynquant.planning.selection import Fit
 from dynquant.planning.stage import make_plan
 from dynquant.planning.target import Target
-from dynquant.running.gradients import sampled_log_probability
 from dynquant.running.layer_replay import LayerReplay
+from dynquant.running.linear_hooks import sampled_log_probability
 from dynquant.running.live_weights import LiveWeights
 from dynquant.running.load import load_hf, load_tokenizer
 from dynquant.session import SILENT
