@@ -57,7 +57,7 @@ _WEIGHTS_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where tensors go, which differs with the kind of model."""
+    """Files that tensors go to, which differ with the kind of model."""
 
     places: Mapping[str, Place]
     skipped: frozenset[str]

@@ -124,7 +124,7 @@ def export(
 
 @dataclass(frozen=True)
 class _Cluster:
-    """Where parts are encoded with --ray; `asked` is --device, of the workers."""
+    """Cluster on which parts are encoded with --ray; `asked` is --device, of the workers."""
 
     pool: RayPool
     asked: str | None
@@ -240,7 +240,7 @@ def _closing_pass(
     limits: PartLimits,
     session: Session,
 ) -> TuneOptions | None:
-    """What the closing pass should do, or None; by default it runs with the encoder that uses second moments."""
+    """Return the options of the closing pass, or None; by default it runs with the encoder that uses second moments."""
     if tokens == 0 or (tokens is None and moments is None):
         return None
     reason = None

@@ -1,4 +1,4 @@
-"""How fast the encoders are and what memory they take, on random weights of a real layer's shape.
+"""Speed and memory of the encoders, on random weights of a real layer's shape.
 
     python -m dynquant.analysis.encoder_speed --device cuda --experts 42 --rows 768 --columns 2048 --project 29e9
 

@@ -112,7 +112,7 @@ def _config(shape: str, changed: dict[str, Any]) -> Any:
 
 
 def _tensors(config: Any) -> list[StoredTensor]:
-    """What a published checkpoint of `config` stores, in the order of the model."""
+    """Return what a published checkpoint of `config` stores, in the order of the model."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):

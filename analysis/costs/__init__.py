@@ -1,1 +1,1 @@
-"""How long a run takes and what memory it needs, estimated."""
+"""Estimates of the time and the memory of a run."""

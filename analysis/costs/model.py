@@ -1,5 +1,4 @@
-"""How long calibration, error table, sensitivities and export take on a machine, and in what memory, before anything is
-run.
+"""Estimates of time and memory of calibration, error table, sensitivities and export, before anything is run.
 
 Calibration: 2 operations for each weight that a token meets, at the machine's matmul speed for that width; 4 for each
 pair of token and channel in attention; 2 C² a token for second moments of C channels; and a measured time for every
@@ -56,7 +55,7 @@ class StageCost:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is asked for, in the terms of the commands' options."""
+    """The request, in the terms of the commands' options."""
 
     tokens: int = 131_072
     window: int = 512
@@ -140,7 +139,7 @@ def _passed(model: Model, work: Workload, windows: int, *, is_backward: bool, mo
 def _streamed(
     stage: str, plan: Plan, machine: Machine, cost: StreamedCost, seconds: float, *, passes: int, batches: int
 ) -> StageCost:
-    """Of a stage that computes for so many seconds."""
+    """Return the cost of a stage that computes for `seconds`."""
     dense, experts = (
         2 * sum(prod(entry.shape) for entry in plan.entries if entry.role.is_routed_expert == routed)
         for routed in (False, True)
@@ -179,7 +178,7 @@ def _calibration_seconds(model: Model, plan: Plan, machine: Machine, work: Workl
 
 
 def calibration_flop_seconds(model: Model, plan: Plan, matmul_flops: dict[int, float], work: Workload) -> float:
-    """Of the products of one forward pass."""
+    """Return the seconds of the products of one forward pass."""
     seconds = 0.0
     for entry, share in _linears(model, plan.entries):
         *slices, rows, columns = entry.shape
@@ -203,7 +202,7 @@ def _has_moment(entry: PlanEntry) -> bool:
 
 
 def _moment_bytes(model: Model, entries: Sequence[PlanEntry], work: Workload) -> int:
-    """Of the second moments of their inputs; experts share a matrix when each has no room."""
+    """Return the bytes of the second moments of their inputs; experts share a matrix when each has no room."""
     if work.hessians == "none":
         return 0
     entries = [entry for entry, _ in _linears(model, entries) if _has_moment(entry)]
@@ -215,7 +214,7 @@ def _moment_bytes(model: Model, entries: Sequence[PlanEntry], work: Workload) ->
 
 
 def _sample_bytes(model: Model, entries: Sequence[PlanEntry], work: Workload) -> int:
-    """Of the held-back inputs in the statistics, bfloat16."""
+    """Return the bytes of the held-back inputs in the statistics, bfloat16."""
     limits, held = SampleLimits(), work.window * num_held_back(ceil(work.tokens / work.window), HELD_BACK)
     total = 0
     for entry, share in _linears(model, entries):

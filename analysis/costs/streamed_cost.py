@@ -1,4 +1,4 @@
-"""What a streamed model takes, known by its plan alone: the stages of `layer_stream`, counted as `memory_limit` does.
+"""Cost of a streamed model, known by its plan alone: the stages of `layer_stream`, counted as `memory_limit` does.
 
 A stage is the embedding, a layer or the head. It holds its matrices as float32 and its experts as stored (2 bytes a
 weight), one tensor a second time while it is converted, and the stage that is read ahead.
@@ -17,18 +17,18 @@ _STORED_BYTES, _FLOAT_BYTES = 2, 4
 
 @dataclass(frozen=True)
 class StreamedPass:
-    """What goes through the model at a time."""
+    """Inputs that go through the model at a time."""
 
     batch_tokens: int
     experts_used: int
     is_backward: bool = False
     moment_bytes: int = 0
-    """Of the largest layer."""
+    """Second moments of the largest layer."""
 
 
 @dataclass(frozen=True)
 class StreamedCost:
-    """How a model is run within a limit, and the bytes that the process takes at its peak."""
+    """Way to run a model within a limit, and the bytes that the process takes at its peak."""
 
     memory_bytes: int
     keeps_experts: bool
@@ -78,7 +78,8 @@ def streamed_cost(plan: Plan, start_bytes: int, work: StreamedPass, limit_bytes:
 
 
 def kept_bytes(plan: Plan, work: StreamedPass) -> int:
-    """What a backward pass through the whole model keeps of its layers: half of what each holds at its own peak."""
+    """Return what a backward pass through the whole model keeps of its layers: half of what each holds at its own
+    peak."""
     return sum(stage.activation_bytes(work) for stage in list(_stages(plan))[1:-1]) // 2
 
 
@@ -97,7 +98,7 @@ def _stages(plan: Plan) -> Iterator[_Stage]:
 
 
 def _output_channels(entry: PlanEntry) -> int:
-    """Of a matrix, or of all heads together; GGUF stores k_b the other way round."""
+    """Return the output channels of a matrix, or of all heads together; GGUF stores k_b the other way round."""
     return prod(entry.shape[:-2]) * entry.shape[-1 if entry.role == Role.MLA_K_B else -2]
 
 

@@ -50,7 +50,7 @@ _LIMIT_SHARE = 0.85
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """What to run the model on (`text=None` is the built-in text), what to measure there, and in how much memory.
+    """Text or samples to run the model on (`text=None`: the built-in text), what to measure, and in how much memory.
 
     With `data`, a file of samples with images, there is no text; `strict` refuses images that cannot be decoded.
     """
@@ -76,7 +76,7 @@ class StatsFile:
 
     path: Path
     measured: CalibrationStats | None = None
-    """What was just written to the file, so that nobody reads it again."""
+    """Content that was just written to the file, so that nobody reads it again."""
 
     @cached_property
     def stats(self) -> CalibrationStats:

@@ -27,7 +27,7 @@ PLAN_PREFIX = "plan at "
 
 @dataclass(frozen=True)
 class Questions:
-    """What each candidate is scored on."""
+    """Questions that each candidate is scored on."""
 
     tasks: tuple[str, ...]
     text: tuple[Path, ...] = ()
@@ -39,7 +39,7 @@ class Questions:
 
 
 def score(file: Path, model: str, questions: Questions, directory: Path, threads: int | None) -> EvalReport:
-    """What a file loses against its original, whose own answers are kept in `directory`."""
+    """Measure a file's loss against its original, whose own answers are kept in `directory`."""
     with console.stage_progress("Finished files and the original's answers are kept.") as progress:
         return evaluate(
             file, model, progress=progress, threads=threads, cache_dir=directory / "reference",
@@ -75,7 +75,7 @@ def compare(
 
 @dataclass(frozen=True)
 class _Run:
-    """What all recipes share; `rows` grows, and is written after every file."""
+    """State that all recipes share; `rows` grows, and is written after every file."""
 
     model: str
     questions: Questions

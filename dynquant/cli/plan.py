@@ -23,7 +23,7 @@ def print_histogram(plan: Plan) -> None:
 
 
 def print_plan(plan: Plan, directory: Path) -> None:
-    """What was kept, what was crushed, and the size."""
+    """Print what was kept, what was crushed, and the size."""
     by_role: dict[str, list] = {}
     for entry in plan.entries:
         by_role.setdefault(entry.role.value, []).append(entry)

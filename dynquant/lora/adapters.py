@@ -181,7 +181,7 @@ def _saved_modules(model: nn.Module, *, train_norms: bool, train_router: bool) -
 
 
 def _is_router(model: nn.Module, path: str) -> bool:
-    """Whether the module stands beside routed experts under the name that transformers gives to routers."""
+    """Return whether the module stands beside routed experts under the name that transformers gives to routers."""
     parent, _, name = path.rpartition(".")
     siblings = dict(model.get_submodule(parent).named_children()) if parent else {}
     return name in ("gate", "router") and isinstance(siblings.get("experts"), PackedExperts)

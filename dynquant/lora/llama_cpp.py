@@ -12,5 +12,6 @@ _LEFT_OUT = {"deepseek2": r"blk\.\d+\.attn_(q|q_a|q_b|kv_a_mqa|kv_b|k_b|v_b)\.we
 
 
 def takes_adapter(arch: str, name: str) -> bool:
-    """Whether an adapter of the matrix `name` has an effect in the graph of `arch`. An embedding's is not written."""
+    """Return whether an adapter of the matrix `name` has an effect in the graph of `arch`; one of an embedding has
+    none."""
     return name != "token_embd.weight" and not re.fullmatch(_LEFT_OUT.get(arch, ""), name)

@@ -1,4 +1,4 @@
-"""Where the weights of a packed transformers model come from: GGUF names and order of rows by `state_dict` key."""
+"""Origin of the weights of a packed transformers model: GGUF names and order of rows by `state_dict` key."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING

@@ -31,7 +31,7 @@ class VisionLayout:
 
 
 def build_meta_vision(model: Model) -> Any:
-    """What transformers makes of the checkpoint's configuration, without memory for its weights."""
+    """Build what transformers makes of the checkpoint's configuration, without memory for its weights."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     config = AutoConfig.from_pretrained(model.hf_directory, local_files_only=True, trust_remote_code=False)
@@ -40,7 +40,7 @@ def build_meta_vision(model: Model) -> Any:
 
 
 def lay_out_vision(model: Model, plan: Plan, hf_model: Any) -> VisionLayout:
-    """Where each tensor of the plan goes.
+    """Return the place of each tensor of the plan.
 
     Raises:
         CheckpointError: transformers' model has no parameter for a tensor of the checkpoint.

@@ -40,7 +40,7 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 @dataclass(frozen=True)
 class Place:
-    """Where the GGUF tensor `name` of `shape` lives: row i of it is row `order[i]` of `key`, plus `shift`."""
+    """Place of the GGUF tensor `name` of `shape`: row i of it is row `order[i]` of `key`, plus `shift`."""
 
     name: str
     key: str
@@ -50,7 +50,7 @@ class Place:
     can_be_packed: bool = True
     """False for what transformers computes with directly, as routers: such tensors are stored as F32."""
     transposed: bool = False
-    """Of a matrix that cannot be packed: `key` has its columns as rows."""
+    """True when `key` stores the transpose; only for matrices that cannot be packed."""
 
     def stored_type(self, given: QuantType) -> QuantType:
         """The type under which the packed model keeps a tensor that GGUF stores as `given`."""
@@ -64,7 +64,7 @@ class Place:
         return StoredTensor(self.key, "U8", (*self.shape[:-1], stored.row_bytes(self.shape[-1])))
 
     def keeps_bytes(self, given: QuantType) -> bool:
-        """Whether the entry is the bytes of GGUF, in their order."""
+        """Return whether the entry is the bytes of GGUF, in their order."""
         return self.order is None and not self.shift and self.stored_type(given) is given
 
     def from_gguf(self, given: QuantType, packed: Tensor) -> Tensor:

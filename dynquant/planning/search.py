@@ -48,7 +48,8 @@ _KEEPS = "Errors and encoded tensors are kept; what the search measured is lost.
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """How to price and select. Tokens are of the calibration source; a probe is one window of `probe_window` tokens."""
+    """Ways to price and select. Tokens are of the calibration source; a probe is one window of `probe_window`
+    tokens."""
 
     methods: tuple[str, ...] = (CLOSED_FORM,)
     select: bool = False
@@ -76,13 +77,13 @@ class SearchOptions:
 
     @property
     def runs_model(self) -> bool:
-        """Whether anything but the closed form is asked for."""
+        """True when anything but the closed form is asked for."""
         asked = self.select or self.check_plans > 0 or self.frontier is not None
         return asked or set(self.methods) != {CLOSED_FORM}
 
     @property
     def runs_on_text(self) -> bool:
-        """Whether anything is asked for that samples with pictures do not serve."""
+        """True when anything is asked for that samples with pictures cannot give."""
         return self.check_plans > 0 or self.frontier is not None or set(self.methods) != {CLOSED_FORM}
 
 
@@ -130,7 +131,7 @@ def search_plans(
 
 @dataclass(frozen=True)
 class _Search:
-    """What candidates are made, rendered and scored with."""
+    """Tools with which candidates are made, rendered and scored."""
 
     store: EncodedStore
     options: SearchOptions

@@ -1,4 +1,4 @@
-"""What a plan should reach, as a user says it: a budget, a memory, a recipe, or another file's types."""
+"""Goal of a plan, as a user says it: a budget, a memory, a recipe, or another file's types."""
 
 import os
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ from dynquant.resources import parse_size
 
 @dataclass(frozen=True)
 class Target:
-    """What the plan should reach: at most one of preset, bits per weight, size, memory to fit in, another file's types
-    and a recipe.
+    """Goal of a plan: at most one of preset, bits per weight, size, memory to fit in, another file's types and a
+    recipe.
 
     `like` is a .gguf or plan.json; `patterns` a llama-quantize command line, `regex=type` lines, or a file with either.
     """
@@ -34,7 +34,7 @@ class Target:
     couple: tuple[str, ...] = ()
     """Kinds of `planner.COUPLINGS`."""
     vision: str = "auto"
-    """What becomes of a vision tower and its projector: keep, 8bit, lower, or auto for what was measured."""
+    """Treatment of a vision tower and its projector: keep, 8bit, lower, or auto for what was measured."""
 
     def __post_init__(self) -> None:
         fields = {
@@ -83,7 +83,7 @@ class Target:
         return (f"size {parse_size(self.size)}" if self.size else "floors") + coupled
 
     def memory(self, model: Model) -> MemoryBudget | None:
-        """What `fits` leaves for the file, or None without it.
+        """Return what `fits` leaves for the file, or None without it.
 
         Raises:
             PlanError: KV cache and buffers alone take more, or the cache type does not fit the model's heads.

@@ -13,7 +13,7 @@ from torch import nn
 
 @contextmanager
 def activation_gradients(hf_model: nn.Module) -> Iterator[None]:
-    """Inside, gradients flow through activations and not into weights, whatever the caller's grad mode was."""
+    """Context manager: lets gradients flow through activations and not into weights, whatever the grad mode was."""
     hook = hf_model.get_input_embeddings().register_forward_hook(lambda _module, _args, out: out.requires_grad_(True))
     try:
         with frozen_weights(hf_model), torch.enable_grad():
@@ -24,7 +24,7 @@ def activation_gradients(hf_model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen_weights(hf_model: nn.Module) -> Iterator[None]:
-    """Inside, no weight asks for a gradient; afterwards the same ones do as before."""
+    """Context manager: freezes all weights and restores `requires_grad` on exit."""
     trained = [parameter for parameter in hf_model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)

@@ -1,4 +1,5 @@
-"""What enters every stage of a model, for all batches, in files: one file a stage, one batch after the other.
+"""Hidden states that enter every stage of a model, for all batches, in files: one file a stage, one batch after the
+other.
 
 Files are read and written as they are used, so that only one batch is in memory; where there is room, the system keeps
 them in its cache. A finished stage can be used again after a kill.
@@ -47,7 +48,7 @@ class HiddenStates:
             ) from error
 
     def read(self, stage: int, index: int) -> Tensor:
-        """What `write` kept, on the CPU."""
+        """Return what `write` kept, on the CPU."""
         values = torch.empty(self._shapes[index], dtype=self._dtype)
         rest = memoryview(values.view(-1).view(torch.uint8).numpy())
         with self._path(stage).open("rb", buffering=0) as file:

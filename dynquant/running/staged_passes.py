@@ -100,7 +100,7 @@ class StagedPasses:
             return self.stream.hf_model(inputs_embeds=hidden, use_cache=False).logits
 
     def _embedded(self, batch: Tensor) -> Tensor:
-        """What enters the first layer; models may scale what the embedding gives."""
+        """Return what enters the first layer; models may scale the embedding's output."""
         entered: list[Tensor] = []
 
         def note(layer: int, hidden: Tensor, _others: dict[str, Any]) -> Tensor:
@@ -112,7 +112,7 @@ class StagedPasses:
         return entered[0]
 
     def _others(self, shape: torch.Size) -> list[dict[str, Any]]:
-        """What each layer is called with beside hidden states of `shape`."""
+        """Return the arguments of each layer beside hidden states of `shape`."""
         if shape not in self._calls:
             calls: list[dict[str, Any]] = []
 
@@ -128,7 +128,7 @@ class StagedPasses:
 
     @contextmanager
     def _standing_in(self, stand_in: Callable[[int, Tensor, dict[str, Any]], Tensor]) -> Iterator[None]:
-        """Inside, decoder layers give what `stand_in(layer, hidden, other arguments)` gives."""
+        """Context manager: replaces every decoder layer's forward with `stand_in(layer, hidden, other arguments)`."""
 
         def call(layer: int, hidden_states: Tensor, **others: Any) -> Tensor:
             return stand_in(layer, hidden_states, others)

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 HELD_OUT_NAME = "held_out.txt"
 RESIDUAL, ZERO = "residual", "zero"
-"""How the adapter starts: from what quantization took, or as no change at all."""
+"""Starts of an adapter: from what quantization took, or as no change at all."""
 _BLEND = {RESIDUAL: 0.5, ZERO: 1.0}
 """Share of the way from the start that the adapter goes: the start at the residual knows what training forgets."""
 _HELD_OUT_SHARE = 0.1
@@ -57,7 +57,7 @@ _CHECK_WINDOWS = 16
 
 @dataclass(frozen=True)
 class HealData:
-    """What is trained on and what is measured. Without `text`, the part of the data that was kept apart is measured."""
+    """Data for training and for measuring. Without `text`, the part of the data that was kept apart is measured."""
 
     data: str | None = None
     tokens: int = 524_288
@@ -336,7 +336,7 @@ class _Judge:
 
 
 def _compare(before: EvalReport, after: EvalReport) -> tuple[list["Change"], dict[str, Estimate], list[str]]:
-    """What changed, the share of the KL that is gone on each text, and what the questions say."""
+    """Return what changed, the share of the KL that is gone on each text, and what the questions say."""
     from dynquant.training.run import Change
 
     changes, gaps = [], {}

@@ -1,4 +1,4 @@
-"""How to train an adapter."""
+"""Options of training an adapter."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
