@@ -28,8 +28,12 @@ from torch import nn
 from dynquant.checkpoints.tensor_roles import Role, gguf_name_of, role_of
 from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.running.expert_hooks import ExpertCall, expert_modules, record_experts
-from dynquant.running.gradients import activation_gradients, backward_from_sampled_labels, sampled_log_probability
-from dynquant.running.linear_hooks import linear_names
+from dynquant.running.linear_hooks import (
+    activation_gradients,
+    backward_from_sampled_labels,
+    linear_names,
+    sampled_log_probability,
+)
 from dynquant.running.staged_passes import StagedPasses
 from dynquant.session import Progress, ignore_progress
 

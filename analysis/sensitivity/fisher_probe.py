@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from dynquant.analysis.errors.table import ErrorTable, Price
 from dynquant.checkpoints.tensor_roles import layer_of
 from dynquant.encoding.store import EncodedStore
-from dynquant.running.gradients import frozen_weights, sampled_log_probability
 from dynquant.running.layer_replay import LayerReplay
+from dynquant.running.linear_hooks import frozen_weights, sampled_log_probability
 from dynquant.running.live_weights import LiveWeights
 from dynquant.session import Progress, ignore_progress
 

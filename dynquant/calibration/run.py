@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from dynquant.calibration.collector import KINDS, Collector, SampleLimits
+from dynquant.calibration.options import Hessians
 from dynquant.calibration.recorders import DEFAULT_LIMIT, MomentRecorder
 from dynquant.calibration.second_moments import SecondMoments
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
@@ -25,7 +26,7 @@ from dynquant.checkpoints.model import Model
 from dynquant.errors import StatsError
 from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.inputs.text import pack_windows, read_text
-from dynquant.running.gradients import activation_gradients, backward_from_sampled_labels
+from dynquant.running.linear_hooks import activation_gradients, backward_from_sampled_labels
 from dynquant.running.load import load_hf, load_tokenizer
 from dynquant.session import Progress, ignore_progress
 
@@ -33,9 +34,6 @@ DEFAULT_TOKENS = 131_072
 DEFAULT_WINDOW = 512
 HELD_BACK = 0.1
 """Share of the windows or samples that give samples and no sums."""
-
-Hessians = Literal["none", "activations", "gradients"]
-"""Which second moments to take; with gradients, a token counts by its squared gradient of the KL divergence too."""
 
 
 @dataclass(frozen=True)

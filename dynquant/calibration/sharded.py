@@ -6,7 +6,6 @@ the last bits from the one sum of `collect_statistics`, and between CPUs whose p
 that are held back are one shard. Every worker holds the whole model and opens it by path.
 """
 
-import socket
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -17,10 +16,8 @@ import torch
 from dynquant.calibration.run import Calibration, StatisticsOptions, collect_statistics, split_inputs
 from dynquant.calibration.statistics import StatsProvenance
 from dynquant.checkpoints.model import Model
-from dynquant.errors import ClusterError, DynquantError
-from dynquant.families.open import open_model
 from dynquant.inputs.model_inputs import ModelInputs
-from dynquant.running.cluster import RayPool, TaskNeeds
+from dynquant.running.cluster import RayPool, StoredModel, TaskNeeds
 from dynquant.running.load import load_hf
 from dynquant.session import Progress, ignore_progress
 
@@ -32,9 +29,7 @@ SHARD_WINDOWS = 16
 class ShardSettings:
     """Settings that all shards of a calibration share."""
 
-    model: Path
-    fingerprint: str
-    base_gguf: Path | None
+    model: StoredModel
     device: str
     options: StatisticsOptions
 
@@ -67,9 +62,7 @@ def calibrate_in_shards(
         ClusterError: a node does not read the same checkpoint, or tasks are lost again and again.
     """
     shards = cut(inputs, provenance, options.held_back)
-    settings = ShardSettings(
-        model.path.resolve(), model.fingerprint, base_gguf and base_gguf.resolve(), device, options
-    )
+    settings = ShardSettings(StoredModel.of(model, base_gguf), device, options)
     task = partial(collect_shard, settings)
     if pool is None:
         results: Iterable[tuple[Shard, Calibration]] = ((shard, task(shard)) for shard in shards)
@@ -98,7 +91,7 @@ def cut(inputs: ModelInputs, provenance: StatsProvenance, held_back: float) -> l
 
 def collect_shard(settings: ShardSettings, shard: Shard) -> Calibration:
     """Statistics of one shard; the process keeps the model for the next one."""
-    model, hf_model = _opened(settings.model, settings.fingerprint, settings.base_gguf, settings.device)
+    model, hf_model = _opened(settings.model, settings.device)
     return collect_statistics(
         hf_model, shard.inputs, arch=model.arch, n_layer=model.hyper.n_layer, provenance=shard.provenance,
         options=replace(settings.options, held_back=1.0 if shard.is_held else 0.0),
@@ -127,17 +120,6 @@ def _merged(
 
 
 @cache
-def _opened(path: Path, fingerprint: str, base_gguf: Path | None, device: str) -> tuple[Model, torch.nn.Module]:
-    try:
-        model = open_model(path, base_gguf=base_gguf)
-        if model.fingerprint == fingerprint:
-            return model, load_hf(model, device=device)
-    except DynquantError as error:
-        raise ClusterError(
-            f"{socket.gethostname()} cannot open the model: {error} Put it on storage that every node has at the same "
-            "path."
-        ) from error
-    raise ClusterError(
-        f"{socket.gethostname()} has another checkpoint at {path} (fingerprint {model.fingerprint[:12]} instead of "
-        f"{fingerprint[:12]}). Put the same one there on every node."
-    )
+def _opened(stored: StoredModel, device: str) -> tuple[Model, torch.nn.Module]:
+    model = stored.open()
+    return model, load_hf(model, device=device)

@@ -20,16 +20,17 @@ import torch
 
 from dynquant import __version__
 from dynquant.calibration.collector import Collector
+from dynquant.calibration.options import Hessians
 from dynquant.calibration.recorders import MomentRecorder
-from dynquant.calibration.run import Hessians, StatisticsOptions, check_seen, split_inputs
+from dynquant.calibration.run import StatisticsOptions, check_seen, split_inputs
 from dynquant.calibration.second_moments import path_beside
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_format import merge_tensor_files
 from dynquant.errors import StatsError
 from dynquant.inputs.model_inputs import ModelInputs
-from dynquant.running.gradients import sampled_log_probability
 from dynquant.running.layer_stream import LayerStream
+from dynquant.running.linear_hooks import sampled_log_probability
 from dynquant.running.staged_passes import StagedPasses
 from dynquant.running.stream_memory import Workload, fit_within
 from dynquant.session import Progress, ignore_progress

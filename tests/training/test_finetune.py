@@ -15,12 +15,23 @@ from safetensors.torch import load_file
 from dynquant.errors import DataError, TrainingError
 
 pytest.importorskip("trl", reason="trl is not installed")
+from contextlib import nullcontext
+
 from dynquant.lora import add_adapter, load_adapter
+from dynquant.session import Session, ignore_progress
 from dynquant.training import base as packed_base
+from dynquant.training import finetune as training
 from dynquant.training.base import open_packed_model, open_tokenizer
-from dynquant.training.finetune import finetune
-from dynquant.training.options import TrainOptions
+from dynquant.training.options import FinetuneOptions, TrainOptions
 from dynquant.training.trl_head import use_packed_head
+
+
+def finetune(packed, data, output, options, *, device=None, progress=ignore_progress, **more):
+    session = Session(device, stage=lambda kept: nullcontext(progress))
+    return training.finetune(
+        FinetuneOptions(packed=packed, data=data, output=output, training=options, **more), session
+    )
+
 
 OPTIONS = TrainOptions(rank=8, learning_rate=5e-3, max_steps=20, batch_size=16, evaluations=4)
 
@@ -125,6 +136,7 @@ def test_conversations_train_without_a_chat_template(crushed, tmp_path):
     assert text == "user: say 0\n\nassistant: "
 
 
+@pytest.mark.nightly  # tests/lora compares the gradients
 def test_gradient_checkpointing_gives_the_same_losses(crushed, lists, tuned, tmp_path):
     options = TrainOptions(**{**vars(OPTIONS), "gradient_checkpointing": True, "max_steps": 5, "evaluations": 1})
     plain = TrainOptions(**{**vars(options), "gradient_checkpointing": False})

