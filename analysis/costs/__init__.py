@@ -1,1 +1,1 @@
-"""Estimates of the time and the memory of a run."""
+"""Time and memory of a run, estimated."""

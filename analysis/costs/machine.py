@@ -1,4 +1,4 @@
-"""Speeds of one machine, as `dynquant measure-machine` measured them, for estimates of time and memory."""
+"""Speeds and memory of one machine, as `dynquant measure-machine` found it, for estimates of time and memory."""
 
 from pathlib import Path
 from typing import Literal
@@ -22,11 +22,11 @@ class Machine(BaseModel):
     memory_bytes: int = Field(gt=0)
     disk_bytes_per_s: float = Positive
     start_seconds: float = Positive
-    """Start of a command that imports PyTorch and transformers and opens a model."""
+    """Time of a command that imports PyTorch and transformers and opens a model."""
     start_bytes: int = Field(gt=0)
     """Resident memory of such a command before it loads weights."""
     run_bytes: int = Field(gt=0)
-    """Memory of running a model besides its weights: code that loads late, and activations of the small model."""
+    """Bytes that running a model adds besides its weights: code that loads late, and activations of the small model."""
     matmul_flops: dict[int, float]
     """Width of square weights -> operations per second on 512 rows."""
     element_seconds: float = Positive

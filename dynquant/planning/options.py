@@ -10,7 +10,7 @@ from dynquant.options import MODEL_HELP, BaseGguf, EncoderName, Flag
 from dynquant.planning.target import Target
 
 CLOSED_FORM, FISHER, UNIT_KL = METHODS = ("closed-form", "fisher-probe", "unit-kl")
-"""How tensors are priced."""
+"""Ways to price tensors."""
 
 
 def parse_range(text: str) -> tuple[float, float]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dynquant.planning.memory_budget import MemoryBudget
 
 LEVELS = ("keep", "8bit", "lower")
-"""What becomes of a vision tower or its projector: kept as stored, 8 bits, or types like all others."""
+"""Treatments of a vision tower or its projector: kept as stored, 8 bits, or types like all others."""
 
 
 @dataclass(frozen=True)
