@@ -90,7 +90,7 @@ def calibrate_beside(path: Path, model: Model, options: ExportOptions, session: 
 
 
 def _guidance(stats: StatsFile | None, session: Session) -> tuple[Guidance, str, str]:
-    """What the encoder is told, the same in words, and the identity of the second moments."""
+    """Return the encoder's guidance, the same in words, and the identity of the second moments."""
     if stats is None:
         return Guidance(), "rounded by their own squared error", "none"
     moments = stats.moments

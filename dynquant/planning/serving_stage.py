@@ -32,7 +32,7 @@ SERVING_ERRORS_NAME = "serving_errors.json"
 
 @dataclass(frozen=True)
 class ServingTarget:
-    """What a plan for vLLM should reach: a preset `uniform-SCHEME`, bits per weight, a size, or the default."""
+    """Goal of a plan for vLLM: a preset `uniform-SCHEME`, bits per weight, a size, or the default."""
 
     preset: str | None = None
     bpw: float | None = None
