@@ -5,6 +5,7 @@ After `import dynquant`, transformers' `from_pretrained` loads packed checkpoint
 
 from typing import TYPE_CHECKING, Any
 
+from dynquant.former_names import import_former_names
 from dynquant.registration import register_when_imported
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["load"]
 
+import_former_names()
 register_when_imported()
 
 

@@ -24,7 +24,7 @@ from dynquant.analysis.costs.model import (
     calibration_elements,
     calibration_flop_seconds,
 )
-from dynquant.analysis.errors.measure import build_error_table
+from dynquant.analysis.errors.measure import ErrorMeter, build_error_table
 from dynquant.calibration.statistics import CalibrationStats, InputStats, StatsProvenance
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_source import DictSource
@@ -173,7 +173,7 @@ def _error_speeds() -> dict[str, float]:
     def seconds(types: tuple[str, ...]) -> float:
         taken: list[float] = []
         while sum(taken) < _FEWEST_SECONDS:
-            taken.append(_seconds(lambda: build_error_table(model, stats, types, encoder, stats_hash="")))
+            taken.append(_seconds(lambda: build_error_table(ErrorMeter(model, stats, encoder), types, stats_hash="")))
         return sum(taken) / len(taken)
 
     seconds(())  # memory is taken from the system once

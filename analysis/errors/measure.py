@@ -1,18 +1,18 @@
 """Builds the error table: encodes every tensor in every candidate type, decodes it, and measures what was lost.
 
-One pass over the model, a few experts in memory at a time. The encoder sees the same importance as `export` will, so
-the measured bytes are the bytes that ship.
+One pass over the model, a few experts in memory at a time. The encoder sees the same importance as `export` will: when
+`export` is told to use the same encoder, the measured bytes are the bytes that ship. Its default is another one.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
+from typing import Any
 
 import torch
 
-from dynquant.analysis.errors.error_journal import ErrorJournal, Sums
-from dynquant.analysis.errors.sums import ErrorSums, SumNumbers
+from dynquant.analysis.errors.sums import ErrorJournal, ErrorSums, SumNumbers, Sums
 from dynquant.analysis.errors.table import ErrorRow, ErrorTable
 from dynquant.calibration.importance import importance
 from dynquant.calibration.statistics import CalibrationStats, InputStats
@@ -27,8 +27,8 @@ from dynquant.recipes.presets import is_quantizable
 from dynquant.session import Progress, ignore_progress
 
 WEIGHTS_IN_MEMORY = 1 << 21
-"""Experts are taken in groups of at most this many weights: 8 MB of float32. Of 32 MB, glibc gives every array back to
-the system, and page faults take longer than all else for types that are quickly encoded."""
+"""Largest number of weights in a group of experts: 8 MB of float32. glibc returns every array of 32 MB to the system,
+and page faults then take longer than all else for types that are quickly encoded."""
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,17 @@ Measure = Callable[[Iterable[ErrorPart]], Iterator[tuple[ErrorPart, Sums]]]
 
 @dataclass(frozen=True)
 class ErrorMeter:
-    """Measures parts in this process; see `build_error_table`."""
+    """Measures parts in this process."""
 
     model: Model
     stats: CalibrationStats
     encoder: Encoder
     threads: int | None = None
     store: EncodedStore | None = None
+    """Blocks of the same encoder are taken from it and kept there; without one they are forgotten."""
 
     def sums(self, part: ErrorPart, on_type: Callable[[], None] = lambda: None) -> Sums:
-        """Sums of a part; `on_type` is called after each type."""
+        """Measure a part; `on_type` is called after each type."""
         columns, experts = part.shape[-1], slice(part.experts.start, part.experts.stop)
         weights = self._load(part)
         scale = importance(self.stats, part.name, part.shape)  # [E or 1, C] or None
@@ -68,7 +69,7 @@ class ErrorMeter:
             scale = scale[0] if len(scale) == 1 else scale[experts]
         weighting = torch.ones(len(weights), columns) if scale is None else scale.expand(len(weights), columns)
         samples = _samples(self.stats.input_of(part.name), experts, columns)
-        found = {}
+        sums = {}
         for candidate in (QUANT_TYPES[name] for name in part.types):
             if self.store is None:
                 packed = self.encoder.encode(candidate, weights, scale, threads=self.threads, name=part.name)
@@ -76,26 +77,24 @@ class ErrorMeter:
                 whole = self.store.packed(part.name, candidate.name)
                 packed = whole[experts] if whole.ndim == 3 else whole.unsqueeze(0)
             decoded = decode(candidate, packed, tuple(weights.shape))
-            found[candidate.name] = ErrorSums.measured(weights, decoded, weighting, samples)
+            sums[candidate.name] = ErrorSums.measured(weights, decoded, weighting, samples)
             on_type()
-        return found
+        return sums
 
     def _load(self, part: ErrorPart) -> torch.Tensor:
-        """float32 [E, R, C]."""
+        """Return the weights of a part, float32 [E, R, C]."""
         if len(part.shape) == 2:
             return self.model.source.load(part.name).unsqueeze(0)
         return torch.stack([self.model.source.load(part.name, expert) for expert in part.experts])
 
 
 class WaitingSums:
-    """Sums of a tensor's parts until all are measured; they come in any order.
-
-    They wait as numbers: tensors of a few bytes would lie between the large ones for as long, and memory that is freed
-    around them is not joined. A 14 GB checkpoint took 23 GB.
-    """
+    """Sums of a tensor's parts until all are measured; they come in any order."""
 
     def __init__(self, parts: Sequence[ErrorPart]) -> None:
         self._parts = parts
+        # They wait as numbers: tensors of a few bytes would lie between the large ones for as long, and memory that is
+        # freed around them is not joined. A 14 GB checkpoint took 23 GB.
         self._numbers: dict[ErrorPart, dict[str, SumNumbers]] = {}
 
     @property
@@ -103,131 +102,134 @@ class WaitingSums:
         return len(self._numbers) == len(self._parts)
 
     def add(self, part: ErrorPart, sums: Sums) -> None:
-        """What was measured of a part."""
-        self._numbers[part] = {type_name: one.numbers() for type_name, one in sums.items()}
+        """Take over what was measured of a part."""
+        self._numbers[part] = {type_name: of_type.numbers() for type_name, of_type in sums.items()}
 
     def joined(self, type_name: str) -> ErrorSums:
-        """Of the whole tensor in one type."""
+        """Return the sums of the whole tensor in one type."""
         return ErrorSums.joined(
             ErrorSums.from_numbers(self._numbers[part][type_name], len(part.experts)) for part in self._parts
         )
 
 
-class _Gathered:
-    """Rows of the tensors all of whose parts are measured."""
+def measured_tensors(
+    parts: Mapping[str, Sequence[ErrorPart]],
+    measure: Callable[[ErrorPart, Callable[[], None]], Sums],
+    *,
+    journal: ErrorJournal | None = None,
+    elsewhere: Measure | None = None,
+    progress: Progress = ignore_progress,
+) -> Iterator[tuple[str, WaitingSums]]:
+    """Measure the parts of every tensor; yield a tensor with its sums as soon as its last part is measured.
 
-    def __init__(
-        self,
-        stats: CalibrationStats,
-        candidates: Mapping[TensorInfo, Mapping[QuantType, tuple[str, ...]]],
-        parts: Mapping[TensorInfo, Sequence[ErrorPart]],
-    ) -> None:
-        self.rows: dict[str, list[ErrorRow]] = {}
-        self._stats = stats
-        self._tensors = {info.name: (info, candidates[info], parts[info]) for info in candidates}
-        self._waiting: dict[str, WaitingSums] = {}
+    Args:
+        parts: Tensor -> its parts, in any kind of types or schemes.
+        measure: Returns the sums of a part, and calls its second argument after each type.
+        journal: Parts that it holds are not measured again; others are added to it.
+        elsewhere: Measures parts on other machines, in place of `measure`.
+    """
+    every = [part for of_tensor in parts.values() for part in of_tensor]
+    total, done = sum(part.num_weights * len(part.types) for part in every), 0
 
-    def add(self, part: ErrorPart, sums: Sums) -> None:
-        """A part's sums; the last of a tensor makes its rows."""
-        info, candidates, parts = self._tensors[part.name]
-        waiting = self._waiting.setdefault(part.name, WaitingSums(parts))
-        waiting.add(part, sums)
-        if not waiting.is_complete:
-            return
-        self.rows[part.name] = [
-            _row(info, candidate, wanted, waiting.joined(candidate.name), self._stats)
-            for candidate, wanted in candidates.items()
-        ]
-        del self._waiting[part.name]
+    def advance(part: ErrorPart, num_types: int) -> None:
+        nonlocal done
+        done += part.num_weights * num_types
+        progress("measuring errors", done, total, unit="weights", tensor=part.name)
+
+    def measured_here(missing: Iterable[ErrorPart]) -> Iterator[tuple[ErrorPart, Sums]]:
+        for part in missing:
+            advance(part, 0)
+            yield part, measure(part, partial(advance, part, 1))
+
+    def all_sums() -> Iterator[tuple[ErrorPart, Sums]]:
+        missing = []
+        for part in every:
+            sums = journal.get(part.name, part.experts, part.types) if journal else None
+            if sums is None:
+                missing.append(part)
+            else:
+                advance(part, len(part.types))
+                yield part, sums
+        for part, sums in (elsewhere or measured_here)(missing):
+            if elsewhere:
+                advance(part, len(part.types))
+            if journal:
+                journal.add(part.name, part.experts, sums)
+            yield part, sums
+
+    waiting: dict[str, WaitingSums] = {}
+    for part, sums in all_sums():
+        of_tensor = waiting.setdefault(part.name, WaitingSums(parts[part.name]))
+        of_tensor.add(part, sums)
+        if of_tensor.is_complete:
+            yield part.name, waiting.pop(part.name)
 
 
 def build_error_table(
-    model: Model,
-    stats: CalibrationStats,
+    meter: ErrorMeter,
     type_names: Sequence[str],
-    encoder: Encoder,
     *,
     stats_hash: str,
-    threads: int | None = None,
-    store: EncodedStore | None = None,
     journal: ErrorJournal | None = None,
     elsewhere: Measure | None = None,
-    progress: Progress | None = None,
+    progress: Progress = ignore_progress,
 ) -> ErrorTable:
     """Measure every quantizable tensor in every type of `type_names` that its row length and statistics allow.
 
-    Blocks are taken from `store`, of the same encoder, and kept there; without one they are forgotten. Parts that
-    `journal` holds are not measured again, others are added to it. `elsewhere` measures them on other machines, with
-    neither `threads` nor `store`.
+    Parts that `journal` holds are not measured again, others are added to it. `elsewhere` measures them on other
+    machines, with neither threads nor store of `meter`.
 
     Raises:
         StatsError: the statistics belong to another checkpoint.
         EncodeError: a weight is NaN or infinite; the tensor is named.
     """
+    model, stats = meter.model, meter.stats
     stats.check_belongs_to(model.fingerprint, model.name)
-    candidates = {info: _candidates(info, type_names, stats) for info in _quantizable(model)}
+    tensors = {info.name: (info, _candidates(info, type_names, stats)) for info in _quantizable(model)}
     parts = {
-        info: parts_of(info.name, info.shape, [candidate.name for candidate in found], WEIGHTS_IN_MEMORY)
-        for info, found in candidates.items()
+        name: parts_of(name, info.shape, [candidate.name for candidate in candidates], WEIGHTS_IN_MEMORY)
+        for name, (info, candidates) in tensors.items()
     }
-    every = [part for of_tensor in parts.values() for part in of_tensor]
-    total, done = sum(part.num_weights * len(part.types) for part in every), 0
-    report = progress or ignore_progress
-
-    def measured(part: ErrorPart, num_types: int) -> None:
-        nonlocal done
-        done += part.num_weights * num_types
-        report("measuring errors", done, total, unit="weights", tensor=part.name)
-
-    def measured_here(waiting: Iterable[ErrorPart]) -> Iterator[tuple[ErrorPart, Sums]]:
-        meter = ErrorMeter(model, stats, encoder, threads, store)
-        for part in waiting:
-            measured(part, 0)
-            yield part, meter.sums(part, partial(measured, part, 1))
-
-    gathered = _Gathered(stats, candidates, parts)
-    waiting = []
-    for part in every:
-        found = journal.get(part.name, part.experts, part.types) if journal else None
-        if found is None:
-            waiting.append(part)
-            continue
-        gathered.add(part, found)
-        measured(part, len(part.types))
-    for part, found in (elsewhere or measured_here)(waiting):
-        gathered.add(part, found)
-        if elsewhere:
-            measured(part, len(part.types))
-        if journal:
-            journal.add(part.name, part.experts, found)
+    rows = {}
+    for name, sums in measured_tensors(parts, meter.sums, journal=journal, elsewhere=elsewhere, progress=progress):
+        info, candidates = tensors[name]
+        rows[name] = [
+            _row(info, candidate, wanted, sums.joined(candidate.name), stats)
+            for candidate, wanted in candidates.items()
+        ]
     return ErrorTable(
         model=model.name,
         fingerprint=model.fingerprint,
         stats_hash=stats_hash,
-        encoder=encoder.name,
+        encoder=meter.encoder.name,
         types=tuple(type_names),
-        rows=tuple(row for info in candidates for row in gathered.rows[info.name]),
+        rows=tuple(row for name in tensors for row in rows[name]),
     )
 
 
 def unmeasured_table(model: Model, stats: CalibrationStats | None, type_names: Sequence[str]) -> ErrorTable:
-    """The rows that `build_error_table` would measure, with their bytes alone: every error is 0.
+    """Return the rows that `build_error_table` would measure, with their bytes alone: every error is 0.
 
     Without statistics, all inputs are taken to have some.
     """
     rows = [
         ErrorRow(
-            name=info.name, role=role_of(info.name), layer=layer_of(info.name), type=candidate.name,
-            wanted=_others(wanted, candidate), bytes=candidate.tensor_bytes(info.shape), relative_rms=0.0,
-            weighted_error=0.0, weighted_energy=0.0,
+            **_identity(info, candidate, wanted),
+            relative_rms=0.0,
+            weighted_error=0.0,
+            weighted_energy=0.0,
         )
         for info in _quantizable(model)
         for candidate, wanted in _candidates(info, type_names, stats).items()
-    ]  # fmt: skip
+    ]
     return ErrorTable(
-        model=model.name, fingerprint=model.fingerprint, stats_hash="", encoder="", types=tuple(type_names),
+        model=model.name,
+        fingerprint=model.fingerprint,
+        stats_hash="",
+        encoder="",
+        types=tuple(type_names),
         rows=tuple(rows),
-    )  # fmt: skip
+    )
 
 
 def _quantizable(model: Model) -> list[TensorInfo]:
@@ -237,32 +239,35 @@ def _quantizable(model: Model) -> list[TensorInfo]:
 def _candidates(
     info: TensorInfo, type_names: Sequence[str], stats: CalibrationStats | None
 ) -> dict[QuantType, tuple[str, ...]]:
-    """Stored type -> the wanted types that lead to it, without those that need statistics the tensor does not have.
+    """Return the stored types, each with the wanted types that lead to it.
+
+    Types that need statistics are left out for a tensor that has none.
 
     The checkpoint's own float type is always one: it loses nothing.
     """
     has_stats = stats is None or stats.input_of(info.name) is not None
-    found: dict[QuantType, tuple[str, ...]] = {}
+    candidates: dict[QuantType, tuple[str, ...]] = {}
     for name in (*type_names, info.dtype if info.dtype in ("F32", "F16", "BF16") else "F16"):
         stored, _ = fit_to_row(QUANT_TYPES[name], info.shape[-1])
         if has_stats or not stored.needs_imatrix:
-            found[stored] = (*found.get(stored, ()), name)
-    return found
+            candidates[stored] = (*candidates.get(stored, ()), name)
+    return candidates
 
 
 def parts_of(name: str, shape: tuple[int, ...], types: Sequence[str], max_weights: int) -> list[ErrorPart]:
-    """Experts that are in memory together, of at most `max_weights` or one alone; a matrix is one expert."""
+    """Group the experts that are in memory together, of at most `max_weights` or one alone; a matrix is one expert."""
     count, step = prod(shape[:-2]), max(1, max_weights // prod(shape[-2:]))
     ranges = (range(start, min(start + step, count)) for start in range(0, count, step))
     return [ErrorPart(name, shape, experts, tuple(types)) for experts in ranges]
 
 
 def _samples(inputs: InputStats | None, experts: slice, columns: int) -> torch.Tensor | None:
-    """Held-back inputs float32 [E, S, C] with unfilled rows zero, or None when there are none of this width."""
+    """Return held-back inputs float32 [E, S, C] with unfilled rows zero, or None when there are none of this width."""
     if inputs is None or inputs.samples is None or inputs.samples.shape[-1] != columns:
         return None
-    own = slice(None) if len(inputs.samples) == 1 else experts
-    samples, counts = inputs.samples[own], inputs.sample_counts[own]
+    if len(inputs.samples) == 1:
+        experts = slice(None)  # all experts share the inputs of their layer
+    samples, counts = inputs.samples[experts], inputs.sample_counts[experts]
     filled = torch.arange(samples.shape[1]) < counts.unsqueeze(1)  # [E, S]
     return samples.float() * filled.unsqueeze(-1)
 
@@ -280,27 +285,30 @@ def _row(
         per_expert_activation = tuple(None if torch.isnan(r) else float(r) for r in ratios)
         activation = ratio_of(routed_mean(outputs, inputs)).sqrt().item()
     return ErrorRow(
-        name=info.name,
-        role=role_of(info.name),
-        layer=layer_of(info.name),
-        type=candidate.name,
-        wanted=_others(wanted, candidate),
-        bytes=candidate.tensor_bytes(info.shape),
+        **_identity(info, candidate, wanted),
         relative_rms=ratio_of(squared.sum(0)).sqrt().item(),
         weighted_error=ratio_of(routed_mean(weighted, inputs)).item(),
         weighted_energy=float(routed_mean(weighted, inputs)[1]),
         activation_error=activation,
-        per_expert_weighted_error=_per_expert(weighted),
+        per_expert_weighted_error=tuple(float(ratio_of(pair)) for pair in weighted) if len(weighted) > 1 else (),
         per_expert_activation_error=per_expert_activation if len(per_expert_activation) > 1 else (),
     )
 
 
-def _others(wanted: tuple[str, ...], candidate: QuantType) -> tuple[str, ...]:
-    return tuple(name for name in wanted if name != candidate.name)
+def _identity(info: TensorInfo, candidate: QuantType, wanted: tuple[str, ...]) -> dict[str, Any]:
+    """Return the fields of a row that need no measuring."""
+    return {
+        "name": info.name,
+        "role": role_of(info.name),
+        "layer": layer_of(info.name),
+        "type": candidate.name,
+        "wanted": tuple(name for name in wanted if name != candidate.name),
+        "bytes": candidate.tensor_bytes(info.shape),
+    }
 
 
 def routed_mean(per_expert: torch.Tensor, inputs: InputStats | None) -> torch.Tensor:
-    """Mean of [E, 2] over experts, each weighted by the share of tokens it received."""
+    """Return the mean of [E, 2] over experts, each weighted by the share of tokens it received."""
     if inputs is None or len(inputs.counts) != len(per_expert) or not int(inputs.counts.sum()):
         return per_expert.mean(0)
     share = inputs.counts.double() / inputs.counts.sum()
@@ -308,10 +316,6 @@ def routed_mean(per_expert: torch.Tensor, inputs: InputStats | None) -> torch.Te
 
 
 def ratio_of(error_and_energy: torch.Tensor) -> torch.Tensor:
-    """Error over energy, of [2]; 0 where there is no energy."""
+    """Return error over energy, from [2]; 0 where there is no energy."""
     error, energy = error_and_energy
     return error / energy if float(energy) > 0 else torch.zeros((), dtype=torch.float64)
-
-
-def _per_expert(weighted: torch.Tensor) -> tuple[float, ...]:
-    return tuple(float(ratio_of(pair)) for pair in weighted) if len(weighted) > 1 else ()

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from dynquant.analysis.errors.error_journal import Sums
 from dynquant.analysis.errors.measure import ErrorMeter, ErrorPart
+from dynquant.analysis.errors.sums import Sums
 from dynquant.encoding.remote import EncoderChoice, StoredFiles, open_stored, worker_encoder
 from dynquant.running.cluster import RayPool, TaskNeeds
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dynquant import __version__
-from dynquant.analysis.errors.error_journal import ErrorJournal
-from dynquant.analysis.errors.measure import build_error_table
+from dynquant.analysis.errors.measure import ErrorMeter, build_error_table
 from dynquant.analysis.errors.remote import RemoteErrors
+from dynquant.analysis.errors.sums import ErrorJournal
 from dynquant.analysis.errors.table import ErrorTable
 from dynquant.calibration.stage import StatsFile
 from dynquant.checkpoints.model import Model
@@ -86,11 +86,12 @@ def _measured(
         "store": store.directory.name if store else "",
     }
 
+    meter = ErrorMeter(model, stats.stats, encoder, session.threads, store)
+
     def measure(journal: ErrorJournal, progress: Progress) -> ErrorTable:
         table = build_error_table(
-            model, stats.stats, names, encoder, stats_hash=stats.hash, threads=session.threads, store=store,
-            journal=journal, elsewhere=elsewhere, progress=progress,
-        )  # fmt: skip
+            meter, names, stats_hash=stats.hash, journal=journal, elsewhere=elsewhere, progress=progress
+        )
         return table if known is None else known.extended_by(table)
 
     with _cluster(model, stats, encoder, options, session) as elsewhere:
@@ -128,8 +129,8 @@ def measure_table(
     """
     origin = {"tool": __version__, "fingerprint": model.fingerprint, "stats": stats_hash}
     with ErrorJournal(output, {**origin, **identity}) as journal:
-        if journal.num_found:
-            session.note(f"going on with the interrupted {output.name}, {journal.num_found} parts of tensors are there")
+        if journal.num_parts:
+            session.note(f"going on with the interrupted {output.name}, {journal.num_parts} parts of tensors are there")
         with session.stage("Statistics and the errors measured so far are kept.") as progress:
             table = measure(journal, progress)
         table.save(output)

@@ -6,7 +6,9 @@ For a tensor W, its encoding Wq and its importance w_j = E[x_j^2] (per expert fo
     weighted_error    sum_j w_j (W - Wq)_j^2 / sum_j w_j W_j^2          (what the encoders minimise)
     activation_error  ||X (W - Wq)^T||_F / ||X W^T||_F                  on held-back activations X
 
-Errors are always of the bytes that ship: the encoder's output, decoded. Written as errors.json and errors.csv.
+Errors are those of stored bytes: the output of the table's encoder, decoded. `analyze` and `plan` use llama.cpp's own
+encoder unless told otherwise, `export` ours, which loses less: give both the same --encoder for errors of exactly the
+bytes that ship. Written as errors.json and errors.csv.
 """
 
 import csv

@@ -11,9 +11,8 @@ from functools import partial
 
 import torch
 
-from dynquant.analysis.errors.error_journal import ErrorJournal, Sums
 from dynquant.analysis.errors.measure import ErrorPart, WaitingSums, parts_of, ratio_of, routed_mean
-from dynquant.analysis.errors.sums import ErrorSums
+from dynquant.analysis.errors.sums import ErrorJournal, ErrorSums, Sums
 from dynquant.analysis.errors.table import ErrorRow, ErrorTable, Option
 from dynquant.calibration.importance import importance
 from dynquant.calibration.statistics import CalibrationStats

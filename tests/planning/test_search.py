@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dynquant.analysis.errors.measure import build_error_table
+from dynquant.analysis.errors.measure import ErrorMeter, build_error_table
 from dynquant.analysis.errors.table import Price
 from dynquant.analysis.sensitivity.closed_form import output_sensitivity
 from dynquant.analysis.sensitivity.fisher_probe import fisher_probe, probe_prices
@@ -70,7 +70,7 @@ def store(model, calibrated):
 @pytest.fixture(scope="module")
 def table(model, calibrated, store, windows):
     stats, _ = calibrated
-    measured = build_error_table(model, stats, TYPES, store.encoder, stats_hash="stats", store=store)
+    measured = build_error_table(ErrorMeter(model, stats, store.encoder, store=store), TYPES, stats_hash="stats")
     found = output_sensitivity(load_hf(model), model.arch, model.hyper.n_layer, windows[:4])
     return measured.with_sensitivity(*found)
 
@@ -126,7 +126,7 @@ def test_other_second_moments_are_another_store(model, calibrated, tmp_path):
 
 def test_a_table_from_the_store_is_the_table_of_the_encoder(model, calibrated, table):
     stats, _ = calibrated
-    plain = build_error_table(model, stats, ("Q2_K",), load_encoder("ggml"), stats_hash="stats")
+    plain = build_error_table(ErrorMeter(model, stats, load_encoder("ggml")), ("Q2_K",), stats_hash="stats")
     known = {(row.name, row.type): row.weighted_error for row in table.rows}
     for row in plain.rows:
         assert known[row.name, row.type] == pytest.approx(row.weighted_error, rel=1e-6)

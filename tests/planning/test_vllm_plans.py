@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dynquant.analysis.errors import stage as error_stage
-from dynquant.analysis.errors.error_journal import ErrorJournal
+from dynquant.analysis.errors.sums import ErrorJournal
 from dynquant.analysis.sensitivity import stage as sensitivity_stage
 from dynquant.calibration.importance import importance
 from dynquant.calibration.stage import CalibrationOptions, run_calibration
@@ -96,7 +96,7 @@ def test_an_interrupted_table_goes_on_to_the_same_bytes(measure, tmp_path, monke
         first = layers.index(layers[stop - 1 if is_cut else stop])
         rest = NotedEncoding(monkeypatch)
         with ErrorJournal(path, {}) as journal:
-            assert journal.num_found == len(set(layers[:first]))
+            assert journal.num_parts == len(set(layers[:first]))
             assert measure(journal).model_dump_json() == whole
             journal.remove()
         assert rest.calls == undisturbed.calls[first:]

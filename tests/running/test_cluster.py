@@ -5,9 +5,9 @@ import sys
 import pytest
 import torch
 
-from dynquant.analysis.errors.error_journal import ErrorJournal
-from dynquant.analysis.errors.measure import build_error_table
+from dynquant.analysis.errors.measure import ErrorMeter, build_error_table
 from dynquant.analysis.errors.remote import RemoteErrors
+from dynquant.analysis.errors.sums import ErrorJournal
 from dynquant.calibration.run import collect_statistics, windows_of
 from dynquant.calibration.sharded import calibrate_in_shards, cut
 from dynquant.encoding.parts import PartLimits
@@ -18,6 +18,7 @@ from dynquant.exporters.gguf import export_gguf
 from dynquant.families.open import open_model
 from dynquant.running.cluster import RayPool, TaskNeeds, open_ray
 from dynquant.running.load import load_hf
+from dynquant.session import ignore_progress
 from tests.helpers.commands import run
 from tests.helpers.packed_models import plan_of
 
@@ -115,8 +116,10 @@ def test_an_error_table_of_a_cluster_is_the_local_one_and_goes_on(cluster, pool,
     remote = RemoteErrors(pool, EncoderChoice.of(GGML, "cpu", 1), files)
     doomed = list(cluster.worker_nodes)
 
-    def table(progress=None, **options):
-        return build_error_table(moe, stats, ("Q4_0", "Q8_0"), GGML, stats_hash="s", progress=progress, **options)
+    def table(progress=ignore_progress, **options):
+        return build_error_table(
+            ErrorMeter(moe, stats, GGML), ("Q4_0", "Q8_0"), stats_hash="s", progress=progress, **options
+        )
 
     def stop(_stage, done, total, **_):
         if done > total / 3:
@@ -130,7 +133,7 @@ def test_an_error_table_of_a_cluster_is_the_local_one_and_goes_on(cluster, pool,
         table(stop, elsewhere=remote, journal=journal)
     try:
         with ErrorJournal(tmp_path / "errors.json", {}) as journal:
-            assert journal.num_found
+            assert journal.num_parts
             found = table(kill, elsewhere=remote, journal=journal)
     finally:
         cluster.add_node(num_cpus=1)

@@ -13,8 +13,8 @@ import torch
 from gguf import GGMLQuantizationType, GGUFValueType
 
 from dynquant.analysis.errors import measure as measure_errors
-from dynquant.analysis.errors.error_journal import ErrorJournal
-from dynquant.analysis.errors.measure import build_error_table, unmeasured_table
+from dynquant.analysis.errors.measure import ErrorMeter, build_error_table, unmeasured_table
+from dynquant.analysis.errors.sums import ErrorJournal
 from dynquant.analysis.errors.table import ErrorRow, ErrorTable
 from dynquant.calibration.importance import importance
 from dynquant.calibration.statistics import CalibrationStats, InputStats, StatsProvenance
@@ -79,7 +79,7 @@ def stats(model) -> CalibrationStats:
 
 @pytest.fixture(scope="module")
 def table(model, stats) -> ErrorTable:
-    return build_error_table(model, stats, ("Q4_0", "Q8_0", "Q4_K"), NumpyEncoder(), stats_hash="s")
+    return build_error_table(ErrorMeter(model, stats, NumpyEncoder()), ("Q4_0", "Q8_0", "Q4_K"), stats_hash="s")
 
 
 def per_expert_errors(model, stats, name, type_name):
@@ -130,7 +130,7 @@ def test_statistics_without_samples_give_no_activation_error(model, stats):
     empty = CalibrationStats(stats.provenance, dict(stats.inputs))
     found = stats.inputs[DENSE]
     empty.inputs[DENSE] = InputStats(found.in_sum2, found.counts, found.samples, torch.zeros_like(found.sample_counts))
-    table = build_error_table(model, empty, ("Q8_0",), NumpyEncoder(), stats_hash="s")
+    table = build_error_table(ErrorMeter(model, empty, NumpyEncoder()), ("Q8_0",), stats_hash="s")
     assert table.row(DENSE, "Q8_0").activation_error is None
     assert table.row(STACK, "Q8_0").activation_error is not None
 
@@ -151,14 +151,14 @@ def test_a_fallback_row_keeps_what_was_wanted(table):
 
 def test_types_that_need_statistics_are_left_out_without_them(model, stats):
     without = CalibrationStats(stats.provenance)
-    table = build_error_table(model, without, ("Q8_0",), NumpyEncoder(), stats_hash="s")
+    table = build_error_table(ErrorMeter(model, without, NumpyEncoder()), ("Q8_0",), stats_hash="s")
     assert all(row.activation_error is None for row in table.rows)
 
 
 def test_statistics_of_another_model_are_refused(model, stats):
     other = CalibrationStats(stats.provenance.model_copy(update={"fingerprint": "e" * 64}))
     with pytest.raises(StatsError, match="eeeeeeeeeeee"):
-        build_error_table(model, other, ("Q8_0",), NumpyEncoder(), stats_hash="s")
+        build_error_table(ErrorMeter(model, other, NumpyEncoder()), ("Q8_0",), stats_hash="s")
 
 
 def test_the_sizes_are_known_before_anything_is_measured(model, stats, table):
@@ -190,7 +190,9 @@ def test_an_interrupted_table_goes_on_to_the_same_bytes(model, stats, tmp_path, 
     path, identity = tmp_path / "errors.json", {"types": "Q4_0 Q8_0 Q4_K"}
 
     def measure(encoder, journal=None):
-        return build_error_table(model, stats, ("Q4_0", "Q8_0", "Q4_K"), encoder, stats_hash="s", journal=journal)
+        return build_error_table(
+            ErrorMeter(model, stats, encoder), ("Q4_0", "Q8_0", "Q4_K"), stats_hash="s", journal=journal
+        )
 
     undisturbed = CountingEncoder()
     whole = measure(undisturbed).model_dump_json()
@@ -200,7 +202,7 @@ def test_an_interrupted_table_goes_on_to_the_same_bytes(model, stats, tmp_path, 
             measure(CountingEncoder(stop), journal)
         rest = CountingEncoder()
         with ErrorJournal(path, identity) as journal:
-            assert journal.num_found == stop // per_part
+            assert journal.num_parts == stop // per_part
             assert measure(rest, journal).model_dump_json() == whole
             journal.remove()
         assert rest.calls == undisturbed.calls - stop // per_part * per_part
@@ -210,7 +212,7 @@ def test_an_interrupted_table_goes_on_to_the_same_bytes(model, stats, tmp_path, 
 _LARGE = """
 import torch
 from pathlib import Path
-from dynquant.analysis import measure_errors
+from dynquant.analysis.errors import measure as measure_errors
 from dynquant.running.stream_memory import resident_memory
 from dynquant.checkpoints.model import Model
 from dynquant.encoding.stream import load_encoder
@@ -223,9 +225,10 @@ stack = torch.ones(1, dtype=torch.bfloat16).expand(96, 512, 512)
 source = DictSource({f"blk.{layer}.ffn_up_exps.weight": stack for layer in range(2)})
 stats = CalibrationStats(StatsProvenance(fingerprint=source.fingerprint, text_hash="0" * 64, text_name="none"))
 seen = []
+model = Model(Path("made up"), source, (), lambda name: (name,))
+meter = measure_errors.ErrorMeter(model, stats, load_encoder("ggml"), threads=1)
 measure_errors.build_error_table(
-    Model(Path("made up"), source, (), lambda name: (name,)), stats, ("Q8_0", "Q4_0"), load_encoder("ggml"),
-    stats_hash="", threads=1, progress=lambda *_, **__: seen.append(resident_memory()),
+    meter, ("Q8_0", "Q4_0"), stats_hash="", progress=lambda *_, **__: seen.append(resident_memory())
 )
 print(len(seen), max(seen) - seen[len(seen) // 8])
 """
@@ -241,14 +244,14 @@ def test_memory_does_not_grow_with_the_number_of_parts():
 def test_only_whole_lines_of_the_same_table_count(model, stats, tmp_path):
     path = tmp_path / "errors.json"
     with ErrorJournal(path, {"types": "Q8_0"}) as journal:
-        build_error_table(model, stats, ("Q8_0",), NumpyEncoder(), stats_hash="s", journal=journal)
+        build_error_table(ErrorMeter(model, stats, NumpyEncoder()), ("Q8_0",), stats_hash="s", journal=journal)
     lines = journal.path.read_text().splitlines(keepends=True)
     assert len(lines) == 4
 
     def found(content, **identity):
         journal.path.write_text(content)
         with ErrorJournal(path, {"types": "Q8_0"} | identity) as again:
-            return again.num_found
+            return again.num_parts
 
     assert found("".join(lines)) == 3
     assert found("".join(lines)[:-10]) == 2
@@ -267,7 +270,7 @@ def test_restricted_to(table):
 
 
 def test_extended_by(model, stats, table):
-    more = build_error_table(model, stats, ("Q5_0", "Q4_1"), NumpyEncoder(), stats_hash="s")
+    more = build_error_table(ErrorMeter(model, stats, NumpyEncoder()), ("Q5_0", "Q4_1"), stats_hash="s")
     both = table.extended_by(more)
     assert both.types == ("Q4_0", "Q8_0", "Q4_K", "Q5_0", "Q4_1")
     assert list(both.tensors()) == list(table.tensors())
