@@ -1,24 +1,57 @@
 """Products with packed weights as PyTorch operators `dynquant::*`: traceable, differentiable, one call each.
 
 The weights are frozen: gradients reach activations only, and nothing but the packed bytes and the expert ids is kept
-for the backward pass. What runs is chosen by `dispatch`. The operators and their gradients are registered under plain
-dispatch keys: `custom_op` was measured to cost twice as much on every call without gradients.
+for the backward pass. `OPERATIONS` says of every operator what it takes, what shape it returns, what runs it and what
+its gradient is. The operators and their gradients are registered under plain dispatch keys: `custom_op` was measured to
+cost twice as much on every call without gradients.
 """
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from dynquant.kernels import dispatch, shapes
+from dynquant.kernels import dispatch, reference, shapes
+from dynquant.kernels.dispatch import Operation
 from dynquant.kernels.shapes import Layout
+
+_DENSE = "Tensor weight, str type_name, str layout"
+_EXPERTS = "Tensor weight, Tensor expert_ids, str type_name, str layout"
+_TYPED = "Tensor weight, str type_name, ScalarType dtype, str layout"
+OPERATIONS = {
+    "linear": Operation(
+        f"Tensor x, {_DENSE}", shapes.linear_shape, reference.linear, dispatch.launch_linear, "input_grad"
+    ),
+    "input_grad": Operation(
+        f"Tensor dy, {_DENSE}", shapes.input_grad_shape, reference.input_grad, dispatch.launch_input_grad, "linear"
+    ),
+    "experts_linear": Operation(
+        f"Tensor x, {_EXPERTS}",
+        shapes.experts_shape,
+        reference.experts_linear,
+        dispatch.launch_experts_linear,
+        "experts_input_grad",
+    ),
+    "experts_input_grad": Operation(
+        f"Tensor dy, {_EXPERTS}",
+        partial(shapes.experts_shape, transposed=True),
+        reference.experts_input_grad,
+        dispatch.launch_experts_input_grad,
+        "experts_linear",
+    ),
+    "dequantize": Operation(_TYPED, shapes.dequantize_shape, reference.dequantize, dispatch.launch_dequantize),
+    "embedding": Operation(
+        f"Tensor ids, {_TYPED}", shapes.embedding_shape, reference.embedding, dispatch.launch_embedding
+    ),
+}
+"""Name of an operator -> what it is."""
 
 _LIBRARY = torch.library.Library("dynquant", "DEF")
 _OPS = torch.ops.dynquant
 
 
 def linear(x: Tensor, weight: Tensor, type_name: str, *, layout: Layout = "blocks") -> Tensor:
-    """x [..., K] times the transposed packed rows uint8 [N, row_bytes]: [..., N] in the dtype of `x`.
+    """Return x [..., K] times the transposed packed rows uint8 [N, row_bytes]: [..., N] in the dtype of `x`.
 
     Differentiable with respect to `x`.
 
@@ -30,7 +63,7 @@ def linear(x: Tensor, weight: Tensor, type_name: str, *, layout: Layout = "block
 
 
 def input_grad(dy: Tensor, weight: Tensor, type_name: str, *, layout: Layout = "blocks") -> Tensor:
-    """dy [..., N] times the packed rows uint8 [N, row_bytes]: [..., K] in the dtype of `dy`.
+    """Return dy [..., N] times the packed rows uint8 [N, row_bytes]: [..., K] in the dtype of `dy`.
 
     Differentiable with respect to `dy`; raises like `linear`.
     """
@@ -40,9 +73,7 @@ def input_grad(dy: Tensor, weight: Tensor, type_name: str, *, layout: Layout = "
 def experts_linear(
     x: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str, *, layout: Layout = "blocks"
 ) -> Tensor:
-    """Every token times the weights of each of its experts.
-
-    Differentiable with respect to `x`.
+    """Return every token times the weights of each of its experts. Differentiable with respect to `x`.
 
     Args:
         x: [T, K], or [T, k, K] with a row for every slot.
@@ -64,14 +95,14 @@ def experts_linear(
 def experts_input_grad(
     dy: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str, *, layout: Layout = "blocks"
 ) -> Tensor:
-    """Like `experts_linear` with the weights not transposed: dy [T, k, N] or [T, N] -> [T, k, K]."""
+    """Return what `experts_linear` does with the weights not transposed: dy [T, k, N] or [T, N] -> [T, k, K]."""
     return _OPS.experts_input_grad(dy, weight, expert_ids, type_name, layout)
 
 
 def dequantize(
     weight: Tensor, type_name: str, *, dtype: torch.dtype = torch.float32, layout: Layout = "blocks"
 ) -> Tensor:
-    """All weights of packed rows: uint8 [..., row_bytes] -> `dtype` [..., K].
+    """Return all weights of packed rows: uint8 [..., row_bytes] -> `dtype` [..., K].
 
     Raises:
         PlanError: no quant type has this name.
@@ -81,39 +112,15 @@ def dequantize(
 
 
 def embedding(ids: Tensor, weight: Tensor, type_name: str, *, dtype: torch.dtype, layout: Layout = "blocks") -> Tensor:
-    """The rows `ids` int [...] of a packed table uint8 [V, row_bytes], decoded: [..., K].
+    """Return the rows `ids` int [...] of a packed table uint8 [V, row_bytes], decoded: [..., K].
 
-    An id outside the table is an IndexError on the reference path. Triton kernels cannot raise; they give a row of NaN.
+    An id outside the table is an IndexError on the reference path. Triton kernels cannot raise: they return NaN there.
 
     Raises:
         PlanError: no quant type has this name.
         ValueError: a shape or dtype that does not fit, see `shapes.embedding_shape`.
     """
     return _OPS.embedding(ids, weight, type_name, dtype, layout)
-
-
-def _fake_linear(x, weight, type_name, layout):
-    return x.new_empty(shapes.linear_shape(x, weight, type_name, layout))
-
-
-def _fake_input_grad(dy, weight, type_name, layout):
-    return dy.new_empty(shapes.input_grad_shape(dy, weight, type_name, layout))
-
-
-def _fake_experts_linear(x, weight, expert_ids, type_name, layout):
-    return x.new_empty(shapes.experts_shape(x, weight, expert_ids, type_name, layout))
-
-
-def _fake_experts_input_grad(dy, weight, expert_ids, type_name, layout):
-    return dy.new_empty(shapes.experts_shape(dy, weight, expert_ids, type_name, layout, transposed=True))
-
-
-def _fake_dequantize(weight, type_name, dtype, layout):
-    return weight.new_empty(shapes.dequantize_shape(weight, type_name, layout), dtype=dtype)
-
-
-def _fake_embedding(ids, weight, type_name, dtype, layout):
-    return weight.new_empty(shapes.embedding_shape(ids, weight, type_name, layout), dtype=dtype)
 
 
 class _Product(torch.autograd.Function):
@@ -135,12 +142,11 @@ class _Product(torch.autograd.Function):
         return None, result, *(None,) * (len(weight_and_ids) + 2)
 
 
-def _define(schema: str, run: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
-    name = schema.partition("(")[0]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+def _register(name: str, operation: Operation) -> None:
+    _LIBRARY.define(f"{name}({operation.arguments}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, run, key)
-    torch.library.register_fake(f"dynquant::{name}", fake, lib=_LIBRARY)
+        _LIBRARY.impl(name, operation.run, key)
+    torch.library.register_fake(f"dynquant::{name}", operation.fake, lib=_LIBRARY)
 
 
 def _differentiate(name: str, gradient: str) -> None:
@@ -155,23 +161,8 @@ def _differentiate(name: str, gradient: str) -> None:
     _LIBRARY.impl(name, run, "Autograd")
 
 
-_DENSE = "Tensor weight, str type_name, str layout"
-_EXPERTS = "Tensor weight, Tensor expert_ids, str type_name, str layout"
-_define(f"linear(Tensor x, {_DENSE}) -> Tensor", dispatch.linear, _fake_linear)
-_define(f"input_grad(Tensor dy, {_DENSE}) -> Tensor", dispatch.input_grad, _fake_input_grad)
-_define(f"experts_linear(Tensor x, {_EXPERTS}) -> Tensor", dispatch.experts_linear, _fake_experts_linear)
-_define(f"experts_input_grad(Tensor dy, {_EXPERTS}) -> Tensor", dispatch.experts_input_grad, _fake_experts_input_grad)
-_define(
-    "dequantize(Tensor weight, str type_name, ScalarType dtype, str layout) -> Tensor",
-    dispatch.dequantize,
-    _fake_dequantize,
-)
-_define(
-    "embedding(Tensor ids, Tensor weight, str type_name, ScalarType dtype, str layout) -> Tensor",
-    dispatch.embedding,
-    _fake_embedding,
-)
-_differentiate("linear", "input_grad")
-_differentiate("input_grad", "linear")
-_differentiate("experts_linear", "experts_input_grad")
-_differentiate("experts_input_grad", "experts_linear")
+for _name, _operation in OPERATIONS.items():
+    _register(_name, _operation)
+for _name, _operation in OPERATIONS.items():  # once all are defined: gradients are operators themselves
+    if _operation.gradient:
+        _differentiate(_name, _operation.gradient)

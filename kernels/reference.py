@@ -2,7 +2,8 @@
 
 Weights are decoded by `dynquant.formats` a few rows at a time, so that no dense copy of a matrix ever exists; products
 are float32 (float64 for float64 activations) and come back in the dtype of the activations. Works on any device;
-the expert functions read the expert ids on the host.
+the expert functions read the expert ids on the host. Arguments and results are those of the operators in `ops`; shapes
+and dtypes that do not fit are refused by `shapes`.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,18 +18,13 @@ from dynquant.kernels.planes import block_rows
 from dynquant.kernels.shapes import Layout
 
 _CHUNK_BYTES = 24 << 20
-"""Of decoded float32 weights. Stays in the L2 cache of an H100, and is small beside the activations of a layer."""
+"""Size of the float32 weights that are decoded at once. They stay in the L2 cache of an H100, and are small beside the
+activations of a layer."""
 
 
-def dequantize(
-    weight: Tensor, type_name: str, *, dtype: torch.dtype = torch.float32, layout: Layout = "blocks"
-) -> Tensor:
-    """All weights of packed rows: uint8 [..., row_bytes] -> `dtype` [..., K].
-
-    Raises:
-        PlanError, ValueError: see `shapes.packed_type`.
-    """
-    shape = shapes.dequantize_shape(weight, type_name, layout)
+def dequantize(weight: Tensor, type_name: str, dtype: torch.dtype = torch.float32, layout: Layout = "blocks") -> Tensor:
+    """Return all weights of packed rows, see `ops.dequantize`."""
+    shape = shapes.dequantize_shape(weight, type_name, dtype, layout)
     weights = torch.empty(shape, dtype=dtype, device=weight.device)
     flat = weights.view(-1, shape[-1])
     for start, stop in _chunks(len(flat), shape[-1]):
@@ -36,66 +32,41 @@ def dequantize(
     return weights
 
 
-def linear(x: Tensor, weight: Tensor, type_name: str, *, layout: Layout = "blocks") -> Tensor:
-    """x [..., K] times the transposed packed rows [N, row_bytes]: [..., N] in the dtype of `x`.
-
-    Raises:
-        PlanError, ValueError: see `shapes.linear_shape`.
-    """
+def linear(x: Tensor, weight: Tensor, type_name: str, layout: Layout = "blocks") -> Tensor:
+    """Return x [..., K] times the transposed packed rows [N, row_bytes], see `ops.linear`."""
     shape = shapes.linear_shape(x, weight, type_name, layout)
     rows = slice(0, weight.shape[0])
     return _times_rows(_flat(x), weight, type_name, layout, rows).to(x.dtype).reshape(shape)
 
 
-def input_grad(dy: Tensor, weight: Tensor, type_name: str, *, layout: Layout = "blocks") -> Tensor:
-    """dy [..., N] times the packed rows [N, row_bytes]: [..., K] in the dtype of `dy`.
-
-    Raises:
-        PlanError, ValueError: see `shapes.input_grad_shape`.
-    """
+def input_grad(dy: Tensor, weight: Tensor, type_name: str, layout: Layout = "blocks") -> Tensor:
+    """Return dy [..., N] times the packed rows [N, row_bytes], see `ops.input_grad`."""
     shape = shapes.input_grad_shape(dy, weight, type_name, layout)
     rows = slice(0, weight.shape[0])
     return _times_columns(_flat(dy), weight, type_name, layout, rows).to(dy.dtype).reshape(shape)
 
 
-def experts_linear(
-    x: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str, *, layout: Layout = "blocks"
-) -> Tensor:
-    """Every token times the weights of each of its experts.
-
-    Args:
-        x: [T, K], or [T, k, K] with a row for every slot.
-        weight: uint8 [E, N, row_bytes].
-        expert_ids: int [T, k]. An id outside 0 to E - 1 is held by another rank: its product is zero.
-        type_name: the quant type of `weight`.
-        layout: of `weight`.
-
-    Returns:
-        [T, k, N] in the dtype of `x`.
-
-    Raises:
-        PlanError, ValueError: see `shapes.experts_shape`.
-    """
+def experts_linear(x: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str, layout: Layout = "blocks") -> Tensor:
+    """Return every token times the weights of each of its experts, see `ops.experts_linear`."""
     shape = shapes.experts_shape(x, weight, expert_ids, type_name, layout)
     return _experts(_times_rows, x, weight, expert_ids, type_name, layout, shape)
 
 
 def experts_input_grad(
-    dy: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str, *, layout: Layout = "blocks"
+    dy: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str, layout: Layout = "blocks"
 ) -> Tensor:
-    """Like `experts_linear` with the weights not transposed: dy [T, k, N] or [T, N] -> [T, k, K]."""
+    """Return what `experts_linear` does with the weights not transposed, see `ops.experts_input_grad`."""
     shape = shapes.experts_shape(dy, weight, expert_ids, type_name, layout, transposed=True)
     return _experts(_times_columns, dy, weight, expert_ids, type_name, layout, shape)
 
 
-def embedding(ids: Tensor, weight: Tensor, type_name: str, *, dtype: torch.dtype, layout: Layout = "blocks") -> Tensor:
-    """The rows `ids` [...] of a packed table [V, row_bytes], decoded: [..., K]. Other rows are not read.
+def embedding(ids: Tensor, weight: Tensor, type_name: str, dtype: torch.dtype, layout: Layout = "blocks") -> Tensor:
+    """Return rows of a packed table, decoded, see `ops.embedding`. Other rows are not read.
 
     Raises:
-        PlanError, ValueError: see `shapes.embedding_shape`.
         IndexError: an id outside the table.
     """
-    shape = shapes.embedding_shape(ids, weight, type_name, layout)
+    shape = shapes.embedding_shape(ids, weight, type_name, dtype, layout)
     return _decoded(weight, type_name, layout, ids.reshape(-1)).to(dtype).reshape(shape)
 
 
@@ -120,7 +91,7 @@ def _experts(
 
 
 def _times_rows(x: Tensor, weight: Tensor, type_name: str, layout: str, rows: slice) -> Tensor:
-    """x [M, K] -> [M, rows] in the compute dtype."""
+    """Return x [M, K] times rows: [M, rows] in the compute dtype."""
     x = x.to(_compute_dtype(x))
     product = x.new_empty(len(x), rows.stop - rows.start)
     for start, stop in _chunks(rows.stop - rows.start, x.shape[-1]):
@@ -130,7 +101,7 @@ def _times_rows(x: Tensor, weight: Tensor, type_name: str, layout: str, rows: sl
 
 
 def _times_columns(dy: Tensor, weight: Tensor, type_name: str, layout: str, rows: slice) -> Tensor:
-    """dy [M, rows] -> [M, K] in the compute dtype."""
+    """Return dy [M, rows] times rows: [M, K] in the compute dtype."""
     dy = dy.to(_compute_dtype(dy))
     length = shapes.row_length(weight, quant_type(type_name))
     product = dy.new_zeros(len(dy), length)
@@ -145,7 +116,7 @@ def _compute_dtype(activations: Tensor) -> torch.dtype:
 
 
 def _decoded(weight: Tensor, type_name: str, layout: str, rows: slice | Tensor) -> Tensor:
-    """float32 [n, K] of some rows, counted over all leading dimensions."""
+    """Return float32 [n, K] of some rows, counted over all leading dimensions."""
     if layout == "planes":
         return decode(type_name, block_rows(type_name, weight, rows))
     flat = weight.reshape(-1, weight.shape[-1])

@@ -1,4 +1,7 @@
-"""What a multiplication by packed weights accepts: the shapes, refused by name before any byte is read."""
+"""Shapes that operations on packed weights take and return; others are refused by name before any byte is read.
+
+Every `*_shape` takes the arguments of its operator in the order of the schema, see `ops`.
+"""
 
 from typing import Literal
 
@@ -6,14 +9,14 @@ import torch
 from torch import Tensor
 
 from dynquant.formats.quant_types import QuantType, quant_type
-from dynquant.kernels.formats import planes
+from dynquant.kernels.planes import planes
 
 Layout = Literal["blocks", "planes"]
-"""GGUF bytes, or `repack.pack_planes` of the whole tensor; both have the same shape."""
+"""GGUF bytes, or `planes.pack_planes` of the whole tensor; both have the same shape."""
 
 
 def packed_type(weight: Tensor, type_name: str, layout: str, *, dims: int | None = None) -> QuantType:
-    """The type of packed rows `weight` [..., row_bytes].
+    """Return the type of packed rows `weight` [..., row_bytes].
 
     Raises:
         PlanError: no quant type has this name.
@@ -25,11 +28,9 @@ def packed_type(weight: Tensor, type_name: str, layout: str, *, dims: int | None
     if layout not in ("blocks", "planes"):
         raise ValueError(f"`layout` must be 'blocks' or 'planes', got {layout!r}")
     if weight.dtype != torch.uint8 or weight.dim() == 0 or (dims is not None and weight.dim() != dims):
-        wanted = (
-            "[..., row_bytes]" if dims is None else "[rows, row_bytes]" if dims == 2 else "[experts, rows, row_bytes]"
-        )
+        shape = {None: "[..., row_bytes]", 2: "[rows, row_bytes]", 3: "[experts, rows, row_bytes]"}[dims]
         raise ValueError(
-            f"`weight` of {stored.name} must be uint8 {wanted}, got {weight.dtype} of shape {list(weight.shape)}"
+            f"`weight` of {stored.name} must be uint8 {shape}, got {weight.dtype} of shape {list(weight.shape)}"
         )
     if weight.shape[-1] % stored.block_bytes:
         raise ValueError(
@@ -40,7 +41,7 @@ def packed_type(weight: Tensor, type_name: str, layout: str, *, dims: int | None
 
 
 def row_length(weight: Tensor, stored: QuantType) -> int:
-    """Weights in a row of packed bytes."""
+    """Return how many weights a row of packed bytes holds."""
     return weight.shape[-1] // stored.block_bytes * stored.block_size
 
 
@@ -63,14 +64,14 @@ def check_activations(name: str, activations: Tensor, weight: Tensor, length: in
 
 
 def linear_shape(x: Tensor, weight: Tensor, type_name: str, layout: str) -> tuple[int, ...]:
-    """Shape of x [..., K] times packed rows [N, row_bytes] transposed: [..., N]."""
+    """Return the shape of x [..., K] times packed rows [N, row_bytes] transposed: [..., N]."""
     stored = packed_type(weight, type_name, layout, dims=2)
     check_activations("x", x, weight, row_length(weight, stored), stored)
     return (*x.shape[:-1], weight.shape[0])
 
 
 def input_grad_shape(dy: Tensor, weight: Tensor, type_name: str, layout: str) -> tuple[int, ...]:
-    """Shape of dy [..., N] times packed rows [N, row_bytes]: [..., K]."""
+    """Return the shape of dy [..., N] times packed rows [N, row_bytes]: [..., K]."""
     stored = packed_type(weight, type_name, layout, dims=2)
     check_activations("dy", dy, weight, weight.shape[0], stored)
     return (*dy.shape[:-1], row_length(weight, stored))
@@ -79,7 +80,7 @@ def input_grad_shape(dy: Tensor, weight: Tensor, type_name: str, layout: str) ->
 def experts_shape(
     x: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str, layout: str, *, transposed: bool = False
 ) -> tuple[int, int, int]:
-    """Shape of the products of token rows with the weights of their experts: [T, k, N], or [T, k, K] if `transposed`.
+    """Return the shape of token rows times the weights of their experts: [T, k, N], or [T, k, K] if `transposed`.
 
     `x` is [T, columns] or [T, k, columns], one row for every slot; the columns are K, or N if `transposed`.
     """
@@ -102,8 +103,8 @@ def experts_shape(
     return num_tokens, num_slots, columns if transposed else rows
 
 
-def embedding_shape(ids: Tensor, weight: Tensor, type_name: str, layout: str) -> tuple[int, ...]:
-    """Shape of the rows that `ids` [...] pick from packed rows [V, row_bytes]: [..., K]."""
+def embedding_shape(ids: Tensor, weight: Tensor, type_name: str, dtype: torch.dtype, layout: str) -> tuple[int, ...]:
+    """Return the shape of the rows that `ids` [...] pick from packed rows [V, row_bytes]: [..., K]."""
     stored = packed_type(weight, type_name, layout, dims=2)
     if ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"`ids` must be int32 or int64, got {ids.dtype}")
@@ -111,7 +112,7 @@ def embedding_shape(ids: Tensor, weight: Tensor, type_name: str, layout: str) ->
     return (*ids.shape, row_length(weight, stored))
 
 
-def dequantize_shape(weight: Tensor, type_name: str, layout: str) -> tuple[int, ...]:
-    """Shape of the weights that packed rows [..., row_bytes] hold: [..., K]."""
+def dequantize_shape(weight: Tensor, type_name: str, dtype: torch.dtype, layout: str) -> tuple[int, ...]:
+    """Return the shape of the weights that packed rows [..., row_bytes] hold: [..., K]."""
     stored = packed_type(weight, type_name, layout)
     return (*weight.shape[:-1], row_length(weight, stored))

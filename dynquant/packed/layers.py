@@ -1,7 +1,7 @@
 """Modules that keep their weights packed: linear, embedding, routed experts, and MLA's latent projection.
 
 A packed weight is the GGUF blocks of its tensor, uint8 [..., rows, row_bytes], in memory and in `state_dict`. On a GPU
-the same bytes may lie as planes (`kernels.repack`); `state_dict` gives blocks whatever the layout, and loads blocks.
+the same bytes may lie as planes (`kernels.planes`); `state_dict` gives blocks whatever the layout, and loads blocks.
 A part whose type is F32, F16 or BF16 is an ordinary parameter. All arithmetic on packed weights is `kernels.ops`.
 """
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from dynquant.formats.quant_types import quant_type
 from dynquant.kernels import ops, reference
-from dynquant.kernels.formats import is_packed
-from dynquant.kernels.planes import block_rows, pack_planes, unpack_planes
+from dynquant.kernels.dispatch import has_triton
+from dynquant.kernels.planes import block_rows, is_packed, pack_planes, unpack_planes
 
 BLOCKS, PLANES = "blocks", "planes"
 EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -287,15 +287,7 @@ def choose_layout(model: nn.Module) -> None:
         for name in module.packed_names
     ]
     on_gpu = bool(weights) and all(weight.is_cuda for weight in weights)
-    set_layout(model, PLANES if on_gpu and _has_triton() else BLOCKS)
-
-
-def _has_triton() -> bool:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    set_layout(model, PLANES if on_gpu and has_triton() else BLOCKS)
 
 
 def _dense_experts(x: Tensor, weight: Tensor, experts: Tensor) -> Tensor:

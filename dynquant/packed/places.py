@@ -24,7 +24,7 @@ from dynquant.families.common.conversion_book import ConversionBook
 from dynquant.families.text.registry import FAMILIES
 from dynquant.formats import decode
 from dynquant.formats.quant_types import QUANT_TYPES, QuantType, quant_type
-from dynquant.kernels.formats import is_packed
+from dynquant.kernels.planes import is_packed
 from dynquant.packed.layers import (
     EXPERT_PARTS,
     LATENT_PARTS,

@@ -18,7 +18,7 @@ from dynquant.checkpoints.safetensors_format import read_header
 from dynquant.checkpoints.vision_names import keys_of
 from dynquant.errors import CheckpointError
 from dynquant.formats.quant_types import quant_type
-from dynquant.kernels.formats import is_packed
+from dynquant.kernels.planes import is_packed
 from dynquant.packed.layers import PackedModule, choose_layout
 from dynquant.packed.places import pack_modules
 

@@ -34,7 +34,7 @@ from dynquant.kernels.bench import naive
 from dynquant.kernels.planes import pack_planes
 from dynquant.kernels.triton import gemv
 from dynquant.kernels.triton.activations import quantize_activations
-from dynquant.kernels.triton.plans import GemvConfig, gemv_config
+from dynquant.kernels.triton.gemv import GemvConfig, gemv_config
 
 PRIORITY = (
     "Q4_K", "IQ2_XXS", "IQ1_S", "TQ2_0", "Q2_K", "Q6_K", "Q5_K", "Q3_K", "IQ4_XS", "Q8_0", "MXFP4", "IQ3_XXS",
@@ -257,7 +257,7 @@ class Report:
 
 
 def best_configs(rows: list[_Row]) -> list[str]:
-    """The fastest tiling of every (type, M, N, K, act), as lines for `plans`."""
+    """The fastest tiling of every (type, M, N, K, act), as lines for `gemv_config`."""
     best: dict[tuple, _Row] = {}
     for row in rows:
         key = tuple(row[name] for name in ("type", "act", "m", "n", "k"))
@@ -276,7 +276,7 @@ def main() -> None:
     parser.add_argument("--m", default="1", help="rows of activations; above 4 only bf16 is timed")
     parser.add_argument("--acts", default="int8,bf16")
     parser.add_argument("--shapes", default=",".join(f"{n}x{k}" for n, k in SHAPES))
-    parser.add_argument("--tune", action="store_true", help="sweep tilings instead of using `plans`")
+    parser.add_argument("--tune", action="store_true", help="sweep tilings instead of using `gemv_config`")
     parser.add_argument("--pdl", type=int, choices=(0, 1), help="force dependent launch on or off")
     parser.add_argument("--naive", action="store_true", help="also time the naive kernel and decoding before torch.mm")
     parser.add_argument("--workers", type=int, default=12)
@@ -293,7 +293,7 @@ def main() -> None:
             if act == "bf16":
                 jobs.append((name, m, n, k, act, None))
             continue
-        for config in tune_space(m) if options.tune else [gemv_config(name, act, m, n, k)]:
+        for config in tune_space(m) if options.tune else [gemv_config(name, m)]:
             if options.pdl is not None:
                 config = replace(config, pdl=bool(options.pdl))
             jobs.append((name, m, n, k, act, config))

@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from dynquant.formats.quant_types import QUANT_TYPES
-from dynquant.kernels.formats import PLANES
+from dynquant.kernels.planes import PLANES
 from dynquant.kernels.triton import fused, grouped, two_pass
 from dynquant.kernels.triton.dequantize import dequantize
 

@@ -3,7 +3,7 @@
 `int8` keeps round(x / d) with d = max|x| / 127. `fixed16` keeps 16-bit fixed point as a signed high and low byte,
 x = d * (256 * high + low), d a power of two: a value within 2^-6 of the largest of its group keeps all bits of bf16,
 and nothing is off by more than 2^-15 of the largest, so that sums of products are as good as bf16 products.
-Layout of the bytes: `[M, P, 8, K / 128, 16]`, see `words`.
+Layout of the bytes: `[M, P, 8, K / 128, 16]`, see `bit_words`.
 """
 
 import torch
@@ -51,7 +51,7 @@ def _act_quant_kernel(
 
 
 def quantize_activations(x: Tensor, act: str, *, padded_rows: int = 0, pdl: bool = False) -> tuple[Tensor, Tensor]:
-    """x [M, K] -> bytes int8 [M, P, K], in the order of `words`, and scales float32 [M, K / 32].
+    """x [M, K] -> bytes int8 [M, P, K], in the order of `bit_words`, and scales float32 [M, K / 32].
 
     `act` is "int8" (P = 1) or "bf16" (P = 2: 16-bit fixed point, no worse than bf16 products). K % 128 == 0.
     Both get `padded_rows` rows if that is more; what lies beyond M is not written.

@@ -4,8 +4,8 @@ A chunk is 64 weights of a super-block type or 32 weights of any other. `block` 
 counted from `first`; `chunk` [T, 1] is its number within the row. Each function returns M tiles [T, BN].
 Sums inside a group are integers; scales are applied to them, never to single weights. Codes are masked in place where
 that saves a shift: the power of two is taken out of the activation scale. Constant offsets of codes and minimums are
-taken from sums of activations, which all rows share.
-Byte maps: `dynquant.formats`. Planes: `formats`; S0, S1, ... are the plane starts of the fields in block order.
+taken from sums of activations, which all rows share. Crumbs, nibbles, words and units: `bit_words`.
+Byte maps: `dynquant.formats`. Planes: `planes`; S0, S1, ... are the plane starts of the fields in block order.
 """
 
 import triton

@@ -1,9 +1,13 @@
 """Arithmetic on 32-bit words of four bytes: what the GEMV of every quant type is made of.
 
 A tile is [T, BN]: BN weight rows, T chunks along K, one element per thread and chunk. Activations are the words that
-`act_quant` writes: [M, P, 8, K / 128, 4] int32, where unit u (16 weights) lies at plane u % 8 and column u // 8, so
+`activations` writes: [M, P, 8, K / 128, 4] int32, where unit u (16 weights) lies at plane u % 8 and column u // 8, so
 that neighbouring threads read neighbouring 16 bytes. P is 1 (int8) or 2 (16-bit fixed point, high and low byte).
 Inline PTX is replaced by plain arithmetic under the interpreter.
+
+Words of this folder: a *word* is 32 bits, four *bytes*; a *nibble* is 4 bits and a *crumb* 2 bits of a byte, counted
+from the lowest; a *digit* is one of the five values 0 to 2 that a byte of TQ1_0 holds in base 3; a *unit* is 16
+weights, and a *chunk* what one thread multiplies at a time.
 """
 
 # ruff: noqa: RUF005  (Triton has no `(*tuple, item)`)

@@ -1,4 +1,4 @@
-"""Dot products of one chunk of a row of codebook types and of TQ1_0; see `chunks` for the conventions.
+"""Dot products of one chunk of a row of codebook types and of TQ1_0; see `bit_chunks` for the conventions.
 
 A grid entry is gathered as a word of bytes (IQ3: 4 weights), as two words (IQ2: 8 weights), or as one word of nibbles
 that hold ternary + 1 (IQ1: 8 weights, the first four low), which keeps the IQ1 table at 8 KB.

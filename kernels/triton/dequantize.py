@@ -25,7 +25,7 @@ def dequantize(
     """Fill `out` with weights of a planar tensor.
 
     Args:
-        weight: uint8 [..., row_bytes] of `repack.pack_planes`, contiguous.
+        weight: uint8 [..., row_bytes] of `planes.pack_planes`, contiguous.
         type_name: its quant type.
         out: float32, float16 or bfloat16 [rows, columns], contiguous; both may be fewer than the tensor has.
         first_row: the row of the tensor, over all leading dimensions, that comes first.

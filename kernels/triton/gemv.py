@@ -1,14 +1,15 @@
 """y = x W^T for few rows of activations and packed weights: a memory-bound product, 4 bytes a time.
 
-Every thread multiplies whole chunks of weights (`chunks`, `codebook_chunks`) with integer activations (`act_quant`)
-by dp4a. A program owns BN rows of W and M of x, takes T chunks at a time, and walks along K; with SPLIT > 1 several
-programs share the rows and their float32 results are added in a fixed order, so that results never depend on timing.
-`supports` and `linear` are for 1 to 4 rows, `routed` for rows of which each has
-its own expert's matrix.
+Every thread multiplies whole chunks of weights (`bit_chunks`, `codebook_chunks`) with integer activations
+(`activations`) by dp4a. A program owns BN rows of W and M of x, takes T chunks at a time, and walks along K; with
+SPLIT > 1 several programs share the rows and their float32 results are added in a fixed order, so that results never
+depend on timing. `supports` and `linear` are for 1 to 4 rows, `routed` for rows of which each has its own expert's
+matrix.
 """
 
 # ruff: noqa: RUF005  (Triton has no `(*tuple, item)`)
 import functools
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -18,11 +19,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from dynquant.formats import tables
 from dynquant.formats.quant_types import QUANT_TYPES, quant_type
-from dynquant.kernels.formats import PLANES, plane_starts
+from dynquant.kernels.planes import PLANES, plane_starts
 from dynquant.kernels.triton.activations import quantize_activations
 from dynquant.kernels.triton.bit_chunks import crumb_chunk, nibble_chunk, plain_chunk, table_chunk
 from dynquant.kernels.triton.codebook_chunks import digit_chunk, signed_chunk, ternary_chunk
-from dynquant.kernels.triton.plans import GemvConfig, gemv_config
 
 MAX_ROWS = 4
 ACTIVATIONS = ("bf16", "int8")
@@ -37,6 +37,25 @@ _FAMILY = {
     "TQ1_0": ("digit", 256),
 }
 """Quant type -> chunk function and weights per chunk."""
+
+
+@dataclass(frozen=True)
+class GemvConfig:
+    """A tiling of `gemv`: weight rows and warps (each 32 chunks wide) of a program, programs that share a row, rows of
+    activations of a program, and dependent launch, which overlaps the start of a kernel with the end of the last one.
+    """
+
+    bn: int
+    warps: int
+    split: int = 1
+    rows: int = 1
+    pdl: bool = False
+
+
+def gemv_config(type_name: str, num_x_rows: int) -> GemvConfig:
+    """Return the tiling for `num_x_rows` rows of activations: measured choices, no search at run time."""
+    is_wide = num_x_rows == 1 and type_name in ("Q4_K", "Q5_K")
+    return GemvConfig(bn=2 if is_wide else 4, warps=1, rows=min(num_x_rows, MAX_ROWS), pdl=True)
 
 
 @triton.jit(do_not_specialize=["N", "num_x_rows", "num_experts", "slots"])
@@ -178,7 +197,7 @@ def linear_of_checked(x: Tensor, weight: Tensor, type_name: str, act: str, confi
     """`linear` for any number of rows, without its checks."""
     x = x if x.stride(1) == 1 else x.contiguous()
     num_x_rows = x.shape[0]
-    config = config or gemv_config(type_name, act, num_x_rows, weight.shape[0], x.shape[1])
+    config = config or gemv_config(type_name, num_x_rows)
     padded = triton.cdiv(num_x_rows, config.rows) * config.rows
     xq, xd = quantize_activations(x, act, padded_rows=padded, pdl=config.pdl)
     return multiply(xq, xd, weight, type_name, num_x_rows, x.dtype, config)
@@ -192,7 +211,7 @@ def routed(
     `expert_ids` int [T, k]; ids outside 0 to E - 1 give zeros. `takes` must be true. Worth it for few slots only: every
     slot reads its expert's weights for itself.
     """
-    config = config or gemv_config(type_name, act, 1, weight.shape[1], x.shape[1])
+    config = config or gemv_config(type_name, 1)
     xq, xd = quantize_activations(x, act, padded_rows=len(x), pdl=config.pdl)
     num_slots = expert_ids.numel()
     return multiply(

@@ -16,11 +16,11 @@ import triton.language as tl
 from dynquant.kernels.triton.unpack import unpack_groups
 
 _RESIDENT = {16: 896, 32: 640, 64: 512, 128: 384}
-"""Programs of so many rows that an H100 runs at once."""
+"""Rows of a program -> programs that an H100 runs at once."""
 
 
 def tile_config(num_rows: float, dtype: torch.dtype) -> dict[str, int]:
-    """Constants and launch options of the kernels for about so many rows of activations that share a matrix."""
+    """Return constants and launch options of the kernels for about so many rows of activations that share a matrix."""
     if dtype == torch.float32:  # no tensor cores: larger tiles were seen to spill registers
         return {"BM": 16, "BN": 64, "G": 1, "num_warps": 4, "num_stages": 2}
     block_m = 16 if num_rows <= 16 else 32 if num_rows <= 32 else 64 if num_rows <= 64 else 128
@@ -31,11 +31,25 @@ def tile_config(num_rows: float, dtype: torch.dtype) -> dict[str, int]:
 
 
 def column_shares(num_programs: int, config: dict[str, int], num_groups: int) -> int:
-    """How many programs should share the columns of a matrix so that the device is busy: a power of two."""
+    """Return how many programs should share the columns of a matrix so that the device is busy: a power of two."""
     shares, steps = 1, num_groups // config["G"]
     while 2 * shares * num_programs <= _RESIDENT[config["BM"]] and steps >= 8 * shares:
         shares *= 2
     return shares
+
+
+@triton.jit
+def _pairs_of(tile, order_ptr, tiles_ptr, num_tiles, num_pairs, BM: tl.constexpr):
+    """Return the pairs of a tile, int64 [BM], and which of them exist; others stand for a pair that does."""
+    if order_ptr is None:
+        place = tile * BM + tl.arange(0, BM)
+        is_pair = place < num_pairs
+        pair = tl.minimum(place, num_pairs - 1).to(tl.int64)
+    else:
+        place = tl.load(tiles_ptr + num_tiles + tile) + tl.arange(0, BM)
+        is_pair = place < tl.load(tiles_ptr + 2 * num_tiles + tile)
+        pair = tl.load(order_ptr + place, mask=is_pair, other=0)
+    return pair, is_pair
 
 
 @triton.jit(do_not_specialize=["num_blocks", "num_tiles", "num_pairs"])
@@ -46,18 +60,12 @@ def tile_linear_kernel(
 ):  # fmt: skip
     """y^T = W x^T: as the left operand the decoded weights go to the tensor cores straight from registers."""
     tile = tl.program_id(1)
-    if order_ptr is None:
-        expert = 0
-        place = tile * BM + tl.arange(0, BM)
-        is_pair = place < num_pairs
-        pair = tl.minimum(place, num_pairs - 1).to(tl.int64)
-    else:
+    expert = 0
+    if order_ptr is not None:
         expert = tl.load(tiles_ptr + tile)
         if expert == -2:
             return
-        place = tl.load(tiles_ptr + num_tiles + tile) + tl.arange(0, BM)
-        is_pair = place < tl.load(tiles_ptr + 2 * num_tiles + tile)
-        pair = tl.load(order_ptr + place, mask=is_pair, other=0)
+    pair, is_pair = _pairs_of(tile, order_ptr, tiles_ptr, num_tiles, num_pairs, BM)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     acc = tl.zeros([BN, BM], tl.float32)
     if expert >= 0:
@@ -84,18 +92,12 @@ def tile_input_grad_kernel(
     TYPE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(1)
-    if order_ptr is None:
-        expert = 0
-        place = tile * BM + tl.arange(0, BM)
-        is_pair = place < num_pairs
-        pair = tl.minimum(place, num_pairs - 1).to(tl.int64)
-    else:
+    expert = 0
+    if order_ptr is not None:
         expert = tl.load(tiles_ptr + tile)
         if expert == -2:
             return
-        place = tl.load(tiles_ptr + num_tiles + tile) + tl.arange(0, BM)
-        is_pair = place < tl.load(tiles_ptr + 2 * num_tiles + tile)
-        pair = tl.load(order_ptr + place, mask=is_pair, other=0)
+    pair, is_pair = _pairs_of(tile, order_ptr, tiles_ptr, num_tiles, num_pairs, BM)
     k = tl.program_id(0) * G * 32 + tl.arange(0, G * 32)
     acc = tl.zeros([BM, G * 32], tl.float32)
     if expert >= 0:

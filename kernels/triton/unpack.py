@@ -9,7 +9,7 @@ by G groups of columns is R * G of them, reshaped. Inside a function:
     s      int32 [R, 1, 1]  the group within the block     i   int32 [1, 1, 8]  0..7, the weight
 
 Products are formed in the order of `dynquant.formats`; without fused multiply-add the results are bit-equal to it. The
-byte maps are there too, and those of the planes in `formats`.
+byte maps are there too, and those of the planes in `planes`.
 """
 
 import functools
@@ -21,7 +21,7 @@ import triton.language as tl
 
 from dynquant.formats import tables
 from dynquant.formats.quant_types import QUANT_TYPES
-from dynquant.kernels.formats import PLANES
+from dynquant.kernels.planes import PLANES
 from dynquant.kernels.triton.bit_chunks import E2M1_0, E2M1_1, E2M1_2, E2M1_3, IQ4_0, IQ4_1, IQ4_2, IQ4_3
 from dynquant.kernels.triton.bit_words import USE_ASM, prmt, table16
 

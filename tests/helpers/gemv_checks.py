@@ -50,7 +50,7 @@ def interpret(case: dict) -> dict:
     """Largest relative error over the rows of x but the first, and how many weights row 0 did not return."""
     from dynquant.kernels.planes import pack_planes
     from dynquant.kernels.triton import gemv
-    from dynquant.kernels.triton.plans import GemvConfig
+    from dynquant.kernels.triton.gemv import GemvConfig
 
     name, m, n, k = case["type"], case["m"], case["n"], case["k"]
     blocks = finite_blocks(name, n, k)
@@ -69,7 +69,7 @@ def interpret_routed(case: dict) -> dict:
     from dynquant.kernels import reference
     from dynquant.kernels.planes import pack_planes
     from dynquant.kernels.triton import gemv
-    from dynquant.kernels.triton.plans import GemvConfig
+    from dynquant.kernels.triton.gemv import GemvConfig
 
     name, n, k, ids = case["type"], case["n"], case["k"], torch.tensor(case["ids"])
     blocks = finite_blocks(name, 3 * n, k).reshape(3, n, -1)
@@ -89,7 +89,7 @@ def compile_for_hopper(case: dict) -> dict:
     from triton.compiler import ASTSource
 
     from dynquant.kernels.triton import gemv
-    from dynquant.kernels.triton.plans import GemvConfig
+    from dynquant.kernels.triton.gemv import GemvConfig
 
     config = GemvConfig(**case["config"])
     planes = 1 + (case["act"] == "bf16")

@@ -159,7 +159,7 @@ def test_why_triton_is_refused_is_said_once(fresh_warnings, monkeypatch):
     assert "float64" in dispatch._refusal(None, planar, "planes", torch.float64)
     assert "contiguous" in dispatch._refusal(x, planar[:, ::2], "planes", None)
     assert "16 bytes" in dispatch._refusal(x, planar.flatten()[1:], "planes", None)
-    monkeypatch.setattr(dispatch, "_has_triton", lambda: False)
+    monkeypatch.setattr(dispatch, "has_triton", lambda: False)
     reason = dispatch._refusal(x, planar, "planes", None)
     assert "Triton is not installed" in reason
     with pytest.warns(UserWarning, match="Triton is not installed"):

@@ -5,8 +5,7 @@ import torch
 
 from dynquant.errors import PlanError
 from dynquant.formats.quant_types import QUANT_TYPES
-from dynquant.kernels.formats import PLANES, plane_starts
-from dynquant.kernels.planes import pack_planes, unpack_planes
+from dynquant.kernels.planes import PLANES, pack_planes, plane_starts, unpack_planes
 
 
 def random_blocks(name: str, *shape: int) -> torch.Tensor:

@@ -6,8 +6,7 @@ import torch
 from dynquant.errors import PlanError
 from dynquant.formats import decode
 from dynquant.kernels import reference
-from dynquant.kernels.formats import PLANES
-from dynquant.kernels.planes import block_rows, pack_planes
+from dynquant.kernels.planes import PLANES, block_rows, pack_planes
 from tests.helpers.packed_weights import experts_truth, normal, packed_weights, relative_error
 
 TYPES = sorted(PLANES)

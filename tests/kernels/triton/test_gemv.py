@@ -13,8 +13,7 @@ import torch
 pytest.importorskip("triton")
 
 from dynquant.formats import decode
-from dynquant.kernels.formats import PLANES
-from dynquant.kernels.planes import pack_planes
+from dynquant.kernels.planes import PLANES, pack_planes
 from dynquant.kernels.triton import gemv
 from tests.helpers.gemv_checks import activations, finite_blocks
 from tests.helpers.representatives import represented_by

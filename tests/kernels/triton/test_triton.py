@@ -12,8 +12,7 @@ import torch
 
 from dynquant.formats import decode
 from dynquant.kernels import ops
-from dynquant.kernels.formats import PLANES
-from dynquant.kernels.planes import pack_planes
+from dynquant.kernels.planes import PLANES, pack_planes
 from tests.helpers.packed_weights import experts_truth, normal, packed_weights, relative_error
 from tests.helpers.representatives import represented_by
 
