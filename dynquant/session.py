@@ -3,7 +3,9 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Protocol
+
+from dynquant.options import Flag
 
 
 class Progress(Protocol):
@@ -48,11 +50,10 @@ def ignore_stages(kept: str) -> Iterator[Progress]:
 class Session:
     """What every door is given beside its options. The default one is silent and takes the machine as it is."""
 
-    device: str | None = None
-    """PyTorch's name of a device; None takes a GPU where there is one."""
-    threads: int | None = None
-    """Threads of encoders; None for all cores."""
-    seed: int = 0
+    device: Annotated[str | None, Flag("cpu or cuda. Default: cuda where there is one.")] = None
+    """PyTorch's name of a device."""
+    threads: Annotated[int | None, Flag("Threads. Default: one per usable core.")] = None
+    seed: Annotated[int, Flag("Seed of everything that is sampled.")] = 0
     note: Callable[[str], None] = ignore_note
     """Says one line about what is being done."""
     stage: Callable[[str], AbstractContextManager[Progress]] = ignore_stages

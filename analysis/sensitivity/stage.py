@@ -11,9 +11,10 @@ from pathlib import Path
 
 from dynquant.analysis.outliers.super_weights import find_super_weights
 from dynquant.analysis.sensitivity.closed_form import output_sensitivity, streamed_sensitivity
-from dynquant.calibration.picture_stage import probe_inputs
+from dynquant.calibration.options import CalibrationOptions
+from dynquant.calibration.picture_stage import DataOptions, probe_inputs
 from dynquant.calibration.run import windows_of
-from dynquant.calibration.stage import CalibrationOptions, streaming_limit
+from dynquant.calibration.stage import streaming_limit
 from dynquant.checkpoints.model import Model
 from dynquant.recipes.folder import SuperWeight
 from dynquant.running.layer_stream import LayerStream
@@ -46,8 +47,8 @@ def run_probe(
         CheckpointError: transformers cannot load the model.
         StatsError: a memory limit that is too small for it.
     """
-    if options.samples is not None:
-        inputs = probe_inputs(model, replace(options.samples, tokens=PROBE_TOKENS), session)
+    if options.data is not None:
+        inputs = probe_inputs(model, DataOptions.of(replace(options, tokens=PROBE_TOKENS)), session)
         hf_model = load_hf(model)
         with session.stage(_PROBE_KEEPS) as progress:
             found_on_samples = output_sensitivity(

@@ -4,6 +4,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+from dynquant.calibration.options import CalibrationOptions
 from dynquant.calibration.picture_collector import KINDS, VisionCalibration, collect_vision_statistics, kind_path
 from dynquant.calibration.statistics import StatsProvenance
 from dynquant.checkpoints.model import Model
@@ -30,6 +31,10 @@ class DataOptions:
     path: str
     tokens: int
     strict: bool = False
+
+    @classmethod
+    def of(cls, options: CalibrationOptions) -> "DataOptions":
+        return cls(str(options.data), options.tokens, options.strict)
 
     @property
     def file(self) -> SampleFile:

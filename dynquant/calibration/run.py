@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from dynquant.calibration.collector import Collector, SampleLimits
 from dynquant.calibration.moment_recorder import DEFAULT_LIMIT, MomentRecorder
+from dynquant.calibration.options import Hessians
 from dynquant.calibration.second_moments import SecondMoments
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
 from dynquant.checkpoints.model import Model
@@ -31,9 +32,6 @@ DEFAULT_TOKENS = 131_072
 DEFAULT_WINDOW = 512
 HELD_BACK = 0.1
 """Share of the windows that are sampled instead of summed."""
-
-Hessians = Literal["none", "activations", "gradients"]
-"""Which second moments to take; with gradients, a token counts by its squared gradient of the KL divergence too."""
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
+from dynquant.calibration import run
 from dynquant.calibration.importance import coverage_report
+from dynquant.calibration.options import CalibrateOptions, CalibrationOptions
 from dynquant.calibration.picture_collector import VisionCalibration
 from dynquant.calibration.picture_stage import TEXT_ONLY, DataOptions, calibrate_on_samples, remove_kinds
-from dynquant.calibration.run import Calibration, Hessians, calibrate, windows_of
+from dynquant.calibration.run import Calibration, windows_of
 from dynquant.calibration.second_moments import SecondMoments, load_beside, path_beside
 from dynquant.calibration.statistics import CalibrationStats
 from dynquant.calibration.streamed import StreamedCalibration, calibrate_streamed
@@ -33,32 +35,6 @@ STATS_NAME = "stats.safetensors"
 """Statistics beside a plan."""
 _LIMIT_SHARE = 0.85
 """Share of the free memory within which a model is streamed that does not fit into it."""
-
-
-@dataclass(frozen=True)
-class CalibrationOptions:
-    """What to run the model on (`text=None` is the built-in text), what to measure there, and in how much memory.
-
-    With `data`, a file of samples with images, there is no text; `strict` refuses images that cannot be decoded.
-    """
-
-    text: str | None = None
-    tokens: int = 131072
-    window: int = 512
-    hessians: Hessians = "activations"
-    hessian_memory: str = "8GiB"
-    max_memory: str | None = None
-    """Limit of the process, as 8GB; the model is then streamed. None streams what does not fit into the free memory."""
-    spill: Path | None = None
-    """Directory for hidden states of a streamed model; None is the output's own."""
-    ray: str | None = None
-    """Address of a Ray cluster on which to run it in shards of windows."""
-    data: str | None = None
-    strict: bool = False
-
-    @property
-    def samples(self) -> DataOptions | None:
-        return None if self.data is None else DataOptions(self.data, self.tokens, self.strict)
 
 
 @dataclass(frozen=True)
@@ -92,30 +68,21 @@ class StatsFile:
         return self
 
 
-def calibrate_model(
-    path: str,
-    options: CalibrationOptions,
-    output: Path,
-    session: Session = SILENT,
-    *,
-    base_gguf: Path | None = None,
-    imatrix: Path | None = None,
-    imatrix_out: Path | None = None,
-) -> StatsFile:
+def calibrate(options: CalibrateOptions, session: Session = SILENT) -> StatsFile:
     """Write stats.safetensors; import or export a llama.cpp imatrix when asked."""
     from dynquant.calibration.imatrix import export_imatrix, import_imatrix
 
-    model = open_and_announce(path, session, base_gguf=base_gguf)
-    if imatrix:
-        stats = import_imatrix(imatrix, model)
-        stats.save(output)
+    model = open_and_announce(options.model, session, base_gguf=options.base_gguf)
+    if options.imatrix:
+        stats = import_imatrix(options.imatrix, model)
+        stats.save(options.output)
     else:
-        stats = run_calibration(model, options, output, session, base_gguf=base_gguf)
-    if imatrix_out:
-        export_imatrix(stats, imatrix_out, model=model)
-        session.note(f"wrote {imatrix_out}")
+        stats = run_calibration(model, options.calibration, options.output, session, base_gguf=options.base_gguf)
+    if options.imatrix_out:
+        export_imatrix(stats, options.imatrix_out, model=model)
+        session.note(f"wrote {options.imatrix_out}")
     tell_coverage(stats, model, session)
-    return StatsFile(output, stats)
+    return StatsFile(options.output, stats)
 
 
 def tell_coverage(stats: CalibrationStats, model: Model, session: Session) -> None:
@@ -178,8 +145,8 @@ def _was_made_with(stats: CalibrationStats, model: Model, options: CalibrationOp
     made = stats.provenance
     if (made.fingerprint, made.max_tokens, made.seed) != (model.fingerprint, options.tokens, seed):
         return False
-    if options.samples is not None:
-        return made.text_hash == options.samples.file.sha256
+    if options.data is not None:
+        return made.text_hash == DataOptions.of(options).file.sha256
     return made.window == options.window and (
         made.text_hash == read_text(options.text, seed=seed, max_tokens=options.tokens).sha256
     )
@@ -202,7 +169,7 @@ def run_calibration(
     device = chosen_device(session.device)
     _check_vision(model, options)
     limit = None if options.ray is not None else streaming_limit(model, options, device, session)
-    if options.samples is not None:
+    if options.data is not None:
         stats, pools_experts, left_out, count = _calibrate_on_samples(model, options, output, session)
     elif limit is None:
         stats, pools_experts, left_out, count = _calibrate_whole(model, options, device, output, session, base_gguf)
@@ -249,7 +216,7 @@ def _check_vision(model: Model, options: CalibrationOptions) -> None:
     for option, given in (("--max-memory", options.max_memory), ("--ray", options.ray)):
         if given is not None:
             raise StatsError(f"{model.name} has a vision tower and is run whole, in one process; leave {option} out.")
-    if options.samples is not None and options.hessians == "gradients":
+    if options.data is not None and options.hessians == "gradients":
         raise StatsError("--hessians gradients runs on text; with --data give activations or none.")
 
 
@@ -257,7 +224,7 @@ def _calibrate_on_samples(
     model: Model, options: CalibrationOptions, output: Path, session: Session
 ) -> tuple[CalibrationStats, bool, tuple[str, ...], int]:
     hessian_bytes = parse_size(options.hessian_memory) if options.hessians == "activations" else None
-    found = calibrate_on_samples(model, options.samples, output, session, hessian_bytes=hessian_bytes)
+    found = calibrate_on_samples(model, DataOptions.of(options), output, session, hessian_bytes=hessian_bytes)
     return _saved(found, output)
 
 
@@ -271,7 +238,7 @@ def _calibrate_whole(
         if options.ray is not None:
             found = _calibrate_on_ray(model, options, base_gguf, session, progress)
         else:
-            found = calibrate(
+            found = run.calibrate(
                 model, options.text, progress=progress, **_measured(options, device), **_read(options, session)
             )
     return _saved(found, output)

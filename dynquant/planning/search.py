@@ -8,71 +8,26 @@ one and says how well predicted and measured KL agree.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from dynquant.analysis.errors.table import CLOSED_FORM, ErrorTable, Price
+from dynquant.analysis.errors.table import ErrorTable, Price
 from dynquant.analysis.sensitivity.fisher_probe import fisher_probe, probe_prices
-from dynquant.analysis.sensitivity.unit_kl import METHOD as UNIT_KL
 from dynquant.analysis.sensitivity.unit_kl import prices_from, refine
 from dynquant.encoding.store import EncodedStore
-from dynquant.errors import PlanError
 from dynquant.evaluation.rendered_model import RenderedModel, ScoredText
 from dynquant.evaluation.statistics import bootstrap_mean
+from dynquant.planning.options import CLOSED_FORM, FISHER, METHODS, UNIT_KL, SearchOptions
 from dynquant.planning.selection import Candidate, Fit, Selection, rank_correlation
 from dynquant.session import Progress
-
-FISHER = "fisher-probe"
-METHODS = (CLOSED_FORM, FISHER, UNIT_KL)
 
 
 class Choose(Protocol):
     """Gives the stored type of every tensor for a table, at the budget, or at the size nearest to `file_bytes`."""
 
     def __call__(self, table: ErrorTable, *, floors: bool = True, file_bytes: int | None = None) -> dict[str, str]: ...
-
-
-@dataclass(frozen=True)
-class SearchOptions:
-    """How to price and select. Tokens are of the calibration source; a probe is one window of `probe_window` tokens."""
-
-    methods: tuple[str, ...] = (CLOSED_FORM,)
-    select: bool = False
-    text: Path | None = None
-    """Text, or samples with pictures, to select on; None for what calibration left of its own."""
-    probes: int = 32
-    probe_window: int = 256
-    unit_tokens: int = 2048
-    rounds: int = 2
-    selection_tokens: int = 4096
-    check_plans: int = 0
-    frontier: tuple[float, float] | None = None
-    """From how many to how many bits per weight of the whole file plans and fixed recipes are measured."""
-    frontier_points: int = 8
-
-    def __post_init__(self) -> None:
-        for method in self.methods:
-            if method not in METHODS:
-                raise PlanError(f"There is no sensitivity `{method}`; give any of {', '.join(METHODS)}.")
-        if self.frontier is not None and not 0 < self.frontier[0] < self.frontier[1] <= 32:
-            low, high = self.frontier
-            raise PlanError(f"--frontier {low:g}:{high:g} is no range of bits per weight; give one as 1.6:4.5.")
-        if self.check_plans and self.check_plans < 5:
-            raise PlanError(f"--check-plans {self.check_plans} is too few for a rank correlation; give 5 or more.")
-
-    @property
-    def runs_model(self) -> bool:
-        """Whether anything but the closed form is asked for."""
-        asked = self.select or self.check_plans > 0 or self.frontier is not None
-        return asked or set(self.methods) != {CLOSED_FORM}
-
-    @property
-    def runs_on_text(self) -> bool:
-        """Whether anything is asked for that samples with pictures do not serve."""
-        return self.check_plans > 0 or self.frontier is not None or set(self.methods) != {CLOSED_FORM}
 
 
 @dataclass(frozen=True)
