@@ -7,8 +7,9 @@ relative error of its tensor, norms to the mean one; longer runs take smaller st
 gains. The result is kept only where it clearly lowers the KL on windows that were not trained on. File size and types
 stay as they are.
 
-The original's distributions are kept as the largest probabilities of every token and the mass of the rest, so only one
-model is in memory: float32 weights, their gradients, and the decoded codes, 16 bytes a weight.
+The loss is the lower bound of `kl_lower_bound`; what is compared before and after is the unbiased KL. The original's
+distributions are kept as a few probabilities of every token, so only one model is in memory: float32 weights, their
+gradients, and the decoded codes, 16 bytes a weight.
 """
 
 import math
@@ -22,7 +23,7 @@ from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import Role, role_of
 from dynquant.errors import StatsError
-from dynquant.evaluation.distributions import Distribution
+from dynquant.evaluation.distributions import Distributions
 from dynquant.evaluation.statistics import block_sums
 from dynquant.formats import decode
 from dynquant.formats.quant_types import QUANT_TYPES
@@ -32,6 +33,7 @@ from dynquant.session import Progress, ignore_progress
 
 BYTES_PER_WEIGHT = 20
 """Peak memory: the model, its gradients, the decoded codes of one or two parts, and activations."""
+_TRAINED_TOP = 1024
 _FULL_RATE_STEPS = 16
 _CLEARLY = 1.64
 """Standard errors by which the KL must fall: one chance in twenty that it did not."""
@@ -86,8 +88,12 @@ def tune(
     checks = held.split(max(1, options.step_tokens // train.shape[1]))
     total = train.numel() + held.numel()
     targets = []
-    for batch in (*steps, *checks):
-        targets.append(Distribution.of(_logits(hf_model, batch.to(device))))
+    for number, batch in enumerate((*steps, *checks)):
+        logits = _logits(hf_model, batch.to(device))
+        is_trained = number < len(steps)
+        targets.append(
+            Distributions.of(logits, num_top=_TRAINED_TOP, num_tail=0) if is_trained else Distributions.of(logits)
+        )
         report("original", min(total, sum(len(t) for t in targets)), total, unit="tokens")
     trained = _install(live, file)
     before = _block_kls(hf_model, checks, targets[len(steps) :], device)
@@ -130,12 +136,11 @@ def _logits(hf_model: nn.Module, batch: Tensor) -> Tensor:
 
 
 def _block_kls(
-    hf_model: nn.Module, batches: tuple[Tensor, ...], targets: list[Distribution], device: torch.device
+    hf_model: nn.Module, batches: tuple[Tensor, ...], targets: list[Distributions], device: torch.device
 ) -> Tensor:
     """Mean KL of every block of tokens."""
     per_token = [
-        target.divergences(_logits(hf_model, batch.to(device))).cpu()
-        for batch, target in zip(batches, targets, strict=True)
+        target.kl(_logits(hf_model, batch.to(device))).cpu() for batch, target in zip(batches, targets, strict=True)
     ]
     sums, sizes = block_sums(torch.cat(per_token).numpy(), [len(row) for batch in batches for row in batch])
     return torch.from_numpy(sums / sizes)
@@ -230,7 +235,7 @@ def _train(
     live: LiveWeights,
     trained: dict[str, _Scales | _Norm],
     steps: tuple[Tensor, ...],
-    targets: list[Distribution],
+    targets: list[Distributions],
     options: TuneOptions,
     report: Progress,
 ) -> None:
@@ -245,7 +250,7 @@ def _train(
     for batch, target in zip(steps, targets, strict=False):
         with torch.enable_grad():
             logits = hf_model(input_ids=batch.to(device), use_cache=False).logits.float().flatten(0, 1)
-            target.divergences(logits).mean().backward()
+            target.kl_lower_bound(logits).mean().backward()
         for one in trained.values():
             one.pull_gradient()
         hf_model.zero_grad(set_to_none=True)

@@ -130,8 +130,7 @@ class _Cluster:
 
     @property
     def device(self) -> str:
-        asked = self.asked or ("cuda" if self.pool.has_gpus else "cpu")
-        return "cuda" if asked.startswith("cuda") else asked  # Ray numbers the GPUs
+        return self.pool.device(self.asked)
 
 
 @dataclass(frozen=True, kw_only=True)

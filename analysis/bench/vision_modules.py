@@ -21,13 +21,12 @@ from dynquant.checkpoints.tensor_roles import role_of
 from dynquant.checkpoints.vision_names import LANGUAGE, PROJECTOR, VISION, part_of
 from dynquant.encoding.store import ENCODED_NAME, EncodedStore, open_store
 from dynquant.encoding.stream import load_encoder
-from dynquant.evaluation.rendered_model import RenderedModel
-from dynquant.evaluation.scored_pictures import ScoredPictures
+from dynquant.evaluation.rendered_model import RenderedModel, ScoredInputs
 from dynquant.evaluation.statistics import Estimate, bootstrap_mean
 from dynquant.families.open import open_model
 from dynquant.formats.quant_types import fit_to_row, quant_type
-from dynquant.inputs.pictures import Encoded, SampleEncoder, image_token_of, read_samples
-from dynquant.inputs.processor import load_processor
+from dynquant.inputs.model_inputs import ModelInputs
+from dynquant.inputs.pictures import picture_inputs
 from dynquant.recipes.plan import Plan
 from dynquant.resources import chosen_device
 from dynquant.running.load import load_hf
@@ -50,7 +49,7 @@ class ModuleScore:
 def measure_modules(
     plan: Plan,
     store: EncodedStore,
-    samples: Sequence[Encoded],
+    samples: ModelInputs,
     types: Sequence[str],
     *,
     table: ErrorTable | None = None,
@@ -59,7 +58,7 @@ def measure_modules(
     """Score the plan's language model with each module in each type; bytes are those of both modules' matrices."""
     model = store.model
     rendered = RenderedModel(load_hf(model, dtype=torch.float32, device=chosen_device(device)), store)
-    pictures = ScoredPictures(rendered, samples)
+    pictures = ScoredInputs(rendered, samples)
     language = {
         entry.name: entry.type
         for entry in plan.entries
@@ -74,8 +73,8 @@ def measure_modules(
             module=module,
             type=type_name or "as stored",
             bytes=sum(_bytes(model, name, changed) for name in matrices),
-            kl=bootstrap_mean(divergences.numpy(), pictures.sample_lengths),
-            top1=bootstrap_mean(agreements.numpy(), pictures.sample_lengths),
+            kl=bootstrap_mean(divergences.numpy(), pictures.lengths),
+            top1=bootstrap_mean(agreements.numpy(), pictures.lengths),
             ratio=None if table is None or not changed else _ratio(table, parts, quant_type(type_name).name),
         )
 
@@ -91,8 +90,7 @@ def main() -> None:
         model, CalibrationStats.load(stats_path), stats_path, load_encoder(options.encoder),
         stats_hash=plan.stats_hash or "", parent=directory / ENCODED_NAME,
     )  # fmt: skip
-    sample_encoder = SampleEncoder(load_processor(Path(options.model)), image_token_of(Path(options.model)))
-    samples = list(sample_encoder.encode_all(read_samples(Path(options.data)).samples[: options.limit], 1 << 40))
+    samples = picture_inputs(model, Path(options.data), tokens=1 << 40, seed=0)[: options.limit]
     table = ErrorTable.load(directory / "errors.json")
     print(f"{model.name}, language model as in `{plan.recipe}`, encoder {store.encoder.name}, {len(samples)} samples\n")
     print(

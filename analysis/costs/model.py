@@ -21,10 +21,11 @@ from math import ceil, exp, log, prod
 from dynquant.analysis.costs.machine import Machine
 from dynquant.analysis.costs.streamed_cost import StreamedCost, StreamedPass, kept_bytes, streamed_cost
 from dynquant.calibration.collector import SampleLimits
-from dynquant.calibration.run import HELD_BACK, num_held_back
+from dynquant.calibration.run import HELD_BACK
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import Role, layer_of
 from dynquant.formats.quant_types import QUANT_TYPES, fit_to_row
+from dynquant.inputs.model_inputs import num_held_back
 from dynquant.recipes.plan import Plan, PlanEntry
 
 _SHARES_INPUT = {Role.ATTN_K, Role.ATTN_V, Role.FFN_UP, Role.SHARED_UP, Role.SHARED_GATE, Role.EXPERT_UP, Role.MLA_KV_A}

@@ -92,7 +92,7 @@ def find_super_weights(
     col)` replaces writing into the model's weights, for a model that has them in memory only while it uses them.
     """
     zero: Zeroed = zeroed or partial(_zeroed, hf_model)
-    scan = _Scan(hf_model, arch, n_layer, token_ids)
+    scan = DownScan(hf_model, arch, n_layer, token_ids)
     spikes, log_probs = scan.run()
     # A tensor that spikes only once another weight is zeroed answers to damage, and is not super in the model as it is.
     eligible = {spike.tensor for spike in spikes if spike.is_growing and _ratio(spike, spikes) >= threshold}
@@ -152,11 +152,6 @@ def ablation(hf_model: nn.Module, super_weight: SuperWeight, token_ids: torch.Te
     )
 
 
-def scan_down_projections(hf_model: nn.Module, arch: str, n_layer: int, token_ids: torch.Tensor) -> list[DownSpike]:
-    """The largest output of every down-projection and used expert in one forward pass, in layer order."""
-    return _Scan(hf_model, arch, n_layer, token_ids).run()[0]
-
-
 def _ratio(spike: DownSpike, spikes: list[DownSpike]) -> float:
     maxima: dict[int, float] = {}
     for other in spikes:
@@ -206,7 +201,7 @@ def _perplexity(hf_model: nn.Module, token_ids: torch.Tensor) -> float:
     return _token_losses(hf_model, token_ids.to(_device_of(hf_model))).mean().exp().item()
 
 
-class _Scan:
+class DownScan:
     """Forward passes over one text that record spikes of all down-projections."""
 
     def __init__(self, hf_model: nn.Module, arch: str, n_layer: int, token_ids: torch.Tensor) -> None:

@@ -13,8 +13,9 @@ from statistics import median
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from dynquant.calibration.collector import KINDS
 from dynquant.calibration.importance import importance
-from dynquant.calibration.picture_collector import KINDS, kind_path
+from dynquant.calibration.stage import kind_path
 from dynquant.calibration.statistics import CalibrationStats, InputStats
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import Role, layer_of, role_of

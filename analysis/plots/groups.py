@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from math import prod
 
 from dynquant.analysis.errors.table import ErrorTable
-from dynquant.analysis.outliers.super_weights import SuperWeight
 from dynquant.analysis.outliers.token_errors import TokenErrors
 from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.tensor_roles import Role
@@ -16,6 +15,7 @@ from dynquant.errors import PlanError
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.planning.frontier import FrontierPoint
 from dynquant.planning.selection import Selection
+from dynquant.recipes.folder import SuperWeight
 from dynquant.recipes.plan import Plan, PlanEntry
 
 MAX_TYPES = 7

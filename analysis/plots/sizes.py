@@ -5,8 +5,9 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from dynquant.analysis.plots.groups import bits_of, role_group
-from dynquant.analysis.plots.style import GROUP_COLOURS, human_bytes, new_figure, plain, size_unit
+from dynquant.analysis.plots.style import GROUP_COLOURS, new_figure, plain, size_unit
 from dynquant.recipes.plan import Plan
+from dynquant.resources import human_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -175,15 +175,6 @@ def size_unit(num_bytes: float) -> tuple[float, str]:
     return 1e3, "kB"
 
 
-def human_bytes(num_bytes: float) -> str:
-    """Decimal units with three digits: 31.0 MB, 140 GB."""
-    divisor, unit = size_unit(num_bytes)
-    value = num_bytes / divisor
-    return (
-        f"{value:.0f} {unit}" if value >= 99.95 else f"{value:.1f} {unit}" if value >= 9.995 else f"{value:.2f} {unit}"
-    )
-
-
 def freeze_layout(figure: "Figure") -> None:
     """Lay the figure out once and keep it so: what follows reads final pixel positions, and saving is faster."""
     engine = figure.get_layout_engine()

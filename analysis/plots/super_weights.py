@@ -6,7 +6,6 @@ Method of Yu et al. 2024 (arXiv 2411.07191): the row is the channel of the outpu
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dynquant.analysis.outliers.super_weights import SuperWeight
 from dynquant.analysis.plots.labels import place_labels
 from dynquant.analysis.plots.style import (
     BLUE,
@@ -21,6 +20,7 @@ from dynquant.analysis.plots.style import (
 )
 from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.tensor_roles import Role, layer_of
+from dynquant.recipes.folder import SuperWeight
 from dynquant.recipes.plan import Plan
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from dynquant.analysis.outliers.stand_outs import stand_outs
 from dynquant.analysis.plots.experts import starved_experts
 from dynquant.analysis.plots.groups import PlanResults, bits_of, role_group, shown_types
 from dynquant.analysis.plots.plan_map import KEPT_BITS
-from dynquant.analysis.plots.style import GROUP_COLOURS, PlotFiles, human_bytes
+from dynquant.analysis.plots.style import GROUP_COLOURS, PlotFiles
 from dynquant.analysis.report.tables import (
     evaluation_table,
     frontier_table,
@@ -35,6 +35,7 @@ from dynquant.checkpoints.vision_names import LANGUAGE, part_of
 from dynquant.errors import ExportError
 from dynquant.planning.selection import Selection
 from dynquant.recipes.plan import Plan, PlanEntry
+from dynquant.resources import human_bytes
 from dynquant.storage.atomic import write_atomically
 
 MAX_SVG_BYTES = 1_500_000

@@ -8,13 +8,13 @@ from math import prod
 
 from dynquant.analysis.errors.table import ErrorTable
 from dynquant.analysis.outliers.stand_outs import StandOut
-from dynquant.analysis.outliers.super_weights import SuperWeight
 from dynquant.analysis.plots.sizes import role_sizes
-from dynquant.analysis.plots.style import human_bytes
 from dynquant.checkpoints.tensor_roles import layer_of
 from dynquant.evaluation.statistics import Estimate
 from dynquant.planning.selection import Candidate, Selection
+from dynquant.recipes.folder import SuperWeight
 from dynquant.recipes.plan import Plan
+from dynquant.resources import human_bytes
 
 PLAN_COLUMNS = (
     "Tensor", "Role", "Layer", "Shape", "Type", "Bits per weight", "Bytes", "Output error", "RMS weight error",

@@ -19,60 +19,55 @@ bundled model measured over predicted KL is 1.0 to 1.7 at e = 0.1 (tests/test_se
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import nn
 
 from dynquant.checkpoints.tensor_roles import Role, gguf_name_of, role_of
+from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.running.expert_hooks import ExpertCall, expert_modules, record_experts
-from dynquant.running.gradients import (
-    ModelInputs,
+from dynquant.running.linear_hooks import (
     activation_gradients,
     backward_from_sampled_labels,
+    linear_names,
     sampled_log_probability,
 )
-from dynquant.running.linear_hooks import linear_names
 from dynquant.running.staged_passes import StagedPasses
-from dynquant.session import Progress
+from dynquant.session import Progress, ignore_progress
 
 
 def output_sensitivity(
     hf_model: nn.Module,
     arch: str,
     n_layer: int,
-    windows: torch.Tensor | Sequence[ModelInputs],
+    inputs: ModelInputs,
     *,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress = ignore_progress,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """GGUF weight name -> s in nats per token, and its standard error, from token ids [windows, window].
-
-    Windows may also be keyword arguments of a model with a vision tower, one sample each; s is per token all the same.
+    """Return GGUF weight name -> s in nats per token, and its standard error, from windows or samples, run one by one.
 
     Labels are drawn from the model's own distribution with `seed`; the model's weights stay as they are. The embedding,
     every linear layer and every stack of routed experts gets an entry. With one window there is no standard error: 0.
     """
     generator = torch.Generator().manual_seed(seed)
-    lengths = [
-        window.numel() if isinstance(window, torch.Tensor) else window["input_ids"].numel() for window in windows
-    ]
-    per_window: list[dict[str, float]] = [{} for _ in windows]
-    if progress:
-        progress("measuring sensitivity", 0, sum(lengths), unit="tokens")
-    for index, window in enumerate(windows):
+    batches = [batch.with_gradients() for batch in replace(inputs, batch_size=1)]
+    lengths = [batch.num_tokens for batch in batches]
+    per_window: list[dict[str, float]] = [{} for _ in batches]
+    progress("measuring sensitivity", 0, sum(lengths), unit="tokens")
+    for index, batch in enumerate(batches):
         with activation_gradients(hf_model), _observed(hf_model, arch, n_layer, partial(_add_to, per_window[index])):
-            inputs = window.unsqueeze(0) if isinstance(window, torch.Tensor) else window
-            backward_from_sampled_labels(hf_model, inputs, generator)
-        if progress:
-            progress("measuring sensitivity", sum(lengths[: index + 1]), sum(lengths), unit="tokens")
+            backward_from_sampled_labels(hf_model, batch.arguments, generator)
+        progress("measuring sensitivity", sum(lengths[: index + 1]), sum(lengths), unit="tokens")
     return _means_and_errors(per_window, lengths, _is_tied(hf_model))
 
 
 def streamed_sensitivity(
-    passes: StagedPasses, arch: str, n_layer: int, *, seed: int = 0, progress: Progress | None = None
+    passes: StagedPasses, arch: str, n_layer: int, *, seed: int = 0, progress: Progress = ignore_progress
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """What `output_sensitivity` gives, with one stage of the model in memory; every batch of `passes` is one window."""
+    """Return what `output_sensitivity` does, with one layer in memory; every batch of `passes` is one window."""
     generator = torch.Generator().manual_seed(seed)
     per_window: list[dict[str, float]] = [{} for _ in passes.batches]
     seen: dict[str, float] = {}
@@ -91,8 +86,7 @@ def streamed_sensitivity(
                 passes.backward(stage, partial(sampled_log_probability, generator=generator), before_window)
             passes.states.forget(stage)
             passes.gradients.forget(stage + 1)
-        if progress:
-            progress("measuring sensitivity", done, len(stages), unit="layers")
+        progress("measuring sensitivity", done, len(stages), unit="layers")
     return _means_and_errors(per_window, [batch.numel() for batch in passes.batches], passes.stream.is_tied)
 
 
@@ -103,16 +97,16 @@ def _add_to(sums: dict[str, float], name: str, value: float) -> None:
 def _means_and_errors(
     per_window: list[dict[str, float]], lengths: Sequence[int], is_tied: bool
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Sums of each window, of `lengths` tokens -> nats per token and standard errors, by name."""
+    """Turn the sums of each window, of `lengths` tokens, into nats per token and standard errors, by name."""
     count = len(per_window)
-    found: dict[str, torch.Tensor] = {}
+    means: dict[str, torch.Tensor] = {}
     for index, sums in enumerate(per_window):
         if is_tied and "output.weight" in sums:
             sums["token_embd.weight"] += sums.pop("output.weight")
         for name, total in sums.items():
-            found.setdefault(name, torch.zeros(count, dtype=torch.float64))[index] = total / lengths[index]
-    errors = {name: float(s.std()) / count**0.5 if count > 1 else 0.0 for name, s in sorted(found.items())}
-    return {name: float(s.mean()) for name, s in sorted(found.items())}, errors
+            means.setdefault(name, torch.zeros(count, dtype=torch.float64))[index] = total / lengths[index]
+    errors = {name: float(s.std()) / count**0.5 if count > 1 else 0.0 for name, s in sorted(means.items())}
+    return {name: float(s.mean()) for name, s in sorted(means.items())}, errors
 
 
 def _is_tied(hf_model: nn.Module) -> bool:
@@ -150,7 +144,7 @@ def _observed(hf_model: nn.Module, arch: str, n_layer: int, add: Callable[[str, 
 
 
 def _add_output(add: Callable[[str, float], None], name: str, y: torch.Tensor, gradient: torch.Tensor) -> None:
-    """y and gradient [..., d]."""
+    """Add s of an output y and its gradient, both [..., d]."""
     products = gradient.square().sum(-1) * y.square().sum(-1)  # [...]
     value = 0.5 * float(products.sum(dtype=torch.float64)) / y.shape[-1]
     for stored in _stored_names(name):
@@ -166,7 +160,7 @@ def _add_product(
 
 
 def _stored_names(name: str) -> tuple[str, ...]:
-    """GGUF stores `kv_b_proj` as two tensors; both take its sensitivity."""
+    """Return the stored tensors of a module: GGUF holds `kv_b_proj` as two, which both get its sensitivity."""
     if role_of(name) is not Role.MLA_KV_B:
         return (name,)
     prefix = name.removesuffix("attn_kv_b.weight")
@@ -174,7 +168,7 @@ def _stored_names(name: str) -> tuple[str, ...]:
 
 
 def _expert_names(module_name: str, arch: str, n_layer: int) -> tuple[str, ...]:
-    """Stored names of a stack's gate, up and down projections, down last."""
+    """Return the stored names of a stack's gate, up and down projections, down last."""
     parts = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
-    found = (gguf_name_of(f"{module_name}.{part}", arch, n_layer) for part in parts)
-    return tuple(name for name in found if name is not None)
+    names = (gguf_name_of(f"{module_name}.{part}", arch, n_layer) for part in parts)
+    return tuple(name for name in names if name is not None)

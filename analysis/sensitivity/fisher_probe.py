@@ -11,8 +11,14 @@ channels and tokens; unlike it, each number is a mean of few squares: its standa
 itself. The price of a tensor in a type is therefore the closed-form cost times one factor for each tensor, the
 geometric mean over types of probe over closed form; the errors of types are nearly independent directions, so that the
 factor is known better than any one cost.
+
+Gradients come one decoder layer at a time: from the last to the first, each layer runs again from its kept input, gets
+the gradients of its output for all windows, and leaves those of its input; the gradients of its weights are handed on
+and forgotten. In memory at a time: 4 bytes a weight of one layer and window.
 """
 
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from math import exp, log
 from statistics import fmean
 
@@ -20,13 +26,15 @@ import torch
 from torch import Tensor, nn
 
 from dynquant.analysis.errors.table import ErrorTable, Price
-from dynquant.analysis.sensitivity.streamed_backward import streamed_gradients
+from dynquant.checkpoints.tensor_roles import layer_of
 from dynquant.encoding.store import EncodedStore
-from dynquant.running.gradients import sampled_log_probability
+from dynquant.running.layer_replay import LayerReplay
+from dynquant.running.linear_hooks import frozen_weights, sampled_log_probability
 from dynquant.running.live_weights import LiveWeights
-from dynquant.session import Progress
+from dynquant.session import Progress, ignore_progress
 
 Costs = dict[str, dict[str, Price]]
+"""Tensor -> type -> its price."""
 
 
 def fisher_probe(
@@ -36,11 +44,12 @@ def fisher_probe(
     windows: Tensor,
     *,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress = ignore_progress,
 ) -> Costs:
-    """Cost and standard error of every tensor in every type of the table, one probe for each of `windows` [n, window].
+    """Measure cost and standard error of every tensor in every type of the table.
 
-    `hf_model` is the original in float32. Tensors that have no place in the running model are left out.
+    `hf_model` is the original in float32; each of `windows` [n, window] is one probe. Tensors that have no place in the
+    running model are left out.
 
     Raises:
         CheckpointError: the original's weights cannot be followed into the running model.
@@ -49,26 +58,20 @@ def fisher_probe(
     generator = torch.Generator().manual_seed(seed)
     costs: Costs = {}
 
-    def drawn(logits: Tensor) -> Tensor:
-        return sampled_log_probability(logits, generator)
-
     def consume(name: str, gradients: Tensor) -> None:
         costs[name] = _costs_of(name, gradients, store, table, windows.shape[1])
 
-    def report(done: int, total: int) -> None:
-        if progress:
-            progress("Fisher probe", done, total, unit="layers")
-
-    live = LiveWeights(store.model, hf_model)
-    streamed_gradients(hf_model, live, windows, drawn, table.tensors(), consume, report)
+    live, replay = LiveWeights(store.model, hf_model), LayerReplay(hf_model, windows.split(1))
+    backward = _StreamedBackward(hf_model, live, replay, table.tensors().keys(), consume)
+    backward.run(lambda logits: sampled_log_probability(logits, generator), progress or ignore_progress)
     return costs
 
 
 def probe_prices(table: ErrorTable, costs: Costs) -> Costs:
-    """Closed-form costs times each tensor's factor; tensors without a probe take the mean factor."""
+    """Return closed-form costs times each tensor's factor; tensors without a probe take the mean factor."""
     factors = {name: _factor(table, name, of_type) for name, of_type in costs.items()}
-    known = [log(factor) for factor, _ in factors.values() if factor > 0]
-    usual = exp(fmean(known)) if known else 1.0
+    logs = [log(factor) for factor, _ in factors.values() if factor > 0]
+    usual = exp(fmean(logs)) if logs else 1.0
     prices: Costs = {}
     for name, rows in table.tensors().items():
         factor, error = factors.get(name, (usual, usual))
@@ -78,7 +81,7 @@ def probe_prices(table: ErrorTable, costs: Costs) -> Costs:
 
 
 def _factor(table: ErrorTable, name: str, costs: dict[str, Price]) -> tuple[float, float]:
-    """Geometric mean over types of probe over closed form, and its standard error."""
+    """Return the geometric mean over types of probe over closed form, and its standard error."""
     rows = table.tensors()[name]
     logs = [
         log(price.kl / table.closed_form_cost(rows[type_name]))
@@ -93,12 +96,108 @@ def _factor(table: ErrorTable, name: str, costs: dict[str, Price]) -> tuple[floa
 
 
 def _costs_of(name: str, gradients: Tensor, store: EncodedStore, table: ErrorTable, tokens: int) -> dict[str, Price]:
-    """gradients [probes, weights]."""
+    """Price a tensor in every type by its gradients [probes, weights]."""
     original = store.model.source.load(name).flatten()
-    found = {}
+    costs = {}
     for type_name in table.tensors()[name]:
         difference = original - store.decoded(name, type_name).flatten()
         squares = 0.5 * (gradients @ difference).double().square() / tokens  # [probes]
         error = float(squares.std()) / len(squares) ** 0.5 if len(squares) > 1 else 0.0
-        found[type_name] = Price(kl=float(squares.mean()), se=error)
-    return found
+        costs[type_name] = Price(kl=float(squares.mean()), se=error)
+    return costs
+
+
+class _StreamedBackward:
+    """A backward pass on many windows, from layer to layer. `_flowing` holds the gradients between two, one a window.
+
+    Args:
+        replay: Of windows that each run alone.
+        names: GGUF tensors; those without a place in the running model are left out.
+        consume: Called once for every tensor with its gradients, [windows, weights].
+    """
+
+    def __init__(
+        self,
+        hf_model: nn.Module,
+        live: LiveWeights,
+        replay: LayerReplay,
+        names: Collection[str],
+        consume: Callable[[str, Tensor], None],
+    ) -> None:
+        self._hf_model, self._live, self._replay = hf_model, live, replay
+        self._names, self._consume = set(names) & set(live.names()), consume
+        self._flowing: list[Tensor] = []
+        self._parts: dict[str, Tensor] = {}
+
+    def run(self, loss: Callable[[Tensor], Tensor], progress: Progress) -> None:
+        """Run it; `loss` maps logits [tokens, vocabulary] of a window to a scalar."""
+        total = self._replay.num_layers + 1  # the embedding counts as a layer
+        with frozen_weights(self._hf_model):
+            for _ in self._replay.keep():
+                pass
+            self._head(loss)
+            for done, layer in enumerate(reversed(range(self._replay.num_layers)), start=1):
+                self._layer(layer)
+                progress("Fisher probe", done, total, unit="layers")
+            self._embedding()
+            progress("Fisher probe", total, total, unit="layers")
+
+    def _head(self, loss: Callable[[Tensor], Tensor]) -> None:
+        is_tied = self._live.parameter("token_embd.weight") is self._hf_model.get_output_embeddings().weight
+        # A tied embedding's part through the head waits for the other one, which comes last.
+        with self._measured(["token_embd.weight" if is_tied else "output.weight"], is_whole=not is_tied) as collect:
+            for index in range(len(self._replay.batches)):
+                with torch.no_grad():
+                    hidden = self._replay.layer(index, self._replay.num_layers - 1)
+                hidden.requires_grad_(True)
+                with torch.enable_grad():
+                    loss(self._replay.head(index, hidden)).backward()
+                self._flowing.append(hidden.grad)
+                collect()
+
+    def _layer(self, layer: int) -> None:
+        below = []
+        with self._measured([name for name in self._names if layer_of(name) == layer]) as collect:
+            for index, gradient in enumerate(self._flowing):
+                hidden = self._replay.layer_input(index, layer).detach().requires_grad_(True)
+                with torch.enable_grad():
+                    self._replay.layer(index, layer, hidden).backward(gradient)
+                below.append(hidden.grad)
+                collect()
+        self._flowing = below
+
+    def _embedding(self) -> None:
+        with self._measured(["token_embd.weight"]) as collect:
+            for index, gradient in enumerate(self._flowing):
+                with torch.enable_grad():
+                    self._replay.embedded(index).backward(gradient)
+                collect()
+
+    @contextmanager
+    def _measured(self, names: list[str], *, is_whole: bool = True) -> Iterator[Callable[[], None]]:
+        """Context manager: yields a function to call after each window's backward pass, and hands gradients on at exit.
+
+        Unless `is_whole`, they are kept until a later part of the same tensors is added to them.
+        """
+        names = sorted(set(names) & self._names)
+        gradients: dict[str, list[Tensor]] = {name: [] for name in names}
+        parameters = [self._live.parameter(name) for name in names]
+
+        def collect() -> None:
+            for name in names:
+                gradients[name].append(self._live.gradient(name).flatten().cpu())
+            for parameter in parameters:
+                parameter.grad = None
+
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        yield collect
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        for name in names:
+            total = torch.stack(gradients.pop(name))
+            total += self._parts.pop(name, torch.zeros(()))
+            if is_whole:
+                self._consume(name, total)
+            else:
+                self._parts[name] = total

@@ -12,9 +12,7 @@ from pathlib import Path
 from dynquant.analysis.outliers.super_weights import find_super_weights
 from dynquant.analysis.sensitivity.closed_form import output_sensitivity, streamed_sensitivity
 from dynquant.calibration.options import CalibrationOptions
-from dynquant.calibration.picture_stage import DataOptions, probe_inputs
-from dynquant.calibration.run import windows_of
-from dynquant.calibration.stage import streaming_limit
+from dynquant.calibration.stage import calibration_inputs, streaming_limit
 from dynquant.checkpoints.model import Model
 from dynquant.recipes.folder import SuperWeight
 from dynquant.running.layer_stream import LayerStream
@@ -47,24 +45,18 @@ def run_probe(
         CheckpointError: transformers cannot load the model.
         StatsError: a memory limit that is too small for it.
     """
-    if options.data is not None:
-        inputs = probe_inputs(model, DataOptions.of(replace(options, tokens=PROBE_TOKENS)), session)
-        hf_model = load_hf(model)
-        with session.stage(_PROBE_KEEPS) as progress:
-            found_on_samples = output_sensitivity(
-                hf_model, model.arch, model.hyper.n_layer, inputs, seed=session.seed, progress=progress
-            )
-        return Probe([], *found_on_samples)  # super weights are looked for with text alone
-    windows, _ = windows_of(model, options.text, tokens=PROBE_TOKENS, window=options.window, seed=session.seed)
+    inputs = calibration_inputs(model, replace(options, tokens=PROBE_TOKENS), session)
+    finds_super_weights = finds_super_weights and not inputs.has_pictures
     arch, n_layer = model.arch, model.hyper.n_layer
     limit = streaming_limit(model, options, "cpu", session)
     if limit is None:
         hf_model = load_hf(model)
-        found = find_super_weights(hf_model, arch, n_layer, windows[0]) if finds_super_weights else []
+        found = find_super_weights(hf_model, arch, n_layer, inputs.windows[0]) if finds_super_weights else []
         with session.stage(_PROBE_KEEPS) as progress:
             return Probe(
-                found, *output_sensitivity(hf_model, arch, n_layer, windows, seed=session.seed, progress=progress)
+                found, *output_sensitivity(hf_model, arch, n_layer, inputs, seed=session.seed, progress=progress)
             )
+    windows = inputs.windows
     stream = LayerStream(model)
     fit_within(stream, limit, Workload(windows.shape[1], is_backward=True))
     with stream.running(), _scratch((options.spill or directory) / ".probe.streaming") as scratch:

@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict
 
 from dynquant.analysis.errors.table import ErrorTable, Option, Price, lower_hull
 from dynquant.checkpoints.tensor_roles import layer_of, role_of
-from dynquant.evaluation.rendered_model import RenderedModel, ScoredText
+from dynquant.evaluation.rendered_model import RenderedModel, ScoredInputs
 from dynquant.evaluation.statistics import block_sums
 from dynquant.session import Progress
 
@@ -77,7 +77,7 @@ def group_of(name: str) -> str:
 
 def refine(
     rendered: RenderedModel,
-    text: ScoredText,
+    text: ScoredInputs,
     table: ErrorTable,
     choose: Callable[[ErrorTable], dict[str, str]],
     *,
@@ -107,7 +107,7 @@ def refine(
 
 def measure_steps(
     rendered: RenderedModel,
-    text: ScoredText,
+    text: ScoredInputs,
     table: ErrorTable,
     types: Mapping[str, str],
     *,
@@ -120,7 +120,7 @@ def measure_steps(
     steps = []
     for index, (group, direction, changes) in enumerate(wanted):
         moved = text.divergences_with({name: to for name, (_, to) in changes.items()})
-        change, error = _paired(moved.numpy() - plain.numpy(), text.window_lengths)
+        change, error = _paired(moved.numpy() - plain.numpy(), text.lengths)
         predicted = sum(_cost(table, name, to) - _cost(table, name, old) for name, (old, to) in changes.items())
         steps.append(
             UnitStep(

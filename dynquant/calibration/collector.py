@@ -1,10 +1,10 @@
-"""Hears from hooks what every layer of a running model is given, and keeps the statistics of it.
+"""Collects input statistics of every layer of a running model through forward hooks, over text and pictures.
 
 A collector belongs to one model and one calibration. It sees batches in whatever order they are run: all layers of one
 batch, or all batches of one layer, whose statistics can then be taken before the next is run.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -12,13 +12,19 @@ from functools import partial
 import torch
 from torch import nn
 
-from dynquant.calibration.input_recorder import InputRecorder
-from dynquant.calibration.moment_recorder import MomentRecorder
+from dynquant.calibration.recorders import InputRecorder, MomentRecorder
 from dynquant.calibration.statistics import InputStats
-from dynquant.checkpoints.tensor_roles import gguf_name_of
+from dynquant.checkpoints.tensor_roles import gguf_name_of, role_of
 from dynquant.errors import StatsError
+from dynquant.inputs.model_inputs import Batch
 from dynquant.running.expert_hooks import ExpertCall, expert_modules, record_experts
 from dynquant.running.linear_hooks import LinearHooks, linear_names
+
+IMAGE, TEXT = "image", "text"
+KINDS = (IMAGE, TEXT)
+"""Kinds of tokens that are told apart where pictures are seen."""
+_ALL = ""
+_PICTURE_READERS = ("cross_attn_k.weight", "cross_attn_v.weight")
 
 
 @dataclass(frozen=True)
@@ -35,9 +41,11 @@ class SampleLimits:
 
 
 class Collector:
-    """Names the inputs that the hooks show, and hands them to recorders.
+    """Names the inputs that the hooks show, and hands them to recorders; `start` says which batch runs next.
 
     With `with_gradients`, second moments of linear layers and experts wait for the gradients of `seeing_gradients`.
+    With `by_kind`, image and text tokens are recorded apart too. Linear layers of the language model see both in one
+    sequence; vision tower, projector and the keys and values of cross-attention see pictures only.
     """
 
     def __init__(
@@ -45,23 +53,18 @@ class Collector:
         hf_model: nn.Module,
         arch: str,
         n_layer: int,
-        window: int,
-        limits: SampleLimits,
         moments: MomentRecorder | None,
         *,
+        limits: SampleLimits | None = None,
         with_gradients: bool = False,
+        by_kind: bool = False,
     ) -> None:
-        self.is_sampling = False
-        """Whether windows are held back: sampled, and no part of the sums."""
-        self.sample_fill = 0.0
-        """The share of the sample capacity to fill by the end of this batch."""
         self._model = hf_model
-        self._window = window
-        self._limits = limits
-        self._moments = moments
-        self._with_gradients = with_gradients
+        self._moments, self._limits = moments, limits or SampleLimits()
+        self._with_gradients, self._by_kind = with_gradients, by_kind
         self._sums, self._sees_gradients = False, False
-        self._recorders: dict[str, InputRecorder] = {}
+        self._is_text, self._window, self._fill = torch.ones(0, dtype=torch.bool), 1, None
+        self._recorders: dict[str, dict[str, InputRecorder]] = {kind: {} for kind in (_ALL, *KINDS)}
         self._linear_layers = linear_names(hf_model, arch, n_layer)
         self._linears = LinearHooks(hf_model, arch, n_layer, self._observe_linear)
         self._experts = {
@@ -70,7 +73,7 @@ class Collector:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Inside, forward passes are recorded."""
+        """Context manager: records forward passes."""
         self._sums = True
         try:
             with self._linears.attached(), record_experts(self._model, self._observe_expert):
@@ -80,7 +83,7 @@ class Collector:
 
     @contextmanager
     def seeing_gradients(self) -> Iterator[None]:
-        """Inside, backward passes add second moments, weighted by the gradients of outputs."""
+        """Context manager: backward passes add second moments, weighted by the gradients of outputs."""
         hooks = [
             layer.register_forward_hook(partial(self._await_gradient, name), with_kwargs=True)
             for name, layer in self._linear_layers.items()
@@ -94,6 +97,10 @@ class Collector:
             for hook in hooks:
                 hook.remove()
 
+    def start(self, batch: Batch, fill: float | None = None) -> None:
+        """Name the batch that runs next; with `fill` it is held back, and samples may fill so much of their room."""
+        self._is_text, self._window, self._fill = batch.is_text.flatten(), batch.is_text.shape[1], fill
+
     @property
     def aliases(self) -> dict[str, str]:
         """Weight -> key of the input that it shares, as far as layers have been run."""
@@ -101,31 +108,28 @@ class Collector:
             alias: names.gate for names in self._experts.values() for alias in names.aliases
         }
 
-    def take(self) -> dict[str, InputStats]:
-        """The statistics of all inputs that were seen since the last call."""
-        found = {key: recorder.finish() for key, recorder in self._recorders.items()}
-        self._recorders.clear()
-        return found
+    def take(self, kind: str = _ALL) -> dict[str, InputStats]:
+        """Return the statistics of all inputs that were seen since the last call, of one of KINDS or of all tokens."""
+        stats = {key: recorder.finish() for key, recorder in self._recorders[kind].items()}
+        self._recorders[kind].clear()
+        return stats
 
     def know_aliases(self, aliases: dict[str, str]) -> None:
         """Take over what an interrupted run has learnt."""
         self._linears.aliases.update(aliases)
 
     def _observe_linear(self, key: str, x: torch.Tensor, out: torch.Tensor | None) -> None:
-        recorder = self._recorders.get(key)
-        if recorder is None:
-            num_experts = x.shape[1] if x.ndim == 3 else 1
-            recorder = self._add_recorder(key, num_experts, x, self._limits.dense_rows)
-        self._record(recorder, x, 0)
-        if self._moments is not None and not self.is_sampling and key not in self._awaiting():
+        sees_pictures = role_of(key).is_vision or key.endswith(_PICTURE_READERS) or len(x) != len(self._is_text)
+        rows = _Rows(
+            torch.arange(len(x), device=x.device),
+            torch.zeros(len(x), dtype=torch.bool) if sees_pictures else self._is_text,
+            self._limits.dense_rows,
+            num_experts=x.shape[1] if x.ndim == 3 else 1,
+        )
+        self._record(key, rows, x.detach(), None if out is None or role_of(key).is_vision else out.detach())
+        waits = self._with_gradients and key in self._linear_layers
+        if self._moments is not None and self._fill is None and not waits:
             self._moments.add(key, x)
-        if out is not None:
-            positions = torch.arange(len(x), device=x.device) % self._window
-            recorder.add_extremes(x.detach(), out.detach(), positions)
-
-    def _awaiting(self) -> Collection[str]:
-        """Weights whose inputs are summed when their gradients arrive."""
-        return self._linear_layers if self._with_gradients else ()
 
     def _await_gradient(self, name: str, _module: nn.Module, args: tuple, kwargs: dict, out: torch.Tensor) -> None:
         key = self._linears.aliases.get(name, name)
@@ -134,11 +138,16 @@ class Collector:
             out.register_hook(lambda gradient: self._add_moments(key, x, gradient.flatten(0, -2)))
 
     def _observe_expert(self, call: ExpertCall) -> None:
-        if self._sums:
-            self._sum_expert(call)
-        if self._moments is None or self.is_sampling:
-            return
         names, num_experts = self._experts[call.module], call.module.num_experts
+        if self._sums:
+            x, h = call.x.detach(), call.down_input.detach()
+            capacity = self._limits.rows_per_expert(num_experts, x.shape[1] + h.shape[1])
+            is_text = self._is_text[call.tokens.cpu()] if self._by_kind else None
+            rows = _Rows(call.tokens, is_text, capacity, num_experts, call.expert)
+            self._record(names.gate, rows, x, None)
+            self._record(names.down, rows, h, call.down_output.detach())
+        if self._moments is None or self._fill is not None:
+            return
         where = {"num_experts": num_experts, "expert": call.expert}
         for key, inputs, output in (
             (names.gate, call.x, call.gate_up_output),
@@ -149,31 +158,39 @@ class Collector:
             elif self._sees_gradients:
                 output.register_hook(partial(self._add_moments, key, inputs.detach(), **where))
 
-    def _sum_expert(self, call: ExpertCall) -> None:
-        names, module = self._experts[call.module], call.module
-        x, h = call.x.detach(), call.down_input.detach()
-        if names.down not in self._recorders:
-            rows = self._limits.rows_per_expert(module.num_experts, x.shape[1] + h.shape[1])
-            self._add_recorder(names.gate, module.num_experts, x, rows)
-            self._add_recorder(names.down, module.num_experts, h, rows)
-        self._record(self._recorders[names.gate], x, call.expert)
-        self._record(self._recorders[names.down], h, call.expert)
-        positions = call.tokens % self._window
-        self._recorders[names.down].add_extremes(h, call.down_output.detach(), positions, expert=call.expert)
-
     def _add_moments(self, key: str, x: torch.Tensor, gradient: torch.Tensor, **where: int) -> None:
         assert self._moments is not None
         self._moments.add(key, x, squared_gradients=gradient.square().sum(-1), **where)
 
-    def _add_recorder(self, key: str, num_experts: int, x: torch.Tensor, rows: int) -> InputRecorder:
-        self._recorders[key] = InputRecorder(num_experts, x.shape[-1], sample_rows=rows, device=x.device)
-        return self._recorders[key]
+    def _record(self, key: str, rows: "_Rows", x: torch.Tensor, out: torch.Tensor | None) -> None:
+        """Add inputs of a layer to the recorders of their kinds; `out` is the output of a down-projection."""
+        parts = {_ALL: x}
+        if self._by_kind:
+            is_text = rows.is_text.to(x.device)
+            parts |= {IMAGE: x[~is_text], TEXT: x[is_text]}
+        for kind, part in parts.items():
+            recorder = self._recorders[kind].get(key)
+            if recorder is None:
+                recorder = InputRecorder(rows.num_experts, x.shape[-1], sample_rows=rows.capacity, device=x.device)
+                self._recorders[kind][key] = recorder
+            if self._fill is not None:
+                recorder.add_samples(part, expert=rows.expert, fill=self._fill)
+            elif len(part):
+                recorder.add_sums(part, expert=rows.expert)
+        if out is not None:
+            self._recorders[_ALL][key].add_extremes(x, out, rows.tokens % self._window, expert=rows.expert)
 
-    def _record(self, recorder: InputRecorder, x: torch.Tensor, expert: int) -> None:
-        if self.is_sampling:
-            recorder.add_samples(x, expert=expert, fill=self.sample_fill)
-        else:
-            recorder.add_sums(x.detach(), expert=expert)
+
+@dataclass(frozen=True)
+class _Rows:
+    """Which tokens of the batch the rows of an input are, which of them hold text, and whose input it is."""
+
+    tokens: torch.Tensor  # int64 [rows]
+    is_text: torch.Tensor | None  # bool [rows]; None where kinds are not told apart
+    capacity: int
+    """How many rows may be sampled."""
+    num_experts: int = 1
+    expert: int = 0
 
 
 @dataclass(frozen=True)

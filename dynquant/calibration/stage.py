@@ -4,35 +4,46 @@ The model is loaded whole where it fits, and streamed layer by layer where it do
 """
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from dynquant.calibration import run
+from dynquant.calibration.collector import KINDS
 from dynquant.calibration.importance import coverage_report
 from dynquant.calibration.options import CalibrateOptions, CalibrationOptions
-from dynquant.calibration.picture_collector import VisionCalibration
-from dynquant.calibration.picture_stage import TEXT_ONLY, DataOptions, calibrate_on_samples, remove_kinds
-from dynquant.calibration.run import Calibration, windows_of
+from dynquant.calibration.run import (
+    Calibration,
+    StatisticsOptions,
+    collect_statistics,
+    provenance_of,
+    text_inputs,
+)
 from dynquant.calibration.second_moments import SecondMoments, load_beside, path_beside
-from dynquant.calibration.statistics import CalibrationStats
-from dynquant.calibration.streamed import StreamedCalibration, calibrate_streamed
+from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
+from dynquant.calibration.streamed import StreamingOptions, calibrate_streamed
 from dynquant.checkpoints.model import Model
 from dynquant.errors import PlanError, StatsError
 from dynquant.families.common.conversion import ConvertedSource
 from dynquant.families.open import open_and_announce
+from dynquant.inputs.model_inputs import ModelInputs
+from dynquant.inputs.pictures import picture_inputs, read_samples
 from dynquant.inputs.text import read_text
 from dynquant.resources import chosen_device, human_bytes, parse_size
-from dynquant.running.load import computing_type
+from dynquant.running.load import computing_type, load_hf
 from dynquant.running.stream_memory import COMFORTABLE_SHARE, free_memory
 from dynquant.session import SILENT, Progress, Session
 from dynquant.storage.atomic import file_hash
 
 STATS_NAME = "stats.safetensors"
 """Statistics beside a plan."""
+TEXT_ONLY = (
+    "This model has a vision tower, but the calibration is text alone: nothing of the vision tower, the projector and "
+    "cross-attention will be measured. Their inputs are then taken to be even, types below 2.5 bits are closed to "
+    "them, their sensitivities are guessed, and the language model is fitted to text tokens, whose statistics differ "
+    "from those of image tokens. Give pictures with --data FILE."
+)
 _LIMIT_SHARE = 0.85
 """Share of the free memory within which a model is streamed that does not fit into it."""
 
@@ -126,7 +137,7 @@ def statistics_in(
         if has_moments and _was_made_with(found.stats, model, options, session.seed):
             session.note(f"reusing {path}")
             return found
-    stats = run_calibration(model, options, path, session)
+    stats = run_calibration(model, options, path, session, base_gguf=base_gguf)
     tell_coverage(stats, model, session)
     return StatsFile(path, stats)
 
@@ -146,7 +157,7 @@ def _was_made_with(stats: CalibrationStats, model: Model, options: CalibrationOp
     if (made.fingerprint, made.max_tokens, made.seed) != (model.fingerprint, options.tokens, seed):
         return False
     if options.data is not None:
-        return made.text_hash == DataOptions.of(options).file.sha256
+        return made.text_hash == read_samples(Path(options.data)).sha256
     return made.window == options.window and (
         made.text_hash == read_text(options.text, seed=seed, max_tokens=options.tokens).sha256
     )
@@ -169,26 +180,75 @@ def run_calibration(
     device = chosen_device(session.device)
     _check_vision(model, options)
     limit = None if options.ray is not None else streaming_limit(model, options, device, session)
-    if options.data is not None:
-        stats, pools_experts, left_out, count = _calibrate_on_samples(model, options, output, session)
-    elif limit is None:
-        stats, pools_experts, left_out, count = _calibrate_whole(model, options, device, output, session, base_gguf)
+    inputs = calibration_inputs(model, options, session, batch_size=_batch_size(device))
+    if model.has_vision and not inputs.has_pictures:
+        session.note(TEXT_ONLY)
+    provenance = provenance_of(model, inputs, tokens=options.tokens, seed=session.seed)
+    statistics = StatisticsOptions(options.hessians, parse_size(options.hessian_memory))
+    if limit is not None:
+        streaming = StreamingOptions(limit, options.spill, device, computing_type(model, device))
+        with session.stage("Finished layers are kept.") as progress:
+            result = calibrate_streamed(model, inputs, provenance, output, statistics, streaming, progress)
+        if result.first_stage:
+            session.note(f"went on with an interrupted calibration, {result.first_stage} of its stages were there")
     else:
-        found = _calibrate_streamed(model, options, device, output, session, limit)
-        stats, pools_experts, left_out, count = found.stats, found.pools_experts, found.left_out, found.num_moments
+        with session.stage("Calibration is not kept: what it has measured so far is lost.") as progress:
+            if options.ray is not None:
+                result = _calibrate_on_ray(
+                    options.ray, session.device, base_gguf, model, inputs, provenance, statistics, progress
+                )
+            else:
+                result = collect_statistics(
+                    load_hf(model, device=device), inputs, arch=model.arch, n_layer=model.hyper.n_layer,
+                    provenance=provenance, options=statistics, progress=progress,
+                )  # fmt: skip
+        _save(result, output)
+    for kind in KINDS:
+        if kind not in result.by_kind:  # left by an earlier calibration
+            kind_path(output, kind).unlink(missing_ok=True)
+    if inputs.has_pictures:
+        num_text = sum(int(batch.is_text.sum()) for batch in inputs)
+        num_pictures = inputs.num_tokens - num_text
+        session.note(f"{len(inputs)} samples: {num_pictures:,} image tokens, {num_text:,} text tokens")
     moments_path = path_beside(output)
     if options.hessians != "none":
         size = human_bytes(moments_path.stat().st_size)
-        pooled = ", one for each layer's experts" if pools_experts else ""
-        session.note(f"wrote {moments_path}: {count} second moments{pooled}, {size}")
+        pooled = ", one for each layer's experts" if result.pools_experts else ""
+        session.note(f"wrote {moments_path}: {result.num_moments} second moments{pooled}, {size}")
     else:
         moments_path.unlink(missing_ok=True)
-    if left_out:
+    if result.left_out:
         session.note(
-            f"no second moments for {len(left_out)} inputs, because --hessian-memory {options.hessian_memory} is "
-            f"used up; they are encoded without error feedback: {', '.join(left_out)}"
+            f"no second moments for {len(result.left_out)} inputs, because --hessian-memory {options.hessian_memory} "
+            f"is used up; they are encoded without error feedback: {', '.join(result.left_out)}"
         )
-    return stats
+    return result.stats
+
+
+def calibration_inputs(
+    model: Model, options: CalibrationOptions, session: Session, *, batch_size: int = 4
+) -> ModelInputs:
+    """Return what the model is run on: samples with pictures (`data`), or windows of a text.
+
+    Raises:
+        DataError: the model sees no images, or nothing of the file can be used.
+        StatsError: the text is missing or empty.
+    """
+    if options.data is None:
+        return text_inputs(
+            model, options.text, tokens=options.tokens, window=options.window, batch_size=batch_size, seed=session.seed
+        )
+    inputs = picture_inputs(model, Path(options.data), tokens=options.tokens, seed=session.seed, strict=options.strict)
+    if inputs.skipped:
+        session.note(f"skipped {len(inputs.skipped)} samples whose images cannot be decoded:")
+    for reason in inputs.skipped:
+        session.note(f"  {reason}")
+    return inputs
+
+
+def kind_path(stats: Path, kind: str) -> Path:
+    """Return where statistics of one kind of token lie: `stats.safetensors` -> `stats-image.safetensors`."""
+    return stats.with_name(f"{stats.stem}-{kind}{stats.suffix}")
 
 
 def streaming_limit(model: Model, options: CalibrationOptions, device: str, session: Session = SILENT) -> int | None:
@@ -220,77 +280,35 @@ def _check_vision(model: Model, options: CalibrationOptions) -> None:
         raise StatsError("--hessians gradients runs on text; with --data give activations or none.")
 
 
-def _calibrate_on_samples(
-    model: Model, options: CalibrationOptions, output: Path, session: Session
-) -> tuple[CalibrationStats, bool, tuple[str, ...], int]:
-    hessian_bytes = parse_size(options.hessian_memory) if options.hessians == "activations" else None
-    found = calibrate_on_samples(model, DataOptions.of(options), output, session, hessian_bytes=hessian_bytes)
-    return _saved(found, output)
-
-
-def _calibrate_whole(
-    model: Model, options: CalibrationOptions, device: str, output: Path, session: Session, base_gguf: Path | None
-) -> tuple[CalibrationStats, bool, tuple[str, ...], int]:
-    remove_kinds(output)
-    if model.has_vision:
-        session.note(TEXT_ONLY)
-    with session.stage("Calibration is not kept: what it has measured so far is lost.") as progress:
-        if options.ray is not None:
-            found = _calibrate_on_ray(model, options, base_gguf, session, progress)
-        else:
-            found = run.calibrate(
-                model, options.text, progress=progress, **_measured(options, device), **_read(options, session)
-            )
-    return _saved(found, output)
-
-
-def _saved(found: Calibration | VisionCalibration, output: Path) -> tuple[CalibrationStats, bool, tuple[str, ...], int]:
-    """Write what was measured in one piece."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if found.moments is not None:
-        found.moments.save(path_beside(output))
-    found.stats.save(output)
-    return found.stats, found.pools_experts, found.left_out, len(found.moments.sums) if found.moments else 0
-
-
 def _calibrate_on_ray(
-    model: Model, options: CalibrationOptions, base_gguf: Path | None, session: Session, progress: Progress
+    address: str,
+    device: str | None,
+    base_gguf: Path | None,
+    model: Model,
+    inputs: ModelInputs,
+    provenance: StatsProvenance,
+    statistics: StatisticsOptions,
+    progress: Progress,
 ) -> Calibration:
     from dynquant.calibration.sharded import calibrate_in_shards
     from dynquant.running.cluster import open_ray
 
-    windows, provenance = windows_of(model, options.text, **_read(options, session))
-    with open_ray(str(options.ray)) as pool:
-        device = session.device or ("cuda" if pool.has_gpus else "cpu")
+    with open_ray(address) as pool:
+        device = pool.device(device)
         return calibrate_in_shards(
-            model, windows, provenance, base_gguf=base_gguf, pool=pool, progress=progress,
-            **_measured(options, "cuda" if device.startswith("cuda") else device),
+            model, replace(inputs, batch_size=_batch_size(device)), provenance, statistics,
+            base_gguf=base_gguf, device=device, pool=pool, progress=progress,
         )  # fmt: skip
 
 
-def _calibrate_streamed(
-    model: Model, options: CalibrationOptions, device: str, output: Path, session: Session, limit: int
-) -> StreamedCalibration:
-    windows, provenance = windows_of(model, options.text, **_read(options, session))
-    dtype = computing_type(model, device)
-    with session.stage("Finished layers are kept.") as progress:
-        found = calibrate_streamed(
-            model, windows, provenance, output, limit_bytes=limit, spill=options.spill, dtype=dtype, progress=progress,
-            **_measured(options, device),
-        )  # fmt: skip
-    if found.first_stage:
-        session.note(f"went on with an interrupted calibration, {found.first_stage} of its stages were there")
-    return found
+def _save(result: Calibration, output: Path) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if result.moments is not None:
+        result.moments.save(path_beside(output))
+    for kind, stats in result.by_kind.items():
+        stats.save(kind_path(output, kind))
+    result.stats.save(output)
 
 
-def _read(options: CalibrationOptions, session: Session) -> dict[str, Any]:
-    return {"tokens": options.tokens, "window": options.window, "seed": session.seed}
-
-
-def _measured(options: CalibrationOptions, device: str) -> dict[str, Any]:
-    return {
-        "device": device,
-        "batch_size": 16 if device.startswith("cuda") else 4,
-        "hessians": options.hessians,
-        "hessian_bytes": parse_size(options.hessian_memory),
-    }
+def _batch_size(device: str) -> int:
+    return 16 if device.startswith("cuda") else 4

@@ -11,26 +11,29 @@ After each stage its statistics and the hidden states that it left are on the di
 """
 
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dynquant import __version__
-from dynquant.calibration.collector import Collector, SampleLimits
-from dynquant.calibration.moment_recorder import DEFAULT_LIMIT, MomentRecorder
-from dynquant.calibration.run import Hessians, check_seen, split_windows
+from dynquant.calibration.collector import Collector
+from dynquant.calibration.options import Hessians
+from dynquant.calibration.recorders import MomentRecorder
+from dynquant.calibration.run import StatisticsOptions, check_seen, split_inputs
 from dynquant.calibration.second_moments import path_beside
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_format import merge_tensor_files
 from dynquant.errors import StatsError
-from dynquant.running.gradients import sampled_log_probability
+from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.running.layer_stream import LayerStream
+from dynquant.running.linear_hooks import sampled_log_probability
 from dynquant.running.staged_passes import StagedPasses
 from dynquant.running.stream_memory import Workload, fit_within
-from dynquant.session import Progress
+from dynquant.session import Progress, ignore_progress
 from dynquant.storage.atomic import save_tensors
 from dynquant.storage.journal import Journal
 
@@ -46,59 +49,69 @@ class StreamedCalibration:
     num_moments: int
     first_stage: int
     """Stages below this one were taken over from an interrupted run."""
+    by_kind: Mapping[str, CalibrationStats] = field(default_factory=dict)
+    """Always empty: pictures are not streamed."""
+
+
+@dataclass(frozen=True)
+class StreamingOptions:
+    """How the model is run layer by layer."""
+
+    limit_bytes: int | None = None
+    """Memory of the whole process; None takes what the largest layers need."""
+    spill: Path | None = None
+    """Where hidden states go, instead of the directory of the output."""
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
 
 
 def calibrate_streamed(
     model: Model,
-    windows: torch.Tensor,
+    inputs: ModelInputs,
     provenance: StatsProvenance,
     output: Path,
-    *,
-    limit_bytes: int | None = None,
-    spill: Path | None = None,
-    batch_size: int = 4,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    hessians: Hessians = "none",
-    hessian_bytes: int = DEFAULT_LIMIT,
-    progress: Progress | None = None,
+    options: StatisticsOptions | None = None,
+    streaming: StreamingOptions | None = None,
+    progress: Progress = ignore_progress,
 ) -> StreamedCalibration:
-    """Calibrate on `windows` [windows, window] and write `output` and, beside it, second moments.
-
-    Args:
-        limit_bytes: of the whole process; None takes what the largest layers need.
-        spill: where hidden states go, instead of the directory of `output`.
+    """Calibrate on windows of text and write `output` and, beside it, second moments.
 
     Raises:
         CheckpointError: the model is no safetensors checkpoint of a known family.
         StatsError: the limit is too small, or there is no space for hidden states.
     """
-    summed, held, provenance = split_windows(windows, provenance)
-    stream = LayerStream(model, dtype=dtype, device=device)
-    moments = None if hessians == "none" else MomentRecorder.for_model(stream.hf_model, hessian_bytes)
-    if limit_bytes is not None:
+    options, streaming = options or StatisticsOptions(), streaming or StreamingOptions()
+    summed, held, provenance = split_inputs(inputs, provenance, options.held_back)
+    stream = LayerStream(model, dtype=streaming.dtype, device=streaming.device)
+    moments = options.recorder(stream.hf_model)
+    if streaming.limit_bytes is not None:
         work = Workload(
-            batch_size * provenance.window,
-            is_backward=hessians == "gradients",
+            inputs.batch_size * provenance.window,
+            is_backward=options.hessians == "gradients",
             moments=moments is not None,
             pools_experts=moments is None or moments.pools_experts,
         )
-        fit_within(stream, limit_bytes, work)
+        fit_within(stream, streaming.limit_bytes, work)
     output.parent.mkdir(parents=True, exist_ok=True)
     identity = {
-        "tool": __version__, "provenance": provenance.model_dump(), "batch": batch_size, "dtype": str(dtype),
-        "device": device, "hessians": hessians, "hessian_bytes": hessian_bytes,
+        "tool": __version__, "provenance": provenance.model_dump(), "batch": inputs.batch_size,
+        "dtype": str(streaming.dtype), "device": streaming.device, "hessians": options.hessians,
+        "hessian_bytes": options.hessian_bytes,
     }  # fmt: skip
-    directory = (spill or output.parent) / f".{output.name}.streaming"
+    directory = (streaming.spill or output.parent) / f".{output.name}.streaming"
     journal = _journal_in(directory, identity)
-    run = _Run(stream, model, summed, held, provenance, batch_size, moments, hessians, journal, progress)
+    collector = Collector(
+        stream.hf_model, model.arch, model.hyper.n_layer, moments, limits=options.limits,
+        with_gradients=options.hessians == "gradients",
+    )  # fmt: skip
+    run = _Run(stream, summed, held, provenance, options.hessians, moments, collector, journal)
     first_stage = len(journal.records)
     with stream.running():
-        run.all_stages()
-    found = run.join(output)
+        run.all_stages(progress)
+    calibration = run.join(output, first_stage)
     journal.close()
     shutil.rmtree(directory)
-    return StreamedCalibration(*found, first_stage)
+    return calibration
 
 
 def _journal_in(directory: Path, identity: dict[str, object]) -> Journal:
@@ -124,30 +137,22 @@ class _Run:
     def __init__(
         self,
         stream: LayerStream,
-        model: Model,
-        summed: torch.Tensor,
-        held: torch.Tensor,
+        summed: ModelInputs,
+        held: ModelInputs,
         provenance: StatsProvenance,
-        batch_size: int,
-        moments: MomentRecorder | None,
         hessians: Hessians,
+        moments: MomentRecorder | None,
+        collector: Collector,
         journal: Journal,
-        progress: Progress | None,
     ) -> None:
         self._stream, self._summed, self._provenance = stream, summed, provenance
-        self._moments, self._hessians, self._journal, self._progress = moments, hessians, journal, progress
+        self._hessians, self._moments, self._collector, self._journal = hessians, moments, collector, journal
         self._directory = journal.path.parent
-        sampled = held.split(batch_size) if len(held) else ()
-        self._num_summed = len(summed.split(batch_size))
-        self._num_sampled = len(sampled)
-        self._passes = StagedPasses(stream, (*summed.split(batch_size), *sampled), self._directory)
-        self._collector = Collector(
-            stream.hf_model, model.arch, model.hyper.n_layer, provenance.window, SampleLimits(), moments,
-            with_gradients=hessians == "gradients",
-        )  # fmt: skip
+        self._batches = (*summed, *held)
+        self._passes = StagedPasses(stream, [batch.ids for batch in self._batches], self._directory)
         self._generator = torch.Generator().manual_seed(provenance.seed)
 
-    def all_stages(self) -> None:
+    def all_stages(self, progress: Progress) -> None:
         """Run what the journal does not have yet."""
         forward = [("forward", stage) for stage in range(self._passes.head + 1)]
         backward = [("backward", stage) for stage in range(self._passes.head, 0, -1)]
@@ -162,10 +167,9 @@ class _Run:
             if number >= len(done):
                 self._forward(stage) if direction == "forward" else self._backward(stage)
                 self._keep(direction, stage)
-            if self._progress is not None:
-                self._progress("calibrate", number + 1, len(order), unit="layers")
+            progress("calibrate", number + 1, len(order), unit="layers")
 
-    def join(self, output: Path) -> tuple[CalibrationStats, Path | None, bool, tuple[str, ...], int]:
+    def join(self, output: Path, first_stage: int) -> StreamedCalibration:
         """Write the statistics and second moments of all stages."""
         aliases = self._collector.aliases
         stats = CalibrationStats(self._provenance, {}, aliases)
@@ -179,11 +183,11 @@ class _Run:
             keys = {key for entry in self._journal.records for key in entry["moments"]}
             known = {alias: key for alias, key in aliases.items() if key in keys}
             header = {"provenance": self._provenance.model_dump(), "aliases": known, "kind": self._hessians}
-            merge_tensor_files(moments_path, parts, {"tokens": self._summed.to(torch.int32)}, header)
+            merge_tensor_files(moments_path, parts, {"tokens": self._summed.windows.to(torch.int32)}, header)
         stats.save(output)
         pooled = self._moments is not None and self._moments.pools_experts
         left_out = () if self._moments is None else tuple(self._moments.left_out)
-        return stats, moments_path, pooled, left_out, len(keys)
+        return StreamedCalibration(stats, moments_path, pooled, left_out, len(keys), first_stage)
 
     @property
     def _with_gradients(self) -> bool:
@@ -200,12 +204,15 @@ class _Run:
             return sampled_log_probability(logits, self._generator)
 
         with self._collector.seeing_gradients():
-            self._passes.backward(stage, loss, self._before_batch, num_batches=self._num_summed)
+            self._passes.backward(stage, loss, self._before_batch, num_batches=self._summed.num_batches)
         self._passes.gradients.settle(stage)
 
     def _before_batch(self, index: int) -> None:
-        self._collector.is_sampling = index >= self._num_summed
-        self._collector.sample_fill = (index - self._num_summed + 1) / max(1, self._num_sampled)
+        num_summed = self._summed.num_batches
+        num_held = len(self._batches) - num_summed
+        self._collector.start(
+            self._batches[index], (index - num_summed + 1) / num_held if index >= num_summed else None
+        )
 
     def _keep(self, direction: str, stage: int) -> None:
         """Statistics and second moments of a stage go to the disk, then its line to the journal."""
@@ -216,8 +223,8 @@ class _Run:
         entry |= {"moment_bytes": 0, "left_out": [], "moments": []}
         if self._moments is not None:
             sums, weights = self._moments.take()
-            tensors = {f"{key}.sum": one for key, one in sums.items()}
-            tensors |= {f"{key}.weight": one for key, one in weights.items()}
+            tensors = {f"{key}.sum": total for key, total in sums.items()}
+            tensors |= {f"{key}.weight": weight for key, weight in weights.items()}
             if tensors:
                 save_tensors(name.with_suffix(".moments.safetensors"), tensors, {})
             entry["moment_bytes"], entry["left_out"] = self._moments.used_bytes, self._moments.left_out

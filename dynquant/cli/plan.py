@@ -145,7 +145,7 @@ def print_costs(plan: "Plan", directory: Path, machine_file: Path, options: Plan
     from dynquant.analysis.costs.machine import Machine
     from dynquant.analysis.costs.model import Workload, predict
     from dynquant.analysis.errors.options import DEFAULT_TYPES
-    from dynquant.families.text.registry import open_config
+    from dynquant.families.open import open_config
 
     machine, calibration = Machine.load(machine_file), options.calibration
     limit = None if calibration.max_memory is None else parse_size(calibration.max_memory)

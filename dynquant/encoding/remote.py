@@ -34,8 +34,7 @@ from dynquant.encoding.stream import (
     load_encoder,
 )
 from dynquant.errors import ClusterError, DynquantError
-from dynquant.families.open import open_model
-from dynquant.running.cluster import RayPool, TaskNeeds
+from dynquant.running.cluster import RayPool, StoredModel, TaskNeeds
 
 
 @dataclass(frozen=True)
@@ -57,9 +56,7 @@ class EncoderChoice:
 class StoredFiles:
     """Where workers find what a part is encoded from; paths are absolute."""
 
-    model: Path
-    fingerprint: str
-    base_gguf: Path | None = None
+    model: StoredModel
     stats: Path | None = None
     use_moments: bool = False
     protected: tuple[tuple[str, tuple[ProtectedWeight, ...]], ...] = ()
@@ -74,10 +71,7 @@ class StoredFiles:
         use_moments: bool,
         protected: Mapping[str, tuple[ProtectedWeight, ...]],
     ) -> "StoredFiles":
-        return cls(
-            model.path.resolve(), model.fingerprint, base_gguf and base_gguf.resolve(), stats and stats.resolve(),
-            use_moments, tuple(protected.items()),
-        )  # fmt: skip
+        return cls(StoredModel.of(model, base_gguf), stats and stats.resolve(), use_moments, tuple(protected.items()))
 
 
 @dataclass(frozen=True)
@@ -138,20 +132,19 @@ def worker_encoder(choice: EncoderChoice) -> Encoder:
 
 @cache
 def open_stored(files: StoredFiles) -> tuple[Model, CalibrationStats | None, SecondMoments | None]:
-    """Once in each worker process; weights are read when a part needs them.
+    """Open them, once in each worker process; weights are read when a part needs them.
 
     Raises:
         ClusterError: they cannot be read there, or are others.
     """
-    where = f"{socket.gethostname()} cannot read what the command works on"
     way_out = "Put it on storage that every node has at the same path, or give --ship-weights."
+    model = files.model.open(way_out)
+    where = f"{socket.gethostname()} cannot read what the command works on"
     try:
-        model = open_model(files.model, base_gguf=files.base_gguf)
         stats = CalibrationStats.load(files.stats) if files.stats else None
         moments = load_beside(files.stats, stats) if files.stats and stats and files.use_moments else None
     except DynquantError as error:
         raise ClusterError(f"{where}: {error} {way_out}") from error
-    if model.fingerprint != files.fingerprint or (files.use_moments and moments is None):
-        what = "second moments" if model.fingerprint == files.fingerprint else "checkpoint"
-        raise ClusterError(f"{where}: {files.model} or the files of its calibration have another {what}. {way_out}")
+    if files.use_moments and moments is None:
+        raise ClusterError(f"{where}: the files of its calibration have other second moments. {way_out}")
     return model, stats, moments

@@ -1,49 +1,176 @@
-"""The original's next-token distributions, kept small, and the KL divergence of another model's logits from them.
+"""Next-token distributions of a reference model, kept small, and the KL divergence of any other model from them.
 
-Of every distribution the largest probabilities are kept, and the mass of the rest as one: 8 kB a token instead of
-600 kB at a vocabulary of 150,000. The KL of that coarser distribution is a lower bound of the full one and equal to it
-where the rest is proportional.
+Per token: the NUM_TOP most likely tokens with their log-probabilities, and NUM_TAIL tokens drawn from the rest in
+proportion to their probability. With the exact log-softmax q of the other model,
+
+    KL(p || q) = sum over the top of p (log p - log q)  +  tail_p * mean over the draws of (log p - log q),
+
+where the second term is an unbiased estimate of the tail's share; `_tail_divergences` lowers its variance. The draws
+are systematic (one uniform offset a token, equal steps through the tail's cumulative probability). On textbook-moe-16m
+(1,533 tokens each of two texts, weights rounded to 8, 4, 3 and 2 bits, KL 0.001 to 4) the mean KL differs from the
+exact one by at most 0.2 %, the 99.9th percentile by at most 2 %. A model compared with itself gives zero.
+
+Every KL that is shown is this estimate. What trains goes by `kl_lower_bound`, which needs no draws: 1 kB a token.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 from torch import Tensor
 
-KEPT_PROBABILITIES = 1024
+from dynquant.errors import EvaluationError
+
+NUM_TOP = 256
+NUM_TAIL = 128
+_CHUNK_ELEMENTS = 2**23
+_NO_MASS = 1e-12
 
 
 @dataclass(frozen=True)
-class Distribution:
-    """Next-token distributions of T tokens: the largest probabilities, and the rest as one."""
+class Distributions:
+    """Distributions after T tokens, on the CPU; log-probabilities in float64, or in float32 where nothing is drawn."""
 
-    ids: Tensor  # int32 [T, k]
-    log_probs: Tensor  # float32 [T, k]
-    log_rest: Tensor  # float32 [T]
+    top_ids: Tensor  # int32 [T, num_top], by falling probability
+    top_log_probs: Tensor  # [T, num_top]
+    tail_ids: Tensor  # int32 [T, num_tail]
+    tail_log_probs: Tensor  # [T, num_tail]
 
     def __len__(self) -> int:
-        return len(self.log_rest)
+        return len(self.top_ids)
+
+    def __getitem__(self, rows: slice) -> "Distributions":
+        return Distributions(**{name: tensor[rows] for name, tensor in self.tensors().items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the fields by name, as they are stored."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @classmethod
-    def of(cls, logits: Tensor, kept: int = KEPT_PROBABILITIES) -> "Distribution":
-        """Of the original's logits, float32 [T, vocabulary]; kept on the CPU."""
-        log_probs, ids = logits.log_softmax(-1).topk(min(kept, logits.shape[-1]), dim=-1)
-        return cls(ids.int().cpu(), log_probs.cpu(), _log_rest(log_probs).cpu())
+    def concatenate(cls, parts: list["Distributions"]) -> "Distributions":
+        return cls(**{field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)})
 
-    def divergences(self, logits: Tensor) -> Tensor:
-        """KL(original || model) in nats [T] of logits [T, vocabulary]; tokens outside the kept ones count as one."""
-        q = logits.log_softmax(-1).gather(1, self.ids.to(logits.device).long())
-        p, rest = self.log_probs.to(logits.device), self.log_rest.to(logits.device)
-        kept = (p.exp() * (p - q)).sum(-1)
-        if self.ids.shape[1] < logits.shape[-1]:
-            kept = kept + rest.exp() * (rest - _log_rest(q))
-        return kept
+    @classmethod
+    def of(cls, logits: Tensor, *, num_top: int = NUM_TOP, num_tail: int = NUM_TAIL, seed: int = 0) -> "Distributions":
+        """Reduce logits [T, vocabulary]; `seed` decides the draws.
+
+        Raises:
+            EvaluationError: a logit is NaN, or a distribution cannot be normalized.
+        """
+        offsets = torch.from_numpy(np.random.default_rng(seed).random(len(logits))).to(logits.device)
+        num_top = min(num_top, logits.shape[1])
+        parts = [_reduced(logits[rows], offsets[rows], num_top, num_tail) for rows in _chunks(logits)]
+        return cls.concatenate([cls(*(tensor.cpu() for tensor in part)) for part in parts])
+
+    def kl(self, logits: Tensor) -> Tensor:
+        """Return the unbiased estimate of KL(reference || model) in nats, float64 [T], of logits [T, vocabulary].
+
+        Raises:
+            EvaluationError: as many logits as distributions are needed, without NaN.
+        """
+        if len(self) != len(logits):
+            raise EvaluationError(f"{len(self)} reference tokens cannot be compared with {len(logits)} candidate rows.")
+        return torch.cat([self[rows]._kl(logits[rows]) for rows in _chunks(logits)])
+
+    def _kl(self, logits: Tensor) -> Tensor:
+        log_q = log_probs_at(logits, torch.cat([self.top_ids, self.tail_ids], dim=1))
+        q_top, q_tail = log_q.split([self.top_ids.shape[1], self.tail_ids.shape[1]], dim=1)
+        p_top = self.top_log_probs.to(logits.device).double()
+        top = (p_top.exp() * (p_top - q_top)).sum(1)
+        if self.top_ids.shape[1] == logits.shape[1]:
+            return top
+        if not self.tail_ids.shape[1]:
+            raise ValueError("nothing was drawn from the tail, so there is only a lower bound of the KL")
+        log_ratio = q_tail - self.tail_log_probs.to(logits.device).double()
+        return top + _tail_divergences(top, _rest(p_top), _rest(q_top), log_ratio)
+
+    def kl_lower_bound(self, logits: Tensor) -> Tensor:
+        """Return the KL [T] with all tokens outside the top merged into one, for training on logits [T, vocabulary].
+
+        It is a lower bound of the KL, and equal to it where the merged probabilities are proportional.
+        """
+        q = logits.log_softmax(-1).gather(1, self.top_ids.to(logits.device).long())
+        p = self.top_log_probs.to(logits.device)
+        divergences = (p.exp() * (p - q)).sum(-1)
+        if self.top_ids.shape[1] < logits.shape[-1]:
+            rest = _log_rest(p)
+            divergences = divergences + rest.exp() * (rest - _log_rest(q))
+        return divergences
 
     def agreements(self, logits: Tensor) -> Tensor:
-        """Whether the most likely token is the same, bool [T]."""
-        return logits.argmax(-1).cpu() == self.ids[:, 0]
+        """Return where the most likely token of logits [T, vocabulary] is the reference's, bool [T] on the CPU."""
+        return logits.argmax(-1).cpu() == self.top_ids[:, 0]
+
+
+def log_probs_at(logits: Tensor, ids: Tensor) -> Tensor:
+    """Return log-probabilities float64 of token `ids` [T, n] under logits [T, vocabulary].
+
+    Raises:
+        EvaluationError: a logit is NaN, or a distribution cannot be normalized.
+    """
+    return torch.cat(
+        [
+            logits[rows].gather(1, ids[rows].to(logits.device).long()).double() - _log_normalizer(logits[rows])
+            for rows in _chunks(logits)
+        ]
+    )
+
+
+def _chunks(logits: Tensor) -> list[slice]:
+    """Rows that are worked on together: float64 of a whole text would not fit beside a large vocabulary's logits."""
+    size = max(1, _CHUNK_ELEMENTS // logits.shape[1])
+    return [slice(start, start + size) for start in range(0, len(logits), size)]
+
+
+def _reduced(logits: Tensor, offsets: Tensor, num_top: int, num_tail: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    normalizer = _log_normalizer(logits)
+    if not num_tail:
+        # A target for training, whose loss is computed in the type of the logits.
+        log_probs, ids = logits.log_softmax(-1).topk(num_top, dim=-1)
+        return ids.int(), log_probs, ids[:, :0].int(), log_probs[:, :0]
+    top_logits, top_ids = logits.topk(num_top, dim=-1)
+    tail = (logits - normalizer.float()).exp_().scatter_(1, top_ids, 0.0)
+    cumulative = tail.cumsum(dim=-1, dtype=torch.float64)
+    points = (offsets[:, None] + torch.arange(num_tail, device=logits.device)) / num_tail * cumulative[:, -1:]
+    # right=True lands on the first entry whose cumulative mass exceeds the point, so never on one of zero probability.
+    tail_ids = torch.searchsorted(cumulative, points, right=True).clamp_(max=logits.shape[1] - 1)
+    tail_logits = logits.gather(1, tail_ids)
+    return top_ids.int(), top_logits.double() - normalizer, tail_ids.int(), tail_logits.double() - normalizer
+
+
+def _log_normalizer(logits: Tensor) -> Tensor:
+    """Return log(sum(exp(logits))), float64 [T, 1]."""
+    normalizer = torch.logsumexp(logits.double(), dim=-1, keepdim=True)
+    if not torch.isfinite(normalizer).all():
+        row = int((~torch.isfinite(normalizer)).nonzero()[0, 0])
+        raise EvaluationError(
+            f"The model's logits contain NaN or infinity (first at row {row} of the batch). "
+            "Its weights are damaged or overflow; check the file before comparing it."
+        )
+    return normalizer
+
+
+def _rest(log_probs: Tensor) -> Tensor:
+    """Return the probability of everything else, [T]."""
+    return (1 - log_probs.exp().sum(1)).clamp(min=0)
 
 
 def _log_rest(log_probs: Tensor) -> Tensor:
-    """log(1 - sum of probabilities), finite."""
+    """Return log(1 - sum of probabilities) [T], finite."""
     return torch.log1p(-log_probs.exp().sum(-1).clamp(max=1 - 1e-6))
+
+
+def _tail_divergences(top: Tensor, tail_p: Tensor, tail_q: Tensor, log_ratio: Tensor) -> Tensor:
+    """Return an estimate of the sum over the tail of p (log p - log q), [T], from draws of log q - log p, [T, draws].
+
+    The mean of q/p over the draws has the known expectation tail_q / tail_p, which makes it a control variate. Its
+    weight is the optimum for a log-normal q/p with variance 2 D, where D is the divergence between the distributions
+    with the tail merged into one token; D does not depend on the draws, so the estimate stays unbiased.
+    """
+    has_mass = (tail_p > _NO_MASS) & (tail_q > _NO_MASS)
+    merged = tail_p * torch.log(torch.where(has_mass, tail_p, 1.0) / torch.where(has_mass, tail_q, 1.0))
+    doubled = (2 * (top + merged)).clamp(1e-9, 100.0)
+    weight = torch.where(has_mass, doubled / torch.expm1(doubled), 0.0)
+    ratio = log_ratio.clamp(max=700.0).exp().mean(1)
+    estimate = tail_p * (weight * ratio - log_ratio.mean(1)) - weight * tail_q
+    return torch.where(tail_p > _NO_MASS, estimate, 0.0)

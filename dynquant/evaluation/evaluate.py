@@ -15,12 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dynquant.errors import EvaluationError
-from dynquant.evaluation import multiple_choice, reference_cache
+from dynquant.evaluation import distributions, multiple_choice, reference_cache
+from dynquant.evaluation.distributions import Distributions, log_probs_at
 from dynquant.evaluation.multiple_choice import AnswerScores, EncodedQuestion, Scoring
-from dynquant.evaluation.reference_cache import ReferenceTokens, TokenScores
-from dynquant.evaluation.report import EvalReport, ModelIdentity, summarize_choices, summarize_text
+from dynquant.evaluation.report import EvalReport, ModelIdentity, TokenScores, summarize_choices, summarize_text
 from dynquant.evaluation.runners import (
     LLAMA_CPP,
     RUNNERS,
@@ -28,15 +29,16 @@ from dynquant.evaluation.runners import (
     ModelInfo,
     TextEncoder,
     describe_model,
-    is_gguf,
     open_encoder,
     open_runner,
-    resolve_model,
 )
+from dynquant.families.open import is_gguf, locate_model
 from dynquant.inputs.eval_text import EvalText, load_text
 from dynquant.session import Progress, ignore_progress
 
 TASKS = frozenset({"kl", "ppl", "mmlu"})
+_Reference = tuple[Distributions, Tensor]
+"""Distributions at the scored positions of a text, and the log-probability float64 of the token that follows each."""
 
 
 @dataclass
@@ -99,7 +101,7 @@ def evaluate(
     _check_options(tasks, text, window, max_tokens, scoring)
     if runner not in RUNNERS:
         raise EvaluationError(f"There is no runner `{runner}`; use one of {', '.join(RUNNERS)}.")
-    reference, candidate = resolve_model(reference), resolve_model(candidate)
+    reference, candidate = locate_model(reference), locate_model(candidate)
     if adapter is not None and is_gguf(candidate) and runner == LLAMA_CPP:
         raise EvaluationError(
             f"The adapter {adapter} is PEFT's, which llama.cpp does not read; give --runner transformers."
@@ -126,8 +128,8 @@ def evaluate(
     )
     torch_threads = torch.get_num_threads()
     try:
-        distributions, reference_answers = _run_reference(reference, texts, questions, run)
-        scores, candidate_answers = _run_candidate(candidate, texts, distributions, questions, run)
+        references, reference_answers = _run_reference(reference, texts, questions, run)
+        scores, candidate_answers = _run_candidate(candidate, texts, references, questions, run)
     finally:
         torch.set_num_threads(torch_threads)
     return EvalReport(
@@ -135,11 +137,11 @@ def evaluate(
         candidate=_identify(infos[1]),
         options={
             "tasks": sorted(tasks), "window": window, "max_tokens": max_tokens, "seed": seed, "limit": limit,
-            "num_shots": num_shots, "num_top": reference_cache.NUM_TOP, "num_tail": reference_cache.NUM_TAIL,
+            "num_shots": num_shots, "num_top": distributions.NUM_TOP, "num_tail": distributions.NUM_TAIL,
         },
         texts=[
-            summarize_text(t.name, t.sha256, t.scored_lengths, d.target_log_prob, s, with_kl="kl" in tasks)
-            for t, d, s in zip(texts, distributions, scores, strict=True)
+            summarize_text(t.name, t.sha256, t.scored_lengths, targets.numpy(), s, with_kl="kl" in tasks)
+            for t, (_, targets), s in zip(texts, references, scores, strict=True)
         ],
         multiple_choice=[
             summarize_choices(name, encoded, reference_answers[name], candidate_answers[name])
@@ -237,60 +239,67 @@ class _LazyRunner:
 
 def _run_reference(
     path: Path, texts: list[EvalText], questions: dict[Scoring, list[EncodedQuestion]], run: _Run
-) -> tuple[list[ReferenceTokens], dict[Scoring, list[AnswerScores]]]:
+) -> tuple[list[_Reference], dict[Scoring, list[AnswerScores]]]:
     with _LazyRunner(path, run) as runner:
-        distributions = []
+        references = []
         for item in texts:
             with run.timed(f"reference, {item.name}") as report:
                 tokens = [token for window in item.windows for token in window]
                 key = {"lengths": item.scored_lengths, "columns": run.num_columns, "seed": run.seed}
-                key |= {"num_top": reference_cache.NUM_TOP, "num_tail": reference_cache.NUM_TAIL}
-                arrays = _cached(
+                key |= {"num_top": distributions.NUM_TOP, "num_tail": distributions.NUM_TAIL}
+                tensors = _cached(
                     path, tokens, key, run, lambda item=item, report=report: _compress(runner(), item, run, report)
                 )
-                distributions.append(ReferenceTokens(**arrays))
+                targets = tensors.pop("target_log_probs")
+                references.append((Distributions(**tensors), targets))
         answers = {}
         for name, encoded in questions.items():
             with run.timed(f"reference, {name} questions") as report:
                 parts = [part for e in encoded for part in (e.prompt, *e.answers)]
                 tokens = [token for part in parts for token in part]
-                arrays = _cached(
+                tensors = _cached(
                     path, tokens, {"lengths": [len(part) for part in parts], "columns": run.num_columns}, run,
                     lambda encoded=encoded, report=report: _answer(runner(), encoded, run, report),
                 )  # fmt: skip
-                answers[name] = _split_answers(encoded, arrays["log_probs"])
-    return distributions, answers
+                answers[name] = _split_answers(encoded, tensors["log_probs"].numpy())
+    return references, answers
 
 
 def _cached(
-    path: Path, tokens: list[int], options: dict, run: _Run, make: Callable[[], dict[str, np.ndarray]]
-) -> dict[str, np.ndarray]:
+    path: Path, tokens: list[int], options: dict, run: _Run, make: Callable[[], dict[str, Tensor]]
+) -> dict[str, Tensor]:
     if run.cache_dir is None:
         return make()
     key = reference_cache.cache_key(path, tokens, **options, **run.cache_options)
-    arrays = reference_cache.load_cached(run.cache_dir, key)
-    if arrays is None:
-        arrays = make()
-        reference_cache.save_cached(run.cache_dir, key, arrays)
-    return arrays
+    tensors = reference_cache.load_cached(run.cache_dir, key)
+    if tensors is None:
+        tensors = make()
+        reference_cache.save_cached(run.cache_dir, key, tensors)
+    return tensors
 
 
 def _compress(runner: LogitRunner, item: EvalText, run: _Run, report: Callable[[int, int], None]) -> dict:
-    parts = []
+    parts, targets = [], []
     runner.reserve(max(map(len, item.windows)))
     report(0, len(item.windows))
     for i, window in enumerate(item.windows):
         logits = runner.window_logits(window)[:-1, : run.num_columns]
-        parts.append(reference_cache.compress(logits, np.array(window[1:]), seed=run.seed + i))
+        parts.append(Distributions.of(logits, seed=run.seed + i))
+        targets.append(_log_probs_of_next(logits, window))
         report(i + 1, len(item.windows))
-    return ReferenceTokens.concatenate(parts).arrays()
+    return Distributions.concatenate(parts).tensors() | {"target_log_probs": torch.cat(targets)}
+
+
+def _log_probs_of_next(logits: Tensor, window: list[int]) -> Tensor:
+    """Log-probabilities float64 [T - 1] of the tokens that follow, under the logits before each."""
+    return log_probs_at(logits, torch.tensor(window[1:])[:, None])[:, 0]
 
 
 def _answer(
     runner: LogitRunner, encoded: list[EncodedQuestion], run: _Run, report: Callable[[int, int], None]
-) -> dict[str, np.ndarray]:
+) -> dict[str, Tensor]:
     scores = multiple_choice.score_questions(runner, encoded, num_columns=run.num_columns, progress=report)
-    return {"log_probs": np.concatenate([score.log_probs for score in scores])}
+    return {"log_probs": torch.from_numpy(np.concatenate([score.log_probs for score in scores]))}
 
 
 def _split_answers(encoded: list[EncodedQuestion], log_probs: np.ndarray) -> list[AnswerScores]:
@@ -301,25 +310,25 @@ def _split_answers(encoded: list[EncodedQuestion], log_probs: np.ndarray) -> lis
 def _run_candidate(
     path: Path,
     texts: list[EvalText],
-    distributions: list[ReferenceTokens],
+    references: list[_Reference],
     questions: dict[Scoring, list[EncodedQuestion]],
     run: _Run,
 ) -> tuple[list[TokenScores], dict[Scoring, list[AnswerScores]]]:
     scores, answers = [], {}
     with _LazyRunner(path, run, adapter=run.adapter) as runner:
-        for item, distribution in zip(texts, distributions, strict=True):
+        for item, (distribution, _) in zip(texts, references, strict=True):
             with run.timed(f"candidate, {item.name}") as report:
                 scores.append(_score_text(runner(), item, distribution, run, report))
         for name, encoded in questions.items():
             with run.timed(f"candidate, {name} questions") as report:
-                answers[name] = _split_answers(encoded, _answer(runner(), encoded, run, report)["log_probs"])
+                answers[name] = _split_answers(encoded, _answer(runner(), encoded, run, report)["log_probs"].numpy())
     return scores, answers
 
 
 def _score_text(
     runner: LogitRunner,
     item: EvalText,
-    distribution: ReferenceTokens,
+    distribution: Distributions,
     run: _Run,
     report: Callable[[int, int], None],
 ) -> TokenScores:
@@ -329,10 +338,11 @@ def _score_text(
     for i, window in enumerate(item.windows):
         end = start + len(window) - 1
         logits = runner.window_logits(window)[:-1, : run.num_columns]
-        parts.append(reference_cache.score(distribution[start:end], logits, np.array(window[1:])))
+        part = distribution[start:end]
+        parts.append((part.kl(logits), part.agreements(logits), _log_probs_of_next(logits, window)))
         start = end
         report(i + 1, len(item.windows))
-    return TokenScores.concatenate(parts)
+    return TokenScores(*(torch.cat(values).numpy() for values in zip(*parts, strict=True)))
 
 
 def _identify(info: ModelInfo) -> ModelIdentity:

@@ -22,7 +22,7 @@ from dynquant.checkpoints.model import Model
 from dynquant.encoding.store import ENCODED_NAME, open_store
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import EvaluationError
-from dynquant.evaluation.distributions import Distribution
+from dynquant.evaluation.distributions import Distributions
 from dynquant.evaluation.picture_runners import (
     GgufPictures,
     PictureItem,
@@ -137,7 +137,7 @@ def evaluate_on_samples(
     items = _items(encoder_of_samples, file.samples[:limit], "vqa" in tasks)
     original = TransformersPictures(load_hf(model, dtype=torch.float32, device=chosen_device(device)))
     first = _Scorer(original, items, "reference", progress)
-    targets = first.map(lambda run, item: Distribution.of(run.logits(item))) if "kl" in tasks else []
+    targets = first.map(lambda run, item: Distributions.of(run.logits(item))) if "kl" in tasks else []
     before = _answers(first, processor.tokenizer) if "vqa" in tasks else []
     with _candidate(candidate, mmproj, model, original, encoder, processor) as (other, candidate_bytes):
         second = _Scorer(other, items, "candidate", progress)
@@ -183,24 +183,24 @@ class _Scorer:
 def _items(encoder: SampleEncoder, samples: Sequence[Sample], asks: bool) -> list[PictureItem]:
     if asks and not any(sample.question for sample in samples):
         raise EvaluationError("The task vqa needs lines with `images`, `question` and `answer`; the file has none.")
-    break_token = getattr(encoder.processor, "image_break_token_id", None)
-    inside = frozenset() if break_token is None else frozenset([break_token])
     found = []
     for sample in samples:
-        whole = encoder.encode(sample)
+        whole = encoder.encode(sample, breaks_are_text=False)
         if whole is not None:
-            prompt = encoder.encode(sample, prompt_only=True) if asks and sample.question else None
-            found.append(PictureItem(sample, whole, prompt, inside))
+            prompt = None
+            if asks and sample.question:
+                prompt = encoder.encode(sample, prompt_only=True, breaks_are_text=False)
+            found.append(PictureItem(sample, whole, prompt))
     if not found:
         raise EvaluationError("No sample can be used: all of their images fail to decode.")
     return found
 
 
-def _compare(run: PictureRunner, item: PictureItem, target: Distribution) -> tuple[np.ndarray, np.ndarray]:
+def _compare(run: PictureRunner, item: PictureItem, target: Distributions) -> tuple[np.ndarray, np.ndarray]:
     logits = run.logits(item)
     if not torch.isfinite(logits).all():
         raise EvaluationError(f"{item.sample.place}: the candidate's logits are NaN or infinite.")
-    return target.divergences(logits).cpu().numpy(), target.agreements(logits).numpy()
+    return target.kl(logits).cpu().numpy(), target.agreements(logits).numpy()
 
 
 def _answers(scorer: _Scorer, tokenizer: Any) -> list[str]:

@@ -6,7 +6,6 @@ themselves and resizes them its own way, to as many tokens as the processor allo
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,29 +16,19 @@ import torch
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.errors import EvaluationError
 from dynquant.evaluation.llama_cpp_pictures import MtmdRunner, Segment
-from dynquant.evaluation.scored_pictures import logits_at, scored_positions
-from dynquant.inputs.pictures import Encoded, Sample, open_image
+from dynquant.evaluation.rendered_model import scored_logits
+from dynquant.inputs.model_inputs import Batch
+from dynquant.inputs.pictures import Sample, open_image
 from dynquant.inputs.processor import image_token_limits
 
 
 @dataclass(frozen=True)
 class PictureItem:
-    """One sample, whole and up to the answer. `inside` are tokens that stand in pictures: placeholders, row breaks."""
+    """One sample, whole and up to the answer."""
 
     sample: Sample
-    whole: Encoded
-    prompt: Encoded | None
-    inside: frozenset[int]
-
-    @cached_property
-    def scored(self) -> torch.Tensor:
-        """Positions of text tokens that are followed by one."""
-        return scored_positions(self.is_text(self.whole))
-
-    def is_text(self, encoded: Encoded) -> torch.Tensor:
-        """Which positions hold text, bool [T]."""
-        ids = encoded.inputs["input_ids"][0]
-        return ~encoded.is_image & ~torch.isin(ids, torch.tensor(sorted(self.inside), dtype=ids.dtype))
+    whole: Batch
+    prompt: Batch | None
 
     @property
     def answer_tokens(self) -> int:
@@ -64,11 +53,11 @@ class TransformersPictures:
         self.hf_model = hf_model
 
     def logits(self, item: PictureItem) -> torch.Tensor:
-        return logits_at(self.hf_model, item.whole, item.scored)
+        return scored_logits(self.hf_model, item.whole)
 
     def answer(self, item: PictureItem, max_tokens: int) -> list[int]:
         assert item.prompt is not None
-        inputs = item.prompt.inputs_on(self.hf_model.device)
+        inputs = item.prompt.on(self.hf_model.device)
         made = self.hf_model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
         return made[0, item.prompt.num_tokens :].tolist()
 
@@ -100,7 +89,7 @@ class GgufPictures:
 
     def logits(self, item: PictureItem) -> torch.Tensor:
         rows = self._runner.sample_logits(self._segments(item, item.whole))
-        return rows[(item.is_text(item.whole).cumsum(0) - 1)[item.scored]]
+        return rows[(item.whole.is_text[0].cumsum(0) - 1)[item.whole.scored]]
 
     def answer(self, item: PictureItem, max_tokens: int) -> list[int]:
         assert item.prompt is not None
@@ -109,9 +98,9 @@ class GgufPictures:
     def close(self) -> None:
         self._runner.close()
 
-    def _segments(self, item: PictureItem, encoded: Encoded) -> list[Segment]:
+    def _segments(self, item: PictureItem, batch: Batch) -> list[Segment]:
         pictures = (np.asarray(open_image(path)) for path in item.sample.images)
-        segments = segments_of(encoded.inputs["input_ids"][0], item.is_text(encoded), pictures)
+        segments = segments_of(batch.ids[0], batch.is_text[0], pictures)
         if segments is None:
             raise EvaluationError(
                 f"{item.sample.place}: its {len(item.sample.images)} pictures are not that many runs of image tokens; "

@@ -1,183 +1,34 @@
-"""Compact next-token distributions of a reference model, enough for its KL divergence to any other model.
+"""What a reference model said, on disk: for the next candidate of an evaluation, and for training without the model.
 
-Per scored token: the NUM_TOP largest logits with their ids, the probability left in the tail, NUM_TAIL tokens drawn
-from the tail in proportion to their probability, the target's logit, and the log normalizer. With the candidate's
-exact log-softmax q,
-
-    KL(p || q) = sum over the top of p (log p - log q)  +  tail_p * mean over the draws of (log p - log q),
-
-where the second term is an unbiased estimate of the tail's share; `_tail_divergence` lowers its variance. The draws
-are systematic (one uniform offset a token, equal steps through the tail's cumulative probability). On textbook-moe-16m
-(1,533 tokens each of two texts, weights rounded to 8, 4, 3 and 2 bits, KL 0.001 to 4) the mean KL differs from the
-exact one by at most 0.2 %, the 99.9th percentile by at most 2 %. Logits keep the model's own float32 and the normalizer
-is float64, so a model compared with itself gives zero. A token takes 3 kB; 150,000 full logits take 600 kB.
+An entry is one safetensors file, named by the model, the token ids that it saw, and what else decides its content. It
+is written whole, so a run that was stopped goes on at the first missing one. Training reads its windows from mapped
+files of `SHARD_WINDOWS` windows each; only those of a batch are in memory.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
-import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import Dataset
 
 from dynquant.errors import EvaluationError
+from dynquant.evaluation.distributions import Distributions
+from dynquant.session import Progress
 from dynquant.storage.atomic import writing
 
-SCHEMA_VERSION = 1
-NUM_TOP = 256
-NUM_TAIL = 128
-_CHUNK_ELEMENTS = 2**23
+SCHEMA_VERSION = 2
+"""Part of every name: entries of an earlier version are made again."""
+NUM_TRAINED_TOP = 128
+"""Probabilities of a token that training goes by."""
+SHARD_WINDOWS = 64
 _HASHED_BYTES = 2**20
-_NO_MASS = 1e-12
-
-
-@dataclass(frozen=True)
-class ReferenceTokens:
-    """Distributions at consecutive scored positions of a text; the arrays share their first dimension."""
-
-    top_ids: np.ndarray  # int32 [tokens, num_top], by falling logit
-    top_logits: np.ndarray  # float32 [tokens, num_top]
-    tail_ids: np.ndarray  # int32 [tokens, num_tail]
-    tail_logits: np.ndarray  # float32 [tokens, num_tail]
-    tail_mass: np.ndarray  # float64 [tokens]
-    target_logit: np.ndarray  # float32 [tokens]
-    log_normalizer: np.ndarray  # float64 [tokens]
-
-    def __len__(self) -> int:
-        return len(self.log_normalizer)
-
-    def __getitem__(self, rows: slice) -> "ReferenceTokens":
-        return ReferenceTokens(**{name: array[rows] for name, array in self.arrays().items()})
-
-    @property
-    def target_log_prob(self) -> np.ndarray:
-        return self.target_logit - self.log_normalizer
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-    @classmethod
-    def concatenate(cls, parts: list["ReferenceTokens"]) -> "ReferenceTokens":
-        return cls(**{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)})
-
-
-@dataclass(frozen=True)
-class TokenScores:
-    """What one candidate does at each scored token."""
-
-    divergence: np.ndarray  # float64 [tokens], KL(reference || candidate) in nats
-    same_top: np.ndarray  # bool [tokens]
-    target_log_prob: np.ndarray  # float64 [tokens]
-
-    @classmethod
-    def concatenate(cls, parts: list["TokenScores"]) -> "TokenScores":
-        return cls(**{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)})
-
-
-def compress(
-    logits: torch.Tensor, targets: np.ndarray, *, seed: int, num_top: int = NUM_TOP, num_tail: int = NUM_TAIL
-) -> ReferenceTokens:
-    """Reduce full logits [tokens, vocabulary] to their stored form; `targets` are the token ids that follow.
-
-    Raises EvaluationError when a logit is NaN or the distribution cannot be normalized.
-    """
-    offsets = torch.from_numpy(np.random.default_rng(seed).random(len(logits)))
-    chunk = max(1, _CHUNK_ELEMENTS // logits.shape[1])
-    parts = [
-        _compress_chunk(
-            logits[i : i + chunk], torch.as_tensor(targets[i : i + chunk]).long(), offsets[i : i + chunk],
-            min(num_top, logits.shape[1]), num_tail,
-        )
-        for i in range(0, len(logits), chunk)
-    ]  # fmt: skip
-    return ReferenceTokens.concatenate(parts)
-
-
-def _compress_chunk(
-    logits: torch.Tensor, targets: torch.Tensor, offsets: torch.Tensor, num_top: int, num_tail: int
-) -> ReferenceTokens:
-    log_normalizer = _log_normalizer(logits)
-    top_logits, top_ids = logits.topk(num_top, dim=-1)
-    tail = (logits - log_normalizer[:, None].float()).exp_().scatter_(1, top_ids, 0.0)
-    cumulative = tail.cumsum(dim=-1, dtype=torch.float64)
-    points = (offsets[:, None] + torch.arange(num_tail)) / num_tail * cumulative[:, -1:]
-    # right=True lands on the first entry whose cumulative mass exceeds the point, so never on one of zero probability.
-    tail_ids = torch.searchsorted(cumulative, points, right=True).clamp_(max=logits.shape[1] - 1)
-    top_mass = (top_logits.double() - log_normalizer[:, None]).exp().sum(dim=-1)
-    return ReferenceTokens(
-        top_ids=top_ids.int().numpy(),
-        top_logits=top_logits.numpy(),
-        tail_ids=tail_ids.int().numpy(),
-        tail_logits=logits.gather(1, tail_ids).numpy(),
-        tail_mass=(1 - top_mass).clamp(min=0).numpy(),
-        target_logit=logits.gather(1, targets[:, None])[:, 0].numpy(),
-        log_normalizer=log_normalizer.numpy(),
-    )
-
-
-def score(reference: ReferenceTokens, logits: torch.Tensor, targets: np.ndarray) -> TokenScores:
-    """Compare a candidate's full logits [tokens, vocabulary] with the stored distributions of the same tokens."""
-    if len(reference) != len(logits):
-        raise EvaluationError(
-            f"{len(reference)} reference tokens cannot be compared with {len(logits)} candidate rows."
-        )
-    chunk = max(1, _CHUNK_ELEMENTS // logits.shape[1])
-    parts = [
-        _score_chunk(reference[i : i + chunk], logits[i : i + chunk], targets[i : i + chunk])
-        for i in range(0, len(logits), chunk)
-    ]
-    return TokenScores.concatenate(parts)
-
-
-def _score_chunk(reference: ReferenceTokens, logits: torch.Tensor, targets: np.ndarray) -> TokenScores:
-    log_normalizer = _log_normalizer(logits).numpy()
-
-    def log_q(ids: np.ndarray) -> np.ndarray:
-        return logits.gather(1, torch.from_numpy(ids).long()).double().numpy() - log_normalizer[:, None]
-
-    log_p_top = reference.top_logits - reference.log_normalizer[:, None]
-    log_q_top = log_q(reference.top_ids)
-    divergence = (np.exp(log_p_top) * (log_p_top - log_q_top)).sum(axis=1)
-    if reference.tail_ids.shape[1]:
-        log_ratio = log_q(reference.tail_ids) - (reference.tail_logits - reference.log_normalizer[:, None])
-        tail_q = 1 - np.exp(log_q_top).sum(axis=1)
-        divergence += _tail_divergence(divergence, reference.tail_mass, tail_q, log_ratio)
-    return TokenScores(
-        divergence=divergence,
-        same_top=logits.argmax(dim=-1).numpy() == reference.top_ids[:, 0],
-        target_log_prob=log_q(np.asarray(targets)[:, None])[:, 0],
-    )
-
-
-def _tail_divergence(top: np.ndarray, tail_p: np.ndarray, tail_q: np.ndarray, log_ratio: np.ndarray) -> np.ndarray:
-    """Estimate of the sum over the tail of p (log p - log q), [tokens], from draws of log q - log p, [tokens, draws].
-
-    The mean of q/p over the draws has the known expectation tail_q / tail_p, which makes it a control variate. Its
-    weight is the optimum for a log-normal q/p with variance 2 D, where D is the divergence between the distributions
-    with the tail merged into one token; D does not depend on the draws, so the estimate stays unbiased.
-    """
-    known = (tail_p > _NO_MASS) & (tail_q > _NO_MASS)
-    merged = tail_p * np.log(np.where(known, tail_p, 1.0) / np.where(known, tail_q, 1.0))
-    doubled = np.clip(2 * (top + merged), 1e-9, 100.0)
-    weight = np.where(known, doubled / np.expm1(doubled), 0.0)
-    ratio = np.exp(np.minimum(log_ratio, 700.0)).mean(axis=1)
-    estimate = tail_p * (weight * ratio - log_ratio.mean(axis=1)) - weight * tail_q
-    return np.where(tail_p > _NO_MASS, estimate, 0.0)
-
-
-def _log_normalizer(logits: torch.Tensor) -> torch.Tensor:
-    normalizer = torch.logsumexp(logits.double(), dim=-1)
-    if not torch.isfinite(normalizer).all():
-        row = int((~torch.isfinite(normalizer)).nonzero()[0])
-        raise EvaluationError(
-            f"The model's logits contain NaN or infinity (first at row {row} of the batch). "
-            "Its weights are damaged or overflow; check the file before comparing it."
-        )
-    return normalizer
+_LOGITS_AT_ONCE = 1 << 27
 
 
 def model_fingerprint(path: Path) -> str:
@@ -214,8 +65,8 @@ def cache_key(model: Path, tokens: Iterable[int], **options: object) -> str:
     return digest.hexdigest()[:32]
 
 
-def load_cached(directory: Path, key: str) -> dict[str, np.ndarray] | None:
-    """The arrays stored under `key`, or None. Raises EvaluationError when the file is damaged."""
+def load_cached(directory: Path, key: str) -> dict[str, Tensor] | None:
+    """The tensors stored under `key`, or None. Raises EvaluationError when the file is damaged."""
     path = entry_path(directory, key)
     if not path.is_file():
         return None
@@ -225,15 +76,117 @@ def load_cached(directory: Path, key: str) -> dict[str, np.ndarray] | None:
         raise EvaluationError(f"The cached reference results {path} are damaged ({error}); delete the file.") from error
 
 
-def save_cached(directory: Path, key: str, arrays: dict[str, np.ndarray]) -> None:
-    """Store arrays under `key`; a reader never sees half a file."""
+def save_cached(directory: Path, key: str, tensors: Mapping[str, Tensor]) -> None:
+    """Store tensors under `key`; a reader never sees half a file."""
     path = entry_path(directory, key)
-    size = sum(array.nbytes for array in arrays.values())
+    size = sum(tensor.nbytes for tensor in tensors.values())
     way_out = f"It takes {size:,} bytes. Free some space, or name another cache directory."
     with writing(path, way_out) as temporary:
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
 
 
 def entry_path(directory: Path, key: str) -> Path:
     """The safetensors file of a cache entry."""
     return directory / f"reference-{key}.safetensors"
+
+
+class BatchRunner(Protocol):
+    """A loaded reference that runs many windows at once."""
+
+    vocab_size: int
+
+    def batch_logits(self, windows: Tensor) -> Tensor:
+        """Return logits float32 [n, T, vocab_size] of token ids [n, T]."""
+
+    def close(self) -> None:
+        """Free the model."""
+
+
+class TeacherWindows(Dataset):
+    """Window i with the reference's distribution after each of its tokens.
+
+    An item has `input_ids` int64 [T], and the fields of `Distributions`, each [T, ...], that are not empty.
+    """
+
+    def __init__(self, windows: Tensor, files: list[Path]) -> None:
+        self.windows = windows
+        self._files = files
+        self._open: dict[Path, safe_open] = {}
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        file = self._files[index // SHARD_WINDOWS]
+        row = index % SHARD_WINDOWS
+        try:
+            if file not in self._open:
+                self._open[file] = safe_open(file, framework="pt")
+            shard = self._open[file]
+            stored = {name: shard.get_slice(name)[row] for name in shard.keys()}  # noqa: SIM118 (no mapping)
+        except (SafetensorError, OSError) as error:
+            raise EvaluationError(
+                f"The cached distributions {file} are damaged ({error}); delete the file and run the command again."
+            ) from error
+        return {"input_ids": self.windows[index], **stored}
+
+
+def distributions_of(batch: Mapping[str, Tensor]) -> Distributions:
+    """Return the distributions of a batch of `TeacherWindows`, over all its tokens in order."""
+    top_ids, top_log_probs = (batch[name].flatten(0, 1) for name in ("top_ids", "top_log_probs"))
+    if "tail_ids" not in batch:
+        return Distributions(top_ids, top_log_probs, top_ids[:, :0], top_log_probs[:, :0])
+    return Distributions(
+        top_ids, top_log_probs, *(batch[name].flatten(0, 1) for name in ("tail_ids", "tail_log_probs"))
+    )
+
+
+def build_teacher_windows(
+    reference: Path,
+    open_reference: Callable[[], BatchRunner],
+    windows: Tensor,
+    directory: Path,
+    *,
+    num_columns: int,
+    num_tail: int = 0,
+    stage: str,
+    progress: Progress,
+) -> TeacherWindows:
+    """Run the reference on what `directory` does not hold yet.
+
+    Args:
+        reference: path of the model, part of the files' names.
+        open_reference: loads it; called only when something is missing.
+        windows: token ids int64 [n, T].
+        num_columns: leading logits that both models have.
+        num_tail: draws from the tail, for an unbiased KL; training itself needs none.
+        stage: name in progress reports.
+
+    Raises:
+        EvaluationError: NaN in the logits, or a cache that cannot be written.
+    """
+    shards = windows.split(SHARD_WINDOWS)
+    options = {"kind": "distillation", "columns": num_columns, "window": windows.shape[1]}
+    options |= {"num_top": NUM_TRAINED_TOP, "num_tail": num_tail}
+    keys = [cache_key(reference, shard.flatten().tolist(), **options) for shard in shards]
+    runner: BatchRunner | None = None
+    done = 0
+    for shard, key in zip(shards, keys, strict=True):
+        if not entry_path(directory, key).is_file():
+            runner = runner or open_reference()
+            save_cached(directory, key, _shard_tensors(runner, shard, num_columns, num_tail))
+        done += len(shard)
+        progress(stage, done, len(windows), unit="windows")
+    if runner is not None:
+        runner.close()
+    return TeacherWindows(windows, [entry_path(directory, key) for key in keys])
+
+
+def _shard_tensors(runner: BatchRunner, windows: Tensor, num_columns: int, num_tail: int) -> dict[str, Tensor]:
+    count = max(1, _LOGITS_AT_ONCE // (windows.shape[1] * runner.vocab_size))
+    parts = []
+    for batch in windows.split(count):
+        logits = runner.batch_logits(batch)[..., :num_columns].flatten(0, 1)
+        parts.append(Distributions.of(logits, num_top=NUM_TRAINED_TOP, num_tail=num_tail))
+    tensors = Distributions.concatenate(parts).tensors()
+    return {name: tensor.unflatten(0, windows.shape) for name, tensor in tensors.items() if tensor.numel()}

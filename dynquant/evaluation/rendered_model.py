@@ -1,17 +1,18 @@
-"""A running transformers model that takes on the weights of any plan, tensor by tensor, and is scored on text.
+"""A running transformers model that takes on the weights of any plan, tensor by tensor, and its KL on text or pictures.
 
 Blocks come from an `EncodedStore`, so that a plan costs the decoding of the tensors in which it differs from the one
 before, and a forward pass. Activations are float32, as in llama.cpp with F32 KV; what is scored is what the file holds.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from dynquant.checkpoints.tensor_roles import layer_of
 from dynquant.encoding.store import EncodedStore
-from dynquant.evaluation.distributions import Distribution
+from dynquant.evaluation.distributions import Distributions
+from dynquant.inputs.model_inputs import Batch, ModelInputs
 from dynquant.running.layer_replay import LayerReplay
 from dynquant.running.live_weights import LiveWeights
 
@@ -34,11 +35,11 @@ class RenderedModel:
 
     def install(self, types: Mapping[str, str]) -> None:
         """Give every named tensor these types' weights; tensors that are not named become the original's again."""
-        wanted = {name: type_name for name, type_name in types.items() if name in self._names}
-        for name in sorted(self.types.keys() | wanted.keys()):
-            if wanted.get(name) != self.types.get(name):
-                self.write(name, wanted.get(name))
-        self.types = wanted
+        placed = {name: type_name for name, type_name in types.items() if name in self._names}
+        for name in sorted(self.types.keys() | placed.keys()):
+            if placed.get(name) != self.types.get(name):
+                self.write(name, placed.get(name))
+        self.types = placed
 
     def write(self, name: str, type_name: str | None) -> None:
         """One tensor's weights in a type, or the original's, without a change of `types`."""
@@ -49,52 +50,72 @@ class RenderedModel:
             )
 
 
-class ScoredText:
-    """Token ids [n, window], the original's distributions on them, and the KL of whatever is installed.
+class ScoredInputs:
+    """Text or samples with pictures, the original's distributions on them, and the KL of whatever is installed.
+
+    Scored are all positions of text windows, and of pictures every text token that is followed by one.
 
     Raises:
         ValueError: a plan is installed already, so that the original cannot be run.
-        StatsError: the model's decoder layers cannot be found.
+        StatsError: the decoder layers of a language model cannot be found.
     """
 
-    def __init__(self, rendered: RenderedModel, windows: Tensor) -> None:
+    def __init__(self, rendered: RenderedModel, inputs: ModelInputs) -> None:
         if rendered.types:
             raise ValueError("`rendered` holds a plan's weights; make its texts before anything is installed")
-        self._rendered = rendered
-        self.window_lengths = [windows.shape[1]] * len(windows)
-        self._replay = LayerReplay(rendered.hf_model, windows.split(max(1, BATCH_TOKENS // windows.shape[1])))
-        self._targets = [Distribution.of(logits) for logits in self._replay.keep()]
+        self._rendered, self._inputs = rendered, inputs
+        # Layers below a change are not run again for text; the towers of other models differ too much for that.
+        self._replay = None
+        if not inputs.has_pictures:
+            at_once = max(1, BATCH_TOKENS // inputs.longest)
+            self._replay = LayerReplay(rendered.hf_model, inputs.windows.split(at_once))
+        self._targets = [Distributions.of(logits, seed=seed) for seed, logits in enumerate(self._logits())]
+        is_text = self._replay is not None
+        self.lengths = [inputs.longest] * len(inputs) if is_text else [len(target) for target in self._targets]
+        """Scored positions of each window or sample."""
 
     @property
     def num_tokens(self) -> int:
-        return sum(self.window_lengths)
+        return sum(self.lengths)
 
     def score(self) -> tuple[Tensor, Tensor]:
-        """KL(original || rendered) in nats and whether the top token agrees, both [tokens].
+        """Return KL(original || rendered) in nats and whether the top token agrees, both [tokens].
 
         The layers' inputs are kept for `divergences_with`.
         """
         divergences, agreements = [], []
-        for logits, target in zip(self._replay.keep(), self._targets, strict=True):
-            divergences.append(target.divergences(logits).cpu())
+        for logits, target in zip(self._logits(), self._targets, strict=True):
+            divergences.append(target.kl(logits).cpu())
             agreements.append(target.agreements(logits))
         return torch.cat(divergences), torch.cat(agreements)
 
     def divergences_with(self, changes: Mapping[str, str]) -> Tensor:
-        """KL in nats [tokens] with some tensors in other types, all else as it was in the last `score`."""
+        """Return KL in nats [tokens] of text with some tensors in other types, all else as in the last `score`."""
+        assert self._replay is not None
         before = {name: self._rendered.types.get(name) for name in changes}
         try:
-            for name, wanted in changes.items():
-                self._rendered.write(name, wanted)
+            for name, type_name in changes.items():
+                self._rendered.write(name, type_name)
             first = _first_layer(changes, self._replay.num_layers)
-            found = [
-                target.divergences(self._replay.logits(index, first)).cpu()
-                for index, target in enumerate(self._targets)
+            divergences = [
+                target.kl(self._replay.logits(index, first)).cpu() for index, target in enumerate(self._targets)
             ]
         finally:
-            for name, wanted in before.items():
-                self._rendered.write(name, wanted)
-        return torch.cat(found)
+            for name, type_name in before.items():
+                self._rendered.write(name, type_name)
+        return torch.cat(divergences)
+
+    def _logits(self) -> Iterator[Tensor]:
+        if self._replay is not None:
+            return self._replay.keep()
+        return (scored_logits(self._rendered.hf_model, batch) for batch in self._inputs)
+
+
+@torch.inference_mode()
+def scored_logits(hf_model: nn.Module, batch: Batch) -> Tensor:
+    """Return logits float32 [n, vocabulary] at the scored positions of a batch of one, on the model's device."""
+    logits = hf_model(**batch.on(hf_model.device), use_cache=False).logits[0].float()
+    return logits[batch.scored.to(logits.device)]
 
 
 def _first_layer(names: Iterable[str], num_layers: int) -> int:

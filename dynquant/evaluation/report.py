@@ -1,6 +1,7 @@
 """Results of an evaluation as one JSON document, and the rows of its before/after table."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -8,7 +9,6 @@ from pydantic import BaseModel, ConfigDict
 
 from dynquant import __version__
 from dynquant.evaluation.multiple_choice import AnswerScores, EncodedQuestion, Scoring
-from dynquant.evaluation.reference_cache import TokenScores
 from dynquant.evaluation.statistics import (
     Estimate,
     block_sums,
@@ -34,8 +34,17 @@ class ModelIdentity(_Record):
     fingerprint: str
 
 
+@dataclass(frozen=True)
+class TokenScores:
+    """What one candidate does at each scored token."""
+
+    divergence: np.ndarray  # float64 [tokens], unbiased estimate of KL(reference || candidate) in nats
+    same_top: np.ndarray  # bool [tokens]
+    target_log_prob: np.ndarray  # float64 [tokens]
+
+
 class Divergence(_Record):
-    """KL(reference || candidate) per token, in nats."""
+    """KL(reference || candidate) per token, in nats; unbiased estimates of `distributions`."""
 
     mean: Estimate
     median: float

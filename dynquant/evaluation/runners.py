@@ -16,19 +16,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
 
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.errors import CheckpointError
 from dynquant.evaluation.llama_cpp import LlamaCppRunner, llama_encode, llama_metadata, llama_vocabulary
 from dynquant.families.from_gguf import config_from_gguf
-from dynquant.families.open import CHECKPOINT_FILES
-from dynquant.families.vision.checkpoint import is_vision_checkpoint
+from dynquant.families.open import is_gguf
 from dynquant.packed.layers import choose_layout
 from dynquant.packed.load_gguf import load as load_packed
 from dynquant.packed.rounding import round_activations
-from dynquant.resources import count_mapped_files
-from dynquant.running.load import LOCAL_ONLY, unpack_compressed, without_progress_bars
+from dynquant.running.load import REFUSALS, load_config, load_directory, load_tokenizer
 from dynquant.storage.strict_json import parse_json
 
 LLAMA_CPP, TRANSFORMERS = "llama.cpp", "transformers"
@@ -80,47 +77,6 @@ class TextEncoder(Protocol):
     def __call__(self, text: str, *, add_special: bool = True) -> list[int]: ...
 
 
-def is_gguf(path: Path) -> bool:
-    return path.suffix.lower() == ".gguf"
-
-
-def resolve_model(model: str | Path) -> Path:
-    """The local path of a Hugging Face directory, a GGUF file or a hub id.
-
-    Raises CheckpointError when there is no such model, or when `model` is a later part of a split GGUF.
-    """
-    path = Path(model)
-    part = re.search(r"-(\d{5})-of-(\d{5})\.gguf$", path.name)
-    if part and int(part.group(1)) != 1:
-        first = path.name[: part.start()] + f"-00001-of-{part.group(2)}.gguf"
-        raise CheckpointError(
-            f"{path.name} is part {int(part.group(1))} of a split GGUF; give the first part, {first}."
-        )
-    if path.is_file() and is_gguf(path):
-        return path
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise CheckpointError(
-                f"{path} holds no config.json, so it is not a Hugging Face model; give its directory."
-            )
-        return path
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) and not is_gguf(path):
-        return _download(str(model))
-    raise CheckpointError(f"{model} is neither a Hugging Face model directory nor a .gguf file; check the path.")
-
-
-def _download(model_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(model_id, allow_patterns=CHECKPOINT_FILES))
-    except Exception as error:
-        raise CheckpointError(
-            f"{model_id} is no local directory, and the hub could not provide it ({error}). "
-            "Give the path of a model, or go online."
-        ) from error
-
-
 def describe_model(path: Path, *, runner: str = LLAMA_CPP) -> ModelInfo:
     """Vocabulary and context length of a resolved model, without loading its weights."""
     if not is_gguf(path):
@@ -155,12 +111,7 @@ def open_encoder(path: Path) -> Iterator[TextEncoder]:
         with llama_vocabulary(path) as (_, vocab):
             yield partial(llama_encode, vocab)
         return
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **LOCAL_ONLY)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path.name}: transformers cannot load the tokenizer: {error}") from error
+    tokenizer = load_tokenizer(path)
 
     def encode(text: str, *, add_special: bool = True) -> list[int]:
         # verbose=False: it would warn that a whole text is longer than the context; windows are cut later.
@@ -170,12 +121,7 @@ def open_encoder(path: Path) -> Iterator[TextEncoder]:
 
 
 def _describe_hugging_face(path: Path) -> ModelInfo:
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(path, **LOCAL_ONLY).get_text_config()
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path.name}: transformers cannot read the model's configuration: {error}") from error
+    config = load_config(path).get_text_config()
     return ModelInfo(
         path=path,
         kind="transformers",
@@ -214,21 +160,16 @@ def _count_named_tokens(path: Path, vocab_size: int) -> int:
 
 
 def load_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The transformers model of a resolved directory, or of a GGUF file with packed weights, on the CPU.
+    """Load the transformers model of a resolved directory, or of a GGUF file with packed weights, on the CPU.
 
-    Raises CheckpointError when it cannot be loaded.
+    Raises:
+        CheckpointError: it cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
+    if not is_gguf(path):
+        return load_directory(path, dtype)
     try:
-        if is_gguf(path):
-            return load_packed(path, dtype=dtype)
-        auto_class = AutoModelForImageTextToText if is_vision_checkpoint(path) else AutoModelForCausalLM
-        with without_progress_bars():
-            loaded = auto_class.from_pretrained(path, dtype=dtype, use_safetensors=True, **LOCAL_ONLY)
-            count_mapped_files(path.glob("*.safetensors"))
-            return unpack_compressed(loaded, dtype)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        return load_packed(path, dtype=dtype)
+    except REFUSALS as error:
         raise CheckpointError(f"{path.name}: transformers cannot load the model: {error}") from error
 
 

@@ -5,12 +5,23 @@ A Hugging Face directory is converted lazily by its family, a GGUF file is taken
 directory serves to run the model.
 """
 
+import re
 from pathlib import Path
+from typing import NoReturn
+
+import gguf
 
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
+from dynquant.checkpoints.safetensors_source import INDEX_NAME, SafetensorsSource
+from dynquant.checkpoints.tensor_source import TensorSource
 from dynquant.errors import CheckpointError, ExportError
-from dynquant.families.text.registry import open_hf
+from dynquant.families.common.config import read_config, read_json
+from dynquant.families.common.conversion import ConvertedSource
+from dynquant.families.common.conversion_book import ConversionBook
+from dynquant.families.common.metadata import recorded_fields, write_general_keys
+from dynquant.families.text.registry import FAMILIES, SAME_CONFIG, SIZED_FAMILIES
+from dynquant.families.tokenizers.tokenizer import write_tokenizer
 from dynquant.families.vision.checkpoint import is_vision_checkpoint, open_vision
 from dynquant.session import Session
 
@@ -26,10 +37,9 @@ def open_model(path: str | Path, *, base_gguf: str | Path | None = None) -> Mode
     Raises:
         CheckpointError: nothing is there, it is damaged, or its architecture has no converter here.
     """
-    path = Path(path)
-    if path.suffix == ".gguf":
-        return _open_gguf(path)
-    directory = path if path.is_dir() else _download(str(path))
+    directory = locate_model(path)
+    if not directory.is_dir():
+        return _open_gguf(directory)
     if base_gguf is not None:
         model = _open_gguf(Path(base_gguf))
         return Model(directory, model.source, model.metadata, model.checkpoint_names, hf_directory=directory)
@@ -61,20 +71,75 @@ def open_language_model(path: str | Path, session: Session) -> Model:
     return model
 
 
-def _open_gguf(path: Path) -> Model:
-    source = GGUFSource(path)
-    metadata = tuple(
-        field for field in source.metadata if field.key not in _OWN_KEYS and not field.key.startswith(_OWN_PREFIXES)
+def open_hf(directory: Path) -> Model:
+    """Open a Hugging Face checkpoint; nothing but headers, configuration and tokenizer is read.
+
+    Raises:
+        CheckpointError: missing or damaged files, missing or unknown tensors, or something that llama.cpp cannot run.
+    """
+    config = read_config(directory, FAMILIES)
+    quantization = config.raw.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    source = SafetensorsSource(directory) if method in (None, "fp8") else None
+    if source is None or (method == "fp8" and not source.has_fp8):
+        config.refuse(
+            "its weights are already quantized (`quantization_config`), and not as FP8 matrices with block scales; "
+            "start from the BF16, F16 or FP8 checkpoint"
+        )
+    return _build(directory, ConversionBook(config, source), source)
+
+
+def open_config(directory: Path, *, whole_kv_b: bool = False) -> Model:
+    """Open only a configuration: names, shapes and keys without weights, all stored as BF16.
+
+    For planning sizes. The tokenizer is taken along when it is there, and the names in model.safetensors.index.json are
+    checked against those that the configuration calls for. Loading a tensor raises CheckpointError. `whole_kv_b` keeps
+    MLA's `attn_kv_b` in one piece, as published files have it; such a model can only be sized.
+
+    Raises:
+        CheckpointError: missing or damaged files, an unknown architecture, or an index of another model.
+    """
+    config = read_config(directory, SIZED_FAMILIES, same_as=SAME_CONFIG)
+    book = ConversionBook(config, None, names=_indexed_names(directory), whole_kv_b=whole_kv_b)
+    book.drop(lambda name: name.endswith("_scale_inv"), "they scale weights that are stored as FP8.")
+    return _build(directory, book, None)
+
+
+def locate_model(path: str | Path) -> Path:
+    """Return the local path of a Hugging Face directory, a GGUF file or a hub id, which is downloaded.
+
+    Raises:
+        CheckpointError: nothing is there, a directory without config.json, or a later part of a split GGUF.
+    """
+    local = Path(path)
+    part = re.search(r"-(\d{5})-of-(\d{5})\.gguf$", local.name)
+    if part and int(part.group(1)) != 1:
+        first = local.name[: part.start()] + f"-00001-of-{part.group(2)}.gguf"
+        raise CheckpointError(
+            f"{local.name} is part {int(part.group(1))} of a split GGUF; give the first part, {first}."
+        )
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            raise CheckpointError(
+                f"{local} holds no config.json, so it is not a Hugging Face model; give its directory."
+            )
+        return local
+    if is_gguf(local) and local.is_file():
+        return local
+    if not local.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not is_gguf(local):
+        return _download(str(path))
+    raise CheckpointError(
+        f"{path} is neither a Hugging Face model directory, nor a .gguf file, nor a hub id of the form owner/name; "
+        "check the path."
     )
-    return Model(path, source, metadata, lambda name: (name,), gguf_file=path)
+
+
+def is_gguf(path: Path) -> bool:
+    """Return whether a file has the name of a GGUF file."""
+    return path.suffix.lower() == ".gguf"
 
 
 def _download(repo_id: str) -> Path:
-    if repo_id.count("/") != 1 or repo_id.startswith((".", "/")):
-        raise CheckpointError(
-            f"There is no directory {repo_id}, and it is not a hub id of the form owner/name. Give the directory of a "
-            "Hugging Face checkpoint, a hub id, or a .gguf file."
-        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -85,3 +150,54 @@ def _download(repo_id: str) -> Path:
             f"There is no directory {repo_id} and the hub did not give a model of that name ({error}). Check the "
             "spelling, log in for gated models, or download it and give the directory."
         ) from error
+
+
+def _open_gguf(path: Path) -> Model:
+    source = GGUFSource(path)
+    metadata = tuple(
+        field for field in source.metadata if field.key not in _OWN_KEYS and not field.key.startswith(_OWN_PREFIXES)
+    )
+    return Model(path, source, metadata, lambda name: (name,), gguf_file=path)
+
+
+def _indexed_names(directory: Path) -> list[str] | None:
+    index = directory / INDEX_NAME
+    if not index.is_file():
+        return None
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict):
+        raise CheckpointError(f"{index} has no `weight_map`, so it is not a safetensors index. Fetch it again.")
+    return [name.removeprefix("language_model.") for name in names]
+
+
+def _build(directory: Path, book: ConversionBook, checkpoint: TensorSource | None) -> Model:
+    config = book.config
+    family = SIZED_FAMILIES[config.model_type]
+    writer = gguf.GGUFWriter(None, family.arch)
+    family.add_tensors(book)
+    source = ConvertedSource(checkpoint or _NoWeights(directory), book.finish())
+    write_general_keys(writer, directory, source)
+    family.write_keys(config, writer)
+    if checkpoint is not None or any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        write_tokenizer(writer, directory, config.integer("vocab_size"))
+    return Model(directory, source, recorded_fields(writer), source.checkpoint_names, hf_directory=directory)
+
+
+class _NoWeights:
+    """Stands in for the weights of `open_config`."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    @property
+    def fingerprint(self) -> str:
+        return "config-only"
+
+    def names(self) -> list[str]:
+        return []
+
+    def info(self, name: str) -> NoReturn:
+        self.load(name)
+
+    def load(self, name: str, index: int | None = None) -> NoReturn:
+        raise CheckpointError(f"{self._directory} was opened for its configuration only; `{name}` cannot be read.")

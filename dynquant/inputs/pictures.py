@@ -10,6 +10,7 @@ A line of a .jsonl file is one sample, in one of three forms; paths of images ar
 """
 
 import hashlib
+import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dynquant.checkpoints.model import Model
 from dynquant.errors import DataError
+from dynquant.inputs.model_inputs import Batch, ModelInputs
+from dynquant.inputs.processor import load_processor
 from dynquant.storage.strict_json import parse_json
 
 if TYPE_CHECKING:
@@ -34,22 +38,6 @@ class Sample:
     text: str = ""
     question: str | None = None
     answer: str | None = None
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """What the processor made of a sample: keyword arguments of the model, and which positions hold image tokens."""
-
-    inputs: dict[str, torch.Tensor]
-    is_image: torch.Tensor  # bool [T]
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.is_image)
-
-    def inputs_on(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """Keyword arguments of a model on a device."""
-        return {name: value.to(device) for name, value in self.inputs.items()}
 
 
 @dataclass(frozen=True)
@@ -86,6 +74,30 @@ def read_samples(path: Path) -> SampleFile:
     for image in sorted({image for sample in samples for image in sample.images}):
         digest.update(image.read_bytes() if image.is_file() else b"")
     return SampleFile(path.name, samples, digest.hexdigest())
+
+
+def picture_inputs(model: Model, path: Path, *, tokens: int, seed: int, strict: bool = False) -> ModelInputs:
+    """Return the samples of a file, shuffled with `seed`, up to a number of tokens.
+
+    Those whose images cannot be decoded are left out, and named in `skipped`; with `strict` they are refused.
+
+    Raises:
+        DataError: the model sees no images, or nothing of the file can be used.
+        CheckpointError: the model's processor is missing.
+    """
+    if not model.has_vision or model.hf_directory is None:
+        raise DataError(
+            f"{model.name} has no vision tower that transformers can run, so --data {path} with its images is not for "
+            "it. Give text with --calibration."
+        )
+    file = read_samples(path)
+    encoder = SampleEncoder(load_processor(model.hf_directory), image_token_of(model.hf_directory), strict=strict)
+    samples = list(file.samples)
+    random.Random(seed).shuffle(samples)
+    batches = tuple(encoder.encode_all(tuple(samples), tokens))
+    if not batches:
+        raise DataError(f"No sample of {path} can be used: all of their images fail to decode.")
+    return ModelInputs(batches, name=file.name, sha256=file.sha256, skipped=tuple(encoder.skipped))
 
 
 def _sample(line: str, place: str, directory: Path) -> Sample:
@@ -156,8 +168,10 @@ class SampleEncoder:
         self._image_token = image_token
         self._strict = strict
 
-    def encode(self, sample: Sample, *, prompt_only: bool = False) -> Encoded | None:
-        """Model inputs of one sample, or None when it is skipped; `prompt_only` leaves the answer out.
+    def encode(self, sample: Sample, *, prompt_only: bool = False, breaks_are_text: bool = True) -> Batch | None:
+        """Return the model inputs of one sample, or None when it is skipped; `prompt_only` leaves the answer out.
+
+        Some models end every row of a picture with a token; unless `breaks_are_text` it belongs to the picture.
 
         Raises:
             DataError: the processor refuses the sample, or with `strict` an image cannot be decoded.
@@ -171,27 +185,28 @@ class SampleEncoder:
             return None
         text, is_templated = self._text(sample, prompt_only)
         try:
-            made = self.processor(
+            features = self.processor(
                 images=[images] if images else None, text=[text], return_tensors="pt",
                 add_special_tokens=not is_templated,
             )  # fmt: skip
         except (ValueError, TypeError, KeyError, IndexError) as error:
             raise DataError(f"{sample.place}: the model's processor refuses it: {error}") from error
-        inputs = {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
-        ids = inputs["input_ids"][0]
-        is_image = (
-            ids == self._image_token if self._image_token is not None else torch.zeros_like(ids, dtype=torch.bool)
-        )
-        return Encoded(inputs, is_image)
+        arguments = {name: value for name, value in features.items() if isinstance(value, torch.Tensor)}
+        ids = arguments["input_ids"]
+        is_text = ids != self._image_token if self._image_token is not None else torch.ones_like(ids, dtype=torch.bool)
+        row_break = getattr(self.processor, "image_break_token_id", None)
+        if row_break is not None and not breaks_are_text:
+            is_text &= ids != row_break
+        return Batch(arguments, is_text)
 
-    def encode_all(self, samples: tuple[Sample, ...], max_tokens: int) -> Iterator[Encoded]:
-        """Samples in order until they have `max_tokens` tokens."""
+    def encode_all(self, samples: tuple[Sample, ...], max_tokens: int) -> Iterator[Batch]:
+        """Yield samples in order until they have `max_tokens` tokens."""
         total = 0
         for sample in samples:
-            found = self.encode(sample)
-            if found is not None:
-                yield found
-                total += found.num_tokens
+            batch = self.encode(sample)
+            if batch is not None:
+                yield batch
+                total += batch.num_tokens
             if total >= max_tokens:
                 return
 

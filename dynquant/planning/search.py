@@ -1,14 +1,17 @@
-"""Plans priced by running the model, and the choice among them by the KL on text that no price has seen.
+"""Plans priced by running the model, and the choice among them by the KL on inputs that no price has seen.
 
-Surrogate costs propose, held-out KL selects (PrismaQuant's rule): each method of pricing gives candidates at the same
-budget, with and without floors; all are rendered from blocks that are encoded once, and scored on windows of the
-calibration source behind those that calibration used, or on a text of the user's. `check` draws plans around the chosen
-one and says how well predicted and measured KL agree.
+Surrogate costs propose, held-out KL selects (PrismaQuant's rule). On text, each method of pricing gives candidates at
+the same budget, with and without floors. With pictures, vision tower and projector are kept, at 8 bits or lower, in
+every combination; each is a plan of the same budget, so what a module keeps is paid for by the language model. All are
+rendered from blocks that are encoded once, and scored on windows of the calibration source behind those that
+calibration used, on samples that it held back, or on a file of the user's. `check` draws plans around the chosen one
+and says how well predicted and measured KL agree. Every KL is the unbiased one of `distributions`.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,164 +19,299 @@ import torch
 from dynquant.analysis.errors.table import ErrorTable, Price
 from dynquant.analysis.sensitivity.fisher_probe import fisher_probe, probe_prices
 from dynquant.analysis.sensitivity.unit_kl import prices_from, refine
-from dynquant.encoding.store import EncodedStore
-from dynquant.evaluation.rendered_model import RenderedModel, ScoredText
+from dynquant.calibration.options import CalibrationOptions
+from dynquant.calibration.run import HELD_BACK
+from dynquant.calibration.stage import StatsFile, calibration_inputs
+from dynquant.checkpoints.model import Model
+from dynquant.encoding.store import ENCODED_NAME, EncodedStore, open_store
+from dynquant.encoding.stream import load_encoder
+from dynquant.errors import PlanError, StatsError
+from dynquant.evaluation.rendered_model import RenderedModel, ScoredInputs
 from dynquant.evaluation.statistics import bootstrap_mean
+from dynquant.formats.quant_types import QUANT_TYPES
+from dynquant.inputs.model_inputs import ModelInputs
+from dynquant.inputs.text import pack_windows, read_text
+from dynquant.planning.chooser import Chooser
+from dynquant.planning.frontier import fixed_recipes
 from dynquant.planning.options import CLOSED_FORM, FISHER, METHODS, UNIT_KL, SearchOptions
 from dynquant.planning.selection import Candidate, Fit, Selection, rank_correlation
-from dynquant.session import Progress
+from dynquant.planning.vision_modules import ModuleChoice, every_choice, held_to, with_measured_reasons
+from dynquant.resources import chosen_device
+from dynquant.running.load import load_hf, load_tokenizer
+from dynquant.session import Progress, Session
 
-
-class Choose(Protocol):
-    """Gives the stored type of every tensor for a table, at the budget, or at the size nearest to `file_bytes`."""
-
-    def __call__(self, table: ErrorTable, *, floors: bool = True, file_bytes: int | None = None) -> dict[str, str]: ...
+PICTURE_TOKENS = 16384
+"""Image and text tokens that plans are scored on, at most: every plan runs on all of them."""
+_KEEPS = "Errors and encoded tensors are kept; what the search measured is lost."
 
 
 @dataclass(frozen=True)
-class PlanSearch:
-    """A model that can be rendered, its texts, and how to choose types and count bytes at the budget.
+class SearchResult:
+    """The table with all prices that were asked for, priced by the winner's; the scored plans; decisions on modules."""
+
+    table: ErrorTable
+    selection: Selection
+    choices: tuple[ModuleChoice, ...] = ()
+
+
+def encoded_store(model: Model, stats: StatsFile, directory: Path, encoder_name: str, session: Session) -> EncodedStore:
+    """Return the blocks of this model beside the plan, encoded as `export` will."""
+    return open_store(
+        model, stats.stats, stats.path, load_encoder(encoder_name),
+        stats_hash=stats.hash, parent=directory / ENCODED_NAME, threads=session.threads,
+    )  # fmt: skip
+
+
+def search_plans(
+    table: ErrorTable,
+    store: EncodedStore,
+    options: SearchOptions,
+    chooser: Chooser,
+    calibration: CalibrationOptions,
+    session: Session,
+    *,
+    vision: str = "auto",
+) -> SearchResult:
+    """Price, propose and select, on the kind of input that calibration had.
 
     Args:
-        probe_windows: token ids [probes, window] for the Fisher probe.
-        unit_windows: token ids [n, window] for unit KL.
-        selection_windows: token ids [n, window] disjoint from all others; `selection_text` names them.
-        file_bytes: bytes of the whole file for the types of the tensors that have a choice.
-        num_weights: of the whole model.
-        recipes: label -> stored types of fixed recipes, to measure beside the planner's frontier.
-    """
+        vision: with pictures, a level for vision tower and projector, or `auto`.
 
-    hf_model: torch.nn.Module
+    Raises:
+        PlanError: the budget holds no combination of levels.
+        StatsError: too little text is left to select on.
+        DataError: the samples cannot be used.
+        CheckpointError: transformers cannot run the model, or it is a GGUF file.
+    """
+    search = _search_modules if calibration.data is not None else _search_text
+    return search(_Search(store, options, chooser, calibration, session), table, vision)
+
+
+@dataclass(frozen=True)
+class _Search:
+    """What candidates are made, rendered and scored with."""
+
     store: EncodedStore
     options: SearchOptions
-    choose: Choose
-    file_bytes: Callable[[Mapping[str, str]], int]
-    probe_windows: torch.Tensor
-    unit_windows: torch.Tensor
-    selection_windows: torch.Tensor
-    selection_text: str
-    num_weights: int
-    recipes: Mapping[str, Mapping[str, str]]
-    seed: int = 0
-    progress: Progress | None = None
+    chooser: Chooser
+    calibration: CalibrationOptions
+    session: Session
 
-    def run(self, table: ErrorTable) -> tuple[ErrorTable, Selection]:
-        """The table with all prices that were asked for, priced by the winner's, and the selection.
+    @property
+    def model(self) -> Model:
+        return self.store.model
 
-        Raises:
-            CheckpointError: the original's weights cannot be followed into the running model.
-            StatsError: the model's decoder layers cannot be found.
-        """
-        if FISHER in self.options.methods and not table.is_priced_by(FISHER):
-            costs = fisher_probe(
-                self.hf_model, self.store, table, self.probe_windows, seed=self.seed, progress=self.progress
-            )
-            table = table.with_prices(FISHER, probe_prices(table, costs))
-        base = table.priced(FISHER if table.is_priced_by(FISHER) else CLOSED_FORM)
-        rendered = RenderedModel(self.hf_model, self.store)
-        selection_text = ScoredText(rendered, self.selection_windows)
-        unit_text = ScoredText(rendered, self.unit_windows) if UNIT_KL in self.options.methods else None
-        found = [
-            self._candidate(priced, floors, table.priced(priced))
-            for priced in (CLOSED_FORM, FISHER)
-            if priced == CLOSED_FORM or table.is_priced_by(priced)
-            for floors in (True, False)
-        ]
-        if unit_text is not None:
-            points = refine(rendered, unit_text, base, self.choose, rounds=self.options.rounds, progress=self.progress)
-            last = next(point for point in reversed(points) if point.steps)
-            table = table.with_prices(UNIT_KL, prices_from(base, last))
-            found += [
-                self._priced(f"{UNIT_KL}, round {number}", point.types, table.priced(UNIT_KL))
-                for number, point in enumerate(points[1:], start=1)
-            ]
-        found = list({tuple(sorted(one.types.items())): one for one in reversed(found)}.values())[::-1]
-        scored = self._scored(rendered, selection_text, found, "selecting by KL") if self.options.select else found
-        chosen = self._best(scored)
-        table = table.priced(scored[chosen].method)
-        checked = self._scored(rendered, selection_text, self._drawn(base), "checking predictions")
-        pairs = np.array([(one.predicted_kl, one.kl.value) for one in checked if one.kl])
-        return table, Selection(
-            text=self.selection_text,
-            num_tokens=selection_text.num_tokens,
-            candidates=tuple(scored),
-            chosen=chosen,
-            checked=tuple(checked),
-            rank_correlation=rank_correlation(pairs) if checked else None,
-            fit=Fit.of(*pairs.T) if checked else None,
-            frontier=tuple(self._scored(rendered, selection_text, self._frontier(base), "measuring the frontier")),
-        )
+    def original(self) -> torch.nn.Module:
+        return load_hf(self.model, dtype=torch.float32, device=chosen_device(self.session.device))
 
-    def _best(self, candidates: list[Candidate]) -> int:
-        """The lowest KL; without selection, the last method that was asked for, with floors."""
-        if self.options.select:
-            return min(range(len(candidates)), key=lambda i: candidates[i].kl.value)  # type: ignore[union-attr]
-        wanted = [method for method in METHODS if method in self.options.methods][-1]
-        of_method = [i for i, one in enumerate(candidates) if one.method == wanted]
-        if not of_method:
-            return len(candidates) - 1
-        return of_method[-1] if wanted == UNIT_KL else of_method[0]
-
-    def _candidate(self, method: str, floors: bool, table: ErrorTable) -> Candidate:
-        return self._priced(method if floors else f"{method}, no floors", self.choose(table, floors=floors), table)
-
-    def _priced(self, label: str, types: Mapping[str, str], table: ErrorTable) -> Candidate:
+    def candidate(self, label: str, types: Mapping[str, str], table: ErrorTable) -> Candidate:
         total = table.price_of(types)
         return Candidate(
             label=label,
-            bytes=self.file_bytes(types),
+            bytes=self.chooser.file_bytes(types),
             predicted_kl=total.kl,
             predicted_kl_se=total.se,
             types=dict(types),
         )
 
-    def _scored(
-        self, rendered: RenderedModel, text: ScoredText, candidates: list[Candidate], stage: str
-    ) -> list[Candidate]:
+
+@dataclass(frozen=True)
+class _Scorer:
+    """A running model and what its plans are scored on."""
+
+    rendered: RenderedModel
+    inputs: ScoredInputs
+    progress: Progress
+    keeps_floats: bool = False
+    """Leave tensors in float types as the original has them."""
+
+    def shows(self, type_name: str) -> bool:
+        return not (self.keeps_floats and QUANT_TYPES[type_name].is_float)
+
+    def scored(self, candidates: Sequence[Candidate], stage: str) -> list[Candidate]:
         scored = []
         for candidate in candidates:
-            rendered.install(candidate.types)
-            divergences, agreements = text.score()
-            scored.append(
-                candidate.model_copy(
-                    update={
-                        "kl": bootstrap_mean(divergences.numpy(), text.window_lengths),
-                        "top1": bootstrap_mean(agreements.numpy(), text.window_lengths),
-                    }
-                )
-            )
-            if self.progress:
-                self.progress(stage, len(scored), len(candidates), unit="plans")
+            self.rendered.install({name: one for name, one in candidate.types.items() if self.shows(one)})
+            divergences, agreements = self.inputs.score()
+            kl, top1 = (bootstrap_mean(values.numpy(), self.inputs.lengths) for values in (divergences, agreements))
+            scored.append(candidate.model_copy(update={"kl": kl, "top1": top1}))
+            self.progress(stage, len(scored), len(candidates), unit="plans")
         return scored
 
-    def _drawn(self, table: ErrorTable) -> list[Candidate]:
-        """Plans around the frontier: each tensor's prices are shaken by a factor of about 2, sizes by up to 10 %."""
-        random = np.random.default_rng(self.seed)
-        around = self.file_bytes(self.choose(table))
-        drawn = []
-        for number in range(self.options.check_plans):
-            factors = {name: float(np.exp(random.normal(0, 0.7))) for name in table.tensors()}
-            shaken = {
-                name: {row.type: Price(kl=factors[name] * table.cost(row), se=0.0) for row in rows.values()}
-                for name, rows in table.tensors().items()
-            }
-            size = int(random.uniform(0.9, 1.1) * around)
-            types = self.choose(table.with_prices("shaken", shaken), floors=False, file_bytes=size)
-            drawn.append(self._priced(f"drawn {number + 1}", types, table))
-        return drawn
 
-    def _frontier(self, table: ErrorTable) -> list[Candidate]:
-        """The planner at sizes evenly spaced in logarithm, and every fixed recipe in the range."""
-        if self.options.frontier is None:
-            return []
-        low, high = (int(bits * self.num_weights / 8) for bits in self.options.frontier)
-        found = [
-            self._priced(f"planner, {8 * size / self.num_weights:.2f} bpw", types, table)
-            for size in np.geomspace(low, high, self.options.frontier_points)
-            for types in [self.choose(table, floors=False, file_bytes=int(size))]
+def _lowest(candidates: Sequence[Candidate]) -> int:
+    return min(range(len(candidates)), key=lambda index: candidates[index].kl.value)  # type: ignore[union-attr]
+
+
+def _search_modules(search: _Search, table: ErrorTable, vision: str) -> SearchResult:
+    """Score every combination of levels of vision tower and projector, and take the one with the lowest KL."""
+    plans: dict[tuple[ModuleChoice, ...], Candidate] = {}
+    refused = ""
+    for choices in every_choice(table, vision):
+        try:
+            types = search.chooser(held_to(table, choices))
+        except PlanError as error:
+            refused = str(error)
+            continue
+        label = " / ".join(f"{choice.part} {choice.level}" for choice in choices)
+        plans[choices] = search.candidate(label, types, table)
+    if not plans:
+        raise PlanError(refused)
+    inputs = _selection_samples(search)
+    rendered = RenderedModel(search.original(), search.store)
+    with search.session.stage(_KEEPS) as progress:
+        scorer = _Scorer(rendered, ScoredInputs(rendered, inputs), progress, keeps_floats=True)
+        candidates = scorer.scored(list(plans.values()), "selecting by KL")
+    chosen = _lowest(candidates)
+    measured = {choices: one.kl.value for choices, one in zip(plans, candidates, strict=True)}  # type: ignore[union-attr]
+    choices = with_measured_reasons(list(plans)[chosen], measured, f"{len(inputs)} samples of {inputs.name}")
+    selection = Selection(
+        text=inputs.name, num_tokens=scorer.inputs.num_tokens, candidates=tuple(candidates), chosen=chosen
+    )
+    return SearchResult(table, selection, choices)
+
+
+def _selection_samples(search: _Search) -> ModelInputs:
+    """Return samples of a file of the user's, or those that calibration held back."""
+    options, other = search.calibration, search.options.text
+    if other is not None:
+        return calibration_inputs(
+            search.model, replace(options, data=str(other), tokens=PICTURE_TOKENS), search.session
+        )
+    inputs = calibration_inputs(search.model, options, search.session)
+    held = inputs.hold_back(HELD_BACK)[1] or inputs
+    before = accumulate((batch.num_tokens for batch in held), initial=0)
+    count = sum(total < PICTURE_TOKENS for total, _ in zip(before, held, strict=False))
+    return replace(held[:count], name=f"{inputs.name}, held back")
+
+
+def _search_text(search: _Search, table: ErrorTable, _vision: str) -> SearchResult:
+    table, options = search.chooser.allowed(table), search.options
+    provenance = search.chooser.context["stats"].provenance
+    used, window = provenance.max_tokens or 0, provenance.window or 512
+    windows, calibrated = _text_windows(search, used, window)
+    hf_model = search.original()
+    with search.session.stage(_KEEPS) as progress:
+        if FISHER in options.methods and not table.is_priced_by(FISHER):
+            probes = _cut(calibrated, options.probes, options.probe_window)
+            costs = fisher_probe(hf_model, search.store, table, probes, seed=search.session.seed, progress=progress)
+            table = table.with_prices(FISHER, probe_prices(table, costs))
+        rendered = RenderedModel(hf_model, search.store)
+        scorer = _Scorer(rendered, ScoredInputs(rendered, windows), progress)
+        base, table, candidates = _proposed(search, table, scorer, calibrated[: max(1, options.unit_tokens // window)])
+        if options.select:
+            candidates = scorer.scored(candidates, "selecting by KL")
+        chosen = _lowest(candidates) if options.select else _last_method(candidates, options)
+        checked = scorer.scored(_drawn(search, base), "checking predictions")
+        frontier = scorer.scored(_frontier(search, base), "measuring the frontier")
+    pairs = np.array([(one.predicted_kl, one.kl.value) for one in checked if one.kl])
+    selection = Selection(
+        text=windows.name,
+        num_tokens=scorer.inputs.num_tokens,
+        candidates=tuple(candidates),
+        chosen=chosen,
+        checked=tuple(checked),
+        rank_correlation=rank_correlation(pairs) if checked else None,
+        fit=Fit.of(*pairs.T) if checked else None,
+        frontier=tuple(frontier),
+    )
+    return SearchResult(table.priced(candidates[chosen].method), selection)
+
+
+def _text_windows(search: _Search, used: int, window: int) -> tuple[ModelInputs, torch.Tensor]:
+    """Return windows to select on, and token ids [n, window] of those that calibration used."""
+    options, session = search.options, search.session
+    tokenizer, num_tokens = load_tokenizer(search.model), used + window + options.selection_tokens
+    documents = read_text(search.calibration.text, seed=session.seed, max_tokens=num_tokens)
+    windows = pack_windows(documents, tokenizer, window=window, max_tokens=num_tokens)
+    calibrated = windows[: max(1, used // window)]
+    if options.text is not None:
+        name = options.text.name
+        other = read_text(options.text, seed=session.seed, max_tokens=options.selection_tokens)
+        selection = pack_windows(other, tokenizer, window=window, max_tokens=options.selection_tokens)
+    else:
+        name = f"{documents.name}, behind the calibrated tokens"
+        selection = windows[used // window + 1 :]
+    if options.select and selection.numel() < min(options.selection_tokens, 4 * window):
+        raise StatsError(
+            f"{documents.name} has {selection.numel():,} tokens left behind the {used:,} that calibration used; "
+            f"selection wants {options.selection_tokens:,}. Give --selection-text FILE, a longer text or less --tokens."
+        )
+    return ModelInputs(selection if len(selection) else calibrated[:1], name=name), calibrated
+
+
+def _cut(windows: torch.Tensor, count: int, length: int) -> torch.Tensor:
+    """Return the beginnings of evenly spaced windows, [at most `count`, at most `length`]."""
+    step = max(1, len(windows) // count)
+    return windows[::step][:count, :length]
+
+
+def _proposed(
+    search: _Search, table: ErrorTable, scorer: _Scorer, unit_windows: torch.Tensor
+) -> tuple[ErrorTable, ErrorTable, list[Candidate]]:
+    """Return the table priced as plans are checked, that with all prices, and the candidates, no two of them alike."""
+    base = table.priced(FISHER if table.is_priced_by(FISHER) else CLOSED_FORM)
+    candidates = []
+    for method in (CLOSED_FORM, FISHER):
+        if method == CLOSED_FORM or table.is_priced_by(method):
+            priced = table.priced(method)
+            for floors, label in ((True, method), (False, f"{method}, no floors")):
+                candidates.append(search.candidate(label, search.chooser(priced, floors=floors), priced))
+    if UNIT_KL in search.options.methods:
+        text = ScoredInputs(scorer.rendered, ModelInputs(unit_windows))
+        points = refine(
+            scorer.rendered, text, base, search.chooser, rounds=search.options.rounds, progress=scorer.progress
+        )
+        last = next(point for point in reversed(points) if point.steps)
+        table = table.with_prices(UNIT_KL, prices_from(base, last))
+        candidates += [
+            search.candidate(f"{UNIT_KL}, round {number}", point.types, table.priced(UNIT_KL))
+            for number, point in enumerate(points[1:], start=1)
         ]
-        for label, types in self.recipes.items():
-            size = self.file_bytes(types)
-            if low <= size <= high:
-                found.append(Candidate(label=label, bytes=size, types=dict(types)))
-        return found
+    # Of equal plans the first keeps its label.
+    distinct = {tuple(sorted(one.types.items())): one for one in reversed(candidates)}
+    return base, table, list(distinct.values())[::-1]
+
+
+def _last_method(candidates: Sequence[Candidate], options: SearchOptions) -> int:
+    """Return the plan of the last method that was asked for, with floors, where nothing is selected."""
+    method = [method for method in METHODS if method in options.methods][-1]
+    of_method = [index for index, one in enumerate(candidates) if one.method == method]
+    if not of_method:
+        return len(candidates) - 1
+    return of_method[-1] if method == UNIT_KL else of_method[0]
+
+
+def _drawn(search: _Search, table: ErrorTable) -> list[Candidate]:
+    """Return plans around the frontier: prices of tensors are shaken by a factor of about 2, sizes by up to 10 %."""
+    random = np.random.default_rng(search.session.seed)
+    around = search.chooser.file_bytes(search.chooser(table))
+    drawn = []
+    for number in range(search.options.check_plans):
+        factors = {name: float(np.exp(random.normal(0, 0.7))) for name in table.tensors()}
+        shaken = {
+            name: {row.type: Price(kl=factors[name] * table.cost(row), se=0.0) for row in rows.values()}
+            for name, rows in table.tensors().items()
+        }
+        size = int(random.uniform(0.9, 1.1) * around)
+        types = search.chooser(table.with_prices("shaken", shaken), floors=False, file_bytes=size)
+        drawn.append(search.candidate(f"drawn {number + 1}", types, table))
+    return drawn
+
+
+def _frontier(search: _Search, table: ErrorTable) -> list[Candidate]:
+    """Return the planner at sizes evenly spaced in logarithm, and every fixed recipe in the range."""
+    if search.options.frontier is None:
+        return []
+    num_weights = search.model.num_weights
+    low, high = (int(bits * num_weights / 8) for bits in search.options.frontier)
+    points = []
+    for size in np.geomspace(low, high, search.options.frontier_points):
+        types = search.chooser(table, floors=False, file_bytes=int(size))
+        points.append(search.candidate(f"planner, {8 * size / num_weights:.2f} bpw", types, table))
+    for label, recipe in fixed_recipes(search.model).items():
+        types = search.chooser.stored(recipe, table)
+        size = search.chooser.file_bytes(types)
+        if low <= size <= high:
+            points.append(Candidate(label=label, bytes=size, types=types))
+    return points

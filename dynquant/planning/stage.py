@@ -12,7 +12,6 @@ from dynquant.analysis.errors.table import ErrorTable
 from dynquant.analysis.outliers.token_errors import write_token_errors
 from dynquant.analysis.sensitivity.stage import run_probe
 from dynquant.calibration.options import CalibrationOptions
-from dynquant.calibration.picture_stage import DataOptions
 from dynquant.calibration.stage import StatsFile, statistics_in, streaming_limit
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import Role
@@ -25,11 +24,10 @@ from dynquant.planning.chooser import Chooser, check_budget
 from dynquant.planning.options import UNIT_KL, PlanOptions, SearchOptions
 from dynquant.planning.planner import FLOOR_PRICE
 from dynquant.planning.schemes import plan_schemes
-from dynquant.planning.search_stage import encoded_store, search_plans
+from dynquant.planning.search import encoded_store, search_plans
 from dynquant.planning.selection import Selection
 from dynquant.planning.target import Target
 from dynquant.planning.vision_modules import ModuleChoice, held_to, module_choices
-from dynquant.planning.vision_search import search_modules
 from dynquant.recipes.build_plan import plan_from_types
 from dynquant.recipes.command_line import recipe_types
 from dynquant.recipes.folder import (
@@ -81,8 +79,12 @@ def _plan_types(options: PlanOptions, session: Session) -> Plan:
     chooser = Chooser(model, target, stats, table, supers, target.memory(model), session)
     selection = None
     if search is not None and store is not None:
-        table, chosen, selection = _searched(model, stats, table, store, chooser, options, search, session)
+        result = search_plans(table, store, search, chooser, options.calibration, session, vision=target.vision)
+        if result.table is not table:
+            table.remembering(result.table).save(folder / ERRORS_NAME)
+        table, selection = result.table, result.selection
         selection.save(folder / SELECTION_NAME)
+        chosen = _explained_modules(chooser, selection.winner.types, result.choices, session)
     else:
         (folder / SELECTION_NAME).unlink(missing_ok=True)
         chosen = fixed_types or _with_modules(chooser, table, target.vision, session)
@@ -167,30 +169,6 @@ def _checked_statistics(
     return stats
 
 
-def _searched(
-    model: Model,
-    stats: StatsFile,
-    table: ErrorTable,
-    store: EncodedStore,
-    chooser: Chooser,
-    options: PlanOptions,
-    search: SearchOptions,
-    session: Session,
-) -> tuple[ErrorTable, dict[str, tuple[str, str]], Selection]:
-    """Return the table with the prices that were measured, types and reasons, and what was compared."""
-    if options.calibration.data is not None:
-        samples = DataOptions.of(options.calibration)
-        selection, choices = search_modules(
-            model, table, store, chooser, samples, session, wanted=options.target.vision, other=search.text
-        )
-        return table, _explained_modules(chooser, selection.winner.types, choices, session), selection
-    priced, selection = search_plans(
-        model, stats.stats, chooser.allowed(table), store, search, chooser, session, text=options.calibration.text
-    )
-    table.remembering(priced).save(options.output / ERRORS_NAME)
-    return priced, chooser.explained(selection.winner.types), selection
-
-
 def _with_modules(chooser: Chooser, table: ErrorTable, wanted: str, session: Session) -> dict[str, tuple[str, str]]:
     """Types and reasons after a decision for vision tower and projector as wholes, the highest that the budget holds.
 
@@ -257,7 +235,7 @@ def plan_from_config(directory: Path, target: Target, session: Session = SILENT)
     Raises:
         PlanError: a target that depends on measurement.
     """
-    from dynquant.families.text.registry import open_config
+    from dynquant.families.open import open_config
 
     def sized(model: Model) -> Plan:
         types = _fixed_types(target, model)

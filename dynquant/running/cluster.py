@@ -10,9 +10,12 @@ import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
+from dynquant.checkpoints.model import Model
 from dynquant.errors import ClusterError, DynquantError
+from dynquant.families.open import open_model
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -31,6 +34,38 @@ class TaskNeeds:
     memory: int = 0
 
 
+@dataclass(frozen=True)
+class StoredModel:
+    """A checkpoint that every worker opens for itself; paths are absolute and must be seen by all nodes."""
+
+    path: Path
+    fingerprint: str
+    base_gguf: Path | None = None
+
+    @classmethod
+    def of(cls, model: Model, base_gguf: Path | None = None) -> "StoredModel":
+        return cls(model.path.resolve(), model.fingerprint, base_gguf and base_gguf.resolve())
+
+    def open(self, way_out: str = "Put it on storage that every node has at the same path.") -> Model:
+        """Open the model in a worker.
+
+        Raises:
+            ClusterError: the node cannot read it, or has another one there; the text ends in `way_out`.
+        """
+        try:
+            model = open_model(self.path, base_gguf=self.base_gguf)
+        except DynquantError as error:
+            raise ClusterError(
+                f"{socket.gethostname()} cannot read what the command works on: {error} {way_out}"
+            ) from error
+        if model.fingerprint != self.fingerprint:
+            raise ClusterError(
+                f"{socket.gethostname()} has another checkpoint at {self.path} (fingerprint {model.fingerprint[:12]} "
+                f"instead of {self.fingerprint[:12]}). {way_out}"
+            )
+        return model
+
+
 class RayPool:
     """Runs tasks on the cluster that this process is connected to; see `open_ray`."""
 
@@ -39,9 +74,10 @@ class RayPool:
 
         self._ray = ray
 
-    @property
-    def has_gpus(self) -> bool:
-        return self._ray.cluster_resources().get("GPU", 0) >= 1
+    def device(self, asked: str | None) -> str:
+        """Return the device of workers: what was asked for, else a GPU where the cluster has one."""
+        device = asked or ("cuda" if self._ray.cluster_resources().get("GPU", 0) >= 1 else "cpu")
+        return "cuda" if device.startswith("cuda") else device  # Ray numbers the GPUs
 
     def run(
         self,

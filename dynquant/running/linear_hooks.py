@@ -1,4 +1,4 @@
-"""Forward hooks on `nn.Linear`: which GGUF weight reads which input.
+"""Hooks on `nn.Linear`: which GGUF weight reads which input.
 
 Weights that read one input (q/k/v, gate/up, q_a/kv_a) are found by the tensor object that they are called with during
 the first forward pass and share one key. Multi-head latent attention is special because GGUF stores `kv_b_proj` as
@@ -8,9 +8,12 @@ the first forward pass and share one key. Multi-head latent attention is special
     attn_v_b   the input of kv_b_proj, for all heads alike                           [1, kv_lora]
 
 The exact input of `attn_v_b` is the attention-weighted mean of that input; it is not seen by a linear layer.
+
+Hooks see gradients too. Backward passes here start from labels drawn from the model's own distribution: E[g gᵀ] over
+such gradients g is the Fisher information, the Hessian of the KL to the model itself (K-FAC, arXiv:1503.05671).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,7 +52,7 @@ class LinearHooks:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Hooks are in place inside this context, and gone after it whatever happens."""
+        """Context manager: the hooks are in place."""
         handles = [self._register(name, module) for name, module in self._linears.items()]
         handles += [module.register_forward_hook(hook) for module, hook in self._latent_attention_hooks()]
         try:
@@ -110,3 +113,46 @@ class LinearHooks:
             self._observer(key, heads[..., : attention.qk_nope_head_dim], None)
 
         return hook
+
+
+@contextmanager
+def activation_gradients(hf_model: nn.Module) -> Iterator[None]:
+    """Context manager: gradients flow through activations and not into weights, whatever the caller's grad mode was."""
+    hook = hf_model.get_input_embeddings().register_forward_hook(lambda _module, _args, out: out.requires_grad_(True))
+    try:
+        with frozen_weights(hf_model), torch.enable_grad():
+            yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def frozen_weights(hf_model: nn.Module) -> Iterator[None]:
+    """Context manager: freezes all weights, and restores `requires_grad` on exit."""
+    trained = [parameter for parameter in hf_model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def backward_from_sampled_labels(
+    hf_model: nn.Module, arguments: Mapping[str, torch.Tensor], generator: torch.Generator
+) -> None:
+    """Compute gradients of the summed log-probability of one drawn token at every position of a batch.
+
+    Gradients reach a vision tower when its pixels ask for one.
+    """
+    sampled_log_probability(hf_model(**arguments, use_cache=False).logits, generator).backward()
+
+
+def sampled_log_probability(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Summed log-probability of one token drawn at every position of `logits` [..., vocabulary], a scalar."""
+    log_probs = logits.float().log_softmax(-1).flatten(0, -2)
+    cumulative = log_probs.detach().exp().cumsum(-1)
+    points = torch.rand(len(cumulative), 1, generator=generator).to(cumulative.device) * cumulative[:, -1:]
+    drawn = torch.searchsorted(cumulative, points).clamp_(max=cumulative.shape[1] - 1)
+    return log_probs.gather(1, drawn).sum()

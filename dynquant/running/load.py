@@ -1,4 +1,4 @@
-"""Loads the transformers model and tokenizer of a `Model`, from a Hugging Face directory or from a GGUF file.
+"""Loads what transformers has of a model: weights, configuration and tokenizer, from a directory or a GGUF file.
 
 transformers dequantizes a GGUF while it loads, for a handful of dense architectures. Code that comes with a checkpoint
 is never run, and nothing is downloaded: `open_model` has fetched what there is.
@@ -10,16 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from dynquant.checkpoints.model import Model
 from dynquant.errors import CheckpointError
 from dynquant.families.common.conversion import ConvertedSource
+from dynquant.families.open import is_gguf
+from dynquant.families.vision.checkpoint import is_vision_checkpoint
 from dynquant.resources import count_mapped_files
 from dynquant.running.weights import CheckpointWeights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+REFUSALS = (OSError, ValueError, KeyError, NotImplementedError, ImportError, RuntimeError, SafetensorError)
+"""What transformers raises for files that it cannot load."""
 LOCAL_ONLY = {"local_files_only": True, "trust_remote_code": False}
 """For transformers' `from_pretrained`, which would ask at the terminal whether to run a checkpoint's code."""
 
@@ -41,13 +46,36 @@ def load_hf(model: Model, *, dtype: torch.dtype | None = None, device: str = "cp
     return loaded.to(device).eval()
 
 
-def computing_type(model: Model, device: str) -> torch.dtype:
-    """What `load_hf` computes in without being told: float32 on a CPU, the type that config.json states elsewhere."""
+def load_directory(directory: Path, dtype: torch.dtype) -> "PreTrainedModel":
+    """Load a directory as it is, on the CPU: one of the original's, or one whose weights are packed or compressed.
+
+    Raises:
+        CheckpointError: transformers cannot load it.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    auto_class = AutoModelForImageTextToText if is_vision_checkpoint(directory) else AutoModelForCausalLM
+    loaded = _load(auto_class, directory, dtype=dtype, use_safetensors=True)
+    count_mapped_files(directory.glob("*.safetensors"))
+    return unpack_compressed(loaded, dtype)
+
+
+def load_config(model: Model | Path) -> Any:
+    """Load transformers' configuration of a model.
+
+    Raises:
+        CheckpointError: there is none that transformers can read.
+    """
     from transformers import AutoConfig
 
+    return _load(AutoConfig, model)
+
+
+def computing_type(model: Model, device: str) -> torch.dtype:
+    """What `load_hf` computes in without being told: float32 on a CPU, the type that config.json states elsewhere."""
     if torch.device(device).type == "cpu":
         return torch.float32
-    stated = _load(AutoConfig, model).dtype
+    stated = load_config(model).dtype
     return stated if isinstance(stated, torch.dtype) else torch.bfloat16
 
 
@@ -58,9 +86,9 @@ def empty_hf(model: Model, *, dtype: torch.dtype, device: str = "cpu") -> "PreTr
     Raises:
         CheckpointError: no such directory, or transformers does not know the architecture.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config: Any = _load(AutoConfig, model)
+    config = load_config(model)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
@@ -81,8 +109,8 @@ def _load_fp8(model: Model, dtype: torch.dtype, device: str) -> "PreTrainedModel
     return empty
 
 
-def load_tokenizer(model: Model) -> "PreTrainedTokenizerBase":
-    """The checkpoint's tokenizer.
+def load_tokenizer(model: Model | Path) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer of a model, or of a directory or GGUF file.
 
     Raises:
         CheckpointError: there is none that transformers can load.
@@ -121,21 +149,23 @@ def without_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _load(auto_class: Any, model: Model, **options: Any) -> Any:
-    directory, options = _location(model, options)
+def _load(auto_class: Any, model: Model | Path, **options: Any) -> Any:
+    path = model if isinstance(model, Path) else model.hf_directory or model.gguf_file
+    if path is None:
+        raise CheckpointError(f"{model} is neither a Hugging Face directory nor a GGUF file that can be loaded.")
+    directory = path
+    if is_gguf(path):
+        directory, options = path.parent, options | {"gguf_file": path.name}
     try:
         with without_progress_bars():
             return auto_class.from_pretrained(directory, **LOCAL_ONLY, **options)
-    except (OSError, ValueError, KeyError, NotImplementedError, ImportError, RuntimeError) as error:
+    except REFUSALS as error:
+        kind = {"AutoConfig": "configuration", "AutoTokenizer": "tokenizer"}.get(auto_class.__name__, "model")
+        way_out = (
+            "Start from the Hugging Face checkpoint that it was made from, or calibrate by importing an importance "
+            "matrix of llama-imatrix."
+        )
         raise CheckpointError(
-            f"transformers cannot load {model.path} ({type(error).__name__}: {error}). Calibrate on the Hugging Face "
-            "checkpoint that it was made from, or import an importance matrix of llama-imatrix."
+            f"{path}: transformers cannot load the {kind} ({type(error).__name__}: {error}). "
+            f"{way_out if is_gguf(path) else 'Fetch the files again.'}"
         ) from error
-
-
-def _location(model: Model, options: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
-    if model.hf_directory is not None:
-        return model.hf_directory, options
-    if model.gguf_file is None:
-        raise CheckpointError(f"{model.path} is neither a Hugging Face directory nor a GGUF file that can be loaded.")
-    return model.gguf_file.parent, options | {"gguf_file": model.gguf_file.name}

@@ -1,27 +1,100 @@
 """Forward and backward passes of many batches, one stage of a `LayerStream` after the other.
 
-A stage's weights are loaded once and all batches go through it. What enters each lies in `HiddenStates`; backward,
-a stage runs again from there, takes the gradient of its output and leaves that of its input. Masks and position
-embeddings are the model's own: its forward pass is run with stand-ins for the layers, which note what they are given.
-That depends on the shape of a batch alone.
+A stage's weights are loaded once and all batches go through it. What enters each lies in `HiddenStates`, in files: one
+a stage, one batch after the other, so that one batch is in memory and a finished stage can be used after a kill.
+Backward, a stage runs again from there, takes the gradient of its output and leaves that of its input. Masks and
+position embeddings are the model's own: its forward pass is run with stand-ins for the layers, which note what they are
+called with. That depends on the shape of a batch alone.
 """
 
+import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dynquant.running.hidden_states import HiddenStates
+from dynquant.errors import StatsError
 from dynquant.running.layer_stream import LayerStream
+from dynquant.storage.journal import write_all
 
 Loss = Callable[[Tensor], Tensor]
 """Logits [windows, window, vocabulary] of a batch -> a scalar."""
 BeforeBatch = Callable[[int], None]
 """Called with the index of a batch before it goes through a stage."""
+
+
+class HiddenStates:
+    """Tensors [windows, window, channels] of `shapes`, one a batch, of any number of stages.
+
+    Raises:
+        StatsError: the directory cannot be written to.
+    """
+
+    def __init__(self, directory: Path, name: str, shapes: Sequence[tuple[int, int, int]], dtype: torch.dtype) -> None:
+        self._directory, self._name, self._dtype = directory, name, dtype
+        self._shapes = tuple(shapes)
+        sizes = [prod(shape) * dtype.itemsize for shape in self._shapes]
+        self._offsets = [sum(sizes[:index]) for index in range(len(sizes))]
+        self.stage_bytes = sum(sizes)
+
+    def write(self, stage: int, index: int, values: Tensor) -> None:
+        """Keep what enters `stage` in batch `index`."""
+        path = self._path(stage)
+        data = values.detach().to("cpu", self._dtype).contiguous().view(-1).view(torch.uint8).numpy()
+        try:
+            with open(path, "r+b" if path.exists() else "w+b", buffering=0) as file:
+                file.seek(self._offsets[index])
+                write_all(file, data)  # type: ignore[arg-type]
+        except OSError as error:
+            raise StatsError(
+                f"Hidden states cannot be written to {path} ({error.strerror}). Free some space and run the same "
+                "command again to go on, or name another directory with --spill."
+            ) from error
+
+    def read(self, stage: int, index: int) -> Tensor:
+        """What `write` kept, on the CPU."""
+        values = torch.empty(self._shapes[index], dtype=self._dtype)
+        rest = memoryview(values.view(-1).view(torch.uint8).numpy())
+        with self._path(stage).open("rb", buffering=0) as file:
+            file.seek(self._offsets[index])
+            while rest:
+                taken = file.readinto(rest)  # type: ignore[attr-defined]
+                if not taken:
+                    raise StatsError(f"{self._path(stage)} is cut short. Remove {self._directory} and start again.")
+                rest = rest[taken:]
+        return values
+
+    def settle(self, stage: int) -> None:
+        """Wait until a stage is on the disk."""
+        with self._path(stage).open("rb") as file:
+            os.fsync(file.fileno())
+
+    def forget(self, stage: int) -> None:
+        """Give back the space of a stage."""
+        self._path(stage).unlink(missing_ok=True)
+
+    def check_space(self, stages: int) -> None:
+        """Refuse a directory without room for `stages` at a time.
+
+        Raises:
+            StatsError: with both numbers.
+        """
+        there = sum(path.stat().st_size for path in self._directory.glob(f"{self._name}-*.bin"))
+        free = shutil.disk_usage(self._directory).free + there
+        if stages * self.stage_bytes > free:
+            raise StatsError(
+                f"Hidden states of {stages} layers take {stages * self.stage_bytes:,} bytes, but {self._directory} has "
+                f"{free:,} free. Name a directory on a larger disk with --spill, or calibrate on fewer --tokens."
+            )
+
+    def _path(self, stage: int) -> Path:
+        return self._directory / f"{self._name}-{stage:05d}.bin"
 
 
 class StagedPasses:
@@ -128,7 +201,7 @@ class StagedPasses:
 
     @contextmanager
     def _standing_in(self, stand_in: Callable[[int, Tensor, dict[str, Any]], Tensor]) -> Iterator[None]:
-        """Inside, decoder layers give what `stand_in(layer, hidden, other arguments)` gives."""
+        """Context manager: decoder layers return `stand_in(layer, hidden, other arguments)` and do not run."""
 
         def call(layer: int, hidden_states: Tensor, **others: Any) -> Tensor:
             return stand_in(layer, hidden_states, others)
@@ -136,6 +209,7 @@ class StagedPasses:
         layers = list(self.stream.layers)
         try:
             for number, layer in enumerate(layers):
+                # An attribute of the object hides the method of its class; removing it brings the method back.
                 layer.__dict__["forward"] = partial(call, number)
             with self.stream.not_loading():
                 yield

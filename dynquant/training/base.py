@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from dynquant.errors import CheckpointError, TrainingError
-from dynquant.evaluation.runners import TRANSFORMERS, describe_model, is_gguf, load_model
-from dynquant.families.open import open_model
+from dynquant.evaluation.runners import TRANSFORMERS, describe_model, load_model
+from dynquant.families.open import is_gguf
 from dynquant.packed.layers import PackedModule, choose_layout
 from dynquant.registration import QUANT_METHOD
-from dynquant.running.load import LOCAL_ONLY, load_tokenizer
+from dynquant.running.load import load_tokenizer
 from dynquant.storage.strict_json import parse_json
 from dynquant.training.options import TrainOptions
 
@@ -102,17 +102,12 @@ def open_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
     Raises:
         CheckpointError: there is none that transformers can load.
     """
-    from transformers import AutoTokenizer
-
-    if is_gguf(path):
-        try:
-            return load_tokenizer(open_model(path))
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"transformers cannot read the tokenizer of {path}. Give the Hugging Face directory of the original, "
-                "as --tokenizer to finetune, or as --reference to heal."
-            ) from error
     try:
-        return AutoTokenizer.from_pretrained(path, **LOCAL_ONLY)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: transformers cannot load the tokenizer: {error}") from error
+        return load_tokenizer(path)
+    except CheckpointError as error:
+        if not is_gguf(path):
+            raise
+        raise CheckpointError(
+            f"transformers cannot read the tokenizer of {path}. Give the Hugging Face directory of the original, "
+            "as --tokenizer to finetune, or as --reference to heal."
+        ) from error

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from dynquant.errors import DataError
-from dynquant.evaluation.distributions import Distribution
+from dynquant.evaluation.distributions import Distributions
 from dynquant.evaluation.reference_cache import model_fingerprint
-from dynquant.evaluation.runners import resolve_model
 from dynquant.evaluation.statistics import Estimate, bootstrap_mean
+from dynquant.families.open import locate_model
 from dynquant.inputs.chats import TrainingData, read_training_data
 from dynquant.resources import chosen_device
 from dynquant.session import SILENT, Progress, Session
@@ -84,7 +84,7 @@ def _finetune(
     report = progress
     found = read_training_data(data)
     train_data, held_data = found.split(held_out_share, seed=options.seed)
-    base = resolve_model(packed)
+    base = locate_model(packed)
     check_packed(base)
     check_context(base, max_length, "--max-length")
 
@@ -96,7 +96,7 @@ def _finetune(
         "max_length": max_length, "tokenizer": tokenizer or "the base's", "device": device, **asdict(options),
     }  # fmt: skip
     run = training_run.RunDirectory(output, identity, resume=resume)
-    encoder, notes = _with_chat_template(open_tokenizer(resolve_model(tokenizer) if tokenizer else base), found)
+    encoder, notes = _with_chat_template(open_tokenizer(locate_model(tokenizer) if tokenizer else base), found)
     trainer = _trainer(
         base, encoder, (train_data, held_data), options, run, max_length=max_length, device=device, progress=report
     )
@@ -196,7 +196,7 @@ def measure_adapter(adapted: Any, batches: Any, progress: Progress) -> list["Cha
         base, tuned = (_learned_logits(adapted, batch, learned, with_adapter) for with_adapter in (False, True))
         for losses, logits in ((before, base), (after, tuned)):
             losses.append(-logits.log_softmax(-1).gather(1, labels[learned].cpu()[:, None])[:, 0])
-        moved.append(Distribution.of(base).divergences(tuned))
+        moved.append(Distributions.of(base).kl(tuned))
         lengths += learned.sum(1).tolist()
         progress("measure", done + 1, len(batches), unit="batches")
     lengths = [length for length in lengths if length]

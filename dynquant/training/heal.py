@@ -18,12 +18,13 @@ import numpy as np
 import torch
 
 from dynquant.errors import DataError, TrainingError
+from dynquant.evaluation.distributions import NUM_TAIL
 from dynquant.evaluation.evaluate import common_columns, evaluate
 from dynquant.evaluation.reference_cache import model_fingerprint
 from dynquant.evaluation.report import EvalReport, MultipleChoiceResult
-from dynquant.evaluation.runners import TRANSFORMERS, describe_model, open_encoder, open_runner, resolve_model
+from dynquant.evaluation.runners import TRANSFORMERS, describe_model, open_encoder, open_runner
 from dynquant.evaluation.statistics import Estimate, bootstrap_ratio, mcnemar_exact, only_one
-from dynquant.families.open import open_model
+from dynquant.families.open import locate_model, open_model
 from dynquant.inputs.eval_text import load_text
 from dynquant.inputs.held_out import split_documents, without_repeats
 from dynquant.inputs.text import CalibrationText, pack_windows, read_text
@@ -40,7 +41,7 @@ from dynquant.training.base import (
 from dynquant.training.options import KEPT, RESIDUAL, ZERO, HealData, HealOptions, TrainOptions
 
 if TYPE_CHECKING:
-    from dynquant.evaluation.teacher_cache import TeacherWindows
+    from dynquant.evaluation.reference_cache import TeacherWindows
     from dynquant.training.run import Change, RunDirectory, TrainingReport
 
 HELD_OUT_NAME = "held_out.txt"
@@ -101,7 +102,7 @@ def _heal(
     began = time.perf_counter()
     device = chosen_device(device)
     report = progress
-    base, original = resolve_model(packed), resolve_model(reference)
+    base, original = locate_model(packed), locate_model(reference)
     check_packed(base)
     check_context(base, data.window, "--window")
     num_columns, notes = common_columns(
@@ -156,17 +157,20 @@ def _teacher(
     original: Path, split: "_Split", cache: Path, num_columns: int, device: str, progress: Progress
 ) -> "tuple[TeacherWindows, TeacherWindows]":
     """Training and held-out windows with the original's distributions; runs it where the cache lacks some."""
-    from dynquant.evaluation.teacher_cache import build_teacher_windows
+    from dynquant.evaluation.reference_cache import build_teacher_windows
 
     def open_original():
         return open_runner(original, device=device, runner=TRANSFORMERS)
 
     train, held = (
         build_teacher_windows(
-            original, open_original, windows, cache, num_columns=num_columns, stage=stage, progress=progress
+            original, open_original, windows, cache, num_columns=num_columns, num_tail=num_tail, stage=stage,
+            progress=progress,
         )
-        for windows, stage in ((split.train, "original, training text"), (split.held, "original, held-out text"))
-    )
+        for windows, num_tail, stage in (
+            (split.train, 0, "original, training text"), (split.held, NUM_TAIL, "original, held-out text"),
+        )
+    )  # fmt: skip
     return train, held
 
 

@@ -61,8 +61,8 @@ def sampled_windows(
             parts = batch.split(_BATCH if model.num_parameters() < _LARGE else _BATCH_OF_LARGE)
             draws = torch.Generator(device).manual_seed(seed + number)
             windows = torch.cat([_continue(model, part.to(device), length, num_columns, draws) for part in parts])
-            save_cached(directory, key, {"windows": windows.int().cpu().numpy()})
-        found.append(torch.from_numpy(load_cached(directory, key)["windows"]).long())
+            save_cached(directory, key, {"windows": windows.int().cpu()})
+        found.append(load_cached(directory, key)["windows"].long())
         progress(stage, sum(map(len, found)), count, unit="windows")
     return torch.cat(found) if found else text.new_empty(0, length)
 

@@ -11,6 +11,7 @@ from dynquant.calibration.run import collect_statistics
 from dynquant.calibration.statistics import InputStats, StatsProvenance
 from dynquant.errors import StatsError
 from dynquant.families.open import open_model
+from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.running.load import load_hf
 
 EXPERTS = "blk.2.ffn_down_exps.weight"
@@ -25,7 +26,8 @@ def model(small_moe):
 def stats(model):
     provenance = StatsProvenance(fingerprint=model.fingerprint, text_hash="0" * 64, text_name="random tokens")
     tokens = torch.randint(0, 8192, (3, 32), generator=torch.Generator().manual_seed(0))
-    return collect_statistics(load_hf(model), tokens, arch="deepseek2", n_layer=6, provenance=provenance).stats
+    inputs = ModelInputs(tokens)
+    return collect_statistics(load_hf(model), inputs, arch="deepseek2", n_layer=6, provenance=provenance).stats
 
 
 @pytest.fixture

@@ -8,14 +8,17 @@ from torch.nn import functional
 
 from dynquant.calibration.collector import SampleLimits
 from dynquant.calibration.importance import SHRINK_TOKENS, coverage_report, importance
-from dynquant.calibration.run import calibrate, collect_statistics
+from dynquant.calibration.run import StatisticsOptions, calibrate, collect_statistics
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
 from dynquant.checkpoints.model import HyperParams
 from dynquant.errors import CheckpointError, StatsError
 from dynquant.families.open import open_model
+from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.inputs.text import CalibrationText, pack_windows, read_text
 from dynquant.running.expert_hooks import record_experts
 from dynquant.running.load import load_hf, load_tokenizer
+from dynquant.session import ignore_progress
+from tests.helpers.tiny_models import save_tiny, write_f32
 
 N_LAYER, N_EXPERT = 6, 8
 HYPER = HyperParams("deepseek2", N_LAYER, 256, 4, 4, 8192, n_expert=N_EXPERT, n_expert_used=2, leading_dense=1)
@@ -41,9 +44,12 @@ def stats(moe, windows):
     return collect(moe, windows)
 
 
-def collect(model, windows, **options):
+def collect(model, windows, *, batch_size=4, progress=ignore_progress, **options):
     provenance = StatsProvenance(fingerprint="f" * 64, text_hash="0" * 64, text_name="test")
-    found = collect_statistics(model, windows, arch="deepseek2", n_layer=N_LAYER, provenance=provenance, **options)
+    found = collect_statistics(
+        model, ModelInputs(windows, batch_size), arch="deepseek2", n_layer=N_LAYER, provenance=provenance,
+        options=StatisticsOptions(**options), progress=progress,
+    )  # fmt: skip
     return found.stats
 
 
@@ -359,11 +365,9 @@ def test_unsupported_gguf_is_refused_with_the_way_out(tmp_path):
         load_hf(open_model(path))
 
 
-def test_gguf_input_is_calibrated(smollm2, monkeypatch):
-    model = smollm2.model
-    # What these two would return once more.
-    monkeypatch.setattr("dynquant.calibration.run.load_hf", lambda *_, **__: smollm2.network)
-    monkeypatch.setattr("dynquant.calibration.run.load_tokenizer", lambda _: smollm2.tokenizer)
+def test_gguf_input_is_calibrated(small_moe, tmp_path):
+    checkpoint = open_model(save_tiny("llama", tmp_path / "llama", small_moe))
+    model = open_model(write_f32(checkpoint, tmp_path / "llama.gguf"))
     found = calibrate(model, tokens=64, window=32).stats
     assert found.provenance.fingerprint == model.fingerprint
     for name in model.source.names():

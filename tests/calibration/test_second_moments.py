@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from dynquant.calibration.importance import importance
-from dynquant.calibration.run import collect_statistics
+from dynquant.calibration.run import StatisticsOptions, collect_statistics
 from dynquant.calibration.second_moments import DAMPING, SecondMoments, hessian, path_beside
 from dynquant.calibration.statistics import CalibrationStats, InputStats, StatsProvenance
 from dynquant.errors import StatsError
 from dynquant.families.open import open_model
+from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.running.load import load_hf
 
 GATE, DOWN, DENSE = "blk.2.ffn_gate_exps.weight", "blk.2.ffn_down_exps.weight", "blk.0.ffn_gate.weight"
@@ -28,8 +29,9 @@ def tokens():
 
 def collect(moe, tokens, **options):
     provenance = StatsProvenance(fingerprint="f", text_hash="a0", text_name="noise")
-    options = {"hessians": "activations", "held_back": 0.0, "batch_size": 2} | options
-    return collect_statistics(moe, tokens, arch="deepseek2", n_layer=6, provenance=provenance, **options)
+    options = StatisticsOptions(**{"hessians": "activations", "held_back": 0.0} | options)
+    inputs = ModelInputs(tokens, batch_size=2)
+    return collect_statistics(moe, inputs, arch="deepseek2", n_layer=6, provenance=provenance, options=options)
 
 
 @pytest.fixture(scope="module")

@@ -13,20 +13,19 @@ import torch
 from dynquant.analysis.outliers.super_weights import find_super_weights
 from dynquant.analysis.sensitivity.closed_form import output_sensitivity, streamed_sensitivity
 from dynquant.calibration.options import CalibrationOptions
-from dynquant.calibration.run import calibrate, windows_of
+from dynquant.calibration.run import StatisticsOptions, calibrate, provenance_of, text_inputs
 from dynquant.calibration.stage import run_calibration, streaming_limit
-from dynquant.calibration.streamed import StreamedCalibration, calibrate_streamed
+from dynquant.calibration.streamed import StreamingOptions, calibrate_streamed
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_source import StoredValues
 from dynquant.errors import CheckpointError, StatsError
 from dynquant.families.open import open_model
-from dynquant.running.hidden_states import HiddenStates
 from dynquant.running.layer_stream import LayerStream
 from dynquant.running.load import load_hf
-from dynquant.running.staged_passes import StagedPasses
+from dynquant.running.staged_passes import HiddenStates, StagedPasses
 from dynquant.running.stored_experts import StoredExperts
 from dynquant.running.stream_memory import Workload, fit_within
-from dynquant.session import Session
+from dynquant.session import Session, ignore_progress
 from tests.helpers.commands import run
 from tests.helpers.representatives import represented_by
 from tests.helpers.tiny_models import TINY, save_tiny
@@ -47,17 +46,19 @@ def whole(moe: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def calibrated_whole(model: Model, directory: Path, hessians: str, **options) -> Path:
-    found = calibrate(model, hessians=hessians, **OPTIONS, **options)
+    found = calibrate(model, options=StatisticsOptions(hessians), **OPTIONS, **options)
     found.stats.save(directory / "stats.safetensors")
     if found.moments is not None:
         found.moments.save(directory / "hessians.safetensors")
     return directory
 
 
-def streamed(model: Model, directory: Path, hessians: str, **options) -> StreamedCalibration:
-    windows, provenance = windows_of(model, None, seed=0, **OPTIONS)
+def streamed(model: Model, directory: Path, hessians: str, *, batch_size=4, progress=ignore_progress, **options):
+    inputs = text_inputs(model, None, batch_size=batch_size, **OPTIONS)
+    provenance = provenance_of(model, inputs, tokens=OPTIONS["tokens"], seed=0)
+    streaming = StreamingOptions(**options)
     output = directory / "stats.safetensors"
-    return calibrate_streamed(model, windows, provenance, output, hessians=hessians, **options)
+    return calibrate_streamed(model, inputs, provenance, output, StatisticsOptions(hessians), streaming, progress)
 
 
 def same_files(first: Path, second: Path) -> bool:
@@ -171,17 +172,19 @@ def test_logits_are_bit_equal(name, keeps_experts, dtype, tmp_path, small_moe):
 def test_sensitivities_are_equal(name, moe, small_moe, tmp_path):
     model = moe if name == "moe" else open_model(save_tiny(name, tmp_path / "model", small_moe))
     arch, layers = model.arch, model.hyper.n_layer
-    windows, _ = windows_of(model, None, tokens=300, window=100, seed=0)
+    inputs = text_inputs(model, None, tokens=300, window=100)
     (tmp_path / "states").mkdir()
     stream = LayerStream(model)
     with stream.running():
-        found = streamed_sensitivity(StagedPasses(stream, windows.split(1), tmp_path / "states"), arch, layers, seed=3)
-    assert found == output_sensitivity(load_hf(model), arch, layers, windows, seed=3)
+        found = streamed_sensitivity(
+            StagedPasses(stream, inputs.windows.split(1), tmp_path / "states"), arch, layers, seed=3
+        )
+    assert found == output_sensitivity(load_hf(model), arch, layers, inputs, seed=3)
     assert not any((tmp_path / "states").iterdir())
 
 
 def test_super_weights_are_ablated_in_a_stream(moe):
-    windows, _ = windows_of(moe, None, tokens=128, window=128, seed=0)
+    windows = text_inputs(moe, None, tokens=128, window=128).windows
     low = {"threshold": 1.1, "min_share": 0.01, "min_effect": 1e-5, "max_iterations": 3}
     stream = LayerStream(moe)
     with stream.running():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dynquant.calibration.run import calibrate, windows_of
+from dynquant.calibration.run import calibrate, provenance_of, text_inputs
 from dynquant.calibration.streamed import calibrate_streamed
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.safetensors_source import SafetensorsSource, StoredValues
@@ -63,8 +63,9 @@ def test_statistics_are_those_of_the_floats(fp8, tmp_path):
     expected = calibrate(open_model(fp8.parent / "floats"), **options).stats
     model = open_model(fp8)
     found = calibrate(model, **options).stats
-    windows, provenance = windows_of(model, None, seed=0, **options)
-    streamed = calibrate_streamed(model, windows, provenance, tmp_path / "stats.safetensors").stats
+    inputs = text_inputs(model, None, **options)
+    provenance = provenance_of(model, inputs, tokens=options["tokens"], seed=0)
+    streamed = calibrate_streamed(model, inputs, provenance, tmp_path / "stats.safetensors").stats
     assert found.inputs.keys() == expected.inputs.keys() == streamed.inputs.keys()
     for key, one in expected.inputs.items():
         for other in (found, streamed):

@@ -12,25 +12,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dynquant.analysis.sensitivity import stage as sensitivity_stage
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
 from dynquant.families.open import open_model
 from dynquant.recipes.plan import Plan
-from tests.helpers.commands import command, refused, run, run_alone
+from tests.conftest import CALIBRATION_16M
+from tests.helpers.commands import command, linked_copy, refused, run, run_alone, succeed
 
-TOKENS = "2048"
-TYPES = "iq2_xxs,q2_k,iq4_xs,q6_k"
+TYPES = "q2_k,iq4_xs,q6_k"
 
 
 @pytest.fixture(scope="module")
-def planned(small_moe, tmp_path_factory):
-    """One plan directory of the bundled model, made by the command."""
-    directory = tmp_path_factory.mktemp("plan")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sensitivity_stage, "PROBE_TOKENS", 512)
-        done = run("plan", small_moe, "--types", TYPES, "--tokens", TOKENS, "-o", directory)
-    assert done.returncode == 0, done.stderr
-    return directory
+def planned(planned_16m, tmp_path_factory):
+    """The plan folder of the bundled model; other plans are made in it."""
+    return linked_copy(planned_16m, tmp_path_factory.mktemp("cli") / "plan")
 
 
 @pytest.fixture
@@ -57,7 +51,7 @@ def test_plan_crushes_experts_and_keeps_the_rest(planned):
     assert types["blk.1.ffn_gate_inp.weight"] == "F32"
     assert types["blk.1.attn_norm.weight"] == "F32"
     assert types["blk.1.attn_q_a.weight"] == "IQ4_XS"
-    assert any(types[f"blk.{layer}.ffn_down_exps.weight"] in ("IQ2_XXS", "Q2_K") for layer in range(1, 6))
+    assert any(types[f"blk.{layer}.ffn_down_exps.weight"] == "Q2_K" for layer in range(1, 6))
     assert all(entry.reason for entry in plan.entries)
     fallback = next(entry for entry in plan.entries if entry.name == "blk.1.attn_k_b.weight")
     assert fallback.type == "IQ4_NL" or fallback.wanted_type is None
@@ -65,9 +59,7 @@ def test_plan_crushes_experts_and_keeps_the_rest(planned):
 
 def test_another_budget_reuses_statistics_and_errors(planned, small_moe):
     before = (planned / "stats.safetensors").stat().st_mtime_ns, (planned / "errors.json").stat().st_mtime_ns
-    done = run("plan", small_moe, "--types", TYPES, "--tokens", TOKENS, "-o", planned,
-               "--size", "6.5MB", "--no-report")  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    succeed("plan", small_moe, "--types", TYPES, *CALIBRATION_16M, "-o", planned, "--size", "6.5MB", "--no-report")
     after = (planned / "stats.safetensors").stat().st_mtime_ns, (planned / "errors.json").stat().st_mtime_ns
     assert before == after
     assert 6_300_000 < Plan.load(planned / "plan.json").predicted_bytes <= 6_500_000
@@ -75,12 +67,11 @@ def test_another_budget_reuses_statistics_and_errors(planned, small_moe):
 
 def test_a_plan_for_a_memory_prints_the_parts_and_coupled_tensors_agree(planned, small_moe, tmp_path):
     shutil.copytree(planned, tmp_path / "plan")
-    common = ("plan", small_moe, "--types", TYPES, "--tokens", TOKENS, "-o", tmp_path / "plan",
+    common = ("plan", small_moe, "--types", TYPES, *CALIBRATION_16M, "-o", tmp_path / "plan",
               "--no-report", "--context", "1024", "--couple", "gate-up,qkv")  # fmt: skip
-    done = run(*common, "--fits", "576MB")
-    assert done.returncode == 0, done.stderr
-    assert "KV cache 3.5 MB, compute buffer 29.9 MB (at most) and CUDA context 536.9 MB" in done.stderr
-    assert "--couple qkv: this model has no such tensors" in done.stderr
+    said = succeed(*common, "--fits", "576MB")
+    assert "KV cache 3.5 MB, compute buffer 29.9 MB (at most) and CUDA context 536.9 MB" in said
+    assert "--couple qkv: this model has no such tensors" in said
     plan = Plan.load(tmp_path / "plan" / "plan.json")
     assert plan.predicted_bytes <= 576_000_000 - 3_538_944 - 29_884_416 - (512 << 20)
     types = {entry.name: entry.type for entry in plan.entries}
@@ -91,8 +82,7 @@ def test_a_plan_for_a_memory_prints_the_parts_and_coupled_tensors_agree(planned,
 
 def test_exported_file_has_the_predicted_size_and_runs(planned, small_moe, tmp_path):
     output = tmp_path / "model.gguf"
-    done = run("export", small_moe, "--plan", planned / "plan.json", "--encoder", "ggml", "-o", output)
-    assert done.returncode == 0, done.stderr
+    succeed("export", small_moe, "--plan", planned / "plan.json", "--encoder", "ggml", "-o", output)
     plan = Plan.load(planned / "plan.json")
     assert output.stat().st_size == plan.predicted_bytes
     fields = gguf.GGUFReader(output).fields
@@ -100,9 +90,20 @@ def test_exported_file_has_the_predicted_size_and_runs(planned, small_moe, tmp_p
     assert str(tmp_path) not in str([field.contents() for field in fields.values()])
     result = tmp_path / "eval.json"
     text = small_moe.parent / "demo_text.txt"
-    done = run("eval", output, "--reference", small_moe, "--tasks", "kl,ppl", "--text", text, "--max-tokens", "1024",
-               "--json", result)  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    succeed(
+        "eval",
+        output,
+        "--reference",
+        small_moe,
+        "--tasks",
+        "kl,ppl",
+        "--text",
+        text,
+        "--max-tokens",
+        512,
+        "--json",
+        result,
+    )
     kl = json.loads(result.read_text())["texts"][0]["kl"]
     assert 0.01 < kl["mean"]["value"] < 1.5 and kl["mean"]["low"] < kl["mean"]["value"] < kl["mean"]["high"]
 
@@ -130,7 +131,7 @@ def _journal(directory):
 
 
 def test_budgets_outside_the_possible_range_name_both_ends(planned, small_moe):
-    common = ("plan", small_moe, "--types", TYPES, "--tokens", TOKENS, "-o", planned)
+    common = ("plan", small_moe, "--types", TYPES, *CALIBRATION_16M, "-o", planned)
     for size, words in (("1MB", "below the smallest"), ("10GB", "above the largest")):
         message = refused(*common, "--size", size)
         assert words in message and message.count(",") >= 4
@@ -210,9 +211,8 @@ def test_empty_calibration_text(small_moe, tmp_path):
 
 def test_tiny_calibration_text_lists_experts_without_tokens(small_moe, tmp_path):
     (tmp_path / "tiny.txt").write_text("Yes.")
-    done = run("calibrate", small_moe, "--calibration", tmp_path / "tiny.txt", "-o", tmp_path / "stats.safetensors")
-    assert done.returncode == 0, done.stderr
-    assert "starved" in done.stderr and "(0)" in done.stderr
+    said = succeed("calibrate", small_moe, "--calibration", tmp_path / "tiny.txt", "-o", tmp_path / "stats.safetensors")
+    assert "starved" in said and "(0)" in said
 
 
 def test_corrupt_gguf_header(tmp_path):

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from dynquant.analysis.sensitivity import stage as sensitivity_stage
 from dynquant.cli.app import app
 from dynquant.errors import PlanError
-from dynquant.families.text.registry import open_config
+from dynquant.families.open import open_config
 from dynquant.recipes.build_plan import plan_from_types
 from dynquant.recipes.plan import Plan
 from dynquant.recipes.presets import preset_types

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dynquant.errors import CheckpointError
-from dynquant.evaluation.runners import LogitRunner, describe_model, open_encoder, open_runner, resolve_model
-from dynquant.families.open import open_model
+from dynquant.evaluation.runners import LogitRunner, describe_model, open_encoder, open_runner
+from dynquant.families.open import locate_model, open_model
 from tests.helpers.tiny_models import write_f32
 
 TEXT = "A quantized model answers a question.\n\nWhat is mitosis?  É naïve \t 42 + 7\nAnswer:"
@@ -107,11 +107,11 @@ def test_what_is_not_a_model_is_refused(tmp_path: Path) -> None:
     later = tmp_path / "m-00002-of-00003.gguf"
     later.write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"part 2 .* m-00001-of-00003\.gguf"):
-        resolve_model(later)
+        locate_model(later)
     with pytest.raises(CheckpointError, match=r"no config\.json"):
-        resolve_model(tmp_path)
+        locate_model(tmp_path)
     with pytest.raises(CheckpointError, match="neither"):
-        resolve_model(tmp_path / "absent.gguf")
+        locate_model(tmp_path / "absent.gguf")
 
 
 def test_damaged_safetensors_are_refused(small_moe: Path, tmp_path: Path) -> None:

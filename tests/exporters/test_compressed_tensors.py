@@ -10,8 +10,6 @@ import torch
 from safetensors import safe_open
 
 from dynquant.analysis.errors.table import ErrorRow, ErrorTable
-from dynquant.calibration.options import CalibrationOptions
-from dynquant.calibration.stage import run_calibration
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import layer_of
 from dynquant.checkpoints.tensor_source import DictSource
@@ -347,10 +345,9 @@ def plan_with(document, entry, **changes):
     return {**document, "entries": entries}
 
 
-def test_importance_and_feedback_lose_less_than_rounding_to_nearest(small_moe, tmp_path):
+def test_importance_and_feedback_lose_less_than_rounding_to_nearest(small_moe, calibrated_16m):
     """int4 experts of two layers of the bundled model, on text that calibration did not see."""
-    stats = tmp_path / "stats.safetensors"
-    run_calibration(open_model(small_moe), CalibrationOptions(tokens=4096), stats)
+    stats = calibrated_16m / "stats.safetensors"
     text = small_moe.parent / "demo_text.txt"
     schemes = {f"blk.{layer}.experts": "W4A16" for layer in (1, 2)}
     kl = {rounding: value for rounding, value, _ in kl_by_rounding(small_moe, stats, text, schemes, tokens=2048)}

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 
-from dynquant.calibration.picture_collector import collect_vision_statistics
+from dynquant.calibration.run import collect_statistics
 from dynquant.calibration.statistics import StatsProvenance
 from dynquant.checkpoints.gguf_layout import mmproj_path
 from dynquant.checkpoints.gguf_source import GGUFSource
@@ -21,6 +21,7 @@ from dynquant.evaluation.llama_cpp_pictures import MtmdRunner
 from dynquant.evaluation.picture_runners import segments_of
 from dynquant.exporters.gguf import stats_of_part
 from dynquant.families.open import open_model
+from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.inputs.pictures import SampleEncoder, image_token_of, read_samples
 from dynquant.inputs.processor import image_token_limits, load_processor
 from dynquant.recipes.build_plan import plan_from_types
@@ -67,9 +68,11 @@ def pictures_stats(models, tmp_path_factory):
     """Statistics of Qwen2-VL on two pictures."""
     model = open_model(models("qwen2_vl"))
     encoder = SampleEncoder(load_processor(model.path), image_token_of(model.path))
-    samples = list(encoder.encode_all(read_samples(write_pictures(tmp_path_factory.mktemp("two"), 2)).samples, 1000))
+    samples = read_samples(write_pictures(tmp_path_factory.mktemp("two"), 2)).samples
+    inputs = ModelInputs(tuple(encoder.encode_all(samples, 1000)))
     provenance = StatsProvenance(fingerprint=model.fingerprint, text_hash="0", text_name="pictures")
-    return collect_vision_statistics(load_hf(model), samples, model, provenance).stats
+    arch, layers = model.arch, model.hyper.n_layer
+    return collect_statistics(load_hf(model), inputs, arch=arch, n_layer=layers, provenance=provenance).stats
 
 
 def sample_of(directory, family, pictures):
@@ -78,10 +81,10 @@ def sample_of(directory, family, pictures):
         (sample,) = pixtral_inputs(directory, [pictures.parent / "0.png"])
         vocabulary = json.loads((directory / "tokenizer.json").read_text())["added_tokens"]
         breaks = [token["id"] for token in vocabulary if token["content"] == "[IMG_BREAK]"]
-        return sample, sample.is_image | torch.isin(sample.inputs["input_ids"][0], torch.tensor(breaks))
+        return sample, ~sample.is_text[0] | torch.isin(sample.ids[0], torch.tensor(breaks))
     encoder = SampleEncoder(load_processor(directory), image_token_of(directory))
     (sample,) = encoder.encode_all(read_samples(pictures).samples[:1], 1000)
-    return sample, sample.is_image
+    return sample, ~sample.is_text[0]
 
 
 def mean_kl(reference, candidate):
@@ -104,12 +107,11 @@ def test_llama_cpp_gives_the_distribution_of_transformers(family, models, export
     pictures = write_pictures(tmp_path, 1, height=SIZES[family][0], width=SIZES[family][1])
     sample, inside = sample_of(models(family), family, pictures)
     with torch.no_grad():
-        logits = load_hf(open_model(models(family)), dtype=torch.float32)(**sample.inputs, use_cache=False).logits[0]
+        logits = load_hf(open_model(models(family)), dtype=torch.float32)(**sample.arguments, use_cache=False).logits[0]
     pixels = np.asarray(Image.open(tmp_path / "0.png").convert("RGB"))
     runner = MtmdRunner(exported(family), mmproj_path(exported(family)), image_tokens=(1, 4096))
     same, other = (
-        runner.sample_logits(segments_of(sample.inputs["input_ids"][0], ~inside, iter([seen])))
-        for seen in (pixels, 255 - pixels)
+        runner.sample_logits(segments_of(sample.ids[0], ~inside, iter([seen]))) for seen in (pixels, 255 - pixels)
     )
     runner.close()
     found, of_another_picture = mean_kl(logits[~inside], same), mean_kl(logits[~inside], other)

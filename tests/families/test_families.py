@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_source import SafetensorsSource
 from dynquant.errors import CheckpointError
-from dynquant.families.text.registry import open_config, open_hf
+from dynquant.families.open import open_config, open_hf
 from tests.helpers.representatives import represented_by
 from tests.helpers.tiny_models import TINY, hf_logits, llama_logits, mean_kl, save_tiny, write_f32
 

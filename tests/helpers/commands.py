@@ -1,6 +1,8 @@
 """The `dynquant` command: in this process, which has imported everything already, or in one of its own."""
 
 import io
+import os
+import shutil
 import subprocess
 import sys
 from contextlib import chdir, redirect_stderr, redirect_stdout
@@ -38,6 +40,18 @@ def run(*arguments: object) -> Finished:
         except SystemExit as left:
             status = left.code or 0
     return Finished(status, out.getvalue(), err.getvalue())
+
+
+def succeed(*arguments: object) -> str:
+    """Run a command that must succeed; returns all that it printed."""
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
+def linked_copy(folder: Path, target: Path) -> Path:
+    """Copy a folder by hard links: whatever a command replaces in the copy stays as it is in the original."""
+    return Path(shutil.copytree(folder, target, copy_function=os.link))
 
 
 def run_alone(*arguments: object) -> Finished:

@@ -24,8 +24,7 @@ from dynquant.calibration.statistics import CalibrationStats, InputStats, StatsP
 from dynquant.checkpoints.inspect import inspect
 from dynquant.checkpoints.safetensors_source import SafetensorsSource
 from dynquant.errors import DynquantError
-from dynquant.families.open import open_model
-from dynquant.families.text.registry import open_config
+from dynquant.families.open import open_config, open_model
 from dynquant.recipes.plan import Plan, PlanEntry
 
 _EDGES = (0, 1, 2, 3, 7, 31, 32, 63, 64, 127, 128, 255, 256, 65535, 1 << 31, (1 << 32) - 1, 1 << 40, 1 << 60, 1 << 63)

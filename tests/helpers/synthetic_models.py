@@ -12,13 +12,13 @@ import numpy as np
 import torch
 
 from dynquant.analysis.errors.table import ErrorRow, ErrorTable
-from dynquant.analysis.outliers.super_weights import SuperWeight
 from dynquant.analysis.plots.groups import PlanResults
 from dynquant.analysis.plots.style import PlotFiles
 from dynquant.calibration.statistics import CalibrationStats, InputStats, StatsProvenance
 from dynquant.checkpoints.tensor_roles import Role, layer_of, role_of
 from dynquant.formats.quant_types import QUANT_TYPES, fit_to_row
 from dynquant.planning.frontier import FrontierPoint
+from dynquant.recipes.folder import SuperWeight
 from dynquant.recipes.plan import Plan, PlanEntry
 
 FINGERPRINT = "f" * 64

@@ -10,7 +10,8 @@ import torch
 import transformers as hf
 from PIL import Image
 
-from dynquant.inputs.pictures import Encoded, SampleEncoder, image_token_of, read_samples
+from dynquant.inputs.model_inputs import Batch
+from dynquant.inputs.pictures import SampleEncoder, image_token_of, read_samples
 from dynquant.inputs.processor import load_processor
 from tests.examples.picture_model import processor_files as files
 
@@ -123,7 +124,7 @@ def save_vision_model(family: str, directory: Path, *, seed: int = 0) -> Path:
     return directory
 
 
-def pixtral_inputs(directory: Path, pictures: list[Path]) -> list[Encoded]:
+def pixtral_inputs(directory: Path, pictures: list[Path]) -> list[Batch]:
     """What Pixtral's processor would give: that class cannot be imported without torchvision, its parts can."""
     tokenizer = hf.AutoTokenizer.from_pretrained(directory)
     config = hf.AutoConfig.from_pretrained(directory)
@@ -136,11 +137,11 @@ def pixtral_inputs(directory: Path, pictures: list[Path]) -> list[Encoded]:
         text = "[IMG_BREAK]".join(["[IMG]" * columns] * rows) + "[IMG_END]What color is the ring?"
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
         seen = images(picture, return_tensors="pt")
-        found.append(Encoded({"input_ids": ids, **seen}, ids[0] == config.image_token_index))
+        found.append(Batch({"input_ids": ids, **seen}, ids != config.image_token_index))
     return found
 
 
-def encoded_pictures(family: str, directory: Path, samples: Path) -> list[Encoded]:
+def encoded_pictures(family: str, directory: Path, samples: Path) -> list[Batch]:
     """Model inputs of the samples that `write_pictures` wrote, for a checkpoint of the family in `directory`."""
     if family in ("pixtral", "mistral3"):
         return pixtral_inputs(directory, sorted(samples.parent.glob("[0-9].png")))

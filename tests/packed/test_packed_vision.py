@@ -67,17 +67,17 @@ def test_the_loaded_model_is_the_one_that_eval_renders(family, pictures, tmp_pat
     samples = encoded_pictures(family, out, pictures)
     packed, rendered = from_pretrained(out), load_hf(model)
     with torch.inference_mode():
-        original = rendered(**samples[0].inputs).logits
+        original = rendered(**samples[0].arguments).logits
     store = EncodedStore(model, Guidance(), load_encoder("ggml"), tmp_path / "encoded")
     RenderedModel(rendered, store).install({e.name: e.type for e in plan.entries if not e.quant_type.is_float})
     with torch.inference_mode():
         for sample in samples:
             torch.testing.assert_close(
-                packed(**sample.inputs).logits, rendered(**sample.inputs).logits, atol=2e-5, rtol=0
+                packed(**sample.arguments).logits, rendered(**sample.arguments).logits, atol=2e-5, rtol=0
             )
-        assert (packed(**samples[0].inputs).logits - original).abs().max() > 0.1
+        assert (packed(**samples[0].arguments).logits - original).abs().max() > 0.1
         ids, expected = (
-            one.generate(**samples[0].inputs, max_new_tokens=6, do_sample=False) for one in (packed, rendered)
+            one.generate(**samples[0].arguments, max_new_tokens=6, do_sample=False) for one in (packed, rendered)
         )
     assert torch.equal(ids, expected)
 
@@ -100,7 +100,7 @@ def test_published_names_of_a_tower_are_kept_and_found(pictures, tmp_path):
     assert load_file(tmp_path / "again" / "model.safetensors").keys() == renamed.keys()
     (sample, *_) = encoded_pictures("llava", model.path, pictures)
     with torch.inference_mode():
-        logits, again = (from_pretrained(path)(**sample.inputs).logits for path in (out, tmp_path / "again"))
+        logits, again = (from_pretrained(path)(**sample.arguments).logits for path in (out, tmp_path / "again"))
     assert torch.equal(logits, again)
 
 
@@ -111,7 +111,7 @@ def test_saving_keeps_names_bytes_and_logits(qwen, pictures, tmp_path):
     packed.save_pretrained(tmp_path / "again")
     again = from_pretrained(tmp_path / "again")
     with torch.inference_mode():
-        assert torch.equal(packed(**sample.inputs).logits, again(**sample.inputs).logits)
+        assert torch.equal(packed(**sample.arguments).logits, again(**sample.arguments).logits)
     configs = [json.loads((path / "config.json").read_text()) for path in (out, tmp_path / "again")]
     assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
     stored, saved = (load_file(path / "model.safetensors") for path in (out, tmp_path / "again"))
@@ -156,7 +156,7 @@ def test_adapters_of_a_vision_model_leave_the_tower_alone(qwen, pictures, tmp_pa
     optimizer = torch.optim.Adam([p for p in adapted.parameters() if p.requires_grad], lr=5e-3)
     losses = []
     for _ in range(4):
-        loss = adapted(**sample.inputs, labels=sample.inputs["input_ids"]).loss
+        loss = adapted(**sample.arguments, labels=sample.ids).loss
         losses.append(loss.item())
         loss.backward()
         optimizer.step()

@@ -8,8 +8,7 @@ import sys
 import pytest
 
 from dynquant.errors import PlanError
-from dynquant.families.open import open_model
-from dynquant.families.text.registry import open_config
+from dynquant.families.open import open_config, open_model
 from dynquant.planning.memory_budget import compute_buffer_bytes, kv_cache_bytes, memory_budget
 from dynquant.planning.target import Target
 from tests.helpers.tiny_models import save_tiny, write_f32

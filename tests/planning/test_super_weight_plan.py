@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dynquant.analysis.outliers.super_weights import scan_down_projections
+from dynquant.analysis.outliers.super_weights import DownScan
 from dynquant.calibration.options import CalibrationOptions
 from dynquant.families.open import open_model
 from dynquant.planning.options import PlanOptions
@@ -25,7 +25,7 @@ def planted(small_moe, tmp_path):
     shutil.copytree(small_moe, directory)
     model = open_model(small_moe)
     tokens = torch.tensor(load_tokenizer(model)(TEXT)["input_ids"][:256])
-    spikes = scan_down_projections(load_hf(model), model.arch, model.hyper.n_layer, tokens)
+    spikes = DownScan(load_hf(model), model.arch, model.hyper.n_layer, tokens).run()[0]
     usual = sorted(abs(spike.max_out) for spike in spikes)[len(spikes) // 2]
     strongest = max((spike for spike in spikes if spike.name == NAME), key=lambda spike: abs(spike.max_in))
     tensors = load_file(directory / "model.safetensors")

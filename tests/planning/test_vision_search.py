@@ -9,9 +9,9 @@ from dynquant.analysis.bench.vision_modules import measure_modules
 from dynquant.checkpoints.tensor_roles import Role
 from dynquant.encoding.store import EncodedStore
 from dynquant.encoding.stream import Guidance, load_encoder
-from dynquant.evaluation.rendered_model import RenderedModel
-from dynquant.evaluation.scored_pictures import ScoredPictures
+from dynquant.evaluation.rendered_model import RenderedModel, ScoredInputs
 from dynquant.families.open import open_model
+from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.planning import stage
 from dynquant.planning import vision_modules as vision_choice
 from dynquant.planning.selection import Selection
@@ -38,24 +38,24 @@ def store(qwen, tmp_path):
 
 
 def test_pictures_score_what_is_installed(store, qwen, pictures):
-    samples = encoded_pictures("qwen2_vl", qwen, pictures)
+    samples = ModelInputs(tuple(encoded_pictures("qwen2_vl", qwen, pictures)))
     rendered = RenderedModel(load_hf(store.model), store)
-    scored = ScoredPictures(rendered, samples)
-    assert scored.num_tokens == sum(int((~sample.is_image[1:] & ~sample.is_image[:-1]).sum()) for sample in samples)
+    scored = ScoredInputs(rendered, samples)
+    assert scored.num_tokens == sum(int((one.is_text[0, 1:] & one.is_text[0, :-1]).sum()) for one in samples)
     divergences, agreements = scored.score()
     assert divergences.abs().max() < 1e-5 and agreements.all()
     rendered.install({"blk.0.ffn_up.weight": "Q4_0"})
     divergences, _ = scored.score()
     assert divergences.mean() > 1e-5
     with pytest.raises(ValueError, match="before anything is installed"):
-        ScoredPictures(rendered, samples)
+        ScoredInputs(rendered, samples)
     rendered.install({})
     divergences, _ = scored.score()
     assert divergences.abs().max() < 1e-5
 
 
 def test_modules_are_measured_beside_the_same_language_model(store, qwen, pictures):
-    samples = encoded_pictures("qwen2_vl", qwen, pictures)
+    samples = ModelInputs(tuple(encoded_pictures("qwen2_vl", qwen, pictures)))
     rows = list(measure_modules(plan_of(store.model, "Q8_0"), store, samples, ("q8_0", "q4_0")))
     kl = {(row.module, row.type): row.kl.value for row in rows}
     size = {(row.module, row.type): row.bytes for row in rows}
@@ -87,7 +87,7 @@ def test_select_takes_the_combination_with_the_lowest_kl(qwen, pictures, tmp_pat
     model = open_model(qwen)
     store = EncodedStore(model, Guidance(), load_encoder("ggml"), tmp_path)
     rendered = RenderedModel(load_hf(model, dtype=torch.float32), store)
-    scored = ScoredPictures(rendered, encoded_pictures("qwen2_vl", qwen, other))
+    scored = ScoredInputs(rendered, ModelInputs(tuple(encoded_pictures("qwen2_vl", qwen, other))))
     rendered.install({e.name: e.type for e in plan.entries if not e.quant_type.is_float})
     assert scored.score()[0].mean() == pytest.approx(plan.selected_kl, rel=0.05)
 

@@ -10,7 +10,7 @@ import pytest
 from dynquant.checkpoints.gguf_layout import padded
 from dynquant.checkpoints.tensor_roles import Role
 from dynquant.errors import PlanError
-from dynquant.families.text.registry import open_config
+from dynquant.families.open import open_config
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.recipes.build_plan import fixed_bytes, plan_from_types
 from dynquant.recipes.plan import Plan, PlanEntry

@@ -6,8 +6,7 @@ import pytest
 
 from dynquant.checkpoints.tensor_roles import Role, layer_of
 from dynquant.errors import CheckpointError, PlanError
-from dynquant.families.open import open_model
-from dynquant.families.text.registry import open_config
+from dynquant.families.open import open_config, open_model
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.planning.stage import plan_from_config
 from dynquant.planning.target import Target

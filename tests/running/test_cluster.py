@@ -1,6 +1,7 @@
 """Encoding on a Ray cluster: the bytes of a local export, whatever dies; refusals that say what to do."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from dynquant.analysis.errors.measure import ErrorMeter, build_error_table
 from dynquant.analysis.errors.remote import RemoteErrors
 from dynquant.analysis.errors.sums import ErrorJournal
-from dynquant.calibration.run import collect_statistics, windows_of
+from dynquant.calibration.run import StatisticsOptions, collect_statistics, provenance_of, text_inputs
 from dynquant.calibration.sharded import calibrate_in_shards, cut
 from dynquant.encoding.parts import PartLimits
 from dynquant.encoding.remote import EncoderChoice, RemoteEncoding, StoredFiles
@@ -65,7 +66,7 @@ def local(moe, plan, tmp_path_factory):
 
 def encoding(pool: RayPool, opened, *, shipped: bool = False, **changes) -> RemoteEncoding:
     files = StoredFiles.of(opened, base_gguf=None, stats=None, use_moments=False, protected={})
-    files = StoredFiles(**{**vars(files), **changes})
+    files = replace(files, model=replace(files.model, **changes))
     sent = (opened, Guidance(), GGML) if shipped else None
     return RemoteEncoding(pool, EncoderChoice.of(GGML, "cpu", 1), TaskNeeds(), files, sent)
 
@@ -90,14 +91,14 @@ def test_a_node_that_dies_half_way_changes_no_byte(cluster, pool, moe, plan, loc
 
 @pytest.mark.nightly
 def test_shipped_weights_give_the_same_bytes_without_files(pool, moe, plan, local, tmp_path):
-    remote = encoding(pool, moe, shipped=True, model=tmp_path / "not there")
+    remote = encoding(pool, moe, shipped=True, path=tmp_path / "not there")
     (path,) = export_gguf(moe, plan, None, tmp_path / "a.gguf", encoder=GGML, limits=LIMITS, elsewhere=remote)
     assert path.read_bytes() == local
 
 
 @pytest.mark.nightly
 def test_another_checkpoint_or_version_on_a_node_is_refused_and_what_is_done_kept(pool, moe, plan, tmp_path):
-    for changes, words in [({"model": tmp_path / "none"}, "--ship-weights"), ({"fingerprint": "0"}, "checkpoint")]:
+    for changes, words in [({"path": tmp_path / "none"}, "--ship-weights"), ({"fingerprint": "0"}, "checkpoint")]:
         with pytest.raises(ClusterError, match=words):
             remote = encoding(pool, moe, **changes)
             export_gguf(moe, plan, None, tmp_path / "a.gguf", encoder=GGML, limits=LIMITS, elsewhere=remote)
@@ -183,12 +184,12 @@ def test_the_command_gives_the_bytes_of_a_local_export(cluster, small_moe, tmp_p
 @pytest.fixture(scope="module")
 def text(moe):
     """32 windows of 32 tokens: two shards of sums, and one of three windows that are held back."""
-    return windows_of(moe, None, tokens=1024, window=32, seed=0)
+    inputs = text_inputs(moe, None, tokens=1024, window=32)
+    return inputs, provenance_of(moe, inputs, tokens=1024, seed=0)
 
 
-def measured(moe, text, hessians: str, pool: RayPool | None = None, progress=None):
-    options = {"hessians": hessians, "hessian_bytes": 1 << 30, "pool": pool, "progress": progress}
-    return calibrate_in_shards(moe, *text, **options)
+def measured(moe, text, hessians: str, pool: RayPool | None = None, progress=ignore_progress):
+    return calibrate_in_shards(moe, *text, StatisticsOptions(hessians, 1 << 30), pool=pool, progress=progress)
 
 
 @pytest.fixture
@@ -222,11 +223,12 @@ def test_calibration_keeps_its_bytes_when_a_node_dies(cluster, pool, moe, text, 
 
 
 def test_shards_add_up_to_the_one_sum(moe, text):
-    windows, provenance = text
+    inputs, provenance = text
     sharded = measured(moe, text, "activations")
     whole = collect_statistics(
-        load_hf(moe), windows, arch=moe.arch, n_layer=moe.hyper.n_layer, provenance=provenance, hessians="activations"
-    )
+        load_hf(moe), inputs, arch=moe.arch, n_layer=moe.hyper.n_layer, provenance=provenance,
+        options=StatisticsOptions("activations"),
+    )  # fmt: skip
     assert sharded.stats.provenance == whole.stats.provenance == sharded.moments.provenance
     assert sharded.stats.aliases == whole.stats.aliases and sharded.stats.inputs.keys() == whole.stats.inputs.keys()
     assert torch.equal(sharded.moments.tokens, whole.moments.tokens)
@@ -244,12 +246,12 @@ def test_shards_add_up_to_the_one_sum(moe, text):
 
 
 def test_shards_are_cut_by_window_number(text):
-    windows, provenance = text
-    shards = cut(windows, provenance, 0.1)
-    assert [len(shard.windows) for shard in shards] == [16, 13, 3] and [s.is_held for s in shards] == [0, 0, 1]
-    assert torch.equal(torch.cat([shard.windows for shard in shards]), windows)
+    inputs, provenance = text
+    shards = cut(inputs, provenance, 0.1)
+    assert [len(shard.inputs) for shard in shards] == [16, 13, 3] and [s.is_held for s in shards] == [0, 0, 1]
+    assert torch.equal(torch.cat([shard.inputs.windows for shard in shards]), inputs.windows)
     assert len({shard.provenance.seed for shard in shards}) == 3
-    assert [len(shard.windows) for shard in cut(windows[:2], provenance, 0.1)] == [1, 1]
+    assert [len(shard.inputs) for shard in cut(inputs[:2], provenance, 0.1)] == [1, 1]
 
 
 def test_no_cluster_at_an_address_is_refused(small_moe, tmp_path):

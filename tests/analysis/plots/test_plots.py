@@ -16,7 +16,7 @@ from dynquant.analysis.plots.groups import MAX_TYPES, PlanResults, shown_types
 from dynquant.analysis.plots.labels import place_labels
 from dynquant.analysis.plots.plan_map import map_cells
 from dynquant.analysis.plots.sizes import role_sizes
-from dynquant.analysis.plots.style import human_bytes, new_figure, plain, plot_settings, short_number
+from dynquant.analysis.plots.style import new_figure, plain, plot_settings, short_number
 from dynquant.analysis.report.page import write_report
 from dynquant.calibration.importance import expert_coverage
 from dynquant.checkpoints.tensor_roles import Role
@@ -24,6 +24,7 @@ from dynquant.errors import ExportError, PlanError, StatsError
 from dynquant.evaluation.statistics import Estimate
 from dynquant.planning.frontier import FrontierPoint
 from dynquant.planning.selection import Candidate, Fit, Selection
+from dynquant.resources import human_bytes
 from tests.helpers.synthetic_models import DENSE, LARGE_MOE, SMALL_MOE, TYPES, Shape, synthetic_model
 
 ALL_PLOTS = {
@@ -226,7 +227,7 @@ def test_labels_do_not_overlap_or_leave_the_axes():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(31_051_424, "31.1 MB"), (140e9, "140 GB"), (1.5e12, "1.50 TB"), (2_500, "2.50 kB")],
+    [(31_051_424, "31.05 MB"), (140e9, "140.00 GB"), (1.5e12, "1.50 TB"), (2_500, "2.50 kB")],
 )
 def test_human_bytes(value, text):
     assert human_bytes(value) == text

@@ -9,6 +9,7 @@ import torch
 
 from dynquant.analysis.sensitivity.closed_form import output_sensitivity
 from dynquant.families.open import open_model
+from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.inputs.text import pack_windows, read_text
 from dynquant.running.load import load_hf, load_tokenizer
 
@@ -27,7 +28,7 @@ def loaded(small_moe):
 def measured(loaded):
     """Sensitivities and their standard errors."""
     hf_model, windows, model = loaded
-    return output_sensitivity(hf_model, model.arch, model.hyper.n_layer, windows)
+    return output_sensitivity(hf_model, model.arch, model.hyper.n_layer, ModelInputs(windows))
 
 
 @pytest.fixture(scope="module")

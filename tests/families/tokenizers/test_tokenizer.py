@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from dynquant.errors import CheckpointError
-from dynquant.families.text.registry import open_config
+from dynquant.families.open import open_config
 from dynquant.families.tokenizers.pre_tokenizers import (
     DEEPSEEK_CODER,
     DEEPSEEK_LLM,

@@ -10,12 +10,14 @@ import pytest
 import torch
 
 pytest.importorskip("PIL", reason="Pillow is not installed")
-from dynquant.calibration.picture_collector import collect_vision_statistics, kind_path
+from dynquant.calibration.run import collect_statistics
+from dynquant.calibration.stage import kind_path
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
 from dynquant.checkpoints.tensor_roles import Role, gguf_name_of, role_of
 from dynquant.checkpoints.vision_names import vision_name
 from dynquant.errors import CheckpointError, DataError
 from dynquant.families.open import open_model
+from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.inputs.pictures import SampleEncoder, image_token_of, read_samples
 from dynquant.inputs.processor import load_processor
 from dynquant.recipes.plan import Plan
@@ -66,19 +68,23 @@ def test_language_models_have_no_vision_names():
     assert vision_name("model.layers.0.self_attn.q_proj.weight") is None
 
 
+def collect(hf_model, inputs, model, provenance):
+    return collect_statistics(hf_model, inputs, arch=model.arch, n_layer=model.hyper.n_layer, provenance=provenance)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_opened_run_and_measured(family, pictures, tmp_path):
     model = open_model(save_vision_model(family, tmp_path / family))
     hf_model = load_hf(model)
-    samples = encoded_pictures(family, model.path, pictures)
+    samples = ModelInputs(tuple(encoded_pictures(family, model.path, pictures)))
     provenance = StatsProvenance(fingerprint=model.fingerprint, text_hash="0", text_name="pictures")
-    found = collect_vision_statistics(hf_model, samples, model, provenance)
+    found = collect(hf_model, samples, model, provenance)
 
     counted = sum(parameter.numel() for parameter in hf_model.parameters())
     assert model.num_weights == counted
     roles = Counter(role_of(name) for name in model.source.names())
     assert roles.keys() >= VISION_ROLES and (family != "mllama" or roles[Role.CROSS_ATTN] == 4)
-    num_images = sum(int(sample.is_image.sum()) for sample in samples[:3])
+    num_images = sum(int((~sample.is_text).sum()) for sample in samples[:3])
     num_text = sum(sample.num_tokens for sample in samples[:3]) - num_images
     for name in model.source.names():
         shape, role = model.source.info(name).shape, role_of(name)
@@ -105,12 +111,12 @@ def test_sums_are_those_of_the_layer_inputs(qwen, pictures):
     down = hf_model.model.language_model.layers[1].mlp.down_proj
     hook = down.register_forward_pre_hook(lambda _module, args: seen.append(args[0][0]))
     provenance = StatsProvenance(fingerprint=model.fingerprint, text_hash="0", text_name="pictures")
-    found = collect_vision_statistics(hf_model, [sample], model, provenance)
+    found = collect(hf_model, ModelInputs((sample,)), model, provenance)
     hook.remove()
     (x,) = seen
     image = found.by_kind["image"].inputs["blk.1.ffn_down.weight"]
-    assert torch.allclose(image.in_sum2[0].float(), x[sample.is_image].square().sum(0), rtol=1e-5)
-    assert not torch.allclose(image.in_sum2[0].float(), x[~sample.is_image].square().sum(0), rtol=0.1)
+    assert torch.allclose(image.in_sum2[0].float(), x[~sample.is_text[0]].square().sum(0), rtol=1e-5)
+    assert not torch.allclose(image.in_sum2[0].float(), x[sample.is_text[0]].square().sum(0), rtol=0.1)
 
 
 def test_three_forms_of_a_sample_give_the_same_inputs(qwen, pictures):
@@ -125,7 +131,7 @@ def test_three_forms_of_a_sample_give_the_same_inputs(qwen, pictures):
     path = pictures.with_name("forms.jsonl")
     path.write_text("\n".join(map(json.dumps, lines)))
     encoder = SampleEncoder(load_processor(qwen), image_token_of(qwen))
-    found = [encoder.encode(sample).inputs for sample in read_samples(path).samples]
+    found = [encoder.encode(sample).arguments for sample in read_samples(path).samples]
     assert int((found[0]["input_ids"] == image_token_of(qwen)).sum()) == 4
     for other in found[1:]:
         assert all(torch.equal(value, other[name]) for name, value in found[0].items())

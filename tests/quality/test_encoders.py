@@ -24,25 +24,16 @@ from dynquant.recipes.presets import preset_types
 from dynquant.running.live_weights import LiveWeights
 from dynquant.running.load import load_hf
 from dynquant.storage.atomic import file_hash
-from tests.helpers.commands import command, refused, run
+from tests.helpers.commands import command, linked_copy, refused, succeed
 from tests.helpers.tiny_models import llama_logits, mean_kl
 
 TUNE_TOKENS = 2048
 CRUSHED_DOWN = "blk.1.ffn_down_exps.weight"
 
 
-def succeed(*arguments) -> str:
-    done = run(*arguments)
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
-
-
 @pytest.fixture(scope="module")
-def calibrated(small_moe, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("calibrated") / "stats.safetensors"
-    said = succeed("calibrate", small_moe, "--tokens", 12288, "--window", 256, "-o", path)
-    assert "hessians.safetensors" in said and path.with_name("hessians.safetensors").is_file()
-    return path
+def calibrated(calibrated_16m, tmp_path_factory) -> Path:
+    return linked_copy(calibrated_16m, tmp_path_factory.mktemp("quality") / "calibrated") / "stats.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +81,7 @@ def test_held_out_kl_at_the_same_bytes(small_moe, files, tmp_path):
     kl = {}
     for name, path in files.items():
         report = evaluate(
-            str(path), str(small_moe), tasks=("kl",), text=[demo_text], max_tokens=2048, cache_dir=tmp_path
+            str(path), str(small_moe), tasks=("kl",), text=[demo_text], max_tokens=1024, cache_dir=tmp_path
         )
         kl[name] = report.texts[0].kl.mean.value
     assert len({path.stat().st_size for path in files.values()}) == 1
