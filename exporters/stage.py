@@ -121,7 +121,7 @@ def _plan_and_statistics(
 
 @dataclass(frozen=True)
 class _Cluster:
-    """Where parts are encoded with --ray; `asked` is --device, of the workers."""
+    """Cluster on which parts are encoded with --ray; `asked` is --device, of the workers."""
 
     pool: RayPool
     asked: str | None

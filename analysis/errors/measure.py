@@ -45,7 +45,7 @@ class NamedShape(Protocol):
 
 @dataclass(frozen=True)
 class ErrorPart:
-    """What is measured at a time: experts of the tensor `name` of `shape`, in all their types."""
+    """Unit of measuring: experts of the tensor `name` of `shape`, in all their types."""
 
     name: str
     shape: tuple[int, ...]

@@ -143,13 +143,13 @@ def print_schemes(plan: "Plan", directory: Path) -> None:
 def print_costs(plan: "Plan", directory: Path, machine_file: Path, options: PlanOptions) -> None:
     """Show time and memory of each stage for a model that is known by its configuration only."""
     from dynquant.analysis.costs.machine import Machine
-    from dynquant.analysis.costs.model import Workload, predict
+    from dynquant.analysis.costs.model import CostOptions, predict
     from dynquant.analysis.errors.options import DEFAULT_TYPES
     from dynquant.families.open import open_config
 
     machine, calibration = Machine.load(machine_file), options.calibration
     limit = None if calibration.max_memory is None else parse_size(calibration.max_memory)
-    work = Workload(
+    work = CostOptions(
         tokens=calibration.tokens,
         window=calibration.window,
         hessians=calibration.hessians,

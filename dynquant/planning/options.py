@@ -10,7 +10,7 @@ from dynquant.options import MODEL_HELP, BaseGguf, EncoderName, Flag
 from dynquant.planning.target import Target
 
 CLOSED_FORM, FISHER, UNIT_KL = METHODS = ("closed-form", "fisher-probe", "unit-kl")
-"""How tensors are priced."""
+"""Ways to price tensors."""
 
 
 def parse_range(text: str) -> tuple[float, float]:
@@ -28,7 +28,8 @@ def parse_range(text: str) -> tuple[float, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchOptions:
-    """How to price and select. Tokens are of the calibration source; a probe is one window of `probe_window` tokens."""
+    """Ways to price and select. Tokens are of the calibration source; a probe is one window of `probe_window`
+    tokens."""
 
     methods: Annotated[
         tuple[str, ...],

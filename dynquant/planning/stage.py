@@ -208,7 +208,8 @@ def _explained_modules(
 
 
 def _promise(table: ErrorTable, types: Mapping[str, str], selection: Selection | None) -> dict[str, object]:
-    """What a plan states about itself: its objective, the KL that was predicted, and the one that was measured."""
+    """Return what a plan states about itself: its objective, the KL that was predicted, and the one that was
+    measured."""
     if selection is not None:
         winner = selection.winner
         predicted, error, measured = winner.predicted_kl, winner.predicted_kl_se, winner.kl
@@ -281,7 +282,7 @@ def _known_types(directory: Path, types: Sequence[str]) -> tuple[str, ...]:
 def _probe(
     model: Model, table: ErrorTable, options: CalibrationOptions, directory: Path, session: Session
 ) -> tuple[list[SuperWeight], ErrorTable]:
-    """What needs the running model: super weights, and the sensitivity of the output to every tensor.
+    """Measure what needs the running model: super weights, and the sensitivity of the output to every tensor.
 
     Both are kept in the directory. A model that transformers cannot run (a GGUF with imported statistics) has neither;
     the plan then counts every tensor's relative error alike, and says so.

@@ -1,4 +1,4 @@
-"""What a plan should reach, as a user says it: a budget, a memory, a recipe, or another file's types.
+"""Goal of a plan, as a user says it: a budget, a memory, a recipe, or another file's types.
 
 Command lines are made of `Target`, so this module imports what computes only where it is used.
 """
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from dynquant.planning.memory_budget import MemoryBudget
 
 LEVELS = ("keep", "8bit", "lower")
-"""What becomes of a vision tower or its projector: kept as stored, 8 bits, or types like all others."""
+"""Treatments of a vision tower or its projector: kept as stored, 8 bits, or types like all others."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What the plan should reach: at most one of preset, bits per weight, size, memory to fit in, another file's types
-    and a recipe.
+    """Goal of a plan: at most one of preset, bits per weight, size, memory to fit in, another file's types and a
+    recipe.
     """
 
     bpw: Annotated[float | None, Flag("Budget in bits per weight, of the whole file.")] = None
@@ -130,7 +130,7 @@ class Target:
         return (f"size {parse_size(self.size)}" if self.size else smallest) + coupled
 
     def memory(self, model: "Model") -> "MemoryBudget | None":
-        """What `fits` leaves for the file, or None without it.
+        """Return what `fits` leaves for the file, or None without it.
 
         Raises:
             PlanError: KV cache and buffers alone take more, or the cache type does not fit the model's heads.
