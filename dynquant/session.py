@@ -1,9 +1,11 @@
-"""How a step runs, apart from what it makes: device, threads, seed, and who hears of its progress."""
+"""The way a step runs, apart from what it makes: device, threads, seed, and who hears of its progress."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Protocol
+
+from dynquant.options import Flag
 
 
 class Progress(Protocol):
@@ -46,13 +48,12 @@ def ignore_stages(kept: str) -> Iterator[Progress]:
 
 @dataclass(frozen=True)
 class Session:
-    """What every door is given beside its options. The default one is silent and takes the machine as it is."""
+    """Argument of every door beside its options. The default one is silent and takes the machine as it is."""
 
-    device: str | None = None
-    """PyTorch's name of a device; None takes a GPU where there is one."""
-    threads: int | None = None
-    """Threads of encoders; None for all cores."""
-    seed: int = 0
+    device: Annotated[str | None, Flag("cpu or cuda. Default: cuda where there is one.")] = None
+    """PyTorch's name of a device."""
+    threads: Annotated[int | None, Flag("Threads. Default: one per usable core.")] = None
+    seed: Annotated[int, Flag("Seed of everything that is sampled.")] = 0
     note: Callable[[str], None] = ignore_note
     """Says one line about what is being done."""
     stage: Callable[[str], AbstractContextManager[Progress]] = ignore_stages
@@ -60,4 +61,4 @@ class Session:
 
 
 SILENT = Session()
-"""What tests and callers in Python run under when they ask for nothing else."""
+"""Session of tests and callers in Python that ask for nothing else."""

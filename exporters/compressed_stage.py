@@ -1,17 +1,18 @@
 """The stage behind `export -f compressed-tensors`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from dynquant.calibration.second_moments import path_beside
-from dynquant.calibration.stage import CalibrationOptions, StatsFile, run_calibration
+from dynquant.calibration.stage import StatsFile, run_calibration
 from dynquant.checkpoints.model import Model
 from dynquant.encoding.stream import Guidance, guidance_of
 from dynquant.errors import ExportError, PlanError
 from dynquant.exporters.compressed_config import transformers_problem
 from dynquant.exporters.compressed_tensors import export_compressed_tensors
+from dynquant.exporters.options import ExportOptions
 from dynquant.families.linear_layers import linear_checkpoint
 from dynquant.families.open import open_language_model
 from dynquant.formats.storage_format import Choice
@@ -36,45 +37,35 @@ class Exported:
         return sum(file.stat().st_size for file in self.files if file.suffix in (".gguf", ".safetensors"))
 
 
-def export_for_vllm(
-    path: str,
-    output: Path,
-    session: Session,
-    *,
-    plan_path: Path | None = None,
-    preset: str | None = None,
-    stats_path: Path | None = None,
-    calibration: CalibrationOptions | None = None,
-    split_max_size: str | None = None,
-    resume: bool = True,
-) -> Exported:
-    """Write the compressed-tensors checkpoint of a serving plan, or of a preset without a plan file.
+def export_for_vllm(options: ExportOptions, session: Session) -> Exported:
+    """Write the compressed-tensors checkpoint of a plan for vLLM, or of a preset without a plan file.
 
     Raises:
         PlanError, StatsError, EncodeError, ExportError: see `export_compressed_tensors`.
     """
-    if (plan_path is None) == (preset is None):
+    output = options.output
+    if (options.plan is None) == (options.preset is None):
         raise PlanError("Give either --plan FILE (of `dynquant plan --for vllm`) or --preset uniform-SCHEME.")
     if output.exists() or output.is_symlink():
         raise ExportError(f"{output} exists already; export to another name, or remove it first.")
-    loaded = Plan.load(plan_path, "vllm") if plan_path is not None else None
-    model = open_language_model(path, session)
+    loaded = Plan.load(options.plan, "vllm") if options.plan is not None else None
+    model = open_language_model(options.model, session)
     checkpoint = linear_checkpoint(model)
-    chosen = torch.device(chosen_device(session.device))
-    if loaded is not None and plan_path is not None:
-        plan, stats = loaded, stats_of_plan(loaded.stats_hash, stats_path or plan_path.parent / STATS_NAME)
+    device = torch.device(chosen_device(session.device))
+    if loaded is not None and options.plan is not None:
+        plan, stats = loaded, stats_of_plan(loaded.stats_hash, options.stats or options.plan.parent / STATS_NAME)
     else:
-        wanted = uniform_schemes(str(preset), checkpoint)
-        options = calibration or CalibrationOptions()
-        stats_path = stats_path or output.with_name(f"{output.name}.stats.safetensors")
-        stats = _calibrated(model, wanted, stats_path, options, session)
-        plan = plan_for_vllm(model, checkpoint, wanted, recipe=f"preset {preset}", stats_hash=stats and stats.hash)
+        types = uniform_schemes(str(options.preset), checkpoint)
+        stats = _calibrated(model, types, options, session)
+        recipe = f"preset {options.preset}"
+        plan = plan_for_vllm(model, checkpoint, types, recipe=recipe, stats_hash=stats and stats.hash)
     guidance, rounding, moments = _guidance(stats, session)
     with session.stage("Finished tensors are kept.") as progress:
         files = export_compressed_tensors(
             model, plan, checkpoint, output,
-            guidance=guidance, rounding=rounding, identity={"hessians": moments}, device=chosen,
-            shard_max_bytes=parse_size(split_max_size) if split_max_size else None, resume=resume, progress=progress,
+            guidance=guidance, rounding=rounding, identity={"hessians": moments}, device=device,
+            shard_max_bytes=parse_size(options.split_max_size) if options.split_max_size else None,
+            resume=options.resume, progress=progress,
         )  # fmt: skip
     problem = transformers_problem(plan)
     if problem is not None:
@@ -82,19 +73,24 @@ def export_for_vllm(
     return Exported(files, plan.num_weights)
 
 
-def _calibrated(
-    model: Model, wanted: dict[str, Choice], path: Path, options: CalibrationOptions, session: Session
-) -> StatsFile | None:
-    if not any(SCHEMES[name].is_quantized for name, _ in wanted.values()):
+def _calibrated(model: Model, types: dict[str, Choice], options: ExportOptions, session: Session) -> StatsFile | None:
+    if not any(SCHEMES[name].is_quantized for name, _ in types.values()):
         return None
+    path = options.stats or options.output.with_name(f"{options.output.name}.stats.safetensors")
     if not path.is_file():
-        session.note(f"no --stats given: calibrating on {options.text or 'the built-in text'} into {path}")
-        run_calibration(model, options, path, session)
+        calibrate_beside(path, model, options, session)
     return StatsFile(path).of(model)
 
 
+def calibrate_beside(path: Path, model: Model, options: ExportOptions, session: Session) -> None:
+    """Write the statistics that a preset needs."""
+    calibration = replace(options.calibration, max_memory=options.max_memory)
+    session.note(f"no --stats given: calibrating on {calibration.text or 'the built-in text'} into {path}")
+    run_calibration(model, calibration, path, session)
+
+
 def _guidance(stats: StatsFile | None, session: Session) -> tuple[Guidance, str, str]:
-    """What the encoder is told, the same in words, and the identity of the second moments."""
+    """Return the encoder's guidance, the same in words, and the identity of the second moments."""
     if stats is None:
         return Guidance(), "rounded by their own squared error", "none"
     moments = stats.moments

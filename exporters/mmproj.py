@@ -90,7 +90,7 @@ def write_parts(
 
 
 def _renamed(part: ModelPart, aliases: dict[str, str]) -> dict[str, str]:
-    """Where the inputs of the part's tensors are, under the names of the whole model's."""
+    """Return the names of the part's inputs, under the names of the whole model's."""
     own = {name: part.plan_name(name) for name in part.model.source.names()}
     return aliases | {name: aliases.get(whole, whole) for name, whole in own.items() if name != whole}
 

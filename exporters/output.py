@@ -1,4 +1,5 @@
-"""What every exporter shares: checks of its inputs, the identity of its bytes, and what becomes of a run that fails."""
+"""Parts that every exporter shares: checks of its inputs, the identity of its bytes, and what becomes of a run that
+fails."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,7 +53,7 @@ def check_stats(model: Model, plan: Plan, stats: CalibrationStats | None) -> Non
 
 
 def export_identity(plan: Plan, encoder: Encoder, header_hash: str, moments: SecondMoments | None) -> dict[str, str]:
-    """What decides an export's bytes; an interrupted one goes on only under an equal identity."""
+    """Return what decides an export's bytes; an interrupted one goes on only under an equal identity."""
     return {
         "plan": plan.hash,
         "encoder": encoder.name,

@@ -46,8 +46,7 @@ from dynquant.families.common.config import Config, read_config, read_json
 from dynquant.families.common.conversion import ConvertedSource, load_finite
 from dynquant.families.from_gguf import config_from_gguf, tokenizer_files
 from dynquant.families.text.registry import FAMILIES
-from dynquant.packed.packed_vision import build_meta_vision, lay_out_vision
-from dynquant.packed.places import FLOAT_DTYPES, Place, build_meta_model, places
+from dynquant.packed.places import FLOAT_DTYPES, Place, build_meta_model, build_meta_vision, find_places, lay_out_vision
 from dynquant.recipes.plan import Plan
 from dynquant.session import Progress
 from dynquant.storage.resumable_output import Region, ResumableOutput
@@ -57,7 +56,7 @@ _WEIGHTS_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where tensors go, which differs with the kind of model."""
+    """Files that tensors go to, which differ with the kind of model."""
 
     places: Mapping[str, Place]
     skipped: frozenset[str]
@@ -190,7 +189,7 @@ def _lay_out_language(model: Model, plan: Plan) -> _Layout:
     config = hf_config_of(model)
     names = model.source.names()
     whole = "blk.0.attn_kv_b.weight" in names
-    found, computed = places(config, build_meta_model(config), whole_kv_b=whole)
+    found, computed = find_places(config, build_meta_model(config), whole_kv_b=whole)
     lost = [name for name in names if name not in found and name not in computed]
     if lost:
         raise CheckpointError(f"{model.name} holds `{lost[0]}`, which {config.model_type} has no place for.")

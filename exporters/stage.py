@@ -11,7 +11,7 @@ import torch
 
 from dynquant import __version__
 from dynquant.calibration.second_moments import SecondMoments, path_beside
-from dynquant.calibration.stage import CalibrationOptions, StatsFile, run_calibration
+from dynquant.calibration.stage import StatsFile
 from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.checkpoint_directory import SHARD_BYTES
 from dynquant.checkpoints.gguf_layout import recorded_encoder
@@ -22,11 +22,13 @@ from dynquant.encoding.parts import PartLimits
 from dynquant.encoding.remote import EncoderChoice, RemoteEncoding, StoredFiles
 from dynquant.encoding.stream import encoder_version, guidance_of, load_encoder
 from dynquant.errors import ExportError, PlanError
-from dynquant.exporters.closing_pass import TuneOptions, too_large_to_tune, tune
-from dynquant.exporters.compressed_stage import Exported, export_for_vllm
+from dynquant.exporters.closing_pass import TuneOptions, too_large_to_tune
+from dynquant.exporters.closing_pass import tune as train
+from dynquant.exporters.compressed_stage import Exported, calibrate_beside, export_for_vllm
 from dynquant.exporters.gguf import export_gguf
 from dynquant.exporters.gguf_patch import write_patched
 from dynquant.exporters.mmproj import check_parts, with_mmproj_type, write_parts
+from dynquant.exporters.options import ExportOptions, TuneFileOptions
 from dynquant.exporters.safetensors import export_safetensors
 from dynquant.families.common.conversion import ConvertedSource
 from dynquant.families.open import open_and_announce, open_language_model
@@ -47,84 +49,87 @@ PROCESS_BYTES = 1 << 30
 FORMATS = ("gguf", "safetensors", "compressed-tensors")
 
 
-def export(
-    path: str,
-    output: Path,
-    session: Session = SILENT,
-    *,
-    format: str = "gguf",
-    plan_path: Path | None = None,
-    preset: str | None = None,
-    stats_path: Path | None = None,
-    calibration: CalibrationOptions | None = None,
-    encoder: str = "dynquant",
-    split_max_size: str | None = None,
-    resume: bool = True,
-    base_gguf: Path | None = None,
-    tune_tokens: int | None = None,
-    max_memory: str | None = None,
-    ray: str | None = None,
-    ship_weights: bool = False,
-    mmproj_type: str | None = None,
-) -> Exported:
+def export(options: ExportOptions, session: Session = SILENT) -> Exported:
     """Write the files of a plan, or of a preset without a plan file.
 
-    `tune_tokens` is the length of the closing pass, 0 for none; None lets the encoder and the memory decide.
-    `max_memory` bounds what encoding takes, as `8GiB`. `ray` is the address of a cluster that encodes; with
-    `ship_weights` its workers read no files. A vision-language model gets a second GGUF file, mmproj-OUTPUT, whose
-    matrices have the types of the plan or all `mmproj_type`.
+    A vision-language model gets a second GGUF file, mmproj-OUTPUT, whose matrices have the types of the plan or all
+    `mmproj_type`.
     """
-    limits = _limits(max_memory)
-    if ship_weights and not ray:
-        raise ExportError("--ship-weights says how a Ray cluster gets its input; give its address with --ray.")
-    if format == "compressed-tensors":
-        given = {"--tune": tune_tokens, "--base-gguf": base_gguf, "--max-memory": max_memory, "--ray": ray}
-        for option in (option for option, value in given.items() if value):
-            raise ExportError(f"{option} is for GGUF files and packed safetensors; leave it out.")
-        return export_for_vllm(
-            path, output, session, plan_path=plan_path, preset=preset, stats_path=stats_path, calibration=calibration,
-            split_max_size=split_max_size, resume=resume,
-        )  # fmt: skip
-    if format not in FORMATS:
-        raise ExportError(f"There is no export format `{format}`; use one of {', '.join(FORMATS)}.")
-    if (plan_path is None) == (preset is None):
-        raise PlanError("Give either --plan FILE or --preset NAME.")
-    with open_ray(ray) if ray else nullcontext() as pool:
-        model = open_and_announce(path, session, base_gguf=base_gguf)
-        if model.has_vision and format == "gguf":
+    _check(options)
+    if options.format == "compressed-tensors":
+        return export_for_vllm(options, session)
+    with open_ray(options.ray) if options.ray else nullcontext() as pool:
+        model = open_and_announce(options.model, session, base_gguf=options.base_gguf)
+        has_parts = model.has_vision and options.format == "gguf"
+        if has_parts:
             check_parts(model, session)
-            if ray:
+            if options.ray:
                 raise ExportError("--ray does not encode vision-language models as GGUF yet; leave it out.")
-        cluster = None if pool is None else _Cluster(pool, session.device, base_gguf, ship_weights)
-        chosen = load_encoder(encoder, chosen_device(session.device) if cluster is None else cluster.device)
-        if plan_path is not None:
-            made = Plan.load(plan_path)
-            stats = stats_of_plan(made.stats_hash, stats_path or plan_path.parent / STATS_NAME)
-            protected = _protected(plan_path.with_name(SUPER_NAME))
-        else:
-            options = calibration or CalibrationOptions()
-            made, stats = _plan_of_preset(model, str(preset), stats_path, options, output, session)
-            protected = {}
-        if mmproj_type is not None:
-            if format != "gguf":
-                raise ExportError("--mmproj-type is for GGUF files; leave it out.")
-            made = with_mmproj_type(model, made, mmproj_type, stats and stats.stats)
-        moments = _moments_of(stats, chosen, session)
+        cluster = pool and _Cluster(pool, session.device, options.base_gguf, options.ship_weights)
+        encoder = load_encoder(options.encoder, cluster.device if cluster else chosen_device(session.device))
+        plan, stats, protected = _plan_and_statistics(model, options, session)
+        if options.mmproj_type is not None:
+            plan = with_mmproj_type(model, plan, options.mmproj_type, stats and stats.stats)
+        moments = _moments_of(stats, encoder, session)
         writer = _Writer(
-            model, made, stats and stats.stats, stats and stats.path, chosen, moments, protected,
-            parse_size(split_max_size) if split_max_size else None, resume, format, limits, cluster, session,
-        )  # fmt: skip
-        options = _closing_pass(model, chosen, moments, tune_tokens, limits, session)
-        if model.has_vision and format == "gguf":
-            files = write_parts(model, made, stats and stats.stats, moments, output, writer.write_part)
+            options=options,
+            session=session,
+            model=model,
+            plan=plan,
+            stats=stats and stats.stats,
+            stats_path=stats and stats.path,
+            encoder=encoder,
+            moments=moments,
+            protected=protected,
+            cluster=cluster,
+        )
+        tuning = _closing_pass(writer)
+        if has_parts:
+            files = write_parts(model, plan, writer.stats, moments, options.output, writer.write_part)
+        elif tuning is None:
+            files = writer.write(options.output)
         else:
-            files = writer.write(output) if options is None else _write_tuned(writer, output, options, session)
-    return Exported(files, made.num_weights)
+            files = _write_tuned(writer, tuning)
+    return Exported(files, plan.num_weights)
+
+
+def _check(options: ExportOptions) -> None:
+    """Refuse options that do not go together, before anything is opened."""
+    _limits(options.max_memory)
+    if options.ship_weights and not options.ray:
+        raise ExportError("--ship-weights says how a Ray cluster gets its input; give its address with --ray.")
+    if options.format not in FORMATS:
+        raise ExportError(f"There is no export format `{options.format}`; use one of {', '.join(FORMATS)}.")
+    if options.format == "compressed-tensors":
+        flags = {
+            "--tune": options.tune,
+            "--base-gguf": options.base_gguf,
+            "--max-memory": options.max_memory,
+            "--ray": options.ray,
+        }
+        for flag in (flag for flag, value in flags.items() if value):
+            raise ExportError(f"{flag} is for GGUF files and packed safetensors; leave it out.")
+        return
+    if (options.plan is None) == (options.preset is None):
+        raise PlanError("Give either --plan FILE or --preset NAME.")
+    if options.mmproj_type is not None and options.format != "gguf":
+        raise ExportError("--mmproj-type is for GGUF files; leave it out.")
+
+
+def _plan_and_statistics(
+    model: Model, options: ExportOptions, session: Session
+) -> tuple[Plan, StatsFile | None, Mapping[str, tuple[ProtectedWeight, ...]]]:
+    """Return a plan, the statistics that it was made from, and its super weights."""
+    if options.plan is None:
+        return *_plan_of_preset(model, options, session), {}
+    plan = Plan.load(options.plan)
+    stats = stats_of_plan(plan.stats_hash, options.stats or options.plan.parent / STATS_NAME)
+    return plan, stats, _protected(options.plan.with_name(SUPER_NAME))
 
 
 @dataclass(frozen=True)
 class _Cluster:
-    """Where parts are encoded with --ray; `asked` is --device, of the workers."""
+    """Cluster on which parts are encoded with --ray; `asked` is --device, of the workers."""
 
     pool: RayPool
     asked: str | None
@@ -136,10 +141,12 @@ class _Cluster:
         return self.pool.device(self.asked)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Writer:
     """Everything that decides the bytes of an export but its name."""
 
+    options: ExportOptions
+    session: Session
     model: Model
     plan: Plan
     stats: CalibrationStats | None
@@ -147,22 +154,18 @@ class _Writer:
     encoder: Encoder
     moments: SecondMoments | None
     protected: Mapping[str, tuple[ProtectedWeight, ...]]
-    split_max_bytes: int | None
-    resume: bool
-    format: str
-    limits: PartLimits
     cluster: _Cluster | None
-    session: Session
+    is_split: bool = True
 
     def write(self, output: Path, *, stored: GGUFSource | None = None) -> list[Path]:
         """Write in the format that was asked for; with `stored`, from the bytes of a GGUF file of the same plan."""
-        if self.format == "gguf":
+        if self.options.format == "gguf":
             return self.write_gguf(output)
         with self.session.stage("Finished tensors are kept.") as progress:
             return export_safetensors(
                 self.model, self.plan, self.stats, output,
                 encoder=self.encoder, moments=self.moments, protected=self.protected, threads=self.session.threads,
-                shard_max_bytes=self.split_max_bytes or SHARD_BYTES, resume=self.resume, progress=progress,
+                shard_max_bytes=self.split_max_bytes or SHARD_BYTES, resume=self.options.resume, progress=progress,
                 stored=stored, limits=self.limits, elsewhere=self.elsewhere,
             )  # fmt: skip
 
@@ -170,18 +173,28 @@ class _Writer:
         self, part: ModelPart, plan: Plan, stats: CalibrationStats | None, moments: SecondMoments | None, output: Path
     ) -> list[Path]:
         """Write one file of a model that has several; llama.cpp reads no split mmproj."""
-        limit = None if part.is_projector else self.split_max_bytes
-        own = replace(self, model=part.model, plan=plan, stats=stats, moments=moments, split_max_bytes=limit)
-        return own.write_gguf(output)
+        writer = replace(
+            self, model=part.model, plan=plan, stats=stats, moments=moments, is_split=not part.is_projector
+        )
+        return writer.write_gguf(output)
 
     def write_gguf(self, output: Path) -> list[Path]:
         with self.session.stage("Finished tensors are kept.") as progress:
             return export_gguf(
                 self.model, self.plan, self.stats, output,
                 encoder=self.encoder, moments=self.moments, protected=self.protected, threads=self.session.threads,
-                split_max_bytes=self.split_max_bytes, resume=self.resume, progress=progress,
+                split_max_bytes=self.split_max_bytes, resume=self.options.resume, progress=progress,
                 limits=self.limits, elsewhere=self.elsewhere,
             )  # fmt: skip
+
+    @property
+    def split_max_bytes(self) -> int | None:
+        size = self.options.split_max_size if self.is_split else None
+        return parse_size(size) if size else None
+
+    @property
+    def limits(self) -> PartLimits:
+        return _limits(self.options.max_memory)
 
     @property
     def elsewhere(self) -> RemoteEncoding | None:
@@ -231,15 +244,9 @@ def _limits(max_memory: str | None) -> PartLimits:
     return PartLimits(allowed - PROCESS_BYTES)
 
 
-def _closing_pass(
-    model: Model,
-    encoder: Encoder,
-    moments: SecondMoments | None,
-    tokens: int | None,
-    limits: PartLimits,
-    session: Session,
-) -> TuneOptions | None:
-    """What the closing pass should do, or None; by default it runs with the encoder that uses second moments."""
+def _closing_pass(writer: _Writer) -> TuneOptions | None:
+    """Return what the closing pass should do, or None; by default it runs with the encoder that uses second moments."""
+    model, moments, tokens = writer.model, writer.moments, writer.options.tune
     if tokens == 0 or (tokens is None and moments is None):
         return None
     reason = None
@@ -251,7 +258,7 @@ def _closing_pass(
         reason = "the model is not of a family that dynquant converts itself"
     elif tokens is None and model.hf_directory is None:
         reason = "the original is a GGUF file, which transformers may load in another form (`--tune N` tries)"
-    elif tokens is None and (too_large := too_large_to_tune(model, limits.memory)):
+    elif tokens is None and (too_large := too_large_to_tune(model, writer.limits.memory)):
         reason = too_large
     elif tokens is None and len(moments.tokens) <= TuneOptions().held_out_windows:
         reason = "the calibration text is too short"
@@ -259,24 +266,23 @@ def _closing_pass(
         return TuneOptions() if tokens is None else TuneOptions(tokens=tokens)
     if tokens is not None:
         raise ExportError(f"The closing pass (--tune {tokens}) cannot run: {reason}. Export with --tune 0.")
-    session.note(f"no closing pass: {reason}")
+    writer.session.note(f"no closing pass: {reason}")
     return None
 
 
-def _write_tuned(writer: _Writer, output: Path, options: TuneOptions, session: Session) -> list[Path]:
+def _write_tuned(writer: _Writer, tuning: TuneOptions) -> list[Path]:
     """Export under another name, tune, and write the result; a run that was stopped goes on where it was."""
     assert writer.moments is not None
+    output, is_gguf = writer.options.output, writer.options.format == "gguf"
     untuned = output.with_name(f".{output.stem}.untuned-{writer.identity[:12]}.gguf")
     written = sorted(untuned.parent.glob(f"{untuned.stem}-*-of-*.gguf")) or [untuned] * untuned.exists()
-    if not written or not writer.resume:
+    if not written or not writer.options.resume:
         written = writer.write_gguf(untuned)
-    target = (
-        output if writer.format == "gguf" else output.with_name(f".{output.stem}.tuned-{writer.identity[:12]}.gguf")
-    )
+    target = output if is_gguf else output.with_name(f".{output.stem}.tuned-{writer.identity[:12]}.gguf")
     files = tune_file(
-        writer.model, written[0], writer.moments.tokens, options, target, session, encoder=writer.encoder.name
+        writer.model, written[0], writer.moments.tokens, tuning, target, writer.session, encoder=writer.encoder.name
     )
-    if writer.format != "gguf":
+    if not is_gguf:
         written += files
         files = writer.write(output, stored=GGUFSource(files[0]))
     for file in written:
@@ -298,7 +304,7 @@ def tune_file(
     source = GGUFSource(path)
     hf_model = load_hf(model, dtype=torch.float32, device=chosen_device(session.device))
     with session.stage("Encoded tensors are kept; the closing pass starts again.") as progress:
-        tuned = tune(model, hf_model, source, windows, options, progress=progress)
+        tuned = train(model, hf_model, source, windows, options, progress=progress)
     change = f"{tuned.kl_before:.4f} -> {tuned.kl_after:.4f} nats on {options.held_out_windows} windows held out"
     if tuned.replacements:
         session.note(f"closing pass on {tuned.tokens:,} tokens: KL {change}")
@@ -310,26 +316,18 @@ def tune_file(
     return write_patched(source, output, tuned.replacements, encoder=encoder)
 
 
-def tune_command(
-    path: Path,
-    reference: str,
-    output: Path,
-    options: TuneOptions,
-    session: Session,
-    *,
-    text: str | None = None,
-    window: int = 512,
-) -> list[Path]:
+def tune(options: TuneFileOptions, session: Session = SILENT) -> list[Path]:
     """Tune any GGUF file whose original is a Hugging Face checkpoint."""
+    path, output = options.file, options.output
     if output.exists() and output.samefile(path):
         raise ExportError(f"{output} is the file that is being read; write the tuned one to another name.")
-    model = open_language_model(reference, session)
-    tokenizer = load_tokenizer(model)
-    tokens = options.tokens + options.held_out_windows * window
-    found = read_text(text, seed=options.seed, max_tokens=tokens)
-    windows = pack_windows(found, tokenizer, window=window, max_tokens=tokens)
-    encoder = recorded_encoder(GGUFSource(path))
-    return tune_file(model, path, windows, options, output, session, encoder=encoder.removesuffix("+tune"))
+    tuning = TuneOptions(tokens=options.tokens, step_tokens=options.step_tokens, seed=session.seed)
+    model = open_language_model(options.reference, session)
+    tokens = tuning.tokens + tuning.held_out_windows * options.window
+    text = read_text(options.text, seed=tuning.seed, max_tokens=tokens)
+    windows = pack_windows(text, load_tokenizer(model), window=options.window, max_tokens=tokens)
+    encoder = recorded_encoder(GGUFSource(path)).removesuffix("+tune")
+    return tune_file(model, path, windows, tuning, output, session, encoder=encoder)
 
 
 def _moments_of(stats: StatsFile | None, encoder: Encoder, session: Session) -> SecondMoments | None:
@@ -351,22 +349,15 @@ def _protected(path: Path) -> dict[str, tuple[ProtectedWeight, ...]]:
     return found
 
 
-def _plan_of_preset(
-    model: Model,
-    preset: str,
-    stats_path: Path | None,
-    calibration: CalibrationOptions,
-    output: Path,
-    session: Session,
-) -> tuple[Plan, StatsFile | None]:
+def _plan_of_preset(model: Model, options: ExportOptions, session: Session) -> tuple[Plan, StatsFile | None]:
     """Return plan and statistics; calibrates only when a type uses statistics and none were given."""
+    preset = str(options.preset)
     types = preset_types(preset, model)
     recipe = Target(preset=preset).recipe
-    path = stats_path or output.with_suffix(".stats.safetensors")
-    if stats_path is None and not any(quant_type(name).uses_imatrix for name, _ in types.values()):
+    path = options.stats or options.output.with_suffix(".stats.safetensors")
+    if options.stats is None and not any(quant_type(name).uses_imatrix for name, _ in types.values()):
         return plan_from_types(model, types, recipe=recipe), None
-    if stats_path is None and not path.is_file():
-        session.note(f"no --stats given: calibrating on {calibration.text or 'the built-in text'} into {path}")
-        run_calibration(model, calibration, path, session)
+    if options.stats is None and not path.is_file():
+        calibrate_beside(path, model, options, session)
     stats = StatsFile(path).of(model)
     return plan_from_types(model, types, recipe=recipe, stats=stats.stats, stats_hash=stats.hash), stats

@@ -33,7 +33,7 @@ and page faults then take longer than all else for types that are quickly encode
 
 @dataclass(frozen=True)
 class ErrorPart:
-    """What is measured at a time: experts of the tensor `name` of `shape`, in all their types."""
+    """Unit of measuring: experts of the tensor `name` of `shape`, in all their types."""
 
     name: str
     shape: tuple[int, ...]

@@ -5,11 +5,12 @@ A table that is there already is reused, extended by the types that it lacks; an
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from dynquant import __version__
 from dynquant.analysis.errors.measure import ErrorMeter, build_error_table
+from dynquant.analysis.errors.options import DEFAULT_TYPES, AnalyzeOptions, TableOptions
 from dynquant.analysis.errors.remote import RemoteErrors
 from dynquant.analysis.errors.sums import ErrorJournal
 from dynquant.analysis.errors.table import ErrorTable
@@ -24,26 +25,11 @@ from dynquant.formats.quant_types import quant_type
 from dynquant.running.cluster import open_ray
 from dynquant.session import SILENT, Progress, Session
 
-DEFAULT_TYPES = (
-    "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "IQ4_XS", "Q5_K", "Q6_K", "Q8_0",
-)  # fmt: skip
-"""Candidates of `plan`: the useful types of each size. IQ2_XS and Q3_K lose to their neighbours at equal bytes."""
 
-
-@dataclass(frozen=True)
-class TableOptions:
-    """Which types are measured, by which encoder, and where: here, or on the Ray cluster at an address."""
-
-    types: tuple[str, ...] = DEFAULT_TYPES
-    encoder: str = "ggml"
-    base_gguf: Path | None = None
-    ray: str | None = None
-
-
-def analyze(path: str, stats_path: Path, output: Path, options: TableOptions, session: Session = SILENT) -> ErrorTable:
+def analyze(options: AnalyzeOptions, session: Session = SILENT) -> ErrorTable:
     """Write errors.json and errors.csv."""
-    model = open_and_announce(path, session, base_gguf=options.base_gguf)
-    return _measured(model, StatsFile(stats_path), output, options, session)
+    model = open_and_announce(options.model, session, base_gguf=options.table.base_gguf)
+    return _measured(model, StatsFile(options.stats), options.output, options.table, session)
 
 
 def error_table(
@@ -79,7 +65,7 @@ def _measured(
     known: ErrorTable | None = None,
 ) -> ErrorTable:
     """Write the table, with the rows of `known` for other types."""
-    names, encoder = [quant_type(name).name for name in options.types], load_encoder(options.encoder)
+    names, encoder = [quant_type(name).name for name in options.types or DEFAULT_TYPES], load_encoder(options.encoder)
     identity = {
         "types": " ".join(names),
         "encoder": f"{encoder.name} {encoder_version(encoder)}",

@@ -1,4 +1,4 @@
-"""What a backward pass and ablations tell of the original: sensitivities and super weights.
+"""Findings of a backward pass and of ablations about the original: sensitivities and super weights.
 
 The model is loaded whole where it fits, and streamed layer by layer where it does not or a limit is given.
 """
@@ -11,7 +11,8 @@ from pathlib import Path
 
 from dynquant.analysis.outliers.super_weights import find_super_weights
 from dynquant.analysis.sensitivity.closed_form import output_sensitivity, streamed_sensitivity
-from dynquant.calibration.stage import CalibrationOptions, calibration_inputs, streaming_limit
+from dynquant.calibration.options import CalibrationOptions
+from dynquant.calibration.stage import calibration_inputs, streaming_limit
 from dynquant.checkpoints.model import Model
 from dynquant.recipes.folder import SuperWeight
 from dynquant.running.layer_stream import LayerStream

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from dynquant.calibration.collector import KINDS, Collector, SampleLimits
+from dynquant.calibration.options import Hessians
 from dynquant.calibration.recorders import DEFAULT_LIMIT, MomentRecorder
 from dynquant.calibration.second_moments import SecondMoments
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
@@ -34,17 +35,14 @@ DEFAULT_WINDOW = 512
 HELD_BACK = 0.1
 """Share of the windows or samples that give samples and no sums."""
 
-Hessians = Literal["none", "activations", "gradients"]
-"""Which second moments to take; with gradients, a token counts by its squared gradient of the KL divergence too."""
-
 
 @dataclass(frozen=True)
 class StatisticsOptions:
-    """What is measured of the inputs of every layer, and how many of the inputs are held back."""
+    """Choice of what is measured of every layer's inputs, and how many of the inputs are held back."""
 
     hessians: Hessians = "none"
     hessian_bytes: int = DEFAULT_LIMIT
-    """How much memory second moments may take."""
+    """Memory that second moments may take, in bytes."""
     held_back: float = HELD_BACK
     limits: SampleLimits = field(default_factory=SampleLimits)
 
@@ -55,7 +53,7 @@ class StatisticsOptions:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What one run measured. `left_out` lists inputs whose second moments did not fit in memory."""
+    """Results of one run. `left_out` lists inputs whose second moments did not fit in memory."""
 
     stats: CalibrationStats
     moments: SecondMoments | None = None

@@ -12,9 +12,9 @@ import torch
 
 from dynquant.calibration.collector import KINDS
 from dynquant.calibration.importance import coverage_report
+from dynquant.calibration.options import CalibrateOptions, CalibrationOptions
 from dynquant.calibration.run import (
     Calibration,
-    Hessians,
     StatisticsOptions,
     collect_statistics,
     provenance_of,
@@ -49,34 +49,12 @@ _LIMIT_SHARE = 0.85
 
 
 @dataclass(frozen=True)
-class CalibrationOptions:
-    """What to run the model on (`text=None` is the built-in text), what to measure there, and in how much memory.
-
-    With `data`, a file of samples with images, there is no text; `strict` refuses images that cannot be decoded.
-    """
-
-    text: str | None = None
-    tokens: int = 131072
-    window: int = 512
-    hessians: Hessians = "activations"
-    hessian_memory: str = "8GiB"
-    max_memory: str | None = None
-    """Limit of the process, as 8GB; the model is then streamed. None streams what does not fit into the free memory."""
-    spill: Path | None = None
-    """Directory for hidden states of a streamed model; None is the output's own."""
-    ray: str | None = None
-    """Address of a Ray cluster on which to run it in shards of windows."""
-    data: str | None = None
-    strict: bool = False
-
-
-@dataclass(frozen=True)
 class StatsFile:
     """Statistics with the file that holds them; tables and plans name them by its hash."""
 
     path: Path
     measured: CalibrationStats | None = None
-    """What was just written to the file, so that nobody reads it again."""
+    """Content that was just written to the file, so that nobody reads it again."""
 
     @cached_property
     def stats(self) -> CalibrationStats:
@@ -101,30 +79,21 @@ class StatsFile:
         return self
 
 
-def calibrate_model(
-    path: str,
-    options: CalibrationOptions,
-    output: Path,
-    session: Session = SILENT,
-    *,
-    base_gguf: Path | None = None,
-    imatrix: Path | None = None,
-    imatrix_out: Path | None = None,
-) -> StatsFile:
+def calibrate(options: CalibrateOptions, session: Session = SILENT) -> StatsFile:
     """Write stats.safetensors; import or export a llama.cpp imatrix when asked."""
     from dynquant.calibration.imatrix import export_imatrix, import_imatrix
 
-    model = open_and_announce(path, session, base_gguf=base_gguf)
-    if imatrix:
-        stats = import_imatrix(imatrix, model)
-        stats.save(output)
+    model = open_and_announce(options.model, session, base_gguf=options.base_gguf)
+    if options.imatrix:
+        stats = import_imatrix(options.imatrix, model)
+        stats.save(options.output)
     else:
-        stats = run_calibration(model, options, output, session, base_gguf=base_gguf)
-    if imatrix_out:
-        export_imatrix(stats, imatrix_out, model=model)
-        session.note(f"wrote {imatrix_out}")
+        stats = run_calibration(model, options.calibration, options.output, session, base_gguf=options.base_gguf)
+    if options.imatrix_out:
+        export_imatrix(stats, options.imatrix_out, model=model)
+        session.note(f"wrote {options.imatrix_out}")
     tell_coverage(stats, model, session)
-    return StatsFile(output, stats)
+    return StatsFile(options.output, stats)
 
 
 def tell_coverage(stats: CalibrationStats, model: Model, session: Session) -> None:
@@ -168,7 +137,7 @@ def statistics_in(
         if has_moments and _was_made_with(found.stats, model, options, session.seed):
             session.note(f"reusing {path}")
             return found
-    stats = run_calibration(model, options, path, session)
+    stats = run_calibration(model, options, path, session, base_gguf=base_gguf)
     tell_coverage(stats, model, session)
     return StatsFile(path, stats)
 

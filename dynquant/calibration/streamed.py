@@ -20,8 +20,9 @@ import torch
 
 from dynquant import __version__
 from dynquant.calibration.collector import Collector
+from dynquant.calibration.options import Hessians
 from dynquant.calibration.recorders import MomentRecorder
-from dynquant.calibration.run import Hessians, StatisticsOptions, check_seen, split_inputs
+from dynquant.calibration.run import StatisticsOptions, check_seen, split_inputs
 from dynquant.calibration.second_moments import path_beside
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
 from dynquant.checkpoints.model import Model
@@ -39,7 +40,7 @@ from dynquant.storage.journal import Journal
 
 @dataclass(frozen=True)
 class StreamedCalibration:
-    """What one run wrote: the statistics, second moments in `moments_path`, and how the model was run."""
+    """Results of one run: the statistics, second moments in `moments_path`, and how the model was run."""
 
     stats: CalibrationStats
     moments_path: Path | None
@@ -54,12 +55,12 @@ class StreamedCalibration:
 
 @dataclass(frozen=True)
 class StreamingOptions:
-    """How the model is run layer by layer."""
+    """Settings for running the model layer by layer."""
 
     limit_bytes: int | None = None
     """Memory of the whole process; None takes what the largest layers need."""
     spill: Path | None = None
-    """Where hidden states go, instead of the directory of the output."""
+    """Directory of hidden states, in place of the output's."""
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
 

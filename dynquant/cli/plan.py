@@ -1,29 +1,90 @@
-"""Tables of plans."""
+"""`dynquant plan`, and the tables of plans."""
 
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from dynquant.cli.terminal import console
-from dynquant.exporters.compressed_config import transformers_problem
-from dynquant.formats.quant_types import quant_type
-from dynquant.recipes.folder import PLAN_NAME
-from dynquant.recipes.plan import Plan
-from dynquant.resources import human_bytes
+from dynquant.cli.terminal.parameters import AsJson
+from dynquant.errors import PlanError
+from dynquant.options import Only
+from dynquant.planning.options import PlanOptions
+from dynquant.resources import human_bytes, parse_size
+from dynquant.session import Session
+
+if TYPE_CHECKING:
+    from dynquant.recipes.plan import Plan
 
 
-def print_histogram(plan: Plan) -> None:
-    """Size in GiB and the number of tensors of each type."""
+def plan(
+    options: PlanOptions,
+    session: Annotated[Session, Only(("seed", "device", "threads"))],
+    report: Annotated[bool, typer.Option(help="Draw plots and write report.html.")] = True,
+    config_only: Annotated[
+        Path | None, typer.Option(help="Directory with config.json: sizes a preset or recipe.")
+    ] = None,
+    machine: Annotated[
+        Path | None,
+        typer.Option(help="With --config-only: also time and memory of each stage, on a machine of `measure-machine`."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Decide a quant type for every tensor, and show why.
+
+    Without a budget: the smallest file that keeps every floor, and 5 % more. Statistics and errors already in the
+    output directory are reused, so another budget costs seconds.
+
+    Example: dynquant plan ./model --calibration text.jsonl --bpw 2.0 -o plan/
+
+    Example: dynquant plan ./model --like published-IQ1_S.gguf -o plan/
+
+    Example: dynquant plan ./model --for vllm --bpw 5 -o plan/
+    """
+    from dynquant.planning import stage
+
+    if config_only is not None:
+        if options.model is not None:
+            raise PlanError("--config-only DIR goes without a MODEL.")
+        sized = stage.plan_from_config(config_only, options.target, session)
+        if as_json:
+            console.show_json(sized.model_dump_json(indent=1))
+            return
+        print_histogram(sized)
+        if machine is not None:
+            print_costs(sized, config_only, machine, options)
+        return
+    if machine is not None:
+        raise PlanError("--machine goes with --config-only DIR.")
+    made = stage.make_plan(options, session)
+    if report and options.serves is None:
+        from dynquant.analysis.report.stage import write_plan_report
+
+        write_plan_report(str(options.model), options.output, session, base_gguf=options.base_gguf)
+    if as_json:
+        console.show_json(made.model_dump_json(indent=1))
+    elif options.serves is not None:
+        print_serving_plan(made, options.output)
+    else:
+        print_plan(made, options.output)
+
+
+def print_histogram(plan: "Plan") -> None:
+    """Show the size in GiB and the number of tensors of each type."""
     console.print_table(
         f"{plan.model}: {plan.recipe}", ("type", "tensors"), [(name, count) for name, count in plan.histogram().items()]
     )
-    console.out.print(
+    console.say(
         f"{plan.predicted_bytes / 2**30:.2f} GiB ({plan.predicted_bytes:,} bytes), {len(plan.entries):,} tensors, "
         f"{plan.bits_per_weight:.3f} bits per weight"
     )
 
 
-def print_plan(plan: Plan, directory: Path) -> None:
-    """What was kept, what was crushed, and the size."""
+def print_plan(plan: "Plan", directory: Path) -> None:
+    """Show what was kept, what was crushed, and the size."""
+    from dynquant.formats.quant_types import quant_type
+
     by_role: dict[str, list] = {}
     for entry in plan.entries:
         by_role.setdefault(entry.role.value, []).append(entry)
@@ -37,44 +98,74 @@ def print_plan(plan: Plan, directory: Path) -> None:
     console.print_table(f"{plan.model}: {plan.recipe}", ("role", "tensors", "types", "bpw", "size", "share"), rows)
     exceptions = [e for e in plan.entries if "super " in e.reason or "stands out" in e.reason]
     for entry in exceptions:
-        console.out.print(f"  {entry.name}: {entry.type}, {entry.reason}")
+        console.say(f"  {entry.name}: {entry.type}, {entry.reason}")
     fallbacks = [e for e in plan.entries if e.wanted_type]
     if fallbacks:
-        console.out.print(f"  {len(fallbacks)} tensors took another type because of their row length (see the plan)")
+        console.say(f"  {len(fallbacks)} tensors took another type because of their row length (see the plan)")
     if plan.predicted_kl is not None:
         error = f" ± {plan.predicted_kl_se:.4f}" if plan.predicted_kl_se else ""
         measured = "" if plan.selected_kl is None else f", measured {plan.selected_kl:.4f}"
-        console.out.print(f"  KL to the original, nats per token: predicted {plan.predicted_kl:.4f}{error}{measured}")
-    console.out.print(
+        console.say(f"  KL to the original, nats per token: predicted {plan.predicted_kl:.4f}{error}{measured}")
+    console.say(
         f"{human_bytes(plan.predicted_bytes)} ({plan.predicted_bytes:,} bytes), "
-        f"{plan.bits_per_weight:.3f} bits per weight. Plan: {directory / PLAN_NAME}"
+        f"{plan.bits_per_weight:.3f} bits per weight. Plan: {directory / 'plan.json'}"
     )
 
 
-def print_serving_plan(plan: Plan, directory: Path) -> None:
-    """Schemes, what fell back, and the size."""
-    rows = [
-        (
-            name,
-            sum(len(entry.modules) for entry in entries),
-            f"{8 * sum(e.bytes for e in entries) / sum(prod(e.shape) for e in entries):.3f}",
-            human_bytes(sum(e.bytes for e in entries)),
-            f"{sum(e.bytes for e in entries) / plan.predicted_bytes:.1%}",
-        )
-        for name, entries in plan.by_type().items()
-    ]
-    rows.append(("everything else", "", "", human_bytes(plan.other_bytes),
-                 f"{plan.other_bytes / plan.predicted_bytes:.1%}"))  # fmt: skip
+def print_serving_plan(plan: "Plan", directory: Path) -> None:
+    """Show schemes, what fell back, and the size."""
+    from dynquant.exporters.compressed_config import transformers_problem
+
+    rows: list[tuple[object, ...]] = []
+    for name, entries in plan.by_type().items():
+        num_bytes = sum(entry.bytes for entry in entries)
+        bits_per_weight = 8 * num_bytes / sum(prod(entry.shape) for entry in entries)
+        num_layers = sum(len(entry.modules) for entry in entries)
+        share = f"{num_bytes / plan.predicted_bytes:.1%}"
+        rows.append((name, num_layers, f"{bits_per_weight:.3f}", human_bytes(num_bytes), share))
+    share = f"{plan.other_bytes / plan.predicted_bytes:.1%}"
+    rows.append(("everything else", "", "", human_bytes(plan.other_bytes), share))
     console.print_table(f"{plan.model}: {plan.recipe}", ("scheme", "linear layers", "bpw", "size", "share"), rows)
     for entry in plan.entries:
         if entry.wanted_type:
-            console.out.print(f"  {entry.name}: {entry.type} instead of {entry.wanted_type}, {entry.reason}")
+            console.say(f"  {entry.name}: {entry.type} instead of {entry.wanted_type}, {entry.reason}")
     problem = transformers_problem(plan)
     if problem is not None:
         console.note(f"vLLM will load this checkpoint, transformers will not: {problem}")
     if plan.predicted_kl is not None:
-        console.out.print(f"  KL to the original, nats per token: predicted {plan.predicted_kl:.4f}")
-    console.out.print(
+        console.say(f"  KL to the original, nats per token: predicted {plan.predicted_kl:.4f}")
+    console.say(
         f"{human_bytes(plan.predicted_bytes)} ({plan.predicted_bytes:,} bytes), "
-        f"{plan.bits_per_weight:.3f} bits per weight. Plan: {directory / PLAN_NAME}"
+        f"{plan.bits_per_weight:.3f} bits per weight. Plan: {directory / 'plan.json'}"
     )
+
+
+def print_costs(plan: "Plan", directory: Path, machine_file: Path, options: PlanOptions) -> None:
+    """Show time and memory of each stage for a model that is known by its configuration only."""
+    from dynquant.analysis.costs.machine import Machine
+    from dynquant.analysis.costs.model import CostOptions, predict
+    from dynquant.analysis.errors.options import DEFAULT_TYPES
+    from dynquant.families.open import open_config
+
+    machine, calibration = Machine.load(machine_file), options.calibration
+    limit = None if calibration.max_memory is None else parse_size(calibration.max_memory)
+    work = CostOptions(
+        tokens=calibration.tokens,
+        window=calibration.window,
+        hessians=calibration.hessians,
+        hessian_bytes=parse_size(calibration.hessian_memory),
+        types=tuple(name.upper() for name in options.target.types) or DEFAULT_TYPES,
+        limit_bytes=limit,
+    )
+    costs = predict(open_config(directory), plan, machine, work)
+    rows = [
+        (cost.stage, f"{cost.seconds:,.0f} s", human_bytes(cost.memory_bytes), human_bytes(cost.bytes_read))
+        for cost in costs
+    ]
+    streamed = "" if limit is None else f", streamed within {human_bytes(limit)}"
+    title = f"on {machine.name}, {machine.threads} threads, {work.tokens:,} calibration tokens{streamed} (estimated)"
+    console.print_table(title, ("stage", "time", "memory", "reads"), rows)
+    for cost in costs:
+        if cost.memory_bytes > (limit or machine.memory_bytes):
+            way_out = "give a higher --max-memory." if limit else "run it elsewhere, or streamed (--max-memory)."
+            console.note(f"{cost.stage} does not fit in {human_bytes(limit or machine.memory_bytes)}: {way_out}")

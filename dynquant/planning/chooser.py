@@ -39,7 +39,7 @@ class Chooser:
         self._fixed = fixed_bytes(model, table.tensors(), **self.context)
         coupled = _coupled(target, table, session)
         self._rules = {flag: rules_of(supers, stats.stats, floors=flag, coupled=coupled) for flag in (True, False)}
-        self._memory = memory
+        self.memory = memory
         self._reasons: dict[tuple[tuple[str, str], ...], dict[str, tuple[str, str]]] = {}
 
     def allowed(self, table: ErrorTable) -> ErrorTable:
@@ -59,8 +59,8 @@ class Chooser:
         if wanted is not None:
             smallest, largest = size_range(table, rules, fixed_bytes=self._fixed)
             return max(smallest, min(largest, wanted))
-        if self._memory is not None:
-            return self._memory.file_budget(*size_range(table, rules, fixed_bytes=self._fixed))
+        if self.memory is not None:
+            return self.memory.file_budget(*size_range(table, rules, fixed_bytes=self._fixed))
         return self._target.budget(self._model.num_weights)
 
     def explained(self, types: Mapping[str, str]) -> dict[str, tuple[str, str]]:

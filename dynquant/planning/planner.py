@@ -45,7 +45,7 @@ HEADROOM = 1.05
 
 @dataclass(frozen=True)
 class Rules:
-    """What the cost may not decide alone; without `floors` it decides everything."""
+    """Limits to what the cost decides; without `floors` there are none."""
 
     floors: bool = True
     outliers: Mapping[str, str] = field(default_factory=dict)

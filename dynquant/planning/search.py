@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dynquant.analysis.errors.table import CLOSED_FORM, ErrorTable, Price
+from dynquant.analysis.errors.table import ErrorTable, Price
 from dynquant.analysis.sensitivity.fisher_probe import fisher_probe, probe_prices
-from dynquant.analysis.sensitivity.unit_kl import METHOD as UNIT_KL
 from dynquant.analysis.sensitivity.unit_kl import prices_from, refine
+from dynquant.calibration.options import CalibrationOptions
 from dynquant.calibration.run import HELD_BACK
-from dynquant.calibration.stage import CalibrationOptions, StatsFile, calibration_inputs
+from dynquant.calibration.stage import StatsFile, calibration_inputs
 from dynquant.checkpoints.model import Model
 from dynquant.encoding.store import ENCODED_NAME, EncodedStore, open_store
 from dynquant.encoding.stream import load_encoder
@@ -33,57 +33,16 @@ from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.inputs.text import pack_windows, read_text
 from dynquant.planning.chooser import Chooser
 from dynquant.planning.frontier import fixed_recipes
+from dynquant.planning.options import CLOSED_FORM, FISHER, METHODS, UNIT_KL, SearchOptions
 from dynquant.planning.selection import Candidate, Fit, Selection, rank_correlation
 from dynquant.planning.vision_modules import ModuleChoice, every_choice, held_to, with_measured_reasons
 from dynquant.resources import chosen_device
 from dynquant.running.load import load_hf, load_tokenizer
 from dynquant.session import Progress, Session
 
-FISHER = "fisher-probe"
-METHODS = (CLOSED_FORM, FISHER, UNIT_KL)
 PICTURE_TOKENS = 16384
 """Image and text tokens that plans are scored on, at most: every plan runs on all of them."""
 _KEEPS = "Errors and encoded tensors are kept; what the search measured is lost."
-
-
-@dataclass(frozen=True)
-class SearchOptions:
-    """How to price and select. Tokens are of the calibration source; a probe is one window of `probe_window` tokens."""
-
-    methods: tuple[str, ...] = (CLOSED_FORM,)
-    select: bool = False
-    text: Path | None = None
-    """Text, or samples with pictures, to select on; None for what calibration left of its own."""
-    probes: int = 32
-    probe_window: int = 256
-    unit_tokens: int = 2048
-    rounds: int = 2
-    selection_tokens: int = 4096
-    check_plans: int = 0
-    frontier: tuple[float, float] | None = None
-    """From how many to how many bits per weight of the whole file plans and fixed recipes are measured."""
-    frontier_points: int = 8
-
-    def __post_init__(self) -> None:
-        for method in self.methods:
-            if method not in METHODS:
-                raise PlanError(f"There is no sensitivity `{method}`; give any of {', '.join(METHODS)}.")
-        if self.frontier is not None and not 0 < self.frontier[0] < self.frontier[1] <= 32:
-            low, high = self.frontier
-            raise PlanError(f"--frontier {low:g}:{high:g} is no range of bits per weight; give one as 1.6:4.5.")
-        if self.check_plans and self.check_plans < 5:
-            raise PlanError(f"--check-plans {self.check_plans} is too few for a rank correlation; give 5 or more.")
-
-    @property
-    def runs_model(self) -> bool:
-        """Whether anything but the closed form is asked for."""
-        asked = self.select or self.check_plans > 0 or self.frontier is not None
-        return asked or set(self.methods) != {CLOSED_FORM}
-
-    @property
-    def runs_on_text(self) -> bool:
-        """Whether anything is asked for that samples with pictures do not serve."""
-        return self.check_plans > 0 or self.frontier is not None or set(self.methods) != {CLOSED_FORM}
 
 
 @dataclass(frozen=True)
@@ -130,7 +89,7 @@ def search_plans(
 
 @dataclass(frozen=True)
 class _Search:
-    """What candidates are made, rendered and scored with."""
+    """Tools with which candidates are made, rendered and scored."""
 
     store: EncodedStore
     options: SearchOptions

@@ -62,7 +62,7 @@ def measure_schemes(
     device: torch.device | None = None,
     progress: Progress | None = None,
 ) -> ErrorTable:
-    """What every scheme that a linear layer may have does to it.
+    """Measure what every scheme that a linear layer may have does to it.
 
     Parts that `journal` holds are not measured again, others are added to it.
 

@@ -12,7 +12,8 @@ import torch
 from dynquant.analysis.errors.stage import measure_table
 from dynquant.analysis.errors.table import ErrorTable
 from dynquant.analysis.sensitivity.stage import run_probe
-from dynquant.calibration.stage import CalibrationOptions, StatsFile, statistics_in
+from dynquant.calibration.options import CalibrationOptions
+from dynquant.calibration.stage import StatsFile, statistics_in
 from dynquant.checkpoints.model import Model
 from dynquant.errors import CheckpointError, PlanError
 from dynquant.families.linear_layers import LinearCheckpoint, linear_checkpoint
@@ -31,7 +32,7 @@ SERVING_ERRORS_NAME = "serving_errors.json"
 
 @dataclass(frozen=True)
 class ServingTarget:
-    """What a plan for vLLM should reach: a preset `uniform-SCHEME`, bits per weight, a size, or the default."""
+    """Goal of a plan for vLLM: a preset `uniform-SCHEME`, bits per weight, a size, or the default."""
 
     preset: str | None = None
     bpw: float | None = None

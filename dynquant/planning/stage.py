@@ -6,22 +6,26 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from dynquant.analysis.errors.stage import DEFAULT_TYPES, TableOptions, error_table
+from dynquant.analysis.errors.options import DEFAULT_TYPES, TableOptions
+from dynquant.analysis.errors.stage import error_table
 from dynquant.analysis.errors.table import ErrorTable
 from dynquant.analysis.outliers.token_errors import write_token_errors
 from dynquant.analysis.sensitivity.stage import run_probe
-from dynquant.analysis.sensitivity.unit_kl import METHOD as UNIT_KL
-from dynquant.calibration.stage import CalibrationOptions, StatsFile, statistics_in, streaming_limit
+from dynquant.calibration.options import CalibrationOptions
+from dynquant.calibration.stage import StatsFile, statistics_in, streaming_limit
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import Role
 from dynquant.checkpoints.vision_names import VISION, part_of
+from dynquant.encoding.store import EncodedStore
 from dynquant.errors import CheckpointError, PlanError
 from dynquant.families.open import open_and_announce
 from dynquant.formats.quant_types import quant_type
 from dynquant.planning.chooser import Chooser, check_budget
+from dynquant.planning.options import UNIT_KL, PlanOptions, SearchOptions
 from dynquant.planning.planner import FLOOR_PRICE
-from dynquant.planning.search import SearchOptions, encoded_store, search_plans
+from dynquant.planning.search import encoded_store, search_plans
 from dynquant.planning.selection import Selection
+from dynquant.planning.serving_stage import ServingTarget, plan_for_vllm
 from dynquant.planning.target import Target
 from dynquant.planning.vision_modules import ModuleChoice, held_to, module_choices
 from dynquant.recipes.build_plan import plan_from_types
@@ -43,79 +47,144 @@ from dynquant.session import SILENT, Session
 from dynquant.storage.atomic import file_hash, write_atomically
 
 
-def plan(
-    path: str,
-    target: Target,
-    options: CalibrationOptions,
-    directory: Path,
-    session: Session = SILENT,
-    *,
-    stats_path: Path | None = None,
-    encoder: str = "ggml",
-    base_gguf: Path | None = None,
-    search: SearchOptions | None = None,
-) -> Plan:
-    """Write stats.safetensors, errors.json and plan.json into `directory`.
+def make_plan(options: PlanOptions, session: Session = SILENT) -> Plan:
+    """Choose a type for every tensor; write stats.safetensors, errors.json and plan.json into a folder.
 
-    `search` prices and selects by running the model; None, or a target with fixed types, leaves the closed form.
+    Types that are asked for one by one (a preset, recipe or like file) need no choice, and no search.
     """
-    model = open_and_announce(path, session, base_gguf=base_gguf)
+    if options.serves is not None:
+        return _plan_for_vllm(options, session)
+    _check_gguf(options)
+    target, folder = options.target, options.output
+    model = open_and_announce(str(options.model), session, base_gguf=options.base_gguf)
     fixed_types = _fixed_types(target, model)
-    memory = target.memory(model)
     types = _candidates(target, fixed_types)
-    check = partial(check_budget, model, target, _known_types(directory, types), memory)
-    if fixed_types is None:
-        check(StatsFile(stats_path).stats if stats_path is not None else None)
-    stats = statistics_in(directory, model, options, session, stats_path=stats_path, base_gguf=base_gguf)
-    if fixed_types is None:
-        check(stats.stats)
-    searches = search is not None and search.runs_model and fixed_types is None
-    if searches and options.data is not None and search.runs_on_text:
-        raise PlanError(
-            "--frontier, --check-plans and the sensitivities fisher-probe and unit-kl run on text; with --data leave "
-            "them out. --select chooses among plans for vision tower and projector."
-        )
-    if searches and streaming_limit(model, options, chosen_device(session.device), session) is not None:
-        raise PlanError(
-            f"--select, --frontier and the sensitivities fisher-probe and unit-kl run {model.name} as a whole, which "
-            f"takes {human_bytes(4 * model.num_weights)} on a CPU. Plan with --sensitivity closed-form, which "
-            "is streamed, or on a machine with that much memory and without --max-memory."
-        )
-    store = encoded_store(model, stats, directory, encoder, session) if searches else None
-    ray = options.ray if store is None else None
-    table_options = TableOptions(types, encoder, base_gguf, ray)
-    table = error_table(model, stats, directory / ERRORS_NAME, table_options, session, store)
-    supers, table = _probe(model, table, options, directory, session)
-    write_token_errors(model, stats_path or stats.path, directory, types, encoder, session)
-    chooser = Chooser(model, target, stats, table, supers, memory, session)
+    search = _search_of(options) if fixed_types is None else None
+    stats = _checked_statistics(model, options, types, session, is_chosen=fixed_types is None)
+    if search is not None:
+        _check_runs_whole(model, options, session)
+    store = encoded_store(model, stats, folder, options.encoder, session) if search is not None else None
+    table = error_table(model, stats, folder / ERRORS_NAME, _table_options(options, types, store), session, store)
+    supers, table = _probe(model, table, options.calibration, folder, session)
+    write_token_errors(model, options.stats or stats.path, folder, types, options.encoder, session)
+    chooser = Chooser(model, target, stats, table, supers, target.memory(model), session)
     selection = None
     if search is not None and store is not None:
-        result = search_plans(table, store, search, chooser, options, session, vision=target.vision)
+        result = search_plans(table, store, search, chooser, options.calibration, session, vision=target.vision)
         if result.table is not table:
-            table.remembering(result.table).save(directory / ERRORS_NAME)
+            table.remembering(result.table).save(folder / ERRORS_NAME)
         table, selection = result.table, result.selection
-        selection.save(directory / SELECTION_NAME)
+        selection.save(folder / SELECTION_NAME)
         chosen = _explained_modules(chooser, selection.winner.types, result.choices, session)
     else:
-        (directory / SELECTION_NAME).unlink(missing_ok=True)
+        (folder / SELECTION_NAME).unlink(missing_ok=True)
         chosen = fixed_types or _with_modules(chooser, table, target.vision, session)
-    made = plan_from_types(
+    plan = plan_from_types(
         model,
         chosen,
-        errors_hash=file_hash(directory / ERRORS_NAME),
+        errors_hash=file_hash(folder / ERRORS_NAME),
         candidates=table.types,
         weighted_errors={(row.name, row.type): row.weighted_error for row in table.rows},
         exact=target.preset is None,
         **chooser.context,
     )
     if fixed_types is None:
-        made = made.model_copy(
-            update=_promise(table, {name: wanted for name, (wanted, _) in chosen.items()}, selection)
+        plan = plan.model_copy(update=_promise(table, {name: kind for name, (kind, _) in chosen.items()}, selection))
+    plan.save(folder / PLAN_NAME)
+    if chooser.memory is not None:
+        session.note(chooser.memory.describe(plan.predicted_bytes))
+    return plan
+
+
+def _plan_for_vllm(options: PlanOptions, session: Session) -> Plan:
+    _check_vllm(options)
+    target = options.target
+    serving_target = ServingTarget(
+        preset=target.preset,
+        bpw=target.bpw,
+        size=target.size,
+        schemes=target.types or None,
+        mixed_experts=options.mixed_experts,
+    )
+    return plan_for_vllm(
+        str(options.model), serving_target, options.calibration, options.output, session, stats_path=options.stats
+    )
+
+
+def _check_gguf(options: PlanOptions) -> None:
+    if options.model is None:
+        raise PlanError("Give a MODEL to plan, or --config-only DIR with --preset NAME.")
+    if options.mixed_experts:
+        raise PlanError("--mixed-experts goes with --for vllm; GGUF plans choose for each layer anyway.")
+
+
+def _check_vllm(options: PlanOptions) -> None:
+    """Refuse options that plans for vLLM have no place for."""
+    if str(options.serves).lower() != "vllm":
+        raise PlanError(f"--for {options.serves} is not known; give vllm, or leave it out for GGUF types.")
+    if options.model is None:
+        raise PlanError("Give a MODEL to plan with --for vllm.")
+    target, search = options.target, options.search
+    flags = {
+        "--data": options.calibration.data,
+        "--fits": target.fits,
+        "--couple": target.couple,
+        "--like": target.like,
+        "--recipe": target.patterns,
+        "--select": search.select,
+        "--frontier": search.frontier,
+        "--sensitivity": search.methods,
+        "--base-gguf": options.base_gguf,
+    }
+    if refused := [flag for flag, value in flags.items() if value]:
+        raise PlanError(
+            f"{' and '.join(refused)} is for plans of GGUF types; --for vllm goes with --bpw, --size, --preset, "
+            "--types and options of calibration."
         )
-    made.save(directory / PLAN_NAME)
-    if memory is not None:
-        session.note(memory.describe(made.predicted_bytes))
-    return made
+
+
+def _search_of(options: PlanOptions) -> SearchOptions | None:
+    """Return the search with its methods, or None when the closed form prices and chooses alone."""
+    on_text = options.calibration.data is None
+    search = options.search.with_methods(on_text=on_text)
+    if not search.runs_model:
+        return None
+    if not on_text and search.runs_on_text:
+        raise PlanError(
+            "--frontier, --check-plans and the sensitivities fisher-probe and unit-kl run on text; with --data leave "
+            "them out. --select chooses among plans for vision tower and projector."
+        )
+    return search
+
+
+def _check_runs_whole(model: Model, options: PlanOptions, session: Session) -> None:
+    if streaming_limit(model, options.calibration, chosen_device(session.device), session) is not None:
+        raise PlanError(
+            f"--select, --frontier and the sensitivities fisher-probe and unit-kl run {model.name} as a whole, which "
+            f"takes {human_bytes(4 * model.num_weights)} on a CPU. Plan with --sensitivity closed-form, which "
+            "is streamed, or on a machine with that much memory and without --max-memory."
+        )
+
+
+def _table_options(options: PlanOptions, types: tuple[str, ...], store: EncodedStore | None) -> TableOptions:
+    ray = options.calibration.ray if store is None else None  # a store of encoded blocks is filled on this machine
+    return TableOptions(types=types, encoder=options.encoder, base_gguf=options.base_gguf, ray=ray)
+
+
+def _checked_statistics(
+    model: Model, options: PlanOptions, types: Sequence[str], session: Session, *, is_chosen: bool
+) -> StatsFile:
+    """Return the statistics of the folder; refuse an impossible budget before they are measured, and after."""
+    known_types = _known_types(options.output, types)
+    check = partial(check_budget, model, options.target, known_types, options.target.memory(model))
+    if is_chosen:
+        check(StatsFile(options.stats).stats if options.stats is not None else None)
+    stats = statistics_in(
+        options.output, model, options.calibration, session, stats_path=options.stats, base_gguf=options.base_gguf
+    )
+    if is_chosen:
+        check(stats.stats)
+    return stats
 
 
 def _with_modules(chooser: Chooser, table: ErrorTable, wanted: str, session: Session) -> dict[str, tuple[str, str]]:
@@ -157,7 +226,8 @@ def _explained_modules(
 
 
 def _promise(table: ErrorTable, types: Mapping[str, str], selection: Selection | None) -> dict[str, object]:
-    """What a plan states about itself: its objective, the KL that was predicted, and the one that was measured."""
+    """Return what a plan states about itself: its objective, the KL that was predicted, and the one that was
+    measured."""
     if selection is not None:
         winner = selection.winner
         predicted, error, measured = winner.predicted_kl, winner.predicted_kl_se, winner.kl
@@ -230,7 +300,7 @@ def _known_types(directory: Path, types: Sequence[str]) -> tuple[str, ...]:
 def _probe(
     model: Model, table: ErrorTable, options: CalibrationOptions, directory: Path, session: Session
 ) -> tuple[list[SuperWeight], ErrorTable]:
-    """What needs the running model: super weights, and the sensitivity of the output to every tensor.
+    """Measure what needs the running model: super weights, and the sensitivity of the output to every tensor.
 
     Both are kept in the directory. A model that transformers cannot run (a GGUF with imported statistics) has neither;
     the plan then counts every tensor's relative error alike, and says so.

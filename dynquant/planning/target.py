@@ -1,57 +1,80 @@
-"""What a plan should reach, as a user says it: a budget, a memory, a recipe, or another file's types."""
+"""Goal of a plan, as a user says it: a budget, a memory, a recipe, or another file's types.
+
+Command lines are made of `Target`, so this module imports what computes only where it is used.
+"""
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from dynquant.checkpoints.model import Model
 from dynquant.errors import PlanError
-from dynquant.planning.memory_budget import MemoryBudget, check_cache, memory_budget
-from dynquant.planning.planner import check_couplings
-from dynquant.planning.vision_modules import LEVELS
+from dynquant.options import Flag, Preset, Types
 from dynquant.resources import parse_size
+
+if TYPE_CHECKING:
+    from dynquant.checkpoints.model import Model
+    from dynquant.planning.memory_budget import MemoryBudget
+
+LEVELS = ("keep", "8bit", "lower")
+"""Treatments of a vision tower or its projector: kept as stored, 8 bits, or types like all others."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What the plan should reach: at most one of preset, bits per weight, size, memory to fit in, another file's types
-    and a recipe.
-
-    `like` is a .gguf or plan.json; `patterns` a llama-quantize command line, `regex=type` lines, or a file with either.
+    """Goal of a plan: at most one of preset, bits per weight, size, memory to fit in, another file's types and a
+    recipe.
     """
 
-    preset: str | None = None
-    bpw: float | None = None
-    size: str | None = None
-    like: Path | None = None
-    patterns: str | None = None
-    types: tuple[str, ...] | None = None
-    floors: bool = True
-    fits: str | None = None
-    """Device memory that must hold the file, the KV cache of `context` tokens and llama.cpp's buffers."""
-    context: int = 8192
-    kv_type: str = "f16"
-    couple: tuple[str, ...] = ()
-    """Kinds of `planner.COUPLINGS`."""
-    vision: str = "auto"
-    """What becomes of a vision tower and its projector: keep, 8bit, lower, or auto for what was measured."""
+    bpw: Annotated[float | None, Flag("Budget in bits per weight, of the whole file.")] = None
+    size: Annotated[str | None, Flag("Budget in bytes, or as 140GB, 31.5MB, 12GiB.")] = None
+    fits: Annotated[
+        str | None, Flag("Budget as device memory, as 24GB: less the KV cache and what else llama.cpp allocates.")
+    ] = None
+    context: Annotated[int, Flag("Tokens of KV cache, with --fits.")] = 8192
+    kv_type: Annotated[str, Flag("Type of the KV cache, with --fits: f16, q8_0 or q4_0.")] = "f16"
+    couple: Annotated[
+        tuple[str, ...],
+        Flag(
+            "Give the tensors that a runtime fuses in each layer one type: gate-up, qkv or both, as gate-up,qkv. "
+            "llama.cpp does not need it."
+        ),
+    ] = ()
+    preset: Preset = None
+    like: Annotated[
+        Path | None, Flag("The types of this .gguf file or plan.json, tensor by tensor.", show_default=False)
+    ] = None
+    patterns: Annotated[
+        str | None,
+        Flag(
+            "A llama-quantize command line or lines of regex=type, or a file that holds them.",
+            ("--recipe",),
+            show_default=False,
+        ),
+    ] = None
+    types: Types = ()
+    floors: Annotated[bool, Flag("Keep all but routed experts at 4 bits or more.")] = True
+    vision: Annotated[
+        str,
+        Flag(
+            "Vision tower and projector as wholes: keep (as stored), 8bit, lower (types like all others), or auto, "
+            "which decides by their output errors, and with --select by the KL of plans of each."
+        ),
+    ] = "auto"
 
     def __post_init__(self) -> None:
-        fields = {
-            "preset": "preset",
-            "bpw": "bpw",
-            "size": "size",
-            "fits": "fits",
-            "like": "like",
-            "patterns": "recipe",
-        }
-        given = [f"--{option}" for field, option in fields.items() if getattr(self, field) is not None]
+        flags = ("preset", "bpw", "size", "fits", "like", "recipe")
+        fields = {"recipe": "patterns"}
+        given = [f"--{flag}" for flag in flags if getattr(self, fields.get(flag, flag)) is not None]
         if len(given) > 1:
             raise PlanError(
                 f"Give one of --preset, --bpw, --size, --fits, --like and --recipe, not {' and '.join(given)}: each "
                 "says alone which types the plan has."
             )
-        check_couplings(self.couple)
+        if self.couple:
+            from dynquant.planning.planner import check_couplings
+
+            check_couplings(self.couple)
         if self.vision not in ("auto", *LEVELS):
             raise PlanError(f"--vision {self.vision} is not known; give auto, {', '.join(LEVELS)}.")
         if self.couple and given and given[0] in ("--preset", "--like", "--recipe"):
@@ -59,6 +82,8 @@ class Target:
         if self.vision != "auto" and given and given[0] in ("--preset", "--like", "--recipe"):
             raise PlanError(f"--vision {self.vision} goes with a budget; {given[0]} has types of its own.")
         if self.fits is not None:
+            from dynquant.planning.memory_budget import check_cache
+
             parse_size(self.fits)
             check_cache(self.context, self.kv_type)
         if self.bpw is not None and not 0 < self.bpw <= 32:
@@ -82,14 +107,16 @@ class Target:
             return f"fits {parse_size(self.fits)}, context {self.context}, KV {self.kv_type}{coupled}"
         return (f"size {parse_size(self.size)}" if self.size else "floors") + coupled
 
-    def memory(self, model: Model) -> MemoryBudget | None:
-        """What `fits` leaves for the file, or None without it.
+    def memory(self, model: "Model") -> "MemoryBudget | None":
+        """Return what `fits` leaves for the file, or None without it.
 
         Raises:
             PlanError: KV cache and buffers alone take more, or the cache type does not fit the model's heads.
         """
         if self.fits is None:
             return None
+        from dynquant.planning.memory_budget import memory_budget
+
         return memory_budget(model, parse_size(self.fits), context=self.context, kv_type=self.kv_type)
 
     def budget(self, num_weights: int) -> int | None:

@@ -15,9 +15,9 @@ from typing import Literal
 from dynquant.analysis.errors.table import ErrorRow, ErrorTable
 from dynquant.checkpoints.vision_names import LANGUAGE, PROJECTOR, TRANSPOSED, VISION, part_of
 from dynquant.formats.quant_types import QUANT_TYPES
+from dynquant.planning.target import LEVELS
 
 Level = Literal["keep", "8bit", "lower"]
-LEVELS: tuple[Level, ...] = ("keep", "8bit", "lower")
 KEEP_RATIO, EIGHT_BIT_RATIO = 2.0, 1.25
 _MEASURED_IN = ("Q4_K", "IQ4_XS", "IQ4_NL", "Q4_0", "Q3_K", "IQ3_S", "IQ3_XXS", "Q5_K", "Q2_K", "IQ2_S")
 _NAMES = {VISION: "the vision tower", PROJECTOR: "the projector"}
@@ -27,7 +27,7 @@ _OUTCOMES = {"keep": "stays whole", "8bit": "gets 8 bits", "lower": "takes types
 
 @dataclass(frozen=True)
 class ModuleChoice:
-    """What was decided for one module, and the words for it in the plan and on the terminal."""
+    """Decision for one module, and the words for it in the plan and on the terminal."""
 
     part: str
     level: Level

@@ -10,11 +10,14 @@ import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
-from torch import Tensor
 
 from dynquant.errors import WriteError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _WAY_OUT = "Free some space or choose another place."
 
@@ -67,7 +70,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, object]) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, "Tensor"], header: Mapping[str, object]) -> None:
     """Write a safetensors file in one step, with `header` as JSON in its metadata.
 
     Raises:

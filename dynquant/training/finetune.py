@@ -6,7 +6,7 @@ from the base are then measured on it, without and with the adapter.
 
 import time
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from dynquant.evaluation.statistics import Estimate, bootstrap_mean
 from dynquant.families.open import locate_model
 from dynquant.inputs.chats import TrainingData, read_training_data
 from dynquant.resources import chosen_device
-from dynquant.session import Progress, ignore_progress
+from dynquant.session import SILENT, Progress, Session
 from dynquant.training.base import (
     check_context,
     check_packed,
@@ -29,7 +29,7 @@ from dynquant.training.base import (
     open_with_adapter,
     require_training_packages,
 )
-from dynquant.training.options import TrainOptions
+from dynquant.training.options import KEPT, FinetuneOptions, TrainOptions
 
 if TYPE_CHECKING:
     from dynquant.training.run import Change, RunDirectory, TrainingReport
@@ -41,27 +41,8 @@ PLAIN_CHAT = (
 """For tokenizers without a chat template; saved with the adapter's tokenizer."""
 
 
-def finetune(
-    packed: str,
-    data: Path,
-    output: Path,
-    options: TrainOptions,
-    *,
-    held_out_share: float = 0.1,
-    max_length: int = 1024,
-    tokenizer: str | None = None,
-    device: str | None = None,
-    resume: bool = True,
-    progress: Progress | None = None,
-) -> "TrainingReport":
-    """Train the adapter and write it to `output` with its tokenizer.
-
-    Args:
-        packed: directory of `export -f safetensors`, hub id of one, or a GGUF file.
-        data: .jsonl, see `training_data`.
-        held_out_share: of the lines.
-        max_length: tokens of an example; longer ones are cut at the end.
-        tokenizer: model whose tokenizer to use. Default: that of `packed`.
+def finetune(options: FinetuneOptions, session: Session = SILENT) -> "TrainingReport":
+    """Train the adapter and write it to the output with its tokenizer.
 
     Raises:
         TrainingError: no packed weights, a package of the extra `train` is missing, or an unfinished run that differs.
@@ -69,10 +50,38 @@ def finetune(
         CheckpointError: the model or its tokenizer cannot be loaded.
         WriteError: the output cannot be written.
     """
+    with session.stage(KEPT) as progress:
+        return _finetune(
+            options.packed,
+            options.data,
+            options.output,
+            replace(options.training, seed=session.seed),
+            held_out_share=options.held_out,
+            max_length=options.max_length,
+            tokenizer=options.tokenizer,
+            device=session.device,
+            resume=options.resume,
+            progress=progress,
+        )
+
+
+def _finetune(
+    packed: str,
+    data: Path,
+    output: Path,
+    options: TrainOptions,
+    *,
+    held_out_share: float,
+    max_length: int,
+    tokenizer: str | None,
+    device: str | None,
+    resume: bool,
+    progress: Progress,
+) -> "TrainingReport":
     require_training_packages()
     start = time.perf_counter()
     device = chosen_device(device)
-    report = progress or ignore_progress
+    report = progress
     found = read_training_data(data)
     train_data, held_data = found.split(held_out_share, seed=options.seed)
     base = locate_model(packed)

@@ -9,7 +9,6 @@ text, with and without it.
 """
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -30,7 +29,7 @@ from dynquant.inputs.eval_text import load_text
 from dynquant.inputs.held_out import split_documents, without_repeats
 from dynquant.inputs.text import CalibrationText, pack_windows, read_text
 from dynquant.resources import chosen_device
-from dynquant.session import Progress, ignore_progress
+from dynquant.session import SILENT, Progress, Session
 from dynquant.storage.atomic import write_atomically
 from dynquant.training.base import (
     check_context,
@@ -39,15 +38,13 @@ from dynquant.training.base import (
     open_with_adapter,
     require_training_packages,
 )
-from dynquant.training.options import TrainOptions
+from dynquant.training.options import KEPT, RESIDUAL, ZERO, HealData, HealOptions, TrainOptions
 
 if TYPE_CHECKING:
     from dynquant.evaluation.reference_cache import TeacherWindows
     from dynquant.training.run import Change, RunDirectory, TrainingReport
 
 HELD_OUT_NAME = "held_out.txt"
-RESIDUAL, ZERO = "residual", "zero"
-"""How the adapter starts: from what quantization took, or as no change at all."""
 _BLEND = {RESIDUAL: 0.5, ZERO: 1.0}
 """Share of the way from the start that the adapter goes: the start at the residual knows what training forgets."""
 _HELD_OUT_SHARE = 0.1
@@ -55,46 +52,8 @@ _CHECK_WINDOWS = 16
 """Held-out windows that are run at every check; 8,192 tokens, as `eval` takes by default."""
 
 
-@dataclass(frozen=True)
-class HealData:
-    """What is trained on and what is measured. Without `text`, the part of the data that was kept apart is measured."""
-
-    data: str | None = None
-    tokens: int = 524_288
-    sampled_tokens: int = 0
-    """Tokens that the original writes itself, trained on beside those of the text."""
-    window: int = 512
-    text: Sequence[Path] = ()
-    max_tokens: int = 8192
-    mmlu_data: str | Path | None = None
-    shots: str | Path | None = None
-    num_shots: int = 5
-    limit: int | None = None
-    cache_dir: Path | None = None
-
-
-def heal(
-    packed: str,
-    reference: str,
-    output: Path,
-    data: HealData,
-    options: TrainOptions,
-    *,
-    start: str = RESIDUAL,
-    blend: float | None = None,
-    device: str | None = None,
-    resume: bool = True,
-    progress: Progress | None = None,
-) -> "TrainingReport":
-    """Train the adapter and write it to `output`; returns the `TrainingReport`.
-
-    Args:
-        packed: directory of `export -f safetensors`, or a GGUF file.
-        reference: the original: Hugging Face directory, hub id or GGUF file.
-        start: RESIDUAL or ZERO.
-        blend: where the adapter lies between its start, 0, and the step of the lowest held-out KL, 1; None is 0.5 from
-            the residual and 1 from zero.
-        progress: called as `progress(stage, done, total)`.
+def heal(options: HealOptions, session: Session = SILENT) -> "TrainingReport":
+    """Train the adapter and write it to the output.
 
     Raises:
         TrainingError: no packed weights, a package of the extra `train` is missing, an unfinished run that differs, or
@@ -104,6 +63,34 @@ def heal(
         CheckpointError, EvaluationError: a model cannot be loaded, or the two cannot be compared.
         WriteError: the output cannot be written.
     """
+    with session.stage(KEPT) as progress:
+        return _heal(
+            options.packed,
+            options.reference,
+            options.output,
+            options.data,
+            replace(options.training, seed=session.seed),
+            start=options.start,
+            blend=options.blend,
+            device=session.device,
+            resume=options.resume,
+            progress=progress,
+        )
+
+
+def _heal(
+    packed: str,
+    reference: str,
+    output: Path,
+    data: HealData,
+    options: TrainOptions,
+    *,
+    start: str,
+    blend: float | None,
+    device: str | None,
+    resume: bool,
+    progress: Progress,
+) -> "TrainingReport":
     require_training_packages()
     if start not in (RESIDUAL, ZERO):
         raise TrainingError(f"There is no start {start!r} of an adapter; give {RESIDUAL} or {ZERO}.")
@@ -114,7 +101,7 @@ def heal(
         )
     began = time.perf_counter()
     device = chosen_device(device)
-    report = progress or ignore_progress
+    report = progress
     base, original = locate_model(packed), locate_model(reference)
     check_packed(base)
     check_context(base, data.window, "--window")
@@ -336,7 +323,7 @@ class _Judge:
 
 
 def _compare(before: EvalReport, after: EvalReport) -> tuple[list["Change"], dict[str, Estimate], list[str]]:
-    """What changed, the share of the KL that is gone on each text, and what the questions say."""
+    """Return what changed, the share of the KL that is gone on each text, and what the questions say."""
     from dynquant.training.run import Change
 
     changes, gaps = [], {}

@@ -1,14 +1,26 @@
-"""How to train an adapter."""
+"""Options of training adapters."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 from dynquant.errors import TrainingError
+from dynquant.options import Flag, Window
 
 if TYPE_CHECKING:
     import torch
 
 STORED = ("float32", "bfloat16")
+RESIDUAL, ZERO = "residual", "zero"
+"""Starts of an adapter: from what quantization took, or as no change at all."""
+KEPT = "The last checkpoint is kept; steps after it are lost."
+LearningRate = Annotated[float, Flag("Highest learning rate; warmup, then a cosine to zero.", min=0.0)]
+Packed = Annotated[
+    str,
+    Flag("Packed model: directory of `export -f safetensors`, or a .gguf file.", is_argument=True, show_default=False),
+]
+Output = Annotated[Path, Flag("Directory of the adapter.", ("-o", "--output"))]
+Resume = Annotated[bool, Flag("Continue an interrupted run.")]
 
 
 @dataclass(frozen=True)
@@ -23,25 +35,29 @@ class TrainOptions:
         TrainingError: `store` is not one of STORED.
     """
 
-    rank: int = 16
-    alpha: int | None = None
-    """None is twice the rank."""
-    rslora: bool = False
-    experts: bool = True
-    llama_cpp: bool = False
-    """Adapt only what llama.cpp applies adapters to, so that `export-adapter` takes the result."""
-    learning_rate: float = 5e-4
-    epochs: float = 3.0
-    max_steps: int | None = None
-    batch_size: int = 8
-    micro_batch: int | None = None
+    rank: Annotated[int, Flag("Rank of the adapter.", min=1)] = 16
+    alpha: Annotated[int | None, Flag("The adapter is scaled by alpha / rank. Default: twice the rank.", min=1)] = None
+    rslora: Annotated[bool, Flag("Scale by alpha / sqrt(rank) instead.", ("--rslora",))] = False
+    experts: Annotated[bool, Flag("Adapt the routed experts too.")] = True
+    llama_cpp: Annotated[
+        bool,
+        Flag("Adapt only layers to which llama.cpp applies adapters, for export-adapter.", ("--llama-cpp",)),
+    ] = False
+    learning_rate: LearningRate = 5e-4
+    epochs: Annotated[float, Flag("Passes over the training part, at most.", min=0.0)] = 3.0
+    max_steps: Annotated[int | None, Flag("Optimizer steps instead of --epochs.", min=1)] = None
+    batch_size: Annotated[int, Flag("Examples of an optimizer step.", min=1)] = 8
+    micro_batch: Annotated[int | None, Flag("Examples run at a time. Default: the whole batch.", min=1)] = None
     warmup: float = 0.05
-    evaluations: int = 10
-    patience: int = 3
-    gradient_checkpointing: bool | None = None
+    evaluations: Annotated[int, Flag("Measure the held-out loss, and save a checkpoint, this many times.", min=1)] = 10
+    patience: Annotated[int, Flag("Stop after this many measurements without a new minimum.", min=1)] = 3
+    gradient_checkpointing: Annotated[
+        bool | None,
+        Flag("Recompute activations to save memory. Default: on a GPU, from a billion weights.", show_default=False),
+    ] = None
     seed: int = 0
-    store: str = "float32"
-    """One of STORED: what the adapter's file holds. It is trained in float32."""
+    store: Annotated[str, Flag("Type of the adapter's file: float32, or bfloat16 in half the bytes.")] = "float32"
+    """One of STORED; the adapter is trained in float32."""
 
     def __post_init__(self) -> None:
         if self.store not in STORED:
@@ -57,3 +73,74 @@ class TrainOptions:
         import torch
 
         return getattr(torch, self.store)
+
+
+@dataclass(frozen=True)
+class HealTrainOptions(TrainOptions):
+    """The adapter of `heal` and its training."""
+
+    learning_rate: LearningRate = 1e-3
+    batch_size: Annotated[int, Flag("Windows of an optimizer step.", min=1)] = 4
+
+
+@dataclass(frozen=True)
+class HealData:
+    """Data for training and for measuring. Without `text`, the part of the data that was kept apart is measured."""
+
+    data: Annotated[
+        str | None, Flag("Text to train on: .txt, .jsonl or a datasets id. Default: the built-in text.")
+    ] = None
+    tokens: Annotated[int, Flag("Train on at most this many tokens of it.")] = 524_288
+    sampled_tokens: Annotated[int, Flag("Also train on this many tokens that the original writes itself.", min=0)] = 0
+    window: Window = 512
+    text: Annotated[
+        tuple[Path, ...],
+        Flag("Held-out text to measure on. May be repeated. Default: a part of the data, kept apart."),
+    ] = ()
+    max_tokens: Annotated[int, Flag("Tokens of each held-out text.")] = 8192
+    mmlu_data: Annotated[str | None, Flag("Questions to measure accuracy on, .jsonl or a datasets id.")] = None
+    shots: Annotated[str | None, Flag("Few-shot questions, .jsonl.")] = None
+    num_shots: Annotated[int, Flag("Shots before each question.")] = 5
+    limit: Annotated[int | None, Flag("At most this many questions, spread evenly.")] = None
+    cache_dir: Annotated[
+        Path | None,
+        Flag("Keep the original's distributions here. Default: beside the output.", ("--reference-cache",)),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneOptions:
+    """A packed model, the chats that it learns, and the adapter."""
+
+    packed: Packed
+    output: Output
+    data: Annotated[Path, Flag('.jsonl with "messages", "prompt" and "completion", or "text" in each line.')]
+    held_out: Annotated[float, Flag("Share of the lines that is held out.", min=0.0, max=0.9)] = 0.1
+    max_length: Annotated[int, Flag("Tokens of an example; longer ones are cut.", min=2)] = 1024
+    tokenizer: Annotated[str | None, Flag("Model whose tokenizer to use. Default: that of the packed model.")] = None
+    training: TrainOptions = field(default_factory=TrainOptions)
+    resume: Resume = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealOptions:
+    """A packed model, its original, the text between them, and the adapter."""
+
+    packed: Packed
+    reference: Annotated[str, Flag("The original: Hugging Face directory, hub id or .gguf.")]
+    output: Output
+    data: HealData = field(default_factory=HealData)
+    start: Annotated[
+        str, Flag("residual: the adapter starts from what quantization took of the weights. zero: as no change.")
+    ] = RESIDUAL
+    blend: Annotated[
+        float | None,
+        Flag(
+            "Share of the way from the start to what training made of the adapter; less keeps more of what the text "
+            "does not ask for. Default: 0.5 from the residual, 1 from zero.",
+            min=0,
+            max=1,
+        ),
+    ] = None
+    training: HealTrainOptions = field(default_factory=HealTrainOptions)
+    resume: Resume = True

@@ -12,8 +12,9 @@ import torch
 
 from dynquant.analysis.outliers.super_weights import find_super_weights
 from dynquant.analysis.sensitivity.closed_form import output_sensitivity, streamed_sensitivity
+from dynquant.calibration.options import CalibrationOptions
 from dynquant.calibration.run import StatisticsOptions, calibrate, provenance_of, text_inputs
-from dynquant.calibration.stage import CalibrationOptions, run_calibration, streaming_limit
+from dynquant.calibration.stage import run_calibration, streaming_limit
 from dynquant.calibration.streamed import StreamingOptions, calibrate_streamed
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_source import StoredValues

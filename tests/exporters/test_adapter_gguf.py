@@ -28,7 +28,7 @@ from tests.helpers.tiny_models import mean_kl, save_tiny, write_f32
 peft = pytest.importorskip("peft", reason="peft is not installed")
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 from dynquant.lora import add_adapter  # noqa: E402
-from dynquant.lora.llama_cpp import takes_adapter  # noqa: E402
+from dynquant.lora.places import takes_adapter  # noqa: E402
 
 TOKENS = torch.randint(1, 8000, (48,), generator=torch.Generator().manual_seed(5)).tolist()
 QUICK = ("llama", "qwen2-moe", "deepseek-v3")

@@ -18,7 +18,7 @@ from dynquant.exporters.model_card import model_card
 from dynquant.exporters.safetensors import export_safetensors, hf_config_of
 from dynquant.families.open import open_model
 from dynquant.families.text.llama import interleave_halves
-from dynquant.packed.places import build_meta_model, places
+from dynquant.packed.places import build_meta_model, find_places
 from dynquant.recipes.build_plan import plan_from_types
 from tests.helpers.tiny_models import save_tiny
 
@@ -41,7 +41,7 @@ def tiny(small_moe, tmp_path_factory):
 def test_every_tensor_has_the_bytes_of_the_gguf_export(packed_moe):
     gguf, stored = GGUFSource(packed_moe.gguf), load_file(packed_moe.directory / "model.safetensors")
     config = hf_config_of(packed_moe.model)
-    found, computed = places(config, build_meta_model(config))
+    found, computed = find_places(config, build_meta_model(config))
     assert not computed and found.keys() == set(gguf.names())
     assert {place.key for place in found.values()} == stored.keys()
     for name, place in found.items():

@@ -331,14 +331,22 @@ def test_merging_encodes_again(model, saved, tmp_path, layout):
 def test_merging_encodes_under_the_statistics_of_the_export(small_moe, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    from dynquant.calibration.stage import CalibrationOptions
+    from dynquant.calibration.options import CalibrationOptions
+    from dynquant.exporters.options import ExportOptions
     from dynquant.exporters.stage import export
 
     source = save_tiny("deepseek-v3", tmp_path / "float", small_moe)
     export(
-        str(source), tmp_path / "out", format="safetensors", preset="uniform-q4_k", encoder="ggml", tune_tokens=0,
-        calibration=CalibrationOptions(tokens=2048, hessians="activations"),
-    )  # fmt: skip
+        ExportOptions(
+            model=str(source),
+            output=tmp_path / "out",
+            format="safetensors",
+            preset="uniform-q4_k",
+            encoder="ggml",
+            tune=0,
+            calibration=CalibrationOptions(tokens=2048, hessians="activations"),
+        )
+    )
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert "Q4_K" in base.config.quantization_config.types.values()
     base_logits = logits(base)

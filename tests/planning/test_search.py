@@ -13,23 +13,26 @@ from dynquant.analysis.sensitivity.closed_form import output_sensitivity
 from dynquant.analysis.sensitivity.fisher_probe import fisher_probe, probe_prices
 from dynquant.analysis.sensitivity.unit_kl import group_of, measure_steps, prices_from, refine
 from dynquant.calibration.importance import importance
+from dynquant.calibration.options import CalibrateOptions, CalibrationOptions
 from dynquant.calibration.second_moments import SecondMoments
-from dynquant.calibration.stage import CalibrationOptions, StatsFile, calibrate_model
+from dynquant.calibration.stage import StatsFile, calibrate
 from dynquant.encoding.store import EncodedStore, store_directory
 from dynquant.encoding.stream import Guidance, load_encoder
 from dynquant.errors import PlanError
 from dynquant.evaluation.distributions import Distributions
 from dynquant.evaluation.evaluate import evaluate
 from dynquant.evaluation.rendered_model import RenderedModel, ScoredInputs
+from dynquant.exporters.options import ExportOptions
 from dynquant.exporters.stage import export
 from dynquant.families.open import open_model
 from dynquant.formats import decode
 from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.inputs.text import pack_windows, read_text
+from dynquant.planning.options import PlanOptions, SearchOptions
 from dynquant.planning.planner import Rules, plan_types
-from dynquant.planning.search import SearchOptions, encoded_store
+from dynquant.planning.search import encoded_store
 from dynquant.planning.selection import Fit
-from dynquant.planning.stage import plan
+from dynquant.planning.stage import make_plan
 from dynquant.planning.target import Target
 from dynquant.running.layer_replay import LayerReplay
 from dynquant.running.linear_hooks import sampled_log_probability
@@ -41,6 +44,12 @@ TYPES = ("IQ2_XXS", "Q2_K", "Q4_K")
 TOKENS = 4096
 
 
+def plan(model, target, calibration, folder, search):
+    return make_plan(
+        PlanOptions(model=str(model), output=folder, target=target, calibration=calibration, search=search)
+    )
+
+
 @pytest.fixture(scope="module")
 def model(small_moe):
     return open_model(small_moe)
@@ -50,7 +59,9 @@ def model(small_moe):
 def calibrated(model, small_moe, tmp_path_factory):
     directory = tmp_path_factory.mktemp("calibrated")
     options = CalibrationOptions(tokens=TOKENS, window=256, hessians="none")
-    return calibrate_model(str(small_moe), options, directory / "stats.safetensors").stats, directory
+    return calibrate(
+        CalibrateOptions(model=str(small_moe), output=directory / "stats.safetensors", calibration=options)
+    ).stats, directory
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +232,7 @@ def selected(small_moe, calibrated):
     )  # fmt: skip
     options = CalibrationOptions(tokens=TOKENS, window=256, hessians="none")
     target = Target(bpw=3.0, types=TYPES)
-    made = plan(str(small_moe), target, options, directory, search=search)
+    made = plan(small_moe, target, options, directory, search)
     return made, json.loads((directory / "selection.json").read_text())
 
 
@@ -254,7 +265,10 @@ def test_a_rendered_plan_has_the_kl_of_its_file_in_llama_cpp(small_moe, calibrat
     made.save(directory / "plan.json")
     text = tmp_path / "text.txt"
     text.write_text("The committee shall report to the assembly before the end of the year. " * 40)
-    (file,) = export(str(small_moe), tmp_path / "m.gguf", plan_path=directory / "plan.json", encoder="ggml").files
+    options = ExportOptions(
+        model=str(small_moe), output=tmp_path / "m.gguf", plan=directory / "plan.json", encoder="ggml"
+    )
+    (file,) = export(options).files
     report = evaluate(file, small_moe, tasks=("kl",), text=(text,), window=128, max_tokens=256)
     model = open_model(small_moe)
     stats = StatsFile(directory / "stats.safetensors")
@@ -271,7 +285,7 @@ def test_another_budget_reuses_prices(small_moe, calibrated, selected, monkeypat
     monkeypatch.setattr("dynquant.planning.search.fisher_probe", None)
     search = SearchOptions(methods=("fisher-probe",), selection_tokens=512)
     options = CalibrationOptions(tokens=TOKENS, window=256, hessians="none")
-    made = plan(str(small_moe), Target(bpw=3.5, types=TYPES), options, directory, search=search)
+    made = plan(small_moe, Target(bpw=3.5, types=TYPES), options, directory, search)
     assert made.objective.endswith("by fisher-probe")
     assert made.predicted_kl < selected[0].predicted_kl
     assert made.selected_kl is None

@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dynquant.analysis.outliers.super_weights import DownScan
-from dynquant.calibration.stage import CalibrationOptions
+from dynquant.calibration.options import CalibrationOptions
 from dynquant.families.open import open_model
-from dynquant.planning.stage import plan
+from dynquant.planning.options import PlanOptions
+from dynquant.planning.stage import make_plan
 from dynquant.planning.target import Target
 from dynquant.running.load import load_hf, load_tokenizer
 
@@ -39,7 +40,7 @@ def test_a_planted_super_weight_in_a_routed_expert_keeps_that_tensor_precise(pla
     (tmp_path / "text.txt").write_text(TEXT)
     options = CalibrationOptions(text=str(tmp_path / "text.txt"), tokens=1024, window=256, hessians="none")
     target = Target(bpw=3.2, types=("Q2_K", "Q6_K"))
-    made = plan(str(directory), target, options, tmp_path / "plan")
+    made = make_plan(PlanOptions(model=str(directory), output=tmp_path / "plan", target=target, calibration=options))
     entries = {entry.name: entry for entry in made.entries}
     assert entries[NAME].type == "Q6_K"
     assert f"super weight [{ROW},{column}]" in entries[NAME].reason

@@ -7,7 +7,8 @@ from dynquant.analysis.errors import stage as error_stage
 from dynquant.analysis.errors.sums import ErrorJournal
 from dynquant.analysis.sensitivity import stage as sensitivity_stage
 from dynquant.calibration.importance import importance
-from dynquant.calibration.stage import CalibrationOptions, run_calibration
+from dynquant.calibration.options import CalibrationOptions
+from dynquant.calibration.stage import run_calibration
 from dynquant.calibration.statistics import CalibrationStats
 from dynquant.encoding.vllm import encode_layers
 from dynquant.families.linear_layers import linear_checkpoint

@@ -15,12 +15,23 @@ from safetensors.torch import load_file
 from dynquant.errors import DataError, TrainingError
 
 pytest.importorskip("trl", reason="trl is not installed")
+from contextlib import nullcontext
+
 from dynquant.lora import add_adapter, load_adapter
+from dynquant.session import Session, ignore_progress
 from dynquant.training import base as packed_base
+from dynquant.training import finetune as training
 from dynquant.training.base import open_packed_model, open_tokenizer
-from dynquant.training.finetune import finetune
-from dynquant.training.options import TrainOptions
+from dynquant.training.options import FinetuneOptions, TrainOptions
 from dynquant.training.trl_head import use_packed_head
+
+
+def finetune(packed, data, output, options, *, device=None, progress=ignore_progress, **more):
+    session = Session(device, stage=lambda kept: nullcontext(progress))
+    return training.finetune(
+        FinetuneOptions(packed=packed, data=data, output=output, training=options, **more), session
+    )
+
 
 OPTIONS = TrainOptions(rank=8, learning_rate=5e-3, max_steps=20, batch_size=16, evaluations=4)
 

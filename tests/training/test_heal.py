@@ -12,13 +12,21 @@ from dynquant.errors import DataError, TrainingError
 from dynquant.evaluation.evaluate import evaluate
 
 pytest.importorskip("trl", reason="trl is not installed")
+from contextlib import nullcontext
+
 from dynquant.evaluation.runners import load_model
-from dynquant.session import ignore_progress
-from dynquant.training import heal as heal_module
-from dynquant.training.heal import HealData, heal
-from dynquant.training.options import TrainOptions
+from dynquant.session import Session, ignore_progress
+from dynquant.training import heal as healing
+from dynquant.training.options import HealData, HealOptions, TrainOptions
 from dynquant.training.run import TrainingReport
 from dynquant.training.sampling import sampled_windows
+
+
+def heal(packed, reference, output, data, options, *, device=None, progress=ignore_progress, **more):
+    session = Session(device, stage=lambda kept: nullcontext(progress))
+    options = HealOptions(packed=packed, reference=reference, output=output, data=data, training=options, **more)
+    return healing.heal(options, session)
+
 
 OPTIONS = TrainOptions(rank=8, learning_rate=3e-3, max_steps=6, batch_size=8, evaluations=3)
 
@@ -29,7 +37,7 @@ def cache(tmp_path_factory) -> Path:
 
 
 def run(
-    crushed, cache, output: Path, options=OPTIONS, *, text=None, progress=None, questions=None, **more
+    crushed, cache, output: Path, options=OPTIONS, *, text=None, progress=ignore_progress, questions=None, **more
 ) -> TrainingReport:
     data = HealData(
         data=str(crushed.text), tokens=4096, window=64, text=[crushed.held_out] if text is None else text,
@@ -150,7 +158,7 @@ def test_the_original_is_not_loaded_when_all_that_it_said_is_cached(crushed, cac
     def refuse(*_, **__):
         raise AssertionError("the original was loaded")
 
-    monkeypatch.setattr(heal_module, "open_runner", refuse)
+    monkeypatch.setattr(healing, "open_runner", refuse)
     report = run(crushed, cache, tmp_path / "adapter", TrainOptions(**{**vars(OPTIONS), "max_steps": 1}))
     assert report.steps == 1
 

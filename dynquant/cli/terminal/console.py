@@ -1,8 +1,9 @@
-"""What people see of a command: stages, notes and errors on stderr, tables on stdout.
+"""Everything that people see of a command: stages, notes and errors on stderr, tables on stdout.
 
 A command has one session: the record of its stages, and the JSON lines that `--json-progress` asked for.
 """
 
+import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ class _Session:
     has_only_json: bool = False
     record: RunRecord = field(default_factory=RunRecord)
     kept: str = ""
-    """What an interruption now would leave and lose."""
+    """Words for what an interruption now would leave and lose."""
 
 
 _session = _Session()
@@ -139,6 +140,17 @@ def print_table(
     for row in rows:
         table.add_row(*(Text(printable(str(cell))) for cell in row))
     console.print(table)
+
+
+def say(text: str) -> None:
+    """Print a line of results on stdout."""
+    out.print(Text(printable(text)), soft_wrap=True)
+
+
+def show_json(document: object) -> None:
+    """Print what `--json` asks for, on stdout."""
+    sys.stdout.write(document if isinstance(document, str) else json.dumps(document, indent=1, default=str))
+    sys.stdout.write("\n")
 
 
 def note(message: str) -> None:

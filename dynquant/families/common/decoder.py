@@ -1,4 +1,5 @@
-"""What all decoder families share: GGUF keys and tensors of embeddings, grouped-query attention, dense and expert FFNs.
+"""Parts that all decoder families share: GGUF keys and tensors of embeddings, grouped-query attention, dense and expert
+FFNs.
 
 Keys and their value types follow llama.cpp's converter; gguf-py's writer supplies the types.
 """

@@ -15,6 +15,7 @@ from dynquant.encoding.stream import Guidance, load_encoder
 from dynquant.errors import AdapterError, CheckpointError, ExportError
 from dynquant.evaluation.picture_evaluate import evaluate_on_samples
 from dynquant.evaluation.rendered_model import RenderedModel
+from dynquant.exporters.options import ExportOptions
 from dynquant.exporters.safetensors import export_safetensors
 from dynquant.exporters.stage import export
 from dynquant.families.open import open_model
@@ -198,6 +199,12 @@ def test_a_closing_pass_is_refused(qwen, tmp_path):
     plan.save(tmp_path / "plan.json")
     with pytest.raises(ExportError, match="it trains on text alone"):
         export(
-            str(model.path), tmp_path / "out", format="safetensors", plan_path=tmp_path / "plan.json", tune_tokens=500
+            ExportOptions(
+                model=str(model.path),
+                output=tmp_path / "out",
+                format="safetensors",
+                plan=tmp_path / "plan.json",
+                tune=500,
+            )
         )
     assert not (tmp_path / "out").exists()

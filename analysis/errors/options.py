@@ -1,0 +1,32 @@
+"""Options of the error table."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from dynquant.options import BaseGguf, EncoderName, Flag, ModelPath, Ray, Types
+
+DEFAULT_TYPES = (
+    "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "IQ4_XS", "Q5_K", "Q6_K", "Q8_0",
+)  # fmt: skip
+"""Candidates of `plan`: the useful types of each size. IQ2_XS and Q3_K lose to their neighbours at equal bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableOptions:
+    """Which types are measured (none: `DEFAULT_TYPES`), by which encoder, and where."""
+
+    types: Types = ()
+    encoder: EncoderName = "ggml"
+    base_gguf: BaseGguf = None
+    ray: Ray = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeOptions:
+    """A model with its statistics, and the file of its error table."""
+
+    model: ModelPath
+    stats: Annotated[Path, Flag("stats.safetensors of `dynquant calibrate`.")]
+    output: Annotated[Path, Flag("Where errors.json (and errors.csv) go.", ("-o", "--output"))] = Path("errors.json")
+    table: TableOptions = field(default_factory=TableOptions)

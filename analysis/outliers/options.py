@@ -1,0 +1,18 @@
+"""Options of the search for super weights."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from dynquant.options import Flag, ModelPath
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuperWeightOptions:
+    """A model, the text that it runs on, and whether the effect of each super weight is measured."""
+
+    model: ModelPath
+    text: Annotated[
+        str | None, Flag("Calibration text: .txt, .jsonl or a datasets id. Default: a small built-in text.")
+    ] = None
+    tokens: Annotated[int, Flag("Tokens of the text to run.")] = 512
+    ablation: Annotated[bool, Flag("Measure perplexity with each super weight set to zero.")] = True

@@ -1,0 +1,31 @@
+"""Searches a model for super weights, and measures what its perplexity is without each."""
+
+from dataclasses import dataclass
+
+from dynquant.analysis.outliers.options import SuperWeightOptions
+from dynquant.analysis.outliers.super_weights import Ablation, ablation, find_super_weights
+from dynquant.families.open import open_and_announce
+from dynquant.inputs.text import pack_windows, read_text
+from dynquant.recipes.folder import SuperWeight
+from dynquant.running.load import load_hf, load_tokenizer
+from dynquant.session import Session
+
+
+@dataclass(frozen=True)
+class SuperWeights:
+    """Super weights of a model, each with the effect of zeroing it where that was measured."""
+
+    model: str
+    num_tokens: int
+    weights: list[tuple[SuperWeight, Ablation | None]]
+
+
+def look_for_super_weights(options: SuperWeightOptions, session: Session) -> SuperWeights:
+    """Run the model on a text and return the single weights that it cannot do without."""
+    model = open_and_announce(options.model, session)
+    text = read_text(options.text, max_tokens=options.tokens)
+    window = pack_windows(text, load_tokenizer(model), window=options.tokens, max_tokens=options.tokens)[0]
+    hf_model = load_hf(model)
+    weights = find_super_weights(hf_model, model.arch, model.hyper.n_layer, window)
+    effects = [ablation(hf_model, weight, window) if options.ablation else None for weight in weights]
+    return SuperWeights(model.name, len(window), list(zip(weights, effects, strict=True)))

@@ -1,0 +1,79 @@
+"""Options of calibration."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+from dynquant.errors import StatsError
+from dynquant.options import BaseGguf, CalibrationText, Flag, ModelPath, Ray, Strict, Window
+
+Hessians = Literal["none", "activations", "gradients"]
+"""Which second moments to take; with gradients, a token counts by its squared gradient of the KL divergence too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationOptions:
+    """Text or samples to run the model on (`text=None`: the built-in text), what to measure, and in how much memory.
+
+    With `data`, a file of samples with images, there is no text.
+    """
+
+    text: CalibrationText = None
+    data: Annotated[
+        str | None,
+        Flag(
+            "Samples for a vision-language model instead of text: .jsonl with images and text, messages, or question "
+            "and answer.",
+            show_default=False,
+        ),
+    ] = None
+    strict: Strict = False
+    tokens: Annotated[int, Flag("Calibrate on at most this many tokens.")] = 131072
+    window: Window = 512
+    hessians: Annotated[
+        Hessians,
+        Flag(
+            "Second moments for the dynquant encoder: activations, gradients (also a backward pass; better, and three "
+            "times as long) or none."
+        ),
+    ] = "activations"
+    hessian_memory: Annotated[
+        str,
+        Flag("Memory for second moments; experts of a layer share one matrix when each has no room."),
+    ] = "8GiB"
+    max_memory: Annotated[
+        str | None,
+        Flag(
+            "Memory of the whole process, as 8GB: the model is streamed, one decoder layer at a time. Default: "
+            "streamed when it does not fit into the free memory.",
+            show_default=False,
+        ),
+    ] = None
+    spill: Annotated[
+        Path | None,
+        Flag(
+            "Directory for hidden states of a streamed model; a killed run goes on from them. Default: the output's.",
+            show_default=False,
+        ),
+    ] = None
+    ray: Ray = None
+
+    def __post_init__(self) -> None:
+        if self.hessians not in get_args(Hessians):
+            raise StatsError(f"--hessians {self.hessians} is not known; give activations, gradients or none.")
+        if self.text is not None and self.data is not None:
+            raise StatsError(
+                f"Give either text (--calibration {self.text}) or samples with images (--data {self.data})."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateOptions:
+    """A model, and the file of its statistics; they come from running it, or from an imatrix of llama.cpp."""
+
+    model: ModelPath
+    output: Annotated[Path, Flag("Where stats.safetensors goes.", ("-o", "--output"))] = Path("stats.safetensors")
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    base_gguf: BaseGguf = None
+    imatrix: Annotated[Path | None, Flag("Import a llama.cpp imatrix GGUF instead of running the model.")] = None
+    imatrix_out: Annotated[Path | None, Flag("Also write the statistics as a llama.cpp imatrix GGUF.")] = None

@@ -1,0 +1,62 @@
+"""`dynquant demo`."""
+
+from importlib import resources
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dynquant.cli.terminal import console
+from dynquant.storage.atomic import write_atomically
+
+
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory for everything the demo makes.")] = Path(
+        "demo-out"
+    ),
+) -> None:
+    """Plan, export and evaluate the bundled 16M mixture-of-experts model; about a minute and a half on two cores."""
+    from dynquant.analysis.report.stage import write_plan_report
+    from dynquant.calibration.options import CalibrationOptions
+    from dynquant.cli.evaluate import evaluate_on_text, print_report, report_tree
+    from dynquant.cli.export import print_exported
+    from dynquant.cli.plan import print_plan
+    from dynquant.evaluation.options import EvalOptions, QuestionOptions
+    from dynquant.exporters.options import ExportOptions
+    from dynquant.exporters.stage import export
+    from dynquant.planning.options import PlanOptions
+    from dynquant.planning.stage import make_plan
+
+    session, folder = console.session(), output / "plan"
+    with resources.as_file(resources.files("dynquant") / "data") as data:
+        model = str(data / "textbook-moe-16m")
+        plan = make_plan(PlanOptions(model=model, output=folder, calibration=CalibrationOptions(tokens=16384)), session)
+        write_plan_report(model, folder, session)
+        print_plan(plan, folder)
+        file = output / f"textbook-moe-16m-{plan.bits_per_weight:.2f}bpw.gguf"
+        print_exported(export(ExportOptions(model=model, output=file, plan=folder / "plan.json"), session))
+        questions = QuestionOptions(
+            tasks=("kl", "ppl", "mmlu"),
+            text=(data / "demo_text.txt",),
+            max_tokens=4096,
+            mmlu_data=str(data / "demo_questions.jsonl"),
+            shots=str(data / "demo_shots.jsonl"),
+            limit=108,
+            scoring=("cloze",),
+        )
+        report = evaluate_on_text(EvalOptions(candidate=str(file), reference=model, questions=questions), session)
+        print_report(report)
+        write_atomically(output / "eval.json", report.to_json())
+        console.note(f"wrote {output / 'eval.json'}")
+        write_plan_report(model, folder, session, evaluation=report_tree(report))
+    _continue_text(file)
+    console.say(f"\nmodel:  {file}\nreport: {folder / 'report.html'}")
+
+
+def _continue_text(file: Path, prompt: str = "The purpose of a statistical test is to") -> None:
+    """Show that stock llama.cpp runs the file."""
+    import llama_cpp
+
+    llm = llama_cpp.Llama(str(file), n_ctx=256, verbose=False, seed=0)
+    words = llm(prompt, max_tokens=40, temperature=0.0)["choices"][0]["text"]
+    console.out.print(f"\nllama.cpp continues: [italic]{prompt}[/]{words}", markup=True)

@@ -1,0 +1,176 @@
+"""`dynquant inspect`, `recipe`, `diff` and `measure-machine`: the commands that look and make nothing of a model."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dynquant.cli.terminal import console
+from dynquant.cli.terminal.parameters import AsJson
+from dynquant.options import MODEL_HELP
+from dynquant.resources import human_bytes
+
+if TYPE_CHECKING:
+    from dynquant.recipes.diff import PlanDiff
+
+PlanFile = Annotated[Path, typer.Argument(help="A plan.json or a .gguf file.", show_default=False)]
+
+
+def inspect(path: Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)], as_json: AsJson = False) -> None:
+    """Types, sizes and bits per weight of a GGUF file or safetensors checkpoint.
+
+    Example: dynquant inspect model.gguf
+    """
+    from dynquant.checkpoints.inspect import inspect as read
+
+    summary = read(path)
+    if as_json:
+        console.show_json(
+            {
+                "format": summary.format,
+                "arch": summary.arch,
+                "total_bytes": summary.total_bytes,
+                "bits_per_weight": summary.bits_per_weight,
+                "types": [asdict(share) for share in summary.types],
+                "roles": [asdict(share) for share in summary.roles],
+                "metadata": summary.metadata,
+                "provenance": summary.provenance,
+            }
+        )
+        return
+    for title, shares in (("by type", summary.types), ("by role", summary.roles)):
+        rows = [
+            (
+                share.label,
+                share.num_tensors,
+                f"{share.bits_per_weight:.3f}",
+                human_bytes(share.num_bytes),
+                f"{share.num_bytes / summary.total_bytes:.1%}",
+            )
+            for share in shares
+        ]
+        console.print_table(f"{Path(path).name} {title}", ("", "tensors", "bpw", "size", "share"), rows)
+    for key, value in (summary.metadata | summary.provenance).items():
+        console.say(f"{key}: {value}")
+    console.say(
+        f"{summary.arch}, {human_bytes(summary.total_bytes)} ({summary.total_bytes:,} bytes), "
+        f"{summary.bits_per_weight:.3f} bits per weight"
+    )
+
+
+def measure_machine(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the machine file goes.")] = Path("machine.json"),
+) -> None:
+    """Measure this machine's CPU and disk for `plan --config-only DIR --machine FILE`: some minutes.
+
+    Example: dynquant measure-machine -o machine.json
+    """
+    from dynquant.analysis.costs.measure_machine import measure_machine as measure
+
+    with console.stage_progress("Nothing is kept: the measurement begins anew.") as progress:
+        machine = measure(progress)
+    machine.save(output)
+    console.note(f"wrote {output}: {machine.name}, {machine.threads} threads")
+
+
+def recipe(
+    plan: PlanFile,
+    model: Annotated[str, typer.Option(help="The float GGUF to quantize, in the command.")] = "MODEL.gguf",
+    imatrix: Annotated[str | None, typer.Option(help="The imatrix file, in the command.", show_default=False)] = None,
+    output: Annotated[str, typer.Option("-o", "--output", help="The file to write, in the command.")] = "OUT.gguf",
+    as_json: AsJson = False,
+) -> None:
+    """Print the llama-quantize command line that gives the types of a plan or file.
+
+    Example: dynquant recipe plan/plan.json --model model-f32.gguf --imatrix imatrix.gguf -o model.gguf
+    """
+    from dynquant.recipes.command_line import command_line, left_alone, recipe_of, uses_imatrix
+    from dynquant.recipes.type_lists import read_types
+
+    types = read_types(plan)
+    made = recipe_of(types)
+    if imatrix is None and uses_imatrix(made):
+        imatrix = "IMATRIX.gguf"
+    command = command_line(made, model=model, imatrix=imatrix, output=output)
+    alone = left_alone(types)
+    if as_json:
+        console.show_json(
+            {
+                "base": str(made.base).upper(),
+                "token_embedding_type": made.token_embedding,
+                "output_tensor_type": made.output,
+                "tensor_types": [{"pattern": pattern, "type": name} for pattern, name in made.patterns],
+                "left_alone": [{"name": tensor.name, "type": tensor.type, "why": why} for tensor, why in alone],
+                "command": command,
+            }
+        )
+        return
+    console.say(command)
+    if alone:
+        listed = ", ".join(f"{tensor.name} ({tensor.type})" for tensor, _ in alone)
+        console.note(f"llama-quantize copies these from its input, which must have them in the same type: {listed}")
+
+
+def diff(before: PlanFile, after: PlanFile, as_json: AsJson = False) -> None:
+    """Compare the types of two plans or files of one model: what changed in which layers, and the bytes.
+
+    Example: dynquant diff plan/plan.json published.gguf
+    """
+    from dynquant.recipes.diff import compare_types
+    from dynquant.recipes.type_lists import read_types
+
+    difference = compare_types(read_types(before), read_types(after))
+    sides = {"before": difference.before, "after": difference.after}
+    if as_json:
+        document: dict[str, object] = {
+            key: {
+                "name": side.name,
+                "file_bytes": side.file_bytes,
+                "tensor_bytes": sum(tensor.num_bytes for tensor in side.tensors),
+            }
+            for key, side in sides.items()
+        }
+        document["changes"] = [asdict(change) | {"layers": change.layers} for change in difference.changes]
+        document["histogram"] = [asdict(share) for share in difference.histogram]
+        console.show_json(document)
+        return
+    if difference.changes:
+        _print_changes(difference)
+    rows = [
+        (
+            share.type,
+            share.tensors_before,
+            share.tensors_after,
+            human_bytes(share.bytes_before),
+            human_bytes(share.bytes_after),
+        )
+        for share in difference.histogram
+    ]
+    console.print_table("by type", ("type", "tensors before", "after", "bytes before", "after"), rows)
+    for key, side in sides.items():
+        console.say(f"{key}: {side.name}, {side.file_bytes:,} bytes")
+    num_tensors = sum(len(change.tensors) for change in difference.changes)
+    num_bytes = difference.after.file_bytes - difference.before.file_bytes
+    console.say(f"{num_tensors} of {len(difference.before.tensors)} tensors have another type; {num_bytes:+,} bytes")
+
+
+def _print_changes(difference: "PlanDiff") -> None:
+    from dynquant.recipes.diff import number_ranges
+
+    rows = [
+        (
+            change.role.value,
+            number_ranges(change.layers) or "-",
+            len(change.tensors),
+            f"{change.before} > {change.after}",
+            human_bytes(change.bytes_before),
+            human_bytes(change.bytes_after),
+        )
+        for change in difference.changes
+    ]
+    old, new = (sum(getattr(c, side) for c in difference.changes) for side in ("bytes_before", "bytes_after"))
+    num_tensors = sum(len(change.tensors) for change in difference.changes)
+    rows.append(("all", "", num_tensors, "", human_bytes(old), human_bytes(new)))
+    columns = ("role", "layers", "tensors", "types", "before", "after")
+    console.print_table(f"{difference.before.name} to {difference.after.name}", columns, rows)

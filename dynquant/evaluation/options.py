@@ -1,0 +1,63 @@
+"""Options of evaluation."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from dynquant.errors import EvaluationError
+from dynquant.options import Flag, ModelPath, Strict, Window
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionOptions:
+    """Inputs that a model is scored on: texts for KL and perplexity, questions for accuracy."""
+
+    text: Annotated[tuple[Path, ...], Flag("Text for kl and ppl, .txt or .jsonl. May be repeated.")] = ()
+    tasks: Annotated[tuple[str, ...], Flag("Any of kl, ppl, mmlu; with --data kl and vqa.")] = ("kl", "ppl")
+    max_tokens: Annotated[int, Flag("Tokens of each text.")] = 8192
+    mmlu_data: Annotated[str | None, Flag("Questions, .jsonl or a datasets id. Default: cais/mmlu.")] = None
+    shots: Annotated[str | None, Flag("Few-shot questions, .jsonl.")] = None
+    num_shots: Annotated[int, Flag("Shots before each question.")] = 5
+    limit: Annotated[int | None, Flag("At most this many questions, spread evenly.")] = None
+    scoring: Annotated[tuple[str, ...], Flag("letter, cloze or both.")] = ("letter", "cloze")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """Two models, what they are compared on, and what runs them."""
+
+    candidate: ModelPath
+    reference: Annotated[str, Flag("The model to compare with: HF directory, hub id or .gguf.")]
+    questions: QuestionOptions = field(default_factory=QuestionOptions)
+    data: Annotated[
+        Path | None,
+        Flag(
+            "Questions with pictures, .jsonl, for kl and vqa of a vision-language model. The candidate is then a "
+            "plan.json, its folder, a Hugging Face directory, packed or not, or a .gguf file with its mmproj file.",
+            show_default=False,
+        ),
+    ] = None
+    mmproj: Annotated[
+        Path | None,
+        Flag("With --data: the vision part of a .gguf candidate. Default: mmproj-NAME.gguf beside it."),
+    ] = None
+    strict: Strict = False
+    encoder: Annotated[str, Flag("What renders a plan with --data: dynquant or ggml.")] = "dynquant"
+    window: Window = 512
+    reference_cache: Annotated[Path | None, Flag("Keep the reference's distributions here.")] = None
+    runner: Annotated[str, Flag("What runs GGUF files: llama.cpp, or transformers with packed weights.")] = "llama.cpp"
+    rounded: Annotated[bool, Flag("Round activations to 8 bits in packed transformers models, as llama.cpp does.")] = (
+        False
+    )
+    adapter: Annotated[Path | None, Flag("Run the candidate, packed in transformers, with this LoRA adapter.")] = None
+
+    def __post_init__(self) -> None:
+        if self.data is not None:
+            if self.questions.text or self.questions.mmlu_data:
+                raise EvaluationError(
+                    "--data goes without --text and --mmlu-data: all of its tasks run on its samples."
+                )
+        elif self.mmproj is not None:
+            raise EvaluationError("--mmproj is for questions with pictures; give them with --data FILE.")
+        elif "vqa" in self.questions.tasks:
+            raise EvaluationError("The task vqa needs questions with pictures; give them with --data FILE.")

@@ -1,0 +1,123 @@
+"""Options of planning; `target` has those that say what the plan should reach."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+from dynquant.calibration.options import CalibrationOptions
+from dynquant.errors import PlanError
+from dynquant.options import MODEL_HELP, BaseGguf, EncoderName, Flag
+from dynquant.planning.target import Target
+
+CLOSED_FORM, FISHER, UNIT_KL = METHODS = ("closed-form", "fisher-probe", "unit-kl")
+"""Ways to price tensors."""
+
+
+def parse_range(text: str) -> tuple[float, float]:
+    """Return the two numbers of `1.6:4.5`.
+
+    Raises:
+        PlanError: it is something else.
+    """
+    try:
+        low, high = map(float, text.split(":"))
+    except ValueError as error:
+        raise PlanError(f"--frontier {text} is no range of bits per weight; give one as 1.6:4.5.") from error
+    return low, high
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """Ways to price and select. Tokens are of the calibration source; a probe is one window of `probe_window`
+    tokens."""
+
+    methods: Annotated[
+        tuple[str, ...],
+        Flag(
+            "How tensors are priced: closed-form (seconds to minutes), fisher-probe (backward passes against the very "
+            "bytes that would ship; much better at low bits), unit-kl (also steps from the plan, measured end to end). "
+            "Several: as fisher-probe,unit-kl. Default: closed-form, and fisher-probe with --select.",
+            ("--sensitivity",),
+        ),
+    ] = ()
+    """Empty for the default; see `with_methods`."""
+    select: Annotated[bool, Flag("Render several plans and take the one with the lowest KL on text kept apart.")] = (
+        False
+    )
+    text: Annotated[
+        Path | None,
+        Flag(
+            "Text, or with --data samples, to select on. Default: what calibration left of its own.",
+            ("--selection-text",),
+        ),
+    ] = None
+    probes: Annotated[int, Flag("Windows of 256 tokens for the Fisher probe.")] = 32
+    probe_window: int = 256
+    unit_tokens: int = 2048
+    rounds: int = 2
+    selection_tokens: int = 4096
+    check_plans: Annotated[int, Flag("Also draw this many plans and correlate their predicted and measured KL.")] = 0
+    frontier: Annotated[
+        tuple[float, float] | None,
+        Flag(
+            "Also measure the planner over this range of bits per weight, as 1.6:4.5, beside uniform types, "
+            "llama.cpp's mixtures and the R1 recipes; drawn in the report.",
+            parse=parse_range,
+        ),
+    ] = None
+    frontier_points: int = 8
+
+    def __post_init__(self) -> None:
+        for method in self.methods:
+            if method not in METHODS:
+                raise PlanError(f"There is no sensitivity `{method}`; give any of {', '.join(METHODS)}.")
+        if self.frontier is not None and not 0 < self.frontier[0] < self.frontier[1] <= 32:
+            low, high = self.frontier
+            raise PlanError(f"--frontier {low:g}:{high:g} is no range of bits per weight; give one as 1.6:4.5.")
+        if self.check_plans and self.check_plans < 5:
+            raise PlanError(f"--check-plans {self.check_plans} is too few for a rank correlation; give 5 or more.")
+
+    def with_methods(self, *, on_text: bool) -> "SearchOptions":
+        """Return the options with the methods that an empty tuple stands for."""
+        measures = on_text and (self.select or self.frontier is not None)
+        return replace(self, methods=self.methods or ((CLOSED_FORM, FISHER) if measures else (CLOSED_FORM,)))
+
+    @property
+    def runs_model(self) -> bool:
+        """True when anything but the closed form is asked for."""
+        return self.select or self.runs_on_text
+
+    @property
+    def runs_on_text(self) -> bool:
+        """True when anything is asked for that samples with pictures do not serve."""
+        return self.check_plans > 0 or self.frontier is not None or not {*self.methods} <= {CLOSED_FORM}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """A model, what its plan should reach and how that is found out, and the folder where everything goes."""
+
+    model: Annotated[str | None, Flag(MODEL_HELP, is_argument=True)] = None
+    output: Annotated[Path, Flag("Where all files of the plan go.", ("-o", "--output"))] = Path("plan")
+    target: Target = field(default_factory=Target)
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    stats: Annotated[Path | None, Flag("Use these statistics instead of calibrating.")] = None
+    encoder: EncoderName = "ggml"
+    base_gguf: BaseGguf = None
+    search: SearchOptions = field(default_factory=SearchOptions)
+    serves: Annotated[
+        str | None,
+        Flag(
+            "vllm: choose among the schemes that vLLM serves from compressed-tensors (--types w4a16,w8a16,fp8,nvfp4a16,"
+            "mxfp4a16,bf16), for export -f compressed-tensors.",
+            ("--for",),
+            show_default=False,
+        ),
+    ] = None
+    mixed_experts: Annotated[
+        bool,
+        Flag(
+            "With --for vllm: routed experts of each layer have a scheme of their own, NVFP4 and BF16 among them; vLLM "
+            "loads that, transformers does not."
+        ),
+    ] = False

@@ -1,0 +1,78 @@
+"""Options of export, of the closing pass over a finished file, and of adapters for llama.cpp."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from dynquant.calibration.options import CalibrationOptions
+from dynquant.options import BaseGguf, CalibrationText, EncoderName, Flag, ModelPath, Only, Preset, Ray, Window
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """A model, the plan or preset in whose types it is written, and what it becomes."""
+
+    model: ModelPath
+    output: Annotated[Path, Flag("The .gguf file, or the directory of the others.", ("-o", "--output"))]
+    plan: Annotated[Path | None, Flag("plan.json of `dynquant plan`.")] = None
+    preset: Preset = None
+    format: Annotated[str, Flag("gguf, safetensors or compressed-tensors.", ("-f", "--format"))] = "gguf"
+    stats: Annotated[Path | None, Flag("stats.safetensors. Default: the one beside the plan.")] = None
+    calibration: Annotated[CalibrationOptions, Only(("text", "tokens", "hessians"))] = field(
+        default_factory=CalibrationOptions
+    )
+    encoder: EncoderName = "dynquant"
+    tune: Annotated[
+        int | None,
+        Flag(
+            "Tokens of the closing pass, which tunes stored scales and norms on the KL to the original; 0 for none. "
+            "Default: 16384 with the dynquant encoder, where the model fits in memory."
+        ),
+    ] = None
+    split_max_size: Annotated[str | None, Flag("Split into files of at most this size, as 40GB.")] = None
+    resume: Annotated[bool, Flag("Continue an interrupted export.")] = True
+    mmproj_type: Annotated[
+        str | None,
+        Flag(
+            "One type for vision tower and projector, which go to mmproj-NAME.gguf: f32, bf16, f16 or q8_0. Default: "
+            "the types of the plan.",
+            show_default=False,
+        ),
+    ] = None
+    max_memory: Annotated[str | None, Flag("Host memory that the command may take, as 8GiB.", show_default=False)] = (
+        None
+    )
+    ray: Ray = None
+    ship_weights: Annotated[
+        bool, Flag("With --ray: send weights and statistics to workers that cannot read them by path.")
+    ] = False
+    base_gguf: BaseGguf = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneFileOptions:
+    """A quantized GGUF file, its original, and the text on which its scales and norms are tuned."""
+
+    file: Annotated[Path, Flag("A quantized .gguf file.", is_argument=True, show_default=False)]
+    reference: Annotated[str, Flag("Its original: Hugging Face directory or hub id.")]
+    output: Annotated[Path, Flag("The .gguf file to write; it has the same size.", ("-o", "--output"))]
+    text: CalibrationText = None
+    tokens: Annotated[int, Flag("Train on this many tokens.")] = 16384
+    step_tokens: Annotated[int, Flag("Tokens in a step.")] = 1024
+    window: Window = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterOptions:
+    """A LoRA adapter as PEFT saves it, and the file that llama.cpp reads."""
+
+    adapter: Annotated[Path, Flag("Directory that save_pretrained wrote.", is_argument=True, show_default=False)]
+    output: Annotated[Path, Flag("The .gguf file to write.", ("-o", "--output"))]
+    base: Annotated[
+        Path | None,
+        Flag(
+            "The model that the adapter was trained on: packed or original directory, or .gguf file. Default: where "
+            "the adapter says it was loaded from.",
+            show_default=False,
+        ),
+    ] = None
