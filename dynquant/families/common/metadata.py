@@ -47,7 +47,7 @@ KEYS: dict[str, tuple[Key, ...]] = {
     ),
     "qwen shared expert": (Key("shared_expert_intermediate_size", "expert_shared_feed_forward_length", is_read=False),),
     "latent attention": (
-        # llama.cpp requires the key except for the layer counts of the lite models; zero means a plain query projection.
+        # llama.cpp requires the key but for the layer counts of the lite models; zero is a plain query projection.
         Key("q_lora_rank", "attention.q_lora_rank", 0, is_read=False),
         Key("kv_lora_rank", "attention.kv_lora_rank"),
     ),
