@@ -30,7 +30,7 @@ class Answered(Protocol):
 
 
 def is_right(answer: str, right: str) -> bool:
-    """Whether an answer is the right one, apart from case and surrounding space."""
+    """Return whether an answer is the right one, apart from case and surrounding space."""
     return answer.strip().casefold() == right.strip().casefold()
 
 

@@ -29,7 +29,7 @@ _PICTURE_READERS = ("cross_attn_k.weight", "cross_attn_v.weight")
 
 @dataclass(frozen=True)
 class SampleLimits:
-    """How many held-back rows are kept: per dense input, per expert, and bytes per layer of experts."""
+    """Numbers of held-back rows that are kept: per dense input, per expert, and bytes per layer of experts."""
 
     dense_rows: int = 256
     expert_rows: int = 32
@@ -188,7 +188,7 @@ class _Rows:
     tokens: torch.Tensor  # int64 [rows]
     is_text: torch.Tensor | None  # bool [rows]; None where kinds are not told apart
     capacity: int
-    """How many rows may be sampled."""
+    """Number of rows that may be sampled."""
     num_experts: int = 1
     expert: int = 0
 

@@ -13,7 +13,7 @@ Hessians = Literal["none", "activations", "gradients"]
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationOptions:
-    """What to run the model on (`text=None` is the built-in text), what to measure there, and in how much memory.
+    """Text or samples to run the model on (`text=None`: the built-in text), what to measure, and in how much memory.
 
     With `data`, a file of samples with images, there is no text.
     """

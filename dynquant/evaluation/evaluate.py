@@ -43,7 +43,7 @@ _Reference = tuple[Distributions, Tensor]
 
 @dataclass
 class _Run:
-    """What stays fixed while one model after the other is scored."""
+    """Settings that stay fixed while one model after the other is scored."""
 
     num_columns: int
     seed: int
@@ -153,7 +153,7 @@ def evaluate(
 
 
 def _cache_options(reference: Path, runner: str, rounded: bool) -> dict[str, object]:
-    """What else decides the reference's distributions; empty for what is the default."""
+    """Return what else decides the reference's distributions; empty for what is the default."""
     options: dict[str, object] = {"rounded": True} if rounded else {}
     return options | ({"runner": runner} if is_gguf(reference) and runner != LLAMA_CPP else {})
 

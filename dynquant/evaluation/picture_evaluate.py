@@ -45,7 +45,7 @@ from dynquant.session import Progress, ignore_progress
 
 TASKS = frozenset({"kl", "vqa"})
 SPARE_TOKENS = 4
-"""How much longer than the right answer a decoded one may become; beyond that it is wrong whatever follows."""
+"""Tokens by which a decoded answer may exceed the right one; a longer one is wrong whatever follows."""
 
 
 class Answer(BaseModel):
@@ -74,7 +74,7 @@ class Questions(BaseModel):
 
 
 class PictureReport(BaseModel):
-    """What one candidate does to pictures; sizes in bytes, KL in nats per text token with 95 % intervals."""
+    """Effect of one candidate on pictures; sizes in bytes, KL in nats per text token with 95 % intervals."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

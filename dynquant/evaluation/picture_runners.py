@@ -32,7 +32,7 @@ class PictureItem:
 
     @property
     def answer_tokens(self) -> int:
-        """Of the right answer and what ends it."""
+        """Number of tokens of the right answer and of what ends it."""
         return self.whole.num_tokens - self.prompt.num_tokens if self.prompt is not None else 0
 
 
@@ -63,7 +63,7 @@ class TransformersPictures:
 
     @property
     def stop_tokens(self) -> frozenset[int]:
-        """What ends an answer."""
+        """Tokens that end an answer."""
         found = self.hf_model.generation_config.eos_token_id
         return frozenset([] if found is None else found if isinstance(found, list) else [found])
 

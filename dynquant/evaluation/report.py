@@ -36,7 +36,7 @@ class ModelIdentity(_Record):
 
 @dataclass(frozen=True)
 class TokenScores:
-    """What one candidate does at each scored token."""
+    """Scores of one candidate at each scored token."""
 
     divergence: np.ndarray  # float64 [tokens], unbiased estimate of KL(reference || candidate) in nats
     same_top: np.ndarray  # bool [tokens]

@@ -13,10 +13,10 @@ from dynquant.checkpoints.gguf_layout import file_type_of
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.tensor_source import DictSource
 from dynquant.errors import ExportError, PlanError, StatsError
-from dynquant.exporters.gguf import export_gguf
 from dynquant.families.open import open_model
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.recipes.build_plan import plan_from_types
+from tests.helpers.exports import export_gguf
 from tests.helpers.packed_models import plan_of
 from tests.helpers.tiny_gguf import GGML, NUM_LAYERS, SlowEncoder, left_in, tiny_model, tiny_plan, tiny_stats
 

@@ -15,11 +15,12 @@ from dynquant.encoding.stream import load_encoder
 from dynquant.errors import ExportError, PlanError
 from dynquant.exporters import safetensors as exporter
 from dynquant.exporters.model_card import packed_card
-from dynquant.exporters.safetensors import export_safetensors, hf_config_of
+from dynquant.exporters.safetensors import hf_config_of
 from dynquant.families.open import open_model
 from dynquant.families.text.llama import interleave_halves
 from dynquant.packed.places import build_meta_model, find_places
 from dynquant.recipes.build_plan import plan_from_types
+from tests.helpers.exports import export_safetensors
 from tests.helpers.tiny_models import save_tiny
 
 GGML = load_encoder("ggml")

@@ -13,8 +13,8 @@ import torch
 
 from dynquant.encoding.parts import PartLimits
 from dynquant.errors import EncodeError, ExportError
-from dynquant.exporters.gguf import export_gguf
 from dynquant.storage import resumable_output as artifacts
+from tests.helpers.exports import export_gguf
 from tests.helpers.tiny_gguf import GGML, SlowEncoder, left_in, tiny_model, tiny_plan
 
 
