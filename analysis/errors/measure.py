@@ -194,8 +194,8 @@ def build_error_table(
     for name, sums in measured_tensors(parts, meter.sums, journal=journal, elsewhere=elsewhere, progress=progress):
         info, candidates = tensors[name]
         rows[name] = [
-            _row(info, candidate, wanted, sums.joined(candidate.name), stats)
-            for candidate, wanted in candidates.items()
+            _row(info, candidate, asked_as, sums.joined(candidate.name), stats)
+            for candidate, asked_as in candidates.items()
         ]
     return ErrorTable(
         model=model.name,
@@ -214,13 +214,13 @@ def unmeasured_table(model: Model, stats: CalibrationStats | None, type_names: S
     """
     rows = [
         ErrorRow(
-            **_identity(info, candidate, wanted),
+            **_identity(info, candidate, asked_as),
             relative_rms=0.0,
             weighted_error=0.0,
             weighted_energy=0.0,
         )
         for info in _quantizable(model)
-        for candidate, wanted in _candidates(info, type_names, stats).items()
+        for candidate, asked_as in _candidates(info, type_names, stats).items()
     ]
     return ErrorTable(
         model=model.name,
