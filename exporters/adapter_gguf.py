@@ -8,7 +8,7 @@ llama.cpp scales each product by alpha / r; what PEFT scales by beyond that (ran
 multiplied into lora_b. Rows of lora_b are in the order of the GGUF tensor, which llama.cpp's Llama interleaves within
 heads. transformers' fused `gate_up_proj` becomes the adapters of two tensors with one and the same lora_a.
 
-Names and shapes follow llama.cpp's loader (src/llama-adapter.cpp), what is applied its graphs (`lora.llama_cpp`).
+Names and shapes follow llama.cpp's loader (src/llama-adapter.cpp), what is applied its graphs (`lora.places`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,9 +25,9 @@ from dynquant.families.common.config import Config, read_config
 from dynquant.families.from_gguf import config_from_gguf
 from dynquant.families.text.registry import FAMILIES
 from dynquant.families.vision.checkpoint import is_vision_checkpoint
-from dynquant.lora.llama_cpp import takes_adapter
+from dynquant.lora.places import takes_adapter
 from dynquant.lora.saved import AdaptedWeight, SavedAdapter
-from dynquant.packed.places import Place, build_meta_model, places
+from dynquant.packed.places import Place, build_meta_model, find_places
 from dynquant.storage.atomic import writing
 
 
@@ -60,7 +60,7 @@ def export_adapter(adapter: Path, output: Path, *, base: Path | None = None) -> 
     saved = SavedAdapter(adapter)
     config, whole_kv_b = _base_config(saved, base)
     arch = FAMILIES[config.model_type].arch
-    found, _ = places(config, build_meta_model(config), whole_kv_b=whole_kv_b)
+    found, _ = find_places(config, build_meta_model(config), whole_kv_b=whole_kv_b)
     by_key = {place.key: place for place in found.values()}
     targets = [target for weight in saved.weights for target in _targets(saved, weight, by_key)]
     _check_graph(targets, arch)

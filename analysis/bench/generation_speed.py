@@ -1,8 +1,8 @@
 """Tokens per second and peak memory of text generation, packed against bf16, on one GPU.
 
-    python -m dynquant.analysis.generation_speed 7b-a1b --types experts=IQ2_XXS,rest=Q4_K
-    python -m dynquant.analysis.generation_speed random --config DIR --types experts=IQ1_S,rest=Q4_K
-    python -m dynquant.analysis.generation_speed MODEL.gguf --reference DIR
+    python -m dynquant.analysis.bench.generation_speed 7b-a1b --types experts=IQ2_XXS,rest=Q4_K
+    python -m dynquant.analysis.bench.generation_speed random --config DIR --types experts=IQ1_S,rest=Q4_K
+    python -m dynquant.analysis.bench.generation_speed MODEL.gguf --reference DIR
 
 Models of a shape (`random_models`), or of the one in a `config.json`, have random weights. A step is timed as
 transformers' own `generate` does it and, where the model allows it, replayed from a CUDA graph over a static cache,
@@ -10,8 +10,6 @@ which shows the kernels without Python.
 """
 
 import argparse
-import gc
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynquant.analysis.bench.random_models import SHAPES, random_model, random_packed, shape_config
+from dynquant.analysis.bench.random_models import MODEL_SHAPES, random_model, random_packed, shape_config
+from dynquant.kernels.bench.harness import MarkdownTable, device_name, measured, parser, release_memory
 from dynquant.packed.load_gguf import load
 
 RANDOM_SHAPE = "random"
@@ -29,14 +28,8 @@ PROMPT_TOKENS = 32
 def main() -> None:
     """Parse, measure, print a Markdown table."""
     options = _options()
-    print(
-        f"{options.model}, {torch.cuda.get_device_name()}, PyTorch {torch.__version__}, {options.tokens} new tokens\n"
-    )
-    print(
-        "| weights | batch | generate, tokens/s | CUDA graph, tokens/s | weights, GiB | peak, GiB |\n"
-        + "|---" * 6
-        + "|"
-    )
+    print(f"{options.model}, {device_name()}, PyTorch {torch.__version__}, {options.tokens} new tokens\n")
+    table = MarkdownTable("weights", "batch", "generate, tokens/s", "CUDA graph, tokens/s", "weights, GiB", "peak, GiB")
     for label, build in _models(options):
         before = torch.cuda.memory_allocated()
         model = build()
@@ -46,29 +39,28 @@ def main() -> None:
             eager = _generate_speed(model, batch, options.tokens)
             graphed = _graph_speed(model, batch, options.tokens)
             peak = torch.cuda.max_memory_allocated() / 2**30
-            print(f"| {label} | {batch} | {eager:.1f} | {graphed} | {held / 2**30:.2f} | {peak:.2f} |", flush=True)
+            table.add(label, batch, f"{eager:.1f}", graphed, f"{held / 2**30:.2f}", f"{peak:.2f}")
         del model
-        gc.collect()
-        torch.cuda.empty_cache()
+        release_memory()
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model", help=f"{', '.join(SHAPES)}, {RANDOM_SHAPE}, or a GGUF file")
-    parser.add_argument("--config", help=f"Checkpoint directory with the shape of `{RANDOM_SHAPE}`.")
-    parser.add_argument("--reference", help="The bf16 checkpoint of the GGUF file; leave out to measure packed only.")
-    parser.add_argument("--types", default="experts=IQ2_XXS,rest=Q4_K", help="Quant types of random weights.")
-    parser.add_argument("--batches", default="1,16")
-    parser.add_argument("--tokens", type=int, default=128)
-    return parser.parse_args()
+    flags = parser(__doc__)
+    flags.add_argument("model", help=f"{', '.join(MODEL_SHAPES)}, {RANDOM_SHAPE}, or a GGUF file")
+    flags.add_argument("--config", help=f"Checkpoint directory with the shape of `{RANDOM_SHAPE}`.")
+    flags.add_argument("--reference", help="The bf16 checkpoint of the GGUF file; leave out to measure packed only.")
+    flags.add_argument("--types", default="experts=IQ2_XXS,rest=Q4_K", help="Quant types of random weights.")
+    flags.add_argument("--batches", default="1,16")
+    flags.add_argument("--tokens", type=int, default=128)
+    return flags.parse_args()
 
 
 def _models(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if options.model in (*SHAPES, RANDOM_SHAPE):
+    if options.model in (*MODEL_SHAPES, RANDOM_SHAPE):
         types = dict(part.split("=") for part in options.types.split(","))
-        is_named = options.model in SHAPES
+        is_named = options.model in MODEL_SHAPES
         config = shape_config(options.model) if is_named else AutoConfig.from_pretrained(options.config)
         yield "bf16", lambda: random_model(config)
         yield options.types, lambda: random_packed(config, types)
@@ -86,16 +78,13 @@ def _generate_speed(model: Any, batch: int, tokens: int) -> float:
     ids = torch.randint(0, model.config.vocab_size, (batch, PROMPT_TOKENS), device="cuda")
     lengths = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
     model.generate(ids, max_new_tokens=8, min_new_tokens=8, **lengths)
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, **lengths)
-    torch.cuda.synchronize()
-    return batch * tokens / (time.perf_counter() - start)
+    seconds, _ = measured(lambda: model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, **lengths))
+    return batch * tokens / seconds
 
 
 @torch.inference_mode()
 def _graph_speed(model: Any, batch: int, tokens: int) -> str:
-    """Tokens per second of one decoding step replayed from a CUDA graph, or why there is none."""
+    """Return tokens per second of one decoding step replayed from a CUDA graph, or why there is none."""
     from transformers import StaticCache
 
     # A static cache counts its positions on the device, in replays too.
@@ -127,12 +116,8 @@ def _graph_speed(model: Any, batch: int, tokens: int) -> str:
     except RuntimeError as error:
         torch.cuda.synchronize()
         return f"none ({str(error).splitlines()[0][:60]})"
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(tokens):
-        graph.replay()
-    torch.cuda.synchronize()
-    return f"{batch * tokens / (time.perf_counter() - start):.1f}"
+    seconds, _ = measured(lambda: [graph.replay() for _ in range(tokens)])
+    return f"{batch * tokens / seconds:.1f}"
 
 
 if __name__ == "__main__":

@@ -1,22 +1,163 @@
-"""Models with random weights, in float or packed: time and memory do not depend on the values of weights."""
+"""Random weights in the shape of real models, as checkpoints or in memory: time and memory do not depend on values.
 
-from collections.abc import Mapping
+    python -m dynquant.analysis.bench.random_models 7b-a1b -o DIR
+
+writes a checkpoint to measure with, without a download. Weights are bfloat16, drawn as transformers initializes them,
+so that hidden states stay finite and routers spread their tokens. Tensors have the names of published checkpoints
+(experts one by one) and lie in shards. They are drawn and written one at a time; a run that was killed goes on where it
+stopped. The tokenizer is that of the bundled model: rows of the embedding beyond its 8,192 tokens are never used.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dynquant.checkpoints.checkpoint_directory import (
+    as_json,
+    copied_files,
+    files_hash,
+    index_of,
+    shards_of,
+    tensor_bytes,
+    write_small_files,
+)
+from dynquant.checkpoints.safetensors_format import StoredTensor
+from dynquant.errors import DynquantError, ExportError
 from dynquant.formats.quant_types import quant_type
 from dynquant.formats.scale_fields import num_scales, with_scales
+from dynquant.kernels.bench.harness import parser
 from dynquant.packed.layers import EXPERT_PARTS, PackedModule, choose_layout
 from dynquant.packed.places import pack_modules
+from dynquant.storage.resumable_output import Region, ResumableOutput
 
-SHAPES = ("8b", "7b-a1b")
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "tiny": ("deepseek_v3", {
+        "vocab_size": 8192, "hidden_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "q_lora_rank": 96, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16,
+        "v_head_dim": 32, "intermediate_size": 512, "moe_intermediate_size": 256, "n_routed_experts": 8,
+        "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1,
+        "max_position_embeddings": 4096,
+    }),
+    "7b-a1b": ("deepseek_v3", {
+        "vocab_size": 50_304, "hidden_size": 2048, "num_hidden_layers": 17, "num_attention_heads": 16,
+        "num_key_value_heads": 16, "q_lora_rank": 768, "kv_lora_rank": 512, "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64, "v_head_dim": 128, "intermediate_size": 8192, "moe_intermediate_size": 1024,
+        "n_routed_experts": 64, "num_experts_per_tok": 8, "n_shared_experts": 1, "n_group": 8, "topk_group": 4,
+        "first_k_dense_replace": 1, "max_position_embeddings": 4096,
+    }),
+    "30b-a3b": ("qwen3_moe", {
+        "vocab_size": 151_936, "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32,
+        "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 6144, "moe_intermediate_size": 768,
+        "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True, "max_position_embeddings": 40_960,
+    }),
+}  # fmt: skip
+"""Name -> model type and configuration: a test bed, a small mixture of experts, and Qwen3-30B-A3B's."""
+
+_TOKENS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "tie_word_embeddings": False}
+_DRAWN_AT_ONCE = 1 << 22
+_SHARD_BYTES = 2_000_000_000
+MODEL_SHAPES = ("8b", "7b-a1b")
 """A dense model in the shape of Llama 3.1 8B, and a mixture of 64 experts with one billion active weights of seven."""
 
 
+def main() -> None:
+    """Parse, write, say where."""
+    flags = parser(__doc__)
+    flags.add_argument("shape", choices=SHAPES)
+    flags.add_argument("-o", "--output", type=Path, required=True)
+    flags.add_argument("--seed", type=int, default=0)
+    flags.add_argument("--layers", type=int, help="decoder layers, where fewer than the model's will do")
+    options = flags.parse_args()
+    try:
+        files = write_random_checkpoint(options.shape, options.output, seed=options.seed, layers=options.layers)
+    except DynquantError as error:
+        sys.exit(f"error: {error}")
+    size = sum(file.stat().st_size for file in files)
+    print(f"{options.output}: {options.shape}, {len(files)} files, {size:,} bytes")
+
+
+def write_random_checkpoint(shape: str, output: Path, *, seed: int = 0, layers: int | None = None) -> list[Path]:
+    """Write the checkpoint of a shape in `SHAPES`, with `layers` decoder layers, into `output` and return its files.
+
+    Raises:
+        ExportError: `output` is a file or holds a checkpoint, or there is too little space.
+    """
+    config = _config(shape, {} if layers is None else {"num_hidden_layers": layers})
+    if output.is_file() or (output / "config.json").exists():
+        raise ExportError(f"{output} is there already. Give another directory, or remove it first.")
+    tensors = _tensors(config)
+    shards = shards_of(tensors, _SHARD_BYTES)
+    documents = {"config.json": as_json(config.to_dict()), **index_of(shards), **copied_files(_bundled_model())}
+    names = [*documents, *shards]
+    sizes = [len(content) for content in documents.values()] + [shard.total_bytes for shard in shards.values()]
+    regions = {name: Region(names.index(name), 0, len(content)) for name, content in documents.items()}
+    for name, shard in shards.items():
+        regions[name] = Region(names.index(name), 0, len(shard.header))
+        regions |= {key: Region(names.index(name), *span) for key, span in shard.spans.items()}
+    identity = {"seed": str(seed), "files": files_hash(documents, shards)}
+    with ResumableOutput([output / name for name in names], sizes, regions, identity) as target:
+        write_small_files(target, documents, shards)
+        for number, tensor in enumerate(tensors):
+            if tensor.key not in target.finished:
+                generator = torch.Generator().manual_seed(seed * len(tensors) + number)
+                target.write(tensor.key, tensor_bytes(_drawn(tensor, config.initializer_range, generator)))
+        return target.commit()
+
+
+def _config(shape: str, changed: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    model_type, values = SHAPES[shape]
+    config = AutoConfig.for_model(model_type, **values | changed, **_TOKENS)
+    config.architectures = [{"deepseek_v3": "DeepseekV3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}[model_type]]
+    config.dtype = torch.bfloat16
+    return config
+
+
+def _tensors(config: Any) -> list[StoredTensor]:
+    """Return the tensors of a published checkpoint of `config`, in the order of the model."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        entries = AutoModelForCausalLM.from_config(config).state_dict()
+    return [stored for name, tensor in entries.items() for stored in _stored(name, tuple(tensor.shape))]
+
+
+def _stored(name: str, shape: tuple[int, ...]) -> Iterator[StoredTensor]:
+    """Yield one entry of transformers' model as published; fused experts [E, rows, columns] are many."""
+    module, _, part = name.rpartition(".")
+    if not module.endswith(".experts"):
+        yield StoredTensor(name, "F32" if name.endswith("e_score_correction_bias") else "BF16", shape)
+        return
+    count, rows, columns = shape
+    parts = ("gate_proj", "up_proj") if part == "gate_up_proj" else (part,)
+    for expert in range(count):
+        for name in parts:
+            yield StoredTensor(f"{module}.{expert}.{name}.weight", "BF16", (rows // len(parts), columns))
+
+
+def _drawn(tensor: StoredTensor, std: float, generator: torch.Generator) -> torch.Tensor:
+    if tensor.key.endswith("norm.weight"):
+        return torch.ones(tensor.shape, dtype=torch.bfloat16)
+    dtype = torch.float32 if tensor.dtype == "F32" else torch.bfloat16
+    values = torch.empty(tensor.shape, dtype=dtype)
+    for part in values.view(-1).split(_DRAWN_AT_ONCE):
+        part.copy_(torch.randn(part.shape, generator=generator) * std)
+    return values
+
+
+def _bundled_model() -> Path:
+    import dynquant
+
+    return Path(dynquant.__file__).parent / "data" / "textbook-moe-16m"
+
+
 def shape_config(name: str) -> Any:
-    """The transformers configuration of one of `SHAPES`."""
+    """Return the transformers configuration of one of `MODEL_SHAPES`."""
     from transformers import LlamaConfig, Qwen3MoeConfig
 
     if name == "8b":
@@ -32,24 +173,24 @@ def shape_config(name: str) -> Any:
 
 
 def random_model(config: Any, device: str = "cuda") -> nn.Module:
-    """bfloat16 weights."""
+    """Return a model with bfloat16 weights."""
     return _filled(_empty(config), device)
 
 
 def random_packed(config: Any, types: Mapping[str, str], device: str = "cuda") -> nn.Module:
-    """Packed weights: `types["experts"]` for routed experts, `types["rest"]` for all other matrices.
+    """Return a model with packed weights: `types["experts"]` for routed experts, `types["rest"]` for other matrices.
 
     Routers stay in bfloat16, and so does MLA's latent projection: packed, it is two tensors that a file has to make
     of it.
     """
     model = _empty(config)
-    chosen: dict[str, str] = {}
+    type_of: dict[str, str] = {}
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding) and not path.endswith(("mlp.gate", "kv_b_proj")):
-            chosen[f"{path}.weight"] = types["rest"]
+            type_of[f"{path}.weight"] = types["rest"]
         elif hasattr(module, "gate_up_proj"):
-            chosen |= {f"{path}.{part}": types["experts"] for part in EXPERT_PARTS}
-    pack_modules(model, chosen, dtype=torch.bfloat16)
+            type_of |= {f"{path}.{part}": types["experts"] for part in EXPERT_PARTS}
+    pack_modules(model, type_of, dtype=torch.bfloat16)
     return _filled(model, device)
 
 
@@ -61,7 +202,7 @@ def _empty(config: Any) -> nn.Module:
 
 
 def _filled(model: Any, device: str) -> nn.Module:
-    """Random weights of a plausible size; the rotary tables are computed anew."""
+    """Fill a model with random weights of a plausible size; the rotary tables are computed anew."""
     rotary = type(model.model.rotary_emb)
     model.to_empty(device=device)
     for buffer in model.buffers():
@@ -90,3 +231,7 @@ def _fill_blocks(weight: Tensor, type_name: str) -> None:
         if num_scales(type_name):
             scales = torch.full((len(part), num_scales(type_name)), 1e-3, device=part.device)
             part.copy_(with_scales(type_name, part, scales))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,7 @@
 """Step time and peak memory of LoRA on packed weights, on bf16 weights, and on NF4 weights of bitsandbytes, on one GPU.
 
-    python -m dynquant.analysis.training_speed 8b --types rest=Q4_K
-    python -m dynquant.analysis.training_speed 7b-a1b --types experts=IQ2_XXS,rest=Q4_K --types experts=Q4_K,rest=Q4_K
+    python -m dynquant.analysis.bench.training_speed 8b --types rest=Q4_K
+    python -m dynquant.analysis.bench.training_speed 7b-a1b --types experts=IQ2_XXS,rest=Q4_K --types rest=Q4_K
 
 Models of a shape (`random_models`) with random weights; rank 16 on all linear layers but the output head and, unless
 `--no-experts`, on routed experts. Adapters are float32 under bfloat16 autocast, activations of the decoder layers are
@@ -11,7 +11,6 @@ no adapter: compare it with `--no-experts`.
 """
 
 import argparse
-import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dynquant.analysis.bench.random_models import SHAPES, random_model, random_packed, shape_config
+from dynquant.analysis.bench.random_models import MODEL_SHAPES, random_model, random_packed, shape_config
+from dynquant.kernels.bench.harness import MarkdownTable, device_name, parser, release_memory
 from dynquant.lora import add_adapter
 
 RANK, ALPHA = 16, 32
@@ -31,10 +31,10 @@ def main() -> None:
     """Parse, measure, print a Markdown table."""
     options = _options()
     print(
-        f"{options.shape}, {torch.cuda.get_device_name()}, PyTorch {torch.__version__}, {options.batch} sequences of "
+        f"{options.shape}, {device_name()}, PyTorch {torch.__version__}, {options.batch} sequences of "
         f"{options.window} tokens, experts {'adapted' if options.experts else 'not adapted'}\n"
     )
-    print("| base | trained, M | step, ms | quartiles | weights, GiB | peak, GiB |\n" + "|---" * 6 + "|")
+    table = MarkdownTable("base", "trained, M", "step, ms", "quartiles", "weights, GiB", "peak, GiB")
     for label, build in _models(options):
         before = torch.cuda.memory_allocated()
         model = build()
@@ -43,25 +43,21 @@ def main() -> None:
         torch.cuda.reset_peak_memory_stats()
         low, middle, high = statistics.quantiles(_step_times(model, options), n=4)
         peak = torch.cuda.max_memory_allocated()
-        print(
-            f"| {label} | {trained / 1e6:.1f} | {middle:.0f} | {low:.0f} to {high:.0f} | {weights / 2**30:.2f} | "
-            f"{peak / 2**30:.2f} |",
-            flush=True,
-        )
+        sizes = (f"{size / 2**30:.2f}" for size in (weights, peak))
+        table.add(label, f"{trained / 1e6:.1f}", f"{middle:.0f}", f"{low:.0f} to {high:.0f}", *sizes)
         del model
-        gc.collect()
-        torch.cuda.empty_cache()
+        release_memory()
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("shape", choices=SHAPES)
-    parser.add_argument("--types", action="append", default=[], help="Quant types of a packed base; may be repeated.")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--window", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=12, help="Timed steps.")
-    parser.add_argument("--experts", action=argparse.BooleanOptionalAction, default=True)
-    return parser.parse_args()
+    flags = parser(__doc__)
+    flags.add_argument("shape", choices=MODEL_SHAPES)
+    flags.add_argument("--types", action="append", default=[], help="Quant types of a packed base; may be repeated.")
+    flags.add_argument("--batch", type=int, default=4)
+    flags.add_argument("--window", type=int, default=1024)
+    flags.add_argument("--steps", type=int, default=12, help="Timed steps.")
+    flags.add_argument("--experts", action=argparse.BooleanOptionalAction, default=True)
+    return flags.parse_args()
 
 
 def _models(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
@@ -132,7 +128,7 @@ def _to_nf4(model: Any) -> None:
 
 
 def _step_times(model: Any, options: argparse.Namespace) -> list[float]:
-    """Milliseconds of each timed optimizer step."""
+    """Return milliseconds of each timed optimizer step."""
     model.config.use_cache = False
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -1,6 +1,6 @@
 """KL of a plan's language model with vision tower and projector in one type after the other, on pictures.
 
-    python -m dynquant.analysis.vision_modules MODEL --plan plan/ --data unseen.jsonl --types q8_0,q6_k,q4_k
+    python -m dynquant.analysis.bench.vision_modules MODEL --plan plan/ --data unseen.jsonl --types q8_0,q6_k,q4_k
 
 The first row is the language model alone quantized; each further one changes the type of the vision tower, of the
 projector, or of both, and nothing else. Beside it stands what `--vision auto` goes by: the module's median output error
@@ -27,6 +27,7 @@ from dynquant.families.open import open_model
 from dynquant.formats.quant_types import fit_to_row, quant_type
 from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.inputs.pictures import picture_inputs
+from dynquant.kernels.bench.harness import MarkdownTable, parser
 from dynquant.recipes.plan import Plan
 from dynquant.resources import chosen_device
 from dynquant.running.load import load_hf
@@ -91,32 +92,25 @@ def main() -> None:
         stats_hash=plan.stats_hash or "", parent=directory / ENCODED_NAME,
     )  # fmt: skip
     samples = picture_inputs(model, Path(options.data), tokens=1 << 40, seed=0)[: options.limit]
-    table = ErrorTable.load(directory / "errors.json")
+    errors = ErrorTable.load(directory / "errors.json")
     print(f"{model.name}, language model as in `{plan.recipe}`, encoder {store.encoder.name}, {len(samples)} samples\n")
-    print(
-        "| module | type | bytes of both | KL, nats per text token | same top token | error ratio |\n"
-        + "|---" * 6
-        + "|"
-    )
-    for one in measure_modules(plan, store, samples, options.types.split(","), table=table, device=options.device):
-        kl, top1 = one.kl, one.top1
-        print(
-            f"| {one.module} | {one.type} | {one.bytes:,} | {kl.value:.3g} [{kl.low:.3g}, {kl.high:.3g}] | "
-            f"{top1.value:.2%} | {'' if one.ratio is None else f'{one.ratio:.2f}'} |",
-            flush=True,
-        )
+    table = MarkdownTable("module", "type", "bytes of both", "KL, nats per text token", "same top token", "error ratio")
+    for score in measure_modules(plan, store, samples, options.types.split(","), table=errors, device=options.device):
+        kl, ratio = score.kl, "" if score.ratio is None else f"{score.ratio:.2f}"
+        interval = f"{kl.value:.3g} [{kl.low:.3g}, {kl.high:.3g}]"
+        table.add(score.module, score.type, f"{score.bytes:,}", interval, f"{score.top1.value:.2%}", ratio)
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model", help="Directory of a vision-language checkpoint.")
-    parser.add_argument("--plan", required=True, help="Directory of `dynquant plan MODEL --data FILE`.")
-    parser.add_argument("--data", required=True, help="Samples with images that calibration did not use, .jsonl.")
-    parser.add_argument("--types", default="q8_0,q6_k,q4_k", help="Quant types of the modules.")
-    parser.add_argument("--limit", type=int, help="At most this many samples.")
-    parser.add_argument("--encoder", default="dynquant", help="dynquant or ggml.")
-    parser.add_argument("--device", help="cpu or cuda.")
-    return parser.parse_args()
+    flags = parser(__doc__)
+    flags.add_argument("model", help="Directory of a vision-language checkpoint.")
+    flags.add_argument("--plan", required=True, help="Directory of `dynquant plan MODEL --data FILE`.")
+    flags.add_argument("--data", required=True, help="Samples with images that calibration did not use, .jsonl.")
+    flags.add_argument("--types", default="q8_0,q6_k,q4_k", help="Quant types of the modules.")
+    flags.add_argument("--limit", type=int, help="At most this many samples.")
+    flags.add_argument("--encoder", default="dynquant", help="dynquant or ggml.")
+    flags.add_argument("--device", help="cpu or cuda.")
+    return flags.parse_args()
 
 
 def _variants(types: Sequence[str]) -> Iterator[tuple[str, str, tuple[str, ...]]]:
@@ -141,11 +135,11 @@ def _bytes(model: Model, name: str, changed: Mapping[str, str]) -> int:
 
 
 def _ratio(table: ErrorTable, parts: tuple[str, ...], type_name: str) -> float | None:
-    own, others = (
+    of_module, of_language = (
         table.median_output_error(type_name, (name for name in table.tensors() if part_of(name) in of))
         for of in (parts, (LANGUAGE,))
     )
-    return own / others if own is not None and others is not None else None
+    return of_module / of_language if of_module is not None and of_language is not None else None
 
 
 if __name__ == "__main__":

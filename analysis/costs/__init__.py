@@ -1,1 +1,1 @@
-"""How long a run takes and what memory it needs, estimated."""
+"""Time and memory of a run, estimated."""

@@ -1,4 +1,4 @@
-"""What one machine does in a second, as `dynquant measure-machine` found it, for estimates of time and memory."""
+"""Speeds and memory of one machine, as `dynquant measure-machine` found it, for estimates of time and memory."""
 
 from pathlib import Path
 from typing import Literal
@@ -22,15 +22,15 @@ class Machine(BaseModel):
     memory_bytes: int = Field(gt=0)
     disk_bytes_per_s: float = Positive
     start_seconds: float = Positive
-    """Of a command that imports PyTorch and transformers and opens a model."""
+    """Time of a command that imports PyTorch and transformers and opens a model."""
     start_bytes: int = Field(gt=0)
     """Resident memory of such a command before it loads weights."""
     run_bytes: int = Field(gt=0)
-    """What running a model adds besides its weights: code that loads late, and activations of the small model."""
+    """Bytes that running a model adds besides its weights: code that loads late, and activations of the small model."""
     matmul_flops: dict[int, float]
     """Width of square weights -> operations per second on 512 rows."""
     element_seconds: float = Positive
-    """Of one channel of one token at the input or output of a linear layer: norms, activation, hooks, sums."""
+    """Time of one channel of one token at the input or output of a linear layer: norms, activation, hooks, sums."""
     encode: dict[str, dict[str, float]]
     """Encoder -> type -> weights per second."""
     errors: dict[str, float]

@@ -1,4 +1,4 @@
-"""Measures a machine for `cost_model`: disk, products, encoders, and a small calibration of the bundled model.
+"""Measures a machine for the cost model: disk, products, encoders, and a small calibration of the bundled model.
 
 Work is timed in CPU seconds over the number of threads, so that a machine with other users is measured as if it were
 idle. It takes about two minutes.
@@ -20,7 +20,7 @@ from dynquant.analysis.costs.machine import Machine
 from dynquant.analysis.costs.model import (
     MEASURED_FLOAT,
     TABLE_TYPES,
-    Workload,
+    CostOptions,
     calibration_elements,
     calibration_flop_seconds,
 )
@@ -46,7 +46,7 @@ _WIDTHS = (64, 256, 512, 1024, 2048, 4096)
 _DISK_BYTES = 256 << 20
 _TOKENS = 8192
 _FEWEST_SECONDS = 0.3
-"""For which what is quick is repeated."""
+"""Time for which what is quick is repeated."""
 _NAME = "blk.0.ffn_down_exps.weight"
 
 
@@ -82,14 +82,14 @@ def measure_machine(progress: Progress = ignore_progress) -> Machine:
 
 
 def _start(small: Model) -> tuple[float, int]:
-    """CPU seconds and peak memory of a command that does next to nothing with a model: an export as F16."""
+    """Return CPU seconds and peak memory of a command that does next to nothing with a model: an export as F16."""
     with TemporaryDirectory() as folder:
         command = ["export", str(small.path), "--preset", "f16", "--encoder", "ggml", "-o", f"{folder}/small.gguf"]
         return command_usage(command)
 
 
 def command_usage(command: list[str]) -> tuple[float, int]:
-    """CPU seconds and peak resident bytes of one command of dynquant, in a process of its own.
+    """Return CPU seconds and peak resident bytes of one command of dynquant, in a process of its own.
 
     Raises:
         PlanError: it failed.
@@ -104,7 +104,7 @@ def command_usage(command: list[str]) -> tuple[float, int]:
 
 
 def _seconds(run: Callable[[], object]) -> float:
-    """CPU seconds of one run, spread over the threads."""
+    """Return CPU seconds of one run, spread over the threads."""
     start = time.process_time()
     run()
     return (time.process_time() - start) / torch.get_num_threads()
@@ -118,19 +118,18 @@ def _matmul_flops(width: int) -> float:
 
 
 def _calibration(small: Model, matmul: dict[int, float], start_seconds: float, start_bytes: int) -> tuple[float, int]:
-    """Seconds of a channel of a token, and memory beyond the weights, of a calibration without second moments."""
+    """Return seconds of a channel of a token, and memory beyond the weights, in a calibration without moments."""
     with TemporaryDirectory() as folder:
         options = ["--tokens", str(_TOKENS), "--hessians", "none", "-o", f"{folder}/stats.safetensors"]
         seconds, peak = command_usage(["calibrate", str(small.path), *options])
     plan = plan_from_types(small, preset_types("bf16", small), recipe="bf16")
-    work = Workload(tokens=_TOKENS, hessians="none")
     seconds = max(seconds - start_seconds, 0.01) / torch.get_num_threads()
-    rest = max(seconds - calibration_flop_seconds(small, plan, matmul, work), 0.05 * seconds)
-    return rest / calibration_elements(small, plan, work), max(1 << 20, peak - start_bytes - 4 * small.num_weights)
+    rest = max(seconds - calibration_flop_seconds(small, plan, matmul, _TOKENS, CostOptions.window), 0.05 * seconds)
+    return rest / calibration_elements(small, plan, _TOKENS), max(1 << 20, peak - start_bytes - 4 * small.num_weights)
 
 
 def _ggml() -> tuple[dict[str, float], dict[str, float]]:
-    """Type -> seconds for its search tables, and speeds without them."""
+    """Return seconds of each type for its search tables, and speeds without them."""
     encoder = load_encoder("ggml")
     weights, ones, threads = torch.randn(1, 1, 256), torch.ones(1, 256), torch.get_num_threads()
     tables = {
@@ -141,7 +140,7 @@ def _ggml() -> tuple[dict[str, float], dict[str, float]]:
 
 
 def _speeds(encoder: Encoder, *, with_hessian: bool) -> dict[str, float]:
-    """Type -> weights per second on gaussian weights, hessians as of `encoder_speed`."""
+    """Return weights per second of each type on gaussian weights, hessians as of `encoder_speed`."""
     generator = torch.Generator().manual_seed(0)
     weights = 0.02 * torch.randn(4, 256, 512, generator=generator)
     directions = torch.randn(4, 512, 128, generator=generator)
@@ -157,7 +156,7 @@ def _speeds(encoder: Encoder, *, with_hessian: bool) -> dict[str, float]:
 
 
 def _error_speeds() -> dict[str, float]:
-    """Type -> weights per second of the error table: experts of a checkpoint in BF16 with samples."""
+    """Return weights per second of each type of the error table: experts of a checkpoint in BF16 with samples."""
     weights = (0.02 * torch.randn(4, 1024, 1024, generator=torch.Generator().manual_seed(0))).bfloat16()
     stored = DictSource({f"{expert}": matrix for expert, matrix in enumerate(weights)})
     source = ConvertedSource(stored, [Conversion(_NAME, tuple(stored.names()), tuple(weights.shape), MEASURED_FLOAT)])
@@ -183,7 +182,7 @@ def _error_speeds() -> dict[str, float]:
 
 
 def _disk_speed() -> float:
-    """Bytes per second of a file that is not in the page cache."""
+    """Return bytes per second of a file that is not in the page cache."""
     with TemporaryDirectory(dir=".") as folder:
         path = Path(folder) / "probe"
         with path.open("wb") as file:

@@ -55,7 +55,7 @@ class ErrorRow(BaseModel):
 
 
 class Price(BaseModel):
-    """What a tensor in a type adds to the KL, in nats per token, with its standard error."""
+    """KL that a tensor in a type adds, in nats per token, with its standard error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -88,13 +88,13 @@ class ErrorTable(BaseModel):
 
     @property
     def cost_name(self) -> str:
-        """What `cost` estimates, for plans and plots."""
+        """Name of what `cost` estimates, for plans and plots."""
         if self.priced_by in self.prices:
             return f"predicted KL (nats per token) by {self.priced_by}"
         return "predicted KL (nats per token)" if self.sensitivity else "importance-weighted error, summed over tensors"
 
     def cost(self, row: ErrorRow) -> float:
-        """What a planner should minimise the sum of: predicted KL where that was measured."""
+        """Return what a planner should minimise the sum of: predicted KL where that was measured."""
         prices = self.prices.get(self.priced_by)
         return self.closed_form_cost(row) if prices is None else prices[row.name][row.type].kl
 
@@ -187,7 +187,7 @@ class ErrorTable(BaseModel):
         return self._copy(prices={**self.prices, method: prices}, priced_by=method)
 
     def is_priced_by(self, method: str) -> bool:
-        """Whether every row has a price by this method."""
+        """Return whether every row has a price by this method."""
         prices = self.prices.get(method, {})
         return method in self.prices and all(row.type in prices.get(row.name, {}) for row in self.rows)
 

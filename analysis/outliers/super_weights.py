@@ -187,7 +187,7 @@ def _zeroed(hf_model: nn.Module, module: str, expert: int | None, row: int, col:
 
 
 def _device_of(hf_model: nn.Module) -> torch.device:
-    """Where the model computes; weights that are not in memory say nothing of it."""
+    """Return the device that the model computes on; weights that are not in memory say nothing of it."""
     return next(parameter.device for parameter in hf_model.parameters() if not parameter.is_meta)
 
 

@@ -1,4 +1,4 @@
-"""What quantization does to image tokens and to text tokens, apart: output errors of the language model's layers.
+"""Effects of quantization on image tokens and on text tokens, apart: output errors of the language model's layers.
 
 Every matrix is encoded once, in one type near 4 bits, under the statistics of all tokens, as `export` would; the output
 error is then measured on held-back inputs of each kind. A layer that loses more on image tokens needs pictures in its

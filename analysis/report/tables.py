@@ -26,7 +26,7 @@ MAX_LIST = 8
 
 @dataclass(frozen=True)
 class Cell:
-    """What is shown, and what the column sorts by."""
+    """Text that is shown, and the number that the column sorts by."""
 
     text: str
     key: float | None = None

@@ -1,4 +1,4 @@
-"""What a backward pass and ablations tell of the original: sensitivities and super weights.
+"""Findings of a backward pass and of ablations about the original: sensitivities and super weights.
 
 The model is loaded whole where it fits, and streamed layer by layer where it does not or a limit is given.
 """

@@ -35,7 +35,7 @@ from dynquant.session import Progress
 
 METHOD = "unit-kl"
 _SPREAD = 0.5
-"""How far a group's r is expected to lie from the mean one, as a share of it."""
+"""Expected distance of a group's r from the mean one, as a share of it."""
 _LEAST = 0.1
 """No step is taken for worth less than this share of the mean r: noise must not make bytes free."""
 

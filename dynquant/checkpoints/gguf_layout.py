@@ -49,7 +49,7 @@ _FILE_TYPE_OF = {
 
 
 class TensorSpec(NamedTuple):
-    """What the header says of a tensor. `shape` has the row length last; `type` is a quant type name."""
+    """A tensor as the header describes it. `shape` has the row length last; `type` is a quant type name."""
 
     name: str
     shape: tuple[int, ...]
@@ -62,7 +62,7 @@ class TensorSpec(NamedTuple):
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where the weights of a file come from, written as `dynquant.*`."""
+    """Origin of a file's weights, written as `dynquant.*`."""
 
     fingerprint: str
     recipe: str
@@ -83,7 +83,7 @@ class ImatrixInfo:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where one tensor's bytes lie, counted from the start of its file."""
+    """Place of one tensor's bytes, counted from the start of its file."""
 
     tensor: TensorSpec
     offset: int

@@ -1,4 +1,4 @@
-"""What is in a checkpoint: types, sizes and bits per weight of any GGUF or safetensors file, from headers alone.
+"""Contents of a checkpoint: types, sizes and bits per weight of any GGUF or safetensors file, from headers alone.
 
 Returns plain data; printing is the command line's. A GGUF type outside our registry is listed by its ggml name. In
 safetensors, packed integers of other tools count as stored elements: their true number of weights is not in the header.

@@ -103,7 +103,7 @@ class Model:
 
     @cached_property
     def has_vision(self) -> bool:
-        """Whether there is a vision tower."""
+        """True when there is a vision tower."""
         return any(name.startswith("v.") for name in self.source.names())
 
     @cached_property

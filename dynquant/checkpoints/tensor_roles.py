@@ -66,7 +66,7 @@ class Role(StrEnum):
 
     @property
     def is_vision(self) -> bool:
-        """Of the vision tower or the projector, which see only image tokens."""
+        """True for the vision tower and the projector, which see only image tokens."""
         return self.value.startswith("vision_") or self is Role.PROJECTOR
 
     @property

@@ -34,14 +34,14 @@ QUESTIONS = Only(("text", "tasks", "max_tokens", "mmlu_data", "shots", "limit", 
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeQuestions(QuestionOptions):
-    """What recipes are compared on: text and questions, no pictures."""
+    """Inputs that recipes are compared on: text and questions, no pictures."""
 
     tasks: Annotated[tuple[str, ...], Flag("Any of kl, ppl, mmlu.")] = ("kl", "ppl")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderQuestions(RecipeQuestions):
-    """What encoders are compared on."""
+    """Inputs that encoders are compared on."""
 
     tasks: Annotated[tuple[str, ...], Flag("Any of kl, ppl, mmlu.")] = ("kl",)
     scoring: Annotated[tuple[str, ...], Flag("letter, cloze or both.")] = ("letter",)

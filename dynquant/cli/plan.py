@@ -58,14 +58,14 @@ def plan(
     if machine is not None:
         raise PlanError("--machine goes with --config-only DIR.")
     made = stage.make_plan(options, session)
-    if report and options.serves is None:
+    if report and options.target.serves is None:
         from dynquant.analysis.report.stage import write_plan_report
 
         write_plan_report(str(options.model), options.output, session, base_gguf=options.base_gguf)
     if as_json:
         console.show_json(made.model_dump_json(indent=1))
-    elif options.serves is not None:
-        print_serving_plan(made, options.output)
+    elif options.target.serves is not None:
+        print_schemes(made, options.output)
     else:
         print_plan(made, options.output)
 
@@ -112,7 +112,7 @@ def print_plan(plan: "Plan", directory: Path) -> None:
     )
 
 
-def print_serving_plan(plan: "Plan", directory: Path) -> None:
+def print_schemes(plan: "Plan", directory: Path) -> None:
     """Show schemes, what fell back, and the size."""
     from dynquant.exporters.compressed_config import transformers_problem
 
@@ -143,13 +143,13 @@ def print_serving_plan(plan: "Plan", directory: Path) -> None:
 def print_costs(plan: "Plan", directory: Path, machine_file: Path, options: PlanOptions) -> None:
     """Show time and memory of each stage for a model that is known by its configuration only."""
     from dynquant.analysis.costs.machine import Machine
-    from dynquant.analysis.costs.model import Workload, predict
+    from dynquant.analysis.costs.model import CostOptions, predict
     from dynquant.analysis.errors.options import DEFAULT_TYPES
     from dynquant.families.open import open_config
 
     machine, calibration = Machine.load(machine_file), options.calibration
     limit = None if calibration.max_memory is None else parse_size(calibration.max_memory)
-    work = Workload(
+    work = CostOptions(
         tokens=calibration.tokens,
         window=calibration.window,
         hessians=calibration.hessians,

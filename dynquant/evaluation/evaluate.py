@@ -68,7 +68,7 @@ from dynquant.running.load import load_hf
 from dynquant.session import SILENT, Progress, Session
 
 SPARE_TOKENS = 4
-"""How much longer than the right answer a decoded one may become; beyond that it is wrong whatever follows."""
+"""Tokens by which an answer may be longer than the right one; beyond that it is wrong whatever follows."""
 
 
 def evaluate(options: EvalOptions, session: Session = SILENT) -> EvalReport | PictureReport:

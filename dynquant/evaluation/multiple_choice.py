@@ -68,7 +68,7 @@ def render_prompt(question: Question, shots: Sequence[Question], scoring: Scorin
 
 
 def answer_texts(question: Question, scoring: Scoring) -> list[str]:
-    """What is scored after "Answer: ": letters, or the choices themselves."""
+    """Return the texts that are scored after "Answer: ": letters, or the choices themselves."""
     return list(LETTERS[: len(question.choices)]) if scoring == "letter" else list(question.choices)
 
 

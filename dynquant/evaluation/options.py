@@ -12,7 +12,7 @@ TEXT_TASKS, PICTURE_TASKS = frozenset({"kl", "ppl", "mmlu"}), frozenset({"kl", "
 
 @dataclass(frozen=True, kw_only=True)
 class QuestionOptions:
-    """What a model is scored on: texts for KL and perplexity, questions for accuracy."""
+    """Inputs that a model is scored on: texts for KL and perplexity, questions for accuracy."""
 
     text: Annotated[tuple[Path, ...], Flag("Text for kl and ppl, .txt or .jsonl. May be repeated.")] = ()
     tasks: Annotated[tuple[str, ...], Flag("Any of kl, ppl, mmlu; with --data kl and vqa.")] = ("kl", "ppl")

@@ -28,7 +28,7 @@ class _Record(BaseModel):
 
 
 class ModelIdentity(_Record):
-    """Which model was run, and how; `fingerprint` is reference_cache.model_fingerprint."""
+    """Name of the model that was run, and how it was; `fingerprint` is reference_cache.model_fingerprint."""
 
     name: str
     runner: Literal["transformers", "llama.cpp"]
@@ -38,7 +38,7 @@ class ModelIdentity(_Record):
 
 @dataclass(frozen=True)
 class TokenScores:
-    """What one candidate does at each scored token."""
+    """Scores of one candidate at each scored token."""
 
     divergence: np.ndarray  # float64 [tokens], unbiased estimate of KL(reference || candidate) in nats
     same_top: np.ndarray  # bool [tokens]
@@ -154,7 +154,7 @@ class AnsweredQuestions(_Record):
 
 
 class PictureReport(_Record):
-    """What one candidate does to pictures; sizes in bytes, unbiased KL in nats per text token."""
+    """Effect of one candidate on samples with pictures; sizes in bytes, unbiased KL in nats per text token."""
 
     reference: str
     candidate: str

@@ -40,12 +40,12 @@ from dynquant.storage.strict_json import parse_json
 
 LLAMA_CPP, TRANSFORMERS = "llama.cpp", "transformers"
 RUNNERS = (LLAMA_CPP, TRANSFORMERS)
-"""What can run a GGUF file."""
+"""Programs that can run a GGUF file."""
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What can be known of a model without reading its weights."""
+    """Facts about a model that need no reading of its weights."""
 
     path: Path
     kind: str

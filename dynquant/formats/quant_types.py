@@ -27,7 +27,7 @@ class QuantType:
     uses_imatrix: bool = False
     """The importance matrix changes the encoded bytes."""
     fallback: str | None = None
-    """What llama.cpp takes when `block_size` does not divide the row length."""
+    """Type that llama.cpp takes when `block_size` does not divide the row length."""
 
     @property
     def bits_per_weight(self) -> float:

@@ -1,4 +1,5 @@
-"""What a model is run on: token windows of a text, or samples with pictures. Every step iterates the same batches."""
+"""Inputs that a model is run on: token windows of a text, or samples with pictures. Every step iterates the same
+batches."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -70,7 +71,7 @@ class ModelInputs:
     name: str = ""
     sha256: str = ""
     skipped: tuple[str, ...] = ()
-    """What was wrong with each sample that was left out."""
+    """Faults of the samples that were left out, one each."""
 
     def __len__(self) -> int:
         """Return the number of windows or samples."""
@@ -92,7 +93,7 @@ class ModelInputs:
 
     @property
     def unit(self) -> str:
-        """What `len` counts, in the plural."""
+        """Name of what `len` counts, in the plural."""
         return "samples" if self.has_pictures else "windows"
 
     @property

@@ -164,7 +164,7 @@ class SampleEncoder:
     def __init__(self, processor: "ProcessorMixin", image_token: int | None, *, strict: bool = False) -> None:
         self.processor = processor
         self.skipped: list[str] = []
-        """What was wrong with each sample that was left out."""
+        """Faults of the samples that were left out, one each."""
         self._image_token = image_token
         self._strict = strict
 

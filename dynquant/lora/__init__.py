@@ -14,20 +14,19 @@ if TYPE_CHECKING:
     from dynquant.lora.adapters import add_adapter, load_adapter
     from dynquant.lora.merging import merge
     from dynquant.lora.residual import start_from_residual
-    from dynquant.lora.start import AdapterStart
-    from dynquant.lora.storing import round_adapter, save_adapter
+    from dynquant.lora.start import AdapterStart, round_adapter, save_adapter
 
 __all__ = [
     "AdapterStart", "add_adapter", "load_adapter", "merge", "round_adapter", "save_adapter", "start_from_residual",
 ]  # fmt: skip
 _MODULES = {
     "AdapterStart": "start", "add_adapter": "adapters", "load_adapter": "adapters", "merge": "merging",
-    "round_adapter": "storing", "save_adapter": "storing", "start_from_residual": "residual",
+    "round_adapter": "start", "save_adapter": "start", "start_from_residual": "residual",
 }  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    """Reading a saved adapter needs no PEFT, so it is imported by the functions that do."""
+    """Import a public name when it is asked for: reading a saved adapter needs no PEFT."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

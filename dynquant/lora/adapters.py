@@ -3,8 +3,9 @@
 import re
 import warnings
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -16,7 +17,7 @@ from dynquant.checkpoints.vision_names import vision_name
 from dynquant.errors import AdapterError
 from dynquant.families.text.registry import FAMILIES
 from dynquant.lora.layers import FUSED_PARTS
-from dynquant.lora.llama_cpp import takes_adapter
+from dynquant.lora.places import takes_adapter
 from dynquant.lora.saved import CONFIG_NAME, WEIGHTS_NAME
 from dynquant.packed.layers import EXPERT_PARTS, PackedExperts, PackedLatentProjection, PackedLinear, PackedModule
 
@@ -27,19 +28,41 @@ _ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 """Experts one by one, as before transformers 5: PEFT fuses their factors while it loads them."""
 
 
-def add_adapter(
-    model: "PreTrainedModel",
-    *,
-    rank: int = 16,
-    alpha: int = 32,
-    targets: Collection[str] | None = None,
-    experts: bool = True,
-    rslora: bool = False,
-    dtype: torch.dtype | None = None,
-    train_norms: bool = False,
-    train_router: bool = False,
-    llama_cpp: bool = False,
-) -> PeftModel:
+@dataclass(frozen=True)
+class AdapterOptions:
+    """What is adapted, and how.
+
+    Raises:
+        AdapterError: `rank` or `alpha` is not positive.
+    """
+
+    rank: int = 16
+    """Columns of A and B; each expert has its own."""
+    alpha: int = 32
+    """The product B A is scaled by alpha / rank."""
+    targets: Collection[str] | None = None
+    """Last parts of the names of linear layers, as ("q_proj", "v_proj"). Default: all packed linear layers but the
+    output head, and none of a vision tower or its projector."""
+    experts: bool = True
+    """Also adapt the routed experts, where the model has them."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (Kalajdzievski 2023)."""
+    dtype: torch.dtype | None = None
+    """Type of A and B. Default: float32, which is what trainers with mixed precision expect."""
+    train_norms: bool = False
+    """Also train, and save, copies of all norms."""
+    train_router: bool = False
+    """Also train, and save, copies of the routers."""
+    llama_cpp: bool = False
+    """Of the default targets, only those to which llama.cpp applies adapters, so that `export_adapter` can write them
+    all. That leaves out queries, keys and values of DeepSeek's attention, and nothing elsewhere."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha <= 0:
+            raise AdapterError(f"`rank` is {self.rank} and `alpha` {self.alpha}; both must be positive, as 16 and 32.")
+
+
+def add_adapter(model: "PreTrainedModel", **options: Any) -> PeftModel:
     """Wrap a packed model with a fresh LoRA adapter; only what is added can be trained.
 
     The adapter starts as no change at all: A is random (`torch.manual_seed` decides it), B is zero. It is saved by
@@ -47,23 +70,22 @@ def add_adapter(
 
     Args:
         model: loaded by `from_pretrained` or `dynquant.load`.
-        rank: columns of A and B; each expert has its own.
-        alpha: the product B A is scaled by alpha / rank.
-        targets: last parts of the names of linear layers, as ("q_proj", "v_proj"). Default: all packed linear layers
-            but the output head, and none of a vision tower or its projector.
-        experts: also adapt the routed experts, where the model has them.
-        rslora: scale by alpha / sqrt(rank) instead (Kalajdzievski 2023).
-        dtype: of A and B. Default: float32, which is what trainers with mixed precision expect.
-        train_norms: also train, and save, copies of all norms.
-        train_router: also train, and save, copies of the routers.
-        llama_cpp: of the default targets, only those to which llama.cpp applies adapters, so that `export_adapter` can
-            write them all. That leaves out queries, keys and values of DeepSeek's attention, and nothing elsewhere.
+        options: fields of `AdapterOptions`, as `rank=8, experts=False`.
 
     Raises:
         AdapterError: no packed weights, a target that the model lacks, or nothing to train.
     """
-    if rank < 1 or alpha <= 0:
-        raise AdapterError(f"`rank` is {rank} and `alpha` {alpha}; both must be positive, as 16 and 32.")
+    settings = AdapterOptions(**options)
+    adapted = get_peft_model(model, _config(model, settings), autocast_adapter_dtype=settings.dtype is None)
+    if settings.dtype is not None:
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(settings.dtype)
+    return adapted
+
+
+def _config(model: "PreTrainedModel", options: AdapterOptions) -> LoraConfig:
+    """Return PEFT's configuration of an adapter with its targets by name."""
     packed = _packed_linears(model)
     has_experts = any(isinstance(module, PackedExperts) for module in model.modules())
     if not packed and not has_experts:
@@ -71,24 +93,26 @@ def add_adapter(
             f"{type(model).__name__} has no packed weights. Load the output of `dynquant export -f safetensors` with "
             "from_pretrained, or a GGUF file with dynquant.load; for float weights use peft.get_peft_model itself."
         )
-    if targets is not None:
-        names = _checked(targets, packed, model)
+    if options.targets is not None:
+        names = _checked(options.targets, packed, model)
     else:
-        names = [name for name in packed if not llama_cpp or _is_applied_by_llama_cpp(model, name)]
-    parameters = [f"experts.{part}" for part in FUSED_PARTS] if experts and has_experts else []
+        names = [name for name in packed if not options.llama_cpp or _is_applied_by_llama_cpp(model, name)]
+    parameters = [f"experts.{part}" for part in FUSED_PARTS] if options.experts and has_experts else []
     if has_experts:
         # PEFT takes these names for those of experts, which transformers has fused, wherever they occur.
         parameters += [f"{name}.weight" for name in names if name in EXPERT_PARTS]
         names = [name for name in names if name not in EXPERT_PARTS]
     if not names and not parameters:
         raise AdapterError("`targets` is empty and there are no experts to adapt; name a linear layer.")
-    config = LoraConfig(
-        r=rank, lora_alpha=alpha, use_rslora=rslora, target_modules=names, target_parameters=parameters or None,
-        modules_to_save=_saved_modules(model, train_norms=train_norms, train_router=train_router) or None,
+    return LoraConfig(
+        r=options.rank,
+        lora_alpha=options.alpha,
+        use_rslora=options.rslora,
+        target_modules=names,
+        target_parameters=parameters or None,
+        modules_to_save=_saved_modules(model, norms=options.train_norms, router=options.train_router) or None,
         task_type="CAUSAL_LM",
-    )  # fmt: skip
-    adapted = get_peft_model(model, config, autocast_adapter_dtype=dtype is None)
-    return _cast(adapted, dtype)
+    )
 
 
 def load_adapter(model: "PreTrainedModel", path: str | Path, *, is_trainable: bool = False) -> PeftModel:
@@ -128,7 +152,7 @@ def _stored_keys(path: Path) -> list[str]:
 
 
 def _packed_linears(model: nn.Module) -> list[str]:
-    """Last parts of the names of packed linear layers, without the output head.
+    """Return last parts of the names of packed linear layers, without the output head.
 
     Beside a vision tower, whose layers may be called alike, whole names of the language model's layers.
     """
@@ -150,7 +174,7 @@ def _is_applied_by_llama_cpp(model: "PreTrainedModel", name: str) -> bool:
     arch = FAMILIES[config.model_type].arch
     layers = [path for path, _ in model.named_modules() if path.endswith(f".{name}")]
     gguf_names = [gguf_name_of(path, arch, config.num_hidden_layers) for path in layers]
-    return all(found is not None and takes_adapter(arch, f"{found}.weight") for found in gguf_names)
+    return all(matrix is not None and takes_adapter(arch, f"{matrix}.weight") for matrix in gguf_names)
 
 
 def _checked(targets: Collection[str], packed: list[str], model: nn.Module) -> list[str]:
@@ -168,28 +192,20 @@ def _checked(targets: Collection[str], packed: list[str], model: nn.Module) -> l
     return sorted(set(targets))
 
 
-def _saved_modules(model: nn.Module, *, train_norms: bool, train_router: bool) -> list[str]:
-    """Ends of the names of norms and routers. A router is named with its parent: `gate` alone ends other names too."""
-    found = set()
+def _saved_modules(model: nn.Module, *, norms: bool, router: bool) -> list[str]:
+    """Return ends of the names of norms and routers. A router has its parent's name too: `gate` ends other names."""
+    endings = set()
     for path, module in model.named_modules():
         parts = path.split(".")
-        if train_norms and "norm" in parts[-1] and any(True for _ in module.parameters(recurse=False)):
-            found.add(parts[-1])
-        if train_router and _is_router(model, path):
-            found.add(".".join(parts[-2:]))
-    return sorted(found)
+        if norms and "norm" in parts[-1] and any(True for _ in module.parameters(recurse=False)):
+            endings.add(parts[-1])
+        if router and _is_router(model, path):
+            endings.add(".".join(parts[-2:]))
+    return sorted(endings)
 
 
 def _is_router(model: nn.Module, path: str) -> bool:
-    """Whether the module stands beside routed experts under the name that transformers gives to routers."""
+    """Return True for a module that stands beside routed experts under the name that transformers gives to routers."""
     parent, _, name = path.rpartition(".")
     siblings = dict(model.get_submodule(parent).named_children()) if parent else {}
     return name in ("gate", "router") and isinstance(siblings.get("experts"), PackedExperts)
-
-
-def _cast(adapted: PeftModel, dtype: torch.dtype | None) -> PeftModel:
-    if dtype is not None:
-        for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
-                parameter.data = parameter.data.to(dtype)
-    return adapted

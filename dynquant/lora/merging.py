@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Delta = Callable[[int | None], Tensor]
-"""What adapters add to a weight, or to one slice of a stack, float32."""
+"""Sum that adapters add to a weight, or to one slice of a stack, float32."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,12 @@
-"""Where the weights of a packed transformers model come from: GGUF names and order of rows by `state_dict` key."""
+"""Places of a packed transformers model's weights: GGUF names and order of rows by `state_dict` key, and which of them
+llama.cpp applies an adapter to.
 
+llama.cpp's loader takes a pair of factors for any tensor of the model, but only products that its graph makes by
+`build_lora_mm` and `build_lora_mm_id` use them; the rest is left out without a word. Found by loading an adapter of
+each tensor in turn and comparing logits (llama-cpp-python 0.3.36; tests/exporters/test_adapter_gguf.py does it again).
+"""
+
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -7,14 +14,16 @@ from dynquant.errors import AdapterError
 from dynquant.families.common.config import Config
 from dynquant.families.text.registry import FAMILIES
 from dynquant.packed.layers import PackedLatentProjection
-from dynquant.packed.places import Place, build_meta_model, places
+from dynquant.packed.places import Place, build_meta_model, find_places
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_LEFT_OUT = {"deepseek2": r"blk\.\d+\.attn_(q|q_a|q_b|kv_a_mqa|kv_b|k_b|v_b)\.weight|output\.weight"}
+
 
 def places_by_key(base: "PreTrainedModel") -> dict[str, Place]:
-    """The place of every weight of a packed model.
+    """Return the place of every weight of a packed model.
 
     Raises:
         AdapterError: an architecture whose tensors dynquant cannot name.
@@ -28,10 +37,15 @@ def places_by_key(base: "PreTrainedModel") -> dict[str, Place]:
         )
     config = Config(Path(base.name_or_path), values, {k: v for k, v in values.items() if k != "quantization_config"})
     has_latent = any(isinstance(module, PackedLatentProjection) for module in base.modules())
-    found, _ = places(config, build_meta_model(config), whole_kv_b="kv_lora_rank" in values and not has_latent)
-    return {place.key: place for place in found.values()}
+    places, _ = find_places(config, build_meta_model(config), whole_kv_b="kv_lora_rank" in values and not has_latent)
+    return {place.key: place for place in places.values()}
 
 
 def bare_path(path: str) -> str:
-    """The path of a module without what PEFT put around it."""
+    """Return the path of a module without what PEFT put around it."""
     return path.removeprefix("base_model.model.").replace(".base_layer", "")
+
+
+def takes_adapter(arch: str, name: str) -> bool:
+    """Return whether an adapter of the matrix `name` has an effect in `arch`'s graph. An embedding's is not written."""
+    return name != "token_embd.weight" and not re.fullmatch(_LEFT_OUT.get(arch, ""), name)

@@ -12,7 +12,7 @@ from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.errors import CheckpointError
 from dynquant.families.from_gguf import config_from_gguf
 from dynquant.formats.quant_types import QUANT_TYPES
-from dynquant.packed.places import Place, build_meta_model, places
+from dynquant.packed.places import Place, build_meta_model, find_places
 from dynquant.running.load import without_progress_bars
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def load(
     device_map: Any = None,
     **options: Any,
 ) -> "PreTrainedModel":
-    """The transformers model of a GGUF file (of a split, the first part), with weights as the file's own blocks.
+    """Return the transformers model of a GGUF file (of a split, the first part), with weights as the file's own blocks.
 
     Any type of the registry, in any mixture, of the families that dynquant exports. `dtype` is that of activations and
     of what is not packed: by default float32 on a CPU, bfloat16 with a `device_map`. `options` go to transformers'
@@ -38,21 +38,21 @@ def load(
     source = GGUFSource(Path(file))
     config = config_from_gguf(source)
     meta = build_meta_model(config)
-    found, computed = places(config, meta, whole_kv_b="blk.0.attn_kv_b.weight" in source.names())
-    _check_tensors(source, found, computed)
+    places, computed = find_places(config, meta, whole_kv_b="blk.0.attn_kv_b.weight" in source.names())
+    _check_tensors(source, places, computed)
     types = {
         place.key: place.stored_type(QUANT_TYPES[source.info(name).dtype]).name
-        for name, place in found.items()
+        for name, place in places.items()
         if len(place.shape) > 1
     }
     meta.config.quantization_config = {
         "quant_method": "dynquant", "version": 1, "types": types, "provenance": _provenance(source),
     }  # fmt: skip
-    wanted = dtype or (torch.float32 if device_map is None else torch.bfloat16)
-    state = {place.key: _LazyTensor(source, name, place) for name, place in found.items()}
+    dtype = dtype or (torch.float32 if device_map is None else torch.bfloat16)
+    state = {place.key: _LazyTensor(source, name, place) for name, place in places.items()}
     with without_progress_bars():
         model = type(meta).from_pretrained(
-            None, config=meta.config, state_dict=state, dtype=wanted, device_map=device_map, **options
+            None, config=meta.config, state_dict=state, dtype=dtype, device_map=device_map, **options
         )
     model.name_or_path = str(source.path)  # adapters record their base by it
     return model
@@ -60,7 +60,7 @@ def load(
 
 @dataclass(frozen=True)
 class _LazyTensor:
-    """Read when transformers asks for it, as it does of slices of a safetensors file."""
+    """A tensor that is read when transformers asks for it, as it does of slices of a safetensors file."""
 
     source: GGUFSource
     name: str
@@ -86,29 +86,28 @@ class _LazyTensor:
 
 
 def _provenance(source: GGUFSource) -> dict[str, str]:
-    """The file's name, and the statistics it was encoded under if it is an export of ours: merging asks for them."""
+    """Return the file's name, and the statistics that an export of ours was encoded under, which merging asks for."""
     recorded = {
         f.key.removeprefix("dynquant."): str(f.value) for f in source.metadata if f.key == "dynquant.stats_hash"
     }
     return {"gguf": source.path.name, **recorded}
 
 
-def _check_tensors(source: GGUFSource, found: dict[str, Place], computed: set[str]) -> None:
-    names = set(source.names())
-    where = f"{source.path}"
-    missing = sorted(found.keys() - names)
+def _check_tensors(source: GGUFSource, places: dict[str, Place], computed: set[str]) -> None:
+    names, where = set(source.names()), str(source.path)
+    missing = sorted(places.keys() - names)
     if missing:
         raise CheckpointError(
             f"{where} lacks `{missing[0]}` and {len(missing) - 1} more tensors that its metadata calls for. It is "
             "incomplete, or of a variant that dynquant does not know; run it in llama.cpp."
         )
-    unknown = sorted(names - found.keys() - computed)
+    unknown = sorted(names - places.keys() - computed)
     if unknown:
         raise CheckpointError(
             f"{where} holds `{unknown[0]}` and {len(unknown) - 1} more tensors that transformers' model has no place "
             "for. Leaving them out would change the model; run it in llama.cpp."
         )
-    for name, place in found.items():
+    for name, place in places.items():
         shape = source.info(name).shape
         if prod(shape) != prod(place.shape) or shape[-1] != place.shape[-1]:
             raise CheckpointError(

@@ -7,6 +7,9 @@ One GGUF tensor is one entry of the packed model's `state_dict`:
     attn_k_b, attn_v_b                     MODULE.kv_b_proj.{k_b,v_b}             (one matrix in transformers)
 
 Rows are in transformers' order: llama.cpp interleaves those of rotary heads, which moves whole packed rows.
+
+A packed vision-language file keeps the checkpoint's names. What a plan leaves as floats is copied from the checkpoint
+as a whole, so that a convolution over two frames, which GGUF splits, stays one tensor.
 """
 
 from collections.abc import Mapping
@@ -16,13 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_format import StoredTensor
+from dynquant.checkpoints.vision_names import keys_of
 from dynquant.errors import CheckpointError
 from dynquant.families.common.config import Config
-from dynquant.families.common.conversion import Conversion, Transform, unchanged
+from dynquant.families.common.conversion import Conversion, ConvertedSource, Transform, unchanged
 from dynquant.families.common.conversion_book import ConversionBook
 from dynquant.families.text.registry import FAMILIES
 from dynquant.formats import decode
+from dynquant.formats.plain_quants import DTYPE_BYTES
 from dynquant.formats.quant_types import QUANT_TYPES, QuantType, quant_type
 from dynquant.kernels.planes import is_packed
 from dynquant.packed.layers import (
@@ -33,6 +39,7 @@ from dynquant.packed.layers import (
     PackedLatentProjection,
     PackedLinear,
 )
+from dynquant.recipes.plan import Plan
 
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -40,7 +47,7 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 @dataclass(frozen=True)
 class Place:
-    """Where the GGUF tensor `name` of `shape` lives: row i of it is row `order[i]` of `key`, plus `shift`."""
+    """Place of the GGUF tensor `name` of `shape`: row i of it is row `order[i]` of `key`, plus `shift`."""
 
     name: str
     key: str
@@ -50,34 +57,34 @@ class Place:
     can_be_packed: bool = True
     """False for what transformers computes with directly, as routers: such tensors are stored as F32."""
     transposed: bool = False
-    """Of a matrix that cannot be packed: `key` has its columns as rows."""
+    """True when `key` stores the transpose; only for matrices that stay float."""
 
-    def stored_type(self, given: QuantType) -> QuantType:
-        """The type under which the packed model keeps a tensor that GGUF stores as `given`."""
-        return given if self.can_be_packed or not is_packed(given) else QUANT_TYPES["F32"]
+    def stored_type(self, gguf_type: QuantType) -> QuantType:
+        """Return the type under which the packed model keeps a tensor that GGUF stores as `gguf_type`."""
+        return gguf_type if self.can_be_packed or not is_packed(gguf_type) else QUANT_TYPES["F32"]
 
-    def stored_as(self, given: QuantType) -> StoredTensor:
-        """The entry of a safetensors file."""
-        stored = self.stored_type(given)
+    def stored_as(self, gguf_type: QuantType) -> StoredTensor:
+        """Return the entry of a safetensors file."""
+        stored = self.stored_type(gguf_type)
         if not is_packed(stored):
             return StoredTensor(self.key, stored.name, self.shape[::-1] if self.transposed else self.shape)
         return StoredTensor(self.key, "U8", (*self.shape[:-1], stored.row_bytes(self.shape[-1])))
 
-    def keeps_bytes(self, given: QuantType) -> bool:
-        """Whether the entry is the bytes of GGUF, in their order."""
-        return self.order is None and not self.shift and self.stored_type(given) is given
+    def keeps_bytes(self, gguf_type: QuantType) -> bool:
+        """Return True when the entry is the bytes of GGUF, in their order."""
+        return self.order is None and not self.shift and self.stored_type(gguf_type) is gguf_type
 
-    def from_gguf(self, given: QuantType, packed: Tensor) -> Tensor:
-        """The entry of `state_dict`: bytes in transformers' order of rows, or floats of the GGUF tensor's own dtype.
+    def from_gguf(self, gguf_type: QuantType, packed: Tensor) -> Tensor:
+        """Return the entry of `state_dict`: bytes in transformers' order of rows, or floats of the GGUF tensor's dtype.
 
         `packed` are GGUF's bytes, uint8 [..., row_bytes].
         """
-        if is_packed(given) and self.can_be_packed:
+        if is_packed(gguf_type) and self.can_be_packed:
             values = packed
-        elif is_packed(given):
-            values = decode(given, packed, self.shape)
+        elif is_packed(gguf_type):
+            values = decode(gguf_type, packed, self.shape)
         else:
-            values = packed.contiguous().view(FLOAT_DTYPES[given.name]).reshape(self.shape)
+            values = packed.contiguous().view(FLOAT_DTYPES[gguf_type.name]).reshape(self.shape)
         if self.shift:
             values = (values.float() - self.shift).to(values.dtype)
         if self.transposed:
@@ -89,8 +96,18 @@ class Place:
         return ordered
 
 
-def places(config: Config, hf_model: nn.Module, *, whole_kv_b: bool = False) -> tuple[dict[str, Place], set[str]]:
-    """Places by GGUF name, and the names of tensors that follow from the configuration and have none.
+@dataclass(frozen=True)
+class VisionLayout:
+    """Places by GGUF name; `copied` are the entries of those that are taken from the checkpoint as they are."""
+
+    places: dict[str, Place]
+    copied: dict[str, StoredTensor]
+    parts: frozenset[str]
+    """GGUF names that are parts of a copied tensor and have no place of their own."""
+
+
+def find_places(config: Config, hf_model: nn.Module, *, whole_kv_b: bool = False) -> tuple[dict[str, Place], set[str]]:
+    """Return places by GGUF name, and the names of tensors that follow from the configuration and have none.
 
     `hf_model` is what transformers makes of the configuration, on any device, before modules are replaced.
 
@@ -99,18 +116,65 @@ def places(config: Config, hf_model: nn.Module, *, whole_kv_b: bool = False) -> 
     """
     book = ConversionBook(config, None, names=list(hf_model.state_dict()), whole_kv_b=whole_kv_b)
     FAMILIES[config.model_type].add_tensors(book)
-    conversions = book.finish()
-    found = {conversion.name: _place(conversion, hf_model) for conversion in conversions if conversion.values is None}
-    return found, {conversion.name for conversion in conversions if conversion.values is not None}
+    stored, computed = [], set()
+    for conversion in book.finish():
+        if conversion.values is None:
+            stored.append(conversion)
+        else:
+            computed.add(conversion.name)
+    return {conversion.name: _place_of(conversion, hf_model) for conversion in stored}, computed
 
 
 def build_meta_model(config: Config) -> nn.Module:
-    """The causal language model of a configuration, without memory for its weights."""
+    """Return the causal language model of a configuration, without memory for its weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     values = {key: value for key, value in config.raw.items() if key != "quantization_config"}
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
+
+
+def build_meta_vision(model: Model) -> Any:
+    """Return transformers' model of the checkpoint's configuration, without memory for its weights."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(model.hf_directory, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config)
+
+
+def lay_out_vision(model: Model, plan: Plan, hf_model: Any) -> VisionLayout:
+    """Return where each tensor of the plan goes.
+
+    Raises:
+        CheckpointError: transformers' model has no parameter for a tensor of the checkpoint.
+    """
+    source = model.source
+    assert isinstance(source, ConvertedSource)
+    types = {entry.name: entry.quant_type for entry in plan.entries}
+    stored_names = [source.checkpoint_names(name)[0] for name in types]
+    key_of = keys_of(stored_names, hf_model.state_dict())
+    places: dict[str, Place] = {}
+    copied: dict[str, StoredTensor] = {}
+    parts, seen = set(), set()
+    for (name, planned), stored_name in zip(types.items(), stored_names, strict=True):
+        if stored_name not in key_of:
+            raise CheckpointError(
+                f"{model.name} holds `{stored_name}`, but this transformers builds {type(hf_model).__name__} without "
+                "such a parameter. Use the version of transformers that the checkpoint was made for."
+            )
+        if stored_name in seen:
+            parts.add(name)
+            continue
+        seen.add(stored_name)
+        if not planned.is_float:
+            places[name] = _packed_place(source, name, stored_name, _packable(hf_model, key_of[stored_name]))
+            continue
+        info = source.checkpoint.info(stored_name)
+        dtype = min(info.dtype, planned.name, key=DTYPE_BYTES.__getitem__)
+        places[name] = Place(name, stored_name, tuple(info.shape), can_be_packed=False)
+        copied[name] = StoredTensor(stored_name, dtype, tuple(info.shape))
+    return VisionLayout(places, copied, frozenset(parts))
 
 
 def pack_modules(model: nn.Module, types: Mapping[str, str], dtype: torch.dtype | None = None) -> None:
@@ -138,10 +202,10 @@ def pack_modules(model: nn.Module, types: Mapping[str, str], dtype: torch.dtype 
             setattr(parent, name, _packed_module(model, parent, module, path, parts, dtype))
 
 
-def _place(conversion: Conversion, hf_model: nn.Module) -> Place:
+def _place_of(conversion: Conversion, hf_model: nn.Module) -> Place:
     key, shape = _key(conversion), conversion.shape
     path = key.rpartition(".")[0]
-    special = key.endswith((*_dotted(EXPERT_PARTS), *_dotted(LATENT_PARTS)))
+    special = key.endswith(tuple(f".{part}" for part in (*EXPERT_PARTS, *LATENT_PARTS)))
     if special or conversion.transform is unchanged:
         packable = special or isinstance(hf_model.get_submodule(path), nn.Linear | nn.Embedding)
         return Place(conversion.name, key, shape, can_be_packed=packable and len(shape) > 1)
@@ -149,8 +213,23 @@ def _place(conversion: Conversion, hf_model: nn.Module) -> Place:
     return Place(conversion.name, key, shape, order, shift, len(shape) > 1)
 
 
+def _packable(hf_model: Any, key: str) -> bool:
+    """Return True for linear layers and the input embedding. PyTorch's attention reads subclasses' weights itself."""
+    path, _, part = key.rpartition(".")
+    module = hf_model.get_submodule(path)
+    return part == "weight" and (type(module) is nn.Linear or module is hf_model.get_input_embeddings())
+
+
+def _packed_place(source: ConvertedSource, name: str, stored_name: str, packable: bool) -> Place:
+    shape = tuple(source.info(name).shape)
+    if source.transform(name) is torch.t:
+        return Place(name, stored_name, shape, transposed=True, can_be_packed=False)
+    order, _ = order_of_rows(source.transform(name), shape)
+    return Place(name, stored_name, shape, order, can_be_packed=packable)
+
+
 def order_of_rows(transform: Transform, shape: tuple[int, ...]) -> tuple[Tensor | None, float]:
-    """`order` and `shift` of a `Place` whose tensor `transform` makes by moving rows and adding a constant."""
+    """Return `order` and `shift` of a `Place` whose tensor `transform` makes by moving rows and adding a constant."""
     if transform is unchanged:
         return None, 0.0
     rows = shape[0]
@@ -173,22 +252,18 @@ def _key(conversion: Conversion) -> str:
     return first
 
 
-def _dotted(names: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(f".{name}" for name in names)
-
-
 def _known_type(key: str, type_name: object) -> QuantType:
-    found = QUANT_TYPES.get(type_name) if isinstance(type_name, str) else None
-    if found is None:
+    known_type = QUANT_TYPES.get(type_name) if isinstance(type_name, str) else None
+    if known_type is None:
         raise CheckpointError(
             f"`quantization_config` gives `{key}` the quant type {type_name!r}, which this dynquant does not know. "
             f"Install the version that wrote the checkpoint, or export it again. Known: {', '.join(QUANT_TYPES)}."
         )
-    return found
+    return known_type
 
 
 def _tied_types(model: nn.Module, types: Mapping[str, str], packed: set[str]) -> dict[str, str]:
-    """Types of weights that transformers will tie to packed ones, as a head to its embedding."""
+    """Return types of weights that transformers will tie to packed ones, as a head to its embedding."""
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     return {target: types[source] for target, source in tied.items() if source in packed and target not in types}
 

@@ -10,6 +10,7 @@ from dynquant.errors import PlanError, StatsError
 from dynquant.storage.strict_json import parse_json
 
 ERRORS_NAME = "errors.json"
+SCHEME_ERRORS_NAME = "serving_errors.json"
 PLAN_NAME = "plan.json"
 SUPER_NAME = "super_weights.json"
 SELECTION_NAME = "selection.json"

@@ -24,7 +24,7 @@ IMPLEMENTATION = "dynquant_recording"
 
 @dataclass(frozen=True)
 class ExpertCall:
-    """What one expert of a layer did with the T tokens that were routed to it; F is its width."""
+    """Inputs and outputs of one expert of a layer for the T tokens that were routed to it; F is its width."""
 
     module: nn.Module
     expert: int

@@ -22,7 +22,7 @@ from dynquant.running.expert_hooks import expert_modules
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a GGUF tensor lives: `rows` of dimension 1 of a stack, or a transform of a whole parameter."""
+    """Place of a GGUF tensor: `rows` of dimension 1 of a stack, or a transform of a whole parameter."""
 
     parameter: nn.Parameter
     rows: slice | None = None
@@ -139,7 +139,7 @@ def _places_of_a_file(model: Model, hf_model: nn.Module) -> dict[str, _Place]:
 
 
 def _adjoint(transform: Transform, like: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """What `transform` must be given to make `values`, and which entries of it that decides."""
+    """Return the input from which `transform` makes `values`, and which entries of it that decides."""
     with torch.enable_grad():
         start = torch.zeros_like(like, requires_grad=True)
         constant = transform(start)

@@ -1,4 +1,4 @@
-"""Where the weights of a running transformers model lie in its checkpoint, so that any of them can be read alone.
+"""Places of a running transformers model's weights in its checkpoint, so that any of them can be read alone.
 
 Most parameters have the name of a checkpoint tensor. Routers and norms of a few families are named otherwise there, and
 experts that transformers fuses are stored one by one; both are found through the GGUF names that they share.

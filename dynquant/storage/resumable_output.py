@@ -211,7 +211,7 @@ class ResumableOutput:
 
     @property
     def _bytes_to_allocate(self) -> int:
-        """What the files will take beyond what their partial forms have on the disk already."""
+        """Return the bytes that the files will take beyond what their partial forms have on the disk already."""
         unallocated = 0
         for partial, size in zip(self._partials, self._sizes, strict=True):
             if partial.exists():

@@ -332,7 +332,7 @@ class _Judge:
 
 
 def _compare(before: EvalReport, after: EvalReport) -> tuple[list["Change"], dict[str, Estimate], list[str]]:
-    """What changed, the share of the KL that is gone on each text, and what the questions say."""
+    """Return what changed, the share of the KL that is gone on each text, and what the questions say."""
     from dynquant.training.run import Change
 
     changes, gaps = [], {}

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 STORED = ("float32", "bfloat16")
 RESIDUAL, ZERO = "residual", "zero"
-"""How the adapter starts: from what quantization took, or as no change at all."""
+"""Starts of an adapter: from what quantization took, or as no change at all."""
 KEPT = "The last checkpoint is kept; steps after it are lost."
 LearningRate = Annotated[float, Flag("Highest learning rate; warmup, then a cosine to zero.", min=0.0)]
 Packed = Annotated[
@@ -85,7 +85,7 @@ class HealTrainOptions(TrainOptions):
 
 @dataclass(frozen=True)
 class HealData:
-    """What is trained on and what is measured. Without `text`, the part of the data that was kept apart is measured."""
+    """Data for training and for measuring. Without `text`, the part of the data that was kept apart is measured."""
 
     data: Annotated[
         str | None, Flag("Text to train on: .txt, .jsonl or a datasets id. Default: the built-in text.")

@@ -1,4 +1,4 @@
-"""What every training of an adapter shares: options, a directory that survives a kill, progress, and the report.
+"""Parts that every training of an adapter shares: options, a directory that survives a kill, progress, and the report.
 
 Checkpoints lie in `.NAME.training` beside the output until the run is done; the output itself appears whole or not at
 all. A restart goes on from the last complete checkpoint, and only under the same options, data and base.
@@ -73,7 +73,7 @@ class TrainingReport(_Record):
 
     @property
     def has_helped(self) -> bool:
-        """Whether the held-out loss fell below that of the adapter as it started."""
+        """True when the held-out loss fell below that of the adapter as it started."""
         losses = [point.held_out for point in self.history if point.held_out is not None]
         return min(losses) < losses[0]
 

@@ -1,4 +1,4 @@
-"""Times of packed products beside their errors: `python -m dynquant.kernels.bench --out FILE.json`.
+"""Times of packed products beside their errors: `python -m dynquant.kernels.bench.gemv --out FILE.json`.
 
 Weights are slices of one pool of random bytes, rotated so that every replay of a CUDA graph reads at least 240 MB that
 the L2 cache cannot hold. Times are medians of graph replays (`us`) and of plain calls (`eager_us`), activations
@@ -11,11 +11,8 @@ The file is rewritten after every row. Kernels are compiled ahead by worker proc
 
 import argparse
 import itertools
-import json
 import multiprocessing
-import statistics
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from functools import partial
@@ -31,6 +28,7 @@ from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.formats.scale_fields import num_scales, with_scales
 from dynquant.kernels import ops
 from dynquant.kernels.bench import naive
+from dynquant.kernels.bench.harness import JsonReport, Row, device_name, eager_time, graph_time, parser
 from dynquant.kernels.planes import pack_planes
 from dynquant.kernels.triton import gemv
 from dynquant.kernels.triton.activations import quantize_activations
@@ -45,7 +43,6 @@ ERROR_LIMIT = {"bf16": 4e-3, "int8": 1.2e-2}
 ROTATED_BYTES = 240_000_000
 POOL_BYTES = 1 << 30
 
-_Row = dict[str, object]
 _Config = GemvConfig | None
 _Job = tuple[str, int, int, str, _Config]
 """type, M, K, act, tiling: what determines a compiled kernel"""
@@ -60,38 +57,8 @@ def _read_kernel(x_ptr, out_ptr, num_words, BLOCK: tl.constexpr, STEPS: tl.const
     tl.store(out_ptr + tl.program_id(0), tl.sum(total, axis=0))
 
 
-def graph_time(calls: list[Callable[[], object]], replays: int = 15) -> tuple[float, list[object]]:
-    """Microseconds a call in replays of one CUDA graph of all `calls` (median), and what the calls returned."""
-    stream = torch.cuda.Stream()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        calls[0]()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            results = [call() for call in calls]
-        times = []
-        for _ in range(replays + 2):
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            stop.record()
-            stop.synchronize()
-            times.append(start.elapsed_time(stop))
-    return statistics.median(times[2:]) * 1000 / len(calls), results
-
-
-def eager_time(calls: list[Callable[[], object]]) -> float:
-    """Microseconds a call, launched from Python one after another."""
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - began) * 1e6 / len(calls)
-
-
-def ceilings() -> _Row:
-    """Measured read bandwidth (GB/s) over 2 GB and bf16 TFLOPS of an 8192^3 product."""
+def ceilings() -> Row:
+    """Return the measured read bandwidth (GB/s) over 2 GB and bf16 TFLOPS of an 8192^3 product."""
     words = torch.ones(1 << 29, dtype=torch.int32, device="cuda")
     best = 0.0
     for block, steps, warps in itertools.product((2048, 4096), (4, 16), (4, 8)):
@@ -103,11 +70,11 @@ def ceilings() -> _Row:
     del words
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     us, _ = graph_time([lambda: a @ a] * 4, replays=5)
-    return {"read_gbps": best, "bf16_tflops": 2 * 8192**3 / us / 1e6, "device": torch.cuda.get_device_name()}
+    return {"read_gbps": best, "bf16_tflops": 2 * 8192**3 / us / 1e6, "device": device_name()}
 
 
 def slices(pool: Tensor, num_bytes: int, m: int) -> list[Tensor]:
-    """Parts of the pool that together exceed what a cache can keep; they only overlap if the pool is too small.
+    """Return parts of the pool that together exceed what a cache can keep; they only overlap if the pool is too small.
 
     Three for many rows of activations, whose products wait for arithmetic: the longer they run, the lower the clock.
     """
@@ -119,7 +86,7 @@ def slices(pool: Tensor, num_bytes: int, m: int) -> list[Tensor]:
 
 
 def finite_blocks(type_name: str, num_rows: int, row_length: int) -> Tensor:
-    """Random blocks whose fp16 scales are ordinary numbers, on the GPU: uint8 [rows, row_bytes]."""
+    """Return random blocks whose fp16 scales are ordinary numbers, on the GPU: uint8 [rows, row_bytes]."""
     layout = QUANT_TYPES[type_name]
     num_blocks = num_rows * row_length // layout.block_size
     blocks = torch.randint(0, 256, (num_blocks, layout.block_bytes), dtype=torch.uint8, device="cuda")
@@ -149,7 +116,7 @@ def error_of(type_name: str, m: int, row_length: int, act: str, config: _Config)
 
 
 def bf16_times(pool: Tensor, shapes: list[tuple[int, int]], rows: list[int]) -> dict[tuple[int, int, int], float]:
-    """Microseconds of torch's own product by bf16 weights, for (M, N, K)."""
+    """Return microseconds of torch's own product by bf16 weights, for (M, N, K)."""
     times = {}
     values = torch.empty(len(pool) // 2, dtype=torch.bfloat16, device="cuda").normal_(0, 0.02)
     for (n, k), m in itertools.product(shapes, rows):
@@ -161,9 +128,9 @@ def bf16_times(pool: Tensor, shapes: list[tuple[int, int]], rows: list[int]) -> 
 
 def measure(
     type_name: str, m: int, n: int, k: int, act: str, config: _Config, pool: Tensor, *, is_quick: bool = False
-) -> _Row:
-    """One row of the report; `is_quick` leaves out eager times and the product alone."""
-    row: _Row = {"type": type_name, "m": m, "n": n, "k": k, "act": act}
+) -> Row:
+    """Return one row of the report; `is_quick` leaves out eager times and the product alone."""
+    row: Row = {"type": type_name, "m": m, "n": n, "k": k, "act": act}
     row["config"] = asdict(config) if config else "dispatch"
     row["error"] = error_of(type_name, m, k, act, config)
     if not row["error"] <= ERROR_LIMIT[act]:
@@ -188,14 +155,14 @@ def measure(
     return row
 
 
-def naive_row(type_name: str, n: int, k: int, pool: Tensor) -> _Row:
-    """The first-attempt kernel, and decoding to bf16 before torch's product, at M = 1."""
+def naive_row(type_name: str, n: int, k: int, pool: Tensor) -> Row:
+    """Return a row of the first-attempt kernel, and decoding to bf16 before torch's product, at M = 1."""
     blocks = finite_blocks(type_name, 1024, k)
     x = torch.randn(1, k, device="cuda", dtype=torch.bfloat16)
     weights = decode(type_name, blocks)
     reference = x.double() @ weights.double().T
     error = ((naive.linear(x, blocks, type_name).double() - reference).norm() / reference.norm()).item()
-    row: _Row = {"type": type_name, "m": 1, "n": n, "k": k, "act": "naive", "error": error}
+    row: Row = {"type": type_name, "m": 1, "n": n, "k": k, "act": "naive", "error": error}
     if not error <= ERROR_LIMIT["bf16"]:
         return row | {"refused": "error"}
     parts = [part.view(n, -1) for part in slices(pool, n * blocks.shape[1], 1)]
@@ -205,7 +172,7 @@ def naive_row(type_name: str, n: int, k: int, pool: Tensor) -> _Row:
 
 
 def tune_space(m: int) -> list[GemvConfig]:
-    """Tilings of `gemv` worth trying for M rows of activations."""
+    """Return tilings of `gemv` worth trying for M rows of activations."""
     sizes = ((2, 1), (4, 1), (8, 1), (2, 2), (4, 2))
     return [GemvConfig(bn, warps, rows=m, pdl=True) for bn, warps in sizes] + [GemvConfig(4, 1, rows=m)]
 
@@ -225,7 +192,7 @@ def _compile(job: _Job) -> None:
 
 
 def precompile(jobs: list[_Job], workers: int) -> None:
-    """Compiles kernels in processes of their own; they are read back from Triton's cache."""
+    """Compile kernels in processes of their own; they are read back from Triton's cache."""
     began, done = time.perf_counter(), 0
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as executor:
@@ -237,28 +204,20 @@ def precompile(jobs: list[_Job], workers: int) -> None:
     print(f"compiled {done} kernels in {time.perf_counter() - began:.0f} s", flush=True)
 
 
-class Report:
-    """Rows so far, printed and saved one by one."""
-
-    def __init__(self, path: Path, head: _Row) -> None:
-        self.path, self.head, self.rows = path, head, []
-
-    def add(self, row: _Row, bf16_us: float | None) -> None:
-        if bf16_us is not None:
-            row["bf16_us"] = bf16_us
-            if "us" in row:
-                row["speedup"] = bf16_us / row["us"]
-        if "gbps" in row:
-            row["fraction"] = row["gbps"] / self.head["read_gbps"]
-        self.rows.append(row)
-        text = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items())
-        print(text, flush=True)
-        self.path.write_text(json.dumps({**self.head, "rows": self.rows}, indent=1))
+def add_row(report: JsonReport, row: Row, bf16_us: float | None) -> None:
+    """Add a row with its speed beside bfloat16 and as a share of the read bandwidth."""
+    if bf16_us is not None:
+        row["bf16_us"] = bf16_us
+        if "us" in row:
+            row["speedup"] = bf16_us / row["us"]
+    if "gbps" in row:
+        row["fraction"] = row["gbps"] / report.head["read_gbps"]
+    report.add(row)
 
 
-def best_configs(rows: list[_Row]) -> list[str]:
-    """The fastest tiling of every (type, M, N, K, act), as lines for `gemv_config`."""
-    best: dict[tuple, _Row] = {}
+def best_configs(rows: list[Row]) -> list[str]:
+    """Return the fastest tiling of every (type, M, N, K, act), as lines for `gemv_config`."""
+    best: dict[tuple, Row] = {}
     for row in rows:
         key = tuple(row[name] for name in ("type", "act", "m", "n", "k"))
         if "us" in row and "config" in row and (key not in best or row["us"] < best[key]["us"]):
@@ -270,42 +229,24 @@ def best_configs(rows: list[_Row]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--types", default=",".join(PRIORITY))
-    parser.add_argument("--m", default="1", help="rows of activations; above 4 only bf16 is timed")
-    parser.add_argument("--acts", default="int8,bf16")
-    parser.add_argument("--shapes", default=",".join(f"{n}x{k}" for n, k in SHAPES))
-    parser.add_argument("--tune", action="store_true", help="sweep tilings instead of using `gemv_config`")
-    parser.add_argument("--pdl", type=int, choices=(0, 1), help="force dependent launch on or off")
-    parser.add_argument("--naive", action="store_true", help="also time the naive kernel and decoding before torch.mm")
-    parser.add_argument("--workers", type=int, default=12)
-    parser.add_argument("--seconds", type=float, default=300.0, help="stop measuring after this time")
-    options = parser.parse_args()
-    began = time.perf_counter()
+    """Parse, compile, measure, write JSON after every row."""
+    options, began = _options(), time.perf_counter()
     types, acts = options.types.split(","), options.acts.split(",")
     rows = [int(m) for m in options.m.split(",")]
     shapes = [tuple(int(side) for side in shape.split("x")) for shape in options.shapes.split(",")]
-
-    jobs = []
-    for name, act, m, (n, k) in itertools.product(types, acts, rows, shapes):
-        if m > gemv.MAX_ROWS:
-            if act == "bf16":
-                jobs.append((name, m, n, k, act, None))
-            continue
-        for config in tune_space(m) if options.tune else [gemv_config(name, m)]:
-            if options.pdl is not None:
-                config = replace(config, pdl=bool(options.pdl))
-            jobs.append((name, m, n, k, act, config))
+    jobs = [
+        (name, m, n, k, act, config)
+        for name, act, m, (n, k) in itertools.product(types, acts, rows, shapes)
+        for config in _configs(options, name, act, m)
+    ]
     precompile([(name, m, k, act, config) for name, m, n, k, act, config in jobs], options.workers)
 
-    head = ceilings()
-    print(head, flush=True)
-    report = Report(options.out, head)
+    report = JsonReport(options.out, ceilings())
     pool = torch.randint(0, 256, (POOL_BYTES,), dtype=torch.uint8, device="cuda")
     dense = bf16_times(pool, shapes, rows)
     for (m, n, k), us in dense.items():
-        report.add({"type": "BF16", "m": m, "n": n, "k": k, "act": "torch", "us": us, "gbps": 2e-3 * n * k / us}, us)
+        row = {"type": "BF16", "m": m, "n": n, "k": k, "act": "torch", "us": us, "gbps": 2e-3 * n * k / us}
+        add_row(report, row, us)
     for name, m, n, k, act, config in jobs:
         if time.perf_counter() - began > options.seconds:
             print("time is up", flush=True)
@@ -314,13 +255,36 @@ def main() -> None:
             row = measure(name, m, n, k, act, config, pool, is_quick=options.tune)
         except (RuntimeError, triton.errors.TritonError) as error:
             row = {"type": name, "m": m, "n": n, "k": k, "act": act, "failed": str(error)}
-        report.add(row, dense[m, n, k])
+        add_row(report, row, dense[m, n, k])
     if options.naive:
         for name, (n, k) in itertools.product(naive.TYPES, shapes[:1]):
-            report.add(naive_row(name, n, k, pool), dense.get((1, n, k)))
+            add_row(report, naive_row(name, n, k, pool), dense.get((1, n, k)))
     if options.tune:
         print("\n".join(best_configs(report.rows)))
     print(f"{time.perf_counter() - began:.0f} s")
+
+
+def _options() -> argparse.Namespace:
+    flags = parser(__doc__)
+    flags.add_argument("--out", type=Path, required=True)
+    flags.add_argument("--types", default=",".join(PRIORITY))
+    flags.add_argument("--m", default="1", help="rows of activations; above 4 only bf16 is timed")
+    flags.add_argument("--acts", default="int8,bf16")
+    flags.add_argument("--shapes", default=",".join(f"{n}x{k}" for n, k in SHAPES))
+    flags.add_argument("--tune", action="store_true", help="sweep tilings instead of using `gemv_config`")
+    flags.add_argument("--pdl", type=int, choices=(0, 1), help="force dependent launch on or off")
+    flags.add_argument("--naive", action="store_true", help="also time the naive kernel and decoding before torch.mm")
+    flags.add_argument("--workers", type=int, default=12)
+    flags.add_argument("--seconds", type=float, default=300.0, help="stop measuring after this time")
+    return flags.parse_args()
+
+
+def _configs(options: argparse.Namespace, type_name: str, act: str, m: int) -> list[_Config]:
+    """Return the tilings to time; None stands for the kernel that `dispatch` chooses."""
+    if m > gemv.MAX_ROWS:
+        return [None] if act == "bf16" else []
+    configs = tune_space(m) if options.tune else [gemv_config(type_name, m)]
+    return configs if options.pdl is None else [replace(config, pdl=bool(options.pdl)) for config in configs]
 
 
 if __name__ == "__main__":

@@ -1,13 +1,11 @@
 """The same products with what one would install instead: bitsandbytes NF4 and gemlite, beside torch in bf16.
 
-    python -m dynquant.kernels.bench_peers --out FILE.json
+    python -m dynquant.kernels.bench.peers --out FILE.json
 
 Weights rotate over 256 MiB so that no cache holds them; a CUDA graph is replayed, the median of its times is reported.
 A peer that is not installed or fails is listed with its reason. llama.cpp is measured by `bench_llama.cpp`.
 """
 
-import argparse
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dynquant.kernels.bench.gemv import graph_time
+from dynquant.kernels.bench.harness import JsonReport, device_name, graph_time, parser
 
 ROTATED_BYTES = 256 << 20
 SHAPES = ((14336, 4096), (8192, 8192), (28672, 8192))
@@ -24,11 +22,11 @@ Product = Callable[[Tensor], Tensor]
 
 def main() -> None:
     """Parse, measure, write JSON after every line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--m", default="1,16,4096")
-    options = parser.parse_args()
-    rows: list[dict] = []
+    flags = parser(__doc__)
+    flags.add_argument("--out", type=Path, required=True)
+    flags.add_argument("--m", default="1,16,4096")
+    options = flags.parse_args()
+    report = JsonReport(options.out, {"device": device_name()})
     for shape in SHAPES:
         for name, make in PEERS.items():
             for m in (int(number) for number in options.m.split(",")):
@@ -37,9 +35,7 @@ def main() -> None:
                     row |= _measured(make, shape, m)
                 except Exception as error:  # a peer's failure is a result, not ours to fix
                     row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
-                rows.append(row)
-                print(json.dumps(row), flush=True)
-                options.out.write_text(json.dumps(rows, indent=1) + "\n")
+                report.add(row)
 
 
 def _measured(make: Callable[[int, int], tuple[Product, int]], shape: tuple[int, int], m: int) -> dict:

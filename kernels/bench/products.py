@@ -1,12 +1,11 @@
 """Times what decides the constants of `dispatch`, `two_pass`, `tiles` and `grouped`, on the GPU at hand.
 
-    python -m dynquant.kernels.bench_products dequantize|linear|experts|tiles [--types Q4_K,IQ2_XXS]
+    python -m dynquant.kernels.bench.products dequantize|linear|experts|tiles [--types Q4_K,IQ2_XXS]
 
 Every line is one JSON object. Times are microseconds of CUDA-graph replays, without launch overhead; weights are as
 large as those of real models, but a single matrix may stay in the L2 cache between replays.
 """
 
-import argparse
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ import triton
 from torch import Tensor
 
 from dynquant.formats.quant_types import QUANT_TYPES
+from dynquant.kernels.bench.harness import device_name, parser
 from dynquant.kernels.planes import PLANES
 from dynquant.kernels.triton import fused, grouped, two_pass
 from dynquant.kernels.triton.dequantize import dequantize
@@ -28,27 +28,27 @@ _EXPERTS, _SLOTS, _EXPERT_ROWS, _EXPERT_LENGTH = 128, 8, 1536, 2048
 
 
 def packed(name: str, *shape: int) -> Tensor:
-    """Zero scales would make decoding no cheaper: what the bytes say does not change how long it takes."""
+    """Return random blocks; what the bytes say does not change how long decoding takes."""
     row_bytes = QUANT_TYPES[name].row_bytes(shape[-1])
     return torch.randint(0, 256, (*shape[:-1], row_bytes), dtype=torch.uint8, device="cuda") & 0x3F
 
 
 def microseconds(call: Callable[..., object], *arguments: object) -> float:
-    """Median time of one call."""
+    """Return the median time of one call."""
     call(*arguments)
     time = triton.testing.do_bench_cudagraph(lambda: call(*arguments), rep=30, return_mode="median")
     return round(1000 * time, 2)
 
 
 def bench_dequantize(name: str) -> Iterator[dict[str, object]]:
-    """Whole matrices to bfloat16; `gb_s` counts the bytes read and written."""
+    """Yield times of whole matrices to bfloat16; `gb_s` counts the bytes read and written."""
     weight, out = packed(name, 14336, 8192), torch.empty(14336, 8192, dtype=torch.bfloat16, device="cuda")
     time = microseconds(dequantize, weight, name, out)
     yield {"type": name, "us": time, "gb_s": round((weight.numel() + 2 * out.numel()) / time / 1000)}
 
 
 def bench_linear(name: str) -> Iterator[dict[str, object]]:
-    """`fused` and `two_pass` with slices of several sizes, forward and backward, beside bfloat16."""
+    """Yield times of `fused` and `two_pass` with slices of several sizes, forward and backward, beside bfloat16."""
     for (rows, length), m in itertools.product(_MATRICES, _ROWS):
         weight = packed(name, rows, length)
         dense = torch.randn(rows, length, dtype=torch.bfloat16, device="cuda")
@@ -67,7 +67,7 @@ def bench_linear(name: str) -> Iterator[dict[str, object]]:
 
 
 def bench_experts(name: str) -> Iterator[dict[str, object]]:
-    """Pairs one by one against tiles, forward and backward, with bfloat16 products of sorted tokens beside them."""
+    """Yield times of pairs one by one against tiles, both ways, beside bfloat16 products of sorted tokens."""
     weight = packed(name, _EXPERTS, _EXPERT_ROWS, _EXPERT_LENGTH)
     dense = torch.randn(_EXPERTS, _EXPERT_LENGTH, _EXPERT_ROWS, dtype=torch.bfloat16, device="cuda")
     for tokens in (1, 2, 4, 8, 16, 64, 256, 1024, 4096):
@@ -90,7 +90,7 @@ def bench_experts(name: str) -> Iterator[dict[str, object]]:
 
 
 def bench_tiles(name: str) -> Iterator[dict[str, object]]:
-    """Constants of the tile kernels for a full prefill and for few rows."""
+    """Yield times by constants of the tile kernels for a full prefill and for few rows."""
     weight = packed(name, _EXPERTS, _EXPERT_ROWS, _EXPERT_LENGTH)
     for tokens, rows_per_tile in ((4096, (64, 128, 256)), (1024, (32, 64)), (128, (16,))):
         x = torch.randn(tokens, _EXPERT_LENGTH, device="cuda").bfloat16()
@@ -109,17 +109,17 @@ def bench_tiles(name: str) -> Iterator[dict[str, object]]:
 
 
 def main() -> None:
-    """Reads the arguments and prints the lines."""
+    """Read the arguments and print the lines."""
     benches = {
         "dequantize": bench_dequantize, "linear": bench_linear, "experts": bench_experts, "tiles": bench_tiles,
     }  # fmt: skip
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=benches)
-    parser.add_argument("--types", default=",".join(PLANES))
-    arguments = parser.parse_args()
-    print(json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__}), flush=True)
-    for name in arguments.types.split(","):
-        for line in benches[arguments.what](name):
+    flags = parser(__doc__)
+    flags.add_argument("what", choices=benches)
+    flags.add_argument("--types", default=",".join(PLANES))
+    options = flags.parse_args()
+    print(json.dumps({"device": device_name(), "torch": torch.__version__}), flush=True)
+    for name in options.types.split(","):
+        for line in benches[options.what](name):
             print(json.dumps(line), flush=True)
 
 

@@ -8,10 +8,10 @@ from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import EvaluationError
 from dynquant.evaluation.runners import describe_model, open_runner
-from dynquant.exporters.gguf import export_gguf
 from dynquant.families.open import open_model
 from dynquant.recipes.build_plan import plan_from_types
 from tests.helpers.evaluating import evaluated
+from tests.helpers.exports import export_gguf
 from tests.helpers.tiny_models import mean_kl, save_tiny, write_f32
 
 

@@ -19,8 +19,8 @@ from dynquant.cli.app import app
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import AdapterError, ExportError
 from dynquant.exporters.adapter_gguf import export_adapter
-from dynquant.exporters.gguf import export_gguf
 from dynquant.families.open import open_hf
+from tests.helpers.exports import export_gguf
 from tests.helpers.packed_models import plan_of
 from tests.helpers.representatives import represented_by
 from tests.helpers.tiny_models import mean_kl, save_tiny, write_f32
@@ -28,7 +28,7 @@ from tests.helpers.tiny_models import mean_kl, save_tiny, write_f32
 peft = pytest.importorskip("peft", reason="peft is not installed")
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 from dynquant.lora import add_adapter  # noqa: E402
-from dynquant.lora.llama_cpp import takes_adapter  # noqa: E402
+from dynquant.lora.places import takes_adapter  # noqa: E402
 
 TOKENS = torch.randint(1, 8000, (48,), generator=torch.Generator().manual_seed(5)).tolist()
 QUICK = ("llama", "qwen2-moe", "deepseek-v3")

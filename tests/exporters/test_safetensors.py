@@ -14,12 +14,13 @@ from dynquant.checkpoints.safetensors_format import read_header
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import ExportError, PlanError
 from dynquant.exporters import safetensors as exporter
-from dynquant.exporters.model_card import model_card
-from dynquant.exporters.safetensors import export_safetensors, hf_config_of
+from dynquant.exporters.model_card import packed_card
+from dynquant.exporters.safetensors import hf_config_of
 from dynquant.families.open import open_model
 from dynquant.families.text.llama import interleave_halves
-from dynquant.packed.places import build_meta_model, places
+from dynquant.packed.places import build_meta_model, find_places
 from dynquant.recipes.build_plan import plan_from_types
+from tests.helpers.exports import export_safetensors
 from tests.helpers.tiny_models import save_tiny
 
 GGML = load_encoder("ggml")
@@ -41,7 +42,7 @@ def tiny(small_moe, tmp_path_factory):
 def test_every_tensor_has_the_bytes_of_the_gguf_export(packed_moe):
     gguf, stored = GGUFSource(packed_moe.gguf), load_file(packed_moe.directory / "model.safetensors")
     config = hf_config_of(packed_moe.model)
-    found, computed = places(config, build_meta_model(config))
+    found, computed = find_places(config, build_meta_model(config))
     assert not computed and found.keys() == set(gguf.names())
     assert {place.key for place in found.values()} == stored.keys()
     for name, place in found.items():
@@ -88,7 +89,7 @@ def test_the_card_tells_plan_and_damage(packed_moe):
     card = (packed_moe.directory / "README.md").read_text()
     assert "| expert_up | IQ4_NL | 5 |" in card and "Not measured on this file" in card
     measured = packed_moe.plan.model_copy(update={"selected_kl": 0.1234, "predicted_kl": 0.2, "predicted_kl_se": 0.01})
-    card = model_card(measured, encoder="ggml", stored_bytes=1000)
+    card = packed_card(measured, encoder="ggml", stored_bytes=1000)
     assert "measured: 0.1234" in card and "0.2000 ± 0.0100" in card and "Not measured" not in card
 
 

@@ -44,7 +44,7 @@ def model_pieces(path: Path) -> list[Piece]:
 
 
 def model_prefixes_space(path: Path) -> bool:
-    """Whether a tokenizer.model puts a space before the text."""
+    """Return whether a tokenizer.model puts a space before the text."""
     return "".join(_processor(path).EncodeAsPieces("a")).startswith(SPACE)
 
 

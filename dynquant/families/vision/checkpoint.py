@@ -35,7 +35,7 @@ _LANGUAGE_ARCH = {
 
 
 def is_vision_checkpoint(directory: Path) -> bool:
-    """Whether config.json describes a model with a vision tower."""
+    """Return whether config.json describes a model with a vision tower."""
     path = directory / "config.json"
     return path.is_file() and isinstance(read_json(path).get("vision_config"), dict)
 

@@ -107,7 +107,7 @@ def _token_id(directory: Path, text: str, vocab_size: int) -> int:
 
 
 def _mean_and_std(directory: Path) -> tuple[list[float], list[float]]:
-    """What the image processor subtracts and divides by."""
+    """Return what the image processor subtracts and divides by."""
     for name in ("preprocessor_config.json", "processor_config.json"):
         if not (directory / name).is_file():
             continue

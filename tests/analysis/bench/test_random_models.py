@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dynquant.analysis.bench.random_checkpoint import SHAPES, write_random_checkpoint
+from dynquant.analysis.bench.random_models import SHAPES, write_random_checkpoint
 from dynquant.errors import ExportError
 from dynquant.families.open import open_model
 from dynquant.running.load import load_hf

@@ -7,15 +7,13 @@ from dataclasses import replace
 import pytest
 
 from dynquant.analysis.costs.machine import Machine
-from dynquant.analysis.costs.model import Workload, predict
-from dynquant.analysis.costs.streamed_cost import StreamedPass, streamed_cost
+from dynquant.analysis.costs.model import CostOptions, predict, streamed_cost
 from dynquant.errors import PlanError, StatsError
 from dynquant.families.open import open_model
 from dynquant.recipes.build_plan import plan_from_types
 from dynquant.recipes.presets import preset_types
 from dynquant.running.layer_stream import LayerStream
-from dynquant.running.stream_memory import Workload as LimitWorkload
-from dynquant.running.stream_memory import fit_within
+from dynquant.running.stream_memory import Workload, fit_within
 from tests.helpers.commands import run
 from tests.recipes.test_presets import DEEPSEEK_R1
 
@@ -25,7 +23,7 @@ MACHINE = Machine(
     encode={"ggml": {"Q4_K": 1e7, "IQ1_S": 5e6}, "dynquant": {"Q4_K": 3e5, "IQ1_S": 2e5}},
     errors={"Q4_K": 1e7, "IQ1_S": 5e6}, table_seconds={"IQ1_S": 10.0, "IQ2_XXS": 5.0},
 )  # fmt: skip
-WORK = Workload(types=("IQ1_S", "Q4_K"))
+WORK = CostOptions(types=("IQ1_S", "Q4_K"))
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +66,12 @@ def test_a_streamed_model_takes_less_memory_and_reads_again_what_has_no_room(cos
 def test_streamed_memory_is_counted_as_the_limit_is(small_moe, monkeypatch, is_backward):
     model = open_model(small_moe)
     plan = plan_from_types(model, preset_types("bf16", model), recipe="bf16")
-    passed = StreamedPass(512, model.hyper.n_expert_used, is_backward)
+    batch = Workload(512, is_backward)
     monkeypatch.setattr("dynquant.running.stream_memory.resident_memory", lambda: 10**8)
     with pytest.raises(StatsError, match="the largest stage") as refused:
-        fit_within(LayerStream(model), 1, LimitWorkload(512, is_backward))
+        fit_within(LayerStream(model), 1, batch)
     counted = int(re.search(r"model takes ([\d,]+)", str(refused.value)).group(1).replace(",", ""))
-    assert streamed_cost(plan, 10**8, passed, 1).memory_bytes == pytest.approx(counted, rel=0.01)
+    assert streamed_cost(model, plan, 10**8, batch, 1).memory_bytes == pytest.approx(counted, rel=0.01)
 
 
 def test_a_slower_encoder_and_a_slower_disk_take_longer(costs):

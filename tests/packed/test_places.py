@@ -15,7 +15,6 @@ from dynquant.encoding.stream import Guidance, load_encoder
 from dynquant.errors import AdapterError, CheckpointError, ExportError
 from dynquant.evaluation.rendered_model import RenderedModel
 from dynquant.exporters.options import ExportOptions
-from dynquant.exporters.safetensors import export_safetensors
 from dynquant.exporters.stage import export
 from dynquant.families.open import open_model
 from dynquant.inputs.processor import load_processor
@@ -23,6 +22,7 @@ from dynquant.recipes.plan import Plan
 from dynquant.running.load import load_hf
 from tests.helpers.commands import run
 from tests.helpers.evaluating import evaluated
+from tests.helpers.exports import export_safetensors
 from tests.helpers.packed_models import plan_of
 from tests.helpers.tiny_vision import FAMILIES, encoded_pictures, save_vision_model, write_pictures
 

@@ -1,0 +1,93 @@
+"""Timing, tables and JSON of the benchmarks here and in `analysis.bench`. Importing it needs no GPU."""
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+Row = dict[str, object]
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """Return a parser whose help is the module's text."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def device_name(device: str = "cuda") -> str:
+    """Return the name of a GPU; "CPU" without one."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU"
+
+
+def measured(run: Callable[[], object], device: str = "cuda") -> tuple[float, int]:
+    """Return seconds of a run, and the most GPU memory in bytes that was held in it."""
+    is_cuda = device.startswith("cuda")
+    if is_cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    run()
+    if is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, torch.cuda.max_memory_allocated() if is_cuda else 0
+
+
+def eager_time(calls: list[Callable[[], object]]) -> float:
+    """Return microseconds a call, launched from Python one after another."""
+    seconds, _ = measured(lambda: [call() and None for call in calls])
+    return seconds * 1e6 / len(calls)
+
+
+def graph_time(calls: list[Callable[[], object]], replays: int = 15) -> tuple[float, list[object]]:
+    """Return microseconds a call in replays of one CUDA graph of all `calls` (median), and what the calls returned."""
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        calls[0]()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            results = [call() for call in calls]
+        times = []
+        for _ in range(replays + 2):
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            stop.record()
+            stop.synchronize()
+            times.append(start.elapsed_time(stop))
+    return statistics.median(times[2:]) * 1000 / len(calls), results
+
+
+def release_memory() -> None:
+    """Give the memory of models that are gone back to the GPU."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+class MarkdownTable:
+    """A table on the standard output, written row by row."""
+
+    def __init__(self, *columns: str) -> None:
+        print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|", flush=True)
+
+    def add(self, *cells: object) -> None:
+        """Print one row."""
+        print(f"| {' | '.join(str(cell) for cell in cells)} |", flush=True)
+
+
+class JsonReport:
+    """Rows beside a head, printed one by one; the file is whole after each."""
+
+    def __init__(self, path: Path, head: Row) -> None:
+        self.path, self.head, self.rows = path, head, []
+        print(json.dumps(head), flush=True)
+
+    def add(self, row: Row) -> None:
+        """Print a row and write the file with it."""
+        self.rows.append(row)
+        print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
+        self.path.write_text(json.dumps({**self.head, "rows": self.rows}, indent=1) + "\n")
