@@ -206,8 +206,8 @@ def build_error_table(
     for name, sums in measured_tensors(parts, meter.sums, journal=journal, elsewhere=elsewhere, progress=progress):
         info, candidates = tensors[name]
         rows[name] = [
-            measured_row(info, candidate, wanted, sums.joined(candidate.name), stats)
-            for candidate, wanted in candidates.items()
+            measured_row(info, candidate, asked_as, sums.joined(candidate.name), stats)
+            for candidate, asked_as in candidates.items()
         ]
     in_order = [row for name in tensors for row in rows[name]]
     return table_of(model, in_order, type_names, stats_hash=stats_hash, encoder=meter.encoder.name)
@@ -219,9 +219,9 @@ def unmeasured_table(model: Model, stats: CalibrationStats | None, type_names: S
     Without statistics, all inputs are taken to have some.
     """
     rows = [
-        unmeasured_row(info, candidate, wanted)
+        unmeasured_row(info, candidate, asked_as)
         for info in _quantizable(model)
-        for candidate, wanted in _candidates(info, type_names, stats).items()
+        for candidate, asked_as in _candidates(info, type_names, stats).items()
     ]
     return table_of(model, rows, type_names)
 

@@ -48,7 +48,7 @@ def load_super_weights(path: Path) -> list[SuperWeight]:
     if not path.is_file():
         return []
     try:
-        return [SuperWeight(**one) for one in parse_json(path.read_bytes())]
+        return [SuperWeight(**entry) for entry in parse_json(path.read_bytes())]
     except (OSError, ValueError, TypeError) as error:
         raise PlanError(f"{path} does not hold super weights ({error}). Delete it and plan again.") from error
 
