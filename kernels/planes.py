@@ -1,4 +1,4 @@
-"""How the blocks of each quant type are laid out for kernels: the same bytes, one plane per field.
+"""Layout of the blocks of each quant type for kernels: the same bytes, one plane per field.
 
 A ggml block interleaves scales, codes and high bits, so that fields of neighbouring blocks lie at odd strides and, in
 blocks of 50, 66 or 210 bytes, at odd addresses. In a planar tensor all bytes of one field lie together, block after

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 STORED = ("float32", "bfloat16")
 RESIDUAL, ZERO = "residual", "zero"
-"""How the adapter starts: from what quantization took, or as no change at all."""
+"""Starts of an adapter: from what quantization took, or as no change at all."""
 _BLEND = {RESIDUAL: 0.5, ZERO: 1.0}
 """Default shares: the start at the residual knows what training forgets."""
 LARGE = 1_000_000_000
@@ -90,7 +90,7 @@ class HealTrainOptions(TrainOptions):
 
 @dataclass(frozen=True)
 class HealData:
-    """What is trained on and what is measured. Without `text`, the part of the data that was kept apart is measured."""
+    """Text to train on and text to measure on. Without `text`, the part of the data that was kept apart is measured."""
 
     data: Annotated[
         str | None, Flag("Text to train on: .txt, .jsonl or a datasets id. Default: the built-in text.")

@@ -15,7 +15,7 @@ from dynquant.kernels.triton.unpack import table
 
 
 def supports(type_name: str, x: Tensor) -> bool:
-    """Whether tensor cores take these activations; float32 has none that are exact enough."""
+    """Return whether tensor cores take these activations; float32 has none that are exact enough."""
     return x.dtype in (torch.bfloat16, torch.float16)
 
 

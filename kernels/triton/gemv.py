@@ -154,12 +154,12 @@ def add_splits_kernel(
 
 
 def supports(type_name: str, x: Tensor) -> bool:
-    """Whether `linear` takes these activations for weights of this type."""
+    """Return whether `linear` takes these activations for weights of this type."""
     return takes(type_name, x) and 1 <= x.shape[0] <= MAX_ROWS
 
 
 def takes(type_name: str, x: Tensor) -> bool:
-    """Whether the kernel takes these activations, however many rows they have."""
+    """Return whether the kernel takes these activations, however many rows they have."""
     return (
         type_name in _FAMILY and x.dim() == 2 and x.shape[1] % 256 == 0 and x.dtype in (torch.bfloat16, torch.float16)
     )
@@ -259,7 +259,7 @@ def add_splits(parts: Tensor, y: Tensor, pdl: bool) -> None:
 
 
 def has_codebook(type_name: str) -> bool:
-    """Whether the kernel looks weights up in a table that `codebook` makes."""
+    """Return whether the kernel looks weights up in a table that `codebook` makes."""
     return _FAMILY[type_name][0] in ("ternary", "signed")
 
 

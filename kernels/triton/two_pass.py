@@ -48,7 +48,7 @@ def input_grad(dy: Tensor, weight: Tensor, type_name: str) -> Tensor:
 
 
 def _step(extent: int, other: int, activations: Tensor, multiple: int) -> int:
-    """How much of `extent` one slice spans: as near to equal slices as multiples allow."""
+    """Return how much of `extent` one slice spans: as near to equal slices as multiples allow."""
     slice_bytes = _SLICE_BYTES if len(activations) <= _LONG else _LONG_SLICE_BYTES
     limit = max(1, slice_bytes // max(1, other * activations.element_size()))
     slices = -(-extent // max(multiple, limit // multiple * multiple))
