@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 @dataclass(frozen=True)
 class Flag:
-    """How a field of an options dataclass appears on the command line."""
+    """Appearance of a field of an options dataclass on the command line."""
 
     help: str
     names: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""What a run uses: the device, CPU cores and sizes that were asked for, and what the process has used so far.
+"""Resources of a run: the device, CPU cores and sizes that were asked for, and what the process has used so far.
 
 Bytes read and written are those of the process's own reads and writes as Linux counts them, cached or not, plus tensors
 taken from memory-mapped files, which the kernel does not count: whoever maps a file calls `count_mapped`.
@@ -78,7 +78,7 @@ class Traffic(NamedTuple):
     written: int | None
 
     def since(self, start: "Traffic") -> "Traffic":
-        """What was added after `start`."""
+        """Return the bytes that were added after `start`."""
         return Traffic(*(None if a is None or b is None else a - b for a, b in zip(self, start, strict=True)))
 
     def plus(self, other: "Traffic") -> "Traffic":

@@ -1,4 +1,4 @@
-"""How a step runs, apart from what it makes: device, threads, seed, and who hears of its progress."""
+"""The way a step runs, apart from what it makes: device, threads, seed, and who hears of its progress."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -48,7 +48,7 @@ def ignore_stages(kept: str) -> Iterator[Progress]:
 
 @dataclass(frozen=True)
 class Session:
-    """What every door is given beside its options. The default one is silent and takes the machine as it is."""
+    """Argument of every door beside its options. The default one is silent and takes the machine as it is."""
 
     device: Annotated[str | None, Flag("cpu or cuda. Default: cuda where there is one.")] = None
     """PyTorch's name of a device."""
@@ -61,4 +61,4 @@ class Session:
 
 
 SILENT = Session()
-"""What tests and callers in Python run under when they ask for nothing else."""
+"""Session of tests and callers in Python that ask for nothing else."""

@@ -41,8 +41,8 @@ _CLEARLY = 1.64
 
 @dataclass(frozen=True)
 class TuneOptions:
-    """How to train. Rates are shares of the relative error that the quantization made, for runs of 16 steps or fewer;
-    they fall with the square root of the number of steps."""
+    """Settings of training. Rates are shares of the relative error that the quantization made, for runs of 16 steps or
+    fewer; they fall with the square root of the number of steps."""
 
     tokens: int = 16384
     step_tokens: int = 1024

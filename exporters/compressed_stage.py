@@ -3,15 +3,13 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from dynquant.calibration.second_moments import path_beside
 from dynquant.calibration.stage import StatsFile, run_calibration
 from dynquant.checkpoints.model import Model
-from dynquant.encoding.stream import Guidance, guidance_of
+from dynquant.encoding.stream import guidance_of
 from dynquant.errors import ExportError, PlanError
 from dynquant.exporters.compressed_config import transformers_problem
-from dynquant.exporters.compressed_tensors import export_compressed_tensors
+from dynquant.exporters.compressed_tensors import Rounding, export_compressed_tensors
 from dynquant.exporters.options import ExportOptions
 from dynquant.families.linear_layers import linear_checkpoint
 from dynquant.families.open import open_language_model
@@ -20,7 +18,7 @@ from dynquant.formats.vllm_schemes import SCHEMES
 from dynquant.recipes.build_plan import plan_for_vllm, uniform_schemes
 from dynquant.recipes.folder import STATS_NAME, stats_of_plan
 from dynquant.recipes.plan import Plan
-from dynquant.resources import chosen_device, parse_size
+from dynquant.resources import parse_size
 from dynquant.session import Session
 
 
@@ -51,7 +49,6 @@ def export_for_vllm(options: ExportOptions, session: Session) -> Exported:
     loaded = Plan.load(options.plan, "vllm") if options.plan is not None else None
     model = open_language_model(options.model, session)
     checkpoint = linear_checkpoint(model)
-    device = torch.device(chosen_device(session.device))
     if loaded is not None and options.plan is not None:
         plan, stats = loaded, stats_of_plan(loaded.stats_hash, options.stats or options.plan.parent / STATS_NAME)
     else:
@@ -59,14 +56,16 @@ def export_for_vllm(options: ExportOptions, session: Session) -> Exported:
         stats = _calibrated(model, types, options, session)
         recipe = f"preset {options.preset}"
         plan = plan_for_vllm(model, checkpoint, types, recipe=recipe, stats_hash=stats and stats.hash)
-    guidance, rounding, moments = _guidance(stats, session)
-    with session.stage("Finished tensors are kept.") as progress:
-        files = export_compressed_tensors(
-            model, plan, checkpoint, output,
-            guidance=guidance, rounding=rounding, identity={"hessians": moments}, device=device,
-            shard_max_bytes=parse_size(options.split_max_size) if options.split_max_size else None,
-            resume=options.resume, progress=progress,
-        )  # fmt: skip
+    files = export_compressed_tensors(
+        model,
+        plan,
+        checkpoint,
+        output,
+        rounding=_rounding(stats, session),
+        shard_max_bytes=parse_size(options.split_max_size) if options.split_max_size else None,
+        resume=options.resume,
+        session=session,
+    )
     problem = transformers_problem(plan)
     if problem is not None:
         session.note(f"vLLM loads this checkpoint, transformers does not: {problem}")
@@ -89,16 +88,16 @@ def calibrate_beside(path: Path, model: Model, options: ExportOptions, session: 
     run_calibration(model, calibration, path, session)
 
 
-def _guidance(stats: StatsFile | None, session: Session) -> tuple[Guidance, str, str]:
-    """What the encoder is told, the same in words, and the identity of the second moments."""
+def _rounding(stats: StatsFile | None, session: Session) -> Rounding:
+    """Return what the encoder is told of the inputs."""
     if stats is None:
-        return Guidance(), "rounded by their own squared error", "none"
+        return Rounding()
     moments = stats.moments
     tokens = f"of {stats.stats.provenance.num_tokens:,} calibration tokens"
     if moments is None:
         session.note(
             f"there is no {path_beside(stats.path)}: encoding without error feedback (calibrate with --hessians)"
         )
-        return guidance_of(stats.stats, None), f"scales fitted under the mean squares {tokens}", "none"
+        return Rounding(guidance_of(stats.stats, None), f"scales fitted under the mean squares {tokens}")
     words = f"scales and error feedback under the second moments {tokens}"
-    return guidance_of(stats.stats, moments), words, moments.identity
+    return Rounding(guidance_of(stats.stats, moments), words, moments.identity)

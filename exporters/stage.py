@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,10 +13,9 @@ from dynquant import __version__
 from dynquant.calibration.second_moments import SecondMoments, path_beside
 from dynquant.calibration.stage import StatsFile
 from dynquant.calibration.statistics import CalibrationStats
-from dynquant.checkpoints.checkpoint_directory import SHARD_BYTES
 from dynquant.checkpoints.gguf_layout import recorded_encoder
 from dynquant.checkpoints.gguf_source import GGUFSource
-from dynquant.checkpoints.model import Model, ModelPart
+from dynquant.checkpoints.model import Model
 from dynquant.encoding.interface import Encoder, ProtectedWeight
 from dynquant.encoding.parts import PartLimits
 from dynquant.encoding.remote import EncoderChoice, RemoteEncoding, StoredFiles
@@ -25,10 +24,9 @@ from dynquant.errors import ExportError, PlanError
 from dynquant.exporters.closing_pass import TuneOptions, too_large_to_tune
 from dynquant.exporters.closing_pass import tune as train
 from dynquant.exporters.compressed_stage import Exported, calibrate_beside, export_for_vllm
-from dynquant.exporters.gguf import export_gguf
-from dynquant.exporters.gguf_patch import write_patched
-from dynquant.exporters.mmproj import check_parts, with_mmproj_type, write_parts
+from dynquant.exporters.gguf import check_parts, export_gguf, with_mmproj_type, write_patched
 from dynquant.exporters.options import ExportOptions, TuneFileOptions
+from dynquant.exporters.output import Encoding
 from dynquant.exporters.safetensors import export_safetensors
 from dynquant.families.common.conversion import ConvertedSource
 from dynquant.families.open import open_and_announce, open_language_model
@@ -60,8 +58,7 @@ def export(options: ExportOptions, session: Session = SILENT) -> Exported:
         return export_for_vllm(options, session)
     with open_ray(options.ray) if options.ray else nullcontext() as pool:
         model = open_and_announce(options.model, session, base_gguf=options.base_gguf)
-        has_parts = model.has_vision and options.format == "gguf"
-        if has_parts:
+        if model.has_vision and options.format == "gguf":
             check_parts(model, session)
             if options.ray:
                 raise ExportError("--ray does not encode vision-language models as GGUF yet; leave it out.")
@@ -84,12 +81,7 @@ def export(options: ExportOptions, session: Session = SILENT) -> Exported:
             cluster=cluster,
         )
         tuning = _closing_pass(writer)
-        if has_parts:
-            files = write_parts(model, plan, writer.stats, moments, options.output, writer.write_part)
-        elif tuning is None:
-            files = writer.write(options.output)
-        else:
-            files = _write_tuned(writer, tuning)
+        files = writer.write(options.output) if tuning is None else _write_tuned(writer, tuning)
     return Exported(files, plan.num_weights)
 
 
@@ -129,7 +121,7 @@ def _plan_and_statistics(
 
 @dataclass(frozen=True)
 class _Cluster:
-    """Where parts are encoded with --ray; `asked` is --device, of the workers."""
+    """Cluster on which parts are encoded with --ray; `asked` is --device, of the workers."""
 
     pool: RayPool
     asked: str | None
@@ -155,41 +147,34 @@ class _Writer:
     moments: SecondMoments | None
     protected: Mapping[str, tuple[ProtectedWeight, ...]]
     cluster: _Cluster | None
-    is_split: bool = True
 
     def write(self, output: Path, *, stored: GGUFSource | None = None) -> list[Path]:
         """Write in the format that was asked for; with `stored`, from the bytes of a GGUF file of the same plan."""
         if self.options.format == "gguf":
             return self.write_gguf(output)
-        with self.session.stage("Finished tensors are kept.") as progress:
-            return export_safetensors(
-                self.model, self.plan, self.stats, output,
-                encoder=self.encoder, moments=self.moments, protected=self.protected, threads=self.session.threads,
-                shard_max_bytes=self.split_max_bytes or SHARD_BYTES, resume=self.options.resume, progress=progress,
-                stored=stored, limits=self.limits, elsewhere=self.elsewhere,
-            )  # fmt: skip
-
-    def write_part(
-        self, part: ModelPart, plan: Plan, stats: CalibrationStats | None, moments: SecondMoments | None, output: Path
-    ) -> list[Path]:
-        """Write one file of a model that has several; llama.cpp reads no split mmproj."""
-        writer = replace(
-            self, model=part.model, plan=plan, stats=stats, moments=moments, is_split=not part.is_projector
-        )
-        return writer.write_gguf(output)
+        return export_safetensors(self.encoding, output, shard_max_bytes=self.split_max_bytes, stored=stored)
 
     def write_gguf(self, output: Path) -> list[Path]:
-        with self.session.stage("Finished tensors are kept.") as progress:
-            return export_gguf(
-                self.model, self.plan, self.stats, output,
-                encoder=self.encoder, moments=self.moments, protected=self.protected, threads=self.session.threads,
-                split_max_bytes=self.split_max_bytes, resume=self.options.resume, progress=progress,
-                limits=self.limits, elsewhere=self.elsewhere,
-            )  # fmt: skip
+        return export_gguf(self.encoding, output, split_max_bytes=self.split_max_bytes)
+
+    @property
+    def encoding(self) -> Encoding:
+        return Encoding(
+            model=self.model,
+            plan=self.plan,
+            encoder=self.encoder,
+            stats=self.stats,
+            moments=self.moments,
+            protected=self.protected,
+            limits=self.limits,
+            elsewhere=self.elsewhere,
+            resume=self.options.resume,
+            session=self.session,
+        )
 
     @property
     def split_max_bytes(self) -> int | None:
-        size = self.options.split_max_size if self.is_split else None
+        size = self.options.split_max_size
         return parse_size(size) if size else None
 
     @property

@@ -1,4 +1,4 @@
-"""What the plots and the report are drawn from, and the reductions that they share.
+"""Data of the plots and the report, and the reductions that they share.
 
 The role groups of the panels, which types to show, and mean bits of some tensors.
 """

@@ -20,7 +20,7 @@ _DISTANCES = (0, 7, 17, 31, 49, 71, 100)  # points beyond the clearance
 _SAMPLING = 6.0  # pixels between tested points along a line
 _ANGLES = (45, 135, 90, 20, 160, 70, 110, 0, 180, 315, 225, 270, 340, 200)  # degrees
 _OUTSIDE, _OVERLAP, _AMBIGUOUS, _CROSSED, _BELOW, _COVERED = 100_000, 10_000, 200, 150, 60, 20
-"""What each fault of a position costs; a point of distance costs 1."""
+"""Costs of the faults of a position; a point of distance costs 1."""
 
 
 def place_labels(
@@ -130,7 +130,7 @@ def _is_outside(box: tuple, frame) -> bool:
 
 
 def _is_nearer_to_others(box: tuple, anchor: np.ndarray, anchors: np.ndarray) -> bool:
-    """Whether a label here would seem to belong to another labelled point."""
+    """Return whether a label here would seem to belong to another labelled point."""
 
     def distance(points: np.ndarray) -> np.ndarray:
         dx = np.maximum(0, np.maximum(box[0] - points[..., 0], points[..., 0] - box[2]))

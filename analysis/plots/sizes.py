@@ -1,4 +1,4 @@
-"""Where the bytes are: size by role against a 16-bit file, and bits per weight of each role."""
+"""Distribution of the bytes: size by role against a 16-bit file, and bits per weight of each role."""
 
 from dataclasses import dataclass
 from math import prod

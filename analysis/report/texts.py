@@ -10,7 +10,7 @@ class PlotText:
     heading: str
     how_to_read: str
     needs: str
-    """What a report without this plot lacks."""
+    """Input that a report without this plot lacks."""
 
 
 PLOT_TEXTS = {

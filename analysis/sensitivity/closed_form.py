@@ -1,4 +1,4 @@
-"""How much the model's output distribution depends on each matrix: a closed-form Fisher estimate.
+"""Sensitivity of the model's output distribution to each matrix: a closed-form Fisher estimate.
 
 For a matrix with output y (one token), an encoding that changes y by dy moves the next-token distributions by about
 

@@ -29,7 +29,7 @@ _PICTURE_READERS = ("cross_attn_k.weight", "cross_attn_v.weight")
 
 @dataclass(frozen=True)
 class SampleLimits:
-    """How many held-back rows are kept: per dense input, per expert, and bytes per layer of experts."""
+    """Numbers of held-back rows that are kept: per dense input, per expert, and bytes per layer of experts."""
 
     dense_rows: int = 256
     expert_rows: int = 32
@@ -183,12 +183,12 @@ class Collector:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Which tokens of the batch the rows of an input are, which of them hold text, and whose input it is."""
+    """Tokens of the batch that the rows of an input are, which of them hold text, and whose input it is."""
 
     tokens: torch.Tensor  # int64 [rows]
     is_text: torch.Tensor | None  # bool [rows]; None where kinds are not told apart
     capacity: int
-    """How many rows may be sampled."""
+    """Number of rows that may be sampled."""
     num_experts: int = 1
     expert: int = 0
 

@@ -8,12 +8,12 @@ from dynquant.errors import StatsError
 from dynquant.options import BaseGguf, CalibrationText, Flag, ModelPath, Ray, Strict, Window
 
 Hessians = Literal["none", "activations", "gradients"]
-"""Which second moments to take; with gradients, a token counts by its squared gradient of the KL divergence too."""
+"""Second moments to take; with gradients, a token counts by its squared gradient of the KL divergence too."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationOptions:
-    """What to run the model on (`text=None` is the built-in text), what to measure there, and in how much memory.
+    """Text or samples to run the model on (`text=None`: the built-in text), what to measure, and in how much memory.
 
     With `data`, a file of samples with images, there is no text.
     """

@@ -38,11 +38,11 @@ HELD_BACK = 0.1
 
 @dataclass(frozen=True)
 class StatisticsOptions:
-    """What is measured of the inputs of every layer, and how many of the inputs are held back."""
+    """Choice of what is measured of every layer's inputs, and how many of the inputs are held back."""
 
     hessians: Hessians = "none"
     hessian_bytes: int = DEFAULT_LIMIT
-    """How much memory second moments may take."""
+    """Memory that second moments may take, in bytes."""
     held_back: float = HELD_BACK
     limits: SampleLimits = field(default_factory=SampleLimits)
 
@@ -53,7 +53,7 @@ class StatisticsOptions:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What one run measured. `left_out` lists inputs whose second moments did not fit in memory."""
+    """Results of one run. `left_out` lists inputs whose second moments did not fit in memory."""
 
     stats: CalibrationStats
     moments: SecondMoments | None = None

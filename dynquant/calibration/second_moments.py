@@ -43,7 +43,7 @@ class SecondMoments:
     provenance: StatsProvenance
     tokens: torch.Tensor
     kind: str = "activations"
-    """Whether token weights are 1 (`activations`) or hold squared gradients (`gradients`)."""
+    """`activations` where token weights are 1, `gradients` where they hold squared gradients."""
     aliases: dict[str, str] = field(default_factory=dict)
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -162,7 +162,8 @@ def _fill(moments: SecondMoments, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def path_beside(stats: Path) -> Path:
-    """Where the second moments of a statistics file are: `stats.safetensors` -> `hessians.safetensors`."""
+    """Return the file of the second moments that belong to statistics: `stats.safetensors` ->
+    `hessians.safetensors`."""
     if "stats" in stats.name:
         return stats.with_name(stats.name.replace("stats", "hessians"))
     return stats.with_name(f"{stats.stem}.hessians{stats.suffix}")

@@ -27,7 +27,7 @@ SHARD_WINDOWS = 16
 
 @dataclass(frozen=True)
 class ShardSettings:
-    """What all shards of a calibration share."""
+    """Settings that all shards of a calibration share."""
 
     model: StoredModel
     device: str

@@ -54,7 +54,7 @@ class StatsFile:
 
     path: Path
     measured: CalibrationStats | None = None
-    """What was just written to the file, so that nobody reads it again."""
+    """Content that was just written to the file, so that nobody reads it again."""
 
     @cached_property
     def stats(self) -> CalibrationStats:

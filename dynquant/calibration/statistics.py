@@ -85,7 +85,7 @@ class InputStats:
 
 
 class StatsProvenance(BaseModel):
-    """Where statistics come from; later stages refuse a fingerprint that is not the model's."""
+    """Origin of statistics; later stages refuse a fingerprint that is not the model's."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -104,7 +104,7 @@ class StatsProvenance(BaseModel):
     imported_from: str | None = None
 
     def joined(self, other: "StatsProvenance") -> "StatsProvenance":
-        """Of both texts together."""
+        """Return the provenance of both texts together."""
         sums = {
             name: getattr(self, name) + getattr(other, name)
             for name in ("num_windows", "num_tokens", "num_held_back_tokens")

@@ -40,7 +40,7 @@ from dynquant.storage.journal import Journal
 
 @dataclass(frozen=True)
 class StreamedCalibration:
-    """What one run wrote: the statistics, second moments in `moments_path`, and how the model was run."""
+    """Results of one run: the statistics, second moments in `moments_path`, and how the model was run."""
 
     stats: CalibrationStats
     moments_path: Path | None
@@ -55,12 +55,12 @@ class StreamedCalibration:
 
 @dataclass(frozen=True)
 class StreamingOptions:
-    """How the model is run layer by layer."""
+    """Settings for running the model layer by layer."""
 
     limit_bytes: int | None = None
     """Memory of the whole process; None takes what the largest layers need."""
     spill: Path | None = None
-    """Where hidden states go, instead of the directory of the output."""
+    """Directory of hidden states, in place of the output's."""
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
 

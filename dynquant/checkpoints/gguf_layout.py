@@ -49,7 +49,7 @@ _FILE_TYPE_OF = {
 
 
 class TensorSpec(NamedTuple):
-    """What the header says of a tensor. `shape` has the row length last; `type` is a quant type name."""
+    """A tensor as the header describes it. `shape` has the row length last; `type` is a quant type name."""
 
     name: str
     shape: tuple[int, ...]
@@ -62,7 +62,7 @@ class TensorSpec(NamedTuple):
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where the weights of a file come from, written as `dynquant.*`."""
+    """Origin of a file's weights, written as `dynquant.*`."""
 
     fingerprint: str
     recipe: str
@@ -83,7 +83,7 @@ class ImatrixInfo:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where one tensor's bytes lie, counted from the start of its file."""
+    """Place of one tensor's bytes, counted from the start of its file."""
 
     tensor: TensorSpec
     offset: int
@@ -159,8 +159,8 @@ def mmproj_path(output: Path) -> Path:
 def file_type_of(recipe: str, tensors: Iterable[TensorSpec]) -> int:
     """`general.file_type`: that of the preset's mixture, else of the type that holds most weights. Display only."""
     preset = re.fullmatch(r"preset (?:llama-|uniform-|r1-)?(\w+)", recipe)
-    if preset and (found := _file_type(preset.group(1).upper())) is not None:
-        return found
+    if preset and (preset_type := _file_type(preset.group(1).upper())) is not None:
+        return preset_type
     weights: dict[str, int] = {}
     for tensor in tensors:
         weights[tensor.type] = weights.get(tensor.type, 0) + prod(tensor.shape)

@@ -27,7 +27,7 @@ _MAX_KEY_BYTES = 65_535
 _MAX_HEADER_BYTES = 1 << 28
 """The largest headers hold a vocabulary of 260,000 tokens with its merges: 11 MB."""
 _MAX_ARRAY_ITEMS = 1 << 22
-"""Of all arrays together; that vocabulary has 1.3 million."""
+"""Limit for all arrays together; that vocabulary has 1.3 million."""
 _MAX_ALIGNMENT = 1 << 20
 _SMALLEST_KEY = 8 + 4 + 1
 _SMALLEST_TENSOR = 8 + 4 + 8 + 4 + 8

@@ -1,4 +1,4 @@
-"""What is in a checkpoint: types, sizes and bits per weight of any GGUF or safetensors file, from headers alone.
+"""Contents of a checkpoint: types, sizes and bits per weight of any GGUF or safetensors file, from headers alone.
 
 Returns plain data; printing is the command line's. A GGUF type outside our registry is listed by its ggml name. In
 safetensors, packed integers of other tools count as stored elements: their true number of weights is not in the header.
@@ -239,8 +239,8 @@ def _role_of_parameter(name: str) -> Role:
     template = _FIRST_INDEX.sub(".{bid}.", _EXPERT_INDEX.sub(".experts.", name), count=1)
     if template.endswith(".bias") and not template.endswith("e_score_correction_bias"):
         return Role.OTHER
-    known = _roles_by_parameter()
-    return known.get(template) or known.get(template.rpartition(".")[0]) or Role.OTHER
+    roles = _roles_by_parameter()
+    return roles.get(template) or roles.get(template.rpartition(".")[0]) or Role.OTHER
 
 
 @cache

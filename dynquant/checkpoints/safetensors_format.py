@@ -104,7 +104,7 @@ def group_by_size(tensors: Sequence[StoredTensor], max_bytes: int | None) -> lis
 
 @dataclass(frozen=True)
 class FileSpan:
-    """Where a tensor lies: `offset` bytes from the start of a file."""
+    """Place of a tensor: `offset` bytes from the start of a file."""
 
     path: Path
     offset: int
@@ -171,7 +171,7 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def spans_of(path: Path) -> dict[str, FileSpan]:
-    """Where each tensor of a safetensors file lies.
+    """Return the place of each tensor of a safetensors file.
 
     Raises:
         CheckpointError: not a complete safetensors file.

@@ -92,7 +92,7 @@ class SafetensorsSource:
 
     @property
     def has_fp8(self) -> bool:
-        """Whether a matrix is stored as FP8."""
+        """True when a matrix is stored as FP8."""
         return bool(self._scale_of)
 
     @property
@@ -139,7 +139,7 @@ class SafetensorsSource:
             ) from error
 
     def stored_bytes(self, name: str) -> int:
-        """What `stored` takes in memory."""
+        """Return the bytes that `stored` takes in memory."""
         parts = [self._spans[part] for part in (name, self._scale_of.get(name)) if part is not None]
         return sum(prod(span.shape) * DTYPE_BYTES[span.dtype] for span in parts)
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from dynquant.calibration.options import CalibrateOptions, CalibrationOptions
-from dynquant.cli.evaluate import evaluate_on_text
 from dynquant.cli.export import print_exported
 from dynquant.cli.terminal import console
+from dynquant.evaluation.evaluate import evaluate
 from dynquant.evaluation.options import EvalOptions, QuestionOptions
 from dynquant.exporters.options import ExportOptions
 from dynquant.options import Flag, ModelPath, Only
@@ -34,14 +34,14 @@ QUESTIONS = Only(("text", "tasks", "max_tokens", "mmlu_data", "shots", "limit", 
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeQuestions(QuestionOptions):
-    """What recipes are compared on: text and questions, no pictures."""
+    """Inputs that recipes are compared on: text and questions, no pictures."""
 
     tasks: Annotated[tuple[str, ...], Flag("Any of kl, ppl, mmlu.")] = ("kl", "ppl")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderQuestions(RecipeQuestions):
-    """What encoders are compared on."""
+    """Inputs that encoders are compared on."""
 
     tasks: Annotated[tuple[str, ...], Flag("Any of kl, ppl, mmlu.")] = ("kl",)
     scoring: Annotated[tuple[str, ...], Flag("letter, cloze or both.")] = ("letter",)
@@ -125,7 +125,7 @@ class _Results:
 
     def score(self, file: Path) -> "EvalReport":
         """Compare a file with its original, whose own answers are kept beside the results."""
-        return evaluate_on_text(
+        return evaluate(
             EvalOptions(
                 candidate=str(file),
                 reference=self._model,

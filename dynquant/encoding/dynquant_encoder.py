@@ -121,7 +121,7 @@ class DynquantEncoder:
 
 
 class Loss:
-    """What the rows of a batch of experts should keep small, and how it is brought down."""
+    """Loss that the rows of a batch of experts should keep small, and the way it is brought down."""
 
     def __init__(self, metric: Tensor, hessian: Tensor | None = None, factor: Tensor | None = None) -> None:
         self._metric, self._hessian, self._factor = metric, hessian, factor

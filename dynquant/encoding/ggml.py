@@ -195,7 +195,7 @@ def ggml_version() -> str:
 
 
 def library_path() -> Path:
-    """Where `ggml-base` lies inside the installed llama_cpp package; found without importing that package.
+    """Return the path of `ggml-base` inside the installed llama_cpp package; found without importing that package.
 
     Raises:
         EncodeError: llama-cpp-python is not installed or has no such library.

@@ -1,4 +1,4 @@
-"""What every encoder offers, and the refusals that all of them share.
+"""Interface of every encoder, and the refusals that all of them share.
 
 An encoder turns float weights into the packed blocks of a quant type. `check_request` is what can be told from shapes
 and the importance matrix alone; whether the weights themselves are finite is for the encoder to see while it reads
@@ -32,7 +32,7 @@ class Encoder(Protocol):
 
     name: str
     uses_hessians: bool
-    """Whether `hessian` and `protected` change the bytes."""
+    """True when `hessian` and `protected` change the bytes."""
 
     def encode(
         self,

@@ -74,7 +74,7 @@ class TensorPart:
 
 @dataclass(frozen=True)
 class PartLimits:
-    """How large parts may be. `memory` in bytes holds for one part with all that encoding it takes, hessians included;
+    """Limits of a part's size. `memory` in bytes holds for one part with all that encoding it takes, hessians included;
     None leaves `PART_WEIGHTS` alone."""
 
     memory: int | None = None

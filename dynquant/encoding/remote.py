@@ -54,7 +54,7 @@ class EncoderChoice:
 
 @dataclass(frozen=True)
 class StoredFiles:
-    """Where workers find what a part is encoded from; paths are absolute."""
+    """Files that workers encode a part from; paths are absolute."""
 
     model: StoredModel
     stats: Path | None = None

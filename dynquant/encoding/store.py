@@ -93,7 +93,7 @@ def open_store(
 def store_directory(
     parent: Path, model: Model, stats_hash: str, encoder: Encoder, moments: SecondMoments | None = None
 ) -> Path:
-    """Where blocks of this checkpoint, these statistics and second moments, and this encoder are kept.
+    """Return the directory for blocks of this checkpoint, these statistics and second moments, and this encoder.
 
     Raises:
         WriteError: the directory cannot be made.

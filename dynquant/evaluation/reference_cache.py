@@ -1,4 +1,4 @@
-"""What a reference model said, on disk: for the next candidate of an evaluation, and for training without the model.
+"""Answers of a reference model, on disk: for the next candidate of an evaluation, and for training without the model.
 
 An entry is one safetensors file, named by the model, the token ids that it saw, and what else decides its content. It
 is written whole, so a run that was stopped goes on at the first missing one. Training reads its windows from mapped

@@ -64,7 +64,7 @@ def wilson_interval(successes: int, total: int) -> Estimate:
 
 
 def only_one(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int]:
-    """How many questions only the first, and only the second, of two paired classifiers answers correctly."""
+    """Count the questions that only the first, and only the second, of two paired classifiers answers correctly."""
     pairs = list(zip(first, second, strict=True))
     return sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
 

@@ -15,14 +15,15 @@ import torch
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.errors import CheckpointError
 from dynquant.families.common.config import Config
+from dynquant.families.common.metadata import KEYS
 from dynquant.families.common.rope import llama3_factors, yarn_magnitude
 
 _GATING_SOFTMAX, _GATING_SIGMOID = 1, 2
 _MAX_NUMBER, _MAX_LAYERS = 1 << 31, 512
 _IGNORED_KEYS = frozenset({
-    "vocab_size", "tensor_data_layout", "attention.causal", "pooling_type", "tokenizer", "leading_dense_block_count",
+    "tensor_data_layout", "attention.causal", "pooling_type", "tokenizer", "leading_dense_block_count",
     "rope.scaling.finetuned", "nextn_predict_layers", "attention.sliding_window", "attention.sliding_window_pattern",
-    "rope.freq_base_swa", "rope.scale_linear", "feed_forward_length",
+    "rope.freq_base_swa", "rope.scale_linear",
 })  # fmt: skip
 """Display only, or read from where they apply."""
 
@@ -58,6 +59,13 @@ class _Keys:
         if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
             self.refuse(f"`{self.arch}.{key}` is {value!r}, where a finite number is needed")
         return float(f"{value:.8g}")
+
+    def table(self, *names: str) -> dict[str, Any]:
+        """Return the numbers of tables by their names in config.json; those that tensors decide are left out."""
+        keys = [key for name in names for key in KEYS[name]]
+        self.used.update(key.gguf for key in keys)
+        read = [(key, self.number if key.is_float else self.integer) for key in keys if key.is_read]
+        return {key.config: number(key.gguf, key.default) for key, number in read}  # type: ignore[operator]
 
     def rows(self, name: str, dimension: int = 0) -> int:
         """One dimension of a tensor."""
@@ -121,19 +129,14 @@ def tokenizer_files(gguf_file: Path) -> dict[str, bytes]:
 
 
 def _common(keys: _Keys) -> dict[str, Any]:
-    heads = keys.integer("attention.head_count")
     bias = "blk.0.attn_q.bias" in keys.names
     dense = keys.first("ffn_gate.weight")
     width = keys.rows(dense) if dense else keys.integer("feed_forward_length", 0)
     return {
+        **keys.table("decoder"),
         "vocab_size": keys.rows("token_embd.weight"),
-        "hidden_size": keys.integer("embedding_length"),
         "intermediate_size": width,
-        "num_hidden_layers": keys.integer("block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": keys.integer("attention.head_count_kv", heads),
-        "max_position_embeddings": keys.integer("context_length"),
-        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
+        "num_key_value_heads": keys.integer("attention.head_count_kv", keys.integer("attention.head_count")),
         "attention_bias": bias,
         "tie_word_embeddings": "output.weight" not in keys.names,
         "dtype": "bfloat16",
@@ -142,8 +145,8 @@ def _common(keys: _Keys) -> dict[str, Any]:
 
 def _token_ids(keys: _Keys) -> dict[str, Any]:
     names = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
-    found = {ours: keys.values.get(f"tokenizer.ggml.{theirs}_token_id") for theirs, ours in names.items()}
-    return {name: token_id for name, token_id in found.items() if token_id is not None}
+    token_ids = {ours: keys.values.get(f"tokenizer.ggml.{theirs}_token_id") for theirs, ours in names.items()}
+    return {name: token_id for name, token_id in token_ids.items() if token_id is not None}
 
 
 def _head_dim(keys: _Keys) -> int:
@@ -171,8 +174,7 @@ def _llama(keys: _Keys) -> dict[str, Any]:
     experts = {
         "model_type": "mixtral",
         "architectures": ["MixtralForCausalLM"],
-        "num_local_experts": keys.integer("expert_count"),
-        "num_experts_per_tok": keys.integer("expert_used_count"),
+        **keys.table("mixtral"),
         "sliding_window": None,
         "intermediate_size": _expert_width(keys),
     }
@@ -192,11 +194,8 @@ def _qwen(keys: _Keys) -> dict[str, Any]:
     }
     if not keys.arch.endswith("moe"):
         return raw
-    keys.get("expert_feed_forward_length")
-    keys.get("expert_shared_feed_forward_length")
     raw |= {
-        "num_experts": keys.integer("expert_count"),
-        "num_experts_per_tok": keys.integer("expert_used_count"),
+        **keys.table("qwen experts", "qwen shared expert"),
         "moe_intermediate_size": _expert_width(keys),
         "norm_topk_prob": keys.arch == "qwen3moe",
         "decoder_sparse_step": 1,
@@ -243,34 +242,23 @@ def _deepseek(keys: _Keys) -> dict[str, Any]:
             f"`{keys.arch}.expert_gating_func` is {gating} {'with' if is_v3 else 'without'} router corrections, which "
             "is neither DeepSeek V2 nor V3"
         )
-    groups, used = keys.integer("expert_group_count", 1), keys.integer("expert_group_used_count", 1)
-    width, shared = _expert_width(keys), keys.integer("expert_shared_count", 0)
-    keys.get("expert_feed_forward_length")
     q_rank = keys.integer("attention.q_lora_rank", 0) if keys.first("attn_q_a.weight") else None
-    keys.get("attention.q_lora_rank")
     raw = {
         "model_type": "deepseek_v3" if is_v3 else "deepseek_v2",
         "architectures": ["DeepseekV3ForCausalLM" if is_v3 else "DeepseekV2ForCausalLM"],
         "hidden_act": "silu",
         "num_key_value_heads": keys.integer("attention.head_count"),
-        "kv_lora_rank": keys.integer("attention.kv_lora_rank"),
+        **keys.table("latent attention", "deepseek experts", "deepseek groups"),
         "q_lora_rank": q_rank,
         "qk_rope_head_dim": rope,
         "qk_nope_head_dim": key_width - rope,
         "v_head_dim": value_width,
-        "moe_intermediate_size": width,
-        "n_routed_experts": keys.integer("expert_count"),
-        "num_experts_per_tok": keys.integer("expert_used_count"),
-        "n_shared_experts": shared,
-        "first_k_dense_replace": keys.integer("leading_dense_block_count", 0),
-        "routed_scaling_factor": keys.number("expert_weights_scale", 1.0),
+        "moe_intermediate_size": _expert_width(keys),
         "norm_topk_prob": bool(keys.get("expert_weights_norm", False)),
-        "n_group": groups,
-        "topk_group": used,
         "rope_parameters": _deepseek_rope(keys),
     }
     if not is_v3:
-        raw["topk_method"] = "greedy" if groups <= 1 else "group_limited_greedy"
+        raw["topk_method"] = "greedy" if raw["n_group"] <= 1 else "group_limited_greedy"
         if raw["norm_topk_prob"]:
             keys.refuse("its router normalizes weights, which transformers' DeepSeek V2 does not")
     return raw
@@ -340,7 +328,7 @@ def _llama3(keys: _Keys, theta: float) -> dict[str, Any]:
     keys.get("rope.scaling.original_context_length")
     config = Config(keys.source.path, {}, {})
     for original in (1 << power for power in range(5, 21)):
-        found: Mapping[str, Any] = {
+        parameters: Mapping[str, Any] = {
             "rope_type": "llama3",
             "rope_theta": theta,
             "factor": round(float(stored.max()), 4),
@@ -348,7 +336,7 @@ def _llama3(keys: _Keys, theta: float) -> dict[str, Any]:
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": original,
         }
-        factors = llama3_factors(config, dict(found), 2 * len(stored))
+        factors = llama3_factors(config, dict(parameters), 2 * len(stored))
         if torch.allclose(factors, stored, rtol=1e-5):
-            return dict(found)
+            return dict(parameters)
     keys.refuse("`rope_freqs.weight` is not Llama 3's scaling, which transformers would compute otherwise")

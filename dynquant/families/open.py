@@ -26,7 +26,7 @@ from dynquant.families.vision.checkpoint import is_vision_checkpoint, open_visio
 from dynquant.session import Session
 
 CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-"""What is downloaded: neither code nor pickles."""
+"""Patterns of files that are downloaded: neither code nor pickles."""
 _OWN_KEYS = ("general.quantization_version", "general.file_type")
 _OWN_PREFIXES = ("quantize.imatrix.", "dynquant.", "split.")
 

@@ -27,7 +27,7 @@ class QuantType:
     uses_imatrix: bool = False
     """The importance matrix changes the encoded bytes."""
     fallback: str | None = None
-    """What llama.cpp takes when `block_size` does not divide the row length."""
+    """Type that llama.cpp takes when `block_size` does not divide the row length."""
 
     @property
     def bits_per_weight(self) -> float:
@@ -96,11 +96,11 @@ def quant_type(name: str) -> QuantType:
     Raises:
         PlanError: no such type; the message lists the nearest names.
     """
-    found = QUANT_TYPES.get(name.upper())
-    if found is None:
+    layout = QUANT_TYPES.get(name.upper())
+    if layout is None:
         near = difflib.get_close_matches(name.upper(), QUANT_TYPES, n=4, cutoff=0.4) or list(QUANT_TYPES)
         raise PlanError(f"There is no quant type `{name}`. Did you mean one of: {', '.join(near)}?")
-    return found
+    return layout
 
 
 def fit_to_row(wanted: QuantType, row_length: int) -> tuple[QuantType, str | None]:

@@ -25,7 +25,7 @@ _OFFSETS: dict[str, tuple[int, ...]] = {
 
 
 def num_scales(type_name: str) -> int:
-    """How many fp16 numbers a block of the type holds: the scale, and the minimum where there is one."""
+    """Return the number of fp16 numbers in a block of the type: the scale, and the minimum where there is one."""
     return 1 if type_name == "IQ1_M" else len(_OFFSETS.get(type_name, ()))
 
 

@@ -1,4 +1,4 @@
-"""What GGUF types and compressed-tensors schemes have in common, and the words for choosing among them."""
+"""Common ground of GGUF types and compressed-tensors schemes, and the words for choosing among them."""
 
 from typing import NamedTuple, Protocol
 

@@ -1,4 +1,4 @@
-"""What vLLM serves from compressed-tensors checkpoints with weights alone quantized: schemes as plain data.
+"""Schemes of compressed-tensors checkpoints with weights alone quantized, as vLLM runs them: plain data.
 
     W4A16      weight_packed int32 [R, C / 8]   weight_scale bf16 [R, C / group]   weight_shape int64 [2]
     W8A16      weight_packed int32 [R, C / 4]   weight_scale bf16 [R, C / group]   weight_shape int64 [2]
@@ -43,7 +43,7 @@ class Scheme:
     kind: Literal["int", "float"]
     strategy: Literal["group", "tensor_group", "channel", "none"]
     group_sizes: tuple[int, ...] = (0,)
-    """What the group size may be, the most wanted first; (0,) is one scale for a row."""
+    """Possible group sizes, the most wanted first; (0,) is one scale for a row."""
     holds_experts: bool = True
     """vLLM has fused-experts kernels for it."""
     merges_experts: bool = True

@@ -1,1 +1,1 @@
-"""What is fed to a model: text, pictures, chats and questions."""
+"""Inputs of a model: text, pictures, chats and questions."""

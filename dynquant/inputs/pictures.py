@@ -164,7 +164,7 @@ class SampleEncoder:
     def __init__(self, processor: "ProcessorMixin", image_token: int | None, *, strict: bool = False) -> None:
         self.processor = processor
         self.skipped: list[str] = []
-        """What was wrong with each sample that was left out."""
+        """Faults of the samples that were left out, one each."""
         self._image_token = image_token
         self._strict = strict
 
@@ -197,7 +197,7 @@ class SampleEncoder:
         row_break = getattr(self.processor, "image_break_token_id", None)
         if row_break is not None and not breaks_are_text:
             is_text &= ids != row_break
-        return Batch(arguments, is_text)
+        return Batch(arguments, is_text, sample.images, sample.place)
 
     def encode_all(self, samples: tuple[Sample, ...], max_tokens: int) -> Iterator[Batch]:
         """Yield samples in order until they have `max_tokens` tokens."""

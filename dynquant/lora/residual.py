@@ -24,7 +24,7 @@ from dynquant.packed.places import Place
 from dynquant.session import Progress, ignore_progress
 
 _MORE_COLUMNS, _POWER_ITERATIONS = 16, 4
-"""Settings of the randomized decomposition (Halko et al. 2011): its error beside an exact one is far below that of the cut."""
+"""Settings of the randomized decomposition (Halko et al. 2011): its error is far below that of the cut."""
 
 
 @torch.no_grad()

@@ -77,7 +77,7 @@ class SavedAdapter:
             return file.get_slice(key).get_shape()
 
     def scaling(self, name: str, rank: int) -> float:
-        """What the product of the factors of the parameter or module `name` is multiplied by."""
+        """Return the factor of the product of the low-rank matrices of the parameter or module `name`."""
         patterns = self.config.get("alpha_pattern") or {}
         alpha = next((patterns[p] for p in patterns if re.match(rf"(.*\.)?({p})$", name)), self.config["lora_alpha"])
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)

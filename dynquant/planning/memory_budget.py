@@ -1,4 +1,4 @@
-"""How large a file may be to run in a given memory: what llama.cpp allocates besides the weights.
+"""Size that a file may have to run in a given memory: what llama.cpp allocates besides the weights.
 
     memory = file + KV cache + compute buffer + CUDA context
 
@@ -49,7 +49,7 @@ class MemoryBudget:
     compute_buffer: int
     cuda_context: int
     label: str
-    """What was asked for, as `24.00 GB of memory with 8,192 tokens of f16 KV cache`."""
+    """The request, as `24.00 GB of memory with 8,192 tokens of f16 KV cache`."""
 
     def __post_init__(self) -> None:
         if self.weights <= 0:
@@ -93,7 +93,7 @@ class MemoryBudget:
 
 
 def memory_budget(model: Model, memory: int, *, context: int, kv_type: str) -> MemoryBudget:
-    """What a model needs besides its weights.
+    """Return the memory that a model needs besides its weights.
 
     Args:
         model: Only its metadata is read.

@@ -10,7 +10,7 @@ from dynquant.options import MODEL_HELP, BaseGguf, EncoderName, Flag
 from dynquant.planning.target import Target
 
 CLOSED_FORM, FISHER, UNIT_KL = METHODS = ("closed-form", "fisher-probe", "unit-kl")
-"""How tensors are priced."""
+"""Ways to price tensors."""
 
 
 def parse_range(text: str) -> tuple[float, float]:
@@ -28,7 +28,8 @@ def parse_range(text: str) -> tuple[float, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchOptions:
-    """How to price and select. Tokens are of the calibration source; a probe is one window of `probe_window` tokens."""
+    """Ways to price and select. Tokens are of the calibration source; a probe is one window of `probe_window`
+    tokens."""
 
     methods: Annotated[
         tuple[str, ...],
@@ -104,19 +105,3 @@ class PlanOptions:
     encoder: EncoderName = "ggml"
     base_gguf: BaseGguf = None
     search: SearchOptions = field(default_factory=SearchOptions)
-    serves: Annotated[
-        str | None,
-        Flag(
-            "vllm: choose among the schemes that vLLM serves from compressed-tensors (--types w4a16,w8a16,fp8,nvfp4a16,"
-            "mxfp4a16,bf16), for export -f compressed-tensors.",
-            ("--for",),
-            show_default=False,
-        ),
-    ] = None
-    mixed_experts: Annotated[
-        bool,
-        Flag(
-            "With --for vllm: routed experts of each layer have a scheme of their own, NVFP4 and BF16 among them; vLLM "
-            "loads that, transformers does not."
-        ),
-    ] = False

@@ -89,7 +89,7 @@ def search_plans(
 
 @dataclass(frozen=True)
 class _Search:
-    """What candidates are made, rendered and scored with."""
+    """Tools with which candidates are made, rendered and scored."""
 
     store: EncodedStore
     options: SearchOptions

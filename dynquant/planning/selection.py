@@ -1,4 +1,4 @@
-"""What a selection found (selection.json): candidate plans with predicted and measured KL, and how the two agree."""
+"""Findings of a selection (selection.json): candidate plans with predicted and measured KL, and how the two agree."""
 
 from math import exp, log
 from pathlib import Path
@@ -19,7 +19,7 @@ class Candidate(BaseModel):
     label: str
     bytes: int
     predicted_kl: float | None = None
-    """What its prices add up to; None for recipes with types that were not priced."""
+    """Sum of its prices; None for recipes with types that were not priced."""
     predicted_kl_se: float | None = None
     kl: Estimate | None = None
     top1: Estimate | None = None

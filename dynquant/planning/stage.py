@@ -23,9 +23,9 @@ from dynquant.formats.quant_types import quant_type
 from dynquant.planning.chooser import Chooser, check_budget
 from dynquant.planning.options import UNIT_KL, PlanOptions, SearchOptions
 from dynquant.planning.planner import FLOOR_PRICE
+from dynquant.planning.schemes import plan_schemes
 from dynquant.planning.search import encoded_store, search_plans
 from dynquant.planning.selection import Selection
-from dynquant.planning.serving_stage import ServingTarget, plan_for_vllm
 from dynquant.planning.target import Target
 from dynquant.planning.vision_modules import ModuleChoice, held_to, module_choices
 from dynquant.recipes.build_plan import plan_from_types
@@ -52,9 +52,18 @@ def make_plan(options: PlanOptions, session: Session = SILENT) -> Plan:
 
     Types that are asked for one by one (a preset, recipe or like file) need no choice, and no search.
     """
-    if options.serves is not None:
-        return _plan_for_vllm(options, session)
-    _check_gguf(options)
+    if options.model is None:
+        raise PlanError("Give a MODEL to plan, or --config-only DIR with --preset NAME.")
+    if options.target.serves is None:
+        plan = _plan_types(options, session)
+    else:
+        _check_vllm(options)
+        plan = plan_schemes(options, session)
+    plan.save(options.output / PLAN_NAME)
+    return plan
+
+
+def _plan_types(options: PlanOptions, session: Session) -> Plan:
     target, folder = options.target, options.output
     model = open_and_announce(str(options.model), session, base_gguf=options.base_gguf)
     fixed_types = _fixed_types(target, model)
@@ -90,40 +99,13 @@ def make_plan(options: PlanOptions, session: Session = SILENT) -> Plan:
     )
     if fixed_types is None:
         plan = plan.model_copy(update=_promise(table, {name: kind for name, (kind, _) in chosen.items()}, selection))
-    plan.save(folder / PLAN_NAME)
     if chooser.memory is not None:
         session.note(chooser.memory.describe(plan.predicted_bytes))
     return plan
 
 
-def _plan_for_vllm(options: PlanOptions, session: Session) -> Plan:
-    _check_vllm(options)
-    target = options.target
-    serving_target = ServingTarget(
-        preset=target.preset,
-        bpw=target.bpw,
-        size=target.size,
-        schemes=target.types or None,
-        mixed_experts=options.mixed_experts,
-    )
-    return plan_for_vllm(
-        str(options.model), serving_target, options.calibration, options.output, session, stats_path=options.stats
-    )
-
-
-def _check_gguf(options: PlanOptions) -> None:
-    if options.model is None:
-        raise PlanError("Give a MODEL to plan, or --config-only DIR with --preset NAME.")
-    if options.mixed_experts:
-        raise PlanError("--mixed-experts goes with --for vllm; GGUF plans choose for each layer anyway.")
-
-
 def _check_vllm(options: PlanOptions) -> None:
     """Refuse options that plans for vLLM have no place for."""
-    if str(options.serves).lower() != "vllm":
-        raise PlanError(f"--for {options.serves} is not known; give vllm, or leave it out for GGUF types.")
-    if options.model is None:
-        raise PlanError("Give a MODEL to plan with --for vllm.")
     target, search = options.target, options.search
     flags = {
         "--data": options.calibration.data,
@@ -226,7 +208,8 @@ def _explained_modules(
 
 
 def _promise(table: ErrorTable, types: Mapping[str, str], selection: Selection | None) -> dict[str, object]:
-    """What a plan states about itself: its objective, the KL that was predicted, and the one that was measured."""
+    """Return what a plan states about itself: its objective, the KL that was predicted, and the one that was
+    measured."""
     if selection is not None:
         winner = selection.winner
         predicted, error, measured = winner.predicted_kl, winner.predicted_kl_se, winner.kl
@@ -299,7 +282,7 @@ def _known_types(directory: Path, types: Sequence[str]) -> tuple[str, ...]:
 def _probe(
     model: Model, table: ErrorTable, options: CalibrationOptions, directory: Path, session: Session
 ) -> tuple[list[SuperWeight], ErrorTable]:
-    """What needs the running model: super weights, and the sensitivity of the output to every tensor.
+    """Measure what needs the running model: super weights, and the sensitivity of the output to every tensor.
 
     Both are kept in the directory. A model that transformers cannot run (a GGUF with imported statistics) has neither;
     the plan then counts every tensor's relative error alike, and says so.

@@ -27,7 +27,7 @@ _OUTCOMES = {"keep": "stays whole", "8bit": "gets 8 bits", "lower": "takes types
 
 @dataclass(frozen=True)
 class ModuleChoice:
-    """What was decided for one module, and the words for it in the plan and on the terminal."""
+    """Decision for one module, and the words for it in the plan and on the terminal."""
 
     part: str
     level: Level

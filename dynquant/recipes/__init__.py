@@ -1,1 +1,1 @@
-"""What a plan is, and the recipes that people know."""
+"""Plans, and the recipes that people know."""

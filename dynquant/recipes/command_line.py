@@ -64,7 +64,7 @@ class Recipe:
     token_embedding: str | None = None
     output: str | None = None
     is_pure: bool = False
-    """What nothing names gets the base type itself, without llama.cpp's mixture."""
+    """True when tensors that nothing names get the base type itself, without llama.cpp's mixture."""
 
     @property
     def has_float_base(self) -> bool:

@@ -95,9 +95,9 @@ _CATEGORY_OF_SUBSTRING = {
 
 
 OUTPUT_NAME = "output.weight"
-"""What `--output-tensor-type` speaks of."""
+"""Tensor of `--output-tensor-type`."""
 EMBEDDING_NAMES = ("token_embd.weight", "per_layer_token_embd.weight")
-"""What `--token-embedding-type` speaks of."""
+"""Tensors of `--token-embedding-type`."""
 
 
 def _category(name: str) -> _Category:
@@ -141,7 +141,8 @@ def kept_because(name: str, shape: Sequence[int], arch: str) -> str | None:
 
 @dataclass(frozen=True)
 class _Position:
-    """What conditions may look at: number `index` of `total` in its category (or layer `index`), and the model."""
+    """Facts that conditions may look at: number `index` of `total` in its category (or layer `index`), and the
+    model."""
 
     index: int
     total: int

@@ -93,9 +93,9 @@ class Plan(BaseModel):
     """SHA-256 of stats.safetensors; None for presets that read no statistics."""
     errors_hash: str | None = None
     recipe: str
-    """What was asked for: `preset r1-iq1_s`, `bpw 2.0`, `size 31002144`."""
+    """The request: `preset r1-iq1_s`, `bpw 2.0`, `size 31002144`."""
     objective: str = "fixed recipe"
-    """What the types were chosen to minimise (`ErrorTable.cost_name`)."""
+    """Sum that the types were chosen to minimise (`ErrorTable.cost_name`)."""
     types: tuple[str, ...] = ()
     """The types or schemes that the planner could choose from."""
     predicted_kl: float | None = None
@@ -210,7 +210,7 @@ _OTHER_TARGET = {
     "gguf": "is a plan of GGUF types, which vLLM does not serve from compressed-tensors. Make one of its schemes with "
     "`dynquant plan MODEL --for vllm`, or export this one with -f gguf.",
 }
-"""What a command says that works with the other target."""
+"""Words of a command that works with the other target."""
 
 
 def _entry_of_schema_1(entry: dict[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ _RETRIES = 8
 
 @dataclass(frozen=True)
 class TaskNeeds:
-    """What one task occupies of a node; `memory` in bytes, 0 for not said."""
+    """Share of a node that one task occupies; `memory` in bytes, 0 for not said."""
 
     cpus: int = 1
     gpus: int = 0
@@ -129,17 +129,17 @@ class RayPool:
             ) from error
 
     def _slots(self, needs: TaskNeeds) -> int:
-        """How many such tasks the cluster runs at a time, at least one."""
+        """Return the number of such tasks that the cluster runs at a time, at least one."""
         asked = {"CPU": needs.cpus, "GPU": needs.gpus, "memory": needs.memory}
         count = 0
         for node in self._ray.nodes():
             has = node["Resources"] if node["Alive"] else {}
             count += min(int(has.get(name, 0) // amount) for name, amount in asked.items() if amount)
         if not count:
-            wanted = ", ".join(f"{amount:,} {name}" for name, amount in asked.items() if amount)
+            resources = ", ".join(f"{amount:,} {name}" for name, amount in asked.items() if amount)
             raise ClusterError(
-                f"No node of the Ray cluster has {wanted} for a task. Give smaller --threads or --max-memory, another "
-                "--device, or add a node that has."
+                f"No node of the Ray cluster has {resources} for a task. Give smaller --threads or --max-memory, "
+                "another --device, or add a node that has."
             )
         return count
 

@@ -21,7 +21,7 @@ from dynquant.running.layer_stream import decoder_layers
 
 @dataclass(frozen=True)
 class _Call:
-    """What a layer was called with."""
+    """Arguments that a layer was called with."""
 
     hidden: Tensor  # [windows, window, channels]
     others: dict[str, Any]
@@ -76,7 +76,7 @@ class LayerReplay:
         return out[0] if self._gives_tuples else out
 
     def layer_input(self, index: int, layer: int) -> Tensor:
-        """What entered a layer in `keep`, [windows, window, channels]."""
+        """Return what entered a layer in `keep`, [windows, window, channels]."""
         return self._calls[index][layer].hidden
 
     def head(self, index: int, hidden: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class LayerReplay:
             return self._forward(self.batches[index])
 
     def embedded(self, index: int) -> Tensor:
-        """What enters the first layer, computed again."""
+        """Compute what enters the first layer again."""
         kept: list[_Call] = []
         hook = self.layers[0].register_forward_pre_hook(partial(_keep_call, kept), with_kwargs=True)
         try:
@@ -102,7 +102,7 @@ class LayerReplay:
 
     @contextmanager
     def _skipping(self, first_layer: int, states: Tensor) -> Iterator[None]:
-        """Inside, layers below `first_layer` do nothing but give `states`."""
+        """Context manager: layers below `first_layer` compute nothing and return `states`."""
         out = (states,) if self._gives_tuples else states
         skipped = list(self.layers)[:first_layer]
         try:

@@ -81,7 +81,7 @@ class LayerStream:
 
     @property
     def is_tied(self) -> bool:
-        """Whether the head multiplies with the embedding's weights."""
+        """True when the head multiplies with the embedding's weights."""
         return bool(self.hf_model.config.get_text_config().tie_word_embeddings)
 
     def dense_bytes(self, stage: int) -> int:
@@ -106,7 +106,7 @@ class LayerStream:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Inside, the model can be run; afterwards nothing is read any more."""
+        """Context manager: reads layers ahead while the model runs; stops the reader on exit."""
         with ExitStack() as stack:
             self._reader = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="dynquant-read-ahead"))
             stack.callback(self._forget_ahead)
@@ -118,7 +118,7 @@ class LayerStream:
 
     @contextmanager
     def stage(self, number: int, *, then: int | None = None) -> Iterator[None]:
-        """Inside, the weights of a stage are there; stage `then` is read meanwhile."""
+        """Context manager: loads the weights of a stage; stage `then` is read meanwhile."""
         stage = self._stages[number]
         if stage.is_loaded:
             yield
@@ -133,7 +133,7 @@ class LayerStream:
 
     @contextmanager
     def not_loading(self) -> Iterator[None]:
-        """Inside, forward passes find what `stage` has loaded and load nothing themselves."""
+        """Context manager: forward passes use what `stage` has loaded and load nothing themselves."""
         before, self._loads = self._loads, False
         try:
             yield
@@ -142,7 +142,8 @@ class LayerStream:
 
     @contextmanager
     def zeroed(self, module: str, expert: int | None, row: int, column: int) -> Iterator[float]:
-        """Inside, one weight of a linear layer or of an expert's down-projection reads as zero; gives its value."""
+        """Context manager: one weight of a linear layer or an expert's down-projection reads as zero; yields its
+        value."""
         name = f"{module}.weight" if expert is None else f"{module}.down_proj"
         stored = self._weights.load(name) if expert is None else self._weights.expert(name, expert)[0]
         value = float(stored.to(self.dtype)[row, column])
@@ -209,16 +210,16 @@ class LayerStream:
                 future.exception()
 
     def _read(self, stage: _Stage) -> dict[str, tuple[StoredValues, ...] | None]:
-        found: dict[str, tuple[StoredValues, ...] | None] = {name: (self._weights.load(name),) for name in stage.dense}
+        stored: dict[str, tuple[StoredValues, ...] | None] = {name: (self._weights.load(name),) for name in stage.dense}
         for name in stage.stacks:
-            found[name] = self._weights.stack(name) if self.keeps_experts else None
-        return found
+            stored[name] = self._weights.stack(name) if self.keeps_experts else None
+        return stored
 
     def _install(self, stage: _Stage, stored: dict[str, tuple[StoredValues, ...] | None]) -> None:
         for name, (owner, attribute) in stage.stacks.items():
             kept = stored.pop(name)
             if kept is not None:
-                kept = tuple(one.moved(self.device) for one in kept)
+                kept = tuple(part.moved(self.device) for part in kept)
             shape = self._weights.stacks[name].shape
             read = partial(self._weights.expert, name)
             experts = StoredExperts(shape, self.dtype, self.device, read, self._scratch, kept)
@@ -269,15 +270,15 @@ def decoder_layers(hf_model: nn.Module) -> nn.ModuleList:
     Raises:
         StatsError: there is none.
     """
-    wanted = hf_model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr]
-    found = [
+    num_layers = hf_model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr]
+    candidates = [
         module
         for module in hf_model.modules()
-        if isinstance(module, nn.ModuleList) and len(module) == wanted and any(True for _ in module[0].parameters())
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers and any(True for _ in module[0].parameters())
     ]
-    if not found:
+    if not candidates:
         raise StatsError(
-            f"{type(hf_model).__name__} has no list of {wanted} decoder layers, so they cannot be measured one by one. "
-            "Plan with --sensitivity closed-form."
+            f"{type(hf_model).__name__} has no list of {num_layers} decoder layers, so they cannot be measured one by "
+            "one. Plan with --sensitivity closed-form."
         )
-    return max(found, key=lambda layers: sum(parameter.numel() for parameter in layers.parameters()))
+    return max(candidates, key=lambda layers: sum(parameter.numel() for parameter in layers.parameters()))

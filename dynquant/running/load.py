@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 REFUSALS = (OSError, ValueError, KeyError, NotImplementedError, ImportError, RuntimeError, SafetensorError)
-"""What transformers raises for files that it cannot load."""
+"""Exceptions that transformers raises for files that it cannot load."""
 LOCAL_ONLY = {"local_files_only": True, "trust_remote_code": False}
 """For transformers' `from_pretrained`, which would ask at the terminal whether to run a checkpoint's code."""
 
@@ -40,8 +40,8 @@ def load_hf(model: Model, *, dtype: torch.dtype | None = None, device: str = "cp
     if isinstance(model.source, ConvertedSource) and getattr(model.source.checkpoint, "has_fp8", False):
         return _load_fp8(model, dtype or computing_type(model, device), device)
     auto_class = AutoModelForImageTextToText if model.has_vision else AutoModelForCausalLM
-    wanted = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
-    loaded = _load(auto_class, model, dtype=wanted, use_safetensors=True)
+    stated = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
+    loaded = _load(auto_class, model, dtype=stated, use_safetensors=True)
     count_mapped_files(model.hf_directory.glob("*.safetensors") if model.hf_directory else [model.gguf_file])
     return loaded.to(device).eval()
 
@@ -72,7 +72,8 @@ def load_config(model: Model | Path) -> Any:
 
 
 def computing_type(model: Model, device: str) -> torch.dtype:
-    """What `load_hf` computes in without being told: float32 on a CPU, the type that config.json states elsewhere."""
+    """Return the type that `load_hf` computes in by default: float32 on a CPU, the type that config.json states
+    elsewhere."""
     if torch.device(device).type == "cpu":
         return torch.float32
     stated = load_config(model).dtype

@@ -58,7 +58,7 @@ class HiddenStates:
             ) from error
 
     def read(self, stage: int, index: int) -> Tensor:
-        """What `write` kept, on the CPU."""
+        """Return what `write` kept, on the CPU."""
         values = torch.empty(self._shapes[index], dtype=self._dtype)
         rest = memoryview(values.view(-1).view(torch.uint8).numpy())
         with self._path(stage).open("rb", buffering=0) as file:
@@ -173,7 +173,7 @@ class StagedPasses:
             return self.stream.hf_model(inputs_embeds=hidden, use_cache=False).logits
 
     def _embedded(self, batch: Tensor) -> Tensor:
-        """What enters the first layer; models may scale what the embedding gives."""
+        """Return what enters the first layer; models may scale the embedding's output."""
         entered: list[Tensor] = []
 
         def note(layer: int, hidden: Tensor, _others: dict[str, Any]) -> Tensor:
@@ -185,7 +185,7 @@ class StagedPasses:
         return entered[0]
 
     def _others(self, shape: torch.Size) -> list[dict[str, Any]]:
-        """What each layer is called with beside hidden states of `shape`."""
+        """Return the arguments of each layer beside hidden states of `shape`."""
         if shape not in self._calls:
             calls: list[dict[str, Any]] = []
 

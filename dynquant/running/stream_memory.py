@@ -1,4 +1,4 @@
-"""How much memory a streamed model takes, and how it is run within a limit.
+"""Memory of a streamed model, and ways to run it within a limit.
 
 The limit is for the whole process as the system counts it (resident set). Of a stage are counted its weights, those of
 the stage that is read ahead, activations of one batch, and the second moments of one layer. What does not fit is given
@@ -20,14 +20,14 @@ COMFORTABLE_SHARE = 0.7
 
 _SHARES_INPUT = ("k_proj", "v_proj", "up_proj", "kv_a_proj_with_mqa")
 WAYS_TO_RUN = ((True, True), (True, False), (False, True), (False, False))
-"""Whether experts are kept and the next stage is read ahead, from the fastest way to the most frugal one."""
+"""Pairs of experts kept and next stage read ahead, from the fastest way to the most frugal one."""
 RESERVE_BYTES = 200 * 2**20
 """For libraries that load late, and memory that the allocator holds back."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What goes through the model at a time."""
+    """Inputs that go through the model at a time."""
 
     batch_tokens: int
     is_backward: bool = False
@@ -37,17 +37,17 @@ class Workload:
 
 def free_memory() -> int:
     """Bytes that this process can still take, by the machine's and its control group's count."""
-    found = []
+    limits = []
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
-        found.append(int(lines["MemAvailable"].split()[0]) * 1024)
+        limits.append(int(lines["MemAvailable"].split()[0]) * 1024)
     else:
-        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.is_file() and used.is_file() and (text := limit.read_text().strip()).isdigit():
-        found.append(max(0, int(text) - int(used.read_text())))
-    return min(found)
+        limits.append(max(0, int(text) - int(used.read_text())))
+    return min(limits)
 
 
 def resident_memory() -> int:

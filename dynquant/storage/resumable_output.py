@@ -192,12 +192,12 @@ class ResumableOutput:
                 span = Region(span.file, last.offset, max(last.end, span.end) - last.offset)
             runs.append(span)
         starts = [(run.file, run.offset) for run in runs]
-        found = set()
+        names = set()
         for name, region in self._regions.items():
             place = bisect_right(starts, (region.file, region.offset)) - 1
             if place >= 0 and runs[place].file == region.file and runs[place].end >= region.end:
-                found.add(name)
-        return found
+                names.add(name)
+        return names
 
     def _open_partial(self, index: int) -> BinaryIO:
         path = self._partials[index]
@@ -211,7 +211,7 @@ class ResumableOutput:
 
     @property
     def _bytes_to_allocate(self) -> int:
-        """What the files will take beyond what their partial forms have on the disk already."""
+        """Return the bytes that the files will take beyond what their partial forms have on the disk already."""
         unallocated = 0
         for partial, size in zip(self._partials, self._sizes, strict=True):
             if partial.exists():

@@ -9,6 +9,8 @@ text, with and without it.
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -20,14 +22,14 @@ import torch
 from dynquant.errors import DataError
 from dynquant.evaluation.distributions import NUM_TAIL
 from dynquant.evaluation.evaluate import common_columns, evaluate
+from dynquant.evaluation.options import EvalOptions, QuestionOptions
 from dynquant.evaluation.reference_cache import TeacherWindows, build_teacher_windows, model_fingerprint
 from dynquant.evaluation.report import EvalReport, MultipleChoiceResult
 from dynquant.evaluation.runners import TRANSFORMERS, describe_model, open_encoder, open_runner
 from dynquant.evaluation.statistics import Estimate, bootstrap_ratio, mcnemar_exact, only_one
 from dynquant.families.open import locate_model, open_model
-from dynquant.inputs.eval_text import load_text
 from dynquant.inputs.held_out import split_documents, without_repeats
-from dynquant.inputs.text import CalibrationText, pack_windows, read_text
+from dynquant.inputs.text import CalibrationText, evaluation_windows, pack_windows, read_text
 from dynquant.resources import chosen_device
 from dynquant.session import SILENT, Progress, Session
 from dynquant.storage.atomic import write_atomically
@@ -158,8 +160,10 @@ class _Healing:
         train = pack_windows(train_text, tokenizer, window=data.window, max_tokens=data.tokens)
         texts, held_out_file, notes = self._measured_texts(text, held_text)
         with open_encoder(self.original) as encode:
-            measured = [load_text(path, encode, window=data.window, max_tokens=data.max_tokens) for path in texts]
-        measured_on = [*held, *(torch.tensor(window) for measure in measured for window in measure.windows)]
+            measured = [
+                evaluation_windows(path, encode, window=data.window, max_tokens=data.max_tokens) for path in texts
+            ]
+        measured_on = [*held, *(batch.ids[0] for windows in measured for batch in windows)]
         clean = without_repeats(train, measured_on)
         if len(clean) < len(train):
             count = f"{len(train) - len(clean)} of {len(train)}"
@@ -246,14 +250,21 @@ class _Healing:
         """Return what `evaluate` measures on held-out text and questions, without or with an adapter."""
         name = "with the adapter" if adapter else "before"
         data = self.options.data
-        tasks = ["kl", "ppl", *(["mmlu"] if data.mmlu_data else [])]
-        return evaluate(
-            self.base, self.original, tasks=tasks, text=texts, window=data.window,
-            max_tokens=data.max_tokens, mmlu_data=data.mmlu_data, shots=data.shots,
-            num_shots=data.num_shots, limit=data.limit, scoring=("letter",), cache_dir=self.options.reference_cache,
-            device=self.device, seed=self.options.training.seed, runner=TRANSFORMERS, adapter=adapter,
-            progress=lambda stage, done, total, **where: self.progress(f"{name}: {stage}", done, total, **where),
+        questions = QuestionOptions(
+            tasks=("kl", "ppl", *(["mmlu"] if data.mmlu_data else [])), text=texts, max_tokens=data.max_tokens,
+            mmlu_data=data.mmlu_data, shots=data.shots, num_shots=data.num_shots, limit=data.limit,
+            scoring=("letter",),
         )  # fmt: skip
+        options = EvalOptions(
+            candidate=str(self.base), reference=str(self.original), questions=questions, window=data.window,
+            reference_cache=self.options.reference_cache, runner=TRANSFORMERS, adapter=adapter,
+        )  # fmt: skip
+
+        @contextmanager
+        def stage(_kept: str) -> Iterator[Progress]:
+            yield lambda step, done, total, **where: self.progress(f"{name}: {step}", done, total, **where)
+
+        return evaluate(options, Session(device=self.device, seed=self.options.training.seed, stage=stage))
 
 
 def _check_lengths(text: CalibrationText, train: torch.Tensor, held: torch.Tensor, window: int) -> None:

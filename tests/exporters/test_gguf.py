@@ -24,11 +24,11 @@ from dynquant.checkpoints.tensor_source import DictSource
 from dynquant.encoding.parts import PartLimits
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import EncodeError, ExportError, PlanError, StatsError
-from dynquant.exporters.gguf import export_gguf
 from dynquant.families.open import open_model
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.recipes.build_plan import plan_from_types
 from dynquant.storage import resumable_output as artifacts
+from tests.helpers.exports import export_gguf
 from tests.helpers.packed_models import plan_of
 
 GGML = load_encoder("ggml")

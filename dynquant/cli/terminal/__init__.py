@@ -1,1 +1,1 @@
-"""What people see of a command: the only code that prints."""
+"""Everything that people see of a command: the only code that prints."""

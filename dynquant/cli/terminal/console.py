@@ -1,4 +1,4 @@
-"""What people see of a command: stages, notes and errors on stderr, tables on stdout.
+"""Everything that people see of a command: stages, notes and errors on stderr, tables on stdout.
 
 A command has one session: the record of its stages, and the JSON lines that `--json-progress` asked for.
 """
@@ -33,7 +33,7 @@ class _Session:
     has_only_json: bool = False
     record: RunRecord = field(default_factory=RunRecord)
     kept: str = ""
-    """What an interruption now would leave and lose."""
+    """Words for what an interruption now would leave and lose."""
 
 
 _session = _Session()

@@ -16,9 +16,9 @@ from typing import NoReturn
 
 EXIT_STATUS = 130
 GRACE_SECONDS = 0.5
-"""How long the main thread may take to unwind."""
+"""Time that the main thread may take to unwind."""
 SAYING_SECONDS = 0.3
-"""How long the last words may take: a terminal or pipe may not be read any more."""
+"""Time that the last words may take: a terminal or pipe may not be read any more."""
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

@@ -1,4 +1,4 @@
-"""What one command has done: time, amounts and bytes of every stage, as stages report them.
+"""Record of one command: time, amounts and bytes of every stage, as stages report them.
 
 Time and bytes between two reports belong to the stage that reports second; what lies before a stage's first report
 (loading a model, say) belongs to none. A stage that runs again in the same command adds to its own record.

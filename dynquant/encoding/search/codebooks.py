@@ -1,4 +1,4 @@
-"""What a group of neighbouring weights may become, and the nearest choice to a target.
+"""Values that a group of neighbouring weights may take, and the nearest ones to a target.
 
 Targets `y` are weights divided by their scale, [B, R, group]: B groups with a metric of their own, R rows each. The
 distance is sum_j metric[b, j] * (y[j] - value[j])^2. Every search is exact. A grid is first tried by rounding each

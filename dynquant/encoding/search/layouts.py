@@ -1,4 +1,4 @@
-"""What the encoder knows of each type: how its blocks make weights of codewords, scales and minimums.
+"""The encoder's knowledge of each type: how its blocks make weights of codewords, scales and minimums.
 
     weight = a * (codeword + shift) - b        a = d * multiplier[scale], b = dmin * min
 
@@ -36,7 +36,7 @@ _FP16_TINY = torch.tensor(2.0**-24)
 
 @dataclass(frozen=True)
 class Fields:
-    """What blocks store beside the codewords. In a tensor [E, R, C] with B super-blocks and S sub-blocks a row:
+    """Numbers that blocks store beside the codewords. In a tensor [E, R, C] with B super-blocks and S sub-blocks a row:
 
     `d` [E, R, B] as float32; `scales` [E, R, S] indices of the layout's multipliers; `shifts` [E, R, C / shift_width]
     signs as +1 or -1; `dmin` and `mins` as `d` and `scales`, for types with minimums.
@@ -64,7 +64,7 @@ class BlockLayout:
     has_power_of_two_scale: bool = False
     """There is no `d`: the scale code itself is an exponent."""
     fractions: tuple[float, float] = (0.85, 1.05)
-    """Where the best scale of a sub-block lies, as a share of the one that lets its largest weight be met."""
+    """Range of the best scale of a sub-block, as a share of the one that lets its largest weight be met."""
 
     @property
     def quant_type(self) -> QuantType:

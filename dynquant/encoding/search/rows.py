@@ -22,7 +22,7 @@ class Spread:
     offsets: Tensor
 
     def targets(self, x: Tensor, columns: slice) -> Tensor:
-        """What the codewords of some columns should be so that `x` comes out."""
+        """Return the real-valued codewords of some columns from which `x` would be decoded."""
         shifted = x if self.b is None else x + self.b[..., columns]
         return shifted * self.inverse[..., columns] - self.offsets[..., columns]
 
@@ -77,7 +77,7 @@ class Rows:
         return per_sub_block.repeat_interleave(self.layout.sub_block, dim=-1)
 
     def offsets(self, shifts: Tensor | None) -> Tensor | float:
-        """What is added to every codeword [E, R, C]; zero but in IQ1."""
+        """Return what is added to every codeword [E, R, C]; zero but in IQ1."""
         return 0.0 if shifts is None else shifts.repeat_interleave(self.layout.shift_width, dim=-1) * SHIFT
 
     def spread(self, fields: Fields) -> "Spread":

@@ -1,1 +1,1 @@
-"""What the model families share: configuration, conversions, metadata keys, rope scaling."""
+"""Code that the model families share: configuration, conversions, metadata keys, rope scaling."""

@@ -1,4 +1,4 @@
-"""How each GGUF tensor is made of checkpoint tensors, and a tensor source that follows those conversions lazily.
+"""Conversions of checkpoint tensors into GGUF tensors, and a tensor source that follows those conversions lazily.
 
 Nothing is read until a tensor is asked for, and one expert of a stacked tensor is read without its neighbours, whether
 the checkpoint stores experts one by one or fused.
@@ -67,7 +67,7 @@ class ConvertedSource:
 
     @property
     def checkpoint(self) -> TensorSource:
-        """Where the parts of conversions are read."""
+        """Source from which the parts of conversions are read."""
         return self._source
 
     @property
@@ -89,5 +89,5 @@ class ConvertedSource:
         return self._conversions[name].parts
 
     def transform(self, name: str) -> Transform:
-        """How a GGUF tensor is made of its checkpoint tensor, or of each of them."""
+        """Return the transform that makes a GGUF tensor of its checkpoint tensor, or of each of them."""
         return self._conversions[name].transform

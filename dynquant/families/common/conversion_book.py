@@ -43,7 +43,7 @@ class ConversionBook:
         self._missing: list[str] = []
 
     def holds(self, checkpoint_name: str) -> bool:
-        """Whether the checkpoint stores this tensor; without a list of names, no."""
+        """Return whether the checkpoint stores this tensor; without a list of names, it does not."""
         return checkpoint_name in self._stored
 
     def add(

@@ -1,4 +1,5 @@
-"""What all decoder families share: GGUF keys and tensors of embeddings, grouped-query attention, dense and expert FFNs.
+"""Parts that all decoder families share: GGUF keys and tensors of embeddings, grouped-query attention, dense and expert
+FFNs.
 
 Keys and their value types follow llama.cpp's converter; gguf-py's writer supplies the types.
 """
@@ -8,6 +9,7 @@ import gguf
 from dynquant.families.common.config import Config
 from dynquant.families.common.conversion import Transform, unchanged
 from dynquant.families.common.conversion_book import ConversionBook
+from dynquant.families.common.metadata import write_keys
 from dynquant.families.common.rope import llama3_factors, rope_parameters
 
 GATED_NAMES = ("gate_proj", "up_proj", "down_proj")
@@ -24,14 +26,7 @@ def num_kv_heads(config: Config) -> int:
 
 def write_decoder_keys(config: Config, writer: gguf.GGUFWriter, *, kv_heads: int) -> None:
     """Sizes that every decoder has."""
-    writer.add_block_count(config.integer("num_hidden_layers"))
-    writer.add_context_length(config.integer("max_position_embeddings"))
-    writer.add_embedding_length(config.integer("hidden_size"))
-    writer.add_feed_forward_length(config.integer("intermediate_size"))
-    writer.add_head_count(config.integer("num_attention_heads"))
-    writer.add_head_count_kv(kv_heads)
-    writer.add_layer_norm_rms_eps(config.number("rms_norm_eps"))
-    writer.add_vocab_size(config.integer("vocab_size"))
+    write_keys(config, writer, "decoder", num_key_value_heads=kv_heads)
 
 
 def write_head_keys(config: Config, writer: gguf.GGUFWriter) -> None:

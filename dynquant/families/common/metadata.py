@@ -1,5 +1,10 @@
-"""GGUF metadata of a converted checkpoint: gguf-py's writer is used as the recorder of keys and value types."""
+"""GGUF metadata of a converted checkpoint, and the table of numbers that config.json and GGUF both state.
 
+`write_keys` goes from config.json to GGUF by the table, `from_gguf` the other way. gguf-py's writer is used as the
+recorder of keys and value types.
+"""
+
+from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
@@ -7,6 +12,70 @@ from gguf import GGUFValueType
 
 from dynquant.checkpoints.gguf_source import MetadataField
 from dynquant.checkpoints.tensor_source import TensorSource
+from dynquant.families.common.config import Config
+
+
+@dataclass(frozen=True)
+class Key:
+    """A number under its name in config.json and under its name in GGUF, after the architecture's."""
+
+    config: str
+    gguf: str
+    default: int | float | None = None
+    """Stands for a missing value, on either side."""
+    is_float: bool = False
+    is_read: bool = True
+    """False where the way back takes the number from tensors, or derives it."""
+
+
+KEYS: dict[str, tuple[Key, ...]] = {
+    "decoder": (
+        Key("num_hidden_layers", "block_count"),
+        Key("max_position_embeddings", "context_length"),
+        Key("hidden_size", "embedding_length"),
+        Key("intermediate_size", "feed_forward_length", is_read=False),
+        Key("num_attention_heads", "attention.head_count"),
+        Key("num_key_value_heads", "attention.head_count_kv", is_read=False),
+        Key("rms_norm_eps", "attention.layer_norm_rms_epsilon", is_float=True),
+        Key("vocab_size", "vocab_size", is_read=False),
+    ),
+    "mixtral": (Key("num_local_experts", "expert_count"), Key("num_experts_per_tok", "expert_used_count")),
+    "qwen experts": (
+        Key("num_experts", "expert_count"),
+        Key("num_experts_per_tok", "expert_used_count"),
+        Key("moe_intermediate_size", "expert_feed_forward_length", is_read=False),
+    ),
+    "qwen shared expert": (Key("shared_expert_intermediate_size", "expert_shared_feed_forward_length", is_read=False),),
+    "latent attention": (
+        # llama.cpp requires the key but for the layer counts of the lite models; zero is a plain query projection.
+        Key("q_lora_rank", "attention.q_lora_rank", 0, is_read=False),
+        Key("kv_lora_rank", "attention.kv_lora_rank"),
+    ),
+    "deepseek experts": (
+        Key("first_k_dense_replace", "leading_dense_block_count", 0),
+        Key("moe_intermediate_size", "expert_feed_forward_length", is_read=False),
+        Key("n_routed_experts", "expert_count"),
+        Key("num_experts_per_tok", "expert_used_count"),
+        Key("n_shared_experts", "expert_shared_count", 0),
+        Key("routed_scaling_factor", "expert_weights_scale", 1.0, is_float=True),
+    ),
+    "deepseek groups": (Key("n_group", "expert_group_count", 1), Key("topk_group", "expert_group_used_count", 1)),
+}
+
+
+def write_keys(config: Config, writer: gguf.GGUFWriter, table: str, **values: int) -> None:
+    """Write a table of `KEYS` in its order; `values` are those that are not what the configuration says, by its names.
+
+    Raises:
+        CheckpointError: a number that is missing without a default, or is none.
+    """
+    for key in KEYS[table]:
+        name = f"{writer.arch}.{key.gguf}"
+        if key.is_float:
+            writer.add_float32(name, config.number(key.config, key.default))
+        else:
+            default = None if key.default is None else int(key.default)
+            writer.add_uint32(name, values[key.config] if key.config in values else config.integer(key.config, default))
 
 
 def write_general_keys(

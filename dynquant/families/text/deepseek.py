@@ -24,6 +24,7 @@ from dynquant.families.common.decoder import (
     add_router,
     write_decoder_keys,
 )
+from dynquant.families.common.metadata import write_keys
 from dynquant.families.common.rope import rope_parameters, write_rope
 
 # transformers' model classes fix the router's scoring function and do not save it.
@@ -71,9 +72,7 @@ def add_deepseek_tensors(book: ConversionBook) -> None:
 
 def _write_attention_keys(config: Config, writer: gguf.GGUFWriter) -> None:
     rank, rope = config.integer("kv_lora_rank"), config.integer("qk_rope_head_dim")
-    # llama.cpp requires the key except for the layer counts of the lite models; zero means a plain query projection.
-    writer.add_q_lora_rank(config.integer("q_lora_rank", 0))
-    writer.add_kv_lora_rank(rank)
+    write_keys(config, writer, "latent attention")
     writer.add_key_length(rank + rope)
     writer.add_value_length(rank)
     writer.add_key_length_mla(config.integer("qk_nope_head_dim") + rope)
@@ -82,18 +81,12 @@ def _write_attention_keys(config: Config, writer: gguf.GGUFWriter) -> None:
 
 
 def _write_expert_keys(config: Config, writer: gguf.GGUFWriter) -> None:
-    writer.add_leading_dense_block_count(config.integer("first_k_dense_replace", 0))
-    writer.add_expert_feed_forward_length(config.integer("moe_intermediate_size"))
-    writer.add_expert_count(config.integer("n_routed_experts"))
-    writer.add_expert_used_count(config.integer("num_experts_per_tok"))
-    writer.add_expert_shared_count(config.integer("n_shared_experts"))
-    writer.add_expert_weights_scale(config.number("routed_scaling_factor"))
+    write_keys(config, writer, "deepseek experts")
     if config.get("norm_topk_prob", False):
         writer.add_expert_weights_norm(True)
     writer.add_expert_gating_func(_GATING[_SCORING[config.model_type]])
     groups, used = _expert_groups(config)
-    writer.add_expert_group_count(groups)
-    writer.add_expert_group_used_count(used)
+    write_keys(config, writer, "deepseek groups", n_group=groups, topk_group=used)
 
 
 def _add_attention(book: ConversionBook, layer: int) -> None:

@@ -24,6 +24,7 @@ from dynquant.families.common.decoder import (
     write_decoder_keys,
     write_head_keys,
 )
+from dynquant.families.common.metadata import write_keys
 from dynquant.families.common.rope import rope_parameters, write_attention_factor, write_rope
 
 
@@ -38,8 +39,7 @@ def write_llama_keys(config: Config, writer: gguf.GGUFWriter) -> None:
     write_rope(config, writer, parameters)
     write_attention_factor(config, writer, parameters)
     if config.model_type == "mixtral":
-        writer.add_expert_count(config.integer("num_local_experts"))
-        writer.add_expert_used_count(config.integer("num_experts_per_tok"))
+        write_keys(config, writer, "mixtral")
 
 
 def add_llama_tensors(book: ConversionBook) -> None:

@@ -22,6 +22,7 @@ from dynquant.families.common.decoder import (
     write_decoder_keys,
     write_head_keys,
 )
+from dynquant.families.common.metadata import write_keys
 from dynquant.families.common.rope import rope_parameters, write_rope
 
 
@@ -33,8 +34,7 @@ def write_llama4_keys(config: Config, writer: gguf.GGUFWriter) -> None:
     write_head_keys(config, writer)
     writer.add_rope_dimension_count(head_dim(config))
     write_rope(config, writer, rope_parameters(config))
-    writer.add_expert_count(config.integer("num_local_experts"))
-    writer.add_expert_used_count(config.integer("num_experts_per_tok"))
+    write_keys(config, writer, "mixtral")
     writer.add_interleave_moe_layer_step(config.integer("interleave_moe_layer_step"))
     writer.add_expert_feed_forward_length(config.integer("intermediate_size"))
 

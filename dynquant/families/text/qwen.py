@@ -20,6 +20,7 @@ from dynquant.families.common.decoder import (
     write_decoder_keys,
     write_head_keys,
 )
+from dynquant.families.common.metadata import write_keys
 from dynquant.families.common.rope import rope_parameters, write_attention_factor, write_rope
 
 _MOE_TYPES = ("qwen2_moe", "qwen3_moe")
@@ -35,11 +36,9 @@ def write_qwen_keys(config: Config, writer: gguf.GGUFWriter) -> None:
     write_rope(config, writer, parameters)
     write_attention_factor(config, writer, parameters)
     if config.model_type in _MOE_TYPES:
-        writer.add_expert_count(_num_experts(config))
-        writer.add_expert_used_count(config.integer("num_experts_per_tok"))
-        writer.add_expert_feed_forward_length(config.integer("moe_intermediate_size"))
+        write_keys(config, writer, "qwen experts", num_experts=_num_experts(config))
     if config.model_type == "qwen2_moe":
-        writer.add_expert_shared_feed_forward_length(config.integer("shared_expert_intermediate_size"))
+        write_keys(config, writer, "qwen shared expert")
 
 
 def add_qwen_tensors(book: ConversionBook) -> None:

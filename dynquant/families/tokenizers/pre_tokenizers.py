@@ -52,7 +52,7 @@ _NAMES: dict[tuple[tuple[str, ...], bool], str] = {
 }
 
 _INEXACT = {"tekken": "words with combining marks (Devanagari, for instance)"}
-"""Where llama.cpp's own expression is an approximation, what it splits differently."""
+"""Texts that llama.cpp splits differently, because its own expression is an approximation."""
 
 
 def pre_tokenizer_name(tokenizer: dict[str, object], where: str) -> str:
@@ -108,7 +108,8 @@ def _maps_bytes(pre_tokenizer: object) -> bool:
 
 
 def _isolates(split: dict[str, object]) -> bool:
-    """Whether matches become words of their own; removing what is not matched is the same for these expressions."""
+    """Return whether matches become words of their own; removing what is not matched is the same for these
+    expressions."""
     behavior, inverted = split.get("behavior"), bool(split.get("invert", False))
     return (behavior == "Isolated" and not inverted) or (behavior == "Removed" and inverted)
 

@@ -21,12 +21,12 @@ _QWEN_EPS = 1e-6
 _PIXTRAL_EPS = 1e-5
 _QWEN25_WINDOW = 112
 _QWEN_IMAGE_SIZE = 560
-"""Of pictures that llama.cpp warms up with; those of Qwen have any size."""
+"""Size of the pictures that llama.cpp warms up with; those of Qwen have any size."""
 
 
 @dataclass(frozen=True)
 class Projector:
-    """How to fill the mmproj file of one kind of checkpoint. `config` is that of the whole model."""
+    """Rules for filling the mmproj file of one kind of checkpoint. `config` is that of the whole model."""
 
     type: str
     write_keys: Callable[[Config, gguf.GGUFWriter], None]
@@ -40,12 +40,12 @@ def projector_of(config: Config) -> Projector:
         CheckpointError: one that llama.cpp does not have.
     """
     tower = _tower(config).model_type
-    found = _PROJECTORS.get((config.model_type, tower)) or _PROJECTORS.get((config.model_type, "*"))
-    if found is None:
+    projector = _PROJECTORS.get((config.model_type, tower)) or _PROJECTORS.get((config.model_type, "*"))
+    if projector is None:
         raise CheckpointError(
             f"llama.cpp has no mmproj for a {config.model_type} model with a vision tower of type {tower!r}."
         )
-    return found
+    return projector
 
 
 def write_projector_keys(config: Config, writer: gguf.GGUFWriter, mean: list[float], std: list[float]) -> None:
@@ -254,7 +254,7 @@ def _write_llava_keys(config: Config, writer: gguf.GGUFWriter) -> None:
 
 
 def _feature_layer(config: Config) -> int:
-    """How many blocks of the tower run before the projector."""
+    """Return the number of blocks of the tower that run before the projector."""
     layer, blocks = config.get("vision_feature_layer"), _tower(config).integer("num_hidden_layers")
     if isinstance(layer, list) and len(layer) == 1:
         (layer,) = layer

@@ -19,14 +19,14 @@ class RenamedSource:
 
     @property
     def fingerprint(self) -> str:
-        """Of the whole checkpoint."""
+        """Fingerprint of the whole checkpoint."""
         return self._source.fingerprint
 
     def names(self) -> list[str]:
         return [*self._names, *self._rows]
 
     def stored_name(self, name: str) -> str:
-        """What the checkpoint calls it."""
+        """Return the checkpoint's own name of a tensor."""
         return self._rows[name][0] if name in self._rows else self._names[name]
 
     def info(self, name: str) -> TensorInfo:
