@@ -6,12 +6,15 @@ goes on where it stopped (`artifacts`) and gives the same bytes.
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
 import torch
 
 from dynquant import __version__
+from dynquant.calibration.second_moments import SecondMoments
+from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.checkpoint_directory import (
     SHARD_BYTES,
     as_json,
@@ -25,7 +28,7 @@ from dynquant.checkpoints.checkpoint_directory import (
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_format import ShardLayout
 from dynquant.encoding.parts import as_slice, ranges
-from dynquant.encoding.stream import Guidance
+from dynquant.encoding.stream import Guidance, guidance_of
 from dynquant.encoding.vllm import EncodedLayer, encode_layers, nvfp4_global_scale
 from dynquant.errors import ExportError
 from dynquant.exporters.compressed_config import quantization_config
@@ -35,7 +38,8 @@ from dynquant.families.linear_layers import LinearCheckpoint, LinearLayer
 from dynquant.recipes.build_plan import check_linears, schemes_of
 from dynquant.recipes.plan import Plan, PlanEntry
 from dynquant.recipes.sizes import tensors_of_checkpoint
-from dynquant.session import Progress, ignore_progress
+from dynquant.resources import chosen_device
+from dynquant.session import SILENT, Progress, Session
 from dynquant.storage.resumable_output import Region, ResumableOutput
 from dynquant.storage.strict_json import parse_json
 
@@ -44,19 +48,37 @@ _CPU_WEIGHTS, _GPU_WEIGHTS = 1 << 23, 1 << 27
 """Float32 weights of a stack of experts that are encoded together, at least one expert."""
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """The metric under which rounding errors are kept small; by default that of plain squared errors."""
+
+    guidance: Guidance = field(default_factory=Guidance)
+    """Importance and hessians of the inputs."""
+    words: str = "rounded by their own squared error"
+    """The same in words, for the model card."""
+    moments: str = "none"
+    """Identity of the second moments; an interrupted export goes on only under an equal one."""
+
+    @classmethod
+    def under(cls, stats: CalibrationStats, moments: SecondMoments | None) -> "Rounding":
+        """Return what calibration knows of the inputs."""
+        tokens = f"of {stats.provenance.num_tokens:,} calibration tokens"
+        if moments is None:
+            return cls(guidance_of(stats, None), f"scales fitted under the mean squares {tokens}")
+        words = f"scales and error feedback under the second moments {tokens}"
+        return cls(guidance_of(stats, moments), words, moments.identity)
+
+
 def export_compressed_tensors(
     model: Model,
     plan: Plan,
     checkpoint: LinearCheckpoint,
     output: Path,
     *,
-    guidance: Guidance | None = None,
-    rounding: str = "rounded by their own squared error",
-    identity: Mapping[str, str] | None = None,
-    device: torch.device | None = None,
+    rounding: Rounding | None = None,
     shard_max_bytes: int | None = None,
     resume: bool = True,
-    progress: Progress | None = None,
+    session: Session = SILENT,
 ) -> list[Path]:
     """Write `plan` as the directory `output`, which must not exist, and return its files.
 
@@ -65,37 +87,39 @@ def export_compressed_tensors(
         plan: Schemes of all linear layers.
         checkpoint: `linear_checkpoint` of the model.
         output: The directory to make.
-        guidance: Importance and hessians of the inputs, under which rounding errors are kept small.
-        rounding: The same in words, for the model card.
-        identity: What else decides the bytes; an interrupted export goes on only under an equal one.
-        device: Where to search; default the CPU.
+        rounding: What rounding errors are kept small under; default the plain squared error.
         shard_max_bytes: Largest file; default 5 GB.
         resume: False discards an interrupted export.
-        progress: Told of weights done.
+        session: Where to search, and who hears of weights done.
 
     Raises:
         PlanError: the plan is not of this model.
         EncodeError: NaN or Inf weights; partial files are removed.
         ExportError: the output exists, there is no space, or an interrupted export of something else is in the way.
     """
-    output = Path(output)
+    rounding = rounding or Rounding()
+    device = torch.device(chosen_device(session.device))
     check_linears(plan, checkpoint, model)
     if output.exists() or output.is_symlink():
         raise ExportError(f"{output} exists already; export to another name, or remove it first.")
     shards = shards_of(tensors_of_checkpoint(checkpoint, schemes_of(plan)), shard_max_bytes or SHARD_BYTES)
-    documents = _documents(model, plan, checkpoint, shards, rounding)
+    documents = _documents(model, plan, checkpoint, shards, rounding.words)
     staging = output.with_name(f".{output.name}.partial")
     names = [*documents, *shards]
     sizes = [len(content) for content in documents.values()] + [shard.total_bytes for shard in shards.values()]
-    known = {"plan": plan.hash, "dynquant version": __version__, "torch version": torch.__version__}
-    target = ResumableOutput(
-        [staging / name for name in names], sizes, _regions(names, documents, shards),
-        {**known, "files": files_hash(documents, shards), **(identity or {})}, resume=resume,
-    )  # fmt: skip
+    identity = {
+        "plan": plan.hash,
+        "dynquant version": __version__,
+        "torch version": torch.__version__,
+        "files": files_hash(documents, shards),
+        "hessians": rounding.moments,
+    }
+    paths, regions = [staging / name for name in names], _regions(names, documents, shards)
+    target = ResumableOutput(paths, sizes, regions, identity, resume=resume)
     try:
-        with writing(target):
+        with writing(target, session) as progress:
             write_small_files(target, documents, shards)
-            for name, tensor in _tensors(plan, checkpoint, guidance or Guidance(), device, target.finished, progress):
+            for name, tensor in _tensors(plan, checkpoint, rounding.guidance, device, target.finished, progress):
                 target.write(name, tensor_bytes(tensor))
             target.commit()
     finally:
@@ -153,9 +177,9 @@ def _tensors(
     plan: Plan,
     checkpoint: LinearCheckpoint,
     guidance: Guidance,
-    device: torch.device | None,
+    device: torch.device,
     finished: set[str],
-    progress: Progress | None,
+    progress: Progress,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield every tensor that is not finished, with its name."""
     for tensor in checkpoint.others:
@@ -163,11 +187,10 @@ def _tensors(
             yield tensor.key, checkpoint.source.load(tensor.key).to(_TORCH_DTYPES[tensor.dtype])
     linears = {linear.name: linear for linear in checkpoint.linears}
     scales = global_scales(plan, checkpoint)
-    at_once = _CPU_WEIGHTS if device is None or device.type == "cpu" else _GPU_WEIGHTS
+    at_once = _CPU_WEIGHTS if device.type == "cpu" else _GPU_WEIGHTS
     total, done = sum(prod(entry.shape) for entry in plan.entries), 0
-    report = progress or ignore_progress
     for entry in plan.entries:
-        report("quantize", done, total, unit="weights", tensor=entry.name)
+        progress("quantize", done, total, unit="weights", tensor=entry.name)
         suffixes = [part.suffix for part in entry.scheme.parts(*entry.shape[-2:])]
         for experts in ranges(len(entry.modules), max(1, at_once // prod(entry.shape[-2:]))):
             modules = entry.modules[experts.start : experts.stop]
@@ -180,7 +203,7 @@ def _tensors(
                         if f"{module}.{suffix}" not in finished:
                             yield f"{module}.{suffix}", tensor
             done += len(experts) * prod(entry.shape[-2:])
-            report("quantize", done, total, unit="weights", tensor=entry.name)
+            progress("quantize", done, total, unit="weights", tensor=entry.name)
 
 
 def _documents(

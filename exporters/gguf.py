@@ -1,59 +1,62 @@
-"""Writes a plan as GGUF files that stock llama.cpp loads.
+"""Writes a plan as GGUF files that stock llama.cpp loads, and copies of such files with other bytes in some tensors.
 
-Headers and offsets are fixed first (`gguf_header`); tensors are then written to their places as they are encoded, one
-part in memory at a time (`parts`). A killed export goes on where it stopped and gives the same bytes (`artifacts`).
+Headers and offsets are fixed first (`gguf_layout`); tensors are then written to their places as they are encoded, one
+part in memory at a time (`parts`). A killed export goes on where it stopped and gives the same bytes.
+
+A vision-language model becomes two files: the language model as NAME.gguf, vision tower and projector as
+mmproj-NAME.gguf beside it. The latter is small, so it comes first: a run that is killed goes on in the language model.
 """
 
 import hashlib
+import os
+import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+
+import gguf
+from torch import Tensor
 
 from dynquant import __version__
 from dynquant.calibration.second_moments import SecondMoments
 from dynquant.calibration.statistics import CalibrationStats
-from dynquant.checkpoints.gguf_layout import FileLayout, Provenance, TensorSpec, layout, split_paths
-from dynquant.checkpoints.model import Model
-from dynquant.encoding.interface import Encoder, ProtectedWeight
-from dynquant.encoding.parts import PartLimits, TensorPart
-from dynquant.encoding.stream import (
-    PartStream,
-    QuantizedPart,
-    check_importance,
-    check_plan,
-    guidance_of,
-    parts_of_plan,
-    quantize,
+from dynquant.checkpoints.gguf_layout import (
+    ENCODER_KEY,
+    PADDED_WIDTH,
+    FileLayout,
+    Provenance,
+    TensorSpec,
+    layout,
+    mmproj_path,
+    split_paths,
 )
+from dynquant.checkpoints.gguf_source import GGUFSource
+from dynquant.checkpoints.model import Model, ModelPart
+from dynquant.encoding.parts import TensorPart
+from dynquant.encoding.stream import QuantizedPart
 from dynquant.errors import ExportError
-from dynquant.exporters.output import check_stats, export_identity, writing
+from dynquant.exporters.output import Encoding, writing
+from dynquant.recipes.build_plan import plan_of_part, with_projector_type
 from dynquant.recipes.plan import Plan
 from dynquant.recipes.sizes import imatrix_info
-from dynquant.session import Progress
+from dynquant.session import Session
+from dynquant.storage.atomic import writing as writing_atomically
 from dynquant.storage.resumable_output import Region, ResumableOutput
 
+MMPROJ_TYPES = ("f32", "bf16", "f16", "q8_0")
+_CAVEATS = {
+    "mlp": "llama.cpp's graph of LLaVA puts the class embedding behind the patches; the model was trained with it in "
+    "front. Patches get their neighbours' positions, and answers differ from those of transformers (reports/vision.md)."
+}
+"""By projector: what llama.cpp computes otherwise than transformers from the same weights."""
 
-def export_gguf(
-    model: Model,
-    plan: Plan,
-    stats: CalibrationStats | None,
-    output: Path,
-    *,
-    encoder: Encoder,
-    moments: SecondMoments | None = None,
-    protected: Mapping[str, tuple[ProtectedWeight, ...]] | None = None,
-    threads: int | None = None,
-    split_max_bytes: int | None = None,
-    resume: bool = True,
-    progress: Progress | None = None,
-    limits: PartLimits | None = None,
-    elsewhere: PartStream | None = None,
-) -> list[Path]:
-    """Write `plan` to `output`, or to NAME-00001-of-0000N.gguf beside it, and return the files.
+
+def export_gguf(encoding: Encoding, output: Path, *, split_max_bytes: int | None = None) -> list[Path]:
+    """Write a plan to `output`, or to NAME-00001-of-0000N.gguf beside it, and return the files.
 
     Until everything is written there are only NAME.partial and NAME.journal; an older `output` is replaced at the end.
-    After a kill or a full disk the same call goes on. `stats` are those that the plan was made from, None if none;
-    `moments` give encoders that use them hessians for error feedback, `protected` the super weights of each tensor.
-    `limits` bound what is in memory at a time; `elsewhere` encodes on other machines.
+    After a kill or a full disk the same call goes on.
 
     Raises:
         PlanError: the plan is not of this model.
@@ -62,27 +65,60 @@ def export_gguf(
         ExportError: another size than the plan predicts, no space, or an interrupted export of something else.
         ClusterError: `elsewhere` cannot go on; what is done is kept.
     """
-    output = Path(output)
-    check_plan(model, plan)
-    check_stats(model, plan, stats)
-    _check_output(model, output)
-    guidance = guidance_of(stats, moments if encoder.uses_hessians else None, protected)
-    check_importance(plan, guidance.importance)
-    files = _layout(model, plan, stats, encoder, split_max_bytes)
-    parts = parts_of_plan(plan, guidance, encoder, limits)
+    files: list[Path] = []
+    for part, of_part in _encodings(encoding):
+        is_projector = part is not None and part.is_projector
+        path = mmproj_path(output) if is_projector else output
+        # llama.cpp reads no split mmproj.
+        files = _export_file(of_part, path, None if is_projector else split_max_bytes) + files
+    return files
+
+
+def _encodings(encoding: Encoding) -> list[tuple[ModelPart | None, Encoding]]:
+    """Return what every file is written from.
+
+    Raises:
+        ExportError: the parts do not have the size that the plan predicts.
+    """
+    model, plan = encoding.model, encoding.plan
+    if not model.parts:
+        return [(None, encoding)]
+    parts = [
+        (
+            part,
+            replace(
+                encoding,
+                model=part.model,
+                plan=plan_of_part(part, plan, encoding.stats),
+                stats=stats_of_part(part, encoding.stats),
+                moments=_moments_of_part(part, encoding.moments),
+            ),
+        )
+        for part in model.parts
+    ]
+    total = sum(of_part.plan.predicted_bytes for _, of_part in parts)
+    if not model.unwritten and total != plan.predicted_bytes:
+        raise ExportError(
+            f"The plan predicts {plan.predicted_bytes:,} bytes, but language model and mmproj take {total:,}. The plan "
+            "was edited or made by another version of dynquant. Plan again."
+        )
+    return parts
+
+
+def _export_file(encoding: Encoding, output: Path, split_max_bytes: int | None) -> list[Path]:
+    encoding.check()
+    _check_output(encoding.model, output)
+    files = _layout(encoding, split_max_bytes)
+    parts = encoding.parts()
     target = ResumableOutput(
         split_paths(output, len(files)),
         [file.total_bytes for file in files],
         _regions(files, parts),
-        export_identity(plan, encoder, _header_hash(files), moments if encoder.uses_hessians else None),
-        resume=resume,
+        encoding.identity(_header_hash(files)),
+        resume=encoding.resume,
     )
-    with writing(target):
-        quantized = quantize(
-            model, plan, guidance, encoder,
-            parts=parts, threads=threads, progress=progress, skip=frozenset(target.finished), elsewhere=elsewhere,
-        )  # fmt: skip
-        _write(target, files, quantized)
+    with writing(target, encoding.session) as progress:
+        _write(target, files, encoding.quantized(parts, frozenset(target.finished), progress))
         return target.commit()
 
 
@@ -90,17 +126,17 @@ def _write(target: ResumableOutput, files: Iterable[FileLayout], quantized: Iter
     for number, file in enumerate(files):
         if _header_region(number) not in target.finished:
             target.write(_header_region(number), file.header)
-    for one in quantized:
-        target.write(one.part.key, memoryview(one.packed.contiguous().numpy().reshape(-1)))
+    for quantized_part in quantized:
+        blocks = quantized_part.packed.contiguous().numpy().reshape(-1)
+        target.write(quantized_part.part.key, memoryview(blocks))
 
 
-def _layout(
-    model: Model, plan: Plan, stats: CalibrationStats | None, encoder: Encoder, split_max_bytes: int | None
-) -> list[FileLayout]:
+def _layout(encoding: Encoding, split_max_bytes: int | None) -> list[FileLayout]:
+    model, plan = encoding.model, encoding.plan
     entries = {entry.name: entry for entry in plan.entries}
     tensors = [TensorSpec(name, entries[name].shape, entries[name].type) for name in model.source.names()]
-    provenance = Provenance(plan.fingerprint, plan.recipe, encoder.name, plan.hash, plan.stats_hash or "")
-    imatrix = imatrix_info(stats)
+    provenance = Provenance(plan.fingerprint, plan.recipe, encoding.encoder.name, plan.hash, plan.stats_hash or "")
+    imatrix = imatrix_info(encoding.stats)
     files = layout(model, tensors, provenance, imatrix=imatrix)
     total = sum(file.total_bytes for file in files)
     if total != plan.predicted_bytes:
@@ -140,3 +176,81 @@ def _check_output(model: Model, output: Path) -> None:
     inputs = getattr(model.source, "files", ())
     if output.exists() and any(output.samefile(file) for file in inputs):
         raise ExportError(f"{output} is the model that is being read; export to another name.")
+
+
+def check_parts(model: Model, session: Session) -> None:
+    """Refuse a model whose language part llama.cpp cannot run; say what else is not written.
+
+    Raises:
+        ExportError: with the reason.
+    """
+    if model.gguf_file is not None:
+        raise ExportError(f"{model.name} is an mmproj file; give the checkpoint that it was made from.")
+    reasons = " ".join(model.unwritten)
+    if not any(not part.is_projector for part in model.parts):
+        raise ExportError(
+            f"{model.name} cannot be written as GGUF. {reasons} Nothing is written; `-f safetensors` keeps all parts."
+        )
+    for part in model.parts:
+        kind = next((field.value for field in part.model.metadata if field.key == gguf.Keys.Clip.PROJECTOR_TYPE), None)
+        if kind in _CAVEATS:
+            session.note(_CAVEATS[str(kind)])
+    if model.unwritten:
+        session.note(f"only the language model is written, and it will not see pictures. {reasons}")
+
+
+def with_mmproj_type(model: Model, plan: Plan, wanted: str, stats: CalibrationStats | None) -> Plan:
+    """Return the plan with one type for the vision part, which changes its size.
+
+    Raises:
+        ExportError: a type that is none of MMPROJ_TYPES, or a model without a vision part that can be written.
+    """
+    if wanted.lower() not in MMPROJ_TYPES:
+        raise ExportError(f"--mmproj-type {wanted} is not known; use one of {', '.join(MMPROJ_TYPES)}.")
+    if not any(part.is_projector for part in model.parts):
+        raise ExportError(f"{model.name} has no vision part that is written as mmproj; leave --mmproj-type out.")
+    return with_projector_type(model, plan, wanted.upper(), stats)
+
+
+def _renamed(part: ModelPart, aliases: dict[str, str]) -> dict[str, str]:
+    """Return where the inputs of the part's tensors are, under the names of the whole model's."""
+    names = {name: part.plan_name(name) for name in part.model.source.names()}
+    return aliases | {name: aliases.get(whole, whole) for name, whole in names.items() if name != whole}
+
+
+def stats_of_part(part: ModelPart, stats: CalibrationStats | None) -> CalibrationStats | None:
+    """Return the statistics under the names that tensors have in a part's file."""
+    return None if stats is None else replace(stats, aliases=_renamed(part, stats.aliases))
+
+
+def _moments_of_part(part: ModelPart, moments: SecondMoments | None) -> SecondMoments | None:
+    return None if moments is None else replace(moments, aliases=_renamed(part, moments.aliases))
+
+
+def write_patched(source: GGUFSource, output: Path, replacements: Mapping[str, Tensor], *, encoder: str) -> list[Path]:
+    """Write `source`, all of its files, under the name `output`; `encoder` is entered where dynquant keeps it.
+
+    Raises:
+        WriteError: no space or no permission; nothing is left behind.
+    """
+    paths = split_paths(output, len(source.files))
+    with ExitStack() as stack:
+        # The stack moves the first file last: loaders open it, and it must not appear before the others.
+        partials = [stack.enter_context(writing_atomically(path)) for path in paths]
+        for file, partial in zip(source.files, partials, strict=True):
+            shutil.copyfile(file, partial)
+        patches = [
+            (*source.location(name), packed.contiguous().numpy().tobytes()) for name, packed in replacements.items()
+        ]
+        name_place = source.text_location(ENCODER_KEY)
+        if name_place is not None and name_place[1] == PADDED_WIDTH:
+            patches.append((0, name_place[0], encoder.ljust(PADDED_WIDTH).encode()))
+        for index, partial in enumerate(partials):
+            with partial.open("r+b") as target:
+                for file_index, offset, data in patches:
+                    if file_index == index:
+                        target.seek(offset)
+                        target.write(data)
+                target.flush()
+                os.fsync(target.fileno())
+    return paths

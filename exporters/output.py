@@ -1,29 +1,135 @@
-"""Parts that every exporter shares: checks of its inputs, the identity of its bytes, and what becomes of a run that
-fails."""
+"""Parts that exporters share: inputs and their checks, the identity of the bytes, and what becomes of a failed run."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 
 from dynquant import __version__
 from dynquant.calibration.second_moments import SecondMoments
 from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.model import Model
-from dynquant.encoding.interface import Encoder
-from dynquant.encoding.stream import encoder_version
+from dynquant.encoding.interface import Encoder, ProtectedWeight
+from dynquant.encoding.parts import PartLimits, TensorPart
+from dynquant.encoding.stream import (
+    Guidance,
+    PartStream,
+    QuantizedPart,
+    check_importance,
+    check_plan,
+    encoder_version,
+    guidance_of,
+    parts_of_plan,
+    quantize,
+    quantize_elsewhere,
+)
 from dynquant.errors import ClusterError, DynquantError, PlanError, StatsError, WriteError
 from dynquant.recipes.plan import Plan
+from dynquant.session import SILENT, Progress, Session
 from dynquant.storage.resumable_output import ResumableOutput
 
 
+@dataclass(frozen=True)
+class Exported:
+    """Files that an export wrote, the model's first."""
+
+    files: list[Path]
+    num_weights: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the files that hold weights."""
+        return sum(file.stat().st_size for file in self.files if file.suffix in (".gguf", ".safetensors"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """A plan on its way into blocks: all that decides the bytes of an export but its container, and how it runs.
+
+    `stats` are those that the plan was made from, None if none; `moments` give encoders that use them hessians for
+    error feedback, `protected` the super weights of each tensor. `limits` bound what is in memory at a time.
+    """
+
+    model: Model
+    plan: Plan
+    encoder: Encoder
+    stats: CalibrationStats | None = None
+    moments: SecondMoments | None = None
+    protected: Mapping[str, tuple[ProtectedWeight, ...]] = field(default_factory=dict)
+    limits: PartLimits = field(default_factory=PartLimits)
+    elsewhere: PartStream | None = None
+    """Encodes on other machines."""
+    resume: bool = True
+    """False starts an interrupted export over."""
+    session: Session = SILENT
+
+    @cached_property
+    def used_moments(self) -> SecondMoments | None:
+        return self.moments if self.encoder.uses_hessians else None
+
+    @cached_property
+    def guidance(self) -> Guidance:
+        return guidance_of(self.stats, self.used_moments, self.protected)
+
+    def check(self) -> None:
+        """Refuse a plan of another model, and statistics that are not those of the plan.
+
+        Raises:
+            PlanError: the plan is not of this model.
+            StatsError: the statistics are missing, superfluous, or of another checkpoint.
+            EncodeError: a type without the statistics it needs.
+        """
+        check_plan(self.model, self.plan)
+        _check_stats(self.model, self.plan, self.stats)
+        check_importance(self.plan, self.guidance.importance)
+
+    def parts(self, *, whole: Collection[str] = ()) -> dict[str, list[TensorPart]]:
+        """Return the parts of every tensor; those named in `whole` have one.
+
+        Raises:
+            ExportError: the limits are too tight for a tensor.
+        """
+        return parts_of_plan(self.plan, self.guidance, self.encoder, self.limits, whole=whole)
+
+    def identity(self, header_hash: str) -> dict[str, str]:
+        """Return what decides an export's bytes; an interrupted one goes on only under an equal identity."""
+        return {
+            "plan": self.plan.hash,
+            "encoder": self.encoder.name,
+            "encoder_version": encoder_version(self.encoder),
+            "dynquant_version": __version__,
+            "header": header_hash,
+            "hessians": self.used_moments.identity if self.used_moments is not None else "none",
+        }
+
+    def quantized(
+        self, parts: Mapping[str, list[TensorPart]], skip: Collection[str], progress: Progress
+    ) -> Iterator[QuantizedPart]:
+        """Yield every part but those whose key or tensor name is in `skip`."""
+        if self.elsewhere is not None:
+            return quantize_elsewhere(self.model, self.plan, self.elsewhere, parts, progress=progress, skip=skip)
+        return quantize(
+            self.model,
+            self.plan,
+            self.guidance,
+            self.encoder,
+            parts=parts,
+            threads=self.session.threads,
+            progress=progress,
+            skip=skip,
+        )
+
+
 @contextmanager
-def writing(target: ResumableOutput) -> Iterator[None]:
-    """Context manager: closes `target`; what is written of inputs that cannot be exported at all is removed.
+def writing(target: ResumableOutput, session: Session) -> Iterator[Progress]:
+    """Context manager: a stage that fills `target`; what is written of inputs that cannot be exported is removed.
 
     A full disk, a lost cluster or an interruption keeps it, so that the same call goes on.
     """
-    with target:
+    with target, session.stage("Finished tensors are kept.") as progress:
         try:
-            yield
+            yield progress
         except (WriteError, ClusterError):
             raise
         except DynquantError:
@@ -31,7 +137,7 @@ def writing(target: ResumableOutput) -> Iterator[None]:
             raise
 
 
-def check_stats(model: Model, plan: Plan, stats: CalibrationStats | None) -> None:
+def _check_stats(model: Model, plan: Plan, stats: CalibrationStats | None) -> None:
     """Refuse statistics that are not those of the plan.
 
     Raises:
@@ -50,15 +156,3 @@ def check_stats(model: Model, plan: Plan, stats: CalibrationStats | None) -> Non
                 "again with the statistics, or export without them."
             )
         stats.check_belongs_to(model.fingerprint, model.name)
-
-
-def export_identity(plan: Plan, encoder: Encoder, header_hash: str, moments: SecondMoments | None) -> dict[str, str]:
-    """Return what decides an export's bytes; an interrupted one goes on only under an equal identity."""
-    return {
-        "plan": plan.hash,
-        "encoder": encoder.name,
-        "encoder_version": encoder_version(encoder),
-        "dynquant_version": __version__,
-        "header": header_hash,
-        "hessians": moments.identity if moments is not None else "none",
-    }

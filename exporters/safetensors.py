@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dynquant import __version__
-from dynquant.calibration.second_moments import SecondMoments
-from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.checkpoint_directory import (
     SHARD_BYTES,
     as_json,
@@ -28,27 +26,19 @@ from dynquant.checkpoints.gguf_layout import recorded_encoder
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_format import ShardLayout, StoredTensor
-from dynquant.encoding.interface import Encoder, ProtectedWeight
-from dynquant.encoding.parts import PartLimits, TensorPart, load_packed_part
+from dynquant.encoding.parts import TensorPart, load_packed_part
 from dynquant.encoding.stream import (
-    PartStream,
     QuantizedPart,
-    check_importance,
-    check_plan,
-    guidance_of,
-    parts_of_plan,
-    quantize,
 )
 from dynquant.errors import CheckpointError, ExportError
 from dynquant.exporters.model_card import packed_card
-from dynquant.exporters.output import check_stats, export_identity, writing
+from dynquant.exporters.output import Encoding, writing
 from dynquant.families.common.config import Config, read_config, read_json
 from dynquant.families.common.conversion import ConvertedSource, load_finite
 from dynquant.families.from_gguf import config_from_gguf, tokenizer_files
 from dynquant.families.text.registry import FAMILIES
 from dynquant.packed.places import FLOAT_DTYPES, Place, build_meta_model, build_meta_vision, find_places, lay_out_vision
 from dynquant.recipes.plan import Plan
-from dynquant.session import Progress
 from dynquant.storage.resumable_output import Region, ResumableOutput
 
 _WEIGHTS_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -80,26 +70,11 @@ class _Checkpoint:
 
 
 def export_safetensors(
-    model: Model,
-    plan: Plan,
-    stats: CalibrationStats | None,
-    output: Path,
-    *,
-    encoder: Encoder,
-    moments: SecondMoments | None = None,
-    protected: Mapping[str, tuple[ProtectedWeight, ...]] | None = None,
-    threads: int | None = None,
-    shard_max_bytes: int = SHARD_BYTES,
-    resume: bool = True,
-    progress: Progress | None = None,
-    stored: GGUFSource | None = None,
-    limits: PartLimits | None = None,
-    elsewhere: PartStream | None = None,
+    encoding: Encoding, output: Path, *, shard_max_bytes: int | None = None, stored: GGUFSource | None = None
 ) -> list[Path]:
-    """Write `plan` into the directory `output` and return its files.
+    """Write a plan into the directory `output` and return its files.
 
-    With `stored`, a GGUF file of the same plan, its bytes are taken instead of encoding again. `limits` bound what is
-    in memory at a time; `elsewhere` encodes on other machines.
+    With `stored`, a GGUF file of the same plan, its bytes are taken instead of encoding again.
 
     Raises:
         PlanError: the plan is not of this model.
@@ -109,32 +84,21 @@ def export_safetensors(
         ExportError: no space, an output that is no directory, or an interrupted export of something else.
         ClusterError: `elsewhere` cannot go on; what is done is kept.
     """
-    output = Path(output)
-    check_plan(model, plan)
-    check_stats(model, plan, stats)
+    model, plan = encoding.model, encoding.plan
+    encoding.check()
     _check_output(model, output)
-    guidance = guidance_of(stats, moments if encoder.uses_hessians else None, protected)
-    check_importance(plan, guidance.importance)
-    name = (recorded_encoder(stored) if stored is not None else "") or encoder.name
-    checkpoint = _describe(model, plan, name, shard_max_bytes)
-    parts = parts_of_plan(plan, guidance, encoder, limits, whole=_rewritten(checkpoint, plan))
+    name = (recorded_encoder(stored) if stored is not None else "") or encoding.encoder.name
+    checkpoint = _describe(model, plan, name, shard_max_bytes or SHARD_BYTES)
+    parts = encoding.parts(whole=_rewritten(checkpoint, plan))
     regions, paths, sizes = _regions(output, checkpoint, parts)
-    identity = export_identity(
-        plan, encoder, files_hash(checkpoint.documents, checkpoint.shards), moments if encoder.uses_hessians else None
-    )
+    identity = encoding.identity(files_hash(checkpoint.documents, checkpoint.shards))
     identity["stored"] = stored.fingerprint if stored is not None else "none"
-    target = ResumableOutput(paths, sizes, regions, identity, resume=resume)
-    with writing(target):
+    target = ResumableOutput(paths, sizes, regions, identity, resume=encoding.resume)
+    with writing(target, encoding.session) as progress:
         skip = checkpoint.layout.skipped | checkpoint.layout.copied.keys() | target.finished
-        if stored is None:
-            quantized = quantize(
-                model, plan, guidance, encoder,
-                parts=parts, threads=threads, progress=progress, skip=skip, elsewhere=elsewhere,
-            )  # fmt: skip
-        else:
-            quantized = _parts_of(stored, parts, skip)
         write_small_files(target, checkpoint.documents, checkpoint.shards)
         _copy(target, model, checkpoint.layout.copied)
+        quantized = encoding.quantized(parts, skip, progress) if stored is None else _parts_of(stored, parts, skip)
         _write(target, checkpoint.layout.places, quantized)
         files = target.commit()
     _remove_old_shards(output, checkpoint)
@@ -235,10 +199,10 @@ def _regions(
     return regions, [output / name for name in sizes], list(sizes.values())
 
 
-def _write(target: ResumableOutput, found: Mapping[str, Place], quantized: Iterable[QuantizedPart]) -> None:
-    for one in quantized:
-        part = one.part
-        values = found[part.name].from_gguf(part.quant_type, one.packed) if part.is_whole else one.packed
+def _write(target: ResumableOutput, places: Mapping[str, Place], quantized: Iterable[QuantizedPart]) -> None:
+    for quantized_part in quantized:
+        part, packed = quantized_part.part, quantized_part.packed
+        values = places[part.name].from_gguf(part.quant_type, packed) if part.is_whole else packed
         target.write(part.key, tensor_bytes(values))
 
 

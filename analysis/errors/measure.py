@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -20,15 +20,27 @@ from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import layer_of, role_of
 from dynquant.checkpoints.tensor_source import TensorInfo
 from dynquant.encoding.interface import Encoder
+from dynquant.encoding.parts import as_slice, ranges
 from dynquant.encoding.store import EncodedStore
 from dynquant.formats import decode
 from dynquant.formats.quant_types import QUANT_TYPES, QuantType, fit_to_row
+from dynquant.formats.storage_format import StorageFormat
 from dynquant.recipes.presets import is_quantizable
 from dynquant.session import Progress, ignore_progress
 
 WEIGHTS_IN_MEMORY = 1 << 21
 """Largest number of weights in a group of experts: 8 MB of float32. glibc returns every array of 32 MB to the system,
 and page faults then take longer than all else for types that are quickly encoded."""
+
+
+class NamedShape(Protocol):
+    """A tensor, or a linear layer of a checkpoint."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -62,7 +74,7 @@ class ErrorMeter:
 
     def sums(self, part: ErrorPart, on_type: Callable[[], None] = lambda: None) -> Sums:
         """Measure a part; `on_type` is called after each type."""
-        columns, experts = part.shape[-1], slice(part.experts.start, part.experts.stop)
+        columns, experts = part.shape[-1], as_slice(part.experts)
         weights = self._load(part)
         scale = importance(self.stats, part.name, part.shape)  # [E or 1, C] or None
         if scale is not None:
@@ -194,17 +206,11 @@ def build_error_table(
     for name, sums in measured_tensors(parts, meter.sums, journal=journal, elsewhere=elsewhere, progress=progress):
         info, candidates = tensors[name]
         rows[name] = [
-            _row(info, candidate, wanted, sums.joined(candidate.name), stats)
-            for candidate, wanted in candidates.items()
+            measured_row(info, candidate, asked_as, sums.joined(candidate.name), stats)
+            for candidate, asked_as in candidates.items()
         ]
-    return ErrorTable(
-        model=model.name,
-        fingerprint=model.fingerprint,
-        stats_hash=stats_hash,
-        encoder=meter.encoder.name,
-        types=tuple(type_names),
-        rows=tuple(row for name in tensors for row in rows[name]),
-    )
+    in_order = [row for name in tensors for row in rows[name]]
+    return table_of(model, in_order, type_names, stats_hash=stats_hash, encoder=meter.encoder.name)
 
 
 def unmeasured_table(model: Model, stats: CalibrationStats | None, type_names: Sequence[str]) -> ErrorTable:
@@ -213,20 +219,22 @@ def unmeasured_table(model: Model, stats: CalibrationStats | None, type_names: S
     Without statistics, all inputs are taken to have some.
     """
     rows = [
-        ErrorRow(
-            **_identity(info, candidate, wanted),
-            relative_rms=0.0,
-            weighted_error=0.0,
-            weighted_energy=0.0,
-        )
+        unmeasured_row(info, candidate, asked_as)
         for info in _quantizable(model)
-        for candidate, wanted in _candidates(info, type_names, stats).items()
+        for candidate, asked_as in _candidates(info, type_names, stats).items()
     ]
+    return table_of(model, rows, type_names)
+
+
+def table_of(
+    model: Model, rows: Iterable[ErrorRow], type_names: Sequence[str], *, stats_hash: str = "", encoder: str = ""
+) -> ErrorTable:
+    """Return the table of rows that were measured on `model`."""
     return ErrorTable(
         model=model.name,
         fingerprint=model.fingerprint,
-        stats_hash="",
-        encoder="",
+        stats_hash=stats_hash,
+        encoder=encoder,
         types=tuple(type_names),
         rows=tuple(rows),
     )
@@ -257,8 +265,7 @@ def _candidates(
 def parts_of(name: str, shape: tuple[int, ...], types: Sequence[str], max_weights: int) -> list[ErrorPart]:
     """Group the experts that are in memory together, of at most `max_weights` or one alone; a matrix is one expert."""
     count, step = prod(shape[:-2]), max(1, max_weights // prod(shape[-2:]))
-    ranges = (range(start, min(start + step, count)) for start in range(0, count, step))
-    return [ErrorPart(name, shape, experts, tuple(types)) for experts in ranges]
+    return [ErrorPart(name, shape, experts, tuple(types)) for experts in ranges(count, step)]
 
 
 def _samples(inputs: InputStats | None, experts: slice, columns: int) -> torch.Tensor | None:
@@ -272,9 +279,10 @@ def _samples(inputs: InputStats | None, experts: slice, columns: int) -> torch.T
     return samples.float() * filled.unsqueeze(-1)
 
 
-def _row(
-    info: TensorInfo, candidate: QuantType, wanted: tuple[str, ...], sums: ErrorSums, stats: CalibrationStats
+def measured_row(
+    info: NamedShape, candidate: StorageFormat, wanted: tuple[str, ...], sums: ErrorSums, stats: CalibrationStats
 ) -> ErrorRow:
+    """Return the row of a tensor in a format, from the sums of all its parts; see `table` for what is in it."""
     inputs = stats.input_of(info.name)
     squared, weighted = sums.squared, sums.weighted
     activation, per_expert_activation = None, ()
@@ -295,7 +303,12 @@ def _row(
     )
 
 
-def _identity(info: TensorInfo, candidate: QuantType, wanted: tuple[str, ...]) -> dict[str, Any]:
+def unmeasured_row(info: NamedShape, candidate: StorageFormat, wanted: tuple[str, ...]) -> ErrorRow:
+    """Return the row of a tensor in a format with no error at all."""
+    return ErrorRow(**_identity(info, candidate, wanted), relative_rms=0.0, weighted_error=0.0, weighted_energy=0.0)
+
+
+def _identity(info: NamedShape, candidate: StorageFormat, wanted: tuple[str, ...]) -> dict[str, Any]:
     """Return the fields of a row that need no measuring."""
     return {
         "name": info.name,

@@ -8,8 +8,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from dynquant import __version__
 from dynquant.analysis.errors.measure import ErrorMeter, build_error_table
+from dynquant.analysis.errors.measure_schemes import ENCODER, SchemeMeter, build_scheme_table
 from dynquant.analysis.errors.options import DEFAULT_TYPES, AnalyzeOptions, TableOptions
 from dynquant.analysis.errors.remote import RemoteErrors
 from dynquant.analysis.errors.sums import ErrorJournal
@@ -20,8 +23,11 @@ from dynquant.encoding.interface import Encoder
 from dynquant.encoding.remote import EncoderChoice, StoredFiles
 from dynquant.encoding.store import EncodedStore
 from dynquant.encoding.stream import encoder_version, load_encoder
+from dynquant.families.linear_layers import LinearCheckpoint
 from dynquant.families.open import open_and_announce
 from dynquant.formats.quant_types import quant_type
+from dynquant.formats.vllm_schemes import SCHEMES
+from dynquant.resources import chosen_device
 from dynquant.running.cluster import open_ray
 from dynquant.session import SILENT, Progress, Session
 
@@ -53,6 +59,25 @@ def error_table(
     if missing:
         return _measured(model, stats, path, replace(options, types=missing), session, store, known)
     return known
+
+
+def scheme_table(
+    model: Model, checkpoint: LinearCheckpoint, stats: StatsFile, path: Path, session: Session
+) -> ErrorTable:
+    """Return the table of all schemes that vLLM reads at `path`; measure it anew when the statistics changed."""
+    known = ErrorTable.load(path, known_types=SCHEMES) if path.is_file() else None
+    if known is not None and (known.stats_hash, known.fingerprint) == (stats.hash, model.fingerprint):
+        session.note(f"reusing {path}")
+        return known
+    device = chosen_device(session.device)
+    identity = {"types": " ".join(SCHEMES), "encoder": f"{ENCODER}, torch {torch.__version__}", "device": device}
+    candidates = checkpoint.candidates(SCHEMES, mixed_experts=True)
+    meter = SchemeMeter(model, checkpoint, stats.stats, candidates, torch.device(device))
+
+    def measure(journal: ErrorJournal, progress: Progress) -> ErrorTable:
+        return build_scheme_table(meter, stats_hash=stats.hash, journal=journal, progress=progress)
+
+    return measure_table(path, model, stats.hash, identity, measure, session)
 
 
 def _measured(

@@ -99,30 +99,30 @@ class ErrorTable(BaseModel):
         return self.closed_form_cost(row) if prices is None else prices[row.name][row.type].kl
 
     def cost_se(self, row: ErrorRow) -> float:
-        """Standard error of `cost`; 0 where there is none to give."""
+        """Return the standard error of `cost`; 0 where there is none to give."""
         prices = self.prices.get(self.priced_by)
         if prices is not None:
             return prices[row.name][row.type].se
         return self.sensitivity_se.get(row.name, 0.0) * row.weighted_error
 
     def total(self, rows: Iterable[ErrorRow]) -> Price:
-        """The costs of one row of each tensor together; their errors are taken to be independent."""
+        """Add the costs of one row of each tensor together; their errors are taken to be independent."""
         rows = list(rows)
         return Price(kl=sum(self.cost(row) for row in rows), se=sqrt(sum(self.cost_se(row) ** 2 for row in rows)))
 
     def price_of(self, types: Mapping[str, str]) -> Price:
-        """`total` of a plan, tensor -> stored type; all of them are measured."""
+        """Return the `total` of a plan, tensor -> stored type; all of them are measured."""
         tensors = self.tensors()
         return self.total(tensors[name][type_name] for name, type_name in types.items())
 
     def median_output_error(self, type_name: str, names: Iterable[str]) -> float | None:
-        """Median `activation_error` of tensors in a wanted type; None where none was measured."""
+        """Return the median `activation_error` of tensors in a wanted type; None where none was measured."""
         rows = (self.row(name, type_name) for name in names)
-        found = [row.activation_error for row in rows if row is not None and row.activation_error is not None]
-        return median(found) if found else None
+        errors = [row.activation_error for row in rows if row is not None and row.activation_error is not None]
+        return median(errors) if errors else None
 
     def closed_form_cost(self, row: ErrorRow) -> float:
-        """Sensitivity times relative error.
+        """Return sensitivity times relative error.
 
         Without any sensitivity, every tensor's relative error counts alike. A tensor that alone has none takes the
         median.
@@ -136,27 +136,27 @@ class ErrorTable(BaseModel):
         return median(self.sensitivity.values())
 
     def row(self, name: str, type_name: str) -> ErrorRow | None:
-        """The row of a tensor in a type, or in the type that is stored for it when the row length does not fit."""
+        """Return the row of a tensor in a type, or in the type stored in its place when the row length does not fit."""
         return self._by_key.get((name, type_name))
 
     @cached_property
     def _by_key(self) -> dict[tuple[str, str], ErrorRow]:
-        wanted = {(row.name, name): row for row in self.rows for name in row.wanted}
-        return wanted | {(row.name, row.type): row for row in self.rows}
+        by_wanted_type = {(row.name, name): row for row in self.rows for name in row.wanted}
+        return by_wanted_type | {(row.name, row.type): row for row in self.rows}
 
     def tensors(self) -> dict[str, dict[str, ErrorRow]]:
-        """Tensor name -> type name -> row, in table order."""
+        """Return the rows by tensor name and type name, in table order."""
         return self._by_tensor
 
     @cached_property
     def _by_tensor(self) -> dict[str, dict[str, ErrorRow]]:
-        found: dict[str, dict[str, ErrorRow]] = {}
+        rows: dict[str, dict[str, ErrorRow]] = {}
         for row in self.rows:
-            found.setdefault(row.name, {})[row.type] = row
-        return found
+            rows.setdefault(row.name, {})[row.type] = row
+        return rows
 
     def restricted_to(self, types: Collection[str]) -> "ErrorTable":
-        """Only the rows that these candidate types lead to; a tensor that would lose all of them keeps its own."""
+        """Return the rows that these candidate types lead to; a tensor that would lose all of them keeps its own."""
         kept = {
             name: [row for row in rows.values() if set(types) & {row.type, *row.wanted}] or list(rows.values())
             for name, rows in self.tensors().items()
@@ -164,26 +164,26 @@ class ErrorTable(BaseModel):
         return self.with_rows(row for rows in kept.values() for row in rows)
 
     def extended_by(self, other: "ErrorTable") -> "ErrorTable":
-        """Both tables' rows, tensor by tensor; a row that both hold stands for the wanted types of both.
+        """Return both tables' rows, tensor by tensor; a row that both hold stands for the wanted types of both.
 
         Prices that were measured for this table's types alone are dropped.
         """
         rows = {(row.name, row.type): row for row in self.rows}
         for row in other.rows:
-            known = rows.get((row.name, row.type))
-            wanted = dict.fromkeys((*(known.wanted if known else ()), *row.wanted))
-            rows[row.name, row.type] = row.model_copy(update={"wanted": tuple(wanted)})
+            mine = rows.get((row.name, row.type))
+            wanted_types = dict.fromkeys((*(mine.wanted if mine else ()), *row.wanted))
+            rows[row.name, row.type] = row.model_copy(update={"wanted": tuple(wanted_types)})
         order = {name: index for index, name in enumerate(self.tensors() | other.tensors())}
         types = tuple(dict.fromkeys((*self.types, *other.types)))
         merged = tuple(sorted(rows.values(), key=lambda row: order[row.name]))
         return self._copy(types=types, rows=merged, prices={}, priced_by=CLOSED_FORM)
 
     def with_sensitivity(self, sensitivity: dict[str, float], errors: dict[str, float]) -> "ErrorTable":
-        """The same rows, priced by these sensitivities, whose standard errors are `errors`."""
+        """Return the same rows, priced by these sensitivities, whose standard errors are `errors`."""
         return self._copy(sensitivity=sensitivity, sensitivity_se=errors)
 
     def with_prices(self, method: str, prices: dict[str, dict[str, Price]]) -> "ErrorTable":
-        """The same rows, priced by `method`."""
+        """Return the same rows, priced by `method`."""
         return self._copy(prices={**self.prices, method: prices}, priced_by=method)
 
     def is_priced_by(self, method: str) -> bool:
@@ -192,20 +192,20 @@ class ErrorTable(BaseModel):
         return method in self.prices and all(row.type in prices.get(row.name, {}) for row in self.rows)
 
     def remembering(self, other: "ErrorTable") -> "ErrorTable":
-        """The same rows with the prices of a table that may have fewer of them; used where they cover all rows."""
-        known = self._copy(prices={**self.prices, **other.prices}, priced_by=CLOSED_FORM)
-        return known.priced(other.priced_by) if known.is_priced_by(other.priced_by) else known
+        """Return the same rows with the prices of a table that may have fewer; used where they cover all rows."""
+        both = self._copy(prices={**self.prices, **other.prices}, priced_by=CLOSED_FORM)
+        return both.priced(other.priced_by) if both.is_priced_by(other.priced_by) else both
 
     def priced(self, method: str) -> "ErrorTable":
-        """The same rows, priced by a method whose prices it holds, or in closed form."""
+        """Return the same rows, priced by a method whose prices it holds, or in closed form."""
         return self._copy(priced_by=method)
 
     def with_rows(self, rows: Iterable[ErrorRow]) -> "ErrorTable":
-        """Other rows of the same tensors, priced the same way."""
+        """Return a table of other rows of the same tensors, priced the same way."""
         return self._copy(rows=tuple(rows))
 
     def _copy(self, **changes: object) -> "ErrorTable":
-        """A new table, so that nothing that was derived from the old rows and cached comes along."""
+        """Make a new table, so that nothing that was derived from the old rows and cached comes along."""
         return ErrorTable.model_construct(**{name: getattr(self, name) for name in ErrorTable.model_fields} | changes)
 
     def save(self, path: Path) -> None:
@@ -267,7 +267,7 @@ def hull_slope(smaller: Option, larger: Option) -> float:
 
 
 def _check_rows(table: ErrorTable, known_types: Collection[str]) -> None:
-    """Raises ValueError for types that are not known, numbers that cannot be, and prices that are missing."""
+    """Raise ValueError for types that are not known, numbers that cannot be, and prices that are missing."""
     for row in table.rows:
         if row.type not in known_types:
             raise ValueError(f"`{row.name}` in the unknown type {row.type!r:.40}")

@@ -33,13 +33,13 @@ class StandOut:
 
 
 def measure_of(row: ErrorRow, measure: str) -> float | None:
-    """`activation_error` or `relative_rms` of a row; None when absent, zero or not finite (no place on a log axis)."""
+    """Return `activation_error` or `relative_rms` of a row; None when it has no place on a logarithmic axis."""
     value = getattr(row, measure)
     return value if value is not None and math.isfinite(value) and value > 0 else None
 
 
 def stand_outs(table: ErrorTable, measure: str, types: Collection[str]) -> list[StandOut]:
-    """Tensors with a robust z-score of log error above `OUTLIER_Z` among their role, worst first."""
+    """List the tensors with a robust z-score of log error above `OUTLIER_Z` among their role, worst first."""
     peers: dict[tuple[Role, str], list[tuple[ErrorRow, float]]] = {}
     for row in table.rows:
         value = measure_of(row, measure)
@@ -47,11 +47,11 @@ def stand_outs(table: ErrorTable, measure: str, types: Collection[str]) -> list[
             peers.setdefault((row.role, row.type), []).append((row, value))
     worst: dict[str, StandOut] = {}
     for members in peers.values():
-        for found in _outliers_among(members):
-            known = worst.get(found.row.name)
-            if known is None or found.value > known.value:
-                worst[found.row.name] = found
-    return sorted(worst.values(), key=lambda found: -found.z)
+        for outlier in _outliers_among(members):
+            worst_yet = worst.get(outlier.row.name)
+            if worst_yet is None or outlier.value > worst_yet.value:
+                worst[outlier.row.name] = outlier
+    return sorted(worst.values(), key=lambda outlier: -outlier.z)
 
 
 def _outliers_among(members: list[tuple[ErrorRow, float]]) -> list[StandOut]:

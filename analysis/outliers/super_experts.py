@@ -35,12 +35,12 @@ def find_super_experts(
     min_energy_share: float = 0.1,
     min_energy_ratio: float = 20.0,
 ) -> list[SuperExpert]:
-    """Super experts in order of |max_out|, largest first. Empty for dense models and imported statistics."""
+    """List super experts in order of |max_out|, largest first. Empty for dense models and imported statistics."""
     rows = [
         row
-        for name, found in stats.inputs.items()
-        if role_of(name) is Role.EXPERT_DOWN and found.max_out is not None
-        for row in _experts_of(name, found.in_sum2, found.counts, found.max_out)
+        for name, inputs in stats.inputs.items()
+        if role_of(name) is Role.EXPERT_DOWN and inputs.max_out is not None
+        for row in _experts_of(name, inputs.in_sum2, inputs.counts, inputs.max_out)
     ]
     if not rows:
         return []

@@ -74,37 +74,48 @@ class DownSpike:
         return self.name, self.expert, self.row, self.col
 
 
+@dataclass(frozen=True)
+class Criteria:
+    """Conditions under which a spike is tried, and a weight is found to be super."""
+
+    threshold: float = 20.0
+    """Least ratio of a spike to the median of the layers' maxima."""
+    min_share: float = 0.25
+    """Least part of the spike that one weight contributes."""
+    min_effect: float = 0.1
+    """Least mean change of a token's log-probability, in nats, when the weight is zeroed."""
+    max_iterations: int = 6
+    """Largest number of candidates that are tried; each costs one forward pass."""
+
+
 def find_super_weights(
     hf_model: nn.Module,
     arch: str,
     n_layer: int,
     token_ids: torch.Tensor,
     *,
-    threshold: float = 20.0,
-    min_share: float = 0.25,
-    min_effect: float = 0.1,
-    max_iterations: int = 6,
+    criteria: Criteria = Criteria(),
     zeroed: Zeroed | None = None,
 ) -> list[SuperWeight]:
     """Search on one text, int64 [tokens] or [1, tokens]; a few hundred tokens are enough.
 
-    `max_iterations` bounds the candidates that are tried; each costs one forward pass. `zeroed(module, expert, row,
-    col)` replaces writing into the model's weights, for a model that has them in memory only while it uses them.
+    `zeroed(module, expert, row, col)` replaces writing into the model's weights, for a model that has them in memory
+    only while it uses them.
     """
     zero: Zeroed = zeroed or partial(_zeroed, hf_model)
     scan = DownScan(hf_model, arch, n_layer, token_ids)
     spikes, log_probs = scan.run()
     # A tensor that spikes only once another weight is zeroed answers to damage, and is not super in the model as it is.
-    eligible = {spike.tensor for spike in spikes if spike.is_growing and _ratio(spike, spikes) >= threshold}
-    found: list[SuperWeight] = []
+    eligible = {spike.tensor for spike in spikes if spike.is_growing and _ratio(spike, spikes) >= criteria.threshold}
+    super_weights: list[SuperWeight] = []
     tried: set[tuple] = set()
     with ExitStack() as restore:
-        while len(tried) < max_iterations:
+        while len(tried) < criteria.max_iterations:
             candidates = [
                 spike
                 for spike in spikes
                 if spike.tensor in eligible and spike.place not in tried
-                if spike.share >= min_share and _ratio(spike, spikes) >= threshold
+                if spike.share >= criteria.min_share and _ratio(spike, spikes) >= criteria.threshold
             ]
             if not candidates:
                 break
@@ -114,13 +125,13 @@ def find_super_weights(
             value = zeroing.enter_context(zero(first.module, first.expert, first.row, first.col))
             spikes_without, log_probs_without = scan.run()
             effect = (log_probs_without - log_probs).abs().mean().item()
-            if effect < min_effect:
+            if effect < criteria.min_effect:
                 zeroing.close()
                 continue
             restore.push(zeroing)
-            found.append(_super_weight(first, value, _ratio(first, spikes), effect))
+            super_weights.append(_super_weight(first, value, _ratio(first, spikes), effect))
             spikes, log_probs = spikes_without, log_probs_without
-    return found
+    return super_weights
 
 
 def ablation(hf_model: nn.Module, super_weight: SuperWeight, token_ids: torch.Tensor, *, k: int = 1000) -> Ablation:
@@ -165,18 +176,18 @@ def _super_weight(spike: DownSpike, value: float, ratio: float, effect: float) -
 
 
 def _matrix(hf_model: nn.Module, module: str, expert: int | None) -> torch.Tensor:
-    """Writable view of a down-projection's weights, [out, in]."""
-    found: Any = hf_model.get_submodule(module)
+    """Return a writable view of a down-projection's weights, [out, in]."""
+    layer: Any = hf_model.get_submodule(module)
     if expert is None:
-        return found.weight.data
-    stack = found.down_proj
+        return layer.weight.data
+    stack = layer.down_proj
     matrix = stack[expert] if isinstance(stack, StoredExperts) else stack.data[expert]
-    return matrix.T if found.is_transposed else matrix
+    return matrix.T if layer.is_transposed else matrix
 
 
 @contextmanager
 def _zeroed(hf_model: nn.Module, module: str, expert: int | None, row: int, col: int) -> Iterator[float]:
-    """Set one weight to zero inside the context; gives its value."""
+    """Context manager: sets one weight to zero and restores it on exit; yields its value."""
     matrix = _matrix(hf_model, module, expert)
     value = matrix[row, col].clone()
     matrix[row, col] = 0
@@ -221,7 +232,7 @@ class DownScan:
         self._pending: list[DownSpike] = []
 
     def run(self) -> tuple[list[DownSpike], torch.Tensor]:
-        """Spikes in layer order, and log-probability of each token after the first."""
+        """Return spikes in layer order, and log-probability of each token after the first."""
         self._spikes = []
         with ExitStack() as stack:
             for module in self._linears:

@@ -58,11 +58,11 @@ class TokenErrors(BaseModel):
         """Read token_errors.json; None when there is none of this checkpoint."""
         if not path.is_file():
             return None
-        found = cls.model_validate(json.loads(path.read_text()))
-        return found if found.fingerprint == fingerprint else None
+        errors = cls.model_validate(json.loads(path.read_text()))
+        return errors if errors.fingerprint == fingerprint else None
 
     def sentence(self) -> str:
-        """The medians over matrices that see both kinds, and the matrix that tells them apart most."""
+        """Write the medians over matrices that see both kinds, and the matrix that tells them apart most."""
         both = [row for row in self.rows if row.image and row.text]
         if not both:
             return f"output error in {self.type}: no matrix saw both image and text tokens"
@@ -87,13 +87,13 @@ def measure_token_errors(
         StatsError: the statistics belong to another checkpoint.
     """
     stats.check_belongs_to(model.fingerprint, model.name)
-    wanted = next((name for name in _PREFERRED if name in types), types[0])
+    type_name = next((name for name in _PREFERRED if name in types), types[0])
     rows = []
     for info in map(model.source.info, model.source.names()):
-        inputs = {kind: _samples(found.input_of(info.name), info.shape[-1]) for kind, found in by_kind.items()}
+        inputs = {kind: _samples(of_kind.input_of(info.name), info.shape[-1]) for kind, of_kind in by_kind.items()}
         if len(info.shape) != 2 or not is_quantizable(info.name, info.shape) or not any(map(_filled, inputs.values())):
             continue
-        stored, _ = fit_to_row(QUANT_TYPES[wanted], info.shape[-1])
+        stored, _ = fit_to_row(QUANT_TYPES[type_name], info.shape[-1])
         weights = model.source.load(info.name)
         scale = importance(stats, info.name, info.shape)
         packed = encoder.encode(stored, weights.unsqueeze(0), scale, name=info.name)
@@ -102,7 +102,7 @@ def measure_token_errors(
         rows.append(
             TokenError(name=info.name, role=role_of(info.name), layer=layer_of(info.name), type=stored.name, **errors)
         )
-    return TokenErrors(fingerprint=model.fingerprint, type=wanted, rows=tuple(rows))
+    return TokenErrors(fingerprint=model.fingerprint, type=type_name, rows=tuple(rows))
 
 
 def _samples(inputs: InputStats | None, columns: int) -> torch.Tensor | None:

@@ -21,14 +21,14 @@ _ENDS = (Role.EMBEDDING, Role.OUTPUT, Role.VISION_PATCH, Role.PROJECTOR)
 
 
 def map_cells(plan: Plan) -> dict[tuple[int, Role], PlanEntry]:
-    """(layer, role) -> the largest tensor of that role; norms, biases and unknown tensors are left out."""
+    """Return the largest tensor of every layer and role; norms, biases and unknown tensors are left out."""
     cells: dict[tuple[int, Role], PlanEntry] = {}
     for entry in plan.entries:
         layer = layer_of(entry.name)
         if layer is None or not (group_of(entry.role) or entry.role is Role.ROUTER):
             continue
-        known = cells.get((layer, entry.role))
-        if known is None or entry.bytes > known.bytes:
+        largest = cells.get((layer, entry.role))
+        if largest is None or entry.bytes > largest.bytes:
             cells[layer, entry.role] = entry
     return cells
 

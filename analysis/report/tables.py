@@ -36,13 +36,12 @@ ABSENT = Cell("\u2014", -1e308)
 
 
 def number(value: float | None, text: str) -> Cell:
-    """A right-aligned cell; an absent or not finite value is a dash that sorts first."""
-    known = value is not None and math.isfinite(value)
-    return Cell(text, float(value)) if known else ABSENT
+    """Make a right-aligned cell; an absent or not finite value is a dash that sorts first."""
+    return Cell(text, float(value)) if value is not None and math.isfinite(value) else ABSENT
 
 
 def percent(value: float | None) -> Cell:
-    """A fraction as percent with three digits."""
+    """Show a fraction as percent with three digits."""
     return number(value, "" if value is None else f"{100 * value:.3g}%")
 
 
@@ -54,7 +53,7 @@ def html_table(
     identity: str = "",
     sortable: bool = False,
 ) -> str:
-    """A table with caption and column headings; `sortable` turns the headings into buttons for the script."""
+    """Write a table with caption and column headings; `sortable` turns the headings into buttons for the script."""
     wrap = '<button type="button">{}</button>' if sortable else "{}"
     rows = list(rows)
     aligned = [not isinstance(cell, str) for cell in rows[0]] if rows else [False] * len(columns)
@@ -78,7 +77,7 @@ def _cell(cell: Cell | str) -> str:
 
 
 def plan_table(plan: Plan, table: ErrorTable | None) -> str:
-    """Every tensor once, in file order."""
+    """List every tensor once, in file order."""
     measured = table.tensors() if table is not None else {}
     rows = []
     for entry in plan.entries:
@@ -105,7 +104,7 @@ def plan_table(plan: Plan, table: ErrorTable | None) -> str:
 
 
 def size_table(plan: Plan) -> str:
-    """Bytes and bits of each role."""
+    """List bytes and bits of each role."""
     total = plan.tensor_bytes
     rows = [
         [
@@ -123,7 +122,7 @@ def size_table(plan: Plan) -> str:
 
 
 def super_weight_table(super_weights: Sequence[SuperWeight], plan: Plan) -> str:
-    """Coordinates and magnitudes, with the type that the tensor got."""
+    """List coordinates and magnitudes, with the type that the tensor got."""
     types = {entry.name: entry.type for entry in plan.entries}
     rows = [
         [
@@ -143,7 +142,7 @@ def super_weight_table(super_weights: Sequence[SuperWeight], plan: Plan) -> str:
 
 
 def stand_out_table(found: Sequence[StandOut], plan: Plan) -> str:
-    """Tensors whose output or weight error sticks out, with what the plan gave them."""
+    """List tensors whose output or weight error sticks out, with what the plan gave them."""
     types = {entry.name: entry.type for entry in plan.entries}
     rows = [
         [
@@ -162,7 +161,7 @@ def stand_out_table(found: Sequence[StandOut], plan: Plan) -> str:
 
 
 def starved_table(starved: Sequence[tuple[int, int, int]]) -> str:
-    """Experts that saw too few tokens, fewest first."""
+    """List experts that saw too few tokens, fewest first."""
     rows = [
         [number(layer, str(layer)), number(expert, str(expert)), number(tokens, f"{tokens:,}")]
         for layer, expert, tokens in sorted(starved, key=lambda item: item[2])
@@ -171,9 +170,11 @@ def starved_table(starved: Sequence[tuple[int, int, int]]) -> str:
 
 
 def selection_table(selection: Selection) -> str:
-    """Every candidate with its interval; the chosen one is named."""
-    named = [one.label + (" (chosen)" if i == selection.chosen else "") for i, one in enumerate(selection.candidates)]
-    table = _candidates(f"Candidates on {selection.text}", named, selection.candidates)
+    """List every candidate with its interval; the chosen one is named."""
+    labels = [
+        plan.label + (" (chosen)" if i == selection.chosen else "") for i, plan in enumerate(selection.candidates)
+    ]
+    table = _candidates(f"Candidates on {selection.text}", labels, selection.candidates)
     if selection.rank_correlation is None:
         return table
     rho = selection.rank_correlation
@@ -184,21 +185,21 @@ def selection_table(selection: Selection) -> str:
 
 
 def frontier_table(selection: Selection) -> str:
-    """The measured frontier, smallest file first."""
-    points = sorted(selection.frontier, key=lambda one: one.bytes)
-    return _candidates(f"Frontier on {selection.text}", [one.label for one in points], points)
+    """List the measured frontier, smallest file first."""
+    points = sorted(selection.frontier, key=lambda plan: plan.bytes)
+    return _candidates(f"Frontier on {selection.text}", [plan.label for plan in points], points)
 
 
-def _candidates(caption: str, labels: Sequence[str], found: Sequence[Candidate]) -> str:
+def _candidates(caption: str, labels: Sequence[str], plans: Sequence[Candidate]) -> str:
     rows = [
         [
             label,
-            number(one.bytes, f"{one.bytes:,}"),
-            number(one.predicted_kl, "" if one.predicted_kl is None else f"{one.predicted_kl:.4f}"),
-            _estimate(one.kl, 1),
-            _estimate(one.top1, 100),
+            number(plan.bytes, f"{plan.bytes:,}"),
+            number(plan.predicted_kl, "" if plan.predicted_kl is None else f"{plan.predicted_kl:.4f}"),
+            _estimate(plan.kl, 1),
+            _estimate(plan.top1, 100),
         ]
-        for label, one in zip(labels, found, strict=True)
+        for label, plan in zip(labels, plans, strict=True)
     ]
     columns = ("Plan", "Bytes", "Prices added up", "Measured KL", "Same top token, %")
     return html_table(caption, columns, rows, sortable=True)
@@ -207,12 +208,12 @@ def _candidates(caption: str, labels: Sequence[str], found: Sequence[Candidate])
 def _estimate(value: Estimate | None, scale: float) -> Cell:
     if value is None:
         return ABSENT
-    shown = [f"{scale * one:.4g}" for one in (value.value, value.low, value.high)]
-    return number(value.value, f"{shown[0]} [{shown[1]}, {shown[2]}]")
+    mean, low, high = (f"{scale * bound:.4g}" for bound in (value.value, value.low, value.high))
+    return number(value.value, f"{mean} [{low}, {high}]")
 
 
 def evaluation_table(evaluation: Mapping[str, object]) -> str:
-    """Any nested result, one line a number."""
+    """List any nested result, one line a number."""
     return html_table("Measured", ("Measure", "Value"), [[name, value] for name, value in _flatten("", evaluation)])
 
 

@@ -63,7 +63,7 @@ def fisher_probe(
 
     live, replay = LiveWeights(store.model, hf_model), LayerReplay(hf_model, windows.split(1))
     backward = _StreamedBackward(hf_model, live, replay, table.tensors().keys(), consume)
-    backward.run(lambda logits: sampled_log_probability(logits, generator), progress or ignore_progress)
+    backward.run(lambda logits: sampled_log_probability(logits, generator), progress)
     return costs
 
 

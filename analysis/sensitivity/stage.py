@@ -51,26 +51,26 @@ def run_probe(
     limit = streaming_limit(model, options, "cpu", session)
     if limit is None:
         hf_model = load_hf(model)
-        found = find_super_weights(hf_model, arch, n_layer, inputs.windows[0]) if finds_super_weights else []
+        supers = find_super_weights(hf_model, arch, n_layer, inputs.windows[0]) if finds_super_weights else []
         with session.stage(_PROBE_KEEPS) as progress:
             return Probe(
-                found, *output_sensitivity(hf_model, arch, n_layer, inputs, seed=session.seed, progress=progress)
+                supers, *output_sensitivity(hf_model, arch, n_layer, inputs, seed=session.seed, progress=progress)
             )
     windows = inputs.windows
     stream = LayerStream(model)
     fit_within(stream, limit, Workload(windows.shape[1], is_backward=True))
     with stream.running(), _scratch((options.spill or directory) / ".probe.streaming") as scratch:
-        found = []
+        supers = []
         if finds_super_weights:
-            found = find_super_weights(stream.hf_model, arch, n_layer, windows[0], zeroed=stream.zeroed)
+            supers = find_super_weights(stream.hf_model, arch, n_layer, windows[0], zeroed=stream.zeroed)
         passes = StagedPasses(stream, windows.split(1), scratch)
         with session.stage(_PROBE_KEEPS) as progress:
-            return Probe(found, *streamed_sensitivity(passes, arch, n_layer, seed=session.seed, progress=progress))
+            return Probe(supers, *streamed_sensitivity(passes, arch, n_layer, seed=session.seed, progress=progress))
 
 
 @contextmanager
 def _scratch(directory: Path) -> Iterator[Path]:
-    """An empty directory that is gone afterwards."""
+    """Context manager: yields an empty directory that is deleted on exit."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     try:

@@ -31,7 +31,7 @@ from dynquant.analysis.errors.table import ErrorTable, Option, Price, lower_hull
 from dynquant.checkpoints.tensor_roles import layer_of, role_of
 from dynquant.evaluation.rendered_model import RenderedModel, ScoredInputs
 from dynquant.evaluation.statistics import block_sums
-from dynquant.session import Progress
+from dynquant.session import Progress, ignore_progress
 
 METHOD = "unit-kl"
 _SPREAD = 0.5
@@ -65,7 +65,7 @@ class OperatingPoint:
 
 
 def group_of(name: str) -> str:
-    """The tensors of a layer that are moved together; tensors outside the layers stand alone."""
+    """Return the name of the tensors of a layer that are moved together; tensors outside the layers stand alone."""
     layer, role = layer_of(name), role_of(name)
     if layer is None:
         return name
@@ -82,11 +82,11 @@ def refine(
     choose: Callable[[ErrorTable], dict[str, str]],
     *,
     rounds: int,
-    progress: Progress | None = None,
+    progress: Progress = ignore_progress,
 ) -> list[OperatingPoint]:
-    """Plans by unit KL, from the one that `choose` makes of the table's own costs; each is better on the text.
+    """Make plans by unit KL, from the one that `choose` makes of the table's own costs; each is better on the text.
 
-    `choose` gives the stored type of every tensor for a table; it must accept tables with few types a tensor. The last
+    `choose` returns the stored type of every tensor; it must accept tables with few types a tensor. The last
     point has no steps when the rounds ran out before the KL stopped falling.
     """
     points: list[OperatingPoint] = []
@@ -111,14 +111,14 @@ def measure_steps(
     table: ErrorTable,
     types: Mapping[str, str],
     *,
-    progress: Progress | None = None,
+    progress: Progress = ignore_progress,
 ) -> OperatingPoint:
     """Install a plan (stored type of every tensor in the table) and measure every group's step up and down."""
     rendered.install(types)
     plain, _ = text.score()
-    wanted = [(group, direction, changes) for group, by in _steps(table, types).items() for direction, changes in by]
+    moves = [(group, direction, changes) for group, by in _steps(table, types).items() for direction, changes in by]
     steps = []
-    for index, (group, direction, changes) in enumerate(wanted):
+    for index, (group, direction, changes) in enumerate(moves):
         moved = text.divergences_with({name: to for name, (_, to) in changes.items()})
         change, error = _paired(moved.numpy() - plain.numpy(), text.lengths)
         predicted = sum(_cost(table, name, to) - _cost(table, name, old) for name, (old, to) in changes.items())
@@ -132,13 +132,12 @@ def measure_steps(
                 predicted_change=predicted,
             )
         )
-        if progress:
-            progress("measuring unit KL", index + 1, len(wanted), unit="steps")
+        progress("measuring unit KL", index + 1, len(moves), unit="steps")
     return OperatingPoint(dict(types), float(plain.mean()), tuple(steps))
 
 
 def prices_from(table: ErrorTable, point: OperatingPoint) -> dict[str, dict[str, Price]]:
-    """Price of every tensor in every type, in nats per token, from the steps around a plan."""
+    """Return the price of every tensor in every type, in nats per token, from the steps around a plan."""
     ratios = {direction: _ratios([s for s in point.steps if s.direction == direction]) for direction in ("up", "down")}
     total = sum(_cost(table, name, point.types[name]) for name in table.tensors()) or 1.0
     prices: dict[str, dict[str, Price]] = {}
@@ -154,16 +153,16 @@ def prices_from(table: ErrorTable, point: OperatingPoint) -> dict[str, dict[str,
 
 
 def _steps(table: ErrorTable, types: Mapping[str, str]) -> dict[str, list[tuple[str, dict[str, tuple[str, str]]]]]:
-    """Group -> its steps: each direction with the tensors that can move, and from and to which type."""
-    found: dict[str, dict[str, dict[str, tuple[str, str]]]] = {}
+    """Return the steps of every group: each direction with the tensors that can move, and from and to which type."""
+    steps: dict[str, dict[str, dict[str, tuple[str, str]]]] = {}
     for name, type_name in types.items():
         for direction, to in _neighbours(table, name, type_name).items():
-            found.setdefault(group_of(name), {}).setdefault(direction, {})[name] = (type_name, to)
-    return {group: sorted(by_direction.items(), reverse=True) for group, by_direction in found.items()}
+            steps.setdefault(group_of(name), {}).setdefault(direction, {})[name] = (type_name, to)
+    return {group: sorted(by_direction.items(), reverse=True) for group, by_direction in steps.items()}
 
 
 def _neighbours(table: ErrorTable, name: str, type_name: str) -> dict[str, str]:
-    """The next more precise type (`up`) and the next smaller one (`down`) on the hull of a tensor's costs."""
+    """Return the next more precise type (`up`) and the next smaller one (`down`) on the hull of a tensor's costs."""
     rows = table.tensors()[name]
     hull = lower_hull([Option(row.bytes, table.cost(row), row.type) for row in rows.values()])
     here = rows[type_name].bytes
@@ -173,7 +172,7 @@ def _neighbours(table: ErrorTable, name: str, type_name: str) -> dict[str, str]:
 
 
 def _within_a_step(table: ErrorTable, types: Mapping[str, str]) -> ErrorTable:
-    """Only the rows that every tensor can reach in one step."""
+    """Return only the rows that every tensor can reach in one step."""
     near = {name: {here, *_neighbours(table, name, here).values()} for name, here in types.items()}
     return table.with_rows(row for row in table.rows if row.type in near[row.name])
 
@@ -183,7 +182,7 @@ def _cost(table: ErrorTable, name: str, type_name: str) -> float:
 
 
 def _paired(differences: np.ndarray, window_lengths: list[int]) -> tuple[float, float]:
-    """Mean of per-token differences and its standard error over blocks."""
+    """Return the mean of per-token differences and its standard error over blocks."""
     sums, sizes = block_sums(differences, window_lengths)
     means = sums / sizes
     error = float(means.std(ddof=1)) / sqrt(len(means)) if len(means) > 1 else 0.0
@@ -191,16 +190,16 @@ def _paired(differences: np.ndarray, window_lengths: list[int]) -> tuple[float, 
 
 
 def _ratios(steps: Sequence[UnitStep]) -> tuple[dict[str, tuple[float, float]], float]:
-    """Group -> r and its standard error, leaning on the mean r of these steps; and that mean."""
+    """Return r of every group and its standard error, leaning on the mean r of these steps; and that mean."""
     usable = [step for step in steps if step.predicted_change]
     predicted = sum(step.predicted_change for step in usable)
     mean = sum(step.kl_change for step in usable) / predicted if predicted else 1.0
     mean = max(mean, _LEAST * fmean([abs(s.kl_change / s.predicted_change) for s in usable] or [1.0]))
     spread = mean * _SPREAD
-    found = {}
+    ratios = {}
     for step in usable:
         error = step.kl_change_se / abs(step.predicted_change)
         weight = spread**2 / (spread**2 + error**2)
         ratio = weight * step.kl_change / step.predicted_change + (1 - weight) * mean
-        found[step.group] = (max(ratio, _LEAST * mean), sqrt(weight) * error)
-    return found, mean
+        ratios[step.group] = (max(ratio, _LEAST * mean), sqrt(weight) * error)
+    return ratios, mean

@@ -58,14 +58,14 @@ def plan(
     if machine is not None:
         raise PlanError("--machine goes with --config-only DIR.")
     made = stage.make_plan(options, session)
-    if report and options.serves is None:
+    if report and options.target.serves is None:
         from dynquant.analysis.report.stage import write_plan_report
 
         write_plan_report(str(options.model), options.output, session, base_gguf=options.base_gguf)
     if as_json:
         console.show_json(made.model_dump_json(indent=1))
-    elif options.serves is not None:
-        print_serving_plan(made, options.output)
+    elif options.target.serves is not None:
+        print_schemes(made, options.output)
     else:
         print_plan(made, options.output)
 
@@ -112,7 +112,7 @@ def print_plan(plan: "Plan", directory: Path) -> None:
     )
 
 
-def print_serving_plan(plan: "Plan", directory: Path) -> None:
+def print_schemes(plan: "Plan", directory: Path) -> None:
     """Show schemes, what fell back, and the size."""
     from dynquant.exporters.compressed_config import transformers_problem
 

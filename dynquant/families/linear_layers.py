@@ -5,7 +5,7 @@ row order. Routed experts become one linear layer each, whether the checkpoint s
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from dynquant.checkpoints.safetensors_source import SafetensorsSource
 from dynquant.checkpoints.tensor_roles import Role, gguf_name_of, layer_of, role_of
 from dynquant.errors import ExportError
 from dynquant.families.common.conversion import ConvertedSource
-from dynquant.formats.vllm_schemes import Scheme
+from dynquant.formats.vllm_schemes import SCHEMES, Scheme
 
 _FUSED: dict[str, tuple[Role, ...]] = {
     "qkv": (Role.ATTN_Q, Role.ATTN_K, Role.ATTN_V),
@@ -87,6 +87,32 @@ class LinearCheckpoint:
         for linear in self.linears:
             units.setdefault(linear.unit(mixed_experts=mixed_experts), []).append(linear)
         return units
+
+    def candidates(self, schemes: Iterable[str], *, mixed_experts: bool) -> dict[str, list[Scheme]]:
+        """Return the schemes among `schemes` that each linear layer may have, grouped; BF16 when there is none."""
+        units = self.units(mixed_experts=mixed_experts).values()
+        return {
+            linear.name: _candidates(linears, schemes, mixed_experts=mixed_experts)
+            for linears in units
+            for linear in linears
+        }
+
+
+def _candidates(linears: Sequence[LinearLayer], schemes: Iterable[str], *, mixed_experts: bool) -> list[Scheme]:
+    """Return the candidates of a unit.
+
+    Unless `mixed_experts`, routed experts have only schemes that transformers merges, and are quantized.
+    """
+    candidates = []
+    for scheme in (SCHEMES[name] for name in schemes):
+        if linears[0].is_expert:
+            merges = scheme.merges_experts and scheme.is_quantized
+            if not scheme.holds_experts or not (merges or mixed_experts):
+                continue
+        fitting = scheme.for_rows([linear.shape[-1] for linear in linears])
+        if fitting is not None:
+            candidates.append(fitting)
+    return candidates or [SCHEMES["BF16"]]
 
 
 def linear_checkpoint(model: Model) -> LinearCheckpoint:

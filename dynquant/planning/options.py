@@ -105,19 +105,3 @@ class PlanOptions:
     encoder: EncoderName = "ggml"
     base_gguf: BaseGguf = None
     search: SearchOptions = field(default_factory=SearchOptions)
-    serves: Annotated[
-        str | None,
-        Flag(
-            "vllm: choose among the schemes that vLLM serves from compressed-tensors (--types w4a16,w8a16,fp8,nvfp4a16,"
-            "mxfp4a16,bf16), for export -f compressed-tensors.",
-            ("--for",),
-            show_default=False,
-        ),
-    ] = None
-    mixed_experts: Annotated[
-        bool,
-        Flag(
-            "With --for vllm: routed experts of each layer have a scheme of their own, NVFP4 and BF16 among them; vLLM "
-            "loads that, transformers does not."
-        ),
-    ] = False

@@ -10,11 +10,13 @@ elsewhere. Every entry says so.
 Without floors a larger budget never has a higher predicted cost. With floors it may, by up to FLOOR_PRICE, where it
 first pays for floors that a smaller budget did without.
 
-Tensors that a runtime fuses can be coupled: they take one type, and are one item of the allocation.
+Tensors that a runtime fuses can be coupled: they take one type, and are one item of the allocation. vLLM fuses layers
+itself; its plans have no floors.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from dynquant.analysis.errors.table import ErrorRow, ErrorTable, Option
 from dynquant.analysis.outliers.stand_outs import stand_outs
@@ -22,7 +24,9 @@ from dynquant.checkpoints.gguf_layout import padded
 from dynquant.checkpoints.tensor_roles import Role, layer_of, role_of
 from dynquant.errors import PlanError
 from dynquant.formats.quant_types import QUANT_TYPES, QuantType
+from dynquant.formats.storage_format import Choice
 from dynquant.planning.allocate import allocate, largest_total, smallest_total, total_cost
+from dynquant.recipes.plan import PlanTarget
 
 LEVELS = (
     ("IQ4_XS", "Q6_K", "Q6_K"), ("Q3_K", "Q4_K", "Q6_K"), ("Q2_K", "Q3_K", "Q6_K"),
@@ -54,62 +58,68 @@ class Rules:
     """Tensor -> the super weight it holds; no average over tokens sees what one scalar does, so this has no price."""
     coupled: tuple[tuple[str, ...], ...] = ()
     """Groups of tensors that must have one type; no tensor is in two. See `coupled_tensors`."""
+    target: PlanTarget = "gguf"
 
 
-@dataclass(frozen=True)
-class _Exception:
-    """Why a tensor should stay precise besides its role."""
-
-    reason: str
-    is_super_weight: bool = False
-
-
-@dataclass(frozen=True)
-class _Draft:
-    """The best assignment under one level of floors."""
-
-    level: int
-    floors: Mapping[str, QuantType | None]
-    types: Mapping[str, str]
-    cost: float
+def _padded_bytes(row: ErrorRow) -> int:
+    return padded(row.bytes)
 
 
 def plan_types(
-    table: ErrorTable, budget: int | None, rules: Rules, *, fixed_bytes: int = 0
-) -> dict[str, tuple[str, str]]:
-    """Type and reason of every tensor in the table, for a file of at most `budget` bytes.
+    table: ErrorTable,
+    budget: int | None,
+    rules: Rules,
+    *,
+    fixed_bytes: int = 0,
+    stored_bytes: Callable[[ErrorRow], int] = _padded_bytes,
+) -> dict[str, Choice]:
+    """Return type and reason of every tensor in the table, for a file of at most `budget` bytes.
 
     Minimises the sum of `ErrorTable.cost` over the tensors. `fixed_bytes` is what the file holds besides: header,
-    norms, routers. Without a budget, the smallest file that keeps every floor gets HEADROOM more, for the tensors that
-    gain most from it.
+    norms, routers; `stored_bytes` what a tensor takes of it, by default that of a GGUF file. Without a budget, the
+    smallest file that keeps every floor gets HEADROOM more, for the tensors that gain most from it.
 
     Raises:
         PlanError: the budget is below the smallest or above the largest possible size (both are named), or coupled
             tensors have no type in common.
     """
-    exceptions = _exceptions(table, rules) if rules.floors else {}
-    groups = _groups(table, rules)
-    smallest, largest = size_range(table, rules, fixed_bytes=fixed_bytes)
+    planner = _Planner(table, rules, fixed_bytes, stored_bytes)
     if budget is None:
-        return _explain(table, _draft(table, groups, exceptions, 0, fixed_bytes, None, largest), groups, exceptions)
-    check_budget_range(budget, smallest, largest)
+        return planner.explained(planner.draft(0, None))
+    check_budget_range(budget, *planner.size_range, rules.target)
     levels = range(len(LEVELS)) if rules.floors else (len(LEVELS) - 1,)
-    drafts = (_draft(table, groups, exceptions, level, fixed_bytes, budget, largest) for level in levels)
-    return _explain(table, _worth_its_floors([draft for draft in drafts if draft], table), groups, exceptions)
+    drafts = [draft for level in levels if (draft := planner.draft(level, budget))]
+    return planner.explained(_worth_its_floors(drafts, table))
 
 
-def size_range(table: ErrorTable, rules: Rules, *, fixed_bytes: int = 0) -> tuple[int, int]:
-    """File bytes with every tensor in its smallest type, and in its largest; floors do not count.
+def size_range(
+    table: ErrorTable,
+    rules: Rules,
+    *,
+    fixed_bytes: int = 0,
+    stored_bytes: Callable[[ErrorRow], int] = _padded_bytes,
+) -> tuple[int, int]:
+    """Return the file bytes with every tensor in its smallest type, and in its largest; floors do not count.
 
     Raises:
         PlanError: coupled tensors have no type in common.
     """
-    everything = _options(table, _groups(table, rules), {})
-    return fixed_bytes + smallest_total(everything), fixed_bytes + largest_total(everything)
+    return _Planner(table, rules, fixed_bytes, stored_bytes).size_range
 
 
-def check_budget_range(budget: int, smallest: int, largest: int) -> None:
-    """Raises PlanError for a budget outside the sizes that `size_range` gives; both are named."""
+def check_budget_range(budget: int, smallest: int, largest: int, target: PlanTarget = "gguf") -> None:
+    """Raise PlanError for a budget outside the sizes that `size_range` returns; both are named.
+
+    For vLLM a larger budget than can be spent is no error: its largest scheme is BF16, which is the model itself.
+    """
+    if target == "vllm":
+        if budget < smallest:
+            raise PlanError(
+                f"The budget of {budget:,} bytes is below the smallest possible size. With these schemes, and "
+                f"embedding, head and routers in BF16, this model takes between {smallest:,} and {largest:,} bytes. "
+                "Ask for a size between them, or quantize embedding and head as well with GGUF types (-f gguf)."
+            )
+        return
     how = "below the smallest" if budget < smallest else "above the largest" if budget > largest else None
     if how is not None:
         raise PlanError(
@@ -137,60 +147,6 @@ def coupled_tensors(names: Iterable[str], kinds: Iterable[str]) -> tuple[tuple[s
     return tuple(tuple(group) for group in found.values() if len(group) > 1)
 
 
-Groups = Mapping[str, tuple[str, ...]]
-"""First tensor -> all tensors that take one type with it, itself included."""
-
-
-def _groups(table: ErrorTable, rules: Rules) -> Groups:
-    first_of = {name: group[0] for group in rules.coupled for name in group}
-    groups: dict[str, tuple[str, ...]] = {}
-    for name in table.tensors():
-        first = first_of.get(name, name)
-        groups[first] = (*groups.get(first, ()), name)
-    return groups
-
-
-def _draft(
-    table: ErrorTable,
-    groups: Groups,
-    exceptions: Mapping[str, _Exception],
-    level: int,
-    fixed_bytes: int,
-    budget: int | None,
-    largest: int,
-) -> _Draft | None:
-    """The best assignment under a level's floors, or None when the budget does not hold them."""
-    own = {name: _floor(rows, exceptions.get(name), level) for name, rows in table.tensors().items()}
-    floors = {name: _highest(own[member] for member in group) for group in groups.values() for name in group}
-    options = _options(table, groups, floors)
-    needed = fixed_bytes + smallest_total(options)
-    limit = min(int(needed * HEADROOM), largest) if budget is None else budget
-    if needed > limit:
-        return None
-    chosen = allocate(options, limit - fixed_bytes)
-    types = {name: chosen[first].type for first, group in groups.items() for name in group}
-    return _Draft(level, floors, types, total_cost(chosen))
-
-
-def _worth_its_floors(drafts: list[_Draft], table: ErrorTable) -> _Draft:
-    """The draft with the highest floors whose price is right; without sensitivities the cost cannot judge them."""
-    without = next((draft for draft in drafts if LEVELS[draft.level][0] is None), drafts[-1])
-    if not table.sensitivity:
-        return drafts[0]
-    return next(draft for draft in drafts if draft.cost <= FLOOR_PRICE * without.cost or draft is without)
-
-
-def _explain(
-    table: ErrorTable, draft: _Draft | None, groups: Groups, exceptions: Mapping[str, _Exception]
-) -> dict[str, tuple[str, str]]:
-    assert draft is not None
-    others = {name: [one for one in group if one != name] for group in groups.values() for name in group}
-    return {
-        name: (type_name, _reason(table.row(name, type_name), draft, exceptions.get(name), others[name]))
-        for name, type_name in ((name, draft.types[name]) for name in table.tensors())
-    }
-
-
 def outlier_tensors(table: ErrorTable) -> dict[str, float]:
     """Tensors whose activation error stands out from the tensors of the same role, with their robust z-score.
 
@@ -201,16 +157,135 @@ def outlier_tensors(table: ErrorTable) -> dict[str, float]:
     return {one.row.name: one.z for one in found}
 
 
-def _exceptions(table: ErrorTable, rules: Rules) -> dict[str, _Exception]:
-    found = {
-        name: _Exception(f"activation error stands out (robust z {z:.1f})")
-        for name, z in outlier_tensors(table).items()
-    }
-    found |= {name: _Exception(reason) for name, reason in rules.outliers.items()}
-    return found | {name: _Exception(reason, is_super_weight=True) for name, reason in rules.super_weights.items()}
+@dataclass(frozen=True)
+class _StayPrecise:
+    """Why a tensor should stay precise besides its role."""
+
+    reason: str
+    is_super_weight: bool = False
 
 
-def _floor(rows: Mapping[str, ErrorRow], exception: _Exception | None, level: int) -> QuantType | None:
+@dataclass(frozen=True)
+class _Draft:
+    """The best assignment under one level of floors."""
+
+    level: int
+    floors: Mapping[str, QuantType | None]
+    types: Mapping[str, str]
+    cost: float
+
+
+@dataclass(frozen=True)
+class _Planner:
+    """One table under one set of rules, for a file of which `fixed_bytes` are spent already."""
+
+    table: ErrorTable
+    rules: Rules
+    fixed_bytes: int
+    stored_bytes: Callable[[ErrorRow], int]
+
+    @cached_property
+    def groups(self) -> Mapping[str, tuple[str, ...]]:
+        """First tensor -> all tensors that take one type with it, itself included."""
+        first_of = {name: group[0] for group in self.rules.coupled for name in group}
+        groups: dict[str, tuple[str, ...]] = {}
+        for name in self.table.tensors():
+            first = first_of.get(name, name)
+            groups[first] = (*groups.get(first, ()), name)
+        return groups
+
+    @cached_property
+    def exceptions(self) -> Mapping[str, _StayPrecise]:
+        rules = self.rules
+        if not rules.floors:
+            return {}
+        exceptions = {
+            name: _StayPrecise(f"activation error stands out (robust z {z:.1f})")
+            for name, z in outlier_tensors(self.table).items()
+        }
+        exceptions |= {name: _StayPrecise(reason) for name, reason in rules.outliers.items()}
+        return exceptions | {name: _StayPrecise(reason, True) for name, reason in rules.super_weights.items()}
+
+    @cached_property
+    def size_range(self) -> tuple[int, int]:
+        everything = self.options({})
+        return self.fixed_bytes + smallest_total(everything), self.fixed_bytes + largest_total(everything)
+
+    def options(self, floors: Mapping[str, QuantType | None]) -> dict[str, list[Option]]:
+        """Return the types that all tensors of a group have, with the sums of their bytes and costs."""
+        options: dict[str, list[Option]] = {}
+        for first, group in self.groups.items():
+            members = [self.table.tensors()[name] for name in group]
+            common = [name for name in members[0] if all(name in rows for rows in members)]
+            if not common:
+                raise PlanError(_nothing_in_common(group, members))
+            priced = [self._priced(name, [rows[name] for rows in members]) for name in common]
+            allowed = [option for option in priced if _reaches(option.type, floors.get(first))]
+            options[first] = allowed or [max(priced)]
+        return options
+
+    def _priced(self, type_name: str, rows: list[ErrorRow]) -> Option:
+        return Option(sum(map(self.stored_bytes, rows)), sum(map(self.table.cost, rows)), type_name)
+
+    def draft(self, level: int, budget: int | None) -> _Draft | None:
+        """Return the best assignment under a level's floors, or None when the budget does not hold them."""
+        # Schemes of vLLM have no floors: they are no quant types, and none has fewer than 4 bits.
+        has_floors = self.rules.target == "gguf"
+        floor_of = {
+            name: _floor(rows, self.exceptions.get(name), level) if has_floors else None
+            for name, rows in self.table.tensors().items()
+        }
+        floors: dict[str, QuantType | None] = {}
+        for group in self.groups.values():
+            floors |= dict.fromkeys(group, _highest(floor_of[name] for name in group))
+        options = self.options(floors)
+        needed = self.fixed_bytes + smallest_total(options)
+        limit = min(int(needed * HEADROOM), self.size_range[1]) if budget is None else budget
+        if needed > limit:
+            return None
+        allocated = allocate(options, limit - self.fixed_bytes)
+        types = {name: allocated[first].type for first, group in self.groups.items() for name in group}
+        return _Draft(level, floors, types, total_cost(allocated))
+
+    def explained(self, draft: _Draft | None) -> dict[str, Choice]:
+        """Return type and reason of every tensor, in the order of the table."""
+        assert draft is not None
+        group_of = {name: group for group in self.groups.values() for name in group}
+        reason = self._fused_reason if self.rules.target == "vllm" else self._reason
+        return {name: Choice(draft.types[name], reason(name, group_of[name], draft)) for name in self.table.tensors()}
+
+    def _fused_reason(self, _name: str, group: tuple[str, ...], draft: _Draft) -> str:
+        """Return the reason for a scheme of layers that vLLM fuses."""
+        cost = sum(self.table.cost(row) for name in group if (row := self.table.row(name, draft.types[name])))
+        with_others = f", with {len(group) - 1} others that share its scheme" if len(group) > 1 else ""
+        return f"best use of the budget{with_others}; {self.table.cost_name} {cost:.2e}"
+
+    def _reason(self, name: str, group: tuple[str, ...], draft: _Draft) -> str:
+        row, floor, exception = self.table.row(name, draft.types[name]), draft.floors[name], self.exceptions.get(name)
+        assert row is not None
+        error = f"weighted error {row.weighted_error:.2%}"
+        if len(group) > 1:
+            error += f"; coupled, one type with {', '.join(other for other in group if other != name)}"
+        why = exception.reason if exception else row.role.value
+        if floor:
+            lowered = f", lowered from {LEVELS[0][0]} at this budget" if draft.level and not exception else ""
+            return f"kept: {why}, floor {floor.name}{lowered}; {error}"
+        if exception:
+            return f"{why}, but bytes are worth more elsewhere at this budget; {error}"
+        if row.role.is_routed_expert:
+            return f"crushed: routed expert, best use of the budget; {error}"
+        return f"{why}: no floor at this budget, bytes are worth more elsewhere; {error}"
+
+
+def _worth_its_floors(drafts: list[_Draft], table: ErrorTable) -> _Draft:
+    """Return the draft with the highest floors whose price is right; without sensitivities cost cannot judge them."""
+    without = next((draft for draft in drafts if LEVELS[draft.level][0] is None), drafts[-1])
+    if not table.sensitivity:
+        return drafts[0]
+    return next(draft for draft in drafts if draft.cost <= FLOOR_PRICE * without.cost or draft is without)
+
+
+def _floor(rows: Mapping[str, ErrorRow], exception: _StayPrecise | None, level: int) -> QuantType | None:
     of_role, of_outlier, of_super_weight = LEVELS[level]
     if next(iter(rows.values())).role.is_routed_expert:
         of_role = None
@@ -221,46 +296,11 @@ def _floor(rows: Mapping[str, ErrorRow], exception: _Exception | None, level: in
 
 
 def _highest(floors: Iterable[QuantType | None]) -> QuantType | None:
-    return max((floor for floor in floors if floor), key=lambda one: one.bits_per_weight, default=None)
-
-
-def _options(table: ErrorTable, groups: Groups, floors: Mapping[str, QuantType | None]) -> dict[str, list[Option]]:
-    """Options of every group: the types that all its tensors have, with the sums of their bytes and costs."""
-    options: dict[str, list[Option]] = {}
-    for first, group in groups.items():
-        members = [table.tensors()[name] for name in group]
-        common = [name for name in members[0] if all(name in rows for rows in members)]
-        if not common:
-            raise PlanError(_nothing_in_common(group, members))
-        priced = [_priced(table, name, [rows[name] for rows in members]) for name in common]
-        allowed = [option for option in priced if _reaches(option.type, floors.get(first))]
-        options[first] = allowed or [max(priced)]
-    return options
-
-
-def _priced(table: ErrorTable, type_name: str, rows: list[ErrorRow]) -> Option:
-    return Option(sum(padded(row.bytes) for row in rows), sum(table.cost(row) for row in rows), type_name)
+    return max((floor for floor in floors if floor), key=lambda floor: floor.bits_per_weight, default=None)
 
 
 def _reaches(type_name: str, floor: QuantType | None) -> bool:
     return floor is None or QUANT_TYPES[type_name].bits_per_weight >= floor.bits_per_weight
-
-
-def _reason(row: ErrorRow | None, draft: _Draft, exception: _Exception | None, coupled: list[str]) -> str:
-    assert row is not None
-    floor = draft.floors[row.name]
-    error = f"weighted error {row.weighted_error:.2%}"
-    if coupled:
-        error += f"; coupled, one type with {', '.join(coupled)}"
-    why = exception.reason if exception else row.role.value
-    if floor:
-        lowered = f", lowered from {LEVELS[0][0]} at this budget" if draft.level and not exception else ""
-        return f"kept: {why}, floor {floor.name}{lowered}; {error}"
-    if exception:
-        return f"{why}, but bytes are worth more elsewhere at this budget; {error}"
-    if row.role.is_routed_expert:
-        return f"crushed: routed expert, best use of the budget; {error}"
-    return f"{why}: no floor at this budget, bytes are worth more elsewhere; {error}"
 
 
 def _nothing_in_common(group: tuple[str, ...], members: list[Mapping[str, ErrorRow]]) -> str:

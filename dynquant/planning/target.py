@@ -61,11 +61,31 @@ class Target:
             "which decides by their output errors, and with --select by the KL of plans of each."
         ),
     ] = "auto"
+    serves: Annotated[
+        str | None,
+        Flag(
+            "vllm: choose among the schemes that vLLM serves from compressed-tensors (--types w4a16,w8a16,fp8,nvfp4a16,"
+            "mxfp4a16,bf16), for export -f compressed-tensors.",
+            ("--for",),
+            show_default=False,
+        ),
+    ] = None
+    mixed_experts: Annotated[
+        bool,
+        Flag(
+            "With --for vllm: routed experts of each layer have a scheme of their own, NVFP4 and BF16 among them; vLLM "
+            "loads that, transformers does not."
+        ),
+    ] = False
 
     def __post_init__(self) -> None:
         flags = ("preset", "bpw", "size", "fits", "like", "recipe")
         fields = {"recipe": "patterns"}
         given = [f"--{flag}" for flag in flags if getattr(self, fields.get(flag, flag)) is not None]
+        if self.serves is not None and self.serves.lower() != "vllm":
+            raise PlanError(f"--for {self.serves} is not known; give vllm, or leave it out for GGUF types.")
+        if self.mixed_experts and self.serves is None:
+            raise PlanError("--mixed-experts goes with --for vllm; GGUF plans choose for each layer anyway.")
         if len(given) > 1:
             raise PlanError(
                 f"Give one of --preset, --bpw, --size, --fits, --like and --recipe, not {' and '.join(given)}: each "
@@ -95,6 +115,7 @@ class Target:
     def recipe(self) -> str:
         """The words under which plan and file record what was asked for."""
         coupled = f", coupled {' '.join(self.couple)}" if self.couple else ""
+        coupled += ", mixed experts" if self.mixed_experts else ""
         if self.preset:
             return f"preset {self.preset.lower()}"
         if self.like is not None:
@@ -105,7 +126,8 @@ class Target:
             return f"bpw {self.bpw:g}{coupled}"
         if self.fits is not None:
             return f"fits {parse_size(self.fits)}, context {self.context}, KV {self.kv_type}{coupled}"
-        return (f"size {parse_size(self.size)}" if self.size else "floors") + coupled
+        smallest = "floors" if self.serves is None else "smallest and 5 %"
+        return (f"size {parse_size(self.size)}" if self.size else smallest) + coupled
 
     def memory(self, model: "Model") -> "MemoryBudget | None":
         """Return what `fits` leaves for the file, or None without it.

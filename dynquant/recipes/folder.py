@@ -10,6 +10,7 @@ from dynquant.errors import PlanError, StatsError
 from dynquant.storage.strict_json import parse_json
 
 ERRORS_NAME = "errors.json"
+SCHEME_ERRORS_NAME = "serving_errors.json"
 PLAN_NAME = "plan.json"
 SUPER_NAME = "super_weights.json"
 SELECTION_NAME = "selection.json"
@@ -47,7 +48,7 @@ def load_super_weights(path: Path) -> list[SuperWeight]:
     if not path.is_file():
         return []
     try:
-        return [SuperWeight(**one) for one in parse_json(path.read_bytes())]
+        return [SuperWeight(**entry) for entry in parse_json(path.read_bytes())]
     except (OSError, ValueError, TypeError) as error:
         raise PlanError(f"{path} does not hold super weights ({error}). Delete it and plan again.") from error
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dynquant.analysis.outliers.super_weights import find_super_weights
+from dynquant.analysis.outliers.super_weights import Criteria, find_super_weights
 from dynquant.analysis.sensitivity.closed_form import output_sensitivity, streamed_sensitivity
 from dynquant.calibration.options import CalibrationOptions
 from dynquant.calibration.run import StatisticsOptions, calibrate, provenance_of, text_inputs
@@ -185,7 +185,7 @@ def test_sensitivities_are_equal(name, moe, small_moe, tmp_path):
 
 def test_super_weights_are_ablated_in_a_stream(moe):
     windows = text_inputs(moe, None, tokens=128, window=128).windows
-    low = {"threshold": 1.1, "min_share": 0.01, "min_effect": 1e-5, "max_iterations": 3}
+    low = {"criteria": Criteria(threshold=1.1, min_share=0.01, min_effect=1e-5, max_iterations=3)}
     stream = LayerStream(moe)
     with stream.running():
         found = find_super_weights(

@@ -13,10 +13,10 @@ from dynquant.checkpoints.tensor_source import DictSource
 from dynquant.encoding.parts import PartLimits
 from dynquant.encoding.stream import Guidance, load_encoder, parts_of_plan, quantize
 from dynquant.errors import EncodeError, PlanError
-from dynquant.exporters.gguf import export_gguf
 from dynquant.families.open import open_model
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.recipes.build_plan import fixed_bytes, plan_from_types
+from tests.helpers.exports import export_gguf
 
 SHAPES = {
     "token_embd.weight": (40, 256),

@@ -18,9 +18,9 @@ from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_source import TensorInfo
 from dynquant.encoding.parts import PartLimits
 from dynquant.encoding.stream import load_encoder
-from dynquant.exporters.gguf import export_gguf
 from dynquant.recipes.build_plan import plan_from_types
 from dynquant.resources import parse_size
+from tests.helpers.exports import export_gguf
 
 SHAPE = (256, 1024, 1024)
 NAME = "blk.0.ffn_up_exps.weight"

@@ -19,8 +19,8 @@ from dynquant.cli.app import app
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import AdapterError, ExportError
 from dynquant.exporters.adapter_gguf import export_adapter
-from dynquant.exporters.gguf import export_gguf
 from dynquant.families.open import open_hf
+from tests.helpers.exports import export_gguf
 from tests.helpers.packed_models import plan_of
 from tests.helpers.representatives import represented_by
 from tests.helpers.tiny_models import mean_kl, save_tiny, write_f32

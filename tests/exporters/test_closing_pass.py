@@ -10,8 +10,7 @@ from dynquant.checkpoints.tensor_roles import Role, role_of
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import CheckpointError, StatsError
 from dynquant.exporters.closing_pass import TuneOptions, too_large_to_tune, tune
-from dynquant.exporters.gguf import export_gguf
-from dynquant.exporters.gguf_patch import write_patched
+from dynquant.exporters.gguf import write_patched
 from dynquant.families.open import open_model
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.formats.scale_fields import num_scales, with_scales
@@ -20,6 +19,7 @@ from dynquant.recipes.build_plan import plan_from_types
 from dynquant.recipes.presets import preset_types
 from dynquant.running.live_weights import LiveWeights
 from dynquant.running.load import load_hf, load_tokenizer
+from tests.helpers.exports import export_gguf
 from tests.helpers.tiny_models import TINY, save_tiny
 
 
@@ -158,7 +158,7 @@ def test_no_file_is_left_when_the_disk_is_full(crushed, tuned, tmp_path, monkeyp
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dynquant.exporters.gguf_patch.os.fsync", full)
+    monkeypatch.setattr("dynquant.exporters.gguf.os.fsync", full)
     with pytest.raises(WriteError, match="could not be written"):
         write_patched(GGUFSource(crushed), tmp_path / "tuned.gguf", tuned.replacements, encoder="x")
     assert not list(tmp_path.iterdir())

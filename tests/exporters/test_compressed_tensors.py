@@ -21,7 +21,7 @@ from dynquant.families.linear_layers import linear_checkpoint
 from dynquant.families.open import open_model
 from dynquant.formats.storage_format import Choice
 from dynquant.formats.vllm_schemes import SCHEMES
-from dynquant.planning.serving_planner import check_schemes_budget, choose_schemes
+from dynquant.planning.chooser import SchemeChooser
 from dynquant.recipes.build_plan import plan_for_vllm
 from dynquant.recipes.plan import Plan
 from tests.helpers.commands import run
@@ -233,7 +233,7 @@ def test_budgets_hold_and_fused_layers_share_their_scheme(priced, deepseek, mixe
     model = open_model(deepseek)
     sizes = []
     for budget in (9_340_000, 9_700_000, 10_300_000, 11_600_000):
-        wanted, _ = choose_schemes(table, checkpoint, tuple(LOSSES), budget, mixed_experts=mixed)
+        wanted = SchemeChooser(checkpoint, tuple(LOSSES), mixed).choose(table, budget)
         plan = plan_for_vllm(model, checkpoint, wanted, recipe="test", mixed_experts=mixed)
         assert plan.predicted_bytes <= budget
         sizes.append(plan.predicted_bytes)
@@ -253,12 +253,13 @@ def test_budgets_hold_and_fused_layers_share_their_scheme(priced, deepseek, mixe
     assert sizes == sorted(sizes) and sizes[-1] > 1.15 * sizes[0]
 
 
-def test_budgets_below_the_smallest_size_name_the_range(priced):
+def test_budgets_below_the_smallest_size_name_the_range(priced, deepseek):
     for mixed in (False, True):
+        chooser = SchemeChooser(priced[0], tuple(LOSSES), mixed)
         with pytest.raises(PlanError, match=r"budget of 100,000 bytes is below .* between 9,\d+,\d+ and") as measured:
-            choose_schemes(priced[1], priced[0], tuple(LOSSES), 100_000, mixed_experts=mixed)
+            chooser.choose(priced[1], 100_000)
         with pytest.raises(PlanError) as before:
-            check_schemes_budget(priced[0], tuple(LOSSES), 100_000, mixed_experts=mixed)
+            chooser.check_budget(open_model(deepseek), 100_000)
         assert str(before.value) == str(measured.value)
 
 

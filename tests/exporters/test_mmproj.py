@@ -18,8 +18,8 @@ from dynquant.checkpoints.gguf_layout import mmproj_path
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.errors import CheckpointError
 from dynquant.evaluation.llama_cpp_pictures import MtmdRunner
-from dynquant.evaluation.picture_runners import segments_of
-from dynquant.exporters.mmproj import stats_of_part
+from dynquant.evaluation.runners import segments_of
+from dynquant.exporters.gguf import stats_of_part
 from dynquant.families.open import open_model
 from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.inputs.pictures import SampleEncoder, image_token_of, read_samples

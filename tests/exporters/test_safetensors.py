@@ -14,12 +14,13 @@ from dynquant.checkpoints.safetensors_format import read_header
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import ExportError, PlanError
 from dynquant.exporters import safetensors as exporter
-from dynquant.exporters.model_card import model_card
-from dynquant.exporters.safetensors import export_safetensors, hf_config_of
+from dynquant.exporters.model_card import packed_card
+from dynquant.exporters.safetensors import hf_config_of
 from dynquant.families.open import open_model
 from dynquant.families.text.llama import interleave_halves
 from dynquant.packed.places import build_meta_model, find_places
 from dynquant.recipes.build_plan import plan_from_types
+from tests.helpers.exports import export_safetensors
 from tests.helpers.tiny_models import save_tiny
 
 GGML = load_encoder("ggml")
@@ -88,7 +89,7 @@ def test_the_card_tells_plan_and_damage(packed_moe):
     card = (packed_moe.directory / "README.md").read_text()
     assert "| expert_up | IQ4_NL | 5 |" in card and "Not measured on this file" in card
     measured = packed_moe.plan.model_copy(update={"selected_kl": 0.1234, "predicted_kl": 0.2, "predicted_kl_se": 0.01})
-    card = model_card(measured, encoder="ggml", stored_bytes=1000)
+    card = packed_card(measured, encoder="ggml", stored_bytes=1000)
     assert "measured: 0.1234" in card and "0.2000 ± 0.0100" in card and "Not measured" not in card
 
 

@@ -7,11 +7,10 @@ from pathlib import Path
 
 from dynquant.checkpoints.model import Model
 from dynquant.encoding.stream import load_encoder
-from dynquant.exporters.gguf import export_gguf
-from dynquant.exporters.safetensors import export_safetensors
 from dynquant.families.open import open_model
 from dynquant.recipes.build_plan import plan_from_types, stays_f32
 from dynquant.recipes.plan import Plan
+from tests.helpers.exports import export_gguf, export_safetensors
 from tests.helpers.tiny_models import save_tiny
 
 MIXTURE = {

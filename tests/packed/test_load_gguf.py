@@ -13,12 +13,12 @@ import dynquant
 from dynquant.checkpoints.gguf_source import GGUFSource, MetadataField
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import CheckpointError
-from dynquant.exporters.gguf import export_gguf
 from dynquant.families.open import open_hf
 from dynquant.packed.layers import PackedExperts, PackedLinear, PackedModule
 from dynquant.recipes.build_plan import plan_from_types
 from dynquant.running.live_weights import LiveWeights
 from dynquant.running.load import load_hf
+from tests.helpers.exports import export_gguf
 from tests.helpers.representatives import represented_by
 from tests.helpers.tiny_models import TINY, hf_logits, llama_logits, mean_kl, save_tiny, write_f32
 

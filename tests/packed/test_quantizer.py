@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 import dynquant
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import CheckpointError
-from dynquant.exporters.safetensors import export_safetensors
 from dynquant.packed.layers import PackedModule, set_layout
+from tests.helpers.exports import export_safetensors
 from tests.helpers.packed_models import mixed_plan
 from tests.helpers.tiny_models import save_tiny
 

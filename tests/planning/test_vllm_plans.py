@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from dynquant.analysis.errors import measure_schemes
 from dynquant.analysis.errors import stage as error_stage
+from dynquant.analysis.errors.measure_schemes import SchemeMeter, build_scheme_table
 from dynquant.analysis.errors.sums import ErrorJournal
 from dynquant.analysis.sensitivity import stage as sensitivity_stage
 from dynquant.calibration.importance import importance
@@ -14,8 +16,6 @@ from dynquant.encoding.vllm import encode_layers
 from dynquant.families.linear_layers import linear_checkpoint
 from dynquant.families.open import open_model
 from dynquant.formats.vllm_schemes import SCHEMES
-from dynquant.planning import serving_planner
-from dynquant.planning.serving_planner import measure_schemes
 from tests.helpers.commands import run
 from tests.helpers.tiny_models import save_tiny
 
@@ -31,7 +31,7 @@ class NotedEncoding:
 
     def __init__(self, monkeypatch, stop=None):
         self.calls, self.stop = [], stop
-        monkeypatch.setattr(serving_planner, "encode_layers", self)
+        monkeypatch.setattr(measure_schemes, "encode_layers", self)
 
     def __call__(self, scheme, *arguments, name, **options):
         if len(self.calls) == self.stop:
@@ -56,7 +56,8 @@ def stats_path(directory, tmp_path_factory):
 def measure(directory, stats_path):
     model, stats = open_model(directory), CalibrationStats.load(stats_path)
     checkpoint = linear_checkpoint(model)
-    return lambda journal: measure_schemes(model, checkpoint, stats, stats_hash="s", journal=journal)
+    meter = SchemeMeter(model, checkpoint, stats, checkpoint.candidates(SCHEMES, mixed_experts=True))
+    return lambda journal: build_scheme_table(meter, stats_hash="s", journal=journal)
 
 
 def test_errors_equal_a_direct_computation(directory, stats_path, measure, tmp_path):
@@ -81,7 +82,7 @@ def test_errors_equal_a_direct_computation(directory, stats_path, measure, tmp_p
 
 @pytest.mark.parametrize("experts_at_once", [1, 8])
 def test_an_interrupted_table_goes_on_to_the_same_bytes(measure, tmp_path, monkeypatch, experts_at_once):
-    monkeypatch.setattr(serving_planner, "_WEIGHTS_IN_MEMORY", experts_at_once * 256 * 64)
+    monkeypatch.setattr(measure_schemes, "WEIGHTS_IN_MEMORY", experts_at_once * 256 * 64)
     path, undisturbed = tmp_path / "serving_errors.json", NotedEncoding(monkeypatch)
     with ErrorJournal(path, {}) as journal:
         whole = measure(journal).model_dump_json()

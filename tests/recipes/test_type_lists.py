@@ -9,10 +9,10 @@ import pytest
 
 from dynquant.encoding.ggml import GgmlEncoder
 from dynquant.errors import CheckpointError, PlanError
-from dynquant.exporters.gguf import export_gguf
 from dynquant.families.open import open_model
 from dynquant.recipes.build_plan import plan_from_types
 from dynquant.recipes.type_lists import like_types, read_types
+from tests.helpers.exports import export_gguf
 from tests.helpers.llama_quantize import TinyModel, llama_model, read_tensors
 
 UNTIED = llama_model(layers=2, experts=4)

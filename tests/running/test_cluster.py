@@ -15,12 +15,12 @@ from dynquant.encoding.parts import PartLimits
 from dynquant.encoding.remote import EncoderChoice, RemoteEncoding, StoredFiles
 from dynquant.encoding.stream import Guidance, load_encoder
 from dynquant.errors import CheckpointError, ClusterError
-from dynquant.exporters.gguf import export_gguf
 from dynquant.families.open import open_model
 from dynquant.running.cluster import RayPool, TaskNeeds, open_ray
 from dynquant.running.load import load_hf
 from dynquant.session import ignore_progress
 from tests.helpers.commands import run
+from tests.helpers.exports import export_gguf
 from tests.helpers.packed_models import plan_of
 
 GGML = load_encoder("ggml")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dynquant.analysis.outliers.super_experts import find_super_experts
-from dynquant.analysis.outliers.super_weights import DownScan, ablation, find_super_weights
+from dynquant.analysis.outliers.super_weights import Criteria, DownScan, ablation, find_super_weights
 from dynquant.calibration.statistics import CalibrationStats, InputStats, StatsProvenance
 from dynquant.families.open import open_model
 from dynquant.running.load import load_hf, load_tokenizer
@@ -108,7 +108,7 @@ def test_published_super_weight_of_smollm2(shared_data):
     network = load_hf(model)
     text = (shared_data / "wikitext2_valid.txt").read_text()[:4000]
     tokens = torch.tensor(load_tokenizer(model)(text)["input_ids"][:512])
-    first = find_super_weights(network, "llama", 30, tokens, max_iterations=1)[0]
+    first = find_super_weights(network, "llama", 30, tokens, criteria=Criteria(max_iterations=1))[0]
     assert (first.name, first.row, first.col) == ("blk.11.ffn_down.weight", 507, 1229)
     result = ablation(network, first, tokens)
     assert result.without_super_weight > 3 * result.perplexity
