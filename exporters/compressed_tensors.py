@@ -48,7 +48,7 @@ _CPU_WEIGHTS, _GPU_WEIGHTS = 1 << 23, 1 << 27
 
 @dataclass(frozen=True)
 class Rounding:
-    """What rounding errors are kept small under."""
+    """Metric under which rounding errors are kept small."""
 
     guidance: Guidance = field(default_factory=Guidance)
     """Importance and hessians of the inputs."""

@@ -1,4 +1,5 @@
-"""What every exporter shares: inputs and their checks, the identity of its bytes, and what becomes of a failed run."""
+"""Parts that every exporter shares: inputs and their checks, the identity of its bytes, and what becomes of a failed
+run."""
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager

@@ -53,7 +53,7 @@ class SchemeChooser:
 
     @cached_property
     def sizes(self) -> dict[str, object]:
-        """What the planner must know of the files."""
+        """Return what the planner must know of the files."""
         stored = {
             (linear.name, scheme.name): safetensors_bytes_at_most(linear.stored_as(scheme))
             for linear in self.checkpoint.linears
