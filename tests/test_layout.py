@@ -51,10 +51,7 @@ def imported_modules(path: Path) -> set[str]:
     return names & MODULES.keys()
 
 
-UPWARD_FOR_NOW: dict[str, set[str]] = {
-    "dynquant.evaluation.picture_evaluate": {"dynquant.analysis.report.pictures", "dynquant.exporters.mmproj"},
-    "dynquant.inputs.eval_text": {"dynquant.evaluation.runners"},
-}
+UPWARD_FOR_NOW: dict[str, set[str]] = {}
 """Imports that the pure move left pointing upward: module -> modules. Each is to be carved away."""
 
 

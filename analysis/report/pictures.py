@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from dynquant.analysis.report.tables import html_table
+from dynquant.evaluation.multiple_choice import is_right
 
 SHOWN = 24
 _THUMBNAIL = 96
@@ -27,11 +28,6 @@ class Answered(Protocol):
     def reference(self) -> str: ...
     @property
     def candidate(self) -> str: ...
-
-
-def is_right(answer: str, right: str) -> bool:
-    """Return whether an answer is the right one, apart from case and surrounding space."""
-    return answer.strip().casefold() == right.strip().casefold()
 
 
 def picture_section(rows: Sequence[tuple[str, str, str, str]], title: str, answers: Sequence[Answered]) -> str:

@@ -183,7 +183,7 @@ class Collector:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Which tokens of the batch the rows of an input are, which of them hold text, and whose input it is."""
+    """Tokens of the batch that the rows of an input are, which of them hold text, and whose input it is."""
 
     tokens: torch.Tensor  # int64 [rows]
     is_text: torch.Tensor | None  # bool [rows]; None where kinds are not told apart

@@ -8,7 +8,7 @@ from dynquant.errors import StatsError
 from dynquant.options import BaseGguf, CalibrationText, Flag, ModelPath, Ray, Strict, Window
 
 Hessians = Literal["none", "activations", "gradients"]
-"""Which second moments to take; with gradients, a token counts by its squared gradient of the KL divergence too."""
+"""Second moments to take; with gradients, a token counts by its squared gradient of the KL divergence too."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from dynquant.calibration.options import CalibrateOptions, CalibrationOptions
-from dynquant.cli.evaluate import evaluate_on_text
 from dynquant.cli.export import print_exported
 from dynquant.cli.terminal import console
+from dynquant.evaluation.evaluate import evaluate
 from dynquant.evaluation.options import EvalOptions, QuestionOptions
 from dynquant.exporters.options import ExportOptions
 from dynquant.options import Flag, ModelPath, Only
@@ -125,7 +125,7 @@ class _Results:
 
     def score(self, file: Path) -> "EvalReport":
         """Compare a file with its original, whose own answers are kept beside the results."""
-        return evaluate_on_text(
+        return evaluate(
             EvalOptions(
                 candidate=str(file),
                 reference=self._model,

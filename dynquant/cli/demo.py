@@ -18,9 +18,10 @@ def demo(
     """Plan, export and evaluate the bundled 16M mixture-of-experts model; about a minute and a half on two cores."""
     from dynquant.analysis.report.stage import write_plan_report
     from dynquant.calibration.options import CalibrationOptions
-    from dynquant.cli.evaluate import evaluate_on_text, print_report, report_tree
+    from dynquant.cli.evaluate import print_report, report_tree
     from dynquant.cli.export import print_exported
     from dynquant.cli.plan import print_plan
+    from dynquant.evaluation.evaluate import evaluate
     from dynquant.evaluation.options import EvalOptions, QuestionOptions
     from dynquant.exporters.options import ExportOptions
     from dynquant.exporters.stage import export
@@ -44,7 +45,7 @@ def demo(
             limit=108,
             scoring=("cloze",),
         )
-        report = evaluate_on_text(EvalOptions(candidate=str(file), reference=model, questions=questions), session)
+        report = evaluate(EvalOptions(candidate=str(file), reference=model, questions=questions), session)
         print_report(report)
         write_atomically(output / "eval.json", report.to_json())
         console.note(f"wrote {output / 'eval.json'}")

@@ -12,10 +12,7 @@ from dynquant.session import Session
 from dynquant.storage.atomic import write_atomically
 
 if TYPE_CHECKING:
-    from dynquant.evaluation.picture_evaluate import PictureReport
-    from dynquant.evaluation.report import EvalReport
-
-_NOTHING_KEPT = "Nothing is kept without --reference-cache: what the models said so far is lost."
+    from dynquant.evaluation.report import EvalReport, PictureReport
 
 
 def evaluate(
@@ -31,47 +28,20 @@ def evaluate(
 
     Example: dynquant eval model.gguf --reference ./vision-model --tasks kl,vqa --data questions.jsonl
     """
-    if options.data is not None:
-        _evaluate_on_samples(options, session, json_file)
-    else:
-        report = evaluate_on_text(options, session)
+    from dynquant.evaluation.evaluate import evaluate as compare
+    from dynquant.evaluation.report import EvalReport
+
+    report = compare(options, session)
+    if isinstance(report, EvalReport):
         print_report(report)
         _write(json_file, report.to_json())
-
-
-def evaluate_on_text(options: EvalOptions, session: Session) -> "EvalReport":
-    """Compare two models on texts and questions."""
-    from dynquant.evaluation.evaluate import evaluate as run
-
-    questions = options.questions
-    kept = "What the original said is kept." if options.reference_cache else _NOTHING_KEPT
-    with session.stage(kept) as progress:
-        return run(
-            options.candidate, options.reference, tasks=questions.tasks, text=questions.text,
-            max_tokens=questions.max_tokens, window=options.window, mmlu_data=questions.mmlu_data,
-            shots=questions.shots, num_shots=questions.num_shots, limit=questions.limit, scoring=questions.scoring,
-            cache_dir=options.reference_cache, runner=options.runner, rounded=options.rounded,
-            adapter=options.adapter, device=session.device, threads=session.threads, seed=session.seed,
-            progress=progress,
-        )  # fmt: skip
-
-
-def _evaluate_on_samples(options: EvalOptions, session: Session, json_file: Path | None) -> None:
-    """Compare two models on pictures, and draw the result into the report beside a plan."""
-    from dynquant.evaluation.picture_evaluate import evaluate_on_samples
-
+        return
     candidate = Path(options.candidate)
-    with session.stage("Nothing is kept.") as progress:
-        report = evaluate_on_samples(
-            candidate, options.reference, Path(str(options.data)), tasks=options.questions.tasks,
-            limit=options.questions.limit, strict=options.strict, device=session.device, encoder=options.encoder,
-            mmproj=options.mmproj, progress=progress,
-        )  # fmt: skip
     title = f"{candidate} against {report.reference}: {report.samples} samples of {report.data}"
     console.print_table(title, ("", "reference", "candidate", "comparison"), report.rows())
     for reason in report.skipped:
         console.note(f"skipped: {reason}")
-    _write(json_file, report.model_dump_json(indent=1) + "\n")
+    _write(json_file, report.to_json())
     directory = candidate if candidate.is_dir() else candidate.parent
     if (directory / "report.html").is_file() and (directory / "plan.json").is_file():
         _draw_pictures(report, options.reference, directory, session)

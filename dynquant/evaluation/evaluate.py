@@ -1,165 +1,151 @@
-"""Compare a candidate model with its reference: KL divergence, top-1 agreement, perplexity, multiple choice.
+"""Compare a candidate model with its reference, on text and questions or on samples with pictures.
 
-Texts are cut into windows of `window` tokens without overlap; every position but the last of a window is scored. The
-reference runs first, is reduced to compact distributions (`reference_cache`), and is freed before the candidate loads,
-so only one model is in memory at a time. Both models see the same token ids, made by the reference's tokenizer.
-Intervals are 95 %: blocks of 64 consecutive tokens resampled for text, Wilson's for accuracy.
+Scored is every text token that is followed by one: KL divergence, top-1 agreement and perplexity. Texts are cut into
+windows of `window` tokens without overlap. Multiple-choice questions are scored by log-probability; questions about
+pictures are answered greedily and are right when they are the file's answer, apart from case and surrounding space.
+
+The reference runs first, is reduced to compact distributions (`distributions`) and, on text, is freed before the
+candidate loads, so only one model is in memory at a time. Both models see the same token ids, made by the reference's
+tokenizer. With pictures a candidate may also be a plan, whose types are then rendered into the running reference, or a
+GGUF file with its mmproj file. Intervals are 95 %: blocks of 64 consecutive tokens resampled for KL and perplexity,
+Wilson's for accuracy.
 """
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dynquant.checkpoints.gguf_layout import mmproj_path
+from dynquant.checkpoints.model import Model
+from dynquant.encoding.store import ENCODED_NAME, open_store
+from dynquant.encoding.stream import load_encoder
 from dynquant.errors import EvaluationError
-from dynquant.evaluation import distributions, multiple_choice, reference_cache
-from dynquant.evaluation.distributions import Distributions, log_probs_at
+from dynquant.evaluation import multiple_choice
+from dynquant.evaluation.distributions import NUM_TAIL, NUM_TOP, Distributions, log_probs_at
 from dynquant.evaluation.multiple_choice import AnswerScores, EncodedQuestion, Scoring
-from dynquant.evaluation.report import EvalReport, ModelIdentity, TokenScores, summarize_choices, summarize_text
+from dynquant.evaluation.options import EvalOptions, QuestionOptions
+from dynquant.evaluation.reference_cache import cache_key, load_cached, model_files, model_fingerprint, save_cached
+from dynquant.evaluation.rendered_model import RenderedModel
+from dynquant.evaluation.report import (
+    EvalReport,
+    ModelIdentity,
+    PictureReport,
+    TokenScores,
+    summarize_answers,
+    summarize_choices,
+    summarize_text,
+)
 from dynquant.evaluation.runners import (
     LLAMA_CPP,
     RUNNERS,
+    GgufPictureRunner,
+    HuggingFaceRunner,
     LogitRunner,
     ModelInfo,
-    TextEncoder,
+    PictureRunner,
     describe_model,
+    gguf_bytes,
     open_encoder,
     open_runner,
 )
-from dynquant.families.open import is_gguf, locate_model
-from dynquant.inputs.eval_text import EvalText, load_text
-from dynquant.session import Progress, ignore_progress
+from dynquant.families.open import is_gguf, locate_model, open_model
+from dynquant.inputs.model_inputs import Batch, ModelInputs
+from dynquant.inputs.pictures import Sample, SampleEncoder, image_token_of, read_samples
+from dynquant.inputs.processor import load_processor
+from dynquant.inputs.questions import load_questions, take_evenly
+from dynquant.inputs.text import TextEncoder, evaluation_windows
+from dynquant.recipes.folder import STATS_NAME, stats_of_plan
+from dynquant.recipes.plan import Plan
+from dynquant.resources import chosen_device
+from dynquant.running.load import load_hf
+from dynquant.session import SILENT, Progress, Session
 
-TASKS = frozenset({"kl", "ppl", "mmlu"})
-_Reference = tuple[Distributions, Tensor]
-"""Distributions at the scored positions of a text, and the log-probability float64 of the token that follows each."""
-
-
-@dataclass
-class _Run:
-    """Settings that stay fixed while one model after the other is scored."""
-
-    num_columns: int
-    seed: int
-    cache_dir: Path | None
-    progress: Progress
-    open: Callable[..., LogitRunner]
-    adapter: Path | None = None
-    cache_options: dict[str, object] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[Callable[[int, int], None]]:
-        """Record the stage's wall time; gives the function that reports its progress."""
-        start = time.perf_counter()
-        unit = "questions" if stage.endswith("questions") else "windows"
-        yield lambda done, total: self.progress(stage, done, total, unit=unit)
-        self.seconds[stage] = round(time.perf_counter() - start, 3)
+SPARE_TOKENS = 4
+"""Tokens by which an answer may be longer than the right one; beyond that it is wrong whatever follows."""
 
 
-def evaluate(
-    candidate: str | Path,
-    reference: str | Path,
-    *,
-    tasks: Collection[str] = ("kl", "ppl"),
-    text: Sequence[Path] = (),
-    mmlu_data: str | Path | None = None,
-    shots: str | Path | None = None,
-    num_shots: int = 5,
-    limit: int | None = None,
-    window: int = 512,
-    max_tokens: int = 8192,
-    threads: int | None = None,
-    device: str | None = None,
-    cache_dir: Path | None = None,
-    scoring: Sequence[Scoring] = ("letter", "cloze"),
-    seed: int = 0,
-    runner: str = LLAMA_CPP,
-    rounded: bool = False,
-    adapter: Path | None = None,
-    progress: Progress | None = None,
-) -> EvalReport:
-    """Score `candidate` against `reference`; each is a Hugging Face directory, a hub id or a .gguf file.
-
-    `text` files (.txt, or .jsonl with a "text" per line) serve `kl` and `ppl`; the first `max_tokens` tokens of each
-    are used. `mmlu_data` and `shots` are .jsonl files, or a `datasets` id (`cais/mmlu` when not given; its `dev` split
-    then gives the shots). `limit` takes that many questions at equal steps. With `cache_dir`, what the reference said
-    is kept there and reused for the next candidate. `runner` runs GGUF files: llama.cpp, or transformers with the
-    weights packed; `rounded` makes packed models in transformers round activations to 8 bits as llama.cpp does.
-    `adapter` is a directory of PEFT that is put on the candidate. `threads=None` is all cores.
+def evaluate(options: EvalOptions, session: Session = SILENT) -> EvalReport | PictureReport:
+    """Score a candidate against its reference on text and questions, or on samples with pictures.
 
     Raises:
         EvaluationError: the models cannot be compared, an option or a text is unusable, or a model gives NaN.
+        DataError: the samples cannot be used, or with `strict` an image cannot be decoded.
         CheckpointError: a model cannot be loaded.
     """
-    _check_options(tasks, text, window, max_tokens, scoring)
-    if runner not in RUNNERS:
-        raise EvaluationError(f"There is no runner `{runner}`; use one of {', '.join(RUNNERS)}.")
-    reference, candidate = locate_model(reference), locate_model(candidate)
-    if adapter is not None and is_gguf(candidate) and runner == LLAMA_CPP:
+    if options.runner not in RUNNERS:
+        raise EvaluationError(f"There is no runner `{options.runner}`; use one of {', '.join(RUNNERS)}.")
+    if options.data is not None:
+        return _evaluate_on_pictures(options, options.data, session)
+    kept = "What the original said is kept."
+    if options.reference_cache is None:
+        kept = "Nothing is kept without --reference-cache: what the models said so far is lost."
+    with session.stage(kept) as progress:
+        return _evaluate_on_text(options, session, progress)
+
+
+def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress) -> EvalReport:
+    asked = options.questions
+    reference, candidate = locate_model(options.reference), locate_model(options.candidate)
+    if options.adapter is not None and is_gguf(candidate) and options.runner == LLAMA_CPP:
         raise EvaluationError(
-            f"The adapter {adapter} is PEFT's, which llama.cpp does not read; give --runner transformers."
+            f"The adapter {options.adapter} is PEFT's, which llama.cpp does not read; give --runner transformers."
         )
-    infos = describe_model(reference, runner=runner), describe_model(candidate, runner=runner)
+    infos = [describe_model(path, runner=options.runner) for path in (reference, candidate)]
     num_columns, notes = common_columns(*infos)
     context_length = min(info.context_length for info in infos)
-    if window > context_length:
-        raise EvaluationError(f"A window of {window} tokens does not fit the context of {context_length}; use less.")
+    if options.window > context_length:
+        raise EvaluationError(
+            f"A window of {options.window} tokens does not fit the context of {context_length}; use less."
+        )
     with open_encoder(reference) as encode:
         texts, questions = [], {}
-        if {"kl", "ppl"} & set(tasks):
-            texts = [load_text(path, encode, window=window, max_tokens=max_tokens) for path in text]
-        if "mmlu" in tasks:
-            questions = _load_questions(encode, mmlu_data, shots, num_shots, limit, context_length, scoring)
-    run = _Run(
-        num_columns=num_columns,
-        seed=seed,
-        cache_dir=cache_dir,
-        progress=progress or ignore_progress,
-        open=partial(open_runner, threads=threads, device=device, runner=runner, rounded=rounded),
-        adapter=adapter,
-        cache_options=_cache_options(reference, runner, rounded),
-    )
+        if {"kl", "ppl"} & set(asked.tasks):
+            limits = {"window": options.window, "max_tokens": asked.max_tokens}
+            texts = [evaluation_windows(path, encode, **limits) for path in asked.text]
+        if "mmlu" in asked.tasks:
+            questions = _encoded_questions(asked, encode, context_length)
+    run = _Run(options, session, progress, num_columns, reference)
     torch_threads = torch.get_num_threads()
     try:
-        references, reference_answers = _run_reference(reference, texts, questions, run)
-        scores, candidate_answers = _run_candidate(candidate, texts, references, questions, run)
+        with _LazyRunner(reference, run) as runner:
+            references = [run.reduced(runner, text) for text in texts]
+            before = {name: run.choices(runner, "reference", name, encoded) for name, encoded in questions.items()}
+        with _LazyRunner(candidate, run, adapter=options.adapter) as runner:
+            scores = [run.compared(runner, text, *said) for text, said in zip(texts, references, strict=True)]
+            after = {name: run.choices(runner, "candidate", name, encoded) for name, encoded in questions.items()}
     finally:
         torch.set_num_threads(torch_threads)
+    if options.adapter is not None:
+        notes.append(f"The candidate runs with the adapter {options.adapter}.")
     return EvalReport(
         reference=_identify(infos[0]),
         candidate=_identify(infos[1]),
         options={
-            "tasks": sorted(tasks), "window": window, "max_tokens": max_tokens, "seed": seed, "limit": limit,
-            "num_shots": num_shots, "num_top": distributions.NUM_TOP, "num_tail": distributions.NUM_TAIL,
+            "tasks": sorted(asked.tasks), "window": options.window, "max_tokens": asked.max_tokens,
+            "seed": session.seed, "limit": asked.limit, "num_shots": asked.num_shots, "num_top": NUM_TOP,
+            "num_tail": NUM_TAIL,
         },
         texts=[
-            summarize_text(t.name, t.sha256, t.scored_lengths, targets.numpy(), s, with_kl="kl" in tasks)
-            for t, (_, targets), s in zip(texts, references, scores, strict=True)
+            summarize_text(text, targets.numpy(), score, with_kl="kl" in asked.tasks)
+            for text, (_, targets), score in zip(texts, references, scores, strict=True)
         ],
         multiple_choice=[
-            summarize_choices(name, encoded, reference_answers[name], candidate_answers[name])
-            for name, encoded in questions.items()
+            summarize_choices(name, encoded, before[name], after[name]) for name, encoded in questions.items()
         ],
-        notes=[*notes, *([f"The candidate runs with the adapter {adapter}."] if adapter is not None else [])],
+        notes=notes,
         seconds=run.seconds,
     )  # fmt: skip
 
 
-def _cache_options(reference: Path, runner: str, rounded: bool) -> dict[str, object]:
-    """Return what else decides the reference's distributions; empty for what is the default."""
-    options: dict[str, object] = {"rounded": True} if rounded else {}
-    return options | ({"runner": runner} if is_gguf(reference) and runner != LLAMA_CPP else {})
-
-
 def common_columns(reference: ModelInfo, candidate: ModelInfo) -> tuple[int, list[str]]:
-    """Number of leading logits to compare, and notes on what was dropped.
+    """Return the number of leading logits to compare, and notes on what was dropped.
 
     Vocabularies may differ in size only by padding entries at the end, unnamed or named `[PADn]`.
     """
@@ -178,47 +164,144 @@ def common_columns(reference: ModelInfo, candidate: ModelInfo) -> tuple[int, lis
     ]
 
 
-def _check_options(
-    tasks: Collection[str], text: Sequence[Path], window: int, max_tokens: int, scoring: Sequence[Scoring]
-) -> None:
-    unknown = set(tasks) - TASKS
-    if unknown or not tasks:
-        raise EvaluationError(f"Unknown tasks {sorted(unknown)}; choose from {', '.join(sorted(TASKS))}.")
-    if {"kl", "ppl"} & set(tasks) and not text:
-        raise EvaluationError("The tasks kl and ppl need a text that the models have not been tuned on; give --text.")
-    if window < 2 or max_tokens < 2:
-        raise EvaluationError(f"Window ({window}) and token limit ({max_tokens}) must both be at least 2.")
-    if "mmlu" in tasks and (not scoring or set(scoring) - {"letter", "cloze"}):
-        raise EvaluationError(f"Unknown scoring {list(scoring)}; choose letter, cloze or both.")
-
-
-def _load_questions(
-    encode: TextEncoder,
-    data: str | Path | None,
-    shots: str | Path | None,
-    num_shots: int,
-    limit: int | None,
-    context_length: int,
-    scoring: Sequence[Scoring],
+def _encoded_questions(
+    options: QuestionOptions, encode: TextEncoder, context_length: int
 ) -> dict[Scoring, list[EncodedQuestion]]:
-    data = data or "cais/mmlu"
-    if shots is None and num_shots and Path(data).is_file():
+    data = options.mmlu_data or "cais/mmlu"
+    if options.shots is None and options.num_shots and Path(data).is_file():
         raise EvaluationError(
-            f"{Path(data).name} needs a file of example questions for {num_shots}-shot prompts; give --shots, "
+            f"{Path(data).name} needs a file of example questions for {options.num_shots}-shot prompts; give --shots, "
             "or ask for 0 shots."
         )
-    questions = multiple_choice.take_evenly(multiple_choice.load_questions(data), limit)
-    examples = multiple_choice.load_questions(shots or data, split="dev") if num_shots else []
+    questions = take_evenly(load_questions(data), options.limit)
+    shots = load_questions(options.shots or data, split="dev") if options.num_shots else []
     return {
         name: multiple_choice.encode_questions(
-            questions, examples, name, encode, num_shots=num_shots, context_length=context_length
+            questions, shots, name, encode, num_shots=options.num_shots, context_length=context_length
         )
-        for name in dict.fromkeys(scoring)
+        for name in dict.fromkeys(options.scoring)
     }
 
 
+@dataclass
+class _Run:
+    """One model after the other over the same inputs: what stays fixed, and the seconds that each stage took."""
+
+    options: EvalOptions
+    session: Session
+    progress: Progress
+    num_columns: int | None = None
+    """Leading logits that both models have; None for all."""
+    reference: Path | None = None
+    """Whose distributions are cached, if any are."""
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, stage: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+        """Context manager: records the stage's wall time; yields the function that reports its progress."""
+        start = time.perf_counter()
+        yield lambda done, total: self.progress(stage, done, total, unit=unit)
+        self.seconds[stage] = round(time.perf_counter() - start, 3)
+
+    def reduced(self, runner: "_Opener", inputs: ModelInputs) -> tuple[Distributions, Tensor]:
+        """Return the reference's distributions at all scored positions, and log-probabilities of what follows."""
+
+        def run(report: Callable[[int, int], None]) -> dict[str, Tensor]:
+            distributions, targets = [], []
+            for number, (batch, logits) in enumerate(self._logits(runner, inputs, report)):
+                distributions.append(Distributions.of(logits, seed=self.session.seed + number))
+                targets.append(log_probs_at(logits, batch.targets[:, None])[:, 0].cpu())
+            return Distributions.concatenate(distributions).tensors() | {"target_log_probs": torch.cat(targets)}
+
+        with self.timed(f"reference, {inputs.name}", inputs.unit) as report:
+            tokens = [token for batch in inputs for token in batch.ids[0].tolist()]
+            lengths = [len(batch.scored) for batch in inputs]
+            key = {"lengths": lengths, "seed": self.session.seed, "num_top": NUM_TOP, "num_tail": NUM_TAIL}
+            tensors = self._cached(tokens, key, lambda: run(report))
+        targets = tensors.pop("target_log_probs")
+        return Distributions(**tensors), targets
+
+    def compared(
+        self, runner: "_Opener", inputs: ModelInputs, reference: Distributions, _targets: Tensor
+    ) -> TokenScores:
+        """Return what the candidate does at the positions of `reference`."""
+        parts, start = [], 0
+        with self.timed(f"candidate, {inputs.name}", inputs.unit) as report:
+            for batch, logits in self._logits(runner, inputs, report):
+                said = reference[start : start + len(logits)]
+                start += len(logits)
+                try:
+                    scores = (
+                        said.kl(logits),
+                        said.agreements(logits),
+                        log_probs_at(logits, batch.targets[:, None])[:, 0],
+                    )
+                except EvaluationError as error:
+                    raise EvaluationError(f"{batch.place}: {error}" if batch.place else str(error)) from error
+                parts.append([values.cpu() for values in scores])
+        return TokenScores(*(torch.cat(values).numpy() for values in zip(*parts, strict=True)))
+
+    def _logits(
+        self, runner: "_Opener", inputs: ModelInputs, report: Callable[[int, int], None]
+    ) -> Iterator[tuple[Batch, Tensor]]:
+        model = runner()
+        model.reserve(inputs.longest)
+        report(0, len(inputs))
+        for done, batch in enumerate(inputs, start=1):
+            yield batch, model.scored_logits(batch)[:, : self.num_columns]
+            report(done, len(inputs))
+
+    def choices(
+        self, runner: "_Opener", side: str, name: Scoring, encoded: list[EncodedQuestion]
+    ) -> list[AnswerScores]:
+        """Return a model's log-probabilities of the answers to multiple-choice questions."""
+        with self.timed(f"{side}, {name} questions", "questions") as report:
+
+            def run() -> dict[str, Tensor]:
+                scores = multiple_choice.score_questions(
+                    runner(), encoded, num_columns=self.num_columns, progress=report
+                )
+                return {"log_probs": torch.from_numpy(np.concatenate([score.log_probs for score in scores]))}
+
+            parts = [part for e in encoded for part in (e.prompt, *e.answers)]
+            tokens, key = [token for part in parts for token in part], {"lengths": [len(part) for part in parts]}
+            log_probs = (self._cached(tokens, key, run) if side == "reference" else run())["log_probs"].numpy()
+        ends = np.cumsum([len(e.answers) for e in encoded])[:-1]
+        return [AnswerScores(e.question, part) for e, part in zip(encoded, np.split(log_probs, ends), strict=True)]
+
+    def answers(self, runner: PictureRunner, side: str, asked: Sequence["_Asked"], tokenizer: Any) -> list[str]:
+        """Return a model's greedy answers to questions about pictures."""
+        answers = []
+        with self.timed(f"{side}, questions", "questions") as report:
+            for done, one in enumerate(asked, start=1):
+                ids = runner.answer(one.prompt, one.num_answer_tokens + SPARE_TOKENS)
+                answers.append(tokenizer.decode(ids, skip_special_tokens=True).strip())
+                report(done, len(asked))
+        return answers
+
+    def _cached(
+        self, tokens: list[int], key: dict[str, Any], run: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        directory = self.options.reference_cache
+        if directory is None or self.reference is None:
+            return run()
+        # Only what is not the default is part of a name.
+        more: dict[str, object] = {"rounded": True} if self.options.rounded else {}
+        if is_gguf(self.reference) and self.options.runner != LLAMA_CPP:
+            more["runner"] = self.options.runner
+        name = cache_key(self.reference, tokens, columns=self.num_columns, **key, **more)
+        tensors = load_cached(directory, name)
+        if tensors is None:
+            tensors = run()
+            save_cached(directory, name, tensors)
+        return tensors
+
+
+_Opener = Callable[[], LogitRunner]
+
+
 class _LazyRunner:
-    """Loads the model when it is first needed: a reference whose results are all cached never is."""
+    """Context manager: loads the model when it is first called; a reference whose results are all cached never is."""
 
     def __init__(self, path: Path, run: _Run, *, adapter: Path | None = None) -> None:
         self._path, self._run, self._adapter = path, run, adapter
@@ -233,123 +316,120 @@ class _LazyRunner:
 
     def __call__(self) -> LogitRunner:
         if not self._runner:
-            self._runner = self._run.open(self._path, adapter=self._adapter)
+            options, session = self._run.options, self._run.session
+            self._runner = open_runner(
+                self._path, threads=session.threads, device=session.device, runner=options.runner,
+                rounded=options.rounded, adapter=self._adapter,
+            )  # fmt: skip
         return self._runner
 
 
-def _run_reference(
-    path: Path, texts: list[EvalText], questions: dict[Scoring, list[EncodedQuestion]], run: _Run
-) -> tuple[list[_Reference], dict[Scoring, list[AnswerScores]]]:
-    with _LazyRunner(path, run) as runner:
-        references = []
-        for item in texts:
-            with run.timed(f"reference, {item.name}") as report:
-                tokens = [token for window in item.windows for token in window]
-                key = {"lengths": item.scored_lengths, "columns": run.num_columns, "seed": run.seed}
-                key |= {"num_top": distributions.NUM_TOP, "num_tail": distributions.NUM_TAIL}
-                tensors = _cached(
-                    path, tokens, key, run, lambda item=item, report=report: _compress(runner(), item, run, report)
-                )
-                targets = tensors.pop("target_log_probs")
-                references.append((Distributions(**tensors), targets))
-        answers = {}
-        for name, encoded in questions.items():
-            with run.timed(f"reference, {name} questions") as report:
-                parts = [part for e in encoded for part in (e.prompt, *e.answers)]
-                tokens = [token for part in parts for token in part]
-                tensors = _cached(
-                    path, tokens, {"lengths": [len(part) for part in parts], "columns": run.num_columns}, run,
-                    lambda encoded=encoded, report=report: _answer(runner(), encoded, run, report),
-                )  # fmt: skip
-                answers[name] = _split_answers(encoded, tensors["log_probs"].numpy())
-    return references, answers
-
-
-def _cached(
-    path: Path, tokens: list[int], options: dict, run: _Run, make: Callable[[], dict[str, Tensor]]
-) -> dict[str, Tensor]:
-    if run.cache_dir is None:
-        return make()
-    key = reference_cache.cache_key(path, tokens, **options, **run.cache_options)
-    tensors = reference_cache.load_cached(run.cache_dir, key)
-    if tensors is None:
-        tensors = make()
-        reference_cache.save_cached(run.cache_dir, key, tensors)
-    return tensors
-
-
-def _compress(runner: LogitRunner, item: EvalText, run: _Run, report: Callable[[int, int], None]) -> dict:
-    parts, targets = [], []
-    runner.reserve(max(map(len, item.windows)))
-    report(0, len(item.windows))
-    for i, window in enumerate(item.windows):
-        logits = runner.window_logits(window)[:-1, : run.num_columns]
-        parts.append(Distributions.of(logits, seed=run.seed + i))
-        targets.append(_log_probs_of_next(logits, window))
-        report(i + 1, len(item.windows))
-    return Distributions.concatenate(parts).tensors() | {"target_log_probs": torch.cat(targets)}
-
-
-def _log_probs_of_next(logits: Tensor, window: list[int]) -> Tensor:
-    """Log-probabilities float64 [T - 1] of the tokens that follow, under the logits before each."""
-    return log_probs_at(logits, torch.tensor(window[1:])[:, None])[:, 0]
-
-
-def _answer(
-    runner: LogitRunner, encoded: list[EncodedQuestion], run: _Run, report: Callable[[int, int], None]
-) -> dict[str, Tensor]:
-    scores = multiple_choice.score_questions(runner, encoded, num_columns=run.num_columns, progress=report)
-    return {"log_probs": torch.from_numpy(np.concatenate([score.log_probs for score in scores]))}
-
-
-def _split_answers(encoded: list[EncodedQuestion], log_probs: np.ndarray) -> list[AnswerScores]:
-    ends = np.cumsum([len(e.answers) for e in encoded])[:-1]
-    return [AnswerScores(e.question, part) for e, part in zip(encoded, np.split(log_probs, ends), strict=True)]
-
-
-def _run_candidate(
-    path: Path,
-    texts: list[EvalText],
-    references: list[_Reference],
-    questions: dict[Scoring, list[EncodedQuestion]],
-    run: _Run,
-) -> tuple[list[TokenScores], dict[Scoring, list[AnswerScores]]]:
-    scores, answers = [], {}
-    with _LazyRunner(path, run, adapter=run.adapter) as runner:
-        for item, (distribution, _) in zip(texts, references, strict=True):
-            with run.timed(f"candidate, {item.name}") as report:
-                scores.append(_score_text(runner(), item, distribution, run, report))
-        for name, encoded in questions.items():
-            with run.timed(f"candidate, {name} questions") as report:
-                answers[name] = _split_answers(encoded, _answer(runner(), encoded, run, report)["log_probs"].numpy())
-    return scores, answers
-
-
-def _score_text(
-    runner: LogitRunner,
-    item: EvalText,
-    distribution: Distributions,
-    run: _Run,
-    report: Callable[[int, int], None],
-) -> TokenScores:
-    parts, start = [], 0
-    runner.reserve(max(map(len, item.windows)))
-    report(0, len(item.windows))
-    for i, window in enumerate(item.windows):
-        end = start + len(window) - 1
-        logits = runner.window_logits(window)[:-1, : run.num_columns]
-        part = distribution[start:end]
-        parts.append((part.kl(logits), part.agreements(logits), _log_probs_of_next(logits, window)))
-        start = end
-        report(i + 1, len(item.windows))
-    return TokenScores(*(torch.cat(values).numpy() for values in zip(*parts, strict=True)))
-
-
 def _identify(info: ModelInfo) -> ModelIdentity:
-    files = reference_cache.model_files(info.path)
+    files = model_files(info.path)
     return ModelIdentity(
         name=info.path.name,
         runner=info.kind,
         file_bytes=sum(file.stat().st_size for file in files if file.suffix in {".gguf", ".safetensors", ".bin"}),
-        fingerprint=reference_cache.model_fingerprint(info.path),
+        fingerprint=model_fingerprint(info.path),
     )
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A question about pictures: the model inputs up to the answer, and how long the right one is."""
+
+    sample: Sample
+    prompt: Batch
+    num_answer_tokens: int
+    """Tokens of the right answer and of what ends it."""
+
+
+def _evaluate_on_pictures(options: EvalOptions, data: Path, session: Session) -> PictureReport:
+    tasks = options.questions.tasks
+    model = open_model(options.reference)
+    if not model.has_vision or model.hf_directory is None:
+        raise EvaluationError(f"{model.name} has no vision tower that transformers can run; leave --data out.")
+    file = read_samples(data)
+    processor = load_processor(model.hf_directory)
+    encoder = SampleEncoder(processor, image_token_of(model.hf_directory), strict=options.strict)
+    batches, asked = _encoded_samples(encoder, file.samples[: options.questions.limit], "vqa" in tasks)
+    inputs = ModelInputs(batches, name=file.name, sha256=file.sha256, skipped=tuple(encoder.skipped))
+    with session.stage("Nothing is kept.") as progress:
+        run = _Run(options, session, progress)
+        original = HuggingFaceRunner(load_hf(model, dtype=torch.float32, device=chosen_device(session.device)))
+        reference = run.reduced(lambda: original, inputs) if "kl" in tasks else None
+        before = run.answers(original, "reference", asked, processor.tokenizer)
+        with _picture_candidate(options, model, original, processor) as (candidate, candidate_bytes):
+            scores = run.compared(lambda: candidate, inputs, *reference) if reference else None
+            after = run.answers(candidate, "candidate", asked, processor.tokenizer)
+    return PictureReport(
+        reference=model.name,
+        candidate=str(options.candidate),
+        reference_bytes=_stored_bytes(model.hf_directory),
+        candidate_bytes=candidate_bytes,
+        data=file.name,
+        data_sha256=file.sha256,
+        samples=len(inputs),
+        skipped=inputs.skipped,
+        **(scores.means([len(batch.scored) for batch in inputs]) if scores is not None else {}),
+        questions=summarize_answers([one.sample for one in asked], before, after) if asked else None,
+    )
+
+
+def _encoded_samples(
+    encoder: SampleEncoder, samples: Sequence[Sample], asks: bool
+) -> tuple[tuple[Batch, ...], list[_Asked]]:
+    if asks and not any(sample.question for sample in samples):
+        raise EvaluationError("The task vqa needs lines with `images`, `question` and `answer`; the file has none.")
+    batches, asked = [], []
+    for sample in samples:
+        batch = encoder.encode(sample, breaks_are_text=False)
+        if batch is None:
+            continue
+        batches.append(batch)
+        if asks and sample.question:
+            prompt = encoder.encode(sample, prompt_only=True, breaks_are_text=False)
+            if prompt is not None:
+                asked.append(_Asked(sample, prompt, batch.num_tokens - prompt.num_tokens))
+    if not batches:
+        raise EvaluationError("No sample can be used: all of their images fail to decode.")
+    return tuple(batches), asked
+
+
+@contextmanager
+def _picture_candidate(
+    options: EvalOptions, model: Model, original: HuggingFaceRunner, processor: Any
+) -> Iterator[tuple[PictureRunner, int]]:
+    """Context manager: yields the running candidate and its bytes; a plan turns the original itself into it."""
+    path = Path(options.candidate)
+    if path.suffix == ".gguf":
+        mmproj = options.mmproj or mmproj_path(path)
+        if not mmproj.is_file():
+            raise EvaluationError(f"There is no {mmproj}, and {path.name} alone sees no pictures; give --mmproj FILE.")
+        runner = GgufPictureRunner(path, mmproj, original, processor)
+        try:
+            yield runner, gguf_bytes((path, mmproj))
+        finally:
+            runner.close()
+        return
+    if options.mmproj is not None:
+        raise EvaluationError(f"--mmproj goes with a GGUF file, and {path} is none; leave it out.")
+    plan_file = path / "plan.json" if (path / "plan.json").is_file() else path
+    if plan_file.suffix != ".json":
+        yield open_runner(path, device=str(original.device)), _stored_bytes(path)
+        return
+    plan = Plan.load(plan_file)
+    plan.check_covers(model.source.names(), model.fingerprint, model.name)
+    stats_path = plan_file.with_name(STATS_NAME)
+    file = stats_of_plan(plan.stats_hash, stats_path)
+    store = open_store(
+        model, file and file.stats, stats_path, load_encoder(options.encoder),
+        stats_hash=plan.stats_hash or "", parent=plan_file.with_name(ENCODED_NAME),
+    )  # fmt: skip
+    rendered = RenderedModel(original.hf_model, store)
+    rendered.install({entry.name: entry.type for entry in plan.entries if not entry.quant_type.is_float})
+    yield original, plan.predicted_bytes
+
+
+def _stored_bytes(directory: Path) -> int:
+    return sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 
 from dynquant.errors import CheckpointError, EvaluationError
+from dynquant.inputs.model_inputs import Batch
+from dynquant.inputs.questions import MAX_CHOICES
 from dynquant.resources import count_mapped_files, usable_cores
 
 BATCH_TOKENS = 512
 """Tokens per llama_decode call, and its physical batch; part of the layout that compared models must share."""
-
-MAX_BRANCHES = 26
 
 
 class _LlamaLog:
@@ -135,7 +135,7 @@ class LlamaCppRunner:
         params = self._api.llama_context_default_params()
         params.n_ctx = max(num_tokens, BATCH_TOKENS)  # llama.cpp aborts when sequences outnumber its tokens
         params.n_batch = params.n_ubatch = BATCH_TOKENS
-        params.n_seq_max = 2 + MAX_BRANCHES
+        params.n_seq_max = 2 + MAX_CHOICES
         params.kv_unified = True  # sequences share the prefix's cells instead of each getting n_ctx / n_seq_max
         params.n_threads = params.n_threads_batch = self._threads
         params.type_k = params.type_v = self._api.GGML_TYPE_F32
@@ -152,14 +152,17 @@ class LlamaCppRunner:
         self._clear(len(tokens))
         return self._decode([(token, i, 0, True) for i, token in enumerate(tokens)])
 
+    def scored_logits(self, batch: Batch) -> torch.Tensor:
+        return self.window_logits(batch.ids[0].tolist())[batch.scored]
+
     def hold_prefix(self, tokens: Sequence[int]) -> None:
         self._clear(len(tokens))
         self._decode([(token, i, 0, False) for i, token in enumerate(tokens)])
         self._prefix_length = len(tokens)
 
     def branch_logits(self, suffix: Sequence[int], branches: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-        if len(branches) > MAX_BRANCHES:
-            raise EvaluationError(f"a question has {len(branches)} choices; at most {MAX_BRANCHES} can be scored.")
+        if len(branches) > MAX_CHOICES:
+            raise EvaluationError(f"a question has {len(branches)} choices; at most {MAX_CHOICES} can be scored.")
         question, start = 1, self._prefix_length
         self._copy_sequence(0, question)
         end = start + len(suffix)

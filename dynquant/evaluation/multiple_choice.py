@@ -6,41 +6,19 @@ own text, divided by its length in UTF-8 bytes. The keys and values of the few-s
 share are computed once. Generated answers and chat templates are left out.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dynquant.errors import EvaluationError
-from dynquant.evaluation.llama_cpp import MAX_BRANCHES
 from dynquant.evaluation.runners import LogitRunner
-from dynquant.storage.strict_json import parse_json
+from dynquant.inputs.questions import Question
 
 Scoring = Literal["letter", "cloze"]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
-
-class Question(BaseModel):
-    """One line of a question file; `answer` is the index of the right choice."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    subject: str
-    question: str
-    choices: tuple[str, ...] = Field(min_length=2, max_length=MAX_BRANCHES)
-    answer: int = Field(ge=0)
-
-    @model_validator(mode="after")
-    def _answer_is_a_choice(self) -> "Question":
-        if self.answer >= len(self.choices):
-            raise ValueError(f"answer {self.answer} is not an index into {len(self.choices)} choices")
-        if not all(choice.strip() for choice in self.choices):
-            raise ValueError("a choice is empty")
-        return self
 
 
 @dataclass(frozen=True)
@@ -79,59 +57,6 @@ class AnswerScores:
         if scoring == "letter":
             return self.log_probs
         return self.log_probs / np.array([len(choice.encode()) for choice in self.question.choices])
-
-
-def load_questions(source: str | Path, *, split: str = "test") -> list[Question]:
-    """Questions of a .jsonl file, or of a `datasets` id such as `cais/mmlu` (configuration `all`) when online.
-
-    Raises EvaluationError when the file is missing, empty or has a malformed line, naming it.
-    """
-    path = Path(source)
-    if not path.is_file():
-        if path.suffix or path.is_absolute():
-            raise EvaluationError(f"The question file {source} does not exist; check the path.")
-        return _load_from_datasets(str(source), split)
-    questions = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                questions.append(_parse_question(line, f"{path.name}, line {number}"))
-    if not questions:
-        raise EvaluationError(f"{path.name} holds no questions.")
-    return questions
-
-
-def _parse_question(line: str, where: str) -> Question:
-    try:
-        return Question.model_validate(parse_json(line))
-    except ValueError as error:
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        raise EvaluationError(
-            f"{where} is not a question ({reason}). Each line needs subject, question, choices and answer "
-            "(the index of the right choice)."
-        ) from error
-
-
-def _load_from_datasets(name: str, split: str) -> list[Question]:
-    from datasets import load_dataset
-
-    try:
-        rows: Iterable[dict] = load_dataset(name, "all", split=split)
-    except Exception as error:
-        raise EvaluationError(
-            f"{name} is no local file, and the data set could not be loaded ({error}). "
-            "Give a .jsonl file with subject, question, choices and answer, or go online."
-        ) from error
-    return [Question.model_validate(dict(row)) for row in rows]
-
-
-def take_evenly(questions: Sequence[Question], limit: int | None) -> list[Question]:
-    """At most `limit` questions at equal steps through the list, so that every subject keeps its share."""
-    if limit is None or limit >= len(questions):
-        return list(questions)
-    if limit < 1:
-        raise EvaluationError(f"The limit of questions must be at least 1, got {limit}.")
-    return [questions[i * len(questions) // limit] for i in range(limit)]
 
 
 def render_prompt(question: Question, shots: Sequence[Question], scoring: Scoring) -> str:
@@ -174,13 +99,13 @@ def encode_questions(
         by_subject.setdefault(shot.subject, []).append(shot)
     encoded = []
     for question in questions:
-        own = by_subject.get(question.subject, [])[:num_shots]
-        if len(own) < num_shots:
+        examples = by_subject.get(question.subject, [])[:num_shots]
+        if len(examples) < num_shots:
             raise EvaluationError(
-                f"Subject {question.subject!r} has {len(own)} example questions, but {num_shots} shots were asked for. "
-                "Add examples to the shots file, or ask for fewer shots."
+                f"Subject {question.subject!r} has {len(examples)} example questions, but {num_shots} shots were asked "
+                "for. Add examples to the shots file, or ask for fewer shots."
             )
-        encoded.append(_encode_question(question, own, scoring, encode, context_length))
+        encoded.append(_encode_question(question, examples, scoring, encode, context_length))
     return encoded
 
 
@@ -252,3 +177,8 @@ def _sum_log_probs(logits: torch.Tensor, tokens: Sequence[int]) -> float:
     if np.isnan(total):
         raise EvaluationError("The model's logits contain NaN; its weights are damaged or overflow.")
     return total
+
+
+def is_right(answer: str, right: str) -> bool:
+    """Return True where an answer in words is the right one, apart from case and surrounding space."""
+    return answer.strip().casefold() == right.strip().casefold()

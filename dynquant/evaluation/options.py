@@ -7,6 +7,8 @@ from typing import Annotated
 from dynquant.errors import EvaluationError
 from dynquant.options import Flag, ModelPath, Strict, Window
 
+TEXT_TASKS, PICTURE_TASKS = frozenset({"kl", "ppl", "mmlu"}), frozenset({"kl", "vqa"})
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuestionOptions:
@@ -52,12 +54,30 @@ class EvalOptions:
     adapter: Annotated[Path | None, Flag("Run the candidate, packed in transformers, with this LoRA adapter.")] = None
 
     def __post_init__(self) -> None:
-        if self.data is not None:
-            if self.questions.text or self.questions.mmlu_data:
-                raise EvaluationError(
-                    "--data goes without --text and --mmlu-data: all of its tasks run on its samples."
-                )
-        elif self.mmproj is not None:
-            raise EvaluationError("--mmproj is for questions with pictures; give them with --data FILE.")
-        elif "vqa" in self.questions.tasks:
-            raise EvaluationError("The task vqa needs questions with pictures; give them with --data FILE.")
+        tasks = self.questions.tasks
+        if self.data is None:
+            if self.mmproj is not None:
+                raise EvaluationError("--mmproj is for questions with pictures; give them with --data FILE.")
+            if "vqa" in tasks:
+                raise EvaluationError("The task vqa needs questions with pictures; give them with --data FILE.")
+            self._check_text()
+            return
+        if self.questions.text or self.questions.mmlu_data:
+            raise EvaluationError("--data goes without --text and --mmlu-data: all of its tasks run on its samples.")
+        unknown = sorted(set(tasks) - PICTURE_TASKS)
+        if unknown or not tasks:
+            raise EvaluationError(f"With --data, tasks are kl and vqa; {', '.join(unknown) or 'none'} was asked for.")
+
+    def _check_text(self) -> None:
+        tasks, scoring, max_tokens = self.questions.tasks, self.questions.scoring, self.questions.max_tokens
+        unknown = sorted(set(tasks) - TEXT_TASKS)
+        if unknown or not tasks:
+            raise EvaluationError(f"Unknown tasks {unknown}; choose from {', '.join(sorted(TEXT_TASKS))}.")
+        if {"kl", "ppl"} & set(tasks) and not self.questions.text:
+            raise EvaluationError(
+                "The tasks kl and ppl need a text that the models have not been tuned on; give --text."
+            )
+        if self.window < 2 or max_tokens < 2:
+            raise EvaluationError(f"Window ({self.window}) and token limit ({max_tokens}) must both be at least 2.")
+        if "mmlu" in tasks and (not scoring or set(scoring) - {"letter", "cloze"}):
+            raise EvaluationError(f"Unknown scoring {list(scoring)}; choose letter, cloze or both.")

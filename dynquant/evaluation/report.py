@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from dynquant import __version__
-from dynquant.evaluation.multiple_choice import AnswerScores, EncodedQuestion, Scoring
+from dynquant.evaluation.multiple_choice import AnswerScores, EncodedQuestion, Scoring, is_right
 from dynquant.evaluation.statistics import (
     Estimate,
     block_sums,
@@ -17,6 +17,8 @@ from dynquant.evaluation.statistics import (
     only_one,
     wilson_interval,
 )
+from dynquant.inputs.model_inputs import ModelInputs
+from dynquant.inputs.pictures import Sample
 
 SCHEMA_VERSION = 1
 
@@ -26,7 +28,7 @@ class _Record(BaseModel):
 
 
 class ModelIdentity(_Record):
-    """Which model was run, and how; `fingerprint` is reference_cache.model_fingerprint."""
+    """Name of the model that was run, and how it was; `fingerprint` is reference_cache.model_fingerprint."""
 
     name: str
     runner: Literal["transformers", "llama.cpp"]
@@ -41,6 +43,13 @@ class TokenScores:
     divergence: np.ndarray  # float64 [tokens], unbiased estimate of KL(reference || candidate) in nats
     same_top: np.ndarray  # bool [tokens]
     target_log_prob: np.ndarray  # float64 [tokens]
+
+    def means(self, lengths: list[int]) -> dict[str, Estimate]:
+        """Return mean KL and top-1 agreement over sequences of these lengths."""
+        return {
+            "kl": bootstrap_mean(self.divergence, lengths),
+            "top1_agreement": bootstrap_mean(self.same_top, lengths),
+        }
 
 
 class Divergence(_Record):
@@ -123,6 +132,59 @@ class EvalReport(_Record):
         return self.model_dump_json(indent=2) + "\n"
 
 
+class Answer(_Record):
+    """One question with the answers of both models; `image` is the path of its first picture."""
+
+    image: str
+    question: str
+    right: str
+    reference: str
+    candidate: str
+
+
+class AnsweredQuestions(_Record):
+    """Exact-match accuracies on the same questions; `mcnemar_p` is two-sided and exact."""
+
+    reference: Estimate
+    candidate: Estimate
+    only_reference_right: int
+    only_candidate_right: int
+    mcnemar_p: float
+    answers: tuple[Answer, ...]
+
+
+class PictureReport(_Record):
+    """Effect of one candidate on samples with pictures; sizes in bytes, unbiased KL in nats per text token."""
+
+    reference: str
+    candidate: str
+    reference_bytes: int
+    candidate_bytes: int
+    data: str
+    data_sha256: str
+    samples: int
+    skipped: tuple[str, ...]
+    kl: Estimate | None = None
+    top1_agreement: Estimate | None = None
+    questions: AnsweredQuestions | None = None
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=1) + "\n"
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """Return metric, reference, candidate and comparison of every line of the table."""
+        share = f"{self.candidate_bytes / self.reference_bytes:.1%}"
+        rows = [("bytes", f"{self.reference_bytes:,}", f"{self.candidate_bytes:,}", share)]
+        if self.kl is not None and self.top1_agreement is not None:
+            rows.append(("mean KL (nats per token)", "0", _shown(self.kl, ".4f"), ""))
+            rows.append(("same top token", "100 %", _shown(self.top1_agreement, ".2%"), ""))
+        if self.questions is not None:
+            asked = self.questions
+            flips = f"{asked.only_reference_right} lost, {asked.only_candidate_right} won, p = {asked.mcnemar_p:.2g}"
+            rows.append(("exact answers", _shown(asked.reference, ".1%"), _shown(asked.candidate, ".1%"), flips))
+        return rows
+
+
 class SummaryRow(NamedTuple):
     """One line of the before/after table; empty cells do not apply."""
 
@@ -134,33 +196,29 @@ class SummaryRow(NamedTuple):
 
 
 def summarize_text(
-    name: str,
-    sha256: str,
-    window_lengths: list[int],
-    reference_log_prob: np.ndarray,
-    scores: TokenScores,
-    *,
-    with_kl: bool,
+    text: ModelInputs, reference_log_prob: np.ndarray, scores: TokenScores, *, with_kl: bool
 ) -> TextResult:
-    """Means with intervals over the scored tokens of one text."""
+    """Return means with intervals over the scored tokens of one text."""
+    lengths = [len(batch.scored) for batch in text]
 
     def perplexity(log_prob: np.ndarray) -> Estimate:
-        mean = bootstrap_mean(-log_prob, window_lengths)
+        mean = bootstrap_mean(-log_prob, lengths)
         return Estimate(value=np.exp(mean.value), low=np.exp(mean.low), high=np.exp(mean.high))
 
+    means = scores.means(lengths)
     divergence = Divergence(
-        mean=bootstrap_mean(scores.divergence, window_lengths),
+        mean=means["kl"],
         median=float(np.median(scores.divergence)),
         p99_9=float(np.quantile(scores.divergence, 0.999)),
         maximum=float(scores.divergence.max()),
-        top1_agreement=bootstrap_mean(scores.same_top, window_lengths),
-        block_sums=tuple(block_sums(scores.divergence, window_lengths)[0].tolist()),
+        top1_agreement=means["top1_agreement"],
+        block_sums=tuple(block_sums(scores.divergence, lengths)[0].tolist()),
     )
     return TextResult(
-        name=name,
-        sha256=sha256,
+        name=text.name,
+        sha256=text.sha256,
         scored_tokens=len(reference_log_prob),
-        windows=len(window_lengths),
+        windows=len(lengths),
         reference_perplexity=perplexity(reference_log_prob),
         candidate_perplexity=perplexity(scores.target_log_prob),
         perplexity_ratio=perplexity(scores.target_log_prob - reference_log_prob),
@@ -192,6 +250,28 @@ def summarize_choices(
         mcnemar_p=mcnemar_exact(only_reference, only_candidate),
         right_answers=tuple(answers.tolist()),
         subjects=_by_subject(encoded, *right),
+    )
+
+
+def summarize_answers(samples: Sequence[Sample], before: Sequence[str], after: Sequence[str]) -> AnsweredQuestions:
+    """Compare both models' answers to questions about pictures with the file's."""
+    answers = tuple(
+        Answer(
+            image=str(sample.images[0]) if sample.images else "", question=str(sample.question),
+            right=str(sample.answer), reference=first, candidate=second,
+        )
+        for sample, first, second in zip(samples, before, after, strict=True)
+    )  # fmt: skip
+    first = [is_right(one.reference, one.right) for one in answers]
+    second = [is_right(one.candidate, one.right) for one in answers]
+    lost, won = only_one(first, second)
+    return AnsweredQuestions(
+        reference=wilson_interval(sum(first), len(answers)),
+        candidate=wilson_interval(sum(second), len(answers)),
+        only_reference_right=lost,
+        only_candidate_right=won,
+        mcnemar_p=mcnemar_exact(lost, won),
+        answers=answers,
     )
 
 
@@ -281,8 +361,12 @@ def _choice_rows(result: MultipleChoiceResult) -> list[SummaryRow]:
 
 
 def _interval(estimate: Estimate) -> str:
-    return f"{estimate.value:.4g} [{estimate.low:.4g}, {estimate.high:.4g}]"
+    return _shown(estimate, ".4g")
 
 
 def _percent_interval(estimate: Estimate) -> str:
-    return f"{estimate.value:.1%} [{estimate.low:.1%}, {estimate.high:.1%}]"
+    return _shown(estimate, ".1%")
+
+
+def _shown(estimate: Estimate, form: str) -> str:
+    return f"{estimate.value:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"

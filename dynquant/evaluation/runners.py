@@ -1,9 +1,11 @@
-"""Logits of a causal language model, from a Hugging Face directory or a GGUF file, behind one protocol.
+"""Logits and answers of a model, from a Hugging Face directory or a GGUF file, behind one protocol.
 
 transformers runs in float32. llama.cpp runs through the low-level API of llama-cpp-python with an F32 key/value cache
 and flash attention off: with its defaults a mixture of experts differs from float32 by a mean KL of 1e-4. Both runners
 make the same calls in the same batch layout for every model, because llama.cpp's quantized kernels give slightly
-different logits when the same tokens are batched differently. Sampling and chat templates are left out.
+different logits when the same tokens are batched differently. Pictures go to transformers as the original's processor
+made them, and to llama.cpp as they are, which resizes them its own way, to as many tokens as the processor allows.
+Sampling and chat templates are left out.
 """
 
 import copy
@@ -12,16 +14,24 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from dynquant.checkpoints.gguf_source import GGUFSource
-from dynquant.errors import CheckpointError
+from dynquant.errors import CheckpointError, EvaluationError
 from dynquant.evaluation.llama_cpp import LlamaCppRunner, llama_encode, llama_metadata, llama_vocabulary
+from dynquant.evaluation.llama_cpp_pictures import MtmdRunner, Segment
+from dynquant.evaluation.rendered_model import scored_logits
 from dynquant.families.from_gguf import config_from_gguf
 from dynquant.families.open import is_gguf
+from dynquant.inputs.model_inputs import Batch
+from dynquant.inputs.pictures import open_image
+from dynquant.inputs.processor import image_token_limits
+from dynquant.inputs.text import TextEncoder
 from dynquant.packed.layers import choose_layout
 from dynquant.packed.load_gguf import load as load_packed
 from dynquant.packed.rounding import round_activations
@@ -46,7 +56,7 @@ class ModelInfo:
 
 
 class LogitRunner(Protocol):
-    """A loaded model that scores token ids. All logits are float32 CPU tensors with `vocab_size` columns."""
+    """A loaded model that scores token ids. Logits are float32, on the CPU unless said otherwise."""
 
     vocab_size: int
 
@@ -55,7 +65,11 @@ class LogitRunner(Protocol):
         ...
 
     def window_logits(self, tokens: Sequence[int]) -> torch.Tensor:
-        """Logits after every token of an independent window, [tokens, vocab_size]; drops the held prefix."""
+        """Return logits after every token of an independent window, [tokens, vocab_size]; drops the held prefix."""
+        ...
+
+    def scored_logits(self, batch: Batch) -> torch.Tensor:
+        """Return logits float32 [scored positions, vocab_size] of a batch of one sequence, on any device."""
         ...
 
     def hold_prefix(self, tokens: Sequence[int]) -> None:
@@ -71,10 +85,17 @@ class LogitRunner(Protocol):
         ...
 
 
-class TextEncoder(Protocol):
-    """Token ids of a text; `add_special` adds what the tokenizer itself adds, a BOS for instance."""
+class PictureRunner(Protocol):
+    """A loaded model that sees pictures."""
 
-    def __call__(self, text: str, *, add_special: bool = True) -> list[int]: ...
+    def reserve(self, num_tokens: int) -> None:
+        """Make room for `num_tokens` tokens in memory at once."""
+
+    def scored_logits(self, batch: Batch) -> torch.Tensor:
+        """Return logits float32 [scored positions, vocabulary] of a sample."""
+
+    def answer(self, prompt: Batch, max_tokens: int) -> list[int]:
+        """Return the greedy answer to a question, as token ids."""
 
 
 def describe_model(path: Path, *, runner: str = LLAMA_CPP) -> ModelInfo:
@@ -101,7 +122,17 @@ def open_runner(
     """
     if is_gguf(path) and runner == LLAMA_CPP:
         return LlamaCppRunner(path, threads=threads)
-    return HuggingFaceRunner(path, threads=threads, device=device, rounded=rounded, adapter=adapter)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    loaded = load_model(path).eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    choose_layout(loaded)
+    if rounded:
+        round_activations(loaded)
+    if adapter is not None:
+        from dynquant.lora import load_adapter
+
+        loaded = load_adapter(loaded, adapter).eval()
+    return HuggingFaceRunner(loaded)
 
 
 @contextmanager
@@ -191,35 +222,34 @@ def _describe_gguf(path: Path) -> ModelInfo:
 
 
 class HuggingFaceRunner:
-    """A transformers causal model in float32, from a directory, or with packed weights from a GGUF file."""
+    """A transformers model, from a directory, or with packed weights from a GGUF file; it may see pictures."""
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        threads: int | None = None,
-        device: str | None = None,
-        rounded: bool = False,
-        adapter: Path | None = None,
-    ) -> None:
-        if threads is not None:
-            torch.set_num_threads(threads)
-        model = load_model(path)
-        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self._model = model.eval().to(self._device)
-        choose_layout(self._model)
-        if rounded:
-            round_activations(self._model)
-        if adapter is not None:
-            from dynquant.lora import load_adapter
-
-            self._model = load_adapter(self._model, adapter).eval()
+    def __init__(self, hf_model: Any) -> None:
+        self.hf_model = hf_model
         self._prefix_cache = None
-        self.vocab_size: int = model.config.get_text_config().vocab_size
+        self.vocab_size: int = hf_model.config.get_text_config().vocab_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.hf_model.device
+
+    @property
+    def stop_tokens(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+        ids = self.hf_model.generation_config.eos_token_id
+        return frozenset([] if ids is None else ids if isinstance(ids, list) else [ids])
 
     def reserve(self, num_tokens: int) -> None:
         del num_tokens  # transformers' cache grows by itself
         self._prefix_cache = None
+
+    def scored_logits(self, batch: Batch) -> torch.Tensor:
+        return scored_logits(self.hf_model, batch)
+
+    @torch.inference_mode()
+    def answer(self, prompt: Batch, max_tokens: int) -> list[int]:
+        ids = self.hf_model.generate(**prompt.on(self.device), max_new_tokens=max_tokens, do_sample=False)
+        return ids[0, prompt.num_tokens :].tolist()
 
     @torch.inference_mode()
     def window_logits(self, tokens: Sequence[int]) -> torch.Tensor:
@@ -229,7 +259,7 @@ class HuggingFaceRunner:
     @torch.inference_mode()
     def batch_logits(self, windows: torch.Tensor) -> torch.Tensor:
         """Logits float32 [n, T, vocab_size] of token ids [n, T], on the runner's device."""
-        return self._model(input_ids=windows.to(self._device), use_cache=False).logits.float()
+        return self.hf_model(input_ids=windows.to(self.device), use_cache=False).logits.float()
 
     @torch.inference_mode()
     def hold_prefix(self, tokens: Sequence[int]) -> None:
@@ -251,8 +281,64 @@ class HuggingFaceRunner:
         return [torch.cat([first, later[i, : len(branch) - 1]]) for i, branch in enumerate(branches)]
 
     def close(self) -> None:
-        self._model = self._prefix_cache = None
+        self.hf_model = self._prefix_cache = None
 
     def _forward(self, rows: list[list[int]], past: object, *, use_cache: bool = False) -> object:
-        ids = torch.tensor(rows, device=self._device)
-        return self._model(input_ids=ids, past_key_values=past, use_cache=use_cache)
+        ids = torch.tensor(rows, device=self.device)
+        return self.hf_model(input_ids=ids, past_key_values=past, use_cache=use_cache)
+
+
+class GgufPictureRunner:
+    """A language GGUF and its mmproj file in llama.cpp."""
+
+    def __init__(self, path: Path, mmproj: Path, original: HuggingFaceRunner, processor: Any) -> None:
+        self._name = path.name
+        self._stop = original.stop_tokens
+        self._runner = MtmdRunner(path, mmproj, image_tokens=image_token_limits(processor))
+        if self._runner.vocab_size != original.vocab_size:
+            size = self._runner.vocab_size
+            self.close()
+            raise EvaluationError(
+                f"{path.name} has {size:,} tokens and the reference {original.vocab_size:,}; they are not the same "
+                "model. Give the checkpoint that the file was made from."
+            )
+
+    def reserve(self, num_tokens: int) -> None:
+        self._runner.reserve(num_tokens)
+
+    def scored_logits(self, batch: Batch) -> torch.Tensor:
+        rows = self._runner.sample_logits(self._segments(batch))
+        return rows[(batch.is_text[0].cumsum(0) - 1)[batch.scored]]  # rows are those of text tokens
+
+    def answer(self, prompt: Batch, max_tokens: int) -> list[int]:
+        return self._runner.answer(self._segments(prompt), max_tokens, self._stop)
+
+    def close(self) -> None:
+        self._runner.close()
+
+    def _segments(self, batch: Batch) -> list[Segment]:
+        pictures = (np.asarray(open_image(path)) for path in batch.pictures)
+        segments = segments_of(batch.ids[0], batch.is_text[0], pictures)
+        if segments is None:
+            raise EvaluationError(
+                f"{batch.place}: its {len(batch.pictures)} pictures are not that many runs of image tokens; with text "
+                "between them, llama.cpp can run them."
+            )
+        return segments
+
+
+def segments_of(ids: torch.Tensor, is_text: torch.Tensor, pictures: Iterator[np.ndarray]) -> list[Segment] | None:
+    """Text as token ids, each run of other tokens as the next picture; None when their numbers differ."""
+    boundaries = [0, *((is_text[1:] != is_text[:-1]).nonzero().flatten() + 1).tolist(), len(ids)]
+    segments: list[Segment] = []
+    for start, stop in pairwise(boundaries):
+        segment = ids[start:stop].tolist() if is_text[start] else next(pictures, None)
+        if segment is None:
+            return None
+        segments.append(segment)
+    return segments if next(pictures, None) is None else None
+
+
+def gguf_bytes(paths: Sequence[Path]) -> int:
+    """Bytes of GGUF files, with all parts of split ones."""
+    return sum(file.stat().st_size for path in paths for file in GGUFSource(path).files)

@@ -3,6 +3,7 @@ batches."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,6 +15,10 @@ class Batch:
 
     arguments: Mapping[str, Tensor]
     is_text: Tensor  # bool [n, T]
+    pictures: tuple[Path, ...] = ()
+    """Files of the pictures, in the order of their places."""
+    place: str = ""
+    """File and line that a sample came from."""
 
     @classmethod
     def of_tokens(cls, ids: Tensor) -> "Batch":
@@ -35,6 +40,11 @@ class Batch:
         (is_text,) = self.is_text
         return (is_text[:-1] & is_text[1:]).nonzero().flatten()
 
+    @property
+    def targets(self) -> Tensor:
+        """Token ids that follow the scored positions."""
+        return self.ids[0, self.scored + 1]
+
     def on(self, device: torch.device | str) -> dict[str, Tensor]:
         """Return the keyword arguments on a device."""
         return {name: value.to(device) for name, value in self.arguments.items()}
@@ -51,7 +61,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """Token windows int64 [n, T], run `batch_size` at a time, or samples with pictures, run one by one."""
+    """Token windows int64 [n, T], run `batch_size` at a time, or batches of one, run one by one.
+
+    Such batches are samples with pictures, or windows of a text that differ in length.
+    """
 
     samples: Tensor | tuple[Batch, ...]
     batch_size: int = 1
@@ -76,11 +89,16 @@ class ModelInputs:
 
     @property
     def has_pictures(self) -> bool:
-        return not isinstance(self.samples, Tensor)
+        return not isinstance(self.samples, Tensor) and any(len(batch.arguments) > 1 for batch in self.samples)
+
+    @property
+    def unit(self) -> str:
+        """Name of what `len` counts, in the plural."""
+        return "samples" if self.has_pictures else "windows"
 
     @property
     def num_batches(self) -> int:
-        return -(-len(self) // (1 if self.has_pictures else self.batch_size))
+        return -(-len(self) // self.batch_size) if isinstance(self.samples, Tensor) else len(self)
 
     @property
     def num_tokens(self) -> int:

@@ -197,7 +197,7 @@ class SampleEncoder:
         row_break = getattr(self.processor, "image_break_token_id", None)
         if row_break is not None and not breaks_are_text:
             is_text &= ids != row_break
-        return Batch(arguments, is_text)
+        return Batch(arguments, is_text, sample.images, sample.place)
 
     def encode_all(self, samples: tuple[Sample, ...], max_tokens: int) -> Iterator[Batch]:
         """Yield samples in order until they have `max_tokens` tokens."""

@@ -1,4 +1,4 @@
-"""Calibration text: where it comes from, and how it becomes fixed windows of token ids.
+"""Text: where it comes from, and how it becomes windows of token ids to calibrate or to be measured on.
 
 Sources: a `.jsonl` file (field `text`, or chat turns in `messages`), any other text file (one document), a `datasets`
 id or directory (`NAME` or `NAME:CONFIG`, split `train`), or the built-in text. Turns become `role: content`: the chat
@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from importlib import resources
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from dynquant.errors import StatsError
+from dynquant.errors import DynquantError, EvaluationError, StatsError
+from dynquant.inputs.model_inputs import Batch, ModelInputs
 from dynquant.storage.strict_json import parse_json
 
 if TYPE_CHECKING:
@@ -28,6 +29,12 @@ if TYPE_CHECKING:
 DEFAULT_NAME = "built-in text"
 _DOCUMENT_BREAK = "\n\n\f\n"
 _MAX_CHARACTERS_PER_TOKEN = 16
+
+
+class TextEncoder(Protocol):
+    """Token ids of a text; `add_special` adds what the tokenizer itself adds, a BOS for instance."""
+
+    def __call__(self, text: str, *, add_special: bool = True) -> list[int]: ...
 
 
 @dataclass(frozen=True)
@@ -59,8 +66,8 @@ def read_text(
     Raises:
         StatsError: no such file or data set, a line without `text` or `messages`, or no text at all.
     """
-    name, found = _documents(source, max_tokens)
-    documents = [document for document in found if document.strip()]
+    name, every = _documents(source, max_tokens)
+    documents = [document for document in every if document.strip()]
     if not documents:
         raise StatsError(f"The calibration text {name} is empty. Give a file with text, or none for the built-in text.")
     random.Random(seed).shuffle(documents)
@@ -73,45 +80,47 @@ def _documents(source: str | Path | None, max_tokens: int) -> tuple[str, Iterabl
         return DEFAULT_NAME, default.split(_DOCUMENT_BREAK)
     path = Path(source)
     if path.is_file():
-        return path.name, _read_jsonl(path) if path.suffix == ".jsonl" else [_read_file(path)]
+        return path.name, _file_documents(path, StatsError)
     if path.suffix in (".jsonl", ".txt"):
         raise StatsError(f"There is no calibration text {path}. Check the path, or give none for the built-in text.")
     return str(source), _read_dataset(str(source), max_tokens * _MAX_CHARACTERS_PER_TOKEN)
 
 
-def _read_file(path: Path) -> str:
+def _file_documents(path: Path, refusal: type[DynquantError]) -> Iterator[str]:
+    """Yield the documents of a .jsonl file, one a line, or another text file as one document."""
     try:
-        return path.read_text("utf-8")
+        content = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise StatsError(f"The calibration text {path} cannot be read as UTF-8: {error}.") from error
-
-
-def _read_jsonl(path: Path) -> Iterator[str]:
-    for number, line in enumerate(_read_file(path).split("\n"), start=1):
+        raise refusal(f"The text {path} cannot be read as UTF-8: {error}.") from error
+    if path.suffix != ".jsonl":
+        yield content
+        return
+    # Not splitlines(): it also splits at U+2028 and the like, which JSON strings may hold.
+    for number, line in enumerate(content.split("\n"), start=1):
         if line.strip():
             try:
                 record = parse_json(line)
             except ValueError as error:
-                raise StatsError(f"{path}, line {number} is not JSON: {error}.") from error
-            yield _text_of(record, f"{path}, line {number}")
+                raise refusal(f"{path}, line {number} is not JSON: {error}.") from error
+            yield _text_of(record, f"{path}, line {number}", refusal)
 
 
-def _text_of(record: Any, place: str) -> str:
+def _text_of(record: Any, place: str, refusal: type[DynquantError] = StatsError) -> str:
     if isinstance(record, dict) and isinstance(record.get("text"), str):
         return record["text"]
     if isinstance(record, dict) and isinstance(record.get("messages"), list):
-        return _render_chat(record["messages"], place)
-    raise StatsError(
-        f"{place} has neither a field `text` (a string) nor `messages` (a list of chat turns). Rename the field, or "
+        return _render_chat(record["messages"], place, refusal)
+    raise refusal(
+        f'{place} has neither a field "text" (a string) nor "messages" (a list of chat turns). Rename the field, or '
         "give plain text in a .txt file."
     )
 
 
-def _render_chat(messages: list[Any], place: str) -> str:
+def _render_chat(messages: list[Any], place: str, refusal: type[DynquantError]) -> str:
     try:
         return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in messages)
     except (TypeError, KeyError) as error:
-        raise StatsError(f"{place}: each entry of `messages` needs `role` and `content`.") from error
+        raise refusal(f"{place}: each entry of `messages` needs `role` and `content`.") from error
 
 
 def _read_dataset(spec: str, max_characters: int) -> Iterator[str]:
@@ -172,3 +181,24 @@ def _token_stream(text: CalibrationText, tokenizer: "PreTrainedTokenizerBase", *
         # `verbose` off: the tokenizer would warn that a document is longer than the model's context.
         ids = tokenizer(document, verbose=False)["input_ids"]
         yield from ids[1:] if skip_first else ids
+
+
+def evaluation_windows(path: Path, encode: TextEncoder, *, window: int, max_tokens: int) -> ModelInputs:
+    """Return windows of the first `max_tokens` tokens of a file, to measure on.
+
+    Every window starts with the BOS token if the tokenizer adds one, and then has one text token less. The lines of a
+    .jsonl file are joined by an empty line. The last window may be shorter; one of a single token is left out.
+
+    Raises:
+        EvaluationError: no such file, a line without text, or fewer than two tokens.
+    """
+    content = "\n\n".join(_file_documents(path, EvaluationError))
+    plain, special = encode("a", add_special=False), encode("a")
+    bos = special[:1] if special[:1] != plain[:1] else []
+    tokens = encode(content, add_special=False)[:max_tokens]
+    step = window - len(bos)
+    windows = [bos + tokens[start : start + step] for start in range(0, len(tokens), step)]
+    batches = tuple(Batch.of_tokens(torch.tensor([ids])) for ids in windows if len(ids) > 1)
+    if not batches:
+        raise EvaluationError(f"{path.name} gives {len(tokens)} tokens; at least 2 are needed to score anything.")
+    return ModelInputs(batches, name=path.name, sha256=hashlib.sha256(content.encode()).hexdigest())

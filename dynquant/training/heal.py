@@ -9,6 +9,8 @@ text, with and without it.
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -20,14 +22,14 @@ import torch
 from dynquant.errors import DataError, TrainingError
 from dynquant.evaluation.distributions import NUM_TAIL
 from dynquant.evaluation.evaluate import common_columns, evaluate
+from dynquant.evaluation.options import EvalOptions, QuestionOptions
 from dynquant.evaluation.reference_cache import model_fingerprint
 from dynquant.evaluation.report import EvalReport, MultipleChoiceResult
 from dynquant.evaluation.runners import TRANSFORMERS, describe_model, open_encoder, open_runner
 from dynquant.evaluation.statistics import Estimate, bootstrap_ratio, mcnemar_exact, only_one
 from dynquant.families.open import locate_model, open_model
-from dynquant.inputs.eval_text import load_text
 from dynquant.inputs.held_out import split_documents, without_repeats
-from dynquant.inputs.text import CalibrationText, pack_windows, read_text
+from dynquant.inputs.text import CalibrationText, evaluation_windows, pack_windows, read_text
 from dynquant.resources import chosen_device
 from dynquant.session import SILENT, Progress, Session
 from dynquant.storage.atomic import write_atomically
@@ -251,8 +253,8 @@ def _split(text: CalibrationText, original: Path, data: HealData, cache: Path) -
             "which adapter was kept; a text of its own (--text) is a stricter test."
         )
     with open_encoder(original) as encode:
-        measured = [load_text(path, encode, window=data.window, max_tokens=data.max_tokens) for path in texts]
-    measured_on = [*held, *(torch.tensor(window) for one in measured for window in one.windows)]
+        measured = [evaluation_windows(path, encode, window=data.window, max_tokens=data.max_tokens) for path in texts]
+    measured_on = [*held, *(batch.ids[0] for text in measured for batch in text)]
     clean = without_repeats(train, measured_on)
     if len(clean) < len(train):
         notes.append(
@@ -313,13 +315,20 @@ class _Judge:
     def __call__(self, adapter: Path | None) -> EvalReport:
         name = "with the adapter" if adapter else "before"
         tasks = ["kl", "ppl", *(["mmlu"] if self.data.mmlu_data else [])]
-        return evaluate(
-            self.base, self.original, tasks=tasks, text=self.texts, window=self.data.window,
-            max_tokens=self.data.max_tokens, mmlu_data=self.data.mmlu_data, shots=self.data.shots,
-            num_shots=self.data.num_shots, limit=self.data.limit, scoring=("letter",), cache_dir=self.cache,
-            device=self.device, seed=self.seed, runner=TRANSFORMERS, adapter=adapter,
-            progress=lambda stage, done, total, **where: self.progress(f"{name}: {stage}", done, total, **where),
+        questions = QuestionOptions(
+            tasks=tuple(tasks), text=self.texts, max_tokens=self.data.max_tokens, mmlu_data=self.data.mmlu_data,
+            shots=self.data.shots, num_shots=self.data.num_shots, limit=self.data.limit, scoring=("letter",),
         )  # fmt: skip
+        options = EvalOptions(
+            candidate=str(self.base), reference=str(self.original), questions=questions, window=self.data.window,
+            reference_cache=self.cache, runner=TRANSFORMERS, adapter=adapter,
+        )  # fmt: skip
+
+        @contextmanager
+        def stage(_kept: str) -> Iterator[Progress]:
+            yield lambda step, done, total, **where: self.progress(f"{name}: {step}", done, total, **where)
+
+        return evaluate(options, Session(device=self.device, seed=self.seed, stage=stage))
 
 
 def _compare(before: EvalReport, after: EvalReport) -> tuple[list["Change"], dict[str, Estimate], list[str]]:

@@ -9,7 +9,7 @@ import torch
 from dynquant.errors import EvaluationError
 from dynquant.evaluation import distributions
 from dynquant.evaluation.distributions import Distributions, log_probs_at
-from dynquant.evaluation.runners import HuggingFaceRunner, open_encoder
+from dynquant.evaluation.runners import open_encoder, open_runner
 
 WINDOW = 256
 
@@ -34,10 +34,10 @@ def windows(small_moe: Path) -> list[list[int]]:
 
 
 def logits_of(small_moe: Path, windows: list[list[int]], *, bits: int | None) -> torch.Tensor:
-    runner = HuggingFaceRunner(small_moe, threads=1, device="cpu")
+    runner = open_runner(small_moe, threads=1, device="cpu")
     if bits:
         with torch.no_grad():
-            for name, weights in runner._model.named_parameters():
+            for name, weights in runner.hf_model.named_parameters():
                 if weights.dim() > 1 and "embed" not in name:
                     weights.copy_(round_to_bits(weights, bits))
     logits = torch.cat([runner.window_logits(window)[:-1] for window in windows])

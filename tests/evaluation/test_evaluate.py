@@ -9,11 +9,12 @@ import pytest
 
 from dynquant.errors import EvaluationError
 from dynquant.evaluation import evaluate as evaluate_module
-from dynquant.evaluation.evaluate import common_columns, evaluate
+from dynquant.evaluation.evaluate import common_columns
 from dynquant.evaluation.report import EvalReport, summary_rows
 from dynquant.evaluation.runners import ModelInfo
 from dynquant.evaluation.statistics import block_sums, bootstrap_mean, mcnemar_exact, wilson_interval
-from dynquant.inputs.eval_text import load_text
+from dynquant.inputs.text import evaluation_windows
+from tests.helpers.evaluating import evaluated
 
 SMALL = {"window": 128, "max_tokens": 600, "threads": 1, "device": "cpu"}
 
@@ -35,8 +36,8 @@ def run(small_moe, packed_moe, data, tmp_path_factory) -> tuple[EvalReport, Path
     """The packed GGUF against the Hugging Face original, all tasks, with a cache."""
     cache = tmp_path_factory.mktemp("cache")
     calls: list[tuple[str, int, int]] = []
-    report = evaluate(
-        packed_moe.gguf, small_moe, tasks={"kl", "ppl", "mmlu"}, cache_dir=cache, **data, **SMALL,
+    report = evaluated(
+        packed_moe.gguf, small_moe, tasks={"kl", "ppl", "mmlu"}, reference_cache=cache, **data, **SMALL,
         progress=lambda stage, done, total, **_: calls.append((stage, done, total)),
     )  # fmt: skip
     return report, cache, calls
@@ -81,13 +82,13 @@ def test_cached_reference_is_not_loaded_again_and_changes_nothing(
     monkeypatch.setattr(
         evaluate_module, "open_runner", lambda path, **options: opened.append(path) or original(path, **options)
     )
-    second = evaluate(packed_moe.gguf, small_moe, tasks={"kl", "ppl", "mmlu"}, cache_dir=cache, **data, **SMALL)
+    second = evaluated(packed_moe.gguf, small_moe, tasks={"kl", "ppl", "mmlu"}, reference_cache=cache, **data, **SMALL)
     assert opened == [packed_moe.gguf]
     assert second.model_copy(update={"seconds": {}}) == first.model_copy(update={"seconds": {}})
 
 
 def test_a_model_equals_itself(small_moe, data) -> None:
-    report = evaluate(
+    report = evaluated(
         small_moe, small_moe, tasks={"kl", "mmlu"}, scoring=["letter"], **data, **SMALL | {"max_tokens": 128}
     )
     assert report.texts[0].kl.maximum < 1e-12
@@ -97,7 +98,7 @@ def test_a_model_equals_itself(small_moe, data) -> None:
 
 
 def test_perplexity_alone_reports_no_divergence(small_moe, data) -> None:
-    report = evaluate(small_moe, small_moe, tasks=["ppl"], text=data["text"], **SMALL | {"max_tokens": 64})
+    report = evaluated(small_moe, small_moe, tasks=["ppl"], text=data["text"], **SMALL | {"max_tokens": 64})
     assert report.texts[0].kl is None
     assert report.multiple_choice == []
 
@@ -117,7 +118,7 @@ def test_perplexity_alone_reports_no_divergence(small_moe, data) -> None:
 def test_unusable_options_are_refused_before_any_model_is_loaded(small_moe, data, options, reason, monkeypatch) -> None:
     monkeypatch.setattr(evaluate_module, "open_runner", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(EvaluationError, match=reason):
-        evaluate(small_moe, small_moe, **{**data, **SMALL, **options})
+        evaluated(small_moe, small_moe, **{**data, **SMALL, **options})
 
 
 def info(vocab_size: int, num_named: int, name: str) -> ModelInfo:
@@ -145,14 +146,17 @@ def test_windows_cut_the_text_and_start_with_bos_only_if_the_tokenizer_adds_it(t
     def with_bos(text: str, *, add_special: bool = True) -> list[int]:
         return [1] * add_special + plain(text)
 
+    def windows(path: Path, *arguments, **limits) -> list[list[int]]:
+        return [batch.ids[0].tolist() for batch in evaluation_windows(path, *arguments, **limits)]
+
     joined = [ord(c) for c in "abcdefg\n\nhi"]
-    assert load_text(path, plain, window=4, max_tokens=9).windows == [joined[:4], joined[4:8]]
-    assert load_text(path, with_bos, window=4, max_tokens=7).windows == [[1, *joined[:3]], [1, *joined[3:6]], [1, 103]]
+    assert windows(path, plain, window=4, max_tokens=9) == [joined[:4], joined[4:8]]
+    assert windows(path, with_bos, window=4, max_tokens=7) == [[1, *joined[:3]], [1, *joined[3:6]], [1, 103]]
     path.write_text('{"text": "a\u2028b"}\n\n', encoding="utf-8")
-    assert load_text(path, plain, window=4, max_tokens=9).windows == [[97, 0x2028, 98]]
+    assert windows(path, plain, window=4, max_tokens=9) == [[97, 0x2028, 98]]
     path.write_text('{"words": "x"}\n')
     with pytest.raises(EvaluationError, match=r't\.jsonl, line 1 .*"text"'):
-        load_text(path, plain, window=4, max_tokens=7)
+        windows(path, plain, window=4, max_tokens=7)
 
 
 def test_blocks_never_cross_a_window() -> None:

@@ -7,10 +7,10 @@ import pytest
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import EvaluationError
-from dynquant.evaluation.evaluate import evaluate
 from dynquant.evaluation.runners import describe_model, open_runner
 from dynquant.families.open import open_model
 from dynquant.recipes.build_plan import plan_from_types
+from tests.helpers.evaluating import evaluated
 from tests.helpers.exports import export_gguf
 from tests.helpers.tiny_models import mean_kl, save_tiny, write_f32
 
@@ -20,7 +20,7 @@ def measure(small_moe, tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
 
     def run(candidate, runner="llama.cpp"):
-        report = evaluate(
+        report = evaluated(
             candidate, small_moe, tasks=["kl"], text=[small_moe.parent / "demo_text.txt"], window=128, max_tokens=256,
             device="cpu", cache_dir=cache, runner=runner,
         )  # fmt: skip

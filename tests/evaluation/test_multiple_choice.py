@@ -10,14 +10,12 @@ from dynquant.errors import EvaluationError
 from dynquant.evaluation.multiple_choice import (
     AnswerScores,
     EncodedQuestion,
-    Question,
     encode_questions,
-    load_questions,
     render_prompt,
     score_questions,
-    take_evenly,
 )
 from dynquant.evaluation.runners import open_encoder, open_runner
+from dynquant.inputs.questions import Question, load_questions, take_evenly
 
 SHOT = Question(subject="high_school_physics", question=" What falls? ", choices=("up", "a stone"), answer=1)
 ASKED = Question(subject="high_school_physics", question="What is hot?", choices=("the sun", "ice"), answer=0)

@@ -18,7 +18,7 @@ from dynquant.checkpoints.gguf_layout import mmproj_path
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.errors import CheckpointError
 from dynquant.evaluation.llama_cpp_pictures import MtmdRunner
-from dynquant.evaluation.picture_runners import segments_of
+from dynquant.evaluation.runners import segments_of
 from dynquant.exporters.gguf import stats_of_part
 from dynquant.families.open import open_model
 from dynquant.inputs.model_inputs import ModelInputs

@@ -19,13 +19,13 @@ from safetensors.torch import save_file
 from dynquant.calibration.second_moments import load_beside
 from dynquant.calibration.statistics import CalibrationStats
 from dynquant.encoding.stream import guidance_of
-from dynquant.evaluation.evaluate import evaluate
 from dynquant.exporters.compressed_tensors import encode_layer, global_scales
 from dynquant.families.linear_layers import LinearCheckpoint, linear_checkpoint
 from dynquant.families.open import open_model
 from dynquant.formats.storage_format import Choice
 from dynquant.recipes.build_plan import plan_for_vllm
 from dynquant.recipes.plan import PlanEntry
+from tests.helpers.evaluating import evaluated
 
 
 def rounded_to_nearest(entry: PlanEntry, weights: torch.Tensor) -> torch.Tensor:
@@ -70,7 +70,7 @@ def kl_by_rounding(
             weights |= {f"{module}.weight": one for module, one in zip(entry.modules, found, strict=True)}
         with tempfile.TemporaryDirectory() as folder:
             _write(checkpoint, weights, Path(folder))
-            kl = evaluate(folder, directory, tasks=("kl",), text=[text], max_tokens=tokens).texts[0].kl
+            kl = evaluated(folder, directory, tasks=("kl",), text=[text], max_tokens=tokens).texts[0].kl
         yield rounding, kl.mean.value, (kl.mean.high - kl.mean.low) / 2
 
 

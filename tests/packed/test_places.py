@@ -13,7 +13,6 @@ from dynquant.checkpoints.tensor_roles import Role
 from dynquant.encoding.store import EncodedStore
 from dynquant.encoding.stream import Guidance, load_encoder
 from dynquant.errors import AdapterError, CheckpointError, ExportError
-from dynquant.evaluation.picture_evaluate import evaluate_on_samples
 from dynquant.evaluation.rendered_model import RenderedModel
 from dynquant.exporters.options import ExportOptions
 from dynquant.exporters.stage import export
@@ -22,6 +21,7 @@ from dynquant.inputs.processor import load_processor
 from dynquant.recipes.plan import Plan
 from dynquant.running.load import load_hf
 from tests.helpers.commands import run
+from tests.helpers.evaluating import evaluated
 from tests.helpers.exports import export_safetensors
 from tests.helpers.packed_models import plan_of
 from tests.helpers.tiny_vision import FAMILIES, encoded_pictures, save_vision_model, write_pictures
@@ -182,7 +182,7 @@ def test_export_inspect_and_eval_agree_with_the_plan(qwen, pictures, tmp_path):
     done = run("eval", out, "--reference", model.path, "--tasks", "kl,vqa", "--data", questions, "--json", result)
     assert done.returncode == 0, done.stderr[-2000:]
     packed = json.loads(result.read_text())
-    rendered = evaluate_on_samples(tmp_path / "plan.json", str(model.path), questions)
+    rendered = evaluated(tmp_path / "plan.json", model.path, tasks=("kl", "vqa"), data=questions)
     assert rendered.kl.value > 1e-4 and packed["kl"]["value"] == pytest.approx(rendered.kl.value, rel=1e-3)
     answers = [answer["candidate"] for answer in packed["questions"]["answers"]]
     assert answers == [answer.candidate for answer in rendered.questions.answers]

@@ -20,7 +20,6 @@ from dynquant.encoding.store import EncodedStore, store_directory
 from dynquant.encoding.stream import Guidance, load_encoder
 from dynquant.errors import PlanError
 from dynquant.evaluation.distributions import Distributions
-from dynquant.evaluation.evaluate import evaluate
 from dynquant.evaluation.rendered_model import RenderedModel, ScoredInputs
 from dynquant.exporters.options import ExportOptions
 from dynquant.exporters.stage import export
@@ -39,6 +38,7 @@ from dynquant.running.linear_hooks import sampled_log_probability
 from dynquant.running.live_weights import LiveWeights
 from dynquant.running.load import load_hf, load_tokenizer
 from dynquant.session import SILENT
+from tests.helpers.evaluating import evaluated
 
 TYPES = ("IQ2_XXS", "Q2_K", "Q4_K")
 TOKENS = 4096
@@ -269,7 +269,7 @@ def test_a_rendered_plan_has_the_kl_of_its_file_in_llama_cpp(small_moe, calibrat
         model=str(small_moe), output=tmp_path / "m.gguf", plan=directory / "plan.json", encoder="ggml"
     )
     (file,) = export(options).files
-    report = evaluate(file, small_moe, tasks=("kl",), text=(text,), window=128, max_tokens=256)
+    report = evaluated(file, small_moe, tasks=("kl",), text=(text,), window=128, max_tokens=256)
     model = open_model(small_moe)
     stats = StatsFile(directory / "stats.safetensors")
     rendered = RenderedModel(load_hf(model), encoded_store(model, stats, directory, "ggml", SILENT))

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 import dynquant
 from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.gguf_source import GGUFSource
-from dynquant.evaluation.evaluate import evaluate
 from dynquant.families.open import open_model
 from dynquant.formats import decode
 from dynquant.recipes.build_plan import plan_from_types
@@ -25,6 +24,7 @@ from dynquant.running.live_weights import LiveWeights
 from dynquant.running.load import load_hf
 from dynquant.storage.atomic import file_hash
 from tests.helpers.commands import command, linked_copy, refused, succeed
+from tests.helpers.evaluating import evaluated
 from tests.helpers.tiny_models import llama_logits, mean_kl
 
 TUNE_TOKENS = 2048
@@ -80,8 +80,8 @@ def test_held_out_kl_at_the_same_bytes(small_moe, files, tmp_path):
     demo_text = Path(small_moe).parent / "demo_text.txt"
     kl = {}
     for name, path in files.items():
-        report = evaluate(
-            str(path), str(small_moe), tasks=("kl",), text=[demo_text], max_tokens=1024, cache_dir=tmp_path
+        report = evaluated(
+            str(path), str(small_moe), tasks=("kl",), text=[demo_text], max_tokens=1024, reference_cache=tmp_path
         )
         kl[name] = report.texts[0].kl.mean.value
     assert len({path.stat().st_size for path in files.values()}) == 1

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from dynquant.errors import DataError, TrainingError
-from dynquant.evaluation.evaluate import evaluate
+from tests.helpers.evaluating import evaluated
 
 pytest.importorskip("trl", reason="trl is not installed")
 from contextlib import nullcontext
@@ -72,9 +72,9 @@ def test_the_kl_on_held_out_text_falls(healed):
 def test_the_saved_adapter_gives_what_was_reported(crushed, healed):
     output, report = healed
     options = {"tasks": ("kl",), "text": [crushed.held_out], "window": 64, "max_tokens": 512}
-    found = evaluate(crushed.packed, crushed.original, adapter=output, **options)
+    found = evaluated(crushed.packed, crushed.original, adapter=output, **options)
     assert found.texts[0].kl.mean.value == pytest.approx(report.changes[0].after.value, rel=1e-5)
-    bare = evaluate(crushed.packed, crushed.original, **options)
+    bare = evaluated(crushed.packed, crushed.original, **options)
     assert bare.texts[0].kl.mean.value == pytest.approx(report.changes[0].before.value, rel=1e-5)
 
 
@@ -125,7 +125,7 @@ def test_answers_are_counted_with_and_without_the_adapter(crushed, cache, tmp_pa
     accuracy = report.changes[-1]
     scores = {"tasks": ("mmlu",), "mmlu_data": questions, "shots": questions, "num_shots": 1, "scoring": ("letter",)}
     for adapter, stated in ((None, accuracy.before), (tmp_path / "adapter", accuracy.after)):
-        found = evaluate(crushed.packed, crushed.original, adapter=adapter, **scores)
+        found = evaluated(crushed.packed, crushed.original, adapter=adapter, **scores)
         assert found.multiple_choice[0].candidate.accuracy.value == stated.value
     assert accuracy.name == "accuracy" and any("4 questions" in note and "McNemar" in note for note in report.notes)
 
