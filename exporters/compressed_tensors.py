@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 
 from dynquant import __version__
+from dynquant.calibration.second_moments import SecondMoments
+from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.checkpoint_directory import (
     SHARD_BYTES,
     as_json,
@@ -26,7 +28,7 @@ from dynquant.checkpoints.checkpoint_directory import (
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_format import ShardLayout
 from dynquant.encoding.parts import as_slice, ranges
-from dynquant.encoding.stream import Guidance
+from dynquant.encoding.stream import Guidance, guidance_of
 from dynquant.encoding.vllm import EncodedLayer, encode_layers, nvfp4_global_scale
 from dynquant.errors import ExportError
 from dynquant.exporters.compressed_config import quantization_config
@@ -48,7 +50,7 @@ _CPU_WEIGHTS, _GPU_WEIGHTS = 1 << 23, 1 << 27
 
 @dataclass(frozen=True)
 class Rounding:
-    """What rounding errors are kept small under."""
+    """The metric under which rounding errors are kept small; by default that of plain squared errors."""
 
     guidance: Guidance = field(default_factory=Guidance)
     """Importance and hessians of the inputs."""
@@ -56,6 +58,15 @@ class Rounding:
     """The same in words, for the model card."""
     moments: str = "none"
     """Identity of the second moments; an interrupted export goes on only under an equal one."""
+
+    @classmethod
+    def under(cls, stats: CalibrationStats, moments: SecondMoments | None) -> "Rounding":
+        """Return what calibration knows of the inputs."""
+        tokens = f"of {stats.provenance.num_tokens:,} calibration tokens"
+        if moments is None:
+            return cls(guidance_of(stats, None), f"scales fitted under the mean squares {tokens}")
+        words = f"scales and error feedback under the second moments {tokens}"
+        return cls(guidance_of(stats, moments), words, moments.identity)
 
 
 def export_compressed_tensors(

@@ -1,9 +1,10 @@
-"""What every exporter shares: inputs and their checks, the identity of its bytes, and what becomes of a failed run."""
+"""Parts that exporters share: inputs and their checks, the identity of the bytes, and what becomes of a failed run."""
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 from dynquant import __version__
 from dynquant.calibration.second_moments import SecondMoments
@@ -21,11 +22,25 @@ from dynquant.encoding.stream import (
     guidance_of,
     parts_of_plan,
     quantize,
+    quantize_elsewhere,
 )
 from dynquant.errors import ClusterError, DynquantError, PlanError, StatsError, WriteError
 from dynquant.recipes.plan import Plan
 from dynquant.session import SILENT, Progress, Session
 from dynquant.storage.resumable_output import ResumableOutput
+
+
+@dataclass(frozen=True)
+class Exported:
+    """Files that an export wrote, the model's first."""
+
+    files: list[Path]
+    num_weights: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the files that hold weights."""
+        return sum(file.stat().st_size for file in self.files if file.suffix in (".gguf", ".safetensors"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +107,18 @@ class Encoding:
         self, parts: Mapping[str, list[TensorPart]], skip: Collection[str], progress: Progress
     ) -> Iterator[QuantizedPart]:
         """Yield every part but those whose key or tensor name is in `skip`."""
+        if self.elsewhere is not None:
+            return quantize_elsewhere(self.model, self.plan, self.elsewhere, parts, progress=progress, skip=skip)
         return quantize(
-            self.model, self.plan, self.guidance, self.encoder,
-            parts=parts, threads=self.session.threads, progress=progress, skip=skip, elsewhere=self.elsewhere,
-        )  # fmt: skip
+            self.model,
+            self.plan,
+            self.guidance,
+            self.encoder,
+            parts=parts,
+            threads=self.session.threads,
+            progress=progress,
+            skip=skip,
+        )
 
 
 @contextmanager

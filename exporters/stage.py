@@ -4,14 +4,14 @@ import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from dynquant import __version__
 from dynquant.calibration.second_moments import SecondMoments, path_beside
-from dynquant.calibration.stage import StatsFile
+from dynquant.calibration.stage import StatsFile, run_calibration
 from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.gguf_layout import recorded_encoder
 from dynquant.checkpoints.gguf_source import GGUFSource
@@ -23,17 +23,21 @@ from dynquant.encoding.stream import encoder_version, guidance_of, load_encoder
 from dynquant.errors import ExportError, PlanError
 from dynquant.exporters.closing_pass import TuneOptions, too_large_to_tune
 from dynquant.exporters.closing_pass import tune as train
-from dynquant.exporters.compressed_stage import Exported, calibrate_beside, export_for_vllm
+from dynquant.exporters.compressed_config import transformers_problem
+from dynquant.exporters.compressed_tensors import Rounding, export_compressed_tensors
 from dynquant.exporters.gguf import check_parts, export_gguf, with_mmproj_type, write_patched
 from dynquant.exporters.options import ExportOptions, TuneFileOptions
-from dynquant.exporters.output import Encoding
+from dynquant.exporters.output import Encoding, Exported
 from dynquant.exporters.safetensors import export_safetensors
 from dynquant.families.common.conversion import ConvertedSource
+from dynquant.families.linear_layers import linear_checkpoint
 from dynquant.families.open import open_and_announce, open_language_model
 from dynquant.formats.quant_types import quant_type
+from dynquant.formats.storage_format import Choice
+from dynquant.formats.vllm_schemes import SCHEMES
 from dynquant.inputs.text import pack_windows, read_text
 from dynquant.planning.target import Target
-from dynquant.recipes.build_plan import plan_from_types
+from dynquant.recipes.build_plan import plan_for_vllm, plan_from_types, uniform_schemes
 from dynquant.recipes.folder import STATS_NAME, SUPER_NAME, load_super_weights, stats_of_plan
 from dynquant.recipes.plan import Plan
 from dynquant.recipes.presets import preset_types
@@ -55,7 +59,7 @@ def export(options: ExportOptions, session: Session = SILENT) -> Exported:
     """
     _check(options)
     if options.format == "compressed-tensors":
-        return export_for_vllm(options, session)
+        return _export_schemes(options, session)
     with open_ray(options.ray) if options.ray else nullcontext() as pool:
         model = open_and_announce(options.model, session, base_gguf=options.base_gguf)
         if model.has_vision and options.format == "gguf":
@@ -67,7 +71,7 @@ def export(options: ExportOptions, session: Session = SILENT) -> Exported:
         plan, stats, protected = _plan_and_statistics(model, options, session)
         if options.mmproj_type is not None:
             plan = with_mmproj_type(model, plan, options.mmproj_type, stats and stats.stats)
-        moments = _moments_of(stats, encoder, session)
+        moments = _moments_of(stats, session) if encoder.uses_hessians else None
         writer = _Writer(
             options=options,
             session=session,
@@ -83,6 +87,61 @@ def export(options: ExportOptions, session: Session = SILENT) -> Exported:
         tuning = _closing_pass(writer)
         files = writer.write(options.output) if tuning is None else _write_tuned(writer, tuning)
     return Exported(files, plan.num_weights)
+
+
+def _export_schemes(options: ExportOptions, session: Session) -> Exported:
+    """Write the compressed-tensors checkpoint of a plan for vLLM, or of a preset without a plan file.
+
+    Raises:
+        PlanError, StatsError, EncodeError, ExportError: see `export_compressed_tensors`.
+    """
+    output = options.output
+    if (options.plan is None) == (options.preset is None):
+        raise PlanError("Give either --plan FILE (of `dynquant plan --for vllm`) or --preset uniform-SCHEME.")
+    if output.exists() or output.is_symlink():
+        raise ExportError(f"{output} exists already; export to another name, or remove it first.")
+    loaded = Plan.load(options.plan, "vllm") if options.plan is not None else None
+    model = open_language_model(options.model, session)
+    checkpoint = linear_checkpoint(model)
+    if loaded is not None and options.plan is not None:
+        plan, stats = loaded, stats_of_plan(loaded.stats_hash, options.stats or options.plan.parent / STATS_NAME)
+    else:
+        types = uniform_schemes(str(options.preset), checkpoint)
+        stats = _calibrated(model, types, options, session)
+        recipe = f"preset {options.preset}"
+        plan = plan_for_vllm(model, checkpoint, types, recipe=recipe, stats_hash=stats and stats.hash)
+    moments = _moments_of(stats, session)
+    rounding = None if stats is None else Rounding.under(stats.stats, moments)
+    files = export_compressed_tensors(
+        model,
+        plan,
+        checkpoint,
+        output,
+        rounding=rounding,
+        shard_max_bytes=parse_size(options.split_max_size) if options.split_max_size else None,
+        resume=options.resume,
+        session=session,
+    )
+    problem = transformers_problem(plan)
+    if problem is not None:
+        session.note(f"vLLM loads this checkpoint, transformers does not: {problem}")
+    return Exported(files, plan.num_weights)
+
+
+def _calibrated(model: Model, types: dict[str, Choice], options: ExportOptions, session: Session) -> StatsFile | None:
+    if not any(SCHEMES[name].is_quantized for name, _ in types.values()):
+        return None
+    path = options.stats or options.output.with_name(f"{options.output.name}.stats.safetensors")
+    if not path.is_file():
+        _calibrate_beside(path, model, options, session)
+    return StatsFile(path).of(model)
+
+
+def _calibrate_beside(path: Path, model: Model, options: ExportOptions, session: Session) -> None:
+    """Write the statistics that a preset needs."""
+    calibration = replace(options.calibration, max_memory=options.max_memory)
+    session.note(f"no --stats given: calibrating on {calibration.text or 'the built-in text'} into {path}")
+    run_calibration(model, calibration, path, session)
 
 
 def _check(options: ExportOptions) -> None:
@@ -315,9 +374,9 @@ def tune(options: TuneFileOptions, session: Session = SILENT) -> list[Path]:
     return tune_file(model, path, windows, tuning, output, session, encoder=encoder)
 
 
-def _moments_of(stats: StatsFile | None, encoder: Encoder, session: Session) -> SecondMoments | None:
-    """The second moments that belong to the statistics, for an encoder that uses them; says so when there are none."""
-    if stats is None or not encoder.uses_hessians:
+def _moments_of(stats: StatsFile | None, session: Session) -> SecondMoments | None:
+    """Return the second moments that belong to the statistics; say so when there are none."""
+    if stats is None:
         return None
     moments = stats.moments
     if moments is None:
@@ -327,11 +386,12 @@ def _moments_of(stats: StatsFile | None, encoder: Encoder, session: Session) -> 
 
 
 def _protected(path: Path) -> dict[str, tuple[ProtectedWeight, ...]]:
-    """The super weights that `plan` found, by tensor."""
-    found: dict[str, tuple[ProtectedWeight, ...]] = {}
-    for one in load_super_weights(path):
-        found[one.name] = (*found.get(one.name, ()), ProtectedWeight(one.row, one.col, one.expert))
-    return found
+    """Return the super weights that `plan` found, by tensor."""
+    protected: dict[str, tuple[ProtectedWeight, ...]] = {}
+    for weight in load_super_weights(path):
+        scalar = ProtectedWeight(weight.row, weight.col, weight.expert)
+        protected[weight.name] = (*protected.get(weight.name, ()), scalar)
+    return protected
 
 
 def _plan_of_preset(model: Model, options: ExportOptions, session: Session) -> tuple[Plan, StatsFile | None]:
@@ -343,6 +403,6 @@ def _plan_of_preset(model: Model, options: ExportOptions, session: Session) -> t
     if options.stats is None and not any(quant_type(name).uses_imatrix for name, _ in types.values()):
         return plan_from_types(model, types, recipe=recipe), None
     if options.stats is None and not path.is_file():
-        calibrate_beside(path, model, options, session)
+        _calibrate_beside(path, model, options, session)
     stats = StatsFile(path).of(model)
     return plan_from_types(model, types, recipe=recipe, stats=stats.stats, stats_hash=stats.hash), stats

@@ -159,8 +159,8 @@ def mmproj_path(output: Path) -> Path:
 def file_type_of(recipe: str, tensors: Iterable[TensorSpec]) -> int:
     """`general.file_type`: that of the preset's mixture, else of the type that holds most weights. Display only."""
     preset = re.fullmatch(r"preset (?:llama-|uniform-|r1-)?(\w+)", recipe)
-    if preset and (found := _file_type(preset.group(1).upper())) is not None:
-        return found
+    if preset and (preset_type := _file_type(preset.group(1).upper())) is not None:
+        return preset_type
     weights: dict[str, int] = {}
     for tensor in tensors:
         weights[tensor.type] = weights.get(tensor.type, 0) + prod(tensor.shape)

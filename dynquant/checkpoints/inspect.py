@@ -239,8 +239,8 @@ def _role_of_parameter(name: str) -> Role:
     template = _FIRST_INDEX.sub(".{bid}.", _EXPERT_INDEX.sub(".experts.", name), count=1)
     if template.endswith(".bias") and not template.endswith("e_score_correction_bias"):
         return Role.OTHER
-    known = _roles_by_parameter()
-    return known.get(template) or known.get(template.rpartition(".")[0]) or Role.OTHER
+    roles = _roles_by_parameter()
+    return roles.get(template) or roles.get(template.rpartition(".")[0]) or Role.OTHER
 
 
 @cache

@@ -50,10 +50,10 @@ class HyperParams:
                     "without it. Convert the checkpoint again with llama.cpp's converter."
                 )
             try:
-                found = int(max(value)) if isinstance(value, list | tuple) else int(value)  # type: ignore[call-overload]
-                if not 0 <= found <= _LARGEST.get(key, _MAX_NUMBER):
+                count = int(max(value)) if isinstance(value, list | tuple) else int(value)  # type: ignore[call-overload]
+                if not 0 <= count <= _LARGEST.get(key, _MAX_NUMBER):
                     raise ValueError
-                return found
+                return count
             except (ValueError, TypeError, OverflowError) as error:
                 raise CheckpointError(
                     f"The GGUF metadata gives `{prefix}.{key}` as {value!r:.80}, which cannot be. The file is corrupt; "

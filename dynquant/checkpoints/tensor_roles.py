@@ -167,7 +167,7 @@ def gguf_name_of(checkpoint_name: str, arch: str, n_layer: int) -> str | None:
         return of_vision
     stacked = _ONE_EXPERT.sub(r".experts.\1", language_name(checkpoint_name))
     is_expert = ".experts." in stacked
-    found = _tensor_name_map(arch, n_layer).get_name(stacked, try_suffixes=(".weight", ".bias"))
-    if found is None:
+    gguf_name = _tensor_name_map(arch, n_layer).get_name(stacked, try_suffixes=(".weight", ".bias"))
+    if gguf_name is None:
         return None
-    return f"{found}.weight" if is_expert and not found.endswith((".weight", ".bias")) else found
+    return f"{gguf_name}.weight" if is_expert and not gguf_name.endswith((".weight", ".bias")) else gguf_name

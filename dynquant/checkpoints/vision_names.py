@@ -48,10 +48,10 @@ def vision_name(name: str) -> str | None:
         if part == "mm_input_projection_weight":
             return "mm.input_projection.weight"
         return (_replaced(part, _PROJECTOR_PARTS) or f"mm.{part}") + suffix
-    found = _TOWER.match(stem)
-    if found is None:
+    match = _TOWER.match(stem)
+    if match is None:
         return None
-    part = found[1]
+    part = match[1]
     block = _BLOCK.match(part)
     if block is not None:
         prefix = "v.global.blk" if block[1] else "v.blk"
@@ -62,10 +62,10 @@ def vision_name(name: str) -> str | None:
 def cross_attention_name(name: str) -> str | None:
     """`blk.N.cross_attn_…` for a part of Mllama's cross-attention layers, None for all others."""
     stem, suffix = _split(language_name(name))
-    found = _CROSS_ATTENTION.match(stem)
-    if found is None:
+    match = _CROSS_ATTENTION.match(stem)
+    if match is None:
         return None
-    layer, projection, norm, gate = found.groups()
+    layer, projection, norm, gate = match.groups()
     part = projection or gate or f"{norm}_norm"
     return f"blk.{layer}.cross_attn_{'output' if part == 'o' else part}{suffix}"
 
@@ -85,8 +85,8 @@ def keys_of(names: Iterable[str], keys: Iterable[str]) -> dict[str, str]:
     """
     exact = set(keys)
     by_bare_name = {_bare(key): key for key in exact}
-    found = ((name, name if name in exact else by_bare_name.get(_bare(name))) for name in names)
-    return {name: key for name, key in found if key is not None}
+    pairs = ((name, name if name in exact else by_bare_name.get(_bare(name))) for name in names)
+    return {name: key for name, key in pairs if key is not None}
 
 
 def _bare(name: str) -> str:
@@ -99,13 +99,13 @@ def part_of(name: str) -> str:
 
 
 def _split(name: str) -> tuple[str, str]:
-    found = _SUFFIX.search(name)
-    return (name[: found.start()], found[0]) if found else (name, "")
+    suffix = _SUFFIX.search(name)
+    return (name[: suffix.start()], suffix[0]) if suffix else (name, "")
 
 
 def _replaced(part: str, rules: tuple[tuple[str, str], ...]) -> str | None:
     for pattern, replacement in rules:
-        found = re.fullmatch(pattern, part)
-        if found is not None:
-            return found.expand(replacement)
+        match = re.fullmatch(pattern, part)
+        if match is not None:
+            return match.expand(replacement)
     return None

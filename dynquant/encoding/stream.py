@@ -21,7 +21,7 @@ from dynquant.encoding.parts import PartLimits, TensorPart, as_slice, load_packe
 from dynquant.errors import EncodeError, PlanError
 from dynquant.formats.quant_types import QuantType
 from dynquant.recipes.plan import Plan
-from dynquant.session import Progress
+from dynquant.session import Progress, ignore_progress
 
 ImportanceLookup = Callable[[str, tuple[int, ...]], torch.Tensor | None]
 """Tensor name and shape -> E[x^2], float32 [experts, row_length]; None when calibration did not see its input."""
@@ -130,13 +130,20 @@ def quantize(
     *,
     parts: Mapping[str, list[TensorPart]] | None = None,
     threads: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = ignore_progress,
     skip: Collection[str] = (),
-    elsewhere: PartStream | None = None,
 ) -> Iterator[QuantizedPart]:
-    """Yield every part of every tensor of the plan, without those whose key or tensor name is in `skip`.
+    """Yield every part of every tensor of the plan in the model's order, encoded in this process.
 
-    Here, parts come in the model's order; `elsewhere`, in its own. `parts` are those of `parts_of_plan`.
+    Args:
+        model: Where weights are read from.
+        plan: Types of its tensors.
+        guidance: What encoders are told besides weights.
+        encoder: What makes the blocks.
+        parts: Those of `parts_of_plan`, which are made where they are not given.
+        threads: Of the encoder; None for one per core.
+        progress: Hears of weights done, those in `skip` included.
+        skip: Keys of parts and names of tensors that are left out.
 
     Raises:
         PlanError: the plan is of another checkpoint, or gives a tensor another shape.
@@ -144,21 +151,36 @@ def quantize(
     """
     check_plan(model, plan)
     check_importance(plan, guidance.importance, skip=skip)
-    parts = parts or parts_of_plan(plan, guidance, encoder)
-    every = [part for name in model.source.names() for part in parts[name]]
-    wanted = [part for part in every if part.key not in skip and part.name not in skip]
-    counter = _Counter(progress, plan.num_weights, plan.num_weights - sum(part.num_weights for part in wanted))
-    if elsewhere is not None:
-        counter.add(0)  # the stage begins before workers do
-        for part, packed in elsewhere(wanted):
-            counter.tensor = part.name
-            counter.add(part.num_weights)
-            yield QuantizedPart(part, packed)
-        return
-    for part in wanted:
+    missing = _missing(model, parts or parts_of_plan(plan, guidance, encoder), skip)
+    counter = _Counter.of(plan, missing, progress)
+    for part in missing:
         counter.begin(part.name)
         packed = encode_part(model, part, guidance, encoder, threads=threads, on_weights=counter.add)
         yield QuantizedPart(part, packed)
+
+
+def quantize_elsewhere(
+    model: Model,
+    plan: Plan,
+    elsewhere: PartStream,
+    parts: Mapping[str, list[TensorPart]],
+    *,
+    progress: Progress = ignore_progress,
+    skip: Collection[str] = (),
+) -> Iterator[QuantizedPart]:
+    """Yield every part of every tensor of the plan as `elsewhere` is done with it; see `quantize`."""
+    missing = _missing(model, parts, skip)
+    counter = _Counter.of(plan, missing, progress)
+    counter.add(0)  # the stage begins before workers do
+    for part, packed in elsewhere(missing):
+        counter.tensor = part.name
+        counter.add(part.num_weights)
+        yield QuantizedPart(part, packed)
+
+
+def _missing(model: Model, parts: Mapping[str, list[TensorPart]], skip: Collection[str]) -> list[TensorPart]:
+    every = [part for name in model.source.names() for part in parts[name]]
+    return [part for part in every if part.key not in skip and part.name not in skip]
 
 
 def check_plan(model: Model, plan: Plan) -> None:
@@ -197,10 +219,14 @@ def check_importance(plan: Plan, importance: ImportanceLookup | None, *, skip: C
 class _Counter:
     """Weights done, those of an earlier run included, and the tensor that is being encoded."""
 
-    progress: Progress | None
+    progress: Progress
     total: int
     done: int
     tensor: str = ""
+
+    @classmethod
+    def of(cls, plan: Plan, missing: Iterable[TensorPart], progress: Progress) -> "_Counter":
+        return cls(progress, plan.num_weights, plan.num_weights - sum(part.num_weights for part in missing))
 
     def begin(self, tensor: str) -> None:
         self.tensor = tensor
@@ -208,8 +234,7 @@ class _Counter:
 
     def add(self, num_weights: int) -> None:
         self.done += num_weights
-        if self.progress is not None:
-            self.progress("quantize", self.done, self.total, unit="weights", tensor=self.tensor)
+        self.progress("quantize", self.done, self.total, unit="weights", tensor=self.tensor)
 
 
 def encode_tensor(

@@ -145,8 +145,8 @@ def _common(keys: _Keys) -> dict[str, Any]:
 
 def _token_ids(keys: _Keys) -> dict[str, Any]:
     names = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
-    found = {ours: keys.values.get(f"tokenizer.ggml.{theirs}_token_id") for theirs, ours in names.items()}
-    return {name: token_id for name, token_id in found.items() if token_id is not None}
+    token_ids = {ours: keys.values.get(f"tokenizer.ggml.{theirs}_token_id") for theirs, ours in names.items()}
+    return {name: token_id for name, token_id in token_ids.items() if token_id is not None}
 
 
 def _head_dim(keys: _Keys) -> int:
@@ -328,7 +328,7 @@ def _llama3(keys: _Keys, theta: float) -> dict[str, Any]:
     keys.get("rope.scaling.original_context_length")
     config = Config(keys.source.path, {}, {})
     for original in (1 << power for power in range(5, 21)):
-        found: Mapping[str, Any] = {
+        parameters: Mapping[str, Any] = {
             "rope_type": "llama3",
             "rope_theta": theta,
             "factor": round(float(stored.max()), 4),
@@ -336,7 +336,7 @@ def _llama3(keys: _Keys, theta: float) -> dict[str, Any]:
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": original,
         }
-        factors = llama3_factors(config, dict(found), 2 * len(stored))
+        factors = llama3_factors(config, dict(parameters), 2 * len(stored))
         if torch.allclose(factors, stored, rtol=1e-5):
-            return dict(found)
+            return dict(parameters)
     keys.refuse("`rope_freqs.weight` is not Llama 3's scaling, which transformers would compute otherwise")

@@ -96,11 +96,11 @@ def quant_type(name: str) -> QuantType:
     Raises:
         PlanError: no such type; the message lists the nearest names.
     """
-    found = QUANT_TYPES.get(name.upper())
-    if found is None:
+    layout = QUANT_TYPES.get(name.upper())
+    if layout is None:
         near = difflib.get_close_matches(name.upper(), QUANT_TYPES, n=4, cutoff=0.4) or list(QUANT_TYPES)
         raise PlanError(f"There is no quant type `{name}`. Did you mean one of: {', '.join(near)}?")
-    return found
+    return layout
 
 
 def fit_to_row(wanted: QuantType, row_length: int) -> tuple[QuantType, str | None]:

@@ -1,20 +1,27 @@
-"""One budget, any pricing: the types that the planner takes for a table, and why."""
+"""One budget, any pricing: the types or schemes that the planner takes for a table, and why."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 from dynquant.analysis.errors.measure import unmeasured_table
-from dynquant.analysis.errors.table import ErrorTable
+from dynquant.analysis.errors.measure_schemes import unmeasured_scheme_table
+from dynquant.analysis.errors.table import ErrorRow, ErrorTable
 from dynquant.analysis.outliers.super_experts import find_super_experts
 from dynquant.calibration.stage import StatsFile
 from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.gguf_layout import padded
 from dynquant.checkpoints.model import Model
+from dynquant.families.linear_layers import LinearCheckpoint
 from dynquant.formats.quant_types import fit_to_row, quant_type
+from dynquant.formats.storage_format import Choice
+from dynquant.formats.vllm_schemes import Scheme
 from dynquant.planning.memory_budget import MemoryBudget
 from dynquant.planning.planner import Rules, check_budget_range, coupled_tensors, plan_types, size_range
 from dynquant.planning.target import Target
 from dynquant.recipes.build_plan import fixed_bytes
 from dynquant.recipes.folder import SuperWeight
+from dynquant.recipes.sizes import fixed_safetensors_bytes, safetensors_bytes_at_most
 from dynquant.session import SILENT, Session
 
 _NAMED_STATISTICS = 1024
@@ -40,7 +47,7 @@ class Chooser:
         coupled = _coupled(target, table, session)
         self._rules = {flag: rules_of(supers, stats.stats, floors=flag, coupled=coupled) for flag in (True, False)}
         self.memory = memory
-        self._reasons: dict[tuple[tuple[str, str], ...], dict[str, tuple[str, str]]] = {}
+        self._reasons: dict[tuple[tuple[str, str], ...], dict[str, Choice]] = {}
 
     def allowed(self, table: ErrorTable) -> ErrorTable:
         """The rows of the candidate types that were asked for."""
@@ -49,9 +56,9 @@ class Chooser:
     def __call__(self, table: ErrorTable, *, floors: bool = True, file_bytes: int | None = None) -> dict[str, str]:
         allowed = self.allowed(table)
         rules = self._rules[floors and self._target.floors]
-        found = plan_types(allowed, self._budget(allowed, rules, file_bytes), rules, fixed_bytes=self._fixed)
-        types = {name: type_name for name, (type_name, _) in found.items()}
-        self._reasons[tuple(sorted(types.items()))] = found
+        choices = plan_types(allowed, self._budget(allowed, rules, file_bytes), rules, fixed_bytes=self._fixed)
+        types = {name: choice.type for name, choice in choices.items()}
+        self._reasons[tuple(sorted(types.items()))] = choices
         return types
 
     def _budget(self, table: ErrorTable, rules: Rules, wanted: int | None) -> int | None:
@@ -63,7 +70,7 @@ class Chooser:
             return self.memory.file_budget(*size_range(table, rules, fixed_bytes=self._fixed))
         return self._target.budget(self._model.num_weights)
 
-    def explained(self, types: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    def explained(self, types: Mapping[str, str]) -> dict[str, Choice]:
         """Types that were chosen before, with their reasons."""
         return self._reasons[tuple(sorted(types.items()))]
 
@@ -135,3 +142,62 @@ def rules_of(
         super_weights={found.name: f"holds the super weight [{found.row},{found.col}]" for found in supers},
         coupled=coupled,
     )
+
+
+@dataclass(frozen=True)
+class SchemeChooser:
+    """Schemes of the linear layers of a checkpoint, out of those named in `schemes`.
+
+    Layers that vLLM fuses are coupled, there are no floors, and sizes are those of safetensors with their headers.
+    """
+
+    checkpoint: LinearCheckpoint
+    schemes: Sequence[str]
+    mixed_experts: bool = False
+
+    @cached_property
+    def candidates(self) -> dict[str, list[Scheme]]:
+        """The schemes that each linear layer may have, by its name."""
+        return self.checkpoint.candidates(self.schemes, mixed_experts=self.mixed_experts)
+
+    @cached_property
+    def rules(self) -> Rules:
+        units = self.checkpoint.units(mixed_experts=self.mixed_experts).values()
+        return Rules(
+            floors=False, coupled=tuple(tuple(linear.name for linear in unit) for unit in units), target="vllm"
+        )
+
+    @cached_property
+    def sizes(self) -> dict[str, object]:
+        """Sizes of the files, as keywords of the planner's functions."""
+        stored = {
+            (linear.name, scheme.name): safetensors_bytes_at_most(linear.stored_as(scheme))
+            for linear in self.checkpoint.linears
+            for scheme in self.candidates[linear.name]
+        }
+
+        def stored_bytes(row: ErrorRow) -> int:
+            return stored[row.name, row.type]
+
+        return {"fixed_bytes": fixed_safetensors_bytes(self.checkpoint), "stored_bytes": stored_bytes}
+
+    def check_budget(self, model: Model, budget: int) -> None:
+        """Refuse a budget that `choose` would refuse, before anything is measured.
+
+        Raises:
+            PlanError: as `choose`.
+        """
+        table = unmeasured_scheme_table(model, self.checkpoint, self.candidates)
+        check_budget_range(budget, *size_range(table, self.rules, **self.sizes), "vllm")
+
+    def choose(self, table: ErrorTable, budget: int | None) -> dict[str, Choice]:
+        """Return scheme and reason of every linear layer for files of at most `budget` bytes.
+
+        Without a budget, the smallest checkpoint gets `planner.HEADROOM` more.
+
+        Raises:
+            PlanError: the budget is below the smallest possible size; the range is named.
+        """
+        allowed = {(name, scheme.name) for name, schemes in self.candidates.items() for scheme in schemes}
+        rows = table.with_rows(row for row in table.rows if (row.name, row.type) in allowed)
+        return plan_types(rows, budget, self.rules, **self.sizes)

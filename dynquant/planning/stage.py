@@ -7,32 +7,34 @@ from functools import partial
 from pathlib import Path
 
 from dynquant.analysis.errors.options import DEFAULT_TYPES, TableOptions
-from dynquant.analysis.errors.stage import error_table
+from dynquant.analysis.errors.stage import error_table, scheme_table
 from dynquant.analysis.errors.table import ErrorTable
 from dynquant.analysis.outliers.token_errors import write_token_errors
 from dynquant.analysis.sensitivity.stage import run_probe
-from dynquant.calibration.options import CalibrationOptions
 from dynquant.calibration.stage import StatsFile, statistics_in, streaming_limit
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import Role
 from dynquant.checkpoints.vision_names import VISION, part_of
 from dynquant.encoding.store import EncodedStore
 from dynquant.errors import CheckpointError, PlanError
-from dynquant.families.open import open_and_announce
+from dynquant.families.linear_layers import linear_checkpoint
+from dynquant.families.open import open_and_announce, open_language_model
 from dynquant.formats.quant_types import quant_type
-from dynquant.planning.chooser import Chooser, check_budget
+from dynquant.formats.storage_format import Choice
+from dynquant.formats.vllm_schemes import SCHEMES, vllm_scheme
+from dynquant.planning.chooser import Chooser, SchemeChooser, check_budget
 from dynquant.planning.options import UNIT_KL, PlanOptions, SearchOptions
 from dynquant.planning.planner import FLOOR_PRICE
-from dynquant.planning.schemes import plan_schemes
 from dynquant.planning.search import encoded_store, search_plans
 from dynquant.planning.selection import Selection
 from dynquant.planning.target import Target
 from dynquant.planning.vision_modules import ModuleChoice, held_to, module_choices
-from dynquant.recipes.build_plan import plan_from_types
+from dynquant.recipes.build_plan import plan_for_vllm, plan_from_types, uniform_schemes
 from dynquant.recipes.command_line import recipe_types
 from dynquant.recipes.folder import (
     ERRORS_NAME,
     PLAN_NAME,
+    SCHEME_ERRORS_NAME,
     SELECTION_NAME,
     STATS_NAME,
     SUPER_NAME,
@@ -58,7 +60,7 @@ def make_plan(options: PlanOptions, session: Session = SILENT) -> Plan:
         plan = _plan_types(options, session)
     else:
         _check_vllm(options)
-        plan = plan_schemes(options, session)
+        plan = _plan_schemes(options, session)
     plan.save(options.output / PLAN_NAME)
     return plan
 
@@ -74,7 +76,7 @@ def _plan_types(options: PlanOptions, session: Session) -> Plan:
         _check_runs_whole(model, options, session)
     store = encoded_store(model, stats, folder, options.encoder, session) if search is not None else None
     table = error_table(model, stats, folder / ERRORS_NAME, _table_options(options, types, store), session, store)
-    supers, table = _probe(model, table, options.calibration, folder, session)
+    supers, table = _probe(model, table, options, session)
     write_token_errors(model, options.stats or stats.path, folder, types, options.encoder, session)
     chooser = Chooser(model, target, stats, table, supers, target.memory(model), session)
     selection = None
@@ -91,17 +93,48 @@ def _plan_types(options: PlanOptions, session: Session) -> Plan:
     plan = plan_from_types(
         model,
         chosen,
-        errors_hash=file_hash(folder / ERRORS_NAME),
-        candidates=table.types,
         weighted_errors={(row.name, row.type): row.weighted_error for row in table.rows},
         exact=target.preset is None,
         **chooser.context,
     )
-    if fixed_types is None:
-        plan = plan.model_copy(update=_promise(table, {name: kind for name, (kind, _) in chosen.items()}, selection))
+    promise = _promise(table, chosen, selection) if fixed_types is None else {}
+    errors_hash = file_hash(folder / ERRORS_NAME)
+    plan = plan.model_copy(update={"types": table.types, "errors_hash": errors_hash, **promise})
     if chooser.memory is not None:
         session.note(chooser.memory.describe(plan.predicted_bytes))
     return plan
+
+
+def _plan_schemes(options: PlanOptions, session: Session) -> Plan:
+    """Choose a scheme for every linear layer; return the plan, and leave the table of their errors in the folder."""
+    target = options.target
+    schemes = tuple(vllm_scheme(name).name for name in target.types or SCHEMES)
+    model = open_language_model(str(options.model), session)
+    checkpoint = linear_checkpoint(model)
+    chooser = SchemeChooser(checkpoint, schemes, target.mixed_experts)
+    uniform = uniform_schemes(target.preset, checkpoint) if target.preset else None
+    budget = target.budget(model.num_weights)
+    if budget is not None:
+        chooser.check_budget(model, budget)
+    stats = statistics_in(options.output, model, options.calibration, session, stats_path=options.stats)
+    if uniform is not None:
+        return plan_for_vllm(model, checkpoint, uniform, recipe=target.recipe, stats_hash=stats.hash)
+    path = options.output / SCHEME_ERRORS_NAME
+    table = scheme_table(model, checkpoint, stats, path, session)
+    if not table.sensitivity:
+        _, table = _with_probe(model, table, path, options, session, finds_super_weights=False)
+    chosen = chooser.choose(table, budget)
+    plan = plan_for_vllm(
+        model,
+        checkpoint,
+        chosen,
+        recipe=target.recipe,
+        mixed_experts=target.mixed_experts,
+        stats_hash=stats.hash,
+        weighted_errors={(row.name, row.type): row.weighted_error for row in table.rows},
+    )
+    promise = _promise(table, chosen, None)
+    return plan.model_copy(update={"types": schemes, "errors_hash": file_hash(path), **promise})
 
 
 def _check_vllm(options: PlanOptions) -> None:
@@ -169,7 +202,7 @@ def _checked_statistics(
     return stats
 
 
-def _with_modules(chooser: Chooser, table: ErrorTable, wanted: str, session: Session) -> dict[str, tuple[str, str]]:
+def _with_modules(chooser: Chooser, table: ErrorTable, wanted: str, session: Session) -> dict[str, Choice]:
     """Types and reasons after a decision for vision tower and projector as wholes, the highest that the budget holds.
 
     With measured sensitivities, what `auto` decides may raise the predicted KL no more than floors may.
@@ -198,16 +231,18 @@ def _with_modules(chooser: Chooser, table: ErrorTable, wanted: str, session: Ses
 
 def _explained_modules(
     chooser: Chooser, types: Mapping[str, str], choices: tuple[ModuleChoice, ...], session: Session
-) -> dict[str, tuple[str, str]]:
+) -> dict[str, Choice]:
     """Types and reasons of a plan; what was decided for a whole module is the reason of its tensors, and is told."""
     for choice in choices:
         session.note(choice.reason)
     reasons = {choice.part: choice.reason for choice in choices if choice.level != "lower"}
-    found = chooser.explained(types)
-    return {name: (type_name, reasons.get(part_of(name), reason)) for name, (type_name, reason) in found.items()}
+    return {
+        name: Choice(choice.type, reasons.get(part_of(name), choice.reason))
+        for name, choice in chooser.explained(types).items()
+    }
 
 
-def _promise(table: ErrorTable, types: Mapping[str, str], selection: Selection | None) -> dict[str, object]:
+def _promise(table: ErrorTable, choices: Mapping[str, Choice], selection: Selection | None) -> dict[str, object]:
     """Return what a plan states about itself: its objective, the KL that was predicted, and the one that was
     measured."""
     if selection is not None:
@@ -216,8 +251,7 @@ def _promise(table: ErrorTable, types: Mapping[str, str], selection: Selection |
         if selection.fit is not None and winner.method != UNIT_KL:
             predicted, error = selection.fit.predicted(predicted)
     else:
-        rows = [row for name, wanted in types.items() if (row := table.row(name, wanted)) is not None]
-        total = table.total(rows)
+        total = table.total(row for name, choice in choices.items() if (row := table.row(name, choice.type)))
         predicted, error, measured = total.kl, total.se, None
     return {
         "objective": table.cost_name,
@@ -258,7 +292,7 @@ def plan_from_config(directory: Path, target: Target, session: Session = SILENT)
         return sized(open_config(directory, whole_kv_b=True))
 
 
-def _fixed_types(target: Target, model: Model) -> dict[str, tuple[str, str]] | None:
+def _fixed_types(target: Target, model: Model) -> dict[str, Choice] | None:
     """Types that need no measurement, or None when the planner chooses."""
     if target.preset:
         return preset_types(target.preset, model)
@@ -267,7 +301,7 @@ def _fixed_types(target: Target, model: Model) -> dict[str, tuple[str, str]] | N
     return None if target.patterns is None else recipe_types(target.patterns, model)
 
 
-def _candidates(target: Target, preset: dict[str, tuple[str, str]] | None) -> tuple[str, ...]:
+def _candidates(target: Target, preset: dict[str, Choice] | None) -> tuple[str, ...]:
     wanted = tuple(quant_type(name).name for name in target.types) if target.types else DEFAULT_TYPES
     of_preset = dict.fromkeys(name for name, _ in (preset or {}).values())
     return tuple(dict.fromkeys((*wanted, *of_preset)))
@@ -280,23 +314,39 @@ def _known_types(directory: Path, types: Sequence[str]) -> tuple[str, ...]:
 
 
 def _probe(
-    model: Model, table: ErrorTable, options: CalibrationOptions, directory: Path, session: Session
+    model: Model, table: ErrorTable, options: PlanOptions, session: Session
 ) -> tuple[list[SuperWeight], ErrorTable]:
     """Measure what needs the running model: super weights, and the sensitivity of the output to every tensor.
 
     Both are kept in the directory. A model that transformers cannot run (a GGUF with imported statistics) has neither;
     the plan then counts every tensor's relative error alike, and says so.
     """
-    path = directory / SUPER_NAME
-    fresh = path.is_file() and path.stat().st_mtime >= (directory / STATS_NAME).stat().st_mtime
+    path = options.output / SUPER_NAME
+    fresh = path.is_file() and path.stat().st_mtime >= (options.output / STATS_NAME).stat().st_mtime
     if fresh and table.sensitivity:
         return load_super_weights(path), table
-    try:
-        probe = run_probe(model, options, directory, session)
-    except CheckpointError as error:
-        session.note(f"no super weights and no sensitivities: {error}")
+    supers, table = _with_probe(model, table, options.output / ERRORS_NAME, options, session)
+    if supers is None:
         return [], table
+    write_atomically(path, json.dumps([weight.model_dump() for weight in supers], indent=1) + "\n")
+    return supers, table
+
+
+def _with_probe(
+    model: Model,
+    table: ErrorTable,
+    path: Path,
+    options: PlanOptions,
+    session: Session,
+    *,
+    finds_super_weights: bool = True,
+) -> tuple[list[SuperWeight] | None, ErrorTable]:
+    """Return super weights, None where the model cannot be run, and the table with sensitivities, kept at `path`."""
+    try:
+        probe = run_probe(model, options.calibration, options.output, session, finds_super_weights=finds_super_weights)
+    except CheckpointError as error:
+        session.note(f"no super weights and no sensitivities, every tensor's relative error counts alike: {error}")
+        return None, table
     table = table.with_sensitivity(probe.sensitivity, probe.sensitivity_se)
-    table.save(directory / ERRORS_NAME)
-    write_atomically(path, json.dumps([one.model_dump() for one in probe.super_weights], indent=1) + "\n")
+    table.save(path)
     return probe.super_weights, table

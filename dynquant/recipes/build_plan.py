@@ -30,8 +30,6 @@ def plan_from_types(
     recipe: str,
     stats: CalibrationStats | None = None,
     stats_hash: str | None = None,
-    errors_hash: str | None = None,
-    candidates: tuple[str, ...] = (),
     weighted_errors: Mapping[tuple[str, str], float] | None = None,
     exact: bool = False,
 ) -> Plan:
@@ -44,8 +42,6 @@ def plan_from_types(
         recipe: What was asked for, as `preset r1-iq1_s`.
         stats: The statistics that the export will use; they are named in the file and so count in its size.
         stats_hash: SHA-256 of stats.safetensors; given exactly when `stats` is.
-        errors_hash: SHA-256 of errors.json, if the types come from it.
-        candidates: The types that the planner could choose from.
         weighted_errors: (GGUF name, type) -> importance-weighted relative squared error.
         exact: Take another type than F32 also for the tensors of `stays_f32`, as a plan like another file must.
 
@@ -66,9 +62,7 @@ def plan_from_types(
         arch=model.arch,
         fingerprint=model.fingerprint,
         stats_hash=stats_hash,
-        errors_hash=errors_hash,
         recipe=recipe,
-        types=candidates,
         predicted_bytes=gguf_bytes(model, [_spec(entry) for entry in entries], recipe, stats, stats_hash),
         entries=entries,
     )

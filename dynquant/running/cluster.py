@@ -136,10 +136,10 @@ class RayPool:
             has = node["Resources"] if node["Alive"] else {}
             count += min(int(has.get(name, 0) // amount) for name, amount in asked.items() if amount)
         if not count:
-            wanted = ", ".join(f"{amount:,} {name}" for name, amount in asked.items() if amount)
+            resources = ", ".join(f"{amount:,} {name}" for name, amount in asked.items() if amount)
             raise ClusterError(
-                f"No node of the Ray cluster has {wanted} for a task. Give smaller --threads or --max-memory, another "
-                "--device, or add a node that has."
+                f"No node of the Ray cluster has {resources} for a task. Give smaller --threads or --max-memory, "
+                "another --device, or add a node that has."
             )
         return count
 

@@ -44,17 +44,17 @@ def expert_modules(hf_model: nn.Module) -> dict[str, nn.Module]:
     Raises:
         StatsError: the model has experts that transformers does not dispatch through its experts interface.
     """
-    found = {}
+    experts = {}
     for name, module in hf_model.named_modules():
         if hasattr(module, "is_transposed") and hasattr(module, "has_gate"):
-            found[name] = module
+            experts[name] = module
         elif _is_unsupported_experts(name, module):
             raise StatsError(
                 f"{name} is a {type(module).__name__}, which transformers does not run through its experts interface, "
                 "so the inputs of single experts cannot be seen. Measure an importance matrix with llama-imatrix and "
                 "import it with `dynquant calibrate MODEL --imatrix FILE`."
             )
-    return found
+    return experts
 
 
 def _is_unsupported_experts(name: str, module: nn.Module) -> bool:

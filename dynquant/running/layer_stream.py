@@ -210,16 +210,16 @@ class LayerStream:
                 future.exception()
 
     def _read(self, stage: _Stage) -> dict[str, tuple[StoredValues, ...] | None]:
-        found: dict[str, tuple[StoredValues, ...] | None] = {name: (self._weights.load(name),) for name in stage.dense}
+        stored: dict[str, tuple[StoredValues, ...] | None] = {name: (self._weights.load(name),) for name in stage.dense}
         for name in stage.stacks:
-            found[name] = self._weights.stack(name) if self.keeps_experts else None
-        return found
+            stored[name] = self._weights.stack(name) if self.keeps_experts else None
+        return stored
 
     def _install(self, stage: _Stage, stored: dict[str, tuple[StoredValues, ...] | None]) -> None:
         for name, (owner, attribute) in stage.stacks.items():
             kept = stored.pop(name)
             if kept is not None:
-                kept = tuple(one.moved(self.device) for one in kept)
+                kept = tuple(part.moved(self.device) for part in kept)
             shape = self._weights.stacks[name].shape
             read = partial(self._weights.expert, name)
             experts = StoredExperts(shape, self.dtype, self.device, read, self._scratch, kept)
@@ -270,15 +270,15 @@ def decoder_layers(hf_model: nn.Module) -> nn.ModuleList:
     Raises:
         StatsError: there is none.
     """
-    wanted = hf_model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr]
-    found = [
+    num_layers = hf_model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr]
+    candidates = [
         module
         for module in hf_model.modules()
-        if isinstance(module, nn.ModuleList) and len(module) == wanted and any(True for _ in module[0].parameters())
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers and any(True for _ in module[0].parameters())
     ]
-    if not found:
+    if not candidates:
         raise StatsError(
-            f"{type(hf_model).__name__} has no list of {wanted} decoder layers, so they cannot be measured one by one. "
-            "Plan with --sensitivity closed-form."
+            f"{type(hf_model).__name__} has no list of {num_layers} decoder layers, so they cannot be measured one by "
+            "one. Plan with --sensitivity closed-form."
         )
-    return max(found, key=lambda layers: sum(parameter.numel() for parameter in layers.parameters()))
+    return max(candidates, key=lambda layers: sum(parameter.numel() for parameter in layers.parameters()))

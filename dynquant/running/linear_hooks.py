@@ -29,13 +29,13 @@ LinearObserver = Callable[[str, torch.Tensor, torch.Tensor | None], None]
 
 def linear_names(hf_model: nn.Module, arch: str, n_layer: int) -> dict[str, nn.Linear]:
     """GGUF weight name -> linear layer, for every linear layer in gguf-py's map of the architecture."""
-    found = {}
+    linears = {}
     for module_name, module in hf_model.named_modules():
         if isinstance(module, nn.Linear):
             name = gguf_name_of(f"{module_name}.weight", arch, n_layer)
             if name is not None:
-                found[name] = module
-    return found
+                linears[name] = module
+    return linears
 
 
 class LinearHooks:

@@ -74,7 +74,7 @@ class LiveWeights:
 
 def _stack_places(model: Model, hf_model: nn.Module) -> dict[str, _Place]:
     """Routed experts, which transformers keeps as fused parameters."""
-    known = set(model.source.names())
+    stored_names = set(model.source.names())
     places = {}
     for module_name, module in expert_modules(hf_model).items():
         if module.is_transposed or not module.has_gate:
@@ -86,7 +86,7 @@ def _stack_places(model: Model, hf_model: nn.Module) -> dict[str, _Place]:
             ("down_proj", module.down_proj, slice(None)),
         ):
             name = gguf_name_of(f"{module_name}.{part}", model.arch, model.hyper.n_layer)
-            if name in known:
+            if name in stored_names:
                 places[name] = _Place(parameter, rows)
     return places
 
@@ -119,22 +119,24 @@ def _places_of_a_file(model: Model, hf_model: nn.Module) -> dict[str, _Place]:
         CheckpointError: a parameter is not the file's tensor of its name under any known order of rows.
     """
     counts = (model.hyper.n_head, model.hyper.n_head_kv)
-    known = set(model.source.names())
+    stored_names = set(model.source.names())
     places = {}
     for parameter_name, parameter in hf_model.named_parameters():
         name = gguf_name_of(parameter_name, model.arch, model.hyper.n_layer)
-        if name not in known:
+        if name not in stored_names:
             continue
         stored = model.source.load(name).to(parameter.device, parameter.dtype)
         fitting = [interleave_halves(count) for count in counts if len(stored) % (2 * count) == 0]
         transforms = (unchanged, *fitting) if stored.shape == parameter.shape else ()
-        found = next((one for one in transforms if torch.equal(one(parameter.detach()), stored)), None)
-        if found is None:
+        transform = next(
+            (candidate for candidate in transforms if torch.equal(candidate(parameter.detach()), stored)), None
+        )
+        if transform is None:
             raise CheckpointError(
                 f"transformers loads `{name}` of {model.path} in an order that dynquant does not know, so its weights "
                 "cannot be followed into the running model. Give the Hugging Face checkpoint that the file was made of."
             )
-        places[name] = _Place(parameter, transform=found)
+        places[name] = _Place(parameter, transform=transform)
     return places
 
 

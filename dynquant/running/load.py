@@ -40,8 +40,8 @@ def load_hf(model: Model, *, dtype: torch.dtype | None = None, device: str = "cp
     if isinstance(model.source, ConvertedSource) and getattr(model.source.checkpoint, "has_fp8", False):
         return _load_fp8(model, dtype or computing_type(model, device), device)
     auto_class = AutoModelForImageTextToText if model.has_vision else AutoModelForCausalLM
-    wanted = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
-    loaded = _load(auto_class, model, dtype=wanted, use_safetensors=True)
+    stated = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
+    loaded = _load(auto_class, model, dtype=stated, use_safetensors=True)
     count_mapped_files(model.hf_directory.glob("*.safetensors") if model.hf_directory else [model.gguf_file])
     return loaded.to(device).eval()
 

@@ -37,17 +37,17 @@ class Workload:
 
 def free_memory() -> int:
     """Bytes that this process can still take, by the machine's and its control group's count."""
-    found = []
+    limits = []
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
-        found.append(int(lines["MemAvailable"].split()[0]) * 1024)
+        limits.append(int(lines["MemAvailable"].split()[0]) * 1024)
     else:
-        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.is_file() and used.is_file() and (text := limit.read_text().strip()).isdigit():
-        found.append(max(0, int(text) - int(used.read_text())))
-    return min(found)
+        limits.append(max(0, int(text) - int(used.read_text())))
+    return min(limits)
 
 
 def resident_memory() -> int:

@@ -64,12 +64,12 @@ class CheckpointWeights:
 
     def stack(self, name: str) -> tuple[StoredValues, ...]:
         """All experts of a stack, [E, rows, columns] in one piece, or in parts where FP8 scales do not join."""
-        found = self.stacks[name]
-        if found.fused is not None:
-            return (self.source.stored(found.fused),)
-        if self.source.stored(found.parts[0][0]).scale is not None:
-            return tuple(_stacked_fp8([self.source.stored(one) for one in part]) for part in found.parts)
-        return (StoredValues(self._joined(found)),)
+        stack = self.stacks[name]
+        if stack.fused is not None:
+            return (self.source.stored(stack.fused),)
+        if self.source.stored(stack.parts[0][0]).scale is not None:
+            return tuple(_stacked_fp8([self.source.stored(name) for name in part]) for part in stack.parts)
+        return (StoredValues(self._joined(stack)),)
 
     def stored_bytes(self, name: str) -> int:
         """Bytes of a parameter as stored."""
@@ -78,14 +78,14 @@ class CheckpointWeights:
         stack = self.stacks[name]
         if stack.fused is not None:
             return self.source.stored_bytes(stack.fused)
-        return sum(self.source.stored_bytes(one) for part in stack.parts for one in part)
+        return sum(self.source.stored_bytes(name) for part in stack.parts for name in part)
 
     def fill(self, hf_model: nn.Module, dtype: torch.dtype, device: torch.device | str) -> None:
         """Give every parameter and persistent buffer of a model on the meta device its values."""
         exact: Any = hf_model._get_dtype_plan(dtype)  # type: ignore[operator]
         for name in self.names:
-            wanted = torch.float32 if any(pattern in name for pattern in exact) else dtype
-            put(hf_model, name, self.load(name).to(wanted).to(device))
+            exact_type = torch.float32 if any(pattern in name for pattern in exact) else dtype
+            put(hf_model, name, self.load(name).to(exact_type).to(device))
         for name, stack in self.stacks.items():
             values = torch.empty(stack.shape, dtype=dtype, device=device)
             for expert in range(stack.shape[0]):
@@ -121,7 +121,8 @@ class CheckpointWeights:
 
     def _stack_of(self, module_name: str, part: str, shape: tuple[int, ...]) -> ExpertStack:
         names = [
-            gguf_name_of(f"{module_name}.{one}", self._model.arch, self._model.hyper.n_layer) for one in _PARTS[part]
+            gguf_name_of(f"{module_name}.{projection}", self._model.arch, self._model.hyper.n_layer)
+            for projection in _PARTS[part]
         ]
         if not all(name is not None and name in self._converted.names() for name in names):
             raise self._lacks(f"{module_name}.{part}", shape)
@@ -131,14 +132,14 @@ class CheckpointWeights:
         return ExpertStack(shape, None, stored)
 
     def _place(self, name: str, shape: tuple[int, ...]) -> str:
-        found = name if name in self._known else None
-        if found is None:
+        stored_name = name if name in self._known else None
+        if stored_name is None:
             gguf_name = gguf_name_of(name, self._model.arch, self._model.hyper.n_layer)
             parts = self._converted.checkpoint_names(gguf_name) if gguf_name in self._converted.names() else ()
-            found = parts[0] if len(parts) == 1 else None
-        if found is None or self.source.info(found).shape != shape:
+            stored_name = parts[0] if len(parts) == 1 else None
+        if stored_name is None or self.source.info(stored_name).shape != shape:
             raise self._lacks(name, shape)
-        return found
+        return stored_name
 
     def _lacks(self, name: str, shape: tuple[int, ...]) -> CheckpointError:
         return CheckpointError(
@@ -172,6 +173,6 @@ def put(root: nn.Module, name: str, values: torch.Tensor) -> None:
 
 
 def _stacked_fp8(experts: list[StoredValues]) -> StoredValues:
-    scales = [one.scale for one in experts if one.scale is not None]
-    data = torch.stack([one.data.view(torch.uint8) for one in experts]).view(experts[0].data.dtype)
+    scales = [expert.scale for expert in experts if expert.scale is not None]
+    data = torch.stack([expert.data.view(torch.uint8) for expert in experts]).view(experts[0].data.dtype)
     return StoredValues(data, torch.stack(scales), experts[0].block)

@@ -192,12 +192,12 @@ class ResumableOutput:
                 span = Region(span.file, last.offset, max(last.end, span.end) - last.offset)
             runs.append(span)
         starts = [(run.file, run.offset) for run in runs]
-        found = set()
+        names = set()
         for name, region in self._regions.items():
             place = bisect_right(starts, (region.file, region.offset)) - 1
             if place >= 0 and runs[place].file == region.file and runs[place].end >= region.end:
-                found.add(name)
-        return found
+                names.add(name)
+        return names
 
     def _open_partial(self, index: int) -> BinaryIO:
         path = self._partials[index]

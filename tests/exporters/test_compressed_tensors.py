@@ -21,7 +21,7 @@ from dynquant.families.linear_layers import linear_checkpoint
 from dynquant.families.open import open_model
 from dynquant.formats.storage_format import Choice
 from dynquant.formats.vllm_schemes import SCHEMES
-from dynquant.planning.schemes import SchemeChooser
+from dynquant.planning.chooser import SchemeChooser
 from dynquant.recipes.build_plan import plan_for_vllm
 from dynquant.recipes.plan import Plan
 from tests.helpers.commands import run

@@ -125,9 +125,9 @@ def read_config(directory: Path, known: Collection[str], *, same_as: Mapping[str
             f"{', '.join(sorted(known))}). {WAY_OUT}"
         )
     defaults = _with_defaults(directory, raw, (same_as or {}).get(raw["model_type"]))
-    text, own = defaults.get("text_config"), raw.get("text_config")
+    text, stated = defaults.get("text_config"), raw.get("text_config")
     if isinstance(text, dict):
-        raw, defaults = own if isinstance(own, dict) else {}, text
+        raw, defaults = stated if isinstance(stated, dict) else {}, text
     return Config(path, {**raw, **defaults}, raw)
 
 

@@ -88,13 +88,13 @@ def write_attention_factor(config: Config, writer: gguf.GGUFWriter, parameters: 
         return
     factor = yarn_factor(config, parameters)
     mscale, mscale_all = parameters.get("mscale"), parameters.get("mscale_all_dim")
-    wanted = yarn_magnitude(factor)
+    magnitude = yarn_magnitude(factor)
     if parameters.get("attention_factor") is not None:
-        wanted = _number(config, parameters, "attention_factor")
+        magnitude = _number(config, parameters, "attention_factor")
     elif mscale and mscale_all:
-        wanted = yarn_magnitude(factor, mscale) / yarn_magnitude(factor, mscale_all)  # type: ignore[arg-type]
-    if wanted != yarn_magnitude(factor):
-        writer.add_rope_scaling_attn_factors(wanted / yarn_magnitude(factor))
+        magnitude = yarn_magnitude(factor, mscale) / yarn_magnitude(factor, mscale_all)  # type: ignore[arg-type]
+    if magnitude != yarn_magnitude(factor):
+        writer.add_rope_scaling_attn_factors(magnitude / yarn_magnitude(factor))
 
 
 def _original_context(config: Config, parameters: dict[str, object]) -> int:

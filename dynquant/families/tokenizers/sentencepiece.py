@@ -84,17 +84,17 @@ def _scores_from_merges(merges: list, vocab: dict[str, int], path: Path) -> dict
         ranks.setdefault(left + right, []).append(rank)
     scores: dict[str, float] = {}
     start, end = 0, -1
-    for text, own in ranks.items():
+    for text, numbers in ranks.items():
         num_splits = sum(text[:i] in vocab and text[i:] in vocab for i in range(1, len(text)))
-        if num_splits != len(own):
+        if num_splits != len(numbers):
             raise CheckpointError(
-                f"{path}: {text!r} can be split into pieces in {num_splits} ways, but {len(own)} of them are merges. "
-                "llama.cpp's SentencePiece tokenizer merges in all of them and would give other ids. Put "
+                f"{path}: {text!r} can be split into pieces in {num_splits} ways, but {len(numbers)} of them are "
+                "merges. llama.cpp's SentencePiece tokenizer merges in all of them and would give other ids. Put "
                 f"tokenizer.model beside it. {WAY_OUT}"
             )
-        if own[0] > end:
-            start = own[0]
-        end = max(end, own[-1])
+        if numbers[0] > end:
+            start = numbers[0]
+        end = max(end, numbers[-1])
         scores[text] = -float(start)
     return scores
 

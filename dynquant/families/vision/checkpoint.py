@@ -123,7 +123,9 @@ def _conversions(stored: SafetensorsSource, name: str, arch: str, n_layer: int) 
     if len(info.shape) == 5:
         shape = (*info.shape[:2], *info.shape[3:])
         names = [target, *(f"{target}.{frame}" for frame in range(1, info.shape[2]))]
-        return [Conversion(one, (name,), shape, info.dtype, _frame(index)) for index, one in enumerate(names)]
+        return [
+            Conversion(frame_name, (name,), shape, info.dtype, _frame(index)) for index, frame_name in enumerate(names)
+        ]
     if target == "mm.input_projection.weight" and name.endswith("mm_input_projection_weight"):
         return [Conversion(target, (name,), info.shape[::-1], info.dtype, torch.t)]
     if not info.shape:

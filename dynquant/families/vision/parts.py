@@ -41,16 +41,16 @@ def open_language_part(directory: Path, config: Config, stored: SafetensorsSourc
     values = {**text, "tie_word_embeddings": bool(config.get("tie_word_embeddings", False))}
     if kind in _QWEN_VL:
         values["model_type"] = "qwen2"
-    own = Config(config.path, values, values)
+    text_config = Config(config.path, values, values)
     names = {language_name(name): name for name in stored.names() if vision_name(name) is None}
     view = RenamedSource(stored, names)
-    book = ConversionBook(own, view)
+    book = ConversionBook(text_config, view)
     family.add_tensors(book)
     writer = gguf.GGUFWriter(None, family.arch)
     source = ConvertedSource(view, book.finish())
     write_general_keys(writer, directory, source)
-    family.write_keys(own, writer)
-    write_tokenizer(writer, directory, own.integer("vocab_size"))
+    family.write_keys(text_config, writer)
+    write_tokenizer(writer, directory, text_config.integer("vocab_size"))
     model = _model(directory, source, view, writer)
     return ModelPart(model, lambda name: name)
 
@@ -62,7 +62,7 @@ def open_projector_part(directory: Path, config: Config, stored: SafetensorsSour
         CheckpointError: a tower or projector that llama.cpp does not have, or a missing image processor.
     """
     projector = projector_of(config)
-    names = {found: name for name in stored.names() if (found := vision_name(name)) is not None}
+    names = {vision: name for name in stored.names() if (vision := vision_name(name)) is not None}
     embedding = next((name for name in stored.names() if language_name(name) == _EMBEDDING), None)
     rows = {}
     if projector.type == "pixtral" and embedding is not None:
@@ -89,7 +89,7 @@ def _write_qwen2vl_keys(config: Config, writer: gguf.GGUFWriter) -> None:
     write_qwen_keys(config, writer)
     parameters = config.get("rope_parameters")
     sections = parameters.get("mrope_section") if isinstance(parameters, dict) else None
-    if not isinstance(sections, list) or len(sections) != 3 or not all(isinstance(one, int) for one in sections):
+    if not isinstance(sections, list) or len(sections) != 3 or not all(isinstance(part, int) for part in sections):
         config.refuse(f"`mrope_section` is {sections!r}; three parts of a head are needed, for time, height and width")
     writer.add_rope_dimension_sections([*sections, 0])
 
@@ -117,7 +117,9 @@ def _mean_and_std(directory: Path) -> tuple[list[float], list[float]]:
         mean, std = values.get("image_mean"), values.get("image_std")
         if isinstance(mean, list) and isinstance(std, list) and len(mean) == len(std) == 3:
             path = directory / name
-            return [finite(one, "image_mean", path) for one in mean], [finite(one, "image_std", path) for one in std]
+            return [finite(value, "image_mean", path) for value in mean], [
+                finite(value, "image_std", path) for value in std
+            ]
     raise CheckpointError(
         f"{directory} has no preprocessor_config.json or processor_config.json with `image_mean` and `image_std` of "
         "three numbers each, which an mmproj file needs. Copy it from the original checkpoint."

@@ -40,12 +40,12 @@ def projector_of(config: Config) -> Projector:
         CheckpointError: one that llama.cpp does not have.
     """
     tower = _tower(config).model_type
-    found = _PROJECTORS.get((config.model_type, tower)) or _PROJECTORS.get((config.model_type, "*"))
-    if found is None:
+    projector = _PROJECTORS.get((config.model_type, tower)) or _PROJECTORS.get((config.model_type, "*"))
+    if projector is None:
         raise CheckpointError(
             f"llama.cpp has no mmproj for a {config.model_type} model with a vision tower of type {tower!r}."
         )
-    return found
+    return projector
 
 
 def write_projector_keys(config: Config, writer: gguf.GGUFWriter, mean: list[float], std: list[float]) -> None:
