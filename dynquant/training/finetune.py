@@ -50,71 +50,57 @@ def finetune(options: FinetuneOptions, session: Session = SILENT) -> "TrainingRe
         CheckpointError: the model or its tokenizer cannot be loaded.
         WriteError: the output cannot be written.
     """
-    with session.stage(KEPT) as progress:
-        return _finetune(
-            options.packed,
-            options.data,
-            options.output,
-            replace(options.training, seed=session.seed),
-            held_out_share=options.held_out,
-            max_length=options.max_length,
-            tokenizer=options.tokenizer,
-            device=session.device,
-            resume=options.resume,
-            progress=progress,
-        )
-
-
-def _finetune(
-    packed: str,
-    data: Path,
-    output: Path,
-    options: TrainOptions,
-    *,
-    held_out_share: float,
-    max_length: int,
-    tokenizer: str | None,
-    device: str | None,
-    resume: bool,
-    progress: Progress,
-) -> "TrainingReport":
     require_training_packages()
+    training = replace(options.training, seed=session.seed)
+    with session.stage(KEPT) as progress:
+        return _finetune(options, training, chosen_device(session.device), progress)
+
+
+def _finetune(options: FinetuneOptions, training: TrainOptions, device: str, progress: Progress) -> "TrainingReport":
     start = time.perf_counter()
-    device = chosen_device(device)
-    report = progress
-    found = read_training_data(data)
-    train_data, held_data = found.split(held_out_share, seed=options.seed)
-    base = locate_model(packed)
+    examples = read_training_data(options.data)
+    train_data, held_data = examples.split(options.held_out, seed=training.seed)
+    base = locate_model(options.packed)
     check_packed(base)
-    check_context(base, max_length, "--max-length")
+    check_context(base, options.max_length, "--max-length")
 
     from dynquant.lora import round_adapter, save_adapter
     from dynquant.training import run as training_run  # takes seconds, which nobody who mistyped a path should wait for
 
     identity = {
-        "task": "finetune", "base": model_fingerprint(base), "data": found.sha256, "held_out_share": held_out_share,
-        "max_length": max_length, "tokenizer": tokenizer or "the base's", "device": device, **asdict(options),
+        "task": "finetune", "base": model_fingerprint(base), "data": examples.sha256,
+        "held_out_share": options.held_out, "max_length": options.max_length,
+        "tokenizer": options.tokenizer or "the base's", "device": device, **asdict(training),
     }  # fmt: skip
-    run = training_run.RunDirectory(output, identity, resume=resume)
-    encoder, notes = _with_chat_template(open_tokenizer(locate_model(tokenizer) if tokenizer else base), found)
+    run = training_run.RunDirectory(options.output, identity, resume=options.resume)
+    tokenizer = open_tokenizer(locate_model(options.tokenizer) if options.tokenizer else base)
+    encoder, notes = _with_chat_template(tokenizer, examples)
     trainer = _trainer(
-        base, encoder, (train_data, held_data), options, run, max_length=max_length, device=device, progress=report
+        base,
+        encoder,
+        (train_data, held_data),
+        training,
+        run,
+        max_length=options.max_length,
+        device=device,
+        progress=progress,
     )
-    notes += _left_out(trainer, found, len(train_data.rows), len(held_data.rows), max_length)
+    notes += _left_out(trainer, examples, len(train_data.rows), len(held_data.rows), options.max_length)
     best = training_run.train(trainer, run)
-    round_adapter(trainer.model, options.stored_dtype)
+    round_adapter(trainer.model, training.stored_dtype)
     result = training_run.TrainingReport(
         task="finetune", base=base.name, identity=run.identity,
-        options=asdict(options) | {"data": found.name, "held_out_share": held_out_share, "max_length": max_length},
+        options=asdict(training)
+        | {"data": examples.name, "held_out_share": options.held_out, "max_length": options.max_length},
         trained_examples=len(trainer.train_dataset), held_out_examples=len(trainer.eval_dataset),
         steps=trainer.state.global_step, best_step=best,
         history=training_run.loss_history(trainer.state.log_history),
-        changes=measure_adapter(trainer.model, trainer.get_eval_dataloader(), report), notes=notes,
+        changes=measure_adapter(trainer.model, trainer.get_eval_dataloader(), progress), notes=notes,
         seconds=round(time.perf_counter() - start, 1),
     )  # fmt: skip
 
     def write(directory: Path) -> None:
-        save_adapter(trainer.model, directory, options.stored_dtype)
+        save_adapter(trainer.model, directory, training.stored_dtype)
         encoder.save_pretrained(str(directory))
         training_run.write_report(directory, result, measure="loss (nats per token)")
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from dynquant.errors import DataError, TrainingError
+from dynquant.errors import DataError
 from dynquant.evaluation.distributions import NUM_TAIL
 from dynquant.evaluation.evaluate import common_columns, evaluate
 from dynquant.evaluation.options import EvalOptions, QuestionOptions
@@ -40,15 +40,13 @@ from dynquant.training.base import (
     open_with_adapter,
     require_training_packages,
 )
-from dynquant.training.options import KEPT, RESIDUAL, ZERO, HealData, HealOptions, TrainOptions
+from dynquant.training.options import KEPT, RESIDUAL, HealData, HealOptions, TrainOptions
 
 if TYPE_CHECKING:
     from dynquant.evaluation.reference_cache import TeacherWindows
     from dynquant.training.run import Change, RunDirectory, TrainingReport
 
 HELD_OUT_NAME = "held_out.txt"
-_BLEND = {RESIDUAL: 0.5, ZERO: 1.0}
-"""Share of the way from the start that the adapter goes: the start at the residual knows what training forgets."""
 _HELD_OUT_SHARE = 0.1
 _CHECK_WINDOWS = 16
 """Held-out windows that are run at every check; 8,192 tokens, as `eval` takes by default."""
@@ -65,56 +63,26 @@ def heal(options: HealOptions, session: Session = SILENT) -> "TrainingReport":
         CheckpointError, EvaluationError: a model cannot be loaded, or the two cannot be compared.
         WriteError: the output cannot be written.
     """
-    with session.stage(KEPT) as progress:
-        return _heal(
-            options.packed,
-            options.reference,
-            options.output,
-            options.data,
-            replace(options.training, seed=session.seed),
-            start=options.start,
-            blend=options.blend,
-            device=session.device,
-            resume=options.resume,
-            progress=progress,
-        )
-
-
-def _heal(
-    packed: str,
-    reference: str,
-    output: Path,
-    data: HealData,
-    options: TrainOptions,
-    *,
-    start: str,
-    blend: float | None,
-    device: str | None,
-    resume: bool,
-    progress: Progress,
-) -> "TrainingReport":
     require_training_packages()
-    if start not in (RESIDUAL, ZERO):
-        raise TrainingError(f"There is no start {start!r} of an adapter; give {RESIDUAL} or {ZERO}.")
-    share = _BLEND[start] if blend is None else blend
-    if not 0 <= share <= 1:
-        raise TrainingError(
-            f"A blend of {share} is not between 0, the adapter's start, and 1, what training made of it."
-        )
+    training = replace(options.training, seed=session.seed)
+    with session.stage(KEPT) as progress:
+        return _heal(options, training, chosen_device(session.device), progress)
+
+
+def _heal(options: HealOptions, training: TrainOptions, device: str, progress: Progress) -> "TrainingReport":
     began = time.perf_counter()
-    device = chosen_device(device)
-    report = progress
-    base, original = locate_model(packed), locate_model(reference)
+    data, share = options.data, options.share
+    base, original = locate_model(options.packed), locate_model(options.reference)
     check_packed(base)
     check_context(base, data.window, "--window")
     num_columns, notes = common_columns(
         describe_model(original, runner=TRANSFORMERS), describe_model(base, runner=TRANSFORMERS)
     )
-    text = read_text(data.data, seed=options.seed, max_tokens=data.tokens)
-    cache = data.cache_dir or output.with_name(f"{output.name}.reference")
+    text = read_text(data.data, seed=training.seed, max_tokens=data.tokens)
+    cache = data.cache_dir or options.output.with_name(f"{options.output.name}.reference")
     split = _split(text, original, data, cache)
     if data.sampled_tokens:
-        split = _with_samples(split, original, data, cache, num_columns, device, options.seed, report)
+        split = _with_samples(split, original, data, cache, num_columns, device, training.seed, progress)
 
     from dynquant.training import run as training_run
 
@@ -122,16 +90,16 @@ def _heal(
         "task": "heal", "base": model_fingerprint(base), "reference": model_fingerprint(original),
         "data": text.sha256, "tokens": data.tokens, "sampled_tokens": data.sampled_tokens,
         "windows": sha256(split.train.numpy()).hexdigest(),
-        "start": start, "blend": share, "device": device, **asdict(options),
+        "start": options.start, "blend": share, "device": device, **asdict(training),
     }  # fmt: skip
-    run = training_run.RunDirectory(output, identity, resume=resume)
-    train, held = _teacher(original, split, cache, num_columns, device, report)
-    judge = _Judge(base, original, split.texts, data, cache, device, options.seed, report)
+    run = training_run.RunDirectory(options.output, identity, resume=options.resume)
+    train, held = _teacher(original, split, cache, num_columns, device, progress)
+    judge = _Judge(base, original, split.texts, data, cache, device, training.seed, progress)
     before = judge(None)
     kept = run.checkpoints / "best"
     trained = _train(
-        base, train, held, run, options, kept, num_columns=num_columns, device=device, progress=report,
-        beginning=original if start == RESIDUAL else None, share=share,
+        base, train, held, run, training, kept, num_columns=num_columns, device=device, progress=progress,
+        beginning=original if options.start == RESIDUAL else None, share=share,
     )  # fmt: skip
     changes, gaps, remarks = _compare(before, judge(kept))
     if share < 1:
@@ -140,7 +108,7 @@ def _heal(
         )
     result = training_run.TrainingReport(
         task="heal", base=base.name, identity=run.identity,
-        options=asdict(options) | {"start": start, "blend": share} | _described(data),
+        options=asdict(training) | {"start": options.start, "blend": share} | _described(data),
         trained_examples=len(train), held_out_examples=len(held), **trained,
         changes=changes, gap_closed=gaps, notes=[*notes, *split.notes, *remarks],
         seconds=round(time.perf_counter() - began, 1),

@@ -144,3 +144,18 @@ class HealOptions:
     ] = None
     training: HealTrainOptions = field(default_factory=HealTrainOptions)
     resume: Resume = True
+
+    def __post_init__(self) -> None:
+        if self.start not in (RESIDUAL, ZERO):
+            raise TrainingError(f"There is no start {self.start!r} of an adapter; give {RESIDUAL} or {ZERO}.")
+        if not 0 <= self.share <= 1:
+            raise TrainingError(
+                f"A blend of {self.share} is not between 0, the adapter's start, and 1, what training made of it."
+            )
+
+    @property
+    def share(self) -> float:
+        """Part of the way from the start that the adapter goes: a start at the residual knows what training forgets."""
+        if self.blend is not None:
+            return self.blend
+        return 0.5 if self.start == RESIDUAL else 1.0

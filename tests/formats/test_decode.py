@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from dynquant.encoding.ggml import library_path
 from dynquant.errors import PlanError
 from dynquant.formats import decode, tables
 from dynquant.formats.quant_types import QUANT_TYPES, QuantType
@@ -137,15 +138,9 @@ def test_real_rows_encoded_by_gguf(name: str, real_rows: np.ndarray) -> None:
 
 @pytest.fixture(scope="module")
 def ggml() -> ctypes.CDLL:
-    """The ggml library inside llama-cpp-python, with the two entry points that the test calls."""
-    package = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-    folder = Path(package.__file__).parent
-    found = sorted(
-        p for pattern in ("*ggml-base.so*", "*ggml-base*.dylib", "*ggml-base*.dll") for p in folder.rglob(pattern)
-    )
-    if not found:
-        pytest.skip("this llama-cpp-python has no separate ggml-base library")
-    library = ctypes.CDLL(str(found[0]))
+    """The ggml library with which the encoder has built its search tables; its file is there more than once."""
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    library = ctypes.CDLL(str(library_path()))
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
     library.ggml_quantize_chunk.argtypes = (
         [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p] + [ctypes.c_int64] * 3 + [ctypes.c_void_p]

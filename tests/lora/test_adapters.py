@@ -1,0 +1,210 @@
+"""LoRA on packed models: against stock PEFT on the decoded weights, through training and files."""
+
+import copy
+
+import pytest
+import torch
+
+import dynquant
+from dynquant.errors import AdapterError
+from dynquant.packed.layers import choose_layout
+from tests.helpers.adapters import TOKENS, bytes_of, logits, randomized, train, trainable
+from tests.helpers.tiny_models import mean_kl
+
+peft = pytest.importorskip("peft", reason="peft is not installed")
+from dynquant.lora import add_adapter, load_adapter  # noqa: E402
+
+
+def test_gradients_are_those_of_a_dense_float64_model(model, dense, saved):
+    ours = load_adapter(copy.deepcopy(model), saved, is_trainable=True)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(dense).double(), saved, is_trainable=True).double()
+    losses = []
+    for one in (ours, theirs):
+        losses.append(one(TOKENS, labels=TOKENS).loss)
+        losses[-1].backward()
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
+    expected = trainable(theirs)
+    kinds = set()
+    for name, parameter in trainable(ours).items():
+        want = expected[name].grad
+        error = (parameter.grad.double() - want).norm() / want.norm()
+        assert error < 1e-4, name
+        kinds.add(name.split(".lora_")[0].split("layers.")[1].partition(".")[2])
+    assert trainable(ours).keys() == expected.keys()
+    assert kinds >= {"mlp.experts", "mlp.experts.base_layer", "mlp.shared_experts.up_proj", "mlp.down_proj",
+                     "self_attn.kv_b_proj", "self_attn.q_a_proj"}  # fmt: skip
+
+
+def test_an_adapter_made_here_works_on_the_original_model_and_back(model, dense, saved, tmp_path):
+    ours = load_adapter(copy.deepcopy(model), saved)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(dense), saved)
+    torch.testing.assert_close(logits(ours), logits(theirs), atol=2e-4, rtol=1e-4)
+    assert mean_kl(logits(model)[0], logits(ours)[0]) > 1e-3
+    half = peft.PeftModel.from_pretrained(copy.deepcopy(dense).bfloat16(), saved)
+    assert mean_kl(logits(ours)[0], logits(half)[0]) < 5e-3
+    half.save_pretrained(tmp_path / "again")
+    again = load_adapter(copy.deepcopy(model), tmp_path / "again")
+    first, second = (peft.get_peft_model_state_dict(one) for one in (ours, again))
+    assert all(torch.equal(first[name].bfloat16(), second[name].bfloat16()) for name in first)
+    assert first.keys() == second.keys()
+
+
+def test_targets_of_stock_peft_work_both_ways(model, dense, tmp_path):
+    """Rank-stabilised, another rank for the fused gate and up, and only some targets; made on the dense model."""
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, use_rslora=True, target_modules=["o_proj"], rank_pattern={"experts.gate_up_proj": 8},
+        target_parameters=["experts.gate_up_proj"], init_lora_weights="gaussian",
+    )  # fmt: skip
+    made = randomized(peft.get_peft_model(copy.deepcopy(dense), config))
+    made.save_pretrained(tmp_path)
+    ours = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)
+    torch.testing.assert_close(logits(ours), logits(made), atol=2e-4, rtol=1e-4)
+    again = peft.get_peft_model(copy.deepcopy(model), copy.deepcopy(config))
+    assert trainable(again).keys() == trainable(made).keys()
+
+
+@pytest.mark.parametrize("name", ["tiny", "packed_moe"])
+def test_training_lowers_the_loss_and_leaves_the_base_as_it_is(name, tmp_path, request):
+    torch.manual_seed(0)
+    model = dynquant.load(request.getfixturevalue(name).gguf)
+    base = copy.deepcopy(model)
+    before = bytes_of(base)
+    adapted = add_adapter(base, rank=4, alpha=8)
+    assert all("lora_" in name for name in trainable(adapted))
+    torch.testing.assert_close(logits(adapted), logits(model))  # B is zero
+    losses = train(adapted, 20)
+    assert losses[-1] < losses[0] - 2
+    assert bytes_of(base) == before
+    expected = logits(adapted)
+    adapted.save_pretrained(tmp_path)
+    assert torch.equal(logits(load_adapter(copy.deepcopy(model), tmp_path)), expected)
+    with adapted.disable_adapter():
+        torch.testing.assert_close(logits(adapted), logits(model))
+
+
+def test_checkpointing_gives_the_same_gradients(model, saved):
+    plain, checkpointed = (load_adapter(copy.deepcopy(model), saved, is_trainable=True).train() for _ in range(2))
+    checkpointed.gradient_checkpointing_enable()
+    checkpointed.enable_input_require_grads()
+    for one in (plain, checkpointed):
+        one(TOKENS, labels=TOKENS, use_cache=False).loss.backward()
+    for name, parameter in trainable(plain).items():
+        torch.testing.assert_close(trainable(checkpointed)[name].grad, parameter.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_half_precision_adapters_on_a_half_precision_model(tiny):
+    half = dynquant.load(tiny.gguf, dtype=torch.bfloat16)
+    adapted = add_adapter(half, rank=4, dtype=torch.bfloat16)
+    assert {p.dtype for p in trainable(adapted).values()} == {torch.bfloat16}
+    randomized(adapted)
+    with_float32 = randomized(add_adapter(dynquant.load(tiny.gguf, dtype=torch.bfloat16), rank=4))
+    assert {p.dtype for p in trainable(with_float32).values()} == {torch.float32}
+    for one in (adapted, with_float32):
+        loss = one(TOKENS, labels=TOKENS).loss
+        loss.backward()
+        assert all(p.grad.isfinite().all() for p in trainable(one).values())
+    with torch.autocast("cpu", torch.bfloat16):
+        train(with_float32, 1)
+    assert logits(adapted).isfinite().all()
+
+
+def planar(tiny, dtype: torch.dtype):
+    """The packed model on the GPU, its bytes in the layout of the kernels."""
+    base = dynquant.load(tiny.gguf, dtype=dtype).cuda()
+    choose_layout(base)
+    return base
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dtype", "bound"),
+    [(torch.float32, 1e-3), (torch.bfloat16, 0.3)],  # these random weights amplify rounding: 0.1 on a CPU in bfloat16
+)
+def test_gradients_on_a_gpu_are_those_of_the_cpu(tiny, model, saved, cuda, dtype, bound):
+    exact = load_adapter(copy.deepcopy(model), saved, is_trainable=True)
+    exact(TOKENS, labels=TOKENS).loss.backward()
+    adapted = load_adapter(planar(tiny, dtype), saved, is_trainable=True)
+    tokens = TOKENS.cuda()
+    with torch.autocast("cuda", torch.bfloat16, enabled=dtype is torch.bfloat16):
+        adapted(tokens, labels=tokens).loss.backward()
+    for name, parameter in trainable(exact).items():
+        error = (trainable(adapted)[name].grad.cpu() - parameter.grad).norm() / parameter.grad.norm()
+        assert error < bound, name
+
+
+@pytest.mark.gpu
+def test_training_on_a_gpu(tiny, saved, cuda, tmp_path):
+    """bfloat16 products with the packed planes, float32 adapters."""
+    base = planar(tiny, torch.bfloat16)
+    before = bytes_of(base)
+    adapted = load_adapter(base, saved, is_trainable=True)
+    tokens = TOKENS.cuda()
+    with torch.autocast("cuda", torch.bfloat16):
+        losses = train(adapted, 20, tokens=tokens)
+    assert losses[-1] < losses[0] - 2
+    assert bytes_of(base) == before
+    adapted.save_pretrained(tmp_path)
+    again = load_adapter(planar(tiny, torch.bfloat16), tmp_path)
+    assert torch.equal(logits(again, tokens), logits(adapted, tokens))
+
+
+def test_norms_and_routers_are_trained_and_saved_on_request(model, tmp_path):
+    adapted = add_adapter(copy.deepcopy(model), rank=2, train_norms=True, train_router=True)
+    moved = {name for name in trainable(adapted) if "lora_" not in name}
+    assert any("mlp.gate." in name for name in moved) and any("input_layernorm" in name for name in moved)
+    assert all("norm" in name or ".gate." in name for name in moved)
+    before = {name: trainable(adapted)[name].detach().clone() for name in moved}
+    train(adapted, 2)
+    assert all(not torch.equal(trainable(adapted)[name], before[name]) for name in moved)
+    expected = logits(adapted)
+    adapted.save_pretrained(tmp_path)
+    assert torch.equal(logits(load_adapter(copy.deepcopy(model), tmp_path)), expected)
+
+
+def test_two_adapters_live_beside_each_other(model, saved, tmp_path):
+    randomized(add_adapter(copy.deepcopy(model), rank=2), std=0.03).save_pretrained(tmp_path)
+    alone = [logits(load_adapter(copy.deepcopy(model), directory)) for directory in (saved, tmp_path)]
+    both = load_adapter(copy.deepcopy(model), saved)
+    both.load_adapter(tmp_path, "second")
+    torch.testing.assert_close(logits(both), alone[0])
+    both.set_adapter("second")
+    torch.testing.assert_close(logits(both), alone[1])
+
+
+def test_what_cannot_be_adapted_is_refused(model, dense, saved, tmp_path):
+    with pytest.raises(AdapterError, match="no packed weights"):
+        add_adapter(copy.deepcopy(dense))
+    with pytest.raises(AdapterError, match="no linear layer `query_proj`"):
+        add_adapter(copy.deepcopy(model), targets=("query_proj", "o_proj"))
+    with pytest.raises(AdapterError, match="`rank` is 0"):
+        add_adapter(copy.deepcopy(model), rank=0)
+    with pytest.raises(AdapterError, match="use_dora"):
+        peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=["o_proj"], use_dora=True))
+    with pytest.raises(AdapterError, match="pissa"):
+        config = peft.LoraConfig(target_modules=["o_proj"], init_lora_weights="pissa")
+        peft.get_peft_model(copy.deepcopy(model), config)
+    with pytest.raises(AdapterError, match="holds no adapter_config"):
+        load_adapter(copy.deepcopy(model), tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["missing", "extra", "shape", "cut"])
+def test_a_damaged_adapter_is_refused(model, saved, tmp_path, damage):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copy(saved / "adapter_config.json", tmp_path)
+    tensors = load_file(saved / "adapter_model.safetensors")
+    name = next(name for name in tensors if "experts.lora_A" in name)
+    if damage == "missing":
+        del tensors[name]
+    elif damage == "extra":
+        tensors[name.replace("layers.1.", "layers.99.")] = tensors[name].clone()
+    elif damage == "shape":
+        tensors[name] = tensors[name][:, :-1].clone()
+    file = tmp_path / "adapter_model.safetensors"
+    save_file(tensors, file)
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(AdapterError, match="another model"):
+        load_adapter(copy.deepcopy(model), tmp_path)
