@@ -50,6 +50,14 @@ Preset = Annotated[
 EncoderName = Annotated[
     str, Flag("dynquant: loses less at the same bytes. ggml: byte-equal to llama-quantize.", ("--encoder",))
 ]
+MeasuringEncoder = Annotated[
+    str,
+    Flag(
+        "Encoder that errors are measured with. They are those of the bytes that ship where `export` gets the same "
+        "one; its default is dynquant, which loses less at the same bytes. ggml: byte-equal to llama-quantize.",
+        ("--encoder",),
+    ),
+]
 CalibrationText = Annotated[
     str | None,
     Flag("Calibration text: .txt, .jsonl or a datasets id. Default: a small built-in text.", ("--calibration",)),

@@ -58,7 +58,7 @@ class StageCost:
 
 @dataclass(frozen=True)
 class CostOptions:
-    """The request, in the terms of the commands' options."""
+    """The work asked for, in the terms of the commands' options."""
 
     tokens: int = 131_072
     window: int = 512
@@ -203,7 +203,7 @@ class _Costs:
 
 @dataclass(frozen=True)
 class StreamedCost:
-    """Way to run a model within a limit, and the bytes that the process takes at its peak."""
+    """The way in which a model is run within a limit, and the bytes that the process takes at its peak."""
 
     memory_bytes: int
     keeps_experts: bool

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from dynquant.options import BaseGguf, EncoderName, Flag, ModelPath, Ray, Types
+from dynquant.options import BaseGguf, Flag, MeasuringEncoder, ModelPath, Ray, Types
 
 DEFAULT_TYPES = (
     "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "IQ4_XS", "Q5_K", "Q6_K", "Q8_0",
@@ -17,7 +17,7 @@ class TableOptions:
     """Which types are measured (none: `DEFAULT_TYPES`), by which encoder, and where."""
 
     types: Types = ()
-    encoder: EncoderName = "ggml"
+    encoder: MeasuringEncoder = "ggml"
     base_gguf: BaseGguf = None
     ray: Ray = None
 

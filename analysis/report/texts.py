@@ -70,9 +70,10 @@ PLOT_TEXTS = {
     ),
     "selection": PlotText(
         "Candidate plans, measured",
-        "Each marker is a whole plan, rendered from the bytes that would ship and run on text that neither calibration "
-        "nor any price has seen. To the right the planner expected more damage, above there was more; what counts is "
-        "that the order agrees. Prices add up errors to second order, so that at low bits the measured KL is higher.",
+        "Each marker is a whole plan, rendered from the bytes of the table's encoder and run on text that neither "
+        "calibration nor any price has seen. To the right the planner expected more damage, above there was more; "
+        "what counts is that the order agrees. Prices add up errors to second order, so that at low bits the "
+        "measured KL is higher.",
         "a selection (“dynquant plan --select”)",
     ),
     "measured_frontier": PlotText(

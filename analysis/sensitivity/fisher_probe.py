@@ -1,4 +1,4 @@
-"""The Fisher probe: what the KL makes of the very bytes that would ship, tensor by tensor and type by type.
+"""The Fisher probe: what the KL makes of the very bytes of the table's encoder, tensor by tensor and type by type.
 
 To second order KL(original || quantized) = 1/2 dWᵀ F dW, with F the Fisher information of the original. A probe draws a
 token from the model's own distribution at every position of a window; the gradient g of their summed log-probabilities

@@ -85,17 +85,17 @@ def importance(
     Raises:
         StatsError: the statistics are of another shape than the weight, saw no token, or are not finite.
     """
-    found = stats.input_of(weight)
-    if found is None:
+    input_stats = stats.input_of(weight)
+    if input_stats is None:
         return None
     num_slices, channels = (shape[0] if len(shape) == 3 else 1), shape[-1]
-    num_experts, measured_channels = found.in_sum2.shape
+    num_experts, measured_channels = input_stats.in_sum2.shape
     if measured_channels != channels or num_experts not in (1, num_slices):
         raise StatsError(
             f"The statistics of {weight} are for {num_experts} x {measured_channels} inputs, but the weight has shape "
             f"{'x'.join(map(str, shape))}; they belong to another model. Calibrate this one."
         )
-    mean = _shrunk_mean(found, shrink_tokens)
+    mean = _shrunk_mean(input_stats, shrink_tokens)
     if mean is None:
         raise StatsError(f"Calibration saw no token at the input of {weight}; calibrate on a longer text.")
     if not torch.isfinite(mean).all():

@@ -53,9 +53,9 @@ class InputRecorder:
         if self._samples is None:
             shape = (self.num_experts, self._sample_rows, self.num_channels)
             self._samples = torch.zeros(shape, dtype=torch.bfloat16, device=self._device)
-        chosen = torch.arange(take, device=x.device) * x.shape[0] // take
+        picked = torch.arange(take, device=x.device) * x.shape[0] // take
         rows = slice(expert, expert + x.shape[1])
-        self._samples[rows, used : used + take] = x[chosen].transpose(0, 1).to(torch.bfloat16)
+        self._samples[rows, used : used + take] = x[picked].transpose(0, 1).to(torch.bfloat16)
         self._sample_counts[rows] += take
 
     def add_extremes(self, x: torch.Tensor, out: torch.Tensor, positions: torch.Tensor, *, expert: int = 0) -> None:
@@ -66,13 +66,13 @@ class InputRecorder:
     def _add_extreme(self, name: str, values: torch.Tensor, positions: torch.Tensor, expert: int) -> None:
         if name not in self._extremes:
             self._add_extreme_fields(name)
-        kept = self._extremes[name]
+        extreme = self._extremes[name]
         low, high = torch.aminmax(values)
-        if not max(-float(low), float(high)) > abs(float(kept[expert])):
+        if not max(-float(low), float(high)) > abs(float(extreme[expert])):
             return
         place = int(values.abs().argmax())
         token, channel = divmod(place, values.shape[1])
-        kept[expert] = float(values[token, channel])
+        extreme[expert] = float(values[token, channel])
         self._extremes[f"{name}_channel"][expert] = channel
         self._extremes[f"{name}_position"][expert] = int(positions[token])
 
@@ -144,8 +144,8 @@ class MomentRecorder:
     ) -> SecondMoments:
         """The moments of all inputs."""
         sums, weights = self.take()
-        known = {alias: key for alias, key in aliases.items() if key in sums}
-        return SecondMoments(provenance, tokens.to(torch.int32).cpu(), kind, known, sums, weights)
+        shared = {alias: key for alias, key in aliases.items() if key in sums}
+        return SecondMoments(provenance, tokens.to(torch.int32).cpu(), kind, shared, sums, weights)
 
     def take(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Sums, exactly symmetric, and weights of the inputs that were seen since the last call, on the CPU.

@@ -208,22 +208,22 @@ def hessian(
     counts = stats.inputs[key].counts.to(torch.float64)
     if stacked and len(sums) == 1 and len(counts) == shape[0]:
         mean = _with_diagonals(sums, totals, importance(stats, weight, shape, shrink_tokens=shrink_tokens)[experts])
-        known = torch.full((len(mean),), float(counts.sum()))
+        tokens = torch.full((len(mean),), float(counts.sum()))
     elif len(sums) == 1:
-        mean, known = sums / totals.clamp_min(1).to(torch.float32)[:, None, None], counts.sum().reshape(1)
+        mean, tokens = sums / totals.clamp_min(1).to(torch.float32)[:, None, None], counts.sum().reshape(1)
     else:
         mean = _shrunk(sums, totals, counts, moments.layer_mean(key), experts, shrink_tokens)
-        known = counts[experts] + shrink_tokens
-    return _invertible(mean, known, damping)
+        tokens = counts[experts] + shrink_tokens
+    return _invertible(mean, tokens, damping)
 
 
 def _shrunk(
     sums: torch.Tensor, totals: torch.Tensor, counts: torch.Tensor, layer: torch.Tensor, experts: slice, k: float
 ) -> torch.Tensor:
     """(n S_e + k S) / (n + k) with S_e and S the weighted means of an expert and of all."""
-    own = sums[experts] / totals[experts].clamp_min(1e-12).to(torch.float32)[:, None, None]
+    mean = sums[experts] / totals[experts].clamp_min(1e-12).to(torch.float32)[:, None, None]
     share = (counts[experts] / (counts[experts] + max(k, 1e-12))).to(torch.float32)[:, None, None]
-    return share * own + (1 - share) * layer
+    return share * mean + (1 - share) * layer
 
 
 def _with_diagonals(sums: torch.Tensor, totals: torch.Tensor, diagonals: torch.Tensor) -> torch.Tensor:

@@ -181,8 +181,8 @@ class _Run:
             moments_path = path_beside(output)
             parts = self._parts("*.moments.safetensors")
             keys = {key for entry in self._journal.records for key in entry["moments"]}
-            known = {alias: key for alias, key in aliases.items() if key in keys}
-            header = {"provenance": self._provenance.model_dump(), "aliases": known, "kind": self._hessians}
+            shared = {alias: key for alias, key in aliases.items() if key in keys}
+            header = {"provenance": self._provenance.model_dump(), "aliases": shared, "kind": self._hessians}
             merge_tensor_files(moments_path, parts, {"tokens": self._summed.windows.to(torch.int32)}, header)
         stats.save(output)
         pooled = self._moments is not None and self._moments.pools_experts

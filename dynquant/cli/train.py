@@ -42,7 +42,7 @@ def heal(options: HealOptions, session: Annotated[Session, SeedAndDevice]) -> No
     with _without_notices():
         report = run(options, session)
     _print(report, options.output)
-    cache = options.data.cache_dir or options.output.with_name(f"{options.output.name}.reference")
+    cache = options.reference_cache
     console.note(f"the original's distributions are in {cache}, for further runs on the same text; it may be deleted")
 
 

@@ -83,10 +83,10 @@ def evaluate(options: EvalOptions, session: Session = SILENT) -> EvalReport | Pi
         raise EvaluationError(f"There is no runner `{options.runner}`; use one of {', '.join(RUNNERS)}.")
     if options.data is not None:
         return _evaluate_on_pictures(options, options.data, session)
-    kept = "What the original said is kept."
+    loss = "What the original said is kept."
     if options.reference_cache is None:
-        kept = "Nothing is kept without --reference-cache: what the models said so far is lost."
-    with session.stage(kept) as progress:
+        loss = "Nothing is kept without --reference-cache: what the models said so far is lost."
+    with session.stage(loss) as progress:
         return _evaluate_on_text(options, session, progress)
 
 

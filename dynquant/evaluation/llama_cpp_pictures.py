@@ -60,15 +60,15 @@ class MtmdRunner(LlamaCppRunner):
     def answer(self, segments: Sequence[Segment], max_tokens: int, stop: frozenset[int]) -> list[int]:
         """The most probable continuation, up to a token of `stop`, which is left out."""
         rows, position = self._run(segments, spare=max_tokens)
-        found: list[int] = []
-        while len(found) < max_tokens:
+        tokens: list[int] = []
+        while len(tokens) < max_tokens:
             token = int(rows[-1].argmax())
             if token in stop:
                 break
-            found.append(token)
+            tokens.append(token)
             rows = self._decode([(token, position, 0, True)])
             position += 1
-        return found
+        return tokens
 
     def close(self) -> None:
         if getattr(self, "_vision", None):

@@ -78,12 +78,12 @@ def read_training_data(path: Path) -> TrainingData:
     for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
-        found, examples = _examples(line, f"{path.name}, line {number}")
-        form = form or found
-        if found != form:
+        line_form, examples = _examples(line, f"{path.name}, line {number}")
+        form = form or line_form
+        if line_form != form:
             raise DataError(
-                f"{path.name}, line {number} has the field `{found}`, but the lines before it have `{form}`. Use one "
-                "form in a file."
+                f"{path.name}, line {number} has the field `{line_form}`, but the lines before it have `{form}`. "
+                "Use one form in a file."
             )
         rows += examples
         groups += [number] * len(examples)

@@ -126,7 +126,7 @@ def _with_images(
 ) -> tuple[tuple[Mapping[str, Any], ...], tuple[Path, ...]]:
     """Turns with lists of parts; an image that a part names joins `images`, in order."""
     named: list[Path] = []
-    found = []
+    plain_turns = []
     for turn in turns:
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str) or "content" not in turn:
             raise DataError(f"{place}: each entry of `messages` needs `role` and `content`.")
@@ -139,16 +139,16 @@ def _with_images(
             path = next((part[key] for key in ("image", "path", "url") if isinstance(part.get(key), str)), None)
             if kind == "image" and path is not None:
                 named.append(directory / path)
-        found.append({"role": turn["role"], "content": [_plain(part) for part in parts]})
-    holders = sum(part["type"] == "image" for turn in found for part in turn["content"])
-    first = next((turn for turn in found if turn["role"] == "user"), None)
+        plain_turns.append({"role": turn["role"], "content": [_plain(part) for part in parts]})
+    holders = sum(part["type"] == "image" for turn in plain_turns for part in turn["content"])
+    first = next((turn for turn in plain_turns if turn["role"] == "user"), None)
     if not holders and images and first is not None:
         first["content"] = [{"type": "image"}] * len(images) + first["content"]
         holders = len(images)
     images = images or tuple(named)
     if holders != len(images):
         raise DataError(f"{place} has {len(images)} images for {holders} places in `messages`.")
-    return tuple(found), images
+    return tuple(plain_turns), images
 
 
 def _plain(part: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ _ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 @dataclass(frozen=True)
 class AdapterOptions:
-    """Choice of what is adapted, and of how.
+    """Targets of an adapter and its form.
 
     Raises:
         AdapterError: `rank` or `alpha` is not positive.
@@ -54,8 +54,8 @@ class AdapterOptions:
     train_router: bool = False
     """Also train, and save, copies of the routers."""
     llama_cpp: bool = False
-    """True for only those default targets to which llama.cpp applies adapters, so that `export_adapter` can write them
-    all. That leaves out queries, keys and values of DeepSeek's attention, and nothing elsewhere."""
+    """Adapt, of the default targets, only those to which llama.cpp applies adapters, so that `export_adapter` can write
+    them all. That leaves out queries, keys and values of DeepSeek's attention, and nothing elsewhere."""
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.alpha <= 0:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Delta = Callable[[int | None], Tensor]
-"""Sum that adapters add to a weight, or to one slice of a stack, float32."""
+"""The sum that adapters add to a weight, or to one slice of a stack, float32."""
 
 
 @dataclass(frozen=True)
@@ -197,5 +197,5 @@ def _write(part: _Part, packed: Tensor | None) -> None:
 def _record(base: "PreTrainedModel", model: PeftModel) -> None:
     config = getattr(base.config, "quantization_config", None)
     if config is not None:
-        adapter = ", ".join(f"LoRA rank {one.r}, alpha {one.lora_alpha}" for one in model.peft_config.values())
+        adapter = ", ".join(f"LoRA rank {lora.r}, alpha {lora.lora_alpha}" for lora in model.peft_config.values())
         config.provenance = {**config.provenance, "merged_adapter": adapter}

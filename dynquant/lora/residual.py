@@ -24,8 +24,7 @@ from dynquant.packed.places import Place
 from dynquant.session import Progress, ignore_progress
 
 _MORE_COLUMNS, _POWER_ITERATIONS = 16, 4
-"""Settings of the randomized decomposition (Halko et al. 2011): its error beside an exact one is far below that of the
-cut."""
+"""Settings of the randomized decomposition (Halko et al. 2011): its error is far below that of the cut."""
 
 
 @torch.no_grad()
@@ -101,7 +100,7 @@ def _matrices(residuals: _Residuals, path: str, layer: Any) -> Iterator[tuple[Te
 
 
 def _latent(residuals: _Residuals, module: PackedLatentProjection, path: str) -> Tensor:
-    """Return the residual of the whole kv_b_proj, whose key part is stored transposed."""
+    """Return the rows of the whole kv_b_proj, whose key part is stored transposed."""
     k_b, v_b = (residuals.of(module, name, f"{path}.{name}") for name in ("k_b", "v_b"))
     return torch.cat([k_b.transpose(1, 2), v_b], dim=1).flatten(0, 1)
 

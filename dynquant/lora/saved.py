@@ -56,7 +56,7 @@ class SavedAdapter:
 
     @property
     def base_model(self) -> str | None:
-        """Name or path from which PEFT says that the base model was loaded."""
+        """The place where PEFT says that the base model was loaded from."""
         return self.config.get("base_model_name_or_path")
 
     def load(self, key: str) -> Tensor:

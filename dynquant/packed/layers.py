@@ -24,7 +24,7 @@ ExpertsProduct = Callable[[Tensor, Tensor], Tensor]
 
 
 class PackedModule(nn.Module):
-    """Base of packed modules. `types` names the quant type of each weight, `layout` how its bytes lie."""
+    """Base of the packed modules. `types` names the quant type of each weight, `layout` how its bytes lie."""
 
     types: dict[str, str]
     packed_names: tuple[str, ...]

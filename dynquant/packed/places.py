@@ -47,7 +47,7 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 @dataclass(frozen=True)
 class Place:
-    """Place of the GGUF tensor `name` of `shape`: row i of it is row `order[i]` of `key`, plus `shift`."""
+    """The place of the GGUF tensor `name` of `shape`: row i of it is row `order[i]` of `key`, plus `shift`."""
 
     name: str
     key: str

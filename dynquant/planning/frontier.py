@@ -60,10 +60,10 @@ def frontier(
 
 def fixed_recipes(model: Model) -> dict[str, dict[str, str]]:
     """Wanted types of the recipes to show beside the planner's curve; those that do not apply are left out."""
-    found = {}
+    recipes = {}
     for name in FRONTIER_PRESETS:
         try:
-            found[name] = {tensor: wanted for tensor, (wanted, _) in preset_types(name, model).items()}
+            recipes[name] = {tensor: type_name for tensor, (type_name, _) in preset_types(name, model).items()}
         except PlanError:
             continue
-    return found
+    return recipes

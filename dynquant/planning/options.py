@@ -6,7 +6,7 @@ from typing import Annotated
 
 from dynquant.calibration.options import CalibrationOptions
 from dynquant.errors import PlanError
-from dynquant.options import MODEL_HELP, BaseGguf, EncoderName, Flag
+from dynquant.options import MODEL_HELP, BaseGguf, Flag, MeasuringEncoder
 from dynquant.planning.target import Target
 
 CLOSED_FORM, FISHER, UNIT_KL = METHODS = ("closed-form", "fisher-probe", "unit-kl")
@@ -34,8 +34,8 @@ class SearchOptions:
     methods: Annotated[
         tuple[str, ...],
         Flag(
-            "How tensors are priced: closed-form (seconds to minutes), fisher-probe (backward passes against the very "
-            "bytes that would ship; much better at low bits), unit-kl (also steps from the plan, measured end to end). "
+            "How tensors are priced: closed-form (seconds to minutes), fisher-probe (backward passes against the "
+            "bytes of --encoder; much better at low bits), unit-kl (also steps from the plan, measured end to end). "
             "Several: as fisher-probe,unit-kl. Default: closed-form, and fisher-probe with --select.",
             ("--sensitivity",),
         ),
@@ -102,6 +102,6 @@ class PlanOptions:
     target: Target = field(default_factory=Target)
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     stats: Annotated[Path | None, Flag("Use these statistics instead of calibrating.")] = None
-    encoder: EncoderName = "ggml"
+    encoder: MeasuringEncoder = "ggml"
     base_gguf: BaseGguf = None
     search: SearchOptions = field(default_factory=SearchOptions)

@@ -67,7 +67,7 @@ def with_measured_reasons(
     chosen: tuple[ModuleChoice, ...], measured: Mapping[tuple[ModuleChoice, ...], float], where: str
 ) -> tuple[ModuleChoice, ...]:
     """The chosen combination with the lowest KL of each level of each module as the reason."""
-    found = []
+    explained = []
     for choice in chosen:
         best: dict[Level, float] = {}
         for choices, kl in measured.items():
@@ -75,8 +75,8 @@ def with_measured_reasons(
             best[level] = min(kl, best.get(level, kl))
         told = ", ".join(f"{_WITH[level]} {kl:.4g}" for level, kl in best.items())
         reason = f"{_NAMES[choice.part]} {_OUTCOMES[choice.level]}; KL on {where}: {told}"
-        found.append(ModuleChoice(choice.part, choice.level, reason))
-    return tuple(found)
+        explained.append(ModuleChoice(choice.part, choice.level, reason))
+    return tuple(explained)
 
 
 def held_to(table: ErrorTable, choices: tuple[ModuleChoice, ...]) -> ErrorTable:

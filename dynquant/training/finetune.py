@@ -8,7 +8,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,10 +29,8 @@ from dynquant.training.base import (
     open_with_adapter,
     require_training_packages,
 )
-from dynquant.training.options import KEPT, FinetuneOptions, TrainOptions
-
-if TYPE_CHECKING:
-    from dynquant.training.run import Change, RunDirectory, TrainingReport
+from dynquant.training.options import KEPT, FinetuneOptions
+from dynquant.training.run import Change, RunDirectory, TrainingReport, write_report
 
 PLAIN_CHAT = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n\n{% endfor %}"
@@ -41,7 +39,7 @@ PLAIN_CHAT = (
 """For tokenizers without a chat template; saved with the adapter's tokenizer."""
 
 
-def finetune(options: FinetuneOptions, session: Session = SILENT) -> "TrainingReport":
+def finetune(options: FinetuneOptions, session: Session = SILENT) -> TrainingReport:
     """Train the adapter and write it to the output with its tokenizer.
 
     Raises:
@@ -50,125 +48,107 @@ def finetune(options: FinetuneOptions, session: Session = SILENT) -> "TrainingRe
         CheckpointError: the model or its tokenizer cannot be loaded.
         WriteError: the output cannot be written.
     """
+    require_training_packages()
+    began = time.perf_counter()
+    options, device = replace(options, training=replace(options.training, seed=session.seed)), session.device
     with session.stage(KEPT) as progress:
-        return _finetune(
-            options.packed,
-            options.data,
-            options.output,
-            replace(options.training, seed=session.seed),
-            held_out_share=options.held_out,
-            max_length=options.max_length,
-            tokenizer=options.tokenizer,
-            device=session.device,
-            resume=options.resume,
-            progress=progress,
+        device = chosen_device(device)
+        data = read_training_data(options.data)
+        parts = data.split(options.held_out, seed=session.seed)
+        base = locate_model(options.packed)
+        check_packed(base)
+        check_context(base, options.max_length, "--max-length")
+        run = RunDirectory(options.output, _identity(options, base, data, device), resume=options.resume)
+        tokenizer = open_tokenizer(locate_model(options.tokenizer) if options.tokenizer else base)
+        notes = _add_chat_template(tokenizer, data)
+
+        # transformers takes seconds to import, which nobody who mistyped a path should wait for
+        from dynquant.lora import round_adapter, save_adapter
+        from dynquant.training.trainer import train
+
+        trainer = _trainer(options, base, tokenizer, parts, run, device=device, progress=progress)
+        notes += _left_out(trainer, data, [len(part.rows) for part in parts], options.max_length)
+        trained = train(trainer, run)
+        round_adapter(trainer.model, options.training.stored_dtype)
+        report = TrainingReport(
+            task="finetune",
+            base=base.name,
+            identity=run.identity,
+            options=asdict(options.training)
+            | {"data": data.name, "held_out_share": options.held_out, "max_length": options.max_length},
+            trained_examples=len(trainer.train_dataset),
+            held_out_examples=len(trainer.eval_dataset),
+            **trained,
+            changes=measure_adapter(trainer.model, trainer.get_eval_dataloader(), progress),
+            notes=notes,
+            seconds=round(time.perf_counter() - began, 1),
         )
 
+        def write(directory: Path) -> None:
+            save_adapter(trainer.model, directory, options.training.stored_dtype)
+            tokenizer.save_pretrained(str(directory))
+            write_report(directory, report, measure="loss (nats per token)")
 
-def _finetune(
-    packed: str,
-    data: Path,
-    output: Path,
-    options: TrainOptions,
-    *,
-    held_out_share: float,
-    max_length: int,
-    tokenizer: str | None,
-    device: str | None,
-    resume: bool,
-    progress: Progress,
-) -> "TrainingReport":
-    require_training_packages()
-    start = time.perf_counter()
-    device = chosen_device(device)
-    report = progress
-    found = read_training_data(data)
-    train_data, held_data = found.split(held_out_share, seed=options.seed)
-    base = locate_model(packed)
-    check_packed(base)
-    check_context(base, max_length, "--max-length")
+        run.finish(write)
+    return report
 
-    from dynquant.lora import round_adapter, save_adapter
-    from dynquant.training import run as training_run  # takes seconds, which nobody who mistyped a path should wait for
 
-    identity = {
-        "task": "finetune", "base": model_fingerprint(base), "data": found.sha256, "held_out_share": held_out_share,
-        "max_length": max_length, "tokenizer": tokenizer or "the base's", "device": device, **asdict(options),
+def _identity(options: FinetuneOptions, base: Path, data: TrainingData, device: str) -> dict[str, object]:
+    """Return all that decides the result."""
+    return {
+        "task": "finetune", "base": model_fingerprint(base), "data": data.sha256, "held_out_share": options.held_out,
+        "max_length": options.max_length, "tokenizer": options.tokenizer or "the base's", "device": device,
+        **asdict(options.training),
     }  # fmt: skip
-    run = training_run.RunDirectory(output, identity, resume=resume)
-    encoder, notes = _with_chat_template(open_tokenizer(locate_model(tokenizer) if tokenizer else base), found)
-    trainer = _trainer(
-        base, encoder, (train_data, held_data), options, run, max_length=max_length, device=device, progress=report
-    )
-    notes += _left_out(trainer, found, len(train_data.rows), len(held_data.rows), max_length)
-    best = training_run.train(trainer, run)
-    round_adapter(trainer.model, options.stored_dtype)
-    result = training_run.TrainingReport(
-        task="finetune", base=base.name, identity=run.identity,
-        options=asdict(options) | {"data": found.name, "held_out_share": held_out_share, "max_length": max_length},
-        trained_examples=len(trainer.train_dataset), held_out_examples=len(trainer.eval_dataset),
-        steps=trainer.state.global_step, best_step=best,
-        history=training_run.loss_history(trainer.state.log_history),
-        changes=measure_adapter(trainer.model, trainer.get_eval_dataloader(), report), notes=notes,
-        seconds=round(time.perf_counter() - start, 1),
-    )  # fmt: skip
-
-    def write(directory: Path) -> None:
-        save_adapter(trainer.model, directory, options.stored_dtype)
-        encoder.save_pretrained(str(directory))
-        training_run.write_report(directory, result, measure="loss (nats per token)")
-
-    run.finish(write)
-    return result
 
 
 def _trainer(
+    options: FinetuneOptions,
     base: Path,
-    encoder: Any,
-    data: tuple[TrainingData, TrainingData],
-    options: TrainOptions,
-    run: "RunDirectory",
+    tokenizer: Any,
+    parts: tuple[TrainingData, TrainingData],
+    run: RunDirectory,
     *,
-    max_length: int,
     device: str,
     progress: Progress,
 ) -> Any:
-    """TRL's trainer of a fresh adapter on the base."""
+    """Return TRL's trainer of a fresh adapter on the base."""
     from datasets import Dataset, disable_progress_bars
     from trl import SFTConfig, SFTTrainer
 
-    from dynquant.training import run as training_run
+    from dynquant.training.trainer import callbacks, settings_for
     from dynquant.training.trl_head import use_packed_head
 
-    adapted = open_with_adapter(base, options, device=device)
-    num_weights = sum(parameter.numel() for parameter in adapted.parameters())
-    settings = training_run.trainer_settings(
-        options, run.checkpoints, num_examples=len(data[0].rows), num_weights=num_weights, device=device
-    )
+    adapted = open_with_adapter(base, options.training, device=device)
+    settings = settings_for(adapted, options.training, run, num_examples=len(parts[0].rows), device=device)
     disable_progress_bars()
-    train, held = (Dataset.from_list(list(part.rows)) for part in data)
+    train, held = (Dataset.from_list(list(part.rows)) for part in parts)
     trainer = SFTTrainer(
-        adapted, SFTConfig(**settings, max_length=max_length), train_dataset=train, eval_dataset=held,
-        processing_class=encoder,
-        callbacks=training_run.callbacks(options, progress),
+        adapted, SFTConfig(**settings, max_length=options.max_length), train_dataset=train, eval_dataset=held,
+        processing_class=tokenizer, callbacks=callbacks(options.training, progress),
     )  # fmt: skip
     use_packed_head(trainer)
     return trainer
 
 
-def _with_chat_template(tokenizer: Any, data: TrainingData) -> tuple[Any, list[str]]:
+def _add_chat_template(tokenizer: Any, data: TrainingData) -> list[str]:
+    """Give a tokenizer without a chat template a plain one where the data are chats; return a note about it."""
     if data.form != "messages" or tokenizer.chat_template:
-        return tokenizer, []
+        return []
     tokenizer.chat_template = PLAIN_CHAT
-    return tokenizer, [
+    return [
         "The tokenizer has no chat template; turns are written as `role: content`, and the template is saved with the "
         "adapter."
     ]
 
 
-def _left_out(trainer: Any, data: TrainingData, num_train: int, num_held: int, max_length: int) -> list[str]:
-    """TRL leaves out examples whose completion lies wholly beyond `max_length`: say so, or refuse when none is left."""
-    parts = {"training": (trainer.train_dataset, num_train), "held-out": (trainer.eval_dataset, num_held)}
+def _left_out(trainer: Any, data: TrainingData, counts: list[int], max_length: int) -> list[str]:
+    """Say how many examples TRL leaves out, those whose completion lies wholly beyond `max_length`.
+
+    Raises:
+        DataError: none is left.
+    """
+    parts = {"training": (trainer.train_dataset, counts[0]), "held-out": (trainer.eval_dataset, counts[1])}
     notes = []
     for name, (kept, count) in parts.items():
         if not len(kept):
@@ -184,10 +164,8 @@ def _left_out(trainer: Any, data: TrainingData, num_train: int, num_held: int, m
     return notes
 
 
-def measure_adapter(adapted: Any, batches: Any, progress: Progress) -> list["Change"]:
-    """Loss, perplexity and KL from the base over the learned tokens of a TRL trainer's held-out batches."""
-    from dynquant.training.run import Change
-
+def measure_adapter(adapted: Any, batches: Any, progress: Progress) -> list[Change]:
+    """Return loss, perplexity and KL from the base over the learned tokens of a TRL trainer's held-out batches."""
     adapted.eval()
     before, after, moved, lengths = [], [], [], []
     for done, batch in enumerate(batches):

@@ -14,16 +14,16 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from dynquant.errors import DataError, TrainingError
+from dynquant.errors import DataError
 from dynquant.evaluation.distributions import NUM_TAIL
 from dynquant.evaluation.evaluate import common_columns, evaluate
 from dynquant.evaluation.options import EvalOptions, QuestionOptions
-from dynquant.evaluation.reference_cache import model_fingerprint
+from dynquant.evaluation.reference_cache import TeacherWindows, build_teacher_windows, model_fingerprint
 from dynquant.evaluation.report import EvalReport, MultipleChoiceResult
 from dynquant.evaluation.runners import TRANSFORMERS, describe_model, open_encoder, open_runner
 from dynquant.evaluation.statistics import Estimate, bootstrap_ratio, mcnemar_exact, only_one
@@ -40,301 +40,248 @@ from dynquant.training.base import (
     open_with_adapter,
     require_training_packages,
 )
-from dynquant.training.options import KEPT, RESIDUAL, ZERO, HealData, HealOptions, TrainOptions
-
-if TYPE_CHECKING:
-    from dynquant.evaluation.reference_cache import TeacherWindows
-    from dynquant.training.run import Change, RunDirectory, TrainingReport
+from dynquant.training.options import KEPT, RESIDUAL, HealData, HealOptions
+from dynquant.training.run import Change, RunDirectory, TrainingReport, write_report
+from dynquant.training.sampling import sampled_windows
 
 HELD_OUT_NAME = "held_out.txt"
-_BLEND = {RESIDUAL: 0.5, ZERO: 1.0}
-"""Share of the way from the start that the adapter goes: the start at the residual knows what training forgets."""
 _HELD_OUT_SHARE = 0.1
 _CHECK_WINDOWS = 16
 """Held-out windows that are run at every check; 8,192 tokens, as `eval` takes by default."""
 
 
-def heal(options: HealOptions, session: Session = SILENT) -> "TrainingReport":
+def heal(options: HealOptions, session: Session = SILENT) -> TrainingReport:
     """Train the adapter and write it to the output.
 
     Raises:
-        TrainingError: no packed weights, a package of the extra `train` is missing, an unfinished run that differs, or
-            no such start or blend.
+        TrainingError: no packed weights, a package of the extra `train` is missing, or an unfinished run that differs.
         AdapterError: the reference is not the model that was quantized.
         DataError, StatsError: text is missing, or too short.
         CheckpointError, EvaluationError: a model cannot be loaded, or the two cannot be compared.
         WriteError: the output cannot be written.
     """
-    with session.stage(KEPT) as progress:
-        return _heal(
-            options.packed,
-            options.reference,
-            options.output,
-            options.data,
-            replace(options.training, seed=session.seed),
-            start=options.start,
-            blend=options.blend,
-            device=session.device,
-            resume=options.resume,
-            progress=progress,
-        )
-
-
-def _heal(
-    packed: str,
-    reference: str,
-    output: Path,
-    data: HealData,
-    options: TrainOptions,
-    *,
-    start: str,
-    blend: float | None,
-    device: str | None,
-    resume: bool,
-    progress: Progress,
-) -> "TrainingReport":
     require_training_packages()
-    if start not in (RESIDUAL, ZERO):
-        raise TrainingError(f"There is no start {start!r} of an adapter; give {RESIDUAL} or {ZERO}.")
-    share = _BLEND[start] if blend is None else blend
-    if not 0 <= share <= 1:
-        raise TrainingError(
-            f"A blend of {share} is not between 0, the adapter's start, and 1, what training made of it."
-        )
     began = time.perf_counter()
-    device = chosen_device(device)
-    report = progress
-    base, original = locate_model(packed), locate_model(reference)
-    check_packed(base)
-    check_context(base, data.window, "--window")
-    num_columns, notes = common_columns(
-        describe_model(original, runner=TRANSFORMERS), describe_model(base, runner=TRANSFORMERS)
-    )
-    text = read_text(data.data, seed=options.seed, max_tokens=data.tokens)
-    cache = data.cache_dir or output.with_name(f"{output.name}.reference")
-    split = _split(text, original, data, cache)
-    if data.sampled_tokens:
-        split = _with_samples(split, original, data, cache, num_columns, device, options.seed, report)
-
-    from dynquant.training import run as training_run
-
-    identity = {
-        "task": "heal", "base": model_fingerprint(base), "reference": model_fingerprint(original),
-        "data": text.sha256, "tokens": data.tokens, "sampled_tokens": data.sampled_tokens,
-        "windows": sha256(split.train.numpy()).hexdigest(),
-        "start": start, "blend": share, "device": device, **asdict(options),
-    }  # fmt: skip
-    run = training_run.RunDirectory(output, identity, resume=resume)
-    train, held = _teacher(original, split, cache, num_columns, device, report)
-    judge = _Judge(base, original, split.texts, data, cache, device, options.seed, report)
-    before = judge(None)
-    kept = run.checkpoints / "best"
-    trained = _train(
-        base, train, held, run, options, kept, num_columns=num_columns, device=device, progress=report,
-        beginning=original if start == RESIDUAL else None, share=share,
-    )  # fmt: skip
-    changes, gaps, remarks = _compare(before, judge(kept))
-    if share < 1:
-        remarks.append(
-            f"The adapter lies {share:g} of the way from its start to step {trained['best_step']} (--blend)."
+    with session.stage(KEPT) as progress:
+        healing = _Healing.open(options, session, progress)
+        text = read_text(options.data.data, seed=session.seed, max_tokens=options.data.tokens)
+        split = healing.split(text)
+        run = RunDirectory(options.output, healing.identity(text, split), resume=options.resume)
+        train, held = healing.teacher_windows(split)
+        before = healing.evaluate(split.texts, adapter=None)
+        best = run.checkpoints / "best"
+        trained = healing.train(train, held, run, best)
+        changes, gaps, remarks = _compare(before, healing.evaluate(split.texts, adapter=best))
+        if options.share < 1:
+            way = f"{options.share:g} of the way from its start to step {trained['best_step']}"
+            remarks.append(f"The adapter lies {way} (--blend).")
+        report = TrainingReport(
+            task="heal",
+            base=healing.base.name,
+            identity=run.identity,
+            options=healing.described_options(),
+            trained_examples=len(train),
+            held_out_examples=len(held),
+            **trained,
+            changes=changes,
+            gap_closed=gaps,
+            notes=[*healing.notes, *split.notes, *remarks],
+            seconds=round(time.perf_counter() - began, 1),
         )
-    result = training_run.TrainingReport(
-        task="heal", base=base.name, identity=run.identity,
-        options=asdict(options) | {"start": start, "blend": share} | _described(data),
-        trained_examples=len(train), held_out_examples=len(held), **trained,
-        changes=changes, gap_closed=gaps, notes=[*notes, *split.notes, *remarks],
-        seconds=round(time.perf_counter() - began, 1),
-    )  # fmt: skip
 
-    def write(directory: Path) -> None:
-        for file in (*kept.glob("adapter_*"), *((split.own,) if split.own else ())):
-            (directory / file.name).write_bytes(file.read_bytes())
-        training_run.write_report(directory, result, measure="KL to the original (nats per token)")
+        def write(directory: Path) -> None:
+            for file in (*best.glob("adapter_*"), *((split.held_out_file,) if split.held_out_file else ())):
+                (directory / file.name).write_bytes(file.read_bytes())
+            write_report(directory, report, measure="KL to the original (nats per token)")
 
-    run.finish(write)
-    return result
-
-
-def _teacher(
-    original: Path, split: "_Split", cache: Path, num_columns: int, device: str, progress: Progress
-) -> "tuple[TeacherWindows, TeacherWindows]":
-    """Training and held-out windows with the original's distributions; runs it where the cache lacks some."""
-    from dynquant.evaluation.reference_cache import build_teacher_windows
-
-    def open_original():
-        return open_runner(original, device=device, runner=TRANSFORMERS)
-
-    train, held = (
-        build_teacher_windows(
-            original, open_original, windows, cache, num_columns=num_columns, num_tail=num_tail, stage=stage,
-            progress=progress,
-        )
-        for windows, num_tail, stage in (
-            (split.train, 0, "original, training text"), (split.held, NUM_TAIL, "original, held-out text"),
-        )
-    )  # fmt: skip
-    return train, held
-
-
-def _train(
-    base: Path,
-    train: "TeacherWindows",
-    held: "TeacherWindows",
-    run: "RunDirectory",
-    options: TrainOptions,
-    kept: Path,
-    *,
-    num_columns: int,
-    device: str,
-    progress: Progress,
-    beginning: Path | None,
-    share: float,
-) -> dict[str, Any]:
-    """Train an adapter, which starts from the residual of the original `beginning`, and save to `kept` what lies
-    `share` of the way from there to the best step.
-
-    The base is freed. Gives steps, best step and losses.
-    """
-    from transformers import TrainingArguments
-
-    from dynquant.lora import AdapterStart, save_adapter, start_from_residual
-    from dynquant.training import run as training_run
-    from dynquant.training.teacher import DistillationTrainer
-
-    adapted = open_with_adapter(base, options, device=device)
-    if beginning is not None:
-        start_from_residual(adapted, open_model(beginning), progress=progress)
-    begun = AdapterStart(adapted)
-    num_weights = sum(parameter.numel() for parameter in adapted.parameters())
-    settings = training_run.trainer_settings(
-        options, run.checkpoints, num_examples=len(train), num_weights=num_weights, device=device
-    )
-    trainer = DistillationTrainer(
-        adapted, TrainingArguments(**settings), num_columns=num_columns, train_dataset=train, eval_dataset=held,
-        callbacks=training_run.callbacks(options, progress),
-    )  # fmt: skip
-    best = training_run.train(trainer, run)
-    begun.blend(adapted, share)
-    save_adapter(adapted, kept, options.stored_dtype)
-    return {
-        "steps": trainer.state.global_step,
-        "best_step": best,
-        "history": training_run.loss_history(trainer.state.log_history),
-    }
+        run.finish(write)
+    return report
 
 
 @dataclass(frozen=True)
 class _Split:
+    """Windows to train on and to check with, and the texts to measure on, which share no run of tokens."""
+
     train: torch.Tensor
     held: torch.Tensor
     measured_on: list[torch.Tensor]
     """Token ids of everything held out, as runs [*]."""
     texts: tuple[Path, ...]
-    own: Path | None
+    held_out_file: Path | None
     """The held-out part as a file, when it is what is measured on."""
     notes: list[str] = field(default_factory=list)
 
 
-def _split(text: CalibrationText, original: Path, data: HealData, cache: Path) -> _Split:
-    """Windows to train on and to check with, and the texts to measure on, which share no run of tokens."""
-    tokenizer = open_tokenizer(original)
-    train_text, held_text = split_documents(text, _HELD_OUT_SHARE)
-    held = pack_windows(held_text, tokenizer, window=data.window, max_tokens=_CHECK_WINDOWS * data.window)
-    train = pack_windows(train_text, tokenizer, window=data.window, max_tokens=data.tokens)
-    notes = []
-    texts = tuple(data.text)
-    own = None
-    if not texts:
-        own = cache / f"held-out-{text.sha256[:12]}" / HELD_OUT_NAME
-        write_atomically(own, "\n\n".join(held_text.documents))
-        texts = (own,)
-        notes.append(
+@dataclass(frozen=True)
+class _Healing:
+    """Both models and how they are run."""
+
+    options: HealOptions
+    base: Path
+    original: Path
+    num_columns: int
+    """Leading logits that both models have."""
+    notes: list[str]
+    device: str
+    progress: Progress
+
+    @classmethod
+    def open(cls, options: HealOptions, session: Session, progress: Progress) -> "_Healing":
+        """Find and check the models; the session's seed becomes that of the training."""
+        base, original = locate_model(options.packed), locate_model(options.reference)
+        check_packed(base)
+        check_context(base, options.data.window, "--window")
+        num_columns, notes = common_columns(
+            describe_model(original, runner=TRANSFORMERS), describe_model(base, runner=TRANSFORMERS)
+        )
+        options = replace(options, training=replace(options.training, seed=session.seed))
+        return cls(options, base, original, num_columns, notes, chosen_device(session.device), progress)
+
+    def identity(self, text: CalibrationText, split: _Split) -> dict[str, object]:
+        """Return all that decides the result."""
+        options = self.options
+        return {
+            "task": "heal", "base": model_fingerprint(self.base), "reference": model_fingerprint(self.original),
+            "data": text.sha256, "tokens": options.data.tokens, "sampled_tokens": options.data.sampled_tokens,
+            "windows": sha256(split.train.numpy()).hexdigest(),
+            "start": options.start, "blend": options.share, "device": self.device, **asdict(options.training),
+        }  # fmt: skip
+
+    def described_options(self) -> dict[str, Any]:
+        """Return the options as the report lists them."""
+        start = {"start": self.options.start, "blend": self.options.share}
+        return asdict(self.options.training) | start | _described(self.options.data)
+
+    def split(self, text: CalibrationText) -> _Split:
+        """Split the text and leave out of the training part what repeats a passage of the texts to measure on."""
+        data, tokenizer = self.options.data, open_tokenizer(self.original)
+        train_text, held_text = split_documents(text, _HELD_OUT_SHARE)
+        held = pack_windows(held_text, tokenizer, window=data.window, max_tokens=_CHECK_WINDOWS * data.window)
+        train = pack_windows(train_text, tokenizer, window=data.window, max_tokens=data.tokens)
+        texts, held_out_file, notes = self._measured_texts(text, held_text)
+        with open_encoder(self.original) as encode:
+            measured = [
+                evaluation_windows(path, encode, window=data.window, max_tokens=data.max_tokens) for path in texts
+            ]
+        measured_on = [*held, *(batch.ids[0] for windows in measured for batch in windows)]
+        clean = without_repeats(train, measured_on)
+        if len(clean) < len(train):
+            count = f"{len(train) - len(clean)} of {len(train)}"
+            notes.append(f"{count} training windows repeat a passage of the held-out text and were left out.")
+        _check_lengths(text, clean, held, data.window)
+        split = _Split(clean, held, measured_on, texts, held_out_file, notes)
+        return self._with_samples(split) if data.sampled_tokens else split
+
+    def _measured_texts(
+        self, text: CalibrationText, held_text: CalibrationText
+    ) -> tuple[tuple[Path, ...], Path | None, list[str]]:
+        """Return the texts to measure on, the file with the held-out part if it is that, and a note about it."""
+        if self.options.data.text:
+            return tuple(self.options.data.text), None, []
+        file = self.options.reference_cache / f"held-out-{text.sha256[:12]}" / HELD_OUT_NAME
+        write_atomically(file, "\n\n".join(held_text.documents))
+        note = (
             f"Measured on {HELD_OUT_NAME}, the part of {text.name} that was kept apart. Its first windows also chose "
             "which adapter was kept; a text of its own (--text) is a stricter test."
         )
-    with open_encoder(original) as encode:
-        measured = [evaluation_windows(path, encode, window=data.window, max_tokens=data.max_tokens) for path in texts]
-    measured_on = [*held, *(batch.ids[0] for text in measured for batch in text)]
-    clean = without_repeats(train, measured_on)
-    if len(clean) < len(train):
-        notes.append(
-            f"{len(train) - len(clean)} of {len(train)} training windows repeat a passage of the held-out text and "
-            "were left out."
-        )
-    if not len(clean):
-        raise DataError(
-            f"Every window of {text.name} repeats a passage of the text that is measured on, so nothing is left to "
-            "train on. Give another --text, or other --data."
-        )
-    if held.shape[1] != clean.shape[1]:
-        raise DataError(
-            f"{text.name} is too short: one of its parts (training {clean.shape[1]} tokens, held out {held.shape[1]}) "
-            f"does not fill a window of {data.window}. Give more text, or a smaller --window."
-        )
-    return _Split(clean, held, measured_on, texts, own, notes)
+        return (file,), file, [note]
 
+    def _with_samples(self, split: _Split) -> _Split:
+        """Add windows sampled from the original; what it knows by heart of held-out text is left out."""
+        data = self.options.data
+        count = -(-data.sampled_tokens // data.window)
+        windows = sampled_windows(
+            self.original, split.train, count, self.options.reference_cache, num_columns=self.num_columns,
+            device=self.device, seed=self.options.training.seed, progress=self.progress,
+        )  # fmt: skip
+        clean = without_repeats(windows, split.measured_on)
+        notes = [f"{len(clean)} training windows were sampled from the original."]
+        if len(clean) < count:
+            missing = count - len(clean)
+            notes.append(f"{missing} sampled windows repeat a passage of the held-out text and were left out.")
+        return replace(split, train=torch.cat([split.train, clean]), notes=[*split.notes, *notes])
 
-def _with_samples(
-    split: "_Split",
-    original: Path,
-    data: HealData,
-    cache: Path,
-    num_columns: int,
-    device: str,
-    seed: int,
-    progress: Progress,
-) -> "_Split":
-    """More windows to train on, sampled from the original; what it knows by heart of held-out text is left out."""
-    from dynquant.training.sampling import sampled_windows
+    def teacher_windows(self, split: _Split) -> tuple[TeacherWindows, TeacherWindows]:
+        """Return training and held-out windows with the original's distributions, from the cache where it has them."""
 
-    count = -(-data.sampled_tokens // data.window)
-    windows = sampled_windows(
-        original, split.train, count, cache, num_columns=num_columns, device=device, seed=seed,
-        stage="original, writing", progress=progress,
-    )  # fmt: skip
-    clean = without_repeats(windows, split.measured_on)
-    notes = [f"{len(clean)} training windows were sampled from the original."]
-    if len(clean) < count:
-        notes.append(f"{count - len(clean)} sampled windows repeat a passage of the held-out text and were left out.")
-    return replace(split, train=torch.cat([split.train, clean]), notes=[*split.notes, *notes])
+        def build(windows: torch.Tensor, num_tail: int, stage: str) -> TeacherWindows:
+            return build_teacher_windows(
+                self.original,
+                lambda: open_runner(self.original, device=self.device, runner=TRANSFORMERS),
+                windows,
+                self.options.reference_cache,
+                num_columns=self.num_columns,
+                num_tail=num_tail,
+                stage=stage,
+                progress=self.progress,
+            )
 
+        train = build(split.train, 0, "original, training text")
+        return train, build(split.held, NUM_TAIL, "original, held-out text")
 
-@dataclass(frozen=True)
-class _Judge:
-    """`evaluate` with everything fixed but the adapter."""
+    def train(self, train: TeacherWindows, held: TeacherWindows, run: RunDirectory, best: Path) -> dict[str, Any]:
+        """Train an adapter, save to `best` what lies `share` of the way from its start to the best step, free the base.
 
-    base: Path
-    original: Path
-    texts: tuple[Path, ...]
-    data: HealData
-    cache: Path
-    device: str
-    seed: int
-    progress: Progress
+        Returns:
+            `steps`, `best_step` and `history` of the report.
+        """
+        # transformers takes seconds to import, which nobody who mistyped a path should wait for
+        from transformers import TrainingArguments
 
-    def __call__(self, adapter: Path | None) -> EvalReport:
+        from dynquant.lora import AdapterStart, save_adapter, start_from_residual
+        from dynquant.training import trainer as trainers
+
+        options = self.options.training
+        adapted = open_with_adapter(self.base, options, device=self.device)
+        if self.options.start == RESIDUAL:
+            start_from_residual(adapted, open_model(self.original), progress=self.progress)
+        start = AdapterStart(adapted)
+        settings = trainers.settings_for(adapted, options, run, num_examples=len(train), device=self.device)
+        trainer = trainers.DistillationTrainer(
+            adapted, TrainingArguments(**settings), num_columns=self.num_columns, train_dataset=train,
+            eval_dataset=held, callbacks=trainers.callbacks(options, self.progress),
+        )  # fmt: skip
+        trained = trainers.train(trainer, run)
+        start.blend(adapted, self.options.share)
+        save_adapter(adapted, best, options.stored_dtype)
+        return trained
+
+    def evaluate(self, texts: tuple[Path, ...], *, adapter: Path | None) -> EvalReport:
+        """Return what `evaluate` measures on held-out text and questions, without or with an adapter."""
         name = "with the adapter" if adapter else "before"
-        tasks = ["kl", "ppl", *(["mmlu"] if self.data.mmlu_data else [])]
+        data = self.options.data
         questions = QuestionOptions(
-            tasks=tuple(tasks), text=self.texts, max_tokens=self.data.max_tokens, mmlu_data=self.data.mmlu_data,
-            shots=self.data.shots, num_shots=self.data.num_shots, limit=self.data.limit, scoring=("letter",),
+            tasks=("kl", "ppl", *(["mmlu"] if data.mmlu_data else [])), text=texts, max_tokens=data.max_tokens,
+            mmlu_data=data.mmlu_data, shots=data.shots, num_shots=data.num_shots, limit=data.limit,
+            scoring=("letter",),
         )  # fmt: skip
         options = EvalOptions(
-            candidate=str(self.base), reference=str(self.original), questions=questions, window=self.data.window,
-            reference_cache=self.cache, runner=TRANSFORMERS, adapter=adapter,
+            candidate=str(self.base), reference=str(self.original), questions=questions, window=data.window,
+            reference_cache=self.options.reference_cache, runner=TRANSFORMERS, adapter=adapter,
         )  # fmt: skip
 
         @contextmanager
         def stage(_kept: str) -> Iterator[Progress]:
             yield lambda step, done, total, **where: self.progress(f"{name}: {step}", done, total, **where)
 
-        return evaluate(options, Session(device=self.device, seed=self.seed, stage=stage))
+        return evaluate(options, Session(device=self.device, seed=self.options.training.seed, stage=stage))
 
 
-def _compare(before: EvalReport, after: EvalReport) -> tuple[list["Change"], dict[str, Estimate], list[str]]:
+def _check_lengths(text: CalibrationText, train: torch.Tensor, held: torch.Tensor, window: int) -> None:
+    if not len(train):
+        raise DataError(
+            f"Every window of {text.name} repeats a passage of the text that is measured on, so nothing is left to "
+            "train on. Give another --text, or other --data."
+        )
+    if held.shape[1] != train.shape[1]:
+        raise DataError(
+            f"{text.name} is too short: one of its parts (training {train.shape[1]} tokens, held out {held.shape[1]}) "
+            f"does not fill a window of {window}. Give more text, or a smaller --window."
+        )
+
+
+def _compare(before: EvalReport, after: EvalReport) -> tuple[list[Change], dict[str, Estimate], list[str]]:
     """Return what changed, the share of the KL that is gone on each text, and what the questions say."""
-    from dynquant.training.run import Change
-
     changes, gaps = [], {}
     for old, new in zip(before.texts, after.texts, strict=True):
         name = old.name

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 STORED = ("float32", "bfloat16")
 RESIDUAL, ZERO = "residual", "zero"
 """Starts of an adapter: from what quantization took, or as no change at all."""
+_BLEND = {RESIDUAL: 0.5, ZERO: 1.0}
+"""Default shares: the start at the residual knows what training forgets."""
+LARGE = 1_000_000_000
+"""Weights from which a model is large: memory decides what else there is room for."""
 KEPT = "The last checkpoint is kept; steps after it are lost."
 LearningRate = Annotated[float, Flag("Highest learning rate; warmup, then a cosine to zero.", min=0.0)]
 Packed = Annotated[
@@ -65,6 +69,7 @@ class TrainOptions:
 
     @property
     def lora_alpha(self) -> int:
+        """`alpha`, by default twice the rank."""
         return 2 * self.rank if self.alpha is None else self.alpha
 
     @property
@@ -85,7 +90,7 @@ class HealTrainOptions(TrainOptions):
 
 @dataclass(frozen=True)
 class HealData:
-    """Data for training and for measuring. Without `text`, the part of the data that was kept apart is measured."""
+    """Text to train on and text to measure on. Without `text`, the part of the data that was kept apart is measured."""
 
     data: Annotated[
         str | None, Flag("Text to train on: .txt, .jsonl or a datasets id. Default: the built-in text.")
@@ -124,7 +129,11 @@ class FinetuneOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class HealOptions:
-    """A packed model, its original, the text between them, and the adapter."""
+    """A packed model, its original, the text between them, and the adapter.
+
+    Raises:
+        TrainingError: no such start or blend.
+    """
 
     packed: Packed
     reference: Annotated[str, Flag("The original: Hugging Face directory, hub id or .gguf.")]
@@ -144,3 +153,21 @@ class HealOptions:
     ] = None
     training: HealTrainOptions = field(default_factory=HealTrainOptions)
     resume: Resume = True
+
+    def __post_init__(self) -> None:
+        if self.start not in _BLEND:
+            raise TrainingError(f"There is no start {self.start!r} of an adapter; give {RESIDUAL} or {ZERO}.")
+        if not 0 <= self.share <= 1:
+            raise TrainingError(
+                f"A blend of {self.share} is not between 0, the adapter's start, and 1, what training made of it."
+            )
+
+    @property
+    def share(self) -> float:
+        """Share of the way from its start to the best step that the adapter goes."""
+        return _BLEND[self.start] if self.blend is None else self.blend
+
+    @property
+    def reference_cache(self) -> Path:
+        """Directory of the original's distributions."""
+        return self.data.cache_dir or self.output.with_name(f"{self.output.name}.reference")

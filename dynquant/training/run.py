@@ -1,34 +1,27 @@
-"""Parts that every training of an adapter shares: options, a directory that survives a kill, progress, and the report.
+"""The directory of a training run, which survives a kill, and its report.
 
 Checkpoints lie in `.NAME.training` beside the output until the run is done; the output itself appears whole or not at
 all. A restart goes on from the last complete checkpoint, and only under the same options, data and base.
 """
 
-import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback
 
 from dynquant import __version__
 from dynquant.analysis.plots.style import plot_settings, save_figure
 from dynquant.analysis.plots.training import draw_training
 from dynquant.errors import ExportError, TrainingError, WriteError
 from dynquant.evaluation.statistics import Estimate
-from dynquant.session import Progress
 from dynquant.storage.atomic import write_atomically
 from dynquant.storage.journal import Journal, Record, differing_key
-from dynquant.training.options import TrainOptions
 
 SCHEMA_VERSION = 1
 REPORT_NAME = "training.json"
 _STATE = "trainer_state.json"
-_LARGE = 1_000_000_000
-"""Weights from which activations are recomputed on a GPU: in smaller models they fit, and recomputing only costs."""
 
 
 class _Record(BaseModel):
@@ -108,12 +101,12 @@ class RunDirectory:
                 ) from error
 
     def last_checkpoint(self) -> str | None:
-        """The last complete checkpoint; what was being written when the run was killed is removed."""
-        found = {int(path.name.rpartition("-")[2]): path for path in self.checkpoints.glob("checkpoint-*")}
-        for step in sorted(found, reverse=True):
-            if (found[step] / _STATE).is_file():
-                return str(found[step])
-            shutil.rmtree(found[step])
+        """Return the last complete checkpoint; what was being written when the run was killed is removed."""
+        steps = {int(path.name.rpartition("-")[2]): path for path in self.checkpoints.glob("checkpoint-*")}
+        for _, path in sorted(steps.items(), reverse=True):
+            if (path / _STATE).is_file():
+                return str(path)
+            shutil.rmtree(path)
         return None
 
     def finish(self, write: Callable[[Path], None]) -> None:
@@ -144,107 +137,8 @@ class RunDirectory:
             )
 
 
-class ProgressCallback(TrainerCallback):
-    """Reports optimizer steps as `progress("train", done, total)`."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._progress("train", state.global_step, state.max_steps, unit="steps")
-
-
-def trainer_settings(
-    options: TrainOptions, directory: Path, *, num_examples: int, num_weights: int, device: str
-) -> dict[str, Any]:
-    """Keyword arguments of `TrainingArguments` and its descendants.
-
-    Raises:
-        TrainingError: `micro_batch` does not divide `batch_size`, or several GPUs are visible.
-    """
-    micro = options.micro_batch or options.batch_size
-    if micro < 1 or options.batch_size % micro:
-        raise TrainingError(
-            f"A batch of {options.batch_size} does not divide into micro-batches of {micro}. Give a divisor."
-        )
-    steps = total_steps(options, num_examples)
-    every = max(1, round(steps / options.evaluations))
-    on_cpu = device == "cpu"
-    if not on_cpu and torch.cuda.device_count() > 1:
-        raise TrainingError(
-            f"PyTorch sees {torch.cuda.device_count()} GPUs, over which transformers would copy the model. Adapters "
-            "are trained on one: set CUDA_VISIBLE_DEVICES=0."
-        )
-    checkpointing = options.gradient_checkpointing
-    return {
-        "output_dir": str(directory),
-        "max_steps": steps,
-        "per_device_train_batch_size": micro,
-        "per_device_eval_batch_size": 2 * micro,  # nothing is kept for a backward pass
-        "gradient_accumulation_steps": options.batch_size // micro,
-        "learning_rate": options.learning_rate,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": min(steps, math.ceil(options.warmup * steps)),
-        "weight_decay": 0.0,
-        "max_grad_norm": 1.0,
-        "logging_steps": max(1, every // 4),
-        "eval_strategy": "steps",
-        "eval_steps": every,
-        "save_strategy": "steps",
-        "save_steps": every,
-        "save_total_limit": 2,
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "eval_loss",
-        "greater_is_better": False,
-        "restore_callback_states_from_checkpoint": True,
-        "remove_unused_columns": False,
-        "seed": options.seed,
-        "data_seed": options.seed,
-        "use_cpu": on_cpu,
-        "bf16": not on_cpu,
-        "gradient_checkpointing": not on_cpu and num_weights >= _LARGE if checkpointing is None else checkpointing,
-        "dataloader_pin_memory": not on_cpu,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "log_level": "error",
-    }
-
-
-def total_steps(options: TrainOptions, num_examples: int) -> int:
-    """Optimizer steps of the whole run."""
-    if options.max_steps is not None:
-        return options.max_steps
-    return max(1, math.ceil(math.ceil(num_examples / options.batch_size) * options.epochs))
-
-
-def train(trainer: Trainer, run: RunDirectory) -> int:
-    """Train from the last checkpoint or from the start; the best adapter is in the model then. Returns its step.
-
-    The held-out loss is measured before the first step too: that of the adapter as it starts, which is the base's own
-    loss unless the adapter starts from the residual (`heal`).
-    """
-    trainer.remove_callback(PrinterCallback)  # which prints every log entry as a dictionary
-    checkpoint = run.last_checkpoint()
-    trainer.args.eval_on_start = checkpoint is None
-    trainer.train(resume_from_checkpoint=checkpoint)
-    kept = trainer.state.best_model_checkpoint
-    return int(kept.rpartition("-")[2]) if kept else trainer.state.global_step
-
-
-def loss_history(log: list[dict[str, Any]]) -> list[LossPoint]:
-    """The losses of a Trainer's log."""
-    points = [LossPoint(step=entry["step"], train=entry["loss"]) for entry in log if "loss" in entry]
-    points += [LossPoint(step=entry["step"], held_out=entry["eval_loss"]) for entry in log if "eval_loss" in entry]
-    return sorted(points, key=lambda point: (point.step, point.train is None))
-
-
-def callbacks(options: TrainOptions, progress: Progress) -> list[TrainerCallback]:
-    """Progress reports, and the end of a run whose held-out loss has stopped falling."""
-    return [ProgressCallback(progress), EarlyStoppingCallback(early_stopping_patience=options.patience)]
-
-
 def write_report(directory: Path, report: TrainingReport, *, measure: str) -> None:
-    """training.json and the plot of the losses."""
+    """Write training.json and the plot of the losses."""
     write_atomically(directory / REPORT_NAME, report.model_dump_json(indent=2) + "\n")
     with plot_settings():
         figure, headline = draw_training(

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from dynquant.evaluation.reference_cache import cache_key, entry_path, load_cached, save_cached
 from dynquant.evaluation.runners import load_model
 from dynquant.session import Progress
+from dynquant.training.options import LARGE
 
 START_TOKENS = 16
 """Tokens of each beginning."""
-_LARGE = 1_000_000_000
 _BATCH, _BATCH_OF_LARGE = 2048, 64
 """Windows that are written side by side; keys and values of all their tokens are in memory."""
 
@@ -30,16 +30,14 @@ def sampled_windows(
     num_columns: int,
     device: str,
     seed: int,
-    stage: str,
     progress: Progress,
 ) -> Tensor:
-    """Windows sampled from a model, token ids int64 [count, T].
+    """Return windows sampled from a model, token ids int64 [count, T].
 
     Args:
         original: resolved directory or GGUF file; loaded only when `directory` lacks some windows.
         text: windows [n, T] that beginnings are taken from, at random places.
         num_columns: leading logits that may be drawn.
-        stage: name in progress reports.
 
     Raises:
         CheckpointError: the model cannot be loaded.
@@ -53,18 +51,18 @@ def sampled_windows(
     starts = text[rows[:, None], places[:, None] + torch.arange(kept)]
     options = {"kind": "sampled", "columns": num_columns, "window": length, "seed": seed, "device": device}
     model: nn.Module | None = None
-    found = []
+    batches = []
     for number, batch in enumerate(starts.split(_BATCH)):
         key = cache_key(original, batch.flatten().tolist(), number=number, **options)
         if not entry_path(directory, key).is_file():
             model = model or _open(original, device)
-            parts = batch.split(_BATCH if model.num_parameters() < _LARGE else _BATCH_OF_LARGE)
+            parts = batch.split(_BATCH if model.num_parameters() < LARGE else _BATCH_OF_LARGE)
             draws = torch.Generator(device).manual_seed(seed + number)
             windows = torch.cat([_continue(model, part.to(device), length, num_columns, draws) for part in parts])
             save_cached(directory, key, {"windows": windows.int().cpu()})
-        found.append(load_cached(directory, key)["windows"].long())
-        progress(stage, sum(map(len, found)), count, unit="windows")
-    return torch.cat(found) if found else text.new_empty(0, length)
+        batches.append(load_cached(directory, key)["windows"].long())
+        progress("original, writing", sum(map(len, batches)), count, unit="windows")
+    return torch.cat(batches) if batches else text.new_empty(0, length)
 
 
 def _open(original: Path, device: str) -> nn.Module:
@@ -74,7 +72,7 @@ def _open(original: Path, device: str) -> nn.Module:
 
 @torch.inference_mode()
 def _continue(model: nn.Module, starts: Tensor, length: int, num_columns: int, draws: torch.Generator) -> Tensor:
-    """`starts` [n, s] and what the model writes after them, [n, length]. An end of text ends no window."""
+    """Return `starts` [n, s] and what the model writes after them, [n, length]. An end of text ends no window."""
     ids, past = starts, None
     new = starts
     while ids.shape[1] < length:

@@ -19,7 +19,7 @@ from trl import SFTConfig, SFTTrainer
 from dynquant.inputs.chats import read_training_data
 from dynquant.training.finetune import measure_adapter
 from dynquant.training.options import TrainOptions
-from dynquant.training.run import trainer_settings
+from dynquant.training.trainer import trainer_settings
 
 
 def main() -> None:

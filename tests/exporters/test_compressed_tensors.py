@@ -25,8 +25,8 @@ from dynquant.planning.chooser import SchemeChooser
 from dynquant.recipes.build_plan import plan_for_vllm
 from dynquant.recipes.plan import Plan
 from tests.helpers.commands import run
-from tests.helpers.served_kl import kl_by_rounding
-from tests.helpers.served_models import TOKENS, filled, library_weights, logits, stored_parts, stored_tensors
+from tests.helpers.compressed_models import TOKENS, filled, library_weights, logits, stored_parts, stored_tensors
+from tests.helpers.rounding_kl import kl_by_rounding
 from tests.helpers.tiny_models import save_tiny
 
 PLANS = Path(__file__).parent.parent / "examples" / "plans"

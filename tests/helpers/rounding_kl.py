@@ -1,6 +1,6 @@
 """KL of a scheme under three ways of rounding, on text that calibration never saw.
 
-    python -m tests.helpers.served_kl MODEL STATS TEXT SCHEME [TOKENS]
+    python -m tests.helpers.rounding_kl MODEL STATS TEXT SCHEME [TOKENS]
 
 nearest: the largest magnitude of each group sets its scale, and the compressed-tensors library rounds; importance: our
 search under E[x²]; feedback: under the second moments beside STATS.
