@@ -90,13 +90,7 @@ def add_gated_ffn(book: ConversionBook, layer: int, module: str, width: int, suf
 
 
 def add_experts(
-    book: ConversionBook,
-    layer: int,
-    module: str,
-    *,
-    count: int,
-    width: int,
-    names: tuple[str, str, str] = GATED_NAMES,
+    book: ConversionBook, layer: int, module: str, *, count: int, width: int, names: tuple[str, str, str] = GATED_NAMES
 ) -> None:
     """Routed experts, stored one by one (`experts.N.gate_proj.weight`) or fused (`experts.gate_up_proj`)."""
     hidden = book.config.integer("hidden_size")

@@ -123,11 +123,7 @@ def _add_kv_b(book: ConversionBook, name: str, stored: str) -> None:
         ("v", (heads, value, rank), lambda rows: per_head(rows)[:, nope:]),
     ):
         book.add(
-            f"{name}_{letter}_b.weight",
-            stored,
-            shape,
-            transform=transform,
-            stored_shape=(heads * (nope + value), rank),
+            f"{name}_{letter}_b.weight", stored, shape, transform=transform, stored_shape=(heads * (nope + value), rank)
         )
 
 
