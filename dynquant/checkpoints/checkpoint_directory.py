@@ -20,11 +20,7 @@ _COPIED_FILES = (
 
 
 def shards_of(tensors: Sequence[StoredTensor], max_bytes: int = SHARD_BYTES) -> dict[str, ShardLayout]:
-    """Layouts by file name.
-
-    Raises:
-        ExportError: one tensor alone is larger than `max_bytes`.
-    """
+    """Layouts by file name. Raises ExportError: one tensor alone is larger than `max_bytes`."""
     groups = group_by_size(tensors, max_bytes)
     return {_shard_name(n, len(groups)): lay_out(group, {"format": "pt"}) for n, group in enumerate(groups, 1)}
 

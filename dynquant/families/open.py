@@ -57,11 +57,7 @@ def open_and_announce(path: str | Path, session: Session, *, base_gguf: Path | N
 
 
 def open_language_model(path: str | Path, session: Session) -> Model:
-    """`open_and_announce` for steps that have no place for a vision tower.
-
-    Raises:
-        ExportError: the model has one.
-    """
+    """`open_and_announce` for steps that have no place for a vision tower. Raises ExportError: the model has one."""
     model = open_and_announce(path, session)
     if model.has_vision:
         raise ExportError(
