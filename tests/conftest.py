@@ -42,6 +42,14 @@ def shared_data() -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def tiny_moe(small_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen3-MoE of two layers, 256 wide for the K-quants, where no number matters; read only."""
+    from tests.helpers.tiny_models import save_tiny
+
+    return save_tiny("qwen3-moe", tmp_path_factory.mktemp("tiny") / "tiny-moe", small_moe)
+
+
 CALIBRATION_16M = ("--tokens", 12288, "--window", 256)
 """How `calibrated_16m` was made: commands with the same options reuse its files."""
 

@@ -279,23 +279,23 @@ def test_what_fits_is_loaded_whole_and_the_rest_is_streamed(moe, monkeypatch):
     assert "streamed layer by layer within 68.00 MB" in " ".join(notes)
 
 
-def test_a_streamed_plan_is_that_of_a_whole_model(small_moe, tmp_path):
+def test_a_streamed_plan_is_that_of_a_whole_model(tiny_moe, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("The heart pumps blood through the arteries to all parts of the body. " * 40)
     plans = {}
     for name, extra in {"whole": (), "streamed": ("--max-memory", "8GB", "--spill", tmp_path / "spill")}.items():
-        made = run("plan", small_moe, "--bpw", "5", "--types", "q4_0,q8_0", "--calibration", text, "--window", "128",
+        made = run("plan", tiny_moe, "--bpw", "5", "--types", "q4_0,q8_0", "--calibration", text, "--window", "128",
                    "--no-report", "-o", tmp_path / name, *extra)  # fmt: skip
         assert made.returncode == 0, made.stderr
         plans[name] = json.loads((tmp_path / name / "plan.json").read_text())
     assert plans["whole"] == plans["streamed"]
-    refused = run("plan", small_moe, "--bpw", "5", "--select", "--max-memory", "8GB", "-o", tmp_path / "whole")
+    refused = run("plan", tiny_moe, "--bpw", "5", "--select", "--max-memory", "8GB", "-o", tmp_path / "whole")
     assert refused.returncode == 1 and "--sensitivity closed-form" in refused.stderr
 
 
-def test_an_export_that_calibrates_keeps_the_limit_too(moe, tmp_path):
+def test_an_export_that_calibrates_keeps_the_limit_too(tiny_moe, tmp_path):
     made = [
-        run("export", moe.path, "--preset", "uniform-iq2_s", "--encoder", "ggml", "--tune", "0", "--tokens", "1024",
+        run("export", tiny_moe, "--preset", "uniform-iq2_xxs", "--encoder", "ggml", "--tune", "0", "--tokens", "1024",
             *more, "-o", tmp_path / f"{name}.gguf")
         for name, more in (("whole", ()), ("streamed", ("--max-memory", "6GB")))
     ]  # fmt: skip
