@@ -238,13 +238,7 @@ class _Counter:
 
 
 def encode_tensor(
-    model: Model,
-    name: str,
-    stored: QuantType,
-    guidance: Guidance,
-    encoder: Encoder,
-    *,
-    threads: int | None = None,
+    model: Model, name: str, stored: QuantType, guidance: Guidance, encoder: Encoder, *, threads: int | None = None
 ) -> torch.Tensor:
     """Return one tensor's blocks, uint8 [..., rows, row_bytes], encoded part by part.
 
