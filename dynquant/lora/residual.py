@@ -47,8 +47,8 @@ def start_from_residual(adapted: PeftModel, original: Model, *, progress: Progre
         for path, layer in adapted.named_modules()
         if isinstance(layer, PackedLoraLinear | PackedLoraExperts)
     ]
-    known = set(original.source.names())
-    places = {key: place for key, place in places_by_key(adapted.get_base_model()).items() if place.name in known}
+    names = set(original.source.names())
+    places = {key: place for key, place in places_by_key(adapted.get_base_model()).items() if place.name in names}
     residuals = _Residuals(original, places)
     for done, (path, layer) in enumerate(layers):
         for matrix, (a, b), scaling in _matrices(residuals, path, layer):
@@ -65,11 +65,11 @@ class _Residuals:
 
     def of(self, module: PackedModule, attribute: str, key: str, index: int | None = None) -> Tensor:
         place = self._place(key)
-        found, wanted = self.original.source.info(place.name).shape, module.shape_of(attribute)
-        if tuple(found) != tuple(wanted):
+        shape, packed_shape = self.original.source.info(place.name).shape, module.shape_of(attribute)
+        if tuple(shape) != tuple(packed_shape):
             raise AdapterError(
-                f"`{key}` of the packed model has the shape {tuple(wanted)}, but `{place.name}` of "
-                f"{self.original.name} has {tuple(found)}. Give the model that was quantized."
+                f"`{key}` of the packed model has the shape {tuple(packed_shape)}, but `{place.name}` of "
+                f"{self.original.name} has {tuple(shape)}. Give the model that was quantized."
             )
         values = self.original.source.load(place.name, index).float().contiguous()
         if index is None:  # rows of experts are never moved

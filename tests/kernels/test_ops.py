@@ -1,6 +1,7 @@
 """The operators: what PyTorch asks of them, their gradients, tracing, and the choice of kernels."""
 
 import warnings
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -187,3 +188,9 @@ def test_kernels_are_asked_in_order(rows, chosen, monkeypatch):
     }
     monkeypatch.setattr(dispatch, "_module", found.get)
     assert dispatch._first_kernel(dispatch._LINEAR, NAME, torch.zeros(rows, 256)).name == chosen
+
+
+def test_kernels_are_found_in_their_folder():
+    names = {name for name, _ in (*dispatch._LINEAR, *dispatch._INPUT_GRAD)} | {"grouped", "dequantize"}
+    missing = [name for name in names if find_spec(f"dynquant.kernels.triton.{name}") is None]
+    assert not missing

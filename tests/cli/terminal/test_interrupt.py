@@ -12,8 +12,8 @@ from dynquant.analysis.sensitivity import stage as sensitivity_stage
 from tests.helpers.commands import command, run
 
 TYPES = "q4_k,q5_k,q6_k,iq4_xs"  # the stages last long enough to be interrupted
-LIMIT_SECONDS = 2.0
-"""A second is promised; on a busy machine the kernel may need another one."""
+LIMIT_SECONDS = 8.0
+"""A second is promised and a quiet machine keeps it; what would hold the process takes ten seconds or more."""
 
 NATIVE = {
     "torch": "import torch; a = torch.rand(3000, 3000); print('ready', flush=True); torch.linalg.svd(a)",
