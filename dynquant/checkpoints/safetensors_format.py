@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dynquant.errors import CheckpointError, ExportError
 from dynquant.formats.plain_quants import DTYPE_BYTES
+from dynquant.formats.storage_format import StoredTensor
 from dynquant.storage.atomic import writing
 from dynquant.storage.strict_json import parse_json
 
@@ -37,19 +38,6 @@ _MAX_HEADER_BYTES = 100_000_000
 _MAX_NAME_LENGTH = 512
 _MAX_DIMENSIONS = 16
 _MAX_ELEMENTS = 1 << 63
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One entry of a file that is to be written."""
-
-    key: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        return prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)

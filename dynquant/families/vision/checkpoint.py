@@ -126,9 +126,7 @@ def _conversions(stored: SafetensorsSource, name: str, arch: str, n_layer: int) 
         shape = (*info.shape[:2], *info.shape[3:])
         names = [target, *(f"{target}.{frame}" for frame in range(1, info.shape[2]))]
         frames = [lambda values, frame=frame: values[:, :, frame] for frame in range(info.shape[2])]
-        return [
-            Conversion(part, (name,), shape, info.dtype, frame) for part, frame in zip(names, frames, strict=True)
-        ]
+        return [Conversion(part, (name,), shape, info.dtype, frame) for part, frame in zip(names, frames, strict=True)]
     if target == "mm.input_projection.weight" and name.endswith("mm_input_projection_weight"):
         return [Conversion(target, (name,), info.shape[::-1], info.dtype, torch.t)]
     if not info.shape:
