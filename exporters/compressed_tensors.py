@@ -212,10 +212,7 @@ def _documents(
     """Return the small files by name."""
     config = parse_json((checkpoint.directory / "config.json").read_bytes())
     config.pop("torch_dtype", None)
-    config |= {
-        "dtype": "bfloat16",
-        "quantization_config": quantization_config(plan, checkpoint, model.hyper.n_layer),
-    }
+    config |= {"dtype": "bfloat16", "quantization_config": quantization_config(plan, checkpoint, model.hyper.n_layer)}
     documents = {"config.json": as_json(config), "README.md": compressed_card(plan, rounding=rounding).encode()}
     return documents | index_of(shards) | copied_files(checkpoint.directory)
 

@@ -27,9 +27,7 @@ from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_format import ShardLayout, StoredTensor
 from dynquant.encoding.parts import TensorPart, load_packed_part
-from dynquant.encoding.stream import (
-    QuantizedPart,
-)
+from dynquant.encoding.stream import QuantizedPart
 from dynquant.errors import CheckpointError, ExportError
 from dynquant.exporters.model_card import packed_card
 from dynquant.exporters.output import Encoding, writing

@@ -160,15 +160,8 @@ class _Library:
         self._quantize_init = library.ggml_quantize_init
         self._quantize_init.argtypes, self._quantize_init.restype = [ctypes.c_int], None
         self.quantize_chunk = library.ggml_quantize_chunk
-        self.quantize_chunk.argtypes = [
-            ctypes.c_int,
-            ctypes.c_void_p,
-            ctypes.c_void_p,
-            ctypes.c_int64,
-            ctypes.c_int64,
-            ctypes.c_int64,
-            ctypes.c_void_p,
-        ]
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        self.quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, number, number, number, pointer]
         self.quantize_chunk.restype = ctypes.c_size_t
         self.validate_row_data = library.ggml_validate_row_data
         self.validate_row_data.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
@@ -208,10 +201,10 @@ def library_path() -> Path:
         )
     folder = Path(spec.origin).parent / "lib"
     names = _LIBRARY_NAMES.get(sys.platform, _LIBRARY_NAMES["linux"])
-    found = next((folder / name for name in names if (folder / name).is_file()), None)
-    if found is None:
+    path = next((folder / name for name in names if (folder / name).is_file()), None)
+    if path is None:
         raise EncodeError(
             f"llama-cpp-python is installed, but {folder} holds no {' or '.join(names)}. Reinstall a release that "
             "ships its libraries (0.3.36 does)."
         )
-    return found
+    return path

@@ -112,14 +112,13 @@ def parts_of_plan(
         ExportError: the limits are too tight for a tensor.
     """
     limits = limits or PartLimits()
-    found = {}
-    for entry in plan.entries:
-        if entry.name in whole:
-            found[entry.name] = [TensorPart.whole(entry.name, entry.shape, entry.quant_type)]
-            continue
-        hessians = _uses_hessian(guidance, encoder, entry.quant_type)
-        found[entry.name] = limits.parts(entry.name, entry.shape, entry.quant_type, hessians=hessians)
-    return found
+    return {
+        name: [TensorPart.whole(name, entry.shape, stored)]
+        if name in whole
+        else limits.parts(name, entry.shape, stored, hessians=_uses_hessian(guidance, encoder, stored))
+        for entry in plan.entries
+        for name, stored in [(entry.name, entry.quant_type)]
+    }
 
 
 def quantize(
@@ -152,9 +151,10 @@ def quantize(
     check_plan(model, plan)
     check_importance(plan, guidance.importance, skip=skip)
     missing = _missing(model, parts or parts_of_plan(plan, guidance, encoder), skip)
-    counter = _Counter.of(plan, missing, progress)
+    counter = _Counter(plan, missing, progress)
     for part in missing:
-        counter.begin(part.name)
+        counter.tensor = part.name
+        counter.add(0)
         packed = encode_part(model, part, guidance, encoder, threads=threads, on_weights=counter.add)
         yield QuantizedPart(part, packed)
 
@@ -170,7 +170,7 @@ def quantize_elsewhere(
 ) -> Iterator[QuantizedPart]:
     """Yield every part of every tensor of the plan as `elsewhere` is done with it; see `quantize`."""
     missing = _missing(model, parts, skip)
-    counter = _Counter.of(plan, missing, progress)
+    counter = _Counter(plan, missing, progress)
     counter.add(0)  # the stage begins before workers do
     for part, packed in elsewhere(missing):
         counter.tensor = part.name
@@ -215,22 +215,12 @@ def check_importance(plan: Plan, importance: ImportanceLookup | None, *, skip: C
             )
 
 
-@dataclass
 class _Counter:
     """Weights done, those of an earlier run included, and the tensor that is being encoded."""
 
-    progress: Progress
-    total: int
-    done: int
-    tensor: str = ""
-
-    @classmethod
-    def of(cls, plan: Plan, missing: Iterable[TensorPart], progress: Progress) -> "_Counter":
-        return cls(progress, plan.num_weights, plan.num_weights - sum(part.num_weights for part in missing))
-
-    def begin(self, tensor: str) -> None:
-        self.tensor = tensor
-        self.add(0)
+    def __init__(self, plan: Plan, missing: Iterable[TensorPart], progress: Progress) -> None:
+        self.progress, self.total, self.tensor = progress, plan.num_weights, ""
+        self.done = self.total - sum(part.num_weights for part in missing)
 
     def add(self, num_weights: int) -> None:
         self.done += num_weights
@@ -238,13 +228,7 @@ class _Counter:
 
 
 def encode_tensor(
-    model: Model,
-    name: str,
-    stored: QuantType,
-    guidance: Guidance,
-    encoder: Encoder,
-    *,
-    threads: int | None = None,
+    model: Model, name: str, stored: QuantType, guidance: Guidance, encoder: Encoder, *, threads: int | None = None
 ) -> torch.Tensor:
     """Return one tensor's blocks, uint8 [..., rows, row_bytes], encoded part by part.
 

@@ -88,11 +88,7 @@ class Chooser:
 
 
 def check_budget(
-    model: Model,
-    target: Target,
-    types: Sequence[str],
-    memory: MemoryBudget | None,
-    stats: CalibrationStats | None,
+    model: Model, target: Target, types: Sequence[str], memory: MemoryBudget | None, stats: CalibrationStats | None
 ) -> None:
     """Refuse a budget that no choice among `types` meets, before a tensor is measured.
 

@@ -93,11 +93,7 @@ def plan_types(
 
 
 def size_range(
-    table: ErrorTable,
-    rules: Rules,
-    *,
-    fixed_bytes: int = 0,
-    stored_bytes: Callable[[ErrorRow], int] = _padded_bytes,
+    table: ErrorTable, rules: Rules, *, fixed_bytes: int = 0, stored_bytes: Callable[[ErrorRow], int] = _padded_bytes
 ) -> tuple[int, int]:
     """Return the file bytes with every tensor in its smallest type, and in its largest; floors do not count.
 

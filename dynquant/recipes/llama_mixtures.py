@@ -209,11 +209,7 @@ _EMBEDDING_RULES = (
     _rule(_IQ2_LARGE | {"iq3_xxs"}, "IQ3_S"),
     _rule("tq1_0 tq2_0", "Q4_K"),
 )
-_OUTPUT_RULES = (
-    _rule(_VERY_LOW | {"iq3_xxs"}, "Q5_K"),
-    _rule("mxfp4_moe q8_0", "Q8_0"),
-    _rule(_OTHERS, "Q6_K"),
-)
+_OUTPUT_RULES = (_rule(_VERY_LOW | {"iq3_xxs"}, "Q5_K"), _rule("mxfp4_moe q8_0", "Q8_0"), _rule(_OTHERS, "Q6_K"))
 _COMMON_FFN_DOWN_RULES = (
     _rule(_IQ1 | _IQ2_SMALL, "Q2_K", _FIRST_EIGHTH),
     _rule(_IQ2_LARGE, "IQ3_S", _FIRST_EIGHTH),
@@ -248,10 +244,7 @@ _RULES: dict[_Category, tuple[_Rule, ...]] = {
         _rule("iq3_xs", "IQ3_XXS"),
         _rule("iq3_xxs", "IQ2_S"),
     ),
-    _Category.ATTN_Q: (
-        _rule("iq3_xs", "IQ3_XXS"),
-        _rule("iq3_xxs", "IQ2_S"),
-    ),
+    _Category.ATTN_Q: (_rule("iq3_xs", "IQ3_XXS"), _rule("iq3_xxs", "IQ2_S")),
     _Category.ATTN_OUT: (
         _rule(_VERY_LOW, "Q5_K", _EIGHT_EXPERTS),
         _rule(_IQ1, "IQ2_XXS"),
@@ -383,11 +376,7 @@ def file_type_name(ftype: str) -> str:
 
 
 def llama_tensor_types(
-    ftype: str,
-    tensors: Iterable[tuple[str, Sequence[int]]],
-    hyper: HyperParams,
-    *,
-    overridden: Container[str] = (),
+    ftype: str, tensors: Iterable[tuple[str, Sequence[int]]], hyper: HyperParams, *, overridden: Container[str] = ()
 ) -> dict[str, Choice]:
     """Return the types that llama-quantize gives to a model's tensors for a file type.
 

@@ -5,7 +5,6 @@ with their codewords, `refit` solves for all super-block scales of a row togethe
 the loss, so the loss never rises but for the rounding of refitted scales.
 """
 
-from dataclasses import fields as dataclass_fields
 from dataclasses import replace
 
 import torch
@@ -43,12 +42,14 @@ def descend(rows: Rows, fields: Fields, values: Tensor, hessian: Tensor) -> Tens
     for first in range(0, rows.x.shape[-1], group):
         columns = slice(first, first + group)
         block = hessian[:, columns, columns]
-        target = spread.targets(decoded[..., columns] + _solve(slope[..., columns], block), columns)
-        found = rows.layout.codebook.nearest(target, block.diagonal(dim1=-2, dim2=-1))
-        step = spread.a[..., columns] * (values[..., columns] - found)  # what the error grows by
+        pull = slope[..., columns]
+        pull = pull / block if group == 1 else torch.linalg.solve(block, pull, left=False)
+        target = spread.targets(decoded[..., columns] + pull, columns)
+        nearest = rows.layout.codebook.nearest(target, block.diagonal(dim1=-2, dim2=-1))
+        step = spread.a[..., columns] * (values[..., columns] - nearest)  # what the error grows by
         change = ((2 * slope[..., columns] + step @ block) * step).sum(-1, keepdim=True)
         better = change < 0
-        values[..., columns] = torch.where(better, found, values[..., columns])
+        values[..., columns] = torch.where(better, nearest, values[..., columns])
         slope += torch.where(better, step, 0.0) @ hessian[:, columns]
     return values
 
@@ -63,99 +64,67 @@ def descend_scales(rows: Rows, fields: Fields, values: Tensor, hessian: Tensor) 
         return fields, values
     width = layout.sub_block
     decoded = rows.decoded(fields, values)
-    values, scales = values.clone(), fields.scales.clone()
-    mins = None if fields.mins is None else fields.mins.clone()
-    shifts = None if fields.shifts is None else fields.shifts.clone()
+    values, fields = values.clone(), fields.map(Tensor.clone)
     slope = (rows.x - decoded) @ hessian
-    blocks = _diagonal_blocks(hessian, width)
+    tiles = hessian.unflatten(-1, (-1, width)).unflatten(1, (-1, width))
+    blocks = tiles.diagonal(dim1=1, dim2=3).movedim(-1, 1)  # [E, S, width, width]
     factors, solvers = upper_factor(blocks), torch.linalg.lu_factor(blocks)
     for s in range(rows.num_sub_blocks):
         columns = slice(s * width, (s + 1) * width)
         lu, pivots = (part[:, s] for part in solvers)
         target = decoded[..., columns] + torch.linalg.lu_solve(lu, pivots, slope[..., columns], left=False)
         sub = Rows(layout, target, rows.unit)
-        kept = _sub_fields(fields, s, rows.num_sub_blocks, scales, mins, shifts)
-        best, found = _best_trial(sub, kept, values[..., columns], blocks[:, s], factors[:, s])
-        scales[..., s : s + 1] = best.scales
-        if mins is not None:
-            mins[..., s : s + 1] = best.mins
-        if shifts is not None:
-            runs = width // layout.shift_width
-            shifts[..., s * runs : (s + 1) * runs] = best.shifts
-        values[..., columns] = found
-        new = sub.decoded(best, found)
+        present = _sub_fields(fields, s, rows.num_sub_blocks)
+        best, values[..., columns] = _best_trial(sub, present, values[..., columns], blocks[:, s], factors[:, s])
+        present.map(Tensor.copy_, best)  # views: this writes into `fields`
+        new = sub.decoded(best, values[..., columns])
         slope += (decoded[..., columns] - new) @ hessian[:, columns]
         decoded[..., columns] = new
-    return replace(fields, scales=scales, mins=mins, shifts=shifts), values
+    return fields, values
 
 
-def _diagonal_blocks(hessian: Tensor, width: int) -> Tensor:
-    """[E, C, C] -> [E, C / width, width, width]."""
-    cut = hessian.unflatten(-1, (-1, width)).unflatten(1, (-1, width))
-    return cut.diagonal(dim1=1, dim2=3).movedim(-1, 1)
-
-
-def _best_trial(sub: Rows, kept: Fields, values: Tensor, block: Tensor, factor: Tensor) -> tuple[Fields, Tensor]:
+def _best_trial(sub: Rows, present: Fields, values: Tensor, block: Tensor, factor: Tensor) -> tuple[Fields, Tensor]:
     """The fields and values with least loss: those at hand, or a trial after feedback; all trials are run at once."""
-    trials = _trials(sub.layout, kept)
+    trials = _trials(sub.layout, present)
     count = len(trials)
     many = Rows(sub.layout, sub.x.repeat(count, 1, 1), sub.unit.repeat(count, 1, 1))
-    fields = _stacked(trials)
+    fields = present.map(lambda *tensors: torch.cat(tensors[1:]), *trials)
     tried = feed_back(many, fields, factor.repeat(count, 1, 1))
     losses = torch.cat(
         (
-            loss(sub, kept, values, block)[None],
+            loss(sub, present, values, block)[None],
             loss(many, fields, tried, block.repeat(count, 1, 1)).unflatten(0, (count, -1)),
         )
     )
     choice = losses.argmin(0, keepdim=True).unsqueeze(-1)  # [1, E, R, 1]; the first of equals
 
-    def chosen(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
-        if mine is None or theirs is None:
-            return None
+    def chosen(mine: Tensor, theirs: Tensor) -> Tensor:
         options = torch.cat((mine[None], theirs.unflatten(0, (count, -1))))
         return options.gather(0, choice.expand(1, *mine.shape)).squeeze(0)
 
-    best = Fields(
-        kept.d,
-        chosen(kept.scales, fields.scales),
-        chosen(kept.shifts, fields.shifts),
-        kept.dmin,
-        chosen(kept.mins, fields.mins),
-    )
-    return best, chosen(values, tried)
+    return present.map(chosen, fields), chosen(values, tried)
 
 
-def _stacked(trials: list[Fields]) -> Fields:
-    def together(parts: list[Tensor | None]) -> Tensor | None:
-        return None if parts[0] is None else torch.cat(parts)
+def _sub_fields(fields: Fields, s: int, num: int) -> Fields:
+    """Views of the fields of sub-block `s` of `num`, as of a super-block of its own."""
 
-    return Fields(*(together([getattr(trial, f.name) for trial in trials]) for f in dataclass_fields(Fields)))
+    def part(t: Tensor) -> Tensor:
+        start = s * t.shape[-1] // num  # of `d` and `dmin`, that of the super-block
+        return t[..., start : start + max(1, t.shape[-1] // num)]
 
-
-def _sub_fields(fields: Fields, s: int, num: int, scales: Tensor, mins: Tensor | None, shifts: Tensor | None) -> Fields:
-    """The fields of one sub-block, as of a super-block of its own."""
-    block = s * fields.d.shape[-1] // num
-    runs = 0 if shifts is None else shifts.shape[-1] // num
-    return Fields(
-        fields.d[..., block : block + 1],
-        scales[..., s : s + 1],
-        None if shifts is None else shifts[..., s * runs : (s + 1) * runs],
-        None if fields.dmin is None else fields.dmin[..., block : block + 1],
-        None if mins is None else mins[..., s : s + 1],
-    )
+    return fields.map(part)
 
 
 def _trials(layout: BlockLayout, fields: Fields) -> list[Fields]:
     """The present fields, and those that differ in one: the scale code or the minimum by one, or the shift."""
-    found = [fields]
+    trials = [fields]
     for step in (-1, 1):
-        found.append(replace(fields, scales=(fields.scales + step).clamp(0, len(layout.multipliers) - 1)))
+        trials.append(replace(fields, scales=(fields.scales + step).clamp(0, len(layout.multipliers) - 1)))
         if fields.mins is not None:
-            found.append(replace(fields, mins=(fields.mins + step).clamp(0, layout.num_mins - 1)))
+            trials.append(replace(fields, mins=(fields.mins + step).clamp(0, layout.num_mins - 1)))
     if fields.shifts is not None and fields.shifts.shape[-1] == 1:
-        found.append(replace(fields, shifts=-fields.shifts))
-    return found
+        trials.append(replace(fields, shifts=-fields.shifts))
+    return trials
 
 
 def refit(rows: Rows, fields: Fields, values: Tensor, hessian: Tensor) -> Fields:
@@ -193,10 +162,3 @@ def _solve_scales(units: Tensor, x: Tensor, hessian: Tensor, width: int) -> Tens
     ridge = _RIDGE * diagonal.mean(-1, keepdim=True) + torch.finfo(torch.float32).tiny
     left = left.to(torch.float64) + torch.diag_embed(ridge.expand_as(diagonal).to(torch.float64))
     return torch.linalg.solve(left, right.to(torch.float64).unsqueeze(-1)).squeeze(-1).to(torch.float32)
-
-
-def _solve(t: Tensor, block: Tensor) -> Tensor:
-    """t H⁻¹ for symmetric H [E, n, n]."""
-    if block.shape[-1] == 1:
-        return t / block
-    return torch.linalg.solve(block, t, left=False)

@@ -61,15 +61,11 @@ def feed_back(rows: Rows, fields: Fields, factor: Tensor) -> Tensor:
             if first > start:
                 pending = pending + errors[..., start:first] @ factor[:, start:first, columns]
             diagonal = factor[:, columns, columns]
-            target = spread.targets(x[..., columns] + _right_solve(pending, diagonal), columns)
-            found = rows.layout.codebook.nearest(target, diagonal.square().sum(-1))
-            values[..., columns] = found
-            errors[..., columns] = x[..., columns] - spread.decoded(found, columns)
+            if group == 1:
+                pending = pending / diagonal
+            else:
+                pending = torch.linalg.solve_triangular(diagonal, pending, upper=True, left=False)
+            target = spread.targets(x[..., columns] + pending, columns)
+            values[..., columns] = rows.layout.codebook.nearest(target, diagonal.square().sum(-1))
+            errors[..., columns] = x[..., columns] - spread.decoded(values[..., columns], columns)
     return values
-
-
-def _right_solve(t: Tensor, triangle: Tensor) -> Tensor:
-    """t U⁻¹ for upper triangular U [E, group, group]."""
-    if triangle.shape[-1] == 1:
-        return t / triangle
-    return torch.linalg.solve_triangular(triangle, t, upper=True, left=False)

@@ -48,6 +48,11 @@ class Fields:
     dmin: Tensor | None = None
     mins: Tensor | None = None
 
+    def map(self, function: Callable[..., Tensor], *others: "Fields") -> "Fields":
+        """Return what `function` makes of each tensor and its counterparts; those that a type lacks stay None."""
+        rows = zip(*(vars(fields).values() for fields in (self, *others)), strict=True)
+        return Fields(*(None if any(tensor is None for tensor in row) else function(*row) for row in rows))
+
 
 @dataclass(frozen=True)
 class BlockLayout:

@@ -92,18 +92,7 @@ class Rows:
 
     def packed(self, fields: Fields, values: Tensor) -> Tensor:
         """Block bytes, uint8 [E, R, row_bytes]."""
-        blocks = values.shape[-1] // self.layout.super_block
-
-        def flat(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t.reshape(t.shape[0] * t.shape[1] * blocks, -1)
-
-        d = flat(fields.d * self.unit)
-        dmin = None if fields.dmin is None else flat(fields.dmin * self.unit)
-        stored = Fields(
-            d.squeeze(1),
-            flat(fields.scales),
-            flat(fields.shifts),
-            None if dmin is None else dmin.squeeze(1),
-            flat(fields.mins),
-        )
-        return self.layout.pack(stored, flat(values)).view(*values.shape[:2], -1)
+        blocks = values.numel() // self.layout.super_block
+        d, dmin = (None if t is None else (t * self.unit).reshape(blocks) for t in (fields.d, fields.dmin))
+        stored = replace(fields.map(lambda t: t.reshape(blocks, -1)), d=d, dmin=dmin)
+        return self.layout.pack(stored, values.reshape(blocks, -1)).view(*values.shape[:2], -1)

@@ -7,6 +7,8 @@ by a full search, and `d` is refitted by weighted least squares, until the error
 """
 
 from dataclasses import replace
+from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -25,62 +27,36 @@ def fit(rows: Rows, metric: Tensor, *, candidates: int, rounds: int) -> tuple[Fi
     `candidates` free scales are tried for each sub-block, `rounds` times the stored ones are improved.
     """
     fields = (_fit_affine if rows.layout.num_mins else _fit_scales)(rows, metric, candidates)
-    best = _Best(rows, metric)
-    values, fields = _search(rows, metric, fields)
-    best.offer(fields, values)
+    best = _search(rows, metric, fields)
+    least = _sum(_error(rows, metric, *best), rows.layout.super_block)
     for _ in range(rounds):
-        fields, values = _neighbours(rows, metric, *best.taken())
-        fields = _refit(rows, metric, fields, values)
-        values, fields = _search(rows, metric, fields)
-        if not best.offer(fields, values):
-            break
-    return best.taken()
-
-
-class _Best:
-    """The best fields and values so far, super-block by super-block."""
-
-    def __init__(self, rows: Rows, metric: Tensor) -> None:
-        self._rows, self._metric = rows, metric
-        self._error: Tensor | None = None
-        self._kept: tuple[Fields, Tensor] | None = None
-
-    def offer(self, fields: Fields, values: Tensor) -> bool:
-        """Keep what is better; False when nothing was."""
-        rows = self._rows
-        error = _sum(_error(rows, self._metric, fields, values), rows.layout.super_block)
-        if self._kept is None or self._error is None:
-            self._error, self._kept = error, (fields, values)
-            return True
-        better = error < self._error
+        fields, values = _neighbours(rows, metric, *best)
+        trial = _search(rows, metric, _refit(rows, metric, fields, values))
+        error = _sum(_error(rows, metric, *trial), rows.layout.super_block)
+        better = error < least
         if not better.any():
-            return False
-        self._kept = merged(better, (fields, values), self._kept)
-        self._error = torch.where(better, error, self._error)
-        return True
-
-    def taken(self) -> tuple[Fields, Tensor]:
-        assert self._kept is not None
-        return self._kept
+            break
+        best, least = merged(better, trial, best), torch.where(better, error, least)
+    return best
 
 
 def merged(better: Tensor, new: tuple[Fields, Tensor], old: tuple[Fields, Tensor]) -> tuple[Fields, Tensor]:
     """`new` in the super-blocks that are marked in `better` [E, R, B], `old` elsewhere."""
+    choose = partial(_where, better)
+    return new[0].map(choose, old[0]), choose(new[1], old[1])
 
-    def choose(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-        if a is None or b is None:
-            return None
-        return torch.where(better.repeat_interleave(a.shape[-1] // better.shape[-1], dim=-1), a, b)
 
-    f, g = new[0], old[0]
-    fields = Fields(
-        choose(f.d, g.d),
-        choose(f.scales, g.scales),
-        choose(f.shifts, g.shifts),
-        choose(f.dmin, g.dmin),
-        choose(f.mins, g.mins),
-    )
-    return fields, choose(new[1], old[1])
+def _where(wins: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """`new` where it wins, else `old`; each entry of `wins` stands for a run of neighbours."""
+    return torch.where(wins.repeat_interleave(new.shape[-1] // wins.shape[-1], dim=-1), new, old)
+
+
+def _lower(best: tuple[Tensor, ...] | None, trial: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The tensors of `trial` where its first is lower than that of `best`."""
+    if best is None:
+        return trial
+    wins = trial[0] < best[0]
+    return tuple(torch.where(wins, new, old) for new, old in zip(trial, best, strict=True))
 
 
 def _values(
@@ -99,29 +75,28 @@ def _values(
     return found.view(experts, -1, num_rows, book.group).transpose(1, 2).reshape(experts, num_rows, columns)
 
 
-def _search(rows: Rows, metric: Tensor, fields: Fields) -> tuple[Tensor, Fields]:
-    """Nearest values, and the fields with the better shift of each run."""
+def _search(rows: Rows, metric: Tensor, fields: Fields) -> tuple[Fields, Tensor]:
+    """The fields with the better shift of each run, and the nearest values."""
     a, b = rows.scales(fields), rows.minimums(fields)
     if not rows.layout.shift_width:
-        return _values(rows, metric, a, b, 0.0), fields
+        return fields, _values(rows, metric, a, b, 0.0)
     shifts, values = _best_shifts(rows, metric, a)
-    return values, replace(fields, shifts=shifts)
+    return replace(fields, shifts=shifts), values
 
 
 def _best_shifts(rows: Rows, metric: Tensor, a: Tensor, *, scan: bool = False) -> tuple[Tensor, Tensor]:
     """Shifts [E, R, C / shift_width] and values."""
     width = rows.layout.shift_width
-    found = []
+    best = None
     for sign in (1.0, -1.0):
         shifts = torch.full((*rows.x.shape[:2], rows.x.shape[2] // width), sign, device=rows.x.device)
         offsets = rows.offsets(shifts)
         values = _values(rows, metric, a, None, offsets, scan=scan)
         error = _sum(_squares(rows.x - rows.wide(a) * (values + offsets), metric), width)
-        found.append((shifts, values, error))
-    (shifts, values, error), (other, other_values, other_error) = found
-    wins = other_error < error
-    wide = wins.repeat_interleave(width, dim=-1)
-    return torch.where(wins, other, shifts), torch.where(wide, other_values, values)
+        if best is None:
+            best = error, shifts, values
+    wins = error < best[0]
+    return torch.where(wins, shifts, best[1]), _where(wins, values, best[2])
 
 
 def _fit_scales(rows: Rows, metric: Tensor, candidates: int) -> Fields:
@@ -129,7 +104,7 @@ def _fit_scales(rows: Rows, metric: Tensor, candidates: int) -> Fields:
     layout = rows.layout
     peak = rows.x.unflatten(-1, (-1, layout.sub_block)).abs().amax(-1)  # [E, R, S]
     fractions = torch.linspace(*layout.fractions, candidates).tolist()
-    best: tuple[Tensor, Tensor, Tensor] | None = None
+    best = None
     for fraction in (sign * one for one in fractions for sign in ((1, -1) if layout.has_signed_scales else (1,))):
         a = peak * (fraction / layout.codebook.peak)
         shifts = None
@@ -137,17 +112,11 @@ def _fit_scales(rows: Rows, metric: Tensor, candidates: int) -> Fields:
             shifts, values = _best_shifts(rows, metric, a, scan=True)
         else:
             values = _values(rows, metric, a, None, 0.0, scan=True)
-        product, square = _products(rows, metric, values + rows.offsets(shifts))
-        a = product / square.clamp_min(_TINY)
-        gain = product * a  # what the squared error falls by
-        if best is None:
-            best = gain, a, square
-        else:
-            wins = gain > best[0]
-            best = tuple(torch.where(wins, new, old) for new, old in zip((gain, a, square), best, strict=True))
-    assert best is not None
-    d, scales = round_scales(rows, best[1], best[2])
-    return Fields(d, scales)
+        units, w = values + rows.offsets(shifts), metric.unsqueeze(1)
+        moment, square = (_sum(w * t * units, layout.sub_block) for t in (rows.x, units))
+        a = moment / square.clamp_min(_TINY)
+        best = _lower(best, (-moment * a, a, square))  # the first is what the squared error grows by
+    return Fields(*round_scales(rows, *best[1:]))
 
 
 def _fit_affine(rows: Rows, metric: Tensor, candidates: int) -> Fields:
@@ -158,23 +127,20 @@ def _fit_affine(rows: Rows, metric: Tensor, candidates: int) -> Fields:
     w = metric.unflatten(-1, (-1, layout.sub_block)).unsqueeze(1)  # [E, 1, S, n]
     low, high = x.amin(-1).clamp_max(0), x.amax(-1).clamp_min(0)
     fractions = torch.linspace(0.6, 1.0, max(2, candidates // 2)).tolist()
-    best: tuple[Tensor, Tensor, Tensor] | None = None
-    for below in fractions:
-        for above in fractions:
-            a = ((above * high - below * low) / levels).clamp_min(_TINY)
-            b = -below * low
-            for _ in range(2):
-                a, b = _line(x, w, ((x + b.unsqueeze(-1)) / a.unsqueeze(-1)).round_().clamp_(0, levels))
-            q = ((x + b.unsqueeze(-1)) / a.unsqueeze(-1)).round_().clamp_(0, levels)
-            error = ((x - a.unsqueeze(-1) * q + b.unsqueeze(-1)).square_() * w).sum(-1)
-            if best is None:
-                best = error, a, b
-            else:
-                wins = error < best[0]
-                best = tuple(torch.where(wins, new, old) for new, old in zip((error, a, b), best, strict=True))
-    assert best is not None
+
+    def nearest(a: Tensor, b: Tensor) -> Tensor:
+        return ((x + b.unsqueeze(-1)) / a.unsqueeze(-1)).round_().clamp_(0, levels)
+
+    best = None
+    for below, above in product(fractions, repeat=2):
+        a = ((above * high - below * low) / levels).clamp_min(_TINY)
+        b = -below * low
+        for _ in range(2):
+            a, b = _line(x, w, nearest(a, b))
+        error = ((x - a.unsqueeze(-1) * nearest(a, b) + b.unsqueeze(-1)).square_() * w).sum(-1)
+        best = _lower(best, (error, a, b))
     _, a, b = best
-    q = ((x + b.unsqueeze(-1)) / a.unsqueeze(-1)).round_().clamp_(0, levels)
+    q = nearest(a, b)
     d, scales = round_scales(rows, a, (w * q * q).sum(-1))
     fields = Fields(d, scales)
     a = rows.scales(fields).unsqueeze(-1)
@@ -217,7 +183,7 @@ def round_scales(rows: Rows, free: Tensor, curvature: Tensor) -> tuple[Tensor, T
     def codes_of(d: Tensor) -> Tensor:
         return torch.bucketize(torch.where(d != 0, free / d, 0.0), middles)
 
-    best: tuple[Tensor, Tensor, Tensor] | None = None
+    best = None
     for share in torch.linspace(0.4, 1.15, _SUPER_SCALES).tolist():
         d = peak / (share * table[-1])
         for _ in range(2):
@@ -227,12 +193,7 @@ def round_scales(rows: Rows, free: Tensor, curvature: Tensor) -> tuple[Tensor, T
         d = rows.rounded(d)
         codes = codes_of(d)
         error = (curvature * (free - d * table[codes]).square()).sum(-1, keepdim=True)
-        if best is None:
-            best = error, d, codes
-        else:
-            wins = error < best[0]
-            best = tuple(torch.where(wins, new, old) for new, old in zip((error, d, codes), best, strict=True))
-    assert best is not None
+        best = _lower(best, (error, d, codes))
     return best[1].squeeze(-1), best[2].flatten(-2)
 
 
@@ -243,34 +204,19 @@ def _neighbours(rows: Rows, metric: Tensor, fields: Fields, values: Tensor) -> t
         return fields, values
     error = _sum(_error(rows, metric, fields, values), layout.sub_block)
     best = fields
-    for step, min_step in _steps(layout.num_mins > 0):
+    for step, min_step in product((-1, 0, 1), repeat=2) if layout.num_mins else ((-1, 0), (1, 0)):
+        if (step, min_step) == (0, 0):
+            continue
         scales = (fields.scales + step).clamp(0, len(layout.multipliers) - 1)
         mins = None if fields.mins is None else (fields.mins + min_step).clamp(0, layout.num_mins - 1)
-        trial = replace(fields, scales=scales, mins=mins)
-        found, trial = _search(rows, metric, trial)
-        trial_error = _sum(_error(rows, metric, trial, found), layout.sub_block)
+        trial, trial_values = _search(rows, metric, replace(fields, scales=scales, mins=mins))
+        trial_error = _sum(_error(rows, metric, trial, trial_values), layout.sub_block)
         wins = trial_error < error
         error = torch.where(wins, trial_error, error)
-        best = replace(
-            best,
-            scales=torch.where(wins, trial.scales, best.scales),
-            mins=None if mins is None else torch.where(wins, mins, best.mins),
-            shifts=_chosen_shifts(wins, trial, best),
-        )
-        values = torch.where(rows.wide(wins), found, values)
+        # d and dmin, one for many sub-blocks, are the same tensors in both.
+        best = trial.map(lambda new, old: old if new is old else _where(wins, new, old), best)  # noqa: B023
+        values = _where(wins, trial_values, values)
     return best, values
-
-
-def _chosen_shifts(wins: Tensor, new: Fields, old: Fields) -> Tensor | None:
-    if new.shifts is None or old.shifts is None:
-        return None
-    return torch.where(wins.repeat_interleave(new.shifts.shape[-1] // wins.shape[-1], dim=-1), new.shifts, old.shifts)
-
-
-def _steps(has_mins: bool) -> list[tuple[int, int]]:
-    if not has_mins:
-        return [(-1, 0), (1, 0)]
-    return [(s, m) for s in (-1, 0, 1) for m in (-1, 0, 1) if (s, m) != (0, 0)]
 
 
 def _refit(rows: Rows, metric: Tensor, fields: Fields, values: Tensor) -> Fields:
@@ -293,12 +239,6 @@ def _least_squares(x: Tensor, units: Tensor, metric: Tensor, width: int, otherwi
     w = metric.unsqueeze(1)
     square = _sum(w * units * units, width)
     return torch.where(square > 0, _sum(w * x * units, width) / square.clamp_min(_TINY), otherwise)
-
-
-def _products(rows: Rows, metric: Tensor, units: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted x . u and u . u of every sub-block [E, R, S]."""
-    w, width = metric.unsqueeze(1), rows.layout.sub_block
-    return _sum(w * rows.x * units, width), _sum(w * units * units, width)
 
 
 def _error(rows: Rows, metric: Tensor, fields: Fields, values: Tensor) -> Tensor:
