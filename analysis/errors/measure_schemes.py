@@ -74,11 +74,7 @@ class SchemeMeter:
 
 
 def build_scheme_table(
-    meter: SchemeMeter,
-    *,
-    stats_hash: str,
-    journal: ErrorJournal | None = None,
-    progress: Progress = ignore_progress,
+    meter: SchemeMeter, *, stats_hash: str, journal: ErrorJournal | None = None, progress: Progress = ignore_progress
 ) -> ErrorTable:
     """Measure every linear layer in each of its candidates.
 

@@ -258,13 +258,7 @@ class DownScan:
         self._add(name, place, call.expert, call.down_input, call.down_output, call.tokens)
 
     def _add(
-        self,
-        name: str,
-        place: str,
-        expert: int | None,
-        x: torch.Tensor,
-        out: torch.Tensor,
-        token_index: torch.Tensor,
+        self, name: str, place: str, expert: int | None, x: torch.Tensor, out: torch.Tensor, token_index: torch.Tensor
     ) -> None:
         token, row = divmod(int(out.abs().argmax()), out.shape[1])
         value = float(out[token, row])
