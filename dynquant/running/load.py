@@ -144,8 +144,8 @@ def _load(auto_class: Any, model: Model | Path, **options: Any) -> Any:
     if is_gguf(path):
         directory, options = path.parent, options | {"gguf_file": path.name}
         way_out = (
-            "Start from the Hugging Face checkpoint that it was made from, or calibrate by importing an importance "
-            "matrix of llama-imatrix."
+            "Start from the Hugging Face checkpoint that it was made from, or import an importance matrix of "
+            "llama-imatrix (`dynquant calibrate --imatrix FILE`)."
         )
     try:
         with without_progress_bars():
