@@ -13,13 +13,7 @@ import torch
 from dynquant.calibration.collector import KINDS
 from dynquant.calibration.importance import coverage_report
 from dynquant.calibration.options import CalibrateOptions, CalibrationOptions
-from dynquant.calibration.run import (
-    Calibration,
-    StatisticsOptions,
-    collect_statistics,
-    provenance_of,
-    text_inputs,
-)
+from dynquant.calibration.run import Calibration, StatisticsOptions, collect_statistics, provenance_of, text_inputs
 from dynquant.calibration.second_moments import SecondMoments, load_beside, path_beside
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
 from dynquant.calibration.streamed import StreamingOptions, calibrate_streamed
