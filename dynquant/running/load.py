@@ -139,7 +139,7 @@ def _load(loader: str, model: Model | Path, **options: Any) -> Any:
         directory, options = path.parent, options | {"gguf_file": path.name}
         way_out = (
             "Start from the Hugging Face checkpoint that it was made from, or import an importance matrix of "
-            "llama-imatrix with `dynquant calibrate MODEL --imatrix FILE`."
+            "llama-imatrix (`dynquant calibrate --imatrix FILE`)."
         )
     try:
         with without_progress_bars():
