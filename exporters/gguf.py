@@ -19,7 +19,6 @@ import gguf
 from torch import Tensor
 
 from dynquant import __version__
-from dynquant.calibration.second_moments import SecondMoments
 from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.gguf_layout import (
     ENCODER_KEY,
@@ -34,7 +33,6 @@ from dynquant.checkpoints.gguf_layout import (
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model, ModelPart
 from dynquant.encoding.parts import TensorPart
-from dynquant.encoding.stream import QuantizedPart
 from dynquant.errors import ExportError
 from dynquant.exporters.output import Encoding, writing
 from dynquant.recipes.build_plan import plan_of_part, with_projector_type
@@ -83,19 +81,13 @@ def _encodings(encoding: Encoding) -> list[tuple[ModelPart | None, Encoding]]:
     model, plan = encoding.model, encoding.plan
     if not model.parts:
         return [(None, encoding)]
-    parts = [
-        (
-            part,
-            replace(
-                encoding,
-                model=part.model,
-                plan=plan_of_part(part, plan, encoding.stats),
-                stats=stats_of_part(part, encoding.stats),
-                moments=_moments_of_part(part, encoding.moments),
-            ),
-        )
-        for part in model.parts
-    ]
+    parts = []
+    for part in model.parts:
+        moments = encoding.moments
+        if moments is not None:
+            moments = replace(moments, aliases=_renamed(part, moments.aliases))
+        own_plan, stats = plan_of_part(part, plan, encoding.stats), stats_of_part(part, encoding.stats)
+        parts.append((part, replace(encoding, model=part.model, plan=own_plan, stats=stats, moments=moments)))
     total = sum(of_part.plan.predicted_bytes for _, of_part in parts)
     if not model.unwritten and total != plan.predicted_bytes:
         raise ExportError(
@@ -110,25 +102,16 @@ def _export_file(encoding: Encoding, output: Path, split_max_bytes: int | None) 
     _check_output(encoding.model, output)
     files = _layout(encoding, split_max_bytes)
     parts = encoding.parts()
-    target = ResumableOutput(
-        split_paths(output, len(files)),
-        [file.total_bytes for file in files],
-        _regions(files, parts),
-        encoding.identity(_header_hash(files)),
-        resume=encoding.resume,
-    )
+    paths, sizes = split_paths(output, len(files)), [file.total_bytes for file in files]
+    identity = encoding.identity(hashlib.sha256(b"".join(file.header for file in files)).hexdigest())
+    target = ResumableOutput(paths, sizes, _regions(files, parts), identity, resume=encoding.resume)
     with writing(target, encoding.session) as progress:
-        _write(target, files, encoding.quantized(parts, frozenset(target.finished), progress))
+        for number, file in enumerate(files):
+            if _header_region(number) not in target.finished:
+                target.write(_header_region(number), file.header)
+        for part, packed in encoding.quantized(parts, frozenset(target.finished), progress):
+            target.write(part.key, memoryview(packed.contiguous().numpy().reshape(-1)))
         return target.commit()
-
-
-def _write(target: ResumableOutput, files: Iterable[FileLayout], quantized: Iterable[QuantizedPart]) -> None:
-    for number, file in enumerate(files):
-        if _header_region(number) not in target.finished:
-            target.write(_header_region(number), file.header)
-    for quantized_part in quantized:
-        blocks = quantized_part.packed.contiguous().numpy().reshape(-1)
-        target.write(quantized_part.part.key, memoryview(blocks))
 
 
 def _layout(encoding: Encoding, split_max_bytes: int | None) -> list[FileLayout]:
@@ -158,10 +141,6 @@ def _regions(files: Iterable[FileLayout], parts: Mapping[str, list[TensorPart]])
             for part in parts[placement.tensor.name]:
                 regions[part.key] = Region(number, placement.offset + part.offset, part.num_bytes)
     return regions
-
-
-def _header_hash(files: Iterable[FileLayout]) -> str:
-    return hashlib.sha256(b"".join(file.header for file in files)).hexdigest()
 
 
 def _header_region(number: int) -> str:
@@ -221,10 +200,6 @@ def _renamed(part: ModelPart, aliases: dict[str, str]) -> dict[str, str]:
 def stats_of_part(part: ModelPart, stats: CalibrationStats | None) -> CalibrationStats | None:
     """Return the statistics under the names that tensors have in a part's file."""
     return None if stats is None else replace(stats, aliases=_renamed(part, stats.aliases))
-
-
-def _moments_of_part(part: ModelPart, moments: SecondMoments | None) -> SecondMoments | None:
-    return None if moments is None else replace(moments, aliases=_renamed(part, moments.aliases))
 
 
 def write_patched(source: GGUFSource, output: Path, replacements: Mapping[str, Tensor], *, encoder: str) -> list[Path]:

@@ -8,6 +8,7 @@ wanted type gives its own bytes.
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -58,8 +59,7 @@ def guidance_of(
     )
 
 
-@dataclass(frozen=True)
-class QuantizedPart:
+class QuantizedPart(NamedTuple):
     """A part as it is stored. `packed` is uint8 [..., rows, row_bytes]; 1-D tensors have one row."""
 
     part: TensorPart
