@@ -36,10 +36,10 @@ def plan_from_types(
     """Return a plan with one entry per tensor of the model, for GGUF.
 
     Args:
-        model: What is planned.
+        model: The model that is planned.
         types: GGUF name -> wanted type and reason. Tensors that stay F32 (`stays_f32`) or whose role is unknown may be
             left out; F32 is taken for the former even when another type is wanted.
-        recipe: What was asked for, as `preset r1-iq1_s`.
+        recipe: The request, as `preset r1-iq1_s`.
         stats: The statistics that the export will use; they are named in the file and so count in its size.
         stats_hash: SHA-256 of stats.safetensors; given exactly when `stats` is.
         weighted_errors: (GGUF name, type) -> importance-weighted relative squared error.
@@ -186,14 +186,8 @@ def plan_for_vllm(
 ) -> Plan:
     """Return a plan with one entry per linear layer or stack of experts.
 
-    Args:
-        model: What is planned.
-        checkpoint: Its linear layers.
-        schemes: GGUF name of each linear layer -> wanted scheme and reason, the same for all layers of a unit.
-        recipe: What was asked for.
-        mixed_experts: Whether each layer's routed experts are a unit, or those of all layers.
-        stats_hash: SHA-256 of the statistics that the export will use.
-        weighted_errors: (GGUF name, scheme) -> importance-weighted relative squared error.
+    `schemes` are wanted schemes and reasons by GGUF name, the same for all layers of a unit; with `mixed_experts` each
+    layer's routed experts are a unit, else those of all layers. The rest is as in `plan_from_types`.
     """
     errors = weighted_errors or {}
     entries: list[PlanEntry] = []

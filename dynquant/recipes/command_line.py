@@ -41,13 +41,8 @@ _BLOCK = re.compile(r"^((?:\w+\.)?blk)\.(\d+)\.(.+)$")
 _TYPE_OPTIONS = {"--token-embedding-type": "token_embedding", "--output-tensor-type": "output"}
 _PATTERN_OPTIONS = ("--tensor-type", "--custom-q")
 _NUM_VALUES = {
-    "--imatrix": 1,
-    "--include-weights": 1,
-    "--exclude-weights": 1,
-    "--override-kv": 1,
-    "--allow-requantize": 0,
-    "--keep-split": 0,
-    "--dry-run": 0,
+    **dict.fromkeys(("--imatrix", "--include-weights", "--exclude-weights", "--override-kv"), 1),
+    **dict.fromkeys(("--allow-requantize", "--keep-split", "--dry-run"), 0),
 }
 """Options that do not decide types -> number of values, which are skipped."""
 _MAX_REPEATS = 3
@@ -104,13 +99,9 @@ def uses_imatrix(recipe: Recipe) -> bool:
 
 def command_line(recipe: Recipe, *, model: str, imatrix: str | None, output: str) -> str:
     """Write a recipe with a base type as a command for a shell, one option a line."""
-    options = []
-    if imatrix is not None:
-        options.append(("--imatrix", imatrix))
-    if recipe.token_embedding:
-        options.append(("--token-embedding-type", recipe.token_embedding.lower()))
-    if recipe.output:
-        options.append(("--output-tensor-type", recipe.output.lower()))
+    options = [] if imatrix is None else [("--imatrix", imatrix)]
+    types = {option: getattr(recipe, field) for option, field in _TYPE_OPTIONS.items()}
+    options += [(option, name.lower()) for option, name in types.items() if name]
     options += [("--tensor-type", f"{pattern}={name.lower()}") for pattern, name in recipe.patterns]
     lines = ["llama-quantize", *(f"  {shlex.join(option)}" for option in options)]
     return " \\\n".join([*lines, f"  {shlex.join((model, output, str(recipe.base).upper()))}"])
@@ -144,18 +135,12 @@ def _patterns(tensors: Iterable[TensorRecord]) -> tuple[tuple[str, str], ...]:
         for name, numbers in by_type.items():
             where = "[0-9]+" if len(by_type) == 1 else numbers_pattern(numbers)
             parts.setdefault((block, where, name), []).append(part)
-    inside = [
-        (rf"^{_escaped(block)}\.{where}\.{_alternatives(names)}$", type_name)
-        for (block, where, type_name), names in parts.items()
-    ]
+    inside = []
+    for (block, where, type_name), names in parts.items():
+        ending = ".weight" if len(names) > 1 and all(name.endswith(".weight") for name in names) else ""
+        either = _any_of([_escaped(name.removesuffix(ending)) for name in names])  # a common ending is written once
+        inside.append((rf"^{_escaped(block)}\.{where}\.{either}{_escaped(ending)}$", type_name))
     return (*outside, *inside)
-
-
-def _alternatives(parts: list[str]) -> str:
-    """Return a regex for exactly these names; their common ending is written once."""
-    if len(parts) > 1 and all(part.endswith(".weight") for part in parts):
-        return rf"{_any_of([_escaped(part.removesuffix('.weight')) for part in parts])}\.weight"
-    return _any_of([_escaped(part) for part in parts])
 
 
 def _any_of(choices: list[str]) -> str:
@@ -265,19 +250,17 @@ def _types_by(recipe: Recipe, model: Model) -> dict[str, Choice]:
             return Choice(recipe.output, "recipe: --output-tensor-type, to which the token embedding is tied")
         return None
 
-    types: dict[str, Choice] = {}
-    unnamed = []
-    for name, shape in shapes.items():
-        kept = kept_because(name, shape, model.arch)
-        if kept is None:
-            choice = by_name(name)
-            if choice is None:
-                unnamed.append(name)
-            else:
-                types[name] = choice
-        elif not stays_f32(name, shape):
-            types[name] = Choice("F32", f"recipe: not changed by llama.cpp, {kept}")
-    return types | _by_base(recipe, model, shapes, unnamed)
+    reasons = {name: kept_because(name, shape, model.arch) for name, shape in shapes.items()}
+    named = {name: by_name(name) for name, reason in reasons.items() if reason is None}
+    copied = {
+        name: Choice("F32", f"recipe: not changed by llama.cpp, {reason}")
+        for name, reason in reasons.items()
+        if reason is not None and not stays_f32(name, shapes[name])
+    }
+    unnamed = [name for name, choice in named.items() if choice is None]
+    return (
+        copied | {name: choice for name, choice in named.items() if choice} | _by_base(recipe, model, shapes, unnamed)
+    )
 
 
 def _by_base(recipe: Recipe, model: Model, shapes: dict[str, tuple[int, ...]], unnamed: list[str]) -> dict[str, Choice]:
@@ -315,7 +298,9 @@ def _parse_command(text: str) -> Recipe:
         elif word in _PATTERN_OPTIONS:
             patterns += _listed(_value(rest, word))
         elif word == "--tensor-type-file":
-            patterns += _listed(_listed_file(_value(rest, word)))
+            if not os.path.isfile(file := _value(rest, word)):
+                raise PlanError(f"The recipe refers to the file `{file}` with --tensor-type-file, and there is none.")
+            patterns += _listed(_read_recipe(file))
         elif word in _NUM_VALUES:
             for _ in range(_NUM_VALUES[word]):
                 _value(rest, word)
@@ -356,12 +341,6 @@ def _base(positional: list[str]) -> str | None:
             "knows. It must end in MODEL OUT TYPE, as in.gguf out.gguf Q4_K_M."
         )
     return None
-
-
-def _listed_file(name: str) -> str:
-    if not os.path.isfile(name):
-        raise PlanError(f"The recipe refers to the file `{name}` with --tensor-type-file, and there is none.")
-    return _read_recipe(name)
 
 
 def _listed(text: str) -> Iterator[tuple[str, str]]:

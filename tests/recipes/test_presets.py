@@ -13,6 +13,7 @@ from dynquant.planning.target import Target
 from dynquant.recipes.build_plan import plan_from_types
 from dynquant.recipes.llama_mixtures import LLAMA_FTYPES
 from dynquant.recipes.presets import R1_RECIPES, preset_types
+from dynquant.session import Session
 
 GIB = 1 << 30
 PUBLISHED_GIB = {"r1-iq1_s": 130.6, "r1-iq1_m": 158, "r1-iq2_xxs": 183.9, "r1-q2_k_xl": 212}
@@ -122,13 +123,14 @@ def test_the_original_r1_file_is_reproduced(deepseek_r1):
     assert {entry.wanted_type for entry in plan.entries if entry.type == "Q8_0"} == {"Q6_K"}
 
 
-def test_the_published_r1_file_from_its_config_alone(tmp_path, capsys):
+def test_the_published_r1_file_from_its_config_alone(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**DEEPSEEK_R1, "quantization_config": {"quant_method": "fp8"}}))
-    plan = plan_from_config(tmp_path, Target(preset="r1-iq1_s"))
+    notes: list[str] = []
+    plan = plan_from_config(tmp_path, Target(preset="r1-iq1_s"), Session(note=notes.append))
     assert plan.histogram() == {"F32": 361, "Q6_K": 184, "Q5_K": 116, "Q4_K": 190, "IQ2_XXS": 6, "IQ1_S": 168}
     assert len(plan.entries) == 1025
     assert f"{plan.predicted_bytes / GIB:.2f}" == "130.60"
-    assert "1,086 tensors, 130.71 GiB" in capsys.readouterr().err
+    assert "1,086 tensors, 130.71 GiB" in notes[-1]
 
 
 def index_of(directory, names):
