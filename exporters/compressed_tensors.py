@@ -11,16 +11,7 @@ from pathlib import Path
 
 import torch
 
-from dynquant.checkpoints.checkpoint_directory import (
-    SHARD_BYTES,
-    as_json,
-    copied_files,
-    files_hash,
-    index_of,
-    shards_of,
-    tensor_bytes,
-    write_small_files,
-)
+from dynquant.checkpoints import checkpoint_directory as directory
 from dynquant.checkpoints.safetensors_format import ShardLayout
 from dynquant.encoding.parts import as_slice, ranges
 from dynquant.encoding.stream import Guidance
@@ -57,20 +48,22 @@ def export_compressed_tensors(
     plan = encoding.plan
     check_linears(plan, checkpoint, encoding.model)
     check_is_free(output)
-    shards = shards_of(tensors_of_checkpoint(checkpoint, schemes_of(plan)), shard_max_bytes or SHARD_BYTES)
+    shards = directory.shards_of(
+        tensors_of_checkpoint(checkpoint, schemes_of(plan)), shard_max_bytes or directory.SHARD_BYTES
+    )
     documents = _documents(encoding, checkpoint, shards)
     staging = output.with_name(f".{output.name}.partial")
     sizes, regions = directory_regions(documents, shards)
     for name, shard in shards.items():
         regions |= {key: Region(regions[name].file, *span) for key, span in shard.spans.items()}
-    identity = encoding.identity(files_hash(documents, shards))
+    identity = encoding.identity(directory.files_hash(documents, shards))
     paths = [staging / name for name in sizes]
     target = ResumableOutput(paths, list(sizes.values()), regions, identity, resume=encoding.resume)
     try:
         with writing(target, encoding.session) as progress:
-            write_small_files(target, documents, shards)
+            directory.write_small_files(target, documents, shards)
             for name, tensor in _tensors(encoding, checkpoint, target.finished, progress):
-                target.write(name, tensor_bytes(tensor))
+                target.write(name, directory.tensor_bytes(tensor))
             target.commit()
     finally:
         if not any(staging.iterdir()):
@@ -177,5 +170,8 @@ def _documents(encoding: Encoding, checkpoint: LinearCheckpoint, shards: Mapping
         if encoding.used_moments is not None:
             used = "scales and error feedback under the second moments"
         rounding = f"{used} of {stats.provenance.num_tokens:,} calibration tokens"
-    documents = {"config.json": as_json(config), "README.md": compressed_card(plan, rounding=rounding).encode()}
-    return documents | index_of(shards) | copied_files(checkpoint.directory)
+    documents = {
+        "config.json": directory.as_json(config),
+        "README.md": compressed_card(plan, rounding=rounding).encode(),
+    }
+    return documents | directory.index_of(shards) | directory.copied_files(checkpoint.directory)

@@ -20,16 +20,7 @@ from torch import Tensor
 
 from dynquant import __version__
 from dynquant.calibration.statistics import CalibrationStats
-from dynquant.checkpoints.gguf_layout import (
-    ENCODER_KEY,
-    PADDED_WIDTH,
-    FileLayout,
-    Provenance,
-    TensorSpec,
-    layout,
-    mmproj_path,
-    split_paths,
-)
+from dynquant.checkpoints import gguf_layout
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model, ModelPart
 from dynquant.encoding.parts import TensorPart
@@ -66,7 +57,7 @@ def export_gguf(encoding: Encoding, output: Path, *, split_max_bytes: int | None
     files: list[Path] = []
     for part, of_part in _encodings(encoding):
         is_projector = part is not None and part.is_projector
-        path = mmproj_path(output) if is_projector else output
+        path = gguf_layout.mmproj_path(output) if is_projector else output
         # llama.cpp reads no split mmproj.
         files = _export_file(of_part, path, None if is_projector else split_max_bytes) + files
     return files
@@ -102,7 +93,7 @@ def _export_file(encoding: Encoding, output: Path, split_max_bytes: int | None) 
     _check_output(encoding.model, output)
     files = _layout(encoding, split_max_bytes)
     parts = encoding.parts()
-    paths, sizes = split_paths(output, len(files)), [file.total_bytes for file in files]
+    paths, sizes = gguf_layout.split_paths(output, len(files)), [file.total_bytes for file in files]
     identity = encoding.identity(hashlib.sha256(b"".join(file.header for file in files)).hexdigest())
     target = ResumableOutput(paths, sizes, _regions(files, parts), identity, resume=encoding.resume)
     with writing(target, encoding.session) as progress:
@@ -114,13 +105,15 @@ def _export_file(encoding: Encoding, output: Path, split_max_bytes: int | None) 
         return target.commit()
 
 
-def _layout(encoding: Encoding, split_max_bytes: int | None) -> list[FileLayout]:
+def _layout(encoding: Encoding, split_max_bytes: int | None) -> list[gguf_layout.FileLayout]:
     model, plan = encoding.model, encoding.plan
     entries = {entry.name: entry for entry in plan.entries}
-    tensors = [TensorSpec(name, entries[name].shape, entries[name].type) for name in model.source.names()]
-    provenance = Provenance(plan.fingerprint, plan.recipe, encoding.encoder.name, plan.hash, plan.stats_hash or "")
+    tensors = [gguf_layout.TensorSpec(name, entries[name].shape, entries[name].type) for name in model.source.names()]
+    provenance = gguf_layout.Provenance(
+        plan.fingerprint, plan.recipe, encoding.encoder.name, plan.hash, plan.stats_hash or ""
+    )
     imatrix = imatrix_info(encoding.stats)
-    files = layout(model, tensors, provenance, imatrix=imatrix)
+    files = gguf_layout.layout(model, tensors, provenance, imatrix=imatrix)
     total = sum(file.total_bytes for file in files)
     if total != plan.predicted_bytes:
         raise ExportError(
@@ -130,10 +123,10 @@ def _layout(encoding: Encoding, split_max_bytes: int | None) -> list[FileLayout]
         )
     if split_max_bytes is None:
         return files
-    return layout(model, tensors, provenance, imatrix=imatrix, split_max_bytes=split_max_bytes)
+    return gguf_layout.layout(model, tensors, provenance, imatrix=imatrix, split_max_bytes=split_max_bytes)
 
 
-def _regions(files: Iterable[FileLayout], parts: Mapping[str, list[TensorPart]]) -> dict[str, Region]:
+def _regions(files: Iterable[gguf_layout.FileLayout], parts: Mapping[str, list[TensorPart]]) -> dict[str, Region]:
     regions = {}
     for number, file in enumerate(files):
         regions[_header_region(number)] = Region(number, 0, len(file.header))
@@ -208,7 +201,7 @@ def write_patched(source: GGUFSource, output: Path, replacements: Mapping[str, T
     Raises:
         WriteError: no space or no permission; nothing is left behind.
     """
-    paths = split_paths(output, len(source.files))
+    paths = gguf_layout.split_paths(output, len(source.files))
     with ExitStack() as stack:
         # The stack moves the first file last: loaders open it, and it must not appear before the others.
         partials = [stack.enter_context(writing_atomically(path)) for path in paths]
@@ -217,9 +210,9 @@ def write_patched(source: GGUFSource, output: Path, replacements: Mapping[str, T
         patches = [
             (*source.location(name), packed.contiguous().numpy().tobytes()) for name, packed in replacements.items()
         ]
-        name_place = source.text_location(ENCODER_KEY)
-        if name_place is not None and name_place[1] == PADDED_WIDTH:
-            patches.append((0, name_place[0], encoder.ljust(PADDED_WIDTH).encode()))
+        name_place = source.text_location(gguf_layout.ENCODER_KEY)
+        if name_place is not None and name_place[1] == gguf_layout.PADDED_WIDTH:
+            patches.append((0, name_place[0], encoder.ljust(gguf_layout.PADDED_WIDTH).encode()))
         for index, partial in enumerate(partials):
             with partial.open("r+b") as target:
                 for file_index, offset, data in patches:

@@ -72,7 +72,9 @@ def compressed_card(plan: Plan, *, rounding: str) -> str:
         "vllm serve PATH",
         "```",
         "",
-        _transformers_note(plan),
+        f"transformers cannot load it: {problem}. vLLM can."
+        if (problem := transformers_problem(plan))
+        else "transformers loads it as well, with the package compressed-tensors; it unpacks the weights in memory.",
     ]
     return _card(plan, "compressed-tensors, vllm, dynquant", plan.bits_per_weight, about, body)
 
@@ -112,13 +114,6 @@ def _damage(plan: Plan, tasks: str) -> list[str]:
             f"- Not measured on this file. Measure it: `dynquant eval PATH --reference ORIGINAL --tasks {tasks}`"
         )
     return lines
-
-
-def _transformers_note(plan: Plan) -> str:
-    problem = transformers_problem(plan)
-    if problem:
-        return f"transformers cannot load it: {problem}. vLLM can."
-    return "transformers loads it as well, with the package compressed-tensors; it unpacks the weights in memory."
 
 
 def _scheme_row(name: str, entries: Sequence[PlanEntry]) -> str:

@@ -11,20 +11,9 @@ from dynquant.calibration.second_moments import SecondMoments
 from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_format import ShardLayout
+from dynquant.encoding import stream
 from dynquant.encoding.interface import Encoder, ProtectedWeight
 from dynquant.encoding.parts import PartLimits, TensorPart
-from dynquant.encoding.stream import (
-    Guidance,
-    PartStream,
-    QuantizedPart,
-    check_importance,
-    check_plan,
-    encoder_version,
-    guidance_of,
-    parts_of_plan,
-    quantize,
-    quantize_elsewhere,
-)
 from dynquant.errors import ClusterError, DynquantError, PlanError, StatsError, WriteError
 from dynquant.recipes.plan import Plan
 from dynquant.session import SILENT, Progress, Session
@@ -59,7 +48,7 @@ class Encoding:
     moments: SecondMoments | None = None
     protected: Mapping[str, tuple[ProtectedWeight, ...]] = field(default_factory=dict)
     limits: PartLimits = field(default_factory=PartLimits)
-    elsewhere: PartStream | None = None
+    elsewhere: stream.PartStream | None = None
     """Encodes on other machines."""
     resume: bool = True
     """False starts an interrupted export over."""
@@ -70,8 +59,8 @@ class Encoding:
         return self.moments if self.encoder.uses_hessians else None
 
     @cached_property
-    def guidance(self) -> Guidance:
-        return guidance_of(self.stats, self.used_moments, self.protected)
+    def guidance(self) -> stream.Guidance:
+        return stream.guidance_of(self.stats, self.used_moments, self.protected)
 
     def check(self) -> None:
         """Refuse a plan of another model, and statistics that are not those of the plan.
@@ -81,9 +70,9 @@ class Encoding:
             StatsError: the statistics are missing, superfluous, or of another checkpoint.
             EncodeError: a type without the statistics it needs.
         """
-        check_plan(self.model, self.plan)
+        stream.check_plan(self.model, self.plan)
         _check_stats(self.model, self.plan, self.stats)
-        check_importance(self.plan, self.guidance.importance)
+        stream.check_importance(self.plan, self.guidance.importance)
 
     def parts(self, *, whole: Collection[str] = ()) -> dict[str, list[TensorPart]]:
         """Return the parts of every tensor; those named in `whole` have one.
@@ -91,14 +80,14 @@ class Encoding:
         Raises:
             ExportError: the limits are too tight for a tensor.
         """
-        return parts_of_plan(self.plan, self.guidance, self.encoder, self.limits, whole=whole)
+        return stream.parts_of_plan(self.plan, self.guidance, self.encoder, self.limits, whole=whole)
 
     def identity(self, header_hash: str) -> dict[str, str]:
         """Return what decides an export's bytes; an interrupted one goes on only under an equal identity."""
         return {
             "plan": self.plan.hash,
             "encoder": self.encoder.name,
-            "encoder_version": encoder_version(self.encoder),
+            "encoder_version": stream.encoder_version(self.encoder),
             "dynquant_version": __version__,
             "header": header_hash,
             "hessians": self.used_moments.identity if self.used_moments is not None else "none",
@@ -106,11 +95,11 @@ class Encoding:
 
     def quantized(
         self, parts: Mapping[str, list[TensorPart]], skip: Collection[str], progress: Progress
-    ) -> Iterator[QuantizedPart]:
+    ) -> Iterator[stream.QuantizedPart]:
         """Yield every part but those whose key or tensor name is in `skip`."""
         if self.elsewhere is not None:
-            return quantize_elsewhere(self.model, self.plan, self.elsewhere, parts, progress=progress, skip=skip)
-        return quantize(
+            return stream.quantize_elsewhere(self.model, self.plan, self.elsewhere, parts, progress=progress, skip=skip)
+        return stream.quantize(
             self.model,
             self.plan,
             self.guidance,

@@ -12,16 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dynquant import __version__
-from dynquant.checkpoints.checkpoint_directory import (
-    SHARD_BYTES,
-    as_json,
-    copied_files,
-    files_hash,
-    index_of,
-    shards_of,
-    tensor_bytes,
-    write_small_files,
-)
+from dynquant.checkpoints import checkpoint_directory as directory
 from dynquant.checkpoints.gguf_layout import recorded_encoder
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
@@ -78,22 +69,22 @@ def export_safetensors(
         raise ExportError(f"{output} is the model that is being read; export to another directory.")
     name = (recorded_encoder(stored) if stored is not None else "") or encoding.encoder.name
     layout = _lay_out_vision(model, plan) if model.has_vision else _lay_out_language(model, plan)
-    documents, shards = _describe(model, plan, layout, name, shard_max_bytes or SHARD_BYTES)
+    documents, shards = _describe(model, plan, layout, name, shard_max_bytes or directory.SHARD_BYTES)
     parts = encoding.parts(whole=_rewritten(layout, plan))
     sizes, regions = directory_regions(documents, shards)
     regions |= _part_regions(layout, shards, parts, regions)
-    identity = encoding.identity(files_hash(documents, shards))
+    identity = encoding.identity(directory.files_hash(documents, shards))
     identity["stored"] = stored.fingerprint if stored is not None else "none"
     paths = [output / name for name in sizes]
     target = ResumableOutput(paths, list(sizes.values()), regions, identity, resume=encoding.resume)
     with writing(target, encoding.session) as progress:
         skip = layout.skipped | layout.copied.keys() | target.finished
-        write_small_files(target, documents, shards)
+        directory.write_small_files(target, documents, shards)
         _copy(target, model, layout.copied)
         quantized = encoding.quantized(parts, skip, progress) if stored is None else _parts_of(stored, parts, skip)
         for part, packed in quantized:
             values = layout.places[part.name].from_gguf(part.quant_type, packed) if part.is_whole else packed
-            target.write(part.key, tensor_bytes(values))
+            target.write(part.key, directory.tensor_bytes(values))
         files = target.commit()
     for path in output.glob("model*"):
         # Weights of an older export in the same directory, which the new index does not name.
@@ -124,7 +115,7 @@ def _describe(
         name: layout.copied.get(name) or layout.places[name].stored_as(entry.quant_type)
         for name, entry in entries.items()
     }
-    shards = shards_of(list(tensors.values()), shard_max_bytes)
+    shards = directory.shards_of(list(tensors.values()), shard_max_bytes)
     stored_bytes = sum(tensor.num_bytes for tensor in tensors.values())
     types = {
         layout.places[name].key: layout.places[name].stored_type(entry.quant_type).name
@@ -140,10 +131,12 @@ def _describe(
             "fingerprint": plan.fingerprint, "stats_hash": plan.stats_hash or "",
         },
     }  # fmt: skip
-    documents = {"config.json": as_json({**layout.config, "quantization_config": quantization})}
+    documents = {"config.json": directory.as_json({**layout.config, "quantization_config": quantization})}
     documents["README.md"] = packed_card(plan, encoder=encoder, stored_bytes=stored_bytes).encode()
-    documents |= index_of(shards)
-    documents |= copied_files(model.hf_directory) if model.hf_directory is not None else tokenizer_files(model.path)
+    documents |= directory.index_of(shards)
+    documents |= (
+        directory.copied_files(model.hf_directory) if model.hf_directory is not None else tokenizer_files(model.path)
+    )
     return documents, shards
 
 
@@ -198,7 +191,7 @@ def _copy(target: ResumableOutput, model: Model, copied: Mapping[str, StoredTens
         if name not in target.finished:
             assert isinstance(model.source, ConvertedSource)
             values = load_finite(model.source.checkpoint, stored.key)
-            target.write(name, tensor_bytes(values.to(FLOAT_DTYPES[stored.dtype])))
+            target.write(name, directory.tensor_bytes(values.to(FLOAT_DTYPES[stored.dtype])))
 
 
 def _parts_of(

@@ -67,7 +67,8 @@ class DynquantEncoder:
         with _threads(threads):
             for experts in self._expert_batches(stacked, hessian):
                 loss = self._loss(stacked[experts], experts, by_expert, hessian)
-                for rows in map(as_slice, ranges(stacked.shape[1], self._rows_at_once(stacked[experts]))):
+                at_once = self._weights_at_once // (len(stacked[experts]) * stacked.shape[-1])
+                for rows in map(as_slice, ranges(stacked.shape[1], max(1, at_once))):
                     part = stacked[experts, rows]
                     packed[experts, rows] = self._encode(layout, part, loss, name)
                     if progress is not None:
@@ -108,16 +109,15 @@ class DynquantEncoder:
         return loss_under(weights.shape, part, full, self.device, protected_column=protected_column)
 
     def _expert_batches(self, stacked: Tensor, hessian: Tensor | None) -> Iterator[slice]:
-        is_cpu = self.device.type == "cpu"
-        count = (_CPU_WEIGHTS if is_cpu else _GPU_WEIGHTS) // max(1, stacked[:1].numel())
+        count = self._weights_at_once // max(1, stacked[:1].numel())
         if hessian is not None:
-            limit = _CPU_HESSIAN_BYTES if is_cpu else _GPU_HESSIAN_BYTES
+            limit = _CPU_HESSIAN_BYTES if self.device.type == "cpu" else _GPU_HESSIAN_BYTES
             count = min(count, limit // hessian[:1].nbytes)
         return map(as_slice, ranges(stacked.shape[0], max(1, count)))
 
-    def _rows_at_once(self, batch: Tensor) -> int:
-        limit = _CPU_WEIGHTS if self.device.type == "cpu" else _GPU_WEIGHTS
-        return max(1, limit // (batch.shape[0] * batch.shape[-1]))
+    @property
+    def _weights_at_once(self) -> int:
+        return _CPU_WEIGHTS if self.device.type == "cpu" else _GPU_WEIGHTS
 
 
 class Loss:

@@ -98,7 +98,11 @@ def _allowed(table: ErrorTable, name: str, rows: dict[str, ErrorRow], level: Lev
 
 def _measured(table: ErrorTable, part: str) -> ModuleChoice:
     type_name = next((name for name in _MEASURED_IN if name in table.types), None)
-    own, others = (_median_error(table, one, type_name) for one in (part, LANGUAGE))
+    own, others = (
+        type_name
+        and table.median_output_error(type_name, (name for name in table.tensors() if part_of(name) == module))
+        for module in (part, LANGUAGE)
+    )
     if own is None or others is None:
         return ModuleChoice(part, "8bit", f"{_NAMES[part]} gets 8 bits: its output errors were not measured")
     ratio = own / others
@@ -108,12 +112,6 @@ def _measured(table: ErrorTable, part: str) -> ModuleChoice:
         "that of the language model"
     )
     return ModuleChoice(part, level, reason)
-
-
-def _median_error(table: ErrorTable, part: str, type_name: str | None) -> float | None:
-    if type_name is None:
-        return None
-    return table.median_output_error(type_name, (name for name in table.tensors() if part_of(name) == part))
 
 
 def _modules(table: ErrorTable) -> list[str]:

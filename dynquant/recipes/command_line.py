@@ -25,15 +25,8 @@ from dynquant.checkpoints.model import Model
 from dynquant.errors import PlanError
 from dynquant.formats.quant_types import QUANT_TYPES, quant_type
 from dynquant.formats.storage_format import Choice
+from dynquant.recipes import llama_mixtures as llama
 from dynquant.recipes.build_plan import stays_f32
-from dynquant.recipes.llama_mixtures import (
-    EMBEDDING_NAMES,
-    LLAMA_FTYPES,
-    OUTPUT_NAME,
-    file_type_name,
-    kept_because,
-    llama_tensor_types,
-)
 from dynquant.recipes.type_lists import TypeList, consecutive_runs
 
 _FLOATS = ("F32", "F16", "BF16")
@@ -63,36 +56,36 @@ class Recipe:
 
     @property
     def has_float_base(self) -> bool:
-        return self.base is not None and QUANT_TYPES[LLAMA_FTYPES[self.base].base].is_float
+        return self.base is not None and QUANT_TYPES[llama.LLAMA_FTYPES[self.base].base].is_float
 
 
 def recipe_of(types: TypeList) -> Recipe:
     """Return the recipe of a plan or file. Tensors that llama-quantize never changes are not in it (`left_alone`)."""
-    tensors = [tensor for tensor in types.tensors if kept_because(tensor.name, tensor.shape, types.arch) is None]
+    tensors = [tensor for tensor in types.tensors if llama.kept_because(tensor.name, tensor.shape, types.arch) is None]
     used = {tensor.type for tensor in tensors}
     if used <= {"F32"} or (len(used) == 1 and used <= set(_FLOATS)):
         return Recipe(base=next(iter(used), "F32").lower())
-    embedding = {tensor.type for tensor in tensors if tensor.name in EMBEDDING_NAMES}
+    embedding = {tensor.type for tensor in tensors if tensor.name in llama.EMBEDDING_NAMES}
     # The option speaks of both embeddings at once; where they differ, patterns must tell them apart.
     has_option = len(embedding) == 1
-    by_option = {OUTPUT_NAME, *(EMBEDDING_NAMES if has_option else ())}
+    by_option = {llama.OUTPUT_NAME, *(llama.EMBEDDING_NAMES if has_option else ())}
     return Recipe(
         base=_commonest_base(tensors),
         patterns=_patterns(tensor for tensor in tensors if tensor.name not in by_option),
         token_embedding=embedding.pop() if has_option else None,
-        output=next((tensor.type for tensor in tensors if tensor.name == OUTPUT_NAME), None),
+        output=next((tensor.type for tensor in tensors if tensor.name == llama.OUTPUT_NAME), None),
     )
 
 
 def left_alone(types: TypeList) -> list[tuple[TensorRecord, str]]:
     """Return the tensors that llama-quantize copies from its input and that should not be F32, each with the reason."""
-    kept = ((tensor, kept_because(tensor.name, tensor.shape, types.arch)) for tensor in types.tensors)
+    kept = ((tensor, llama.kept_because(tensor.name, tensor.shape, types.arch)) for tensor in types.tensors)
     return [(tensor, why) for tensor, why in kept if why is not None and tensor.type != "F32"]
 
 
 def uses_imatrix(recipe: Recipe) -> bool:
     """Return whether an importance matrix changes the file that the recipe makes."""
-    base = () if recipe.base is None else (LLAMA_FTYPES[recipe.base].base,)
+    base = () if recipe.base is None else (llama.LLAMA_FTYPES[recipe.base].base,)
     named = (*base, recipe.token_embedding, recipe.output, *(name for _, name in recipe.patterns))
     return any(QUANT_TYPES[name].uses_imatrix for name in named if name in QUANT_TYPES)
 
@@ -113,7 +106,7 @@ def _commonest_base(tensors: list[TensorRecord]) -> str:
     for tensor in tensors:
         weights[tensor.type] += tensor.num_weights
     for name, _ in weights.most_common():
-        bases = [key for key, file_type in LLAMA_FTYPES.items() if file_type.base == name]
+        bases = [key for key, file_type in llama.LLAMA_FTYPES.items() if file_type.base == name]
         if bases and name not in _FLOATS:
             return name.lower() if name.lower() in bases else bases[0]
     return "q8_0"
@@ -237,20 +230,20 @@ def _types_by(recipe: Recipe, model: Model) -> dict[str, Choice]:
 
     def by_name(name: str) -> Choice | None:
         """Return what an option or a pattern says of a tensor; None for those that take the base type."""
-        is_embedding = name in EMBEDDING_NAMES
+        is_embedding = name in llama.EMBEDDING_NAMES
         if is_embedding and recipe.token_embedding:
             return Choice(recipe.token_embedding, "recipe: --token-embedding-type")
-        if name == OUTPUT_NAME and recipe.output:
+        if name == llama.OUTPUT_NAME and recipe.output:
             return Choice(recipe.output, "recipe: --output-tensor-type")
         for regex, pattern, type_name in rules:
             if regex.search(name):
                 return Choice(type_name, f"recipe: {pattern}")
-        is_tied, uses_mixture = OUTPUT_NAME not in shapes, not recipe.is_pure and not recipe.has_float_base
+        is_tied, uses_mixture = llama.OUTPUT_NAME not in shapes, not recipe.is_pure and not recipe.has_float_base
         if is_embedding and is_tied and recipe.output and uses_mixture:
             return Choice(recipe.output, "recipe: --output-tensor-type, to which the token embedding is tied")
         return None
 
-    reasons = {name: kept_because(name, shape, model.arch) for name, shape in shapes.items()}
+    reasons = {name: llama.kept_because(name, shape, model.arch) for name, shape in shapes.items()}
     named = {name: by_name(name) for name, reason in reasons.items() if reason is None}
     copied = {
         name: Choice("F32", f"recipe: not changed by llama.cpp, {reason}")
@@ -274,8 +267,10 @@ def _by_base(recipe: Recipe, model: Model, shapes: dict[str, tuple[int, ...]], u
             "names all that is left), or give a llama-quantize command line, whose base type is for the rest."
         )
     if recipe.is_pure or recipe.has_float_base:
-        return dict.fromkeys(unnamed, Choice(LLAMA_FTYPES[recipe.base].base, "recipe: base type"))
-    mixture = llama_tensor_types(recipe.base, shapes.items(), model.hyper, overridden=shapes.keys() - set(unnamed))
+        return dict.fromkeys(unnamed, Choice(llama.LLAMA_FTYPES[recipe.base].base, "recipe: base type"))
+    mixture = llama.llama_tensor_types(
+        recipe.base, shapes.items(), model.hyper, overridden=shapes.keys() - set(unnamed)
+    )
     return {name: Choice(by.type, f"recipe, by no pattern: {by.reason}") for name, by in mixture.items()}
 
 
@@ -329,12 +324,12 @@ def _value(rest: Iterator[str], option: str) -> str:
 
 def _base(positional: list[str]) -> str | None:
     """The file type among `MODEL [OUT] TYPE [THREADS]`, as a name or number; None when there are no such words."""
-    numbers = {str(file_type.id): name for name, file_type in reversed(LLAMA_FTYPES.items())}
+    numbers = {str(file_type.id): name for name, file_type in reversed(llama.LLAMA_FTYPES.items())}
     for word in positional[:3]:
         if word in numbers:
             return numbers[word]
         with suppress(PlanError):
-            return file_type_name(word)
+            return llama.file_type_name(word)
     if positional:
         raise PlanError(
             f"The command line ends in `{' '.join(positional[:4])}`, without a file type of llama.cpp that dynquant "
