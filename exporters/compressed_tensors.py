@@ -100,18 +100,13 @@ def encode_layer(
         EncodeError: NaN or Inf weights; the layer is named.
     """
     weights = torch.stack([linear.load(expert) for expert in experts])
-    importance = hessian = None
     part = as_slice(experts)
-    if guidance.importance is not None:
-        importance = guidance.importance(entry.name, entry.shape)
-        importance = None if importance is None else importance[part]
-    if guidance.hessian is not None:
-        hessian = guidance.hessian(entry.name, entry.shape, part)
+    importance = guidance.importance and guidance.importance(entry.name, entry.shape)
     return encode_layers(
         entry.scheme,
         weights,
-        importance=importance,
-        hessian=hessian,
+        importance=None if importance is None else importance[part],
+        hessian=guidance.hessian and guidance.hessian(entry.name, entry.shape, part),
         global_scale=global_scale,
         device=device,
         name=entry.modules[experts.start],

@@ -132,5 +132,7 @@ def _grouped(plan: Plan) -> list[list[PlanEntry]]:
 
 def _mean_error(entries: Sequence[PlanEntry]) -> str:
     """Return the mean of the relative squared errors, weighted by size; empty where the plan has none."""
-    known = [(entry.weighted_error, prod(entry.shape)) for entry in entries if entry.weighted_error is not None]
-    return f"{sum(error * size for error, size in known) / sum(size for _, size in known):.2e}" if known else ""
+    measured = [(entry.weighted_error, prod(entry.shape)) for entry in entries if entry.weighted_error is not None]
+    return (
+        f"{sum(error * size for error, size in measured) / sum(size for _, size in measured):.2e}" if measured else ""
+    )

@@ -66,12 +66,23 @@ class Encoding:
         """Refuse a plan of another model, and statistics that are not those of the plan.
 
         Raises:
-            PlanError: the plan is not of this model.
-            StatsError: the statistics are missing, superfluous, or of another checkpoint.
+            PlanError: the plan is not of this model, or was made without statistics, and there are some.
+            StatsError: the statistics are missing, or of another checkpoint.
             EncodeError: a type without the statistics it needs.
         """
         stream.check_plan(self.model, self.plan)
-        _check_stats(self.model, self.plan, self.stats)
+        if self.stats is None and self.plan.stats_hash is not None:
+            raise StatsError(
+                f"The plan was made from calibration statistics ({self.plan.stats_hash[:12]}), and the same ones are "
+                "needed to export it. Give the stats.safetensors that lies beside the plan."
+            )
+        if self.stats is not None:
+            if self.plan.stats_hash is None:
+                raise PlanError(
+                    "The plan was made without calibration statistics, so its size and types do not hold with them. "
+                    "Plan again with the statistics, or export without them."
+                )
+            self.stats.check_belongs_to(self.model.fingerprint, self.model.name)
         stream.check_importance(self.plan, self.guidance.importance)
 
     def parts(self, *, whole: Collection[str] = ()) -> dict[str, list[TensorPart]]:
@@ -135,24 +146,3 @@ def writing(target: ResumableOutput, session: Session) -> Iterator[Progress]:
         except DynquantError:
             target.discard()
             raise
-
-
-def _check_stats(model: Model, plan: Plan, stats: CalibrationStats | None) -> None:
-    """Refuse statistics that are not those of the plan.
-
-    Raises:
-        StatsError: missing, or of another checkpoint.
-        PlanError: there are some, but the plan was made without.
-    """
-    if stats is None and plan.stats_hash is not None:
-        raise StatsError(
-            f"The plan was made from calibration statistics ({plan.stats_hash[:12]}), and the same ones are needed to "
-            "export it. Give the stats.safetensors that lies beside the plan."
-        )
-    if stats is not None:
-        if plan.stats_hash is None:
-            raise PlanError(
-                "The plan was made without calibration statistics, so its size and types do not hold with them. Plan "
-                "again with the statistics, or export without them."
-            )
-        stats.check_belongs_to(model.fingerprint, model.name)

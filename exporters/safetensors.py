@@ -144,18 +144,18 @@ def _lay_out_language(model: Model, plan: Plan) -> _Layout:
     config = hf_config_of(model)
     names = model.source.names()
     whole = "blk.0.attn_kv_b.weight" in names
-    found, computed = find_places(config, build_meta_model(config), whole_kv_b=whole)
-    lost = [name for name in names if name not in found and name not in computed]
+    places, computed = find_places(config, build_meta_model(config), whole_kv_b=whole)
+    lost = [name for name in names if name not in places and name not in computed]
     if lost:
         raise CheckpointError(f"{model.name} holds `{lost[0]}`, which {config.model_type} has no place for.")
     is_tied = all(entry.name != "output.weight" for entry in plan.entries)
-    return _Layout(found, frozenset(computed), {}, {**config.raw, "tie_word_embeddings": is_tied})
+    return _Layout(places, frozenset(computed), {}, {**config.raw, "tie_word_embeddings": is_tied})
 
 
 def _lay_out_vision(model: Model, plan: Plan) -> _Layout:
     assert model.hf_directory is not None
-    found = lay_out_vision(model, plan, build_meta_vision(model))
-    return _Layout(found.places, found.parts, found.copied, read_json(model.hf_directory / "config.json"))
+    layout = lay_out_vision(model, plan, build_meta_vision(model))
+    return _Layout(layout.places, layout.parts, layout.copied, read_json(model.hf_directory / "config.json"))
 
 
 def _rewritten(layout: _Layout, plan: Plan) -> frozenset[str]:

@@ -110,12 +110,12 @@ def worker_encoder(choice: EncoderChoice) -> Encoder:
         ClusterError: it would be of other versions than the driver's.
     """
     encoder = stream.load_encoder(choice.name, choice.device)
-    found, wanted = (__version__, stream.encoder_version(encoder)), (choice.tool_version, choice.version)
-    if found != wanted:
+    version = stream.encoder_version(encoder)
+    if (__version__, version) != (choice.tool_version, choice.version):
         raise ClusterError(
-            f"{socket.gethostname()} has dynquant {found[0]} with the {choice.name} encoder's library {found[1]}, but "
-            f"the command runs with {wanted[0]} and {wanted[1]}; their bytes may differ. Install the same versions "
-            "on all nodes."
+            f"{socket.gethostname()} has dynquant {__version__} with the {choice.name} encoder's library {version}, "
+            f"but the command runs with {choice.tool_version} and {choice.version}; their bytes may differ. Install "
+            "the same versions on all nodes."
         )
     return encoder
 

@@ -165,7 +165,7 @@ def _search_modules(search: _Search, table: ErrorTable, vision: str) -> SearchRe
         scorer = _Scorer(rendered, ScoredInputs(rendered, inputs), progress, keeps_floats=True)
         candidates = scorer.scored(list(plans.values()), "selecting by KL")
     chosen = _lowest(candidates)
-    measured = {choices: one.kl.value for choices, one in zip(plans, candidates, strict=True)}  # type: ignore[union-attr]
+    measured = {choices: plan.kl.value for choices, plan in zip(plans, candidates, strict=True)}  # type: ignore[union-attr]
     choices = with_measured_reasons(list(plans)[chosen], measured, f"{len(inputs)} samples of {inputs.name}")
     selection = Selection(
         text=inputs.name, num_tokens=scorer.inputs.num_tokens, candidates=tuple(candidates), chosen=chosen
