@@ -30,4 +30,5 @@ class _FormerNames(MetaPathFinder, Loader):
 def import_former_names() -> None:
     """Let former names be imported. May be called again."""
     if not any(isinstance(finder, _FormerNames) for finder in sys.meta_path):
-        sys.meta_path.append(_FormerNames())
+        # First: an empty folder that an older checkout left behind would count as a namespace package.
+        sys.meta_path.insert(0, _FormerNames())

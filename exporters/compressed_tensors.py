@@ -138,7 +138,7 @@ def _tensors(
     total, done = sum(prod(entry.shape) for entry in plan.entries), 0
     for entry in plan.entries:
         progress("quantize", done, total, unit="weights", tensor=entry.name)
-        suffixes = [part.suffix for part in entry.scheme.parts(*entry.shape[-2:])]
+        suffixes = [part.key for part in entry.scheme.parts(*entry.shape[-2:])]
         for experts in ranges(len(entry.modules), max(1, at_once // prod(entry.shape[-2:]))):
             modules = entry.modules[experts.start : experts.stop]
             if not {f"{module}.{suffix}" for module in modules for suffix in suffixes} <= finished:

@@ -3,18 +3,16 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from dynquant.errors import PlanError
-from dynquant.storage.atomic import write_atomically
+from dynquant.storage.documents import FrozenRecord, read_document
 
 Positive = Field(gt=0, allow_inf_nan=False)
 
 
-class Machine(BaseModel):
+class Machine(FrozenRecord):
     """Speeds are those of `threads` threads on an otherwise idle machine, in float32 on the CPU."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     schema_version: Literal[1] = 1
     name: str
@@ -38,9 +36,6 @@ class Machine(BaseModel):
     table_seconds: dict[str, float]
     """Type -> seconds that ggml takes for its search tables, once a process."""
 
-    def save(self, path: Path) -> None:
-        write_atomically(path, self.model_dump_json(indent=1) + "\n")
-
     @classmethod
     def load(cls, path: Path) -> "Machine":
         """Read a machine file.
@@ -48,13 +43,7 @@ class Machine(BaseModel):
         Raises:
             PlanError: missing, or not written by `dynquant measure-machine`.
         """
-        try:
-            machine = cls.model_validate_json(path.read_bytes())
-        except (OSError, ValidationError) as error:
-            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
-            raise PlanError(
-                f"{path} is no machine file ({reason}). Make one with `dynquant measure-machine -o FILE`."
-            ) from error
+        machine = read_document(path, cls, "a machine file", "Make one with `dynquant measure-machine -o FILE`.")
         speeds = [*machine.matmul_flops.values(), *machine.errors.values()]
         speeds += [speed for types in machine.encode.values() for speed in types.values()]
         if not machine.matmul_flops or not all(0 < speed < float("inf") for speed in speeds):

@@ -20,23 +20,20 @@ from pathlib import Path
 from statistics import median
 from typing import Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field
 
 from dynquant import __version__
 from dynquant.checkpoints.tensor_roles import Role
-from dynquant.errors import PlanError
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.storage.atomic import write_atomically
-from dynquant.storage.strict_json import parse_json
+from dynquant.storage.documents import FrozenRecord, read_document
 
 SCHEMA_VERSION = 1
 CLOSED_FORM = "closed-form"
 
 
-class ErrorRow(BaseModel):
+class ErrorRow(FrozenRecord):
     """One tensor in one type. `per_expert_*` have one number an expert, None where an expert has no samples."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     role: Role
@@ -54,19 +51,15 @@ class ErrorRow(BaseModel):
     per_expert_activation_error: tuple[float | None, ...] = ()
 
 
-class Price(BaseModel):
+class Price(FrozenRecord):
     """KL that a tensor in a type adds, in nats per token, with its standard error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     kl: float
     se: float
 
 
-class ErrorTable(BaseModel):
+class ErrorTable(FrozenRecord):
     """All rows of one model, with the identity of what they were measured on."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     schema_version: Literal[1] = SCHEMA_VERSION
     tool_version: str = __version__
@@ -77,11 +70,11 @@ class ErrorTable(BaseModel):
     types: tuple[str, ...]
     """Candidate types as they were asked for, before row-length fallbacks."""
     rows: tuple[ErrorRow, ...]
-    sensitivity: dict[str, float] = {}
+    sensitivity: dict[str, float] = Field(default_factory=dict)
     """GGUF name -> nats of KL per unit of `weighted_error` (analysis/sensitivity.py); empty when not measured."""
-    sensitivity_se: dict[str, float] = {}
+    sensitivity_se: dict[str, float] = Field(default_factory=dict)
     """Standard errors of `sensitivity`, over windows."""
-    prices: dict[str, dict[str, dict[str, Price]]] = {}
+    prices: dict[str, dict[str, dict[str, Price]]] = Field(default_factory=dict)
     """Method (`fisher-probe`, `unit-kl`) -> tensor -> type -> its price, where they were measured."""
     priced_by: str = CLOSED_FORM
     """Which of the prices `cost` gives."""
@@ -210,7 +203,7 @@ class ErrorTable(BaseModel):
 
     def save(self, path: Path) -> None:
         """Write errors.json and, beside it, the same rows as a tidy CSV."""
-        write_atomically(path, self.model_dump_json(indent=1) + "\n")
+        super().save(path)
         columns = [name for name in ErrorRow.model_fields if not name.startswith(("per_expert", "wanted"))]
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -226,15 +219,8 @@ class ErrorTable(BaseModel):
         Raises:
             PlanError: missing or not an error table.
         """
-        try:
-            table = cls.model_validate(parse_json(path.read_bytes()))
-            _check_rows(table, known_types)
-            return table
-        except (OSError, ValueError, ValidationError) as error:
-            raise PlanError(
-                f"{path} is not an error table of dynquant ({error}). Run `dynquant analyze`, or remove the "
-                "file and plan again."
-            ) from error
+        way_out = "Run `dynquant analyze`, or remove the file and plan again."
+        return read_document(path, cls, "an error table", way_out, lambda table: _check_rows(table, known_types))
 
 
 class Option(NamedTuple):

@@ -7,16 +7,14 @@ down-projection input energy with `min_energy_ratio` times less of its routing. 
 """
 
 import torch
-from pydantic import BaseModel, ConfigDict
 
 from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.tensor_roles import Role, layer_of, role_of
+from dynquant.storage.documents import FrozenRecord
 
 
-class SuperExpert(BaseModel):
+class SuperExpert(FrozenRecord):
     """One routed expert that a plan should keep precise. Shares are of the layer's total, from 0 to 1."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     layer: int
@@ -29,11 +27,7 @@ class SuperExpert(BaseModel):
 
 
 def find_super_experts(
-    stats: CalibrationStats,
-    *,
-    min_ratio: float = 10.0,
-    min_energy_share: float = 0.1,
-    min_energy_ratio: float = 20.0,
+    stats: CalibrationStats, *, min_ratio: float = 10.0, min_energy_share: float = 0.1, min_energy_ratio: float = 20.0
 ) -> list[SuperExpert]:
     """List super experts in order of |max_out|, largest first. Empty for dense models and imported statistics."""
     rows = [

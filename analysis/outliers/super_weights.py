@@ -17,7 +17,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import nn
 from torch.nn import functional
 
@@ -26,16 +25,15 @@ from dynquant.recipes.folder import SuperWeight
 from dynquant.running.expert_hooks import ExpertCall, expert_modules, record_experts
 from dynquant.running.linear_hooks import linear_names
 from dynquant.running.stored_experts import StoredExperts
+from dynquant.storage.documents import FrozenRecord
 
 Zeroed = Callable[[str, int | None, int, int], AbstractContextManager[float]]
 """Makes one weight read as zero inside its context, and gives its value."""
 _LAYER_MODULE = re.compile(r"^(.*?\.\d+)\.")
 
 
-class Ablation(BaseModel):
+class Ablation(FrozenRecord):
     """Perplexity of a text: as it is, with the super weight zeroed, with the k next-largest weights zeroed instead."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     perplexity: float
     without_super_weight: float
@@ -258,13 +256,7 @@ class DownScan:
         self._add(name, place, call.expert, call.down_input, call.down_output, call.tokens)
 
     def _add(
-        self,
-        name: str,
-        place: str,
-        expert: int | None,
-        x: torch.Tensor,
-        out: torch.Tensor,
-        token_index: torch.Tensor,
+        self, name: str, place: str, expert: int | None, x: torch.Tensor, out: torch.Tensor, token_index: torch.Tensor
     ) -> None:
         token, row = divmod(int(out.abs().argmax()), out.shape[1])
         value = float(out[token, row])

@@ -5,13 +5,11 @@ error is then measured on held-back inputs of each kind. A layer that loses more
 calibration, and bits.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
 import torch
-from pydantic import BaseModel, ConfigDict
 
 from dynquant.calibration.collector import KINDS
 from dynquant.calibration.importance import importance
@@ -26,15 +24,13 @@ from dynquant.formats.quant_types import QUANT_TYPES, fit_to_row
 from dynquant.recipes.folder import TOKEN_ERRORS_NAME
 from dynquant.recipes.presets import is_quantizable
 from dynquant.session import Session
-from dynquant.storage.atomic import write_atomically
+from dynquant.storage.documents import FrozenRecord, read_document
 
 _PREFERRED = ("Q4_K", "IQ4_XS", "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "Q5_K", "Q6_K", "Q8_0")
 
 
-class TokenError(BaseModel):
+class TokenError(FrozenRecord):
     """Relative output error |x (W - Wq)ᵀ| / |x Wᵀ| of one matrix, None where no token of the kind was held back."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     role: Role
@@ -44,10 +40,8 @@ class TokenError(BaseModel):
     text: float | None
 
 
-class TokenErrors(BaseModel):
+class TokenErrors(FrozenRecord):
     """All matrices that see both kinds of tokens, and those that see one."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     fingerprint: str
     type: str
@@ -55,10 +49,14 @@ class TokenErrors(BaseModel):
 
     @classmethod
     def load(cls, path: Path, fingerprint: str) -> "TokenErrors | None":
-        """Read token_errors.json; None when there is none of this checkpoint."""
+        """Read token_errors.json; None when there is none of this checkpoint.
+
+        Raises:
+            PlanError: the file does not hold token errors.
+        """
         if not path.is_file():
             return None
-        errors = cls.model_validate(json.loads(path.read_text()))
+        errors = read_document(path, cls, "a table of token errors", "Delete it and plan again.")
         return errors if errors.fingerprint == fingerprint else None
 
     def sentence(self) -> str:
@@ -134,6 +132,6 @@ def write_token_errors(
     stats = CalibrationStats.load(stats_path)
     by_kind = {kind: CalibrationStats.load(path) for kind, path in paths.items()}
     errors = measure_token_errors(model, stats, by_kind, types, load_encoder(encoder))
-    write_atomically(output, json.dumps(errors.model_dump(), indent=1) + "\n")
+    errors.save(output)
     session.note(errors.sentence())
     return errors

@@ -25,13 +25,13 @@ from statistics import fmean
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from dynquant.analysis.errors.table import ErrorTable, Option, Price, lower_hull
 from dynquant.checkpoints.tensor_roles import layer_of, role_of
 from dynquant.evaluation.rendered_model import RenderedModel, ScoredInputs
 from dynquant.evaluation.statistics import block_sums
 from dynquant.session import Progress, ignore_progress
+from dynquant.storage.documents import FrozenRecord
 
 METHOD = "unit-kl"
 _SPREAD = 0.5
@@ -40,11 +40,9 @@ _LEAST = 0.1
 """No step is taken for worth less than this share of the mean r: noise must not make bytes free."""
 
 
-class UnitStep(BaseModel):
+class UnitStep(FrozenRecord):
     """One group moved one step from a plan. `kl_change` is in nats per token, with the standard error of 64-token
     blocks; `predicted_change` is that of the table's costs."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     group: str
     direction: Literal["up", "down"]

@@ -20,13 +20,11 @@ _COPIED_FILES = (
 
 
 def shards_of(tensors: Sequence[StoredTensor], max_bytes: int = SHARD_BYTES) -> dict[str, ShardLayout]:
-    """Layouts by file name.
-
-    Raises:
-        ExportError: one tensor alone is larger than `max_bytes`.
-    """
+    """Layouts by file name. Raises ExportError: one tensor alone is larger than `max_bytes`."""
     groups = group_by_size(tensors, max_bytes)
-    return {_shard_name(n, len(groups)): lay_out(group, {"format": "pt"}) for n, group in enumerate(groups, 1)}
+    names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
+    names = names if len(groups) > 1 else [SINGLE_NAME]
+    return {name: lay_out(group, {"format": "pt"}) for name, group in zip(names, groups, strict=True)}
 
 
 def index_of(shards: Mapping[str, ShardLayout]) -> dict[str, bytes]:
@@ -57,18 +55,13 @@ def files_hash(documents: Mapping[str, bytes], shards: Mapping[str, ShardLayout]
 
 
 def write_small_files(
-    target: ResumableOutput, documents: Mapping[str, bytes], shards: Mapping[str, ShardLayout]
+    output: ResumableOutput, documents: Mapping[str, bytes], shards: Mapping[str, ShardLayout]
 ) -> None:
     """Documents and the headers of shards, where they are not written yet; regions carry the names of the files."""
-    headers = {name: shard.header for name, shard in shards.items()}
-    for name, content in (dict(documents) | headers).items():
-        if name not in target.finished:
-            target.write(name, content)
+    for name, content in {**documents, **{name: shard.header for name, shard in shards.items()}}.items():
+        if name not in output.finished:
+            output.write(name, content)
 
 
 def tensor_bytes(values: torch.Tensor) -> memoryview:
     return memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
-def _shard_name(number: int, count: int) -> str:
-    return SINGLE_NAME if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"

@@ -12,6 +12,7 @@ data is always aligned to ggml's default of 32.
 
 import io
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -40,12 +41,9 @@ MAX_FILES = 65535
 """`split.no` and `split.count` are u16."""
 
 _FILE_TYPE_OF = {
-    "F32": "ALL_F32",
-    "Q3_K": "MOSTLY_Q3_K_M",
-    "Q4_K": "MOSTLY_Q4_K_M",
-    "Q5_K": "MOSTLY_Q5_K_M",
+    "F32": "ALL_F32", "Q3_K": "MOSTLY_Q3_K_M", "Q4_K": "MOSTLY_Q4_K_M", "Q5_K": "MOSTLY_Q5_K_M",
     "MXFP4": "MOSTLY_MXFP4_MOE",
-}
+}  # fmt: skip
 
 
 class TensorSpec(NamedTuple):
@@ -136,7 +134,13 @@ def layout(
                 f"The tensor name `{tensor.name}` is longer than the {MAX_NAME_LENGTH} bytes that llama.cpp can load, "
                 "so this model cannot be written as GGUF."
             )
-    fields = [*_model_fields(model), *_own_fields(tensors, provenance, imatrix)]
+    left_out = (gguf.Keys.General.ARCHITECTURE, gguf.Keys.General.ALIGNMENT)
+    fields = [
+        field
+        for field in model.metadata
+        if field.key not in left_out and not (field.value_type == GGUFValueType.ARRAY and len(field.value) == 0)  # type: ignore[arg-type]
+    ]
+    fields += _export_fields(tensors, provenance, imatrix)
     groups = [list(tensors)]
     if split_max_bytes is not None:
         groups = _grouped(model.arch, fields, tensors, split_max_bytes)
@@ -161,11 +165,10 @@ def file_type_of(recipe: str, tensors: Iterable[TensorSpec]) -> int:
     preset = re.fullmatch(r"preset (?:llama-|uniform-|r1-)?(\w+)", recipe)
     if preset and (preset_type := _file_type(preset.group(1).upper())) is not None:
         return preset_type
-    weights: dict[str, int] = {}
+    weights: Counter[str] = Counter()
     for tensor in tensors:
-        weights[tensor.type] = weights.get(tensor.type, 0) + prod(tensor.shape)
-    most = max(weights, key=lambda name: weights[name], default="F32")
-    return _file_type(most) or 0
+        weights[tensor.type] += prod(tensor.shape)
+    return _file_type(max(weights, key=weights.__getitem__, default="F32")) or 0
 
 
 def _file_type(name: str) -> int | None:
@@ -173,46 +176,31 @@ def _file_type(name: str) -> int | None:
     return int(gguf.LlamaFileType[member]) if member in gguf.LlamaFileType.__members__ else None
 
 
-def _model_fields(model: Model) -> list[MetadataField]:
-    return [
-        field
-        for field in model.metadata
-        if field.key not in (gguf.Keys.General.ARCHITECTURE, gguf.Keys.General.ALIGNMENT)
-        and not (field.value_type == GGUFValueType.ARRAY and len(field.value) == 0)  # type: ignore[arg-type]
-    ]
-
-
-def _own_fields(
+def _export_fields(
     tensors: Sequence[TensorSpec], provenance: Provenance, imatrix: ImatrixInfo | None
 ) -> list[MetadataField]:
-    fields = [
-        _number(gguf.Keys.General.QUANTIZATION_VERSION, gguf.GGML_QUANT_VERSION),
-        _number(gguf.Keys.General.FILE_TYPE, file_type_of(provenance.recipe, tensors)),
-    ]
+    """What an export adds to the model's metadata: numbers are u32."""
+    values: dict[str, int | str] = {
+        gguf.Keys.General.QUANTIZATION_VERSION: gguf.GGML_QUANT_VERSION,
+        gguf.Keys.General.FILE_TYPE: file_type_of(provenance.recipe, tensors),
+    }
     if imatrix is not None:
-        fields += [
-            _text("quantize.imatrix.file", imatrix.file),
-            _text("quantize.imatrix.dataset", imatrix.dataset),
-            _number("quantize.imatrix.entries_count", imatrix.num_entries),
-            _number("quantize.imatrix.chunks_count", imatrix.num_chunks),
-        ]
-    return [
-        *fields,
-        _text("dynquant.version", _fixed_width(__version__)),
-        _text(ENCODER_KEY, _fixed_width(provenance.encoder)),
-        _text("dynquant.recipe", provenance.recipe),
-        _text("dynquant.fingerprint", provenance.fingerprint),
-        _text("dynquant.plan_hash", provenance.plan_hash),
-        _text("dynquant.stats_hash", provenance.stats_hash),
-    ]
-
-
-def _number(key: str, value: int) -> MetadataField:
-    return MetadataField(key, value, GGUFValueType.UINT32)
-
-
-def _text(key: str, value: str) -> MetadataField:
-    return MetadataField(key, value, GGUFValueType.STRING)
+        values |= {
+            "quantize.imatrix.file": imatrix.file,
+            "quantize.imatrix.dataset": imatrix.dataset,
+            "quantize.imatrix.entries_count": imatrix.num_entries,
+            "quantize.imatrix.chunks_count": imatrix.num_chunks,
+        }
+    values |= {
+        "dynquant.version": _fixed_width(__version__),
+        ENCODER_KEY: _fixed_width(provenance.encoder),
+        "dynquant.recipe": provenance.recipe,
+        "dynquant.fingerprint": provenance.fingerprint,
+        "dynquant.plan_hash": provenance.plan_hash,
+        "dynquant.stats_hash": provenance.stats_hash,
+    }
+    types = {int: GGUFValueType.UINT32, str: GGUFValueType.STRING}
+    return [MetadataField(key, value, types[type(value)]) for key, value in values.items()]
 
 
 def _fixed_width(text: str) -> str:
@@ -229,21 +217,18 @@ def _headers(arch: str, fields: Sequence[MetadataField], groups: Sequence[Sequen
     for number, group in enumerate(groups):
         if number > 0:
             writer.tensors.append({})
-        for name, shape, type_name in group:
-            ggml_type = gguf.GGMLQuantizationType[type_name]
-            num_bytes = QUANT_TYPES[type_name].tensor_bytes(shape)
-            writer.add_tensor_info(name, shape, np.dtype(np.float32), num_bytes, raw_dtype=ggml_type)
+        for tensor in group:
+            ggml_type = gguf.GGMLQuantizationType[tensor.type]
+            writer.add_tensor_info(
+                tensor.name, tensor.shape, np.dtype(np.float32), tensor.num_bytes, raw_dtype=ggml_type
+            )
     buffers = [io.BytesIO() for _ in groups]
     writer.fout = buffers  # type: ignore[assignment]
     writer.state = WriterState.EMPTY
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    return [_pad_header(buffer.getvalue()) for buffer in buffers]
-
-
-def _pad_header(header: bytes) -> bytes:
-    return header.ljust(padded(len(header)), b"\0")
+    return [buffer.getvalue().ljust(padded(buffer.tell()), b"\0") for buffer in buffers]
 
 
 def _place(header: bytes, tensors: Sequence[TensorSpec]) -> FileLayout:
@@ -262,7 +247,9 @@ def _grouped(
     groups: list[list[TensorSpec]] = [[]]
     size = first
     for tensor in tensors:
-        needed = _info_bytes(tensor) + padded(tensor.num_bytes)
+        # An upper bound of what one more tensor adds to the padded header: name, dimensions, type, offset.
+        info_bytes = padded(8 + len(tensor.name.encode()) + 4 + 8 * len(tensor.shape) + 4 + 8)
+        needed = info_bytes + padded(tensor.num_bytes)
         if groups[-1] and size + needed > limit:
             groups.append([])
             size = other
@@ -278,8 +265,3 @@ def _grouped(
             f"Files of at most {limit:,} bytes would be {len(groups):,} files; GGUF counts to {MAX_FILES}."
         )
     return groups
-
-
-def _info_bytes(tensor: TensorSpec) -> int:
-    """An upper bound of what one more tensor adds to the padded header: name, dimensions, type, offset."""
-    return padded(8 + len(tensor.name.encode()) + 4 + 8 * len(tensor.shape) + 4 + 8)

@@ -7,7 +7,6 @@ can be in no file that llama.cpp loads. Values are copies; nothing refers to the
 """
 
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from mmap import ACCESS_READ, mmap
@@ -199,19 +198,15 @@ class _Parser:
             if name in tensors:
                 raise ValueError(f"the tensor `{name}` is there twice")
             tensors[name] = GGUFTensor(name, shape, stored, start + offset, prod(shape) // block_size * block_bytes)
-        for tensor, following_start in self._followed(tensors):
-            if tensor.offset + tensor.num_bytes > following_start:
+        ordered = sorted(tensors.values(), key=lambda tensor: tensor.offset)
+        ends = [*(tensor.offset for tensor in ordered[1:]), len(self._data)]
+        for tensor, end in zip(ordered, ends, strict=False):
+            if tensor.offset + tensor.num_bytes > end:
                 raise ValueError(
                     f"`{tensor.name}` takes {tensor.num_bytes:,} bytes from byte {tensor.offset:,} on, but the next "
-                    f"tensor or the end of the file is at {following_start:,}"
+                    f"tensor or the end of the file is at {end:,}"
                 )
         return tensors
-
-    def _followed(self, tensors: dict[str, GGUFTensor]) -> Iterator[tuple[GGUFTensor, int]]:
-        """Each tensor with the byte at which the next one, or the end of the file, is."""
-        ordered = sorted(tensors.values(), key=lambda tensor: tensor.offset)
-        ends = [tensor.offset for tensor in ordered[1:]] + [len(self._data)]
-        return zip(ordered, ends, strict=False)
 
     def _ggml_type(self, name: str, type_id: int) -> tuple[str, int, int]:
         try:

@@ -107,13 +107,14 @@ class GGUFSource:
 
 
 def split_files(path: Path) -> list[Path]:
-    """All files of a split GGUF given its first file; otherwise the file itself."""
+    """All files of a split GGUF given its first file; otherwise the file itself. Raises CheckpointError for others."""
     match = _SPLIT_NAME.match(path.name)
     if not match:
         return [path]
-    stem, number, count = match.group(1), int(match.group(2)), int(match.group(3))
+    stem, number, count = match[1], int(match[2]), int(match[3])
     if not 1 <= number <= count:
         raise CheckpointError(f"{path} is named as part {number} of {count}, which cannot be; check the file name.")
+    files = [path.with_name(f"{stem}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
     if number != 1:
-        raise CheckpointError(f"{path} is part {number} of a split GGUF; give the first part, {stem}-00001-of-….gguf.")
-    return [path.with_name(f"{stem}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
+        raise CheckpointError(f"{path} is part {number} of a split GGUF; give the first part, {files[0].name}.")
+    return files

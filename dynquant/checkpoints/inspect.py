@@ -13,7 +13,7 @@ from pathlib import Path
 
 import gguf
 
-from dynquant.checkpoints.gguf_reader import GGUFTensor, read_gguf_header
+from dynquant.checkpoints.gguf_reader import read_gguf_header
 from dynquant.checkpoints.gguf_source import split_files
 from dynquant.checkpoints.safetensors_format import read_header
 from dynquant.checkpoints.safetensors_source import INDEX_NAME, SINGLE_NAME, no_weights, read_weight_map
@@ -137,16 +137,18 @@ def _inspect_gguf(path: Path) -> FileSummary:
         if key == "general.architecture" or key in _GGUF_KEYS or key.startswith(_PROVENANCE_PREFIXES)
     }
     arch = str(values.pop("general.architecture", "unknown"))
-    for key in _GGUF_ARCH_KEYS:
-        field = headers[0].fields.get(f"{arch}.{key}")
-        if field is not None:
-            values[f"{arch}.{key}"] = field.value
+    arch_keys = [f"{arch}.{key}" for key in _GGUF_ARCH_KEYS]
+    values |= {key: headers[0].fields[key].value for key in arch_keys if key in headers[0].fields}
     return FileSummary(
         format="gguf",
         files=tuple(files),
         arch=arch,
         total_bytes=sum(file.stat().st_size for file in files),
-        tensors=tuple(_gguf_record(tensor) for header in headers for tensor in header.tensors.values()),
+        tensors=tuple(
+            TensorRecord(tensor.name, tensor.shape, tensor.type, tensor.num_bytes, role_of(tensor.name))
+            for header in headers
+            for tensor in header.tensors.values()
+        ),
         metadata={key: value for key, value in values.items() if not key.startswith(_PROVENANCE_PREFIXES)},
         provenance={
             key: value.rstrip() if isinstance(value, str) else value
@@ -154,10 +156,6 @@ def _inspect_gguf(path: Path) -> FileSummary:
             if key.startswith(_PROVENANCE_PREFIXES)
         },
     )
-
-
-def _gguf_record(tensor: GGUFTensor) -> TensorRecord:
-    return TensorRecord(tensor.name, tensor.shape, tensor.type, tensor.num_bytes, role_of(tensor.name))
 
 
 def _checkpoint_files(directory: Path) -> list[Path]:
@@ -179,9 +177,11 @@ def _inspect_safetensors(directory: Path, files: list[Path]) -> FileSummary:
     tensors = [record for file in files for record in _safetensors_records(file)]
     provenance: dict[str, object] = {}
     if metadata.get("quant_method") == "dynquant" and isinstance(quantization, dict):
-        types, recorded = (_object(quantization.get(key)) for key in ("types", "provenance"))
-        tensors = [_unpacked_record(record, types) for record in tensors]
-        provenance = {f"dynquant.{key}": value for key, value in recorded.items()}
+        types, recorded = quantization.get("types"), quantization.get("provenance")
+        if isinstance(types, dict):
+            tensors = [_unpacked_record(record, types) for record in tensors]
+        if isinstance(recorded, dict):
+            provenance = {f"dynquant.{key}": value for key, value in recorded.items()}
     return FileSummary(
         format="safetensors",
         files=tuple(files),
@@ -191,10 +191,6 @@ def _inspect_safetensors(directory: Path, files: list[Path]) -> FileSummary:
         metadata=metadata,
         provenance=provenance,
     )
-
-
-def _object(value: object) -> dict[str, object]:
-    return value if isinstance(value, dict) else {}
 
 
 def _unpacked_record(record: TensorRecord, types: dict[str, object]) -> TensorRecord:
@@ -218,15 +214,10 @@ def _read_config(directory: Path) -> dict[str, object]:
 
 
 def _safetensors_records(file: Path) -> list[TensorRecord]:
+    entries = [(name, entry, *entry["data_offsets"]) for name, entry in read_header(file).items()]
     return [
-        TensorRecord(
-            name,
-            tuple(entry["shape"]),
-            entry["dtype"],
-            entry["data_offsets"][1] - entry["data_offsets"][0],
-            _role_of_parameter(name),
-        )
-        for name, entry in read_header(file).items()
+        TensorRecord(name, tuple(entry["shape"]), entry["dtype"], end - start, _role_of_parameter(name))
+        for name, entry, start, end in entries
     ]
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dynquant.errors import CheckpointError, ExportError
 from dynquant.formats.plain_quants import DTYPE_BYTES
+from dynquant.formats.storage_format import StoredTensor
 from dynquant.storage.atomic import writing
 from dynquant.storage.strict_json import parse_json
 
@@ -37,19 +38,6 @@ _MAX_HEADER_BYTES = 100_000_000
 _MAX_NAME_LENGTH = 512
 _MAX_DIMENSIONS = 16
 _MAX_ELEMENTS = 1 << 63
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One entry of a file that is to be written."""
-
-    key: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        return prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -138,7 +126,14 @@ class FileSpan:
             shape, total = (count,), count
         start = first * self.row_values
         buffer = torch.empty(total * dtype.itemsize, dtype=torch.uint8)
-        _read_into(self.path, self.offset + start * dtype.itemsize, buffer)
+        rest = memoryview(buffer.numpy())
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.offset + start * dtype.itemsize)
+            while rest:
+                taken = file.readinto(rest[: 1 << 28])  # type: ignore[attr-defined]
+                if not taken:
+                    raise OSError(f"{self.path} ends {len(rest):,} bytes early")
+                rest = rest[taken:]
         return buffer.view(dtype).reshape(shape)
 
 
@@ -249,14 +244,3 @@ def _check_order(file: Path, spans: dict[str, tuple[int, int]], data_bytes: int)
         raise CheckpointError(
             f"{file} has {data_bytes - at:,} bytes after its last tensor. It is corrupt; fetch it again."
         )
-
-
-def _read_into(path: Path, offset: int, buffer: Tensor) -> None:
-    rest = memoryview(buffer.numpy())
-    with path.open("rb", buffering=0) as file:
-        file.seek(offset)
-        while rest:
-            taken = file.readinto(rest[: 1 << 28])  # type: ignore[attr-defined]
-            if not taken:
-                raise OSError(f"{path} ends {len(rest):,} bytes early")
-            rest = rest[taken:]

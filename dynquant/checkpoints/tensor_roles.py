@@ -75,36 +75,16 @@ class Role(StrEnum):
 
 
 _ROLE_OF_TENSOR = {
+    **{role.name: role for role in Role},  # attention and dense FFNs are called alike in gguf-py
     "TOKEN_EMBD": Role.EMBEDDING,
-    "OUTPUT": Role.OUTPUT,
-    "FFN_GATE_INP": Role.ROUTER,
-    "FFN_GATE_INP_SHEXP": Role.ROUTER,
-    "FFN_EXP_PROBS_B": Role.ROUTER,
-    "ATTN_Q": Role.ATTN_Q,
-    "ATTN_K": Role.ATTN_K,
-    "ATTN_V": Role.ATTN_V,
-    "ATTN_QKV": Role.ATTN_QKV,
-    "ATTN_OUT": Role.ATTN_OUT,
-    "ATTN_Q_A": Role.MLA_Q_A,
-    "ATTN_Q_B": Role.MLA_Q_B,
+    **dict.fromkeys(("FFN_GATE_INP", "FFN_GATE_INP_SHEXP", "FFN_EXP_PROBS_B"), Role.ROUTER),
+    **{f"ATTN_{part}": Role[f"MLA_{part}"] for part in ("Q_A", "Q_B", "KV_B", "K_B", "V_B")},
     "ATTN_KV_A_MQA": Role.MLA_KV_A,
-    "ATTN_KV_B": Role.MLA_KV_B,
-    "ATTN_K_B": Role.MLA_K_B,
-    "ATTN_V_B": Role.MLA_V_B,
-    "FFN_GATE": Role.FFN_GATE,
-    "FFN_UP": Role.FFN_UP,
-    "FFN_DOWN": Role.FFN_DOWN,
-    "FFN_GATE_SHEXP": Role.SHARED_GATE,
-    "FFN_UP_SHEXP": Role.SHARED_UP,
-    "FFN_DOWN_SHEXP": Role.SHARED_DOWN,
-    "FFN_GATE_CHEXP": Role.EXPERT_GATE,
-    "FFN_UP_CHEXP": Role.EXPERT_UP,
-    "FFN_DOWN_CHEXP": Role.EXPERT_DOWN,
-    "FFN_GATE_EXP": Role.EXPERT_GATE,
-    "FFN_UP_EXP": Role.EXPERT_UP,
-    "FFN_DOWN_EXP": Role.EXPERT_DOWN,
+    **{f"FFN_{part}_SHEXP": Role[f"SHARED_{part}"] for part in ("GATE", "UP", "DOWN")},
+    **{f"FFN_{part}_{kind}": Role[f"EXPERT_{part}"] for part in ("GATE", "UP", "DOWN") for kind in ("CHEXP", "EXP")},
     "FFN_GATE_UP_EXP": Role.EXPERT_GATE,
 }
+"""By gguf-py's name of the tensor; all others are norms by their names, or `OTHER`."""
 _LAYER = re.compile(r"^((?:dec\.|enc\.|v\.|v\.global\.|a\.)?blk)\.(\d+)\.")
 _VISION_ROLES = (
     (re.compile(r"v\.patch_embd\.weight(\.1)?"), Role.VISION_PATCH),
@@ -118,13 +98,10 @@ _SUFFIX = re.compile(r"\.(weight|bias)$")
 
 @cache
 def _roles_by_template() -> dict[str, Role]:
-    roles = {}
-    for tensor, template in gguf.TENSOR_NAMES.items():
-        role = _ROLE_OF_TENSOR.get(tensor.name)
-        if role is None:
-            role = Role.NORM if "norm" in template else Role.OTHER
-        roles.setdefault(template, role)
-    return roles
+    return {
+        template: _ROLE_OF_TENSOR.get(tensor.name) or (Role.NORM if "norm" in template else Role.OTHER)
+        for tensor, template in reversed(gguf.TENSOR_NAMES.items())  # of tensors that share a name, the first counts
+    }
 
 
 def role_of(name: str) -> Role:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from dynquant import __version__
 from dynquant.evaluation.multiple_choice import AnswerScores, EncodedQuestion, Scoring, is_right
@@ -19,15 +18,12 @@ from dynquant.evaluation.statistics import (
 )
 from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.inputs.pictures import Sample
+from dynquant.storage.documents import FrozenRecord
 
 SCHEMA_VERSION = 1
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ModelIdentity(_Record):
+class ModelIdentity(FrozenRecord):
     """Name of the model that was run, and how it was; `fingerprint` is reference_cache.model_fingerprint."""
 
     name: str
@@ -52,7 +48,7 @@ class TokenScores:
         }
 
 
-class Divergence(_Record):
+class Divergence(FrozenRecord):
     """KL(reference || candidate) per token, in nats; unbiased estimates of `distributions`."""
 
     mean: Estimate
@@ -64,7 +60,7 @@ class Divergence(_Record):
     """Sums over the blocks of 64 tokens that intervals are drawn from, for paired comparisons with another file."""
 
 
-class TextResult(_Record):
+class TextResult(FrozenRecord):
     """One text. `perplexity_ratio` is candidate over reference on the same tokens."""
 
     name: str
@@ -77,13 +73,13 @@ class TextResult(_Record):
     kl: Divergence | None
 
 
-class SubjectAccuracy(_Record):
+class SubjectAccuracy(FrozenRecord):
     questions: int
     reference: float
     candidate: float
 
 
-class ChoiceScores(_Record):
+class ChoiceScores(FrozenRecord):
     """One model on a question set.
 
     `accuracy`: letters by log-probability, cloze answers by log-probability per byte. `summed_accuracy`: not per byte.
@@ -98,7 +94,7 @@ class ChoiceScores(_Record):
     predictions: tuple[int, ...]
 
 
-class MultipleChoiceResult(_Record):
+class MultipleChoiceResult(FrozenRecord):
     """Both models on the same questions. `mcnemar_p` is two-sided and exact."""
 
     scoring: Scoring
@@ -115,7 +111,7 @@ class MultipleChoiceResult(_Record):
     subjects: dict[str, SubjectAccuracy]
 
 
-class EvalReport(_Record):
+class EvalReport(FrozenRecord):
     """Everything `evaluate` found; `seconds` is the wall time of each stage, about 0 where the cache answered."""
 
     schema_version: int = SCHEMA_VERSION
@@ -132,7 +128,7 @@ class EvalReport(_Record):
         return self.model_dump_json(indent=2) + "\n"
 
 
-class Answer(_Record):
+class Answer(FrozenRecord):
     """One question with the answers of both models; `image` is the path of its first picture."""
 
     image: str
@@ -142,7 +138,7 @@ class Answer(_Record):
     candidate: str
 
 
-class AnsweredQuestions(_Record):
+class AnsweredQuestions(FrozenRecord):
     """Exact-match accuracies on the same questions; `mcnemar_p` is two-sided and exact."""
 
     reference: Estimate
@@ -153,7 +149,7 @@ class AnsweredQuestions(_Record):
     answers: tuple[Answer, ...]
 
 
-class PictureReport(_Record):
+class PictureReport(FrozenRecord):
     """Effect of one candidate on samples with pictures; sizes in bytes, unbiased KL in nats per text token."""
 
     reference: str

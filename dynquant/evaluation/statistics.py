@@ -8,17 +8,16 @@ from collections.abc import Sequence
 from math import sqrt
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+
+from dynquant.storage.documents import FrozenRecord
 
 BLOCK_TOKENS = 64
 NUM_RESAMPLES = 2000
 _Z95 = 1.959963984540054
 
 
-class Estimate(BaseModel):
+class Estimate(FrozenRecord):
     """A value with its 95 % interval."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     value: float
     low: float

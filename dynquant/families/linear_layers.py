@@ -60,9 +60,7 @@ class LinearLayer:
     def stored_as(self, scheme: Scheme) -> list[StoredTensor]:
         """Return the tensors of the layer, or of each expert of the stack, in a scheme."""
         parts = scheme.parts(*self.shape[-2:])
-        return [
-            StoredTensor(f"{module}.{part.suffix}", part.dtype, part.shape) for module in self.modules for part in parts
-        ]
+        return [part._replace(key=f"{module}.{part.key}") for module in self.modules for part in parts]
 
     def unit(self, *, mixed_experts: bool) -> str:
         """Return what shares its scheme: its fusion, or all routed experts (of its layer, if `mixed_experts`)."""
@@ -99,20 +97,13 @@ class LinearCheckpoint:
 
 
 def _candidates(linears: Sequence[LinearLayer], schemes: Iterable[str], *, mixed_experts: bool) -> list[Scheme]:
-    """Return the candidates of a unit.
-
-    Unless `mixed_experts`, routed experts have only schemes that transformers merges, and are quantized.
-    """
-    candidates = []
-    for scheme in (SCHEMES[name] for name in schemes):
-        if linears[0].is_expert:
-            merges = scheme.merges_experts and scheme.is_quantized
-            if not scheme.holds_experts or not (merges or mixed_experts):
-                continue
-        fitting = scheme.for_rows([linear.shape[-1] for linear in linears])
-        if fitting is not None:
-            candidates.append(fitting)
-    return candidates or [SCHEMES["BF16"]]
+    candidates = [SCHEMES[name] for name in schemes]
+    if linears[0].is_expert:
+        candidates = [scheme for scheme in candidates if scheme.holds_experts]
+        if not mixed_experts:  # then only schemes that transformers merges
+            candidates = [scheme for scheme in candidates if scheme.merges_experts and scheme.is_quantized]
+    fitting = [scheme.for_rows([linear.shape[-1] for linear in linears]) for scheme in candidates]
+    return [scheme for scheme in fitting if scheme is not None] or [SCHEMES["BF16"]]
 
 
 def linear_checkpoint(model: Model) -> LinearCheckpoint:
@@ -137,7 +128,8 @@ def linear_checkpoint(model: Model) -> LinearCheckpoint:
         linear = _experts(source, name) if role_of(name).is_routed_expert else _matrix(model, checkpoint, parts[0])
         linears[linear.name] = linear
     replaced = {part for linear in linears.values() for part in linear.sources}
-    others = tuple(_other(checkpoint, name) for name in checkpoint.names() if name not in replaced)
+    infos = [checkpoint.info(name) for name in checkpoint.names() if name not in replaced]
+    others = tuple(StoredTensor(i.name, "BF16" if len(i.shape) >= 2 else i.dtype, i.shape) for i in infos)
     return LinearCheckpoint(directory, checkpoint, tuple(linears.values()), others)
 
 
@@ -158,8 +150,3 @@ def _experts(source: ConvertedSource, name: str) -> LinearLayer:
         experts = re.sub(r"\.(gate_up_proj|down_proj)(\.weight)?$", "", parts[0])
         modules = tuple(f"{experts}.{expert}.{_EXPERT_PARTS[role]}" for expert in range(shape[0]))
     return LinearLayer(name, role, shape, modules, parts, lambda expert: source.load(name, expert))
-
-
-def _other(checkpoint: SafetensorsSource, name: str) -> StoredTensor:
-    info = checkpoint.info(name)
-    return StoredTensor(name, "BF16" if len(info.shape) >= 2 else info.dtype, info.shape)

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import gguf
 
-from dynquant.checkpoints.gguf_source import GGUFSource
+from dynquant.checkpoints.gguf_source import GGUFSource, split_files
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_source import INDEX_NAME, SafetensorsSource
 from dynquant.checkpoints.tensor_source import TensorSource
@@ -57,11 +57,7 @@ def open_and_announce(path: str | Path, session: Session, *, base_gguf: Path | N
 
 
 def open_language_model(path: str | Path, session: Session) -> Model:
-    """`open_and_announce` for steps that have no place for a vision tower.
-
-    Raises:
-        ExportError: the model has one.
-    """
+    """`open_and_announce` for steps that have no place for a vision tower. Raises ExportError: the model has one."""
     model = open_and_announce(path, session)
     if model.has_vision:
         raise ExportError(
@@ -112,12 +108,7 @@ def locate_model(path: str | Path) -> Path:
         CheckpointError: nothing is there, a directory without config.json, or a later part of a split GGUF.
     """
     local = Path(path)
-    part = re.search(r"-(\d{5})-of-(\d{5})\.gguf$", local.name)
-    if part and int(part.group(1)) != 1:
-        first = local.name[: part.start()] + f"-00001-of-{part.group(2)}.gguf"
-        raise CheckpointError(
-            f"{local.name} is part {int(part.group(1))} of a split GGUF; give the first part, {first}."
-        )
+    split_files(local)  # refuses a later part of a split
     if local.is_dir():
         if not (local / "config.json").is_file():
             raise CheckpointError(

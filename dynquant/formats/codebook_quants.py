@@ -27,6 +27,7 @@ from dynquant.formats.bits import (
     shifted,
     word_bytes,
 )
+from dynquant.formats.scale_fields import read_scales, with_scales
 
 _SIGN_SHIFTS = (0, 7, 14, 21)
 _IQ1_SHIFTS = (0, 3, 6, 9)
@@ -46,7 +47,7 @@ def decode_iq1_s(blocks: Tensor) -> Tensor:
 
 def pack_iq1_s(d: Tensor, scales: Tensor, shifts: Tensor, index: Tensor) -> Tensor:
     """scales, shifts (1 where delta is negative) [n, 8]; index [n, 32]."""
-    high = joined(index.reshape(-1, 8, 4) >> 8, (0, 3, 6, 9))  # [n, 8]
+    high = joined(index.reshape(-1, 8, 4) >> 8, _IQ1_SHIFTS)  # [n, 8]
     qh = high | (scales << 12) | (shifts << 15)
     return torch.cat((half_bytes(d), as_bytes(index & 255), word_bytes(qh)), dim=1)
 
@@ -60,15 +61,14 @@ def decode_iq1_m(blocks: Tensor) -> Tensor:
     scales = field(blocks, 48, 8, torch.int16).to(torch.int32)
     scales = shifted(scales, _IQ1_SHIFTS, 7).flatten(1) * 2 + 1
     high = nibbles(blocks[:, 32:48], dim=-1).flatten(1).to(torch.int32)
-    return _ternary(_iq1_m_scale(blocks), scales, blocks[:, :32] | (high << 8))
+    return _ternary(read_scales("IQ1_M", blocks), scales, blocks[:, :32] | (high << 8))
 
 
 def pack_iq1_m(d: Tensor, scales: Tensor, shifts: Tensor, index: Tensor) -> Tensor:
     """scales [n, 16]; shifts, index [n, 32]."""
     qh = nibble_pairs((index >> 8) | (shifts << 3))
-    words = joined(scales.reshape(-1, 4, 4), (0, 3, 6, 9))  # [n, 4]
-    quarters = _quarters(d, words.shape[0])
-    return torch.cat((as_bytes(index & 255), qh, word_bytes(words | (quarters << 12))), dim=1)
+    words = joined(scales.reshape(-1, 4, 4), _IQ1_SHIFTS)  # [n, 4]
+    return with_scales("IQ1_M", torch.cat((as_bytes(index & 255), qh, word_bytes(words)), dim=1), d.unsqueeze(1))
 
 
 def decode_iq2_xxs(blocks: Tensor) -> Tensor:
@@ -176,12 +176,9 @@ def decode_tq1_0(blocks: Tensor) -> Tensor:
     A byte holds base-3 digits as a fraction of 256, so that the first digit is the integer part of 3 * byte / 256, and
     multiplying the byte by 3 (modulo 256) brings up the next one.
     """
-    parts = (
-        _digit_bytes(blocks[:, :32], num_digits=5),
-        _digit_bytes(blocks[:, 32:48], num_digits=5),
-        _digit_bytes(blocks[:, 48:52], num_digits=4),
-    )
-    shifted = torch.cat(parts, dim=1)
+    # [n, digits * bytes]: the bytes with each digit in turn moved to the front.
+    fields = ((blocks[:, :32], 5), (blocks[:, 32:48], 5), (blocks[:, 48:52], 4))
+    shifted = torch.cat([packed * 3**i for packed, num_digits in fields for i in range(num_digits)], dim=1)
     # The leading digit, 3 * byte // 256, without leaving eight bits: it grows by one at 86 and at 171.
     digit = (shifted >= 86).view(torch.int8) + (shifted >= 171).view(torch.int8)
     return half(blocks, 52) * (digit - 1).float()
@@ -191,7 +188,8 @@ def pack_tq1_0(d: Tensor, q: Tensor) -> Tensor:
     """q [n, 256] from -1 to 1; a byte is its base-3 number as a fraction of 3^5, rounded up."""
     digits = q + 1
     parts = digits[:, :160].reshape(-1, 5, 32), digits[:, 160:240].reshape(-1, 5, 16), digits[:, 240:].reshape(-1, 4, 4)
-    numbers = torch.cat([_base_3(part) for part in parts], dim=1)
+    powers = torch.tensor(_POWERS_OF_3, device=q.device).unsqueeze(1)
+    numbers = torch.cat([(part * powers[: part.shape[1]]).sum(1) for part in parts], dim=1)  # missing digits are 0
     return torch.cat((as_bytes((numbers * 256 + 242) // 243), half_bytes(d)), dim=1)
 
 
@@ -222,32 +220,7 @@ def _ternary(d: Tensor, scales: Tensor, index: Tensor) -> Tensor:
     return ((d * scales.float() * 0.125).unsqueeze(-1) * q).flatten(1)
 
 
-def _iq1_m_scale(blocks: Tensor) -> Tensor:
-    """The fp16 scale that IQ1_M spreads over the top nibbles of its four scale words, as float32 [n, 1]."""
-    top = blocks[:, 49:56:2]
-    low_byte = (top[:, 0] >> 4) | (top[:, 1] & 0xF0)
-    high_byte = (top[:, 2] >> 4) | (top[:, 3] & 0xF0)
-    return torch.stack((low_byte, high_byte), dim=1).view(torch.float16).float()
-
-
-def _digit_bytes(packed: Tensor, *, num_digits: int) -> Tensor:
-    """[n, k] -> [n, num_digits * k]: the bytes with each digit in turn moved to the front."""
-    return torch.stack([packed * 3**i for i in range(num_digits)], dim=1).flatten(1)
-
-
-def _base_3(digits: Tensor) -> Tensor:
-    """[n, digits, bytes] -> the number that five digits make, missing ones being 0."""
-    powers = torch.tensor(_POWERS_OF_3[: digits.shape[1]], device=digits.device)
-    return (digits * powers[:, None]).sum(1)
-
-
 def _sign_words(scales: Tensor, signs: Tensor) -> Tensor:
     """Four bytes for 32 weights: 4 x 7 sign bits, the scale on top; [n, 8, 4]."""
-    words = joined((signs & 127).to(torch.int64).reshape(-1, 8, 4), (0, 7, 14, 21)) | (scales.to(torch.int64) << 28)
+    words = joined((signs & 127).to(torch.int64).reshape(-1, 8, 4), _SIGN_SHIFTS) | (scales.to(torch.int64) << 28)
     return words.to(torch.int32).unsqueeze(2).view(torch.uint8)
-
-
-def _quarters(d: Tensor, num_blocks: int) -> Tensor:
-    """The four quarters of the fp16 number, lowest first [n, 4]."""
-    bits = d.to(torch.float16).view(torch.int16).to(torch.int32) & 0xFFFF
-    return torch.stack([(bits >> s) & 15 for s in (0, 4, 8, 12)], dim=1).reshape(num_blocks, 4)

@@ -38,11 +38,7 @@ class QuantType:
         return self.block_size == 1
 
     def row_bytes(self, row_length: int) -> int:
-        """Bytes of one row.
-
-        Raises:
-            ValueError: `row_length` is not a multiple of the block size.
-        """
+        """Bytes of one row. Raises ValueError: `row_length` is not a multiple of the block size."""
         if row_length % self.block_size:
             raise ValueError(
                 f"`row_length` {row_length} is not a multiple of the block size {self.block_size} of {self.name}"
@@ -91,11 +87,7 @@ QUANT_TYPES: dict[str, QuantType] = {name: _from_gguf(name) for name in _NAMES}
 
 
 def quant_type(name: str) -> QuantType:
-    """Look up a type by name, in any case.
-
-    Raises:
-        PlanError: no such type; the message lists the nearest names.
-    """
+    """Look up a type by name, in any case. Raises PlanError: no such type; the message lists the nearest names."""
     layout = QUANT_TYPES.get(name.upper())
     if layout is None:
         near = difflib.get_close_matches(name.upper(), QUANT_TYPES, n=4, cutoff=0.4) or list(QUANT_TYPES)

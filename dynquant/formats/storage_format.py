@@ -1,6 +1,21 @@
 """Common ground of GGUF types and compressed-tensors schemes, and the words for choosing among them."""
 
+from math import prod
 from typing import NamedTuple, Protocol
+
+from dynquant.formats.plain_quants import DTYPE_BYTES
+
+
+class StoredTensor(NamedTuple):
+    """One tensor of a safetensors file; `dtype` is the format's own word. Parts of a layer have a `key` inside it."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
 class Choice(NamedTuple):

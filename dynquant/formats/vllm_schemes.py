@@ -15,22 +15,10 @@ import difflib
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from dynquant.errors import PlanError
-from dynquant.formats.plain_quants import DTYPE_BYTES
-
-
-class StoredPart(NamedTuple):
-    """One tensor that a linear layer is stored as; `suffix` follows the layer's name, `dtype` is safetensors' word."""
-
-    suffix: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        return prod(self.shape) * DTYPE_BYTES[self.dtype]
+from dynquant.formats.storage_format import StoredTensor
 
 
 @dataclass(frozen=True)
@@ -68,20 +56,20 @@ class Scheme:
         fitting = (g for g in self.group_sizes if g == 0 or all(length % g == 0 for length in row_lengths))
         return next(map(self.grouped, fitting), None)
 
-    def parts(self, rows: int, columns: int) -> tuple[StoredPart, ...]:
-        """Return what a weight [rows, columns] is stored as."""
-        scale = StoredPart("weight_scale", "BF16", (rows, columns // self.group_size if self.group_size else 1))
+    def parts(self, rows: int, columns: int) -> tuple[StoredTensor, ...]:
+        """Return what a weight [rows, columns] is stored as; keys follow the name of the layer."""
+        scale = StoredTensor("weight_scale", "BF16", (rows, columns // self.group_size if self.group_size else 1))
         if self.strategy == "none":
-            return (StoredPart("weight", "BF16", (rows, columns)),)
+            return (StoredTensor("weight", "BF16", (rows, columns)),)
         if self.kind == "int":
-            packed = StoredPart("weight_packed", "I32", (rows, columns * self.num_bits // 32))
-            return packed, scale, StoredPart("weight_shape", "I64", (2,))
+            packed = StoredTensor("weight_packed", "I32", (rows, columns * self.num_bits // 32))
+            return packed, scale, StoredTensor("weight_shape", "I64", (2,))
         if self.num_bits == 8:
-            return StoredPart("weight", "F8_E4M3", (rows, columns)), scale
-        packed = StoredPart("weight_packed", "U8", (rows, columns // 2))
+            return StoredTensor("weight", "F8_E4M3", (rows, columns)), scale
+        packed = StoredTensor("weight_packed", "U8", (rows, columns // 2))
         if self.strategy == "group":
             return packed, scale._replace(dtype="U8")
-        return packed, scale._replace(dtype="F8_E4M3"), StoredPart("weight_global_scale", "F32", (1,))
+        return packed, scale._replace(dtype="F8_E4M3"), StoredTensor("weight_global_scale", "F32", (1,))
 
     def tensor_bytes(self, shape: tuple[int, ...]) -> int:
         """Return the bytes of one matrix [R, C] or of a stack [E, R, C]."""

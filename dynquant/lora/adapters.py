@@ -30,11 +30,7 @@ _ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 @dataclass(frozen=True)
 class AdapterOptions:
-    """Targets of an adapter and its form.
-
-    Raises:
-        AdapterError: `rank` or `alpha` is not positive.
-    """
+    """Targets of an adapter and its form. Raises AdapterError: `rank` or `alpha` is not positive."""
 
     rank: int = 16
     """Columns of A and B; each expert has its own."""

@@ -24,11 +24,7 @@ _STARTS = (True, False, "gaussian", "eva")
 
 
 def check_config(config: LoraConfig) -> None:
-    """Refuse what computes with the base weight as numbers.
-
-    Raises:
-        AdapterError: naming the option.
-    """
+    """Refuse what computes with the base weight as numbers. Raises AdapterError: naming the option."""
     if config.init_lora_weights not in _STARTS:
         raise AdapterError(
             f"`init_lora_weights` is {config.init_lora_weights!r}, which starts from the base weights as numbers; a "

@@ -60,11 +60,7 @@ class SavedAdapter:
         return self.config.get("base_model_name_or_path")
 
     def load(self, key: str) -> Tensor:
-        """One factor, float32.
-
-        Raises:
-            AdapterError: NaN or infinite values.
-        """
+        """One factor, float32. Raises AdapterError: NaN or infinite values."""
         with safe_open(self._file, "pt") as file:
             values = file.get_tensor(key).float()
         if not values.isfinite().all():

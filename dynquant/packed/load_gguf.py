@@ -20,11 +20,7 @@ if TYPE_CHECKING:
 
 
 def load(
-    file: str | Path,
-    *,
-    dtype: torch.dtype | None = None,
-    device_map: Any = None,
-    **options: Any,
+    file: str | Path, *, dtype: torch.dtype | None = None, device_map: Any = None, **options: Any
 ) -> "PreTrainedModel":
     """Return the transformers model of a GGUF file (of a split, the first part), with weights as the file's own blocks.
 

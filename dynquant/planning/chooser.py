@@ -4,9 +4,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+<<<<<<< HEAD
 from dynquant.analysis.errors.measure import unmeasured_table
 from dynquant.analysis.errors.measure_schemes import unmeasured_scheme_table
 from dynquant.analysis.errors.table import ErrorTable
+=======
+from dynquant.analysis.errors.measure import tensor_formats, unmeasured_table
+from dynquant.analysis.errors.measure_schemes import scheme_formats
+from dynquant.analysis.errors.table import ErrorRow, ErrorTable
+>>>>>>> main
 from dynquant.analysis.outliers.super_experts import find_super_experts
 from dynquant.calibration.stage import StatsFile
 from dynquant.calibration.statistics import CalibrationStats
@@ -15,7 +21,7 @@ from dynquant.checkpoints.model import Model
 from dynquant.families.linear_layers import LinearCheckpoint
 from dynquant.formats.quant_types import fit_to_row, quant_type
 from dynquant.formats.storage_format import Choice
-from dynquant.formats.vllm_schemes import Scheme
+from dynquant.formats.vllm_schemes import SCHEMES, Scheme
 from dynquant.planning.memory_budget import MemoryBudget
 from dynquant.planning.planner import Rules, check_budget_range, coupled_tensors, plan_types, size_range
 from dynquant.planning.target import Target
@@ -100,7 +106,7 @@ def check_budget(
     Raises:
         PlanError: as `plan_types` and `MemoryBudget.file_budget`.
     """
-    table = unmeasured_table(model, stats, types)
+    table = unmeasured_table(model, tensor_formats(model, stats, types), types)
     any_hash = None if stats is None else "0" * 64
     fixed = fixed_bytes(model, table.tensors(), recipe=target.recipe, stats=stats, stats_hash=any_hash)
     rules = Rules(coupled=coupled_tensors(table.tensors(), target.couple))
@@ -176,7 +182,7 @@ class SchemeChooser:
         Raises:
             PlanError: as `choose`.
         """
-        table = unmeasured_scheme_table(model, self.checkpoint, self.candidates)
+        table = unmeasured_table(model, scheme_formats(self.checkpoint, self.candidates), tuple(SCHEMES))
         check_budget_range(budget, *size_range(table, self.rules, **self.sizes), "vllm")
 
     def choose(self, table: ErrorTable, budget: int | None) -> dict[str, Choice]:

@@ -4,17 +4,13 @@ from math import exp, log
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dynquant.errors import PlanError
 from dynquant.evaluation.statistics import Estimate
-from dynquant.storage.atomic import write_atomically
+from dynquant.storage.documents import FrozenRecord, read_document
 
 
-class Candidate(BaseModel):
+class Candidate(FrozenRecord):
     """One plan: what it was predicted to cost, and what it costs on the selection text."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     label: str
     bytes: int
@@ -32,10 +28,8 @@ class Candidate(BaseModel):
         return self.label.split(",")[0]
 
 
-class Fit(BaseModel):
+class Fit(FrozenRecord):
     """log KL = intercept + slope log(sum of prices) + noise of standard deviation `residual`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     intercept: float
     slope: float
@@ -55,10 +49,8 @@ class Fit(BaseModel):
         return cls(intercept=float(intercept), slope=float(slope), residual=residual)
 
 
-class Selection(BaseModel):
+class Selection(FrozenRecord):
     """selection.json: every candidate with its score; `chosen` indexes the plan that was taken."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     text: str
     num_tokens: int
@@ -77,10 +69,6 @@ class Selection(BaseModel):
     def winner(self) -> Candidate:
         return self.candidates[self.chosen]
 
-    def save(self, path: Path) -> None:
-        """Write selection.json, whole or not at all."""
-        write_atomically(path, self.model_dump_json(indent=1) + "\n")
-
     @classmethod
     def load(cls, path: Path) -> "Selection | None":
         """Read selection.json; None when nothing was selected.
@@ -90,12 +78,7 @@ class Selection(BaseModel):
         """
         if not path.is_file():
             return None
-        try:
-            return cls.model_validate_json(path.read_text())
-        except ValidationError as error:
-            raise PlanError(
-                f"{path} is not a selection of dynquant: {error.errors()[0]['msg']}. Plan again."
-            ) from error
+        return read_document(path, cls, "a selection", "Plan again.")
 
 
 def rank_correlation(pairs: np.ndarray, *, resamples: int = 2000) -> Estimate:

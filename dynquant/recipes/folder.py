@@ -2,12 +2,10 @@
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 from dynquant.calibration.stage import STATS_NAME as STATS_NAME
 from dynquant.calibration.stage import StatsFile
-from dynquant.errors import PlanError, StatsError
-from dynquant.storage.strict_json import parse_json
+from dynquant.errors import StatsError
+from dynquant.storage.documents import FrozenRecord, read_document
 
 ERRORS_NAME = "errors.json"
 SCHEME_ERRORS_NAME = "serving_errors.json"
@@ -18,10 +16,8 @@ TOKEN_ERRORS_NAME = "token_errors.json"
 REPORT_NAME = "report.html"
 
 
-class SuperWeight(BaseModel):
+class SuperWeight(FrozenRecord):
     """`name[expert][row, col]`, in the order of discovery. `max_in` and `max_out` are signed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     """GGUF name of the tensor; `expert` is None for dense and shared projections."""
@@ -47,10 +43,7 @@ def load_super_weights(path: Path) -> list[SuperWeight]:
     """Read super_weights.json; an absent file means that none were looked for."""
     if not path.is_file():
         return []
-    try:
-        return [SuperWeight(**entry) for entry in parse_json(path.read_bytes())]
-    except (OSError, ValueError, TypeError) as error:
-        raise PlanError(f"{path} does not hold super weights ({error}). Delete it and plan again.") from error
+    return read_document(path, list[SuperWeight], "a list of super weights", "Delete it and plan again.")
 
 
 def stats_of_plan(stats_hash: str | None, path: Path) -> StatsFile | None:

@@ -16,7 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from dynquant import __version__
 from dynquant.checkpoints.tensor_roles import Role
@@ -24,7 +24,7 @@ from dynquant.errors import PlanError
 from dynquant.formats.quant_types import QUANT_TYPES, QuantType
 from dynquant.formats.storage_format import StorageFormat
 from dynquant.formats.vllm_schemes import SCHEMES, Scheme
-from dynquant.storage.atomic import write_atomically
+from dynquant.storage.documents import FrozenRecord, read_document
 
 SCHEMA_VERSION = 2
 PlanTarget = Literal["gguf", "vllm"]
@@ -35,10 +35,8 @@ def _is_empty(value: object) -> bool:
     return not value
 
 
-class PlanEntry(BaseModel):
+class PlanEntry(FrozenRecord):
     """One tensor; of a plan for vLLM one linear layer or stack of experts. `shape` has the row length last."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     """GGUF name: the name of its statistics."""
@@ -78,10 +76,8 @@ class PlanEntry(BaseModel):
         return len(self.shape) == 3
 
 
-class Plan(BaseModel):
+class Plan(FrozenRecord):
     """Every tensor of one model with its type."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     schema_version: Literal[2] = SCHEMA_VERSION
     tool_version: str = __version__
@@ -182,10 +178,6 @@ class Plan(BaseModel):
         if left_out := set(names) - planned:
             raise PlanError(f"{model_name} has the tensor `{min(left_out)}`, which the plan does not name. Plan again.")
 
-    def save(self, path: Path) -> None:
-        """Write plan.json, whole or not at all."""
-        write_atomically(path, self.model_dump_json(indent=1) + "\n")
-
     @classmethod
     def load(cls, path: Path, target: PlanTarget = "gguf") -> "Plan":
         """Read plan.json, of this version or an older one.
@@ -193,14 +185,7 @@ class Plan(BaseModel):
         Raises:
             PlanError: missing, not JSON, of another target, unknown fields or types, or a tensor named twice.
         """
-        try:
-            plan = cls.model_validate_json(path.read_text())
-        except OSError as error:
-            raise PlanError(f"The plan {path} cannot be read: {error.strerror}.") from error
-        except (ValidationError, UnicodeDecodeError) as error:
-            first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
-            where = ".".join(str(part) for part in first["loc"]) or "the file"
-            raise PlanError(f"{path} is not a plan of dynquant: {where}: {first['msg']}.") from error
+        plan = read_document(path, cls, "a plan", "Make one with `dynquant plan`.")
         if plan.target != target:
             raise PlanError(f"{path} {_OTHER_TARGET[plan.target]}")
         _check_entries(plan, path)

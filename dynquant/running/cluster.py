@@ -47,20 +47,15 @@ class StoredModel:
         return cls(model.path.resolve(), model.fingerprint, base_gguf and base_gguf.resolve())
 
     def open(self, way_out: str = "Put it on storage that every node has at the same path.") -> Model:
-        """Open the model in a worker.
-
-        Raises:
-            ClusterError: the node cannot read it, or has another one there; the text ends in `way_out`.
-        """
+        """Open the model in a worker, or raise ClusterError when its node cannot read it or has another one there."""
+        host = socket.gethostname()
         try:
             model = open_model(self.path, base_gguf=self.base_gguf)
         except DynquantError as error:
-            raise ClusterError(
-                f"{socket.gethostname()} cannot read what the command works on: {error} {way_out}"
-            ) from error
+            raise ClusterError(f"{host} cannot read what the command works on: {error} {way_out}") from error
         if model.fingerprint != self.fingerprint:
             raise ClusterError(
-                f"{socket.gethostname()} has another checkpoint at {self.path} (fingerprint {model.fingerprint[:12]} "
+                f"{host} has another checkpoint at {self.path} (fingerprint {model.fingerprint[:12]} "
                 f"instead of {self.fingerprint[:12]}). {way_out}"
             )
         return model
@@ -100,7 +95,8 @@ class RayPool:
             DynquantError: what the task itself raised.
         """
         slots = self._slots(needs)
-        remote = self._ray.remote(_call).options(
+        # The task travels as an argument, through the object store: once to a node, and not once with every item.
+        remote = self._ray.remote(lambda task, item: task(item)).options(
             num_cpus=needs.cpus, num_gpus=needs.gpus, memory=needs.memory or None, max_retries=_RETRIES
         )
         shared, rest = self._ray.put(task), iter(items)
@@ -157,7 +153,9 @@ def open_ray(address: str) -> Iterator[RayPool]:
     except ImportError as error:
         raise ClusterError("--ray needs Ray: pip install 'dynquant-toolchain[ray]', on every node.") from error
     try:
-        _check_answers(address)
+        if address != AUTO:  # Ray itself would try for minutes
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address=None if address == AUTO else address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError) as error:
         raise ClusterError(
@@ -168,21 +166,3 @@ def open_ray(address: str) -> Iterator[RayPool]:
         yield RayPool()
     finally:
         ray.shutdown()
-
-
-def _check_answers(address: str) -> None:
-    """Ray itself would try for minutes.
-
-    Raises:
-        OSError: nothing listens there, or not within 10 seconds.
-        ValueError: the address is not of the form HOST:PORT.
-    """
-    if address == AUTO:
-        return
-    host, _, port = address.rpartition(":")
-    with socket.create_connection((host, int(port)), timeout=10):
-        pass
-
-
-def _call(task: Callable[[Any], Result], item: Any) -> Result:
-    return task(item)

@@ -48,19 +48,16 @@ def expert_modules(hf_model: nn.Module) -> dict[str, nn.Module]:
     for name, module in hf_model.named_modules():
         if hasattr(module, "is_transposed") and hasattr(module, "has_gate"):
             experts[name] = module
-        elif _is_unsupported_experts(name, module):
+            continue
+        holds_stack = any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
+        is_expert_list = isinstance(module, nn.ModuleList) and name.endswith("experts") and len(module) > 0
+        if is_expert_list or (holds_stack and "expert" in f"{name} {type(module).__name__}".lower()):
             raise StatsError(
                 f"{name} is a {type(module).__name__}, which transformers does not run through its experts interface, "
                 "so the inputs of single experts cannot be seen. Measure an importance matrix with llama-imatrix and "
                 "import it with `dynquant calibrate MODEL --imatrix FILE`."
             )
     return experts
-
-
-def _is_unsupported_experts(name: str, module: nn.Module) -> bool:
-    holds_stack = any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
-    is_expert_list = isinstance(module, nn.ModuleList) and name.endswith("experts") and len(module) > 0
-    return is_expert_list or (holds_stack and "expert" in f"{name} {type(module).__name__}".lower())
 
 
 @contextmanager
@@ -75,7 +72,7 @@ def record_experts(hf_model: nn.Module, observer: ExpertObserver) -> Iterator[No
     configs: dict[int, Any] = {id(module.config): module.config for module in expert_modules(hf_model).values()}
     before = {key: config._experts_implementation for key, config in configs.items()}
     other_observer = ALL_EXPERTS_FUNCTIONS.get(IMPLEMENTATION)
-    ALL_EXPERTS_FUNCTIONS[IMPLEMENTATION] = partial(_call_recording_forward, observer)
+    ALL_EXPERTS_FUNCTIONS[IMPLEMENTATION] = partial(_recording_forward, observer)
     try:
         for config in configs.values():
             config._experts_implementation = IMPLEMENTATION
@@ -89,21 +86,12 @@ def record_experts(hf_model: nn.Module, observer: ExpertObserver) -> Iterator[No
             ALL_EXPERTS_FUNCTIONS[IMPLEMENTATION] = other_observer
 
 
-def _call_recording_forward(observer: ExpertObserver, module: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+def _recording_forward(observer: ExpertObserver, module: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Compute the sum over the k experts of every token from hidden [T, C], expert ids [T, k] and weights [T, k]."""
     # Argument names differ between model classes, their order does not.
     hidden, expert_ids, weights = (*args, *kwargs.values())
     if getattr(module, "_is_expert_parallel", False):
         raise StatsError("Calibration cannot see experts under expert parallelism; load the model without it.")
-    return _recording_forward(observer, module, hidden, expert_ids, weights)
-
-
-def _recording_forward(
-    observer: ExpertObserver,
-    module: Any,
-    hidden: torch.Tensor,  # [T, C]
-    expert_ids: torch.Tensor,  # [T, k]
-    weights: torch.Tensor,  # [T, k]
-) -> torch.Tensor:
     result = torch.zeros_like(hidden)
     for expert in expert_ids.unique().tolist():
         slot, tokens = torch.where(expert_ids.T.eq(expert))

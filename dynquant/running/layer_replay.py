@@ -50,14 +50,13 @@ class LayerReplay:
         """Run every batch with the weights as they are and keep the layers' inputs; gives the logits of each."""
         self._calls = []
         for batch in self.batches:
-            kept: list[_Call] = []
+            calls: list[_Call] = []
             with ExitStack() as hooks, torch.no_grad():
                 for layer in self.layers:
-                    hook = layer.register_forward_pre_hook(partial(_keep_call, kept), with_kwargs=True)
-                    hooks.callback(hook.remove)
-                hooks.callback(self.layers[-1].register_forward_hook(self._note_kind).remove)
+                    hooks.enter_context(layer.register_forward_pre_hook(partial(_note, calls), with_kwargs=True))
+                hooks.enter_context(self.layers[-1].register_forward_hook(self._note_kind))
                 logits = self._forward(batch)
-            self._calls.append(kept)
+            self._calls.append(calls)
             yield logits
 
     def logits(self, index: int, first_layer: int) -> Tensor:
@@ -86,13 +85,10 @@ class LayerReplay:
 
     def embedded(self, index: int) -> Tensor:
         """Compute what enters the first layer again."""
-        kept: list[_Call] = []
-        hook = self.layers[0].register_forward_pre_hook(partial(_keep_call, kept), with_kwargs=True)
-        try:
+        calls: list[_Call] = []
+        with self.layers[0].register_forward_pre_hook(partial(_note, calls), with_kwargs=True):
             self.head(index, self._calls[index][0].hidden)
-        finally:
-            hook.remove()
-        return kept[0].hidden
+        return calls[0].hidden
 
     def _forward(self, batch: Tensor) -> Tensor:
         return self._hf_model(input_ids=batch.to(self._device), use_cache=False).logits.float().flatten(0, 1)
@@ -114,7 +110,7 @@ class LayerReplay:
                 del layer.forward
 
 
-def _keep_call(kept: list[_Call], _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+def _note(calls: list[_Call], _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     others = dict(kwargs)
     hidden = args[0] if args else others.pop("hidden_states")
-    kept.append(_Call(hidden, others))
+    calls.append(_Call(hidden, others))

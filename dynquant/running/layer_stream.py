@@ -29,12 +29,10 @@ from dynquant.running.weights import CheckpointWeights, checkpoint_of, put
 
 @dataclass
 class _Stage:
-    """Modules that are loaded together, and what is known of their weights."""
+    """A module that is loaded at once: full name -> owner and attribute of its parameters and persistent buffers."""
 
-    modules: tuple[tuple[str, nn.Module], ...]
-    """Prefix of the names of parameters, and the module."""
+    module: nn.Module
     dense: dict[str, tuple[nn.Module, str]] = field(default_factory=dict)
-    """Full name -> owner and attribute of parameters and persistent buffers."""
     stacks: dict[str, tuple[nn.Module, str]] = field(default_factory=dict)
     is_loaded: bool = False
 
@@ -73,7 +71,9 @@ class LayerStream:
         self._ahead: tuple[int, Future] | None = None
         self._loads = True
         self._zeroed: list[tuple[str, int | None, int, int]] = []
-        self._load_rest()
+        staged = {name for stage in self._stages for name in (*stage.dense, *stage.stacks)}
+        for name in self._weights.names.keys() - staged:  # the final norm belongs to no stage
+            put(self.hf_model, name, self._values(name))
 
     @property
     def num_layers(self) -> int:
@@ -111,8 +111,7 @@ class LayerStream:
             self._reader = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="dynquant-read-ahead"))
             stack.callback(self._forget_ahead)
             for number, stage in enumerate(self._stages):
-                for _, module in stage.modules:
-                    stack.callback(module.register_forward_pre_hook(self._loading_hook(number)).remove)
+                stack.enter_context(stage.module.register_forward_pre_hook(self._loading_hook(number)))
             stack.enter_context(record_experts(self.hf_model, lambda _call: None))
             yield
 
@@ -146,11 +145,10 @@ class LayerStream:
         value."""
         name = f"{module}.weight" if expert is None else f"{module}.down_proj"
         stored = self._weights.load(name) if expert is None else self._weights.expert(name, expert)[0]
-        value = float(stored.to(self.dtype)[row, column])
         place = (name, expert, row, column)
         self._zeroed.append(place)
         try:
-            yield value
+            yield float(stored.to(self.dtype)[row, column])
         finally:
             self._zeroed.remove(place)
 
@@ -159,24 +157,13 @@ class LayerStream:
         embedding, head = self.hf_model.get_input_embeddings(), self.hf_model.get_output_embeddings()
         if head is None:
             raise StatsError(f"{type(self.hf_model).__name__} has no output head, so it is no language model.")
-        groups = [(embedding,), *((layer,) for layer in self.layers), (head,)]
-        return [self._stage_of(tuple((names[module], module) for module in group)) for group in groups]
-
-    def _stage_of(self, modules: tuple[tuple[str, nn.Module], ...]) -> _Stage:
-        stage = _Stage(modules)
-        for prefix, module in modules:
-            for part in module.state_dict():
+        stages = [_Stage(module) for module in (embedding, *self.layers, head)]
+        for stage in stages:
+            for part in stage.module.state_dict():
                 owner_name, _, attribute = part.rpartition(".")
-                full, owner = f"{prefix}.{part}", module.get_submodule(owner_name)
-                (stage.stacks if full in self._weights.stacks else stage.dense)[full] = (owner, attribute)
-        return stage
-
-    def _load_rest(self) -> None:
-        """Everything that belongs to no stage: a final norm."""
-        staged = {name for stage in self._stages for name in (*stage.dense, *stage.stacks)}
-        for name in self._weights.names:
-            if name not in staged:
-                put(self.hf_model, name, self._values(name))
+                name, owner = f"{names[stage.module]}.{part}", stage.module.get_submodule(owner_name)
+                (stage.stacks if name in self._weights.stacks else stage.dense)[name] = (owner, attribute)
+        return stages
 
     def _loading_hook(self, number: int) -> Callable[..., None]:
         """A forward pass of a module outside `stage` loads it, and lets go of it at the end."""
@@ -184,8 +171,7 @@ class LayerStream:
         def before(module: nn.Module, _args: Any) -> None:
             if self._stages[number].is_loaded or not self._loads:
                 return
-            following = number + 1 if number + 1 < len(self._stages) else None
-            loaded = self.stage(number, then=following)
+            loaded = self.stage(number, then=number + 1 if number + 1 < len(self._stages) else None)
             loaded.__enter__()
 
             def after(*_: Any) -> None:
@@ -196,7 +182,7 @@ class LayerStream:
 
         return before
 
-    def _read_or_take(self, number: int) -> dict[str, tuple[StoredValues, ...] | None]:
+    def _read_or_take(self, number: int) -> dict[str, tuple[StoredValues, ...]]:
         if self._ahead is not None and self._ahead[0] == number:
             future, self._ahead = self._ahead[1], None
             return future.result()
@@ -209,67 +195,49 @@ class LayerStream:
             if not future.cancel():
                 future.exception()
 
-    def _read(self, stage: _Stage) -> dict[str, tuple[StoredValues, ...] | None]:
-        stored: dict[str, tuple[StoredValues, ...] | None] = {name: (self._weights.load(name),) for name in stage.dense}
-        for name in stage.stacks:
-            stored[name] = self._weights.stack(name) if self.keeps_experts else None
-        return stored
+    def _read(self, stage: _Stage) -> dict[str, tuple[StoredValues, ...]]:
+        stored = {name: (self._weights.load(name),) for name in stage.dense}
+        return stored | {name: self._weights.stack(name) for name in stage.stacks if self.keeps_experts}
 
-    def _install(self, stage: _Stage, stored: dict[str, tuple[StoredValues, ...] | None]) -> None:
+    def _install(self, stage: _Stage, stored: dict[str, tuple[StoredValues, ...]]) -> None:
+        # Popped, so that what was read is not there beside what is made of it.
         for name, (owner, attribute) in stage.stacks.items():
-            kept = stored.pop(name)
-            if kept is not None:
-                kept = tuple(part.moved(self.device) for part in kept)
-            shape = self._weights.stacks[name].shape
-            read = partial(self._weights.expert, name)
-            experts = StoredExperts(shape, self.dtype, self.device, read, self._scratch, kept)
+            stacks = tuple(part.moved(self.device) for part in stored.pop(name, ())) or None
+            shape, read = self._weights.stacks[name].shape, partial(self._weights.expert, name)
+            experts = StoredExperts(shape, self.dtype, self.device, read, self._scratch, stacks)
             experts.zeroed = [(e, row, column) for of, e, row, column in self._zeroed if of == name and e is not None]
             # transformers' parameter of that name stays on the meta device, hidden by the instance's own attribute.
             owner.__dict__[attribute] = experts
         for name, (owner, attribute) in stage.dense.items():
-            values = stored.pop(name)
-            assert values is not None
-            put(owner, attribute, self._values(name, values[0]))
+            put(owner, attribute, self._values(name, *stored.pop(name)))
         stage.is_loaded = True
 
     def _remove(self, stage: _Stage) -> None:
         for owner, attribute in stage.stacks.values():
             owner.__dict__.pop(attribute, None)
         for owner, attribute in stage.dense.values():
-            tensor = getattr(owner, attribute)
-            put(owner, attribute, torch.empty_like(tensor, device="meta"))
+            put(owner, attribute, torch.empty_like(getattr(owner, attribute), device="meta"))
         stage.is_loaded = False
-        _give_back_freed_memory()
+        # glibc keeps what was freed in small pieces; the next stage would come on top of it (0.9 GB on a 7B MoE).
+        with suppress(OSError, AttributeError, TypeError):
+            ctypes.CDLL(None).malloc_trim(0)
 
     def _values(self, name: str, stored: StoredValues | None = None) -> torch.Tensor:
-        kept_exact = any(pattern in name for pattern in self._exact_types)
-        dtype = torch.float32 if kept_exact else self.dtype
+        dtype = torch.float32 if any(pattern in name for pattern in self._exact_types) else self.dtype
         values = (stored or self._weights.load(name)).moved(self.device).to(dtype)
-        bad = torch.isfinite(values).logical_not_().any()
-        if bad:
+        if torch.isfinite(values).logical_not_().any():  # in place: a second mask would cost memory
             raise CheckpointError(
                 f"`{name}` holds NaN or infinite values; a model with such weights cannot be quantized. Fetch the "
                 "checkpoint again or repair that tensor."
             )
-        places = [(row, column) for of, expert, row, column in self._zeroed if of == name and expert is None]
-        for row, column in places:
+        for row, column in [place[2:] for place in self._zeroed if place[:2] == (name, None)]:
             values = values.clone()
             values[row, column] = 0
         return values
 
 
-def _give_back_freed_memory() -> None:
-    """glibc keeps what was freed in small pieces; the next stage would come on top of it (0.9 GB on a 7B MoE)."""
-    with suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 def decoder_layers(hf_model: nn.Module) -> nn.ModuleList:
-    """The list of a causal language model's decoder layers.
-
-    Raises:
-        StatsError: there is none.
-    """
+    """Return the list of a causal language model's decoder layers, or raise StatsError where there is none."""
     num_layers = hf_model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr]
     candidates = [
         module

@@ -14,12 +14,12 @@ such gradients g is the Fisher information, the Hessian of the KL to the model i
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from dynquant.checkpoints.tensor_roles import Role, gguf_name_of, layer_of, role_of
 
@@ -29,13 +29,11 @@ LinearObserver = Callable[[str, torch.Tensor, torch.Tensor | None], None]
 
 def linear_names(hf_model: nn.Module, arch: str, n_layer: int) -> dict[str, nn.Linear]:
     """GGUF weight name -> linear layer, for every linear layer in gguf-py's map of the architecture."""
-    linears = {}
-    for module_name, module in hf_model.named_modules():
-        if isinstance(module, nn.Linear):
-            name = gguf_name_of(f"{module_name}.weight", arch, n_layer)
-            if name is not None:
-                linears[name] = module
-    return linears
+    return {
+        name: module
+        for module_name, module in hf_model.named_modules()
+        if isinstance(module, nn.Linear) and (name := gguf_name_of(f"{module_name}.weight", arch, n_layer)) is not None
+    }
 
 
 class LinearHooks:
@@ -53,31 +51,22 @@ class LinearHooks:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Context manager: the hooks are in place."""
-        handles = [self._register(name, module) for name, module in self._linears.items()]
-        handles += [module.register_forward_hook(hook) for module, hook in self._latent_attention_hooks()]
-        try:
+        with ExitStack() as stack:
+            stack.callback(self._layer_inputs.clear)
+            for name, module in self._linears.items():
+                is_down = role_of(name).is_down_projection
+                register = module.register_forward_hook if is_down else module.register_forward_pre_hook
+                stack.enter_context(register(partial(self._observe, name), with_kwargs=True))
+            for module, hook in self._latent_attention_hooks():
+                stack.enter_context(module.register_forward_hook(hook))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            self._layer_inputs.clear()
 
-    def _register(self, name: str, module: nn.Linear) -> RemovableHandle:
-        if not role_of(name).is_down_projection:
-
-            def before(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-                self._observe(name, args[0] if args else kwargs["input"], None)
-
-            return module.register_forward_pre_hook(before, with_kwargs=True)
-
-        def after(_module: nn.Module, args: tuple, kwargs: dict[str, Any], out: torch.Tensor) -> None:
-            self._observe(name, args[0] if args else kwargs["input"], out.flatten(0, -2))
-
-        return module.register_forward_hook(after, with_kwargs=True)
-
-    def _observe(self, name: str, x: torch.Tensor, out: torch.Tensor | None) -> None:
+    def _observe(
+        self, name: str, _module: nn.Module, args: tuple, kwargs: dict[str, Any], out: torch.Tensor | None = None
+    ) -> None:
+        x = args[0] if args else kwargs["input"]
         if self._key(name, x) == name:
-            self._observer(name, x.flatten(0, -2), out)
+            self._observer(name, x.flatten(0, -2), None if out is None else out.flatten(0, -2))
 
     def _key(self, name: str, x: torch.Tensor) -> str:
         if name in self._key_of:
@@ -105,25 +94,28 @@ class LinearHooks:
                 continue
             prefix = name.removesuffix("attn_kv_b.weight")
             self.aliases[f"{prefix}attn_v_b.weight"] = name
-            yield query, self._query_hook(f"{prefix}attn_k_b.weight", attention)
+            yield query, partial(self._observe_query, f"{prefix}attn_k_b.weight", attention)
 
-    def _query_hook(self, key: str, attention: Any) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: tuple, out: torch.Tensor) -> None:
-            heads = out.reshape(-1, attention.num_heads, attention.qk_head_dim)
-            self._observer(key, heads[..., : attention.qk_nope_head_dim], None)
-
-        return hook
+    def _observe_query(self, key: str, attention: Any, _module: nn.Module, _args: tuple, out: torch.Tensor) -> None:
+        heads = out.reshape(-1, attention.num_heads, attention.qk_head_dim)
+        self._observer(key, heads[..., : attention.qk_nope_head_dim], None)
 
 
 @contextmanager
 def activation_gradients(hf_model: nn.Module) -> Iterator[None]:
     """Context manager: gradients flow through activations and not into weights, whatever the caller's grad mode was."""
     hook = hf_model.get_input_embeddings().register_forward_hook(lambda _module, _args, out: out.requires_grad_(True))
-    try:
-        with frozen_weights(hf_model), torch.enable_grad():
-            yield
-    finally:
-        hook.remove()
+    with hook, frozen_weights(hf_model), torch.enable_grad():
+        yield
+
+
+@contextmanager
+def last_logits(hf_model: nn.Module) -> Iterator[None]:
+    """Context manager: computes the logits of the last token only; over a window they can be larger than the model."""
+    head = hf_model.get_output_embeddings() if hasattr(hf_model, "get_output_embeddings") else None
+    # Registered after the hooks of observers, which therefore see all tokens.
+    with head.register_forward_pre_hook(lambda _module, args: (args[0][:, -1:], *args[1:])) if head else nullcontext():
+        yield
 
 
 @contextmanager

@@ -74,8 +74,7 @@ class LiveWeights:
 
 def _stack_places(model: Model, hf_model: nn.Module) -> dict[str, _Place]:
     """Routed experts, which transformers keeps as fused parameters."""
-    stored_names = set(model.source.names())
-    places = {}
+    stored_names, places = set(model.source.names()), {}
     for module_name, module in expert_modules(hf_model).items():
         if module.is_transposed or not module.has_gate:
             continue
@@ -100,12 +99,10 @@ def _single_places(model: Model, source: ConvertedSource, hf_model: nn.Module) -
     by_gguf_name = {
         gguf_name_of(name, model.arch, model.hyper.n_layer): parameter for name, parameter in parameters.items()
     }
-    places = {}
+    places: dict[str, _Place] = {}
     for name in source.names():
-        parts = source.checkpoint_names(name)
-        parameter = parameters.get(parts[0]) if len(parts) == 1 else None
-        parameter = by_gguf_name.get(name) if parameter is None and len(parts) == 1 else parameter
-        transform = source.transform(name)
+        parts, transform = source.checkpoint_names(name), source.transform(name)
+        parameter = parameters.get(parts[0], by_gguf_name.get(name)) if len(parts) == 1 else None
         is_copy = transform is unchanged and any(place.parameter is parameter for place in places.values())
         if parameter is not None and parameter.dim() < 3 and not is_copy:
             places[name] = _Place(parameter, transform=transform)
@@ -119,8 +116,7 @@ def _places_of_a_file(model: Model, hf_model: nn.Module) -> dict[str, _Place]:
         CheckpointError: a parameter is not the file's tensor of its name under any known order of rows.
     """
     counts = (model.hyper.n_head, model.hyper.n_head_kv)
-    stored_names = set(model.source.names())
-    places = {}
+    stored_names, places = set(model.source.names()), {}
     for parameter_name, parameter in hf_model.named_parameters():
         name = gguf_name_of(parameter_name, model.arch, model.hyper.n_layer)
         if name not in stored_names:

@@ -38,7 +38,11 @@ def load_hf(model: Model, *, dtype: torch.dtype | None = None, device: str = "cp
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     if isinstance(model.source, ConvertedSource) and getattr(model.source.checkpoint, "has_fp8", False):
-        return _load_fp8(model, dtype or computing_type(model, device), device)
+        # Weights times scales: transformers would run FP8 kernels, which need a GPU and round activations.
+        dtype = dtype or computing_type(model, device)
+        empty = empty_hf(model, dtype=dtype, device=device)
+        CheckpointWeights(model, empty).fill(empty, dtype, device)
+        return empty
     auto_class = AutoModelForImageTextToText if model.has_vision else AutoModelForCausalLM
     stated = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
     loaded = _load(auto_class, model, dtype=stated, use_safetensors=True)
@@ -49,8 +53,7 @@ def load_hf(model: Model, *, dtype: torch.dtype | None = None, device: str = "cp
 def load_directory(directory: Path, dtype: torch.dtype) -> "PreTrainedModel":
     """Load a directory as it is, on the CPU: one of the original's, or one whose weights are packed or compressed.
 
-    Raises:
-        CheckpointError: transformers cannot load it.
+    Raises CheckpointError when transformers cannot load it.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -61,19 +64,14 @@ def load_directory(directory: Path, dtype: torch.dtype) -> "PreTrainedModel":
 
 
 def load_config(model: Model | Path) -> Any:
-    """Load transformers' configuration of a model.
-
-    Raises:
-        CheckpointError: there is none that transformers can read.
-    """
+    """Load transformers' configuration of a model, or raise CheckpointError when it cannot be read."""
     from transformers import AutoConfig
 
     return _load(AutoConfig, model)
 
 
 def computing_type(model: Model, device: str) -> torch.dtype:
-    """Return the type that `load_hf` computes in by default: float32 on a CPU, the type that config.json states
-    elsewhere."""
+    """Return the type that `load_hf` computes in by default: float32 on a CPU, that of config.json elsewhere."""
     if torch.device(device).type == "cpu":
         return torch.float32
     stated = load_config(model).dtype
@@ -95,27 +93,15 @@ def empty_hf(model: Model, *, dtype: torch.dtype, device: str = "cpu") -> "PreTr
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     for module in empty.modules():
-        computed = module._non_persistent_buffers_set
-        if computed:
-            for name in computed:
-                module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
+        for name in module._non_persistent_buffers_set:
+            module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
+        if module._non_persistent_buffers_set:
             empty._init_weights(module)
     return empty.eval()
 
 
-def _load_fp8(model: Model, dtype: torch.dtype, device: str) -> "PreTrainedModel":
-    """Weights times scales: transformers would run FP8 kernels, which need a GPU and round activations."""
-    empty = empty_hf(model, dtype=dtype, device=device)
-    CheckpointWeights(model, empty).fill(empty, dtype, device)
-    return empty
-
-
 def load_tokenizer(model: Model | Path) -> "PreTrainedTokenizerBase":
-    """Load the tokenizer of a model, or of a directory or GGUF file.
-
-    Raises:
-        CheckpointError: there is none that transformers can load.
-    """
+    """Load the tokenizer of a model, directory or GGUF file, or raise CheckpointError when there is none."""
     from transformers import AutoTokenizer
 
     return _load(AutoTokenizer, model)
@@ -154,19 +140,18 @@ def _load(auto_class: Any, model: Model | Path, **options: Any) -> Any:
     path = model if isinstance(model, Path) else model.hf_directory or model.gguf_file
     if path is None:
         raise CheckpointError(f"{model} is neither a Hugging Face directory nor a GGUF file that can be loaded.")
-    directory = path
+    directory, way_out = path, "Fetch the files again."
     if is_gguf(path):
         directory, options = path.parent, options | {"gguf_file": path.name}
+        way_out = (
+            "Start from the Hugging Face checkpoint that it was made from, or import an importance matrix of "
+            "llama-imatrix (`dynquant calibrate --imatrix FILE`)."
+        )
     try:
         with without_progress_bars():
             return auto_class.from_pretrained(directory, **LOCAL_ONLY, **options)
     except REFUSALS as error:
         kind = {"AutoConfig": "configuration", "AutoTokenizer": "tokenizer"}.get(auto_class.__name__, "model")
-        way_out = (
-            "Start from the Hugging Face checkpoint that it was made from, or calibrate by importing an importance "
-            "matrix of llama-imatrix."
-        )
         raise CheckpointError(
-            f"{path}: transformers cannot load the {kind} ({type(error).__name__}: {error}). "
-            f"{way_out if is_gguf(path) else 'Fetch the files again.'}"
+            f"{path}: transformers cannot load the {kind} ({type(error).__name__}: {error}). {way_out}"
         ) from error

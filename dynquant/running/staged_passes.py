@@ -21,10 +21,9 @@ from torch import Tensor
 
 from dynquant.errors import StatsError
 from dynquant.running.layer_stream import LayerStream
+from dynquant.running.linear_hooks import last_logits
 from dynquant.storage.journal import write_all
 
-Loss = Callable[[Tensor], Tensor]
-"""Logits [windows, window, vocabulary] of a batch -> a scalar."""
 BeforeBatch = Callable[[int], None]
 """Called with the index of a batch before it goes through a stage."""
 
@@ -80,11 +79,7 @@ class HiddenStates:
         self._path(stage).unlink(missing_ok=True)
 
     def check_space(self, stages: int) -> None:
-        """Refuse a directory without room for `stages` at a time.
-
-        Raises:
-            StatsError: with both numbers.
-        """
+        """Raise StatsError with both numbers when the directory has no room for `stages` at a time."""
         there = sum(path.stat().st_size for path in self._directory.glob(f"{self._name}-*.bin"))
         free = shutil.disk_usage(self._directory).free + there
         if stages * self.stage_bytes > free:
@@ -123,7 +118,7 @@ class StagedPasses:
             for index, batch in enumerate(self.batches):
                 before_batch(index)
                 if stage == self.head:
-                    with self._last_position():
+                    with last_logits(self.stream.hf_model):
                         self._logits(self._entering(stage, index))
                 elif stage == 0:
                     self.states.write(1, index, self._embedded(batch))
@@ -133,20 +128,21 @@ class StagedPasses:
     def backward(
         self,
         stage: int,
-        loss: Loss | None = None,
+        loss: Callable[[Tensor], Tensor] | None = None,
         before_batch: BeforeBatch = lambda _: None,
         *,
         num_batches: int | None = None,
     ) -> None:
         """Run one stage again on the first batches (all), then back from the gradients that the stage above it left.
 
-        The head takes `loss` of a batch's logits instead.
+        The head takes `loss`, a scalar made of a batch's logits [windows, window, vocabulary], instead.
         """
+        embedding = self.stream.hf_model.get_input_embeddings()
         with torch.enable_grad(), self.stream.stage(stage, then=stage - 1 if stage else None):
             for index, batch in enumerate(self.batches[:num_batches]):
                 before_batch(index)
                 if stage == 0:
-                    with self._embedding_gradients():
+                    with embedding.register_forward_hook(lambda *call: call[-1].requires_grad_(True), prepend=True):
                         self._embedded(batch).backward(self._flowing(1, index))
                     continue
                 hidden = self._entering(stage, index).requires_grad_(True)
@@ -174,30 +170,27 @@ class StagedPasses:
 
     def _embedded(self, batch: Tensor) -> Tensor:
         """Return what enters the first layer; models may scale the embedding's output."""
-        entered: list[Tensor] = []
-
-        def note(layer: int, hidden: Tensor, _others: dict[str, Any]) -> Tensor:
-            entered.extend([hidden] if layer == 0 else [])
-            return hidden
-
-        with self._standing_in(note):
-            self.stream.hf_model.base_model(input_ids=batch.to(self.stream.device), use_cache=False)
-        return entered[0]
+        return self._entries(input_ids=batch.to(self.stream.device))[0][0]
 
     def _others(self, shape: torch.Size) -> list[dict[str, Any]]:
         """Return the arguments of each layer beside hidden states of `shape`."""
         if shape not in self._calls:
-            calls: list[dict[str, Any]] = []
-
-            def note(_layer: int, hidden: Tensor, others: dict[str, Any]) -> Tensor:
-                calls.append(others)
-                return hidden
-
             zeros = torch.zeros(shape, dtype=self.stream.dtype, device=self.stream.device)
-            with torch.no_grad(), self._standing_in(note):
-                self.stream.hf_model.base_model(inputs_embeds=zeros, use_cache=False)
-            self._calls[shape] = calls
+            with torch.no_grad():
+                self._calls[shape] = [others for _, others in self._entries(inputs_embeds=zeros)]
         return self._calls[shape]
+
+    def _entries(self, **inputs: Tensor) -> list[tuple[Tensor, dict[str, Any]]]:
+        """Return the hidden states and other arguments that each layer is called with when none of them runs."""
+        entries: list[tuple[Tensor, dict[str, Any]]] = []
+
+        def note(_layer: int, hidden: Tensor, others: dict[str, Any]) -> Tensor:
+            entries.append((hidden, others))
+            return hidden
+
+        with self._standing_in(note):
+            self.stream.hf_model.base_model(**inputs, use_cache=False)
+        return entries
 
     @contextmanager
     def _standing_in(self, stand_in: Callable[[int, Tensor, dict[str, Any]], Tensor]) -> Iterator[None]:
@@ -216,21 +209,3 @@ class StagedPasses:
         finally:
             for layer in layers:
                 layer.__dict__.pop("forward", None)
-
-    @contextmanager
-    def _last_position(self) -> Iterator[None]:
-        head = self.stream.hf_model.get_output_embeddings()
-        hook = head.register_forward_pre_hook(lambda _module, args: (args[0][:, -1:], *args[1:]))
-        try:
-            yield
-        finally:
-            hook.remove()
-
-    @contextmanager
-    def _embedding_gradients(self) -> Iterator[None]:
-        embedding = self.stream.hf_model.get_input_embeddings()
-        hook = embedding.register_forward_hook(lambda _module, _args, out: out.requires_grad_(True), prepend=True)
-        try:
-            yield
-        finally:
-            hook.remove()

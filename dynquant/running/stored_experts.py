@@ -58,14 +58,12 @@ class StoredExperts:
         return _Product.apply(x, self, expert)
 
     def _write(self, expert: int, matrix: Tensor) -> Tensor:
-        row = 0
-        for part in self._parts(expert):
-            rows = part.data.shape[0]
-            part.write_to(matrix[row : row + rows])
-            row += rows
-        for of, at, column in self.zeroed:
+        parts = self._parts(expert)
+        for part, rows in zip(parts, matrix.split([len(part.data) for part in parts]), strict=True):
+            part.write_to(rows)
+        for of, row, column in self.zeroed:
             if of == expert:
-                matrix[at, column] = 0
+                matrix[row, column] = 0
         return matrix
 
     def _parts(self, expert: int) -> tuple[StoredValues, ...]:

@@ -37,25 +37,20 @@ class Workload:
 
 def free_memory() -> int:
     """Bytes that this process can still take, by the machine's and its control group's count."""
-    limits = []
-    meminfo = Path("/proc/meminfo")
+    free, meminfo = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), Path("/proc/meminfo")
     if meminfo.is_file():
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
-        limits.append(int(lines["MemAvailable"].split()[0]) * 1024)
-    else:
-        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        free = int(lines["MemAvailable"].split()[0]) * 1024
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.is_file() and used.is_file() and (text := limit.read_text().strip()).isdigit():
-        limits.append(max(0, int(text) - int(used.read_text())))
-    return min(limits)
+        free = min(free, max(0, int(text) - int(used.read_text())))
+    return free
 
 
 def resident_memory() -> int:
     """Bytes that this process holds now; 0 where the system does not say."""
     statm = Path("/proc/self/statm")
-    if not statm.is_file():
-        return 0
-    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.is_file() else 0
 
 
 def fit_within(stream: LayerStream, limit_bytes: int, work: Workload) -> None:
@@ -82,20 +77,17 @@ def _stage_bytes(stream: LayerStream, stage: int, work: Workload) -> int:
     ahead = stream.stored_bytes(other) if stream.reads_ahead and 0 <= other < stream.num_layers + 2 else 0
     # A tensor is there twice while it is converted.
     weights = stream.dense_bytes(stage) + stream.largest_tensor_bytes(stage)
-    if stream.keeps_experts:
-        weights += stream.expert_bytes(stage)
+    weights += stream.expert_bytes(stage) if stream.keeps_experts else 0
+    hidden, moments = stream.hf_model.get_input_embeddings().embedding_dim, 0
     if stage == 0:
-        return weights + ahead + _token_bytes(work, stream.hf_model.get_input_embeddings().embedding_dim)
-    if stage > stream.num_layers:
+        channels = hidden
+    elif stage > stream.num_layers:
         vocabulary = stream.hf_model.get_output_embeddings().out_features if work.is_backward else 0
-        hidden = stream.hf_model.get_input_embeddings().embedding_dim
-        return weights + ahead + 5 * _token_bytes(work, vocabulary) + 6 * _token_bytes(work, hidden)
-    layer = stream.layers[stage - 1]
-    return weights + ahead + _activation_bytes(layer, work) + (_moment_bytes(layer, work) if work.moments else 0)
-
-
-def _token_bytes(work: Workload, width: int) -> int:
-    return 4 * work.batch_tokens * width
+        channels = 5 * vocabulary + 6 * hidden
+    else:
+        layer = stream.layers[stage - 1]
+        channels, moments = _layer_channels(layer, work), _moment_bytes(layer, work) if work.moments else 0
+    return weights + ahead + 4 * work.batch_tokens * channels + moments
 
 
 def activation_channels(linears: int, experts: int, experts_used: int, *, is_backward: bool) -> int:
@@ -108,22 +100,21 @@ def activation_channels(linears: int, experts: int, experts_used: int, *, is_bac
     return 10 * linears + 3 * experts * experts_used if is_backward else 4 * (linears + experts)
 
 
-def _activation_bytes(layer: nn.Module, work: Workload) -> int:
+def _layer_channels(layer: nn.Module, work: Workload) -> int:
     linears = sum(module.out_features for module in layer.modules() if isinstance(module, nn.Linear))
     rows, used = 0, 1
     for experts in expert_modules(layer).values():
         rows += sum(getattr(experts, name).shape[1] for name in ("gate_up_proj", "down_proj"))
         used = getattr(experts.config, "num_experts_per_tok", 1)  # type: ignore[union-attr]
-    return _token_bytes(work, activation_channels(linears, rows, used, is_backward=work.is_backward))
+    return activation_channels(linears, rows, used, is_backward=work.is_backward)
 
 
 def _moment_bytes(layer: nn.Module, work: Workload) -> int:
-    columns = [
-        module.in_features
+    total = sum(
+        4 * module.in_features**2
         for name, module in layer.named_modules()
         if isinstance(module, nn.Linear) and not name.endswith(_SHARES_INPUT)
-    ]
-    total = sum(4 * width**2 for width in columns)
+    )
     for experts in expert_modules(layer).values():
         shape = experts.down_proj.shape  # type: ignore[union-attr]
         total += 4 * (1 if work.pools_experts else shape[0]) * (shape[1] ** 2 + shape[2] ** 2)

@@ -40,7 +40,7 @@ class CheckpointWeights:
     def __init__(self, model: Model, hf_model: nn.Module) -> None:
         self._model = model
         self._converted, self.source = checkpoint_of(model)
-        self._known = set(self.source.names())
+        self._stored_names = set(self.source.names())
         self.stacks = dict(self._expert_stacks(hf_model))
         """Fused parameters by their name in the model."""
         tied = getattr(hf_model, "all_tied_weights_keys", None) or {}
@@ -69,15 +69,17 @@ class CheckpointWeights:
             return (self.source.stored(stack.fused),)
         if self.source.stored(stack.parts[0][0]).scale is not None:
             return tuple(_stacked_fp8([self.source.stored(name) for name in part]) for part in stack.parts)
-        return (StoredValues(self._joined(stack)),)
+        # One block of memory for a layer's experts, which the system gets back whole.
+        whole = torch.empty(stack.shape, dtype=self.source.stored(stack.parts[0][0]).data.dtype)
+        for matrix, names in zip(whole, zip(*stack.parts, strict=True), strict=True):
+            torch.cat([self.source.stored(name).data for name in names], out=matrix)
+        return (StoredValues(whole),)
 
     def stored_bytes(self, name: str) -> int:
         """Bytes of a parameter as stored."""
-        if name not in self.stacks:
-            return self.source.stored_bytes(self.names[name])
-        stack = self.stacks[name]
-        if stack.fused is not None:
-            return self.source.stored_bytes(stack.fused)
+        stack = self.stacks.get(name)
+        if stack is None or stack.fused is not None:
+            return self.source.stored_bytes(self.names[name] if stack is None else stack.fused)
         return sum(self.source.stored_bytes(name) for part in stack.parts for name in part)
 
     def fill(self, hf_model: nn.Module, dtype: torch.dtype, device: torch.device | str) -> None:
@@ -92,20 +94,6 @@ class CheckpointWeights:
                 values[expert] = torch.cat([part.to(dtype) for part in self.expert(name, expert)]).to(device)
             put(hf_model, name, values)
         hf_model.tie_weights()  # type: ignore[operator]
-
-    def _joined(self, stack: ExpertStack) -> torch.Tensor:
-        """One block of memory for a layer's experts, which the system gets back whole."""
-        whole: torch.Tensor | None = None
-        for expert in range(stack.shape[0]):
-            row = 0
-            for part in stack.parts:
-                data = self.source.stored(part[expert]).data
-                if whole is None:
-                    whole = torch.empty(stack.shape, dtype=data.dtype)
-                whole[expert, row : row + len(data)] = data
-                row += len(data)
-        assert whole is not None
-        return whole
 
     def _expert_stacks(self, hf_model: nn.Module) -> Iterator[tuple[str, ExpertStack]]:
         for module_name, module in expert_modules(hf_model).items():
@@ -132,14 +120,13 @@ class CheckpointWeights:
         return ExpertStack(shape, None, stored)
 
     def _place(self, name: str, shape: tuple[int, ...]) -> str:
-        stored_name = name if name in self._known else None
-        if stored_name is None:
+        parts: tuple[str, ...] = (name,)
+        if name not in self._stored_names:
             gguf_name = gguf_name_of(name, self._model.arch, self._model.hyper.n_layer)
             parts = self._converted.checkpoint_names(gguf_name) if gguf_name in self._converted.names() else ()
-            stored_name = parts[0] if len(parts) == 1 else None
-        if stored_name is None or self.source.info(stored_name).shape != shape:
+        if len(parts) != 1 or self.source.info(parts[0]).shape != shape:
             raise self._lacks(name, shape)
-        return stored_name
+        return parts[0]
 
     def _lacks(self, name: str, shape: tuple[int, ...]) -> CheckpointError:
         return CheckpointError(
@@ -149,11 +136,7 @@ class CheckpointWeights:
 
 
 def checkpoint_of(model: Model) -> tuple[ConvertedSource, SafetensorsSource]:
-    """The conversions and files of a Hugging Face checkpoint.
-
-    Raises:
-        CheckpointError: `model` is something else.
-    """
+    """Return the conversions and files of a Hugging Face checkpoint, or raise CheckpointError for anything else."""
     if isinstance(model.source, ConvertedSource) and isinstance(model.source.checkpoint, SafetensorsSource):
         return model.source, model.source.checkpoint
     raise CheckpointError(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
 from dynquant import __version__
 from dynquant.analysis.plots.style import plot_settings, save_figure
@@ -17,6 +17,7 @@ from dynquant.analysis.plots.training import draw_training
 from dynquant.errors import ExportError, TrainingError, WriteError
 from dynquant.evaluation.statistics import Estimate
 from dynquant.storage.atomic import write_atomically
+from dynquant.storage.documents import FrozenRecord
 from dynquant.storage.journal import Journal, Record, differing_key
 
 SCHEMA_VERSION = 1
@@ -24,11 +25,7 @@ REPORT_NAME = "training.json"
 _STATE = "trainer_state.json"
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class LossPoint(_Record):
+class LossPoint(FrozenRecord):
     """Losses logged after `step` optimizer steps, in nats per token; one of them is None."""
 
     step: int
@@ -36,7 +33,7 @@ class LossPoint(_Record):
     held_out: float | None = None
 
 
-class Change(_Record):
+class Change(FrozenRecord):
     """One measure on held-out data, without and with the adapter."""
 
     name: str
@@ -44,7 +41,7 @@ class Change(_Record):
     after: Estimate
 
 
-class TrainingReport(_Record):
+class TrainingReport(FrozenRecord):
     """training.json beside the adapter. `best_step` is the step whose adapter was kept."""
 
     schema_version: int = SCHEMA_VERSION
@@ -59,7 +56,7 @@ class TrainingReport(_Record):
     best_step: int
     history: list[LossPoint]
     changes: list[Change]
-    gap_closed: dict[str, Estimate] = {}
+    gap_closed: dict[str, Estimate] = Field(default_factory=dict)
     """Share of the KL to the original that the adapter took away, by text."""
     notes: list[str]
     seconds: float

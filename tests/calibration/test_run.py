@@ -298,7 +298,7 @@ def test_chat_turns_become_plain_text(tmp_path):
     [
         ("empty.txt", " \n", "is empty"),
         ("bad.jsonl", "{oops\n", "line 1 is not JSON"),
-        ("field.jsonl", '{"content": "x"}\n', "neither a field `text`"),
+        ("field.jsonl", '{"content": "x"}\n', 'neither a field "text"'),
         ("turns.jsonl", '{"messages": [{"role": "user"}]}\n', "`role` and `content`"),
     ],
 )

@@ -47,9 +47,9 @@ def test_the_library_decompresses_exactly_what_we_decode(scheme, dtype, weights)
 def test_parts_have_the_sizes_that_the_scheme_states(scheme, weights):
     expected = scheme.for_rows([COLUMNS]).parts(24, COLUMNS)
     parts = encoded(scheme, weights)[1].stored()
-    assert list(parts) == [part.suffix for part in expected]
+    assert list(parts) == [part.key for part in expected]
     for part in expected:
-        assert parts[part.suffix].shape == part.shape and parts[part.suffix].nbytes == part.num_bytes
+        assert parts[part.key].shape == part.shape and parts[part.key].nbytes == part.num_bytes
 
 
 @pytest.mark.parametrize("scheme", QUANTIZED, ids=lambda scheme: scheme.name)

@@ -22,7 +22,7 @@ def measure(small_moe, tmp_path_factory):
     def run(candidate, runner="llama.cpp"):
         report = evaluated(
             candidate, small_moe, tasks=["kl"], text=[small_moe.parent / "demo_text.txt"], window=128, max_tokens=256,
-            device="cpu", cache_dir=cache, runner=runner,
+            device="cpu", reference_cache=cache, runner=runner,
         )  # fmt: skip
         return report.texts[0].kl.mean.value, report.candidate.runner
 

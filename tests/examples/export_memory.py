@@ -7,6 +7,7 @@ Experts are drawn when they are read, so that all memory beyond the start is the
 
 import argparse
 import resource
+import sys
 import tempfile
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from dynquant.encoding.parts import PartLimits
 from dynquant.encoding.stream import load_encoder
 from dynquant.recipes.build_plan import plan_from_types
 from dynquant.resources import parse_size
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.helpers.exports import export_gguf
 
 SHAPE = (256, 1024, 1024)

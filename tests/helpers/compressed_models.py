@@ -23,7 +23,7 @@ def stored_parts(directory: Path, plan: Plan) -> dict[str, dict[str, torch.Tenso
     tensors = stored_tensors(directory)
     found = {}
     for entry in plan.entries:
-        suffixes = [part.suffix for part in entry.scheme.parts(*entry.shape[-2:])]
+        suffixes = [part.key for part in entry.scheme.parts(*entry.shape[-2:])]
         found |= {module: {suffix: tensors[f"{module}.{suffix}"] for suffix in suffixes} for module in entry.modules}
     return found
 

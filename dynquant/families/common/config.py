@@ -14,7 +14,6 @@ from dynquant.errors import CheckpointError
 from dynquant.storage.strict_json import parse_json
 
 WAY_OUT = "Convert it with llama.cpp's own converter and pass the result with --base-gguf FILE."
-_MISSING = object()
 _MAX_JSON_BYTES = 1 << 28
 """The largest tokenizer.json have 35 MB."""
 _MAX_INTEGER = 1 << 31
@@ -43,11 +42,7 @@ class Config:
         return default if value is None else value
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """A non-negative whole number.
-
-        Raises:
-            CheckpointError: absent without a default, or not such a number.
-        """
+        """A non-negative whole number. Raises CheckpointError: absent without a default, or not such a number."""
         value = self.get(key, default)
         largest = _LARGEST.get(key, _MAX_INTEGER)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= largest:
@@ -60,19 +55,23 @@ class Config:
         """A finite number. Raises CheckpointError otherwise."""
         return finite(self.get(key, default), key, self.path)
 
-    def expect(self, key: str, *allowed: object, absent: object = _MISSING) -> None:
+    def part(self, key: str) -> "Config":
+        """The configuration of a part of the model, as `vision_config`. Raises CheckpointError when there is none."""
+        values = self.values.get(key)
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{self.path} has no `{key}`, an object. Fetch the file again.")
+        return Config(self.path, values, values)
+
+    def expect(self, key: str, *allowed: object, absent: object = None) -> None:
         """Refuse the checkpoint unless `key` has one of the allowed values; `absent` stands for a missing value."""
-        value = self.get(key, None if absent is _MISSING else absent)
+        value = self.get(key, absent)
         if value not in allowed:
-            self.refuse(f"`{key}` is {value!r}, but llama.cpp's graph always computes {_alternatives(allowed)}")
+            alternatives = " or ".join(map(repr, allowed))
+            self.refuse(f"`{key}` is {value!r}, but llama.cpp's graph always computes {alternatives}")
 
     def refuse(self, reason: str) -> NoReturn:
         """Raise the CheckpointError for something that GGUF or llama.cpp cannot express."""
         raise CheckpointError(f"{self.path} ({self.model_type}) cannot be converted: {reason}. {WAY_OUT}")
-
-
-def _alternatives(allowed: tuple[object, ...]) -> str:
-    return " or ".join(repr(value) for value in allowed)
 
 
 def finite(value: object, key: str, path: Path) -> float:
@@ -84,11 +83,7 @@ def finite(value: object, key: str, path: Path) -> float:
 
 
 def read_json(path: Path) -> dict[str, object]:
-    """A JSON object from a file.
-
-    Raises:
-        CheckpointError: no such file, or not one JSON object.
-    """
+    """A JSON object from a file. Raises CheckpointError: no such file, or not one JSON object."""
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise ValueError(f"{path.stat().st_size:,} bytes, more than {_MAX_JSON_BYTES:,}")

@@ -94,11 +94,7 @@ class ConversionBook:
         self._unused.discard(checkpoint_name)
 
     def finish(self) -> list[Conversion]:
-        """All conversions.
-
-        Raises:
-            CheckpointError: tensors are missing, or stored but unknown to the family.
-        """
+        """All conversions. Raises CheckpointError: tensors are missing, or stored but unknown to the family."""
         where = f"{self.config.path.parent} ({self.config.model_type})"
         if self._missing:
             raise CheckpointError(

@@ -1,8 +1,9 @@
-"""Parts that all decoder families share: GGUF keys and tensors of embeddings, grouped-query attention, dense and expert
-FFNs.
+"""What decoder families share: GGUF keys, and tensors of embeddings, grouped-query attention, dense and expert FFNs.
 
 Keys and their value types follow llama.cpp's converter; gguf-py's writer supplies the types.
 """
+
+from collections.abc import Callable
 
 import gguf
 
@@ -12,7 +13,7 @@ from dynquant.families.common.conversion_book import ConversionBook
 from dynquant.families.common.metadata import write_keys
 from dynquant.families.common.rope import llama3_factors, rope_parameters
 
-GATED_NAMES = ("gate_proj", "up_proj", "down_proj")
+_GATED_NAMES = ("gate_proj", "up_proj", "down_proj")
 
 
 def head_dim(config: Config) -> int:
@@ -24,13 +25,9 @@ def num_kv_heads(config: Config) -> int:
     return config.integer("num_key_value_heads", config.integer("num_attention_heads"))
 
 
-def write_decoder_keys(config: Config, writer: gguf.GGUFWriter, *, kv_heads: int) -> None:
-    """Sizes that every decoder has."""
-    write_keys(config, writer, "decoder", num_key_value_heads=kv_heads)
-
-
-def write_head_keys(config: Config, writer: gguf.GGUFWriter) -> None:
-    """Head width, written when the configuration states it."""
+def write_decoder_keys(config: Config, writer: gguf.GGUFWriter) -> None:
+    """Write the sizes of a decoder with grouped-query attention, and the width of its heads where it is stated."""
+    write_keys(config, writer, "decoder", num_key_value_heads=num_kv_heads(config))
     if config.get("head_dim") is not None:
         writer.add_key_length(head_dim(config))
         writer.add_value_length(head_dim(config))
@@ -41,6 +38,23 @@ def add_rope_factors(book: ConversionBook) -> None:
     parameters = rope_parameters(book.config)
     if parameters.get("rope_type") == "llama3":
         book.add_computed("rope_freqs.weight", llama3_factors(book.config, parameters, head_dim(book.config)))
+
+
+def add_decoder(
+    book: ConversionBook,
+    add_attention: Callable[[ConversionBook, int], None],
+    add_feed_forward: Callable[[ConversionBook, int], None],
+    *,
+    always_output: bool = False,
+) -> None:
+    """Embeddings, and for each layer a norm, its attention, a norm, and its feed-forward block; the last norm."""
+    add_embeddings(book, always_output=always_output)
+    for layer in range(book.config.integer("num_hidden_layers")):
+        add_norm(book, f"blk.{layer}.attn_norm.weight", f"model.layers.{layer}.input_layernorm.weight")
+        add_attention(book, layer)
+        add_norm(book, f"blk.{layer}.ffn_norm.weight", f"model.layers.{layer}.post_attention_layernorm.weight")
+        add_feed_forward(book, layer)
+    add_norm(book, "output_norm.weight", "model.norm.weight")
 
 
 def add_embeddings(book: ConversionBook, *, always_output: bool = False) -> None:
@@ -64,11 +78,11 @@ def add_attention(
     book: ConversionBook,
     layer: int,
     *,
-    bias: tuple[str, ...] = (),
+    bias: str = "",
     permute_q: Transform = unchanged,
     permute_k: Transform = unchanged,
 ) -> None:
-    """Query, key, value and output projections; `bias` lists the letters of those that have one."""
+    """Query, key, value and output projections; `bias` holds the letters of those that have one, at most "qkvo"."""
     config, prefix = book.config, f"model.layers.{layer}.self_attn"
     hidden, width = config.integer("hidden_size"), head_dim(config)
     num_q, num_kv = config.integer("num_attention_heads") * width, num_kv_heads(config) * width
@@ -85,18 +99,12 @@ def add_attention(
 def add_gated_ffn(book: ConversionBook, layer: int, module: str, width: int, suffix: str = "") -> None:
     """A gated feed-forward block; `suffix` is `_shexp` for shared experts."""
     hidden = book.config.integer("hidden_size")
-    for kind, stored, shape in zip(("gate", "up", "down"), GATED_NAMES, _ffn_shapes(width, hidden), strict=True):
+    for kind, stored, shape in zip(("gate", "up", "down"), _GATED_NAMES, _ffn_shapes(width, hidden), strict=True):
         book.add(f"blk.{layer}.ffn_{kind}{suffix}.weight", f"{module}.{stored}.weight", shape)
 
 
 def add_experts(
-    book: ConversionBook,
-    layer: int,
-    module: str,
-    *,
-    count: int,
-    width: int,
-    names: tuple[str, str, str] = GATED_NAMES,
+    book: ConversionBook, layer: int, module: str, *, count: int, width: int, names: tuple[str, str, str] = _GATED_NAMES
 ) -> None:
     """Routed experts, stored one by one (`experts.N.gate_proj.weight`) or fused (`experts.gate_up_proj`)."""
     hidden = book.config.integer("hidden_size")

@@ -14,16 +14,9 @@ import warnings
 import gguf
 import torch
 
+from dynquant.families.common import decoder
 from dynquant.families.common.config import Config
 from dynquant.families.common.conversion_book import ConversionBook
-from dynquant.families.common.decoder import (
-    add_embeddings,
-    add_experts,
-    add_gated_ffn,
-    add_norm,
-    add_router,
-    write_decoder_keys,
-)
 from dynquant.families.common.metadata import write_keys
 from dynquant.families.common.rope import rope_parameters, write_rope
 
@@ -38,9 +31,14 @@ _LITE_LAYERS_AND_VOCAB = (48, 128256)
 def write_deepseek_keys(config: Config, writer: gguf.GGUFWriter) -> None:
     """GGUF keys of DeepSeek V2 and V3."""
     _check(config)
-    write_decoder_keys(config, writer, kv_heads=1)  # absorbed MLA is multi-query
+    write_keys(config, writer, "decoder", num_key_value_heads=1)  # absorbed MLA is multi-query
     _write_attention_keys(config, writer)
-    _write_expert_keys(config, writer)
+    write_keys(config, writer, "deepseek experts")
+    if config.get("norm_topk_prob", False):
+        writer.add_expert_weights_norm(True)
+    writer.add_expert_gating_func(_GATING[_SCORING[config.model_type]])
+    groups, used = _expert_groups(config)
+    write_keys(config, writer, "deepseek groups", n_group=groups, topk_group=used)
     parameters = rope_parameters(config)
     write_rope(config, writer, parameters)
     if parameters.get("rope_type") == "yarn":
@@ -50,19 +48,8 @@ def write_deepseek_keys(config: Config, writer: gguf.GGUFWriter) -> None:
 
 def add_deepseek_tensors(book: ConversionBook) -> None:
     """Tensors of DeepSeek V2 and V3."""
-    config = book.config
-    num_layers = config.integer("num_hidden_layers")
-    add_embeddings(book)
-    for layer in range(num_layers):
-        stored = f"model.layers.{layer}"
-        add_norm(book, f"blk.{layer}.attn_norm.weight", f"{stored}.input_layernorm.weight")
-        _add_attention(book, layer)
-        add_norm(book, f"blk.{layer}.ffn_norm.weight", f"{stored}.post_attention_layernorm.weight")
-        if layer < config.integer("first_k_dense_replace", 0):
-            add_gated_ffn(book, layer, f"{stored}.mlp", config.integer("intermediate_size"))
-        else:
-            _add_moe(book, layer)
-    add_norm(book, "output_norm.weight", "model.norm.weight")
+    num_layers = book.config.integer("num_hidden_layers")
+    decoder.add_decoder(book, _add_attention, _add_feed_forward)
     book.drop(
         lambda name: bool(match := re.match(r"model\.layers\.(\d+)\.", name)) and int(match.group(1)) >= num_layers,
         "they belong to multi-token prediction layers, which llama.cpp does not run for this architecture. "
@@ -80,15 +67,6 @@ def _write_attention_keys(config: Config, writer: gguf.GGUFWriter) -> None:
     writer.add_rope_dimension_count(rope)
 
 
-def _write_expert_keys(config: Config, writer: gguf.GGUFWriter) -> None:
-    write_keys(config, writer, "deepseek experts")
-    if config.get("norm_topk_prob", False):
-        writer.add_expert_weights_norm(True)
-    writer.add_expert_gating_func(_GATING[_SCORING[config.model_type]])
-    groups, used = _expert_groups(config)
-    write_keys(config, writer, "deepseek groups", n_group=groups, topk_group=used)
-
-
 def _add_attention(book: ConversionBook, layer: int) -> None:
     config, stored, name = book.config, f"model.layers.{layer}.self_attn", f"blk.{layer}.attn"
     hidden, heads, rank = (config.integer(key) for key in ("hidden_size", "num_attention_heads", "kv_lora_rank"))
@@ -99,10 +77,10 @@ def _add_attention(book: ConversionBook, layer: int) -> None:
     else:
         q_rank = config.integer("q_lora_rank")
         book.add(f"{name}_q_a.weight", f"{stored}.q_a_proj.weight", (q_rank, hidden))
-        add_norm(book, f"{name}_q_a_norm.weight", f"{stored}.q_a_layernorm.weight", q_rank)
+        decoder.add_norm(book, f"{name}_q_a_norm.weight", f"{stored}.q_a_layernorm.weight", q_rank)
         book.add(f"{name}_q_b.weight", f"{stored}.q_b_proj.weight", (num_q, q_rank))
     book.add(f"{name}_kv_a_mqa.weight", f"{stored}.kv_a_proj_with_mqa.weight", (rank + rope, hidden))
-    add_norm(book, f"{name}_kv_a_norm.weight", f"{stored}.kv_a_layernorm.weight", rank)
+    decoder.add_norm(book, f"{name}_kv_a_norm.weight", f"{stored}.kv_a_layernorm.weight", rank)
     _add_kv_b(book, name, f"{stored}.kv_b_proj.weight")
     book.add(f"{name}_output.weight", f"{stored}.o_proj.weight", (hidden, heads * value))
 
@@ -111,8 +89,9 @@ def _add_kv_b(book: ConversionBook, name: str, stored: str) -> None:
     config = book.config
     heads, rank = config.integer("num_attention_heads"), config.integer("kv_lora_rank")
     nope, value = config.integer("qk_nope_head_dim"), config.integer("v_head_dim")
+    stored_shape = (heads * (nope + value), rank)
     if book.whole_kv_b:
-        book.add(f"{name}_kv_b.weight", stored, (heads * (nope + value), rank))
+        book.add(f"{name}_kv_b.weight", stored, stored_shape)
         return
 
     def per_head(rows: torch.Tensor) -> torch.Tensor:
@@ -122,23 +101,20 @@ def _add_kv_b(book: ConversionBook, name: str, stored: str) -> None:
         ("k", (heads, rank, nope), lambda rows: per_head(rows)[:, :nope].transpose(1, 2)),
         ("v", (heads, value, rank), lambda rows: per_head(rows)[:, nope:]),
     ):
-        book.add(
-            f"{name}_{letter}_b.weight",
-            stored,
-            shape,
-            transform=transform,
-            stored_shape=(heads * (nope + value), rank),
-        )
+        book.add(f"{name}_{letter}_b.weight", stored, shape, transform=transform, stored_shape=stored_shape)
 
 
-def _add_moe(book: ConversionBook, layer: int) -> None:
+def _add_feed_forward(book: ConversionBook, layer: int) -> None:
     config, module = book.config, f"model.layers.{layer}.mlp"
+    if layer < config.integer("first_k_dense_replace", 0):
+        decoder.add_gated_ffn(book, layer, module, config.integer("intermediate_size"))
+        return
     count, width = config.integer("n_routed_experts"), config.integer("moe_intermediate_size")
-    add_router(book, layer, module, count)
+    decoder.add_router(book, layer, module, count)
     if config.model_type == "deepseek_v3":
         book.add(f"blk.{layer}.exp_probs_b.bias", f"{module}.gate.e_score_correction_bias", (count,))
-    add_experts(book, layer, module, count=count, width=width)
-    add_gated_ffn(book, layer, f"{module}.shared_experts", width * config.integer("n_shared_experts"), "_shexp")
+    decoder.add_experts(book, layer, module, count=count, width=width)
+    decoder.add_gated_ffn(book, layer, f"{module}.shared_experts", width * config.integer("n_shared_experts"), "_shexp")
 
 
 def _expert_groups(config: Config) -> tuple[int, int]:
@@ -152,7 +128,7 @@ def _expert_groups(config: Config) -> tuple[int, int]:
         warnings.warn(
             f"{config.path}: DeepSeek V2 ranks expert groups by their best expert, llama.cpp by the sum of the best "
             "two. The GGUF routes some tokens differently than transformers does.",
-            stacklevel=5,
+            stacklevel=4,
         )
     return groups, used
 

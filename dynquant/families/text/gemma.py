@@ -5,11 +5,11 @@ window follows a period that is written only where it is not llama.cpp's own, si
 """
 
 import gguf
-import torch
 
 from dynquant.families.common.config import Config, finite
 from dynquant.families.common.conversion_book import ConversionBook
-from dynquant.families.common.decoder import add_attention, add_embeddings, add_gated_ffn, head_dim, write_decoder_keys
+from dynquant.families.common.decoder import add_attention, add_embeddings, add_gated_ffn, head_dim
+from dynquant.families.common.metadata import write_keys
 from dynquant.families.common.rope import rope_parameters, write_rope
 
 _NORMS = {
@@ -25,7 +25,7 @@ _LAYERS_OF_27B = 62
 def write_gemma3_keys(config: Config, writer: gguf.GGUFWriter) -> None:
     """GGUF keys of Gemma 3 text models."""
     _check(config)
-    write_decoder_keys(config, writer, kv_heads=config.integer("num_key_value_heads"))
+    write_keys(config, writer, "decoder")
     writer.add_key_length(head_dim(config))
     writer.add_value_length(head_dim(config))
     full = rope_parameters(config, "full_attention")
@@ -49,26 +49,21 @@ def add_gemma3_tensors(book: ConversionBook) -> None:
     config = book.config
     add_embeddings(book)
     for layer in range(config.integer("num_hidden_layers")):
+        prefix = f"model.layers.{layer}"
         for name, stored in _NORMS.items():
-            _add_shifted_norm(book, f"blk.{layer}.{name}.weight", f"model.layers.{layer}.{stored}.weight")
+            _add_shifted_norm(book, f"blk.{layer}.{name}.weight", f"{prefix}.{stored}.weight")
         add_attention(book, layer)
         for letter in "qk":
-            name, stored = (
-                f"blk.{layer}.attn_{letter}_norm.weight",
-                f"model.layers.{layer}.self_attn.{letter}_norm.weight",
-            )
-            _add_shifted_norm(book, name, stored, head_dim(config))
-        add_gated_ffn(book, layer, f"model.layers.{layer}.mlp", config.integer("intermediate_size"))
+            stored = f"{prefix}.self_attn.{letter}_norm.weight"
+            _add_shifted_norm(book, f"blk.{layer}.attn_{letter}_norm.weight", stored, head_dim(config))
+        add_gated_ffn(book, layer, f"{prefix}.mlp", config.integer("intermediate_size"))
     _add_shifted_norm(book, "output_norm.weight", "model.norm.weight")
 
 
-def _plus_one(weight: torch.Tensor) -> torch.Tensor:
-    return weight + 1
-
-
 def _add_shifted_norm(book: ConversionBook, name: str, stored: str, width: int | None = None) -> None:
+    shape = (width or book.config.integer("hidden_size"),)
     # F32 whatever the checkpoint stores: w + 1 does not fit bfloat16 without rounding.
-    book.add(name, stored, (width or book.config.integer("hidden_size"),), transform=_plus_one, dtype="F32")
+    book.add(name, stored, shape, transform=lambda weight: weight + 1, dtype="F32")
 
 
 def _window_period(config: Config) -> int | None:

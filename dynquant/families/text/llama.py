@@ -4,26 +4,15 @@ llama.cpp rotates neighbouring pairs where transformers rotates halves, so the r
 """
 
 import warnings
+from functools import partial
 
 import gguf
 import torch
 
+from dynquant.families.common import decoder
 from dynquant.families.common.config import Config
 from dynquant.families.common.conversion import Transform
 from dynquant.families.common.conversion_book import ConversionBook
-from dynquant.families.common.decoder import (
-    add_attention,
-    add_embeddings,
-    add_experts,
-    add_gated_ffn,
-    add_norm,
-    add_rope_factors,
-    add_router,
-    head_dim,
-    num_kv_heads,
-    write_decoder_keys,
-    write_head_keys,
-)
 from dynquant.families.common.metadata import write_keys
 from dynquant.families.common.rope import rope_parameters, write_attention_factor, write_rope
 
@@ -31,10 +20,15 @@ from dynquant.families.common.rope import rope_parameters, write_attention_facto
 def write_llama_keys(config: Config, writer: gguf.GGUFWriter) -> None:
     """GGUF keys of Llama, Mistral and Mixtral."""
     config.expect("hidden_act", "silu")
-    _warn_of_window(config)
-    write_decoder_keys(config, writer, kv_heads=num_kv_heads(config))
-    write_head_keys(config, writer)
-    writer.add_rope_dimension_count(head_dim(config))
+    window = config.get("sliding_window")
+    if window is not None and config.integer("sliding_window") < config.integer("max_position_embeddings"):
+        warnings.warn(
+            f"{config.path}: attention is limited to the last {window} tokens, which llama.cpp's llama graph does not "
+            f"do. The GGUF equals the checkpoint up to {window} tokens of context and differs beyond.",
+            stacklevel=3,
+        )
+    decoder.write_decoder_keys(config, writer)
+    writer.add_rope_dimension_count(decoder.head_dim(config))
     parameters = rope_parameters(config)
     write_rope(config, writer, parameters)
     write_attention_factor(config, writer, parameters)
@@ -45,22 +39,14 @@ def write_llama_keys(config: Config, writer: gguf.GGUFWriter) -> None:
 def add_llama_tensors(book: ConversionBook) -> None:
     """Tensors of Llama, Mistral and Mixtral."""
     config = book.config
-    add_rope_factors(book)
-    add_embeddings(book)
-    bias = ("q", "k", "v", "o") if config.get("attention_bias", False) else ()
-    for layer in range(config.integer("num_hidden_layers")):
-        stored = f"model.layers.{layer}"
-        add_norm(book, f"blk.{layer}.attn_norm.weight", f"{stored}.input_layernorm.weight")
-        add_attention(
-            book,
-            layer,
-            bias=bias,
-            permute_q=interleave_halves(config.integer("num_attention_heads")),
-            permute_k=interleave_halves(num_kv_heads(config)),
-        )
-        add_norm(book, f"blk.{layer}.ffn_norm.weight", f"{stored}.post_attention_layernorm.weight")
-        _add_feed_forward(book, layer)
-    add_norm(book, "output_norm.weight", "model.norm.weight")
+    decoder.add_rope_factors(book)
+    attention = partial(
+        decoder.add_attention,
+        bias="qkvo" if config.get("attention_bias", False) else "",
+        permute_q=interleave_halves(config.integer("num_attention_heads")),
+        permute_k=interleave_halves(decoder.num_kv_heads(config)),
+    )
+    decoder.add_decoder(book, attention, _add_feed_forward)
 
 
 def interleave_halves(num_heads: int) -> Transform:
@@ -74,28 +60,16 @@ def interleave_halves(num_heads: int) -> Transform:
 
 
 def _add_feed_forward(book: ConversionBook, layer: int) -> None:
-    config = book.config
+    config, module = book.config, f"model.layers.{layer}.mlp"
     width = config.integer("intermediate_size")
     if config.model_type != "mixtral":
-        module = f"model.layers.{layer}.mlp"
-        add_gated_ffn(book, layer, module, width)
+        decoder.add_gated_ffn(book, layer, module, width)
         if config.get("mlp_bias", False):
             for kind, rows in (("gate", width), ("up", width), ("down", config.integer("hidden_size"))):
                 book.add(f"blk.{layer}.ffn_{kind}.bias", f"{module}.{kind}_proj.bias", (rows,))
         return
     count = config.integer("num_local_experts")
-    module = f"model.layers.{layer}.block_sparse_moe"
-    if book.holds(f"model.layers.{layer}.mlp.gate.weight"):
-        module = f"model.layers.{layer}.mlp"
-    add_router(book, layer, module, count)
-    add_experts(book, layer, module, count=count, width=width, names=("w1", "w3", "w2"))
-
-
-def _warn_of_window(config: Config) -> None:
-    window = config.get("sliding_window")
-    if window is not None and config.integer("sliding_window") < config.integer("max_position_embeddings"):
-        warnings.warn(
-            f"{config.path}: attention is limited to the last {window} tokens, which llama.cpp's llama graph does not "
-            f"do. The GGUF equals the checkpoint up to {window} tokens of context and differs beyond.",
-            stacklevel=4,
-        )
+    if not book.holds(f"{module}.gate.weight"):
+        module = f"model.layers.{layer}.block_sparse_moe"
+    decoder.add_router(book, layer, module, count)
+    decoder.add_experts(book, layer, module, count=count, width=width, names=("w1", "w3", "w2"))

@@ -6,22 +6,13 @@ out] and cannot be converted or run layer by layer here.
 """
 
 from dataclasses import replace
+from functools import partial
 
 import gguf
 
+from dynquant.families.common import decoder
 from dynquant.families.common.config import Config
 from dynquant.families.common.conversion_book import ConversionBook
-from dynquant.families.common.decoder import (
-    add_attention,
-    add_embeddings,
-    add_gated_ffn,
-    add_norm,
-    add_rope_factors,
-    head_dim,
-    num_kv_heads,
-    write_decoder_keys,
-    write_head_keys,
-)
 from dynquant.families.common.metadata import write_keys
 from dynquant.families.common.rope import rope_parameters, write_rope
 
@@ -30,9 +21,8 @@ def write_llama4_keys(config: Config, writer: gguf.GGUFWriter) -> None:
     """GGUF keys of Llama 4."""
     config.expect("hidden_act", "silu")
     dense = {"intermediate_size": config.integer("intermediate_size_mlp")}
-    write_decoder_keys(replace(config, values=config.values | dense), writer, kv_heads=num_kv_heads(config))
-    write_head_keys(config, writer)
-    writer.add_rope_dimension_count(head_dim(config))
+    decoder.write_decoder_keys(replace(config, values=config.values | dense), writer)
+    writer.add_rope_dimension_count(decoder.head_dim(config))
     write_rope(config, writer, rope_parameters(config))
     write_keys(config, writer, "mixtral")
     writer.add_interleave_moe_layer_step(config.integer("interleave_moe_layer_step"))
@@ -41,34 +31,25 @@ def write_llama4_keys(config: Config, writer: gguf.GGUFWriter) -> None:
 
 def add_llama4_tensors(book: ConversionBook) -> None:
     """Tensors of Llama 4's language model."""
-    config = book.config
-    add_rope_factors(book)
-    add_embeddings(book)
-    bias = ("q", "k", "v", "o") if config.get("attention_bias", False) else ()
-    routed = config.get("moe_layers", [])
-    for layer in range(config.integer("num_hidden_layers")):
-        stored = f"model.layers.{layer}"
-        add_norm(book, f"blk.{layer}.attn_norm.weight", f"{stored}.input_layernorm.weight")
-        add_attention(book, layer, bias=bias)
-        add_norm(book, f"blk.{layer}.ffn_norm.weight", f"{stored}.post_attention_layernorm.weight")
-        if isinstance(routed, list) and layer in routed:
-            _add_moe(book, layer)
-        else:
-            add_gated_ffn(book, layer, f"{stored}.feed_forward", config.integer("intermediate_size_mlp"))
-    add_norm(book, "output_norm.weight", "model.norm.weight")
+    decoder.add_rope_factors(book)
+    bias = "qkvo" if book.config.get("attention_bias", False) else ""
+    decoder.add_decoder(book, partial(decoder.add_attention, bias=bias), _add_feed_forward)
     book.drop(
         lambda name: name.startswith(("vision_model.", "multi_modal_projector.")),
         "they belong to the vision tower, which llama.cpp keeps in a file of its own.",
     )
 
 
-def _add_moe(book: ConversionBook, layer: int) -> None:
+def _add_feed_forward(book: ConversionBook, layer: int) -> None:
     config, module = book.config, f"model.layers.{layer}.feed_forward"
+    routed = config.get("moe_layers", [])
+    if not isinstance(routed, list) or layer not in routed:
+        decoder.add_gated_ffn(book, layer, module, config.integer("intermediate_size_mlp"))
+        return
     count, width = config.integer("num_local_experts"), config.integer("intermediate_size")
     hidden = config.integer("hidden_size")
     book.add(f"blk.{layer}.ffn_gate_inp.weight", f"{module}.router.weight", (count, hidden))
     for kind in ("gate", "up"):
-        fused = f"{module}.experts.gate_up_proj"
-        book.add(f"blk.{layer}.ffn_{kind}_exps.weight", fused, (count, width, hidden))
+        book.add(f"blk.{layer}.ffn_{kind}_exps.weight", f"{module}.experts.gate_up_proj", (count, width, hidden))
     book.add(f"blk.{layer}.ffn_down_exps.weight", f"{module}.experts.down_proj", (count, hidden, width))
-    add_gated_ffn(book, layer, f"{module}.shared_expert", width, "_shexp")
+    decoder.add_gated_ffn(book, layer, f"{module}.shared_expert", width, "_shexp")

@@ -94,10 +94,11 @@ def splitting_rules(pre_tokenizer: object, where: str) -> tuple[str, ...]:
         return (GPT2,) if pre_tokenizer.get("use_regex", True) else ()
     if kind == "Digits" and pre_tokenizer.get("individual_digits", False):
         return (DIGIT,)
-    if kind == "Split" and _isolates(pre_tokenizer):
-        pattern = pre_tokenizer.get("pattern", {}).get("Regex")
-        if pattern is not None:
-            return (pattern.replace("\r", r"\r").replace("\n", r"\n"),)
+    pattern = pre_tokenizer.get("pattern", {}).get("Regex") if kind == "Split" else None
+    # Matches become words of their own; removing what is not matched is the same for these expressions.
+    isolating = (("Isolated", False), ("Removed", True))
+    if pattern is not None and (pre_tokenizer.get("behavior"), bool(pre_tokenizer.get("invert", False))) in isolating:
+        return (pattern.replace("\r", r"\r").replace("\n", r"\n"),)
     raise CheckpointError(f"{where} has a pre-tokenizer step that llama.cpp cannot do: {pre_tokenizer!r}. {WAY_OUT}")
 
 
@@ -105,13 +106,6 @@ def _maps_bytes(pre_tokenizer: object) -> bool:
     if not isinstance(pre_tokenizer, dict):
         return False
     return pre_tokenizer.get("type") == "ByteLevel" or any(map(_maps_bytes, pre_tokenizer.get("pretokenizers", [])))
-
-
-def _isolates(split: dict[str, object]) -> bool:
-    """Return whether matches become words of their own; removing what is not matched is the same for these
-    expressions."""
-    behavior, inverted = split.get("behavior"), bool(split.get("invert", False))
-    return (behavior == "Isolated" and not inverted) or (behavior == "Removed" and inverted)
 
 
 def _check_normalizer(normalizer: object, where: str) -> None:

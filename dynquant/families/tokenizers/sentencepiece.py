@@ -28,19 +28,15 @@ _UNMERGED_SCORE = -1000000.0
 def model_pieces(path: Path) -> list[Piece]:
     """All pieces of a tokenizer.model, by id."""
     processor = _processor(path)
-    pieces: list[Piece] = []
-    for token_id in range(processor.GetPieceSize()):
-        kind = TokenType.NORMAL
-        if processor.IsUnknown(token_id):
-            kind = TokenType.UNKNOWN
-        elif processor.IsControl(token_id):
-            kind = TokenType.CONTROL
-        elif processor.IsUnused(token_id):
-            kind = TokenType.UNUSED
-        elif processor.IsByte(token_id):
-            kind = TokenType.BYTE
-        pieces.append((processor.IdToPiece(token_id), kind, processor.GetScore(token_id)))
-    return pieces
+    tests = {
+        TokenType.UNKNOWN: processor.IsUnknown,
+        TokenType.CONTROL: processor.IsControl,
+        TokenType.UNUSED: processor.IsUnused,
+        TokenType.BYTE: processor.IsByte,
+    }
+    ids = range(processor.GetPieceSize())
+    kinds = [next((kind for kind, test in tests.items() if test(i)), TokenType.NORMAL) for i in ids]
+    return [(processor.IdToPiece(i), kind, processor.GetScore(i)) for i, kind in zip(ids, kinds, strict=True)]
 
 
 def model_prefixes_space(path: Path) -> bool:

@@ -19,7 +19,7 @@ from dynquant.checkpoints.tensor_roles import gguf_name_of
 from dynquant.checkpoints.vision_names import language_name
 from dynquant.errors import CheckpointError
 from dynquant.families.common.config import Config, read_json
-from dynquant.families.common.conversion import Conversion, ConvertedSource, Transform, unchanged
+from dynquant.families.common.conversion import Conversion, ConvertedSource, unchanged
 from dynquant.families.common.metadata import recorded_fields, write_general_keys
 from dynquant.families.tokenizers.tokenizer import write_tokenizer
 from dynquant.families.vision.parts import open_language_part, open_projector_part
@@ -119,24 +119,16 @@ def _read_config(directory: Path) -> Any:
 
 def _conversions(stored: SafetensorsSource, name: str, arch: str, n_layer: int) -> list[Conversion]:
     info = stored.info(name)
-    target = gguf_name_of(name, arch, n_layer) or _plain_name(name)
+    # What has no GGUF name keeps its own: `model.layers.3.some_gate` becomes `blk.3.some_gate`.
+    plain = language_name(name).removeprefix("model.").replace("layers.", "blk.", 1)
+    target = gguf_name_of(name, arch, n_layer) or plain
     if len(info.shape) == 5:
         shape = (*info.shape[:2], *info.shape[3:])
         names = [target, *(f"{target}.{frame}" for frame in range(1, info.shape[2]))]
-        return [
-            Conversion(frame_name, (name,), shape, info.dtype, _frame(index)) for index, frame_name in enumerate(names)
-        ]
+        frames = [lambda values, frame=frame: values[:, :, frame] for frame in range(info.shape[2])]
+        return [Conversion(part, (name,), shape, info.dtype, frame) for part, frame in zip(names, frames, strict=True)]
     if target == "mm.input_projection.weight" and name.endswith("mm_input_projection_weight"):
         return [Conversion(target, (name,), info.shape[::-1], info.dtype, torch.t)]
     if not info.shape:
         return [Conversion(target, (name,), (1,), info.dtype, lambda values: values.reshape(1))]
     return [Conversion(target, (name,), info.shape, info.dtype, unchanged)]
-
-
-def _frame(index: int) -> Transform:
-    return lambda values: values[:, :, index]
-
-
-def _plain_name(name: str) -> str:
-    """`model.layers.3.some_gate` -> `blk.3.some_gate`."""
-    return language_name(name).removeprefix("model.").replace("layers.", "blk.", 1)

@@ -31,14 +31,12 @@ def open_language_part(directory: Path, config: Config, stored: SafetensorsSourc
     Raises:
         CheckpointError: a family that llama.cpp does not have, or cannot run faithfully.
     """
-    text = config.values.get("text_config")
-    if not isinstance(text, dict):
-        raise CheckpointError(f"{config.path} has no `text_config`, an object. Fetch the file again.")
-    kind = str(text.get("model_type"))
+    text = config.part("text_config")
+    kind = text.model_type
     family = Family("qwen2vl", _write_qwen2vl_keys, add_qwen_tensors) if kind in _QWEN_VL else FAMILIES.get(kind)
     if family is None:
         raise CheckpointError(f"llama.cpp has no graph for the language model of {config.path}, of type {kind!r}.")
-    values = {**text, "tie_word_embeddings": bool(config.get("tie_word_embeddings", False))}
+    values = {**text.values, "tie_word_embeddings": bool(config.get("tie_word_embeddings", False))}
     if kind in _QWEN_VL:
         values["model_type"] = "qwen2"
     text_config = Config(config.path, values, values)
@@ -51,8 +49,7 @@ def open_language_part(directory: Path, config: Config, stored: SafetensorsSourc
     write_general_keys(writer, directory, source)
     family.write_keys(text_config, writer)
     write_tokenizer(writer, directory, text_config.integer("vocab_size"))
-    model = _model(directory, source, view, writer)
-    return ModelPart(model, lambda name: name)
+    return ModelPart(_model(directory, source, view, writer), lambda name: name)
 
 
 def open_projector_part(directory: Path, config: Config, stored: SafetensorsSource) -> ModelPart:
@@ -116,10 +113,8 @@ def _mean_and_std(directory: Path) -> tuple[list[float], list[float]]:
         values = inner if isinstance(inner, dict) else values
         mean, std = values.get("image_mean"), values.get("image_std")
         if isinstance(mean, list) and isinstance(std, list) and len(mean) == len(std) == 3:
-            path = directory / name
-            return [finite(value, "image_mean", path) for value in mean], [
-                finite(value, "image_std", path) for value in std
-            ]
+            finite_mean = [finite(value, "image_mean", directory / name) for value in mean]
+            return finite_mean, [finite(value, "image_std", directory / name) for value in std]
     raise CheckpointError(
         f"{directory} has no preprocessor_config.json or processor_config.json with `image_mean` and `image_std` of "
         "three numbers each, which an mmproj file needs. Copy it from the original checkpoint."

@@ -7,6 +7,7 @@ plan.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import gguf
 
@@ -34,11 +35,7 @@ class Projector:
 
 
 def projector_of(config: Config) -> Projector:
-    """The kind of projector of a checkpoint.
-
-    Raises:
-        CheckpointError: one that llama.cpp does not have.
-    """
+    """The kind of projector of a checkpoint. Raises CheckpointError: one that llama.cpp does not have."""
     tower = _tower(config).model_type
     projector = _PROJECTORS.get((config.model_type, tower)) or _PROJECTORS.get((config.model_type, "*"))
     if projector is None:
@@ -53,58 +50,64 @@ def write_projector_keys(config: Config, writer: gguf.GGUFWriter, mean: list[flo
     projector = projector_of(config)
     writer.add_clip_has_vision_encoder(True)
     writer.add_clip_projector_type(projector.type)
-    writer.add_vision_projection_dim(_text(config).integer("hidden_size"))
+    writer.add_vision_projection_dim(_hidden_size(config))
     writer.add_vision_image_mean(mean)
     writer.add_vision_image_std(std)
     projector.write_keys(config, writer)
 
 
-def _part(config: Config, key: str) -> Config:
-    values = config.values.get(key)
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{config.path} has no `{key}`, an object. Fetch the file again.")
-    return Config(config.path, values, values)
-
-
 def _tower(config: Config) -> Config:
-    return _part(config, "vision_config")
+    return config.part("vision_config")
 
 
-def _text(config: Config) -> Config:
-    return _part(config, "text_config")
+def _hidden_size(config: Config) -> int:
+    """Width of the language model."""
+    return config.part("text_config").integer("hidden_size")
 
 
-def _write_sizes(writer: gguf.GGUFWriter, *, width: int, ffn: int, blocks: int, heads: int, patch: int) -> None:
-    writer.add_vision_embedding_length(width)
-    writer.add_vision_feed_forward_length(ffn)
-    writer.add_vision_block_count(blocks)
-    writer.add_vision_head_count(heads)
-    writer.add_vision_patch_size(patch)
+class _Sizes(NamedTuple):
+    """Numbers of a vision tower: width, width of its feed-forward blocks, blocks, heads, and side of a patch."""
+
+    width: int
+    ffn: int
+    blocks: int
+    heads: int
+    patch: int
 
 
-def _check_ffn(config: Config, width: int, ffn: int) -> None:
-    if width == ffn:
-        config.refuse("its tower's feed-forward blocks are as wide as the tower, which llama.cpp takes for swapped")
-
-
-def _add_pair(book: ConversionBook, name: str, rows: int, columns: int | None = None) -> None:
-    """Weight and bias of a linear layer, or of a norm when there are no columns."""
-    book.add(f"{name}.weight", f"{name}.weight", (rows,) if columns is None else (rows, columns))
-    book.add(f"{name}.bias", f"{name}.bias", (rows,))
-
-
-# Qwen2-VL and Qwen2.5-VL
-
-
-def _qwen_sizes(config: Config) -> tuple[int, int, int, int, int]:
-    """Width, feed-forward width, blocks, patch size and merge size of the tower."""
-    tower = _tower(config)
+def _sizes(config: Config) -> _Sizes:
+    tower, is_qwen = _tower(config), config.model_type.startswith("qwen")
+    blocks, heads = ("depth", "num_heads") if is_qwen else ("num_hidden_layers", "num_attention_heads")
     if config.model_type == "qwen2_vl":
         width = tower.integer("embed_dim")
         ffn = int(width * tower.number("mlp_ratio"))
     else:
         width, ffn = tower.integer("hidden_size"), tower.integer("intermediate_size")
-    return width, ffn, tower.integer("depth"), tower.integer("patch_size"), tower.integer("spatial_merge_size")
+    return _Sizes(width, ffn, tower.integer(blocks), tower.integer(heads), tower.integer("patch_size"))
+
+
+def _write_sizes(config: Config, writer: gguf.GGUFWriter) -> None:
+    sizes = _sizes(config)
+    if sizes.width == sizes.ffn:
+        config.refuse("its tower's feed-forward blocks are as wide as the tower, which llama.cpp takes for swapped")
+    writer.add_vision_embedding_length(sizes.width)
+    writer.add_vision_feed_forward_length(sizes.ffn)
+    writer.add_vision_block_count(sizes.blocks)
+    writer.add_vision_head_count(sizes.heads)
+    writer.add_vision_patch_size(sizes.patch)
+
+
+def _add_weight(book: ConversionBook, name: str, *shape: int) -> None:
+    book.add(f"{name}.weight", f"{name}.weight", shape)
+
+
+def _add_pair(book: ConversionBook, name: str, *shape: int) -> None:
+    """Weight and bias of a linear layer [rows, columns], or of a norm [width]."""
+    _add_weight(book, name, *shape)
+    book.add(f"{name}.bias", f"{name}.bias", shape[:1])
+
+
+# Qwen2-VL and Qwen2.5-VL
 
 
 def _write_qwen_keys(config: Config, writer: gguf.GGUFWriter) -> None:
@@ -112,11 +115,9 @@ def _write_qwen_keys(config: Config, writer: gguf.GGUFWriter) -> None:
     tower.expect("temporal_patch_size", 2)
     tower.expect("spatial_merge_size", 2)
     tower.expect("in_channels", 3, absent=3)
-    width, ffn, blocks, patch, merge = _qwen_sizes(config)
-    _check_ffn(config, width, ffn)
-    _write_sizes(writer, width=width, ffn=ffn, blocks=blocks, heads=tower.integer("num_heads"), patch=patch)
+    _write_sizes(config, writer)
     writer.add_vision_image_size(_QWEN_IMAGE_SIZE)
-    writer.add_vision_spatial_merge_size(merge)
+    writer.add_vision_spatial_merge_size(tower.integer("spatial_merge_size"))
     writer.add_vision_attention_layernorm_eps(_QWEN_EPS)
     if config.model_type == "qwen2_vl":
         tower.expect("hidden_act", "quick_gelu")
@@ -138,14 +139,14 @@ def _full_attention_period(tower: Config) -> int:
 
 
 def _add_qwen_tensors(book: ConversionBook) -> None:
-    width, ffn, blocks, patch, merge = _qwen_sizes(book.config)
-    stored = (width, 3, 2, patch, patch)
+    is_first = book.config.model_type == "qwen2_vl"
+    width, ffn, blocks, _, patch = _sizes(book.config)
     for frame, name in enumerate(("v.patch_embd.weight", "v.patch_embd.weight.1")):
         book.add(
-            name, "v.patch_embd.weight", (width, 3, patch, patch), stored_shape=stored,
+            name, "v.patch_embd.weight", (width, 3, patch, patch), stored_shape=(width, 3, 2, patch, patch),
             transform=lambda values, frame=frame: values[:, :, frame],
         )  # fmt: skip
-    add_norm = _add_pair if book.config.model_type == "qwen2_vl" else _add_norm_weight
+    add_norm = _add_pair if is_first else _add_weight
     for block in range(blocks):
         prefix = f"v.blk.{block}"
         add_norm(book, f"{prefix}.ln1", width)
@@ -158,17 +159,13 @@ def _add_qwen_tensors(book: ConversionBook) -> None:
                     transform=lambda values, start=third * width: values[start : start + width],
                 )  # fmt: skip
         _add_pair(book, f"{prefix}.attn_out", width, width)
-        for name in ("ffn_up",) if book.config.model_type == "qwen2_vl" else ("ffn_gate", "ffn_up"):
+        for name in ("ffn_up",) if is_first else ("ffn_gate", "ffn_up"):
             _add_pair(book, f"{prefix}.{name}", ffn, width)
         _add_pair(book, f"{prefix}.ffn_down", width, ffn)
     add_norm(book, "v.post_ln", width)
-    merged = width * merge**2
+    merged = width * _tower(book.config).integer("spatial_merge_size") ** 2
     _add_pair(book, "mm.0", merged, merged)
-    _add_pair(book, "mm.2", _text(book.config).integer("hidden_size"), merged)
-
-
-def _add_norm_weight(book: ConversionBook, name: str, width: int) -> None:
-    book.add(f"{name}.weight", f"{name}.weight", (width,))
+    _add_pair(book, "mm.2", _hidden_size(book.config), merged)
 
 
 # Towers with learned positions: SigLIP in Gemma 3, CLIP in LLaVA
@@ -176,21 +173,15 @@ def _add_norm_weight(book: ConversionBook, name: str, width: int) -> None:
 
 def _write_tower_keys(config: Config, writer: gguf.GGUFWriter) -> None:
     tower = _tower(config)
-    width, ffn = tower.integer("hidden_size"), tower.integer("intermediate_size")
-    _check_ffn(config, width, ffn)
-    _write_sizes(
-        writer, width=width, ffn=ffn, blocks=tower.integer("num_hidden_layers"),
-        heads=tower.integer("num_attention_heads"), patch=tower.integer("patch_size"),
-    )  # fmt: skip
+    _write_sizes(config, writer)
     writer.add_vision_image_size(tower.integer("image_size"))
-    if tower.model_type != "pixtral":
-        writer.add_vision_attention_layernorm_eps(tower.number("layer_norm_eps"))
+    eps = _PIXTRAL_EPS if tower.model_type == "pixtral" else tower.number("layer_norm_eps")
+    writer.add_vision_attention_layernorm_eps(eps)
 
 
 def _add_tower_blocks(book: ConversionBook) -> None:
-    tower = _tower(book.config)
-    width, ffn = tower.integer("hidden_size"), tower.integer("intermediate_size")
-    for block in range(tower.integer("num_hidden_layers")):
+    width, ffn, blocks, *_ = _sizes(book.config)
+    for block in range(blocks):
         prefix = f"v.blk.{block}"
         _add_pair(book, f"{prefix}.ln1", width)
         for part in ("attn_q", "attn_k", "attn_v", "attn_out"):
@@ -209,10 +200,8 @@ def _patches_per_side(config: Config) -> int:
 
 def _add_patches(book: ConversionBook) -> int:
     """Patch embedding; returns the number of patches of a picture of the configured size."""
-    tower = _tower(book.config)
-    patch = tower.integer("patch_size")
-    shape = (tower.integer("hidden_size"), tower.integer("num_channels"), patch, patch)
-    book.add("v.patch_embd.weight", "v.patch_embd.weight", shape)
+    width, *_, patch = _sizes(book.config)
+    _add_weight(book, "v.patch_embd", width, _tower(book.config).integer("num_channels"), patch, patch)
     return _patches_per_side(book.config) ** 2
 
 
@@ -229,17 +218,15 @@ def _write_gemma3_keys(config: Config, writer: gguf.GGUFWriter) -> None:
 
 
 def _add_gemma3_tensors(book: ConversionBook) -> None:
-    width = _tower(book.config).integer("hidden_size")
-    hidden = _text(book.config).integer("hidden_size")
+    width = _sizes(book.config).width
     patches = _add_patches(book)
     book.add("v.patch_embd.bias", "v.patch_embd.bias", (width,))
-    book.add("v.position_embd.weight", "v.position_embd.weight", (patches, width))
+    _add_weight(book, "v.position_embd", patches, width)
     _add_tower_blocks(book)
     _add_pair(book, "v.post_ln", width)
-    book.add("mm.input_projection.weight", "mm.input_projection.weight", (width, hidden))
-    book.add(
-        "mm.soft_emb_norm.weight", "mm.soft_emb_norm.weight", (width,), transform=lambda norm: norm + 1, dtype="F32"
-    )
+    _add_weight(book, "mm.input_projection", width, _hidden_size(book.config))
+    norm = "mm.soft_emb_norm.weight"
+    book.add(norm, norm, (width,), transform=lambda values: values + 1, dtype="F32")  # w + 1 does not fit bfloat16
     book.drop(lambda name: name.startswith("v.head."), "Gemma 3 does not use the pooling head of its tower.")
 
 
@@ -264,20 +251,21 @@ def _feature_layer(config: Config) -> int:
 
 
 def _add_llava_tensors(book: ConversionBook) -> None:
-    width, hidden = (part.integer("hidden_size") for part in (_tower(book.config), _text(book.config)))
+    width = _sizes(book.config).width
     patches = _add_patches(book)
     book.add("v.class_embd", "v.class_embd", (width,))
-    book.add("v.position_embd.weight", "v.position_embd.weight", (patches + 1, width))
+    _add_weight(book, "v.position_embd", patches + 1, width)
     _add_pair(book, "v.pre_ln", width)
     _add_tower_blocks(book)
-    _add_llava_projector(book, ("mm.0", "mm.2"), width, hidden)
+    _add_llava_projector(book, ("mm.0", "mm.2"))
     for name in ("v.post_ln.weight", "v.post_ln.bias"):
         book.ignore(name)
 
 
-def _add_llava_projector(book: ConversionBook, names: tuple[str, str], width: int, hidden: int) -> None:
+def _add_llava_projector(book: ConversionBook, names: tuple[str, str]) -> None:
     """The two linear layers, whose bias is optional."""
-    for name, stored, columns in zip(names, ("mm.1", "mm.2"), (width, hidden), strict=True):
+    hidden = _hidden_size(book.config)
+    for name, stored, columns in zip(names, ("mm.1", "mm.2"), (_sizes(book.config).width, hidden), strict=True):
         book.add(f"{name}.weight", f"{stored}.weight", (hidden, columns))
         book.add(f"{name}.bias", f"{stored}.bias", (hidden,), optional=True)
 
@@ -296,7 +284,6 @@ def _write_pixtral_keys(config: Config, writer: gguf.GGUFWriter) -> None:
     if _feature_layer(config) != tower.integer("num_hidden_layers"):
         config.refuse("`vision_feature_layer` is not the last, which llama.cpp's Pixtral graph takes")
     _write_tower_keys(config, writer)
-    writer.add_vision_attention_layernorm_eps(_PIXTRAL_EPS)
     if tower.get("hidden_act") == "silu":
         writer.add_vision_use_silu(True)
     else:
@@ -306,30 +293,25 @@ def _write_pixtral_keys(config: Config, writer: gguf.GGUFWriter) -> None:
 
 
 def _add_pixtral_tensors(book: ConversionBook) -> None:
-    config, tower = book.config, _tower(book.config)
-    width, ffn, hidden = (
-        tower.integer("hidden_size"), tower.integer("intermediate_size"), _text(config).integer("hidden_size"),
-    )  # fmt: skip
+    width, ffn, blocks, heads, _ = _sizes(book.config)
     _add_patches(book)
-    _add_norm_weight(book, "v.pre_ln", width)
-    pairs = interleave_halves(tower.integer("num_attention_heads"))
-    for block in range(tower.integer("num_hidden_layers")):
+    _add_weight(book, "v.pre_ln", width)
+    pairs = interleave_halves(heads)
+    shapes = {"attn_v": (width, width), "attn_out": (width, width), "ffn_gate": (ffn, width), "ffn_up": (ffn, width),
+              "ffn_down": (width, ffn)}  # fmt: skip
+    for block in range(blocks):
         prefix = f"v.blk.{block}"
-        _add_norm_weight(book, f"{prefix}.ln1", width)
-        for letter in "qk":
-            name = f"{prefix}.attn_{letter}.weight"
+        _add_weight(book, f"{prefix}.ln1", width)
+        for name in (f"{prefix}.attn_q.weight", f"{prefix}.attn_k.weight"):
             book.add(name, name, (width, width), transform=pairs)
-        shapes = {"attn_v": (width, width), "attn_out": (width, width), "ffn_gate": (ffn, width),
-                  "ffn_up": (ffn, width), "ffn_down": (width, ffn)}  # fmt: skip
         for part, shape in shapes.items():
-            book.add(f"{prefix}.{part}.weight", f"{prefix}.{part}.weight", shape)
-        _add_norm_weight(book, f"{prefix}.ln2", width)
-    _add_llava_projector(book, ("mm.1", "mm.2"), width, hidden)
-    book.add(IMG_BREAK, IMG_BREAK, (hidden,))
-    if config.model_type == "mistral3":
-        _add_norm_weight(book, "mm.input_norm", width)
-        merged = width * config.integer("spatial_merge_size") ** 2
-        book.add("mm.patch_merger.weight", "mm.patch_merger.weight", (width, merged))
+            _add_weight(book, f"{prefix}.{part}", *shape)
+        _add_weight(book, f"{prefix}.ln2", width)
+    _add_llava_projector(book, ("mm.1", "mm.2"))
+    book.add(IMG_BREAK, IMG_BREAK, (_hidden_size(book.config),))
+    if book.config.model_type == "mistral3":
+        _add_weight(book, "mm.input_norm", width)
+        _add_weight(book, "mm.patch_merger", width, width * book.config.integer("spatial_merge_size") ** 2)
 
 
 _PROJECTORS = {

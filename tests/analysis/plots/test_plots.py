@@ -20,7 +20,7 @@ from dynquant.analysis.plots.style import new_figure, plain, plot_settings, shor
 from dynquant.analysis.report.page import write_report
 from dynquant.calibration.importance import expert_coverage
 from dynquant.checkpoints.tensor_roles import Role
-from dynquant.errors import ExportError, PlanError, StatsError
+from dynquant.errors import PlanError, StatsError, WriteError
 from dynquant.evaluation.statistics import Estimate
 from dynquant.planning.frontier import FrontierPoint
 from dynquant.planning.selection import Candidate, Fit, Selection
@@ -198,7 +198,7 @@ def test_other_checkpoints_are_refused(tmp_path, moe):
 
 def test_unwritable_directory_is_one_clear_error(tmp_path, moe):
     (tmp_path / "plots").write_text("a file")
-    with pytest.raises(ExportError, match="plan_map"):
+    with pytest.raises(WriteError, match="plan_map"):
         write(tmp_path / "plots", moe, table=None, stats=None, frontier=())
 
 

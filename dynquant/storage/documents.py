@@ -1,0 +1,53 @@
+"""JSON documents of ours: records of fixed fields, written whole, and refused in one paragraph when damaged."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from dynquant.errors import PlanError
+from dynquant.storage.atomic import write_atomically
+
+T = TypeVar("T")
+
+
+class FrozenRecord(BaseModel):
+    """A record that does not change; a field that it does not know is refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def save(self, path: Path) -> None:
+        """Write the document, whole or not at all.
+
+        Raises:
+            WriteError: no space, no permission, or a parent that is no directory.
+        """
+        write_atomically(path, self.model_dump_json(indent=1) + "\n")
+
+
+def read_document(
+    path: Path, form: type[T], what: str, way_out: str, check: Callable[[T], None] = lambda document: None
+) -> T:
+    """Return the document at `path`, of a record class or a collection of them.
+
+    Args:
+        what: Its kind with an article, as in "`path` is not an error table of dynquant".
+        way_out: A sentence for who cannot use the file.
+        check: Raises ValueError for values that the types of the fields let through.
+
+    Raises:
+        PlanError: missing, not JSON, or not such a document; the first field that is wrong is named.
+    """
+    try:
+        document = TypeAdapter(form).validate_json(path.read_bytes())
+        check(document)
+        return document
+    except OSError as error:
+        raise PlanError(f"{path} cannot be read ({error.strerror}). {way_out}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise PlanError(f"{path} is not {what} of dynquant ({where}: {first['msg']}). {way_out}") from error
+    except ValueError as error:
+        raise PlanError(f"{path} is not {what} of dynquant ({error}). {way_out}") from error
