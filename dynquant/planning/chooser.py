@@ -4,15 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-<<<<<<< HEAD
-from dynquant.analysis.errors.measure import unmeasured_table
-from dynquant.analysis.errors.measure_schemes import unmeasured_scheme_table
-from dynquant.analysis.errors.table import ErrorTable
-=======
 from dynquant.analysis.errors.measure import tensor_formats, unmeasured_table
 from dynquant.analysis.errors.measure_schemes import scheme_formats
-from dynquant.analysis.errors.table import ErrorRow, ErrorTable
->>>>>>> main
+from dynquant.analysis.errors.table import ErrorTable
 from dynquant.analysis.outliers.super_experts import find_super_experts
 from dynquant.calibration.stage import StatsFile
 from dynquant.calibration.statistics import CalibrationStats
