@@ -8,7 +8,7 @@ tokens of 11 layers of 512 channels.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynquant.running.layer_stream import decoder_layers
+from dynquant.running.layer_stream import decoder_layers, standing_in
 
 
 @dataclass(frozen=True)
@@ -96,18 +96,10 @@ class LayerReplay:
     def _note_kind(self, _module: nn.Module, _inputs: tuple, out: Any) -> None:
         self._gives_tuples = isinstance(out, tuple)
 
-    @contextmanager
-    def _skipping(self, first_layer: int, states: Tensor) -> Iterator[None]:
+    def _skipping(self, first_layer: int, states: Tensor) -> AbstractContextManager[None]:
         """Context manager: layers below `first_layer` compute nothing and return `states`."""
         out = (states,) if self._gives_tuples else states
-        skipped = list(self.layers)[:first_layer]
-        try:
-            for layer in skipped:
-                layer.forward = lambda *_args, **_kwargs: out
-            yield
-        finally:
-            for layer in skipped:
-                del layer.forward
+        return standing_in(self.layers[:first_layer], lambda _hidden, _others: out)
 
 
 def _note(calls: list[_Call], _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
