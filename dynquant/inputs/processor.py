@@ -89,7 +89,7 @@ def _class_of(directory: Path) -> Any:
     files = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
     named = [_value(directory, file, "processor_class") for file in files]
     name = next(filter(None, named), None) or PROCESSOR_MAPPING_NAMES[model_type]
-    folder = next((known for known, of_type in PROCESSOR_MAPPING_NAMES.items() if of_type == name), model_type)
+    folder = next((key for key, of_type in PROCESSOR_MAPPING_NAMES.items() if of_type == name), model_type)
     return getattr(import_module(f"transformers.models.{folder}.processing_{folder}"), name)
 
 
