@@ -221,8 +221,7 @@ def _measure_encoder(
 def _tuned(plain: Path, encoder: str, stats: Path, options: CompareEncodersOptions, session: Session) -> Path:
     """Write the file again after the closing pass, on the tokens of the second moments."""
     from dynquant.calibration.second_moments import SecondMoments, path_beside
-    from dynquant.exporters.closing_pass import TuneOptions
-    from dynquant.exporters.stage import tune_file
+    from dynquant.exporters.closing_pass import TuneOptions, tune_file
     from dynquant.families.open import open_and_announce
 
     windows = SecondMoments.load(path_beside(stats)).tokens

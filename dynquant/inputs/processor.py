@@ -21,7 +21,12 @@ def load_processor(directory: Path) -> "ProcessorMixin":
     Raises:
         CheckpointError: the directory has no processor files, they are damaged, or Pillow is missing.
     """
-    _check_pillow()
+    try:
+        import PIL  # noqa: F401
+    except ImportError as error:
+        raise CheckpointError(
+            "Images cannot be read without Pillow; install it with `pip install 'dynquant-toolchain[vision]'`."
+        ) from error
     if not any((directory / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
         raise CheckpointError(
             f"{directory} has neither preprocessor_config.json nor processor_config.json: its processor, which turns "
@@ -52,15 +57,6 @@ def image_token_limits(processor: Any) -> tuple[int, int] | None:
     if size.get("shortest_edge"):  # of Qwen2-VL: both are numbers of pixels
         return max(1, size["shortest_edge"] // side**2), max(1, size["longest_edge"] // side**2)
     return 1, max(1, (size["longest_edge"] // side) ** 2)
-
-
-def _check_pillow() -> None:
-    try:
-        import PIL  # noqa: F401
-    except ImportError as error:
-        raise CheckpointError(
-            "Images cannot be read without Pillow; install it with `pip install 'dynquant-toolchain[vision]'`."
-        ) from error
 
 
 def _load(directory: Path) -> Any:
