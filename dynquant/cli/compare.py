@@ -126,15 +126,11 @@ class _Results:
         """Compare a file with its original, whose own answers are kept beside the results."""
         from dynquant.evaluation.evaluate import evaluate
 
-        return evaluate(
-            EvalOptions(
-                candidate=str(file),
-                reference=self._model,
-                questions=self.questions,
-                reference_cache=self._path.parent / "reference",
-            ),
-            replace(self.session, device=None),
+        cache = self._path.parent / "reference"
+        options = EvalOptions(
+            candidate=str(file), reference=self._model, questions=self.questions, reference_cache=cache
         )
+        return evaluate(options, replace(self.session, device=None))
 
     def record(self, name: str, row: dict[str, Any]) -> None:
         self.rows[name] = row
