@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from dynquant.calibration.second_moments import SecondMoments
-from dynquant.calibration.statistics import InputStats, StatsProvenance
+from dynquant.calibration.statistics import InputStats
 from dynquant.running.expert_hooks import expert_modules
 
 DEFAULT_LIMIT = 8 * 2**30
@@ -129,14 +128,6 @@ class MomentRecorder:
             v = 1 + torch.where(mean > 0, squares / mean, 0.0)  # no branch: it would wait for the GPU
             self._sums[key][row].addmm_((x * v.unsqueeze(1)).T, x)
             self._weights[key][row] += v.sum(dtype=torch.float64)
-
-    def finish(
-        self, provenance: StatsProvenance, tokens: torch.Tensor, kind: str, aliases: dict[str, str]
-    ) -> SecondMoments:
-        """The moments of all inputs."""
-        sums, weights = self.take()
-        shared = {alias: key for alias, key in aliases.items() if key in sums}
-        return SecondMoments(provenance, tokens.to(torch.int32).cpu(), kind, shared, sums, weights)
 
     def take(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Sums, exactly symmetric, and weights of the inputs that were seen since the last call, on the CPU.

@@ -24,7 +24,7 @@ from dynquant.checkpoints.model import Model
 from dynquant.errors import StatsError
 from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.inputs.text import pack_windows, read_text
-from dynquant.running.linear_hooks import activation_gradients, backward_from_sampled_labels, last_logits
+from dynquant.running.linear_hooks import activation_gradients, last_logits, sampled_log_probability
 from dynquant.running.load import load_hf, load_tokenizer
 from dynquant.session import Progress, ignore_progress
 
@@ -168,8 +168,11 @@ def collect_statistics(
     by_kind = {kind: CalibrationStats(provenance, collector.take(kind), stats.aliases) for kind in kinds}
     if moments is None:
         return Calibration(stats, by_kind=by_kind)
-    sums = moments.finish(provenance, summed.windows, options.hessians, stats.aliases)
-    return Calibration(stats, sums, moments.pools_experts, tuple(moments.left_out), by_kind, len(sums.sums))
+    sums, weights = moments.take()
+    shared = {alias: key for alias, key in stats.aliases.items() if key in sums}
+    tokens = summed.windows.to(torch.int32).cpu()
+    second = SecondMoments(provenance, tokens, options.hessians, shared, sums, weights)
+    return Calibration(stats, second, moments.pools_experts, tuple(moments.left_out), by_kind, len(sums))
 
 
 def check_seen(stats: CalibrationStats, hf_model: nn.Module) -> None:
@@ -199,7 +202,7 @@ class _Run:
     def backward(self, stage: str, inputs: ModelInputs, generator: torch.Generator) -> None:
         with activation_gradients(self.hf_model), self.collector.seeing_gradients():
             for arguments in self._started(stage, inputs):
-                backward_from_sampled_labels(self.hf_model, arguments, generator)
+                sampled_log_probability(self.hf_model(**arguments, use_cache=False).logits, generator).backward()
 
     def _started(self, stage: str, inputs: ModelInputs, *, is_held: bool = False) -> Iterator[dict[str, torch.Tensor]]:
         """Yield the arguments of every batch, which the collector then expects."""

@@ -152,10 +152,7 @@ def path_beside(stats: Path) -> Path:
 
 
 def load_beside(stats_path: Path, stats: CalibrationStats) -> SecondMoments | None:
-    """Return the second moments that were measured with these statistics, or None when there is no file of them.
-
-    Raises StatsError when the file is damaged, or of another calibration.
-    """
+    """Return the second moments measured with these statistics, or None where there is no file of them."""
     path = path_beside(stats_path)
     if not path.is_file():
         return None

@@ -58,7 +58,24 @@ def calibrate_in_shards(
         results: Iterable[tuple[Shard, Calibration]] = ((shard, task(shard)) for shard in shards)
     else:
         results = pool.run(task, shards, TaskNeeds(gpus=int(device.startswith("cuda"))), ordered=True)
-    return _merged(results, split_inputs(inputs, provenance, options.held_back)[2], inputs.num_tokens, progress)
+    total: Calibration | None = None
+    done, left_out = 0, dict[str, None]()
+    for shard, part in results:
+        left_out |= dict.fromkeys(part.left_out)
+        if total is None:
+            total = part
+        else:
+            total.stats.merge(part.stats)
+            if not shard.is_held and total.moments is not None and part.moments is not None:
+                total.moments.merge(part.moments)
+        done += shard.inputs.num_tokens
+        progress("calibrate", done, inputs.num_tokens, unit="tokens")
+    assert total is not None
+    provenance, num_moments = split_inputs(inputs, provenance, options.held_back)[2], 0
+    total.stats.provenance = provenance
+    if total.moments is not None:
+        total.moments.provenance, num_moments = provenance, len(total.moments.sums)
+    return replace(total, left_out=tuple(left_out), num_moments=num_moments)
 
 
 def cut(inputs: ModelInputs, provenance: StatsProvenance, held_back: float) -> list[Shard]:
@@ -82,29 +99,6 @@ def _collect(stored: StoredModel, device: str, options: StatisticsOptions, shard
         hf_model, shard.inputs, arch=model.arch, n_layer=model.hyper.n_layer, provenance=shard.provenance,
         options=replace(options, held_back=1.0 if shard.is_held else 0.0),
     )  # fmt: skip
-
-
-def _merged(
-    results: Iterable[tuple[Shard, Calibration]], provenance: StatsProvenance, num_tokens: int, progress: Progress
-) -> Calibration:
-    """Add up the shards in their order; `provenance` is that of all of them."""
-    total: Calibration | None = None
-    done, left_out = 0, dict[str, None]()
-    for shard, part in results:
-        left_out |= dict.fromkeys(part.left_out)
-        if total is None:
-            total = part
-        else:
-            total.stats.merge(part.stats)
-            if not shard.is_held and total.moments is not None and part.moments is not None:
-                total.moments.merge(part.moments)
-        done += shard.inputs.num_tokens
-        progress("calibrate", done, num_tokens, unit="tokens")
-    assert total is not None
-    total.stats.provenance, num_moments = provenance, 0
-    if total.moments is not None:
-        total.moments.provenance, num_moments = provenance, len(total.moments.sums)
-    return replace(total, left_out=tuple(left_out), num_moments=num_moments)
 
 
 @cache

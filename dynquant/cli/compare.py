@@ -126,15 +126,11 @@ class _Results:
         """Compare a file with its original, whose own answers are kept beside the results."""
         from dynquant.evaluation.evaluate import evaluate
 
-        return evaluate(
-            EvalOptions(
-                candidate=str(file),
-                reference=self._model,
-                questions=self.questions,
-                reference_cache=self._path.parent / "reference",
-            ),
-            replace(self.session, device=None),
+        cache = self._path.parent / "reference"
+        options = EvalOptions(
+            candidate=str(file), reference=self._model, questions=self.questions, reference_cache=cache
         )
+        return evaluate(options, replace(self.session, device=None))
 
     def record(self, name: str, row: dict[str, Any]) -> None:
         self.rows[name] = row
@@ -225,8 +221,7 @@ def _measure_encoder(
 def _tuned(plain: Path, encoder: str, stats: Path, options: CompareEncodersOptions, session: Session) -> Path:
     """Write the file again after the closing pass, on the tokens of the second moments."""
     from dynquant.calibration.second_moments import SecondMoments, path_beside
-    from dynquant.exporters.closing_pass import TuneOptions
-    from dynquant.exporters.stage import tune_file
+    from dynquant.exporters.closing_pass import TuneOptions, tune_file
     from dynquant.families.open import open_and_announce
 
     windows = SecondMoments.load(path_beside(stats)).tokens

@@ -104,7 +104,7 @@ def _text_of(record: Any, place: str, refusal: type[DynquantError] = StatsError)
         except (TypeError, KeyError) as error:
             raise refusal(f"{place}: each entry of `messages` needs `role` and `content`.") from error
     raise refusal(
-        f"{place} has neither a field `text` (a string) nor `messages` (a list of chat turns). Rename the field, or "
+        f'{place} has neither a field "text" (a string) nor "messages" (a list of chat turns). Rename the field, or '
         "give plain text in a .txt file."
     )
 
