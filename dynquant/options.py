@@ -39,8 +39,7 @@ class Only:
 MODEL_HELP = "Hugging Face directory or hub id, or a .gguf file."
 ModelPath = Annotated[str, Flag(MODEL_HELP, is_argument=True, show_default=False)]
 BaseGguf = Annotated[
-    Path | None,
-    Flag("F32/F16/BF16 GGUF by llama.cpp's converter, for architectures dynquant does not convert."),
+    Path | None, Flag("F32/F16/BF16 GGUF by llama.cpp's converter, for architectures dynquant does not convert.")
 ]
 Types = Annotated[tuple[str, ...], Flag("Candidate quant types, as iq1_s,iq2_xxs,q4_k.")]
 Preset = Annotated[

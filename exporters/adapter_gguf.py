@@ -60,8 +60,8 @@ def export_adapter(adapter: Path, output: Path, *, base: Path | None = None) -> 
     saved = SavedAdapter(adapter)
     config, whole_kv_b = _base_config(saved, base)
     arch = FAMILIES[config.model_type].arch
-    found, _ = find_places(config, build_meta_model(config), whole_kv_b=whole_kv_b)
-    by_key = {place.key: place for place in found.values()}
+    places, _ = find_places(config, build_meta_model(config), whole_kv_b=whole_kv_b)
+    by_key = {place.key: place for place in places.values()}
     targets = [target for weight in saved.weights for target in _targets(saved, weight, by_key)]
     _check_graph(targets, arch)
     with writing(output) as temporary:
@@ -101,9 +101,9 @@ def _targets(saved: SavedAdapter, weight: AdaptedWeight, by_key: Mapping[str, Pl
     rank, columns = saved.shape(weight.a_key)
     rows, b_rank = saved.shape(weight.b_key)
     parts = {part: by_key.get(f"{path}.{part}") for part in ("weight", "k_b", "gate_proj", "up_proj", "down_proj")}
-    if (one := parts["weight"] or parts["k_b"]) is not None:
-        if rank == b_rank and (one is parts["k_b"] or (rows, columns) == (prod(one.shape[:-1]), one.shape[-1])):
-            yield _Target(weight, one, path)
+    if (place := parts["weight"] or parts["k_b"]) is not None:
+        if rank == b_rank and (place is parts["k_b"] or (rows, columns) == (prod(place.shape[:-1]), place.shape[-1])):
+            yield _Target(weight, place, path)
             return
     elif (gate := parts["gate_proj"]) is not None and rank == b_rank and rank % gate.shape[0] == 0:
         _, width, hidden = gate.shape

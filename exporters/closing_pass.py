@@ -15,6 +15,7 @@ gradients, and the decoded codes, 16 bytes a weight.
 import math
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +23,19 @@ from torch import Tensor, nn
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import Role, role_of
-from dynquant.errors import StatsError
+from dynquant.errors import ExportError, StatsError
 from dynquant.evaluation.distributions import Distributions
 from dynquant.evaluation.statistics import block_sums
+from dynquant.exporters.gguf import write_patched
+from dynquant.exporters.output import Encoding
+from dynquant.families.common.conversion import ConvertedSource
 from dynquant.formats import decode
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.formats.scale_fields import num_scales, read_scales, with_scales
+from dynquant.resources import chosen_device
 from dynquant.running.live_weights import LiveWeights
-from dynquant.session import Progress, ignore_progress
+from dynquant.running.load import load_hf
+from dynquant.session import Progress, Session, ignore_progress
 
 BYTES_PER_WEIGHT = 20
 """Peak memory: the model, its gradients, the decoded codes of one or two parts, and activations."""
@@ -69,7 +75,7 @@ def tune(
     windows: Tensor,
     options: TuneOptions,
     *,
-    progress: Progress | None = None,
+    progress: Progress = ignore_progress,
 ) -> Tuned:
     """Tune `file` towards `hf_model`, its original in float32, which ends up holding tuned weights.
 
@@ -82,25 +88,79 @@ def tune(
     """
     train, held = _split(windows, options)
     device = next(hf_model.parameters()).device
-    report = progress or ignore_progress
     live = LiveWeights(model, hf_model)
     steps = train.split(max(1, options.step_tokens // train.shape[1]))
     checks = held.split(max(1, options.step_tokens // train.shape[1]))
     total = train.numel() + held.numel()
     targets = []
     for number, batch in enumerate((*steps, *checks)):
-        logits = _logits(hf_model, batch.to(device))
-        is_trained = number < len(steps)
-        targets.append(
-            Distributions.of(logits, num_top=_TRAINED_TOP, num_tail=0) if is_trained else Distributions.of(logits)
-        )
-        report("original", min(total, sum(len(t) for t in targets)), total, unit="tokens")
+        few = {"num_top": _TRAINED_TOP, "num_tail": 0} if number < len(steps) else {}
+        targets.append(Distributions.of(_logits(hf_model, batch.to(device)), **few))
+        progress("original", min(total, sum(len(t) for t in targets)), total, unit="tokens")
     trained = _install(live, file)
     before = _block_kls(hf_model, checks, targets[len(steps) :], device)
-    _train(hf_model, live, trained, steps, targets, options, report)
+    _train(hf_model, live, trained, steps, targets, options, progress)
     after = _block_kls(hf_model, checks, targets[len(steps) :], device)
-    changed = {name: one.packed() for name, one in trained.items()} if _clearly_lower(after, before) else {}
+    change = after - before
+    is_lower = float(change.mean()) < -_CLEARLY * float(change.std()) / math.sqrt(len(change))
+    changed = {name: tensor.packed() for name, tensor in trained.items()} if is_lower else {}
     return Tuned(changed, float(before.mean()), float(after.mean()), train.numel())
+
+
+def tune_file(
+    model: Model,
+    path: Path,
+    windows: Tensor,
+    options: TuneOptions,
+    output: Path,
+    session: Session,
+    *,
+    encoder: str,
+) -> list[Path]:
+    """Tune the scales and norms of a GGUF file of `model` on token ids [n, window], and write the result."""
+    source = GGUFSource(path)
+    hf_model = load_hf(model, dtype=torch.float32, device=chosen_device(session.device))
+    with session.stage("Encoded tensors are kept; the closing pass starts again.") as progress:
+        tuned = tune(model, hf_model, source, windows, options, progress=progress)
+    change = f"{tuned.kl_before:.4f} -> {tuned.kl_after:.4f} nats on {options.held_out_windows} windows held out"
+    if tuned.replacements:
+        session.note(f"closing pass on {tuned.tokens:,} tokens: KL {change}")
+        encoder = f"{encoder}+tune"
+    else:
+        session.note(
+            f"the closing pass on {tuned.tokens:,} tokens did not clearly help (KL {change}); scales stay as encoded"
+        )
+    return write_patched(source, output, tuned.replacements, encoder=encoder)
+
+
+def closing_pass_of(encoding: Encoding, tokens: int | None) -> TuneOptions | None:
+    """Return what the closing pass should do, or None; by default it runs with the encoder that uses second moments.
+
+    Raises:
+        ExportError: `tokens` ask for one that cannot run.
+    """
+    model, moments = encoding.model, encoding.moments
+    if tokens == 0 or (tokens is None and moments is None):
+        return None
+    reason = None
+    if model.has_vision:
+        reason = "it trains on text alone, and the model sees pictures"
+    elif moments is None:
+        reason = "there are no second moments, whose text it would train on; calibrate with --hessians"
+    elif model.hf_directory is not None and not isinstance(model.source, ConvertedSource):
+        reason = "the model is not of a family that dynquant converts itself"
+    elif tokens is None and model.hf_directory is None:
+        reason = "the original is a GGUF file, which transformers may load in another form (`--tune N` tries)"
+    elif tokens is None and (too_large := too_large_to_tune(model, encoding.limits.memory)):
+        reason = too_large
+    elif tokens is None and len(moments.tokens) <= TuneOptions().held_out_windows:
+        reason = "the calibration text is too short"
+    if reason is None:
+        return TuneOptions() if tokens is None else TuneOptions(tokens=tokens)
+    if tokens is not None:
+        raise ExportError(f"The closing pass (--tune {tokens}) cannot run: {reason}. Export with --tune 0.")
+    encoding.session.note(f"no closing pass: {reason}")
+    return None
 
 
 def too_large_to_tune(model: Model, allowed: int | None = None) -> str | None:
@@ -120,14 +180,13 @@ def too_large_to_tune(model: Model, allowed: int | None = None) -> str | None:
 
 def _split(windows: Tensor, options: TuneOptions) -> tuple[Tensor, Tensor]:
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(options.seed))
-    wanted = max(1, options.tokens // windows.shape[1])
     if len(windows) < options.held_out_windows + 1:
         raise StatsError(
             f"The closing pass needs more than {options.held_out_windows} windows of {windows.shape[1]} tokens, but "
             f"calibration had {len(windows)}. Calibrate on more text, or export with `--tune 0`."
         )
     held, rest = order[: options.held_out_windows], order[options.held_out_windows :]
-    return windows[rest[:wanted]].long(), windows[held].long()
+    return windows[rest[: max(1, options.tokens // windows.shape[1])]].long(), windows[held].long()
 
 
 def _logits(hf_model: nn.Module, batch: Tensor) -> Tensor:
@@ -146,13 +205,8 @@ def _block_kls(
     return torch.from_numpy(sums / sizes)
 
 
-def _clearly_lower(after: Tensor, before: Tensor) -> bool:
-    change = after - before
-    return float(change.mean()) < -_CLEARLY * float(change.std()) / math.sqrt(len(change))
-
-
 class _Scales:
-    """The factors on the fp16 numbers of one tensor."""
+    """The fp16 numbers of one tensor; `parameter` [blocks, count] are the factors on them."""
 
     def __init__(self, live: LiveWeights, name: str, type_name: str, packed: Tensor) -> None:
         self._live, self._name, self._type = live, name, type_name
@@ -168,57 +222,47 @@ class _Scales:
             alone[:, column] = stored[:, column]
             parts.append(decode(type_name, with_scales(type_name, blocks, alone)))
         self._parts = torch.stack(parts, dim=1).to(device)  # [blocks, count, block_size]
-        self.factors = torch.ones(len(blocks), count, device=device)
+        self.parameter = torch.ones(len(blocks), count, device=device)
         decoded = self._parts.sum(1).view_as(original)
         self.relative_error = float((decoded - original).norm() / original.norm().clamp_min(1e-12))
         self.num_weights = original.numel()
 
-    @property
-    def parameter(self) -> Tensor:
-        return self.factors
-
     def apply(self) -> None:
-        self._live.write(self._name, (self._parts * self.factors.unsqueeze(-1)).sum(1))
+        self._live.write(self._name, (self._parts * self.parameter.unsqueeze(-1)).sum(1))
 
     def pull_gradient(self) -> None:
         gradient = self._live.gradient(self._name).reshape(len(self._parts), 1, -1)
-        self.factors.grad = (gradient * self._parts).sum(-1)
+        self.parameter.grad = (gradient * self._parts).sum(-1)
 
     def packed(self) -> Tensor:
         blocks = self._packed.reshape(-1, QUANT_TYPES[self._type].block_bytes)
-        scales = read_scales(self._type, blocks) * self.factors.cpu()
+        scales = read_scales(self._type, blocks) * self.parameter.cpu()
         return with_scales(self._type, blocks, scales).reshape(self._packed.shape)
 
 
 class _Norm:
-    """The values of one norm, stored in F32."""
+    """The values of one norm, stored in F32, which are its `parameter`."""
 
     def __init__(self, live: LiveWeights, name: str) -> None:
         self._live, self._name = live, name
-        self.values = live.read(name).float()
-        self.magnitude = float(self.values.square().mean().sqrt())
-
-    @property
-    def parameter(self) -> Tensor:
-        return self.values
+        self.parameter = live.read(name).float()
+        self.magnitude = float(self.parameter.square().mean().sqrt())
 
     def apply(self) -> None:
-        self._live.write(self._name, self.values)
+        self._live.write(self._name, self.parameter)
 
     def pull_gradient(self) -> None:
-        self.values.grad = self._live.gradient(self._name).float().view_as(self.values)
+        self.parameter.grad = self._live.gradient(self._name).float().view_as(self.parameter)
 
     def packed(self) -> Tensor:
-        return self.values.cpu().view(torch.uint8)
+        return self.parameter.cpu().view(torch.uint8)
 
 
 def _install(live: LiveWeights, file: GGUFSource) -> dict[str, _Scales | _Norm]:
     """Put the file's weights into the model; returns what can be trained. Parameters without a use stay frozen."""
     trained: dict[str, _Scales | _Norm] = {}
-    wanted = set(live.names())
-    for name in file.names():
-        if name not in wanted:
-            continue
+    followed = set(live.names())
+    for name in (name for name in file.names() if name in followed):
         stored = file.info(name)
         if num_scales(stored.dtype):
             trained[name] = _Scales(live, name, stored.dtype, file.load_packed(name))
@@ -237,7 +281,7 @@ def _train(
     steps: tuple[Tensor, ...],
     targets: list[Distributions],
     options: TuneOptions,
-    report: Progress,
+    progress: Progress,
 ) -> None:
     for parameter in hf_model.parameters():
         parameter.requires_grad_(False)
@@ -245,34 +289,35 @@ def _train(
         live.parameter(name).requires_grad_(True)
     device = next(hf_model.parameters()).device
     optimizer = torch.optim.Adam(_groups(trained, options, len(steps)), betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: _warm_then_cosine(i, len(steps)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_then_cosine(step, len(steps)))
     done = 0
     for batch, target in zip(steps, targets, strict=False):
         with torch.enable_grad():
             logits = hf_model(input_ids=batch.to(device), use_cache=False).logits.float().flatten(0, 1)
             target.kl_lower_bound(logits).mean().backward()
-        for one in trained.values():
-            one.pull_gradient()
+        for tensor in trained.values():
+            tensor.pull_gradient()
         hf_model.zero_grad(set_to_none=True)
         optimizer.step()
         schedule.step()
-        for one in trained.values():
-            one.apply()
+        for tensor in trained.values():
+            tensor.apply()
         done += batch.numel()
-        report("tune", done, sum(step.numel() for step in steps), unit="tokens")
+        progress("tune", done, sum(step.numel() for step in steps), unit="tokens")
     for parameter in hf_model.parameters():
         parameter.requires_grad_(False)
 
 
 def _groups(trained: dict[str, _Scales | _Norm], options: TuneOptions, steps: int) -> list[dict[str, object]]:
-    scales = [one for one in trained.values() if isinstance(one, _Scales)]
-    norms = [one for one in trained.values() if isinstance(one, _Norm)]
-    weights = sum(one.num_weights for one in scales)
-    mean_error = sum(one.relative_error * one.num_weights for one in scales) / max(1, weights)
+    scales = [tensor for tensor in trained.values() if isinstance(tensor, _Scales)]
+    norms = [tensor for tensor in trained.values() if isinstance(tensor, _Norm)]
+    weights = sum(tensor.num_weights for tensor in scales)
+    mean_error = sum(tensor.relative_error * tensor.num_weights for tensor in scales) / max(1, weights)
     shorter = min(1.0, math.sqrt(_FULL_RATE_STEPS / steps))
     scale_rate, norm_rate = shorter * options.scale_rate, shorter * options.norm_rate * mean_error
-    groups = [{"params": [one.parameter], "lr": scale_rate * one.relative_error} for one in scales]
-    return groups + [{"params": [one.parameter], "lr": norm_rate * one.magnitude} for one in norms]
+    rates = [(tensor, scale_rate * tensor.relative_error) for tensor in scales]
+    rates += [(tensor, norm_rate * tensor.magnitude) for tensor in norms]
+    return [{"params": [tensor.parameter], "lr": rate} for tensor, rate in rates]
 
 
 def _warm_then_cosine(step: int, steps: int) -> float:

@@ -19,22 +19,11 @@ import gguf
 from torch import Tensor
 
 from dynquant import __version__
-from dynquant.calibration.second_moments import SecondMoments
 from dynquant.calibration.statistics import CalibrationStats
-from dynquant.checkpoints.gguf_layout import (
-    ENCODER_KEY,
-    PADDED_WIDTH,
-    FileLayout,
-    Provenance,
-    TensorSpec,
-    layout,
-    mmproj_path,
-    split_paths,
-)
+from dynquant.checkpoints import gguf_layout
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model, ModelPart
 from dynquant.encoding.parts import TensorPart
-from dynquant.encoding.stream import QuantizedPart
 from dynquant.errors import ExportError
 from dynquant.exporters.output import Encoding, writing
 from dynquant.recipes.build_plan import plan_of_part, with_projector_type
@@ -68,7 +57,7 @@ def export_gguf(encoding: Encoding, output: Path, *, split_max_bytes: int | None
     files: list[Path] = []
     for part, of_part in _encodings(encoding):
         is_projector = part is not None and part.is_projector
-        path = mmproj_path(output) if is_projector else output
+        path = gguf_layout.mmproj_path(output) if is_projector else output
         # llama.cpp reads no split mmproj.
         files = _export_file(of_part, path, None if is_projector else split_max_bytes) + files
     return files
@@ -83,19 +72,13 @@ def _encodings(encoding: Encoding) -> list[tuple[ModelPart | None, Encoding]]:
     model, plan = encoding.model, encoding.plan
     if not model.parts:
         return [(None, encoding)]
-    parts = [
-        (
-            part,
-            replace(
-                encoding,
-                model=part.model,
-                plan=plan_of_part(part, plan, encoding.stats),
-                stats=stats_of_part(part, encoding.stats),
-                moments=_moments_of_part(part, encoding.moments),
-            ),
-        )
-        for part in model.parts
-    ]
+    parts = []
+    for part in model.parts:
+        moments = encoding.moments
+        if moments is not None:
+            moments = replace(moments, aliases=_renamed(part, moments.aliases))
+        own_plan, stats = plan_of_part(part, plan, encoding.stats), stats_of_part(part, encoding.stats)
+        parts.append((part, replace(encoding, model=part.model, plan=own_plan, stats=stats, moments=moments)))
     total = sum(of_part.plan.predicted_bytes for _, of_part in parts)
     if not model.unwritten and total != plan.predicted_bytes:
         raise ExportError(
@@ -110,34 +93,27 @@ def _export_file(encoding: Encoding, output: Path, split_max_bytes: int | None) 
     _check_output(encoding.model, output)
     files = _layout(encoding, split_max_bytes)
     parts = encoding.parts()
-    target = ResumableOutput(
-        split_paths(output, len(files)),
-        [file.total_bytes for file in files],
-        _regions(files, parts),
-        encoding.identity(_header_hash(files)),
-        resume=encoding.resume,
-    )
+    paths, sizes = gguf_layout.split_paths(output, len(files)), [file.total_bytes for file in files]
+    identity = encoding.identity(hashlib.sha256(b"".join(file.header for file in files)).hexdigest())
+    target = ResumableOutput(paths, sizes, _regions(files, parts), identity, resume=encoding.resume)
     with writing(target, encoding.session) as progress:
-        _write(target, files, encoding.quantized(parts, frozenset(target.finished), progress))
+        for number, file in enumerate(files):
+            if _header_region(number) not in target.finished:
+                target.write(_header_region(number), file.header)
+        for part, packed in encoding.quantized(parts, frozenset(target.finished), progress):
+            target.write(part.key, memoryview(packed.contiguous().numpy().reshape(-1)))
         return target.commit()
 
 
-def _write(target: ResumableOutput, files: Iterable[FileLayout], quantized: Iterable[QuantizedPart]) -> None:
-    for number, file in enumerate(files):
-        if _header_region(number) not in target.finished:
-            target.write(_header_region(number), file.header)
-    for quantized_part in quantized:
-        blocks = quantized_part.packed.contiguous().numpy().reshape(-1)
-        target.write(quantized_part.part.key, memoryview(blocks))
-
-
-def _layout(encoding: Encoding, split_max_bytes: int | None) -> list[FileLayout]:
+def _layout(encoding: Encoding, split_max_bytes: int | None) -> list[gguf_layout.FileLayout]:
     model, plan = encoding.model, encoding.plan
     entries = {entry.name: entry for entry in plan.entries}
-    tensors = [TensorSpec(name, entries[name].shape, entries[name].type) for name in model.source.names()]
-    provenance = Provenance(plan.fingerprint, plan.recipe, encoding.encoder.name, plan.hash, plan.stats_hash or "")
+    tensors = [gguf_layout.TensorSpec(name, entries[name].shape, entries[name].type) for name in model.source.names()]
+    provenance = gguf_layout.Provenance(
+        plan.fingerprint, plan.recipe, encoding.encoder.name, plan.hash, plan.stats_hash or ""
+    )
     imatrix = imatrix_info(encoding.stats)
-    files = layout(model, tensors, provenance, imatrix=imatrix)
+    files = gguf_layout.layout(model, tensors, provenance, imatrix=imatrix)
     total = sum(file.total_bytes for file in files)
     if total != plan.predicted_bytes:
         raise ExportError(
@@ -147,10 +123,10 @@ def _layout(encoding: Encoding, split_max_bytes: int | None) -> list[FileLayout]
         )
     if split_max_bytes is None:
         return files
-    return layout(model, tensors, provenance, imatrix=imatrix, split_max_bytes=split_max_bytes)
+    return gguf_layout.layout(model, tensors, provenance, imatrix=imatrix, split_max_bytes=split_max_bytes)
 
 
-def _regions(files: Iterable[FileLayout], parts: Mapping[str, list[TensorPart]]) -> dict[str, Region]:
+def _regions(files: Iterable[gguf_layout.FileLayout], parts: Mapping[str, list[TensorPart]]) -> dict[str, Region]:
     regions = {}
     for number, file in enumerate(files):
         regions[_header_region(number)] = Region(number, 0, len(file.header))
@@ -158,10 +134,6 @@ def _regions(files: Iterable[FileLayout], parts: Mapping[str, list[TensorPart]])
             for part in parts[placement.tensor.name]:
                 regions[part.key] = Region(number, placement.offset + part.offset, part.num_bytes)
     return regions
-
-
-def _header_hash(files: Iterable[FileLayout]) -> str:
-    return hashlib.sha256(b"".join(file.header for file in files)).hexdigest()
 
 
 def _header_region(number: int) -> str:
@@ -223,17 +195,13 @@ def stats_of_part(part: ModelPart, stats: CalibrationStats | None) -> Calibratio
     return None if stats is None else replace(stats, aliases=_renamed(part, stats.aliases))
 
 
-def _moments_of_part(part: ModelPart, moments: SecondMoments | None) -> SecondMoments | None:
-    return None if moments is None else replace(moments, aliases=_renamed(part, moments.aliases))
-
-
 def write_patched(source: GGUFSource, output: Path, replacements: Mapping[str, Tensor], *, encoder: str) -> list[Path]:
     """Write `source`, all of its files, under the name `output`; `encoder` is entered where dynquant keeps it.
 
     Raises:
         WriteError: no space or no permission; nothing is left behind.
     """
-    paths = split_paths(output, len(source.files))
+    paths = gguf_layout.split_paths(output, len(source.files))
     with ExitStack() as stack:
         # The stack moves the first file last: loaders open it, and it must not appear before the others.
         partials = [stack.enter_context(writing_atomically(path)) for path in paths]
@@ -242,9 +210,9 @@ def write_patched(source: GGUFSource, output: Path, replacements: Mapping[str, T
         patches = [
             (*source.location(name), packed.contiguous().numpy().tobytes()) for name, packed in replacements.items()
         ]
-        name_place = source.text_location(ENCODER_KEY)
-        if name_place is not None and name_place[1] == PADDED_WIDTH:
-            patches.append((0, name_place[0], encoder.ljust(PADDED_WIDTH).encode()))
+        name_place = source.text_location(gguf_layout.ENCODER_KEY)
+        if name_place is not None and name_place[1] == gguf_layout.PADDED_WIDTH:
+            patches.append((0, name_place[0], encoder.ljust(gguf_layout.PADDED_WIDTH).encode()))
         for index, partial in enumerate(partials):
             with partial.open("r+b") as target:
                 for file_index, offset, data in patches:

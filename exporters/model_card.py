@@ -72,7 +72,9 @@ def compressed_card(plan: Plan, *, rounding: str) -> str:
         "vllm serve PATH",
         "```",
         "",
-        _transformers_note(plan),
+        f"transformers cannot load it: {problem}. vLLM can."
+        if (problem := transformers_problem(plan))
+        else "transformers loads it as well, with the package compressed-tensors; it unpacks the weights in memory.",
     ]
     return _card(plan, "compressed-tensors, vllm, dynquant", plan.bits_per_weight, about, body)
 
@@ -114,13 +116,6 @@ def _damage(plan: Plan, tasks: str) -> list[str]:
     return lines
 
 
-def _transformers_note(plan: Plan) -> str:
-    problem = transformers_problem(plan)
-    if problem:
-        return f"transformers cannot load it: {problem}. vLLM can."
-    return "transformers loads it as well, with the package compressed-tensors; it unpacks the weights in memory."
-
-
 def _scheme_row(name: str, entries: Sequence[PlanEntry]) -> str:
     layers, weights = sum(len(entry.modules) for entry in entries), sum(prod(entry.shape) for entry in entries)
     size = sum(entry.bytes for entry in entries)
@@ -137,5 +132,7 @@ def _grouped(plan: Plan) -> list[list[PlanEntry]]:
 
 def _mean_error(entries: Sequence[PlanEntry]) -> str:
     """Return the mean of the relative squared errors, weighted by size; empty where the plan has none."""
-    known = [(entry.weighted_error, prod(entry.shape)) for entry in entries if entry.weighted_error is not None]
-    return f"{sum(error * size for error, size in known) / sum(size for _, size in known):.2e}" if known else ""
+    measured = [(entry.weighted_error, prod(entry.shape)) for entry in entries if entry.weighted_error is not None]
+    return (
+        f"{sum(error * size for error, size in measured) / sum(size for _, size in measured):.2e}" if measured else ""
+    )

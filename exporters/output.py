@@ -10,24 +10,14 @@ from dynquant import __version__
 from dynquant.calibration.second_moments import SecondMoments
 from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.model import Model
+from dynquant.checkpoints.safetensors_format import ShardLayout
+from dynquant.encoding import stream
 from dynquant.encoding.interface import Encoder, ProtectedWeight
 from dynquant.encoding.parts import PartLimits, TensorPart
-from dynquant.encoding.stream import (
-    Guidance,
-    PartStream,
-    QuantizedPart,
-    check_importance,
-    check_plan,
-    encoder_version,
-    guidance_of,
-    parts_of_plan,
-    quantize,
-    quantize_elsewhere,
-)
 from dynquant.errors import ClusterError, DynquantError, PlanError, StatsError, WriteError
 from dynquant.recipes.plan import Plan
 from dynquant.session import SILENT, Progress, Session
-from dynquant.storage.resumable_output import ResumableOutput
+from dynquant.storage.resumable_output import Region, ResumableOutput
 
 
 @dataclass(frozen=True)
@@ -58,7 +48,7 @@ class Encoding:
     moments: SecondMoments | None = None
     protected: Mapping[str, tuple[ProtectedWeight, ...]] = field(default_factory=dict)
     limits: PartLimits = field(default_factory=PartLimits)
-    elsewhere: PartStream | None = None
+    elsewhere: stream.PartStream | None = None
     """Encodes on other machines."""
     resume: bool = True
     """False starts an interrupted export over."""
@@ -69,20 +59,31 @@ class Encoding:
         return self.moments if self.encoder.uses_hessians else None
 
     @cached_property
-    def guidance(self) -> Guidance:
-        return guidance_of(self.stats, self.used_moments, self.protected)
+    def guidance(self) -> stream.Guidance:
+        return stream.guidance_of(self.stats, self.used_moments, self.protected)
 
     def check(self) -> None:
         """Refuse a plan of another model, and statistics that are not those of the plan.
 
         Raises:
-            PlanError: the plan is not of this model.
-            StatsError: the statistics are missing, superfluous, or of another checkpoint.
+            PlanError: the plan is not of this model, or was made without statistics, and there are some.
+            StatsError: the statistics are missing, or of another checkpoint.
             EncodeError: a type without the statistics it needs.
         """
-        check_plan(self.model, self.plan)
-        _check_stats(self.model, self.plan, self.stats)
-        check_importance(self.plan, self.guidance.importance)
+        stream.check_plan(self.model, self.plan)
+        if self.stats is None and self.plan.stats_hash is not None:
+            raise StatsError(
+                f"The plan was made from calibration statistics ({self.plan.stats_hash[:12]}), and the same ones are "
+                "needed to export it. Give the stats.safetensors that lies beside the plan."
+            )
+        if self.stats is not None:
+            if self.plan.stats_hash is None:
+                raise PlanError(
+                    "The plan was made without calibration statistics, so its size and types do not hold with them. "
+                    "Plan again with the statistics, or export without them."
+                )
+            self.stats.check_belongs_to(self.model.fingerprint, self.model.name)
+        stream.check_importance(self.plan, self.guidance.importance)
 
     def parts(self, *, whole: Collection[str] = ()) -> dict[str, list[TensorPart]]:
         """Return the parts of every tensor; those named in `whole` have one.
@@ -90,14 +91,14 @@ class Encoding:
         Raises:
             ExportError: the limits are too tight for a tensor.
         """
-        return parts_of_plan(self.plan, self.guidance, self.encoder, self.limits, whole=whole)
+        return stream.parts_of_plan(self.plan, self.guidance, self.encoder, self.limits, whole=whole)
 
     def identity(self, header_hash: str) -> dict[str, str]:
         """Return what decides an export's bytes; an interrupted one goes on only under an equal identity."""
         return {
             "plan": self.plan.hash,
             "encoder": self.encoder.name,
-            "encoder_version": encoder_version(self.encoder),
+            "encoder_version": stream.encoder_version(self.encoder),
             "dynquant_version": __version__,
             "header": header_hash,
             "hessians": self.used_moments.identity if self.used_moments is not None else "none",
@@ -105,11 +106,11 @@ class Encoding:
 
     def quantized(
         self, parts: Mapping[str, list[TensorPart]], skip: Collection[str], progress: Progress
-    ) -> Iterator[QuantizedPart]:
+    ) -> Iterator[stream.QuantizedPart]:
         """Yield every part but those whose key or tensor name is in `skip`."""
         if self.elsewhere is not None:
-            return quantize_elsewhere(self.model, self.plan, self.elsewhere, parts, progress=progress, skip=skip)
-        return quantize(
+            return stream.quantize_elsewhere(self.model, self.plan, self.elsewhere, parts, progress=progress, skip=skip)
+        return stream.quantize(
             self.model,
             self.plan,
             self.guidance,
@@ -119,6 +120,16 @@ class Encoding:
             progress=progress,
             skip=skip,
         )
+
+
+def directory_regions(
+    documents: Mapping[str, bytes], shards: Mapping[str, ShardLayout]
+) -> tuple[dict[str, int], dict[str, Region]]:
+    """Return the sizes of a directory's files, and the places of small files and headers of shards by file name."""
+    heads = dict(documents) | {name: shard.header for name, shard in shards.items()}
+    sizes = {name: len(content) for name, content in documents.items()}
+    sizes |= {name: shard.total_bytes for name, shard in shards.items()}
+    return sizes, {name: Region(number, 0, len(heads[name])) for number, name in enumerate(sizes)}
 
 
 @contextmanager
@@ -135,24 +146,3 @@ def writing(target: ResumableOutput, session: Session) -> Iterator[Progress]:
         except DynquantError:
             target.discard()
             raise
-
-
-def _check_stats(model: Model, plan: Plan, stats: CalibrationStats | None) -> None:
-    """Refuse statistics that are not those of the plan.
-
-    Raises:
-        StatsError: missing, or of another checkpoint.
-        PlanError: there are some, but the plan was made without.
-    """
-    if stats is None and plan.stats_hash is not None:
-        raise StatsError(
-            f"The plan was made from calibration statistics ({plan.stats_hash[:12]}), and the same ones are needed to "
-            "export it. Give the stats.safetensors that lies beside the plan."
-        )
-    if stats is not None:
-        if plan.stats_hash is None:
-            raise PlanError(
-                "The plan was made without calibration statistics, so its size and types do not hold with them. Plan "
-                "again with the statistics, or export without them."
-            )
-        stats.check_belongs_to(model.fingerprint, model.name)

@@ -12,16 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dynquant import __version__
-from dynquant.checkpoints.checkpoint_directory import (
-    SHARD_BYTES,
-    as_json,
-    copied_files,
-    files_hash,
-    index_of,
-    shards_of,
-    tensor_bytes,
-    write_small_files,
-)
+from dynquant.checkpoints import checkpoint_directory as directory
 from dynquant.checkpoints.gguf_layout import recorded_encoder
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
@@ -30,7 +21,7 @@ from dynquant.encoding.parts import TensorPart, load_packed_part
 from dynquant.encoding.stream import QuantizedPart
 from dynquant.errors import CheckpointError, ExportError
 from dynquant.exporters.model_card import packed_card
-from dynquant.exporters.output import Encoding, writing
+from dynquant.exporters.output import Encoding, directory_regions, writing
 from dynquant.families.common.config import Config, read_config, read_json
 from dynquant.families.common.conversion import ConvertedSource, load_finite
 from dynquant.families.from_gguf import config_from_gguf, tokenizer_files
@@ -55,18 +46,6 @@ class _Layout:
     """config.json without `quantization_config`."""
 
 
-@dataclass(frozen=True)
-class _Checkpoint:
-    """Everything of the directory that is known before a weight is encoded."""
-
-    layout: _Layout
-    shards: dict[str, ShardLayout]
-    documents: dict[str, bytes]
-    """Small files by name; config.json is the first."""
-    file_of: dict[str, str]
-    """state_dict key -> shard."""
-
-
 def export_safetensors(
     encoding: Encoding, output: Path, *, shard_max_bytes: int | None = None, stored: GGUFSource | None = None
 ) -> list[Path]:
@@ -84,22 +63,33 @@ def export_safetensors(
     """
     model, plan = encoding.model, encoding.plan
     encoding.check()
-    _check_output(model, output)
+    if output.exists() and not output.is_dir():
+        raise ExportError(f"{output} is a file; `-f safetensors` writes a directory.")
+    if model.hf_directory is not None and output.exists() and output.samefile(model.hf_directory):
+        raise ExportError(f"{output} is the model that is being read; export to another directory.")
     name = (recorded_encoder(stored) if stored is not None else "") or encoding.encoder.name
-    checkpoint = _describe(model, plan, name, shard_max_bytes or SHARD_BYTES)
-    parts = encoding.parts(whole=_rewritten(checkpoint, plan))
-    regions, paths, sizes = _regions(output, checkpoint, parts)
-    identity = encoding.identity(files_hash(checkpoint.documents, checkpoint.shards))
+    layout = _lay_out_vision(model, plan) if model.has_vision else _lay_out_language(model, plan)
+    documents, shards = _describe(model, plan, layout, name, shard_max_bytes or directory.SHARD_BYTES)
+    parts = encoding.parts(whole=_rewritten(layout, plan))
+    sizes, regions = directory_regions(documents, shards)
+    regions |= _part_regions(layout, shards, parts, regions)
+    identity = encoding.identity(directory.files_hash(documents, shards))
     identity["stored"] = stored.fingerprint if stored is not None else "none"
-    target = ResumableOutput(paths, sizes, regions, identity, resume=encoding.resume)
+    paths = [output / name for name in sizes]
+    target = ResumableOutput(paths, list(sizes.values()), regions, identity, resume=encoding.resume)
     with writing(target, encoding.session) as progress:
-        skip = checkpoint.layout.skipped | checkpoint.layout.copied.keys() | target.finished
-        write_small_files(target, checkpoint.documents, checkpoint.shards)
-        _copy(target, model, checkpoint.layout.copied)
+        skip = layout.skipped | layout.copied.keys() | target.finished
+        directory.write_small_files(target, documents, shards)
+        _copy(target, model, layout.copied)
         quantized = encoding.quantized(parts, skip, progress) if stored is None else _parts_of(stored, parts, skip)
-        _write(target, checkpoint.layout.places, quantized)
+        for part, packed in quantized:
+            values = layout.places[part.name].from_gguf(part.quant_type, packed) if part.is_whole else packed
+            target.write(part.key, directory.tensor_bytes(values))
         files = target.commit()
-    _remove_old_shards(output, checkpoint)
+    for path in output.glob("model*"):
+        # Weights of an older export in the same directory, which the new index does not name.
+        if _WEIGHTS_NAME.fullmatch(path.name) and path.name not in sizes:
+            path.unlink()
     return files
 
 
@@ -116,15 +106,16 @@ def hf_config_of(model: Model) -> Config:
     raise CheckpointError(f"{model.path} has neither config.json nor GGUF metadata, so transformers cannot run it.")
 
 
-def _describe(model: Model, plan: Plan, encoder: str, shard_max_bytes: int) -> _Checkpoint:
-    layout = _lay_out_vision(model, plan) if model.has_vision else _lay_out_language(model, plan)
+def _describe(
+    model: Model, plan: Plan, layout: _Layout, encoder: str, shard_max_bytes: int
+) -> tuple[dict[str, bytes], dict[str, ShardLayout]]:
+    """Return small files by name, config.json first, and the layouts of the weight files."""
     entries = {entry.name: entry for entry in plan.entries if entry.name in layout.places}
     tensors = {
         name: layout.copied.get(name) or layout.places[name].stored_as(entry.quant_type)
         for name, entry in entries.items()
     }
-    shards = shards_of(list(tensors.values()), shard_max_bytes)
-    file_of = {key: name for name, shard in shards.items() for key in shard.spans}
+    shards = directory.shards_of(list(tensors.values()), shard_max_bytes)
     stored_bytes = sum(tensor.num_bytes for tensor in tensors.values())
     types = {
         layout.places[name].key: layout.places[name].stored_type(entry.quant_type).name
@@ -140,68 +131,58 @@ def _describe(model: Model, plan: Plan, encoder: str, shard_max_bytes: int) -> _
             "fingerprint": plan.fingerprint, "stats_hash": plan.stats_hash or "",
         },
     }  # fmt: skip
-    documents = {"config.json": as_json({**layout.config, "quantization_config": quantization})}
+    documents = {"config.json": directory.as_json({**layout.config, "quantization_config": quantization})}
     documents["README.md"] = packed_card(plan, encoder=encoder, stored_bytes=stored_bytes).encode()
-    documents |= index_of(shards)
-    documents |= copied_files(model.hf_directory) if model.hf_directory is not None else tokenizer_files(model.path)
-    return _Checkpoint(layout, shards, documents, file_of)
+    documents |= directory.index_of(shards)
+    documents |= (
+        directory.copied_files(model.hf_directory) if model.hf_directory is not None else tokenizer_files(model.path)
+    )
+    return documents, shards
 
 
 def _lay_out_language(model: Model, plan: Plan) -> _Layout:
     config = hf_config_of(model)
     names = model.source.names()
     whole = "blk.0.attn_kv_b.weight" in names
-    found, computed = find_places(config, build_meta_model(config), whole_kv_b=whole)
-    lost = [name for name in names if name not in found and name not in computed]
+    places, computed = find_places(config, build_meta_model(config), whole_kv_b=whole)
+    lost = [name for name in names if name not in places and name not in computed]
     if lost:
         raise CheckpointError(f"{model.name} holds `{lost[0]}`, which {config.model_type} has no place for.")
     is_tied = all(entry.name != "output.weight" for entry in plan.entries)
-    return _Layout(found, frozenset(computed), {}, {**config.raw, "tie_word_embeddings": is_tied})
+    return _Layout(places, frozenset(computed), {}, {**config.raw, "tie_word_embeddings": is_tied})
 
 
 def _lay_out_vision(model: Model, plan: Plan) -> _Layout:
     assert model.hf_directory is not None
-    found = lay_out_vision(model, plan, build_meta_vision(model))
-    return _Layout(found.places, found.parts, found.copied, read_json(model.hf_directory / "config.json"))
+    layout = lay_out_vision(model, plan, build_meta_vision(model))
+    return _Layout(layout.places, layout.parts, layout.copied, read_json(model.hf_directory / "config.json"))
 
 
-def _rewritten(checkpoint: _Checkpoint, plan: Plan) -> frozenset[str]:
+def _rewritten(layout: _Layout, plan: Plan) -> frozenset[str]:
     """Tensors whose entry is not the bytes of GGUF, or is none at all."""
-    places = checkpoint.layout.places
+    places, copied = layout.places, layout.copied
     return frozenset(
         entry.name
         for entry in plan.entries
-        if entry.name not in places
-        or entry.name in checkpoint.layout.copied
-        or not places[entry.name].keeps_bytes(entry.quant_type)
+        if entry.name in copied or entry.name not in places or not places[entry.name].keeps_bytes(entry.quant_type)
     )
 
 
-def _regions(
-    output: Path, checkpoint: _Checkpoint, parts: Mapping[str, list[TensorPart]]
-) -> tuple[dict[str, Region], list[Path], list[int]]:
-    """Regions by part, by shard for headers, and by name for small files; with paths and sizes of all files."""
-    sizes = {name: len(content) for name, content in checkpoint.documents.items()}
-    sizes |= {name: shard.total_bytes for name, shard in checkpoint.shards.items()}
-    number = {name: index for index, name in enumerate(sizes)}
-    regions = {name: Region(number[name], 0, len(content)) for name, content in checkpoint.documents.items()}
-    for name, shard in checkpoint.shards.items():
-        regions[name] = Region(number[name], 0, len(shard.header))
-    for name, place in checkpoint.layout.places.items():
-        file = checkpoint.file_of.get(place.key)
-        if file is None:
-            continue
-        start, length = checkpoint.shards[file].spans[place.key]
-        for part in parts[name]:
-            regions[part.key] = Region(number[file], start + part.offset, length if part.is_whole else part.num_bytes)
-    return regions, [output / name for name in sizes], list(sizes.values())
-
-
-def _write(target: ResumableOutput, places: Mapping[str, Place], quantized: Iterable[QuantizedPart]) -> None:
-    for quantized_part in quantized:
-        part, packed = quantized_part.part, quantized_part.packed
-        values = places[part.name].from_gguf(part.quant_type, packed) if part.is_whole else packed
-        target.write(part.key, tensor_bytes(values))
+def _part_regions(
+    layout: _Layout,
+    shards: Mapping[str, ShardLayout],
+    parts: Mapping[str, list[TensorPart]],
+    headers: Mapping[str, Region],
+) -> dict[str, Region]:
+    """Return the places of all parts in the files that `headers` number."""
+    spans = {key: (headers[name].file, *span) for name, shard in shards.items() for key, span in shard.spans.items()}
+    return {
+        part.key: Region(file, start + part.offset, length if part.is_whole else part.num_bytes)
+        for name, place in layout.places.items()
+        if place.key in spans
+        for file, start, length in [spans[place.key]]
+        for part in parts[name]
+    }
 
 
 def _copy(target: ResumableOutput, model: Model, copied: Mapping[str, StoredTensor]) -> None:
@@ -210,7 +191,7 @@ def _copy(target: ResumableOutput, model: Model, copied: Mapping[str, StoredTens
         if name not in target.finished:
             assert isinstance(model.source, ConvertedSource)
             values = load_finite(model.source.checkpoint, stored.key)
-            target.write(name, tensor_bytes(values.to(FLOAT_DTYPES[stored.dtype])))
+            target.write(name, directory.tensor_bytes(values.to(FLOAT_DTYPES[stored.dtype])))
 
 
 def _parts_of(
@@ -219,17 +200,3 @@ def _parts_of(
     for part in (part for several in parts.values() for part in several):
         if part.key not in skip and part.name not in skip:
             yield QuantizedPart(part, load_packed_part(source, part))
-
-
-def _check_output(model: Model, output: Path) -> None:
-    if output.exists() and not output.is_dir():
-        raise ExportError(f"{output} is a file; `-f safetensors` writes a directory.")
-    if model.hf_directory is not None and output.exists() and output.samefile(model.hf_directory):
-        raise ExportError(f"{output} is the model that is being read; export to another directory.")
-
-
-def _remove_old_shards(output: Path, checkpoint: _Checkpoint) -> None:
-    """Weights of an older export in the same directory, which the new index no longer names."""
-    for path in output.glob("model*"):
-        if _WEIGHTS_NAME.fullmatch(path.name) and path.name not in (*checkpoint.shards, *checkpoint.documents):
-            path.unlink()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -22,25 +22,15 @@ from dynquant.checkpoints.tensor_source import TensorInfo
 from dynquant.encoding.interface import Encoder
 from dynquant.encoding.parts import as_slice, ranges
 from dynquant.encoding.store import EncodedStore
+from dynquant.families.linear_layers import LinearLayer
 from dynquant.formats import decode
 from dynquant.formats.quant_types import QUANT_TYPES, QuantType, fit_to_row
 from dynquant.formats.storage_format import StorageFormat
 from dynquant.recipes.presets import is_quantizable
 from dynquant.session import Progress, ignore_progress
 
-WEIGHTS_IN_MEMORY = 1 << 21
-"""Largest number of weights in a group of experts: 8 MB of float32. glibc returns every array of 32 MB to the system,
-and page faults then take longer than all else for types that are quickly encoded."""
-
-
-class NamedShape(Protocol):
-    """A tensor, or a linear layer of a checkpoint."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
+Formats = Mapping[str, tuple[TensorInfo | LinearLayer, Mapping[StorageFormat, tuple[str, ...]]]]
+"""Name -> its tensor, and the formats that this is measured in, each with the wanted types that lead to it."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +51,25 @@ Measure = Callable[[Iterable[ErrorPart]], Iterator[tuple[ErrorPart, Sums]]]
 """Parts -> each with its sums, in any order."""
 
 
+class Meter(Protocol):
+    """Measures in this process what formats of one kind do to the tensors of `model`."""
+
+    model: Model
+    stats: CalibrationStats
+    encoder_name: str
+    weights_in_memory: int
+    """Largest number of weights in a group of experts that are loaded together."""
+
+    def formats(self, type_names: Sequence[str]) -> Formats:
+        """Return what is measured where these types are wanted."""
+
+    def sums(self, part: ErrorPart, on_format: Callable[[], None]) -> Sums:
+        """Measure a part; `on_format` is called after each format."""
+
+
 @dataclass(frozen=True)
 class ErrorMeter:
-    """Measures parts in this process."""
+    """Measures quant types."""
 
     model: Model
     stats: CalibrationStats
@@ -72,10 +78,22 @@ class ErrorMeter:
     store: EncodedStore | None = None
     """Blocks of the same encoder are taken from it and kept there; without one they are forgotten."""
 
-    def sums(self, part: ErrorPart, on_type: Callable[[], None] = lambda: None) -> Sums:
-        """Measure a part; `on_type` is called after each type."""
-        columns, experts = part.shape[-1], as_slice(part.experts)
-        weights = self._load(part)
+    # 8 MB of float32: glibc returns every array of 32 MB to the system, and page faults then take longer than all else
+    # for types that are quickly encoded.
+    weights_in_memory: ClassVar[int] = 1 << 21
+
+    @property
+    def encoder_name(self) -> str:
+        return self.encoder.name
+
+    def formats(self, type_names: Sequence[str]) -> Formats:
+        return tensor_formats(self.model, self.stats, type_names)
+
+    def sums(self, part: ErrorPart, on_format: Callable[[], None] = lambda: None) -> Sums:
+        columns, experts, source = part.shape[-1], as_slice(part.experts), self.model.source
+        is_stacked = len(part.shape) > 2
+        # [E, R, C]
+        weights = torch.stack([source.load(part.name, *([expert] if is_stacked else [])) for expert in part.experts])
         scale = importance(self.stats, part.name, part.shape)  # [E or 1, C] or None
         if scale is not None:
             scale = scale[0] if len(scale) == 1 else scale[experts]
@@ -90,58 +108,19 @@ class ErrorMeter:
                 packed = whole[experts] if whole.ndim == 3 else whole.unsqueeze(0)
             decoded = decode(candidate, packed, tuple(weights.shape))
             sums[candidate.name] = ErrorSums.measured(weights, decoded, weighting, samples)
-            on_type()
+            on_format()
         return sums
 
-    def _load(self, part: ErrorPart) -> torch.Tensor:
-        """Return the weights of a part, float32 [E, R, C]."""
-        if len(part.shape) == 2:
-            return self.model.source.load(part.name).unsqueeze(0)
-        return torch.stack([self.model.source.load(part.name, expert) for expert in part.experts])
 
-
-class WaitingSums:
-    """Sums of a tensor's parts until all are measured; they come in any order."""
-
-    def __init__(self, parts: Sequence[ErrorPart]) -> None:
-        self._parts = parts
-        # They wait as numbers: tensors of a few bytes would lie between the large ones for as long, and memory that is
-        # freed around them is not joined. A 14 GB checkpoint took 23 GB.
-        self._numbers: dict[ErrorPart, dict[str, SumNumbers]] = {}
-
-    @property
-    def is_complete(self) -> bool:
-        return len(self._numbers) == len(self._parts)
-
-    def add(self, part: ErrorPart, sums: Sums) -> None:
-        """Take over what was measured of a part."""
-        self._numbers[part] = {type_name: of_type.numbers() for type_name, of_type in sums.items()}
-
-    def joined(self, type_name: str) -> ErrorSums:
-        """Return the sums of the whole tensor in one type."""
-        return ErrorSums.joined(
-            ErrorSums.from_numbers(self._numbers[part][type_name], len(part.experts)) for part in self._parts
-        )
-
-
-def measured_tensors(
-    parts: Mapping[str, Sequence[ErrorPart]],
-    measure: Callable[[ErrorPart, Callable[[], None]], Sums],
-    *,
-    journal: ErrorJournal | None = None,
-    elsewhere: Measure | None = None,
-    progress: Progress = ignore_progress,
-) -> Iterator[tuple[str, WaitingSums]]:
-    """Measure the parts of every tensor; yield a tensor with its sums as soon as its last part is measured.
-
-    Args:
-        parts: Tensor -> its parts, in any kind of types or schemes.
-        measure: Returns the sums of a part, and calls its second argument after each type.
-        journal: Parts that it holds are not measured again; others are added to it.
-        elsewhere: Measures parts on other machines, in place of `measure`.
-    """
-    every = [part for of_tensor in parts.values() for part in of_tensor]
-    total, done = sum(part.num_weights * len(part.types) for part in every), 0
+def _measured_parts(
+    meter: Meter,
+    parts: Sequence[ErrorPart],
+    journal: ErrorJournal | None,
+    elsewhere: Measure | None,
+    progress: Progress,
+) -> Iterator[tuple[ErrorPart, Sums]]:
+    """Yield every part with its sums: those of the journal first, then those that are measured and added to it."""
+    total, done = sum(part.num_weights * len(part.types) for part in parts), 0
 
     def advance(part: ErrorPart, num_types: int) -> None:
         nonlocal done
@@ -151,34 +130,26 @@ def measured_tensors(
     def measured_here(missing: Iterable[ErrorPart]) -> Iterator[tuple[ErrorPart, Sums]]:
         for part in missing:
             advance(part, 0)
-            yield part, measure(part, partial(advance, part, 1))
+            yield part, meter.sums(part, partial(advance, part, 1))
 
-    def all_sums() -> Iterator[tuple[ErrorPart, Sums]]:
-        missing = []
-        for part in every:
-            sums = journal.get(part.name, part.experts, part.types) if journal else None
-            if sums is None:
-                missing.append(part)
-            else:
-                advance(part, len(part.types))
-                yield part, sums
-        for part, sums in (elsewhere or measured_here)(missing):
-            if elsewhere:
-                advance(part, len(part.types))
-            if journal:
-                journal.add(part.name, part.experts, sums)
+    missing = []
+    for part in parts:
+        sums = journal.get(part.name, part.experts, part.types) if journal else None
+        if sums is None:
+            missing.append(part)
+        else:
+            advance(part, len(part.types))
             yield part, sums
-
-    waiting: dict[str, WaitingSums] = {}
-    for part, sums in all_sums():
-        of_tensor = waiting.setdefault(part.name, WaitingSums(parts[part.name]))
-        of_tensor.add(part, sums)
-        if of_tensor.is_complete:
-            yield part.name, waiting.pop(part.name)
+    for part, sums in (elsewhere or measured_here)(missing):
+        if elsewhere:
+            advance(part, len(part.types))
+        if journal:
+            journal.add(part.name, part.experts, sums)
+        yield part, sums
 
 
 def build_error_table(
-    meter: ErrorMeter,
+    meter: Meter,
     type_names: Sequence[str],
     *,
     stats_hash: str,
@@ -186,47 +157,56 @@ def build_error_table(
     elsewhere: Measure | None = None,
     progress: Progress = ignore_progress,
 ) -> ErrorTable:
-    """Measure every quantizable tensor in every type of `type_names` that its row length and statistics allow.
+    """Measure every tensor in the formats that `type_names` lead to.
 
     Parts that `journal` holds are not measured again, others are added to it. `elsewhere` measures them on other
     machines, with neither threads nor store of `meter`.
 
     Raises:
+        PlanError: the journal cannot be written.
         StatsError: the statistics belong to another checkpoint.
         EncodeError: a weight is NaN or infinite; the tensor is named.
     """
-    model, stats = meter.model, meter.stats
-    stats.check_belongs_to(model.fingerprint, model.name)
-    tensors = {info.name: (info, _candidates(info, type_names, stats)) for info in _quantizable(model)}
+    meter.stats.check_belongs_to(meter.model.fingerprint, meter.model.name)
+    formats = meter.formats(type_names)
     parts = {
-        name: parts_of(name, info.shape, [candidate.name for candidate in candidates], WEIGHTS_IN_MEMORY)
-        for name, (info, candidates) in tensors.items()
+        name: _parts_of(name, tensor.shape, [candidate.name for candidate in candidates], meter.weights_in_memory)
+        for name, (tensor, candidates) in formats.items()
     }
+    every_part = [part for of_tensor in parts.values() for part in of_tensor]
+    # Sums wait as numbers for the last part of their tensor: tensors of a few bytes would lie between the large ones
+    # for as long, and memory that is freed around them is not joined. A 14 GB checkpoint took 23 GB.
+    waiting: dict[str, dict[ErrorPart, dict[str, SumNumbers]]] = {name: {} for name in parts}
     rows = {}
-    for name, sums in measured_tensors(parts, meter.sums, journal=journal, elsewhere=elsewhere, progress=progress):
-        info, candidates = tensors[name]
-        rows[name] = [
-            measured_row(info, candidate, asked_as, sums.joined(candidate.name), stats)
-            for candidate, asked_as in candidates.items()
-        ]
-    in_order = [row for name in tensors for row in rows[name]]
-    return table_of(model, in_order, type_names, stats_hash=stats_hash, encoder=meter.encoder.name)
+    for measured, part_sums in _measured_parts(meter, every_part, journal, elsewhere, progress):
+        name = measured.name
+        waiting[name][measured] = {type_name: sums.numbers() for type_name, sums in part_sums.items()}
+        if len(waiting[name]) < len(parts[name]):
+            continue
+        numbers, (tensor, candidates) = waiting.pop(name), formats[name]
+        rows[name] = []
+        for candidate, wanted in candidates.items():
+            # Parts come in any order; experts follow one another in theirs.
+            sums = ErrorSums.joined(
+                ErrorSums.from_numbers(numbers[part][candidate.name], len(part.experts)) for part in parts[name]
+            )
+            rows[name].append(_measured_row(tensor, candidate, wanted, sums, meter.stats))
+    in_order = [row for name in formats for row in rows[name]]
+    return _table_of(meter.model, in_order, type_names, stats_hash=stats_hash, encoder=meter.encoder_name)
 
 
-def unmeasured_table(model: Model, stats: CalibrationStats | None, type_names: Sequence[str]) -> ErrorTable:
-    """Return the rows that `build_error_table` would measure, with their bytes alone: every error is 0.
-
-    Without statistics, all inputs are taken to have some.
-    """
+def unmeasured_table(model: Model, formats: Formats, type_names: Sequence[str]) -> ErrorTable:
+    """Return the rows that `build_error_table` would measure, with their bytes alone: every error is 0."""
+    no_errors = {"relative_rms": 0.0, "weighted_error": 0.0, "weighted_energy": 0.0}
     rows = [
-        unmeasured_row(info, candidate, asked_as)
-        for info in _quantizable(model)
-        for candidate, asked_as in _candidates(info, type_names, stats).items()
+        ErrorRow(**_identity(tensor, candidate, wanted), **no_errors)
+        for tensor, candidates in formats.values()
+        for candidate, wanted in candidates.items()
     ]
-    return table_of(model, rows, type_names)
+    return _table_of(model, rows, type_names)
 
 
-def table_of(
+def _table_of(
     model: Model, rows: Iterable[ErrorRow], type_names: Sequence[str], *, stats_hash: str = "", encoder: str = ""
 ) -> ErrorTable:
     """Return the table of rows that were measured on `model`."""
@@ -240,29 +220,27 @@ def table_of(
     )
 
 
-def _quantizable(model: Model) -> list[TensorInfo]:
-    return [info for info in map(model.source.info, model.source.names()) if is_quantizable(info.name, info.shape)]
+def tensor_formats(model: Model, stats: CalibrationStats | None, type_names: Sequence[str]) -> Formats:
+    """Return the stored types that wanted types lead to, of every quantizable tensor.
 
-
-def _candidates(
-    info: TensorInfo, type_names: Sequence[str], stats: CalibrationStats | None
-) -> dict[QuantType, tuple[str, ...]]:
-    """Return the stored types, each with the wanted types that lead to it.
-
-    Types that need statistics are left out for a tensor that has none.
-
+    Types that need statistics are left out for a tensor that has none; without `stats`, all are taken to have some.
     The checkpoint's own float type is always one: it loses nothing.
     """
-    has_stats = stats is None or stats.input_of(info.name) is not None
-    candidates: dict[QuantType, tuple[str, ...]] = {}
-    for name in (*type_names, info.dtype if info.dtype in ("F32", "F16", "BF16") else "F16"):
-        stored, _ = fit_to_row(QUANT_TYPES[name], info.shape[-1])
-        if has_stats or not stored.needs_imatrix:
-            candidates[stored] = (*candidates.get(stored, ()), name)
-    return candidates
+    formats = {}
+    for info in map(model.source.info, model.source.names()):
+        if not is_quantizable(info.name, info.shape):
+            continue
+        has_stats = stats is None or stats.input_of(info.name) is not None
+        candidates: dict[QuantType, tuple[str, ...]] = {}
+        for name in (*type_names, info.dtype if info.dtype in ("F32", "F16", "BF16") else "F16"):
+            stored, _ = fit_to_row(QUANT_TYPES[name], info.shape[-1])
+            if has_stats or not stored.needs_imatrix:
+                candidates[stored] = (*candidates.get(stored, ()), name)
+        formats[info.name] = (info, candidates)
+    return formats
 
 
-def parts_of(name: str, shape: tuple[int, ...], types: Sequence[str], max_weights: int) -> list[ErrorPart]:
+def _parts_of(name: str, shape: tuple[int, ...], types: Sequence[str], max_weights: int) -> list[ErrorPart]:
     """Group the experts that are in memory together, of at most `max_weights` or one alone; a matrix is one expert."""
     count, step = prod(shape[:-2]), max(1, max_weights // prod(shape[-2:]))
     return [ErrorPart(name, shape, experts, tuple(types)) for experts in ranges(count, step)]
@@ -279,8 +257,12 @@ def _samples(inputs: InputStats | None, experts: slice, columns: int) -> torch.T
     return samples.float() * filled.unsqueeze(-1)
 
 
-def measured_row(
-    info: NamedShape, candidate: StorageFormat, wanted: tuple[str, ...], sums: ErrorSums, stats: CalibrationStats
+def _measured_row(
+    info: TensorInfo | LinearLayer,
+    candidate: StorageFormat,
+    wanted: tuple[str, ...],
+    sums: ErrorSums,
+    stats: CalibrationStats,
 ) -> ErrorRow:
     """Return the row of a tensor in a format, from the sums of all its parts; see `table` for what is in it."""
     inputs = stats.input_of(info.name)
@@ -291,24 +273,19 @@ def measured_row(
         outputs = sums.outputs / counts.clamp_min(1).unsqueeze(1)
         ratios = (outputs[:, 0] / outputs[:, 1]).sqrt()
         per_expert_activation = tuple(None if torch.isnan(r) else float(r) for r in ratios)
-        activation = ratio_of(routed_mean(outputs, inputs)).sqrt().item()
+        activation = _ratio_of(_routed_mean(outputs, inputs)).sqrt().item()
     return ErrorRow(
         **_identity(info, candidate, wanted),
-        relative_rms=ratio_of(squared.sum(0)).sqrt().item(),
-        weighted_error=ratio_of(routed_mean(weighted, inputs)).item(),
-        weighted_energy=float(routed_mean(weighted, inputs)[1]),
+        relative_rms=_ratio_of(squared.sum(0)).sqrt().item(),
+        weighted_error=_ratio_of(_routed_mean(weighted, inputs)).item(),
+        weighted_energy=float(_routed_mean(weighted, inputs)[1]),
         activation_error=activation,
-        per_expert_weighted_error=tuple(float(ratio_of(pair)) for pair in weighted) if len(weighted) > 1 else (),
+        per_expert_weighted_error=tuple(float(_ratio_of(pair)) for pair in weighted) if len(weighted) > 1 else (),
         per_expert_activation_error=per_expert_activation if len(per_expert_activation) > 1 else (),
     )
 
 
-def unmeasured_row(info: NamedShape, candidate: StorageFormat, wanted: tuple[str, ...]) -> ErrorRow:
-    """Return the row of a tensor in a format with no error at all."""
-    return ErrorRow(**_identity(info, candidate, wanted), relative_rms=0.0, weighted_error=0.0, weighted_energy=0.0)
-
-
-def _identity(info: NamedShape, candidate: StorageFormat, wanted: tuple[str, ...]) -> dict[str, Any]:
+def _identity(info: TensorInfo | LinearLayer, candidate: StorageFormat, wanted: tuple[str, ...]) -> dict[str, Any]:
     """Return the fields of a row that need no measuring."""
     return {
         "name": info.name,
@@ -320,7 +297,7 @@ def _identity(info: NamedShape, candidate: StorageFormat, wanted: tuple[str, ...
     }
 
 
-def routed_mean(per_expert: torch.Tensor, inputs: InputStats | None) -> torch.Tensor:
+def _routed_mean(per_expert: torch.Tensor, inputs: InputStats | None) -> torch.Tensor:
     """Return the mean of [E, 2] over experts, each weighted by the share of tokens it received."""
     if inputs is None or len(inputs.counts) != len(per_expert) or not int(inputs.counts.sum()):
         return per_expert.mean(0)
@@ -328,7 +305,7 @@ def routed_mean(per_expert: torch.Tensor, inputs: InputStats | None) -> torch.Te
     return (per_expert * share.unsqueeze(1)).sum(0)
 
 
-def ratio_of(error_and_energy: torch.Tensor) -> torch.Tensor:
+def _ratio_of(error_and_energy: torch.Tensor) -> torch.Tensor:
     """Return error over energy, from [2]; 0 where there is no energy."""
     error, energy = error_and_energy
     return error / energy if float(energy) > 0 else torch.zeros((), dtype=torch.float64)

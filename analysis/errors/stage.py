@@ -3,7 +3,7 @@
 A table that is there already is reused, extended by the types that it lacks; an interrupted one goes on.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from dynquant import __version__
-from dynquant.analysis.errors.measure import ErrorMeter, build_error_table
-from dynquant.analysis.errors.measure_schemes import ENCODER, SchemeMeter, build_scheme_table
+from dynquant.analysis.errors.measure import ErrorMeter, Meter, build_error_table
+from dynquant.analysis.errors.measure_schemes import ENCODER, SchemeMeter
 from dynquant.analysis.errors.options import DEFAULT_TYPES, AnalyzeOptions, TableOptions
 from dynquant.analysis.errors.remote import RemoteErrors
 from dynquant.analysis.errors.sums import ErrorJournal
@@ -29,7 +29,7 @@ from dynquant.formats.quant_types import quant_type
 from dynquant.formats.vllm_schemes import SCHEMES
 from dynquant.resources import chosen_device
 from dynquant.running.cluster import open_ray
-from dynquant.session import SILENT, Progress, Session
+from dynquant.session import SILENT, Session
 
 
 def analyze(options: AnalyzeOptions, session: Session = SILENT) -> ErrorTable:
@@ -70,14 +70,10 @@ def scheme_table(
         session.note(f"reusing {path}")
         return known
     device = chosen_device(session.device)
-    identity = {"types": " ".join(SCHEMES), "encoder": f"{ENCODER}, torch {torch.__version__}", "device": device}
+    identity = {"encoder": f"{ENCODER}, torch {torch.__version__}", "device": device}
     candidates = checkpoint.candidates(SCHEMES, mixed_experts=True)
     meter = SchemeMeter(model, checkpoint, stats.stats, candidates, torch.device(device))
-
-    def measure(journal: ErrorJournal, progress: Progress) -> ErrorTable:
-        return build_scheme_table(meter, stats_hash=stats.hash, journal=journal, progress=progress)
-
-    return measure_table(path, model, stats.hash, identity, measure, session)
+    return _written(path, meter, tuple(SCHEMES), stats.hash, identity, session)
 
 
 def _measured(
@@ -92,21 +88,11 @@ def _measured(
     """Write the table, with the rows of `known` for other types."""
     names, encoder = [quant_type(name).name for name in options.types or DEFAULT_TYPES], load_encoder(options.encoder)
     identity = {
-        "types": " ".join(names),
-        "encoder": f"{encoder.name} {encoder_version(encoder)}",
-        "store": store.directory.name if store else "",
-    }
-
+        "encoder": f"{encoder.name} {encoder_version(encoder)}", "store": store.directory.name if store else "",
+    }  # fmt: skip
     meter = ErrorMeter(model, stats.stats, encoder, session.threads, store)
-
-    def measure(journal: ErrorJournal, progress: Progress) -> ErrorTable:
-        table = build_error_table(
-            meter, names, stats_hash=stats.hash, journal=journal, elsewhere=elsewhere, progress=progress
-        )
-        return table if known is None else known.extended_by(table)
-
     with _cluster(model, stats, encoder, options, session) as elsewhere:
-        return measure_table(output, model, stats.hash, identity, measure, session)
+        return _written(output, meter, names, stats.hash, identity, session, elsewhere, known)
 
 
 @contextmanager
@@ -122,28 +108,33 @@ def _cluster(
         yield RemoteErrors(pool, EncoderChoice.of(encoder, "cpu", session.threads or 1), files)
 
 
-def measure_table(
+def _written(
     output: Path,
-    model: Model,
+    meter: Meter,
+    type_names: Sequence[str],
     stats_hash: str,
     identity: Mapping[str, str],
-    measure: Callable[[ErrorJournal, Progress], ErrorTable],
     session: Session,
+    elsewhere: RemoteErrors | None = None,
+    known: ErrorTable | None = None,
 ) -> ErrorTable:
-    """Write the table that `measure` returns; what an interrupted run measured is used again.
+    """Measure and write a table, with the rows of `known`; what an interrupted run measured is used again.
 
-    `identity` is what decides its numbers beside model, statistics and version; what an interrupted run measured is
-    kept only under an equal one.
+    `identity` is what decides its numbers beside types, model, statistics and version; what an interrupted run
+    measured is kept only under an equal one.
 
     Raises:
         PlanError: the journal cannot be written.
     """
-    origin = {"tool": __version__, "fingerprint": model.fingerprint, "stats": stats_hash}
-    with ErrorJournal(output, {**origin, **identity}) as journal:
+    origin = {"tool": __version__, "fingerprint": meter.model.fingerprint, "stats": stats_hash}
+    with ErrorJournal(output, {**origin, "types": " ".join(type_names), **identity}) as journal:
         if journal.num_parts:
             session.note(f"going on with the interrupted {output.name}, {journal.num_parts} parts of tensors are there")
         with session.stage("Statistics and the errors measured so far are kept.") as progress:
-            table = measure(journal, progress)
+            table = build_error_table(
+                meter, type_names, stats_hash=stats_hash, journal=journal, elsewhere=elsewhere, progress=progress
+            )
+        table = known.extended_by(table) if known else table
         table.save(output)
         journal.remove()
     return table

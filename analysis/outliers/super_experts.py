@@ -27,11 +27,7 @@ class SuperExpert(FrozenRecord):
 
 
 def find_super_experts(
-    stats: CalibrationStats,
-    *,
-    min_ratio: float = 10.0,
-    min_energy_share: float = 0.1,
-    min_energy_ratio: float = 20.0,
+    stats: CalibrationStats, *, min_ratio: float = 10.0, min_energy_share: float = 0.1, min_energy_ratio: float = 20.0
 ) -> list[SuperExpert]:
     """List super experts in order of |max_out|, largest first. Empty for dense models and imported statistics."""
     rows = [

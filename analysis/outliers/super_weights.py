@@ -127,7 +127,8 @@ def find_super_weights(
                 zeroing.close()
                 continue
             restore.push(zeroing)
-            super_weights.append(_super_weight(first, value, _ratio(first, spikes), effect))
+            same = {name: getattr(first, name) for name in SuperWeight.model_fields if hasattr(first, name)}
+            super_weights.append(SuperWeight(**same, value=value, ratio=_ratio(first, spikes), effect=effect))
             spikes, log_probs = spikes_without, log_probs_without
     return super_weights
 
@@ -166,11 +167,6 @@ def _ratio(spike: DownSpike, spikes: list[DownSpike]) -> float:
     for other in spikes:
         maxima[other.layer] = max(maxima.get(other.layer, 0.0), abs(other.max_out))
     return abs(spike.max_out) / max(median(maxima.values()), 1e-30)
-
-
-def _super_weight(spike: DownSpike, value: float, ratio: float, effect: float) -> SuperWeight:
-    same = {name: getattr(spike, name) for name in SuperWeight.model_fields if hasattr(spike, name)}
-    return SuperWeight(**same, value=value, ratio=ratio, effect=effect)
 
 
 def _matrix(hf_model: nn.Module, module: str, expert: int | None) -> torch.Tensor:
@@ -256,13 +252,7 @@ class DownScan:
         self._add(name, place, call.expert, call.down_input, call.down_output, call.tokens)
 
     def _add(
-        self,
-        name: str,
-        place: str,
-        expert: int | None,
-        x: torch.Tensor,
-        out: torch.Tensor,
-        token_index: torch.Tensor,
+        self, name: str, place: str, expert: int | None, x: torch.Tensor, out: torch.Tensor, token_index: torch.Tensor
     ) -> None:
         token, row = divmod(int(out.abs().argmax()), out.shape[1])
         value = float(out[token, row])

@@ -89,7 +89,7 @@ def measure_token_errors(
     rows = []
     for info in map(model.source.info, model.source.names()):
         inputs = {kind: _samples(of_kind.input_of(info.name), info.shape[-1]) for kind, of_kind in by_kind.items()}
-        if len(info.shape) != 2 or not is_quantizable(info.name, info.shape) or not any(map(_filled, inputs.values())):
+        if len(info.shape) != 2 or not is_quantizable(info.name, info.shape) or all(x is None for x in inputs.values()):
             continue
         stored, _ = fit_to_row(QUANT_TYPES[type_name], info.shape[-1])
         weights = model.source.load(info.name)
@@ -106,15 +106,12 @@ def measure_token_errors(
 def _samples(inputs: InputStats | None, columns: int) -> torch.Tensor | None:
     if inputs is None or inputs.samples is None or inputs.samples.shape[-1] != columns or len(inputs.samples) != 1:
         return None
-    return inputs.samples[0, : int(inputs.sample_counts[0])].float()
-
-
-def _filled(samples: torch.Tensor | None) -> bool:
-    return samples is not None and len(samples) > 0
+    count = int(inputs.sample_counts[0])
+    return inputs.samples[0, :count].float() if count else None
 
 
 def _error(x: torch.Tensor | None, weights: torch.Tensor, difference: torch.Tensor) -> float | None:
-    if x is None or not len(x):
+    if x is None:
         return None
     kept = float((x @ weights.T).square().sum(dtype=torch.float64))
     return (float((x @ difference.T).square().sum(dtype=torch.float64)) / kept) ** 0.5 if kept > 0 else 0.0

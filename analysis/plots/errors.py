@@ -24,7 +24,7 @@ from dynquant.analysis.plots.style import (
     header_legend,
     layer_axis,
     new_figure,
-    percent_axis,
+    number_axis,
     plain,
 )
 from dynquant.checkpoints.tensor_roles import Role
@@ -86,7 +86,7 @@ def draw_errors(table: ErrorTable, plan: Plan, measure: str) -> tuple["Figure", 
     limits = _common_range(list(panels.values()))
     for group, axes in grid.items():
         axes.set_ylim(*limits)
-        percent_axis(axes.yaxis)
+        number_axis(axes.yaxis, percent=True)
         if group in (OUTSIDE, PROJECTOR):
             _draw_outside(axes, panels[group])
         else:
@@ -112,7 +112,7 @@ def draw_token_errors(errors: TokenErrors, plan: Plan) -> tuple["Figure", str] |
         for layer in [] if group.startswith("vision") else crossing:
             axes.axvspan(layer - 0.5, layer + 0.5, color=GREY, alpha=0.15, linewidth=0)
         layer_axis(axes, [row.layer for row in rows])
-        percent_axis(axes.yaxis)
+        number_axis(axes.yaxis, percent=True)
         axes.set_xlabel("layer")
     return figure, headline
 

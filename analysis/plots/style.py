@@ -129,25 +129,15 @@ def header_legend(figure: "Figure", handles: list, columns: int) -> None:
     legend.set_in_layout(False)
 
 
-def percent_axis(axis) -> None:
-    """Plain percent labels on a logarithmic axis of fractions, at one, two and five in each decade as they fit."""
+def number_axis(axis, *, percent: bool = False) -> None:
+    """Plain numbers, or fractions in percent, on a logarithmic axis: one, two and five of each decade as they fit."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = sorted(axis.get_view_interval())
     subs = (1.0, 2.0, 5.0) if high / low < 300 else (1.0,)
     axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=12))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{short_number(100 * value)}%"))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def number_axis(axis) -> None:
-    """Plain numbers on a logarithmic axis."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    low, high = sorted(axis.get_view_interval())
-    subs = (1.0, 2.0, 5.0) if high / low < 300 else (1.0,)
-    axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=12))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+    scale, unit = (100, "%") if percent else (1, "")
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{short_number(scale * value)}{unit}"))
     axis.set_minor_formatter(NullFormatter())
 
 
@@ -161,9 +151,9 @@ def layer_axis(axes: "Axes", layers: list[int]) -> None:
 
 def short_number(value: float) -> str:
     """1234567 -> 1.23M; small numbers keep three digits."""
-    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+    for limit, divisor, suffix in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
         if abs(value) >= limit:
-            return f"{value / {'G': 1e9, 'M': 1e6, 'k': 1e3}[suffix]:.3g}{suffix}"
+            return f"{value / divisor:.3g}{suffix}"
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 

@@ -33,7 +33,6 @@ from dynquant.analysis.report.tables import (
 from dynquant.analysis.report.texts import PLOT_TEXTS
 from dynquant.checkpoints.vision_names import LANGUAGE, part_of
 from dynquant.errors import ExportError
-from dynquant.planning.selection import Selection
 from dynquant.recipes.plan import Plan, PlanEntry
 from dynquant.resources import human_bytes
 from dynquant.storage.atomic import write_atomically
@@ -67,7 +66,12 @@ def write_report(
     results.check_same_checkpoint()
     plan = results.plan
     tables = _tables(results)
-    not_asked_for = _not_asked_for(results.selection) | ({"token_errors"} - plots.keys())
+    # The page does not miss plots of what was not asked for.
+    not_asked_for = {"token_errors"} - plots.keys()
+    if results.selection is None:
+        not_asked_for |= {"selection", "measured_frontier"}
+    elif not results.selection.frontier:
+        not_asked_for |= {"measured_frontier"}
     sections = [
         _plot_section(name, plots.get(name), tables.get(name, "")) for name in PLOT_TEXTS if name not in not_asked_for
     ]
@@ -87,13 +91,6 @@ def write_report(
         sections="\n".join(sections),
     )
     write_atomically(path, page.encode("ascii", "xmlcharrefreplace").decode())
-
-
-def _not_asked_for(selection: Selection | None) -> set[str]:
-    """Return the plots that the page does not miss, because nothing that they show was asked for."""
-    if selection is None:
-        return {"selection", "measured_frontier"}
-    return set() if selection.frontier else {"measured_frontier"}
 
 
 def summary_sentence(plan: Plan) -> str:
@@ -181,8 +178,10 @@ def _tables(results: PlanResults) -> dict[str, str]:
             tables[name] = stand_out_table(outliers, plan) if outliers else "<p>No tensor sticks out of its role.</p>"
     if results.super_weights:
         tables["super_weights"] = super_weight_table(results.super_weights, plan)
+    elif any(part_of(entry.name) != LANGUAGE for entry in plan.entries):
+        tables["super_weights"] = "<p>Super weights are looked for in text models only.</p>"
     else:
-        tables["super_weights"] = f"<p>{_no_super_weight(plan)}</p>"
+        tables["super_weights"] = "<p>No super weight was detected.</p>"
     starved = starved_experts(stats)
     if starved:
         count = f"{len(starved):,} starved experts: their statistics are shrunk to their layer's mean."
@@ -194,12 +193,6 @@ def _tables(results: PlanResults) -> dict[str, str]:
         if selection.frontier:
             tables["measured_frontier"] = frontier_table(selection)
     return tables
-
-
-def _no_super_weight(plan: Plan) -> str:
-    if any(part_of(entry.name) != LANGUAGE for entry in plan.entries):
-        return "Super weights are looked for in text models only."
-    return "No super weight was detected."
 
 
 def _provenance(results: PlanResults) -> str:

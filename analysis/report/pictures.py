@@ -39,7 +39,7 @@ def picture_section(rows: Sequence[tuple[str, str, str, str]], title: str, answe
 def answer_table(answers: Sequence[Answered]) -> str:
     """HTML with thumbnails, at most SHOWN: what quantization lost first, then what it won, then what else differs."""
     ordered = sorted(answers, key=_kind)
-    counts = [sum(_kind(one) == kind for one in answers) for kind in range(len(_KINDS))]
+    counts = [sum(_kind(answer) == kind for answer in answers) for kind in range(len(_KINDS))]
     told = ", ".join(f"{count} {name}" for count, name in zip(counts, _KINDS, strict=True) if count)
     caption = f"{len(answers)} answers: {told}; {min(SHOWN, len(answers))} shown, in this order"
     heads = ("Picture", "Question", "Right answer", "Original", "This plan")
@@ -51,12 +51,12 @@ def answer_table(answers: Sequence[Answered]) -> str:
     )
 
 
-def _kind(one: Answered) -> int:
+def _kind(answer: Answered) -> int:
     """Index into _KINDS."""
-    before, after = is_right(one.reference, one.right), is_right(one.candidate, one.right)
+    before, after = is_right(answer.reference, answer.right), is_right(answer.candidate, answer.right)
     if before != after:
         return 0 if before else 1
-    return 3 if before or one.reference == one.candidate else 2
+    return 3 if before or answer.reference == answer.candidate else 2
 
 
 def _row(one: Answered) -> str:

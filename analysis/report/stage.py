@@ -46,12 +46,13 @@ def write_plan_report(
     report = directory / REPORT_NAME
     with session.stage("The plan is kept; plots and report are drawn again.") as progress:
         recipes = fixed_recipes(open_model(path, base_gguf=base_gguf))
+        chosen_bytes = sum(padded(entry.bytes) for entry in plan.entries if entry.name in table.tensors())
         results = PlanResults(
             plan=plan,
             table=table,
             stats=stats,
             super_weights=super_weights,
-            frontier=frontier(table, rules_of(super_weights, stats), _fixed_bytes_of(plan, table), recipes),
+            frontier=frontier(table, rules_of(super_weights, stats), plan.predicted_bytes - chosen_bytes, recipes),
             selection=Selection.load(directory / SELECTION_NAME),
             token_errors=TokenErrors.load(directory / TOKEN_ERRORS_NAME, plan.fingerprint),
         )
@@ -59,8 +60,3 @@ def write_plan_report(
     write_report(report, results, plots, evaluation=evaluation, pictures=pictures)
     session.note(f"wrote {report}")
     return report
-
-
-def _fixed_bytes_of(plan: Plan, table: ErrorTable) -> int:
-    """File bytes besides the tensors that have a choice."""
-    return plan.predicted_bytes - sum(padded(entry.bytes) for entry in plan.entries if entry.name in table.tensors())

@@ -30,7 +30,6 @@ from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.running.expert_hooks import ExpertCall, expert_modules, record_experts
 from dynquant.running.linear_hooks import (
     activation_gradients,
-    backward_from_sampled_labels,
     linear_names,
     sampled_log_probability,
 )
@@ -59,7 +58,8 @@ def output_sensitivity(
     progress("measuring sensitivity", 0, sum(lengths), unit="tokens")
     for index, batch in enumerate(batches):
         with activation_gradients(hf_model), _observed(hf_model, arch, n_layer, partial(_add_to, per_window[index])):
-            backward_from_sampled_labels(hf_model, batch.arguments, generator)
+            # Gradients reach a vision tower when its pixels ask for one.
+            sampled_log_probability(hf_model(**batch.arguments, use_cache=False).logits, generator).backward()
         progress("measuring sensitivity", sum(lengths[: index + 1]), sum(lengths), unit="tokens")
     return _means_and_errors(per_window, lengths, _is_tied(hf_model))
 

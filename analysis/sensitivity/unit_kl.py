@@ -94,7 +94,9 @@ def refine(
         if points and point.kl >= points[-1].kl:
             return points
         points.append(point)
-        nearby = _within_a_step(table, types)
+        # Only the rows that every tensor can reach in one step.
+        near = {name: {here, *_neighbours(table, name, here).values()} for name, here in types.items()}
+        nearby = table.with_rows(row for row in table.rows if row.type in near[row.name])
         types = choose(nearby.with_prices(METHOD, prices_from(nearby, point)))
     rendered.install(types)
     divergences, _ = text.score()
@@ -167,12 +169,6 @@ def _neighbours(table: ErrorTable, name: str, type_name: str) -> dict[str, str]:
     larger = [option.type for option in hull if option.bytes > here]
     smaller = [option.type for option in hull if option.bytes < here]
     return ({"up": larger[0]} if larger else {}) | ({"down": smaller[-1]} if smaller else {})
-
-
-def _within_a_step(table: ErrorTable, types: Mapping[str, str]) -> ErrorTable:
-    """Return only the rows that every tensor can reach in one step."""
-    near = {name: {here, *_neighbours(table, name, here).values()} for name, here in types.items()}
-    return table.with_rows(row for row in table.rows if row.type in near[row.name])
 
 
 def _cost(table: ErrorTable, name: str, type_name: str) -> float:

@@ -5,7 +5,7 @@ batch, or all batches of one layer, whose statistics can then be taken before th
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -29,7 +29,7 @@ _PICTURE_READERS = ("cross_attn_k.weight", "cross_attn_v.weight")
 
 @dataclass(frozen=True)
 class SampleLimits:
-    """Numbers of held-back rows that are kept: per dense input, per expert, and bytes per layer of experts."""
+    """Numbers of held-back rows to keep: per dense input, per expert, and bytes per layer of experts."""
 
     dense_rows: int = 256
     expert_rows: int = 32
@@ -67,9 +67,7 @@ class Collector:
         self._recorders: dict[str, dict[str, InputRecorder]] = {kind: {} for kind in (_ALL, *KINDS)}
         self._linear_layers = linear_names(hf_model, arch, n_layer)
         self._linears = LinearHooks(hf_model, arch, n_layer, self._observe_linear)
-        self._experts = {
-            module: ExpertNames.of(name, arch, n_layer) for name, module in expert_modules(hf_model).items()
-        }
+        self._experts = {module: _names_of(name, arch, n_layer) for name, module in expert_modules(hf_model).items()}
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -84,18 +82,15 @@ class Collector:
     @contextmanager
     def seeing_gradients(self) -> Iterator[None]:
         """Context manager: backward passes add second moments, weighted by the gradients of outputs."""
-        hooks = [
-            layer.register_forward_hook(partial(self._await_gradient, name), with_kwargs=True)
-            for name, layer in self._linear_layers.items()
-        ]
         self._sees_gradients = True
         try:
-            with record_experts(self._model, self._observe_expert):
+            with ExitStack() as hooks, record_experts(self._model, self._observe_expert):
+                for name, layer in self._linear_layers.items():
+                    await_gradient = partial(self._await_gradient, name)
+                    hooks.enter_context(layer.register_forward_hook(await_gradient, with_kwargs=True))
                 yield
         finally:
             self._sees_gradients = False
-            for hook in hooks:
-                hook.remove()
 
     def start(self, batch: Batch, fill: float | None = None) -> None:
         """Name the batch that runs next; with `fill` it is held back, and samples may fill so much of their room."""
@@ -104,9 +99,7 @@ class Collector:
     @property
     def aliases(self) -> dict[str, str]:
         """Weight -> key of the input that it shares, as far as layers have been run."""
-        return self._linears.aliases | {
-            alias: names.gate for names in self._experts.values() for alias in names.aliases
-        }
+        return self._linears.aliases | {name: names.gate for names in self._experts.values() for name in names.aliases}
 
     def take(self, kind: str = _ALL) -> dict[str, InputStats]:
         """Return the statistics of all inputs that were seen since the last call, of one of KINDS or of all tokens."""
@@ -120,12 +113,9 @@ class Collector:
 
     def _observe_linear(self, key: str, x: torch.Tensor, out: torch.Tensor | None) -> None:
         sees_pictures = role_of(key).is_vision or key.endswith(_PICTURE_READERS) or len(x) != len(self._is_text)
-        rows = _Rows(
-            torch.arange(len(x), device=x.device),
-            torch.zeros(len(x), dtype=torch.bool) if sees_pictures else self._is_text,
-            self._limits.dense_rows,
-            num_experts=x.shape[1] if x.ndim == 3 else 1,
-        )
+        is_text = torch.zeros(len(x), dtype=torch.bool) if sees_pictures else self._is_text
+        num_experts = x.shape[1] if x.ndim == 3 else 1
+        rows = _Rows(torch.arange(len(x), device=x.device), is_text, self._limits.dense_rows, num_experts)
         self._record(key, rows, x.detach(), None if out is None or role_of(key).is_vision else out.detach())
         waits = self._with_gradients and key in self._linear_layers
         if self._moments is not None and self._fill is None and not waits:
@@ -148,19 +138,18 @@ class Collector:
             self._record(names.down, rows, h, call.down_output.detach())
         if self._moments is None or self._fill is not None:
             return
-        where = {"num_experts": num_experts, "expert": call.expert}
-        for key, inputs, output in (
-            (names.gate, call.x, call.gate_up_output),
-            (names.down, call.down_input, call.down_output),
-        ):
+        layers = ((names.gate, call.x, call.gate_up_output), (names.down, call.down_input, call.down_output))
+        for key, inputs, output in layers:
+            add = partial(self._add_moments, key, inputs.detach(), num_experts=num_experts, expert=call.expert)
             if not self._with_gradients:
-                self._moments.add(key, inputs.detach(), **where)
+                add(None)
             elif self._sees_gradients:
-                output.register_hook(partial(self._add_moments, key, inputs.detach(), **where))
+                output.register_hook(add)
 
-    def _add_moments(self, key: str, x: torch.Tensor, gradient: torch.Tensor, **where: int) -> None:
+    def _add_moments(self, key: str, x: torch.Tensor, gradient: torch.Tensor | None, **place: int) -> None:
         assert self._moments is not None
-        self._moments.add(key, x, squared_gradients=gradient.square().sum(-1), **where)
+        squares = None if gradient is None else gradient.square().sum(-1)
+        self._moments.add(key, x, squared_gradients=squares, **place)
 
     def _record(self, key: str, rows: "_Rows", x: torch.Tensor, out: torch.Tensor | None) -> None:
         """Add inputs of a layer to the recorders of their kinds; `out` is the output of a down-projection."""
@@ -194,24 +183,21 @@ class _Rows:
 
 
 @dataclass(frozen=True)
-class ExpertNames:
-    """GGUF names of one layer's stacked experts. `gate` is the key of the common input; others are aliases of it.
-
-    `of` raises StatsError when gguf-py has no names for them.
-    """
+class _ExpertNames:
+    """GGUF names of one layer's stacked experts. `gate` is the key of the common input; others are aliases of it."""
 
     gate: str
     down: str
     aliases: tuple[str, ...]
 
-    @classmethod
-    def of(cls, module_name: str, arch: str, n_layer: int) -> "ExpertNames":
-        parts = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
-        gate, up, gate_up, down = (gguf_name_of(f"{module_name}.{part}", arch, n_layer) for part in parts)
-        readers = [name for name in (gate, up, gate_up) if name is not None]
-        if not readers or down is None:
-            raise StatsError(
-                f"gguf-py has no name for the experts {module_name} in architecture `{arch}`; calibrate with "
-                "llama-imatrix and import the file instead."
-            )
-        return cls(readers[0], down, tuple(readers[1:]))
+
+def _names_of(module_name: str, arch: str, n_layer: int) -> _ExpertNames:
+    parts = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
+    *readers, down = (gguf_name_of(f"{module_name}.{part}", arch, n_layer) for part in parts)
+    names = [name for name in readers if name is not None]
+    if not names or down is None:
+        raise StatsError(
+            f"gguf-py has no name for the experts {module_name} in architecture `{arch}`; calibrate with "
+            "llama-imatrix and import the file instead."
+        )
+    return _ExpertNames(names[0], down, tuple(names[1:]))

@@ -35,13 +35,13 @@ def import_imatrix(path: str | Path, model: Model) -> CalibrationStats:
     path = Path(path)
     source = _open(path)
     datasets, chunks, size = _provenance(path, source)
-    held = set(source.names())
+    names = set(source.names())
     shapes = {name: model.source.info(name).shape for name in model.source.names()}
     inputs = {}
     for name in source.names():
         weight = name.removesuffix(_SUMS)
         if weight != name and weight in shapes:
-            if f"{weight}{_COUNTS}" not in held:
+            if f"{weight}{_COUNTS}" not in names:
                 raise StatsError(f"{path} has sums for {weight} and no counts; the file is damaged, make it again.")
             counts, sums = (source.load(key).numpy().astype(np.float64).reshape(-1) for key in (weight + _COUNTS, name))
             inputs[weight] = _input_stats(path, weight, shapes[weight], sums, counts)
@@ -98,10 +98,7 @@ def _input_stats(path: Path, weight: str, shape: tuple[int, ...], sums: np.ndarr
     if not (np.isfinite(sums).all() and np.isfinite(counts).all() and (sums >= 0).all() and (counts >= 0).all()):
         raise StatsError(f"{path} has negative, NaN or Inf values for {weight}; make the importance matrix again.")
     tokens = np.broadcast_to(np.rint(counts), (num_slices,))
-    return InputStats(
-        in_sum2=torch.from_numpy(sums.reshape(num_slices, channels)),
-        counts=torch.from_numpy(tokens.astype(np.int64)),
-    )
+    return InputStats(torch.from_numpy(sums.reshape(num_slices, channels)), torch.from_numpy(tokens.astype(np.int64)))
 
 
 def export_imatrix(
@@ -118,10 +115,8 @@ def export_imatrix(
         WriteError: the file cannot be written.
     """
     stats.check_belongs_to(model.fingerprint, model.name)
-    path = Path(path)
-    provenance = stats.provenance
-    written = 0
-    with writing(path) as temporary:
+    provenance, written = stats.provenance, 0
+    with writing(Path(path)) as temporary:
         writer = gguf.GGUFWriter(temporary, model.arch)
         writer.add_type("imatrix")
         writer.add_array(_METADATA[0], [provenance.text_name])
@@ -145,18 +140,16 @@ def _entries(
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Weight, sums [n, row] and counts [n, 1] in float32; n is 1 for all but routed experts."""
     for weight in model.source.names():
-        found = stats.input_of(weight)
-        if found is None:
+        input_stats = stats.input_of(weight)
+        if input_stats is None:
             continue
         shape = model.source.info(weight).shape
         num_slices = shape[0] if len(shape) == 3 else 1
-        counts = found.counts.to(torch.float64).expand(num_slices).unsqueeze(1)
-        if shrink_tokens is None:
-            sums = found.in_sum2.expand(num_slices, -1)
-        else:
-            mean = importance(stats, weight, shape, shrink_tokens=shrink_tokens)
+        counts = input_stats.counts.to(torch.float64).expand(num_slices).unsqueeze(1)
+        sums = input_stats.in_sum2.expand(num_slices, -1)
+        if shrink_tokens is not None:
             counts = counts.clamp_min(1)
-            sums = mean.to(torch.float64) * counts
+            sums = importance(stats, weight, shape, shrink_tokens=shrink_tokens).to(torch.float64) * counts
         if num_slices > 1 and not role_of(weight).is_routed_expert:
             sums, counts = sums.reshape(1, -1), counts[:1]
         yield weight, sums.to(torch.float32).numpy(), counts.to(torch.float32).numpy()

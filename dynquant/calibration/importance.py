@@ -19,13 +19,10 @@ from dynquant.errors import StatsError
 
 SHRINK_TOKENS = 16
 """Default k: the layer mean counts as much as this many tokens."""
-
 STARVED_TOKENS = 32
 """An expert with fewer tokens is starved whatever the others saw."""
-
 STARVED_SHARE = 1 / 8
 """So is one with less than this share of the layer's mean tokens per expert."""
-
 MIN_SHARE = 1e-6
 """Importance of a dead channel over the mean: a block of zeros would let an encoder erase its weights."""
 
@@ -45,11 +42,7 @@ class LayerCoverage:
 
 
 def coverage_report(stats: CalibrationStats, hyper: HyperParams) -> list[LayerCoverage]:
-    """One row per layer with routed experts, in layer order; empty for a dense model.
-
-    Raises:
-        StatsError: the model has routed experts and the statistics have none.
-    """
+    """Return `expert_coverage`, or raise StatsError when the model has routed experts and the statistics have none."""
     rows = expert_coverage(stats)
     if hyper.n_expert and not rows:
         raise StatsError(
@@ -61,18 +54,16 @@ def coverage_report(stats: CalibrationStats, hyper: HyperParams) -> list[LayerCo
 def expert_coverage(stats: CalibrationStats) -> list[LayerCoverage]:
     """Tokens of the routed experts of every layer that the statistics hold, in layer order."""
     rows = []
-    for key, found in stats.inputs.items():
+    for key, input_stats in stats.inputs.items():
         layer = layer_of(key)
         if role_of(key) is Role.EXPERT_DOWN and layer is not None:
-            rows.append(_layer_coverage(layer, found))
+            tokens = tuple(input_stats.counts.tolist())
+            floor = max(STARVED_TOKENS, STARVED_SHARE * sum(tokens) / len(tokens))
+            starved = tuple(expert for expert, count in enumerate(tokens) if count < floor)
+            rows.append(
+                LayerCoverage(layer, tokens, starved, tuple(expert for expert in starved if not tokens[expert]))
+            )
     return sorted(rows, key=lambda row: row.layer)
-
-
-def _layer_coverage(layer: int, stats: InputStats) -> LayerCoverage:
-    tokens = tuple(stats.counts.tolist())
-    floor = max(STARVED_TOKENS, STARVED_SHARE * sum(tokens) / len(tokens))
-    starved = tuple(expert for expert, count in enumerate(tokens) if count < floor)
-    return LayerCoverage(layer, tokens, starved, tuple(expert for expert in starved if tokens[expert] == 0))
 
 
 def importance(

@@ -38,8 +38,7 @@ class CalibrationOptions:
         ),
     ] = "activations"
     hessian_memory: Annotated[
-        str,
-        Flag("Memory for second moments; experts of a layer share one matrix when each has no room."),
+        str, Flag("Memory for second moments; experts of a layer share one matrix when each has no room.")
     ] = "8GiB"
     max_memory: Annotated[
         str | None,

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from dynquant.calibration.second_moments import SecondMoments
-from dynquant.calibration.statistics import InputStats, StatsProvenance
+from dynquant.calibration.statistics import InputStats
 from dynquant.running.expert_hooks import expert_modules
 
 DEFAULT_LIMIT = 8 * 2**30
@@ -23,14 +22,12 @@ class InputRecorder:
     """Running statistics of an input with E experts (1 for a plain linear layer) and C channels."""
 
     def __init__(self, num_experts: int, num_channels: int, *, sample_rows: int, device: torch.device) -> None:
-        self.num_experts = num_experts
-        self.num_channels = num_channels
-        self._device = device
+        self.num_experts, self.num_channels = num_experts, num_channels
         self._in_sum2 = torch.zeros(num_experts, num_channels, dtype=torch.float64, device=device)
         self._counts = torch.zeros(num_experts, dtype=torch.int64)
         self._sample_rows = sample_rows
         self._samples: torch.Tensor | None = None
-        self._sample_counts = torch.zeros(num_experts, dtype=torch.int64)
+        self._sample_counts = torch.zeros_like(self._counts)
         self._extremes: dict[str, torch.Tensor] = {}
 
     def add_sums(self, x: torch.Tensor, *, expert: int = 0) -> None:
@@ -52,7 +49,7 @@ class InputRecorder:
             return
         if self._samples is None:
             shape = (self.num_experts, self._sample_rows, self.num_channels)
-            self._samples = torch.zeros(shape, dtype=torch.bfloat16, device=self._device)
+            self._samples = torch.zeros(shape, dtype=torch.bfloat16, device=self._in_sum2.device)
         picked = torch.arange(take, device=x.device) * x.shape[0] // take
         rows = slice(expert, expert + x.shape[1])
         self._samples[rows, used : used + take] = x[picked].transpose(0, 1).to(torch.bfloat16)
@@ -60,33 +57,22 @@ class InputRecorder:
 
     def add_extremes(self, x: torch.Tensor, out: torch.Tensor, positions: torch.Tensor, *, expert: int = 0) -> None:
         """Keep the values of largest magnitude in `x` [T, C] and `out` [T, rows]; `positions` [T] are in the window."""
-        self._add_extreme("max_in", x, positions, expert)
-        self._add_extreme("max_out", out, positions, expert)
-
-    def _add_extreme(self, name: str, values: torch.Tensor, positions: torch.Tensor, expert: int) -> None:
-        if name not in self._extremes:
-            self._add_extreme_fields(name)
-        extreme = self._extremes[name]
-        low, high = torch.aminmax(values)
-        if not max(-float(low), float(high)) > abs(float(extreme[expert])):
-            return
-        place = int(values.abs().argmax())
-        token, channel = divmod(place, values.shape[1])
-        extreme[expert] = float(values[token, channel])
-        self._extremes[f"{name}_channel"][expert] = channel
-        self._extremes[f"{name}_position"][expert] = int(positions[token])
-
-    def _add_extreme_fields(self, name: str) -> None:
-        self._extremes[name] = torch.zeros(self.num_experts)
-        for part in ("channel", "position"):
-            self._extremes[f"{name}_{part}"] = torch.full((self.num_experts,), -1, dtype=torch.int64)
+        for name, values in (("max_in", x), ("max_out", out)):
+            if name not in self._extremes:
+                self._extremes[name] = torch.zeros(self.num_experts)
+                for part in ("channel", "position"):
+                    self._extremes[f"{name}_{part}"] = torch.full((self.num_experts,), -1, dtype=torch.int64)
+            low, high = torch.aminmax(values)  # no copy of the values, unlike abs
+            if max(-float(low), float(high)) > abs(float(self._extremes[name][expert])):
+                token, channel = divmod(int(values.abs().argmax()), values.shape[1])
+                self._extremes[name][expert] = float(values[token, channel])
+                self._extremes[f"{name}_channel"][expert] = channel
+                self._extremes[f"{name}_position"][expert] = int(positions[token])
 
     def finish(self) -> InputStats:
-        """The statistics on the CPU."""
-        samples = {}
-        if self._samples is not None:
-            samples = {"samples": self._samples.cpu(), "sample_counts": self._sample_counts}
-        return InputStats(in_sum2=self._in_sum2.cpu(), counts=self._counts, **samples, **self._extremes)
+        """Return the statistics on the CPU."""
+        samples = () if self._samples is None else (self._samples.cpu(), self._sample_counts)
+        return InputStats(self._in_sum2.cpu(), self._counts, *samples, **self._extremes)
 
 
 @dataclass
@@ -107,8 +93,10 @@ class MomentRecorder:
     @classmethod
     def for_model(cls, hf_model: nn.Module, limit_bytes: int) -> "MomentRecorder":
         """Pools experts when a matrix for each would take more than the limit."""
-        per_expert = sum(_expert_bytes(module) for module in expert_modules(hf_model).values())
-        return cls(limit_bytes, pools_experts=per_expert > limit_bytes)
+        shapes = [module.down_proj.shape for module in expert_modules(hf_model).values()]
+        # [E, C, F], or [E, F, C] when transposed: float32 matrices for both inputs of every expert.
+        needed = sum(4 * experts * (rows**2 + columns**2) for experts, rows, columns in shapes)
+        return cls(limit_bytes, pools_experts=needed > limit_bytes)
 
     def add(
         self,
@@ -135,17 +123,11 @@ class MomentRecorder:
             self._sums[key][row].addmm_(x.T, x)
             self._weights[key][row] += len(x)
         else:
-            v = _relative(squared_gradients.to(torch.float32))
+            squares = squared_gradients.to(torch.float32)
+            mean = squares.mean()
+            v = 1 + torch.where(mean > 0, squares / mean, 0.0)  # no branch: it would wait for the GPU
             self._sums[key][row].addmm_((x * v.unsqueeze(1)).T, x)
             self._weights[key][row] += v.sum(dtype=torch.float64)
-
-    def finish(
-        self, provenance: StatsProvenance, tokens: torch.Tensor, kind: str, aliases: dict[str, str]
-    ) -> SecondMoments:
-        """The moments of all inputs."""
-        sums, weights = self.take()
-        shared = {alias: key for alias, key in aliases.items() if key in sums}
-        return SecondMoments(provenance, tokens.to(torch.int32).cpu(), kind, shared, sums, weights)
 
     def take(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Sums, exactly symmetric, and weights of the inputs that were seen since the last call, on the CPU.
@@ -167,21 +149,10 @@ class MomentRecorder:
             return False
         count = x.shape[1] if x.dim() == 3 else 1 if self.pools_experts else num_experts
         columns = x.shape[-1]
-        if self.used_bytes + 4 * count * columns**2 > self.limit_bytes:
+        if self.used_bytes + (size := 4 * count * columns**2) > self.limit_bytes:
             self.left_out.append(key)
             return False
-        self.used_bytes += 4 * count * columns**2
+        self.used_bytes += size
         self._sums[key] = torch.zeros(count, columns, columns, device=x.device)
         self._weights[key] = torch.zeros(count, dtype=torch.float64, device=x.device)
         return True
-
-
-def _expert_bytes(module: nn.Module) -> int:
-    """Matrices for both inputs of every expert of a layer."""
-    down = module.down_proj.shape  # [E, C, F], or [E, F, C] when transposed
-    return 4 * down[0] * (down[1] ** 2 + down[2] ** 2)
-
-
-def _relative(squared_gradients: torch.Tensor) -> torch.Tensor:
-    mean = squared_gradients.mean()
-    return 1 + torch.where(mean > 0, squared_gradients / mean, 0.0)  # no branch: it would wait for the GPU

@@ -8,11 +8,9 @@ summed beside, from the forward pass alone or weighted by the gradients of a bac
 has: a model on disk and a text. `streamed` and `sharded` share the options, the split and the results.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +24,7 @@ from dynquant.checkpoints.model import Model
 from dynquant.errors import StatsError
 from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.inputs.text import pack_windows, read_text
-from dynquant.running.linear_hooks import activation_gradients, backward_from_sampled_labels
+from dynquant.running.linear_hooks import activation_gradients, last_logits, sampled_log_probability
 from dynquant.running.load import load_hf, load_tokenizer
 from dynquant.session import Progress, ignore_progress
 
@@ -57,14 +55,14 @@ class Calibration:
 
     stats: CalibrationStats
     moments: SecondMoments | None = None
+    """None where nothing was asked for, and where a streamed run has written them itself."""
     pools_experts: bool = False
     left_out: tuple[str, ...] = ()
     by_kind: Mapping[str, CalibrationStats] = field(default_factory=dict)
     """Statistics of image and of text tokens, where pictures were seen."""
-
-    @property
-    def num_moments(self) -> int:
-        return 0 if self.moments is None else len(self.moments.sums)
+    num_moments: int = 0
+    first_stage: int = 0
+    """Stages below this one were taken over from an interrupted run that was streamed."""
 
 
 def calibrate(
@@ -103,11 +101,7 @@ def calibrate(
 def text_inputs(
     model: Model, text: str | Path | None, *, tokens: int, window: int, batch_size: int = 4, seed: int = 0
 ) -> ModelInputs:
-    """Return windows of a text, or (None) of the built-in one.
-
-    Raises:
-        StatsError: the text is missing or empty.
-    """
+    """Return windows of a text, or (None) of the built-in one; raise StatsError when it is missing or empty."""
     tokenizer = load_tokenizer(model)
     documents = read_text(text, seed=seed, max_tokens=tokens)
     windows = pack_windows(documents, tokenizer, window=window, max_tokens=tokens)
@@ -129,21 +123,12 @@ def provenance_of(model: Model, inputs: ModelInputs, *, tokens: int, seed: int) 
 def split_inputs(
     inputs: ModelInputs, provenance: StatsProvenance, held_back: float = HELD_BACK
 ) -> tuple[ModelInputs, ModelInputs, StatsProvenance]:
-    """Return what is summed, what is sampled, and the provenance with their numbers.
-
-    Raises:
-        StatsError: there is no input.
-    """
+    """Return what is summed, what is sampled, and the provenance with their numbers; raise StatsError for no input."""
     if not len(inputs):
         raise StatsError("The calibration text gives no window of tokens; give a longer text.")
     summed, held = inputs.hold_back(held_back)
-    counted = {
-        "num_windows": len(inputs),
-        "num_tokens": summed.num_tokens,
-        "num_held_back_tokens": held.num_tokens,
-        "window": inputs.longest,
-    }
-    return summed, held, provenance.model_copy(update=counted)
+    counts = {"num_windows": len(inputs), "num_tokens": summed.num_tokens, "num_held_back_tokens": held.num_tokens}
+    return summed, held, provenance.model_copy(update=counts | {"window": inputs.longest})
 
 
 def collect_statistics(
@@ -167,10 +152,10 @@ def collect_statistics(
     options = options or StatisticsOptions()
     summed, held, provenance = split_inputs(inputs, provenance, options.held_back)
     moments, with_gradients = options.recorder(hf_model), options.hessians == "gradients"
+    kinds = KINDS if inputs.has_pictures else ()
     collector = Collector(
-        hf_model, arch, n_layer, moments, limits=options.limits, with_gradients=with_gradients,
-        by_kind=inputs.has_pictures,
-    )  # fmt: skip
+        hf_model, arch, n_layer, moments, limits=options.limits, with_gradients=with_gradients, by_kind=bool(kinds)
+    )
     run = _Run(hf_model, collector, progress, inputs.num_tokens)
     with collector.attached():
         if with_gradients:
@@ -180,20 +165,18 @@ def collect_statistics(
         run.forward("sample", held, is_held=True)
     stats = CalibrationStats(provenance, collector.take(), collector.aliases)
     check_seen(stats, hf_model)
-    kinds = KINDS if inputs.has_pictures else ()
     by_kind = {kind: CalibrationStats(provenance, collector.take(kind), stats.aliases) for kind in kinds}
     if moments is None:
         return Calibration(stats, by_kind=by_kind)
-    taken = moments.finish(provenance, summed.windows, options.hessians, stats.aliases)
-    return Calibration(stats, taken, moments.pools_experts, tuple(moments.left_out), by_kind)
+    sums, weights = moments.take()
+    shared = {alias: key for alias, key in stats.aliases.items() if key in sums}
+    tokens = summed.windows.to(torch.int32).cpu()
+    second = SecondMoments(provenance, tokens, options.hessians, shared, sums, weights)
+    return Calibration(stats, second, moments.pools_experts, tuple(moments.left_out), by_kind, len(sums))
 
 
 def check_seen(stats: CalibrationStats, hf_model: nn.Module) -> None:
-    """Refuse statistics of a model none of whose layers has a name.
-
-    Raises:
-        StatsError: with the model's class.
-    """
+    """Raise StatsError for statistics of a model none of whose layers has a name."""
     if not stats.inputs:
         raise StatsError(
             f"None of the linear layers of {type(hf_model).__name__} has a name in gguf-py's tensor map, so "
@@ -212,43 +195,21 @@ class _Run:
     done: int = 0
 
     def forward(self, stage: str, inputs: ModelInputs, *, is_held: bool = False) -> None:
-        with torch.no_grad(), _last_logits(self.hf_model):
-            self._each(stage, inputs, lambda arguments: self.hf_model(**arguments, use_cache=False), is_held=is_held)
+        with torch.no_grad(), last_logits(self.hf_model):
+            for arguments in self._started(stage, inputs, is_held=is_held):
+                self.hf_model(**arguments, use_cache=False)
 
     def backward(self, stage: str, inputs: ModelInputs, generator: torch.Generator) -> None:
-        def run(arguments: dict[str, torch.Tensor]) -> None:
-            backward_from_sampled_labels(self.hf_model, arguments, generator)
-
         with activation_gradients(self.hf_model), self.collector.seeing_gradients():
-            self._each(stage, inputs, run)
+            for arguments in self._started(stage, inputs):
+                sampled_log_probability(self.hf_model(**arguments, use_cache=False).logits, generator).backward()
 
-    def _each(
-        self,
-        stage: str,
-        inputs: ModelInputs,
-        run: Callable[[dict[str, torch.Tensor]], Any],
-        *,
-        is_held: bool = False,
-    ) -> None:
+    def _started(self, stage: str, inputs: ModelInputs, *, is_held: bool = False) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield the arguments of every batch, which the collector then expects."""
         device = next(self.hf_model.parameters()).device
         self.progress(stage, self.done, self.total, unit="tokens")
         for number, batch in enumerate(inputs, start=1):
             self.collector.start(batch, number / inputs.num_batches if is_held else None)
-            run(batch.on(device))
+            yield batch.on(device)
             self.done += batch.num_tokens
             self.progress(stage, self.done, self.total, unit="tokens")
-
-
-@contextmanager
-def _last_logits(hf_model: nn.Module) -> Iterator[None]:
-    """Context manager: computes the logits of the last token only; over a window they can be larger than the model."""
-    head = hf_model.get_output_embeddings() if hasattr(hf_model, "get_output_embeddings") else None
-    if head is None:
-        yield
-        return
-    # Registered after the collector's hook on the head, which therefore sees all tokens.
-    handle = head.register_forward_pre_hook(lambda _module, args: (args[0][:, -1:], *args[1:]))
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -20,13 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from dynquant.calibration.importance import SHRINK_TOKENS, importance
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
 from dynquant.errors import StatsError
-from dynquant.storage.atomic import save_tensors
-from dynquant.storage.strict_json import parse_json
+from dynquant.storage.atomic import read_tensors, save_tensors
 
 DAMPING = 0.01
 """Added to the diagonal, as a share of its mean."""
@@ -69,16 +68,8 @@ class SecondMoments:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def merge(self, other: "SecondMoments") -> None:
-        """Add another run over other text of the same model.
-
-        Raises:
-            StatsError: another checkpoint, or sums that were pooled in one run and not in the other.
-        """
-        if other.provenance.fingerprint != self.provenance.fingerprint:
-            raise StatsError(
-                f"Second moments of checkpoint {other.provenance.fingerprint[:12]} cannot be merged into those of "
-                f"{self.provenance.fingerprint[:12]}; calibrate both on the same model."
-            )
+        """Add another run over other text; raise StatsError for another model, or when only one run pooled experts."""
+        self.provenance = self.provenance.joined(other.provenance)
         self._layer_mean = {}
         for key, sums in other.sums.items():
             if key not in self.sums:
@@ -93,50 +84,43 @@ class SecondMoments:
             self.weights[key] += other.weights[key]
         self.aliases |= other.aliases
         self.tokens = torch.cat((self.tokens, other.tokens))
-        self.provenance = self.provenance.joined(other.provenance)
 
     def save(self, path: Path) -> None:
         """Write hessians.safetensors, whole or not at all."""
-        tensors = {f"{key}.sum": sums for key, sums in self.sums.items()}
-        tensors |= {f"{key}.weight": weights for key, weights in self.weights.items()}
         header = {"provenance": self.provenance.model_dump(), "aliases": self.aliases, "kind": self.kind}
-        save_tensors(path, tensors | {"tokens": self.tokens}, header)
+        save_tensors(path, named_tensors(self.sums, self.weights) | {"tokens": self.tokens}, header)
 
     @classmethod
     def load(cls, path: Path) -> "SecondMoments":
-        """Read hessians.safetensors by memory map.
-
-        Raises:
-            StatsError: missing, truncated, or not written by `dynquant calibrate`.
-        """
+        """Read hessians.safetensors by memory map, or raise StatsError when `calibrate` did not write it so."""
         try:
-            with safe_open(path, framework="pt") as file:
-                header = parse_json((file.metadata() or {})["dynquant"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                provenance = StatsProvenance(**header["provenance"])
-                moments = cls(provenance, tensors.pop("tokens"), header["kind"], header["aliases"])
-                _fill(moments, tensors)
+            header, tensors = read_tensors(path)
+            provenance = StatsProvenance(**header["provenance"])
+            moments = cls(provenance, tensors.pop("tokens"), header["kind"], header["aliases"])
+            _fill(moments, tensors)
+            return moments
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise StatsError(
                 f"{path} does not hold second moments of dynquant ({type(error).__name__}: {error}). Make it with "
                 "`dynquant calibrate MODEL -o stats.safetensors`."
             ) from error
-        return moments
 
     def check_belongs_to(self, stats: CalibrationStats, path: Path) -> None:
-        """Refuse second moments of another calibration than the statistics.
-
-        Raises:
-            StatsError: naming both texts or checkpoints.
-        """
-        mine, theirs = self.provenance, stats.provenance
-        for what in ("fingerprint", "text_hash", "num_tokens"):
-            if getattr(mine, what) != getattr(theirs, what):
+        """Raise StatsError, naming both texts or checkpoints, when the statistics are of another calibration."""
+        for field_name in ("fingerprint", "text_hash", "num_tokens"):
+            mine, theirs = getattr(self.provenance, field_name), getattr(stats.provenance, field_name)
+            if mine != theirs:
                 raise StatsError(
-                    f"{path} is of another calibration than the statistics: its {what.replace('_', ' ')} is "
-                    f"{str(getattr(mine, what))[:12]}, theirs {str(getattr(theirs, what))[:12]}. Calibrate again, or "
-                    "move it away to encode without error feedback."
+                    f"{path} is of another calibration than the statistics: its {field_name.replace('_', ' ')} is "
+                    f"{str(mine)[:12]}, theirs {str(theirs)[:12]}. Calibrate again, or move it away to encode without "
+                    "error feedback."
                 )
+
+
+def named_tensors(sums: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return sums and weights under their names in a file."""
+    tensors = {f"{key}.sum": total for key, total in sums.items()}
+    return tensors | {f"{key}.weight": weight for key, weight in weights.items()}
 
 
 def _fill(moments: SecondMoments, tensors: dict[str, torch.Tensor]) -> None:
@@ -162,19 +146,13 @@ def _fill(moments: SecondMoments, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def path_beside(stats: Path) -> Path:
-    """Return the file of the second moments that belong to statistics: `stats.safetensors` ->
-    `hessians.safetensors`."""
-    if "stats" in stats.name:
-        return stats.with_name(stats.name.replace("stats", "hessians"))
-    return stats.with_name(f"{stats.stem}.hessians{stats.suffix}")
+    """Return the file of the second moments beside statistics: `stats.safetensors` -> `hessians.safetensors`."""
+    name = stats.name.replace("stats", "hessians")
+    return stats.with_name(name if name != stats.name else f"{stats.stem}.hessians{stats.suffix}")
 
 
 def load_beside(stats_path: Path, stats: CalibrationStats) -> SecondMoments | None:
-    """The second moments that were measured with these statistics; None when there is no file of them.
-
-    Raises:
-        StatsError: the file is damaged, or of another calibration.
-    """
+    """Return the second moments measured with these statistics, or None where there is no file of them."""
     path = path_beside(stats_path)
     if not path.is_file():
         return None
@@ -206,37 +184,24 @@ def hessian(
     if stacked and len(sums) not in (1, shape[0]):
         return None
     counts = stats.inputs[key].counts.to(torch.float64)
-    if stacked and len(sums) == 1 and len(counts) == shape[0]:
-        mean = _with_diagonals(sums, totals, importance(stats, weight, shape, shrink_tokens=shrink_tokens)[experts])
-        tokens = torch.full((len(mean),), float(counts.sum()))
-    elif len(sums) == 1:
+    if len(sums) == 1:
         mean, tokens = sums / totals.clamp_min(1).to(torch.float32)[:, None, None], counts.sum().reshape(1)
+        if stacked and len(counts) == shape[0]:
+            squares = importance(stats, weight, shape, shrink_tokens=shrink_tokens)[experts]
+            scale = squares.sqrt() * mean[0].diagonal().clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
+            mean = mean[0] * scale.unsqueeze(1) * scale.unsqueeze(2)
+            tokens = torch.full((len(mean),), float(counts.sum()))
     else:
-        mean = _shrunk(sums, totals, counts, moments.layer_mean(key), experts, shrink_tokens)
-        tokens = counts[experts] + shrink_tokens
+        n, tokens = counts[experts], counts[experts] + shrink_tokens
+        mean = sums[experts] / totals[experts].clamp_min(1e-12).to(torch.float32)[:, None, None]
+        share = (n / (n + max(shrink_tokens, 1e-12))).to(torch.float32)[:, None, None]
+        mean = share * mean + (1 - share) * moments.layer_mean(key)
     return _invertible(mean, tokens, damping)
 
 
-def _shrunk(
-    sums: torch.Tensor, totals: torch.Tensor, counts: torch.Tensor, layer: torch.Tensor, experts: slice, k: float
-) -> torch.Tensor:
-    """(n S_e + k S) / (n + k) with S_e and S the weighted means of an expert and of all."""
-    mean = sums[experts] / totals[experts].clamp_min(1e-12).to(torch.float32)[:, None, None]
-    share = (counts[experts] / (counts[experts] + max(k, 1e-12))).to(torch.float32)[:, None, None]
-    return share * mean + (1 - share) * layer
-
-
-def _with_diagonals(sums: torch.Tensor, totals: torch.Tensor, diagonals: torch.Tensor) -> torch.Tensor:
-    """The pooled correlations under each expert's own mean squares [E, C]."""
-    pooled = sums[0] / totals[0].clamp_min(1).to(torch.float32)
-    scale = diagonals.sqrt() * pooled.diagonal().clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
-    return pooled * scale.unsqueeze(1) * scale.unsqueeze(2)
-
-
-def _invertible(mean: torch.Tensor, known_tokens: torch.Tensor, damping: float) -> torch.Tensor:
-    columns = mean.shape[-1]
+def _invertible(mean: torch.Tensor, tokens: torch.Tensor, damping: float) -> torch.Tensor:
     diagonal = mean.diagonal(dim1=-2, dim2=-1)
-    trust = (known_tokens / (columns + known_tokens)).to(torch.float32)[:, None, None]
+    trust = (tokens / (mean.shape[-1] + tokens)).to(torch.float32)[:, None, None]
     average = diagonal.mean(-1, keepdim=True)
     added = (1 - trust.squeeze(2)) * diagonal + damping * torch.where(average > 0, average, 1.0)
     return mean * trust + torch.diag_embed(added)

@@ -6,7 +6,7 @@ the last bits from the one sum of `collect_statistics`, and between CPUs whose p
 that are held back are one shard. Every worker holds the whole model and opens it by path.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -23,15 +23,6 @@ from dynquant.session import Progress, ignore_progress
 
 SHARD_WINDOWS = 16
 """Windows of a shard; its second moments travel once, whatever it holds."""
-
-
-@dataclass(frozen=True)
-class ShardSettings:
-    """Settings that all shards of a calibration share."""
-
-    model: StoredModel
-    device: str
-    options: StatisticsOptions
 
 
 @dataclass(frozen=True)
@@ -62,21 +53,33 @@ def calibrate_in_shards(
         ClusterError: a node does not read the same checkpoint, or tasks are lost again and again.
     """
     shards = cut(inputs, provenance, options.held_back)
-    settings = ShardSettings(StoredModel.of(model, base_gguf), device, options)
-    task = partial(collect_shard, settings)
+    task = partial(_collect, StoredModel.of(model, base_gguf), device, options)
     if pool is None:
         results: Iterable[tuple[Shard, Calibration]] = ((shard, task(shard)) for shard in shards)
     else:
         results = pool.run(task, shards, TaskNeeds(gpus=int(device.startswith("cuda"))), ordered=True)
-    return _merged(results, split_inputs(inputs, provenance, options.held_back)[2], inputs.num_tokens, progress)
+    total: Calibration | None = None
+    done, left_out = 0, dict[str, None]()
+    for shard, part in results:
+        left_out |= dict.fromkeys(part.left_out)
+        if total is None:
+            total = part
+        else:
+            total.stats.merge(part.stats)
+            if not shard.is_held and total.moments is not None and part.moments is not None:
+                total.moments.merge(part.moments)
+        done += shard.inputs.num_tokens
+        progress("calibrate", done, inputs.num_tokens, unit="tokens")
+    assert total is not None
+    provenance, num_moments = split_inputs(inputs, provenance, options.held_back)[2], 0
+    total.stats.provenance = provenance
+    if total.moments is not None:
+        total.moments.provenance, num_moments = provenance, len(total.moments.sums)
+    return replace(total, left_out=tuple(left_out), num_moments=num_moments)
 
 
 def cut(inputs: ModelInputs, provenance: StatsProvenance, held_back: float) -> list[Shard]:
-    """Return shards by window number; the last one holds back.
-
-    Raises:
-        StatsError: no window.
-    """
+    """Return shards by window number, of which the last one holds back, or raise StatsError for no window."""
     summed, held, _ = split_inputs(inputs, provenance, held_back)
     parts = [(part, False) for part in summed.windows.split(SHARD_WINDOWS)] + [(held.windows, True)] * bool(len(held))
     return [
@@ -89,34 +92,13 @@ def cut(inputs: ModelInputs, provenance: StatsProvenance, held_back: float) -> l
     ]  # fmt: skip
 
 
-def collect_shard(settings: ShardSettings, shard: Shard) -> Calibration:
-    """Statistics of one shard; the process keeps the model for the next one."""
-    model, hf_model = _opened(settings.model, settings.device)
+def _collect(stored: StoredModel, device: str, options: StatisticsOptions, shard: Shard) -> Calibration:
+    """Return the statistics of one shard; the process keeps the model for the next one."""
+    model, hf_model = _opened(stored, device)
     return collect_statistics(
         hf_model, shard.inputs, arch=model.arch, n_layer=model.hyper.n_layer, provenance=shard.provenance,
-        options=replace(settings.options, held_back=1.0 if shard.is_held else 0.0),
+        options=replace(options, held_back=1.0 if shard.is_held else 0.0),
     )  # fmt: skip
-
-
-def _merged(
-    results: Iterable[tuple[Shard, Calibration]], provenance: StatsProvenance, num_tokens: int, progress: Progress
-) -> Calibration:
-    """Add up the shards in their order; `provenance` is that of all of them."""
-    rest: Iterator[tuple[Shard, Calibration]] = iter(results)
-    shard, total = next(rest)
-    done, left_out = shard.inputs.num_tokens, dict.fromkeys(total.left_out)
-    for shard, part in rest:
-        progress("calibrate", done, num_tokens, unit="tokens")
-        total.stats.merge(part.stats)
-        left_out |= dict.fromkeys(part.left_out)
-        if not shard.is_held and total.moments is not None and part.moments is not None:
-            total.moments.merge(part.moments)
-        done += shard.inputs.num_tokens
-    progress("calibrate", done, num_tokens, unit="tokens")
-    total.stats.provenance = provenance
-    if total.moments is not None:
-        total.moments.provenance = total.stats.provenance
-    return Calibration(total.stats, total.moments, total.pools_experts, tuple(left_out))
 
 
 @cache

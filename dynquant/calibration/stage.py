@@ -11,16 +11,12 @@ from pathlib import Path
 import torch
 
 from dynquant.calibration.collector import KINDS
+from dynquant.calibration.imatrix import export_imatrix, import_imatrix
 from dynquant.calibration.importance import coverage_report
 from dynquant.calibration.options import CalibrateOptions, CalibrationOptions
-from dynquant.calibration.run import (
-    Calibration,
-    StatisticsOptions,
-    collect_statistics,
-    provenance_of,
-    text_inputs,
-)
+from dynquant.calibration.run import Calibration, StatisticsOptions, collect_statistics, provenance_of, text_inputs
 from dynquant.calibration.second_moments import SecondMoments, load_beside, path_beside
+from dynquant.calibration.sharded import calibrate_in_shards
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
 from dynquant.calibration.streamed import StreamingOptions, calibrate_streamed
 from dynquant.checkpoints.model import Model
@@ -31,9 +27,10 @@ from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.inputs.pictures import picture_inputs, read_samples
 from dynquant.inputs.text import read_text
 from dynquant.resources import chosen_device, human_bytes, parse_size
+from dynquant.running.cluster import open_ray
 from dynquant.running.load import computing_type, load_hf
 from dynquant.running.stream_memory import COMFORTABLE_SHARE, free_memory
-from dynquant.session import SILENT, Progress, Session
+from dynquant.session import SILENT, Session
 from dynquant.storage.atomic import file_hash
 
 STATS_NAME = "stats.safetensors"
@@ -70,19 +67,13 @@ class StatsFile:
         return load_beside(self.path, self.stats)
 
     def of(self, model: Model) -> "StatsFile":
-        """Return itself.
-
-        Raises:
-            StatsError: the statistics are those of another checkpoint.
-        """
+        """Return itself, or raise StatsError when the statistics are those of another checkpoint."""
         self.stats.check_belongs_to(model.fingerprint, model.name)
         return self
 
 
 def calibrate(options: CalibrateOptions, session: Session = SILENT) -> StatsFile:
     """Write stats.safetensors; import or export a llama.cpp imatrix when asked."""
-    from dynquant.calibration.imatrix import export_imatrix, import_imatrix
-
     model = open_and_announce(options.model, session, base_gguf=options.base_gguf)
     if options.imatrix:
         stats = import_imatrix(options.imatrix, model)
@@ -107,10 +98,9 @@ def tell_coverage(stats: CalibrationStats, model: Model, session: Session) -> No
         f"experts: {sum(len(row.tokens) for row in rows)} in {len(rows)} layers, fewest tokens {fewest:,}, "
         f"{starved} starved (their statistics lean on the layer's mean)"
     )
-    for row in rows:
-        if row.starved:
-            listed = ", ".join(f"{expert} ({row.tokens[expert]})" for expert in row.starved)
-            session.note(f"  layer {row.layer}: starved experts (tokens) {listed}")
+    for row in filter(lambda row: row.starved, rows):
+        experts = ", ".join(f"{expert} ({row.tokens[expert]})" for expert in row.starved)
+        session.note(f"  layer {row.layer}: starved experts (tokens) {experts}")
 
 
 def statistics_in(
@@ -125,42 +115,37 @@ def statistics_in(
     """Return the statistics of a plan folder: a copy of `stats_path`, those that fit the options, or new ones."""
     path = directory / STATS_NAME
     if stats_path is not None:
-        found = StatsFile(stats_path).of(model)
+        stats = StatsFile(stats_path).of(model).stats
         directory.mkdir(parents=True, exist_ok=True)
         if stats_path.resolve() != path.resolve():
-            found.stats.save(path)
-            _copy_moments(stats_path, path)
-        return StatsFile(path, found.stats)
+            stats.save(path)
+            source, target = path_beside(stats_path), path_beside(path)
+            target.unlink(missing_ok=True)
+            if source.is_file():
+                try:
+                    target.hardlink_to(source)
+                except OSError:
+                    shutil.copyfile(source, target)
+        return StatsFile(path, stats)
     if path.is_file():
-        found = StatsFile(path)
+        file = StatsFile(path)
         has_moments = options.hessians == "none" or path_beside(path).is_file()
-        if has_moments and _was_made_with(found.stats, model, options, session.seed):
+        if has_moments and _was_measured_with(file.stats.provenance, model, options, session.seed):
             session.note(f"reusing {path}")
-            return found
+            return file
     stats = run_calibration(model, options, path, session, base_gguf=base_gguf)
     tell_coverage(stats, model, session)
     return StatsFile(path, stats)
 
 
-def _copy_moments(source_stats: Path, target_stats: Path) -> None:
-    source, target = path_beside(source_stats), path_beside(target_stats)
-    target.unlink(missing_ok=True)
-    if source.is_file():
-        try:
-            target.hardlink_to(source)
-        except OSError:
-            shutil.copyfile(source, target)
-
-
-def _was_made_with(stats: CalibrationStats, model: Model, options: CalibrationOptions, seed: int) -> bool:
-    made = stats.provenance
-    if (made.fingerprint, made.max_tokens, made.seed) != (model.fingerprint, options.tokens, seed):
+def _was_measured_with(provenance: StatsProvenance, model: Model, options: CalibrationOptions, seed: int) -> bool:
+    needed = (model.fingerprint, options.tokens, seed)
+    if (provenance.fingerprint, provenance.max_tokens, provenance.seed) != needed:
         return False
     if options.data is not None:
-        return made.text_hash == read_samples(Path(options.data)).sha256
-    return made.window == options.window and (
-        made.text_hash == read_text(options.text, seed=seed, max_tokens=options.tokens).sha256
-    )
+        return provenance.text_hash == read_samples(Path(options.data)).sha256
+    text = read_text(options.text, seed=seed, max_tokens=options.tokens)
+    return (provenance.window, provenance.text_hash) == (options.window, text.sha256)
 
 
 def run_calibration(
@@ -194,35 +179,48 @@ def run_calibration(
     else:
         with session.stage("Calibration is not kept: what it has measured so far is lost.") as progress:
             if options.ray is not None:
-                result = _calibrate_on_ray(
-                    options.ray, session.device, base_gguf, model, inputs, provenance, statistics, progress
-                )
+                with open_ray(options.ray) as pool:
+                    device = pool.device(session.device)
+                    result = calibrate_in_shards(
+                        model, replace(inputs, batch_size=_batch_size(device)), provenance, statistics,
+                        base_gguf=base_gguf, device=device, pool=pool, progress=progress,
+                    )  # fmt: skip
             else:
                 result = collect_statistics(
                     load_hf(model, device=device), inputs, arch=model.arch, n_layer=model.hyper.n_layer,
                     provenance=provenance, options=statistics, progress=progress,
                 )  # fmt: skip
-        _save(result, output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if result.moments is not None:
+            result.moments.save(path_beside(output))
+        result.stats.save(output)
     for kind in KINDS:
-        if kind not in result.by_kind:  # left by an earlier calibration
+        if kind in result.by_kind:
+            result.by_kind[kind].save(kind_path(output, kind))
+        else:  # left by an earlier calibration
             kind_path(output, kind).unlink(missing_ok=True)
+    if options.hessians == "none":
+        path_beside(output).unlink(missing_ok=True)
+    _tell_result(result, inputs, path_beside(output), options, session)
+    return result.stats
+
+
+def _tell_result(
+    result: Calibration, inputs: ModelInputs, moments_path: Path, options: CalibrationOptions, session: Session
+) -> None:
     if inputs.has_pictures:
         num_text = sum(int(batch.is_text.sum()) for batch in inputs)
         num_pictures = inputs.num_tokens - num_text
         session.note(f"{len(inputs)} samples: {num_pictures:,} image tokens, {num_text:,} text tokens")
-    moments_path = path_beside(output)
     if options.hessians != "none":
         size = human_bytes(moments_path.stat().st_size)
         pooled = ", one for each layer's experts" if result.pools_experts else ""
         session.note(f"wrote {moments_path}: {result.num_moments} second moments{pooled}, {size}")
-    else:
-        moments_path.unlink(missing_ok=True)
     if result.left_out:
         session.note(
             f"no second moments for {len(result.left_out)} inputs, because --hessian-memory {options.hessian_memory} "
             f"is used up; they are encoded without error feedback: {', '.join(result.left_out)}"
         )
-    return result.stats
 
 
 def calibration_inputs(
@@ -240,9 +238,8 @@ def calibration_inputs(
         )
     inputs = picture_inputs(model, Path(options.data), tokens=options.tokens, seed=session.seed, strict=options.strict)
     if inputs.skipped:
-        session.note(f"skipped {len(inputs.skipped)} samples whose images cannot be decoded:")
-    for reason in inputs.skipped:
-        session.note(f"  {reason}")
+        reasons = "\n  ".join(inputs.skipped)
+        session.note(f"skipped {len(inputs.skipped)} samples whose images cannot be decoded:\n  {reasons}")
     return inputs
 
 
@@ -273,41 +270,11 @@ def streaming_limit(model: Model, options: CalibrationOptions, device: str, sess
 def _check_vision(model: Model, options: CalibrationOptions) -> None:
     if not model.has_vision:
         return
-    for option, given in (("--max-memory", options.max_memory), ("--ray", options.ray)):
-        if given is not None:
+    for option, value in (("--max-memory", options.max_memory), ("--ray", options.ray)):
+        if value is not None:
             raise StatsError(f"{model.name} has a vision tower and is run whole, in one process; leave {option} out.")
     if options.data is not None and options.hessians == "gradients":
         raise StatsError("--hessians gradients runs on text; with --data give activations or none.")
-
-
-def _calibrate_on_ray(
-    address: str,
-    device: str | None,
-    base_gguf: Path | None,
-    model: Model,
-    inputs: ModelInputs,
-    provenance: StatsProvenance,
-    statistics: StatisticsOptions,
-    progress: Progress,
-) -> Calibration:
-    from dynquant.calibration.sharded import calibrate_in_shards
-    from dynquant.running.cluster import open_ray
-
-    with open_ray(address) as pool:
-        device = pool.device(device)
-        return calibrate_in_shards(
-            model, replace(inputs, batch_size=_batch_size(device)), provenance, statistics,
-            base_gguf=base_gguf, device=device, pool=pool, progress=progress,
-        )  # fmt: skip
-
-
-def _save(result: Calibration, output: Path) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if result.moments is not None:
-        result.moments.save(path_beside(output))
-    for kind, stats in result.by_kind.items():
-        stats.save(kind_path(output, kind))
-    result.stats.save(output)
 
 
 def _batch_size(device: str) -> int:

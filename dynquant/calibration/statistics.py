@@ -13,12 +13,11 @@ from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from dynquant import __version__
 from dynquant.errors import StatsError
-from dynquant.storage.atomic import save_tensors
-from dynquant.storage.strict_json import parse_json
+from dynquant.storage.atomic import read_tensors, save_tensors
 
 SCHEMA_VERSION = 1
 _PART_TYPES = {
@@ -53,33 +52,20 @@ class InputStats:
         """Add the sums of `other`, keep the larger extremes, and fill free sample rows from it."""
         self.in_sum2 += other.in_sum2
         self.counts += other.counts
-        self._merge_extreme("max_in", other)
-        self._merge_extreme("max_out", other)
-        if self.samples is None:
-            self._take(other, "samples", "sample_counts")
-        elif other.samples is not None:
-            self._merge_samples(other)
-
-    def _merge_extreme(self, name: str, other: "InputStats") -> None:
-        mine, theirs = getattr(self, name), getattr(other, name)
-        if mine is None or theirs is None:
+        for name in ("max_in", "max_out"):
+            mine, theirs = getattr(self, name), getattr(other, name)
             if theirs is not None:
-                self._take(other, name, f"{name}_channel", f"{name}_position")
+                larger = torch.ones_like(theirs, dtype=torch.bool) if mine is None else theirs.abs() > mine.abs()
+                for part in (name, f"{name}_channel", f"{name}_position"):
+                    value = getattr(other, part)
+                    setattr(self, part, torch.where(larger, value, value if mine is None else getattr(self, part)))
+        if other.samples is None:
             return
-        larger = theirs.abs() > mine.abs()
-        for part in (name, f"{name}_channel", f"{name}_position"):
-            setattr(self, part, torch.where(larger, getattr(other, part), getattr(self, part)))
-
-    def _take(self, other: "InputStats", *parts: str) -> None:
-        for part in parts:
-            value = getattr(other, part)
-            setattr(self, part, None if value is None else value.clone())
-
-    def _merge_samples(self, other: "InputStats") -> None:
-        capacity = self.samples.shape[1]
-        for expert in range(len(self.counts)):
-            used = int(self.sample_counts[expert])
-            take = min(capacity - used, int(other.sample_counts[expert]))
+        if self.samples is None:
+            self.samples, self.sample_counts = other.samples.clone(), other.sample_counts.clone()
+            return
+        for expert, used in enumerate(self.sample_counts.tolist()):
+            take = min(self.samples.shape[1] - used, int(other.sample_counts[expert]))
             self.samples[expert, used : used + take] = other.samples[expert, :take]
             self.sample_counts[expert] += take
 
@@ -104,12 +90,17 @@ class StatsProvenance(BaseModel):
     imported_from: str | None = None
 
     def joined(self, other: "StatsProvenance") -> "StatsProvenance":
-        """Return the provenance of both texts together."""
-        sums = {
-            name: getattr(self, name) + getattr(other, name)
-            for name in ("num_windows", "num_tokens", "num_held_back_tokens")
-        }
-        return self.model_copy(update={"text_hash": _joined_hash(self.text_hash, other.text_hash), **sums})
+        """Return the provenance of both texts together, or raise StatsError when they ran on different checkpoints."""
+        if other.fingerprint != self.fingerprint:
+            raise StatsError(
+                f"Statistics of checkpoint {other.fingerprint[:12]} cannot be merged into those of "
+                f"{self.fingerprint[:12]}; calibrate both on the same model."
+            )
+        counts = ("num_windows", "num_tokens", "num_held_back_tokens")
+        sums = {name: getattr(self, name) + getattr(other, name) for name in counts}
+        # The sum of both hashes is the same in whatever order shards are merged.
+        text_hash = f"{(int(self.text_hash, 16) + int(other.text_hash, 16)) % (1 << 256):064x}"
+        return self.model_copy(update={"text_hash": text_hash, **sums})
 
 
 @dataclass
@@ -126,30 +117,17 @@ class CalibrationStats:
         return self.inputs.get(self.aliases.get(weight, weight))
 
     def merge(self, other: "CalibrationStats") -> None:
-        """Add another run over other text of the same model.
-
-        Raises:
-            StatsError: the two runs belong to different checkpoints.
-        """
-        if other.provenance.fingerprint != self.provenance.fingerprint:
-            raise StatsError(
-                f"Statistics of checkpoint {other.provenance.fingerprint[:12]} cannot be merged into those of "
-                f"{self.provenance.fingerprint[:12]}; calibrate both on the same model."
-            )
+        """Add another run over other text of the same model, or raise StatsError when it was of another one."""
+        self.provenance = self.provenance.joined(other.provenance)
         for key, stats in other.inputs.items():
             if key in self.inputs:
                 self.inputs[key].merge(stats)
             else:
                 self.inputs[key] = copy.deepcopy(stats)
         self.aliases |= other.aliases
-        self.provenance = self.provenance.joined(other.provenance)
 
     def check_belongs_to(self, fingerprint: str, model_name: str) -> None:
-        """Refuse statistics of another checkpoint.
-
-        Raises:
-            StatsError: naming both fingerprints.
-        """
+        """Raise StatsError, naming both fingerprints, for statistics of another checkpoint."""
         if self.provenance.fingerprint != fingerprint:
             raise StatsError(
                 f"The calibration statistics were measured on checkpoint {self.provenance.fingerprint[:12]}, but "
@@ -164,27 +142,24 @@ class CalibrationStats:
             for part in fields(InputStats)
             if (value := getattr(stats, part.name)) is not None
         }
-        header = {"provenance": self.provenance.model_dump(), "aliases": self.aliases}
-        save_tensors(path, tensors, header)
+        save_tensors(path, tensors, {"provenance": self.provenance.model_dump(), "aliases": self.aliases})
 
     @classmethod
     def load(cls, path: Path) -> "CalibrationStats":
-        """Read stats.safetensors.
-
-        Raises:
-            StatsError: missing, truncated, or not written by `dynquant calibrate`.
-        """
+        """Read stats.safetensors by memory map, or raise StatsError when `calibrate` did not write it so."""
         try:
-            with safe_open(path, framework="pt") as file:
-                header = parse_json((file.metadata() or {})["dynquant"])
-                stats = cls(StatsProvenance(**header["provenance"]), aliases=header["aliases"])
-                parts: dict[str, dict[str, torch.Tensor]] = {}
-                for name in file.keys():  # noqa: SIM118
-                    key, _, part = name.rpartition(".")
-                    parts.setdefault(key, {})[part] = file.get_tensor(name)
-                stats.inputs = {key: _checked_input(key, found) for key, found in parts.items()}
-                _check_aliases(stats.aliases, stats.inputs)
-                return stats
+            header, tensors = read_tensors(path)
+            parts: dict[str, dict[str, torch.Tensor]] = {}
+            for name, tensor in tensors.items():
+                key, _, part = name.rpartition(".")
+                parts.setdefault(key, {})[part] = tensor
+            inputs = {key: _checked_input(key, tensors_of) for key, tensors_of in parts.items()}
+            aliases = header["aliases"]
+            if not isinstance(aliases, dict) or not all(
+                isinstance(key, str) and key in inputs for key in aliases.values()
+            ):
+                raise ValueError("`aliases` does not map weights to inputs of the file")
+            return cls(StatsProvenance(**header["provenance"]), inputs, aliases)
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise StatsError(
                 f"{path} is not a statistics file of dynquant ({type(error).__name__}: {error}). "
@@ -192,14 +167,14 @@ class CalibrationStats:
             ) from error
 
 
-def _checked_input(key: str, found: dict[str, torch.Tensor]) -> InputStats:
+def _checked_input(key: str, tensors: dict[str, torch.Tensor]) -> InputStats:
     """Raises ValueError for parts that are missing, of another type or shape, or not finite."""
-    stats = InputStats(**found)
+    stats = InputStats(**tensors)
     sums, counts = stats.in_sum2, stats.counts
     if sums.ndim != 2 or not sums.numel():
         raise ValueError(f"`{key}.in_sum2` has the shape {list(sums.shape)}, not [experts, channels]")
     experts, channels = sums.shape
-    for name, tensor in found.items():
+    for name, tensor in tensors.items():
         if name == "samples":
             fits = tensor.ndim == 3 and (tensor.shape[0], tensor.shape[2]) == (experts, channels)
         else:
@@ -219,13 +194,3 @@ def _checked_input(key: str, found: dict[str, torch.Tensor]) -> InputStats:
     if filled is not None and bool((filled < 0).any() or (filled > samples.shape[1]).any()):
         raise ValueError(f"`{key}.sample_counts` goes beyond the {samples.shape[1]} samples that are there")
     return stats
-
-
-def _check_aliases(aliases: object, inputs: dict[str, InputStats]) -> None:
-    if not isinstance(aliases, dict) or not all(isinstance(key, str) and key in inputs for key in aliases.values()):
-        raise ValueError("`aliases` does not map weights to inputs of the file")
-
-
-def _joined_hash(first: str, second: str) -> str:
-    """One hash for two texts, the same in whatever order shards are merged: the sum of both, modulo 2^256."""
-    return f"{(int(first, 16) + int(second, 16)) % (1 << 256):064x}"

@@ -11,8 +11,8 @@ After each stage its statistics and the hidden states that it left are on the di
 """
 
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from dynquant import __version__
 from dynquant.calibration.collector import Collector
 from dynquant.calibration.options import Hessians
 from dynquant.calibration.recorders import MomentRecorder
-from dynquant.calibration.run import StatisticsOptions, check_seen, split_inputs
-from dynquant.calibration.second_moments import path_beside
+from dynquant.calibration.run import Calibration, StatisticsOptions, check_seen, split_inputs
+from dynquant.calibration.second_moments import named_tensors, path_beside
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_format import merge_tensor_files
@@ -36,21 +36,6 @@ from dynquant.running.stream_memory import Workload, fit_within
 from dynquant.session import Progress, ignore_progress
 from dynquant.storage.atomic import save_tensors
 from dynquant.storage.journal import Journal
-
-
-@dataclass(frozen=True)
-class StreamedCalibration:
-    """Results of one run: the statistics, second moments in `moments_path`, and how the model was run."""
-
-    stats: CalibrationStats
-    moments_path: Path | None
-    pools_experts: bool
-    left_out: tuple[str, ...]
-    num_moments: int
-    first_stage: int
-    """Stages below this one were taken over from an interrupted run."""
-    by_kind: Mapping[str, CalibrationStats] = field(default_factory=dict)
-    """Always empty: pictures are not streamed."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +58,7 @@ def calibrate_streamed(
     options: StatisticsOptions | None = None,
     streaming: StreamingOptions | None = None,
     progress: Progress = ignore_progress,
-) -> StreamedCalibration:
+) -> Calibration:
     """Calibrate on windows of text and write `output` and, beside it, second moments.
 
     Raises:
@@ -83,14 +68,11 @@ def calibrate_streamed(
     options, streaming = options or StatisticsOptions(), streaming or StreamingOptions()
     summed, held, provenance = split_inputs(inputs, provenance, options.held_back)
     stream = LayerStream(model, dtype=streaming.dtype, device=streaming.device)
-    moments = options.recorder(stream.hf_model)
+    moments, with_gradients = options.recorder(stream.hf_model), options.hessians == "gradients"
     if streaming.limit_bytes is not None:
-        work = Workload(
-            inputs.batch_size * provenance.window,
-            is_backward=options.hessians == "gradients",
-            moments=moments is not None,
-            pools_experts=moments is None or moments.pools_experts,
-        )
+        pools_experts = moments is None or moments.pools_experts
+        batch_tokens = inputs.batch_size * provenance.window
+        work = Workload(batch_tokens, with_gradients, moments is not None, pools_experts)
         fit_within(stream, streaming.limit_bytes, work)
     output.parent.mkdir(parents=True, exist_ok=True)
     identity = {
@@ -101,9 +83,8 @@ def calibrate_streamed(
     directory = (streaming.spill or output.parent) / f".{output.name}.streaming"
     journal = _journal_in(directory, identity)
     collector = Collector(
-        stream.hf_model, model.arch, model.hyper.n_layer, moments, limits=options.limits,
-        with_gradients=options.hessians == "gradients",
-    )  # fmt: skip
+        stream.hf_model, model.arch, model.hyper.n_layer, moments, limits=options.limits, with_gradients=with_gradients
+    )
     run = _Run(stream, summed, held, provenance, options.hessians, moments, collector, journal)
     first_stage = len(journal.records)
     with stream.running():
@@ -147,6 +128,7 @@ class _Run:
     ) -> None:
         self._stream, self._summed, self._provenance = stream, summed, provenance
         self._hessians, self._moments, self._collector, self._journal = hessians, moments, collector, journal
+        self._with_gradients = hessians == "gradients"
         self._directory = journal.path.parent
         self._batches = (*summed, *held)
         self._passes = StagedPasses(stream, [batch.ids for batch in self._batches], self._directory)
@@ -165,54 +147,42 @@ class _Run:
         self._passes.states.check_space((len(forward) if self._with_gradients else 2) + 2 * self._with_gradients)
         for number, (direction, stage) in enumerate(order):
             if number >= len(done):
-                self._forward(stage) if direction == "forward" else self._backward(stage)
+                if direction == "forward":
+                    with self._collector.attached():
+                        self._passes.forward(stage, self._before_batch)
+                    if stage < self._passes.head:
+                        self._passes.states.settle(stage + 1)
+                else:
+                    loss = partial(sampled_log_probability, generator=self._generator)
+                    with self._collector.seeing_gradients():
+                        self._passes.backward(stage, loss, self._before_batch, num_batches=self._summed.num_batches)
+                    self._passes.gradients.settle(stage)
                 self._keep(direction, stage)
             progress("calibrate", number + 1, len(order), unit="layers")
 
-    def join(self, output: Path, first_stage: int) -> StreamedCalibration:
+    def join(self, output: Path, first_stage: int) -> Calibration:
         """Write the statistics and second moments of all stages."""
         aliases = self._collector.aliases
         stats = CalibrationStats(self._provenance, {}, aliases)
-        for part in self._parts("forward-?????.safetensors"):
+        for part in sorted(self._directory.glob("forward-?????.safetensors")):
             stats.inputs |= CalibrationStats.load(part).inputs
         check_seen(stats, self._stream.hf_model)
-        moments_path, keys = None, set()
+        result = Calibration(stats, first_stage=first_stage)
         if self._moments is not None:
-            moments_path = path_beside(output)
-            parts = self._parts("*.moments.safetensors")
+            parts = sorted(self._directory.glob("*.moments.safetensors"))
             keys = {key for entry in self._journal.records for key in entry["moments"]}
             shared = {alias: key for alias, key in aliases.items() if key in keys}
             header = {"provenance": self._provenance.model_dump(), "aliases": shared, "kind": self._hessians}
-            merge_tensor_files(moments_path, parts, {"tokens": self._summed.windows.to(torch.int32)}, header)
+            merge_tensor_files(path_beside(output), parts, {"tokens": self._summed.windows.to(torch.int32)}, header)
+            pools_experts, left_out = self._moments.pools_experts, tuple(self._moments.left_out)
+            result = replace(result, pools_experts=pools_experts, left_out=left_out, num_moments=len(keys))
         stats.save(output)
-        pooled = self._moments is not None and self._moments.pools_experts
-        left_out = () if self._moments is None else tuple(self._moments.left_out)
-        return StreamedCalibration(stats, moments_path, pooled, left_out, len(keys), first_stage)
-
-    @property
-    def _with_gradients(self) -> bool:
-        return self._hessians == "gradients"
-
-    def _forward(self, stage: int) -> None:
-        with self._collector.attached():
-            self._passes.forward(stage, self._before_batch)
-        if stage < self._passes.head:
-            self._passes.states.settle(stage + 1)
-
-    def _backward(self, stage: int) -> None:
-        def loss(logits: torch.Tensor) -> torch.Tensor:
-            return sampled_log_probability(logits, self._generator)
-
-        with self._collector.seeing_gradients():
-            self._passes.backward(stage, loss, self._before_batch, num_batches=self._summed.num_batches)
-        self._passes.gradients.settle(stage)
+        return result
 
     def _before_batch(self, index: int) -> None:
         num_summed = self._summed.num_batches
-        num_held = len(self._batches) - num_summed
-        self._collector.start(
-            self._batches[index], (index - num_summed + 1) / num_held if index >= num_summed else None
-        )
+        fill = (index - num_summed + 1) / (len(self._batches) - num_summed) if index >= num_summed else None
+        self._collector.start(self._batches[index], fill)
 
     def _keep(self, direction: str, stage: int) -> None:
         """Statistics and second moments of a stage go to the disk, then its line to the journal."""
@@ -223,18 +193,12 @@ class _Run:
         entry |= {"moment_bytes": 0, "left_out": [], "moments": []}
         if self._moments is not None:
             sums, weights = self._moments.take()
-            tensors = {f"{key}.sum": total for key, total in sums.items()}
-            tensors |= {f"{key}.weight": weight for key, weight in weights.items()}
-            if tensors:
-                save_tensors(name.with_suffix(".moments.safetensors"), tensors, {})
+            if sums:
+                save_tensors(name.with_suffix(".moments.safetensors"), named_tensors(sums, weights), {})
             entry["moment_bytes"], entry["left_out"] = self._moments.used_bytes, self._moments.left_out
             entry["moments"] = list(sums)
         self._journal.add(entry)
         if direction == "backward":
-            self._passes.states.forget(stage)
             self._passes.gradients.forget(stage + 1)
-        elif not self._with_gradients:
+        if direction == "backward" or not self._with_gradients:
             self._passes.states.forget(stage)
-
-    def _parts(self, pattern: str) -> list[Path]:
-        return sorted(self._directory.glob(pattern))

@@ -179,7 +179,7 @@ def _file_type(name: str) -> int | None:
 def _export_fields(
     tensors: Sequence[TensorSpec], provenance: Provenance, imatrix: ImatrixInfo | None
 ) -> list[MetadataField]:
-    """What an export adds to the model's metadata: numbers are u32."""
+    """Return the fields that an export adds to the model's metadata; numbers are u32."""
     values: dict[str, int | str] = {
         gguf.Keys.General.QUANTIZATION_VERSION: gguf.GGML_QUANT_VERSION,
         gguf.Keys.General.FILE_TYPE: file_type_of(provenance.recipe, tensors),

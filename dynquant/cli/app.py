@@ -25,11 +25,7 @@ from dynquant.cli.terminal.parameters import from_options
 from dynquant.cli.train import finetune, heal
 from dynquant.errors import DynquantError
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.callback()

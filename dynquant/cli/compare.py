@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 from dynquant.calibration.options import CalibrateOptions, CalibrationOptions
 from dynquant.cli.export import print_exported
 from dynquant.cli.terminal import console
-from dynquant.evaluation.evaluate import evaluate
 from dynquant.evaluation.options import EvalOptions, QuestionOptions
 from dynquant.exporters.options import ExportOptions
 from dynquant.options import Flag, ModelPath, Only
@@ -125,15 +124,13 @@ class _Results:
 
     def score(self, file: Path) -> "EvalReport":
         """Compare a file with its original, whose own answers are kept beside the results."""
-        return evaluate(
-            EvalOptions(
-                candidate=str(file),
-                reference=self._model,
-                questions=self.questions,
-                reference_cache=self._path.parent / "reference",
-            ),
-            replace(self.session, device=None),
+        from dynquant.evaluation.evaluate import evaluate
+
+        cache = self._path.parent / "reference"
+        options = EvalOptions(
+            candidate=str(file), reference=self._model, questions=self.questions, reference_cache=cache
         )
+        return evaluate(options, replace(self.session, device=None))
 
     def record(self, name: str, row: dict[str, Any]) -> None:
         self.rows[name] = row
@@ -224,8 +221,7 @@ def _measure_encoder(
 def _tuned(plain: Path, encoder: str, stats: Path, options: CompareEncodersOptions, session: Session) -> Path:
     """Write the file again after the closing pass, on the tokens of the second moments."""
     from dynquant.calibration.second_moments import SecondMoments, path_beside
-    from dynquant.exporters.closing_pass import TuneOptions
-    from dynquant.exporters.stage import tune_file
+    from dynquant.exporters.closing_pass import TuneOptions, tune_file
     from dynquant.families.open import open_and_announce
 
     windows = SecondMoments.load(path_beside(stats)).tokens
@@ -259,10 +255,7 @@ def metrics_of(report: "EvalReport") -> dict[str, dict]:
 def recipe_table(rows: dict[str, dict]) -> str:
     """Return one line a recipe, smallest file first, with 95 % intervals."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row["metrics"]))
-    lines = [
-        "| recipe | bytes | bpw | " + " | ".join(columns) + " |",
-        "|---|---|---|" + "---|" * len(columns),
-    ]
+    lines = ["| recipe | bytes | bpw | " + " | ".join(columns) + " |", "|---|---|---|" + "---|" * len(columns)]
     for name, row in sorted(rows.items(), key=lambda item: (item[1]["bytes"] // 20_000, item[0])):
         cells = [_cell(row["metrics"].get(column)) for column in columns]
         shown = f"**{name}**" if name.startswith(PLAN_PREFIX) else name
@@ -280,7 +273,8 @@ def _cell(metric: dict | None) -> str:
 def encoder_table(rows: dict[str, dict]) -> str:
     """Return one line a file; changes of KL are against ggml's file of the same recipe, with paired 95 % intervals."""
     texts = list(dict.fromkeys(name for row in rows.values() for name in row["kl_blocks"]))
-    others = list(dict.fromkeys(m for row in rows.values() for m in row["metrics"] if _is_accuracy(m)))
+    names = dict.fromkeys(name for row in rows.values() for name in row["metrics"])
+    others = [name for name in names if name.endswith(("accuracy", "P(right)"))]
     columns = [part for text in texts for part in (f"KL {text}", "change", "top-1 %")] + others
     lines = ["| recipe | bytes | encoder | " + " | ".join(columns) + " |", "|---|---|---|" + "---|" * len(columns)]
     for row in rows.values():
@@ -293,10 +287,6 @@ def encoder_table(rows: dict[str, dict]) -> str:
         cells += [f"{100 * row['metrics'][name]['value']:.1f}" if name in row["metrics"] else "" for name in others]
         lines.append(f"| {row['recipe']} | {row['bytes']:,} | {row['variant']} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def _is_accuracy(metric: str) -> bool:
-    return metric.endswith(("accuracy", "P(right)"))
 
 
 def _change(row: dict, base: dict | None, text: str) -> str:

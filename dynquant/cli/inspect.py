@@ -26,30 +26,15 @@ def inspect(path: Annotated[str, typer.Argument(help=MODEL_HELP, show_default=Fa
 
     summary = read(path)
     if as_json:
-        console.show_json(
-            {
-                "format": summary.format,
-                "arch": summary.arch,
-                "total_bytes": summary.total_bytes,
-                "bits_per_weight": summary.bits_per_weight,
-                "types": [asdict(share) for share in summary.types],
-                "roles": [asdict(share) for share in summary.roles],
-                "metadata": summary.metadata,
-                "provenance": summary.provenance,
-            }
-        )
+        names = ("format", "arch", "total_bytes", "bits_per_weight", "types", "roles", "metadata", "provenance")
+        document = {name: getattr(summary, name) for name in names}
+        console.show_json(document | {name: list(map(asdict, document[name])) for name in ("types", "roles")})
         return
     for title, shares in (("by type", summary.types), ("by role", summary.roles)):
-        rows = [
-            (
-                share.label,
-                share.num_tensors,
-                f"{share.bits_per_weight:.3f}",
-                human_bytes(share.num_bytes),
-                f"{share.num_bytes / summary.total_bytes:.1%}",
-            )
-            for share in shares
-        ]
+        rows = []
+        for share in shares:
+            size, of_all = human_bytes(share.num_bytes), f"{share.num_bytes / summary.total_bytes:.1%}"
+            rows.append((share.label, share.num_tensors, f"{share.bits_per_weight:.3f}", size, of_all))
         console.print_table(f"{Path(path).name} {title}", ("", "tensors", "bpw", "size", "share"), rows)
     for key, value in (summary.metadata | summary.provenance).items():
         console.say(f"{key}: {value}")
@@ -137,16 +122,10 @@ def diff(before: PlanFile, after: PlanFile, as_json: AsJson = False) -> None:
         return
     if difference.changes:
         _print_changes(difference)
-    rows = [
-        (
-            share.type,
-            share.tensors_before,
-            share.tensors_after,
-            human_bytes(share.bytes_before),
-            human_bytes(share.bytes_after),
-        )
-        for share in difference.histogram
-    ]
+    rows = []
+    for share in difference.histogram:
+        sizes = human_bytes(share.bytes_before), human_bytes(share.bytes_after)
+        rows.append((share.type, share.tensors_before, share.tensors_after, *sizes))
     console.print_table("by type", ("type", "tensors before", "after", "bytes before", "after"), rows)
     for key, side in sides.items():
         console.say(f"{key}: {side.name}, {side.file_bytes:,} bytes")
@@ -158,17 +137,11 @@ def diff(before: PlanFile, after: PlanFile, as_json: AsJson = False) -> None:
 def _print_changes(difference: "PlanDiff") -> None:
     from dynquant.recipes.diff import number_ranges
 
-    rows = [
-        (
-            change.role.value,
-            number_ranges(change.layers) or "-",
-            len(change.tensors),
-            f"{change.before} > {change.after}",
-            human_bytes(change.bytes_before),
-            human_bytes(change.bytes_after),
-        )
-        for change in difference.changes
-    ]
+    rows = []
+    for change in difference.changes:
+        place = change.role.value, number_ranges(change.layers) or "-", len(change.tensors)
+        sizes = human_bytes(change.bytes_before), human_bytes(change.bytes_after)
+        rows.append((*place, f"{change.before} > {change.after}", *sizes))
     old, new = (sum(getattr(c, side) for c in difference.changes) for side in ("bytes_before", "bytes_after"))
     num_tensors = sum(len(change.tensors) for change in difference.changes)
     rows.append(("all", "", num_tensors, "", human_bytes(old), human_bytes(new)))

@@ -15,7 +15,7 @@ from dynquant.resources import human_bytes, parse_size
 from dynquant.session import Session
 
 if TYPE_CHECKING:
-    from dynquant.recipes.plan import Plan
+    from dynquant.recipes.plan import Plan, PlanEntry
 
 
 def plan(
@@ -64,8 +64,6 @@ def plan(
         write_plan_report(str(options.model), options.output, session, base_gguf=options.base_gguf)
     if as_json:
         console.show_json(made.model_dump_json(indent=1))
-    elif options.target.serves is not None:
-        print_schemes(made, options.output)
     else:
         print_plan(made, options.output)
 
@@ -82,26 +80,23 @@ def print_histogram(plan: "Plan") -> None:
 
 
 def print_plan(plan: "Plan", directory: Path) -> None:
-    """Show what was kept, what was crushed, and the size."""
-    from dynquant.formats.quant_types import quant_type
+    """Show what was kept, what was crushed, what fell back, and the size."""
+    columns, rows = _by_role(plan) if plan.target == "gguf" else _by_scheme(plan)
+    console.print_table(f"{plan.model}: {plan.recipe}", (*columns, "bpw", "size", "share"), rows)
+    fallbacks = [entry for entry in plan.entries if entry.wanted_type]
+    if plan.target == "gguf":
+        for entry in plan.entries:
+            if "super " in entry.reason or "stands out" in entry.reason:
+                console.say(f"  {entry.name}: {entry.type}, {entry.reason}")
+        if fallbacks:
+            console.say(f"  {len(fallbacks)} tensors took another type because of their row length (see the plan)")
+    else:
+        from dynquant.exporters.compressed_config import transformers_problem
 
-    by_role: dict[str, list] = {}
-    for entry in plan.entries:
-        by_role.setdefault(entry.role.value, []).append(entry)
-    rows = []
-    for role, entries in sorted(by_role.items(), key=lambda item: -sum(e.bytes for e in item[1])):
-        types = sorted({e.type for e in entries}, key=lambda name: -quant_type(name).bits_per_weight)
-        size = sum(e.bytes for e in entries)
-        weights = sum(prod(e.shape) for e in entries)
-        share = f"{size / plan.predicted_bytes:.1%}"
-        rows.append((role, len(entries), " ".join(types), f"{8 * size / weights:.3f}", human_bytes(size), share))
-    console.print_table(f"{plan.model}: {plan.recipe}", ("role", "tensors", "types", "bpw", "size", "share"), rows)
-    exceptions = [e for e in plan.entries if "super " in e.reason or "stands out" in e.reason]
-    for entry in exceptions:
-        console.say(f"  {entry.name}: {entry.type}, {entry.reason}")
-    fallbacks = [e for e in plan.entries if e.wanted_type]
-    if fallbacks:
-        console.say(f"  {len(fallbacks)} tensors took another type because of their row length (see the plan)")
+        for entry in fallbacks:
+            console.say(f"  {entry.name}: {entry.type} instead of {entry.wanted_type}, {entry.reason}")
+        if problem := transformers_problem(plan):
+            console.note(f"vLLM will load this checkpoint, transformers will not: {problem}")
     if plan.predicted_kl is not None:
         error = f" ± {plan.predicted_kl_se:.4f}" if plan.predicted_kl_se else ""
         measured = "" if plan.selected_kl is None else f", measured {plan.selected_kl:.4f}"
@@ -112,32 +107,34 @@ def print_plan(plan: "Plan", directory: Path) -> None:
     )
 
 
-def print_schemes(plan: "Plan", directory: Path) -> None:
-    """Show schemes, what fell back, and the size."""
-    from dynquant.exporters.compressed_config import transformers_problem
-
-    rows: list[tuple[object, ...]] = []
-    for name, entries in plan.by_type().items():
-        num_bytes = sum(entry.bytes for entry in entries)
-        bits_per_weight = 8 * num_bytes / sum(prod(entry.shape) for entry in entries)
-        num_layers = sum(len(entry.modules) for entry in entries)
-        share = f"{num_bytes / plan.predicted_bytes:.1%}"
-        rows.append((name, num_layers, f"{bits_per_weight:.3f}", human_bytes(num_bytes), share))
-    share = f"{plan.other_bytes / plan.predicted_bytes:.1%}"
-    rows.append(("everything else", "", "", human_bytes(plan.other_bytes), share))
-    console.print_table(f"{plan.model}: {plan.recipe}", ("scheme", "linear layers", "bpw", "size", "share"), rows)
+def _by_role(plan: "Plan") -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
+    """Return columns and rows of a plan for llama.cpp, the role with most bytes first."""
+    precision = list(plan.by_type())
+    by_role: dict[str, list[PlanEntry]] = {}
     for entry in plan.entries:
-        if entry.wanted_type:
-            console.say(f"  {entry.name}: {entry.type} instead of {entry.wanted_type}, {entry.reason}")
-    problem = transformers_problem(plan)
-    if problem is not None:
-        console.note(f"vLLM will load this checkpoint, transformers will not: {problem}")
-    if plan.predicted_kl is not None:
-        console.say(f"  KL to the original, nats per token: predicted {plan.predicted_kl:.4f}")
-    console.say(
-        f"{human_bytes(plan.predicted_bytes)} ({plan.predicted_bytes:,} bytes), "
-        f"{plan.bits_per_weight:.3f} bits per weight. Plan: {directory / 'plan.json'}"
-    )
+        by_role.setdefault(entry.role.value, []).append(entry)
+    rows = []
+    for role, entries in sorted(by_role.items(), key=lambda item: -sum(entry.bytes for entry in item[1])):
+        types = sorted({entry.type for entry in entries}, key=precision.index)
+        rows.append((role, len(entries), " ".join(types), *_size_cells(entries, plan)))
+    return ("role", "tensors", "types"), rows
+
+
+def _by_scheme(plan: "Plan") -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
+    """Return columns and rows of a plan for vLLM, the most precise scheme first."""
+    rows: list[tuple[object, ...]] = [
+        (name, sum(len(entry.modules) for entry in entries), *_size_cells(entries, plan))
+        for name, entries in plan.by_type().items()
+    ]
+    share = f"{plan.other_bytes / plan.predicted_bytes:.1%}"
+    return ("scheme", "linear layers"), [*rows, ("everything else", "", "", human_bytes(plan.other_bytes), share)]
+
+
+def _size_cells(entries: "list[PlanEntry]", plan: "Plan") -> tuple[str, str, str]:
+    """Return bits per weight, size, and share of the plan's bytes."""
+    num_bytes = sum(entry.bytes for entry in entries)
+    bits_per_weight = 8 * num_bytes / sum(prod(entry.shape) for entry in entries)
+    return f"{bits_per_weight:.3f}", human_bytes(num_bytes), f"{num_bytes / plan.predicted_bytes:.1%}"
 
 
 def print_costs(plan: "Plan", directory: Path, machine_file: Path, options: PlanOptions) -> None:

@@ -64,10 +64,18 @@ class DynquantEncoder:
         by_expert = check_request(quant_type, weights, importance, hessian, name=name)
         stacked = weights.detach() if weights.dim() == 3 else weights.detach().unsqueeze(0)
         packed = torch.empty((*stacked.shape[:2], quant_type.row_bytes(stacked.shape[-1])), dtype=torch.uint8)
+
+        def loss_of(experts: slice, *, protected_column: int | None = None) -> Loss:
+            importance = None if by_expert is None else by_expert[experts]
+            moments = hessian if hessian is None or len(hessian) == 1 else hessian[experts]
+            shape = stacked[experts].shape
+            return loss_under(shape, importance, moments, self.device, protected_column=protected_column)
+
         with _threads(threads):
             for experts in self._expert_batches(stacked, hessian):
-                loss = self._loss(stacked[experts], experts, by_expert, hessian)
-                for rows in map(as_slice, ranges(stacked.shape[1], self._rows_at_once(stacked[experts]))):
+                loss = loss_of(experts)
+                at_once = self._weights_at_once // (len(stacked[experts]) * stacked.shape[-1])
+                for rows in map(as_slice, ranges(stacked.shape[1], max(1, at_once))):
                     part = stacked[experts, rows]
                     packed[experts, rows] = self._encode(layout, part, loss, name)
                     if progress is not None:
@@ -75,7 +83,7 @@ class DynquantEncoder:
             for scalar in protected:
                 expert = slice(scalar.expert or 0, (scalar.expert or 0) + 1)
                 row = slice(scalar.row, scalar.row + 1)
-                loss = self._loss(stacked[expert], expert, by_expert, hessian, protected_column=scalar.column)
+                loss = loss_of(expert, protected_column=scalar.column)
                 packed[expert, row] = self._encode(layout, stacked[expert, row], loss, name)
         return packed.reshape(*weights.shape[:-1], packed.shape[-1])
 
@@ -94,30 +102,16 @@ class DynquantEncoder:
         halves = [self._encode(layout, part, loss, name) for part in (weights[:, :half], weights[:, half:])]
         return torch.cat(halves, dim=1)
 
-    def _loss(
-        self,
-        weights: Tensor,
-        experts: slice,
-        importance: Tensor | None,
-        hessian: Tensor | None,
-        *,
-        protected_column: int | None = None,
-    ) -> "Loss":
-        part = None if importance is None else importance[experts]
-        full = None if hessian is None else (hessian[experts] if len(hessian) > 1 else hessian)
-        return loss_under(weights.shape, part, full, self.device, protected_column=protected_column)
-
     def _expert_batches(self, stacked: Tensor, hessian: Tensor | None) -> Iterator[slice]:
-        is_cpu = self.device.type == "cpu"
-        count = (_CPU_WEIGHTS if is_cpu else _GPU_WEIGHTS) // max(1, stacked[:1].numel())
+        count = self._weights_at_once // max(1, stacked[:1].numel())
         if hessian is not None:
-            limit = _CPU_HESSIAN_BYTES if is_cpu else _GPU_HESSIAN_BYTES
+            limit = _CPU_HESSIAN_BYTES if self.device.type == "cpu" else _GPU_HESSIAN_BYTES
             count = min(count, limit // hessian[:1].nbytes)
         return map(as_slice, ranges(stacked.shape[0], max(1, count)))
 
-    def _rows_at_once(self, batch: Tensor) -> int:
-        limit = _CPU_WEIGHTS if self.device.type == "cpu" else _GPU_WEIGHTS
-        return max(1, limit // (batch.shape[0] * batch.shape[-1]))
+    @property
+    def _weights_at_once(self) -> int:
+        return _CPU_WEIGHTS if self.device.type == "cpu" else _GPU_WEIGHTS
 
 
 class Loss:

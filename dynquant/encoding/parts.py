@@ -115,8 +115,10 @@ def load_part(source: TensorSource, part: TensorPart) -> torch.Tensor:
     """Return the weights of a part, float32 [experts, rows, row_length] of a stack, else [rows, row_length]."""
     columns, is_every_row = part.shape[-1], len(part.rows) == _stacked(part.shape)[1]
     if len(part.shape) != 3:
-        weights = source.load(part.name) if is_every_row else _load_rows(source, part)
-        return weights.reshape(-1, columns)
+        if isinstance(source, GGUFSource) and not is_every_row:
+            packed = source.load_packed(part.name, as_slice(part.rows))
+            return decode(source.info(part.name).dtype, packed, (len(part.rows), columns)).reshape(-1, columns)
+        return source.load(part.name, None if is_every_row else as_slice(part.rows)).reshape(-1, columns)
     weights = torch.empty(len(part.experts), len(part.rows), columns)
     for place, expert in enumerate(part.experts):
         weights[place] = source.load(part.name, expert)[as_slice(part.rows)]
@@ -131,13 +133,6 @@ def load_packed_part(source: GGUFSource, part: TensorPart) -> torch.Tensor:
         return source.load_packed(part.name)
     packed = [source.load_packed(part.name, expert)[as_slice(part.rows)] for expert in part.experts]
     return torch.stack(packed)
-
-
-def _load_rows(source: TensorSource, part: TensorPart) -> torch.Tensor:
-    if isinstance(source, GGUFSource):
-        packed = source.load_packed(part.name, as_slice(part.rows))
-        return decode(source.info(part.name).dtype, packed, (len(part.rows), part.shape[-1]))
-    return source.load(part.name, as_slice(part.rows))
 
 
 def _stacked(shape: tuple[int, ...]) -> tuple[int, int, int]:

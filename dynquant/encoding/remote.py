@@ -20,19 +20,9 @@ from dynquant import __version__
 from dynquant.calibration.second_moments import SecondMoments, load_beside
 from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.model import Model
+from dynquant.encoding import stream
 from dynquant.encoding.interface import Encoder, ProtectedWeight
 from dynquant.encoding.parts import TensorPart
-from dynquant.encoding.stream import (
-    Guidance,
-    PartInput,
-    encode_input,
-    encode_part,
-    encoder_version,
-    gather,
-    guidance_of,
-    is_stored,
-    load_encoder,
-)
 from dynquant.errors import ClusterError, DynquantError
 from dynquant.running.cluster import RayPool, StoredModel, TaskNeeds
 
@@ -49,7 +39,7 @@ class EncoderChoice:
 
     @classmethod
     def of(cls, encoder: Encoder, device: str, threads: int) -> "EncoderChoice":
-        return cls(encoder.name, device, threads, encoder_version(encoder))
+        return cls(encoder.name, device, threads, stream.encoder_version(encoder))
 
 
 @dataclass(frozen=True)
@@ -82,7 +72,7 @@ class RemoteEncoding:
     choice: EncoderChoice
     needs: TaskNeeds
     files: StoredFiles
-    shipped: tuple[Model, Guidance, Encoder] | None = None
+    shipped: tuple[Model, stream.Guidance, Encoder] | None = None
 
     def __call__(self, parts: Iterable[TensorPart]) -> Iterator[tuple[TensorPart, torch.Tensor]]:
         if self.shipped is None:
@@ -90,13 +80,13 @@ class RemoteEncoding:
         else:
             model, guidance, encoder = self.shipped
             parts = list(parts)
-            for part in (part for part in parts if is_stored(model, part)):
-                yield part, encode_part(model, part, guidance, encoder)
+            for part in (part for part in parts if stream.is_stored(model, part)):
+                yield part, stream.encode_part(model, part, guidance, encoder)
             results = self.pool.run(
                 partial(_encode_shipped, self.choice),
-                (part for part in parts if not is_stored(model, part)),
+                (part for part in parts if not stream.is_stored(model, part)),
                 self.needs,
-                load=lambda part: gather(model, part, guidance, encoder),
+                load=lambda part: stream.gather(model, part, guidance, encoder),
             )
         for part, blocks in results:
             yield part, torch.from_numpy(np.array(blocks))  # Ray's array is a read-only view of its store
@@ -104,12 +94,12 @@ class RemoteEncoding:
 
 def _encode_from_storage(choice: EncoderChoice, files: StoredFiles, part: TensorPart) -> np.ndarray:
     model, stats, moments = open_stored(files)
-    guidance = guidance_of(stats, moments, dict(files.protected))
-    return encode_part(model, part, guidance, worker_encoder(choice), threads=choice.threads).numpy()
+    guidance = stream.guidance_of(stats, moments, dict(files.protected))
+    return stream.encode_part(model, part, guidance, worker_encoder(choice), threads=choice.threads).numpy()
 
 
-def _encode_shipped(choice: EncoderChoice, part_input: PartInput) -> np.ndarray:
-    return encode_input(part_input, worker_encoder(choice), threads=choice.threads).numpy()
+def _encode_shipped(choice: EncoderChoice, part_input: stream.PartInput) -> np.ndarray:
+    return stream.encode_input(part_input, worker_encoder(choice), threads=choice.threads).numpy()
 
 
 @cache
@@ -119,13 +109,13 @@ def worker_encoder(choice: EncoderChoice) -> Encoder:
     Raises:
         ClusterError: it would be of other versions than the driver's.
     """
-    encoder = load_encoder(choice.name, choice.device)
-    found, wanted = (__version__, encoder_version(encoder)), (choice.tool_version, choice.version)
-    if found != wanted:
+    encoder = stream.load_encoder(choice.name, choice.device)
+    version = stream.encoder_version(encoder)
+    if (__version__, version) != (choice.tool_version, choice.version):
         raise ClusterError(
-            f"{socket.gethostname()} has dynquant {found[0]} with the {choice.name} encoder's library {found[1]}, but "
-            f"the command runs with {wanted[0]} and {wanted[1]}; their bytes may differ. Install the same versions "
-            "on all nodes."
+            f"{socket.gethostname()} has dynquant {__version__} with the {choice.name} encoder's library {version}, "
+            f"but the command runs with {choice.tool_version} and {choice.version}; their bytes may differ. Install "
+            "the same versions on all nodes."
         )
     return encoder
 

@@ -8,6 +8,7 @@ wanted type gives its own bytes.
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -58,8 +59,7 @@ def guidance_of(
     )
 
 
-@dataclass(frozen=True)
-class QuantizedPart:
+class QuantizedPart(NamedTuple):
     """A part as it is stored. `packed` is uint8 [..., rows, row_bytes]; 1-D tensors have one row."""
 
     part: TensorPart
@@ -134,15 +134,8 @@ def quantize(
 ) -> Iterator[QuantizedPart]:
     """Yield every part of every tensor of the plan in the model's order, encoded in this process.
 
-    Args:
-        model: Where weights are read from.
-        plan: Types of its tensors.
-        guidance: What encoders are told besides weights.
-        encoder: What makes the blocks.
-        parts: Those of `parts_of_plan`, which are made where they are not given.
-        threads: Of the encoder; None for one per core.
-        progress: Hears of weights done, those in `skip` included.
-        skip: Keys of parts and names of tensors that are left out.
+    `parts` are by default those of `parts_of_plan`; keys of parts and names of tensors in `skip` are left out, but
+    count in `progress`.
 
     Raises:
         PlanError: the plan is of another checkpoint, or gives a tensor another shape.

@@ -85,24 +85,17 @@ def encode_layers(
     name: str = "tensor",
     progress: RowsDone | None = None,
 ) -> list[EncodedLayer]:
-    """Encode a stack of linear layers [E, R, C]; a single layer is a stack of one.
+    """Encode a stack of linear layers, float32 [E, R, C]; a single layer is a stack of one.
 
-    Args:
-        scheme: What to store, with its group size.
-        weights: float32 [E, R, C].
-        importance: E[x²] of the inputs, [E, C].
-        hessian: E[x xᵀ] of the inputs, [E, C, C] or [1, C, C] for all; positive definite.
-        global_scale: `nvfp4_global_scale`, for NVFP4A16.
-        device: Where to search; default the CPU.
-        name: For error messages.
-        progress: Told how many weights are done.
+    `importance` is E[x²] of the inputs, [E, C]; `hessian` E[x xᵀ], [E, C, C] or [1, C, C] for all, positive definite;
+    `global_scale` that of `nvfp4_global_scale`, for NVFP4A16. The search runs on `device`, by default the CPU.
 
     Raises:
         EncodeError: NaN or Inf weights, or weights beyond the range of the scheme.
     """
     peak = check_finite(weights, name=name)
     if scheme.strategy == "none":
-        return [EncodedLayer(scheme, one.to(torch.bfloat16).to(torch.float32), one[:, :0]) for one in weights]
+        return [EncodedLayer(scheme, w.to(torch.bfloat16).to(torch.float32), w[:, :0]) for w in weights]
     device = device or torch.device("cpu")
     layout = scheme_layout(scheme, weights.shape[-1], global_scale)
     if peak > layout.largest_weight:
@@ -121,7 +114,7 @@ def encode_layers(
             progress(rows.x.numel())
     if scheme.kind == "float" and scheme.num_bits == 4:
         codes = codes / 2  # ggml's table holds E2M1 numbers doubled
-    return [EncodedLayer(scheme, *one, global_scale) for one in zip(codes, torch.cat(scales, dim=1), strict=True)]
+    return [EncodedLayer(scheme, *layer, global_scale) for layer in zip(codes, torch.cat(scales, dim=1), strict=True)]
 
 
 def from_stored(scheme: Scheme, parts: Mapping[str, Tensor]) -> EncodedLayer:

@@ -110,11 +110,7 @@ def encode_questions(
 
 
 def _encode_question(
-    question: Question,
-    shots: list[Question],
-    scoring: Scoring,
-    encode: Callable[[str], list[int]],
-    context_length: int,
+    question: Question, shots: list[Question], scoring: Scoring, encode: Callable[[str], list[int]], context_length: int
 ) -> EncodedQuestion:
     for dropped in range(len(shots) + 1):
         text = render_prompt(question, shots[dropped:], scoring)

@@ -40,8 +40,7 @@ class EvalOptions:
         ),
     ] = None
     mmproj: Annotated[
-        Path | None,
-        Flag("With --data: the vision part of a .gguf candidate. Default: mmproj-NAME.gguf beside it."),
+        Path | None, Flag("With --data: the vision part of a .gguf candidate. Default: mmproj-NAME.gguf beside it.")
     ] = None
     strict: Strict = False
     encoder: Annotated[str, Flag("What renders a plan with --data: dynquant or ggml.")] = "dynquant"

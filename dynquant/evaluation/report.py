@@ -305,41 +305,26 @@ def _by_subject(
 
 def summary_rows(report: EvalReport) -> list[SummaryRow]:
     """The before/after table, text by text and scoring by scoring, without any layout."""
-    rows = [
-        SummaryRow(
-            "file", "bytes", f"{report.reference.file_bytes:,}", f"{report.candidate.file_bytes:,}", _shrink(report)
-        )
-    ]
-    for text in report.texts:
-        rows += _text_rows(text)
-    for result in report.multiple_choice:
-        rows += _choice_rows(result)
-    return rows
+    before, after = report.reference.file_bytes, report.candidate.file_bytes
+    size = ("bytes", f"{before:,}", f"{after:,}", f"{after / max(1, before):.1%} of the reference")
+    sections = [("file", [size]), *map(_text_section, report.texts), *map(_choice_section, report.multiple_choice)]
+    return [SummaryRow(section, *row) for section, rows in sections for row in rows]
 
 
-def _shrink(report: EvalReport) -> str:
-    return f"{report.candidate.file_bytes / max(1, report.reference.file_bytes):.1%} of the reference"
-
-
-def _text_rows(text: TextResult) -> list[SummaryRow]:
-    section = f"{text.name} ({text.scored_tokens:,} tokens)"
-    rows = [
-        SummaryRow(
-            section, "perplexity", f"{text.reference_perplexity.value:.3f}", f"{text.candidate_perplexity.value:.3f}",
-            f"ratio {_interval(text.perplexity_ratio)}",
-        )
-    ]  # fmt: skip
+def _text_section(text: TextResult) -> tuple[str, list[tuple[str, str, str, str]]]:
+    perplexities = (f"{estimate.value:.3f}" for estimate in (text.reference_perplexity, text.candidate_perplexity))
+    rows = [("perplexity", *perplexities, f"ratio {_shown(text.perplexity_ratio, '.4g')}")]
     if text.kl:
         rows += [
-            SummaryRow(section, "mean KL (nats)", "", "", _interval(text.kl.mean)),
-            SummaryRow(section, "median KL", "", "", f"{text.kl.median:.4g}"),
-            SummaryRow(section, "99.9th percentile KL", "", "", f"{text.kl.p99_9:.4g}"),
-            SummaryRow(section, "top-1 agreement", "", "", _percent_interval(text.kl.top1_agreement)),
+            ("mean KL (nats)", "", "", _shown(text.kl.mean, ".4g")),
+            ("median KL", "", "", f"{text.kl.median:.4g}"),
+            ("99.9th percentile KL", "", "", f"{text.kl.p99_9:.4g}"),
+            ("top-1 agreement", "", "", _shown(text.kl.top1_agreement, ".1%")),
         ]
-    return rows
+    return f"{text.name} ({text.scored_tokens:,} tokens)", rows
 
 
-def _choice_rows(result: MultipleChoiceResult) -> list[SummaryRow]:
+def _choice_section(result: MultipleChoiceResult) -> tuple[str, list[tuple[str, str, str, str]]]:
     section = f"{result.questions:,} questions, {result.scoring} scoring"
     if result.questions_with_dropped_shots:
         section += f", shots dropped from {result.questions_with_dropped_shots:,}"
@@ -347,21 +332,14 @@ def _choice_rows(result: MultipleChoiceResult) -> list[SummaryRow]:
         f"only reference right {result.only_reference_right}, only candidate right {result.only_candidate_right}, "
         f"McNemar p = {result.mcnemar_p:.3g}"
     )
-    before, after = result.reference, result.candidate
-    pairs = [("accuracy", before.accuracy, after.accuracy, paired)]
+    measures = [("accuracy", "accuracy", paired)]
     if result.scoring == "cloze":
-        pairs.append(("accuracy, not per byte", before.summed_accuracy, after.summed_accuracy, ""))
-    choices = before.right_probability_among_choices, after.right_probability_among_choices
-    pairs.append(("P(right) among choices", *choices, ""))
-    return [SummaryRow(section, m, _percent_interval(r), _percent_interval(c), note) for m, r, c, note in pairs]
-
-
-def _interval(estimate: Estimate) -> str:
-    return _shown(estimate, ".4g")
-
-
-def _percent_interval(estimate: Estimate) -> str:
-    return _shown(estimate, ".1%")
+        measures.append(("accuracy, not per byte", "summed_accuracy", ""))
+    measures.append(("P(right) among choices", "right_probability_among_choices", ""))
+    sides = result.reference, result.candidate
+    return section, [
+        (name, *(_shown(getattr(side, key), ".1%") for side in sides), note) for name, key, note in measures
+    ]
 
 
 def _shown(estimate: Estimate, form: str) -> str:

@@ -5,7 +5,7 @@ graph always does. A key that may change what the model computes and is not unde
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
@@ -19,6 +19,7 @@ from dynquant.families.common.metadata import KEYS
 from dynquant.families.common.rope import llama3_factors, yarn_magnitude
 
 _GATING_SOFTMAX, _GATING_SIGMOID = 1, 2
+_TOKEN_IDS = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
 _MAX_NUMBER, _MAX_LAYERS = 1 << 31, 512
 _IGNORED_KEYS = frozenset({
     "tensor_data_layout", "attention.causal", "pooling_type", "tokenizer", "leading_dense_block_count",
@@ -40,8 +41,7 @@ class _Keys:
 
     def get(self, key: str, default: Any = None) -> Any:
         self.used.add(key)
-        value = self.values.get(f"{self.arch}.{key}", default)
-        return value
+        return self.values.get(f"{self.arch}.{key}", default)
 
     def integer(self, key: str, default: int | None = None) -> int:
         """A whole number. Raises CheckpointError when it is absent without a default, or differs by layer."""
@@ -98,11 +98,10 @@ def config_from_gguf(source: GGUFSource) -> Config:
     family = _FAMILIES.get(keys.arch)
     if family is None:
         keys.refuse(f"dynquant knows the architectures {', '.join(sorted(_FAMILIES))}")
-    raw = {**_common(keys), **family(keys), **_token_ids(keys)}
-    prefix = f"{keys.arch}."
-    unknown = [
-        key for key in keys.values if key.startswith(prefix) and key[len(prefix) :] not in keys.used | _IGNORED_KEYS
-    ]
+    token_ids = {name: keys.values.get(f"tokenizer.ggml.{key}_token_id") for key, name in _TOKEN_IDS.items()}
+    raw = {**_common(keys), **family(keys), **{name: i for name, i in token_ids.items() if i is not None}}
+    understood = {f"{keys.arch}.{key}" for key in keys.used | _IGNORED_KEYS}
+    unknown = [key for key in keys.values if key.startswith(f"{keys.arch}.") and key not in understood]
     if unknown:
         keys.refuse(f"the key `{unknown[0]}` ({keys.values[unknown[0]]!r}) is not understood")
     defaults = AutoConfig.for_model(**raw).to_dict()
@@ -129,24 +128,16 @@ def tokenizer_files(gguf_file: Path) -> dict[str, bytes]:
 
 
 def _common(keys: _Keys) -> dict[str, Any]:
-    bias = "blk.0.attn_q.bias" in keys.names
     dense = keys.first("ffn_gate.weight")
-    width = keys.rows(dense) if dense else keys.integer("feed_forward_length", 0)
     return {
         **keys.table("decoder"),
         "vocab_size": keys.rows("token_embd.weight"),
-        "intermediate_size": width,
+        "intermediate_size": keys.rows(dense) if dense else keys.integer("feed_forward_length", 0),
         "num_key_value_heads": keys.integer("attention.head_count_kv", keys.integer("attention.head_count")),
-        "attention_bias": bias,
+        "attention_bias": "blk.0.attn_q.bias" in keys.names,
         "tie_word_embeddings": "output.weight" not in keys.names,
         "dtype": "bfloat16",
     }
-
-
-def _token_ids(keys: _Keys) -> dict[str, Any]:
-    names = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
-    token_ids = {ours: keys.values.get(f"tokenizer.ggml.{theirs}_token_id") for theirs, ours in names.items()}
-    return {name: token_id for name, token_id in token_ids.items() if token_id is not None}
 
 
 def _head_dim(keys: _Keys) -> int:
@@ -171,14 +162,13 @@ def _llama(keys: _Keys) -> dict[str, Any]:
     if not keys.integer("expert_count", 0):
         keys.integer("expert_used_count", 0)
         return raw
-    experts = {
+    return raw | {
         "model_type": "mixtral",
         "architectures": ["MixtralForCausalLM"],
         **keys.table("mixtral"),
         "sliding_window": None,
         "intermediate_size": _expert_width(keys),
     }
-    return {**raw, **experts}
 
 
 def _qwen(keys: _Keys) -> dict[str, Any]:
@@ -242,20 +232,22 @@ def _deepseek(keys: _Keys) -> dict[str, Any]:
             f"`{keys.arch}.expert_gating_func` is {gating} {'with' if is_v3 else 'without'} router corrections, which "
             "is neither DeepSeek V2 nor V3"
         )
-    q_rank = keys.integer("attention.q_lora_rank", 0) if keys.first("attn_q_a.weight") else None
+    parameters, log_mul = _rope(keys), keys.number("rope.scaling.yarn_log_multiplier", 0.0)
+    if parameters["rope_type"] == "yarn" and log_mul:
+        parameters["mscale"] = parameters["mscale_all_dim"] = float(f"{10 * log_mul:.6g}")
     raw = {
         "model_type": "deepseek_v3" if is_v3 else "deepseek_v2",
         "architectures": ["DeepseekV3ForCausalLM" if is_v3 else "DeepseekV2ForCausalLM"],
         "hidden_act": "silu",
         "num_key_value_heads": keys.integer("attention.head_count"),
         **keys.table("latent attention", "deepseek experts", "deepseek groups"),
-        "q_lora_rank": q_rank,
+        "q_lora_rank": keys.integer("attention.q_lora_rank", 0) if keys.first("attn_q_a.weight") else None,
         "qk_rope_head_dim": rope,
         "qk_nope_head_dim": key_width - rope,
         "v_head_dim": value_width,
         "moe_intermediate_size": _expert_width(keys),
         "norm_topk_prob": bool(keys.get("expert_weights_norm", False)),
-        "rope_parameters": _deepseek_rope(keys),
+        "rope_parameters": parameters,
     }
     if not is_v3:
         raw["topk_method"] = "greedy" if raw["n_group"] <= 1 else "group_limited_greedy"
@@ -266,10 +258,7 @@ def _deepseek(keys: _Keys) -> dict[str, Any]:
 
 _FAMILIES: dict[str, Callable[[_Keys], dict[str, Any]]] = {
     "llama": _llama,
-    "qwen2": _qwen,
-    "qwen3": _qwen,
-    "qwen2moe": _qwen,
-    "qwen3moe": _qwen,
+    **dict.fromkeys(("qwen2", "qwen3", "qwen2moe", "qwen3moe"), _qwen),
     "gemma3": _gemma3,
     "deepseek2": _deepseek,
 }
@@ -292,32 +281,16 @@ def _rope(keys: _Keys, *, default_base: float = 10000.0) -> dict[str, Any]:
     if kind == "linear" or (kind == "none" and factor != 1.0 and "rope.scaling.type" not in keys.values):
         return parameters | ({"rope_type": "linear", "factor": factor} if factor != 1.0 else {})
     if kind == "yarn":
-        parameters |= {"rope_type": "yarn", "factor": factor} | _yarn(keys)
+        context = keys.integer("rope.scaling.original_context_length", keys.integer("context_length"))
+        parameters |= {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": context}
+        for name in ("beta_fast", "beta_slow"):
+            if keys.get(f"rope.scaling.yarn_{name}") is not None:
+                parameters[name] = keys.number(f"rope.scaling.yarn_{name}")
         if attention != 1.0:
             parameters["attention_factor"] = attention * yarn_magnitude(factor)
         return parameters
     if kind != "none":
         keys.refuse(f"rope scaling `{kind}` is not supported (known: none, linear, yarn, llama3)")
-    return parameters
-
-
-def _yarn(keys: _Keys) -> dict[str, Any]:
-    parameters: dict[str, Any] = {
-        "original_max_position_embeddings": keys.integer(
-            "rope.scaling.original_context_length", keys.integer("context_length")
-        )
-    }
-    for ours, theirs in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
-        if keys.get(f"rope.scaling.{theirs}") is not None:
-            parameters[ours] = keys.number(f"rope.scaling.{theirs}")
-    return parameters
-
-
-def _deepseek_rope(keys: _Keys) -> dict[str, Any]:
-    parameters = _rope(keys)
-    log_mul = keys.number("rope.scaling.yarn_log_multiplier", 0.0)
-    if parameters["rope_type"] == "yarn" and log_mul:
-        parameters["mscale"] = parameters["mscale_all_dim"] = float(f"{10 * log_mul:.6g}")
     return parameters
 
 
@@ -328,7 +301,7 @@ def _llama3(keys: _Keys, theta: float) -> dict[str, Any]:
     keys.get("rope.scaling.original_context_length")
     config = Config(keys.source.path, {}, {})
     for original in (1 << power for power in range(5, 21)):
-        parameters: Mapping[str, Any] = {
+        parameters = {
             "rope_type": "llama3",
             "rope_theta": theta,
             "factor": round(float(stored.max()), 4),
@@ -336,7 +309,6 @@ def _llama3(keys: _Keys, theta: float) -> dict[str, Any]:
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": original,
         }
-        factors = llama3_factors(config, dict(parameters), 2 * len(stored))
-        if torch.allclose(factors, stored, rtol=1e-5):
-            return dict(parameters)
+        if torch.allclose(llama3_factors(config, parameters, 2 * len(stored)), stored, rtol=1e-5):
+            return parameters
     keys.refuse("`rope_freqs.weight` is not Llama 3's scaling, which transformers would compute otherwise")

@@ -11,12 +11,13 @@ template will do: no template has to mark which tokens are the assistant's. Load
 import hashlib
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any, Literal
 
 from dynquant.errors import DataError
-from dynquant.storage.strict_json import parse_json
+from dynquant.storage.strict_json import json_lines
 
 Form = Literal["text", "completion", "messages"]
 _WAY_OUT = (
@@ -41,10 +42,10 @@ class TrainingData:
         Raises:
             DataError: fewer than two different lines, so that nothing can be held out.
         """
-        lines_of: dict[int, list[dict[str, Any]]] = {}
+        rows_of: dict[int, list[dict[str, Any]]] = {}
         for row, group in zip(self.rows, self.groups, strict=True):
-            lines_of.setdefault(group, []).append(row)
-        contents = {group: json.dumps(rows, sort_keys=True) for group, rows in lines_of.items()}
+            rows_of.setdefault(group, []).append(row)
+        contents = {group: json.dumps(rows, sort_keys=True) for group, rows in rows_of.items()}
         keys = [contents[group] for group in self.groups]
         lines = sorted(set(keys))
         if len(lines) < 2:
@@ -56,10 +57,8 @@ class TrainingData:
         held = set(lines[: min(len(lines) - 1, max(1, round(share * len(lines))))])
         return self._where([key not in held for key in keys]), self._where([key in held for key in keys])
 
-    def _where(self, chosen: list[bool]) -> "TrainingData":
-        rows = tuple(row for row, keep in zip(self.rows, chosen, strict=True) if keep)
-        groups = tuple(group for group, keep in zip(self.groups, chosen, strict=True) if keep)
-        return TrainingData(self.name, self.sha256, self.form, rows, groups)
+    def _where(self, mask: list[bool]) -> "TrainingData":
+        return replace(self, rows=tuple(compress(self.rows, mask)), groups=tuple(compress(self.groups, mask)))
 
 
 def read_training_data(path: Path) -> TrainingData:
@@ -74,16 +73,12 @@ def read_training_data(path: Path) -> TrainingData:
         raise DataError(f"The training data {path} cannot be read: {error}. Give a .jsonl file in UTF-8.") from error
     form: Form | None = None
     rows, groups = [], []
-    # Not splitlines(): it also splits at U+2028 and the like, which JSON strings may hold.
-    for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
-            continue
-        line_form, examples = _examples(line, f"{path.name}, line {number}")
+    for number, place, record in json_lines(content, path.name, DataError, _WAY_OUT):
+        line_form, examples = _examples(record, place)
         form = form or line_form
         if line_form != form:
             raise DataError(
-                f"{path.name}, line {number} has the field `{line_form}`, but the lines before it have `{form}`. "
-                "Use one form in a file."
+                f"{place} has the field `{line_form}`, but the lines before it have `{form}`. Use one form in a file."
             )
         rows += examples
         groups += [number] * len(examples)
@@ -92,11 +87,7 @@ def read_training_data(path: Path) -> TrainingData:
     return TrainingData(path.name, hashlib.sha256(content.encode()).hexdigest(), form, tuple(rows), tuple(groups))
 
 
-def _examples(line: str, place: str) -> tuple[Form, list[dict[str, Any]]]:
-    try:
-        record = parse_json(line)
-    except ValueError as error:
-        raise DataError(f"{place} is not JSON: {error}. {_WAY_OUT}") from error
+def _examples(record: Any, place: str) -> tuple[Form, list[dict[str, Any]]]:
     if not isinstance(record, dict):
         raise DataError(f"{place} is {type(record).__name__}, not an object. {_WAY_OUT}")
     if "messages" in record:
@@ -105,8 +96,8 @@ def _examples(line: str, place: str) -> tuple[Form, list[dict[str, Any]]]:
         return "completion", [{key: _text(record, key, place) for key in ("prompt", "completion")}]
     if "text" in record:
         return "text", [{"text": _text(record, "text", place)}]
-    named = ", ".join(f"`{key}`" for key in record) or "nothing"
-    raise DataError(f"{place} has no usable field: it has {named}. {_WAY_OUT}")
+    fields = ", ".join(f"`{key}`" for key in record) or "nothing"
+    raise DataError(f"{place} has no usable field: it has {fields}. {_WAY_OUT}")
 
 
 def _text(record: dict[str, Any], key: str, place: str) -> str:

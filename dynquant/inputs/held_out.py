@@ -41,8 +41,8 @@ def split_documents(text: CalibrationText, share: float) -> tuple[CalibrationTex
 def without_repeats(windows: Tensor, held_out: Iterable[Tensor]) -> Tensor:
     """The training windows [n, T] that share no run of `RUN_TOKENS` tokens with held-out sequences [*]."""
     seen = [_runs(tokens.numpy()) for tokens in held_out]
-    known = np.unique(np.concatenate(seen)) if seen else np.empty(0, np.int64)
-    repeats = [np.isin(_runs(part.numpy()), known).any(axis=-1) for part in windows.split(_AT_ONCE)]
+    hashes = np.unique(np.concatenate(seen)) if seen else np.empty(0, np.int64)
+    repeats = [np.isin(_runs(part.numpy()), hashes).any(axis=-1) for part in windows.split(_AT_ONCE)]
     return windows[~torch.from_numpy(np.concatenate([np.empty(0, bool), *repeats]))]
 
 

@@ -22,7 +22,7 @@ from dynquant.checkpoints.model import Model
 from dynquant.errors import DataError
 from dynquant.inputs.model_inputs import Batch, ModelInputs
 from dynquant.inputs.processor import load_processor
-from dynquant.storage.strict_json import parse_json
+from dynquant.storage.strict_json import json_lines, parse_json
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -61,8 +61,8 @@ def read_samples(path: Path) -> SampleFile:
         raise DataError(
             f"The samples {path} cannot be read: {error}. Give a .jsonl file with images and text."
         ) from error
-    lines = [(number, line) for number, line in enumerate(content.split("\n"), start=1) if line.strip()]
-    samples = tuple(_sample(line, f"{path}, line {number}", path.parent) for number, line in lines)
+    records = json_lines(content, path, DataError)
+    samples = tuple(_sample(record, place, path.parent) for _, place, record in records)
     if not samples:
         raise DataError(f"{path} holds no samples. Each line is a JSON object with `images` and `text`.")
     if not any(sample.images for sample in samples):
@@ -100,19 +100,16 @@ def picture_inputs(model: Model, path: Path, *, tokens: int, seed: int, strict: 
     return ModelInputs(batches, name=file.name, sha256=file.sha256, skipped=tuple(encoder.skipped))
 
 
-def _sample(line: str, place: str, directory: Path) -> Sample:
-    try:
-        record = parse_json(line)
-    except ValueError as error:
-        raise DataError(f"{place} is not JSON: {error}.") from error
-    named = record.get("images", []) if isinstance(record, dict) else None
-    if not isinstance(named, list) or not all(isinstance(one, str) for one in named):
+def _sample(record: Any, place: str, directory: Path) -> Sample:
+    names = record.get("images", []) if isinstance(record, dict) else None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise DataError(f"{place}: `images` must be a list of file names.")
-    images = tuple(directory / one for one in named)
-    if isinstance(record.get("question"), str) and isinstance(record.get("answer"), str):
-        turns = [{"role": "user", "content": record["question"]}, {"role": "assistant", "content": record["answer"]}]
+    images = tuple(directory / name for name in names)
+    question, answer = record.get("question"), record.get("answer")
+    if isinstance(question, str) and isinstance(answer, str):
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         turns, images = _with_images(turns, images, place, directory)
-        return Sample(place, images, turns, question=record["question"], answer=record["answer"])
+        return Sample(place, images, turns, question=question, answer=answer)
     if isinstance(record.get("text"), str):
         return Sample(place, images, text=record["text"])
     if isinstance(record.get("messages"), list):
@@ -125,34 +122,31 @@ def _with_images(
     turns: list[Any], images: tuple[Path, ...], place: str, directory: Path
 ) -> tuple[tuple[Mapping[str, Any], ...], tuple[Path, ...]]:
     """Turns with lists of parts; an image that a part names joins `images`, in order."""
-    named: list[Path] = []
+    paths: list[Path] = []
     plain_turns = []
     for turn in turns:
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str) or "content" not in turn:
             raise DataError(f"{place}: each entry of `messages` needs `role` and `content`.")
         content = turn["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
-        for part in parts:
+        plain_parts: list[dict[str, Any]] = []
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
             kind = part.get("type") if isinstance(part, dict) else None
             if kind not in ("text", "image"):
                 raise DataError(f"{place}: a part of `content` has the type {kind!r}; text and image are known.")
             path = next((part[key] for key in ("image", "path", "url") if isinstance(part.get(key), str)), None)
             if kind == "image" and path is not None:
-                named.append(directory / path)
-        plain_turns.append({"role": turn["role"], "content": [_plain(part) for part in parts]})
+                paths.append(directory / path)
+            plain_parts.append({"type": kind} if kind == "image" else {"type": kind, "text": str(part.get("text", ""))})
+        plain_turns.append({"role": turn["role"], "content": plain_parts})
     holders = sum(part["type"] == "image" for turn in plain_turns for part in turn["content"])
     first = next((turn for turn in plain_turns if turn["role"] == "user"), None)
     if not holders and images and first is not None:
         first["content"] = [{"type": "image"}] * len(images) + first["content"]
         holders = len(images)
-    images = images or tuple(named)
+    images = images or tuple(paths)
     if holders != len(images):
         raise DataError(f"{place} has {len(images)} images for {holders} places in `messages`.")
     return tuple(plain_turns), images
-
-
-def _plain(part: Mapping[str, Any]) -> dict[str, Any]:
-    return {"type": "image"} if part["type"] == "image" else {"type": "text", "text": str(part.get("text", ""))}
 
 
 class SampleEncoder:
@@ -162,11 +156,9 @@ class SampleEncoder:
     """
 
     def __init__(self, processor: "ProcessorMixin", image_token: int | None, *, strict: bool = False) -> None:
-        self.processor = processor
+        self.processor, self._image_token, self._strict = processor, image_token, strict
         self.skipped: list[str] = []
         """Faults of the samples that were left out, one each."""
-        self._image_token = image_token
-        self._strict = strict
 
     def encode(self, sample: Sample, *, prompt_only: bool = False, breaks_are_text: bool = True) -> Batch | None:
         """Return the model inputs of one sample, or None when it is skipped; `prompt_only` leaves the answer out.
@@ -192,11 +184,9 @@ class SampleEncoder:
         except (ValueError, TypeError, KeyError, IndexError) as error:
             raise DataError(f"{sample.place}: the model's processor refuses it: {error}") from error
         arguments = {name: value for name, value in features.items() if isinstance(value, torch.Tensor)}
-        ids = arguments["input_ids"]
-        is_text = ids != self._image_token if self._image_token is not None else torch.ones_like(ids, dtype=torch.bool)
-        row_break = getattr(self.processor, "image_break_token_id", None)
-        if row_break is not None and not breaks_are_text:
-            is_text &= ids != row_break
+        row_break = None if breaks_are_text else getattr(self.processor, "image_break_token_id", None)
+        of_pictures = [token for token in (self._image_token, row_break) if token is not None]
+        is_text = ~torch.isin(arguments["input_ids"], torch.tensor(of_pictures, dtype=torch.int64))
         return Batch(arguments, is_text, sample.images, sample.place)
 
     def encode_all(self, samples: tuple[Sample, ...], max_tokens: int) -> Iterator[Batch]:
@@ -213,18 +203,15 @@ class SampleEncoder:
     def _text(self, sample: Sample, prompt_only: bool) -> tuple[str, bool]:
         """The text to encode, and whether it came from the chat template, which writes special tokens itself."""
         token = getattr(self.processor, "image_token", None) or "<image>"
-        turns = list(sample.turns)
-        if not turns:
+        turns = list(sample.turns[:-1] if prompt_only else sample.turns)
+        if not sample.turns:
             if sample.text.count(token) == len(sample.images):
                 return sample.text, False
-            if not self._has_template():
-                return token * len(sample.images) + sample.text, False
             parts = [{"type": "image"}] * len(sample.images) + [{"type": "text", "text": sample.text}]
             turns = [{"role": "user", "content": parts}]
-        elif prompt_only:
-            turns = turns[:-1]
-        if not self._has_template():
-            return _without_template(turns, token), False
+        if not getattr(self.processor, "chat_template", None):
+            lines = ([token if part["type"] == "image" else part["text"] for part in turn["content"]] for turn in turns)
+            return "\n".join(map("".join, lines)), False
         from jinja2 import TemplateError
 
         try:
@@ -232,17 +219,6 @@ class SampleEncoder:
         except (TemplateError, TypeError, KeyError, ValueError) as error:
             raise DataError(f"{sample.place}: the model's chat template refuses these turns: {error}.") from error
         return str(text), True
-
-    def _has_template(self) -> bool:
-        return bool(getattr(self.processor, "chat_template", None))
-
-
-def _without_template(turns: list[Mapping[str, Any]], token: str) -> str:
-    lines = []
-    for turn in turns:
-        parts = [token if part["type"] == "image" else part["text"] for part in turn["content"]]
-        lines.append("".join(parts))
-    return "\n".join(lines)
 
 
 def open_image(path: Path) -> Any:

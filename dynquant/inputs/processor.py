@@ -21,7 +21,12 @@ def load_processor(directory: Path) -> "ProcessorMixin":
     Raises:
         CheckpointError: the directory has no processor files, they are damaged, or Pillow is missing.
     """
-    _check_pillow()
+    try:
+        import PIL  # noqa: F401
+    except ImportError as error:
+        raise CheckpointError(
+            "Images cannot be read without Pillow; install it with `pip install 'dynquant-toolchain[vision]'`."
+        ) from error
     if not any((directory / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
         raise CheckpointError(
             f"{directory} has neither preprocessor_config.json nor processor_config.json: its processor, which turns "
@@ -54,15 +59,6 @@ def image_token_limits(processor: Any) -> tuple[int, int] | None:
     return 1, max(1, (size["longest_edge"] // side) ** 2)
 
 
-def _check_pillow() -> None:
-    try:
-        import PIL  # noqa: F401
-    except ImportError as error:
-        raise CheckpointError(
-            "Images cannot be read without Pillow; install it with `pip install 'dynquant-toolchain[vision]'`."
-        ) from error
-
-
 def _load(directory: Path) -> Any:
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
     from transformers.utils import is_torchvision_available
@@ -93,7 +89,7 @@ def _class_of(directory: Path) -> Any:
     files = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
     named = [_value(directory, file, "processor_class") for file in files]
     name = next(filter(None, named), None) or PROCESSOR_MAPPING_NAMES[model_type]
-    folder = next((known for known, of_type in PROCESSOR_MAPPING_NAMES.items() if of_type == name), model_type)
+    folder = next((key for key, of_type in PROCESSOR_MAPPING_NAMES.items() if of_type == name), model_type)
     return getattr(import_module(f"transformers.models.{folder}.processing_{folder}"), name)
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dynquant.errors import EvaluationError
-from dynquant.storage.strict_json import parse_json
+from dynquant.storage.strict_json import json_lines
 
 MAX_CHOICES = 26
 """As many as there are letters."""
+_WAY_OUT = "Each line needs subject, question, choices and answer (the index of the right choice)."
 
 
 class Question(BaseModel):
@@ -32,7 +33,7 @@ class Question(BaseModel):
 
 
 def load_questions(source: str | Path, *, split: str = "test") -> list[Question]:
-    """Questions of a .jsonl file, or of a `datasets` id such as `cais/mmlu` (configuration `all`) when online.
+    """Return the questions of a .jsonl file, or of a `datasets` id such as `cais/mmlu` (configuration `all`).
 
     Raises EvaluationError when the file is missing, empty or has a malformed line, naming it.
     """
@@ -42,24 +43,15 @@ def load_questions(source: str | Path, *, split: str = "test") -> list[Question]
             raise EvaluationError(f"The question file {source} does not exist; check the path.")
         return _load_from_datasets(str(source), split)
     questions = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                questions.append(_parse_question(line, f"{path.name}, line {number}"))
+    for _, place, record in json_lines(path.read_text("utf-8"), path.name, EvaluationError, _WAY_OUT):
+        try:
+            questions.append(Question.model_validate(record))
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            raise EvaluationError(f"{place} is not a question ({reason}). {_WAY_OUT}") from error
     if not questions:
         raise EvaluationError(f"{path.name} holds no questions.")
     return questions
-
-
-def _parse_question(line: str, where: str) -> Question:
-    try:
-        return Question.model_validate(parse_json(line))
-    except ValueError as error:
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        raise EvaluationError(
-            f"{where} is not a question ({reason}). Each line needs subject, question, choices and answer "
-            "(the index of the right choice)."
-        ) from error
 
 
 def _load_from_datasets(name: str, split: str) -> list[Question]:

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch.nn import functional
 
 from dynquant.errors import DynquantError, EvaluationError, StatsError
 from dynquant.inputs.model_inputs import Batch, ModelInputs
-from dynquant.storage.strict_json import parse_json
+from dynquant.storage.strict_json import json_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,12 +54,7 @@ class CalibrationText:
         return digest.hexdigest()
 
 
-def read_text(
-    source: str | Path | None,
-    *,
-    seed: int = 0,
-    max_tokens: int = 131_072,
-) -> CalibrationText:
+def read_text(source: str | Path | None, *, seed: int = 0, max_tokens: int = 131_072) -> CalibrationText:
     """Read calibration documents and shuffle them with `seed`.
 
     A `datasets` source is read only as far as `max_tokens` can need.
@@ -66,8 +62,8 @@ def read_text(
     Raises:
         StatsError: no such file or data set, a line without `text` or `messages`, or no text at all.
     """
-    name, every = _documents(source, max_tokens)
-    documents = [document for document in every if document.strip()]
+    name, contents = _documents(source, max_tokens)
+    documents = [document for document in contents if document.strip()]
     if not documents:
         raise StatsError(f"The calibration text {name} is empty. Give a file with text, or none for the built-in text.")
     random.Random(seed).shuffle(documents)
@@ -95,32 +91,22 @@ def _file_documents(path: Path, refusal: type[DynquantError]) -> Iterator[str]:
     if path.suffix != ".jsonl":
         yield content
         return
-    # Not splitlines(): it also splits at U+2028 and the like, which JSON strings may hold.
-    for number, line in enumerate(content.split("\n"), start=1):
-        if line.strip():
-            try:
-                record = parse_json(line)
-            except ValueError as error:
-                raise refusal(f"{path}, line {number} is not JSON: {error}.") from error
-            yield _text_of(record, f"{path}, line {number}", refusal)
+    for _, place, record in json_lines(content, path, refusal):
+        yield _text_of(record, place, refusal)
 
 
 def _text_of(record: Any, place: str, refusal: type[DynquantError] = StatsError) -> str:
     if isinstance(record, dict) and isinstance(record.get("text"), str):
         return record["text"]
     if isinstance(record, dict) and isinstance(record.get("messages"), list):
-        return _render_chat(record["messages"], place, refusal)
+        try:
+            return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in record["messages"])
+        except (TypeError, KeyError) as error:
+            raise refusal(f"{place}: each entry of `messages` needs `role` and `content`.") from error
     raise refusal(
         f'{place} has neither a field "text" (a string) nor "messages" (a list of chat turns). Rename the field, or '
         "give plain text in a .txt file."
     )
-
-
-def _render_chat(messages: list[Any], place: str, refusal: type[DynquantError]) -> str:
-    try:
-        return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in messages)
-    except (TypeError, KeyError) as error:
-        raise refusal(f"{place}: each entry of `messages` needs `role` and `content`.") from error
 
 
 def _read_dataset(spec: str, max_characters: int) -> Iterator[str]:
@@ -156,22 +142,15 @@ def pack_windows(
     Raises:
         StatsError: the text gives no token.
     """
-    bos = _leading_token(tokenizer)
-    body = window - 1 if bos is not None else window
+    starts_with_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    body = window - starts_with_bos
     limit = max(max_tokens // window, 1) * body
-    ids = list(islice(_token_stream(text, tokenizer, skip_first=bos is not None), limit))
+    ids = list(islice(_token_stream(text, tokenizer, skip_first=starts_with_bos), limit))
     if not ids:
         raise StatsError(f"The calibration text {text.name} gives no token. Give a longer text.")
     body = min(body, len(ids))
     packed = torch.tensor(ids[: len(ids) // body * body], dtype=torch.int64).reshape(-1, body)
-    if bos is None:
-        return packed
-    return torch.cat([torch.full((len(packed), 1), bos, dtype=torch.int64), packed], dim=1)
-
-
-def _leading_token(tokenizer: "PreTrainedTokenizerBase") -> int | None:
-    ids = tokenizer("a")["input_ids"]
-    return ids[0] if tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id] else None
+    return functional.pad(packed, (1, 0), value=tokenizer.bos_token_id) if starts_with_bos else packed
 
 
 def _token_stream(text: CalibrationText, tokenizer: "PreTrainedTokenizerBase", *, skip_first: bool) -> Iterator[int]:

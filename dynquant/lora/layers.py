@@ -61,21 +61,20 @@ class PackedLoraLinear(_Unmergeable, lora.Linear):
         PEFT casts x to the dtype of A and, under autocast, back again; it scales and adds B A x in passes of their own.
         """
         names = [name for name in self.active_adapters if name in self.lora_A]
-        if args or kwargs or self.disable_adapters or self.merged or not all(map(self._is_plain, names)):
+        is_plain = all(
+            isinstance(self.lora_dropout[name], nn.Identity) and self.lora_B[name].bias is None for name in names
+        )
+        if args or kwargs or self.disable_adapters or self.merged or not is_plain:
             return super().forward(x, *args, **kwargs)
         result = self.base_layer(x)
         dtypes = {x.dtype, result.dtype, *(self.lora_A[name].weight.dtype for name in names)}
         if len(dtypes) > 1 and not torch.is_autocast_enabled(x.device.type):
             return super().forward(x)
-        rows = x.flatten(0, -2)
-        flat = result.flatten(0, -2)
+        rows, flat = x.flatten(0, -2), result.flatten(0, -2)
         for name in names:
             inner = functional.linear(rows, self.lora_A[name].weight)
             flat = torch.addmm(flat, inner, self.lora_B[name].weight.T, alpha=self.scaling[name])
         return flat.view(result.shape).to(result.dtype)
-
-    def _is_plain(self, adapter: str) -> bool:
-        return isinstance(self.lora_dropout[adapter], nn.Identity) and self.lora_B[adapter].bias is None
 
 
 class PackedLoraEmbedding(_Unmergeable, lora.Embedding):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftModel
@@ -81,10 +81,10 @@ def merge(
             raise AdapterError(f"`{part.key}` has no name in GGUF, so no statistics. Keep the adapter.")
         parts[names[part.key]] = part
     guidance = _guidance(base, parts, None if stats is None else Path(stats))
-    chosen = load_encoder(encoder, device)
+    opened = load_encoder(encoder, device)
     source = Model(Path(base.name_or_path), _MergedSource(parts), (), lambda name: (name,))
     encoded = {
-        name: encode_tensor(source, name, quant_type(part.type_name), guidance, chosen)
+        name: encode_tensor(source, name, quant_type(part.type_name), guidance, opened)
         for name, part in parts.items()
         if part.attribute in part.module.packed_names
     }
@@ -93,7 +93,10 @@ def merge(
             _write(part, encoded.get(name))
     for layer in layers.values():
         layer.merged_adapters.extend(_active(layer))
-    _record(base, model)
+    config = getattr(base.config, "quantization_config", None)
+    if config is not None:
+        adapter = ", ".join(f"LoRA rank {lora.r}, alpha {lora.lora_alpha}" for lora in model.peft_config.values())
+        config.provenance = {**config.provenance, "merged_adapter": adapter}
     return model.merge_and_unload()
 
 
@@ -124,13 +127,15 @@ class _MergedSource:
 
 
 def _parts(path: str, layer: LoraLayer) -> Iterator[_Part]:
-    module = layer.get_base_layer()
-    active = _active(layer)
+    module, active = layer.get_base_layer(), _active(layer)
     if isinstance(layer, PackedLoraExperts):
         for name in layer.part_names:
             yield _Part(module, name, f"{path}.{name}", partial(_experts_delta, layer, active, name))
         return
-    whole = partial(_matrix_delta, layer, active)
+
+    def whole(_: int | None = None) -> Tensor:
+        return sum(layer.get_delta_weight(name).float() for name in active)
+
     for name in LATENT_PARTS if isinstance(module, PackedLatentProjection) else ("weight",):
         delta = partial(_latent_delta, module, whole, name) if name in LATENT_PARTS else whole
         yield _Part(module, name, f"{path}.{name}", delta)
@@ -138,10 +143,6 @@ def _parts(path: str, layer: LoraLayer) -> Iterator[_Part]:
 
 def _active(layer: LoraLayer) -> list[str]:
     return [name for name in layer.active_adapters if name in layer.lora_A or name in layer.lora_embedding_A]
-
-
-def _matrix_delta(layer: Any, active: list[str], index: int | None = None) -> Tensor:
-    return sum(layer.get_delta_weight(name).float() for name in active)
 
 
 def _latent_delta(module: PackedLatentProjection, whole: Delta, name: str, index: int | None) -> Tensor:
@@ -192,10 +193,3 @@ def _write(part: _Part, packed: Tensor | None) -> None:
         return
     packed = packed.to(weight.device).reshape(*part.module.shape_of(part.attribute)[:-1], -1)
     weight.copy_(pack_planes(part.type_name, packed) if part.module.layout == PLANES else packed)
-
-
-def _record(base: "PreTrainedModel", model: PeftModel) -> None:
-    config = getattr(base.config, "quantization_config", None)
-    if config is not None:
-        adapter = ", ".join(f"LoRA rank {lora.r}, alpha {lora.lora_alpha}" for lora in model.peft_config.values())
-        config.provenance = {**config.provenance, "merged_adapter": adapter}

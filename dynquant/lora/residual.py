@@ -19,7 +19,7 @@ from dynquant.errors import AdapterError
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.lora.layers import PackedLoraExperts, PackedLoraLinear
 from dynquant.lora.places import bare_path, places_by_key
-from dynquant.packed.layers import PackedLatentProjection, PackedModule
+from dynquant.packed.layers import LATENT_PARTS, PackedLatentProjection, PackedModule
 from dynquant.packed.places import Place
 from dynquant.session import Progress, ignore_progress
 
@@ -64,23 +64,20 @@ class _Residuals:
     places: dict[str, Place]
 
     def of(self, module: PackedModule, attribute: str, key: str, index: int | None = None) -> Tensor:
-        place = self._place(key)
-        shape, packed_shape = self.original.source.info(place.name).shape, module.shape_of(attribute)
-        if tuple(shape) != tuple(packed_shape):
+        if key not in self.places:
+            raise AdapterError(f"{self.original.name} has no weight for `{key}`. Give the model that was quantized.")
+        place = self.places[key]
+        shape, packed_shape = tuple(self.original.source.info(place.name).shape), module.shape_of(attribute)
+        if shape != packed_shape:
             raise AdapterError(
-                f"`{key}` of the packed model has the shape {tuple(packed_shape)}, but `{place.name}` of "
-                f"{self.original.name} has {tuple(shape)}. Give the model that was quantized."
+                f"`{key}` of the packed model has the shape {packed_shape}, but `{place.name}` of "
+                f"{self.original.name} has {shape}. Give the model that was quantized."
             )
         values = self.original.source.load(place.name, index).float().contiguous()
         if index is None:  # rows of experts are never moved
             values = place.from_gguf(QUANT_TYPES["F32"], values.view(torch.uint8))
         packed = module.dense(attribute, torch.float32, index)
         return values.to(packed.device) - packed
-
-    def _place(self, key: str) -> Place:
-        if key not in self.places:
-            raise AdapterError(f"{self.original.name} has no weight for `{key}`. Give the model that was quantized.")
-        return self.places[key]
 
 
 def _matrices(residuals: _Residuals, path: str, layer: Any) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor], float]]:
@@ -94,15 +91,12 @@ def _matrices(residuals: _Residuals, path: str, layer: Any) -> Iterator[tuple[Te
                 parts = [residuals.of(module, name, f"{path}.{name}", expert) for name in layer.part_names]
                 yield torch.cat(parts), (a[expert], b[expert]), scaling
             continue
-        latent = isinstance(module, PackedLatentProjection)
-        residual = _latent(residuals, module, path) if latent else residuals.of(module, "weight", f"{path}.weight")
+        if isinstance(module, PackedLatentProjection):  # rows of the whole kv_b_proj; its key part is stored transposed
+            k_b, v_b = (residuals.of(module, name, f"{path}.{name}") for name in LATENT_PARTS)
+            residual = torch.cat([k_b.transpose(1, 2), v_b], dim=1).flatten(0, 1)
+        else:
+            residual = residuals.of(module, "weight", f"{path}.weight")
         yield residual, (layer.lora_A[adapter].weight, layer.lora_B[adapter].weight), scaling
-
-
-def _latent(residuals: _Residuals, module: PackedLatentProjection, path: str) -> Tensor:
-    """Return the rows of the whole kv_b_proj, whose key part is stored transposed."""
-    k_b, v_b = (residuals.of(module, name, f"{path}.{name}") for name in ("k_b", "v_b"))
-    return torch.cat([k_b.transpose(1, 2), v_b], dim=1).flatten(0, 1)
 
 
 def _fill(a: Tensor, b: Tensor, scaling: float, residual: Tensor) -> None:

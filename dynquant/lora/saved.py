@@ -47,8 +47,7 @@ class SavedAdapter:
         self.directory = Path(directory)
         self.config = _read_config(self.directory)
         self._file = self.directory / WEIGHTS_NAME
-        keys = self._keys()
-        self.weights = list(_paired(self._file, keys))
+        self.weights = list(_paired(self._file, self._keys()))
 
     @property
     def alpha(self) -> float:
@@ -101,20 +100,19 @@ def _read_config(directory: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise AdapterError(f"{path} is not valid JSON ({error}). It is cut short or damaged; save it again.") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        found = config.get("peft_type") if isinstance(config, dict) else None
-        raise AdapterError(f"{path} gives the method {found!r}; only LORA adapters can be read.")
+        method = config.get("peft_type") if isinstance(config, dict) else None
+        raise AdapterError(f"{path} gives the method {method!r}; only LORA adapters can be read.")
     if not isinstance(config.get("lora_alpha"), int | float) or config["lora_alpha"] <= 0:
         raise AdapterError(f"{path} gives `lora_alpha` as {config.get('lora_alpha')!r}; a positive number is needed.")
-    for option in _UNSUPPORTED:
-        if config.get(option):
-            raise AdapterError(
-                f"{path} sets `{option}`, which is not plain LoRA, so its factors alone do not give the change."
-            )
+    if option := next(filter(config.get, _UNSUPPORTED), None):
+        raise AdapterError(
+            f"{path} sets `{option}`, which is not plain LoRA: its factors alone do not give the change."
+        )
     return config
 
 
 def _paired(file: Path, keys: list[str]) -> Iterator[AdaptedWeight]:
-    found: dict[tuple[str, int], dict[str, str]] = {}
+    pairs: dict[tuple[str, int], dict[str, str]] = {}
     for key in sorted(keys):
         match = _KEY.fullmatch(key)
         if match is None:
@@ -124,10 +122,10 @@ def _paired(file: Path, keys: list[str]) -> Iterator[AdaptedWeight]:
                 "`modules_to_save`."
             )
         depth = match["depth"].count(".base_layer")
-        found.setdefault((match["path"], depth), {})[match["factor"]] = key
-    for (path, depth), factors in found.items():
+        pairs.setdefault((match["path"], depth), {})[match["factor"]] = key
+    for (path, depth), factors in pairs.items():
         if len(factors) != 2:
             raise AdapterError(f"{file} holds only one of the two factors of `{path}`. It is damaged; save it again.")
         yield AdaptedWeight(path, depth, factors["A"], factors["B"])
-    if not found:
+    if not pairs:
         raise AdapterError(f"{file} holds no tensors. Save the adapter again.")

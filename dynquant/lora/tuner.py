@@ -45,30 +45,28 @@ class PackedLoraModel(LoraModel):
         if not any(isinstance(module, PackedModule) for module in model.modules()):
             return super()._inject_parameters(peft_config, model, adapter_name, low_cpu_mem_usage)
         endings = tuple(f".{name}" for name in peft_config.target_parameters)
-        found = []
+        wrapped = []
         for path, module in list(model.named_modules()):
             bare = path.replace(".base_layer", "")
             for name in () if ".lora_" in path else _parameters_of(module):
                 if f".{bare}.{name}".endswith(endings):
                     with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                         self._wrap_parameter(peft_config, model, adapter_name, bare, name)
-                    found.append(f"{bare}.{name}")
-        return found
+                    wrapped.append(f"{bare}.{name}")
+        return wrapped
 
     def _wrap_parameter(
         self, peft_config: LoraConfig, model: nn.Module, adapter_name: str, path: str, name: str
     ) -> None:
         parent_path, _, child = path.rpartition(".")
-        parent, target = model.get_submodule(parent_path), model.get_submodule(path)
-        wrapper = target
+        target = wrapper = model.get_submodule(path)
         while isinstance(wrapper, LoraLayer):
             if getattr(wrapper, "parameter_name", name) == name:
                 target = wrapper
                 break
             wrapper = wrapper.base_layer
-        self._create_and_replace(
-            peft_config, adapter_name, target, child, parent, current_key=f"{path}.{name}", parameter_name=name
-        )
+        options = {"current_key": f"{path}.{name}", "parameter_name": name}
+        self._create_and_replace(peft_config, adapter_name, target, child, model.get_submodule(parent_path), **options)
 
 
 def _parameters_of(module: nn.Module) -> tuple[str, ...]:

@@ -35,9 +35,9 @@ class PackedModule(nn.Module):
 
     def _start(self, types: Mapping[str, str]) -> None:
         nn.Module.__init__(self)
-        found = {name: quant_type(type_name) for name, type_name in types.items()}
-        self.types = {name: stored.name for name, stored in found.items()}
-        self.packed_names = tuple(name for name, stored in found.items() if is_packed(stored))
+        quant_types = {name: quant_type(type_name) for name, type_name in types.items()}
+        self.types = {name: stored.name for name, stored in quant_types.items()}
+        self.packed_names = tuple(name for name, stored in quant_types.items() if is_packed(stored))
         self.layout = BLOCKS
 
     def _add_weight(self, name: str, shape: tuple[int, ...], device: Any, dtype: torch.dtype | None) -> None:
@@ -280,12 +280,8 @@ def set_layout(model: nn.Module, layout: str) -> None:
 
 def choose_layout(model: nn.Module) -> None:
     """Planes when every packed weight is on a GPU that Triton can use, blocks otherwise."""
-    weights = [
-        getattr(module, name)
-        for module in model.modules()
-        if isinstance(module, PackedModule)
-        for name in module.packed_names
-    ]
+    modules = [module for module in model.modules() if isinstance(module, PackedModule)]
+    weights = [getattr(module, name) for module in modules for name in module.packed_names]
     on_gpu = bool(weights) and all(weight.is_cuda for weight in weights)
     set_layout(model, PLANES if on_gpu and has_triton() else BLOCKS)
 
@@ -299,6 +295,6 @@ def _dense_experts(x: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
             result = torch.where((experts == number)[..., None], inputs @ matrix.to(x.dtype).T, result)
         return result
     for number in experts.unique().tolist():
-        chosen = experts == number
-        result[chosen] = inputs[chosen] @ weight[number].to(x.dtype).T
+        slots = experts == number
+        result[slots] = inputs[slots] @ weight[number].to(x.dtype).T
     return result

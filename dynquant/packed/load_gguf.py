@@ -41,8 +41,12 @@ def load(
         for name, place in places.items()
         if len(place.shape) > 1
     }
+    provenance = {"gguf": source.path.name}
+    recorded = {field.key: str(field.value) for field in source.metadata if field.key.startswith("dynquant.")}
+    if "dynquant.stats_hash" in recorded:  # statistics that an export was encoded under, or "": merging asks for them
+        provenance["stats_hash"] = recorded["dynquant.stats_hash"]
     meta.config.quantization_config = {
-        "quant_method": "dynquant", "version": 1, "types": types, "provenance": _provenance(source),
+        "quant_method": "dynquant", "version": 1, "types": types, "provenance": provenance,
     }  # fmt: skip
     dtype = dtype or (torch.float32 if device_map is None else torch.bfloat16)
     state = {place.key: _LazyTensor(source, name, place) for name, place in places.items()}
@@ -79,14 +83,6 @@ class _LazyTensor:
     @property
     def _type(self) -> Any:
         return QUANT_TYPES[self.source.info(self.name).dtype]
-
-
-def _provenance(source: GGUFSource) -> dict[str, str]:
-    """Return the file's name, and the statistics that an export of ours was encoded under, which merging asks for."""
-    recorded = {
-        f.key.removeprefix("dynquant."): str(f.value) for f in source.metadata if f.key == "dynquant.stats_hash"
-    }
-    return {"gguf": source.path.name, **recorded}
 
 
 def _check_tensors(source: GGUFSource, places: dict[str, Place], computed: set[str]) -> None:

@@ -116,12 +116,8 @@ def find_places(config: Config, hf_model: nn.Module, *, whole_kv_b: bool = False
     """
     book = ConversionBook(config, None, names=list(hf_model.state_dict()), whole_kv_b=whole_kv_b)
     FAMILIES[config.model_type].add_tensors(book)
-    stored, computed = [], set()
-    for conversion in book.finish():
-        if conversion.values is None:
-            stored.append(conversion)
-        else:
-            computed.add(conversion.name)
+    computed = {conversion.name for conversion in book.finish() if conversion.values is not None}
+    stored = [conversion for conversion in book.conversions if conversion.name not in computed]
     return {conversion.name: _place_of(conversion, hf_model) for conversion in stored}, computed
 
 
@@ -186,8 +182,11 @@ def pack_modules(model: nn.Module, types: Mapping[str, str], dtype: torch.dtype 
         CheckpointError: an unknown type, or a key that the model has no place for; both are named.
     """
     packed = {key for key, type_name in types.items() if is_packed(_known_type(key, type_name))}
+    # transformers will tie some weights to packed ones, as a head to its embedding: those are packed alike.
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    tied_types = {key: types[source] for key, source in tied.items() if source in packed and key not in types}
     groups: dict[str, dict[str, str]] = {}
-    for key, type_name in {**types, **_tied_types(model, types, packed)}.items():
+    for key, type_name in {**types, **tied_types}.items():
         path, _, part = key.rpartition(".")
         groups.setdefault(path, {})[part] = type_name
     for path, parts in groups.items():
@@ -204,10 +203,10 @@ def pack_modules(model: nn.Module, types: Mapping[str, str], dtype: torch.dtype 
 
 def _place_of(conversion: Conversion, hf_model: nn.Module) -> Place:
     key, shape = _key(conversion), conversion.shape
-    path = key.rpartition(".")[0]
-    special = key.endswith(tuple(f".{part}" for part in (*EXPERT_PARTS, *LATENT_PARTS)))
-    if special or conversion.transform is unchanged:
-        packable = special or isinstance(hf_model.get_submodule(path), nn.Linear | nn.Embedding)
+    path, _, part = key.rpartition(".")
+    is_part = part in EXPERT_PARTS + LATENT_PARTS
+    if is_part or conversion.transform is unchanged:
+        packable = is_part or isinstance(hf_model.get_submodule(path), nn.Linear | nn.Embedding)
         return Place(conversion.name, key, shape, can_be_packed=packable and len(shape) > 1)
     order, shift = order_of_rows(conversion.transform, shape)
     return Place(conversion.name, key, shape, order, shift, len(shape) > 1)
@@ -260,12 +259,6 @@ def _known_type(key: str, type_name: object) -> QuantType:
             f"Install the version that wrote the checkpoint, or export it again. Known: {', '.join(QUANT_TYPES)}."
         )
     return known_type
-
-
-def _tied_types(model: nn.Module, types: Mapping[str, str], packed: set[str]) -> dict[str, str]:
-    """Return types of weights that transformers will tie to packed ones, as a head to its embedding."""
-    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    return {target: types[source] for target, source in tied.items() if source in packed and target not in types}
 
 
 def _packed_module(

@@ -101,9 +101,9 @@ def check_files(model: nn.Module, files: list[Path]) -> None:
     """
     if not files:
         return
-    found = {name: (file, entry) for file in files for name, entry in read_header(file).items()}
-    key_of = keys_of(found, model.state_dict())
-    stored = {key_of.get(name, name): place for name, place in found.items()}
+    entries = {name: (file, entry) for file in files for name, entry in read_header(file).items()}
+    key_of = keys_of(entries, model.state_dict())
+    stored = {key_of.get(name, name): place for name, place in entries.items()}
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     for path, module in model.named_modules():
         for name in module.types if isinstance(module, PackedModule) else ():

@@ -73,7 +73,7 @@ def _solve(options: Mapping[str, Sequence[Option]], budget: int, depth: int) -> 
     if step is None:
         return fits
     above = {**fits, step.name: step.larger}
-    found = [fits, *_exchanged(options, fits, left), *_exchanged(options, above, left - step.extra)]
+    candidates = [fits, *_exchanged(options, fits, left), *_exchanged(options, above, left - step.extra)]
     if depth > 0:
         for center in (fits, above):
             near = {
@@ -81,8 +81,8 @@ def _solve(options: Mapping[str, Sequence[Option]], budget: int, depth: int) -> 
                 for name, choices in options.items()
             }
             if smallest_total(near) <= budget:
-                found.append(_solve(near, budget, depth - 1))
-    return min(found, key=total_cost)
+                candidates.append(_solve(near, budget, depth - 1))
+    return min(candidates, key=total_cost)
 
 
 class _Step(NamedTuple):
@@ -157,15 +157,10 @@ def _fitting_pairs(changes: list[_Change], left: int) -> Iterator[tuple[_Change,
     for change in reversed(by_bytes):
         while seen < len(by_bytes) and change.bytes + by_bytes[seen].bytes <= left:
             if len(cheapest) < 2 or by_bytes[seen].cost < cheapest[1].cost:
-                cheapest = _two_cheapest([*cheapest, by_bytes[seen]])
+                # The cheapest change, and the cheapest of another item.
+                first, *others = sorted([*cheapest, by_bytes[seen]], key=lambda change: change.cost)
+                cheapest = [first, *[change for change in others if change.name != first.name][:1]]
             seen += 1
         partner = next((other for other in cheapest if other.name != change.name), None)
         if partner is not None:
             yield change, partner
-
-
-def _two_cheapest(changes: list[_Change]) -> list[_Change]:
-    """The cheapest change, and the cheapest of another item."""
-    first = min(changes, key=lambda change: change.cost)
-    others = [change for change in changes if change.name != first.name]
-    return [first, *([min(others, key=lambda change: change.cost)] if others else [])]

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from dynquant.analysis.errors.measure import unmeasured_table
-from dynquant.analysis.errors.measure_schemes import unmeasured_scheme_table
-from dynquant.analysis.errors.table import ErrorRow, ErrorTable
+from dynquant.analysis.errors.measure import tensor_formats, unmeasured_table
+from dynquant.analysis.errors.measure_schemes import scheme_formats
+from dynquant.analysis.errors.table import ErrorTable
 from dynquant.analysis.outliers.super_experts import find_super_experts
 from dynquant.calibration.stage import StatsFile
 from dynquant.calibration.statistics import CalibrationStats
@@ -15,7 +15,7 @@ from dynquant.checkpoints.model import Model
 from dynquant.families.linear_layers import LinearCheckpoint
 from dynquant.formats.quant_types import fit_to_row, quant_type
 from dynquant.formats.storage_format import Choice
-from dynquant.formats.vllm_schemes import Scheme
+from dynquant.formats.vllm_schemes import SCHEMES, Scheme
 from dynquant.planning.memory_budget import MemoryBudget
 from dynquant.planning.planner import Rules, check_budget_range, coupled_tensors, plan_types, size_range
 from dynquant.planning.target import Target
@@ -44,7 +44,10 @@ class Chooser:
         self.context = {"recipe": target.recipe, "stats": stats.stats, "stats_hash": stats.hash}
         self._model, self._target = model, target
         self._fixed = fixed_bytes(model, table.tensors(), **self.context)
-        coupled = _coupled(target, table, session)
+        for kind in target.couple:
+            if not coupled_tensors(table.tensors(), (kind,)):
+                session.note(f"--couple {kind}: this model has no such tensors")
+        coupled = coupled_tensors(table.tensors(), target.couple)
         self._rules = {flag: rules_of(supers, stats.stats, floors=flag, coupled=coupled) for flag in (True, False)}
         self.memory = memory
         self._reasons: dict[tuple[tuple[str, str], ...], dict[str, Choice]] = {}
@@ -97,7 +100,7 @@ def check_budget(
     Raises:
         PlanError: as `plan_types` and `MemoryBudget.file_budget`.
     """
-    table = unmeasured_table(model, stats, types)
+    table = unmeasured_table(model, tensor_formats(model, stats, types), types)
     any_hash = None if stats is None else "0" * 64
     fixed = fixed_bytes(model, table.tensors(), recipe=target.recipe, stats=stats, stats_hash=any_hash)
     rules = Rules(coupled=coupled_tensors(table.tensors(), target.couple))
@@ -114,13 +117,6 @@ def _allowed(target: Target, table: ErrorTable) -> ErrorTable:
     return table.restricted_to([name.upper() for name in target.types]) if target.types else table
 
 
-def _coupled(target: Target, table: ErrorTable, session: Session) -> tuple[tuple[str, ...], ...]:
-    for kind in target.couple:
-        if not coupled_tensors(table.tensors(), (kind,)):
-            session.note(f"--couple {kind}: this model has no such tensors")
-    return coupled_tensors(table.tensors(), target.couple)
-
-
 def rules_of(
     supers: Sequence[SuperWeight],
     stats: CalibrationStats,
@@ -132,10 +128,10 @@ def rules_of(
     return Rules(
         floors=floors,
         outliers={
-            found.name: f"expert {found.expert} is a super expert (output {found.ratio:.0f} times the median)"
-            for found in find_super_experts(stats)
+            expert.name: f"expert {expert.expert} is a super expert (output {expert.ratio:.0f} times the median)"
+            for expert in find_super_experts(stats)
         },
-        super_weights={found.name: f"holds the super weight [{found.row},{found.col}]" for found in supers},
+        super_weights={weight.name: f"holds the super weight [{weight.row},{weight.col}]" for weight in supers},
         coupled=coupled,
     )
 
@@ -171,11 +167,8 @@ class SchemeChooser:
             for linear in self.checkpoint.linears
             for scheme in self.candidates[linear.name]
         }
-
-        def stored_bytes(row: ErrorRow) -> int:
-            return stored[row.name, row.type]
-
-        return {"fixed_bytes": fixed_safetensors_bytes(self.checkpoint), "stored_bytes": stored_bytes}
+        fixed = fixed_safetensors_bytes(self.checkpoint)
+        return {"fixed_bytes": fixed, "stored_bytes": lambda row: stored[row.name, row.type]}
 
     def check_budget(self, model: Model, budget: int) -> None:
         """Refuse a budget that `choose` would refuse, before anything is measured.
@@ -183,7 +176,7 @@ class SchemeChooser:
         Raises:
             PlanError: as `choose`.
         """
-        table = unmeasured_scheme_table(model, self.checkpoint, self.candidates)
+        table = unmeasured_table(model, scheme_formats(self.checkpoint, self.candidates), tuple(SCHEMES))
         check_budget_range(budget, *size_range(table, self.rules, **self.sizes), "vllm")
 
     def choose(self, table: ErrorTable, budget: int | None) -> dict[str, Choice]:

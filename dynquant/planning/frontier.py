@@ -44,18 +44,15 @@ def frontier(
 ) -> list[FrontierPoint]:
     """The planner at `num_points` budgets over its whole range of sizes, and every preset that can be priced."""
     low, high = size_range(table, rules, fixed_bytes=fixed_bytes)
-    points = []
+    assignments = []
     for step in range(num_points):
         budget = int(low * (high / low) ** (step / (num_points - 1)))
-        chosen = plan_types(table, min(max(budget, low), high), rules, fixed_bytes=fixed_bytes)
-        priced = price(table, {name: choice for name, (choice, _) in chosen.items()}, fixed_bytes)
-        if priced:
-            points.append(FrontierPoint(f"{budget}", *priced, kind="plan"))
+        choices = plan_types(table, min(max(budget, low), high), rules, fixed_bytes=fixed_bytes)
+        assignments.append((f"{budget}", "plan", {name: choice.type for name, choice in choices.items()}))
     for label, types in presets.items():
-        priced = price(table, types, fixed_bytes)
-        if priced:
-            points.append(FrontierPoint(label, *priced, kind="uniform" if label.startswith("uniform") else "preset"))
-    return points
+        assignments.append((label, "uniform" if label.startswith("uniform") else "preset", types))
+    priced = [(label, kind, price(table, types, fixed_bytes)) for label, kind, types in assignments]
+    return [FrontierPoint(label, *point, kind=kind) for label, kind, point in priced if point]
 
 
 def fixed_recipes(model: Model) -> dict[str, dict[str, str]]:

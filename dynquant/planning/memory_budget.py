@@ -93,13 +93,9 @@ class MemoryBudget:
 
 
 def memory_budget(model: Model, memory: int, *, context: int, kv_type: str) -> MemoryBudget:
-    """Return the memory that a model needs besides its weights.
+    """Return the memory that a model needs besides its weights; only its metadata is read.
 
-    Args:
-        model: Only its metadata is read.
-        memory: Bytes of device memory.
-        context: Tokens that the KV cache must hold.
-        kv_type: One of KV_TYPES, for K and V.
+    `memory` is bytes of device memory, `context` tokens that the KV cache holds, `kv_type` one of KV_TYPES.
 
     Raises:
         PlanError: an unknown `kv_type`, a context below 1, heads that the cache type's blocks do not divide, or
@@ -170,7 +166,8 @@ class _Shape:
 
     def rows(self, layer: int) -> tuple[int, int]:
         """Values that one token puts into the K and the V cache of a layer."""
-        heads = self._kv_heads(layer)
+        heads = self._values.get(f"{self._hyper.arch}.attention.head_count_kv")
+        heads = int(heads[layer]) if isinstance(heads, list | tuple) else self._hyper.n_head_kv
         key, value = self.head_lengths
         return heads * key, 0 if self._is_absorbed else heads * value
 
@@ -179,10 +176,6 @@ class _Shape:
         if self._has_windows and (layer + 1) % self._period != 0:
             return _rounded_up(min(_rounded_up(context), self._window + UBATCH))
         return _rounded_up(context)
-
-    def _kv_heads(self, layer: int) -> int:
-        value = self._values.get(f"{self._hyper.arch}.attention.head_count_kv")
-        return int(value[layer]) if isinstance(value, list | tuple) else self._hyper.n_head_kv
 
 
 def _row_bytes(row: int, head_lengths: tuple[int, int], cache_type: QuantType) -> int:

@@ -17,6 +17,8 @@ itself; its plans have no floors.
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import compress
+from typing import NamedTuple
 
 from dynquant.analysis.errors.table import ErrorRow, ErrorTable, Option
 from dynquant.analysis.outliers.stand_outs import stand_outs
@@ -89,7 +91,11 @@ def plan_types(
     check_budget_range(budget, *planner.size_range, rules.target)
     levels = range(len(LEVELS)) if rules.floors else (len(LEVELS) - 1,)
     drafts = [draft for level in levels if (draft := planner.draft(level, budget))]
-    return planner.explained(_worth_its_floors(drafts, table))
+    if not table.sensitivity:  # then costs cannot judge floors: the highest that fit
+        return planner.explained(drafts[0])
+    without = next((draft for draft in drafts if LEVELS[draft.level][0] is None), drafts[-1])
+    is_worth_it = (draft.cost <= FLOOR_PRICE * without.cost or draft is without for draft in drafts)
+    return planner.explained(next(compress(drafts, is_worth_it)))
 
 
 def size_range(
@@ -134,13 +140,13 @@ def check_couplings(kinds: Iterable[str]) -> None:
 def coupled_tensors(names: Iterable[str], kinds: Iterable[str]) -> tuple[tuple[str, ...], ...]:
     """For `Rules.coupled`: the tensors of each layer that the given kinds of COUPLINGS hold to one type."""
     all_roles = [roles for kind in kinds for roles in COUPLINGS[kind]]
-    found: dict[tuple[str, tuple[Role, ...]], list[str]] = {}
+    groups: dict[tuple[str, tuple[Role, ...]], list[str]] = {}
     for name in names:
         layer = name.removesuffix(".weight").rpartition(".")[0]
         for roles in all_roles:
             if role_of(name) in roles and layer_of(name) is not None:
-                found.setdefault((layer, roles), []).append(name)
-    return tuple(tuple(group) for group in found.values() if len(group) > 1)
+                groups.setdefault((layer, roles), []).append(name)
+    return tuple(tuple(group) for group in groups.values() if len(group) > 1)
 
 
 def outlier_tensors(table: ErrorTable) -> dict[str, float]:
@@ -149,12 +155,12 @@ def outlier_tensors(table: ErrorTable) -> dict[str, float]:
     Judged in one type near 2.6 bits, where errors are large but not yet saturated.
     """
     reference = next((name for name in _OUTLIER_TYPES if name in table.types), None)
-    found = stand_outs(table, "activation_error", (reference,)) if reference else []
-    return {one.row.name: one.z for one in found}
+    if reference is None:
+        return {}
+    return {outlier.row.name: outlier.z for outlier in stand_outs(table, "activation_error", (reference,))}
 
 
-@dataclass(frozen=True)
-class _StayPrecise:
+class _StayPrecise(NamedTuple):
     """Why a tensor should stay precise besides its role."""
 
     reason: str
@@ -214,14 +220,20 @@ class _Planner:
             members = [self.table.tensors()[name] for name in group]
             common = [name for name in members[0] if all(name in rows for rows in members)]
             if not common:
-                raise PlanError(_nothing_in_common(group, members))
-            priced = [self._priced(name, [rows[name] for rows in members]) for name in common]
-            allowed = [option for option in priced if _reaches(option.type, floors.get(first))]
+                types = [f"`{name}` can be {', '.join(rows)}" for name, rows in zip(group, members, strict=True)]
+                raise PlanError(
+                    "Coupled tensors must have one type, but no candidate type fits the rows of all of them: "
+                    f"{'; '.join(types)}. Give other `--types`, or leave out `--couple`."
+                )
+            priced = []
+            for name in common:
+                typed = [rows[name] for rows in members]
+                priced.append(Option(sum(map(self.stored_bytes, typed)), sum(map(self.table.cost, typed)), name))
+            floor = floors.get(first)
+            least = floor.bits_per_weight if floor else 0
+            allowed = [option for option in priced if not floor or QUANT_TYPES[option.type].bits_per_weight >= least]
             options[first] = allowed or [max(priced)]
         return options
-
-    def _priced(self, type_name: str, rows: list[ErrorRow]) -> Option:
-        return Option(sum(map(self.stored_bytes, rows)), sum(map(self.table.cost, rows)), type_name)
 
     def draft(self, level: int, budget: int | None) -> _Draft | None:
         """Return the best assignment under a level's floors, or None when the budget does not hold them."""
@@ -247,16 +259,15 @@ class _Planner:
         """Return type and reason of every tensor, in the order of the table."""
         assert draft is not None
         group_of = {name: group for group in self.groups.values() for name in group}
-        reason = self._fused_reason if self.rules.target == "vllm" else self._reason
-        return {name: Choice(draft.types[name], reason(name, group_of[name], draft)) for name in self.table.tensors()}
-
-    def _fused_reason(self, _name: str, group: tuple[str, ...], draft: _Draft) -> str:
-        """Return the reason for a scheme of layers that vLLM fuses."""
-        cost = sum(self.table.cost(row) for name in group if (row := self.table.row(name, draft.types[name])))
-        with_others = f", with {len(group) - 1} others that share its scheme" if len(group) > 1 else ""
-        return f"best use of the budget{with_others}; {self.table.cost_name} {cost:.2e}"
+        return {
+            name: Choice(draft.types[name], self._reason(name, group_of[name], draft)) for name in self.table.tensors()
+        }
 
     def _reason(self, name: str, group: tuple[str, ...], draft: _Draft) -> str:
+        if self.rules.target == "vllm":
+            cost = sum(self.table.cost(row) for member in group if (row := self.table.row(member, draft.types[member])))
+            with_others = f", with {len(group) - 1} others that share its scheme" if len(group) > 1 else ""
+            return f"best use of the budget{with_others}; {self.table.cost_name} {cost:.2e}"
         row, floor, exception = self.table.row(name, draft.types[name]), draft.floors[name], self.exceptions.get(name)
         assert row is not None
         error = f"weighted error {row.weighted_error:.2%}"
@@ -273,19 +284,9 @@ class _Planner:
         return f"{why}: no floor at this budget, bytes are worth more elsewhere; {error}"
 
 
-def _worth_its_floors(drafts: list[_Draft], table: ErrorTable) -> _Draft:
-    """Return the draft with the highest floors whose price is right; without sensitivities cost cannot judge them."""
-    without = next((draft for draft in drafts if LEVELS[draft.level][0] is None), drafts[-1])
-    if not table.sensitivity:
-        return drafts[0]
-    return next(draft for draft in drafts if draft.cost <= FLOOR_PRICE * without.cost or draft is without)
-
-
 def _floor(rows: Mapping[str, ErrorRow], exception: _StayPrecise | None, level: int) -> QuantType | None:
     of_role, of_outlier, of_super_weight = LEVELS[level]
-    if next(iter(rows.values())).role.is_routed_expert:
-        of_role = None
-    floors = [of_role]
+    floors = [] if next(iter(rows.values())).role.is_routed_expert else [of_role]
     if exception:
         floors.append(of_super_weight if exception.is_super_weight else of_outlier)
     return _highest(QUANT_TYPES[name] for name in floors if name)
@@ -293,15 +294,3 @@ def _floor(rows: Mapping[str, ErrorRow], exception: _StayPrecise | None, level: 
 
 def _highest(floors: Iterable[QuantType | None]) -> QuantType | None:
     return max((floor for floor in floors if floor), key=lambda floor: floor.bits_per_weight, default=None)
-
-
-def _reaches(type_name: str, floor: QuantType | None) -> bool:
-    return floor is None or QUANT_TYPES[type_name].bits_per_weight >= floor.bits_per_weight
-
-
-def _nothing_in_common(group: tuple[str, ...], members: list[Mapping[str, ErrorRow]]) -> str:
-    held = "; ".join(f"`{name}` can be {', '.join(rows)}" for name, rows in zip(group, members, strict=True))
-    return (
-        f"Coupled tensors must have one type, but no candidate type fits the rows of all of them: {held}. Give other "
-        "`--types`, or leave out `--couple`."
-    )

@@ -131,7 +131,9 @@ class _Scorer:
     def scored(self, candidates: Sequence[Candidate], stage: str) -> list[Candidate]:
         scored = []
         for candidate in candidates:
-            self.rendered.install({name: one for name, one in candidate.types.items() if self.shows(one)})
+            self.rendered.install(
+                {name: type_name for name, type_name in candidate.types.items() if self.shows(type_name)}
+            )
             divergences, agreements = self.inputs.score()
             kl, top1 = (bootstrap_mean(values.numpy(), self.inputs.lengths) for values in (divergences, agreements))
             scored.append(candidate.model_copy(update={"kl": kl, "top1": top1}))
@@ -163,7 +165,7 @@ def _search_modules(search: _Search, table: ErrorTable, vision: str) -> SearchRe
         scorer = _Scorer(rendered, ScoredInputs(rendered, inputs), progress, keeps_floats=True)
         candidates = scorer.scored(list(plans.values()), "selecting by KL")
     chosen = _lowest(candidates)
-    measured = {choices: one.kl.value for choices, one in zip(plans, candidates, strict=True)}  # type: ignore[union-attr]
+    measured = {choices: plan.kl.value for choices, plan in zip(plans, candidates, strict=True)}  # type: ignore[union-attr]
     choices = with_measured_reasons(list(plans)[chosen], measured, f"{len(inputs)} samples of {inputs.name}")
     selection = Selection(
         text=inputs.name, num_tokens=scorer.inputs.num_tokens, candidates=tuple(candidates), chosen=chosen
@@ -193,7 +195,9 @@ def _search_text(search: _Search, table: ErrorTable, _vision: str) -> SearchResu
     hf_model = search.original()
     with search.session.stage(_KEEPS) as progress:
         if FISHER in options.methods and not table.is_priced_by(FISHER):
-            probes = _cut(calibrated, options.probes, options.probe_window)
+            # The beginnings of evenly spaced windows.
+            evenly = calibrated[:: max(1, len(calibrated) // options.probes)]
+            probes = evenly[: options.probes, : options.probe_window]
             costs = fisher_probe(hf_model, search.store, table, probes, seed=search.session.seed, progress=progress)
             table = table.with_prices(FISHER, probe_prices(table, costs))
         rendered = RenderedModel(hf_model, search.store)
@@ -204,7 +208,7 @@ def _search_text(search: _Search, table: ErrorTable, _vision: str) -> SearchResu
         chosen = _lowest(candidates) if options.select else _last_method(candidates, options)
         checked = scorer.scored(_drawn(search, base), "checking predictions")
         frontier = scorer.scored(_frontier(search, base), "measuring the frontier")
-    pairs = np.array([(one.predicted_kl, one.kl.value) for one in checked if one.kl])
+    pairs = np.array([(plan.predicted_kl, plan.kl.value) for plan in checked if plan.kl])
     selection = Selection(
         text=windows.name,
         num_tokens=scorer.inputs.num_tokens,
@@ -240,12 +244,6 @@ def _text_windows(search: _Search, used: int, window: int) -> tuple[ModelInputs,
     return ModelInputs(selection if len(selection) else calibrated[:1], name=name), calibrated
 
 
-def _cut(windows: torch.Tensor, count: int, length: int) -> torch.Tensor:
-    """Return the beginnings of evenly spaced windows, [at most `count`, at most `length`]."""
-    step = max(1, len(windows) // count)
-    return windows[::step][:count, :length]
-
-
 def _proposed(
     search: _Search, table: ErrorTable, scorer: _Scorer, unit_windows: torch.Tensor
 ) -> tuple[ErrorTable, ErrorTable, list[Candidate]]:
@@ -269,14 +267,14 @@ def _proposed(
             for number, point in enumerate(points[1:], start=1)
         ]
     # Of equal plans the first keeps its label.
-    distinct = {tuple(sorted(one.types.items())): one for one in reversed(candidates)}
+    distinct = {tuple(sorted(plan.types.items())): plan for plan in reversed(candidates)}
     return base, table, list(distinct.values())[::-1]
 
 
 def _last_method(candidates: Sequence[Candidate], options: SearchOptions) -> int:
     """Return the plan of the last method that was asked for, with floors, where nothing is selected."""
     method = [method for method in METHODS if method in options.methods][-1]
-    of_method = [index for index, one in enumerate(candidates) if one.method == method]
+    of_method = [index for index, plan in enumerate(candidates) if plan.method == method]
     if not of_method:
         return len(candidates) - 1
     return of_method[-1] if method == UNIT_KL else of_method[0]

@@ -15,7 +15,6 @@ from dynquant.calibration.stage import StatsFile, statistics_in, streaming_limit
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import Role
 from dynquant.checkpoints.vision_names import VISION, part_of
-from dynquant.encoding.store import EncodedStore
 from dynquant.errors import CheckpointError, PlanError
 from dynquant.families.linear_layers import linear_checkpoint
 from dynquant.families.open import open_and_announce, open_language_model
@@ -69,13 +68,16 @@ def _plan_types(options: PlanOptions, session: Session) -> Plan:
     target, folder = options.target, options.output
     model = open_and_announce(str(options.model), session, base_gguf=options.base_gguf)
     fixed_types = _fixed_types(target, model)
-    types = _candidates(target, fixed_types)
+    candidates = [quant_type(name).name for name in target.types] or DEFAULT_TYPES
+    types = tuple(dict.fromkeys((*candidates, *(name for name, _ in (fixed_types or {}).values()))))
     search = _search_of(options) if fixed_types is None else None
     stats = _checked_statistics(model, options, types, session, is_chosen=fixed_types is None)
     if search is not None:
         _check_runs_whole(model, options, session)
     store = encoded_store(model, stats, folder, options.encoder, session) if search is not None else None
-    table = error_table(model, stats, folder / ERRORS_NAME, _table_options(options, types, store), session, store)
+    ray = options.calibration.ray if store is None else None  # a store of encoded blocks is filled on this machine
+    measured = TableOptions(types=types, encoder=options.encoder, base_gguf=options.base_gguf, ray=ray)
+    table = error_table(model, stats, folder / ERRORS_NAME, measured, session, store)
     supers, table = _probe(model, table, options, session)
     write_token_errors(model, options.stats or stats.path, folder, types, options.encoder, session)
     chooser = Chooser(model, target, stats, table, supers, target.memory(model), session)
@@ -121,8 +123,7 @@ def _plan_schemes(options: PlanOptions, session: Session) -> Plan:
         return plan_for_vllm(model, checkpoint, uniform, recipe=target.recipe, stats_hash=stats.hash)
     path = options.output / SCHEME_ERRORS_NAME
     table = scheme_table(model, checkpoint, stats, path, session)
-    if not table.sensitivity:
-        _, table = _with_probe(model, table, path, options, session, finds_super_weights=False)
+    _, table = _probe(model, table, options, session)
     chosen = chooser.choose(table, budget)
     plan = plan_for_vllm(
         model,
@@ -181,17 +182,13 @@ def _check_runs_whole(model: Model, options: PlanOptions, session: Session) -> N
         )
 
 
-def _table_options(options: PlanOptions, types: tuple[str, ...], store: EncodedStore | None) -> TableOptions:
-    ray = options.calibration.ray if store is None else None  # a store of encoded blocks is filled on this machine
-    return TableOptions(types=types, encoder=options.encoder, base_gguf=options.base_gguf, ray=ray)
-
-
 def _checked_statistics(
     model: Model, options: PlanOptions, types: Sequence[str], session: Session, *, is_chosen: bool
 ) -> StatsFile:
     """Return the statistics of the folder; refuse an impossible budget before they are measured, and after."""
-    known_types = _known_types(options.output, types)
-    check = partial(check_budget, model, options.target, known_types, options.target.memory(model))
+    path = options.output / ERRORS_NAME  # a table that is there already may have more types
+    measurable = tuple(dict.fromkeys((*types, *(ErrorTable.load(path).types if path.is_file() else ()))))
+    check = partial(check_budget, model, options.target, measurable, options.target.memory(model))
     if is_chosen:
         check(StatsFile(options.stats).stats if options.stats is not None else None)
     stats = statistics_in(
@@ -202,21 +199,21 @@ def _checked_statistics(
     return stats
 
 
-def _with_modules(chooser: Chooser, table: ErrorTable, wanted: str, session: Session) -> dict[str, Choice]:
+def _with_modules(chooser: Chooser, table: ErrorTable, level: str, session: Session) -> dict[str, Choice]:
     """Types and reasons after a decision for vision tower and projector as wholes, the highest that the budget holds.
 
     With measured sensitivities, what `auto` decides may raise the predicted KL no more than floors may.
     """
     plans: list[tuple[tuple[ModuleChoice, ...], dict[str, str]]] = []
     error: PlanError | None = None
-    for choices in module_choices(table, wanted):
+    for choices in module_choices(table, level):
         try:
             plans.append((choices, chooser(held_to(table, choices))))
         except PlanError as refused:
             error = refused
     if not plans:
         assert error is not None
-        raise error if wanted == "auto" else PlanError(f"With --vision {wanted}: {error}")
+        raise error if level == "auto" else PlanError(f"With --vision {level}: {error}")
     is_priced = any(part_of(name) == VISION for name in table.sensitivity)
     predicted = [table.price_of(types).kl for _, types in plans]
     chosen = next(i for i, kl in enumerate(predicted) if not is_priced or kl <= FLOOR_PRICE * predicted[-1])
@@ -243,8 +240,7 @@ def _explained_modules(
 
 
 def _promise(table: ErrorTable, choices: Mapping[str, Choice], selection: Selection | None) -> dict[str, object]:
-    """Return what a plan states about itself: its objective, the KL that was predicted, and the one that was
-    measured."""
+    """Return what a plan states about itself: its objective, and the KL as it was predicted and measured."""
     if selection is not None:
         winner = selection.winner
         predicted, error, measured = winner.predicted_kl, winner.predicted_kl_se, winner.kl
@@ -280,13 +276,13 @@ def plan_from_config(directory: Path, target: Target, session: Session = SILENT)
             )
         return plan_from_types(model, types, recipe=target.recipe, exact=target.preset is None)
 
-    made = sized(open_config(directory))
+    plan = sized(open_config(directory))
     is_r1 = target.preset is not None and target.preset.lower() in R1_RECIPES
-    if not is_r1 or not any(entry.role == Role.MLA_K_B for entry in made.entries):
-        return made
+    if not is_r1 or not any(entry.role == Role.MLA_K_B for entry in plan.entries):
+        return plan
     session.note(
         "attn_kv_b is counted in one piece, as in the published files. `export` splits it, as llama.cpp now does: "
-        f"{len(made.entries):,} tensors, {made.predicted_bytes / 2**30:.2f} GiB"
+        f"{len(plan.entries):,} tensors, {plan.predicted_bytes / 2**30:.2f} GiB"
     )
     with warnings.catch_warnings(action="ignore"):
         return sized(open_config(directory, whole_kv_b=True))
@@ -301,52 +297,27 @@ def _fixed_types(target: Target, model: Model) -> dict[str, Choice] | None:
     return None if target.patterns is None else recipe_types(target.patterns, model)
 
 
-def _candidates(target: Target, preset: dict[str, Choice] | None) -> tuple[str, ...]:
-    wanted = tuple(quant_type(name).name for name in target.types) if target.types else DEFAULT_TYPES
-    of_preset = dict.fromkeys(name for name, _ in (preset or {}).values())
-    return tuple(dict.fromkeys((*wanted, *of_preset)))
-
-
-def _known_types(directory: Path, types: Sequence[str]) -> tuple[str, ...]:
-    """Candidate types, and those of a table that is there already."""
-    path = directory / ERRORS_NAME
-    return tuple(dict.fromkeys((*types, *(ErrorTable.load(path).types if path.is_file() else ()))))
-
-
 def _probe(
     model: Model, table: ErrorTable, options: PlanOptions, session: Session
 ) -> tuple[list[SuperWeight], ErrorTable]:
-    """Measure what needs the running model: super weights, and the sensitivity of the output to every tensor.
+    """Measure what needs the running model: the sensitivity of the output to every tensor, and super weights.
 
     Both are kept in the directory. A model that transformers cannot run (a GGUF with imported statistics) has neither;
-    the plan then counts every tensor's relative error alike, and says so.
+    the plan then counts every tensor's relative error alike, and says so. Plans for vLLM have no floors, and so no use
+    for super weights.
     """
-    path = options.output / SUPER_NAME
-    fresh = path.is_file() and path.stat().st_mtime >= (options.output / STATS_NAME).stat().st_mtime
-    if fresh and table.sensitivity:
-        return load_super_weights(path), table
-    supers, table = _with_probe(model, table, options.output / ERRORS_NAME, options, session)
-    if supers is None:
-        return [], table
-    write_atomically(path, json.dumps([weight.model_dump() for weight in supers], indent=1) + "\n")
-    return supers, table
-
-
-def _with_probe(
-    model: Model,
-    table: ErrorTable,
-    path: Path,
-    options: PlanOptions,
-    session: Session,
-    *,
-    finds_super_weights: bool = True,
-) -> tuple[list[SuperWeight] | None, ErrorTable]:
-    """Return super weights, None where the model cannot be run, and the table with sensitivities, kept at `path`."""
+    path, for_vllm = options.output / SUPER_NAME, options.target.serves is not None
+    is_fresh = for_vllm or (path.is_file() and path.stat().st_mtime >= (options.output / STATS_NAME).stat().st_mtime)
+    if is_fresh and table.sensitivity:
+        return [] if for_vllm else load_super_weights(path), table
     try:
-        probe = run_probe(model, options.calibration, options.output, session, finds_super_weights=finds_super_weights)
+        probe = run_probe(model, options.calibration, options.output, session, finds_super_weights=not for_vllm)
     except CheckpointError as error:
         session.note(f"no super weights and no sensitivities, every tensor's relative error counts alike: {error}")
-        return None, table
+        return [], table
     table = table.with_sensitivity(probe.sensitivity, probe.sensitivity_se)
-    table.save(path)
+    table.save(options.output / (SCHEME_ERRORS_NAME if for_vllm else ERRORS_NAME))
+    if not for_vllm:
+        content = json.dumps([weight.model_dump() for weight in probe.super_weights], indent=1)
+        write_atomically(path, content + "\n")
     return probe.super_weights, table

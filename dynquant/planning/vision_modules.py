@@ -71,7 +71,7 @@ def with_measured_reasons(
     for choice in chosen:
         best: dict[Level, float] = {}
         for choices, kl in measured.items():
-            level = next(one.level for one in choices if one.part == choice.part)
+            level = next(other.level for other in choices if other.part == choice.part)
             best[level] = min(kl, best.get(level, kl))
         told = ", ".join(f"{_WITH[level]} {kl:.4g}" for level, kl in best.items())
         reason = f"{_NAMES[choice.part]} {_OUTCOMES[choice.level]}; KL on {where}: {told}"
@@ -98,22 +98,20 @@ def _allowed(table: ErrorTable, name: str, rows: dict[str, ErrorRow], level: Lev
 
 def _measured(table: ErrorTable, part: str) -> ModuleChoice:
     type_name = next((name for name in _MEASURED_IN if name in table.types), None)
-    own, others = (_median_error(table, one, type_name) for one in (part, LANGUAGE))
-    if own is None or others is None:
+    error, others = (
+        type_name
+        and table.median_output_error(type_name, (name for name in table.tensors() if part_of(name) == module))
+        for module in (part, LANGUAGE)
+    )
+    if error is None or others is None:
         return ModuleChoice(part, "8bit", f"{_NAMES[part]} gets 8 bits: its output errors were not measured")
-    ratio = own / others
+    ratio = error / others
     level: Level = "keep" if ratio >= KEEP_RATIO else "8bit" if ratio >= EIGHT_BIT_RATIO else "lower"
     reason = (
-        f"{_NAMES[part]} {_OUTCOMES[level]}: its median output error in {type_name} is {own:.1%}, {ratio:.2f} times "
+        f"{_NAMES[part]} {_OUTCOMES[level]}: its median output error in {type_name} is {error:.1%}, {ratio:.2f} times "
         "that of the language model"
     )
     return ModuleChoice(part, level, reason)
-
-
-def _median_error(table: ErrorTable, part: str, type_name: str | None) -> float | None:
-    if type_name is None:
-        return None
-    return table.median_output_error(type_name, (name for name in table.tensors() if part_of(name) == part))
 
 
 def _modules(table: ErrorTable) -> list[str]:

@@ -36,10 +36,10 @@ def plan_from_types(
     """Return a plan with one entry per tensor of the model, for GGUF.
 
     Args:
-        model: What is planned.
+        model: The model that is planned.
         types: GGUF name -> wanted type and reason. Tensors that stay F32 (`stays_f32`) or whose role is unknown may be
             left out; F32 is taken for the former even when another type is wanted.
-        recipe: What was asked for, as `preset r1-iq1_s`.
+        recipe: The request, as `preset r1-iq1_s`.
         stats: The statistics that the export will use; they are named in the file and so count in its size.
         stats_hash: SHA-256 of stats.safetensors; given exactly when `stats` is.
         weighted_errors: (GGUF name, type) -> importance-weighted relative squared error.
@@ -55,8 +55,8 @@ def plan_from_types(
     if unknown is not None:
         raise PlanError(f"A type is given for `{unknown}`, a tensor that {model.name} does not have.")
     errors = weighted_errors or {}
-    wanted = {name: Choice(*choice) for name, choice in types.items()}
-    entries = tuple(_entry(model, name, wanted.get(name), errors, exact) for name in names)
+    choices = {name: Choice(*choice) for name, choice in types.items()}
+    entries = tuple(_entry(model, name, choices.get(name), errors, exact) for name in names)
     return Plan(
         model=model.name,
         arch=model.arch,
@@ -131,12 +131,12 @@ def _choose(
     if wanted is None:
         if role_of(name) == Role.OTHER:
             return "F32", "of unknown purpose: kept F32", None
-        raise PlanError(f"No type was chosen for `{name}` of {model.name}, a matrix of shape {shape}.")
+        raise PlanError(f"No type was stored for `{name}` of {model.name}, a matrix of shape {shape}.")
     asked, reason = quant_type(wanted.type), wanted.reason
-    chosen, why = fit_to_row(asked, shape[-1])
+    stored, why = fit_to_row(asked, shape[-1])
     if why is None:
-        return chosen.name, reason, None
-    return chosen.name, f"{reason}; {why}", asked.name
+        return stored.name, reason, None
+    return stored.name, f"{reason}; {why}", asked.name
 
 
 def _spec(entry: PlanEntry) -> TensorSpec:
@@ -157,18 +157,16 @@ def plan_of_part(part: ModelPart, plan: Plan, stats: CalibrationStats | None) ->
             )
         )  # fmt: skip
     specs = [_spec(entry) for entry in entries]
-    own = {
-        "model": part.model.name, "arch": part.model.arch, "entries": tuple(entries),
-        "predicted_bytes": gguf_bytes(part.model, specs, plan.recipe, stats, plan.stats_hash),
-    }  # fmt: skip
-    return plan.model_copy(update=own)
+    size = gguf_bytes(part.model, specs, plan.recipe, stats, plan.stats_hash)
+    update = {"model": part.model.name, "arch": part.model.arch, "entries": tuple(entries), "predicted_bytes": size}
+    return plan.model_copy(update=update)
 
 
 def with_projector_type(model: Model, plan: Plan, type_name: str, stats: CalibrationStats | None) -> Plan:
     """Return the plan with one type for all matrices of the vision tower and the projector."""
-    wanted = Choice(type_name, f"{type_name} for the vision part, as asked for")
+    choice = Choice(type_name, f"{type_name} for the vision part, as asked for")
     entries = tuple(
-        _entry(model, entry.name, wanted, {}, False) if entry.role.is_vision else entry for entry in plan.entries
+        _entry(model, entry.name, choice, {}, False) if entry.role.is_vision else entry for entry in plan.entries
     )
     size = gguf_bytes(model, [_spec(entry) for entry in entries], plan.recipe, stats, plan.stats_hash)
     return plan.model_copy(update={"entries": entries, "predicted_bytes": size})
@@ -186,14 +184,8 @@ def plan_for_vllm(
 ) -> Plan:
     """Return a plan with one entry per linear layer or stack of experts.
 
-    Args:
-        model: What is planned.
-        checkpoint: Its linear layers.
-        schemes: GGUF name of each linear layer -> wanted scheme and reason, the same for all layers of a unit.
-        recipe: What was asked for.
-        mixed_experts: Whether each layer's routed experts are a unit, or those of all layers.
-        stats_hash: SHA-256 of the statistics that the export will use.
-        weighted_errors: (GGUF name, scheme) -> importance-weighted relative squared error.
+    `schemes` are wanted schemes and reasons by GGUF name, the same for all layers of a unit; with `mixed_experts` each
+    layer's routed experts are a unit, else those of all layers. The rest is as in `plan_from_types`.
     """
     errors = weighted_errors or {}
     entries: list[PlanEntry] = []

@@ -25,15 +25,8 @@ from dynquant.checkpoints.model import Model
 from dynquant.errors import PlanError
 from dynquant.formats.quant_types import QUANT_TYPES, quant_type
 from dynquant.formats.storage_format import Choice
+from dynquant.recipes import llama_mixtures as llama
 from dynquant.recipes.build_plan import stays_f32
-from dynquant.recipes.llama_mixtures import (
-    EMBEDDING_NAMES,
-    LLAMA_FTYPES,
-    OUTPUT_NAME,
-    file_type_name,
-    kept_because,
-    llama_tensor_types,
-)
 from dynquant.recipes.type_lists import TypeList, consecutive_runs
 
 _FLOATS = ("F32", "F16", "BF16")
@@ -41,13 +34,8 @@ _BLOCK = re.compile(r"^((?:\w+\.)?blk)\.(\d+)\.(.+)$")
 _TYPE_OPTIONS = {"--token-embedding-type": "token_embedding", "--output-tensor-type": "output"}
 _PATTERN_OPTIONS = ("--tensor-type", "--custom-q")
 _NUM_VALUES = {
-    "--imatrix": 1,
-    "--include-weights": 1,
-    "--exclude-weights": 1,
-    "--override-kv": 1,
-    "--allow-requantize": 0,
-    "--keep-split": 0,
-    "--dry-run": 0,
+    **dict.fromkeys(("--imatrix", "--include-weights", "--exclude-weights", "--override-kv"), 1),
+    **dict.fromkeys(("--allow-requantize", "--keep-split", "--dry-run"), 0),
 }
 """Options that do not decide types -> number of values, which are skipped."""
 _MAX_REPEATS = 3
@@ -68,49 +56,45 @@ class Recipe:
 
     @property
     def has_float_base(self) -> bool:
-        return self.base is not None and QUANT_TYPES[LLAMA_FTYPES[self.base].base].is_float
+        return self.base is not None and QUANT_TYPES[llama.LLAMA_FTYPES[self.base].base].is_float
 
 
 def recipe_of(types: TypeList) -> Recipe:
     """Return the recipe of a plan or file. Tensors that llama-quantize never changes are not in it (`left_alone`)."""
-    tensors = [tensor for tensor in types.tensors if kept_because(tensor.name, tensor.shape, types.arch) is None]
+    tensors = [tensor for tensor in types.tensors if llama.kept_because(tensor.name, tensor.shape, types.arch) is None]
     used = {tensor.type for tensor in tensors}
     if used <= {"F32"} or (len(used) == 1 and used <= set(_FLOATS)):
         return Recipe(base=next(iter(used), "F32").lower())
-    embedding = {tensor.type for tensor in tensors if tensor.name in EMBEDDING_NAMES}
+    embedding = {tensor.type for tensor in tensors if tensor.name in llama.EMBEDDING_NAMES}
     # The option speaks of both embeddings at once; where they differ, patterns must tell them apart.
     has_option = len(embedding) == 1
-    by_option = {OUTPUT_NAME, *(EMBEDDING_NAMES if has_option else ())}
+    by_option = {llama.OUTPUT_NAME, *(llama.EMBEDDING_NAMES if has_option else ())}
     return Recipe(
         base=_commonest_base(tensors),
         patterns=_patterns(tensor for tensor in tensors if tensor.name not in by_option),
         token_embedding=embedding.pop() if has_option else None,
-        output=next((tensor.type for tensor in tensors if tensor.name == OUTPUT_NAME), None),
+        output=next((tensor.type for tensor in tensors if tensor.name == llama.OUTPUT_NAME), None),
     )
 
 
 def left_alone(types: TypeList) -> list[tuple[TensorRecord, str]]:
     """Return the tensors that llama-quantize copies from its input and that should not be F32, each with the reason."""
-    kept = ((tensor, kept_because(tensor.name, tensor.shape, types.arch)) for tensor in types.tensors)
+    kept = ((tensor, llama.kept_because(tensor.name, tensor.shape, types.arch)) for tensor in types.tensors)
     return [(tensor, why) for tensor, why in kept if why is not None and tensor.type != "F32"]
 
 
 def uses_imatrix(recipe: Recipe) -> bool:
     """Return whether an importance matrix changes the file that the recipe makes."""
-    base = () if recipe.base is None else (LLAMA_FTYPES[recipe.base].base,)
+    base = () if recipe.base is None else (llama.LLAMA_FTYPES[recipe.base].base,)
     named = (*base, recipe.token_embedding, recipe.output, *(name for _, name in recipe.patterns))
     return any(QUANT_TYPES[name].uses_imatrix for name in named if name in QUANT_TYPES)
 
 
 def command_line(recipe: Recipe, *, model: str, imatrix: str | None, output: str) -> str:
     """Write a recipe with a base type as a command for a shell, one option a line."""
-    options = []
-    if imatrix is not None:
-        options.append(("--imatrix", imatrix))
-    if recipe.token_embedding:
-        options.append(("--token-embedding-type", recipe.token_embedding.lower()))
-    if recipe.output:
-        options.append(("--output-tensor-type", recipe.output.lower()))
+    options = [] if imatrix is None else [("--imatrix", imatrix)]
+    types = {option: getattr(recipe, field) for option, field in _TYPE_OPTIONS.items()}
+    options += [(option, name.lower()) for option, name in types.items() if name]
     options += [("--tensor-type", f"{pattern}={name.lower()}") for pattern, name in recipe.patterns]
     lines = ["llama-quantize", *(f"  {shlex.join(option)}" for option in options)]
     return " \\\n".join([*lines, f"  {shlex.join((model, output, str(recipe.base).upper()))}"])
@@ -122,7 +106,7 @@ def _commonest_base(tensors: list[TensorRecord]) -> str:
     for tensor in tensors:
         weights[tensor.type] += tensor.num_weights
     for name, _ in weights.most_common():
-        bases = [key for key, file_type in LLAMA_FTYPES.items() if file_type.base == name]
+        bases = [key for key, file_type in llama.LLAMA_FTYPES.items() if file_type.base == name]
         if bases and name not in _FLOATS:
             return name.lower() if name.lower() in bases else bases[0]
     return "q8_0"
@@ -144,18 +128,12 @@ def _patterns(tensors: Iterable[TensorRecord]) -> tuple[tuple[str, str], ...]:
         for name, numbers in by_type.items():
             where = "[0-9]+" if len(by_type) == 1 else numbers_pattern(numbers)
             parts.setdefault((block, where, name), []).append(part)
-    inside = [
-        (rf"^{_escaped(block)}\.{where}\.{_alternatives(names)}$", type_name)
-        for (block, where, type_name), names in parts.items()
-    ]
+    inside = []
+    for (block, where, type_name), names in parts.items():
+        ending = ".weight" if len(names) > 1 and all(name.endswith(".weight") for name in names) else ""
+        either = _any_of([_escaped(name.removesuffix(ending)) for name in names])  # a common ending is written once
+        inside.append((rf"^{_escaped(block)}\.{where}\.{either}{_escaped(ending)}$", type_name))
     return (*outside, *inside)
-
-
-def _alternatives(parts: list[str]) -> str:
-    """Return a regex for exactly these names; their common ending is written once."""
-    if len(parts) > 1 and all(part.endswith(".weight") for part in parts):
-        return rf"{_any_of([_escaped(part.removesuffix('.weight')) for part in parts])}\.weight"
-    return _any_of([_escaped(part) for part in parts])
 
 
 def _any_of(choices: list[str]) -> str:
@@ -252,32 +230,30 @@ def _types_by(recipe: Recipe, model: Model) -> dict[str, Choice]:
 
     def by_name(name: str) -> Choice | None:
         """Return what an option or a pattern says of a tensor; None for those that take the base type."""
-        is_embedding = name in EMBEDDING_NAMES
+        is_embedding = name in llama.EMBEDDING_NAMES
         if is_embedding and recipe.token_embedding:
             return Choice(recipe.token_embedding, "recipe: --token-embedding-type")
-        if name == OUTPUT_NAME and recipe.output:
+        if name == llama.OUTPUT_NAME and recipe.output:
             return Choice(recipe.output, "recipe: --output-tensor-type")
         for regex, pattern, type_name in rules:
             if regex.search(name):
                 return Choice(type_name, f"recipe: {pattern}")
-        is_tied, uses_mixture = OUTPUT_NAME not in shapes, not recipe.is_pure and not recipe.has_float_base
+        is_tied, uses_mixture = llama.OUTPUT_NAME not in shapes, not recipe.is_pure and not recipe.has_float_base
         if is_embedding and is_tied and recipe.output and uses_mixture:
             return Choice(recipe.output, "recipe: --output-tensor-type, to which the token embedding is tied")
         return None
 
-    types: dict[str, Choice] = {}
-    unnamed = []
-    for name, shape in shapes.items():
-        kept = kept_because(name, shape, model.arch)
-        if kept is None:
-            choice = by_name(name)
-            if choice is None:
-                unnamed.append(name)
-            else:
-                types[name] = choice
-        elif not stays_f32(name, shape):
-            types[name] = Choice("F32", f"recipe: not changed by llama.cpp, {kept}")
-    return types | _by_base(recipe, model, shapes, unnamed)
+    reasons = {name: llama.kept_because(name, shape, model.arch) for name, shape in shapes.items()}
+    named = {name: by_name(name) for name, reason in reasons.items() if reason is None}
+    copied = {
+        name: Choice("F32", f"recipe: not changed by llama.cpp, {reason}")
+        for name, reason in reasons.items()
+        if reason is not None and not stays_f32(name, shapes[name])
+    }
+    unnamed = [name for name, choice in named.items() if choice is None]
+    return (
+        copied | {name: choice for name, choice in named.items() if choice} | _by_base(recipe, model, shapes, unnamed)
+    )
 
 
 def _by_base(recipe: Recipe, model: Model, shapes: dict[str, tuple[int, ...]], unnamed: list[str]) -> dict[str, Choice]:
@@ -291,8 +267,10 @@ def _by_base(recipe: Recipe, model: Model, shapes: dict[str, tuple[int, ...]], u
             "names all that is left), or give a llama-quantize command line, whose base type is for the rest."
         )
     if recipe.is_pure or recipe.has_float_base:
-        return dict.fromkeys(unnamed, Choice(LLAMA_FTYPES[recipe.base].base, "recipe: base type"))
-    mixture = llama_tensor_types(recipe.base, shapes.items(), model.hyper, overridden=shapes.keys() - set(unnamed))
+        return dict.fromkeys(unnamed, Choice(llama.LLAMA_FTYPES[recipe.base].base, "recipe: base type"))
+    mixture = llama.llama_tensor_types(
+        recipe.base, shapes.items(), model.hyper, overridden=shapes.keys() - set(unnamed)
+    )
     return {name: Choice(by.type, f"recipe, by no pattern: {by.reason}") for name, by in mixture.items()}
 
 
@@ -315,7 +293,9 @@ def _parse_command(text: str) -> Recipe:
         elif word in _PATTERN_OPTIONS:
             patterns += _listed(_value(rest, word))
         elif word == "--tensor-type-file":
-            patterns += _listed(_listed_file(_value(rest, word)))
+            if not os.path.isfile(file := _value(rest, word)):
+                raise PlanError(f"The recipe refers to the file `{file}` with --tensor-type-file, and there is none.")
+            patterns += _listed(_read_recipe(file))
         elif word in _NUM_VALUES:
             for _ in range(_NUM_VALUES[word]):
                 _value(rest, word)
@@ -344,24 +324,18 @@ def _value(rest: Iterator[str], option: str) -> str:
 
 def _base(positional: list[str]) -> str | None:
     """The file type among `MODEL [OUT] TYPE [THREADS]`, as a name or number; None when there are no such words."""
-    numbers = {str(file_type.id): name for name, file_type in reversed(LLAMA_FTYPES.items())}
+    numbers = {str(file_type.id): name for name, file_type in reversed(llama.LLAMA_FTYPES.items())}
     for word in positional[:3]:
         if word in numbers:
             return numbers[word]
         with suppress(PlanError):
-            return file_type_name(word)
+            return llama.file_type_name(word)
     if positional:
         raise PlanError(
             f"The command line ends in `{' '.join(positional[:4])}`, without a file type of llama.cpp that dynquant "
             "knows. It must end in MODEL OUT TYPE, as in.gguf out.gguf Q4_K_M."
         )
     return None
-
-
-def _listed_file(name: str) -> str:
-    if not os.path.isfile(name):
-        raise PlanError(f"The recipe refers to the file `{name}` with --tensor-type-file, and there is none.")
-    return _read_recipe(name)
 
 
 def _listed(text: str) -> Iterator[tuple[str, str]]:

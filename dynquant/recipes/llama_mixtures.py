@@ -13,7 +13,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
-from enum import Enum, auto
 from typing import NamedTuple
 
 from dynquant.checkpoints.model import HyperParams
@@ -30,82 +29,38 @@ class FileType(NamedTuple):
 
 
 LLAMA_FTYPES: dict[str, FileType] = {
-    "f32": FileType(0, "F32"),
-    "f16": FileType(1, "F16"),
-    "q4_0": FileType(2, "Q4_0"),
-    "q4_1": FileType(3, "Q4_1"),
-    "q8_0": FileType(7, "Q8_0"),
-    "q5_0": FileType(8, "Q5_0"),
-    "q5_1": FileType(9, "Q5_1"),
-    "q2_k": FileType(10, "Q2_K"),
-    "q3_k_s": FileType(11, "Q3_K"),
-    "q3_k_m": FileType(12, "Q3_K"),
-    "q3_k_l": FileType(13, "Q3_K"),
-    "q4_k_s": FileType(14, "Q4_K"),
-    "q4_k_m": FileType(15, "Q4_K"),
-    "q5_k_s": FileType(16, "Q5_K"),
-    "q5_k_m": FileType(17, "Q5_K"),
-    "q6_k": FileType(18, "Q6_K"),
-    "iq2_xxs": FileType(19, "IQ2_XXS"),
-    "iq2_xs": FileType(20, "IQ2_XS"),
-    "q2_k_s": FileType(21, "Q2_K"),
-    "iq3_xs": FileType(22, "IQ3_S"),
-    "iq3_xxs": FileType(23, "IQ3_XXS"),
-    "iq1_s": FileType(24, "IQ1_S"),
-    "iq4_nl": FileType(25, "IQ4_NL"),
-    "iq3_s": FileType(26, "IQ3_S"),
-    "iq3_m": FileType(27, "IQ3_S"),
-    "iq2_s": FileType(28, "IQ2_XS"),
-    "iq2_m": FileType(29, "IQ2_S"),
-    "iq4_xs": FileType(30, "IQ4_XS"),
-    "iq1_m": FileType(31, "IQ1_M"),
-    "bf16": FileType(32, "BF16"),
-    "tq1_0": FileType(36, "TQ1_0"),
-    "tq2_0": FileType(37, "TQ2_0"),
-    "mxfp4_moe": FileType(38, "MXFP4"),
-}
+    "f32": FileType(0, "F32"), "f16": FileType(1, "F16"), "q4_0": FileType(2, "Q4_0"),
+    "q4_1": FileType(3, "Q4_1"), "q8_0": FileType(7, "Q8_0"), "q5_0": FileType(8, "Q5_0"),
+    "q5_1": FileType(9, "Q5_1"), "q2_k": FileType(10, "Q2_K"), "q3_k_s": FileType(11, "Q3_K"),
+    "q3_k_m": FileType(12, "Q3_K"), "q3_k_l": FileType(13, "Q3_K"), "q4_k_s": FileType(14, "Q4_K"),
+    "q4_k_m": FileType(15, "Q4_K"), "q5_k_s": FileType(16, "Q5_K"), "q5_k_m": FileType(17, "Q5_K"),
+    "q6_k": FileType(18, "Q6_K"), "iq2_xxs": FileType(19, "IQ2_XXS"), "iq2_xs": FileType(20, "IQ2_XS"),
+    "q2_k_s": FileType(21, "Q2_K"), "iq3_xs": FileType(22, "IQ3_S"), "iq3_xxs": FileType(23, "IQ3_XXS"),
+    "iq1_s": FileType(24, "IQ1_S"), "iq4_nl": FileType(25, "IQ4_NL"), "iq3_s": FileType(26, "IQ3_S"),
+    "iq3_m": FileType(27, "IQ3_S"), "iq2_s": FileType(28, "IQ2_XS"), "iq2_m": FileType(29, "IQ2_S"),
+    "iq4_xs": FileType(30, "IQ4_XS"), "iq1_m": FileType(31, "IQ1_M"), "bf16": FileType(32, "BF16"),
+    "tq1_0": FileType(36, "TQ1_0"), "tq2_0": FileType(37, "TQ2_0"), "mxfp4_moe": FileType(38, "MXFP4"),
+}  # fmt: skip
 _ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
 
 
-class _Category(Enum):
-    TOKEN_EMBD = auto()
-    OUTPUT = auto()
-    ATTN_V = auto()
-    ATTN_K = auto()
-    ATTN_Q = auto()
-    ATTN_OUT = auto()
-    FFN_UP = auto()
-    FFN_GATE = auto()
-    FFN_DOWN = auto()
-    OTHER = auto()
-
-
-_FFN = (_Category.FFN_UP, _Category.FFN_GATE, _Category.FFN_DOWN)
+_FFN = ("ffn_up", "ffn_gate", "ffn_down")
 _CATEGORY_OF_SUBSTRING = {
-    "attn_qkv.weight": _Category.ATTN_V,
-    "attn_kv_b.weight": _Category.ATTN_V,
-    "attn_v.weight": _Category.ATTN_V,
-    "attn_k.weight": _Category.ATTN_K,
-    "attn_q.weight": _Category.ATTN_Q,
-    "attn_output.weight": _Category.ATTN_OUT,
-    "ffn_up": _Category.FFN_UP,
-    "ffn_gate": _Category.FFN_GATE,
-    "ffn_down": _Category.FFN_DOWN,
-}
-
-
+    "attn_qkv.weight": "attn_v", "attn_kv_b.weight": "attn_v", "attn_v.weight": "attn_v", "attn_k.weight": "attn_k",
+    "attn_q.weight": "attn_q", "attn_output.weight": "attn_out", **{name: name for name in _FFN},
+}  # fmt: skip
 OUTPUT_NAME = "output.weight"
 """Tensor of `--output-tensor-type`."""
 EMBEDDING_NAMES = ("token_embd.weight", "per_layer_token_embd.weight")
 """Tensors of `--token-embedding-type`."""
 
 
-def _category(name: str) -> _Category:
+def _category(name: str) -> str:
     if name == OUTPUT_NAME:
-        return _Category.OUTPUT
+        return "output"
     if name in EMBEDDING_NAMES:
-        return _Category.TOKEN_EMBD
-    return next((c for part, c in _CATEGORY_OF_SUBSTRING.items() if part in name), _Category.OTHER)
+        return "token_embd"
+    return next((category for part, category in _CATEGORY_OF_SUBSTRING.items() if part in name), "other")
 
 
 _KEPT_NAMES = ("position_embd.weight", "token_types.weight")
@@ -160,8 +115,7 @@ class _Position:
         return self.index < eighth or self.index >= last or (self.index - eighth) % 3 == 2
 
 
-@dataclass(frozen=True)
-class _Condition:
+class _Condition(NamedTuple):
     """`words` stand in the reason; empty where the rule needs no explanation."""
 
     words: str
@@ -186,8 +140,7 @@ _FIRST_TWO = _Condition("", lambda at: at.index < 2)
 _FIRST_FOUR = _Condition("", lambda at: at.index < 4)
 
 
-@dataclass(frozen=True)
-class _Rule:
+class _Rule(NamedTuple):
     file_types: frozenset[str]
     type: str
     condition: _Condition = _ALWAYS
@@ -222,8 +175,8 @@ _COMMON_FFN_DOWN_RULES = (
     _rule("q5_0", "Q5_1", _FIRST_EIGHTH),
 )
 _MIDDLE_FFN_RULES = (_rule("iq3_xs", "IQ3_XXS", _MIDDLE),)
-_RULES: dict[_Category, tuple[_Rule, ...]] = {
-    _Category.ATTN_V: (
+_RULES: dict[str, tuple[_Rule, ...]] = {
+    "attn_v": (
         _rule(_VERY_LOW, "Q4_K", _KV_SHARED_OR_EXPERTS),
         _rule(_IQ1 | _IQ2_SMALL, "Q2_K"),
         _rule(_IQ2_LARGE, "IQ3_S"),
@@ -238,14 +191,14 @@ _RULES: dict[_Category, tuple[_Rule, ...]] = {
         _rule("q4_k_m q5_k_m", "Q6_K", _MORE_BITS),
         _rule("q4_k_s", "Q5_K", _FIRST_FOUR),
     ),
-    _Category.ATTN_K: (
+    "attn_k": (
         _rule(_VERY_LOW, "Q4_K", _EIGHT_EXPERTS),
         _rule(_OTHERS, "Q8_0", _EIGHT_EXPERTS),
         _rule("iq3_xs", "IQ3_XXS"),
         _rule("iq3_xxs", "IQ2_S"),
     ),
-    _Category.ATTN_Q: (_rule("iq3_xs", "IQ3_XXS"), _rule("iq3_xxs", "IQ2_S")),
-    _Category.ATTN_OUT: (
+    "attn_q": (_rule("iq3_xs", "IQ3_XXS"), _rule("iq3_xxs", "IQ2_S")),
+    "attn_out": (
         _rule(_VERY_LOW, "Q5_K", _EIGHT_EXPERTS),
         _rule(_IQ1, "IQ2_XXS"),
         _rule(_IQ2_LARGE, "IQ3_S"),
@@ -255,7 +208,7 @@ _RULES: dict[_Category, tuple[_Rule, ...]] = {
         _rule("q3_k_m iq3_m", "Q4_K", _NOT_EIGHT_EXPERTS),
         _rule("q3_k_l", "Q5_K", _NOT_EIGHT_EXPERTS),
     ),
-    _Category.FFN_DOWN: (
+    "ffn_down": (
         *_COMMON_FFN_DOWN_RULES,
         _rule("q3_k_m", "Q5_K", _FIRST_SIXTEENTH),
         _rule("q3_k_m", "Q4_K"),
@@ -263,12 +216,12 @@ _RULES: dict[_Category, tuple[_Rule, ...]] = {
         _rule("q4_k_m", "Q6_K", _MORE_BITS),
         _rule("q4_k_s", "Q5_K", _FIRST_EIGHTH),
     ),
-    _Category.FFN_UP: _MIDDLE_FFN_RULES,
-    _Category.FFN_GATE: _MIDDLE_FFN_RULES,
+    "ffn_up": _MIDDLE_FFN_RULES,
+    "ffn_gate": _MIDDLE_FFN_RULES,
 }
 _FALCON_RULES = _RULES | {
-    _Category.ATTN_OUT: (*_RULES[_Category.ATTN_OUT][:3], _rule("q3_k_l", "Q4_K")),
-    _Category.FFN_DOWN: (
+    "attn_out": (*_RULES["attn_out"][:3], _rule("q3_k_l", "Q4_K")),
+    "ffn_down": (
         *_COMMON_FFN_DOWN_RULES,
         _rule("q3_k_m", "Q5_K", _FIRST_SIXTEENTH),
         _rule("q3_k_m", "Q4_K", _MORE_BITS),
@@ -278,13 +231,6 @@ _FALCON_RULES = _RULES | {
     ),
 }
 _SEVENTY_BILLION_LAYERS = {"llama": 80, "llama-embed": 80, "deci": 80, "olmo": 80, "qwen2": 80, "jais2": 68}
-
-
-def _is_70b(hyper: HyperParams) -> bool:
-    """llama.cpp's model size "70B", which it tells by the number of layers."""
-    if hyper.n_layer != _SEVENTY_BILLION_LAYERS.get(hyper.arch):
-        return False
-    return not hyper.arch.startswith("llama") or (hyper.n_expert != 8 and hyper.n_head != hyper.n_head_kv)
 
 
 _BLOCK = re.compile(r"blk\.(\d+)")
@@ -304,8 +250,12 @@ class _Mixture:
         self.base = LLAMA_FTYPES[file_type].base
         self.hyper = hyper
         self.is_tied = OUTPUT_NAME not in names
-        self.num_attn_v = sum(_category(name) is _Category.ATTN_V for name in names)
-        self.seen: Counter[_Category] = Counter()
+        self.num_attn_v = sum(_category(name) == "attn_v" for name in names)
+        self.seen: Counter[str] = Counter()
+        # llama.cpp tells its model size "70B" by the number of layers.
+        self._is_70b = hyper.n_layer == _SEVENTY_BILLION_LAYERS.get(hyper.arch) and (
+            not hyper.arch.startswith("llama") or (hyper.n_expert != 8 and hyper.n_head != hyper.n_head_kv)
+        )
 
     def choose(self, name: str, shape: Sequence[int]) -> Choice:
         """Return the type that is stored; tensors must come in `_counting_order`."""
@@ -323,19 +273,19 @@ class _Mixture:
         category, arch = _category(name), self.hyper.arch
         if any(part in name for part in _AT_LEAST_Q8_0_IN_ARCH.get(arch, ())):
             return Choice("Q8_0", f"never lower in {arch}")
-        if category is _Category.OUTPUT or (self.is_tied and category is _Category.TOKEN_EMBD):
+        if category == "output" or (self.is_tied and category == "token_embd"):
             return self._output(shape[-1])
         if self.file_type == "mxfp4_moe":
             is_expert = len(shape) > 2 and shape[-3] > 1 and (arch != "bailingmoe3" or category in _FFN)
             return Choice("MXFP4", "expert weights") if is_expert else Choice("Q8_0", "not expert weights")
         position = self._position(category, name)
-        if category is _Category.TOKEN_EMBD:
+        if category == "token_embd":
             return self._by_rules(_EMBEDDING_RULES, position, "token embedding")
         self.seen[category] += 1
         rules = (_FALCON_RULES if arch == "falcon" else _RULES).get(category, ())
-        choice = self._by_rules(rules, position, category.name.lower())
-        is_raised = category is _Category.ATTN_V and self.file_type in _OTHERS and choice.type in ("Q3_K", "Q4_K")
-        if is_raised and _is_70b(self.hyper):
+        choice = self._by_rules(rules, position, category)
+        is_raised = category == "attn_v" and self.file_type in _OTHERS and choice.type in ("Q3_K", "Q4_K")
+        if is_raised and self._is_70b:
             return Choice("Q5_K", "attn_v of a 70B model")
         return choice
 
@@ -345,8 +295,8 @@ class _Mixture:
             return Choice("Q8_0", f"{subject}; rows of {row_length} in {self.hyper.arch}")
         return self._by_rules(_OUTPUT_RULES, _Position(0, 1, self.hyper), subject)
 
-    def _position(self, category: _Category, name: str) -> _Position:
-        if category is _Category.ATTN_V:
+    def _position(self, category: str, name: str) -> _Position:
+        if category == "attn_v":
             return _Position(self.seen[category], self.num_attn_v, self.hyper)
         # Experts of one layer may be apart in the file, so layers are read from the name; the rules for 1- and 2-bit
         # files count tensors instead, experts and shared experts alike.
@@ -378,17 +328,12 @@ def file_type_name(ftype: str) -> str:
 def llama_tensor_types(
     ftype: str, tensors: Iterable[tuple[str, Sequence[int]]], hyper: HyperParams, *, overridden: Container[str] = ()
 ) -> dict[str, Choice]:
-    """Return the types that llama-quantize gives to a model's tensors for a file type.
+    """Return the types that llama-quantize gives to a model's tensors for a file type, in the order of `tensors`.
 
-    Args:
-        ftype: A key of `LLAMA_FTYPES` in any case, or `q3_k`, `q4_k`, `q5_k` for their `_m` mixtures.
-        tensors: All GGUF names of the file with shapes (last dimension is the row), in any order.
-        hyper: As read from the GGUF metadata; `n_head_kv` is 1 for MLA models as llama.cpp's converter writes them.
-        overridden: Names that get their type by hand. They are not in the answer, and rules that count tensors do not
-            count them, as in llama-quantize.
-
-    Returns:
-        GGUF name -> choice, in the order of `tensors`. What llama-quantize leaves alone is F32.
+    `ftype` is a key of `LLAMA_FTYPES` in any case, or `q3_k`, `q4_k`, `q5_k` for their `_m` mixtures; `tensors` are all
+    GGUF names with shapes, row length last; `n_head_kv` of `hyper` is 1 for MLA, as llama.cpp's converter writes it.
+    Names in `overridden` get their type by hand: they are not in the answer, nor counted by rules that count tensors,
+    as in llama-quantize. What llama-quantize leaves alone is F32.
 
     Raises:
         PlanError: no such file type.

@@ -118,7 +118,8 @@ class Plan(FrozenRecord):
         if document.pop("serves", None) != "vllm":
             return document
         try:
-            entries = [_entry_of_schema_1(entry) for entry in document["entries"]]
+            names = {"scheme": "type", "wanted_scheme": "wanted_type"}
+            entries = [{names.get(key, key): value for key, value in e.items()} for e in document["entries"]]
             weights = document.pop("num_weights") - sum(prod(entry["shape"]) for entry in entries)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a plan for vLLM of schema 1 ({error!r})") from error
@@ -170,10 +171,12 @@ class Plan(FrozenRecord):
                 f"fingerprint {fingerprint[:12]}. Run `{command}` on {model_name}."
             )
         planned = {entry.name for entry in self.entries}
-        for name in sorted(planned - set(names)):
-            raise PlanError(f"The plan names the tensor `{name}`, which {model_name} does not have. Plan again.")
-        for name in sorted(set(names) - planned):
-            raise PlanError(f"{model_name} has the tensor `{name}`, which the plan does not name. Plan again.")
+        if unknown := planned - set(names):
+            raise PlanError(
+                f"The plan names the tensor `{min(unknown)}`, which {model_name} does not have. Plan again."
+            )
+        if left_out := set(names) - planned:
+            raise PlanError(f"{model_name} has the tensor `{min(left_out)}`, which the plan does not name. Plan again.")
 
     @classmethod
     def load(cls, path: Path, target: PlanTarget = "gguf") -> "Plan":
@@ -196,11 +199,6 @@ _OTHER_TARGET = {
     "`dynquant plan MODEL --for vllm`, or export this one with -f gguf.",
 }
 """Words of a command that works with the other target."""
-
-
-def _entry_of_schema_1(entry: dict[str, Any]) -> dict[str, Any]:
-    names = {"scheme": "type", "wanted_scheme": "wanted_type"}
-    return {names.get(key, key): value for key, value in entry.items()}
 
 
 def _check_entries(plan: Plan, path: Path) -> None:

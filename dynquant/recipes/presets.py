@@ -12,7 +12,7 @@ gpustack issue 1107). Of the other three only sizes are published (158, 183, 212
 projections are the types that meet those sizes.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import Role, layer_of, role_of
@@ -25,8 +25,7 @@ _NUM_EARLY = 6
 """MoE layers whose down projections are a step more precise."""
 
 
-@dataclass(frozen=True)
-class _R1Recipe:
+class _R1Recipe(NamedTuple):
     gate_up: str
     down: str
     early_down: str
@@ -38,16 +37,10 @@ R1_RECIPES = {
     "r1-iq2_xxs": _R1Recipe("IQ2_XXS", "Q2_K", "Q3_K"),
     "r1-q2_k_xl": _R1Recipe("Q2_K", "Q2_K", "Q3_K"),
 }
+_MLA = (Role.MLA_KV_A, Role.MLA_KV_B, Role.MLA_K_B, Role.MLA_V_B)
 _R1_PRECISE = {
-    Role.MLA_KV_A: "Q6_K",
-    Role.MLA_KV_B: "Q6_K",
-    Role.MLA_K_B: "Q6_K",
-    Role.MLA_V_B: "Q6_K",
-    Role.SHARED_GATE: "Q5_K",
-    Role.SHARED_UP: "Q5_K",
-    Role.SHARED_DOWN: "Q6_K",
-    Role.FFN_DOWN: "Q6_K",
-    Role.OUTPUT: "Q6_K",
+    **dict.fromkeys((*_MLA, Role.SHARED_DOWN, Role.FFN_DOWN, Role.OUTPUT), "Q6_K"),
+    **dict.fromkeys((Role.SHARED_GATE, Role.SHARED_UP), "Q5_K"),
 }
 _FLOATS = ("f32", "f16", "bf16")
 

@@ -5,6 +5,7 @@ Both kinds of file answer the same questions (names, shapes, types, bytes), so r
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from dynquant.checkpoints.inspect import TensorRecord, inspect
@@ -53,13 +54,9 @@ def without_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def consecutive_runs(numbers: Iterable[int]) -> list[list[int]]:
     """Cut sorted numbers where one is left out: 3 4 5 9 -> [3 4 5] [9]."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return runs
+    # Within a run, number minus place stays the same.
+    runs = groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
+    return [[number for _, number in run] for _, run in runs]
 
 
 def like_types(path: Path, model: Model) -> dict[str, Choice]:

@@ -64,9 +64,7 @@ class StoredModel:
 class RayPool:
     """Runs tasks on the cluster that this process is connected to; see `open_ray`."""
 
-    def __init__(self) -> None:
-        import ray
-
+    def __init__(self, ray: Any) -> None:
         self._ray = ray
 
     def device(self, asked: str | None) -> str:
@@ -163,6 +161,6 @@ def open_ray(address: str) -> Iterator[RayPool]:
             "`ray start --address HOST:6379`, and give --ray HOST:6379; or use --ray auto on this machine."
         ) from error
     try:
-        yield RayPool()
+        yield RayPool(ray)
     finally:
         ray.shutdown()

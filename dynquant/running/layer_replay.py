@@ -8,23 +8,17 @@ tokens of 11 layers of 512 channels.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dynquant.running.layer_stream import decoder_layers
+from dynquant.running.layer_stream import decoder_layers, standing_in
 
-
-@dataclass(frozen=True)
-class _Call:
-    """Arguments that a layer was called with."""
-
-    hidden: Tensor  # [windows, window, channels]
-    others: dict[str, Any]
+_Call = tuple[Tensor, dict[str, Any]]
+"""Hidden states [windows, window, channels] and the other arguments that a layer was called with."""
 
 
 class LayerReplay:
@@ -65,18 +59,18 @@ class LayerReplay:
         At least the last layer runs, whatever `first_layer` is.
         """
         first_layer = min(first_layer, len(self.layers) - 1)
-        with torch.no_grad(), self._skipping(first_layer, self._calls[index][first_layer].hidden):
+        with torch.no_grad(), self._skipping(first_layer, self.layer_input(index, first_layer)):
             return self._forward(self.batches[index])
 
     def layer(self, index: int, layer: int, hidden: Tensor | None = None) -> Tensor:
         """Output of one layer on its kept input, or on `hidden` in its place."""
-        call = self._calls[index][layer]
-        out = self.layers[layer](call.hidden if hidden is None else hidden, **call.others)
+        layer_input, others = self._calls[index][layer]
+        out = self.layers[layer](layer_input if hidden is None else hidden, **others)
         return out[0] if self._gives_tuples else out
 
     def layer_input(self, index: int, layer: int) -> Tensor:
         """Return what entered a layer in `keep`, [windows, window, channels]."""
-        return self._calls[index][layer].hidden
+        return self._calls[index][layer][0]
 
     def head(self, index: int, hidden: Tensor) -> Tensor:
         """Logits [tokens, vocabulary] of the final norm and head on `hidden`, the last layer's output."""
@@ -87,8 +81,8 @@ class LayerReplay:
         """Compute what enters the first layer again."""
         calls: list[_Call] = []
         with self.layers[0].register_forward_pre_hook(partial(_note, calls), with_kwargs=True):
-            self.head(index, self._calls[index][0].hidden)
-        return calls[0].hidden
+            self.head(index, self.layer_input(index, 0))
+        return calls[0][0]
 
     def _forward(self, batch: Tensor) -> Tensor:
         return self._hf_model(input_ids=batch.to(self._device), use_cache=False).logits.float().flatten(0, 1)
@@ -96,21 +90,13 @@ class LayerReplay:
     def _note_kind(self, _module: nn.Module, _inputs: tuple, out: Any) -> None:
         self._gives_tuples = isinstance(out, tuple)
 
-    @contextmanager
-    def _skipping(self, first_layer: int, states: Tensor) -> Iterator[None]:
+    def _skipping(self, first_layer: int, states: Tensor) -> AbstractContextManager[None]:
         """Context manager: layers below `first_layer` compute nothing and return `states`."""
         out = (states,) if self._gives_tuples else states
-        skipped = list(self.layers)[:first_layer]
-        try:
-            for layer in skipped:
-                layer.forward = lambda *_args, **_kwargs: out
-            yield
-        finally:
-            for layer in skipped:
-                del layer.forward
+        return standing_in(self.layers[:first_layer], lambda _hidden, _others: out)
 
 
 def _note(calls: list[_Call], _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     others = dict(kwargs)
     hidden = args[0] if args else others.pop("hidden_states")
-    calls.append(_Call(hidden, others))
+    calls.append((hidden, others))

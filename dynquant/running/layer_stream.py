@@ -7,7 +7,7 @@ experts as stored (`stored_experts`): what is computed is bit for bit what a mod
 """
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -50,17 +50,11 @@ class LayerStream:
     """
 
     def __init__(
-        self,
-        model: Model,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: str = "cpu",
-        keeps_experts: bool = True,
-        reads_ahead: bool = True,
+        self, model: Model, *, dtype: torch.dtype = torch.float32, device: str = "cpu", keeps_experts: bool = True
     ) -> None:
         checkpoint_of(model)
         self.dtype, self.device = dtype, torch.device(device)
-        self.keeps_experts, self.reads_ahead = keeps_experts, reads_ahead
+        self.keeps_experts, self.reads_ahead = keeps_experts, True
         self.hf_model: Any = empty_hf(model, dtype=dtype, device=device)
         self.layers = decoder_layers(self.hf_model)
         self._weights = CheckpointWeights(model, self.hf_model)
@@ -234,6 +228,28 @@ class LayerStream:
             values = values.clone()
             values[row, column] = 0
         return values
+
+
+StandIn = Callable[[torch.Tensor, dict[str, Any]], Any]
+"""Hidden states and the other arguments of a layer -> what the layer gives."""
+
+
+@contextmanager
+def standing_in(layers: Iterable[nn.Module], stand_in: StandIn) -> Iterator[None]:
+    """Context manager: the layers return what `stand_in` does and do not run."""
+
+    def call(hidden_states: torch.Tensor, **others: Any) -> Any:
+        return stand_in(hidden_states, others)
+
+    layers = list(layers)
+    try:
+        for layer in layers:
+            # An attribute of the object hides the method of its class; removing it brings the method back.
+            layer.__dict__["forward"] = call
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
 
 
 def decoder_layers(hf_model: nn.Module) -> nn.ModuleList:

@@ -13,7 +13,7 @@ Hooks see gradients too. Backward passes here start from labels drawn from the m
 such gradients g is the Fisher information, the Hessian of the KL to the model itself (K-FAC, arXiv:1503.05671).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -129,16 +129,6 @@ def frozen_weights(hf_model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-
-
-def backward_from_sampled_labels(
-    hf_model: nn.Module, arguments: Mapping[str, torch.Tensor], generator: torch.Generator
-) -> None:
-    """Compute gradients of the summed log-probability of one drawn token at every position of a batch.
-
-    Gradients reach a vision tower when its pixels ask for one.
-    """
-    sampled_log_probability(hf_model(**arguments, use_cache=False).logits, generator).backward()
 
 
 def sampled_log_probability(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

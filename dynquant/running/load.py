@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 REFUSALS = (OSError, ValueError, KeyError, NotImplementedError, ImportError, RuntimeError, SafetensorError)
 """Exceptions that transformers raises for files that it cannot load."""
+_LOADERS = ("AutoModelForCausalLM", "AutoModelForImageTextToText")
+"""Loaders of models without and with a vision tower."""
 LOCAL_ONLY = {"local_files_only": True, "trust_remote_code": False}
 """For transformers' `from_pretrained`, which would ask at the terminal whether to run a checkpoint's code."""
 
@@ -35,17 +37,14 @@ def load_hf(model: Model, *, dtype: torch.dtype | None = None, device: str = "cp
     Raises:
         CheckpointError: transformers cannot load this checkpoint, with the way out.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
     if isinstance(model.source, ConvertedSource) and getattr(model.source.checkpoint, "has_fp8", False):
         # Weights times scales: transformers would run FP8 kernels, which need a GPU and round activations.
         dtype = dtype or computing_type(model, device)
         empty = empty_hf(model, dtype=dtype, device=device)
         CheckpointWeights(model, empty).fill(empty, dtype, device)
         return empty
-    auto_class = AutoModelForImageTextToText if model.has_vision else AutoModelForCausalLM
     stated = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
-    loaded = _load(auto_class, model, dtype=stated, use_safetensors=True)
+    loaded = _load(_LOADERS[model.has_vision], model, dtype=stated, use_safetensors=True)
     count_mapped_files(model.hf_directory.glob("*.safetensors") if model.hf_directory else [model.gguf_file])
     return loaded.to(device).eval()
 
@@ -55,19 +54,14 @@ def load_directory(directory: Path, dtype: torch.dtype) -> "PreTrainedModel":
 
     Raises CheckpointError when transformers cannot load it.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    auto_class = AutoModelForImageTextToText if is_vision_checkpoint(directory) else AutoModelForCausalLM
-    loaded = _load(auto_class, directory, dtype=dtype, use_safetensors=True)
+    loaded = _load(_LOADERS[is_vision_checkpoint(directory)], directory, dtype=dtype, use_safetensors=True)
     count_mapped_files(directory.glob("*.safetensors"))
     return unpack_compressed(loaded, dtype)
 
 
 def load_config(model: Model | Path) -> Any:
     """Load transformers' configuration of a model, or raise CheckpointError when it cannot be read."""
-    from transformers import AutoConfig
-
-    return _load(AutoConfig, model)
+    return _load("AutoConfig", model)
 
 
 def computing_type(model: Model, device: str) -> torch.dtype:
@@ -102,9 +96,7 @@ def empty_hf(model: Model, *, dtype: torch.dtype, device: str = "cpu") -> "PreTr
 
 def load_tokenizer(model: Model | Path) -> "PreTrainedTokenizerBase":
     """Load the tokenizer of a model, directory or GGUF file, or raise CheckpointError when there is none."""
-    from transformers import AutoTokenizer
-
-    return _load(AutoTokenizer, model)
+    return _load("AutoTokenizer", model)
 
 
 def unpack_compressed(model: "PreTrainedModel", dtype: torch.dtype) -> "PreTrainedModel":
@@ -136,7 +128,9 @@ def without_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _load(auto_class: Any, model: Model | Path, **options: Any) -> Any:
+def _load(loader: str, model: Model | Path, **options: Any) -> Any:
+    import transformers
+
     path = model if isinstance(model, Path) else model.hf_directory or model.gguf_file
     if path is None:
         raise CheckpointError(f"{model} is neither a Hugging Face directory nor a GGUF file that can be loaded.")
@@ -149,9 +143,9 @@ def _load(auto_class: Any, model: Model | Path, **options: Any) -> Any:
         )
     try:
         with without_progress_bars():
-            return auto_class.from_pretrained(directory, **LOCAL_ONLY, **options)
+            return getattr(transformers, loader).from_pretrained(directory, **LOCAL_ONLY, **options)
     except REFUSALS as error:
-        kind = {"AutoConfig": "configuration", "AutoTokenizer": "tokenizer"}.get(auto_class.__name__, "model")
+        kind = {"AutoConfig": "configuration", "AutoTokenizer": "tokenizer"}.get(loader, "model")
         raise CheckpointError(
             f"{path}: transformers cannot load the {kind} ({type(error).__name__}: {error}). {way_out}"
         ) from error

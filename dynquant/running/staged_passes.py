@@ -11,7 +11,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dynquant.errors import StatsError
-from dynquant.running.layer_stream import LayerStream
+from dynquant.running.layer_stream import LayerStream, StandIn, standing_in
 from dynquant.running.linear_hooks import last_logits
 from dynquant.storage.journal import write_all
 
@@ -29,11 +28,7 @@ BeforeBatch = Callable[[int], None]
 
 
 class HiddenStates:
-    """Tensors [windows, window, channels] of `shapes`, one a batch, of any number of stages.
-
-    Raises:
-        StatsError: the directory cannot be written to.
-    """
+    """Tensors [windows, window, channels] of `shapes`, one a batch, of any number of stages."""
 
     def __init__(self, directory: Path, name: str, shapes: Sequence[tuple[int, int, int]], dtype: torch.dtype) -> None:
         self._directory, self._name, self._dtype = directory, name, dtype
@@ -165,7 +160,7 @@ class StagedPasses:
         return out[0] if isinstance(out, tuple) else out
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        with self._standing_in(lambda _layer, given, _others: given):
+        with self._standing_in(lambda states, _others: states):
             return self.stream.hf_model(inputs_embeds=hidden, use_cache=False).logits
 
     def _embedded(self, batch: Tensor) -> Tensor:
@@ -184,7 +179,7 @@ class StagedPasses:
         """Return the hidden states and other arguments that each layer is called with when none of them runs."""
         entries: list[tuple[Tensor, dict[str, Any]]] = []
 
-        def note(_layer: int, hidden: Tensor, others: dict[str, Any]) -> Tensor:
+        def note(hidden: Tensor, others: dict[str, Any]) -> Tensor:
             entries.append((hidden, others))
             return hidden
 
@@ -193,19 +188,7 @@ class StagedPasses:
         return entries
 
     @contextmanager
-    def _standing_in(self, stand_in: Callable[[int, Tensor, dict[str, Any]], Tensor]) -> Iterator[None]:
-        """Context manager: decoder layers return `stand_in(layer, hidden, other arguments)` and do not run."""
-
-        def call(layer: int, hidden_states: Tensor, **others: Any) -> Tensor:
-            return stand_in(layer, hidden_states, others)
-
-        layers = list(self.stream.layers)
-        try:
-            for number, layer in enumerate(layers):
-                # An attribute of the object hides the method of its class; removing it brings the method back.
-                layer.__dict__["forward"] = partial(call, number)
-            with self.stream.not_loading():
-                yield
-        finally:
-            for layer in layers:
-                layer.__dict__.pop("forward", None)
+    def _standing_in(self, stand_in: StandIn) -> Iterator[None]:
+        """Context manager: decoder layers return `stand_in(hidden, other arguments)` and do not run."""
+        with standing_in(self.stream.layers, stand_in), self.stream.not_loading():
+            yield

@@ -54,11 +54,7 @@ def resident_memory() -> int:
 
 
 def fit_within(stream: LayerStream, limit_bytes: int, work: Workload) -> None:
-    """Choose how `stream` is run so that the process stays within the limit.
-
-    Raises:
-        StatsError: it cannot; the least limit is named.
-    """
+    """Choose how `stream` is run to stay within the limit, or raise StatsError that names the least possible one."""
     fixed = resident_memory() + RESERVE_BYTES
     for keeps_experts, reads_ahead in WAYS_TO_RUN:
         stream.keeps_experts, stream.reads_ahead = keeps_experts, reads_ahead

@@ -10,11 +10,12 @@ import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from dynquant.errors import WriteError
+from dynquant.storage.strict_json import parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,6 +82,17 @@ def save_tensors(path: Path, tensors: Mapping[str, "Tensor"], header: Mapping[st
     metadata = {"dynquant": json.dumps(header, sort_keys=True)}
     with writing(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, "Tensor"]]:
+    """Return the header and, by memory map, the tensors of a file of `save_tensors`.
+
+    Raises:
+        OSError, SafetensorError, KeyError, ValueError: as they come, for callers that say what file it should be.
+    """
+    with safe_open(path, framework="pt") as file:
+        header = parse_json((file.metadata() or {})["dynquant"])
+        return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def file_hash(path: Path) -> str:

@@ -1,6 +1,7 @@
 """JSON from files that strangers wrote: whatever is wrong with it is a ValueError."""
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -14,6 +15,25 @@ def parse_json(text: str | bytes, *, unique_names: bool = False) -> Any:
         return json.loads(text, object_pairs_hook=_without_repeats if unique_names else None)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def json_lines(
+    content: str, name: object, refusal: type[Exception], way_out: str = ""
+) -> Iterator[tuple[int, str, Any]]:
+    """Yield number, place ("NAME, line 3") and value of every line of a .jsonl file that is not blank.
+
+    Raises:
+        `refusal`: a line is not JSON; the paragraph ends in `way_out`.
+    """
+    # Not splitlines(): it also splits at U+2028 and the like, which JSON strings may hold.
+    for number, line in enumerate(content.split("\n"), start=1):
+        if line.strip():
+            place = f"{name}, line {number}"
+            try:
+                value = parse_json(line)
+            except ValueError as error:
+                raise refusal(f"{place} is not JSON: {error}. {way_out}".rstrip()) from error
+            yield number, place, value
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -44,8 +44,7 @@ class TrainOptions:
     rslora: Annotated[bool, Flag("Scale by alpha / sqrt(rank) instead.", ("--rslora",))] = False
     experts: Annotated[bool, Flag("Adapt the routed experts too.")] = True
     llama_cpp: Annotated[
-        bool,
-        Flag("Adapt only layers to which llama.cpp applies adapters, for export-adapter.", ("--llama-cpp",)),
+        bool, Flag("Adapt only layers to which llama.cpp applies adapters, for export-adapter.", ("--llama-cpp",))
     ] = False
     learning_rate: LearningRate = 5e-4
     epochs: Annotated[float, Flag("Passes over the training part, at most.", min=0.0)] = 3.0
@@ -99,8 +98,7 @@ class HealData:
     sampled_tokens: Annotated[int, Flag("Also train on this many tokens that the original writes itself.", min=0)] = 0
     window: Window = 512
     text: Annotated[
-        tuple[Path, ...],
-        Flag("Held-out text to measure on. May be repeated. Default: a part of the data, kept apart."),
+        tuple[Path, ...], Flag("Held-out text to measure on. May be repeated. Default: a part of the data, kept apart.")
     ] = ()
     max_tokens: Annotated[int, Flag("Tokens of each held-out text.")] = 8192
     mmlu_data: Annotated[str | None, Flag("Questions to measure accuracy on, .jsonl or a datasets id.")] = None
@@ -108,8 +106,7 @@ class HealData:
     num_shots: Annotated[int, Flag("Shots before each question.")] = 5
     limit: Annotated[int | None, Flag("At most this many questions, spread evenly.")] = None
     cache_dir: Annotated[
-        Path | None,
-        Flag("Keep the original's distributions here. Default: beside the output.", ("--reference-cache",)),
+        Path | None, Flag("Keep the original's distributions here. Default: beside the output.", ("--reference-cache",))
     ] = None
 
 

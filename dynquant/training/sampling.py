@@ -50,12 +50,13 @@ def sampled_windows(
     places = torch.randint(length - kept + 1, (count,), generator=generator)
     starts = text[rows[:, None], places[:, None] + torch.arange(kept)]
     options = {"kind": "sampled", "columns": num_columns, "window": length, "seed": seed, "device": device}
+    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     model: nn.Module | None = None
     batches = []
     for number, batch in enumerate(starts.split(_BATCH)):
         key = cache_key(original, batch.flatten().tolist(), number=number, **options)
         if not entry_path(directory, key).is_file():
-            model = model or _open(original, device)
+            model = model or load_model(original, dtype).to(device).eval()
             parts = batch.split(_BATCH if model.num_parameters() < LARGE else _BATCH_OF_LARGE)
             draws = torch.Generator(device).manual_seed(seed + number)
             windows = torch.cat([_continue(model, part.to(device), length, num_columns, draws) for part in parts])
@@ -63,11 +64,6 @@ def sampled_windows(
         batches.append(load_cached(directory, key)["windows"].long())
         progress("original, writing", sum(map(len, batches)), count, unit="windows")
     return torch.cat(batches) if batches else text.new_empty(0, length)
-
-
-def _open(original: Path, device: str) -> nn.Module:
-    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-    return load_model(original, dtype).to(device).eval()
 
 
 @torch.inference_mode()

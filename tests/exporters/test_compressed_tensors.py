@@ -16,7 +16,6 @@ from dynquant.checkpoints.tensor_source import DictSource
 from dynquant.errors import ExportError, PlanError
 from dynquant.evaluation.runners import open_runner
 from dynquant.exporters.compressed_config import transformers_problem
-from dynquant.exporters.compressed_tensors import export_compressed_tensors
 from dynquant.families.linear_layers import linear_checkpoint
 from dynquant.families.open import open_model
 from dynquant.formats.storage_format import Choice
@@ -26,6 +25,7 @@ from dynquant.recipes.build_plan import plan_for_vllm
 from dynquant.recipes.plan import Plan
 from tests.helpers.commands import run
 from tests.helpers.compressed_models import TOKENS, filled, library_weights, logits, stored_parts, stored_tensors
+from tests.helpers.exports import export_compressed_tensors
 from tests.helpers.rounding_kl import kl_by_rounding
 from tests.helpers.tiny_models import save_tiny
 

@@ -26,10 +26,10 @@ class Display(Protocol):
 
     def show(self, stage: StageRecord) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self) -> None: ...  # nothing, unless there is something on the screen
 
 
-class Bars:
+class Bars(Display):
     """One bar a stage, and below them the tensor, the bytes moved and the memory of now."""
 
     def __init__(self, console: Console) -> None:
@@ -51,7 +51,7 @@ class Bars:
         self._stack.close()
 
 
-class Lines:
+class Lines(Display):
     """A line of text every few seconds."""
 
     def __init__(self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
@@ -63,11 +63,8 @@ class Lines:
             self._write(describe(stage))
             self._last = self._clock()
 
-    def close(self) -> None:
-        pass
 
-
-class JsonLines:
+class JsonLines(Display):
     """One JSON object a line, in a file or a stream that stays open from stage to stage."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
@@ -95,9 +92,6 @@ class JsonLines:
         """Write one object and flush it."""
         self._stream.write(json.dumps(line) + "\n")
         self._stream.flush()
-
-    def close(self) -> None:
-        pass
 
 
 class _StageColumn(ProgressColumn):

@@ -104,6 +104,8 @@ class RunRecord:
 
     def report(self, stage: str, done: int, total: int, *, unit: str, layer: int | None, tensor: str | None) -> None:
         """Take down one report; `current` is then its stage."""
+        from dynquant.checkpoints.tensor_roles import layer_of
+
         record = self.stages.setdefault(stage, StageRecord(stage))
         seconds, moved = self._passed()
         if stage in self._begun:
@@ -113,7 +115,7 @@ class RunRecord:
             record.begin(done)
         record.total, record.unit = total, unit or record.unit
         record.tensor = tensor
-        record.layer = _layer_of(tensor) if layer is None and tensor is not None else layer
+        record.layer = layer_of(tensor) if layer is None and tensor is not None else layer
         self.current = record
 
     def close(self) -> None:
@@ -146,12 +148,6 @@ class RunRecord:
         passed = now - self._last, moved.since(self._last_traffic)
         self._last, self._last_traffic = now, moved
         return passed
-
-
-def _layer_of(tensor: str) -> int | None:
-    from dynquant.checkpoints.tensor_roles import layer_of
-
-    return layer_of(tensor)
 
 
 def _rounded(number: float | None) -> float | None:

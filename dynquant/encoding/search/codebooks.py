@@ -153,8 +153,8 @@ class Grid:
                 extra = torch.minimum(extra, weighted[rows, place, None] * words[:, place])
             best[rows] = (4 * extra + weighted[rows] @ doubled).add_(norms[owner[rows]]).argmin(-1)
             places[rows] = (weighted[rows] * words[best[rows]]).argmin(-1)
-        found = words[best].scatter(1, places[:, None], -words[best].gather(1, places[:, None]))
-        return found, ((y - found).square_() * metric[owner]).sum(-1)
+        nearest = words[best].scatter(1, places[:, None], -words[best].gather(1, places[:, None]))
+        return nearest, ((y - nearest).square_() * metric[owner]).sum(-1)
 
     def _number(self, digits: Tensor) -> Tensor:
         return (digits * self._places.to(digits.device)).sum(-1)
@@ -227,9 +227,9 @@ class Targets:
 
     def __init__(self, grid: Grid, y: Tensor, metric: Tensor, owner: Tensor) -> None:
         self._grid, self._y, self._metric, self._owner = grid, y, metric, owner
-        found = [grid.nearest(y[:, part], metric[:, part], owner) for part in self._parts()]
-        self.magnitudes = torch.cat([words for words, _ in found], dim=1)
-        self._costs = torch.stack([cost for _, cost in found], dim=1)  # [N, parts]
+        nearest = [grid.nearest(y[:, part], metric[:, part], owner) for part in self._parts()]
+        self.magnitudes = torch.cat([words for words, _ in nearest], dim=1)
+        self._costs = torch.stack([cost for _, cost in nearest], dim=1)  # [N, parts]
 
     def _parts(self) -> list[slice]:
         return [slice(at, at + self._grid.width) for at in range(0, 8, self._grid.width)]
@@ -239,14 +239,14 @@ class Targets:
 
         Twice the arithmetic of `with_one_negated` and no wait for a count of rows: a GPU prefers it.
         """
-        found = [
+        negated = [
             self._grid.nearest_with_one_negated(self._y[:, part], self._metric[:, part], self._owner)
             for part in self._parts()
         ]
-        extra = torch.stack([cost for _, cost in found], dim=1) - self._costs
+        extra = torch.stack([cost for _, cost in negated], dim=1) - self._costs
         part_of_place = torch.arange(8, device=extra.device) // self._grid.width
-        chosen = part_of_place == extra.argmin(dim=1, keepdim=True)
-        return torch.where(chosen, torch.cat([words for words, _ in found], dim=1), self.magnitudes)
+        is_cheapest = part_of_place == extra.argmin(dim=1, keepdim=True)
+        return torch.where(is_cheapest, torch.cat([words for words, _ in negated], dim=1), self.magnitudes)
 
     def with_one_negated(self, rows: Tensor) -> Tensor:
         """The same for some rows [len(rows), 8], with searches for few of the places.

@@ -83,9 +83,9 @@ def _feed_back_kernel(
             b = tl.load(b_ptr + line + c, mask=inside, other=0.0)
         pending = tl.load(earlier_ptr + short_line + c, mask=inside, other=0.0) + tl.sum(errors * column[None, :], 1)
         target = (x + pending / diagonal + b) * tl.load(inverse_ptr + line + c, mask=inside, other=0.0)
-        found = _nearest(target, LOW, HIGH)
-        error = x - (a * found - b)
-        tl.store(values_ptr + line + c, found, mask=inside)
+        nearest = _nearest(target, LOW, HIGH)
+        error = x - (a * nearest - b)
+        tl.store(values_ptr + line + c, nearest, mask=inside)
         tl.store(errors_ptr + line + c, error, mask=inside)
         errors = tl.where((before == c)[None, :], error[:, None], errors)
 
@@ -112,11 +112,11 @@ def _descend_kernel(
         if HAS_MINIMUMS:
             target += tl.load(b_ptr + line + c, mask=inside, other=0.0)
         target *= tl.load(inverse_ptr + line + c, mask=inside, other=0.0)
-        found = _nearest(target, LOW, HIGH)
+        nearest = _nearest(target, LOW, HIGH)
         value = tl.load(values_ptr + line + c, mask=inside, other=0.0)
-        step = tl.load(a_ptr + line + c, mask=inside, other=0.0) * (value - found)
+        step = tl.load(a_ptr + line + c, mask=inside, other=0.0) * (value - nearest)
         better = (2.0 * slope + step * diagonal) * step < 0.0
         step = tl.where(better, step, 0.0)
-        tl.store(values_ptr + line + c, tl.where(better, found, value), mask=inside)
+        tl.store(values_ptr + line + c, tl.where(better, nearest, value), mask=inside)
         tl.store(steps_ptr + short_line + c, step, mask=inside)
         slopes += step[:, None] * here[None, :]

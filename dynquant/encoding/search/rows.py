@@ -47,9 +47,6 @@ class Rows:
         unit = torch.exp2(torch.frexp(peak).exponent.to(torch.float32).clamp(-126, 127))
         return cls(layout, (weights / unit).contiguous(), unit)
 
-    def with_targets(self, x: Tensor) -> "Rows":
-        return replace(self, x=x)
-
     @property
     def num_sub_blocks(self) -> int:
         return self.x.shape[-1] // self.layout.sub_block

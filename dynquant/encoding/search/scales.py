@@ -71,8 +71,8 @@ def _values(
     if book.group == 1:
         return find(y, metric)
     grouped = y.view(experts, num_rows, -1, book.group).transpose(1, 2).reshape(-1, num_rows, book.group)
-    found = find(grouped, metric.reshape(-1, book.group))
-    return found.view(experts, -1, num_rows, book.group).transpose(1, 2).reshape(experts, num_rows, columns)
+    values = find(grouped, metric.reshape(-1, book.group))
+    return values.view(experts, -1, num_rows, book.group).transpose(1, 2).reshape(experts, num_rows, columns)
 
 
 def _search(rows: Rows, metric: Tensor, fields: Fields) -> tuple[Fields, Tensor]:
@@ -105,7 +105,7 @@ def _fit_scales(rows: Rows, metric: Tensor, candidates: int) -> Fields:
     peak = rows.x.unflatten(-1, (-1, layout.sub_block)).abs().amax(-1)  # [E, R, S]
     fractions = torch.linspace(*layout.fractions, candidates).tolist()
     best = None
-    for fraction in (sign * one for one in fractions for sign in ((1, -1) if layout.has_signed_scales else (1,))):
+    for fraction in (sign * share for share in fractions for sign in ((1, -1) if layout.has_signed_scales else (1,))):
         a = peak * (fraction / layout.codebook.peak)
         shifts = None
         if layout.shift_width:

@@ -1,4 +1,4 @@
-"""What decoder families share: GGUF keys, and tensors of embeddings, grouped-query attention, dense and expert FFNs.
+"""Common parts of decoder families: GGUF keys, tensors of embeddings, grouped-query attention, dense and expert FFNs.
 
 Keys and their value types follow llama.cpp's converter; gguf-py's writer supplies the types.
 """

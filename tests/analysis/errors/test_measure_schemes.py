@@ -5,7 +5,8 @@ import torch
 
 from dynquant.analysis.errors import measure_schemes
 from dynquant.analysis.errors import stage as error_stage
-from dynquant.analysis.errors.measure_schemes import SchemeMeter, build_scheme_table
+from dynquant.analysis.errors.measure import build_error_table
+from dynquant.analysis.errors.measure_schemes import SchemeMeter
 from dynquant.analysis.errors.sums import ErrorJournal
 from dynquant.analysis.sensitivity import stage as sensitivity_stage
 from dynquant.calibration.importance import importance
@@ -57,7 +58,7 @@ def measure(directory, stats_path):
     model, stats = open_model(directory), CalibrationStats.load(stats_path)
     checkpoint = linear_checkpoint(model)
     meter = SchemeMeter(model, checkpoint, stats, checkpoint.candidates(SCHEMES, mixed_experts=True))
-    return lambda journal: build_scheme_table(meter, stats_hash="s", journal=journal)
+    return lambda journal: build_error_table(meter, tuple(SCHEMES), stats_hash="s", journal=journal)
 
 
 def test_errors_equal_a_direct_computation(directory, stats_path, measure, tmp_path):
@@ -82,7 +83,7 @@ def test_errors_equal_a_direct_computation(directory, stats_path, measure, tmp_p
 
 @pytest.mark.parametrize("experts_at_once", [1, 8])
 def test_an_interrupted_table_goes_on_to_the_same_bytes(measure, tmp_path, monkeypatch, experts_at_once):
-    monkeypatch.setattr(measure_schemes, "WEIGHTS_IN_MEMORY", experts_at_once * 256 * 64)
+    monkeypatch.setattr(SchemeMeter, "weights_in_memory", experts_at_once * 256 * 64)
     path, undisturbed = tmp_path / "serving_errors.json", NotedEncoding(monkeypatch)
     with ErrorJournal(path, {}) as journal:
         whole = measure(journal).model_dump_json()

@@ -12,8 +12,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFValueType
 
-from dynquant.analysis.errors import measure as measure_errors
-from dynquant.analysis.errors.measure import ErrorMeter, build_error_table, unmeasured_table
+from dynquant.analysis.errors.measure import ErrorMeter, build_error_table, tensor_formats, unmeasured_table
 from dynquant.analysis.errors.sums import ErrorJournal
 from dynquant.analysis.errors.table import ErrorRow, ErrorTable
 from dynquant.calibration.importance import importance
@@ -162,7 +161,8 @@ def test_statistics_of_another_model_are_refused(model, stats):
 
 
 def test_the_sizes_are_known_before_anything_is_measured(model, stats, table):
-    before = unmeasured_table(model, stats, ("Q4_0", "Q8_0", "Q4_K"))
+    types = ("Q4_0", "Q8_0", "Q4_K")
+    before = unmeasured_table(model, tensor_formats(model, stats, types), types)
     known = [(row.name, row.role, row.layer, row.type, row.wanted, row.bytes) for row in table.rows]
     assert [(row.name, row.role, row.layer, row.type, row.wanted, row.bytes) for row in before.rows] == known
 
@@ -186,7 +186,7 @@ class CountingEncoder(NumpyEncoder):
 
 @pytest.mark.parametrize("experts_at_once", [1, 8])
 def test_an_interrupted_table_goes_on_to_the_same_bytes(model, stats, tmp_path, monkeypatch, experts_at_once):
-    monkeypatch.setattr(measure_errors, "WEIGHTS_IN_MEMORY", experts_at_once * 8 * 64)
+    monkeypatch.setattr(ErrorMeter, "weights_in_memory", experts_at_once * 8 * 64)
     path, identity = tmp_path / "errors.json", {"types": "Q4_0 Q8_0 Q4_K"}
 
     def measure(encoder, journal=None):
@@ -220,7 +220,7 @@ from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
 from dynquant.checkpoints.tensor_source import DictSource
 
 torch.set_num_threads(1)
-measure_errors.WEIGHTS_IN_MEMORY = 1 << 18
+measure_errors.ErrorMeter.weights_in_memory = 1 << 18
 stack = torch.ones(1, dtype=torch.bfloat16).expand(96, 512, 512)
 source = DictSource({f"blk.{layer}.ffn_up_exps.weight": stack for layer in range(2)})
 stats = CalibrationStats(StatsProvenance(fingerprint=source.fingerprint, text_hash="0" * 64, text_name="none"))
