@@ -84,17 +84,20 @@ def test_interrupted_export_goes_on_to_the_same_bytes(small_moe, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("errors", "options"),
+    ("errors", "model", "options"),
     [
-        ("errors.json", ("--types", TYPES, "--threads", "1", "--no-report")),
-        pytest.param("serving_errors.json", ("--for", "vllm"), marks=pytest.mark.nightly),
+        ("errors.json", "tiny_moe", ("--tokens", "65536", "--types", TYPES, "--threads", "1", "--no-report")),
+        pytest.param(
+            "serving_errors.json", "small_moe", ("--tokens", "16384", "--for", "vllm"), marks=pytest.mark.nightly
+        ),
     ],
 )
-def test_interrupted_plan_goes_on_to_the_same_files(errors, options, small_moe, tmp_path, monkeypatch):
+def test_interrupted_plan_goes_on_to_the_same_files(errors, model, options, request, tmp_path, monkeypatch):
     monkeypatch.setattr(sensitivity_stage, "PROBE_TOKENS", 512)
+    checkpoint = request.getfixturevalue(model)
 
     def arguments(directory):
-        return ("plan", small_moe, "--tokens", "8192", "--hessians", "none", *options, "-o", directory)
+        return ("plan", checkpoint, "--hessians", "none", *options, "-o", directory)
 
     broken, whole = tmp_path / "broken", tmp_path / "whole"
     line = interrupted(arguments(broken), tmp_path / "progress.jsonl", "calibrate", at=0.2, number=signal.SIGTERM)
