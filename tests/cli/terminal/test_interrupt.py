@@ -103,7 +103,7 @@ def test_interrupted_plan_goes_on_to_the_same_files(errors, model, options, requ
     line = interrupted(arguments(broken), tmp_path / "progress.jsonl", "calibrate", at=0.2, number=signal.SIGTERM)
     assert "in calibrate at" in line and "lost" in line and str(broken) in line
     assert not broken.exists() or not list(broken.iterdir())
-    line = interrupted(arguments(broken), tmp_path / "progress.jsonl", "measuring errors", at=0.2)
+    line = interrupted(arguments(broken), tmp_path / "progress.jsonl", "measuring errors", at=0.6)
     assert "in measuring errors at" in line and "Statistics and the errors measured so far are kept" in line
     assert sorted(file.name for file in broken.iterdir()) == [f"{errors}.journal", "stats.safetensors"]
     measured = (broken / f"{errors}.journal").read_text().splitlines()[1:]
