@@ -12,7 +12,7 @@ export PYTHONSAFEPATH = 1
 demo: $(READY)
 	$(VENV)/bin/dynquant demo -o $(DEMO)
 
-# Five minutes on two cores: every behaviour, but of what takes long (interpreted and compiled Triton kernels, training
+# Six minutes on two cores: every behaviour, but of what takes long (interpreted and compiled Triton kernels, training
 # runs, Ray, kills, browsers, damaged files) one representative each.
 test: $(READY)
 	$(VENV)/bin/pytest $(SIDE_BY_SIDE)
@@ -34,7 +34,7 @@ lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-# The first run builds llama.cpp from source inside llama-cpp-python: about six minutes on two cores.
+# The first run builds llama.cpp from source inside llama-cpp-python: about seven minutes on two cores.
 $(READY): pyproject.toml .ci/constraints-cpu.txt .ci/test-models.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "dynquant needs Python 3.11 or newer"'
 	$(PYTHON) -m venv $(VENV)

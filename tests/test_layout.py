@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import house
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = """
     dynquant storage formats checkpoints families kernels inputs running calibration recipes encoding packed lora
@@ -51,14 +53,15 @@ def imported_modules(path: Path) -> set[str]:
     return names & MODULES.keys()
 
 
-UPWARD_FOR_NOW: dict[str, set[str]] = {}
-"""Imports that the pure move left pointing upward: module -> modules. Each is to be carved away."""
-
-
 @pytest.mark.parametrize("module", sorted(MODULES.keys() - LAZY_PLUGS))
 def test_imports_follow_the_order_of_folders(module: str) -> None:
     above = {name for name in imported_modules(MODULES[module]) if place(name) > place(module)}
-    assert not above - UPWARD_FOR_NOW.get(module, set()), f"{module} must not import {sorted(above)}"
+    assert not above, f"{module} must not import {sorted(above)}"
+
+
+@pytest.mark.parametrize("check", [check for check in house.CHECKS if check is not house.vague_names])
+def test_the_house_keeps_its_measures(check) -> None:
+    assert not check(house.read_modules())
 
 
 def test_installed_packages_match_the_folders() -> None:

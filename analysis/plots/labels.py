@@ -66,7 +66,7 @@ def place_labels(
 
 @dataclass(frozen=True)
 class _Position:
-    """Where a label may stand: `offset` in points, `box` and `leader` [N, 2] in pixels; `fault` counts by itself."""
+    """Place where a label may stand: `offset` in points, `box` and `leader` [N, 2] in pixels."""
 
     offset: tuple[float, float]
     align: str

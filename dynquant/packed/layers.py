@@ -160,16 +160,15 @@ class PackedExperts(PackedModule):
     """Routed experts as three stacks: gate and up [E, width, row_bytes], down [E, hidden, row_bytes].
 
     Stands where transformers has a fused experts module and is called like it. GGUF keeps gate and up apart, and they
-    may have different types. `apply_gate` replaces act(gate) * up for models that combine them otherwise.
+    may have different types. `shape` is that of the down stack: experts, hidden size, width. `apply_gate` replaces
+    act(gate) * up for models that combine them otherwise.
     """
 
     has_gate, has_bias, is_transposed, is_concatenated = True, False, False, True
 
     def __init__(
         self,
-        num_experts: int,
-        hidden_dim: int,
-        intermediate_dim: int,
+        shape: tuple[int, int, int],
         types: Mapping[str, str],
         act_fn: Callable[[Tensor], Tensor],
         *,
@@ -179,7 +178,8 @@ class PackedExperts(PackedModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         self._start({name: types[name] for name in EXPERT_PARTS})
-        self.num_experts, self.hidden_dim, self.intermediate_dim = num_experts, hidden_dim, intermediate_dim
+        num_experts, hidden_dim, intermediate_dim = shape
+        self.num_experts, self.hidden_dim, self.intermediate_dim = shape
         self.act_fn, self.config, self._combine = act_fn, config, apply_gate
         shapes = ((intermediate_dim, hidden_dim), (intermediate_dim, hidden_dim), (hidden_dim, intermediate_dim))
         for name, shape in zip(EXPERT_PARTS, shapes, strict=True):

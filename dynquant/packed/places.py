@@ -293,10 +293,9 @@ def _packed_experts(module: Any, path: str, parts: dict[str, str], dtype: torch.
             f"The experts of `{path}` ({type(module).__name__}) have biases, no gate, or transposed weights, which "
             "packed experts do not do. Load the GGUF in llama.cpp."
         )
-    num_experts, hidden, width = module.down_proj.shape
     combine = type(module)._apply_gate
     return PackedExperts(
-        num_experts, hidden, width, parts, module.act_fn, config=module.config, dtype=dtype,
+        tuple(module.down_proj.shape), parts, module.act_fn, config=module.config, dtype=dtype,
         apply_gate=None if combine is _default_apply_gate else combine,
     )  # fmt: skip
 

@@ -69,7 +69,7 @@ def test_embedding_decodes_the_rows_it_is_asked_for():
 def test_experts_equal_a_loop_over_dense_experts(types):
     names, (experts, hidden, width) = ("gate_proj", "up_proj", "down_proj"), (4, 256, 256)
     blocks = {name: packed(t, experts, 256, 256, seed=i) for i, (name, t) in enumerate(zip(names, types, strict=True))}
-    module = fill(PackedExperts(experts, hidden, width, dict(zip(names, types, strict=True)), silu), **blocks)
+    module = fill(PackedExperts((experts, hidden, width), dict(zip(names, types, strict=True)), silu), **blocks)
     dense = {name: module.dense(name, torch.float32) for name in names}
     x, weights = torch.randn(7, hidden), torch.rand(7, 2)
     ids = torch.tensor([[0, 1], [1, 0], [0, 3], [3, 1], [1, 3], [0, 1], [3, 0]])  # expert 2 gets nothing
@@ -83,7 +83,7 @@ def test_experts_equal_a_loop_over_dense_experts(types):
 
 def test_experts_use_the_models_own_gate():
     module = PackedExperts(
-        2, 32, 32, dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "F32"), silu,
+        (2, 32, 32), dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "F32"), silu,
         apply_gate=lambda self, gate_up: gate_up.chunk(2, dim=-1)[1],
     )  # fmt: skip
     eye = torch.eye(32).expand(2, 32, 32).clone()
