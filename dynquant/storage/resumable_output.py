@@ -51,7 +51,7 @@ class ResumableOutput:
     """
 
     def __init__(
-        self, files: Mapping[Path, int], regions: Mapping[str, Region], identity: Mapping[str, str], *, resume: bool = True
+        self, files: Mapping[Path, int], regions: Mapping[str, Region], identity: Record, *, resume: bool = True
     ) -> None:
         self.paths, self._sizes = list(files), list(files.values())
         self._regions = dict(regions)
@@ -134,9 +134,9 @@ class ResumableOutput:
             key = differing_key(self._journal.identity, identity) or ""
             stored, now = (str(run.get(key, "none"))[:16] for run in (self._journal.identity, identity))
             raise ExportError(
-                f"{self._journal.path} belongs to an interrupted export with another {key.replace('_', ' ')} ({stored}, "
-                f"now {now}); its tensors cannot be used for this one. Finish it with its own plan and options, start "
-                "over with --no-resume, or export to another name."
+                f"{self._journal.path} belongs to an interrupted export with another {key.replace('_', ' ')} "
+                f"({stored}, now {now}); its tensors cannot be used for this one. Finish it with its own plan and "
+                "options, start over with --no-resume, or export to another name."
             )
         intact: dict[Region, str] = {}
         moved = set()
@@ -219,8 +219,8 @@ class ResumableOutput:
         cause = f"The disk that holds {directory} is full" if error.errno == errno.ENOSPC else f"{error.strerror}"
         return ExportError(
             f"{cause}: {what}. {len(self.finished)} of {len(self._regions)} parts are kept in "
-            f"{self._partials[0].name} and {self._journal.path.name}; {self._missing_bytes:,} bytes are missing. Repair "
-            "the cause and run the same command again to go on, or delete these files."
+            f"{self._partials[0].name} and {self._journal.path.name}; {self._missing_bytes:,} bytes are missing. "
+            "Repair the cause and run the same command again to go on, or delete these files."
         )
 
 
