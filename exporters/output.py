@@ -61,6 +61,10 @@ class Encoding:
     def guidance(self) -> stream.Guidance:
         return stream.guidance_of(self.stats, self.used_moments, self.protected)
 
+    @property
+    def tensors(self) -> stream.TensorEncoder:
+        return stream.TensorEncoder(self.model, self.guidance, self.encoder, self.session.threads)
+
     def check(self) -> None:
         """Refuse a plan of another model, and statistics that are not those of the plan.
 
@@ -90,7 +94,7 @@ class Encoding:
         Raises:
             ExportError: the limits are too tight for a tensor.
         """
-        return stream.parts_of_plan(self.plan, self.guidance, self.encoder, self.limits, whole=whole)
+        return self.tensors.parts(self.plan, self.limits, whole=whole)
 
     def identity(self, header_hash: str) -> dict[str, str]:
         """Return what decides an export's bytes; an interrupted one goes on only under an equal identity."""
@@ -107,18 +111,7 @@ class Encoding:
         self, parts: Mapping[str, list[TensorPart]], skip: Collection[str], progress: Progress
     ) -> Iterator[stream.QuantizedPart]:
         """Yield every part but those whose key or tensor name is in `skip`."""
-        if self.elsewhere is not None:
-            return stream.quantize_elsewhere(self.model, self.plan, self.elsewhere, parts, progress=progress, skip=skip)
-        return stream.quantize(
-            self.model,
-            self.plan,
-            self.guidance,
-            self.encoder,
-            parts=parts,
-            threads=self.session.threads,
-            progress=progress,
-            skip=skip,
-        )
+        return self.tensors.quantize(self.plan, parts, elsewhere=self.elsewhere, progress=progress, skip=skip)
 
 
 @contextmanager

@@ -140,7 +140,7 @@ def _on_cluster(encoding: Encoding, pool: RayPool, options: ExportOptions, stats
         EncoderChoice.of(encoder, "cuda" if on_gpu else "cpu", cpus),
         TaskNeeds(cpus, int(on_gpu), 0 if memory is None else PROCESS_BYTES + memory),
         files,
-        (encoding.model, encoding.guidance, encoder) if options.ship_weights else None,
+        encoding.tensors if options.ship_weights else None,
     )
 
 

@@ -10,17 +10,17 @@ Left out: Q1_0 and other types outside the registry, and llama-quantize's file h
 import ctypes
 import importlib.util
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from threading import Lock
 from typing import ClassVar
 
 import torch
 
-from dynquant.encoding.interface import ProtectedWeight, RowsDone, check_finite, check_request
+from dynquant.encoding.interface import Encoder, Request, check_finite
 from dynquant.errors import EncodeError
 from dynquant.formats.quant_types import QuantType
 from dynquant.resources import usable_cores
@@ -39,50 +39,27 @@ _LIBRARY_NAMES = {
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
-class GgmlEncoder:
+class GgmlEncoder(Encoder):
     """Encodes with the ggml library of the installed llama-cpp-python."""
 
     name: ClassVar[str] = "ggml"
     uses_hessians: ClassVar[bool] = False
 
-    def encode(
-        self,
-        quant_type: QuantType,
-        weights: torch.Tensor,
-        importance: torch.Tensor | None = None,
-        threads: int | None = None,
-        *,
-        name: str = "tensor",
-        hessian: torch.Tensor | None = None,
-        protected: Sequence[ProtectedWeight] = (),
-        progress: RowsDone | None = None,
-    ) -> torch.Tensor:
-        """Encode all rows of `weights`; see `dynquant.encoding.interface.Encoder.encode`.
-
-        ggml knows nothing of `hessian` and `protected`.
-        Weights stay in their own dtype and are widened chunk by chunk, so a bfloat16 tensor needs no float32 copy. When
-        nothing has to be converted (F32 from float32), the result shares memory with `weights`.
-        """
-        by_expert = check_request(quant_type, weights, importance, name=name)
-        weights = weights.detach().to(device="cpu")
+    def encode_stack(self, request: Request) -> torch.Tensor:
+        """Encode chunks of rows, each widened to float32 by itself, so that a bfloat16 tensor needs no such copy."""
+        quant_type, weights = request.quant_type, request.weights.to(device="cpu")
         if quant_type.is_float:
-            values = _cast(quant_type, weights, name=name)
-            if progress is not None:
-                progress(values.numel() // quant_type.block_bytes)
+            values = _cast(quant_type, weights, name=request.name)
+            request.progress(weights.numel())
             return values
         packed = torch.empty((*weights.shape[:-1], quant_type.row_bytes(weights.shape[-1])), dtype=torch.uint8)
-        library = _library()
-        library.prepare(quant_type)
-        tasks = list(_tasks(weights, packed, by_expert))
-        threads = min(threads or usable_cores(), len(tasks))
-
-        def run(task: "_Task") -> None:
-            _encode_rows(library, quant_type, task, name=name)
-
+        _library().prepare(quant_type)
+        tasks = list(_tasks(weights, packed, request.importance))
+        threads = min(request.threads or usable_cores(), len(tasks))
+        run = partial(_encode_rows, quant_type, name=request.name)
         with ThreadPoolExecutor(max(1, threads)) as pool:
             for task, _ in zip(tasks, pool.map(run, tasks), strict=True):
-                if progress is not None:
-                    progress(task.rows.numel())
+                request.progress(task.rows.numel())
         return packed
 
 
@@ -99,8 +76,6 @@ class _Task:
 
 
 def _tasks(weights: torch.Tensor, packed: torch.Tensor, importance: torch.Tensor | None) -> Iterator[_Task]:
-    if weights.dim() == 2:
-        weights, packed = weights[None], packed[None]
     rows_per_task = max(1, CHUNK_WEIGHTS // max(1, weights.shape[-1]))
     for expert in range(weights.shape[0]):
         for start in range(0, weights.shape[1], rows_per_task):
@@ -108,8 +83,8 @@ def _tasks(weights: torch.Tensor, packed: torch.Tensor, importance: torch.Tensor
             yield _Task(weights[expert, rows], packed[expert, rows], None if importance is None else importance[expert])
 
 
-def _encode_rows(library: "_Library", quant_type: QuantType, task: _Task, *, name: str) -> None:
-    rows = task.rows.to(torch.float32).contiguous()
+def _encode_rows(quant_type: QuantType, task: _Task, *, name: str) -> None:
+    library, rows = _library(), task.rows.to(torch.float32).contiguous()
     _check_magnitude(quant_type, rows, task.importance, name=name)
     num_rows, row_length = rows.shape
     importance = None if task.importance is None else task.importance.data_ptr()

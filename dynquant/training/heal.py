@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,8 @@ from dynquant.training.base import (
     open_with_adapter,
     require_training_packages,
 )
-from dynquant.training.options import KEPT, RESIDUAL, HealData, HealOptions
-from dynquant.training.run import Change, RunDirectory, TrainingReport, write_report
+from dynquant.training.options import KEPT, RESIDUAL, HealOptions
+from dynquant.training.run import Change, RunDirectory, TrainingReport
 from dynquant.training.sampling import sampled_windows
 
 HELD_OUT_NAME = "held_out.txt"
@@ -75,10 +76,16 @@ def heal(options: HealOptions, session: Session = SILENT) -> TrainingReport:
         if options.share < 1:
             way = f"{options.share:g} of the way from its start to step {trained['best_step']}"
             remarks.append(f"The adapter lies {way} (--blend).")
-        report = TrainingReport(
+
+        def save(directory: Path) -> None:
+            for file in (*best.glob("adapter_*"), *((split.held_out_file,) if split.held_out_file else ())):
+                (directory / file.name).write_bytes(file.read_bytes())
+
+        return run.finish(
+            save,
+            measure="KL to the original (nats per token)",
             task="heal",
             base=healing.base.name,
-            identity=run.identity,
             options=healing.described_options(),
             trained_examples=len(train),
             held_out_examples=len(held),
@@ -88,14 +95,6 @@ def heal(options: HealOptions, session: Session = SILENT) -> TrainingReport:
             notes=[*healing.notes, *split.notes, *remarks],
             seconds=round(time.perf_counter() - began, 1),
         )
-
-        def write(directory: Path) -> None:
-            for file in (*best.glob("adapter_*"), *((split.held_out_file,) if split.held_out_file else ())):
-                (directory / file.name).write_bytes(file.read_bytes())
-            write_report(directory, report, measure="KL to the original (nats per token)")
-
-        run.finish(write)
-    return report
 
 
 @dataclass(frozen=True)
@@ -149,8 +148,13 @@ class _Healing:
 
     def described_options(self) -> dict[str, Any]:
         """Return the options as the report lists them."""
-        start = {"start": self.options.start, "blend": self.options.share}
-        return asdict(self.options.training) | start | _described(self.options.data)
+        data = self.options.data
+        return {
+            **asdict(self.options.training), "start": self.options.start, "blend": self.options.share,
+            "data": data.data or "built-in text", "tokens": data.tokens, "sampled_tokens": data.sampled_tokens,
+            "window": data.window, "text": [Path(path).name for path in data.text], "limit": data.limit,
+            "num_shots": data.num_shots,
+        }  # fmt: skip
 
     def split(self, text: CalibrationText) -> _Split:
         """Split the text and leave out of the training part what repeats a passage of the texts to measure on."""
@@ -203,21 +207,11 @@ class _Healing:
 
     def teacher_windows(self, split: _Split) -> tuple[TeacherWindows, TeacherWindows]:
         """Return training and held-out windows with the original's distributions, from the cache where it has them."""
-
-        def build(windows: torch.Tensor, num_tail: int, stage: str) -> TeacherWindows:
-            return build_teacher_windows(
-                self.original,
-                lambda: open_runner(self.original, device=self.device, runner=TRANSFORMERS),
-                windows,
-                self.options.reference_cache,
-                num_columns=self.num_columns,
-                num_tail=num_tail,
-                stage=stage,
-                progress=self.progress,
-            )
-
-        train = build(split.train, 0, "original, training text")
-        return train, build(split.held, NUM_TAIL, "original, held-out text")
+        open_original = partial(open_runner, self.original, device=self.device, runner=TRANSFORMERS)
+        shared = {"num_columns": self.num_columns, "progress": self.progress}
+        build = partial(build_teacher_windows, self.original, open_original, directory=self.options.reference_cache)
+        train = build(windows=split.train, stage="original, training text", **shared)
+        return train, build(windows=split.held, num_tail=NUM_TAIL, stage="original, held-out text", **shared)
 
     def train(self, train: TeacherWindows, held: TeacherWindows, run: RunDirectory, best: Path) -> dict[str, Any]:
         """Train an adapter, save to `best` what lies `share` of the way from its start to the best step, free the base.
@@ -236,7 +230,9 @@ class _Healing:
         if self.options.start == RESIDUAL:
             start_from_residual(adapted, open_model(self.original), progress=self.progress)
         start = AdapterStart(adapted)
-        settings = trainers.settings_for(adapted, options, run, num_examples=len(train), device=self.device)
+        settings = trainers.trainer_settings(
+            adapted, options, run.checkpoints, num_examples=len(train), device=self.device
+        )
         trainer = trainers.DistillationTrainer(
             adapted, TrainingArguments(**settings), num_columns=self.num_columns, train_dataset=train,
             eval_dataset=held, callbacks=trainers.callbacks(options, self.progress),
@@ -308,11 +304,3 @@ def _paired(old: MultipleChoiceResult, new: MultipleChoiceResult) -> str:
         f"{old.questions} questions: the original answers {old.reference.accuracy.value:.1%}; the adapter wins {won} "
         f"and loses {lost}, McNemar p = {mcnemar_exact(lost, won):.3g}."
     )
-
-
-def _described(data: HealData) -> dict[str, Any]:
-    return {
-        "data": data.data or "built-in text", "tokens": data.tokens, "sampled_tokens": data.sampled_tokens,
-        "window": data.window, "text": [Path(path).name for path in data.text], "limit": data.limit,
-        "num_shots": data.num_shots,
-    }  # fmt: skip

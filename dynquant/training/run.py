@@ -106,13 +106,18 @@ class RunDirectory:
             shutil.rmtree(path)
         return None
 
-    def finish(self, write: Callable[[Path], None]) -> None:
-        """Let `write` fill a new directory, put it in the output's place, and remove the checkpoints."""
+    def finish(self, save: Callable[[Path], None], *, measure: str, **fields: Any) -> TrainingReport:
+        """Put the report of these `fields`, its plot and what `save` writes in the output's place; drop checkpoints.
+
+        `measure` is what the losses are, with its unit.
+        """
+        report = TrainingReport(identity=self.identity, **fields)
         partial = self.output.with_name(f".{self.output.name}.partial")
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            write(partial)
+            save(partial)
+            _write_report(partial, report, measure)
             if self.output.exists():
                 shutil.rmtree(self.output)
             partial.rename(self.output)
@@ -123,6 +128,7 @@ class RunDirectory:
                 "run the same command again: checkpoints are kept."
             ) from error
         shutil.rmtree(self.checkpoints, ignore_errors=True)
+        return report
 
     def _check_identity(self, stored: Record) -> None:
         key = differing_key(stored, self.identity)
@@ -134,8 +140,7 @@ class RunDirectory:
             )
 
 
-def write_report(directory: Path, report: TrainingReport, *, measure: str) -> None:
-    """Write training.json and the plot of the losses."""
+def _write_report(directory: Path, report: TrainingReport, measure: str) -> None:
     write_atomically(directory / REPORT_NAME, report.model_dump_json(indent=2) + "\n")
     with plot_settings():
         figure, headline = draw_training(

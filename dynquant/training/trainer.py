@@ -58,18 +58,10 @@ class ProgressCallback(TrainerCallback):
         self._progress("train", state.global_step, state.max_steps, unit="steps")
 
 
-def settings_for(
-    adapted: nn.Module, options: TrainOptions, run: RunDirectory, *, num_examples: int, device: str
-) -> dict[str, Any]:
-    """Return `trainer_settings` for a model with its adapter."""
-    num_weights = sum(parameter.numel() for parameter in adapted.parameters())
-    return trainer_settings(options, run.checkpoints, num_examples=num_examples, num_weights=num_weights, device=device)
-
-
 def trainer_settings(
-    options: TrainOptions, directory: Path, *, num_examples: int, num_weights: int, device: str
+    adapted: nn.Module, options: TrainOptions, directory: Path, *, num_examples: int, device: str
 ) -> dict[str, Any]:
-    """Return keyword arguments of `TrainingArguments` and its descendants.
+    """Return keyword arguments of `TrainingArguments` and its descendants, for a model with its adapter.
 
     Raises:
         TrainingError: `micro_batch` does not divide `batch_size`, or several GPUs are visible.
@@ -79,7 +71,9 @@ def trainer_settings(
         raise TrainingError(
             f"A batch of {options.batch_size} does not divide into micro-batches of {micro}. Give a divisor."
         )
-    steps = total_steps(options, num_examples)
+    steps = options.max_steps
+    if steps is None:
+        steps = max(1, math.ceil(math.ceil(num_examples / options.batch_size) * options.epochs))
     every = max(1, round(steps / options.evaluations))
     on_cpu = device == "cpu"
     if not on_cpu and torch.cuda.device_count() > 1:
@@ -88,6 +82,8 @@ def trainer_settings(
             "are trained on one: set CUDA_VISIBLE_DEVICES=0."
         )
     checkpointing = options.gradient_checkpointing
+    if checkpointing is None:
+        checkpointing = not on_cpu and sum(parameter.numel() for parameter in adapted.parameters()) >= LARGE
     return {
         "output_dir": str(directory),
         "max_steps": steps,
@@ -114,19 +110,12 @@ def trainer_settings(
         "data_seed": options.seed,
         "use_cpu": on_cpu,
         "bf16": not on_cpu,
-        "gradient_checkpointing": not on_cpu and num_weights >= LARGE if checkpointing is None else checkpointing,
+        "gradient_checkpointing": checkpointing,
         "dataloader_pin_memory": not on_cpu,
         "report_to": "none",
         "disable_tqdm": True,
         "log_level": "error",
     }
-
-
-def total_steps(options: TrainOptions, num_examples: int) -> int:
-    """Return the optimizer steps of the whole run."""
-    if options.max_steps is not None:
-        return options.max_steps
-    return max(1, math.ceil(math.ceil(num_examples / options.batch_size) * options.epochs))
 
 
 def train(trainer: Trainer, run: RunDirectory) -> dict[str, Any]:
@@ -144,14 +133,11 @@ def train(trainer: Trainer, run: RunDirectory) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=checkpoint)
     steps, best = trainer.state.global_step, trainer.state.best_model_checkpoint
     best_step = int(best.rpartition("-")[2]) if best else steps
-    return {"steps": steps, "best_step": best_step, "history": loss_history(trainer.state.log_history)}
-
-
-def loss_history(log: list[dict[str, Any]]) -> list[LossPoint]:
-    """Return the losses of a Trainer's log."""
+    log = trainer.state.log_history
     points = [LossPoint(step=entry["step"], train=entry["loss"]) for entry in log if "loss" in entry]
     points += [LossPoint(step=entry["step"], held_out=entry["eval_loss"]) for entry in log if "eval_loss" in entry]
-    return sorted(points, key=lambda point: (point.step, point.train is None))
+    history = sorted(points, key=lambda point: (point.step, point.train is None))
+    return {"steps": steps, "best_step": best_step, "history": history}
 
 
 def callbacks(options: TrainOptions, progress: Progress) -> list[TrainerCallback]:

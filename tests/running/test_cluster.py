@@ -13,7 +13,7 @@ from dynquant.calibration.run import StatisticsOptions, collect_statistics, prov
 from dynquant.calibration.sharded import calibrate_in_shards, cut
 from dynquant.encoding.parts import PartLimits
 from dynquant.encoding.remote import EncoderChoice, RemoteEncoding, StoredFiles
-from dynquant.encoding.stream import Guidance, load_encoder
+from dynquant.encoding.stream import Guidance, TensorEncoder, load_encoder
 from dynquant.errors import CheckpointError, ClusterError
 from dynquant.families.open import open_model
 from dynquant.running.cluster import RayPool, TaskNeeds, open_ray
@@ -67,7 +67,7 @@ def local(moe, plan, tmp_path_factory):
 def encoding(pool: RayPool, opened, *, shipped: bool = False, **changes) -> RemoteEncoding:
     files = StoredFiles.of(opened, base_gguf=None, stats=None, use_moments=False, protected={})
     files = replace(files, model=replace(files.model, **changes))
-    sent = (opened, Guidance(), GGML) if shipped else None
+    sent = TensorEncoder(opened, Guidance(), GGML) if shipped else None
     return RemoteEncoding(pool, EncoderChoice.of(GGML, "cpu", 1), TaskNeeds(), files, sent)
 
 
