@@ -17,6 +17,7 @@ from math import prod
 from pathlib import Path
 
 import gguf
+from torch import Tensor
 
 from dynquant import __version__
 from dynquant.checkpoints.gguf_source import GGUFSource
@@ -76,9 +77,8 @@ def _base_config(saved: SavedAdapter, base: Path | None) -> tuple[Config, bool]:
         source = GGUFSource(path)
         return config_from_gguf(source), "blk.0.attn_kv_b.weight" in source.names()
     if not (path / "config.json").is_file():
-        where = (
-            f"{base} is" if base else f"{saved.directory} says that its base model is {saved.base_model!r}, which is"
-        )
+        recorded = f"{saved.directory} says that its base model is {saved.base_model!r}, which is"
+        where = f"{base} is" if base else recorded
         raise AdapterError(
             f"{where} neither a directory with config.json nor a .gguf file. Give the model that the adapter was "
             "trained on, packed or original, with --base."
@@ -139,7 +139,9 @@ def _write(path: Path, arch: str, saved: SavedAdapter, targets: list[_Target]) -
     writer.add_string("dynquant.version", __version__)
     try:
         for target in targets:
-            _add(writer, saved, target)
+            a, b = _factors(saved, target)
+            writer.add_tensor(f"{target.place.name}.lora_a", a.contiguous().numpy())
+            writer.add_tensor(f"{target.place.name}.lora_b", b.contiguous().numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -147,14 +149,11 @@ def _write(path: Path, arch: str, saved: SavedAdapter, targets: list[_Target]) -
         writer.close()
 
 
-def _add(writer: gguf.GGUFWriter, saved: SavedAdapter, target: _Target) -> None:
+def _factors(saved: SavedAdapter, target: _Target) -> tuple[Tensor, Tensor]:
     a, b = saved.load(target.weight.a_key), saved.load(target.weight.b_key)
     if len(target.place.shape) == 3:
         num_experts = target.place.shape[0]
         a, b = a.unflatten(0, (num_experts, -1)), b.unflatten(1, (-1, num_experts)).permute(2, 0, 1)
     b = b[..., target.start : target.stop, :] if target.place.order is None else b[target.place.order]
     rank = a.shape[-2]
-    b = b * (saved.scaling(target.parameter, rank) / (saved.alpha / rank))
-    name = target.place.name
-    writer.add_tensor(f"{name}.lora_a", a.contiguous().numpy())
-    writer.add_tensor(f"{name}.lora_b", b.contiguous().numpy())
+    return a, b * (saved.scaling(target.parameter, rank) / (saved.alpha / rank))

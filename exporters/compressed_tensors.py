@@ -21,6 +21,7 @@ from dynquant.exporters.compressed_config import quantization_config, transforme
 from dynquant.exporters.model_card import compressed_card
 from dynquant.exporters.output import Encoding, writing
 from dynquant.families.linear_layers import LinearCheckpoint, LinearLayer
+from dynquant.formats.plain_quants import FLOAT_DTYPES
 from dynquant.recipes.build_plan import check_linears, schemes_of
 from dynquant.recipes.plan import Plan, PlanEntry
 from dynquant.recipes.sizes import tensors_of_checkpoint
@@ -28,7 +29,6 @@ from dynquant.session import Progress
 from dynquant.storage.resumable_output import ResumableOutput
 from dynquant.storage.strict_json import parse_json
 
-_TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CPU_WEIGHTS, _GPU_WEIGHTS = 1 << 23, 1 << 27
 """Float32 weights of a stack of experts that are encoded together, at least one expert."""
 
@@ -126,7 +126,7 @@ def _tensors(
     """Yield every tensor that is not finished, with its name."""
     for tensor in checkpoint.others:
         if tensor.key not in finished:
-            yield tensor.key, checkpoint.source.load(tensor.key).to(_TORCH_DTYPES[tensor.dtype])
+            yield tensor.key, checkpoint.source.load(tensor.key).to(FLOAT_DTYPES[tensor.dtype])
     plan, device = encoding.plan, encoding.encoder.device
     linears = {linear.name: linear for linear in checkpoint.linears}
     scales = global_scales(plan, checkpoint)

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -112,8 +113,8 @@ def _layout(encoding: Encoding, split_max_bytes: int | None) -> list[gguf_layout
     provenance = gguf_layout.Provenance(
         plan.fingerprint, plan.recipe, encoding.encoder.name, plan.hash, plan.stats_hash or ""
     )
-    imatrix = imatrix_info(encoding.stats)
-    files = gguf_layout.layout(model, tensors, provenance, imatrix=imatrix)
+    lay_out = partial(gguf_layout.layout, model, tensors, provenance, imatrix=imatrix_info(encoding.stats))
+    files = lay_out()
     total = sum(file.total_bytes for file in files)
     if total != plan.predicted_bytes:
         raise ExportError(
@@ -121,9 +122,7 @@ def _layout(encoding: Encoding, split_max_bytes: int | None) -> list[gguf_layout
             f"{total:,}. The plan was edited or made by another version of dynquant ({plan.tool_version}, this is "
             f"{__version__}). Plan again."
         )
-    if split_max_bytes is None:
-        return files
-    return gguf_layout.layout(model, tensors, provenance, imatrix=imatrix, split_max_bytes=split_max_bytes)
+    return files if split_max_bytes is None else lay_out(split_max_bytes=split_max_bytes)
 
 
 def _regions(files: Iterable[gguf_layout.FileLayout], parts: Mapping[str, list[TensorPart]]) -> dict[str, Region]:

@@ -99,20 +99,15 @@ def _card(plan: Plan, tags: str, bits_per_weight: float, about: str, body: Seque
 
 
 def _damage(plan: Plan, tasks: str) -> list[str]:
-    lines = []
-    if plan.selected_kl is not None:
-        lines.append(
-            f"- KL divergence to the original on the selection text, measured: {plan.selected_kl:.4f} nats a token"
-        )
-    if plan.predicted_kl is not None:
+    measured, predicted, lines = plan.selected_kl, plan.predicted_kl, []
+    if measured is not None:
+        lines.append(f"- KL divergence to the original on the selection text, measured: {measured:.4f} nats a token")
+    if predicted is not None:
         spread = f" ± {plan.predicted_kl_se:.4f}" if plan.predicted_kl_se is not None else ""
-        lines.append(
-            f"- KL divergence as the plan predicts it, not measured: {plan.predicted_kl:.4f}{spread} nats a token"
-        )
-    if plan.selected_kl is None:
-        lines.append(
-            f"- Not measured on this file. Measure it: `dynquant eval PATH --reference ORIGINAL --tasks {tasks}`"
-        )
+        lines.append(f"- KL divergence as the plan predicts it, not measured: {predicted:.4f}{spread} nats a token")
+    if measured is None:
+        command = f"dynquant eval PATH --reference ORIGINAL --tasks {tasks}"
+        lines.append(f"- Not measured on this file. Measure it: `{command}`")
     return lines
 
 
@@ -133,6 +128,5 @@ def _grouped(plan: Plan) -> list[list[PlanEntry]]:
 def _mean_error(entries: Sequence[PlanEntry]) -> str:
     """Return the mean of the relative squared errors, weighted by size; empty where the plan has none."""
     measured = [(entry.weighted_error, prod(entry.shape)) for entry in entries if entry.weighted_error is not None]
-    return (
-        f"{sum(error * size for error, size in measured) / sum(size for _, size in measured):.2e}" if measured else ""
-    )
+    total = sum(size for _, size in measured)
+    return f"{sum(error * size for error, size in measured) / total:.2e}" if measured else ""

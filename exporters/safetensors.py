@@ -8,7 +8,6 @@ loaded, and the same call goes on.
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from dynquant import __version__
@@ -26,24 +25,12 @@ from dynquant.families.common.config import Config, read_config, read_json
 from dynquant.families.common.conversion import ConvertedSource, load_finite
 from dynquant.families.from_gguf import config_from_gguf, tokenizer_files
 from dynquant.families.text.registry import FAMILIES
-from dynquant.packed.places import FLOAT_DTYPES, Place, build_meta_model, build_meta_vision, find_places, lay_out_vision
+from dynquant.formats.plain_quants import FLOAT_DTYPES
+from dynquant.packed.places import Layout, build_meta_model, build_meta_vision, find_places, lay_out_vision
 from dynquant.recipes.plan import Plan
 from dynquant.storage.resumable_output import Region, ResumableOutput
 
 _WEIGHTS_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Files that tensors go to, which differ with the kind of model."""
-
-    places: Mapping[str, Place]
-    skipped: frozenset[str]
-    """GGUF names of tensors that are computed, or parts of one that is copied."""
-    copied: Mapping[str, StoredTensor]
-    """Entries that hold a tensor of the original checkpoint, by GGUF name."""
-    config: Mapping[str, object]
-    """config.json without `quantization_config`."""
 
 
 def export_safetensors(
@@ -68,8 +55,8 @@ def export_safetensors(
     if model.hf_directory is not None and output.exists() and output.samefile(model.hf_directory):
         raise ExportError(f"{output} is the model that is being read; export to another directory.")
     name = (recorded_encoder(stored) if stored is not None else "") or encoding.encoder.name
-    layout = _lay_out_vision(model, plan) if model.has_vision else _lay_out_language(model, plan)
-    documents, shards = _describe(model, plan, layout, name, shard_max_bytes or directory.SHARD_BYTES)
+    layout, config = _lay_out(model, plan)
+    documents, shards = _describe(encoding, layout, config, name, shard_max_bytes or directory.SHARD_BYTES)
     parts = encoding.parts(whole=_rewritten(layout, plan))
     sizes, regions = directory.places_of(output, documents, shards)
     for name, place in layout.places.items():
@@ -111,9 +98,10 @@ def hf_config_of(model: Model) -> Config:
 
 
 def _describe(
-    model: Model, plan: Plan, layout: _Layout, encoder: str, shard_max_bytes: int
+    encoding: Encoding, layout: Layout, config: Mapping[str, object], encoder: str, shard_max_bytes: int
 ) -> tuple[dict[str, bytes], dict[str, ShardLayout]]:
     """Return small files by name, config.json first, and the layouts of the weight files."""
+    model, plan = encoding.model, encoding.plan
     entries = {entry.name: entry for entry in plan.entries if entry.name in layout.places}
     tensors = {
         name: layout.copied.get(name) or layout.places[name].stored_as(entry.quant_type)
@@ -135,7 +123,7 @@ def _describe(
             "fingerprint": plan.fingerprint, "stats_hash": plan.stats_hash or "",
         },
     }  # fmt: skip
-    documents = {"config.json": directory.as_json({**layout.config, "quantization_config": quantization})}
+    documents = {"config.json": directory.as_json({**config, "quantization_config": quantization})}
     documents["README.md"] = packed_card(plan, encoder=encoder, stored_bytes=stored_bytes).encode()
     documents |= directory.index_of(shards)
     documents |= (
@@ -144,25 +132,22 @@ def _describe(
     return documents, shards
 
 
-def _lay_out_language(model: Model, plan: Plan) -> _Layout:
+def _lay_out(model: Model, plan: Plan) -> tuple[Layout, dict[str, object]]:
+    """Return where tensors go, and config.json without `quantization_config`."""
+    if model.has_vision:
+        assert model.hf_directory is not None
+        return lay_out_vision(model, plan, build_meta_vision(model)), read_json(model.hf_directory / "config.json")
     config = hf_config_of(model)
     names = model.source.names()
-    whole = "blk.0.attn_kv_b.weight" in names
-    places, computed = find_places(config, build_meta_model(config), whole_kv_b=whole)
+    places, computed = find_places(config, build_meta_model(config), whole_kv_b="blk.0.attn_kv_b.weight" in names)
     lost = [name for name in names if name not in places and name not in computed]
     if lost:
         raise CheckpointError(f"{model.name} holds `{lost[0]}`, which {config.model_type} has no place for.")
     is_tied = all(entry.name != "output.weight" for entry in plan.entries)
-    return _Layout(places, frozenset(computed), {}, {**config.raw, "tie_word_embeddings": is_tied})
+    return Layout(places, frozenset(computed)), {**config.raw, "tie_word_embeddings": is_tied}
 
 
-def _lay_out_vision(model: Model, plan: Plan) -> _Layout:
-    assert model.hf_directory is not None
-    layout = lay_out_vision(model, plan, build_meta_vision(model))
-    return _Layout(layout.places, layout.parts, layout.copied, read_json(model.hf_directory / "config.json"))
-
-
-def _rewritten(layout: _Layout, plan: Plan) -> frozenset[str]:
+def _rewritten(layout: Layout, plan: Plan) -> frozenset[str]:
     """Tensors whose entry is not the bytes of GGUF, or is none at all."""
     places, copied = layout.places, layout.copied
     return frozenset(

@@ -28,7 +28,7 @@ from dynquant.families.open import open_and_announce
 from dynquant.formats.quant_types import quant_type
 from dynquant.formats.vllm_schemes import SCHEMES
 from dynquant.resources import chosen_device
-from dynquant.running.cluster import open_ray
+from dynquant.running.cluster import StoredModel, open_ray
 from dynquant.session import SILENT, Session
 
 
@@ -103,7 +103,7 @@ def _cluster(
     if options.ray is None:
         yield None
         return
-    files = StoredFiles.of(model, base_gguf=options.base_gguf, stats=stats.path, use_moments=False, protected={})
+    files = StoredFiles(StoredModel.of(model, options.base_gguf), stats.path.resolve())
     with open_ray(options.ray) as pool:
         yield RemoteErrors(pool, EncoderChoice.of(encoder, "cpu", session.threads or 1), files)
 

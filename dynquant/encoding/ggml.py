@@ -22,13 +22,13 @@ import torch
 
 from dynquant.encoding.interface import Encoder, Request, check_finite
 from dynquant.errors import EncodeError
+from dynquant.formats.plain_quants import FLOAT_DTYPES
 from dynquant.formats.quant_types import QuantType
 from dynquant.resources import usable_cores
 
 CHUNK_WEIGHTS = 1 << 17
 """Weights per task: 10 to 100 ms of a slow quantizer, so that threads stay busy and Python's share stays small."""
 
-_FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # The file that llama.cpp's own libraries link to comes first: one loaded copy, so that ggml's search tables (10 seconds
 # for IQ1_S) are built once per process.
 _LIBRARY_NAMES = {
@@ -111,7 +111,7 @@ def _check_magnitude(quant_type: QuantType, rows: torch.Tensor, importance: torc
 
 
 def _cast(quant_type: QuantType, weights: torch.Tensor, *, name: str) -> torch.Tensor:
-    values = weights.to(torch.float32).to(_FLOAT_DTYPES[quant_type.name]).contiguous()
+    values = weights.to(torch.float32).to(FLOAT_DTYPES[quant_type.name]).contiguous()
     if values.numel() and not torch.isfinite(torch.stack(values.aminmax())).all():
         raise EncodeError(
             f"`{name}` as {quant_type.name} holds NaN or Inf. If the checkpoint itself is sound, a weight is beyond "

@@ -45,24 +45,12 @@ class EncoderChoice:
 
 @dataclass(frozen=True)
 class StoredFiles:
-    """Files that workers encode a part from; paths are absolute."""
+    """Files that workers encode a part from, and the protected weights by tensor; hashable, for `open_stored`."""
 
     model: StoredModel
     stats: Path | None = None
     use_moments: bool = False
     protected: tuple[tuple[str, tuple[ProtectedWeight, ...]], ...] = ()
-
-    @classmethod
-    def of(
-        cls,
-        model: Model,
-        *,
-        base_gguf: Path | None,
-        stats: Path | None,
-        use_moments: bool,
-        protected: Mapping[str, tuple[ProtectedWeight, ...]],
-    ) -> "StoredFiles":
-        return cls(StoredModel.of(model, base_gguf), stats and stats.resolve(), use_moments, tuple(protected.items()))
 
 
 @dataclass(frozen=True)

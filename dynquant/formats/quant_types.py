@@ -71,16 +71,8 @@ _NAMES = (
 
 def _from_gguf(name: str) -> QuantType:
     ggml_type = GGMLQuantizationType[name]
-    block_size, block_bytes = GGML_QUANT_SIZES[ggml_type]
-    return QuantType(
-        name=name,
-        ggml_id=int(ggml_type),
-        block_size=block_size,
-        block_bytes=block_bytes,
-        needs_imatrix=name in _NEEDS_IMATRIX,
-        uses_imatrix=name in _USES_IMATRIX,
-        fallback=_FALLBACK.get(name),
-    )
+    sizes = GGML_QUANT_SIZES[ggml_type]
+    return QuantType(name, int(ggml_type), *sizes, name in _NEEDS_IMATRIX, name in _USES_IMATRIX, _FALLBACK.get(name))
 
 
 QUANT_TYPES: dict[str, QuantType] = {name: _from_gguf(name) for name in _NAMES}

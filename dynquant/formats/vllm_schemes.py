@@ -44,6 +44,10 @@ class Scheme:
         return self.strategy != "none"
 
     @property
+    def is_fp4(self) -> bool:
+        return self.kind == "float" and self.num_bits == 4
+
+    @property
     def block_size(self) -> int:
         return self.group_size or 1
 
@@ -77,23 +81,12 @@ class Scheme:
 
     def config_group(self, targets: list[str]) -> dict[str, object]:
         """Return an entry of `config_groups` in config.json."""
-        weights: dict[str, object] = {
-            "num_bits": self.num_bits,
-            "type": self.kind,
-            "symmetric": True,
-            "strategy": self.strategy,
-            "group_size": self.group_size or None,
-            "dynamic": False,
-        }
-        if self.kind == "float" and self.num_bits == 4:
+        weights: dict[str, object] = {"num_bits": self.num_bits, "type": self.kind, "symmetric": True}
+        weights |= {"strategy": self.strategy, "group_size": self.group_size or None, "dynamic": False}
+        if self.is_fp4:
             weights["scale_dtype"] = "torch.uint8" if self.strategy == "group" else "torch.float8_e4m3fn"
-        return {
-            "targets": targets,
-            "weights": weights,
-            "input_activations": None,
-            "output_activations": None,
-            "format": self.format,
-        }
+        unchanged = {"input_activations": None, "output_activations": None}
+        return {"targets": targets, "weights": weights, **unchanged, "format": self.format}
 
 
 BF16 = Scheme("BF16", "dense", 16, "float", "none")

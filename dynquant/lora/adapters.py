@@ -130,7 +130,11 @@ def load_adapter(model: "PreTrainedModel", path: str | Path, *, is_trainable: bo
             "It is damaged, or was trained on another model."
         ) from error
     loaded = get_peft_model_state_dict(adapted)
-    left = [key for key in _stored_keys(path) if key not in loaded and not _ONE_EXPERT.search(key)]
+    stored: list[str] = []
+    if (path / WEIGHTS_NAME).is_file():  # else PyTorch's format, which PEFT reads as well
+        with safe_open(path / WEIGHTS_NAME, "pt") as file:
+            stored = list(file.keys())
+    left = [key for key in stored if key not in loaded and not _ONE_EXPERT.search(key)]
     if left:
         raise AdapterError(
             f"{path} holds `{left[0]}` and {len(left) - 1} more tensors that {type(model).__name__} has no place for: "
@@ -139,25 +143,14 @@ def load_adapter(model: "PreTrainedModel", path: str | Path, *, is_trainable: bo
     return adapted
 
 
-def _stored_keys(path: Path) -> list[str]:
-    file = path / WEIGHTS_NAME
-    if not file.is_file():  # PyTorch's format, which PEFT reads as well
-        return []
-    with safe_open(file, "pt") as opened:
-        return list(opened.keys())
-
-
 def _packed_linears(model: nn.Module) -> list[str]:
     """Return last parts of the names of packed linear layers, without the output head.
 
     Beside a vision tower, whose layers may be called alike, whole names of the language model's layers.
     """
     head = model.get_output_embeddings()
-    paths = [
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, PackedLinear | PackedLatentProjection) and module is not head
-    ]
+    kinds = PackedLinear | PackedLatentProjection
+    paths = [path for path, module in model.named_modules() if isinstance(module, kinds) and module is not head]
     if any(vision_name(path) for path, _ in model.named_modules()):
         return sorted(path for path in paths if vision_name(path) is None)
     return sorted({path.rpartition(".")[2] for path in paths})

@@ -64,7 +64,7 @@ def heal(options: HealOptions, session: Session = SILENT) -> TrainingReport:
     require_training_packages()
     began = time.perf_counter()
     with session.stage(KEPT) as progress:
-        healing = _Healing.open(options, session, progress)
+        healing = _Healing(options, session, progress)
         text = read_text(options.data.data, seed=session.seed, max_tokens=options.data.tokens)
         split = healing.split(text)
         run = RunDirectory(options.output, healing.identity(text, split), resume=options.resume)
@@ -78,7 +78,7 @@ def heal(options: HealOptions, session: Session = SILENT) -> TrainingReport:
             remarks.append(f"The adapter lies {way} (--blend).")
 
         def save(directory: Path) -> None:
-            for file in (*best.glob("adapter_*"), *((split.held_out_file,) if split.held_out_file else ())):
+            for file in (*best.glob("adapter_*"), *(() if options.data.text else split.texts)):
                 (directory / file.name).write_bytes(file.read_bytes())
 
         return run.finish(
@@ -106,35 +106,20 @@ class _Split:
     measured_on: list[torch.Tensor]
     """Token ids of everything held out, as runs [*]."""
     texts: tuple[Path, ...]
-    held_out_file: Path | None
-    """The held-out part as a file, when it is what is measured on."""
     notes: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
 class _Healing:
-    """Both models and how they are run."""
+    """Both models, found and checked, and how they are run; the session's seed becomes that of the training."""
 
-    options: HealOptions
-    base: Path
-    original: Path
-    num_columns: int
-    """Leading logits that both models have."""
-    notes: list[str]
-    device: str
-    progress: Progress
-
-    @classmethod
-    def open(cls, options: HealOptions, session: Session, progress: Progress) -> "_Healing":
-        """Find and check the models; the session's seed becomes that of the training."""
-        base, original = locate_model(options.packed), locate_model(options.reference)
-        check_packed(base)
-        check_context(base, options.data.window, "--window")
-        num_columns, notes = common_columns(
-            describe_model(original, runner=TRANSFORMERS), describe_model(base, runner=TRANSFORMERS)
-        )
-        options = replace(options, training=replace(options.training, seed=session.seed))
-        return cls(options, base, original, num_columns, notes, chosen_device(session.device), progress)
+    def __init__(self, options: HealOptions, session: Session, progress: Progress) -> None:
+        self.base, self.original = locate_model(options.packed), locate_model(options.reference)
+        check_packed(self.base)
+        check_context(self.base, options.data.window, "--window")
+        described = (describe_model(path, runner=TRANSFORMERS) for path in (self.original, self.base))
+        self.num_columns, self.notes = common_columns(*described)  # leading logits that both models have
+        self.options = replace(options, training=replace(options.training, seed=session.seed))
+        self.device, self.progress = chosen_device(session.device), progress
 
     def identity(self, text: CalibrationText, split: _Split) -> dict[str, object]:
         """Return all that decides the result."""
@@ -162,7 +147,7 @@ class _Healing:
         train_text, held_text = split_documents(text, _HELD_OUT_SHARE)
         held = pack_windows(held_text, tokenizer, window=data.window, max_tokens=_CHECK_WINDOWS * data.window)
         train = pack_windows(train_text, tokenizer, window=data.window, max_tokens=data.tokens)
-        texts, held_out_file, notes = self._measured_texts(text, held_text)
+        texts, notes = self._measured_texts(text, held_text)
         with open_encoder(self.original) as encode:
             measured = [
                 evaluation_windows(path, encode, window=data.window, max_tokens=data.max_tokens) for path in texts
@@ -173,29 +158,27 @@ class _Healing:
             count = f"{len(train) - len(clean)} of {len(train)}"
             notes.append(f"{count} training windows repeat a passage of the held-out text and were left out.")
         _check_lengths(text, clean, held, data.window)
-        split = _Split(clean, held, measured_on, texts, held_out_file, notes)
+        split = _Split(clean, held, measured_on, texts, notes)
         return self._with_samples(split) if data.sampled_tokens else split
 
-    def _measured_texts(
-        self, text: CalibrationText, held_text: CalibrationText
-    ) -> tuple[tuple[Path, ...], Path | None, list[str]]:
-        """Return the texts to measure on, the file with the held-out part if it is that, and a note about it."""
+    def _measured_texts(self, text: CalibrationText, held_text: CalibrationText) -> tuple[tuple[Path, ...], list[str]]:
+        """Return the texts to measure on, and a note when that is the held-out part, which becomes a file."""
         if self.options.data.text:
-            return tuple(self.options.data.text), None, []
+            return tuple(self.options.data.text), []
         file = self.options.reference_cache / f"held-out-{text.sha256[:12]}" / HELD_OUT_NAME
         write_atomically(file, "\n\n".join(held_text.documents))
         note = (
             f"Measured on {HELD_OUT_NAME}, the part of {text.name} that was kept apart. Its first windows also chose "
             "which adapter was kept; a text of its own (--text) is a stricter test."
         )
-        return (file,), file, [note]
+        return (file,), [note]
 
     def _with_samples(self, split: _Split) -> _Split:
         """Add windows sampled from the original; what it knows by heart of held-out text is left out."""
         data = self.options.data
         count = -(-data.sampled_tokens // data.window)
         windows = sampled_windows(
-            self.original, split.train, count, self.options.reference_cache, num_columns=self.num_columns,
+            self.original, split.train, count, self.options.reference_cache, columns=self.num_columns,
             device=self.device, seed=self.options.training.seed, progress=self.progress,
         )  # fmt: skip
         clean = without_repeats(windows, split.measured_on)
