@@ -92,11 +92,7 @@ def _base_config(saved: SavedAdapter, base: Path | None) -> tuple[Config, bool]:
 
 
 def _targets(saved: SavedAdapter, weight: AdaptedWeight, by_key: Mapping[str, Place]) -> Iterator[_Target]:
-    """The GGUF tensors that one adapted weight changes.
-
-    Raises:
-        AdapterError: the base has no weight of this name and shape.
-    """
+    """Yield the GGUF tensors that one adapted weight changes; refuse one that the base does not have."""
     path = weight.path
     rank, columns = saved.shape(weight.a_key)
     rows, b_rank = saved.shape(weight.b_key)

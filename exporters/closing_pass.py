@@ -14,8 +14,9 @@ gradients, and the decoded codes, 16 bytes a weight.
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,14 +59,13 @@ class TuneOptions:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class Tuned:
+class Tuned(NamedTuple):
     """New bytes of each changed tensor; empty when tuning did not clearly lower the KL on held-out windows."""
 
-    replacements: dict[str, Tensor] = field(default_factory=dict)
-    kl_before: float = 0.0
-    kl_after: float = 0.0
-    tokens: int = 0
+    replacements: dict[str, Tensor]
+    kl_before: float
+    kl_after: float
+    tokens: int
 
 
 @torch.no_grad()

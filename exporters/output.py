@@ -16,7 +16,7 @@ from dynquant.encoding.parts import PartLimits, TensorPart
 from dynquant.errors import ClusterError, DynquantError, PlanError, StatsError, WriteError
 from dynquant.recipes.plan import Plan
 from dynquant.session import SILENT, Progress, Session
-from dynquant.storage.resumable_output import ResumableOutput
+from dynquant.storage.resumable_output import Region, ResumableOutput
 
 
 @dataclass(frozen=True)
@@ -113,18 +113,24 @@ class Encoding:
         """Yield every part but those whose key or tensor name is in `skip`."""
         return self.tensors.quantize(self.plan, parts, elsewhere=self.elsewhere, progress=progress, skip=skip)
 
+    @contextmanager
+    def writing(
+        self, sizes: Mapping[Path, int], regions: Mapping[str, Region], header_hash: str, **identity: str
+    ) -> Iterator[tuple[ResumableOutput, Progress]]:
+        """Context manager: a stage that fills an output; what is written of inputs that cannot be exported is removed.
 
-@contextmanager
-def writing(target: ResumableOutput, session: Session) -> Iterator[Progress]:
-    """Context manager: a stage that fills `target`; what is written of inputs that cannot be exported is removed.
-
-    A full disk, a lost cluster or an interruption keeps it, so that the same call goes on.
-    """
-    with target, session.stage("Finished tensors are kept.") as progress:
-        try:
-            yield progress
-        except (WriteError, ClusterError):
-            raise
-        except DynquantError:
-            target.discard()
-            raise
+        A full disk, a lost cluster or an interruption keeps it, so that the same call goes on. `identity` is what
+        decides the bytes beside the encoding itself.
+        """
+        identity = self.identity(header_hash) | identity
+        with (
+            ResumableOutput(sizes, regions, identity, resume=self.resume) as target,
+            self.session.stage("Finished tensors are kept.") as progress,
+        ):
+            try:
+                yield target, progress
+            except (WriteError, ClusterError):
+                raise
+            except DynquantError:
+                target.discard()
+                raise

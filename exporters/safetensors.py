@@ -20,7 +20,7 @@ from dynquant.encoding.parts import TensorPart, load_packed_part
 from dynquant.encoding.stream import QuantizedPart
 from dynquant.errors import CheckpointError, ExportError
 from dynquant.exporters.model_card import packed_card
-from dynquant.exporters.output import Encoding, writing
+from dynquant.exporters.output import Encoding
 from dynquant.families.common.config import Config, read_config, read_json
 from dynquant.families.common.conversion import ConvertedSource, load_finite
 from dynquant.families.from_gguf import config_from_gguf, tokenizer_files
@@ -65,10 +65,8 @@ def export_safetensors(
             for part in parts[name]:
                 num_bytes = stored_whole.num_bytes if part.is_whole else part.num_bytes
                 regions[part.key] = Region(stored_whole.file, stored_whole.offset + part.offset, num_bytes)
-    identity = encoding.identity(directory.files_hash(documents, shards))
-    identity["stored"] = stored.fingerprint if stored is not None else "none"
-    target = ResumableOutput(sizes, regions, identity, resume=encoding.resume)
-    with writing(target, encoding.session) as progress:
+    header_hash, source = directory.files_hash(documents, shards), "none" if stored is None else stored.fingerprint
+    with encoding.writing(sizes, regions, header_hash, stored=source) as (target, progress):
         skip = layout.skipped | layout.copied.keys() | target.finished
         directory.write_small_files(target, documents, shards)
         _copy(target, model, layout.copied)

@@ -136,11 +136,7 @@ def _on_cluster(encoding: Encoding, pool: RayPool, options: ExportOptions, stats
 
 
 def _limits(max_memory: str | None) -> PartLimits:
-    """Parts that leave room for the process itself.
-
-    Raises:
-        ExportError: less memory than the process takes.
-    """
+    """Return limits that leave room for the process itself; refuse less memory than that takes."""
     if max_memory is None:
         return PartLimits()
     allowed = parse_size(max_memory)

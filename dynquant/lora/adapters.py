@@ -81,7 +81,6 @@ def add_adapter(model: "PreTrainedModel", **options: Any) -> PeftModel:
 
 
 def _config(model: "PreTrainedModel", options: AdapterOptions) -> LoraConfig:
-    """Return PEFT's configuration of an adapter with its targets by name."""
     packed = _packed_linears(model)
     has_experts = any(isinstance(module, PackedExperts) for module in model.modules())
     if not packed and not has_experts:

@@ -93,7 +93,6 @@ def finetune(options: FinetuneOptions, session: Session = SILENT) -> TrainingRep
 
 
 def _identity(options: FinetuneOptions, base: Path, data: TrainingData, device: str) -> dict[str, object]:
-    """Return all that decides the result."""
     return {
         "task": "finetune", "base": model_fingerprint(base), "data": data.sha256, "held_out_share": options.held_out,
         "max_length": options.max_length, "tokenizer": options.tokenizer or "the base's", "device": device,
@@ -111,7 +110,6 @@ def _trainer(
     device: str,
     progress: Progress,
 ) -> Any:
-    """Return TRL's trainer of a fresh adapter on the base."""
     from datasets import Dataset, disable_progress_bars
     from trl import SFTConfig, SFTTrainer
 
@@ -142,11 +140,7 @@ def _add_chat_template(tokenizer: Any, data: TrainingData) -> list[str]:
 
 
 def _left_out(trainer: Any, data: TrainingData, counts: list[int], max_length: int) -> list[str]:
-    """Say how many examples TRL leaves out, those whose completion lies wholly beyond `max_length`.
-
-    Raises:
-        DataError: none is left.
-    """
+    """Say how many examples TRL leaves out, their completion lying wholly beyond `max_length`; refuse none left."""
     parts = {"training": (trainer.train_dataset, counts[0]), "held-out": (trainer.eval_dataset, counts[1])}
     notes = []
     for name, (kept, count) in parts.items():

@@ -18,7 +18,7 @@ from dynquant.errors import ExportError, TrainingError, WriteError
 from dynquant.evaluation.statistics import Estimate
 from dynquant.storage.atomic import write_atomically
 from dynquant.storage.documents import FrozenRecord
-from dynquant.storage.journal import Journal, Record, differing_key
+from dynquant.storage.journal import Journal, differing_key
 
 SCHEMA_VERSION = 1
 REPORT_NAME = "training.json"
@@ -88,8 +88,12 @@ class RunDirectory:
         with Journal(self.checkpoints / "run.json") as journal:
             if not resume or journal.identity is None or self.last_checkpoint() is None:
                 shutil.rmtree(self.checkpoints, ignore_errors=True)
-            else:
-                self._check_identity(journal.identity)
+            elif key := differing_key(journal.identity, self.identity):
+                old, new = journal.identity.get(key, "nothing"), self.identity.get(key, "nothing")
+                raise TrainingError(
+                    f"{self.checkpoints} holds an unfinished run with {key} = {old}; this one has {new}. Repeat the "
+                    "earlier command to finish it, or give --no-resume to start afresh."
+                )
             try:
                 journal.start(self.identity, ())
             except OSError as error:
@@ -129,15 +133,6 @@ class RunDirectory:
             ) from error
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         return report
-
-    def _check_identity(self, stored: Record) -> None:
-        key = differing_key(stored, self.identity)
-        if key is not None:
-            old, new = stored.get(key, "nothing"), self.identity.get(key, "nothing")
-            raise TrainingError(
-                f"{self.checkpoints} holds an unfinished run with {key} = {old}; this one has {new}. Repeat the "
-                "earlier command to finish it, or give --no-resume to start afresh."
-            )
 
 
 def _write_report(directory: Path, report: TrainingReport, measure: str) -> None:
