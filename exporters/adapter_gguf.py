@@ -152,4 +152,4 @@ def _factors(saved: SavedAdapter, target: _Target) -> tuple[Tensor, Tensor]:
         a, b = a.unflatten(0, (num_experts, -1)), b.unflatten(1, (-1, num_experts)).permute(2, 0, 1)
     b = b[..., target.start : target.stop, :] if target.place.order is None else b[target.place.order]
     rank = a.shape[-2]
-    return a, b * (saved.scaling(target.parameter, rank) / (saved.alpha / rank))
+    return a, b * (saved.scaling(target.parameter, rank) / (saved.alpha / rank))  # llama.cpp multiplies by alpha / rank

@@ -207,7 +207,7 @@ class _Scales:
         self._parts = torch.stack(parts, dim=1).to(original.device)  # [blocks, count, block_size]
         self.parameter = torch.ones(stored.shape, device=original.device)
         decoded = self._parts.sum(1).view_as(original)
-        self.relative_error = float((decoded - original).norm() / original.norm().clamp_min(1e-12))
+        self.relative_error = float((decoded - original).norm() / original.norm().clamp_min(1e-12))  # zeros have none
         self.num_weights = original.numel()
 
     def apply(self) -> None:
@@ -280,7 +280,7 @@ def _train(
             target.kl_lower_bound(_logits(hf_model, batch)).mean().backward()
         for tensor in trained.values():
             tensor.pull_gradient()
-        hf_model.zero_grad(set_to_none=True)
+        hf_model.zero_grad(set_to_none=True)  # their memory is free before the next pass needs it
         optimizer.step()
         schedule.step()
         for tensor in trained.values():

@@ -145,7 +145,7 @@ def _tensors(
 def _documents(encoding: Encoding, checkpoint: LinearCheckpoint, shards: Mapping[str, ShardLayout]) -> dict[str, bytes]:
     plan, stats = encoding.plan, encoding.stats
     config = parse_json((checkpoint.directory / "config.json").read_bytes())
-    config.pop("torch_dtype", None)
+    config.pop("torch_dtype", None)  # the former name of `dtype`
     quantization = quantization_config(plan, checkpoint, encoding.model.hyper.n_layer)
     config |= {"dtype": "bfloat16", "quantization_config": quantization}
     rounding = "rounded by their own squared error"

@@ -196,7 +196,7 @@ def write_patched(source: GGUFSource, output: Path, replacements: Mapping[str, T
         ]
         name_place = source.text_location(gguf_layout.ENCODER_KEY)
         if name_place is not None and name_place[1] == gguf_layout.PADDED_WIDTH:
-            patches.append((0, name_place[0], encoder.ljust(gguf_layout.PADDED_WIDTH).encode()))
+            patches.append((0, name_place[0], encoder.ljust(gguf_layout.PADDED_WIDTH).encode()))  # no offset changes
         for index, partial in enumerate(partials):
             with partial.open("r+b") as target:
                 for file_index, offset, data in patches:

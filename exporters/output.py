@@ -129,7 +129,7 @@ class Encoding:
         ):
             try:
                 yield target, progress
-            except (WriteError, ClusterError):
+            except (WriteError, ClusterError):  # the inputs are sound: the same call can go on
                 raise
             except DynquantError:
                 target.discard()

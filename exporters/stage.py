@@ -162,7 +162,7 @@ def _write_tuned(encoding: Encoding, options: ExportOptions, tuning: TuneOptions
     files = tune_file(encoding.model, written[0], windows, tuning, target, encoding.session, encoder=encoder)
     if not is_gguf:
         written += files
-        files = export_safetensors(encoding, output, shard_max_bytes=split, stored=GGUFSource(files[0]))
+        files = export_safetensors(encoding, output, shard_max_bytes=split, stored=GGUFSource(files[0]))  # tuned bytes
     for file in written:
         file.unlink()
     return files

@@ -132,13 +132,13 @@ def loss_under(
     num_experts, columns = shape[0], shape[-1]
     if hessian is not None:
         h = hessian.to(device, torch.float32)
-        h = (h / h.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]).expand(num_experts, columns, columns)
+        h = (h / h.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]).expand(num_experts, columns, columns)  # near 1
         if protected_column is not None:
             h = h.clone()
             h[:, protected_column, protected_column] += _PROTECTED
         return Loss(h.diagonal(dim1=-2, dim2=-1).contiguous(), h, upper_factor(h))
     metric = torch.ones(num_experts, columns) if importance is None else importance.clone()
-    metric = (metric / metric.mean(-1, keepdim=True)).to(device)
+    metric = (metric / metric.mean(-1, keepdim=True)).to(device)  # a factor on the loss chooses nothing else
     if protected_column is not None:
         metric[:, protected_column] += _PROTECTED
     return Loss(metric)

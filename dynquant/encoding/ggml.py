@@ -87,7 +87,7 @@ def _encode_rows(quant_type: QuantType, task: _Task, *, name: str) -> None:
     library, rows = _library(), task.rows.to(torch.float32).contiguous()
     _check_magnitude(quant_type, rows, task.importance, name=name)
     num_rows, row_length = rows.shape
-    importance = None if task.importance is None else task.importance.data_ptr()
+    importance = None if task.importance is None else task.importance.data_ptr()  # ggml takes NULL for none
     written = library.quantize_chunk(
         quant_type.ggml_id, rows.data_ptr(), task.packed.data_ptr(), 0, num_rows, row_length, importance
     )

@@ -154,7 +154,7 @@ def check_finite(weights: torch.Tensor, *, name: str) -> float:
         return 0.0
     low, high = (float(x) for x in weights.aminmax())
     peak = max(-low, high)
-    if not peak <= torch.finfo(torch.float32).max:
+    if not peak <= torch.finfo(torch.float32).max:  # true of NaN as well
         raise EncodeError(
             f"`{name}` holds NaN or Inf weights, so nothing that is encoded from it can work. The checkpoint is "
             "damaged or was saved after an overflow; fetch it again or repair this tensor."

@@ -54,7 +54,7 @@ class EncodedStore:
         shape = tuple(self.model.source.info(name).shape)
         file = self.directory / f"{name}.{stored.name}"
         if file.is_file() and file.stat().st_size == stored.tensor_bytes(shape):
-            content = np.memmap(file, dtype=np.uint8, mode="c")
+            content = np.memmap(file, dtype=np.uint8, mode="c")  # copy on write: torch wants writable memory
             count_mapped(content.size)
             return torch.from_numpy(content).view(*shape[:-1], stored.row_bytes(shape[-1]))
         packed = TensorEncoder(self.model, self.guidance, self.encoder, self.threads).tensor(name, stored)

@@ -132,5 +132,5 @@ def _packed_integers(codes: Tensor, num_bits: int) -> Tensor:
 def _packed_e2m1(codes: Tensor) -> Tensor:
     """Bit 3 is the sign, bits 0 to 2 the place in _E2M1; the first of two neighbours is in the low bits."""
     places = torch.bucketize(codes.abs(), torch.tensor(_E2M1)).to(torch.uint8)
-    nibbles = (places | ((codes < 0).to(torch.uint8) << 3)).unflatten(-1, (-1, 2))
+    nibbles = (places | ((codes < 0).to(torch.uint8) << 3)).unflatten(-1, (-1, 2))  # -0 becomes 0
     return nibbles[..., 0] | (nibbles[..., 1] << 4)

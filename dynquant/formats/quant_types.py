@@ -95,7 +95,7 @@ def fit_to_row(wanted: QuantType, row_length: int) -> tuple[QuantType, str | Non
     if row_length % wanted.block_size == 0:
         return wanted, None
     chosen = QUANT_TYPES[wanted.fallback] if wanted.fallback else QUANT_TYPES["F16"]
-    if row_length % chosen.block_size:
+    if row_length % chosen.block_size:  # llama.cpp goes one step only
         chosen = QUANT_TYPES["F16"]
     reason = f"rows of {row_length} do not divide into {wanted.name} blocks of {wanted.block_size}: {chosen.name}"
     return chosen, reason

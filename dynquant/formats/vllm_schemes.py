@@ -72,7 +72,7 @@ class Scheme:
             return StoredTensor("weight", "F8_E4M3", (rows, columns)), scale
         packed = StoredTensor("weight_packed", "U8", (rows, columns // 2))
         if self.strategy == "group":
-            return packed, scale._replace(dtype="U8")
+            return packed, scale._replace(dtype="U8")  # exponents of E8M0
         return packed, scale._replace(dtype="F8_E4M3"), StoredTensor("weight_global_scale", "F32", (1,))
 
     def tensor_bytes(self, shape: tuple[int, ...]) -> int:

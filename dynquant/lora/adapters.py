@@ -121,7 +121,7 @@ def load_adapter(model: "PreTrainedModel", path: str | Path, *, is_trainable: bo
         raise AdapterError(f"{path} holds no {CONFIG_NAME}. Give the directory that `save_pretrained` wrote.")
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("error", "Found missing adapter keys")
+            warnings.filterwarnings("error", "Found missing adapter keys")  # PEFT goes on with factors it drew
             adapted = PeftModel.from_pretrained(model, str(path), is_trainable=is_trainable)
     except (ValueError, RuntimeError, OSError, KeyError, UserWarning, SafetensorError) as error:
         raise AdapterError(

@@ -156,7 +156,7 @@ def grouped_low_rank(x: Tensor, ids: Tensor, a: Tensor, b: Tensor) -> Tensor:
         # Grouped products want strides of 16 bytes, and zeros add nothing.
         a, b = functional.pad(a, (0, 0, 0, missing)), functional.pad(b, (0, missing))
     is_here = (ids >= 0) & (ids < num_experts)
-    slots = ids.clamp(0, num_experts - 1).flatten()
+    slots = ids.clamp(0, num_experts - 1).flatten()  # ids of other ranks count as some expert, and are zeroed below
     order = slots.argsort(stable=True)
     counts = torch.zeros(num_experts, dtype=torch.int32, device=x.device)
     ends = counts.scatter_add(0, slots.long(), torch.ones_like(slots, dtype=torch.int32)).cumsum(0, dtype=torch.int32)

@@ -158,7 +158,7 @@ def _experts_delta(layer: PackedLoraExperts, active: list[str], name: str, index
     for adapter in active:
         a, b = (factor[experts].float() for factor in layer.factors(adapter))
         if name != "down_proj":
-            b = b.chunk(2, dim=-2)[name == "up_proj"]
+            b = b.chunk(2, dim=-2)[name == "up_proj"]  # transformers has the rows of gate first
         total = total + layer.scaling[adapter] * (b @ a)
     return total
 

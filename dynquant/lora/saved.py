@@ -73,7 +73,7 @@ class SavedAdapter:
 
     def scaling(self, name: str, rank: int) -> float:
         """Return the factor of the product of the low-rank matrices of the parameter or module `name`."""
-        patterns = self.config.get("alpha_pattern") or {}
+        patterns = self.config.get("alpha_pattern") or {}  # matched as PEFT does: whole last parts of the name
         alpha = next((patterns[p] for p in patterns if re.match(rf"(.*\.)?({p})$", name)), self.config["lora_alpha"])
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 

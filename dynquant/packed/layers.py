@@ -120,7 +120,7 @@ class PackedEmbedding(PackedModule, nn.Embedding):
     ) -> None:
         self._start({"weight": type_name})
         self.num_embeddings, self.embedding_dim, self.padding_idx = count, width, padding_idx
-        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
+        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False  # nn.Embedding's
         self.scale = scale
         self._add_weight("weight", count, width)
         # Follows `module.to(dtype)`, which leaves the bytes alone.

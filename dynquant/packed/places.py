@@ -229,8 +229,8 @@ def order_of_rows(transform: Transform, shape: tuple[int, ...]) -> tuple[Tensor 
         return None, 0.0
     rows = shape[0]
     column = (rows,) + (1,) * (len(shape) - 1)
-    start = transform(torch.zeros(column, dtype=torch.float64)).flatten()
-    order = transform(torch.arange(rows, dtype=torch.float64).reshape(column)).flatten() - start
+    start = transform(torch.zeros(column, dtype=torch.float64)).flatten()  # what it adds to each row
+    order = transform(torch.arange(rows, dtype=torch.float64).reshape(column)).flatten() - start  # where rows come from
     is_moved = bool((order != torch.arange(rows)).any())
     return order.long() if is_moved else None, float(start[0])
 

@@ -163,7 +163,7 @@ def measure_adapter(adapted: Any, batches: Any, progress: Progress) -> list[Chan
     before, after, moved, lengths = [], [], [], []
     for done, batch in enumerate(batches):
         labels = batch.pop("labels")[:, 1:]
-        learned = labels != -100
+        learned = labels != -100  # not the prompt, not the padding
         base, tuned = (_learned_logits(adapted, batch, learned, with_adapter) for with_adapter in (False, True))
         for losses, logits in ((before, base), (after, tuned)):
             losses.append(-logits.log_softmax(-1).gather(1, labels[learned].cpu()[:, None])[:, 0])

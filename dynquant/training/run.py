@@ -105,7 +105,7 @@ class RunDirectory:
         """Return the last complete checkpoint; what was being written when the run was killed is removed."""
         steps = {int(path.name.rpartition("-")[2]): path for path in self.checkpoints.glob("checkpoint-*")}
         for _, path in sorted(steps.items(), reverse=True):
-            if (path / _STATE).is_file():
+            if (path / _STATE).is_file():  # transformers writes it after weights and optimizer
                 return str(path)
             shutil.rmtree(path)
         return None

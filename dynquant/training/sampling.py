@@ -50,7 +50,7 @@ def sampled_windows(
         if not entry_path(directory, key).is_file():
             model = model or load_model(original, dtype).to(device).eval()
             parts = batch.split(_BATCH if model.num_parameters() < LARGE else _BATCH_OF_LARGE)
-            draws = torch.Generator(device).manual_seed(seed + number)
+            draws = torch.Generator(device).manual_seed(seed + number)  # a restart draws the same
             windows = torch.cat([_continue(model, part.to(device), length, columns, draws) for part in parts])
             save_cached(directory, key, {"windows": windows.int().cpu()})
         batches.append(load_cached(directory, key)["windows"].long())

@@ -95,25 +95,25 @@ def trainer_settings(
         "warmup_steps": min(steps, math.ceil(options.warmup * steps)),
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
-        "logging_steps": max(1, every // 4),
+        "logging_steps": max(1, every // 4),  # four training losses for each held-out one, for the plot
         "eval_strategy": "steps",
         "eval_steps": every,
         "save_strategy": "steps",
         "save_steps": every,
-        "save_total_limit": 2,
+        "save_total_limit": 2,  # the best and the last
         "load_best_model_at_end": True,
         "metric_for_best_model": "eval_loss",
         "greater_is_better": False,
-        "restore_callback_states_from_checkpoint": True,
-        "remove_unused_columns": False,
+        "restore_callback_states_from_checkpoint": True,  # early stopping goes on counting after a kill
+        "remove_unused_columns": False,  # the losses read columns that the model's forward does not name
         "seed": options.seed,
         "data_seed": options.seed,
         "use_cpu": on_cpu,
-        "bf16": not on_cpu,
+        "bf16": not on_cpu,  # autocast; factors of the adapter stay float32
         "gradient_checkpointing": checkpointing,
         "dataloader_pin_memory": not on_cpu,
         "report_to": "none",
-        "disable_tqdm": True,
+        "disable_tqdm": True,  # ProgressCallback reports instead
         "log_level": "error",
     }
 

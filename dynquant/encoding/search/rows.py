@@ -44,7 +44,7 @@ class Rows:
     def of(cls, layout: BlockLayout, weights: Tensor) -> "Rows":
         """From float32 weights [E, R, C]."""
         peak = weights.abs().amax(-1, keepdim=True)
-        unit = torch.exp2(torch.frexp(peak).exponent.to(torch.float32).clamp(-126, 127))
+        unit = torch.exp2(torch.frexp(peak).exponent.to(torch.float32).clamp(-126, 127))  # a normal float32
         return cls(layout, (weights / unit).contiguous(), unit)
 
     @property
