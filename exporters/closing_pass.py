@@ -265,8 +265,7 @@ def _train(
     options: TuneOptions,
     progress: Progress,
 ) -> None:
-    for parameter in hf_model.parameters():
-        parameter.requires_grad_(False)
+    hf_model.requires_grad_(False)
     for name in trained:
         live.parameter(name).requires_grad_(True)
     optimizer = torch.optim.Adam(_groups(trained, options, len(steps)), betas=(0.9, 0.99))
@@ -287,8 +286,7 @@ def _train(
             tensor.apply()
         done += batch.numel()
         progress("tune", done, sum(step.numel() for step in steps), unit="tokens")
-    for parameter in hf_model.parameters():
-        parameter.requires_grad_(False)
+    hf_model.requires_grad_(False)
 
 
 def _groups(trained: dict[str, _Scales | _Norm], options: TuneOptions, steps: int) -> list[dict[str, object]]:

@@ -56,8 +56,12 @@ def export_safetensors(
         raise ExportError(f"{output} is the model that is being read; export to another directory.")
     name = (recorded_encoder(stored) if stored is not None else "") or encoding.encoder.name
     layout, config = _lay_out(model, plan)
+    types = {entry.name: entry.quant_type for entry in plan.entries}
     documents, shards = _describe(encoding, layout, config, name, shard_max_bytes or directory.SHARD_BYTES)
-    parts = encoding.parts(whole=_rewritten(layout, plan))
+    keeping = {
+        name for name, place in layout.places.items() if name in types and place.keeps_bytes(types[name])
+    } - layout.copied.keys()
+    parts = encoding.parts(whole=types.keys() - keeping)  # an entry that is not the bytes of GGUF is made at once
     sizes, regions = directory.places_of(output, documents, shards)
     for name, place in layout.places.items():
         if place.key in regions:
@@ -143,16 +147,6 @@ def _lay_out(model: Model, plan: Plan) -> tuple[Layout, dict[str, object]]:
         raise CheckpointError(f"{model.name} holds `{lost[0]}`, which {config.model_type} has no place for.")
     is_tied = all(entry.name != "output.weight" for entry in plan.entries)
     return Layout(places, frozenset(computed)), {**config.raw, "tie_word_embeddings": is_tied}
-
-
-def _rewritten(layout: Layout, plan: Plan) -> frozenset[str]:
-    """Tensors whose entry is not the bytes of GGUF, or is none at all."""
-    places, copied = layout.places, layout.copied
-    return frozenset(
-        entry.name
-        for entry in plan.entries
-        if entry.name in copied or entry.name not in places or not places[entry.name].keeps_bytes(entry.quant_type)
-    )
 
 
 def _copy(target: ResumableOutput, model: Model, copied: Mapping[str, StoredTensor]) -> None:

@@ -10,10 +10,9 @@ Left out: Q1_0 and other types outside the registry, and llama-quantize's file h
 import ctypes
 import importlib.util
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
+from itertools import product
 from pathlib import Path
 from threading import Lock
 from typing import ClassVar
@@ -21,6 +20,7 @@ from typing import ClassVar
 import torch
 
 from dynquant.encoding.interface import Encoder, Request, check_finite
+from dynquant.encoding.parts import as_slice, ranges
 from dynquant.errors import EncodeError
 from dynquant.formats.plain_quants import FLOAT_DTYPES
 from dynquant.formats.quant_types import QuantType
@@ -54,59 +54,47 @@ class GgmlEncoder(Encoder):
             return values
         packed = torch.empty((*weights.shape[:-1], quant_type.row_bytes(weights.shape[-1])), dtype=torch.uint8)
         _library().prepare(quant_type)
-        tasks = list(_tasks(weights, packed, request.importance))
-        threads = min(request.threads or usable_cores(), len(tasks))
-        run = partial(_encode_rows, quant_type, name=request.name)
-        with ThreadPoolExecutor(max(1, threads)) as pool:
-            for task, _ in zip(tasks, pool.map(run, tasks), strict=True):
-                request.progress(task.rows.numel())
+        runs = list(map(as_slice, ranges(weights.shape[1], max(1, CHUNK_WEIGHTS // max(1, weights.shape[-1])))))
+        places = list(product(range(len(weights)), runs))
+
+        def encode_rows(place: tuple[int, slice]) -> int:
+            importance = None if request.importance is None else request.importance[place[0]]
+            _encode_rows(quant_type, weights[place], packed[place], importance, name=request.name)
+            return weights[place].numel()
+
+        with ThreadPoolExecutor(max(1, min(request.threads or usable_cores(), len(places)))) as pool:
+            for num_weights in pool.map(encode_rows, places):
+                request.progress(num_weights)
         return packed
 
 
 encode = GgmlEncoder().encode
 
 
-@dataclass(frozen=True)
-class _Task:
-    """A run of rows of one expert, and where their blocks go."""
+def _encode_rows(
+    quant_type: QuantType, weights: torch.Tensor, packed: torch.Tensor, importance: torch.Tensor | None, *, name: str
+) -> None:
+    """Write the blocks of some rows of one expert to `packed`, under the importance [row_length] of the expert.
 
-    rows: torch.Tensor  # [rows, row_length]
-    packed: torch.Tensor  # [rows, row_bytes]
-    importance: torch.Tensor | None  # [row_length]
-
-
-def _tasks(weights: torch.Tensor, packed: torch.Tensor, importance: torch.Tensor | None) -> Iterator[_Task]:
-    rows_per_task = max(1, CHUNK_WEIGHTS // max(1, weights.shape[-1]))
-    for expert in range(weights.shape[0]):
-        for start in range(0, weights.shape[1], rows_per_task):
-            rows = slice(start, start + rows_per_task)
-            yield _Task(weights[expert, rows], packed[expert, rows], None if importance is None else importance[expert])
-
-
-def _encode_rows(quant_type: QuantType, task: _Task, *, name: str) -> None:
-    library, rows = _library(), task.rows.to(torch.float32).contiguous()
-    _check_magnitude(quant_type, rows, task.importance, name=name)
-    num_rows, row_length = rows.shape
-    importance = None if task.importance is None else task.importance.data_ptr()  # ggml takes NULL for none
-    written = library.quantize_chunk(
-        quant_type.ggml_id, rows.data_ptr(), task.packed.data_ptr(), 0, num_rows, row_length, importance
-    )
-    is_valid = library.validate_row_data(quant_type.ggml_id, task.packed.data_ptr(), task.packed.numel())
-    if written != task.packed.numel() or not is_valid:
-        raise EncodeError(
-            f"`{name}` cannot be encoded as {quant_type.name}: the scale of a block is beyond float16 (the largest "
-            f"weight here is {float(rows.abs().max()):.3g}). Keep this tensor as F32 or BF16."
-        )
-
-
-def _check_magnitude(quant_type: QuantType, rows: torch.Tensor, importance: torch.Tensor | None, *, name: str) -> None:
-    """Refuse NaN, Inf, and weights so large that ggml's float32 sums overflow, on which it aborts the process."""
+    Weights so large that ggml's float32 sums overflow are refused: it would abort the process.
+    """
+    library, rows = _library(), weights.to(torch.float32).contiguous()
     peak = check_finite(rows, name=name)
     heaviest = 1.0 if importance is None else max(1.0, float(importance.max()))
     if quant_type.uses_imatrix and peak * peak * heaviest * rows.shape[-1] > _FLOAT32_MAX:
         raise EncodeError(
             f"`{name}` cannot be encoded as {quant_type.name}: its largest weight {peak:.3g}, squared and weighted by "
             f"an importance of {heaviest:.3g}, overflows float32. Keep this tensor as F32 or BF16."
+        )
+    importance_ptr = None if importance is None else importance.data_ptr()  # ggml takes NULL for none
+    written = library.quantize_chunk(
+        quant_type.ggml_id, rows.data_ptr(), packed.data_ptr(), 0, *rows.shape, importance_ptr
+    )
+    is_valid = library.validate_row_data(quant_type.ggml_id, packed.data_ptr(), packed.numel())
+    if written != packed.numel() or not is_valid:
+        raise EncodeError(
+            f"`{name}` cannot be encoded as {quant_type.name}: the scale of a block is beyond float16 (the largest "
+            f"weight here is {peak:.3g}). Keep this tensor as F32 or BF16."
         )
 
 

@@ -187,13 +187,8 @@ def _saved_modules(model: nn.Module, *, norms: bool, router: bool) -> list[str]:
         parts = path.split(".")
         if norms and "norm" in parts[-1] and any(True for _ in module.parameters(recurse=False)):
             endings.add(parts[-1])
-        if router and _is_router(model, path):
-            endings.add(".".join(parts[-2:]))
+        if router and parts[-1] in ("gate", "router"):  # transformers' names for what stands beside routed experts
+            siblings = dict(model.get_submodule(".".join(parts[:-1])).named_children())
+            if isinstance(siblings.get("experts"), PackedExperts):
+                endings.add(".".join(parts[-2:]))
     return sorted(endings)
-
-
-def _is_router(model: nn.Module, path: str) -> bool:
-    """Return True for a module that stands beside routed experts under the name that transformers gives to routers."""
-    parent, _, name = path.rpartition(".")
-    siblings = dict(model.get_submodule(parent).named_children()) if parent else {}
-    return name in ("gate", "router") and isinstance(siblings.get("experts"), PackedExperts)
