@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dynquant.calibration.second_moments import SecondMoments, load_beside
-from dynquant.calibration.statistics import CalibrationStats
+from dynquant.calibration.second_moments import SecondMoments
+from dynquant.calibration.stage import StatsFile
 from dynquant.checkpoints.model import Model
 from dynquant.encoding.interface import Encoder
 from dynquant.encoding.stream import Guidance, TensorEncoder, encoder_version, guidance_of
@@ -69,24 +69,17 @@ class EncodedStore:
 
 
 def open_store(
-    model: Model,
-    stats: CalibrationStats | None,
-    stats_path: Path,
-    encoder: Encoder,
-    *,
-    stats_hash: str,
-    parent: Path,
-    threads: int | None = None,
+    model: Model, stats: StatsFile | None, encoder: Encoder, parent: Path, threads: int | None = None
 ) -> EncodedStore:
-    """The store below `parent` of what `encoder` makes under these statistics and the second moments beside them.
+    """Return the store below `parent` of what `encoder` makes under statistics and the second moments beside them.
 
     Raises:
         StatsError: the second moments are damaged, or of another calibration.
         WriteError: the directory cannot be made.
     """
-    moments = load_beside(stats_path, stats) if stats is not None and encoder.uses_hessians else None
-    directory = store_directory(parent, model, stats_hash, encoder, moments)
-    return EncodedStore(model, guidance_of(stats, moments), encoder, directory, threads)
+    moments = stats.moments if stats is not None and encoder.uses_hessians else None
+    directory = store_directory(parent, model, "" if stats is None else stats.hash, encoder, moments)
+    return EncodedStore(model, guidance_of(stats and stats.stats, moments), encoder, directory, threads)
 
 
 def store_directory(

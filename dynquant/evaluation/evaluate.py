@@ -420,12 +420,8 @@ def _picture_candidate(
         return
     plan = Plan.load(plan_file)
     plan.check_covers(model.source.names(), model.fingerprint, model.name)
-    stats_path = plan_file.with_name(STATS_NAME)
-    file = stats_of_plan(plan.stats_hash, stats_path)
-    store = open_store(
-        model, file and file.stats, stats_path, load_encoder(options.encoder),
-        stats_hash=plan.stats_hash or "", parent=plan_file.with_name(ENCODED_NAME),
-    )  # fmt: skip
+    stats = stats_of_plan(plan.stats_hash, plan_file.with_name(STATS_NAME))
+    store = open_store(model, stats, load_encoder(options.encoder), plan_file.with_name(ENCODED_NAME))
     rendered = RenderedModel(original.hf_model, store)
     rendered.install({entry.name: entry.type for entry in plan.entries if not entry.quant_type.is_float})
     yield original, plan.predicted_bytes

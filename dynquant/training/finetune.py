@@ -83,8 +83,6 @@ def finetune(options: FinetuneOptions, session: Session = SILENT) -> TrainingRep
             task="finetune",
             base=base.name,
             options=asdict(options.training) | described,
-            trained_examples=len(trainer.train_dataset),
-            held_out_examples=len(trainer.eval_dataset),
             **trained,
             changes=changes,
             notes=notes,

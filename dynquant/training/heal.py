@@ -11,7 +11,7 @@ text, with and without it.
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -87,8 +87,6 @@ def heal(options: HealOptions, session: Session = SILENT) -> TrainingReport:
             task="heal",
             base=healing.base.name,
             options=healing.described_options(),
-            trained_examples=len(train),
-            held_out_examples=len(held),
             **trained,
             changes=changes,
             gap_closed=gaps,
@@ -106,7 +104,7 @@ class _Split:
     measured_on: list[torch.Tensor]
     """Token ids of everything held out, as runs [*]."""
     texts: tuple[Path, ...]
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
 
 
 class _Healing:
@@ -200,7 +198,7 @@ class _Healing:
         """Train an adapter, save to `best` what lies `share` of the way from its start to the best step, free the base.
 
         Returns:
-            `steps`, `best_step` and `history` of the report.
+            Fields of the report, as `trainer.train`.
         """
         # transformers takes seconds to import, which nobody who mistyped a path should wait for
         from transformers import TrainingArguments

@@ -125,7 +125,7 @@ def train(trainer: Trainer, run: RunDirectory) -> dict[str, Any]:
     loss unless the adapter starts from the residual (`heal`).
 
     Returns:
-        `steps`, `best_step` and `history` of the report.
+        Fields of the report: numbers of examples, `steps`, `best_step` and `history`.
     """
     trainer.remove_callback(PrinterCallback)  # which prints every log entry as a dictionary
     checkpoint = run.last_checkpoint()
@@ -137,7 +137,8 @@ def train(trainer: Trainer, run: RunDirectory) -> dict[str, Any]:
     points = [LossPoint(step=entry["step"], train=entry["loss"]) for entry in log if "loss" in entry]
     points += [LossPoint(step=entry["step"], held_out=entry["eval_loss"]) for entry in log if "eval_loss" in entry]
     history = sorted(points, key=lambda point: (point.step, point.train is None))
-    return {"steps": steps, "best_step": best_step, "history": history}
+    counts = {"trained_examples": len(trainer.train_dataset), "held_out_examples": len(trainer.eval_dataset)}
+    return {**counts, "steps": steps, "best_step": best_step, "history": history}
 
 
 def callbacks(options: TrainOptions, progress: Progress) -> list[TrainerCallback]:
