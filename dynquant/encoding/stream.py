@@ -52,11 +52,8 @@ def guidance_of(
     """Return what calibration knows, for an encoder; `protected` are super weights by tensor."""
     if stats is None:
         return Guidance(protected=protected or {})
-    return Guidance(
-        importance=partial(importance, stats),
-        hessian=None if moments is None else partial(hessian, moments, stats),
-        protected=protected or {},
-    )
+    hessians = None if moments is None else partial(hessian, moments, stats)
+    return Guidance(partial(importance, stats), hessians, protected or {})
 
 
 class QuantizedPart(NamedTuple):

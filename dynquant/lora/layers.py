@@ -30,13 +30,9 @@ def check_config(config: LoraConfig) -> None:
             f"`init_lora_weights` is {config.init_lora_weights!r}, which starts from the base weights as numbers; a "
             "packed model has them as bytes. Give True, False or 'gaussian'."
         )
-    variants = [
-        name
-        for name, field in type(config).__dataclass_fields__.items()
-        if field.metadata.get("is_lora_variant") and getattr(config, name)
-    ]
-    if variants:
-        raise AdapterError(f"Packed weights take plain LoRA, and rank-stabilised LoRA, but not `{variants[0]}`.")
+    for name, field in type(config).__dataclass_fields__.items():
+        if field.metadata.get("is_lora_variant") and getattr(config, name):
+            raise AdapterError(f"Packed weights take plain LoRA, and rank-stabilised LoRA, but not `{name}`.")
 
 
 class _Unmergeable:

@@ -46,8 +46,14 @@ class SavedAdapter:
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
         self.config = _read_config(self.directory)
-        self._file = self.directory / WEIGHTS_NAME
-        self.weights = list(_paired(self._file, self._keys()))
+        self._path = self.directory / WEIGHTS_NAME
+        if not self._path.is_file():
+            raise AdapterError(f"{self.directory} holds no {WEIGHTS_NAME}. Save the adapter with `save_pretrained`.")
+        try:
+            self._file = safe_open(self._path, "pt")
+        except SafetensorError as error:
+            raise AdapterError(f"{self._path} cannot be read ({error}): it is damaged. Save it again.") from error
+        self.weights = list(_paired(self._path, list(self._file.keys())))
 
     @property
     def alpha(self) -> float:
@@ -60,33 +66,20 @@ class SavedAdapter:
 
     def load(self, key: str) -> Tensor:
         """One factor, float32. Raises AdapterError: NaN or infinite values."""
-        with safe_open(self._file, "pt") as file:
-            values = file.get_tensor(key).float()
+        values = self._file.get_tensor(key).float()
         if not values.isfinite().all():
-            raise AdapterError(f"`{key}` in {self._file} holds NaN or infinite values: training diverged. Train again.")
+            raise AdapterError(f"`{key}` in {self._path} holds NaN or infinite values: training diverged. Train again.")
         return values
 
     def shape(self, key: str) -> list[int]:
         """Rows and columns of one factor."""
-        with safe_open(self._file, "pt") as file:
-            return file.get_slice(key).get_shape()
+        return self._file.get_slice(key).get_shape()
 
     def scaling(self, name: str, rank: int) -> float:
         """Return the factor of the product of the low-rank matrices of the parameter or module `name`."""
         patterns = self.config.get("alpha_pattern") or {}  # matched as PEFT does: whole last parts of the name
         alpha = next((patterns[p] for p in patterns if re.match(rf"(.*\.)?({p})$", name)), self.config["lora_alpha"])
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
-
-    def _keys(self) -> list[str]:
-        if not self._file.is_file():
-            raise AdapterError(f"{self.directory} holds no {WEIGHTS_NAME}. Save the adapter with `save_pretrained`.")
-        try:
-            with safe_open(self._file, "pt") as file:
-                return list(file.keys())
-        except SafetensorError as error:
-            raise AdapterError(
-                f"{self._file} cannot be read ({error}): it is cut short or damaged. Save it again."
-            ) from error
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
