@@ -41,12 +41,8 @@ def export_safetensors(
     With `stored`, a GGUF file of the same plan, its bytes are taken instead of encoding again.
 
     Raises:
-        PlanError: the plan is not of this model.
-        StatsError: the statistics are missing, superfluous, or of another checkpoint.
-        EncodeError: NaN or Inf weights, or a type without the statistics it needs; partial files are removed.
         CheckpointError: an architecture that cannot be loaded packed.
-        ExportError: no space, an output that is no directory, or an interrupted export of something else.
-        ClusterError: `elsewhere` cannot go on; what is done is kept.
+        PlanError, StatsError, EncodeError, ExportError, ClusterError: as `export_gguf`.
     """
     model, plan = encoding.model, encoding.plan
     encoding.check()
@@ -64,11 +60,10 @@ def export_safetensors(
     parts = encoding.parts(whole=types.keys() - keeping)  # an entry that is not the bytes of GGUF is made at once
     sizes, regions = directory.places_of(output, documents, shards)
     for name, place in layout.places.items():
-        if place.key in regions:
-            stored_whole = regions.pop(place.key)
+        if whole := regions.pop(place.key, None):  # a tensor is written part by part
             for part in parts[name]:
-                num_bytes = stored_whole.num_bytes if part.is_whole else part.num_bytes
-                regions[part.key] = Region(stored_whole.file, stored_whole.offset + part.offset, num_bytes)
+                num_bytes = whole.num_bytes if part.is_whole else part.num_bytes
+                regions[part.key] = Region(whole.file, whole.offset + part.offset, num_bytes)
     header_hash, source = directory.files_hash(documents, shards), "none" if stored is None else stored.fingerprint
     with encoding.writing(sizes, regions, header_hash, stored=source) as (target, progress):
         skip = layout.skipped | layout.copied.keys() | target.finished
