@@ -21,6 +21,7 @@ from dynquant.checkpoints.checkpoint_directory import (
     copied_files,
     files_hash,
     index_of,
+    places_of,
     shards_of,
     tensor_bytes,
     write_small_files,
@@ -32,7 +33,7 @@ from dynquant.formats.scale_fields import num_scales, with_scales
 from dynquant.kernels.bench.harness import options
 from dynquant.packed.layers import EXPERT_PARTS, PackedModule, choose_layout
 from dynquant.packed.places import pack_modules
-from dynquant.storage.resumable_output import Region, ResumableOutput
+from dynquant.storage.resumable_output import ResumableOutput
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "tiny": ("deepseek_v3", {
@@ -98,14 +99,8 @@ def write_random_checkpoint(shape: str, output: Path, *, seed: int = 0, layers: 
     tensors = _tensors(config)
     shards = shards_of(tensors, _SHARD_BYTES)
     documents = {"config.json": as_json(config.to_dict()), **index_of(shards), **copied_files(_bundled_model())}
-    names = [*documents, *shards]
-    sizes = [len(content) for content in documents.values()] + [shard.total_bytes for shard in shards.values()]
-    regions = {name: Region(names.index(name), 0, len(content)) for name, content in documents.items()}
-    for name, shard in shards.items():
-        regions[name] = Region(names.index(name), 0, len(shard.header))
-        regions |= {key: Region(names.index(name), *span) for key, span in shard.spans.items()}
     identity = {"seed": str(seed), "files": files_hash(documents, shards)}
-    with ResumableOutput([output / name for name in names], sizes, regions, identity) as target:
+    with ResumableOutput(*places_of(output, documents, shards), identity) as target:
         write_small_files(target, documents, shards)
         for number, tensor in enumerate(tensors):
             if tensor.key not in target.finished:
