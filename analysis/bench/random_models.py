@@ -177,13 +177,13 @@ def random_packed(config: Any, types: str, device: str = "cuda") -> nn.Module:
     of it.
     """
     model = _empty(config)
-    wanted = dict(part.split("=") for part in types.split(","))
+    type_by_part = dict(part.split("=") for part in types.split(","))
     type_of: dict[str, str] = {}
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding) and not path.endswith(("mlp.gate", "kv_b_proj")):
-            type_of[f"{path}.weight"] = wanted["rest"]
+            type_of[f"{path}.weight"] = type_by_part["rest"]
         elif hasattr(module, "gate_up_proj"):
-            type_of |= {f"{path}.{part}": wanted["experts"] for part in EXPERT_PARTS}
+            type_of |= {f"{path}.{part}": type_by_part["experts"] for part in EXPERT_PARTS}
     pack_modules(model, type_of, dtype=torch.bfloat16)
     return _filled(model, device)
 

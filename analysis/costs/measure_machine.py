@@ -51,13 +51,13 @@ def measure_machine(progress: Progress = ignore_progress) -> Machine:
     """Measure this machine, with PyTorch's number of threads."""
     small = open_model(str(resources.files("dynquant") / "data" / "textbook-moe-16m"))
     parts = (partial(_running, small), _encoding, _error_speeds, _disk_speed)
-    found: dict[str, Any] = {}
+    measurements: dict[str, Any] = {}
     for number, measure in enumerate(parts, 1):
-        found |= measure()
+        measurements |= measure()
         progress("measure", number, len(parts), unit="parts")
     return Machine(
         name=f"{platform.machine()}, PyTorch {torch.__version__}", threads=torch.get_num_threads(),
-        memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), **found,
+        memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), **measurements,
     )  # fmt: skip
 
 

@@ -42,7 +42,7 @@ _WITHOUT_MOMENT = {
 """Weights that read the input of another one, or whose inputs have no second moments."""
 _STORED_BYTES, _FLOAT_BYTES = 2, 4
 _Stage = tuple[list[PlanEntry], list[PlanEntry]]
-"""What is loaded together of a streamed model: dense weights, and routed experts."""
+"""Dense weights and routed experts of what a streamed model loads together: a layer, the embedding, or the head."""
 _BATCH_WINDOWS = 4
 """Windows that calibration runs at a time on a CPU."""
 _ENCODED_AT_ONCE = 1 << 25
