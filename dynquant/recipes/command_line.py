@@ -355,7 +355,7 @@ def _check_pattern(pattern: str) -> None:
         compile_pattern(pattern.lower())
     except ValueError as error:
         raise PlanError(
-            f"The pattern `{pattern:.200}` of the recipe is no regular expression that can be followed: {error!s:.200}. "
+            f"The pattern `{pattern:.200}` of the recipe is no regular expression to follow: {error!s:.200}. "
             "Look-ahead and back references are not known; write alternatives, as ffn_(gate|up|down)_exps."
         ) from error
 
