@@ -88,7 +88,9 @@ def hf_config_of(model: Model) -> Config:
         CheckpointError: an architecture outside the known families.
     """
     if model.hf_directory is not None:
-        return read_config(model.hf_directory, FAMILIES)
+        config = read_config(model.hf_directory, FAMILIES)
+        untied = {"tie_word_embeddings": False} if model.has_own_output else {}
+        return Config(config.path, config.values | untied, config.raw | untied)
     if isinstance(model.source, GGUFSource):
         return config_from_gguf(model.source)
     raise CheckpointError(f"{model.path} has neither config.json nor GGUF metadata, so transformers cannot run it.")
@@ -133,7 +135,12 @@ def _lay_out(model: Model, plan: Plan) -> tuple[Layout, dict[str, object]]:
     """Return where tensors go, and config.json without `quantization_config`."""
     if model.has_vision:
         assert model.hf_directory is not None
-        return lay_out_vision(model, plan, build_meta_vision(model)), read_json(model.hf_directory / "config.json")
+        raw = read_json(model.hf_directory / "config.json")
+        if model.has_own_output:
+            text = raw.get("text_config")
+            for part in (raw, text) if isinstance(text, dict) else (raw,):
+                part["tie_word_embeddings"] = False
+        return lay_out_vision(model, plan, build_meta_vision(model)), raw
     config = hf_config_of(model)
     names = model.source.names()
     places, computed = find_places(config, build_meta_model(config), whole_kv_b="blk.0.attn_kv_b.weight" in names)
