@@ -206,10 +206,9 @@ class ErrorTable(FrozenRecord):
         super().save(path)
         columns = [name for name in ErrorRow.model_fields if not name.startswith(("per_expert", "wanted"))]
         text = io.StringIO()
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        for row in self.rows:
-            writer.writerow(row.model_dump(include=set(columns), mode="json"))
+        writer.writerows(row.model_dump(mode="json") for row in self.rows)
         write_atomically(path.with_suffix(".csv"), text.getvalue())
 
     @classmethod

@@ -10,28 +10,42 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynquant.errors import ExportError
+from dynquant.recipes.plan import Plan
 from dynquant.storage.atomic import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+else:
+    Axes = Figure = Line2D = Any  # matplotlib is imported when something is drawn
+Drawn = tuple[Figure, str] | None
+"""Figure and headline; None when there is nothing to show."""
 
 BLACK, GREY, LIGHT = "#000000", "#6b7280", "#e5e7eb"
 ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
 BLUE, VERMILION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
-TYPE_STYLES = (
-    (VERMILION, "v", "-"),
-    (ORANGE, "s", "--"),
-    (PURPLE, "D", "-."),
-    (GREY, "o", ":"),
-    (GREEN, "^", "-"),
-    (SKY, "P", "--"),
-    (BLUE, "X", "-."),
-)
-"""Colour, marker and dash of the shown types, fewest bits first: warm is crushed, cool is precise."""
+
+
+class Look(NamedTuple):
+    """Looks of a series."""
+
+    color: str
+    marker: str
+    dash: str
+
+    @property
+    def line(self) -> dict[str, str]:
+        """The look as options of `Axes.plot`."""
+        return {"color": self.color, "marker": self.marker, "linestyle": self.dash}
+
+
+_TYPE_COLOURS = (VERMILION, ORANGE, PURPLE, GREY, GREEN, SKY, BLUE)
+TYPE_LOOKS = tuple(map(Look, _TYPE_COLOURS, "vsDo^PX", ("-", "--", "-.", ":", "-", "--", "-.")))
+"""Looks of the shown types, fewest bits first: warm is crushed, cool is precise."""
 GROUP_COLOURS = {
     "routed gate/up": SKY,
     "routed down": BLUE,
@@ -102,7 +116,12 @@ def plain(text: str, limit: int = 80) -> str:
     return line if len(line) <= limit else f"{line[: limit - 1]}…"
 
 
-def new_figure(width: float, height: float, headline: str, subtitle: str, *, legend_rows: int = 0) -> "Figure":
+def plan_title(plan: Plan) -> str:
+    """Return model and recipe of a plan, for a subtitle."""
+    return f"{plain(plan.model, 60)}, plan “{plain(plan.recipe, 40)}”"
+
+
+def new_figure(width: float, height: float, headline: str, subtitle: str, *, legend_rows: int = 0) -> Figure:
     """A figure of width x height inches under a header band with headline, subtitle and room for a legend."""
     from matplotlib.figure import Figure
 
@@ -115,18 +134,19 @@ def new_figure(width: float, height: float, headline: str, subtitle: str, *, leg
     return figure
 
 
-def header_legend(figure: "Figure", handles: list, columns: int) -> None:
+def header_legend(figure: Figure, handles: list, columns: int) -> None:
     """A legend in the header band, clear of the data."""
     width, height = figure.get_size_inches()
-    legend = figure.legend(
-        handles=handles,
-        loc="upper left",
-        bbox_to_anchor=(0.05 / width, 1 - 0.56 / height),
-        ncols=columns,
-        columnspacing=1.4,
-        handlelength=2.6,
-    )
+    place = {"loc": "upper left", "bbox_to_anchor": (0.05 / width, 1 - 0.56 / height)}
+    legend = figure.legend(handles=handles, **place, ncols=columns, columnspacing=1.4, handlelength=2.6)
     legend.set_in_layout(False)
+
+
+def legend_line(label: str, **look: Any) -> Line2D:
+    """Return a line or marker for a legend."""
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], label=label, **look)
 
 
 def number_axis(axis, *, percent: bool = False) -> None:
@@ -141,7 +161,7 @@ def number_axis(axis, *, percent: bool = False) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def layer_axis(axes: "Axes", layers: list[int]) -> None:
+def layer_axis(axes: Axes, layers: list[int]) -> None:
     """Whole layer numbers from the first to the last layer."""
     from matplotlib.ticker import MaxNLocator
 
@@ -165,7 +185,7 @@ def size_unit(num_bytes: float) -> tuple[float, str]:
     return 1e3, "kB"
 
 
-def freeze_layout(figure: "Figure") -> None:
+def freeze_layout(figure: Figure) -> None:
     """Lay the figure out once and keep it so: what follows reads final pixel positions, and saving is faster."""
     engine = figure.get_layout_engine()
     if engine is not None:
@@ -174,7 +194,7 @@ def freeze_layout(figure: "Figure") -> None:
         figure.set_layout_engine(None)
 
 
-def save_figure(figure: "Figure", directory: Path, name: str, headline: str) -> PlotFiles:
+def save_figure(figure: Figure, directory: Path, name: str, headline: str) -> PlotFiles:
     """Write NAME.png (150 dpi) and NAME.svg, each whole or not at all.
 
     Raises:

@@ -18,16 +18,11 @@ _KINDS = ("lost", "won", "changed and wrong", "the same")
 class Answered(Protocol):
     """One question, the file's answer, and what both models said."""
 
-    @property
-    def image(self) -> str: ...
-    @property
-    def question(self) -> str: ...
-    @property
-    def right(self) -> str: ...
-    @property
-    def reference(self) -> str: ...
-    @property
-    def candidate(self) -> str: ...
+    image: str
+    question: str
+    right: str
+    reference: str
+    candidate: str
 
 
 def picture_section(rows: Sequence[tuple[str, str, str, str]], title: str, answers: Sequence[Answered]) -> str:
@@ -44,7 +39,7 @@ def answer_table(answers: Sequence[Answered]) -> str:
     caption = f"{len(answers)} answers: {told}; {min(SHOWN, len(answers))} shown, in this order"
     heads = ("Picture", "Question", "Right answer", "Original", "This plan")
     head = "".join(f'<th scope="col">{name}</th>' for name in heads)
-    rows = "\n".join(_row(one) for one in ordered[:SHOWN])
+    rows = "\n".join(map(_row, ordered[:SHOWN]))
     return (
         f'<div class="scroll pictures" tabindex="0" role="region" aria-label="Answers"><table>'
         f"<caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>\n{rows}\n</tbody></table></div>"
@@ -59,15 +54,12 @@ def _kind(answer: Answered) -> int:
     return 3 if before or answer.reference == answer.candidate else 2
 
 
-def _row(one: Answered) -> str:
-    cells = [_thumbnail(Path(one.image)), escape(one.question), escape(one.right)]
-    cells += [_marked(answer, one.right) for answer in (one.reference, one.candidate)]
+def _row(answer: Answered) -> str:
+    cells = [_thumbnail(Path(answer.image)), escape(answer.question), escape(answer.right)]
+    for text in (answer.reference, answer.candidate):
+        kind, mark = ("right", "✓") if is_right(text, answer.right) else ("wrong", "✗")
+        cells.append(f'<span class="{kind}">{mark} {escape(text) or "(nothing)"}</span>')
     return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
-
-
-def _marked(answer: str, right: str) -> str:
-    kind, mark = ("right", "✓") if is_right(answer, right) else ("wrong", "✗")
-    return f'<span class="{kind}">{mark} {escape(answer) or "(nothing)"}</span>'
 
 
 def _thumbnail(path: Path) -> str:
