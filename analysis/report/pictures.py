@@ -5,33 +5,23 @@ import io
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Protocol
 
 from dynquant.analysis.report.tables import html_table
 from dynquant.evaluation.multiple_choice import is_right
+from dynquant.evaluation.report import Answer
 
 SHOWN = 24
 _THUMBNAIL = 96
 _KINDS = ("lost", "won", "changed and wrong", "the same")
 
 
-class Answered(Protocol):
-    """One question, the file's answer, and what both models said."""
-
-    image: str
-    question: str
-    right: str
-    reference: str
-    candidate: str
-
-
-def picture_section(rows: Sequence[tuple[str, str, str, str]], title: str, answers: Sequence[Answered]) -> str:
+def picture_section(rows: Sequence[tuple[str, str, str, str]], title: str, answers: Sequence[Answer]) -> str:
     """HTML: a before/after table of `rows` (measure, original, plan, comparison), and the answers if there are any."""
     before_after = html_table(title, ("Measure", "Original", "This plan", "Comparison"), rows)
     return before_after + (answer_table(answers) if answers else "")
 
 
-def answer_table(answers: Sequence[Answered]) -> str:
+def answer_table(answers: Sequence[Answer]) -> str:
     """HTML with thumbnails, at most SHOWN: what quantization lost first, then what it won, then what else differs."""
     ordered = sorted(answers, key=_kind)
     counts = [sum(_kind(answer) == kind for answer in answers) for kind in range(len(_KINDS))]
@@ -46,7 +36,7 @@ def answer_table(answers: Sequence[Answered]) -> str:
     )
 
 
-def _kind(answer: Answered) -> int:
+def _kind(answer: Answer) -> int:
     """Index into _KINDS."""
     before, after = is_right(answer.reference, answer.right), is_right(answer.candidate, answer.right)
     if before != after:
@@ -54,7 +44,7 @@ def _kind(answer: Answered) -> int:
     return 3 if before or answer.reference == answer.candidate else 2
 
 
-def _row(answer: Answered) -> str:
+def _row(answer: Answer) -> str:
     cells = [_thumbnail(Path(answer.image)), escape(answer.question), escape(answer.right)]
     for text in (answer.reference, answer.candidate):
         kind, mark = ("right", "✓") if is_right(text, answer.right) else ("wrong", "✗")
