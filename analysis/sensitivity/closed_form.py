@@ -28,11 +28,7 @@ from torch import nn
 from dynquant.checkpoints.tensor_roles import Role, gguf_name_of, role_of
 from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.running.expert_hooks import ExpertCall, expert_modules, record_experts
-from dynquant.running.linear_hooks import (
-    activation_gradients,
-    linear_names,
-    sampled_log_probability,
-)
+from dynquant.running.linear_hooks import activation_gradients, linear_names, sampled_log_probability
 from dynquant.running.staged_passes import StagedPasses
 from dynquant.session import Progress, ignore_progress
 
@@ -61,7 +57,9 @@ def output_sensitivity(
             # Gradients reach a vision tower when its pixels ask for one.
             sampled_log_probability(hf_model(**batch.arguments, use_cache=False).logits, generator).backward()
         progress("measuring sensitivity", sum(lengths[: index + 1]), sum(lengths), unit="tokens")
-    return _means_and_errors(per_window, lengths, _is_tied(hf_model))
+    head = hf_model.get_output_embeddings()
+    is_tied = head is not None and head.weight is hf_model.get_input_embeddings().weight
+    return _means_and_errors(per_window, lengths, is_tied)
 
 
 def streamed_sensitivity(
@@ -107,11 +105,6 @@ def _means_and_errors(
             means.setdefault(name, torch.zeros(count, dtype=torch.float64))[index] = total / lengths[index]
     errors = {name: float(s.std()) / count**0.5 if count > 1 else 0.0 for name, s in sorted(means.items())}
     return {name: float(s.mean()) for name, s in sorted(means.items())}, errors
-
-
-def _is_tied(hf_model: nn.Module) -> bool:
-    head = hf_model.get_output_embeddings()
-    return head is not None and head.weight is hf_model.get_input_embeddings().weight
 
 
 @contextmanager
