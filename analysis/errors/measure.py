@@ -126,11 +126,7 @@ class ErrorMeter(Meter):
 
 
 def _measured_parts(
-    meter: Meter,
-    parts: Sequence[ErrorPart],
-    journal: ErrorJournal | None,
-    elsewhere: Measure | None,
-    progress: Progress,
+    meter: Meter, parts: list[ErrorPart], journal: ErrorJournal | None, elsewhere: Measure | None, progress: Progress
 ) -> Iterator[tuple[ErrorPart, Sums]]:
     """Yield every part with its sums: those of the journal first, then those that are measured and added to it."""
     total, done = sum(part.num_weights * len(part.types) for part in parts), 0
@@ -182,10 +178,7 @@ def build_error_table(
     """
     meter.stats.check_belongs_to(meter.model.fingerprint, meter.model.name)
     formats = meter.formats(type_names)
-    parts = {
-        name: _parts_of(name, tensor.shape, [candidate.name for candidate in candidates], meter.weights_in_memory)
-        for name, (tensor, candidates) in formats.items()
-    }
+    parts = {name: _parts_of(name, *formats[name], meter.weights_in_memory) for name in formats}
     every_part = [part for of_tensor in parts.values() for part in of_tensor]
     waiting: dict[str, dict[ErrorPart, Sums]] = {name: {} for name in parts}
     rows = {}
@@ -241,10 +234,13 @@ def tensor_formats(model: Model, stats: CalibrationStats | None, type_names: Seq
     return formats
 
 
-def _parts_of(name: str, shape: tuple[int, ...], types: Sequence[str], max_weights: int) -> list[ErrorPart]:
+def _parts_of(
+    name: str, tensor: TensorInfo | LinearLayer, candidates: Iterable[StorageFormat], max_weights: int
+) -> list[ErrorPart]:
     """Group the experts that are in memory together, of at most `max_weights` or one alone; a matrix is one expert."""
-    count, step = prod(shape[:-2]), max(1, max_weights // prod(shape[-2:]))
-    return [ErrorPart(name, shape, experts, tuple(types)) for experts in ranges(count, step)]
+    shape, types = tensor.shape, tuple(candidate.name for candidate in candidates)
+    step = max(1, max_weights // prod(shape[-2:]))
+    return [ErrorPart(name, shape, experts, types) for experts in ranges(prod(shape[:-2]), step)]
 
 
 def _row(

@@ -38,12 +38,7 @@ def analyze(options: AnalyzeOptions, session: Session = SILENT) -> ErrorTable:
 
 
 def error_table(
-    model: Model,
-    stats: StatsFile,
-    path: Path,
-    options: TableOptions,
-    session: Session,
-    store: EncodedStore | None = None,
+    model: Model, stats: StatsFile, path: Path, options: TableOptions, session: Session, store: EncodedStore | None
 ) -> ErrorTable:
     """Return the table at `path`, extended by types that it lacks; measure it anew when the statistics changed.
 

@@ -19,10 +19,8 @@ from dynquant.recipes.plan import Plan
 
 NAMED_LAYERS, NAMED_TENSORS = 4, 3
 """Layers named in a panel, and tensors of each; the report lists all."""
-_NAMES = {
-    "activation_error": ("Output error", "relative output error (%)"),
-    "relative_rms": ("Weight error", "relative RMS weight error (%)"),
-}
+_NAMES = {"activation_error": ("Output error", "output error"), "relative_rms": ("Weight error", "RMS weight error")}
+"""Measure -> its name in headlines and on axes."""
 _TOKEN_KINDS = (("image", style.BLUE, "o", "image tokens"), ("text", style.VERMILION, "s", "text tokens"))
 _WIDTHS = {1: 8.5, 2: 11.0, 3: 13.5}
 """Inches of a figure with so many columns."""
@@ -58,10 +56,10 @@ def draw_errors(table: ErrorTable, plan: Plan, measure: str) -> style.Drawn:
     panels = {group: _Panel(rows, types, measure, planned) for group, rows in by_group.items() if rows}
     if not panels:
         return None
-    word, axis_name = _NAMES[measure]
+    word, axis_word = _NAMES[measure]
     outliers = stand_outs(table, measure, types)
     headline = f"{word} by layer: {_outliers_sentence(outliers)}"
-    figure, grid = _panel_grid(panels, headline, _subtitle(table, plan, types), axis_name)
+    figure, grid = _panel_grid(panels, headline, _subtitle(table, plan, types), f"relative {axis_word} (%)")
     style.header_legend(figure, _legend(types, bool(outliers)), columns=len(types) + 2)
     layers = [row.layer for row in table.rows if row.layer is not None]
     limits = _common_range(panels.values())

@@ -79,11 +79,8 @@ def draw_experts(plan: Plan, table: ErrorTable | None, stats: CalibrationStats) 
 
 
 def _routed(plan: Plan) -> list[PlanEntry]:
-    return [
-        entry
-        for entry in plan.entries
-        if entry.role.is_routed_expert and len(entry.shape) == 3 and layer_of(entry.name) is not None
-    ]
+    stacks = [entry for entry in plan.entries if entry.role.is_routed_expert and len(entry.shape) == 3]
+    return [entry for entry in stacks if layer_of(entry.name) is not None]
 
 
 def _headline(tokens: dict[int, np.ndarray], starved: Collection) -> str:

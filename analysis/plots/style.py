@@ -61,23 +61,16 @@ GROUP_COLOURS = {
     "router/norm/other": GREY,
 }
 PNG_DPI = 150
-_RC = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#9ca3af",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "grid.color": LIGHT,
-    "grid.linewidth": 0.7,
-    "legend.frameon": False,
-    "figure.facecolor": "white",
-    "svg.fonttype": "none",
-    "svg.hashsalt": "dynquant",
-    "text.parse_math": False,
+_TITLES = {"titlesize": 10, "titleweight": "bold", "titlelocation": "left"}
+_SETTINGS = {
+    "font": {"size": 9},
+    "axes": {"edgecolor": "#9ca3af", "grid": True, "axisbelow": True, **_TITLES},
+    "axes.spines": {"top": False, "right": False},
+    "grid": {"color": LIGHT, "linewidth": 0.7},
+    "legend": {"frameon": False},
+    "figure": {"facecolor": "white"},
+    "svg": {"fonttype": "none", "hashsalt": "dynquant"},
+    "text": {"parse_math": False},
 }
 
 
@@ -105,7 +98,8 @@ def plot_settings() -> Iterator[None]:
         ) from error
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_RC)
+        for group, settings in _SETTINGS.items():
+            matplotlib.rc(group, **settings)
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         yield
 

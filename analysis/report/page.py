@@ -36,19 +36,10 @@ _FILTER = (
 )
 
 
-def write_report(
-    path: Path,
-    results: PlanResults,
-    plots: Mapping[str, PlotFiles],
-    *,
-    evaluation: Mapping[str, object] | None = None,
-    pictures: str = "",
-) -> None:
+def write_report(path: Path, results: PlanResults, plots: Mapping[str, PlotFiles], *, measured: str = "") -> None:
     """Write the report, whole or not at all. `plots` come from `write_plots`; absent ones are said to be absent.
 
-    Args:
-        evaluation: What `eval` measured, with any nesting.
-        pictures: HTML of `picture_section`.
+    `measured` is HTML of what `eval` found: `tables.evaluation_table` or `pictures.picture_section`.
 
     Raises:
         PlanError, StatsError: table or statistics belong to another checkpoint than the plan.
@@ -61,9 +52,8 @@ def write_report(
     not_asked_for = {"token_errors", "selection", "measured_frontier"} - plots.keys() - below.keys()
     shown = [name for name in PLOT_TEXTS if name not in not_asked_for]
     sections = [_plot_section(name, plots.get(name), below.get(name, "")) for name in shown]
-    if evaluation or pictures:
-        measured = tables.evaluation_table(evaluation) if evaluation else ""
-        sections.append(_section("evaluation", "Before and after", measured + pictures))
+    if measured:
+        sections.append(_section("evaluation", "Before and after", measured))
     every_tensor = _FILTER + tables.plan_table(plan, results.table)
     sections.append(_section("plan-section", "The plan, tensor by tensor", every_tensor))
     sections.append(_section("provenance", "Provenance", _provenance(results)))

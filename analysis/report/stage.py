@@ -1,6 +1,5 @@
 """Plots and report.html of a plan folder, drawn from the files in it."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from dynquant.analysis.errors.table import ErrorTable
@@ -17,15 +16,9 @@ from dynquant.session import Session
 
 
 def write_plan_report(
-    path: str,
-    directory: Path,
-    session: Session,
-    *,
-    base_gguf: Path | None = None,
-    evaluation: Mapping[str, object] | None = None,
-    pictures: str = "",
+    path: str, directory: Path, session: Session, *, base_gguf: Path | None = None, measured: str = ""
 ) -> None:
-    """Draw the plots and report.html of a plan folder, with what `eval` measured if given."""
+    """Draw the plots and report.html of a plan folder; `measured` is as in `write_report`."""
     from dynquant.analysis.plots.all_plots import write_plots
     from dynquant.analysis.plots.groups import PlanResults
     from dynquant.analysis.report.page import write_report
@@ -43,5 +36,5 @@ def write_plan_report(
         token_errors = TokenErrors.load(directory / folder.TOKEN_ERRORS_NAME, plan.fingerprint)
         results = PlanResults(plan, table, stats, super_weights, points, selection, token_errors)
         plots = write_plots(directory / "plots", results, progress)
-    write_report(report, results, plots, evaluation=evaluation, pictures=pictures)
+    write_report(report, results, plots, measured=measured)
     session.note(f"wrote {report}")

@@ -119,14 +119,18 @@ def _observed(hf_model: nn.Module, arch: str, n_layer: int, add: Callable[[str, 
     names = {module: _expert_names(name, arch, n_layer) for name, module in expert_modules(hf_model).items()}
 
     def observe_expert(call: ExpertCall) -> None:
-        names_of, h, y = names[call.module], call.down_input, call.down_output
-        h.register_hook(partial(_add_product, add, names_of[:-1], h.detach()))
-        y.register_hook(partial(_add_output, add, names_of[-1], y.detach()))
+        (*inner, down), h, y = names[call.module], call.down_input.detach(), call.down_output
 
-    hooks = [
-        module.register_forward_hook(partial(linear_hook, name))
-        for name, module in linear_names(hf_model, arch, n_layer).items()
-    ]
+        def add_product(gradient: torch.Tensor) -> None:
+            value = 0.5 * float((gradient * h).square().sum(dtype=torch.float64))
+            for name in inner:
+                add(name, value)
+
+        call.down_input.register_hook(add_product)
+        y.register_hook(partial(_add_output, add, down, y.detach()))
+
+    linears = linear_names(hf_model, arch, n_layer).items()
+    hooks = [module.register_forward_hook(partial(linear_hook, name)) for name, module in linears]
     hooks.append(hf_model.get_input_embeddings().register_forward_hook(embedding_hook))
     try:
         with record_experts(hf_model, observe_expert):
@@ -142,14 +146,6 @@ def _add_output(add: Callable[[str, float], None], name: str, y: torch.Tensor, g
     value = 0.5 * float(products.sum(dtype=torch.float64)) / y.shape[-1]
     for stored in _stored_names(name):
         add(stored, value)
-
-
-def _add_product(
-    add: Callable[[str, float], None], names: tuple[str, ...], h: torch.Tensor, gradient: torch.Tensor
-) -> None:
-    value = 0.5 * float((gradient * h).square().sum(dtype=torch.float64))
-    for name in names:
-        add(name, value)
 
 
 def _stored_names(name: str) -> tuple[str, ...]:

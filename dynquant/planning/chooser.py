@@ -16,13 +16,12 @@ from dynquant.families.linear_layers import LinearCheckpoint
 from dynquant.formats.quant_types import fit_to_row, quant_type
 from dynquant.formats.storage_format import Choice
 from dynquant.formats.vllm_schemes import SCHEMES
-from dynquant.planning.memory_budget import MemoryBudget
 from dynquant.planning.planner import Rules, check_budget_range, coupled_tensors, plan_types, size_range
 from dynquant.planning.target import Target
 from dynquant.recipes.build_plan import fixed_bytes
 from dynquant.recipes.folder import SuperWeight
 from dynquant.recipes.sizes import fixed_safetensors_bytes, safetensors_bytes_at_most
-from dynquant.session import SILENT, Session
+from dynquant.session import Session
 
 _NAMED_STATISTICS = 1024
 """Bytes of a file's header, at most, that name the statistics it was made with."""
@@ -32,14 +31,7 @@ class Chooser:
     """Types at the target's budget for any pricing of a table, with the reason of each kept."""
 
     def __init__(
-        self,
-        model: Model,
-        target: Target,
-        stats: StatsFile,
-        table: ErrorTable,
-        supers: Sequence[SuperWeight],
-        memory: MemoryBudget | None,
-        session: Session = SILENT,
+        self, model: Model, target: Target, stats: StatsFile, table: ErrorTable, rules: Rules, session: Session
     ) -> None:
         self.context = {"recipe": target.recipe, "stats": stats.stats, "stats_hash": stats.hash}
         self._model, self._target = model, target
@@ -48,9 +40,8 @@ class Chooser:
             if not coupled_tensors(table.tensors(), (kind,)):
                 session.note(f"--couple {kind}: this model has no such tensors")
         coupled = coupled_tensors(table.tensors(), target.couple)
-        rules = rules_of(supers, stats.stats)
         self._rules = {flag: replace(rules, floors=flag, coupled=coupled) for flag in (True, False)}
-        self.memory = memory
+        self.memory = target.memory(model)
         self._reasons: dict[tuple[tuple[str, str], ...], dict[str, Choice]] = {}
 
     def __call__(self, table: ErrorTable, *, floors: bool = True, file_bytes: int | None = None) -> dict[str, str]:
@@ -87,9 +78,7 @@ class Chooser:
         return self._fixed + sum(padded(quant_type(types[name]).tensor_bytes(shape)) for name, shape in shapes.items())
 
 
-def check_budget(
-    model: Model, target: Target, types: Sequence[str], memory: MemoryBudget | None, stats: CalibrationStats | None
-) -> None:
+def check_budget(model: Model, target: Target, types: Sequence[str], stats: CalibrationStats | None) -> None:
     """Refuse a budget that no choice among `types` meets, before a tensor is measured.
 
     Without statistics, only what none of them could mend is refused; sizes lack the bytes that name them in the file.
@@ -97,7 +86,7 @@ def check_budget(
     Raises:
         PlanError: as `plan_types` and `MemoryBudget.file_budget`.
     """
-    table = unmeasured_table(model, tensor_formats(model, stats, types), types)
+    memory, table = target.memory(model), unmeasured_table(model, tensor_formats(model, stats, types), types)
     any_hash = None if stats is None else "0" * 64
     fixed = fixed_bytes(model, table.tensors(), recipe=target.recipe, stats=stats, stats_hash=any_hash)
     rules = Rules(coupled=coupled_tensors(table.tensors(), target.couple))

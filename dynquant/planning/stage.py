@@ -21,7 +21,7 @@ from dynquant.families.open import open_and_announce, open_language_model
 from dynquant.formats.quant_types import quant_type
 from dynquant.formats.storage_format import Choice
 from dynquant.formats.vllm_schemes import SCHEMES, vllm_scheme
-from dynquant.planning.chooser import Chooser, SchemeChooser, check_budget
+from dynquant.planning.chooser import Chooser, SchemeChooser, check_budget, rules_of
 from dynquant.planning.options import UNIT_KL, PlanOptions, SearchOptions
 from dynquant.planning.planner import FLOOR_PRICE
 from dynquant.planning.search import Search, encoded_store, search_plans
@@ -67,7 +67,7 @@ def _plan_types(options: PlanOptions, session: Session) -> Plan:
     table = error_table(model, stats, path, measured, session, store)
     supers, table = _probe(model, table, options, session)
     write_token_errors(model, options.stats or stats.path, directory, types, options.encoder, session)
-    chooser = Chooser(model, target, stats, table, supers, target.memory(model), session)
+    chooser = Chooser(model, target, stats, table, rules_of(supers, stats.stats), session)
     selection = None
     if search is not None and store is not None:
         result = search_plans(Search(store, search, chooser, target, options.calibration, session), table)
@@ -167,7 +167,7 @@ def _checked_statistics(
     """Return the statistics of the folder; refuse an impossible budget before they are measured, and after."""
     path = options.output / folder.ERRORS_NAME  # a table that is there already may have more types
     measurable = tuple(dict.fromkeys((*types, *(ErrorTable.load(path).types if path.is_file() else ()))))
-    check = partial(check_budget, model, options.target, measurable, options.target.memory(model))
+    check = partial(check_budget, model, options.target, measurable)
     if is_chosen:
         check(StatsFile(options.stats).stats if options.stats is not None else None)
     stats = statistics_in(
