@@ -52,7 +52,10 @@ def draw_frontier(plan: Plan, table: ErrorTable | None, points: Sequence[Frontie
     if not points:
         return None
     divisor, unit = style.size_unit(plan.predicted_bytes)
-    series = _series(points, divisor)
+    series: dict[str, list[Point]] = {}
+    for point in sorted(points, key=lambda point: point.bytes):
+        name = _LABEL_OF_KIND.get(point.kind, "fixed recipe")
+        series.setdefault(name, []).append((point.bytes / divisor, point.error, style.plain(point.label, 28)))
     if error:
         series[THIS_PLAN] = [(plan.predicted_bytes / divisor, error, f"this plan, {style.plain(plan.recipe, 28)}")]
     headline = _headline(plan, error, points)
@@ -85,14 +88,6 @@ def _is_this_plan(point: FrontierPoint, plan: Plan, error: float | None) -> bool
     """Return whether a priced recipe is the plan itself, which is drawn as the star."""
     same_size = math.isclose(point.bytes, plan.predicted_bytes, rel_tol=1e-3)
     return error is not None and same_size and math.isclose(point.error, error, rel_tol=1e-3)
-
-
-def _series(points: Sequence[FrontierPoint], divisor: float) -> dict[str, list[Point]]:
-    series: dict[str, list[Point]] = {}
-    for point in sorted(points, key=lambda point: point.bytes):
-        name = _LABEL_OF_KIND.get(point.kind, "fixed recipe")
-        series.setdefault(name, []).append((point.bytes / divisor, point.error, style.plain(point.label, 28)))
-    return series
 
 
 def _headline(plan: Plan, error: float | None, points: Sequence[FrontierPoint]) -> str:

@@ -103,13 +103,9 @@ def memory_budget(model: Model, memory: int, *, context: int, kv_type: str) -> M
         CheckpointError: a number is missing in the metadata.
     """
     check_cache(context, kv_type)
-    return MemoryBudget(
-        memory=memory,
-        kv_cache=kv_cache_bytes(model, context, kv_type),
-        compute_buffer=compute_buffer_bytes(model, context, kv_type),
-        cuda_context=CUDA_CONTEXT_BYTES,
-        label=f"{_gb(memory)} of memory with {context:,} tokens of {kv_type} KV cache",
-    )
+    label = f"{_gb(memory)} of memory with {context:,} tokens of {kv_type} KV cache"
+    cache, buffer = kv_cache_bytes(model, context, kv_type), compute_buffer_bytes(model, context, kv_type)
+    return MemoryBudget(memory, cache, buffer, CUDA_CONTEXT_BYTES, label)
 
 
 def check_cache(context: int, kv_type: str) -> None:
@@ -122,12 +118,11 @@ def check_cache(context: int, kv_type: str) -> None:
 
 def kv_cache_bytes(model: Model, context: int, kv_type: str = "f16") -> int:
     """Bytes of K and V of all layers. Raises as `memory_budget`."""
-    shape = _Shape(model)
-    cache_type = QUANT_TYPES[kv_type.upper()]
-    return sum(
-        shape.cells(layer, context) * sum(_row_bytes(row, shape.head_lengths, cache_type) for row in shape.rows(layer))
-        for layer in range(model.hyper.n_layer)
-    )
+    shape, cache_type, total = _Shape(model), QUANT_TYPES[kv_type.upper()], 0
+    for layer in range(model.hyper.n_layer):
+        token = sum(_row_bytes(row, shape.head_lengths, cache_type) for row in shape.rows(layer))
+        total += shape.cells(layer, context) * token
+    return total
 
 
 def compute_buffer_bytes(model: Model, context: int, kv_type: str = "f16") -> int:

@@ -184,16 +184,9 @@ def _search_text(search: Search, table: ErrorTable) -> SearchResult:
         checked = scorer.scored(_drawn(search, base), "checking predictions")
         frontier = scorer.scored(_frontier(search, base), "measuring the frontier")
     pairs = np.array([(plan.predicted_kl, plan.kl.value) for plan in checked if plan.kl])
-    selection = Selection(
-        text=windows.name,
-        num_tokens=scorer.inputs.num_tokens,
-        candidates=tuple(candidates),
-        chosen=chosen,
-        checked=tuple(checked),
-        rank_correlation=rank_correlation(pairs) if checked else None,
-        fit=Fit.of(*pairs.T) if checked else None,
-        frontier=tuple(frontier),
-    )
+    agreement = {"rank_correlation": rank_correlation(pairs), "fit": Fit.of(*pairs.T)} if checked else {}
+    plans = {"candidates": tuple(candidates), "checked": tuple(checked), "frontier": tuple(frontier)}
+    selection = Selection(text=windows.name, num_tokens=scorer.inputs.num_tokens, chosen=chosen, **plans, **agreement)
     return SearchResult(table.priced(candidates[chosen].method), selection)
 
 
@@ -236,10 +229,8 @@ def _proposed(
         points = refine(scorer.rendered, text, base, search.chooser, **rounds)
         last = next(point for point in reversed(points) if point.steps)
         table = table.with_prices(UNIT_KL, prices_from(base, last))
-        candidates += [
-            search.candidate(f"{UNIT_KL}, round {number}", point.types, table.priced(UNIT_KL))
-            for number, point in enumerate(points[1:], start=1)
-        ]
+        for number, point in enumerate(points[1:], start=1):
+            candidates.append(search.candidate(f"{UNIT_KL}, round {number}", point.types, table))
     # Of equal plans the first keeps its label.
     distinct = {tuple(sorted(plan.types.items())): plan for plan in reversed(candidates)}
     return base, table, list(distinct.values())[::-1]

@@ -130,7 +130,7 @@ def _choose(
         raise PlanError(f"No type was stored for `{name}` of {model.name}, a matrix of shape {shape}.")
     asked = quant_type(wanted.type)
     stored, why = fit_to_row(asked, shape[-1])
-    return stored.name, *_with_fallback(wanted.reason, why, asked.name)
+    return stored.name, *_with_fallback(choice.reason, why, asked.name)
 
 
 def _with_fallback(reason: str, why: str | None, asked: str) -> tuple[str, str | None]:
@@ -187,11 +187,11 @@ def plan_for_vllm(
     errors = weighted_errors or {}
     entries: list[PlanEntry] = []
     for unit, linears in checkpoint.units(mixed_experts=mixed_experts).items():
-        wanted = schemes[linears[0].name]
-        asked = SCHEMES[wanted.type]
+        choice = schemes[linears[0].name]
+        asked = SCHEMES[choice.type]
         row_lengths = [linear.shape[-1] for linear in linears]
         scheme, why = fit_to_rows(asked, row_lengths, is_expert=linears[0].is_expert)
-        reason, wanted_type = _with_fallback(wanted.reason, why, asked.name)
+        reason, wanted_type = _with_fallback(choice.reason, why, asked.name)
         of_unit = {"reason": reason, "wanted_type": wanted_type, "group_size": scheme.group_size, "unit": unit}
         for linear in linears:
             fields = {"sources": linear.sources, "modules": linear.modules}
