@@ -150,7 +150,7 @@ def _measured_parts(
             advance(part, len(part.types))
             yield part, sums
     for part, sums in (elsewhere or measured_here)(missing):
-        if elsewhere:
+        if elsewhere:  # workers tell of whole parts alone
             advance(part, len(part.types))
         if journal:
             journal.keep(part, sums)
@@ -271,7 +271,7 @@ def _errors_of(sums: ErrorSums, inputs: InputStats | None) -> dict[str, Any]:
         errors["per_expert_weighted_error"] = tuple(float(_ratio_of(pair)) for pair in weighted)
     counts = None if inputs is None else inputs.sample_counts
     if sums.outputs is not None and counts is not None and counts.any():
-        outputs = torch.tensor(sums.outputs, dtype=torch.float64) / counts.clamp_min(1).unsqueeze(1)
+        outputs = torch.tensor(sums.outputs, dtype=torch.float64) / counts.clamp_min(1).unsqueeze(1)  # per token
         errors["activation_error"] = _ratio_of(_routed_mean(outputs, inputs)).sqrt().item()
         if len(outputs) > 1:
             ratios = (outputs[:, 0] / outputs[:, 1]).sqrt().tolist()
@@ -283,7 +283,7 @@ def _routed_mean(per_expert: torch.Tensor, inputs: InputStats | None) -> torch.T
     """Return the mean of [E, 2] over experts, each weighted by the share of tokens it received."""
     if inputs is None or len(inputs.counts) != len(per_expert) or not int(inputs.counts.sum()):
         return per_expert.mean(0)
-    share = inputs.counts.double() / inputs.counts.sum()
+    share = inputs.counts.double() / inputs.counts.sum()  # [E]
     return (per_expert * share.unsqueeze(1)).sum(0)
 
 

@@ -52,7 +52,7 @@ class ErrorSums(NamedTuple):
     ) -> "ErrorSums":
         """Sum over weights and decoded [E, R, C], under scale [E, C], and over outputs of samples [E, S, C] or None."""
         count, _, columns = weights.shape
-        step = max(1, _ROWS_AT_ONCE // (count * columns))
+        step = max(1, _ROWS_AT_ONCE // (count * columns))  # differences of a whole stack would double its memory
         squared, weighted, outputs = (torch.zeros(count, 2, dtype=torch.float64) for _ in range(3))
         for rows, decoded_rows in zip(weights.split(step, 1), decoded.split(step, 1), strict=True):
             lost = rows - decoded_rows
@@ -105,7 +105,7 @@ class ErrorJournal(Journal):
     def __init__(self, table_path: Path, identity: Mapping[str, str]) -> None:
         super().__init__(table_path.with_name(f"{table_path.name}.journal"))
         self._parts: dict[tuple[str, int, int], Sums] = {}
-        records = self.records if self.belongs_to(identity) else []
+        records = self.records if self.belongs_to(identity) else []  # of the interrupted run
         with self._refusing():
             self.start(identity, records[: self._take_over(records)])
 

@@ -48,7 +48,7 @@ def find_super_experts(stats: CalibrationStats) -> list[SuperExpert]:
 
 def _experts_of(name: str, inputs: InputStats) -> list[SuperExpert]:
     energy = inputs.in_sum2.sum(1)
-    energy_shares = energy / energy.sum().clamp_min(1e-300)
+    energy_shares = energy / energy.sum().clamp_min(1e-300)  # of the layer's input energy
     routing_shares = inputs.counts / inputs.counts.sum().clamp_min(1)
     numbers = zip(inputs.max_out.tolist(), energy_shares.tolist(), routing_shares.tolist(), strict=True)
     return [SuperExpert(name, expert, largest, 0.0, *shares) for expert, (largest, *shares) in enumerate(numbers)]

@@ -126,7 +126,7 @@ def find_super_weights(
             if effect < criteria.min_effect:
                 zeroing.close()
                 continue
-            restore.push(zeroing)
+            restore.push(zeroing)  # it stays zero until the search ends
             same = {name: getattr(first, name) for name in SuperWeight.model_fields if hasattr(first, name)}
             super_weights.append(SuperWeight(**same, value=value, ratio=_ratio(first, spikes), effect=effect))
             spikes, log_probs = spikes_without, log_probs_without
@@ -141,7 +141,7 @@ def ablation(hf_model: nn.Module, super_weight: SuperWeight, token_ids: torch.Te
     token_ids = token_ids.reshape(1, -1)
     matrix = _matrix(hf_model, super_weight.module, super_weight.expert)
     magnitudes = matrix.abs().float()
-    magnitudes[super_weight.row, super_weight.col] = -1.0
+    magnitudes[super_weight.row, super_weight.col] = -1.0  # not among the next-largest
     k = min(k, magnitudes.numel() - 1)
     rows, cols = torch.unravel_index(magnitudes.flatten().topk(k).indices, magnitudes.shape)
     original = _perplexity(hf_model, token_ids)
@@ -161,7 +161,7 @@ def _ratio(spike: DownSpike, spikes: list[DownSpike]) -> float:
     maxima: dict[int, float] = {}
     for other in spikes:
         maxima[other.layer] = max(maxima.get(other.layer, 0.0), abs(other.max_out))
-    return abs(spike.max_out) / max(median(maxima.values()), 1e-30)
+    return abs(spike.max_out) / max(median(maxima.values()), 1e-30)  # an untrained model has zeros
 
 
 def _matrix(hf_model: nn.Module, module: str, expert: int | None) -> torch.Tensor:
@@ -171,7 +171,7 @@ def _matrix(hf_model: nn.Module, module: str, expert: int | None) -> torch.Tenso
         return layer.weight.data
     stack = layer.down_proj
     matrix = stack[expert] if isinstance(stack, StoredExperts) else stack.data[expert]
-    return matrix.T if layer.is_transposed else matrix
+    return matrix.T if layer.is_transposed else matrix  # some experts are stored [in, out]
 
 
 @contextmanager

@@ -112,7 +112,7 @@ def write_token_errors(
 def _samples(inputs: InputStats | None, columns: int) -> torch.Tensor | None:
     if inputs is None or inputs.samples is None or inputs.samples.shape[-1] != columns or len(inputs.samples) != 1:
         return None
-    count = int(inputs.sample_counts[0])
+    count = int(inputs.sample_counts[0])  # unfilled rows are no inputs
     return inputs.samples[0, :count].float() if count else None
 
 

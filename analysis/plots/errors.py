@@ -147,7 +147,7 @@ def _worst_per_layer(values: Iterable[tuple[ErrorRow | TokenError, float]]) -> l
 
 
 def _draw_layers(axes: style.Axes, panel: _Panel, layers: list[int]) -> None:
-    dots = {"s": 4, "alpha": 0.35, "linewidths": 0, "rasterized": True}
+    dots = {"s": 4, "alpha": 0.35, "linewidths": 0, "rasterized": True}  # thousands of vector dots make a huge SVG
     for name, look in zip(panel.types, style.TYPE_LOOKS, strict=False):
         values = panel.values(name)
         if not values:
@@ -194,7 +194,7 @@ def _common_range(panels: Iterable[_Panel]) -> tuple[float, float]:
     """Return one error range for all panels, so that groups compare, with room for names on top."""
     values = [value for panel in panels for name in panel.types for _, value in panel.values(name)]
     low, high = min(values), max(values)
-    span = max(high / low, 3.0)
+    span = max(high / low, 3.0)  # a flat plot would be all noise
     return low / span**0.04, high * span**0.26
 
 

@@ -114,9 +114,9 @@ def _heat(axes: style.Axes, matrix: np.ndarray, unit: str, colours: str, label: 
 
     positive = matrix[np.isfinite(matrix) & (matrix > 0)]
     low, high = (positive.min(), positive.max()) if positive.size else (0.1, 1.0)
-    low, high = (low / 1.1, high * 1.1) if high / low < 1.2 else (low, high)
+    low, high = (low / 1.1, high * 1.1) if high / low < 1.2 else (low, high)  # equal cells need a range too
     palette = colormaps[colours].with_extremes(bad=style.LIGHT)
-    shown = np.ma.masked_where(~(matrix > 0), matrix)
+    shown = np.ma.masked_where(~(matrix > 0), matrix)  # no tokens: no logarithm
     image = axes.imshow(shown, cmap=palette, norm=LogNorm(low, high), aspect="auto", interpolation="none")
     bar = axes.figure.colorbar(image, ax=axes, pad=0.01, fraction=0.04)
     bar.set_label(unit)

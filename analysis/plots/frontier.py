@@ -63,7 +63,7 @@ def draw_frontier(plan: Plan, table: ErrorTable | None, points: Sequence[Frontie
     handles = [style.legend_line(name, **_look(name)) for name in _LOOKS if name in series]
     style.header_legend(figure, handles, columns=4)
     axes = figure.add_subplot()
-    for name in reversed(_LOOKS):
+    for name in reversed(_LOOKS):  # the plan last, on top of all
         if name in series:
             edge = {"markeredgewidth": None} if _LOOKS[name].marker == "." else {"markeredgecolor": "black"}
             above = 5 if name == THIS_PLAN else 3
@@ -73,7 +73,7 @@ def draw_frontier(plan: Plan, table: ErrorTable | None, points: Sequence[Frontie
     axes.set(yscale="log", ylabel=cost_name, xlabel=f"file size ({unit})")
     axes.margins(x=0.12, y=0.12)
     sizes = [size for group in series.values() for size, _, _ in group]
-    if max(sizes) > 4 * min(sizes):
+    if max(sizes) > 4 * min(sizes):  # a shorter range reads better linearly
         axes.set_xscale("log")
         style.number_axis(axes.xaxis)
     style.number_axis(axes.yaxis)

@@ -72,7 +72,7 @@ def _box(axes: style.Axes, entry: PlanEntry, left: int, top: int, width: int, te
 
     palette, norm = _palette()
     red, green, blue, _ = color = palette(norm(entry.quant_type.bits_per_weight))
-    ink = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
+    ink = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"  # BT.601 luma
     axes.add_patch(Rectangle((left, top), width, 1, facecolor=color, edgecolor="white", linewidth=0.8))
     axes.text(left + width / 2, top + 0.53, text, ha="center", va="center", fontsize=size, color=ink)
 

@@ -69,7 +69,7 @@ def _draw_scale(axes: style.Axes, sizes: list[RoleSize], original: int) -> None:
 
 def _draw_roles(axes: style.Axes, sizes: list[RoleSize]) -> None:
     weights, total = sum(size.num_weights for size in sizes), sum(size.bytes for size in sizes)
-    places = list(range(len(sizes)))[::-1]
+    places = list(range(len(sizes)))[::-1]  # the first on top
     for place, size in zip(places, sizes, strict=True):
         color = style.GROUP_COLOURS[size.group]
         share, weight_share = 100 * size.bytes / total, 100 * size.num_weights / weights
@@ -83,7 +83,7 @@ def _draw_roles(axes: style.Axes, sizes: list[RoleSize]) -> None:
         look = {"textcoords": "offset points", "va": "center", "fontsize": 8.5}
         axes.annotate(text, (max(share, weight_share), place), (6, 0), **look)
     widest = max(max(size.bytes / total, size.num_weights / weights) for size in sizes)
-    axes.set_xlim(0, 100 * widest / 0.58)
+    axes.set_xlim(0, 100 * widest / 0.58)  # room for the words beside the longest bar
     axes.set_yticks(places, [size.group for size in sizes])
     axes.set_xticks([tick for tick in axes.get_xticks() if tick <= 100])
     axes.set_xlabel("share of all bytes in the plan (coloured) and of all weights (hatched), in %")

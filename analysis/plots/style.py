@@ -69,8 +69,8 @@ _SETTINGS = {
     "grid": {"color": LIGHT, "linewidth": 0.7},
     "legend": {"frameon": False},
     "figure": {"facecolor": "white"},
-    "svg": {"fonttype": "none", "hashsalt": "dynquant"},
-    "text": {"parse_math": False},
+    "svg": {"fonttype": "none", "hashsalt": "dynquant"},  # text stays text; equal plots are equal files
+    "text": {"parse_math": False},  # a `$` in a tensor's name is no formula
 }
 
 
@@ -106,7 +106,7 @@ def plot_settings() -> Iterator[None]:
 
 def plain(text: str, limit: int = 80) -> str:
     """A name as one printable line of at most `limit` characters."""
-    line = "".join(char if char.isprintable() else "\ufffd" for char in text)
+    line = "".join(char if char.isprintable() else "\ufffd" for char in text)  # names may hold anything
     return line if len(line) <= limit else f"{line[: limit - 1]}…"
 
 
@@ -133,7 +133,7 @@ def header_legend(figure: Figure, handles: list, columns: int) -> None:
     width, height = figure.get_size_inches()
     place = {"loc": "upper left", "bbox_to_anchor": (0.05 / width, 1 - 0.56 / height)}
     legend = figure.legend(handles=handles, **place, ncols=columns, columnspacing=1.4, handlelength=2.6)
-    legend.set_in_layout(False)
+    legend.set_in_layout(False)  # the band has room for it
 
 
 def legend_line(label: str, **look: Any) -> Line2D:
@@ -148,7 +148,7 @@ def number_axis(axis, *, percent: bool = False) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = sorted(axis.get_view_interval())
-    subs = (1.0, 2.0, 5.0) if high / low < 300 else (1.0,)
+    subs = (1.0, 2.0, 5.0) if high / low < 300 else (1.0,)  # fewer ticks on a long axis
     axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=12))
     scale, unit = (100, "%") if percent else (1, "")
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{short_number(scale * value)}{unit}"))
@@ -198,6 +198,6 @@ def save_figure(figure: Figure, directory: Path, name: str, headline: str) -> Pl
     freeze_layout(figure)
     for path, metadata in ((files.png, {"Software": None}), (files.svg, {"Date": None, "Creator": None})):
         buffer = io.BytesIO()
-        figure.savefig(buffer, format=path.suffix[1:], dpi=PNG_DPI, metadata=metadata)
+        figure.savefig(buffer, format=path.suffix[1:], dpi=PNG_DPI, metadata=metadata)  # without date and version
         write_atomically(path, buffer.getvalue())
     return files

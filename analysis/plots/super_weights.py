@@ -74,7 +74,7 @@ def _draw_side(axes: style.Axes, side: dict, layers: list[int], spikes: list[tup
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     span = max(high / low, 2.0)
-    axes.set_ylim(low / span**0.02, max(high, 2 * low) * span**0.2)
+    axes.set_ylim(low / span**0.02, max(high, 2 * low) * span**0.2)  # room for labels on top
     style.number_axis(axes.yaxis)
     style.layer_axis(axes, layers)
 

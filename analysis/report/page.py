@@ -196,7 +196,7 @@ def _content_policy(template: str) -> str:
     """Forbid all requests; allow embedded images and the page's own style and script by hash."""
     parts = {}
     for tag in ("style", "script"):
-        text = re.search(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL).group(1)
+        text = re.search(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL).group(1)  # exactly what the browser hashes
         parts[tag] = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     return (
         f"default-src 'none'; img-src data:; style-src 'sha256-{parts['style']}'; "

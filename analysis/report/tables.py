@@ -29,7 +29,7 @@ class Cell:
     key: float | None = None
 
 
-ABSENT = Cell("\u2014", -1e308)
+ABSENT = Cell("\u2014", -1e308)  # sorts before every number
 Row = Sequence[Cell | str]
 Columns = Mapping[str, Callable[[Any], Cell | str]]
 """Heading -> what a row of the table shows under it of its item."""

@@ -74,7 +74,7 @@ def streamed_sensitivity(
         nonlocal seen
         seen = per_window[index]
 
-    stages = [*range(passes.head), *range(passes.head, -1, -1)]
+    stages = [*range(passes.head), *range(passes.head, -1, -1)]  # up to the head, and back down
     passes.states.check_space(len(stages) // 2 + 2)
     for done, stage in enumerate(stages, 1):
         if done <= passes.head:
@@ -100,7 +100,7 @@ def _means_and_errors(
     means: dict[str, torch.Tensor] = {}
     for index, sums in enumerate(per_window):
         if is_tied and "output.weight" in sums:
-            sums["token_embd.weight"] += sums.pop("output.weight")
+            sums["token_embd.weight"] += sums.pop("output.weight")  # one matrix, read at both ends
         for name, total in sums.items():
             means.setdefault(name, torch.zeros(count, dtype=torch.float64))[index] = total / lengths[index]
     errors = {name: float(s.std()) / count**0.5 if count > 1 else 0.0 for name, s in sorted(means.items())}
@@ -122,7 +122,7 @@ def _observed(hf_model: nn.Module, arch: str, n_layer: int, add: Callable[[str, 
         (*inner, down), h, y = names[call.module], call.down_input.detach(), call.down_output
 
         def add_product(gradient: torch.Tensor) -> None:
-            value = 0.5 * float((gradient * h).square().sum(dtype=torch.float64))
+            value = 0.5 * float((gradient * h).square().sum(dtype=torch.float64))  # 1/2 sum_j (g_j h_j)^2
             for name in inner:
                 add(name, value)
 

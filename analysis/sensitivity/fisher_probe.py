@@ -126,7 +126,7 @@ class _StreamedBackward:
         """Run it; `loss` maps logits [tokens, vocabulary] of a window to a scalar."""
         total = self.replay.num_layers + 1  # the embedding counts as a layer
         with frozen_weights(self.hf_model):
-            for _ in self.replay.keep():
+            for _ in self.replay.keep():  # the inputs of all layers
                 pass
             self._head(loss)
             for done, layer in enumerate(reversed(range(self.replay.num_layers)), start=1):
@@ -155,7 +155,7 @@ class _StreamedBackward:
                 hidden = self.replay.layer_input(index, layer).detach().requires_grad_(True)
                 with torch.enable_grad():
                     self.replay.layer(index, layer, hidden).backward(gradient)
-                below.append(hidden.grad)
+                below.append(hidden.grad)  # flows into the layer below
                 collect()
         self._flowing = below
 
@@ -189,7 +189,7 @@ class _StreamedBackward:
             parameter.requires_grad_(False)
         for name in names:
             total = torch.stack(gradients.pop(name))
-            total += self._parts.pop(name, torch.zeros(()))
+            total += self._parts.pop(name, torch.zeros(()))  # what the head gave a tied embedding
             if is_whole:
                 self.consume(name, total)
             else:

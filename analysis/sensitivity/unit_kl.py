@@ -90,7 +90,7 @@ def refine(
     types = choose(table)
     for _ in range(rounds):
         point = measure_steps(rendered, text, table, types, progress=progress)
-        if points and point.kl >= points[-1].kl:
+        if points and point.kl >= points[-1].kl:  # the last prices were taken too far
             return points
         points.append(point)
         # Only the rows that every tensor can reach in one step.
@@ -183,7 +183,7 @@ def _ratios(steps: Sequence[UnitStep]) -> tuple[dict[str, tuple[float, float]], 
     ratios = {}
     for step in usable:
         error = step.kl_change_se / abs(step.predicted_change)
-        weight = spread**2 / (spread**2 + error**2)
+        weight = spread**2 / (spread**2 + error**2)  # shrinks noisy steps towards the mean
         ratio = weight * step.kl_change / step.predicted_change + (1 - weight) * mean
         ratios[step.group] = (max(ratio, _LEAST * mean), sqrt(weight) * error)
     return ratios, mean

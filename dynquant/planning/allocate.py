@@ -63,7 +63,7 @@ def allocate(options: Mapping[str, Sequence[Option]], budget: int) -> Assignment
     smallest = smallest_total(options)
     if smallest > budget:
         raise ValueError(f"`budget` {budget} is below the smallest total {smallest}")
-    in_order = {name: sorted(options[name]) for name in sorted(options)}
+    in_order = {name: sorted(options[name]) for name in sorted(options)}  # so that the caller's order decides nothing
     best = _solve(in_order, budget, _DEPTH if len(options) <= _MANY else _DEPTH_OF_MANY)
     return {name: best[name] for name in options}
 
@@ -72,7 +72,7 @@ def _solve(options: Mapping[str, Sequence[Option]], budget: int, depth: int) -> 
     fits, left, step = _walk_to(options, budget)
     if step is None:
         return fits
-    above = {**fits, step.name: step.larger}
+    above = {**fits, step.name: step.larger}  # over the budget; exchanges bring it back
     candidates = [fits, *_exchanged(options, fits, left), *_exchanged(options, above, left - step.extra)]
     if depth > 0:
         for center in (fits, above):

@@ -87,7 +87,7 @@ def check_budget(model: Model, target: Target, types: Sequence[str], stats: Cali
         PlanError: as `plan_types` and `MemoryBudget.file_budget`.
     """
     memory, table = target.memory(model), unmeasured_table(model, tensor_formats(model, stats, types), types)
-    any_hash = None if stats is None else "0" * 64
+    any_hash = None if stats is None else "0" * 64  # as long as a real one
     fixed = fixed_bytes(model, table.tensors(), recipe=target.recipe, stats=stats, stats_hash=any_hash)
     rules = Rules(coupled=coupled_tensors(table.tensors(), target.couple))
     smallest, largest = size_range(target.allowed(table), rules, fixed_bytes=fixed)

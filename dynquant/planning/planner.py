@@ -221,7 +221,7 @@ class _Planner:
             floor = floors.get(first)
             least = floor.bits_per_weight if floor else 0
             allowed = [option for option in priced if not floor or QUANT_TYPES[option.type].bits_per_weight >= least]
-            options[first] = allowed or [max(priced)]
+            options[first] = allowed or [max(priced)]  # no type reaches the floor: the largest
         return options
 
     def draft(self, level: int, budget: int | None) -> _Draft | None:

@@ -203,7 +203,7 @@ def _text_windows(search: Search, used: int, window: int) -> tuple[ModelInputs, 
         selection = pack_windows(other, tokenizer, window=window, max_tokens=options.selection_tokens)
     else:
         name = f"{documents.name}, behind the calibrated tokens"
-        selection = windows[used // window + 1 :]
+        selection = windows[used // window + 1 :]  # one window is left out between the two
     if options.select and selection.numel() < min(options.selection_tokens, 4 * window):
         raise StatsError(
             f"{documents.name} has {selection.numel():,} tokens left behind the {used:,} that calibration used; "
@@ -249,7 +249,7 @@ def _drawn(search: Search, table: ErrorTable) -> list[Candidate]:
     around = search.chooser.file_bytes(search.chooser(table))
     drawn = []
     for number in range(search.options.check_plans):
-        factors = {name: float(np.exp(random.normal(0, 0.7))) for name in table.tensors()}
+        factors = {name: float(np.exp(random.normal(0, 0.7))) for name in table.tensors()}  # a factor of about 2
         shaken = {
             name: {row.type: Price(kl=factors[name] * table.cost(row), se=0.0) for row in rows.values()}
             for name, rows in table.tensors().items()

@@ -57,7 +57,7 @@ def _plan_types(options: PlanOptions, session: Session) -> Plan:
     fixed_types = _fixed_types(target, model)
     candidates = [quant_type(name).name for name in target.types] or DEFAULT_TYPES
     types = tuple(dict.fromkeys((*candidates, *(name for name, _ in (fixed_types or {}).values()))))
-    search = _search_of(options) if fixed_types is None else None
+    search = _search_of(options) if fixed_types is None else None  # before hours of measuring
     stats = _checked_statistics(model, options, types, session, is_chosen=fixed_types is None)
     if search is not None:
         _check_runs_whole(model, options, session)
@@ -72,7 +72,7 @@ def _plan_types(options: PlanOptions, session: Session) -> Plan:
     if search is not None and store is not None:
         result = search_plans(Search(store, search, chooser, target, options.calibration, session), table)
         if result.table is not table:
-            table.remembering(result.table).save(path)
+            table.remembering(result.table).save(path)  # prices take long, so they are kept
         table, selection = result.table, result.selection
         selection.save(directory / folder.SELECTION_NAME)
         chosen = _explained_modules(chooser, selection.winner.types, result.choices, session)

@@ -130,7 +130,7 @@ def _choose(
         raise PlanError(f"No type was stored for `{name}` of {model.name}, a matrix of shape {shape}.")
     asked = quant_type(wanted.type)
     stored, why = fit_to_row(asked, shape[-1])
-    return stored.name, *_with_fallback(choice.reason, why, asked.name)
+    return stored.name, *_with_fallback(wanted.reason, why, asked.name)
 
 
 def _with_fallback(reason: str, why: str | None, asked: str) -> tuple[str, str | None]:

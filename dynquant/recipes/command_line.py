@@ -282,7 +282,7 @@ def _parse_command(text: str) -> Recipe:
     positional: list[str] = []
     is_pure = False
     for word in rest:
-        if positional or not word.startswith("--"):
+        if positional or not word.startswith("--"):  # options end at the first other word
             positional.append(word)
         elif word in _TYPE_OPTIONS:
             types[_TYPE_OPTIONS[word]] = _type_name(_value(rest, word), word)
@@ -348,7 +348,7 @@ def _listed(text: str) -> Iterator[tuple[str, str]]:
 
 def _check_pattern(pattern: str) -> None:
     """Refuse what does not compile, and what could keep Python's matcher busy for years on one name."""
-    plain = re.sub(r"\\.|\[\^?\]?(\\.|[^\]\\])*\]", "x", pattern)
+    plain = re.sub(r"\\.|\[\^?\]?(\\.|[^\]\\])*\]", "x", pattern)  # without escapes and classes
     if re.search(r"\)[*+{]", plain) or len(re.findall(r"[*+]|\{\d*,\d*\}", plain)) > _MAX_REPEATS:
         raise PlanError(
             f"The pattern `{pattern:.200}` of the recipe repeats a group, or repeats more than {_MAX_REPEATS} things: "
