@@ -106,9 +106,6 @@ def _written(
     """Measure and write a table, with the rows of `earlier`; what an interrupted run measured is used again.
 
     `identity` is what decides its numbers beside types, model, statistics and version.
-
-    Raises:
-        PlanError: the journal cannot be written.
     """
     origin = {"tool": __version__, "fingerprint": meter.model.fingerprint, "stats": stats_hash}
     with ErrorJournal(output, {**origin, "types": " ".join(type_names), **identity}) as journal:

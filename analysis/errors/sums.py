@@ -120,11 +120,7 @@ class ErrorJournal(Journal):
         return sums if sums is not None and sums.keys() == set(part.types) else None
 
     def keep(self, part: ErrorPart, sums: Sums) -> None:
-        """Put what was measured of a part on the disk.
-
-        Raises:
-            PlanError: it cannot be written.
-        """
+        """Put what was measured of a part on the disk, or raise PlanError."""
         with self._refusing():
             self.add({"name": part.name, "experts": [part.experts.start, part.experts.stop], "sums": sums})
 

@@ -59,7 +59,10 @@ def draw_errors(table: ErrorTable, plan: Plan, measure: str) -> style.Drawn:
     word, axis_word = _NAMES[measure]
     outliers = stand_outs(table, measure, types)
     headline = f"{word} by layer: {_outliers_sentence(outliers)}"
-    figure, grid = _panel_grid(panels, headline, _subtitle(table, plan, types), f"relative {axis_word} (%)")
+    left_out = len(set(table.types)) - len(types)
+    note = f", {left_out} more types measured but not drawn" if left_out else ""
+    subtitle = f"{style.plan_title(plan)}, encoder {style.plain(table.encoder, 20)}{note}"
+    figure, grid = _panel_grid(panels, headline, subtitle, f"relative {axis_word} (%)")
     style.header_legend(figure, _legend(types, bool(outliers)), columns=len(types) + 2)
     layers = [row.layer for row in table.rows if row.layer is not None]
     limits = _common_range(panels.values())
@@ -121,12 +124,6 @@ def _outliers_sentence(outliers: Sequence[StandOut]) -> str:
         return "no tensor sticks out of its role"
     names = "tensor sticks" if len(outliers) == 1 else "tensors stick"
     return f"{len(outliers)} {names} out of their role, worst {style.plain(outliers[0].row.name, 40)}"
-
-
-def _subtitle(table: ErrorTable, plan: Plan, types: list[str]) -> str:
-    left_out = len(set(table.types)) - len(types)
-    note = f", {left_out} more types measured but not drawn" if left_out else ""
-    return f"{style.plan_title(plan)}, encoder {style.plain(table.encoder, 20)}{note}"
 
 
 def _legend(types: list[str], has_stand_outs: bool) -> list:

@@ -159,10 +159,9 @@ def starved_table(starved: Sequence[tuple[int, int, int]]) -> str:
 
 def selection_table(selection: Selection) -> str:
     """List every candidate with its interval; the chosen one is named."""
-    labels = [
-        plan.label + (" (chosen)" if i == selection.chosen else "") for i, plan in enumerate(selection.candidates)
-    ]
-    table = _candidates(f"Candidates on {selection.text}", labels, selection.candidates)
+    candidates, winner = list(selection.candidates), selection.winner
+    candidates[selection.chosen] = winner.model_copy(update={"label": f"{winner.label} (chosen)"})
+    table = _candidates(f"Candidates on {selection.text}", candidates)
     if selection.rank_correlation is None:
         return table
     rho = selection.rank_correlation
@@ -174,19 +173,18 @@ def selection_table(selection: Selection) -> str:
 
 def frontier_table(selection: Selection) -> str:
     """List the measured frontier, smallest file first."""
-    points = sorted(selection.frontier, key=lambda plan: plan.bytes)
-    return _candidates(f"Frontier on {selection.text}", [plan.label for plan in points], points)
+    return _candidates(f"Frontier on {selection.text}", sorted(selection.frontier, key=lambda plan: plan.bytes))
 
 
-def _candidates(caption: str, labels: Sequence[str], plans: Sequence[Candidate]) -> str:
+def _candidates(caption: str, plans: Sequence[Candidate]) -> str:
     columns: Columns = {
-        "Plan": lambda labelled: labelled[0],
-        "Bytes": lambda labelled: number(labelled[1].bytes, _GROUPED),
-        "Prices added up": lambda labelled: number(labelled[1].predicted_kl, "{:.4f}".format),
-        "Measured KL": lambda labelled: _estimate(labelled[1].kl, 1),
-        "Same top token, %": lambda labelled: _estimate(labelled[1].top1, 100),
+        "Plan": lambda plan: plan.label,
+        "Bytes": lambda plan: number(plan.bytes, _GROUPED),
+        "Prices added up": lambda plan: number(plan.predicted_kl, "{:.4f}".format),
+        "Measured KL": lambda plan: _estimate(plan.kl, 1),
+        "Same top token, %": lambda plan: _estimate(plan.top1, 100),
     }
-    return _sortable(caption, zip(labels, plans, strict=True), columns)
+    return _sortable(caption, plans, columns)
 
 
 def _estimate(value: Estimate | None, scale: float) -> Cell:

@@ -134,11 +134,7 @@ class SchemeChooser:
         return {"fixed_bytes": fixed, "stored_bytes": lambda row: stored[row.name, row.type]}
 
     def check_budget(self, model: Model, budget: int) -> None:
-        """Refuse a budget that `choose` would refuse, before anything is measured.
-
-        Raises:
-            PlanError: as `choose`.
-        """
+        """Raise PlanError for a budget that `choose` would refuse, before anything is measured."""
         table = unmeasured_table(model, scheme_formats(self.checkpoint, self.candidates), tuple(SCHEMES))
         check_budget_range(budget, *size_range(table, self.rules, **self.sizes), "vllm")
 

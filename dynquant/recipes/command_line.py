@@ -210,18 +210,12 @@ def recipe_types(recipe: str, model: Model) -> dict[str, Choice]:
         for name, reason in reasons.items()
         if reason is not None and not stays_f32(name, shapes[name])
     }
-    unnamed = [name for name, choice in named.items() if choice is None]
-    return (
-        copied | {name: choice for name, choice in named.items() if choice} | _by_base(parsed, model, shapes, unnamed)
-    )
+    chosen = copied | {name: choice for name, choice in named.items() if choice}
+    return chosen | _by_base(parsed, model, shapes, [name for name, choice in named.items() if choice is None])
 
 
 def _read_recipe(recipe: str) -> str:
-    """Return the text of a file, or `recipe` itself when it has the form of one.
-
-    Raises:
-        PlanError: neither, or not text.
-    """
+    """Return the text of a file, or `recipe` itself when it has the form of one."""
     if os.path.isfile(recipe):
         try:
             return Path(recipe).read_text()
