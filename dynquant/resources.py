@@ -9,7 +9,6 @@ import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 from dynquant.errors import DeviceError, PlanError
 
@@ -71,21 +70,6 @@ def human_bytes(count: int) -> str:
     return f"{value:.2f} TB"
 
 
-class Traffic(NamedTuple):
-    """Bytes since the process began; None where the system does not tell."""
-
-    read: int | None
-    written: int | None
-
-    def since(self, start: "Traffic") -> "Traffic":
-        """Return the bytes that were added after `start`."""
-        return Traffic(*(None if a is None or b is None else a - b for a, b in zip(self, start, strict=True)))
-
-    def plus(self, other: "Traffic") -> "Traffic":
-        """The sum of two spans."""
-        return Traffic(*(None if a is None or b is None else a + b for a, b in zip(self, other, strict=True)))
-
-
 def count_mapped(num_bytes: int) -> None:
     """Add bytes that were read through a memory map."""
     global _mapped_bytes
@@ -97,13 +81,13 @@ def count_mapped_files(files: Iterable[Path]) -> None:
     count_mapped(sum(file.stat().st_size for file in files))
 
 
-def traffic() -> Traffic:
-    """Bytes read and written until now."""
+def traffic() -> tuple[int | None, int | None]:
+    """Bytes read and written since the process began; None where the system does not tell."""
     try:
         counts = dict(line.split(": ") for line in _IO.read_text().splitlines())
-        return Traffic(int(counts["rchar"]) + _mapped_bytes, int(counts["wchar"]))
+        return int(counts["rchar"]) + _mapped_bytes, int(counts["wchar"])
     except (OSError, KeyError, ValueError):
-        return Traffic(None, None)
+        return None, None
 
 
 def peak_memory_bytes() -> int | None:

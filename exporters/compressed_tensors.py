@@ -19,13 +19,13 @@ from dynquant.encoding.vllm import EncodedLayer, encode_layers, nvfp4_global_sca
 from dynquant.errors import ExportError
 from dynquant.exporters.compressed_config import quantization_config, transformers_problem
 from dynquant.exporters.model_card import compressed_card
-from dynquant.exporters.output import Encoding, directory_regions, writing
+from dynquant.exporters.output import Encoding, writing
 from dynquant.families.linear_layers import LinearCheckpoint, LinearLayer
 from dynquant.recipes.build_plan import check_linears, schemes_of
 from dynquant.recipes.plan import Plan, PlanEntry
 from dynquant.recipes.sizes import tensors_of_checkpoint
 from dynquant.session import Progress
-from dynquant.storage.resumable_output import Region, ResumableOutput
+from dynquant.storage.resumable_output import ResumableOutput
 from dynquant.storage.strict_json import parse_json
 
 _TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -53,18 +53,14 @@ def export_compressed_tensors(
     )
     documents = _documents(encoding, checkpoint, shards)
     staging = output.with_name(f".{output.name}.partial")
-    sizes, regions = directory_regions(documents, shards)
-    for name, shard in shards.items():
-        regions |= {key: Region(regions[name].file, *span) for key, span in shard.spans.items()}
     identity = encoding.identity(directory.files_hash(documents, shards))
-    paths = [staging / name for name in sizes]
-    target = ResumableOutput(paths, list(sizes.values()), regions, identity, resume=encoding.resume)
+    target = ResumableOutput(*directory.places_of(staging, documents, shards), identity, resume=encoding.resume)
     try:
         with writing(target, encoding.session) as progress:
             directory.write_small_files(target, documents, shards)
             for name, tensor in _tensors(encoding, checkpoint, target.finished, progress):
                 target.write(name, directory.tensor_bytes(tensor))
-            target.commit()
+            paths = target.commit()
     finally:
         if not any(staging.iterdir()):
             staging.rmdir()  # nothing is left of what could not be exported
@@ -76,7 +72,7 @@ def export_compressed_tensors(
         ) from error
     if problem := transformers_problem(plan):
         encoding.session.note(f"vLLM loads this checkpoint, transformers does not: {problem}")
-    return [output / name for name in sizes]
+    return [output / path.name for path in paths]
 
 
 def check_is_free(output: Path) -> None:
@@ -159,6 +155,8 @@ def _documents(encoding: Encoding, checkpoint: LinearCheckpoint, shards: Mapping
     config.pop("torch_dtype", None)
     quantization = quantization_config(plan, checkpoint, encoding.model.hyper.n_layer)
     config |= {"dtype": "bfloat16", "quantization_config": quantization}
+    if encoding.model.has_own_output:
+        config["tie_word_embeddings"] = False  # vLLM would believe a configuration that ties them
     rounding = "rounded by their own squared error"
     if stats is not None:
         used = "scales fitted under the mean squares"

@@ -93,9 +93,9 @@ def _export_file(encoding: Encoding, output: Path, split_max_bytes: int | None) 
     _check_output(encoding.model, output)
     files = _layout(encoding, split_max_bytes)
     parts = encoding.parts()
-    paths, sizes = gguf_layout.split_paths(output, len(files)), [file.total_bytes for file in files]
+    sizes = dict(zip(gguf_layout.split_paths(output, len(files)), (file.total_bytes for file in files), strict=True))
     identity = encoding.identity(hashlib.sha256(b"".join(file.header for file in files)).hexdigest())
-    target = ResumableOutput(paths, sizes, _regions(files, parts), identity, resume=encoding.resume)
+    target = ResumableOutput(sizes, _regions(files, parts), identity, resume=encoding.resume)
     with writing(target, encoding.session) as progress:
         for number, file in enumerate(files):
             if _header_region(number) not in target.finished:

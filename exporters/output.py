@@ -10,14 +10,13 @@ from dynquant import __version__
 from dynquant.calibration.second_moments import SecondMoments
 from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.model import Model
-from dynquant.checkpoints.safetensors_format import ShardLayout
 from dynquant.encoding import stream
 from dynquant.encoding.interface import Encoder, ProtectedWeight
 from dynquant.encoding.parts import PartLimits, TensorPart
 from dynquant.errors import ClusterError, DynquantError, PlanError, StatsError, WriteError
 from dynquant.recipes.plan import Plan
 from dynquant.session import SILENT, Progress, Session
-from dynquant.storage.resumable_output import Region, ResumableOutput
+from dynquant.storage.resumable_output import ResumableOutput
 
 
 @dataclass(frozen=True)
@@ -120,16 +119,6 @@ class Encoding:
             progress=progress,
             skip=skip,
         )
-
-
-def directory_regions(
-    documents: Mapping[str, bytes], shards: Mapping[str, ShardLayout]
-) -> tuple[dict[str, int], dict[str, Region]]:
-    """Return the sizes of a directory's files, and the places of small files and headers of shards by file name."""
-    heads = dict(documents) | {name: shard.header for name, shard in shards.items()}
-    sizes = {name: len(content) for name, content in documents.items()}
-    sizes |= {name: shard.total_bytes for name, shard in shards.items()}
-    return sizes, {name: Region(number, 0, len(heads[name])) for number, name in enumerate(sizes)}
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from dynquant.encoding.parts import TensorPart, load_packed_part
 from dynquant.encoding.stream import QuantizedPart
 from dynquant.errors import CheckpointError, ExportError
 from dynquant.exporters.model_card import packed_card
-from dynquant.exporters.output import Encoding, directory_regions, writing
+from dynquant.exporters.output import Encoding, writing
 from dynquant.families.common.config import Config, read_config, read_json
 from dynquant.families.common.conversion import ConvertedSource, load_finite
 from dynquant.families.from_gguf import config_from_gguf, tokenizer_files
@@ -71,12 +71,16 @@ def export_safetensors(
     layout = _lay_out_vision(model, plan) if model.has_vision else _lay_out_language(model, plan)
     documents, shards = _describe(model, plan, layout, name, shard_max_bytes or directory.SHARD_BYTES)
     parts = encoding.parts(whole=_rewritten(layout, plan))
-    sizes, regions = directory_regions(documents, shards)
-    regions |= _part_regions(layout, shards, parts, regions)
+    sizes, regions = directory.places_of(output, documents, shards)
+    for name, place in layout.places.items():
+        if place.key in regions:
+            stored_whole = regions.pop(place.key)
+            for part in parts[name]:
+                num_bytes = stored_whole.num_bytes if part.is_whole else part.num_bytes
+                regions[part.key] = Region(stored_whole.file, stored_whole.offset + part.offset, num_bytes)
     identity = encoding.identity(directory.files_hash(documents, shards))
     identity["stored"] = stored.fingerprint if stored is not None else "none"
-    paths = [output / name for name in sizes]
-    target = ResumableOutput(paths, list(sizes.values()), regions, identity, resume=encoding.resume)
+    target = ResumableOutput(sizes, regions, identity, resume=encoding.resume)
     with writing(target, encoding.session) as progress:
         skip = layout.skipped | layout.copied.keys() | target.finished
         directory.write_small_files(target, documents, shards)
@@ -88,7 +92,7 @@ def export_safetensors(
         files = target.commit()
     for path in output.glob("model*"):
         # Weights of an older export in the same directory, which the new index does not name.
-        if _WEIGHTS_NAME.fullmatch(path.name) and path.name not in sizes:
+        if _WEIGHTS_NAME.fullmatch(path.name) and path not in sizes:
             path.unlink()
     return files
 
@@ -100,7 +104,9 @@ def hf_config_of(model: Model) -> Config:
         CheckpointError: an architecture outside the known families.
     """
     if model.hf_directory is not None:
-        return read_config(model.hf_directory, FAMILIES)
+        config = read_config(model.hf_directory, FAMILIES)
+        untied = {"tie_word_embeddings": False} if model.has_own_output else {}
+        return Config(config.path, config.values | untied, config.raw | untied)
     if isinstance(model.source, GGUFSource):
         return config_from_gguf(model.source)
     raise CheckpointError(f"{model.path} has neither config.json nor GGUF metadata, so transformers cannot run it.")
@@ -155,7 +161,12 @@ def _lay_out_language(model: Model, plan: Plan) -> _Layout:
 def _lay_out_vision(model: Model, plan: Plan) -> _Layout:
     assert model.hf_directory is not None
     layout = lay_out_vision(model, plan, build_meta_vision(model))
-    return _Layout(layout.places, layout.parts, layout.copied, read_json(model.hf_directory / "config.json"))
+    config = read_json(model.hf_directory / "config.json")
+    if model.has_own_output:
+        text = config.get("text_config")
+        config |= {"tie_word_embeddings": False}
+        config |= {"text_config": text | {"tie_word_embeddings": False}} if isinstance(text, dict) else {}
+    return _Layout(layout.places, layout.parts, layout.copied, config)
 
 
 def _rewritten(layout: _Layout, plan: Plan) -> frozenset[str]:
@@ -166,23 +177,6 @@ def _rewritten(layout: _Layout, plan: Plan) -> frozenset[str]:
         for entry in plan.entries
         if entry.name in copied or entry.name not in places or not places[entry.name].keeps_bytes(entry.quant_type)
     )
-
-
-def _part_regions(
-    layout: _Layout,
-    shards: Mapping[str, ShardLayout],
-    parts: Mapping[str, list[TensorPart]],
-    headers: Mapping[str, Region],
-) -> dict[str, Region]:
-    """Return the places of all parts in the files that `headers` number."""
-    spans = {key: (headers[name].file, *span) for name, shard in shards.items() for key, span in shard.spans.items()}
-    return {
-        part.key: Region(file, start + part.offset, length if part.is_whole else part.num_bytes)
-        for name, place in layout.places.items()
-        if place.key in spans
-        for file, start, length in [spans[place.key]]
-        for part in parts[name]
-    }
 
 
 def _copy(target: ResumableOutput, model: Model, copied: Mapping[str, StoredTensor]) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from dynquant.checkpoints.safetensors_format import ShardLayout, StoredTensor, group_by_size, lay_out
 from dynquant.checkpoints.safetensors_source import INDEX_NAME, SINGLE_NAME
-from dynquant.storage.resumable_output import ResumableOutput
+from dynquant.storage.resumable_output import Region, ResumableOutput
 
 SHARD_BYTES = 5_000_000_000
 _COPIED_FILES = (
@@ -52,6 +52,20 @@ def files_hash(documents: Mapping[str, bytes], shards: Mapping[str, ShardLayout]
     for content in (*documents.values(), *(shard.header for shard in shards.values())):
         digest.update(len(content).to_bytes(8, "little") + content)
     return digest.hexdigest()
+
+
+def places_of(
+    output: Path, documents: Mapping[str, bytes], shards: Mapping[str, ShardLayout]
+) -> tuple[dict[Path, int], dict[str, Region]]:
+    """Return the sizes of the files in `output`, and what is written there: documents and headers of shards under the
+    names of the files, tensors under their keys."""
+    sizes, regions = {}, {}
+    for number, (name, content) in enumerate(documents.items()):
+        sizes[output / name], regions[name] = len(content), Region(number, 0, len(content))
+    for number, (name, shard) in enumerate(shards.items(), start=len(documents)):
+        sizes[output / name], regions[name] = shard.total_bytes, Region(number, 0, len(shard.header))
+        regions |= {key: Region(number, *span) for key, span in shard.spans.items()}
+    return sizes, regions
 
 
 def write_small_files(

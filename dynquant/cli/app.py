@@ -50,27 +50,10 @@ def version() -> None:
     console.say(__version__)
 
 
-_COMMANDS = {
-    "calibrate": calibrate,
-    "analyze": analyze,
-    "plan": plan,
-    "export": export,
-    "tune": tune,
-    "eval": evaluate,
-    "compare": compare,
-    "compare-encoders": compare_encoders,
-    "finetune": finetune,
-    "heal": heal,
-    "export-adapter": export_adapter,
-    "inspect": inspect,
-    "measure-machine": measure_machine,
-    "recipe": recipe,
-    "diff": diff,
-    "super-weights": super_weights,
-    "demo": demo,
-    "version": version,
-}
-for _name, _function in _COMMANDS.items():
+_STEPS = (calibrate, analyze, plan, export, tune, evaluate, compare, compare_encoders, finetune, heal, export_adapter)
+_VIEWS = (inspect, measure_machine, recipe, diff, super_weights, demo, version)
+for _function in (*_STEPS, *_VIEWS):
+    _name = "eval" if _function is evaluate else _function.__name__.replace("_", "-")
     app.command(_name, epilog="Every command also takes --json-progress FILE (- is stderr) and --debug.")(
         from_options(_function)
     )

@@ -81,11 +81,11 @@ def compare(options: CompareOptions, session: Annotated[Session, Only(("threads"
 
     Example: dynquant compare ./model --recipes llama-iq1_s,r1-iq1_s --text held-out.txt -o comparison/
     """
-    results = _Results(options.output / "compare.json", options.model, options.questions, session)
+    results = _Results(options.output / "compare.json", options, session)
     for recipe in options.recipes:
         size = _measure_plan(recipe, Target(preset=recipe), options, results)
         _measure_plan(f"{PLAN_PREFIX}{recipe}", Target(size=str(size)), options, results)
-    results.show(options.output / "compare.md", recipe_table)
+    results.show(recipe_table)
 
 
 def compare_encoders(options: CompareEncodersOptions, session: Annotated[Session, Only(("device", "threads"))]) -> None:
@@ -95,7 +95,7 @@ def compare_encoders(options: CompareEncodersOptions, session: Annotated[Session
     """
     from dynquant.calibration.stage import calibrate
 
-    results = _Results(options.output / "encoders.json", options.model, options.questions, session)
+    results = _Results(options.output / "encoders.json", options, session)
     stats = options.output / "stats.safetensors"
     if not stats.is_file():
         calibrate(CalibrateOptions(model=options.model, output=stats, calibration=options.calibration), session)
@@ -105,30 +105,37 @@ def compare_encoders(options: CompareEncodersOptions, session: Annotated[Session
             if not options.keep:
                 for file in options.output.glob(f"{recipe}-{encoder}*.gguf"):
                     file.unlink()
-    results.show(options.output / "encoders.md", encoder_table)
+    results.show(encoder_table)
 
 
 class _Results:
     """Rows of a comparison by name, written to `path` after every file."""
 
-    def __init__(self, path: Path, model: str, questions: QuestionOptions, session: Session) -> None:
+    def __init__(self, path: Path, options: CompareOptions | CompareEncodersOptions, session: Session) -> None:
         self.rows: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
-        self.questions, self.session = questions, session
-        self._path, self._model = path, model
+        self.session = session
+        self._path, self._options = path, options
 
     @property
     def asked(self) -> set[str]:
         """Names of what is measured: tasks, and for questions the ways of scoring them."""
-        tasks = {*self.questions.tasks}
-        return tasks - {"mmlu"} | ({*self.questions.scoring} if "mmlu" in tasks else set())
+        tasks = {*self._options.questions.tasks}
+        return tasks - {"mmlu"} | ({*self._options.questions.scoring} if "mmlu" in tasks else set())
+
+    def export(self, file: Path, encoder: str, **types: Any) -> None:
+        """Write a file without the closing pass; `types` are the options that decide them."""
+        from dynquant.exporters.stage import export
+
+        options = ExportOptions(model=self._options.model, output=file, encoder=encoder, tune=0, **types)
+        print_exported(export(options, self.session))
 
     def score(self, file: Path) -> "EvalReport":
         """Compare a file with its original, whose own answers are kept beside the results."""
         from dynquant.evaluation.evaluate import evaluate
 
-        cache = self._path.parent / "reference"
+        questions, cache = self._options.questions, self._path.parent / "reference"
         options = EvalOptions(
-            candidate=str(file), reference=self._model, questions=self.questions, reference_cache=cache
+            candidate=str(file), reference=self._options.model, questions=questions, reference_cache=cache
         )
         return evaluate(options, replace(self.session, device=None))
 
@@ -136,54 +143,38 @@ class _Results:
         self.rows[name] = row
         write_atomically(self._path, json.dumps(self.rows, indent=1) + "\n")
 
-    def show(self, path: Path, table: Callable[[dict[str, dict[str, Any]]], str]) -> None:
+    def show(self, table: Callable[[dict[str, dict[str, Any]]], str]) -> None:
         """Write the Markdown table and print it."""
-        write_atomically(path, table(self.rows))
-        console.say(path.read_text())
+        text = table(self.rows)
+        write_atomically(self._path.with_suffix(".md"), text)
+        console.say(text)
 
 
 def _measure_plan(name: str, target: Target, options: CompareOptions, results: _Results) -> int:
     """Plan, export and score one recipe unless its row is there; return the file's bytes."""
-    from dynquant.exporters.stage import export
     from dynquant.planning.stage import make_plan
 
     row = results.rows.get(name, {"measured": [], "metrics": {}})
     if name in results.rows and results.asked <= {*row["measured"]}:
         return row["bytes"]
     console.note(name)
-    folder, session = options.output / "plan", results.session
-    hessians = "activations" if options.encoder == "dynquant" else "none"
+    folder, search = options.output / "plan", SearchOptions(select=options.select)
+    calibration = replace(options.calibration, hessians="activations" if options.encoder == "dynquant" else "none")
     plan = make_plan(
-        PlanOptions(
-            model=options.model,
-            output=folder,
-            target=target,
-            calibration=replace(options.calibration, hessians=hessians),
-            search=SearchOptions(select=options.select),
-        ),
-        session,
+        PlanOptions(model=options.model, output=folder, target=target, calibration=calibration, search=search),
+        results.session,
     )
     file = options.output / f"{name.replace(' ', '-')}.gguf"
     plan.save(options.output / f"{file.stem}.plan.json")
-    exported = ExportOptions(
-        model=options.model, output=file, plan=folder / "plan.json", encoder=options.encoder, tune=0
-    )
-    print_exported(export(exported, session))
+    results.export(file, options.encoder, plan=folder / "plan.json")
+
     report = results.score(file)
+    size = {"bytes": plan.predicted_bytes, "bits_per_weight": plan.bits_per_weight}
+    facts = {"plan_hash": plan.hash, "histogram": plan.histogram(), "reference": report.reference.name}
+    measured = {"measured": sorted({*row["measured"], *results.asked}), "metrics": row["metrics"] | metrics_of(report)}
+    results.record(name, size | facts | measured)
     if not options.keep:
         file.unlink()
-    results.record(
-        name,
-        {
-            "bytes": plan.predicted_bytes,
-            "bits_per_weight": plan.bits_per_weight,
-            "plan_hash": plan.hash,
-            "histogram": plan.histogram(),
-            "reference": report.reference.name,
-            "measured": sorted({*row["measured"], *results.asked}),
-            "metrics": row["metrics"] | metrics_of(report),
-        },
-    )
     return plan.predicted_bytes
 
 
@@ -191,31 +182,19 @@ def _measure_encoder(
     recipe: str, encoder: str, stats: Path, options: CompareEncodersOptions, results: _Results
 ) -> None:
     """Export once, measure, tune that file, and measure again; whatever is not there yet."""
-    from dynquant.exporters.stage import export
-
-    names = [name for name in (encoder, f"{encoder}{TUNED}") if name in options.variants]
-    names = [name for name in names if options.tune > 0 or not name.endswith(TUNED)]
-    missing = [name for name in names if f"{recipe} {name}" not in results.rows]
     plain = options.output / f"{recipe}-{encoder}.gguf"
-    if missing and not plain.is_file():
-        console.note(f"{recipe} {encoder}")
-        export_options = ExportOptions(
-            model=options.model, output=plain, preset=recipe, stats=stats, encoder=encoder, tune=0
-        )
-        print_exported(export(export_options, results.session))
-    for name in missing:
-        file = _tuned(plain, encoder, stats, options, results.session) if name.endswith(TUNED) else plain
+    for variant in (encoder, f"{encoder}{TUNED}"):
+        is_tuned, name = variant != encoder, f"{recipe} {variant}"
+        if variant not in options.variants or name in results.rows or (is_tuned and options.tune <= 0):
+            continue
+        if not plain.is_file():
+            console.note(f"{recipe} {encoder}")
+            results.export(plain, encoder, preset=recipe, stats=stats)
+        file = _tuned(plain, encoder, stats, options, results.session) if is_tuned else plain
         report = results.score(file)
-        results.record(
-            f"{recipe} {name}",
-            {
-                "recipe": recipe,
-                "variant": name,
-                "bytes": file.stat().st_size,
-                "metrics": metrics_of(report),
-                "kl_blocks": {text.name: list(text.kl.block_sums) for text in report.texts if text.kl},
-            },
-        )
+        facts = {"recipe": recipe, "variant": variant, "bytes": file.stat().st_size, "metrics": metrics_of(report)}
+        kl_blocks = {text.name: list(text.kl.block_sums) for text in report.texts if text.kl}
+        results.record(name, facts | {"kl_blocks": kl_blocks})
 
 
 def _tuned(plain: Path, encoder: str, stats: Path, options: CompareEncodersOptions, session: Session) -> Path:
@@ -241,26 +220,24 @@ def metrics_of(report: "EvalReport") -> dict[str, dict]:
             metrics[f"KL 99.9 % {text.name}"] = {"value": text.kl.p99_9}
         metrics[f"perplexity ratio {text.name}"] = text.perplexity_ratio.model_dump()
     for result in report.multiple_choice:
-        label = f"{result.scoring} ({result.questions} questions)"
-        metrics[f"{label} accuracy"] = result.candidate.accuracy.model_dump() | {
-            "reference": result.reference.accuracy.value,
-            "mcnemar_p": result.mcnemar_p,
-        }
-        metrics[f"{label} P(right)"] = result.candidate.right_probability_among_choices.model_dump() | {
-            "reference": result.reference.right_probability_among_choices.value
-        }
+        label, sides = f"{result.scoring} ({result.questions} questions)", (result.reference, result.candidate)
+        before, after = (side.accuracy for side in sides)
+        paired = {"reference": before.value, "mcnemar_p": result.mcnemar_p}
+        metrics[f"{label} accuracy"] = after.model_dump() | paired
+        before, after = (side.right_probability_among_choices for side in sides)
+        metrics[f"{label} P(right)"] = after.model_dump() | {"reference": before.value}
     return metrics
 
 
 def recipe_table(rows: dict[str, dict]) -> str:
     """Return one line a recipe, smallest file first, with 95 % intervals."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row["metrics"]))
-    lines = ["| recipe | bytes | bpw | " + " | ".join(columns) + " |", "|---|---|---|" + "---|" * len(columns)]
+    lines = []
     for name, row in sorted(rows.items(), key=lambda item: (item[1]["bytes"] // 20_000, item[0])):
-        cells = [_cell(row["metrics"].get(column)) for column in columns]
         shown = f"**{name}**" if name.startswith(PLAN_PREFIX) else name
-        lines.append(f"| {shown} | {row['bytes']:,} | {row['bits_per_weight']:.3f} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        cells = [_cell(row["metrics"].get(column)) for column in columns]
+        lines.append([shown, f"{row['bytes']:,}", f"{row['bits_per_weight']:.3f}", *cells])
+    return _markdown(["recipe", "bytes", "bpw", *columns], lines)
 
 
 def _cell(metric: dict | None) -> str:
@@ -275,18 +252,16 @@ def encoder_table(rows: dict[str, dict]) -> str:
     texts = list(dict.fromkeys(name for row in rows.values() for name in row["kl_blocks"]))
     names = dict.fromkeys(name for row in rows.values() for name in row["metrics"])
     others = [name for name in names if name.endswith(("accuracy", "P(right)"))]
-    columns = [part for text in texts for part in (f"KL {text}", "change", "top-1 %")] + others
-    lines = ["| recipe | bytes | encoder | " + " | ".join(columns) + " |", "|---|---|---|" + "---|" * len(columns)]
+    lines = []
     for row in rows.values():
-        base = rows.get(f"{row['recipe']} {BASE}")
-        cells = []
+        base, metrics = rows.get(f"{row['recipe']} {BASE}"), row["metrics"]
+        cells = [row["recipe"], f"{row['bytes']:,}", row["variant"]]
         for text in texts:
-            metrics = row["metrics"]
             cells += [f"{metrics[f'KL {text}']['value']:.4f}", _change(row, base, text)]
             cells.append(f"{100 * metrics[f'top-1 {text}']['value']:.1f}")
-        cells += [f"{100 * row['metrics'][name]['value']:.1f}" if name in row["metrics"] else "" for name in others]
-        lines.append(f"| {row['recipe']} | {row['bytes']:,} | {row['variant']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells + [f"{100 * metrics[name]['value']:.1f}" if name in metrics else "" for name in others])
+    columns = [part for text in texts for part in (f"KL {text}", "change", "top-1 %")]
+    return _markdown(["recipe", "bytes", "encoder", *columns, *others], lines)
 
 
 def _change(row: dict, base: dict | None, text: str) -> str:
@@ -299,3 +274,8 @@ def _change(row: dict, base: dict | None, text: str) -> str:
     ratio = bootstrap_ratio(np.array(row["kl_blocks"][text]), np.array(base["kl_blocks"][text]))
     shown = (f"{100 * (value - 1):+.1f}" for value in (ratio.value, ratio.low, ratio.high))
     return "{} % [{}, {}]".format(*shown)
+
+
+def _markdown(columns: list[str], lines: list[list[str]]) -> str:
+    rows = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    return f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}\n{rows}"

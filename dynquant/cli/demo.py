@@ -37,14 +37,9 @@ def demo(
         print_plan(plan, folder)
         file = output / f"textbook-moe-16m-{plan.bits_per_weight:.2f}bpw.gguf"
         print_exported(export(ExportOptions(model=model, output=file, plan=folder / "plan.json"), session))
+        mmlu = {"mmlu_data": str(data / "demo_questions.jsonl"), "shots": str(data / "demo_shots.jsonl"), "limit": 108}
         questions = QuestionOptions(
-            tasks=("kl", "ppl", "mmlu"),
-            text=(data / "demo_text.txt",),
-            max_tokens=4096,
-            mmlu_data=str(data / "demo_questions.jsonl"),
-            shots=str(data / "demo_shots.jsonl"),
-            limit=108,
-            scoring=("cloze",),
+            tasks=("kl", "ppl", "mmlu"), text=(data / "demo_text.txt",), max_tokens=4096, scoring=("cloze",), **mmlu
         )
         report = evaluate(EvalOptions(candidate=str(file), reference=model, questions=questions), session)
         print_report(report)

@@ -45,11 +45,8 @@ def _section(name: str, command: Any) -> Iterator[str]:
     if arguments or options:
         yield from ("", "| option | meaning | default |", "|---|---|---|")
     for parameter in (*arguments, *options):
-        label = (
-            parameter.name.upper()
-            if parameter in arguments
-            else ", ".join([*parameter.opts, *parameter.secondary_opts])
-        )
+        is_option = parameter not in arguments
+        label = ", ".join([*parameter.opts, *parameter.secondary_opts]) if is_option else parameter.name.upper()
         default = "required" if parameter.required else _default(parameter)
         yield f"| `{label}` | {_cell(parameter.help or '')} | {default} |"
 

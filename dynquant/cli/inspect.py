@@ -80,16 +80,11 @@ def recipe(
     command = command_line(made, model=model, imatrix=imatrix, output=output)
     alone = left_alone(types)
     if as_json:
-        console.show_json(
-            {
-                "base": str(made.base).upper(),
-                "token_embedding_type": made.token_embedding,
-                "output_tensor_type": made.output,
-                "tensor_types": [{"pattern": pattern, "type": name} for pattern, name in made.patterns],
-                "left_alone": [{"name": tensor.name, "type": tensor.type, "why": why} for tensor, why in alone],
-                "command": command,
-            }
-        )
+        types_of_one = {"token_embedding_type": made.token_embedding, "output_tensor_type": made.output}
+        patterns = [{"pattern": pattern, "type": name} for pattern, name in made.patterns]
+        rest = [{"name": tensor.name, "type": tensor.type, "why": why} for tensor, why in alone]
+        lists = {"tensor_types": patterns, "left_alone": rest, "command": command}
+        console.show_json({"base": str(made.base).upper()} | types_of_one | lists)
         return
     console.say(command)
     if alone:
@@ -108,14 +103,10 @@ def diff(before: PlanFile, after: PlanFile, as_json: AsJson = False) -> None:
     difference = compare_types(read_types(before), read_types(after))
     sides = {"before": difference.before, "after": difference.after}
     if as_json:
-        document: dict[str, object] = {
-            key: {
-                "name": side.name,
-                "file_bytes": side.file_bytes,
-                "tensor_bytes": sum(tensor.num_bytes for tensor in side.tensors),
-            }
-            for key, side in sides.items()
-        }
+        document: dict[str, object] = {}
+        for key, side in sides.items():
+            tensor_bytes = sum(tensor.num_bytes for tensor in side.tensors)
+            document[key] = {"name": side.name, "file_bytes": side.file_bytes, "tensor_bytes": tensor_bytes}
         document["changes"] = [asdict(change) | {"layers": change.layers} for change in difference.changes]
         document["histogram"] = [asdict(share) for share in difference.histogram]
         console.show_json(document)

@@ -18,6 +18,7 @@ import os
 import shutil
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Self
@@ -25,10 +26,8 @@ from typing import BinaryIO, Self
 from dynquant.errors import ExportError
 from dynquant.storage.journal import Journal, Record, differing_key, write_all
 
-_COPY_BYTES = 1 << 24
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Region:
     """A run of bytes in the file of index `file`."""
 
@@ -36,21 +35,12 @@ class Region:
     offset: int
     num_bytes: int
 
-    @property
-    def end(self) -> int:
-        return self.offset + self.num_bytes
-
-    def record(self, digest: str) -> Record:
-        """Return the line of the journal that says: these bytes are on the disk and have this hash."""
-        return {"file": self.file, "offset": self.offset, "num_bytes": self.num_bytes, "sha256": digest}
-
 
 class ResumableOutput:
     """Files that are filled region by region and then moved to their names.
 
     Args:
-        paths: Final names, all in one directory.
-        sizes: Bytes of each file; what no region covers reads as zeros.
+        files: Bytes of each file by its final name, all in one directory; what no region covers reads as zeros.
         regions: What will be written, by name.
         identity: What decides the bytes, as strings. Regions of an interrupted run are kept only under an equal one.
         resume: False discards an interrupted run instead.
@@ -61,24 +51,16 @@ class ResumableOutput:
     """
 
     def __init__(
-        self,
-        paths: list[Path],
-        sizes: list[int],
-        regions: Mapping[str, Region],
-        identity: Mapping[str, str],
-        *,
-        resume: bool = True,
+        self, files: Mapping[Path, int], regions: Mapping[str, Region], identity: Record, *, resume: bool = True
     ) -> None:
-        self.paths = paths
-        self._sizes = sizes
+        self.paths, self._sizes = list(files), list(files.values())
         self._regions = dict(regions)
-        self._partials = [path.with_name(f"{path.name}.partial") for path in paths]
-        self.journal_path = paths[0].with_name(f"{paths[0].name}.journal")
+        self._partials = [path.with_name(f"{path.name}.partial") for path in files]
         self.finished: set[str] = set()
         """Names of the regions that need not be written again."""
         self._files: dict[int, BinaryIO] = {}
         # Bytes that lost their line are written again, so that a line need not wait for the disk.
-        self._journal = Journal(self.journal_path, sync=False)
+        self._journal = Journal(self.paths[0].with_name(f"{self.paths[0].name}.journal"), sync=False)
         if not resume:
             self.discard()
         self._open(dict(identity))
@@ -103,7 +85,7 @@ class ResumableOutput:
             file.seek(region.offset)
             write_all(file, data)
             os.fsync(file.fileno())
-            self._journal.add(region.record(hashlib.sha256(data).hexdigest()))
+            self._journal.add(_record(region, hashlib.sha256(data).hexdigest()))
         except OSError as error:
             raise self._failure(error, f"`{name}` could not be written") from error
         self.finished.add(name)
@@ -149,16 +131,33 @@ class ResumableOutput:
         if is_sealed and not is_ours and not any(path.exists() for path in self._partials):
             hashes, is_sealed = {}, False  # every file of that run has its name; only its journal is left
         elif self._journal.identity is not None and not is_ours:
-            raise self._another_run(self._journal.identity, identity)
-        moved = {i for i in range(len(self.paths)) if is_sealed and self._was_moved(i, hashes)}
+            key = differing_key(self._journal.identity, identity) or ""
+            stored, now = (str(run.get(key, "none"))[:16] for run in (self._journal.identity, identity))
+            raise ExportError(
+                f"{self._journal.path} belongs to an interrupted export with another {key.replace('_', ' ')} "
+                f"({stored}, now {now}); its tensors cannot be used for this one. Finish it with its own plan and "
+                "options, start over with --no-resume, or export to another name."
+            )
         intact: dict[Region, str] = {}
+        moved = set()
         for index, (path, partial) in enumerate(zip(self.paths, self._partials, strict=True)):
-            intact |= self._intact(index, path if index in moved else partial, hashes)
+            may_be_moved = is_sealed and not partial.exists()
+            spans = self._intact(index, path if may_be_moved else partial, hashes)
+            if may_be_moved:
+                expected = {name for name, region in self._regions.items() if region.file == index}
+                if self._covered(spans) != expected:
+                    continue  # an older file, or a damaged one, which is written anew
+                moved.add(index)
+            intact |= spans
         self.finished = self._covered(intact)
         self._check_space()
-        records = [span.record(digest) for span, digest in intact.items()]
         try:
-            self._files = {i: self._open_partial(i) for i in range(len(self.paths)) if i not in moved}
+            for index, partial in enumerate(self._partials):
+                if index not in moved:
+                    mode = "r+b" if partial.exists() else "w+b"
+                    self._files[index] = open(partial, mode, buffering=0)  # type: ignore[assignment]  # noqa: SIM115
+                    self._files[index].truncate(self._sizes[index])
+            records = [_record(span, digest) for span, digest in intact.items()]
             self._journal.start(identity, records + [{"sealed": True}] * is_sealed)
         except OSError as error:
             self.close()
@@ -167,59 +166,34 @@ class ResumableOutput:
                 "written to."
             ) from error
 
-    def _was_moved(self, index: int, hashes: Mapping[Region, str]) -> bool:
-        expected = {name for name, region in self._regions.items() if region.file == index}
-        return (
-            not self._partials[index].exists()
-            and self._covered(self._intact(index, self.paths[index], hashes)) == expected
-        )
-
     def _intact(self, index: int, path: Path, hashes: Mapping[Region, str]) -> dict[Region, str]:
         """Return the journaled spans of one file whose bytes still have their hash."""
         if not path.is_file() or path.stat().st_size != self._sizes[index]:
             return {}
+        spans = {}
         with path.open("rb") as file:
-            return {
-                span: digest for span, digest in hashes.items() if span.file == index and _digest(file, span) == digest
-            }
+            for span in (span for span in hashes if span.file == index):
+                file.seek(span.offset)
+                if hashlib.sha256(file.read(span.num_bytes)).hexdigest() == hashes[span]:
+                    spans[span] = hashes[span]
+        return spans
 
     def _covered(self, spans: Iterable[Region]) -> set[str]:
-        """Names of the regions all of whose bytes are in `spans`."""
-        runs: list[Region] = []
-        for span in sorted(spans, key=lambda span: (span.file, span.offset)):
-            if runs and runs[-1].file == span.file and runs[-1].end >= span.offset:
-                last = runs.pop()
-                span = Region(span.file, last.offset, max(last.end, span.end) - last.offset)
-            runs.append(span)
-        starts = [(run.file, run.offset) for run in runs]
-        names = set()
-        for name, region in self._regions.items():
-            place = bisect_right(starts, (region.file, region.offset)) - 1
-            if place >= 0 and runs[place].file == region.file and runs[place].end >= region.end:
-                names.add(name)
-        return names
-
-    def _open_partial(self, index: int) -> BinaryIO:
-        path = self._partials[index]
-        file = open(path, "r+b" if path.exists() else "w+b", buffering=0)  # noqa: SIM115
-        file.truncate(self._sizes[index])
-        return file  # type: ignore[return-value]
+        """Return the names of the regions all of whose bytes are in `spans`."""
+        # Runs of adjoining spans as (file, offset); the first, before all files, covers nothing.
+        starts, ends = [(-1, 0)], [(-1, 0)]
+        for span in sorted(spans):
+            start, end = _bounds(span)
+            if start > ends[-1]:
+                starts.append(start)
+                ends.append(end)
+            ends[-1] = max(ends[-1], end)
+        bounds = {name: _bounds(region) for name, region in self._regions.items()}
+        return {name for name, (start, end) in bounds.items() if ends[bisect_right(starts, start) - 1] >= end}
 
     @property
     def _missing_bytes(self) -> int:
         return sum(region.num_bytes for name, region in self._regions.items() if name not in self.finished)
-
-    @property
-    def _bytes_to_allocate(self) -> int:
-        """Return the bytes that the files will take beyond what their partial forms have on the disk already."""
-        unallocated = 0
-        for partial, size in zip(self._partials, self._sizes, strict=True):
-            if partial.exists():
-                allocated = 512 * getattr(partial.stat(), "st_blocks", 0)  # not on Windows
-                unallocated += max(0, size - allocated)
-            else:
-                unallocated += size
-        return min(unallocated, self._missing_bytes)
 
     def _check_space(self) -> None:
         directory = self.paths[0].parent
@@ -228,50 +202,41 @@ class ResumableOutput:
             free = shutil.disk_usage(directory).free
         except OSError as error:
             raise ExportError(f"The output directory {directory} cannot be used: {error.strerror}.") from error
-        if self._bytes_to_allocate > free:
+        unallocated = 0
+        for partial, size in zip(self._partials, self._sizes, strict=True):
+            # Partial files are sparse: they have their final size before they have all their blocks (Windows: unknown).
+            blocks = getattr(partial.stat(), "st_blocks", 0) if partial.exists() else 0
+            unallocated += max(0, size - 512 * blocks)
+        needed = min(unallocated, self._missing_bytes)
+        if needed > free:
             raise ExportError(
-                f"{self._bytes_to_allocate:,} bytes are still to be written to {directory}, but only {free:,} are free "
-                "there. Free some space, or choose an output on another disk."
+                f"{needed:,} bytes are still to be written to {directory}, but only {free:,} are free there. Free "
+                "some space, or choose an output on another disk."
             )
-
-    def _another_run(self, stored: Record, identity: Record) -> ExportError:
-        key = differing_key(stored, identity) or ""
-        return ExportError(
-            f"{self.journal_path} belongs to an interrupted export with another {key.replace('_', ' ')} "
-            f"({stored.get(key, 'none')!s:.16}, now {identity.get(key, 'none')!s:.16}); its tensors cannot be used for "
-            "this one. Finish it with its own plan and options, start over with --no-resume, or export to another name."
-        )
 
     def _failure(self, error: OSError, what: str) -> ExportError:
         directory = self.paths[0].parent
         cause = f"The disk that holds {directory} is full" if error.errno == errno.ENOSPC else f"{error.strerror}"
         return ExportError(
             f"{cause}: {what}. {len(self.finished)} of {len(self._regions)} parts are kept in "
-            f"{self._partials[0].name} and {self.journal_path.name}; {self._missing_bytes:,} bytes are missing. Repair "
-            "the cause and run the same command again to go on, or delete these files."
+            f"{self._partials[0].name} and {self._journal.path.name}; {self._missing_bytes:,} bytes are missing. "
+            "Repair the cause and run the same command again to go on, or delete these files."
         )
 
 
-def _digest(file: BinaryIO, region: Region) -> str:
-    digest, rest = hashlib.sha256(), region.num_bytes
-    file.seek(region.offset)
-    while rest and (part := file.read(min(rest, _COPY_BYTES))):
-        digest.update(part)
-        rest -= len(part)
-    return digest.hexdigest()
+def _bounds(region: Region) -> tuple[tuple[int, int], tuple[int, int]]:
+    return (region.file, region.offset), (region.file, region.offset + region.num_bytes)
 
 
-def _finished_spans(records: Iterable[Record]) -> tuple[dict[Region, str], bool]:
+def _record(region: Region, digest: str) -> Record:
+    """Return the line of the journal that says: these bytes are on the disk and have this hash."""
+    return {**vars(region), "sha256": digest}
+
+
+def _finished_spans(records: list[Record]) -> tuple[dict[Region, str], bool]:
     """Return the SHA-256 of every span that was written, and whether all of them were."""
     hashes: dict[Region, str] = {}
-    is_sealed = False
-    for record in records:
-        try:
-            if "sealed" in record:
-                is_sealed = True
-            else:
-                span = Region(int(record["file"]), int(record["offset"]), int(record["num_bytes"]))
-                hashes[span] = str(record["sha256"])
-        except (ValueError, KeyError, TypeError):
-            break
-    return hashes, is_sealed
+    with suppress(ValueError, KeyError, TypeError):  # what follows a line that is not ours is written again
+        for record in (record for record in records if "sealed" not in record):
+            hashes[Region(*(int(record[key]) for key in ("file", "offset", "num_bytes")))] = str(record["sha256"])
+    return hashes, any("sealed" in record for record in records)

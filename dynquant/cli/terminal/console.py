@@ -1,48 +1,40 @@
 """Everything that people see of a command: stages, notes and errors on stderr, tables on stdout.
 
-A command has one session: the record of its stages, and the JSON lines that `--json-progress` asked for.
+A command has one record of its stages, and JSON lines where `--json-progress` asked for them.
 """
 
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dynquant.cli.terminal.display import Bars, Display, JsonLines, Lines
-from dynquant.cli.terminal.record import RunRecord
-from dynquant.cli.terminal.wording import duration, memory_peaks, short
+from dynquant.cli.terminal.display import Bars, JsonLines, Lines
+from dynquant.cli.terminal.record import RunRecord, Spent
+from dynquant.cli.terminal.wording import duration, short, sizes_and_peaks
+from dynquant.errors import ExportError
 from dynquant.resources import human_bytes
-from dynquant.session import Progress, Session
+from dynquant.session import SILENT, Progress, Session
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 _SHOW_CURSOR = "\x1b[?25h"
 
-
-@dataclass
-class _Session:
-    command: str = "dynquant"
-    json_lines: JsonLines | None = None
-    has_only_json: bool = False
-    record: RunRecord = field(default_factory=RunRecord)
-    kept: str = ""
-    """Words for what an interruption now would leave and lose."""
-
-
-_session = _Session()
+_record = RunRecord()
+_json_lines: JsonLines | None = None
+_has_only_json = False
 
 
 def begin(command: str) -> None:
     """A command starts; `command` is the line to type for it."""
-    global _session
-    _session = _Session(command)
+    global _record, _json_lines, _has_only_json
+    _record, _json_lines, _has_only_json = RunRecord(command), None, False
 
 
 def write_json_to(target: str) -> None:
@@ -51,67 +43,61 @@ def write_json_to(target: str) -> None:
     Raises:
         ExportError: the file cannot be written.
     """
-    _session.has_only_json = target == "-"
-    _session.json_lines = JsonLines(sys.stderr) if target == "-" else JsonLines.to_file(Path(target))
+    global _json_lines, _has_only_json
+    _has_only_json = target == "-"
+    try:
+        stream = sys.stderr if _has_only_json else Path(target).open("w", encoding="utf-8")  # noqa: SIM115 (until exit)
+    except OSError as error:
+        raise ExportError(
+            f"--json-progress {target} cannot be written: {error.strerror}. Give a file in a directory that exists, or "
+            "- for stderr."
+        ) from error
+    _json_lines = JsonLines(stream)
 
 
 @contextmanager
 def stage_progress(kept: str) -> Iterator[Progress]:
-    """Show the stages that report within the block: bars on a terminal, else a line every few seconds.
+    """Context manager: shows the stages that report within it, as bars on a terminal, else a line every few seconds.
 
     Args:
         kept: A sentence for a run that is stopped here: what is on disk, or what is lost.
     """
-    session = _session
-    session.kept = kept
-    session.record.open()
-    displays: list[Display] = [session.json_lines] if session.json_lines else []
-    if not session.has_only_json:
-        displays.append(Bars(err) if err.is_terminal else Lines(note))
-
-    def report(
-        stage: str, done: int, total: int, /, *, unit: str = "", layer: int | None = None, tensor: str | None = None
-    ) -> None:
-        session.record.report(stage, done, total, unit=unit, layer=layer, tensor=tensor)
-        for display in displays:
-            display.show(session.record.stages[stage])
-
-    try:
-        yield report
-    except Exception:
-        session.record.close()
-        raise
-    else:
-        session.record.close()
-        session.kept = ""
-    finally:
-        for display in displays:
-            display.close()
+    record = _record
+    displays = [_json_lines.show] if _json_lines else []
+    with ExitStack() as bars:
+        if not _has_only_json:
+            displays.append(bars.enter_context(Bars(err)).show if err.is_terminal else Lines(note).show)
+        record.open(kept, displays)
+        try:
+            yield record.report
+        except Exception:
+            record.close()
+            raise
+        record.close()  # not when interrupted: the last words name the stage
 
 
-def session(device: str | None = None, threads: int | None = None, seed: int = 0) -> Session:
+def session(options: Session = SILENT) -> Session:
     """The session of a command: its notes and stages are seen on the terminal."""
-    return Session(device, threads, seed, note=note, stage=stage_progress)
+    return replace(options, note=note, stage=stage_progress)
 
 
 def finish(status: str, message: str | None = None) -> None:
     """The command ends: where its time and bytes went, for people when it is done, and for programs in any case."""
-    record = _session.record
-    if _session.json_lines:
-        _session.json_lines.write(record.summary(_session.command, status, message))
-    if status != "done" or _session.has_only_json or not record.stages:
+    if _json_lines:
+        _json_lines.write(_record.summary(status, message))
+    if status != "done" or _has_only_json or not _record.stages:
         return
-    rows = [
-        (stage.name, duration(stage.seconds), f"{short(stage.amount)} {stage.unit}", *map(_bytes, stage.traffic))
-        for stage in record.stages.values()
-    ]
-    rest = record.seconds - sum(stage.seconds for stage in record.stages.values())
-    rows += [
-        ("loading and other", duration(rest), "", "", ""),
-        ("all", duration(record.seconds), "", *map(_bytes, record.traffic)),
-    ]
+
+    def row(name: str, amount: str, spent: Spent) -> tuple[str, ...]:
+        sizes = ("" if count is None else human_bytes(count) for count in (spent.read, spent.written))
+        return (name, duration(spent.seconds), amount, *sizes)
+
+    total, stages = _record.spent, _record.stages.values()
+    rest = Spent(total.seconds - sum(stage.spent.seconds for stage in stages), None, None)
+    rows = [row(stage.name, f"{short(stage.amount)} {stage.unit}", stage.spent) for stage in stages]
+    rows += [row("loading and other", "", rest), row("all", "", total)]
     print_table("", ("stage", "time", "amount", "read", "written"), rows, console=err)
-    note(memory_peaks())
+    note(sizes_and_peaks())
 
 
 def interrupted() -> None:
@@ -119,15 +105,15 @@ def interrupted() -> None:
 
     It goes past rich: the thread that was stopped may hold rich's locks for ever.
     """
-    record, stage = _session.record, _session.record.current
+    stage = _record.current
     place = f" in {stage.name} at {100 * stage.done // max(1, stage.total)} %" if stage else ""
-    kept = _session.kept or "Finished stages are kept, and used again where a file holds them."
-    message = f"Interrupted{place}. {kept} To go on, run the same command again: {_session.command}"
-    if not _session.has_only_json:
+    kept = _record.kept or "Finished stages are kept, and used again where a file holds them."
+    message = f"Interrupted{place}. {kept} To go on, run the same command again: {_record.command}"
+    if not _has_only_json:
         sys.stderr.write(f"{_SHOW_CURSOR if err.is_terminal else ''}{message}\n")
         sys.stderr.flush()
-    if _session.json_lines:
-        _session.json_lines.write(record.summary(_session.command, "interrupted", message))
+    if _json_lines:
+        _json_lines.write(_record.summary("interrupted", message))
 
 
 def print_table(
@@ -155,8 +141,8 @@ def show_json(document: object) -> None:
 
 def note(message: str) -> None:
     """A line about what is being done, on stderr."""
-    if _session.has_only_json and _session.json_lines:
-        _session.json_lines.write({"note": message})
+    if _has_only_json and _json_lines:
+        _json_lines.write({"note": message})
     else:
         err.print(Text(printable(message)), soft_wrap=True)
 
@@ -164,7 +150,7 @@ def note(message: str) -> None:
 def fail(message: str) -> None:
     """The one paragraph of a refusal, on stderr."""
     paragraph = " ".join(message.split())  # libraries' messages that we quote may have lines of their own
-    if not _session.has_only_json:
+    if not _has_only_json:
         err.print(Text("error: ", style="bold red") + Text(printable(paragraph)), soft_wrap=True)
     finish("refused", paragraph)
 
@@ -172,7 +158,3 @@ def fail(message: str) -> None:
 def printable(text: str) -> str:
     """`text` without what steers a terminal: names and metadata come from files of strangers."""
     return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)
-
-
-def _bytes(count: int | None) -> str:
-    return "" if count is None else human_bytes(count)

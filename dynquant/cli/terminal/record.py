@@ -6,13 +6,31 @@ Time and bytes between two reports belong to the stage that reports second; what
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from dynquant.resources import Traffic, peak_cuda_bytes, peak_memory_bytes, traffic
+from dynquant.cli.terminal.wording import clock_time, short, sizes_and_peaks
+from dynquant.resources import peak_cuda_bytes, peak_memory_bytes, traffic
 
 RATE_SECONDS = 30.0
 """The rate is taken over this much of the stage's latest time, so that a slow tensor soon shows in the time left."""
+
+
+class Spent(NamedTuple):
+    """Time that passed and bytes that were moved; None where the system does not tell."""
+
+    seconds: float = 0.0
+    read: int | None = 0
+    written: int | None = 0
+
+    def plus(self, other: "Spent", sign: int = 1) -> "Spent":
+        """Return the sum of two spans; with sign -1, what was spent since `other`."""
+        return Spent(*(None if None in pair else pair[0] + sign * pair[1] for pair in zip(self, other, strict=True)))
+
+    @property
+    def bytes(self) -> dict[str, object]:
+        return {"bytes_read": self.read, "bytes_written": self.written}
 
 
 @dataclass
@@ -25,10 +43,23 @@ class StageRecord:
     total: int = 0
     layer: int | None = None
     tensor: str | None = None
-    seconds: float = 0.0
     amount: int = 0
-    traffic: Traffic = field(default_factory=lambda: Traffic(0, 0))
+    spent: Spent = field(default_factory=Spent)
     _recent: deque[tuple[float, int]] = field(default_factory=deque)
+
+    def begin(self, done: int) -> None:
+        """The stage starts here, with `done` left by an earlier run."""
+        self.done = done
+        self._recent = deque([(self.spent.seconds, self.amount)])
+
+    def advance(self, done: int, spent: Spent) -> None:
+        """`done` has been reached, and this was spent since the last report."""
+        self.amount += done - self.done
+        self.done = done
+        self.spent = self.spent.plus(spent)
+        self._recent.append((self.spent.seconds, self.amount))
+        while len(self._recent) > 2 and self._recent[1][0] < self.spent.seconds - RATE_SECONDS:
+            self._recent.popleft()
 
     @property
     def rate(self) -> float | None:
@@ -36,80 +67,79 @@ class StageRecord:
         if not self._recent:
             return None
         start, amount = self._recent[0]
-        return (self.amount - amount) / (self.seconds - start) if self.seconds > start else None
+        return (self.amount - amount) / (self.spent.seconds - start) if self.spent.seconds > start else None
 
     @property
     def seconds_left(self) -> float | None:
         """Until `total`, at the latest rate."""
         return (self.total - self.done) / self.rate if self.rate else None
 
-    def begin(self, done: int) -> None:
-        """The stage starts here, with `done` left by an earlier run."""
-        self.done = done
-        self._recent = deque([(self.seconds, self.amount)])
+    @property
+    def speed(self) -> str:
+        """`12.3 M weights/s`."""
+        return f"{short(float(self.rate))} {self.unit}/s" if self.rate and self.unit else ""
 
-    def advance(self, done: int, seconds: float, moved: Traffic) -> None:
-        """`done` has been reached, `seconds` and `moved` bytes after the last report."""
-        self.amount += done - self.done
-        self.done = done
-        self.seconds += seconds
-        self.traffic = self.traffic.plus(moved)
-        self._recent.append((self.seconds, self.amount))
-        while len(self._recent) > 2 and self._recent[1][0] < self.seconds - RATE_SECONDS:
-            self._recent.popleft()
+    @property
+    def time_left(self) -> str:
+        """`2:03 left`, while the stage runs."""
+        is_running = self.seconds_left is not None and self.done < self.total
+        return f"{clock_time(self.seconds_left or 0)} left" if is_running else ""
+
+    @property
+    def place_and_usage(self) -> str:
+        """The tensor that is being worked on, or else the layer; bytes moved, and the process's peak memory."""
+        place = self.tensor or ("" if self.layer is None else f"layer {self.layer}")
+        usage = sizes_and_peaks(read=self.spent.read, written=self.spent.written)
+        return ", ".join(part for part in (place, usage) if part)
+
+    def __str__(self) -> str:
+        """`quantize 45 %, 7.2 M of 16.0 M weights, 1.2 M weights/s, 0:12 left, blk.3.attn_q.weight, read 4 GB`."""
+        share = 100 * self.done / self.total if self.total else 0
+        amount = f"{short(self.done)} of {short(self.total)} {self.unit}".rstrip()
+        parts = (f"{self.name} {share:.0f} %", amount, self.speed, self.time_left, self.place_and_usage)
+        return ", ".join(part for part in parts if part)
 
     def as_json(self) -> dict[str, object]:
         """One line for programs."""
-        return {
-            "stage": self.name,
-            "done": self.done,
-            "total": self.total,
-            "unit": self.unit,
-            "rate": _rounded(self.rate),
-            "layer": self.layer,
-            "tensor": self.tensor,
-            "bytes_read": self.traffic.read,
-            "bytes_written": self.traffic.written,
-            "seconds": _rounded(self.seconds),
-            "seconds_left": _rounded(self.seconds_left),
-            "peak_memory_bytes": peak_memory_bytes(),
-            "peak_cuda_bytes": peak_cuda_bytes(),
-        }
+        amounts = {"stage": self.name, "done": self.done, "total": self.total, "unit": self.unit}
+        place = {"rate": _rounded(self.rate), "layer": self.layer, "tensor": self.tensor}
+        times = {"seconds": _rounded(self.spent.seconds), "seconds_left": _rounded(self.seconds_left)}
+        return amounts | place | self.spent.bytes | times | _peaks()
 
 
 class RunRecord:
     """All stages of a command in the order of their first reports."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, command: str = "dynquant", clock: Callable[[], float] = time.monotonic) -> None:
+        self.command = command
+        self.kept = ""  # words for what an interruption now would leave and lose
         self.stages: dict[str, StageRecord] = {}
         self.current: StageRecord | None = None
+        self.displays: Sequence[Callable[[StageRecord], None]] = ()
         self._clock = clock
-        self._start = self._last = clock()
-        self._start_traffic = self._last_traffic = traffic()
+        self._start = self._last = self._now()
         self._begun: set[str] = set()
 
     @property
-    def seconds(self) -> float:
-        """Since the command began."""
-        return self._clock() - self._start
+    def spent(self) -> Spent:
+        """Time and bytes since the command began."""
+        return self._now().plus(self._start, -1)
 
-    @property
-    def traffic(self) -> Traffic:
-        """Since the command began."""
-        return traffic().since(self._start_traffic)
-
-    def open(self) -> None:
+    def open(self, kept: str, displays: Sequence[Callable[[StageRecord], None]]) -> None:
         """A block of stages begins: each of them starts anew with its first report."""
+        self.kept, self.displays = kept, displays
         self._begun.clear()
 
-    def report(self, stage: str, done: int, total: int, *, unit: str, layer: int | None, tensor: str | None) -> None:
-        """Take down one report; `current` is then its stage."""
+    def report(
+        self, stage: str, done: int, total: int, *, unit: str = "", layer: int | None = None, tensor: str | None = None
+    ) -> None:
+        """Take down one report of a `Progress` and show its stage, which is then `current`."""
         from dynquant.checkpoints.tensor_roles import layer_of
 
         record = self.stages.setdefault(stage, StageRecord(stage))
-        seconds, moved = self._passed()
+        spent = self._since_last()
         if stage in self._begun:
-            record.advance(done, seconds, moved)
+            record.advance(done, spent)
         else:
             self._begun.add(stage)
             record.begin(done)
@@ -117,37 +147,37 @@ class RunRecord:
         record.tensor = tensor
         record.layer = layer_of(tensor) if layer is None and tensor is not None else layer
         self.current = record
+        for show in self.displays:
+            show(record)
 
     def close(self) -> None:
         """The block ends; what its last stage did since its last report still belongs to it."""
-        seconds, moved = self._passed()
+        spent = self._since_last()
         if self.current is not None:
-            self.current.advance(self.current.done, seconds, moved)
-        self.current = None
+            self.current.advance(self.current.done, spent)
+        self.current, self.kept = None, ""
 
-    def summary(self, command: str, status: str, message: str | None = None) -> dict[str, object]:
+    def summary(self, status: str, message: str | None) -> dict[str, object]:
         """The last line for programs."""
         stages = [
-            {
-                "stage": stage.name, "seconds": _rounded(stage.seconds), "amount": stage.amount, "unit": stage.unit,
-                "bytes_read": stage.traffic.read, "bytes_written": stage.traffic.written,
-            }
-            for stage in list(self.stages.values())
-        ]  # fmt: skip
-        total = self.traffic
-        return {
-            "summary": {
-                "command": command, "status": status, "message": message, "seconds": _rounded(self.seconds),
-                "stages": stages, "bytes_read": total.read, "bytes_written": total.written,
-                "peak_memory_bytes": peak_memory_bytes(), "peak_cuda_bytes": peak_cuda_bytes(),
-            }
-        }  # fmt: skip
+            {"stage": stage.name, "seconds": _rounded(stage.spent.seconds), "amount": stage.amount, "unit": stage.unit}
+            | stage.spent.bytes
+            for stage in list(self.stages.values())  # a copy: an interruption is told by a thread of its own
+        ]
+        spent = self.spent
+        end = {"command": self.command, "status": status, "message": message, "seconds": _rounded(spent.seconds)}
+        return {"summary": end | {"stages": stages} | spent.bytes | _peaks()}
 
-    def _passed(self) -> tuple[float, Traffic]:
-        now, moved = self._clock(), traffic()
-        passed = now - self._last, moved.since(self._last_traffic)
-        self._last, self._last_traffic = now, moved
-        return passed
+    def _now(self) -> Spent:
+        return Spent(self._clock(), *traffic())
+
+    def _since_last(self) -> Spent:
+        before, self._last = self._last, self._now()
+        return self._last.plus(before, -1)
+
+
+def _peaks() -> dict[str, object]:
+    return {"peak_memory_bytes": peak_memory_bytes(), "peak_cuda_bytes": peak_cuda_bytes()}
 
 
 def _rounded(number: float | None) -> float | None:

@@ -1,27 +1,6 @@
-"""A stage in words: amounts, speed, time left, place, bytes and memory."""
+"""Amounts, times and sizes in words."""
 
-from dynquant.cli.terminal.record import StageRecord
 from dynquant.resources import human_bytes, peak_cuda_bytes, peak_memory_bytes
-
-
-def describe(stage: StageRecord) -> str:
-    """A stage in a line: `quantize 45 %, 7.2 M of 16.0 M weights, 1.2 M weights/s, 0:12 left, blk.3.attn_q.weight`."""
-    share = 100 * stage.done / stage.total if stage.total else 0
-    unit = f" {stage.unit}" if stage.unit else ""
-    parts = [f"{stage.name} {share:.0f} %", f"{short(stage.done)} of {short(stage.total)}{unit}", speed(stage)]
-    return ", ".join(part for part in (*parts, time_left(stage), place(stage), usage(stage)) if part)
-
-
-def usage(stage: StageRecord) -> str:
-    """Bytes read and written by the stage, and the process's peak memory."""
-    moved = zip(("read", "written"), stage.traffic, strict=True)
-    return ", ".join([f"{name} {human_bytes(count)}" for name, count in moved if count is not None] + [memory_peaks()])
-
-
-def memory_peaks() -> str:
-    """The most memory that the process has used, and the most on a GPU."""
-    found = (("peak memory", peak_memory_bytes()), ("peak GPU memory", peak_cuda_bytes()))
-    return ", ".join(f"{name} {human_bytes(count)}" for name, count in found if count is not None)
 
 
 def short(number: float) -> str:
@@ -44,19 +23,7 @@ def duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 60 else clock_time(seconds)
 
 
-def place(stage: StageRecord) -> str:
-    """The tensor that is being worked on, or else the layer."""
-    if stage.tensor is not None:
-        return stage.tensor
-    return "" if stage.layer is None else f"layer {stage.layer}"
-
-
-def speed(stage: StageRecord) -> str:
-    """`12.3 M weights/s`."""
-    return f"{short(float(stage.rate))} {stage.unit}/s" if stage.rate and stage.unit else ""
-
-
-def time_left(stage: StageRecord) -> str:
-    """`2:03 left`, while the stage runs."""
-    is_running = stage.seconds_left is not None and stage.done < stage.total
-    return f"{clock_time(stage.seconds_left or 0)} left" if is_running else ""
+def sizes_and_peaks(**sizes: int | None) -> str:
+    """`read 1.2 GB, written 30 kB, peak memory 900 MB`, without what the system does not tell."""
+    peaks = {"peak memory": peak_memory_bytes(), "peak GPU memory": peak_cuda_bytes()}
+    return ", ".join(f"{name} {human_bytes(size)}" for name, size in (sizes | peaks).items() if size is not None)
