@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from dynquant.encoding.stream import load_encoder
 from dynquant.errors import EvaluationError
 from dynquant.evaluation import multiple_choice
 from dynquant.evaluation.distributions import NUM_TAIL, NUM_TOP, Distributions, log_probs_at
+from dynquant.evaluation.llama_cpp_pictures import MtmdRunner
 from dynquant.evaluation.multiple_choice import AnswerScores, EncodedQuestion, Scoring
 from dynquant.evaluation.options import EvalOptions, QuestionOptions
 from dynquant.evaluation.reference_cache import cache_key, load_cached, model_files, model_fingerprint, save_cached
@@ -45,7 +47,6 @@ from dynquant.evaluation.report import (
 from dynquant.evaluation.runners import (
     LLAMA_CPP,
     RUNNERS,
-    GgufPictureRunner,
     HuggingFaceRunner,
     LogitRunner,
     ModelInfo,
@@ -58,7 +59,7 @@ from dynquant.evaluation.runners import (
 from dynquant.families.open import is_gguf, locate_model, open_model
 from dynquant.inputs.model_inputs import Batch, ModelInputs
 from dynquant.inputs.pictures import Sample, SampleEncoder, image_token_of, read_samples
-from dynquant.inputs.processor import load_processor
+from dynquant.inputs.processor import image_token_limits, load_processor
 from dynquant.inputs.questions import load_questions, take_evenly
 from dynquant.inputs.text import TextEncoder, evaluation_windows
 from dynquant.recipes.folder import STATS_NAME, stats_of_plan
@@ -114,10 +115,10 @@ def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress
     run = _Run(options, session, progress, num_columns, reference)
     torch_threads = torch.get_num_threads()
     try:
-        with _LazyRunner(reference, run) as runner:
+        with run.opening(reference) as runner:
             references = [run.reduced(runner, text) for text in texts]
             before = {name: run.choices(runner, "reference", name, encoded) for name, encoded in questions.items()}
-        with _LazyRunner(candidate, run, adapter=options.adapter) as runner:
+        with run.opening(candidate, adapter=options.adapter) as runner:
             scores = [run.compared(runner, text, *said) for text, said in zip(texts, references, strict=True)]
             after = {name: run.choices(runner, "candidate", name, encoded) for name, encoded in questions.items()}
     finally:
@@ -158,10 +159,8 @@ def common_columns(reference: ModelInfo, candidate: ModelInfo) -> tuple[int, lis
             f"{candidate.vocab_size}; probabilities over different vocabularies cannot be compared. "
             "Give two versions of the same model."
         )
-    dropped = large.vocab_size - small.vocab_size
-    return small.vocab_size, [
-        f"{large.path.name}: the last {dropped} logits belong to padding tokens and were dropped."
-    ]
+    dropped = f"the last {large.vocab_size - small.vocab_size} logits belong to padding tokens and were dropped"
+    return small.vocab_size, [f"{large.path.name}: {dropped}."]
 
 
 def _encoded_questions(
@@ -175,12 +174,13 @@ def _encoded_questions(
         )
     questions = take_evenly(load_questions(data), options.limit)
     shots = load_questions(options.shots or data, split="dev") if options.num_shots else []
-    return {
-        name: multiple_choice.encode_questions(
-            questions, shots, name, encode, num_shots=options.num_shots, context_length=context_length
-        )
-        for name in dict.fromkeys(options.scoring)
-    }
+    limits = {"num_shots": options.num_shots, "context_length": context_length}
+    scorings = dict.fromkeys(options.scoring)
+    return {name: multiple_choice.encode_questions(questions, shots, name, encode, **limits) for name in scorings}
+
+
+Opener = Callable[[], LogitRunner]
+"""Gives the running model."""
 
 
 @dataclass
@@ -203,7 +203,19 @@ class _Run:
         yield lambda done, total: self.progress(stage, done, total, unit=unit)
         self.seconds[stage] = round(time.perf_counter() - start, 3)
 
-    def reduced(self, runner: "_Opener", inputs: ModelInputs) -> tuple[Distributions, Tensor]:
+    @contextmanager
+    def opening(self, path: Path, *, adapter: Path | None = None) -> Iterator[Opener]:
+        """Context manager: loads the model when it is first asked for, which never happens where all is cached."""
+        options, session = self.options, self.session
+        where = {"threads": session.threads, "device": session.device, "runner": options.runner}
+        opener = cache(partial(open_runner, path, **where, rounded=options.rounded, adapter=adapter))
+        try:
+            yield opener
+        finally:
+            if opener.cache_info().currsize:
+                opener().close()
+
+    def reduced(self, runner: Opener, inputs: ModelInputs) -> tuple[Distributions, Tensor]:
         """Return the reference's distributions at all scored positions, and log-probabilities of what follows."""
 
         def run(report: Callable[[int, int], None]) -> dict[str, Tensor]:
@@ -221,9 +233,7 @@ class _Run:
         targets = tensors.pop("target_log_probs")
         return Distributions(**tensors), targets
 
-    def compared(
-        self, runner: "_Opener", inputs: ModelInputs, reference: Distributions, _targets: Tensor
-    ) -> TokenScores:
+    def compared(self, runner: Opener, inputs: ModelInputs, reference: Distributions, _targets: Tensor) -> TokenScores:
         """Return what the candidate does at the positions of `reference`."""
         parts, start = [], 0
         with self.timed(f"candidate, {inputs.name}", inputs.unit) as report:
@@ -231,18 +241,15 @@ class _Run:
                 said = reference[start : start + len(logits)]
                 start += len(logits)
                 try:
-                    scores = (
-                        said.kl(logits),
-                        said.agreements(logits),
-                        log_probs_at(logits, batch.targets[:, None])[:, 0],
-                    )
+                    followed = log_probs_at(logits, batch.targets[:, None])[:, 0]
+                    scores = said.kl(logits), said.agreements(logits), followed
                 except EvaluationError as error:
                     raise EvaluationError(f"{batch.place}: {error}" if batch.place else str(error)) from error
                 parts.append([values.cpu() for values in scores])
         return TokenScores(*(torch.cat(values).numpy() for values in zip(*parts, strict=True)))
 
     def _logits(
-        self, runner: "_Opener", inputs: ModelInputs, report: Callable[[int, int], None]
+        self, runner: Opener, inputs: ModelInputs, report: Callable[[int, int], None]
     ) -> Iterator[tuple[Batch, Tensor]]:
         model = runner()
         model.reserve(inputs.longest)
@@ -251,16 +258,12 @@ class _Run:
             yield batch, model.scored_logits(batch)[:, : self.num_columns]
             report(done, len(inputs))
 
-    def choices(
-        self, runner: "_Opener", side: str, name: Scoring, encoded: list[EncodedQuestion]
-    ) -> list[AnswerScores]:
+    def choices(self, runner: Opener, side: str, name: Scoring, encoded: list[EncodedQuestion]) -> list[AnswerScores]:
         """Return a model's log-probabilities of the answers to multiple-choice questions."""
         with self.timed(f"{side}, {name} questions", "questions") as report:
 
             def run() -> dict[str, Tensor]:
-                scores = multiple_choice.score_questions(
-                    runner(), encoded, num_columns=self.num_columns, progress=report
-                )
+                scores = multiple_choice.score_questions(runner(), encoded, self.num_columns, report)
                 return {"log_probs": torch.from_numpy(np.concatenate([score.log_probs for score in scores]))}
 
             parts = [part for e in encoded for part in (e.prompt, *e.answers)]
@@ -273,8 +276,8 @@ class _Run:
         """Return a model's greedy answers to questions about pictures."""
         answers = []
         with self.timed(f"{side}, questions", "questions") as report:
-            for done, one in enumerate(asked, start=1):
-                ids = runner.answer(one.prompt, one.num_answer_tokens + SPARE_TOKENS)
+            for done, question in enumerate(asked, start=1):
+                ids = runner.answer(question.prompt, question.num_answer_tokens + SPARE_TOKENS)
                 answers.append(tokenizer.decode(ids, skip_special_tokens=True).strip())
                 report(done, len(asked))
         return answers
@@ -295,33 +298,6 @@ class _Run:
             tensors = run()
             save_cached(directory, name, tensors)
         return tensors
-
-
-_Opener = Callable[[], LogitRunner]
-
-
-class _LazyRunner:
-    """Context manager: loads the model when it is first called; a reference whose results are all cached never is."""
-
-    def __init__(self, path: Path, run: _Run, *, adapter: Path | None = None) -> None:
-        self._path, self._run, self._adapter = path, run, adapter
-        self._runner: LogitRunner | None = None
-
-    def __enter__(self) -> "_LazyRunner":
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        if self._runner:
-            self._runner.close()
-
-    def __call__(self) -> LogitRunner:
-        if not self._runner:
-            options, session = self._run.options, self._run.session
-            self._runner = open_runner(
-                self._path, threads=session.threads, device=session.device, runner=options.runner,
-                rounded=options.rounded, adapter=self._adapter,
-            )  # fmt: skip
-        return self._runner
 
 
 def _identify(info: ModelInfo) -> ModelIdentity:
@@ -372,7 +348,7 @@ def _evaluate_on_pictures(options: EvalOptions, data: Path, session: Session) ->
         samples=len(inputs),
         skipped=inputs.skipped,
         **(scores.means([len(batch.scored) for batch in inputs]) if scores is not None else {}),
-        questions=summarize_answers([one.sample for one in asked], before, after) if asked else None,
+        questions=summarize_answers([question.sample for question in asked], before, after) if asked else None,
     )
 
 
@@ -406,8 +382,13 @@ def _picture_candidate(
         mmproj = options.mmproj or mmproj_path(path)
         if not mmproj.is_file():
             raise EvaluationError(f"There is no {mmproj}, and {path.name} alone sees no pictures; give --mmproj FILE.")
-        runner = GgufPictureRunner(path, mmproj, original, processor)
+        runner = MtmdRunner(path, mmproj, image_tokens=image_token_limits(processor), stop=original.stop_tokens)
         try:
+            if runner.vocab_size != original.vocab_size:
+                raise EvaluationError(
+                    f"{path.name} has {runner.vocab_size:,} tokens and the reference {original.vocab_size:,}; they are "
+                    "not the same model. Give the checkpoint that the file was made from."
+                )
             yield runner, gguf_bytes((path, mmproj))
         finally:
             runner.close()

@@ -7,7 +7,7 @@ mean KL of 1e-4.
 import ctypes
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -105,6 +105,16 @@ def llama_encode(vocab: ctypes.c_void_p, text: str, *, add_special: bool = True)
     if count < 0:
         raise EvaluationError(f"llama.cpp's tokenizer failed on a text of {len(data)} bytes.")
     return list(tokens[:count])
+
+
+def vocabulary_texts(vocab: ctypes.c_void_p) -> tuple[int, Callable[[int], str]]:
+    """Return the number of tokens, and what gives the text of one."""
+    import llama_cpp
+
+    def text_of(token: int) -> str:
+        return (llama_cpp.llama_vocab_get_text(vocab, token) or b"").decode(errors="replace")
+
+    return llama_cpp.llama_vocab_n_tokens(vocab), text_of
 
 
 def llama_metadata(model: ctypes.c_void_p, key: str) -> str:

@@ -134,11 +134,7 @@ def tokens_in_memory(encoded: Sequence[EncodedQuestion]) -> int:
 
 
 def score_questions(
-    runner: LogitRunner,
-    encoded: Sequence[EncodedQuestion],
-    *,
-    num_columns: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    runner: LogitRunner, encoded: Sequence[EncodedQuestion], num_columns: int, progress: Callable[[int, int], None]
 ) -> list[AnswerScores]:
     """Log-probabilities of every answer, in the order of `encoded`; logits beyond `num_columns` are ignored."""
     groups: dict[tuple[str, int], list[int]] = {}
