@@ -47,15 +47,9 @@ def import_imatrix(path: str | Path, model: Model) -> CalibrationStats:
             inputs[weight] = _input_stats(path, weight, shapes[weight], sums, counts)
     if not inputs:
         raise StatsError(f"No entry of {path} is named like a weight of {model.name}; it belongs to another model.")
-    provenance = StatsProvenance(
-        fingerprint=model.fingerprint,
-        text_hash=hashlib.sha256(path.read_bytes()).hexdigest(),
-        text_name=", ".join(datasets) or path.name,
-        num_windows=chunks,
-        num_tokens=chunks * size,
-        window=size,
-        imported_from=path.name,
-    )
+    text = {"text_hash": hashlib.sha256(path.read_bytes()).hexdigest(), "text_name": ", ".join(datasets) or path.name}
+    counts = {"num_windows": chunks, "num_tokens": chunks * size, "window": size}
+    provenance = StatsProvenance(fingerprint=model.fingerprint, imported_from=path.name, **text, **counts)
     return CalibrationStats(provenance, inputs)
 
 

@@ -99,17 +99,11 @@ class MomentRecorder:
         return cls(limit_bytes, pools_experts=needed > limit_bytes)
 
     def add(
-        self,
-        key: str,
-        x: torch.Tensor,
-        *,
-        num_experts: int = 1,
-        expert: int = 0,
-        squared_gradients: torch.Tensor | None = None,
+        self, key: str, x: torch.Tensor, *, num_experts: int = 1, expert: int = 0, squares: torch.Tensor | None = None
     ) -> None:
         """Add tokens of one expert, `x` [T, C], or of all experts at once [T, E, C].
 
-        With `squared_gradients` [T] a token counts 1 + its own over their mean.
+        With `squares` [T] of gradients a token counts 1 + its own over their mean.
         """
         if not len(x) or not self._has_room(key, x, num_experts):
             return
@@ -119,11 +113,11 @@ class MomentRecorder:
             self._weights[key] += len(x)
             return
         row = 0 if len(self._sums[key]) == 1 else expert
-        if squared_gradients is None:
+        if squares is None:
             self._sums[key][row].addmm_(x.T, x)
             self._weights[key][row] += len(x)
         else:
-            squares = squared_gradients.to(torch.float32)
+            squares = squares.to(torch.float32)
             mean = squares.mean()
             v = 1 + torch.where(mean > 0, squares / mean, 0.0)  # no branch: it would wait for the GPU
             self._sums[key][row].addmm_((x * v.unsqueeze(1)).T, x)

@@ -71,7 +71,7 @@ def calibrate_in_shards(
         done += shard.inputs.num_tokens
         progress("calibrate", done, inputs.num_tokens, unit="tokens")
     assert total is not None
-    provenance, num_moments = split_inputs(inputs, provenance, options.held_back)[2], 0
+    provenance, num_moments = split_inputs(inputs, provenance, options.held_back).provenance, 0
     total.stats.provenance = provenance
     if total.moments is not None:
         total.moments.provenance, num_moments = provenance, len(total.moments.sums)

@@ -108,12 +108,9 @@ def log_probs_at(logits: Tensor, ids: Tensor) -> Tensor:
     Raises:
         EvaluationError: a logit is NaN, or a distribution cannot be normalized.
     """
-    return torch.cat(
-        [
-            logits[rows].gather(1, ids[rows].to(logits.device).long()).double() - _log_normalizer(logits[rows])
-            for rows in _chunks(logits)
-        ]
-    )
+    ids = ids.to(logits.device).long()
+    parts = [logits[rows].gather(1, ids[rows]).double() - _log_normalizer(logits[rows]) for rows in _chunks(logits)]
+    return torch.cat(parts)
 
 
 def _chunks(logits: Tensor) -> list[slice]:

@@ -6,6 +6,7 @@ mean KL of 1e-4.
 
 import ctypes
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -107,14 +108,25 @@ def llama_encode(vocab: ctypes.c_void_p, text: str, *, add_special: bool = True)
     return list(tokens[:count])
 
 
-def vocabulary_texts(vocab: ctypes.c_void_p) -> tuple[int, Callable[[int], str]]:
-    """Return the number of tokens, and what gives the text of one."""
-    import llama_cpp
+def llama_facts(path: Path) -> tuple[int, int, int]:
+    """Return the vocabulary's size, the context length, and the number of tokens before the padding."""
+    with llama_vocabulary(path) as (model, vocab):
+        import llama_cpp
 
-    def text_of(token: int) -> str:
-        return (llama_cpp.llama_vocab_get_text(vocab, token) or b"").decode(errors="replace")
+        def text_of(token: int) -> str:
+            return (llama_cpp.llama_vocab_get_text(vocab, token) or b"").decode(errors="replace")
 
-    return llama_cpp.llama_vocab_n_tokens(vocab), text_of
+        vocab_size = llama_cpp.llama_vocab_n_tokens(vocab)
+        architecture = llama_metadata(model, "general.architecture")
+        context_length = int(llama_metadata(model, f"{architecture}.context_length") or 2**31)
+        return vocab_size, context_length, without_padding(vocab_size, text_of)
+
+
+def without_padding(num_tokens: int, text_of: Callable[[int], str]) -> int:
+    """Count the tokens before the trailing `[PADn]`, which fill the embedding matrix."""
+    while num_tokens and re.fullmatch(r"\[PAD\d+\]", text_of(num_tokens - 1)):
+        num_tokens -= 1
+    return num_tokens
 
 
 def llama_metadata(model: ctypes.c_void_p, key: str) -> str:

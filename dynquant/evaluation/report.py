@@ -237,10 +237,7 @@ def summarize_text(
 
 
 def summarize_choices(
-    scoring: Scoring,
-    encoded: Sequence[EncodedQuestion],
-    reference: Sequence[AnswerScores],
-    candidate: Sequence[AnswerScores],
+    scoring: Scoring, encoded: list[EncodedQuestion], reference: list[AnswerScores], candidate: list[AnswerScores]
 ) -> MultipleChoiceResult:
     """Accuracies of both models and their paired comparison."""
     answers = np.array([e.question.answer for e in encoded])

@@ -9,8 +9,7 @@ Sampling and chat templates are left out.
 """
 
 import copy
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,13 +20,7 @@ import torch
 
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.errors import CheckpointError
-from dynquant.evaluation.llama_cpp import (
-    LlamaCppRunner,
-    llama_encode,
-    llama_metadata,
-    llama_vocabulary,
-    vocabulary_texts,
-)
+from dynquant.evaluation.llama_cpp import LlamaCppRunner, llama_encode, llama_facts, llama_vocabulary, without_padding
 from dynquant.evaluation.rendered_model import scored_logits
 from dynquant.families.from_gguf import config_from_gguf
 from dynquant.families.open import is_gguf
@@ -102,16 +95,12 @@ def describe_model(path: Path, *, runner: str = LLAMA_CPP) -> ModelInfo:
         num_named = _count_named_tokens(path, config.vocab_size)
         return ModelInfo(path, TRANSFORMERS, config.vocab_size, context_length, num_named)
     if runner == LLAMA_CPP:
-        with llama_vocabulary(path) as (model, vocab):
-            vocab_size, text_of = vocabulary_texts(vocab)
-            architecture = llama_metadata(model, "general.architecture")
-            context_length = int(llama_metadata(model, f"{architecture}.context_length") or 2**31)
-            return ModelInfo(path, LLAMA_CPP, vocab_size, context_length, _without_padding(vocab_size, text_of))
+        return ModelInfo(path, LLAMA_CPP, *llama_facts(path))
     source = GGUFSource(path)
     config = config_from_gguf(source)
     vocab_size, context_length = config.integer("vocab_size"), config.integer("max_position_embeddings")
     tokens = next((field.value for field in source.metadata if field.key == "tokenizer.ggml.tokens"), None)
-    num_named = _without_padding(len(tokens), tokens.__getitem__) if isinstance(tokens, list) else vocab_size
+    num_named = without_padding(len(tokens), tokens.__getitem__) if isinstance(tokens, list) else vocab_size
     return ModelInfo(path, TRANSFORMERS, vocab_size, context_length, num_named)
 
 
@@ -159,13 +148,6 @@ def open_encoder(path: Path) -> Iterator[TextEncoder]:
         return tokenizer.encode(text, add_special_tokens=add_special, verbose=False)
 
     yield encode
-
-
-def _without_padding(num_tokens: int, text_of: Callable[[int], str]) -> int:
-    """Count the tokens before the trailing `[PADn]`."""
-    while num_tokens and re.fullmatch(r"\[PAD\d+\]", text_of(num_tokens - 1)):
-        num_tokens -= 1
-    return num_tokens
 
 
 def _count_named_tokens(path: Path, vocab_size: int) -> int:

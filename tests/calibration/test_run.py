@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from dynquant.calibration.collector import SampleLimits
 from dynquant.calibration.importance import SHRINK_TOKENS, coverage_report, importance
-from dynquant.calibration.run import StatisticsOptions, calibrate, collect_statistics
+from dynquant.calibration.run import StatisticsOptions, collect_statistics
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
 from dynquant.checkpoints.model import HyperParams
 from dynquant.errors import CheckpointError, StatsError
@@ -18,6 +18,7 @@ from dynquant.inputs.text import CalibrationText, pack_windows, read_text
 from dynquant.running.expert_hooks import record_experts
 from dynquant.running.load import load_hf, load_tokenizer
 from dynquant.session import ignore_progress
+from tests.helpers.calibrating import calibrate
 from tests.helpers.tiny_models import save_tiny, write_f32
 
 N_LAYER, N_EXPERT = 6, 8

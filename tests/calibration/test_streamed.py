@@ -14,7 +14,7 @@ import torch
 from dynquant.analysis.outliers.super_weights import Criteria, find_super_weights
 from dynquant.analysis.sensitivity.closed_form import output_sensitivity, streamed_sensitivity
 from dynquant.calibration.options import CalibrationOptions
-from dynquant.calibration.run import StatisticsOptions, calibrate, provenance_of, text_inputs
+from dynquant.calibration.run import StatisticsOptions, provenance_of, text_inputs
 from dynquant.calibration.stage import run_calibration, streaming_limit
 from dynquant.calibration.streamed import StreamingOptions, calibrate_streamed
 from dynquant.checkpoints.model import Model
@@ -27,6 +27,7 @@ from dynquant.running.staged_passes import HiddenStates, StagedPasses
 from dynquant.running.stored_experts import StoredExperts
 from dynquant.running.stream_memory import Workload, fit_within
 from dynquant.session import Session, ignore_progress
+from tests.helpers.calibrating import calibrate
 from tests.helpers.commands import run
 from tests.helpers.representatives import represented_by
 from tests.helpers.tiny_models import TINY, save_tiny
