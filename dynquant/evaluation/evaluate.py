@@ -29,21 +29,13 @@ from dynquant.encoding.store import ENCODED_NAME, open_store
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import EvaluationError
 from dynquant.evaluation import multiple_choice
+from dynquant.evaluation import report as reports
 from dynquant.evaluation.distributions import NUM_TAIL, NUM_TOP, Distributions, log_probs_at
 from dynquant.evaluation.llama_cpp_pictures import MtmdRunner
 from dynquant.evaluation.multiple_choice import AnswerScores, EncodedQuestion, Scoring
 from dynquant.evaluation.options import EvalOptions, QuestionOptions
 from dynquant.evaluation.reference_cache import cache_key, load_cached, model_files, model_fingerprint, save_cached
 from dynquant.evaluation.rendered_model import RenderedModel
-from dynquant.evaluation.report import (
-    EvalReport,
-    ModelIdentity,
-    PictureReport,
-    TokenScores,
-    summarize_answers,
-    summarize_choices,
-    summarize_text,
-)
 from dynquant.evaluation.runners import (
     LLAMA_CPP,
     RUNNERS,
@@ -72,7 +64,7 @@ SPARE_TOKENS = 4
 """Tokens by which an answer may be longer than the right one; beyond that it is wrong whatever follows."""
 
 
-def evaluate(options: EvalOptions, session: Session = SILENT) -> EvalReport | PictureReport:
+def evaluate(options: EvalOptions, session: Session = SILENT) -> reports.EvalReport | reports.PictureReport:
     """Score a candidate against its reference on text and questions, or on samples with pictures.
 
     Raises:
@@ -91,7 +83,7 @@ def evaluate(options: EvalOptions, session: Session = SILENT) -> EvalReport | Pi
         return _evaluate_on_text(options, session, progress)
 
 
-def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress) -> EvalReport:
+def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress) -> reports.EvalReport:
     asked = options.questions
     reference, candidate = locate_model(options.reference), locate_model(options.candidate)
     if options.adapter is not None and is_gguf(candidate) and options.runner == LLAMA_CPP:
@@ -119,13 +111,13 @@ def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress
             references = [run.reduced(runner, text) for text in texts]
             before = {name: run.choices(runner, "reference", name, encoded) for name, encoded in questions.items()}
         with run.opening(candidate, adapter=options.adapter) as runner:
-            scores = [run.compared(runner, text, *said) for text, said in zip(texts, references, strict=True)]
+            scores = [run.compared(runner, text, said) for text, (said, _) in zip(texts, references, strict=True)]
             after = {name: run.choices(runner, "candidate", name, encoded) for name, encoded in questions.items()}
     finally:
         torch.set_num_threads(torch_threads)
     if options.adapter is not None:
         notes.append(f"The candidate runs with the adapter {options.adapter}.")
-    return EvalReport(
+    return reports.EvalReport(
         reference=_identify(infos[0]),
         candidate=_identify(infos[1]),
         options={
@@ -134,11 +126,11 @@ def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress
             "num_tail": NUM_TAIL,
         },
         texts=[
-            summarize_text(text, targets.numpy(), score, with_kl="kl" in asked.tasks)
+            reports.summarize_text(text, targets.numpy(), score, with_kl="kl" in asked.tasks)
             for text, (_, targets), score in zip(texts, references, scores, strict=True)
         ],
         multiple_choice=[
-            summarize_choices(name, encoded, before[name], after[name]) for name, encoded in questions.items()
+            reports.summarize_choices(name, encoded, before[name], after[name]) for name, encoded in questions.items()
         ],
         notes=notes,
         seconds=run.seconds,
@@ -233,7 +225,7 @@ class _Run:
         targets = tensors.pop("target_log_probs")
         return Distributions(**tensors), targets
 
-    def compared(self, runner: Opener, inputs: ModelInputs, reference: Distributions, _targets: Tensor) -> TokenScores:
+    def compared(self, runner: Opener, inputs: ModelInputs, reference: Distributions) -> reports.TokenScores:
         """Return what the candidate does at the positions of `reference`."""
         parts, start = [], 0
         with self.timed(f"candidate, {inputs.name}", inputs.unit) as report:
@@ -246,7 +238,7 @@ class _Run:
                 except EvaluationError as error:
                     raise EvaluationError(f"{batch.place}: {error}" if batch.place else str(error)) from error
                 parts.append([values.cpu() for values in scores])
-        return TokenScores(*(torch.cat(values).numpy() for values in zip(*parts, strict=True)))
+        return reports.TokenScores(*(torch.cat(values).numpy() for values in zip(*parts, strict=True)))
 
     def _logits(
         self, runner: Opener, inputs: ModelInputs, report: Callable[[int, int], None]
@@ -300,9 +292,9 @@ class _Run:
         return tensors
 
 
-def _identify(info: ModelInfo) -> ModelIdentity:
+def _identify(info: ModelInfo) -> reports.ModelIdentity:
     files = model_files(info.path)
-    return ModelIdentity(
+    return reports.ModelIdentity(
         name=info.path.name,
         runner=info.kind,
         file_bytes=sum(file.stat().st_size for file in files if file.suffix in {".gguf", ".safetensors", ".bin"}),
@@ -320,7 +312,7 @@ class _Asked:
     """Tokens of the right answer and of what ends it."""
 
 
-def _evaluate_on_pictures(options: EvalOptions, data: Path, session: Session) -> PictureReport:
+def _evaluate_on_pictures(options: EvalOptions, data: Path, session: Session) -> reports.PictureReport:
     tasks = options.questions.tasks
     model = open_model(options.reference)
     if not model.has_vision or model.hf_directory is None:
@@ -336,9 +328,9 @@ def _evaluate_on_pictures(options: EvalOptions, data: Path, session: Session) ->
         reference = run.reduced(lambda: original, inputs) if "kl" in tasks else None
         before = run.answers(original, "reference", asked, processor.tokenizer)
         with _picture_candidate(options, model, original, processor) as (candidate, candidate_bytes):
-            scores = run.compared(lambda: candidate, inputs, *reference) if reference else None
+            scores = run.compared(lambda: candidate, inputs, reference[0]) if reference else None
             after = run.answers(candidate, "candidate", asked, processor.tokenizer)
-    return PictureReport(
+    return reports.PictureReport(
         reference=model.name,
         candidate=str(options.candidate),
         reference_bytes=_stored_bytes(model.hf_directory),
@@ -348,7 +340,7 @@ def _evaluate_on_pictures(options: EvalOptions, data: Path, session: Session) ->
         samples=len(inputs),
         skipped=inputs.skipped,
         **(scores.means([len(batch.scored) for batch in inputs]) if scores is not None else {}),
-        questions=summarize_answers([question.sample for question in asked], before, after) if asked else None,
+        questions=reports.summarize_answers([question.sample for question in asked], before, after) if asked else None,
     )
 
 

@@ -8,6 +8,7 @@ share are computed once. Generated answers and chat templates are left out.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Literal
 
 import numpy as np
@@ -144,7 +145,8 @@ def score_questions(
     scores: dict[int, AnswerScores] = {}
     for indices in groups.values():
         # At least one token must be left to run, because the answer's first logits come from it.
-        shared = _common_prefix([encoded[i].prompt[:-1] for i in indices])
+        columns = zip(*(encoded[i].prompt[:-1] for i in indices), strict=False)
+        shared = tuple(column[0] for column in takewhile(lambda column: len({*column}) == 1, columns))
         runner.hold_prefix(shared)
         for i in indices:
             rows = runner.branch_logits(encoded[i].prompt[len(shared) :], encoded[i].answers)
@@ -152,15 +154,6 @@ def score_questions(
             scores[i] = AnswerScores(encoded[i].question, np.array(log_probs))
             progress(len(scores), len(encoded))
     return [scores[i] for i in range(len(encoded))]
-
-
-def _common_prefix(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    length = 0
-    for column in zip(*prompts, strict=False):
-        if len(set(column)) > 1:
-            break
-        length += 1
-    return prompts[0][:length]
 
 
 def _sum_log_probs(logits: torch.Tensor, tokens: Sequence[int]) -> float:

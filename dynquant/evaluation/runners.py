@@ -56,27 +56,21 @@ class LogitRunner(Protocol):
 
     def reserve(self, num_tokens: int) -> None:
         """Make room for `num_tokens` tokens in memory at once; drops the held prefix."""
-        ...
 
     def window_logits(self, tokens: Sequence[int]) -> torch.Tensor:
         """Return logits after every token of an independent window, [tokens, vocab_size]; drops the held prefix."""
-        ...
 
     def scored_logits(self, batch: Batch) -> torch.Tensor:
         """Return logits float32 [scored positions, vocab_size] of a batch of one sequence, on any device."""
-        ...
 
     def hold_prefix(self, tokens: Sequence[int]) -> None:
         """Run `tokens` once and keep their keys and values for later `branch_logits` calls."""
-        ...
 
     def branch_logits(self, suffix: Sequence[int], branches: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """Logits that predict each token of each branch after held prefix + `suffix`, [len(branch), vocab_size]."""
-        ...
 
     def close(self) -> None:
         """Free the model. The runner cannot be used afterwards."""
-        ...
 
 
 class PictureRunner(LogitRunner, Protocol):
@@ -84,7 +78,6 @@ class PictureRunner(LogitRunner, Protocol):
 
     def answer(self, prompt: Batch, max_tokens: int) -> list[int]:
         """Return the greedy answer to a question, as token ids."""
-        ...
 
 
 def describe_model(path: Path, *, runner: str = LLAMA_CPP) -> ModelInfo:

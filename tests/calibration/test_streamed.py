@@ -235,7 +235,7 @@ from dynquant.running.stored_experts import StoredExperts
 from dynquant.checkpoints.safetensors_source import StoredValues
 
 kept = StoredValues(torch.zeros(64, 2048, 1024, dtype=torch.bfloat16))
-experts = StoredExperts((64, 2048, 1024), torch.float32, "cpu", None, torch.empty(2048 * 1024), (kept,))
+experts = StoredExperts((64, 2048, 1024), None, torch.empty(2048 * 1024), (kept,))
 x = torch.zeros(64, 1024, requires_grad=True)
 before, outputs = resident_memory(), []
 for expert in range(64):
@@ -253,7 +253,7 @@ def test_matrices_of_experts_leave_no_holes_among_what_a_backward_pass_keeps():
 
 def test_a_matrix_of_an_expert_outlives_the_next_product():
     values = torch.arange(24, dtype=torch.bfloat16).view(2, 3, 4)
-    experts = StoredExperts((2, 3, 4), torch.float32, "cpu", None, torch.empty(12), (StoredValues(values),))
+    experts = StoredExperts((2, 3, 4), None, torch.empty(12), (StoredValues(values),))
     first, x = experts[0], torch.ones(1, 4)
     assert torch.equal(experts.product(x, 1), x @ values[1].float().T)
     assert torch.equal(first, values[0].float())
