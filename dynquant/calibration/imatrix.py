@@ -27,11 +27,7 @@ _METADATA = ("imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size")
 
 
 def import_imatrix(path: str | Path, model: Model) -> CalibrationStats:
-    """Read an imatrix file as the statistics of `model`. They have no samples and no extremes.
-
-    Raises:
-        StatsError: not an imatrix file, or an entry does not fit the shape of the model's weight of that name.
-    """
+    """Read an imatrix file as statistics of `model`, without samples and extremes; raise StatsError for any other."""
     path = Path(path)
     source = _open(path)
     datasets, chunks, size = _provenance(path, source)

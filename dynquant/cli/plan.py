@@ -146,14 +146,10 @@ def print_costs(plan: "Plan", directory: Path, machine_file: Path, options: Plan
 
     machine, calibration = Machine.load(machine_file), options.calibration
     limit = None if calibration.max_memory is None else parse_size(calibration.max_memory)
-    work = CostOptions(
-        tokens=calibration.tokens,
-        window=calibration.window,
-        hessians=calibration.hessians,
-        hessian_bytes=parse_size(calibration.hessian_memory),
-        types=tuple(name.upper() for name in options.target.types) or DEFAULT_TYPES,
-        limit_bytes=limit,
-    )
+    inputs = {"tokens": calibration.tokens, "window": calibration.window, "hessians": calibration.hessians}
+    types = tuple(name.upper() for name in options.target.types) or DEFAULT_TYPES
+    hessian_bytes = parse_size(calibration.hessian_memory)
+    work = CostOptions(**inputs, hessian_bytes=hessian_bytes, types=types, limit_bytes=limit)
     costs = predict(open_config(directory), plan, machine, work)
     rows = [
         (cost.stage, f"{cost.seconds:,.0f} s", human_bytes(cost.memory_bytes), human_bytes(cost.bytes_read))

@@ -22,8 +22,7 @@ BATCH_TOKENS = 1024
 class RenderedModel:
     """`hf_model`, the original in float32, which ends up with the weights that were installed last.
 
-    Raises:
-        CheckpointError: the original's weights cannot be followed into the running model.
+    Raises CheckpointError when the original's weights cannot be followed into the running model.
     """
 
     def __init__(self, hf_model: nn.Module, store: EncodedStore) -> None:

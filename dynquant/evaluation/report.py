@@ -215,25 +215,16 @@ def summarize_text(
         mean = bootstrap_mean(-log_prob, lengths)
         return Estimate(value=np.exp(mean.value), low=np.exp(mean.low), high=np.exp(mean.high))
 
-    means = scores.means(lengths)
-    divergence = Divergence(
-        mean=means["kl"],
-        median=float(np.median(scores.divergence)),
-        p99_9=float(np.quantile(scores.divergence, 0.999)),
-        maximum=float(scores.divergence.max()),
-        top1_agreement=means["top1_agreement"],
-        block_sums=tuple(block_sums(scores.divergence, lengths)[0].tolist()),
-    )
-    return TextResult(
-        name=text.name,
-        sha256=text.sha256,
-        scored_tokens=len(reference_log_prob),
-        windows=len(lengths),
-        reference_perplexity=perplexity(reference_log_prob),
-        candidate_perplexity=perplexity(scores.target_log_prob),
-        perplexity_ratio=perplexity(scores.target_log_prob - reference_log_prob),
-        kl=divergence if with_kl else None,
-    )
+    kl, means = scores.divergence, scores.means(lengths)
+    tail = {"median": float(np.median(kl)), "p99_9": float(np.quantile(kl, 0.999)), "maximum": float(kl.max())}
+    blocks = tuple(block_sums(kl, lengths)[0].tolist())
+    divergence = Divergence(mean=means["kl"], top1_agreement=means["top1_agreement"], block_sums=blocks, **tail)
+    before, after = reference_log_prob, scores.target_log_prob
+    perplexities = {"reference_perplexity": perplexity(before), "candidate_perplexity": perplexity(after)}
+    perplexities["perplexity_ratio"] = perplexity(after - before)
+    counts = {"scored_tokens": len(before), "windows": len(lengths)}
+    kl_result = divergence if with_kl else None
+    return TextResult(name=text.name, sha256=text.sha256, kl=kl_result, **counts, **perplexities)
 
 
 def summarize_choices(

@@ -156,11 +156,7 @@ def _count_named_tokens(path: Path, vocab_size: int) -> int:
 
 
 def load_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """Load the transformers model of a resolved directory, or of a GGUF file with packed weights, on the CPU.
-
-    Raises:
-        CheckpointError: it cannot be loaded.
-    """
+    """Load a directory, or a GGUF file with packed weights, in transformers on the CPU, or raise CheckpointError."""
     if not is_gguf(path):
         return load_directory(path, dtype)
     try:

@@ -110,11 +110,7 @@ def _single_places(model: Model, source: ConvertedSource, hf_model: nn.Module) -
 
 
 def _places_of_a_file(model: Model, hf_model: nn.Module) -> dict[str, _Place]:
-    """Parameters that transformers loaded from the GGUF file itself.
-
-    Raises:
-        CheckpointError: a parameter is not the file's tensor of its name under any known order of rows.
-    """
+    """Parameters that transformers loaded from the file itself; raise CheckpointError for an unknown order of rows."""
     counts = (model.hyper.n_head, model.hyper.n_head_kv)
     stored_names, places = set(model.source.names()), {}
     for parameter_name, parameter in hf_model.named_parameters():

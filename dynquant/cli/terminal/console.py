@@ -38,11 +38,7 @@ def begin(command: str) -> None:
 
 
 def write_json_to(target: str) -> None:
-    """Tell the stages of this command as JSON lines in a file; `-` is stderr, which then has nothing else.
-
-    Raises:
-        ExportError: the file cannot be written.
-    """
+    """Tell stages as JSON lines in a file, or with `-` on stderr and nothing else there; or raise ExportError."""
     global _json_lines, _has_only_json
     _has_only_json = target == "-"
     try:
