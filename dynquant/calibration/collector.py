@@ -144,7 +144,7 @@ class Collector:
             if not self.with_gradients:
                 add(None)
             elif self._sees_gradients:
-                output.register_hook(add)
+                output.register_hook(add)  # called with the gradient
 
     def _add_moments(self, key: str, x: torch.Tensor, gradient: torch.Tensor | None, **place: int) -> None:
         assert self.moments is not None

@@ -87,7 +87,7 @@ def _input_stats(path: Path, weight: str, shape: tuple[int, ...], sums: np.ndarr
         )
     if not (np.isfinite(sums).all() and np.isfinite(counts).all() and (sums >= 0).all() and (counts >= 0).all()):
         raise StatsError(f"{path} has negative, NaN or Inf values for {weight}; make the importance matrix again.")
-    tokens = np.broadcast_to(np.rint(counts), (num_slices,))
+    tokens = np.broadcast_to(np.rint(counts), (num_slices,))  # one count may stand for all slices
     return InputStats(torch.from_numpy(sums.reshape(num_slices, channels)), torch.from_numpy(tokens.astype(np.int64)))
 
 
@@ -138,8 +138,8 @@ def _entries(
         counts = input_stats.counts.to(torch.float64).expand(num_slices).unsqueeze(1)
         sums = input_stats.in_sum2.expand(num_slices, -1)
         if shrink_tokens is not None:
-            counts = counts.clamp_min(1)
+            counts = counts.clamp_min(1)  # llama.cpp ignores the sums of an expert with count 0
             sums = importance(stats, weight, shape, shrink_tokens=shrink_tokens).to(torch.float64) * counts
-        if num_slices > 1 and not role_of(weight).is_routed_expert:
+        if num_slices > 1 and not role_of(weight).is_routed_expert:  # attn_k_b and attn_v_b
             sums, counts = sums.reshape(1, -1), counts[:1]
         yield weight, sums.to(torch.float32).numpy(), counts.to(torch.float32).numpy()

@@ -85,7 +85,7 @@ def importance(
     if not torch.isfinite(mean).all():
         raise StatsError(f"The statistics of {weight} hold NaN or Inf; calibrate in float32 or check the model.")
     average = mean.mean(1, keepdim=True)
-    floor = torch.where(average > 0, MIN_SHARE * average, 1.0)
+    floor = torch.where(average > 0, MIN_SHARE * average, 1.0)  # an input that is always zero: all channels alike
     return torch.maximum(mean, floor).expand(num_slices, -1).to(torch.float32)
 
 

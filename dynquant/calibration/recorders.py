@@ -50,7 +50,7 @@ class InputRecorder:
         if self._samples is None:
             shape = (self.num_experts, self._sample_rows, self.num_channels)
             self._samples = torch.zeros(shape, dtype=torch.bfloat16, device=self._in_sum2.device)
-        picked = torch.arange(take, device=x.device) * x.shape[0] // take
+        picked = torch.arange(take, device=x.device) * x.shape[0] // take  # evenly spread
         rows = slice(expert, expert + x.shape[1])
         self._samples[rows, used : used + take] = x[picked].transpose(0, 1).to(torch.bfloat16)
         self._sample_counts[rows] += take
@@ -131,7 +131,7 @@ class MomentRecorder:
         sums = {}
         for key in list(self._sums):
             total = self._sums.pop(key)
-            sums[key] = ((total + total.transpose(1, 2)) / 2).cpu()
+            sums[key] = ((total + total.transpose(1, 2)) / 2).cpu()  # products round differently on both sides
         weights = {key: weight.cpu() for key, weight in self._weights.items()}
         self._weights.clear()
         return sums, weights

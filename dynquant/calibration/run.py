@@ -129,7 +129,7 @@ def collect_statistics(
             run.backward("calibrate", summed, torch.Generator().manual_seed(provenance.seed))
         else:
             run.forward("calibrate", summed)
-        run.forward("sample", held, is_held=True)
+        run.forward("sample", held, is_held=True)  # no gradients: samples are inputs
     stats = CalibrationStats(provenance, collector.take(), collector.aliases)
     check_seen(stats, hf_model)
     by_kind = {kind: CalibrationStats(provenance, collector.take(kind), stats.aliases) for kind in kinds}
@@ -137,7 +137,7 @@ def collect_statistics(
         return Calibration(stats, by_kind=by_kind)
     sums, weights = moments.take()
     shared = {alias: key for alias, key in stats.aliases.items() if key in sums}
-    tokens = summed.windows.to(torch.int32).cpu()
+    tokens = summed.windows.to(torch.int32).cpu()  # what later passes tune on
     second = SecondMoments(provenance, tokens, options.hessians, shared, sums, weights)
     return Calibration(stats, second, moments.pools_experts, tuple(moments.left_out), by_kind, len(sums))
 

@@ -187,14 +187,14 @@ def hessian(
     else:
         n, tokens = counts[experts], counts[experts] + SHRINK_TOKENS
         mean = sums[experts] / totals[experts].clamp_min(1e-12).to(torch.float32)[:, None, None]
-        share = (n / (n + SHRINK_TOKENS)).to(torch.float32)[:, None, None]
+        share = (n / (n + SHRINK_TOKENS)).to(torch.float32)[:, None, None]  # of the expert's own moments
         mean = share * mean + (1 - share) * moments.layer_mean(key)
     return _invertible(mean, tokens)
 
 
 def _invertible(mean: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     diagonal = mean.diagonal(dim1=-2, dim2=-1)
-    trust = (tokens / (mean.shape[-1] + tokens)).to(torch.float32)[:, None, None]
+    trust = (tokens / (mean.shape[-1] + tokens)).to(torch.float32)[:, None, None]  # 1 - r
     average = diagonal.mean(-1, keepdim=True)
     added = (1 - trust.squeeze(2)) * diagonal + DAMPING * torch.where(average > 0, average, 1.0)
-    return mean * trust + torch.diag_embed(added)
+    return mean * trust + torch.diag_embed(added)  # the diagonal of S stays whole

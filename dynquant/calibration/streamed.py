@@ -184,7 +184,7 @@ class _Run:
                 save_tensors(name.with_suffix(".moments.safetensors"), named_tensors(sums, weights), {})
             entry["moment_bytes"], entry["left_out"] = self._moments.used_bytes, self._moments.left_out
             entry["moments"] = list(sums)
-        self._journal.add(entry)
+        self._journal.add(entry)  # last, so that what it names is on the disk
         if direction == "backward":
             self._passes.gradients.forget(stage + 1)
         if direction == "backward" or not self._with_gradients:

@@ -57,15 +57,15 @@ def plan(
         return
     if machine is not None:
         raise PlanError("--machine goes with --config-only DIR.")
-    made = stage.make_plan(options, session)
+    decided = stage.make_plan(options, session)
     if report and options.target.serves is None:
         from dynquant.analysis.report.stage import write_plan_report
 
         write_plan_report(str(options.model), options.output, session, base_gguf=options.base_gguf)
     if as_json:
-        console.show_json(made.model_dump_json(indent=1))
+        console.show_json(decided.model_dump_json(indent=1))
     else:
-        print_plan(made, options.output)
+        print_plan(decided, options.output)
 
 
 def print_histogram(plan: "Plan") -> None:
@@ -109,7 +109,7 @@ def print_plan(plan: "Plan", directory: Path) -> None:
 
 def _by_role(plan: "Plan") -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
     """Return columns and rows of a plan for llama.cpp, the role with most bytes first."""
-    precision = list(plan.by_type())
+    precision = list(plan.by_type())  # most precise first
     by_role: dict[str, list[PlanEntry]] = {}
     for entry in plan.entries:
         by_role.setdefault(entry.role.value, []).append(entry)

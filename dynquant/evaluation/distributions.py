@@ -155,8 +155,8 @@ def _tail_divergences(top: Tensor, tail_p: Tensor, tail_q: Tensor, log_ratio: Te
     """
     has_mass = (tail_p > _NO_MASS) & (tail_q > _NO_MASS)
     merged = tail_p * torch.log(torch.where(has_mass, tail_p, 1.0) / torch.where(has_mass, tail_q, 1.0))
-    doubled = (2 * (top + merged)).clamp(1e-9, 100.0)
+    doubled = (2 * (top + merged)).clamp(1e-9, 100.0)  # 2 D; expm1(0) would be divided by
     weight = torch.where(has_mass, doubled / torch.expm1(doubled), 0.0)
-    ratio = log_ratio.clamp(max=700.0).exp().mean(1)
+    ratio = log_ratio.clamp(max=700.0).exp().mean(1)  # exp(710) overflows float64
     estimate = tail_p * (weight * ratio - log_ratio.mean(1)) - weight * tail_q
     return torch.where(tail_p > _NO_MASS, estimate, 0.0)

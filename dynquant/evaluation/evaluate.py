@@ -105,7 +105,7 @@ def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress
         if "mmlu" in asked.tasks:
             questions = _encoded_questions(asked, encode, context_length)
     run = _Run(options, session, progress, num_columns, reference)
-    torch_threads = torch.get_num_threads()
+    torch_threads = torch.get_num_threads()  # open_runner sets those of the session
     try:
         with run.opening(reference) as runner:
             references = [run.reduced(runner, text) for text in texts]
@@ -200,7 +200,7 @@ class _Run:
         """Context manager: loads the model when it is first asked for, which never happens where all is cached."""
         options, session = self.options, self.session
         where = {"threads": session.threads, "device": session.device, "runner": options.runner}
-        opener = cache(partial(open_runner, path, **where, rounded=options.rounded, adapter=adapter))
+        opener = cache(partial(open_runner, path, **where, rounded=options.rounded, adapter=adapter))  # loads once
         try:
             yield opener
         finally:
@@ -237,7 +237,7 @@ class _Run:
                     scores = said.kl(logits), said.agreements(logits), followed
                 except EvaluationError as error:
                     raise EvaluationError(f"{batch.place}: {error}" if batch.place else str(error)) from error
-                parts.append([values.cpu() for values in scores])
+                parts.append([values.cpu() for values in scores])  # a GPU holds one batch
         return reports.TokenScores(*(torch.cat(values).numpy() for values in zip(*parts, strict=True)))
 
     def _logits(

@@ -100,7 +100,7 @@ def llama_encode(vocab: ctypes.c_void_p, text: str, *, add_special: bool = True)
     import llama_cpp
 
     data = text.encode("utf-8")
-    capacity = len(data) + 8
+    capacity = len(data) + 8  # a byte a token at most, and special ones
     tokens = (llama_cpp.llama_token * capacity)()
     count = llama_cpp.llama_tokenize(vocab, data, len(data), tokens, capacity, add_special, False)
     if count < 0:
@@ -160,7 +160,7 @@ class LlamaCppRunner:
         params.n_seq_max = 2 + MAX_CHOICES
         params.kv_unified = True  # sequences share the prefix's cells instead of each getting n_ctx / n_seq_max
         params.n_threads = params.n_threads_batch = self._threads
-        params.type_k = params.type_v = self._api.GGML_TYPE_F32
+        params.type_k = params.type_v = self._api.GGML_TYPE_F32  # F16 by default, see above
         params.flash_attn_type = self._api.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._context = self._api.llama_init_from_model(self._model, params)
         if not self._context:
@@ -243,5 +243,5 @@ class LlamaCppRunner:
         num_rows = sum(wants for *_, wants in entries)
         if num_rows == 0:
             return torch.empty(0, self.vocab_size)
-        pointer = self._api.llama_get_logits(self._context)
+        pointer = self._api.llama_get_logits(self._context)  # overwritten by the next batch, so it is copied
         return torch.from_numpy(np.ctypeslib.as_array(pointer, shape=(num_rows, self.vocab_size)).copy())

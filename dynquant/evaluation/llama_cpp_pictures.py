@@ -79,10 +79,10 @@ class MtmdRunner(LlamaCppRunner):
 
     def text_logits(self, segments: Sequence[Segment], spare: int = 0) -> tuple[torch.Tensor, int]:
         """Return logits behind every text token, float32 [text tokens, vocabulary], and the position that follows."""
-        pictures = {index: _Picture(self, one) for index, one in enumerate(segments) if isinstance(one, np.ndarray)}
+        pictures = {i: _Picture(self, part) for i, part in enumerate(segments) if isinstance(part, np.ndarray)}
         try:
-            text = sum(len(one) for one in segments if not isinstance(one, np.ndarray))
-            self._clear(text + sum(one.num_tokens for one in pictures.values()) + spare)
+            text = sum(len(part) for i, part in enumerate(segments) if i not in pictures)
+            self._clear(text + sum(picture.num_tokens for picture in pictures.values()) + spare)
             rows, position = [], 0
             for index, segment in enumerate(segments):
                 if index in pictures:

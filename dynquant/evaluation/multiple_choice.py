@@ -46,7 +46,7 @@ class AnswerScores:
     def probability_among_choices(self, scoring: Scoring) -> float:
         """Softmax over the choices only, of the right answer."""
         scores = self._normalized(scoring)
-        weights = np.exp(scores - scores.max())
+        weights = np.exp(scores - scores.max())  # no overflow
         return float(weights[self.question.answer] / weights.sum())
 
     @property
@@ -157,7 +157,7 @@ def score_questions(
 
 
 def _sum_log_probs(logits: torch.Tensor, tokens: Sequence[int]) -> float:
-    log_probs = logits.double().log_softmax(dim=-1)
+    log_probs = logits.double().log_softmax(dim=-1)  # sums of many tokens in float64
     total = float(log_probs[torch.arange(len(tokens)), torch.tensor(tokens)].sum())
     if np.isnan(total):
         raise EvaluationError("The model's logits contain NaN; its weights are damaged or overflow.")

@@ -112,7 +112,7 @@ class TeacherWindows(Dataset):
         row = index % SHARD_WINDOWS
         try:
             if file not in self._open:
-                self._open[file] = safe_open(file, framework="pt")
+                self._open[file] = safe_open(file, framework="pt")  # mapped; rows are read as they are asked for
             shard = self._open[file]
             stored = {name: shard.get_slice(name)[row] for name in shard.keys()}  # noqa: SIM118 (no mapping)
         except (SafetensorError, OSError) as error:
@@ -162,7 +162,7 @@ def build_teacher_windows(
     done = 0
     for shard, key in zip(shards, keys, strict=True):
         if not entry_path(directory, key).is_file():
-            runner = runner or open_reference()
+            runner = runner or open_reference()  # not loaded where all is there
             save_cached(directory, key, _shard_tensors(runner, shard, num_columns, num_tail))
         done += len(shard)
         progress(stage, done, len(windows), unit="windows")
@@ -172,7 +172,7 @@ def build_teacher_windows(
 
 
 def _shard_tensors(runner: "HuggingFaceRunner", windows: Tensor, num_columns: int, num_tail: int) -> dict[str, Tensor]:
-    count = max(1, _LOGITS_AT_ONCE // (windows.shape[1] * runner.vocab_size))
+    count = max(1, _LOGITS_AT_ONCE // (windows.shape[1] * runner.vocab_size))  # windows at a time
     parts = []
     for batch in windows.split(count):
         logits = runner.batch_logits(batch)[..., :num_columns].flatten(0, 1)

@@ -36,7 +36,7 @@ class RenderedModel:
         """Give every named tensor these types' weights; tensors that are not named become the original's again."""
         placed = {name: type_name for name, type_name in types.items() if name in self._names}
         for name in sorted(self.types.keys() | placed.keys()):
-            if placed.get(name) != self.types.get(name):
+            if placed.get(name) != self.types.get(name):  # decoding is what a plan costs
                 self.write(name, placed.get(name))
         self.types = placed
 

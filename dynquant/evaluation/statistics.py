@@ -13,7 +13,7 @@ from dynquant.storage.documents import FrozenRecord
 
 BLOCK_TOKENS = 64
 NUM_RESAMPLES = 2000
-_Z95 = 1.959963984540054
+_Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 
 class Estimate(FrozenRecord):
@@ -42,7 +42,7 @@ def bootstrap_mean(values: np.ndarray, window_lengths: list[int]) -> Estimate:
 
 def bootstrap_ratio(sums: np.ndarray, base_sums: np.ndarray) -> Estimate:
     """Ratio of two models' means on the same blocks, with a 95 % interval from blocks drawn for both together."""
-    picks = np.random.default_rng(0).integers(0, len(sums), size=(NUM_RESAMPLES, len(sums)))
+    picks = np.random.default_rng(0).integers(0, len(sums), size=(NUM_RESAMPLES, len(sums)))  # blocks, with replacement
     low, high = np.quantile(sums[picks].sum(axis=1) / base_sums[picks].sum(axis=1), [0.025, 0.975])
     return Estimate(value=float(sums.sum() / base_sums.sum()), low=float(low), high=float(high))
 
@@ -73,7 +73,7 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
     discordant = only_first + only_second
     term = tail = 1
     for i in range(min(only_first, only_second)):
-        term = term * (discordant - i) // (i + 1)
+        term = term * (discordant - i) // (i + 1)  # the next binomial coefficient, exact in integers
         tail += term
     return min(1.0, 2 * tail / 2**discordant)
 

@@ -74,7 +74,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, experts: StoredExperts, expert: int) -> Tensor:
-        ctx.experts, ctx.expert = experts, expert
+        ctx.experts, ctx.expert = experts, expert  # not the matrix, which would stay in memory until then
         return functional.linear(x, experts.matrix_of_product(expert))
 
     @staticmethod

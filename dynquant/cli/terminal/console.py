@@ -120,7 +120,7 @@ def print_table(
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right")
     for row in rows:
-        table.add_row(*(Text(printable(str(cell))) for cell in row))
+        table.add_row(*(Text(printable(str(cell))) for cell in row))  # as Text: names may look like markup
     console.print(table)
 
 
