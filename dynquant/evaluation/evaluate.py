@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -302,14 +302,12 @@ def _identify(info: ModelInfo) -> reports.ModelIdentity:
     )
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """A question about pictures: the model inputs up to the answer, and how long the right one is."""
+class _Asked(NamedTuple):
+    """A question about pictures: the model inputs up to the answer, and how long the right one is with its end."""
 
     sample: Sample
     prompt: Batch
     num_answer_tokens: int
-    """Tokens of the right answer and of what ends it."""
 
 
 def _evaluate_on_pictures(options: EvalOptions, data: Path, session: Session) -> reports.PictureReport:

@@ -194,10 +194,8 @@ class PictureReport(FrozenRecord):
         share = f"{self.candidate_bytes / self.reference_bytes:.1%}"
         rows = [("bytes", f"{self.reference_bytes:,}", f"{self.candidate_bytes:,}", share)]
         if self.kl is not None and self.top1_agreement is not None:
-            rows += [
-                ("mean KL (nats per token)", "0", _shown(self.kl, ".4f"), ""),
-                ("same top token", "100 %", _shown(self.top1_agreement, ".2%"), ""),
-            ]
+            rows.append(("mean KL (nats per token)", "0", _shown(self.kl, ".4f"), ""))
+            rows.append(("same top token", "100 %", _shown(self.top1_agreement, ".2%"), ""))
         if self.questions is not None:
             asked = self.questions
             flips = f"{asked.only_reference_right} lost, {asked.only_candidate_right} won, p = {asked.mcnemar_p:.2g}"
