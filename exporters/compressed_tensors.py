@@ -155,6 +155,8 @@ def _documents(encoding: Encoding, checkpoint: LinearCheckpoint, shards: Mapping
     config.pop("torch_dtype", None)
     quantization = quantization_config(plan, checkpoint, encoding.model.hyper.n_layer)
     config |= {"dtype": "bfloat16", "quantization_config": quantization}
+    if encoding.model.has_own_output:
+        config["tie_word_embeddings"] = False  # vLLM would believe a configuration that ties them
     rounding = "rounded by their own squared error"
     if stats is not None:
         used = "scales fitted under the mean squares"

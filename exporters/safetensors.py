@@ -104,7 +104,9 @@ def hf_config_of(model: Model) -> Config:
         CheckpointError: an architecture outside the known families.
     """
     if model.hf_directory is not None:
-        return read_config(model.hf_directory, FAMILIES)
+        config = read_config(model.hf_directory, FAMILIES)
+        untied = {"tie_word_embeddings": False} if model.has_own_output else {}
+        return Config(config.path, config.values | untied, config.raw | untied)
     if isinstance(model.source, GGUFSource):
         return config_from_gguf(model.source)
     raise CheckpointError(f"{model.path} has neither config.json nor GGUF metadata, so transformers cannot run it.")
@@ -159,7 +161,12 @@ def _lay_out_language(model: Model, plan: Plan) -> _Layout:
 def _lay_out_vision(model: Model, plan: Plan) -> _Layout:
     assert model.hf_directory is not None
     layout = lay_out_vision(model, plan, build_meta_vision(model))
-    return _Layout(layout.places, layout.parts, layout.copied, read_json(model.hf_directory / "config.json"))
+    config = read_json(model.hf_directory / "config.json")
+    if model.has_own_output:
+        text = config.get("text_config")
+        config |= {"tie_word_embeddings": False}
+        config |= {"text_config": text | {"tie_word_embeddings": False}} if isinstance(text, dict) else {}
+    return _Layout(layout.places, layout.parts, layout.copied, config)
 
 
 def _rewritten(layout: _Layout, plan: Plan) -> frozenset[str]:

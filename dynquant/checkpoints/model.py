@@ -107,6 +107,12 @@ class Model:
         return any(name.startswith("v.") for name in self.source.names())
 
     @cached_property
+    def has_own_output(self) -> bool:
+        """True when the output matrix is stored, whether or not config.json ties it to the embedding."""
+        names = self.checkpoint_names("output.weight") if "output.weight" in self.source.names() else ()
+        return any(name.endswith("lm_head.weight") for name in names)
+
+    @cached_property
     def num_weights(self) -> int:
         """Number of weights in all tensors."""
         return sum(self.source.info(name).numel for name in self.source.names())

@@ -61,7 +61,10 @@ def load_directory(directory: Path, dtype: torch.dtype) -> "PreTrainedModel":
 
 def load_config(model: Model | Path) -> Any:
     """Load transformers' configuration of a model, or raise CheckpointError when it cannot be read."""
-    return _load("AutoConfig", model)
+    config = _load("AutoConfig", model)
+    if isinstance(model, Model) and model.has_own_output:
+        config.tie_word_embeddings = False  # from_pretrained finds this out by itself
+    return config
 
 
 def computing_type(model: Model, device: str) -> torch.dtype:

@@ -12,7 +12,7 @@ import torch
 from dynquant.checkpoints.tensor_source import TensorSource
 from dynquant.errors import CheckpointError
 from dynquant.families.common.config import WAY_OUT, Config
-from dynquant.families.common.conversion import Conversion, Transform, unchanged
+from dynquant.families.common.conversion import Conversion, Transform, differ, unchanged
 
 _COMPUTED_BUFFERS = (".rotary_emb.inv_freq",)
 
@@ -45,6 +45,12 @@ class ConversionBook:
     def holds(self, checkpoint_name: str) -> bool:
         """Return whether the checkpoint stores this tensor; without a list of names, it does not."""
         return checkpoint_name in self._stored
+
+    def holds_another(self, checkpoint_name: str, copied_name: str) -> bool:
+        """Return whether `checkpoint_name` is stored and no copy of `copied_name`; False without weights to compare."""
+        if self._source is None or not {checkpoint_name, copied_name} <= self._stored:
+            return False
+        return differ(self._source, checkpoint_name, copied_name)
 
     def add(
         self,

@@ -58,16 +58,19 @@ def add_decoder(
 
 
 def add_embeddings(book: ConversionBook, *, always_output: bool = False) -> None:
-    """Token embedding and output matrix; tied models get no `output.weight` unless `always_output`."""
-    config = book.config
+    """Token embedding and output matrix; tied models get no `output.weight` unless `always_output`.
+
+    Like transformers, a configuration that ties them is not believed where the checkpoint stores two matrices.
+    """
+    config, embedding, head = book.config, "model.embed_tokens.weight", "lm_head.weight"
     shape = (config.integer("vocab_size"), config.integer("hidden_size"))
-    book.add("token_embd.weight", "model.embed_tokens.weight", shape)
-    if not config.get("tie_word_embeddings", False):
-        book.add("output.weight", "lm_head.weight", shape)
+    book.add("token_embd.weight", embedding, shape)
+    if not config.get("tie_word_embeddings", False) or book.holds_another(head, embedding):
+        book.add("output.weight", head, shape)
         return
-    book.ignore("lm_head.weight")
+    book.ignore(head)
     if always_output:
-        book.add("output.weight", "model.embed_tokens.weight", shape)
+        book.add("output.weight", embedding, shape)
 
 
 def add_norm(book: ConversionBook, name: str, checkpoint_name: str, width: int | None = None) -> None:

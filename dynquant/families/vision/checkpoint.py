@@ -19,7 +19,7 @@ from dynquant.checkpoints.tensor_roles import gguf_name_of
 from dynquant.checkpoints.vision_names import language_name
 from dynquant.errors import CheckpointError
 from dynquant.families.common.config import Config, read_json
-from dynquant.families.common.conversion import Conversion, ConvertedSource, unchanged
+from dynquant.families.common.conversion import Conversion, ConvertedSource, differ, unchanged
 from dynquant.families.common.metadata import recorded_fields, write_general_keys
 from dynquant.families.tokenizers.tokenizer import write_tokenizer
 from dynquant.families.vision.parts import open_language_part, open_projector_part
@@ -55,8 +55,12 @@ def open_vision(directory: Path) -> Model:
             f"know inside a vision-language model (it knows: {', '.join(sorted(_LANGUAGE_ARCH))})."
         )
     stored = SafetensorsSource(directory)
+    copy = _tied_copy(config, stored)
     conversions = [
-        conversion for name in stored.names() for conversion in _conversions(stored, name, arch, text.num_hidden_layers)
+        conversion
+        for name in stored.names()
+        if name != copy
+        for conversion in _conversions(stored, name, arch, text.num_hidden_layers)
     ]
     source = ConvertedSource(stored, conversions)
     parts, unwritten = _parts(directory, config, stored)
@@ -79,6 +83,15 @@ def _parts(directory: Path, config: Any, stored: SafetensorsSource) -> tuple[tup
         except CheckpointError as error:
             unwritten.append(f"{what}: {error}")
     return tuple(parts), tuple(unwritten)
+
+
+def _tied_copy(config: Any, stored: SafetensorsSource) -> str | None:
+    """Return the stored copy of the embedding that a configuration with tied matrices does without."""
+    by_name = {language_name(name): name for name in stored.names()}
+    head, embedding = by_name.get("lm_head.weight"), by_name.get("model.embed_tokens.weight")
+    if not config.to_dict().get("tie_word_embeddings") or head is None or embedding is None:
+        return None
+    return None if differ(stored, head, embedding) else head
 
 
 def _sizes(directory: Path, text: Any, arch: str, source: ConvertedSource) -> tuple[MetadataField, ...]:
