@@ -50,5 +50,5 @@ def demo(
     llm = llama_cpp.Llama(str(file), n_ctx=256, verbose=False, seed=0)  # stock llama.cpp runs the file
     prompt = "The purpose of a statistical test is to"
     words = llm(prompt, max_tokens=40, temperature=0.0)["choices"][0]["text"]
-    console.out.print(f"\nllama.cpp continues: [italic]{prompt}[/]{words}", markup=True)
+    console.say(f"\nllama.cpp continues: {prompt}{words}")
     console.say(f"\nmodel:  {file}\nreport: {folder / 'report.html'}")
