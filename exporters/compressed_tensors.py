@@ -62,7 +62,7 @@ def export_compressed_tensors(
                 target.write(name, directory.tensor_bytes(tensor))
             paths = target.commit()
     finally:
-        if not any(staging.iterdir()):
+        if staging.is_dir() and not any(staging.iterdir()):
             staging.rmdir()  # nothing is left of what could not be exported
     try:
         os.rename(staging, output)

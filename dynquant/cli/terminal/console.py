@@ -29,22 +29,30 @@ _SHOW_CURSOR = "\x1b[?25h"
 _record = RunRecord()
 _json_lines: JsonLines | None = None
 _has_only_json = False
+json_target: str | None = None
 
 
 def begin(command: str) -> None:
     """A command starts; `command` is the line to type for it."""
-    global _record, _json_lines, _has_only_json
-    _record, _json_lines, _has_only_json = RunRecord(command), None, False
+    global _record, _json_lines, _has_only_json, json_target
+    _record, _json_lines, _has_only_json, json_target = RunRecord(command), None, False, None
 
 
 def write_json_to(target: str) -> None:
-    """Tell the stages of this command as JSON lines in a file; `-` is stderr, which then has nothing else.
+    """The stages of this command are to be told as JSON lines in a file; `-` is stderr, which has nothing else then."""
+    global json_target, _has_only_json
+    json_target, _has_only_json = target, target == "-"
+
+
+def open_json_lines() -> None:
+    """Open the file of `write_json_to`, if there is one.
 
     Raises:
         ExportError: the file cannot be written.
     """
-    global _json_lines, _has_only_json
-    _has_only_json = target == "-"
+    global _json_lines
+    if (target := json_target) is None:
+        return
     try:
         stream = sys.stderr if _has_only_json else Path(target).open("w", encoding="utf-8")  # noqa: SIM115 (until exit)
     except OSError as error:
