@@ -67,6 +67,8 @@ def export(options: ExportOptions, session: Session = SILENT) -> Exported:
         encoder = load_encoder("dynquant" if is_vllm else options.encoder, device)
         if plan is None or options.plan is None:
             plan, stats = _plan_of_preset(model, checkpoint, options, session)
+            for line in plan.fallbacks():
+                session.note(line)
             protected = {}
         else:
             stats = stats_of_plan(plan.stats_hash, options.stats or options.plan.parent / STATS_NAME)

@@ -18,6 +18,7 @@ def demo(
 ) -> None:
     """Plan, export and evaluate the bundled 16M mixture-of-experts model; about a minute and a half on two cores."""
     from dynquant.analysis.report.stage import write_plan_report
+    from dynquant.analysis.report.tables import evaluation_table
     from dynquant.calibration.options import CalibrationOptions
     from dynquant.cli.evaluate import print_report, report_tree
     from dynquant.cli.export import print_exported
@@ -45,7 +46,7 @@ def demo(
         print_report(report)
         write_atomically(output / "eval.json", report.to_json())
         console.note(f"wrote {output / 'eval.json'}")
-        write_plan_report(model, folder, session, evaluation=report_tree(report))
+        write_plan_report(model, folder, session, measured=evaluation_table(report_tree(report)))
     _continue_text(file)
     console.say(f"\nmodel:  {file}\nreport: {folder / 'report.html'}")
 
@@ -56,4 +57,4 @@ def _continue_text(file: Path, prompt: str = "The purpose of a statistical test 
 
     llm = llama_cpp.Llama(str(file), n_ctx=256, verbose=False, seed=0)
     words = llm(prompt, max_tokens=40, temperature=0.0)["choices"][0]["text"]
-    console.out.print(f"\nllama.cpp continues: [italic]{prompt}[/]{words}", markup=True)
+    console.say(f"\nllama.cpp continues: {prompt}{words}")

@@ -55,7 +55,7 @@ def _draw_pictures(report: "PictureReport", reference: str, directory: Path, ses
 
     title = f"{report.samples} samples of {report.data}"
     answers = report.questions.answers if report.questions else ()
-    write_plan_report(reference, directory, session, pictures=picture_section(report.rows(), title, answers))
+    write_plan_report(reference, directory, session, measured=picture_section(report.rows(), title, answers))
 
 
 def _write(json_file: Path | None, text: str) -> None:

@@ -77,26 +77,28 @@ def print_histogram(plan: "Plan") -> None:
         f"{plan.predicted_bytes / 2**30:.2f} GiB ({plan.predicted_bytes:,} bytes), {len(plan.entries):,} tensors, "
         f"{plan.bits_per_weight:.3f} bits per weight"
     )
+    _print_fallbacks(plan)
+
+
+def _print_fallbacks(plan: "Plan") -> None:
+    for line in plan.fallbacks():
+        console.say(f"  {line}")
 
 
 def print_plan(plan: "Plan", directory: Path) -> None:
     """Show what was kept, what was crushed, what fell back, and the size."""
     columns, rows = _by_role(plan) if plan.target == "gguf" else _by_scheme(plan)
     console.print_table(f"{plan.model}: {plan.recipe}", (*columns, "bpw", "size", "share"), rows)
-    fallbacks = [entry for entry in plan.entries if entry.wanted_type]
     if plan.target == "gguf":
         for entry in plan.entries:
             if "super " in entry.reason or "stands out" in entry.reason:
                 console.say(f"  {entry.name}: {entry.type}, {entry.reason}")
-        if fallbacks:
-            console.say(f"  {len(fallbacks)} tensors took another type because of their row length (see the plan)")
     else:
         from dynquant.exporters.compressed_config import transformers_problem
 
-        for entry in fallbacks:
-            console.say(f"  {entry.name}: {entry.type} instead of {entry.wanted_type}, {entry.reason}")
         if problem := transformers_problem(plan):
             console.note(f"vLLM will load this checkpoint, transformers will not: {problem}")
+    _print_fallbacks(plan)
     if plan.predicted_kl is not None:
         error = f" ± {plan.predicted_kl_se:.4f}" if plan.predicted_kl_se else ""
         measured = "" if plan.selected_kl is None else f", measured {plan.selected_kl:.4f}"

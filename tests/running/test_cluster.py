@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dynquant.analysis.errors.measure import ErrorMeter, build_error_table
-from dynquant.analysis.errors.remote import RemoteErrors
+from dynquant.analysis.errors.remote import measure_on
 from dynquant.analysis.errors.sums import ErrorJournal
 from dynquant.calibration.run import StatisticsOptions, collect_statistics, provenance_of, text_inputs
 from dynquant.calibration.sharded import calibrate_in_shards, cut
@@ -114,7 +114,7 @@ def test_an_error_table_of_a_cluster_is_the_local_one_and_goes_on(cluster, pool,
     stats = measured(moe, text, "none").stats
     stats.save(tmp_path / "stats.safetensors")
     files = StoredFiles.of(moe, base_gguf=None, stats=tmp_path / "stats.safetensors", use_moments=False, protected={})
-    remote = RemoteErrors(pool, EncoderChoice.of(GGML, "cpu", 1), files)
+    remote = measure_on(pool, EncoderChoice.of(GGML, "cpu", 1), files)
     doomed = list(cluster.worker_nodes)
 
     def table(progress=ignore_progress, **options):
