@@ -31,7 +31,7 @@ class SuperExpert(NamedTuple):
 
 
 def find_super_experts(stats: CalibrationStats) -> list[SuperExpert]:
-    """List super experts in order of |max_out|, largest first. Empty for dense models and imported or scarce statistics."""
+    """List super experts in order of |max_out|, largest first. Empty where statistics are missing or scarce."""
     measured = {name: inputs for name, inputs in stats.inputs.items() if role_of(name) is Role.EXPERT_DOWN}
     measured = {name: inputs for name, inputs in measured.items() if inputs.max_out is not None}
     rows = [row for name, inputs in measured.items() for row in _experts_of(name, inputs)]
