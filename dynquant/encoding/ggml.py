@@ -20,6 +20,7 @@ from typing import ClassVar
 
 import torch
 
+from dynquant.checkpoints.tensor_source import is_finite
 from dynquant.encoding.interface import ProtectedWeight, RowsDone, check_finite, check_request
 from dynquant.errors import EncodeError
 from dynquant.formats.quant_types import QuantType
@@ -137,7 +138,7 @@ def _check_magnitude(quant_type: QuantType, rows: torch.Tensor, importance: torc
 
 def _cast(quant_type: QuantType, weights: torch.Tensor, *, name: str) -> torch.Tensor:
     values = weights.to(torch.float32).to(_FLOAT_DTYPES[quant_type.name]).contiguous()
-    if values.numel() and not torch.isfinite(torch.stack(values.aminmax())).all():
+    if not is_finite(values):
         raise EncodeError(
             f"`{name}` as {quant_type.name} holds NaN or Inf. If the checkpoint itself is sound, a weight is beyond "
             f"the range of {quant_type.name}; keep this tensor as F32."
