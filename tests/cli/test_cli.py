@@ -177,14 +177,13 @@ def test_a_plan_that_names_a_missing_tensor_is_refused(planned, small_moe, tmp_p
     assert "blk.77.attn_q.weight" in message and not list(tmp_path.glob("out*"))
 
 
-def test_nan_weights_name_the_tensor(damaged, small_moe):
+def test_nan_weights_name_the_tensor(damaged):
     tensors = load_file(damaged / "model.safetensors")
     tensors["model.layers.2.self_attn.o_proj.weight"][3, 5] = torch.nan
     save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
     for command_line in (
         ("export", damaged, "--preset", "uniform-q8_0", "-o", damaged / "out.gguf"),
         ("calibrate", damaged, "--tokens", 600, "-o", damaged / "out.safetensors"),
-        ("eval", damaged, "--reference", damaged, "--text", small_moe.parent / "demo_text.txt"),
     ):
         message = refused(*command_line)
         assert "blk.2.attn_output.weight" in message or "layers.2.self_attn.o_proj" in message
