@@ -11,6 +11,8 @@ weights, and a *chunk* what one thread multiplies at a time.
 """
 
 # ruff: noqa: RUF005  (Triton has no `(*tuple, item)`)
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -56,10 +58,40 @@ def prmt(a, b, selector):
     return result
 
 
+class Weights(NamedTuple):
+    """Planar weights as a program sees them."""
+
+    ptr: tl.tensor
+    blocks: tl.tensor
+    """Blocks of the whole tensor, int64."""
+    first: tl.tensor
+    """The block with which the program's rows begin, int64."""
+    starts: tuple
+    """Where the planes of the fields would begin if there were one block, in the order of the fields in a block."""
+
+
+class Inputs(NamedTuple):
+    """Activations as a program sees them: M rows, each of P planes of K bytes."""
+
+    q: tl.tensor
+    d: tl.tensor
+    valid: tl.tensor
+    """False for chunks beyond the end of a row, which count as activations of zero."""
+    K: tl.constexpr
+    M: tl.constexpr
+    P: tl.constexpr
+
+
 @triton.jit
-def plane(w_ptr, num_blocks, first_block, START: tl.constexpr, BYTES: tl.constexpr, dtype: tl.constexpr):
-    """Pointer to one field (`BYTES` per block) of block `first_block`; the plane begins at `num_blocks * START`."""
-    return (w_ptr + (num_blocks * START + first_block * BYTES)).to(tl.pointer_type(dtype))
+def plane(w, FIELD: tl.constexpr, BYTES: tl.constexpr, dtype: tl.constexpr):
+    """Pointer to one field (`BYTES` per block) of the first block."""
+    return (w.ptr + (w.blocks * w.starts[FIELD] + w.first * BYTES)).to(tl.pointer_type(dtype))
+
+
+@triton.jit
+def half(w, FIELD: tl.constexpr, BYTES: tl.constexpr, offs):
+    """The fp16 number of a field as float32."""
+    return tl.load(plane(w, FIELD, BYTES, tl.float16) + offs).to(tl.float32)
 
 
 @triton.jit
@@ -81,9 +113,9 @@ def load4(ptr, offs):
 
 
 @triton.jit
-def load_x(xq_ptr, unit, K, C: tl.constexpr):
+def load_x(x, unit, C: tl.constexpr):
     """The four words of unit [T, 1] of activation plane C = m * P + p."""
-    return load4(xq_ptr, C * (K // 16) + (unit % 8) * (K // 128) + unit // 8)
+    return load4(x.q, C * (x.K // 16) + (unit % 8) * (x.K // 128) + unit // 8)
 
 
 @triton.jit
@@ -96,58 +128,42 @@ def sum_words(words):
 
 
 @triton.jit
-def first_dots(xq_ptr, unit, K, words, OFFSET: tl.constexpr, SIGNED: tl.constexpr, C: tl.constexpr):
-    """Dot products of one unit for every activation plane: a tuple of C tiles; codes are shifted by -OFFSET."""
+def unit_dots(x, unit, words, OFFSET: tl.constexpr, SIGNED: tl.constexpr, before=None):
+    """Dot products of a unit with every activation plane, and sums of activations: two tuples of M * P tiles.
+
+    Codes are shifted by -OFFSET. What another unit of the same group gave is added if it is there as `before`.
+    """
     dots = ()
     sums = ()
-    for c in tl.static_range(C):
-        x = load_x(xq_ptr, unit, K, c)
-        total = sum_words(x)
-        acc = (words[0] & 0) - total * OFFSET
+    for c in tl.static_range(x.M * x.P):
+        x_words = load_x(x, unit, c)
+        total = sum_words(x_words)
+        acc = (words[0] & 0 if before is None else before[0][c]) - total * OFFSET
         for i in tl.static_range(4):
-            acc = dp4a_s(words[i], x[i], acc) if SIGNED else dp4a_u(words[i], x[i], acc)
+            acc = dp4a_s(words[i], x_words[i], acc) if SIGNED else dp4a_u(words[i], x_words[i], acc)
         dots = dots + (acc,)
-        sums = sums + (total,)
+        sums = sums + (total if before is None else before[1][c] + total,)
     return dots, sums
 
 
 @triton.jit
-def more_dots(dots, sums, xq_ptr, unit, K, words, OFFSET: tl.constexpr, SIGNED: tl.constexpr, C: tl.constexpr):
-    """`first_dots` of another unit of the same group, added up."""
-    new_dots = ()
-    new_sums = ()
-    for c in tl.static_range(C):
-        x = load_x(xq_ptr, unit, K, c)
-        total = sum_words(x)
-        acc = dots[c] - total * OFFSET
-        for i in tl.static_range(4):
-            acc = dp4a_s(words[i], x[i], acc) if SIGNED else dp4a_u(words[i], x[i], acc)
-        new_dots = new_dots + (acc,)
-        new_sums = new_sums + (sums[c] + total,)
-    return new_dots, new_sums
-
-
-@triton.jit
-def add_scaled(parts, dots, scale, xd_ptr, group, valid, K, FACTOR: tl.constexpr, M: tl.constexpr, P: tl.constexpr):
-    """parts[m] + dot[m] * scale * xd[m, group] * FACTOR; high and low bytes of 16-bit activations meet here.
-
-    Chunks that are not `valid` (beyond the end of a row) count as activations of zero.
-    """
+def add_scaled(parts, dots, scale, x, group, FACTOR: tl.constexpr):
+    """parts[m] + dot[m] * scale * xd[m, group] * FACTOR; high and low bytes of 16-bit activations meet here."""
     result = ()
-    for m in tl.static_range(M):
-        dot = dots[m] if P == 1 else dots[2 * m] * 256 + dots[2 * m + 1]
-        xd = tl.load(xd_ptr + (m * (K // 32) + group), mask=valid, other=0.0) * FACTOR
+    for m in tl.static_range(x.M):
+        dot = dots[m] if x.P == 1 else dots[2 * m] * 256 + dots[2 * m + 1]
+        xd = tl.load(x.d + (m * (x.K // 32) + group), mask=x.valid, other=0.0) * FACTOR
         result = result + (parts[m] + dot.to(tl.float32) * (scale * xd),)
     return result
 
 
 @triton.jit
-def add_sums(parts, sums, scale, xd_ptr, group, valid, K, M: tl.constexpr, P: tl.constexpr):
+def add_sums(parts, sums, scale, x, group):
     """`add_scaled` for sums of activations [T, 1]: multiplied by their scale first, once for all rows."""
     result = ()
-    for m in tl.static_range(M):
-        total = sums[m] if P == 1 else sums[2 * m] * 256 + sums[2 * m + 1]
-        xd = tl.load(xd_ptr + (m * (K // 32) + group), mask=valid, other=0.0)
+    for m in tl.static_range(x.M):
+        total = sums[m] if x.P == 1 else sums[2 * m] * 256 + sums[2 * m + 1]
+        xd = tl.load(x.d + (m * (x.K // 32) + group), mask=x.valid, other=0.0)
         result = result + (parts[m] + (total.to(tl.float32) * xd) * scale,)
     return result
 
@@ -162,19 +178,16 @@ def zeros(tile, M: tl.constexpr):
 
 
 @triton.jit
-def times(parts, factor, M: tl.constexpr):
+def times(parts, factor):
     """Every tile multiplied by `factor`."""
-    result = ()
-    for m in tl.static_range(M):
-        result = result + (parts[m] * factor,)
-    return result
+    return [part * factor for part in parts]
 
 
 @triton.jit
-def minus_times(parts, others, factor, M: tl.constexpr):
+def minus_times(parts, others, factor):
     """parts - factor * others."""
     result = ()
-    for m in tl.static_range(M):
+    for m in tl.static_range(len(parts)):
         result = result + (parts[m] - factor * others[m],)
     return result
 
@@ -227,12 +240,6 @@ def in_place(words, S: tl.constexpr):
         return and4(words, -0x3F3F3F40)
     else:
         return and4(words, 0x03030303 << (2 * S))
-
-
-@triton.jit
-def half(w_ptr, blocks, first, offs, START: tl.constexpr, BYTES: tl.constexpr):
-    """The fp16 number of a field as float32."""
-    return tl.load(plane(w_ptr, blocks, first, START, BYTES, tl.float16) + offs).to(tl.float32)
 
 
 @triton.jit

@@ -22,21 +22,22 @@ from dynquant.formats.quant_types import QUANT_TYPES, quant_type
 from dynquant.kernels.planes import PLANES, plane_starts
 from dynquant.kernels.triton.activations import quantize_activations
 from dynquant.kernels.triton.bit_chunks import crumb_chunk, nibble_chunk, plain_chunk, table_chunk
+from dynquant.kernels.triton.bit_words import Inputs, Weights
 from dynquant.kernels.triton.codebook_chunks import digit_chunk, signed_chunk, ternary_chunk
 
 MAX_ROWS = 4
 ACTIVATIONS = ("bf16", "int8")
 
-_FAMILY = {
-    **dict.fromkeys(("Q2_K", "Q3_K", "Q6_K", "TQ2_0"), ("crumb", 64)),
-    **dict.fromkeys(("Q4_K", "Q5_K"), ("nibble", 64)),
-    **dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"), ("plain", 32)),
-    **dict.fromkeys(("IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4"), ("table", 32)),
-    **dict.fromkeys(("IQ1_S", "IQ1_M"), ("ternary", 32)),
-    **dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), ("signed", 32)),
-    "TQ1_0": ("digit", 256),
+_CHUNKS = {
+    **dict.fromkeys(("Q2_K", "Q3_K", "Q6_K", "TQ2_0"), (crumb_chunk, 64)),
+    **dict.fromkeys(("Q4_K", "Q5_K"), (nibble_chunk, 64)),
+    **dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"), (plain_chunk, 32)),
+    **dict.fromkeys(("IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4"), (table_chunk, 32)),
+    **dict.fromkeys(("IQ1_S", "IQ1_M"), (ternary_chunk, 32)),
+    **dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), (signed_chunk, 32)),
+    "TQ1_0": (digit_chunk, 256),
 }
-"""Quant type -> chunk function and weights per chunk."""
+"""Quant type -> the function that multiplies a chunk, and weights per chunk."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,9 @@ def gemv_config(type_name: str, num_x_rows: int) -> GemvConfig:
 @triton.jit(do_not_specialize=["N", "num_x_rows", "num_experts", "slots"])
 def gemv_kernel(
     w_ptr, xq_ptr, xd_ptr, grid_ptr, y_ptr, ids_ptr, N, num_x_rows, num_experts, slots,
-    K: tl.constexpr, TYPE: tl.constexpr, FAMILY: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-    S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr, S4: tl.constexpr,
-    M: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, T: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
-    ROUTED: tl.constexpr,
+    K: tl.constexpr, TYPE: tl.constexpr, MULTIPLY: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    STARTS: tl.constexpr, M: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, T: tl.constexpr, SPLIT: tl.constexpr,
+    PDL: tl.constexpr, ROUTED: tl.constexpr,
 ):  # fmt: skip
     """With ROUTED, W is a stack of experts, M is 1, row m of y is that of x row m // slots and expert ids[m]."""
     if PDL:
@@ -100,32 +100,10 @@ def gemv_kernel(
         valid = chunk <= last
         chunk = tl.minimum(chunk, last)
         block = rows * row_blocks + chunk * CHUNK // BLOCK
-        if FAMILY == "crumb":
-            parts = crumb_chunk(
-                w_ptr, blocks, first, block, chunk, valid, xq_ptr, xd_ptr, K, TYPE, S0, S1, S2, S3, M, P
-            )
-        elif FAMILY == "nibble":
-            parts = nibble_chunk(
-                w_ptr, blocks, first, block, chunk, valid, xq_ptr, xd_ptr, K, TYPE, S0, S1, S2, S3, M, P
-            )
-        elif FAMILY == "plain":
-            parts = plain_chunk(
-                w_ptr, blocks, first, block, chunk, valid, xq_ptr, xd_ptr, K, TYPE, S0, S1, S2, S3, M, P
-            )
-        elif FAMILY == "table":
-            parts = table_chunk(
-                w_ptr, blocks, first, block, chunk, valid, xq_ptr, xd_ptr, K, TYPE, S0, S1, S2, S3, M, P
-            )
-        elif FAMILY == "ternary":
-            parts = ternary_chunk(
-                w_ptr, blocks, first, block, chunk, valid, xq_ptr, xd_ptr, grid_ptr, K, TYPE, S0, S1, S2, M, P
-            )
-        elif FAMILY == "signed":
-            parts = signed_chunk(
-                w_ptr, blocks, first, block, chunk, valid, xq_ptr, xd_ptr, grid_ptr, K, TYPE, S0, S1, S2, S3, S4, M, P
-            )
-        else:
-            parts = digit_chunk(w_ptr, blocks, first, block, chunk, valid, xq_ptr, xd_ptr, K, S0, S1, S2, M, P)
+        # Not by way of variables, in which Triton makes tensors of constants.
+        parts = MULTIPLY(
+            Weights(w_ptr, blocks, first, STARTS), block, chunk, Inputs(xq_ptr, xd_ptr, valid, K, M, P), grid_ptr, TYPE
+        )
         new = ()
         for m in tl.static_range(M):
             new = new + (acc[m] + parts[m],)
@@ -161,7 +139,7 @@ def supports(type_name: str, x: Tensor) -> bool:
 def takes(type_name: str, x: Tensor) -> bool:
     """Return whether the kernel takes these activations, however many rows they have."""
     return (
-        type_name in _FAMILY and x.dim() == 2 and x.shape[1] % 256 == 0 and x.dtype in (torch.bfloat16, torch.float16)
+        type_name in _CHUNKS and x.dim() == 2 and x.shape[1] % 256 == 0 and x.dtype in (torch.bfloat16, torch.float16)
     )
 
 
@@ -260,7 +238,7 @@ def add_splits(parts: Tensor, y: Tensor, pdl: bool) -> None:
 
 def has_codebook(type_name: str) -> bool:
     """Return whether the kernel looks weights up in a table that `codebook` makes."""
-    return _FAMILY[type_name][0] in ("ternary", "signed")
+    return _CHUNKS[type_name][0] in (ternary_chunk, signed_chunk)
 
 
 @functools.cache
@@ -268,21 +246,15 @@ def kernel_constants(
     type_name: str, num_planes: int, row_length: int, config: GemvConfig, *, routed: bool = False
 ) -> dict[str, object]:
     """The constants and launch options of `gemv_kernel`."""
-    family, chunk = _FAMILY[type_name]
+    multiply_chunk, chunk = _CHUNKS[type_name]
+    starts = plane_starts(type_name, 1)
+    in_block_order = sorted(PLANES[type_name], key=lambda field: field.offset)
     return {
-        "K": row_length, "TYPE": type_name, "FAMILY": family, "CHUNK": chunk,
-        "BLOCK": QUANT_TYPES[type_name].block_size, **plane_constants(type_name),
+        "K": row_length, "TYPE": type_name, "MULTIPLY": multiply_chunk, "CHUNK": chunk,
+        "BLOCK": QUANT_TYPES[type_name].block_size, "STARTS": tuple(starts[field.name] for field in in_block_order),
         "M": config.rows, "P": num_planes, "BN": config.bn, "T": 32 * config.warps, "SPLIT": config.split,
         "PDL": config.pdl, "ROUTED": routed, "num_warps": config.warps, "launch_pdl": config.pdl,
     }  # fmt: skip
-
-
-def plane_constants(type_name: str) -> dict[str, int]:
-    """S0 to S4: where the planes of the fields begin, for one block, in the order of the fields in a block."""
-    starts = plane_starts(type_name, 1)
-    in_block_order = sorted(PLANES[type_name], key=lambda field: field.offset)
-    values = [starts[field.name] for field in in_block_order] + [0] * (5 - len(starts))
-    return {f"S{i}": value for i, value in enumerate(values)}
 
 
 @functools.cache
