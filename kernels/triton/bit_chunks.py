@@ -190,6 +190,16 @@ def _fifth_bits(bits):
 
 
 @triton.jit
+def nibble_values(packed, TYPE: tl.constexpr):
+    """Signed bytes that low and high nibbles pick in IQ4_NL, IQ4_XS, MXFP4 and NVFP4; the last two are doubled."""
+    IS_E2M1: tl.constexpr = TYPE == "MXFP4" or TYPE == "NVFP4"
+    t0, t1 = (E2M1_0, E2M1_1) if IS_E2M1 else (IQ4_0, IQ4_1)
+    t2, t3 = (E2M1_2, E2M1_3) if IS_E2M1 else (IQ4_2, IQ4_3)
+    zero = packed & 0
+    return table16(packed, zero + t0, zero + t1, zero + t2, zero + t3)
+
+
+@triton.jit
 def table_chunk(w, block, chunk, x, grid_ptr, TYPE: tl.constexpr):
     """IQ4_NL, IQ4_XS, MXFP4, NVFP4: a chunk is 16 bytes of nibbles that pick one of sixteen values."""
     QS: tl.constexpr = 3 if TYPE == "IQ4_XS" else 1
@@ -197,14 +207,10 @@ def table_chunk(w, block, chunk, x, grid_ptr, TYPE: tl.constexpr):
     PER_BLOCK: tl.constexpr = QS_BYTES // 16
     inner = chunk % PER_BLOCK
     words = load4(plane(w, QS, QS_BYTES, tl.int32), block * PER_BLOCK + inner)
-    IS_E2M1: tl.constexpr = TYPE == "MXFP4" or TYPE == "NVFP4"
-    t0, t1 = (E2M1_0, E2M1_1) if IS_E2M1 else (IQ4_0, IQ4_1)
-    t2, t3 = (E2M1_2, E2M1_3) if IS_E2M1 else (IQ4_2, IQ4_3)
-    zero = words[0] & 0
-    l0, h0 = table16(words[0], zero + t0, zero + t1, zero + t2, zero + t3)
-    l1, h1 = table16(words[1], zero + t0, zero + t1, zero + t2, zero + t3)
-    l2, h2 = table16(words[2], zero + t0, zero + t1, zero + t2, zero + t3)
-    l3, h3 = table16(words[3], zero + t0, zero + t1, zero + t2, zero + t3)
+    l0, h0 = nibble_values(words[0], TYPE)
+    l1, h1 = nibble_values(words[1], TYPE)
+    l2, h2 = nibble_values(words[2], TYPE)
+    l3, h3 = nibble_values(words[3], TYPE)
     parts = zeros(block, x.M)
     if TYPE == "NVFP4":
         scales = tl.load(plane(w, 0, 4, tl.uint16) + (block * 2 + inner)).to(tl.int32)

@@ -20,25 +20,14 @@ USE_ASM = tl.constexpr(not triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def dp4a_u(codes, x, acc):
-    """acc + the dot product of four unsigned bytes of `codes` and four signed bytes of `x`."""
+def dp4a(codes, x, acc, SIGNED: tl.constexpr):
+    """acc + the dot product of four bytes of `codes` and four signed bytes of `x`."""
     if USE_ASM:
-        return tl.inline_asm_elementwise(
-            "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [codes, x, acc], dtype=tl.int32, is_pure=True, pack=1
-        )
-    shifts = (tl.arange(0, 4) * 8)[None, None, :]
-    return acc + tl.sum(((codes[:, :, None] >> shifts) & 255) * ((x[:, :, None] << (24 - shifts)) >> 24), axis=2)
-
-
-@triton.jit
-def dp4a_s(codes, x, acc):
-    """acc + the dot product of four signed bytes of `codes` and four signed bytes of `x`."""
-    if USE_ASM:
-        return tl.inline_asm_elementwise(
-            "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [codes, x, acc], dtype=tl.int32, is_pure=True, pack=1
-        )
+        ASM: tl.constexpr = "dp4a.s32.s32 $0, $1, $2, $3;" if SIGNED else "dp4a.u32.s32 $0, $1, $2, $3;"
+        return tl.inline_asm_elementwise(ASM, "=r,r,r,r", [codes, x, acc], dtype=tl.int32, is_pure=True, pack=1)
     shifts = 24 - (tl.arange(0, 4) * 8)[None, None, :]
-    return acc + tl.sum(((codes[:, :, None] << shifts) >> 24) * ((x[:, :, None] << shifts) >> 24), axis=2)
+    code_bytes = (codes[:, :, None] << shifts) >> 24
+    return acc + tl.sum((code_bytes if SIGNED else code_bytes & 255) * ((x[:, :, None] << shifts) >> 24), axis=2)
 
 
 @triton.jit
@@ -123,7 +112,7 @@ def sum_words(words):
     """Sum of the sixteen signed bytes of four words."""
     total = words[0] & 0
     for i in tl.static_range(4):
-        total = dp4a_s(words[i], total * 0 + 0x01010101, total)
+        total = dp4a(words[i], total * 0 + 0x01010101, total, True)
     return total
 
 
@@ -140,7 +129,7 @@ def unit_dots(x, unit, words, OFFSET: tl.constexpr, SIGNED: tl.constexpr, before
         total = sum_words(x_words)
         acc = (words[0] & 0 if before is None else before[0][c]) - total * OFFSET
         for i in tl.static_range(4):
-            acc = dp4a_s(words[i], x_words[i], acc) if SIGNED else dp4a_u(words[i], x_words[i], acc)
+            acc = dp4a(words[i], x_words[i], acc, SIGNED)
         dots = dots + (acc,)
         sums = sums + (total if before is None else before[1][c] + total,)
     return dots, sums
@@ -247,4 +236,5 @@ def sum_pair(words):
     """Sums of the first eight and of the last eight signed bytes of four words."""
     zero = words[0] & 0
     ones = zero + 0x01010101
-    return dp4a_s(words[1], ones, dp4a_s(words[0], ones, zero)), dp4a_s(words[3], ones, dp4a_s(words[2], ones, zero))
+    first, last = dp4a(words[0], ones, zero, True), dp4a(words[2], ones, zero, True)
+    return dp4a(words[1], ones, first, True), dp4a(words[3], ones, last, True)

@@ -176,11 +176,8 @@ def _add_digits(parts, even, odd, x, unit):
 
 
 @triton.jit
-def _lanes(w):
-    return (
-        (w[0] & 0x00FF00FF, w[1] & 0x00FF00FF, w[2] & 0x00FF00FF, w[3] & 0x00FF00FF),
-        ((w[0] >> 8) & 0x00FF00FF, (w[1] >> 8) & 0x00FF00FF, (w[2] >> 8) & 0x00FF00FF, (w[3] >> 8) & 0x00FF00FF),
-    )
+def _lanes(words):
+    return [word & 0x00FF00FF for word in words], [(word >> 8) & 0x00FF00FF for word in words]
 
 
 @triton.jit

@@ -17,13 +17,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from dynquant.formats import tables
 from dynquant.formats.quant_types import QUANT_TYPES, quant_type
 from dynquant.kernels.planes import PLANES, plane_starts
 from dynquant.kernels.triton.activations import quantize_activations
 from dynquant.kernels.triton.bit_chunks import crumb_chunk, nibble_chunk, plain_chunk, table_chunk
 from dynquant.kernels.triton.bit_words import Inputs, Weights
 from dynquant.kernels.triton.codebook_chunks import digit_chunk, signed_chunk, ternary_chunk
+from dynquant.kernels.triton.unpack import table
 
 MAX_ROWS = 4
 ACTIVATIONS = ("bf16", "int8")
@@ -117,9 +117,7 @@ def gemv_kernel(
 
 
 @triton.jit
-def add_splits_kernel(
-    parts_ptr, y_ptr, num_values, SPLIT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
-):  # fmt: skip
+def add_splits_kernel(parts_ptr, y_ptr, num_values, SPLIT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """y = the sum of SPLIT float32 arrays, first to last."""
     if PDL:
         gdc_launch_dependents()
@@ -138,9 +136,8 @@ def supports(type_name: str, x: Tensor) -> bool:
 
 def takes(type_name: str, x: Tensor) -> bool:
     """Return whether the kernel takes these activations, however many rows they have."""
-    return (
-        type_name in _CHUNKS and x.dim() == 2 and x.shape[1] % 256 == 0 and x.dtype in (torch.bfloat16, torch.float16)
-    )
+    has_rows = x.dim() == 2 and x.shape[1] % 256 == 0
+    return type_name in _CHUNKS and has_rows and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def linear(x: Tensor, weight: Tensor, type_name: str, act: str = "bf16", config: GemvConfig | None = None) -> Tensor:
@@ -152,15 +149,8 @@ def linear(x: Tensor, weight: Tensor, type_name: str, act: str = "bf16", config:
         ValueError: `supports` is false, `act` is unknown, or the rows of `weight` are not K weights of the type.
     """
     if not supports(type_name, x):
-        raise ValueError(
-            f"`x` must be bf16 or fp16 [1-{MAX_ROWS}, 256 * n] for {type_name}, got {x.dtype} {[*x.shape]}"
-        )
-    check_weight(x, weight, type_name, act)
-    return linear_of_checked(x, weight, type_name, act, config)
-
-
-def check_weight(x: Tensor, weight: Tensor, type_name: str, act: str) -> None:
-    """Raises ValueError as `linear` documents it."""
+        shape = f"[1-{MAX_ROWS}, 256 * n]"
+        raise ValueError(f"`x` must be bf16 or fp16 {shape} for {type_name}, got {x.dtype} {[*x.shape]}")
     if act not in ACTIVATIONS:
         raise ValueError(f"`act` must be one of {', '.join(ACTIVATIONS)}, got `{act}`")
     row_bytes = quant_type(type_name).row_bytes(x.shape[1])
@@ -169,16 +159,16 @@ def check_weight(x: Tensor, weight: Tensor, type_name: str, act: str) -> None:
             f"`weight` must be contiguous uint8 [N, {row_bytes}], {x.shape[1]} weights of {type_name} a row, "
             f"got {weight.dtype} {[*weight.shape]}"
         )
+    return linear_of_checked(x, weight, type_name, act, config)
 
 
 def linear_of_checked(x: Tensor, weight: Tensor, type_name: str, act: str, config: GemvConfig | None = None) -> Tensor:
     """`linear` for any number of rows, without its checks."""
+    config = config or gemv_config(type_name, len(x))
+    padded = triton.cdiv(len(x), config.rows) * config.rows
     x = x if x.stride(1) == 1 else x.contiguous()
-    num_x_rows = x.shape[0]
-    config = config or gemv_config(type_name, num_x_rows)
-    padded = triton.cdiv(num_x_rows, config.rows) * config.rows
-    xq, xd = quantize_activations(x, act, padded_rows=padded, pdl=config.pdl)
-    return multiply(xq, xd, weight, type_name, num_x_rows, x.dtype, config)
+    integers = quantize_activations(x, act, padded_rows=padded, pdl=config.pdl)
+    return multiply(integers, weight, type_name, x.new_empty(len(x), len(weight)), config, None)
 
 
 def routed(
@@ -190,40 +180,26 @@ def routed(
     slot reads its expert's weights for itself.
     """
     config = config or gemv_config(type_name, 1)
-    xq, xd = quantize_activations(x, act, padded_rows=len(x), pdl=config.pdl)
-    num_slots = expert_ids.numel()
-    return multiply(
-        xq, xd, weight, type_name, num_slots, x.dtype, config, ids=expert_ids.contiguous(), slots=num_slots // len(x)
-    )
+    integers = quantize_activations(x, act, padded_rows=len(x), pdl=config.pdl)
+    y = x.new_empty(expert_ids.numel(), weight.shape[1])
+    return multiply(integers, weight, type_name, y, config, expert_ids.contiguous())
 
 
 def multiply(
-    xq: Tensor,
-    xd: Tensor,
-    weight: Tensor,
-    type_name: str,
-    num_x_rows: int,
-    dtype: torch.dtype,
-    config: GemvConfig,
-    *,
-    ids: Tensor | None = None,
-    slots: int = 1,
+    integers: tuple[Tensor, Tensor], weight: Tensor, type_name: str, y: Tensor, config: GemvConfig, ids: Tensor | None
 ) -> Tensor:
-    """`linear` of activations that are integers already, padded to whole programs: [num_x_rows, N].
+    """Write the product of `quantize_activations`, padded to whole programs, into y [M, N] and return it.
 
-    With `ids`, `routed`: `num_x_rows` counts slots, `slots` those of a row of activations.
+    With `ids` y is that of `routed`: rows of y for every row of activations are its slots.
     """
-    num_outputs, split = weight.shape[-2], config.split
-    num_experts = 1 if ids is None else len(weight)
-    y = torch.empty(num_x_rows, num_outputs, dtype=dtype, device=weight.device)
-    target = y if split == 1 else torch.empty(split, num_x_rows, num_outputs, dtype=torch.float32, device=y.device)
-    words = xq.view(torch.int32)
-    table = codebook(type_name, weight.device) if has_codebook(type_name) else words
+    (xq, xd), split, device = integers, config.split, weight.device
+    target = y if split == 1 else y.new_empty(split, *y.shape, dtype=torch.float32)
+    num_experts, slots = (1, 1) if ids is None else (len(weight), len(y) // len(xq))
     constants = kernel_constants(type_name, xq.shape[1], xq.shape[2], config, routed=ids is not None)
-    grid = (triton.cdiv(num_outputs, config.bn) * triton.cdiv(num_x_rows, config.rows), split)
+    grid = (triton.cdiv(y.shape[1], config.bn) * triton.cdiv(len(y), config.rows), split)
     gemv_kernel[grid](
-        weight, words, xd, table, target, xd if ids is None else ids, num_outputs, num_x_rows, num_experts, slots,
-        **constants,
+        weight, xq.view(torch.int32), xd, table(type_name, device), target, xd if ids is None else ids,
+        y.shape[1], len(y), num_experts, slots, **constants,
     )  # fmt: skip
     if split > 1:
         add_splits(target, y, config.pdl)
@@ -234,11 +210,6 @@ def add_splits(parts: Tensor, y: Tensor, pdl: bool) -> None:
     """y = parts [SPLIT, M, N] summed over the first dimension, first to last."""
     grid = (triton.cdiv(y.numel(), 256),)
     add_splits_kernel[grid](parts, y, y.numel(), parts.shape[0], 256, pdl, num_warps=4, launch_pdl=pdl)
-
-
-def has_codebook(type_name: str) -> bool:
-    """Return whether the kernel looks weights up in a table that `codebook` makes."""
-    return _CHUNKS[type_name][0] in (ternary_chunk, signed_chunk)
 
 
 @functools.cache
@@ -255,13 +226,3 @@ def kernel_constants(
         "M": config.rows, "P": num_planes, "BN": config.bn, "T": 32 * config.warps, "SPLIT": config.split,
         "PDL": config.pdl, "ROUTED": routed, "num_warps": config.warps, "launch_pdl": config.pdl,
     }  # fmt: skip
-
-
-@functools.cache
-def codebook(type_name: str, device: torch.device) -> Tensor:
-    """The grid of a codebook type as int32 words: see `codebook_chunks`."""
-    if type_name in ("IQ1_S", "IQ1_M"):
-        codes = torch.from_numpy(tables.grid_rows("IQ1_S")).to(torch.int32) + 1  # [2048, 8]
-        nibbles = codes[:, :4] | (codes[:, 4:] << 4)
-        return nibbles.to(torch.uint8).view(torch.int32).flatten().to(device)
-    return tables.grid(type_name, device).view(torch.int32)

@@ -1,4 +1,4 @@
-"""Triton: packed planes to weights, one small function per quant type, for use inside any kernel.
+"""Triton: packed planes to weights, one function per family of quant types, for use inside any kernel.
 
 The unit is a group of 32 consecutive weights, [4, 8]: the 8 codes that one thread takes with a single load, and the
 weights that one entry of a codebook stands for. Integer codes are formed four to a word, a pair of words for 8 weights,
@@ -22,8 +22,8 @@ import triton.language as tl
 from dynquant.formats import tables
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.kernels.planes import PLANES
-from dynquant.kernels.triton.bit_chunks import E2M1_0, E2M1_1, E2M1_2, E2M1_3, IQ4_0, IQ4_1, IQ4_2, IQ4_3
-from dynquant.kernels.triton.bit_words import USE_ASM, prmt, table16
+from dynquant.kernels.triton.bit_chunks import nibble_values
+from dynquant.kernels.triton.bit_words import USE_ASM, prmt
 
 _IQ1 = ("IQ1_S", "IQ1_M")
 _IQ2_IQ3 = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
@@ -230,12 +230,7 @@ def _plain(TYPE: tl.constexpr, p, nb, block, i8, i):
 @triton.jit
 def _tabled(TYPE: tl.constexpr, p, table_ptr, nb, block, s, i8, i):
     """IQ4_NL, IQ4_XS, MXFP4, NVFP4: nibbles that pick one of sixteen values."""
-    packed = _words(p, block * groups_per_block(TYPE) + s, 4)
-    IS_E2M1: tl.constexpr = TYPE == "MXFP4" or TYPE == "NVFP4"
-    t0, t1 = (E2M1_0, E2M1_1) if IS_E2M1 else (IQ4_0, IQ4_1)
-    t2, t3 = (E2M1_2, E2M1_3) if IS_E2M1 else (IQ4_2, IQ4_3)
-    zero = packed & 0
-    low, high = table16(packed, zero + t0, zero + t1, zero + t2, zero + t3)
+    low, high = nibble_values(_words(p, block * groups_per_block(TYPE) + s, 4), TYPE)
     low, high = low ^ -0x7F7F7F80, high ^ -0x7F7F7F80  # signed bytes plus 128
     if TYPE == "NVFP4":
         # A block of 16 has its first eight weights in low nibbles, the others in high ones.
