@@ -61,7 +61,7 @@ def experts_linear(
 
 
 experts_input_grad = partial(experts_linear, transposed=True)
-"""What `experts_linear` does with the weights not transposed, see `ops.experts_input_grad`."""
+"""Every token times the weights of each of its experts, not transposed, see `ops.experts_input_grad`."""
 
 
 def embedding(ids: Tensor, weight: Tensor, type_name: str, dtype: torch.dtype, layout: Layout = "blocks") -> Tensor:
@@ -82,7 +82,7 @@ def _times(x: Tensor, weight: Tensor, type_name: str, layout: str, rows: slice, 
     for start, stop in _chunks(num_rows, length):
         part = _decoded(weight, type_name, layout, slice(rows.start + start, rows.start + stop)).to(x.dtype)
         if transposed:
-            product.addmm_(x[:, start:stop], part)
+            product.addmm_(x[:, start:stop], part)  # rows of W are summed over, part by part
         else:
             product[:, start:stop] = x @ part.T
     return product

@@ -59,8 +59,7 @@ def crumb_chunk(w, block, chunk, x, grid_ptr, TYPE: tl.constexpr):
         d, dmin = load2(plane(w, 2, 4, tl.float16), block)
         d, dmin = d.to(tl.float32), dmin.to(tl.float32)
     elif TYPE == "Q3_K":
-        masks = load4(plane(w, 0, 32, tl.int32), block * 2 + i)
-        masks = masks[0] >> (4 * h), masks[1] >> (4 * h), masks[2] >> (4 * h), masks[3] >> (4 * h)
+        masks = [mask >> (4 * h) for mask in load4(plane(w, 0, 32, tl.int32), block * 2 + i)]
         scales_ptr = plane(w, 2, 12, tl.int32) + block * 3
         lower = tl.load(scales_ptr) >> (4 * h + 8 * i)
         upper = tl.load(scales_ptr + 1) >> (4 * h + 8 * i)
@@ -122,10 +121,8 @@ def nibble_chunk(w, block, chunk, x, grid_ptr, TYPE: tl.constexpr):
     d, dmin = load2(plane(w, 0, 4, tl.float16), block)
     if TYPE == "Q5_K":
         qh_ptr = plane(w, 2, 32, tl.int32)
-        a, b = load4(qh_ptr, block * 2), load4(qh_ptr, block * 2 + 1)
-        shift = inner * 2
-        a = a[0] >> shift, a[1] >> shift, a[2] >> shift, a[3] >> shift
-        b = b[0] >> shift, b[1] >> shift, b[2] >> shift, b[3] >> shift
+        front_fifths = [word >> (inner * 2) for word in load4(qh_ptr, block * 2)]
+        back_fifths = [word >> (inner * 2) for word in load4(qh_ptr, block * 2 + 1)]
     parts = zeros(block, x.M)
     minus = zeros(block, x.M)
     FACTORS: tl.constexpr = (1.0, 0.0625 if TYPE == "Q4_K" else 1.0)
@@ -135,8 +132,8 @@ def nibble_chunk(w, block, chunk, x, grid_ptr, TYPE: tl.constexpr):
             front_codes = and4(front, 0x0F0F0F0F if s == 0 else -0x0F0F0F10)
             back_codes = and4(back, 0x0F0F0F0F if s == 0 else -0x0F0F0F10)
         else:
-            front_codes = or4(and4(move4(front, -4 * s), 0x0F0F0F0F), and4(move4(a, 4 - s), 0x10101010))
-            back_codes = or4(and4(move4(back, -4 * s), 0x0F0F0F0F), and4(move4(b, 4 - s), 0x10101010))
+            front_codes = or4(and4(move4(front, -4 * s), 0x0F0F0F0F), and4(move4(front_fifths, 4 - s), 0x10101010))
+            back_codes = or4(and4(move4(back, -4 * s), 0x0F0F0F0F), and4(move4(back_fifths, 4 - s), 0x10101010))
         dots, sums = unit_dots(x, unit, front_codes, 0, False)
         dots, sums = unit_dots(x, unit + 1, back_codes, 0, False, (dots, sums))
         scale = ((sc >> (8 * s)) & 63).to(tl.float32)
@@ -181,12 +178,7 @@ def plain_chunk(w, block, chunk, x, grid_ptr, TYPE: tl.constexpr):
 @triton.jit
 def _fifth_bits(bits):
     """Sixteen bits, one for each byte of four words, at bit 4 of the byte."""
-    return (
-        ((bits & 15) * 0x02040810) & 0x10101010,
-        (((bits >> 4) & 15) * 0x02040810) & 0x10101010,
-        (((bits >> 8) & 15) * 0x02040810) & 0x10101010,
-        (((bits >> 12) & 15) * 0x02040810) & 0x10101010,
-    )
+    return [(((bits >> shift) & 15) * 0x02040810) & 0x10101010 for shift in (0, 4, 8, 12)]
 
 
 @triton.jit

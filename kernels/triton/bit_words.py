@@ -56,7 +56,7 @@ class Weights(NamedTuple):
     first: tl.tensor
     """The block with which the program's rows begin, int64."""
     starts: tuple
-    """Where the planes of the fields would begin if there were one block, in the order of the fields in a block."""
+    """Bytes at which the planes of one block would begin, in the order of the fields in a block."""
 
 
 class Inputs(NamedTuple):
@@ -112,7 +112,7 @@ def sum_words(words):
     """Sum of the sixteen signed bytes of four words."""
     total = words[0] & 0
     for i in tl.static_range(4):
-        total = dp4a(words[i], total * 0 + 0x01010101, total, True)
+        total = dp4a(words[i], total * 0 + 0x01010101, total, True)  # times ones
     return total
 
 
@@ -184,25 +184,25 @@ def minus_times(parts, others, factor):
 @triton.jit
 def table16(packed, t0, t1, t2, t3):
     """Values of low and of high nibbles: words of four 8-bit table entries, from sixteen entries in four words."""
-    low_bits = packed & 0x77777777
+    low_bits = packed & 0x77777777  # one of eight entries; the fourth bit is that of a half of the table
     upper = ((packed >> 1) & 0x44444444) | 0x32103210
     a = prmt(prmt(t0, t1, low_bits), prmt(t2, t3, low_bits), upper)
     low_bits = low_bits >> 16
     b = prmt(prmt(t0, t1, low_bits), prmt(t2, t3, low_bits), upper >> 16)
-    return prmt(a, b, low_bits * 0 + 0x6420), prmt(a, b, low_bits * 0 + 0x7531)
+    return prmt(a, b, low_bits * 0 + 0x6420), prmt(a, b, low_bits * 0 + 0x7531)  # even bytes, odd bytes
 
 
 @triton.jit
 def with_signs(magnitudes, bits):
     """Four bytes, negated where the four low `bits` are set; no byte may be zero."""
-    ones = (bits * 0x00204081) & 0x01010101
-    return (magnitudes ^ (ones * 255)) + ones
+    ones = (bits * 0x00204081) & 0x01010101  # bit i to bit 0 of byte i
+    return (magnitudes ^ (ones * 255)) + ones  # two's complement, byte by byte
 
 
 @triton.jit
 def and4(words, MASK: tl.constexpr):
     """Four words, masked."""
-    return words[0] & MASK, words[1] & MASK, words[2] & MASK, words[3] & MASK
+    return [word & MASK for word in words]
 
 
 @triton.jit
@@ -214,21 +214,13 @@ def or4(a, b):
 @triton.jit
 def move4(words, BITS: tl.constexpr):
     """Four words shifted left by BITS, or right if BITS is negative; bits that cross bytes are for a mask to remove."""
-    if BITS > 0:
-        return words[0] << BITS, words[1] << BITS, words[2] << BITS, words[3] << BITS
-    elif BITS < 0:
-        return words[0] >> -BITS, words[1] >> -BITS, words[2] >> -BITS, words[3] >> -BITS
-    else:
-        return words[0], words[1], words[2], words[3]
+    return [word << BITS if BITS > 0 else word >> -BITS for word in words]
 
 
 @triton.jit
 def in_place(words, S: tl.constexpr):
     """Crumb S of every byte, left where it is: 4^S times the code."""
-    if S == 3:
-        return and4(words, -0x3F3F3F40)
-    else:
-        return and4(words, 0x03030303 << (2 * S))
+    return and4(words, -0x3F3F3F40 if S == 3 else 0x03030303 << (2 * S))
 
 
 @triton.jit

@@ -38,7 +38,7 @@ def ternary_chunk(w, block, chunk, x, grid_ptr, TYPE: tl.constexpr):
     QH: tl.constexpr = 2 if TYPE == "IQ1_S" else 1
     qs = tl.load(plane(w, QS, 32, tl.int32) + (block * 8 + inner))
     qh = tl.load(plane(w, QH, 16, tl.uint16) + (block * 8 + inner)).to(tl.int32)
-    STEP: tl.constexpr = 3 if TYPE == "IQ1_S" else 4
+    STEP: tl.constexpr = 3 if TYPE == "IQ1_S" else 4  # bits of qh for an index; the fourth is the sign of the shift
     g0 = tl.load(grid_ptr + ((qs & 255) | ((qh << 8) & 0x700)))
     g1 = tl.load(grid_ptr + (((qs >> 8) & 255) | ((qh << (8 - STEP)) & 0x700)))
     g2 = tl.load(grid_ptr + (((qs >> 16) & 255) | ((qh << (8 - 2 * STEP)) & 0x700)))
@@ -159,7 +159,7 @@ def signed_chunk(w, block, chunk, x, grid_ptr, TYPE: tl.constexpr):
 @triton.jit
 def _digits(even, odd):
     """The leading base-3 digits of four byte fractions held in 16-bit lanes, and the fractions that remain."""
-    even, odd = even * 3, odd * 3
+    even, odd = even * 3, odd * 3  # the digit moves above the eight bits of the fraction
     return ((even >> 8) & 0x00030003) | (odd & 0x03000300), even & 0x00FF00FF, odd & 0x00FF00FF
 
 
@@ -176,17 +176,13 @@ def _add_digits(parts, even, odd, x, unit):
 
 
 @triton.jit
-def _lanes(words):
-    return [word & 0x00FF00FF for word in words], [(word >> 8) & 0x00FF00FF for word in words]
-
-
-@triton.jit
 def digit_chunk(w, block, chunk, x, grid_ptr, TYPE: tl.constexpr):
     """TQ1_0: a chunk is a block, three times 16 bytes of five digits and 4 bytes of four."""
     parts = zeros(block, x.M)
     qs_ptr = plane(w, 0, 48, tl.int32)
     for third in tl.static_range(3):
-        even, odd = _lanes(load4(qs_ptr, block * 3 + third))
+        words = load4(qs_ptr, block * 3 + third)
+        even, odd = [word & 0x00FF00FF for word in words], [(word >> 8) & 0x00FF00FF for word in words]
         for n in tl.static_range(5):
             unit = chunk * 16 + (2 * n + third if third < 2 else 10 + n)
             parts, even, odd = _add_digits(parts, even, odd, x, unit)

@@ -52,7 +52,7 @@ def table(type_name: str, device: torch.device) -> torch.Tensor:
     cpu = torch.device("cpu")
     if type_name in _IQ1:
         digits = tables.grid_rows("IQ1_S").astype(np.int64) + 1
-        words = (digits << np.array([0, 8, 16, 24, 4, 12, 20, 28])).sum(1)
+        words = (digits << np.array([0, 8, 16, 24, 4, 12, 20, 28])).sum(1)  # disjoint bits: a sum is an or
     elif type_name in _IQ2_IQ3:
         words = tables.grid(type_name, cpu).numpy().view(np.int32)
     elif type_name == "NVFP4":
@@ -117,12 +117,6 @@ def _word32(p, offset):
 
 
 @triton.jit
-def _half(p, offset):
-    """The fp16 number at index `offset` of the tensor."""
-    return tl.load(p.to(tl.pointer_type(tl.float16)) + offset).to(tl.float32)
-
-
-@triton.jit
 def _two_halves(p, index):
     """Two neighbouring fp16 numbers, number `index` of such pairs: a block's scale and minimum."""
     both = tl.load(p.to(tl.pointer_type(tl.int32)) + index)
@@ -133,7 +127,7 @@ def _two_halves(p, index):
 @triton.jit
 def _scale_of(TYPE: tl.constexpr, p, nb, block):
     """The fp16 scale of a block, field `d`."""
-    return _half(p, nb * (_plane(TYPE, "d") // 2) + block)
+    return tl.load(p.to(tl.pointer_type(tl.float16)) + (nb * (_plane(TYPE, "d") // 2) + block)).to(tl.float32)
 
 
 @triton.jit
@@ -298,7 +292,7 @@ def _nibbles(TYPE: tl.constexpr, p, nb, block, s, i):
 @triton.jit
 def _even_signs(bits):
     """The eighth sign of seven: it makes the number of minus signs even."""
-    parity = bits ^ (bits >> 4)
+    parity = bits ^ (bits >> 4)  # folds the bits onto bit 0
     parity = parity ^ (parity >> 2)
     return bits | (((parity ^ (parity >> 1)) & 1) << 7)
 
@@ -329,15 +323,15 @@ def _signed(TYPE: tl.constexpr, p, table_ptr, nb, block, s, i8, i):
         second = first + 1
     if TYPE == "IQ2_S" or TYPE == "IQ3_S":
         signs = _byte_of(p + nb * _plane(TYPE, "signs"), unit, i8)
-    d = _scale_of(TYPE, p, nb, block)
     if TYPE == "IQ2_XXS" or TYPE == "IQ3_XXS":
         signs = _even_signs((word >> (i8 * 7)) & 127)
-        scale = d * (((word >> 28) & 15).to(tl.float32) + 0.5) * (0.25 if TYPE == "IQ2_XXS" else 0.5)
+        d, sc = _scale_of(TYPE, p, nb, block), ((word >> 28) & 15).to(tl.float32) + 0.5
+        scale = d * sc * (0.25 if TYPE == "IQ2_XXS" else 0.5)
     elif TYPE == "IQ3_S":
-        scale = d * (sc * 2 + 1).to(tl.float32)
+        scale = _scale_of(TYPE, p, nb, block) * (sc * 2 + 1).to(tl.float32)
     else:
         sc = (_byte(p, nb * _plane(TYPE, "scales") + unit) >> ((i8 >> 1) * 4)) & 15
-        scale = d * (sc.to(tl.float32) + 0.5) * 0.25
+        scale = _scale_of(TYPE, p, nb, block) * (sc.to(tl.float32) + 0.5) * 0.25
     bits = (scale * _floats((tl.load(table_ptr + first), tl.load(table_ptr + second)), 0, i)).to(tl.int32, bitcast=True)
     return (bits ^ ((signs << (31 - i)) & -2147483648)).to(tl.float32, bitcast=True)  # the bit becomes the float's sign
 
@@ -371,6 +365,6 @@ def _digits(p, nb, block, s, i8, i):
     digit = tl.where(is_tail, (t - 80 + i) >> 2, tl.where(t < 0, s, t >> 4))
     body = _byte(p, block * 48 + tl.where(t < 0, i8 * 8, (i8 & 1) * 8 + 32) + i)
     tail = _word32(p, nb * (_plane("TQ1_0", "qh") // 4) + block) >> ((i & 3) * 8)
-    power = tl.where(digit == 4, 81, (0x1B090301 >> ((digit & 3) * 8)) & 255)
+    power = tl.where(digit == 4, 81, (0x1B090301 >> ((digit & 3) * 8)) & 255)  # of 3: bytes 1, 3, 9, 27
     shifted = (tl.where(is_tail, tail, body) * power) & 255
     return _scale_of("TQ1_0", p, nb, block) * (((shifted * 3) >> 8) - 1).to(tl.float32)
