@@ -59,7 +59,10 @@ MeasuringEncoder = Annotated[
 ]
 CalibrationText = Annotated[
     str | None,
-    Flag("Calibration text: .txt, .jsonl or a datasets id. Default: a small built-in text.", ("--calibration",)),
+    Flag(
+        "Calibration text: .txt, .jsonl, .csv, .parquet or a datasets id. Default: a small built-in text.",
+        ("--calibration",),
+    ),
 ]
 Strict = Annotated[
     bool, Flag("With --data: refuse images that cannot be decoded instead of skipping them.", ("--strict",))

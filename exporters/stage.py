@@ -26,6 +26,7 @@ from dynquant.families.linear_layers import LinearCheckpoint, linear_checkpoint
 from dynquant.families.open import open_and_announce, open_language_model
 from dynquant.formats.quant_types import quant_type
 from dynquant.formats.vllm_schemes import SCHEMES
+from dynquant.inputs.model_inputs import check_context
 from dynquant.inputs.text import pack_windows, read_text
 from dynquant.planning.target import Target
 from dynquant.recipes.build_plan import plan_for_vllm, plan_from_types, uniform_schemes
@@ -191,6 +192,7 @@ def tune(options: TuneFileOptions, session: Session = SILENT) -> list[Path]:
     tokens = tuning.tokens + tuning.held_out_windows * options.window
     text = read_text(options.text, seed=tuning.seed, max_tokens=tokens)
     windows = pack_windows(text, load_tokenizer(model), window=options.window, max_tokens=tokens)
+    check_context(model, windows.shape[1])
     encoder = recorded_encoder(GGUFSource(path)).removesuffix("+tune")
     return tune_file(model, path, windows, tuning, output, session, encoder=encoder)
 

@@ -22,7 +22,7 @@ from dynquant.calibration.second_moments import SecondMoments
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
 from dynquant.checkpoints.model import Model
 from dynquant.errors import StatsError
-from dynquant.inputs.model_inputs import ModelInputs
+from dynquant.inputs.model_inputs import ModelInputs, check_context
 from dynquant.inputs.text import pack_windows, read_text
 from dynquant.running.linear_hooks import activation_gradients, last_logits, sampled_log_probability
 from dynquant.running.load import load_hf, load_tokenizer
@@ -101,10 +101,11 @@ def calibrate(
 def text_inputs(
     model: Model, text: str | Path | None, *, tokens: int, window: int, batch_size: int = 4, seed: int = 0
 ) -> ModelInputs:
-    """Return windows of a text, or (None) of the built-in one; raise StatsError when it is missing or empty."""
+    """Return windows of a text, or (None) of the built-in one; raise StatsError when it cannot be used."""
     tokenizer = load_tokenizer(model)
     documents = read_text(text, seed=seed, max_tokens=tokens)
     windows = pack_windows(documents, tokenizer, window=window, max_tokens=tokens)
+    check_context(model, windows.shape[1])
     return ModelInputs(windows, batch_size, documents.name, documents.sha256)
 
 

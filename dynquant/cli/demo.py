@@ -55,4 +55,4 @@ def _continue_text(file: Path, prompt: str = "The purpose of a statistical test 
 
     llm = llama_cpp.Llama(str(file), n_ctx=256, verbose=False, seed=0)
     words = llm(prompt, max_tokens=40, temperature=0.0)["choices"][0]["text"]
-    console.out.print(f"\nllama.cpp continues: [italic]{prompt}[/]{words}", markup=True)
+    console.say(f"\nllama.cpp continues: {prompt}{words}")

@@ -309,7 +309,7 @@ def test_bad_text_is_refused(tmp_path, name, content, message):
 
 
 def test_missing_text_is_refused(tmp_path):
-    with pytest.raises(StatsError, match="no calibration text"):
+    with pytest.raises(StatsError, match="There is no text"):
         read_text(tmp_path / "none.txt")
 
 

@@ -112,7 +112,7 @@ def test_perplexity_alone_reports_no_divergence(small_moe, data) -> None:
         ({"tasks": {"kl"}, "window": 1}, "at least 2"),
         ({"tasks": {"mmlu"}, "shots": None}, "give --shots"),
         ({"tasks": {"mmlu"}, "scoring": ["digits"]}, "Unknown scoring"),
-        ({"tasks": {"kl"}, "text": [Path("absent.txt")]}, "cannot be read"),
+        ({"tasks": {"kl"}, "text": [Path("absent.txt")]}, "There is no text"),
     ],
 )
 def test_unusable_options_are_refused_before_any_model_is_loaded(small_moe, data, options, reason, monkeypatch) -> None:
