@@ -162,14 +162,7 @@ def load_beside(stats_path: Path, stats: CalibrationStats) -> SecondMoments | No
 
 
 def hessian(
-    moments: SecondMoments,
-    stats: CalibrationStats,
-    weight: str,
-    shape: tuple[int, ...],
-    experts: slice = slice(None),
-    *,
-    shrink_tokens: float = SHRINK_TOKENS,
-    damping: float = DAMPING,
+    moments: SecondMoments, stats: CalibrationStats, weight: str, shape: tuple[int, ...], experts: slice = slice(None)
 ) -> torch.Tensor | None:
     """E[x xᵀ] of a weight's input, positive definite, float32 [E, C, C]: one matrix, or one for each of `experts`.
 
@@ -187,21 +180,21 @@ def hessian(
     if len(sums) == 1:
         mean, tokens = sums / totals.clamp_min(1).to(torch.float32)[:, None, None], counts.sum().reshape(1)
         if stacked and len(counts) == shape[0]:
-            squares = importance(stats, weight, shape, shrink_tokens=shrink_tokens)[experts]
+            squares = importance(stats, weight, shape)[experts]
             scale = squares.sqrt() * mean[0].diagonal().clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
             mean = mean[0] * scale.unsqueeze(1) * scale.unsqueeze(2)
             tokens = torch.full((len(mean),), float(counts.sum()))
     else:
-        n, tokens = counts[experts], counts[experts] + shrink_tokens
+        n, tokens = counts[experts], counts[experts] + SHRINK_TOKENS
         mean = sums[experts] / totals[experts].clamp_min(1e-12).to(torch.float32)[:, None, None]
-        share = (n / (n + max(shrink_tokens, 1e-12))).to(torch.float32)[:, None, None]
+        share = (n / (n + SHRINK_TOKENS)).to(torch.float32)[:, None, None]  # of the expert's own moments
         mean = share * mean + (1 - share) * moments.layer_mean(key)
-    return _invertible(mean, tokens, damping)
+    return _invertible(mean, tokens)
 
 
-def _invertible(mean: torch.Tensor, tokens: torch.Tensor, damping: float) -> torch.Tensor:
+def _invertible(mean: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     diagonal = mean.diagonal(dim1=-2, dim2=-1)
-    trust = (tokens / (mean.shape[-1] + tokens)).to(torch.float32)[:, None, None]
+    trust = (tokens / (mean.shape[-1] + tokens)).to(torch.float32)[:, None, None]  # 1 - r
     average = diagonal.mean(-1, keepdim=True)
-    added = (1 - trust.squeeze(2)) * diagonal + damping * torch.where(average > 0, average, 1.0)
-    return mean * trust + torch.diag_embed(added)
+    added = (1 - trust.squeeze(2)) * diagonal + DAMPING * torch.where(average > 0, average, 1.0)
+    return mean * trust + torch.diag_embed(added)  # the diagonal of S stays whole

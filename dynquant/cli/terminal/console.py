@@ -38,11 +38,7 @@ def begin(command: str) -> None:
 
 
 def write_json_to(target: str) -> None:
-    """Tell the stages of this command as JSON lines in a file; `-` is stderr, which then has nothing else.
-
-    Raises:
-        ExportError: the file cannot be written.
-    """
+    """Tell stages as JSON lines in a file, or with `-` on stderr and nothing else there; or raise ExportError."""
     global _json_lines, _has_only_json
     _has_only_json = target == "-"
     try:
@@ -124,7 +120,7 @@ def print_table(
     for index, column in enumerate(columns):
         table.add_column(Text(printable(column)), justify="left" if index == 0 else "right")
     for row in rows:
-        table.add_row(*(Text(printable(str(cell))) for cell in row))
+        table.add_row(*(Text(printable(str(cell))) for cell in row))  # as Text: names may look like markup
     console.print(table)
 
 

@@ -30,8 +30,8 @@ def screens(monkeypatch):
         lambda: console.say(HOSTILE),
         lambda: console.note(HOSTILE),
         lambda: console.fail(HOSTILE.replace("\r", "\u202e")),  # the paragraph of a refusal is one line
-        lambda: console.print_table(HOSTILE, (HOSTILE * 3,), []),
-        lambda: console.print_table("", ("a", "b"), [(HOSTILE, HOSTILE)]),
+        lambda: console.print_table(HOSTILE, (HOSTILE * 3,), [], console=console.out),
+        lambda: console.print_table("", ("a", "b"), [(HOSTILE, HOSTILE)], console=console.out),
     ],
 )
 def test_names_are_shown_and_not_obeyed(screens, show):
