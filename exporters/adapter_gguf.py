@@ -93,11 +93,7 @@ def _base_config(saved: SavedAdapter, path: Path) -> tuple[Config, bool]:
 
 
 def _targets(saved: SavedAdapter, weight: AdaptedWeight, by_key: Mapping[str, Place]) -> Iterator[_Target]:
-    """The GGUF tensors that one adapted weight changes.
-
-    Raises:
-        AdapterError: the base has no weight of this name and shape.
-    """
+    """Yield the GGUF tensors that one adapted weight changes; refuse one that the base does not have."""
     path = weight.path
     rank, columns = saved.shape(weight.a_key)
     rows, b_rank = saved.shape(weight.b_key)
@@ -155,7 +151,9 @@ def _write(path: Path, arch: str, saved: SavedAdapter, targets: list[_Target]) -
     writer.add_string("dynquant.version", __version__)
     try:
         for target in targets:
-            _add(writer, saved, target)
+            a, b = _factors(saved, target)
+            writer.add_tensor(f"{target.place.name}.lora_a", a.contiguous().numpy())
+            writer.add_tensor(f"{target.place.name}.lora_b", b.contiguous().numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -163,14 +161,12 @@ def _write(path: Path, arch: str, saved: SavedAdapter, targets: list[_Target]) -
         writer.close()
 
 
-def _add(writer: gguf.GGUFWriter, saved: SavedAdapter, target: _Target) -> None:
+def _factors(saved: SavedAdapter, target: _Target) -> tuple[torch.Tensor, torch.Tensor]:
     a, b = saved.load(target.weight.a_key), saved.load(target.weight.b_key)
     if len(target.place.shape) == 3:
         num_experts = target.place.shape[0]
         a, b = a.unflatten(0, (num_experts, -1)), b.unflatten(1, (-1, num_experts)).permute(2, 0, 1)
     b = b[..., target.start : target.stop, :] if target.place.order is None else b[target.place.order]
     rank = a.shape[-2]
-    b = b * (saved.scaling(target.parameter, rank) / (saved.config.lora_alpha / rank))
-    name = target.place.name
-    writer.add_tensor(f"{name}.lora_a", a.contiguous().numpy())
-    writer.add_tensor(f"{name}.lora_b", b.contiguous().numpy())
+    llama_cpp_scaling = saved.config.lora_alpha / rank
+    return a, b * (saved.scaling(target.parameter, rank) / llama_cpp_scaling)

@@ -27,7 +27,7 @@ from dynquant.families.open import open_and_announce
 from dynquant.formats.quant_types import quant_type
 from dynquant.formats.vllm_schemes import SCHEMES
 from dynquant.resources import chosen_device
-from dynquant.running.cluster import open_ray
+from dynquant.running.cluster import StoredModel, open_ray
 from dynquant.session import SILENT, Session
 
 
@@ -87,8 +87,7 @@ def _measured(
     with open_ray(options.ray) if options.ray else nullcontext() as pool:
         elsewhere = None
         if pool is not None:
-            plain = {"use_moments": False, "protected": {}}
-            files = StoredFiles.of(model, base_gguf=options.base_gguf, stats=stats.path, **plain)
+            files = StoredFiles(StoredModel.of(model, options.base_gguf), stats.path.resolve())
             elsewhere = measure_on(pool, EncoderChoice.of(encoder, "cpu", session.threads or 1), files)
         return _written(output, meter, names, stats.hash, identity, session, elsewhere, earlier)
 

@@ -47,14 +47,10 @@ def demo(
         write_atomically(output / "eval.json", report.to_json())
         console.note(f"wrote {output / 'eval.json'}")
         write_plan_report(model, folder, session, measured=evaluation_table(report_tree(report)))
-    _continue_text(file)
-    console.say(f"\nmodel:  {file}\nreport: {folder / 'report.html'}")
-
-
-def _continue_text(file: Path, prompt: str = "The purpose of a statistical test is to") -> None:
-    """Show that stock llama.cpp runs the file."""
     import llama_cpp
 
-    llm = llama_cpp.Llama(str(file), n_ctx=256, verbose=False, seed=0)
+    llm = llama_cpp.Llama(str(file), n_ctx=256, verbose=False, seed=0)  # stock llama.cpp runs the file
+    prompt = "The purpose of a statistical test is to"
     words = llm(prompt, max_tokens=40, temperature=0.0)["choices"][0]["text"]
     console.say(f"\nllama.cpp continues: {prompt}{words}")
+    console.say(f"\nmodel:  {file}\nreport: {folder / 'report.html'}")

@@ -82,7 +82,6 @@ def add_adapter(model: "PreTrainedModel", **options: Any) -> PeftModel:
 
 
 def _config(model: "PreTrainedModel", options: AdapterOptions) -> LoraConfig:
-    """Return PEFT's configuration of an adapter with its targets by name."""
     packed = _packed_linears(model)
     has_experts = any(isinstance(module, PackedExperts) for module in model.modules())
     if not packed and not has_experts:
@@ -126,14 +125,10 @@ def load_adapter(model: "PreTrainedModel", path: str | Path, *, is_trainable: bo
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Some weights of PeftModel were not initialized")  # the copies
-            warnings.filterwarnings("error", "Found missing adapter keys")
-            adapted = PeftModel.from_pretrained(
-                model,
-                str(path),
-                is_trainable=is_trainable,
-                config=_with_names(LoraConfig.from_pretrained(str(path)), model),
-                ignore_mismatched_sizes=bool(copies),  # floats do not fit into packed bytes; factors would be missing
-            )
+            warnings.filterwarnings("error", "Found missing adapter keys")  # PEFT goes on with factors it drew
+            config = _with_names(LoraConfig.from_pretrained(str(path)), model)
+            options = {"ignore_mismatched_sizes": bool(copies)}  # floats do not fit into packed bytes
+            adapted = PeftModel.from_pretrained(model, str(path), is_trainable=is_trainable, config=config, **options)
     except (ValueError, RuntimeError, OSError, KeyError, TypeError, UserWarning, SafetensorError) as error:
         raise AdapterError(
             f"The adapter in {path} does not load into {type(model).__name__} ({type(error).__name__}: {error}). "
@@ -197,11 +192,8 @@ def _packed_linears(model: nn.Module) -> list[str]:
     Beside a vision tower, whose layers may be called alike, whole names of the language model's layers.
     """
     head = model.get_output_embeddings()
-    paths = [
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, PackedLinear | PackedLatentProjection) and module is not head
-    ]
+    kinds = PackedLinear | PackedLatentProjection
+    paths = [path for path, module in model.named_modules() if isinstance(module, kinds) and module is not head]
     if any(vision_name(path) for path, _ in model.named_modules()):
         return sorted(path for path in paths if vision_name(path) is None)
     return sorted({path.rpartition(".")[2] for path in paths})
@@ -239,13 +231,8 @@ def _saved_modules(model: nn.Module, *, norms: bool, router: bool) -> list[str]:
         parts = path.split(".")
         if norms and "norm" in parts[-1] and any(True for _ in module.parameters(recurse=False)):
             endings.add(parts[-1])
-        if router and _is_router(model, path):
-            endings.add(".".join(parts[-2:]))
+        if router and parts[-1] in ("gate", "router"):  # transformers' names for what stands beside routed experts
+            siblings = dict(model.get_submodule(".".join(parts[:-1])).named_children())
+            if isinstance(siblings.get("experts"), PackedExperts):
+                endings.add(".".join(parts[-2:]))
     return sorted(endings)
-
-
-def _is_router(model: nn.Module, path: str) -> bool:
-    """Return True for a module that stands beside routed experts under the name that transformers gives to routers."""
-    parent, _, name = path.rpartition(".")
-    siblings = dict(model.get_submodule(parent).named_children()) if parent else {}
-    return name in ("gate", "router") and isinstance(siblings.get("experts"), PackedExperts)

@@ -57,10 +57,7 @@ class SearchResult:
 
 def encoded_store(model: Model, stats: StatsFile, directory: Path, encoder_name: str, session: Session) -> EncodedStore:
     """Return the blocks of this model beside the plan, encoded as `export` will."""
-    return open_store(
-        model, stats.stats, stats.path, load_encoder(encoder_name),
-        stats_hash=stats.hash, parent=directory / ENCODED_NAME, threads=session.threads,
-    )  # fmt: skip
+    return open_store(model, stats, load_encoder(encoder_name), directory / ENCODED_NAME, session.threads)
 
 
 @dataclass(frozen=True)

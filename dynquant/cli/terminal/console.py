@@ -29,7 +29,7 @@ _SHOW_CURSOR = "\x1b[?25h"
 _record = RunRecord()
 _json_lines: JsonLines | None = None
 _has_only_json = False
-json_target: str | None = None
+json_target: Path | None = None
 
 
 def begin(command: str) -> None:
@@ -39,28 +39,26 @@ def begin(command: str) -> None:
 
 
 def write_json_to(target: str) -> None:
-    """The stages of this command are to be told as JSON lines in a file; `-` is stderr, which has nothing else then."""
-    global json_target, _has_only_json
-    json_target, _has_only_json = target, target == "-"
+    """Tell stages as JSON lines in a file, once `open_json_lines` may, or with `-` on stderr and nothing else there."""
+    global json_target, _has_only_json, _json_lines
+    if target == "-":
+        _has_only_json, _json_lines = True, JsonLines(sys.stderr)
+    else:
+        json_target = Path(target)
 
 
 def open_json_lines() -> None:
-    """Open the file of `write_json_to`, if there is one.
-
-    Raises:
-        ExportError: the file cannot be written.
-    """
+    """Open the file for JSON lines, if there is to be one; or raise ExportError."""
     global _json_lines
-    if (target := json_target) is None:
+    if json_target is None:
         return
     try:
-        stream = sys.stderr if _has_only_json else Path(target).open("w", encoding="utf-8")  # noqa: SIM115 (until exit)
+        _json_lines = JsonLines(json_target.open("w", encoding="utf-8"))
     except OSError as error:
         raise ExportError(
-            f"--json-progress {target} cannot be written: {error.strerror}. Give a file in a directory that exists, or "
-            "- for stderr."
+            f"--json-progress {json_target} cannot be written: {error.strerror}. Give a file in a directory that "
+            "exists, or - for stderr."
         ) from error
-    _json_lines = JsonLines(stream)
 
 
 @contextmanager
@@ -132,7 +130,7 @@ def print_table(
     for index, column in enumerate(columns):
         table.add_column(Text(printable(column)), justify="left" if index == 0 else "right")
     for row in rows:
-        table.add_row(*(Text(printable(str(cell))) for cell in row))
+        table.add_row(*(Text(printable(str(cell))) for cell in row))  # as Text: names may look like markup
     console.print(table)
 
 

@@ -72,7 +72,7 @@ class JsonLines:
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream, self._clock = stream, clock
-        self._last = ("", 0.0)
+        self._last = ("", 0.0)  # stage and time of the last line
 
     def show(self, stage: StageRecord) -> None:
         name, last = self._last

@@ -37,8 +37,8 @@ def guarded(parameters: Iterable[Parameter], typed: Mapping[str, Any]) -> Iterat
     inputs: dict[Path, str] = {}
     outputs: dict[Path, tuple[str, Writes]] = {}
     lines = console.json_target
-    if lines not in (None, "-") and os.path.isdir(Path(lines).parent) and not _is_device(Path(lines)):
-        outputs[Path(lines)] = "--json-progress", Writes()
+    if lines is not None and os.path.isdir(lines.parent) and not _is_device(lines):
+        outputs[lines] = "--json-progress", Writes()
     for parameter in parameters:
         value, notes = typed[parameter.name], get_args(parameter.annotation)
         writes = next((note for note in notes if isinstance(note, Writes)), None)

@@ -83,7 +83,7 @@ def _opened(hint: Any, parameters: list[Parameter]) -> _Build:
 
 def _reading(kind: Any, flag: Flag, default: Any) -> tuple[Any, Callable[[Any], Any]]:
     """The type that typer reads, and what makes the field's value of what it has read."""
-    text = str if default else str | None
+    text = str if default else str | None  # as typed, before it is parsed or split
     if flag.parse is not None:
         return text, lambda typed: None if typed is None else flag.parse(typed)
     if get_origin(kind) is tuple and get_args(kind)[0] is Path:  # the flag may be repeated
