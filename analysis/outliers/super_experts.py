@@ -3,7 +3,8 @@
 From calibration statistics alone. An expert is one when its largest |output| is above the 99.5th percentile of all
 experts, a tenth of the largest, and MIN_RATIO times the median; or when it receives MIN_ENERGY_SHARE of its layer's
 down-projection input energy with MIN_ENERGY_RATIO times less of its routing. The paper's rule that only the first
-75 % of the layers count is left out: it misses published cases in last layers.
+75 % of the layers count is left out: it misses published cases in last layers. Experts that calibration starved (fewer
+than MIN_TOKENS) are not judged and give no median; where they are the majority, the statistics give no verdict.
 """
 
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from dynquant.calibration.statistics import CalibrationStats, InputStats
 from dynquant.checkpoints.tensor_roles import Role, role_of
 
 MIN_RATIO, MIN_ENERGY_SHARE, MIN_ENERGY_RATIO = 10.0, 0.1, 20.0
+MIN_TOKENS = 8
 
 
 class SuperExpert(NamedTuple):
@@ -23,16 +25,17 @@ class SuperExpert(NamedTuple):
     expert: int
     max_out: float
     ratio: float
-    """|max_out| over the median of all routed experts."""
+    """|max_out| over the median of all routed experts that were calibrated."""
     energy_share: float
     routing_share: float
 
 
 def find_super_experts(stats: CalibrationStats) -> list[SuperExpert]:
-    """List super experts in order of |max_out|, largest first. Empty for dense models and imported statistics."""
+    """List super experts in order of |max_out|, largest first. Empty where statistics are missing or scarce."""
     measured = {name: inputs for name, inputs in stats.inputs.items() if role_of(name) is Role.EXPERT_DOWN}
-    rows = [row for name, inputs in measured.items() if inputs.max_out is not None for row in _experts_of(name, inputs)]
-    if not rows:
+    measured = {name: inputs for name, inputs in measured.items() if inputs.max_out is not None}
+    rows = [row for name, inputs in measured.items() for row in _experts_of(name, inputs)]
+    if 2 * len(rows) <= sum(len(inputs.counts) for inputs in measured.values()):
         return []
     maxima = torch.tensor([abs(row.max_out) for row in rows], dtype=torch.float64)
     middle = max(float(maxima.median()), 1e-30)
@@ -50,5 +53,10 @@ def _experts_of(name: str, inputs: InputStats) -> list[SuperExpert]:
     energy = inputs.in_sum2.sum(1)
     energy_shares = energy / energy.sum().clamp_min(1e-300)  # of the layer's input energy
     routing_shares = inputs.counts / inputs.counts.sum().clamp_min(1)
-    numbers = zip(inputs.max_out.tolist(), energy_shares.tolist(), routing_shares.tolist(), strict=True)
-    return [SuperExpert(name, expert, largest, 0.0, *shares) for expert, (largest, *shares) in enumerate(numbers)]
+    assert inputs.max_out is not None
+    numbers = zip(inputs.counts, inputs.max_out.tolist(), energy_shares.tolist(), routing_shares.tolist(), strict=True)
+    return [
+        SuperExpert(name, expert, largest, 0.0, *shares)
+        for expert, (count, largest, *shares) in enumerate(numbers)
+        if count >= MIN_TOKENS
+    ]

@@ -23,7 +23,8 @@ import torch
 from safetensors import SafetensorError
 
 from dynquant.calibration.importance import SHRINK_TOKENS, importance
-from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
+from dynquant.calibration.statistics import CalibrationStats, StatsProvenance, check_finite
+from dynquant.checkpoints.tensor_source import is_finite
 from dynquant.errors import StatsError
 from dynquant.storage.atomic import read_tensors, save_tensors
 
@@ -86,9 +87,11 @@ class SecondMoments:
         self.tokens = torch.cat((self.tokens, other.tokens))
 
     def save(self, path: Path) -> None:
-        """Write hessians.safetensors, whole or not at all."""
+        """Write hessians.safetensors, whole or not at all. Raises StatsError: NaN or infinite values, by name."""
         header = {"provenance": self.provenance.model_dump(), "aliases": self.aliases, "kind": self.kind}
-        save_tensors(path, named_tensors(self.sums, self.weights) | {"tokens": self.tokens}, header)
+        tensors = named_tensors(self.sums, self.weights)
+        check_finite(tensors)
+        save_tensors(path, tensors | {"tokens": self.tokens}, header)
 
     @classmethod
     def load(cls, path: Path) -> "SecondMoments":
@@ -136,8 +139,10 @@ def _fill(moments: SecondMoments, tensors: dict[str, torch.Tensor]) -> None:
         weights, shape = moments.weights[key], list(sums.shape)
         if sums.ndim != 3 or shape[1] != shape[2] or not sums.numel() or sums.dtype != torch.float32:
             raise ValueError(f"`{key}.sum` is {shape} of {sums.dtype}, not float32 [experts, channels, channels]")
-        if list(weights.shape) != shape[:1] or weights.dtype != torch.float64 or not torch.isfinite(weights).all():
-            raise ValueError(f"`{key}.weight` is {list(weights.shape)} of {weights.dtype}, or not finite")
+        if list(weights.shape) != shape[:1] or weights.dtype != torch.float64:
+            raise ValueError(f"`{key}.weight` is {list(weights.shape)} of {weights.dtype}")
+        if not (is_finite(sums) and is_finite(weights)):
+            raise ValueError(f"`{key}` holds NaN or infinite values")
     aliases, tokens = moments.aliases, moments.tokens
     if not isinstance(aliases, dict) or not all(isinstance(key, str) for key in aliases.values()):
         raise ValueError("`aliases` does not map weights to inputs")

@@ -19,6 +19,7 @@ from typing import ClassVar
 
 import torch
 
+from dynquant.checkpoints.tensor_source import is_finite
 from dynquant.encoding.interface import Encoder, Request, check_finite
 from dynquant.encoding.parts import as_slice, ranges
 from dynquant.errors import EncodeError
@@ -100,7 +101,7 @@ def _encode_rows(
 
 def _cast(quant_type: QuantType, weights: torch.Tensor, *, name: str) -> torch.Tensor:
     values = weights.to(torch.float32).to(FLOAT_DTYPES[quant_type.name]).contiguous()
-    if values.numel() and not torch.isfinite(torch.stack(values.aminmax())).all():
+    if not is_finite(values):
         raise EncodeError(
             f"`{name}` as {quant_type.name} holds NaN or Inf. If the checkpoint itself is sound, a weight is beyond "
             f"the range of {quant_type.name}; keep this tensor as F32."

@@ -181,8 +181,12 @@ def test_nan_weights_name_the_tensor(damaged):
     tensors = load_file(damaged / "model.safetensors")
     tensors["model.layers.2.self_attn.o_proj.weight"][3, 5] = torch.nan
     save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
-    message = refused("export", damaged, "--preset", "uniform-q8_0", "-o", damaged / "out.gguf")
-    assert "blk.2.attn_output.weight" in message or "layers.2.self_attn.o_proj" in message
+    for command_line in (
+        ("export", damaged, "--preset", "uniform-q8_0", "-o", damaged / "out.gguf"),
+        ("calibrate", damaged, "--tokens", 600, "-o", damaged / "out.safetensors"),
+    ):
+        message = refused(*command_line)
+        assert "blk.2.attn_output.weight" in message or "layers.2.self_attn.o_proj" in message
     assert not list(damaged.glob("*out*"))
 
 
