@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,16 +20,15 @@ from dynquant.encoding.vllm import EncodedLayer, encode_layers, nvfp4_global_sca
 from dynquant.errors import ExportError
 from dynquant.exporters.compressed_config import quantization_config, transformers_problem
 from dynquant.exporters.model_card import compressed_card
-from dynquant.exporters.output import Encoding, writing
+from dynquant.exporters.output import Encoding
 from dynquant.families.linear_layers import LinearCheckpoint, LinearLayer
+from dynquant.formats.plain_quants import FLOAT_DTYPES
 from dynquant.recipes.build_plan import check_linears, schemes_of
 from dynquant.recipes.plan import Plan, PlanEntry
 from dynquant.recipes.sizes import tensors_of_checkpoint
 from dynquant.session import Progress
-from dynquant.storage.resumable_output import ResumableOutput
 from dynquant.storage.strict_json import parse_json
 
-_TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CPU_WEIGHTS, _GPU_WEIGHTS = 1 << 23, 1 << 27
 """Float32 weights of a stack of experts that are encoded together, at least one expert."""
 
@@ -53,16 +53,15 @@ def export_compressed_tensors(
     )
     documents = _documents(encoding, checkpoint, shards)
     staging = output.with_name(f".{output.name}.partial")
-    identity = encoding.identity(directory.files_hash(documents, shards))
-    target = ResumableOutput(*directory.places_of(staging, documents, shards), identity, resume=encoding.resume)
+    places, header_hash = directory.places_of(staging, documents, shards), directory.files_hash(documents, shards)
     try:
-        with writing(target, encoding.session) as progress:
+        with encoding.writing(*places, header_hash) as (target, progress):
             directory.write_small_files(target, documents, shards)
             for name, tensor in _tensors(encoding, checkpoint, target.finished, progress):
                 target.write(name, directory.tensor_bytes(tensor))
             paths = target.commit()
     finally:
-        if not any(staging.iterdir()):
+        if staging.is_dir() and not any(staging.iterdir()):
             staging.rmdir()  # nothing is left of what could not be exported
     try:
         os.rename(staging, output)
@@ -82,15 +81,11 @@ def check_is_free(output: Path) -> None:
 
 
 def encode_layer(
-    entry: PlanEntry,
-    linear: LinearLayer,
-    experts: range,
-    guidance: Guidance,
-    *,
-    global_scale: float | None = None,
-    device: torch.device | None = None,
+    entry: PlanEntry, linear: LinearLayer, experts: range, guidance: Guidance, **options: Any
 ) -> list[EncodedLayer]:
     """Return some experts of an entry (of a matrix: the range 0 to 1) as they are stored.
+
+    `options` are `global_scale` and `device` of `encode_layers`.
 
     Raises:
         EncodeError: NaN or Inf weights; the layer is named.
@@ -103,9 +98,8 @@ def encode_layer(
         weights,
         importance=None if importance is None else importance[part],
         hessian=guidance.hessian and guidance.hessian(entry.name, entry.shape, part),
-        global_scale=global_scale,
-        device=device,
         name=entry.modules[experts.start],
+        **options,
     )
 
 
@@ -126,7 +120,7 @@ def _tensors(
     """Yield every tensor that is not finished, with its name."""
     for tensor in checkpoint.others:
         if tensor.key not in finished:
-            yield tensor.key, checkpoint.source.load(tensor.key).to(_TORCH_DTYPES[tensor.dtype])
+            yield tensor.key, checkpoint.source.load(tensor.key).to(FLOAT_DTYPES[tensor.dtype])
     plan, device = encoding.plan, encoding.encoder.device
     linears = {linear.name: linear for linear in checkpoint.linears}
     scales = global_scales(plan, checkpoint)
@@ -149,10 +143,9 @@ def _tensors(
 
 
 def _documents(encoding: Encoding, checkpoint: LinearCheckpoint, shards: Mapping[str, ShardLayout]) -> dict[str, bytes]:
-    """Return the small files by name."""
     plan, stats = encoding.plan, encoding.stats
     config = parse_json((checkpoint.directory / "config.json").read_bytes())
-    config.pop("torch_dtype", None)
+    config.pop("torch_dtype", None)  # the former name of `dtype`
     quantization = quantization_config(plan, checkpoint, encoding.model.hyper.n_layer)
     config |= {"dtype": "bfloat16", "quantization_config": quantization}
     if encoding.model.has_own_output:

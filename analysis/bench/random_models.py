@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import dynquant
 from dynquant.checkpoints.checkpoint_directory import (
     as_json,
     copied_files,
@@ -59,7 +60,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 """Name -> model type and configuration: a test bed, a small mixture of experts, and Qwen3-30B-A3B's."""
 
 _TOKENS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "tie_word_embeddings": False}
-_DRAWN_AT_ONCE = 1 << 22
+_DRAWN_AT_ONCE = 1 << 22  # float32 values: 16 MB
 _SHARD_BYTES = 2_000_000_000
 MODEL_SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "8b": ("llama", {
@@ -98,7 +99,8 @@ def write_random_checkpoint(shape: str, output: Path, *, seed: int = 0, layers: 
         raise ExportError(f"{output} is there already. Give another directory, or remove it first.")
     tensors = _tensors(config)
     shards = shards_of(tensors, _SHARD_BYTES)
-    documents = {"config.json": as_json(config.to_dict()), **index_of(shards), **copied_files(_bundled_model())}
+    tokenizer = copied_files(Path(dynquant.__file__).parent / "data" / "textbook-moe-16m")
+    documents = {"config.json": as_json(config.to_dict()), **index_of(shards), **tokenizer}
     identity = {"seed": str(seed), "files": files_hash(documents, shards)}
     with ResumableOutput(*places_of(output, documents, shards), identity) as target:
         write_small_files(target, documents, shards)
@@ -151,12 +153,6 @@ def _drawn(tensor: StoredTensor, std: float, generator: torch.Generator) -> torc
     return values
 
 
-def _bundled_model() -> Path:
-    import dynquant
-
-    return Path(dynquant.__file__).parent / "data" / "textbook-moe-16m"
-
-
 def shape_config(name: str) -> Any:
     """Return the transformers configuration of one of `MODEL_SHAPES`."""
     from transformers import AutoConfig
@@ -203,7 +199,7 @@ def _filled(model: Any, device: str) -> nn.Module:
         buffer.zero_()
     model.model.rotary_emb = rotary(config=model.config).to(device)
     packed = {
-        id(getattr(module, name)): module.types[name]
+        id(getattr(module, name)): module.types[name]  # tensors compare by value and are no keys
         for module in model.modules()
         if isinstance(module, PackedModule)
         for name in module.packed_names

@@ -92,7 +92,7 @@ def _to_nf4(model: Any) -> nn.Module:
         weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, module=packed, **nf4)
         packed.weight = weight.to(module.weight.device)
         model.set_submodule(path, packed)
-        module.weight = None
+        module.weight = None  # gives its memory back at once
     for module in fused:
         for part in FUSED_PARTS:
             replace_parameter_4bit(module, part, **nf4)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from dynquant.analysis.errors.table import ErrorTable
-from dynquant.calibration.statistics import CalibrationStats
+from dynquant.calibration.stage import StatsFile
 from dynquant.checkpoints.tensor_roles import role_of
 from dynquant.checkpoints.vision_names import LANGUAGE, PROJECTOR, VISION, part_of
 from dynquant.encoding.store import ENCODED_NAME, EncodedStore, open_store
@@ -92,11 +92,8 @@ def main() -> None:
     model, directory = open_model(asked.model), asked.plan
     plan = Plan.load(directory / "plan.json")
     plan.check_covers(model.source.names(), model.fingerprint, model.name)
-    stats_path = directory / "stats.safetensors"
-    store = open_store(
-        model, CalibrationStats.load(stats_path), stats_path, load_encoder(asked.encoder),
-        stats_hash=plan.stats_hash or "", parent=directory / ENCODED_NAME,
-    )  # fmt: skip
+    stats = StatsFile(directory / "stats.safetensors")
+    store = open_store(model, stats, load_encoder(asked.encoder), directory / ENCODED_NAME)
     samples = picture_inputs(model, asked.data, tokens=1 << 40, seed=0)[: asked.limit]
     errors = ErrorTable.load(directory / "errors.json")
     print(f"{model.name}, language model as in `{plan.recipe}`, encoder {store.encoder.name}, {len(samples)} samples\n")

@@ -85,8 +85,8 @@ def _seconds(run: Callable[[], object]) -> float:
 
 def _matmul_flops(width: int) -> float:
     left, right = torch.randn(512, width), torch.randn(width, width)
-    left @ right
-    repeats = max(1, round(2e10 / (2 * 512 * width * width)))
+    left @ right  # warms up
+    repeats = max(1, round(2e10 / (2 * 512 * width * width)))  # a fifth of a second at 100 GFLOPS
     return repeats * 2 * 512 * width * width / _seconds(lambda: [left @ right for _ in range(repeats)])
 
 
@@ -100,7 +100,7 @@ def _running(small: Model) -> dict[str, Any]:
         seconds, peak = command_usage(["calibrate", str(small.path), *options])
     plan = plan_from_types(small, preset_types("bf16", small), recipe="bf16")
     products, channels = calibration_work(small, plan, matmul, _TOKENS, CostOptions.window)
-    seconds = max(seconds - start_seconds, 0.01) / torch.get_num_threads()
+    seconds = max(seconds - start_seconds, 0.01) / torch.get_num_threads()  # CPU seconds, as if all threads were busy
     return {
         "start_seconds": start_seconds, "start_bytes": start_bytes, "matmul_flops": matmul,
         "run_bytes": max(1 << 20, peak - start_bytes - 4 * small.num_weights),
@@ -168,7 +168,7 @@ def _disk_speed() -> dict[str, Any]:
                 file.write(os.urandom(1 << 20))
             file.flush()
             os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # only what is on disk can be dropped
         start = time.perf_counter()
         with path.open("rb", buffering=0) as file:
             while file.read(1 << 22):

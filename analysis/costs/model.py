@@ -45,7 +45,7 @@ _Stage = tuple[list[PlanEntry], list[PlanEntry]]
 """Dense weights and routed experts of what a streamed model loads together: a layer, the embedding, or the head."""
 _BATCH_WINDOWS = 4
 """Windows that calibration runs at a time on a CPU."""
-_ENCODED_AT_ONCE = 1 << 25
+_ENCODED_AT_ONCE = 1 << 25  # weights of experts
 _MEASURING_BYTES = 1 << 25
 """Size of differences and their squares, of some rows at a time (`analysis.errors.sums`)."""
 
@@ -135,7 +135,7 @@ class _Costs:
         if not keeps_experts:
             experts = _STORED_BYTES * _num_weights(entry for entry in entries if entry.role.is_routed_expert)
             read += passes * experts * (ceil(tokens / batch.batch_tokens) - 1)
-        is_hidden = reads_ahead and keeps_experts
+        is_hidden = reads_ahead and keeps_experts  # experts that are read for every batch hold the work up
         seconds = max(read / disk, seconds) if is_hidden else read / disk + seconds
         return StageCost(stage, machine.start_seconds + seconds, memory, read)
 

@@ -135,7 +135,7 @@ class ErrorTable(FrozenRecord):
     @cached_property
     def _by_key(self) -> dict[tuple[str, str], ErrorRow]:
         by_wanted_type = {(row.name, name): row for row in self.rows for name in row.wanted}
-        return by_wanted_type | {(row.name, row.type): row for row in self.rows}
+        return by_wanted_type | {(row.name, row.type): row for row in self.rows}  # a type that is stored itself wins
 
     def tensors(self) -> dict[str, dict[str, ErrorRow]]:
         """Return the rows by tensor name and type name, in table order."""
@@ -206,10 +206,9 @@ class ErrorTable(FrozenRecord):
         super().save(path)
         columns = [name for name in ErrorRow.model_fields if not name.startswith(("per_expert", "wanted"))]
         text = io.StringIO()
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        for row in self.rows:
-            writer.writerow(row.model_dump(include=set(columns), mode="json"))
+        writer.writerows(row.model_dump(mode="json") for row in self.rows)
         write_atomically(path.with_suffix(".csv"), text.getvalue())
 
     @classmethod
@@ -242,7 +241,7 @@ def lower_hull(options: Iterable[Option]) -> list[Option]:
         if hull and option.cost >= hull[-1].cost:
             continue
         while len(hull) >= 2 and hull_slope(hull[-2], hull[-1]) <= hull_slope(hull[-1], option):
-            hull.pop()
+            hull.pop()  # it lies on or above the line between its neighbours
         hull.append(option)
     return hull
 

@@ -125,7 +125,7 @@ def statistics_in(
             target.unlink(missing_ok=True)
             if source.is_file():
                 try:
-                    target.hardlink_to(source)
+                    target.hardlink_to(source)  # gigabytes that nobody changes
                 except OSError:
                     shutil.copyfile(source, target)
         return StatsFile(path, stats)
@@ -263,7 +263,7 @@ def streaming_limit(model: Model, options: CalibrationOptions, device: str, sess
         return parse_size(options.max_memory)
     on_gpu = device.startswith("cuda")
     free = torch.cuda.mem_get_info(device)[0] if on_gpu else free_memory()
-    needed = model.num_weights * (2 if on_gpu else 4)
+    needed = model.num_weights * (2 if on_gpu else 4)  # bfloat16, or float32
     if needed <= COMFORTABLE_SHARE * free or not isinstance(model.source, ConvertedSource):
         return None
     limit = int(_LIMIT_SHARE * free_memory())

@@ -57,7 +57,7 @@ class LiveWeights:
             if place.transform is unchanged:
                 self._seen(name, place.parameter).copy_(values.view_as(self._seen(name, place.parameter)))
                 return
-            back, covered = _adjoint(place.transform, place.parameter, values)
+            back, covered = _adjoint(place.transform, place.parameter, values)  # entries of other tensors stay
             place.parameter.copy_(torch.where(covered, back, place.parameter))
 
     def gradient(self, name: str) -> Tensor:
@@ -65,7 +65,7 @@ class LiveWeights:
         place = self._places[name]
         gradient = place.parameter.grad
         assert gradient is not None
-        return self._seen(name, gradient) - self._seen(name, torch.zeros_like(gradient))
+        return self._seen(name, gradient) - self._seen(name, torch.zeros_like(gradient))  # without added constants
 
     def _seen(self, name: str, stored: Tensor) -> Tensor:
         place = self._places[name]
@@ -110,11 +110,7 @@ def _single_places(model: Model, source: ConvertedSource, hf_model: nn.Module) -
 
 
 def _places_of_a_file(model: Model, hf_model: nn.Module) -> dict[str, _Place]:
-    """Parameters that transformers loaded from the GGUF file itself.
-
-    Raises:
-        CheckpointError: a parameter is not the file's tensor of its name under any known order of rows.
-    """
+    """Parameters that transformers loaded from the file itself; raise CheckpointError for an unknown order of rows."""
     counts = (model.hyper.n_head, model.hyper.n_head_kv)
     stored_names, places = set(model.source.names()), {}
     for parameter_name, parameter in hf_model.named_parameters():

@@ -91,7 +91,7 @@ def finite_blocks(type_name: str, num_rows: int, row_length: int) -> Tensor:
     num_blocks = num_rows * row_length // layout.block_size
     blocks = torch.randint(0, 256, (num_blocks, layout.block_bytes), dtype=torch.uint8, device="cuda")
     if type_name == "MXFP4":
-        blocks[:, 0] = blocks[:, 0] % 8 + 120
+        blocks[:, 0] = blocks[:, 0] % 8 + 120  # scales 2^-7 to 1
     elif type_name != "NVFP4":
         scales = torch.rand(num_blocks, num_scales(type_name), device="cuda") * 0.1 + 0.01
         blocks = with_scales(type_name, blocks, scales)
@@ -130,7 +130,7 @@ def measure(job: _Job, pool: Tensor, *, is_quick: bool) -> Row:
     """Return what a row of the report says of a job; `is_quick` leaves out eager times and the product alone."""
     type_name, m, n, k, act, config = job
     row: Row = {"config": asdict(config) if config else "dispatch", "error": error_of(type_name, m, k, act, config)}
-    if not row["error"] <= ERROR_LIMIT[act]:
+    if not row["error"] <= ERROR_LIMIT[act]:  # refuses NaN too
         return row | {"refused": f"error above {ERROR_LIMIT[act]}"}
     row_bytes = QUANT_TYPES[type_name].row_bytes(k)
     weights = [part.view(n, row_bytes) for part in slices(pool, n * row_bytes, m)]
@@ -145,8 +145,8 @@ def measure(job: _Job, pool: Tensor, *, is_quick: bool) -> Row:
         return row
     row["eager_us"] = eager_time(calls)
     if config is not None:
-        xq, xd = quantize_activations(x, act, padded_rows=-(-m // config.rows) * config.rows)
-        calls = [lambda w=w: gemv.multiply(xq, xd, w, type_name, m, x.dtype, config) for w in weights]
+        integers = quantize_activations(x, act, padded_rows=-(-m // config.rows) * config.rows)
+        calls = [lambda w=w: gemv.multiply(integers, w, type_name, x.new_empty(m, n), config, None) for w in weights]
         row["multiply_us"], _ = graph_time(calls)
     return row
 

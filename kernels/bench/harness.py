@@ -64,7 +64,7 @@ def graph_time(calls: list[Callable[[], object]], replays: int = 15) -> tuple[fl
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
-        calls[0]()
+        calls[0]()  # compiles, which a capture must not
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             results = [call() for call in calls]
@@ -76,7 +76,7 @@ def graph_time(calls: list[Callable[[], object]], replays: int = 15) -> tuple[fl
             stop.record()
             stop.synchronize()
             times.append(start.elapsed_time(stop))
-    return statistics.median(times[2:]) * 1000 / len(calls), results
+    return statistics.median(times[2:]) * 1000 / len(calls), results  # the first two warm up
 
 
 def release_memory() -> None:

@@ -30,7 +30,7 @@ _EXPERTS, _SLOTS, _EXPERT_ROWS, _EXPERT_LENGTH = 128, 8, 1536, 2048
 def packed(name: str, *shape: int) -> Tensor:
     """Return random blocks; what the bytes say does not change how long decoding takes."""
     row_bytes = QUANT_TYPES[name].row_bytes(shape[-1])
-    return torch.randint(0, 256, (*shape[:-1], row_bytes), dtype=torch.uint8, device="cuda") & 0x3F
+    return torch.randint(0, 256, (*shape[:-1], row_bytes), dtype=torch.uint8, device="cuda") & 0x3F  # no NaN
 
 
 def microseconds(call: Callable[..., object], *arguments: object) -> float:

@@ -14,7 +14,7 @@ import torch
 from dynquant.analysis.outliers.super_weights import Criteria, find_super_weights
 from dynquant.analysis.sensitivity.closed_form import output_sensitivity, streamed_sensitivity
 from dynquant.calibration.options import CalibrationOptions
-from dynquant.calibration.run import StatisticsOptions, calibrate, provenance_of, text_inputs
+from dynquant.calibration.run import StatisticsOptions, provenance_of, text_inputs
 from dynquant.calibration.stage import run_calibration, streaming_limit
 from dynquant.calibration.streamed import StreamingOptions, calibrate_streamed
 from dynquant.checkpoints.model import Model
@@ -27,6 +27,7 @@ from dynquant.running.staged_passes import HiddenStates, StagedPasses
 from dynquant.running.stored_experts import StoredExperts
 from dynquant.running.stream_memory import Workload, fit_within
 from dynquant.session import Session, ignore_progress
+from tests.helpers.calibrating import calibrate
 from tests.helpers.commands import run
 from tests.helpers.representatives import represented_by
 from tests.helpers.tiny_models import TINY, save_tiny
@@ -234,7 +235,7 @@ from dynquant.running.stored_experts import StoredExperts
 from dynquant.checkpoints.safetensors_source import StoredValues
 
 kept = StoredValues(torch.zeros(64, 2048, 1024, dtype=torch.bfloat16))
-experts = StoredExperts((64, 2048, 1024), torch.float32, "cpu", None, torch.empty(2048 * 1024), (kept,))
+experts = StoredExperts((64, 2048, 1024), None, torch.empty(2048 * 1024), (kept,))
 x = torch.zeros(64, 1024, requires_grad=True)
 before, outputs = resident_memory(), []
 for expert in range(64):
@@ -252,7 +253,7 @@ def test_matrices_of_experts_leave_no_holes_among_what_a_backward_pass_keeps():
 
 def test_a_matrix_of_an_expert_outlives_the_next_product():
     values = torch.arange(24, dtype=torch.bfloat16).view(2, 3, 4)
-    experts = StoredExperts((2, 3, 4), torch.float32, "cpu", None, torch.empty(12), (StoredValues(values),))
+    experts = StoredExperts((2, 3, 4), None, torch.empty(12), (StoredValues(values),))
     first, x = experts[0], torch.ones(1, 4)
     assert torch.equal(experts.product(x, 1), x @ values[1].float().T)
     assert torch.equal(first, values[0].float())

@@ -7,12 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dynquant.calibration.run import calibrate, provenance_of, text_inputs
+from dynquant.calibration.run import provenance_of, text_inputs
 from dynquant.calibration.streamed import calibrate_streamed
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.safetensors_source import SafetensorsSource, StoredValues
 from dynquant.errors import CheckpointError
 from dynquant.families.open import open_model
+from tests.helpers.calibrating import calibrate
 from tests.helpers.commands import run
 from tests.helpers.fp8_checkpoints import dequantized, quantized, save_fp8
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from dynquant.families.open import open_model
 from dynquant.recipes.plan import Plan
 from tests.conftest import CALIBRATION_16M
 from tests.helpers.commands import command, linked_copy, refused, run, run_alone, succeed
+from tests.helpers.tiny_models import save_tiny
 
 TYPES = "q2_k,iq4_xs,q6_k"
 
@@ -179,8 +181,12 @@ def test_nan_weights_name_the_tensor(damaged):
     tensors = load_file(damaged / "model.safetensors")
     tensors["model.layers.2.self_attn.o_proj.weight"][3, 5] = torch.nan
     save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
-    message = refused("export", damaged, "--preset", "uniform-q8_0", "-o", damaged / "out.gguf")
-    assert "blk.2.attn_output.weight" in message or "layers.2.self_attn.o_proj" in message
+    for command_line in (
+        ("export", damaged, "--preset", "uniform-q8_0", "-o", damaged / "out.gguf"),
+        ("calibrate", damaged, "--tokens", 600, "-o", damaged / "out.safetensors"),
+    ):
+        message = refused(*command_line)
+        assert "blk.2.attn_output.weight" in message or "layers.2.self_attn.o_proj" in message
     assert not list(damaged.glob("*out*"))
 
 
@@ -243,3 +249,25 @@ def test_help_names_every_command():
     for name in ("calibrate", "analyze", "plan", "export", "tune", "eval", "inspect", "super-weights", "demo",
                     "compare-encoders", "recipe", "diff"):  # fmt: skip
         assert name in text
+
+
+@pytest.mark.parametrize(
+    "preset, options, line",
+    [
+        ("uniform-q4_k", (), r"16 tensors: rows of 80 do not divide into Q4_K blocks of 256: F16"),
+        ("llama-q4_k_m", (), r"13 tensors: rows of 80 do not divide into Q4_K blocks of 256: F16"),
+        (
+            "uniform-w4a16",
+            ("-f", "compressed-tensors"),
+            r"tensors?: rows of 80 do not divide into groups of \d+: \w+",
+        ),
+    ],
+)
+def test_a_preset_says_how_many_tensors_took_another_type_and_why(small_moe, tmp_path, preset, options, line):
+    model = save_tiny("llama", tmp_path / "model", small_moe, hidden_size=80, intermediate_size=80)
+    tokens = ("--tokens", "600", "--hessians", "none")
+    output = tmp_path / ("out" if options else "out.gguf")
+    said = succeed("export", model, "--preset", preset, "--encoder", "ggml", *tokens, *options, "-o", output)
+    assert re.search(line, said)
+    if not options:
+        assert re.search(line, succeed("plan", "--config-only", model, "--preset", preset))

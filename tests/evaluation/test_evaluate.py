@@ -10,7 +10,7 @@ import pytest
 from dynquant.errors import EvaluationError
 from dynquant.evaluation import evaluate as evaluate_module
 from dynquant.evaluation.evaluate import common_columns
-from dynquant.evaluation.report import EvalReport, summary_rows
+from dynquant.evaluation.report import EvalReport
 from dynquant.evaluation.runners import ModelInfo
 from dynquant.evaluation.statistics import block_sums, bootstrap_mean, mcnemar_exact, wilson_interval
 from dynquant.inputs.text import evaluation_windows
@@ -68,7 +68,7 @@ def test_gguf_candidate_against_hugging_face_reference(run) -> None:
 def test_report_survives_json_and_fills_a_table(run) -> None:
     report, _, _ = run
     assert EvalReport.model_validate(json.loads(report.to_json())) == report
-    metrics = [row.metric for row in summary_rows(report)]
+    metrics = [metric for rows in report.sections().values() for metric, *_ in rows]
     assert metrics[:3] == ["bytes", "perplexity", "mean KL (nats)"]
     assert metrics.count("accuracy") == 2
 

@@ -20,6 +20,7 @@ from dynquant.encoding.stream import load_encoder
 from dynquant.errors import AdapterError, ExportError
 from dynquant.exporters.adapter_gguf import export_adapter
 from dynquant.families.open import open_hf
+from dynquant.running.load import load_hf
 from tests.helpers.exports import export_gguf
 from tests.helpers.packed_models import plan_of
 from tests.helpers.representatives import represented_by
@@ -182,6 +183,20 @@ def test_whole_weights_and_other_methods_are_refused(deepseek, tmp_path):
         (tmp_path / "other" / "adapter_config.json").write_text(json.dumps(config))
         with pytest.raises(AdapterError, match=r"IA3|use_dora|lora_alpha"):
             export_adapter(tmp_path / "other", tmp_path / "a.gguf")
+
+
+def test_the_copy_of_the_head_that_peft_saves_is_no_part_of_the_adapter(small_moe, tmp_path):
+    base = save_tiny("llama", tmp_path / "llama", small_moe)
+    adapted = peft.get_peft_model(load_hf(open_hf(base)), peft.LoraConfig(target_modules=["lm_head"], r=4))
+    adapted.save_pretrained(tmp_path)
+    export_adapter(tmp_path, tmp_path / "a.gguf", base=base)
+    assert set(GGUFSource(tmp_path / "a.gguf").names()) == {"output.weight.lora_a", "output.weight.lora_b"}
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors["base_model.model.lm_head.base_layer.weight"][0, 0] += 1
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match="a copy of the weight that it was trained beside"):
+        export_adapter(tmp_path, tmp_path / "b.gguf", base=base)
+    assert not (tmp_path / "b.gguf").exists()
 
 
 def test_damage_and_another_base_are_refused(deepseek, small_moe, tmp_path):

@@ -17,8 +17,7 @@ from dynquant.calibration.statistics import StatsProvenance
 from dynquant.checkpoints.gguf_layout import mmproj_path
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.errors import CheckpointError
-from dynquant.evaluation.llama_cpp_pictures import MtmdRunner
-from dynquant.evaluation.runners import segments_of
+from dynquant.evaluation.llama_cpp_pictures import MtmdRunner, segments_of
 from dynquant.exporters.gguf import stats_of_part
 from dynquant.families.open import open_model
 from dynquant.inputs.model_inputs import ModelInputs
@@ -111,7 +110,7 @@ def test_llama_cpp_gives_the_distribution_of_transformers(family, models, export
     pixels = np.asarray(Image.open(tmp_path / "0.png").convert("RGB"))
     runner = MtmdRunner(exported(family), mmproj_path(exported(family)), image_tokens=(1, 4096))
     same, other = (
-        runner.sample_logits(segments_of(sample.ids[0], ~inside, iter([seen]))) for seen in (pixels, 255 - pixels)
+        runner.text_logits(segments_of(sample.ids[0], ~inside, iter([seen])))[0] for seen in (pixels, 255 - pixels)
     )
     runner.close()
     found, of_another_picture = mean_kl(logits[~inside], same), mean_kl(logits[~inside], other)

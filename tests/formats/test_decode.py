@@ -193,7 +193,7 @@ def test_chunks_and_alignment_do_not_matter(name: str, monkeypatch: pytest.Monke
     one_block = odd_address.flatten()[: layout.block_bytes]
     assert_bit_equal(decode(layout, one_block), whole.flatten()[: layout.block_size])
     module = sys.modules["dynquant.formats.decode"]
-    monkeypatch.setattr(module, "_chunk_weights", lambda device: 4 * layout.block_size)
+    monkeypatch.setattr(module, "_CPU_CHUNK_WEIGHTS", -(-4 * layout.block_size // torch.get_num_threads()))
     assert_bit_equal(decode(layout, packed), whole)
 
 

@@ -230,6 +230,7 @@ def test_a_shell_script_with_comments_is_read(moe, tmp_path: Path):
         ("ffn=q4_k", r"no pattern for `token_embd\.weight` and \d+ more .*llama-quantize command line"),
         ("llama-quantize --tensor-type ffn=q4_k", "no pattern for `token_embd"),
         ("ffn(=q4_k", r"`ffn\(` .* no regular expression"),
+        ("(?!ffn)attn=q4_k", r"`\(\?!ffn\)attn` .* Look-ahead"),
         ("ffn=", "`ffn=` .* not of the form"),
         ("none.txt", "no file `none.txt`, and it is not a recipe"),
         ("# a=b", "recipe is empty"),
@@ -245,6 +246,12 @@ def test_a_shell_script_with_comments_is_read(moe, tmp_path: Path):
 def test_what_is_wrong_is_named(moe, recipe, words):
     with pytest.raises(PlanError, match=words):
         recipe_types(recipe, moe)
+
+
+@pytest.mark.parametrize("pattern", [".?" * 30 + "z", "(a|b|.)*(b+)+(l.*)*z", "(.{0,30}){1,9}z"])
+def test_patterns_that_keep_a_backtracking_matcher_busy_for_years_are_followed_at_once(moe, pattern):
+    with pytest.raises(PlanError, match="no tensor of textbook-moe-16m"):
+        recipe_types(f"{pattern}=q4_k .*=q8_0", moe)
 
 
 def test_a_recipe_that_is_not_text_is_refused(moe, tmp_path: Path):

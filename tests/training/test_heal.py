@@ -203,7 +203,7 @@ def test_samples_follow_the_originals_distribution(crushed, tmp_path):
     """After each beginning, the share of each next token is the probability that the model gives it."""
     model = load_model(crushed.original)
     text = torch.arange(100, 132)[None]
-    sample = {"num_columns": 8000, "device": "cpu", "progress": ignore_progress}
+    sample = {"columns": 8000, "device": "cpu", "progress": ignore_progress}
     windows = sampled_windows(crushed.original, text, 400, tmp_path, seed=0, **sample)
     assert windows.shape == (400, 32) and windows.max() < 8000
     beginnings = text.unfold(1, 16, 1)[0]

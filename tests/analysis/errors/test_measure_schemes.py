@@ -57,7 +57,7 @@ def stats_path(directory, tmp_path_factory):
 def measure(directory, stats_path):
     model, stats = open_model(directory), CalibrationStats.load(stats_path)
     checkpoint = linear_checkpoint(model)
-    meter = SchemeMeter(model, checkpoint, stats, checkpoint.candidates(SCHEMES, mixed_experts=True))
+    meter = SchemeMeter(model, stats, checkpoint, checkpoint.candidates(SCHEMES, mixed_experts=True))
     return lambda journal: build_error_table(meter, tuple(SCHEMES), stats_hash="s", journal=journal)
 
 
