@@ -9,6 +9,7 @@ Sampling and chat templates are left out.
 """
 
 import copy
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
