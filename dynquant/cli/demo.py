@@ -7,13 +7,14 @@ from typing import Annotated
 import typer
 
 from dynquant.cli.terminal import console
+from dynquant.options import Writes
 from dynquant.storage.atomic import write_atomically
 
 
 def demo(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Directory for everything the demo makes.")] = Path(
-        "demo-out"
-    ),
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Directory for everything the demo makes."), Writes(holds_inputs=True)
+    ] = Path("demo-out"),
 ) -> None:
     """Plan, export and evaluate the bundled 16M mixture-of-experts model; about a minute and a half on two cores."""
     from dynquant.analysis.report.stage import write_plan_report

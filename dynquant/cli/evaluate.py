@@ -7,7 +7,7 @@ import typer
 
 from dynquant.cli.terminal import console
 from dynquant.evaluation.options import EvalOptions
-from dynquant.options import Only
+from dynquant.options import Only, Writes
 from dynquant.session import Session
 from dynquant.storage.atomic import write_atomically
 
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 def evaluate(
     options: EvalOptions,
     session: Annotated[Session, Only(("device", "threads", "seed"))],
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the result to this file."), Writes()
+    ] = None,
 ) -> None:
     """Compare a quantized model with its original: KL divergence, perplexity, multiple choice; before and after.
 

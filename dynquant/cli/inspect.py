@@ -8,7 +8,7 @@ import typer
 
 from dynquant.cli.terminal import console
 from dynquant.cli.terminal.parameters import AsJson
-from dynquant.options import MODEL_HELP
+from dynquant.options import MODEL_HELP, Writes
 from dynquant.resources import human_bytes
 
 if TYPE_CHECKING:
@@ -45,7 +45,9 @@ def inspect(path: Annotated[str, typer.Argument(help=MODEL_HELP, show_default=Fa
 
 
 def measure_machine(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Where the machine file goes.")] = Path("machine.json"),
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the machine file goes."), Writes()] = Path(
+        "machine.json"
+    ),
 ) -> None:
     """Measure this machine's CPU and disk for `plan --config-only DIR --machine FILE`: some minutes.
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from dynquant.errors import TrainingError
-from dynquant.options import Flag, Window
+from dynquant.options import Flag, Window, Writes
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,7 @@ Packed = Annotated[
     str,
     Flag("Packed model: directory of `export -f safetensors`, or a .gguf file.", is_argument=True, show_default=False),
 ]
-Output = Annotated[Path, Flag("Directory of the adapter.", ("-o", "--output"))]
+Output = Annotated[Path, Flag("Directory of the adapter.", ("-o", "--output")), Writes(is_replaced=True)]
 Resume = Annotated[bool, Flag("Continue an interrupted run.")]
 
 

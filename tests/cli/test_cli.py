@@ -92,20 +92,8 @@ def test_exported_file_has_the_predicted_size_and_runs(planned, small_moe, tmp_p
     assert str(tmp_path) not in str([field.contents() for field in fields.values()])
     result = tmp_path / "eval.json"
     text = small_moe.parent / "demo_text.txt"
-    succeed(
-        "eval",
-        output,
-        "--reference",
-        small_moe,
-        "--tasks",
-        "kl,ppl",
-        "--text",
-        text,
-        "--max-tokens",
-        512,
-        "--json",
-        result,
-    )
+    options = ("--reference", small_moe, "--text", text, "--max-tokens", 512, "--json", result)
+    succeed("eval", output, "--tasks", "kl,ppl", *options)
     kl = json.loads(result.read_text())["texts"][0]["kl"]
     assert 0.01 < kl["mean"]["value"] < 1.5 and kl["mean"]["low"] < kl["mean"]["value"] < kl["mean"]["high"]
 

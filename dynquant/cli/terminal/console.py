@@ -29,26 +29,36 @@ _SHOW_CURSOR = "\x1b[?25h"
 _record = RunRecord()
 _json_lines: JsonLines | None = None
 _has_only_json = False
+json_target: Path | None = None
 
 
 def begin(command: str) -> None:
     """A command starts; `command` is the line to type for it."""
-    global _record, _json_lines, _has_only_json
-    _record, _json_lines, _has_only_json = RunRecord(command), None, False
+    global _record, _json_lines, _has_only_json, json_target
+    _record, _json_lines, _has_only_json, json_target = RunRecord(command), None, False, None
 
 
 def write_json_to(target: str) -> None:
-    """Tell stages as JSON lines in a file, or with `-` on stderr and nothing else there; or raise ExportError."""
-    global _json_lines, _has_only_json
-    _has_only_json = target == "-"
+    """Tell stages as JSON lines in a file, once `open_json_lines` may, or with `-` on stderr and nothing else there."""
+    global json_target, _has_only_json, _json_lines
+    if target == "-":
+        _has_only_json, _json_lines = True, JsonLines(sys.stderr)
+    else:
+        json_target = Path(target)
+
+
+def open_json_lines() -> None:
+    """Open the file for JSON lines, if there is to be one; or raise ExportError."""
+    global _json_lines
+    if json_target is None:
+        return
     try:
-        stream = sys.stderr if _has_only_json else Path(target).open("w", encoding="utf-8")  # noqa: SIM115 (until exit)
+        _json_lines = JsonLines(json_target.open("w", encoding="utf-8"))
     except OSError as error:
         raise ExportError(
-            f"--json-progress {target} cannot be written: {error.strerror}. Give a file in a directory that exists, or "
-            "- for stderr."
+            f"--json-progress {json_target} cannot be written: {error.strerror}. Give a file in a directory that "
+            "exists, or - for stderr."
         ) from error
-    _json_lines = JsonLines(stream)
 
 
 @contextmanager
