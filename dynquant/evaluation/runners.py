@@ -185,7 +185,7 @@ def tokenizer_notes(reference: Path, candidate: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class _Tokenization:
-    """What a tokenizer does, in terms that both runtimes have."""
+    """A tokenizer, in terms that both runtimes have."""
 
     ids: dict[str, int | None]
     """Ids of EOS and BOS."""

@@ -159,7 +159,7 @@ _S = TypeVar("_S", bound=BaseModel)
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """What the files say. `tokenizer` is tokenizer.json as it stands, of which only the shape of stages was checked."""
+    """Content of all files. `tokenizer` is tokenizer.json as it stands, with its shape checked."""
 
     directory: Path
     tokenizer: dict[str, Any] | None
