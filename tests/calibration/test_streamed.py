@@ -105,7 +105,7 @@ def test_second_moments_of_activations_are_the_same(moe, tmp_path):
 @pytest.mark.gpu
 def test_a_gpu_streams_the_same_files_too(moe, cuda, tmp_path, monkeypatch):
     # A model that is loaded whole on a GPU is run in bfloat16 otherwise.
-    monkeypatch.setattr("dynquant.calibration.run.load_hf", partial(load_hf, dtype=torch.float32))
+    monkeypatch.setattr("tests.helpers.calibrating.load_hf", partial(load_hf, dtype=torch.float32))
     (tmp_path / "whole").mkdir()
     streamed(moe, tmp_path, "activations", device=str(cuda), dtype=torch.float32)
     assert same_files(calibrated_whole(moe, tmp_path / "whole", "activations", device=str(cuda)), tmp_path)
