@@ -4,6 +4,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from dynquant.storage.stand_ins import stand_in
+
 
 def parse_json(text: str | bytes, *, unique_names: bool = False) -> Any:
     """The value of a JSON text. With `unique_names`, an object that names something twice is refused.
@@ -15,6 +17,11 @@ def parse_json(text: str | bytes, *, unique_names: bool = False) -> Any:
         return json.loads(text, object_pairs_hook=_without_repeats if unique_names else None)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+    except ValueError as error:
+        meaning = stand_in(text if isinstance(text, bytes) else text[:99].encode("utf-8", "replace"))
+        if meaning is None:
+            raise
+        raise ValueError(f"it is {meaning[0]}. {meaning[1]}") from error
 
 
 def json_lines(
