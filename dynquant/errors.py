@@ -55,3 +55,11 @@ class AdapterError(DynquantError):
 
 class ClusterError(DynquantError):
     """A Ray cluster cannot be used: it is not there, lacks what a task needs, or its nodes see other files."""
+
+
+def reason(error: OSError) -> str:
+    """Return what the system says, and of which path."""
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        return f"{error.filename} is no directory"
+    path = f": {error.filename}" if error.filename else ""
+    return f"{error.strerror or error}{path}"

@@ -36,6 +36,18 @@ class Only:
     names: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Writes:
+    """Note on the path of an output: no other process writes it meanwhile, and it is none of what the command reads."""
+
+    holds_inputs: bool = False
+    """True for a working folder, from which the command also reads."""
+    is_replaced: bool = False
+    """True for a directory that is deleted and made anew."""
+    unless: str = ""
+    """Parameter under which the command does not write it."""
+
+
 MODEL_HELP = "Hugging Face directory or hub id, or a .gguf file."
 ModelPath = Annotated[str, Flag(MODEL_HELP, is_argument=True, show_default=False)]
 BaseGguf = Annotated[
@@ -59,7 +71,10 @@ MeasuringEncoder = Annotated[
 ]
 CalibrationText = Annotated[
     str | None,
-    Flag("Calibration text: .txt, .jsonl or a datasets id. Default: a small built-in text.", ("--calibration",)),
+    Flag(
+        "Calibration text: .txt, .jsonl, .csv, .parquet or a datasets id. Default: a small built-in text.",
+        ("--calibration",),
+    ),
 ]
 Strict = Annotated[
     bool, Flag("With --data: refuse images that cannot be decoded instead of skipping them.", ("--strict",))

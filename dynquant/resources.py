@@ -20,11 +20,7 @@ _mapped_bytes = 0
 
 
 def chosen_device(asked: str | None) -> str:
-    """`asked`, or cuda where PyTorch sees one, or cpu.
-
-    Raises:
-        DeviceError: no such device; those that exist are named.
-    """
+    """Return `asked`, or cuda where PyTorch sees one, or cpu; raise DeviceError for a device that is not there."""
     import torch
 
     count = torch.cuda.device_count()
@@ -44,11 +40,7 @@ def usable_cores() -> int:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `31002144`, `140GB` (decimal) or `130.6GiB` (binary).
-
-    Raises:
-        PlanError: not a size.
-    """
+    """Return the bytes of `31002144`, `140GB` (decimal) or `130.6GiB` (binary), or raise PlanError for no size."""
     match = _SIZE.match(text)
     try:
         number = float(match.group(1)) if match else None

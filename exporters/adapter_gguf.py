@@ -17,9 +17,11 @@ from math import prod
 from pathlib import Path
 
 import gguf
+import torch
 
 from dynquant import __version__
 from dynquant.checkpoints.gguf_source import GGUFSource
+from dynquant.checkpoints.safetensors_source import SafetensorsSource
 from dynquant.errors import AdapterError, ExportError
 from dynquant.families.common.config import Config, read_config
 from dynquant.families.from_gguf import config_from_gguf
@@ -47,7 +49,7 @@ def export_adapter(adapter: Path, output: Path, *, base: Path | None = None) -> 
     """Write the adapter in the directory `adapter` to the file `output`, in float32, and return it.
 
     `base` is the model that it belongs to, packed or original, or a GGUF file of it; by default the place from which
-    the adapter says that it was loaded. Only its configuration is read.
+    the adapter says that it was loaded. Of it, only the configuration is read, and what the adapter has copies of.
 
     Raises:
         AdapterError: no LoRA adapter, one of another model, or one that llama.cpp would not apply whole.
@@ -58,30 +60,29 @@ def export_adapter(adapter: Path, output: Path, *, base: Path | None = None) -> 
     if output.is_dir() or output.suffix != ".gguf":
         raise ExportError(f"The output {output} is not the name of a .gguf file; name it {output}.gguf.")
     saved = SavedAdapter(adapter)
-    config, whole_kv_b = _base_config(saved, base)
+    path = Path(base or saved.config.base_model_name_or_path or "")
+    config, whole_kv_b = _base_config(saved, path)
     arch = FAMILIES[config.model_type].arch
     places, _ = find_places(config, build_meta_model(config), whole_kv_b=whole_kv_b)
     by_key = {place.key: place for place in places.values()}
     targets = [target for weight in saved.weights for target in _targets(saved, weight, by_key)]
     _check_graph(targets, arch)
+    _check_copies(saved, path, config)
     with writing(output) as temporary:
         _write(temporary, arch, saved, targets)
     return output
 
 
-def _base_config(saved: SavedAdapter, base: Path | None) -> tuple[Config, bool]:
-    """The configuration of the base model, and whether MLA's `attn_kv_b` is in one piece."""
-    path = Path(base or saved.base_model or "")
+def _base_config(saved: SavedAdapter, path: Path) -> tuple[Config, bool]:
+    """The configuration of the base model at `path`, and whether MLA's `attn_kv_b` is in one piece."""
     if path.suffix == ".gguf":
         source = GGUFSource(path)
         return config_from_gguf(source), "blk.0.attn_kv_b.weight" in source.names()
     if not (path / "config.json").is_file():
-        where = (
-            f"{base} is" if base else f"{saved.directory} says that its base model is {saved.base_model!r}, which is"
-        )
         raise AdapterError(
-            f"{where} neither a directory with config.json nor a .gguf file. Give the model that the adapter was "
-            "trained on, packed or original, with --base."
+            f"The base model of {saved.directory} is given as {str(path)!r}, which is neither a directory with "
+            "config.json nor a .gguf file. Give the model that the adapter was trained on, packed or original, with "
+            "--base."
         )
     if is_vision_checkpoint(path):
         raise AdapterError(
@@ -92,11 +93,7 @@ def _base_config(saved: SavedAdapter, base: Path | None) -> tuple[Config, bool]:
 
 
 def _targets(saved: SavedAdapter, weight: AdaptedWeight, by_key: Mapping[str, Place]) -> Iterator[_Target]:
-    """The GGUF tensors that one adapted weight changes.
-
-    Raises:
-        AdapterError: the base has no weight of this name and shape.
-    """
+    """Yield the GGUF tensors that one adapted weight changes; refuse one that the base does not have."""
     path = weight.path
     rank, columns = saved.shape(weight.a_key)
     rows, b_rank = saved.shape(weight.b_key)
@@ -120,6 +117,21 @@ def _targets(saved: SavedAdapter, weight: AdaptedWeight, by_key: Mapping[str, Pl
     )
 
 
+def _check_copies(saved: SavedAdapter, base: Path, config: Config) -> None:
+    """Refuse a copy of a base weight that differs from that of the base, where this is an original checkpoint."""
+    if not saved.copies or base.suffix == ".gguf" or config.raw.get("quantization_config"):
+        return
+    source = SafetensorsSource(base)
+    for key, module in saved.copies.items():
+        name = f"{module}.weight"
+        if name not in source.names() or not torch.equal(saved.load(key), source.load(name)):
+            raise AdapterError(
+                f"The adapter in {saved.directory} holds `{key}`, a copy of the weight that it was trained beside, and "
+                f"it is not that of {base}: another model, or a resized vocabulary. Give the model that the adapter "
+                "was trained on with --base."
+            )
+
+
 def _check_graph(targets: list[_Target], arch: str) -> None:
     left_out = sorted({target.weight.path for target in targets if not takes_adapter(arch, target.place.name)})
     if left_out:
@@ -135,11 +147,13 @@ def _write(path: Path, arch: str, saved: SavedAdapter, targets: list[_Target]) -
     writer = gguf.GGUFWriter(path, arch)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, saved.alpha)
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, saved.config.lora_alpha)
     writer.add_string("dynquant.version", __version__)
     try:
         for target in targets:
-            _add(writer, saved, target)
+            a, b = _factors(saved, target)
+            writer.add_tensor(f"{target.place.name}.lora_a", a.contiguous().numpy())
+            writer.add_tensor(f"{target.place.name}.lora_b", b.contiguous().numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -147,14 +161,12 @@ def _write(path: Path, arch: str, saved: SavedAdapter, targets: list[_Target]) -
         writer.close()
 
 
-def _add(writer: gguf.GGUFWriter, saved: SavedAdapter, target: _Target) -> None:
+def _factors(saved: SavedAdapter, target: _Target) -> tuple[torch.Tensor, torch.Tensor]:
     a, b = saved.load(target.weight.a_key), saved.load(target.weight.b_key)
     if len(target.place.shape) == 3:
         num_experts = target.place.shape[0]
         a, b = a.unflatten(0, (num_experts, -1)), b.unflatten(1, (-1, num_experts)).permute(2, 0, 1)
     b = b[..., target.start : target.stop, :] if target.place.order is None else b[target.place.order]
     rank = a.shape[-2]
-    b = b * (saved.scaling(target.parameter, rank) / (saved.alpha / rank))
-    name = target.place.name
-    writer.add_tensor(f"{name}.lora_a", a.contiguous().numpy())
-    writer.add_tensor(f"{name}.lora_b", b.contiguous().numpy())
+    llama_cpp_scaling = saved.config.lora_alpha / rank
+    return a, b * (saved.scaling(target.parameter, rank) / llama_cpp_scaling)

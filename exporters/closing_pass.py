@@ -14,8 +14,9 @@ gradients, and the decoded codes, 16 bytes a weight.
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,16 +59,16 @@ class TuneOptions:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class Tuned:
+class Tuned(NamedTuple):
     """New bytes of each changed tensor; empty when tuning did not clearly lower the KL on held-out windows."""
 
-    replacements: dict[str, Tensor] = field(default_factory=dict)
-    kl_before: float = 0.0
-    kl_after: float = 0.0
-    tokens: int = 0
+    replacements: dict[str, Tensor]
+    kl_before: float
+    kl_after: float
+    tokens: int
 
 
+@torch.no_grad()
 def tune(
     model: Model,
     hf_model: nn.Module,
@@ -87,20 +88,18 @@ def tune(
         CheckpointError: the original's weights cannot be followed into the running model.
     """
     train, held = _split(windows, options)
-    device = next(hf_model.parameters()).device
     live = LiveWeights(model, hf_model)
-    steps = train.split(max(1, options.step_tokens // train.shape[1]))
-    checks = held.split(max(1, options.step_tokens // train.shape[1]))
+    steps, checks = (part.split(max(1, options.step_tokens // train.shape[1])) for part in (train, held))
     total = train.numel() + held.numel()
     targets = []
     for number, batch in enumerate((*steps, *checks)):
         few = {"num_top": _TRAINED_TOP, "num_tail": 0} if number < len(steps) else {}
-        targets.append(Distributions.of(_logits(hf_model, batch.to(device)), **few))
+        targets.append(Distributions.of(_logits(hf_model, batch), **few))
         progress("original", min(total, sum(len(t) for t in targets)), total, unit="tokens")
     trained = _install(live, file)
-    before = _block_kls(hf_model, checks, targets[len(steps) :], device)
+    before = _block_kls(hf_model, checks, targets[len(steps) :])
     _train(hf_model, live, trained, steps, targets, options, progress)
-    after = _block_kls(hf_model, checks, targets[len(steps) :], device)
+    after = _block_kls(hf_model, checks, targets[len(steps) :])
     change = after - before
     is_lower = float(change.mean()) < -_CLEARLY * float(change.std()) / math.sqrt(len(change))
     changed = {name: tensor.packed() for name, tensor in trained.items()} if is_lower else {}
@@ -108,14 +107,7 @@ def tune(
 
 
 def tune_file(
-    model: Model,
-    path: Path,
-    windows: Tensor,
-    options: TuneOptions,
-    output: Path,
-    session: Session,
-    *,
-    encoder: str,
+    model: Model, path: Path, windows: Tensor, options: TuneOptions, output: Path, session: Session, *, encoder: str
 ) -> list[Path]:
     """Tune the scales and norms of a GGUF file of `model` on token ids [n, window], and write the result."""
     source = GGUFSource(path)
@@ -190,17 +182,14 @@ def _split(windows: Tensor, options: TuneOptions) -> tuple[Tensor, Tensor]:
 
 
 def _logits(hf_model: nn.Module, batch: Tensor) -> Tensor:
-    with torch.no_grad():
-        return hf_model(input_ids=batch, use_cache=False).logits.float().flatten(0, 1)
+    device = next(hf_model.parameters()).device
+    return hf_model(input_ids=batch.to(device), use_cache=False).logits.float().flatten(0, 1)
 
 
-def _block_kls(
-    hf_model: nn.Module, batches: tuple[Tensor, ...], targets: list[Distributions], device: torch.device
-) -> Tensor:
-    """Mean KL of every block of tokens."""
-    per_token = [
-        target.kl(_logits(hf_model, batch.to(device))).cpu() for batch, target in zip(batches, targets, strict=True)
-    ]
+def _block_kls(hf_model: nn.Module, batches: tuple[Tensor, ...], targets: list[Distributions]) -> Tensor:
+    """Return the mean KL of every block of tokens."""
+    pairs = zip(batches, targets, strict=True)
+    per_token = [target.kl(_logits(hf_model, batch)).cpu() for batch, target in pairs]
     sums, sizes = block_sums(torch.cat(per_token).numpy(), [len(row) for batch in batches for row in batch])
     return torch.from_numpy(sums / sizes)
 
@@ -209,22 +198,16 @@ class _Scales:
     """The fp16 numbers of one tensor; `parameter` [blocks, count] are the factors on them."""
 
     def __init__(self, live: LiveWeights, name: str, type_name: str, packed: Tensor) -> None:
-        self._live, self._name, self._type = live, name, type_name
-        self._packed = packed
+        self._live, self._name, self._type, self._shape = live, name, type_name, packed.shape
         original = live.read(name)
-        device, layout = original.device, QUANT_TYPES[type_name]
-        blocks = packed.reshape(-1, layout.block_bytes)
-        count = num_scales(type_name)
-        stored = read_scales(type_name, blocks)
-        parts = []
-        for column in range(count):
-            alone = torch.zeros_like(stored)
-            alone[:, column] = stored[:, column]
-            parts.append(decode(type_name, with_scales(type_name, blocks, alone)))
-        self._parts = torch.stack(parts, dim=1).to(device)  # [blocks, count, block_size]
-        self.parameter = torch.ones(len(blocks), count, device=device)
+        self._blocks = packed.reshape(-1, QUANT_TYPES[type_name].block_bytes)
+        stored = read_scales(type_name, self._blocks)  # [blocks, count]
+        alone = [stored * keep for keep in torch.eye(stored.shape[1])]
+        parts = [decode(type_name, with_scales(type_name, self._blocks, scales)) for scales in alone]
+        self._parts = torch.stack(parts, dim=1).to(original.device)  # [blocks, count, block_size]
+        self.parameter = torch.ones(stored.shape, device=original.device)
         decoded = self._parts.sum(1).view_as(original)
-        self.relative_error = float((decoded - original).norm() / original.norm().clamp_min(1e-12))
+        self.relative_error = float((decoded - original).norm() / original.norm().clamp_min(1e-12))  # zeros have none
         self.num_weights = original.numel()
 
     def apply(self) -> None:
@@ -235,9 +218,8 @@ class _Scales:
         self.parameter.grad = (gradient * self._parts).sum(-1)
 
     def packed(self) -> Tensor:
-        blocks = self._packed.reshape(-1, QUANT_TYPES[self._type].block_bytes)
-        scales = read_scales(self._type, blocks) * self.parameter.cpu()
-        return with_scales(self._type, blocks, scales).reshape(self._packed.shape)
+        scales = read_scales(self._type, self._blocks) * self.parameter.cpu()
+        return with_scales(self._type, self._blocks, scales).reshape(self._shape)
 
 
 class _Norm:
@@ -283,29 +265,28 @@ def _train(
     options: TuneOptions,
     progress: Progress,
 ) -> None:
-    for parameter in hf_model.parameters():
-        parameter.requires_grad_(False)
+    hf_model.requires_grad_(False)
     for name in trained:
         live.parameter(name).requires_grad_(True)
-    device = next(hf_model.parameters()).device
     optimizer = torch.optim.Adam(_groups(trained, options, len(steps)), betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_then_cosine(step, len(steps)))
+    warm, num_steps = min(4, max(1, len(steps) // 4)), len(steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / num_steps))
+    )
     done = 0
     for batch, target in zip(steps, targets, strict=False):
         with torch.enable_grad():
-            logits = hf_model(input_ids=batch.to(device), use_cache=False).logits.float().flatten(0, 1)
-            target.kl_lower_bound(logits).mean().backward()
+            target.kl_lower_bound(_logits(hf_model, batch)).mean().backward()
         for tensor in trained.values():
             tensor.pull_gradient()
-        hf_model.zero_grad(set_to_none=True)
+        hf_model.zero_grad(set_to_none=True)  # their memory is free before the next pass needs it
         optimizer.step()
         schedule.step()
         for tensor in trained.values():
             tensor.apply()
         done += batch.numel()
         progress("tune", done, sum(step.numel() for step in steps), unit="tokens")
-    for parameter in hf_model.parameters():
-        parameter.requires_grad_(False)
+    hf_model.requires_grad_(False)
 
 
 def _groups(trained: dict[str, _Scales | _Norm], options: TuneOptions, steps: int) -> list[dict[str, object]]:
@@ -318,8 +299,3 @@ def _groups(trained: dict[str, _Scales | _Norm], options: TuneOptions, steps: in
     rates = [(tensor, scale_rate * tensor.relative_error) for tensor in scales]
     rates += [(tensor, norm_rate * tensor.magnitude) for tensor in norms]
     return [{"params": [tensor.parameter], "lr": rate} for tensor, rate in rates]
-
-
-def _warm_then_cosine(step: int, steps: int) -> float:
-    warm = min(4, max(1, steps // 4))
-    return min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))

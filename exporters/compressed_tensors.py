@@ -8,27 +8,27 @@ import os
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dynquant.checkpoints import checkpoint_directory as directory
 from dynquant.checkpoints.safetensors_format import ShardLayout
-from dynquant.encoding.parts import as_slice, ranges
+from dynquant.encoding.parts import WeightChecks, as_slice, ranges
 from dynquant.encoding.stream import Guidance
 from dynquant.encoding.vllm import EncodedLayer, encode_layers, nvfp4_global_scale
 from dynquant.errors import ExportError
 from dynquant.exporters.compressed_config import quantization_config, transformers_problem
 from dynquant.exporters.model_card import compressed_card
-from dynquant.exporters.output import Encoding, writing
+from dynquant.exporters.output import Encoding
 from dynquant.families.linear_layers import LinearCheckpoint, LinearLayer
+from dynquant.formats.plain_quants import FLOAT_DTYPES
 from dynquant.recipes.build_plan import check_linears, schemes_of
 from dynquant.recipes.plan import Plan, PlanEntry
 from dynquant.recipes.sizes import tensors_of_checkpoint
 from dynquant.session import Progress
-from dynquant.storage.resumable_output import ResumableOutput
 from dynquant.storage.strict_json import parse_json
 
-_TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CPU_WEIGHTS, _GPU_WEIGHTS = 1 << 23, 1 << 27
 """Float32 weights of a stack of experts that are encoded together, at least one expert."""
 
@@ -53,16 +53,15 @@ def export_compressed_tensors(
     )
     documents = _documents(encoding, checkpoint, shards)
     staging = output.with_name(f".{output.name}.partial")
-    identity = encoding.identity(directory.files_hash(documents, shards))
-    target = ResumableOutput(*directory.places_of(staging, documents, shards), identity, resume=encoding.resume)
+    places, header_hash = directory.places_of(staging, documents, shards), directory.files_hash(documents, shards)
     try:
-        with writing(target, encoding.session) as progress:
+        with encoding.writing(*places, header_hash) as (target, progress):
             directory.write_small_files(target, documents, shards)
             for name, tensor in _tensors(encoding, checkpoint, target.finished, progress):
                 target.write(name, directory.tensor_bytes(tensor))
             paths = target.commit()
     finally:
-        if not any(staging.iterdir()):
+        if staging.is_dir() and not any(staging.iterdir()):
             staging.rmdir()  # nothing is left of what could not be exported
     try:
         os.rename(staging, output)
@@ -87,15 +86,19 @@ def encode_layer(
     experts: range,
     guidance: Guidance,
     *,
-    global_scale: float | None = None,
-    device: torch.device | None = None,
+    checks: WeightChecks | None = None,
+    **options: Any,
 ) -> list[EncodedLayer]:
     """Return some experts of an entry (of a matrix: the range 0 to 1) as they are stored.
+
+    `options` are `global_scale` and `device` of `encode_layers`.
 
     Raises:
         EncodeError: NaN or Inf weights; the layer is named.
     """
     weights = torch.stack([linear.load(expert) for expert in experts])
+    if checks is not None:
+        checks.add(entry.name, entry.shape, experts, weights)
     part = as_slice(experts)
     importance = guidance.importance and guidance.importance(entry.name, entry.shape)
     return encode_layers(
@@ -103,9 +106,8 @@ def encode_layer(
         weights,
         importance=None if importance is None else importance[part],
         hessian=guidance.hessian and guidance.hessian(entry.name, entry.shape, part),
-        global_scale=global_scale,
-        device=device,
         name=entry.modules[experts.start],
+        **options,
     )
 
 
@@ -126,7 +128,9 @@ def _tensors(
     """Yield every tensor that is not finished, with its name."""
     for tensor in checkpoint.others:
         if tensor.key not in finished:
-            yield tensor.key, checkpoint.source.load(tensor.key).to(_TORCH_DTYPES[tensor.dtype])
+            values = checkpoint.source.load(tensor.key)
+            encoding.checks.add(tensor.key, tuple(values.shape), range(1), values)
+            yield tensor.key, values.to(FLOAT_DTYPES[tensor.dtype])
     plan, device = encoding.plan, encoding.encoder.device
     linears = {linear.name: linear for linear in checkpoint.linears}
     scales = global_scales(plan, checkpoint)
@@ -138,8 +142,8 @@ def _tensors(
         for experts in ranges(len(entry.modules), max(1, at_once // prod(entry.shape[-2:]))):
             modules = entry.modules[experts.start : experts.stop]
             if not {f"{module}.{suffix}" for module in modules for suffix in suffixes} <= finished:
-                linear, scale = linears[entry.name], scales.get(entry.name)
-                layers = encode_layer(entry, linear, experts, encoding.guidance, global_scale=scale, device=device)
+                linear, options = linears[entry.name], {"global_scale": scales.get(entry.name), "device": device}
+                layers = encode_layer(entry, linear, experts, encoding.guidance, checks=encoding.checks, **options)
                 for module, layer in zip(modules, layers, strict=True):
                     for suffix, tensor in layer.stored().items():
                         if f"{module}.{suffix}" not in finished:
@@ -149,10 +153,9 @@ def _tensors(
 
 
 def _documents(encoding: Encoding, checkpoint: LinearCheckpoint, shards: Mapping[str, ShardLayout]) -> dict[str, bytes]:
-    """Return the small files by name."""
     plan, stats = encoding.plan, encoding.stats
     config = parse_json((checkpoint.directory / "config.json").read_bytes())
-    config.pop("torch_dtype", None)
+    config.pop("torch_dtype", None)  # the former name of `dtype`
     quantization = quantization_config(plan, checkpoint, encoding.model.hyper.n_layer)
     config |= {"dtype": "bfloat16", "quantization_config": quantization}
     if encoding.model.has_own_output:

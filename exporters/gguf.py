@@ -10,9 +10,10 @@ mmproj-NAME.gguf beside it. The latter is small, so it comes first: a run that i
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -23,15 +24,14 @@ from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints import gguf_layout
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model, ModelPart
-from dynquant.encoding.parts import TensorPart
 from dynquant.errors import ExportError
-from dynquant.exporters.output import Encoding, writing
+from dynquant.exporters.output import Encoding
 from dynquant.recipes.build_plan import plan_of_part, with_projector_type
 from dynquant.recipes.plan import Plan
 from dynquant.recipes.sizes import imatrix_info
 from dynquant.session import Session
-from dynquant.storage.atomic import writing as writing_atomically
-from dynquant.storage.resumable_output import Region, ResumableOutput
+from dynquant.storage.atomic import writing
+from dynquant.storage.resumable_output import Region
 
 MMPROJ_TYPES = ("f32", "bf16", "f16", "q8_0")
 _CAVEATS = {
@@ -64,11 +64,7 @@ def export_gguf(encoding: Encoding, output: Path, *, split_max_bytes: int | None
 
 
 def _encodings(encoding: Encoding) -> list[tuple[ModelPart | None, Encoding]]:
-    """Return what every file is written from.
-
-    Raises:
-        ExportError: the parts do not have the size that the plan predicts.
-    """
+    """Return what every file is written from; refuse parts of another size than the plan predicts."""
     model, plan = encoding.model, encoding.plan
     if not model.parts:
         return [(None, encoding)]
@@ -94,12 +90,16 @@ def _export_file(encoding: Encoding, output: Path, split_max_bytes: int | None) 
     files = _layout(encoding, split_max_bytes)
     parts = encoding.parts()
     sizes = dict(zip(gguf_layout.split_paths(output, len(files)), (file.total_bytes for file in files), strict=True))
-    identity = encoding.identity(hashlib.sha256(b"".join(file.header for file in files)).hexdigest())
-    target = ResumableOutput(sizes, _regions(files, parts), identity, resume=encoding.resume)
-    with writing(target, encoding.session) as progress:
-        for number, file in enumerate(files):
-            if _header_region(number) not in target.finished:
-                target.write(_header_region(number), file.header)
+    headers = {f"header of file {number}": file.header for number, file in enumerate(files, start=1)}
+    regions = {name: Region(number, 0, len(header)) for number, (name, header) in enumerate(headers.items())}
+    for number, file in enumerate(files):
+        for placement in file.placements:
+            for part in parts[placement.tensor.name]:
+                regions[part.key] = Region(number, placement.offset + part.offset, part.num_bytes)
+    header_hash = hashlib.sha256(b"".join(headers.values())).hexdigest()
+    with encoding.writing(sizes, regions, header_hash) as (target, progress):
+        for name in (name for name in headers if name not in target.finished):
+            target.write(name, headers[name])
         for part, packed in encoding.quantized(parts, frozenset(target.finished), progress):
             target.write(part.key, memoryview(packed.contiguous().numpy().reshape(-1)))
         return target.commit()
@@ -112,8 +112,8 @@ def _layout(encoding: Encoding, split_max_bytes: int | None) -> list[gguf_layout
     provenance = gguf_layout.Provenance(
         plan.fingerprint, plan.recipe, encoding.encoder.name, plan.hash, plan.stats_hash or ""
     )
-    imatrix = imatrix_info(encoding.stats)
-    files = gguf_layout.layout(model, tensors, provenance, imatrix=imatrix)
+    lay_out = partial(gguf_layout.layout, model, tensors, provenance, imatrix=imatrix_info(encoding.stats))
+    files = lay_out()
     total = sum(file.total_bytes for file in files)
     if total != plan.predicted_bytes:
         raise ExportError(
@@ -121,23 +121,7 @@ def _layout(encoding: Encoding, split_max_bytes: int | None) -> list[gguf_layout
             f"{total:,}. The plan was edited or made by another version of dynquant ({plan.tool_version}, this is "
             f"{__version__}). Plan again."
         )
-    if split_max_bytes is None:
-        return files
-    return gguf_layout.layout(model, tensors, provenance, imatrix=imatrix, split_max_bytes=split_max_bytes)
-
-
-def _regions(files: Iterable[gguf_layout.FileLayout], parts: Mapping[str, list[TensorPart]]) -> dict[str, Region]:
-    regions = {}
-    for number, file in enumerate(files):
-        regions[_header_region(number)] = Region(number, 0, len(file.header))
-        for placement in file.placements:
-            for part in parts[placement.tensor.name]:
-                regions[part.key] = Region(number, placement.offset + part.offset, part.num_bytes)
-    return regions
-
-
-def _header_region(number: int) -> str:
-    return f"header of file {number + 1}"
+    return files if split_max_bytes is None else lay_out(split_max_bytes=split_max_bytes)
 
 
 def _check_output(model: Model, output: Path) -> None:
@@ -204,7 +188,7 @@ def write_patched(source: GGUFSource, output: Path, replacements: Mapping[str, T
     paths = gguf_layout.split_paths(output, len(source.files))
     with ExitStack() as stack:
         # The stack moves the first file last: loaders open it, and it must not appear before the others.
-        partials = [stack.enter_context(writing_atomically(path)) for path in paths]
+        partials = [stack.enter_context(writing(path)) for path in paths]
         for file, partial in zip(source.files, partials, strict=True):
             shutil.copyfile(file, partial)
         patches = [
@@ -212,7 +196,7 @@ def write_patched(source: GGUFSource, output: Path, replacements: Mapping[str, T
         ]
         name_place = source.text_location(gguf_layout.ENCODER_KEY)
         if name_place is not None and name_place[1] == gguf_layout.PADDED_WIDTH:
-            patches.append((0, name_place[0], encoder.ljust(gguf_layout.PADDED_WIDTH).encode()))
+            patches.append((0, name_place[0], encoder.ljust(gguf_layout.PADDED_WIDTH).encode()))  # no offset changes
         for index, partial in enumerate(partials):
             with partial.open("r+b") as target:
                 for file_index, offset, data in patches:

@@ -13,34 +13,32 @@ def packed_card(plan: Plan, *, encoder: str, stored_bytes: int) -> str:
     """Return the card of a checkpoint of GGUF blocks; `stored_bytes` counts the tensors as written."""
     has_vision = any(entry.role.is_vision for entry in plan.entries)
     auto_class = "AutoModelForImageTextToText" if has_vision else "AutoModelForCausalLM"
-    rows = [
+    rows = "\n".join(
         f"| {group[0].role.value} | {group[0].type} | {len(group)} | {sum(prod(e.shape) for e in group):,} "
         f"| {sum(e.bytes for e in group):,} | {_mean_error(group)} |"
         for group in _grouped(plan)
-    ]
+    )
     about = (
         f"with GGUF blocks as its weights, {stored_bytes:,} bytes, made by dynquant {__version__} (recipe "
         f"`{plan.recipe}`, encoder `{encoder}`). uint8 tensors hold the same bytes as the GGUF export of the same "
         "plan; `quantization_config` in config.json gives their types."
     )
-    body = [
-        "```python",
-        "import dynquant  # tells transformers how to load it",
-        f"from transformers import {auto_class}",
-        "",
-        f'model = {auto_class}.from_pretrained("PATH", device_map="auto")',
-        "```",
-        "",
-        "## Damage",
-        "",
-        *_damage(plan, "kl,vqa --data questions.jsonl" if has_vision else "kl,ppl --text held-out.txt"),
-        "",
-        "## Plan",
-        "",
-        "| role | type | tensors | weights | bytes | weighted error |",
-        "|---|---|---|---|---|---|",
-        *rows,
-    ]
+    body = f"""```python
+import dynquant  # tells transformers how to load it
+from transformers import {auto_class}
+
+model = {auto_class}.from_pretrained("PATH", device_map="auto")
+```
+
+## Damage
+
+{_damage(plan, "kl,vqa --data questions.jsonl" if has_vision else "kl,ppl --text held-out.txt")}
+
+## Plan
+
+| role | type | tensors | weights | bytes | weighted error |
+|---|---|---|---|---|---|
+{rows}"""
     return _card(plan, "dynquant, quantized", 8 * stored_bytes / plan.num_weights, about, body)
 
 
@@ -50,70 +48,62 @@ def compressed_card(plan: Plan, *, rounding: str) -> str:
         f"as a compressed-tensors checkpoint of {plan.predicted_bytes:,} bytes, made by dynquant {__version__} (recipe "
         f"`{plan.recipe}`). Weights alone are quantized; {rounding}."
     )
-    fallbacks = [
-        f"- `{e.name}`: {e.type} instead of {e.wanted_type} ({e.reason})" for e in plan.entries if e.wanted_type
-    ]
-    body = [
-        "| scheme | format | linear layers | weights | bytes | bits per weight |",
-        "|---|---|---|---|---|---|",
-        *(_scheme_row(name, entries) for name, entries in plan.by_type().items()),
-        f"| embedding, head, routers, norms, biases | BF16, or as in the original | | | {plan.other_bytes:,} | |",
-        "",
-        "| role | scheme | group | layers | bytes | weighted error |",
-        "|---|---|---|---|---|---|",
-        *(
-            f"| {group[0].role.value} | {group[0].type} | {group[0].group_size or 'row'} "
-            f"| {sum(len(e.modules) for e in group):,} | {sum(e.bytes for e in group):,} | {_mean_error(group)} |"
-            for group in _grouped(plan)
-        ),
-        "",
-        *(["Stored otherwise than asked for:", "", *fallbacks, ""] if fallbacks else []),
-        "```",
-        "vllm serve PATH",
-        "```",
-        "",
-        f"transformers cannot load it: {problem}. vLLM can."
-        if (problem := transformers_problem(plan))
-        else "transformers loads it as well, with the package compressed-tensors; it unpacks the weights in memory.",
-    ]
+    schemes = "\n".join(_scheme_row(name, entries) for name, entries in plan.by_type().items())
+    rows = "\n".join(
+        f"| {group[0].role.value} | {group[0].type} | {group[0].group_size or 'row'} "
+        f"| {sum(len(e.modules) for e in group):,} | {sum(e.bytes for e in group):,} | {_mean_error(group)} |"
+        for group in _grouped(plan)
+    )
+    replaced = [e for e in plan.entries if e.wanted_type]
+    fallbacks = [f"- `{e.name}`: {e.type} instead of {e.wanted_type} ({e.reason})" for e in replaced]
+    otherwise = "\n".join(["Stored otherwise than asked for:", "", *fallbacks, "", ""]) if fallbacks else ""
+    loads = "transformers loads it as well, with the package compressed-tensors; it unpacks the weights in memory."
+    if problem := transformers_problem(plan):
+        loads = f"transformers cannot load it: {problem}. vLLM can."
+    body = f"""| scheme | format | linear layers | weights | bytes | bits per weight |
+|---|---|---|---|---|---|
+{schemes}
+| embedding, head, routers, norms, biases | BF16, or as in the original | | | {plan.other_bytes:,} | |
+
+| role | scheme | group | layers | bytes | weighted error |
+|---|---|---|---|---|---|
+{rows}
+
+{otherwise}```
+vllm serve PATH
+```
+
+{loads}"""
     return _card(plan, "compressed-tensors, vllm, dynquant", plan.bits_per_weight, about, body)
 
 
-def _card(plan: Plan, tags: str, bits_per_weight: float, about: str, body: Sequence[str]) -> str:
+def _card(plan: Plan, tags: str, bits_per_weight: float, about: str, body: str) -> str:
     """Return a card as Markdown with the hub's metadata block."""
-    lines = [
-        "---",
-        "library_name: transformers",
-        f"tags: [{tags}]",
-        "---",
-        f"# {plan.model}, {bits_per_weight:.2f} bits per weight",
-        "",
-        f"{plan.model} ({plan.arch}, {plan.num_weights:,} weights) {about}",
-        "",
-        *body,
-        "",
-        f"Checkpoint `{plan.fingerprint}`, plan `{plan.hash}`, statistics `{plan.stats_hash or 'none'}`.",
-        "",
-    ]
-    return "\n".join(lines)
+    return f"""---
+library_name: transformers
+tags: [{tags}]
+---
+# {plan.model}, {bits_per_weight:.2f} bits per weight
+
+{plan.model} ({plan.arch}, {plan.num_weights:,} weights) {about}
+
+{body}
+
+Checkpoint `{plan.fingerprint}`, plan `{plan.hash}`, statistics `{plan.stats_hash or "none"}`.
+"""
 
 
-def _damage(plan: Plan, tasks: str) -> list[str]:
-    lines = []
-    if plan.selected_kl is not None:
-        lines.append(
-            f"- KL divergence to the original on the selection text, measured: {plan.selected_kl:.4f} nats a token"
-        )
-    if plan.predicted_kl is not None:
+def _damage(plan: Plan, tasks: str) -> str:
+    measured, predicted, lines = plan.selected_kl, plan.predicted_kl, []
+    if measured is not None:
+        lines.append(f"- KL divergence to the original on the selection text, measured: {measured:.4f} nats a token")
+    if predicted is not None:
         spread = f" ± {plan.predicted_kl_se:.4f}" if plan.predicted_kl_se is not None else ""
-        lines.append(
-            f"- KL divergence as the plan predicts it, not measured: {plan.predicted_kl:.4f}{spread} nats a token"
-        )
-    if plan.selected_kl is None:
-        lines.append(
-            f"- Not measured on this file. Measure it: `dynquant eval PATH --reference ORIGINAL --tasks {tasks}`"
-        )
-    return lines
+        lines.append(f"- KL divergence as the plan predicts it, not measured: {predicted:.4f}{spread} nats a token")
+    if measured is None:
+        command = f"dynquant eval PATH --reference ORIGINAL --tasks {tasks}"
+        lines.append(f"- Not measured on this file. Measure it: `{command}`")
+    return "\n".join(lines)
 
 
 def _scheme_row(name: str, entries: Sequence[PlanEntry]) -> str:
@@ -133,6 +123,5 @@ def _grouped(plan: Plan) -> list[list[PlanEntry]]:
 def _mean_error(entries: Sequence[PlanEntry]) -> str:
     """Return the mean of the relative squared errors, weighted by size; empty where the plan has none."""
     measured = [(entry.weighted_error, prod(entry.shape)) for entry in entries if entry.weighted_error is not None]
-    return (
-        f"{sum(error * size for error, size in measured) / sum(size for _, size in measured):.2e}" if measured else ""
-    )
+    total = sum(size for _, size in measured)
+    return f"{sum(error * size for error, size in measured) / total:.2e}" if measured else ""

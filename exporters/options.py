@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 from dynquant.calibration.options import CalibrationOptions
-from dynquant.options import BaseGguf, CalibrationText, EncoderName, Flag, ModelPath, Only, Preset, Ray, Window
+from dynquant.options import BaseGguf, CalibrationText, EncoderName, Flag, ModelPath, Only, Preset, Ray, Window, Writes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +13,7 @@ class ExportOptions:
     """A model, the plan or preset in whose types it is written, and what it becomes."""
 
     model: ModelPath
-    output: Annotated[Path, Flag("The .gguf file, or the directory of the others.", ("-o", "--output"))]
+    output: Annotated[Path, Flag("The .gguf file, or the directory of the others.", ("-o", "--output")), Writes()]
     plan: Annotated[Path | None, Flag("plan.json of `dynquant plan`.")] = None
     preset: Preset = None
     format: Annotated[str, Flag("gguf, safetensors or compressed-tensors.", ("-f", "--format"))] = "gguf"
@@ -55,7 +55,7 @@ class TuneFileOptions:
 
     file: Annotated[Path, Flag("A quantized .gguf file.", is_argument=True, show_default=False)]
     reference: Annotated[str, Flag("Its original: Hugging Face directory or hub id.")]
-    output: Annotated[Path, Flag("The .gguf file to write; it has the same size.", ("-o", "--output"))]
+    output: Annotated[Path, Flag("The .gguf file to write; it has the same size.", ("-o", "--output")), Writes()]
     text: CalibrationText = None
     tokens: Annotated[int, Flag("Train on this many tokens.")] = 16384
     step_tokens: Annotated[int, Flag("Tokens in a step.")] = 1024
@@ -67,7 +67,7 @@ class AdapterOptions:
     """A LoRA adapter as PEFT saves it, and the file that llama.cpp reads."""
 
     adapter: Annotated[Path, Flag("Directory that save_pretrained wrote.", is_argument=True, show_default=False)]
-    output: Annotated[Path, Flag("The .gguf file to write.", ("-o", "--output"))]
+    output: Annotated[Path, Flag("The .gguf file to write.", ("-o", "--output")), Writes()]
     base: Annotated[
         Path | None,
         Flag(

@@ -12,11 +12,11 @@ from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.model import Model
 from dynquant.encoding import stream
 from dynquant.encoding.interface import Encoder, ProtectedWeight
-from dynquant.encoding.parts import PartLimits, TensorPart
+from dynquant.encoding.parts import PartLimits, TensorPart, WeightChecks
 from dynquant.errors import ClusterError, DynquantError, PlanError, StatsError, WriteError
 from dynquant.recipes.plan import Plan
 from dynquant.session import SILENT, Progress, Session
-from dynquant.storage.resumable_output import ResumableOutput
+from dynquant.storage.resumable_output import Region, ResumableOutput
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,14 @@ class Encoding:
     def guidance(self) -> stream.Guidance:
         return stream.guidance_of(self.stats, self.used_moments, self.protected)
 
+    @property
+    def tensors(self) -> stream.TensorEncoder:
+        return stream.TensorEncoder(self.model, self.guidance, self.encoder, self.session.threads, self.checks)
+
+    @cached_property
+    def checks(self) -> WeightChecks:
+        return WeightChecks(self.plan.checksums, self.model.name)
+
     def check(self) -> None:
         """Refuse a plan of another model, and statistics that are not those of the plan.
 
@@ -90,7 +98,7 @@ class Encoding:
         Raises:
             ExportError: the limits are too tight for a tensor.
         """
-        return stream.parts_of_plan(self.plan, self.guidance, self.encoder, self.limits, whole=whole)
+        return self.tensors.parts(self.plan, self.limits, whole=whole)
 
     def identity(self, header_hash: str) -> dict[str, str]:
         """Return what decides an export's bytes; an interrupted one goes on only under an equal identity."""
@@ -107,31 +115,26 @@ class Encoding:
         self, parts: Mapping[str, list[TensorPart]], skip: Collection[str], progress: Progress
     ) -> Iterator[stream.QuantizedPart]:
         """Yield every part but those whose key or tensor name is in `skip`."""
-        if self.elsewhere is not None:
-            return stream.quantize_elsewhere(self.model, self.plan, self.elsewhere, parts, progress=progress, skip=skip)
-        return stream.quantize(
-            self.model,
-            self.plan,
-            self.guidance,
-            self.encoder,
-            parts=parts,
-            threads=self.session.threads,
-            progress=progress,
-            skip=skip,
-        )
+        return self.tensors.quantize(self.plan, parts, elsewhere=self.elsewhere, progress=progress, skip=skip)
 
+    @contextmanager
+    def writing(
+        self, sizes: Mapping[Path, int], regions: Mapping[str, Region], header_hash: str, **identity: str
+    ) -> Iterator[tuple[ResumableOutput, Progress]]:
+        """Context manager: a stage that fills an output; what is written of inputs that cannot be exported is removed.
 
-@contextmanager
-def writing(target: ResumableOutput, session: Session) -> Iterator[Progress]:
-    """Context manager: a stage that fills `target`; what is written of inputs that cannot be exported is removed.
-
-    A full disk, a lost cluster or an interruption keeps it, so that the same call goes on.
-    """
-    with target, session.stage("Finished tensors are kept.") as progress:
-        try:
-            yield progress
-        except (WriteError, ClusterError):
-            raise
-        except DynquantError:
-            target.discard()
-            raise
+        A full disk, a lost cluster or an interruption keeps it, so that the same call goes on. `identity` is what
+        decides the bytes beside the encoding itself.
+        """
+        identity = self.identity(header_hash) | identity
+        with (
+            ResumableOutput(sizes, regions, identity, resume=self.resume) as target,
+            self.session.stage("Finished tensors are kept.") as progress,
+        ):
+            try:
+                yield target, progress
+            except (WriteError, ClusterError):  # the inputs are sound: the same call can go on
+                raise
+            except DynquantError:
+                target.discard()
+                raise

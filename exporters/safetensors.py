@@ -8,7 +8,6 @@ loaded, and the same call goes on.
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from dynquant import __version__
@@ -21,29 +20,17 @@ from dynquant.encoding.parts import TensorPart, load_packed_part
 from dynquant.encoding.stream import QuantizedPart
 from dynquant.errors import CheckpointError, ExportError
 from dynquant.exporters.model_card import packed_card
-from dynquant.exporters.output import Encoding, writing
+from dynquant.exporters.output import Encoding
 from dynquant.families.common.config import Config, read_config, read_json
 from dynquant.families.common.conversion import ConvertedSource, load_finite
 from dynquant.families.from_gguf import config_from_gguf, tokenizer_files
 from dynquant.families.text.registry import FAMILIES
-from dynquant.packed.places import FLOAT_DTYPES, Place, build_meta_model, build_meta_vision, find_places, lay_out_vision
+from dynquant.formats.plain_quants import FLOAT_DTYPES
+from dynquant.packed.places import Layout, build_meta_model, build_meta_vision, find_places, lay_out_vision
 from dynquant.recipes.plan import Plan
 from dynquant.storage.resumable_output import Region, ResumableOutput
 
 _WEIGHTS_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Files that tensors go to, which differ with the kind of model."""
-
-    places: Mapping[str, Place]
-    skipped: frozenset[str]
-    """GGUF names of tensors that are computed, or parts of one that is copied."""
-    copied: Mapping[str, StoredTensor]
-    """Entries that hold a tensor of the original checkpoint, by GGUF name."""
-    config: Mapping[str, object]
-    """config.json without `quantization_config`."""
 
 
 def export_safetensors(
@@ -54,12 +41,8 @@ def export_safetensors(
     With `stored`, a GGUF file of the same plan, its bytes are taken instead of encoding again.
 
     Raises:
-        PlanError: the plan is not of this model.
-        StatsError: the statistics are missing, superfluous, or of another checkpoint.
-        EncodeError: NaN or Inf weights, or a type without the statistics it needs; partial files are removed.
         CheckpointError: an architecture that cannot be loaded packed.
-        ExportError: no space, an output that is no directory, or an interrupted export of something else.
-        ClusterError: `elsewhere` cannot go on; what is done is kept.
+        PlanError, StatsError, EncodeError, ExportError, ClusterError: as `export_gguf`.
     """
     model, plan = encoding.model, encoding.plan
     encoding.check()
@@ -68,20 +51,21 @@ def export_safetensors(
     if model.hf_directory is not None and output.exists() and output.samefile(model.hf_directory):
         raise ExportError(f"{output} is the model that is being read; export to another directory.")
     name = (recorded_encoder(stored) if stored is not None else "") or encoding.encoder.name
-    layout = _lay_out_vision(model, plan) if model.has_vision else _lay_out_language(model, plan)
-    documents, shards = _describe(model, plan, layout, name, shard_max_bytes or directory.SHARD_BYTES)
-    parts = encoding.parts(whole=_rewritten(layout, plan))
+    layout, config = _lay_out(model, plan)
+    types = {entry.name: entry.quant_type for entry in plan.entries}
+    documents, shards = _describe(encoding, layout, config, name, shard_max_bytes or directory.SHARD_BYTES)
+    keeping = {
+        name for name, place in layout.places.items() if name in types and place.keeps_bytes(types[name])
+    } - layout.copied.keys()
+    parts = encoding.parts(whole=types.keys() - keeping)  # an entry that is not the bytes of GGUF is made at once
     sizes, regions = directory.places_of(output, documents, shards)
     for name, place in layout.places.items():
-        if place.key in regions:
-            stored_whole = regions.pop(place.key)
+        if whole := regions.pop(place.key, None):  # a tensor is written part by part
             for part in parts[name]:
-                num_bytes = stored_whole.num_bytes if part.is_whole else part.num_bytes
-                regions[part.key] = Region(stored_whole.file, stored_whole.offset + part.offset, num_bytes)
-    identity = encoding.identity(directory.files_hash(documents, shards))
-    identity["stored"] = stored.fingerprint if stored is not None else "none"
-    target = ResumableOutput(sizes, regions, identity, resume=encoding.resume)
-    with writing(target, encoding.session) as progress:
+                num_bytes = whole.num_bytes if part.is_whole else part.num_bytes
+                regions[part.key] = Region(whole.file, whole.offset + part.offset, num_bytes)
+    header_hash, source = directory.files_hash(documents, shards), "none" if stored is None else stored.fingerprint
+    with encoding.writing(sizes, regions, header_hash, stored=source) as (target, progress):
         skip = layout.skipped | layout.copied.keys() | target.finished
         directory.write_small_files(target, documents, shards)
         _copy(target, model, layout.copied)
@@ -113,9 +97,10 @@ def hf_config_of(model: Model) -> Config:
 
 
 def _describe(
-    model: Model, plan: Plan, layout: _Layout, encoder: str, shard_max_bytes: int
+    encoding: Encoding, layout: Layout, config: Mapping[str, object], encoder: str, shard_max_bytes: int
 ) -> tuple[dict[str, bytes], dict[str, ShardLayout]]:
     """Return small files by name, config.json first, and the layouts of the weight files."""
+    model, plan = encoding.model, encoding.plan
     entries = {entry.name: entry for entry in plan.entries if entry.name in layout.places}
     tensors = {
         name: layout.copied.get(name) or layout.places[name].stored_as(entry.quant_type)
@@ -137,7 +122,7 @@ def _describe(
             "fingerprint": plan.fingerprint, "stats_hash": plan.stats_hash or "",
         },
     }  # fmt: skip
-    documents = {"config.json": directory.as_json({**layout.config, "quantization_config": quantization})}
+    documents = {"config.json": directory.as_json({**config, "quantization_config": quantization})}
     documents["README.md"] = packed_card(plan, encoder=encoder, stored_bytes=stored_bytes).encode()
     documents |= directory.index_of(shards)
     documents |= (
@@ -146,37 +131,24 @@ def _describe(
     return documents, shards
 
 
-def _lay_out_language(model: Model, plan: Plan) -> _Layout:
+def _lay_out(model: Model, plan: Plan) -> tuple[Layout, dict[str, object]]:
+    """Return where tensors go, and config.json without `quantization_config`."""
+    if model.has_vision:
+        assert model.hf_directory is not None
+        raw = read_json(model.hf_directory / "config.json")
+        if model.has_own_output:
+            text = raw.get("text_config")
+            for part in (raw, text) if isinstance(text, dict) else (raw,):
+                part["tie_word_embeddings"] = False
+        return lay_out_vision(model, plan, build_meta_vision(model)), raw
     config = hf_config_of(model)
     names = model.source.names()
-    whole = "blk.0.attn_kv_b.weight" in names
-    places, computed = find_places(config, build_meta_model(config), whole_kv_b=whole)
+    places, computed = find_places(config, build_meta_model(config), whole_kv_b="blk.0.attn_kv_b.weight" in names)
     lost = [name for name in names if name not in places and name not in computed]
     if lost:
         raise CheckpointError(f"{model.name} holds `{lost[0]}`, which {config.model_type} has no place for.")
     is_tied = all(entry.name != "output.weight" for entry in plan.entries)
-    return _Layout(places, frozenset(computed), {}, {**config.raw, "tie_word_embeddings": is_tied})
-
-
-def _lay_out_vision(model: Model, plan: Plan) -> _Layout:
-    assert model.hf_directory is not None
-    layout = lay_out_vision(model, plan, build_meta_vision(model))
-    config = read_json(model.hf_directory / "config.json")
-    if model.has_own_output:
-        text = config.get("text_config")
-        config |= {"tie_word_embeddings": False}
-        config |= {"text_config": text | {"tie_word_embeddings": False}} if isinstance(text, dict) else {}
-    return _Layout(layout.places, layout.parts, layout.copied, config)
-
-
-def _rewritten(layout: _Layout, plan: Plan) -> frozenset[str]:
-    """Tensors whose entry is not the bytes of GGUF, or is none at all."""
-    places, copied = layout.places, layout.copied
-    return frozenset(
-        entry.name
-        for entry in plan.entries
-        if entry.name in copied or entry.name not in places or not places[entry.name].keeps_bytes(entry.quant_type)
-    )
+    return Layout(places, frozenset(computed)), {**config.raw, "tie_word_embeddings": is_tied}
 
 
 def _copy(target: ResumableOutput, model: Model, copied: Mapping[str, StoredTensor]) -> None:

@@ -27,6 +27,7 @@ from dynquant.families.linear_layers import LinearCheckpoint, linear_checkpoint
 from dynquant.families.open import open_and_announce, open_language_model
 from dynquant.formats.quant_types import quant_type
 from dynquant.formats.vllm_schemes import SCHEMES
+from dynquant.inputs.model_inputs import check_context
 from dynquant.inputs.text import pack_windows, read_text
 from dynquant.planning.target import Target
 from dynquant.recipes.build_plan import plan_for_vllm, plan_from_types, uniform_schemes
@@ -34,7 +35,7 @@ from dynquant.recipes.folder import STATS_NAME, SUPER_NAME, load_super_weights, 
 from dynquant.recipes.plan import Plan
 from dynquant.recipes.presets import preset_types
 from dynquant.resources import chosen_device, parse_size
-from dynquant.running.cluster import RayPool, TaskNeeds, open_ray
+from dynquant.running.cluster import RayPool, StoredModel, TaskNeeds, open_ray
 from dynquant.running.load import load_tokenizer
 from dynquant.session import SILENT, Session
 
@@ -67,6 +68,8 @@ def export(options: ExportOptions, session: Session = SILENT) -> Exported:
         encoder = load_encoder("dynquant" if is_vllm else options.encoder, device)
         if plan is None or options.plan is None:
             plan, stats = _plan_of_preset(model, checkpoint, options, session)
+            for line in plan.fallbacks():
+                session.note(line)
             protected = {}
         else:
             stats = stats_of_plan(plan.stats_hash, options.stats or options.plan.parent / STATS_NAME)
@@ -106,21 +109,17 @@ def _check(options: ExportOptions) -> None:
     if options.format not in FORMATS:
         raise ExportError(f"There is no export format `{options.format}`; use one of {', '.join(FORMATS)}.")
     if options.format == "compressed-tensors":
-        flags = {
-            "--tune": options.tune,
-            "--base-gguf": options.base_gguf,
-            "--max-memory": options.max_memory,
-            "--ray": options.ray,
-        }
-        for flag in (flag for flag, value in flags.items() if value):
-            raise ExportError(f"{flag} is for GGUF files and packed safetensors; leave it out.")
-        if (options.plan is None) == (options.preset is None):
-            raise PlanError("Give either --plan FILE (of `dynquant plan --for vllm`) or --preset uniform-SCHEME.")
-        check_is_free(options.output)
-        return
+        flags = ("tune", "base_gguf", "max_memory", "ray")
+        if flag := next((flag for flag in flags if getattr(options, flag)), None):
+            raise ExportError(f"--{flag.replace('_', '-')} is for GGUF files and packed safetensors; leave it out.")
     if (options.plan is None) == (options.preset is None):
-        raise PlanError("Give either --plan FILE or --preset NAME.")
-    if options.mmproj_type is not None and options.format != "gguf":
+        plan, preset = "--plan FILE", "--preset NAME"
+        if options.format == "compressed-tensors":
+            plan, preset = "--plan FILE (of `dynquant plan --for vllm`)", "--preset uniform-SCHEME"
+        raise PlanError(f"Give either {plan} or {preset}.")
+    if options.format == "compressed-tensors":
+        check_is_free(options.output)
+    elif options.mmproj_type is not None and options.format != "gguf":
         raise ExportError("--mmproj-type is for GGUF files; leave it out.")
 
 
@@ -129,28 +128,19 @@ def _on_cluster(encoding: Encoding, pool: RayPool, options: ExportOptions, stats
     encoder, memory = encoding.encoder, encoding.limits.memory
     on_gpu = encoder.uses_hessians and pool.device(encoding.session.device) == "cuda"
     cpus = encoding.session.threads or 1
-    files = StoredFiles.of(
-        encoding.model,
-        base_gguf=options.base_gguf,
-        stats=stats,
-        use_moments=encoding.moments is not None,
-        protected=encoding.protected,
-    )
+    model, has_moments = StoredModel.of(encoding.model, options.base_gguf), encoding.moments is not None
+    files = StoredFiles(model, stats and stats.resolve(), has_moments, tuple(encoding.protected.items()))
     return RemoteEncoding(
         pool,
         EncoderChoice.of(encoder, "cuda" if on_gpu else "cpu", cpus),
         TaskNeeds(cpus, int(on_gpu), 0 if memory is None else PROCESS_BYTES + memory),
         files,
-        (encoding.model, encoding.guidance, encoder) if options.ship_weights else None,
+        encoding.tensors if options.ship_weights else None,
     )
 
 
 def _limits(max_memory: str | None) -> PartLimits:
-    """Parts that leave room for the process itself.
-
-    Raises:
-        ExportError: less memory than the process takes.
-    """
+    """Return limits that leave room for the process itself; refuse less memory than that takes."""
     if max_memory is None:
         return PartLimits()
     allowed = parse_size(max_memory)
@@ -176,7 +166,7 @@ def _write_tuned(encoding: Encoding, options: ExportOptions, tuning: TuneOptions
     files = tune_file(encoding.model, written[0], windows, tuning, target, encoding.session, encoder=encoder)
     if not is_gguf:
         written += files
-        files = export_safetensors(encoding, output, shard_max_bytes=split, stored=GGUFSource(files[0]))
+        files = export_safetensors(encoding, output, shard_max_bytes=split, stored=GGUFSource(files[0]))  # tuned bytes
     for file in written:
         file.unlink()
     return files
@@ -192,6 +182,7 @@ def tune(options: TuneFileOptions, session: Session = SILENT) -> list[Path]:
     tokens = tuning.tokens + tuning.held_out_windows * options.window
     text = read_text(options.text, seed=tuning.seed, max_tokens=tokens)
     windows = pack_windows(text, load_tokenizer(model), window=options.window, max_tokens=tokens)
+    check_context(model, windows.shape[1])
     file = GGUFSource(path)
     check_complete(file)
     encoder = recorded_encoder(file).removesuffix("+tune")

@@ -9,17 +9,15 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-_LINEAR = (("gemv", 4), ("fused", 128), ("two_pass", None))
-_INPUT_GRAD = (("fused", 256), ("two_pass", None))
-"""Module of `kernels.triton`, and most rows. It has `linear(x [M, K], weight, type_name)`, or `input_grad`, and may
-have `supports(type_name, x)`."""
+_KERNELS = {"linear": (("gemv", 4), ("fused", 128)), "input_grad": (("fused", 256),)}  # `bench.products` times them
+"""Product -> modules of `kernels.triton` with it, and most rows; they have `supports(type_name, x)`."""
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -40,14 +38,18 @@ class Operation:
 
     def run(self, *arguments):
         """Return the result, from Triton where it can run and from the reference elsewhere."""
-        has_inputs = isinstance(arguments[1], Tensor)
-        weight, dtype = arguments[has_inputs], _dtype_of(arguments)
-        if not _uses_triton(None if dtype else arguments[0], weight, arguments[-1], dtype):
+        weight, dtype = arguments[isinstance(arguments[1], Tensor)], _dtype_of(arguments)
+        if not weight.is_cuda:
+            return self.reference(*arguments)
+        if reason := _refusal(weight, arguments[-1], dtype or arguments[0].dtype):
+            _warn_once(reason)
             return self.reference(*arguments)
         shape = self.shape(*arguments)
         if 0 in shape or not weight.numel():
             return arguments[0].new_zeros(shape, dtype=dtype)
-        with _on_device_of(weight):
+        # Triton launches on the current device, which need not be that of a model on several.
+        is_current = weight.get_device() == torch.cuda.current_device()
+        with nullcontext() if is_current else torch.cuda.device(weight.device):
             return self.launch(shape, *arguments)
 
     def fake(self, *arguments):
@@ -60,26 +62,16 @@ def _dtype_of(arguments: tuple) -> torch.dtype | None:
     return arguments[-2] if isinstance(arguments[-2], torch.dtype) else None
 
 
-def launch_linear(shape, x, weight, type_name, layout):
-    """Run the first kernel of the table."""
-    flat = x.reshape(-1, x.shape[-1]).contiguous()
-    return _first_kernel(_LINEAR, type_name, flat).linear(flat, weight, type_name).view(shape)
+def launch_product(shape, x, weight, type_name, layout, *, transposed=False):
+    """Run the first kernel that takes the type and so many rows."""
+    flat, name = x.reshape(-1, x.shape[-1]).contiguous(), "input_grad" if transposed else "linear"
+    return getattr(_first_kernel(name, type_name, flat), name)(flat, weight, type_name).view(shape)
 
 
-def launch_input_grad(shape, dy, weight, type_name, layout):
-    """Run the first kernel of the table."""
-    flat = dy.reshape(-1, dy.shape[-1]).contiguous()
-    return _first_kernel(_INPUT_GRAD, type_name, flat).input_grad(flat, weight, type_name).view(shape)
-
-
-def launch_experts_linear(shape, x, weight, expert_ids, type_name, layout):
+def launch_experts(shape, x, weight, expert_ids, type_name, layout, *, transposed=False):
     """Run `grouped`, which takes any number of rows."""
-    return _module("grouped").linear(x.contiguous(), weight, expert_ids, type_name)
-
-
-def launch_experts_input_grad(shape, dy, weight, expert_ids, type_name, layout):
-    """Run `grouped`, which takes any number of rows."""
-    return _module("grouped").input_grad(dy.contiguous(), weight, expert_ids, type_name)
+    grouped = _module("grouped")
+    return (grouped.input_grad if transposed else grouped.linear)(x.contiguous(), weight, expert_ids, type_name)
 
 
 def launch_dequantize(shape, weight, type_name, dtype, layout, row_ids=None):
@@ -94,19 +86,11 @@ def launch_embedding(shape, ids, weight, type_name, dtype, layout):
     return launch_dequantize(shape, weight, type_name, dtype, layout, ids.reshape(-1).contiguous())
 
 
-def _first_kernel(table: tuple[tuple[str, int | None], ...], type_name: str, x: Tensor) -> ModuleType:
-    for name, most in table:
-        if most is None or x.shape[0] <= most:
-            module = _module(name)
-            if not hasattr(module, "supports") or module.supports(type_name, x):
-                return module
-    raise AssertionError("two_pass takes every row count")
-
-
-def _on_device_of(weight: Tensor) -> AbstractContextManager:
-    """Context manager: Triton launches on the current device, which need not be that of a model on several."""
-    is_current = weight.get_device() == torch.cuda.current_device()
-    return nullcontext() if is_current else torch.cuda.device(weight.device)
+def _first_kernel(product: str, type_name: str, x: Tensor) -> ModuleType:
+    for name, most in _KERNELS[product]:
+        if len(x) <= most and _module(name).supports(type_name, x):
+            return _module(name)
+    return _module("two_pass")  # takes every type and number of rows
 
 
 @functools.cache
@@ -115,16 +99,7 @@ def _module(name: str) -> ModuleType:
     return importlib.import_module(f"{__package__}.triton.{name}")
 
 
-def _uses_triton(x: Tensor | None, weight: Tensor, layout: str, dtype: torch.dtype | None = None) -> bool:
-    if not weight.is_cuda:
-        return False
-    reason = _refusal(x, weight, layout, dtype)
-    if reason is not None:
-        _warn_once(reason)
-    return reason is None
-
-
-def _refusal(x: Tensor | None, weight: Tensor, layout: str, dtype: torch.dtype | None) -> str | None:
+def _refusal(weight: Tensor, layout: str, dtype: torch.dtype) -> str | None:
     """Return why Triton cannot run this; None when it can."""
     if layout != "planes":
         return "the weight is in blocks: convert it once with `kernels.planes.pack_planes` and pass layout='planes'"
@@ -132,8 +107,8 @@ def _refusal(x: Tensor | None, weight: Tensor, layout: str, dtype: torch.dtype |
         return "Triton is not installed: install the `gpu` extra"
     if not weight.is_contiguous() or weight.data_ptr() % 16:
         return "the planar weight is not contiguous or does not start at a multiple of 16 bytes"
-    if (dtype or x.dtype) not in _DTYPES:
-        return f"there are kernels for bfloat16, float16 and float32, not for {dtype or x.dtype}"
+    if dtype not in _DTYPES:
+        return f"there are kernels for bfloat16, float16 and float32, not for {dtype}"
     return None
 
 

@@ -6,6 +6,7 @@ its gradient is. The operators and their gradients are registered under plain di
 cost twice as much on every call without gradients.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -15,35 +16,27 @@ from dynquant.kernels import dispatch, reference, shapes
 from dynquant.kernels.dispatch import Operation
 from dynquant.kernels.shapes import Layout
 
-_DENSE = "Tensor weight, str type_name, str layout"
-_EXPERTS = "Tensor weight, Tensor expert_ids, str type_name, str layout"
 _TYPED = "Tensor weight, str type_name, ScalarType dtype, str layout"
+
+
+def _products(prefix: str, operands: str, *functions: Callable) -> dict[str, Operation]:
+    """Return a product by transposed weights and its gradient, of the same functions: each is that of the other."""
+    names = f"{prefix}linear", f"{prefix}input_grad"
+    transposed = [partial(function, transposed=True) for function in functions]
+    return {
+        names[0]: Operation(f"Tensor x, {operands}, str type_name, str layout", *functions, names[1]),
+        names[1]: Operation(f"Tensor dy, {operands}, str type_name, str layout", *transposed, names[0]),
+    }
+
+
 OPERATIONS = {
-    "linear": Operation(
-        f"Tensor x, {_DENSE}", shapes.linear_shape, reference.linear, dispatch.launch_linear, "input_grad"
-    ),
-    "input_grad": Operation(
-        f"Tensor dy, {_DENSE}", shapes.input_grad_shape, reference.input_grad, dispatch.launch_input_grad, "linear"
-    ),
-    "experts_linear": Operation(
-        f"Tensor x, {_EXPERTS}",
-        shapes.experts_shape,
-        reference.experts_linear,
-        dispatch.launch_experts_linear,
-        "experts_input_grad",
-    ),
-    "experts_input_grad": Operation(
-        f"Tensor dy, {_EXPERTS}",
-        partial(shapes.experts_shape, transposed=True),
-        reference.experts_input_grad,
-        dispatch.launch_experts_input_grad,
-        "experts_linear",
-    ),
+    **_products("", "Tensor weight", shapes.product_shape, reference.linear, dispatch.launch_product),
+    **_products("experts_", "Tensor weight, Tensor expert_ids", shapes.experts_shape, reference.experts_linear,
+                dispatch.launch_experts),
     "dequantize": Operation(_TYPED, shapes.dequantize_shape, reference.dequantize, dispatch.launch_dequantize),
-    "embedding": Operation(
-        f"Tensor ids, {_TYPED}", shapes.embedding_shape, reference.embedding, dispatch.launch_embedding
-    ),
-}
+    "embedding": Operation(f"Tensor ids, {_TYPED}", shapes.embedding_shape, reference.embedding,
+                           dispatch.launch_embedding),
+}  # fmt: skip
 """Name of an operator -> what it is."""
 
 _LIBRARY = torch.library.Library("dynquant", "DEF")
@@ -57,7 +50,7 @@ def linear(x: Tensor, weight: Tensor, type_name: str, *, layout: Layout = "block
 
     Raises:
         PlanError: no quant type has this name.
-        ValueError: a shape or dtype that does not fit, see `shapes.linear_shape`.
+        ValueError: a shape or dtype that does not fit, see `shapes.product_shape`.
     """
     return _OPS.linear(x, weight, type_name, layout)
 
@@ -142,13 +135,6 @@ class _Product(torch.autograd.Function):
         return None, result, *(None,) * (len(weight_and_ids) + 2)
 
 
-def _register(name: str, operation: Operation) -> None:
-    _LIBRARY.define(f"{name}({operation.arguments}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-    for key in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, operation.run, key)
-    torch.library.register_fake(f"dynquant::{name}", operation.fake, lib=_LIBRARY)
-
-
 def _differentiate(name: str, gradient: str) -> None:
     operators = getattr(_OPS, name).default, getattr(_OPS, gradient).default
 
@@ -162,7 +148,10 @@ def _differentiate(name: str, gradient: str) -> None:
 
 
 for _name, _operation in OPERATIONS.items():
-    _register(_name, _operation)
+    _LIBRARY.define(f"{_name}({_operation.arguments}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+    for _key in ("CPU", "CUDA"):
+        _LIBRARY.impl(_name, _operation.run, _key)
+    torch.library.register_fake(f"dynquant::{_name}", _operation.fake, lib=_LIBRARY)
 for _name, _operation in OPERATIONS.items():  # once all are defined: gradients are operators themselves
     if _operation.gradient:
         _differentiate(_name, _operation.gradient)

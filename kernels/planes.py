@@ -68,7 +68,7 @@ def _planes_of(name: str) -> tuple[Field, ...]:
         fields.append(Field(field_name, offset, num_bytes))
         offset += num_bytes
     assert offset == QUANT_TYPES[name].block_bytes, name
-    return tuple(sorted(fields, key=lambda field: -min(field.num_bytes & -field.num_bytes, 16)))
+    return tuple(sorted(fields, key=lambda field: -min(field.num_bytes & -field.num_bytes, 16)))  # n & -n: lowest bit
 
 
 PLANES: dict[str, tuple[Field, ...]] = {name: _planes_of(name) for name in _LAYOUTS}

@@ -6,7 +6,8 @@ the expert functions read the expert ids on the host. Arguments and results are 
 and dtypes that do not fit are refused by `shapes`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -32,32 +33,35 @@ def dequantize(weight: Tensor, type_name: str, dtype: torch.dtype = torch.float3
     return weights
 
 
-def linear(x: Tensor, weight: Tensor, type_name: str, layout: Layout = "blocks") -> Tensor:
+def linear(x: Tensor, weight: Tensor, type_name: str, layout: Layout = "blocks", *, transposed: bool = False) -> Tensor:
     """Return x [..., K] times the transposed packed rows [N, row_bytes], see `ops.linear`."""
-    shape = shapes.linear_shape(x, weight, type_name, layout)
-    rows = slice(0, weight.shape[0])
-    return _times_rows(_flat(x), weight, type_name, layout, rows).to(x.dtype).reshape(shape)
+    shape = shapes.product_shape(x, weight, type_name, layout, transposed=transposed)
+    flat, rows = x.reshape(-1, x.shape[-1]), slice(0, weight.shape[0])
+    return _times(flat, weight, type_name, layout, rows, transposed).to(x.dtype).reshape(shape)
 
 
-def input_grad(dy: Tensor, weight: Tensor, type_name: str, layout: Layout = "blocks") -> Tensor:
-    """Return dy [..., N] times the packed rows [N, row_bytes], see `ops.input_grad`."""
-    shape = shapes.input_grad_shape(dy, weight, type_name, layout)
-    rows = slice(0, weight.shape[0])
-    return _times_columns(_flat(dy), weight, type_name, layout, rows).to(dy.dtype).reshape(shape)
+input_grad = partial(linear, transposed=True)
+"""dy [..., N] times the packed rows [N, row_bytes], see `ops.input_grad`."""
 
 
-def experts_linear(x: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str, layout: Layout = "blocks") -> Tensor:
-    """Return every token times the weights of each of its experts, see `ops.experts_linear`."""
-    shape = shapes.experts_shape(x, weight, expert_ids, type_name, layout)
-    return _experts(_times_rows, x, weight, expert_ids, type_name, layout, shape)
-
-
-def experts_input_grad(
-    dy: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str, layout: Layout = "blocks"
+def experts_linear(
+    x: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str, layout: Layout = "blocks", transposed: bool = False
 ) -> Tensor:
-    """Return what `experts_linear` does with the weights not transposed, see `ops.experts_input_grad`."""
-    shape = shapes.experts_shape(dy, weight, expert_ids, type_name, layout, transposed=True)
-    return _experts(_times_columns, dy, weight, expert_ids, type_name, layout, shape)
+    """Return every token times the weights of each of its experts, see `ops.experts_linear`."""
+    shape = shapes.experts_shape(x, weight, expert_ids, type_name, layout, transposed=transposed)
+    num_experts, num_rows, _ = weight.shape
+    product = x.new_zeros(shape)
+    for expert in expert_ids.unique().tolist():
+        if 0 <= expert < num_experts:
+            token, slot = (expert_ids == expert).nonzero(as_tuple=True)
+            inputs = x[token] if x.dim() == 2 else x[token, slot]
+            rows = slice(expert * num_rows, (expert + 1) * num_rows)
+            product[token, slot] = _times(inputs, weight, type_name, layout, rows, transposed).to(x.dtype)
+    return product
+
+
+experts_input_grad = partial(experts_linear, transposed=True)
+"""Every token times the weights of each of its experts, not transposed, see `ops.experts_input_grad`."""
 
 
 def embedding(ids: Tensor, weight: Tensor, type_name: str, dtype: torch.dtype, layout: Layout = "blocks") -> Tensor:
@@ -70,49 +74,18 @@ def embedding(ids: Tensor, weight: Tensor, type_name: str, dtype: torch.dtype, l
     return _decoded(weight, type_name, layout, ids.reshape(-1)).to(dtype).reshape(shape)
 
 
-def _experts(
-    times: Callable[..., Tensor],
-    x: Tensor,
-    weight: Tensor,
-    expert_ids: Tensor,
-    type_name: str,
-    layout: str,
-    shape: tuple[int, int, int],
-) -> Tensor:
-    num_experts, num_rows, _ = weight.shape
-    product = torch.zeros(shape, dtype=x.dtype, device=x.device)
-    for expert in expert_ids.unique().tolist():
-        if 0 <= expert < num_experts:
-            token, slot = (expert_ids == expert).nonzero(as_tuple=True)
-            inputs = x[token] if x.dim() == 2 else x[token, slot]
-            rows = slice(expert * num_rows, (expert + 1) * num_rows)
-            product[token, slot] = times(inputs, weight, type_name, layout, rows).to(x.dtype)
+def _times(x: Tensor, weight: Tensor, type_name: str, layout: str, rows: slice, transposed: bool) -> Tensor:
+    """Return x [M, K] times rows: [M, rows]; `transposed`, x [M, rows] times rows: [M, K]; in float32 or float64."""
+    x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    num_rows, length = rows.stop - rows.start, shapes.row_length(weight, quant_type(type_name))
+    product = x.new_zeros(len(x), length if transposed else num_rows)
+    for start, stop in _chunks(num_rows, length):
+        part = _decoded(weight, type_name, layout, slice(rows.start + start, rows.start + stop)).to(x.dtype)
+        if transposed:
+            product.addmm_(x[:, start:stop], part)  # rows of W are summed over, part by part
+        else:
+            product[:, start:stop] = x @ part.T
     return product
-
-
-def _times_rows(x: Tensor, weight: Tensor, type_name: str, layout: str, rows: slice) -> Tensor:
-    """Return x [M, K] times rows: [M, rows] in the compute dtype."""
-    x = x.to(_compute_dtype(x))
-    product = x.new_empty(len(x), rows.stop - rows.start)
-    for start, stop in _chunks(rows.stop - rows.start, x.shape[-1]):
-        part = slice(rows.start + start, rows.start + stop)
-        product[:, start:stop] = x @ _decoded(weight, type_name, layout, part).to(x.dtype).T
-    return product
-
-
-def _times_columns(dy: Tensor, weight: Tensor, type_name: str, layout: str, rows: slice) -> Tensor:
-    """Return dy [M, rows] times rows: [M, K] in the compute dtype."""
-    dy = dy.to(_compute_dtype(dy))
-    length = shapes.row_length(weight, quant_type(type_name))
-    product = dy.new_zeros(len(dy), length)
-    for start, stop in _chunks(rows.stop - rows.start, length):
-        part = slice(rows.start + start, rows.start + stop)
-        product.addmm_(dy[:, start:stop], _decoded(weight, type_name, layout, part).to(dy.dtype))
-    return product
-
-
-def _compute_dtype(activations: Tensor) -> torch.dtype:
-    return torch.float64 if activations.dtype == torch.float64 else torch.float32
 
 
 def _decoded(weight: Tensor, type_name: str, layout: str, rows: slice | Tensor) -> Tensor:
@@ -127,7 +100,3 @@ def _chunks(num_rows: int, length: int) -> Iterator[tuple[int, int]]:
     step = max(1, _CHUNK_BYTES // max(1, 4 * length))
     for start in range(0, num_rows, step):
         yield start, min(start + step, num_rows)
-
-
-def _flat(activations: Tensor) -> Tensor:
-    return activations.reshape(-1, activations.shape[-1])

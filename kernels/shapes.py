@@ -29,14 +29,11 @@ def packed_type(weight: Tensor, type_name: str, layout: str, *, dims: int | None
         raise ValueError(f"`layout` must be 'blocks' or 'planes', got {layout!r}")
     if weight.dtype != torch.uint8 or weight.dim() == 0 or (dims is not None and weight.dim() != dims):
         shape = {None: "[..., row_bytes]", 2: "[rows, row_bytes]", 3: "[experts, rows, row_bytes]"}[dims]
-        raise ValueError(
-            f"`weight` of {stored.name} must be uint8 {shape}, got {weight.dtype} of shape {list(weight.shape)}"
-        )
+        actual = f"{weight.dtype} of shape {list(weight.shape)}"
+        raise ValueError(f"`weight` of {stored.name} must be uint8 {shape}, got {actual}")
     if weight.shape[-1] % stored.block_bytes:
-        raise ValueError(
-            f"rows of `weight` must be whole {stored.name} blocks of {stored.block_bytes} bytes, got rows of "
-            f"{weight.shape[-1]} bytes"
-        )
+        blocks = f"{stored.name} blocks of {stored.block_bytes} bytes"
+        raise ValueError(f"rows of `weight` must be whole {blocks}, got rows of {weight.shape[-1]} bytes")
     return stored
 
 
@@ -63,18 +60,15 @@ def check_activations(name: str, activations: Tensor, weight: Tensor, length: in
         )
 
 
-def linear_shape(x: Tensor, weight: Tensor, type_name: str, layout: str) -> tuple[int, ...]:
-    """Return the shape of x [..., K] times packed rows [N, row_bytes] transposed: [..., N]."""
+def product_shape(
+    x: Tensor, weight: Tensor, type_name: str, layout: str, *, transposed: bool = False
+) -> tuple[int, ...]:
+    """Return the shape of x [..., K] times packed rows [N, row_bytes]: [..., N], or [..., N] -> [..., K]."""
     stored = packed_type(weight, type_name, layout, dims=2)
-    check_activations("x", x, weight, row_length(weight, stored), stored)
-    return (*x.shape[:-1], weight.shape[0])
-
-
-def input_grad_shape(dy: Tensor, weight: Tensor, type_name: str, layout: str) -> tuple[int, ...]:
-    """Return the shape of dy [..., N] times packed rows [N, row_bytes]: [..., K]."""
-    stored = packed_type(weight, type_name, layout, dims=2)
-    check_activations("dy", dy, weight, weight.shape[0], stored)
-    return (*dy.shape[:-1], row_length(weight, stored))
+    sides = row_length(weight, stored), weight.shape[0]
+    columns, rows = sides[::-1] if transposed else sides
+    check_activations("dy" if transposed else "x", x, weight, columns, stored)
+    return (*x.shape[:-1], rows)
 
 
 def experts_shape(
@@ -91,16 +85,17 @@ def experts_shape(
             f"{list(expert_ids.shape)}"
         )
     num_tokens, num_slots = expert_ids.shape
-    columns, rows = row_length(weight, stored), weight.shape[1]
+    sides = row_length(weight, stored), weight.shape[1]
+    columns, rows = sides[::-1] if transposed else sides
     name = "dy" if transposed else "x"
     check_device("expert_ids", expert_ids, weight)
-    check_activations(name, x, weight, rows if transposed else columns, stored)
+    check_activations(name, x, weight, columns, stored)
     if tuple(x.shape[:-1]) not in ((num_tokens, num_slots), (num_tokens,)):
         raise ValueError(
             f"`{name}` must be [{num_tokens}, columns] or [{num_tokens}, {num_slots}, columns] to fit `expert_ids` "
             f"{list(expert_ids.shape)}, got shape {list(x.shape)}"
         )
-    return num_tokens, num_slots, columns if transposed else rows
+    return num_tokens, num_slots, rows
 
 
 def embedding_shape(ids: Tensor, weight: Tensor, type_name: str, dtype: torch.dtype, layout: str) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ transformers' own `generate` does it and, where the model allows it, replayed fr
 which shows the kernels without Python.
 """
 
-import argparse
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dynquant.analysis.bench.random_models import MODEL_SHAPES, random_model, random_packed, shape_config
-from dynquant.kernels.bench.harness import MarkdownTable, device_name, measured, parser, release_memory
+from dynquant.kernels.bench.harness import MarkdownTable, device_name, measured, options, release_memory
 from dynquant.packed.load_gguf import load
 
 RANDOM_SHAPE = "random"
@@ -27,50 +27,40 @@ PROMPT_TOKENS = 32
 
 def main() -> None:
     """Parse, measure, print a Markdown table."""
-    options = _options()
-    print(f"{options.model}, {device_name()}, PyTorch {torch.__version__}, {options.tokens} new tokens\n")
+    asked = options(
+        __doc__, "model", config=(str, f"Checkpoint directory with the shape of `{RANDOM_SHAPE}`."),
+        reference=(str, "The bf16 checkpoint of the GGUF file; leave out to measure packed only."),
+        types=("experts=IQ2_XXS,rest=Q4_K", "Quant types of random weights."), batches="1,16", tokens=128,
+    )  # fmt: skip
+    print(f"{asked.model}, {device_name()}, PyTorch {torch.__version__}, {asked.tokens} new tokens\n")
     table = MarkdownTable("weights", "batch", "generate, tokens/s", "CUDA graph, tokens/s", "weights, GiB", "peak, GiB")
-    for label, build in _models(options):
+    for label, build in _models(asked):
         before = torch.cuda.memory_allocated()
         model = build()
         held = torch.cuda.memory_allocated() - before
-        for batch in (int(number) for number in options.batches.split(",")):
+        for batch in (int(number) for number in asked.batches.split(",")):
             torch.cuda.reset_peak_memory_stats()
-            eager = _generate_speed(model, batch, options.tokens)
-            graphed = _graph_speed(model, batch, options.tokens)
+            eager = _generate_speed(model, batch, asked.tokens)
+            graphed = _graph_speed(model, batch, asked.tokens)
             peak = torch.cuda.max_memory_allocated() / 2**30
             table.add(label, batch, f"{eager:.1f}", graphed, f"{held / 2**30:.2f}", f"{peak:.2f}")
         del model
         release_memory()
 
 
-def _options() -> argparse.Namespace:
-    flags = parser(__doc__)
-    flags.add_argument("model", help=f"{', '.join(MODEL_SHAPES)}, {RANDOM_SHAPE}, or a GGUF file")
-    flags.add_argument("--config", help=f"Checkpoint directory with the shape of `{RANDOM_SHAPE}`.")
-    flags.add_argument("--reference", help="The bf16 checkpoint of the GGUF file; leave out to measure packed only.")
-    flags.add_argument("--types", default="experts=IQ2_XXS,rest=Q4_K", help="Quant types of random weights.")
-    flags.add_argument("--batches", default="1,16")
-    flags.add_argument("--tokens", type=int, default=128)
-    return flags.parse_args()
-
-
-def _models(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
+def _models(asked: Namespace) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if options.model in (*MODEL_SHAPES, RANDOM_SHAPE):
-        types = dict(part.split("=") for part in options.types.split(","))
-        is_named = options.model in MODEL_SHAPES
-        config = shape_config(options.model) if is_named else AutoConfig.from_pretrained(options.config)
+    if asked.model in (*MODEL_SHAPES, RANDOM_SHAPE):
+        is_named = asked.model in MODEL_SHAPES
+        config = shape_config(asked.model) if is_named else AutoConfig.from_pretrained(asked.config)
         yield "bf16", lambda: random_model(config)
-        yield options.types, lambda: random_packed(config, types)
+        yield asked.types, lambda: random_packed(config, asked.types)
         return
-    if options.reference:
-        yield (
-            "bf16",
-            lambda: AutoModelForCausalLM.from_pretrained(options.reference, dtype=torch.bfloat16).cuda().eval(),
-        )
-    yield Path(options.model).stem, lambda: load(options.model, device_map="cuda", dtype=torch.bfloat16).eval()
+    place = {"device_map": "cuda", "dtype": torch.bfloat16}
+    if asked.reference:
+        yield "bf16", lambda: AutoModelForCausalLM.from_pretrained(asked.reference, **place).eval()
+    yield Path(asked.model).stem, lambda: load(asked.model, **place).eval()
 
 
 @torch.inference_mode()
@@ -95,13 +85,8 @@ def _graph_speed(model: Any, batch: int, tokens: int) -> str:
     token, position = ids[:, -1:].clone(), torch.full((1,), PROMPT_TOKENS, device="cuda")
 
     def step() -> Tensor:
-        return model(
-            token,
-            past_key_values=cache,
-            cache_position=position,
-            position_ids=position.expand(batch, 1),
-            use_cache=True,
-        ).logits
+        places = {"cache_position": position, "position_ids": position.expand(batch, 1)}
+        return model(token, past_key_values=cache, use_cache=True, **places).logits
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -9,13 +9,14 @@ stopped. The tokenizer is that of the bundled model: rows of the embedding beyon
 """
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import dynquant
 from dynquant.checkpoints.checkpoint_directory import (
     as_json,
     copied_files,
@@ -30,7 +31,7 @@ from dynquant.checkpoints.safetensors_format import StoredTensor
 from dynquant.errors import DynquantError, ExportError
 from dynquant.formats.quant_types import quant_type
 from dynquant.formats.scale_fields import num_scales, with_scales
-from dynquant.kernels.bench.harness import parser
+from dynquant.kernels.bench.harness import options
 from dynquant.packed.layers import EXPERT_PARTS, PackedModule, choose_layout
 from dynquant.packed.places import pack_modules
 from dynquant.storage.resumable_output import ResumableOutput
@@ -59,26 +60,32 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 """Name -> model type and configuration: a test bed, a small mixture of experts, and Qwen3-30B-A3B's."""
 
 _TOKENS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "tie_word_embeddings": False}
-_DRAWN_AT_ONCE = 1 << 22
+_DRAWN_AT_ONCE = 1 << 22  # float32 values: 16 MB
 _SHARD_BYTES = 2_000_000_000
-MODEL_SHAPES = ("8b", "7b-a1b")
+MODEL_SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "8b": ("llama", {
+        "vocab_size": 128_256, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 14_336, "max_position_embeddings": 8192,
+    }),
+    "7b-a1b": ("qwen3_moe", {
+        "vocab_size": 50_304, "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 16,
+        "num_key_value_heads": 16, "head_dim": 128, "intermediate_size": 4096, "num_experts": 64,
+        "num_experts_per_tok": 8, "moe_intermediate_size": 1024, "max_position_embeddings": 4096,
+    }),
+}  # fmt: skip
 """A dense model in the shape of Llama 3.1 8B, and a mixture of 64 experts with one billion active weights of seven."""
 
 
 def main() -> None:
     """Parse, write, say where."""
-    flags = parser(__doc__)
-    flags.add_argument("shape", choices=SHAPES)
-    flags.add_argument("-o", "--output", type=Path, required=True)
-    flags.add_argument("--seed", type=int, default=0)
-    flags.add_argument("--layers", type=int, help="decoder layers, where fewer than the model's will do")
-    options = flags.parse_args()
+    fewer = (int, "decoder layers, where fewer than the model's will do")
+    asked = options(__doc__, "shape", SHAPES, output=Path, seed=0, layers=fewer)
     try:
-        files = write_random_checkpoint(options.shape, options.output, seed=options.seed, layers=options.layers)
+        files = write_random_checkpoint(asked.shape, asked.output, seed=asked.seed, layers=asked.layers)
     except DynquantError as error:
         sys.exit(f"error: {error}")
     size = sum(file.stat().st_size for file in files)
-    print(f"{options.output}: {options.shape}, {len(files)} files, {size:,} bytes")
+    print(f"{asked.output}: {asked.shape}, {len(files)} files, {size:,} bytes")
 
 
 def write_random_checkpoint(shape: str, output: Path, *, seed: int = 0, layers: int | None = None) -> list[Path]:
@@ -92,7 +99,8 @@ def write_random_checkpoint(shape: str, output: Path, *, seed: int = 0, layers: 
         raise ExportError(f"{output} is there already. Give another directory, or remove it first.")
     tensors = _tensors(config)
     shards = shards_of(tensors, _SHARD_BYTES)
-    documents = {"config.json": as_json(config.to_dict()), **index_of(shards), **copied_files(_bundled_model())}
+    tokenizer = copied_files(Path(dynquant.__file__).parent / "data" / "textbook-moe-16m")
+    documents = {"config.json": as_json(config.to_dict()), **index_of(shards), **tokenizer}
     identity = {"seed": str(seed), "files": files_hash(documents, shards)}
     with ResumableOutput(*places_of(output, documents, shards), identity) as target:
         write_small_files(target, documents, shards)
@@ -145,26 +153,12 @@ def _drawn(tensor: StoredTensor, std: float, generator: torch.Generator) -> torc
     return values
 
 
-def _bundled_model() -> Path:
-    import dynquant
-
-    return Path(dynquant.__file__).parent / "data" / "textbook-moe-16m"
-
-
 def shape_config(name: str) -> Any:
     """Return the transformers configuration of one of `MODEL_SHAPES`."""
-    from transformers import LlamaConfig, Qwen3MoeConfig
+    from transformers import AutoConfig
 
-    if name == "8b":
-        return LlamaConfig(
-            vocab_size=128_256, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
-            head_dim=128, intermediate_size=14_336, max_position_embeddings=8192, tie_word_embeddings=False,
-        )  # fmt: skip
-    return Qwen3MoeConfig(
-        vocab_size=50_304, hidden_size=2048, num_hidden_layers=16, num_attention_heads=16, num_key_value_heads=16,
-        head_dim=128, intermediate_size=4096, num_experts=64, num_experts_per_tok=8, moe_intermediate_size=1024,
-        max_position_embeddings=4096, tie_word_embeddings=False,
-    )  # fmt: skip
+    model_type, values = MODEL_SHAPES[name]
+    return AutoConfig.for_model(model_type, **values, tie_word_embeddings=False)
 
 
 def random_model(config: Any, device: str = "cuda") -> nn.Module:
@@ -172,19 +166,20 @@ def random_model(config: Any, device: str = "cuda") -> nn.Module:
     return _filled(_empty(config), device)
 
 
-def random_packed(config: Any, types: Mapping[str, str], device: str = "cuda") -> nn.Module:
-    """Return a model with packed weights: `types["experts"]` for routed experts, `types["rest"]` for other matrices.
+def random_packed(config: Any, types: str, device: str = "cuda") -> nn.Module:
+    """Return a model with packed weights, routed experts and other matrices in `types`, "experts=IQ2_XXS,rest=Q4_K".
 
     Routers stay in bfloat16, and so does MLA's latent projection: packed, it is two tensors that a file has to make
     of it.
     """
     model = _empty(config)
+    type_by_part = dict(part.split("=") for part in types.split(","))
     type_of: dict[str, str] = {}
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding) and not path.endswith(("mlp.gate", "kv_b_proj")):
-            type_of[f"{path}.weight"] = types["rest"]
+            type_of[f"{path}.weight"] = type_by_part["rest"]
         elif hasattr(module, "gate_up_proj"):
-            type_of |= {f"{path}.{part}": types["experts"] for part in EXPERT_PARTS}
+            type_of |= {f"{path}.{part}": type_by_part["experts"] for part in EXPERT_PARTS}
     pack_modules(model, type_of, dtype=torch.bfloat16)
     return _filled(model, device)
 
@@ -204,7 +199,7 @@ def _filled(model: Any, device: str) -> nn.Module:
         buffer.zero_()
     model.model.rotary_emb = rotary(config=model.config).to(device)
     packed = {
-        id(getattr(module, name)): module.types[name]
+        id(getattr(module, name)): module.types[name]  # tensors compare by value and are no keys
         for module in model.modules()
         if isinstance(module, PackedModule)
         for name in module.packed_names

@@ -10,9 +10,9 @@ and stock PEFT, as QLoRA does; experts, which are no linear layers, by `bitsandb
 no adapter: compare it with `--no-experts`.
 """
 
-import argparse
 import statistics
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,28 +20,30 @@ import torch
 from torch import nn
 
 from dynquant.analysis.bench.random_models import MODEL_SHAPES, random_model, random_packed, shape_config
-from dynquant.kernels.bench.harness import MarkdownTable, device_name, parser, release_memory
+from dynquant.kernels.bench.harness import MarkdownTable, device_name, options, release_memory
 from dynquant.lora import add_adapter
 
 RANK, ALPHA = 16, 32
+FUSED_PARTS = ("gate_up_proj", "down_proj")
 WARMUP_STEPS = 3
 
 
 def main() -> None:
     """Parse, measure, print a Markdown table."""
-    options = _options()
-    print(
-        f"{options.shape}, {device_name()}, PyTorch {torch.__version__}, {options.batch} sequences of "
-        f"{options.window} tokens, experts {'adapted' if options.experts else 'not adapted'}\n"
-    )
+    asked = options(
+        __doc__, "shape", MODEL_SHAPES, types=([], "Quant types of a packed base; may be repeated."), batch=4,
+        window=1024, steps=(12, "Timed steps."), experts=True,
+    )  # fmt: skip
+    work = f"{asked.batch} sequences of {asked.window} tokens, experts {'' if asked.experts else 'not '}adapted"
+    print(f"{asked.shape}, {device_name()}, PyTorch {torch.__version__}, {work}\n")
     table = MarkdownTable("base", "trained, M", "step, ms", "quartiles", "weights, GiB", "peak, GiB")
-    for label, build in _models(options):
+    for label, build in _models(asked):
         before = torch.cuda.memory_allocated()
         model = build()
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         weights = torch.cuda.memory_allocated() - before - 4 * trained
         torch.cuda.reset_peak_memory_stats()
-        low, middle, high = statistics.quantiles(_step_times(model, options), n=4)
+        low, middle, high = statistics.quantiles(_step_times(model, asked), n=4)
         peak = torch.cuda.max_memory_allocated()
         sizes = (f"{size / 2**30:.2f}" for size in (weights, peak))
         table.add(label, f"{trained / 1e6:.1f}", f"{middle:.0f}", f"{low:.0f} to {high:.0f}", *sizes)
@@ -49,85 +51,56 @@ def main() -> None:
         release_memory()
 
 
-def _options() -> argparse.Namespace:
-    flags = parser(__doc__)
-    flags.add_argument("shape", choices=MODEL_SHAPES)
-    flags.add_argument("--types", action="append", default=[], help="Quant types of a packed base; may be repeated.")
-    flags.add_argument("--batch", type=int, default=4)
-    flags.add_argument("--window", type=int, default=1024)
-    flags.add_argument("--steps", type=int, default=12, help="Timed steps.")
-    flags.add_argument("--experts", action=argparse.BooleanOptionalAction, default=True)
-    return flags.parse_args()
+def _models(asked: Namespace) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
+    config = shape_config(asked.shape)
+
+    lora = {"rank": RANK, "alpha": ALPHA, "experts": asked.experts}
+    yield "bf16", lambda: _with_peft(random_model(config), asked.experts)
+    yield "NF4 (bitsandbytes)", lambda: _with_peft(_to_nf4(random_model(config)), asked.experts)
+    for types in asked.types:
+        yield types, lambda types=types: add_adapter(random_packed(config, types), **lora)
 
 
-def _models(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
-    config = shape_config(options.shape)
-
-    def adapted_float(quantized: bool) -> nn.Module:
-        model = random_model(config)
-        if quantized:
-            _to_nf4(model)
-        return _with_peft(model, options.experts)
-
-    yield "bf16", lambda: adapted_float(False)
-    yield "NF4 (bitsandbytes)", lambda: adapted_float(True)
-    for spec in options.types:
-        types = dict(part.split("=") for part in spec.split(","))
-        yield (
-            spec,
-            lambda types=types: add_adapter(
-                random_packed(config, types), rank=RANK, alpha=ALPHA, experts=options.experts
-            ),
-        )
+def _adapted(model: Any) -> tuple[dict[str, nn.Linear], list[nn.Module]]:
+    """Return what `add_adapter` adapts of a packed model: linear layers but the output head, and routed experts."""
+    head = model.get_output_embeddings()
+    linears = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    return linears, [m for m in model.modules() if hasattr(m, "gate_up_proj") and hasattr(m, "has_gate")]
 
 
 def _with_peft(model: Any, experts: bool) -> nn.Module:
-    """Stock PEFT on what `add_adapter` adapts of a packed model."""
+    """Return a model with stock PEFT on it."""
     from peft import LoraConfig, get_peft_model
 
-    head = model.get_output_embeddings()
-    names = {
-        path.rpartition(".")[2]
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
-    }
-    fused = any(hasattr(module, "gate_up_proj") and hasattr(module, "has_gate") for module in model.modules())
-    parameters = ["experts.gate_up_proj", "experts.down_proj"] if experts and fused else None
-    config = LoraConfig(
-        r=RANK, lora_alpha=ALPHA, target_modules=sorted(names), target_parameters=parameters, task_type="CAUSAL_LM"
-    )
-    return get_peft_model(model, config)
+    linears, fused = _adapted(model)
+    names = sorted({path.rpartition(".")[2] for path in linears})
+    parts = [f"experts.{part}" for part in FUSED_PARTS] if experts and fused else None
+    lora = {"r": RANK, "lora_alpha": ALPHA, "task_type": "CAUSAL_LM"}
+    return get_peft_model(model, LoraConfig(target_modules=names, target_parameters=parts, **lora))
 
 
-def _to_nf4(model: Any) -> None:
-    """Put every linear layer but the output head, and routed experts, into NF4."""
+def _to_nf4(model: Any) -> nn.Module:
+    """Put what is adapted into NF4 and return the model."""
     import bitsandbytes as bnb
     from bitsandbytes.nn.parametrize import replace_parameter_4bit
 
-    head = model.get_output_embeddings()
-    linears = [
-        (path, module) for path, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
-    ]
-    for path, module in linears:
-        packed = bnb.nn.Linear4bit(
-            module.in_features, module.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4",
-            compress_statistics=True, device="meta",
-        )  # fmt: skip
-        device = module.weight.device
-        packed.weight = bnb.nn.Params4bit(
-            module.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=packed
-        ).to(device)
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, packed)
-        module.weight = None
-    for module in model.modules():
-        if hasattr(module, "gate_up_proj") and hasattr(module, "has_gate"):
-            for part in ("gate_up_proj", "down_proj"):
-                replace_parameter_4bit(module, part, compress_statistics=True, quant_type="nf4")
+    linears, fused = _adapted(model)
+    nf4 = {"quant_type": "nf4", "compress_statistics": True}
+    for path, module in linears.items():
+        empty = {"bias": False, "compute_dtype": torch.bfloat16, "device": "meta"}
+        packed = bnb.nn.Linear4bit(module.in_features, module.out_features, **empty, **nf4)
+        weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, module=packed, **nf4)
+        packed.weight = weight.to(module.weight.device)
+        model.set_submodule(path, packed)
+        module.weight = None  # gives its memory back at once
+    for module in fused:
+        for part in FUSED_PARTS:
+            replace_parameter_4bit(module, part, **nf4)
     model.is_loaded_in_4bit = True
+    return model
 
 
-def _step_times(model: Any, options: argparse.Namespace) -> list[float]:
+def _step_times(model: Any, asked: Namespace) -> list[float]:
     """Return milliseconds of each timed optimizer step."""
     model.config.use_cache = False
     model.enable_input_require_grads()
@@ -135,9 +108,9 @@ def _step_times(model: Any, options: argparse.Namespace) -> list[float]:
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    ids = torch.randint(0, model.config.vocab_size, (options.batch, options.window), device=parameters[0].device)
+    ids = torch.randint(0, model.config.vocab_size, (asked.batch, asked.window), device=parameters[0].device)
     times = []
-    for number in range(WARMUP_STEPS + options.steps):
+    for number in range(WARMUP_STEPS + asked.steps):
         torch.cuda.synchronize()
         start = time.perf_counter()
         with torch.autocast(ids.device.type, torch.bfloat16):
@@ -149,7 +122,7 @@ def _step_times(model: Any, options: argparse.Namespace) -> list[float]:
         if number >= WARMUP_STEPS:
             times.append(1000 * (time.perf_counter() - start))
     if not bool(torch.isfinite(loss)):
-        raise RuntimeError(f"the loss of {options.shape} is {float(loss)}")
+        raise RuntimeError(f"the loss of {asked.shape} is {float(loss)}")
     return times
 
 

@@ -10,20 +10,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from dynquant.analysis.costs.machine import Machine
-from dynquant.analysis.costs.model import (
-    MEASURED_FLOAT,
-    TABLE_TYPES,
-    CostOptions,
-    calibration_elements,
-    calibration_flop_seconds,
-)
+from dynquant.analysis.costs.model import MEASURED_FLOAT, TABLE_TYPES, CostOptions, calibration_work
 from dynquant.analysis.errors.measure import ErrorMeter, build_error_table
 from dynquant.calibration.statistics import CalibrationStats, InputStats, StatsProvenance
 from dynquant.checkpoints.model import Model
@@ -53,39 +50,15 @@ _NAME = "blk.0.ffn_down_exps.weight"
 def measure_machine(progress: Progress = ignore_progress) -> Machine:
     """Measure this machine, with PyTorch's number of threads."""
     small = open_model(str(resources.files("dynquant") / "data" / "textbook-moe-16m"))
-    start_seconds, start_bytes = _start(small)
-    matmul = {width: _matmul_flops(width) for width in _WIDTHS}
-    progress("measure", 1, 5, unit="parts")
-    element_seconds, run_bytes = _calibration(small, matmul, start_seconds, start_bytes)
-    progress("measure", 2, 5, unit="parts")
-    table_seconds, ggml = _ggml()
-    encode = {"ggml": ggml, "dynquant": _speeds(load_encoder("dynquant", "cpu"), with_hessian=True)}
-    progress("measure", 3, 5, unit="parts")
-    errors = _error_speeds()
-    progress("measure", 4, 5, unit="parts")
-    disk = _disk_speed()
-    progress("measure", 5, 5, unit="parts")
+    parts = (partial(_running, small), _encoding, _error_speeds, _disk_speed)
+    measurements: dict[str, Any] = {}
+    for number, measure in enumerate(parts, 1):
+        measurements |= measure()
+        progress("measure", number, len(parts), unit="parts")
     return Machine(
-        name=f"{platform.machine()}, PyTorch {torch.__version__}",
-        threads=torch.get_num_threads(),
-        memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-        disk_bytes_per_s=disk,
-        start_seconds=start_seconds,
-        start_bytes=start_bytes,
-        run_bytes=run_bytes,
-        matmul_flops=matmul,
-        element_seconds=element_seconds,
-        encode=encode,
-        errors=errors,
-        table_seconds=table_seconds,
-    )
-
-
-def _start(small: Model) -> tuple[float, int]:
-    """Return CPU seconds and peak memory of a command that does next to nothing with a model: an export as F16."""
-    with TemporaryDirectory() as folder:
-        command = ["export", str(small.path), "--preset", "f16", "--encoder", "ggml", "-o", f"{folder}/small.gguf"]
-        return command_usage(command)
+        name=f"{platform.machine()}, PyTorch {torch.__version__}", threads=torch.get_num_threads(),
+        memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), **measurements,
+    )  # fmt: skip
 
 
 def command_usage(command: list[str]) -> tuple[float, int]:
@@ -112,59 +85,64 @@ def _seconds(run: Callable[[], object]) -> float:
 
 def _matmul_flops(width: int) -> float:
     left, right = torch.randn(512, width), torch.randn(width, width)
-    left @ right
-    repeats = max(1, round(2e10 / (2 * 512 * width * width)))
+    left @ right  # warms up
+    repeats = max(1, round(2e10 / (2 * 512 * width * width)))  # a fifth of a second at 100 GFLOPS
     return repeats * 2 * 512 * width * width / _seconds(lambda: [left @ right for _ in range(repeats)])
 
 
-def _calibration(small: Model, matmul: dict[int, float], start_seconds: float, start_bytes: int) -> tuple[float, int]:
-    """Return seconds of a channel of a token, and memory beyond the weights, in a calibration without moments."""
+def _running(small: Model) -> dict[str, Any]:
+    """Return what a command takes that does next to nothing, products, and a calibration without moments."""
     with TemporaryDirectory() as folder:
+        nothing = ["--preset", "f16", "--encoder", "ggml", "-o", f"{folder}/small.gguf"]
+        start_seconds, start_bytes = command_usage(["export", str(small.path), *nothing])
+        matmul = {width: _matmul_flops(width) for width in _WIDTHS}
         options = ["--tokens", str(_TOKENS), "--hessians", "none", "-o", f"{folder}/stats.safetensors"]
         seconds, peak = command_usage(["calibrate", str(small.path), *options])
     plan = plan_from_types(small, preset_types("bf16", small), recipe="bf16")
-    seconds = max(seconds - start_seconds, 0.01) / torch.get_num_threads()
-    rest = max(seconds - calibration_flop_seconds(small, plan, matmul, _TOKENS, CostOptions.window), 0.05 * seconds)
-    return rest / calibration_elements(small, plan, _TOKENS), max(1 << 20, peak - start_bytes - 4 * small.num_weights)
-
-
-def _ggml() -> tuple[dict[str, float], dict[str, float]]:
-    """Return seconds of each type for its search tables, and speeds without them."""
-    encoder = load_encoder("ggml")
-    weights, ones, threads = torch.randn(1, 1, 256), torch.ones(1, 256), torch.get_num_threads()
-    tables = {
-        name: _seconds(lambda name=name: encoder.encode(QUANT_TYPES[name], weights, ones, threads))
-        for name in TABLE_TYPES
-    }
-    return tables, _speeds(encoder, with_hessian=False)
-
-
-def _speeds(encoder: Encoder, *, with_hessian: bool) -> dict[str, float]:
-    """Return weights per second of each type on gaussian weights, hessians as of `encoder_speed`."""
-    generator = torch.Generator().manual_seed(0)
-    weights = 0.02 * torch.randn(4, 256, 512, generator=generator)
-    directions = torch.randn(4, 512, 128, generator=generator)
-    hessian = directions @ directions.transpose(1, 2) / 128 + 0.05 * torch.eye(512)
-    importance = hessian.diagonal(dim1=-2, dim2=-1).contiguous()
-    extra = {"hessian": hessian} if with_hessian else {}
-    threads = torch.get_num_threads()
+    products, channels = calibration_work(small, plan, matmul, _TOKENS, CostOptions.window)
+    seconds = max(seconds - start_seconds, 0.01) / torch.get_num_threads()  # CPU seconds, as if all threads were busy
     return {
-        name: weights.numel()
-        / _seconds(lambda name=name: encoder.encode(QUANT_TYPES[name], weights, importance, threads, **extra))
-        for name in MEASURED_TYPES
+        "start_seconds": start_seconds, "start_bytes": start_bytes, "matmul_flops": matmul,
+        "run_bytes": max(1 << 20, peak - start_bytes - 4 * small.num_weights),
+        "element_seconds": max(seconds - products, 0.05 * seconds) / channels,
+    }  # fmt: skip
+
+
+def random_layer(experts: int, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return gaussian weights, importance and hessians of inputs that live mostly in a quarter of the directions."""
+    generator = torch.Generator().manual_seed(0)
+    weights = 0.02 * torch.randn(experts, rows, columns, generator=generator)
+    directions = torch.randn(experts, columns, columns // 4, generator=generator)
+    hessian = directions @ directions.transpose(1, 2) / (columns // 4) + 0.05 * torch.eye(columns)
+    return weights, hessian.diagonal(dim1=-2, dim2=-1).contiguous(), hessian
+
+
+def _encoding() -> dict[str, Any]:
+    """Return seconds of ggml's types for their search tables, and speeds of both encoders without them."""
+    ggml, ours, threads = load_encoder("ggml"), load_encoder("dynquant", "cpu"), torch.get_num_threads()
+    weights, importance, hessian = random_layer(4, 256, 512)
+
+    def seconds(encoder: Encoder, name: str, *layer: Tensor, **extra: Tensor) -> float:
+        return _seconds(lambda: encoder.encode(QUANT_TYPES[name], *layer, threads, **extra))
+
+    block = torch.randn(1, 1, 256), torch.ones(1, 256)
+    tables = {name: seconds(ggml, name, *block) for name in TABLE_TYPES}  # before what would build them unseen
+    layer, size = (weights, importance), weights.numel()
+    speeds = {
+        "ggml": {name: size / seconds(ggml, name, *layer) for name in MEASURED_TYPES},
+        "dynquant": {name: size / seconds(ours, name, *layer, hessian=hessian) for name in MEASURED_TYPES},
     }
+    return {"table_seconds": tables, "encode": speeds}
 
 
-def _error_speeds() -> dict[str, float]:
+def _error_speeds() -> dict[str, Any]:
     """Return weights per second of each type of the error table: experts of a checkpoint in BF16 with samples."""
     weights = (0.02 * torch.randn(4, 1024, 1024, generator=torch.Generator().manual_seed(0))).bfloat16()
     stored = DictSource({f"{expert}": matrix for expert, matrix in enumerate(weights)})
     source = ConvertedSource(stored, [Conversion(_NAME, tuple(stored.names()), tuple(weights.shape), MEASURED_FLOAT)])
     model = Model(Path("random"), source, (), source.checkpoint_names)
-    inputs = InputStats(
-        torch.ones(4, 1024, dtype=torch.float64), torch.full((4,), 64), torch.randn(4, 64, 1024).bfloat16(),
-        torch.full((4,), 64),
-    )  # fmt: skip
+    squares, counts = torch.ones(4, 1024, dtype=torch.float64), torch.full((4,), 64)
+    inputs = InputStats(squares, counts, torch.randn(4, 64, 1024).bfloat16(), counts)
     provenance = StatsProvenance(fingerprint=source.fingerprint, text_hash="0", text_name="random")
     stats = CalibrationStats(provenance, {_NAME: inputs})
     encoder = load_encoder("ggml")
@@ -178,10 +156,10 @@ def _error_speeds() -> dict[str, float]:
     seconds(())  # memory is taken from the system once
     nothing = seconds(())
     speeds = {name: weights.numel() / max(seconds((name,)) - nothing, 1e-4) for name in MEASURED_TYPES}
-    return speeds | {MEASURED_FLOAT: weights.numel() / max(nothing, 1e-4)}
+    return {"errors": speeds | {MEASURED_FLOAT: weights.numel() / max(nothing, 1e-4)}}
 
 
-def _disk_speed() -> float:
+def _disk_speed() -> dict[str, Any]:
     """Return bytes per second of a file that is not in the page cache."""
     with TemporaryDirectory(dir=".") as folder:
         path = Path(folder) / "probe"
@@ -190,9 +168,9 @@ def _disk_speed() -> float:
                 file.write(os.urandom(1 << 20))
             file.flush()
             os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # only what is on disk can be dropped
         start = time.perf_counter()
         with path.open("rb", buffering=0) as file:
             while file.read(1 << 22):
                 pass
-        return _DISK_BYTES / (time.perf_counter() - start)
+        return {"disk_bytes_per_s": _DISK_BYTES / (time.perf_counter() - start)}

@@ -15,7 +15,9 @@ Left out: the report, the closing pass, and what a candidate for a super weight 
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from math import ceil, exp, log, prod
+from math import ceil, prod
+
+import numpy as np
 
 from dynquant.analysis.costs.machine import Machine
 from dynquant.analysis.sensitivity.stage import PROBE_TOKENS
@@ -39,9 +41,11 @@ _WITHOUT_MOMENT = {
 }  # fmt: skip
 """Weights that read the input of another one, or whose inputs have no second moments."""
 _STORED_BYTES, _FLOAT_BYTES = 2, 4
+_Stage = tuple[list[PlanEntry], list[PlanEntry]]
+"""Dense weights and routed experts of what a streamed model loads together: a layer, the embedding, or the head."""
 _BATCH_WINDOWS = 4
 """Windows that calibration runs at a time on a CPU."""
-_ENCODED_AT_ONCE = 1 << 25
+_ENCODED_AT_ONCE = 1 << 25  # weights of experts
 _MEASURING_BYTES = 1 << 25
 """Size of differences and their squares, of some rows at a time (`analysis.errors.sums`)."""
 
@@ -84,102 +88,92 @@ class _Costs:
     options: CostOptions
 
     def stages(self) -> Iterator[StageCost]:
-        plan, machine, options = self.plan, self.machine, self.options
+        machine, options, entries, hyper = self.machine, self.options, self.plan.entries, self.model.hyper
         backward = options.hessians == "gradients"
+        batch = Workload(_BATCH_WINDOWS * options.window, backward)
         work = self._seconds(options.tokens, options.hessians)
-        yield self._run_model("calibrate", work, options.tokens, _BATCH_WINDOWS, backward, passes=2 if backward else 1)
+        yield self._run_model("calibrate", work, options.tokens, batch, passes=2 if backward else 1)
 
-        stored = _STORED_BYTES * sum(prod(entry.shape) for entry in plan.entries)
+        stored = _STORED_BYTES * _num_weights(entries)
         reading = stored / machine.disk_bytes_per_s
         # A matrix, or a few experts, are encoded at once: weights, importance, and what is made of them.
-        encoding = 3 * _FLOAT_BYTES * max(_weights_at_once(entry) for entry in plan.entries)
+        encoding = 3 * _FLOAT_BYTES * max(_weights_at_once(entry) for entry in entries)
         seconds = self._table_seconds() + self._search_tables(options.types) + reading
         memory = self._sample_bytes() + encoding + _MEASURING_BYTES
         yield StageCost("error table", machine.start_seconds + seconds, machine.start_bytes + memory, stored)
 
         probe = self._seconds(PROBE_TOKENS, "none")
-        head = 4 * PROBE_TOKENS * self.model.hyper.n_vocab * self.model.hyper.n_embd / self._flops(4096)
+        head = 4 * PROBE_TOKENS * hyper.n_vocab * hyper.n_embd / _interpolated(machine.matmul_flops, 4096)
         forwards = 2 if options.limit_bytes is None else 3  # a streamed layer runs again on the way back
         work = self._seconds(options.window, "none") + forwards * probe + head
-        yield self._run_model("sensitivities", work, PROBE_TOKENS, 1, True, passes=3)
+        yield self._run_model("sensitivities", work, PROBE_TOKENS, Workload(options.window, True), passes=3)
 
-        seconds = max(reading, self._export_seconds())
-        memory = encoding + (self._moment_bytes(plan.entries) if options.encoder == "dynquant" else 0)
+        speeds = machine.encode[options.encoder]
+        packed = (entry for entry in entries if not entry.quant_type.is_float)
+        seconds = max(reading, sum(prod(entry.shape) / _speed(speeds, entry.type) for entry in packed))
         if options.encoder == "ggml":
-            seconds += self._search_tables(plan.histogram())
+            seconds += self._search_tables(self.plan.histogram())
+        memory = encoding + (self._moment_bytes(entries) if options.encoder == "dynquant" else 0)
         yield StageCost("export", machine.start_seconds + seconds, machine.start_bytes + memory, stored)
 
-    def _run_model(
-        self, stage: str, seconds: float, tokens: int, windows: int, is_backward: bool, *, passes: int
-    ) -> StageCost:
-        """Return the cost of running the model for `seconds`, whole or streamed, some windows at a time."""
-        plan, machine, limit = self.plan, self.machine, self.options.limit_bytes
-        batch = Workload(windows * self.options.window, is_backward)
-        is_calibration = stage == "calibrate"
-        weights = sum(prod(entry.shape) for entry in plan.entries)
+    def _run_model(self, stage: str, seconds: float, tokens: int, batch: Workload, *, passes: int) -> StageCost:
+        """Return the cost of running the model for `seconds`, whole or streamed."""
+        machine, limit, entries = self.machine, self.options.limit_bytes, self.plan.entries
+        layers, is_calibration = _stages(self.plan)[1:-1], stage == "calibrate"
+        stored, disk = _STORED_BYTES * _num_weights(entries), machine.disk_bytes_per_s
         if limit is None:
-            # Second moments are there twice while they are saved; a backward pass keeps activations of all layers.
-            held = 2 * self._moment_bytes(plan.entries) if is_calibration else self._activation_bytes(batch)
-            memory = machine.start_bytes + machine.run_bytes + _FLOAT_BYTES * weights + held
-            seconds += machine.start_seconds + _STORED_BYTES * weights / machine.disk_bytes_per_s
-            return StageCost(stage, seconds, memory, _STORED_BYTES * weights)
-        moments = 0
-        if is_calibration:
-            layers = _by_layer(plan).values()
-            moments = max(self._moment_bytes(entries) for entries in layers)
-        cost = streamed_cost(self.model, plan, machine.start_bytes, batch, limit, moment_bytes=moments)
-        dense, experts = (
-            _STORED_BYTES * sum(prod(entry.shape) for entry in plan.entries if entry.role.is_routed_expert == routed)
-            for routed in (False, True)
-        )
-        repeats = 1 if cost.keeps_experts else ceil(tokens / batch.batch_tokens)
-        read = passes * (dense + experts * repeats)
-        reading = read / machine.disk_bytes_per_s
-        is_hidden = cost.reads_ahead and cost.keeps_experts
-        seconds = max(reading, seconds) if is_hidden else reading + seconds
-        return StageCost(stage, machine.start_seconds + seconds, cost.memory_bytes, read)
+            if is_calibration:
+                held = 2 * self._moment_bytes(entries)  # they are there twice while they are saved
+            else:  # a backward pass keeps half of what each layer holds at its own peak
+                held = sum(_activation_bytes(self.model, layer, batch) for layer in layers) // 2
+            memory = machine.start_bytes + machine.run_bytes + _FLOAT_BYTES * _num_weights(entries) + held
+            return StageCost(stage, seconds + (machine.start_seconds + stored / disk), memory, stored)
+        moments = max(self._moment_bytes(dense + experts) for dense, experts in layers) if is_calibration else 0
+        start = machine.start_bytes
+        memory, keeps_experts, reads_ahead = streamed_cost(self.model, self.plan, start, batch, limit, moments)
+        read = passes * stored
+        if not keeps_experts:
+            experts = _STORED_BYTES * _num_weights(entry for entry in entries if entry.role.is_routed_expert)
+            read += passes * experts * (ceil(tokens / batch.batch_tokens) - 1)
+        is_hidden = reads_ahead and keeps_experts  # experts that are read for every batch hold the work up
+        seconds = max(read / disk, seconds) if is_hidden else read / disk + seconds
+        return StageCost(stage, machine.start_seconds + seconds, memory, read)
 
     def _seconds(self, tokens: int, hessians: str) -> float:
         """Return the time that a calibration computes."""
-        plan, flops = self.plan, self.machine.matmul_flops
-        running = calibration_flop_seconds(self.model, plan, flops, tokens, self.options.window)
-        running += calibration_elements(self.model, plan, tokens) * self.machine.element_seconds
+        machine, window = self.machine, self.options.window
+        running, channels = calibration_work(self.model, self.plan, machine.matmul_flops, tokens, window)
+        running += channels * machine.element_seconds
         if hessians == "none":
             return running
-        moments = sum(
-            2 * tokens * share * prod(entry.shape[:-2]) * entry.shape[-1] ** 2 / self._flops(entry.shape[-1])
-            for entry, share in _linears(self.model, plan.entries)
-            if entry.role not in _WITHOUT_MOMENT
-        )
+        moments = 0.0
+        for entry, share in self._measured(self.plan.entries):
+            *experts, _, channels = entry.shape
+            moments += 2 * tokens * share * prod(experts) * channels**2 / _interpolated(machine.matmul_flops, channels)
         return (3 if hessians == "gradients" else 1) * running + moments
 
-    def _flops(self, width: int) -> float:
-        return _interpolated(self.machine.matmul_flops, width)
+    def _measured(self, entries: Iterable[PlanEntry]) -> Iterator[tuple[PlanEntry, float]]:
+        """Yield the `_linears` whose inputs have second moments of their own."""
+        return (pair for pair in _linears(self.model, entries) if pair[0].role not in _WITHOUT_MOMENT)
 
     def _moment_bytes(self, entries: Iterable[PlanEntry]) -> int:
         """Return the size of the second moments of inputs; experts share a matrix when each has no room."""
         if self.options.hessians == "none":
             return 0
-        shapes = [e.shape for e, _ in _linears(self.model, entries) if e.role not in _WITHOUT_MOMENT]
+        shapes, limit = [entry.shape for entry, _ in self._measured(entries)], self.options.hessian_bytes
         each = sum(_FLOAT_BYTES * prod(shape[:-2]) * shape[-1] ** 2 for shape in shapes)
         shared = sum(_FLOAT_BYTES * shape[-1] ** 2 for shape in shapes)
-        return min(each if each <= self.options.hessian_bytes else shared, self.options.hessian_bytes)
-
-    def _activation_bytes(self, batch: Workload) -> int:
-        """Return what a backward pass keeps of all layers: half of what each holds at its own peak."""
-        used = self.model.hyper.n_expert_used
-        return sum(stage.activation_bytes(batch, used) for stage in list(_stages(self.plan))[1:-1]) // 2
+        return each if each <= limit else min(shared, limit)
 
     def _sample_bytes(self) -> int:
         """Return the size of the held-back inputs in the statistics, bfloat16."""
         windows = num_held_back(ceil(self.options.tokens / self.options.window), HELD_BACK)
         limits, held, total = SampleLimits(), self.options.window * windows, 0
-        for entry, share in _linears(self.model, self.plan.entries):
-            if entry.role not in _WITHOUT_MOMENT:
-                experts, channels = prod(entry.shape[:-2]), entry.shape[-1]
-                is_routed = entry.role.is_routed_expert
-                most = limits.rows_per_expert(experts, channels) if is_routed else limits.dense_rows
-                total += 2 * min(most, ceil(held * share)) * experts * channels
+        for entry, share in self._measured(self.plan.entries):
+            experts, channels = prod(entry.shape[:-2]), entry.shape[-1]
+            is_routed = entry.role.is_routed_expert
+            most = limits.rows_per_expert(experts, channels) if is_routed else limits.dense_rows
+            total += 2 * min(most, ceil(held * share)) * experts * channels
         return total
 
     def _table_seconds(self) -> float:
@@ -190,106 +184,73 @@ class _Costs:
                 seconds += prod(entry.shape) * sum(1 / _speed(self.machine.errors, name) for name in stored)
         return seconds
 
-    def _export_seconds(self) -> float:
-        speeds = self.machine.encode[self.options.encoder]
-        packed = (entry for entry in self.plan.entries if not entry.quant_type.is_float)
-        return sum(prod(entry.shape) / _speed(speeds, entry.type) for entry in packed)
-
     def _search_tables(self, types: Iterable[str]) -> float:
         """Return the time in which ggml builds the search tables of the types."""
         needed = {_SHARES_TABLE.get(name, name) for name in types}
         return sum(seconds for name, seconds in self.machine.table_seconds.items() if name in needed)
 
 
-@dataclass(frozen=True)
-class StreamedCost:
-    """The way in which a model is run within a limit, and the bytes that the process takes at its peak."""
-
-    memory_bytes: int
-    keeps_experts: bool
-    reads_ahead: bool
-
-
-@dataclass(frozen=True)
-class _Stage:
-    """The embedding, a layer or the head of a streamed model, known by its plan alone (`running.layer_stream`)."""
-
-    dense: list[PlanEntry]
-    experts: list[PlanEntry]
-
-    @property
-    def loaded_bytes(self) -> int:
-        """Matrices as float32, and one tensor a second time while it is converted."""
-        sizes = [prod(entry.shape) for entry in self.dense]
-        # gate and up of an expert are one matrix of the running model
-        matrices = [2 * prod(entry.shape[1:]) for entry in self.experts]
-        return _FLOAT_BYTES * (sum(sizes) + max((*sizes, *matrices), default=0))
-
-    def stored_bytes(self, *, keeps_experts: bool) -> int:
-        entries = self.dense + self.experts if keeps_experts else self.dense
-        return _STORED_BYTES * sum(prod(entry.shape) for entry in entries)
-
-    def activation_bytes(self, batch: Workload, experts_used: int) -> int:
-        linears = sum(_output_channels(entry) for entry in self.dense if len(entry.shape) > 1)
-        one_expert = sum(entry.shape[1] for entry in self.experts)
-        channels = activation_channels(linears, one_expert, experts_used, is_backward=batch.is_backward)
-        return _FLOAT_BYTES * batch.batch_tokens * channels
-
-
 def streamed_cost(
-    model: Model, plan: Plan, start_bytes: int, batch: Workload, limit_bytes: int, *, moment_bytes: int = 0
-) -> StreamedCost:
-    """Return the first of `running.stream_memory`'s ways to run within the limit; the most frugal one if none is.
+    model: Model, plan: Plan, start_bytes: int, batch: Workload, limit_bytes: int, moment_bytes: int = 0
+) -> tuple[int, bool, bool]:
+    """Return the peak of the process in bytes, and the first of `WAYS_TO_RUN` within the limit, or the most frugal.
 
     Args:
         start_bytes: of a process that has read no weight.
         moment_bytes: second moments of the largest layer.
     """
-    stages, used = list(_stages(plan)), model.hyper.n_expert_used
+    stages = _stages(plan)
+    last, step = len(stages) - 1, -1 if batch.is_backward else 1
 
     def stage_bytes(number: int, keeps_experts: bool, reads_ahead: bool) -> int:
-        stage, following = stages[number], number + (-1 if batch.is_backward else 1)
-        total = stage.loaded_bytes
-        if keeps_experts:
-            total += stage.stored_bytes(keeps_experts=True) - stage.stored_bytes(keeps_experts=False)
-        if reads_ahead and 0 <= following < len(stages):
-            total += stages[following].stored_bytes(keeps_experts=keeps_experts)
-        is_head = number == len(stages) - 1
-        if is_head and batch.is_backward:
-            total += 5 * _FLOAT_BYTES * batch.batch_tokens * stage.dense[0].shape[0]
-        if number > 0 and not is_head:
-            total += stage.activation_bytes(batch, used) + moment_bytes
+        dense, experts = stages[number]
+        # One tensor is there a second time while it is converted; gate and up of an expert are one matrix by then.
+        converted = [prod(entry.shape) for entry in dense] + [2 * prod(entry.shape[1:]) for entry in experts]
+        total = _FLOAT_BYTES * (_num_weights(dense) + max(converted, default=0))
+        total += _STORED_BYTES * _num_weights(experts) if keeps_experts else 0
+        if reads_ahead and 0 <= number + step <= last:
+            dense_ahead, experts_ahead = stages[number + step]
+            total += _STORED_BYTES * _num_weights(dense_ahead + experts_ahead if keeps_experts else dense_ahead)
+        if number == last and batch.is_backward:
+            total += 5 * _FLOAT_BYTES * batch.batch_tokens * dense[0].shape[0]  # logits and their gradients
+        if 0 < number < last:
+            total += _activation_bytes(model, stages[number], batch) + moment_bytes
         return total
 
-    for keeps_experts, reads_ahead in WAYS_TO_RUN:
-        most = max(stage_bytes(number, keeps_experts, reads_ahead) for number in range(len(stages)))
-        cost = StreamedCost(start_bytes + RESERVE_BYTES + most, keeps_experts, reads_ahead)
-        if cost.memory_bytes <= limit_bytes:
+    for way in WAYS_TO_RUN:
+        memory = start_bytes + RESERVE_BYTES + max(stage_bytes(number, *way) for number in range(len(stages)))
+        if memory <= limit_bytes:
             break
-    return cost
+    return memory, *way
 
 
-def _stages(plan: Plan) -> Iterator[_Stage]:
-    """Yield stages in the order of a forward pass; a tied embedding is its own head."""
-    embedding = [entry for entry in plan.entries if entry.role == Role.EMBEDDING]
-    yield _Stage(embedding, [])
-    for _, entries in sorted(_by_layer(plan).items()):
-        routed = [entry for entry in entries if entry.role.is_routed_expert]
-        yield _Stage([entry for entry in entries if not entry.role.is_routed_expert], routed)
-    yield _Stage([entry for entry in plan.entries if entry.role == Role.OUTPUT] or embedding, [])
-
-
-def _by_layer(plan: Plan) -> dict[int, list[PlanEntry]]:
-    layers: dict[int, list[PlanEntry]] = {}
+def _stages(plan: Plan) -> list[_Stage]:
+    """Return the embedding, the layers and the head; a tied embedding is its own head (`running.layer_stream`)."""
+    layers: dict[int, _Stage] = {}
     for entry in plan.entries:
         if (layer := layer_of(entry.name)) is not None:
-            layers.setdefault(layer, []).append(entry)
-    return layers
+            layers.setdefault(layer, ([], []))[entry.role.is_routed_expert].append(entry)
+    embedding = [entry for entry in plan.entries if entry.role == Role.EMBEDDING]
+    head = [entry for entry in plan.entries if entry.role == Role.OUTPUT]
+    return [(embedding, []), *(layers[number] for number in sorted(layers)), (head or embedding, [])]
+
+
+def _activation_bytes(model: Model, stage: _Stage, batch: Workload) -> int:
+    """Return what a layer holds at its peak."""
+    dense, experts = stage
+    linears = sum(_output_channels(entry) for entry in dense if len(entry.shape) > 1)
+    one_expert, used = sum(entry.shape[1] for entry in experts), model.hyper.n_expert_used
+    channels = activation_channels(linears, one_expert, used, is_backward=batch.is_backward)
+    return _FLOAT_BYTES * batch.batch_tokens * channels
 
 
 def _output_channels(entry: PlanEntry) -> int:
     """Return channels of a matrix, or of all heads together; GGUF stores k_b the other way round."""
     return prod(entry.shape[:-2]) * entry.shape[-1 if entry.role == Role.MLA_K_B else -2]
+
+
+def _num_weights(entries: Iterable[PlanEntry]) -> int:
+    return sum(prod(entry.shape) for entry in entries)
 
 
 def _linears(model: Model, entries: Iterable[PlanEntry]) -> Iterator[tuple[PlanEntry, float]]:
@@ -300,26 +261,19 @@ def _linears(model: Model, entries: Iterable[PlanEntry]) -> Iterator[tuple[PlanE
             yield entry, model.hyper.n_expert_used / model.hyper.n_expert if routed else 1.0
 
 
-def calibration_flop_seconds(
+def calibration_work(
     model: Model, plan: Plan, matmul_flops: dict[int, float], tokens: int, window: int
-) -> float:
-    """Return the time of the products of one forward pass."""
-    seconds = 0.0
+) -> tuple[float, float]:
+    """Return of a forward pass the time of its products, and channels of tokens in or out of linear layers."""
+    seconds, channels = 0.0, 0.0
     for entry, share in _linears(model, plan.entries):
         *slices, rows, columns = entry.shape
-        operations = 2 * tokens * share * prod(slices) * rows * columns
-        seconds += operations / _interpolated(matmul_flops, min(rows, columns))
+        rows_of_tokens = tokens * share * prod(slices)
+        channels += rows_of_tokens * (rows + columns)
+        seconds += 2 * rows_of_tokens * rows * columns / _interpolated(matmul_flops, min(rows, columns))
         if entry.role == Role.ATTN_OUT:
             seconds += 4 * tokens * window * columns / _interpolated(matmul_flops, 64)
-    return seconds
-
-
-def calibration_elements(model: Model, plan: Plan, tokens: int) -> float:
-    """Return channels of tokens that go in or out of linear layers in one forward pass."""
-    return sum(
-        tokens * share * prod(entry.shape[:-2]) * sum(entry.shape[-2:])
-        for entry, share in _linears(model, plan.entries)
-    )
+    return seconds, channels
 
 
 def _weights_at_once(entry: PlanEntry) -> int:
@@ -338,10 +292,4 @@ def _speed(speeds: dict[str, float], name: str) -> float:
 def _interpolated(speeds: dict[int, float], width: int) -> float:
     """Interpolate between measured widths on a double logarithmic scale; return the nearest beyond them."""
     widths = sorted(speeds)
-    width = min(max(width, widths[0]), widths[-1])
-    if width in speeds:
-        return speeds[width]
-    above = next(index for index, other in enumerate(widths) if other >= width)
-    low, high = widths[above - 1], widths[above]
-    part = (log(width) - log(low)) / (log(high) - log(low))
-    return exp((1 - part) * log(speeds[low]) + part * log(speeds[high]))
+    return float(np.exp(np.interp(np.log(width), np.log(widths), np.log([speeds[width] for width in widths]))))

@@ -4,15 +4,16 @@ One pass over the model, a few experts in memory at a time. The encoder sees the
 `export` is told to use the same encoder, the measured bytes are the bytes that ship. Its default is another one.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import prod
-from typing import Any, ClassVar, Protocol
+from math import isnan, prod
+from typing import Any, ClassVar
 
 import torch
 
-from dynquant.analysis.errors.sums import ErrorJournal, ErrorSums, SumNumbers, Sums
+from dynquant.analysis.errors.sums import ErrorJournal, ErrorPart, ErrorSums, Sums
 from dynquant.analysis.errors.table import ErrorRow, ErrorTable
 from dynquant.calibration.importance import importance
 from dynquant.calibration.statistics import CalibrationStats, InputStats
@@ -24,55 +25,71 @@ from dynquant.encoding.parts import as_slice, ranges
 from dynquant.encoding.store import EncodedStore
 from dynquant.families.linear_layers import LinearLayer
 from dynquant.formats import decode
+from dynquant.formats.checksum import checksum
 from dynquant.formats.quant_types import QUANT_TYPES, QuantType, fit_to_row
 from dynquant.formats.storage_format import StorageFormat
 from dynquant.recipes.presets import is_quantizable
 from dynquant.session import Progress, ignore_progress
 
 Formats = Mapping[str, tuple[TensorInfo | LinearLayer, Mapping[StorageFormat, tuple[str, ...]]]]
-"""Name -> its tensor, and the formats that this is measured in, each with the wanted types that lead to it."""
-
-
-@dataclass(frozen=True)
-class ErrorPart:
-    """Unit of measuring: experts of the tensor `name` of `shape`, in all their types."""
-
-    name: str
-    shape: tuple[int, ...]
-    experts: range
-    types: tuple[str, ...]
-
-    @property
-    def num_weights(self) -> int:
-        return len(self.experts) * prod(self.shape[-2:])
-
-
+"""Name -> its tensor, and the formats that this is measured in, each with the candidate types that lead to it."""
 Measure = Callable[[Iterable[ErrorPart]], Iterator[tuple[ErrorPart, Sums]]]
 """Parts -> each with its sums, in any order."""
 
 
-class Meter(Protocol):
+@dataclass(frozen=True)
+class Meter(ABC):
     """Measures in this process what formats of one kind do to the tensors of `model`."""
 
     model: Model
     stats: CalibrationStats
-    encoder_name: str
-    weights_in_memory: int
+    weights_in_memory: ClassVar[int]
     """Largest number of weights in a group of experts that are loaded together."""
 
-    def formats(self, type_names: Sequence[str]) -> Formats:
-        """Return what is measured where these types are wanted."""
+    @property
+    @abstractmethod
+    def encoder_name(self) -> str:
+        """Name of the encoder, for the table."""
 
-    def sums(self, part: ErrorPart, on_format: Callable[[], None]) -> Sums:
+    @abstractmethod
+    def formats(self, type_names: Sequence[str]) -> Formats:
+        """Return what is measured where these types are candidates."""
+
+    @abstractmethod
+    def load(self, part: ErrorPart) -> torch.Tensor:
+        """Return the weights of a part, float32 [E, R, C]."""
+
+    def sampled(self, weights: torch.Tensor) -> torch.Tensor:
+        """Return the rows that are measured, of weights [E, R, C]; all of them where nothing else is said."""
+        return weights
+
+    @abstractmethod
+    def decoded(
+        self, part: ErrorPart, weights: torch.Tensor, scale: torch.Tensor | None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield each of the part's types and what decoding gives after encoding under the importance `scale` [E, C]."""
+
+    def samples(self, part: ErrorPart) -> torch.Tensor | None:
+        """Return held-back inputs of a part, float32 [E, S, C], or None when its outputs are not measured."""
+        return None
+
+    def sums(self, part: ErrorPart, on_format: Callable[[], None] = lambda: None) -> Sums:
         """Measure a part; `on_format` is called after each format."""
+        whole, scale = self.load(part), importance(self.stats, part.name, part.shape)
+        identity, weights = checksum(whole, part.experts.start * whole.shape[1]), self.sampled(whole)
+        scale = None if scale is None else scale[as_slice(part.experts)]
+        weighting = torch.ones(len(weights), part.shape[-1]) if scale is None else scale
+        samples, sums = self.samples(part), {}
+        for type_name, decoded in self.decoded(part, weights, scale):
+            sums[type_name] = ErrorSums.measured(weights, decoded, weighting, samples)._replace(checksum=identity)
+            on_format()
+        return sums
 
 
 @dataclass(frozen=True)
-class ErrorMeter:
+class ErrorMeter(Meter):
     """Measures quant types."""
 
-    model: Model
-    stats: CalibrationStats
     encoder: Encoder
     threads: int | None = None
     store: EncodedStore | None = None
@@ -89,35 +106,33 @@ class ErrorMeter:
     def formats(self, type_names: Sequence[str]) -> Formats:
         return tensor_formats(self.model, self.stats, type_names)
 
-    def sums(self, part: ErrorPart, on_format: Callable[[], None] = lambda: None) -> Sums:
-        columns, experts, source = part.shape[-1], as_slice(part.experts), self.model.source
-        is_stacked = len(part.shape) > 2
-        # [E, R, C]
-        weights = torch.stack([source.load(part.name, *([expert] if is_stacked else [])) for expert in part.experts])
-        scale = importance(self.stats, part.name, part.shape)  # [E or 1, C] or None
-        if scale is not None:
-            scale = scale[0] if len(scale) == 1 else scale[experts]
-        weighting = torch.ones(len(weights), columns) if scale is None else scale.expand(len(weights), columns)
-        samples = _samples(self.stats.input_of(part.name), experts, columns)
-        sums = {}
+    def load(self, part: ErrorPart) -> torch.Tensor:
+        pieces = part.experts if len(part.shape) > 2 else [None]  # a matrix is loaded whole
+        return torch.stack([self.model.source.load(part.name, piece) for piece in pieces])
+
+    def samples(self, part: ErrorPart) -> torch.Tensor | None:
+        inputs = self.stats.input_of(part.name)
+        if inputs is None or inputs.samples is None or inputs.samples.shape[-1] != part.shape[-1]:
+            return None
+        experts = slice(None) if len(inputs.samples) == 1 else as_slice(part.experts)  # one row: all experts share it
+        samples, counts = inputs.samples[experts], inputs.sample_counts[experts]
+        filled = torch.arange(samples.shape[1]) < counts.unsqueeze(1)  # [E, S]; rows that are not are zeros
+        return samples.float() * filled.unsqueeze(-1)
+
+    def decoded(
+        self, part: ErrorPart, weights: torch.Tensor, scale: torch.Tensor | None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         for candidate in (QUANT_TYPES[name] for name in part.types):
             if self.store is None:
                 packed = self.encoder.encode(candidate, weights, scale, threads=self.threads, name=part.name)
             else:
                 whole = self.store.packed(part.name, candidate.name)
-                packed = whole[experts] if whole.ndim == 3 else whole.unsqueeze(0)
-            decoded = decode(candidate, packed, tuple(weights.shape))
-            sums[candidate.name] = ErrorSums.measured(weights, decoded, weighting, samples)
-            on_format()
-        return sums
+                packed = whole[as_slice(part.experts)] if whole.ndim == 3 else whole.unsqueeze(0)
+            yield candidate.name, decode(candidate, packed, tuple(weights.shape))
 
 
 def _measured_parts(
-    meter: Meter,
-    parts: Sequence[ErrorPart],
-    journal: ErrorJournal | None,
-    elsewhere: Measure | None,
-    progress: Progress,
+    meter: Meter, parts: list[ErrorPart], journal: ErrorJournal | None, elsewhere: Measure | None, progress: Progress
 ) -> Iterator[tuple[ErrorPart, Sums]]:
     """Yield every part with its sums: those of the journal first, then those that are measured and added to it."""
     total, done = sum(part.num_weights * len(part.types) for part in parts), 0
@@ -134,17 +149,17 @@ def _measured_parts(
 
     missing = []
     for part in parts:
-        sums = journal.get(part.name, part.experts, part.types) if journal else None
+        sums = journal.sums_of(part) if journal else None
         if sums is None:
             missing.append(part)
         else:
             advance(part, len(part.types))
             yield part, sums
     for part, sums in (elsewhere or measured_here)(missing):
-        if elsewhere:
+        if elsewhere:  # workers tell of whole parts alone
             advance(part, len(part.types))
         if journal:
-            journal.add(part.name, part.experts, sums)
+            journal.keep(part, sums)
         yield part, sums
 
 
@@ -169,59 +184,47 @@ def build_error_table(
     """
     meter.stats.check_belongs_to(meter.model.fingerprint, meter.model.name)
     formats = meter.formats(type_names)
-    parts = {
-        name: _parts_of(name, tensor.shape, [candidate.name for candidate in candidates], meter.weights_in_memory)
-        for name, (tensor, candidates) in formats.items()
-    }
+    parts = {name: _parts_of(name, *formats[name], meter.weights_in_memory) for name in formats}
     every_part = [part for of_tensor in parts.values() for part in of_tensor]
-    # Sums wait as numbers for the last part of their tensor: tensors of a few bytes would lie between the large ones
-    # for as long, and memory that is freed around them is not joined. A 14 GB checkpoint took 23 GB.
-    waiting: dict[str, dict[ErrorPart, dict[str, SumNumbers]]] = {name: {} for name in parts}
-    rows = {}
+    waiting: dict[str, dict[ErrorPart, Sums]] = {name: {} for name in parts}
+    rows, checksums = {}, {}
     for measured, part_sums in _measured_parts(meter, every_part, journal, elsewhere, progress):
         name = measured.name
-        waiting[name][measured] = {type_name: sums.numbers() for type_name, sums in part_sums.items()}
+        waiting[name][measured] = part_sums
         if len(waiting[name]) < len(parts[name]):
             continue
-        numbers, (tensor, candidates) = waiting.pop(name), formats[name]
+        sums, (tensor, candidates) = waiting.pop(name), formats[name]
         rows[name] = []
-        for candidate, wanted in candidates.items():
+        for candidate, candidate_types in candidates.items():
             # Parts come in any order; experts follow one another in theirs.
-            sums = ErrorSums.joined(
-                ErrorSums.from_numbers(numbers[part][candidate.name], len(part.experts)) for part in parts[name]
-            )
-            rows[name].append(_measured_row(tensor, candidate, wanted, sums, meter.stats))
-    in_order = [row for name in formats for row in rows[name]]
-    return _table_of(meter.model, in_order, type_names, stats_hash=stats_hash, encoder=meter.encoder_name)
+            joined = ErrorSums.joined([sums[part][candidate.name] for part in parts[name]])
+            if joined.checksum is not None:
+                checksums[name] = f"{joined.checksum:016x}"
+            errors = _errors_of(joined, meter.stats.input_of(name))
+            rows[name].append(_row(tensor, candidate, candidate_types, errors))
+    in_order = (row for name in formats for row in rows[name])
+    origin = {"stats_hash": stats_hash, "encoder": meter.encoder_name, "checksums": checksums}
+    return _table_of(meter.model, in_order, type_names, **origin)
 
 
 def unmeasured_table(model: Model, formats: Formats, type_names: Sequence[str]) -> ErrorTable:
     """Return the rows that `build_error_table` would measure, with their bytes alone: every error is 0."""
     no_errors = {"relative_rms": 0.0, "weighted_error": 0.0, "weighted_energy": 0.0}
-    rows = [
-        ErrorRow(**_identity(tensor, candidate, wanted), **no_errors)
+    rows = (
+        _row(tensor, candidate, candidate_types, no_errors)
         for tensor, candidates in formats.values()
-        for candidate, wanted in candidates.items()
-    ]
-    return _table_of(model, rows, type_names)
-
-
-def _table_of(
-    model: Model, rows: Iterable[ErrorRow], type_names: Sequence[str], *, stats_hash: str = "", encoder: str = ""
-) -> ErrorTable:
-    """Return the table of rows that were measured on `model`."""
-    return ErrorTable(
-        model=model.name,
-        fingerprint=model.fingerprint,
-        stats_hash=stats_hash,
-        encoder=encoder,
-        types=tuple(type_names),
-        rows=tuple(rows),
+        for candidate, candidate_types in candidates.items()
     )
+    return _table_of(model, rows, type_names, stats_hash="", encoder="")
+
+
+def _table_of(model: Model, rows: Iterable[ErrorRow], type_names: Sequence[str], **origin: Any) -> ErrorTable:
+    types = tuple(type_names)
+    return ErrorTable(model=model.name, fingerprint=model.fingerprint, types=types, rows=tuple(rows), **origin)
 
 
 def tensor_formats(model: Model, stats: CalibrationStats | None, type_names: Sequence[str]) -> Formats:
-    """Return the stored types that wanted types lead to, of every quantizable tensor.
+    """Return the stored types that candidate types lead to, of every quantizable tensor.
 
     Types that need statistics are left out for a tensor that has none; without `stats`, all are taken to have some.
     The checkpoint's own float type is always one: it loses nothing.
@@ -240,68 +243,56 @@ def tensor_formats(model: Model, stats: CalibrationStats | None, type_names: Seq
     return formats
 
 
-def _parts_of(name: str, shape: tuple[int, ...], types: Sequence[str], max_weights: int) -> list[ErrorPart]:
+def _parts_of(
+    name: str, tensor: TensorInfo | LinearLayer, candidates: Iterable[StorageFormat], max_weights: int
+) -> list[ErrorPart]:
     """Group the experts that are in memory together, of at most `max_weights` or one alone; a matrix is one expert."""
-    count, step = prod(shape[:-2]), max(1, max_weights // prod(shape[-2:]))
-    return [ErrorPart(name, shape, experts, tuple(types)) for experts in ranges(count, step)]
+    shape, types = tensor.shape, tuple(candidate.name for candidate in candidates)
+    step = max(1, max_weights // prod(shape[-2:]))
+    return [ErrorPart(name, shape, experts, types) for experts in ranges(prod(shape[:-2]), step)]
 
 
-def _samples(inputs: InputStats | None, experts: slice, columns: int) -> torch.Tensor | None:
-    """Return held-back inputs float32 [E, S, C] with unfilled rows zero, or None when there are none of this width."""
-    if inputs is None or inputs.samples is None or inputs.samples.shape[-1] != columns:
-        return None
-    if len(inputs.samples) == 1:
-        experts = slice(None)  # all experts share the inputs of their layer
-    samples, counts = inputs.samples[experts], inputs.sample_counts[experts]
-    filled = torch.arange(samples.shape[1]) < counts.unsqueeze(1)  # [E, S]
-    return samples.float() * filled.unsqueeze(-1)
-
-
-def _measured_row(
-    info: TensorInfo | LinearLayer,
-    candidate: StorageFormat,
-    wanted: tuple[str, ...],
-    sums: ErrorSums,
-    stats: CalibrationStats,
+def _row(
+    info: TensorInfo | LinearLayer, candidate: StorageFormat, types: tuple[str, ...], errors: Mapping[str, Any]
 ) -> ErrorRow:
-    """Return the row of a tensor in a format, from the sums of all its parts; see `table` for what is in it."""
-    inputs = stats.input_of(info.name)
-    squared, weighted = sums.squared, sums.weighted
-    activation, per_expert_activation = None, ()
-    counts = None if inputs is None else inputs.sample_counts
-    if sums.outputs is not None and counts is not None and counts.any():
-        outputs = sums.outputs / counts.clamp_min(1).unsqueeze(1)
-        ratios = (outputs[:, 0] / outputs[:, 1]).sqrt()
-        per_expert_activation = tuple(None if torch.isnan(r) else float(r) for r in ratios)
-        activation = _ratio_of(_routed_mean(outputs, inputs)).sqrt().item()
+    """Return the row of a tensor in a format, to which the candidate types `types` lead."""
     return ErrorRow(
-        **_identity(info, candidate, wanted),
-        relative_rms=_ratio_of(squared.sum(0)).sqrt().item(),
-        weighted_error=_ratio_of(_routed_mean(weighted, inputs)).item(),
-        weighted_energy=float(_routed_mean(weighted, inputs)[1]),
-        activation_error=activation,
-        per_expert_weighted_error=tuple(float(_ratio_of(pair)) for pair in weighted) if len(weighted) > 1 else (),
-        per_expert_activation_error=per_expert_activation if len(per_expert_activation) > 1 else (),
+        name=info.name,
+        role=role_of(info.name),
+        layer=layer_of(info.name),
+        type=candidate.name,
+        wanted=tuple(name for name in types if name != candidate.name),
+        bytes=candidate.tensor_bytes(info.shape),
+        **errors,
     )
 
 
-def _identity(info: TensorInfo | LinearLayer, candidate: StorageFormat, wanted: tuple[str, ...]) -> dict[str, Any]:
-    """Return the fields of a row that need no measuring."""
-    return {
-        "name": info.name,
-        "role": role_of(info.name),
-        "layer": layer_of(info.name),
-        "type": candidate.name,
-        "wanted": tuple(name for name in wanted if name != candidate.name),
-        "bytes": candidate.tensor_bytes(info.shape),
+def _errors_of(sums: ErrorSums, inputs: InputStats | None) -> dict[str, Any]:
+    """Return the measured fields of a row, from the sums of all parts of a tensor; see `table` for what they are."""
+    squared, weighted = (torch.tensor(of_weights, dtype=torch.float64) for of_weights in sums[:2])
+    mean = _routed_mean(weighted, inputs)
+    errors = {
+        "relative_rms": _ratio_of(squared.sum(0)).sqrt().item(),
+        "weighted_error": _ratio_of(mean).item(),
+        "weighted_energy": float(mean[1]),
     }
+    if len(weighted) > 1:
+        errors["per_expert_weighted_error"] = tuple(float(_ratio_of(pair)) for pair in weighted)
+    counts = None if inputs is None else inputs.sample_counts
+    if sums.outputs is not None and counts is not None and counts.any():
+        outputs = torch.tensor(sums.outputs, dtype=torch.float64) / counts.clamp_min(1).unsqueeze(1)  # per token
+        errors["activation_error"] = _ratio_of(_routed_mean(outputs, inputs)).sqrt().item()
+        if len(outputs) > 1:
+            ratios = (outputs[:, 0] / outputs[:, 1]).sqrt().tolist()
+            errors["per_expert_activation_error"] = tuple(None if isnan(ratio) else ratio for ratio in ratios)
+    return errors
 
 
 def _routed_mean(per_expert: torch.Tensor, inputs: InputStats | None) -> torch.Tensor:
     """Return the mean of [E, 2] over experts, each weighted by the share of tokens it received."""
     if inputs is None or len(inputs.counts) != len(per_expert) or not int(inputs.counts.sum()):
         return per_expert.mean(0)
-    share = inputs.counts.double() / inputs.counts.sum()
+    share = inputs.counts.double() / inputs.counts.sum()  # [E]
     return (per_expert * share.unsqueeze(1)).sum(0)
 
 

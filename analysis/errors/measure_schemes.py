@@ -4,19 +4,14 @@ Layers are encoded under the importance of their inputs. Rows of a matrix are ro
 measured.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
 import torch
 
-from dynquant.analysis.errors.measure import ErrorPart, Formats
-from dynquant.analysis.errors.sums import ErrorSums, Sums
-from dynquant.calibration.importance import importance
-from dynquant.calibration.statistics import CalibrationStats
-from dynquant.checkpoints.model import Model
-from dynquant.encoding.parts import as_slice
+from dynquant.analysis.errors.measure import ErrorPart, Formats, Meter
 from dynquant.encoding.vllm import encode_layers, nvfp4_global_scale
 from dynquant.families.linear_layers import LinearCheckpoint, LinearLayer
 from dynquant.formats.vllm_schemes import Scheme
@@ -27,12 +22,10 @@ _SAMPLED_ROWS = 64
 
 
 @dataclass(frozen=True)
-class SchemeMeter:
-    """Measures parts of linear layers in this process; `candidates` are the schemes of every layer by its name."""
+class SchemeMeter(Meter):
+    """Measures schemes of linear layers; `candidates` are those of every layer by its name."""
 
-    model: Model
     checkpoint: LinearCheckpoint
-    stats: CalibrationStats
     candidates: Mapping[str, Sequence[Scheme]]
     device: torch.device | None = None
     encoder_name: ClassVar[str] = ENCODER
@@ -46,27 +39,21 @@ class SchemeMeter:
         del type_names  # which schemes fit depends on the checkpoint alone
         return scheme_formats(self.checkpoint, self.candidates)
 
-    def sums(self, part: ErrorPart, on_format: Callable[[], None]) -> Sums:
-        linear, columns = self.linears[part.name], part.shape[-1]
-        sampled = slice(0, None, max(1, part.shape[-2] // _SAMPLED_ROWS))
-        weights = torch.stack([linear.load(expert)[sampled] for expert in part.experts])
-        metric = importance(self.stats, part.name, part.shape)
-        metric = None if metric is None else metric[as_slice(part.experts)]
-        weighting = torch.ones(len(weights), columns) if metric is None else metric
-        peak, sums = float(weights.abs().max()), {}
+    def load(self, part: ErrorPart) -> torch.Tensor:
+        return torch.stack([self.linears[part.name].load(expert) for expert in part.experts])
+
+    def sampled(self, weights: torch.Tensor) -> torch.Tensor:
+        return weights[:, :: max(1, weights.shape[1] // _SAMPLED_ROWS)]
+
+    def decoded(
+        self, part: ErrorPart, weights: torch.Tensor, scale: torch.Tensor | None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        module, peak = self.linears[part.name].modules[part.experts.start], float(weights.abs().max())
         for scheme in self.candidates[part.name]:
-            encoded = encode_layers(
-                scheme,
-                weights,
-                importance=metric,
-                global_scale=nvfp4_global_scale(peak) if scheme.strategy == "tensor_group" else None,
-                device=self.device,
-                name=linear.modules[part.experts.start],
-            )
-            decoded = torch.stack([layer.decoded() for layer in encoded])
-            sums[scheme.name] = ErrorSums.measured(weights, decoded, weighting, None)
-            on_format()
-        return sums
+            global_scale = nvfp4_global_scale(peak) if scheme.strategy == "tensor_group" else None
+            options = {"global_scale": global_scale, "device": self.device, "name": module}
+            encoded = encode_layers(scheme, weights, importance=scale, **options)
+            yield scheme.name, torch.stack([layer.decoded() for layer in encoded])
 
 
 def scheme_formats(checkpoint: LinearCheckpoint, candidates: Mapping[str, Sequence[Scheme]]) -> Formats:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from dynquant.options import BaseGguf, Flag, MeasuringEncoder, ModelPath, Ray, Types
+from dynquant.options import BaseGguf, Flag, MeasuringEncoder, ModelPath, Ray, Types, Writes
 
 DEFAULT_TYPES = (
     "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "IQ4_XS", "Q5_K", "Q6_K", "Q8_0",
@@ -28,5 +28,7 @@ class AnalyzeOptions:
 
     model: ModelPath
     stats: Annotated[Path, Flag("stats.safetensors of `dynquant calibrate`.")]
-    output: Annotated[Path, Flag("Where errors.json (and errors.csv) go.", ("-o", "--output"))] = Path("errors.json")
+    output: Annotated[Path, Flag("Where errors.json (and errors.csv) go.", ("-o", "--output")), Writes()] = Path(
+        "errors.json"
+    )
     table: TableOptions = field(default_factory=TableOptions)

@@ -5,30 +5,20 @@ where PyTorch runs there on as many threads as a task has; a node that reads ano
 of dynquant or ggml, is refused.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 
-from dynquant.analysis.errors.measure import ErrorMeter, ErrorPart
-from dynquant.analysis.errors.sums import Sums
+from dynquant.analysis.errors.measure import ErrorMeter, Measure
+from dynquant.analysis.errors.sums import ErrorPart, Sums
 from dynquant.encoding.remote import EncoderChoice, StoredFiles, open_stored, worker_encoder
 from dynquant.running.cluster import RayPool, TaskNeeds
 
 
-@dataclass(frozen=True)
-class RemoteErrors:
-    """Measures parts on `pool`; for `build_error_table`."""
-
-    pool: RayPool
-    choice: EncoderChoice
-    files: StoredFiles
-
-    def __call__(self, parts: Iterable[ErrorPart]) -> Iterator[tuple[ErrorPart, Sums]]:
-        measure = partial(_measure, self.choice, self.files)
-        return self.pool.run(measure, parts, TaskNeeds(self.choice.threads))
+def measure_on(pool: RayPool, choice: EncoderChoice, files: StoredFiles) -> Measure:
+    """Return what measures parts on `pool`, for `build_error_table`."""
+    return lambda parts: pool.run(partial(_sums, choice, files), parts, TaskNeeds(choice.threads))
 
 
-def _measure(choice: EncoderChoice, files: StoredFiles, part: ErrorPart) -> Sums:
+def _sums(choice: EncoderChoice, files: StoredFiles, part: ErrorPart) -> Sums:
     model, stats, _ = open_stored(files)
     assert stats is not None
     return ErrorMeter(model, stats, worker_encoder(choice), choice.threads).sums(part)

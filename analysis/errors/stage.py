@@ -3,23 +3,22 @@
 A table that is there already is reused, extended by the types that it lacks; an interrupted one goes on.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from dynquant import __version__
-from dynquant.analysis.errors.measure import ErrorMeter, Meter, build_error_table
+from dynquant.analysis.errors.measure import ErrorMeter, Measure, Meter, build_error_table
 from dynquant.analysis.errors.measure_schemes import ENCODER, SchemeMeter
 from dynquant.analysis.errors.options import DEFAULT_TYPES, AnalyzeOptions, TableOptions
-from dynquant.analysis.errors.remote import RemoteErrors
+from dynquant.analysis.errors.remote import measure_on
 from dynquant.analysis.errors.sums import ErrorJournal
 from dynquant.analysis.errors.table import ErrorTable
 from dynquant.calibration.stage import StatsFile
 from dynquant.checkpoints.model import Model
-from dynquant.encoding.interface import Encoder
 from dynquant.encoding.remote import EncoderChoice, StoredFiles
 from dynquant.encoding.store import EncodedStore
 from dynquant.encoding.stream import encoder_version, load_encoder
@@ -28,7 +27,7 @@ from dynquant.families.open import open_and_announce
 from dynquant.formats.quant_types import quant_type
 from dynquant.formats.vllm_schemes import SCHEMES
 from dynquant.resources import chosen_device
-from dynquant.running.cluster import open_ray
+from dynquant.running.cluster import StoredModel, open_ray
 from dynquant.session import SILENT, Session
 
 
@@ -39,40 +38,35 @@ def analyze(options: AnalyzeOptions, session: Session = SILENT) -> ErrorTable:
 
 
 def error_table(
-    model: Model,
-    stats: StatsFile,
-    path: Path,
-    options: TableOptions,
-    session: Session,
-    store: EncodedStore | None = None,
+    model: Model, stats: StatsFile, path: Path, options: TableOptions, session: Session, store: EncodedStore | None
 ) -> ErrorTable:
     """Return the table at `path`, extended by types that it lacks; measure it anew when the statistics changed.
 
     With `store`, blocks are kept there, encoded once for the table and for everything that renders them later.
     """
-    known = ErrorTable.load(path) if path.is_file() else None
+    earlier = ErrorTable.load(path) if path.is_file() else None
     inputs = (stats.hash, options.encoder, model.fingerprint)
-    if known is None or (known.stats_hash, known.encoder, known.fingerprint) != inputs:
+    if earlier is None or (earlier.stats_hash, earlier.encoder, earlier.fingerprint) != inputs:
         return _measured(model, stats, path, options, session, store)
-    missing = tuple(name for name in options.types if name not in known.types)
+    missing = tuple(name for name in options.types if name not in earlier.types)
     session.note(f"reusing {path}" + (f", adding {', '.join(missing)}" if missing else ""))
     if missing:
-        return _measured(model, stats, path, replace(options, types=missing), session, store, known)
-    return known
+        return _measured(model, stats, path, replace(options, types=missing), session, store, earlier)
+    return earlier
 
 
 def scheme_table(
     model: Model, checkpoint: LinearCheckpoint, stats: StatsFile, path: Path, session: Session
 ) -> ErrorTable:
     """Return the table of all schemes that vLLM reads at `path`; measure it anew when the statistics changed."""
-    known = ErrorTable.load(path, known_types=SCHEMES) if path.is_file() else None
-    if known is not None and (known.stats_hash, known.fingerprint) == (stats.hash, model.fingerprint):
+    earlier = ErrorTable.load(path, known_types=SCHEMES) if path.is_file() else None
+    if earlier is not None and (earlier.stats_hash, earlier.fingerprint) == (stats.hash, model.fingerprint):
         session.note(f"reusing {path}")
-        return known
+        return earlier
     device = chosen_device(session.device)
     identity = {"encoder": f"{ENCODER}, torch {torch.__version__}", "device": device}
     candidates = checkpoint.candidates(SCHEMES, mixed_experts=True)
-    meter = SchemeMeter(model, checkpoint, stats.stats, candidates, torch.device(device))
+    meter = SchemeMeter(model, stats.stats, checkpoint, candidates, torch.device(device))
     return _written(path, meter, tuple(SCHEMES), stats.hash, identity, session)
 
 
@@ -83,29 +77,19 @@ def _measured(
     options: TableOptions,
     session: Session,
     store: EncodedStore | None = None,
-    known: ErrorTable | None = None,
+    earlier: ErrorTable | None = None,
 ) -> ErrorTable:
-    """Write the table, with the rows of `known` for other types."""
+    """Write the table, with the rows of `earlier` for other types."""
     names, encoder = [quant_type(name).name for name in options.types or DEFAULT_TYPES], load_encoder(options.encoder)
-    identity = {
-        "encoder": f"{encoder.name} {encoder_version(encoder)}", "store": store.directory.name if store else "",
-    }  # fmt: skip
+    store_name = store.directory.name if store else ""
+    identity = {"encoder": f"{encoder.name} {encoder_version(encoder)}", "store": store_name}
     meter = ErrorMeter(model, stats.stats, encoder, session.threads, store)
-    with _cluster(model, stats, encoder, options, session) as elsewhere:
-        return _written(output, meter, names, stats.hash, identity, session, elsewhere, known)
-
-
-@contextmanager
-def _cluster(
-    model: Model, stats: StatsFile, encoder: Encoder, options: TableOptions, session: Session
-) -> Iterator[RemoteErrors | None]:
-    """Context manager: the Ray cluster that measures, or None where this machine does."""
-    if options.ray is None:
-        yield None
-        return
-    files = StoredFiles.of(model, base_gguf=options.base_gguf, stats=stats.path, use_moments=False, protected={})
-    with open_ray(options.ray) as pool:
-        yield RemoteErrors(pool, EncoderChoice.of(encoder, "cpu", session.threads or 1), files)
+    with open_ray(options.ray) if options.ray else nullcontext() as pool:
+        elsewhere = None
+        if pool is not None:
+            files = StoredFiles(StoredModel.of(model, options.base_gguf), stats.path.resolve())
+            elsewhere = measure_on(pool, EncoderChoice.of(encoder, "cpu", session.threads or 1), files)
+        return _written(output, meter, names, stats.hash, identity, session, elsewhere, earlier)
 
 
 def _written(
@@ -115,26 +99,21 @@ def _written(
     stats_hash: str,
     identity: Mapping[str, str],
     session: Session,
-    elsewhere: RemoteErrors | None = None,
-    known: ErrorTable | None = None,
+    elsewhere: Measure | None = None,
+    earlier: ErrorTable | None = None,
 ) -> ErrorTable:
-    """Measure and write a table, with the rows of `known`; what an interrupted run measured is used again.
+    """Measure and write a table, with the rows of `earlier`; what an interrupted run measured is used again.
 
-    `identity` is what decides its numbers beside types, model, statistics and version; what an interrupted run
-    measured is kept only under an equal one.
-
-    Raises:
-        PlanError: the journal cannot be written.
+    `identity` is what decides its numbers beside types, model, statistics and version.
     """
     origin = {"tool": __version__, "fingerprint": meter.model.fingerprint, "stats": stats_hash}
     with ErrorJournal(output, {**origin, "types": " ".join(type_names), **identity}) as journal:
         if journal.num_parts:
             session.note(f"going on with the interrupted {output.name}, {journal.num_parts} parts of tensors are there")
         with session.stage("Statistics and the errors measured so far are kept.") as progress:
-            table = build_error_table(
-                meter, type_names, stats_hash=stats_hash, journal=journal, elsewhere=elsewhere, progress=progress
-            )
-        table = known.extended_by(table) if known else table
+            sources = {"journal": journal, "elsewhere": elsewhere}
+            table = build_error_table(meter, type_names, stats_hash=stats_hash, **sources, progress=progress)
+        table = earlier.extended_by(table) if earlier else table
         table.save(output)
         journal.remove()
     return table

@@ -4,31 +4,49 @@ They are added up in any order of parts, and are exact in JSON, so that a part t
 counts as if it had been measured now.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple
 
 import torch
 
 from dynquant.errors import PlanError
 from dynquant.storage.journal import Journal, Record
 
-SumNumbers = list[list[list[float]] | None]
-"""Squared, weighted and output sums as JSON holds them."""
 _ROWS_AT_ONCE = 1 << 22
 """Weights of rows whose errors are computed at a time."""
 
 
 @dataclass(frozen=True)
-class ErrorSums:
-    """Squared errors and energies of E experts in one type, float64 [E, 2] with the error first."""
+class ErrorPart:
+    """Unit of measuring: experts of the tensor `name` of `shape`, in all their types."""
 
-    squared: torch.Tensor
-    weighted: torch.Tensor
-    outputs: torch.Tensor | None = None
+    name: str
+    shape: tuple[int, ...]
+    experts: range
+    types: tuple[str, ...]
+
+    @property
+    def num_weights(self) -> int:
+        return len(self.experts) * prod(self.shape[-2:])
+
+
+class ErrorSums(NamedTuple):
+    """Squared errors and energies of E experts in one type, [E, 2] with the error first.
+
+    Lists, as JSON has them: tensors of a few bytes, kept until the table is whole, would lie between the large ones,
+    and memory that is freed around them is not joined. A 14 GB checkpoint took 23 GB.
+    """
+
+    squared: list[list[float]]
+    weighted: list[list[float]]
+    outputs: list[list[float]] | None = None
     """Sums over the outputs on held-back inputs; None without any."""
+    checksum: int | None = None
+    """`formats.checksum` of all weights of the part; None in journals of earlier versions."""
 
     @classmethod
     def measured(
@@ -36,7 +54,7 @@ class ErrorSums:
     ) -> "ErrorSums":
         """Sum over weights and decoded [E, R, C], under scale [E, C], and over outputs of samples [E, S, C] or None."""
         count, _, columns = weights.shape
-        step = max(1, _ROWS_AT_ONCE // (count * columns))
+        step = max(1, _ROWS_AT_ONCE // (count * columns))  # differences of a whole stack would double its memory
         squared, weighted, outputs = (torch.zeros(count, 2, dtype=torch.float64) for _ in range(3))
         for rows, decoded_rows in zip(weights.split(step, 1), decoded.split(step, 1), strict=True):
             lost = rows - decoded_rows
@@ -44,37 +62,22 @@ class ErrorSums:
             weighted += torch.stack([_energy(lost, scale), _energy(rows, scale)], -1)
             if samples is not None:
                 outputs += torch.stack([_energy(samples @ part.transpose(1, 2)) for part in (lost, rows)], -1)
-        return cls(squared, weighted, None if samples is None else outputs)
+        return cls(squared.tolist(), weighted.tolist(), None if samples is None else outputs.tolist())
 
     @classmethod
-    def joined(cls, parts: Iterable["ErrorSums"]) -> "ErrorSums":
+    def joined(cls, parts: Sequence["ErrorSums"]) -> "ErrorSums":
         """Put the experts of several parts one after the other; all or none of them have outputs."""
-        parts = list(parts)
-        outputs = [part.outputs for part in parts if part.outputs is not None]
-        return cls(
-            torch.cat([part.squared for part in parts]),
-            torch.cat([part.weighted for part in parts]),
-            torch.cat(outputs) if outputs else None,
-        )
+        *fields, checksums = zip(*parts, strict=True)
+        squared, weighted, outputs = ([pair for sums in field for pair in sums or ()] for field in fields)
+        return cls(squared, weighted, outputs or None, None if None in checksums else sum(checksums) % (1 << 64))
 
-    def numbers(self) -> SumNumbers:
-        """Return the sums as JSON holds them."""
-        return [None if sums is None else sums.tolist() for sums in (self.squared, self.weighted, self.outputs)]
-
-    @classmethod
-    def from_numbers(cls, numbers: SumNumbers, num_experts: int) -> "ErrorSums":
-        """Read what `numbers` returned.
-
-        Raises:
-            ValueError, TypeError: they are not sums of so many experts.
-        """
-        tensors = [None if sums is None else torch.tensor(sums, dtype=torch.float64) for sums in numbers]
-        if any(sums is not None and sums.shape != (num_experts, 2) for sums in tensors):
-            raise ValueError(f"not the sums of {num_experts} experts")
-        squared, weighted, outputs = tensors
-        if squared is None or weighted is None:
-            raise ValueError("sums of weights are missing")
-        return cls(squared, weighted, outputs)
+    def check(self, num_experts: int) -> None:
+        """Raise ValueError or TypeError unless these are sums of so many experts."""
+        for sums in (self.squared, self.weighted, *([] if self.outputs is None else [self.outputs])):
+            if torch.tensor(sums, dtype=torch.float64).shape != (num_experts, 2):
+                raise ValueError(f"not the sums of {num_experts} experts")
+        if not isinstance(self.checksum, int | None):
+            raise ValueError("not a checksum")
 
 
 def _energy(matrices: torch.Tensor, column_scale: torch.Tensor | None = None) -> torch.Tensor:
@@ -87,7 +90,7 @@ Sums = Mapping[str, ErrorSums]
 """Type -> sums of the same experts."""
 
 
-class ErrorJournal:
+class ErrorJournal(Journal):
     """The journal of an unfinished table, which is to be written to `table_path`.
 
         errors.json.journal
@@ -95,7 +98,6 @@ class ErrorJournal:
             {"name": "blk.3.ffn_up_exps.weight", "experts": [4, 8], "sums": {"Q4_K": [[...], [...], [...]], ...}}
 
     A line is some experts of a tensor (or a matrix) in all its types, and is there before the next part is measured.
-    A context manager: `with` closes the file.
 
     Args:
         identity: What decides the numbers, as strings. Parts of an interrupted run are kept only under an equal one.
@@ -105,56 +107,38 @@ class ErrorJournal:
     """
 
     def __init__(self, table_path: Path, identity: Mapping[str, str]) -> None:
-        self._journal = Journal(table_path.with_name(f"{table_path.name}.journal"))
+        super().__init__(table_path.with_name(f"{table_path.name}.journal"))
         self._parts: dict[tuple[str, int, int], Sums] = {}
-        records = self._journal.records if self._journal.belongs_to(dict(identity)) else []
+        records = self.records if self.belongs_to(identity) else []  # of the interrupted run
         with self._refusing():
-            self._journal.start(dict(identity), records[: self._read(records)])
-
-    @property
-    def path(self) -> Path:
-        """Name of the journal's file."""
-        return self._journal.path
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._journal.close()
+            self.start(identity, records[: self._take_over(records)])
 
     @property
     def num_parts(self) -> int:
         """Number of parts that an interrupted run left."""
         return len(self._parts)
 
-    def get(self, name: str, experts: range, types: Collection[str]) -> Sums | None:
-        """Return what an interrupted run has measured of these experts in these types."""
-        sums = self._parts.get((name, experts.start, experts.stop))
-        return sums if sums is not None and sums.keys() == set(types) else None
+    def sums_of(self, part: ErrorPart) -> Sums | None:
+        """Return what an interrupted run has measured of a part."""
+        sums = self._parts.get((part.name, part.experts.start, part.experts.stop))
+        return sums if sums is not None and sums.keys() == set(part.types) else None
 
-    def add(self, name: str, experts: range, sums: Sums) -> None:
-        """Keep what was measured, on the disk.
-
-        Raises:
-            PlanError: it cannot be written.
-        """
-        numbers = {type_name: of_type.numbers() for type_name, of_type in sums.items()}
+    def keep(self, part: ErrorPart, sums: Sums) -> None:
+        """Put what was measured of a part on the disk, or raise PlanError."""
         with self._refusing():
-            self._journal.add({"name": name, "experts": [experts.start, experts.stop], "sums": numbers})
+            self.add({"name": part.name, "experts": [part.experts.start, part.experts.stop], "sums": sums})
 
-    def remove(self) -> None:
-        """Delete the journal: the table is written."""
-        self._journal.remove()
-
-    def _read(self, records: Sequence[Record]) -> int:
+    def _take_over(self, records: Sequence[Record]) -> int:
         """Take over what records say and return how many of them could be read."""
         for number, record in enumerate(records):
             try:
                 start, stop = map(int, record["experts"])
-                sums = {str(key): ErrorSums.from_numbers(sums, stop - start) for key, sums in record["sums"].items()}
-                self._parts[str(record["name"]), start, stop] = sums
+                sums = {str(type_name): ErrorSums(*numbers) for type_name, numbers in record["sums"].items()}
+                for of_type in sums.values():
+                    of_type.check(stop - start)
             except (ValueError, KeyError, TypeError, AttributeError):
                 return number
+            self._parts[str(record["name"]), start, stop] = sums
         return len(records)
 
     @contextmanager

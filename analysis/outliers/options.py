@@ -12,7 +12,7 @@ class SuperWeightOptions:
 
     model: ModelPath
     text: Annotated[
-        str | None, Flag("Calibration text: .txt, .jsonl or a datasets id. Default: a small built-in text.")
+        str | None, Flag("Text to run, as --calibration of plan takes it. Default: a small built-in text.")
     ] = None
     tokens: Annotated[int, Flag("Tokens of the text to run.")] = 512
     ablation: Annotated[bool, Flag("Measure perplexity with each super weight set to zero.")] = True

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from dynquant.analysis.outliers.options import SuperWeightOptions
 from dynquant.analysis.outliers.super_weights import Ablation, ablation, find_super_weights
 from dynquant.families.open import open_and_announce
+from dynquant.inputs.model_inputs import check_context
 from dynquant.inputs.text import pack_windows, read_text
 from dynquant.recipes.folder import SuperWeight
 from dynquant.running.load import load_hf, load_tokenizer
@@ -25,6 +26,7 @@ def look_for_super_weights(options: SuperWeightOptions, session: Session) -> Sup
     model = open_and_announce(options.model, session)
     text = read_text(options.text, max_tokens=options.tokens)
     window = pack_windows(text, load_tokenizer(model), window=options.tokens, max_tokens=options.tokens)[0]
+    check_context(model, len(window))
     hf_model = load_hf(model)
     weights = find_super_weights(hf_model, model.arch, model.hyper.n_layer, window)
     effects = [ablation(hf_model, weight, window) if options.ablation else None for weight in weights]

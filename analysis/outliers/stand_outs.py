@@ -59,9 +59,6 @@ def _outliers_among(members: list[tuple[ErrorRow, float]]) -> list[StandOut]:
         return []
     logs = [math.log(value) for _, value in members]
     middle = median(logs)
-    spread = max(1.4826 * median(abs(log - middle) for log in logs), MIN_LOG_SPREAD)
-    return [
-        StandOut(row, value, math.exp(middle), (log - middle) / spread)
-        for (row, value), log in zip(members, logs, strict=True)
-        if log - middle > OUTLIER_Z * spread
-    ]
+    spread = max(1.4826 * median(abs(log - middle) for log in logs), MIN_LOG_SPREAD)  # 1.4826 MAD is sigma of a normal
+    scored = [(*member, (log - middle) / spread) for member, log in zip(members, logs, strict=True)]
+    return [StandOut(row, value, math.exp(middle), z) for row, value, z in scored if z > OUTLIER_Z]

@@ -56,7 +56,7 @@ class DownSpike:
     row: int
     col: int
     share: float
-    is_growing: bool
+    is_growing: bool = False
     """The residual stream is larger at this token and channel after the layer than before it."""
 
     @property
@@ -126,7 +126,7 @@ def find_super_weights(
             if effect < criteria.min_effect:
                 zeroing.close()
                 continue
-            restore.push(zeroing)
+            restore.push(zeroing)  # it stays zero until the search ends
             same = {name: getattr(first, name) for name in SuperWeight.model_fields if hasattr(first, name)}
             super_weights.append(SuperWeight(**same, value=value, ratio=_ratio(first, spikes), effect=effect))
             spikes, log_probs = spikes_without, log_probs_without
@@ -141,7 +141,7 @@ def ablation(hf_model: nn.Module, super_weight: SuperWeight, token_ids: torch.Te
     token_ids = token_ids.reshape(1, -1)
     matrix = _matrix(hf_model, super_weight.module, super_weight.expert)
     magnitudes = matrix.abs().float()
-    magnitudes[super_weight.row, super_weight.col] = -1.0
+    magnitudes[super_weight.row, super_weight.col] = -1.0  # not among the next-largest
     k = min(k, magnitudes.numel() - 1)
     rows, cols = torch.unravel_index(magnitudes.flatten().topk(k).indices, magnitudes.shape)
     original = _perplexity(hf_model, token_ids)
@@ -153,20 +153,15 @@ def ablation(hf_model: nn.Module, super_weight: SuperWeight, token_ids: torch.Te
         without_others = _perplexity(hf_model, token_ids)
     finally:
         matrix[rows, cols] = kept
-    return Ablation(
-        perplexity=original,
-        without_super_weight=without,
-        without_next_largest=without_others,
-        num_next_largest=k,
-        num_tokens=token_ids.numel(),
-    )
+    damaged = {"without_super_weight": without, "without_next_largest": without_others}
+    return Ablation(perplexity=original, **damaged, num_next_largest=k, num_tokens=token_ids.numel())
 
 
 def _ratio(spike: DownSpike, spikes: list[DownSpike]) -> float:
     maxima: dict[int, float] = {}
     for other in spikes:
         maxima[other.layer] = max(maxima.get(other.layer, 0.0), abs(other.max_out))
-    return abs(spike.max_out) / max(median(maxima.values()), 1e-30)
+    return abs(spike.max_out) / max(median(maxima.values()), 1e-30)  # an untrained model has zeros
 
 
 def _matrix(hf_model: nn.Module, module: str, expert: int | None) -> torch.Tensor:
@@ -176,7 +171,7 @@ def _matrix(hf_model: nn.Module, module: str, expert: int | None) -> torch.Tenso
         return layer.weight.data
     stack = layer.down_proj
     matrix = stack[expert] if isinstance(stack, StoredExperts) else stack.data[expert]
-    return matrix.T if layer.is_transposed else matrix
+    return matrix.T if layer.is_transposed else matrix  # some experts are stored [in, out]
 
 
 @contextmanager
@@ -231,16 +226,13 @@ class DownScan:
         with ExitStack() as stack:
             for module in self._linears:
                 stack.callback(module.register_forward_hook(self._linear_hook).remove)
-            for layer in self._layer_modules():
+            places = [place for _, place in (*self._linears.values(), *self._experts.values())]
+            layers = {match.group(1) for place in places if (match := _LAYER_MODULE.match(place))}
+            for layer in map(self._model.get_submodule, layers):
                 stack.callback(layer.register_forward_hook(self._layer_hook, with_kwargs=True).remove)
             stack.enter_context(record_experts(self._model, self._observe_expert))
             losses = _token_losses(self._model, self._tokens)
         return sorted(self._spikes, key=lambda spike: spike.layer), -losses
-
-    def _layer_modules(self) -> list[nn.Module]:
-        places = [place for _, place in (*self._linears.values(), *self._experts.values())]
-        matches = filter(None, map(_LAYER_MODULE.match, places))
-        return [self._model.get_submodule(name) for name in dict.fromkeys(match.group(1) for match in matches)]
 
     def _linear_hook(self, module: nn.Module, args: tuple, out: torch.Tensor) -> None:
         x, out = args[0].flatten(0, -2), out.flatten(0, -2)
@@ -260,26 +252,14 @@ class DownScan:
         col = int((contributions if value > 0 else -contributions).argmax())
         share = float(contributions[col]) / value if value else 0.0
         in_token, in_channel = divmod(int(x.abs().argmax()), x.shape[1])
-        spike = DownSpike(
-            name=name,
-            module=place,
-            expert=expert,
-            max_in=float(x[in_token, in_channel]),
-            in_channel=in_channel,
-            max_out=value,
-            position=int(token_index[token]),
-            row=row,
-            col=col,
-            share=share,
-            is_growing=False,
-        )
-        self._pending.append(spike)
+        max_in, position = float(x[in_token, in_channel]), int(token_index[token])
+        # Whether it grows is known when the layer is done.
+        self._pending.append(DownSpike(name, place, expert, max_in, in_channel, value, position, row, col, share))
 
     def _layer_hook(self, _module: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
         before = args[0] if args else kwargs["hidden_states"]
         after = out[0] if isinstance(out, tuple) else out
         for spike in self._pending:
             at = (0, spike.position, spike.row)
-            is_growing = bool(after[at].abs() > before[at].abs())
-            self._spikes.append(replace(spike, is_growing=is_growing))
+            self._spikes.append(replace(spike, is_growing=bool(after[at].abs() > before[at].abs())))
         self._pending.clear()

@@ -5,7 +5,7 @@ error is then measured on held-back inputs of each kind. A layer that loses more
 calibration, and bits.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
@@ -17,7 +17,6 @@ from dynquant.calibration.stage import kind_path
 from dynquant.calibration.statistics import CalibrationStats, InputStats
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import Role, layer_of, role_of
-from dynquant.encoding.interface import Encoder
 from dynquant.encoding.stream import load_encoder
 from dynquant.formats import decode
 from dynquant.formats.quant_types import QUANT_TYPES, fit_to_row
@@ -72,18 +71,23 @@ class TokenErrors(FrozenRecord):
         )
 
 
-def measure_token_errors(
-    model: Model,
-    stats: CalibrationStats,
-    by_kind: Mapping[str, CalibrationStats],
-    types: Sequence[str],
-    encoder: Encoder,
-) -> TokenErrors:
+def write_token_errors(
+    model: Model, stats_path: Path, directory: Path, types: Sequence[str], encoder_name: str, session: Session
+) -> TokenErrors | None:
     """Measure every matrix (routed experts left out) in that one of `types` which is nearest to 4 bits.
+
+    Returns None, and removes what an earlier run wrote, without statistics of image and text tokens apart.
 
     Raises:
         StatsError: the statistics belong to another checkpoint.
     """
+    paths = {kind: kind_path(stats_path, kind) for kind in KINDS}
+    output = directory / TOKEN_ERRORS_NAME
+    if not all(path.is_file() for path in paths.values()):
+        output.unlink(missing_ok=True)
+        return None
+    stats, encoder = CalibrationStats.load(stats_path), load_encoder(encoder_name)
+    by_kind = {kind: CalibrationStats.load(path) for kind, path in paths.items()}
     stats.check_belongs_to(model.fingerprint, model.name)
     type_name = next((name for name in _PREFERRED if name in types), types[0])
     rows = []
@@ -97,16 +101,18 @@ def measure_token_errors(
         packed = encoder.encode(stored, weights.unsqueeze(0), scale, name=info.name)
         difference = weights - decode(stored, packed, (1, *weights.shape))[0]
         errors = {kind: _error(x, weights, difference) for kind, x in inputs.items()}
-        rows.append(
-            TokenError(name=info.name, role=role_of(info.name), layer=layer_of(info.name), type=stored.name, **errors)
-        )
-    return TokenErrors(fingerprint=model.fingerprint, type=type_name, rows=tuple(rows))
+        place = {"name": info.name, "role": role_of(info.name), "layer": layer_of(info.name)}
+        rows.append(TokenError(**place, type=stored.name, **errors))
+    measured = TokenErrors(fingerprint=model.fingerprint, type=type_name, rows=tuple(rows))
+    measured.save(output)
+    session.note(measured.sentence())
+    return measured
 
 
 def _samples(inputs: InputStats | None, columns: int) -> torch.Tensor | None:
     if inputs is None or inputs.samples is None or inputs.samples.shape[-1] != columns or len(inputs.samples) != 1:
         return None
-    count = int(inputs.sample_counts[0])
+    count = int(inputs.sample_counts[0])  # unfilled rows are no inputs
     return inputs.samples[0, :count].float() if count else None
 
 
@@ -115,20 +121,3 @@ def _error(x: torch.Tensor | None, weights: torch.Tensor, difference: torch.Tens
         return None
     kept = float((x @ weights.T).square().sum(dtype=torch.float64))
     return (float((x @ difference.T).square().sum(dtype=torch.float64)) / kept) ** 0.5 if kept > 0 else 0.0
-
-
-def write_token_errors(
-    model: Model, stats_path: Path, directory: Path, types: tuple[str, ...], encoder: str, session: Session
-) -> TokenErrors | None:
-    """Measure the language model's errors on image and text tokens apart; None without such statistics."""
-    paths = {kind: kind_path(stats_path, kind) for kind in KINDS}
-    output = directory / TOKEN_ERRORS_NAME
-    if not all(path.is_file() for path in paths.values()):
-        output.unlink(missing_ok=True)
-        return None
-    stats = CalibrationStats.load(stats_path)
-    by_kind = {kind: CalibrationStats.load(path) for kind, path in paths.items()}
-    errors = measure_token_errors(model, stats, by_kind, types, load_encoder(encoder))
-    errors.save(output)
-    session.note(errors.sentence())
-    return errors

@@ -14,7 +14,6 @@ plan_map                type of every tensor
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dynquant.analysis.plots.errors import draw_errors, draw_token_errors
 from dynquant.analysis.plots.experts import draw_experts
@@ -22,14 +21,9 @@ from dynquant.analysis.plots.frontier import draw_frontier, draw_measured_fronti
 from dynquant.analysis.plots.groups import PlanResults
 from dynquant.analysis.plots.plan_map import draw_plan_map
 from dynquant.analysis.plots.sizes import draw_size_breakdown
-from dynquant.analysis.plots.style import PlotFiles, plot_settings, save_figure
+from dynquant.analysis.plots.style import Drawn, PlotFiles, plot_settings, save_figure
 from dynquant.analysis.plots.super_weights import draw_super_weights
 from dynquant.session import Progress, ignore_progress
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-Drawing = Callable[[], tuple["Figure", str] | None]
 
 
 def write_plots(directory: Path, results: PlanResults, progress: Progress = ignore_progress) -> dict[str, PlotFiles]:
@@ -52,10 +46,10 @@ def write_plots(directory: Path, results: PlanResults, progress: Progress = igno
     return written
 
 
-def _drawings(results: PlanResults) -> dict[str, Drawing]:
+def _drawings(results: PlanResults) -> dict[str, Callable[[], Drawn]]:
     """Plot name -> how to draw it, in the order of the report; only plots whose inputs are there."""
     plan, table, stats, selection = results.plan, results.table, results.stats, results.selection
-    drawings: dict[str, Drawing] = {
+    drawings: dict[str, Callable[[], Drawn]] = {
         "plan_map": lambda: draw_plan_map(plan),
         "size_breakdown": lambda: draw_size_breakdown(plan),
     }

@@ -1,20 +1,15 @@
 """Expert heat map: tokens that calibration routed to every expert, beside the error of what the plan ships."""
 
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dynquant.analysis.errors.table import ErrorTable
-from dynquant.analysis.plots.style import BLACK, LIGHT, header_legend, new_figure, plain, short_number
+from dynquant.analysis.plots import style
 from dynquant.calibration.importance import expert_coverage
 from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.tensor_roles import layer_of
 from dynquant.recipes.plan import Plan, PlanEntry
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 STACKED_FROM = 48
 """From this many experts the two maps stand above each other, each over the full width."""
@@ -57,7 +52,7 @@ def expert_errors(plan: Plan, table: ErrorTable) -> tuple[dict[int, np.ndarray],
     return dict(sorted(worst.items())), name
 
 
-def draw_experts(plan: Plan, table: ErrorTable | None, stats: CalibrationStats) -> tuple["Figure", str] | None:
+def draw_experts(plan: Plan, table: ErrorTable | None, stats: CalibrationStats) -> style.Drawn:
     """Figure and headline, or None for a model without counted experts."""
     tokens = expert_tokens(plan, stats)
     if not tokens:
@@ -67,29 +62,25 @@ def draw_experts(plan: Plan, table: ErrorTable | None, stats: CalibrationStats) 
     num_experts = max(len(counts) for counts in tokens.values())
     is_stacked = num_experts >= STACKED_FROM
     headline = _headline(tokens, starved)
-    subtitle = f"{plain(plan.model, 60)}, plan “{plain(plan.recipe, 40)}”"
-    figure = new_figure(*_size(len(tokens), is_stacked, bool(errors)), headline, subtitle, legend_rows=1)
-    maps = [(tokens, "tokens routed to each expert", "tokens", "viridis", short_number)]
+    size = _size(len(tokens), is_stacked, bool(errors))
+    figure = style.new_figure(*size, headline, style.plan_title(plan), legend_rows=1)
+    maps = [(tokens, "tokens routed to each expert", "tokens", "viridis", style.short_number)]
     if errors:
         title = f"{error_name} in the plan's types, worst projection"
         maps.append((errors, title, "error (%)", "magma_r", lambda v: f"{100 * v:.3g}%"))
     grid = (len(maps), 1) if is_stacked else (1, len(maps))
     for index, (values, title, unit, colours, label) in enumerate(maps):
-        axes = figure.add_subplot(*grid, index + 1)
-        axes.set_title(title)
+        axes = figure.add_subplot(*grid, index + 1, title=title)
         _heat(axes, _matrix(values, list(tokens), num_experts), unit, colours, label)
         _name_axes(axes, list(tokens))
         _mark(axes, [(expert, list(tokens).index(layer)) for layer, expert in starved if layer in tokens], is_stacked)
-    header_legend(figure, _legend(bool(starved), bool(errors)), columns=3)
+    style.header_legend(figure, _legend(bool(starved), bool(errors)), columns=3)
     return figure, headline
 
 
 def _routed(plan: Plan) -> list[PlanEntry]:
-    return [
-        entry
-        for entry in plan.entries
-        if entry.role.is_routed_expert and len(entry.shape) == 3 and layer_of(entry.name) is not None
-    ]
+    stacks = [entry for entry in plan.entries if entry.role.is_routed_expert and len(entry.shape) == 3]
+    return [entry for entry in stacks if layer_of(entry.name) is not None]
 
 
 def _headline(tokens: dict[int, np.ndarray], starved: Collection) -> str:
@@ -116,16 +107,16 @@ def _matrix(values: dict[int, np.ndarray], layers: list[int], num_experts: int) 
     return matrix
 
 
-def _heat(axes: "Axes", matrix: np.ndarray, unit: str, colours: str, label: Callable[[float], str]) -> None:
+def _heat(axes: style.Axes, matrix: np.ndarray, unit: str, colours: str, label: Callable[[float], str]) -> None:
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     positive = matrix[np.isfinite(matrix) & (matrix > 0)]
     low, high = (positive.min(), positive.max()) if positive.size else (0.1, 1.0)
-    low, high = (low / 1.1, high * 1.1) if high / low < 1.2 else (low, high)
-    palette = colormaps[colours].with_extremes(bad=LIGHT)
-    shown = np.ma.masked_where(~(matrix > 0), matrix)
+    low, high = (low / 1.1, high * 1.1) if high / low < 1.2 else (low, high)  # equal cells need a range too
+    palette = colormaps[colours].with_extremes(bad=style.LIGHT)
+    shown = np.ma.masked_where(~(matrix > 0), matrix)  # no tokens: no logarithm
     image = axes.imshow(shown, cmap=palette, norm=LogNorm(low, high), aspect="auto", interpolation="none")
     bar = axes.figure.colorbar(image, ax=axes, pad=0.01, fraction=0.04)
     bar.set_label(unit)
@@ -135,34 +126,33 @@ def _heat(axes: "Axes", matrix: np.ndarray, unit: str, colours: str, label: Call
     bar.ax.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _name_axes(axes: "Axes", layers: list[int]) -> None:
+def _name_axes(axes: style.Axes, layers: list[int]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.grid(visible=False)
-    axes.set_xlabel("expert")
-    axes.set_ylabel("layer")
+    axes.set(xlabel="expert", ylabel="layer")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=17, integer=True, steps=[1, 2, 4, 5, 10]))
     step = 1 if len(layers) <= 20 else 5 if len(layers) <= 100 else 10
     rows = [index for index, layer in enumerate(layers) if layer % step == 0]
     axes.set_yticks(rows, [str(layers[index]) for index in rows])
 
 
-def _mark(axes: "Axes", points: list[tuple[int, int]], is_small: bool) -> None:
+def _mark(axes: style.Axes, points: list[tuple[int, int]], is_small: bool) -> None:
     """Draw a cross at every (column, row) of a starved expert."""
     if not points:
         return
     size, rim, line = (13, 2.0, 0.9) if is_small else (34, 3.0, 1.4)
     # The white rim makes the cross legible on any colour.
     axes.scatter(*zip(*points, strict=True), marker="x", s=size, color="white", linewidths=rim)
-    axes.scatter(*zip(*points, strict=True), marker="x", s=size, color=BLACK, linewidths=line)
+    axes.scatter(*zip(*points, strict=True), marker="x", s=size, color=style.BLACK, linewidths=line)
 
 
 def _legend(has_starved: bool, has_errors: bool) -> list:
-    from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    handles = []
-    if has_starved:
-        handles.append(Line2D([], [], color=BLACK, marker="x", linestyle="none", label="starved: too few tokens"))
     missing = "no tokens, or no held-back sample" if has_errors else "no tokens"
-    return [*handles, Patch(facecolor=LIGHT, edgecolor="#9ca3af", label=missing)]
+    handles = [Patch(facecolor=style.LIGHT, edgecolor="#9ca3af", label=missing)]
+    if has_starved:
+        look = {"color": style.BLACK, "marker": "x", "linestyle": "none"}
+        handles.insert(0, style.legend_line("starved: too few tokens", **look))
+    return handles

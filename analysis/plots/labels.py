@@ -33,15 +33,9 @@ def place_labels(
     fontsize: float = 7.5,
     clearance: float = 7.0,
 ) -> None:
-    """Write each (x, y, text) near its point with a thin leader.
+    """Write each (x, y, text), in data coordinates as the polylines `obstacles`, near its point with a thin leader.
 
-    Args:
-        axes: Where the points lie.
-        labels: Data coordinates and text.
-        obstacles: Polylines of drawn data, in data coordinates.
-        color: Of text and leader.
-        fontsize: In points.
-        clearance: Least distance between point and text, in points: more for large markers.
+    `clearance` is the least distance between point and text, in points: more for large markers.
     """
     freeze_layout(axes.figure)
     if not labels:
@@ -110,10 +104,8 @@ def _positions(axes: "Axes", annotation, anchor: np.ndarray, clearance: float) -
 def _cost(position: _Position, taken: Sequence["Bbox"], blocked: np.ndarray, anchors: np.ndarray) -> float:
     """Add the faults of a position among other labels, drawn data and other labelled points."""
     box = position.box
-    gaps = [
-        np.hypot(*np.maximum(0, np.maximum(box.min - points, points - box.max)).T)
-        for points in (anchors, position.leader[:1])
-    ]
+    places = (anchors, position.leader[:1])
+    gaps = [np.hypot(*np.maximum(0, np.maximum(box.min - points, points - box.max)).T) for points in places]
     # A label that is nearer to another labelled point would seem to belong to that one.
     cost = position.fault + _AMBIGUOUS * bool(gaps[0].min() < gaps[1][0] - 0.5) + _COVERED * box.count_contains(blocked)
     return cost + sum(_OVERLAP * box.overlaps(o) + _CROSSED * o.count_contains(position.leader) for o in taken)

@@ -1,16 +1,9 @@
 """Plan map: layers down, roles across, each cell coloured by bits per weight and named by its type."""
 
-from typing import TYPE_CHECKING
-
+from dynquant.analysis.plots import style
 from dynquant.analysis.plots.groups import bits_of, group_of
-from dynquant.analysis.plots.style import new_figure, plain
 from dynquant.checkpoints.tensor_roles import Role, layer_of
-from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.recipes.plan import Plan, PlanEntry
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 KEPT_BITS = 4.0
 """From this many bits per weight a tensor counts as kept, below it as crushed."""
@@ -33,7 +26,7 @@ def map_cells(plan: Plan) -> dict[tuple[int, Role], PlanEntry]:
     return cells
 
 
-def draw_plan_map(plan: Plan) -> tuple["Figure", str] | None:
+def draw_plan_map(plan: Plan) -> style.Drawn:
     """Figure and headline; None for a plan without layers."""
     cells = map_cells(plan)
     if not cells:
@@ -42,11 +35,13 @@ def draw_plan_map(plan: Plan) -> tuple["Figure", str] | None:
     roles = [role for role in Role if any((layer, role) in cells for layer in layers)]
     ends = [entry for entry in plan.entries if entry.role in _ENDS and len(entry.shape) > 1]
     headline = _headline(plan)
-    subtitle = f"{plain(plan.model, 60)}, plan “{plain(plan.recipe, 40)}”: top of the model above, output below"
+    subtitle = f"{style.plan_title(plan)}: top of the model above, output below"
     width, row = max(0.74 * len(roles) + 2.2, 8.5), 0.30 if len(layers) <= 24 else 0.205
-    figure = new_figure(width, row * (len(layers) + len(ends)) + 1.5, headline, subtitle)
+    figure = style.new_figure(width, row * (len(layers) + len(ends)) + 1.5, headline, subtitle)
     axes = figure.add_subplot()
-    _draw_cells(axes, cells, layers, roles)
+    size = 7.5 if len(layers) <= 24 else 7
+    for (layer, role), entry in cells.items():
+        _box(axes, entry, roles.index(role), layers.index(layer), 1, entry.type, size)
     _draw_ends(axes, ends, layers, roles)
     _dress(axes, layers, roles, ends)
     return figure, headline
@@ -72,40 +67,33 @@ def _palette():
     return ListedColormap(COLOURS), BoundaryNorm(BIT_EDGES, len(COLOURS))
 
 
-def _box(axes: "Axes", left: float, top: float, width: float, bits: float, text: str, size: float) -> None:
+def _box(axes: style.Axes, entry: PlanEntry, left: int, top: int, width: int, text: str, size: float) -> None:
     from matplotlib.patches import Rectangle
 
     palette, norm = _palette()
-    red, green, blue, _ = color = palette(norm(bits))
-    ink = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
+    red, green, blue, _ = color = palette(norm(entry.quant_type.bits_per_weight))
+    ink = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"  # BT.601 luma
     axes.add_patch(Rectangle((left, top), width, 1, facecolor=color, edgecolor="white", linewidth=0.8))
     axes.text(left + width / 2, top + 0.53, text, ha="center", va="center", fontsize=size, color=ink)
 
 
-def _draw_cells(axes: "Axes", cells: dict, layers: list[int], roles: list[Role]) -> None:
-    size = 7.5 if len(layers) <= 24 else 7
-    for (layer, role), entry in cells.items():
-        place = roles.index(role), layers.index(layer)
-        _box(axes, *place, 1, QUANT_TYPES[entry.type].bits_per_weight, entry.type, size)
-
-
-def _draw_ends(axes: "Axes", ends: list[PlanEntry], layers: list[int], roles: list[Role]) -> None:
+def _draw_ends(axes: style.Axes, ends: list[PlanEntry], layers: list[int], roles: list[Role]) -> None:
     """Embedding above the first layer, output and ends of the vision tower below the last, across the whole width."""
     above, below = -1, len(layers)
     for entry in ends:
         top = above if entry.role is Role.EMBEDDING else below
-        bits = entry.quant_type.bits_per_weight
-        _box(axes, 0, top, len(roles), bits, f"{plain(entry.name, 40)} · {entry.type}", 7.5)
+        _box(axes, entry, 0, top, len(roles), f"{style.plain(entry.name, 40)} · {entry.type}", 7.5)
         above, below = (above - 1, below) if entry.role is Role.EMBEDDING else (above, below + 1)
 
 
-def _dress(axes: "Axes", layers: list[int], roles: list[Role], ends: list[PlanEntry]) -> None:
+def _dress(axes: style.Axes, layers: list[int], roles: list[Role], ends: list[PlanEntry]) -> None:
     from matplotlib.cm import ScalarMappable
 
     above = sum(entry.role is Role.EMBEDDING for entry in ends)
     axes.set_xlim(0, len(roles))
     axes.set_ylim(len(layers) + len(ends) - above, -above)
-    axes.set_xticks([i + 0.5 for i in range(len(roles))], [_two_lines(role) for role in roles], fontsize=8)
+    names = [role.value.replace("_", "\n", 1) for role in roles]
+    axes.set_xticks([i + 0.5 for i in range(len(roles))], names, fontsize=8)
     axes.xaxis.tick_top()
     axes.set_yticks([i + 0.5 for i in range(len(layers))], [str(layer) for layer in layers], fontsize=7.5)
     axes.tick_params(length=0)
@@ -121,8 +109,3 @@ def _dress(axes: "Axes", layers: list[int], roles: list[Role], ends: list[PlanEn
     )  # fmt: skip
     bar.set_label("bits per weight (red: crushed, blue: kept)")
     bar.ax.set_yticklabels([f"{edge:g}" for edge in BIT_EDGES], fontsize=8)
-
-
-def _two_lines(role: Role) -> str:
-    first, _, rest = role.value.partition("_")
-    return f"{first}\n{rest}" if rest else first

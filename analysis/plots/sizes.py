@@ -2,16 +2,11 @@
 
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
 
+from dynquant.analysis.plots import style
 from dynquant.analysis.plots.groups import bits_of, role_group
-from dynquant.analysis.plots.style import GROUP_COLOURS, new_figure, plain, size_unit
 from dynquant.recipes.plan import Plan
 from dynquant.resources import human_bytes
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 BYTES_16_BIT = 2
 
@@ -33,7 +28,7 @@ class RoleSize:
 def role_sizes(plan: Plan) -> list[RoleSize]:
     """Sizes of the role groups that the plan holds, in a fixed order."""
     sizes = []
-    for group in GROUP_COLOURS:
+    for group in style.GROUP_COLOURS:
         entries = [entry for entry in plan.entries if role_group(entry.role) == group]
         weights = sum(prod(entry.shape) for entry in entries)
         if entries:
@@ -41,7 +36,7 @@ def role_sizes(plan: Plan) -> list[RoleSize]:
     return sizes
 
 
-def draw_size_breakdown(plan: Plan) -> tuple["Figure", str]:
+def draw_size_breakdown(plan: Plan) -> style.Drawn:
     """Figure and headline: both files to scale above, share of weights against share of bytes per role below."""
     sizes = role_sizes(plan)
     original = sum(size.original_bytes for size in sizes)
@@ -49,36 +44,34 @@ def draw_size_breakdown(plan: Plan) -> tuple["Figure", str]:
         f"Size: {human_bytes(plan.predicted_bytes)}, {100 * plan.predicted_bytes / original:.1f}% of the 16-bit file, "
         f"{plan.bits_per_weight:.2f} bits per weight"
     )
-    subtitle = f"{plain(plan.model, 60)}, plan “{plain(plan.recipe, 40)}”"
-    figure = new_figure(11.5, 1.9 + 0.5 * len(sizes), headline, subtitle)
+    figure = style.new_figure(11.5, 1.9 + 0.5 * len(sizes), headline, style.plan_title(plan))
     upper, lower = figure.subplots(2, 1, height_ratios=[1.4, 0.5 * len(sizes)])
     _draw_scale(upper, sizes, original)
     _draw_roles(lower, sizes)
     return figure, headline
 
 
-def _draw_scale(axes: "Axes", sizes: list[RoleSize], original: int) -> None:
-    divisor, unit = size_unit(original)
+def _draw_scale(axes: style.Axes, sizes: list[RoleSize], original: int) -> None:
+    divisor, unit = style.size_unit(original)
     for place, part, total in ((1, "original_bytes", original), (0, "bytes", sum(size.bytes for size in sizes))):
         start = 0.0
         for size in sizes:
             width = getattr(size, part) / divisor
-            axes.barh(place, width, left=start, color=GROUP_COLOURS[size.group], edgecolor="white", linewidth=0.6)
+            axes.barh(place, width, left=start, color=style.GROUP_COLOURS[size.group], edgecolor="white", linewidth=0.6)
             start += width
-        axes.annotate(
-            human_bytes(total), (start, place), (4, 0), textcoords="offset points", va="center", fontweight="bold"
-        )
+        look = {"textcoords": "offset points", "va": "center", "fontweight": "bold"}
+        axes.annotate(human_bytes(total), (start, place), (4, 0), **look)
     axes.set_yticks([1, 0], ["16-bit original", "this plan"])
     axes.set_xlim(0, 1.12 * original / divisor)
     axes.set_xlabel(f"tensor bytes ({unit}), colours as below")
     axes.grid(axis="y", visible=False)
 
 
-def _draw_roles(axes: "Axes", sizes: list[RoleSize]) -> None:
+def _draw_roles(axes: style.Axes, sizes: list[RoleSize]) -> None:
     weights, total = sum(size.num_weights for size in sizes), sum(size.bytes for size in sizes)
-    places = list(range(len(sizes)))[::-1]
+    places = list(range(len(sizes)))[::-1]  # the first on top
     for place, size in zip(places, sizes, strict=True):
-        color = GROUP_COLOURS[size.group]
+        color = style.GROUP_COLOURS[size.group]
         share, weight_share = 100 * size.bytes / total, 100 * size.num_weights / weights
         axes.barh(place + 0.19, share, height=0.36, color=color, edgecolor="#374151", linewidth=0.5)
         hatched = {"facecolor": "white", "edgecolor": "#9ca3af", "hatch": "////", "linewidth": 0.5}
@@ -87,11 +80,10 @@ def _draw_roles(axes: "Axes", sizes: list[RoleSize]) -> None:
             f"{size.bits_per_weight:.2f} bits/weight · {human_bytes(size.bytes)} · "
             f"{_percent(share)} of bytes, {_percent(weight_share)} of weights"
         )
-        axes.annotate(
-            text, (max(share, weight_share), place), (6, 0), textcoords="offset points", va="center", fontsize=8.5
-        )
+        look = {"textcoords": "offset points", "va": "center", "fontsize": 8.5}
+        axes.annotate(text, (max(share, weight_share), place), (6, 0), **look)
     widest = max(max(size.bytes / total, size.num_weights / weights) for size in sizes)
-    axes.set_xlim(0, 100 * widest / 0.58)
+    axes.set_xlim(0, 100 * widest / 0.58)  # room for the words beside the longest bar
     axes.set_yticks(places, [size.group for size in sizes])
     axes.set_xticks([tick for tick in axes.get_xticks() if tick <= 100])
     axes.set_xlabel("share of all bytes in the plan (coloured) and of all weights (hatched), in %")

@@ -10,28 +10,42 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynquant.errors import ExportError
+from dynquant.recipes.plan import Plan
 from dynquant.storage.atomic import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+else:
+    Axes = Figure = Line2D = Any  # matplotlib is imported when something is drawn
+Drawn = tuple[Figure, str] | None
+"""Figure and headline; None when there is nothing to show."""
 
 BLACK, GREY, LIGHT = "#000000", "#6b7280", "#e5e7eb"
 ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
 BLUE, VERMILION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
-TYPE_STYLES = (
-    (VERMILION, "v", "-"),
-    (ORANGE, "s", "--"),
-    (PURPLE, "D", "-."),
-    (GREY, "o", ":"),
-    (GREEN, "^", "-"),
-    (SKY, "P", "--"),
-    (BLUE, "X", "-."),
-)
-"""Colour, marker and dash of the shown types, fewest bits first: warm is crushed, cool is precise."""
+
+
+class Look(NamedTuple):
+    """Looks of a series."""
+
+    color: str
+    marker: str
+    dash: str
+
+    @property
+    def line(self) -> dict[str, str]:
+        """The look as options of `Axes.plot`."""
+        return {"color": self.color, "marker": self.marker, "linestyle": self.dash}
+
+
+_TYPE_COLOURS = (VERMILION, ORANGE, PURPLE, GREY, GREEN, SKY, BLUE)
+TYPE_LOOKS = tuple(map(Look, _TYPE_COLOURS, "vsDo^PX", ("-", "--", "-.", ":", "-", "--", "-.")))
+"""Looks of the shown types, fewest bits first: warm is crushed, cool is precise."""
 GROUP_COLOURS = {
     "routed gate/up": SKY,
     "routed down": BLUE,
@@ -47,23 +61,16 @@ GROUP_COLOURS = {
     "router/norm/other": GREY,
 }
 PNG_DPI = 150
-_RC = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#9ca3af",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "grid.color": LIGHT,
-    "grid.linewidth": 0.7,
-    "legend.frameon": False,
-    "figure.facecolor": "white",
-    "svg.fonttype": "none",
-    "svg.hashsalt": "dynquant",
-    "text.parse_math": False,
+_TITLES = {"titlesize": 10, "titleweight": "bold", "titlelocation": "left"}
+_SETTINGS = {
+    "font": {"size": 9},
+    "axes": {"edgecolor": "#9ca3af", "grid": True, "axisbelow": True, **_TITLES},
+    "axes.spines": {"top": False, "right": False},
+    "grid": {"color": LIGHT, "linewidth": 0.7},
+    "legend": {"frameon": False},
+    "figure": {"facecolor": "white"},
+    "svg": {"fonttype": "none", "hashsalt": "dynquant"},  # text stays text; equal plots are equal files
+    "text": {"parse_math": False},  # a `$` in a tensor's name is no formula
 }
 
 
@@ -91,18 +98,24 @@ def plot_settings() -> Iterator[None]:
         ) from error
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_RC)
+        for group, settings in _SETTINGS.items():
+            matplotlib.rc(group, **settings)
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         yield
 
 
 def plain(text: str, limit: int = 80) -> str:
     """A name as one printable line of at most `limit` characters."""
-    line = "".join(char if char.isprintable() else "\ufffd" for char in text)
+    line = "".join(char if char.isprintable() else "\ufffd" for char in text)  # names may hold anything
     return line if len(line) <= limit else f"{line[: limit - 1]}…"
 
 
-def new_figure(width: float, height: float, headline: str, subtitle: str, *, legend_rows: int = 0) -> "Figure":
+def plan_title(plan: Plan) -> str:
+    """Return model and recipe of a plan, for a subtitle."""
+    return f"{plain(plan.model, 60)}, plan “{plain(plan.recipe, 40)}”"
+
+
+def new_figure(width: float, height: float, headline: str, subtitle: str, *, legend_rows: int = 0) -> Figure:
     """A figure of width x height inches under a header band with headline, subtitle and room for a legend."""
     from matplotlib.figure import Figure
 
@@ -115,18 +128,19 @@ def new_figure(width: float, height: float, headline: str, subtitle: str, *, leg
     return figure
 
 
-def header_legend(figure: "Figure", handles: list, columns: int) -> None:
+def header_legend(figure: Figure, handles: list, columns: int) -> None:
     """A legend in the header band, clear of the data."""
     width, height = figure.get_size_inches()
-    legend = figure.legend(
-        handles=handles,
-        loc="upper left",
-        bbox_to_anchor=(0.05 / width, 1 - 0.56 / height),
-        ncols=columns,
-        columnspacing=1.4,
-        handlelength=2.6,
-    )
-    legend.set_in_layout(False)
+    place = {"loc": "upper left", "bbox_to_anchor": (0.05 / width, 1 - 0.56 / height)}
+    legend = figure.legend(handles=handles, **place, ncols=columns, columnspacing=1.4, handlelength=2.6)
+    legend.set_in_layout(False)  # the band has room for it
+
+
+def legend_line(label: str, **look: Any) -> Line2D:
+    """Return a line or marker for a legend."""
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], label=label, **look)
 
 
 def number_axis(axis, *, percent: bool = False) -> None:
@@ -134,14 +148,14 @@ def number_axis(axis, *, percent: bool = False) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = sorted(axis.get_view_interval())
-    subs = (1.0, 2.0, 5.0) if high / low < 300 else (1.0,)
+    subs = (1.0, 2.0, 5.0) if high / low < 300 else (1.0,)  # fewer ticks on a long axis
     axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=12))
     scale, unit = (100, "%") if percent else (1, "")
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{short_number(scale * value)}{unit}"))
     axis.set_minor_formatter(NullFormatter())
 
 
-def layer_axis(axes: "Axes", layers: list[int]) -> None:
+def layer_axis(axes: Axes, layers: list[int]) -> None:
     """Whole layer numbers from the first to the last layer."""
     from matplotlib.ticker import MaxNLocator
 
@@ -165,7 +179,7 @@ def size_unit(num_bytes: float) -> tuple[float, str]:
     return 1e3, "kB"
 
 
-def freeze_layout(figure: "Figure") -> None:
+def freeze_layout(figure: Figure) -> None:
     """Lay the figure out once and keep it so: what follows reads final pixel positions, and saving is faster."""
     engine = figure.get_layout_engine()
     if engine is not None:
@@ -174,7 +188,7 @@ def freeze_layout(figure: "Figure") -> None:
         figure.set_layout_engine(None)
 
 
-def save_figure(figure: "Figure", directory: Path, name: str, headline: str) -> PlotFiles:
+def save_figure(figure: Figure, directory: Path, name: str, headline: str) -> PlotFiles:
     """Write NAME.png (150 dpi) and NAME.svg, each whole or not at all.
 
     Raises:
@@ -184,6 +198,6 @@ def save_figure(figure: "Figure", directory: Path, name: str, headline: str) -> 
     freeze_layout(figure)
     for path, metadata in ((files.png, {"Software": None}), (files.svg, {"Date": None, "Creator": None})):
         buffer = io.BytesIO()
-        figure.savefig(buffer, format=path.suffix[1:], dpi=PNG_DPI, metadata=metadata)
+        figure.savefig(buffer, format=path.suffix[1:], dpi=PNG_DPI, metadata=metadata)  # without date and version
         write_atomically(path, buffer.getvalue())
     return files

@@ -20,16 +20,7 @@ from dynquant.analysis.plots.experts import starved_experts
 from dynquant.analysis.plots.groups import PlanResults, bits_of, role_group, shown_types
 from dynquant.analysis.plots.plan_map import KEPT_BITS
 from dynquant.analysis.plots.style import GROUP_COLOURS, PlotFiles
-from dynquant.analysis.report.tables import (
-    evaluation_table,
-    frontier_table,
-    plan_table,
-    selection_table,
-    size_table,
-    stand_out_table,
-    starved_table,
-    super_weight_table,
-)
+from dynquant.analysis.report import tables
 from dynquant.analysis.report.texts import PLOT_TEXTS
 from dynquant.checkpoints.vision_names import LANGUAGE, part_of
 from dynquant.errors import ExportError
@@ -45,19 +36,10 @@ _FILTER = (
 )
 
 
-def write_report(
-    path: Path,
-    results: PlanResults,
-    plots: Mapping[str, PlotFiles],
-    *,
-    evaluation: Mapping[str, object] | None = None,
-    pictures: str = "",
-) -> None:
+def write_report(path: Path, results: PlanResults, plots: Mapping[str, PlotFiles], *, measured: str = "") -> None:
     """Write the report, whole or not at all. `plots` come from `write_plots`; absent ones are said to be absent.
 
-    Args:
-        evaluation: What `eval` measured, with any nesting.
-        pictures: HTML of `picture_section`.
+    `measured` is HTML of what `eval` found: `tables.evaluation_table` or `pictures.picture_section`.
 
     Raises:
         PlanError, StatsError: table or statistics belong to another checkpoint than the plan.
@@ -65,20 +47,14 @@ def write_report(
     """
     results.check_same_checkpoint()
     plan = results.plan
-    tables = _tables(results)
+    below = _tables(results)
     # The page does not miss plots of what was not asked for.
-    not_asked_for = {"token_errors"} - plots.keys()
-    if results.selection is None:
-        not_asked_for |= {"selection", "measured_frontier"}
-    elif not results.selection.frontier:
-        not_asked_for |= {"measured_frontier"}
-    sections = [
-        _plot_section(name, plots.get(name), tables.get(name, "")) for name in PLOT_TEXTS if name not in not_asked_for
-    ]
-    if evaluation or pictures:
-        measured = evaluation_table(evaluation) if evaluation else ""
-        sections.append(_section("evaluation", "Before and after", measured + pictures))
-    every_tensor = _FILTER + plan_table(plan, results.table)
+    not_asked_for = {"token_errors", "selection", "measured_frontier"} - plots.keys() - below.keys()
+    shown = [name for name in PLOT_TEXTS if name not in not_asked_for]
+    sections = [_plot_section(name, plots.get(name), below.get(name, "")) for name in shown]
+    if measured:
+        sections.append(_section("evaluation", "Before and after", measured))
+    every_tensor = _FILTER + tables.plan_table(plan, results.table)
     sections.append(_section("plan-section", "The plan, tensor by tensor", every_tensor))
     sections.append(_section("provenance", "Provenance", _provenance(results)))
     template = resources.files("dynquant.analysis.report").joinpath("page.html").read_text(encoding="utf-8")
@@ -102,10 +78,10 @@ def summary_sentence(plan: Plan) -> str:
             f"Nothing is crushed: every tensor is kept at {KEPT_BITS:g} bits or more, {bits_of(kept):.2f} on average."
         )
     share = sum(prod(entry.shape) for entry in crushed) / plan.num_weights
-    bits = f"{bits_of(crushed):.2f} bits per weight ({_share(share)} of the weights)"
+    bits = f"{bits_of(crushed):.2f} bits per weight ({share:.1%} of the weights)"
     sentence = f"{_groups(crushed, plan)} crushed to {bits}"
     if kept:
-        sentence += f"; {_groups(kept, plan)} kept at {bits_of(kept):.2f} bits ({_share(1 - share)})"
+        sentence += f"; {_groups(kept, plan)} kept at {bits_of(kept):.2f} bits ({1 - share:.1%})"
     return f"{sentence[0].upper()}{sentence[1:]}."
 
 
@@ -120,21 +96,16 @@ def _groups(entries: list[PlanEntry], plan: Plan) -> str:
     return names[0] if len(names) == 1 else f"{'; '.join(names[:-1])} and {names[-1]}".replace("; ", ", ")
 
 
-def _share(value: float) -> str:
-    return f"{100 * value:.1f}%"
-
-
 def _facts(plan: Plan) -> str:
     original = 2 * plan.num_weights
-    types = ", ".join(f"{name} ({count})" for name, count in plan.histogram().items())
     facts = {
         "File size": f"{human_bytes(plan.predicted_bytes)} ({plan.predicted_bytes:,} bytes)",
-        "Of the 16-bit original": f"{_share(plan.predicted_bytes / original)} of {human_bytes(original)}",
+        "Of the 16-bit original": f"{plan.predicted_bytes / original:.1%} of {human_bytes(original)}",
         "Bits per weight": f"{plan.bits_per_weight:.3f}",
         "Weights": f"{plan.num_weights:,}",
         "Recipe": plan.recipe,
         "Architecture": plan.arch,
-        "Types (tensors)": types,
+        "Types (tensors)": ", ".join(f"{name} ({count})" for name, count in plan.histogram().items()),
     }
     return _definitions(facts)
 
@@ -170,29 +141,29 @@ def _data_uri(files: PlotFiles) -> str:
 def _tables(results: PlanResults) -> dict[str, str]:
     """Return the HTML below each plot."""
     plan, table, stats, selection = results.plan, results.table, results.stats, results.selection
-    tables = {"size_breakdown": size_table(plan)}
+    below = {"size_breakdown": tables.size_table(plan)}
     if table is not None:
         types = shown_types(table, plan)
         for name, measure in (("error_by_layer", "activation_error"), ("weight_error_by_layer", "relative_rms")):
             outliers = stand_outs(table, measure, types)
-            tables[name] = stand_out_table(outliers, plan) if outliers else "<p>No tensor sticks out of its role.</p>"
+            none = "<p>No tensor sticks out of its role.</p>"
+            below[name] = tables.stand_out_table(outliers, plan) if outliers else none
     if results.super_weights:
-        tables["super_weights"] = super_weight_table(results.super_weights, plan)
+        below["super_weights"] = tables.super_weight_table(results.super_weights, plan)
     elif any(part_of(entry.name) != LANGUAGE for entry in plan.entries):
-        tables["super_weights"] = "<p>Super weights are looked for in text models only.</p>"
+        below["super_weights"] = "<p>Super weights are looked for in text models only.</p>"
     else:
-        tables["super_weights"] = "<p>No super weight was detected.</p>"
-    starved = starved_experts(stats)
-    if starved:
+        below["super_weights"] = "<p>No super weight was detected.</p>"
+    if starved := starved_experts(stats):
         count = f"{len(starved):,} starved experts: their statistics are shrunk to their layer's mean."
-        tables["expert_heatmap"] = f"<details><summary>{count}</summary>{starved_table(starved)}</details>"
+        below["expert_heatmap"] = f"<details><summary>{count}</summary>{tables.starved_table(starved)}</details>"
     elif any(entry.role.is_routed_expert for entry in plan.entries) and stats is not None:
-        tables["expert_heatmap"] = "<p>No expert is starved.</p>"
+        below["expert_heatmap"] = "<p>No expert is starved.</p>"
     if selection is not None:
-        tables["selection"] = selection_table(selection)
+        below["selection"] = tables.selection_table(selection)
         if selection.frontier:
-            tables["measured_frontier"] = frontier_table(selection)
-    return tables
+            below["measured_frontier"] = tables.frontier_table(selection)
+    return below
 
 
 def _provenance(results: PlanResults) -> str:
@@ -212,9 +183,8 @@ def _provenance(results: PlanResults) -> str:
         text = stats.provenance
         facts["Calibration text"] = f"{text.text_name}, {text.num_tokens:,} tokens in {text.num_windows:,} windows"
         facts["Calibration text hash"] = text.text_hash
-        facts["Calibration options"] = (
-            f"window {text.window}, seed {text.seed}, {text.num_held_back_tokens:,} tokens held back"
-        )
+        held_back = f"{text.num_held_back_tokens:,} tokens held back"
+        facts["Calibration options"] = f"window {text.window}, seed {text.seed}, {held_back}"
         if text.imported_from:
             facts["Statistics imported from"] = text.imported_from
     if results.frontier:
@@ -226,7 +196,7 @@ def _content_policy(template: str) -> str:
     """Forbid all requests; allow embedded images and the page's own style and script by hash."""
     parts = {}
     for tag in ("style", "script"):
-        text = re.search(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL).group(1)
+        text = re.search(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL).group(1)  # exactly what the browser hashes
         parts[tag] = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     return (
         f"default-src 'none'; img-src data:; style-src 'sha256-{parts['style']}'; "

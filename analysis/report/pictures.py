@@ -5,38 +5,23 @@ import io
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Protocol
 
 from dynquant.analysis.report.tables import html_table
 from dynquant.evaluation.multiple_choice import is_right
+from dynquant.evaluation.report import Answer
 
 SHOWN = 24
 _THUMBNAIL = 96
 _KINDS = ("lost", "won", "changed and wrong", "the same")
 
 
-class Answered(Protocol):
-    """One question, the file's answer, and what both models said."""
-
-    @property
-    def image(self) -> str: ...
-    @property
-    def question(self) -> str: ...
-    @property
-    def right(self) -> str: ...
-    @property
-    def reference(self) -> str: ...
-    @property
-    def candidate(self) -> str: ...
-
-
-def picture_section(rows: Sequence[tuple[str, str, str, str]], title: str, answers: Sequence[Answered]) -> str:
+def picture_section(rows: Sequence[tuple[str, str, str, str]], title: str, answers: Sequence[Answer]) -> str:
     """HTML: a before/after table of `rows` (measure, original, plan, comparison), and the answers if there are any."""
     before_after = html_table(title, ("Measure", "Original", "This plan", "Comparison"), rows)
     return before_after + (answer_table(answers) if answers else "")
 
 
-def answer_table(answers: Sequence[Answered]) -> str:
+def answer_table(answers: Sequence[Answer]) -> str:
     """HTML with thumbnails, at most SHOWN: what quantization lost first, then what it won, then what else differs."""
     ordered = sorted(answers, key=_kind)
     counts = [sum(_kind(answer) == kind for answer in answers) for kind in range(len(_KINDS))]
@@ -44,14 +29,14 @@ def answer_table(answers: Sequence[Answered]) -> str:
     caption = f"{len(answers)} answers: {told}; {min(SHOWN, len(answers))} shown, in this order"
     heads = ("Picture", "Question", "Right answer", "Original", "This plan")
     head = "".join(f'<th scope="col">{name}</th>' for name in heads)
-    rows = "\n".join(_row(one) for one in ordered[:SHOWN])
+    rows = "\n".join(map(_row, ordered[:SHOWN]))
     return (
         f'<div class="scroll pictures" tabindex="0" role="region" aria-label="Answers"><table>'
         f"<caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>\n{rows}\n</tbody></table></div>"
     )
 
 
-def _kind(answer: Answered) -> int:
+def _kind(answer: Answer) -> int:
     """Index into _KINDS."""
     before, after = is_right(answer.reference, answer.right), is_right(answer.candidate, answer.right)
     if before != after:
@@ -59,15 +44,12 @@ def _kind(answer: Answered) -> int:
     return 3 if before or answer.reference == answer.candidate else 2
 
 
-def _row(one: Answered) -> str:
-    cells = [_thumbnail(Path(one.image)), escape(one.question), escape(one.right)]
-    cells += [_marked(answer, one.right) for answer in (one.reference, one.candidate)]
+def _row(answer: Answer) -> str:
+    cells = [_thumbnail(Path(answer.image)), escape(answer.question), escape(answer.right)]
+    for text in (answer.reference, answer.candidate):
+        kind, mark = ("right", "✓") if is_right(text, answer.right) else ("wrong", "✗")
+        cells.append(f'<span class="{kind}">{mark} {escape(text) or "(nothing)"}</span>')
     return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
-
-
-def _marked(answer: str, right: str) -> str:
-    kind, mark = ("right", "✓") if is_right(answer, right) else ("wrong", "✗")
-    return f'<span class="{kind}">{mark} {escape(answer) or "(nothing)"}</span>'
 
 
 def _thumbnail(path: Path) -> str:

@@ -1,6 +1,5 @@
 """Plots and report.html of a plan folder, drawn from the files in it."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from dynquant.analysis.errors.table import ErrorTable
@@ -11,52 +10,31 @@ from dynquant.families.open import open_model
 from dynquant.planning.chooser import rules_of
 from dynquant.planning.frontier import fixed_recipes, frontier
 from dynquant.planning.selection import Selection
-from dynquant.recipes.folder import (
-    ERRORS_NAME,
-    PLAN_NAME,
-    REPORT_NAME,
-    SELECTION_NAME,
-    STATS_NAME,
-    SUPER_NAME,
-    TOKEN_ERRORS_NAME,
-    load_super_weights,
-)
+from dynquant.recipes import folder
 from dynquant.recipes.plan import Plan
 from dynquant.session import Session
 
 
 def write_plan_report(
-    path: str,
-    directory: Path,
-    session: Session,
-    *,
-    base_gguf: Path | None = None,
-    evaluation: Mapping[str, object] | None = None,
-    pictures: str = "",
-) -> Path:
-    """Draw the plots and report.html of a plan folder, with what `eval` measured if given."""
+    path: str, directory: Path, session: Session, *, base_gguf: Path | None = None, measured: str = ""
+) -> None:
+    """Draw the plots and report.html of a plan folder; `measured` is as in `write_report`."""
     from dynquant.analysis.plots.all_plots import write_plots
     from dynquant.analysis.plots.groups import PlanResults
     from dynquant.analysis.report.page import write_report
 
-    plan = Plan.load(directory / PLAN_NAME)
-    stats = CalibrationStats.load(directory / STATS_NAME)
-    table = ErrorTable.load(directory / ERRORS_NAME)
-    super_weights = load_super_weights(directory / SUPER_NAME)
-    report = directory / REPORT_NAME
+    plan = Plan.load(directory / folder.PLAN_NAME)
+    stats = CalibrationStats.load(directory / folder.STATS_NAME)
+    table = ErrorTable.load(directory / folder.ERRORS_NAME)
+    super_weights = folder.load_super_weights(directory / folder.SUPER_NAME)
+    report = directory / folder.REPORT_NAME
     with session.stage("The plan is kept; plots and report are drawn again.") as progress:
         recipes = fixed_recipes(open_model(path, base_gguf=base_gguf))
         chosen_bytes = sum(padded(entry.bytes) for entry in plan.entries if entry.name in table.tensors())
-        results = PlanResults(
-            plan=plan,
-            table=table,
-            stats=stats,
-            super_weights=super_weights,
-            frontier=frontier(table, rules_of(super_weights, stats), plan.predicted_bytes - chosen_bytes, recipes),
-            selection=Selection.load(directory / SELECTION_NAME),
-            token_errors=TokenErrors.load(directory / TOKEN_ERRORS_NAME, plan.fingerprint),
-        )
+        points = frontier(table, rules_of(super_weights, stats), plan.predicted_bytes - chosen_bytes, recipes)
+        selection = Selection.load(directory / folder.SELECTION_NAME)
+        token_errors = TokenErrors.load(directory / folder.TOKEN_ERRORS_NAME, plan.fingerprint)
+        results = PlanResults(plan, table, stats, super_weights, points, selection, token_errors)
         plots = write_plots(directory / "plots", results, progress)
-    write_report(report, results, plots, evaluation=evaluation, pictures=pictures)
+    write_report(report, results, plots, measured=measured)
     session.note(f"wrote {report}")
-    return report

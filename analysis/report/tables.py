@@ -1,10 +1,11 @@
 """HTML tables of the report. Every cell is escaped here; nothing else turns values into markup."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from math import prod
+from typing import Any
 
 from dynquant.analysis.errors.table import ErrorTable
 from dynquant.analysis.outliers.stand_outs import StandOut
@@ -13,13 +14,9 @@ from dynquant.checkpoints.tensor_roles import layer_of
 from dynquant.evaluation.statistics import Estimate
 from dynquant.planning.selection import Candidate, Selection
 from dynquant.recipes.folder import SuperWeight
-from dynquant.recipes.plan import Plan
+from dynquant.recipes.plan import Plan, PlanEntry
 from dynquant.resources import human_bytes
 
-PLAN_COLUMNS = (
-    "Tensor", "Role", "Layer", "Shape", "Type", "Bits per weight", "Bytes", "Output error", "RMS weight error",
-    "Weighted error", "Reason",
-)  # fmt: skip
 MAX_LIST = 8
 """Longer lists inside evaluation results are counted instead of shown."""
 
@@ -32,30 +29,28 @@ class Cell:
     key: float | None = None
 
 
-ABSENT = Cell("\u2014", -1e308)
+ABSENT = Cell("\u2014", -1e308)  # sorts before every number
+Row = Sequence[Cell | str]
+Columns = Mapping[str, Callable[[Any], Cell | str]]
+"""Heading -> what a row of the table shows under it of its item."""
+_GROUPED = "{:,}".format
 
 
-def number(value: float | None, text: str) -> Cell:
+def number(value: float | None, form: Callable[[float], str] = str) -> Cell:
     """Make a right-aligned cell; an absent or not finite value is a dash that sorts first."""
-    return Cell(text, float(value)) if value is not None and math.isfinite(value) else ABSENT
+    return Cell(form(value), float(value)) if value is not None and math.isfinite(value) else ABSENT
 
 
 def percent(value: float | None) -> Cell:
     """Show a fraction as percent with three digits."""
-    return number(value, "" if value is None else f"{100 * value:.3g}%")
+    return number(value, lambda fraction: f"{100 * fraction:.3g}%")
 
 
 def html_table(
-    caption: str,
-    columns: Sequence[str],
-    rows: Iterable[Sequence[Cell | str]],
-    *,
-    identity: str = "",
-    sortable: bool = False,
+    caption: str, columns: Sequence[str], rows: Sequence[Row], *, identity: str = "", sortable: bool = False
 ) -> str:
     """Write a table with caption and column headings; `sortable` turns the headings into buttons for the script."""
     wrap = '<button type="button">{}</button>' if sortable else "{}"
-    rows = list(rows)
     aligned = [not isinstance(cell, str) for cell in rows[0]] if rows else [False] * len(columns)
     head = "".join(
         f'<th scope="col"{" class=number" if is_number else ""}>{wrap.format(escape(column))}</th>'
@@ -76,105 +71,97 @@ def _cell(cell: Cell | str) -> str:
     return f"<td{key}>{escape(cell.text)}</td>"
 
 
+def _sortable(caption: str, items: Iterable[Any], columns: Columns, identity: str = "") -> str:
+    rows = [[cell_of(item) for cell_of in columns.values()] for item in items]
+    return html_table(caption, tuple(columns), rows, identity=identity, sortable=True)
+
+
 def plan_table(plan: Plan, table: ErrorTable | None) -> str:
     """List every tensor once, in file order."""
     measured = table.tensors() if table is not None else {}
-    rows = []
-    for entry in plan.entries:
-        row = measured.get(entry.name, {}).get(entry.type)
-        bits = entry.quant_type.bits_per_weight
-        error = entry.weighted_error if entry.weighted_error is not None else row and row.weighted_error
-        reason = f"{entry.reason} (asked for {entry.wanted_type})" if entry.wanted_type else entry.reason
-        rows.append(
-            [
-                entry.name,
-                entry.role.value,
-                number(layer_of(entry.name), str(layer_of(entry.name))),
-                Cell("x".join(map(str, entry.shape)), float(prod(entry.shape))),
-                entry.type,
-                number(bits, f"{bits:.4g}"),
-                number(entry.bytes, f"{entry.bytes:,}"),
-                percent(row.activation_error if row else None),
-                percent(row.relative_rms if row else None),
-                number(error, f"{error:.3g}" if error is not None else ""),
-                reason,
-            ]
-        )
-    return html_table(f"Plan: {len(rows)} tensors", PLAN_COLUMNS, rows, identity="plan", sortable=True)
+    row_of = {entry.name: measured.get(entry.name, {}).get(entry.type) for entry in plan.entries}
+
+    def weighted_error(entry: PlanEntry) -> float | None:
+        row = row_of[entry.name]
+        return entry.weighted_error if entry.weighted_error is not None else row and row.weighted_error
+
+    columns: Columns = {
+        "Tensor": lambda entry: entry.name,
+        "Role": lambda entry: entry.role.value,
+        "Layer": lambda entry: number(layer_of(entry.name)),
+        "Shape": lambda entry: Cell("x".join(map(str, entry.shape)), float(prod(entry.shape))),
+        "Type": lambda entry: entry.type,
+        "Bits per weight": lambda entry: number(entry.quant_type.bits_per_weight, "{:.4g}".format),
+        "Bytes": lambda entry: number(entry.bytes, _GROUPED),
+        "Output error": lambda entry: percent(getattr(row_of[entry.name], "activation_error", None)),
+        "RMS weight error": lambda entry: percent(getattr(row_of[entry.name], "relative_rms", None)),
+        "Weighted error": lambda entry: number(weighted_error(entry), "{:.3g}".format),
+        "Reason": lambda entry: entry.reason + (f" (asked for {entry.wanted_type})" if entry.wanted_type else ""),
+    }
+    return _sortable(f"Plan: {len(plan.entries)} tensors", plan.entries, columns, "plan")
 
 
 def size_table(plan: Plan) -> str:
     """List bytes and bits of each role."""
-    total = plan.tensor_bytes
-    rows = [
-        [
-            size.group,
-            number(size.num_weights, f"{size.num_weights:,}"),
-            number(size.original_bytes, human_bytes(size.original_bytes)),
-            number(size.bytes, human_bytes(size.bytes)),
-            percent(size.bytes / total),
-            number(size.bits_per_weight, f"{size.bits_per_weight:.2f}"),
-        ]
-        for size in role_sizes(plan)
-    ]
-    columns = ("Role", "Weights", "16-bit size", "Planned size", "Share of plan", "Bits per weight")
-    return html_table("Size by role", columns, rows, sortable=True)
+    columns: Columns = {
+        "Role": lambda size: size.group,
+        "Weights": lambda size: number(size.num_weights, _GROUPED),
+        "16-bit size": lambda size: number(size.original_bytes, human_bytes),
+        "Planned size": lambda size: number(size.bytes, human_bytes),
+        "Share of plan": lambda size: percent(size.bytes / plan.tensor_bytes),
+        "Bits per weight": lambda size: number(size.bits_per_weight, "{:.2f}".format),
+    }
+    return _sortable("Size by role", role_sizes(plan), columns)
 
 
 def super_weight_table(super_weights: Sequence[SuperWeight], plan: Plan) -> str:
     """List coordinates and magnitudes, with the type that the tensor got."""
-    types = {entry.name: entry.type for entry in plan.entries}
-    rows = [
-        [
-            item.name,
-            number(item.expert, str(item.expert)),
-            number(item.row, str(item.row)),
-            number(item.col, str(item.col)),
-            number(item.value, f"{item.value:.4g}"),
-            number(item.max_in, f"{item.max_in:.4g}"),
-            number(item.max_out, f"{item.max_out:.4g}"),
-            types.get(item.name, "not in the plan"),
-        ]
-        for item in super_weights
-    ]
-    columns = ("Tensor", "Expert", "Row", "Column", "Weight", "Largest input", "Largest output", "Planned type")
-    return html_table("Detected super weights", columns, rows, sortable=True)
+    columns: Columns = {
+        "Tensor": lambda item: item.name,
+        "Expert": lambda item: number(item.expert),
+        "Row": lambda item: number(item.row),
+        "Column": lambda item: number(item.col),
+        "Weight": lambda item: number(item.value, "{:.4g}".format),
+        "Largest input": lambda item: number(item.max_in, "{:.4g}".format),
+        "Largest output": lambda item: number(item.max_out, "{:.4g}".format),
+        "Planned type": lambda item: _planned_type(item.name, plan),
+    }
+    return _sortable("Detected super weights", super_weights, columns)
 
 
-def stand_out_table(found: Sequence[StandOut], plan: Plan) -> str:
+def stand_out_table(outliers: Sequence[StandOut], plan: Plan) -> str:
     """List tensors whose output or weight error sticks out, with what the plan gave them."""
-    types = {entry.name: entry.type for entry in plan.entries}
-    rows = [
-        [
-            item.row.name,
-            item.row.role.value,
-            item.row.type,
-            percent(item.value),
-            percent(item.typical),
-            number(item.z, f"{item.z:.1f}"),
-            types.get(item.row.name, "not in the plan"),
-        ]
-        for item in found
-    ]
-    columns = ("Tensor", "Role", "Shown in", "Error", "Median of the role", "Robust z-score", "Planned type")
-    return html_table("Tensors that stick out of their role", columns, rows, sortable=True)
+    columns: Columns = {
+        "Tensor": lambda item: item.row.name,
+        "Role": lambda item: item.row.role.value,
+        "Shown in": lambda item: item.row.type,
+        "Error": lambda item: percent(item.value),
+        "Median of the role": lambda item: percent(item.typical),
+        "Robust z-score": lambda item: number(item.z, "{:.1f}".format),
+        "Planned type": lambda item: _planned_type(item.row.name, plan),
+    }
+    return _sortable("Tensors that stick out of their role", outliers, columns)
+
+
+def _planned_type(name: str, plan: Plan) -> str:
+    return next((entry.type for entry in plan.entries if entry.name == name), "not in the plan")
 
 
 def starved_table(starved: Sequence[tuple[int, int, int]]) -> str:
     """List experts that saw too few tokens, fewest first."""
-    rows = [
-        [number(layer, str(layer)), number(expert, str(expert)), number(tokens, f"{tokens:,}")]
-        for layer, expert, tokens in sorted(starved, key=lambda item: item[2])
-    ]
-    return html_table("Starved experts", ("Layer", "Expert", "Calibration tokens"), rows, sortable=True)
+    columns: Columns = {
+        "Layer": lambda item: number(item[0]),
+        "Expert": lambda item: number(item[1]),
+        "Calibration tokens": lambda item: number(item[2], _GROUPED),
+    }
+    return _sortable("Starved experts", sorted(starved, key=lambda item: item[2]), columns)
 
 
 def selection_table(selection: Selection) -> str:
     """List every candidate with its interval; the chosen one is named."""
-    labels = [
-        plan.label + (" (chosen)" if i == selection.chosen else "") for i, plan in enumerate(selection.candidates)
-    ]
-    table = _candidates(f"Candidates on {selection.text}", labels, selection.candidates)
+    candidates, winner = list(selection.candidates), selection.winner
+    candidates[selection.chosen] = winner.model_copy(update={"label": f"{winner.label} (chosen)"})
+    table = _candidates(f"Candidates on {selection.text}", candidates)
     if selection.rank_correlation is None:
         return table
     rho = selection.rank_correlation
@@ -186,30 +173,25 @@ def selection_table(selection: Selection) -> str:
 
 def frontier_table(selection: Selection) -> str:
     """List the measured frontier, smallest file first."""
-    points = sorted(selection.frontier, key=lambda plan: plan.bytes)
-    return _candidates(f"Frontier on {selection.text}", [plan.label for plan in points], points)
+    return _candidates(f"Frontier on {selection.text}", sorted(selection.frontier, key=lambda plan: plan.bytes))
 
 
-def _candidates(caption: str, labels: Sequence[str], plans: Sequence[Candidate]) -> str:
-    rows = [
-        [
-            label,
-            number(plan.bytes, f"{plan.bytes:,}"),
-            number(plan.predicted_kl, "" if plan.predicted_kl is None else f"{plan.predicted_kl:.4f}"),
-            _estimate(plan.kl, 1),
-            _estimate(plan.top1, 100),
-        ]
-        for label, plan in zip(labels, plans, strict=True)
-    ]
-    columns = ("Plan", "Bytes", "Prices added up", "Measured KL", "Same top token, %")
-    return html_table(caption, columns, rows, sortable=True)
+def _candidates(caption: str, plans: Sequence[Candidate]) -> str:
+    columns: Columns = {
+        "Plan": lambda plan: plan.label,
+        "Bytes": lambda plan: number(plan.bytes, _GROUPED),
+        "Prices added up": lambda plan: number(plan.predicted_kl, "{:.4f}".format),
+        "Measured KL": lambda plan: _estimate(plan.kl, 1),
+        "Same top token, %": lambda plan: _estimate(plan.top1, 100),
+    }
+    return _sortable(caption, plans, columns)
 
 
 def _estimate(value: Estimate | None, scale: float) -> Cell:
     if value is None:
         return ABSENT
     mean, low, high = (f"{scale * bound:.4g}" for bound in (value.value, value.low, value.high))
-    return number(value.value, f"{mean} [{low}, {high}]")
+    return number(value.value, lambda _: f"{mean} [{low}, {high}]")
 
 
 def evaluation_table(evaluation: Mapping[str, object]) -> str:

@@ -28,11 +28,7 @@ from torch import nn
 from dynquant.checkpoints.tensor_roles import Role, gguf_name_of, role_of
 from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.running.expert_hooks import ExpertCall, expert_modules, record_experts
-from dynquant.running.linear_hooks import (
-    activation_gradients,
-    linear_names,
-    sampled_log_probability,
-)
+from dynquant.running.linear_hooks import activation_gradients, linear_names, sampled_log_probability
 from dynquant.running.staged_passes import StagedPasses
 from dynquant.session import Progress, ignore_progress
 
@@ -61,7 +57,9 @@ def output_sensitivity(
             # Gradients reach a vision tower when its pixels ask for one.
             sampled_log_probability(hf_model(**batch.arguments, use_cache=False).logits, generator).backward()
         progress("measuring sensitivity", sum(lengths[: index + 1]), sum(lengths), unit="tokens")
-    return _means_and_errors(per_window, lengths, _is_tied(hf_model))
+    head = hf_model.get_output_embeddings()
+    is_tied = head is not None and head.weight is hf_model.get_input_embeddings().weight
+    return _means_and_errors(per_window, lengths, is_tied)
 
 
 def streamed_sensitivity(
@@ -76,7 +74,7 @@ def streamed_sensitivity(
         nonlocal seen
         seen = per_window[index]
 
-    stages = [*range(passes.head), *range(passes.head, -1, -1)]
+    stages = [*range(passes.head), *range(passes.head, -1, -1)]  # up to the head, and back down
     passes.states.check_space(len(stages) // 2 + 2)
     for done, stage in enumerate(stages, 1):
         if done <= passes.head:
@@ -102,16 +100,11 @@ def _means_and_errors(
     means: dict[str, torch.Tensor] = {}
     for index, sums in enumerate(per_window):
         if is_tied and "output.weight" in sums:
-            sums["token_embd.weight"] += sums.pop("output.weight")
+            sums["token_embd.weight"] += sums.pop("output.weight")  # one matrix, read at both ends
         for name, total in sums.items():
             means.setdefault(name, torch.zeros(count, dtype=torch.float64))[index] = total / lengths[index]
     errors = {name: float(s.std()) / count**0.5 if count > 1 else 0.0 for name, s in sorted(means.items())}
     return {name: float(s.mean()) for name, s in sorted(means.items())}, errors
-
-
-def _is_tied(hf_model: nn.Module) -> bool:
-    head = hf_model.get_output_embeddings()
-    return head is not None and head.weight is hf_model.get_input_embeddings().weight
 
 
 @contextmanager
@@ -126,14 +119,18 @@ def _observed(hf_model: nn.Module, arch: str, n_layer: int, add: Callable[[str, 
     names = {module: _expert_names(name, arch, n_layer) for name, module in expert_modules(hf_model).items()}
 
     def observe_expert(call: ExpertCall) -> None:
-        names_of, h, y = names[call.module], call.down_input, call.down_output
-        h.register_hook(partial(_add_product, add, names_of[:-1], h.detach()))
-        y.register_hook(partial(_add_output, add, names_of[-1], y.detach()))
+        (*inner, down), h, y = names[call.module], call.down_input.detach(), call.down_output
 
-    hooks = [
-        module.register_forward_hook(partial(linear_hook, name))
-        for name, module in linear_names(hf_model, arch, n_layer).items()
-    ]
+        def add_product(gradient: torch.Tensor) -> None:
+            value = 0.5 * float((gradient * h).square().sum(dtype=torch.float64))  # 1/2 sum_j (g_j h_j)^2
+            for name in inner:
+                add(name, value)
+
+        call.down_input.register_hook(add_product)
+        y.register_hook(partial(_add_output, add, down, y.detach()))
+
+    linears = linear_names(hf_model, arch, n_layer).items()
+    hooks = [module.register_forward_hook(partial(linear_hook, name)) for name, module in linears]
     hooks.append(hf_model.get_input_embeddings().register_forward_hook(embedding_hook))
     try:
         with record_experts(hf_model, observe_expert):
@@ -149,14 +146,6 @@ def _add_output(add: Callable[[str, float], None], name: str, y: torch.Tensor, g
     value = 0.5 * float(products.sum(dtype=torch.float64)) / y.shape[-1]
     for stored in _stored_names(name):
         add(stored, value)
-
-
-def _add_product(
-    add: Callable[[str, float], None], names: tuple[str, ...], h: torch.Tensor, gradient: torch.Tensor
-) -> None:
-    value = 0.5 * float((gradient * h).square().sum(dtype=torch.float64))
-    for name in names:
-        add(name, value)
 
 
 def _stored_names(name: str) -> tuple[str, ...]:

@@ -17,8 +17,9 @@ the gradients of its output for all windows, and leaves those of its input; the 
 and forgotten. In memory at a time: 4 bytes a weight of one layer and window.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from math import exp, log
 from statistics import fmean
 
@@ -62,7 +63,8 @@ def fisher_probe(
         costs[name] = _costs_of(name, gradients, store, table, windows.shape[1])
 
     live, replay = LiveWeights(store.model, hf_model), LayerReplay(hf_model, windows.split(1))
-    backward = _StreamedBackward(hf_model, live, replay, table.tensors().keys(), consume)
+    names = table.tensors().keys() & set(live.names())
+    backward = _StreamedBackward(hf_model, live, replay, names, consume)
     backward.run(lambda logits: sampled_log_probability(logits, generator), progress)
     return costs
 
@@ -83,11 +85,8 @@ def probe_prices(table: ErrorTable, costs: Costs) -> Costs:
 def _factor(table: ErrorTable, name: str, costs: dict[str, Price]) -> tuple[float, float]:
     """Return the geometric mean over types of probe over closed form, and its standard error."""
     rows = table.tensors()[name]
-    logs = [
-        log(price.kl / table.closed_form_cost(rows[type_name]))
-        for type_name, price in costs.items()
-        if price.kl > 0 and table.closed_form_cost(rows[type_name]) > 0
-    ]
+    pairs = [(price.kl, table.closed_form_cost(rows[type_name])) for type_name, price in costs.items()]
+    logs = [log(kl / closed) for kl, closed in pairs if kl > 0 and closed > 0]
     if not logs:
         return 1.0, 1.0
     factor = exp(fmean(logs))
@@ -107,62 +106,56 @@ def _costs_of(name: str, gradients: Tensor, store: EncodedStore, table: ErrorTab
     return costs
 
 
+@dataclass
 class _StreamedBackward:
-    """A backward pass on many windows, from layer to layer. `_flowing` holds the gradients between two, one a window.
+    """A backward pass on many windows, from layer to layer."""
 
-    Args:
-        replay: Of windows that each run alone.
-        names: GGUF tensors; those without a place in the running model are left out.
-        consume: Called once for every tensor with its gradients, [windows, weights].
-    """
-
-    def __init__(
-        self,
-        hf_model: nn.Module,
-        live: LiveWeights,
-        replay: LayerReplay,
-        names: Collection[str],
-        consume: Callable[[str, Tensor], None],
-    ) -> None:
-        self._hf_model, self._live, self._replay = hf_model, live, replay
-        self._names, self._consume = set(names) & set(live.names()), consume
-        self._flowing: list[Tensor] = []
-        self._parts: dict[str, Tensor] = {}
+    hf_model: nn.Module
+    live: LiveWeights
+    replay: LayerReplay
+    """Windows that each run alone."""
+    names: set[str]
+    """GGUF tensors that have a place in the running model."""
+    consume: Callable[[str, Tensor], None]
+    """Called once for every tensor with its gradients, [windows, weights]."""
+    _flowing: list[Tensor] = field(default_factory=list)
+    """Gradients between two layers, one a window."""
+    _parts: dict[str, Tensor] = field(default_factory=dict)
 
     def run(self, loss: Callable[[Tensor], Tensor], progress: Progress) -> None:
         """Run it; `loss` maps logits [tokens, vocabulary] of a window to a scalar."""
-        total = self._replay.num_layers + 1  # the embedding counts as a layer
-        with frozen_weights(self._hf_model):
-            for _ in self._replay.keep():
+        total = self.replay.num_layers + 1  # the embedding counts as a layer
+        with frozen_weights(self.hf_model):
+            for _ in self.replay.keep():  # the inputs of all layers
                 pass
             self._head(loss)
-            for done, layer in enumerate(reversed(range(self._replay.num_layers)), start=1):
+            for done, layer in enumerate(reversed(range(self.replay.num_layers)), start=1):
                 self._layer(layer)
                 progress("Fisher probe", done, total, unit="layers")
             self._embedding()
             progress("Fisher probe", total, total, unit="layers")
 
     def _head(self, loss: Callable[[Tensor], Tensor]) -> None:
-        is_tied = self._live.parameter("token_embd.weight") is self._hf_model.get_output_embeddings().weight
+        is_tied = self.live.parameter("token_embd.weight") is self.hf_model.get_output_embeddings().weight
         # A tied embedding's part through the head waits for the other one, which comes last.
         with self._measured(["token_embd.weight" if is_tied else "output.weight"], is_whole=not is_tied) as collect:
-            for index in range(len(self._replay.batches)):
+            for index in range(len(self.replay.batches)):
                 with torch.no_grad():
-                    hidden = self._replay.layer(index, self._replay.num_layers - 1)
+                    hidden = self.replay.layer(index, self.replay.num_layers - 1)
                 hidden.requires_grad_(True)
                 with torch.enable_grad():
-                    loss(self._replay.head(index, hidden)).backward()
+                    loss(self.replay.head(index, hidden)).backward()
                 self._flowing.append(hidden.grad)
                 collect()
 
     def _layer(self, layer: int) -> None:
         below = []
-        with self._measured([name for name in self._names if layer_of(name) == layer]) as collect:
+        with self._measured([name for name in self.names if layer_of(name) == layer]) as collect:
             for index, gradient in enumerate(self._flowing):
-                hidden = self._replay.layer_input(index, layer).detach().requires_grad_(True)
+                hidden = self.replay.layer_input(index, layer).detach().requires_grad_(True)
                 with torch.enable_grad():
-                    self._replay.layer(index, layer, hidden).backward(gradient)
-                below.append(hidden.grad)
+                    self.replay.layer(index, layer, hidden).backward(gradient)
+                below.append(hidden.grad)  # flows into the layer below
                 collect()
         self._flowing = below
 
@@ -170,7 +163,7 @@ class _StreamedBackward:
         with self._measured(["token_embd.weight"]) as collect:
             for index, gradient in enumerate(self._flowing):
                 with torch.enable_grad():
-                    self._replay.embedded(index).backward(gradient)
+                    self.replay.embedded(index).backward(gradient)
                 collect()
 
     @contextmanager
@@ -179,13 +172,13 @@ class _StreamedBackward:
 
         Unless `is_whole`, they are kept until a later part of the same tensors is added to them.
         """
-        names = sorted(set(names) & self._names)
+        names = sorted(self.names & set(names))
         gradients: dict[str, list[Tensor]] = {name: [] for name in names}
-        parameters = [self._live.parameter(name) for name in names]
+        parameters = [self.live.parameter(name) for name in names]
 
         def collect() -> None:
             for name in names:
-                gradients[name].append(self._live.gradient(name).flatten().cpu())
+                gradients[name].append(self.live.gradient(name).flatten().cpu())
             for parameter in parameters:
                 parameter.grad = None
 
@@ -196,8 +189,8 @@ class _StreamedBackward:
             parameter.requires_grad_(False)
         for name in names:
             total = torch.stack(gradients.pop(name))
-            total += self._parts.pop(name, torch.zeros(()))
+            total += self._parts.pop(name, torch.zeros(()))  # what the head gave a tied embedding
             if is_whole:
-                self._consume(name, total)
+                self.consume(name, total)
             else:
                 self._parts[name] = total

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from statistics import fmean
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -31,7 +31,6 @@ from dynquant.checkpoints.tensor_roles import layer_of, role_of
 from dynquant.evaluation.rendered_model import RenderedModel, ScoredInputs
 from dynquant.evaluation.statistics import block_sums
 from dynquant.session import Progress, ignore_progress
-from dynquant.storage.documents import FrozenRecord
 
 METHOD = "unit-kl"
 _SPREAD = 0.5
@@ -40,7 +39,7 @@ _LEAST = 0.1
 """No step is taken for worth less than this share of the mean r: noise must not make bytes free."""
 
 
-class UnitStep(FrozenRecord):
+class UnitStep(NamedTuple):
     """One group moved one step from a plan. `kl_change` is in nats per token, with the standard error of 64-token
     blocks; `predicted_change` is that of the table's costs."""
 
@@ -91,7 +90,7 @@ def refine(
     types = choose(table)
     for _ in range(rounds):
         point = measure_steps(rendered, text, table, types, progress=progress)
-        if points and point.kl >= points[-1].kl:
+        if points and point.kl >= points[-1].kl:  # the last prices were taken too far
             return points
         points.append(point)
         # Only the rows that every tensor can reach in one step.
@@ -122,16 +121,7 @@ def measure_steps(
         moved = text.divergences_with({name: to for name, (_, to) in changes.items()})
         change, error = _paired(moved.numpy() - plain.numpy(), text.lengths)
         predicted = sum(_cost(table, name, to) - _cost(table, name, old) for name, (old, to) in changes.items())
-        steps.append(
-            UnitStep(
-                group=group,
-                direction=direction,
-                types=changes,
-                kl_change=change,
-                kl_change_se=error,
-                predicted_change=predicted,
-            )
-        )
+        steps.append(UnitStep(group, direction, changes, change, error, predicted))
         progress("measuring unit KL", index + 1, len(moves), unit="steps")
     return OperatingPoint(dict(types), float(plain.mean()), tuple(steps))
 
@@ -193,7 +183,7 @@ def _ratios(steps: Sequence[UnitStep]) -> tuple[dict[str, tuple[float, float]], 
     ratios = {}
     for step in usable:
         error = step.kl_change_se / abs(step.predicted_change)
-        weight = spread**2 / (spread**2 + error**2)
+        weight = spread**2 / (spread**2 + error**2)  # shrinks noisy steps towards the mean
         ratio = weight * step.kl_change / step.predicted_change + (1 - weight) * mean
         ratios[step.group] = (max(ratio, _LEAST * mean), sqrt(weight) * error)
     return ratios, mean

@@ -60,8 +60,8 @@ class Collector:
         by_kind: bool = False,
     ) -> None:
         self._model = hf_model
-        self._moments, self._limits = moments, limits or SampleLimits()
-        self._with_gradients, self._by_kind = with_gradients, by_kind
+        self.moments, self._limits = moments, limits or SampleLimits()
+        self.with_gradients, self._by_kind = with_gradients, by_kind
         self._sums, self._sees_gradients = False, False
         self._is_text, self._window, self._fill = torch.ones(0, dtype=torch.bool), 1, None
         self._recorders: dict[str, dict[str, InputRecorder]] = {kind: {} for kind in (_ALL, *KINDS)}
@@ -117,9 +117,9 @@ class Collector:
         num_experts = x.shape[1] if x.ndim == 3 else 1
         rows = _Rows(torch.arange(len(x), device=x.device), is_text, self._limits.dense_rows, num_experts)
         self._record(key, rows, x.detach(), None if out is None or role_of(key).is_vision else out.detach())
-        waits = self._with_gradients and key in self._linear_layers
-        if self._moments is not None and self._fill is None and not waits:
-            self._moments.add(key, x)
+        waits = self.with_gradients and key in self._linear_layers
+        if self.moments is not None and self._fill is None and not waits:
+            self.moments.add(key, x)
 
     def _await_gradient(self, name: str, _module: nn.Module, args: tuple, kwargs: dict, out: torch.Tensor) -> None:
         key = self._linears.aliases.get(name, name)
@@ -136,20 +136,20 @@ class Collector:
             rows = _Rows(call.tokens, is_text, capacity, num_experts, call.expert)
             self._record(names.gate, rows, x, None)
             self._record(names.down, rows, h, call.down_output.detach())
-        if self._moments is None or self._fill is not None:
+        if self.moments is None or self._fill is not None:
             return
         layers = ((names.gate, call.x, call.gate_up_output), (names.down, call.down_input, call.down_output))
         for key, inputs, output in layers:
             add = partial(self._add_moments, key, inputs.detach(), num_experts=num_experts, expert=call.expert)
-            if not self._with_gradients:
+            if not self.with_gradients:
                 add(None)
             elif self._sees_gradients:
-                output.register_hook(add)
+                output.register_hook(add)  # called with the gradient
 
     def _add_moments(self, key: str, x: torch.Tensor, gradient: torch.Tensor | None, **place: int) -> None:
-        assert self._moments is not None
+        assert self.moments is not None
         squares = None if gradient is None else gradient.square().sum(-1)
-        self._moments.add(key, x, squared_gradients=squares, **place)
+        self.moments.add(key, x, squares=squares, **place)
 
     def _record(self, key: str, rows: "_Rows", x: torch.Tensor, out: torch.Tensor | None) -> None:
         """Add inputs of a layer to the recorders of their kinds; `out` is the output of a down-projection."""

@@ -27,11 +27,7 @@ _METADATA = ("imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size")
 
 
 def import_imatrix(path: str | Path, model: Model) -> CalibrationStats:
-    """Read an imatrix file as the statistics of `model`. They have no samples and no extremes.
-
-    Raises:
-        StatsError: not an imatrix file, or an entry does not fit the shape of the model's weight of that name.
-    """
+    """Read an imatrix file as statistics of `model`, without samples and extremes; raise StatsError for any other."""
     path = Path(path)
     source = _open(path)
     datasets, chunks, size = _provenance(path, source)
@@ -47,15 +43,9 @@ def import_imatrix(path: str | Path, model: Model) -> CalibrationStats:
             inputs[weight] = _input_stats(path, weight, shapes[weight], sums, counts)
     if not inputs:
         raise StatsError(f"No entry of {path} is named like a weight of {model.name}; it belongs to another model.")
-    provenance = StatsProvenance(
-        fingerprint=model.fingerprint,
-        text_hash=hashlib.sha256(path.read_bytes()).hexdigest(),
-        text_name=", ".join(datasets) or path.name,
-        num_windows=chunks,
-        num_tokens=chunks * size,
-        window=size,
-        imported_from=path.name,
-    )
+    text = {"text_hash": hashlib.sha256(path.read_bytes()).hexdigest(), "text_name": ", ".join(datasets) or path.name}
+    counts = {"num_windows": chunks, "num_tokens": chunks * size, "window": size}
+    provenance = StatsProvenance(fingerprint=model.fingerprint, imported_from=path.name, **text, **counts)
     return CalibrationStats(provenance, inputs)
 
 
@@ -97,7 +87,7 @@ def _input_stats(path: Path, weight: str, shape: tuple[int, ...], sums: np.ndarr
         )
     if not (np.isfinite(sums).all() and np.isfinite(counts).all() and (sums >= 0).all() and (counts >= 0).all()):
         raise StatsError(f"{path} has negative, NaN or Inf values for {weight}; make the importance matrix again.")
-    tokens = np.broadcast_to(np.rint(counts), (num_slices,))
+    tokens = np.broadcast_to(np.rint(counts), (num_slices,))  # one count may stand for all slices
     return InputStats(torch.from_numpy(sums.reshape(num_slices, channels)), torch.from_numpy(tokens.astype(np.int64)))
 
 
@@ -148,8 +138,8 @@ def _entries(
         counts = input_stats.counts.to(torch.float64).expand(num_slices).unsqueeze(1)
         sums = input_stats.in_sum2.expand(num_slices, -1)
         if shrink_tokens is not None:
-            counts = counts.clamp_min(1)
+            counts = counts.clamp_min(1)  # llama.cpp ignores the sums of an expert with count 0
             sums = importance(stats, weight, shape, shrink_tokens=shrink_tokens).to(torch.float64) * counts
-        if num_slices > 1 and not role_of(weight).is_routed_expert:
+        if num_slices > 1 and not role_of(weight).is_routed_expert:  # attn_k_b and attn_v_b
             sums, counts = sums.reshape(1, -1), counts[:1]
         yield weight, sums.to(torch.float32).numpy(), counts.to(torch.float32).numpy()

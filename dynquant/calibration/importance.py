@@ -34,11 +34,6 @@ class LayerCoverage:
     layer: int
     tokens: tuple[int, ...]
     starved: tuple[int, ...]
-    unseen: tuple[int, ...]
-
-    @property
-    def mean_tokens(self) -> float:
-        return sum(self.tokens) / len(self.tokens)
 
 
 def coverage_report(stats: CalibrationStats, hyper: HyperParams) -> list[LayerCoverage]:
@@ -60,9 +55,7 @@ def expert_coverage(stats: CalibrationStats) -> list[LayerCoverage]:
             tokens = tuple(input_stats.counts.tolist())
             floor = max(STARVED_TOKENS, STARVED_SHARE * sum(tokens) / len(tokens))
             starved = tuple(expert for expert, count in enumerate(tokens) if count < floor)
-            rows.append(
-                LayerCoverage(layer, tokens, starved, tuple(expert for expert in starved if not tokens[expert]))
-            )
+            rows.append(LayerCoverage(layer, tokens, starved))
     return sorted(rows, key=lambda row: row.layer)
 
 
@@ -92,7 +85,7 @@ def importance(
     if not torch.isfinite(mean).all():
         raise StatsError(f"The statistics of {weight} hold NaN or Inf; calibrate in float32 or check the model.")
     average = mean.mean(1, keepdim=True)
-    floor = torch.where(average > 0, MIN_SHARE * average, 1.0)
+    floor = torch.where(average > 0, MIN_SHARE * average, 1.0)  # an input that is always zero: all channels alike
     return torch.maximum(mean, floor).expand(num_slices, -1).to(torch.float32)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 from dynquant.errors import StatsError
-from dynquant.options import BaseGguf, CalibrationText, Flag, ModelPath, Ray, Strict, Window
+from dynquant.options import BaseGguf, CalibrationText, Flag, ModelPath, Ray, Strict, Window, Writes
 
 Hessians = Literal["none", "activations", "gradients"]
 """Second moments to take; with gradients, a token counts by its squared gradient of the KL divergence too."""
@@ -54,6 +54,7 @@ class CalibrationOptions:
             "Directory for hidden states of a streamed model; a killed run goes on from them. Default: the output's.",
             show_default=False,
         ),
+        Writes(holds_inputs=True),
     ] = None
     ray: Ray = None
 
@@ -71,8 +72,10 @@ class CalibrateOptions:
     """A model, and the file of its statistics; they come from running it, or from an imatrix of llama.cpp."""
 
     model: ModelPath
-    output: Annotated[Path, Flag("Where stats.safetensors goes.", ("-o", "--output"))] = Path("stats.safetensors")
+    output: Annotated[Path, Flag("Where stats.safetensors goes.", ("-o", "--output")), Writes()] = Path(
+        "stats.safetensors"
+    )
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     base_gguf: BaseGguf = None
     imatrix: Annotated[Path | None, Flag("Import a llama.cpp imatrix GGUF instead of running the model.")] = None
-    imatrix_out: Annotated[Path | None, Flag("Also write the statistics as a llama.cpp imatrix GGUF.")] = None
+    imatrix_out: Annotated[Path | None, Flag("Also write the statistics as a llama.cpp imatrix GGUF."), Writes()] = None

@@ -50,7 +50,7 @@ class InputRecorder:
         if self._samples is None:
             shape = (self.num_experts, self._sample_rows, self.num_channels)
             self._samples = torch.zeros(shape, dtype=torch.bfloat16, device=self._in_sum2.device)
-        picked = torch.arange(take, device=x.device) * x.shape[0] // take
+        picked = torch.arange(take, device=x.device) * x.shape[0] // take  # evenly spread
         rows = slice(expert, expert + x.shape[1])
         self._samples[rows, used : used + take] = x[picked].transpose(0, 1).to(torch.bfloat16)
         self._sample_counts[rows] += take
@@ -99,17 +99,11 @@ class MomentRecorder:
         return cls(limit_bytes, pools_experts=needed > limit_bytes)
 
     def add(
-        self,
-        key: str,
-        x: torch.Tensor,
-        *,
-        num_experts: int = 1,
-        expert: int = 0,
-        squared_gradients: torch.Tensor | None = None,
+        self, key: str, x: torch.Tensor, *, num_experts: int = 1, expert: int = 0, squares: torch.Tensor | None = None
     ) -> None:
         """Add tokens of one expert, `x` [T, C], or of all experts at once [T, E, C].
 
-        With `squared_gradients` [T] a token counts 1 + its own over their mean.
+        With `squares` [T] of gradients a token counts 1 + its own over their mean.
         """
         if not len(x) or not self._has_room(key, x, num_experts):
             return
@@ -119,11 +113,11 @@ class MomentRecorder:
             self._weights[key] += len(x)
             return
         row = 0 if len(self._sums[key]) == 1 else expert
-        if squared_gradients is None:
+        if squares is None:
             self._sums[key][row].addmm_(x.T, x)
             self._weights[key][row] += len(x)
         else:
-            squares = squared_gradients.to(torch.float32)
+            squares = squares.to(torch.float32)
             mean = squares.mean()
             v = 1 + torch.where(mean > 0, squares / mean, 0.0)  # no branch: it would wait for the GPU
             self._sums[key][row].addmm_((x * v.unsqueeze(1)).T, x)
@@ -137,7 +131,7 @@ class MomentRecorder:
         sums = {}
         for key in list(self._sums):
             total = self._sums.pop(key)
-            sums[key] = ((total + total.transpose(1, 2)) / 2).cpu()
+            sums[key] = ((total + total.transpose(1, 2)) / 2).cpu()  # products round differently on both sides
         weights = {key: weight.cpu() for key, weight in self._weights.items()}
         self._weights.clear()
         return sums, weights

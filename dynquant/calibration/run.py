@@ -4,13 +4,14 @@
 experts. The last part of the inputs is held back: it gives only samples, on which activation errors are measured later,
 so that no encoder is judged on inputs that it was fitted to. Extremes of down-projections come from all inputs. With
 pictures, image and text tokens are measured together and apart. Second moments (E[x xᵀ], what error feedback needs) are
-summed beside, from the forward pass alone or weighted by the gradients of a backward pass. `calibrate` adds what a user
-has: a model on disk and a text. `streamed` and `sharded` share the options, the split and the results.
+summed beside, from the forward pass alone or weighted by the gradients of a backward pass. `streamed` and `sharded`
+share the options, the split and the results.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -22,14 +23,12 @@ from dynquant.calibration.second_moments import SecondMoments
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
 from dynquant.checkpoints.model import Model
 from dynquant.errors import StatsError
-from dynquant.inputs.model_inputs import ModelInputs
+from dynquant.inputs.model_inputs import ModelInputs, check_context
 from dynquant.inputs.text import pack_windows, read_text
 from dynquant.running.linear_hooks import activation_gradients, last_logits, sampled_log_probability
-from dynquant.running.load import load_hf, load_tokenizer
+from dynquant.running.load import load_tokenizer
 from dynquant.session import Progress, ignore_progress
 
-DEFAULT_TOKENS = 131_072
-DEFAULT_WINDOW = 512
 HELD_BACK = 0.1
 """Share of the windows or samples that give samples and no sums."""
 
@@ -44,9 +43,13 @@ class StatisticsOptions:
     held_back: float = HELD_BACK
     limits: SampleLimits = field(default_factory=SampleLimits)
 
-    def recorder(self, hf_model: nn.Module) -> MomentRecorder | None:
-        """Return what sums second moments, if any are taken."""
-        return None if self.hessians == "none" else MomentRecorder.for_model(hf_model, self.hessian_bytes)
+    def collector(self, hf_model: nn.Module, arch: str, n_layer: int, *, by_kind: bool = False) -> Collector:
+        """Return what sees the model's inputs; its `moments` are None when no second moments are taken."""
+        moments = None if self.hessians == "none" else MomentRecorder.for_model(hf_model, self.hessian_bytes)
+        gradients = self.hessians == "gradients"
+        return Collector(
+            hf_model, arch, n_layer, moments, limits=self.limits, with_gradients=gradients, by_kind=by_kind
+        )
 
 
 @dataclass(frozen=True)
@@ -65,70 +68,38 @@ class Calibration:
     """Stages below this one were taken over from an interrupted run that was streamed."""
 
 
-def calibrate(
-    model: Model,
-    text: str | Path | None = None,
-    *,
-    tokens: int = DEFAULT_TOKENS,
-    window: int = DEFAULT_WINDOW,
-    device: str = "cpu",
-    seed: int = 0,
-    options: StatisticsOptions | None = None,
-    progress: Progress = ignore_progress,
-) -> Calibration:
-    """Calibrate a model, loaded whole, on a text file, a `datasets` id, or (None) the built-in text.
-
-    Args:
-        tokens: at most this many tokens are used.
-        seed: shuffles the documents of the text, and draws the labels of a backward pass.
-
-    Raises:
-        CheckpointError: transformers cannot load the model.
-        StatsError: the text is missing or empty, or the model has experts that cannot be observed.
-    """
-    inputs = text_inputs(model, text, tokens=tokens, window=window, seed=seed)
-    return collect_statistics(
-        load_hf(model, device=device),
-        inputs,
-        arch=model.arch,
-        n_layer=model.hyper.n_layer,
-        provenance=provenance_of(model, inputs, tokens=tokens, seed=seed),
-        options=options,
-        progress=progress,
-    )
-
-
 def text_inputs(
     model: Model, text: str | Path | None, *, tokens: int, window: int, batch_size: int = 4, seed: int = 0
 ) -> ModelInputs:
-    """Return windows of a text, or (None) of the built-in one; raise StatsError when it is missing or empty."""
+    """Return windows of a text, or (None) of the built-in one; raise StatsError when it cannot be used."""
     tokenizer = load_tokenizer(model)
     documents = read_text(text, seed=seed, max_tokens=tokens)
     windows = pack_windows(documents, tokenizer, window=window, max_tokens=tokens)
+    check_context(model, windows.shape[1])
     return ModelInputs(windows, batch_size, documents.name, documents.sha256)
 
 
 def provenance_of(model: Model, inputs: ModelInputs, *, tokens: int, seed: int) -> StatsProvenance:
     """Return where the statistics of a run on `inputs`, under a limit of `tokens`, will come from."""
-    return StatsProvenance(
-        fingerprint=model.fingerprint,
-        text_hash=inputs.sha256,
-        text_name=inputs.name,
-        window=inputs.longest,
-        max_tokens=tokens,
-        seed=seed,
-    )
+    text = {"text_hash": inputs.sha256, "text_name": inputs.name, "window": inputs.longest}
+    return StatsProvenance(fingerprint=model.fingerprint, max_tokens=tokens, seed=seed, **text)
 
 
-def split_inputs(
-    inputs: ModelInputs, provenance: StatsProvenance, held_back: float = HELD_BACK
-) -> tuple[ModelInputs, ModelInputs, StatsProvenance]:
-    """Return what is summed, what is sampled, and the provenance with their numbers; raise StatsError for no input."""
+class Split(NamedTuple):
+    """Inputs that are summed, those that are held back and sampled, and the provenance with their numbers."""
+
+    summed: ModelInputs
+    held: ModelInputs
+    provenance: StatsProvenance
+
+
+def split_inputs(inputs: ModelInputs, provenance: StatsProvenance, held_back: float) -> Split:
+    """Hold back the last of the inputs, or raise StatsError for no input."""
     if not len(inputs):
         raise StatsError("The calibration text gives no window of tokens; give a longer text.")
     summed, held = inputs.hold_back(held_back)
     counts = {"num_windows": len(inputs), "num_tokens": summed.num_tokens, "num_held_back_tokens": held.num_tokens}
-    return summed, held, provenance.model_copy(update=counts | {"window": inputs.longest})
+    return Split(summed, held, provenance.model_copy(update=counts | {"window": inputs.longest}))
 
 
 def collect_statistics(
@@ -151,26 +122,23 @@ def collect_statistics(
     """
     options = options or StatisticsOptions()
     summed, held, provenance = split_inputs(inputs, provenance, options.held_back)
-    moments, with_gradients = options.recorder(hf_model), options.hessians == "gradients"
     kinds = KINDS if inputs.has_pictures else ()
-    collector = Collector(
-        hf_model, arch, n_layer, moments, limits=options.limits, with_gradients=with_gradients, by_kind=bool(kinds)
-    )
+    collector = options.collector(hf_model, arch, n_layer, by_kind=bool(kinds))
     run = _Run(hf_model, collector, progress, inputs.num_tokens)
     with collector.attached():
-        if with_gradients:
+        if collector.with_gradients:
             run.backward("calibrate", summed, torch.Generator().manual_seed(provenance.seed))
         else:
             run.forward("calibrate", summed)
-        run.forward("sample", held, is_held=True)
+        run.forward("sample", held, is_held=True)  # no gradients: samples are inputs
     stats = CalibrationStats(provenance, collector.take(), collector.aliases)
     check_seen(stats, hf_model)
     by_kind = {kind: CalibrationStats(provenance, collector.take(kind), stats.aliases) for kind in kinds}
-    if moments is None:
+    if (moments := collector.moments) is None:
         return Calibration(stats, by_kind=by_kind)
     sums, weights = moments.take()
     shared = {alias: key for alias, key in stats.aliases.items() if key in sums}
-    tokens = summed.windows.to(torch.int32).cpu()
+    tokens = summed.windows.to(torch.int32).cpu()  # what later passes tune on
     second = SecondMoments(provenance, tokens, options.hessians, shared, sums, weights)
     return Calibration(stats, second, moments.pools_experts, tuple(moments.left_out), by_kind, len(sums))
 

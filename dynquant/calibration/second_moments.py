@@ -23,7 +23,8 @@ import torch
 from safetensors import SafetensorError
 
 from dynquant.calibration.importance import SHRINK_TOKENS, importance
-from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
+from dynquant.calibration.statistics import CalibrationStats, StatsProvenance, check_finite
+from dynquant.checkpoints.tensor_source import is_finite
 from dynquant.errors import StatsError
 from dynquant.storage.atomic import read_tensors, save_tensors
 
@@ -86,9 +87,11 @@ class SecondMoments:
         self.tokens = torch.cat((self.tokens, other.tokens))
 
     def save(self, path: Path) -> None:
-        """Write hessians.safetensors, whole or not at all."""
+        """Write hessians.safetensors, whole or not at all. Raises StatsError: NaN or infinite values, by name."""
         header = {"provenance": self.provenance.model_dump(), "aliases": self.aliases, "kind": self.kind}
-        save_tensors(path, named_tensors(self.sums, self.weights) | {"tokens": self.tokens}, header)
+        tensors = named_tensors(self.sums, self.weights)
+        check_finite(tensors)
+        save_tensors(path, tensors | {"tokens": self.tokens}, header)
 
     @classmethod
     def load(cls, path: Path) -> "SecondMoments":
@@ -136,8 +139,10 @@ def _fill(moments: SecondMoments, tensors: dict[str, torch.Tensor]) -> None:
         weights, shape = moments.weights[key], list(sums.shape)
         if sums.ndim != 3 or shape[1] != shape[2] or not sums.numel() or sums.dtype != torch.float32:
             raise ValueError(f"`{key}.sum` is {shape} of {sums.dtype}, not float32 [experts, channels, channels]")
-        if list(weights.shape) != shape[:1] or weights.dtype != torch.float64 or not torch.isfinite(weights).all():
-            raise ValueError(f"`{key}.weight` is {list(weights.shape)} of {weights.dtype}, or not finite")
+        if list(weights.shape) != shape[:1] or weights.dtype != torch.float64:
+            raise ValueError(f"`{key}.weight` is {list(weights.shape)} of {weights.dtype}")
+        if not (is_finite(sums) and is_finite(weights)):
+            raise ValueError(f"`{key}` holds NaN or infinite values")
     aliases, tokens = moments.aliases, moments.tokens
     if not isinstance(aliases, dict) or not all(isinstance(key, str) for key in aliases.values()):
         raise ValueError("`aliases` does not map weights to inputs")
@@ -162,14 +167,7 @@ def load_beside(stats_path: Path, stats: CalibrationStats) -> SecondMoments | No
 
 
 def hessian(
-    moments: SecondMoments,
-    stats: CalibrationStats,
-    weight: str,
-    shape: tuple[int, ...],
-    experts: slice = slice(None),
-    *,
-    shrink_tokens: float = SHRINK_TOKENS,
-    damping: float = DAMPING,
+    moments: SecondMoments, stats: CalibrationStats, weight: str, shape: tuple[int, ...], experts: slice = slice(None)
 ) -> torch.Tensor | None:
     """E[x xᵀ] of a weight's input, positive definite, float32 [E, C, C]: one matrix, or one for each of `experts`.
 
@@ -187,21 +185,21 @@ def hessian(
     if len(sums) == 1:
         mean, tokens = sums / totals.clamp_min(1).to(torch.float32)[:, None, None], counts.sum().reshape(1)
         if stacked and len(counts) == shape[0]:
-            squares = importance(stats, weight, shape, shrink_tokens=shrink_tokens)[experts]
+            squares = importance(stats, weight, shape)[experts]
             scale = squares.sqrt() * mean[0].diagonal().clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
             mean = mean[0] * scale.unsqueeze(1) * scale.unsqueeze(2)
             tokens = torch.full((len(mean),), float(counts.sum()))
     else:
-        n, tokens = counts[experts], counts[experts] + shrink_tokens
+        n, tokens = counts[experts], counts[experts] + SHRINK_TOKENS
         mean = sums[experts] / totals[experts].clamp_min(1e-12).to(torch.float32)[:, None, None]
-        share = (n / (n + max(shrink_tokens, 1e-12))).to(torch.float32)[:, None, None]
+        share = (n / (n + SHRINK_TOKENS)).to(torch.float32)[:, None, None]  # of the expert's own moments
         mean = share * mean + (1 - share) * moments.layer_mean(key)
-    return _invertible(mean, tokens, damping)
+    return _invertible(mean, tokens)
 
 
-def _invertible(mean: torch.Tensor, tokens: torch.Tensor, damping: float) -> torch.Tensor:
+def _invertible(mean: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     diagonal = mean.diagonal(dim1=-2, dim2=-1)
-    trust = (tokens / (mean.shape[-1] + tokens)).to(torch.float32)[:, None, None]
+    trust = (tokens / (mean.shape[-1] + tokens)).to(torch.float32)[:, None, None]  # 1 - r
     average = diagonal.mean(-1, keepdim=True)
-    added = (1 - trust.squeeze(2)) * diagonal + damping * torch.where(average > 0, average, 1.0)
-    return mean * trust + torch.diag_embed(added)
+    added = (1 - trust.squeeze(2)) * diagonal + DAMPING * torch.where(average > 0, average, 1.0)
+    return mean * trust + torch.diag_embed(added)  # the diagonal of S stays whole

@@ -59,7 +59,7 @@ def calibrate_in_shards(
     else:
         results = pool.run(task, shards, TaskNeeds(gpus=int(device.startswith("cuda"))), ordered=True)
     total: Calibration | None = None
-    done, left_out = 0, dict[str, None]()
+    done, left_out = 0, dict[str, None]()  # a set in the order of arrival
     for shard, part in results:
         left_out |= dict.fromkeys(part.left_out)
         if total is None:
@@ -67,11 +67,11 @@ def calibrate_in_shards(
         else:
             total.stats.merge(part.stats)
             if not shard.is_held and total.moments is not None and part.moments is not None:
-                total.moments.merge(part.moments)
+                total.moments.merge(part.moments)  # held-back shards give samples alone
         done += shard.inputs.num_tokens
         progress("calibrate", done, inputs.num_tokens, unit="tokens")
     assert total is not None
-    provenance, num_moments = split_inputs(inputs, provenance, options.held_back)[2], 0
+    provenance, num_moments = split_inputs(inputs, provenance, options.held_back).provenance, 0
     total.stats.provenance = provenance
     if total.moments is not None:
         total.moments.provenance, num_moments = provenance, len(total.moments.sums)

@@ -41,6 +41,8 @@ TEXT_ONLY = (
     "them, their sensitivities are guessed, and the language model is fitted to text tokens, whose statistics differ "
     "from those of image tokens. Give pictures with --data FILE."
 )
+FEW_TOKENS = 8192
+"""Below so many tokens a calibration is warned about; the default is 16 times that."""
 _LIMIT_SHARE = 0.85
 """Share of the free memory within which a model is streamed that does not fit into it."""
 
@@ -123,7 +125,7 @@ def statistics_in(
             target.unlink(missing_ok=True)
             if source.is_file():
                 try:
-                    target.hardlink_to(source)
+                    target.hardlink_to(source)  # gigabytes that nobody changes
                 except OSError:
                     shutil.copyfile(source, target)
         return StatsFile(path, stats)
@@ -145,7 +147,7 @@ def _was_measured_with(provenance: StatsProvenance, model: Model, options: Calib
     if options.data is not None:
         return provenance.text_hash == read_samples(Path(options.data)).sha256
     text = read_text(options.text, seed=seed, max_tokens=options.tokens)
-    return (provenance.window, provenance.text_hash) == (options.window, text.sha256)
+    return (provenance.window, provenance.text_hash) == (min(options.window, options.tokens), text.sha256)
 
 
 def run_calibration(
@@ -168,6 +170,11 @@ def run_calibration(
     inputs = calibration_inputs(model, options, session, batch_size=_batch_size(device))
     if model.has_vision and not inputs.has_pictures:
         session.note(TEXT_ONLY)
+    if inputs.num_tokens < FEW_TOKENS:
+        session.note(
+            f"{inputs.name} gives only {inputs.num_tokens:,} tokens to calibrate on. Statistics of fewer than "
+            f"{FEW_TOKENS:,} say little about other text, and a plan made of them may be wrong; give a longer one."
+        )
     provenance = provenance_of(model, inputs, tokens=options.tokens, seed=session.seed)
     statistics = StatisticsOptions(options.hessians, parse_size(options.hessian_memory))
     if limit is not None:
@@ -256,7 +263,7 @@ def streaming_limit(model: Model, options: CalibrationOptions, device: str, sess
         return parse_size(options.max_memory)
     on_gpu = device.startswith("cuda")
     free = torch.cuda.mem_get_info(device)[0] if on_gpu else free_memory()
-    needed = model.num_weights * (2 if on_gpu else 4)
+    needed = model.num_weights * (2 if on_gpu else 4)  # bfloat16, or float32
     if needed <= COMFORTABLE_SHARE * free or not isinstance(model.source, ConvertedSource):
         return None
     limit = int(_LIMIT_SHARE * free_memory())

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 
 from dynquant import __version__
+from dynquant.checkpoints.tensor_source import is_finite
 from dynquant.errors import StatsError
 from dynquant.storage.atomic import read_tensors, save_tensors
 
@@ -135,13 +136,14 @@ class CalibrationStats:
             )
 
     def save(self, path: Path) -> None:
-        """Write stats.safetensors, whole or not at all."""
+        """Write stats.safetensors, whole or not at all. Raises StatsError: values that are not finite."""
         tensors = {
             f"{key}.{part.name}": value
             for key, stats in self.inputs.items()
             for part in fields(InputStats)
             if (value := getattr(stats, part.name)) is not None
         }
+        check_finite(tensors)
         save_tensors(path, tensors, {"provenance": self.provenance.model_dump(), "aliases": self.aliases})
 
     @classmethod
@@ -167,6 +169,16 @@ class CalibrationStats:
             ) from error
 
 
+def check_finite(tensors: dict[str, torch.Tensor]) -> None:
+    """Refuse statistics that no later step could use. Raises StatsError: NaN or infinite values, by name."""
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise StatsError(
+                f"Calibration gave NaN or infinite values in `{name}`: activations of the model overflow, and nothing "
+                "was written. Check the model (its weights are finite), or leave out the text that does this."
+            )
+
+
 def _checked_input(key: str, tensors: dict[str, torch.Tensor]) -> InputStats:
     """Raises ValueError for parts that are missing, of another type or shape, or not finite."""
     stats = InputStats(**tensors)
@@ -184,7 +196,7 @@ def _checked_input(key: str, tensors: dict[str, torch.Tensor]) -> InputStats:
                 f"`{key}.{name}` is {list(tensor.shape)} of {tensor.dtype} for {experts} experts and {channels} "
                 f"channels; {_PART_TYPES[name]} is needed"
             )
-        if not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             raise ValueError(f"`{key}.{name}` holds NaN or infinite values")
     filled, samples = stats.sample_counts, stats.samples
     if (filled is None) != (samples is None):

@@ -21,8 +21,7 @@ import torch
 from dynquant import __version__
 from dynquant.calibration.collector import Collector
 from dynquant.calibration.options import Hessians
-from dynquant.calibration.recorders import MomentRecorder
-from dynquant.calibration.run import Calibration, StatisticsOptions, check_seen, split_inputs
+from dynquant.calibration.run import Calibration, Split, StatisticsOptions, check_seen, split_inputs
 from dynquant.calibration.second_moments import named_tensors, path_beside
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
 from dynquant.checkpoints.model import Model
@@ -66,30 +65,27 @@ def calibrate_streamed(
         StatsError: the limit is too small, or there is no space for hidden states.
     """
     options, streaming = options or StatisticsOptions(), streaming or StreamingOptions()
-    summed, held, provenance = split_inputs(inputs, provenance, options.held_back)
+    split = split_inputs(inputs, provenance, options.held_back)
     stream = LayerStream(model, dtype=streaming.dtype, device=streaming.device)
-    moments, with_gradients = options.recorder(stream.hf_model), options.hessians == "gradients"
+    collector = options.collector(stream.hf_model, model.arch, model.hyper.n_layer)
     if streaming.limit_bytes is not None:
+        moments, batch_tokens = collector.moments, inputs.batch_size * split.provenance.window
         pools_experts = moments is None or moments.pools_experts
-        batch_tokens = inputs.batch_size * provenance.window
-        work = Workload(batch_tokens, with_gradients, moments is not None, pools_experts)
+        work = Workload(batch_tokens, collector.with_gradients, moments is not None, pools_experts)
         fit_within(stream, streaming.limit_bytes, work)
     output.parent.mkdir(parents=True, exist_ok=True)
     identity = {
-        "tool": __version__, "provenance": provenance.model_dump(), "batch": inputs.batch_size,
+        "tool": __version__, "provenance": split.provenance.model_dump(), "batch": inputs.batch_size,
         "dtype": str(streaming.dtype), "device": streaming.device, "hessians": options.hessians,
         "hessian_bytes": options.hessian_bytes,
     }  # fmt: skip
     directory = (streaming.spill or output.parent) / f".{output.name}.streaming"
     journal = _journal_in(directory, identity)
-    collector = Collector(
-        stream.hf_model, model.arch, model.hyper.n_layer, moments, limits=options.limits, with_gradients=with_gradients
-    )
-    run = _Run(stream, summed, held, provenance, options.hessians, moments, collector, journal)
+    run = _Run(stream, collector, split, journal)
     first_stage = len(journal.records)
     with stream.running():
         run.all_stages(progress)
-    calibration = run.join(output, first_stage)
+    calibration = run.join(output, options.hessians, first_stage)
     journal.close()
     shutil.rmtree(directory)
     return calibration
@@ -115,24 +111,15 @@ def _journal_in(directory: Path, identity: dict[str, object]) -> Journal:
 class _Run:
     """The stages of one calibration, forward and, for gradients, back."""
 
-    def __init__(
-        self,
-        stream: LayerStream,
-        summed: ModelInputs,
-        held: ModelInputs,
-        provenance: StatsProvenance,
-        hessians: Hessians,
-        moments: MomentRecorder | None,
-        collector: Collector,
-        journal: Journal,
-    ) -> None:
-        self._stream, self._summed, self._provenance = stream, summed, provenance
-        self._hessians, self._moments, self._collector, self._journal = hessians, moments, collector, journal
-        self._with_gradients = hessians == "gradients"
+    def __init__(self, stream: LayerStream, collector: Collector, split: Split, journal: Journal) -> None:
+        self._stream, self._collector, self._journal = stream, collector, journal
+        self._summed, held, self._provenance = split
+        self._moments = collector.moments
+        self._with_gradients = collector.with_gradients
         self._directory = journal.path.parent
-        self._batches = (*summed, *held)
+        self._batches = (*self._summed, *held)
         self._passes = StagedPasses(stream, [batch.ids for batch in self._batches], self._directory)
-        self._generator = torch.Generator().manual_seed(provenance.seed)
+        self._generator = torch.Generator().manual_seed(self._provenance.seed)
 
     def all_stages(self, progress: Progress) -> None:
         """Run what the journal does not have yet."""
@@ -160,7 +147,7 @@ class _Run:
                 self._keep(direction, stage)
             progress("calibrate", number + 1, len(order), unit="layers")
 
-    def join(self, output: Path, first_stage: int) -> Calibration:
+    def join(self, output: Path, hessians: Hessians, first_stage: int) -> Calibration:
         """Write the statistics and second moments of all stages."""
         aliases = self._collector.aliases
         stats = CalibrationStats(self._provenance, {}, aliases)
@@ -172,7 +159,7 @@ class _Run:
             parts = sorted(self._directory.glob("*.moments.safetensors"))
             keys = {key for entry in self._journal.records for key in entry["moments"]}
             shared = {alias: key for alias, key in aliases.items() if key in keys}
-            header = {"provenance": self._provenance.model_dump(), "aliases": shared, "kind": self._hessians}
+            header = {"provenance": self._provenance.model_dump(), "aliases": shared, "kind": hessians}
             merge_tensor_files(path_beside(output), parts, {"tokens": self._summed.windows.to(torch.int32)}, header)
             pools_experts, left_out = self._moments.pools_experts, tuple(self._moments.left_out)
             result = replace(result, pools_experts=pools_experts, left_out=left_out, num_moments=len(keys))
@@ -197,7 +184,7 @@ class _Run:
                 save_tensors(name.with_suffix(".moments.safetensors"), named_tensors(sums, weights), {})
             entry["moment_bytes"], entry["left_out"] = self._moments.used_bytes, self._moments.left_out
             entry["moments"] = list(sums)
-        self._journal.add(entry)
+        self._journal.add(entry)  # last, so that what it names is on the disk
         if direction == "backward":
             self._passes.gradients.forget(stage + 1)
         if direction == "backward" or not self._with_gradients:

@@ -31,6 +31,8 @@ class HyperParams:
     n_expert: int = 0
     n_expert_used: int = 0
     leading_dense: int = 0
+    n_ctx: int = 0
+    """Tokens of the context; 0 where the metadata do not say."""
 
     @classmethod
     def from_metadata(cls, values: dict[str, object]) -> "HyperParams":
@@ -72,6 +74,7 @@ class HyperParams:
             n_expert=number("expert_count", 0),
             n_expert_used=number("expert_used_count", 0),
             leading_dense=number("leading_dense_block_count", 0),
+            n_ctx=number("context_length", 0),
         )
 
 

@@ -28,6 +28,11 @@ class TensorInfo:
         return prod(self.shape)
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Return False for a tensor with NaN or infinite values; needs no memory of the tensor's size."""
+    return not tensor.numel() or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
+
+
 class TensorSource(Protocol):
     """A read-only set of named tensors."""
 

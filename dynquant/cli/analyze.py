@@ -1,6 +1,6 @@
 """`dynquant analyze`, and `dynquant super-weights`, which looks for single weights."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from dynquant.analysis.errors.options import AnalyzeOptions
 from dynquant.analysis.outliers.options import SuperWeightOptions
@@ -8,9 +8,6 @@ from dynquant.cli.terminal import console
 from dynquant.cli.terminal.parameters import AsJson
 from dynquant.options import Only
 from dynquant.session import Session
-
-if TYPE_CHECKING:
-    from dynquant.analysis.outliers.super_weights import Ablation
 
 
 def analyze(options: AnalyzeOptions, session: Annotated[Session, Only(("threads",))]) -> None:
@@ -35,20 +32,13 @@ def super_weights(options: SuperWeightOptions, session: Annotated[Session, Only(
     if as_json:
         console.show_json([weight.model_dump() | {"ablation": e and e.model_dump()} for weight, e in search.weights])
         return
-    rows = [
-        (
-            f"{weight.name}{'' if weight.expert is None else f' expert {weight.expert}'} [{weight.row},{weight.col}]",
-            f"{weight.value:.4f}",
-            f"{weight.max_in:.1f}",
-            f"{weight.max_out:.1f}",
-            *(_perplexities(effect) if effect else ("",) * 3),
-        )
-        for weight, effect in search.weights
-    ]
+    rows = []
+    for weight, effect in search.weights:
+        expert = "" if weight.expert is None else f" expert {weight.expert}"
+        sizes = f"{weight.value:.4f}", f"{weight.max_in:.1f}", f"{weight.max_out:.1f}"
+        losses = (effect.perplexity, effect.without_super_weight, effect.without_next_largest) if effect else ()
+        perplexities = [f"{perplexity:.2f}" for perplexity in losses] or [""] * 3
+        rows.append((f"{weight.name}{expert} [{weight.row},{weight.col}]", *sizes, *perplexities))
     columns = ("super weight", "value", "max |in|", "max |out|", "perplexity", "zeroed", "1000 next-largest zeroed")
     title = f"{search.model}: {len(rows)} super weights on {search.num_tokens} tokens"
     console.print_table(title, columns, rows)
-
-
-def _perplexities(effect: "Ablation") -> tuple[str, str, str]:
-    return f"{effect.perplexity:.2f}", f"{effect.without_super_weight:.2f}", f"{effect.without_next_largest:.2f}"

@@ -75,12 +75,12 @@ def _global_options_first(arguments: list[str]) -> list[str]:
 def main() -> None:
     """Entry point of the `dynquant` command."""
     arguments = _global_options_first(sys.argv[1:])
-    console.begin(shlex.join(["dynquant", *sys.argv[1:]]))
+    console.begin(shlex.join(["dynquant", *sys.argv[1:]]))  # to be typed again after an interruption
     with ends_promptly(console.interrupted):
         try:
             app(args=arguments, prog_name="dynquant")
         except DynquantError as error:
-            if "--debug" in arguments:
+            if "--debug" in arguments:  # the callback's value does not reach this place
                 raise
             console.fail(str(error))
             sys.exit(1)

@@ -15,7 +15,7 @@ from dynquant.cli.export import print_exported
 from dynquant.cli.terminal import console
 from dynquant.evaluation.options import EvalOptions, QuestionOptions
 from dynquant.exporters.options import ExportOptions
-from dynquant.options import Flag, ModelPath, Only
+from dynquant.options import Flag, ModelPath, Only, Writes
 from dynquant.planning.options import PlanOptions, SearchOptions
 from dynquant.planning.target import Target
 from dynquant.session import Session
@@ -28,6 +28,7 @@ PLAN_PREFIX = "plan at "
 BASE, TUNED = "ggml", "+tune"
 
 Keep = Annotated[bool, Flag("Keep the exported files.")]
+_FOLDER = Writes(holds_inputs=True)
 QUESTIONS = Only(("text", "tasks", "max_tokens", "mmlu_data", "shots", "limit", "scoring"))
 
 
@@ -52,7 +53,7 @@ class CompareOptions:
 
     model: ModelPath
     recipes: Annotated[tuple[str, ...], Flag("Presets, as llama-iq1_s,r1-iq1_s.")]
-    output: Annotated[Path, Flag("Directory for results and the shared plan.", ("-o", "--output"))]
+    output: Annotated[Path, Flag("Directory for results and the shared plan.", ("-o", "--output")), _FOLDER]
     questions: Annotated[RecipeQuestions, QUESTIONS] = field(default_factory=RecipeQuestions)
     calibration: Annotated[CalibrationOptions, Only(("text", "tokens"))] = field(default_factory=CalibrationOptions)
     encoder: Annotated[str, Flag("ggml, or dynquant (slower; without its closing pass).")] = "ggml"
@@ -66,7 +67,7 @@ class CompareEncodersOptions:
 
     model: ModelPath
     recipes: Annotated[tuple[str, ...], Flag("Presets, as r1-iq1_s,experts-q2_k,uniform-iq2_xxs.")]
-    output: Annotated[Path, Flag("Directory for results and statistics.", ("-o", "--output"))]
+    output: Annotated[Path, Flag("Directory for results and statistics.", ("-o", "--output")), _FOLDER]
     questions: Annotated[EncoderQuestions, QUESTIONS] = field(default_factory=EncoderQuestions)
     calibration: Annotated[CalibrationOptions, Only(("text", "tokens", "hessians"))] = field(
         default_factory=CalibrationOptions

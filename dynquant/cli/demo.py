@@ -7,16 +7,18 @@ from typing import Annotated
 import typer
 
 from dynquant.cli.terminal import console
+from dynquant.options import Writes
 from dynquant.storage.atomic import write_atomically
 
 
 def demo(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Directory for everything the demo makes.")] = Path(
-        "demo-out"
-    ),
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Directory for everything the demo makes."), Writes(holds_inputs=True)
+    ] = Path("demo-out"),
 ) -> None:
     """Plan, export and evaluate the bundled 16M mixture-of-experts model; about a minute and a half on two cores."""
     from dynquant.analysis.report.stage import write_plan_report
+    from dynquant.analysis.report.tables import evaluation_table
     from dynquant.calibration.options import CalibrationOptions
     from dynquant.cli.evaluate import print_report, report_tree
     from dynquant.cli.export import print_exported
@@ -44,15 +46,11 @@ def demo(
         print_report(report)
         write_atomically(output / "eval.json", report.to_json())
         console.note(f"wrote {output / 'eval.json'}")
-        write_plan_report(model, folder, session, evaluation=report_tree(report))
-    _continue_text(file)
-    console.say(f"\nmodel:  {file}\nreport: {folder / 'report.html'}")
-
-
-def _continue_text(file: Path, prompt: str = "The purpose of a statistical test is to") -> None:
-    """Show that stock llama.cpp runs the file."""
+        write_plan_report(model, folder, session, measured=evaluation_table(report_tree(report)))
     import llama_cpp
 
-    llm = llama_cpp.Llama(str(file), n_ctx=256, verbose=False, seed=0)
+    llm = llama_cpp.Llama(str(file), n_ctx=256, verbose=False, seed=0)  # stock llama.cpp runs the file
+    prompt = "The purpose of a statistical test is to"
     words = llm(prompt, max_tokens=40, temperature=0.0)["choices"][0]["text"]
-    console.out.print(f"\nllama.cpp continues: [italic]{prompt}[/]{words}", markup=True)
+    console.say(f"\nllama.cpp continues: {prompt}{words}")
+    console.say(f"\nmodel:  {file}\nreport: {folder / 'report.html'}")

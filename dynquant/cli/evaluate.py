@@ -7,7 +7,7 @@ import typer
 
 from dynquant.cli.terminal import console
 from dynquant.evaluation.options import EvalOptions
-from dynquant.options import Only
+from dynquant.options import Only, Writes
 from dynquant.session import Session
 from dynquant.storage.atomic import write_atomically
 
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 def evaluate(
     options: EvalOptions,
     session: Annotated[Session, Only(("device", "threads", "seed"))],
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the result to this file."), Writes()
+    ] = None,
 ) -> None:
     """Compare a quantized model with its original: KL divergence, perplexity, multiple choice; before and after.
 
@@ -29,21 +31,16 @@ def evaluate(
     Example: dynquant eval model.gguf --reference ./vision-model --tasks kl,vqa --data questions.jsonl
     """
     from dynquant.evaluation.evaluate import evaluate as compare
-    from dynquant.evaluation.report import EvalReport
+    from dynquant.evaluation.report import PictureReport
 
     report = compare(options, session)
-    if isinstance(report, EvalReport):
-        print_report(report)
-        _write(json_file, report.to_json())
-        return
+    print_report(report)
+    if json_file is not None:
+        write_atomically(json_file, report.to_json())
+        console.note(f"wrote {json_file}")
     candidate = Path(options.candidate)
-    title = f"{candidate} against {report.reference}: {report.samples} samples of {report.data}"
-    console.print_table(title, ("", "reference", "candidate", "comparison"), report.rows())
-    for reason in report.skipped:
-        console.note(f"skipped: {reason}")
-    _write(json_file, report.to_json())
     directory = candidate if candidate.is_dir() else candidate.parent
-    if (directory / "report.html").is_file() and (directory / "plan.json").is_file():
+    if isinstance(report, PictureReport) and all((directory / n).is_file() for n in ("report.html", "plan.json")):
         _draw_pictures(report, options.reference, directory, session)
 
 
@@ -53,38 +50,23 @@ def _draw_pictures(report: "PictureReport", reference: str, directory: Path, ses
 
     title = f"{report.samples} samples of {report.data}"
     answers = report.questions.answers if report.questions else ()
-    write_plan_report(reference, directory, session, pictures=picture_section(report.rows(), title, answers))
+    write_plan_report(reference, directory, session, measured=picture_section(report.rows(), title, answers))
 
 
-def _write(json_file: Path | None, text: str) -> None:
-    if json_file is not None:
-        write_atomically(json_file, text)
-        console.note(f"wrote {json_file}")
-
-
-def print_report(report: "EvalReport") -> None:
-    """Show the before/after table, one block a text or question set."""
-    from dynquant.evaluation.report import summary_rows
-
-    rows = []
-    section = None
-    for row in summary_rows(report):
-        if row.section != section:
-            section = row.section
-            rows.append((section, "", "", ""))
-        rows.append((f"  {row.metric}", row.reference, row.candidate, row.comparison))
-    title = f"{report.candidate.name} against {report.reference.name}"
-    console.print_table(title, ("", "reference", "candidate", "comparison"), rows)
+def print_report(report: "EvalReport | PictureReport") -> None:
+    """Show the before/after table, one block a text or question set, and the notes."""
+    console.print_table(report.title, ("", "reference", "candidate", "comparison"), report.rows())
     for line in report.notes:
         console.note(line)
 
 
 def report_tree(report: "EvalReport") -> dict[str, dict[str, str]]:
     """Return section -> metric -> what the table says, for report.html."""
-    from dynquant.evaluation.report import summary_rows
 
-    tree: dict[str, dict[str, str]] = {}
-    for row in summary_rows(report):
-        change = " to ".join(part for part in (row.reference, row.candidate) if part)
-        tree.setdefault(row.section, {})[row.metric] = "; ".join(part for part in (change, row.comparison) if part)
-    return tree
+    def words(*sides: str, comparison: str) -> str:
+        return "; ".join(part for part in (" to ".join(filter(None, sides)), comparison) if part)
+
+    return {
+        section: {metric: words(before, after, comparison=note) for metric, before, after, note in rows}
+        for section, rows in report.sections().items()
+    }

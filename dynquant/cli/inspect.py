@@ -8,7 +8,7 @@ import typer
 
 from dynquant.cli.terminal import console
 from dynquant.cli.terminal.parameters import AsJson
-from dynquant.options import MODEL_HELP
+from dynquant.options import MODEL_HELP, Writes
 from dynquant.resources import human_bytes
 
 if TYPE_CHECKING:
@@ -45,7 +45,9 @@ def inspect(path: Annotated[str, typer.Argument(help=MODEL_HELP, show_default=Fa
 
 
 def measure_machine(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Where the machine file goes.")] = Path("machine.json"),
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the machine file goes."), Writes()] = Path(
+        "machine.json"
+    ),
 ) -> None:
     """Measure this machine's CPU and disk for `plan --config-only DIR --machine FILE`: some minutes.
 
@@ -74,17 +76,17 @@ def recipe(
     from dynquant.recipes.type_lists import read_types
 
     types = read_types(plan)
-    made = recipe_of(types)
-    if imatrix is None and uses_imatrix(made):
+    llama_recipe = recipe_of(types)
+    if imatrix is None and uses_imatrix(llama_recipe):
         imatrix = "IMATRIX.gguf"
-    command = command_line(made, model=model, imatrix=imatrix, output=output)
+    command = command_line(llama_recipe, model=model, imatrix=imatrix, output=output)
     alone = left_alone(types)
     if as_json:
-        types_of_one = {"token_embedding_type": made.token_embedding, "output_tensor_type": made.output}
-        patterns = [{"pattern": pattern, "type": name} for pattern, name in made.patterns]
+        types_of_one = {"token_embedding_type": llama_recipe.token_embedding, "output_tensor_type": llama_recipe.output}
+        patterns = [{"pattern": pattern, "type": name} for pattern, name in llama_recipe.patterns]
         rest = [{"name": tensor.name, "type": tensor.type, "why": why} for tensor, why in alone]
         lists = {"tensor_types": patterns, "left_alone": rest, "command": command}
-        console.show_json({"base": str(made.base).upper()} | types_of_one | lists)
+        console.show_json({"base": str(llama_recipe.base).upper()} | types_of_one | lists)
         return
     console.say(command)
     if alone:

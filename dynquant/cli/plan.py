@@ -57,15 +57,15 @@ def plan(
         return
     if machine is not None:
         raise PlanError("--machine goes with --config-only DIR.")
-    made = stage.make_plan(options, session)
+    decided = stage.make_plan(options, session)
     if report and options.target.serves is None:
         from dynquant.analysis.report.stage import write_plan_report
 
         write_plan_report(str(options.model), options.output, session, base_gguf=options.base_gguf)
     if as_json:
-        console.show_json(made.model_dump_json(indent=1))
+        console.show_json(decided.model_dump_json(indent=1))
     else:
-        print_plan(made, options.output)
+        print_plan(decided, options.output)
 
 
 def print_histogram(plan: "Plan") -> None:
@@ -77,26 +77,28 @@ def print_histogram(plan: "Plan") -> None:
         f"{plan.predicted_bytes / 2**30:.2f} GiB ({plan.predicted_bytes:,} bytes), {len(plan.entries):,} tensors, "
         f"{plan.bits_per_weight:.3f} bits per weight"
     )
+    _print_fallbacks(plan)
+
+
+def _print_fallbacks(plan: "Plan") -> None:
+    for line in plan.fallbacks():
+        console.say(f"  {line}")
 
 
 def print_plan(plan: "Plan", directory: Path) -> None:
     """Show what was kept, what was crushed, what fell back, and the size."""
     columns, rows = _by_role(plan) if plan.target == "gguf" else _by_scheme(plan)
     console.print_table(f"{plan.model}: {plan.recipe}", (*columns, "bpw", "size", "share"), rows)
-    fallbacks = [entry for entry in plan.entries if entry.wanted_type]
     if plan.target == "gguf":
         for entry in plan.entries:
             if "super " in entry.reason or "stands out" in entry.reason:
                 console.say(f"  {entry.name}: {entry.type}, {entry.reason}")
-        if fallbacks:
-            console.say(f"  {len(fallbacks)} tensors took another type because of their row length (see the plan)")
     else:
         from dynquant.exporters.compressed_config import transformers_problem
 
-        for entry in fallbacks:
-            console.say(f"  {entry.name}: {entry.type} instead of {entry.wanted_type}, {entry.reason}")
         if problem := transformers_problem(plan):
             console.note(f"vLLM will load this checkpoint, transformers will not: {problem}")
+    _print_fallbacks(plan)
     if plan.predicted_kl is not None:
         error = f" ± {plan.predicted_kl_se:.4f}" if plan.predicted_kl_se else ""
         measured = "" if plan.selected_kl is None else f", measured {plan.selected_kl:.4f}"
@@ -109,7 +111,7 @@ def print_plan(plan: "Plan", directory: Path) -> None:
 
 def _by_role(plan: "Plan") -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
     """Return columns and rows of a plan for llama.cpp, the role with most bytes first."""
-    precision = list(plan.by_type())
+    precision = list(plan.by_type())  # most precise first
     by_role: dict[str, list[PlanEntry]] = {}
     for entry in plan.entries:
         by_role.setdefault(entry.role.value, []).append(entry)
@@ -146,14 +148,10 @@ def print_costs(plan: "Plan", directory: Path, machine_file: Path, options: Plan
 
     machine, calibration = Machine.load(machine_file), options.calibration
     limit = None if calibration.max_memory is None else parse_size(calibration.max_memory)
-    work = CostOptions(
-        tokens=calibration.tokens,
-        window=calibration.window,
-        hessians=calibration.hessians,
-        hessian_bytes=parse_size(calibration.hessian_memory),
-        types=tuple(name.upper() for name in options.target.types) or DEFAULT_TYPES,
-        limit_bytes=limit,
-    )
+    inputs = {"tokens": calibration.tokens, "window": calibration.window, "hessians": calibration.hessians}
+    types = tuple(name.upper() for name in options.target.types) or DEFAULT_TYPES
+    hessian_bytes = parse_size(calibration.hessian_memory)
+    work = CostOptions(**inputs, hessian_bytes=hessian_bytes, types=types, limit_bytes=limit)
     costs = predict(open_config(directory), plan, machine, work)
     rows = [
         (cost.stage, f"{cost.seconds:,.0f} s", human_bytes(cost.memory_bytes), human_bytes(cost.bytes_read))

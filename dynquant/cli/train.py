@@ -26,8 +26,7 @@ def finetune(options: FinetuneOptions, session: Annotated[Session, SeedAndDevice
     from dynquant.training.finetune import finetune as run
 
     with _without_notices():
-        report = run(options, session)
-    _print(report, options.output)
+        _print(run(options, session), options.output)
 
 
 def heal(options: HealOptions, session: Annotated[Session, SeedAndDevice]) -> None:
@@ -40,8 +39,7 @@ def heal(options: HealOptions, session: Annotated[Session, SeedAndDevice]) -> No
     from dynquant.training.heal import heal as run
 
     with _without_notices():
-        report = run(options, session)
-    _print(report, options.output)
+        _print(run(options, session), options.output)
     cache = options.reference_cache
     console.note(f"the original's distributions are in {cache}, for further runs on the same text; it may be deleted")
 

@@ -8,7 +8,7 @@ and rows are independent, so they are processed together in batches that fit in 
 Types that this encoder does not search (floats, Q8_0, the 32-wide Q4_0 to Q5_1 and IQ4_NL, NVFP4) are ggml's.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dynquant.encoding.ggml import GgmlEncoder
-from dynquant.encoding.interface import ProtectedWeight, RowsDone, check_finite, check_request
+from dynquant.encoding.interface import Encoder, Request, check_finite
 from dynquant.encoding.parts import as_slice, ranges
 from dynquant.encoding.search.descent import descend, descend_scales, refit
 from dynquant.encoding.search.feedback import feed_back, upper_factor
@@ -24,7 +24,6 @@ from dynquant.encoding.search.layouts import LAYOUTS, BlockLayout, Fields
 from dynquant.encoding.search.rows import Rows
 from dynquant.encoding.search.scales import fit
 from dynquant.errors import EncodeError
-from dynquant.formats.quant_types import QuantType
 
 _CPU_WEIGHTS = 1 << 21
 _GPU_WEIGHTS = 1 << 26
@@ -36,7 +35,7 @@ _PROTECTED = 1e5
 """Weight of a protected scalar's error over the mean of the others."""
 
 
-class DynquantEncoder:
+class DynquantEncoder(Encoder):
     """See the module; `device` None takes a CUDA device where there is one."""
 
     name: ClassVar[str] = "dynquant"
@@ -45,47 +44,34 @@ class DynquantEncoder:
     def __init__(self, device: str | None = None) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
-    def encode(
-        self,
-        quant_type: QuantType,
-        weights: Tensor,
-        importance: Tensor | None = None,
-        threads: int | None = None,
-        *,
-        name: str = "tensor",
-        hessian: Tensor | None = None,
-        protected: Sequence[ProtectedWeight] = (),
-        progress: RowsDone | None = None,
-    ) -> Tensor:
-        """Encode all rows of `weights`; see `dynquant.encoding.interface.Encoder.encode`."""
-        layout = LAYOUTS.get(quant_type.name)
+    def encode_stack(self, request: Request) -> Tensor:
+        """Search the blocks of batches of experts and rows, and then those of rows with a protected scalar again."""
+        layout = LAYOUTS.get(request.quant_type.name)
         if layout is None:
-            return GgmlEncoder().encode(quant_type, weights, importance, threads, name=name, progress=progress)
-        by_expert = check_request(quant_type, weights, importance, hessian, name=name)
-        stacked = weights.detach() if weights.dim() == 3 else weights.detach().unsqueeze(0)
-        packed = torch.empty((*stacked.shape[:2], quant_type.row_bytes(stacked.shape[-1])), dtype=torch.uint8)
+            return GgmlEncoder().encode_stack(request)
+        weights, hessian = request.weights, request.hessian
+        packed = torch.empty((*weights.shape[:2], request.quant_type.row_bytes(weights.shape[-1])), dtype=torch.uint8)
 
         def loss_of(experts: slice, *, protected_column: int | None = None) -> Loss:
-            importance = None if by_expert is None else by_expert[experts]
+            importance = None if request.importance is None else request.importance[experts]
             moments = hessian if hessian is None or len(hessian) == 1 else hessian[experts]
-            shape = stacked[experts].shape
+            shape = weights[experts].shape
             return loss_under(shape, importance, moments, self.device, protected_column=protected_column)
 
-        with _threads(threads):
-            for experts in self._expert_batches(stacked, hessian):
+        with _threads(request.threads):
+            for experts in self._expert_batches(weights, hessian):
                 loss = loss_of(experts)
-                at_once = self._weights_at_once // (len(stacked[experts]) * stacked.shape[-1])
-                for rows in map(as_slice, ranges(stacked.shape[1], max(1, at_once))):
-                    part = stacked[experts, rows]
-                    packed[experts, rows] = self._encode(layout, part, loss, name)
-                    if progress is not None:
-                        progress(part.numel())
-            for scalar in protected:
-                expert = slice(scalar.expert or 0, (scalar.expert or 0) + 1)
-                row = slice(scalar.row, scalar.row + 1)
-                loss = loss_of(expert, protected_column=scalar.column)
-                packed[expert, row] = self._encode(layout, stacked[expert, row], loss, name)
-        return packed.reshape(*weights.shape[:-1], packed.shape[-1])
+                at_once = self._weights_at_once // (len(weights[experts]) * weights.shape[-1])
+                for rows in map(as_slice, ranges(weights.shape[1], max(1, at_once))):
+                    part = weights[experts, rows]
+                    packed[experts, rows] = self._encode(layout, part, loss, request.name)
+                    request.progress(part.numel())
+            for scalar in request.protected:
+                expert, row = scalar.expert or 0, scalar.row
+                place = slice(expert, expert + 1), slice(row, row + 1)
+                loss = loss_of(place[0], protected_column=scalar.column)
+                packed[place] = self._encode(layout, weights[place], loss, request.name)
+        return packed
 
     def _encode(self, layout: BlockLayout, weights: Tensor, loss: "Loss", name: str) -> Tensor:
         """Block bytes [E, R, row_bytes] on the CPU; rows that do not fit in the GPU's memory are halved."""
@@ -102,12 +88,12 @@ class DynquantEncoder:
         halves = [self._encode(layout, part, loss, name) for part in (weights[:, :half], weights[:, half:])]
         return torch.cat(halves, dim=1)
 
-    def _expert_batches(self, stacked: Tensor, hessian: Tensor | None) -> Iterator[slice]:
-        count = self._weights_at_once // max(1, stacked[:1].numel())
+    def _expert_batches(self, weights: Tensor, hessian: Tensor | None) -> Iterator[slice]:
+        count = self._weights_at_once // max(1, weights[:1].numel())
         if hessian is not None:
             limit = _CPU_HESSIAN_BYTES if self.device.type == "cpu" else _GPU_HESSIAN_BYTES
             count = min(count, limit // hessian[:1].nbytes)
-        return map(as_slice, ranges(stacked.shape[0], max(1, count)))
+        return map(as_slice, ranges(weights.shape[0], max(1, count)))
 
     @property
     def _weights_at_once(self) -> int:
@@ -146,13 +132,13 @@ def loss_under(
     num_experts, columns = shape[0], shape[-1]
     if hessian is not None:
         h = hessian.to(device, torch.float32)
-        h = (h / h.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]).expand(num_experts, columns, columns)
+        h = (h / h.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]).expand(num_experts, columns, columns)  # near 1
         if protected_column is not None:
             h = h.clone()
             h[:, protected_column, protected_column] += _PROTECTED
         return Loss(h.diagonal(dim1=-2, dim2=-1).contiguous(), h, upper_factor(h))
     metric = torch.ones(num_experts, columns) if importance is None else importance.clone()
-    metric = (metric / metric.mean(-1, keepdim=True)).to(device)
+    metric = (metric / metric.mean(-1, keepdim=True)).to(device)  # a factor on the loss chooses nothing else
     if protected_column is not None:
         metric[:, protected_column] += _PROTECTED
     return Loss(metric)

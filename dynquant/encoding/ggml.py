@@ -10,25 +10,26 @@ Left out: Q1_0 and other types outside the registry, and llama-quantize's file h
 import ctypes
 import importlib.util
 import sys
-from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 from threading import Lock
 from typing import ClassVar
 
 import torch
 
-from dynquant.encoding.interface import ProtectedWeight, RowsDone, check_finite, check_request
+from dynquant.checkpoints.tensor_source import is_finite
+from dynquant.encoding.interface import Encoder, Request, check_finite
+from dynquant.encoding.parts import as_slice, ranges
 from dynquant.errors import EncodeError
+from dynquant.formats.plain_quants import FLOAT_DTYPES
 from dynquant.formats.quant_types import QuantType
 from dynquant.resources import usable_cores
 
 CHUNK_WEIGHTS = 1 << 17
 """Weights per task: 10 to 100 ms of a slow quantizer, so that threads stay busy and Python's share stays small."""
 
-_FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # The file that llama.cpp's own libraries link to comes first: one loaded copy, so that ggml's search tables (10 seconds
 # for IQ1_S) are built once per process.
 _LIBRARY_NAMES = {
@@ -39,93 +40,46 @@ _LIBRARY_NAMES = {
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
-class GgmlEncoder:
+class GgmlEncoder(Encoder):
     """Encodes with the ggml library of the installed llama-cpp-python."""
 
     name: ClassVar[str] = "ggml"
     uses_hessians: ClassVar[bool] = False
 
-    def encode(
-        self,
-        quant_type: QuantType,
-        weights: torch.Tensor,
-        importance: torch.Tensor | None = None,
-        threads: int | None = None,
-        *,
-        name: str = "tensor",
-        hessian: torch.Tensor | None = None,
-        protected: Sequence[ProtectedWeight] = (),
-        progress: RowsDone | None = None,
-    ) -> torch.Tensor:
-        """Encode all rows of `weights`; see `dynquant.encoding.interface.Encoder.encode`.
-
-        ggml knows nothing of `hessian` and `protected`.
-        Weights stay in their own dtype and are widened chunk by chunk, so a bfloat16 tensor needs no float32 copy. When
-        nothing has to be converted (F32 from float32), the result shares memory with `weights`.
-        """
-        by_expert = check_request(quant_type, weights, importance, name=name)
-        weights = weights.detach().to(device="cpu")
+    def encode_stack(self, request: Request) -> torch.Tensor:
+        """Encode chunks of rows, each widened to float32 by itself, so that a bfloat16 tensor needs no such copy."""
+        quant_type, weights = request.quant_type, request.weights.to(device="cpu")
         if quant_type.is_float:
-            values = _cast(quant_type, weights, name=name)
-            if progress is not None:
-                progress(values.numel() // quant_type.block_bytes)
+            values = _cast(quant_type, weights, name=request.name)
+            request.progress(weights.numel())
             return values
         packed = torch.empty((*weights.shape[:-1], quant_type.row_bytes(weights.shape[-1])), dtype=torch.uint8)
-        library = _library()
-        library.prepare(quant_type)
-        tasks = list(_tasks(weights, packed, by_expert))
-        threads = min(threads or usable_cores(), len(tasks))
+        _library().prepare(quant_type)
+        runs = list(map(as_slice, ranges(weights.shape[1], max(1, CHUNK_WEIGHTS // max(1, weights.shape[-1])))))
+        places = list(product(range(len(weights)), runs))
 
-        def run(task: "_Task") -> None:
-            _encode_rows(library, quant_type, task, name=name)
+        def encode_rows(place: tuple[int, slice]) -> int:
+            importance = None if request.importance is None else request.importance[place[0]]
+            _encode_rows(quant_type, weights[place], packed[place], importance, name=request.name)
+            return weights[place].numel()
 
-        with ThreadPoolExecutor(max(1, threads)) as pool:
-            for task, _ in zip(tasks, pool.map(run, tasks), strict=True):
-                if progress is not None:
-                    progress(task.rows.numel())
+        with ThreadPoolExecutor(max(1, min(request.threads or usable_cores(), len(places)))) as pool:
+            for num_weights in pool.map(encode_rows, places):
+                request.progress(num_weights)
         return packed
 
 
 encode = GgmlEncoder().encode
 
 
-@dataclass(frozen=True)
-class _Task:
-    """A run of rows of one expert, and where their blocks go."""
+def _encode_rows(
+    quant_type: QuantType, weights: torch.Tensor, packed: torch.Tensor, importance: torch.Tensor | None, *, name: str
+) -> None:
+    """Write the blocks of some rows of one expert to `packed`, under the importance [row_length] of the expert.
 
-    rows: torch.Tensor  # [rows, row_length]
-    packed: torch.Tensor  # [rows, row_bytes]
-    importance: torch.Tensor | None  # [row_length]
-
-
-def _tasks(weights: torch.Tensor, packed: torch.Tensor, importance: torch.Tensor | None) -> Iterator[_Task]:
-    if weights.dim() == 2:
-        weights, packed = weights[None], packed[None]
-    rows_per_task = max(1, CHUNK_WEIGHTS // max(1, weights.shape[-1]))
-    for expert in range(weights.shape[0]):
-        for start in range(0, weights.shape[1], rows_per_task):
-            rows = slice(start, start + rows_per_task)
-            yield _Task(weights[expert, rows], packed[expert, rows], None if importance is None else importance[expert])
-
-
-def _encode_rows(library: "_Library", quant_type: QuantType, task: _Task, *, name: str) -> None:
-    rows = task.rows.to(torch.float32).contiguous()
-    _check_magnitude(quant_type, rows, task.importance, name=name)
-    num_rows, row_length = rows.shape
-    importance = None if task.importance is None else task.importance.data_ptr()
-    written = library.quantize_chunk(
-        quant_type.ggml_id, rows.data_ptr(), task.packed.data_ptr(), 0, num_rows, row_length, importance
-    )
-    is_valid = library.validate_row_data(quant_type.ggml_id, task.packed.data_ptr(), task.packed.numel())
-    if written != task.packed.numel() or not is_valid:
-        raise EncodeError(
-            f"`{name}` cannot be encoded as {quant_type.name}: the scale of a block is beyond float16 (the largest "
-            f"weight here is {float(rows.abs().max()):.3g}). Keep this tensor as F32 or BF16."
-        )
-
-
-def _check_magnitude(quant_type: QuantType, rows: torch.Tensor, importance: torch.Tensor | None, *, name: str) -> None:
-    """Refuse NaN, Inf, and weights so large that ggml's float32 sums overflow, on which it aborts the process."""
+    Weights so large that ggml's float32 sums overflow are refused: it would abort the process.
+    """
+    library, rows = _library(), weights.to(torch.float32).contiguous()
     peak = check_finite(rows, name=name)
     heaviest = 1.0 if importance is None else max(1.0, float(importance.max()))
     if quant_type.uses_imatrix and peak * peak * heaviest * rows.shape[-1] > _FLOAT32_MAX:
@@ -133,11 +87,21 @@ def _check_magnitude(quant_type: QuantType, rows: torch.Tensor, importance: torc
             f"`{name}` cannot be encoded as {quant_type.name}: its largest weight {peak:.3g}, squared and weighted by "
             f"an importance of {heaviest:.3g}, overflows float32. Keep this tensor as F32 or BF16."
         )
+    importance_ptr = None if importance is None else importance.data_ptr()  # ggml takes NULL for none
+    written = library.quantize_chunk(
+        quant_type.ggml_id, rows.data_ptr(), packed.data_ptr(), 0, *rows.shape, importance_ptr
+    )
+    is_valid = library.validate_row_data(quant_type.ggml_id, packed.data_ptr(), packed.numel())
+    if written != packed.numel() or not is_valid:
+        raise EncodeError(
+            f"`{name}` cannot be encoded as {quant_type.name}: the scale of a block is beyond float16 (the largest "
+            f"weight here is {peak:.3g}). Keep this tensor as F32 or BF16."
+        )
 
 
 def _cast(quant_type: QuantType, weights: torch.Tensor, *, name: str) -> torch.Tensor:
-    values = weights.to(torch.float32).to(_FLOAT_DTYPES[quant_type.name]).contiguous()
-    if values.numel() and not torch.isfinite(torch.stack(values.aminmax())).all():
+    values = weights.to(torch.float32).to(FLOAT_DTYPES[quant_type.name]).contiguous()
+    if not is_finite(values):
         raise EncodeError(
             f"`{name}` as {quant_type.name} holds NaN or Inf. If the checkpoint itself is sound, a weight is beyond "
             f"the range of {quant_type.name}; keep this tensor as F32."

@@ -1,13 +1,14 @@
-"""Interface of every encoder, and the refusals that all of them share.
+"""Base of every encoder, and the refusals that all of them share.
 
-An encoder turns float weights into the packed blocks of a quant type. `check_request` is what can be told from shapes
-and the importance matrix alone; whether the weights themselves are finite is for the encoder to see while it reads
-them, so that a tensor larger than the cache is not walked twice.
+An encoder turns float weights into the packed blocks of a quant type. What shapes and the importance matrix alone tell
+is checked here; whether the weights themselves are finite is for the encoder to see while it reads them, so that a
+tensor larger than the cache is not walked twice.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar
 
 import torch
 
@@ -27,11 +28,25 @@ class ProtectedWeight:
     expert: int | None = None
 
 
-class Encoder(Protocol):
+@dataclass(frozen=True)
+class Request:
+    """Checked arguments of `Encoder.encode`; a matrix is a stack of one expert."""
+
+    quant_type: QuantType
+    weights: torch.Tensor  # [experts, rows, row_length], of any floating dtype
+    importance: torch.Tensor | None  # float32 [experts, row_length], on the CPU
+    hessian: torch.Tensor | None
+    protected: Sequence[ProtectedWeight]
+    name: str
+    threads: int | None
+    progress: RowsDone
+
+
+class Encoder(ABC):
     """Weights to packed blocks. Equal inputs give equal bytes."""
 
-    name: str
-    uses_hessians: bool
+    name: ClassVar[str]
+    uses_hessians: ClassVar[bool]
     """True when `hessian` and `protected` change the bytes."""
 
     def encode(
@@ -48,6 +63,8 @@ class Encoder(Protocol):
     ) -> torch.Tensor:
         """Encode all rows of `weights`.
 
+        Weights of an encoder that converts nothing (F32 from float32, on a CPU) share memory with the result.
+
         Args:
             quant_type: The byte layout to produce.
             weights: [rows, row_length], or [experts, rows, row_length]; any floating dtype, read as float32.
@@ -63,27 +80,32 @@ class Encoder(Protocol):
             uint8 [..., rows, row_bytes].
 
         Raises:
-            EncodeError: see `check_request`; NaN, Inf or weights too large for the type.
+            EncodeError: not a 2-D or 3-D floating tensor, a row length that the block size does not divide, a type that
+                needs an importance matrix without one, an importance of the wrong shape or with NaN, Inf or negative
+                values, or a hessian of the wrong shape; NaN, Inf or weights too large for the type.
         """
+        if not self.uses_hessians:
+            hessian = None
+        _check_shapes(quant_type, weights, hessian, name=name)
+        if importance is not None:
+            importance = _checked_importance(weights, importance, name=name)
+        elif quant_type.needs_imatrix and hessian is None:
+            raise EncodeError(
+                f"`{name}` cannot be encoded as {quant_type.name} without an importance matrix. Calibrate the model "
+                "first, or choose a type that does not need one."
+            )
+        stack = weights.detach() if weights.dim() == 3 else weights.detach()[None]
+        progress = progress or (lambda count: None)
+        request = Request(quant_type, stack, importance, hessian, protected, name, threads, progress)
+        packed = self.encode_stack(request)
+        return packed.view(*weights.shape[:-1], packed.shape[-1])
+
+    @abstractmethod
+    def encode_stack(self, request: Request) -> torch.Tensor:
+        """Return the blocks of a request, uint8 [experts, rows, row_bytes], contiguous."""
 
 
-def check_request(
-    quant_type: QuantType,
-    weights: torch.Tensor,
-    importance: torch.Tensor | None,
-    hessian: torch.Tensor | None = None,
-    *,
-    name: str,
-) -> torch.Tensor | None:
-    """Refuse what no encoder can do; otherwise give the importance as float32 [experts, row_length], or None.
-
-    A 2-D tensor counts as one expert; an importance without an expert dimension holds for every expert.
-
-    Raises:
-        EncodeError: not a 2-D or 3-D floating tensor, a row length that the block size does not divide, a type that
-            needs an importance matrix without one, an importance of the wrong shape or with NaN, Inf or negative
-            values, or a hessian of the wrong shape.
-    """
+def _check_shapes(quant_type: QuantType, weights: torch.Tensor, hessian: torch.Tensor | None, *, name: str) -> None:
     if weights.dim() not in (2, 3) or not weights.is_floating_point():
         raise EncodeError(
             f"`{name}` is {weights.dtype} of shape {tuple(weights.shape)}; only floating tensors [rows, row_length] or "
@@ -95,19 +117,13 @@ def check_request(
             f"`{name}` has rows of {row_length}, which blocks of {quant_type.block_size} ({quant_type.name}) do not "
             f"divide. Use a type with smaller blocks, such as {quant_type.fallback or 'F16'}."
         )
-    if hessian is not None and tuple(hessian.shape) not in _hessian_shapes(weights):
+    counts = dict.fromkeys((1, weights.shape[0] if weights.dim() == 3 else 1))
+    shapes = [(count, row_length, row_length) for count in counts]
+    if hessian is not None and tuple(hessian.shape) not in shapes:
         raise EncodeError(
             f"The hessian of `{name}` has shape {tuple(hessian.shape)}, but the weights {tuple(weights.shape)} need "
-            f"{' or '.join(map(str, _hessian_shapes(weights)))}. It is of another model; calibrate this one."
+            f"{' or '.join(map(str, shapes))}. It is of another model; calibrate this one."
         )
-    if importance is not None:
-        return _checked_importance(weights, importance, name=name)
-    if quant_type.needs_imatrix and hessian is None:
-        raise EncodeError(
-            f"`{name}` cannot be encoded as {quant_type.name} without an importance matrix. Calibrate the model first, "
-            "or choose a type that does not need one."
-        )
-    return None
 
 
 def _checked_importance(weights: torch.Tensor, importance: torch.Tensor, *, name: str) -> torch.Tensor:
@@ -128,14 +144,8 @@ def _checked_importance(weights: torch.Tensor, importance: torch.Tensor, *, name
     return importance.expand(experts, row_length).contiguous()
 
 
-def _hessian_shapes(weights: torch.Tensor) -> tuple[tuple[int, ...], ...]:
-    columns = weights.shape[-1]
-    experts = (weights.shape[0],) if weights.dim() == 3 and weights.shape[0] != 1 else ()
-    return tuple((count, columns, columns) for count in (1, *experts))
-
-
 def check_finite(weights: torch.Tensor, *, name: str) -> float:
-    """The largest magnitude in `weights`; 0 when there are none.
+    """Return the largest magnitude in `weights`; 0 when there are none.
 
     Raises:
         EncodeError: NaN or Inf; the tensor is named.
@@ -144,7 +154,7 @@ def check_finite(weights: torch.Tensor, *, name: str) -> float:
         return 0.0
     low, high = (float(x) for x in weights.aminmax())
     peak = max(-low, high)
-    if not peak <= torch.finfo(torch.float32).max:
+    if not peak <= torch.finfo(torch.float32).max:  # true of NaN as well
         raise EncodeError(
             f"`{name}` holds NaN or Inf weights, so nothing that is encoded from it can work. The checkpoint is "
             "damaged or was saved after an overflow; fetch it again or repair this tensor."

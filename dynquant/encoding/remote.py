@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,50 +45,36 @@ class EncoderChoice:
 
 @dataclass(frozen=True)
 class StoredFiles:
-    """Files that workers encode a part from; paths are absolute."""
+    """Files that workers encode a part from, and the protected weights by tensor; hashable, for `open_stored`."""
 
     model: StoredModel
     stats: Path | None = None
     use_moments: bool = False
     protected: tuple[tuple[str, tuple[ProtectedWeight, ...]], ...] = ()
 
-    @classmethod
-    def of(
-        cls,
-        model: Model,
-        *,
-        base_gguf: Path | None,
-        stats: Path | None,
-        use_moments: bool,
-        protected: Mapping[str, tuple[ProtectedWeight, ...]],
-    ) -> "StoredFiles":
-        return cls(StoredModel.of(model, base_gguf), stats and stats.resolve(), use_moments, tuple(protected.items()))
-
 
 @dataclass(frozen=True)
 class RemoteEncoding:
-    """Encodes parts on `pool`; a `PartStream`. With `shipped`, from what this process reads of model and guidance."""
+    """Encodes parts on `pool`; a `PartStream`. With `shipped`, from what this process reads for them."""
 
     pool: RayPool
     choice: EncoderChoice
     needs: TaskNeeds
     files: StoredFiles
-    shipped: tuple[Model, stream.Guidance, Encoder] | None = None
+    shipped: stream.TensorEncoder | None = None
 
     def __call__(self, parts: Iterable[TensorPart]) -> Iterator[tuple[TensorPart, torch.Tensor]]:
         if self.shipped is None:
             results = self.pool.run(partial(_encode_from_storage, self.choice, self.files), parts, self.needs)
         else:
-            model, guidance, encoder = self.shipped
-            parts = list(parts)
-            for part in (part for part in parts if stream.is_stored(model, part)):
-                yield part, stream.encode_part(model, part, guidance, encoder)
-            results = self.pool.run(
-                partial(_encode_shipped, self.choice),
-                (part for part in parts if not stream.is_stored(model, part)),
-                self.needs,
-                load=lambda part: stream.gather(model, part, guidance, encoder),
-            )
+            unstored = []
+            for part in parts:
+                if self.shipped.is_stored(part):
+                    yield part, self.shipped.part(part)
+                else:
+                    unstored.append(part)
+            encode, load = partial(_encode_shipped, self.choice), self.shipped.arguments
+            results = self.pool.run(encode, unstored, self.needs, load=load)
         for part, blocks in results:
             yield part, torch.from_numpy(np.array(blocks))  # Ray's array is a read-only view of its store
 
@@ -95,11 +82,11 @@ class RemoteEncoding:
 def _encode_from_storage(choice: EncoderChoice, files: StoredFiles, part: TensorPart) -> np.ndarray:
     model, stats, moments = open_stored(files)
     guidance = stream.guidance_of(stats, moments, dict(files.protected))
-    return stream.encode_part(model, part, guidance, worker_encoder(choice), threads=choice.threads).numpy()
+    return stream.TensorEncoder(model, guidance, worker_encoder(choice), choice.threads).part(part).numpy()
 
 
-def _encode_shipped(choice: EncoderChoice, part_input: stream.PartInput) -> np.ndarray:
-    return stream.encode_input(part_input, worker_encoder(choice), threads=choice.threads).numpy()
+def _encode_shipped(choice: EncoderChoice, arguments: Mapping[str, Any]) -> np.ndarray:
+    return worker_encoder(choice).encode(**arguments, threads=choice.threads).numpy()
 
 
 @cache

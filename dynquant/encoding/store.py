@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dynquant.calibration.second_moments import SecondMoments, load_beside
-from dynquant.calibration.statistics import CalibrationStats
+from dynquant.calibration.second_moments import SecondMoments
+from dynquant.calibration.stage import StatsFile
 from dynquant.checkpoints.model import Model
 from dynquant.encoding.interface import Encoder
-from dynquant.encoding.stream import Guidance, encode_tensor, encoder_version, guidance_of
+from dynquant.encoding.stream import Guidance, TensorEncoder, encoder_version, guidance_of
 from dynquant.errors import WriteError
 from dynquant.formats import decode
 from dynquant.formats.quant_types import QUANT_TYPES
@@ -53,14 +53,13 @@ class EncodedStore:
         stored = QUANT_TYPES[type_name]
         shape = tuple(self.model.source.info(name).shape)
         file = self.directory / f"{name}.{stored.name}"
-        if stored.is_float:
-            return encode_tensor(self.model, name, stored, self.guidance, self.encoder).view(*shape[:-1], -1)
         if file.is_file() and file.stat().st_size == stored.tensor_bytes(shape):
-            content = np.memmap(file, dtype=np.uint8, mode="c")
+            content = np.memmap(file, dtype=np.uint8, mode="c")  # copy on write: torch wants writable memory
             count_mapped(content.size)
             return torch.from_numpy(content).view(*shape[:-1], stored.row_bytes(shape[-1]))
-        packed = encode_tensor(self.model, name, stored, self.guidance, self.encoder, threads=self.threads)
-        write_atomically(file, packed.contiguous().numpy().tobytes())
+        packed = TensorEncoder(self.model, self.guidance, self.encoder, self.threads).tensor(name, stored)
+        if not stored.is_float:
+            write_atomically(file, packed.contiguous().numpy().tobytes())
         return packed.view(*shape[:-1], -1)
 
     def decoded(self, name: str, type_name: str) -> torch.Tensor:
@@ -70,24 +69,17 @@ class EncodedStore:
 
 
 def open_store(
-    model: Model,
-    stats: CalibrationStats | None,
-    stats_path: Path,
-    encoder: Encoder,
-    *,
-    stats_hash: str,
-    parent: Path,
-    threads: int | None = None,
+    model: Model, stats: StatsFile | None, encoder: Encoder, parent: Path, threads: int | None = None
 ) -> EncodedStore:
-    """The store below `parent` of what `encoder` makes under these statistics and the second moments beside them.
+    """Return the store below `parent` of what `encoder` makes under statistics and the second moments beside them.
 
     Raises:
         StatsError: the second moments are damaged, or of another calibration.
         WriteError: the directory cannot be made.
     """
-    moments = load_beside(stats_path, stats) if stats is not None and encoder.uses_hessians else None
-    directory = store_directory(parent, model, stats_hash, encoder, moments)
-    return EncodedStore(model, guidance_of(stats, moments), encoder, directory, threads)
+    moments = stats.moments if stats is not None and encoder.uses_hessians else None
+    directory = store_directory(parent, model, "" if stats is None else stats.hash, encoder, moments)
+    return EncodedStore(model, guidance_of(stats and stats.stats, moments), encoder, directory, threads)
 
 
 def store_directory(

@@ -4,14 +4,13 @@ Scales, codewords and error feedback are found by the search of the dynquant enc
 small, with an importance its diagonal, without either the plain squared error.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dynquant.encoding.dynquant_encoder import loss_under
-from dynquant.encoding.interface import RowsDone, check_finite
+from dynquant.encoding.interface import check_finite
 from dynquant.encoding.parts import as_slice, ranges
 from dynquant.encoding.search.layouts import E2M1_MAX, E4M3_MAX, MXFP4_FIRST, scheme_layout
 from dynquant.encoding.search.rows import Rows
@@ -47,8 +46,7 @@ class EncodedLayer:
             scales = scales / torch.tensor([self.global_scale])
         products = self.codes * scales.repeat_interleave(self.codes.shape[-1] // scales.shape[-1], dim=-1)
         # The library unpacks E2M1 numbers in bfloat16, whatever the model's type is.
-        is_fp4 = self.scheme.kind == "float" and self.scheme.num_bits == 4
-        return (products.to(torch.bfloat16) if is_fp4 else products).to(dtype)
+        return (products.to(torch.bfloat16) if self.scheme.is_fp4 else products).to(dtype)
 
     def stored(self) -> dict[str, Tensor]:
         """Return the tensors to write, by suffix; see `vllm_schemes`."""
@@ -83,7 +81,6 @@ def encode_layers(
     global_scale: float | None = None,
     device: torch.device | None = None,
     name: str = "tensor",
-    progress: RowsDone | None = None,
 ) -> list[EncodedLayer]:
     """Encode a stack of linear layers, float32 [E, R, C]; a single layer is a stack of one.
 
@@ -110,32 +107,16 @@ def encode_layers(
         fields, values = loss.blocks(rows)
         codes[:, part] = values.cpu()
         scales.append(_stored_scales(scheme, fields.d * rows.unit, fields.scales, global_scale).cpu())
-        if progress is not None:
-            progress(rows.x.numel())
-    if scheme.kind == "float" and scheme.num_bits == 4:
+    if scheme.is_fp4:
         codes = codes / 2  # ggml's table holds E2M1 numbers doubled
     return [EncodedLayer(scheme, *layer, global_scale) for layer in zip(codes, torch.cat(scales, dim=1), strict=True)]
-
-
-def from_stored(scheme: Scheme, parts: Mapping[str, Tensor]) -> EncodedLayer:
-    """Return what `EncodedLayer.stored` was called on."""
-    if scheme.strategy == "none":
-        return EncodedLayer(scheme, parts["weight"].to(torch.float32), parts["weight"][:, :0])
-    if scheme.kind == "int":
-        codes = _unpacked_integers(parts["weight_packed"], scheme.num_bits)
-    elif scheme.num_bits == 8:
-        codes = parts["weight"].to(torch.float32)
-    else:
-        codes = _unpacked_e2m1(parts["weight_packed"])
-    global_scale = float(parts["weight_global_scale"]) if "weight_global_scale" in parts else None
-    return EncodedLayer(scheme, codes, parts["weight_scale"], global_scale)
 
 
 def _stored_scales(scheme: Scheme, d: Tensor, exponents: Tensor, global_scale: float | None) -> Tensor:
     if scheme.strategy == "tensor_group":
         assert global_scale is not None
         return (2 * global_scale * d).to(torch.float8_e4m3fn)
-    if scheme.kind == "float" and scheme.num_bits == 4:
+    if scheme.is_fp4:
         return (exponents + MXFP4_FIRST).to(torch.uint8)
     return d.to(torch.bfloat16)
 
@@ -148,21 +129,8 @@ def _packed_integers(codes: Tensor, num_bits: int) -> Tensor:
     return bytes_.contiguous().view(torch.int32)
 
 
-def _unpacked_integers(packed: Tensor, num_bits: int) -> Tensor:
-    bytes_ = packed.contiguous().view(torch.uint8)
-    if num_bits == 4:
-        bytes_ = torch.stack((bytes_ & 15, bytes_ >> 4), dim=-1).flatten(-2)
-    return bytes_.to(torch.float32) - (1 << (num_bits - 1))
-
-
 def _packed_e2m1(codes: Tensor) -> Tensor:
     """Bit 3 is the sign, bits 0 to 2 the place in _E2M1; the first of two neighbours is in the low bits."""
     places = torch.bucketize(codes.abs(), torch.tensor(_E2M1)).to(torch.uint8)
-    nibbles = (places | ((codes < 0).to(torch.uint8) << 3)).unflatten(-1, (-1, 2))
+    nibbles = (places | ((codes < 0).to(torch.uint8) << 3)).unflatten(-1, (-1, 2))  # -0 becomes 0
     return nibbles[..., 0] | (nibbles[..., 1] << 4)
-
-
-def _unpacked_e2m1(packed: Tensor) -> Tensor:
-    nibbles = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2).to(torch.int64)
-    magnitudes = torch.tensor(_E2M1)[nibbles & 7]
-    return torch.where(nibbles >= 8, -magnitudes, magnitudes)

@@ -52,22 +52,15 @@ class Distributions:
 
     @classmethod
     def of(cls, logits: Tensor, *, num_top: int = NUM_TOP, num_tail: int = NUM_TAIL, seed: int = 0) -> "Distributions":
-        """Reduce logits [T, vocabulary]; `seed` decides the draws.
-
-        Raises:
-            EvaluationError: a logit is NaN, or a distribution cannot be normalized.
-        """
+        """Reduce logits [T, vocabulary]; `seed` decides the draws. Raise EvaluationError for NaN and infinite sums."""
         offsets = torch.from_numpy(np.random.default_rng(seed).random(len(logits))).to(logits.device)
         num_top = min(num_top, logits.shape[1])
         parts = [_reduced(logits[rows], offsets[rows], num_top, num_tail) for rows in _chunks(logits)]
         return cls.concatenate([cls(*(tensor.cpu() for tensor in part)) for part in parts])
 
     def kl(self, logits: Tensor) -> Tensor:
-        """Return the unbiased estimate of KL(reference || model) in nats, float64 [T], of logits [T, vocabulary].
-
-        Raises:
-            EvaluationError: as many logits as distributions are needed, without NaN.
-        """
+        """Return unbiased KL(reference || model) in nats, float64 [T], of logits [T, vocabulary]; raise EvaluationError
+        for NaN, or for more or fewer logits than distributions."""
         if len(self) != len(logits):
             raise EvaluationError(f"{len(self)} reference tokens cannot be compared with {len(logits)} candidate rows.")
         return torch.cat([self[rows]._kl(logits[rows]) for rows in _chunks(logits)])
@@ -103,17 +96,10 @@ class Distributions:
 
 
 def log_probs_at(logits: Tensor, ids: Tensor) -> Tensor:
-    """Return log-probabilities float64 of token `ids` [T, n] under logits [T, vocabulary].
-
-    Raises:
-        EvaluationError: a logit is NaN, or a distribution cannot be normalized.
-    """
-    return torch.cat(
-        [
-            logits[rows].gather(1, ids[rows].to(logits.device).long()).double() - _log_normalizer(logits[rows])
-            for rows in _chunks(logits)
-        ]
-    )
+    """Return log-probabilities float64 of `ids` [T, n] under logits [T, vocabulary]; raise EvaluationError for NaN."""
+    ids = ids.to(logits.device).long()
+    parts = [logits[rows].gather(1, ids[rows]).double() - _log_normalizer(logits[rows]) for rows in _chunks(logits)]
+    return torch.cat(parts)
 
 
 def _chunks(logits: Tensor) -> list[slice]:
@@ -169,8 +155,8 @@ def _tail_divergences(top: Tensor, tail_p: Tensor, tail_q: Tensor, log_ratio: Te
     """
     has_mass = (tail_p > _NO_MASS) & (tail_q > _NO_MASS)
     merged = tail_p * torch.log(torch.where(has_mass, tail_p, 1.0) / torch.where(has_mass, tail_q, 1.0))
-    doubled = (2 * (top + merged)).clamp(1e-9, 100.0)
+    doubled = (2 * (top + merged)).clamp(1e-9, 100.0)  # 2 D; expm1(0) would be divided by
     weight = torch.where(has_mass, doubled / torch.expm1(doubled), 0.0)
-    ratio = log_ratio.clamp(max=700.0).exp().mean(1)
+    ratio = log_ratio.clamp(max=700.0).exp().mean(1)  # exp(710) overflows float64
     estimate = tail_p * (weight * ratio - log_ratio.mean(1)) - weight * tail_q
     return torch.where(tail_p > _NO_MASS, estimate, 0.0)

@@ -15,8 +15,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,24 +29,16 @@ from dynquant.encoding.store import ENCODED_NAME, open_store
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import EvaluationError
 from dynquant.evaluation import multiple_choice
+from dynquant.evaluation import report as reports
 from dynquant.evaluation.distributions import NUM_TAIL, NUM_TOP, Distributions, log_probs_at
+from dynquant.evaluation.llama_cpp_pictures import MtmdRunner
 from dynquant.evaluation.multiple_choice import AnswerScores, EncodedQuestion, Scoring
 from dynquant.evaluation.options import EvalOptions, QuestionOptions
 from dynquant.evaluation.reference_cache import cache_key, load_cached, model_files, model_fingerprint, save_cached
 from dynquant.evaluation.rendered_model import RenderedModel
-from dynquant.evaluation.report import (
-    EvalReport,
-    ModelIdentity,
-    PictureReport,
-    TokenScores,
-    summarize_answers,
-    summarize_choices,
-    summarize_text,
-)
 from dynquant.evaluation.runners import (
     LLAMA_CPP,
     RUNNERS,
-    GgufPictureRunner,
     HuggingFaceRunner,
     LogitRunner,
     ModelInfo,
@@ -58,7 +51,7 @@ from dynquant.evaluation.runners import (
 from dynquant.families.open import is_gguf, locate_model, open_model
 from dynquant.inputs.model_inputs import Batch, ModelInputs
 from dynquant.inputs.pictures import Sample, SampleEncoder, image_token_of, read_samples
-from dynquant.inputs.processor import load_processor
+from dynquant.inputs.processor import image_token_limits, load_processor
 from dynquant.inputs.questions import load_questions, take_evenly
 from dynquant.inputs.text import TextEncoder, evaluation_windows
 from dynquant.recipes.folder import STATS_NAME, stats_of_plan
@@ -71,7 +64,7 @@ SPARE_TOKENS = 4
 """Tokens by which an answer may be longer than the right one; beyond that it is wrong whatever follows."""
 
 
-def evaluate(options: EvalOptions, session: Session = SILENT) -> EvalReport | PictureReport:
+def evaluate(options: EvalOptions, session: Session = SILENT) -> reports.EvalReport | reports.PictureReport:
     """Score a candidate against its reference on text and questions, or on samples with pictures.
 
     Raises:
@@ -90,7 +83,7 @@ def evaluate(options: EvalOptions, session: Session = SILENT) -> EvalReport | Pi
         return _evaluate_on_text(options, session, progress)
 
 
-def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress) -> EvalReport:
+def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress) -> reports.EvalReport:
     asked = options.questions
     reference, candidate = locate_model(options.reference), locate_model(options.candidate)
     if options.adapter is not None and is_gguf(candidate) and options.runner == LLAMA_CPP:
@@ -112,19 +105,19 @@ def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress
         if "mmlu" in asked.tasks:
             questions = _encoded_questions(asked, encode, context_length)
     run = _Run(options, session, progress, num_columns, reference)
-    torch_threads = torch.get_num_threads()
+    torch_threads = torch.get_num_threads()  # open_runner sets those of the session
     try:
-        with _LazyRunner(reference, run) as runner:
+        with run.opening(reference) as runner:
             references = [run.reduced(runner, text) for text in texts]
             before = {name: run.choices(runner, "reference", name, encoded) for name, encoded in questions.items()}
-        with _LazyRunner(candidate, run, adapter=options.adapter) as runner:
-            scores = [run.compared(runner, text, *said) for text, said in zip(texts, references, strict=True)]
+        with run.opening(candidate, adapter=options.adapter) as runner:
+            scores = [run.compared(runner, text, said) for text, (said, _) in zip(texts, references, strict=True)]
             after = {name: run.choices(runner, "candidate", name, encoded) for name, encoded in questions.items()}
     finally:
         torch.set_num_threads(torch_threads)
     if options.adapter is not None:
         notes.append(f"The candidate runs with the adapter {options.adapter}.")
-    return EvalReport(
+    return reports.EvalReport(
         reference=_identify(infos[0]),
         candidate=_identify(infos[1]),
         options={
@@ -133,11 +126,11 @@ def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress
             "num_tail": NUM_TAIL,
         },
         texts=[
-            summarize_text(text, targets.numpy(), score, with_kl="kl" in asked.tasks)
+            reports.summarize_text(text, targets.numpy(), score, with_kl="kl" in asked.tasks)
             for text, (_, targets), score in zip(texts, references, scores, strict=True)
         ],
         multiple_choice=[
-            summarize_choices(name, encoded, before[name], after[name]) for name, encoded in questions.items()
+            reports.summarize_choices(name, encoded, before[name], after[name]) for name, encoded in questions.items()
         ],
         notes=notes,
         seconds=run.seconds,
@@ -158,10 +151,8 @@ def common_columns(reference: ModelInfo, candidate: ModelInfo) -> tuple[int, lis
             f"{candidate.vocab_size}; probabilities over different vocabularies cannot be compared. "
             "Give two versions of the same model."
         )
-    dropped = large.vocab_size - small.vocab_size
-    return small.vocab_size, [
-        f"{large.path.name}: the last {dropped} logits belong to padding tokens and were dropped."
-    ]
+    dropped = f"the last {large.vocab_size - small.vocab_size} logits belong to padding tokens and were dropped"
+    return small.vocab_size, [f"{large.path.name}: {dropped}."]
 
 
 def _encoded_questions(
@@ -175,12 +166,13 @@ def _encoded_questions(
         )
     questions = take_evenly(load_questions(data), options.limit)
     shots = load_questions(options.shots or data, split="dev") if options.num_shots else []
-    return {
-        name: multiple_choice.encode_questions(
-            questions, shots, name, encode, num_shots=options.num_shots, context_length=context_length
-        )
-        for name in dict.fromkeys(options.scoring)
-    }
+    limits = {"num_shots": options.num_shots, "context_length": context_length}
+    scorings = dict.fromkeys(options.scoring)
+    return {name: multiple_choice.encode_questions(questions, shots, name, encode, **limits) for name in scorings}
+
+
+Opener = Callable[[], LogitRunner]
+"""Gives the running model."""
 
 
 @dataclass
@@ -203,7 +195,19 @@ class _Run:
         yield lambda done, total: self.progress(stage, done, total, unit=unit)
         self.seconds[stage] = round(time.perf_counter() - start, 3)
 
-    def reduced(self, runner: "_Opener", inputs: ModelInputs) -> tuple[Distributions, Tensor]:
+    @contextmanager
+    def opening(self, path: Path, *, adapter: Path | None = None) -> Iterator[Opener]:
+        """Context manager: loads the model when it is first asked for, which never happens where all is cached."""
+        options, session = self.options, self.session
+        where = {"threads": session.threads, "device": session.device, "runner": options.runner}
+        opener = cache(partial(open_runner, path, **where, rounded=options.rounded, adapter=adapter))  # loads once
+        try:
+            yield opener
+        finally:
+            if opener.cache_info().currsize:
+                opener().close()
+
+    def reduced(self, runner: Opener, inputs: ModelInputs) -> tuple[Distributions, Tensor]:
         """Return the reference's distributions at all scored positions, and log-probabilities of what follows."""
 
         def run(report: Callable[[int, int], None]) -> dict[str, Tensor]:
@@ -221,9 +225,7 @@ class _Run:
         targets = tensors.pop("target_log_probs")
         return Distributions(**tensors), targets
 
-    def compared(
-        self, runner: "_Opener", inputs: ModelInputs, reference: Distributions, _targets: Tensor
-    ) -> TokenScores:
+    def compared(self, runner: Opener, inputs: ModelInputs, reference: Distributions) -> reports.TokenScores:
         """Return what the candidate does at the positions of `reference`."""
         parts, start = [], 0
         with self.timed(f"candidate, {inputs.name}", inputs.unit) as report:
@@ -231,18 +233,15 @@ class _Run:
                 said = reference[start : start + len(logits)]
                 start += len(logits)
                 try:
-                    scores = (
-                        said.kl(logits),
-                        said.agreements(logits),
-                        log_probs_at(logits, batch.targets[:, None])[:, 0],
-                    )
+                    followed = log_probs_at(logits, batch.targets[:, None])[:, 0]
+                    scores = said.kl(logits), said.agreements(logits), followed
                 except EvaluationError as error:
                     raise EvaluationError(f"{batch.place}: {error}" if batch.place else str(error)) from error
-                parts.append([values.cpu() for values in scores])
-        return TokenScores(*(torch.cat(values).numpy() for values in zip(*parts, strict=True)))
+                parts.append([values.cpu() for values in scores])  # a GPU holds one batch
+        return reports.TokenScores(*(torch.cat(values).numpy() for values in zip(*parts, strict=True)))
 
     def _logits(
-        self, runner: "_Opener", inputs: ModelInputs, report: Callable[[int, int], None]
+        self, runner: Opener, inputs: ModelInputs, report: Callable[[int, int], None]
     ) -> Iterator[tuple[Batch, Tensor]]:
         model = runner()
         model.reserve(inputs.longest)
@@ -251,16 +250,12 @@ class _Run:
             yield batch, model.scored_logits(batch)[:, : self.num_columns]
             report(done, len(inputs))
 
-    def choices(
-        self, runner: "_Opener", side: str, name: Scoring, encoded: list[EncodedQuestion]
-    ) -> list[AnswerScores]:
+    def choices(self, runner: Opener, side: str, name: Scoring, encoded: list[EncodedQuestion]) -> list[AnswerScores]:
         """Return a model's log-probabilities of the answers to multiple-choice questions."""
         with self.timed(f"{side}, {name} questions", "questions") as report:
 
             def run() -> dict[str, Tensor]:
-                scores = multiple_choice.score_questions(
-                    runner(), encoded, num_columns=self.num_columns, progress=report
-                )
+                scores = multiple_choice.score_questions(runner(), encoded, self.num_columns, report)
                 return {"log_probs": torch.from_numpy(np.concatenate([score.log_probs for score in scores]))}
 
             parts = [part for e in encoded for part in (e.prompt, *e.answers)]
@@ -273,8 +268,8 @@ class _Run:
         """Return a model's greedy answers to questions about pictures."""
         answers = []
         with self.timed(f"{side}, questions", "questions") as report:
-            for done, one in enumerate(asked, start=1):
-                ids = runner.answer(one.prompt, one.num_answer_tokens + SPARE_TOKENS)
+            for done, question in enumerate(asked, start=1):
+                ids = runner.answer(question.prompt, question.num_answer_tokens + SPARE_TOKENS)
                 answers.append(tokenizer.decode(ids, skip_special_tokens=True).strip())
                 report(done, len(asked))
         return answers
@@ -297,36 +292,9 @@ class _Run:
         return tensors
 
 
-_Opener = Callable[[], LogitRunner]
-
-
-class _LazyRunner:
-    """Context manager: loads the model when it is first called; a reference whose results are all cached never is."""
-
-    def __init__(self, path: Path, run: _Run, *, adapter: Path | None = None) -> None:
-        self._path, self._run, self._adapter = path, run, adapter
-        self._runner: LogitRunner | None = None
-
-    def __enter__(self) -> "_LazyRunner":
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        if self._runner:
-            self._runner.close()
-
-    def __call__(self) -> LogitRunner:
-        if not self._runner:
-            options, session = self._run.options, self._run.session
-            self._runner = open_runner(
-                self._path, threads=session.threads, device=session.device, runner=options.runner,
-                rounded=options.rounded, adapter=self._adapter,
-            )  # fmt: skip
-        return self._runner
-
-
-def _identify(info: ModelInfo) -> ModelIdentity:
+def _identify(info: ModelInfo) -> reports.ModelIdentity:
     files = model_files(info.path)
-    return ModelIdentity(
+    return reports.ModelIdentity(
         name=info.path.name,
         runner=info.kind,
         file_bytes=sum(file.stat().st_size for file in files if file.suffix in {".gguf", ".safetensors", ".bin"}),
@@ -334,17 +302,15 @@ def _identify(info: ModelInfo) -> ModelIdentity:
     )
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """A question about pictures: the model inputs up to the answer, and how long the right one is."""
+class _Asked(NamedTuple):
+    """A question about pictures: the model inputs up to the answer, and how long the right one is with its end."""
 
     sample: Sample
     prompt: Batch
     num_answer_tokens: int
-    """Tokens of the right answer and of what ends it."""
 
 
-def _evaluate_on_pictures(options: EvalOptions, data: Path, session: Session) -> PictureReport:
+def _evaluate_on_pictures(options: EvalOptions, data: Path, session: Session) -> reports.PictureReport:
     tasks = options.questions.tasks
     model = open_model(options.reference)
     if not model.has_vision or model.hf_directory is None:
@@ -360,9 +326,9 @@ def _evaluate_on_pictures(options: EvalOptions, data: Path, session: Session) ->
         reference = run.reduced(lambda: original, inputs) if "kl" in tasks else None
         before = run.answers(original, "reference", asked, processor.tokenizer)
         with _picture_candidate(options, model, original, processor) as (candidate, candidate_bytes):
-            scores = run.compared(lambda: candidate, inputs, *reference) if reference else None
+            scores = run.compared(lambda: candidate, inputs, reference[0]) if reference else None
             after = run.answers(candidate, "candidate", asked, processor.tokenizer)
-    return PictureReport(
+    return reports.PictureReport(
         reference=model.name,
         candidate=str(options.candidate),
         reference_bytes=_stored_bytes(model.hf_directory),
@@ -372,7 +338,7 @@ def _evaluate_on_pictures(options: EvalOptions, data: Path, session: Session) ->
         samples=len(inputs),
         skipped=inputs.skipped,
         **(scores.means([len(batch.scored) for batch in inputs]) if scores is not None else {}),
-        questions=summarize_answers([one.sample for one in asked], before, after) if asked else None,
+        questions=reports.summarize_answers([question.sample for question in asked], before, after) if asked else None,
     )
 
 
@@ -406,8 +372,13 @@ def _picture_candidate(
         mmproj = options.mmproj or mmproj_path(path)
         if not mmproj.is_file():
             raise EvaluationError(f"There is no {mmproj}, and {path.name} alone sees no pictures; give --mmproj FILE.")
-        runner = GgufPictureRunner(path, mmproj, original, processor)
+        runner = MtmdRunner(path, mmproj, image_tokens=image_token_limits(processor), stop=original.stop_tokens)
         try:
+            if runner.vocab_size != original.vocab_size:
+                raise EvaluationError(
+                    f"{path.name} has {runner.vocab_size:,} tokens and the reference {original.vocab_size:,}; they are "
+                    "not the same model. Give the checkpoint that the file was made from."
+                )
             yield runner, gguf_bytes((path, mmproj))
         finally:
             runner.close()
@@ -420,12 +391,8 @@ def _picture_candidate(
         return
     plan = Plan.load(plan_file)
     plan.check_covers(model.source.names(), model.fingerprint, model.name)
-    stats_path = plan_file.with_name(STATS_NAME)
-    file = stats_of_plan(plan.stats_hash, stats_path)
-    store = open_store(
-        model, file and file.stats, stats_path, load_encoder(options.encoder),
-        stats_hash=plan.stats_hash or "", parent=plan_file.with_name(ENCODED_NAME),
-    )  # fmt: skip
+    stats = stats_of_plan(plan.stats_hash, plan_file.with_name(STATS_NAME))
+    store = open_store(model, stats, load_encoder(options.encoder), plan_file.with_name(ENCODED_NAME))
     rendered = RenderedModel(original.hf_model, store)
     rendered.install({entry.name: entry.type for entry in plan.entries if not entry.quant_type.is_float})
     yield original, plan.predicted_bytes

@@ -6,8 +6,9 @@ mean KL of 1e-4.
 
 import ctypes
 import os
+import re
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -99,12 +100,33 @@ def llama_encode(vocab: ctypes.c_void_p, text: str, *, add_special: bool = True)
     import llama_cpp
 
     data = text.encode("utf-8")
-    capacity = len(data) + 8
+    capacity = len(data) + 8  # a byte a token at most, and special ones
     tokens = (llama_cpp.llama_token * capacity)()
     count = llama_cpp.llama_tokenize(vocab, data, len(data), tokens, capacity, add_special, False)
     if count < 0:
         raise EvaluationError(f"llama.cpp's tokenizer failed on a text of {len(data)} bytes.")
     return list(tokens[:count])
+
+
+def llama_facts(path: Path) -> tuple[int, int, int]:
+    """Return the vocabulary's size, the context length, and the number of tokens before the padding."""
+    with llama_vocabulary(path) as (model, vocab):
+        import llama_cpp
+
+        def text_of(token: int) -> str:
+            return (llama_cpp.llama_vocab_get_text(vocab, token) or b"").decode(errors="replace")
+
+        vocab_size = llama_cpp.llama_vocab_n_tokens(vocab)
+        architecture = llama_metadata(model, "general.architecture")
+        context_length = int(llama_metadata(model, f"{architecture}.context_length") or 2**31)
+        return vocab_size, context_length, without_padding(vocab_size, text_of)
+
+
+def without_padding(num_tokens: int, text_of: Callable[[int], str]) -> int:
+    """Count the tokens before the trailing `[PADn]`, which fill the embedding matrix."""
+    while num_tokens and re.fullmatch(r"\[PAD\d+\]", text_of(num_tokens - 1)):
+        num_tokens -= 1
+    return num_tokens
 
 
 def llama_metadata(model: ctypes.c_void_p, key: str) -> str:
@@ -138,7 +160,7 @@ class LlamaCppRunner:
         params.n_seq_max = 2 + MAX_CHOICES
         params.kv_unified = True  # sequences share the prefix's cells instead of each getting n_ctx / n_seq_max
         params.n_threads = params.n_threads_batch = self._threads
-        params.type_k = params.type_v = self._api.GGML_TYPE_F32
+        params.type_k = params.type_v = self._api.GGML_TYPE_F32  # F16 by default, see above
         params.flash_attn_type = self._api.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._context = self._api.llama_init_from_model(self._model, params)
         if not self._context:
@@ -221,5 +243,5 @@ class LlamaCppRunner:
         num_rows = sum(wants for *_, wants in entries)
         if num_rows == 0:
             return torch.empty(0, self.vocab_size)
-        pointer = self._api.llama_get_logits(self._context)
+        pointer = self._api.llama_get_logits(self._context)  # overwritten by the next batch, so it is copied
         return torch.from_numpy(np.ctypeslib.as_array(pointer, shape=(num_rows, self.vocab_size)).copy())

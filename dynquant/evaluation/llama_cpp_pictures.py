@@ -6,8 +6,9 @@ also gives its tokens their positions. Everything computes in F32, without flash
 
 import ctypes
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ import torch
 
 from dynquant.errors import CheckpointError, EvaluationError
 from dynquant.evaluation.llama_cpp import BATCH_TOKENS, LlamaCppRunner, llama_log
+from dynquant.inputs.model_inputs import Batch
+from dynquant.inputs.pictures import open_image
 
 Segment = Sequence[int] | np.ndarray
 """Token ids, or a picture uint8 [height, width, 3]."""
@@ -24,19 +27,19 @@ class MtmdRunner(LlamaCppRunner):
     """A vision-language model in llama.cpp.
 
     `image_tokens` are the fewest and the most tokens of a picture, which decide how pictures of free size are resized;
-    None leaves llama.cpp's own.
+    None leaves llama.cpp's own. An answer ends before a token of `stop`.
 
     Raises:
         CheckpointError: libmtmd cannot load the mmproj file, or it does not fit the language model.
     """
 
     def __init__(
-        self, path: Path, mmproj: Path, *, image_tokens: tuple[int, int] | None = None, threads: int | None = None
+        self, path: Path, mmproj: Path, *, image_tokens: tuple[int, int] | None = None, stop: Collection[int] = ()
     ) -> None:
-        super().__init__(path, threads=threads)
+        super().__init__(path)
         from llama_cpp import mtmd_cpp
 
-        self._mtmd = mtmd_cpp
+        self._mtmd, self._stop = mtmd_cpp, stop
         log = llama_log()
         log.clear()
         mtmd_cpp.mtmd_log_set(log.callback, ctypes.c_void_p(0))
@@ -52,18 +55,16 @@ class MtmdRunner(LlamaCppRunner):
             self.close()
             raise CheckpointError(f"{mmproj.name}: llama.cpp cannot load the file beside {path.name}: {log.last()}")
 
-    def sample_logits(self, segments: Sequence[Segment]) -> torch.Tensor:
-        """Logits behind every text token, float32 [text tokens, vocabulary]."""
-        rows, _ = self._run(segments)
-        return rows
+    def scored_logits(self, batch: Batch) -> torch.Tensor:
+        rows, _ = self.text_logits(_segments(batch))
+        return rows[(batch.is_text[0].cumsum(0) - 1)[batch.scored]]  # rows are those of text tokens
 
-    def answer(self, segments: Sequence[Segment], max_tokens: int, stop: frozenset[int]) -> list[int]:
-        """The most probable continuation, up to a token of `stop`, which is left out."""
-        rows, position = self._run(segments, spare=max_tokens)
+    def answer(self, prompt: Batch, max_tokens: int) -> list[int]:
+        rows, position = self.text_logits(_segments(prompt), spare=max_tokens)
         tokens: list[int] = []
         while len(tokens) < max_tokens:
             token = int(rows[-1].argmax())
-            if token in stop:
+            if token in self._stop:
                 break
             tokens.append(token)
             rows = self._decode([(token, position, 0, True)])
@@ -76,12 +77,12 @@ class MtmdRunner(LlamaCppRunner):
         self._vision = None
         super().close()
 
-    def _run(self, segments: Sequence[Segment], spare: int = 0) -> tuple[torch.Tensor, int]:
-        """Logits behind every text token, and the position that follows."""
-        pictures = {index: _Picture(self, one) for index, one in enumerate(segments) if isinstance(one, np.ndarray)}
+    def text_logits(self, segments: Sequence[Segment], spare: int = 0) -> tuple[torch.Tensor, int]:
+        """Return logits behind every text token, float32 [text tokens, vocabulary], and the position that follows."""
+        pictures = {i: _Picture(self, part) for i, part in enumerate(segments) if isinstance(part, np.ndarray)}
         try:
-            text = sum(len(one) for one in segments if not isinstance(one, np.ndarray))
-            self._clear(text + sum(one.num_tokens for one in pictures.values()) + spare)
+            text = sum(len(part) for i, part in enumerate(segments) if i not in pictures)
+            self._clear(text + sum(picture.num_tokens for picture in pictures.values()) + spare)
             rows, position = [], 0
             for index, segment in enumerate(segments):
                 if index in pictures:
@@ -93,6 +94,28 @@ class MtmdRunner(LlamaCppRunner):
         finally:
             for picture in pictures.values():
                 picture.free()
+
+
+def _segments(batch: Batch) -> list[Segment]:
+    segments = segments_of(batch.ids[0], batch.is_text[0], (np.asarray(open_image(path)) for path in batch.pictures))
+    if segments is None:
+        raise EvaluationError(
+            f"{batch.place}: its {len(batch.pictures)} pictures are not that many runs of image tokens; with text "
+            "between them, llama.cpp can run them."
+        )
+    return segments
+
+
+def segments_of(ids: torch.Tensor, is_text: torch.Tensor, pictures: Iterator[np.ndarray]) -> list[Segment] | None:
+    """Text as token ids, each run of other tokens as the next picture; None when their numbers differ."""
+    boundaries = [0, *((is_text[1:] != is_text[:-1]).nonzero().flatten() + 1).tolist(), len(ids)]
+    segments: list[Segment] = []
+    for start, stop in pairwise(boundaries):
+        segment = ids[start:stop].tolist() if is_text[start] else next(pictures, None)
+        if segment is None:
+            return None
+        segments.append(segment)
+    return segments if next(pictures, None) is None else None
 
 
 class _Picture:
@@ -112,12 +135,9 @@ class _Picture:
         if code != 0:
             self.free()
             raise EvaluationError(f"libmtmd cannot prepare a picture of {width} x {height} pixels: {llama_log()}")
-        every = (self._mtmd.mtmd_input_chunks_get(self._chunks, i) for i in range(self._count()))
-        self._seen = [
-            chunk
-            for chunk in every
-            if self._mtmd.mtmd_input_chunk_get_type(chunk) == self._mtmd.MTMD_INPUT_CHUNK_TYPE_IMAGE
-        ]
+        count, kind_of = self._mtmd.mtmd_input_chunks_size(self._chunks), self._mtmd.mtmd_input_chunk_get_type
+        chunks = (self._mtmd.mtmd_input_chunks_get(self._chunks, i) for i in range(count))
+        self._seen = [chunk for chunk in chunks if kind_of(chunk) == self._mtmd.MTMD_INPUT_CHUNK_TYPE_IMAGE]
         self.num_tokens = sum(self._mtmd.mtmd_input_chunk_get_n_tokens(chunk) for chunk in self._seen)
 
     def decode(self, position: int) -> int:
@@ -135,9 +155,6 @@ class _Picture:
 
     def free(self) -> None:
         self._mtmd.mtmd_input_chunks_free(self._chunks)
-
-    def _count(self) -> int:
-        return self._mtmd.mtmd_input_chunks_size(self._chunks)
 
 
 _M_PERTURB, _ZEROS = -6, 0xFF  # of glibc: with 0xFF, allocated memory is filled with its complement

@@ -8,6 +8,7 @@ share are computed once. Generated answers and chat templates are left out.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Literal
 
 import numpy as np
@@ -45,7 +46,7 @@ class AnswerScores:
     def probability_among_choices(self, scoring: Scoring) -> float:
         """Softmax over the choices only, of the right answer."""
         scores = self._normalized(scoring)
-        weights = np.exp(scores - scores.max())
+        weights = np.exp(scores - scores.max())  # no overflow
         return float(weights[self.question.answer] / weights.sum())
 
     @property
@@ -134,11 +135,7 @@ def tokens_in_memory(encoded: Sequence[EncodedQuestion]) -> int:
 
 
 def score_questions(
-    runner: LogitRunner,
-    encoded: Sequence[EncodedQuestion],
-    *,
-    num_columns: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    runner: LogitRunner, encoded: Sequence[EncodedQuestion], num_columns: int, progress: Callable[[int, int], None]
 ) -> list[AnswerScores]:
     """Log-probabilities of every answer, in the order of `encoded`; logits beyond `num_columns` are ignored."""
     groups: dict[tuple[str, int], list[int]] = {}
@@ -148,7 +145,8 @@ def score_questions(
     scores: dict[int, AnswerScores] = {}
     for indices in groups.values():
         # At least one token must be left to run, because the answer's first logits come from it.
-        shared = _common_prefix([encoded[i].prompt[:-1] for i in indices])
+        columns = zip(*(encoded[i].prompt[:-1] for i in indices), strict=False)
+        shared = tuple(column[0] for column in takewhile(lambda column: len({*column}) == 1, columns))
         runner.hold_prefix(shared)
         for i in indices:
             rows = runner.branch_logits(encoded[i].prompt[len(shared) :], encoded[i].answers)
@@ -158,17 +156,8 @@ def score_questions(
     return [scores[i] for i in range(len(encoded))]
 
 
-def _common_prefix(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    length = 0
-    for column in zip(*prompts, strict=False):
-        if len(set(column)) > 1:
-            break
-        length += 1
-    return prompts[0][:length]
-
-
 def _sum_log_probs(logits: torch.Tensor, tokens: Sequence[int]) -> float:
-    log_probs = logits.double().log_softmax(dim=-1)
+    log_probs = logits.double().log_softmax(dim=-1)  # sums of many tokens in float64
     total = float(log_probs[torch.arange(len(tokens)), torch.tensor(tokens)].sum())
     if np.isnan(total):
         raise EvaluationError("The model's logits contain NaN; its weights are damaged or overflow.")

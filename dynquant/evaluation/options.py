@@ -14,7 +14,9 @@ TEXT_TASKS, PICTURE_TASKS = frozenset({"kl", "ppl", "mmlu"}), frozenset({"kl", "
 class QuestionOptions:
     """Inputs that a model is scored on: texts for KL and perplexity, questions for accuracy."""
 
-    text: Annotated[tuple[Path, ...], Flag("Text for kl and ppl, .txt or .jsonl. May be repeated.")] = ()
+    text: Annotated[
+        tuple[Path, ...], Flag("Text for kl and ppl, as --calibration of plan takes it. May be repeated.")
+    ] = ()
     tasks: Annotated[tuple[str, ...], Flag("Any of kl, ppl, mmlu; with --data kl and vqa.")] = ("kl", "ppl")
     max_tokens: Annotated[int, Flag("Tokens of each text.")] = 8192
     mmlu_data: Annotated[str | None, Flag("Questions, .jsonl or a datasets id. Default: cais/mmlu.")] = None

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -21,6 +21,9 @@ from dynquant.errors import EvaluationError
 from dynquant.evaluation.distributions import Distributions
 from dynquant.session import Progress
 from dynquant.storage.atomic import writing
+
+if TYPE_CHECKING:
+    from dynquant.evaluation.runners import HuggingFaceRunner
 
 SCHEMA_VERSION = 2
 """Part of every name: entries of an earlier version are made again."""
@@ -90,18 +93,6 @@ def entry_path(directory: Path, key: str) -> Path:
     return directory / f"reference-{key}.safetensors"
 
 
-class BatchRunner(Protocol):
-    """A loaded reference that runs many windows at once."""
-
-    vocab_size: int
-
-    def batch_logits(self, windows: Tensor) -> Tensor:
-        """Return logits float32 [n, T, vocab_size] of token ids [n, T]."""
-
-    def close(self) -> None:
-        """Free the model."""
-
-
 class TeacherWindows(Dataset):
     """Window i with the reference's distribution after each of its tokens.
 
@@ -121,7 +112,7 @@ class TeacherWindows(Dataset):
         row = index % SHARD_WINDOWS
         try:
             if file not in self._open:
-                self._open[file] = safe_open(file, framework="pt")
+                self._open[file] = safe_open(file, framework="pt")  # mapped; rows are read as they are asked for
             shard = self._open[file]
             stored = {name: shard.get_slice(name)[row] for name in shard.keys()}  # noqa: SIM118 (no mapping)
         except (SafetensorError, OSError) as error:
@@ -133,17 +124,15 @@ class TeacherWindows(Dataset):
 
 def distributions_of(batch: Mapping[str, Tensor]) -> Distributions:
     """Return the distributions of a batch of `TeacherWindows`, over all its tokens in order."""
-    top_ids, top_log_probs = (batch[name].flatten(0, 1) for name in ("top_ids", "top_log_probs"))
+    tops = [batch[name].flatten(0, 1) for name in ("top_ids", "top_log_probs")]
     if "tail_ids" not in batch:
-        return Distributions(top_ids, top_log_probs, top_ids[:, :0], top_log_probs[:, :0])
-    return Distributions(
-        top_ids, top_log_probs, *(batch[name].flatten(0, 1) for name in ("tail_ids", "tail_log_probs"))
-    )
+        return Distributions(*tops, *(top[:, :0] for top in tops))
+    return Distributions(*tops, *(batch[name].flatten(0, 1) for name in ("tail_ids", "tail_log_probs")))
 
 
 def build_teacher_windows(
     reference: Path,
-    open_reference: Callable[[], BatchRunner],
+    open_reference: Callable[[], "HuggingFaceRunner"],
     windows: Tensor,
     directory: Path,
     *,
@@ -169,11 +158,11 @@ def build_teacher_windows(
     options = {"kind": "distillation", "columns": num_columns, "window": windows.shape[1]}
     options |= {"num_top": NUM_TRAINED_TOP, "num_tail": num_tail}
     keys = [cache_key(reference, shard.flatten().tolist(), **options) for shard in shards]
-    runner: BatchRunner | None = None
+    runner: HuggingFaceRunner | None = None
     done = 0
     for shard, key in zip(shards, keys, strict=True):
         if not entry_path(directory, key).is_file():
-            runner = runner or open_reference()
+            runner = runner or open_reference()  # not loaded where all is there
             save_cached(directory, key, _shard_tensors(runner, shard, num_columns, num_tail))
         done += len(shard)
         progress(stage, done, len(windows), unit="windows")
@@ -182,8 +171,8 @@ def build_teacher_windows(
     return TeacherWindows(windows, [entry_path(directory, key) for key in keys])
 
 
-def _shard_tensors(runner: BatchRunner, windows: Tensor, num_columns: int, num_tail: int) -> dict[str, Tensor]:
-    count = max(1, _LOGITS_AT_ONCE // (windows.shape[1] * runner.vocab_size))
+def _shard_tensors(runner: "HuggingFaceRunner", windows: Tensor, num_columns: int, num_tail: int) -> dict[str, Tensor]:
+    count = max(1, _LOGITS_AT_ONCE // (windows.shape[1] * runner.vocab_size))  # windows at a time
     parts = []
     for batch in windows.split(count):
         logits = runner.batch_logits(batch)[..., :num_columns].flatten(0, 1)

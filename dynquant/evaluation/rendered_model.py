@@ -4,7 +4,7 @@ Blocks come from an `EncodedStore`, so that a plan costs the decoding of the ten
 before, and a forward pass. Activations are float32, as in llama.cpp with F32 KV; what is scored is what the file holds.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,7 @@ BATCH_TOKENS = 1024
 class RenderedModel:
     """`hf_model`, the original in float32, which ends up with the weights that were installed last.
 
-    Raises:
-        CheckpointError: the original's weights cannot be followed into the running model.
+    Raises CheckpointError when the original's weights cannot be followed into the running model.
     """
 
     def __init__(self, hf_model: nn.Module, store: EncodedStore) -> None:
@@ -43,7 +42,7 @@ class RenderedModel:
         self._live.check(name for name, type_name in types.items() if not QUANT_TYPES[type_name].is_float)
         placed = {name: type_name for name, type_name in types.items() if name in self._names}
         for name in sorted(self.types.keys() | placed.keys()):
-            if placed.get(name) != self.types.get(name):
+            if placed.get(name) != self.types.get(name):  # decoding is what a plan costs
                 self.write(name, placed.get(name))
         self.types = placed
 
@@ -102,10 +101,10 @@ class ScoredInputs:
         try:
             for name, type_name in changes.items():
                 self._rendered.write(name, type_name)
-            first = _first_layer(changes, self._replay.num_layers)
-            divergences = [
-                target.kl(self._replay.logits(index, first)).cpu() for index, target in enumerate(self._targets)
-            ]
+            # The embedding lies before all layers, final norm and head behind them.
+            layers = [0 if name == "token_embd.weight" else layer_of(name) for name in changes]
+            first = min(self._replay.num_layers if layer is None else layer for layer in layers)
+            divergences = [target.kl(self._replay.logits(i, first)).cpu() for i, target in enumerate(self._targets)]
         finally:
             for name, type_name in before.items():
                 self._rendered.write(name, type_name)
@@ -122,9 +121,3 @@ def scored_logits(hf_model: nn.Module, batch: Batch) -> Tensor:
     """Return logits float32 [n, vocabulary] at the scored positions of a batch of one, on the model's device."""
     logits = hf_model(**batch.on(hf_model.device), use_cache=False).logits[0].float()
     return logits[batch.scored.to(logits.device)]
-
-
-def _first_layer(names: Iterable[str], num_layers: int) -> int:
-    """The first layer that a change touches; the embedding lies before, final norm and head behind all."""
-    layers = {name: 0 if name == "token_embd.weight" else layer_of(name) for name in names}
-    return min(num_layers if layer is None else layer for layer in layers.values())

@@ -2,25 +2,22 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from dynquant import __version__
 from dynquant.evaluation.multiple_choice import AnswerScores, EncodedQuestion, Scoring, is_right
-from dynquant.evaluation.statistics import (
-    Estimate,
-    block_sums,
-    bootstrap_mean,
-    mcnemar_exact,
-    only_one,
-    wilson_interval,
-)
+from dynquant.evaluation.statistics import Estimate, block_sums, bootstrap_mean, compare_paired, wilson_interval
 from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.inputs.pictures import Sample
 from dynquant.storage.documents import FrozenRecord
 
 SCHEMA_VERSION = 1
+
+Row = tuple[str, str, str, str]
+"""Metric, reference, candidate and comparison; empty cells do not apply."""
 
 
 class ModelIdentity(FrozenRecord):
@@ -42,10 +39,8 @@ class TokenScores:
 
     def means(self, lengths: list[int]) -> dict[str, Estimate]:
         """Return mean KL and top-1 agreement over sequences of these lengths."""
-        return {
-            "kl": bootstrap_mean(self.divergence, lengths),
-            "top1_agreement": bootstrap_mean(self.same_top, lengths),
-        }
+        scores = {"kl": self.divergence, "top1_agreement": self.same_top}
+        return {name: bootstrap_mean(values, lengths) for name, values in scores.items()}
 
 
 class Divergence(FrozenRecord):
@@ -127,6 +122,25 @@ class EvalReport(FrozenRecord):
     def to_json(self) -> str:
         return self.model_dump_json(indent=2) + "\n"
 
+    @property
+    def title(self) -> str:
+        return f"{self.candidate.name} against {self.reference.name}"
+
+    def sections(self) -> dict[str, list[Row]]:
+        """Return the before/after table, text by text and scoring by scoring."""
+        before, after = self.reference.file_bytes, self.candidate.file_bytes
+        sections = {"file": [("bytes", f"{before:,}", f"{after:,}", f"{after / max(1, before):.1%} of the reference")]}
+        for name, rows in (*map(_text_section, self.texts), *map(_choice_section, self.multiple_choice)):
+            sections.setdefault(name, []).extend(rows)
+        return sections
+
+    def rows(self) -> list[Row]:
+        """Return the lines of the table, sections with their names above them."""
+        lines = []
+        for name, rows in self.sections().items():
+            lines += [(name, "", "", ""), *((f"  {metric}", *cells) for metric, *cells in rows)]
+        return lines
+
 
 class Answer(FrozenRecord):
     """One question with the answers of both models; `image` is the path of its first picture."""
@@ -167,8 +181,16 @@ class PictureReport(FrozenRecord):
     def to_json(self) -> str:
         return self.model_dump_json(indent=1) + "\n"
 
-    def rows(self) -> list[tuple[str, str, str, str]]:
-        """Return metric, reference, candidate and comparison of every line of the table."""
+    @property
+    def title(self) -> str:
+        return f"{Path(self.candidate)} against {self.reference}: {self.samples} samples of {self.data}"
+
+    @property
+    def notes(self) -> list[str]:
+        return [f"skipped: {reason}" for reason in self.skipped]
+
+    def rows(self) -> list[Row]:
+        """Return the lines of the before/after table."""
         share = f"{self.candidate_bytes / self.reference_bytes:.1%}"
         rows = [("bytes", f"{self.reference_bytes:,}", f"{self.candidate_bytes:,}", share)]
         if self.kl is not None and self.top1_agreement is not None:
@@ -181,16 +203,6 @@ class PictureReport(FrozenRecord):
         return rows
 
 
-class SummaryRow(NamedTuple):
-    """One line of the before/after table; empty cells do not apply."""
-
-    section: str
-    metric: str
-    reference: str
-    candidate: str
-    comparison: str
-
-
 def summarize_text(
     text: ModelInputs, reference_log_prob: np.ndarray, scores: TokenScores, *, with_kl: bool
 ) -> TextResult:
@@ -201,38 +213,25 @@ def summarize_text(
         mean = bootstrap_mean(-log_prob, lengths)
         return Estimate(value=np.exp(mean.value), low=np.exp(mean.low), high=np.exp(mean.high))
 
-    means = scores.means(lengths)
-    divergence = Divergence(
-        mean=means["kl"],
-        median=float(np.median(scores.divergence)),
-        p99_9=float(np.quantile(scores.divergence, 0.999)),
-        maximum=float(scores.divergence.max()),
-        top1_agreement=means["top1_agreement"],
-        block_sums=tuple(block_sums(scores.divergence, lengths)[0].tolist()),
-    )
-    return TextResult(
-        name=text.name,
-        sha256=text.sha256,
-        scored_tokens=len(reference_log_prob),
-        windows=len(lengths),
-        reference_perplexity=perplexity(reference_log_prob),
-        candidate_perplexity=perplexity(scores.target_log_prob),
-        perplexity_ratio=perplexity(scores.target_log_prob - reference_log_prob),
-        kl=divergence if with_kl else None,
-    )
+    kl, means = scores.divergence, scores.means(lengths)
+    tail = {"median": float(np.median(kl)), "p99_9": float(np.quantile(kl, 0.999)), "maximum": float(kl.max())}
+    blocks = tuple(block_sums(kl, lengths)[0].tolist())
+    divergence = Divergence(mean=means["kl"], top1_agreement=means["top1_agreement"], block_sums=blocks, **tail)
+    before, after = reference_log_prob, scores.target_log_prob
+    perplexities = {"reference_perplexity": perplexity(before), "candidate_perplexity": perplexity(after)}
+    perplexities["perplexity_ratio"] = perplexity(after - before)
+    counts = {"scored_tokens": len(before), "windows": len(lengths)}
+    kl_result = divergence if with_kl else None
+    return TextResult(name=text.name, sha256=text.sha256, kl=kl_result, **counts, **perplexities)
 
 
 def summarize_choices(
-    scoring: Scoring,
-    encoded: Sequence[EncodedQuestion],
-    reference: Sequence[AnswerScores],
-    candidate: Sequence[AnswerScores],
+    scoring: Scoring, encoded: list[EncodedQuestion], reference: list[AnswerScores], candidate: list[AnswerScores]
 ) -> MultipleChoiceResult:
     """Accuracies of both models and their paired comparison."""
     answers = np.array([e.question.answer for e in encoded])
     predictions = [np.array([s.prediction(scoring) for s in scores]) for scores in (reference, candidate)]
     right = [p == answers for p in predictions]
-    only_reference, only_candidate = only_one(*(one.tolist() for one in right))
     return MultipleChoiceResult(
         scoring=scoring,
         questions=len(encoded),
@@ -241,9 +240,7 @@ def summarize_choices(
         reference=_choice_scores(scoring, reference, predictions[0], right[0]),
         candidate=_choice_scores(scoring, candidate, predictions[1], right[1]),
         same_prediction=float((predictions[0] == predictions[1]).mean()),
-        only_reference_right=only_reference,
-        only_candidate_right=only_candidate,
-        mcnemar_p=mcnemar_exact(only_reference, only_candidate),
+        **compare_paired(*(side.tolist() for side in right)),
         right_answers=tuple(answers.tolist()),
         subjects=_by_subject(encoded, *right),
     )
@@ -258,15 +255,12 @@ def summarize_answers(samples: Sequence[Sample], before: Sequence[str], after: S
         )
         for sample, first, second in zip(samples, before, after, strict=True)
     )  # fmt: skip
-    first = [is_right(one.reference, one.right) for one in answers]
-    second = [is_right(one.candidate, one.right) for one in answers]
-    lost, won = only_one(first, second)
+    first = [is_right(answer.reference, answer.right) for answer in answers]
+    second = [is_right(answer.candidate, answer.right) for answer in answers]
     return AnsweredQuestions(
         reference=wilson_interval(sum(first), len(answers)),
         candidate=wilson_interval(sum(second), len(answers)),
-        only_reference_right=lost,
-        only_candidate_right=won,
-        mcnemar_p=mcnemar_exact(lost, won),
+        **compare_paired(first, second),
         answers=answers,
     )
 
@@ -290,28 +284,16 @@ def _choice_scores(
 def _by_subject(
     encoded: Sequence[EncodedQuestion], reference_right: np.ndarray, candidate_right: np.ndarray
 ) -> dict[str, SubjectAccuracy]:
-    rows: dict[str, list[int]] = {}
-    for i, item in enumerate(encoded):
-        rows.setdefault(item.question.subject, []).append(i)
-    return {
-        subject: SubjectAccuracy(
-            questions=len(indices),
-            reference=float(reference_right[indices].mean()),
-            candidate=float(candidate_right[indices].mean()),
-        )
-        for subject, indices in sorted(rows.items())
-    }
+    subjects = [item.question.subject for item in encoded]
+    accuracies = {}
+    for subject in sorted(set(subjects)):
+        chosen = np.array([name == subject for name in subjects])
+        before, after = (float(right[chosen].mean()) for right in (reference_right, candidate_right))
+        accuracies[subject] = SubjectAccuracy(questions=int(chosen.sum()), reference=before, candidate=after)
+    return accuracies
 
 
-def summary_rows(report: EvalReport) -> list[SummaryRow]:
-    """The before/after table, text by text and scoring by scoring, without any layout."""
-    before, after = report.reference.file_bytes, report.candidate.file_bytes
-    size = ("bytes", f"{before:,}", f"{after:,}", f"{after / max(1, before):.1%} of the reference")
-    sections = [("file", [size]), *map(_text_section, report.texts), *map(_choice_section, report.multiple_choice)]
-    return [SummaryRow(section, *row) for section, rows in sections for row in rows]
-
-
-def _text_section(text: TextResult) -> tuple[str, list[tuple[str, str, str, str]]]:
+def _text_section(text: TextResult) -> tuple[str, list[Row]]:
     perplexities = (f"{estimate.value:.3f}" for estimate in (text.reference_perplexity, text.candidate_perplexity))
     rows = [("perplexity", *perplexities, f"ratio {_shown(text.perplexity_ratio, '.4g')}")]
     if text.kl:
@@ -324,7 +306,7 @@ def _text_section(text: TextResult) -> tuple[str, list[tuple[str, str, str, str]
     return f"{text.name} ({text.scored_tokens:,} tokens)", rows
 
 
-def _choice_section(result: MultipleChoiceResult) -> tuple[str, list[tuple[str, str, str, str]]]:
+def _choice_section(result: MultipleChoiceResult) -> tuple[str, list[Row]]:
     section = f"{result.questions:,} questions, {result.scoring} scoring"
     if result.questions_with_dropped_shots:
         section += f", shots dropped from {result.questions_with_dropped_shots:,}"

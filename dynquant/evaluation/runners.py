@@ -9,28 +9,22 @@ Sampling and chat templates are left out.
 """
 
 import copy
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from dynquant.checkpoints.gguf_source import GGUFSource
-from dynquant.errors import CheckpointError, EvaluationError
-from dynquant.evaluation.llama_cpp import LlamaCppRunner, llama_encode, llama_metadata, llama_vocabulary
-from dynquant.evaluation.llama_cpp_pictures import MtmdRunner, Segment
+from dynquant.errors import CheckpointError
+from dynquant.evaluation.llama_cpp import LlamaCppRunner, llama_encode, llama_facts, llama_vocabulary, without_padding
 from dynquant.evaluation.rendered_model import scored_logits
 from dynquant.families.from_gguf import config_from_gguf
 from dynquant.families.open import is_gguf
 from dynquant.inputs.model_inputs import Batch
-from dynquant.inputs.pictures import open_image
-from dynquant.inputs.processor import image_token_limits
 from dynquant.inputs.text import TextEncoder
 from dynquant.packed.layers import choose_layout
 from dynquant.packed.load_gguf import load as load_packed
@@ -62,37 +56,25 @@ class LogitRunner(Protocol):
 
     def reserve(self, num_tokens: int) -> None:
         """Make room for `num_tokens` tokens in memory at once; drops the held prefix."""
-        ...
 
     def window_logits(self, tokens: Sequence[int]) -> torch.Tensor:
         """Return logits after every token of an independent window, [tokens, vocab_size]; drops the held prefix."""
-        ...
 
     def scored_logits(self, batch: Batch) -> torch.Tensor:
         """Return logits float32 [scored positions, vocab_size] of a batch of one sequence, on any device."""
-        ...
 
     def hold_prefix(self, tokens: Sequence[int]) -> None:
         """Run `tokens` once and keep their keys and values for later `branch_logits` calls."""
-        ...
 
     def branch_logits(self, suffix: Sequence[int], branches: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """Logits that predict each token of each branch after held prefix + `suffix`, [len(branch), vocab_size]."""
-        ...
 
     def close(self) -> None:
         """Free the model. The runner cannot be used afterwards."""
-        ...
 
 
-class PictureRunner(Protocol):
-    """A loaded model that sees pictures."""
-
-    def reserve(self, num_tokens: int) -> None:
-        """Make room for `num_tokens` tokens in memory at once."""
-
-    def scored_logits(self, batch: Batch) -> torch.Tensor:
-        """Return logits float32 [scored positions, vocabulary] of a sample."""
+class PictureRunner(LogitRunner, Protocol):
+    """A loaded model that sees pictures, and answers questions about them."""
 
     def answer(self, prompt: Batch, max_tokens: int) -> list[int]:
         """Return the greedy answer to a question, as token ids."""
@@ -101,8 +83,18 @@ class PictureRunner(Protocol):
 def describe_model(path: Path, *, runner: str = LLAMA_CPP) -> ModelInfo:
     """Vocabulary and context length of a resolved model, without loading its weights."""
     if not is_gguf(path):
-        return _describe_hugging_face(path)
-    return _describe_gguf(path) if runner == LLAMA_CPP else _describe_packed_gguf(path)
+        config = load_config(path).get_text_config()
+        context_length = getattr(config, "max_position_embeddings", None) or 2**31
+        num_named = _count_named_tokens(path, config.vocab_size)
+        return ModelInfo(path, TRANSFORMERS, config.vocab_size, context_length, num_named)
+    if runner == LLAMA_CPP:
+        return ModelInfo(path, LLAMA_CPP, *llama_facts(path))
+    source = GGUFSource(path)
+    config = config_from_gguf(source)
+    vocab_size, context_length = config.integer("vocab_size"), config.integer("max_position_embeddings")
+    tokens = next((field.value for field in source.metadata if field.key == "tokenizer.ggml.tokens"), None)
+    num_named = without_padding(len(tokens), tokens.__getitem__) if isinstance(tokens, list) else vocab_size
+    return ModelInfo(path, TRANSFORMERS, vocab_size, context_length, num_named)
 
 
 def open_runner(
@@ -151,33 +143,6 @@ def open_encoder(path: Path) -> Iterator[TextEncoder]:
     yield encode
 
 
-def _describe_hugging_face(path: Path) -> ModelInfo:
-    config = load_config(path).get_text_config()
-    return ModelInfo(
-        path=path,
-        kind="transformers",
-        vocab_size=config.vocab_size,
-        context_length=getattr(config, "max_position_embeddings", None) or 2**31,
-        num_named_tokens=_count_named_tokens(path, config.vocab_size),
-    )
-
-
-def _describe_packed_gguf(path: Path) -> ModelInfo:
-    source = GGUFSource(path)
-    config = config_from_gguf(source)
-    tokens = next((field.value for field in source.metadata if field.key == "tokenizer.ggml.tokens"), None)
-    named = len(tokens) if isinstance(tokens, list) else config.integer("vocab_size")
-    while named and isinstance(tokens, list) and re.fullmatch(r"\[PAD\d+\]", tokens[named - 1]):
-        named -= 1
-    return ModelInfo(
-        path=path,
-        kind=TRANSFORMERS,
-        vocab_size=config.integer("vocab_size"),
-        context_length=config.integer("max_position_embeddings"),
-        num_named_tokens=named,
-    )
-
-
 def _count_named_tokens(path: Path, vocab_size: int) -> int:
     """Highest token id of tokenizer.json plus one; a directory without that file counts as fully named."""
     file = path / "tokenizer.json"
@@ -191,34 +156,13 @@ def _count_named_tokens(path: Path, vocab_size: int) -> int:
 
 
 def load_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """Load the transformers model of a resolved directory, or of a GGUF file with packed weights, on the CPU.
-
-    Raises:
-        CheckpointError: it cannot be loaded.
-    """
+    """Load a directory, or a GGUF file with packed weights, in transformers on the CPU, or raise CheckpointError."""
     if not is_gguf(path):
         return load_directory(path, dtype)
     try:
         return load_packed(path, dtype=dtype)
     except REFUSALS as error:
         raise CheckpointError(f"{path.name}: transformers cannot load the model: {error}") from error
-
-
-def _describe_gguf(path: Path) -> ModelInfo:
-    with llama_vocabulary(path) as (model, vocab):
-        import llama_cpp
-
-        vocab_size = named = llama_cpp.llama_vocab_n_tokens(vocab)
-        while named and re.fullmatch(rb"\[PAD\d+\]", llama_cpp.llama_vocab_get_text(vocab, named - 1) or b""):
-            named -= 1
-        architecture = llama_metadata(model, "general.architecture")
-        return ModelInfo(
-            path=path,
-            kind="llama.cpp",
-            vocab_size=vocab_size,
-            context_length=int(llama_metadata(model, f"{architecture}.context_length") or 2**31),
-            num_named_tokens=named,
-        )
 
 
 class HuggingFaceRunner:
@@ -286,57 +230,6 @@ class HuggingFaceRunner:
     def _forward(self, rows: list[list[int]], past: object, *, use_cache: bool = False) -> object:
         ids = torch.tensor(rows, device=self.device)
         return self.hf_model(input_ids=ids, past_key_values=past, use_cache=use_cache)
-
-
-class GgufPictureRunner:
-    """A language GGUF and its mmproj file in llama.cpp."""
-
-    def __init__(self, path: Path, mmproj: Path, original: HuggingFaceRunner, processor: Any) -> None:
-        self._name = path.name
-        self._stop = original.stop_tokens
-        self._runner = MtmdRunner(path, mmproj, image_tokens=image_token_limits(processor))
-        if self._runner.vocab_size != original.vocab_size:
-            size = self._runner.vocab_size
-            self.close()
-            raise EvaluationError(
-                f"{path.name} has {size:,} tokens and the reference {original.vocab_size:,}; they are not the same "
-                "model. Give the checkpoint that the file was made from."
-            )
-
-    def reserve(self, num_tokens: int) -> None:
-        self._runner.reserve(num_tokens)
-
-    def scored_logits(self, batch: Batch) -> torch.Tensor:
-        rows = self._runner.sample_logits(self._segments(batch))
-        return rows[(batch.is_text[0].cumsum(0) - 1)[batch.scored]]  # rows are those of text tokens
-
-    def answer(self, prompt: Batch, max_tokens: int) -> list[int]:
-        return self._runner.answer(self._segments(prompt), max_tokens, self._stop)
-
-    def close(self) -> None:
-        self._runner.close()
-
-    def _segments(self, batch: Batch) -> list[Segment]:
-        pictures = (np.asarray(open_image(path)) for path in batch.pictures)
-        segments = segments_of(batch.ids[0], batch.is_text[0], pictures)
-        if segments is None:
-            raise EvaluationError(
-                f"{batch.place}: its {len(batch.pictures)} pictures are not that many runs of image tokens; with text "
-                "between them, llama.cpp can run them."
-            )
-        return segments
-
-
-def segments_of(ids: torch.Tensor, is_text: torch.Tensor, pictures: Iterator[np.ndarray]) -> list[Segment] | None:
-    """Text as token ids, each run of other tokens as the next picture; None when their numbers differ."""
-    boundaries = [0, *((is_text[1:] != is_text[:-1]).nonzero().flatten() + 1).tolist(), len(ids)]
-    segments: list[Segment] = []
-    for start, stop in pairwise(boundaries):
-        segment = ids[start:stop].tolist() if is_text[start] else next(pictures, None)
-        if segment is None:
-            return None
-        segments.append(segment)
-    return segments if next(pictures, None) is None else None
 
 
 def gguf_bytes(paths: Sequence[Path]) -> int:

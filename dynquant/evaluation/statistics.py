@@ -13,7 +13,7 @@ from dynquant.storage.documents import FrozenRecord
 
 BLOCK_TOKENS = 64
 NUM_RESAMPLES = 2000
-_Z95 = 1.959963984540054
+_Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 
 class Estimate(FrozenRecord):
@@ -35,18 +35,14 @@ def block_sums(values: np.ndarray, window_lengths: list[int]) -> tuple[np.ndarra
     return np.add.reduceat(values.astype(np.float64), starts), np.diff([*starts, position])
 
 
-def bootstrap_mean(values: np.ndarray, window_lengths: list[int], *, seed: int = 0) -> Estimate:
+def bootstrap_mean(values: np.ndarray, window_lengths: list[int]) -> Estimate:
     """Mean of per-token values with a 95 % percentile interval from resampled blocks of consecutive tokens."""
-    sums, sizes = block_sums(values, window_lengths)
-    picks = np.random.default_rng(seed).integers(0, len(sums), size=(NUM_RESAMPLES, len(sums)))
-    means = sums[picks].sum(axis=1) / sizes[picks].sum(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Estimate(value=float(sums.sum() / sizes.sum()), low=float(low), high=float(high))
+    return bootstrap_ratio(*block_sums(values, window_lengths))
 
 
-def bootstrap_ratio(sums: np.ndarray, base_sums: np.ndarray, *, seed: int = 0) -> Estimate:
+def bootstrap_ratio(sums: np.ndarray, base_sums: np.ndarray) -> Estimate:
     """Ratio of two models' means on the same blocks, with a 95 % interval from blocks drawn for both together."""
-    picks = np.random.default_rng(seed).integers(0, len(sums), size=(NUM_RESAMPLES, len(sums)))
+    picks = np.random.default_rng(0).integers(0, len(sums), size=(NUM_RESAMPLES, len(sums)))  # blocks, with replacement
     low, high = np.quantile(sums[picks].sum(axis=1) / base_sums[picks].sum(axis=1), [0.025, 0.975])
     return Estimate(value=float(sums.sum() / base_sums.sum()), low=float(low), high=float(high))
 
@@ -77,6 +73,12 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
     discordant = only_first + only_second
     term = tail = 1
     for i in range(min(only_first, only_second)):
-        term = term * (discordant - i) // (i + 1)
+        term = term * (discordant - i) // (i + 1)  # the next binomial coefficient, exact in integers
         tail += term
     return min(1.0, 2 * tail / 2**discordant)
+
+
+def compare_paired(reference: Sequence[bool], candidate: Sequence[bool]) -> dict[str, float]:
+    """Return where one model's answer alone is right, and McNemar's p, as reports name them."""
+    lost, won = only_one(reference, candidate)
+    return {"only_reference_right": lost, "only_candidate_right": won, "mcnemar_p": mcnemar_exact(lost, won)}

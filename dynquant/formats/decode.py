@@ -11,8 +11,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from dynquant.formats import codebook_quants, k_quants, plain_quants
-from dynquant.formats.quant_types import QuantType, quant_type
+from dynquant.formats import codebook_quants, k_quants, plain_quants, quant_types
+from dynquant.formats.quant_types import QuantType
 
 _BlockDecoder = Callable[[Tensor], Tensor]
 """uint8 [n, block_bytes] -> float32 [n, block_size]"""
@@ -30,7 +30,7 @@ _GPU_CHUNK_WEIGHTS = 1 << 24
 
 
 def decode(quant_type: QuantType | str, packed: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
-    """Weights of packed rows.
+    """Return the weights of packed rows.
 
     Args:
         quant_type: the byte layout, or its name.
@@ -44,20 +44,18 @@ def decode(quant_type: QuantType | str, packed: Tensor, shape: tuple[int, ...] |
         PlanError: no quant type has this name.
         ValueError: `packed` is not uint8, does not hold whole blocks, or does not fill `shape`.
     """
-    layout = _as_quant_type(quant_type)
+    layout = quant_types.quant_type(quant_type) if isinstance(quant_type, str) else quant_type
     result_shape = _result_shape(layout, packed, shape)
     blocks = packed.reshape(-1, layout.block_bytes)
     decode_blocks = _DECODERS[layout.name]
     weights = torch.empty(blocks.shape[0], layout.block_size, dtype=torch.float32, device=packed.device)
-    chunk_blocks = max(1, _chunk_weights(packed.device) // layout.block_size)
+    on_cpu = packed.device.type == "cpu"
+    chunk_weights = _CPU_CHUNK_WEIGHTS * torch.get_num_threads() if on_cpu else _GPU_CHUNK_WEIGHTS
+    chunk_blocks = max(1, chunk_weights // layout.block_size)
     for start in range(0, blocks.shape[0], chunk_blocks):
         stop = start + chunk_blocks
         weights[start:stop] = decode_blocks(blocks[start:stop])
     return weights.reshape(result_shape)
-
-
-def _as_quant_type(wanted: QuantType | str) -> QuantType:
-    return quant_type(wanted) if isinstance(wanted, str) else wanted
 
 
 def _result_shape(layout: QuantType, packed: Tensor, shape: tuple[int, ...] | None) -> tuple[int, ...]:
@@ -78,7 +76,3 @@ def _result_shape(layout: QuantType, packed: Tensor, shape: tuple[int, ...] | No
             f"{prod(stored)} weights in blocks of {layout.block_size} weights and {layout.block_bytes} bytes"
         )
     return tuple(shape)
-
-
-def _chunk_weights(device: torch.device) -> int:
-    return _CPU_CHUNK_WEIGHTS * torch.get_num_threads() if device.type == "cpu" else _GPU_CHUNK_WEIGHTS

@@ -127,7 +127,6 @@ def _six_bit_pairs(scales: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pack_six_bit_pairs(scales: Tensor, mins: Tensor) -> Tensor:
-    """The inverse of `_six_bit_pairs`."""
     sc = (scales[:, :4] & 63) | ((scales[:, 4:] >> 4) << 6)
     m = (mins[:, :4] & 63) | ((mins[:, 4:] >> 4) << 6)
     low = (scales[:, 4:] & 15) | ((mins[:, 4:] & 15) << 4)

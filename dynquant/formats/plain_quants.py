@@ -22,6 +22,7 @@ DTYPE_BYTES = {
     **dict.fromkeys(("F64", "I64"), 8),
 }
 """Bytes of one number, by the name that safetensors gives its type."""
+FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def decode_q8_0(blocks: Tensor) -> Tensor:

@@ -71,16 +71,8 @@ _NAMES = (
 
 def _from_gguf(name: str) -> QuantType:
     ggml_type = GGMLQuantizationType[name]
-    block_size, block_bytes = GGML_QUANT_SIZES[ggml_type]
-    return QuantType(
-        name=name,
-        ggml_id=int(ggml_type),
-        block_size=block_size,
-        block_bytes=block_bytes,
-        needs_imatrix=name in _NEEDS_IMATRIX,
-        uses_imatrix=name in _USES_IMATRIX,
-        fallback=_FALLBACK.get(name),
-    )
+    sizes = GGML_QUANT_SIZES[ggml_type]
+    return QuantType(name, int(ggml_type), *sizes, name in _NEEDS_IMATRIX, name in _USES_IMATRIX, _FALLBACK.get(name))
 
 
 QUANT_TYPES: dict[str, QuantType] = {name: _from_gguf(name) for name in _NAMES}
@@ -103,7 +95,7 @@ def fit_to_row(wanted: QuantType, row_length: int) -> tuple[QuantType, str | Non
     if row_length % wanted.block_size == 0:
         return wanted, None
     chosen = QUANT_TYPES[wanted.fallback] if wanted.fallback else QUANT_TYPES["F16"]
-    if row_length % chosen.block_size:
+    if row_length % chosen.block_size:  # llama.cpp goes one step only
         chosen = QUANT_TYPES["F16"]
     reason = f"rows of {row_length} do not divide into {wanted.name} blocks of {wanted.block_size}: {chosen.name}"
     return chosen, reason

@@ -41,10 +41,10 @@ def read_scales(type_name: str, blocks: Tensor) -> Tensor:
 
 def with_scales(type_name: str, blocks: Tensor, scales: Tensor) -> Tensor:
     """A copy of the blocks with other fp16 numbers, rounded to nearest and kept finite."""
-    halves = scales.clamp(-_FP16_MAX, _FP16_MAX).to(torch.float16)
+    halves = scales.clamp(-_FP16_MAX, _FP16_MAX).to(torch.float16)  # beyond, rounding gives Inf
     blocks = blocks.clone()
     if type_name == "IQ1_M":
-        bits = halves.view(torch.int16).to(torch.int32) & 0xFFFF
+        bits = halves.view(torch.int16).to(torch.int32) & 0xFFFF  # int16 has a sign, which widening would copy
         quarters = (bits >> torch.tensor((0, 4, 8, 12), device=blocks.device)) & 15
         words = field(blocks, 48, 8, torch.int16).to(torch.int32) & 0x0FFF
         blocks[:, 48:56] = (words | (quarters << 12)).to(torch.int16).view(torch.uint8)

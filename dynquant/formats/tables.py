@@ -12,6 +12,7 @@ from gguf import quants
 from torch import Tensor
 
 _PACKED_DTYPE = {4: torch.int32, 8: torch.int64}
+_ALL_BYTES = np.arange(256, dtype=np.uint8)
 
 
 def lookup(table: Tensor, index: Tensor) -> Tensor:
@@ -67,13 +68,13 @@ def values(type_name: str, device: torch.device) -> Tensor:
 @functools.cache
 def e8m0_halves(device: torch.device) -> Tensor:
     """E8M0 byte -> half of the power of two it stands for (the values of MXFP4 are doubled)."""
-    return _floats(quants.MXFP4.e8m0_to_fp32_half(_all_bytes()), device)
+    return torch.from_numpy(quants.MXFP4.e8m0_to_fp32_half(_ALL_BYTES).astype(np.float32)).to(device)
 
 
 @functools.cache
 def ue4m3_halves(device: torch.device) -> Tensor:
     """Unsigned E4M3 byte -> half of the number it stands for (the values of NVFP4 are doubled)."""
-    return _floats(quants.NVFP4.ue4m3_to_fp32(_all_bytes()), device)
+    return torch.from_numpy(quants.NVFP4.ue4m3_to_fp32(_ALL_BYTES).astype(np.float32)).to(device)
 
 
 def grid_rows(type_name: str) -> np.ndarray:
@@ -88,13 +89,5 @@ def _packed(rows: np.ndarray, device: torch.device) -> Tensor:
     return row_values.view(_PACKED_DTYPE[rows.shape[1]]).flatten().to(device)
 
 
-def _floats(numbers: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(numbers.astype(np.float32)).to(device)
-
-
-def _all_bytes() -> np.ndarray:
-    return np.arange(256, dtype=np.uint8)
-
-
 def _byte_bits() -> np.ndarray:
-    return np.unpackbits(_all_bytes()[:, None], axis=1, bitorder="little").astype(np.int8)
+    return np.unpackbits(_ALL_BYTES[:, None], axis=1, bitorder="little").astype(np.int8)

@@ -44,6 +44,10 @@ class Scheme:
         return self.strategy != "none"
 
     @property
+    def is_fp4(self) -> bool:
+        return self.kind == "float" and self.num_bits == 4
+
+    @property
     def block_size(self) -> int:
         return self.group_size or 1
 
@@ -68,7 +72,7 @@ class Scheme:
             return StoredTensor("weight", "F8_E4M3", (rows, columns)), scale
         packed = StoredTensor("weight_packed", "U8", (rows, columns // 2))
         if self.strategy == "group":
-            return packed, scale._replace(dtype="U8")
+            return packed, scale._replace(dtype="U8")  # exponents of E8M0
         return packed, scale._replace(dtype="F8_E4M3"), StoredTensor("weight_global_scale", "F32", (1,))
 
     def tensor_bytes(self, shape: tuple[int, ...]) -> int:
@@ -77,23 +81,12 @@ class Scheme:
 
     def config_group(self, targets: list[str]) -> dict[str, object]:
         """Return an entry of `config_groups` in config.json."""
-        weights: dict[str, object] = {
-            "num_bits": self.num_bits,
-            "type": self.kind,
-            "symmetric": True,
-            "strategy": self.strategy,
-            "group_size": self.group_size or None,
-            "dynamic": False,
-        }
-        if self.kind == "float" and self.num_bits == 4:
+        weights: dict[str, object] = {"num_bits": self.num_bits, "type": self.kind, "symmetric": True}
+        weights |= {"strategy": self.strategy, "group_size": self.group_size or None, "dynamic": False}
+        if self.is_fp4:
             weights["scale_dtype"] = "torch.uint8" if self.strategy == "group" else "torch.float8_e4m3fn"
-        return {
-            "targets": targets,
-            "weights": weights,
-            "input_activations": None,
-            "output_activations": None,
-            "format": self.format,
-        }
+        unchanged = {"input_activations": None, "output_activations": None}
+        return {"targets": targets, "weights": weights, **unchanged, "format": self.format}
 
 
 BF16 = Scheme("BF16", "dense", 16, "float", "none")

@@ -1,4 +1,4 @@
-"""Examples for supervised fine-tuning: lines of a .jsonl file in the forms that TRL's trainers take.
+"""Examples for supervised fine-tuning: records of a file (`inputs.records`) in the forms that TRL's trainers take.
 
     {"text": "..."}                                      every token is learned
     {"prompt": "...", "completion": "..."}               the completion is learned
@@ -8,7 +8,6 @@ A conversation becomes one example for each assistant turn, with the turns befor
 template will do: no template has to mark which tokens are the assistant's. Loading from the hub is left out.
 """
 
-import hashlib
 import json
 import random
 from dataclasses import dataclass, replace
@@ -17,18 +16,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dynquant.errors import DataError
-from dynquant.storage.strict_json import json_lines
+from dynquant.inputs.records import described, read_records, shortened, turns_of
+from dynquant.storage.atomic import file_hash
 
 Form = Literal["text", "completion", "messages"]
 _WAY_OUT = (
-    'Each line needs "text", or "prompt" and "completion" (strings), or "messages" (a list of chat turns with role and '
-    "content, one of them by the assistant)."
+    'Each record needs "text", or "prompt" and "completion" (strings), or "messages" (a list of chat turns with role '
+    "and content, one of them by the assistant)."
 )
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Examples of one form. `sha256` is that of the file; `groups[i]` is the line that example i came from."""
+    """Examples of one form. `sha256` is that of the file; `groups[i]` is the record that example i came from."""
 
     name: str
     sha256: str
@@ -62,58 +62,49 @@ class TrainingData:
 
 
 def read_training_data(path: Path) -> TrainingData:
-    """Read a .jsonl file; the first line decides the form.
+    """Read a file; the first record decides the form.
 
     Raises:
-        DataError: no such file, no example, a line that is not JSON or has no usable field; the line is named.
+        DataError: no such file, no example, a record that is not JSON or has no usable field; the record is named.
     """
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"The training data {path} cannot be read: {error}. Give a .jsonl file in UTF-8.") from error
     form: Form | None = None
     rows, groups = [], []
-    for number, place, record in json_lines(content, path.name, DataError, _WAY_OUT):
+    for number, place, record in read_records(path, DataError, _WAY_OUT):
         line_form, examples = _examples(record, place)
         form = form or line_form
         if line_form != form:
             raise DataError(
-                f"{place} has the field `{line_form}`, but the lines before it have `{form}`. Use one form in a file."
+                f"{place} has the field `{line_form}`, but the records before it have `{form}`. Use one form in a file."
             )
         rows += examples
         groups += [number] * len(examples)
     if form is None:
         raise DataError(f"The training data {path} holds no example. {_WAY_OUT}")
-    return TrainingData(path.name, hashlib.sha256(content.encode()).hexdigest(), form, tuple(rows), tuple(groups))
+    return TrainingData(path.name, file_hash(path), form, tuple(rows), tuple(groups))
 
 
 def _examples(record: Any, place: str) -> tuple[Form, list[dict[str, Any]]]:
     if not isinstance(record, dict):
         raise DataError(f"{place} is {type(record).__name__}, not an object. {_WAY_OUT}")
+    record = {key: value for key, value in record.items() if value is not None}  # tables have all columns in all rows
     if "messages" in record:
         return "messages", _replies(record["messages"], place)
     if "prompt" in record or "completion" in record:
         return "completion", [{key: _text(record, key, place) for key in ("prompt", "completion")}]
     if "text" in record:
         return "text", [{"text": _text(record, "text", place)}]
-    fields = ", ".join(f"`{key}`" for key in record) or "nothing"
-    raise DataError(f"{place} has no usable field: it has {fields}. {_WAY_OUT}")
+    raise DataError(f"{place} has no usable field: it has {described(record)}. {_WAY_OUT}")
 
 
 def _text(record: dict[str, Any], key: str, place: str) -> str:
     value = record.get(key)
     if not isinstance(value, str) or (key != "prompt" and not value.strip()):
-        raise DataError(f"{place}: `{key}` must be a text, but it is {json.dumps(value)[:40]}. {_WAY_OUT}")
+        raise DataError(f"{place}: `{key}` must be a text, but it is {shortened(value)}. {_WAY_OUT}")
     return value
 
 
 def _replies(messages: Any, place: str) -> list[dict[str, Any]]:
-    if not isinstance(messages, list) or not all(
-        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-        for turn in messages
-    ):
-        raise DataError(f"{place}: `messages` must be a list of turns, each with `role` and `content`. {_WAY_OUT}")
-    turns = [{"role": turn["role"], "content": turn["content"]} for turn in messages]
+    turns = turns_of(messages, place, DataError)
     replies = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and i > 0]
     if not replies:
         raise DataError(f"{place}: no turn of `messages` is an answer of the assistant. {_WAY_OUT}")

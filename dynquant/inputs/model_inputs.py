@@ -8,6 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dynquant.checkpoints.model import Model
+from dynquant.errors import StatsError
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -118,6 +121,15 @@ class ModelInputs:
         """Return what comes first, and the last `share` of the windows or samples, of which nothing is summed."""
         first = len(self) - num_held_back(len(self), share)
         return self[:first], self[first:]
+
+
+def check_context(model: Model, num_tokens: int) -> None:
+    """Raise StatsError when a sequence is longer than the model's context: positions beyond it mean nothing to it."""
+    if 0 < model.hyper.n_ctx < num_tokens:
+        raise StatsError(
+            f"{num_tokens:,} tokens at once do not fit the context of {model.name}, {model.hyper.n_ctx:,} tokens; give "
+            "a smaller --window, or shorter samples."
+        )
 
 
 def num_held_back(count: int, share: float) -> int:

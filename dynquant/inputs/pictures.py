@@ -1,6 +1,6 @@
-"""Calibration and question files with images: their lines, and the model inputs that a processor makes of them.
+"""Calibration and question files with images: their records, and the model inputs that a processor makes of them.
 
-A line of a .jsonl file is one sample, in one of three forms; paths of images are relative to the file:
+A record of a file (`inputs.records`) is one sample, in one of three forms; paths of images are relative to the file:
 
     {"images": ["a.png"], "text": "A train in the rain."}
     {"images": ["a.png"], "question": "What is this?", "answer": "a train"}
@@ -20,9 +20,10 @@ import torch
 
 from dynquant.checkpoints.model import Model
 from dynquant.errors import DataError
-from dynquant.inputs.model_inputs import Batch, ModelInputs
+from dynquant.inputs.model_inputs import Batch, ModelInputs, check_context
 from dynquant.inputs.processor import load_processor
-from dynquant.storage.strict_json import json_lines, parse_json
+from dynquant.inputs.records import part_text, read_records, shortened
+from dynquant.storage.strict_json import parse_json
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -50,18 +51,12 @@ class SampleFile:
 
 
 def read_samples(path: Path) -> SampleFile:
-    """Read a .jsonl file of samples; images are not opened yet.
+    """Read a file of samples; images are not opened yet.
 
     Raises:
-        DataError: no such file, no sample, no image in any sample, or a line of another form.
+        DataError: no such file, no sample, no image in any sample, or a record of another form.
     """
-    try:
-        content = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"The samples {path} cannot be read: {error}. Give a .jsonl file with images and text."
-        ) from error
-    records = json_lines(content, path, DataError)
+    records = read_records(path, DataError)
     samples = tuple(_sample(record, place, path.parent) for _, place, record in records)
     if not samples:
         raise DataError(f"{path} holds no samples. Each line is a JSON object with `images` and `text`.")
@@ -70,7 +65,7 @@ def read_samples(path: Path) -> SampleFile:
             f"None of the {len(samples)} samples of {path} has an image. Name some in `images`, or give text alone "
             "with --calibration."
         )
-    digest = hashlib.sha256(content.encode())
+    digest = hashlib.sha256(path.read_bytes())
     for image in sorted({image for sample in samples for image in sample.images}):
         digest.update(image.read_bytes() if image.is_file() else b"")
     return SampleFile(path.name, samples, digest.hexdigest())
@@ -97,11 +92,13 @@ def picture_inputs(model: Model, path: Path, *, tokens: int, seed: int, strict: 
     batches = tuple(encoder.encode_all(tuple(samples), tokens))
     if not batches:
         raise DataError(f"No sample of {path} can be used: all of their images fail to decode.")
-    return ModelInputs(batches, name=file.name, sha256=file.sha256, skipped=tuple(encoder.skipped))
+    inputs = ModelInputs(batches, name=file.name, sha256=file.sha256, skipped=tuple(encoder.skipped))
+    check_context(model, inputs.longest)
+    return inputs
 
 
 def _sample(record: Any, place: str, directory: Path) -> Sample:
-    names = record.get("images", []) if isinstance(record, dict) else None
+    names = (record.get("images") or []) if isinstance(record, dict) else None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise DataError(f"{place}: `images` must be a list of file names.")
     images = tuple(directory / name for name in names)
@@ -128,6 +125,10 @@ def _with_images(
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str) or "content" not in turn:
             raise DataError(f"{place}: each entry of `messages` needs `role` and `content`.")
         content = turn["content"]
+        if content is None:
+            continue
+        if not isinstance(content, str | list):
+            raise DataError(f"{place}: `content` must be a text or a list of parts, but it is {shortened(content)}.")
         plain_parts: list[dict[str, Any]] = []
         for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
             kind = part.get("type") if isinstance(part, dict) else None
@@ -136,7 +137,8 @@ def _with_images(
             path = next((part[key] for key in ("image", "path", "url") if isinstance(part.get(key), str)), None)
             if kind == "image" and path is not None:
                 paths.append(directory / path)
-            plain_parts.append({"type": kind} if kind == "image" else {"type": kind, "text": str(part.get("text", ""))})
+            is_text = kind == "text"
+            plain_parts.append({"type": kind} | ({"text": part_text(part, place, DataError)} if is_text else {}))
         plain_turns.append({"role": turn["role"], "content": plain_parts})
     holders = sum(part["type"] == "image" for turn in plain_turns for part in turn["content"])
     first = next((turn for turn in plain_turns if turn["role"] == "user"), None)

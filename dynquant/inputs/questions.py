@@ -1,16 +1,17 @@
-"""Multiple-choice questions: lines of a .jsonl file, or a `datasets` id such as `cais/mmlu`."""
+"""Multiple-choice questions: records of a file, or of a `datasets` id such as `cais/mmlu`."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dynquant.errors import EvaluationError
-from dynquant.storage.strict_json import json_lines
+from dynquant.inputs.records import read_records
 
 MAX_CHOICES = 26
 """As many as there are letters."""
-_WAY_OUT = "Each line needs subject, question, choices and answer (the index of the right choice)."
+_WAY_OUT = "Each record needs subject, question, choices and answer (the index of the right choice)."
 
 
 class Question(BaseModel):
@@ -33,25 +34,27 @@ class Question(BaseModel):
 
 
 def load_questions(source: str | Path, *, split: str = "test") -> list[Question]:
-    """Return the questions of a .jsonl file, or of a `datasets` id such as `cais/mmlu` (configuration `all`).
+    """Return the questions of a file, or of a `datasets` id such as `cais/mmlu` (configuration `all`).
 
-    Raises EvaluationError when the file is missing, empty or has a malformed line, naming it.
+    Raises EvaluationError when the file is missing, empty or has a malformed record, naming it.
     """
     path = Path(source)
     if not path.is_file():
         if path.suffix or path.is_absolute():
             raise EvaluationError(f"The question file {source} does not exist; check the path.")
         return _load_from_datasets(str(source), split)
-    questions = []
-    for _, place, record in json_lines(path.read_text("utf-8"), path.name, EvaluationError, _WAY_OUT):
-        try:
-            questions.append(Question.model_validate(record))
-        except ValidationError as error:
-            reason = error.errors()[0]["msg"]
-            raise EvaluationError(f"{place} is not a question ({reason}). {_WAY_OUT}") from error
+    questions = [_question(record, place) for _, place, record in read_records(path, EvaluationError, _WAY_OUT)]
     if not questions:
         raise EvaluationError(f"{path.name} holds no questions.")
     return questions
+
+
+def _question(record: Any, place: str) -> Question:
+    try:
+        return Question.model_validate(record)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise EvaluationError(f"{place} is not a question ({reason}). {_WAY_OUT}") from error
 
 
 def _load_from_datasets(name: str, split: str) -> list[Question]:
@@ -64,7 +67,7 @@ def _load_from_datasets(name: str, split: str) -> list[Question]:
             f"{name} is no local file, and the data set could not be loaded ({error}). "
             "Give a .jsonl file with subject, question, choices and answer, or go online."
         ) from error
-    return [Question.model_validate(dict(row)) for row in rows]
+    return [_question(dict(row), f"{name}, row {number}") for number, row in enumerate(rows, start=1)]
 
 
 def take_evenly(questions: Sequence[Question], limit: int | None) -> list[Question]:

@@ -1,8 +1,8 @@
 """Text: where it comes from, and how it becomes windows of token ids to calibrate or to be measured on.
 
-Sources: a `.jsonl` file (field `text`, or chat turns in `messages`), any other text file (one document), a `datasets`
-id or directory (`NAME` or `NAME:CONFIG`, split `train`), or the built-in text. Turns become `role: content`: the chat
-template of a checkpoint is a program by whoever made it, and reading a checkpoint runs no program.
+Sources: a file of records with `text` or chat turns in `messages` (`inputs.records`), a plain text file (one document),
+a `datasets` id or directory (`NAME` or `NAME:CONFIG`, split `train`), or the built-in text. Turns become `role:
+content`: the chat template of a checkpoint is a program by whoever made it, and reading a checkpoint runs no program.
 `data/calibration_default.txt` is public domain: excerpts of Austen, C. Brontë, Dickens, Eliot, O. Henry, London,
 Melville, Stevenson, Thackeray and Trollope as found in Standard Ebooks, and of Python Enhancement Proposals 203, 574,
 683 and 703, which their authors placed in the public domain.
@@ -10,19 +10,28 @@ Melville, Stevenson, Thackeray and Trollope as found in Standard Ebooks, and of 
 
 import hashlib
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch.nn import functional
 
 from dynquant.errors import DynquantError, EvaluationError, StatsError
 from dynquant.inputs.model_inputs import Batch, ModelInputs
-from dynquant.storage.strict_json import json_lines
+from dynquant.inputs.records import (
+    JSON_FORMS,
+    PLAIN_FORMS,
+    TABLE_FORMS,
+    form_of,
+    read_plain,
+    read_records,
+    text_of,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,7 +69,7 @@ def read_text(source: str | Path | None, *, seed: int = 0, max_tokens: int = 131
     A `datasets` source is read only as far as `max_tokens` can need.
 
     Raises:
-        StatsError: no such file or data set, a line without `text` or `messages`, or no text at all.
+        StatsError: no such file or data set, a record without `text` or `messages`, or no text at all.
     """
     name, contents = _documents(source, max_tokens)
     documents = [document for document in contents if document.strip()]
@@ -70,46 +79,25 @@ def read_text(source: str | Path | None, *, seed: int = 0, max_tokens: int = 131
     return CalibrationText(name, tuple(documents))
 
 
-def _documents(source: str | Path | None, max_tokens: int) -> tuple[str, Iterable[str]]:
+def _documents(
+    source: str | Path | None, max_tokens: int, refusal: type[DynquantError] = StatsError
+) -> tuple[str, Iterable[str]]:
+    """Return the name and the documents of a source; a data set is read only as far as `max_tokens` can need."""
     if source is None:
         default = resources.files("dynquant").joinpath("data/calibration_default.txt").read_text("utf-8")
         return DEFAULT_NAME, default.split(_DOCUMENT_BREAK)
     path = Path(source)
+    form = form_of(path)
+    if path.is_file() and form in PLAIN_FORMS:
+        return path.name, [read_plain(path, refusal)]
     if path.is_file():
-        return path.name, _file_documents(path, StatsError)
-    if path.suffix in (".jsonl", ".txt"):
-        raise StatsError(f"There is no calibration text {path}. Check the path, or give none for the built-in text.")
-    return str(source), _read_dataset(str(source), max_tokens * _MAX_CHARACTERS_PER_TOKEN)
+        return path.name, (text_of(record, place, refusal) for _, place, record in read_records(path, refusal))
+    if form in (*JSON_FORMS, *TABLE_FORMS, ".txt"):
+        raise refusal(f"There is no text {path}; check the path.")
+    return str(source), _read_dataset(str(source), max_tokens * _MAX_CHARACTERS_PER_TOKEN, refusal)
 
 
-def _file_documents(path: Path, refusal: type[DynquantError]) -> Iterator[str]:
-    """Yield the documents of a .jsonl file, one a line, or another text file as one document."""
-    try:
-        content = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise refusal(f"The text {path} cannot be read as UTF-8: {error}.") from error
-    if path.suffix != ".jsonl":
-        yield content
-        return
-    for _, place, record in json_lines(content, path, refusal):
-        yield _text_of(record, place, refusal)
-
-
-def _text_of(record: Any, place: str, refusal: type[DynquantError] = StatsError) -> str:
-    if isinstance(record, dict) and isinstance(record.get("text"), str):
-        return record["text"]
-    if isinstance(record, dict) and isinstance(record.get("messages"), list):
-        try:
-            return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in record["messages"])
-        except (TypeError, KeyError) as error:
-            raise refusal(f"{place}: each entry of `messages` needs `role` and `content`.") from error
-    raise refusal(
-        f'{place} has neither a field "text" (a string) nor "messages" (a list of chat turns). Rename the field, or '
-        "give plain text in a .txt file."
-    )
-
-
-def _read_dataset(spec: str, max_characters: int) -> Iterator[str]:
+def _read_dataset(spec: str, max_characters: int, refusal: type[DynquantError]) -> Iterator[str]:
     from datasets import load_dataset
 
     name, _, config = spec.partition(":")
@@ -117,15 +105,15 @@ def _read_dataset(spec: str, max_characters: int) -> Iterator[str]:
         rows = load_dataset(name, config or None, split="train", streaming=True)
         total = 0
         for number, record in enumerate(rows):
-            document = _text_of(record, f"{spec}, row {number}")
+            document = text_of(record, f"{spec}, row {number}", refusal)
             total += len(document)
             yield document
             if total >= max_characters:
                 return
-    except StatsError:
+    except DynquantError:
         raise
     except Exception as error:  # load_dataset raises errors of many libraries
-        raise StatsError(
+        raise refusal(
             f"There is no file {spec}, and `datasets` cannot load a data set of that name with a split `train` "
             f"({type(error).__name__}: {error}). Give a .jsonl or .txt file, or a data set id as OWNER/NAME:CONFIG."
         ) from error
@@ -140,12 +128,15 @@ def pack_windows(
     trained that way behave differently without it. A text shorter than one window gives one shorter window.
 
     Raises:
-        StatsError: the text gives no token.
+        StatsError: the text gives no token, or windows of fewer than 2 tokens or no tokens are asked for.
     """
+    if window < 2 or max_tokens < 1:
+        raise StatsError(f"A window of {window} tokens out of {max_tokens} cannot be; give at least 2 and 1.")
+    window = min(window, max(max_tokens, 2))
     starts_with_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     body = window - starts_with_bos
     limit = max(max_tokens // window, 1) * body
-    ids = list(islice(_token_stream(text, tokenizer, skip_first=starts_with_bos), limit))
+    ids = list(islice(_token_stream(text, tokenizer, limit, skip_first=starts_with_bos), limit))
     if not ids:
         raise StatsError(f"The calibration text {text.name} gives no token. Give a longer text.")
     body = min(body, len(ids))
@@ -153,31 +144,50 @@ def pack_windows(
     return functional.pad(packed, (1, 0), value=tokenizer.bos_token_id) if starts_with_bos else packed
 
 
-def _token_stream(text: CalibrationText, tokenizer: "PreTrainedTokenizerBase", *, skip_first: bool) -> Iterator[int]:
+def _token_stream(
+    text: CalibrationText, tokenizer: "PreTrainedTokenizerBase", limit: int, *, skip_first: bool
+) -> Iterator[int]:
     for number, document in enumerate(text.documents):
         if number and tokenizer.eos_token_id is not None:
             yield tokenizer.eos_token_id
         # `verbose` off: the tokenizer would warn that a document is longer than the model's context.
-        ids = tokenizer(document, verbose=False)["input_ids"]
+        ids = first_tokens(lambda part: tokenizer(part, verbose=False)["input_ids"], document, limit)
         yield from ids[1:] if skip_first else ids
 
 
-def evaluation_windows(path: Path, encode: TextEncoder, *, window: int, max_tokens: int) -> ModelInputs:
-    """Return windows of the first `max_tokens` tokens of a file, to measure on.
+def first_tokens(encode: Callable[[str], list[int]], text: str, count: int) -> list[int]:
+    """Return at least the first `count` + 1 tokens of a text, if it has them, encoding no more of it than they need.
 
-    Every window starts with the BOS token if the tokenizer adds one, and then has one text token less. The lines of a
-    .jsonl file are joined by an empty line. The last window may be shorter; one of a single token is left out.
+    A tokenizer takes a hundred bytes of memory for a character.
+    """
+    spare = 64  # tokens beside the cut, which come out otherwise than in the whole text
+    length = _MAX_CHARACTERS_PER_TOKEN * (count + spare)
+    while True:
+        ids = encode(text[:length])
+        if length >= len(text):
+            return ids
+        if len(ids) > count + spare:
+            return ids[: count + 1]
+        length *= 4
+
+
+def evaluation_windows(source: str | Path, encode: TextEncoder, *, window: int, max_tokens: int) -> ModelInputs:
+    """Return windows of the first `max_tokens` tokens of a text, to measure on.
+
+    Every window starts with the BOS token if the tokenizer adds one, and then has one text token less. Documents are
+    joined by an empty line. The last window may be shorter; one of a single token is left out.
 
     Raises:
-        EvaluationError: no such file, a line without text, or fewer than two tokens.
+        EvaluationError: no such file or data set, a record without text, or fewer than two tokens.
     """
-    content = "\n\n".join(_file_documents(path, EvaluationError))
+    name, documents = _documents(source, max_tokens, EvaluationError)
+    content = "\n\n".join(documents)
     plain, special = encode("a", add_special=False), encode("a")
     bos = special[:1] if special[:1] != plain[:1] else []
-    tokens = encode(content, add_special=False)[:max_tokens]
+    tokens = first_tokens(partial(encode, add_special=False), content, max_tokens)[:max_tokens]
     step = window - len(bos)
     windows = [bos + tokens[start : start + step] for start in range(0, len(tokens), step)]
     batches = tuple(Batch.of_tokens(torch.tensor([ids])) for ids in windows if len(ids) > 1)
     if not batches:
-        raise EvaluationError(f"{path.name} gives {len(tokens)} tokens; at least 2 are needed to score anything.")
-    return ModelInputs(batches, name=path.name, sha256=hashlib.sha256(content.encode()).hexdigest())
+        raise EvaluationError(f"{name} gives {len(tokens)} tokens; at least 2 are needed to score anything.")
+    return ModelInputs(batches, name=name, sha256=hashlib.sha256(content.encode()).hexdigest())

@@ -18,8 +18,9 @@ from dynquant.errors import AdapterError
 from dynquant.families.text.registry import FAMILIES
 from dynquant.lora.layers import FUSED_PARTS
 from dynquant.lora.places import takes_adapter
-from dynquant.lora.saved import CONFIG_NAME, WEIGHTS_NAME
+from dynquant.lora.saved import WEIGHTS_NAME, base_copies, ends_in, read_adapter_config, stored_keys
 from dynquant.packed.layers import EXPERT_PARTS, PackedExperts, PackedLatentProjection, PackedLinear, PackedModule
+from dynquant.patterns import compile_pattern
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,7 +82,6 @@ def add_adapter(model: "PreTrainedModel", **options: Any) -> PeftModel:
 
 
 def _config(model: "PreTrainedModel", options: AdapterOptions) -> LoraConfig:
-    """Return PEFT's configuration of an adapter with its targets by name."""
     packed = _packed_linears(model)
     has_experts = any(isinstance(module, PackedExperts) for module in model.modules())
     if not packed and not has_experts:
@@ -118,19 +118,24 @@ def load_adapter(model: "PreTrainedModel", path: str | Path, *, is_trainable: bo
         AdapterError: no adapter in the directory, one of another method or model, or damaged files.
     """
     path = Path(path)
-    if not (path / CONFIG_NAME).is_file():
-        raise AdapterError(f"{path} holds no {CONFIG_NAME}. Give the directory that `save_pretrained` wrote.")
+    read_adapter_config(path)
+    stored = stored_keys(path)
+    copies = base_copies(stored)
+    _check_copies(model, path, copies)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("error", "Found missing adapter keys")
-            adapted = PeftModel.from_pretrained(model, str(path), is_trainable=is_trainable)
-    except (ValueError, RuntimeError, OSError, KeyError, UserWarning, SafetensorError) as error:
+            warnings.filterwarnings("ignore", "Some weights of PeftModel were not initialized")  # the copies
+            warnings.filterwarnings("error", "Found missing adapter keys")  # PEFT goes on with factors it drew
+            config = _with_names(LoraConfig.from_pretrained(str(path)), model)
+            options = {"ignore_mismatched_sizes": bool(copies)}  # floats do not fit into packed bytes
+            adapted = PeftModel.from_pretrained(model, str(path), is_trainable=is_trainable, config=config, **options)
+    except (ValueError, RuntimeError, OSError, KeyError, TypeError, UserWarning, SafetensorError) as error:
         raise AdapterError(
             f"The adapter in {path} does not load into {type(model).__name__} ({type(error).__name__}: {error}). "
             "It is damaged, or was trained on another model."
         ) from error
     loaded = get_peft_model_state_dict(adapted)
-    left = [key for key in _stored_keys(path) if key not in loaded and not _ONE_EXPERT.search(key)]
+    left = [key for key in stored if key not in {*loaded, *copies} and not _ONE_EXPERT.search(key)]
     if left:
         raise AdapterError(
             f"{path} holds `{left[0]}` and {len(left) - 1} more tensors that {type(model).__name__} has no place for: "
@@ -139,12 +144,46 @@ def load_adapter(model: "PreTrainedModel", path: str | Path, *, is_trainable: bo
     return adapted
 
 
-def _stored_keys(path: Path) -> list[str]:
-    file = path / WEIGHTS_NAME
-    if not file.is_file():  # PyTorch's format, which PEFT reads as well
-        return []
-    with safe_open(file, "pt") as opened:
-        return list(opened.keys())
+def _with_names(config: LoraConfig, model: nn.Module) -> LoraConfig:
+    """Replace patterns by the names that they match: PEFT's own matcher could work for years on one from a file."""
+    modules = [path for path, _ in model.named_modules() if path]
+    for field in ("target_modules", "exclude_modules"):
+        if isinstance(pattern := getattr(config, field), str) and pattern != "all-linear":
+            setattr(config, field, {name for name in modules if compile_pattern(pattern).fullmatch(name)})
+    parameters = [f"{path}.{name}" for path in modules for name in config.target_parameters or ()]
+    names = modules + parameters
+    for field in ("rank_pattern", "alpha_pattern"):
+        values: dict[str, float] = {}
+        for pattern, value in (getattr(config, field) or {}).items():
+            values |= {re.escape(n): value for n in names if ends_in(pattern, n) and re.escape(n) not in values}
+        setattr(config, field, values)
+    return config
+
+
+def _check_copies(model: nn.Module, path: Path, copies: dict[str, str]) -> None:
+    """Refuse a copy of a base weight that is not the model's own, as of a resized vocabulary."""
+    with safe_open(path / WEIGHTS_NAME, "pt") as file:
+        for key, name in copies.items():
+            base, copy = dict(model.named_modules()).get(name), file.get_tensor(key)
+            weight = getattr(base, "weight", None)
+            if copy.dtype == torch.uint8:
+                is_same = weight is not None and torch.equal(copy, base.state_dict()["weight"].cpu())
+            else:
+                values = base.dense("weight", torch.float32) if isinstance(base, PackedModule) else weight
+                is_same = values is not None and values.shape == copy.shape and _is_near(copy, values)
+            if not is_same:
+                raise AdapterError(
+                    f"{path / WEIGHTS_NAME} holds `{key}`, a copy of the weight that it was trained beside, and "
+                    f"it is not that of {type(model).__name__}: another model, or a resized vocabulary. Give the "
+                    "adapter to the model that it was trained on."
+                )
+
+
+def _is_near(copy: torch.Tensor, values: torch.Tensor) -> bool:
+    """Return True for the same weights but for rounding: even 1.56 bits keep a cosine of 0.8."""
+    rows = slice(0, 1024)  # enough to tell other weights, and little to decode of a large head
+    first, second = copy[rows].float().flatten(), values[rows].float().cpu().flatten()
+    return bool(torch.cosine_similarity(first, second, dim=0) > 0.7)
 
 
 def _packed_linears(model: nn.Module) -> list[str]:
@@ -153,11 +192,8 @@ def _packed_linears(model: nn.Module) -> list[str]:
     Beside a vision tower, whose layers may be called alike, whole names of the language model's layers.
     """
     head = model.get_output_embeddings()
-    paths = [
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, PackedLinear | PackedLatentProjection) and module is not head
-    ]
+    kinds = PackedLinear | PackedLatentProjection
+    paths = [path for path, module in model.named_modules() if isinstance(module, kinds) and module is not head]
     if any(vision_name(path) for path, _ in model.named_modules()):
         return sorted(path for path in paths if vision_name(path) is None)
     return sorted({path.rpartition(".")[2] for path in paths})
@@ -195,13 +231,8 @@ def _saved_modules(model: nn.Module, *, norms: bool, router: bool) -> list[str]:
         parts = path.split(".")
         if norms and "norm" in parts[-1] and any(True for _ in module.parameters(recurse=False)):
             endings.add(parts[-1])
-        if router and _is_router(model, path):
-            endings.add(".".join(parts[-2:]))
+        if router and parts[-1] in ("gate", "router"):  # transformers' names for what stands beside routed experts
+            siblings = dict(model.get_submodule(".".join(parts[:-1])).named_children())
+            if isinstance(siblings.get("experts"), PackedExperts):
+                endings.add(".".join(parts[-2:]))
     return sorted(endings)
-
-
-def _is_router(model: nn.Module, path: str) -> bool:
-    """Return True for a module that stands beside routed experts under the name that transformers gives to routers."""
-    parent, _, name = path.rpartition(".")
-    siblings = dict(model.get_submodule(parent).named_children()) if parent else {}
-    return name in ("gate", "router") and isinstance(siblings.get("experts"), PackedExperts)

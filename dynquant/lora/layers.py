@@ -30,13 +30,9 @@ def check_config(config: LoraConfig) -> None:
             f"`init_lora_weights` is {config.init_lora_weights!r}, which starts from the base weights as numbers; a "
             "packed model has them as bytes. Give True, False or 'gaussian'."
         )
-    variants = [
-        name
-        for name, field in type(config).__dataclass_fields__.items()
-        if field.metadata.get("is_lora_variant") and getattr(config, name)
-    ]
-    if variants:
-        raise AdapterError(f"Packed weights take plain LoRA, and rank-stabilised LoRA, but not `{variants[0]}`.")
+    for name, field in type(config).__dataclass_fields__.items():
+        if field.metadata.get("is_lora_variant") and getattr(config, name):
+            raise AdapterError(f"Packed weights take plain LoRA, and rank-stabilised LoRA, but not `{name}`.")
 
 
 class _Unmergeable:
@@ -156,7 +152,7 @@ def grouped_low_rank(x: Tensor, ids: Tensor, a: Tensor, b: Tensor) -> Tensor:
         # Grouped products want strides of 16 bytes, and zeros add nothing.
         a, b = functional.pad(a, (0, 0, 0, missing)), functional.pad(b, (0, missing))
     is_here = (ids >= 0) & (ids < num_experts)
-    slots = ids.clamp(0, num_experts - 1).flatten()
+    slots = ids.clamp(0, num_experts - 1).flatten()  # ids of other ranks count as some expert, and are zeroed below
     order = slots.argsort(stable=True)
     counts = torch.zeros(num_experts, dtype=torch.int32, device=x.device)
     ends = counts.scatter_add(0, slots.long(), torch.ones_like(slots, dtype=torch.int32)).cumsum(0, dtype=torch.int32)

@@ -20,7 +20,7 @@ from dynquant.calibration.second_moments import load_beside
 from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_source import TensorInfo
-from dynquant.encoding.stream import Guidance, encode_tensor, guidance_of, load_encoder
+from dynquant.encoding.stream import Guidance, TensorEncoder, guidance_of, load_encoder
 from dynquant.errors import AdapterError, StatsError
 from dynquant.formats.quant_types import quant_type
 from dynquant.kernels.planes import pack_planes
@@ -81,10 +81,10 @@ def merge(
             raise AdapterError(f"`{part.key}` has no name in GGUF, so no statistics. Keep the adapter.")
         parts[names[part.key]] = part
     guidance = _guidance(base, parts, None if stats is None else Path(stats))
-    opened = load_encoder(encoder, device)
-    source = Model(Path(base.name_or_path), _MergedSource(parts), (), lambda name: (name,))
+    merged = Model(Path(base.name_or_path), _MergedSource(parts), (), lambda name: (name,))
+    tensors = TensorEncoder(merged, guidance, load_encoder(encoder, device))
     encoded = {
-        name: encode_tensor(source, name, quant_type(part.type_name), guidance, opened)
+        name: tensors.tensor(name, quant_type(part.type_name))
         for name, part in parts.items()
         if part.attribute in part.module.packed_names
     }
@@ -158,7 +158,7 @@ def _experts_delta(layer: PackedLoraExperts, active: list[str], name: str, index
     for adapter in active:
         a, b = (factor[experts].float() for factor in layer.factors(adapter))
         if name != "down_proj":
-            b = b.chunk(2, dim=-2)[name == "up_proj"]
+            b = b.chunk(2, dim=-2)[name == "up_proj"]  # transformers has the rows of gate first
         total = total + layer.scaling[adapter] * (b @ a)
     return total
 

@@ -101,7 +101,7 @@ def _matrices(residuals: _Residuals, path: str, layer: Any) -> Iterator[tuple[Te
 
 def _fill(a: Tensor, b: Tensor, scaling: float, residual: Tensor) -> None:
     """Write A [r, C] and B [N, r] whose scaled product approximates a residual [N, C]."""
-    rank = min(len(a), *residual.shape)
+    rank = min(len(a), *residual.shape)  # a small matrix has no more directions
     u, d, v = torch.svd_lowrank(residual, q=min(rank + _MORE_COLUMNS, *residual.shape), niter=_POWER_ITERATIONS)
     share = (d[:rank] / scaling).sqrt()
     a.zero_()

@@ -2,7 +2,11 @@
 
 Tensors are named as PEFT names them. A layer's factors are `PATH.lora_A.weight` [r, C] and `PATH.lora_B.weight`
 [N, r]; those of routed experts [r E, C] and [N, r E] (`lora.layers`), where the parameter that was wrapped first has
-one `.base_layer` more in its name.
+one `.base_layer` more in its name. Where the output head or the embedding is adapted, PEFT saves an unchanged copy of
+its base weight too, `PATH.base_layer.weight`.
+
+The files may come from strangers: the configuration is checked field by field, only safetensors are read, never a
+pickle, and patterns run in linear time.
 """
 
 import math
@@ -10,20 +14,59 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dynquant.errors import AdapterError
+from dynquant.patterns import compile_pattern
 from dynquant.storage.strict_json import parse_json
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+_COPY = re.compile(r"base_model\.model\.(?P<path>.+)\.base_layer\.weight")
 _KEY = re.compile(r"base_model\.model\.(?P<path>.+?)(?P<depth>(\.base_layer)*)\.lora_(?P<factor>[AB])\.weight")
 _UNSUPPORTED = (
     "use_dora", "use_qalora", "use_bdlora", "lora_bias", "alora_invocation_tokens", "layer_replication",
     "trainable_token_indices", "arrow_config", "kasa_config", "monteclora_config", "velora_config",
 )  # fmt: skip
+_KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
+Rank = Annotated[int, Field(ge=1, le=65536)]
+Alpha = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class AdapterConfig(BaseModel):
+    """Fields of adapter_config.json that decide what the factors mean; all others are kept for PEFT."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    peft_type: Literal["LORA"]
+    r: Rank
+    lora_alpha: Alpha
+    use_rslora: bool | None = False
+    rank_pattern: dict[str, Rank] | None = None
+    alpha_pattern: dict[str, Alpha] | None = None
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
+    modules_to_save: list[str] | None = None
+    layers_pattern: (
+        list[Annotated[str, Field(pattern=r"^[\w.]*$")]] | Annotated[str, Field(pattern=r"^[\w.]*$")] | None
+    ) = None
+    bias: Literal["none", "all", "lora_only"] = "none"
+    init_lora_weights: bool | str | None = True
+    base_model_name_or_path: str | None = None
+
+    def alpha_of(self, name: str) -> float:
+        """Return alpha of the module or parameter `name`: the first pattern that matches its end decides."""
+        patterns = self.alpha_pattern or {}
+        matches = (alpha for pattern, alpha in patterns.items() if ends_in(pattern, name))
+        return next(matches, self.lora_alpha)
+
+
+def ends_in(pattern: str, name: str) -> bool:
+    """Return True where PEFT applies `pattern` of `rank_pattern` or `alpha_pattern` to `name`."""
+    return bool(compile_pattern(rf"(.*\.)?({pattern})$").match(name))
 
 
 @dataclass(frozen=True)
@@ -45,18 +88,11 @@ class SavedAdapter:
 
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
-        self.config = _read_config(self.directory)
+        self.config = read_adapter_config(self.directory)
         self._file = self.directory / WEIGHTS_NAME
-        self.weights = list(_paired(self._file, self._keys()))
-
-    @property
-    def alpha(self) -> float:
-        return float(self.config["lora_alpha"])
-
-    @property
-    def base_model(self) -> str | None:
-        """The place where PEFT says that the base model was loaded from."""
-        return self.config.get("base_model_name_or_path")
+        keys = stored_keys(self.directory)
+        self.copies = base_copies(keys)
+        self.weights = list(_paired(self._file, [key for key in keys if key not in self.copies]))
 
     def load(self, key: str) -> Tensor:
         """One factor, float32. Raises AdapterError: NaN or infinite values."""
@@ -73,38 +109,69 @@ class SavedAdapter:
 
     def scaling(self, name: str, rank: int) -> float:
         """Return the factor of the product of the low-rank matrices of the parameter or module `name`."""
-        patterns = self.config.get("alpha_pattern") or {}
-        alpha = next((patterns[p] for p in patterns if re.match(rf"(.*\.)?({p})$", name)), self.config["lora_alpha"])
-        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
-
-    def _keys(self) -> list[str]:
-        if not self._file.is_file():
-            raise AdapterError(f"{self.directory} holds no {WEIGHTS_NAME}. Save the adapter with `save_pretrained`.")
-        try:
-            with safe_open(self._file, "pt") as file:
-                return list(file.keys())
-        except SafetensorError as error:
-            raise AdapterError(
-                f"{self._file} cannot be read ({error}): it is cut short or damaged. Save it again."
-            ) from error
+        alpha = self.config.alpha_of(name)
+        return alpha / (math.sqrt(rank) if self.config.use_rslora else rank)
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def stored_keys(directory: Path) -> list[str]:
+    """Return the names of the tensors of an adapter.
+
+    Raises:
+        AdapterError: no safetensors file, or one that cannot be read.
+    """
+    file = directory / WEIGHTS_NAME
+    if not file.is_file():
+        pickled = next((path.name for path in directory.glob("adapter_model.*")), None)
+        why = f"{pickled} is there, which may be a pickle, and a pickle can run code. " if pickled else ""
+        raise AdapterError(f"{directory} holds no {WEIGHTS_NAME}. {why}Save the adapter with PEFT's `save_pretrained`.")
+    try:
+        with safe_open(file, "pt") as opened:
+            return list(opened.keys())
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{file} cannot be read ({error}): it is cut short or damaged. Save it again.") from error
+
+
+def base_copies(keys: list[str]) -> dict[str, str]:
+    """Return names of copies of base weights -> the module, as PEFT saves them beside an adapted head or embedding."""
+    return {key: match["path"] for key in keys if (match := _COPY.fullmatch(key))}
+
+
+def read_adapter_config(directory: Path) -> AdapterConfig:
+    """Return the configuration of a plain LoRA adapter.
+
+    Raises:
+        AdapterError: no such file, not JSON, another method, or a field of a wrong kind or value, which is named.
+    """
     path = directory / CONFIG_NAME
     try:
-        config = parse_json(path.read_bytes())
+        content = parse_json(path.read_bytes())
     except FileNotFoundError as error:
         raise AdapterError(
             f"{directory} holds no {CONFIG_NAME}. Give the directory that `save_pretrained` wrote."
         ) from error
     except (OSError, ValueError) as error:
         raise AdapterError(f"{path} is not valid JSON ({error}). It is cut short or damaged; save it again.") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        method = config.get("peft_type") if isinstance(config, dict) else None
-        raise AdapterError(f"{path} gives the method {method!r}; only LORA adapters can be read.")
-    if not isinstance(config.get("lora_alpha"), int | float) or config["lora_alpha"] <= 0:
-        raise AdapterError(f"{path} gives `lora_alpha` as {config.get('lora_alpha')!r}; a positive number is needed.")
-    if option := next(filter(config.get, _UNSUPPORTED), None):
+    if not isinstance(content, dict) or content.get("peft_type") != "LORA":
+        method = content.get("peft_type") if isinstance(content, dict) else None
+        raise AdapterError(f"{path} gives the method {method!r:.100}; only LORA adapters can be read.")
+    try:
+        config = AdapterConfig.model_validate(content)
+        for pattern in [*(config.rank_pattern or {}), *(config.alpha_pattern or {})]:
+            compile_pattern(pattern)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        value = "" if first["type"] == "missing" else f" as {first['input']!r:.100}"
+        raise AdapterError(f"{path} gives `{where}`{value}: {first['msg']}. Save the adapter again.") from error
+    except ValueError as error:
+        raise AdapterError(f"{path} has the pattern `{pattern:.100}`, which cannot be run: {error}.") from error
+    if config.init_lora_weights not in _KEEPS_BASE:
+        raise AdapterError(
+            f"{path} has `init_lora_weights` {config.init_lora_weights!r}: it began by taking something out of the "
+            "base weights, so its factors do not belong to the original model. Save it again with "
+            "`save_pretrained(..., path_initial_model_for_weight_conversion=...)`, which makes plain LoRA of it."
+        )
+    if option := next(filter(content.get, _UNSUPPORTED), None):
         raise AdapterError(
             f"{path} sets `{option}`, which is not plain LoRA: its factors alone do not give the change."
         )

@@ -40,16 +40,15 @@ class PackedModule(nn.Module):
         self.packed_names = tuple(name for name, stored in quant_types.items() if is_packed(stored))
         self.layout = BLOCKS
 
-    def _add_weight(self, name: str, shape: tuple[int, ...], device: Any, dtype: torch.dtype | None) -> None:
-        stored = quant_type(self.types[name])
-        if is_packed(stored):
-            packed = torch.empty(*shape[:-1], stored.row_bytes(shape[-1]), dtype=torch.uint8, device=device)
-            weight = nn.Parameter(packed, requires_grad=False)
+    def _add_weight(self, name: str, *shape: int) -> None:
+        if name in self.packed_names:
+            row_bytes = quant_type(self.types[name]).row_bytes(shape[-1])
+            weight = nn.Parameter(torch.empty(*shape[:-1], row_bytes, dtype=torch.uint8), requires_grad=False)
             # transformers draws random numbers for weights without this mark, also for those it leaves on the disk.
             weight._is_hf_initialized = True  # type: ignore[attr-defined]
-            self.register_parameter(name, weight)
         else:
-            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype, device=device)))
+            weight = nn.Parameter(torch.empty(shape))
+        self.register_parameter(name, weight)
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """The shape of the weight `name` as numbers."""
@@ -85,7 +84,8 @@ class PackedModule(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}: {type_name}" for name, type_name in self.types.items())
+        types = (type_name if name == "weight" else f"{name}: {type_name}" for name, type_name in self.types.items())
+        return ", ".join(filter(None, (super().extra_repr(), *types)))
 
 
 class PackedLinear(PackedModule, nn.Linear):
@@ -96,20 +96,11 @@ class PackedLinear(PackedModule, nn.Linear):
         ValueError: `in_features` does not divide into blocks.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        type_name: str,
-        *,
-        bias: bool = False,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, type_name: str, *, bias: bool = False) -> None:
         self._start({"weight": type_name})
         self.in_features, self.out_features = in_features, out_features
-        self._add_weight("weight", (out_features, in_features), device, dtype)
-        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+        self._add_weight("weight", out_features, in_features)
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     def forward(self, input: Tensor) -> Tensor:
         type_name = self.types["weight"]
@@ -117,43 +108,29 @@ class PackedLinear(PackedModule, nn.Linear):
         y = ops.linear(x, self.weight, type_name, layout=self.layout)
         return y if self.bias is None else y + self.bias
 
-    def extra_repr(self) -> str:
-        return f"{nn.Linear.extra_repr(self)}, {self.types['weight']}"
-
 
 class PackedEmbedding(PackedModule, nn.Embedding):
     """Rows of a packed table, uint8 [num_embeddings, row_bytes], times `scale` (Gemma's).
 
-    Only the rows that are asked for are decoded. The result has the dtype that the module was made with or cast to.
+    Only the rows that are asked for are decoded. The result has the dtype that the module was cast to.
     """
 
     def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        type_name: str,
-        *,
-        padding_idx: int | None = None,
-        scale: float | None = None,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
+        self, count: int, width: int, type_name: str, *, padding_idx: int | None = None, scale: float | None = None
     ) -> None:
         self._start({"weight": type_name})
-        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
-        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
+        self.num_embeddings, self.embedding_dim, self.padding_idx = count, width, padding_idx
+        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False  # nn.Embedding's
         self.scale = scale
-        self._add_weight("weight", (num_embeddings, embedding_dim), device, dtype)
+        self._add_weight("weight", count, width)
         # Follows `module.to(dtype)`, which leaves the bytes alone.
-        self.register_buffer("_result", torch.empty(0, dtype=dtype, device=device), persistent=False)
+        self.register_buffer("_result", torch.empty(0), persistent=False)
 
     def forward(self, input: Tensor) -> Tensor:
         dtype = self._result.dtype
         rows = ops.embedding(input, self.weight, self.types["weight"], dtype=dtype, layout=self.layout)
         # Rounded to the dtype first, as transformers does.
         return rows if self.scale is None else rows * torch.full((), self.scale, dtype=dtype, device=rows.device)
-
-    def extra_repr(self) -> str:
-        return f"{nn.Embedding.extra_repr(self)}, {self.types['weight']}"
 
 
 class PackedExperts(PackedModule):
@@ -174,16 +151,12 @@ class PackedExperts(PackedModule):
         *,
         config: Any = None,
         apply_gate: Callable[["PackedExperts", Tensor], Tensor] | None = None,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         self._start({name: types[name] for name in EXPERT_PARTS})
-        num_experts, hidden_dim, intermediate_dim = shape
-        self.num_experts, self.hidden_dim, self.intermediate_dim = shape
+        self.num_experts, self.hidden_dim, self.intermediate_dim = num_experts, hidden, width = shape
         self.act_fn, self.config, self._combine = act_fn, config, apply_gate
-        shapes = ((intermediate_dim, hidden_dim), (intermediate_dim, hidden_dim), (hidden_dim, intermediate_dim))
-        for name, shape in zip(EXPERT_PARTS, shapes, strict=True):
-            self._add_weight(name, (num_experts, *shape), device, dtype)
+        for name, matrix in zip(EXPERT_PARTS, ((width, hidden), (width, hidden), (hidden, width)), strict=True):
+            self._add_weight(name, num_experts, *matrix)
 
     def forward(
         self,
@@ -199,8 +172,7 @@ class PackedExperts(PackedModule):
         2 intermediate_dim columns, gate first, and `down_proj`.
         """
         added = added or {}
-        gate = self._multiply("gate_proj", hidden_states, top_k_index)  # [T, k, width]
-        up = self._multiply("up_proj", hidden_states, top_k_index)
+        gate, up = (self._multiply(name, hidden_states, top_k_index) for name in EXPERT_PARTS[:2])  # [T, k, width]
         if "gate_up_proj" in added:
             more_gate, more_up = added["gate_up_proj"](hidden_states, top_k_index).chunk(2, dim=-1)
             gate, up = gate + more_gate, up + more_up
@@ -231,21 +203,11 @@ class PackedLatentProjection(PackedModule, nn.Linear):
     every call: they are small, and the key part cannot be multiplied row by row.
     """
 
-    def __init__(
-        self,
-        rank: int,
-        heads: int,
-        nope_dim: int,
-        value_dim: int,
-        types: Mapping[str, str],
-        *,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, rank: int, heads: int, nope: int, value: int, types: Mapping[str, str]) -> None:
         self._start({name: types[name] for name in LATENT_PARTS})
-        self.in_features, self.out_features = rank, heads * (nope_dim + value_dim)
-        self._add_weight("k_b", (heads, rank, nope_dim), device, dtype)
-        self._add_weight("v_b", (heads, value_dim, rank), device, dtype)
+        self.in_features, self.out_features = rank, heads * (nope + value)
+        self._add_weight("k_b", heads, rank, nope)
+        self._add_weight("v_b", heads, value, rank)
         self.register_parameter("bias", None)
 
     @property

@@ -68,7 +68,7 @@ class _LazyTensor:
 
     def __getitem__(self, index: Any) -> Tensor:
         values = self.place.from_gguf(self._type, self.source.load_packed(self.name))
-        return values if index is Ellipsis else values[index]
+        return values if index is Ellipsis else values[index]  # [...] asks for the whole tensor
 
     def get_dtype(self) -> str:
         return self.place.stored_as(self._type).dtype

@@ -13,7 +13,7 @@ as a whole, so that a convolution over two frames, which GGUF splits, stays one 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from dynquant.families.common.conversion import Conversion, ConvertedSource, Tra
 from dynquant.families.common.conversion_book import ConversionBook
 from dynquant.families.text.registry import FAMILIES
 from dynquant.formats import decode
-from dynquant.formats.plain_quants import DTYPE_BYTES
+from dynquant.formats.plain_quants import DTYPE_BYTES, FLOAT_DTYPES
 from dynquant.formats.quant_types import QUANT_TYPES, QuantType, quant_type
 from dynquant.kernels.planes import is_packed
 from dynquant.packed.layers import (
@@ -41,7 +41,6 @@ from dynquant.packed.layers import (
 )
 from dynquant.recipes.plan import Plan
 
-FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -97,13 +96,14 @@ class Place:
 
 
 @dataclass(frozen=True)
-class VisionLayout:
-    """Places by GGUF name; `copied` are the entries of those that are taken from the checkpoint as they are."""
+class Layout:
+    """Places by GGUF name, and what has none."""
 
-    places: dict[str, Place]
-    copied: dict[str, StoredTensor]
-    parts: frozenset[str]
-    """GGUF names that are parts of a copied tensor and have no place of their own."""
+    places: Mapping[str, Place]
+    skipped: frozenset[str]
+    """GGUF names of tensors that are computed, or parts of one that is copied."""
+    copied: Mapping[str, StoredTensor] = field(default_factory=dict)
+    """Entries of places that hold a tensor of the original checkpoint as it is, by GGUF name."""
 
 
 def find_places(config: Config, hf_model: nn.Module, *, whole_kv_b: bool = False) -> tuple[dict[str, Place], set[str]]:
@@ -139,7 +139,7 @@ def build_meta_vision(model: Model) -> Any:
         return AutoModelForImageTextToText.from_config(config)
 
 
-def lay_out_vision(model: Model, plan: Plan, hf_model: Any) -> VisionLayout:
+def lay_out_vision(model: Model, plan: Plan, hf_model: Any) -> Layout:
     """Return where each tensor of the plan goes.
 
     Raises:
@@ -152,7 +152,7 @@ def lay_out_vision(model: Model, plan: Plan, hf_model: Any) -> VisionLayout:
     key_of = keys_of(stored_names, hf_model.state_dict())
     places: dict[str, Place] = {}
     copied: dict[str, StoredTensor] = {}
-    parts, seen = set(), set()
+    skipped, seen = set(), set()
     for (name, planned), stored_name in zip(types.items(), stored_names, strict=True):
         if stored_name not in key_of:
             raise CheckpointError(
@@ -160,17 +160,17 @@ def lay_out_vision(model: Model, plan: Plan, hf_model: Any) -> VisionLayout:
                 "such a parameter. Use the version of transformers that the checkpoint was made for."
             )
         if stored_name in seen:
-            parts.add(name)
+            skipped.add(name)
             continue
         seen.add(stored_name)
         if not planned.is_float:
-            places[name] = _packed_place(source, name, stored_name, _packable(hf_model, key_of[stored_name]))
+            places[name] = _packed_place(source, name, stored_name, hf_model, key_of[stored_name])
             continue
         info = source.checkpoint.info(stored_name)
         dtype = min(info.dtype, planned.name, key=DTYPE_BYTES.__getitem__)
         places[name] = Place(name, stored_name, tuple(info.shape), can_be_packed=False)
         copied[name] = StoredTensor(stored_name, dtype, tuple(info.shape))
-    return VisionLayout(places, copied, frozenset(parts))
+    return Layout(places, frozenset(skipped), copied)
 
 
 def pack_modules(model: nn.Module, types: Mapping[str, str], dtype: torch.dtype | None = None) -> None:
@@ -198,31 +198,27 @@ def pack_modules(model: nn.Module, types: Mapping[str, str], dtype: torch.dtype 
         except AttributeError as error:
             raise CheckpointError(_no_place(model, path, parts)) from error
         with torch.device("meta"):
-            setattr(parent, name, _packed_module(model, parent, module, path, parts, dtype))
+            setattr(parent, name, _packed_module(model, parent, module, path, parts).to(dtype=dtype))
 
 
 def _place_of(conversion: Conversion, hf_model: nn.Module) -> Place:
-    key, shape = _key(conversion), conversion.shape
+    key, shape, transform = _key(conversion), conversion.shape, conversion.transform
     path, _, part = key.rpartition(".")
     is_part = part in EXPERT_PARTS + LATENT_PARTS
-    if is_part or conversion.transform is unchanged:
-        packable = is_part or isinstance(hf_model.get_submodule(path), nn.Linear | nn.Embedding)
-        return Place(conversion.name, key, shape, can_be_packed=packable and len(shape) > 1)
-    order, shift = order_of_rows(conversion.transform, shape)
-    return Place(conversion.name, key, shape, order, shift, len(shape) > 1)
+    is_moved = not is_part and transform is not unchanged
+    order, shift = order_of_rows(transform, shape) if is_moved else (None, 0.0)
+    packable = is_part or is_moved or isinstance(hf_model.get_submodule(path), nn.Linear | nn.Embedding)
+    return Place(conversion.name, key, shape, order, shift, packable and len(shape) > 1)
 
 
-def _packable(hf_model: Any, key: str) -> bool:
-    """Return True for linear layers and the input embedding. PyTorch's attention reads subclasses' weights itself."""
-    path, _, part = key.rpartition(".")
-    module = hf_model.get_submodule(path)
-    return part == "weight" and (type(module) is nn.Linear or module is hf_model.get_input_embeddings())
-
-
-def _packed_place(source: ConvertedSource, name: str, stored_name: str, packable: bool) -> Place:
+def _packed_place(source: ConvertedSource, name: str, stored_name: str, hf_model: Any, key: str) -> Place:
     shape = tuple(source.info(name).shape)
     if source.transform(name) is torch.t:
         return Place(name, stored_name, shape, transposed=True, can_be_packed=False)
+    path, _, part = key.rpartition(".")
+    module = hf_model.get_submodule(path)
+    # PyTorch's attention reads the weights of subclasses of nn.Linear itself.
+    packable = part == "weight" and (type(module) is nn.Linear or module is hf_model.get_input_embeddings())
     order, _ = order_of_rows(source.transform(name), shape)
     return Place(name, stored_name, shape, order, can_be_packed=packable)
 
@@ -233,8 +229,8 @@ def order_of_rows(transform: Transform, shape: tuple[int, ...]) -> tuple[Tensor 
         return None, 0.0
     rows = shape[0]
     column = (rows,) + (1,) * (len(shape) - 1)
-    start = transform(torch.zeros(column, dtype=torch.float64)).flatten()
-    order = transform(torch.arange(rows, dtype=torch.float64).reshape(column)).flatten() - start
+    start = transform(torch.zeros(column, dtype=torch.float64)).flatten()  # what it adds to each row
+    order = transform(torch.arange(rows, dtype=torch.float64).reshape(column)).flatten() - start  # where rows come from
     is_moved = bool((order != torch.arange(rows)).any())
     return order.long() if is_moved else None, float(start[0])
 
@@ -261,31 +257,27 @@ def _known_type(key: str, type_name: object) -> QuantType:
     return known_type
 
 
-def _packed_module(
-    model: Any, parent: Any, module: Any, path: str, parts: dict[str, str], dtype: torch.dtype | None
-) -> nn.Module:
+def _packed_module(model: Any, parent: Any, module: Any, path: str, parts: dict[str, str]) -> nn.Module:
     try:
         if isinstance(module, nn.Linear) and set(parts) == {"weight"}:
             has_bias = module.bias is not None
-            return PackedLinear(module.in_features, module.out_features, parts["weight"], bias=has_bias, dtype=dtype)
+            return PackedLinear(module.in_features, module.out_features, parts["weight"], bias=has_bias)
         if isinstance(module, nn.Embedding) and set(parts) == {"weight"}:
             scale = getattr(module, "scalar_embed_scale", None)
-            return PackedEmbedding(
-                module.num_embeddings, module.embedding_dim, parts["weight"],
-                padding_idx=module.padding_idx, scale=scale, dtype=dtype,
-            )  # fmt: skip
+            shape, padding = (module.num_embeddings, module.embedding_dim), module.padding_idx
+            return PackedEmbedding(*shape, parts["weight"], padding_idx=padding, scale=scale)
         if isinstance(module, nn.Linear) and set(parts) == set(LATENT_PARTS):
             nope, value = parent.qk_nope_head_dim, parent.v_head_dim
             heads = module.out_features // (nope + value)
-            return PackedLatentProjection(module.in_features, heads, nope, value, parts, dtype=dtype)
+            return PackedLatentProjection(module.in_features, heads, nope, value, parts)
         if hasattr(module, "gate_up_proj") and set(parts) == set(EXPERT_PARTS):
-            return _packed_experts(module, path, parts, dtype)
+            return _packed_experts(module, path, parts)
     except ValueError as error:
         raise CheckpointError(f"`{path}` cannot hold {parts}: {error}. config.json is of another model.") from error
     raise CheckpointError(_no_place(model, path, parts))
 
 
-def _packed_experts(module: Any, path: str, parts: dict[str, str], dtype: torch.dtype | None) -> PackedExperts:
+def _packed_experts(module: Any, path: str, parts: dict[str, str]) -> PackedExperts:
     from transformers.integrations.moe import _default_apply_gate
 
     if module.has_bias or module.is_transposed or not module.has_gate:
@@ -293,11 +285,9 @@ def _packed_experts(module: Any, path: str, parts: dict[str, str], dtype: torch.
             f"The experts of `{path}` ({type(module).__name__}) have biases, no gate, or transposed weights, which "
             "packed experts do not do. Load the GGUF in llama.cpp."
         )
-    combine = type(module)._apply_gate
-    return PackedExperts(
-        tuple(module.down_proj.shape), parts, module.act_fn, config=module.config, dtype=dtype,
-        apply_gate=None if combine is _default_apply_gate else combine,
-    )  # fmt: skip
+    shape, combine = tuple(module.down_proj.shape), type(module)._apply_gate
+    combine = None if combine is _default_apply_gate else combine
+    return PackedExperts(shape, parts, module.act_fn, config=module.config, apply_gate=combine)
 
 
 def _no_place(model: nn.Module, path: str, parts: Mapping[str, str]) -> str:

@@ -63,7 +63,7 @@ def allocate(options: Mapping[str, Sequence[Option]], budget: int) -> Assignment
     smallest = smallest_total(options)
     if smallest > budget:
         raise ValueError(f"`budget` {budget} is below the smallest total {smallest}")
-    in_order = {name: sorted(options[name]) for name in sorted(options)}
+    in_order = {name: sorted(options[name]) for name in sorted(options)}  # so that the caller's order decides nothing
     best = _solve(in_order, budget, _DEPTH if len(options) <= _MANY else _DEPTH_OF_MANY)
     return {name: best[name] for name in options}
 
@@ -72,7 +72,7 @@ def _solve(options: Mapping[str, Sequence[Option]], budget: int, depth: int) -> 
     fits, left, step = _walk_to(options, budget)
     if step is None:
         return fits
-    above = {**fits, step.name: step.larger}
+    above = {**fits, step.name: step.larger}  # over the budget; exchanges bring it back
     candidates = [fits, *_exchanged(options, fits, left), *_exchanged(options, above, left - step.extra)]
     if depth > 0:
         for center in (fits, above):
@@ -98,21 +98,14 @@ class _Step(NamedTuple):
         return self.larger.bytes - self.smaller.bytes
 
 
-def _hull_steps(options: Mapping[str, Sequence[Option]]) -> list[_Step]:
-    """Steps of every item along its hull, those that save most per byte first; each item's are in order."""
-    return sorted(
-        _Step(-hull_slope(smaller, larger), name, smaller, larger)
-        for name, choices in options.items()
-        if len(choices) > 1
-        for smaller, larger in pairwise(lower_hull(choices))
-    )
-
-
 def _walk_to(options: Mapping[str, Sequence[Option]], budget: int) -> tuple[Assignment, int, _Step | None]:
     """The last solution of the Lagrangian walk that fits, the bytes it leaves, and the step that does not fit."""
     chosen = {name: min(choices) for name, choices in options.items()}
     left = budget - smallest_total(options)
-    for step in _hull_steps(options):
+    steps = []
+    for name, choices in options.items():
+        steps += [_Step(-hull_slope(*pair), name, *pair) for pair in pairwise(lower_hull(choices))]
+    for step in sorted(steps):  # those that save most per byte first; each item's are in order
         if step.extra > left:
             return chosen, left, step
         chosen[step.name] = step.larger

@@ -1,7 +1,7 @@
 """One budget, any pricing: the types or schemes that the planner takes for a table, and why."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cached_property
 
 from dynquant.analysis.errors.measure import tensor_formats, unmeasured_table
@@ -15,14 +15,13 @@ from dynquant.checkpoints.model import Model
 from dynquant.families.linear_layers import LinearCheckpoint
 from dynquant.formats.quant_types import fit_to_row, quant_type
 from dynquant.formats.storage_format import Choice
-from dynquant.formats.vllm_schemes import SCHEMES, Scheme
-from dynquant.planning.memory_budget import MemoryBudget
+from dynquant.formats.vllm_schemes import SCHEMES
 from dynquant.planning.planner import Rules, check_budget_range, coupled_tensors, plan_types, size_range
 from dynquant.planning.target import Target
 from dynquant.recipes.build_plan import fixed_bytes
 from dynquant.recipes.folder import SuperWeight
 from dynquant.recipes.sizes import fixed_safetensors_bytes, safetensors_bytes_at_most
-from dynquant.session import SILENT, Session
+from dynquant.session import Session
 
 _NAMED_STATISTICS = 1024
 """Bytes of a file's header, at most, that name the statistics it was made with."""
@@ -32,14 +31,7 @@ class Chooser:
     """Types at the target's budget for any pricing of a table, with the reason of each kept."""
 
     def __init__(
-        self,
-        model: Model,
-        target: Target,
-        stats: StatsFile,
-        table: ErrorTable,
-        supers: Sequence[SuperWeight],
-        memory: MemoryBudget | None,
-        session: Session = SILENT,
+        self, model: Model, target: Target, stats: StatsFile, table: ErrorTable, rules: Rules, session: Session
     ) -> None:
         self.context = {"recipe": target.recipe, "stats": stats.stats, "stats_hash": stats.hash}
         self._model, self._target = model, target
@@ -48,16 +40,12 @@ class Chooser:
             if not coupled_tensors(table.tensors(), (kind,)):
                 session.note(f"--couple {kind}: this model has no such tensors")
         coupled = coupled_tensors(table.tensors(), target.couple)
-        self._rules = {flag: rules_of(supers, stats.stats, floors=flag, coupled=coupled) for flag in (True, False)}
-        self.memory = memory
+        self._rules = {flag: replace(rules, floors=flag, coupled=coupled) for flag in (True, False)}
+        self.memory = target.memory(model)
         self._reasons: dict[tuple[tuple[str, str], ...], dict[str, Choice]] = {}
 
-    def allowed(self, table: ErrorTable) -> ErrorTable:
-        """The rows of the candidate types that were asked for."""
-        return _allowed(self._target, table)
-
     def __call__(self, table: ErrorTable, *, floors: bool = True, file_bytes: int | None = None) -> dict[str, str]:
-        allowed = self.allowed(table)
+        allowed = self._target.allowed(table)
         rules = self._rules[floors and self._target.floors]
         choices = plan_types(allowed, self._budget(allowed, rules, file_bytes), rules, fixed_bytes=self._fixed)
         types = {name: choice.type for name, choice in choices.items()}
@@ -90,9 +78,7 @@ class Chooser:
         return self._fixed + sum(padded(quant_type(types[name]).tensor_bytes(shape)) for name, shape in shapes.items())
 
 
-def check_budget(
-    model: Model, target: Target, types: Sequence[str], memory: MemoryBudget | None, stats: CalibrationStats | None
-) -> None:
+def check_budget(model: Model, target: Target, types: Sequence[str], stats: CalibrationStats | None) -> None:
     """Refuse a budget that no choice among `types` meets, before a tensor is measured.
 
     Without statistics, only what none of them could mend is refused; sizes lack the bytes that name them in the file.
@@ -100,11 +86,11 @@ def check_budget(
     Raises:
         PlanError: as `plan_types` and `MemoryBudget.file_budget`.
     """
-    table = unmeasured_table(model, tensor_formats(model, stats, types), types)
-    any_hash = None if stats is None else "0" * 64
+    memory, table = target.memory(model), unmeasured_table(model, tensor_formats(model, stats, types), types)
+    any_hash = None if stats is None else "0" * 64  # as long as a real one
     fixed = fixed_bytes(model, table.tensors(), recipe=target.recipe, stats=stats, stats_hash=any_hash)
     rules = Rules(coupled=coupled_tensors(table.tensors(), target.couple))
-    smallest, largest = size_range(_allowed(target, table), rules, fixed_bytes=fixed)
+    smallest, largest = size_range(target.allowed(table), rules, fixed_bytes=fixed)
     if memory is not None:
         memory.file_budget(smallest, largest)
         return
@@ -113,51 +99,28 @@ def check_budget(
         check_budget_range(budget, smallest, largest)
 
 
-def _allowed(target: Target, table: ErrorTable) -> ErrorTable:
-    return table.restricted_to([name.upper() for name in target.types]) if target.types else table
+def rules_of(supers: Sequence[SuperWeight], stats: CalibrationStats) -> Rules:
+    """Return rules by which tensors that hold super weights or super experts should stay precise."""
+    experts = {
+        expert.name: f"expert {expert.expert} is a super expert (output {expert.ratio:.0f} times the median)"
+        for expert in find_super_experts(stats)
+    }
+    weights = {weight.name: f"holds the super weight [{weight.row},{weight.col}]" for weight in supers}
+    return Rules(outliers=experts, super_weights=weights)
 
 
-def rules_of(
-    supers: Sequence[SuperWeight],
-    stats: CalibrationStats,
-    *,
-    floors: bool = True,
-    coupled: tuple[tuple[str, ...], ...] = (),
-) -> Rules:
-    """Tensors that hold super weights or super experts should stay precise."""
-    return Rules(
-        floors=floors,
-        outliers={
-            expert.name: f"expert {expert.expert} is a super expert (output {expert.ratio:.0f} times the median)"
-            for expert in find_super_experts(stats)
-        },
-        super_weights={weight.name: f"holds the super weight [{weight.row},{weight.col}]" for weight in supers},
-        coupled=coupled,
-    )
-
-
-@dataclass(frozen=True)
 class SchemeChooser:
     """Schemes of the linear layers of a checkpoint, out of those named in `schemes`.
 
     Layers that vLLM fuses are coupled, there are no floors, and sizes are those of safetensors with their headers.
     """
 
-    checkpoint: LinearCheckpoint
-    schemes: Sequence[str]
-    mixed_experts: bool = False
-
-    @cached_property
-    def candidates(self) -> dict[str, list[Scheme]]:
-        """The schemes that each linear layer may have, by its name."""
-        return self.checkpoint.candidates(self.schemes, mixed_experts=self.mixed_experts)
-
-    @cached_property
-    def rules(self) -> Rules:
-        units = self.checkpoint.units(mixed_experts=self.mixed_experts).values()
-        return Rules(
-            floors=False, coupled=tuple(tuple(linear.name for linear in unit) for unit in units), target="vllm"
-        )
+    def __init__(self, checkpoint: LinearCheckpoint, schemes: Sequence[str], mixed_experts: bool = False) -> None:
+        self.checkpoint = checkpoint
+        self.candidates = checkpoint.candidates(schemes, mixed_experts=mixed_experts)
+        units = checkpoint.units(mixed_experts=mixed_experts).values()
+        coupled = tuple(tuple(linear.name for linear in unit) for unit in units)
+        self.rules = Rules(floors=False, coupled=coupled, target="vllm")
 
     @cached_property
     def sizes(self) -> dict[str, object]:
@@ -171,11 +134,7 @@ class SchemeChooser:
         return {"fixed_bytes": fixed, "stored_bytes": lambda row: stored[row.name, row.type]}
 
     def check_budget(self, model: Model, budget: int) -> None:
-        """Refuse a budget that `choose` would refuse, before anything is measured.
-
-        Raises:
-            PlanError: as `choose`.
-        """
+        """Raise PlanError for a budget that `choose` would refuse, before anything is measured."""
         table = unmeasured_table(model, scheme_formats(self.checkpoint, self.candidates), tuple(SCHEMES))
         check_budget_range(budget, *size_range(table, self.rules, **self.sizes), "vllm")
 

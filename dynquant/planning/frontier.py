@@ -46,7 +46,7 @@ def frontier(
     low, high = size_range(table, rules, fixed_bytes=fixed_bytes)
     assignments = []
     for step in range(num_points):
-        budget = int(low * (high / low) ** (step / (num_points - 1)))
+        budget = int(low * (high / low) ** (step / (num_points - 1)))  # even steps in logarithm
         choices = plan_types(table, min(max(budget, low), high), rules, fixed_bytes=fixed_bytes)
         assignments.append((f"{budget}", "plan", {name: choice.type for name, choice in choices.items()}))
     for label, types in presets.items():

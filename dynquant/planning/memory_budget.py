@@ -103,13 +103,9 @@ def memory_budget(model: Model, memory: int, *, context: int, kv_type: str) -> M
         CheckpointError: a number is missing in the metadata.
     """
     check_cache(context, kv_type)
-    return MemoryBudget(
-        memory=memory,
-        kv_cache=kv_cache_bytes(model, context, kv_type),
-        compute_buffer=compute_buffer_bytes(model, context, kv_type),
-        cuda_context=CUDA_CONTEXT_BYTES,
-        label=f"{_gb(memory)} of memory with {context:,} tokens of {kv_type} KV cache",
-    )
+    label = f"{_gb(memory)} of memory with {context:,} tokens of {kv_type} KV cache"
+    cache, buffer = kv_cache_bytes(model, context, kv_type), compute_buffer_bytes(model, context, kv_type)
+    return MemoryBudget(memory, cache, buffer, CUDA_CONTEXT_BYTES, label)
 
 
 def check_cache(context: int, kv_type: str) -> None:
@@ -122,27 +118,26 @@ def check_cache(context: int, kv_type: str) -> None:
 
 def kv_cache_bytes(model: Model, context: int, kv_type: str = "f16") -> int:
     """Bytes of K and V of all layers. Raises as `memory_budget`."""
-    shape = _Shape(model)
-    cache_type = QUANT_TYPES[kv_type.upper()]
-    return sum(
-        shape.cells(layer, context) * sum(_row_bytes(row, shape.head_lengths, cache_type) for row in shape.rows(layer))
-        for layer in range(model.hyper.n_layer)
-    )
+    shape, cache_type, total = _Shape(model), QUANT_TYPES[kv_type.upper()], 0
+    for layer in range(model.hyper.n_layer):
+        token = sum(_row_bytes(row, shape.head_lengths, cache_type) for row in shape.rows(layer))
+        total += shape.cells(layer, context) * token
+    return total
 
 
 def compute_buffer_bytes(model: Model, context: int, kv_type: str = "f16") -> int:
     """An upper bound of llama.cpp's compute buffer in bytes. Raises as `memory_budget`."""
     shape, hyper = _Shape(model), model.hyper
-    attention = 2 * hyper.n_head * sum(shape.head_lengths)
-    dense = 3 * shape.number("feed_forward_length", 0)
+    attention = 2 * hyper.n_head * sum(shape.head_lengths)  # queries and outputs, each twice
+    dense = 3 * shape.number("feed_forward_length", 0)  # gate, up and their product
     experts = hyper.n_expert_used * (3 * shape.number("expert_feed_forward_length", dense // 3) + 2 * hyper.n_embd)
     shared = 3 * shape.number("expert_shared_count", 0) * shape.number("expert_feed_forward_length", 0)
     per_token = hyper.n_vocab + 2 * hyper.n_embd + max(attention, dense, experts + shared)
     cells = _rounded_up(context)
-    mask = UBATCH * cells * (4 + 2)
+    mask = UBATCH * cells * (4 + 2)  # F32 and F16
     widest = max(sum(shape.rows(layer)) for layer in range(hyper.n_layer))
-    scratch = 0 if kv_type == "f16" else 2 * cells * widest
-    return 4 * UBATCH * per_token + mask + scratch
+    scratch = 0 if kv_type == "f16" else 2 * cells * widest  # one layer's K and V in F16
+    return 4 * UBATCH * per_token + mask + scratch  # F32
 
 
 class _Shape:
@@ -174,7 +169,7 @@ class _Shape:
     def cells(self, layer: int, context: int) -> int:
         """Tokens that the cache of a layer holds."""
         if self._has_windows and (layer + 1) % self._period != 0:
-            return _rounded_up(min(_rounded_up(context), self._window + UBATCH))
+            return _rounded_up(min(_rounded_up(context), self._window + UBATCH))  # window and a micro-batch
         return _rounded_up(context)
 
 

@@ -6,11 +6,12 @@ from typing import Annotated
 
 from dynquant.calibration.options import CalibrationOptions
 from dynquant.errors import PlanError
-from dynquant.options import MODEL_HELP, BaseGguf, Flag, MeasuringEncoder
+from dynquant.options import MODEL_HELP, BaseGguf, Flag, MeasuringEncoder, Writes
 from dynquant.planning.target import Target
 
 CLOSED_FORM, FISHER, UNIT_KL = METHODS = ("closed-form", "fisher-probe", "unit-kl")
 """Ways to price tensors."""
+_PLAN_FOLDER = Writes(holds_inputs=True, unless="config_only")
 
 
 def parse_range(text: str) -> tuple[float, float]:
@@ -98,7 +99,7 @@ class PlanOptions:
     """A model, what its plan should reach and how that is found out, and the folder where everything goes."""
 
     model: Annotated[str | None, Flag(MODEL_HELP, is_argument=True)] = None
-    output: Annotated[Path, Flag("Where all files of the plan go.", ("-o", "--output"))] = Path("plan")
+    output: Annotated[Path, Flag("Where all files of the plan go.", ("-o", "--output")), _PLAN_FOLDER] = Path("plan")
     target: Target = field(default_factory=Target)
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     stats: Annotated[Path | None, Flag("Use these statistics instead of calibrating.")] = None

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import compress
-from typing import NamedTuple
 
 from dynquant.analysis.errors.table import ErrorRow, ErrorTable, Option
 from dynquant.analysis.outliers.stand_outs import stand_outs
@@ -160,13 +159,6 @@ def outlier_tensors(table: ErrorTable) -> dict[str, float]:
     return {outlier.row.name: outlier.z for outlier in stand_outs(table, "activation_error", (reference,))}
 
 
-class _StayPrecise(NamedTuple):
-    """Why a tensor should stay precise besides its role."""
-
-    reason: str
-    is_super_weight: bool = False
-
-
 @dataclass(frozen=True)
 class _Draft:
     """The best assignment under one level of floors."""
@@ -197,16 +189,13 @@ class _Planner:
         return groups
 
     @cached_property
-    def exceptions(self) -> Mapping[str, _StayPrecise]:
-        rules = self.rules
-        if not rules.floors:
+    def exceptions(self) -> Mapping[str, str]:
+        """Tensor -> why it should stay precise besides its role."""
+        if not self.rules.floors:
             return {}
-        exceptions = {
-            name: _StayPrecise(f"activation error stands out (robust z {z:.1f})")
-            for name, z in outlier_tensors(self.table).items()
-        }
-        exceptions |= {name: _StayPrecise(reason) for name, reason in rules.outliers.items()}
-        return exceptions | {name: _StayPrecise(reason, True) for name, reason in rules.super_weights.items()}
+        scores = outlier_tensors(self.table).items()
+        stand_out = {name: f"activation error stands out (robust z {z:.1f})" for name, z in scores}
+        return {**stand_out, **self.rules.outliers, **self.rules.super_weights}
 
     @cached_property
     def size_range(self) -> tuple[int, int]:
@@ -232,20 +221,14 @@ class _Planner:
             floor = floors.get(first)
             least = floor.bits_per_weight if floor else 0
             allowed = [option for option in priced if not floor or QUANT_TYPES[option.type].bits_per_weight >= least]
-            options[first] = allowed or [max(priced)]
+            options[first] = allowed or [max(priced)]  # no type reaches the floor: the largest
         return options
 
     def draft(self, level: int, budget: int | None) -> _Draft | None:
         """Return the best assignment under a level's floors, or None when the budget does not hold them."""
-        # Schemes of vLLM have no floors: they are no quant types, and none has fewer than 4 bits.
-        has_floors = self.rules.target == "gguf"
-        floor_of = {
-            name: _floor(rows, self.exceptions.get(name), level) if has_floors else None
-            for name, rows in self.table.tensors().items()
-        }
         floors: dict[str, QuantType | None] = {}
         for group in self.groups.values():
-            floors |= dict.fromkeys(group, _highest(floor_of[name] for name in group))
+            floors |= dict.fromkeys(group, _highest(self._floor(name, level) for name in group))
         options = self.options(floors)
         needed = self.fixed_bytes + smallest_total(options)
         limit = min(int(needed * HEADROOM), self.size_range[1]) if budget is None else budget
@@ -254,6 +237,16 @@ class _Planner:
         allocated = allocate(options, limit - self.fixed_bytes)
         types = {name: allocated[first].type for first, group in self.groups.items() for name in group}
         return _Draft(level, floors, types, total_cost(allocated))
+
+    def _floor(self, name: str, level: int) -> QuantType | None:
+        if self.rules.target == "vllm":
+            return None  # schemes of vLLM are no quant types, and none has fewer than 4 bits
+        of_role, of_outlier, of_super_weight = LEVELS[level]
+        role = next(iter(self.table.tensors()[name].values())).role
+        floors = [None if role.is_routed_expert else of_role]
+        if name in self.exceptions:
+            floors.append(of_super_weight if name in self.rules.super_weights else of_outlier)
+        return _highest(QUANT_TYPES[floor] for floor in floors if floor)
 
     def explained(self, draft: _Draft | None) -> dict[str, Choice]:
         """Return type and reason of every tensor, in the order of the table."""
@@ -273,7 +266,7 @@ class _Planner:
         error = f"weighted error {row.weighted_error:.2%}"
         if len(group) > 1:
             error += f"; coupled, one type with {', '.join(other for other in group if other != name)}"
-        why = exception.reason if exception else row.role.value
+        why = exception or row.role.value
         if floor:
             lowered = f", lowered from {LEVELS[0][0]} at this budget" if draft.level and not exception else ""
             return f"kept: {why}, floor {floor.name}{lowered}; {error}"
@@ -282,14 +275,6 @@ class _Planner:
         if row.role.is_routed_expert:
             return f"crushed: routed expert, best use of the budget; {error}"
         return f"{why}: no floor at this budget, bytes are worth more elsewhere; {error}"
-
-
-def _floor(rows: Mapping[str, ErrorRow], exception: _StayPrecise | None, level: int) -> QuantType | None:
-    of_role, of_outlier, of_super_weight = LEVELS[level]
-    floors = [] if next(iter(rows.values())).role.is_routed_expert else [of_role]
-    if exception:
-        floors.append(of_super_weight if exception.is_super_weight else of_outlier)
-    return _highest(QUANT_TYPES[name] for name in floors if name)
 
 
 def _highest(floors: Iterable[QuantType | None]) -> QuantType | None:

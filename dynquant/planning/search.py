@@ -35,6 +35,7 @@ from dynquant.planning.chooser import Chooser
 from dynquant.planning.frontier import fixed_recipes
 from dynquant.planning.options import CLOSED_FORM, FISHER, METHODS, UNIT_KL, SearchOptions
 from dynquant.planning.selection import Candidate, Fit, Selection, rank_correlation
+from dynquant.planning.target import Target
 from dynquant.planning.vision_modules import ModuleChoice, every_choice, held_to, with_measured_reasons
 from dynquant.resources import chosen_device
 from dynquant.running.load import load_hf, load_tokenizer
@@ -56,44 +57,17 @@ class SearchResult:
 
 def encoded_store(model: Model, stats: StatsFile, directory: Path, encoder_name: str, session: Session) -> EncodedStore:
     """Return the blocks of this model beside the plan, encoded as `export` will."""
-    return open_store(
-        model, stats.stats, stats.path, load_encoder(encoder_name),
-        stats_hash=stats.hash, parent=directory / ENCODED_NAME, threads=session.threads,
-    )  # fmt: skip
-
-
-def search_plans(
-    table: ErrorTable,
-    store: EncodedStore,
-    options: SearchOptions,
-    chooser: Chooser,
-    calibration: CalibrationOptions,
-    session: Session,
-    *,
-    vision: str = "auto",
-) -> SearchResult:
-    """Price, propose and select, on the kind of input that calibration had.
-
-    Args:
-        vision: with pictures, a level for vision tower and projector, or `auto`.
-
-    Raises:
-        PlanError: the budget holds no combination of levels.
-        StatsError: too little text is left to select on.
-        DataError: the samples cannot be used.
-        CheckpointError: transformers cannot run the model, or it is a GGUF file.
-    """
-    search = _search_modules if calibration.data is not None else _search_text
-    return search(_Search(store, options, chooser, calibration, session), table, vision)
+    return open_store(model, stats, load_encoder(encoder_name), directory / ENCODED_NAME, session.threads)
 
 
 @dataclass(frozen=True)
-class _Search:
+class Search:
     """Tools with which candidates are made, rendered and scored."""
 
     store: EncodedStore
     options: SearchOptions
     chooser: Chooser
+    target: Target
     calibration: CalibrationOptions
     session: Session
 
@@ -105,14 +79,20 @@ class _Search:
         return load_hf(self.model, dtype=torch.float32, device=chosen_device(self.session.device))
 
     def candidate(self, label: str, types: Mapping[str, str], table: ErrorTable) -> Candidate:
-        total = table.price_of(types)
-        return Candidate(
-            label=label,
-            bytes=self.chooser.file_bytes(types),
-            predicted_kl=total.kl,
-            predicted_kl_se=total.se,
-            types=dict(types),
-        )
+        total, size = table.price_of(types), self.chooser.file_bytes(types)
+        return Candidate(label=label, bytes=size, predicted_kl=total.kl, predicted_kl_se=total.se, types=dict(types))
+
+
+def search_plans(search: Search, table: ErrorTable) -> SearchResult:
+    """Price, propose and select, on the kind of input that calibration had.
+
+    Raises:
+        PlanError: the budget holds no combination of levels.
+        StatsError: too little text is left to select on.
+        DataError: the samples cannot be used.
+        CheckpointError: transformers cannot run the model, or it is a GGUF file.
+    """
+    return (_search_modules if search.calibration.data is not None else _search_text)(search, table)
 
 
 @dataclass(frozen=True)
@@ -125,15 +105,10 @@ class _Scorer:
     keeps_floats: bool = False
     """Leave tensors in float types as the original has them."""
 
-    def shows(self, type_name: str) -> bool:
-        return not (self.keeps_floats and QUANT_TYPES[type_name].is_float)
-
     def scored(self, candidates: Sequence[Candidate], stage: str) -> list[Candidate]:
-        scored = []
+        scored, left_out = [], {name for name, form in QUANT_TYPES.items() if self.keeps_floats and form.is_float}
         for candidate in candidates:
-            self.rendered.install(
-                {name: type_name for name, type_name in candidate.types.items() if self.shows(type_name)}
-            )
+            self.rendered.install({name: form for name, form in candidate.types.items() if form not in left_out})
             divergences, agreements = self.inputs.score()
             kl, top1 = (bootstrap_mean(values.numpy(), self.inputs.lengths) for values in (divergences, agreements))
             scored.append(candidate.model_copy(update={"kl": kl, "top1": top1}))
@@ -145,11 +120,11 @@ def _lowest(candidates: Sequence[Candidate]) -> int:
     return min(range(len(candidates)), key=lambda index: candidates[index].kl.value)  # type: ignore[union-attr]
 
 
-def _search_modules(search: _Search, table: ErrorTable, vision: str) -> SearchResult:
+def _search_modules(search: Search, table: ErrorTable) -> SearchResult:
     """Score every combination of levels of vision tower and projector, and take the one with the lowest KL."""
     plans: dict[tuple[ModuleChoice, ...], Candidate] = {}
     refused = ""
-    for choices in every_choice(table, vision):
+    for choices in every_choice(table, search.target.vision):
         try:
             types = search.chooser(held_to(table, choices))
         except PlanError as error:
@@ -167,19 +142,16 @@ def _search_modules(search: _Search, table: ErrorTable, vision: str) -> SearchRe
     chosen = _lowest(candidates)
     measured = {choices: plan.kl.value for choices, plan in zip(plans, candidates, strict=True)}  # type: ignore[union-attr]
     choices = with_measured_reasons(list(plans)[chosen], measured, f"{len(inputs)} samples of {inputs.name}")
-    selection = Selection(
-        text=inputs.name, num_tokens=scorer.inputs.num_tokens, candidates=tuple(candidates), chosen=chosen
-    )
-    return SearchResult(table, selection, choices)
+    scores = {"candidates": tuple(candidates), "chosen": chosen}
+    return SearchResult(table, Selection(text=inputs.name, num_tokens=scorer.inputs.num_tokens, **scores), choices)
 
 
-def _selection_samples(search: _Search) -> ModelInputs:
+def _selection_samples(search: Search) -> ModelInputs:
     """Return samples of a file of the user's, or those that calibration held back."""
     options, other = search.calibration, search.options.text
     if other is not None:
-        return calibration_inputs(
-            search.model, replace(options, data=str(other), tokens=PICTURE_TOKENS), search.session
-        )
+        options = replace(options, data=str(other), tokens=PICTURE_TOKENS)
+        return calibration_inputs(search.model, options, search.session)
     inputs = calibration_inputs(search.model, options, search.session)
     held = inputs.hold_back(HELD_BACK)[1] or inputs
     before = accumulate((batch.num_tokens for batch in held), initial=0)
@@ -187,8 +159,8 @@ def _selection_samples(search: _Search) -> ModelInputs:
     return replace(held[:count], name=f"{inputs.name}, held back")
 
 
-def _search_text(search: _Search, table: ErrorTable, _vision: str) -> SearchResult:
-    table, options = search.chooser.allowed(table), search.options
+def _search_text(search: Search, table: ErrorTable) -> SearchResult:
+    table, options = search.target.allowed(table), search.options
     provenance = search.chooser.context["stats"].provenance
     used, window = provenance.max_tokens or 0, provenance.window or 512
     windows, calibrated = _text_windows(search, used, window)
@@ -209,20 +181,13 @@ def _search_text(search: _Search, table: ErrorTable, _vision: str) -> SearchResu
         checked = scorer.scored(_drawn(search, base), "checking predictions")
         frontier = scorer.scored(_frontier(search, base), "measuring the frontier")
     pairs = np.array([(plan.predicted_kl, plan.kl.value) for plan in checked if plan.kl])
-    selection = Selection(
-        text=windows.name,
-        num_tokens=scorer.inputs.num_tokens,
-        candidates=tuple(candidates),
-        chosen=chosen,
-        checked=tuple(checked),
-        rank_correlation=rank_correlation(pairs) if checked else None,
-        fit=Fit.of(*pairs.T) if checked else None,
-        frontier=tuple(frontier),
-    )
+    agreement = {"rank_correlation": rank_correlation(pairs), "fit": Fit.of(*pairs.T)} if checked else {}
+    plans = {"candidates": tuple(candidates), "checked": tuple(checked), "frontier": tuple(frontier)}
+    selection = Selection(text=windows.name, num_tokens=scorer.inputs.num_tokens, chosen=chosen, **plans, **agreement)
     return SearchResult(table.priced(candidates[chosen].method), selection)
 
 
-def _text_windows(search: _Search, used: int, window: int) -> tuple[ModelInputs, torch.Tensor]:
+def _text_windows(search: Search, used: int, window: int) -> tuple[ModelInputs, torch.Tensor]:
     """Return windows to select on, and token ids [n, window] of those that calibration used."""
     options, session = search.options, search.session
     tokenizer, num_tokens = load_tokenizer(search.model), used + window + options.selection_tokens
@@ -235,7 +200,7 @@ def _text_windows(search: _Search, used: int, window: int) -> tuple[ModelInputs,
         selection = pack_windows(other, tokenizer, window=window, max_tokens=options.selection_tokens)
     else:
         name = f"{documents.name}, behind the calibrated tokens"
-        selection = windows[used // window + 1 :]
+        selection = windows[used // window + 1 :]  # one window is left out between the two
     if options.select and selection.numel() < min(options.selection_tokens, 4 * window):
         raise StatsError(
             f"{documents.name} has {selection.numel():,} tokens left behind the {used:,} that calibration used; "
@@ -245,7 +210,7 @@ def _text_windows(search: _Search, used: int, window: int) -> tuple[ModelInputs,
 
 
 def _proposed(
-    search: _Search, table: ErrorTable, scorer: _Scorer, unit_windows: torch.Tensor
+    search: Search, table: ErrorTable, scorer: _Scorer, unit_windows: torch.Tensor
 ) -> tuple[ErrorTable, ErrorTable, list[Candidate]]:
     """Return the table priced as plans are checked, that with all prices, and the candidates, no two of them alike."""
     base = table.priced(FISHER if table.is_priced_by(FISHER) else CLOSED_FORM)
@@ -257,15 +222,12 @@ def _proposed(
                 candidates.append(search.candidate(label, search.chooser(priced, floors=floors), priced))
     if UNIT_KL in search.options.methods:
         text = ScoredInputs(scorer.rendered, ModelInputs(unit_windows))
-        points = refine(
-            scorer.rendered, text, base, search.chooser, rounds=search.options.rounds, progress=scorer.progress
-        )
+        rounds = {"rounds": search.options.rounds, "progress": scorer.progress}
+        points = refine(scorer.rendered, text, base, search.chooser, **rounds)
         last = next(point for point in reversed(points) if point.steps)
         table = table.with_prices(UNIT_KL, prices_from(base, last))
-        candidates += [
-            search.candidate(f"{UNIT_KL}, round {number}", point.types, table.priced(UNIT_KL))
-            for number, point in enumerate(points[1:], start=1)
-        ]
+        for number, point in enumerate(points[1:], start=1):
+            candidates.append(search.candidate(f"{UNIT_KL}, round {number}", point.types, table))
     # Of equal plans the first keeps its label.
     distinct = {tuple(sorted(plan.types.items())): plan for plan in reversed(candidates)}
     return base, table, list(distinct.values())[::-1]
@@ -274,19 +236,17 @@ def _proposed(
 def _last_method(candidates: Sequence[Candidate], options: SearchOptions) -> int:
     """Return the plan of the last method that was asked for, with floors, where nothing is selected."""
     method = [method for method in METHODS if method in options.methods][-1]
-    of_method = [index for index, plan in enumerate(candidates) if plan.method == method]
-    if not of_method:
-        return len(candidates) - 1
+    of_method = [index for index, plan in enumerate(candidates) if plan.method == method] or [len(candidates) - 1]
     return of_method[-1] if method == UNIT_KL else of_method[0]
 
 
-def _drawn(search: _Search, table: ErrorTable) -> list[Candidate]:
+def _drawn(search: Search, table: ErrorTable) -> list[Candidate]:
     """Return plans around the frontier: prices of tensors are shaken by a factor of about 2, sizes by up to 10 %."""
     random = np.random.default_rng(search.session.seed)
     around = search.chooser.file_bytes(search.chooser(table))
     drawn = []
     for number in range(search.options.check_plans):
-        factors = {name: float(np.exp(random.normal(0, 0.7))) for name in table.tensors()}
+        factors = {name: float(np.exp(random.normal(0, 0.7))) for name in table.tensors()}  # a factor of about 2
         shaken = {
             name: {row.type: Price(kl=factors[name] * table.cost(row), se=0.0) for row in rows.values()}
             for name, rows in table.tensors().items()
@@ -297,7 +257,7 @@ def _drawn(search: _Search, table: ErrorTable) -> list[Candidate]:
     return drawn
 
 
-def _frontier(search: _Search, table: ErrorTable) -> list[Candidate]:
+def _frontier(search: Search, table: ErrorTable) -> list[Candidate]:
     """Return the planner at sizes evenly spaced in logarithm, and every fixed recipe in the range."""
     if search.options.frontier is None:
         return []

@@ -45,7 +45,7 @@ class Fit(FrozenRecord):
         """Least squares in logarithms; the residual has the degrees of freedom of two fitted numbers."""
         slope, intercept = np.polyfit(np.log(totals), np.log(measured), 1)
         errors = np.log(measured) - intercept - slope * np.log(totals)
-        residual = float(np.sqrt((errors**2).sum() / max(1, len(errors) - 2)))
+        residual = float(np.sqrt((errors**2).sum() / max(1, len(errors) - 2)))  # two numbers are fitted
         return cls(intercept=float(intercept), slope=float(slope), residual=residual)
 
 

@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,32 +14,25 @@ from dynquant.analysis.sensitivity.stage import run_probe
 from dynquant.calibration.stage import StatsFile, statistics_in, streaming_limit
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import Role
+from dynquant.checkpoints.tensor_source import TensorSource
 from dynquant.checkpoints.vision_names import VISION, part_of
 from dynquant.errors import CheckpointError, PlanError
 from dynquant.families.linear_layers import linear_checkpoint
 from dynquant.families.open import open_and_announce, open_language_model
+from dynquant.formats.checksum import checksum
 from dynquant.formats.quant_types import quant_type
 from dynquant.formats.storage_format import Choice
 from dynquant.formats.vllm_schemes import SCHEMES, vllm_scheme
-from dynquant.planning.chooser import Chooser, SchemeChooser, check_budget
+from dynquant.planning.chooser import Chooser, SchemeChooser, check_budget, rules_of
 from dynquant.planning.options import UNIT_KL, PlanOptions, SearchOptions
 from dynquant.planning.planner import FLOOR_PRICE
-from dynquant.planning.search import encoded_store, search_plans
+from dynquant.planning.search import Search, encoded_store, search_plans
 from dynquant.planning.selection import Selection
 from dynquant.planning.target import Target
 from dynquant.planning.vision_modules import ModuleChoice, held_to, module_choices
+from dynquant.recipes import folder
 from dynquant.recipes.build_plan import plan_for_vllm, plan_from_types, uniform_schemes
 from dynquant.recipes.command_line import recipe_types
-from dynquant.recipes.folder import (
-    ERRORS_NAME,
-    PLAN_NAME,
-    SCHEME_ERRORS_NAME,
-    SELECTION_NAME,
-    STATS_NAME,
-    SUPER_NAME,
-    SuperWeight,
-    load_super_weights,
-)
 from dynquant.recipes.plan import Plan
 from dynquant.recipes.presets import R1_RECIPES, preset_types
 from dynquant.recipes.type_lists import like_types
@@ -55,53 +48,46 @@ def make_plan(options: PlanOptions, session: Session = SILENT) -> Plan:
     """
     if options.model is None:
         raise PlanError("Give a MODEL to plan, or --config-only DIR with --preset NAME.")
-    if options.target.serves is None:
-        plan = _plan_types(options, session)
-    else:
-        _check_vllm(options)
-        plan = _plan_schemes(options, session)
-    plan.save(options.output / PLAN_NAME)
+    plan = (_plan_types if options.target.serves is None else _plan_schemes)(options, session)
+    plan.save(options.output / folder.PLAN_NAME)
     return plan
 
 
 def _plan_types(options: PlanOptions, session: Session) -> Plan:
-    target, folder = options.target, options.output
+    target, directory, path = options.target, options.output, options.output / folder.ERRORS_NAME
     model = open_and_announce(str(options.model), session, base_gguf=options.base_gguf)
     fixed_types = _fixed_types(target, model)
     candidates = [quant_type(name).name for name in target.types] or DEFAULT_TYPES
     types = tuple(dict.fromkeys((*candidates, *(name for name, _ in (fixed_types or {}).values()))))
-    search = _search_of(options) if fixed_types is None else None
+    search = _search_of(options) if fixed_types is None else None  # before hours of measuring
     stats = _checked_statistics(model, options, types, session, is_chosen=fixed_types is None)
     if search is not None:
         _check_runs_whole(model, options, session)
-    store = encoded_store(model, stats, folder, options.encoder, session) if search is not None else None
+    store = encoded_store(model, stats, directory, options.encoder, session) if search is not None else None
     ray = options.calibration.ray if store is None else None  # a store of encoded blocks is filled on this machine
     measured = TableOptions(types=types, encoder=options.encoder, base_gguf=options.base_gguf, ray=ray)
-    table = error_table(model, stats, folder / ERRORS_NAME, measured, session, store)
+    table = error_table(model, stats, path, measured, session, store)
     supers, table = _probe(model, table, options, session)
-    write_token_errors(model, options.stats or stats.path, folder, types, options.encoder, session)
-    chooser = Chooser(model, target, stats, table, supers, target.memory(model), session)
+    write_token_errors(model, options.stats or stats.path, directory, types, options.encoder, session)
+    chooser = Chooser(model, target, stats, table, rules_of(supers, stats.stats), session)
     selection = None
     if search is not None and store is not None:
-        result = search_plans(table, store, search, chooser, options.calibration, session, vision=target.vision)
+        result = search_plans(Search(store, search, chooser, target, options.calibration, session), table)
         if result.table is not table:
-            table.remembering(result.table).save(folder / ERRORS_NAME)
+            table.remembering(result.table).save(path)  # prices take long, so they are kept
         table, selection = result.table, result.selection
-        selection.save(folder / SELECTION_NAME)
+        selection.save(directory / folder.SELECTION_NAME)
         chosen = _explained_modules(chooser, selection.winner.types, result.choices, session)
     else:
-        (folder / SELECTION_NAME).unlink(missing_ok=True)
+        (directory / folder.SELECTION_NAME).unlink(missing_ok=True)
         chosen = fixed_types or _with_modules(chooser, table, target.vision, session)
-    plan = plan_from_types(
-        model,
-        chosen,
-        weighted_errors={(row.name, row.type): row.weighted_error for row in table.rows},
-        exact=target.preset is None,
-        **chooser.context,
-    )
+    errors = {"weighted_errors": _weighted_errors(table), "exact": target.preset is None}
+    plan = plan_from_types(model, chosen, **errors, **chooser.context)
     promise = _promise(table, chosen, selection) if fixed_types is None else {}
-    errors_hash = file_hash(folder / ERRORS_NAME)
-    plan = plan.model_copy(update={"types": table.types, "errors_hash": errors_hash, **promise})
+    checksums = _checksums(table, model.source, model.source.names())
+    plan = plan.model_copy(
+        update={"types": table.types, "errors_hash": file_hash(path), "checksums": checksums, **promise}
+    )
     if chooser.memory is not None:
         session.note(chooser.memory.describe(plan.predicted_bytes))
     return plan
@@ -109,7 +95,8 @@ def _plan_types(options: PlanOptions, session: Session) -> Plan:
 
 def _plan_schemes(options: PlanOptions, session: Session) -> Plan:
     """Choose a scheme for every linear layer; return the plan, and leave the table of their errors in the folder."""
-    target = options.target
+    _check_vllm(options)
+    target, path = options.target, options.output / folder.SCHEME_ERRORS_NAME
     schemes = tuple(vllm_scheme(name).name for name in target.types or SCHEMES)
     model = open_language_model(str(options.model), session)
     checkpoint = linear_checkpoint(model)
@@ -119,23 +106,27 @@ def _plan_schemes(options: PlanOptions, session: Session) -> Plan:
     if budget is not None:
         chooser.check_budget(model, budget)
     stats = statistics_in(options.output, model, options.calibration, session, stats_path=options.stats)
+    request = {"recipe": target.recipe, "stats_hash": stats.hash}
     if uniform is not None:
-        return plan_for_vllm(model, checkpoint, uniform, recipe=target.recipe, stats_hash=stats.hash)
-    path = options.output / SCHEME_ERRORS_NAME
+        return plan_for_vllm(model, checkpoint, uniform, **request)
     table = scheme_table(model, checkpoint, stats, path, session)
     _, table = _probe(model, table, options, session)
     chosen = chooser.choose(table, budget)
-    plan = plan_for_vllm(
-        model,
-        checkpoint,
-        chosen,
-        recipe=target.recipe,
-        mixed_experts=target.mixed_experts,
-        stats_hash=stats.hash,
-        weighted_errors={(row.name, row.type): row.weighted_error for row in table.rows},
-    )
+    errors = {"weighted_errors": _weighted_errors(table), "mixed_experts": target.mixed_experts}
+    plan = plan_for_vllm(model, checkpoint, chosen, **errors, **request)
     promise = _promise(table, chosen, None)
-    return plan.model_copy(update={"types": schemes, "errors_hash": file_hash(path), **promise})
+    checksums = _checksums(table, checkpoint.source, (tensor.key for tensor in checkpoint.others))
+    return plan.model_copy(update={"types": schemes, "errors_hash": file_hash(path), "checksums": checksums, **promise})
+
+
+def _checksums(table: ErrorTable, source: TensorSource, names: Iterable[str]) -> dict[str, str]:
+    """Return checksums of all tensors: those that were measured, and now of the others, which are small."""
+    others = (name for name in names if name not in table.tensors())
+    return {**table.checksums, **{name: f"{checksum(source.load(name)):016x}" for name in others}}
+
+
+def _weighted_errors(table: ErrorTable) -> dict[tuple[str, str], float]:
+    return {(row.name, row.type): row.weighted_error for row in table.rows}
 
 
 def _check_vllm(options: PlanOptions) -> None:
@@ -186,9 +177,9 @@ def _checked_statistics(
     model: Model, options: PlanOptions, types: Sequence[str], session: Session, *, is_chosen: bool
 ) -> StatsFile:
     """Return the statistics of the folder; refuse an impossible budget before they are measured, and after."""
-    path = options.output / ERRORS_NAME  # a table that is there already may have more types
+    path = options.output / folder.ERRORS_NAME  # a table that is there already may have more types
     measurable = tuple(dict.fromkeys((*types, *(ErrorTable.load(path).types if path.is_file() else ()))))
-    check = partial(check_budget, model, options.target, measurable, options.target.memory(model))
+    check = partial(check_budget, model, options.target, measurable)
     if is_chosen:
         check(StatsFile(options.stats).stats if options.stats is not None else None)
     stats = statistics_in(
@@ -299,24 +290,25 @@ def _fixed_types(target: Target, model: Model) -> dict[str, Choice] | None:
 
 def _probe(
     model: Model, table: ErrorTable, options: PlanOptions, session: Session
-) -> tuple[list[SuperWeight], ErrorTable]:
+) -> tuple[list[folder.SuperWeight], ErrorTable]:
     """Measure what needs the running model: the sensitivity of the output to every tensor, and super weights.
 
     Both are kept in the directory. A model that transformers cannot run (a GGUF with imported statistics) has neither;
     the plan then counts every tensor's relative error alike, and says so. Plans for vLLM have no floors, and so no use
     for super weights.
     """
-    path, for_vllm = options.output / SUPER_NAME, options.target.serves is not None
-    is_fresh = for_vllm or (path.is_file() and path.stat().st_mtime >= (options.output / STATS_NAME).stat().st_mtime)
+    path, stats_path = (options.output / name for name in (folder.SUPER_NAME, folder.STATS_NAME))
+    for_vllm = options.target.serves is not None
+    is_fresh = for_vllm or (path.is_file() and path.stat().st_mtime >= stats_path.stat().st_mtime)
     if is_fresh and table.sensitivity:
-        return [] if for_vllm else load_super_weights(path), table
+        return [] if for_vllm else folder.load_super_weights(path), table
     try:
         probe = run_probe(model, options.calibration, options.output, session, finds_super_weights=not for_vllm)
     except CheckpointError as error:
         session.note(f"no super weights and no sensitivities, every tensor's relative error counts alike: {error}")
         return [], table
     table = table.with_sensitivity(probe.sensitivity, probe.sensitivity_se)
-    table.save(options.output / (SCHEME_ERRORS_NAME if for_vllm else ERRORS_NAME))
+    table.save(options.output / (folder.SCHEME_ERRORS_NAME if for_vllm else folder.ERRORS_NAME))
     if not for_vllm:
         content = json.dumps([weight.model_dump() for weight in probe.super_weights], indent=1)
         write_atomically(path, content + "\n")

@@ -13,6 +13,7 @@ from dynquant.options import Flag, Preset, Types
 from dynquant.resources import parse_size
 
 if TYPE_CHECKING:
+    from dynquant.analysis.errors.table import ErrorTable
     from dynquant.checkpoints.model import Model
     from dynquant.planning.memory_budget import MemoryBudget
 
@@ -79,9 +80,9 @@ class Target:
     ] = False
 
     def __post_init__(self) -> None:
-        flags = ("preset", "bpw", "size", "fits", "like", "recipe")
-        fields = {"recipe": "patterns"}
-        given = [f"--{flag}" for flag in flags if getattr(self, fields.get(flag, flag)) is not None]
+        types = {"--preset": self.preset, "--like": self.like, "--recipe": self.patterns}
+        goals = {"--preset": self.preset, "--bpw": self.bpw, "--size": self.size, "--fits": self.fits, **types}
+        given = [flag for flag, value in goals.items() if value is not None]
         if self.serves is not None and self.serves.lower() != "vllm":
             raise PlanError(f"--for {self.serves} is not known; give vllm, or leave it out for GGUF types.")
         if self.mixed_experts and self.serves is None:
@@ -97,10 +98,9 @@ class Target:
             check_couplings(self.couple)
         if self.vision not in ("auto", *LEVELS):
             raise PlanError(f"--vision {self.vision} is not known; give auto, {', '.join(LEVELS)}.")
-        if self.couple and given and given[0] in ("--preset", "--like", "--recipe"):
-            raise PlanError(f"--couple goes with a budget; {given[0]} has types of its own.")
-        if self.vision != "auto" and given and given[0] in ("--preset", "--like", "--recipe"):
-            raise PlanError(f"--vision {self.vision} goes with a budget; {given[0]} has types of its own.")
+        for flag, is_set in (("--couple", bool(self.couple)), (f"--vision {self.vision}", self.vision != "auto")):
+            if is_set and given and given[0] in types:
+                raise PlanError(f"{flag} goes with a budget; {given[0]} has types of its own.")
         if self.fits is not None:
             from dynquant.planning.memory_budget import check_cache
 
@@ -140,6 +140,10 @@ class Target:
         from dynquant.planning.memory_budget import memory_budget
 
         return memory_budget(model, parse_size(self.fits), context=self.context, kv_type=self.kv_type)
+
+    def allowed(self, table: "ErrorTable") -> "ErrorTable":
+        """Return the rows of the candidate types that were asked for."""
+        return table.restricted_to([name.upper() for name in self.types]) if self.types else table
 
     def budget(self, num_weights: int) -> int | None:
         """File bytes, or None for the planner's default."""

@@ -123,5 +123,5 @@ def _lowered(choice: ModuleChoice) -> ModuleChoice:
     if choice.level == LEVELS[-1]:
         return choice
     level = LEVELS[LEVELS.index(choice.level) + 1]
-    start = choice.reason.partition(" (")[0]
+    start = choice.reason.partition(" (")[0]  # a second step replaces the words of the first
     return ModuleChoice(choice.part, level, f"{start} (but the budget does not hold that, so it {_OUTCOMES[level]})")

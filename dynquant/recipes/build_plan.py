@@ -4,7 +4,8 @@ Presets and the planner decide which type a matrix should have; everything that 
 the kernels of vLLM, is decided here, once, so that every plan states it in the same words.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.gguf_layout import TensorSpec, padded
@@ -14,7 +15,7 @@ from dynquant.checkpoints.vision_names import TRANSPOSED
 from dynquant.errors import PlanError
 from dynquant.families.linear_layers import LinearCheckpoint
 from dynquant.formats.quant_types import fit_to_row, quant_type
-from dynquant.formats.storage_format import Choice
+from dynquant.formats.storage_format import Choice, StorageFormat
 from dynquant.formats.vllm_schemes import SCHEMES, Scheme, fit_to_rows, vllm_scheme
 from dynquant.recipes.plan import Plan, PlanEntry
 from dynquant.recipes.sizes import gguf_bytes, part_specs, safetensors_bytes, tensors_of_checkpoint
@@ -56,16 +57,14 @@ def plan_from_types(
         raise PlanError(f"A type is given for `{unknown}`, a tensor that {model.name} does not have.")
     errors = weighted_errors or {}
     choices = {name: Choice(*choice) for name, choice in types.items()}
-    entries = tuple(_entry(model, name, choices.get(name), errors, exact) for name in names)
-    return Plan(
-        model=model.name,
-        arch=model.arch,
-        fingerprint=model.fingerprint,
-        stats_hash=stats_hash,
-        recipe=recipe,
-        predicted_bytes=gguf_bytes(model, [_spec(entry) for entry in entries], recipe, stats, stats_hash),
-        entries=entries,
-    )
+    entries = [_entry(model, name, choices.get(name), errors, exact) for name in names]
+    size = _gguf_bytes(model, entries, recipe, stats, stats_hash)
+    return _plan(model, entries, recipe=recipe, stats_hash=stats_hash, predicted_bytes=size)
+
+
+def _plan(model: Model, entries: Sequence[PlanEntry], **fields: Any) -> Plan:
+    identity = {"model": model.name, "arch": model.arch, "fingerprint": model.fingerprint}
+    return Plan(**identity, entries=tuple(entries), **fields)
 
 
 def fixed_bytes(
@@ -103,17 +102,14 @@ def _entry(
 ) -> PlanEntry:
     shape = model.source.info(name).shape
     type_name, reason, wanted_type = _choose(model, name, shape, wanted, exact)
-    return PlanEntry(
-        name=name,
-        shape=shape,
-        role=role_of(name),
-        type=type_name,
-        reason=reason,
-        bytes=quant_type(type_name).tensor_bytes(shape),
-        wanted_type=wanted_type,
-        sources=model.checkpoint_names(name),
-        weighted_error=errors.get((name, type_name)),
-    )
+    fields = {"reason": reason, "wanted_type": wanted_type, "weighted_error": errors.get((name, type_name))}
+    return _stored(name, shape, quant_type(type_name), sources=model.checkpoint_names(name), **fields)
+
+
+def _stored(name: str, shape: tuple[int, ...], form: StorageFormat, **fields: Any) -> PlanEntry:
+    """Return the entry of a tensor in a quant type or scheme."""
+    size = form.tensor_bytes(shape)
+    return PlanEntry(name=name, shape=shape, role=role_of(name), type=form.name, bytes=size, **fields)
 
 
 def _choose(
@@ -132,33 +128,34 @@ def _choose(
         if role_of(name) == Role.OTHER:
             return "F32", "of unknown purpose: kept F32", None
         raise PlanError(f"No type was stored for `{name}` of {model.name}, a matrix of shape {shape}.")
-    asked, reason = quant_type(wanted.type), wanted.reason
+    asked = quant_type(wanted.type)
     stored, why = fit_to_row(asked, shape[-1])
-    if why is None:
-        return stored.name, reason, None
-    return stored.name, f"{reason}; {why}", asked.name
+    return stored.name, *_with_fallback(wanted.reason, why, asked.name)
 
 
-def _spec(entry: PlanEntry) -> TensorSpec:
-    return TensorSpec(entry.name, entry.shape, entry.type)
+def _with_fallback(reason: str, why: str | None, asked: str) -> tuple[str, str | None]:
+    """Return the reason, and the name that was asked for, of an entry that takes another format because of `why`."""
+    return (reason, None) if why is None else (f"{reason}; {why}", asked)
+
+
+def _gguf_bytes(
+    model: Model, entries: Iterable[PlanEntry], recipe: str, stats: CalibrationStats | None, stats_hash: str | None
+) -> int:
+    specs = [TensorSpec(entry.name, entry.shape, entry.type) for entry in entries]
+    return gguf_bytes(model, specs, recipe, stats, stats_hash)
 
 
 def plan_of_part(part: ModelPart, plan: Plan, stats: CalibrationStats | None) -> Plan:
     """Return the plan of one file of a model that is written as several, with the types of the whole model's plan."""
-    planned = {entry.name: entry for entry in plan.entries}
+    planned, model = {entry.name: entry for entry in plan.entries}, part.model
     entries = []
-    for spec in part_specs(part, {name: entry.type for name, entry in planned.items()}):
-        whole = planned.get(part.plan_name(spec.name))
-        entries.append(
-            PlanEntry(
-                name=spec.name, shape=spec.shape, role=role_of(spec.name), type=spec.type, bytes=spec.num_bytes,
-                reason=whole.reason if whole is not None else "not in the plan of the whole model: kept F32",
-                sources=part.model.checkpoint_names(spec.name),
-            )
-        )  # fmt: skip
-    specs = [_spec(entry) for entry in entries]
-    size = gguf_bytes(part.model, specs, plan.recipe, stats, plan.stats_hash)
-    update = {"model": part.model.name, "arch": part.model.arch, "entries": tuple(entries), "predicted_bytes": size}
+    for name, shape, type_name in part_specs(part, {name: entry.type for name, entry in planned.items()}):
+        whole = planned.get(part.plan_name(name))
+        reason = whole.reason if whole is not None else "not in the plan of the whole model: kept F32"
+        sources = model.checkpoint_names(name)
+        entries.append(_stored(name, shape, quant_type(type_name), reason=reason, sources=sources))
+    size = _gguf_bytes(model, entries, plan.recipe, stats, plan.stats_hash)
+    update = {"model": model.name, "arch": model.arch, "entries": tuple(entries), "predicted_bytes": size}
     return plan.model_copy(update=update)
 
 
@@ -168,7 +165,7 @@ def with_projector_type(model: Model, plan: Plan, type_name: str, stats: Calibra
     entries = tuple(
         _entry(model, entry.name, choice, {}, False) if entry.role.is_vision else entry for entry in plan.entries
     )
-    size = gguf_bytes(model, [_spec(entry) for entry in entries], plan.recipe, stats, plan.stats_hash)
+    size = _gguf_bytes(model, entries, plan.recipe, stats, plan.stats_hash)
     return plan.model_copy(update={"entries": entries, "predicted_bytes": size})
 
 
@@ -190,40 +187,24 @@ def plan_for_vllm(
     errors = weighted_errors or {}
     entries: list[PlanEntry] = []
     for unit, linears in checkpoint.units(mixed_experts=mixed_experts).items():
-        asked, reason = SCHEMES[schemes[linears[0].name].type], schemes[linears[0].name].reason
+        choice = schemes[linears[0].name]
+        asked = SCHEMES[choice.type]
         row_lengths = [linear.shape[-1] for linear in linears]
         scheme, why = fit_to_rows(asked, row_lengths, is_expert=linears[0].is_expert)
-        entries += [
-            PlanEntry(
-                name=linear.name,
-                shape=linear.shape,
-                role=linear.role,
-                type=scheme.name,
-                reason=f"{reason}; {why}" if why else reason,
-                bytes=scheme.tensor_bytes(linear.shape),
-                wanted_type=asked.name if why else None,
-                sources=linear.sources,
-                weighted_error=errors.get((linear.name, scheme.name)),
-                group_size=scheme.group_size,
-                unit=unit,
-                modules=linear.modules,
-            )
-            for linear in linears
-        ]
-    plan = Plan(
-        target="vllm",
-        model=model.name,
-        arch=model.arch,
-        fingerprint=model.fingerprint,
-        stats_hash=stats_hash,
-        recipe=recipe,
-        mixed_experts=mixed_experts,
-        predicted_bytes=0,
-        other_bytes=sum(tensor.num_bytes for tensor in checkpoint.others),
-        entries=tuple(entries),
-    )
-    size = safetensors_bytes(tensors_of_checkpoint(checkpoint, schemes_of(plan)))
-    return plan.model_copy(update={"predicted_bytes": size, "other_weights": model.num_weights - plan.num_weights})
+        reason, wanted_type = _with_fallback(choice.reason, why, asked.name)
+        of_unit = {"reason": reason, "wanted_type": wanted_type, "group_size": scheme.group_size, "unit": unit}
+        for linear in linears:
+            fields = {"sources": linear.sources, "modules": linear.modules}
+            fields["weighted_error"] = errors.get((linear.name, scheme.name))
+            entries.append(_stored(linear.name, linear.shape, scheme, **of_unit, **fields))
+    fields = {"recipe": recipe, "stats_hash": stats_hash, "mixed_experts": mixed_experts, "predicted_bytes": 0}
+    plan = _plan(model, entries, target="vllm", **fields)
+    sizes = {
+        "predicted_bytes": safetensors_bytes(tensors_of_checkpoint(checkpoint, schemes_of(plan))),
+        "other_bytes": sum(tensor.num_bytes for tensor in checkpoint.others),
+        "other_weights": model.num_weights - plan.num_weights,
+    }
+    return plan.model_copy(update=sizes)
 
 
 def schemes_of(plan: Plan) -> dict[str, Scheme]:

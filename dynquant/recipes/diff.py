@@ -93,13 +93,10 @@ def _check_same_model(
 
 
 def _histogram(before: tuple[TensorRecord, ...], after: tuple[TensorRecord, ...]) -> tuple[TypeShare, ...]:
-    order = list(QUANT_TYPES)
-    names = sorted(
-        {tensor.type for tensor in (*before, *after)},
-        key=lambda name: (order.index(name) if name in QUANT_TYPES else len(order), name),
-    )
+    precision = {name: place for place, name in enumerate(QUANT_TYPES)}
+    names = {tensor.type for tensor in (*before, *after)}
     shares = []
-    for name in names:
+    for name in sorted(names, key=lambda name: (precision.get(name, len(precision)), name)):
         old, new = ([tensor for tensor in side if tensor.type == name] for side in (before, after))
         sizes = (sum(tensor.num_bytes for tensor in side) for side in (old, new))
         shares.append(TypeShare(name, len(old), len(new), *sizes))

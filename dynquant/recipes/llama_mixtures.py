@@ -112,7 +112,7 @@ class _Position:
     def has_more_bits(self) -> bool:
         """The first and last eighth, and every third between them."""
         eighth, last = self.total // 8, 7 * self.total // 8
-        return self.index < eighth or self.index >= last or (self.index - eighth) % 3 == 2
+        return self.index < eighth or self.index >= last or (self.index - eighth) % 3 == 2  # `use_more_bits`
 
 
 class _Condition(NamedTuple):
@@ -293,7 +293,7 @@ class _Mixture:
         subject = "output (tied to the token embedding)" if self.is_tied else "output"
         if self.hyper.arch == "falcon" or row_length % QUANT_TYPES[self.base].block_size:
             return Choice("Q8_0", f"{subject}; rows of {row_length} in {self.hyper.arch}")
-        return self._by_rules(_OUTPUT_RULES, _Position(0, 1, self.hyper), subject)
+        return self._by_rules(_OUTPUT_RULES, _Position(0, 1, self.hyper), subject)  # no rule looks at its place
 
     def _position(self, category: str, name: str) -> _Position:
         if category == "attn_v":

@@ -12,6 +12,8 @@ plan.json is total by construction, readable, and reproducible: the same inputs 
 
 import hashlib
 import json
+import re
+from collections import Counter
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -106,6 +108,8 @@ class Plan(FrozenRecord):
     """vLLM: bytes of all tensors that no entry holds."""
     other_weights: int = Field(0, exclude_if=_is_empty)
     """vLLM: weights of the model that no entry holds."""
+    checksums: dict[str, str] = Field({}, exclude_if=_is_empty)
+    """Name -> `formats.checksum` of the weights that the plan was made from, in hexadecimal."""
     entries: tuple[PlanEntry, ...]
 
     @model_validator(mode="before")
@@ -157,6 +161,12 @@ class Plan(FrozenRecord):
     def histogram(self) -> dict[str, int]:
         """Return the number of tensors of each type, most precise type first."""
         return {name: len(entries) for name, entries in self.by_type().items()}
+
+    def fallbacks(self) -> list[str]:
+        """Return a line for each reason why tensors could not take the type that was asked for: how many, and why."""
+        matches = (re.search(r"rows of [^;a-z]+ do not divide .*", entry.reason) for entry in self.entries)
+        counts = Counter(match.group() for match in matches if match)
+        return [f"{count} tensor{'s' * (count > 1)}: {reason}" for reason, count in counts.most_common()]
 
     def check_covers(self, names: list[str], fingerprint: str, model_name: str) -> None:
         """Refuse a plan of another checkpoint, or one whose tensors are not exactly the model's.

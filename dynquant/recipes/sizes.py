@@ -70,7 +70,7 @@ def safetensors_bytes_at_most(tensors: Iterable[StoredTensor]) -> int:
         tensor.num_bytes
         + len(f'"{tensor.key}":{{"dtype":"{tensor.dtype}","shape":[],"data_offsets":[,]}},')
         + sum(len(str(size)) + 1 for size in tensor.shape)
-        + 2 * _OFFSET_DIGITS
+        + 2 * _OFFSET_DIGITS  # begin and end, of at most 100 TB
         for tensor in tensors
     )
 

@@ -140,10 +140,9 @@ class RayPool:
 
 @contextmanager
 def open_ray(address: str) -> Iterator[RayPool]:
-    """A pool on the cluster at `address`; with `auto`, on the one that Ray finds, or one of this machine alone.
+    """Context manager: a pool on the cluster at `address`; with `auto`, on the one that Ray finds or starts here.
 
-    Raises:
-        ClusterError: Ray is not installed, or nothing answers at the address.
+    Raises ClusterError when Ray is not installed, or nothing answers at the address.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing about a model leaves the cluster
     try:

@@ -39,11 +39,7 @@ ExpertObserver = Callable[[ExpertCall], None]
 
 
 def expert_modules(hf_model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> fused experts module.
-
-    Raises:
-        StatsError: the model has experts that transformers does not dispatch through its experts interface.
-    """
+    """Name -> fused experts module, or raise StatsError for experts beside transformers' experts interface."""
     experts = {}
     for name, module in hf_model.named_modules():
         if hasattr(module, "is_transposed") and hasattr(module, "has_gate"):

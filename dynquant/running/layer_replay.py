@@ -88,7 +88,7 @@ class LayerReplay:
         return self._hf_model(input_ids=batch.to(self._device), use_cache=False).logits.float().flatten(0, 1)
 
     def _note_kind(self, _module: nn.Module, _inputs: tuple, out: Any) -> None:
-        self._gives_tuples = isinstance(out, tuple)
+        self._gives_tuples = isinstance(out, tuple)  # stand-ins must give what the layers of this model give
 
     def _skipping(self, first_layer: int, states: Tensor) -> AbstractContextManager[None]:
         """Context manager: layers below `first_layer` compute nothing and return `states`."""

@@ -198,7 +198,7 @@ class LayerStream:
         for name, (owner, attribute) in stage.stacks.items():
             stacks = tuple(part.moved(self.device) for part in stored.pop(name, ())) or None
             shape, read = self._weights.stacks[name].shape, partial(self._weights.expert, name)
-            experts = StoredExperts(shape, self.dtype, self.device, read, self._scratch, stacks)
+            experts = StoredExperts(shape, read, self._scratch, stacks)
             experts.zeroed = [(e, row, column) for of, e, row, column in self._zeroed if of == name and e is not None]
             # transformers' parameter of that name stays on the meta device, hidden by the instance's own attribute.
             owner.__dict__[attribute] = experts

@@ -136,5 +136,5 @@ def sampled_log_probability(logits: torch.Tensor, generator: torch.Generator) ->
     log_probs = logits.float().log_softmax(-1).flatten(0, -2)
     cumulative = log_probs.detach().exp().cumsum(-1)
     points = torch.rand(len(cumulative), 1, generator=generator).to(cumulative.device) * cumulative[:, -1:]
-    drawn = torch.searchsorted(cumulative, points).clamp_(max=cumulative.shape[1] - 1)
+    drawn = torch.searchsorted(cumulative, points).clamp_(max=cumulative.shape[1] - 1)  # inverse transform sampling
     return log_probs.gather(1, drawn).sum()

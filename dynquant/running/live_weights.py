@@ -80,7 +80,7 @@ class LiveWeights:
             if place.transform is unchanged:
                 self._seen(name, place.parameter).copy_(values.view_as(self._seen(name, place.parameter)))
                 return
-            back, covered = _adjoint(place.transform, place.parameter, values)
+            back, covered = _adjoint(place.transform, place.parameter, values)  # entries of other tensors stay
             place.parameter.copy_(torch.where(covered, back, place.parameter))
 
     def gradient(self, name: str) -> Tensor:
@@ -88,7 +88,7 @@ class LiveWeights:
         place = self._places[name]
         gradient = place.parameter.grad
         assert gradient is not None
-        return self._seen(name, gradient) - self._seen(name, torch.zeros_like(gradient))
+        return self._seen(name, gradient) - self._seen(name, torch.zeros_like(gradient))  # without added constants
 
     def _seen(self, name: str, stored: Tensor) -> Tensor:
         return self._places[name].seen(stored)

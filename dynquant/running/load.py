@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_source import checkpoint_spans
+from dynquant.checkpoints.tensor_source import is_finite
 from dynquant.errors import CheckpointError
 from dynquant.families.common.config import read_json
 from dynquant.families.common.conversion import ConvertedSource
@@ -48,11 +49,22 @@ def load_hf(model: Model, *, dtype: torch.dtype | None = None, device: str = "cp
         dtype = dtype or computing_type(model, device)
         empty = empty_hf(model, dtype=dtype, device=device)
         CheckpointWeights(model, empty).fill(empty, dtype, device)
-        return empty
+        return _checked(empty, model)
     stated = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
     loaded = _load(_LOADERS[model.has_vision], model, dtype=stated, use_safetensors=True)
     count_mapped_files(model.hf_directory.glob("*.safetensors") if model.hf_directory else [model.gguf_file])
-    return loaded.to(device).eval()
+    return _checked(loaded.to(device).eval(), model)
+
+
+def _checked(loaded: "PreTrainedModel", model: Model) -> "PreTrainedModel":
+    """Return the model, whose weights are finite. Raises CheckpointError: NaN or infinite ones; the tensor is named."""
+    for name, weight in loaded.named_parameters():
+        if not is_finite(weight):
+            raise CheckpointError(
+                f"`{name}` of {model.name} holds NaN or infinite values: all that is computed with it is NaN. The "
+                "checkpoint is damaged, or its training diverged; fetch it again."
+            )
+    return loaded
 
 
 def load_directory(directory: Path, dtype: torch.dtype) -> "PreTrainedModel":

@@ -67,7 +67,7 @@ class HiddenStates:
     def settle(self, stage: int) -> None:
         """Wait until a stage is on the disk."""
         with self._path(stage).open("rb") as file:
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # the journal's line that follows must not outlive it
 
     def forget(self, stage: int) -> None:
         """Give back the space of a stage."""

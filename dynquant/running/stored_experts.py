@@ -22,23 +22,17 @@ ReadExpert = Callable[[int], tuple[StoredValues, ...]]
 
 
 class StoredExperts:
-    """Experts `shape` [E, rows, columns] given as `dtype` on `device`.
+    """Experts `shape` [E, rows, columns], given in the type and on the device of `scratch`.
 
-    `kept` holds stacks [E, rows of the part, columns]; without it every access calls `read`. `scratch`, flat and of
-    that dtype and device, holds the matrix of one product at a time and has room for the largest.
+    `kept` holds stacks [E, rows of the part, columns]; without it every access calls `read`. `scratch`, which is flat,
+    holds the matrix of one product at a time and has room for the largest.
     """
 
     def __init__(
-        self,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        device: torch.device | str,
-        read: ReadExpert,
-        scratch: Tensor,
-        kept: tuple[StoredValues, ...] | None = None,
+        self, shape: tuple[int, ...], read: ReadExpert, scratch: Tensor, kept: tuple[StoredValues, ...] | None = None
     ) -> None:
         self.shape = torch.Size(shape)
-        self._dtype, self._device, self._read, self._scratch, self._kept = dtype, device, read, scratch, kept
+        self._read, self._scratch, self._kept = read, scratch, kept
         self.zeroed: list[tuple[int, int, int]] = []
         """Expert, row and column of weights that are to read as zero."""
 
@@ -47,7 +41,7 @@ class StoredExperts:
 
     def __getitem__(self, expert: int) -> Tensor:
         """The matrix [rows, columns] of one expert."""
-        return self._write(expert, torch.empty(self.shape[1:], dtype=self._dtype, device=self._device))
+        return self._write(expert, self._scratch.new_empty(self.shape[1:]))
 
     def matrix_of_product(self, expert: int) -> Tensor:
         """The same in the scratch memory, where it lies until any other product."""
@@ -68,7 +62,7 @@ class StoredExperts:
 
     def _parts(self, expert: int) -> tuple[StoredValues, ...]:
         if self._kept is None:
-            return tuple(part.moved(self._device) for part in self._read(expert))
+            return tuple(part.moved(self._scratch.device) for part in self._read(expert))
         return tuple(
             StoredValues(stack.data[expert], None if stack.scale is None else stack.scale[expert], stack.block)
             for stack in self._kept
@@ -80,7 +74,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, experts: StoredExperts, expert: int) -> Tensor:
-        ctx.experts, ctx.expert = experts, expert
+        ctx.experts, ctx.expert = experts, expert  # not the matrix, which would stay in memory until then
         return functional.linear(x, experts.matrix_of_product(expert))
 
     @staticmethod

@@ -43,7 +43,7 @@ def free_memory() -> int:
         free = int(lines["MemAvailable"].split()[0]) * 1024
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.is_file() and used.is_file() and (text := limit.read_text().strip()).isdigit():
-        free = min(free, max(0, int(text) - int(used.read_text())))
+        free = min(free, max(0, int(text) - int(used.read_text())))  # a container may have less than the machine
     return free
 
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import secrets
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -72,16 +73,18 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, "Tensor"], header: Mapping[str, object]) -> None:
-    """Write a safetensors file in one step, with `header` as JSON in its metadata.
+    """Write a safetensors file in one step, with `header` and a checksum of every tensor as JSON in its metadata.
 
     Raises:
         WriteError: no space, no permission, or a parent that is no directory.
     """
     from safetensors.torch import save_file
 
-    metadata = {"dynquant": json.dumps(header, sort_keys=True)}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    sums = {name: _checksum(tensor) for name, tensor in tensors.items()}
+    metadata = {"dynquant": json.dumps(header, sort_keys=True), "crc32": json.dumps(sums)}
     with writing(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
+        save_file(tensors, temporary, metadata=metadata)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, "Tensor"]]:
@@ -91,8 +94,19 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, "Tensor"]]:
         OSError, SafetensorError, KeyError, ValueError: as they come, for callers that say what file it should be.
     """
     with safe_open(path, framework="pt") as file:
-        header = parse_json((file.metadata() or {})["dynquant"])
-        return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata() or {}
+        header, sums = parse_json(metadata["dynquant"]), parse_json(metadata.get("crc32", "{}"))
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for name, tensor in tensors.items():
+        if sums and sums.get(name) != _checksum(tensor):  # files of earlier versions have no sums
+            raise ValueError(f"`{name}` is not what was written: its checksum is another, so the file is damaged")
+    return header, tensors
+
+
+def _checksum(tensor: "Tensor") -> int:
+    import torch
+
+    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
 def file_hash(path: Path) -> str:

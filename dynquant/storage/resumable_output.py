@@ -18,13 +18,14 @@ import os
 import shutil
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Self
 
 from dynquant.errors import ExportError
 from dynquant.storage.journal import Journal, Record, differing_key, write_all
+from dynquant.storage.lock import locked
 
 
 @dataclass(frozen=True, order=True)
@@ -59,17 +60,24 @@ class ResumableOutput:
         self.finished: set[str] = set()
         """Names of the regions that need not be written again."""
         self._files: dict[int, BinaryIO] = {}
+        self._lock = ExitStack()
+        self._lock.enter_context(locked(self.paths[0]))
         # Bytes that lost their line are written again, so that a line need not wait for the disk.
         self._journal = Journal(self.paths[0].with_name(f"{self.paths[0].name}.journal"), sync=False)
-        if not resume:
-            self.discard()
-        self._open(dict(identity))
+        try:
+            if not resume:
+                self.discard()
+            self._open(dict(identity))
+        except BaseException:
+            self._lock.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+        self._lock.close()
 
     def write(self, name: str, data: memoryview | bytes) -> None:
         """Write one region, wait until it is on the disk, and record it.
@@ -138,6 +146,9 @@ class ResumableOutput:
                 f"({stored}, now {now}); its tensors cannot be used for this one. Finish it with its own plan and "
                 "options, start over with --no-resume, or export to another name."
             )
+        for partial in self._partials:
+            if partial.is_symlink() or (partial.is_file() and partial.stat().st_nlink > 1):
+                partial.unlink()  # another name of a file that is not ours to write
         intact: dict[Region, str] = {}
         moved = set()
         for index, (path, partial) in enumerate(zip(self.paths, self._partials, strict=True)):
@@ -154,7 +165,7 @@ class ResumableOutput:
         try:
             for index, partial in enumerate(self._partials):
                 if index not in moved:
-                    mode = "r+b" if partial.exists() else "w+b"
+                    mode = "r+b" if partial.exists() else "x+b"
                     self._files[index] = open(partial, mode, buffering=0)  # type: ignore[assignment]  # noqa: SIM115
                     self._files[index].truncate(self._sizes[index])
             records = [_record(span, digest) for span, digest in intact.items()]

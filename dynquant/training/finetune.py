@@ -30,7 +30,7 @@ from dynquant.training.base import (
     require_training_packages,
 )
 from dynquant.training.options import KEPT, FinetuneOptions
-from dynquant.training.run import Change, RunDirectory, TrainingReport, write_report
+from dynquant.training.run import Change, RunDirectory, TrainingReport
 
 PLAIN_CHAT = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n\n{% endfor %}"
@@ -50,9 +50,9 @@ def finetune(options: FinetuneOptions, session: Session = SILENT) -> TrainingRep
     """
     require_training_packages()
     began = time.perf_counter()
-    options, device = replace(options, training=replace(options.training, seed=session.seed)), session.device
+    options = replace(options, training=replace(options.training, seed=session.seed))
     with session.stage(KEPT) as progress:
-        device = chosen_device(device)
+        device = chosen_device(session.device)
         data = read_training_data(options.data)
         parts = data.split(options.held_out, seed=session.seed)
         base = locate_model(options.packed)
@@ -70,31 +70,27 @@ def finetune(options: FinetuneOptions, session: Session = SILENT) -> TrainingRep
         notes += _left_out(trainer, data, [len(part.rows) for part in parts], options.max_length)
         trained = train(trainer, run)
         round_adapter(trainer.model, options.training.stored_dtype)
-        report = TrainingReport(
+        described = {"data": data.name, "held_out_share": options.held_out, "max_length": options.max_length}
+        changes = measure_adapter(trainer.model, trainer.get_eval_dataloader(), progress)
+
+        def save(directory: Path) -> None:
+            save_adapter(trainer.model, directory, options.training.stored_dtype)
+            tokenizer.save_pretrained(str(directory))
+
+        return run.finish(
+            save,
+            measure="loss (nats per token)",
             task="finetune",
             base=base.name,
-            identity=run.identity,
-            options=asdict(options.training)
-            | {"data": data.name, "held_out_share": options.held_out, "max_length": options.max_length},
-            trained_examples=len(trainer.train_dataset),
-            held_out_examples=len(trainer.eval_dataset),
+            options=asdict(options.training) | described,
             **trained,
-            changes=measure_adapter(trainer.model, trainer.get_eval_dataloader(), progress),
+            changes=changes,
             notes=notes,
             seconds=round(time.perf_counter() - began, 1),
         )
 
-        def write(directory: Path) -> None:
-            save_adapter(trainer.model, directory, options.training.stored_dtype)
-            tokenizer.save_pretrained(str(directory))
-            write_report(directory, report, measure="loss (nats per token)")
-
-        run.finish(write)
-    return report
-
 
 def _identity(options: FinetuneOptions, base: Path, data: TrainingData, device: str) -> dict[str, object]:
-    """Return all that decides the result."""
     return {
         "task": "finetune", "base": model_fingerprint(base), "data": data.sha256, "held_out_share": options.held_out,
         "max_length": options.max_length, "tokenizer": options.tokenizer or "the base's", "device": device,
@@ -112,17 +108,16 @@ def _trainer(
     device: str,
     progress: Progress,
 ) -> Any:
-    """Return TRL's trainer of a fresh adapter on the base."""
     from datasets import Dataset, disable_progress_bars
     from trl import SFTConfig, SFTTrainer
 
-    from dynquant.training.trainer import callbacks, settings_for
+    from dynquant.training.trainer import callbacks, trainer_settings
     from dynquant.training.trl_head import use_packed_head
 
     adapted = open_with_adapter(base, options.training, device=device)
-    settings = settings_for(adapted, options.training, run, num_examples=len(parts[0].rows), device=device)
     disable_progress_bars()
     train, held = (Dataset.from_list(list(part.rows)) for part in parts)
+    settings = trainer_settings(adapted, options.training, run.checkpoints, num_examples=len(train), device=device)
     trainer = SFTTrainer(
         adapted, SFTConfig(**settings, max_length=options.max_length), train_dataset=train, eval_dataset=held,
         processing_class=tokenizer, callbacks=callbacks(options.training, progress),
@@ -143,11 +138,7 @@ def _add_chat_template(tokenizer: Any, data: TrainingData) -> list[str]:
 
 
 def _left_out(trainer: Any, data: TrainingData, counts: list[int], max_length: int) -> list[str]:
-    """Say how many examples TRL leaves out, those whose completion lies wholly beyond `max_length`.
-
-    Raises:
-        DataError: none is left.
-    """
+    """Say how many examples TRL leaves out, their completion lying wholly beyond `max_length`; refuse none left."""
     parts = {"training": (trainer.train_dataset, counts[0]), "held-out": (trainer.eval_dataset, counts[1])}
     notes = []
     for name, (kept, count) in parts.items():
@@ -170,7 +161,7 @@ def measure_adapter(adapted: Any, batches: Any, progress: Progress) -> list[Chan
     before, after, moved, lengths = [], [], [], []
     for done, batch in enumerate(batches):
         labels = batch.pop("labels")[:, 1:]
-        learned = labels != -100
+        learned = labels != -100  # not the prompt, not the padding
         base, tuned = (_learned_logits(adapted, batch, learned, with_adapter) for with_adapter in (False, True))
         for losses, logits in ((before, base), (after, tuned)):
             losses.append(-logits.log_softmax(-1).gather(1, labels[learned].cpu()[:, None])[:, 0])

@@ -11,7 +11,8 @@ text, with and without it.
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,8 @@ from dynquant.training.base import (
     open_with_adapter,
     require_training_packages,
 )
-from dynquant.training.options import KEPT, RESIDUAL, HealData, HealOptions
-from dynquant.training.run import Change, RunDirectory, TrainingReport, write_report
+from dynquant.training.options import KEPT, RESIDUAL, HealOptions
+from dynquant.training.run import Change, RunDirectory, TrainingReport
 from dynquant.training.sampling import sampled_windows
 
 HELD_OUT_NAME = "held_out.txt"
@@ -63,7 +64,7 @@ def heal(options: HealOptions, session: Session = SILENT) -> TrainingReport:
     require_training_packages()
     began = time.perf_counter()
     with session.stage(KEPT) as progress:
-        healing = _Healing.open(options, session, progress)
+        healing = _Healing(options, session, progress)
         text = read_text(options.data.data, seed=session.seed, max_tokens=options.data.tokens)
         split = healing.split(text)
         run = RunDirectory(options.output, healing.identity(text, split), resume=options.resume)
@@ -75,27 +76,23 @@ def heal(options: HealOptions, session: Session = SILENT) -> TrainingReport:
         if options.share < 1:
             way = f"{options.share:g} of the way from its start to step {trained['best_step']}"
             remarks.append(f"The adapter lies {way} (--blend).")
-        report = TrainingReport(
+
+        def save(directory: Path) -> None:
+            for file in (*best.glob("adapter_*"), *(() if options.data.text else split.texts)):
+                (directory / file.name).write_bytes(file.read_bytes())
+
+        return run.finish(
+            save,
+            measure="KL to the original (nats per token)",
             task="heal",
             base=healing.base.name,
-            identity=run.identity,
             options=healing.described_options(),
-            trained_examples=len(train),
-            held_out_examples=len(held),
             **trained,
             changes=changes,
             gap_closed=gaps,
             notes=[*healing.notes, *split.notes, *remarks],
             seconds=round(time.perf_counter() - began, 1),
         )
-
-        def write(directory: Path) -> None:
-            for file in (*best.glob("adapter_*"), *((split.held_out_file,) if split.held_out_file else ())):
-                (directory / file.name).write_bytes(file.read_bytes())
-            write_report(directory, report, measure="KL to the original (nats per token)")
-
-        run.finish(write)
-    return report
 
 
 @dataclass(frozen=True)
@@ -107,35 +104,20 @@ class _Split:
     measured_on: list[torch.Tensor]
     """Token ids of everything held out, as runs [*]."""
     texts: tuple[Path, ...]
-    held_out_file: Path | None
-    """The held-out part as a file, when it is what is measured on."""
-    notes: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Healing:
-    """Both models and how they are run."""
-
-    options: HealOptions
-    base: Path
-    original: Path
-    num_columns: int
-    """Leading logits that both models have."""
     notes: list[str]
-    device: str
-    progress: Progress
 
-    @classmethod
-    def open(cls, options: HealOptions, session: Session, progress: Progress) -> "_Healing":
-        """Find and check the models; the session's seed becomes that of the training."""
-        base, original = locate_model(options.packed), locate_model(options.reference)
-        check_packed(base)
-        check_context(base, options.data.window, "--window")
-        num_columns, notes = common_columns(
-            describe_model(original, runner=TRANSFORMERS), describe_model(base, runner=TRANSFORMERS)
-        )
-        options = replace(options, training=replace(options.training, seed=session.seed))
-        return cls(options, base, original, num_columns, notes, chosen_device(session.device), progress)
+
+class _Healing:
+    """Both models, found and checked, and how they are run; the session's seed becomes that of the training."""
+
+    def __init__(self, options: HealOptions, session: Session, progress: Progress) -> None:
+        self.base, self.original = locate_model(options.packed), locate_model(options.reference)
+        check_packed(self.base)
+        check_context(self.base, options.data.window, "--window")
+        described = (describe_model(path, runner=TRANSFORMERS) for path in (self.original, self.base))
+        self.num_columns, self.notes = common_columns(*described)  # leading logits that both models have
+        self.options = replace(options, training=replace(options.training, seed=session.seed))
+        self.device, self.progress = chosen_device(session.device), progress
 
     def identity(self, text: CalibrationText, split: _Split) -> dict[str, object]:
         """Return all that decides the result."""
@@ -149,8 +131,13 @@ class _Healing:
 
     def described_options(self) -> dict[str, Any]:
         """Return the options as the report lists them."""
-        start = {"start": self.options.start, "blend": self.options.share}
-        return asdict(self.options.training) | start | _described(self.options.data)
+        data = self.options.data
+        return {
+            **asdict(self.options.training), "start": self.options.start, "blend": self.options.share,
+            "data": data.data or "built-in text", "tokens": data.tokens, "sampled_tokens": data.sampled_tokens,
+            "window": data.window, "text": [Path(path).name for path in data.text], "limit": data.limit,
+            "num_shots": data.num_shots,
+        }  # fmt: skip
 
     def split(self, text: CalibrationText) -> _Split:
         """Split the text and leave out of the training part what repeats a passage of the texts to measure on."""
@@ -158,7 +145,7 @@ class _Healing:
         train_text, held_text = split_documents(text, _HELD_OUT_SHARE)
         held = pack_windows(held_text, tokenizer, window=data.window, max_tokens=_CHECK_WINDOWS * data.window)
         train = pack_windows(train_text, tokenizer, window=data.window, max_tokens=data.tokens)
-        texts, held_out_file, notes = self._measured_texts(text, held_text)
+        texts, notes = self._measured_texts(text, held_text)
         with open_encoder(self.original) as encode:
             measured = [
                 evaluation_windows(path, encode, window=data.window, max_tokens=data.max_tokens) for path in texts
@@ -169,29 +156,27 @@ class _Healing:
             count = f"{len(train) - len(clean)} of {len(train)}"
             notes.append(f"{count} training windows repeat a passage of the held-out text and were left out.")
         _check_lengths(text, clean, held, data.window)
-        split = _Split(clean, held, measured_on, texts, held_out_file, notes)
+        split = _Split(clean, held, measured_on, texts, notes)
         return self._with_samples(split) if data.sampled_tokens else split
 
-    def _measured_texts(
-        self, text: CalibrationText, held_text: CalibrationText
-    ) -> tuple[tuple[Path, ...], Path | None, list[str]]:
-        """Return the texts to measure on, the file with the held-out part if it is that, and a note about it."""
+    def _measured_texts(self, text: CalibrationText, held_text: CalibrationText) -> tuple[tuple[Path, ...], list[str]]:
+        """Return the texts to measure on, and a note when that is the held-out part, which becomes a file."""
         if self.options.data.text:
-            return tuple(self.options.data.text), None, []
+            return tuple(self.options.data.text), []
         file = self.options.reference_cache / f"held-out-{text.sha256[:12]}" / HELD_OUT_NAME
         write_atomically(file, "\n\n".join(held_text.documents))
         note = (
             f"Measured on {HELD_OUT_NAME}, the part of {text.name} that was kept apart. Its first windows also chose "
             "which adapter was kept; a text of its own (--text) is a stricter test."
         )
-        return (file,), file, [note]
+        return (file,), [note]
 
     def _with_samples(self, split: _Split) -> _Split:
         """Add windows sampled from the original; what it knows by heart of held-out text is left out."""
         data = self.options.data
         count = -(-data.sampled_tokens // data.window)
         windows = sampled_windows(
-            self.original, split.train, count, self.options.reference_cache, num_columns=self.num_columns,
+            self.original, split.train, count, self.options.reference_cache, columns=self.num_columns,
             device=self.device, seed=self.options.training.seed, progress=self.progress,
         )  # fmt: skip
         clean = without_repeats(windows, split.measured_on)
@@ -203,27 +188,17 @@ class _Healing:
 
     def teacher_windows(self, split: _Split) -> tuple[TeacherWindows, TeacherWindows]:
         """Return training and held-out windows with the original's distributions, from the cache where it has them."""
-
-        def build(windows: torch.Tensor, num_tail: int, stage: str) -> TeacherWindows:
-            return build_teacher_windows(
-                self.original,
-                lambda: open_runner(self.original, device=self.device, runner=TRANSFORMERS),
-                windows,
-                self.options.reference_cache,
-                num_columns=self.num_columns,
-                num_tail=num_tail,
-                stage=stage,
-                progress=self.progress,
-            )
-
-        train = build(split.train, 0, "original, training text")
-        return train, build(split.held, NUM_TAIL, "original, held-out text")
+        open_original = partial(open_runner, self.original, device=self.device, runner=TRANSFORMERS)
+        shared = {"num_columns": self.num_columns, "progress": self.progress}
+        build = partial(build_teacher_windows, self.original, open_original, directory=self.options.reference_cache)
+        train = build(windows=split.train, stage="original, training text", **shared)
+        return train, build(windows=split.held, num_tail=NUM_TAIL, stage="original, held-out text", **shared)
 
     def train(self, train: TeacherWindows, held: TeacherWindows, run: RunDirectory, best: Path) -> dict[str, Any]:
         """Train an adapter, save to `best` what lies `share` of the way from its start to the best step, free the base.
 
         Returns:
-            `steps`, `best_step` and `history` of the report.
+            Fields of the report, as `trainer.train`.
         """
         # transformers takes seconds to import, which nobody who mistyped a path should wait for
         from transformers import TrainingArguments
@@ -236,7 +211,9 @@ class _Healing:
         if self.options.start == RESIDUAL:
             start_from_residual(adapted, open_model(self.original), progress=self.progress)
         start = AdapterStart(adapted)
-        settings = trainers.settings_for(adapted, options, run, num_examples=len(train), device=self.device)
+        settings = trainers.trainer_settings(
+            adapted, options, run.checkpoints, num_examples=len(train), device=self.device
+        )
         trainer = trainers.DistillationTrainer(
             adapted, TrainingArguments(**settings), num_columns=self.num_columns, train_dataset=train,
             eval_dataset=held, callbacks=trainers.callbacks(options, self.progress),
@@ -308,11 +285,3 @@ def _paired(old: MultipleChoiceResult, new: MultipleChoiceResult) -> str:
         f"{old.questions} questions: the original answers {old.reference.accuracy.value:.1%}; the adapter wins {won} "
         f"and loses {lost}, McNemar p = {mcnemar_exact(lost, won):.3g}."
     )
-
-
-def _described(data: HealData) -> dict[str, Any]:
-    return {
-        "data": data.data or "built-in text", "tokens": data.tokens, "sampled_tokens": data.sampled_tokens,
-        "window": data.window, "text": [Path(path).name for path in data.text], "limit": data.limit,
-        "num_shots": data.num_shots,
-    }  # fmt: skip

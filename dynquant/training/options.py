@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from dynquant.errors import TrainingError
-from dynquant.options import Flag, Window
+from dynquant.options import Flag, Window, Writes
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,7 @@ Packed = Annotated[
     str,
     Flag("Packed model: directory of `export -f safetensors`, or a .gguf file.", is_argument=True, show_default=False),
 ]
-Output = Annotated[Path, Flag("Directory of the adapter.", ("-o", "--output"))]
+Output = Annotated[Path, Flag("Directory of the adapter.", ("-o", "--output")), Writes(is_replaced=True)]
 Resume = Annotated[bool, Flag("Continue an interrupted run.")]
 
 
@@ -91,14 +91,13 @@ class HealTrainOptions(TrainOptions):
 class HealData:
     """Text to train on and text to measure on. Without `text`, the part of the data that was kept apart is measured."""
 
-    data: Annotated[
-        str | None, Flag("Text to train on: .txt, .jsonl or a datasets id. Default: the built-in text.")
-    ] = None
+    data: Annotated[str | None, Flag("Text to train on, as --calibration takes it. Default: the built-in text.")] = None
     tokens: Annotated[int, Flag("Train on at most this many tokens of it.")] = 524_288
     sampled_tokens: Annotated[int, Flag("Also train on this many tokens that the original writes itself.", min=0)] = 0
     window: Window = 512
     text: Annotated[
-        tuple[Path, ...], Flag("Held-out text to measure on. May be repeated. Default: a part of the data, kept apart.")
+        tuple[Path, ...],
+        Flag("Held-out text to measure on, likewise. May be repeated. Default: a part of the data, kept apart."),
     ] = ()
     max_tokens: Annotated[int, Flag("Tokens of each held-out text.")] = 8192
     mmlu_data: Annotated[str | None, Flag("Questions to measure accuracy on, .jsonl or a datasets id.")] = None

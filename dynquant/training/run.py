@@ -18,7 +18,7 @@ from dynquant.errors import ExportError, TrainingError, WriteError
 from dynquant.evaluation.statistics import Estimate
 from dynquant.storage.atomic import write_atomically
 from dynquant.storage.documents import FrozenRecord
-from dynquant.storage.journal import Journal, Record, differing_key
+from dynquant.storage.journal import Journal, differing_key
 
 SCHEMA_VERSION = 1
 REPORT_NAME = "training.json"
@@ -88,8 +88,12 @@ class RunDirectory:
         with Journal(self.checkpoints / "run.json") as journal:
             if not resume or journal.identity is None or self.last_checkpoint() is None:
                 shutil.rmtree(self.checkpoints, ignore_errors=True)
-            else:
-                self._check_identity(journal.identity)
+            elif key := differing_key(journal.identity, self.identity):
+                old, new = journal.identity.get(key, "nothing"), self.identity.get(key, "nothing")
+                raise TrainingError(
+                    f"{self.checkpoints} holds an unfinished run with {key} = {old}; this one has {new}. Repeat the "
+                    "earlier command to finish it, or give --no-resume to start afresh."
+                )
             try:
                 journal.start(self.identity, ())
             except OSError as error:
@@ -101,18 +105,23 @@ class RunDirectory:
         """Return the last complete checkpoint; what was being written when the run was killed is removed."""
         steps = {int(path.name.rpartition("-")[2]): path for path in self.checkpoints.glob("checkpoint-*")}
         for _, path in sorted(steps.items(), reverse=True):
-            if (path / _STATE).is_file():
+            if (path / _STATE).is_file():  # transformers writes it after weights and optimizer
                 return str(path)
             shutil.rmtree(path)
         return None
 
-    def finish(self, write: Callable[[Path], None]) -> None:
-        """Let `write` fill a new directory, put it in the output's place, and remove the checkpoints."""
+    def finish(self, save: Callable[[Path], None], *, measure: str, **fields: Any) -> TrainingReport:
+        """Put the report of these `fields`, its plot and what `save` writes in the output's place; drop checkpoints.
+
+        `measure` is what the losses are, with its unit.
+        """
+        report = TrainingReport(identity=self.identity, **fields)
         partial = self.output.with_name(f".{self.output.name}.partial")
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            write(partial)
+            save(partial)
+            _write_report(partial, report, measure)
             if self.output.exists():
                 shutil.rmtree(self.output)
             partial.rename(self.output)
@@ -123,19 +132,10 @@ class RunDirectory:
                 "run the same command again: checkpoints are kept."
             ) from error
         shutil.rmtree(self.checkpoints, ignore_errors=True)
-
-    def _check_identity(self, stored: Record) -> None:
-        key = differing_key(stored, self.identity)
-        if key is not None:
-            old, new = stored.get(key, "nothing"), self.identity.get(key, "nothing")
-            raise TrainingError(
-                f"{self.checkpoints} holds an unfinished run with {key} = {old}; this one has {new}. Repeat the "
-                "earlier command to finish it, or give --no-resume to start afresh."
-            )
+        return report
 
 
-def write_report(directory: Path, report: TrainingReport, *, measure: str) -> None:
-    """Write training.json and the plot of the losses."""
+def _write_report(directory: Path, report: TrainingReport, measure: str) -> None:
     write_atomically(directory / REPORT_NAME, report.model_dump_json(indent=2) + "\n")
     with plot_settings():
         figure, headline = draw_training(

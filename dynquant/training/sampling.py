@@ -22,22 +22,14 @@ _BATCH, _BATCH_OF_LARGE = 2048, 64
 
 
 def sampled_windows(
-    original: Path,
-    text: Tensor,
-    count: int,
-    directory: Path,
-    *,
-    num_columns: int,
-    device: str,
-    seed: int,
-    progress: Progress,
+    original: Path, text: Tensor, count: int, directory: Path, columns: int, device: str, seed: int, progress: Progress
 ) -> Tensor:
     """Return windows sampled from a model, token ids int64 [count, T].
 
     Args:
         original: resolved directory or GGUF file; loaded only when `directory` lacks some windows.
         text: windows [n, T] that beginnings are taken from, at random places.
-        num_columns: leading logits that may be drawn.
+        columns: leading logits that may be drawn.
 
     Raises:
         CheckpointError: the model cannot be loaded.
@@ -49,7 +41,7 @@ def sampled_windows(
     rows = torch.randint(len(text), (count,), generator=generator)
     places = torch.randint(length - kept + 1, (count,), generator=generator)
     starts = text[rows[:, None], places[:, None] + torch.arange(kept)]
-    options = {"kind": "sampled", "columns": num_columns, "window": length, "seed": seed, "device": device}
+    options = {"kind": "sampled", "columns": columns, "window": length, "seed": seed, "device": device}
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     model: nn.Module | None = None
     batches = []
@@ -58,8 +50,8 @@ def sampled_windows(
         if not entry_path(directory, key).is_file():
             model = model or load_model(original, dtype).to(device).eval()
             parts = batch.split(_BATCH if model.num_parameters() < LARGE else _BATCH_OF_LARGE)
-            draws = torch.Generator(device).manual_seed(seed + number)
-            windows = torch.cat([_continue(model, part.to(device), length, num_columns, draws) for part in parts])
+            draws = torch.Generator(device).manual_seed(seed + number)  # a restart draws the same
+            windows = torch.cat([_continue(model, part.to(device), length, columns, draws) for part in parts])
             save_cached(directory, key, {"windows": windows.int().cpu()})
         batches.append(load_cached(directory, key)["windows"].long())
         progress("original, writing", sum(map(len, batches)), count, unit="windows")
@@ -67,14 +59,14 @@ def sampled_windows(
 
 
 @torch.inference_mode()
-def _continue(model: nn.Module, starts: Tensor, length: int, num_columns: int, draws: torch.Generator) -> Tensor:
+def _continue(model: nn.Module, starts: Tensor, length: int, columns: int, draws: torch.Generator) -> Tensor:
     """Return `starts` [n, s] and what the model writes after them, [n, length]. An end of text ends no window."""
     ids, past = starts, None
     new = starts
     while ids.shape[1] < length:
         output = model(input_ids=new, past_key_values=past, use_cache=True, logits_to_keep=1)
         past = output.past_key_values
-        probabilities = output.logits[:, -1, :num_columns].float().softmax(-1)
+        probabilities = output.logits[:, -1, :columns].float().softmax(-1)
         new = torch.multinomial(probabilities, 1, generator=draws)
         ids = torch.cat([ids, new], dim=1)
     return ids

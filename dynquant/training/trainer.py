@@ -58,18 +58,10 @@ class ProgressCallback(TrainerCallback):
         self._progress("train", state.global_step, state.max_steps, unit="steps")
 
 
-def settings_for(
-    adapted: nn.Module, options: TrainOptions, run: RunDirectory, *, num_examples: int, device: str
-) -> dict[str, Any]:
-    """Return `trainer_settings` for a model with its adapter."""
-    num_weights = sum(parameter.numel() for parameter in adapted.parameters())
-    return trainer_settings(options, run.checkpoints, num_examples=num_examples, num_weights=num_weights, device=device)
-
-
 def trainer_settings(
-    options: TrainOptions, directory: Path, *, num_examples: int, num_weights: int, device: str
+    adapted: nn.Module, options: TrainOptions, directory: Path, *, num_examples: int, device: str
 ) -> dict[str, Any]:
-    """Return keyword arguments of `TrainingArguments` and its descendants.
+    """Return keyword arguments of `TrainingArguments` and its descendants, for a model with its adapter.
 
     Raises:
         TrainingError: `micro_batch` does not divide `batch_size`, or several GPUs are visible.
@@ -79,7 +71,9 @@ def trainer_settings(
         raise TrainingError(
             f"A batch of {options.batch_size} does not divide into micro-batches of {micro}. Give a divisor."
         )
-    steps = total_steps(options, num_examples)
+    steps = options.max_steps
+    if steps is None:
+        steps = max(1, math.ceil(math.ceil(num_examples / options.batch_size) * options.epochs))
     every = max(1, round(steps / options.evaluations))
     on_cpu = device == "cpu"
     if not on_cpu and torch.cuda.device_count() > 1:
@@ -88,6 +82,8 @@ def trainer_settings(
             "are trained on one: set CUDA_VISIBLE_DEVICES=0."
         )
     checkpointing = options.gradient_checkpointing
+    if checkpointing is None:
+        checkpointing = not on_cpu and sum(parameter.numel() for parameter in adapted.parameters()) >= LARGE
     return {
         "output_dir": str(directory),
         "max_steps": steps,
@@ -99,34 +95,27 @@ def trainer_settings(
         "warmup_steps": min(steps, math.ceil(options.warmup * steps)),
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
-        "logging_steps": max(1, every // 4),
+        "logging_steps": max(1, every // 4),  # four training losses for each held-out one, for the plot
         "eval_strategy": "steps",
         "eval_steps": every,
         "save_strategy": "steps",
         "save_steps": every,
-        "save_total_limit": 2,
+        "save_total_limit": 2,  # the best and the last
         "load_best_model_at_end": True,
         "metric_for_best_model": "eval_loss",
         "greater_is_better": False,
-        "restore_callback_states_from_checkpoint": True,
-        "remove_unused_columns": False,
+        "restore_callback_states_from_checkpoint": True,  # early stopping goes on counting after a kill
+        "remove_unused_columns": False,  # the losses read columns that the model's forward does not name
         "seed": options.seed,
         "data_seed": options.seed,
         "use_cpu": on_cpu,
-        "bf16": not on_cpu,
-        "gradient_checkpointing": not on_cpu and num_weights >= LARGE if checkpointing is None else checkpointing,
+        "bf16": not on_cpu,  # autocast; factors of the adapter stay float32
+        "gradient_checkpointing": checkpointing,
         "dataloader_pin_memory": not on_cpu,
         "report_to": "none",
-        "disable_tqdm": True,
+        "disable_tqdm": True,  # ProgressCallback reports instead
         "log_level": "error",
     }
-
-
-def total_steps(options: TrainOptions, num_examples: int) -> int:
-    """Return the optimizer steps of the whole run."""
-    if options.max_steps is not None:
-        return options.max_steps
-    return max(1, math.ceil(math.ceil(num_examples / options.batch_size) * options.epochs))
 
 
 def train(trainer: Trainer, run: RunDirectory) -> dict[str, Any]:
@@ -136,7 +125,7 @@ def train(trainer: Trainer, run: RunDirectory) -> dict[str, Any]:
     loss unless the adapter starts from the residual (`heal`).
 
     Returns:
-        `steps`, `best_step` and `history` of the report.
+        Fields of the report: numbers of examples, `steps`, `best_step` and `history`.
     """
     trainer.remove_callback(PrinterCallback)  # which prints every log entry as a dictionary
     checkpoint = run.last_checkpoint()
@@ -144,14 +133,12 @@ def train(trainer: Trainer, run: RunDirectory) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=checkpoint)
     steps, best = trainer.state.global_step, trainer.state.best_model_checkpoint
     best_step = int(best.rpartition("-")[2]) if best else steps
-    return {"steps": steps, "best_step": best_step, "history": loss_history(trainer.state.log_history)}
-
-
-def loss_history(log: list[dict[str, Any]]) -> list[LossPoint]:
-    """Return the losses of a Trainer's log."""
+    log = trainer.state.log_history
     points = [LossPoint(step=entry["step"], train=entry["loss"]) for entry in log if "loss" in entry]
     points += [LossPoint(step=entry["step"], held_out=entry["eval_loss"]) for entry in log if "eval_loss" in entry]
-    return sorted(points, key=lambda point: (point.step, point.train is None))
+    history = sorted(points, key=lambda point: (point.step, point.train is None))
+    counts = {"trained_examples": len(trainer.train_dataset), "held_out_examples": len(trainer.eval_dataset)}
+    return {**counts, "steps": steps, "best_step": best_step, "history": history}
 
 
 def callbacks(options: TrainOptions, progress: Progress) -> list[TrainerCallback]:

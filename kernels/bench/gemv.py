@@ -9,10 +9,10 @@ tiling, and a replayed graph must give the bits of plain calls: a speed whose re
 The file is rewritten after every row. Kernels are compiled ahead by worker processes into Triton's cache.
 """
 
-import argparse
 import itertools
 import multiprocessing
 import time
+from argparse import Namespace
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from functools import partial
@@ -27,8 +27,7 @@ from dynquant.formats import decode
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.formats.scale_fields import num_scales, with_scales
 from dynquant.kernels import ops
-from dynquant.kernels.bench import naive
-from dynquant.kernels.bench.harness import JsonReport, Row, device_name, eager_time, graph_time, parser
+from dynquant.kernels.bench.harness import JsonReport, Row, device_name, eager_time, graph_time, options
 from dynquant.kernels.planes import pack_planes
 from dynquant.kernels.triton import gemv
 from dynquant.kernels.triton.activations import quantize_activations
@@ -44,8 +43,9 @@ ROTATED_BYTES = 240_000_000
 POOL_BYTES = 1 << 30
 
 _Config = GemvConfig | None
-_Job = tuple[str, int, int, str, _Config]
-"""type, M, K, act, tiling: what determines a compiled kernel"""
+_Job = tuple[str, int, int, int, str, _Config]
+_COLUMNS = ("type", "m", "n", "k", "act")
+"""Names of what a job is, in the report; its last part is the tiling."""
 
 
 @triton.jit
@@ -91,7 +91,7 @@ def finite_blocks(type_name: str, num_rows: int, row_length: int) -> Tensor:
     num_blocks = num_rows * row_length // layout.block_size
     blocks = torch.randint(0, 256, (num_blocks, layout.block_bytes), dtype=torch.uint8, device="cuda")
     if type_name == "MXFP4":
-        blocks[:, 0] = blocks[:, 0] % 8 + 120
+        blocks[:, 0] = blocks[:, 0] % 8 + 120  # scales 2^-7 to 1
     elif type_name != "NVFP4":
         scales = torch.rand(num_blocks, num_scales(type_name), device="cuda") * 0.1 + 0.01
         blocks = with_scales(type_name, blocks, scales)
@@ -126,14 +126,11 @@ def bf16_times(pool: Tensor, shapes: list[tuple[int, int]], rows: list[int]) -> 
     return times
 
 
-def measure(
-    type_name: str, m: int, n: int, k: int, act: str, config: _Config, pool: Tensor, *, is_quick: bool = False
-) -> Row:
-    """Return one row of the report; `is_quick` leaves out eager times and the product alone."""
-    row: Row = {"type": type_name, "m": m, "n": n, "k": k, "act": act}
-    row["config"] = asdict(config) if config else "dispatch"
-    row["error"] = error_of(type_name, m, k, act, config)
-    if not row["error"] <= ERROR_LIMIT[act]:
+def measure(job: _Job, pool: Tensor, *, is_quick: bool) -> Row:
+    """Return what a row of the report says of a job; `is_quick` leaves out eager times and the product alone."""
+    type_name, m, n, k, act, config = job
+    row: Row = {"config": asdict(config) if config else "dispatch", "error": error_of(type_name, m, k, act, config)}
+    if not row["error"] <= ERROR_LIMIT[act]:  # refuses NaN too
         return row | {"refused": f"error above {ERROR_LIMIT[act]}"}
     row_bytes = QUANT_TYPES[type_name].row_bytes(k)
     weights = [part.view(n, row_bytes) for part in slices(pool, n * row_bytes, m)]
@@ -143,44 +140,21 @@ def measure(
     for call, result in zip(calls, results, strict=True):
         if not torch.equal(call().view(torch.int16), result.view(torch.int16)):
             return row | {"refused": "graph replay and plain calls differ"}
-    row["us"] = us
-    row["gbps"] = (n * row_bytes + 2 * m * (n + k)) / us / 1e3
-    if not is_quick:
-        row["eager_us"] = eager_time(calls)
-        if config is None:
-            return row
-        xq, xd = quantize_activations(x, act, padded_rows=-(-m // config.rows) * config.rows)
-        calls = [lambda w=w: gemv.multiply(xq, xd, w, type_name, m, x.dtype, config) for w in weights]
+    row |= {"us": us, "gbps": (n * row_bytes + 2 * m * (n + k)) / us / 1e3}
+    if is_quick:
+        return row
+    row["eager_us"] = eager_time(calls)
+    if config is not None:
+        integers = quantize_activations(x, act, padded_rows=-(-m // config.rows) * config.rows)
+        calls = [lambda w=w: gemv.multiply(integers, w, type_name, x.new_empty(m, n), config, None) for w in weights]
         row["multiply_us"], _ = graph_time(calls)
     return row
 
 
-def naive_row(type_name: str, n: int, k: int, pool: Tensor) -> Row:
-    """Return a row of the first-attempt kernel, and decoding to bf16 before torch's product, at M = 1."""
-    blocks = finite_blocks(type_name, 1024, k)
-    x = torch.randn(1, k, device="cuda", dtype=torch.bfloat16)
-    weights = decode(type_name, blocks)
-    reference = x.double() @ weights.double().T
-    error = ((naive.linear(x, blocks, type_name).double() - reference).norm() / reference.norm()).item()
-    row: Row = {"type": type_name, "m": 1, "n": n, "k": k, "act": "naive", "error": error}
-    if not error <= ERROR_LIMIT["bf16"]:
-        return row | {"refused": "error"}
-    parts = [part.view(n, -1) for part in slices(pool, n * blocks.shape[1], 1)]
-    row["us"], _ = graph_time([lambda w=w: naive.linear(x, w, type_name) for w in parts])
-    row["decode_mm_us"] = eager_time([lambda: x @ decode(type_name, parts[0]).to(x.dtype).T] * 2)
-    return row
-
-
-def tune_space(m: int) -> list[GemvConfig]:
-    """Return tilings of `gemv` worth trying for M rows of activations."""
-    sizes = ((2, 1), (4, 1), (8, 1), (2, 2), (4, 2))
-    return [GemvConfig(bn, warps, rows=m, pdl=True) for bn, warps in sizes] + [GemvConfig(4, 1, rows=m)]
-
-
 def _compile(job: _Job) -> None:
-    type_name, m, k, act, config = job
+    type_name, m, n, k, act, config = job
     if config is None:
-        weight = torch.zeros(1024, QUANT_TYPES[type_name].row_bytes(k), dtype=torch.uint8, device="cuda")
+        weight = torch.zeros(n, QUANT_TYPES[type_name].row_bytes(k), dtype=torch.uint8, device="cuda")
         product(torch.zeros(m, k, dtype=torch.bfloat16, device="cuda"), weight, type_name, act, None)
         return
     planes = 1 + (act == "bf16")
@@ -192,99 +166,85 @@ def _compile(job: _Job) -> None:
 
 
 def precompile(jobs: list[_Job], workers: int) -> None:
-    """Compile kernels in processes of their own; they are read back from Triton's cache."""
-    began, done = time.perf_counter(), 0
+    """Compile kernels in processes of their own; they are read back from Triton's cache, whatever the rows of W."""
+    began = time.perf_counter()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as executor:
-        pending = {executor.submit(_compile, job): job for job in dict.fromkeys(jobs)}
+        jobs = dict.fromkeys((name, m, 1024, k, act, config) for name, m, _, k, act, config in jobs)
+        pending = {executor.submit(_compile, job): job for job in jobs}
         for future in as_completed(pending):
-            done += 1
             if future.exception() is not None:
                 print(f"compiling {pending[future]} failed: {future.exception()}", flush=True)
-    print(f"compiled {done} kernels in {time.perf_counter() - began:.0f} s", flush=True)
+    print(f"compiled {len(jobs)} kernels in {time.perf_counter() - began:.0f} s", flush=True)
 
 
-def add_row(report: JsonReport, row: Row, bf16_us: float | None) -> None:
+def add_row(report: JsonReport, row: Row, bf16_us: float) -> None:
     """Add a row with its speed beside bfloat16 and as a share of the read bandwidth."""
-    if bf16_us is not None:
-        row["bf16_us"] = bf16_us
-        if "us" in row:
-            row["speedup"] = bf16_us / row["us"]
-    if "gbps" in row:
-        row["fraction"] = row["gbps"] / report.head["read_gbps"]
+    row["bf16_us"] = bf16_us
+    if "us" in row:
+        row |= {"speedup": bf16_us / row["us"], "fraction": row["gbps"] / report.head["read_gbps"]}
     report.add(row)
 
 
 def best_configs(rows: list[Row]) -> list[str]:
     """Return the fastest tiling of every (type, M, N, K, act), as lines for `gemv_config`."""
     best: dict[tuple, Row] = {}
-    for row in rows:
-        key = tuple(row[name] for name in ("type", "act", "m", "n", "k"))
-        if "us" in row and "config" in row and (key not in best or row["us"] < best[key]["us"]):
-            best[key] = row
+    for row in sorted((row for row in rows if "us" in row and "config" in row), key=lambda row: row["us"]):
+        best.setdefault(tuple(row[name] for name in _COLUMNS), row)
     return [
-        f"{key}: {row['config']},  # {row['us']:.2f} us, {row.get('fraction', 0):.2f} of peak"
-        for key, row in best.items()
+        f"{key}: {row['config']},  # {row['us']:.2f} us, {row['fraction']:.2f} of peak"
+        for key, row in sorted(best.items())
     ]
 
 
 def main() -> None:
     """Parse, compile, measure, write JSON after every row."""
-    options, began = _options(), time.perf_counter()
-    types, acts = options.types.split(","), options.acts.split(",")
-    rows = [int(m) for m in options.m.split(",")]
-    shapes = [tuple(int(side) for side in shape.split("x")) for shape in options.shapes.split(",")]
+    asked = options(
+        __doc__, out=Path, types=",".join(PRIORITY), m=("1", "rows of activations; above 4 only bf16 is timed"),
+        acts="int8,bf16", shapes=",".join(f"{n}x{k}" for n, k in SHAPES), workers=12,
+        tune=(False, "sweep tilings instead of using `gemv_config`"), pdl=(int, "1, 0: force dependent launch on, off"),
+        seconds=(300.0, "stop measuring after this time"),
+    )  # fmt: skip
+    began = time.perf_counter()
+    rows = [int(m) for m in asked.m.split(",")]
+    shapes = [tuple(int(side) for side in shape.split("x")) for shape in asked.shapes.split(",")]
     jobs = [
         (name, m, n, k, act, config)
-        for name, act, m, (n, k) in itertools.product(types, acts, rows, shapes)
-        for config in _configs(options, name, act, m)
+        for name, act, m, (n, k) in itertools.product(asked.types.split(","), asked.acts.split(","), rows, shapes)
+        for config in _configs(name, act, m, asked)
     ]
-    precompile([(name, m, k, act, config) for name, m, n, k, act, config in jobs], options.workers)
+    precompile(jobs, asked.workers)
 
-    report = JsonReport(options.out, ceilings())
+    report = JsonReport(asked.out, ceilings())
     pool = torch.randint(0, 256, (POOL_BYTES,), dtype=torch.uint8, device="cuda")
     dense = bf16_times(pool, shapes, rows)
     for (m, n, k), us in dense.items():
-        row = {"type": "BF16", "m": m, "n": n, "k": k, "act": "torch", "us": us, "gbps": 2e-3 * n * k / us}
-        add_row(report, row, us)
-    for name, m, n, k, act, config in jobs:
-        if time.perf_counter() - began > options.seconds:
+        row = dict(zip(_COLUMNS, ("BF16", m, n, k, "torch"), strict=True))
+        add_row(report, row | {"us": us, "gbps": 2e-3 * n * k / us}, us)
+    for job in jobs:
+        if time.perf_counter() - began > asked.seconds:
             print("time is up", flush=True)
             break
+        row = dict(zip(_COLUMNS, job[:-1], strict=True))
         try:
-            row = measure(name, m, n, k, act, config, pool, is_quick=options.tune)
+            row |= measure(job, pool, is_quick=asked.tune)
         except (RuntimeError, triton.errors.TritonError) as error:
-            row = {"type": name, "m": m, "n": n, "k": k, "act": act, "failed": str(error)}
-        add_row(report, row, dense[m, n, k])
-    if options.naive:
-        for name, (n, k) in itertools.product(naive.TYPES, shapes[:1]):
-            add_row(report, naive_row(name, n, k, pool), dense.get((1, n, k)))
-    if options.tune:
+            row["failed"] = str(error)
+        add_row(report, row, dense[job[1:4]])
+    if asked.tune:
         print("\n".join(best_configs(report.rows)))
     print(f"{time.perf_counter() - began:.0f} s")
 
 
-def _options() -> argparse.Namespace:
-    flags = parser(__doc__)
-    flags.add_argument("--out", type=Path, required=True)
-    flags.add_argument("--types", default=",".join(PRIORITY))
-    flags.add_argument("--m", default="1", help="rows of activations; above 4 only bf16 is timed")
-    flags.add_argument("--acts", default="int8,bf16")
-    flags.add_argument("--shapes", default=",".join(f"{n}x{k}" for n, k in SHAPES))
-    flags.add_argument("--tune", action="store_true", help="sweep tilings instead of using `gemv_config`")
-    flags.add_argument("--pdl", type=int, choices=(0, 1), help="force dependent launch on or off")
-    flags.add_argument("--naive", action="store_true", help="also time the naive kernel and decoding before torch.mm")
-    flags.add_argument("--workers", type=int, default=12)
-    flags.add_argument("--seconds", type=float, default=300.0, help="stop measuring after this time")
-    return flags.parse_args()
-
-
-def _configs(options: argparse.Namespace, type_name: str, act: str, m: int) -> list[_Config]:
+def _configs(type_name: str, act: str, m: int, asked: Namespace) -> list[_Config]:
     """Return the tilings to time; None stands for the kernel that `dispatch` chooses."""
     if m > gemv.MAX_ROWS:
         return [None] if act == "bf16" else []
-    configs = tune_space(m) if options.tune else [gemv_config(type_name, m)]
-    return configs if options.pdl is None else [replace(config, pdl=bool(options.pdl)) for config in configs]
+    configs = [gemv_config(type_name, m)]
+    if asked.tune:
+        sizes = ((2, 1), (4, 1), (8, 1), (2, 2), (4, 2))
+        configs = [GemvConfig(bn, warps, rows=m, pdl=True) for bn, warps in sizes] + [GemvConfig(4, 1, rows=m)]
+    return configs if asked.pdl is None else [replace(config, pdl=bool(asked.pdl)) for config in configs]
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Timing, tables and JSON of the benchmarks here and in `analysis.bench`. Importing it needs no GPU."""
 
-import argparse
 import gc
 import json
 import statistics
 import time
-from collections.abc import Callable
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -13,9 +13,26 @@ import torch
 Row = dict[str, object]
 
 
-def parser(doc: str | None) -> argparse.ArgumentParser:
-    """Return a parser whose help is the module's text."""
-    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(doc: str | None, positional: str = "", choices: Iterable[str] | None = None, /, **flags) -> Namespace:
+    """Parse the command line of a script whose help is the module's text.
+
+    A flag is its default, or a type where it has none (a `Path` must be there), or a pair of that and its help. A
+    truth value can be denied by `--no-`, a list is filled by repeating the flag.
+    """
+    parser = ArgumentParser(description=doc, formatter_class=RawDescriptionHelpFormatter)
+    if positional:
+        parser.add_argument(positional, choices=choices)
+    for name, flag in flags.items():
+        value, text = flag if isinstance(flag, tuple) else (flag, None)
+        if isinstance(value, type):
+            words = {"type": value, "required": value is Path}
+        elif isinstance(value, bool | list):
+            words = {"action": "append" if value == [] else BooleanOptionalAction, "default": value}
+        else:
+            words = {"type": type(value), "default": value}
+        short = ["-o"] if name == "output" else []
+        parser.add_argument(*short, f"--{name.replace('_', '-')}", help=text, **words)
+    return parser.parse_args()
 
 
 def device_name(device: str = "cuda") -> str:
@@ -47,7 +64,7 @@ def graph_time(calls: list[Callable[[], object]], replays: int = 15) -> tuple[fl
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
-        calls[0]()
+        calls[0]()  # compiles, which a capture must not
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             results = [call() for call in calls]
@@ -59,7 +76,7 @@ def graph_time(calls: list[Callable[[], object]], replays: int = 15) -> tuple[fl
             stop.record()
             stop.synchronize()
             times.append(start.elapsed_time(stop))
-    return statistics.median(times[2:]) * 1000 / len(calls), results
+    return statistics.median(times[2:]) * 1000 / len(calls), results  # the first two warm up
 
 
 def release_memory() -> None:

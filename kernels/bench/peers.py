@@ -6,6 +6,7 @@ Weights rotate over 256 MiB so that no cache holds them; a CUDA graph is replaye
 A peer that is not installed or fails is listed with its reason. llama.cpp is measured by `bench_llama.cpp`.
 """
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,39 +14,36 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dynquant.kernels.bench.harness import JsonReport, device_name, graph_time, parser
+from dynquant.kernels.bench.harness import JsonReport, Row, device_name, graph_time, options
 
 ROTATED_BYTES = 256 << 20
 SHAPES = ((14336, 4096), (8192, 8192), (28672, 8192))
 Product = Callable[[Tensor], Tensor]
+Maker = Callable[[int, int], tuple[Product, int]]
+"""N, K -> the product by random weights, and their bytes."""
 
 
 def main() -> None:
     """Parse, measure, write JSON after every line."""
-    flags = parser(__doc__)
-    flags.add_argument("--out", type=Path, required=True)
-    flags.add_argument("--m", default="1,16,4096")
-    options = flags.parse_args()
-    report = JsonReport(options.out, {"device": device_name()})
-    for shape in SHAPES:
-        for name, make in PEERS.items():
-            for m in (int(number) for number in options.m.split(",")):
-                row = {"peer": name, "n": shape[0], "k": shape[1], "m": m}
-                try:
-                    row |= _measured(make, shape, m)
-                except Exception as error:  # a peer's failure is a result, not ours to fix
-                    row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
-                report.add(row)
+    asked = options(__doc__, out=Path, m="1,16,4096")
+    report = JsonReport(asked.out, {"device": device_name()})
+    for (n, k), (name, make), m in itertools.product(SHAPES, PEERS.items(), map(int, asked.m.split(","))):
+        row = {"peer": name, "n": n, "k": k, "m": m}
+        try:
+            row |= _measured(make, n, k, m)
+        except Exception as error:  # a peer's failure is a result, not ours to fix
+            row["failed"] = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:120]}"
+        report.add(row)
 
 
-def _measured(make: Callable[[int, int], tuple[Product, int]], shape: tuple[int, int], m: int) -> dict:
-    first, num_bytes = make(*shape)
+def _measured(make: Maker, n: int, k: int, m: int) -> Row:
+    first, num_bytes = make(n, k)
     copies = max(4, -(-ROTATED_BYTES // num_bytes))
-    products = [first, *(make(*shape)[0] for _ in range(copies - 1))]
-    x = torch.randn(m, shape[1], device="cuda", dtype=torch.bfloat16)
-    microseconds, _ = graph_time([partial(product, x) for product in products], replays=20)
-    return {"us": round(microseconds, 2), "bits_per_weight": round(8 * num_bytes / shape[0] / shape[1], 3),
-            "gb_per_s": round(num_bytes / microseconds / 1e3, 1)}  # fmt: skip
+    products = [first, *(make(n, k)[0] for _ in range(copies - 1))]
+    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+    us, _ = graph_time([partial(product, x) for product in products], replays=20)
+    sizes = {"bits_per_weight": round(8 * num_bytes / n / k, 3), "gb_per_s": round(num_bytes / us / 1e3, 1)}
+    return {"us": round(us, 2), **sizes}
 
 
 def _torch_bf16(n: int, k: int) -> tuple[Product, int]:
@@ -62,7 +60,7 @@ def _bitsandbytes_nf4(n: int, k: int) -> tuple[Product, int]:
     return layer, layer.weight.numel() * layer.weight.element_size() + 4 * state.absmax.numel()
 
 
-def _gemlite(bits: int) -> Callable[[int, int], tuple[Product, int]]:
+def _gemlite(bits: int) -> Maker:
     def make(n: int, k: int) -> tuple[Product, int]:
         from gemlite.helper import A16Wn_HQQ_INT
 
@@ -75,7 +73,7 @@ def _gemlite(bits: int) -> Callable[[int, int], tuple[Product, int]]:
     return make
 
 
-PEERS: dict[str, Callable[[int, int], tuple[Product, int]]] = {
+PEERS: dict[str, Maker] = {
     "torch bf16": _torch_bf16,
     "bitsandbytes NF4": _bitsandbytes_nf4,
     "gemlite A16W4, groups of 64": _gemlite(4),

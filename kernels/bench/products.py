@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from dynquant.formats.quant_types import QUANT_TYPES
-from dynquant.kernels.bench.harness import device_name, parser
+from dynquant.kernels.bench.harness import device_name, options
 from dynquant.kernels.planes import PLANES
 from dynquant.kernels.triton import fused, grouped, two_pass
 from dynquant.kernels.triton.dequantize import dequantize
@@ -30,7 +30,7 @@ _EXPERTS, _SLOTS, _EXPERT_ROWS, _EXPERT_LENGTH = 128, 8, 1536, 2048
 def packed(name: str, *shape: int) -> Tensor:
     """Return random blocks; what the bytes say does not change how long decoding takes."""
     row_bytes = QUANT_TYPES[name].row_bytes(shape[-1])
-    return torch.randint(0, 256, (*shape[:-1], row_bytes), dtype=torch.uint8, device="cuda") & 0x3F
+    return torch.randint(0, 256, (*shape[:-1], row_bytes), dtype=torch.uint8, device="cuda") & 0x3F  # no NaN
 
 
 def microseconds(call: Callable[..., object], *arguments: object) -> float:
@@ -66,26 +66,28 @@ def bench_linear(name: str) -> Iterator[dict[str, object]]:
         yield line
 
 
+def routed_inputs(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return activations, gradients of the results, and the experts that every token goes to."""
+    x = torch.randn(tokens, _EXPERT_LENGTH, device="cuda").bfloat16()
+    dy = torch.randn(tokens, _SLOTS, _EXPERT_ROWS, device="cuda").bfloat16()
+    return x, dy, torch.rand(tokens, _EXPERTS, device="cuda").topk(_SLOTS).indices
+
+
 def bench_experts(name: str) -> Iterator[dict[str, object]]:
     """Yield times of pairs one by one against tiles, both ways, beside bfloat16 products of sorted tokens."""
     weight = packed(name, _EXPERTS, _EXPERT_ROWS, _EXPERT_LENGTH)
     dense = torch.randn(_EXPERTS, _EXPERT_LENGTH, _EXPERT_ROWS, dtype=torch.bfloat16, device="cuda")
     for tokens in (1, 2, 4, 8, 16, 64, 256, 1024, 4096):
-        x = torch.randn(tokens, _EXPERT_LENGTH, device="cuda").bfloat16()
-        dy = torch.randn(tokens, _SLOTS, _EXPERT_ROWS, device="cuda").bfloat16()
-        ids = torch.rand(tokens, _EXPERTS, device="cuda").topk(_SLOTS).indices
+        x, dy, ids = routed_inputs(tokens)
         line = {"type": name, "tokens": tokens}
-        for what, is_few in (("pairs", True), ("tiles", False)):
-            if what == "pairs" and tokens > 64:
-                continue
+        for what, is_few in (("pairs", True), ("tiles", False))[tokens > 64 :]:  # many pairs one by one take too long
             with mock.patch.object(grouped, "_is_few", lambda *_, is_few=is_few: is_few):
                 line[what] = microseconds(grouped.linear, x, weight, ids, name)
                 line[f"{what} grad"] = microseconds(grouped.input_grad, dy, weight, ids, name)
         if hasattr(torch, "_grouped_mm"):
             order = ids.flatten().argsort()
             ends = ids.flatten().bincount(minlength=_EXPERTS).cumsum(0).int()
-            rows = x[order // _SLOTS]
-            line["bf16 grouped_mm"] = microseconds(torch._grouped_mm, rows, dense, ends)
+            line["bf16 grouped_mm"] = microseconds(torch._grouped_mm, x[order // _SLOTS], dense, ends)
         yield line
 
 
@@ -93,9 +95,7 @@ def bench_tiles(name: str) -> Iterator[dict[str, object]]:
     """Yield times by constants of the tile kernels for a full prefill and for few rows."""
     weight = packed(name, _EXPERTS, _EXPERT_ROWS, _EXPERT_LENGTH)
     for tokens, rows_per_tile in ((4096, (64, 128, 256)), (1024, (32, 64)), (128, (16,))):
-        x = torch.randn(tokens, _EXPERT_LENGTH, device="cuda").bfloat16()
-        dy = torch.randn(tokens, _SLOTS, _EXPERT_ROWS, device="cuda").bfloat16()
-        ids = torch.rand(tokens, _EXPERTS, device="cuda").topk(_SLOTS).indices
+        x, dy, ids = routed_inputs(tokens)
         for bm, bn, g, warps, stages in itertools.product(rows_per_tile, (64, 128), (2, 4), (4, 8), (1, 3)):
             config = {"BM": bm, "BN": bn, "G": g, "num_warps": warps, "num_stages": stages}
             line = {"type": name, "tokens": tokens, **config}
@@ -110,16 +110,11 @@ def bench_tiles(name: str) -> Iterator[dict[str, object]]:
 
 def main() -> None:
     """Read the arguments and print the lines."""
-    benches = {
-        "dequantize": bench_dequantize, "linear": bench_linear, "experts": bench_experts, "tiles": bench_tiles,
-    }  # fmt: skip
-    flags = parser(__doc__)
-    flags.add_argument("what", choices=benches)
-    flags.add_argument("--types", default=",".join(PLANES))
-    options = flags.parse_args()
+    benches = {"dequantize": bench_dequantize, "linear": bench_linear, "experts": bench_experts, "tiles": bench_tiles}
+    asked = options(__doc__, "what", benches, types=",".join(PLANES))
     print(json.dumps({"device": device_name(), "torch": torch.__version__}), flush=True)
-    for name in options.types.split(","):
-        for line in benches[options.what](name):
+    for name in asked.types.split(","):
+        for line in benches[asked.what](name):
             print(json.dumps(line), flush=True)
 
 

@@ -15,9 +15,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def _act_quant_kernel(
-    x_ptr, q_ptr, d_ptr, stride_xm, K,
-    IS_FIXED16: tl.constexpr, GROUPS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    x_ptr, q_ptr, d_ptr, stride_xm, K, IS_FIXED16: tl.constexpr, GROUPS: tl.constexpr, PDL: tl.constexpr
+):
     if PDL:
         # The product may only start to read weights once whatever wrote them is done: wait first.
         gdc_wait()
@@ -35,8 +34,8 @@ def _act_quant_kernel(
         exponent = tl.maximum(tl.minimum((largest.to(tl.int32, bitcast=True) >> 23) & 255, 254), 16)
         d = ((exponent - 13) << 23).to(tl.float32, bitcast=True)
         inverse = ((267 - exponent) << 23).to(tl.float32, bitcast=True)
-        v = tl.floor(x * inverse[:, None] + 0.5).to(tl.int32)
-        high = (v + 128) >> 8
+        v = tl.floor(x * inverse[:, None] + 0.5).to(tl.int32)  # 2^14 at most
+        high = (v + 128) >> 8  # rounded, so that the low byte is signed
         base = q_ptr + m * 2 * K
         tl.store(base + place, high.to(tl.int8), mask=k < K)
         tl.store(base + K + place, (v - high * 256).to(tl.int8), mask=k < K)
@@ -61,7 +60,7 @@ def quantize_activations(x: Tensor, act: str, *, padded_rows: int = 0, pdl: bool
     rows = max(len(x), padded_rows)
     q = torch.empty(rows, 1 + is_fixed16, row_length, dtype=torch.int8, device=x.device)
     d = torch.empty(rows, row_length // 32, dtype=torch.float32, device=x.device)
-    groups = 16
+    groups = 16  # of a program: 512 values, four a thread
     grid = (triton.cdiv(row_length, 32 * groups), len(x))
     _act_quant_kernel[grid](x, q, d, x.stride(0), row_length, is_fixed16, groups, pdl, num_warps=4, launch_pdl=pdl)
     return q, d

@@ -11,6 +11,8 @@ weights, and a *chunk* what one thread multiplies at a time.
 """
 
 # ruff: noqa: RUF005  (Triton has no `(*tuple, item)`)
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -18,25 +20,14 @@ USE_ASM = tl.constexpr(not triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def dp4a_u(codes, x, acc):
-    """acc + the dot product of four unsigned bytes of `codes` and four signed bytes of `x`."""
+def dp4a(codes, x, acc, SIGNED: tl.constexpr):
+    """acc + the dot product of four bytes of `codes` and four signed bytes of `x`."""
     if USE_ASM:
-        return tl.inline_asm_elementwise(
-            "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [codes, x, acc], dtype=tl.int32, is_pure=True, pack=1
-        )
-    shifts = (tl.arange(0, 4) * 8)[None, None, :]
-    return acc + tl.sum(((codes[:, :, None] >> shifts) & 255) * ((x[:, :, None] << (24 - shifts)) >> 24), axis=2)
-
-
-@triton.jit
-def dp4a_s(codes, x, acc):
-    """acc + the dot product of four signed bytes of `codes` and four signed bytes of `x`."""
-    if USE_ASM:
-        return tl.inline_asm_elementwise(
-            "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [codes, x, acc], dtype=tl.int32, is_pure=True, pack=1
-        )
+        ASM: tl.constexpr = "dp4a.s32.s32 $0, $1, $2, $3;" if SIGNED else "dp4a.u32.s32 $0, $1, $2, $3;"
+        return tl.inline_asm_elementwise(ASM, "=r,r,r,r", [codes, x, acc], dtype=tl.int32, is_pure=True, pack=1)
     shifts = 24 - (tl.arange(0, 4) * 8)[None, None, :]
-    return acc + tl.sum(((codes[:, :, None] << shifts) >> 24) * ((x[:, :, None] << shifts) >> 24), axis=2)
+    code_bytes = (codes[:, :, None] << shifts) >> 24
+    return acc + tl.sum((code_bytes if SIGNED else code_bytes & 255) * ((x[:, :, None] << shifts) >> 24), axis=2)
 
 
 @triton.jit
@@ -56,10 +47,40 @@ def prmt(a, b, selector):
     return result
 
 
+class Weights(NamedTuple):
+    """Planar weights as a program sees them."""
+
+    ptr: tl.tensor
+    blocks: tl.tensor
+    """Blocks of the whole tensor, int64."""
+    first: tl.tensor
+    """The block with which the program's rows begin, int64."""
+    starts: tuple
+    """Bytes at which the planes of one block would begin, in the order of the fields in a block."""
+
+
+class Inputs(NamedTuple):
+    """Activations as a program sees them: M rows, each of P planes of K bytes."""
+
+    q: tl.tensor
+    d: tl.tensor
+    valid: tl.tensor
+    """False for chunks beyond the end of a row, which count as activations of zero."""
+    K: tl.constexpr
+    M: tl.constexpr
+    P: tl.constexpr
+
+
 @triton.jit
-def plane(w_ptr, num_blocks, first_block, START: tl.constexpr, BYTES: tl.constexpr, dtype: tl.constexpr):
-    """Pointer to one field (`BYTES` per block) of block `first_block`; the plane begins at `num_blocks * START`."""
-    return (w_ptr + (num_blocks * START + first_block * BYTES)).to(tl.pointer_type(dtype))
+def plane(w, FIELD: tl.constexpr, BYTES: tl.constexpr, dtype: tl.constexpr):
+    """Pointer to one field (`BYTES` per block) of the first block."""
+    return (w.ptr + (w.blocks * w.starts[FIELD] + w.first * BYTES)).to(tl.pointer_type(dtype))
+
+
+@triton.jit
+def half(w, FIELD: tl.constexpr, BYTES: tl.constexpr, offs):
+    """The fp16 number of a field as float32."""
+    return tl.load(plane(w, FIELD, BYTES, tl.float16) + offs).to(tl.float32)
 
 
 @triton.jit
@@ -81,9 +102,9 @@ def load4(ptr, offs):
 
 
 @triton.jit
-def load_x(xq_ptr, unit, K, C: tl.constexpr):
+def load_x(x, unit, C: tl.constexpr):
     """The four words of unit [T, 1] of activation plane C = m * P + p."""
-    return load4(xq_ptr, C * (K // 16) + (unit % 8) * (K // 128) + unit // 8)
+    return load4(x.q, C * (x.K // 16) + (unit % 8) * (x.K // 128) + unit // 8)
 
 
 @triton.jit
@@ -91,63 +112,47 @@ def sum_words(words):
     """Sum of the sixteen signed bytes of four words."""
     total = words[0] & 0
     for i in tl.static_range(4):
-        total = dp4a_s(words[i], total * 0 + 0x01010101, total)
+        total = dp4a(words[i], total * 0 + 0x01010101, total, True)  # times ones
     return total
 
 
 @triton.jit
-def first_dots(xq_ptr, unit, K, words, OFFSET: tl.constexpr, SIGNED: tl.constexpr, C: tl.constexpr):
-    """Dot products of one unit for every activation plane: a tuple of C tiles; codes are shifted by -OFFSET."""
+def unit_dots(x, unit, words, OFFSET: tl.constexpr, SIGNED: tl.constexpr, before=None):
+    """Dot products of a unit with every activation plane, and sums of activations: two tuples of M * P tiles.
+
+    Codes are shifted by -OFFSET. What another unit of the same group gave is added if it is there as `before`.
+    """
     dots = ()
     sums = ()
-    for c in tl.static_range(C):
-        x = load_x(xq_ptr, unit, K, c)
-        total = sum_words(x)
-        acc = (words[0] & 0) - total * OFFSET
+    for c in tl.static_range(x.M * x.P):
+        x_words = load_x(x, unit, c)
+        total = sum_words(x_words)
+        acc = (words[0] & 0 if before is None else before[0][c]) - total * OFFSET
         for i in tl.static_range(4):
-            acc = dp4a_s(words[i], x[i], acc) if SIGNED else dp4a_u(words[i], x[i], acc)
+            acc = dp4a(words[i], x_words[i], acc, SIGNED)
         dots = dots + (acc,)
-        sums = sums + (total,)
+        sums = sums + (total if before is None else before[1][c] + total,)
     return dots, sums
 
 
 @triton.jit
-def more_dots(dots, sums, xq_ptr, unit, K, words, OFFSET: tl.constexpr, SIGNED: tl.constexpr, C: tl.constexpr):
-    """`first_dots` of another unit of the same group, added up."""
-    new_dots = ()
-    new_sums = ()
-    for c in tl.static_range(C):
-        x = load_x(xq_ptr, unit, K, c)
-        total = sum_words(x)
-        acc = dots[c] - total * OFFSET
-        for i in tl.static_range(4):
-            acc = dp4a_s(words[i], x[i], acc) if SIGNED else dp4a_u(words[i], x[i], acc)
-        new_dots = new_dots + (acc,)
-        new_sums = new_sums + (sums[c] + total,)
-    return new_dots, new_sums
-
-
-@triton.jit
-def add_scaled(parts, dots, scale, xd_ptr, group, valid, K, FACTOR: tl.constexpr, M: tl.constexpr, P: tl.constexpr):
-    """parts[m] + dot[m] * scale * xd[m, group] * FACTOR; high and low bytes of 16-bit activations meet here.
-
-    Chunks that are not `valid` (beyond the end of a row) count as activations of zero.
-    """
+def add_scaled(parts, dots, scale, x, group, FACTOR: tl.constexpr):
+    """parts[m] + dot[m] * scale * xd[m, group] * FACTOR; high and low bytes of 16-bit activations meet here."""
     result = ()
-    for m in tl.static_range(M):
-        dot = dots[m] if P == 1 else dots[2 * m] * 256 + dots[2 * m + 1]
-        xd = tl.load(xd_ptr + (m * (K // 32) + group), mask=valid, other=0.0) * FACTOR
+    for m in tl.static_range(x.M):
+        dot = dots[m] if x.P == 1 else dots[2 * m] * 256 + dots[2 * m + 1]
+        xd = tl.load(x.d + (m * (x.K // 32) + group), mask=x.valid, other=0.0) * FACTOR
         result = result + (parts[m] + dot.to(tl.float32) * (scale * xd),)
     return result
 
 
 @triton.jit
-def add_sums(parts, sums, scale, xd_ptr, group, valid, K, M: tl.constexpr, P: tl.constexpr):
+def add_sums(parts, sums, scale, x, group):
     """`add_scaled` for sums of activations [T, 1]: multiplied by their scale first, once for all rows."""
     result = ()
-    for m in tl.static_range(M):
-        total = sums[m] if P == 1 else sums[2 * m] * 256 + sums[2 * m + 1]
-        xd = tl.load(xd_ptr + (m * (K // 32) + group), mask=valid, other=0.0)
+    for m in tl.static_range(x.M):
+        total = sums[m] if x.P == 1 else sums[2 * m] * 256 + sums[2 * m + 1]
+        xd = tl.load(x.d + (m * (x.K // 32) + group), mask=x.valid, other=0.0)
         result = result + (parts[m] + (total.to(tl.float32) * xd) * scale,)
     return result
 
@@ -162,19 +167,16 @@ def zeros(tile, M: tl.constexpr):
 
 
 @triton.jit
-def times(parts, factor, M: tl.constexpr):
+def times(parts, factor):
     """Every tile multiplied by `factor`."""
-    result = ()
-    for m in tl.static_range(M):
-        result = result + (parts[m] * factor,)
-    return result
+    return [part * factor for part in parts]
 
 
 @triton.jit
-def minus_times(parts, others, factor, M: tl.constexpr):
+def minus_times(parts, others, factor):
     """parts - factor * others."""
     result = ()
-    for m in tl.static_range(M):
+    for m in tl.static_range(len(parts)):
         result = result + (parts[m] - factor * others[m],)
     return result
 
@@ -182,25 +184,25 @@ def minus_times(parts, others, factor, M: tl.constexpr):
 @triton.jit
 def table16(packed, t0, t1, t2, t3):
     """Values of low and of high nibbles: words of four 8-bit table entries, from sixteen entries in four words."""
-    low_bits = packed & 0x77777777
+    low_bits = packed & 0x77777777  # one of eight entries; the fourth bit is that of a half of the table
     upper = ((packed >> 1) & 0x44444444) | 0x32103210
     a = prmt(prmt(t0, t1, low_bits), prmt(t2, t3, low_bits), upper)
     low_bits = low_bits >> 16
     b = prmt(prmt(t0, t1, low_bits), prmt(t2, t3, low_bits), upper >> 16)
-    return prmt(a, b, low_bits * 0 + 0x6420), prmt(a, b, low_bits * 0 + 0x7531)
+    return prmt(a, b, low_bits * 0 + 0x6420), prmt(a, b, low_bits * 0 + 0x7531)  # even bytes, odd bytes
 
 
 @triton.jit
 def with_signs(magnitudes, bits):
     """Four bytes, negated where the four low `bits` are set; no byte may be zero."""
-    ones = (bits * 0x00204081) & 0x01010101
-    return (magnitudes ^ (ones * 255)) + ones
+    ones = (bits * 0x00204081) & 0x01010101  # bit i to bit 0 of byte i
+    return (magnitudes ^ (ones * 255)) + ones  # two's complement, byte by byte
 
 
 @triton.jit
 def and4(words, MASK: tl.constexpr):
     """Four words, masked."""
-    return words[0] & MASK, words[1] & MASK, words[2] & MASK, words[3] & MASK
+    return [word & MASK for word in words]
 
 
 @triton.jit
@@ -212,27 +214,13 @@ def or4(a, b):
 @triton.jit
 def move4(words, BITS: tl.constexpr):
     """Four words shifted left by BITS, or right if BITS is negative; bits that cross bytes are for a mask to remove."""
-    if BITS > 0:
-        return words[0] << BITS, words[1] << BITS, words[2] << BITS, words[3] << BITS
-    elif BITS < 0:
-        return words[0] >> -BITS, words[1] >> -BITS, words[2] >> -BITS, words[3] >> -BITS
-    else:
-        return words[0], words[1], words[2], words[3]
+    return [word << BITS if BITS > 0 else word >> -BITS for word in words]
 
 
 @triton.jit
 def in_place(words, S: tl.constexpr):
     """Crumb S of every byte, left where it is: 4^S times the code."""
-    if S == 3:
-        return and4(words, -0x3F3F3F40)
-    else:
-        return and4(words, 0x03030303 << (2 * S))
-
-
-@triton.jit
-def half(w_ptr, blocks, first, offs, START: tl.constexpr, BYTES: tl.constexpr):
-    """The fp16 number of a field as float32."""
-    return tl.load(plane(w_ptr, blocks, first, START, BYTES, tl.float16) + offs).to(tl.float32)
+    return and4(words, -0x3F3F3F40 if S == 3 else 0x03030303 << (2 * S))
 
 
 @triton.jit
@@ -240,4 +228,5 @@ def sum_pair(words):
     """Sums of the first eight and of the last eight signed bytes of four words."""
     zero = words[0] & 0
     ones = zero + 0x01010101
-    return dp4a_s(words[1], ones, dp4a_s(words[0], ones, zero)), dp4a_s(words[3], ones, dp4a_s(words[2], ones, zero))
+    first, last = dp4a(words[0], ones, zero, True), dp4a(words[2], ones, zero, True)
+    return dp4a(words[1], ones, first, True), dp4a(words[3], ones, last, True)

@@ -11,15 +11,14 @@ import triton.language as tl
 from dynquant.kernels.triton.bit_words import (
     add_scaled,
     add_sums,
-    first_dots,
     half,
     load2,
     load4,
     load_x,
-    more_dots,
     plane,
     sum_pair,
     times,
+    unit_dots,
     with_signs,
     zeros,
 )
@@ -32,50 +31,46 @@ def _nibble_codes(a, b):
 
 
 @triton.jit
-def ternary_chunk(
-    w_ptr, blocks, first, block, chunk, valid, xq_ptr, xd_ptr, grid_ptr,
-    K: tl.constexpr, TYPE: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
-    M: tl.constexpr, P: tl.constexpr,
-):  # fmt: skip
+def ternary_chunk(w, block, chunk, x, grid_ptr, TYPE: tl.constexpr):
     """IQ1_S, IQ1_M: a chunk is four index bytes and 16 bits of `qh`, for 32 weights."""
     inner = chunk % 8
-    QS: tl.constexpr = S1 if TYPE == "IQ1_S" else S0
-    QH: tl.constexpr = S2 if TYPE == "IQ1_S" else S1
-    qs = tl.load(plane(w_ptr, blocks, first, QS, 32, tl.int32) + (block * 8 + inner))
-    qh = tl.load(plane(w_ptr, blocks, first, QH, 16, tl.uint16) + (block * 8 + inner)).to(tl.int32)
-    STEP: tl.constexpr = 3 if TYPE == "IQ1_S" else 4
+    QS: tl.constexpr = 1 if TYPE == "IQ1_S" else 0
+    QH: tl.constexpr = 2 if TYPE == "IQ1_S" else 1
+    qs = tl.load(plane(w, QS, 32, tl.int32) + (block * 8 + inner))
+    qh = tl.load(plane(w, QH, 16, tl.uint16) + (block * 8 + inner)).to(tl.int32)
+    STEP: tl.constexpr = 3 if TYPE == "IQ1_S" else 4  # bits of qh for an index; the fourth is the sign of the shift
     g0 = tl.load(grid_ptr + ((qs & 255) | ((qh << 8) & 0x700)))
     g1 = tl.load(grid_ptr + (((qs >> 8) & 255) | ((qh << (8 - STEP)) & 0x700)))
     g2 = tl.load(grid_ptr + (((qs >> 16) & 255) | ((qh << (8 - 2 * STEP)) & 0x700)))
     g3 = tl.load(grid_ptr + (((qs >> 24) & 255) | ((qh >> (3 * STEP - 8)) & 0x700)))
-    parts = zeros(block, M)
+    parts = zeros(block, x.M)
     if TYPE == "IQ1_S":
-        scale = half(w_ptr, blocks, first, block, S0, 2) * ((qh >> 11) & 14 | 1).to(tl.float32)
+        scale = half(w, 0, 2, block) * ((qh >> 11) & 14 | 1).to(tl.float32)
         shift = tl.where(qh >= 0x8000, -0.125, 0.125)
-        dots, sums = first_dots(xq_ptr, chunk * 2, K, _nibble_codes(g0, g1), 1, False, M * P)
-        dots, sums = more_dots(dots, sums, xq_ptr, chunk * 2 + 1, K, _nibble_codes(g2, g3), 1, False, M * P)
-        parts = add_scaled(parts, dots, scale, xd_ptr, chunk, valid, K, 1.0, M, P)
-        parts = add_sums(parts, sums, scale * shift, xd_ptr, chunk, valid, K, M, P)
+        dots, sums = unit_dots(x, chunk * 2, _nibble_codes(g0, g1), 1, False)
+        dots, sums = unit_dots(x, chunk * 2 + 1, _nibble_codes(g2, g3), 1, False, (dots, sums))
+        parts = add_scaled(parts, dots, scale, x, chunk, 1.0)
+        parts = add_sums(parts, sums, scale * shift, x, chunk)
     else:
-        lower, upper = load2(plane(w_ptr, blocks, first, S2, 8, tl.int32), block)
+        lower, upper = load2(plane(w, 2, 8, tl.int32), block)
         d_bits = ((lower >> 12) & 15) | ((lower >> 24) & 0xF0) | ((upper >> 4) & 0xF00) | ((upper >> 16) & 0xF000)
         scales = tl.where(inner >= 4, upper, lower) >> ((inner % 4) // 2 * 16 + inner % 2 * 6)
-        dots, _ = first_dots(xq_ptr, chunk * 2, K, _nibble_codes(g0, g1), 1, False, M * P)
-        dots = _with_shifts(dots, xq_ptr, chunk * 2, K, qh, M * P)
-        parts = add_scaled(parts, dots, (scales << 1 & 14 | 1).to(tl.float32), xd_ptr, chunk, valid, K, 0.125, M, P)
-        dots, _ = first_dots(xq_ptr, chunk * 2 + 1, K, _nibble_codes(g2, g3), 1, False, M * P)
-        dots = _with_shifts(dots, xq_ptr, chunk * 2 + 1, K, qh >> 8, M * P)
-        parts = add_scaled(parts, dots, (scales >> 2 & 14 | 1).to(tl.float32), xd_ptr, chunk, valid, K, 0.125, M, P)
-        parts = times(parts, d_bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32), M)
+        dots, _ = unit_dots(x, chunk * 2, _nibble_codes(g0, g1), 1, False)
+        dots = _with_shifts(dots, x, chunk * 2, qh)
+        parts = add_scaled(parts, dots, (scales << 1 & 14 | 1).to(tl.float32), x, chunk, 0.125)
+        dots, _ = unit_dots(x, chunk * 2 + 1, _nibble_codes(g2, g3), 1, False)
+        dots = _with_shifts(dots, x, chunk * 2 + 1, qh >> 8)
+        parts = add_scaled(parts, dots, (scales >> 2 & 14 | 1).to(tl.float32), x, chunk, 0.125)
+        parts = times(parts, d_bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32))
     return parts
 
 
 @triton.jit
-def _with_shifts(dots, xq_ptr, unit, K, qh, C: tl.constexpr):
+def _with_shifts(dots, x, unit, qh):
     """8 * dots plus or minus the sums of eight activations, by bits 3 and 7 of `qh`."""
     result = ()
-    for c in tl.static_range(C):
-        a, b = sum_pair(load_x(xq_ptr, unit, K, c))
+    for c in tl.static_range(len(dots)):
+        a, b = sum_pair(load_x(x, unit, c))
         result = result + (dots[c] * 8 + tl.where((qh & 8) != 0, -a, a) + tl.where((qh & 128) != 0, -b, b),)
     return result
 
@@ -88,37 +83,34 @@ def _even_signs(word):
 
 
 @triton.jit
-def signed_chunk(
-    w_ptr, blocks, first, block, chunk, valid, xq_ptr, xd_ptr, grid_ptr,
-    K: tl.constexpr, TYPE: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr,
-    S4: tl.constexpr, M: tl.constexpr, P: tl.constexpr,
-):  # fmt: skip
+def signed_chunk(w, block, chunk, x, grid_ptr, TYPE: tl.constexpr):
     """IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S: four times eight magnitudes and eight signs, for 32 weights."""
     inner = chunk % 8
     at = block * 8 + inner
-    d = half(w_ptr, blocks, first, block, S0, 2)
+    d = half(w, 0, 2, block)
+    UNITS_HAVE_SCALES: tl.constexpr = TYPE == "IQ2_XS" or TYPE == "IQ2_S"
     if TYPE == "IQ2_S":
-        index = tl.load(plane(w_ptr, blocks, first, S1, 32, tl.int32) + at)
-        signs = tl.load(plane(w_ptr, blocks, first, S2, 32, tl.int32) + at)
-        qh = tl.load(plane(w_ptr, blocks, first, S3, 8, tl.uint8) + at).to(tl.int32)
-        scales = tl.load(plane(w_ptr, blocks, first, S4, 8, tl.uint8) + at).to(tl.int32)
+        index = tl.load(plane(w, 1, 32, tl.int32) + at)
+        signs = tl.load(plane(w, 2, 32, tl.int32) + at)
+        qh = tl.load(plane(w, 3, 8, tl.uint8) + at).to(tl.int32)
+        scales = tl.load(plane(w, 4, 8, tl.uint8) + at).to(tl.int32)
     else:
-        index, other = load2(plane(w_ptr, blocks, first, S1, 64, tl.int32), at)
+        index, other = load2(plane(w, 1, 64, tl.int32), at)
         if TYPE == "IQ2_XXS":
             signs = other
         elif TYPE == "IQ2_XS":
-            scales = tl.load(plane(w_ptr, blocks, first, S2, 8, tl.uint8) + at).to(tl.int32)
+            scales = tl.load(plane(w, 2, 8, tl.uint8) + at).to(tl.int32)
             even0, even1 = _even_signs(index), _even_signs(other)
         elif TYPE == "IQ3_XXS":
-            signs = tl.load(plane(w_ptr, blocks, first, S2, 32, tl.int32) + at)
+            signs = tl.load(plane(w, 2, 32, tl.int32) + at)
         else:
-            qh = tl.load(plane(w_ptr, blocks, first, S2, 8, tl.uint8) + at).to(tl.int32)
-            signs = tl.load(plane(w_ptr, blocks, first, S3, 32, tl.int32) + at)
-            scales = tl.load(plane(w_ptr, blocks, first, S4, 4, tl.uint8) + (block * 4 + inner // 2)).to(tl.int32)
+            qh = tl.load(plane(w, 2, 8, tl.uint8) + at).to(tl.int32)
+            signs = tl.load(plane(w, 3, 32, tl.int32) + at)
+            scales = tl.load(plane(w, 4, 4, tl.uint8) + (block * 4 + inner // 2)).to(tl.int32)
     if TYPE == "IQ2_XXS" or TYPE == "IQ3_XXS":
         # Bits 4-6 of the four seven-bit fields, and the eighth sign above them.
         late = ((signs >> 4) & 0x00E1C387) | ((_even_signs(signs) << 3) & 0x01020408)
-    parts = zeros(block, M)
+    parts = zeros(block, x.M)
     for u in tl.static_range(2):
         words = ()
         for v in tl.static_range(2):
@@ -146,71 +138,59 @@ def signed_chunk(
             else:
                 n0, n1 = (signs >> (8 * (2 * u + v))) & 15, (signs >> (8 * (2 * u + v) + 4)) & 15
             words = words + (with_signs(g0, n0), with_signs(g1, n1))
-        if u == 0:
-            dots, sums = first_dots(xq_ptr, chunk * 2, K, words, 0, True, M * P)
-        elif TYPE == "IQ2_XS" or TYPE == "IQ2_S":
-            dots, sums = first_dots(xq_ptr, chunk * 2 + 1, K, words, 0, True, M * P)
+        if u == 0 or UNITS_HAVE_SCALES:
+            dots, sums = unit_dots(x, chunk * 2 + u, words, 0, True)
         else:
-            dots, sums = more_dots(dots, sums, xq_ptr, chunk * 2 + 1, K, words, 0, True, M * P)
-        if TYPE == "IQ2_XS" or TYPE == "IQ2_S":
+            dots, sums = unit_dots(x, chunk * 2 + 1, words, 0, True, (dots, sums))
+        if UNITS_HAVE_SCALES:
             scale = ((scales >> (4 * u)) & 15).to(tl.float32) + 0.5
-            parts = add_scaled(parts, dots, scale, xd_ptr, chunk, valid, K, 0.25, M, P)
-    if TYPE == "IQ2_XS" or TYPE == "IQ2_S":
-        parts = times(parts, d, M)
+            parts = add_scaled(parts, dots, scale, x, chunk, 0.25)
+    if UNITS_HAVE_SCALES:
+        parts = times(parts, d)
     elif TYPE == "IQ3_S":
         scale = d * ((((scales >> (4 * (inner % 2))) & 15) << 1) | 1).to(tl.float32)
-        parts = add_scaled(parts, dots, scale, xd_ptr, chunk, valid, K, 1.0, M, P)
+        parts = add_scaled(parts, dots, scale, x, chunk, 1.0)
     else:
         scale = d * (((signs >> 28) & 15).to(tl.float32) + 0.5)
-        parts = add_scaled(parts, dots, scale, xd_ptr, chunk, valid, K, 0.25 if TYPE == "IQ2_XXS" else 0.5, M, P)
+        parts = add_scaled(parts, dots, scale, x, chunk, 0.25 if TYPE == "IQ2_XXS" else 0.5)
     return parts
 
 
 @triton.jit
 def _digits(even, odd):
     """The leading base-3 digits of four byte fractions held in 16-bit lanes, and the fractions that remain."""
-    even, odd = even * 3, odd * 3
+    even, odd = even * 3, odd * 3  # the digit moves above the eight bits of the fraction
     return ((even >> 8) & 0x00030003) | (odd & 0x03000300), even & 0x00FF00FF, odd & 0x00FF00FF
 
 
 @triton.jit
-def _add_digits(parts, even, odd, xq_ptr, xd_ptr, unit, valid, K, M: tl.constexpr, P: tl.constexpr):
+def _add_digits(parts, even, odd, x, unit):
     """One digit of sixteen bytes: a unit."""
     w0, e0, o0 = _digits(even[0], odd[0])
     w1, e1, o1 = _digits(even[1], odd[1])
     w2, e2, o2 = _digits(even[2], odd[2])
     w3, e3, o3 = _digits(even[3], odd[3])
-    dots, _ = first_dots(xq_ptr, unit, K, (w0, w1, w2, w3), 1, False, M * P)
-    parts = add_scaled(parts, dots, 1.0, xd_ptr, unit // 2, valid, K, 1.0, M, P)
+    dots, _ = unit_dots(x, unit, (w0, w1, w2, w3), 1, False)
+    parts = add_scaled(parts, dots, 1.0, x, unit // 2, 1.0)
     return parts, (e0, e1, e2, e3), (o0, o1, o2, o3)
 
 
 @triton.jit
-def _lanes(w):
-    return (
-        (w[0] & 0x00FF00FF, w[1] & 0x00FF00FF, w[2] & 0x00FF00FF, w[3] & 0x00FF00FF),
-        ((w[0] >> 8) & 0x00FF00FF, (w[1] >> 8) & 0x00FF00FF, (w[2] >> 8) & 0x00FF00FF, (w[3] >> 8) & 0x00FF00FF),
-    )
-
-
-@triton.jit
-def digit_chunk(
-    w_ptr, blocks, first, block, chunk, valid, xq_ptr, xd_ptr,
-    K: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, M: tl.constexpr, P: tl.constexpr,
-):  # fmt: skip
+def digit_chunk(w, block, chunk, x, grid_ptr, TYPE: tl.constexpr):
     """TQ1_0: a chunk is a block, three times 16 bytes of five digits and 4 bytes of four."""
-    parts = zeros(block, M)
-    qs_ptr = plane(w_ptr, blocks, first, S0, 48, tl.int32)
+    parts = zeros(block, x.M)
+    qs_ptr = plane(w, 0, 48, tl.int32)
     for third in tl.static_range(3):
-        even, odd = _lanes(load4(qs_ptr, block * 3 + third))
+        words = load4(qs_ptr, block * 3 + third)
+        even, odd = [word & 0x00FF00FF for word in words], [(word >> 8) & 0x00FF00FF for word in words]
         for n in tl.static_range(5):
             unit = chunk * 16 + (2 * n + third if third < 2 else 10 + n)
-            parts, even, odd = _add_digits(parts, even, odd, xq_ptr, xd_ptr, unit, valid, K, M, P)
-    word = tl.load(plane(w_ptr, blocks, first, S1, 4, tl.int32) + block)
+            parts, even, odd = _add_digits(parts, even, odd, x, unit)
+    word = tl.load(plane(w, 1, 4, tl.int32) + block)
     w0, e, o = _digits(word & 0x00FF00FF, (word >> 8) & 0x00FF00FF)
     w1, e, o = _digits(e, o)
     w2, e, o = _digits(e, o)
     w3, e, o = _digits(e, o)
-    dots, _ = first_dots(xq_ptr, chunk * 16 + 15, K, (w0, w1, w2, w3), 1, False, M * P)
-    parts = add_scaled(parts, dots, 1.0, xd_ptr, chunk * 8 + 7, valid, K, 1.0, M, P)
-    return times(parts, half(w_ptr, blocks, first, block, S2, 2), M)
+    dots, _ = unit_dots(x, chunk * 16 + 15, (w0, w1, w2, w3), 1, False)
+    parts = add_scaled(parts, dots, 1.0, x, chunk * 8 + 7, 1.0)
+    return times(parts, half(w, 2, 2, block))

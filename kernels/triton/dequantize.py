@@ -14,13 +14,7 @@ _TILE_ROWS = 4
 
 
 def dequantize(
-    weight: Tensor,
-    type_name: str,
-    out: Tensor,
-    *,
-    first_row: int = 0,
-    first_column: int = 0,
-    row_ids: Tensor | None = None,
+    weight: Tensor, type_name: str, out: Tensor, *, first_row=0, first_column=0, row_ids: Tensor | None = None
 ) -> Tensor:
     """Fill `out` with weights of a planar tensor.
 

@@ -17,26 +17,27 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from dynquant.formats import tables
 from dynquant.formats.quant_types import QUANT_TYPES, quant_type
 from dynquant.kernels.planes import PLANES, plane_starts
 from dynquant.kernels.triton.activations import quantize_activations
 from dynquant.kernels.triton.bit_chunks import crumb_chunk, nibble_chunk, plain_chunk, table_chunk
+from dynquant.kernels.triton.bit_words import Inputs, Weights
 from dynquant.kernels.triton.codebook_chunks import digit_chunk, signed_chunk, ternary_chunk
+from dynquant.kernels.triton.unpack import table
 
 MAX_ROWS = 4
 ACTIVATIONS = ("bf16", "int8")
 
-_FAMILY = {
-    **dict.fromkeys(("Q2_K", "Q3_K", "Q6_K", "TQ2_0"), ("crumb", 64)),
-    **dict.fromkeys(("Q4_K", "Q5_K"), ("nibble", 64)),
-    **dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"), ("plain", 32)),
-    **dict.fromkeys(("IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4"), ("table", 32)),
-    **dict.fromkeys(("IQ1_S", "IQ1_M"), ("ternary", 32)),
-    **dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), ("signed", 32)),
-    "TQ1_0": ("digit", 256),
+_CHUNKS = {
+    **dict.fromkeys(("Q2_K", "Q3_K", "Q6_K", "TQ2_0"), (crumb_chunk, 64)),
+    **dict.fromkeys(("Q4_K", "Q5_K"), (nibble_chunk, 64)),
+    **dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"), (plain_chunk, 32)),
+    **dict.fromkeys(("IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4"), (table_chunk, 32)),
+    **dict.fromkeys(("IQ1_S", "IQ1_M"), (ternary_chunk, 32)),
+    **dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), (signed_chunk, 32)),
+    "TQ1_0": (digit_chunk, 256),
 }
-"""Quant type -> chunk function and weights per chunk."""
+"""Quant type -> the function that multiplies a chunk, and weights per chunk."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,9 @@ def gemv_config(type_name: str, num_x_rows: int) -> GemvConfig:
 @triton.jit(do_not_specialize=["N", "num_x_rows", "num_experts", "slots"])
 def gemv_kernel(
     w_ptr, xq_ptr, xd_ptr, grid_ptr, y_ptr, ids_ptr, N, num_x_rows, num_experts, slots,
-    K: tl.constexpr, TYPE: tl.constexpr, FAMILY: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-    S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr, S4: tl.constexpr,
-    M: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, T: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
-    ROUTED: tl.constexpr,
+    K: tl.constexpr, TYPE: tl.constexpr, MULTIPLY: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    STARTS: tl.constexpr, M: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, T: tl.constexpr, SPLIT: tl.constexpr,
+    PDL: tl.constexpr, ROUTED: tl.constexpr,
 ):  # fmt: skip
     """With ROUTED, W is a stack of experts, M is 1, row m of y is that of x row m // slots and expert ids[m]."""
     if PDL:
@@ -100,32 +100,10 @@ def gemv_kernel(
         valid = chunk <= last
         chunk = tl.minimum(chunk, last)
         block = rows * row_blocks + chunk * CHUNK // BLOCK
-        if FAMILY == "crumb":
-            parts = crumb_chunk(
-                w_ptr, blocks, first, block, chunk, valid, xq_ptr, xd_ptr, K, TYPE, S0, S1, S2, S3, M, P
-            )
-        elif FAMILY == "nibble":
-            parts = nibble_chunk(
-                w_ptr, blocks, first, block, chunk, valid, xq_ptr, xd_ptr, K, TYPE, S0, S1, S2, S3, M, P
-            )
-        elif FAMILY == "plain":
-            parts = plain_chunk(
-                w_ptr, blocks, first, block, chunk, valid, xq_ptr, xd_ptr, K, TYPE, S0, S1, S2, S3, M, P
-            )
-        elif FAMILY == "table":
-            parts = table_chunk(
-                w_ptr, blocks, first, block, chunk, valid, xq_ptr, xd_ptr, K, TYPE, S0, S1, S2, S3, M, P
-            )
-        elif FAMILY == "ternary":
-            parts = ternary_chunk(
-                w_ptr, blocks, first, block, chunk, valid, xq_ptr, xd_ptr, grid_ptr, K, TYPE, S0, S1, S2, M, P
-            )
-        elif FAMILY == "signed":
-            parts = signed_chunk(
-                w_ptr, blocks, first, block, chunk, valid, xq_ptr, xd_ptr, grid_ptr, K, TYPE, S0, S1, S2, S3, S4, M, P
-            )
-        else:
-            parts = digit_chunk(w_ptr, blocks, first, block, chunk, valid, xq_ptr, xd_ptr, K, S0, S1, S2, M, P)
+        # Not by way of variables, in which Triton makes tensors of constants.
+        parts = MULTIPLY(
+            Weights(w_ptr, blocks, first, STARTS), block, chunk, Inputs(xq_ptr, xd_ptr, valid, K, M, P), grid_ptr, TYPE
+        )
         new = ()
         for m in tl.static_range(M):
             new = new + (acc[m] + parts[m],)
@@ -139,9 +117,7 @@ def gemv_kernel(
 
 
 @triton.jit
-def add_splits_kernel(
-    parts_ptr, y_ptr, num_values, SPLIT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
-):  # fmt: skip
+def add_splits_kernel(parts_ptr, y_ptr, num_values, SPLIT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """y = the sum of SPLIT float32 arrays, first to last."""
     if PDL:
         gdc_launch_dependents()
@@ -160,9 +136,8 @@ def supports(type_name: str, x: Tensor) -> bool:
 
 def takes(type_name: str, x: Tensor) -> bool:
     """Return whether the kernel takes these activations, however many rows they have."""
-    return (
-        type_name in _FAMILY and x.dim() == 2 and x.shape[1] % 256 == 0 and x.dtype in (torch.bfloat16, torch.float16)
-    )
+    has_rows = x.dim() == 2 and x.shape[1] % 256 == 0
+    return type_name in _CHUNKS and has_rows and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def linear(x: Tensor, weight: Tensor, type_name: str, act: str = "bf16", config: GemvConfig | None = None) -> Tensor:
@@ -174,15 +149,8 @@ def linear(x: Tensor, weight: Tensor, type_name: str, act: str = "bf16", config:
         ValueError: `supports` is false, `act` is unknown, or the rows of `weight` are not K weights of the type.
     """
     if not supports(type_name, x):
-        raise ValueError(
-            f"`x` must be bf16 or fp16 [1-{MAX_ROWS}, 256 * n] for {type_name}, got {x.dtype} {[*x.shape]}"
-        )
-    check_weight(x, weight, type_name, act)
-    return linear_of_checked(x, weight, type_name, act, config)
-
-
-def check_weight(x: Tensor, weight: Tensor, type_name: str, act: str) -> None:
-    """Raises ValueError as `linear` documents it."""
+        shape = f"[1-{MAX_ROWS}, 256 * n]"
+        raise ValueError(f"`x` must be bf16 or fp16 {shape} for {type_name}, got {x.dtype} {[*x.shape]}")
     if act not in ACTIVATIONS:
         raise ValueError(f"`act` must be one of {', '.join(ACTIVATIONS)}, got `{act}`")
     row_bytes = quant_type(type_name).row_bytes(x.shape[1])
@@ -191,16 +159,16 @@ def check_weight(x: Tensor, weight: Tensor, type_name: str, act: str) -> None:
             f"`weight` must be contiguous uint8 [N, {row_bytes}], {x.shape[1]} weights of {type_name} a row, "
             f"got {weight.dtype} {[*weight.shape]}"
         )
+    return linear_of_checked(x, weight, type_name, act, config)
 
 
 def linear_of_checked(x: Tensor, weight: Tensor, type_name: str, act: str, config: GemvConfig | None = None) -> Tensor:
     """`linear` for any number of rows, without its checks."""
+    config = config or gemv_config(type_name, len(x))
+    padded = triton.cdiv(len(x), config.rows) * config.rows
     x = x if x.stride(1) == 1 else x.contiguous()
-    num_x_rows = x.shape[0]
-    config = config or gemv_config(type_name, num_x_rows)
-    padded = triton.cdiv(num_x_rows, config.rows) * config.rows
-    xq, xd = quantize_activations(x, act, padded_rows=padded, pdl=config.pdl)
-    return multiply(xq, xd, weight, type_name, num_x_rows, x.dtype, config)
+    integers = quantize_activations(x, act, padded_rows=padded, pdl=config.pdl)
+    return multiply(integers, weight, type_name, x.new_empty(len(x), len(weight)), config, None)
 
 
 def routed(
@@ -212,40 +180,26 @@ def routed(
     slot reads its expert's weights for itself.
     """
     config = config or gemv_config(type_name, 1)
-    xq, xd = quantize_activations(x, act, padded_rows=len(x), pdl=config.pdl)
-    num_slots = expert_ids.numel()
-    return multiply(
-        xq, xd, weight, type_name, num_slots, x.dtype, config, ids=expert_ids.contiguous(), slots=num_slots // len(x)
-    )
+    integers = quantize_activations(x, act, padded_rows=len(x), pdl=config.pdl)
+    y = x.new_empty(expert_ids.numel(), weight.shape[1])
+    return multiply(integers, weight, type_name, y, config, expert_ids.contiguous())
 
 
 def multiply(
-    xq: Tensor,
-    xd: Tensor,
-    weight: Tensor,
-    type_name: str,
-    num_x_rows: int,
-    dtype: torch.dtype,
-    config: GemvConfig,
-    *,
-    ids: Tensor | None = None,
-    slots: int = 1,
+    integers: tuple[Tensor, Tensor], weight: Tensor, type_name: str, y: Tensor, config: GemvConfig, ids: Tensor | None
 ) -> Tensor:
-    """`linear` of activations that are integers already, padded to whole programs: [num_x_rows, N].
+    """Write the product of `quantize_activations`, padded to whole programs, into y [M, N] and return it.
 
-    With `ids`, `routed`: `num_x_rows` counts slots, `slots` those of a row of activations.
+    With `ids` y is that of `routed`: rows of y for every row of activations are its slots.
     """
-    num_outputs, split = weight.shape[-2], config.split
-    num_experts = 1 if ids is None else len(weight)
-    y = torch.empty(num_x_rows, num_outputs, dtype=dtype, device=weight.device)
-    target = y if split == 1 else torch.empty(split, num_x_rows, num_outputs, dtype=torch.float32, device=y.device)
-    words = xq.view(torch.int32)
-    table = codebook(type_name, weight.device) if has_codebook(type_name) else words
+    (xq, xd), split, device = integers, config.split, weight.device
+    target = y if split == 1 else y.new_empty(split, *y.shape, dtype=torch.float32)
+    num_experts, slots = (1, 1) if ids is None else (len(weight), len(y) // len(xq))
     constants = kernel_constants(type_name, xq.shape[1], xq.shape[2], config, routed=ids is not None)
-    grid = (triton.cdiv(num_outputs, config.bn) * triton.cdiv(num_x_rows, config.rows), split)
+    grid = (triton.cdiv(y.shape[1], config.bn) * triton.cdiv(len(y), config.rows), split)
     gemv_kernel[grid](
-        weight, words, xd, table, target, xd if ids is None else ids, num_outputs, num_x_rows, num_experts, slots,
-        **constants,
+        weight, xq.view(torch.int32), xd, table(type_name, device), target, xd if ids is None else ids,
+        y.shape[1], len(y), num_experts, slots, **constants,
     )  # fmt: skip
     if split > 1:
         add_splits(target, y, config.pdl)
@@ -258,38 +212,17 @@ def add_splits(parts: Tensor, y: Tensor, pdl: bool) -> None:
     add_splits_kernel[grid](parts, y, y.numel(), parts.shape[0], 256, pdl, num_warps=4, launch_pdl=pdl)
 
 
-def has_codebook(type_name: str) -> bool:
-    """Return whether the kernel looks weights up in a table that `codebook` makes."""
-    return _FAMILY[type_name][0] in ("ternary", "signed")
-
-
 @functools.cache
 def kernel_constants(
     type_name: str, num_planes: int, row_length: int, config: GemvConfig, *, routed: bool = False
 ) -> dict[str, object]:
     """The constants and launch options of `gemv_kernel`."""
-    family, chunk = _FAMILY[type_name]
+    multiply_chunk, chunk = _CHUNKS[type_name]
+    starts = plane_starts(type_name, 1)
+    in_block_order = sorted(PLANES[type_name], key=lambda field: field.offset)
     return {
-        "K": row_length, "TYPE": type_name, "FAMILY": family, "CHUNK": chunk,
-        "BLOCK": QUANT_TYPES[type_name].block_size, **plane_constants(type_name),
+        "K": row_length, "TYPE": type_name, "MULTIPLY": multiply_chunk, "CHUNK": chunk,
+        "BLOCK": QUANT_TYPES[type_name].block_size, "STARTS": tuple(starts[field.name] for field in in_block_order),
         "M": config.rows, "P": num_planes, "BN": config.bn, "T": 32 * config.warps, "SPLIT": config.split,
         "PDL": config.pdl, "ROUTED": routed, "num_warps": config.warps, "launch_pdl": config.pdl,
     }  # fmt: skip
-
-
-def plane_constants(type_name: str) -> dict[str, int]:
-    """S0 to S4: where the planes of the fields begin, for one block, in the order of the fields in a block."""
-    starts = plane_starts(type_name, 1)
-    in_block_order = sorted(PLANES[type_name], key=lambda field: field.offset)
-    values = [starts[field.name] for field in in_block_order] + [0] * (5 - len(starts))
-    return {f"S{i}": value for i, value in enumerate(values)}
-
-
-@functools.cache
-def codebook(type_name: str, device: torch.device) -> Tensor:
-    """The grid of a codebook type as int32 words: see `codebook_chunks`."""
-    if type_name in ("IQ1_S", "IQ1_M"):
-        codes = torch.from_numpy(tables.grid_rows("IQ1_S")).to(torch.int32) + 1  # [2048, 8]
-        nibbles = codes[:, :4] | (codes[:, 4:] << 4)
-        return nibbles.to(torch.uint8).view(torch.int32).flatten().to(device)
-    return tables.grid(type_name, device).view(torch.int32)

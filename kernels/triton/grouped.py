@@ -1,8 +1,8 @@
 """Triton: products of tokens with the planar weights of their experts, forward and gradient, in one launch.
 
 A pair is a token and one of its slots. Few pairs: every pair reads its own expert's rows, bound by memory
-(`gemv.routed` for 16-bit activations, otherwise `_pair_*`). Many pairs: they are sorted by expert, cut into tiles of
-pairs of one expert, and a tile decodes each piece of the matrix once for all its pairs (`tiles`). The tile table is
+(`gemv.routed` for 16-bit activations, otherwise `_pair_kernel`). Many pairs: they are sorted by expert, cut into tiles
+of pairs of one expert, and a tile decodes each piece of the matrix once for all its pairs (`tiles`). The tile table is
 made on the device for the most tiles there can be, so that nothing waits for the host; tiles left over exit before they
 read anything. Products are summed in float32 in a fixed order.
 """
@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from dynquant.formats.quant_types import quant_type
 from dynquant.kernels import shapes
 from dynquant.kernels.triton import gemv
-from dynquant.kernels.triton.tiles import tile_config, tile_input_grad_kernel, tile_linear_kernel
+from dynquant.kernels.triton.tiles import multiply_tiles, tile_config
 from dynquant.kernels.triton.unpack import table, unpack_groups
 
 _MOST_SINGLE_PAIRS = 128
@@ -33,44 +33,33 @@ def linear(x: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str) -> Ten
     rows, name = x.reshape(-1, x.shape[-1]), quant_type(type_name).name
     if _is_few(expert_ids, len(weight)) and gemv.takes(name, rows):
         return gemv.routed(rows, weight, expert_ids, name).view(*expert_ids.shape, -1)
-    return _product(x, weight, expert_ids, type_name, is_transposed=False)
+    return _product(x, weight, expert_ids, type_name, transposed=False)
 
 
 def input_grad(dy: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str) -> Tensor:
     """dy [T, N] or [T, k, N] times planar experts uint8 [E, N, row_bytes]: [T, k, K]; see `linear`."""
-    return _product(dy, weight, expert_ids, type_name, is_transposed=True)
+    return _product(dy, weight, expert_ids, type_name, transposed=True)
 
 
 def _is_few(expert_ids: Tensor, num_experts: int) -> bool:
     return expert_ids.numel() <= min(_MOST_SINGLE_PAIRS, max(32, num_experts))
 
 
-def _product(inputs: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str, *, is_transposed: bool) -> Tensor:
+def _product(inputs: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str, *, transposed: bool) -> Tensor:
     stored = quant_type(type_name)
     num_experts, num_rows, _ = weight.shape
-    length = shapes.row_length(weight, stored)
-    num_pairs = expert_ids.numel()
-    product = inputs.new_empty(*expert_ids.shape, length if is_transposed else num_rows)
-    codebook = table(stored.name, weight.device)
-    num_blocks, slots = weight.numel() // stored.block_bytes, expert_ids.shape[1] if inputs.dim() == 2 else 1
-    extent = length if is_transposed else num_rows
-    if _is_few(expert_ids, num_experts):
-        kernel = _pair_input_grad_kernel if is_transposed else _pair_linear_kernel
-        width, config = (128, {"BN": 32, "G": 4}) if is_transposed else (16, {"BN": 16, "G": 8})
-        grid = (triton.cdiv(extent, width), num_pairs)
-        kernel[grid](
-            inputs, weight, codebook, expert_ids.contiguous(), product,
-            num_blocks, num_experts, num_rows, length // 32, slots, TYPE=stored.name, num_warps=4, **config,
-        )  # fmt: skip
-    else:
-        kernel = tile_input_grad_kernel if is_transposed else tile_linear_kernel
+    length, num_pairs = shapes.row_length(weight, stored), expert_ids.numel()
+    product = inputs.new_empty(*expert_ids.shape, length if transposed else num_rows)
+    if not _is_few(expert_ids, num_experts):
         config = tile_config(num_pairs / num_experts, inputs.dtype)
-        order, tiles = _tiles_of(expert_ids, num_experts, config["BM"])
-        grid = (triton.cdiv(extent, 32 * config["G"] if is_transposed else config["BN"]), tiles.shape[1])
-        kernel[grid](
-            inputs, weight, codebook, order, tiles, product,
-            num_blocks, num_rows, length // 32, slots, tiles.shape[1], num_pairs, TYPE=stored.name, **config,
-        )  # fmt: skip
+        pairs = _tiles_of(expert_ids, num_experts, config["BM"])
+        return multiply_tiles(product, inputs, weight, stored, transposed, config, pairs)
+    width, config = (128, {"BN": 32, "G": 4}) if transposed else (16, {"BN": 16, "G": 8})
+    _pair_kernel[(triton.cdiv(product.shape[-1], width), num_pairs)](
+        inputs, weight, table(stored.name, weight.device), expert_ids.contiguous(), product,
+        weight.numel() // stored.block_bytes, num_experts, num_rows, length // 32,
+        expert_ids.shape[1] if inputs.dim() == 2 else 1, TYPE=stored.name, TRANSPOSED=transposed, num_warps=4, **config,
+    )  # fmt: skip
     return product
 
 
@@ -133,57 +122,41 @@ def _tile_table_kernel(
 
 
 @triton.jit(do_not_specialize=["num_blocks"])
-def _pair_linear_kernel(
+def _pair_kernel(
     x_ptr, planes_ptr, table_ptr, ids_ptr, y_ptr,
     num_blocks, num_experts, N, K_groups, slots,
-    TYPE: tl.constexpr, BN: tl.constexpr, G: tl.constexpr,
+    TYPE: tl.constexpr, TRANSPOSED: tl.constexpr, BN: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
+    """y = x W^T, with TRANSPOSED y = x W, for a pair and BN rows (or G groups of columns) of its expert's matrix."""
+    WIDTH: tl.constexpr = G * 32 if TRANSPOSED else BN
+    extent = K_groups * 32 if TRANSPOSED else N
     pair = tl.program_id(1).to(tl.int64)
     expert = tl.load(ids_ptr + pair).to(tl.int64)
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    y_ptr += pair * N
+    out = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    y_ptr += pair * extent
     if (expert < 0) | (expert >= num_experts):
-        tl.store(y_ptr + n, tl.zeros([BN], y_ptr.dtype.element_ty), mask=n < N)
+        tl.store(y_ptr + out, tl.zeros([WIDTH], y_ptr.dtype.element_ty), mask=out < extent)
         return
     r = tl.arange(0, BN * G)
-    g = r % G
-    row = expert.to(tl.int32) * N + tl.minimum(tl.program_id(0) * BN + r // G, N - 1)
-    x_ptr += pair // slots * K_groups * 32
-    i = tl.arange(0, 4)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
     acc = tl.zeros([BN * G, 4, 8], tl.float32)
-    for start in range(0, K_groups, G):
-        group = start + g
-        w = unpack_groups(
-            TYPE, planes_ptr, table_ptr, num_blocks.to(tl.int64), row * K_groups + tl.minimum(group, K_groups - 1)
-        )
-        x = tl.load(x_ptr + group[:, None, None] * 32 + i, mask=(group < K_groups)[:, None, None], other=0.0)
-        acc += w * x.to(tl.float32)
-    y = tl.sum(tl.reshape(acc, [BN, G * 32]), 1)
-    tl.store(y_ptr + n, y.to(y_ptr.dtype.element_ty), mask=n < N)
-
-
-@triton.jit(do_not_specialize=["num_blocks"])
-def _pair_input_grad_kernel(
-    dy_ptr, planes_ptr, table_ptr, ids_ptr, dx_ptr,
-    num_blocks, num_experts, N, K_groups, slots,
-    TYPE: tl.constexpr, BN: tl.constexpr, G: tl.constexpr,
-):  # fmt: skip
-    pair = tl.program_id(1).to(tl.int64)
-    expert = tl.load(ids_ptr + pair).to(tl.int64)
-    k = tl.program_id(0) * G * 32 + tl.arange(0, G * 32)
-    dx_ptr += pair * K_groups * 32
-    if (expert < 0) | (expert >= num_experts):
-        tl.store(dx_ptr + k, tl.zeros([G * 32], dx_ptr.dtype.element_ty), mask=k < K_groups * 32)
-        return
-    r = tl.arange(0, BN * G)
-    group = tl.minimum(tl.program_id(0) * G + r % G, K_groups - 1)
-    dy_ptr += pair // slots * N
-    acc = tl.zeros([BN * G, 4, 8], tl.float32)
-    for start in range(0, N, BN):
-        n = start + r // G
-        row = expert.to(tl.int32) * N + tl.minimum(n, N - 1)
-        w = unpack_groups(TYPE, planes_ptr, table_ptr, num_blocks.to(tl.int64), row * K_groups + group)
-        dy = tl.load(dy_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-        acc += w * dy[:, None, None]
-    dx = tl.sum(tl.reshape(acc, [BN, G * 32]), 0)
-    tl.store(dx_ptr + k, dx.to(dx_ptr.dtype.element_ty), mask=k < K_groups * 32)
+    if TRANSPOSED:
+        group = tl.minimum(tl.program_id(0) * G + r % G, K_groups - 1)
+        x_ptr += pair // slots * N
+        for start in range(0, N, BN):
+            n = start + r // G
+            groups = (expert.to(tl.int32) * N + tl.minimum(n, N - 1)) * K_groups + group
+            w = unpack_groups(TYPE, planes_ptr, table_ptr, num_blocks.to(tl.int64), groups)
+            x = tl.load(x_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+            acc += w * x[:, None, None]
+    else:
+        row = expert.to(tl.int32) * N + tl.minimum(tl.program_id(0) * BN + r // G, N - 1)
+        x_ptr += pair // slots * K_groups * 32
+        i = tl.arange(0, 4)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
+        for start in range(0, K_groups, G):
+            group = start + r % G
+            groups = row * K_groups + tl.minimum(group, K_groups - 1)
+            w = unpack_groups(TYPE, planes_ptr, table_ptr, num_blocks.to(tl.int64), groups)
+            x = tl.load(x_ptr + group[:, None, None] * 32 + i, mask=(group < K_groups)[:, None, None], other=0.0)
+            acc += w * x.to(tl.float32)
+    y = tl.sum(tl.reshape(acc, [BN, G * 32]), 0 if TRANSPOSED else 1)
+    tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=out < extent)

@@ -12,8 +12,12 @@ columns of the matrix: its programs write partial sums, float32 [splits, num_pai
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from dynquant.kernels.triton.unpack import unpack_groups
+from dynquant.formats.quant_types import QuantType
+from dynquant.kernels import shapes
+from dynquant.kernels.triton.gemv import add_splits
+from dynquant.kernels.triton.unpack import table, unpack_groups
 
 _RESIDENT = {16: 896, 32: 640, 64: 512, 128: 384}
 """Rows of a program -> programs that an H100 runs at once."""
@@ -112,3 +116,29 @@ def tile_input_grad_kernel(
             acc = tl.dot(dy, tl.reshape(w, [BN, G * 32]).to(dy.dtype), acc, input_precision="ieee")
     dx_ptrs = dx_ptr + pair[:, None] * (K_groups * 32) + k[None, :]
     tl.store(dx_ptrs, acc.to(dx_ptr.dtype.element_ty), mask=is_pair[:, None] & (k < K_groups * 32)[None, :])
+
+
+def multiply_tiles(
+    product: Tensor, x: Tensor, weight: Tensor, stored: QuantType, transposed: bool, config: dict, pairs=(None, None)
+) -> Tensor:
+    """Write x W^T, or x W if `transposed`, into `product` [pairs, extent] and return it; `config` of `tile_config`.
+
+    `pairs` is what `grouped.sorted_tiles` returns; without it the weight is a single matrix.
+    """
+    order, tiles = pairs
+    extent, num_groups = product.shape[-1], shapes.row_length(weight, stored) // 32
+    num_pairs = product.numel() // extent
+    num_tiles = triton.cdiv(num_pairs, config["BM"]) if tiles is None else tiles.shape[1]
+    grid = (triton.cdiv(extent, 32 * config["G"] if transposed else config["BN"]), num_tiles)
+    is_shared = tiles is None and not transposed
+    shares = column_shares(grid[0] * num_tiles, config, num_groups) if is_shared else 1
+    target = product if shares == 1 else product.new_empty(shares, *product.shape, dtype=torch.float32)
+    kernel = tile_input_grad_kernel if transposed else tile_linear_kernel
+    kernel[(*grid, shares)](
+        x, weight, table(stored.name, weight.device), order, tiles, target,
+        weight.numel() // stored.block_bytes, weight.shape[-2], num_groups,
+        num_pairs * x.shape[-1] // x.numel(), num_tiles, num_pairs, TYPE=stored.name, **config,
+    )  # fmt: skip
+    if shares > 1:
+        add_splits(target, product, pdl=False)
+    return product

@@ -1,4 +1,4 @@
-"""Triton: packed planes to weights, one small function per quant type, for use inside any kernel.
+"""Triton: packed planes to weights, one function per family of quant types, for use inside any kernel.
 
 The unit is a group of 32 consecutive weights, [4, 8]: the 8 codes that one thread takes with a single load, and the
 weights that one entry of a codebook stands for. Integer codes are formed four to a word, a pair of words for 8 weights,
@@ -22,8 +22,8 @@ import triton.language as tl
 from dynquant.formats import tables
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.kernels.planes import PLANES
-from dynquant.kernels.triton.bit_chunks import E2M1_0, E2M1_1, E2M1_2, E2M1_3, IQ4_0, IQ4_1, IQ4_2, IQ4_3
-from dynquant.kernels.triton.bit_words import USE_ASM, prmt, table16
+from dynquant.kernels.triton.bit_chunks import nibble_values
+from dynquant.kernels.triton.bit_words import USE_ASM, prmt
 
 _IQ1 = ("IQ1_S", "IQ1_M")
 _IQ2_IQ3 = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
@@ -52,7 +52,7 @@ def table(type_name: str, device: torch.device) -> torch.Tensor:
     cpu = torch.device("cpu")
     if type_name in _IQ1:
         digits = tables.grid_rows("IQ1_S").astype(np.int64) + 1
-        words = (digits << np.array([0, 8, 16, 24, 4, 12, 20, 28])).sum(1)
+        words = (digits << np.array([0, 8, 16, 24, 4, 12, 20, 28])).sum(1)  # disjoint bits: a sum is an or
     elif type_name in _IQ2_IQ3:
         words = tables.grid(type_name, cpu).numpy().view(np.int32)
     elif type_name == "NVFP4":
@@ -82,47 +82,21 @@ def unpack_groups(TYPE: tl.constexpr, planes_ptr, table_ptr, num_blocks, groups)
     s = group % PER_BLOCK
     i8 = tl.arange(0, 4)[None, :, None]
     i = tl.arange(0, 8)[None, None, :]
-    if TYPE == "Q8_0":
-        w = _q8_0(planes_ptr, num_blocks, block, i)
-    elif TYPE == "Q4_0" or TYPE == "Q5_0":
-        w = _q4_0_q5_0(TYPE, planes_ptr, num_blocks, block, i8, i)
-    elif TYPE == "Q4_1" or TYPE == "Q5_1":
-        w = _q4_1_q5_1(TYPE, planes_ptr, num_blocks, block, i8, i)
-    elif TYPE == "IQ4_NL":
-        w = _iq4_nl(planes_ptr, num_blocks, block, i)
-    elif TYPE == "IQ4_XS":
-        w = _iq4_xs(planes_ptr, num_blocks, block, s, i)
-    elif TYPE == "MXFP4":
-        w = _mxfp4(planes_ptr, num_blocks, block, i)
-    elif TYPE == "NVFP4":
-        w = _nvfp4(planes_ptr, table_ptr, num_blocks, block, s, i8, i)
-    elif TYPE == "Q2_K":
-        w = _q2_k(planes_ptr, num_blocks, block, s, i8, i)
-    elif TYPE == "Q3_K":
-        w = _q3_k(planes_ptr, num_blocks, block, s, i8, i)
+    if TYPE == "Q4_0" or TYPE == "Q4_1" or TYPE == "Q5_0" or TYPE == "Q5_1" or TYPE == "Q8_0":
+        w = _plain(TYPE, planes_ptr, num_blocks, block, i8, i)
+    elif TYPE == "IQ4_NL" or TYPE == "IQ4_XS" or TYPE == "MXFP4" or TYPE == "NVFP4":
+        w = _tabled(TYPE, planes_ptr, table_ptr, num_blocks, block, s, i8, i)
     elif TYPE == "Q4_K" or TYPE == "Q5_K":
-        w = _q4_k_q5_k(TYPE, planes_ptr, num_blocks, block, s, i)
-    elif TYPE == "Q6_K":
-        w = _q6_k(planes_ptr, num_blocks, block, s, i8, i)
-    elif TYPE == "IQ3_S":
-        w = _iq3_s(planes_ptr, table_ptr, num_blocks, block, s, i8, i)
-    elif TYPE == "IQ3_XXS":
-        w = _iq3_xxs(planes_ptr, table_ptr, num_blocks, block, s, i8, i)
-    elif TYPE == "IQ2_S":
-        w = _iq2_s(planes_ptr, table_ptr, num_blocks, block, s, i8, i)
-    elif TYPE == "IQ2_XS":
-        w = _iq2_xs(planes_ptr, table_ptr, num_blocks, block, s, i8, i)
-    elif TYPE == "IQ2_XXS":
-        w = _iq2_xxs(planes_ptr, table_ptr, num_blocks, block, s, i8, i)
-    elif TYPE == "IQ1_M":
-        w = _iq1_m(planes_ptr, table_ptr, num_blocks, block, s, i8, i)
-    elif TYPE == "IQ1_S":
-        w = _iq1_s(planes_ptr, table_ptr, num_blocks, block, s, i8, i)
-    elif TYPE == "TQ2_0":
-        w = _tq2_0(planes_ptr, num_blocks, block, s, i)
+        w = _nibbles(TYPE, planes_ptr, num_blocks, block, s, i)
+    elif TYPE == "Q2_K" or TYPE == "Q3_K" or TYPE == "Q6_K" or TYPE == "TQ2_0":
+        w = _crumbs(TYPE, planes_ptr, num_blocks, block, s, i8, i)
+    elif TYPE == "IQ1_M" or TYPE == "IQ1_S":
+        w = _ternary(TYPE, planes_ptr, table_ptr, num_blocks, block, s, i8, i)
+    elif TYPE == "IQ2_XXS" or TYPE == "IQ2_XS" or TYPE == "IQ2_S" or TYPE == "IQ3_XXS" or TYPE == "IQ3_S":
+        w = _signed(TYPE, planes_ptr, table_ptr, num_blocks, block, s, i8, i)
     else:
         tl.static_assert(TYPE == "TQ1_0", "unpack_groups does not know this quant type")
-        w = _tq1_0(planes_ptr, num_blocks, block, s, i8, i)
+        w = _digits(planes_ptr, num_blocks, block, s, i8, i)
     return w
 
 
@@ -143,12 +117,6 @@ def _word32(p, offset):
 
 
 @triton.jit
-def _half(p, offset):
-    """The fp16 number at index `offset` of the tensor."""
-    return tl.load(p.to(tl.pointer_type(tl.float16)) + offset).to(tl.float32)
-
-
-@triton.jit
 def _two_halves(p, index):
     """Two neighbouring fp16 numbers, number `index` of such pairs: a block's scale and minimum."""
     both = tl.load(p.to(tl.pointer_type(tl.int32)) + index)
@@ -157,8 +125,9 @@ def _two_halves(p, index):
 
 
 @triton.jit
-def _value(table_ptr, index):
-    return tl.load(table_ptr.to(tl.pointer_type(tl.float32)) + index)
+def _scale_of(TYPE: tl.constexpr, p, nb, block):
+    """The fp16 scale of a block, field `d`."""
+    return tl.load(p.to(tl.pointer_type(tl.float16)) + (nb * (_plane(TYPE, "d") // 2) + block)).to(tl.float32)
 
 
 @triton.jit
@@ -226,120 +195,89 @@ def _low_then_high(low, high):
 
 
 @triton.jit
-def _nibble_pair(p, block):
-    packed = _words(p, block, 4)
-    return _low_then_high(packed & 0x0F0F0F0F, (packed >> 4) & 0x0F0F0F0F)
-
-
-@triton.jit
 def _crumb_plane(p, block, s):
     """Two-bit codes of a super-block: byte j of a half holds the weights j, 32 + j, 64 + j and 96 + j."""
     return _fields(p, block * 2 + (s >> 2), (s & 3) * 2, 2)
 
 
 @triton.jit
-def _table16(packed, IS_E2M1: tl.constexpr):
-    """The values of low and of high nibbles, plus 128, which makes signed bytes unsigned."""
-    t0, t1 = (E2M1_0, E2M1_1) if IS_E2M1 else (IQ4_0, IQ4_1)
-    t2, t3 = (E2M1_2, E2M1_3) if IS_E2M1 else (IQ4_2, IQ4_3)
-    zero = packed & 0
-    low, high = table16(packed, zero + t0, zero + t1, zero + t2, zero + t3)
-    return low ^ -0x7F7F7F80, high ^ -0x7F7F7F80
-
-
-@triton.jit
-def _looked_up(p, block, IS_E2M1: tl.constexpr, i):
-    low, high = _table16(_words(p, block, 4), IS_E2M1)
-    return _floats(_low_then_high(low, high), 128, i)
-
-
-@triton.jit
-def _q8_0(p, nb, block, i):
-    d = _half(p, nb * (_plane("Q8_0", "d") // 2) + block)
-    return _floats(_codes(_words(p, block, 8) ^ -0x7F7F7F80), 128, i) * d  # signed bytes plus 128
-
-
-@triton.jit
-def _five_bits(TYPE: tl.constexpr, p, nb, block, i8):
-    codes = _nibble_pair(p, block)
+def _plain(TYPE: tl.constexpr, p, nb, block, i8, i):
+    """Q4_0, Q4_1, Q5_0, Q5_1, Q8_0."""
+    if TYPE == "Q8_0":
+        codes = _codes(_words(p, block, 8) ^ -0x7F7F7F80)  # signed bytes plus 128
+    else:
+        packed = _words(p, block, 4)
+        codes = _low_then_high(packed & 0x0F0F0F0F, (packed >> 4) & 0x0F0F0F0F)
     if TYPE == "Q5_0" or TYPE == "Q5_1":
         bits = _byte(p, nb * _plane(TYPE, "qh") + block * 4 + i8)
-        codes = _with_high_bits(codes, (_spread(bits & 15), _spread(bits >> 4)), 4)
-    return codes
+        # Four bits go to bit 0 of four bytes, and from there to bit 4.
+        fifth = ((bits & 15) * 0x00204081) & 0x01010101, ((bits >> 4) * 0x00204081) & 0x01010101
+        codes = _with_high_bits(codes, fifth, 4)
+    if TYPE == "Q4_1" or TYPE == "Q5_1":
+        d, m = _two_halves(p + nb * _plane(TYPE, "dm"), block)
+        return d * _floats(codes, 0, i) + m
+    else:
+        OFFSET: tl.constexpr = 128 if TYPE == "Q8_0" else 16 if TYPE == "Q5_0" else 8
+        return _scale_of(TYPE, p, nb, block) * _floats(codes, OFFSET, i)
 
 
 @triton.jit
-def _spread(bits):
-    """Four bits to bit 0 of four bytes."""
-    return (bits * 0x00204081) & 0x01010101
+def _tabled(TYPE: tl.constexpr, p, table_ptr, nb, block, s, i8, i):
+    """IQ4_NL, IQ4_XS, MXFP4, NVFP4: nibbles that pick one of sixteen values."""
+    low, high = nibble_values(_words(p, block * groups_per_block(TYPE) + s, 4), TYPE)
+    low, high = low ^ -0x7F7F7F80, high ^ -0x7F7F7F80  # signed bytes plus 128
+    if TYPE == "NVFP4":
+        # A block of 16 has its first eight weights in low nibbles, the others in high ones.
+        both = tl.permute(tl.reshape(tl.join(low, high), [low.shape[0], 2, 2, 2]), (0, 1, 3, 2))
+        codes = _codes(tl.reshape(both, [low.shape[0], 8]))
+        e = _byte(p, nb * _plane("NVFP4", "d") + block * 4 + s * 2 + (i8 >> 1))
+        scale = tl.load(table_ptr.to(tl.pointer_type(tl.float32)) + e)
+    else:
+        codes = _low_then_high(low, high)
+        if TYPE == "MXFP4":
+            e = _byte(p, nb * _plane("MXFP4", "e") + block)
+            # Half of 2^(e - 127); the two smallest are subnormal.
+            scale = tl.where(e < 2, 0x00200000 << e, (e - 1) << 23).to(tl.float32, bitcast=True)
+        else:
+            scale = _scale_of(TYPE, p, nb, block)
+        if TYPE == "IQ4_XS":
+            sc_low = (_byte(p, nb * _plane("IQ4_XS", "scales_l") + block * 4 + (s >> 1)) >> ((s & 1) * 4)) & 15
+            sc_high = (_word16(p, nb * (_plane("IQ4_XS", "scales_h") // 2) + block) >> (s * 2)) & 3
+            scale = scale * ((sc_low | (sc_high << 4)) - 32).to(tl.float32)
+    return scale * _floats(codes, 128, i)
 
 
 @triton.jit
-def _q4_0_q5_0(TYPE: tl.constexpr, p, nb, block, i8, i):
-    d = _half(p, nb * (_plane(TYPE, "d") // 2) + block)
-    return d * _floats(_five_bits(TYPE, p, nb, block, i8), 16 if TYPE == "Q5_0" else 8, i)
+def _crumbs(TYPE: tl.constexpr, p, nb, block, s, i8, i):
+    """Q2_K, Q3_K, Q6_K, TQ2_0."""
+    sub = s * 2 + (i8 >> 1)  # sixteen weights that share a scale
+    if TYPE == "Q2_K":
+        scales = _byte(p, nb * _plane("Q2_K", "scales") + block * 16 + sub)
+        d, dmin = _two_halves(p + nb * _plane("Q2_K", "dm"), block)
+        scale, minimum = d * (scales & 15).to(tl.float32), dmin * (scales >> 4).to(tl.float32)
+        w = scale * _floats(_crumb_plane(p + nb * _plane("Q2_K", "qs"), block, s), 0, i) - minimum
+    elif TYPE == "Q3_K":
+        scales = nb * _plane("Q3_K", "scales") + block * 12
+        low = (_byte(p, scales + (sub & 7)) >> ((sub >> 3) * 4)) & 15
+        high = (_byte(p, scales + 8 + (sub & 3)) >> ((sub >> 2) * 2)) & 3
+        scale = _scale_of(TYPE, p, nb, block) * ((low | (high << 4)) - 32).to(tl.float32)
+        third = _fields(p + nb * _plane("Q3_K", "hmask"), block, s, 1)
+        codes = _with_high_bits(_crumb_plane(p + nb * _plane("Q3_K", "qs"), block, s), third, 2)
+        w = scale * _floats(codes, 4, i)
+    elif TYPE == "Q6_K":
+        sc = _byte(p, nb * _plane("Q6_K", "scales") + block * 16 + sub)
+        scale = _scale_of(TYPE, p, nb, block) * ((sc ^ 128) - 128).to(tl.float32)
+        low = _fields(p + nb * _plane("Q6_K", "ql"), block * 4 + (s >> 2) * 2 + (s & 1), (s & 2) * 2, 4)
+        high = _crumb_plane(p + nb * _plane("Q6_K", "qh"), block, s)
+        w = scale * _floats(_with_high_bits(low, high, 4), 32, i)
+    else:
+        w = _scale_of(TYPE, p, nb, block) * _floats(_crumb_plane(p, block, s), 1, i)
+    return w
 
 
 @triton.jit
-def _q4_1_q5_1(TYPE: tl.constexpr, p, nb, block, i8, i):
-    d, m = _two_halves(p + nb * _plane(TYPE, "dm"), block)
-    return d * _floats(_five_bits(TYPE, p, nb, block, i8), 0, i) + m
-
-
-@triton.jit
-def _iq4_nl(p, nb, block, i):
-    d = _half(p, nb * (_plane("IQ4_NL", "d") // 2) + block)
-    return d * _looked_up(p, block, False, i)
-
-
-@triton.jit
-def _iq4_xs(p, nb, block, s, i):
-    low = (_byte(p, nb * _plane("IQ4_XS", "scales_l") + block * 4 + (s >> 1)) >> ((s & 1) * 4)) & 15
-    high = (_word16(p, nb * (_plane("IQ4_XS", "scales_h") // 2) + block) >> (s * 2)) & 3
-    scale = _half(p, nb * (_plane("IQ4_XS", "d") // 2) + block) * ((low | (high << 4)) - 32).to(tl.float32)
-    return scale * _looked_up(p, block * 8 + s, False, i)
-
-
-@triton.jit
-def _mxfp4(p, nb, block, i):
-    e = _byte(p, nb * _plane("MXFP4", "e") + block)
-    # Half of 2^(e - 127); the two smallest are subnormal.
-    scale = tl.where(e < 2, 0x00200000 << e, (e - 1) << 23).to(tl.float32, bitcast=True)
-    return scale * _looked_up(p, block, True, i)
-
-
-@triton.jit
-def _nvfp4(p, table_ptr, nb, block, s, i8, i):
-    sub = s * 2 + (i8 >> 1)
-    scale = _value(table_ptr, _byte(p, nb * _plane("NVFP4", "d") + block * 4 + sub))
-    # A block of 16 has its first eight weights in low nibbles, the others in high ones.
-    low, high = _table16(_words(p, block * 2 + s, 4), True)
-    both = tl.permute(tl.reshape(tl.join(low, high), [low.shape[0], 2, 2, 2]), (0, 1, 3, 2))
-    return scale * _floats(_codes(tl.reshape(both, [low.shape[0], 8])), 128, i)
-
-
-@triton.jit
-def _q2_k(p, nb, block, s, i8, i):
-    scales = _byte(p, nb * _plane("Q2_K", "scales") + block * 16 + s * 2 + (i8 >> 1))
-    d, dmin = _two_halves(p + nb * _plane("Q2_K", "dm"), block)
-    scale, minimum = d * (scales & 15).to(tl.float32), dmin * (scales >> 4).to(tl.float32)
-    return scale * _floats(_crumb_plane(p + nb * _plane("Q2_K", "qs"), block, s), 0, i) - minimum
-
-
-@triton.jit
-def _q3_k(p, nb, block, s, i8, i):
-    n = s * 2 + (i8 >> 1)
-    scales = nb * _plane("Q3_K", "scales") + block * 12
-    low = (_byte(p, scales + (n & 7)) >> ((n >> 3) * 4)) & 15
-    high = (_byte(p, scales + 8 + (n & 3)) >> ((n >> 2) * 2)) & 3
-    scale = _half(p, nb * (_plane("Q3_K", "d") // 2) + block) * ((low | (high << 4)) - 32).to(tl.float32)
-    third = _fields(p + nb * _plane("Q3_K", "hmask"), block, s, 1)
-    codes = _with_high_bits(_crumb_plane(p + nb * _plane("Q3_K", "qs"), block, s), third, 2)
-    return scale * _floats(codes, 4, i)
-
-
-@triton.jit
-def _q4_k_q5_k(TYPE: tl.constexpr, p, nb, block, s, i):
+def _nibbles(TYPE: tl.constexpr, p, nb, block, s, i):
+    """Q4_K, Q5_K."""
     scales = nb * _plane(TYPE, "scales") + block * 12 + (s & 3)
     b0, b1, b2 = _byte(p, scales), _byte(p, scales + 4), _byte(p, scales + 8)
     sc = tl.where(s < 4, b0 & 63, (b2 & 15) | ((b0 >> 2) & 48))
@@ -352,128 +290,81 @@ def _q4_k_q5_k(TYPE: tl.constexpr, p, nb, block, s, i):
 
 
 @triton.jit
-def _q6_k(p, nb, block, s, i8, i):
-    sc = _byte(p, nb * _plane("Q6_K", "scales") + block * 16 + s * 2 + (i8 >> 1))
-    scale = _half(p, nb * (_plane("Q6_K", "d") // 2) + block) * ((sc ^ 128) - 128).to(tl.float32)
-    low = _fields(p + nb * _plane("Q6_K", "ql"), block * 4 + (s >> 2) * 2 + (s & 1), (s & 2) * 2, 4)
-    high = _crumb_plane(p + nb * _plane("Q6_K", "qh"), block, s)
-    return scale * _floats(_with_high_bits(low, high, 4), 32, i)
-
-
-@triton.jit
 def _even_signs(bits):
     """The eighth sign of seven: it makes the number of minus signs even."""
-    parity = bits ^ (bits >> 4)
+    parity = bits ^ (bits >> 4)  # folds the bits onto bit 0
     parity = parity ^ (parity >> 2)
     return bits | (((parity ^ (parity >> 1)) & 1) << 7)
 
 
 @triton.jit
-def _signed(scale, magnitudes, signs, i):
-    """Scale times magnitude, negative where bit i of `signs` is set: the bit becomes the sign of the float."""
-    bits = (scale * _floats(magnitudes, 0, i)).to(tl.int32, bitcast=True)
-    return (bits ^ ((signs << (31 - i)) & -2147483648)).to(tl.float32, bitcast=True)
+def _signed(TYPE: tl.constexpr, p, table_ptr, nb, block, s, i8, i):
+    """IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S: signs, and magnitudes from words `first` and `second` of the table."""
+    unit = block * 8 + s
+    if TYPE == "IQ2_XXS":
+        indices, word = _two_words(p, unit)
+        first = ((indices >> (i8 * 8)) & 255) * 2
+    elif TYPE == "IQ2_XS":
+        pair = _word16_of(p, unit, i8)
+        first, signs = (pair & 511) * 2, _even_signs(pair >> 9)
+    elif TYPE == "IQ2_S":
+        qh = (_byte(p, nb * _plane("IQ2_S", "qh") + unit) >> (i8 * 2)) & 3
+        first = (_byte_of(p, unit, i8) | (qh << 8)) * 2
+    elif TYPE == "IQ3_XXS":
+        word = _word32(p, nb * (_plane("IQ3_XXS", "scales") // 4) + unit)
+        pair = _word16_of(p, unit, i8)
+        first, second = pair & 255, pair >> 8
+    else:
+        sc = (_byte(p, nb * _plane("IQ3_S", "scales") + block * 4 + (s >> 1)) >> ((s & 1) * 4)) & 15
+        pair = _word16_of(p, unit, i8)
+        qh = _byte(p, nb * _plane("IQ3_S", "qh") + unit) >> (i8 * 2)
+        first, second = (pair & 255) | ((qh & 1) << 8), (pair >> 8) | ((qh & 2) << 7)
+    if TYPE == "IQ2_XXS" or TYPE == "IQ2_XS" or TYPE == "IQ2_S":
+        second = first + 1
+    if TYPE == "IQ2_S" or TYPE == "IQ3_S":
+        signs = _byte_of(p + nb * _plane(TYPE, "signs"), unit, i8)
+    if TYPE == "IQ2_XXS" or TYPE == "IQ3_XXS":
+        signs = _even_signs((word >> (i8 * 7)) & 127)
+        d, sc = _scale_of(TYPE, p, nb, block), ((word >> 28) & 15).to(tl.float32) + 0.5
+        scale = d * sc * (0.25 if TYPE == "IQ2_XXS" else 0.5)
+    elif TYPE == "IQ3_S":
+        scale = _scale_of(TYPE, p, nb, block) * (sc * 2 + 1).to(tl.float32)
+    else:
+        sc = (_byte(p, nb * _plane(TYPE, "scales") + unit) >> ((i8 >> 1) * 4)) & 15
+        scale = _scale_of(TYPE, p, nb, block) * (sc.to(tl.float32) + 0.5) * 0.25
+    bits = (scale * _floats((tl.load(table_ptr + first), tl.load(table_ptr + second)), 0, i)).to(tl.int32, bitcast=True)
+    return (bits ^ ((signs << (31 - i)) & -2147483648)).to(tl.float32, bitcast=True)  # the bit becomes the float's sign
 
 
 @triton.jit
-def _iq2_magnitudes(table_ptr, index):
-    return tl.load(table_ptr + index * 2), tl.load(table_ptr + index * 2 + 1)
-
-
-@triton.jit
-def _iq2_xxs(p, table_ptr, nb, block, s, i8, i):
-    indices, word = _two_words(p, block * 8 + s)
-    scale = _half(p, nb * (_plane("IQ2_XXS", "d") // 2) + block) * (((word >> 28) & 15).to(tl.float32) + 0.5) * 0.25
-    magnitudes = _iq2_magnitudes(table_ptr, (indices >> (i8 * 8)) & 255)
-    return _signed(scale, magnitudes, _even_signs((word >> (i8 * 7)) & 127), i)
-
-
-@triton.jit
-def _iq2_scale(TYPE: tl.constexpr, p, nb, block, s, i8):
-    sc = (_byte(p, nb * _plane(TYPE, "scales") + block * 8 + s) >> ((i8 >> 1) * 4)) & 15
-    return _half(p, nb * (_plane(TYPE, "d") // 2) + block) * (sc.to(tl.float32) + 0.5) * 0.25
-
-
-@triton.jit
-def _iq2_xs(p, table_ptr, nb, block, s, i8, i):
-    word = _word16_of(p, block * 8 + s, i8)
-    magnitudes = _iq2_magnitudes(table_ptr, word & 511)
-    return _signed(_iq2_scale("IQ2_XS", p, nb, block, s, i8), magnitudes, _even_signs(word >> 9), i)
-
-
-@triton.jit
-def _iq2_s(p, table_ptr, nb, block, s, i8, i):
-    high = (_byte(p, nb * _plane("IQ2_S", "qh") + block * 8 + s) >> (i8 * 2)) & 3
-    index = _byte_of(p, block * 8 + s, i8) | (high << 8)
-    signs = _byte_of(p + nb * _plane("IQ2_S", "signs"), block * 8 + s, i8)
-    return _signed(_iq2_scale("IQ2_S", p, nb, block, s, i8), _iq2_magnitudes(table_ptr, index), signs, i)
-
-
-@triton.jit
-def _iq3_xxs(p, table_ptr, nb, block, s, i8, i):
-    word = _word32(p, nb * (_plane("IQ3_XXS", "scales") // 4) + block * 8 + s)
-    scale = _half(p, nb * (_plane("IQ3_XXS", "d") // 2) + block) * (((word >> 28) & 15).to(tl.float32) + 0.5) * 0.5
-    pair = _word16_of(p, block * 8 + s, i8)
-    magnitudes = tl.load(table_ptr + (pair & 255)), tl.load(table_ptr + (pair >> 8))
-    return _signed(scale, magnitudes, _even_signs((word >> (i8 * 7)) & 127), i)
-
-
-@triton.jit
-def _iq3_s(p, table_ptr, nb, block, s, i8, i):
-    sc = (_byte(p, nb * _plane("IQ3_S", "scales") + block * 4 + (s >> 1)) >> ((s & 1) * 4)) & 15
-    scale = _half(p, nb * (_plane("IQ3_S", "d") // 2) + block) * (sc * 2 + 1).to(tl.float32)
-    pair = _word16_of(p, block * 8 + s, i8)
-    high = _byte(p, nb * _plane("IQ3_S", "qh") + block * 8 + s) >> (i8 * 2)
-    first, second = (pair & 255) | ((high & 1) << 8), (pair >> 8) | ((high & 2) << 7)
-    magnitudes = tl.load(table_ptr + first), tl.load(table_ptr + second)
-    signs = _byte_of(p + nb * _plane("IQ3_S", "signs"), block * 8 + s, i8)
-    return _signed(scale, magnitudes, signs, i)
-
-
-@triton.jit
-def _ternary(table_ptr, index, scale, delta, i):
-    """scale * (ternary + delta) in eighths: digits are stored plus one, delta is +1 or -1."""
-    digits = tl.load(table_ptr + index)
+def _ternary(TYPE: tl.constexpr, p, table_ptr, nb, block, s, i8, i):
+    """IQ1_S, IQ1_M: scale * (ternary + delta) in eighths; digits are stored plus one, delta is +1 or -1."""
+    if TYPE == "IQ1_S":
+        word = _word16(p, nb * (_plane("IQ1_S", "qh") // 2) + block * 8 + s)
+        scale = _scale_of(TYPE, p, nb, block) * (((word >> 12) & 7) * 2 + 1).to(tl.float32)
+        qh, delta = word >> (i8 * 3), 1 - ((word >> 15) & 1) * 2
+    else:
+        words = nb * (_plane("IQ1_M", "scales") // 2) + block * 4
+        quarters = (_word16(p, words) >> 12) | ((_word16(p, words + 1) >> 8) & 0xF0)
+        bits = quarters | ((_word16(p, words + 2) >> 4) & 0xF00) | (_word16(p, words + 3) & 0xF000)
+        d = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        sc = (_word16(p, words + (s >> 1)) >> ((s & 1) * 6 + (i8 >> 1) * 3)) & 7
+        scale = d * (sc * 2 + 1).to(tl.float32)
+        qh = _byte(p, nb * _plane("IQ1_M", "qh") + block * 16 + s * 2 + (i8 >> 1)) >> ((i8 & 1) * 4)
+        delta = 1 - ((qh >> 3) & 1) * 2
+    digits = tl.load(table_ptr + (_byte_of(p, block * 8 + s, i8) | ((qh & 7) << 8)))
     eighths = (digits & 0x0F0F0F0F) << 3, ((digits >> 4) & 0x0F0F0F0F) << 3
     return scale * 0.125 * _floats(eighths, (8 - delta).to(tl.float32), i)
 
 
 @triton.jit
-def _iq1_s(p, table_ptr, nb, block, s, i8, i):
-    qh = _word16(p, nb * (_plane("IQ1_S", "qh") // 2) + block * 8 + s)
-    scale = _half(p, nb * (_plane("IQ1_S", "d") // 2) + block) * (((qh >> 12) & 7) * 2 + 1).to(tl.float32)
-    low = _byte_of(p, block * 8 + s, i8)
-    return _ternary(table_ptr, low | (((qh >> (i8 * 3)) & 7) << 8), scale, 1 - ((qh >> 15) & 1) * 2, i)
-
-
-@triton.jit
-def _iq1_m(p, table_ptr, nb, block, s, i8, i):
-    words = nb * (_plane("IQ1_M", "scales") // 2) + block * 4
-    quarters = (_word16(p, words) >> 12) | ((_word16(p, words + 1) >> 8) & 0xF0)
-    bits = quarters | ((_word16(p, words + 2) >> 4) & 0xF00) | (_word16(p, words + 3) & 0xF000)
-    d = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    sc = (_word16(p, words + (s >> 1)) >> ((s & 1) * 6 + (i8 >> 1) * 3)) & 7
-    qh = _byte(p, nb * _plane("IQ1_M", "qh") + block * 16 + s * 2 + (i8 >> 1)) >> ((i8 & 1) * 4)
-    low = _byte_of(p, block * 8 + s, i8)
-    scale = d * (sc * 2 + 1).to(tl.float32)
-    return _ternary(table_ptr, low | ((qh & 7) << 8), scale, 1 - ((qh >> 3) & 1) * 2, i)
-
-
-@triton.jit
-def _tq2_0(p, nb, block, s, i):
-    d = _half(p, nb * (_plane("TQ2_0", "d") // 2) + block)
-    return d * _floats(_crumb_plane(p, block, s), 1, i)
-
-
-@triton.jit
-def _tq1_0(p, nb, block, s, i8, i):
-    d = _half(p, nb * (_plane("TQ1_0", "d") // 2) + block)
-    # Weights 0-159 are the 5 digits of 32 bytes, 160-239 those of 16 bytes, 240-255 the 4 digits of 4 bytes.
+def _digits(p, nb, block, s, i8, i):
+    """TQ1_0: weights 0-159 are the 5 digits of 32 bytes, 160-239 those of 16 bytes, 240-255 the 4 digits of 4 bytes."""
     t = s * 32 + i8 * 8 - 160
     is_tail = t >= 80
     digit = tl.where(is_tail, (t - 80 + i) >> 2, tl.where(t < 0, s, t >> 4))
     body = _byte(p, block * 48 + tl.where(t < 0, i8 * 8, (i8 & 1) * 8 + 32) + i)
     tail = _word32(p, nb * (_plane("TQ1_0", "qh") // 4) + block) >> ((i & 3) * 8)
-    power = tl.where(digit == 4, 81, (0x1B090301 >> ((digit & 3) * 8)) & 255)
+    power = tl.where(digit == 4, 81, (0x1B090301 >> ((digit & 3) * 8)) & 255)  # of 3: bytes 1, 3, 9, 27
     shifted = (tl.where(is_tail, tail, body) * power) & 255
-    return d * (((shifted * 3) >> 8) - 1).to(tl.float32)
+    return _scale_of("TQ1_0", p, nb, block) * (((shifted * 3) >> 8) - 1).to(tl.float32)

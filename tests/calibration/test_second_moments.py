@@ -1,5 +1,6 @@
 """Second moments of a real run: right sums, mergeable, within their memory, and hessians that can be inverted."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,23 @@ def test_damaged_file_is_refused(content, tmp_path):
     path.write_bytes(content)
     with pytest.raises(StatsError, match="does not hold second moments"):
         SecondMoments.load(path)
+
+
+@pytest.mark.parametrize("name", ["stats", "hessians"])
+def test_a_flipped_byte_and_values_that_are_not_finite_are_refused(whole, tmp_path, name):
+    part, path = (whole.stats if name == "stats" else whole.moments), tmp_path / f"{name}.safetensors"
+    part.save(path)
+    content = bytearray(path.read_bytes())
+    content[-len(content) // 3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(StatsError, match="checksum"):
+        type(part).load(path)
+    path.unlink()
+    broken = copy.deepcopy(part)
+    (broken.inputs[DENSE].in_sum2 if name == "stats" else broken.sums[DENSE])[0, 0] = torch.nan
+    with pytest.raises(StatsError, match=rf"NaN or infinite values in `{DENSE}"):
+        broken.save(path)
+    assert not path.exists()
 
 
 def test_statistics_are_no_second_moments(whole, tmp_path):

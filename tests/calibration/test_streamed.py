@@ -14,7 +14,7 @@ import torch
 from dynquant.analysis.outliers.super_weights import Criteria, find_super_weights
 from dynquant.analysis.sensitivity.closed_form import output_sensitivity, streamed_sensitivity
 from dynquant.calibration.options import CalibrationOptions
-from dynquant.calibration.run import StatisticsOptions, calibrate, provenance_of, text_inputs
+from dynquant.calibration.run import StatisticsOptions, provenance_of, text_inputs
 from dynquant.calibration.stage import run_calibration, streaming_limit
 from dynquant.calibration.streamed import StreamingOptions, calibrate_streamed
 from dynquant.checkpoints.model import Model
@@ -27,6 +27,7 @@ from dynquant.running.staged_passes import HiddenStates, StagedPasses
 from dynquant.running.stored_experts import StoredExperts
 from dynquant.running.stream_memory import Workload, fit_within
 from dynquant.session import Session, ignore_progress
+from tests.helpers.calibrating import calibrate
 from tests.helpers.commands import run
 from tests.helpers.representatives import represented_by
 from tests.helpers.tiny_models import TINY, save_tiny
@@ -78,8 +79,8 @@ def stopping_after(stages: int) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize("name", represented_by(QUICK, TINY))
-def test_files_are_byte_equal_to_those_of_a_whole_model(name, tmp_path, small_moe):
-    model = open_model(save_tiny(name, tmp_path / "model", small_moe))
+def test_files_are_byte_equal_to_those_of_a_whole_model(name, tmp_path, tiny_text):
+    model = open_model(tiny_text(name))
     (tmp_path / "whole").mkdir()
     streamed(model, tmp_path, "gradients")
     assert same_files(calibrated_whole(model, tmp_path / "whole", "gradients"), tmp_path)
@@ -159,8 +160,8 @@ def test_one_stage_is_in_memory_at_a_time(moe):
 
 @pytest.mark.parametrize("keeps_experts, dtype", [(True, torch.bfloat16), (False, torch.float32)])
 @pytest.mark.parametrize("name", ["qwen2-moe-tied", "mixtral", "deepseek-v2-lite", "gemma3"])
-def test_logits_are_bit_equal(name, keeps_experts, dtype, tmp_path, small_moe):
-    model = open_model(save_tiny(name, tmp_path / "model", small_moe))
+def test_logits_are_bit_equal(name, keeps_experts, dtype, tiny_text):
+    model = open_model(tiny_text(name))
     tokens = torch.randint(0, 8000, (2, 110), generator=torch.Generator().manual_seed(0))
     hf_model = load_hf(model, dtype=dtype)
     if hasattr(hf_model.config, "_experts_implementation"):
@@ -171,8 +172,8 @@ def test_logits_are_bit_equal(name, keeps_experts, dtype, tmp_path, small_moe):
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "moe"])
-def test_sensitivities_are_equal(name, moe, small_moe, tmp_path):
-    model = moe if name == "moe" else open_model(save_tiny(name, tmp_path / "model", small_moe))
+def test_sensitivities_are_equal(name, moe, tiny_text, tmp_path):
+    model = moe if name == "moe" else open_model(tiny_text(name))
     arch, layers = model.arch, model.hyper.n_layer
     inputs = text_inputs(model, None, tokens=300, window=100)
     (tmp_path / "states").mkdir()
@@ -234,7 +235,7 @@ from dynquant.running.stored_experts import StoredExperts
 from dynquant.checkpoints.safetensors_source import StoredValues
 
 kept = StoredValues(torch.zeros(64, 2048, 1024, dtype=torch.bfloat16))
-experts = StoredExperts((64, 2048, 1024), torch.float32, "cpu", None, torch.empty(2048 * 1024), (kept,))
+experts = StoredExperts((64, 2048, 1024), None, torch.empty(2048 * 1024), (kept,))
 x = torch.zeros(64, 1024, requires_grad=True)
 before, outputs = resident_memory(), []
 for expert in range(64):
@@ -252,7 +253,7 @@ def test_matrices_of_experts_leave_no_holes_among_what_a_backward_pass_keeps():
 
 def test_a_matrix_of_an_expert_outlives_the_next_product():
     values = torch.arange(24, dtype=torch.bfloat16).view(2, 3, 4)
-    experts = StoredExperts((2, 3, 4), torch.float32, "cpu", None, torch.empty(12), (StoredValues(values),))
+    experts = StoredExperts((2, 3, 4), None, torch.empty(12), (StoredValues(values),))
     first, x = experts[0], torch.ones(1, 4)
     assert torch.equal(experts.product(x, 1), x @ values[1].float().T)
     assert torch.equal(first, values[0].float())

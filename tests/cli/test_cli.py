@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from dynquant.families.open import open_model
 from dynquant.recipes.plan import Plan
 from tests.conftest import CALIBRATION_16M
 from tests.helpers.commands import command, linked_copy, refused, run, run_alone, succeed
+from tests.helpers.tiny_models import save_tiny
 
 TYPES = "q2_k,iq4_xs,q6_k"
 
@@ -90,20 +92,8 @@ def test_exported_file_has_the_predicted_size_and_runs(planned, small_moe, tmp_p
     assert str(tmp_path) not in str([field.contents() for field in fields.values()])
     result = tmp_path / "eval.json"
     text = small_moe.parent / "demo_text.txt"
-    succeed(
-        "eval",
-        output,
-        "--reference",
-        small_moe,
-        "--tasks",
-        "kl,ppl",
-        "--text",
-        text,
-        "--max-tokens",
-        512,
-        "--json",
-        result,
-    )
+    options = ("--reference", small_moe, "--text", text, "--max-tokens", 512, "--json", result)
+    succeed("eval", output, "--tasks", "kl,ppl", *options)
     kl = json.loads(result.read_text())["texts"][0]["kl"]
     assert 0.01 < kl["mean"]["value"] < 1.5 and kl["mean"]["low"] < kl["mean"]["value"] < kl["mean"]["high"]
 
@@ -179,8 +169,12 @@ def test_nan_weights_name_the_tensor(damaged):
     tensors = load_file(damaged / "model.safetensors")
     tensors["model.layers.2.self_attn.o_proj.weight"][3, 5] = torch.nan
     save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
-    message = refused("export", damaged, "--preset", "uniform-q8_0", "-o", damaged / "out.gguf")
-    assert "blk.2.attn_output.weight" in message or "layers.2.self_attn.o_proj" in message
+    for command_line in (
+        ("export", damaged, "--preset", "uniform-q8_0", "-o", damaged / "out.gguf"),
+        ("calibrate", damaged, "--tokens", 600, "-o", damaged / "out.safetensors"),
+    ):
+        message = refused(*command_line)
+        assert "blk.2.attn_output.weight" in message or "layers.2.self_attn.o_proj" in message
     assert not list(damaged.glob("*out*"))
 
 
@@ -243,3 +237,47 @@ def test_help_names_every_command():
     for name in ("calibrate", "analyze", "plan", "export", "tune", "eval", "inspect", "super-weights", "demo",
                     "compare-encoders", "recipe", "diff"):  # fmt: skip
         assert name in text
+
+
+@pytest.mark.parametrize(
+    "preset, options, line",
+    [
+        ("uniform-q4_k", (), r"16 tensors: rows of 80 do not divide into Q4_K blocks of 256: F16"),
+        ("llama-q4_k_m", (), r"13 tensors: rows of 80 do not divide into Q4_K blocks of 256: F16"),
+        (
+            "uniform-w4a16",
+            ("-f", "compressed-tensors"),
+            r"tensors?: rows of 80 do not divide into groups of \d+: \w+",
+        ),
+    ],
+)
+def test_a_preset_says_how_many_tensors_took_another_type_and_why(small_moe, tmp_path, preset, options, line):
+    model = save_tiny("llama", tmp_path / "model", small_moe, hidden_size=80, intermediate_size=80)
+    tokens = ("--tokens", "600", "--hessians", "none")
+    output = tmp_path / ("out" if options else "out.gguf")
+    said = succeed("export", model, "--preset", preset, "--encoder", "ggml", *tokens, *options, "-o", output)
+    assert re.search(line, said)
+    if not options:
+        assert re.search(line, succeed("plan", "--config-only", model, "--preset", preset))
+
+
+@pytest.mark.parametrize("target", ["gguf", "vllm"])
+def test_a_weight_that_was_edited_after_the_plan_is_noticed(small_moe, tmp_path, target):
+    """In the middle of a tensor, where the fingerprint has no sample: a norm, an expert."""
+    model = save_tiny("llama", tmp_path / "tiny", small_moe)
+    options = ("--for", "vllm", "--bpw", 15) if target == "vllm" else ("--bpw", 6, "--types", "q4_k,q8_0")
+    succeed("plan", model, *options, "--tokens", 600, "--hessians", "none", "--no-report", "-o", tmp_path / "plan")
+    form = ("-f", "compressed-tensors") if target == "vllm" else ("--encoder", "ggml")
+    original = load_file(model / "model.safetensors")
+    for name in ("model.layers.1.input_layernorm.weight", "model.layers.1.mlp.down_proj.weight", None):
+        tensors = {key: tensor.clone() for key, tensor in original.items()}
+        if name is not None:
+            tensors[name].view(-1)[tensors[name].numel() // 2 + 77] += 0.5
+        save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+        arguments = ("export", model, "--plan", tmp_path / "plan" / "plan.json", *form, "-o", tmp_path / "out.gguf")
+        if name is not None:
+            message = refused(*arguments)
+            assert re.search(r"changed since the plan .* was [0-9a-f]{16}, now it is [0-9a-f]{16}", message)
+            assert not (tmp_path / "out.gguf").exists()
+        else:
+            succeed(*arguments)

@@ -7,7 +7,7 @@ import torch
 
 from dynquant.encoding.interface import ProtectedWeight
 from dynquant.encoding.parts import FEWEST_ROWS, PART_WEIGHTS, PartLimits, TensorPart, load_part
-from dynquant.encoding.stream import Guidance, encode_part, load_encoder
+from dynquant.encoding.stream import Guidance, TensorEncoder, load_encoder
 from dynquant.errors import ExportError
 from dynquant.formats.quant_types import QUANT_TYPES
 from tests.encoding.test_stream import tiny_model
@@ -56,11 +56,11 @@ def test_the_dynquant_encoders_parts_equal_whole_tensors():
         lambda _name, _shape, experts: hessians[experts],
         {name: (ProtectedWeight(33, 7, 1), ProtectedWeight(2, 200, 2))},
     )
-    whole = encode_part(model, TensorPart.whole(name, shape, Q2_K), guidance, encoder)
-    plain = Guidance(guidance.importance, guidance.hessian)
-    assert not torch.equal(whole, encode_part(model, TensorPart.whole(name, shape, Q2_K), plain, encoder))
+    tensors = TensorEncoder(model, guidance, encoder, threads=1)
+    whole = tensors.part(TensorPart.whole(name, shape, Q2_K))
+    plain = TensorEncoder(model, Guidance(guidance.importance, guidance.hessian), encoder)
+    assert not torch.equal(whole, plain.part(TensorPart.whole(name, shape, Q2_K)))
     for experts, rows in [(range(1, 2), range(40)), (range(1, 2), range(30, 40)), (range(1, 3), range(40))]:
         part = TensorPart(name, shape, Q2_K, experts, rows)
         assert torch.equal(load_part(model.source, part), weights[experts.start : experts.stop, rows.start : rows.stop])
-        found = encode_part(model, part, guidance, encoder, threads=1)
-        assert torch.equal(found, whole[experts.start : experts.stop, rows.start : rows.stop])
+        assert torch.equal(tensors.part(part), whole[experts.start : experts.stop, rows.start : rows.stop])

@@ -11,27 +11,18 @@ from dynquant.checkpoints.gguf_source import MetadataField
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_source import DictSource
 from dynquant.encoding.parts import PartLimits
-from dynquant.encoding.stream import Guidance, load_encoder, parts_of_plan, quantize
+from dynquant.encoding.stream import Guidance, TensorEncoder, load_encoder
 from dynquant.errors import EncodeError, PlanError
 from dynquant.families.open import open_model
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.recipes.build_plan import fixed_bytes, plan_from_types
 from tests.helpers.exports import export_gguf
 
-SHAPES = {
-    "token_embd.weight": (40, 256),
-    "blk.0.attn_norm.weight": (256,),
-    "blk.0.attn_q.weight": (64, 256),
-    "blk.0.attn_k.weight": (64, 96),
-    "blk.0.ffn_gate_inp.weight": (6, 256),
-    "blk.0.ffn_down_exps.weight": (6, 32, 256),
-}
-TYPES = {
-    "token_embd.weight": ("Q6_K", "asked"),
-    "blk.0.attn_q.weight": ("BF16", "asked"),
-    "blk.0.attn_k.weight": ("IQ3_S", "asked"),
-    "blk.0.ffn_down_exps.weight": ("IQ2_XXS", "asked"),
-}
+SHAPES = {"token_embd.weight": (40, 256), "blk.0.attn_norm.weight": (256,), "blk.0.attn_q.weight": (64, 256)}
+SHAPES |= {"blk.0.attn_k.weight": (64, 96), "blk.0.ffn_gate_inp.weight": (6, 256)}
+SHAPES |= {"blk.0.ffn_down_exps.weight": (6, 32, 256)}
+TYPES = {"token_embd.weight": ("Q6_K", "asked"), "blk.0.attn_q.weight": ("BF16", "asked")}
+TYPES |= {"blk.0.attn_k.weight": ("IQ3_S", "asked"), "blk.0.ffn_down_exps.weight": ("IQ2_XXS", "asked")}
 
 
 def tiny_model(**changes: torch.Tensor) -> Model:
@@ -107,8 +98,9 @@ def test_parts_equal_one_encode(monkeypatch, memory):
         model.source, "load", lambda name, index=None: (loaded.append((name, index)), load(name, index))[1]
     )
     plan = plan_of(model, types)
-    parts = parts_of_plan(plan, Guidance(importance), encoder, PartLimits(memory))
-    stored = whole_tensors(quantize(model, plan, Guidance(importance), encoder, parts=parts, threads=2))
+    tensors = TensorEncoder(model, Guidance(importance), encoder, threads=2)
+    parts = tensors.parts(plan, PartLimits(memory))
+    stored = whole_tensors(tensors.quantize(plan, parts))
     assert list(stored) == list(shapes)
     assert ("blk.0.ffn_down_exps.weight", None) not in loaded
     assert (("token", None) in loaded) == (memory is None)
@@ -123,7 +115,7 @@ def test_parts_equal_one_encode(monkeypatch, memory):
 def test_one_importance_row_holds_for_every_expert():
     model, encoder = tiny_model(), load_encoder("ggml")
     guidance = Guidance(lambda name, shape: importance(name, shape)[:1])
-    one = whole_tensors(quantize(model, plan_of(model), guidance, encoder))
+    one = whole_tensors(TensorEncoder(model, guidance, encoder).quantize(plan_of(model)))
     name = "blk.0.ffn_down_exps.weight"
     direct = encoder.encode(QUANT_TYPES["IQ2_XXS"], model.source.load(name), importance(name, SHAPES[name])[0], 1)
     assert torch.equal(one[name], direct.reshape(-1))
@@ -131,8 +123,8 @@ def test_one_importance_row_holds_for_every_expert():
 
 def test_progress_counts_every_weight_once_and_skipped_ones_too():
     model, seen = tiny_model(), []
-    stream = quantize(
-        model, plan_of(model), Guidance(importance), load_encoder("ggml"), skip={"token_embd.weight"},
+    stream = TensorEncoder(model, Guidance(importance), load_encoder("ggml")).quantize(
+        plan_of(model), skip={"token_embd.weight"},
         progress=lambda stage, done, total, **_: seen.append((stage, done, total)),
     )  # fmt: skip
     assert "token_embd.weight" not in [one.part.name for one in stream]
@@ -149,20 +141,20 @@ def test_weights_that_are_not_finite_are_refused_by_name(name, value):
     model = tiny_model()
     model.source.load(name).view(-1)[-1] = value
     with pytest.raises(EncodeError, match=name):
-        list(quantize(model, plan_of(model), Guidance(importance), load_encoder("ggml")))
+        list(TensorEncoder(model, Guidance(importance), load_encoder("ggml")).quantize(plan_of(model)))
 
 
 def test_missing_statistics_are_refused_before_any_encoding():
     model = tiny_model()
     for lookup in (None, lambda name, shape: None):
         with pytest.raises(EncodeError, match=r"blk\.0\.ffn_down_exps\.weight"):
-            next(quantize(model, plan_of(model), Guidance(lookup), load_encoder("ggml")))
+            next(TensorEncoder(model, Guidance(lookup), load_encoder("ggml")).quantize(plan_of(model)))
 
 
 def test_a_plan_of_another_checkpoint_is_refused():
     other = tiny_model(**{"token_embd.weight": torch.zeros(40, 256)})
     with pytest.raises(PlanError, match="fingerprint"):
-        next(quantize(other, plan_of(tiny_model()), Guidance(importance), load_encoder("ggml")))
+        next(TensorEncoder(other, Guidance(importance), load_encoder("ggml")).quantize(plan_of(tiny_model())))
 
 
 def test_a_gguf_gives_its_own_blocks_where_it_holds_the_wanted_type(tmp_path):
@@ -171,7 +163,7 @@ def test_a_gguf_gives_its_own_blocks_where_it_holds_the_wanted_type(tmp_path):
     (path,) = export_gguf(model, plan_of(model, types), None, tmp_path / "a.gguf", encoder=encoder)
     again = open_model(path)
     wanted = types | {"token_embd.weight": ("Q4_K", "asked")}
-    stored = whole_tensors(quantize(again, plan_of(again, wanted), Guidance(), encoder))
+    stored = whole_tensors(TensorEncoder(again, Guidance(), encoder).quantize(plan_of(again, wanted)))
     reader = {t.name: t for t in gguf.GGUFReader(path).tensors}
     for name in ("blk.0.ffn_down_exps.weight", "blk.0.attn_k.weight"):
         assert stored[name].numpy().tobytes() == reader[name].data.tobytes(), name

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from dynquant.encoding.vllm import encode_layers, from_stored, nvfp4_global_scale
+from dynquant.encoding.vllm import encode_layers, nvfp4_global_scale
 from dynquant.errors import EncodeError, PlanError
 from dynquant.formats.vllm_schemes import SCHEMES, fit_to_rows, vllm_scheme
-from tests.helpers.compressed_models import library_weights
+from tests.helpers.compressed_models import from_stored, library_weights
 
 QUANTIZED = [scheme for scheme in SCHEMES.values() if scheme.is_quantized]
 COLUMNS = 192

@@ -10,7 +10,7 @@ import pytest
 from dynquant.errors import EvaluationError
 from dynquant.evaluation import evaluate as evaluate_module
 from dynquant.evaluation.evaluate import common_columns
-from dynquant.evaluation.report import EvalReport, summary_rows
+from dynquant.evaluation.report import EvalReport
 from dynquant.evaluation.runners import ModelInfo
 from dynquant.evaluation.statistics import block_sums, bootstrap_mean, mcnemar_exact, wilson_interval
 from dynquant.inputs.text import evaluation_windows
@@ -22,13 +22,8 @@ SMALL = {"window": 128, "max_tokens": 600, "threads": 1, "device": "cpu"}
 @pytest.fixture(scope="module")
 def data(small_moe: Path) -> dict:
     folder = small_moe.parent
-    return {
-        "text": [folder / "demo_text.txt"],
-        "mmlu_data": folder / "demo_questions.jsonl",
-        "shots": folder / "demo_shots.jsonl",
-        "num_shots": 2,
-        "limit": 6,
-    }
+    files = {"text": [folder / "demo_text.txt"], "mmlu_data": folder / "demo_questions.jsonl"}
+    return files | {"shots": folder / "demo_shots.jsonl", "num_shots": 2, "limit": 6}
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +63,7 @@ def test_gguf_candidate_against_hugging_face_reference(run) -> None:
 def test_report_survives_json_and_fills_a_table(run) -> None:
     report, _, _ = run
     assert EvalReport.model_validate(json.loads(report.to_json())) == report
-    metrics = [row.metric for row in summary_rows(report)]
+    metrics = [metric for rows in report.sections().values() for metric, *_ in rows]
     assert metrics[:3] == ["bytes", "perplexity", "mean KL (nats)"]
     assert metrics.count("accuracy") == 2
 
@@ -112,7 +107,7 @@ def test_perplexity_alone_reports_no_divergence(small_moe, data) -> None:
         ({"tasks": {"kl"}, "window": 1}, "at least 2"),
         ({"tasks": {"mmlu"}, "shots": None}, "give --shots"),
         ({"tasks": {"mmlu"}, "scoring": ["digits"]}, "Unknown scoring"),
-        ({"tasks": {"kl"}, "text": [Path("absent.txt")]}, "cannot be read"),
+        ({"tasks": {"kl"}, "text": [Path("absent.txt")]}, "There is no text"),
     ],
 )
 def test_unusable_options_are_refused_before_any_model_is_loaded(small_moe, data, options, reason, monkeypatch) -> None:

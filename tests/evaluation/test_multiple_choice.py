@@ -125,7 +125,7 @@ def encode_for(small_moe: Path, questions, shots, scoring) -> list[EncodedQuesti
 def test_sharing_the_prefix_changes_no_score(small_moe, questions, shots) -> None:
     encoded = encode_for(small_moe, questions[:4], shots, "cloze")
     runner = open_runner(small_moe, threads=1, device="cpu")
-    found = score_questions(runner, encoded, num_columns=8192)
+    found = score_questions(runner, encoded, 8192, lambda *_: None)
     for item, scores in zip(encoded, found, strict=True):
         for answer, log_prob in zip(item.answers, scores.log_probs, strict=True):
             logits = runner.window_logits([*item.prompt, *answer]).double().log_softmax(-1)
@@ -140,14 +140,12 @@ def harness_task(name: str, scoring: str, subject: str, files: dict[str, str]) -
     letters = (
         "{{question.strip()}}\nA. {{choices[0]}}\nB. {{choices[1]}}\nC. {{choices[2]}}\nD. {{choices[3]}}\nAnswer:"
     )
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": files}, "test_split": "test"}
+    shots = {"fewshot_split": "dev", "fewshot_config": {"sampler": "first_n"}, "num_fewshot": 3}
     return {
+        **data,
+        **shots,
         "task": name,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": files},
-        "test_split": "test",
-        "fewshot_split": "dev",
-        "fewshot_config": {"sampler": "first_n"},
-        "num_fewshot": 3,
         "output_type": "multiple_choice",
         "description": f"The following are {kind} (with answers) about {subject}.\n\n",
         "doc_to_text": letters if scoring == "letter" else "Question: {{question.strip()}}\nAnswer:",
@@ -186,7 +184,7 @@ def test_scores_and_accuracy_equal_lm_evaluation_harness(small_moe, shots, scori
 
     encoded = encode_for(small_moe, asked, shots, scoring)
     runner = open_runner(small_moe, threads=1, device="cpu")
-    ours = score_questions(runner, encoded, num_columns=8192)
+    ours = score_questions(runner, encoded, 8192, lambda *_: None)
     runner.close()
     assert len(ours) == len(theirs) == 9
     for scores in ours:

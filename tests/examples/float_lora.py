@@ -33,15 +33,14 @@ def main() -> None:
     given = parser.parse_args()
     options = TrainOptions(
         max_steps=given.max_steps, batch_size=given.batch_size, learning_rate=given.learning_rate,
-        evaluations=given.evaluations,
+        evaluations=given.evaluations, gradient_checkpointing=False,
     )  # fmt: skip
     train, held = read_training_data(given.data).split(0.1, seed=options.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     model = AutoModelForCausalLM.from_pretrained(given.original, dtype=dtype).to(device)
-    settings = trainer_settings(
-        options, Path(f".{given.data.stem}.float"), num_examples=len(train.rows), num_weights=0, device=device
-    )
+    directory = Path(f".{given.data.stem}.float")
+    settings = trainer_settings(model, options, directory, num_examples=len(train.rows), device=device)
     settings |= {"eval_on_start": True}
     trainer = SFTTrainer(
         model, SFTConfig(**settings),

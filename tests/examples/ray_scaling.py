@@ -19,11 +19,11 @@ from dynquant.calibration.second_moments import load_beside
 from dynquant.calibration.statistics import CalibrationStats
 from dynquant.encoding.parts import PartLimits, TensorPart
 from dynquant.encoding.remote import EncoderChoice, StoredFiles, _encode_from_storage
-from dynquant.encoding.stream import guidance_of, load_encoder, parts_of_plan
+from dynquant.encoding.stream import TensorEncoder, guidance_of, load_encoder
 from dynquant.families.open import open_model
 from dynquant.recipes.plan import Plan
 from dynquant.resources import parse_size
-from dynquant.running.cluster import TaskNeeds, open_ray
+from dynquant.running.cluster import StoredModel, TaskNeeds, open_ray
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ def main() -> None:
     guidance = guidance_of(stats, load_beside(stats_path, stats))
     chosen = tuple(entry for entry in plan.entries if entry.name.startswith(given.tensors))
     plan = plan.model_copy(update={"entries": chosen})
-    by_tensor = parts_of_plan(plan, guidance, encoder, PartLimits(parse_size(given.max_memory)))
+    by_tensor = TensorEncoder(model, guidance, encoder).parts(plan, PartLimits(parse_size(given.max_memory)))
     parts = [part for several in by_tensor.values() for part in several]
-    files = StoredFiles.of(model, base_gguf=None, stats=stats_path, use_moments=True, protected={})
+    files = StoredFiles(StoredModel.of(model), stats_path.resolve(), use_moments=True)
     task = Timed(EncoderChoice.of(encoder, given.device, 1), files)
     print(f"{len(parts)} parts, {sum(part.num_weights for part in parts):,} weights", flush=True)
     unit = "GPUs" if given.device == "cuda" else "nodes"

@@ -17,8 +17,7 @@ from dynquant.calibration.statistics import StatsProvenance
 from dynquant.checkpoints.gguf_layout import mmproj_path
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.errors import CheckpointError
-from dynquant.evaluation.llama_cpp_pictures import MtmdRunner
-from dynquant.evaluation.runners import segments_of
+from dynquant.evaluation.llama_cpp_pictures import MtmdRunner, segments_of
 from dynquant.exporters.gguf import stats_of_part
 from dynquant.families.open import open_model
 from dynquant.inputs.model_inputs import ModelInputs
@@ -28,7 +27,7 @@ from dynquant.recipes.build_plan import plan_from_types
 from dynquant.recipes.presets import preset_types
 from dynquant.running.load import load_hf
 from tests.helpers.commands import refused, run
-from tests.helpers.tiny_vision import pixtral_inputs, save_vision_model, write_pictures
+from tests.helpers.tiny_vision import pixtral_inputs, write_pictures
 
 SIZES = {"qwen2_vl": (84, 140), "qwen2_5_vl": (140, 196), "gemma3": (56, 56), "llava": (56, 56),
          "pixtral": (56, 84), "mistral3": (56, 84)}  # fmt: skip
@@ -36,16 +35,8 @@ SIZES = {"qwen2_vl": (84, 140), "qwen2_5_vl": (140, 196), "gemma3": (56, 56), "l
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """Random checkpoints by family, made when they are asked for."""
-    made = {}
-
-    def model(family):
-        if family not in made:
-            made[family] = save_vision_model(family, tmp_path_factory.mktemp(family))
-        return made[family]
-
-    return model
+def models(tiny_vision):
+    return tiny_vision
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +102,7 @@ def test_llama_cpp_gives_the_distribution_of_transformers(family, models, export
     pixels = np.asarray(Image.open(tmp_path / "0.png").convert("RGB"))
     runner = MtmdRunner(exported(family), mmproj_path(exported(family)), image_tokens=(1, 4096))
     same, other = (
-        runner.sample_logits(segments_of(sample.ids[0], ~inside, iter([seen]))) for seen in (pixels, 255 - pixels)
+        runner.text_logits(segments_of(sample.ids[0], ~inside, iter([seen])))[0] for seen in (pixels, 255 - pixels)
     )
     runner.close()
     found, of_another_picture = mean_kl(logits[~inside], same), mean_kl(logits[~inside], other)

@@ -13,6 +13,7 @@ from dynquant.checkpoints.inspect import inspect
 from dynquant.errors import CheckpointError
 from dynquant.families.open import open_model
 from tests.helpers.commands import refused
+from tests.helpers.gguf_writing import finish
 from tests.helpers.representatives import represented_by
 from tests.helpers.tiny_models import TINY, save_tiny, write_f32
 
@@ -49,10 +50,7 @@ def rewritten(
             writer.add_key_value(field.key, field.value, field.value_type, item_type)
     for name, values in tensors.items():
         writer.add_tensor(name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 
@@ -146,10 +144,7 @@ def test_a_file_that_is_no_model_is_refused(whole, tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "lora.gguf", "llama")
     writer.add_type("adapter")
     writer.add_tensor("blk.0.attn_q.weight.lora_a", np.ones((4, 4), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     with pytest.raises(CheckpointError, match=r"lora\.gguf is of the type 'adapter': it is no model"):
         open_model(tmp_path / "lora.gguf")
 
@@ -164,10 +159,7 @@ def parts(whole, tmp_path: Path) -> list[Path]:
             writer.add_key_value(field.key, field.value, field.value_type, item_type)
     for name in source.names():
         writer.add_tensor(name, source.load(name).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return sorted(tmp_path.glob("m-*.gguf"))
 
 

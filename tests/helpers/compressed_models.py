@@ -6,10 +6,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from dynquant.encoding.vllm import from_stored
+from dynquant.encoding.vllm import EncodedLayer
+from dynquant.formats.vllm_schemes import Scheme
 from dynquant.recipes.plan import Plan
 
 TOKENS = torch.arange(7, 71)[None]
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def stored_tensors(directory: Path) -> dict[str, torch.Tensor]:
@@ -64,3 +66,30 @@ def library_weights(parts: dict[str, torch.Tensor], scheme, dtype: torch.dtype) 
         given["weight_scale"] = given["weight_scale"].to(dtype)
     compressor = BaseCompressor.get_value_from_registry(scheme.format)
     return compressor.decompress(given, QuantizationScheme(**scheme.config_group(["Linear"])))["weight"].to(dtype)
+
+
+def from_stored(scheme: Scheme, parts: dict[str, torch.Tensor]) -> EncodedLayer:
+    """Return what `EncodedLayer.stored` was called on."""
+    if scheme.strategy == "none":
+        return EncodedLayer(scheme, parts["weight"].to(torch.float32), parts["weight"][:, :0])
+    if scheme.kind == "int":
+        codes = _unpacked_integers(parts["weight_packed"], scheme.num_bits)
+    elif scheme.num_bits == 8:
+        codes = parts["weight"].to(torch.float32)
+    else:
+        codes = _unpacked_e2m1(parts["weight_packed"])
+    global_scale = float(parts["weight_global_scale"]) if "weight_global_scale" in parts else None
+    return EncodedLayer(scheme, codes, parts["weight_scale"], global_scale)
+
+
+def _unpacked_integers(packed: torch.Tensor, num_bits: int) -> torch.Tensor:
+    bytes_ = packed.contiguous().view(torch.uint8)
+    if num_bits == 4:
+        bytes_ = torch.stack((bytes_ & 15, bytes_ >> 4), dim=-1).flatten(-2)
+    return bytes_.to(torch.float32) - (1 << (num_bits - 1))
+
+
+def _unpacked_e2m1(packed: torch.Tensor) -> torch.Tensor:
+    nibbles = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2).to(torch.int64)
+    magnitudes = torch.tensor(_E2M1)[nibbles & 7]
+    return torch.where(nibbles >= 8, -magnitudes, magnitudes)

@@ -73,7 +73,7 @@ def test_bad_lines_are_named(tmp_path, lines, message):
 
 
 def test_a_missing_file_and_a_single_example_are_refused(tmp_path):
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="There is no file"):
         read_training_data(tmp_path / "none.jsonl")
     data = read_training_data(written(tmp_path / "d.jsonl", {"text": "a"}, {"text": "a"}))
     with pytest.raises(DataError, match="one example only"):

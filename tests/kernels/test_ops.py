@@ -153,15 +153,13 @@ def fresh_warnings():
 
 def test_why_triton_is_refused_is_said_once(fresh_warnings, monkeypatch):
     planar = packed_weights(NAME, 4, 256)
-    x = torch.zeros(2, 256)
-    assert dispatch._refusal(x, planar, "planes", None) is None
-    assert "in blocks" in dispatch._refusal(x, planar, "blocks", None)
-    assert "float64" in dispatch._refusal(x.double(), planar, "planes", None)
-    assert "float64" in dispatch._refusal(None, planar, "planes", torch.float64)
-    assert "contiguous" in dispatch._refusal(x, planar[:, ::2], "planes", None)
-    assert "16 bytes" in dispatch._refusal(x, planar.flatten()[1:], "planes", None)
+    assert dispatch._refusal(planar, "planes", torch.float32) is None
+    assert "in blocks" in dispatch._refusal(planar, "blocks", torch.float32)
+    assert "float64" in dispatch._refusal(planar, "planes", torch.float64)
+    assert "contiguous" in dispatch._refusal(planar[:, ::2], "planes", torch.float32)
+    assert "16 bytes" in dispatch._refusal(planar.flatten()[1:], "planes", torch.float32)
     monkeypatch.setattr(dispatch, "has_triton", lambda: False)
-    reason = dispatch._refusal(x, planar, "planes", None)
+    reason = dispatch._refusal(planar, "planes", torch.float32)
     assert "Triton is not installed" in reason
     with pytest.warns(UserWarning, match="Triton is not installed"):
         dispatch._warn_once(reason)
@@ -181,16 +179,12 @@ def test_kernels_are_asked_in_order(rows, chosen, monkeypatch):
         def supports(self, type_name, x):
             return type_name == NAME and x.shape[0] <= self.most
 
-    found = {
-        "gemv": Kernel("gemv", 4),
-        "fused": Kernel("fused", 999),
-        "two_pass": Kernel("two_pass", 1 << 30),
-    }
-    monkeypatch.setattr(dispatch, "_module", found.get)
-    assert dispatch._first_kernel(dispatch._LINEAR, NAME, torch.zeros(rows, 256)).name == chosen
+    modules = {name: Kernel(name, most) for name, most in (("gemv", 4), ("fused", 999), ("two_pass", 1 << 30))}
+    monkeypatch.setattr(dispatch, "_module", modules.get)
+    assert dispatch._first_kernel("linear", NAME, torch.zeros(rows, 256)).name == chosen
 
 
 def test_kernels_are_found_in_their_folder():
-    names = {name for name, _ in (*dispatch._LINEAR, *dispatch._INPUT_GRAD)} | {"grouped", "dequantize"}
+    names = {name for table in dispatch._KERNELS.values() for name, _ in table} | {"two_pass", "grouped", "dequantize"}
     missing = [name for name in names if find_spec(f"dynquant.kernels.triton.{name}") is None]
     assert not missing

@@ -1,12 +1,16 @@
 """LoRA on packed models: against stock PEFT on the decoded weights, through training and files."""
 
 import copy
+import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import dynquant
 from dynquant.errors import AdapterError
+from dynquant.lora.saved import SavedAdapter
 from dynquant.packed.layers import choose_layout
 from tests.helpers.adapters import TOKENS, bytes_of, logits, randomized, train, trainable
 from tests.helpers.representatives import represented_by
@@ -64,7 +68,7 @@ def test_targets_of_stock_peft_work_both_ways(model, dense, tmp_path):
     assert trainable(again).keys() == trainable(made).keys()
 
 
-@pytest.mark.parametrize("name", represented_by(("tiny",), ("tiny", "packed_moe")))
+@pytest.mark.parametrize("name", represented_by(("packed_tiny",), ("packed_tiny", "packed_moe")))
 def test_training_lowers_the_loss_and_leaves_the_base_as_it_is(name, tmp_path, request):
     torch.manual_seed(0)
     model = dynquant.load(request.getfixturevalue(name).gguf)
@@ -93,12 +97,12 @@ def test_checkpointing_gives_the_same_gradients(model, saved):
         torch.testing.assert_close(trainable(checkpointed)[name].grad, parameter.grad, atol=1e-6, rtol=1e-4)
 
 
-def test_half_precision_adapters_on_a_half_precision_model(tiny):
-    half = dynquant.load(tiny.gguf, dtype=torch.bfloat16)
+def test_half_precision_adapters_on_a_half_precision_model(packed_tiny):
+    half = dynquant.load(packed_tiny.gguf, dtype=torch.bfloat16)
     adapted = add_adapter(half, rank=4, dtype=torch.bfloat16)
     assert {p.dtype for p in trainable(adapted).values()} == {torch.bfloat16}
     randomized(adapted)
-    with_float32 = randomized(add_adapter(dynquant.load(tiny.gguf, dtype=torch.bfloat16), rank=4))
+    with_float32 = randomized(add_adapter(dynquant.load(packed_tiny.gguf, dtype=torch.bfloat16), rank=4))
     assert {p.dtype for p in trainable(with_float32).values()} == {torch.float32}
     for one in (adapted, with_float32):
         loss = one(TOKENS, labels=TOKENS).loss
@@ -109,9 +113,9 @@ def test_half_precision_adapters_on_a_half_precision_model(tiny):
     assert logits(adapted).isfinite().all()
 
 
-def planar(tiny, dtype: torch.dtype):
+def planar(packed_tiny, dtype: torch.dtype):
     """The packed model on the GPU, its bytes in the layout of the kernels."""
-    base = dynquant.load(tiny.gguf, dtype=dtype).cuda()
+    base = dynquant.load(packed_tiny.gguf, dtype=dtype).cuda()
     choose_layout(base)
     return base
 
@@ -121,10 +125,10 @@ def planar(tiny, dtype: torch.dtype):
     ("dtype", "bound"),
     [(torch.float32, 1e-3), (torch.bfloat16, 0.3)],  # these random weights amplify rounding: 0.1 on a CPU in bfloat16
 )
-def test_gradients_on_a_gpu_are_those_of_the_cpu(tiny, model, saved, cuda, dtype, bound):
+def test_gradients_on_a_gpu_are_those_of_the_cpu(packed_tiny, model, saved, cuda, dtype, bound):
     exact = load_adapter(copy.deepcopy(model), saved, is_trainable=True)
     exact(TOKENS, labels=TOKENS).loss.backward()
-    adapted = load_adapter(planar(tiny, dtype), saved, is_trainable=True)
+    adapted = load_adapter(planar(packed_tiny, dtype), saved, is_trainable=True)
     tokens = TOKENS.cuda()
     with torch.autocast("cuda", torch.bfloat16, enabled=dtype is torch.bfloat16):
         adapted(tokens, labels=tokens).loss.backward()
@@ -134,9 +138,9 @@ def test_gradients_on_a_gpu_are_those_of_the_cpu(tiny, model, saved, cuda, dtype
 
 
 @pytest.mark.gpu
-def test_training_on_a_gpu(tiny, saved, cuda, tmp_path):
+def test_training_on_a_gpu(packed_tiny, saved, cuda, tmp_path):
     """bfloat16 products with the packed planes, float32 adapters."""
-    base = planar(tiny, torch.bfloat16)
+    base = planar(packed_tiny, torch.bfloat16)
     before = bytes_of(base)
     adapted = load_adapter(base, saved, is_trainable=True)
     tokens = TOKENS.cuda()
@@ -145,7 +149,7 @@ def test_training_on_a_gpu(tiny, saved, cuda, tmp_path):
     assert losses[-1] < losses[0] - 2
     assert bytes_of(base) == before
     adapted.save_pretrained(tmp_path)
-    again = load_adapter(planar(tiny, torch.bfloat16), tmp_path)
+    again = load_adapter(planar(packed_tiny, torch.bfloat16), tmp_path)
     assert torch.equal(logits(again, tokens), logits(adapted, tokens))
 
 
@@ -190,10 +194,6 @@ def test_what_cannot_be_adapted_is_refused(model, dense, saved, tmp_path):
 
 @pytest.mark.parametrize("damage", ["missing", "extra", "shape", "cut"])
 def test_a_damaged_adapter_is_refused(model, saved, tmp_path, damage):
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
     shutil.copy(saved / "adapter_config.json", tmp_path)
     tensors = load_file(saved / "adapter_model.safetensors")
     name = next(name for name in tensors if "experts.lora_A" in name)
@@ -207,5 +207,73 @@ def test_a_damaged_adapter_is_refused(model, saved, tmp_path, damage):
     save_file(tensors, file)
     if damage == "cut":
         file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(AdapterError, match="another model"):
+    with pytest.raises(AdapterError, match="damaged" if damage == "cut" else "another model"):
+        load_adapter(copy.deepcopy(model), tmp_path)
+
+
+def test_a_pickle_is_never_opened(model, saved, tmp_path, monkeypatch):
+    shutil.copy(saved / "adapter_config.json", tmp_path)
+    (tmp_path / "adapter_model.bin").write_bytes(b"a pickle")
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch.load was called"))
+    with pytest.raises(AdapterError, match=r"adapter_model\.bin is there, which may be a pickle"):
+        load_adapter(copy.deepcopy(model), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("r", "16"), ("r", -1), ("r", 0), ("r", 10**9), ("r", None), ("lora_alpha", "x"), ("lora_alpha", float("inf")),
+        ("lora_alpha", -2), ("target_modules", 5), ("target_modules", [1]), ("rank_pattern", {"q": "x"}),
+        ("alpha_pattern", []), ("alpha_pattern", {"(": 3}), ("bias", "some"), ("peft_type", "IA3"), ("use_rslora", 7),
+        ("modules_to_save", "lm_head"), ("init_lora_weights", "pissa_niter_4"),
+    ],
+)  # fmt: skip
+def test_a_configuration_of_a_wrong_kind_is_refused_by_field(model, saved, tmp_path, field, value):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    named = {
+        "alpha_pattern": r"alpha_pattern|the pattern `\(`",
+        "peft_type": "method 'IA3'",
+        "lora_alpha": "lora_alpha|JSON",
+    }
+    for read in (lambda: load_adapter(copy.deepcopy(model), tmp_path), lambda: SavedAdapter(tmp_path)):
+        with pytest.raises(AdapterError, match=named.get(field, field)):
+            read()
+
+
+@pytest.mark.parametrize("field", ["target_modules", "alpha_pattern", "rank_pattern"])
+def test_a_pattern_that_keeps_pythons_matcher_busy_for_years_is_followed_at_once(model, dense, tmp_path, field):
+    """The adapter is one of stock PEFT with names in place of patterns; both give the same logits."""
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=["o_proj"],
+        **({} if field == "target_modules" else {field: {"layers.1.self_attn.o_proj": 8}}),
+    )
+    adapted = randomized(peft.get_peft_model(copy.deepcopy(dense), config))
+    adapted.save_pretrained(tmp_path)
+    path, slow = tmp_path / "adapter_config.json", "(.?){60}"
+    content = json.loads(path.read_text())
+    content[field] = f"{slow}.*o_proj" if field == "target_modules" else {f"{slow}layers.1.{slow}self_attn.o_proj": 8}
+    path.write_text(json.dumps(content))
+    ours = load_adapter(copy.deepcopy(model), tmp_path)
+    torch.testing.assert_close(logits(ours), logits(adapted), atol=2e-4, rtol=1e-4)
+    if field == "alpha_pattern":
+        assert SavedAdapter(tmp_path).scaling("model.layers.1.self_attn.o_proj", 4) == 2
+
+
+def test_an_adapted_head_comes_with_a_copy_of_its_base_which_is_ignored(model, dense, tmp_path):
+    adapted = randomized(peft.get_peft_model(copy.deepcopy(dense), peft.LoraConfig(target_modules=["lm_head"], r=4)))
+    adapted.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert "base_model.model.lm_head.base_layer.weight" in tensors
+    ours = load_adapter(copy.deepcopy(model), tmp_path)
+    torch.testing.assert_close(logits(ours), logits(adapted), atol=2e-4, rtol=1e-4)
+    randomized(ours).save_pretrained(tmp_path / "packed")
+    again = load_adapter(copy.deepcopy(model), tmp_path / "packed")
+    torch.testing.assert_close(logits(again), logits(ours))
+    tensors["base_model.model.lm_head.base_layer.weight"] *= -1
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match="another model, or a resized vocabulary"):
         load_adapter(copy.deepcopy(model), tmp_path)

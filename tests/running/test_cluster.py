@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from dynquant.analysis.errors.measure import ErrorMeter, build_error_table
-from dynquant.analysis.errors.remote import RemoteErrors
+from dynquant.analysis.errors.remote import measure_on
 from dynquant.analysis.errors.sums import ErrorJournal
 from dynquant.calibration.run import StatisticsOptions, collect_statistics, provenance_of, text_inputs
 from dynquant.calibration.sharded import calibrate_in_shards, cut
 from dynquant.encoding.parts import PartLimits
 from dynquant.encoding.remote import EncoderChoice, RemoteEncoding, StoredFiles
-from dynquant.encoding.stream import Guidance, load_encoder
+from dynquant.encoding.stream import Guidance, TensorEncoder, load_encoder
 from dynquant.errors import CheckpointError, ClusterError
 from dynquant.families.open import open_model
-from dynquant.running.cluster import RayPool, TaskNeeds, open_ray
+from dynquant.running.cluster import RayPool, StoredModel, TaskNeeds, open_ray
 from dynquant.running.load import load_hf
 from dynquant.session import ignore_progress
 from tests.helpers.commands import run
@@ -65,9 +65,9 @@ def local(moe, plan, tmp_path_factory):
 
 
 def encoding(pool: RayPool, opened, *, shipped: bool = False, **changes) -> RemoteEncoding:
-    files = StoredFiles.of(opened, base_gguf=None, stats=None, use_moments=False, protected={})
+    files = StoredFiles(StoredModel.of(opened))
     files = replace(files, model=replace(files.model, **changes))
-    sent = (opened, Guidance(), GGML) if shipped else None
+    sent = TensorEncoder(opened, Guidance(), GGML) if shipped else None
     return RemoteEncoding(pool, EncoderChoice.of(GGML, "cpu", 1), TaskNeeds(), files, sent)
 
 
@@ -113,8 +113,8 @@ def test_another_checkpoint_or_version_on_a_node_is_refused_and_what_is_done_kep
 def test_an_error_table_of_a_cluster_is_the_local_one_and_goes_on(cluster, pool, moe, text, one_thread, tmp_path):
     stats = measured(moe, text, "none").stats
     stats.save(tmp_path / "stats.safetensors")
-    files = StoredFiles.of(moe, base_gguf=None, stats=tmp_path / "stats.safetensors", use_moments=False, protected={})
-    remote = RemoteErrors(pool, EncoderChoice.of(GGML, "cpu", 1), files)
+    files = StoredFiles(StoredModel.of(moe), tmp_path / "stats.safetensors")
+    remote = measure_on(pool, EncoderChoice.of(GGML, "cpu", 1), files)
     doomed = list(cluster.worker_nodes)
 
     def table(progress=ignore_progress, **options):

@@ -3,9 +3,25 @@
 import os
 
 import pytest
+import torch
 
 from dynquant.errors import WriteError
-from dynquant.storage.atomic import replacing, write_atomically
+from dynquant.storage.atomic import read_tensors, replacing, save_tensors, write_atomically
+
+
+def test_a_flipped_byte_in_a_file_of_tensors_is_found(tmp_path):
+    path = tmp_path / "a.safetensors"
+    tensors = {"x": torch.randn(40, 3), "y": torch.tensor(7), "z": torch.ones(0, 4), "half": torch.randn(5).bfloat16()}
+    save_tensors(path, tensors, {"kind": "test"})
+    header, loaded = read_tensors(path)
+    assert header == {"kind": "test"} and all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+    content = bytearray(path.read_bytes())
+    for position in range(len(content) - sum(tensor.nbytes for tensor in tensors.values()), len(content), 37):
+        damaged = content.copy()
+        damaged[position] ^= 4
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="its checksum is another"):
+            read_tensors(path)
 
 
 def test_a_file_is_replaced_whole_and_nothing_else_is_left(tmp_path):

@@ -221,9 +221,9 @@ def test_a_resumed_export_may_have_other_parts(monkeypatch, tmp_path):
     encoded = []
 
     class Recorder(SlowEncoder):
-        def encode(self, _type, weights, *args, name, **options):
+        def encode(self, quant_type, weights, *, name, **options):
             encoded.append((name, len(weights)))
-            return GGML.encode(_type, weights, *args, name=name, **options)
+            return GGML.encode(quant_type, weights, name=name, **options)
 
     with monkeypatch.context() as patch:
         interrupt_after(patch, 12)

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from dynquant.cli.terminal.display import Bars, JsonLines, Lines
 from dynquant.cli.terminal.record import RunRecord, Spent
-from dynquant.cli.terminal.wording import duration, short, sizes_and_peaks
+from dynquant.cli.terminal.wording import duration, printable, short, sizes_and_peaks
 from dynquant.errors import ExportError
 from dynquant.resources import human_bytes
 from dynquant.session import SILENT, Progress, Session
@@ -29,30 +29,36 @@ _SHOW_CURSOR = "\x1b[?25h"
 _record = RunRecord()
 _json_lines: JsonLines | None = None
 _has_only_json = False
+json_target: Path | None = None
 
 
 def begin(command: str) -> None:
     """A command starts; `command` is the line to type for it."""
-    global _record, _json_lines, _has_only_json
-    _record, _json_lines, _has_only_json = RunRecord(command), None, False
+    global _record, _json_lines, _has_only_json, json_target
+    _record, _json_lines, _has_only_json, json_target = RunRecord(command), None, False, None
 
 
 def write_json_to(target: str) -> None:
-    """Tell the stages of this command as JSON lines in a file; `-` is stderr, which then has nothing else.
+    """Tell stages as JSON lines in a file, once `open_json_lines` may, or with `-` on stderr and nothing else there."""
+    global json_target, _has_only_json, _json_lines
+    if target == "-":
+        _has_only_json, _json_lines = True, JsonLines(sys.stderr)
+    else:
+        json_target = Path(target)
 
-    Raises:
-        ExportError: the file cannot be written.
-    """
-    global _json_lines, _has_only_json
-    _has_only_json = target == "-"
+
+def open_json_lines() -> None:
+    """Open the file for JSON lines, if there is to be one; or raise ExportError."""
+    global _json_lines
+    if json_target is None:
+        return
     try:
-        stream = sys.stderr if _has_only_json else Path(target).open("w", encoding="utf-8")  # noqa: SIM115 (until exit)
+        _json_lines = JsonLines(json_target.open("w", encoding="utf-8"))
     except OSError as error:
         raise ExportError(
-            f"--json-progress {target} cannot be written: {error.strerror}. Give a file in a directory that exists, or "
-            "- for stderr."
+            f"--json-progress {json_target} cannot be written: {error.strerror}. Give a file in a directory that "
+            "exists, or - for stderr."
         ) from error
-    _json_lines = JsonLines(stream)
 
 
 @contextmanager
@@ -110,7 +116,7 @@ def interrupted() -> None:
     kept = _record.kept or "Finished stages are kept, and used again where a file holds them."
     message = f"Interrupted{place}. {kept} To go on, run the same command again: {_record.command}"
     if not _has_only_json:
-        sys.stderr.write(f"{_SHOW_CURSOR if err.is_terminal else ''}{message}\n")
+        sys.stderr.write(f"{_SHOW_CURSOR if err.is_terminal else ''}{printable(message)}\n")
         sys.stderr.flush()
     if _json_lines:
         _json_lines.write(_record.summary("interrupted", message))
@@ -120,11 +126,11 @@ def print_table(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, console: Console = out
 ) -> None:
     """A table on stdout; the first column is text, the others are right-aligned."""
-    table = Table(title=title or None, title_justify="left", title_style="bold")
+    table = Table(title=Text(printable(title), "bold") if title else None, title_justify="left")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
+        table.add_column(Text(printable(column)), justify="left" if index == 0 else "right")
     for row in rows:
-        table.add_row(*(Text(printable(str(cell))) for cell in row))
+        table.add_row(*(Text(printable(str(cell))) for cell in row))  # as Text: names may look like markup
     console.print(table)
 
 
@@ -135,7 +141,8 @@ def say(text: str) -> None:
 
 def show_json(document: object) -> None:
     """Print what `--json` asks for, on stdout."""
-    sys.stdout.write(document if isinstance(document, str) else json.dumps(document, indent=1, default=str))
+    values = json.loads(document) if isinstance(document, str) else document
+    sys.stdout.write(json.dumps(values, indent=1, default=str))  # ASCII: C1 controls in names would steer a terminal
     sys.stdout.write("\n")
 
 
@@ -144,7 +151,7 @@ def note(message: str) -> None:
     if _has_only_json and _json_lines:
         _json_lines.write({"note": message})
     else:
-        err.print(Text(printable(message)), soft_wrap=True)
+        err.print(Text(printable(message.replace("\n", "\n  "))), soft_wrap=True)  # no name forges a line of its own
 
 
 def fail(message: str) -> None:
@@ -153,8 +160,3 @@ def fail(message: str) -> None:
     if not _has_only_json:
         err.print(Text("error: ", style="bold red") + Text(printable(paragraph)), soft_wrap=True)
     finish("refused", paragraph)
-
-
-def printable(text: str) -> str:
-    """`text` without what steers a terminal: names and metadata come from files of strangers."""
-    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)

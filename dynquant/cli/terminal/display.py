@@ -11,6 +11,7 @@ from rich.table import Column
 from rich.text import Text
 
 from dynquant.cli.terminal.record import StageRecord
+from dynquant.cli.terminal.wording import printable
 
 LINE_SECONDS = 5.0
 """Plain lines are at least this far apart."""
@@ -45,7 +46,7 @@ class Bars(Progress):
         bars = [self.make_tasks_table(self.tasks)]
         if (stage := self.latest) is None:
             return bars
-        return [*bars, Text(f"  {stage.place_and_usage}", style="dim", no_wrap=True, overflow="ellipsis")]
+        return [*bars, Text(printable(f"  {stage.place_and_usage}"), style="dim", no_wrap=True, overflow="ellipsis")]
 
 
 def _stage_column(name: str) -> TextColumn:
@@ -71,7 +72,7 @@ class JsonLines:
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream, self._clock = stream, clock
-        self._last = ("", 0.0)
+        self._last = ("", 0.0)  # stage and time of the last line
 
     def show(self, stage: StageRecord) -> None:
         name, last = self._last

@@ -38,7 +38,7 @@ def ends_promptly(say: Callable[[], None]) -> Iterator[None]:
         return
     ending = _Ending(say)
     receiver, sender = socket.socketpair()
-    sender.setblocking(False)
+    sender.setblocking(False)  # Python's handler writes to it and must not wait
     before = {number: signal.signal(number, ending.raise_once) for number in _SIGNALS}
     descriptor = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
     threading.Thread(target=ending.watch, args=(receiver,), daemon=True, name="signals").start()
@@ -81,8 +81,8 @@ class _Ending:
 
     def leave(self) -> NoReturn:
         """Say the last words and end; the lock stays taken."""
-        self._lock.acquire()
-        speaker = threading.Thread(target=self._say, daemon=True)
+        self._lock.acquire()  # for ever: a second thread that comes here waits for the end
+        speaker = threading.Thread(target=self._say, daemon=True)  # a pipe that nobody reads would hold this one
         speaker.start()
         speaker.join(SAYING_SECONDS)
-        os._exit(EXIT_STATUS)
+        os._exit(EXIT_STATUS)  # sys.exit would wait for native threads

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import typer
 
 from dynquant.cli.terminal import console
+from dynquant.cli.terminal.outputs import guarded
 from dynquant.options import Flag, Only
 from dynquant.session import Session
 
@@ -38,7 +39,8 @@ def from_options(function: Callable[..., None]) -> Callable[..., None]:
             builds[name] = itemgetter(name)
 
     def command(**typed: Any) -> None:
-        function(**{name: build(typed) for name, build in builds.items()})
+        with guarded(parameters, typed):
+            function(**{name: build(typed) for name, build in builds.items()})
 
     command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -67,7 +69,7 @@ def _opened(hint: Any, parameters: list[Parameter]) -> _Build:
             name = max(flag.names, key=len, default=field.name).lstrip("-").replace("-", "_")
             name = f"{name}_" if iskeyword(name) else name
             typer_kind, value = _reading(kind, flag, field.default)
-            parameters.append(_parameter(name, typer_kind, flag, field.default))
+            parameters.append(_parameter(name, typer_kind, flag, field.default, notes))
             builds[field.name] = lambda typed, name=name, value=value: value(typed[name])  # type: ignore[misc]
         elif is_dataclass(kind):
             builds[field.name] = _opened(hints[field.name], parameters)
@@ -81,7 +83,7 @@ def _opened(hint: Any, parameters: list[Parameter]) -> _Build:
 
 def _reading(kind: Any, flag: Flag, default: Any) -> tuple[Any, Callable[[Any], Any]]:
     """The type that typer reads, and what makes the field's value of what it has read."""
-    text = str if default else str | None
+    text = str if default else str | None  # as typed, before it is parsed or split
     if flag.parse is not None:
         return text, lambda typed: None if typed is None else flag.parse(typed)
     if get_origin(kind) is tuple and get_args(kind)[0] is Path:  # the flag may be repeated
@@ -91,11 +93,11 @@ def _reading(kind: Any, flag: Flag, default: Any) -> tuple[Any, Callable[[Any], 
     return text if get_origin(kind) is Literal else kind, lambda typed: typed
 
 
-def _parameter(name: str, kind: Any, flag: Flag, default: Any) -> Parameter:
+def _parameter(name: str, kind: Any, flag: Flag, default: Any, notes: tuple[Any, ...]) -> Parameter:
     if isinstance(default, tuple):
         default = ",".join(default) or None
     default = Parameter.empty if default is MISSING else default
     bounds = {} if flag.is_argument else {"min": flag.min, "max": flag.max}
     make = typer.Argument if flag.is_argument else typer.Option
     info = make(*flag.names, help=flag.help, show_default=flag.show_default, **bounds)
-    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info, *notes])

@@ -59,7 +59,7 @@ class StageRecord:
         self.spent = self.spent.plus(spent)
         self._recent.append((self.spent.seconds, self.amount))
         while len(self._recent) > 2 and self._recent[1][0] < self.spent.seconds - RATE_SECONDS:
-            self._recent.popleft()
+            self._recent.popleft()  # the first entry stays the last one before the span
 
     @property
     def rate(self) -> float | None:
@@ -118,7 +118,7 @@ class RunRecord:
         self.displays: Sequence[Callable[[StageRecord], None]] = ()
         self._clock = clock
         self._start = self._last = self._now()
-        self._begun: set[str] = set()
+        self._begun: set[str] = set()  # stages that have reported in this block
 
     @property
     def spent(self) -> Spent:

@@ -27,3 +27,8 @@ def sizes_and_peaks(**sizes: int | None) -> str:
     """`read 1.2 GB, written 30 kB, peak memory 900 MB`, without what the system does not tell."""
     peaks = {"peak memory": peak_memory_bytes(), "peak GPU memory": peak_cuda_bytes()}
     return ", ".join(f"{name} {human_bytes(size)}" for name, size in (sizes | peaks).items() if size is not None)
+
+
+def printable(text: str) -> str:
+    """Return the text without what steers a terminal: names and metadata come from files of strangers."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)

@@ -86,7 +86,7 @@ class Grid:
         self._words = torch.from_numpy(tables.grid_rows(type_name))  # [K, width]
         self.width = self._words.shape[1]
         self._levels = self._words.unique()
-        self._places = len(self._levels) ** torch.arange(self.width - 1, -1, -1)
+        self._places = len(self._levels) ** torch.arange(self.width - 1, -1, -1)  # a word is a number in base `levels`
         self._index = torch.full((len(self._levels) ** self.width,), -1, dtype=torch.int64)
         self._index[self._number(torch.bucketize(self._words, self._levels))] = torch.arange(len(self._words))
 

@@ -56,7 +56,7 @@ def descend_chunk(
 
 @triton.jit
 def _nearest(target, LOW: tl.constexpr, HIGH: tl.constexpr):
-    return tl.minimum(tl.maximum(tl.floor(target + 0.5), LOW), HIGH)
+    return tl.minimum(tl.maximum(tl.floor(target + 0.5), LOW), HIGH)  # halves go up; torch rounds them to even
 
 
 @triton.jit

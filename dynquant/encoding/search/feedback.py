@@ -30,7 +30,7 @@ def upper_factor(hessian: Tensor) -> Tensor:
     Raises:
         torch.linalg.LinAlgError: a hessian is not positive definite; damping belongs to the caller.
     """
-    reversed_factor = torch.linalg.cholesky(hessian.to(torch.float64).flip(-1, -2))
+    reversed_factor = torch.linalg.cholesky(hessian.to(torch.float64).flip(-1, -2))  # lower; upper once flipped
     return reversed_factor.flip(-1, -2).to(torch.float32)
 
 

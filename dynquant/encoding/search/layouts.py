@@ -13,7 +13,6 @@ for NVFP4, powers of two for MXFP4.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,13 +55,14 @@ class Fields:
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """The encoder's view of one quant type. `pack` gets the fields of n super-blocks and their values [n, C]."""
+    """The encoder's view of one quant type."""
 
     name: str
     codebook: Codebook
     sub_block: int
     multipliers: tuple[float, ...]
-    pack: Callable[[Fields, Tensor], Tensor]
+    pack: Callable[[Fields, Tensor], Tensor] | None = None
+    """Block bytes from the fields of n super-blocks and their values [n, C]; None for schemes, which have no blocks."""
     num_mins: int = 0
     """Stored minimums run from 0 to this, exclusive; 0 for a type without minimums."""
     shift_width: int = 0
@@ -105,16 +105,12 @@ class BlockLayout:
         return stored
 
 
-def _odd(count: int) -> tuple[float, ...]:
-    return tuple(float(2 * i + 1) for i in range(count))
-
-
 def _half_steps(step: float) -> tuple[float, ...]:
     return tuple((i + 0.5) * step for i in range(16))
 
 
-def _range(low: int, high: int) -> tuple[float, ...]:
-    return tuple(float(i) for i in range(low, high))
+def _range(low: int, high: int, step: int = 1) -> tuple[float, ...]:
+    return tuple(map(float, range(low, high, step)))
 
 
 def _ternary(name: str, sub_block: int, shift_width: int, write: Callable[..., Tensor]) -> BlockLayout:
@@ -124,7 +120,7 @@ def _ternary(name: str, sub_block: int, shift_width: int, write: Callable[..., T
         assert f.shifts is not None
         return write(f.d, f.scales, (f.shifts < 0).to(torch.int64), _indices(book.grid, values))
 
-    return BlockLayout(name, book, sub_block, _odd(8), pack, shift_width=shift_width, fractions=(0.35, 0.95))
+    return BlockLayout(name, book, sub_block, _range(1, 16, 2), pack, shift_width=shift_width, fractions=(0.35, 0.95))
 
 
 def _signed(
@@ -206,7 +202,7 @@ LAYOUTS: dict[str, BlockLayout] = {
         _signed("IQ2_XS", 16, _half_steps(0.25), codebook_quants.pack_iq2_xs, even_signs=True),
         _signed("IQ2_S", 16, _half_steps(0.25), codebook_quants.pack_iq2_s, even_signs=False),
         _signed("IQ3_XXS", 32, _half_steps(0.5), codebook_quants.pack_iq3_xxs, even_signs=True),
-        _signed("IQ3_S", 32, _odd(16), codebook_quants.pack_iq3_s, even_signs=False),
+        _signed("IQ3_S", 32, _range(1, 32, 2), codebook_quants.pack_iq3_s, even_signs=False),
         _affine("Q2_K", 16, 16, 3, k_quants.pack_q2_k),
         _affine("Q4_K", 32, 64, 15, k_quants.pack_q4_k),
         _affine("Q5_K", 32, 64, 31, k_quants.pack_q5_k),
@@ -238,13 +234,12 @@ class Float8:
 class SchemeLayout(BlockLayout):
     """Groups of one scale. `global_scale` is what NVFP4's scales are multiplied with before they are stored."""
 
-    group_size: int = 0
     tries_negative_scales: bool = False
     global_scale: float | None = None
 
     @property
     def super_block(self) -> int:
-        return self.group_size
+        return self.sub_block
 
     @property
     def has_signed_scales(self) -> bool:
@@ -264,23 +259,18 @@ class SchemeLayout(BlockLayout):
 
 def scheme_layout(scheme: Scheme, columns: int, global_scale: float | None = None) -> BlockLayout:
     """Return the layout of rows of `columns` weights in a scheme that vLLM reads."""
-    group = scheme.group_size or columns
+    codebook: Codebook
+    is_int = scheme.kind == "int"
     if scheme.strategy == "tensor_group":
-        return _grouped(scheme, Values("MXFP4"), group, (0.6, 1.1), global_scale=global_scale)
-    if scheme.kind == "int":
+        codebook, fractions = Values("MXFP4"), (0.6, 1.1)
+    elif is_int:
         half = 1 << (scheme.num_bits - 1)
-        fractions = (0.6, 1.1) if scheme.num_bits == 4 else (0.9, 1.02)
-        return _grouped(scheme, Integers(-half, half - 1), group, fractions, tries_negative_scales=True)
-    if scheme.num_bits == 8:
-        return _grouped(scheme, Float8(), group, (1.0, 1.9))
-    return LAYOUTS["MXFP4"]
-
-
-def _grouped(
-    scheme: Scheme, codebook: Codebook, group: int, fractions: tuple[float, float], **more: Any
-) -> SchemeLayout:
-    return SchemeLayout(scheme.name, codebook, group, (1.0,), _no_blocks, fractions=fractions, group_size=group, **more)
-
-
-def _no_blocks(_fields: Fields, _values: Tensor) -> Tensor:
-    raise NotImplementedError("compressed-tensors stores codewords and scales apart")
+        codebook, fractions = Integers(-half, half - 1), (0.6, 1.1) if scheme.num_bits == 4 else (0.9, 1.02)
+    elif scheme.num_bits == 8:
+        codebook, fractions = Float8(), (1.0, 1.9)
+    else:
+        return LAYOUTS["MXFP4"]
+    return SchemeLayout(
+        scheme.name, codebook, scheme.group_size or columns, (1.0,), fractions=fractions,
+        tries_negative_scales=is_int, global_scale=global_scale,
+    )  # fmt: skip

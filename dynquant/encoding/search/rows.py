@@ -44,7 +44,7 @@ class Rows:
     def of(cls, layout: BlockLayout, weights: Tensor) -> "Rows":
         """From float32 weights [E, R, C]."""
         peak = weights.abs().amax(-1, keepdim=True)
-        unit = torch.exp2(torch.frexp(peak).exponent.to(torch.float32).clamp(-126, 127))
+        unit = torch.exp2(torch.frexp(peak).exponent.to(torch.float32).clamp(-126, 127))  # a normal float32
         return cls(layout, (weights / unit).contiguous(), unit)
 
     @property
@@ -89,6 +89,7 @@ class Rows:
 
     def packed(self, fields: Fields, values: Tensor) -> Tensor:
         """Block bytes, uint8 [E, R, row_bytes]."""
+        assert self.layout.pack is not None, "compressed-tensors stores codewords and scales apart"
         blocks = values.numel() // self.layout.super_block
         d, dmin = (None if t is None else (t * self.unit).reshape(blocks) for t in (fields.d, fields.dmin))
         stored = replace(fields.map(lambda t: t.reshape(blocks, -1)), d=d, dmin=dmin)

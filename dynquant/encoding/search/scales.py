@@ -158,7 +158,7 @@ def _line(x: Tensor, w: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     determinant = sw * sqq - sq * sq
     a = (sw * sxq - sq * sx) / determinant.clamp_min(_TINY)
     b = (a * sq - sx) / sw.clamp_min(_TINY)
-    through_zero = (b < 0) | (determinant <= 1e-9 * sw * sqq)
+    through_zero = (b < 0) | (determinant <= 1e-9 * sw * sqq)  # a single codeword settles no line
     a = torch.where(through_zero, sxq / sqq.clamp_min(_TINY), a).clamp_min(_TINY)
     return a, torch.where(through_zero, 0.0, b)
 

@@ -130,7 +130,16 @@ def test_super_experts_by_output_and_by_energy():
     assert find_super_experts(expert_stats(*usual)) == []
     spike = [1.0] * 63 + [-400.0], [1.0] * 64, [100] * 64
     (found,) = find_super_experts(expert_stats(*spike))
-    assert (found.layer, found.expert, found.max_out, found.ratio) == (4, 63, -400.0, 400.0)
+    assert found[:4] == ("blk.4.ffn_down_exps.weight", 63, -400.0, 400.0)
     energy = [1.0] * 64, [1.0] * 63 + [30.0], [1000] * 63 + [100]
     (found,) = find_super_experts(expert_stats(*energy))
     assert found.expert == 63 and found.energy_share == pytest.approx(30 / 93)
+
+
+def test_experts_that_calibration_starved_are_no_super_experts_and_make_none():
+    """With zeros of unused experts in the median, any output is many times the median."""
+    starved = [1.0] * 30 + [0.0] * 34, [1.0] * 30 + [0.0] * 34, [100] * 30 + [0] * 34
+    assert find_super_experts(expert_stats(*starved)) == []
+    some = [1.0] * 39 + [400.0] + [0.0] * 23 + [900.0], [1.0] * 40 + [0.0] * 24, [100] * 40 + [0] * 23 + [1]
+    (expert,) = find_super_experts(expert_stats(*some))
+    assert expert.expert == 39 and expert.ratio == 400

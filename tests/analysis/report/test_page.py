@@ -11,6 +11,7 @@ from PIL import Image
 
 from dynquant.analysis.plots.groups import PlanResults
 from dynquant.analysis.report.page import summary_sentence, write_report
+from dynquant.analysis.report.tables import evaluation_table
 from dynquant.errors import PlanError, WriteError
 from tests.helpers.synthetic_models import DENSE, Shape, synthetic_model
 
@@ -57,7 +58,7 @@ def moe(drawn_moe):
 @pytest.fixture(scope="module")
 def report(drawn_moe, tmp_path_factory):
     path = tmp_path_factory.mktemp("report") / "report.html"
-    write_report(path, drawn_moe.made.results, drawn_moe.files, evaluation=EVALUATION)
+    write_report(path, drawn_moe.made.results, drawn_moe.files, measured=evaluation_table(EVALUATION))
     return path
 
 

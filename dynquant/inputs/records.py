@@ -1,0 +1,199 @@
+"""Records of the files that people give: JSON lines, a JSON array, or the rows of a csv or parquet file.
+
+The end of a file's name says its form, in upper or lower case, and `.gz` may follow it; JSON that begins with `[` is an
+array. Nothing else is guessed: a file with another ending is refused. All text is UTF-8, with or without a byte-order
+mark.
+"""
+
+import csv
+import gzip
+import json
+import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from dynquant.errors import DynquantError
+from dynquant.storage.strict_json import parse_json
+
+JSON_FORMS, TABLE_FORMS = (".jsonl", ".ndjson", ".json"), (".csv", ".parquet")
+PLAIN_FORMS = (".txt", ".text", ".md", ".raw", ".tokens", "")
+_FORMS = "Known are .jsonl, .ndjson, .json, .csv and .parquet (all but parquet also with .gz behind it)"
+
+Record = tuple[int, str, Any]
+"""Number, place ("NAME, line 3") and value."""
+
+
+def form_of(path: Path) -> str:
+    """Return the ending of a file's name that says its form, in lower case and without `.gz`."""
+    stem, ending = path.stem, path.suffix.lower()
+    return Path(stem).suffix.lower() if ending == ".gz" else ending
+
+
+def read_records(path: Path, refusal: type[DynquantError], way_out: str = "") -> Iterator[Record]:
+    """Yield the records of a file one by one; blank lines are none.
+
+    Raises:
+        `refusal`: the file cannot be read or has another form, or a record is not JSON; `way_out` ends the paragraph.
+    """
+    form = form_of(path)
+    if form in JSON_FORMS:
+        return _json_records(path, refusal, way_out)
+    if form in TABLE_FORMS:
+        return _csv_records(path, refusal) if form == ".csv" else _parquet_records(path, refusal)
+    raise refusal(f"The form of {path} is not known from its ending `{path.suffix}`. {_FORMS}. {way_out}".rstrip())
+
+
+def read_plain(path: Path, refusal: type[DynquantError]) -> str:
+    """Return the text of a plain file.
+
+    Raises:
+        `refusal`: the file cannot be read, its ending is not that of plain text, or it holds JSON lines or a program's
+            data.
+    """
+    if form_of(path) not in PLAIN_FORMS:
+        raise refusal(
+            f"The form of {path} is not known from its ending `{path.suffix}`. {_FORMS}; plain text is .txt, .md or "
+            ".raw. Convert the file, or give it the ending of what it is."
+        )
+    with _opened(path, refusal) as file:
+        content = file.read()
+    if "\0" in content:
+        raise refusal(f"{path} holds zero bytes, so it is not text in UTF-8. Convert it, or give another file.")
+    if _begins_with_record(content):
+        raise refusal(f"{path} has the ending of plain text but holds JSON. Rename it to .jsonl or .json.")
+    return content
+
+
+def _begins_with_record(content: str) -> bool:
+    first = content.lstrip().removeprefix("[").lstrip().partition("\n")[0].rstrip().rstrip(",]")
+    try:
+        record = parse_json(first) if first.startswith("{") else None
+    except ValueError:
+        return False
+    return isinstance(record, dict) and not {"text", "messages"}.isdisjoint(record)
+
+
+@contextmanager
+def _opened(path: Path, refusal: type[DynquantError]) -> Iterator[TextIO]:
+    """Context manager: yields the file as text; what is wrong with it becomes one paragraph."""
+    try:
+        with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
+            yield file
+    except FileNotFoundError as error:
+        raise refusal(f"There is no file {path}; check the path.") from error
+    except UnicodeDecodeError as error:
+        raise refusal(f"{path} cannot be read as UTF-8 ({error}). Convert it to UTF-8.") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise refusal(f"{path} cannot be read: {error}. Check the path, or fetch the file again.") from error
+
+
+def _json_records(path: Path, refusal: type[DynquantError], way_out: str) -> Iterator[Record]:
+    def parsed(text: str, place: str) -> Any:
+        try:
+            return parse_json(text)
+        except ValueError as error:
+            raise refusal(f"{place} is not JSON: {error}. {way_out}".rstrip()) from error
+
+    with _opened(path, refusal) as file:
+        # Not splitlines(): it also splits at U+2028 and the like, which JSON strings may hold.
+        lines = ((number, line) for number, line in enumerate(file, start=1) if line.strip())
+        number, line = next(lines, (1, ""))
+        if line.lstrip().startswith("["):
+            entries = enumerate(parsed(line + file.read(), str(path)), start=1)
+            yield from ((number, f"{path}, entry {number}", value) for number, value in entries)
+            return
+        while line:
+            place = f"{path}, line {number}"
+            yield number, place, parsed(line, place)
+            number, line = next(lines, (1, ""))
+
+
+def _csv_records(path: Path, refusal: type[DynquantError]) -> Iterator[Record]:
+    csv.field_size_limit(sys.maxsize)
+    with _opened(path, refusal) as file:
+        rows = csv.DictReader(file, strict=True)
+        try:
+            for number, row in enumerate(rows, start=1):
+                place = f"{path}, row {number}"
+                if None in row or None in row.values():
+                    raise refusal(f"{place} has not the {len(rows.fieldnames or ())} values that the first line names.")
+                yield number, place, row
+        except csv.Error as error:
+            raise refusal(f"{path}, line {rows.line_num} is not csv with commas ({error}). Repair it.") from error
+
+
+def _parquet_records(path: Path, refusal: type[DynquantError]) -> Iterator[Record]:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise refusal(f"Reading {path} needs pyarrow: pip install 'dynquant-toolchain[models]'.") from error
+    try:
+        with ParquetFile(path) as file:
+            rows = (row for batch in file.iter_batches(batch_size=256) for row in batch.to_pylist())
+            yield from ((number, f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
+    except (ArrowException, OSError, ValueError) as error:
+        raise refusal(f"{path} is not a parquet file ({error}). Fetch or make it again.") from error
+
+
+def text_of(record: Any, place: str, refusal: type[DynquantError]) -> str:
+    """Return the text of a record: its `text`, or its `messages` as lines of `role: content`.
+
+    Raises:
+        `refusal`: the record has neither, or they are of another form.
+    """
+    if isinstance(record, dict) and isinstance(record.get("text"), str):
+        return record["text"]
+    if isinstance(record, dict) and record.get("text") is None and record.get("messages") is not None:
+        turns = turns_of(record["messages"], place, refusal)
+        return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+    raise refusal(
+        f'{place} has neither a field "text" (a string) nor "messages" (a list of chat turns): it has '
+        f"{described(record)}. Rename the field, or give plain text in a .txt file."
+    )
+
+
+def turns_of(messages: Any, place: str, refusal: type[DynquantError]) -> list[dict[str, str]]:
+    """Return chat turns as role and text: parts of text are joined, and turns without any content are left out.
+
+    Raises:
+        `refusal`: no list of turns with role and content, or a part that is not text.
+    """
+    turns = []
+    for turn in messages if isinstance(messages, list) else [None]:
+        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str) or "content" not in turn:
+            raise refusal(f"{place}: `messages` must be a list of turns, each with `role` and `content`.")
+        content = turn["content"]
+        if isinstance(content, list):
+            content = "".join(part_text(part, place, refusal) for part in content)
+        if content is not None and not isinstance(content, str):
+            raise refusal(f"{place}: `content` must be a text or a list of parts, but it is {shortened(content)}.")
+        if content is not None:
+            turns.append({"role": turn["role"], "content": content})
+    return turns
+
+
+def part_text(part: Any, place: str, refusal: type[DynquantError]) -> str:
+    """Return the text of a part of `content`, or raise `refusal` when it is of another kind."""
+    text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else 0
+    if text is not None and not isinstance(text, str):
+        raise refusal(
+            f"{place}: only parts of text can be read here, but `content` holds {shortened(part)}. Pictures are given "
+            "with --data FILE to a vision-language model."
+        )
+    return text or ""
+
+
+def described(record: Any) -> str:
+    """Return what a record holds, for a paragraph that refuses it."""
+    if not isinstance(record, dict):
+        return shortened(record)
+    return ", ".join(f"`{key}`" for key in record)[:200] or "nothing"
+
+
+def shortened(value: Any) -> str:
+    """Return the start of a value as JSON, for a paragraph that refuses it."""
+    return json.dumps(value, default=str)[:60]

@@ -1,0 +1,114 @@
+"""One writer an output: a lock file beside it, which the system unlocks when its process ends, however it ends."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from dynquant.errors import WriteError, reason
+
+_held: set[Path] = set()
+"""Outputs of this process, which may lock one again within."""
+_OWNER_BYTES = 4096
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Context manager: no other process writes `output`, a file or a directory that need not be there yet.
+
+    The lock is `.NAME.lock` beside it, or `.lock` in a directory with a parent that cannot be written to. One that a
+    killed process left is taken over. File systems without locks have none.
+
+    Raises:
+        WriteError: another process holds the lock; or nothing can be written there.
+    """
+    path = output.resolve() if os.path.isdir(output) else output.parent.resolve() / output.name
+    if path in _held:
+        yield
+        return
+    new = [folder for folder in path.parents if not os.path.exists(folder)]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file, descriptor = _acquired(path)
+    except BlockingIOError as error:
+        raise WriteError(
+            f"{output} is being written by {error}. Wait until that has finished, stop it, or give another output."
+        ) from error
+    except OSError as error:
+        raise WriteError(
+            f"{output} cannot be written: {reason(error)}. Choose a place with space that can be written to."
+        ) from error
+    _held.add(path)
+    try:
+        yield
+    finally:
+        _held.discard(path)
+        with suppress(OSError):
+            file.unlink()
+        os.close(descriptor)
+        for folder in new:  # where nothing came of the command
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _acquired(path: Path) -> tuple[Path, int]:
+    """Return the lock file and its descriptor; BlockingIOError names the process that holds it."""
+    file, flags = path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    while True:
+        try:
+            descriptor = os.open(file, flags, 0o666)
+        except OSError:
+            if not path.is_dir() or file.parent == path:
+                raise
+            file = path / ".lock"
+            continue
+        try:
+            _lock(descriptor)
+            if os.path.samestat(os.fstat(descriptor), os.stat(file)):
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, _this_process().encode())
+                return file, descriptor
+        except FileNotFoundError:  # its holder has finished, and has removed it
+            pass
+        except BlockingIOError as error:
+            os.lseek(descriptor, 0, os.SEEK_SET)
+            owner = os.read(descriptor, _OWNER_BYTES).decode(errors="replace")
+            os.close(descriptor)
+            raise BlockingIOError(owner or "another process") from error
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _this_process() -> str:
+    import socket
+
+    return f"process {os.getpid()} on {socket.gethostname()}, which started at {time.strftime('%Y-%m-%d %H:%M:%S')}"
+
+
+def _lock(descriptor: int) -> None:
+    """Lock a file without waiting. Raises BlockingIOError: another process has it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        os.lseek(descriptor, 1 << 30, os.SEEK_SET)  # far behind the text, which stays readable
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        except OSError as error:
+            raise BlockingIOError from error
+        finally:
+            os.lseek(descriptor, 0, os.SEEK_SET)
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        import errno
+
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise

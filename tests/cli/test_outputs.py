@@ -1,0 +1,151 @@
+"""Outputs of commands: none destroys what is read, and two processes never write one."""
+
+import os
+import signal
+import subprocess
+import time
+from typing import get_args
+
+import pytest
+
+from tests.helpers.commands import command, linked_copy, refused, run, succeed
+from tests.storage.test_lock import holder  # noqa: F401
+
+NOT_PATHS = {
+    "preset", "encoder", "format", "runner", "hessians", "kv_type", "vision", "for_", "device", "ray", "tune", "size",
+    "fits", "start", "store", "types", "couple", "tasks", "scoring", "recipes", "variants", "sensitivity", "frontier",
+    "hessian_memory", "max_memory", "split_max_size", "mmproj_type", "output", "imatrix",
+}  # fmt: skip
+"""Options of type str that name no file that is read; `output` and `imatrix` are words of what `recipe` prints."""
+
+
+@pytest.fixture
+def model(small_moe, tmp_path):
+    return linked_copy(small_moe, tmp_path / "model")
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_every_option_is_known_as_path_or_word():
+    from dynquant.cli.app import app
+    from dynquant.cli.terminal.outputs import PATHS_IN_WORDS
+
+    for made in app.registered_commands:
+        hints = made.callback.__annotations__
+        words = {option for option, hint in hints.items() if get_args(hint) and get_args(hint)[0] in (str, str | None)}
+        assert words <= PATHS_IN_WORDS | NOT_PATHS, (made.name, words - PATHS_IN_WORDS - NOT_PATHS)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "calibrate {m} -o {m}/model.safetensors",
+        "calibrate {m} -o {m}",
+        "calibrate {m} -o {t}/into/model.safetensors",
+        "calibrate {m} -o {t}/soft.safetensors",
+        "calibrate {m} -o {t}/hard.safetensors",
+        "calibrate {m} --calibration {t}/text.txt -o {t}/text.txt",
+        "calibrate {m} --imatrix {t}/i.gguf -o {t}/stats --imatrix-out {t}/i.gguf",
+        "calibrate {m} -o {t}/both --imatrix-out {t}/into/../both",
+        "analyze {m} --stats {t}/s -o {t}/s",
+        "export {m} --plan {t}/plan.json -o {t}/plan.json",
+        "export {m} --preset f16 --stats {t}/s -o {t}/s",
+        "export {m} --preset f16 -f safetensors -o {m}",
+        "export {m} --preset f16 -f compressed-tensors -o {t}/into",
+        "export {t}/g.gguf --preset q4_k -o {t}/g.gguf",
+        "export {t}/p-00001-of-00002.gguf --preset q4_k -o {t}/p-00002-of-00002.gguf",
+        "export {t}/p-00001-of-00002.gguf --preset q4_k --split-max-size 1GB -o {t}/p.gguf",
+        "tune {t}/g.gguf --reference {m} -o {t}/g.gguf",
+        "tune {t}/g.gguf --reference {m} -o {m}/tokenizer.json",
+        "eval {t}/g.gguf --reference {m} --text {t}/text.txt --json {t}/g.gguf",
+        "eval {t}/g.gguf --reference {m} --text {t}/text.txt --json {t}/text.txt",
+        "eval {t}/g.gguf --reference {m} --text {t}/text.txt --json {m}/config.json",
+        "eval {t} --reference {m} --data {t}/text.txt --json {t}/plan.json",
+        "finetune {m} --data {t}/text.txt -o {m}",
+        "finetune {m} --data {t}/text.txt -o {t}",
+        "heal {t}/g.gguf --reference {m} --data {t}/text.txt --text {t}/text.txt -o {t}",
+        "export-adapter {m} -o {m}/config.json",
+        "inspect {t}/g.gguf --json-progress {t}/g.gguf",
+        "export {m} --plan {t}/plan.json -o {t}/new.gguf --json-progress {t}/plan.json",
+        "diff {t}/plan.json {t}/g.gguf --json-progress {t}/plan.json",
+        "export {m} --preset f16 -o {t}/new.gguf --json-progress {t}/new.gguf",
+        "compare {m} --recipes f16 --text {t}/text.txt -o {t}/c --json-progress {t}/text.txt",
+        "measure-machine -o /dev/null",
+    ],
+)
+def test_what_is_read_is_never_overwritten(arguments, model, tmp_path):
+    for name in ("text.txt", "i.gguf", "s", "plan.json", "g.gguf", "p-00001-of-00002.gguf", "p-00002-of-00002.gguf"):
+        (tmp_path / name).write_text(f"content of {name}")
+    (tmp_path / "into").symlink_to(model)
+    (tmp_path / "soft.safetensors").symlink_to(model / "model.safetensors")
+    (tmp_path / "hard.safetensors").hardlink_to(model / "model.safetensors")
+    before = contents(tmp_path)
+    message = refused(*(word.format(m=model, t=tmp_path) for word in arguments.split()))
+    assert any(words in message for words in ("would be lost", "give two names", "is a device"))
+    assert contents(tmp_path) == before
+
+
+def test_files_beside_what_is_read_may_be_written_and_written_again(model, tmp_path):
+    for _ in range(2):
+        succeed("calibrate", model, "--tokens", 600, "--window", 64, "-o", model / "stats.safetensors")
+        succeed("export", model, "--preset", "f16", "-o", model / "model-f16.gguf", "--json-progress", model / "log")
+    text = model.parent / "text.txt"
+    text.write_text("The words of a text that is long enough to be a window of some tokens. " * 9)
+    for _ in range(2):
+        succeed("eval", model, "--reference", model, "--text", text, "--window", 64, "--json", model / "eval.json")
+
+
+def test_two_exports_to_one_name_leave_one_whole_file(small_moe, tmp_path):
+    alone, both = tmp_path / "alone" / "model.gguf", tmp_path / "both" / "model.gguf"
+    arguments = ("export", small_moe, "--preset", "uniform-q8_0", "--encoder", "ggml", "-o")
+    succeed(*arguments, alone)
+    first = subprocess.Popen(command(*arguments, both), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/")
+    try:
+        while not (both.parent / ".model.gguf.lock").is_file():
+            assert first.poll() is None
+            time.sleep(0.01)
+        os.kill(first.pid, signal.SIGSTOP)
+        message = refused(*arguments, both)
+        assert f"process {first.pid} " in message and time.strftime("started at %Y-%m-%d") in message
+        os.kill(first.pid, signal.SIGCONT)
+        assert first.wait(120) == 0
+    finally:
+        first.kill()
+        first.wait()
+    assert contents(both.parent) == {both: alone.read_bytes()}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "plan {m} -o {o}",
+        "calibrate {m} -o {o}",
+        "calibrate {m} -o {t}/new --imatrix-out {o}",
+        "calibrate {m} -o {t}/new --max-memory 4GB --spill {o}",
+        "analyze {m} --stats {t}/s -o {o}",
+        "eval {m} --reference {m} --text {t}/text.txt --json {o}",
+        "finetune {m} --data {t}/text.txt -o {o}",
+        "heal {m} --reference {m} --data {t}/text.txt -o {o}",
+        "tune {t}/g.gguf --reference {m} -o {o}",
+        "export-adapter {t} -o {o}",
+        "compare {m} --recipes f16 --text {t}/text.txt -o {o}",
+        "compare-encoders {m} --recipes f16 --text {t}/text.txt -o {o}",
+        "measure-machine -o {o}",
+        "demo -o {o}",
+        "inspect {m} --json-progress {o}",
+    ],
+)
+def test_every_output_has_one_writer(arguments, small_moe, tmp_path, holder):  # noqa: F811
+    output = tmp_path / "out"
+    process = holder(output)
+    message = refused(*(word.format(m=small_moe, t=tmp_path, o=output) for word in arguments.split()))
+    assert f"{output} is being written by process {process.pid} on " in message
+    assert [path.name for path in tmp_path.iterdir()] == [".out.lock"]
+
+
+def test_a_lock_does_not_hinder_who_writes_nothing(small_moe, tmp_path, holder):  # noqa: F811
+    holder(tmp_path / "plan")
+    done = run("plan", "--config-only", small_moe, "--preset", "f16", "-o", tmp_path / "plan")
+    assert done.returncode == 0, done.stderr
