@@ -19,6 +19,7 @@ import gguf
 import torch
 
 from dynquant.checkpoints.gguf_source import GGUFSource
+from dynquant.checkpoints.tensor_roles import layer_of
 from dynquant.errors import CheckpointError
 from dynquant.families.common.config import Config
 from dynquant.families.common.conversion_book import ConversionBook, some_of
@@ -158,6 +159,9 @@ def check_complete(source: GGUFSource) -> None:
         lost, foreign = _against_family(keys)
     except _NotUnderstood:
         lost, foreign = _against_each_other(keys)
+    # Layers that predict tokens ahead are counted, but llama.cpp does without them.
+    num_run = keys.integer("block_count") - keys.integer("nextn_predict_layers", 0)
+    lost = {name for name in lost if (layer_of(f"{name}.") or 0) < num_run or num_run < 1}
     problems = [
         f"{problem} ({some_of(sorted(names))})"
         for names, problem in (
