@@ -134,10 +134,7 @@ class SchemeChooser:
         check_budget_range(budget, *size_range(unmeasured_table(model, self._formats, ()), self._rules), "vllm")
 
     def choose(self, table: ErrorTable, budget: int | None) -> dict[str, Choice]:
-        """Return scheme and reason of every linear layer for files of at most `budget` bytes.
-
-        Raises:
-            PlanError: the budget is below the smallest possible size; the range is named.
-        """
+        """Return scheme and reason of every linear layer for files of at most `budget` bytes. Raises PlanError: the
+        budget is below the smallest possible size; the range is named."""
         rows = table.with_rows(row for row in table.rows if (row.name, row.type) in self._bytes)
         return plan_types(rows, budget, self._rules)

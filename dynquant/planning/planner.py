@@ -61,9 +61,9 @@ class Rules:
     """Groups of tensors that must have one type; no tensor is in two. See `coupled_tensors`."""
     target: PlanTarget = "gguf"
     fixed_bytes: int = 0
-    """What the file holds besides the tensors that have a choice: header, norms, routers."""
+    """Size of all but the tensors that have a choice: header, norms, routers."""
     stored_bytes: Callable[[ErrorRow], int] = lambda row: padded(row.bytes)
-    """What a tensor takes of the file, by default of a GGUF file."""
+    """Size of a tensor in the file, by default in a GGUF file."""
 
 
 def plan_types(table: ErrorTable, budget: int | None, rules: Rules) -> dict[str, Choice]:
@@ -90,11 +90,8 @@ def plan_types(table: ErrorTable, budget: int | None, rules: Rules) -> dict[str,
 
 
 def size_range(table: ErrorTable, rules: Rules) -> tuple[int, int]:
-    """Return the file bytes with every tensor in its smallest type, and in its largest; floors do not count.
-
-    Raises:
-        PlanError: coupled tensors have no type in common.
-    """
+    """Return the file bytes with every tensor in its smallest type, and in its largest; floors do not count. Raises
+    PlanError: coupled tensors have no type in common."""
     return _Planner(table, rules).size_range
 
 
