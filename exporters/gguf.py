@@ -55,27 +55,27 @@ def export_gguf(encoding: Encoding, output: Path, *, split_max_bytes: int | None
         ClusterError: `elsewhere` cannot go on; what is done is kept.
     """
     files: list[Path] = []
-    for part, of_part in _encodings(encoding):
-        is_projector = part is not None and part.is_projector
+    for of_part, is_projector in _encodings(encoding):
         path = gguf_layout.mmproj_path(output) if is_projector else output
         # llama.cpp reads no split mmproj.
         files = _export_file(of_part, path, None if is_projector else split_max_bytes) + files
     return files
 
 
-def _encodings(encoding: Encoding) -> list[tuple[ModelPart | None, Encoding]]:
-    """Return what every file is written from; refuse parts of another size than the plan predicts."""
+def _encodings(encoding: Encoding) -> list[tuple[Encoding, bool]]:
+    """Return what every file is written from, and whether it is the projector; refuse another size than the plan's."""
     model, plan = encoding.model, encoding.plan
     if not model.parts:
-        return [(None, encoding)]
+        return [(encoding, False)]
     parts = []
     for part in model.parts:
         moments = encoding.moments
         if moments is not None:
             moments = replace(moments, aliases=_renamed(part, moments.aliases))
         own_plan, stats = plan_of_part(part, plan, encoding.stats), stats_of_part(part, encoding.stats)
-        parts.append((part, replace(encoding, model=part.model, plan=own_plan, stats=stats, moments=moments)))
-    total = sum(of_part.plan.predicted_bytes for _, of_part in parts)
+        of_part = replace(encoding, model=part.model, plan=own_plan, stats=stats, moments=moments)
+        parts.append((of_part, part.is_projector))
+    total = sum(of_part.plan.predicted_bytes for of_part, _ in parts)
     if not model.unwritten and total != plan.predicted_bytes:
         raise ExportError(
             f"The plan predicts {plan.predicted_bytes:,} bytes, but language model and mmproj take {total:,}. The plan "
