@@ -153,6 +153,26 @@ def is_gguf(path: Path) -> bool:
     return path.suffix.lower() == ".gguf"
 
 
+def check_original(path: Path, original: Model) -> None:
+    """Refuse an original from which dynquant did not make the file or directory at `path`, where that is recorded.
+
+    Raises:
+        CheckpointError: the two fingerprints differ.
+    """
+    if is_gguf(path):
+        fields = {field.key: str(field.value) for field in GGUFSource(path).metadata}
+        recorded = fields.get("dynquant.fingerprint")
+    else:
+        quantization = read_json(path / "config.json").get("quantization_config")
+        provenance = quantization.get("provenance") if isinstance(quantization, dict) else None
+        recorded = provenance.get("fingerprint") if isinstance(provenance, dict) else None
+    if recorded and recorded != original.fingerprint:
+        raise CheckpointError(
+            f"{path} was made from the checkpoint with fingerprint {recorded[:12]}; {original.name} is another, "
+            f"{original.fingerprint[:12]}. Give the checkpoint that it was made from as --reference."
+        )
+
+
 def _download(repo_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled

@@ -177,7 +177,7 @@ def test_quantized_is_said_of_tensors_that_are(method: str | None, model: Path) 
         open_model(model)
 
 
-def test_weights_that_transformers_would_make_up_are_refused_by_name(model: Path) -> None:
+def test_weights_that_transformers_would_make_up_are_refused_by_name(model: Path, small_moe: Path) -> None:
     tensors = load_file(model / SINGLE_NAME)
     del tensors["model.layers.1.self_attn.k_proj.weight"]
     save_file(tensors, model / SINGLE_NAME, {"format": "pt"})
@@ -186,7 +186,8 @@ def test_weights_that_transformers_would_make_up_are_refused_by_name(model: Path
         load_directory(model, torch.float32)
     with pytest.raises(CheckpointError, match=rf"lacks 1 tensors.*{name}"):
         open_model(model)
-    assert "k_proj" in refused("eval", model, "--reference", model, "--max-tokens", "64", "--text", __file__)
+    text = small_moe.parent / "demo_text.txt"
+    assert "k_proj" in refused("eval", model, "--reference", model, "--max-tokens", "64", "--text", text)
 
 
 def test_weights_that_transformers_leaves_out_are_said(model: Path) -> None:
