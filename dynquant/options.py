@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
-from dynquant.errors import OptionError, PlanError
+from dynquant.errors import OptionError
 from dynquant.resources import parse_size
 
 LARGEST = 2**31 - 1
@@ -54,7 +54,7 @@ class Flag:
         """Raise OptionError for a number or size outside the range."""
         try:
             number = parse_size(value) if self.is_size else value
-        except PlanError as error:
+        except OptionError as error:
             raise OptionError(f"{self.option(field)}: {error}") from error
         assert self.min is not None
         if self.is_size and number >= self.min:

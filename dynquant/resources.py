@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from dynquant.errors import DeviceError, PlanError
+from dynquant.errors import DeviceError, OptionError
 
 _SIZE = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*([kMGT]i?)?B?\s*", re.IGNORECASE | re.ASCII)
 _POWER = {"k": 1, "m": 2, "g": 3, "t": 4}
@@ -40,12 +40,12 @@ def usable_cores() -> int:
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes of `31002144`, `140GB` (decimal) or `130.6GiB` (binary), or raise PlanError for no size."""
+    """Return the bytes of `31002144`, `140GB` (decimal) or `130.6GiB` (binary), or raise OptionError for no size."""
     match = _SIZE.fullmatch(text)
     unit = ((match and match.group(2)) or "").lower()
     size = float(match.group(1)) * (1024 if unit.endswith("i") else 1000) ** _POWER.get(unit[:1], 0) if match else -1
     if not 0 <= size < 2**63:
-        raise PlanError(
+        raise OptionError(
             f"`{text:.40}` is not a size; write bytes, or a number with a unit as 140GB, 31.5MB or 12GiB, "
             "less than 8 EiB."
         )

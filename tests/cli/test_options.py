@@ -8,7 +8,7 @@ import typer
 
 from dynquant.calibration.options import CalibrationOptions
 from dynquant.cli.app import app
-from dynquant.errors import OptionError, PlanError
+from dynquant.errors import OptionError
 from dynquant.options import Flag
 from dynquant.resources import parse_size
 from dynquant.session import Session
@@ -96,5 +96,5 @@ def test_sizes(text, size):
 
 @pytest.mark.parametrize("text", ["", "1.2.3", "-1", "1e3", "GB", "\u0661\u0662", "1GB\n2", HUGE, "9300000TB"])
 def test_no_sizes(text):
-    with pytest.raises(PlanError, match="is not a size"):
+    with pytest.raises(OptionError, match="is not a size"):
         parse_size(text)
