@@ -189,13 +189,10 @@ def tune(options: TuneFileOptions, session: Session = SILENT) -> list[Path]:
 
 def _moments_of(stats: StatsFile | None, session: Session) -> SecondMoments | None:
     """Return the second moments that belong to the statistics; say so when there are none."""
-    if stats is None:
-        return None
-    moments = stats.moments
-    if moments is None:
+    if stats is not None and stats.moments is None:
         where = path_beside(stats.path)
         session.note(f"there is no {where}: encoding without error feedback (calibrate with --hessians to have it)")
-    return moments
+    return stats and stats.moments
 
 
 def _protected(path: Path) -> dict[str, tuple[ProtectedWeight, ...]]:

@@ -38,11 +38,8 @@ _WINDOW_PERIODS = {"gemma3": 6}
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """Bytes of device memory and what is taken from it before weights.
-
-    Raises:
-        PlanError: nothing is left for weights.
-    """
+    """Bytes of device memory and what is taken from it before weights. Raises PlanError: nothing is left for
+    weights."""
 
     memory: int
     kv_cache: int
@@ -63,11 +60,8 @@ class MemoryBudget:
         return self.memory - self.kv_cache - self.compute_buffer - self.cuda_context
 
     def file_budget(self, smallest: int, largest: int) -> int:
-        """Bytes that a plan may take when its size can be between these two.
-
-        Raises:
-            PlanError: not even the smallest fits; the message has every part.
-        """
+        """Bytes that a plan may take when its size can be between these two. Raises PlanError: not even the smallest
+        fits; the message has every part."""
         if self.weights < smallest:
             raise PlanError(
                 f"{self.label} is too little: {self._overhead()} leave {_gb(self.weights)} for the weights, and the "

@@ -15,11 +15,7 @@ _PLAN_FOLDER = Writes(holds_inputs=True, unless="config_only")
 
 
 def parse_range(text: str) -> tuple[float, float]:
-    """Return the two numbers of `1.6:4.5`.
-
-    Raises:
-        PlanError: it is something else.
-    """
+    """Return the two numbers of `1.6:4.5`. Raises PlanError: it is something else."""
     try:
         low, high = map(float, text.split(":"))
     except ValueError as error:

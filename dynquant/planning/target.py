@@ -131,11 +131,8 @@ class Target(Options):
         return (f"size {parse_size(self.size)}" if self.size else smallest) + coupled
 
     def memory(self, model: "Model") -> "MemoryBudget | None":
-        """Return what `fits` leaves for the file, or None without it.
-
-        Raises:
-            PlanError: KV cache and buffers alone take more, or the cache type does not fit the model's heads.
-        """
+        """Return what `fits` leaves for the file, or None without it. Raises PlanError: KV cache and buffers alone take
+        more, or the cache type does not fit the model's heads."""
         if self.fits is None:
             return None
         from dynquant.planning.memory_budget import memory_budget

@@ -17,6 +17,7 @@ from dynquant.checkpoints.tensor_source import is_finite
 from dynquant.errors import CheckpointError
 from dynquant.families.common.conversion import ConvertedSource
 from dynquant.families.open import is_gguf
+from dynquant.families.tokenizers.files import read_tokenizer_files
 from dynquant.families.vision.checkpoint import is_vision_checkpoint
 from dynquant.resources import count_mapped_files
 from dynquant.running.weights import CheckpointWeights
@@ -111,6 +112,9 @@ def empty_hf(model: Model, *, dtype: torch.dtype, device: str = "cpu") -> "PreTr
 
 def load_tokenizer(model: Model | Path) -> "PreTrainedTokenizerBase":
     """Load the tokenizer of a model, directory or GGUF file, or raise CheckpointError when there is none."""
+    directory = model if isinstance(model, Path) else model.hf_directory
+    if directory is not None and not is_gguf(directory):
+        read_tokenizer_files(directory)  # transformers raises anything for what has another shape
     return _load("AutoTokenizer", model)
 
 
@@ -159,8 +163,8 @@ def _load(loader: str, model: Model | Path, **options: Any) -> Any:
     try:
         with without_progress_bars():
             return getattr(transformers, loader).from_pretrained(directory, **LOCAL_ONLY, **options)
-    except REFUSALS as error:
+    except Exception as error:  # transformers raises errors of many libraries
         kind = {"AutoConfig": "configuration", "AutoTokenizer": "tokenizer"}.get(loader, "model")
         raise CheckpointError(
-            f"{path}: transformers cannot load the {kind} ({type(error).__name__}: {error}). {way_out}"
+            f"{path}: transformers cannot load the {kind} ({type(error).__name__}: {str(error)[:400]}). {way_out}"
         ) from error

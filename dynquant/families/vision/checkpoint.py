@@ -41,11 +41,8 @@ def is_vision_checkpoint(directory: Path) -> bool:
 
 
 def open_vision(directory: Path) -> Model:
-    """Open a vision-language checkpoint; nothing but headers, configuration and tokenizer is read.
-
-    Raises:
-        CheckpointError: missing or damaged files, or a family or language model that is not known.
-    """
+    """Open a vision-language checkpoint; nothing but headers, configuration and tokenizer is read. Raises
+    CheckpointError: missing or damaged files, or a family or language model that is not known."""
     config = _read_config(directory)
     text = config.get_text_config()
     arch = _LANGUAGE_ARCH.get(str(text.model_type))
