@@ -1,4 +1,4 @@
-"""What lies in the place of a file that was never fetched: a Git LFS pointer, or a page that a server sent instead."""
+"""Recognizes what lies where a file was never fetched: a Git LFS pointer, or a page that a server sent instead."""
 
 from pathlib import Path
 
