@@ -66,10 +66,7 @@ KEYS: dict[str, tuple[Key, ...]] = {
 
 def write_keys(config: Config, writer: gguf.GGUFWriter, table: str, **values: int) -> None:
     """Write a table of `KEYS` in its order; `values` are those that are not what the configuration says, by its names.
-
-    Raises:
-        CheckpointError: a number that is missing without a default, or is none.
-    """
+    Raises CheckpointError: a number that is missing without a default, or is none."""
     for key in KEYS[table]:
         name = f"{writer.arch}.{key.gguf}"
         if key.is_float:
