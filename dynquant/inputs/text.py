@@ -118,7 +118,7 @@ def _documents(
         return path.name, [read_plain(path, refusal)]
     if path.is_file():
         return path.name, (text_of(record, place, refusal) for _, place, record in read_records(path, refusal, _PLAIN))
-    if form in (*JSON_FORMS, *TABLE_FORMS, ".txt"):
+    if form in (*JSON_FORMS, *TABLE_FORMS, ".txt") or (path.is_absolute() and not path.exists()):
         raise refusal(f"There is no text {path}; check the path.")
     return str(source), _read_dataset(str(source), max_tokens * _MAX_CHARACTERS_PER_TOKEN, refusal)
 
