@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dynquant.errors import DynquantError
+from dynquant.storage.stand_ins import refuse_stand_in
 from dynquant.storage.strict_json import parse_json
 
 JSON_FORMS, TABLE_FORMS = (".jsonl", ".ndjson", ".json"), (".csv", ".parquet")
@@ -73,6 +74,7 @@ def _begins_with_record(content: str) -> bool:
 @contextmanager
 def _opened(path: Path, refusal: type[DynquantError]) -> Iterator[TextIO]:
     """Context manager: yields the file as text; what is wrong with it becomes one paragraph."""
+    refuse_stand_in(path, is_text=True)
     try:
         with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
             yield file
