@@ -45,11 +45,7 @@ class Meter(ABC):
     stats: CalibrationStats
     weights_in_memory: ClassVar[int]
     """Largest number of weights in a group of experts that are loaded together."""
-
-    @property
-    @abstractmethod
-    def encoder_name(self) -> str:
-        """Name of the encoder, for the table."""
+    encoder_name: ClassVar[str]
 
     @abstractmethod
     def formats(self, type_names: Sequence[str]) -> Formats:
