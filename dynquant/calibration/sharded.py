@@ -9,7 +9,6 @@ that are held back are one shard. Every worker holds the whole model and opens i
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from pathlib import Path
 
 import torch
 
@@ -41,7 +40,6 @@ def calibrate_in_shards(
     provenance: StatsProvenance,
     options: StatisticsOptions,
     *,
-    base_gguf: Path | None = None,
     device: str = "cpu",
     pool: RayPool | None = None,
     progress: Progress = ignore_progress,
@@ -53,7 +51,7 @@ def calibrate_in_shards(
         ClusterError: a node does not read the same checkpoint, or tasks are lost again and again.
     """
     shards = cut(inputs, provenance, options.held_back)
-    task = partial(_collect, StoredModel.of(model, base_gguf), device, options)
+    task = partial(_collect, StoredModel.of(model), device, options)
     if pool is None:
         results: Iterable[tuple[Shard, Calibration]] = ((shard, task(shard)) for shard in shards)
     else:

@@ -81,7 +81,7 @@ def calibrate(options: CalibrateOptions, session: Session = SILENT) -> StatsFile
         stats = import_imatrix(options.imatrix, model)
         stats.save(options.output)
     else:
-        stats = run_calibration(model, options.calibration, options.output, session, base_gguf=options.base_gguf)
+        stats = run_calibration(model, options.calibration, options.output, session)
     if options.imatrix_out:
         export_imatrix(stats, options.imatrix_out, model=model)
         session.note(f"wrote {options.imatrix_out}")
@@ -106,13 +106,7 @@ def tell_coverage(stats: CalibrationStats, model: Model, session: Session) -> No
 
 
 def statistics_in(
-    directory: Path,
-    model: Model,
-    options: CalibrationOptions,
-    session: Session,
-    *,
-    stats_path: Path | None = None,
-    base_gguf: Path | None = None,
+    directory: Path, model: Model, options: CalibrationOptions, session: Session, *, stats_path: Path | None = None
 ) -> StatsFile:
     """Return the statistics of a plan folder: a copy of `stats_path`, those that fit the options, or new ones."""
     path = directory / STATS_NAME
@@ -135,7 +129,7 @@ def statistics_in(
         if has_moments and _was_measured_with(file.stats.provenance, model, options, session.seed):
             session.note(f"reusing {path}")
             return file
-    stats = run_calibration(model, options, path, session, base_gguf=base_gguf)
+    stats = run_calibration(model, options, path, session)
     tell_coverage(stats, model, session)
     return StatsFile(path, stats)
 
@@ -151,7 +145,7 @@ def _was_measured_with(provenance: StatsProvenance, model: Model, options: Calib
 
 
 def run_calibration(
-    model: Model, options: CalibrationOptions, output: Path, session: Session = SILENT, *, base_gguf: Path | None = None
+    model: Model, options: CalibrationOptions, output: Path, session: Session = SILENT
 ) -> CalibrationStats:
     """Write the statistics, and the second moments beside them when they are asked for.
 
@@ -190,7 +184,7 @@ def run_calibration(
                     device = pool.device(session.device)
                     result = calibrate_in_shards(
                         model, replace(inputs, batch_size=_batch_size(device)), provenance, statistics,
-                        base_gguf=base_gguf, device=device, pool=pool, progress=progress,
+                        device=device, pool=pool, progress=progress,
                     )  # fmt: skip
             else:
                 result = collect_statistics(

@@ -181,9 +181,7 @@ def _checked_statistics(
     check = partial(check_budget, model, options.target, measurable)
     if is_chosen:
         check(StatsFile(options.stats).stats if options.stats is not None else None)
-    stats = statistics_in(
-        options.output, model, options.calibration, session, stats_path=options.stats, base_gguf=options.base_gguf
-    )
+    stats = statistics_in(options.output, model, options.calibration, session, stats_path=options.stats)
     if is_chosen:
         check(stats.stats)
     return stats

@@ -111,7 +111,7 @@ def test_perplexity_alone_reports_no_divergence(small_moe, data) -> None:
     ],
 )
 def test_unusable_options_are_refused_before_any_model_is_loaded(small_moe, data, options, reason, monkeypatch) -> None:
-    monkeypatch.setattr(evaluate_module, "open_runner", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(evaluate_module.runners, "open_runner", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(EvaluationError, match=reason):
         evaluated(small_moe, small_moe, **{**data, **SMALL, **options})
 
