@@ -33,8 +33,7 @@ from dynquant.session import Progress, ignore_progress
 
 Formats = Mapping[str, tuple[TensorInfo | LinearLayer, Mapping[StorageFormat, tuple[str, ...]]]]
 """Name -> its tensor, and the formats that this is measured in, each with the candidate types that lead to it."""
-Measure = Callable[[Iterable[ErrorPart]], Iterator[tuple[ErrorPart, Sums]]]
-"""Parts -> each with its sums, in any order."""
+Measure = Callable[[Iterable[ErrorPart]], Iterator[tuple[ErrorPart, Sums]]]  # parts -> each with its sums, in any order
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,7 @@ class Meter(ABC):
 
     model: Model
     stats: CalibrationStats
-    weights_in_memory: ClassVar[int]
-    """Largest number of weights in a group of experts that are loaded together."""
+    weights_in_memory: ClassVar[int]  # largest number of weights in a group of experts that are loaded together
     encoder_name: ClassVar[str]
 
     @abstractmethod

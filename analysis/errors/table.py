@@ -239,8 +239,7 @@ class Option(NamedTuple):
     The order of the fields decides what `min`, `max` and `sorted` of options mean: by bytes, then by cost.
     """
 
-    bytes: int
-    """As the file stores it, with padding."""
+    bytes: int  # as the file stores it, with padding
     cost: float
     type: str
 

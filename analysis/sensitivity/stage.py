@@ -21,8 +21,7 @@ from dynquant.running.staged_passes import StagedPasses
 from dynquant.running.stream_memory import Workload, fit_within
 from dynquant.session import Session
 
-PROBE_TOKENS = 4096
-"""Tokens of the backward pass that measures sensitivities."""
+PROBE_TOKENS = 4096  # tokens of the backward pass that measures sensitivities
 
 _PROBE_KEEPS = "Errors are kept; the sensitivities measured so far are lost."
 

@@ -33,10 +33,8 @@ from dynquant.evaluation.statistics import block_sums
 from dynquant.session import Progress, ignore_progress
 
 METHOD = "unit-kl"
-_SPREAD = 0.5
-"""Expected distance of a group's r from the mean one, as a share of it."""
-_LEAST = 0.1
-"""No step is taken for worth less than this share of the mean r: noise must not make bytes free."""
+_SPREAD = 0.5  # expected distance of a group's r from the mean one, as a share of it
+_LEAST = 0.1  # no step is taken for worth less than this share of the mean r: noise must not make bytes free
 
 
 class UnitStep(NamedTuple):
@@ -45,8 +43,7 @@ class UnitStep(NamedTuple):
 
     group: str
     direction: Literal["up", "down"]
-    types: dict[str, tuple[str, str]]
-    """Tensor -> type in the plan, type in this step."""
+    types: dict[str, tuple[str, str]]  # tensor -> type in the plan, type in this step
     kl_change: float
     kl_change_se: float
     predicted_change: float

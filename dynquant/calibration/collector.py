@@ -21,8 +21,7 @@ from dynquant.running.expert_hooks import ExpertCall, expert_modules, record_exp
 from dynquant.running.linear_hooks import LinearHooks, linear_names
 
 IMAGE, TEXT = "image", "text"
-KINDS = (IMAGE, TEXT)
-"""Kinds of tokens that are told apart where pictures are seen."""
+KINDS = (IMAGE, TEXT)  # kinds of tokens that are told apart where pictures are seen
 _ALL = ""
 _PICTURE_READERS = ("cross_attn_k.weight", "cross_attn_v.weight")
 
@@ -176,8 +175,7 @@ class _Rows:
 
     tokens: torch.Tensor  # int64 [rows]
     is_text: torch.Tensor | None  # bool [rows]; None where kinds are not told apart
-    capacity: int
-    """Number of rows that may be sampled."""
+    capacity: int  # number of rows that may be sampled
     num_experts: int = 1
     expert: int = 0
 

@@ -29,8 +29,7 @@ from dynquant.running.linear_hooks import activation_gradients, last_logits, sam
 from dynquant.running.load import load_tokenizer
 from dynquant.session import Progress, ignore_progress
 
-HELD_BACK = 0.1
-"""Share of the windows or samples that give samples and no sums."""
+HELD_BACK = 0.1  # share of the windows or samples that give samples and no sums
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,7 @@ class StatisticsOptions:
     """Choice of what is measured of every layer's inputs, and how many of the inputs are held back."""
 
     hessians: Hessians = "none"
-    hessian_bytes: int = DEFAULT_LIMIT
-    """Memory that second moments may take, in bytes."""
+    hessian_bytes: int = DEFAULT_LIMIT  # memory that second moments may take, in bytes
     held_back: float = HELD_BACK
     limits: SampleLimits = field(default_factory=SampleLimits)
 

@@ -20,8 +20,7 @@ from dynquant.running.cluster import RayPool, StoredModel, TaskNeeds
 from dynquant.running.load import load_hf
 from dynquant.session import Progress, ignore_progress
 
-SHARD_WINDOWS = 16
-"""Windows of a shard; its second moments travel once, whatever it holds."""
+SHARD_WINDOWS = 16  # windows of a shard; its second moments travel once, whatever it holds
 
 
 @dataclass(frozen=True)

@@ -33,18 +33,15 @@ from dynquant.running.stream_memory import COMFORTABLE_SHARE, free_memory
 from dynquant.session import SILENT, Session
 from dynquant.storage.atomic import file_hash
 
-STATS_NAME = "stats.safetensors"
-"""Statistics beside a plan."""
+STATS_NAME = "stats.safetensors"  # statistics beside a plan
 TEXT_ONLY = (
     "This model has a vision tower, but the calibration is text alone: nothing of the vision tower, the projector and "
     "cross-attention will be measured. Their inputs are then taken to be even, types below 2.5 bits are closed to "
     "them, their sensitivities are guessed, and the language model is fitted to text tokens, whose statistics differ "
     "from those of image tokens. Give pictures with --data FILE."
 )
-FEW_TOKENS = 8192
-"""Below so many tokens a calibration is warned about; the default is 16 times that."""
-_LIMIT_SHARE = 0.85
-"""Share of the free memory within which a model is streamed that does not fit into it."""
+FEW_TOKENS = 8192  # below so many tokens a calibration is warned about; the default is 16 times that
+_LIMIT_SHARE = 0.85  # share of the free memory within which a model is streamed that does not fit into it
 
 
 @dataclass(frozen=True)
@@ -52,8 +49,7 @@ class StatsFile:
     """Statistics with the file that holds them; tables and plans name them by its hash."""
 
     path: Path
-    measured: CalibrationStats | None = None
-    """Content that was just written to the file, so that nobody reads it again."""
+    measured: CalibrationStats | None = None  # content that was just written to the file, so that nobody reads it again
 
     @cached_property
     def stats(self) -> CalibrationStats:

@@ -85,8 +85,7 @@ class StatsProvenance(BaseModel):
     num_tokens: int = Field(0, ge=0)
     num_held_back_tokens: int = Field(0, ge=0)
     window: int = Field(512, ge=0)
-    max_tokens: int = Field(0, ge=0)
-    """The limit that calibration ran under; 0 when unknown."""
+    max_tokens: int = Field(0, ge=0)  # the limit that calibration ran under; 0 when unknown
     seed: int = 0
     imported_from: str | None = None
 

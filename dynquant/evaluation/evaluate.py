@@ -48,8 +48,7 @@ from dynquant.resources import chosen_device
 from dynquant.running.load import load_hf
 from dynquant.session import SILENT, Progress, Session
 
-SPARE_TOKENS = 4
-"""Tokens by which an answer may be longer than the right one; beyond that it is wrong whatever follows."""
+SPARE_TOKENS = 4  # tokens by which an answer may be longer than the right one; beyond that it is wrong whatever follows
 
 
 def evaluate(options: EvalOptions, session: Session = SILENT) -> reports.EvalReport | reports.PictureReport:
@@ -160,8 +159,7 @@ def _encoded_questions(
     return {name: multiple_choice.encode_questions(questions, shots, name, encode, **limits) for name in scorings}
 
 
-Opener = Callable[[], runners.LogitRunner]
-"""Gives the running model."""
+Opener = Callable[[], runners.LogitRunner]  # gives the running model
 
 
 @dataclass
@@ -171,10 +169,8 @@ class _Run:
     options: EvalOptions
     session: Session
     progress: Progress
-    num_columns: int | None = None
-    """Leading logits that both models have; None for all."""
-    reference: Path | None = None
-    """Whose distributions are cached, if any are."""
+    num_columns: int | None = None  # leading logits that both models have; None for all
+    reference: Path | None = None  # whose distributions are cached, if any are
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager

@@ -27,11 +27,9 @@ from dynquant.errors import PlanError
 from dynquant.formats.quant_types import QUANT_TYPES, QuantType
 
 KV_TYPES = ("f16", "q8_0", "q4_0")
-UBATCH = 512
-"""Tokens of a micro-batch, llama.cpp's default."""
+UBATCH = 512  # tokens of a micro-batch, llama.cpp's default
 CUDA_CONTEXT_BYTES = 512 << 20
-_CELLS = 256
-"""llama.cpp rounds contexts up to a multiple of this."""
+_CELLS = 256  # llama.cpp rounds contexts up to a multiple of this
 _WINDOW_PERIODS = {"gemma3": 6}
 """Architecture -> every how many layers one attends in full, where the file does not say."""
 
@@ -44,8 +42,7 @@ class MemoryBudget:
     memory: int
     kv_cache: int
     compute_buffer: int
-    label: str
-    """The request, as `24.00 GB of memory with 8,192 tokens of f16 KV cache`."""
+    label: str  # the request, as `24.00 GB of memory with 8,192 tokens of f16 KV cache`
 
     def __post_init__(self) -> None:
         if self.weights <= 0:

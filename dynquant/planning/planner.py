@@ -34,8 +34,7 @@ LEVELS = (
     (None, None, "Q6_K"), (None, None, "Q4_K"), (None, None, "Q2_K"), (None, None, None),
 )  # fmt: skip
 """Floors of precise roles, of tensors that stand out, and of tensors with a super weight; from the highest down."""
-FLOOR_PRICE = 1.1
-"""Floors of roles and outliers may raise the predicted KL by this factor, but no more."""
+FLOOR_PRICE = 1.1  # floors of roles and outliers may raise the predicted KL by this factor, but no more
 _OUTLIER_TYPES = ("Q2_K", "IQ2_S", "Q3_K", "IQ3_XXS", "Q4_K")
 COUPLINGS: dict[str, tuple[tuple[Role, ...], ...]] = {
     "gate-up": (
@@ -44,8 +43,7 @@ COUPLINGS: dict[str, tuple[tuple[Role, ...], ...]] = {
     "qkv": ((Role.ATTN_Q, Role.ATTN_K, Role.ATTN_V),),
 }  # fmt: skip
 """Kinds of coupling: the roles that runtimes fuse into one matrix in each layer. llama.cpp fuses none."""
-HEADROOM = 1.05
-"""Size of the default plan over the smallest file that keeps every floor."""
+HEADROOM = 1.05  # size of the default plan over the smallest file that keeps every floor
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,7 @@ from dynquant.resources import chosen_device
 from dynquant.running.load import load_hf, load_tokenizer
 from dynquant.session import Progress, Session
 
-PICTURE_TOKENS = 16384
-"""Image and text tokens that plans are scored on, at most: every plan runs on all of them."""
+PICTURE_TOKENS = 16384  # image and text tokens that plans are scored on, at most: every plan runs on all of them
 _KEEPS = "Errors and encoded tensors are kept; what the search measured is lost."
 
 
@@ -102,8 +101,7 @@ class _Scorer:
     rendered: RenderedModel
     inputs: ScoredInputs
     progress: Progress
-    keeps_floats: bool = False
-    """Leave tensors in float types as the original has them."""
+    keeps_floats: bool = False  # leave tensors in float types as the original has them
 
     def scored(self, candidates: Sequence[Candidate], stage: str) -> list[Candidate]:
         scored, left_out = [], {name for name, form in QUANT_TYPES.items() if self.keeps_floats and form.is_float}

@@ -14,13 +14,11 @@ class Candidate(FrozenRecord):
 
     label: str
     bytes: int
-    predicted_kl: float | None = None
-    """Sum of its prices; None for recipes with types that were not priced."""
+    predicted_kl: float | None = None  # sum of its prices; None for recipes with types that were not priced
     predicted_kl_se: float | None = None
     kl: Estimate | None = None
     top1: Estimate | None = None
-    types: dict[str, str]
-    """Tensor -> stored type, of the tensors that have a choice."""
+    types: dict[str, str]  # tensor -> stored type, of the tensors that have a choice
 
     @property
     def method(self) -> str:
