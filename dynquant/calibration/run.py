@@ -55,15 +55,12 @@ class Calibration:
     """Results of one run. `left_out` lists inputs whose second moments did not fit in memory."""
 
     stats: CalibrationStats
-    moments: SecondMoments | None = None
-    """None where nothing was asked for, and where a streamed run has written them itself."""
+    moments: SecondMoments | None = None  # None where nothing was asked for, or a streamed run has written them itself
     pools_experts: bool = False
     left_out: tuple[str, ...] = ()
-    by_kind: Mapping[str, CalibrationStats] = field(default_factory=dict)
-    """Statistics of image and of text tokens, where pictures were seen."""
+    by_kind: Mapping[str, CalibrationStats] = field(default_factory=dict)  # of image and of text tokens, with pictures
     num_moments: int = 0
-    first_stage: int = 0
-    """Stages below this one were taken over from an interrupted run that was streamed."""
+    first_stage: int = 0  # stages below it were taken over from an interrupted run that was streamed
 
 
 def text_inputs(

@@ -109,8 +109,7 @@ class CalibrationStats:
 
     provenance: StatsProvenance
     inputs: dict[str, InputStats] = field(default_factory=dict)
-    aliases: dict[str, str] = field(default_factory=dict)
-    """Weight name -> key in `inputs` for weights that share another weight's input."""
+    aliases: dict[str, str] = field(default_factory=dict)  # weight -> key in `inputs` of the input that it shares
 
     def input_of(self, weight: str) -> InputStats | None:
         """Statistics of the input that a GGUF weight reads, or None when calibration did not see it."""

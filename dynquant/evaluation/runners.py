@@ -52,8 +52,7 @@ class ModelInfo:
     kind: str
     vocab_size: int
     context_length: int
-    num_named_tokens: int
-    """Tokens before the trailing run of unnamed or `[PADn]` entries, which pad the embedding matrix."""
+    num_named_tokens: int  # tokens before the trailing run of unnamed or `[PADn]` entries, which are padding
 
 
 class LogitRunner(Protocol):

@@ -51,17 +51,13 @@ class Rules:
     """Limits to what the cost decides; without `floors` there are none."""
 
     floors: bool = True
-    outliers: Mapping[str, str] = field(default_factory=dict)
-    """Tensor -> why it should stay precise besides its role, as `expert 3 is a super expert`."""
+    outliers: Mapping[str, str] = field(default_factory=dict)  # tensor -> why it should stay precise besides its role
     super_weights: Mapping[str, str] = field(default_factory=dict)
     """Tensor -> the super weight it holds; no average over tokens sees what one scalar does, so this has no price."""
-    coupled: tuple[tuple[str, ...], ...] = ()
-    """Groups of tensors that must have one type; no tensor is in two. See `coupled_tensors`."""
+    coupled: tuple[tuple[str, ...], ...] = ()  # groups of tensors that must have one type, see `coupled_tensors`
     target: PlanTarget = "gguf"
-    fixed_bytes: int = 0
-    """Size of all but the tensors that have a choice: header, norms, routers."""
-    stored_bytes: Callable[[ErrorRow], int] = lambda row: padded(row.bytes)
-    """Size of a tensor in the file, by default in a GGUF file."""
+    fixed_bytes: int = 0  # size of all but the tensors that have a choice: header, norms, routers
+    stored_bytes: Callable[[ErrorRow], int] = lambda row: padded(row.bytes)  # size of a tensor in the file
 
 
 def plan_types(table: ErrorTable, budget: int | None, rules: Rules) -> dict[str, Choice]:

@@ -54,14 +54,10 @@ class Selection(FrozenRecord):
     num_tokens: int
     candidates: tuple[Candidate, ...]
     chosen: int
-    checked: tuple[Candidate, ...] = ()
-    """Plans drawn around the chosen one, to compare prediction and measurement."""
-    rank_correlation: Estimate | None = None
-    """Spearman's between predicted and measured KL of `checked`."""
-    fit: Fit | None = None
-    """From what prices add up to to the KL that is measured, fitted on `checked`."""
-    frontier: tuple[Candidate, ...] = ()
-    """The planner at several sizes (labels begin with `planner`), and fixed recipes."""
+    checked: tuple[Candidate, ...] = ()  # plans drawn around the chosen one, to compare prediction and measurement
+    rank_correlation: Estimate | None = None  # Spearman's between predicted and measured KL of `checked`
+    fit: Fit | None = None  # from what prices add up to to the KL that is measured, fitted on `checked`
+    frontier: tuple[Candidate, ...] = ()  # the planner at several sizes (`planner…`), and fixed recipes
 
     @property
     def winner(self) -> Candidate:
