@@ -250,15 +250,9 @@ def _row(
     info: TensorInfo | LinearLayer, candidate: StorageFormat, types: tuple[str, ...], errors: Mapping[str, Any]
 ) -> ErrorRow:
     """Return the row of a tensor in a format, to which the candidate types `types` lead."""
-    return ErrorRow(
-        name=info.name,
-        role=role_of(info.name),
-        layer=layer_of(info.name),
-        type=candidate.name,
-        wanted=tuple(name for name in types if name != candidate.name),
-        bytes=candidate.tensor_bytes(info.shape),
-        **errors,
-    )
+    place = {"name": info.name, "role": role_of(info.name), "layer": layer_of(info.name)}
+    wanted = tuple(name for name in types if name != candidate.name)
+    return ErrorRow(**place, type=candidate.name, wanted=wanted, bytes=candidate.tensor_bytes(info.shape), **errors)
 
 
 def _errors_of(sums: ErrorSums, inputs: InputStats | None) -> dict[str, Any]:
