@@ -251,8 +251,8 @@ def _row(
 ) -> ErrorRow:
     """Return the row of a tensor in a format, to which the candidate types `types` lead."""
     place = {"name": info.name, "role": role_of(info.name), "layer": layer_of(info.name)}
-    wanted = tuple(name for name in types if name != candidate.name)
-    return ErrorRow(**place, type=candidate.name, wanted=wanted, bytes=candidate.tensor_bytes(info.shape), **errors)
+    others = tuple(name for name in types if name != candidate.name)
+    return ErrorRow(**place, type=candidate.name, wanted=others, bytes=candidate.tensor_bytes(info.shape), **errors)
 
 
 def _errors_of(sums: ErrorSums, inputs: InputStats | None) -> dict[str, Any]:

@@ -42,16 +42,9 @@ from dynquant.running.load import load_hf, load_tokenizer
 from dynquant.session import Progress, Session
 
 PICTURE_TOKENS = 16384  # image and text tokens that plans are scored on, at most: every plan runs on all of them
+SearchResult = tuple[ErrorTable, Selection, tuple[ModuleChoice, ...]]
+"""The table with all prices that were asked for, priced by the winner's; the scored plans; decisions on modules."""
 _KEEPS = "Errors and encoded tensors are kept; what the search measured is lost."
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """The table with all prices that were asked for, priced by the winner's; the scored plans; decisions on modules."""
-
-    table: ErrorTable
-    selection: Selection
-    choices: tuple[ModuleChoice, ...] = ()
 
 
 def encoded_store(model: Model, stats: StatsFile, directory: Path, encoder_name: str, session: Session) -> EncodedStore:
@@ -140,7 +133,7 @@ def _search_modules(search: Search, table: ErrorTable) -> SearchResult:
     measured = {choices: plan.kl.value for choices, plan in zip(plans, candidates, strict=True)}  # type: ignore[union-attr]
     choices = with_measured_reasons(list(plans)[chosen], measured, f"{len(inputs)} samples of {inputs.name}")
     scores = {"candidates": tuple(candidates), "chosen": chosen}
-    return SearchResult(table, Selection(text=inputs.name, num_tokens=scorer.inputs.num_tokens, **scores), choices)
+    return table, Selection(text=inputs.name, num_tokens=scorer.inputs.num_tokens, **scores), choices
 
 
 def _selection_samples(search: Search) -> ModelInputs:
@@ -181,7 +174,7 @@ def _search_text(search: Search, table: ErrorTable) -> SearchResult:
     agreement = {"rank_correlation": rank_correlation(pairs), "fit": Fit.of(*pairs.T)} if checked else {}
     plans = {"candidates": tuple(candidates), "checked": tuple(checked), "frontier": tuple(frontier)}
     selection = Selection(text=windows.name, num_tokens=scorer.inputs.num_tokens, chosen=chosen, **plans, **agreement)
-    return SearchResult(table.priced(candidates[chosen].method), selection)
+    return table.priced(candidates[chosen].method), selection, ()
 
 
 def _text_windows(search: Search, used: int, window: int) -> tuple[ModelInputs, torch.Tensor]:

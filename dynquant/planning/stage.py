@@ -72,12 +72,13 @@ def _plan_types(options: PlanOptions, session: Session) -> Plan:
     chooser = Chooser(model, target, stats, table, rules_of(supers, stats.stats), session)
     selection = None
     if search is not None and store is not None:
-        result = search_plans(Search(store, search, chooser, target, options.calibration, session), table)
-        if result.table is not table:
-            table.remembering(result.table).save(path)  # prices take long, so they are kept
-        table, selection = result.table, result.selection
+        tools = Search(store, search, chooser, target, options.calibration, session)
+        priced, selection, choices = search_plans(tools, table)
+        if priced is not table:
+            table.remembering(priced).save(path)  # prices take long, so they are kept
+        table = priced
         selection.save(directory / folder.SELECTION_NAME)
-        chosen = _explained_modules(chooser, selection.winner.types, result.choices, session)
+        chosen = _explained_modules(chooser, selection.winner.types, choices, session)
     else:
         (directory / folder.SELECTION_NAME).unlink(missing_ok=True)
         chosen = fixed_types or _with_modules(chooser, table, target.vision, session)
