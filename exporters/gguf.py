@@ -135,11 +135,8 @@ def _check_output(model: Model, output: Path) -> None:
 
 
 def check_parts(model: Model, session: Session) -> None:
-    """Refuse a model whose language part llama.cpp cannot run; say what else is not written.
-
-    Raises:
-        ExportError: with the reason.
-    """
+    """Refuse a model whose language part llama.cpp cannot run; say what else is not written. Raises ExportError: with
+    the reason."""
     if model.gguf_file is not None:
         raise ExportError(f"{model.name} is an mmproj file; give the checkpoint that it was made from.")
     reasons = " ".join(model.unwritten)
@@ -156,11 +153,8 @@ def check_parts(model: Model, session: Session) -> None:
 
 
 def with_mmproj_type(model: Model, plan: Plan, wanted: str, stats: CalibrationStats | None) -> Plan:
-    """Return the plan with one type for the vision part, which changes its size.
-
-    Raises:
-        ExportError: a type that is none of MMPROJ_TYPES, or a model without a vision part that can be written.
-    """
+    """Return the plan with one type for the vision part, which changes its size. Raises ExportError: a type that is
+    none of MMPROJ_TYPES, or a model without a vision part that can be written."""
     if wanted.lower() not in MMPROJ_TYPES:
         raise ExportError(f"--mmproj-type {wanted} is not known; use one of {', '.join(MMPROJ_TYPES)}.")
     if not any(part.is_projector for part in model.parts):
@@ -180,11 +174,8 @@ def stats_of_part(part: ModelPart, stats: CalibrationStats | None) -> Calibratio
 
 
 def write_patched(source: GGUFSource, output: Path, replacements: Mapping[str, Tensor], *, encoder: str) -> list[Path]:
-    """Write `source`, all of its files, under the name `output`; `encoder` is entered where dynquant keeps it.
-
-    Raises:
-        WriteError: no space or no permission; nothing is left behind.
-    """
+    """Write `source`, all of its files, under the name `output`; `encoder` is entered where dynquant keeps it. Raises
+    WriteError: no space or no permission; nothing is left behind."""
     paths = gguf_layout.split_paths(output, len(source.files))
     with ExitStack() as stack:
         # The stack moves the first file last: loaders open it, and it must not appear before the others.

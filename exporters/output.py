@@ -47,10 +47,8 @@ class Encoding:
     moments: SecondMoments | None = None
     protected: Mapping[str, tuple[ProtectedWeight, ...]] = field(default_factory=dict)
     limits: PartLimits = field(default_factory=PartLimits)
-    elsewhere: stream.PartStream | None = None
-    """Encodes on other machines."""
-    resume: bool = True
-    """False starts an interrupted export over."""
+    elsewhere: stream.PartStream | None = None  # encodes on other machines
+    resume: bool = True  # False starts an interrupted export over
     session: Session = SILENT
 
     @cached_property
@@ -93,11 +91,8 @@ class Encoding:
         stream.check_importance(self.plan, self.guidance.importance)
 
     def parts(self, *, whole: Collection[str] = ()) -> dict[str, list[TensorPart]]:
-        """Return the parts of every tensor; those named in `whole` have one.
-
-        Raises:
-            ExportError: the limits are too tight for a tensor.
-        """
+        """Return the parts of every tensor; those named in `whole` have one. Raises ExportError: the limits are too
+        tight for a tensor."""
         return self.tensors.parts(self.plan, self.limits, whole=whole)
 
     def identity(self, header_hash: str) -> dict[str, str]:

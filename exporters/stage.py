@@ -22,6 +22,7 @@ from dynquant.exporters.gguf import check_parts, export_gguf, with_mmproj_type
 from dynquant.exporters.options import ExportOptions, TuneFileOptions
 from dynquant.exporters.output import Encoding, Exported
 from dynquant.exporters.safetensors import export_safetensors
+from dynquant.families.from_gguf import check_complete
 from dynquant.families.linear_layers import LinearCheckpoint, linear_checkpoint
 from dynquant.families.open import check_original, open_and_announce, open_language_model
 from dynquant.formats.quant_types import quant_type
@@ -127,7 +128,7 @@ def _on_cluster(encoding: Encoding, pool: RayPool, options: ExportOptions, stats
     encoder, memory = encoding.encoder, encoding.limits.memory
     on_gpu = encoder.uses_hessians and pool.device(encoding.session.device) == "cuda"
     cpus = encoding.session.threads or 1
-    model, has_moments = StoredModel.of(encoding.model, options.base_gguf), encoding.moments is not None
+    model, has_moments = StoredModel.of(encoding.model), encoding.moments is not None
     files = StoredFiles(model, stats and stats.resolve(), has_moments, tuple(encoding.protected.items()))
     return RemoteEncoding(
         pool,
@@ -183,7 +184,9 @@ def tune(options: TuneFileOptions, session: Session = SILENT) -> list[Path]:
     text = read_text(options.text, seed=tuning.seed, max_tokens=tokens)
     windows = pack_windows(text, load_tokenizer(model), window=options.window, max_tokens=tokens)
     check_context(model, windows.shape[1])
-    encoder = recorded_encoder(GGUFSource(path)).removesuffix("+tune")
+    file = GGUFSource(path)
+    check_complete(file)
+    encoder = recorded_encoder(file).removesuffix("+tune")
     return tune_file(model, path, windows, tuning, output, session, encoder=encoder)
 
 

@@ -42,8 +42,7 @@ MEASURED_TYPES = (
 _WIDTHS = (64, 256, 512, 1024, 2048, 4096)
 _DISK_BYTES = 256 << 20
 _TOKENS = 8192
-_FEWEST_SECONDS = 0.3
-"""Time for which what is quick is repeated."""
+_FEWEST_SECONDS = 0.3  # time for which what is quick is repeated
 _NAME = "blk.0.ffn_down_exps.weight"
 
 
@@ -62,11 +61,8 @@ def measure_machine(progress: Progress = ignore_progress) -> Machine:
 
 
 def command_usage(command: list[str]) -> tuple[float, int]:
-    """Return CPU seconds and peak resident bytes of one command of dynquant, in a process of its own.
-
-    Raises:
-        PlanError: it failed.
-    """
+    """Return CPU seconds and peak resident bytes of one command of dynquant, in a process of its own. Raises PlanError:
+    it failed."""
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen([sys.executable, "-P", "-m", "dynquant", *command], **quiet)
     _, status, usage = os.wait4(process.pid, 0)

@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 else:
     Axes = Figure = Line2D = Any  # matplotlib is imported when something is drawn
-Drawn = tuple[Figure, str] | None
-"""Figure and headline; None when there is nothing to show."""
+Drawn = tuple[Figure, str] | None  # figure and headline; None when there is nothing to show
 
 BLACK, GREY, LIGHT = "#000000", "#6b7280", "#e5e7eb"
 ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
@@ -85,11 +84,8 @@ class PlotFiles:
 
 @contextmanager
 def plot_settings() -> Iterator[None]:
-    """Our settings for the figures built inside; the caller's are restored.
-
-    Raises:
-        ExportError: matplotlib is not installed.
-    """
+    """Our settings for the figures built inside; the caller's are restored. Raises ExportError: matplotlib is not
+    installed."""
     try:
         import matplotlib
     except ImportError as error:
@@ -189,11 +185,8 @@ def freeze_layout(figure: Figure) -> None:
 
 
 def save_figure(figure: Figure, directory: Path, name: str, headline: str) -> PlotFiles:
-    """Write NAME.png (150 dpi) and NAME.svg, each whole or not at all.
-
-    Raises:
-        WriteError: the directory cannot be written.
-    """
+    """Write NAME.png (150 dpi) and NAME.svg, each whole or not at all. Raises WriteError: the directory cannot be
+    written."""
     files = PlotFiles(directory / f"{name}.png", directory / f"{name}.svg", headline)
     freeze_layout(figure)
     for path, metadata in ((files.png, {"Software": None}), (files.svg, {"Date": None, "Creator": None})):

@@ -18,7 +18,8 @@ from torch import Tensor
 from dynquant.errors import CheckpointError, ExportError
 from dynquant.formats.plain_quants import DTYPE_BYTES
 from dynquant.formats.storage_format import StoredTensor
-from dynquant.storage.atomic import writing
+from dynquant.storage.atomic import checksums_of, read_tensors_header, tensors_metadata, writing
+from dynquant.storage.stand_ins import refuse_stand_in
 from dynquant.storage.strict_json import parse_json
 
 TORCH_DTYPES = {
@@ -98,6 +99,7 @@ class FileSpan:
     offset: int
     dtype: str
     shape: tuple[int, ...]
+    num_bytes: int
 
     @property
     def row_values(self) -> int:
@@ -145,6 +147,7 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
             not all there; the tensor is named.
     """
     try:
+        refuse_stand_in(file)
         size = file.stat().st_size
         with file.open("rb") as handle:
             length = int.from_bytes(handle.read(8), "little")
@@ -175,8 +178,9 @@ def spans_of(path: Path) -> dict[str, FileSpan]:
     with path.open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
     return {
-        name: FileSpan(path, start + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
+        name: FileSpan(path, start + begin, entry["dtype"], tuple(entry["shape"]), end - begin)
         for name, entry in header.items()
+        for begin, end in [entry["data_offsets"]]
     }
 
 
@@ -194,7 +198,10 @@ def merge_tensor_files(
     entries = [StoredTensor(name, span.dtype, span.shape) for name, span in spans.items()]
     entries += [StoredTensor(name, _NAME_OF[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
     entries.sort(key=lambda entry: (_WRITING_ORDER.index(entry.dtype), entry.key))
-    layout = lay_out(entries, {"dynquant": json.dumps(header, sort_keys=True)})
+    sums = checksums_of(tensors)
+    for part in parts:  # written by `save_tensors`
+        sums |= read_tensors_header(part)["crc32"]
+    layout = lay_out(entries, tensors_metadata(header, sums))
     with writing(path) as temporary, temporary.open("wb") as file:
         file.write(layout.header)
         for entry in entries:

@@ -27,29 +27,22 @@ from dynquant.errors import PlanError
 from dynquant.formats.quant_types import QUANT_TYPES, QuantType
 
 KV_TYPES = ("f16", "q8_0", "q4_0")
-UBATCH = 512
-"""Tokens of a micro-batch, llama.cpp's default."""
+UBATCH = 512  # tokens of a micro-batch, llama.cpp's default
 CUDA_CONTEXT_BYTES = 512 << 20
-_CELLS = 256
-"""llama.cpp rounds contexts up to a multiple of this."""
+_CELLS = 256  # llama.cpp rounds contexts up to a multiple of this
 _WINDOW_PERIODS = {"gemma3": 6}
 """Architecture -> every how many layers one attends in full, where the file does not say."""
 
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """Bytes of device memory and what is taken from it before weights.
-
-    Raises:
-        PlanError: nothing is left for weights.
-    """
+    """Bytes of device memory and what is taken from it before weights. Raises PlanError: nothing is left for
+    weights."""
 
     memory: int
     kv_cache: int
     compute_buffer: int
-    cuda_context: int
-    label: str
-    """The request, as `24.00 GB of memory with 8,192 tokens of f16 KV cache`."""
+    label: str  # the request, as `24.00 GB of memory with 8,192 tokens of f16 KV cache`
 
     def __post_init__(self) -> None:
         if self.weights <= 0:
@@ -60,14 +53,11 @@ class MemoryBudget:
     @property
     def weights(self) -> int:
         """Bytes left for the file."""
-        return self.memory - self.kv_cache - self.compute_buffer - self.cuda_context
+        return self.memory - self.kv_cache - self.compute_buffer - CUDA_CONTEXT_BYTES
 
     def file_budget(self, smallest: int, largest: int) -> int:
-        """Bytes that a plan may take when its size can be between these two.
-
-        Raises:
-            PlanError: not even the smallest fits; the message has every part.
-        """
+        """Bytes that a plan may take when its size can be between these two. Raises PlanError: not even the smallest
+        fits; the message has every part."""
         if self.weights < smallest:
             raise PlanError(
                 f"{self.label} is too little: {self._overhead()} leave {_gb(self.weights)} for the weights, and the "
@@ -88,7 +78,7 @@ class MemoryBudget:
     def _overhead(self) -> str:
         return (
             f"KV cache {_gb(self.kv_cache)}, compute buffer {_gb(self.compute_buffer)} (at most) and CUDA context "
-            f"{_gb(self.cuda_context)}"
+            f"{_gb(CUDA_CONTEXT_BYTES)}"
         )
 
 
@@ -102,18 +92,16 @@ def memory_budget(model: Model, memory: int, *, context: int, kv_type: str) -> M
             too little memory for any weights.
         CheckpointError: a number is missing in the metadata.
     """
-    check_cache(context, kv_type)
+    check_cache(kv_type)
     label = f"{_gb(memory)} of memory with {context:,} tokens of {kv_type} KV cache"
     cache, buffer = kv_cache_bytes(model, context, kv_type), compute_buffer_bytes(model, context, kv_type)
-    return MemoryBudget(memory, cache, buffer, CUDA_CONTEXT_BYTES, label)
+    return MemoryBudget(memory, cache, buffer, label)
 
 
-def check_cache(context: int, kv_type: str) -> None:
-    """Raises PlanError for options that no model can have."""
+def check_cache(kv_type: str) -> None:
+    """Raise PlanError for a type that no KV cache has."""
     if kv_type not in KV_TYPES:
         raise PlanError(f"--kv-type {kv_type} is not known; give one of {', '.join(KV_TYPES)}.")
-    if context < 1:
-        raise PlanError(f"--context {context} is not a number of tokens; give one from 1 up, as 8192.")
 
 
 def kv_cache_bytes(model: Model, context: int, kv_type: str = "f16") -> int:

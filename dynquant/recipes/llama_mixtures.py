@@ -49,10 +49,8 @@ _CATEGORY_OF_SUBSTRING = {
     "attn_qkv.weight": "attn_v", "attn_kv_b.weight": "attn_v", "attn_v.weight": "attn_v", "attn_k.weight": "attn_k",
     "attn_q.weight": "attn_q", "attn_output.weight": "attn_out", **{name: name for name in _FFN},
 }  # fmt: skip
-OUTPUT_NAME = "output.weight"
-"""Tensor of `--output-tensor-type`."""
-EMBEDDING_NAMES = ("token_embd.weight", "per_layer_token_embd.weight")
-"""Tensors of `--token-embedding-type`."""
+OUTPUT_NAME = "output.weight"  # tensor of `--output-tensor-type`
+EMBEDDING_NAMES = ("token_embd.weight", "per_layer_token_embd.weight")  # tensors of `--token-embedding-type`
 
 
 def _category(name: str) -> str:
@@ -313,11 +311,8 @@ class _Mixture:
 
 
 def file_type_name(ftype: str) -> str:
-    """Return the key of `LLAMA_FTYPES` that llama-quantize understands by `ftype`.
-
-    Raises:
-        PlanError: no such file type; the message lists the nearest names.
-    """
+    """Return the key of `LLAMA_FTYPES` that llama-quantize understands by `ftype`. Raises PlanError: no such file type;
+    the message lists the nearest names."""
     file_type = _ALIASES.get(ftype.lower(), ftype.lower())
     if file_type not in LLAMA_FTYPES:
         near = difflib.get_close_matches(file_type, LLAMA_FTYPES, n=4, cutoff=0.4) or list(LLAMA_FTYPES)

@@ -104,8 +104,6 @@ def test_the_adapter_lies_between_its_start_and_the_trained_one(crushed, cache, 
     assert any(not torch.equal(weights[0][name], weights[1][name]) for name in default)
     for name, weight in default.items():
         torch.testing.assert_close(weight, (weights[0][name] + weights[1][name]) / 2, rtol=1e-3, atol=1e-6)
-    with pytest.raises(TrainingError, match=r"A blend of 1.5 is not between 0"):
-        run(crushed, cache, tmp_path / "other", blend=1.5)
 
 
 @pytest.mark.gpu

@@ -22,11 +22,9 @@ class Key:
 
     config: str
     gguf: str
-    default: int | float | None = None
-    """Stands for a missing value, on either side."""
+    default: int | float | None = None  # stands for a missing value, on either side
     is_float: bool = False
-    is_read: bool = True
-    """False where the way back takes the number from tensors, or derives it."""
+    is_read: bool = True  # False where the way back takes the number from tensors, or derives it
 
 
 KEYS: dict[str, tuple[Key, ...]] = {
@@ -66,10 +64,7 @@ KEYS: dict[str, tuple[Key, ...]] = {
 
 def write_keys(config: Config, writer: gguf.GGUFWriter, table: str, **values: int) -> None:
     """Write a table of `KEYS` in its order; `values` are those that are not what the configuration says, by its names.
-
-    Raises:
-        CheckpointError: a number that is missing without a default, or is none.
-    """
+    Raises CheckpointError: a number that is missing without a default, or is none."""
     for key in KEYS[table]:
         name = f"{writer.arch}.{key.gguf}"
         if key.is_float:

@@ -27,11 +27,8 @@ _EMBEDDING = "model.embed_tokens.weight"
 
 
 def open_language_part(directory: Path, config: Config, stored: SafetensorsSource) -> ModelPart:
-    """The language model as a GGUF file of its own.
-
-    Raises:
-        CheckpointError: a family that llama.cpp does not have, or cannot run faithfully.
-    """
+    """The language model as a GGUF file of its own. Raises CheckpointError: a family that llama.cpp does not have, or
+    cannot run faithfully."""
     text = config.part("text_config")
     kind = text.model_type
     family = Family("qwen2vl", _write_qwen2vl_keys, add_qwen_tensors) if kind in _QWEN_VL else FAMILIES.get(kind)
@@ -54,11 +51,8 @@ def open_language_part(directory: Path, config: Config, stored: SafetensorsSourc
 
 
 def open_projector_part(directory: Path, config: Config, stored: SafetensorsSource) -> ModelPart:
-    """Vision tower and projector as llama.cpp's mmproj file.
-
-    Raises:
-        CheckpointError: a tower or projector that llama.cpp does not have, or a missing image processor.
-    """
+    """Vision tower and projector as llama.cpp's mmproj file. Raises CheckpointError: a tower or projector that
+    llama.cpp does not have, or a missing image processor."""
     projector = projector_of(config)
     names = {vision: name for name in stored.names() if (vision := vision_name(name)) is not None}
     embedding = next((name for name in stored.names() if language_name(name) == _EMBEDDING), None)
