@@ -11,7 +11,7 @@ that `Only` names.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,8 @@ class Only:
 class Writes:
     """Note on the path of an output: no other process writes it meanwhile, and it is none of what the command reads."""
 
-    holds_inputs: bool = False
-    """True for a working folder, from which the command also reads."""
-    is_replaced: bool = False
-    """True for a directory that is deleted and made anew."""
+    kind: Literal["file", "folder", "new folder", "either"] = "file"
+    """A folder may hold inputs, too; a new folder is deleted and made again."""
     unless: str = ""
     """Parameter under which the command does not write it."""
 

@@ -28,7 +28,7 @@ PLAN_PREFIX = "plan at "
 BASE, TUNED = "ggml", "+tune"
 
 Keep = Annotated[bool, Flag("Keep the exported files.")]
-_FOLDER = Writes(holds_inputs=True)
+_FOLDER = Writes("folder")
 QUESTIONS = Only(("text", "tasks", "max_tokens", "mmlu_data", "shots", "limit", "scoring"))
 
 

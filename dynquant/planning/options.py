@@ -11,7 +11,7 @@ from dynquant.planning.target import Target
 
 CLOSED_FORM, FISHER, UNIT_KL = METHODS = ("closed-form", "fisher-probe", "unit-kl")
 """Ways to price tensors."""
-_PLAN_FOLDER = Writes(holds_inputs=True, unless="config_only")
+_PLAN_FOLDER = Writes("folder", unless="config_only")
 
 
 def parse_range(text: str) -> tuple[float, float]:
