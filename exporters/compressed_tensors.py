@@ -14,7 +14,7 @@ import torch
 
 from dynquant.checkpoints import checkpoint_directory as directory
 from dynquant.checkpoints.safetensors_format import ShardLayout
-from dynquant.encoding.parts import as_slice, ranges
+from dynquant.encoding.parts import WeightChecks, as_slice, ranges
 from dynquant.encoding.stream import Guidance
 from dynquant.encoding.vllm import EncodedLayer, encode_layers, nvfp4_global_scale
 from dynquant.errors import ExportError
@@ -81,7 +81,13 @@ def check_is_free(output: Path) -> None:
 
 
 def encode_layer(
-    entry: PlanEntry, linear: LinearLayer, experts: range, guidance: Guidance, **options: Any
+    entry: PlanEntry,
+    linear: LinearLayer,
+    experts: range,
+    guidance: Guidance,
+    *,
+    checks: WeightChecks | None = None,
+    **options: Any,
 ) -> list[EncodedLayer]:
     """Return some experts of an entry (of a matrix: the range 0 to 1) as they are stored.
 
@@ -91,6 +97,8 @@ def encode_layer(
         EncodeError: NaN or Inf weights; the layer is named.
     """
     weights = torch.stack([linear.load(expert) for expert in experts])
+    if checks is not None:
+        checks.add(entry.name, entry.shape, experts, weights)
     part = as_slice(experts)
     importance = guidance.importance and guidance.importance(entry.name, entry.shape)
     return encode_layers(
@@ -120,7 +128,9 @@ def _tensors(
     """Yield every tensor that is not finished, with its name."""
     for tensor in checkpoint.others:
         if tensor.key not in finished:
-            yield tensor.key, checkpoint.source.load(tensor.key).to(FLOAT_DTYPES[tensor.dtype])
+            values = checkpoint.source.load(tensor.key)
+            encoding.checks.add(tensor.key, tuple(values.shape), range(1), values)
+            yield tensor.key, values.to(FLOAT_DTYPES[tensor.dtype])
     plan, device = encoding.plan, encoding.encoder.device
     linears = {linear.name: linear for linear in checkpoint.linears}
     scales = global_scales(plan, checkpoint)
@@ -132,8 +142,8 @@ def _tensors(
         for experts in ranges(len(entry.modules), max(1, at_once // prod(entry.shape[-2:]))):
             modules = entry.modules[experts.start : experts.stop]
             if not {f"{module}.{suffix}" for module in modules for suffix in suffixes} <= finished:
-                linear, scale = linears[entry.name], scales.get(entry.name)
-                layers = encode_layer(entry, linear, experts, encoding.guidance, global_scale=scale, device=device)
+                linear, options = linears[entry.name], {"global_scale": scales.get(entry.name), "device": device}
+                layers = encode_layer(entry, linear, experts, encoding.guidance, checks=encoding.checks, **options)
                 for module, layer in zip(modules, layers, strict=True):
                     for suffix, tensor in layer.stored().items():
                         if f"{module}.{suffix}" not in finished:

@@ -12,7 +12,7 @@ from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.model import Model
 from dynquant.encoding import stream
 from dynquant.encoding.interface import Encoder, ProtectedWeight
-from dynquant.encoding.parts import PartLimits, TensorPart
+from dynquant.encoding.parts import PartLimits, TensorPart, WeightChecks
 from dynquant.errors import ClusterError, DynquantError, PlanError, StatsError, WriteError
 from dynquant.recipes.plan import Plan
 from dynquant.session import SILENT, Progress, Session
@@ -63,7 +63,11 @@ class Encoding:
 
     @property
     def tensors(self) -> stream.TensorEncoder:
-        return stream.TensorEncoder(self.model, self.guidance, self.encoder, self.session.threads)
+        return stream.TensorEncoder(self.model, self.guidance, self.encoder, self.session.threads, self.checks)
+
+    @cached_property
+    def checks(self) -> WeightChecks:
+        return WeightChecks(self.plan.checksums, self.model.name)
 
     def check(self) -> None:
         """Refuse a plan of another model, and statistics that are not those of the plan.

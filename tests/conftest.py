@@ -1,9 +1,12 @@
 """Fixtures: the bundled small MoE, and the larger test beds where the checkout has them beside it."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests.helpers.made_once import made_once
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -18,6 +21,16 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_probe():
+    """Plans that are made in this process weigh their tensors by gradients of 512 tokens, not of thousands."""
+    from dynquant.analysis.sensitivity import stage
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "PROBE_TOKENS", 512)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -43,11 +56,27 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_moe(small_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Qwen3-MoE of two layers, 256 wide for the K-quants, where no number matters; read only."""
+def tiny_text(small_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Makes the checkpoint of a name in `tests.helpers.tiny_models`; read only."""
     from tests.helpers.tiny_models import save_tiny
 
-    return save_tiny("qwen3-moe", tmp_path_factory.mktemp("tiny") / "tiny-moe", small_moe)
+    return lambda name: made_once(tmp_path_factory, f"text-{name}", lambda folder: save_tiny(name, folder, small_moe))
+
+
+@pytest.fixture(scope="session")
+def tiny_moe(tiny_text: Callable[[str], Path]) -> Path:
+    """A random Qwen3-MoE of two layers, 256 wide for the K-quants, where no number matters; read only."""
+    return tiny_text("qwen3-moe")
+
+
+@pytest.fixture(scope="session")
+def tiny_vision(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Makes the vision-language checkpoint of a family in `tests.helpers.tiny_vision`; read only."""
+    from tests.helpers.tiny_vision import save_vision_model
+
+    return lambda family: made_once(
+        tmp_path_factory, f"vision-{family}", lambda folder: save_vision_model(family, folder)
+    )
 
 
 CALIBRATION_16M = ("--tokens", 12288, "--window", 256)
@@ -59,24 +88,24 @@ def calibrated_16m(small_moe: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """A folder with the statistics and second moments of textbook-moe-16m; read only, copies are hard links."""
     from tests.helpers.commands import succeed
 
-    path = tmp_path_factory.mktemp("calibrated") / "stats.safetensors"
-    said = succeed("calibrate", small_moe, *CALIBRATION_16M, "-o", path)
-    assert "hessians.safetensors" in said and path.with_name("hessians.safetensors").is_file()
-    return path.parent
+    def calibrate(folder: Path) -> None:
+        said = succeed("calibrate", small_moe, *CALIBRATION_16M, "-o", folder / "stats.safetensors")
+        assert "hessians.safetensors" in said and (folder / "hessians.safetensors").is_file()
+
+    return made_once(tmp_path_factory, "calibrated-16m", calibrate)
 
 
 @pytest.fixture(scope="session")
 def planned_16m(small_moe: Path, calibrated_16m: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A plan folder of textbook-moe-16m as `plan` leaves it, report included; read only, copies are hard links."""
-    from dynquant.analysis.sensitivity import stage
     from tests.helpers.commands import linked_copy, succeed
 
-    folder = linked_copy(calibrated_16m, tmp_path_factory.mktemp("planned") / "plan")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage, "PROBE_TOKENS", 512)
+    def plan(folder: Path) -> None:
+        linked_copy(calibrated_16m, folder)
         said = succeed("plan", small_moe, "--types", "q2_k,iq4_xs,q6_k", *CALIBRATION_16M, "-o", folder)
-    assert "stats.safetensors" in said
-    return folder
+        assert "stats.safetensors" in said
+
+    return made_once(tmp_path_factory, "planned-16m", plan)
 
 
 @pytest.fixture(scope="session")
@@ -99,9 +128,20 @@ def drawn_moe(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture(scope="session")
 def packed_moe(small_moe: Path, tmp_path_factory: pytest.TempPathFactory):
     """textbook-moe-16m as GGUF and as packed safetensors, in the same mixture of types; read only."""
-    from tests.helpers.packed_models import export_both
+    from tests.helpers.packed_models import export_both, exported_both
 
-    return export_both(small_moe, tmp_path_factory.mktemp("packed"))
+    folder = made_once(tmp_path_factory, "packed-moe", lambda folder: export_both(small_moe, folder))
+    return exported_both(small_moe, folder)
+
+
+@pytest.fixture(scope="session")
+def packed_tiny(tiny_text: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory):
+    """A random DeepSeek-V3 of three layers in that mixture: MLA, dense, routed and shared experts; read only."""
+    from tests.helpers.packed_models import export_both, exported_both
+
+    original = tiny_text("deepseek-v3")
+    folder = made_once(tmp_path_factory, "packed-tiny", lambda folder: export_both(original, folder))
+    return exported_both(original, folder)
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from dynquant.encoding.parts import as_slice, ranges
 from dynquant.encoding.store import EncodedStore
 from dynquant.families.linear_layers import LinearLayer
 from dynquant.formats import decode
+from dynquant.formats.checksum import checksum
 from dynquant.formats.quant_types import QUANT_TYPES, QuantType, fit_to_row
 from dynquant.formats.storage_format import StorageFormat
 from dynquant.recipes.presets import is_quantizable
@@ -56,7 +57,11 @@ class Meter(ABC):
 
     @abstractmethod
     def load(self, part: ErrorPart) -> torch.Tensor:
-        """Return the weights of a part, or a sample of their rows, float32 [E, R, C]."""
+        """Return the weights of a part, float32 [E, R, C]."""
+
+    def sampled(self, weights: torch.Tensor) -> torch.Tensor:
+        """Return the rows that are measured, of weights [E, R, C]; all of them where nothing else is said."""
+        return weights
 
     @abstractmethod
     def decoded(
@@ -70,12 +75,13 @@ class Meter(ABC):
 
     def sums(self, part: ErrorPart, on_format: Callable[[], None] = lambda: None) -> Sums:
         """Measure a part; `on_format` is called after each format."""
-        weights, scale = self.load(part), importance(self.stats, part.name, part.shape)
+        whole, scale = self.load(part), importance(self.stats, part.name, part.shape)
+        identity, weights = checksum(whole, part.experts.start * whole.shape[1]), self.sampled(whole)
         scale = None if scale is None else scale[as_slice(part.experts)]
         weighting = torch.ones(len(weights), part.shape[-1]) if scale is None else scale
         samples, sums = self.samples(part), {}
         for type_name, decoded in self.decoded(part, weights, scale):
-            sums[type_name] = ErrorSums.measured(weights, decoded, weighting, samples)
+            sums[type_name] = ErrorSums.measured(weights, decoded, weighting, samples)._replace(checksum=identity)
             on_format()
         return sums
 
@@ -181,7 +187,7 @@ def build_error_table(
     parts = {name: _parts_of(name, *formats[name], meter.weights_in_memory) for name in formats}
     every_part = [part for of_tensor in parts.values() for part in of_tensor]
     waiting: dict[str, dict[ErrorPart, Sums]] = {name: {} for name in parts}
-    rows = {}
+    rows, checksums = {}, {}
     for measured, part_sums in _measured_parts(meter, every_part, journal, elsewhere, progress):
         name = measured.name
         waiting[name][measured] = part_sums
@@ -192,10 +198,13 @@ def build_error_table(
         for candidate, candidate_types in candidates.items():
             # Parts come in any order; experts follow one another in theirs.
             joined = ErrorSums.joined([sums[part][candidate.name] for part in parts[name]])
+            if joined.checksum is not None:
+                checksums[name] = f"{joined.checksum:016x}"
             errors = _errors_of(joined, meter.stats.input_of(name))
             rows[name].append(_row(tensor, candidate, candidate_types, errors))
     in_order = (row for name in formats for row in rows[name])
-    return _table_of(meter.model, in_order, type_names, stats_hash=stats_hash, encoder=meter.encoder_name)
+    origin = {"stats_hash": stats_hash, "encoder": meter.encoder_name, "checksums": checksums}
+    return _table_of(meter.model, in_order, type_names, **origin)
 
 
 def unmeasured_table(model: Model, formats: Formats, type_names: Sequence[str]) -> ErrorTable:
@@ -209,7 +218,7 @@ def unmeasured_table(model: Model, formats: Formats, type_names: Sequence[str]) 
     return _table_of(model, rows, type_names, stats_hash="", encoder="")
 
 
-def _table_of(model: Model, rows: Iterable[ErrorRow], type_names: Sequence[str], **origin: str) -> ErrorTable:
+def _table_of(model: Model, rows: Iterable[ErrorRow], type_names: Sequence[str], **origin: Any) -> ErrorTable:
     types = tuple(type_names)
     return ErrorTable(model=model.name, fingerprint=model.fingerprint, types=types, rows=tuple(rows), **origin)
 

@@ -40,8 +40,10 @@ class SchemeMeter(Meter):
         return scheme_formats(self.checkpoint, self.candidates)
 
     def load(self, part: ErrorPart) -> torch.Tensor:
-        sampled = slice(0, None, max(1, part.shape[-2] // _SAMPLED_ROWS))
-        return torch.stack([self.linears[part.name].load(expert)[sampled] for expert in part.experts])
+        return torch.stack([self.linears[part.name].load(expert) for expert in part.experts])
+
+    def sampled(self, weights: torch.Tensor) -> torch.Tensor:
+        return weights[:, :: max(1, weights.shape[1] // _SAMPLED_ROWS)]
 
     def decoded(
         self, part: ErrorPart, weights: torch.Tensor, scale: torch.Tensor | None

@@ -45,6 +45,8 @@ class ErrorSums(NamedTuple):
     weighted: list[list[float]]
     outputs: list[list[float]] | None = None
     """Sums over the outputs on held-back inputs; None without any."""
+    checksum: int | None = None
+    """`formats.checksum` of all weights of the part; None in journals of earlier versions."""
 
     @classmethod
     def measured(
@@ -65,15 +67,17 @@ class ErrorSums(NamedTuple):
     @classmethod
     def joined(cls, parts: Sequence["ErrorSums"]) -> "ErrorSums":
         """Put the experts of several parts one after the other; all or none of them have outputs."""
-        fields = zip(*parts, strict=True)
+        *fields, checksums = zip(*parts, strict=True)
         squared, weighted, outputs = ([pair for sums in field for pair in sums or ()] for field in fields)
-        return cls(squared, weighted, outputs or None)
+        return cls(squared, weighted, outputs or None, None if None in checksums else sum(checksums) % (1 << 64))
 
     def check(self, num_experts: int) -> None:
         """Raise ValueError or TypeError unless these are sums of so many experts."""
         for sums in (self.squared, self.weighted, *([] if self.outputs is None else [self.outputs])):
             if torch.tensor(sums, dtype=torch.float64).shape != (num_experts, 2):
                 raise ValueError(f"not the sums of {num_experts} experts")
+        if not isinstance(self.checksum, int | None):
+            raise ValueError("not a checksum")
 
 
 def _energy(matrices: torch.Tensor, column_scale: torch.Tensor | None = None) -> torch.Tensor:

@@ -24,6 +24,7 @@ from pydantic import Field
 
 from dynquant import __version__
 from dynquant.checkpoints.tensor_roles import Role
+from dynquant.errors import PlanError
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.storage.atomic import write_atomically
 from dynquant.storage.documents import FrozenRecord, read_document
@@ -70,6 +71,8 @@ class ErrorTable(FrozenRecord):
     types: tuple[str, ...]
     """Candidate types as they were asked for, before row-length fallbacks."""
     rows: tuple[ErrorRow, ...]
+    checksums: dict[str, str] = Field(default_factory=dict)
+    """Name -> `formats.checksum` of the weights that were measured, in hexadecimal."""
     sensitivity: dict[str, float] = Field(default_factory=dict)
     """GGUF name -> nats of KL per unit of `weighted_error` (analysis/sensitivity.py); empty when not measured."""
     sensitivity_se: dict[str, float] = Field(default_factory=dict)
@@ -160,7 +163,17 @@ class ErrorTable(FrozenRecord):
         """Return both tables' rows, tensor by tensor; a row that both hold stands for the wanted types of both.
 
         Prices that were measured for this table's types alone are dropped.
+
+        Raises:
+            PlanError: the weights of a tensor changed in between.
         """
+        for name in self.checksums.keys() & other.checksums.keys():
+            if self.checksums[name] != other.checksums[name]:
+                raise PlanError(
+                    f"The weights of `{name}` in {self.model} changed since the errors of other types were measured: "
+                    f"their checksum was {self.checksums[name]}, now it is {other.checksums[name]}. Remove the error "
+                    "table and the statistics, and plan again."
+                )
         rows = {(row.name, row.type): row for row in self.rows}
         for row in other.rows:
             mine = rows.get((row.name, row.type))
@@ -169,7 +182,8 @@ class ErrorTable(FrozenRecord):
         order = {name: index for index, name in enumerate(self.tensors() | other.tensors())}
         types = tuple(dict.fromkeys((*self.types, *other.types)))
         merged = tuple(sorted(rows.values(), key=lambda row: order[row.name]))
-        return self._copy(types=types, rows=merged, prices={}, priced_by=CLOSED_FORM)
+        checksums = {**self.checksums, **other.checksums}
+        return self._copy(types=types, rows=merged, checksums=checksums, prices={}, priced_by=CLOSED_FORM)
 
     def with_sensitivity(self, sensitivity: dict[str, float], errors: dict[str, float]) -> "ErrorTable":
         """Return the same rows, priced by these sensitivities, whose standard errors are `errors`."""

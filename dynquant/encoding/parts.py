@@ -5,7 +5,7 @@ depend on each other, nor do rows under one hessian, so parts have the bytes of 
 which a test holds; on a GPU as long as the parts are the same, because products of other shapes may round otherwise.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -15,6 +15,7 @@ from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.tensor_source import TensorSource
 from dynquant.errors import ExportError
 from dynquant.formats import decode
+from dynquant.formats.checksum import checksum
 from dynquant.formats.quant_types import QuantType
 
 PART_WEIGHTS = 1 << 26
@@ -109,6 +110,35 @@ class PartLimits:
             for some in ranges(num_experts, experts)
             for several in ranges(num_rows, rows)
         ]
+
+
+class WeightChecks:
+    """Compares weights, as they are read part by part, with those that a plan was made from (`Plan.checksums`)."""
+
+    def __init__(self, expected: Mapping[str, str], model_name: str) -> None:
+        self._expected, self._model_name = expected, model_name
+        self._parts: dict[str, dict[tuple[range, range], tuple[int, int]]] = {}
+
+    def add(self, name: str, shape: tuple[int, ...], experts: range, weights: torch.Tensor, rows: range | None = None):
+        """Take down weights of some experts, or of some rows.
+
+        Raises:
+            ExportError: with these the tensor is complete, and its weights are others.
+        """
+        if name not in self._expected:
+            return
+        parts, num_rows = self._parts.setdefault(name, {}), _stacked(shape)[1]
+        rows = range(num_rows) if rows is None else rows
+        if any(set(experts) & set(others) and set(rows) & set(more) for others, more in parts):
+            parts.clear()  # the tensor is read again, in other parts
+        # Rows are counted over all experts; parts have all rows of several experts, or rows of one.
+        parts[experts, rows] = weights.numel(), checksum(weights, experts.start * num_rows + rows.start)
+        counts, sums = zip(*parts.values(), strict=True)
+        if sum(counts) == prod(shape) and (now := f"{sum(sums) % (1 << 64):016x}") != self._expected[name]:
+            raise ExportError(
+                f"The weights of `{name}` in {self._model_name} changed since the plan was made: their checksum was "
+                f"{self._expected[name]}, now it is {now}. Plan again from this checkpoint, or bring the old one back."
+            )
 
 
 def load_part(source: TensorSource, part: TensorPart) -> torch.Tensor:

@@ -18,7 +18,7 @@ from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
 from dynquant.encoding.interface import Encoder, ProtectedWeight
-from dynquant.encoding.parts import PartLimits, TensorPart, as_slice, load_packed_part, load_part
+from dynquant.encoding.parts import PartLimits, TensorPart, WeightChecks, as_slice, load_packed_part, load_part
 from dynquant.errors import EncodeError, PlanError
 from dynquant.formats.quant_types import QuantType
 from dynquant.recipes.plan import Plan
@@ -97,6 +97,8 @@ class TensorEncoder:
     guidance: Guidance
     encoder: Encoder
     threads: int | None = None
+    checks: WeightChecks | None = None
+    """Are told of all weights that are read."""
 
     def parts(
         self, plan: Plan, limits: PartLimits | None = None, *, whole: Collection[str] = ()
@@ -202,8 +204,11 @@ class TensorEncoder:
             for scalar in self.guidance.protected.get(part.name, ())
             if (scalar.expert or 0) in part.experts and scalar.row in part.rows
         )
+        weights = load_part(self.model.source, part)
+        if self.checks is not None:
+            self.checks.add(part.name, part.shape, part.experts, weights, part.rows)
         return {
-            "quant_type": stored, "weights": load_part(self.model.source, part), "importance": importance,
+            "quant_type": stored, "weights": weights, "importance": importance,
             "name": part.name, "hessian": hessian, "protected": protected,
         }  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,10 +14,12 @@ from dynquant.analysis.sensitivity.stage import run_probe
 from dynquant.calibration.stage import StatsFile, statistics_in, streaming_limit
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import Role
+from dynquant.checkpoints.tensor_source import TensorSource
 from dynquant.checkpoints.vision_names import VISION, part_of
 from dynquant.errors import CheckpointError, PlanError
 from dynquant.families.linear_layers import linear_checkpoint
 from dynquant.families.open import open_and_announce, open_language_model
+from dynquant.formats.checksum import checksum
 from dynquant.formats.quant_types import quant_type
 from dynquant.formats.storage_format import Choice
 from dynquant.formats.vllm_schemes import SCHEMES, vllm_scheme
@@ -82,7 +84,10 @@ def _plan_types(options: PlanOptions, session: Session) -> Plan:
     errors = {"weighted_errors": _weighted_errors(table), "exact": target.preset is None}
     plan = plan_from_types(model, chosen, **errors, **chooser.context)
     promise = _promise(table, chosen, selection) if fixed_types is None else {}
-    plan = plan.model_copy(update={"types": table.types, "errors_hash": file_hash(path), **promise})
+    checksums = _checksums(table, model.source, model.source.names())
+    plan = plan.model_copy(
+        update={"types": table.types, "errors_hash": file_hash(path), "checksums": checksums, **promise}
+    )
     if chooser.memory is not None:
         session.note(chooser.memory.describe(plan.predicted_bytes))
     return plan
@@ -110,7 +115,14 @@ def _plan_schemes(options: PlanOptions, session: Session) -> Plan:
     errors = {"weighted_errors": _weighted_errors(table), "mixed_experts": target.mixed_experts}
     plan = plan_for_vllm(model, checkpoint, chosen, **errors, **request)
     promise = _promise(table, chosen, None)
-    return plan.model_copy(update={"types": schemes, "errors_hash": file_hash(path), **promise})
+    checksums = _checksums(table, checkpoint.source, (tensor.key for tensor in checkpoint.others))
+    return plan.model_copy(update={"types": schemes, "errors_hash": file_hash(path), "checksums": checksums, **promise})
+
+
+def _checksums(table: ErrorTable, source: TensorSource, names: Iterable[str]) -> dict[str, str]:
+    """Return checksums of all tensors: those that were measured, and now of the others, which are small."""
+    others = (name for name in names if name not in table.tensors())
+    return {**table.checksums, **{name: f"{checksum(source.load(name)):016x}" for name in others}}
 
 
 def _weighted_errors(table: ErrorTable) -> dict[tuple[str, str], float]:

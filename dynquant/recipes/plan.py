@@ -108,6 +108,8 @@ class Plan(FrozenRecord):
     """vLLM: bytes of all tensors that no entry holds."""
     other_weights: int = Field(0, exclude_if=_is_empty)
     """vLLM: weights of the model that no entry holds."""
+    checksums: dict[str, str] = Field({}, exclude_if=_is_empty)
+    """Name -> `formats.checksum` of the weights that the plan was made from, in hexadecimal."""
     entries: tuple[PlanEntry, ...]
 
     @model_validator(mode="before")

@@ -13,6 +13,7 @@ from dynquant.errors import StatsError
 from dynquant.families.open import open_model
 from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.running.load import load_hf
+from tests.helpers.gguf_writing import finish
 
 EXPERTS = "blk.2.ffn_down_exps.weight"
 
@@ -118,10 +119,7 @@ def write_imatrix(path, entries, keys=True):
         writer.add_uint32("imatrix.chunk_size", 32)
     for name, values in entries.items():
         writer.add_tensor(name, np.asarray(values, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
 
 
 GOOD = {"blk.0.ffn_down.weight.in_sum2": np.ones((1, 768)), "blk.0.ffn_down.weight.counts": np.ones((1, 1))}

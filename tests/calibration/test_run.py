@@ -19,7 +19,8 @@ from dynquant.running.expert_hooks import record_experts
 from dynquant.running.load import load_hf, load_tokenizer
 from dynquant.session import ignore_progress
 from tests.helpers.calibrating import calibrate
-from tests.helpers.tiny_models import save_tiny, write_f32
+from tests.helpers.gguf_writing import finish
+from tests.helpers.tiny_models import write_f32
 
 N_LAYER, N_EXPERT = 6, 8
 HYPER = HyperParams("deepseek2", N_LAYER, 256, 4, 4, 8192, n_expert=N_EXPERT, n_expert_used=2, leading_dense=1)
@@ -358,16 +359,13 @@ def test_unsupported_gguf_is_refused_with_the_way_out(tmp_path):
     writer.add_head_count(1)
     writer.add_vocab_size(8)
     writer.add_tensor("token_embd.weight", torch.zeros(8, 32).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     with pytest.raises(CheckpointError, match="import an importance matrix"):
         load_hf(open_model(path))
 
 
-def test_gguf_input_is_calibrated(small_moe, tmp_path):
-    checkpoint = open_model(save_tiny("llama", tmp_path / "llama", small_moe))
+def test_gguf_input_is_calibrated(tiny_text, tmp_path):
+    checkpoint = open_model(tiny_text("llama"))
     model = open_model(write_f32(checkpoint, tmp_path / "llama.gguf"))
     found = calibrate(model, tokens=64, window=32).stats
     assert found.provenance.fingerprint == model.fingerprint

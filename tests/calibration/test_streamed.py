@@ -79,8 +79,8 @@ def stopping_after(stages: int) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize("name", represented_by(QUICK, TINY))
-def test_files_are_byte_equal_to_those_of_a_whole_model(name, tmp_path, small_moe):
-    model = open_model(save_tiny(name, tmp_path / "model", small_moe))
+def test_files_are_byte_equal_to_those_of_a_whole_model(name, tmp_path, tiny_text):
+    model = open_model(tiny_text(name))
     (tmp_path / "whole").mkdir()
     streamed(model, tmp_path, "gradients")
     assert same_files(calibrated_whole(model, tmp_path / "whole", "gradients"), tmp_path)
@@ -160,8 +160,8 @@ def test_one_stage_is_in_memory_at_a_time(moe):
 
 @pytest.mark.parametrize("keeps_experts, dtype", [(True, torch.bfloat16), (False, torch.float32)])
 @pytest.mark.parametrize("name", ["qwen2-moe-tied", "mixtral", "deepseek-v2-lite", "gemma3"])
-def test_logits_are_bit_equal(name, keeps_experts, dtype, tmp_path, small_moe):
-    model = open_model(save_tiny(name, tmp_path / "model", small_moe))
+def test_logits_are_bit_equal(name, keeps_experts, dtype, tiny_text):
+    model = open_model(tiny_text(name))
     tokens = torch.randint(0, 8000, (2, 110), generator=torch.Generator().manual_seed(0))
     hf_model = load_hf(model, dtype=dtype)
     if hasattr(hf_model.config, "_experts_implementation"):
@@ -172,8 +172,8 @@ def test_logits_are_bit_equal(name, keeps_experts, dtype, tmp_path, small_moe):
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "moe"])
-def test_sensitivities_are_equal(name, moe, small_moe, tmp_path):
-    model = moe if name == "moe" else open_model(save_tiny(name, tmp_path / "model", small_moe))
+def test_sensitivities_are_equal(name, moe, tiny_text, tmp_path):
+    model = moe if name == "moe" else open_model(tiny_text(name))
     arch, layers = model.arch, model.hyper.n_layer
     inputs = text_inputs(model, None, tokens=300, window=100)
     (tmp_path / "states").mkdir()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from dynquant.calibration.run import provenance_of, text_inputs
 from dynquant.calibration.streamed import calibrate_streamed
@@ -15,6 +15,7 @@ from dynquant.errors import CheckpointError
 from dynquant.families.open import open_model
 from tests.helpers.calibrating import calibrate
 from tests.helpers.commands import run
+from tests.helpers.edited_checkpoints import edited_config, edited_weights
 from tests.helpers.fp8_checkpoints import dequantized, quantized, save_fp8
 
 RAGGED = "model.layers.2.self_attn.kv_a_proj_with_mqa.weight"  # 288 rows: two blocks and a quarter
@@ -26,16 +27,6 @@ def fp8(small_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("fp8")
     save_fp8(small_moe, directory / "fp8", directory / "floats")
     return directory / "fp8"
-
-
-def damage(fp8: Path, target: Path, edit) -> Path:
-    """A copy of a checkpoint whose tensors went through `edit(tensors)`."""
-    target.mkdir()
-    (target / "config.json").write_text((fp8 / "config.json").read_text())
-    tensors = load_file(fp8 / "model.safetensors")
-    edit(tensors)
-    save_file(tensors, target / "model.safetensors")
-    return target
 
 
 @pytest.mark.parametrize("shape", [(128, 256), (288, 256), (5, 130), (1, 1), (257, 127)])
@@ -99,7 +90,7 @@ def test_a_missing_scale_is_named(fp8, tmp_path):
         del tensors[f"{RAGGED}_scale_inv"]
 
     with pytest.raises(CheckpointError, match=rf"`{RAGGED}` as F8_E4M3, but .* no `{RAGGED}_scale_inv`"):
-        SafetensorsSource(damage(fp8, tmp_path / "bad", drop))
+        SafetensorsSource(edited_weights(fp8, tmp_path / "bad", drop))
 
 
 @pytest.mark.parametrize(
@@ -110,14 +101,11 @@ def test_scales_that_do_not_fit_are_refused(fp8, tmp_path, edit):
         tensors[f"{RAGGED}_scale_inv"] = edit(tensors[f"{RAGGED}_scale_inv"]).contiguous()
 
     with pytest.raises(CheckpointError, match=r"needs F32 \[3, 2\]"):
-        SafetensorsSource(damage(fp8, tmp_path / "bad", change))
+        SafetensorsSource(edited_weights(fp8, tmp_path / "bad", change))
 
 
 @pytest.mark.parametrize("size", [[64], [0, 128], ["a", "b"], 7])
 def test_a_block_size_that_is_none_is_refused(fp8, tmp_path, size):
-    bad = damage(fp8, tmp_path / "bad", lambda tensors: None)
-    config = json.loads((bad / "config.json").read_text())
-    config["quantization_config"]["weight_block_size"] = size
-    (bad / "config.json").write_text(json.dumps(config))
+    bad = edited_config(fp8, tmp_path / "bad", lambda c: c["quantization_config"].update(weight_block_size=size))
     with pytest.raises(CheckpointError, match=r"config\.json does not describe FP8 weights"):
         SafetensorsSource(bad)

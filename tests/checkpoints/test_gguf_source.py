@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.errors import CheckpointError
 from dynquant.families.open import open_model
+from tests.helpers.gguf_writing import finish
 
 RANDOM = np.random.default_rng(0)
 STACK = RANDOM.standard_normal((4, 6, 64)).astype(np.float32)
@@ -36,10 +37,7 @@ def write_gguf(path: Path, *, split: bool = False) -> Path:
     writer.add_tensor("blk.0.attn_k.weight", bf16, raw_dtype=GGMLQuantizationType.BF16)
     writer.add_tensor("blk.0.ffn_down_exps.weight", gguf.quants.quantize(STACK, Q8_0), raw_dtype=Q8_0)
     writer.add_tensor("blk.0.ffn_up_exps.weight", STACK)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 

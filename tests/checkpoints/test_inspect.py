@@ -13,6 +13,7 @@ from dynquant.checkpoints.inspect import inspect
 from dynquant.checkpoints.tensor_roles import role_of
 from dynquant.errors import CheckpointError
 from dynquant.families.open import open_model
+from tests.helpers.gguf_writing import finish
 
 
 @pytest.fixture
@@ -29,10 +30,7 @@ def gguf_file(tmp_path):
     writer.add_tensor("blk.0.attn_q.weight", q8, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
     writer.add_tensor("blk.0.ffn_down.weight", np.zeros((8, 64), np.float32))
     writer.add_tensor("blk.0.attn_norm.weight", np.zeros(64, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 

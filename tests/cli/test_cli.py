@@ -92,20 +92,8 @@ def test_exported_file_has_the_predicted_size_and_runs(planned, small_moe, tmp_p
     assert str(tmp_path) not in str([field.contents() for field in fields.values()])
     result = tmp_path / "eval.json"
     text = small_moe.parent / "demo_text.txt"
-    succeed(
-        "eval",
-        output,
-        "--reference",
-        small_moe,
-        "--tasks",
-        "kl,ppl",
-        "--text",
-        text,
-        "--max-tokens",
-        512,
-        "--json",
-        result,
-    )
+    options = ("--reference", small_moe, "--text", text, "--max-tokens", 512, "--json", result)
+    succeed("eval", output, "--tasks", "kl,ppl", *options)
     kl = json.loads(result.read_text())["texts"][0]["kl"]
     assert 0.01 < kl["mean"]["value"] < 1.5 and kl["mean"]["low"] < kl["mean"]["value"] < kl["mean"]["high"]
 
@@ -271,3 +259,25 @@ def test_a_preset_says_how_many_tensors_took_another_type_and_why(small_moe, tmp
     assert re.search(line, said)
     if not options:
         assert re.search(line, succeed("plan", "--config-only", model, "--preset", preset))
+
+
+@pytest.mark.parametrize("target", ["gguf", "vllm"])
+def test_a_weight_that_was_edited_after_the_plan_is_noticed(small_moe, tmp_path, target):
+    """In the middle of a tensor, where the fingerprint has no sample: a norm, an expert."""
+    model = save_tiny("llama", tmp_path / "tiny", small_moe)
+    options = ("--for", "vllm", "--bpw", 15) if target == "vllm" else ("--bpw", 6, "--types", "q4_k,q8_0")
+    succeed("plan", model, *options, "--tokens", 600, "--hessians", "none", "--no-report", "-o", tmp_path / "plan")
+    form = ("-f", "compressed-tensors") if target == "vllm" else ("--encoder", "ggml")
+    original = load_file(model / "model.safetensors")
+    for name in ("model.layers.1.input_layernorm.weight", "model.layers.1.mlp.down_proj.weight", None):
+        tensors = {key: tensor.clone() for key, tensor in original.items()}
+        if name is not None:
+            tensors[name].view(-1)[tensors[name].numel() // 2 + 77] += 0.5
+        save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+        arguments = ("export", model, "--plan", tmp_path / "plan" / "plan.json", *form, "-o", tmp_path / "out.gguf")
+        if name is not None:
+            message = refused(*arguments)
+            assert re.search(r"changed since the plan .* was [0-9a-f]{16}, now it is [0-9a-f]{16}", message)
+            assert not (tmp_path / "out.gguf").exists()
+        else:
+            succeed(*arguments)

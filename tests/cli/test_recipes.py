@@ -6,7 +6,6 @@ import gguf
 import pytest
 from typer.testing import CliRunner
 
-from dynquant.analysis.sensitivity import stage as sensitivity_stage
 from dynquant.cli.app import app
 from dynquant.errors import PlanError
 from dynquant.families.open import open_config
@@ -96,8 +95,7 @@ def test_targets_that_cannot_be_are_refused(small_moe, arguments, words):
     assert isinstance(error, PlanError) and words in str(error)
 
 
-def test_a_plan_like_another_is_measured_and_exported_with_its_types(small_moe, tmp_path, monkeypatch):
-    monkeypatch.setattr(sensitivity_stage, "PROBE_TOKENS", 256)
+def test_a_plan_like_another_is_measured_and_exported_with_its_types(small_moe, tmp_path):
     like = planned(small_moe, "--recipe", "ffn_.*_exps=q4_0 .*=q8_0")
     like.save(tmp_path / "like.json")
     done = invoke("plan", small_moe, "--like", tmp_path / "like.json", "--tokens", "512", "--types", "q4_0",

@@ -17,11 +17,14 @@ from dynquant.errors import EncodeError
 from dynquant.formats import decode
 from dynquant.formats.quant_types import QUANT_TYPES
 from tests.conftest import REPOSITORY
+from tests.helpers.representatives import represented_by
 
 ASKED = [
     "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "Q2_K", "Q3_K", "Q4_K", "IQ4_XS", "TQ1_0",
     "TQ2_0", "MXFP4",
 ]  # fmt: skip
+QUICK = ("IQ1_S", "IQ2_XXS", "IQ3_S", "Q2_K", "Q4_K", "IQ4_XS", "TQ2_0", "MXFP4")
+"""One of each way to search: grids by signs and by codes, scales with and without offsets, tables, ternary, floats."""
 EXPERTS, ROWS, COLUMNS = 2, 7, 256
 ENCODER = DynquantEncoder("cpu")
 
@@ -83,7 +86,7 @@ def test_every_asked_type_is_searched():
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
-@pytest.mark.parametrize("name", ASKED)
+@pytest.mark.parametrize("name", represented_by(QUICK, ASKED))
 def test_weighted_error_is_never_above_ggmls(name, kind):
     weights, weight_of = WEIGHTS[kind](), importance()
     theirs = decode(name, ggml_encode(QUANT_TYPES[name], weights, weight_of))
@@ -92,7 +95,7 @@ def test_weighted_error_is_never_above_ggmls(name, kind):
     assert weighted_error(weights, ours, weight_of) <= weighted_error(weights, theirs, weight_of) + floor
 
 
-@pytest.mark.parametrize("name", [n for n in ASKED if n not in ("TQ1_0", "MXFP4")])
+@pytest.mark.parametrize("name", represented_by(QUICK, [n for n in ASKED if n not in ("TQ1_0", "MXFP4")]))
 def test_error_feedback_lowers_the_loss_on_correlated_inputs(name):
     """On rows of two super-blocks, whose scales are refitted together."""
     weights, hessian = 0.02 * noise(EXPERTS, ROWS, 2 * COLUMNS), correlated(2 * COLUMNS, 64)
@@ -104,7 +107,7 @@ def test_error_feedback_lowers_the_loss_on_correlated_inputs(name):
     assert loss(weights, fed_back, hessian) < 0.65 * loss(weights, theirs, hessian)
 
 
-@pytest.mark.parametrize("name", ASKED)
+@pytest.mark.parametrize("name", represented_by(QUICK, ASKED))
 def test_equal_inputs_give_equal_bytes_however_they_are_batched(name, monkeypatch):
     weights, hessian = 0.02 * noise(2, 3, 256), correlated(256, 32, experts=2)
     whole = ENCODER.encode(QUANT_TYPES[name], weights, hessian=hessian)
@@ -142,7 +145,7 @@ def test_hessians_of_few_tokens_and_dead_channels_work(name, tokens):
     assert (decoded - weights)[:, ::3].norm() < weights[:, ::3].norm(), "dead channels keep their weights"
 
 
-@pytest.mark.parametrize("name", ASKED)
+@pytest.mark.parametrize("name", represented_by(QUICK, ASKED))
 def test_super_weights_keep_their_value(name):
     """What fp16 and the type's own scale steps allow: MXFP4 has steps of a third, the others none."""
     weights, hessian = 0.02 * noise(EXPERTS, ROWS, COLUMNS), correlated(COLUMNS, 32)

@@ -18,20 +18,11 @@ from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.recipes.build_plan import fixed_bytes, plan_from_types
 from tests.helpers.exports import export_gguf
 
-SHAPES = {
-    "token_embd.weight": (40, 256),
-    "blk.0.attn_norm.weight": (256,),
-    "blk.0.attn_q.weight": (64, 256),
-    "blk.0.attn_k.weight": (64, 96),
-    "blk.0.ffn_gate_inp.weight": (6, 256),
-    "blk.0.ffn_down_exps.weight": (6, 32, 256),
-}
-TYPES = {
-    "token_embd.weight": ("Q6_K", "asked"),
-    "blk.0.attn_q.weight": ("BF16", "asked"),
-    "blk.0.attn_k.weight": ("IQ3_S", "asked"),
-    "blk.0.ffn_down_exps.weight": ("IQ2_XXS", "asked"),
-}
+SHAPES = {"token_embd.weight": (40, 256), "blk.0.attn_norm.weight": (256,), "blk.0.attn_q.weight": (64, 256)}
+SHAPES |= {"blk.0.attn_k.weight": (64, 96), "blk.0.ffn_gate_inp.weight": (6, 256)}
+SHAPES |= {"blk.0.ffn_down_exps.weight": (6, 32, 256)}
+TYPES = {"token_embd.weight": ("Q6_K", "asked"), "blk.0.attn_q.weight": ("BF16", "asked")}
+TYPES |= {"blk.0.attn_k.weight": ("IQ3_S", "asked"), "blk.0.ffn_down_exps.weight": ("IQ2_XXS", "asked")}
 
 
 def tiny_model(**changes: torch.Tensor) -> Model:

@@ -22,13 +22,8 @@ SMALL = {"window": 128, "max_tokens": 600, "threads": 1, "device": "cpu"}
 @pytest.fixture(scope="module")
 def data(small_moe: Path) -> dict:
     folder = small_moe.parent
-    return {
-        "text": [folder / "demo_text.txt"],
-        "mmlu_data": folder / "demo_questions.jsonl",
-        "shots": folder / "demo_shots.jsonl",
-        "num_shots": 2,
-        "limit": 6,
-    }
+    files = {"text": [folder / "demo_text.txt"], "mmlu_data": folder / "demo_questions.jsonl"}
+    return files | {"shots": folder / "demo_shots.jsonl", "num_shots": 2, "limit": 6}
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from dynquant.families.open import open_model
 from dynquant.recipes.build_plan import plan_from_types
 from tests.helpers.evaluating import evaluated
 from tests.helpers.exports import export_gguf
-from tests.helpers.tiny_models import mean_kl, save_tiny, write_f32
+from tests.helpers.tiny_models import mean_kl, write_f32
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +42,10 @@ def test_containers_and_runtimes_give_the_same_kl(packed_moe, measure, tmp_path)
     assert runner == "llama.cpp" and kl == pytest.approx(gguf[0], abs=1e-5)
 
 
-def test_rounded_activations_follow_llama_cpp(small_moe, tmp_path):
+def test_rounded_activations_follow_llama_cpp(tiny_text, tmp_path):
     """One packed matrix, the rest in F32: without the rounding the KL between the runtimes is above 1e-5."""
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-    model = open_model(save_tiny("llama", tmp_path / "tiny", small_moe))
+    model = open_model(tiny_text("llama"))
     matrices = [name for name in model.source.names() if len(model.source.info(name).shape) == 2]
     plan = plan_from_types(
         model, dict.fromkeys(matrices, ("F32", "test")) | {"output.weight": ("Q4_K", "test")}, recipe="test"

@@ -140,14 +140,12 @@ def harness_task(name: str, scoring: str, subject: str, files: dict[str, str]) -
     letters = (
         "{{question.strip()}}\nA. {{choices[0]}}\nB. {{choices[1]}}\nC. {{choices[2]}}\nD. {{choices[3]}}\nAnswer:"
     )
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": files}, "test_split": "test"}
+    shots = {"fewshot_split": "dev", "fewshot_config": {"sampler": "first_n"}, "num_fewshot": 3}
     return {
+        **data,
+        **shots,
         "task": name,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": files},
-        "test_split": "test",
-        "fewshot_split": "dev",
-        "fewshot_config": {"sampler": "first_n"},
-        "num_fewshot": 3,
         "output_type": "multiple_choice",
         "description": f"The following are {kind} (with answers) about {subject}.\n\n",
         "doc_to_text": letters if scoring == "letter" else "Question: {{question.strip()}}\nAnswer:",

@@ -46,13 +46,13 @@ def export(directory, output, choose, **options):
 
 
 @pytest.fixture(scope="module")
-def llama(small_moe, tmp_path_factory):
-    return save_tiny("llama", tmp_path_factory.mktemp("llama") / "llama", small_moe)
+def llama(tiny_text):
+    return tiny_text("llama")
 
 
 @pytest.fixture(scope="module")
-def deepseek(small_moe, tmp_path_factory):
-    return save_tiny("deepseek-v3", tmp_path_factory.mktemp("deepseek") / "deepseek", small_moe)
+def deepseek(tiny_text):
+    return tiny_text("deepseek-v3")
 
 
 @pytest.fixture(scope="module")
@@ -345,10 +345,11 @@ def plan_with(document, entry, **changes):
     return {**document, "entries": entries}
 
 
-def test_importance_and_feedback_lose_less_than_rounding_to_nearest(small_moe, calibrated_16m):
+def test_importance_and_feedback_lose_less_than_rounding_to_nearest(small_moe, calibrated_16m, tmp_path):
     """int4 experts of two layers of the bundled model, on text that calibration did not see."""
     stats = calibrated_16m / "stats.safetensors"
     text = small_moe.parent / "demo_text.txt"
     schemes = {f"blk.{layer}.experts": "W4A16" for layer in (1, 2)}
-    kl = {rounding: value for rounding, value, _ in kl_by_rounding(small_moe, stats, text, schemes, tokens=2048)}
+    measured = kl_by_rounding(small_moe, stats, text, schemes, tmp_path, tokens=1024)
+    kl = {rounding: value for rounding, value, _ in measured}
     assert kl["feedback"] < 0.8 * kl["nearest"] and kl["feedback"] < kl["importance"]

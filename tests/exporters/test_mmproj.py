@@ -27,7 +27,7 @@ from dynquant.recipes.build_plan import plan_from_types
 from dynquant.recipes.presets import preset_types
 from dynquant.running.load import load_hf
 from tests.helpers.commands import refused, run
-from tests.helpers.tiny_vision import pixtral_inputs, save_vision_model, write_pictures
+from tests.helpers.tiny_vision import pixtral_inputs, write_pictures
 
 SIZES = {"qwen2_vl": (84, 140), "qwen2_5_vl": (140, 196), "gemma3": (56, 56), "llava": (56, 56),
          "pixtral": (56, 84), "mistral3": (56, 84)}  # fmt: skip
@@ -35,16 +35,8 @@ SIZES = {"qwen2_vl": (84, 140), "qwen2_5_vl": (140, 196), "gemma3": (56, 56), "l
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """Random checkpoints by family, made when they are asked for."""
-    made = {}
-
-    def model(family):
-        if family not in made:
-            made[family] = save_vision_model(family, tmp_path_factory.mktemp(family))
-        return made[family]
-
-    return model
+def models(tiny_vision):
+    return tiny_vision
 
 
 @pytest.fixture(scope="module")

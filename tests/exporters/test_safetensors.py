@@ -21,7 +21,6 @@ from dynquant.families.text.llama import interleave_halves
 from dynquant.packed.places import build_meta_model, find_places
 from dynquant.recipes.build_plan import plan_from_types
 from tests.helpers.exports import export_safetensors
-from tests.helpers.tiny_models import save_tiny
 
 GGML = load_encoder("ggml")
 
@@ -31,9 +30,9 @@ def sha(tensor: torch.Tensor) -> str:
 
 
 @pytest.fixture(scope="module")
-def tiny(small_moe, tmp_path_factory):
+def tiny(tiny_text):
     """A Llama with rotary rows to reorder and a head of its own; its plan takes Q8_0 and leaves one matrix in F16."""
-    model = open_model(save_tiny("llama", tmp_path_factory.mktemp("tiny") / "llama", small_moe))
+    model = open_model(tiny_text("llama"))
     types = {name: ("Q8_0", "test") for name in model.source.names() if len(model.source.info(name).shape) == 2}
     types["blk.0.ffn_up.weight"] = ("F16", "test")
     return model, plan_from_types(model, types, recipe="preset uniform-q8_0")
@@ -137,13 +136,10 @@ def test_another_plan_is_refused_until_told_to_start_over(tiny, tmp_path):
 def replace_type(plan, name, type_name):
     from dynquant.formats.quant_types import quant_type
 
-    entries = [
-        entry
-        if entry.name != name
-        else entry.model_copy(update={"type": type_name, "bytes": quant_type(type_name).tensor_bytes(entry.shape)})
-        for entry in plan.entries
-    ]
-    return plan.model_copy(update={"entries": tuple(entries)})
+    entries = {entry.name: entry for entry in plan.entries}
+    size = quant_type(type_name).tensor_bytes(entries[name].shape)
+    entries[name] = entries[name].model_copy(update={"type": type_name, "bytes": size})
+    return plan.model_copy(update={"entries": tuple(entries.values())})
 
 
 def test_an_older_export_is_replaced_whole(tiny, tmp_path):

@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from gguf import ExpertGatingFuncType, GGUFValueType
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_source import SafetensorsSource
 from dynquant.errors import CheckpointError
 from dynquant.families.open import open_config, open_hf
+from tests.helpers.edited_checkpoints import edited_config, edited_weights
 from tests.helpers.representatives import represented_by
-from tests.helpers.tiny_models import TINY, hf_logits, llama_logits, mean_kl, save_tiny, write_f32
+from tests.helpers.tiny_models import TINY, hf_logits, llama_logits, mean_kl, write_f32
 
 NUM_TOKENS = 400
 QUICK = ("llama-tied", "mixtral", "qwen2", "qwen3-moe", "gemma3-period-3", "deepseek-v2-lite", "deepseek-v3")
@@ -25,29 +26,8 @@ def random_tokens() -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def deepseek_v3(tmp_path_factory: pytest.TempPathFactory, small_moe: Path) -> Path:
-    return save_tiny("deepseek-v3", tmp_path_factory.mktemp("tiny") / "v3", small_moe)
-
-
-def edit_config(source: Path, target: Path, **changes: object) -> Path:
-    """A copy of a checkpoint with changed configuration; the weights are shared."""
-    target.mkdir()
-    for file in source.iterdir():
-        if file.name != "config.json":
-            (target / file.name).symlink_to(file)
-    config = json.loads((source / "config.json").read_text())
-    (target / "config.json").write_text(json.dumps({**config, **changes}))
-    return target
-
-
-def edit_weights(source: Path, target: Path, edit) -> Path:
-    """A copy of a checkpoint whose tensors went through `edit(tensors)`."""
-    edit_config(source, target)
-    tensors = load_file(source / "model.safetensors")
-    edit(tensors)
-    (target / "model.safetensors").unlink()
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target / "model.safetensors")
-    return target
+def deepseek_v3(tiny_text) -> Path:
+    return tiny_text("deepseek-v3")
 
 
 def metadata(model: Model) -> dict[str, object]:
@@ -55,9 +35,9 @@ def metadata(model: Model) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("name", represented_by(QUICK, TINY))
-def test_logits_equal_transformers(name: str, tmp_path: Path, small_moe: Path) -> None:
+def test_logits_equal_transformers(name: str, tmp_path: Path, tiny_text) -> None:
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-    directory = save_tiny(name, tmp_path / name, small_moe)
+    directory = tiny_text(name)
     file = write_f32(open_hf(directory), tmp_path / "model.gguf")
     tokens = random_tokens()
     reference = hf_logits(directory, tokens)
@@ -120,7 +100,7 @@ def test_fused_experts_give_the_same_tensors(deepseek_v3: Path, tmp_path: Path) 
             tensors[f"{prefix}.gate_up_proj"], tensors[f"{prefix}.down_proj"] = torch.cat([gate, up], 1), down
 
     single = open_hf(deepseek_v3).source
-    fused = open_hf(edit_weights(deepseek_v3, tmp_path / "fused", fuse)).source
+    fused = open_hf(edited_weights(deepseek_v3, tmp_path / "fused", fuse)).source
     assert fused.names() == single.names()
     for kind in ("gate", "up", "down"):
         name = f"blk.2.ffn_{kind}_exps.weight"
@@ -133,7 +113,7 @@ def test_scoring_function_follows_the_model_class(deepseek_v3: Path, tmp_path: P
     assert "scoring_func" not in json.loads((deepseek_v3 / "config.json").read_text())
     assert metadata(open_hf(deepseek_v3))["deepseek2.expert_gating_func"] == ExpertGatingFuncType.SIGMOID
     with pytest.raises(CheckpointError, match=r"scoring_func.*softmax.*--base-gguf"):
-        open_hf(edit_config(deepseek_v3, tmp_path / "softmax", scoring_func="softmax"))
+        open_hf(edited_config(deepseek_v3, tmp_path / "softmax", lambda config: config.update(scoring_func="softmax")))
 
 
 def test_prediction_layers_are_left_out_with_a_warning(deepseek_v3: Path, tmp_path: Path) -> None:
@@ -141,7 +121,7 @@ def test_prediction_layers_are_left_out_with_a_warning(deepseek_v3: Path, tmp_pa
         tensors["model.layers.3.eh_proj.weight"] = torch.ones(4, 4)
 
     with pytest.warns(UserWarning, match="1 tensors are left out .*eh_proj.*multi-token prediction"):
-        model = open_hf(edit_weights(deepseek_v3, tmp_path / "mtp", add_layer))
+        model = open_hf(edited_weights(deepseek_v3, tmp_path / "mtp", add_layer))
     assert model.hyper.n_layer == 3
     assert not any(name.startswith("blk.3.") for name in model.source.names())
 
@@ -157,13 +137,12 @@ def test_configuration_alone_gives_the_same_plan_input(deepseek_v3: Path) -> Non
         alone.source.load("token_embd.weight")
 
 
-def test_tied_lm_head_is_not_stored(tmp_path: Path, small_moe: Path) -> None:
-    directory = save_tiny("llama-tied", tmp_path / "tied", small_moe)
-    assert "output.weight" not in open_hf(directory).source.names()
+def test_tied_lm_head_is_not_stored(tiny_text) -> None:
+    assert "output.weight" not in open_hf(tiny_text("llama-tied")).source.names()
 
 
-def test_shifted_norms_keep_float32(tmp_path: Path, small_moe: Path) -> None:
-    directory = save_tiny("gemma3-period-3", tmp_path / "gemma", small_moe)
+def test_shifted_norms_keep_float32(tiny_text) -> None:
+    directory = tiny_text("gemma3-period-3")
     source = open_hf(directory).source
     stored = load_file(directory / "model.safetensors")["model.norm.weight"]
     assert source.info("output_norm.weight").dtype == "F32"
@@ -173,7 +152,7 @@ def test_shifted_norms_keep_float32(tmp_path: Path, small_moe: Path) -> None:
 def test_missing_tensor_is_named(deepseek_v3: Path, tmp_path: Path) -> None:
     name = "model.layers.2.mlp.experts.6.up_proj.weight"
     with pytest.raises(CheckpointError, match=r"lacks 1 tensors.*experts\.6\.up_proj"):
-        open_hf(edit_weights(deepseek_v3, tmp_path / "missing", lambda tensors: tensors.pop(name)))
+        open_hf(edited_weights(deepseek_v3, tmp_path / "missing", lambda tensors: tensors.pop(name)))
 
 
 def test_unknown_tensor_is_refused(deepseek_v3: Path, tmp_path: Path) -> None:
@@ -181,14 +160,14 @@ def test_unknown_tensor_is_refused(deepseek_v3: Path, tmp_path: Path) -> None:
         tensors["model.layers.0.self_attn.o_proj.bias"] = torch.ones(256)
 
     with pytest.raises(CheckpointError, match=r"o_proj\.bias.*--base-gguf"):
-        open_hf(edit_weights(deepseek_v3, tmp_path / "unknown", add_bias))
+        open_hf(edited_weights(deepseek_v3, tmp_path / "unknown", add_bias))
 
 
 def test_nan_names_the_tensor(deepseek_v3: Path, tmp_path: Path) -> None:
     def poison(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.layers.1.mlp.experts.2.down_proj.weight"][0, 0] = torch.nan
 
-    source = open_hf(edit_weights(deepseek_v3, tmp_path / "nan", poison)).source
+    source = open_hf(edited_weights(deepseek_v3, tmp_path / "nan", poison)).source
     source.load("blk.1.ffn_down_exps.weight", 1)
     with pytest.raises(CheckpointError, match=r"experts\.2\.down_proj.*NaN"):
         source.load("blk.1.ffn_down_exps.weight")
@@ -225,7 +204,7 @@ def test_configurations_that_would_differ_are_refused(
     deepseek_v3: Path, tmp_path: Path, changes: dict[str, object], message: str
 ) -> None:
     with pytest.raises(CheckpointError, match=message):
-        open_hf(edit_config(deepseek_v3, tmp_path / "edited", **changes))
+        open_hf(edited_config(deepseek_v3, tmp_path / "edited", lambda config: config.update(changes)))
 
 
 @pytest.mark.parametrize(

@@ -25,11 +25,7 @@ HALF_OFFSETS = {
     **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ1_S", "IQ2_S", "IQ2_XS", "IQ2_XXS"), (0,)),
     **dict.fromkeys(("IQ3_S", "IQ3_XXS", "IQ4_NL", "IQ4_XS"), (0,)),
     **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
-    "Q2_K": (80, 82),
-    "Q3_K": (108,),
-    "Q6_K": (208,),
-    "TQ1_0": (52,),
-    "TQ2_0": (64,),
+    **{"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,), "TQ1_0": (52,), "TQ2_0": (64,)},
 }
 """Where a block keeps its fp16 numbers. IQ1_M scatters its scale over nibbles; MXFP4 and NVFP4 have none."""
 
@@ -244,9 +240,7 @@ def test_other_bad_arguments_are_refused() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ALL_TYPES)
-def test_cuda_equals_gguf(name: str) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+def test_cuda_equals_gguf(name: str, cuda: torch.device) -> None:
     layout = QUANT_TYPES[name]
     packed = random_bytes(layout, 5, 61 if layout.block_size > 1 else 4099)
-    assert_bit_equal(decode(layout, packed.cuda()), gguf_weights(name, packed))
+    assert_bit_equal(decode(layout, packed.to(cuda)), gguf_weights(name, packed))

@@ -74,12 +74,8 @@ def _keep(folder: Path, name: str, content: bytes) -> None:
 
 def _summarize(folder: Path, kinds: list[str], cases: Counter, refused: Counter, found: Counter, slow: float) -> None:
     rows = {kind: {"cases": cases[kind], "refused": refused[kind], "findings": found[kind]} for kind in kinds}
-    summary = {
-        "cases": sum(cases.values()),
-        "findings": sum(found.values()),
-        "slowest_s": round(slow, 3),
-        "kinds": rows,
-    }
+    summary = {"cases": sum(cases.values()), "findings": sum(found.values()), "slowest_s": round(slow, 3)}
+    summary["kinds"] = rows
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
 

@@ -51,7 +51,7 @@ def succeed(*arguments: object) -> str:
 
 def linked_copy(folder: Path, target: Path) -> Path:
     """Copy a folder by hard links: whatever a command replaces in the copy stays as it is in the original."""
-    return Path(shutil.copytree(folder, target, copy_function=os.link))
+    return Path(shutil.copytree(folder, target, copy_function=os.link, dirs_exist_ok=True))
 
 
 def run_alone(*arguments: object) -> Finished:

@@ -26,6 +26,7 @@ from dynquant.checkpoints.safetensors_source import SafetensorsSource
 from dynquant.errors import DynquantError
 from dynquant.families.open import open_config, open_model
 from dynquant.recipes.plan import Plan, PlanEntry
+from tests.helpers.gguf_writing import finish
 
 _EDGES = (0, 1, 2, 3, 7, 31, 32, 63, 64, 127, 128, 255, 256, 65535, 1 << 31, (1 << 32) - 1, 1 << 40, 1 << 60, 1 << 63)
 _VALUES = (None, True, "", "x" * 5000, "\x1b[2J", "../../x", -1, 0, 1, 1 << 31, 1 << 63, 10**400, 1e308, float("nan"),
@@ -203,7 +204,8 @@ def _gguf(directory: Path) -> Path:
     q8_0 = gguf.GGMLQuantizationType.Q8_0
     stack = rng.standard_normal((4, 6, 64)).astype(np.float32)
     writer.add_tensor("blk.0.ffn_down_exps.weight", gguf.quants.quantize(stack, q8_0), raw_dtype=q8_0)
-    return _written(writer, path)
+    finish(writer)
+    return path
 
 
 def _imatrix(directory: Path) -> Path:
@@ -216,14 +218,7 @@ def _imatrix(directory: Path) -> Path:
     writer.add_uint32("imatrix.chunk_size", 32)
     writer.add_tensor("blk.0.attn_q.weight.in_sum2", np.ones((1, 64), np.float32))
     writer.add_tensor("blk.0.attn_q.weight.counts", np.ones((1, 1), np.float32))
-    return _written(writer, path)
-
-
-def _written(writer: gguf.GGUFWriter, path: Path) -> Path:
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 

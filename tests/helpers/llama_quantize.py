@@ -15,6 +15,7 @@ from gguf import GGUFReader, GGUFWriter
 
 from dynquant.checkpoints.model import HyperParams
 from dynquant.recipes.llama_mixtures import LLAMA_FTYPES
+from tests.helpers.gguf_writing import finish
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -46,10 +47,7 @@ class TinyModel:
         writer = self._writer(path)
         for name, tensor in self.weights().items():
             writer.add_tensor(name, tensor.numpy())
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        finish(writer)
         return path
 
     def write_hollow(self, path: Path) -> Path:
@@ -134,18 +132,10 @@ def deepseek_model(*, layers: int = 4, hidden: int = 256, experts: int = 8, ffn:
         "output.weight": (256, hidden),
     }
     for layer in range(layers):
-        part: Shapes = {
-            "attn_norm": (hidden,),
-            "attn_q_a": (q_rank, hidden),
-            "attn_q_a_norm": (q_rank,),
-            "attn_q_b": (heads * (nope + rope), q_rank),
-            "attn_kv_a_mqa": (kv_rank + rope, hidden),
-            "attn_kv_a_norm": (kv_rank,),
-            "attn_k_b": (heads, kv_rank, nope),
-            "attn_v_b": (heads, value, kv_rank),
-            "attn_output": (hidden, heads * value),
-            "ffn_norm": (hidden,),
-        }
+        part: Shapes = {"attn_norm": (hidden,), "ffn_norm": (hidden,), "attn_output": (hidden, heads * value)}
+        part |= {"attn_q_a": (q_rank, hidden), "attn_q_a_norm": (q_rank,), "attn_kv_a_norm": (kv_rank,)}
+        part |= {"attn_q_b": (heads * (nope + rope), q_rank), "attn_kv_a_mqa": (kv_rank + rope, hidden)}
+        part |= {"attn_k_b": (heads, kv_rank, nope), "attn_v_b": (heads, value, kv_rank)}
         if layer < hyper.leading_dense:
             part |= {"ffn_gate": (512, hidden), "ffn_up": (512, hidden), "ffn_down": (hidden, 512)}
         else:
@@ -153,19 +143,11 @@ def deepseek_model(*, layers: int = 4, hidden: int = 256, experts: int = 8, ffn:
             part |= dict.fromkeys(("ffn_gate_exps", "ffn_up_exps"), (experts, ffn, hidden))
             part |= {"ffn_down_shexp": (hidden, ffn), "ffn_gate_shexp": (ffn, hidden), "ffn_up_shexp": (ffn, hidden)}
         shapes |= {f"blk.{layer}.{name}.weight": shape for name, shape in part.items()}
-    metadata: dict[str, int | float] = {
-        "leading_dense_block_count": hyper.leading_dense,
-        "attention.q_lora_rank": q_rank,
-        "attention.kv_lora_rank": kv_rank,
-        "attention.key_length_mla": nope + rope,
-        "attention.value_length_mla": value,
-        "expert_feed_forward_length": ffn,
-        "expert_shared_count": 1,
-        "expert_weights_scale": 1.0,
-        "expert_gating_func": 2,
-        "rope.dimension_count": rope,
-    }
-    return TinyModel(hyper, shapes, metadata)
+    metadata = {"leading_dense_block_count": hyper.leading_dense, "rope.dimension_count": rope}
+    metadata |= {"attention.q_lora_rank": q_rank, "attention.kv_lora_rank": kv_rank}
+    metadata |= {"attention.key_length_mla": nope + rope, "attention.value_length_mla": value}
+    metadata |= {"expert_feed_forward_length": ffn, "expert_shared_count": 1, "expert_gating_func": 2}
+    return TinyModel(hyper, shapes, metadata | {"expert_weights_scale": 1.0})
 
 
 @dataclass(frozen=True)

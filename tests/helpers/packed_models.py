@@ -11,7 +11,6 @@ from dynquant.families.open import open_model
 from dynquant.recipes.build_plan import plan_from_types, stays_f32
 from dynquant.recipes.plan import Plan
 from tests.helpers.exports import export_gguf, export_safetensors
-from tests.helpers.tiny_models import save_tiny
 
 MIXTURE = {
     "ffn_gate_exps": "Q2_K", "ffn_up_exps": "IQ4_NL", "ffn_down_exps": "Q4_K", "token_embd": "Q6_K",
@@ -40,13 +39,18 @@ def mixed_plan(model: Model) -> Plan:
     return plan_of(model, lambda name: next((t for part, t in MIXTURE.items() if part in name), "Q8_0"))
 
 
+def exported_both(checkpoint: Path, folder: Path) -> PackedExports:
+    """Return what `export_both` wrote in `folder`."""
+    model = open_model(checkpoint)
+    return PackedExports(model, mixed_plan(model), folder / "model.gguf", folder / "out")
+
+
 def export_both(checkpoint: Path, folder: Path) -> PackedExports:
     """Write the GGUF file and the packed safetensors of `mixed_plan` in `folder`, encoded by ggml."""
-    model, encoder = open_model(checkpoint), load_encoder("ggml")
-    plan = mixed_plan(model)
-    export_gguf(model, plan, None, folder / "model.gguf", encoder=encoder)
-    export_safetensors(model, plan, None, folder / "out", encoder=encoder)
-    return PackedExports(model, plan, folder / "model.gguf", folder / "out")
+    made, encoder = exported_both(checkpoint, folder), load_encoder("ggml")
+    export_gguf(made.model, made.plan, None, made.gguf, encoder=encoder)
+    export_safetensors(made.model, made.plan, None, made.directory, encoder=encoder)
+    return made
 
 
 @dataclass(frozen=True)
@@ -59,15 +63,13 @@ class Crushed:
     held_out: Path
 
 
-def crush(tokenizer_from: Path, folder: Path, text_from: Path) -> Crushed:
-    """Write three layers of DeepSeek-V3 with random weights, packed, 30 documents of text, and another text."""
-    original = save_tiny("deepseek-v3", folder / "original", tokenizer_from)
+def crush(original: Path, folder: Path, text_from: Path) -> None:
+    """Write the packed export of `original`, 30 documents of text, and another text."""
     model = open_model(original)
     plan = plan_of(model, lambda name: "Q4_0" if model.source.info(name).shape[-1] % 256 else "Q2_K")
     export_safetensors(model, plan, None, folder / "packed", encoder=load_encoder("ggml"))
     paragraphs = text_from.read_text("utf-8").split("\n\n")
     documents = ["\n\n".join(paragraphs[i::31]) for i in range(31)]
-    text, held_out = folder / "text.jsonl", folder / "held-out.txt"
-    text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents[:30]), "utf-8")
-    held_out.write_text(documents[30], "utf-8")
-    return Crushed(original, folder / "packed", text, held_out)
+    lines = "".join(json.dumps({"text": document}) + "\n" for document in documents[:30])
+    (folder / "text.jsonl").write_text(lines, "utf-8")
+    (folder / "held-out.txt").write_text(documents[30], "utf-8")

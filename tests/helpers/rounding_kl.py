@@ -42,9 +42,12 @@ def rounded_to_nearest(entry: PlanEntry, weights: torch.Tensor) -> torch.Tensor:
 
 
 def kl_by_rounding(
-    directory: Path, stats_path: Path, text: Path, schemes: Mapping[str, str], *, tokens: int = 8192
+    directory: Path, stats_path: Path, text: Path, schemes: Mapping[str, str], cache: Path, *, tokens: int = 8192
 ) -> Iterator[tuple[str, float, float]]:
-    """Rounding, KL and half of its interval; units that `schemes` does not name stay as they are."""
+    """Rounding, KL and half of its interval; units that `schemes` does not name stay as they are.
+
+    What the original gives is kept in the folder `cache`.
+    """
     model = open_model(directory)
     checkpoint = linear_checkpoint(model)
     stats = CalibrationStats.load(stats_path)
@@ -70,7 +73,8 @@ def kl_by_rounding(
             weights |= {f"{module}.weight": one for module, one in zip(entry.modules, found, strict=True)}
         with tempfile.TemporaryDirectory() as folder:
             _write(checkpoint, weights, Path(folder))
-            kl = evaluated(folder, directory, tasks=("kl",), text=[text], max_tokens=tokens).texts[0].kl
+            report = evaluated(folder, directory, tasks=("kl",), text=[text], max_tokens=tokens, reference_cache=cache)
+            kl = report.texts[0].kl
         yield rounding, kl.mean.value, (kl.mean.high - kl.mean.low) / 2
 
 
@@ -85,8 +89,10 @@ def _write(checkpoint: LinearCheckpoint, weights: dict[str, torch.Tensor], folde
 def main(directory: str, stats: str, text: str, scheme: str, tokens: str = "8192") -> None:
     units = linear_checkpoint(open_model(directory)).units(mixed_experts=True)
     schemes = dict.fromkeys(units, scheme.upper())
-    for rounding, kl, half in kl_by_rounding(Path(directory), Path(stats), Path(text), schemes, tokens=int(tokens)):
-        print(f"{rounding:<12}{kl:.5f} ± {half:.5f}", flush=True)
+    with tempfile.TemporaryDirectory() as cache:
+        paths = (Path(directory), Path(stats), Path(text))
+        for rounding, kl, half in kl_by_rounding(*paths, schemes, Path(cache), tokens=int(tokens)):
+            print(f"{rounding:<12}{kl:.5f} ± {half:.5f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -159,21 +159,10 @@ def _rows(name: str, size: tuple, types: tuple, shape: Shape, spike: float, stat
             spread = random.lognormal(0, 0.25, size[0]) * error * (1 + 8 / np.sqrt(1 + counts))
             per_expert = tuple(float(v) if n else None for v, n in zip(spread, counts, strict=True))
             weighted = tuple(float(v) ** 2 for v in spread)
-        rows.append(
-            ErrorRow(
-                name=name,
-                role=role,
-                layer=layer,
-                type=fitted.name,
-                bytes=fitted.tensor_bytes(size),
-                relative_rms=error * 0.9,
-                weighted_error=(error * spike) ** 2 * 0.8,
-                weighted_energy=1.0,
-                activation_error=error * spike,
-                per_expert_weighted_error=weighted,
-                per_expert_activation_error=per_expert,
-            )
-        )
+        place = {"name": name, "role": role, "layer": layer, "type": fitted.name, "bytes": fitted.tensor_bytes(size)}
+        errors = {"relative_rms": error * 0.9, "weighted_error": (error * spike) ** 2 * 0.8, "weighted_energy": 1.0}
+        experts = {"per_expert_weighted_error": weighted, "per_expert_activation_error": per_expert}
+        rows.append(ErrorRow(**place, **errors, **experts, activation_error=error * spike))
     return rows
 
 
@@ -202,21 +191,10 @@ def _stats(tensors: dict, shape: Shape, spikes: dict[str, float], random) -> Cal
 
 
 def _super_weight(name: str, factor: float) -> SuperWeight:
-    return SuperWeight(
-        name=name,
-        module="",
-        expert=0 if role_of(name) is Role.EXPERT_DOWN else None,
-        layer=layer_of(name),
-        row=507,
-        col=1229,
-        value=-0.4 * factor,
-        max_in=350.0,
-        max_out=-900.0,
-        position=0,
-        ratio=100.0,
-        share=1.0,
-        effect=1.0,
-    )
+    expert = 0 if role_of(name) is Role.EXPERT_DOWN else None
+    place = {"name": name, "module": "", "expert": expert, "layer": layer_of(name), "row": 507, "col": 1229}
+    seen = {"max_in": 350.0, "max_out": -900.0, "position": 0, "ratio": 100.0, "share": 1.0, "effect": 1.0}
+    return SuperWeight(value=-0.4 * factor, **place, **seen)
 
 
 def _frontier(plan: Plan, table: ErrorTable) -> list[FrontierPoint]:
@@ -224,14 +202,8 @@ def _frontier(plan: Plan, table: ErrorTable) -> list[FrontierPoint]:
     points = []
     for name in table.types:
         kept = [found[name] for found in rows.values() if name in found]
-        points.append(
-            FrontierPoint(
-                f"uniform-{name.lower()}",
-                sum(row.bytes for row in kept),
-                sum(row.weighted_error for row in kept),
-                "uniform",
-            )
-        )
+        size, error = sum(row.bytes for row in kept), sum(row.weighted_error for row in kept)
+        points.append(FrontierPoint(f"uniform-{name.lower()}", size, error, "uniform"))
     error = sum(entry.weighted_error or 0 for entry in plan.entries)
     for scale in (0.98, 1.3, 1.8, 2.6, 3.9):
         points.append(FrontierPoint(str(scale), int(plan.predicted_bytes * scale), error / scale**2.2, "plan"))

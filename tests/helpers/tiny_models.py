@@ -13,118 +13,60 @@ import torch
 from gguf import GGUFValueType
 
 from dynquant.checkpoints.model import Model
+from tests.helpers.gguf_writing import finish
 
 INIT_SCALE = 0.08
 VOCAB_SIZE = 8192
-_COMMON = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 256,
-    "intermediate_size": 320,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 1024,
-    "tie_word_embeddings": False,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
-}
-_MLA = {
-    "num_key_value_heads": 4,
-    "kv_lora_rank": 64,
-    "q_lora_rank": 96,
-    "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 48,
-    "moe_intermediate_size": 64,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 3,
-    "n_shared_experts": 2,
-    "first_k_dense_replace": 1,
-    "num_hidden_layers": 3,
-    "routed_scaling_factor": 1.7,
-}
-_YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "original_max_position_embeddings": 128,
-    "beta_fast": 32,
-    "beta_slow": 1,
-}
-_LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 50000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 128,
-}
-_QWEN_MOE = {"moe_intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 3}
+_COMMON = {"vocab_size": VOCAB_SIZE, "hidden_size": 256, "intermediate_size": 320, "num_hidden_layers": 2}
+_COMMON |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}
+_COMMON |= {"tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+_TIED = {"tie_word_embeddings": True}
+_MLA = {"num_key_value_heads": 4, "kv_lora_rank": 64, "q_lora_rank": 96, "num_hidden_layers": 3}
+_MLA |= {"qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 48, "moe_intermediate_size": 64}
+_MLA |= {"n_routed_experts": 8, "num_experts_per_tok": 3, "n_shared_experts": 2, "first_k_dense_replace": 1}
+_MLA |= {"routed_scaling_factor": 1.7}
+_ONE_GROUP = {"n_group": 1, "topk_group": 1}
+_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 128}
+_YARN |= {"beta_fast": 32, "beta_slow": 1}
+_LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+_LLAMA3 = {"rope_type": "llama3", "rope_theta": 50000.0, "factor": 8.0, "original_max_position_embeddings": 128}
+_LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_MOE = {"moe_intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 3}
+_QWEN2_MOE = _MOE | {"shared_expert_intermediate_size": 96, "norm_topk_prob": False}
 _GEMMA_ROPE = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
 }
+_GEMMA = _TIED | {"head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 96}
+_PERIOD_3 = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+
+
+def _yarn_of_deepseek(mscale: float) -> dict[str, object]:
+    return {"rope_parameters": {**_YARN, "mscale": mscale, "mscale_all_dim": mscale}}
+
 
 TINY: dict[str, tuple[str, dict[str, object]]] = {
     "llama": ("llama", {}),
-    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-tied": ("llama", _TIED),
     "llama-rope3": ("llama", {"rope_parameters": _LLAMA3, "attention_bias": True, "mlp_bias": True}),
-    "llama-linear": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}),
+    "llama-linear": ("llama", {"rope_parameters": _LINEAR}),
     "mistral": ("mistral", {"head_dim": 32, "sliding_window": None}),
     "mixtral": ("mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2}),
     "qwen2": ("qwen2", {}),
     "qwen2-yarn": ("qwen2", {"rope_parameters": {**_YARN, "attention_factor": 1.5}}),
-    "qwen3": ("qwen3", {"head_dim": 80, "tie_word_embeddings": True}),
-    "qwen2-moe": ("qwen2_moe", {**_QWEN_MOE, "shared_expert_intermediate_size": 96, "norm_topk_prob": False}),
-    "qwen2-moe-tied": (
-        "qwen2_moe",
-        {
-            **_QWEN_MOE,
-            "shared_expert_intermediate_size": 96,
-            "norm_topk_prob": False,
-            "tie_word_embeddings": True,
-        },
-    ),
-    "qwen3-moe": ("qwen3_moe", {**_QWEN_MOE, "head_dim": 64, "norm_topk_prob": True}),
-    "gemma3": (
-        "gemma3_text",
-        {
-            "head_dim": 64,
-            "query_pre_attn_scalar": 64,
-            "sliding_window": 96,
-            "num_hidden_layers": 7,
-            "tie_word_embeddings": True,
-            "rope_parameters": _GEMMA_ROPE,
-        },
-    ),
+    "qwen3": ("qwen3", _TIED | {"head_dim": 80}),
+    "qwen2-moe": ("qwen2_moe", _QWEN2_MOE),
+    "qwen2-moe-tied": ("qwen2_moe", _QWEN2_MOE | _TIED),
+    "qwen3-moe": ("qwen3_moe", _MOE | {"head_dim": 64, "norm_topk_prob": True}),
+    "gemma3": ("gemma3_text", _GEMMA | {"num_hidden_layers": 7, "rope_parameters": _GEMMA_ROPE}),
     "gemma3-period-3": (
         "gemma3_text",
-        {
-            "head_dim": 64,
-            "query_pre_attn_scalar": 64,
-            "sliding_window": 96,
-            "num_hidden_layers": 4,
-            "tie_word_embeddings": True,
-            "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
-            "final_logit_softcapping": 30.0,
-        },
+        _GEMMA | {"num_hidden_layers": 4, "layer_types": _PERIOD_3, "final_logit_softcapping": 30.0},
     ),
-    "deepseek-v2": ("deepseek_v2", {**_MLA, "n_group": 1, "topk_group": 1}),
-    "deepseek-v2-lite": (
-        "deepseek_v2",
-        {**_MLA, "q_lora_rank": None, "rope_parameters": {**_YARN, "mscale": 0.707, "mscale_all_dim": 0.707}},
-    ),
-    "deepseek-v3": ("deepseek_v3", {**_MLA, "n_group": 4, "topk_group": 2, "norm_topk_prob": True}),
-    "deepseek-v3-yarn": (
-        "deepseek_v3",
-        {
-            **_MLA,
-            "n_group": 1,
-            "topk_group": 1,
-            "rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
-        },
-    ),
+    "deepseek-v2": ("deepseek_v2", _MLA | _ONE_GROUP),
+    "deepseek-v2-lite": ("deepseek_v2", {**_MLA, "q_lora_rank": None, **_yarn_of_deepseek(0.707)}),
+    "deepseek-v3": ("deepseek_v3", _MLA | {"n_group": 4, "topk_group": 2, "norm_topk_prob": True}),
+    "deepseek-v3-yarn": ("deepseek_v3", _MLA | _ONE_GROUP | _yarn_of_deepseek(1.0)),
 }
 """Name -> (model_type, what differs from the common sizes)."""
 
@@ -168,10 +110,7 @@ def write_f32(model: Model, path: Path, *, with_tensors: bool = True) -> Path:
         writer.add_key_value(field.key, field.value, field.value_type, sub_type)
     for name in model.source.names() if with_tensors else ():
         writer.add_tensor(name, model.source.load(name).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 

@@ -9,29 +9,20 @@ from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.running.live_weights import LiveWeights
 from dynquant.running.load import load_hf
 from tests.helpers.adapters import randomized
-from tests.helpers.packed_models import export_both
-from tests.helpers.tiny_models import save_tiny
 
 
 @pytest.fixture(scope="session")
-def tiny(small_moe, tmp_path_factory):
-    """A packed DeepSeek-V3 of three layers: MLA, a dense layer, routed and shared experts; many quant types."""
-    folder = tmp_path_factory.mktemp("tiny")
-    return export_both(save_tiny("deepseek-v3", folder / "float", small_moe), folder)
-
-
-@pytest.fixture(scope="session")
-def model(tiny):
+def model(packed_tiny):
     """Tests take copies."""
-    return dynquant.load(tiny.gguf)
+    return dynquant.load(packed_tiny.gguf)
 
 
 @pytest.fixture(scope="session")
-def dense(tiny):
+def dense(packed_tiny):
     """The original architecture with the decoded weights, in transformers' fused experts."""
-    reference, source = load_hf(tiny.model), GGUFSource(tiny.gguf)
+    reference, source = load_hf(packed_tiny.model), GGUFSource(packed_tiny.gguf)
     reference.set_experts_implementation("eager")  # the others do not take float64
-    live = LiveWeights(tiny.model, reference)
+    live = LiveWeights(packed_tiny.model, reference)
     for name in live.names():
         live.write(name, source.load(name))
     return reference

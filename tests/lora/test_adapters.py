@@ -68,7 +68,7 @@ def test_targets_of_stock_peft_work_both_ways(model, dense, tmp_path):
     assert trainable(again).keys() == trainable(made).keys()
 
 
-@pytest.mark.parametrize("name", represented_by(("tiny",), ("tiny", "packed_moe")))
+@pytest.mark.parametrize("name", represented_by(("packed_tiny",), ("packed_tiny", "packed_moe")))
 def test_training_lowers_the_loss_and_leaves_the_base_as_it_is(name, tmp_path, request):
     torch.manual_seed(0)
     model = dynquant.load(request.getfixturevalue(name).gguf)
@@ -97,12 +97,12 @@ def test_checkpointing_gives_the_same_gradients(model, saved):
         torch.testing.assert_close(trainable(checkpointed)[name].grad, parameter.grad, atol=1e-6, rtol=1e-4)
 
 
-def test_half_precision_adapters_on_a_half_precision_model(tiny):
-    half = dynquant.load(tiny.gguf, dtype=torch.bfloat16)
+def test_half_precision_adapters_on_a_half_precision_model(packed_tiny):
+    half = dynquant.load(packed_tiny.gguf, dtype=torch.bfloat16)
     adapted = add_adapter(half, rank=4, dtype=torch.bfloat16)
     assert {p.dtype for p in trainable(adapted).values()} == {torch.bfloat16}
     randomized(adapted)
-    with_float32 = randomized(add_adapter(dynquant.load(tiny.gguf, dtype=torch.bfloat16), rank=4))
+    with_float32 = randomized(add_adapter(dynquant.load(packed_tiny.gguf, dtype=torch.bfloat16), rank=4))
     assert {p.dtype for p in trainable(with_float32).values()} == {torch.float32}
     for one in (adapted, with_float32):
         loss = one(TOKENS, labels=TOKENS).loss
@@ -113,9 +113,9 @@ def test_half_precision_adapters_on_a_half_precision_model(tiny):
     assert logits(adapted).isfinite().all()
 
 
-def planar(tiny, dtype: torch.dtype):
+def planar(packed_tiny, dtype: torch.dtype):
     """The packed model on the GPU, its bytes in the layout of the kernels."""
-    base = dynquant.load(tiny.gguf, dtype=dtype).cuda()
+    base = dynquant.load(packed_tiny.gguf, dtype=dtype).cuda()
     choose_layout(base)
     return base
 
@@ -125,10 +125,10 @@ def planar(tiny, dtype: torch.dtype):
     ("dtype", "bound"),
     [(torch.float32, 1e-3), (torch.bfloat16, 0.3)],  # these random weights amplify rounding: 0.1 on a CPU in bfloat16
 )
-def test_gradients_on_a_gpu_are_those_of_the_cpu(tiny, model, saved, cuda, dtype, bound):
+def test_gradients_on_a_gpu_are_those_of_the_cpu(packed_tiny, model, saved, cuda, dtype, bound):
     exact = load_adapter(copy.deepcopy(model), saved, is_trainable=True)
     exact(TOKENS, labels=TOKENS).loss.backward()
-    adapted = load_adapter(planar(tiny, dtype), saved, is_trainable=True)
+    adapted = load_adapter(planar(packed_tiny, dtype), saved, is_trainable=True)
     tokens = TOKENS.cuda()
     with torch.autocast("cuda", torch.bfloat16, enabled=dtype is torch.bfloat16):
         adapted(tokens, labels=tokens).loss.backward()
@@ -138,9 +138,9 @@ def test_gradients_on_a_gpu_are_those_of_the_cpu(tiny, model, saved, cuda, dtype
 
 
 @pytest.mark.gpu
-def test_training_on_a_gpu(tiny, saved, cuda, tmp_path):
+def test_training_on_a_gpu(packed_tiny, saved, cuda, tmp_path):
     """bfloat16 products with the packed planes, float32 adapters."""
-    base = planar(tiny, torch.bfloat16)
+    base = planar(packed_tiny, torch.bfloat16)
     before = bytes_of(base)
     adapted = load_adapter(base, saved, is_trainable=True)
     tokens = TOKENS.cuda()
@@ -149,7 +149,7 @@ def test_training_on_a_gpu(tiny, saved, cuda, tmp_path):
     assert losses[-1] < losses[0] - 2
     assert bytes_of(base) == before
     adapted.save_pretrained(tmp_path)
-    again = load_adapter(planar(tiny, torch.bfloat16), tmp_path)
+    again = load_adapter(planar(packed_tiny, torch.bfloat16), tmp_path)
     assert torch.equal(logits(again, tokens), logits(adapted, tokens))
 
 

@@ -8,7 +8,7 @@ import torch
 from dynquant.errors import AdapterError, StatsError
 from dynquant.packed.layers import set_layout
 from tests.helpers.adapters import bytes_of, logits, randomized
-from tests.helpers.tiny_models import mean_kl, save_tiny
+from tests.helpers.tiny_models import mean_kl
 
 pytest.importorskip("peft", reason="peft is not installed")
 from dynquant.lora import add_adapter, load_adapter, merge
@@ -34,25 +34,17 @@ def test_merging_encodes_again(model, saved, tmp_path, layout):
     assert "merged_adapter" in again.config.quantization_config.provenance
 
 
-def test_merging_encodes_under_the_statistics_of_the_export(small_moe, tmp_path):
+def test_merging_encodes_under_the_statistics_of_the_export(tiny_text, tmp_path):
     from transformers import AutoModelForCausalLM
 
     from dynquant.calibration.options import CalibrationOptions
     from dynquant.exporters.options import ExportOptions
     from dynquant.exporters.stage import export
 
-    source = save_tiny("deepseek-v3", tmp_path / "float", small_moe)
-    export(
-        ExportOptions(
-            model=str(source),
-            output=tmp_path / "out",
-            format="safetensors",
-            preset="uniform-q4_k",
-            encoder="ggml",
-            tune=0,
-            calibration=CalibrationOptions(tokens=2048, hessians="activations"),
-        )
-    )
+    source = tiny_text("deepseek-v3")
+    output, calibration = tmp_path / "out", CalibrationOptions(tokens=2048, hessians="activations")
+    kinds = {"format": "safetensors", "preset": "uniform-q4_k", "encoder": "ggml", "tune": 0}
+    export(ExportOptions(model=str(source), output=output, calibration=calibration, **kinds))
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert "Q4_K" in base.config.quantization_config.types.values()
     base_logits = logits(base)

@@ -12,7 +12,7 @@ from dynquant.running.live_weights import LiveWeights
 from dynquant.running.load import load_hf
 from tests.helpers.adapters import logits
 from tests.helpers.packed_models import export_both
-from tests.helpers.tiny_models import mean_kl, save_tiny
+from tests.helpers.tiny_models import mean_kl
 
 pytest.importorskip("peft", reason="peft is not installed")
 from dynquant.lora import add_adapter, start_from_residual
@@ -20,9 +20,9 @@ from dynquant.lora.layers import PackedLoraExperts
 
 
 @pytest.mark.parametrize("family", ["deepseek-v3", "llama"])
-def test_an_adapter_of_full_rank_starts_at_the_original(family, small_moe, tmp_path):
+def test_an_adapter_of_full_rank_starts_at_the_original(family, tiny_text, tmp_path):
     """MLA's joined projection, stacked experts, rows that llama.cpp interleaves; what has no adapter stays as it is."""
-    made = export_both(save_tiny(family, tmp_path / "float", small_moe), tmp_path)
+    made = export_both(tiny_text(family), tmp_path)
     original, source = load_hf(made.model), GGUFSource(made.gguf)
     live = LiveWeights(made.model, original)
     for name in ("token_embd.weight", "output.weight"):
@@ -33,13 +33,13 @@ def test_an_adapter_of_full_rank_starts_at_the_original(family, small_moe, tmp_p
     assert mean_kl(logits(original), logits(adapted)) < 1e-5 and packed > 1e-3
 
 
-def test_the_residual_start_is_the_best_of_its_rank(tiny, model):
+def test_the_residual_start_is_the_best_of_its_rank(packed_tiny, model):
     adapted = add_adapter(copy.deepcopy(model), rank=4)
-    start_from_residual(adapted, tiny.model)
+    start_from_residual(adapted, packed_tiny.model)
     layer = next(layer for layer in adapted.modules() if isinstance(layer, PackedLoraExperts))
     name = "gate_proj" if layer.parameter_name == "gate_up_proj" else "down_proj"
     experts = layer.experts
-    original = tiny.model.source.load(f"blk.1.ffn_{name.removesuffix('_proj')}_exps.weight")
+    original = packed_tiny.model.source.load(f"blk.1.ffn_{name.removesuffix('_proj')}_exps.weight")
     a, b = layer.factors("default")
     delta = (layer.scaling["default"] * b @ a)[:, : original.shape[1]]
     residual = original - experts.dense(name, torch.float32)
@@ -47,7 +47,7 @@ def test_the_residual_start_is_the_best_of_its_rank(tiny, model):
     assert float((residual - delta).double().norm()) < 1.02 * float(best)
 
 
-def test_another_model_is_no_original(tiny, model, small_moe):
+def test_another_model_is_no_original(packed_tiny, model, small_moe):
     from dynquant.families.open import open_model
 
     with pytest.raises(AdapterError, match="Give the model that was quantized"):

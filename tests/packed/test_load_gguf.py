@@ -19,16 +19,17 @@ from dynquant.recipes.build_plan import plan_from_types
 from dynquant.running.live_weights import LiveWeights
 from dynquant.running.load import load_hf
 from tests.helpers.exports import export_gguf
+from tests.helpers.gguf_writing import finish
 from tests.helpers.representatives import represented_by
-from tests.helpers.tiny_models import TINY, hf_logits, llama_logits, mean_kl, save_tiny, write_f32
+from tests.helpers.tiny_models import TINY, hf_logits, llama_logits, mean_kl, write_f32
 
 QUICK = ("llama-rope3", "mixtral", "qwen2-yarn", "qwen2-moe-tied", "gemma3-period-3", "deepseek-v2-lite")
 TOKENS = torch.randint(1, 8000, (160,), generator=torch.Generator().manual_seed(3)).tolist()
 
 
 @pytest.fixture(scope="module")
-def tiny_llama(small_moe, tmp_path_factory) -> Path:
-    return save_tiny("llama", tmp_path_factory.mktemp("tiny") / "llama", small_moe)
+def tiny_llama(tiny_text) -> Path:
+    return tiny_text("llama")
 
 
 def logits_of(model, tokens=TOKENS) -> torch.Tensor:
@@ -37,8 +38,8 @@ def logits_of(model, tokens=TOKENS) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", represented_by(QUICK, TINY))
-def test_f32_file_has_the_logits_of_its_checkpoint(name, tmp_path, small_moe):
-    directory = save_tiny(name, tmp_path / name, small_moe)
+def test_f32_file_has_the_logits_of_its_checkpoint(name, tmp_path, tiny_text):
+    directory = tiny_text(name)
     loaded = dynquant.load(write_f32(open_hf(directory), tmp_path / "model.gguf"), attn_implementation="eager")
     torch.testing.assert_close(logits_of(loaded), hf_logits(directory, TOKENS), atol=1e-4, rtol=1e-5)
 
@@ -46,9 +47,9 @@ def test_f32_file_has_the_logits_of_its_checkpoint(name, tmp_path, small_moe):
 @pytest.mark.parametrize(
     "name", represented_by(("mixtral",), ("llama-tied", "mixtral", "qwen3-moe", "gemma3-period-3", "deepseek-v2"))
 )
-def test_packed_file_has_the_logits_of_its_decoded_weights(name, tmp_path, small_moe):
+def test_packed_file_has_the_logits_of_its_decoded_weights(name, tmp_path, tiny_text):
     """transformers on the checkpoint with every tensor replaced by its decoded one: no other program's rounding."""
-    model = open_hf(save_tiny(name, tmp_path / name, small_moe))
+    model = open_hf(tiny_text(name))
     kinds = ("Q8_0", "Q4_0", "IQ4_NL", "Q5_1", "MXFP4")
     matrices = [n for n in model.source.names() if len(model.source.info(n).shape) > 1]
     types = {n: (kinds[i % len(kinds)], "test") for i, n in enumerate(matrices)}
@@ -122,9 +123,9 @@ def test_a_loaded_file_is_saved_and_loaded_packed(packed_moe, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_whole_kv_b_of_older_files_is_one_packed_matrix(small_moe, tmp_path):
+def test_whole_kv_b_of_older_files_is_one_packed_matrix(tiny_text, tmp_path):
     """llama.cpp kept MLA's `attn_kv_b` whole until April 2025, and gave head widths under the plain keys."""
-    directory = save_tiny("deepseek-v2", tmp_path / "v2", small_moe)
+    directory = tiny_text("deepseek-v2")
     model = open_hf(directory)
     file = write_f32(model, tmp_path / "new.gguf")
     reader, config = GGUFSource(file), {f.key: f for f in model.metadata}
@@ -143,10 +144,7 @@ def test_whole_kv_b_of_older_files_is_one_packed_matrix(small_moe, tmp_path):
             writer.add_tensor(name.replace("k_b", "kv_b"), blocks, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
         elif not name.endswith("attn_v_b.weight"):
             writer.add_tensor(name, reader.load(name).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     loaded = dynquant.load(tmp_path / "old.gguf")
     assert loaded.model.layers[0].self_attn.kv_b_proj.types == {"weight": "Q8_0"}
     assert mean_kl(hf_logits(directory, TOKENS), logits_of(loaded)) < 1e-2
@@ -181,10 +179,7 @@ def test_what_transformers_would_compute_otherwise_is_refused(tiny_llama, tmp_pa
 def test_an_unknown_architecture_or_a_missing_file_is_refused(tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "other.gguf", "starcoder")
     writer.add_tensor("token_embd.weight", torch.zeros(4, 32).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     with pytest.raises(CheckpointError, match=r"starcoder.*knows the architectures deepseek2, gemma3, llama"):
         dynquant.load(tmp_path / "other.gguf")
     with pytest.raises(CheckpointError, match="no file"):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from tests.helpers.commands import run
 from tests.helpers.evaluating import evaluated
 from tests.helpers.exports import export_safetensors
 from tests.helpers.packed_models import plan_of
-from tests.helpers.tiny_vision import FAMILIES, encoded_pictures, save_vision_model, write_pictures
+from tests.helpers.tiny_vision import FAMILIES, encoded_pictures, write_pictures
 
 MIXTURE = ("IQ4_NL", "Q8_0", "Q4_0", "MXFP4", "BF16")
 """Types of the matrices of language model, tower and projector, in turn."""
@@ -42,8 +43,8 @@ def mixed_plan(model) -> Plan:
     return plan_of(model, lambda _: next(types))
 
 
-def export_mixed(family, folder):
-    model = open_model(save_vision_model(family, folder / family))
+def export_mixed(checkpoint, folder):
+    model = open_model(checkpoint)
     plan = mixed_plan(model)
     export_safetensors(model, plan, None, folder / "out", encoder=load_encoder("ggml"))
     return model, plan, folder / "out"
@@ -56,14 +57,14 @@ def from_pretrained(directory, **options):
 
 
 @pytest.fixture(scope="module")
-def qwen(tmp_path_factory):
+def qwen(tiny_vision, tmp_path_factory):
     """Model, plan and packed directory of a Qwen2-VL."""
-    return export_mixed("qwen2_vl", tmp_path_factory.mktemp("qwen"))
+    return export_mixed(tiny_vision("qwen2_vl"), tmp_path_factory.mktemp("qwen"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_loaded_model_is_the_one_that_eval_renders(family, pictures, tmp_path):
-    model, plan, out = export_mixed(family, tmp_path)
+def test_the_loaded_model_is_the_one_that_eval_renders(family, tiny_vision, pictures, tmp_path):
+    model, plan, out = export_mixed(tiny_vision(family), tmp_path)
     samples = encoded_pictures(family, out, pictures)
     packed, rendered = from_pretrained(out), load_hf(model)
     with torch.inference_mode():
@@ -89,9 +90,9 @@ def test_the_loaded_model_is_the_one_that_eval_renders(family, pictures, tmp_pat
     assert {name for name in packable if now[name].dtype == torch.uint8} == packable - COMPUTED_WITH.get(family, set())
 
 
-def test_published_names_of_a_tower_are_kept_and_found(pictures, tmp_path):
+def test_published_names_of_a_tower_are_kept_and_found(tiny_vision, pictures, tmp_path):
     """Published LLaVA and Gemma 3 checkpoints have a prefix that transformers drops."""
-    model, _, out = export_mixed("llava", tmp_path)
+    model, _, out = export_mixed(shutil.copytree(tiny_vision("llava"), tmp_path / "llava"), tmp_path)
     own = load_file(model.path / "model.safetensors")
     renamed = {name.replace("vision_tower.", "vision_tower.vision_model."): tensor for name, tensor in own.items()}
     save_file(renamed, model.path / "model.safetensors", metadata={"format": "pt"})
@@ -197,14 +198,7 @@ def test_export_inspect_and_eval_agree_with_the_plan(qwen, pictures, tmp_path):
 def test_a_closing_pass_is_refused(qwen, tmp_path):
     model, plan, _ = qwen
     plan.save(tmp_path / "plan.json")
+    files = {"model": str(model.path), "output": tmp_path / "out", "plan": tmp_path / "plan.json"}
     with pytest.raises(ExportError, match="it trains on text alone"):
-        export(
-            ExportOptions(
-                model=str(model.path),
-                output=tmp_path / "out",
-                format="safetensors",
-                plan=tmp_path / "plan.json",
-                tune=500,
-            )
-        )
+        export(ExportOptions(format="safetensors", tune=500, **files))
     assert not (tmp_path / "out").exists()

@@ -8,16 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import dynquant
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import CheckpointError
 from dynquant.packed.layers import PackedModule, set_layout
+from tests.helpers.edited_checkpoints import edited_config, edited_weights
 from tests.helpers.exports import export_safetensors
-from tests.helpers.packed_models import mixed_plan
 from tests.helpers.representatives import represented_by
-from tests.helpers.tiny_models import save_tiny
 
 TOKENS = torch.randint(1, 8000, (1, 64), generator=torch.Generator().manual_seed(0))
 
@@ -29,14 +28,8 @@ def from_pretrained(directory: Path, **options):
 
 
 @pytest.fixture(scope="module")
-def tiny(small_moe, tmp_path_factory) -> Path:
-    """A packed DeepSeek-V3 of three layers, quick to run: MLA, routed and shared experts, a dense layer."""
-    from dynquant.families.open import open_model
-
-    folder = tmp_path_factory.mktemp("tiny")
-    model = open_model(save_tiny("deepseek-v3", folder / "float", small_moe))
-    export_safetensors(model, mixed_plan(model), None, folder / "out", encoder=load_encoder("ggml"))
-    return folder / "out"
+def tiny(packed_tiny) -> Path:
+    return packed_tiny.directory
 
 
 @pytest.fixture(scope="module")
@@ -48,26 +41,6 @@ def model(tiny):
 def logits(model):
     with torch.inference_mode():
         return model(TOKENS).logits
-
-
-def edited_config(source: Path, target: Path, edit) -> Path:
-    """A checkpoint with the same weights whose quantization_config went through `edit`."""
-    target.mkdir()
-    shutil.copy(source / "model.safetensors", target)
-    config = json.loads((source / "config.json").read_text())
-    edit(config["quantization_config"])
-    (target / "config.json").write_text(json.dumps(config))
-    return target
-
-
-def edited_weights(source: Path, target: Path, edit) -> Path:
-    """A checkpoint whose tensors went through `edit`."""
-    target.mkdir()
-    shutil.copy(source / "config.json", target)
-    tensors = load_file(source / "model.safetensors")
-    edit(tensors)
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    return target
 
 
 @pytest.mark.parametrize("first", represented_by({"peft"}, ["dynquant", "transformers.quantizers.auto", "peft"]))
@@ -185,29 +158,26 @@ def test_lora_trains_on_packed_weights(tiny):
         assert torch.equal(state.get(name, state.get(f"{stem}.base_layer.{part}")), tensor), name
 
 
-def test_an_unknown_type_is_named(packed_moe, tmp_path):
-    key = "model.layers.0.mlp.up_proj.weight"
-    path = edited_config(packed_moe.directory, tmp_path / "bad", lambda q: q["types"].update({key: "Q9_K"}))
-    with pytest.raises(CheckpointError, match=r"model\.layers\.0\.mlp\.up_proj\.weight.*'Q9_K'"):
-        from_pretrained(path)
+@pytest.mark.parametrize(
+    ("types", "more", "message"),
+    [
+        ({"model.layers.0.mlp.up_proj.weight": "Q9_K"}, {}, r"model\.layers\.0\.mlp\.up_proj\.weight.*'Q9_K'"),
+        ({"model.x.weight": "Q4_K"}, {}, r"model\.x\.weight.*DeepseekV3ForCausalLM"),
+        ({}, {"version": 2}, "version 2"),
+    ],
+    ids=["unknown type", "no such place", "later format"],
+)
+def test_what_a_configuration_may_not_say_is_named(packed_moe, tmp_path, types, more, message):
+    def edit(config):
+        config["quantization_config"].update(more)
+        config["quantization_config"]["types"].update(types)
 
-
-def test_a_place_that_the_model_lacks_is_named(packed_moe, tmp_path):
-    path = edited_config(
-        packed_moe.directory, tmp_path / "bad", lambda q: q["types"].update({"model.x.weight": "Q4_K"})
-    )
-    with pytest.raises(CheckpointError, match=r"model\.x\.weight.*DeepseekV3ForCausalLM"):
-        from_pretrained(path)
-
-
-def test_a_later_format_is_refused(packed_moe, tmp_path):
-    path = edited_config(packed_moe.directory, tmp_path / "bad", lambda q: q.update(version=2))
-    with pytest.raises(CheckpointError, match="version 2"):
-        from_pretrained(path)
+    with pytest.raises(CheckpointError, match=message):
+        from_pretrained(edited_config(packed_moe.directory, tmp_path / "bad", edit))
 
 
 def test_a_file_that_is_cut_short_names_the_tensor(packed_moe, tmp_path):
-    path = edited_config(packed_moe.directory, tmp_path / "cut", lambda q: None)
+    path = shutil.copytree(packed_moe.directory, tmp_path / "cut")
     file = path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=r"truncated: `(model|lm_head)\S+`"):
@@ -238,11 +208,11 @@ def test_transformers_cannot_quantize_with_it_while_loading(small_moe):
         from_pretrained(small_moe, quantization_config=DynquantConfig(types={}))
 
 
-def test_shards_load_and_tied_heads_share_their_bytes(small_moe, tmp_path):
+def test_shards_load_and_tied_heads_share_their_bytes(tiny_text, tmp_path):
     from dynquant.families.open import open_model
     from dynquant.recipes.build_plan import plan_from_types
 
-    opened = open_model(save_tiny("llama-tied", tmp_path / "tied", small_moe))
+    opened = open_model(tiny_text("llama-tied"))
     types = {name: ("Q8_0", "test") for name in opened.source.names() if len(opened.source.info(name).shape) == 2}
     plan = plan_from_types(opened, types, recipe="test")
     out = tmp_path / "out"

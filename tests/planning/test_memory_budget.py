@@ -11,7 +11,7 @@ from dynquant.errors import PlanError
 from dynquant.families.open import open_config, open_model
 from dynquant.planning.memory_budget import compute_buffer_bytes, kv_cache_bytes, memory_budget
 from dynquant.planning.target import Target
-from tests.helpers.tiny_models import save_tiny, write_f32
+from tests.helpers.tiny_models import write_f32
 
 MIB = 1 << 20
 LLAMA_8B = {
@@ -36,12 +36,12 @@ def llama_8b(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def files(small_moe, tmp_path_factory):
+def files(small_moe, tiny_text, tmp_path_factory):
     """The bundled model (MLA), one with windows and one with grouped queries, each with its F32 file."""
     pytest.importorskip("llama_cpp")
     directory = tmp_path_factory.mktemp("files")
     names = {"mla": small_moe}
-    names |= {name: save_tiny(name, directory / name, small_moe) for name in ("gemma3", "qwen3-moe")}
+    names |= {name: tiny_text(name) for name in ("gemma3", "qwen3-moe")}
     models = {name: open_model(path) for name, path in names.items()}
     return {name: (model, write_f32(model, directory / f"{name}.gguf")) for name, model in models.items()}
 

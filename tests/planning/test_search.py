@@ -1,7 +1,6 @@
 """Prices measured by running the bundled model, and the plan that is chosen among several by its KL on other text."""
 
 import json
-from functools import partial
 
 import numpy as np
 import pytest
@@ -12,12 +11,11 @@ from dynquant.analysis.errors.table import Price
 from dynquant.analysis.sensitivity.closed_form import output_sensitivity
 from dynquant.analysis.sensitivity.fisher_probe import fisher_probe, probe_prices
 from dynquant.analysis.sensitivity.unit_kl import group_of, measure_steps, prices_from, refine
-from dynquant.calibration.importance import importance
 from dynquant.calibration.options import CalibrateOptions, CalibrationOptions
 from dynquant.calibration.second_moments import SecondMoments
 from dynquant.calibration.stage import StatsFile, calibrate
-from dynquant.encoding.store import EncodedStore, store_directory
-from dynquant.encoding.stream import Guidance, load_encoder
+from dynquant.encoding.store import store_directory
+from dynquant.encoding.stream import load_encoder
 from dynquant.errors import PlanError
 from dynquant.evaluation.distributions import Distributions
 from dynquant.evaluation.rendered_model import RenderedModel, ScoredInputs
@@ -72,10 +70,9 @@ def windows(model):
 
 @pytest.fixture(scope="module")
 def store(model, calibrated):
-    stats, directory = calibrated
-    encoder = load_encoder("ggml")
-    guidance = Guidance(importance=partial(importance, stats))
-    return EncodedStore(model, guidance, encoder, store_directory(directory / "encoded", model, "stats", encoder))
+    """That of the plans in the same folder: what one has encoded, the others read."""
+    _, directory = calibrated
+    return encoded_store(model, StatsFile(directory / "stats.safetensors"), directory, "ggml", SILENT)
 
 
 @pytest.fixture(scope="module")

@@ -19,12 +19,12 @@ from dynquant.recipes.plan import Plan
 from dynquant.running.load import load_hf
 from tests.helpers.commands import refused, run
 from tests.helpers.packed_models import plan_of
-from tests.helpers.tiny_vision import encoded_pictures, save_vision_model, write_pictures
+from tests.helpers.tiny_vision import encoded_pictures, write_pictures
 
 
 @pytest.fixture(scope="module")
-def qwen(tmp_path_factory):
-    return save_vision_model("qwen2_vl", tmp_path_factory.mktemp("qwen"))
+def qwen(tiny_vision):
+    return tiny_vision("qwen2_vl")
 
 
 @pytest.fixture(scope="module")

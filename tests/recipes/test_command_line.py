@@ -33,6 +33,7 @@ from tests.helpers.llama_quantize import (
     llama_quantize_types,
     read_command,
 )
+from tests.helpers.representatives import represented_by
 from tests.helpers.tiny_models import write_f32
 
 PATHS = {"model": "in.gguf", "imatrix": "imatrix.gguf", "output": "out.gguf"}
@@ -43,12 +44,8 @@ MODELS = {
     "falcon": llama_model(arch="falcon", layers=8, fused_qkv=True),
     "experts-8": llama_model(layers=16, experts=8),
 }
-ODD_SHAPES = {
-    "blk.1.nextn.eh_proj.weight": (256, 512),
-    "blk.1.attn_rel_b.weight": (256, 256),
-    "blk.0.altup_router.weight": (256, 256),
-    "per_layer_token_embd.weight": (256, 512),
-}
+ODD_SHAPES = dict.fromkeys(("blk.1.nextn.eh_proj.weight", "per_layer_token_embd.weight"), (256, 512))
+ODD_SHAPES |= dict.fromkeys(("blk.1.attn_rel_b.weight", "blk.0.altup_router.weight"), (256, 256))
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +77,7 @@ def random_types(model: TinyModel, source: Path, seed: int) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", represented_by((0,), range(3)))
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_llama_cpp_gives_random_plans_their_types(model: TinyModel, seed: int, tmp_path: Path):
     source = model.write_hollow(tmp_path / "model.gguf")

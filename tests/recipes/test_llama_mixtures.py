@@ -12,19 +12,11 @@ from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.recipes.llama_mixtures import LLAMA_FTYPES, llama_tensor_types
 from tests.helpers.llama_quantize import TinyModel, deepseek_model, llama_model, llama_quantize_types
 
-ODD_TENSORS = {
-    "blk.0.ffn_gate_inp_shexp.weight": (1, 256),
-    "blk.0.ffn_down_exps.bias": (8, 256),
-    "blk.0.ssm_conv1d.weight": (256, 256),
-    "blk.0.attn_kv_b.weight": (256, 256),
-    "blk.1.attn_rel_b.weight": (256, 256),
-    "blk.1.attn_qkv.weight": (256, 256),
-    "blk.1.nextn.eh_proj.weight": (256, 512),
-    "blk.1.time_mix_w1.weight": (256, 256),
-    "blk.10.attn_sub_norm.weight": (256, 256),
-    "per_layer_token_embd.weight": (256, 512),
-    "position_embd.weight": (64, 256),
-}
+SQUARE = ["0.ssm_conv1d", "0.attn_kv_b", "1.attn_rel_b", "1.attn_qkv", "1.time_mix_w1", "10.attn_sub_norm"]
+ODD_TENSORS = {f"blk.{name}.weight": (256, 256) for name in SQUARE}
+ODD_TENSORS |= {"blk.0.ffn_gate_inp_shexp.weight": (1, 256), "blk.0.ffn_down_exps.bias": (8, 256)}
+ODD_TENSORS |= dict.fromkeys(("blk.1.nextn.eh_proj.weight", "per_layer_token_embd.weight"), (256, 512))
+ODD_TENSORS |= {"position_embd.weight": (64, 256)}
 
 
 def odd_model() -> TinyModel:

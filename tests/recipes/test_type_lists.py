@@ -13,6 +13,7 @@ from dynquant.families.open import open_model
 from dynquant.recipes.build_plan import plan_from_types
 from dynquant.recipes.type_lists import like_types, read_types
 from tests.helpers.exports import export_gguf
+from tests.helpers.gguf_writing import finish
 from tests.helpers.llama_quantize import TinyModel, llama_model, read_tensors
 
 UNTIED = llama_model(layers=2, experts=4)
@@ -29,10 +30,7 @@ def write_like(path: Path, model: TinyModel, **changes: str) -> Path:
         blocks, size = gguf.GGML_QUANT_SIZES[kind]
         data = np.zeros((*shape[:-1], shape[-1] // blocks * size), np.uint8)
         writer.add_tensor(name, data, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 

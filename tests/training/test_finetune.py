@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +22,7 @@ from dynquant.training import finetune as training
 from dynquant.training.base import open_packed_model, open_tokenizer
 from dynquant.training.options import FinetuneOptions, TrainOptions
 from dynquant.training.trl_head import use_packed_head
+from tests.helpers.commands import refused
 
 
 def finetune(packed, data, output, options, *, device=None, progress=ignore_progress, **more):
@@ -34,6 +33,7 @@ def finetune(packed, data, output, options, *, device=None, progress=ignore_prog
 
 
 OPTIONS = TrainOptions(rank=8, learning_rate=5e-3, max_steps=20, batch_size=16, evaluations=4)
+SHORT = replace(OPTIONS, max_steps=4)
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +70,20 @@ def test_twenty_steps_lower_the_held_out_loss(tuned):
     }
 
 
-def test_an_adapter_in_half_the_bytes_is_the_rounded_one(crushed, lists, tuned, tmp_path):
+@pytest.fixture(scope="module")
+def short(crushed, lists, tmp_path_factory):
+    output = tmp_path_factory.mktemp("short") / "adapter"
+    return output, finetune(str(crushed.packed), lists, output, SHORT)
+
+
+def test_an_adapter_in_half_the_bytes_is_the_rounded_one(crushed, lists, short, tmp_path):
     output = tmp_path / "adapter"
-    report = finetune(str(crushed.packed), lists, output, replace(OPTIONS, store="bfloat16"))
-    whole, half = (load_file(path / "adapter_model.safetensors") for path in (tuned[0], output))
+    report = finetune(str(crushed.packed), lists, output, replace(SHORT, store="bfloat16"))
+    whole, half = (load_file(path / "adapter_model.safetensors") for path in (short[0], output))
     assert {tensor.dtype for tensor in half.values()} == {torch.bfloat16}
     for name, tensor in whole.items():
         torch.testing.assert_close(half[name].float(), tensor, rtol=1e-2, atol=1e-4)
-    assert report.changes[0].after.value == pytest.approx(tuned[1].changes[0].after.value, rel=0.01)
+    assert report.changes[0].after.value == pytest.approx(short[1].changes[0].after.value, rel=0.01)
     model = load_adapter(open_packed_model(crushed.packed), output)
     assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.float32}
     with pytest.raises(TrainingError, match=r"cannot be stored as 'float8'; give float32 or bfloat16"):
@@ -107,19 +113,19 @@ def test_the_report_is_of_the_adapter_that_was_saved(crushed, lists, tuned):
     assert float(torch.stack(losses).mean()) == pytest.approx(report.changes[0].after.value, rel=1e-4)
 
 
-def test_an_interrupted_run_goes_on_to_the_same_losses(crushed, lists, tuned, tmp_path):
+def test_an_interrupted_run_goes_on_to_the_same_losses(crushed, lists, short, tmp_path):
     def interrupt(stage, done, total, **_):
-        if stage == "train" and done == 12:
+        if stage == "train" and done == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        finetune(str(crushed.packed), lists, tmp_path / "adapter", OPTIONS, progress=interrupt)
+        finetune(str(crushed.packed), lists, tmp_path / "adapter", SHORT, progress=interrupt)
     steps = []
     resumed = finetune(
-        str(crushed.packed), lists, tmp_path / "adapter", OPTIONS, progress=lambda *s, **_: steps.append(s)
+        str(crushed.packed), lists, tmp_path / "adapter", SHORT, progress=lambda *s, **_: steps.append(s)
     )
-    assert [done for stage, done, _ in steps if stage == "train"] == list(range(11, 21))
-    for found, expected in zip(resumed.history, tuned[1].history, strict=True):
+    assert [done for stage, done, _ in steps if stage == "train"] == [3, 4]
+    for found, expected in zip(resumed.history, short[1].history, strict=True):
         assert (found.step, found.train is None) == (expected.step, expected.train is None)
         assert (found.train or found.held_out) == pytest.approx(expected.train or expected.held_out, rel=1e-3)
 
@@ -137,13 +143,9 @@ def test_conversations_train_without_a_chat_template(crushed, tmp_path):
 
 
 @pytest.mark.nightly  # tests/lora compares the gradients
-def test_gradient_checkpointing_gives_the_same_losses(crushed, lists, tuned, tmp_path):
-    options = TrainOptions(**{**vars(OPTIONS), "gradient_checkpointing": True, "max_steps": 5, "evaluations": 1})
-    plain = TrainOptions(**{**vars(options), "gradient_checkpointing": False})
-    losses = [
-        finetune(str(crushed.packed), lists, tmp_path / f"{i}", one).history for i, one in enumerate((options, plain))
-    ]
-    for a, b in zip(*losses, strict=True):
+def test_gradient_checkpointing_gives_the_same_losses(crushed, lists, short, tmp_path):
+    checkpointed = finetune(str(crushed.packed), lists, tmp_path, replace(SHORT, gradient_checkpointing=True))
+    for a, b in zip(checkpointed.history, short[1].history, strict=True):
         assert (a.train or a.held_out) == pytest.approx(b.train or b.held_out, rel=1e-3)
 
 
@@ -183,17 +185,10 @@ def test_a_trainer_without_a_fused_head_is_refused(crushed):
         use_packed_head(SimpleNamespace(model=open_packed_model(crushed.packed)))
 
 
-def refused(*arguments):
-    command = [str(Path(sys.executable).with_name("dynquant")), "finetune", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd="/")
-    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
-    return done.stderr.strip().splitlines()[-1]
-
-
 def test_bad_input_is_one_paragraph(crushed, lists, tmp_path):
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"text": "a"}\n{"text": \n')
-    paragraph = refused(crushed.packed, "--data", broken, "-o", tmp_path / "a")
+    paragraph = refused("finetune", crushed.packed, "--data", broken, "-o", tmp_path / "a")
     assert "broken.jsonl, line 2 is not JSON" in paragraph
     with pytest.raises(TrainingError, match=r"holds no packed weights.*dynquant export"):
         finetune(str(crushed.original), lists, tmp_path / "a", OPTIONS)

@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("trl", reason="trl is not installed")
 from dynquant.packed.layers import PackedModule
 from tests.examples.grpo_answers import answer_reward, format_reward, make_trainer, questions, rewards
+from tests.helpers.representatives import represented_by
 
 
 def test_rewards_can_be_checked_by_hand():
@@ -16,8 +17,9 @@ def test_rewards_can_be_checked_by_hand():
     assert all(row["prompt"].endswith("\nAnswer:") and row["answer"] in "ABCD" for row in rows)
 
 
-def test_the_format_reward_rises(packed_moe, tmp_path):
-    trainer = make_trainer(packed_moe.directory, tmp_path, steps=7, num_questions=4)
+@pytest.mark.parametrize("num_questions", represented_by((1,), (1, 4)))
+def test_the_format_reward_rises(num_questions, packed_moe, tmp_path):
+    trainer = make_trainer(packed_moe.directory, tmp_path, steps=7, num_questions=num_questions)
     before = _packed_bytes(trainer.model)
     trainer.train()
     curve = [form for _, form, _ in rewards(trainer.state.log_history)]

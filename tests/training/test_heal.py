@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ pytest.importorskip("trl", reason="trl is not installed")
 from contextlib import nullcontext
 
 from dynquant.evaluation.runners import load_model
+from dynquant.inputs.text import read_text
 from dynquant.session import Session, ignore_progress
 from dynquant.training import heal as healing
 from dynquant.training.options import HealData, HealOptions, TrainOptions
@@ -29,6 +31,7 @@ def heal(packed, reference, output, data, options, *, device=None, progress=igno
 
 
 OPTIONS = TrainOptions(rank=8, learning_rate=3e-3, max_steps=6, batch_size=8, evaluations=3)
+ONE_STEP = replace(OPTIONS, max_steps=1)
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +43,8 @@ def run(
     crushed, cache, output: Path, options=OPTIONS, *, text=None, progress=ignore_progress, questions=None, **more
 ) -> TrainingReport:
     data = HealData(
-        data=str(crushed.text), tokens=4096, window=64, text=[crushed.held_out] if text is None else text,
-        max_tokens=512, mmlu_data=questions, shots=questions, num_shots=1, cache_dir=cache,
+        data=str(crushed.text), tokens=2048, window=64, text=[crushed.held_out] if text is None else text,
+        max_tokens=256, mmlu_data=questions, shots=questions, num_shots=1, cache_dir=cache,
     )  # fmt: skip
     return heal(str(crushed.packed), str(crushed.original), output, data, options, progress=progress, **more)
 
@@ -71,7 +74,7 @@ def test_the_kl_on_held_out_text_falls(healed):
 
 def test_the_saved_adapter_gives_what_was_reported(crushed, healed):
     output, report = healed
-    options = {"tasks": ("kl",), "text": [crushed.held_out], "window": 64, "max_tokens": 512}
+    options = {"tasks": ("kl",), "text": [crushed.held_out], "window": 64, "max_tokens": 256}
     found = evaluated(crushed.packed, crushed.original, adapter=output, **options)
     assert found.texts[0].kl.mean.value == pytest.approx(report.changes[0].after.value, rel=1e-5)
     bare = evaluated(crushed.packed, crushed.original, **options)
@@ -80,7 +83,7 @@ def test_the_saved_adapter_gives_what_was_reported(crushed, healed):
 
 def test_the_adapter_starts_from_what_quantization_took(crushed, cache, healed, tmp_path):
     """Without any training it is nearer to the original than the packed model, and than an adapter from zero."""
-    still = TrainOptions(**{**vars(OPTIONS), "max_steps": 1, "learning_rate": 0.0})
+    still = replace(OPTIONS, max_steps=1, learning_rate=0.0)
     report = run(crushed, cache, tmp_path / "adapter", still)
     kl = report.changes[0]
     assert kl.after.value < 0.95 * kl.before.value and report.gap_closed["held-out.txt"].low > 0
@@ -92,8 +95,8 @@ def test_the_adapter_starts_from_what_quantization_took(crushed, cache, healed, 
 
 def test_the_adapter_lies_between_its_start_and_the_trained_one(crushed, cache, healed, tmp_path):
     weights = {}
-    for share in (0, 1):
-        report = run(crushed, cache, tmp_path / str(share), blend=share)
+    for share, steps in ((0, 1), (1, OPTIONS.max_steps)):
+        report = run(crushed, cache, tmp_path / str(share), replace(OPTIONS, max_steps=steps), blend=share)
         weights[share] = load_file(tmp_path / str(share) / "adapter_model.safetensors")
         assert any("--blend" in note for note in report.notes) == (share == 0)
     default = load_file(healed[0] / "adapter_model.safetensors")
@@ -118,7 +121,7 @@ def test_answers_are_counted_with_and_without_the_adapter(crushed, cache, tmp_pa
         for i, place in enumerate(("first", "second", "third", "last"))
     ]
     questions.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    options = TrainOptions(**{**vars(OPTIONS), "max_steps": 1, "store": "bfloat16"})
+    options = replace(OPTIONS, max_steps=1, store="bfloat16")
     report = run(crushed, cache, tmp_path / "adapter", options, questions=questions)
     stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors").values()
     assert {tensor.dtype for tensor in stored} == {torch.bfloat16}
@@ -142,7 +145,7 @@ def test_an_interrupted_run_goes_on_to_the_same_losses(crushed, cache, healed, t
         run(crushed, cache, output, progress=interrupt)
     assert not output.exists() and (tmp_path / ".adapter.training" / "checkpoint-4").is_dir()
     with pytest.raises(TrainingError, match=r"unfinished run with learning_rate = 0.003; this one has 0.01"):
-        run(crushed, cache, output, TrainOptions(**{**vars(OPTIONS), "learning_rate": 0.01}))
+        run(crushed, cache, output, replace(OPTIONS, learning_rate=0.01))
     steps = []
     resumed = run(crushed, cache, output, progress=lambda stage, done, _, **__: steps.append((stage, done)))
     assert [done for stage, done in steps if stage == "train"] == [5, 6]
@@ -159,7 +162,7 @@ def test_the_original_is_not_loaded_when_all_that_it_said_is_cached(crushed, cac
         raise AssertionError("the original was loaded")
 
     monkeypatch.setattr(healing, "open_runner", refuse)
-    report = run(crushed, cache, tmp_path / "adapter", TrainOptions(**{**vars(OPTIONS), "max_steps": 1}))
+    report = run(crushed, cache, tmp_path / "adapter", ONE_STEP)
     assert report.steps == 1
 
 
@@ -172,17 +175,12 @@ def test_training_stops_when_the_held_out_kl_stops_falling(crushed, cache, tmp_p
 
 
 def test_text_that_is_measured_on_is_not_trained_on(crushed, cache, tmp_path):
-    lines = crushed.text.read_text("utf-8").splitlines()
-    repeated = tmp_path / "repeated.jsonl"
-    repeated.write_text("\n".join(lines[:2]))
-    report = run(
-        crushed, cache, tmp_path / "adapter", TrainOptions(**{**vars(OPTIONS), "max_steps": 1}), text=[repeated]
-    )
+    repeated = tmp_path / "repeated.txt"
+    repeated.write_text(read_text(crushed.text, seed=0).documents[0])
+    report = run(crushed, cache, tmp_path / "adapter", ONE_STEP, text=[repeated])
     assert any("training windows repeat a passage" in note for note in report.notes)
-    everything = tmp_path / "everything.jsonl"
-    everything.write_text("\n".join(lines))
     data = HealData(
-        data=str(crushed.text), tokens=1024, window=64, text=[everything], max_tokens=10**6, cache_dir=cache
+        data=str(crushed.text), tokens=1024, window=64, text=[crushed.text], max_tokens=10**6, cache_dir=cache
     )
     with pytest.raises(DataError, match="nothing is left to train on"):
         heal(str(crushed.packed), str(crushed.original), tmp_path / "other", data, OPTIONS)
@@ -190,13 +188,12 @@ def test_text_that_is_measured_on_is_not_trained_on(crushed, cache, tmp_path):
 
 def test_the_original_writes_text_to_train_on(crushed, cache, tmp_path):
     data = HealData(
-        data=str(crushed.text), tokens=1024, sampled_tokens=2048, window=64, text=[crushed.held_out], max_tokens=256,
+        data=str(crushed.text), tokens=1024, sampled_tokens=512, window=64, text=[crushed.held_out], max_tokens=256,
         cache_dir=cache,
     )  # fmt: skip
-    options = TrainOptions(**{**vars(OPTIONS), "max_steps": 1})
-    report = heal(str(crushed.packed), str(crushed.original), tmp_path / "adapter", data, options)
-    assert report.trained_examples == 16 + 32
-    assert "32 training windows were sampled from the original." in report.notes
+    report = heal(str(crushed.packed), str(crushed.original), tmp_path / "adapter", data, ONE_STEP)
+    assert report.trained_examples == 16 + 8
+    assert "8 training windows were sampled from the original." in report.notes
 
 
 def test_samples_follow_the_originals_distribution(crushed, tmp_path):
@@ -218,7 +215,7 @@ def test_samples_follow_the_originals_distribution(crushed, tmp_path):
 
 
 def test_without_a_text_the_part_that_was_kept_apart_is_measured_on(crushed, cache, tmp_path):
-    report = run(crushed, cache, tmp_path / "adapter", TrainOptions(**{**vars(OPTIONS), "max_steps": 1}), text=[])
+    report = run(crushed, cache, tmp_path / "adapter", ONE_STEP, text=[])
     assert report.changes[0].name == "KL, held_out.txt"
     assert (tmp_path / "adapter" / "held_out.txt").stat().st_size
     assert any("stricter test" in note for note in report.notes)
@@ -234,4 +231,4 @@ def test_what_cannot_be_healed_is_refused(crushed, cache, tmp_path):
     with pytest.raises(TrainingError, match="is not the adapter of an earlier run"):
         run(crushed, cache, occupied)
     with pytest.raises(TrainingError, match="batch of 8 does not divide into micro-batches of 3"):
-        run(crushed, cache, tmp_path / "b", TrainOptions(**{**vars(OPTIONS), "micro_batch": 3}))
+        run(crushed, cache, tmp_path / "b", replace(OPTIONS, micro_batch=3))

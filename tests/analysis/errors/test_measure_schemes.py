@@ -8,7 +8,6 @@ from dynquant.analysis.errors import stage as error_stage
 from dynquant.analysis.errors.measure import build_error_table
 from dynquant.analysis.errors.measure_schemes import SchemeMeter
 from dynquant.analysis.errors.sums import ErrorJournal
-from dynquant.analysis.sensitivity import stage as sensitivity_stage
 from dynquant.calibration.importance import importance
 from dynquant.calibration.options import CalibrationOptions
 from dynquant.calibration.stage import run_calibration
@@ -18,6 +17,7 @@ from dynquant.families.linear_layers import linear_checkpoint
 from dynquant.families.open import open_model
 from dynquant.formats.vllm_schemes import SCHEMES
 from tests.helpers.commands import run
+from tests.helpers.representatives import represented_by
 from tests.helpers.tiny_models import save_tiny
 
 DENSE, STACK = "blk.0.ffn_down.weight", "blk.1.ffn_down_exps.weight"
@@ -81,7 +81,7 @@ def test_errors_equal_a_direct_computation(directory, stats_path, measure, tmp_p
         assert row.relative_rms == pytest.approx(float((weights - decoded).norm() / weights.norm()), rel=1e-5)
 
 
-@pytest.mark.parametrize("experts_at_once", [1, 8])
+@pytest.mark.parametrize("experts_at_once", represented_by((1,), (1, 8)))
 def test_an_interrupted_table_goes_on_to_the_same_bytes(measure, tmp_path, monkeypatch, experts_at_once):
     monkeypatch.setattr(SchemeMeter, "weights_in_memory", experts_at_once * 256 * 64)
     path, undisturbed = tmp_path / "serving_errors.json", NotedEncoding(monkeypatch)
@@ -107,8 +107,6 @@ def test_an_interrupted_table_goes_on_to_the_same_bytes(measure, tmp_path, monke
 
 
 def test_the_command_goes_on_under_the_same_identity_alone(directory, stats_path, tmp_path, monkeypatch):
-    monkeypatch.setattr(sensitivity_stage, "PROBE_TOKENS", 256)
-
     def planned(name, stop=None):
         noted = NotedEncoding(monkeypatch, stop)
         done = run("plan", directory, "--for", "vllm", "--stats", stats_path, "-o", tmp_path / name)

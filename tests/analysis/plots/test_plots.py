@@ -51,11 +51,8 @@ def moe(drawn_moe):
 @pytest.fixture(scope="module")
 def moe_plots(drawn_moe):
     steps = drawn_moe.steps
-    assert steps[0] == ("drawing plots", 0, len(ALL_PLOTS)) and steps[-1] == (
-        "drawing plots",
-        len(ALL_PLOTS),
-        len(ALL_PLOTS),
-    )
+    total = len(ALL_PLOTS)
+    assert steps[0] == ("drawing plots", 0, total) and steps[-1] == ("drawing plots", total, total)
     return drawn_moe.files
 
 

@@ -31,15 +31,8 @@ TRICKY = [
     "before<|endoftext|>after <|endoftext|> HTTPServer camelCaseWords don't-stop/now...",
     "",
 ]
-CONFIG = {
-    "model_type": "llama",
-    "hidden_size": 256,
-    "intermediate_size": 256,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
+CONFIG = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
+CONFIG |= {"num_attention_heads": 4, "bos_token_id": 0, "eos_token_id": 0}
 
 
 @pytest.fixture(autouse=True)
@@ -131,17 +124,10 @@ def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("sentencepiece")
     lines = [line for text in training_text() for line in text.splitlines() if line.strip()]
     (directory / "text.txt").write_text("\n".join(lines), encoding="utf-8")
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(directory / "text.txt"),
-        model_prefix=str(directory / "tokenizer"),
-        model_type="bpe",
-        vocab_size=700,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        minloglevel=2,
-    )
+    paths = {"input": str(directory / "text.txt"), "model_prefix": str(directory / "tokenizer")}
+    pieces = {"vocab_size": 700, "byte_fallback": True, "allow_whitespace_only_pieces": True}
+    kept = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    sentencepiece.SentencePieceTrainer.train(model_type="bpe", minloglevel=2, **paths, **pieces, **kept)
     return directory / "tokenizer.model"
 
 

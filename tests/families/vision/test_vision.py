@@ -10,6 +10,7 @@ import pytest
 import torch
 
 pytest.importorskip("PIL", reason="Pillow is not installed")
+from dynquant.analysis.plots import all_plots
 from dynquant.calibration.run import collect_statistics
 from dynquant.calibration.stage import kind_path
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
@@ -23,7 +24,7 @@ from dynquant.inputs.processor import load_processor
 from dynquant.recipes.plan import Plan
 from dynquant.running.load import load_hf
 from tests.helpers.commands import refused, run
-from tests.helpers.tiny_vision import FAMILIES, encoded_pictures, save_vision_model, write_pictures
+from tests.helpers.tiny_vision import FAMILIES, encoded_pictures, write_pictures
 
 VISION_ROLES = {Role.VISION_PATCH, Role.VISION_ATTN, Role.VISION_FFN, Role.PROJECTOR}
 
@@ -35,9 +36,9 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def qwen(tmp_path_factory):
+def qwen(tiny_vision):
     """A random Qwen2-VL on disk."""
-    return save_vision_model("qwen2_vl", tmp_path_factory.mktemp("qwen"))
+    return tiny_vision("qwen2_vl")
 
 
 @pytest.mark.parametrize(
@@ -73,8 +74,8 @@ def collect(hf_model, inputs, model, provenance):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_is_opened_run_and_measured(family, pictures, tmp_path):
-    model = open_model(save_vision_model(family, tmp_path / family))
+def test_every_family_is_opened_run_and_measured(family, pictures, tiny_vision):
+    model = open_model(tiny_vision(family))
     hf_model = load_hf(model)
     samples = ModelInputs(tuple(encoded_pictures(family, model.path, pictures)))
     provenance = StatsProvenance(fingerprint=model.fingerprint, text_hash="0", text_name="pictures")
@@ -199,7 +200,9 @@ def test_what_cannot_be_written_yet_is_refused(qwen, tmp_path):
     assert "has a vision tower" in error and not (tmp_path / "model").exists()
 
 
-def test_plan_and_evaluation_on_pictures(qwen, pictures, tmp_path):
+def test_plan_and_evaluation_on_pictures(qwen, pictures, tmp_path, monkeypatch):
+    every = all_plots._drawings  # the others are drawn for language models
+    monkeypatch.setattr(all_plots, "_drawings", lambda results: {"token_errors": every(results)["token_errors"]})
     plan_dir = tmp_path / "plan"
     types = "q2_k,q4_k,q8_0,iq4_nl,q4_0"
     made = run("plan", qwen, "--data", pictures, "-o", plan_dir, "--types", types, "--bpw", 10)
