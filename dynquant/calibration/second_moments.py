@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from dynquant.calibration.importance import SHRINK_TOKENS, importance
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance, check_finite
 from dynquant.checkpoints.tensor_source import is_finite
-from dynquant.errors import StatsError
+from dynquant.errors import StatsError, unreadable
 from dynquant.storage.atomic import read_tensors, save_tensors
 
 DAMPING = 0.01
@@ -104,7 +104,8 @@ class SecondMoments:
             return moments
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise StatsError(
-                f"{path} does not hold second moments of dynquant ({type(error).__name__}: {error}). Make it with "
+                unreadable(path, error)
+                or f"{path} does not hold second moments of dynquant ({type(error).__name__}: {error}). Make it with "
                 "`dynquant calibrate MODEL -o stats.safetensors`."
             ) from error
 

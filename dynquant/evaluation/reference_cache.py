@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dynquant.errors import EvaluationError
+from dynquant.errors import EvaluationError, unreadable
 from dynquant.evaluation.distributions import Distributions
 from dynquant.session import Progress
 from dynquant.storage.atomic import writing
@@ -76,7 +76,9 @@ def load_cached(directory: Path, key: str) -> dict[str, Tensor] | None:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise EvaluationError(f"The cached reference results {path} are damaged ({error}); delete the file.") from error
+        raise EvaluationError(
+            unreadable(path, error) or f"The cached reference results {path} are damaged ({error}); delete the file."
+        ) from error
 
 
 def save_cached(directory: Path, key: str, tensors: Mapping[str, Tensor]) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from dynquant.errors import WriteError
+from dynquant.errors import WriteError, reason
 from dynquant.storage.strict_json import parse_json
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ def writing(path: Path, way_out: str = _WAY_OUT) -> Iterator[Path]:
         with replacing(path) as temporary:
             yield temporary
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise WriteError(f"{path} could not be written: {reason}. {way_out}") from error
+        why = reason(error) if isinstance(error, OSError) else error
+        raise WriteError(f"{path} could not be written: {why}. {way_out}") from error
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -87,13 +87,19 @@ def save_tensors(path: Path, tensors: Mapping[str, "Tensor"], header: Mapping[st
         save_file(tensors, temporary, metadata=metadata)
 
 
+def opened_tensors(path: Path) -> safe_open:
+    """Open a safetensors file for PyTorch; safetensors itself says of every OSError that there is no such file."""
+    path.open("rb").close()
+    return safe_open(path, framework="pt")
+
+
 def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, "Tensor"]]:
     """Return the header and, by memory map, the tensors of a file of `save_tensors`.
 
     Raises:
         OSError, SafetensorError, KeyError, ValueError: as they come, for callers that say what file it should be.
     """
-    with safe_open(path, framework="pt") as file:
+    with opened_tensors(path) as file:
         metadata = file.metadata() or {}
         header, sums = parse_json(metadata["dynquant"]), parse_json(metadata.get("crc32", "{}"))
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
