@@ -9,6 +9,10 @@ class DynquantError(Exception):
     """Base of all refusals."""
 
 
+class OptionError(DynquantError):
+    """An option has a value that it cannot have, or does nothing beside the others."""
+
+
 class CheckpointError(DynquantError):
     """A model directory or GGUF file is missing, truncated, corrupt or of an unsupported kind."""
 

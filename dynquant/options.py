@@ -5,13 +5,21 @@
 `cli/terminal/parameters.py` turns such fields into parameters of a command, so that a flag, its default and its help
 stand once.
 A field without a `Flag` is for callers in Python; a field that is itself such a dataclass shows its fields, or those
-that `Only` names.
+that `Only` names. `Options`, their base, checks numbers for the command line and for callers in Python alike.
 """
 
+import reprlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+from dynquant.errors import OptionError
+from dynquant.resources import parse_size
+
+LARGEST = 2**31 - 1
+"""Largest number of an option without a maximum of its own, and of a C int, which counts tokens in llama.cpp."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +32,71 @@ class Flag:
     is_argument: bool = False
     show_default: bool = True
     min: float | None = None
-    max: float | None = None
+    """Every number, and every size in bytes, has one."""
+    max: float = LARGEST
+    is_size: bool = False
+    """A text such as `140GB`."""
     parse: Callable[[str], Any] | None = None
     """Makes the value of what was typed; a field of type tuple[str, ...] is split at commas without it."""
+
+    def option(self, field: str) -> str:
+        """Return the longest name on the command line."""
+        return max(self.names, key=len, default=f"--{field.replace('_', '-')}")
+
+    @property
+    def range(self) -> str:
+        """The range in words, or nothing where everybody expects it."""
+        if self.min is None or (self.max == LARGEST and self.min <= 1):
+            return ""
+        return f"At least {self.min:,}." if self.max == LARGEST else f"From {self.min:,} to {self.max:,}."
+
+    def check(self, value: Any, field: str, *, is_whole: bool) -> None:
+        """Raise OptionError for a number or size outside the range."""
+        try:
+            number = parse_size(value) if self.is_size else value
+        except OptionError as error:
+            raise OptionError(f"{self.option(field)}: {error}") from error
+        assert self.min is not None
+        if self.is_size and number >= self.min:
+            return
+        if not self.is_size and self.min <= number <= self.max and (isinstance(number, int) or not is_whole):
+            return
+        allowed = f"a {'whole ' * is_whole}number from {self.min:,} to {self.max:,}"
+        allowed = f"a size of at least {self.min} B, as 140GB" if self.is_size else allowed
+        raise OptionError(f"{self.option(field)} {reprlib.repr(value)} is out of range; give {allowed}.")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Base of options dataclasses: whoever makes one, numbers lie in the ranges of their flags."""
+
+    def __post_init__(self) -> None:
+        for name, (kind, flag) in flags(type(self)).items():
+            value = getattr(self, name)
+            if flag.min is not None and value is not None:
+                flag.check(value, name, is_whole=int in (kind, *get_args(kind)))
+
+    def changed(self, *names: str) -> list[str]:
+        """Return the flags of fields, among these or all, that have another value than their default."""
+        shown, defaults = flags(type(self)), {field.name: field.default for field in fields(self)}
+        differ = [name for name in names or shown if getattr(self, name) != defaults[name]]
+        return [shown[name][1].option(name) for name in differ]
+
+    def refuse_unused(self, why: str, *names: str) -> None:
+        """Raise OptionError for fields with another value than their default, which nothing would read."""
+        if unused := self.changed(*names):
+            raise OptionError(f"{' and '.join(unused)} would do nothing: {why}")
+
+
+@cache
+def flags(options: type) -> dict[str, tuple[Any, Flag]]:
+    """Return type and flag of each field that has one."""
+    shown = {}
+    for name, hint in get_type_hints(options, include_extras=True).items():
+        flag = next((note for note in getattr(hint, "__metadata__", ()) if isinstance(note, Flag)), None)
+        if flag is not None:
+            shown[name] = hint.__origin__, flag
+    return shown
 
 
 @dataclass(frozen=True)
@@ -77,7 +147,7 @@ CalibrationText = Annotated[
 Strict = Annotated[
     bool, Flag("With --data: refuse images that cannot be decoded instead of skipping them.", ("--strict",))
 ]
-Window = Annotated[int, Flag("Tokens in a window.")]
+Window = Annotated[int, Flag("Tokens in a window.", min=2)]
 Ray = Annotated[
     str | None,
     Flag(

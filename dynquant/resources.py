@@ -10,9 +10,9 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from dynquant.errors import DeviceError, PlanError
+from dynquant.errors import DeviceError, OptionError
 
-_SIZE = re.compile(r"^\s*([\d.]+)\s*([kMGT]i?)?B?\s*$", re.IGNORECASE)
+_SIZE = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*([kMGT]i?)?B?\s*", re.IGNORECASE | re.ASCII)
 _POWER = {"k": 1, "m": 2, "g": 3, "t": 4}
 _STATUS = Path("/proc/self/status")
 _IO = Path("/proc/self/io")
@@ -40,16 +40,16 @@ def usable_cores() -> int:
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes of `31002144`, `140GB` (decimal) or `130.6GiB` (binary), or raise PlanError for no size."""
-    match = _SIZE.match(text)
-    try:
-        number = float(match.group(1)) if match else None
-    except ValueError:
-        number = None
-    if match is None or number is None:
-        raise PlanError(f"`{text}` is not a size; write bytes, or a number with a unit as 140GB, 31.5MB or 12GiB.")
-    unit = (match.group(2) or "").lower()
-    return int(number * (1024 if unit.endswith("i") else 1000) ** _POWER.get(unit[:1], 0))
+    """Return the bytes of `31002144`, `140GB` (decimal) or `130.6GiB` (binary), or raise OptionError for no size."""
+    match = _SIZE.fullmatch(text)
+    unit = ((match and match.group(2)) or "").lower()
+    size = float(match.group(1)) * (1024 if unit.endswith("i") else 1000) ** _POWER.get(unit[:1], 0) if match else -1
+    if not 0 <= size < 2**63:
+        raise OptionError(
+            f"`{text:.40}` is not a size; write bytes, or a number with a unit as 140GB, 31.5MB or 12GiB, "
+            "less than 8 EiB."
+        )
+    return int(size)
 
 
 def human_bytes(count: int) -> str:

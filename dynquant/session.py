@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Protocol
 
-from dynquant.options import Flag
+from dynquant.options import Flag, Options
 
 
 class Progress(Protocol):
@@ -47,13 +47,13 @@ def ignore_stages(kept: str) -> Iterator[Progress]:
 
 
 @dataclass(frozen=True)
-class Session:
+class Session(Options):
     """Argument of every door beside its options. The default one is silent and takes the machine as it is."""
 
     device: Annotated[str | None, Flag("cpu or cuda. Default: cuda where there is one.")] = None
     """PyTorch's name of a device."""
-    threads: Annotated[int | None, Flag("Threads. Default: one per usable core.")] = None
-    seed: Annotated[int, Flag("Seed of everything that is sampled.")] = 0
+    threads: Annotated[int | None, Flag("Threads. Default: one per usable core.", min=1, max=512)] = None
+    seed: Annotated[int, Flag("Seed of everything that is sampled.", min=0)] = 0
     note: Callable[[str], None] = ignore_note
     """Says one line about what is being done."""
     stage: Callable[[str], AbstractContextManager[Progress]] = ignore_stages

@@ -147,10 +147,7 @@ def check_original(model: Model, file: GGUFSource, path: Path) -> None:
 
 def closing_pass_of(encoding: Encoding, tokens: int | None) -> TuneOptions | None:
     """Return what the closing pass should do, or None; by default it runs with the encoder that uses second moments.
-
-    Raises:
-        ExportError: `tokens` ask for one that cannot run.
-    """
+    Raises ExportError: `tokens` ask for one that cannot run."""
     model, moments = encoding.model, encoding.moments
     if tokens == 0 or (tokens is None and moments is None):
         return None

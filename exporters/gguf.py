@@ -55,27 +55,27 @@ def export_gguf(encoding: Encoding, output: Path, *, split_max_bytes: int | None
         ClusterError: `elsewhere` cannot go on; what is done is kept.
     """
     files: list[Path] = []
-    for part, of_part in _encodings(encoding):
-        is_projector = part is not None and part.is_projector
+    for of_part, is_projector in _encodings(encoding):
         path = gguf_layout.mmproj_path(output) if is_projector else output
         # llama.cpp reads no split mmproj.
         files = _export_file(of_part, path, None if is_projector else split_max_bytes) + files
     return files
 
 
-def _encodings(encoding: Encoding) -> list[tuple[ModelPart | None, Encoding]]:
-    """Return what every file is written from; refuse parts of another size than the plan predicts."""
+def _encodings(encoding: Encoding) -> list[tuple[Encoding, bool]]:
+    """Return what every file is written from, and whether it is the projector; refuse another size than the plan's."""
     model, plan = encoding.model, encoding.plan
     if not model.parts:
-        return [(None, encoding)]
+        return [(encoding, False)]
     parts = []
     for part in model.parts:
         moments = encoding.moments
         if moments is not None:
             moments = replace(moments, aliases=_renamed(part, moments.aliases))
         own_plan, stats = plan_of_part(part, plan, encoding.stats), stats_of_part(part, encoding.stats)
-        parts.append((part, replace(encoding, model=part.model, plan=own_plan, stats=stats, moments=moments)))
-    total = sum(of_part.plan.predicted_bytes for _, of_part in parts)
+        of_part = replace(encoding, model=part.model, plan=own_plan, stats=stats, moments=moments)
+        parts.append((of_part, part.is_projector))
+    total = sum(of_part.plan.predicted_bytes for of_part, _ in parts)
     if not model.unwritten and total != plan.predicted_bytes:
         raise ExportError(
             f"The plan predicts {plan.predicted_bytes:,} bytes, but language model and mmproj take {total:,}. The plan "
@@ -135,11 +135,8 @@ def _check_output(model: Model, output: Path) -> None:
 
 
 def check_parts(model: Model, session: Session) -> None:
-    """Refuse a model whose language part llama.cpp cannot run; say what else is not written.
-
-    Raises:
-        ExportError: with the reason.
-    """
+    """Refuse a model whose language part llama.cpp cannot run; say what else is not written. Raises ExportError: with
+    the reason."""
     if model.gguf_file is not None:
         raise ExportError(f"{model.name} is an mmproj file; give the checkpoint that it was made from.")
     reasons = " ".join(model.unwritten)
@@ -156,11 +153,8 @@ def check_parts(model: Model, session: Session) -> None:
 
 
 def with_mmproj_type(model: Model, plan: Plan, wanted: str, stats: CalibrationStats | None) -> Plan:
-    """Return the plan with one type for the vision part, which changes its size.
-
-    Raises:
-        ExportError: a type that is none of MMPROJ_TYPES, or a model without a vision part that can be written.
-    """
+    """Return the plan with one type for the vision part, which changes its size. Raises ExportError: a type that is
+    none of MMPROJ_TYPES, or a model without a vision part that can be written."""
     if wanted.lower() not in MMPROJ_TYPES:
         raise ExportError(f"--mmproj-type {wanted} is not known; use one of {', '.join(MMPROJ_TYPES)}.")
     if not any(part.is_projector for part in model.parts):
@@ -180,11 +174,8 @@ def stats_of_part(part: ModelPart, stats: CalibrationStats | None) -> Calibratio
 
 
 def write_patched(source: GGUFSource, output: Path, replacements: Mapping[str, Tensor], *, encoder: str) -> list[Path]:
-    """Write `source`, all of its files, under the name `output`; `encoder` is entered where dynquant keeps it.
-
-    Raises:
-        WriteError: no space or no permission; nothing is left behind.
-    """
+    """Write `source`, all of its files, under the name `output`; `encoder` is entered where dynquant keeps it. Raises
+    WriteError: no space or no permission; nothing is left behind."""
     paths = gguf_layout.split_paths(output, len(source.files))
     with ExitStack() as stack:
         # The stack moves the first file last: loaders open it, and it must not appear before the others.

@@ -5,11 +5,23 @@ from pathlib import Path
 from typing import Annotated
 
 from dynquant.calibration.options import CalibrationOptions
-from dynquant.options import BaseGguf, CalibrationText, EncoderName, Flag, ModelPath, Only, Preset, Ray, Window, Writes
+from dynquant.options import (
+    BaseGguf,
+    CalibrationText,
+    EncoderName,
+    Flag,
+    ModelPath,
+    Only,
+    Options,
+    Preset,
+    Ray,
+    Window,
+    Writes,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportOptions:
+class ExportOptions(Options):
     """A model, the plan or preset in whose types it is written, and what it becomes."""
 
     model: ModelPath
@@ -28,10 +40,13 @@ class ExportOptions:
         int | None,
         Flag(
             "Tokens of the closing pass, which tunes stored scales and norms on the KL to the original; 0 for none. "
-            "Default: 16384 with the dynquant encoder, where the model fits in memory."
+            "Default: 16384 with the dynquant encoder, where the model fits in memory.",
+            min=0,
         ),
     ] = None
-    split_max_size: Annotated[str | None, Flag("Split into files of at most this size, as 40GB.")] = None
+    split_max_size: Annotated[
+        str | None, Flag("Split into files of at most this size, as 40GB.", min=1, is_size=True)
+    ] = None
     resume: Annotated[bool, Flag("Continue an interrupted export.")] = True
     mmproj_type: Annotated[
         str | None,
@@ -41,9 +56,9 @@ class ExportOptions:
             show_default=False,
         ),
     ] = None
-    max_memory: Annotated[str | None, Flag("Host memory that the command may take, as 8GiB.", show_default=False)] = (
-        None
-    )
+    max_memory: Annotated[
+        str | None, Flag("Host memory that the command may take, as 8GiB.", show_default=False, min=1, is_size=True)
+    ] = None
     ray: Ray = None
     ship_weights: Annotated[
         bool, Flag("With --ray: send weights and statistics to workers that cannot read them by path.")
@@ -52,20 +67,20 @@ class ExportOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuneFileOptions:
+class TuneFileOptions(Options):
     """A quantized GGUF file, its original, and the text on which its scales and norms are tuned."""
 
     file: Annotated[Path, Flag("A quantized .gguf file.", is_argument=True, show_default=False)]
     reference: Annotated[str, Flag("Its original: Hugging Face directory or hub id.")]
     output: Annotated[Path, Flag("The .gguf file to write; it has the same size.", ("-o", "--output")), Writes()]
     text: CalibrationText = None
-    tokens: Annotated[int, Flag("Train on this many tokens.")] = 16384
-    step_tokens: Annotated[int, Flag("Tokens in a step.")] = 1024
+    tokens: Annotated[int, Flag("Train on this many tokens.", min=1)] = 16384
+    step_tokens: Annotated[int, Flag("Tokens in a step.", min=1)] = 1024
     window: Window = 512
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterOptions:
+class AdapterOptions(Options):
     """A LoRA adapter as PEFT saves it, and the file that llama.cpp reads."""
 
     adapter: Annotated[Path, Flag("Directory that save_pretrained wrote.", is_argument=True, show_default=False)]

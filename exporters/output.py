@@ -93,11 +93,8 @@ class Encoding:
         stream.check_importance(self.plan, self.guidance.importance)
 
     def parts(self, *, whole: Collection[str] = ()) -> dict[str, list[TensorPart]]:
-        """Return the parts of every tensor; those named in `whole` have one.
-
-        Raises:
-            ExportError: the limits are too tight for a tensor.
-        """
+        """Return the parts of every tensor; those named in `whole` have one. Raises ExportError: the limits are too
+        tight for a tensor."""
         return self.tensors.parts(self.plan, self.limits, whole=whole)
 
     def identity(self, header_hash: str) -> dict[str, str]:

@@ -82,11 +82,8 @@ def export_safetensors(
 
 
 def hf_config_of(model: Model) -> Config:
-    """The configuration under which transformers runs `model`.
-
-    Raises:
-        CheckpointError: an architecture outside the known families.
-    """
+    """The configuration under which transformers runs `model`. Raises CheckpointError: an architecture outside the
+    known families."""
     if model.hf_directory is not None:
         config = read_config(model.hf_directory, FAMILIES)
         untied = {"tie_word_embeddings": False} if model.has_own_output else {}

@@ -22,8 +22,9 @@ from dynquant.exporters.gguf import check_parts, export_gguf, with_mmproj_type
 from dynquant.exporters.options import ExportOptions, TuneFileOptions
 from dynquant.exporters.output import Encoding, Exported
 from dynquant.exporters.safetensors import export_safetensors
+from dynquant.families.from_gguf import check_complete
 from dynquant.families.linear_layers import LinearCheckpoint, linear_checkpoint
-from dynquant.families.open import open_and_announce, open_language_model
+from dynquant.families.open import check_original, open_and_announce, open_language_model
 from dynquant.formats.quant_types import quant_type
 from dynquant.formats.vllm_schemes import SCHEMES
 from dynquant.inputs.model_inputs import check_context
@@ -178,23 +179,23 @@ def tune(options: TuneFileOptions, session: Session = SILENT) -> list[Path]:
         raise ExportError(f"{output} is the file that is being read; write the tuned one to another name.")
     tuning = TuneOptions(tokens=options.tokens, step_tokens=options.step_tokens, seed=session.seed)
     model = open_language_model(options.reference, session)
+    check_original(path, model)
     tokens = tuning.tokens + tuning.held_out_windows * options.window
     text = read_text(options.text, seed=tuning.seed, max_tokens=tokens)
     windows = pack_windows(text, load_tokenizer(model), window=options.window, max_tokens=tokens)
     check_context(model, windows.shape[1])
-    encoder = recorded_encoder(GGUFSource(path)).removesuffix("+tune")
+    file = GGUFSource(path)
+    check_complete(file)
+    encoder = recorded_encoder(file).removesuffix("+tune")
     return tune_file(model, path, windows, tuning, output, session, encoder=encoder)
 
 
 def _moments_of(stats: StatsFile | None, session: Session) -> SecondMoments | None:
     """Return the second moments that belong to the statistics; say so when there are none."""
-    if stats is None:
-        return None
-    moments = stats.moments
-    if moments is None:
+    if stats is not None and stats.moments is None:
         where = path_beside(stats.path)
         session.note(f"there is no {where}: encoding without error feedback (calibrate with --hessians to have it)")
-    return moments
+    return stats and stats.moments
 
 
 def _protected(path: Path) -> dict[str, tuple[ProtectedWeight, ...]]:

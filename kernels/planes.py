@@ -76,11 +76,8 @@ PLANES: dict[str, tuple[Field, ...]] = {name: _planes_of(name) for name in _LAYO
 
 
 def plane_starts(type_name: str, num_blocks: int) -> dict[str, int]:
-    """Return field name -> byte at which its plane begins in a planar tensor of `num_blocks` blocks.
-
-    Raises:
-        ValueError: kernels do not know the type.
-    """
+    """Return field name -> byte at which its plane begins in a planar tensor of `num_blocks` blocks. Raises ValueError:
+    kernels do not know the type."""
     starts, start = {}, 0
     for field in planes(type_name):
         starts[field.name] = start

@@ -65,11 +65,8 @@ experts_input_grad = partial(experts_linear, transposed=True)
 
 
 def embedding(ids: Tensor, weight: Tensor, type_name: str, dtype: torch.dtype, layout: Layout = "blocks") -> Tensor:
-    """Return rows of a packed table, decoded, see `ops.embedding`. Other rows are not read.
-
-    Raises:
-        IndexError: an id outside the table.
-    """
+    """Return rows of a packed table, decoded, see `ops.embedding`. Other rows are not read. Raises IndexError: an id
+    outside the table."""
     shape = shapes.embedding_shape(ids, weight, type_name, dtype, layout)
     return _decoded(weight, type_name, layout, ids.reshape(-1)).to(dtype).reshape(shape)
 

@@ -90,10 +90,7 @@ def main() -> None:
 
 def write_random_checkpoint(shape: str, output: Path, *, seed: int = 0, layers: int | None = None) -> list[Path]:
     """Write the checkpoint of a shape in `SHAPES`, with `layers` decoder layers, into `output` and return its files.
-
-    Raises:
-        ExportError: `output` is a file or holds a checkpoint, or there is too little space.
-    """
+    Raises ExportError: `output` is a file or holds a checkpoint, or there is too little space."""
     config = _config(shape, {} if layers is None else {"num_hidden_layers": layers})
     if output.is_file() or (output / "config.json").exists():
         raise ExportError(f"{output} is there already. Give another directory, or remove it first.")

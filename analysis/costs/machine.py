@@ -38,11 +38,7 @@ class Machine(FrozenRecord):
 
     @classmethod
     def load(cls, path: Path) -> "Machine":
-        """Read a machine file.
-
-        Raises:
-            PlanError: missing, or not written by `dynquant measure-machine`.
-        """
+        """Read a machine file. Raises PlanError: missing, or not written by `dynquant measure-machine`."""
         machine = read_document(path, cls, "a machine file", "Make one with `dynquant measure-machine -o FILE`.")
         speeds = [*machine.matmul_flops.values(), *machine.errors.values()]
         speeds += [speed for types in machine.encode.values() for speed in types.values()]

@@ -62,11 +62,8 @@ def measure_machine(progress: Progress = ignore_progress) -> Machine:
 
 
 def command_usage(command: list[str]) -> tuple[float, int]:
-    """Return CPU seconds and peak resident bytes of one command of dynquant, in a process of its own.
-
-    Raises:
-        PlanError: it failed.
-    """
+    """Return CPU seconds and peak resident bytes of one command of dynquant, in a process of its own. Raises PlanError:
+    it failed."""
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen([sys.executable, "-P", "-m", "dynquant", *command], **quiet)
     _, status, usage = os.wait4(process.pid, 0)

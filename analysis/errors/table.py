@@ -227,11 +227,8 @@ class ErrorTable(FrozenRecord):
 
     @classmethod
     def load(cls, path: Path, *, known_types: Collection[str] = QUANT_TYPES) -> "ErrorTable":
-        """Read errors.json, or a table of other types that are known.
-
-        Raises:
-            PlanError: missing or not an error table.
-        """
+        """Read errors.json, or a table of other types that are known. Raises PlanError: missing or not an error
+        table."""
         way_out = "Run `dynquant analyze`, or remove the file and plan again."
         return read_document(path, cls, "an error table", way_out, lambda table: _check_rows(table, known_types))
 

@@ -3,16 +3,16 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from dynquant.options import Flag, ModelPath
+from dynquant.options import Flag, ModelPath, Options
 
 
 @dataclass(frozen=True, kw_only=True)
-class SuperWeightOptions:
+class SuperWeightOptions(Options):
     """A model, the text that it runs on, and whether the effect of each super weight is measured."""
 
     model: ModelPath
     text: Annotated[
         str | None, Flag("Text to run, as --calibration of plan takes it. Default: a small built-in text.")
     ] = None
-    tokens: Annotated[int, Flag("Tokens of the text to run.")] = 512
+    tokens: Annotated[int, Flag("Tokens of the text to run.", min=2)] = 512
     ablation: Annotated[bool, Flag("Measure perplexity with each super weight set to zero.")] = True

@@ -48,11 +48,8 @@ class TokenErrors(FrozenRecord):
 
     @classmethod
     def load(cls, path: Path, fingerprint: str) -> "TokenErrors | None":
-        """Read token_errors.json; None when there is none of this checkpoint.
-
-        Raises:
-            PlanError: the file does not hold token errors.
-        """
+        """Read token_errors.json; None when there is none of this checkpoint. Raises PlanError: the file does not hold
+        token errors."""
         if not path.is_file():
             return None
         errors = read_document(path, cls, "a table of token errors", "Delete it and plan again.")

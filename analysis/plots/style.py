@@ -85,11 +85,8 @@ class PlotFiles:
 
 @contextmanager
 def plot_settings() -> Iterator[None]:
-    """Our settings for the figures built inside; the caller's are restored.
-
-    Raises:
-        ExportError: matplotlib is not installed.
-    """
+    """Our settings for the figures built inside; the caller's are restored. Raises ExportError: matplotlib is not
+    installed."""
     try:
         import matplotlib
     except ImportError as error:
@@ -189,11 +186,8 @@ def freeze_layout(figure: Figure) -> None:
 
 
 def save_figure(figure: Figure, directory: Path, name: str, headline: str) -> PlotFiles:
-    """Write NAME.png (150 dpi) and NAME.svg, each whole or not at all.
-
-    Raises:
-        WriteError: the directory cannot be written.
-    """
+    """Write NAME.png (150 dpi) and NAME.svg, each whole or not at all. Raises WriteError: the directory cannot be
+    written."""
     files = PlotFiles(directory / f"{name}.png", directory / f"{name}.svg", headline)
     freeze_layout(figure)
     for path, metadata in ((files.png, {"Software": None}), (files.svg, {"Date": None, "Creator": None})):

@@ -1,5 +1,6 @@
 """Plots and report.html of a plan folder, drawn from the files in it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from dynquant.analysis.errors.table import ErrorTable
@@ -31,7 +32,8 @@ def write_plan_report(
     with session.stage("The plan is kept; plots and report are drawn again.") as progress:
         recipes = fixed_recipes(open_model(path, base_gguf=base_gguf))
         chosen_bytes = sum(padded(entry.bytes) for entry in plan.entries if entry.name in table.tensors())
-        points = frontier(table, rules_of(super_weights, stats), plan.predicted_bytes - chosen_bytes, recipes)
+        rules = replace(rules_of(super_weights, stats), fixed_bytes=plan.predicted_bytes - chosen_bytes)
+        points = frontier(table, rules, recipes)
         selection = Selection.load(directory / folder.SELECTION_NAME)
         token_errors = TokenErrors.load(directory / folder.TOKEN_ERRORS_NAME, plan.fingerprint)
         results = PlanResults(plan, table, stats, super_weights, points, selection, token_errors)

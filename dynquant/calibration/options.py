@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 from dynquant.errors import StatsError
-from dynquant.options import BaseGguf, CalibrationText, Flag, ModelPath, Ray, Strict, Window, Writes
+from dynquant.options import BaseGguf, CalibrationText, Flag, ModelPath, Options, Ray, Strict, Window, Writes
 
 Hessians = Literal["none", "activations", "gradients"]
 """Second moments to take; with gradients, a token counts by its squared gradient of the KL divergence too."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrationOptions:
+class CalibrationOptions(Options):
     """Text or samples to run the model on (`text=None`: the built-in text), what to measure, and in how much memory.
 
     With `data`, a file of samples with images, there is no text.
@@ -28,7 +28,7 @@ class CalibrationOptions:
         ),
     ] = None
     strict: Strict = False
-    tokens: Annotated[int, Flag("Calibrate on at most this many tokens.")] = 131072
+    tokens: Annotated[int, Flag("Calibrate on at most this many tokens.", min=1)] = 131072
     window: Window = 512
     hessians: Annotated[
         Hessians,
@@ -38,7 +38,10 @@ class CalibrationOptions:
         ),
     ] = "activations"
     hessian_memory: Annotated[
-        str, Flag("Memory for second moments; experts of a layer share one matrix when each has no room.")
+        str,
+        Flag(
+            "Memory for second moments; experts of a layer share one matrix when each has no room.", min=0, is_size=True
+        ),
     ] = "8GiB"
     max_memory: Annotated[
         str | None,
@@ -46,6 +49,8 @@ class CalibrationOptions:
             "Memory of the whole process, as 8GB: the model is streamed, one decoder layer at a time. Default: "
             "streamed when it does not fit into the free memory.",
             show_default=False,
+            min=1,
+            is_size=True,
         ),
     ] = None
     spill: Annotated[
@@ -59,6 +64,7 @@ class CalibrationOptions:
     ray: Ray = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.hessians not in get_args(Hessians):
             raise StatsError(f"--hessians {self.hessians} is not known; give activations, gradients or none.")
         if self.text is not None and self.data is not None:
@@ -68,7 +74,7 @@ class CalibrationOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrateOptions:
+class CalibrateOptions(Options):
     """A model, and the file of its statistics; they come from running it, or from an imatrix of llama.cpp."""
 
     model: ModelPath

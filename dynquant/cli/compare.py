@@ -15,7 +15,7 @@ from dynquant.cli.export import print_exported
 from dynquant.cli.terminal import console
 from dynquant.evaluation.options import EvalOptions, QuestionOptions
 from dynquant.exporters.options import ExportOptions
-from dynquant.options import Flag, ModelPath, Only, Writes
+from dynquant.options import Flag, ModelPath, Only, Options, Writes
 from dynquant.planning.options import PlanOptions, SearchOptions
 from dynquant.planning.target import Target
 from dynquant.session import Session
@@ -48,7 +48,7 @@ class EncoderQuestions(RecipeQuestions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareOptions:
+class CompareOptions(Options):
     """Recipes that are measured, each with the planner at its bytes."""
 
     model: ModelPath
@@ -62,7 +62,7 @@ class CompareOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareEncodersOptions:
+class CompareEncodersOptions(Options):
     """Recipes that are measured under each encoder, with and without the closing pass."""
 
     model: ModelPath
@@ -72,7 +72,7 @@ class CompareEncodersOptions:
     calibration: Annotated[CalibrationOptions, Only(("text", "tokens", "hessians"))] = field(
         default_factory=CalibrationOptions
     )
-    tune: Annotated[int, Flag("Tokens of the closing pass.")] = 16384
+    tune: Annotated[int, Flag("Tokens of the closing pass.", min=0)] = 16384
     variants: Annotated[tuple[str, ...], Flag("Encoders, each also with +tune.")] = (BASE, "dynquant", "dynquant+tune")
     keep: Keep = False
 

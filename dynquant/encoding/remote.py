@@ -91,11 +91,7 @@ def _encode_shipped(choice: EncoderChoice, arguments: Mapping[str, Any]) -> np.n
 
 @cache
 def worker_encoder(choice: EncoderChoice) -> Encoder:
-    """The encoder of a worker process.
-
-    Raises:
-        ClusterError: it would be of other versions than the driver's.
-    """
+    """Return the encoder of a worker process. Raises ClusterError: it would be of other versions than the driver's."""
     encoder = stream.load_encoder(choice.name, choice.device)
     version = stream.encoder_version(encoder)
     if (__version__, version) != (choice.tool_version, choice.version):

@@ -47,9 +47,10 @@ from dynquant.evaluation.runners import (
     gguf_bytes,
     open_encoder,
     open_runner,
+    tokenizer_notes,
 )
 from dynquant.families.open import is_gguf, locate_model, open_model
-from dynquant.inputs.model_inputs import Batch, ModelInputs
+from dynquant.inputs.model_inputs import Batch, ModelInputs, check_context
 from dynquant.inputs.pictures import Sample, SampleEncoder, image_token_of, read_samples
 from dynquant.inputs.processor import image_token_limits, load_processor
 from dynquant.inputs.questions import load_questions, take_evenly
@@ -97,6 +98,7 @@ def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress
         raise EvaluationError(
             f"A window of {options.window} tokens does not fit the context of {context_length}; use less."
         )
+    notes += tokenizer_notes(reference, candidate)
     with open_encoder(reference) as encode:
         texts, questions = [], {}
         if {"kl", "ppl"} & set(asked.tasks):
@@ -320,6 +322,10 @@ def _evaluate_on_pictures(options: EvalOptions, data: Path, session: Session) ->
     encoder = SampleEncoder(processor, image_token_of(model.hf_directory), strict=options.strict)
     batches, asked = _encoded_samples(encoder, file.samples[: options.questions.limit], "vqa" in tasks)
     inputs = ModelInputs(batches, name=file.name, sha256=file.sha256, skipped=tuple(encoder.skipped))
+    if is_gguf(candidate := Path(options.candidate)) or (candidate / "config.json").is_file():
+        for note in tokenizer_notes(model.hf_directory, candidate):
+            session.note(note)
+    check_context(model, inputs.longest)
     with session.stage("Nothing is kept.") as progress:
         run = _Run(options, session, progress)
         original = HuggingFaceRunner(load_hf(model, dtype=torch.float32, device=chosen_device(session.device)))

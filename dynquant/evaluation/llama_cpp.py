@@ -108,6 +108,16 @@ def llama_encode(vocab: ctypes.c_void_p, text: str, *, add_special: bool = True)
     return list(tokens[:count])
 
 
+def llama_tokens(vocab: ctypes.c_void_p) -> tuple[dict[str, int | None], dict[int, str]]:
+    """Return the ids of EOS and BOS, None where there is none, and all tokens by id."""
+    import llama_cpp
+
+    special = {"EOS": llama_cpp.llama_vocab_eos(vocab), "BOS": llama_cpp.llama_vocab_bos(vocab)}
+    texts = (llama_cpp.llama_vocab_get_text(vocab, i) for i in range(llama_cpp.llama_vocab_n_tokens(vocab)))
+    tokens = {i: (text or b"").decode("utf-8", "replace") for i, text in enumerate(texts)}
+    return {name: None if token_id < 0 else token_id for name, token_id in special.items()}, tokens
+
+
 def llama_facts(path: Path) -> tuple[int, int, int]:
     """Return the vocabulary's size, the context length, and the number of tokens before the padding."""
     with llama_vocabulary(path) as (model, vocab):

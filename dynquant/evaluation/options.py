@@ -5,29 +5,29 @@ from pathlib import Path
 from typing import Annotated
 
 from dynquant.errors import EvaluationError
-from dynquant.options import Flag, ModelPath, Strict, Window
+from dynquant.options import Flag, ModelPath, Options, Strict, Window
 
 TEXT_TASKS, PICTURE_TASKS = frozenset({"kl", "ppl", "mmlu"}), frozenset({"kl", "vqa"})
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuestionOptions:
+class QuestionOptions(Options):
     """Inputs that a model is scored on: texts for KL and perplexity, questions for accuracy."""
 
     text: Annotated[
         tuple[Path, ...], Flag("Text for kl and ppl, as --calibration of plan takes it. May be repeated.")
     ] = ()
     tasks: Annotated[tuple[str, ...], Flag("Any of kl, ppl, mmlu; with --data kl and vqa.")] = ("kl", "ppl")
-    max_tokens: Annotated[int, Flag("Tokens of each text.")] = 8192
+    max_tokens: Annotated[int, Flag("Tokens of each text.", min=2)] = 8192
     mmlu_data: Annotated[str | None, Flag("Questions, .jsonl or a datasets id. Default: cais/mmlu.")] = None
     shots: Annotated[str | None, Flag("Few-shot questions, .jsonl.")] = None
-    num_shots: Annotated[int, Flag("Shots before each question.")] = 5
-    limit: Annotated[int | None, Flag("At most this many questions, spread evenly.")] = None
+    num_shots: Annotated[int, Flag("Shots before each question.", min=0)] = 5
+    limit: Annotated[int | None, Flag("At most this many questions, spread evenly.", min=1)] = None
     scoring: Annotated[tuple[str, ...], Flag("letter, cloze or both.")] = ("letter", "cloze")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalOptions:
+class EvalOptions(Options):
     """Two models, what they are compared on, and what runs them."""
 
     candidate: ModelPath
@@ -55,6 +55,7 @@ class EvalOptions:
     adapter: Annotated[Path | None, Flag("Run the candidate, packed in transformers, with this LoRA adapter.")] = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         tasks = self.questions.tasks
         if self.data is None:
             if self.mmproj is not None:
@@ -70,7 +71,7 @@ class EvalOptions:
             raise EvaluationError(f"With --data, tasks are kl and vqa; {', '.join(unknown) or 'none'} was asked for.")
 
     def _check_text(self) -> None:
-        tasks, scoring, max_tokens = self.questions.tasks, self.questions.scoring, self.questions.max_tokens
+        tasks, scoring = self.questions.tasks, self.questions.scoring
         unknown = sorted(set(tasks) - TEXT_TASKS)
         if unknown or not tasks:
             raise EvaluationError(f"Unknown tasks {unknown}; choose from {', '.join(sorted(TEXT_TASKS))}.")
@@ -78,7 +79,5 @@ class EvalOptions:
             raise EvaluationError(
                 "The tasks kl and ppl need a text that the models have not been tuned on; give --text."
             )
-        if self.window < 2 or max_tokens < 2:
-            raise EvaluationError(f"Window ({self.window}) and token limit ({max_tokens}) must both be at least 2.")
         if "mmlu" in tasks and (not scoring or set(scoring) - {"letter", "cloze"}):
             raise EvaluationError(f"Unknown scoring {list(scoring)}; choose letter, cloze or both.")

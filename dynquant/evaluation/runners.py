@@ -9,6 +9,7 @@ Sampling and chat templates are left out.
 """
 
 import copy
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,18 +20,25 @@ from typing import Any, Protocol
 import torch
 
 from dynquant.checkpoints.gguf_source import GGUFSource
-from dynquant.errors import CheckpointError
-from dynquant.evaluation.llama_cpp import LlamaCppRunner, llama_encode, llama_facts, llama_vocabulary, without_padding
+from dynquant.errors import CheckpointError, EvaluationError
+from dynquant.evaluation.llama_cpp import (
+    LlamaCppRunner,
+    llama_encode,
+    llama_facts,
+    llama_tokens,
+    llama_vocabulary,
+    without_padding,
+)
 from dynquant.evaluation.rendered_model import scored_logits
 from dynquant.families.from_gguf import config_from_gguf
 from dynquant.families.open import is_gguf
+from dynquant.families.tokenizers.tokenizer import num_named_tokens
 from dynquant.inputs.model_inputs import Batch
-from dynquant.inputs.text import TextEncoder
+from dynquant.inputs.text import TextEncoder, varied_strings
 from dynquant.packed.layers import choose_layout
 from dynquant.packed.load_gguf import load as load_packed
 from dynquant.packed.rounding import round_activations
 from dynquant.running.load import REFUSALS, load_config, load_directory, load_tokenizer
-from dynquant.storage.strict_json import parse_json
 
 LLAMA_CPP, TRANSFORMERS = "llama.cpp", "transformers"
 RUNNERS = (LLAMA_CPP, TRANSFORMERS)
@@ -85,7 +93,8 @@ def describe_model(path: Path, *, runner: str = LLAMA_CPP) -> ModelInfo:
     if not is_gguf(path):
         config = load_config(path).get_text_config()
         context_length = getattr(config, "max_position_embeddings", None) or 2**31
-        num_named = _count_named_tokens(path, config.vocab_size)
+        num_named = num_named_tokens(path)
+        num_named = config.vocab_size if num_named is None else min(config.vocab_size, num_named)
         return ModelInfo(path, TRANSFORMERS, config.vocab_size, context_length, num_named)
     if runner == LLAMA_CPP:
         return ModelInfo(path, LLAMA_CPP, *llama_facts(path))
@@ -143,16 +152,65 @@ def open_encoder(path: Path) -> Iterator[TextEncoder]:
     yield encode
 
 
-def _count_named_tokens(path: Path, vocab_size: int) -> int:
-    """Highest token id of tokenizer.json plus one; a directory without that file counts as fully named."""
-    file = path / "tokenizer.json"
-    if not file.is_file():
-        return vocab_size
-    content = parse_json(file.read_bytes())
-    vocab = content.get("model", {}).get("vocab", {})
-    ids = [len(vocab) - 1] if isinstance(vocab, list) else list(vocab.values())
-    ids += [token["id"] for token in content.get("added_tokens", [])]
-    return min(vocab_size, max(ids) + 1)
+def tokenizer_notes(reference: Path, candidate: Path) -> list[str]:
+    """Say how the tokenizer of a resolved candidate differs from the reference's, whose ids both models are fed.
+
+    Compared are EOS and BOS, what is put around a text, the token of every id, and a few hundred strings.
+    """
+    try:
+        theirs, ours = map(_tokenization, (reference, candidate))
+    except (CheckpointError, EvaluationError) as error:
+        return [f"The tokenizers of the two models were not compared: {error}"]
+    differences = [
+        f"the {name} token is {theirs.ids[name]} and {ours.ids[name]}"
+        for name in theirs.ids
+        if None not in (theirs.ids[name], ours.ids[name]) and theirs.ids[name] != ours.ids[name]
+    ]
+    if theirs.around != ours.around:
+        differences.append(f"a text gets the ids {theirs.around} and {ours.around} around it")
+    named = [i for i in theirs.tokens.keys() | ours.tokens.keys() if theirs.tokens.get(i) != ours.tokens.get(i)]
+    if named:
+        pair = " and ".join(repr(side.tokens.get(min(named))) for side in (theirs, ours))
+        differences.append(f"{len(named)} ids stand for other tokens (id {min(named)}: {pair})")
+    split = [text for text, ids in theirs.strings.items() if ids != ours.strings[text]]
+    if split:
+        differences.append(f"{len(split)} of {len(theirs.strings)} strings get other ids ({min(split, key=len)!r:.60})")
+    if not differences:
+        return []
+    return [
+        f"The tokenizers of {reference.name} and {candidate.name} differ: {'; '.join(differences)}. Both models were "
+        "fed the ids of the former, so the figures are those of the weights; given text, the latter may do worse."
+    ]
+
+
+@dataclass(frozen=True)
+class _Tokenization:
+    """A tokenizer, in terms that both runtimes have."""
+
+    ids: dict[str, int | None]
+    """Ids of EOS and BOS."""
+    around: tuple[list[int], list[int]]
+    """Ids that are put before and behind a text."""
+    tokens: dict[int, str]
+    """Tokens by id; fillers without a meaning are left out."""
+    strings: dict[str, list[int]]
+
+
+def _tokenization(path: Path) -> _Tokenization:
+    if is_gguf(path):
+        with llama_vocabulary(path) as (_, vocab):
+            special, tokens = llama_tokens(vocab)
+    else:
+        tokenizer = load_tokenizer(path)
+        special = {"EOS": tokenizer.eos_token_id, "BOS": tokenizer.bos_token_id}
+        tokens = {token_id: text for text, token_id in tokenizer.get_vocab().items()}
+    with open_encoder(path) as encode:
+        strings = {text: encode(text, add_special=False) for text in varied_strings()}
+        plain, whole = encode("a", add_special=False), encode("a")
+    start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain or i == len(whole) - 1)
+    # llama.cpp keeps spaces of added tokens plain.
+    named = {i: text.replace("\u2581", " ") for i, text in tokens.items() if not re.fullmatch(r"\[PAD\d+\]", text)}
+    return _Tokenization(special, (whole[:start], whole[start + len(plain) :]), named, strings)
 
 
 def load_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:

@@ -39,6 +39,31 @@ if TYPE_CHECKING:
 DEFAULT_NAME = "built-in text"
 _DOCUMENT_BREAK = "\n\n\f\n"
 _MAX_CHARACTERS_PER_TOKEN = 16
+_TRICKY = (
+    "a",
+    " a",
+    "  a",
+    "a ",
+    "\n",
+    " \n\n ",
+    "\t\tx\r\ny",
+    "1234567890",
+    "3.14159e-12 1,000,000",
+    "I'd've WE'LL it's",
+    "camelCaseWords HTTPServer x_1",
+    "def f(x):\n    return {x!r:>10}",
+    "https://a.b/c?d=e&f#g",
+    "... --- !!! ?? ;;",
+    "na\u00efve caf\u00e9 Gr\u00f6\u00dfe",
+    "\u0440\u0443\u0441\u0441\u043a\u0438\u0439 \u0442\u0435\u043a\u0441\u0442",
+    "\u65e5\u672c\u8a9e\u306e\u30c6\u30b9\u30c8",
+    "\u4f60\u597d\uff0c\u4e16\u754c\u3002",
+    "\ud55c\uad6d\uc5b4",
+    "\u0627\u0644\u0639\u0631\u0628\u064a\u0629",
+    "\U0001f642\U0001f680",
+    "\u00a0nbsp\u3000wide",
+    "\u00b2\u00b3 \u0663\u0664\u0665",
+)
 
 
 class TextEncoder(Protocol):
@@ -169,6 +194,13 @@ def first_tokens(encode: Callable[[str], list[int]], text: str, count: int) -> l
         if len(ids) > count + spare:
             return ids[: count + 1]
         length *= 4
+
+
+def varied_strings() -> list[str]:
+    """Return a few hundred short strings on which tokenizers are told apart: prose, code, numbers, spaces, scripts."""
+    _, documents = _documents(None, 0)
+    lines = [line for document in documents for line in document.splitlines() if line.strip()]
+    return list(dict.fromkeys((*_TRICKY, *lines[:: max(1, len(lines) // 256)])))
 
 
 def evaluation_windows(source: str | Path, encode: TextEncoder, *, window: int, max_tokens: int) -> ModelInputs:

@@ -90,23 +90,22 @@ class SavedAdapter:
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
         self.config = read_adapter_config(self.directory)
-        self._file = self.directory / WEIGHTS_NAME
+        self._path = self.directory / WEIGHTS_NAME
         keys = stored_keys(self.directory)
+        self._file = safe_open(self._path, "pt")
         self.copies = base_copies(keys)
-        self.weights = list(_paired(self._file, [key for key in keys if key not in self.copies]))
+        self.weights = list(_paired(self._path, [key for key in keys if key not in self.copies]))
 
     def load(self, key: str) -> Tensor:
         """One factor, float32. Raises AdapterError: NaN or infinite values."""
-        with safe_open(self._file, "pt") as file:
-            values = file.get_tensor(key).float()
+        values = self._file.get_tensor(key).float()
         if not values.isfinite().all():
-            raise AdapterError(f"`{key}` in {self._file} holds NaN or infinite values: training diverged. Train again.")
+            raise AdapterError(f"`{key}` in {self._path} holds NaN or infinite values: training diverged. Train again.")
         return values
 
     def shape(self, key: str) -> list[int]:
         """Rows and columns of one factor."""
-        with safe_open(self._file, "pt") as file:
-            return file.get_slice(key).get_shape()
+        return self._file.get_slice(key).get_shape()
 
     def scaling(self, name: str, rank: int) -> float:
         """Return the factor of the product of the low-rank matrices of the parameter or module `name`."""

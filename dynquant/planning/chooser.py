@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 
 from dynquant.analysis.errors.measure import tensor_formats, unmeasured_table
 from dynquant.analysis.errors.measure_schemes import scheme_formats
@@ -15,7 +14,6 @@ from dynquant.checkpoints.model import Model
 from dynquant.families.linear_layers import LinearCheckpoint
 from dynquant.formats.quant_types import fit_to_row, quant_type
 from dynquant.formats.storage_format import Choice
-from dynquant.formats.vllm_schemes import SCHEMES
 from dynquant.planning.planner import Rules, check_budget_range, coupled_tensors, plan_types, size_range
 from dynquant.planning.target import Target
 from dynquant.recipes.build_plan import fixed_bytes
@@ -35,19 +33,20 @@ class Chooser:
     ) -> None:
         self.context = {"recipe": target.recipe, "stats": stats.stats, "stats_hash": stats.hash}
         self._model, self._target = model, target
-        self._fixed = fixed_bytes(model, table.tensors(), **self.context)
+        fixed = fixed_bytes(model, table.tensors(), **self.context)
         for kind in target.couple:
             if not coupled_tensors(table.tensors(), (kind,)):
                 session.note(f"--couple {kind}: this model has no such tensors")
         coupled = coupled_tensors(table.tensors(), target.couple)
-        self._rules = {flag: replace(rules, floors=flag, coupled=coupled) for flag in (True, False)}
+        rules = replace(rules, coupled=coupled, fixed_bytes=fixed)
+        self._rules = {flag: replace(rules, floors=flag) for flag in (True, False)}
         self.memory = target.memory(model)
         self._reasons: dict[tuple[tuple[str, str], ...], dict[str, Choice]] = {}
 
     def __call__(self, table: ErrorTable, *, floors: bool = True, file_bytes: int | None = None) -> dict[str, str]:
         allowed = self._target.allowed(table)
         rules = self._rules[floors and self._target.floors]
-        choices = plan_types(allowed, self._budget(allowed, rules, file_bytes), rules, fixed_bytes=self._fixed)
+        choices = plan_types(allowed, self._budget(allowed, rules, file_bytes), rules)
         types = {name: choice.type for name, choice in choices.items()}
         self._reasons[tuple(sorted(types.items()))] = choices
         return types
@@ -55,10 +54,10 @@ class Chooser:
     def _budget(self, table: ErrorTable, rules: Rules, wanted: int | None) -> int | None:
         """File bytes: the target's, None for the planner's default, or the possible size nearest to `wanted`."""
         if wanted is not None:
-            smallest, largest = size_range(table, rules, fixed_bytes=self._fixed)
+            smallest, largest = size_range(table, rules)
             return max(smallest, min(largest, wanted))
         if self.memory is not None:
-            return self.memory.file_budget(*size_range(table, rules, fixed_bytes=self._fixed))
+            return self.memory.file_budget(*size_range(table, rules))
         return self._target.budget(self._model.num_weights)
 
     def explained(self, types: Mapping[str, str]) -> dict[str, Choice]:
@@ -75,7 +74,8 @@ class Chooser:
     def file_bytes(self, types: Mapping[str, str]) -> int:
         """Bytes of the whole file."""
         shapes = {name: self._model.source.info(name).shape for name in types}
-        return self._fixed + sum(padded(quant_type(types[name]).tensor_bytes(shape)) for name, shape in shapes.items())
+        sizes = (padded(quant_type(types[name]).tensor_bytes(shape)) for name, shape in shapes.items())
+        return self._rules[False].fixed_bytes + sum(sizes)
 
 
 def check_budget(model: Model, target: Target, types: Sequence[str], stats: CalibrationStats | None) -> None:
@@ -89,8 +89,8 @@ def check_budget(model: Model, target: Target, types: Sequence[str], stats: Cali
     memory, table = target.memory(model), unmeasured_table(model, tensor_formats(model, stats, types), types)
     any_hash = None if stats is None else "0" * 64  # as long as a real one
     fixed = fixed_bytes(model, table.tensors(), recipe=target.recipe, stats=stats, stats_hash=any_hash)
-    rules = Rules(coupled=coupled_tensors(table.tensors(), target.couple))
-    smallest, largest = size_range(target.allowed(table), rules, fixed_bytes=fixed)
+    rules = Rules(coupled=coupled_tensors(table.tensors(), target.couple), fixed_bytes=fixed)
+    smallest, largest = size_range(target.allowed(table), rules)
     if memory is not None:
         memory.file_budget(smallest, largest)
         return
@@ -116,36 +116,25 @@ class SchemeChooser:
     """
 
     def __init__(self, checkpoint: LinearCheckpoint, schemes: Sequence[str], mixed_experts: bool = False) -> None:
-        self.checkpoint = checkpoint
-        self.candidates = checkpoint.candidates(schemes, mixed_experts=mixed_experts)
+        candidates = checkpoint.candidates(schemes, mixed_experts=mixed_experts)
         units = checkpoint.units(mixed_experts=mixed_experts).values()
-        coupled = tuple(tuple(linear.name for linear in unit) for unit in units)
-        self.rules = Rules(floors=False, coupled=coupled, target="vllm")
-
-    @cached_property
-    def sizes(self) -> dict[str, object]:
-        """Sizes of the files, as keywords of the planner's functions."""
-        stored = {
+        self._formats = scheme_formats(checkpoint, candidates)
+        self._bytes = {
             (linear.name, scheme.name): safetensors_bytes_at_most(linear.stored_as(scheme))
-            for linear in self.checkpoint.linears
-            for scheme in self.candidates[linear.name]
+            for linear in checkpoint.linears
+            for scheme in candidates[linear.name]
         }
-        fixed = fixed_safetensors_bytes(self.checkpoint)
-        return {"fixed_bytes": fixed, "stored_bytes": lambda row: stored[row.name, row.type]}
+        self._rules = Rules(
+            floors=False, coupled=tuple(tuple(linear.name for linear in unit) for unit in units), target="vllm",
+            fixed_bytes=fixed_safetensors_bytes(checkpoint), stored_bytes=lambda row: self._bytes[row.name, row.type],
+        )  # fmt: skip
 
     def check_budget(self, model: Model, budget: int) -> None:
         """Raise PlanError for a budget that `choose` would refuse, before anything is measured."""
-        table = unmeasured_table(model, scheme_formats(self.checkpoint, self.candidates), tuple(SCHEMES))
-        check_budget_range(budget, *size_range(table, self.rules, **self.sizes), "vllm")
+        check_budget_range(budget, *size_range(unmeasured_table(model, self._formats, ()), self._rules), "vllm")
 
     def choose(self, table: ErrorTable, budget: int | None) -> dict[str, Choice]:
-        """Return scheme and reason of every linear layer for files of at most `budget` bytes.
-
-        Without a budget, the smallest checkpoint gets `planner.HEADROOM` more.
-
-        Raises:
-            PlanError: the budget is below the smallest possible size; the range is named.
-        """
-        allowed = {(name, scheme.name) for name, schemes in self.candidates.items() for scheme in schemes}
-        rows = table.with_rows(row for row in table.rows if (row.name, row.type) in allowed)
-        return plan_types(rows, budget, self.rules, **self.sizes)
+        """Return scheme and reason of every linear layer for files of at most `budget` bytes. Raises PlanError: the
+        budget is below the smallest possible size; the range is named."""
+        rows = table.with_rows(row for row in table.rows if (row.name, row.type) in self._bytes)
+        return plan_types(rows, budget, self._rules)

@@ -40,18 +40,18 @@ def price(table: ErrorTable, types: Mapping[str, str], fixed_bytes: int) -> tupl
 
 
 def frontier(
-    table: ErrorTable, rules: Rules, fixed_bytes: int, presets: Mapping[str, Mapping[str, str]], num_points: int = 24
+    table: ErrorTable, rules: Rules, presets: Mapping[str, Mapping[str, str]], num_points: int = 24
 ) -> list[FrontierPoint]:
     """The planner at `num_points` budgets over its whole range of sizes, and every preset that can be priced."""
-    low, high = size_range(table, rules, fixed_bytes=fixed_bytes)
+    low, high = size_range(table, rules)
     assignments = []
     for step in range(num_points):
         budget = int(low * (high / low) ** (step / (num_points - 1)))  # even steps in logarithm
-        choices = plan_types(table, min(max(budget, low), high), rules, fixed_bytes=fixed_bytes)
+        choices = plan_types(table, min(max(budget, low), high), rules)
         assignments.append((f"{budget}", "plan", {name: choice.type for name, choice in choices.items()}))
     for label, types in presets.items():
         assignments.append((label, "uniform" if label.startswith("uniform") else "preset", types))
-    priced = [(label, kind, price(table, types, fixed_bytes)) for label, kind, types in assignments]
+    priced = [(label, kind, price(table, types, rules.fixed_bytes)) for label, kind, types in assignments]
     return [FrontierPoint(label, *point, kind=kind) for label, kind, point in priced if point]
 
 

@@ -38,11 +38,8 @@ _WINDOW_PERIODS = {"gemma3": 6}
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """Bytes of device memory and what is taken from it before weights.
-
-    Raises:
-        PlanError: nothing is left for weights.
-    """
+    """Bytes of device memory and what is taken from it before weights. Raises PlanError: nothing is left for
+    weights."""
 
     memory: int
     kv_cache: int
@@ -63,11 +60,8 @@ class MemoryBudget:
         return self.memory - self.kv_cache - self.compute_buffer - self.cuda_context
 
     def file_budget(self, smallest: int, largest: int) -> int:
-        """Bytes that a plan may take when its size can be between these two.
-
-        Raises:
-            PlanError: not even the smallest fits; the message has every part.
-        """
+        """Bytes that a plan may take when its size can be between these two. Raises PlanError: not even the smallest
+        fits; the message has every part."""
         if self.weights < smallest:
             raise PlanError(
                 f"{self.label} is too little: {self._overhead()} leave {_gb(self.weights)} for the weights, and the "
@@ -102,18 +96,16 @@ def memory_budget(model: Model, memory: int, *, context: int, kv_type: str) -> M
             too little memory for any weights.
         CheckpointError: a number is missing in the metadata.
     """
-    check_cache(context, kv_type)
+    check_cache(kv_type)
     label = f"{_gb(memory)} of memory with {context:,} tokens of {kv_type} KV cache"
     cache, buffer = kv_cache_bytes(model, context, kv_type), compute_buffer_bytes(model, context, kv_type)
     return MemoryBudget(memory, cache, buffer, CUDA_CONTEXT_BYTES, label)
 
 
-def check_cache(context: int, kv_type: str) -> None:
-    """Raises PlanError for options that no model can have."""
+def check_cache(kv_type: str) -> None:
+    """Raise PlanError for a type that no KV cache has."""
     if kv_type not in KV_TYPES:
         raise PlanError(f"--kv-type {kv_type} is not known; give one of {', '.join(KV_TYPES)}.")
-    if context < 1:
-        raise PlanError(f"--context {context} is not a number of tokens; give one from 1 up, as 8192.")
 
 
 def kv_cache_bytes(model: Model, context: int, kv_type: str = "f16") -> int:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from dynquant.calibration.options import CalibrationOptions
 from dynquant.errors import PlanError
-from dynquant.options import MODEL_HELP, BaseGguf, Flag, MeasuringEncoder, Writes
+from dynquant.options import MODEL_HELP, BaseGguf, Flag, MeasuringEncoder, Options, Writes
 from dynquant.planning.target import Target
 
 CLOSED_FORM, FISHER, UNIT_KL = METHODS = ("closed-form", "fisher-probe", "unit-kl")
@@ -15,20 +15,16 @@ _PLAN_FOLDER = Writes("folder", unless="config_only")
 
 
 def parse_range(text: str) -> tuple[float, float]:
-    """Return the two numbers of `1.6:4.5`.
-
-    Raises:
-        PlanError: it is something else.
-    """
+    """Return the two numbers of `1.6:4.5`. Raises PlanError: it is something else."""
     try:
         low, high = map(float, text.split(":"))
     except ValueError as error:
-        raise PlanError(f"--frontier {text} is no range of bits per weight; give one as 1.6:4.5.") from error
+        raise PlanError(f"--frontier {text:.40} is no range of bits per weight; give one as 1.6:4.5.") from error
     return low, high
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchOptions:
+class SearchOptions(Options):
     """Ways to price and select. Tokens are of the calibration source; a probe is one window of `probe_window`
     tokens."""
 
@@ -52,12 +48,14 @@ class SearchOptions:
             ("--selection-text",),
         ),
     ] = None
-    probes: Annotated[int, Flag("Windows of 256 tokens for the Fisher probe.")] = 32
+    probes: Annotated[int, Flag("Windows of 256 tokens for the Fisher probe.", min=1)] = 32
     probe_window: int = 256
     unit_tokens: int = 2048
     rounds: int = 2
     selection_tokens: int = 4096
-    check_plans: Annotated[int, Flag("Also draw this many plans and correlate their predicted and measured KL.")] = 0
+    check_plans: Annotated[
+        int, Flag("Also draw this many plans and correlate their predicted and measured KL.", min=0)
+    ] = 0
     frontier: Annotated[
         tuple[float, float] | None,
         Flag(
@@ -69,6 +67,7 @@ class SearchOptions:
     frontier_points: int = 8
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for method in self.methods:
             if method not in METHODS:
                 raise PlanError(f"There is no sensitivity `{method}`; give any of {', '.join(METHODS)}.")
@@ -95,7 +94,7 @@ class SearchOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanOptions:
+class PlanOptions(Options):
     """A model, what its plan should reach and how that is found out, and the folder where everything goes."""
 
     model: Annotated[str | None, Flag(MODEL_HELP, is_argument=True)] = None

@@ -60,31 +60,23 @@ class Rules:
     coupled: tuple[tuple[str, ...], ...] = ()
     """Groups of tensors that must have one type; no tensor is in two. See `coupled_tensors`."""
     target: PlanTarget = "gguf"
+    fixed_bytes: int = 0
+    """Size of all but the tensors that have a choice: header, norms, routers."""
+    stored_bytes: Callable[[ErrorRow], int] = lambda row: padded(row.bytes)
+    """Size of a tensor in the file, by default in a GGUF file."""
 
 
-def _padded_bytes(row: ErrorRow) -> int:
-    return padded(row.bytes)
-
-
-def plan_types(
-    table: ErrorTable,
-    budget: int | None,
-    rules: Rules,
-    *,
-    fixed_bytes: int = 0,
-    stored_bytes: Callable[[ErrorRow], int] = _padded_bytes,
-) -> dict[str, Choice]:
+def plan_types(table: ErrorTable, budget: int | None, rules: Rules) -> dict[str, Choice]:
     """Return type and reason of every tensor in the table, for a file of at most `budget` bytes.
 
-    Minimises the sum of `ErrorTable.cost` over the tensors. `fixed_bytes` is what the file holds besides: header,
-    norms, routers; `stored_bytes` what a tensor takes of it, by default that of a GGUF file. Without a budget, the
-    smallest file that keeps every floor gets HEADROOM more, for the tensors that gain most from it.
+    Minimises the sum of `ErrorTable.cost` over the tensors. Without a budget, the smallest file that keeps every floor
+    gets HEADROOM more, for the tensors that gain most from it.
 
     Raises:
         PlanError: the budget is below the smallest or above the largest possible size (both are named), or coupled
             tensors have no type in common.
     """
-    planner = _Planner(table, rules, fixed_bytes, stored_bytes)
+    planner = _Planner(table, rules)
     if budget is None:
         return planner.explained(planner.draft(0, None))
     check_budget_range(budget, *planner.size_range, rules.target)
@@ -97,15 +89,10 @@ def plan_types(
     return planner.explained(next(compress(drafts, is_worth_it)))
 
 
-def size_range(
-    table: ErrorTable, rules: Rules, *, fixed_bytes: int = 0, stored_bytes: Callable[[ErrorRow], int] = _padded_bytes
-) -> tuple[int, int]:
-    """Return the file bytes with every tensor in its smallest type, and in its largest; floors do not count.
-
-    Raises:
-        PlanError: coupled tensors have no type in common.
-    """
-    return _Planner(table, rules, fixed_bytes, stored_bytes).size_range
+def size_range(table: ErrorTable, rules: Rules) -> tuple[int, int]:
+    """Return the file bytes with every tensor in its smallest type, and in its largest; floors do not count. Raises
+    PlanError: coupled tensors have no type in common."""
+    return _Planner(table, rules).size_range
 
 
 def check_budget_range(budget: int, smallest: int, largest: int, target: PlanTarget = "gguf") -> None:
@@ -171,12 +158,10 @@ class _Draft:
 
 @dataclass(frozen=True)
 class _Planner:
-    """One table under one set of rules, for a file of which `fixed_bytes` are spent already."""
+    """One table under one set of rules."""
 
     table: ErrorTable
     rules: Rules
-    fixed_bytes: int
-    stored_bytes: Callable[[ErrorRow], int]
 
     @cached_property
     def groups(self) -> Mapping[str, tuple[str, ...]]:
@@ -199,8 +184,8 @@ class _Planner:
 
     @cached_property
     def size_range(self) -> tuple[int, int]:
-        everything = self.options({})
-        return self.fixed_bytes + smallest_total(everything), self.fixed_bytes + largest_total(everything)
+        everything, fixed = self.options({}), self.rules.fixed_bytes
+        return fixed + smallest_total(everything), fixed + largest_total(everything)
 
     def options(self, floors: Mapping[str, QuantType | None]) -> dict[str, list[Option]]:
         """Return the types that all tensors of a group have, with the sums of their bytes and costs."""
@@ -217,7 +202,8 @@ class _Planner:
             priced = []
             for name in common:
                 typed = [rows[name] for rows in members]
-                priced.append(Option(sum(map(self.stored_bytes, typed)), sum(map(self.table.cost, typed)), name))
+                size, cost = sum(map(self.rules.stored_bytes, typed)), sum(map(self.table.cost, typed))
+                priced.append(Option(size, cost, name))
             floor = floors.get(first)
             least = floor.bits_per_weight if floor else 0
             allowed = [option for option in priced if not floor or QUANT_TYPES[option.type].bits_per_weight >= least]
@@ -230,11 +216,11 @@ class _Planner:
         for group in self.groups.values():
             floors |= dict.fromkeys(group, _highest(self._floor(name, level) for name in group))
         options = self.options(floors)
-        needed = self.fixed_bytes + smallest_total(options)
+        needed = self.rules.fixed_bytes + smallest_total(options)
         limit = min(int(needed * HEADROOM), self.size_range[1]) if budget is None else budget
         if needed > limit:
             return None
-        allocated = allocate(options, limit - self.fixed_bytes)
+        allocated = allocate(options, limit - self.rules.fixed_bytes)
         types = {name: allocated[first].type for first, group in self.groups.items() for name in group}
         return _Draft(level, floors, types, total_cost(allocated))
 

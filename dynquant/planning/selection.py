@@ -71,11 +71,7 @@ class Selection(FrozenRecord):
 
     @classmethod
     def load(cls, path: Path) -> "Selection | None":
-        """Read selection.json; None when nothing was selected.
-
-        Raises:
-            PlanError: the file is not a selection.
-        """
+        """Read selection.json; None when nothing was selected. Raises PlanError: the file is not a selection."""
         if not path.is_file():
             return None
         return read_document(path, cls, "a selection", "Plan again.")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from dynquant.errors import PlanError
-from dynquant.options import Flag, Preset, Types
+from dynquant.options import Flag, Options, Preset, Types
 from dynquant.resources import parse_size
 
 if TYPE_CHECKING:
@@ -22,17 +22,22 @@ LEVELS = ("keep", "8bit", "lower")
 
 
 @dataclass(frozen=True)
-class Target:
+class Target(Options):
     """Goal of a plan: at most one of preset, bits per weight, size, memory to fit in, another file's types and a
     recipe.
     """
 
-    bpw: Annotated[float | None, Flag("Budget in bits per weight, of the whole file.")] = None
-    size: Annotated[str | None, Flag("Budget in bytes, or as 140GB, 31.5MB, 12GiB.")] = None
+    bpw: Annotated[float | None, Flag("Budget in bits per weight, of the whole file.", min=0.1, max=32)] = None
+    size: Annotated[str | None, Flag("Budget in bytes, or as 140GB, 31.5MB, 12GiB.", min=1, is_size=True)] = None
     fits: Annotated[
-        str | None, Flag("Budget as device memory, as 24GB: less the KV cache and what else llama.cpp allocates.")
+        str | None,
+        Flag(
+            "Budget as device memory, as 24GB: less the KV cache and what else llama.cpp allocates.",
+            min=1,
+            is_size=True,
+        ),
     ] = None
-    context: Annotated[int, Flag("Tokens of KV cache, with --fits.")] = 8192
+    context: Annotated[int, Flag("Tokens of KV cache, with --fits.", min=1)] = 8192
     kv_type: Annotated[str, Flag("Type of the KV cache, with --fits: f16, q8_0 or q4_0.")] = "f16"
     couple: Annotated[
         tuple[str, ...],
@@ -80,6 +85,7 @@ class Target:
     ] = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         types = {"--preset": self.preset, "--like": self.like, "--recipe": self.patterns}
         goals = {"--preset": self.preset, "--bpw": self.bpw, "--size": self.size, "--fits": self.fits, **types}
         given = [flag for flag, value in goals.items() if value is not None]
@@ -104,12 +110,7 @@ class Target:
         if self.fits is not None:
             from dynquant.planning.memory_budget import check_cache
 
-            parse_size(self.fits)
-            check_cache(self.context, self.kv_type)
-        if self.bpw is not None and not 0 < self.bpw <= 32:
-            raise PlanError(f"--bpw {self.bpw} is not a number of bits per weight; give one between 1.6 and 16.")
-        if self.size is not None:
-            parse_size(self.size)
+            check_cache(self.kv_type)
 
     @property
     def recipe(self) -> str:
@@ -130,11 +131,8 @@ class Target:
         return (f"size {parse_size(self.size)}" if self.size else smallest) + coupled
 
     def memory(self, model: "Model") -> "MemoryBudget | None":
-        """Return what `fits` leaves for the file, or None without it.
-
-        Raises:
-            PlanError: KV cache and buffers alone take more, or the cache type does not fit the model's heads.
-        """
+        """Return what `fits` leaves for the file, or None without it. Raises PlanError: KV cache and buffers alone take
+        more, or the cache type does not fit the model's heads."""
         if self.fits is None:
             return None
         from dynquant.planning.memory_budget import memory_budget

@@ -213,11 +213,8 @@ def schemes_of(plan: Plan) -> dict[str, Scheme]:
 
 
 def uniform_schemes(preset: str, checkpoint: LinearCheckpoint) -> dict[str, Choice]:
-    """Return the scheme of the preset `uniform-SCHEME` for every linear layer.
-
-    Raises:
-        PlanError: another preset, or a scheme that vLLM does not serve.
-    """
+    """Return the scheme of the preset `uniform-SCHEME` for every linear layer. Raises PlanError: another preset, or a
+    scheme that vLLM does not serve."""
     if not preset.lower().startswith(UNIFORM):
         raise PlanError(
             f"`--preset {preset}` is a recipe of GGUF types. A compressed-tensors checkpoint takes "
@@ -228,11 +225,8 @@ def uniform_schemes(preset: str, checkpoint: LinearCheckpoint) -> dict[str, Choi
 
 
 def check_linears(plan: Plan, checkpoint: LinearCheckpoint, model: Model) -> None:
-    """Refuse a plan for vLLM that is not exactly of this checkpoint.
-
-    Raises:
-        PlanError: another fingerprint, a missing or unknown layer, other shapes, or another size than it predicts.
-    """
+    """Refuse a plan for vLLM that is not exactly of this checkpoint. Raises PlanError: another fingerprint, a missing
+    or unknown layer, other shapes, or another size than it predicts."""
     linears = {linear.name: linear for linear in checkpoint.linears}
     plan.check_covers(list(linears), model.fingerprint, model.name)
     for entry in plan.entries:

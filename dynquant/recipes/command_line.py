@@ -230,12 +230,8 @@ def _read_recipe(recipe: str) -> str:
 
 
 def parse_recipe(text: str) -> Recipe:
-    """Read the arguments in a text.
-
-    Raises:
-        PlanError: an option that is not known or changes other things than types, an unknown type, a broken regex, or
-            nothing at all.
-    """
+    """Read the arguments in a text. Raises PlanError: an option that is not known or changes other things than types,
+    an unknown type, a broken regex, or nothing at all."""
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     statement = "\n".join(lines)
     if re.search(r"(^|\s)--[a-z]", statement):

@@ -49,11 +49,8 @@ class PlanDiff:
 
 
 def compare_types(before: TypeList, after: TypeList) -> PlanDiff:
-    """Compare two plans or files.
-
-    Raises:
-        PlanError: they have not the same tensors in the same shapes; the first that differs is named.
-    """
+    """Compare two plans or files. Raises PlanError: they have not the same tensors in the same shapes; the first that
+    differs is named."""
     old, new = ({tensor.name: tensor for tensor in side.tensors} for side in (before, after))
     _check_same_model(before, after, old, new)
     groups: dict[tuple[Role, str, str], list[str]] = {}

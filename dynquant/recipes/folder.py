@@ -47,11 +47,8 @@ def load_super_weights(path: Path) -> list[SuperWeight]:
 
 
 def stats_of_plan(stats_hash: str | None, path: Path) -> StatsFile | None:
-    """Return the statistics with this hash, from which a plan was made; None for a plan without.
-
-    Raises:
-        StatsError: they are not at `path`, or are others; both hashes are named.
-    """
+    """Return the statistics with this hash, from which a plan was made; None for a plan without. Raises StatsError:
+    they are not at `path`, or are others; both hashes are named."""
     if stats_hash is None:
         return None
     if not path.is_file():

@@ -313,11 +313,8 @@ class _Mixture:
 
 
 def file_type_name(ftype: str) -> str:
-    """Return the key of `LLAMA_FTYPES` that llama-quantize understands by `ftype`.
-
-    Raises:
-        PlanError: no such file type; the message lists the nearest names.
-    """
+    """Return the key of `LLAMA_FTYPES` that llama-quantize understands by `ftype`. Raises PlanError: no such file type;
+    the message lists the nearest names."""
     file_type = _ALIASES.get(ftype.lower(), ftype.lower())
     if file_type not in LLAMA_FTYPES:
         near = difflib.get_close_matches(file_type, LLAMA_FTYPES, n=4, cutoff=0.4) or list(LLAMA_FTYPES)

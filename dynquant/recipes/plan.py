@@ -169,11 +169,8 @@ class Plan(FrozenRecord):
         return [f"{count} tensor{'s' * (count > 1)}: {reason}" for reason, count in counts.most_common()]
 
     def check_covers(self, names: list[str], fingerprint: str, model_name: str) -> None:
-        """Refuse a plan of another checkpoint, or one whose tensors are not exactly the model's.
-
-        Raises:
-            PlanError: naming the tensor or the two fingerprints.
-        """
+        """Refuse a plan of another checkpoint, or one whose tensors are not exactly the model's. Raises PlanError:
+        naming the tensor or the two fingerprints."""
         if self.fingerprint != fingerprint:
             command = "dynquant plan --for vllm" if self.target == "vllm" else "dynquant plan"
             raise PlanError(
@@ -190,11 +187,8 @@ class Plan(FrozenRecord):
 
     @classmethod
     def load(cls, path: Path, target: PlanTarget = "gguf") -> "Plan":
-        """Read plan.json, of this version or an older one.
-
-        Raises:
-            PlanError: missing, not JSON, of another target, unknown fields or types, or a tensor named twice.
-        """
+        """Read plan.json, of this version or an older one. Raises PlanError: missing, not JSON, of another target,
+        unknown fields or types, or a tensor named twice."""
         plan = read_document(path, cls, "a plan", "Make one with `dynquant plan`.")
         if plan.target != target:
             raise PlanError(f"{path} {_OTHER_TARGET[plan.target]}")

@@ -47,10 +47,7 @@ _FLOATS = ("f32", "f16", "bf16")
 
 def preset_types(preset: str, model: Model) -> dict[str, Choice]:
     """Return wanted type and reason of every quantizable tensor; row-length fallbacks are applied by the plan builder.
-
-    Raises:
-        PlanError: unknown preset, or an R1 recipe for a model without routed experts.
-    """
+    Raises PlanError: unknown preset, or an R1 recipe for a model without routed experts."""
     name = preset.lower()
     names = [tensor for tensor in model.source.names() if is_quantizable(tensor, model.source.info(tensor).shape)]
     if name == "f32":

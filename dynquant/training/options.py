@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from dynquant.errors import TrainingError
-from dynquant.options import Flag, Window, Writes
+from dynquant.options import Flag, Options, Window, Writes
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +18,7 @@ _BLEND = {RESIDUAL: 0.5, ZERO: 1.0}
 LARGE = 1_000_000_000
 """Weights from which a model is large: memory decides what else there is room for."""
 KEPT = "The last checkpoint is kept; steps after it are lost."
-LearningRate = Annotated[float, Flag("Highest learning rate; warmup, then a cosine to zero.", min=0.0)]
+LearningRate = Annotated[float, Flag("Highest learning rate; warmup, then a cosine to zero.", min=0, max=1)]
 Packed = Annotated[
     str,
     Flag("Packed model: directory of `export -f safetensors`, or a .gguf file.", is_argument=True, show_default=False),
@@ -28,7 +28,7 @@ Resume = Annotated[bool, Flag("Continue an interrupted run.")]
 
 
 @dataclass(frozen=True)
-class TrainOptions:
+class TrainOptions(Options):
     """The adapter and its training. Rates follow a cosine with `warmup` as a share of all steps.
 
     `batch_size` counts the examples of an optimizer step, which are run `micro_batch` at a time. The held-out loss is
@@ -39,7 +39,7 @@ class TrainOptions:
         TrainingError: `store` is not one of STORED.
     """
 
-    rank: Annotated[int, Flag("Rank of the adapter.", min=1)] = 16
+    rank: Annotated[int, Flag("Rank of the adapter.", min=1, max=4096)] = 16
     alpha: Annotated[int | None, Flag("The adapter is scaled by alpha / rank. Default: twice the rank.", min=1)] = None
     rslora: Annotated[bool, Flag("Scale by alpha / sqrt(rank) instead.", ("--rslora",))] = False
     experts: Annotated[bool, Flag("Adapt the routed experts too.")] = True
@@ -47,7 +47,7 @@ class TrainOptions:
         bool, Flag("Adapt only layers to which llama.cpp applies adapters, for export-adapter.", ("--llama-cpp",))
     ] = False
     learning_rate: LearningRate = 5e-4
-    epochs: Annotated[float, Flag("Passes over the training part, at most.", min=0.0)] = 3.0
+    epochs: Annotated[float, Flag("Passes over the training part, at most.", min=0, max=1000)] = 3.0
     max_steps: Annotated[int | None, Flag("Optimizer steps instead of --epochs.", min=1)] = None
     batch_size: Annotated[int, Flag("Examples of an optimizer step.", min=1)] = 8
     micro_batch: Annotated[int | None, Flag("Examples run at a time. Default: the whole batch.", min=1)] = None
@@ -63,6 +63,7 @@ class TrainOptions:
     """One of STORED; the adapter is trained in float32."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.store not in STORED:
             raise TrainingError(f"An adapter cannot be stored as {self.store!r}; give {' or '.join(STORED)}.")
 
@@ -88,35 +89,35 @@ class HealTrainOptions(TrainOptions):
 
 
 @dataclass(frozen=True)
-class HealData:
+class HealData(Options):
     """Text to train on and text to measure on. Without `text`, the part of the data that was kept apart is measured."""
 
     data: Annotated[str | None, Flag("Text to train on, as --calibration takes it. Default: the built-in text.")] = None
-    tokens: Annotated[int, Flag("Train on at most this many tokens of it.")] = 524_288
+    tokens: Annotated[int, Flag("Train on at most this many tokens of it.", min=2)] = 524_288
     sampled_tokens: Annotated[int, Flag("Also train on this many tokens that the original writes itself.", min=0)] = 0
     window: Window = 512
     text: Annotated[
         tuple[Path, ...],
         Flag("Held-out text to measure on, likewise. May be repeated. Default: a part of the data, kept apart."),
     ] = ()
-    max_tokens: Annotated[int, Flag("Tokens of each held-out text.")] = 8192
+    max_tokens: Annotated[int, Flag("Tokens of each held-out text.", min=2)] = 8192
     mmlu_data: Annotated[str | None, Flag("Questions to measure accuracy on, .jsonl or a datasets id.")] = None
     shots: Annotated[str | None, Flag("Few-shot questions, .jsonl.")] = None
-    num_shots: Annotated[int, Flag("Shots before each question.")] = 5
-    limit: Annotated[int | None, Flag("At most this many questions, spread evenly.")] = None
+    num_shots: Annotated[int, Flag("Shots before each question.", min=0)] = 5
+    limit: Annotated[int | None, Flag("At most this many questions, spread evenly.", min=1)] = None
     cache_dir: Annotated[
         Path | None, Flag("Keep the original's distributions here. Default: beside the output.", ("--reference-cache",))
     ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneOptions:
+class FinetuneOptions(Options):
     """A packed model, the chats that it learns, and the adapter."""
 
     packed: Packed
     output: Output
     data: Annotated[Path, Flag('.jsonl with "messages", "prompt" and "completion", or "text" in each line.')]
-    held_out: Annotated[float, Flag("Share of the lines that is held out.", min=0.0, max=0.9)] = 0.1
+    held_out: Annotated[float, Flag("Share of the lines that is held out.", min=0, max=0.9)] = 0.1
     max_length: Annotated[int, Flag("Tokens of an example; longer ones are cut.", min=2)] = 1024
     tokenizer: Annotated[str | None, Flag("Model whose tokenizer to use. Default: that of the packed model.")] = None
     training: TrainOptions = field(default_factory=TrainOptions)
@@ -124,7 +125,7 @@ class FinetuneOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HealOptions:
+class HealOptions(Options):
     """A packed model, its original, the text between them, and the adapter.
 
     Raises:
@@ -151,12 +152,9 @@ class HealOptions:
     resume: Resume = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.start not in _BLEND:
             raise TrainingError(f"There is no start {self.start!r} of an adapter; give {RESIDUAL} or {ZERO}.")
-        if not 0 <= self.share <= 1:
-            raise TrainingError(
-                f"A blend of {self.share} is not between 0, the adapter's start, and 1, what training made of it."
-            )
 
     @property
     def share(self) -> float:

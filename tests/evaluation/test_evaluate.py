@@ -104,7 +104,6 @@ def test_perplexity_alone_reports_no_divergence(small_moe, data) -> None:
         ({"tasks": {"kl", "speed"}}, r"Unknown tasks \['speed'\]"),
         ({"tasks": {"kl"}, "text": []}, "need a text"),
         ({"tasks": {"kl"}, "window": 4096}, "does not fit the context of 1024"),
-        ({"tasks": {"kl"}, "window": 1}, "at least 2"),
         ({"tasks": {"mmlu"}, "shots": None}, "give --shots"),
         ({"tasks": {"mmlu"}, "scoring": ["digits"]}, "Unknown scoring"),
         ({"tasks": {"kl"}, "text": [Path("absent.txt")]}, "There is no text"),

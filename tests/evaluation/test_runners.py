@@ -1,5 +1,8 @@
 """Both runners: the same logits for the same weights, prefix reuse that changes nothing, and refused files."""
 
+import json
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,8 +10,8 @@ import pytest
 import torch
 
 from dynquant.errors import CheckpointError
-from dynquant.evaluation.runners import LogitRunner, describe_model, open_encoder, open_runner
-from dynquant.families.open import locate_model, open_model
+from dynquant.evaluation.runners import LogitRunner, describe_model, open_encoder, open_runner, tokenizer_notes
+from dynquant.families.open import locate_model, open_config, open_model
 from tests.helpers.tiny_models import write_f32
 
 TEXT = "A quantized model answers a question.\n\nWhat is mitosis?  É naïve \t 42 + 7\nAnswer:"
@@ -81,6 +84,46 @@ def test_both_tokenizers_agree(small_moe, small_gguf) -> None:
     assert len(ids[0][0]) > 20
 
 
+@pytest.fixture
+def changed(small_moe: Path, tmp_path: Path):
+    """Write the tokenizer of the small model with other settings, as a directory or as a GGUF without tensors."""
+
+    def written(*, gguf: bool, tokens: dict[str, int] | None = None, **settings: object) -> Path:
+        for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(small_moe / name, tmp_path / name)
+        config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | settings))
+        content = json.loads((tmp_path / "tokenizer.json").read_text())
+        content["model"]["vocab"] |= tokens or {}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+        return write_f32(open_config(tmp_path), tmp_path / "other.gguf", with_tensors=False) if gguf else tmp_path
+
+    return written
+
+
+@pytest.mark.parametrize("gguf", [True, False], ids=["GGUF", "directory"])
+def test_tokenizers_that_differ_are_described(gguf: bool, small_moe: Path, small_gguf: Path, changed) -> None:
+    assert tokenizer_notes(small_moe, small_gguf) == tokenizer_notes(small_gguf, small_moe) == []
+    assert tokenizer_notes(small_moe, changed(gguf=gguf)) == []
+    (note,) = tokenizer_notes(small_moe, changed(gguf=gguf, eos_token="!", tokens=swap(small_moe)))
+    assert "the EOS token is 0 and 1" in note and "2 ids stand for other tokens" in note
+    assert re.search(r"\d+ of 2\d\d strings get other ids", note) and "fed the ids of the former" in note
+
+
+def swap(directory: Path) -> dict[str, int]:
+    vocab = json.loads((directory / "tokenizer.json").read_text())["model"]["vocab"]
+    first, second = "\u0120the", "\u0120a"
+    return {first: vocab[second], second: vocab[first]}
+
+
+@pytest.mark.filterwarnings("ignore:.*add_bos_token")
+def test_a_bos_that_only_one_tokenizer_adds_is_described(small_moe: Path, changed, tmp_path: Path) -> None:
+    (note,) = tokenizer_notes(small_moe, changed(gguf=True, add_bos_token=True))
+    assert "a text gets the ids ([], []) and ([0], []) around it" in note
+    (note,) = tokenizer_notes(small_moe, tmp_path / "none")
+    assert "were not compared" in note
+
+
 def test_descriptions_come_without_weights(small_moe, small_gguf) -> None:
     for path, kind in ((small_moe, "transformers"), (small_gguf, "llama.cpp")):
         info = describe_model(path)
@@ -118,5 +161,5 @@ def test_damaged_safetensors_are_refused(small_moe: Path, tmp_path: Path) -> Non
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((small_moe / name).read_bytes())
     (tmp_path / "model.safetensors").write_bytes((small_moe / "model.safetensors").read_bytes()[:500_000])
-    with pytest.raises(CheckpointError, match="cannot load the model"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated"):
         open_runner(tmp_path, device="cpu")

@@ -97,9 +97,8 @@ def test_too_little_memory_names_every_part(llama_8b):
 
 
 def test_impossible_caches_are_refused(llama_8b, small_moe, tmp_path):
-    for options, words in (({"kv_type": "q4_k"}, "f16, q8_0, q4_0"), ({"context": 0}, "--context 0")):
-        with pytest.raises(PlanError, match=words):
-            Target(fits="24GB", **options)
+    with pytest.raises(PlanError, match="f16, q8_0, q4_0"):
+        Target(fits="24GB", kv_type="q4_k")
     (tmp_path / "config.json").write_text(json.dumps({**LLAMA_8B, "head_dim": 80}))
     with pytest.raises(PlanError, match=r"blocks of 32.*80"):
         kv_cache_bytes(open_config(tmp_path), 512, "q8_0")
@@ -108,8 +107,6 @@ def test_impossible_caches_are_refused(llama_8b, small_moe, tmp_path):
 def test_fits_is_one_of_the_budgets():
     with pytest.raises(PlanError, match="--size and --fits"):
         Target(size="1GB", fits="24GB")
-    with pytest.raises(PlanError, match="many"):
-        Target(fits="many")
     assert Target(fits="24GB", couple=("gate-up",)).recipe == (
         "fits 24000000000, context 8192, KV f16, coupled gate-up"
     )

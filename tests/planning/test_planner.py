@@ -168,20 +168,20 @@ def test_unknown_couplings_list_the_known():
 
 
 def test_size_range_is_what_the_refusals_name():
-    table = table_of()
-    smallest, largest = size_range(table, Rules(), fixed_bytes=1000)
-    assert size(table, plan_types(table, smallest, Rules(), fixed_bytes=1000)) + 1000 == smallest
-    assert size(table, plan_types(table, largest, Rules(), fixed_bytes=1000)) + 1000 == largest
+    table, rules = table_of(), Rules(fixed_bytes=1000)
+    smallest, largest = size_range(table, rules)
+    assert size(table, plan_types(table, smallest, rules)) + 1000 == smallest
+    assert size(table, plan_types(table, largest, rules)) + 1000 == largest
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**32), st.booleans(), st.floats(0, 1))
 def test_floors_are_kept_within_the_budget_or_lowered_with_a_reason(seed, coupled, share):
     table = random_table(random.Random(seed))
-    rules = Rules(coupled=coupled_tensors(table.tensors(), ("gate-up",)) if coupled else ())
-    low, high = size_range(table, rules, fixed_bytes=64)
+    rules = Rules(coupled=coupled_tensors(table.tensors(), ("gate-up",)) if coupled else (), fixed_bytes=64)
+    low, high = size_range(table, rules)
     budget = int(low + share * (high - low))
-    types = plan_types(table, budget, rules, fixed_bytes=64)
+    types = plan_types(table, budget, rules)
     assert 64 + size(table, types) <= budget
     for name, (chosen, reason) in types.items():
         assert table.row(name, chosen) is not None

@@ -66,7 +66,7 @@ def _opened(hint: Any, parameters: list[Parameter]) -> _Build:
             continue
         if flag is not None:
             # The longest flag names the parameter, so that two options may have fields of one name.
-            name = max(flag.names, key=len, default=field.name).lstrip("-").replace("-", "_")
+            name = flag.option(field.name).lstrip("-").replace("-", "_")
             name = f"{name}_" if iskeyword(name) else name
             typer_kind, value = _reading(kind, flag, field.default)
             parameters.append(_parameter(name, typer_kind, flag, field.default, notes))
@@ -97,7 +97,6 @@ def _parameter(name: str, kind: Any, flag: Flag, default: Any, notes: tuple[Any,
     if isinstance(default, tuple):
         default = ",".join(default) or None
     default = Parameter.empty if default is MISSING else default
-    bounds = {} if flag.is_argument else {"min": flag.min, "max": flag.max}
     make = typer.Argument if flag.is_argument else typer.Option
-    info = make(*flag.names, help=flag.help, show_default=flag.show_default, **bounds)
+    info = make(*flag.names, help=f"{flag.help} {flag.range}".strip(), show_default=flag.show_default)
     return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info, *notes])

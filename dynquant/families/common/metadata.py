@@ -12,6 +12,7 @@ from gguf import GGUFValueType
 
 from dynquant.checkpoints.gguf_source import MetadataField
 from dynquant.checkpoints.tensor_source import TensorSource
+from dynquant.errors import CheckpointError
 from dynquant.families.common.config import Config
 
 
@@ -65,10 +66,7 @@ KEYS: dict[str, tuple[Key, ...]] = {
 
 def write_keys(config: Config, writer: gguf.GGUFWriter, table: str, **values: int) -> None:
     """Write a table of `KEYS` in its order; `values` are those that are not what the configuration says, by its names.
-
-    Raises:
-        CheckpointError: a number that is missing without a default, or is none.
-    """
+    Raises CheckpointError: a number that is missing without a default, or is none."""
     for key in KEYS[table]:
         name = f"{writer.arch}.{key.gguf}"
         if key.is_float:
@@ -83,11 +81,19 @@ def write_general_keys(
 ) -> None:
     """`general.*` keys: type, and what the directory name and model card tell (name, size label, license, …)."""
     total, shared, expert, count = _parameter_counts(source)
-    metadata = gguf.Metadata.load(None, directory, None, total)
-    metadata.name = metadata.name or directory.name
-    metadata.size_label = metadata.size_label or gguf.size_label(total, shared, expert, count)
-    writer.add_type(kind)
-    metadata.set_gguf_meta_model(writer)
+    try:
+        metadata = gguf.Metadata.load(None, directory, None, total)
+        metadata.name = metadata.name or directory.name
+        metadata.size_label = metadata.size_label or gguf.size_label(total, shared, expert, count)
+        writer.add_type(kind)
+        metadata.set_gguf_meta_model(writer)
+        for entry in writer.kv_data[0].values():
+            writer._pack_val(entry.value, entry.type, add_vtype=True, sub_type=entry.sub_type)
+    except Exception as error:  # the card is YAML by anyone, and gguf-py checks nothing of it
+        raise CheckpointError(
+            f"The model card {directory / 'README.md'}, or generation_config.json beside it, cannot be read "
+            f"({type(error).__name__}: {error}). Repair or remove it."
+        ) from error
 
 
 def recorded_fields(writer: gguf.GGUFWriter) -> tuple[MetadataField, ...]:

@@ -44,6 +44,12 @@ def model_prefixes_space(path: Path) -> bool:
     return "".join(_processor(path).EncodeAsPieces("a")).startswith(SPACE)
 
 
+def model_special_ids(path: Path) -> dict[str, int]:
+    """Return the ids that a tokenizer.model itself gives to BOS and EOS."""
+    processor = _processor(path)
+    return {kind: i for kind, i in (("bos", processor.bos_id()), ("eos", processor.eos_id())) if i >= 0}
+
+
 def json_pieces(tokenizer: dict[str, object], path: Path) -> tuple[list[Piece], bool]:
     """Pieces by id, and whether a space is put before the text, from a tokenizer.json with byte fallback.
 
@@ -58,7 +64,7 @@ def json_pieces(tokenizer: dict[str, object], path: Path) -> tuple[list[Piece], 
         kind = TokenType.BYTE if _BYTE.fullmatch(text) else TokenType.NORMAL
         kind = TokenType.UNKNOWN if text == unknown else kind
         pieces[token_id] = (text, kind, scores.get(text, _UNMERGED_SCORE))
-    return pieces, _prefixes_space(tokenizer, path)
+    return pieces, prefixes_space(tokenizer, path)
 
 
 def _processor(path: Path) -> "SentencePieceProcessor":
@@ -99,7 +105,7 @@ def _scores_from_merges(merges: list, vocab: dict[str, int], path: Path) -> dict
     return scores
 
 
-def _prefixes_space(tokenizer: dict[str, object], path: Path) -> bool:
+def prefixes_space(tokenizer: dict[str, object], path: Path) -> bool:
     """Read the normalizer and pre-tokenizer; only the replacement of spaces and a leading space are allowed."""
     prefixes = False
     for step in _steps(tokenizer.get("normalizer"), "normalizers"):

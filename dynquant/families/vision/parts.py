@@ -17,6 +17,7 @@ from dynquant.families.common.conversion_book import ConversionBook
 from dynquant.families.common.metadata import recorded_fields, write_general_keys
 from dynquant.families.text.qwen import add_qwen_tensors, write_qwen_keys
 from dynquant.families.text.registry import FAMILIES, Family
+from dynquant.families.tokenizers.files import read_tokenizer_files
 from dynquant.families.tokenizers.tokenizer import write_tokenizer
 from dynquant.families.vision.projector import ARCH, IMG_BREAK, projector_of, write_projector_keys
 from dynquant.families.vision.renamed_source import RenamedSource
@@ -26,11 +27,8 @@ _EMBEDDING = "model.embed_tokens.weight"
 
 
 def open_language_part(directory: Path, config: Config, stored: SafetensorsSource) -> ModelPart:
-    """The language model as a GGUF file of its own.
-
-    Raises:
-        CheckpointError: a family that llama.cpp does not have, or cannot run faithfully.
-    """
+    """The language model as a GGUF file of its own. Raises CheckpointError: a family that llama.cpp does not have, or
+    cannot run faithfully."""
     text = config.part("text_config")
     kind = text.model_type
     family = Family("qwen2vl", _write_qwen2vl_keys, add_qwen_tensors) if kind in _QWEN_VL else FAMILIES.get(kind)
@@ -53,11 +51,8 @@ def open_language_part(directory: Path, config: Config, stored: SafetensorsSourc
 
 
 def open_projector_part(directory: Path, config: Config, stored: SafetensorsSource) -> ModelPart:
-    """Vision tower and projector as llama.cpp's mmproj file.
-
-    Raises:
-        CheckpointError: a tower or projector that llama.cpp does not have, or a missing image processor.
-    """
+    """Vision tower and projector as llama.cpp's mmproj file. Raises CheckpointError: a tower or projector that
+    llama.cpp does not have, or a missing image processor."""
     projector = projector_of(config)
     names = {vision: name for name in stored.names() if (vision := vision_name(name)) is not None}
     embedding = next((name for name in stored.names() if language_name(name) == _EMBEDDING), None)
@@ -92,13 +87,11 @@ def _write_qwen2vl_keys(config: Config, writer: gguf.GGUFWriter) -> None:
 
 
 def _token_id(directory: Path, text: str, vocab_size: int) -> int:
-    added = read_json(directory / "tokenizer.json").get("added_tokens")
-    for token in added if isinstance(added, list) else []:
-        token_id = token.get("id") if isinstance(token, dict) and token.get("content") == text else None
-        if isinstance(token_id, int) and 0 <= token_id < vocab_size:
+    for token_id, token in read_tokenizer_files(directory).added.items():
+        if token.content == text and token_id < vocab_size:
             return token_id
     raise CheckpointError(
-        f"{directory / 'tokenizer.json'} gives the token {text}, which Pixtral puts behind each row, no id below "
+        f"The tokenizer files of {directory} give the token {text}, which Pixtral puts behind each row, no id below "
         f"{vocab_size:,}. Fetch the file again."
     )
 

@@ -1,0 +1,100 @@
+"""Numbers and sizes of every command are refused outside their range, before anything is written."""
+
+from inspect import Parameter, signature
+from typing import get_args
+
+import pytest
+import typer
+
+from dynquant.calibration.options import CalibrationOptions
+from dynquant.cli.app import app
+from dynquant.errors import OptionError
+from dynquant.options import Flag
+from dynquant.resources import parse_size
+from dynquant.session import Session
+from tests.helpers.commands import refused
+
+COMMANDS = typer.main.get_command(app).commands
+HUGE = "9" * 400
+
+
+def shown(command: str) -> dict[str, tuple[Parameter, Flag | None]]:
+    """Parameters of a command, with the flags of those that come from options."""
+    callback = next(c.callback for c in app.registered_commands if c.name == command)
+    return {
+        name: (parameter, next((note for note in get_args(parameter.annotation) if isinstance(note, Flag)), None))
+        for name, parameter in signature(callback).parameters.items()
+    }
+
+
+def kinds_of(parameter: Parameter) -> tuple:
+    kind = get_args(parameter.annotation)[0]
+    return get_args(kind) or (kind,)
+
+
+RANGES = [
+    pytest.param(command, name, id=f"{command} {name}")
+    for command in COMMANDS
+    for name, (parameter, flag) in shown(command).items()
+    if {int, float} & {*kinds_of(parameter)} or (flag is not None and flag.is_size)
+]
+
+
+@pytest.mark.parametrize("command, name", RANGES)
+def test_numbers_outside_their_range_are_refused(command, name, tmp_path):
+    parameter, flag = shown(command)[name]
+    assert flag is not None and flag.min is not None, "every number has a range"
+    bad = [HUGE, "nan", "inf", "-inf", "1e400", "", "-1"]
+    if flag.is_size:
+        bad += ["0"] * (flag.min > 0) + ["8388608TiB", "1e9", ".", "1 XB"]
+    else:
+        below = flag.min - 1 if int in kinds_of(parameter) else flag.min - 1e-9
+        bad += [str(below), str(flag.max + 1), "-" + HUGE, "0x10"]
+        assert parameter.default in (None, Parameter.empty) or flag.min <= parameter.default <= flag.max
+    option = flag.option(name)
+    for value in bad:
+        line = [option, value, *(["--text", str(tmp_path / "text")] if command == "eval" else [])]
+        for other, (required, of_other) in shown(command).items():
+            if required.default is Parameter.empty or other == "output":
+                place = str(tmp_path / other)
+                line += [place] if of_other and of_other.is_argument else [f"--{other.replace('_', '-')}", place]
+        with pytest.raises(Exception) as refusal:
+            COMMANDS[command].main(line, standalone_mode=False)
+        if refusal.type is OptionError:
+            assert str(refusal.value).startswith(option) and len(str(refusal.value)) < 250
+        else:
+            assert refusal.value.exit_code == 2 and option in refusal.value.format_message(), (value, refusal.value)
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_refusal_is_one_paragraph_that_names_the_range(tmp_path):
+    said = refused("calibrate", "model", "--window", -4, "-o", tmp_path / "stats.safetensors")
+    assert said == "error: --window -4 is out of range; give a whole number from 2 to 2,147,483,647."
+    assert "0.1 to 32" in refused("plan", "model", "--bpw", "nan", "-o", tmp_path / "plan")
+    assert "--frontier 4:2" in refused("plan", "model", "--frontier", "4:2", "-o", tmp_path / "plan")
+    assert "--frontier nan:3" in refused("plan", "model", "--frontier", "nan:3", "-o", tmp_path / "plan")
+    assert "--frontier 99" in refused("plan", "model", "--frontier", f"{HUGE}:3x", "-o", tmp_path / "plan")
+    assert not list(tmp_path.iterdir())
+
+
+def test_callers_in_python_are_checked_alike():
+    with pytest.raises(OptionError, match="--threads 0 is out of range"):
+        Session(threads=0)
+    with pytest.raises(OptionError, match=r"--tokens 1.5 .*whole number"):
+        CalibrationOptions(tokens=1.5)
+
+
+def test_help_shows_a_range_that_is_not_obvious():
+    helps = {p.name: p.help for p in COMMANDS["finetune"].params}
+    assert helps["held_out"].endswith("From 0 to 0.9.") and helps["rank"].endswith("From 1 to 4,096.")
+
+
+@pytest.mark.parametrize("text, size", [("0", 0), ("1.5kB", 1500), (" 2 KiB ", 2048), ("8GiB", 8 << 30), ("3", 3)])
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "1.2.3", "-1", "1e3", "GB", "\u0661\u0662", "1GB\n2", HUGE, "9300000TB"])
+def test_no_sizes(text):
+    with pytest.raises(OptionError, match="is not a size"):
+        parse_size(text)
