@@ -192,6 +192,11 @@ def _load(loader: str, model: Model | Path, **options: Any) -> Any:
                 return getattr(transformers, loader).from_pretrained(directory, **LOCAL_ONLY, **options)
             options |= LOCAL_ONLY | {"output_loading_info": True}
             loaded, report = getattr(transformers, loader).from_pretrained(directory, **options)
+    except ImportError as error:
+        raise CheckpointError(
+            f"{path}: transformers lacks a package ({error.__cause__ or error}). Install it: pip install "
+            "'dynquant-toolchain[models]', or the one that is named here."
+        ) from error
     except Exception as error:  # transformers raises errors of many libraries
         kind = {"AutoConfig": "configuration", "AutoTokenizer": "tokenizer"}.get(loader, "model")
         raise CheckpointError(

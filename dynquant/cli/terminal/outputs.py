@@ -70,7 +70,7 @@ def _check(output: Path, flag: str, writes: Writes, inputs: Mapping[Path, str]) 
     is_file, is_folder = writes.kind == "file", writes.kind.endswith("folder")
     if (is_file and os.path.isdir(output)) or (is_folder and os.path.isfile(output)):
         raise WriteError(f"{output} ({flag}) is a {'directory' if is_file else 'file'}; give another name.")
-    if os.path.isdir(output) and not os.access(output, os.W_OK):
+    if os.path.isdir(output) and not os.access(output, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
         raise WriteError(f"{output} ({flag}) cannot be written: Permission denied. Choose another place.")
     present = [path for path in (output, *_parts(output, whole=True)) if os.path.exists(path)]
     for given, of_input in inputs.items():
