@@ -136,7 +136,7 @@ class ErrorJournal(Journal):
                 sums = {str(type_name): ErrorSums(*numbers) for type_name, numbers in record["sums"].items()}
                 for of_type in sums.values():
                     of_type.check(stop - start)
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError):
                 return number
             self._parts[str(record["name"]), start, stop] = sums
         return len(records)

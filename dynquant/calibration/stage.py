@@ -172,8 +172,8 @@ def run_calibration(
         session.note(TEXT_ONLY)
     if inputs.num_tokens < FEW_TOKENS:
         session.note(
-            f"{inputs.name} gives only {inputs.num_tokens:,} tokens to calibrate on. Statistics of fewer than "
-            f"{FEW_TOKENS:,} say little about other text, and a plan made of them may be wrong; give a longer one."
+            f"calibrating on only {inputs.num_tokens:,} tokens of {inputs.name}. Statistics of fewer than "
+            f"{FEW_TOKENS:,} say little about other text; give a longer text, or more --tokens."
         )
     provenance = provenance_of(model, inputs, tokens=options.tokens, seed=session.seed)
     statistics = StatisticsOptions(options.hessians, parse_size(options.hessian_memory))

@@ -238,6 +238,11 @@ def checkpoint_spans(directory: Path) -> dict[str, FileSpan]:
     return dict(sorted(spans.items()))
 
 
+def weight_files(directory: Path) -> list[Path]:
+    """Return the files that `checkpoint_spans` reads."""
+    return sorted({span.path for span in checkpoint_spans(directory).values()})
+
+
 def refuse_quantized(directory: Path, quantization: object) -> None:
     """Raise CheckpointError for what config.json says of quantized weights, but for FP8 with block scales.
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dynquant.checkpoints.gguf_layout import mmproj_path
 from dynquant.checkpoints.model import Model
+from dynquant.checkpoints.safetensors_source import weight_files
 from dynquant.encoding.store import ENCODED_NAME, open_store
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import EvaluationError
@@ -299,7 +300,7 @@ def _identify(info: ModelInfo) -> reports.ModelIdentity:
     return reports.ModelIdentity(
         name=info.path.name,
         runner=info.kind,
-        file_bytes=sum(file.stat().st_size for file in files if file.suffix in {".gguf", ".safetensors", ".bin"}),
+        file_bytes=sum(file.stat().st_size for file in files if file.suffix in {".gguf", ".safetensors"}),
         fingerprint=model_fingerprint(info.path),
     )
 
@@ -405,4 +406,4 @@ def _picture_candidate(
 
 
 def _stored_bytes(directory: Path) -> int:
-    return sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
+    return sum(file.stat().st_size for file in weight_files(directory))

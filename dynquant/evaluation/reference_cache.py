@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dynquant.checkpoints.safetensors_source import weight_files
 from dynquant.errors import EvaluationError, unreadable
 from dynquant.evaluation.distributions import Distributions
 from dynquant.session import Progress
@@ -50,7 +51,7 @@ def model_fingerprint(path: Path) -> str:
 def model_files(path: Path) -> list[Path]:
     """Weights, configuration and tokenizer of a Hugging Face directory; all parts of a GGUF."""
     if path.is_dir():
-        return sorted(file for file in path.iterdir() if file.suffix in {".safetensors", ".json", ".bin", ".model"})
+        return sorted({*weight_files(path), *(file for file in path.iterdir() if file.suffix in {".json", ".model"})})
     stem, split, count = path.name.partition("-00001-of-")
     return sorted(path.parent.glob(f"{stem}-?????-of-{count}")) if split else [path]
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dynquant.errors import DynquantError, unreadable
+from dynquant.storage.stand_ins import refuse_stand_in
 from dynquant.storage.strict_json import parse_json
 
 JSON_FORMS, TABLE_FORMS = (".jsonl", ".ndjson", ".json"), (".csv", ".parquet")
@@ -50,14 +51,8 @@ def read_plain(path: Path, refusal: type[DynquantError]) -> str:
     """Return the text of a plain file.
 
     Raises:
-        `refusal`: the file cannot be read, its ending is not that of plain text, or it holds JSON lines or a program's
-            data.
+        `refusal`: the file cannot be read, or it holds JSON lines or a program's data.
     """
-    if form_of(path) not in PLAIN_FORMS:
-        raise refusal(
-            f"The form of {path} is not known from its ending `{path.suffix}`. {_FORMS}; plain text is .txt, .md or "
-            ".raw. Convert the file, or give it the ending of what it is."
-        )
     with _opened(path, refusal) as file:
         content = file.read()
     if "\0" in content:
@@ -79,6 +74,7 @@ def _begins_with_record(content: str) -> bool:
 @contextmanager
 def _opened(path: Path, refusal: type[DynquantError]) -> Iterator[TextIO]:
     """Context manager: yields the file as text; what is wrong with it becomes one paragraph."""
+    refuse_stand_in(path, is_text=True)
     try:
         with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
             yield file
@@ -93,9 +89,10 @@ def _opened(path: Path, refusal: type[DynquantError]) -> Iterator[TextIO]:
 def _json_records(path: Path, refusal: type[DynquantError], way_out: str) -> Iterator[Record]:
     def parsed(text: str, place: str) -> Any:
         try:
-            return parse_json(text)
+            return parse_json(text, unique_names=True)
         except ValueError as error:
-            raise refusal(f"{place} is not JSON: {error}. {way_out}".rstrip()) from error
+            form = "Records are objects, one a line, or one array of them."
+            raise refusal(f"{place} is not JSON: {error}. {form} {way_out}".rstrip()) from error
 
     with _opened(path, refusal) as file:
         # Not splitlines(): it also splits at U+2028 and the like, which JSON strings may hold.
@@ -116,10 +113,13 @@ def _csv_records(path: Path, refusal: type[DynquantError]) -> Iterator[Record]:
     with _opened(path, refusal) as file:
         rows = csv.DictReader(file, strict=True)
         try:
+            names = rows.fieldnames or ()
+            if len(set(names)) < len(names):
+                raise refusal(f"The first line of {path} names a column twice: {', '.join(names)[:200]}. Rename one.")
             for number, row in enumerate(rows, start=1):
                 place = f"{path}, row {number}"
                 if None in row or None in row.values():
-                    raise refusal(f"{place} has not the {len(rows.fieldnames or ())} values that the first line names.")
+                    raise refusal(f"{place} has not the {len(names)} values that the first line names.")
                 yield number, place, row
         except csv.Error as error:
             raise refusal(f"{path}, line {rows.line_num} is not csv with commas ({error}). Repair it.") from error

@@ -218,7 +218,7 @@ def _read_recipe(recipe: str) -> str:
     """Return the text of a file, or `recipe` itself when it has the form of one."""
     if os.path.isfile(recipe):
         try:
-            return Path(recipe).read_text()
+            return Path(recipe).read_text("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(f"The recipe {recipe} cannot be read as text: {error}.") from error
     if "=" not in recipe and "--" not in recipe:

@@ -184,9 +184,9 @@ class ResumableOutput:
         """Return the journaled spans of one file whose bytes still have their hash."""
         if not path.is_file() or path.stat().st_size != self._sizes[index]:
             return {}
-        spans = {}
+        spans, size = {}, self._sizes[index]
         with path.open("rb") as file:
-            for span in (span for span in hashes if span.file == index):
+            for span in (s for s in hashes if s.file == index and 0 <= s.offset <= s.offset + s.num_bytes <= size):
                 file.seek(span.offset)
                 if hashlib.sha256(file.read(span.num_bytes)).hexdigest() == hashes[span]:
                     spans[span] = hashes[span]
