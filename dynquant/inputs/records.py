@@ -83,7 +83,7 @@ def _opened(path: Path, refusal: type[DynquantError]) -> Iterator[TextIO]:
     except UnicodeDecodeError as error:
         raise refusal(f"{path} cannot be read as UTF-8 ({error}). Convert it to UTF-8.") from error
     except (OSError, EOFError, zlib.error) as error:
-        raise refusal(unreadable(path, error) or f"{path} cannot be unpacked: {error}. Fetch it again.") from error
+        raise refusal(unreadable(path, error) or f"{path} cannot be read: {error}. Fetch it again.") from error
 
 
 def _json_records(path: Path, refusal: type[DynquantError], way_out: str) -> Iterator[Record]:
