@@ -38,12 +38,10 @@ from dynquant.running.live_weights import LiveWeights
 from dynquant.running.load import load_hf
 from dynquant.session import Progress, Session, ignore_progress
 
-BYTES_PER_WEIGHT = 20
-"""Peak memory: the model, its gradients, the decoded codes of one or two parts, and activations."""
+BYTES_PER_WEIGHT = 20  # peak memory: the model, its gradients, the decoded codes of one or two parts, and activations
 _TRAINED_TOP = 1024
 _FULL_RATE_STEPS = 16
-_CLEARLY = 1.64
-"""Standard errors by which the KL must fall: one chance in twenty that it did not."""
+_CLEARLY = 1.64  # standard errors by which the KL must fall: one chance in twenty that it did not
 
 
 @dataclass(frozen=True)

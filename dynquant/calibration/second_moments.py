@@ -28,8 +28,7 @@ from dynquant.checkpoints.tensor_source import is_finite
 from dynquant.errors import StatsError, unreadable
 from dynquant.storage.atomic import read_tensors, save_tensors
 
-DAMPING = 0.01
-"""Added to the diagonal, as a share of its mean."""
+DAMPING = 0.01  # added to the diagonal, as a share of its mean
 
 
 @dataclass
@@ -42,8 +41,7 @@ class SecondMoments:
 
     provenance: StatsProvenance
     tokens: torch.Tensor
-    kind: str = "activations"
-    """`activations` where token weights are 1, `gradients` where they hold squared gradients."""
+    kind: str = "activations"  # `activations` where token weights are 1, `gradients` where they hold squared gradients
     aliases: dict[str, str] = field(default_factory=dict)
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
     weights: dict[str, torch.Tensor] = field(default_factory=dict)

@@ -43,10 +43,8 @@ from dynquant.storage.journal import Journal, Record
 class StreamingOptions:
     """Settings for running the model layer by layer."""
 
-    limit_bytes: int | None = None
-    """Memory of the whole process; None takes what the largest layers need."""
-    spill: Path | None = None
-    """Directory of hidden states, in place of the output's."""
+    limit_bytes: int | None = None  # memory of the whole process; None takes what the largest layers need
+    spill: Path | None = None  # directory of hidden states, in place of the output's
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
 

@@ -276,6 +276,8 @@ def read_weight_map(directory: Path) -> dict[str, Path]:
     try:
         weight_map = dict(parse_json(index.read_bytes(), unique_names=True)["weight_map"])
         files = {name: Path(weight_map[name]) for name in sorted(weight_map)}
+        if not files:
+            raise ValueError("it places no tensor")
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise CheckpointError(
             unreadable(index, error) or f"{index} is not a safetensors index ({error}). Fetch it again."
@@ -297,7 +299,7 @@ def no_weights(directory: Path) -> CheckpointError:
             "put in, so dynquant opens none. Fetch the safetensors files, which most hubs have; or, if you trust the "
             "author, load it in transformers, call `save_pretrained`, and give the directory that it writes."
         )
-    others = ", ".join(sorted(path.name for path in directory.glob("*.safetensors"))[:3])
+    others = ", ".join(sorted(path.name for path in directory.glob("*.safetensors") if path.is_file())[:3])
     return CheckpointError(
         f"{directory} holds neither {SINGLE_NAME} nor {INDEX_NAME}; there are no weights to read"
         f"{others and f' (but {others}, which is an adapter, or lacks its index)'}. Give the directory of a Hugging "

@@ -26,10 +26,8 @@ from dynquant.storage.atomic import writing
 if TYPE_CHECKING:
     from dynquant.evaluation.runners import HuggingFaceRunner
 
-SCHEMA_VERSION = 2
-"""Part of every name: entries of an earlier version are made again."""
-NUM_TRAINED_TOP = 128
-"""Probabilities of a token that training goes by."""
+SCHEMA_VERSION = 2  # part of every name: entries of an earlier version are made again
+NUM_TRAINED_TOP = 128  # probabilities of a token that training goes by
 SHARD_WINDOWS = 64
 _HASHED_BYTES = 2**20
 _LOGITS_AT_ONCE = 1 << 27

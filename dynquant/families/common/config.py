@@ -14,8 +14,7 @@ from dynquant.errors import CheckpointError, unreadable
 from dynquant.storage.strict_json import parse_json
 
 WAY_OUT = "Convert it with llama.cpp's own converter and pass the result with --base-gguf FILE."
-_MAX_JSON_BYTES = 1 << 28
-"""The largest tokenizer.json have 35 MB."""
+_MAX_JSON_BYTES = 1 << 28  # the largest tokenizer.json have 35 MB
 _MAX_INTEGER = 1 << 31
 _LARGEST = {
     "num_hidden_layers": 512, "n_routed_experts": 2048, "num_experts": 2048, "num_local_experts": 2048,
