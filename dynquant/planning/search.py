@@ -166,7 +166,9 @@ def _search_text(search: Search, table: ErrorTable) -> SearchResult:
     windows, calibrated = _text_windows(search, used, window)
     hf_model = search.original()
     with search.session.stage(_KEEPS) as progress:
-        if FISHER in options.methods and not table.is_priced_by(FISHER):
+        if FISHER in options.methods and table.is_priced_by(FISHER):
+            search.session.note(f"reusing the prices of {FISHER}, whatever --probes says")
+        elif FISHER in options.methods:
             # The beginnings of evenly spaced windows.
             evenly = calibrated[:: max(1, len(calibrated) // options.probes)]
             probes = evenly[: options.probes, : options.probe_window]

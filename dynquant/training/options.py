@@ -66,6 +66,8 @@ class TrainOptions(Options):
         super().__post_init__()
         if self.store not in STORED:
             raise TrainingError(f"An adapter cannot be stored as {self.store!r}; give {' or '.join(STORED)}.")
+        if self.max_steps is not None:
+            self.refuse_unused("--max-steps says how long to train.", "epochs")
 
     @property
     def lora_alpha(self) -> int:
@@ -108,6 +110,11 @@ class HealData(Options):
     cache_dir: Annotated[
         Path | None, Flag("Keep the original's distributions here. Default: beside the output.", ("--reference-cache",))
     ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mmlu_data is None:
+            self.refuse_unused("it goes with --mmlu-data.", "shots", "num_shots", "limit")
 
 
 @dataclass(frozen=True, kw_only=True)
