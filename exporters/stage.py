@@ -22,6 +22,7 @@ from dynquant.exporters.gguf import check_parts, export_gguf, with_mmproj_type
 from dynquant.exporters.options import ExportOptions, TuneFileOptions
 from dynquant.exporters.output import Encoding, Exported
 from dynquant.exporters.safetensors import export_safetensors
+from dynquant.families.from_gguf import check_complete
 from dynquant.families.linear_layers import LinearCheckpoint, linear_checkpoint
 from dynquant.families.open import check_original, open_and_announce, open_language_model
 from dynquant.formats.quant_types import quant_type
@@ -187,7 +188,9 @@ def tune(options: TuneFileOptions, session: Session = SILENT) -> list[Path]:
     text = read_text(options.text, seed=tuning.seed, max_tokens=tokens)
     windows = pack_windows(text, load_tokenizer(model), window=options.window, max_tokens=tokens)
     check_context(model, windows.shape[1])
-    encoder = recorded_encoder(GGUFSource(path)).removesuffix("+tune")
+    file = GGUFSource(path)
+    check_complete(file)
+    encoder = recorded_encoder(file).removesuffix("+tune")
     return tune_file(model, path, windows, tuning, output, session, encoder=encoder)
 
 

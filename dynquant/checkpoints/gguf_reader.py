@@ -16,6 +16,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGUF_MAGIC, GGMLQuantizationType, GGUFValueType
 
 from dynquant.errors import CheckpointError
+from dynquant.storage.stand_ins import refuse_stand_in
 
 _VERSIONS = (2, 3)
 _MAX_DIMENSIONS = 4
@@ -79,6 +80,7 @@ def read_gguf_header(path: Path) -> GGUFHeader:
     if not path.is_file():
         raise CheckpointError(f"There is no file {path}. Check the path; of a split GGUF all parts must be present.")
     try:
+        refuse_stand_in(path)
         with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
             return _Parser(path, data).header()
     except (ValueError, OSError) as error:
@@ -206,6 +208,15 @@ class _Parser:
                     f"`{tensor.name}` takes {tensor.num_bytes:,} bytes from byte {tensor.offset:,} on, but the next "
                     f"tensor or the end of the file is at {end:,}"
                 )
+        end = max((tensor.offset + tensor.num_bytes for tensor in ordered), default=len(self._data))
+        if (left := len(self._data) - end) > alignment:
+            magic = GGUF_MAGIC.to_bytes(4, "little")
+            joined = self._data.find(magic, end, end + alignment + len(magic)) >= 0
+            raise ValueError(
+                "parts of a split file were joined with `cat`; llama.cpp's `llama-gguf-split --merge` joins them"
+                if joined
+                else f"{left:,} bytes follow its last tensor"
+            )
         return tensors
 
     def _ggml_type(self, name: str, type_id: int) -> tuple[str, int, int]:

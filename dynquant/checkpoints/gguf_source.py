@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dynquant.checkpoints.gguf_reader import GGUFTensor, MetadataField, read_gguf_header
+from dynquant.checkpoints.gguf_reader import GGUFHeader, GGUFTensor, MetadataField, read_gguf_header
 from dynquant.checkpoints.tensor_source import TensorInfo
 from dynquant.errors import CheckpointError
 from dynquant.formats import decode
@@ -30,15 +30,14 @@ class GGUFSource:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.files = split_files(path)
-        self._headers = [read_gguf_header(file) for file in self.files]
+        self._headers = read_split(path)
+        self.files = [header.path for header in self._headers]
         self._data = [np.memmap(file, np.uint8, mode="r") for file in self.files]
         self._tensors: dict[str, GGUFTensor] = {}
         self._file_of: dict[str, int] = {}
         for number, header in enumerate(self._headers):
             for tensor in header.tensors.values():
                 self._add(number, tensor)
-        self._check_split_count()
 
     @property
     def metadata(self) -> list[MetadataField]:
@@ -87,23 +86,40 @@ class GGUFSource:
     def _bytes(self, tensor: GGUFTensor) -> np.ndarray:
         return self._data[self._file_of[tensor.name]][tensor.offset : tensor.offset + tensor.num_bytes]
 
-    def _check_split_count(self) -> None:
-        field = self._headers[0].fields.get("split.count")
-        count = field.value if field is not None else len(self.files)
-        if count not in (0, len(self.files)):
-            raise CheckpointError(
-                f"{self.path} says that it is one of {count!r} files, but its name stands for {len(self.files)}. Give "
-                "the parts of a split GGUF their names back: NAME-00001-of-0000N.gguf and so on."
-            )
-
     def _add(self, number: int, tensor: GGUFTensor) -> None:
         file, name = self.files[number], tensor.name
-        if name in self._tensors:
-            raise CheckpointError(f"{file} holds `{name}`, and another file of the split holds it too.")
         if tensor.type not in QUANT_TYPES:
             raise CheckpointError(f"{file} stores `{name}` as {tensor.type}, a type that dynquant cannot decode.")
         self._tensors[name] = tensor
         self._file_of[name] = number
+
+
+def read_split(path: Path) -> list[GGUFHeader]:
+    """Read the headers of a GGUF file, or of all files of a split when given the first.
+
+    Raises:
+        CheckpointError: a missing, truncated or corrupt file, or files that are not the parts of one split.
+    """
+    headers = [read_gguf_header(file) for file in split_files(path)]
+    names: set[str] = set()
+    for number, header in enumerate(headers):
+        says = {key: header.fields[f"split.{key}"].value for key in ("no", "count") if f"split.{key}" in header.fields}
+        if says.get("count", len(headers)) not in (0, len(headers)) or says.get("no", number) != number:
+            raise CheckpointError(
+                f"{header.path} says that it is one of {says.get('count')!r} files, number {says.get('no')!r} from 0, "
+                f"but is taken for number {number} of {len(headers)}. Give the parts of a split GGUF their names back: "
+                "NAME-00001-of-0000N.gguf and so on."
+            )
+        if twice := names & header.tensors.keys():
+            raise CheckpointError(f"{header.path} holds `{min(twice)}`, and another file of the split holds it too.")
+        names |= header.tensors.keys()
+    announced = headers[0].fields.get("split.tensors.count")
+    if announced is not None and announced.value != len(names):
+        raise CheckpointError(
+            f"{path} announces {announced.value!r} tensors in all parts, which hold {len(names)}. They are of "
+            "different splits; fetch them again."
+        )
+    return headers
 
 
 def split_files(path: Path) -> list[Path]:

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import gguf
 
-from dynquant.checkpoints.gguf_reader import read_gguf_header
-from dynquant.checkpoints.gguf_source import split_files
-from dynquant.checkpoints.safetensors_format import read_header
-from dynquant.checkpoints.safetensors_source import INDEX_NAME, SINGLE_NAME, no_weights, read_weight_map
+from dynquant.checkpoints.gguf_source import read_split
+from dynquant.checkpoints.safetensors_format import FileSpan, spans_of
+from dynquant.checkpoints.safetensors_source import checkpoint_spans
 from dynquant.checkpoints.tensor_roles import Role, role_of
 from dynquant.errors import CheckpointError
 from dynquant.formats.quant_types import QUANT_TYPES
@@ -108,9 +107,9 @@ def inspect(path: str | Path) -> FileSummary:
     if path.suffix == ".gguf":
         return _inspect_gguf(path)
     if path.suffix == ".safetensors" and path.is_file():
-        return _inspect_safetensors(path.parent, [path])
+        return _inspect_safetensors(path.parent, spans_of(path))
     if path.is_dir():
-        return _inspect_safetensors(path, _checkpoint_files(path))
+        return _inspect_safetensors(path, checkpoint_spans(path))
     raise CheckpointError(
         f"{path} is neither a .gguf file, nor a .safetensors file, nor a directory that holds a checkpoint. Check the "
         "path."
@@ -129,8 +128,8 @@ def _shares(labelled: Iterable[tuple[str, TensorRecord]]) -> tuple[Share, ...]:
 
 
 def _inspect_gguf(path: Path) -> FileSummary:
-    files = split_files(path)
-    headers = [read_gguf_header(file) for file in files]
+    headers = read_split(path)
+    files = [header.path for header in headers]
     values = {
         key: field.value
         for key, field in headers[0].fields.items()
@@ -158,15 +157,8 @@ def _inspect_gguf(path: Path) -> FileSummary:
     )
 
 
-def _checkpoint_files(directory: Path) -> list[Path]:
-    if (directory / INDEX_NAME).is_file():
-        return sorted(set(read_weight_map(directory).values()))
-    if (directory / SINGLE_NAME).is_file():
-        return [directory / SINGLE_NAME]
-    raise no_weights(directory)
-
-
-def _inspect_safetensors(directory: Path, files: list[Path]) -> FileSummary:
+def _inspect_safetensors(directory: Path, spans: dict[str, FileSpan]) -> FileSummary:
+    files = sorted({span.path for span in spans.values()})
     config = _read_config(directory)
     architectures = config.get("architectures")
     arch = architectures[0] if isinstance(architectures, list) and architectures else config.get("model_type")
@@ -174,7 +166,10 @@ def _inspect_safetensors(directory: Path, files: list[Path]) -> FileSummary:
     quantization = config.get("quantization_config")
     if isinstance(quantization, dict) and "quant_method" in quantization:
         metadata["quant_method"] = quantization["quant_method"]
-    tensors = [record for file in files for record in _safetensors_records(file)]
+    tensors = [
+        TensorRecord(name, span.shape, span.dtype, span.num_bytes, _role_of_parameter(name))
+        for name, span in spans.items()
+    ]
     provenance: dict[str, object] = {}
     if metadata.get("quant_method") == "dynquant" and isinstance(quantization, dict):
         types, recorded = quantization.get("types"), quantization.get("provenance")
@@ -211,14 +206,6 @@ def _read_config(directory: Path) -> dict[str, object]:
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error}). Fetch it again.") from error
     return config if isinstance(config, dict) else {}
-
-
-def _safetensors_records(file: Path) -> list[TensorRecord]:
-    entries = [(name, entry, *entry["data_offsets"]) for name, entry in read_header(file).items()]
-    return [
-        TensorRecord(name, tuple(entry["shape"]), entry["dtype"], end - start, _role_of_parameter(name))
-        for name, entry, start, end in entries
-    ]
 
 
 _FIRST_INDEX = re.compile(r"\.\d+\.")

@@ -19,6 +19,7 @@ from dynquant.errors import CheckpointError, ExportError
 from dynquant.formats.plain_quants import DTYPE_BYTES
 from dynquant.formats.storage_format import StoredTensor
 from dynquant.storage.atomic import writing
+from dynquant.storage.stand_ins import refuse_stand_in
 from dynquant.storage.strict_json import parse_json
 
 TORCH_DTYPES = {
@@ -98,6 +99,7 @@ class FileSpan:
     offset: int
     dtype: str
     shape: tuple[int, ...]
+    num_bytes: int
 
     @property
     def row_values(self) -> int:
@@ -145,6 +147,7 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
             not all there; the tensor is named.
     """
     try:
+        refuse_stand_in(file)
         size = file.stat().st_size
         with file.open("rb") as handle:
             length = int.from_bytes(handle.read(8), "little")
@@ -175,8 +178,9 @@ def spans_of(path: Path) -> dict[str, FileSpan]:
     with path.open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
     return {
-        name: FileSpan(path, start + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
+        name: FileSpan(path, start + begin, entry["dtype"], tuple(entry["shape"]), end - begin)
         for name, entry in header.items()
+        for begin, end in [entry["data_offsets"]]
     }
 
 

@@ -5,6 +5,7 @@ rounded up; a weight is its value times the scale of its block. Kept as stored, 
 """
 
 import hashlib
+import re
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -21,6 +22,17 @@ from dynquant.storage.strict_json import parse_json
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _PICKLED = ("*model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_WRAPPERS = {
+    r"\.lora_[AB]\.|\.base_layer\.": "it was saved with an adapter that is not merged. Call `merge_and_unload` before "
+    "`save_pretrained`, or start from the base model",
+    r"^base_model\.model\.": "it was saved with PEFT's wrapper around it. Save `model.merge_and_unload()`, or take "
+    "`base_model.model.` off the names",
+    r"(^|\.)_orig_mod\.": "it was saved with torch.compile's wrapper around it. Save `model._orig_mod`, or take "
+    "`_orig_mod.` out of the names",
+    r"(^|\.)_fsdp_wrapped_module\.|^module\.": "it was saved with the wrapper of distributed training around it. Save "
+    "`model.module`, or take the prefix off the names",
+}
+"""Parts of tensor names that no model has, for none of which transformers finds a parameter -> where they come from."""
 _FLOAT_DTYPES = {"F32", "F16", "BF16"}
 _FP8 = "F8_E4M3"
 _SCALE_SUFFIX = "_scale_inv"
@@ -84,7 +96,7 @@ class SafetensorsSource:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._spans = self._read_spans()
+        self._spans = checkpoint_spans(directory)
         self._scale_of = {name: f"{name}{_SCALE_SUFFIX}" for name, span in self._spans.items() if span.dtype == _FP8}
         self._block, self._fp8_float = _fp8_layout(directory) if self._scale_of else ((1, 1), "BF16")
         hidden = set(self._scale_of.values())
@@ -143,19 +155,6 @@ class SafetensorsSource:
         parts = [self._spans[part] for part in (name, self._scale_of.get(name)) if part is not None]
         return sum(prod(span.shape) * DTYPE_BYTES[span.dtype] for span in parts)
 
-    def _read_spans(self) -> dict[str, FileSpan]:
-        single = self.directory / SINGLE_NAME
-        if not (self.directory / INDEX_NAME).is_file():
-            if not single.is_file():
-                raise no_weights(self.directory)
-            return dict(sorted(spans_of(single).items()))
-        files = read_weight_map(self.directory)
-        held = {path: spans_of(path) for path in sorted(set(files.values()))}
-        for name, path in files.items():
-            if name not in held[path]:
-                raise CheckpointError(f"{path} does not hold `{name}`, which {INDEX_NAME} places there.")
-        return {name: held[path][name] for name, path in files.items()}
-
     def _read_info(self, name: str) -> TensorInfo:
         span = self._spans[name]
         if span.dtype == _FP8:
@@ -203,6 +202,64 @@ def _fp8_layout(directory: Path) -> tuple[tuple[int, int], str]:
     return (rows, columns), GGML_NAMES.get(dtype, "BF16")
 
 
+def checkpoint_spans(directory: Path) -> dict[str, FileSpan]:
+    """Return the places of a checkpoint's tensors, in order of names: all that transformers reads, from headers alone.
+
+    Raises:
+        CheckpointError: no weights; a file that is missing, truncated, corrupt or not that of the index; weights of
+            which programs read different ones; or names that a training wrapper left.
+    """
+    single, files = directory / SINGLE_NAME, {}
+    if (directory / INDEX_NAME).is_file():
+        files = read_weight_map(directory)
+    elif not single.is_file():
+        raise no_weights(directory)
+    paths = sorted(set(files.values())) or [single]
+    if single.is_file() and paths != [single]:
+        raise CheckpointError(
+            f"{directory} holds two sets of weights: {SINGLE_NAME}, which transformers reads, and the {len(paths)} "
+            f"files of {INDEX_NAME}, which vLLM reads. Move the one that is not meant out of the directory."
+        )
+    spans: dict[str, FileSpan] = {}
+    for path, held in ((path, spans_of(path)) for path in paths):
+        lost = [name for name, place in files.items() if place == path and name not in held]
+        if lost:
+            raise CheckpointError(f"{path} does not hold `{lost[0]}`, which {INDEX_NAME} places there.")
+        if twice := spans.keys() & held.keys():
+            raise CheckpointError(
+                f"`{min(twice)}` is stored twice, in {spans[min(twice)].path} and in {path}. The directory mixes two "
+                "checkpoints; fetch it again."
+            )
+        spans |= held
+    for pattern, origin in _WRAPPERS.items():
+        if wrapped := next((name for name in spans if re.search(pattern, name)), None):
+            raise CheckpointError(f"{directory} holds `{wrapped}`: {origin}.")
+    return dict(sorted(spans.items()))
+
+
+def refuse_quantized(directory: Path, quantization: object) -> None:
+    """Raise CheckpointError for what config.json says of quantized weights, but for FP8 with block scales.
+
+    `quantization` is the entry `quantization_config`; "already quantized" is said only of tensors that are.
+    """
+    if not quantization:
+        return
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    stored = [
+        (name, span.dtype) for name, span in checkpoint_spans(directory).items() if span.dtype not in _FLOAT_DTYPES
+    ]
+    if not stored:
+        raise CheckpointError(
+            f"{directory}/config.json says that the weights are quantized ({method!r:.80}), but all are stored as "
+            "floats. If that is what they should be, take `quantization_config` out of config.json."
+        )
+    if method != "fp8" or _FP8 not in dict(stored).values():
+        raise CheckpointError(
+            f"The weights of {directory} are already quantized ({method!r:.80}; `{stored[0][0]}` is stored as "
+            f"{stored[0][1]}), and not as FP8 matrices with block scales. Start from the BF16, F16 or FP8 checkpoint."
+        )
+
+
 def read_weight_map(directory: Path) -> dict[str, Path]:
     """Tensor name -> file, of model.safetensors.index.json, in order of names.
 
@@ -232,7 +289,9 @@ def no_weights(directory: Path) -> CheckpointError:
             "put in, so dynquant opens none. Fetch the safetensors files, which most hubs have; or, if you trust the "
             "author, load it in transformers, call `save_pretrained`, and give the directory that it writes."
         )
+    others = ", ".join(sorted(path.name for path in directory.glob("*.safetensors"))[:3])
     return CheckpointError(
-        f"{directory} holds neither {SINGLE_NAME} nor {INDEX_NAME}; there are no weights to read. "
-        "Give the directory of a Hugging Face checkpoint in safetensors format, or a .gguf file."
+        f"{directory} holds neither {SINGLE_NAME} nor {INDEX_NAME}; there are no weights to read"
+        f"{others and f' (but {others}, which is an adapter, or lacks its index)'}. Give the directory of a Hugging "
+        "Face checkpoint in safetensors format, or a .gguf file."
     )

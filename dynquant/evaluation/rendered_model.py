@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dynquant.checkpoints.tensor_roles import layer_of
 from dynquant.encoding.store import EncodedStore
 from dynquant.evaluation.distributions import Distributions
+from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.inputs.model_inputs import Batch, ModelInputs
 from dynquant.running.layer_replay import LayerReplay
 from dynquant.running.live_weights import LiveWeights
@@ -33,7 +34,12 @@ class RenderedModel:
         self.types: dict[str, str] = {}
 
     def install(self, types: Mapping[str, str]) -> None:
-        """Give every named tensor these types' weights; tensors that are not named become the original's again."""
+        """Give every named tensor these types' weights; tensors that are not named become the original's again.
+
+        Raises:
+            CheckpointError: a tensor in a quantized type has no place in the running model.
+        """
+        self._live.check(name for name, type_name in types.items() if not QUANT_TYPES[type_name].is_float)
         placed = {name: type_name for name, type_name in types.items() if name in self._names}
         for name in sorted(self.types.keys() | placed.keys()):
             if placed.get(name) != self.types.get(name):  # decoding is what a plan costs

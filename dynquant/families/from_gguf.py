@@ -2,31 +2,49 @@
 
 Each value is read from the metadata, or where the metadata leaves it open, from tensor shapes, or from what llama.cpp's
 graph always does. A key that may change what the model computes and is not understood here is refused.
+
+`check_complete` is the check of every GGUF model that is opened, of whatever architecture.
 """
 
+import re
 import sys
+from collections import Counter
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
+import gguf
 import torch
 
 from dynquant.checkpoints.gguf_source import GGUFSource
+from dynquant.checkpoints.tensor_roles import layer_of
 from dynquant.errors import CheckpointError
 from dynquant.families.common.config import Config
+from dynquant.families.common.conversion_book import ConversionBook, some_of
 from dynquant.families.common.metadata import KEYS
 from dynquant.families.common.rope import llama3_factors, yarn_magnitude
+from dynquant.families.text.registry import FAMILIES
 
 _GATING_SOFTMAX, _GATING_SIGMOID = 1, 2
 _TOKEN_IDS = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
 _MAX_NUMBER, _MAX_LAYERS = 1 << 31, 512
+_POSITIVE = ("attention.head_count", "attention.sliding_window_pattern")
+"""Numbers that others are divided by."""
+_LAYER = re.compile(r"^blk\.\d+\.")
+_OLD_EXPERT = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")
+_ARCHS = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
 _IGNORED_KEYS = frozenset({
     "tensor_data_layout", "attention.causal", "pooling_type", "tokenizer", "leading_dense_block_count",
     "rope.scaling.finetuned", "nextn_predict_layers", "attention.sliding_window", "attention.sliding_window_pattern",
     "rope.freq_base_swa", "rope.scale_linear",
 })  # fmt: skip
 """Display only, or read from where they apply."""
+
+
+class _NotUnderstood(CheckpointError):
+    """A file may be whole, but is of a kind that transformers or this module does not have."""
 
 
 class _Keys:
@@ -49,15 +67,18 @@ class _Keys:
         if isinstance(value, list | tuple) and len(set(value)) == 1:
             value = value[0]
         largest = _MAX_LAYERS if key == "block_count" else _MAX_NUMBER
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= largest:
-            self.refuse(f"`{self.arch}.{key}` is {value!r:.80}, where one whole number up to {largest:,} is needed")
+        if isinstance(value, list | tuple):
+            self.refuse(f"`{self.arch}.{key}` differs by layer")
+        smallest = int(key in _POSITIVE)
+        if not isinstance(value, int) or isinstance(value, bool) or not smallest <= value <= largest:
+            raise self.wrong(key, f"one whole number from {smallest} to {largest:,}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         """A finite number, rounded to what its float32 stands for."""
         value = self.get(key, default)
         if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
-            self.refuse(f"`{self.arch}.{key}` is {value!r}, where a finite number is needed")
+            raise self.wrong(key, "a finite number")
         return float(f"{value:.8g}")
 
     def table(self, *names: str) -> dict[str, Any]:
@@ -70,7 +91,7 @@ class _Keys:
     def rows(self, name: str, dimension: int = 0) -> int:
         """One dimension of a tensor."""
         if name not in self.names:
-            self.refuse(f"it has no tensor `{name}`")
+            raise CheckpointError(f"{self.source.path} lacks the tensor `{name}`. Fetch it again, or convert it again.")
         return self.source.info(name).shape[dimension]
 
     def first(self, suffix: str) -> str | None:
@@ -79,8 +100,14 @@ class _Keys:
             (f"blk.{i}.{suffix}" for i in range(self.integer("block_count")) if f"blk.{i}.{suffix}" in self.names), None
         )
 
+    def wrong(self, key: str, needed: str) -> CheckpointError:
+        """Return the refusal of a number that is missing or cannot be."""
+        name, value = f"{self.arch}.{key}", self.get(key)
+        said = f"lacks the key `{name}`" if value is None else f"gives `{name}` as {value!r:.80}"
+        return CheckpointError(f"{self.source.path} {said}; {needed} is needed. Fetch it again, or convert it again.")
+
     def refuse(self, reason: str) -> NoReturn:
-        raise CheckpointError(
+        raise _NotUnderstood(
             f"{self.source.path} ({self.arch or 'no architecture'}) cannot be loaded in transformers: {reason}. Run it "
             "in llama.cpp, or start from the Hugging Face checkpoint that it was made of."
         )
@@ -95,17 +122,114 @@ def config_from_gguf(source: GGUFSource) -> Config:
     from transformers import AutoConfig
 
     keys = _Keys(source)
-    family = _FAMILIES.get(keys.arch)
-    if family is None:
-        keys.refuse(f"dynquant knows the architectures {', '.join(sorted(_FAMILIES))}")
     token_ids = {name: keys.values.get(f"tokenizer.ggml.{key}_token_id") for key, name in _TOKEN_IDS.items()}
-    raw = {**_common(keys), **family(keys), **{name: i for name, i in token_ids.items() if i is not None}}
+    raw = _stated(keys) | {name: i for name, i in token_ids.items() if i is not None}
     understood = {f"{keys.arch}.{key}" for key in keys.used | _IGNORED_KEYS}
     unknown = [key for key in keys.values if key.startswith(f"{keys.arch}.") and key not in understood]
     if unknown:
         keys.refuse(f"the key `{unknown[0]}` ({keys.values[unknown[0]]!r}) is not understood")
     defaults = AutoConfig.for_model(**raw).to_dict()
     return Config(source.path, {**raw, **defaults}, raw)
+
+
+def check_complete(source: GGUFSource) -> None:
+    """Refuse a GGUF model that llama.cpp would not load, or would load without some of its tensors.
+
+    For the known families the tensors are those that the keys call for; for others, the layers are compared.
+
+    Raises:
+        CheckpointError: a key or tensors are missing, or tensors are there that no model of the architecture has.
+    """
+    keys = _Keys(source)
+    kind = keys.values.get("general.type", "model")
+    if kind in ("adapter", "imatrix") or not keys.names:
+        what = f"is of the type {kind!r}" if keys.names else "holds no tensors"
+        raise CheckpointError(f"{source.path} {what}: it is no model. Give the GGUF file of a model.")
+    if keys.arch == "clip":
+        return
+    old = sorted(name for name in keys.names if _OLD_EXPERT.fullmatch(name))
+    if old:
+        raise CheckpointError(
+            f"{source.path} stores every expert as tensors of its own ({some_of(old)}), as llama.cpp did until April "
+            "2024 and no longer reads. Convert the original checkpoint again."
+        )
+    for key in ("block_count", "embedding_length", "context_length"):
+        keys.integer(key)
+    try:
+        lost, foreign = _against_family(keys)
+    except _NotUnderstood:
+        lost, foreign = _against_each_other(keys)
+    # Layers that predict tokens ahead are counted, but llama.cpp does without them.
+    num_run = keys.integer("block_count") - keys.integer("nextn_predict_layers", 0)
+    lost = {name for name in lost if (layer_of(f"{name}.") or 0) < num_run or num_run < 1}
+    problems = [
+        f"{problem} ({some_of(sorted(names))})"
+        for names, problem in (
+            (lost, f"lacks {len(lost)} tensors that it must have, or has them in another shape"),
+            (foreign, f"holds {len(foreign)} tensors that have no place in it"),
+        )
+        if names
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{source.path} ({keys.arch}) {' and '.join(problems)}. llama.cpp would not load it. Fetch the file "
+            "again, or convert the checkpoint again."
+        )
+
+
+def _against_family(keys: _Keys) -> tuple[set[str], set[str]]:
+    """Return the tensors that are missing or of another shape, and those that nothing calls for."""
+    raw, names = _stated(keys), keys.names
+    if keys.integer("block_count") > len(names):
+        return {f"blk.{keys.integer('block_count') - 1}"}, set()
+    config = Config(keys.source.path, raw, raw)
+    book = ConversionBook(config, None, whole_kv_b="blk.0.attn_kv_b.weight" in names)
+    FAMILIES[config.model_type].add_tensors(book)
+    shapes = {conversion.name: conversion.shape for conversion in book.finish()}
+    stored = {name: keys.source.info(name).shape for name in shapes.keys() & names}
+    lost = {name for name, shape in stored.items() if _size(shape) != _size(shapes[name])}
+    kinds = Counter(_LAYER.sub("blk.{bid}.", name) for name in names)
+    # Biases may be left out of all layers, and optional tensors are in all of them.
+    lost |= {n for n in shapes.keys() - names if not n.endswith(".bias") or _LAYER.sub("blk.{bid}.", n) in kinds}
+    allowed = {gguf.TENSOR_NAMES[tensor] for tensor in gguf.MODEL_TENSORS[_ARCHS[keys.arch]]}
+    foreign = set()
+    for name in names - shapes.keys():
+        kind = _LAYER.sub("blk.{bid}.", name)
+        is_everywhere = kinds[kind] == (keys.integer("block_count") if kind != name else not kind.endswith(".bias"))
+        is_optional = kind.rpartition(".")[0] in allowed and is_everywhere
+        if not is_optional and not kind.startswith(("blk.{bid}.nextn.", "cls.", "rope_factors_")):
+            foreign.add(name)
+    return lost, foreign
+
+
+def _size(shape: tuple[int, ...]) -> tuple[int, int]:
+    return prod(shape), shape[-1]
+
+
+def _against_each_other(keys: _Keys) -> tuple[set[str], set[str]]:
+    """Return what sets a layer apart from all others but is more or less of what several of them have.
+
+    The first layer may differ, and the layers of a hybrid do, in several ways that are there more than once.
+    """
+    layers: dict[int, set[str]] = {}
+    for name in keys.names:
+        if match := re.fullmatch(r"blk\.(\d+)\.(?!nextn\.)(.+)", name):
+            layers.setdefault(int(match[1]), set()).add(match[2])
+    count = keys.values[f"{keys.arch}.block_count"]
+    kinds = Counter(map(frozenset, layers.values()))
+    shared = [kind for kind, layers_of_kind in kinds.items() if layers_of_kind > 1]
+    lost, foreign = set(), set()
+    for number, kind in layers.items():
+        nearest = min(shared, key=lambda other: len(other ^ kind), default=kind)
+        if number >= count:
+            foreign |= {f"blk.{number}.{name}" for name in kind}
+        elif number and kind < nearest:
+            lost |= {f"blk.{number}.{name}" for name in nearest - kind}
+        elif number and kind > nearest:
+            foreign |= {f"blk.{number}.{name}" for name in kind - nearest}
+    if layers and not isinstance(keys.get("attention.head_count"), list):  # a list may leave layers out
+        lost |= {f"blk.{number}" for number in range(count) if number not in layers}
+    return lost, foreign
 
 
 def tokenizer_files(gguf_file: Path) -> dict[str, bytes]:
@@ -125,6 +249,14 @@ def tokenizer_files(gguf_file: Path) -> dict[str, bytes]:
             stacklevel=2,
         )
         return {}
+
+
+def _stated(keys: _Keys) -> dict[str, Any]:
+    """Return what the file says of its configuration."""
+    family = _FAMILIES.get(keys.arch)
+    if family is None:
+        keys.refuse(f"dynquant knows the architectures {', '.join(sorted(_FAMILIES))}")
+    return {**_common(keys), **family(keys)}
 
 
 def _common(keys: _Keys) -> dict[str, Any]:

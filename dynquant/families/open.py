@@ -13,17 +13,19 @@ import gguf
 
 from dynquant.checkpoints.gguf_source import GGUFSource, split_files
 from dynquant.checkpoints.model import Model
-from dynquant.checkpoints.safetensors_source import INDEX_NAME, SafetensorsSource
+from dynquant.checkpoints.safetensors_source import INDEX_NAME, SINGLE_NAME, SafetensorsSource, refuse_quantized
 from dynquant.checkpoints.tensor_source import TensorSource
 from dynquant.errors import CheckpointError, ExportError
 from dynquant.families.common.config import read_config, read_json
 from dynquant.families.common.conversion import ConvertedSource
 from dynquant.families.common.conversion_book import ConversionBook
 from dynquant.families.common.metadata import recorded_fields, write_general_keys
+from dynquant.families.from_gguf import check_complete
 from dynquant.families.text.registry import FAMILIES, SAME_CONFIG, SIZED_FAMILIES
 from dynquant.families.tokenizers.tokenizer import write_tokenizer
 from dynquant.families.vision.checkpoint import is_vision_checkpoint, open_vision
 from dynquant.session import Session
+from dynquant.storage.stand_ins import refuse_stand_in
 
 CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 """Patterns of files that are downloaded: neither code nor pickles."""
@@ -74,14 +76,8 @@ def open_hf(directory: Path) -> Model:
         CheckpointError: missing or damaged files, missing or unknown tensors, or something that llama.cpp cannot run.
     """
     config = read_config(directory, FAMILIES)
-    quantization = config.raw.get("quantization_config")
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    source = SafetensorsSource(directory) if method in (None, "fp8") else None
-    if source is None or (method == "fp8" and not source.has_fp8):
-        config.refuse(
-            "its weights are already quantized (`quantization_config`), and not as FP8 matrices with block scales; "
-            "start from the BF16, F16 or FP8 checkpoint"
-        )
+    refuse_quantized(directory, config.raw.get("quantization_config"))
+    source = SafetensorsSource(directory)
     return _build(directory, ConversionBook(config, source), source)
 
 
@@ -105,24 +101,51 @@ def locate_model(path: str | Path) -> Path:
     """Return the local path of a Hugging Face directory, a GGUF file or a hub id, which is downloaded.
 
     Raises:
-        CheckpointError: nothing is there, a directory without config.json, or a later part of a split GGUF.
+        CheckpointError: nothing is there, a directory that is no model or not one alone, or a later part of a split.
     """
     local = Path(path)
     split_files(local)  # refuses a later part of a split
+    if not local.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not is_gguf(local):
+        local = _download(str(path))
     if local.is_dir():
-        if not (local / "config.json").is_file():
-            raise CheckpointError(
-                f"{local} holds no config.json, so it is not a Hugging Face model; give its directory."
-            )
+        _check_small_files(local)
         return local
     if is_gguf(local) and local.is_file():
+        refuse_stand_in(local)
         return local
-    if not local.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not is_gguf(local):
-        return _download(str(path))
     raise CheckpointError(
         f"{path} is neither a Hugging Face model directory, nor a .gguf file, nor a hub id of the form owner/name; "
         "check the path."
     )
+
+
+def _check_small_files(directory: Path) -> None:
+    """Refuse a directory without config.json, files that were not fetched, and what transformers reads otherwise."""
+    for file in (file for pattern in CHECKPOINT_FILES[1:] for file in directory.glob(pattern) if file.is_file()):
+        refuse_stand_in(file)
+    adapter, config = directory / "adapter_config.json", directory / "config.json"
+    if adapter.is_file():
+        if config.is_file():
+            raise CheckpointError(
+                f"{directory} holds a model and an adapter for it (adapter_config.json). transformers would run both "
+                "together, and only the model would be written. Merge them (`merge_and_unload` of PEFT), or move the "
+                "adapter to a directory of its own."
+            )
+        raise CheckpointError(
+            f"{directory} is an adapter, not a model. Give its base model, "
+            f"{read_json(adapter).get('base_model_name_or_path')!r:.200}, or what `merge_and_unload` of PEFT makes of "
+            "both; `dynquant eval` takes an adapter as --adapter beside a packed model."
+        )
+    if not config.is_file():
+        raise CheckpointError(
+            f"{directory} holds no config.json, so it is not a Hugging Face model; give its directory."
+        )
+    weights = read_json(config).get("transformers_weights")
+    if weights not in (None, SINGLE_NAME, INDEX_NAME):
+        raise CheckpointError(
+            f"{config} names {weights!r:.200} as the weights that transformers reads (`transformers_weights`); "
+            f"dynquant reads {SINGLE_NAME} or {INDEX_NAME}. Rename the file, and take the entry out of config.json."
+        )
 
 
 def is_gguf(path: Path) -> bool:
@@ -165,6 +188,7 @@ def _download(repo_id: str) -> Path:
 
 def _open_gguf(path: Path) -> Model:
     source = GGUFSource(path)
+    check_complete(source)
     metadata = tuple(
         field for field in source.metadata if field.key not in _OWN_KEYS and not field.key.startswith(_OWN_PREFIXES)
     )

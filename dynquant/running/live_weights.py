@@ -2,12 +2,14 @@
 
 A GGUF tensor is a selection of a checkpoint tensor's entries: some rows, another order, a transposition, at most with a
 constant added (Gemma's norms). `Conversion.transform` makes it; the way back is the transform's adjoint, which
-automatic differentiation gives, so no family has to state an inverse. When the original is a GGUF file there are no
-conversions: parameters are found by name, rows of rotary heads are reordered where that makes them equal, and every
-place is checked against the file.
+automatic differentiation gives, so no family has to state an inverse. When the weights come from a GGUF file, the
+family's conversions of the running model are taken; for other architectures parameters are found by name, and rows of
+rotary heads are reordered where that makes them equal. Every place is then checked against the file.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +17,11 @@ from torch import Tensor, nn
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import gguf_name_of
 from dynquant.errors import CheckpointError
+from dynquant.families.common.config import Config
 from dynquant.families.common.conversion import ConvertedSource, Transform, unchanged
+from dynquant.families.common.conversion_book import ConversionBook, some_of
 from dynquant.families.text.llama import interleave_halves
+from dynquant.families.text.registry import FAMILIES
 from dynquant.running.expert_hooks import expert_modules
 
 
@@ -28,11 +33,19 @@ class _Place:
     rows: slice | None = None
     transform: Transform = unchanged
 
+    def seen(self, stored: Tensor) -> Tensor:
+        """Return the GGUF tensor in values of the parameter."""
+        return stored[:, self.rows] if self.rows is not None else self.transform(stored)
+
 
 class LiveWeights:
     """The GGUF tensors of `model` that have a place in `hf_model`, loaded by transformers from the same checkpoint."""
 
-    def __init__(self, model: Model, hf_model: nn.Module) -> None:
+    def __init__(self, model: Model, hf_model: Any) -> None:
+        self._num_layers = hf_model.config.get_text_config().num_hidden_layers
+        head, embedding = hf_model.get_output_embeddings(), hf_model.get_input_embeddings()
+        if "output.weight" in model.source.names() and head is not None and head.weight is embedding.weight:
+            head.weight = nn.Parameter(head.weight.detach().clone())  # stored twice, it may get two types
         if isinstance(model.source, ConvertedSource):
             self._places = _stack_places(model, hf_model) | _single_places(model, model.source, hf_model)
         else:
@@ -41,6 +54,16 @@ class LiveWeights:
     def names(self) -> list[str]:
         """GGUF names, in no particular order."""
         return list(self._places)
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raise CheckpointError for a tensor without a place, unless it is of a layer that the model does not run."""
+        ends = tuple(f"blk.{layer}." for layer in range(self._num_layers, self._num_layers + 8))  # predict tokens ahead
+        lost = [name for name in names if name not in self._places and not name.startswith(ends)]
+        if lost:
+            raise CheckpointError(
+                f"The running model has no place that dynquant knows for {some_of(sorted(lost))}, so it would be "
+                "measured as if they were not quantized. Plan without --select (and --sensitivity closed-form)."
+            )
 
     def parameter(self, name: str) -> nn.Parameter:
         return self._places[name].parameter
@@ -68,8 +91,7 @@ class LiveWeights:
         return self._seen(name, gradient) - self._seen(name, torch.zeros_like(gradient))  # without added constants
 
     def _seen(self, name: str, stored: Tensor) -> Tensor:
-        place = self._places[name]
-        return stored[:, place.rows] if place.rows is not None else place.transform(stored)
+        return self._places[name].seen(stored)
 
 
 def _stack_places(model: Model, hf_model: nn.Module) -> dict[str, _Place]:
@@ -91,10 +113,7 @@ def _stack_places(model: Model, hf_model: nn.Module) -> dict[str, _Place]:
 
 
 def _single_places(model: Model, source: ConvertedSource, hf_model: nn.Module) -> dict[str, _Place]:
-    """Tensors made of one checkpoint tensor, found under its own name or under the name that GGUF gives it.
-
-    A tied embedding that GGUF stores twice has one place, that of the embedding.
-    """
+    """Tensors made of one checkpoint tensor, found under its own name or under the name that GGUF gives it."""
     parameters = dict(hf_model.named_parameters())
     by_gguf_name = {
         gguf_name_of(name, model.arch, model.hyper.n_layer): parameter for name, parameter in parameters.items()
@@ -103,33 +122,54 @@ def _single_places(model: Model, source: ConvertedSource, hf_model: nn.Module) -
     for name in source.names():
         parts, transform = source.checkpoint_names(name), source.transform(name)
         parameter = parameters.get(parts[0], by_gguf_name.get(name)) if len(parts) == 1 else None
-        is_copy = transform is unchanged and any(place.parameter is parameter for place in places.values())
-        if parameter is not None and parameter.dim() < 3 and not is_copy:
+        if name == "output.weight" and parameter is not None:
+            parameter = hf_model.get_output_embeddings().weight  # whatever the family makes it of
+        if parameter is not None and parameter.dim() < 3:
             places[name] = _Place(parameter, transform=transform)
     return places
 
 
-def _places_of_a_file(model: Model, hf_model: nn.Module) -> dict[str, _Place]:
-    """Parameters that transformers loaded from the file itself; raise CheckpointError for an unknown order of rows."""
-    counts = (model.hyper.n_head, model.hyper.n_head_kv)
-    stored_names, places = set(model.source.names()), {}
+def _places_of_a_file(model: Model, hf_model: Any) -> dict[str, _Place]:
+    """Parameters of a running model whose weights come from a GGUF file, of itself or of `--base-gguf`.
+
+    Raises:
+        CheckpointError: a parameter is not the file's tensor of its name under any known order of rows.
+    """
+    candidates = {name: [place] for name, place in _stack_places(model, hf_model).items()}
+    candidates |= {name: [place] for name, place in _family_places(model, hf_model).items()}
     for parameter_name, parameter in hf_model.named_parameters():
         name = gguf_name_of(parameter_name, model.arch, model.hyper.n_layer)
-        if name not in stored_names:
-            continue
-        stored = model.source.load(name).to(parameter.device, parameter.dtype)
-        fitting = [interleave_halves(count) for count in counts if len(stored) % (2 * count) == 0]
-        transforms = (unchanged, *fitting) if stored.shape == parameter.shape else ()
-        transform = next(
-            (candidate for candidate in transforms if torch.equal(candidate(parameter.detach()), stored)), None
-        )
-        if transform is None:
-            raise CheckpointError(
-                f"transformers loads `{name}` of {model.path} in an order that dynquant does not know, so its weights "
-                "cannot be followed into the running model. Give the Hugging Face checkpoint that the file was made of."
-            )
-        places[name] = _Place(parameter, transform=transform)
-    return places
+        if name is not None and name not in candidates:
+            counts = sorted({model.hyper.n_head, model.hyper.n_head_kv} - {0})
+            fitting = [count for count in counts if parameter.shape[:1].numel() % (2 * count) == 0]
+            orders = (unchanged, *map(interleave_halves, fitting))
+            candidates[name] = [_Place(parameter, transform=order) for order in orders]
+    return {name: _equal_place(model, name, candidates[name]) for name in model.source.names() if name in candidates}
+
+
+def _family_places(model: Model, hf_model: Any) -> dict[str, _Place]:
+    """Places by the conversions of the running model's family; none for a family without."""
+    values = hf_model.config.to_dict() | {"tie_word_embeddings": "output.weight" not in model.source.names()}
+    config = Config(model.path, values, values)
+    if config.model_type not in FAMILIES:
+        return {}
+    whole = "blk.0.attn_kv_b.weight" in model.source.names()
+    book = ConversionBook(config, None, names=list(hf_model.state_dict()), whole_kv_b=whole)
+    FAMILIES[config.model_type].add_tensors(book)
+    return _single_places(model, ConvertedSource(model.source, book.finish()), hf_model)
+
+
+def _equal_place(model: Model, name: str, places: list[_Place]) -> _Place:
+    """Return the place that holds the values of the file."""
+    stored = model.source.load(name).flatten()
+    for place in places:
+        seen = place.seen(place.parameter.detach()).flatten()
+        if torch.equal(seen, stored.to(seen.device, seen.dtype)):
+            return place
+    raise CheckpointError(
+        f"The running model has other weights than `{name}` of {model.path}, or has them in an order that dynquant "
+        "does not know, so they cannot be followed into it. Give the Hugging Face checkpoint that the file was made of."
+    )
 
 
 def _adjoint(transform: Transform, like: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ transformers dequantizes a GGUF while it loads, for a handful of dense architect
 is never run, and nothing is downloaded: `open_model` has fetched what there is.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +14,13 @@ import torch
 from safetensors import SafetensorError
 
 from dynquant.checkpoints.model import Model
+from dynquant.checkpoints.safetensors_source import checkpoint_spans
 from dynquant.checkpoints.tensor_source import is_finite
 from dynquant.errors import CheckpointError
+from dynquant.families.common.config import read_json
 from dynquant.families.common.conversion import ConvertedSource
-from dynquant.families.open import is_gguf
+from dynquant.families.common.conversion_book import some_of
+from dynquant.families.open import is_gguf, open_hf
 from dynquant.families.tokenizers.files import read_tokenizer_files
 from dynquant.families.vision.checkpoint import is_vision_checkpoint
 from dynquant.resources import count_mapped_files
@@ -39,6 +43,8 @@ def load_hf(model: Model, *, dtype: torch.dtype | None = None, device: str = "cp
     Raises:
         CheckpointError: transformers cannot load this checkpoint, with the way out.
     """
+    if model.hf_directory is not None and not isinstance(model.source, ConvertedSource):  # weights of --base-gguf
+        model = _fp8_model(model.hf_directory) or model
     if isinstance(model.source, ConvertedSource) and getattr(model.source.checkpoint, "has_fp8", False):
         # Weights times scales: transformers would run FP8 kernels, which need a GPU and round activations.
         dtype = dtype or computing_type(model, device)
@@ -67,9 +73,29 @@ def load_directory(directory: Path, dtype: torch.dtype) -> "PreTrainedModel":
 
     Raises CheckpointError when transformers cannot load it.
     """
+    checkpoint_spans(directory)  # refuses weights that are incomplete or of two kinds
+    if (fp8 := _fp8_model(directory)) is not None:
+        return load_hf(fp8, dtype=dtype)
     loaded = _load(_LOADERS[is_vision_checkpoint(directory)], directory, dtype=dtype, use_safetensors=True)
     count_mapped_files(directory.glob("*.safetensors"))
     return unpack_compressed(loaded, dtype)
+
+
+def _fp8_model(directory: Path) -> Model | None:
+    """Open an FP8 checkpoint for our own loader: transformers takes rows // scale rows for the size of a block.
+
+    Raises CheckpointError for a family whose weights dynquant cannot read.
+    """
+    quantization = read_json(directory / "config.json").get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "fp8":
+        return None
+    try:
+        return open_hf(directory)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{directory} is stored as FP8, which dynquant runs only where it knows the place of each scale ({error}) "
+            "Convert the checkpoint to bfloat16."
+        ) from error
 
 
 def load_config(model: Model | Path) -> Any:
@@ -162,9 +188,31 @@ def _load(loader: str, model: Model | Path, **options: Any) -> Any:
         )
     try:
         with without_progress_bars():
-            return getattr(transformers, loader).from_pretrained(directory, **LOCAL_ONLY, **options)
+            if loader not in _LOADERS:
+                return getattr(transformers, loader).from_pretrained(directory, **LOCAL_ONLY, **options)
+            options |= LOCAL_ONLY | {"output_loading_info": True}
+            loaded, report = getattr(transformers, loader).from_pretrained(directory, **options)
     except Exception as error:  # transformers raises errors of many libraries
         kind = {"AutoConfig": "configuration", "AutoTokenizer": "tokenizer"}.get(loader, "model")
         raise CheckpointError(
             f"{path}: transformers cannot load the {kind} ({type(error).__name__}: {str(error)[:400]}). {way_out}"
         ) from error
+    _check_complete(path, report, way_out)
+    return loaded
+
+
+def _check_complete(path: Path, report: dict[str, Any], way_out: str) -> None:
+    """Refuse a model of which transformers made up weights, or left some of the checkpoint's out."""
+    new = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
+    if new:
+        raise CheckpointError(
+            f"{path} lacks {len(new)} weights of the model, or has them in other shapes ({some_of(new)}); transformers "
+            f"would fill them with random numbers. {way_out}"
+        )
+    unread = sorted(name for name in report["unexpected_keys"] if not name.endswith(".inv_freq"))
+    if unread:
+        warnings.warn(
+            f"transformers does not use {len(unread)} tensors of {path} ({some_of(unread)}); what it computes may not "
+            "be the model that was trained.",
+            stacklevel=4,
+        )

@@ -4,6 +4,8 @@ import json
 import re
 from typing import Any
 
+from dynquant.storage.stand_ins import stand_in
+
 
 def parse_json(text: str | bytes, *, unique_names: bool = False) -> Any:
     """The value of a JSON text, with or without a byte-order mark. With `unique_names`, repeated names are refused.
@@ -19,6 +21,11 @@ def parse_json(text: str | bytes, *, unique_names: bool = False) -> Any:
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+    except json.JSONDecodeError as error:
+        meaning = stand_in(text[:99].encode("utf-8", "replace"))
+        if meaning is None:
+            raise
+        raise ValueError(f"it is {meaning[0]}. {meaning[1]}") from error
     except UnicodeEncodeError as error:
         raise ValueError("it holds half of a surrogate pair, which is no character") from error
     return value

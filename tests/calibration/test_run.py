@@ -353,8 +353,9 @@ def test_unsupported_gguf_is_refused_with_the_way_out(tmp_path):
     import gguf
 
     path = tmp_path / "model.gguf"
-    writer = gguf.GGUFWriter(path, "deepseek2")
+    writer = gguf.GGUFWriter(path, "refact")
     writer.add_block_count(1)
+    writer.add_context_length(64)
     writer.add_embedding_length(32)
     writer.add_head_count(1)
     writer.add_vocab_size(8)

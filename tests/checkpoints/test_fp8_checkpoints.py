@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dynquant.calibration.run import provenance_of, text_inputs
 from dynquant.calibration.streamed import calibrate_streamed
@@ -13,10 +13,13 @@ from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.safetensors_source import SafetensorsSource, StoredValues
 from dynquant.errors import CheckpointError
 from dynquant.families.open import open_model
+from dynquant.running.load import load_directory, load_hf
 from tests.helpers.calibrating import calibrate
 from tests.helpers.commands import run
 from tests.helpers.edited_checkpoints import edited_config, edited_weights
+from tests.helpers.evaluating import evaluated
 from tests.helpers.fp8_checkpoints import dequantized, quantized, save_fp8
+from tests.helpers.tiny_models import write_f32
 
 RAGGED = "model.layers.2.self_attn.kv_a_proj_with_mqa.weight"  # 288 rows: two blocks and a quarter
 
@@ -63,6 +66,27 @@ def test_statistics_are_those_of_the_floats(fp8, tmp_path):
         for other in (found, streamed):
             assert torch.equal(other.inputs[key].in_sum2, one.in_sum2), key
             assert other.inputs[key].samples is None or torch.equal(other.inputs[key].samples, one.samples)
+
+
+def test_whatever_runs_the_model_has_the_weights_of_the_floats(fp8, tmp_path, small_moe):
+    """transformers alone takes 288 / 3 = 96 rows for a block where it is 128."""
+    expected = load_directory(fp8.parent / "floats", torch.float32).state_dict()
+    base = write_f32(open_model(fp8), tmp_path / "base.gguf")
+    for loaded in (load_directory(fp8, torch.float32), load_hf(open_model(fp8, base_gguf=base))):
+        found = loaded.state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], values) for name, values in expected.items())
+    text = (small_moe.parent / "demo_text.txt",)
+    report = evaluated(fp8.parent / "floats", fp8, tasks=("kl",), text=text, window=128, max_tokens=256)
+    assert report.texts[0].kl.mean.value < 1e-9
+
+
+def test_fp8_of_another_family_is_not_run(tmp_path, small_moe):
+    config = {"model_type": "gpt2", "quantization_config": {"quant_method": "fp8"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"h.0.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"stored as FP8.*gpt2.*Convert the checkpoint to bfloat16"):
+        load_directory(tmp_path, torch.float32)
 
 
 def test_exports_are_those_of_the_floats(fp8, tmp_path):

@@ -25,8 +25,9 @@ Q8_0 = GGMLQuantizationType.Q8_0
 
 def write_gguf(path: Path, *, split: bool = False) -> Path:
     """Float and quantized tensors with a little metadata; with `split`, files of one tensor each."""
-    writer = gguf.GGUFWriter(path, "llama", split_max_tensors=1 if split else 0)
+    writer = gguf.GGUFWriter(path, "refact", split_max_tensors=1 if split else 0)
     writer.add_block_count(1)
+    writer.add_context_length(64)
     writer.add_embedding_length(64)
     writer.add_token_list(["a", "b", "\u00e9"])
     writer.add_array("test.numbers", [1, 2, 3])

@@ -126,6 +126,12 @@ def test_prediction_layers_are_left_out_with_a_warning(deepseek_v3: Path, tmp_pa
     assert not any(name.startswith("blk.3.") for name in model.source.names())
 
 
+def test_layers_beyond_the_configuration_that_predict_nothing_are_refused(deepseek_v3: Path, tmp_path: Path) -> None:
+    fewer = edited_config(deepseek_v3, tmp_path / "fewer", lambda config: config.update(num_hidden_layers=2))
+    with pytest.raises(CheckpointError, match=r"holds \d+ tensors that its architecture has no place for.*layers\.2\."):
+        open_hf(fewer)
+
+
 def test_configuration_alone_gives_the_same_plan_input(deepseek_v3: Path) -> None:
     full, alone = open_hf(deepseek_v3), open_config(deepseek_v3)
     assert alone.source.names() == full.source.names()
@@ -181,7 +187,10 @@ def test_nan_names_the_tensor(deepseek_v3: Path, tmp_path: Path) -> None:
         ({"vocab_size": "many"}, "vocab_size"),
         ({"hidden_act": "gelu"}, "hidden_act.*silu"),
         ({"rope_interleave": False}, "rope_interleave"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "already quantized"),
+        (
+            {"quantization_config": {"quant_method": "fp8"}},
+            "stored as floats.*take `quantization_config` out",
+        ),
         (
             {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}},
             "rope scaling `dynamic`",

@@ -132,7 +132,7 @@ def _place(tree: object, rng: random.Random) -> tuple[object, object]:
 def make_targets(directory: Path, small_moe: Path) -> dict[str, Target]:
     """One target for each kind of file. `small_moe` lends its configuration and tokenizer."""
     return {
-        "gguf": Target(_gguf(directory / "gguf"), _read_model, 900),
+        "gguf": Target(_gguf(directory / "gguf"), _read_model, 1500),
         "imatrix": Target(_imatrix(directory / "imatrix"), _read_imatrix(directory / "gguf" / "model.gguf")),
         "safetensors": Target(_safetensors(directory / "safetensors"), _read_checkpoint, 360),
         "index": Target(_index(directory / "index"), _read_checkpoint),
@@ -194,16 +194,23 @@ def _gguf(directory: Path) -> Path:
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(1)
     writer.add_embedding_length(64)
+    writer.add_context_length(64)
+    writer.add_head_count(2)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_expert_count(4)
+    writer.add_expert_used_count(2)
     writer.add_token_list(["a", "b", "\u00e9"])
     writer.add_array("test.numbers", [1, 2, 3])
-    writer.add_float32("test.eps", 1e-6)
-    rng = np.random.default_rng(0)
-    matrix = rng.standard_normal((5, 64)).astype(np.float32)
-    writer.add_tensor("output_norm.weight", matrix[0].copy())
-    writer.add_tensor("blk.0.attn_q.weight", matrix.astype(np.float16))
+    matrix = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
+    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+        writer.add_tensor(f"{name}.weight", matrix[0].copy())
+    for name, rows in (("token_embd", 3), *((f"blk.0.attn_{part}", 64) for part in ("q", "k", "v", "output"))):
+        writer.add_tensor(f"{name}.weight", matrix[:rows].astype(np.float16))
+    writer.add_tensor("blk.0.ffn_gate_inp.weight", matrix[:4].copy())
     q8_0 = gguf.GGMLQuantizationType.Q8_0
-    stack = rng.standard_normal((4, 6, 64)).astype(np.float32)
-    writer.add_tensor("blk.0.ffn_down_exps.weight", gguf.quants.quantize(stack, q8_0), raw_dtype=q8_0)
+    for name, rows, columns in (("gate", 32, 64), ("up", 32, 64), ("down", 64, 32)):
+        stack = np.stack([matrix[:rows, :columns]] * 4)
+        writer.add_tensor(f"blk.0.ffn_{name}_exps.weight", gguf.quants.quantize(stack, q8_0), raw_dtype=q8_0)
     finish(writer)
     return path
 

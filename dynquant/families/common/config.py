@@ -23,6 +23,9 @@ _LARGEST = {
 }  # fmt: skip
 """Numbers of things that are made in memory before any weight is looked at, far beyond any model."""
 
+_STATED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+"""Sizes without which no configuration describes a model."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -118,6 +121,12 @@ def read_config(directory: Path, known: Collection[str], *, same_as: Mapping[str
         raise CheckpointError(
             f"{path} has model_type {raw['model_type']!r}, which dynquant cannot convert (it can: "
             f"{', '.join(sorted(known))}). {WAY_OUT}"
+        )
+    unstated = [] if "text_config" in raw else [key for key in _STATED if raw.get(key) is None]
+    if unstated:
+        raise CheckpointError(
+            f"{path} does not state `{'`, `'.join(unstated)}`. transformers would take defaults of the architecture, "
+            "which need not be this model's. Fetch the file again, or add what is missing."
         )
     defaults = _with_defaults(directory, raw, (same_as or {}).get(raw["model_type"]))
     text, stated = defaults.get("text_config"), raw.get("text_config")

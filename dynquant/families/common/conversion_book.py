@@ -93,7 +93,7 @@ class ConversionBook:
         dropped = sorted(name for name in self._unused if matches(name))
         if dropped:
             self._unused.difference_update(dropped)
-            warnings.warn(f"{len(dropped)} tensors are left out ({_sample(dropped)}): {reason}", stacklevel=4)
+            warnings.warn(f"{len(dropped)} tensors are left out ({some_of(dropped)}): {reason}", stacklevel=4)
 
     def ignore(self, checkpoint_name: str) -> None:
         """A tensor that transformers does not use either."""
@@ -105,12 +105,12 @@ class ConversionBook:
         if self._missing:
             raise CheckpointError(
                 f"{where} lacks {len(self._missing)} tensors that its configuration calls for: "
-                f"{_sample(self._missing)}. The download is incomplete, or config.json belongs to another model."
+                f"{some_of(self._missing)}. The download is incomplete, or config.json belongs to another model."
             )
         unknown = sorted(name for name in self._unused if not name.endswith(_COMPUTED_BUFFERS))
         if unknown:
             raise CheckpointError(
-                f"{where} holds {len(unknown)} tensors that its architecture has no place for: {_sample(unknown)}. "
+                f"{where} holds {len(unknown)} tensors that its architecture has no place for: {some_of(unknown)}. "
                 f"Leaving them out would change the model. {WAY_OUT}"
             )
         return self.conversions
@@ -132,6 +132,7 @@ class ConversionBook:
         return info.dtype
 
 
-def _sample(names: list[str]) -> str:
+def some_of(names: list[str]) -> str:
+    """Return the first names of a list, as messages show them."""
     shown = ", ".join(f"`{name}`" for name in names[:4])
     return shown if len(names) <= 4 else f"{shown}, …"

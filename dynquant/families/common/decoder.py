@@ -68,7 +68,7 @@ def add_embeddings(book: ConversionBook, *, always_output: bool = False) -> None
     if not config.get("tie_word_embeddings", False) or book.holds_another(head, embedding):
         book.add("output.weight", head, shape)
         return
-    book.ignore(head)
+    book.ignore(head)  # a copy; from names alone nobody can tell
     if always_output:
         book.add("output.weight", embedding, shape)
 

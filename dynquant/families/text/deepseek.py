@@ -26,6 +26,7 @@ _GATING = {"softmax": gguf.ExpertGatingFuncType.SOFTMAX, "sigmoid": gguf.ExpertG
 # llama.cpp takes these layer counts for a lite model without a query latent (src/models/deepseek2.cpp).
 _LITE_LAYER_COUNTS = (26, 27)
 _LITE_LAYERS_AND_VOCAB = (48, 128256)
+_LAYER = re.compile(r"model\.layers\.\d+\.")
 
 
 def write_deepseek_keys(config: Config, writer: gguf.GGUFWriter) -> None:
@@ -48,10 +49,10 @@ def write_deepseek_keys(config: Config, writer: gguf.GGUFWriter) -> None:
 
 def add_deepseek_tensors(book: ConversionBook) -> None:
     """Tensors of DeepSeek V2 and V3."""
-    num_layers = book.config.integer("num_hidden_layers")
     decoder.add_decoder(book, _add_attention, _add_feed_forward)
+    # Layers beyond the configuration's count are left out only if they are what they should be.
     book.drop(
-        lambda name: bool(match := re.match(r"model\.layers\.(\d+)\.", name)) and int(match.group(1)) >= num_layers,
+        lambda name: bool(match := _LAYER.match(name)) and book.holds(f"{match[0]}eh_proj.weight"),
         "they belong to multi-token prediction layers, which llama.cpp does not run for this architecture. "
         "Ordinary generation does not use them.",
     )

@@ -14,12 +14,13 @@ import torch
 
 from dynquant.checkpoints.gguf_source import MetadataField
 from dynquant.checkpoints.model import Model, ModelPart
-from dynquant.checkpoints.safetensors_source import SafetensorsSource
+from dynquant.checkpoints.safetensors_source import SafetensorsSource, refuse_quantized
 from dynquant.checkpoints.tensor_roles import gguf_name_of
-from dynquant.checkpoints.vision_names import language_name
+from dynquant.checkpoints.vision_names import keys_of, language_name
 from dynquant.errors import CheckpointError
 from dynquant.families.common.config import Config, read_json
 from dynquant.families.common.conversion import Conversion, ConvertedSource, differ, unchanged
+from dynquant.families.common.conversion_book import some_of
 from dynquant.families.common.metadata import recorded_fields, write_general_keys
 from dynquant.families.tokenizers.tokenizer import write_tokenizer
 from dynquant.families.vision.parts import open_language_part, open_projector_part
@@ -52,6 +53,7 @@ def open_vision(directory: Path) -> Model:
             f"know inside a vision-language model (it knows: {', '.join(sorted(_LANGUAGE_ARCH))})."
         )
     stored = SafetensorsSource(directory)
+    _check_complete(directory, config, stored)
     copy = _tied_copy(config, stored)
     conversions = [
         conversion
@@ -80,6 +82,21 @@ def _parts(directory: Path, config: Any, stored: SafetensorsSource) -> tuple[tup
         except CheckpointError as error:
             unwritten.append(f"{what}: {error}")
     return tuple(parts), tuple(unwritten)
+
+
+def _check_complete(directory: Path, config: Any, stored: SafetensorsSource) -> None:
+    """Raise CheckpointError for a checkpoint without some of the weights that its configuration calls for."""
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        hf_model = AutoModelForImageTextToText.from_config(config)
+    held = keys_of(stored.names(), hf_model.state_dict()).values()
+    lost = sorted({name for name, _ in hf_model.named_parameters()} - set(held))
+    if lost:
+        raise CheckpointError(
+            f"{directory} lacks {len(lost)} weights that its configuration calls for: {some_of(lost)}. The download is "
+            "incomplete, or config.json belongs to another model."
+        )
 
 
 def _tied_copy(config: Any, stored: SafetensorsSource) -> str | None:
@@ -119,8 +136,7 @@ def _read_config(directory: Path) -> Any:
             f"{path} has model_type {raw.get('model_type')!r} with a vision tower, which dynquant does not know (it "
             f"knows: {', '.join(FAMILIES)})."
         )
-    if raw.get("quantization_config") is not None:
-        raise CheckpointError(f"{path} says that the weights are already quantized; start from the BF16 checkpoint.")
+    refuse_quantized(directory, raw.get("quantization_config"))
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers validates with many exception types, none of them a contract
