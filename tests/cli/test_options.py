@@ -24,6 +24,7 @@ from tests.helpers.commands import linked_copy, refused, succeed
 
 COMMANDS = typer.main.get_command(app).commands
 HUGE = "9" * 400
+NEED_TEXT = ("eval", "compare", "compare-encoders")
 
 
 def shown(command: str) -> dict[str, tuple[Parameter, Flag | None]]:
@@ -61,7 +62,7 @@ def test_numbers_outside_their_range_are_refused(command, name, tmp_path):
         assert parameter.default in (None, Parameter.empty) or flag.min <= parameter.default <= flag.max
     option = flag.option(name)
     for value in bad:
-        line = [option, value, *(["--text", str(tmp_path / "text")] if command == "eval" else [])]
+        line = [option, value, *(["--text", str(tmp_path / "text")] if command in NEED_TEXT else [])]
         for other, (required, of_other) in shown(command).items():
             if required.default is Parameter.empty or other == "output":
                 place = str(tmp_path / other)
