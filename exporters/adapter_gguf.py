@@ -39,8 +39,7 @@ class _Target:
 
     weight: AdaptedWeight
     place: Place
-    parameter: str
-    """The weight's name as PEFT matches it with patterns."""
+    parameter: str  # the weight's name as PEFT matches it with patterns
     start: int = 0
     stop: int | None = None
 

@@ -47,10 +47,8 @@ class Encoding:
     moments: SecondMoments | None = None
     protected: Mapping[str, tuple[ProtectedWeight, ...]] = field(default_factory=dict)
     limits: PartLimits = field(default_factory=PartLimits)
-    elsewhere: stream.PartStream | None = None
-    """Encodes on other machines."""
-    resume: bool = True
-    """False starts an interrupted export over."""
+    elsewhere: stream.PartStream | None = None  # encodes on other machines
+    resume: bool = True  # False starts an interrupted export over
     session: Session = SILENT
 
     @cached_property

@@ -132,7 +132,7 @@ def _on_cluster(encoding: Encoding, pool: RayPool, options: ExportOptions, stats
     encoder, memory = encoding.encoder, encoding.limits.memory
     on_gpu = encoder.uses_hessians and pool.device(encoding.session.device) == "cuda"
     cpus = encoding.session.threads or 1
-    model, has_moments = StoredModel.of(encoding.model, options.base_gguf), encoding.moments is not None
+    model, has_moments = StoredModel.of(encoding.model), encoding.moments is not None
     files = StoredFiles(model, stats and stats.resolve(), has_moments, tuple(encoding.protected.items()))
     return RemoteEncoding(
         pool,

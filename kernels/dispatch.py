@@ -26,15 +26,11 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 class Operation:
     """One operator on packed weights. All callables take the operator's arguments in the order of its schema."""
 
-    arguments: str
-    """The schema's: [activations or ids], weight, [expert ids], name of the type, [dtype], layout."""
-    shape: Callable[..., tuple[int, ...]]
-    """Shape of the result; raises ValueError by name for whatever does not fit."""
+    arguments: str  # the schema's: [activations or ids], weight, [expert ids], name of the type, [dtype], layout
+    shape: Callable[..., tuple[int, ...]]  # shape of the result; raises ValueError by name for whatever does not fit
     reference: Callable[..., Tensor]
-    launch: Callable[..., Tensor]
-    """The same by Triton, given the result's shape before the arguments; never called for an empty result or weight."""
-    gradient: str | None = None
-    """The operator that is its gradient; None where there is none."""
+    launch: Callable[..., Tensor]  # by Triton, given the result's shape first; never for an empty result or weight
+    gradient: str | None = None  # the operator that is its gradient; None where there is none
 
     def run(self, *arguments):
         """Return the result, from Triton where it can run and from the reference elsewhere."""

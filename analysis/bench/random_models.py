@@ -17,16 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import dynquant
-from dynquant.checkpoints.checkpoint_directory import (
-    as_json,
-    copied_files,
-    files_hash,
-    index_of,
-    places_of,
-    shards_of,
-    tensor_bytes,
-    write_small_files,
-)
+from dynquant.checkpoints import checkpoint_directory as directory
 from dynquant.checkpoints.safetensors_format import StoredTensor
 from dynquant.errors import DynquantError, ExportError
 from dynquant.formats.quant_types import quant_type
@@ -95,16 +86,16 @@ def write_random_checkpoint(shape: str, output: Path, *, seed: int = 0, layers: 
     if output.is_file() or (output / "config.json").exists():
         raise ExportError(f"{output} is there already. Give another directory, or remove it first.")
     tensors = _tensors(config)
-    shards = shards_of(tensors, _SHARD_BYTES)
-    tokenizer = copied_files(Path(dynquant.__file__).parent / "data" / "textbook-moe-16m")
-    documents = {"config.json": as_json(config.to_dict()), **index_of(shards), **tokenizer}
-    identity = {"seed": str(seed), "files": files_hash(documents, shards)}
-    with ResumableOutput(*places_of(output, documents, shards), identity) as target:
-        write_small_files(target, documents, shards)
+    shards = directory.shards_of(tensors, _SHARD_BYTES)
+    tokenizer = directory.copied_files(Path(dynquant.__file__).parent / "data" / "textbook-moe-16m")
+    documents = {"config.json": directory.as_json(config.to_dict()), **directory.index_of(shards), **tokenizer}
+    identity = {"seed": str(seed), "files": directory.files_hash(documents, shards)}
+    with ResumableOutput(*directory.places_of(output, documents, shards), identity) as target:
+        directory.write_small_files(target, documents, shards)
         for number, tensor in enumerate(tensors):
             if tensor.key not in target.finished:
                 generator = torch.Generator().manual_seed(seed * len(tensors) + number)
-                target.write(tensor.key, tensor_bytes(_drawn(tensor, config.initializer_range, generator)))
+                target.write(tensor.key, directory.tensor_bytes(_drawn(tensor, config.initializer_range, generator)))
         return target.commit()
 
 

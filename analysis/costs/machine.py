@@ -19,22 +19,14 @@ class Machine(FrozenRecord):
     threads: int = Field(gt=0)
     memory_bytes: int = Field(gt=0)
     disk_bytes_per_s: float = Positive
-    start_seconds: float = Positive
-    """Time of a command that imports PyTorch and transformers and opens a model."""
-    start_bytes: int = Field(gt=0)
-    """Resident memory of such a command before it loads weights."""
-    run_bytes: int = Field(gt=0)
-    """Bytes that running a model adds besides its weights: code that loads late, and activations of the small model."""
-    matmul_flops: dict[int, float]
-    """Width of square weights -> operations per second on 512 rows."""
-    element_seconds: float = Positive
-    """Time of one channel of one token at the input or output of a linear layer: norms, activation, hooks, sums."""
-    encode: dict[str, dict[str, float]]
-    """Encoder -> type -> weights per second."""
-    errors: dict[str, float]
-    """Type -> weights per second of the error table: encoding by ggml, decoding, and sums."""
-    table_seconds: dict[str, float]
-    """Type -> seconds that ggml takes for its search tables, once a process."""
+    start_seconds: float = Positive  # time of a command that imports PyTorch and transformers and opens a model
+    start_bytes: int = Field(gt=0)  # resident memory of such a command before it loads weights
+    run_bytes: int = Field(gt=0)  # what running a model adds besides weights: code that loads late, activations
+    matmul_flops: dict[int, float]  # width of square weights -> operations per second on 512 rows
+    element_seconds: float = Positive  # of a channel of a token in or out of a linear layer: norms, hooks, sums
+    encode: dict[str, dict[str, float]]  # encoder -> type -> weights per second
+    errors: dict[str, float]  # type -> weights per second of the error table: encoding by ggml, decoding, and sums
+    table_seconds: dict[str, float]  # type -> seconds that ggml takes for its search tables, once a process
 
     @classmethod
     def load(cls, path: Path) -> "Machine":

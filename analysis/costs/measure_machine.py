@@ -42,8 +42,7 @@ MEASURED_TYPES = (
 _WIDTHS = (64, 256, 512, 1024, 2048, 4096)
 _DISK_BYTES = 256 << 20
 _TOKENS = 8192
-_FEWEST_SECONDS = 0.3
-"""Time for which what is quick is repeated."""
+_FEWEST_SECONDS = 0.3  # time for which what is quick is repeated
 _NAME = "blk.0.ffn_down_exps.weight"
 
 

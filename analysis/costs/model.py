@@ -43,11 +43,9 @@ _WITHOUT_MOMENT = {
 _STORED_BYTES, _FLOAT_BYTES = 2, 4
 _Stage = tuple[list[PlanEntry], list[PlanEntry]]
 """Dense weights and routed experts of what a streamed model loads together: a layer, the embedding, or the head."""
-_BATCH_WINDOWS = 4
-"""Windows that calibration runs at a time on a CPU."""
+_BATCH_WINDOWS = 4  # windows that calibration runs at a time on a CPU
 _ENCODED_AT_ONCE = 1 << 25  # weights of experts
-_MEASURING_BYTES = 1 << 25
-"""Size of differences and their squares, of some rows at a time (`analysis.errors.sums`)."""
+_MEASURING_BYTES = 1 << 25  # size of differences and their squares, of some rows at a time (`analysis.errors.sums`)
 
 
 @dataclass(frozen=True)
@@ -69,10 +67,8 @@ class CostOptions:
     hessians: str = "activations"
     hessian_bytes: int = 8 << 30
     encoder: str = "dynquant"
-    types: tuple[str, ...] = ()
-    """Candidate types of the error table."""
-    limit_bytes: int | None = None
-    """Memory within which the model is streamed; None loads it whole."""
+    types: tuple[str, ...] = ()  # candidate types of the error table
+    limit_bytes: int | None = None  # memory within which the model is streamed; None loads it whole
 
 
 def predict(model: Model, plan: Plan, machine: Machine, options: CostOptions) -> list[StageCost]:

@@ -33,8 +33,7 @@ from dynquant.session import Progress, ignore_progress
 
 Formats = Mapping[str, tuple[TensorInfo | LinearLayer, Mapping[StorageFormat, tuple[str, ...]]]]
 """Name -> its tensor, and the formats that this is measured in, each with the candidate types that lead to it."""
-Measure = Callable[[Iterable[ErrorPart]], Iterator[tuple[ErrorPart, Sums]]]
-"""Parts -> each with its sums, in any order."""
+Measure = Callable[[Iterable[ErrorPart]], Iterator[tuple[ErrorPart, Sums]]]  # parts -> each with its sums, in any order
 
 
 @dataclass(frozen=True)
@@ -43,13 +42,8 @@ class Meter(ABC):
 
     model: Model
     stats: CalibrationStats
-    weights_in_memory: ClassVar[int]
-    """Largest number of weights in a group of experts that are loaded together."""
-
-    @property
-    @abstractmethod
-    def encoder_name(self) -> str:
-        """Name of the encoder, for the table."""
+    weights_in_memory: ClassVar[int]  # largest number of weights in a group of experts that are loaded together
+    encoder_name: ClassVar[str]
 
     @abstractmethod
     def formats(self, type_names: Sequence[str]) -> Formats:
@@ -256,15 +250,9 @@ def _row(
     info: TensorInfo | LinearLayer, candidate: StorageFormat, types: tuple[str, ...], errors: Mapping[str, Any]
 ) -> ErrorRow:
     """Return the row of a tensor in a format, to which the candidate types `types` lead."""
-    return ErrorRow(
-        name=info.name,
-        role=role_of(info.name),
-        layer=layer_of(info.name),
-        type=candidate.name,
-        wanted=tuple(name for name in types if name != candidate.name),
-        bytes=candidate.tensor_bytes(info.shape),
-        **errors,
-    )
+    place = {"name": info.name, "role": role_of(info.name), "layer": layer_of(info.name)}
+    others = tuple(name for name in types if name != candidate.name)
+    return ErrorRow(**place, type=candidate.name, wanted=others, bytes=candidate.tensor_bytes(info.shape), **errors)
 
 
 def _errors_of(sums: ErrorSums, inputs: InputStats | None) -> dict[str, Any]:

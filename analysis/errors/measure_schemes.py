@@ -17,8 +17,7 @@ from dynquant.families.linear_layers import LinearCheckpoint, LinearLayer
 from dynquant.formats.vllm_schemes import Scheme
 
 ENCODER = "dynquant, diagonal"
-_SAMPLED_ROWS = 64
-"""Rows of each matrix that are measured, evenly spaced."""
+_SAMPLED_ROWS = 64  # rows of each matrix that are measured, evenly spaced
 
 
 @dataclass(frozen=True)

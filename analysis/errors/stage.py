@@ -87,7 +87,7 @@ def _measured(
     with open_ray(options.ray) if options.ray else nullcontext() as pool:
         elsewhere = None
         if pool is not None:
-            files = StoredFiles(StoredModel.of(model, options.base_gguf), stats.path.resolve())
+            files = StoredFiles(StoredModel.of(model), stats.path.resolve())
             elsewhere = measure_on(pool, EncoderChoice.of(encoder, "cpu", session.threads or 1), files)
         return _written(output, meter, names, stats.hash, identity, session, elsewhere, earlier)
 

@@ -16,8 +16,7 @@ import torch
 from dynquant.errors import PlanError
 from dynquant.storage.journal import Journal, Record
 
-_ROWS_AT_ONCE = 1 << 22
-"""Weights of rows whose errors are computed at a time."""
+_ROWS_AT_ONCE = 1 << 22  # weights of rows whose errors are computed at a time
 
 
 @dataclass(frozen=True)
@@ -43,10 +42,8 @@ class ErrorSums(NamedTuple):
 
     squared: list[list[float]]
     weighted: list[list[float]]
-    outputs: list[list[float]] | None = None
-    """Sums over the outputs on held-back inputs; None without any."""
-    checksum: int | None = None
-    """`formats.checksum` of all weights of the part; None in journals of earlier versions."""
+    outputs: list[list[float]] | None = None  # sums over the outputs on held-back inputs; None without any
+    checksum: int | None = None  # `formats.checksum` of all weights of the part; None in journals of earlier versions
 
     @classmethod
     def measured(
@@ -86,8 +83,7 @@ def _energy(matrices: torch.Tensor, column_scale: torch.Tensor | None = None) ->
     return (columns if column_scale is None else columns * column_scale.double()).sum(-1)
 
 
-Sums = Mapping[str, ErrorSums]
-"""Type -> sums of the same experts."""
+Sums = Mapping[str, ErrorSums]  # type -> sums of the same experts
 
 
 class ErrorJournal(Journal):
@@ -136,7 +132,7 @@ class ErrorJournal(Journal):
                 sums = {str(type_name): ErrorSums(*numbers) for type_name, numbers in record["sums"].items()}
                 for of_type in sums.values():
                     of_type.check(stop - start)
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError):
                 return number
             self._parts[str(record["name"]), start, stop] = sums
         return len(records)

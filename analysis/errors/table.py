@@ -40,13 +40,11 @@ class ErrorRow(FrozenRecord):
     role: Role
     layer: int | None
     type: str
-    wanted: tuple[str, ...] = ()
-    """The candidate types that are stored as `type` in rows of this length; empty means `type` alone."""
+    wanted: tuple[str, ...] = ()  # candidate types stored as `type` in rows of this length; empty: `type` alone
     bytes: int
     relative_rms: float
     weighted_error: float
-    weighted_energy: float
-    """The denominator of `weighted_error` per token: sum_j w_j W_j^2, the mean squared norm of the output."""
+    weighted_energy: float  # denominator of `weighted_error` per token: sum_j w_j W_j^2, the output's mean squared norm
     activation_error: float | None = None
     per_expert_weighted_error: tuple[float, ...] = ()
     per_expert_activation_error: tuple[float | None, ...] = ()
@@ -68,19 +66,13 @@ class ErrorTable(FrozenRecord):
     fingerprint: str
     stats_hash: str
     encoder: str
-    types: tuple[str, ...]
-    """Candidate types as they were asked for, before row-length fallbacks."""
+    types: tuple[str, ...]  # candidate types as they were asked for, before row-length fallbacks
     rows: tuple[ErrorRow, ...]
-    checksums: dict[str, str] = Field(default_factory=dict)
-    """Name -> `formats.checksum` of the weights that were measured, in hexadecimal."""
-    sensitivity: dict[str, float] = Field(default_factory=dict)
-    """GGUF name -> nats of KL per unit of `weighted_error` (analysis/sensitivity.py); empty when not measured."""
-    sensitivity_se: dict[str, float] = Field(default_factory=dict)
-    """Standard errors of `sensitivity`, over windows."""
-    prices: dict[str, dict[str, dict[str, Price]]] = Field(default_factory=dict)
-    """Method (`fisher-probe`, `unit-kl`) -> tensor -> type -> its price, where they were measured."""
-    priced_by: str = CLOSED_FORM
-    """Which of the prices `cost` gives."""
+    checksums: dict[str, str] = Field(default_factory=dict)  # name -> `formats.checksum` of the weights, hexadecimal
+    sensitivity: dict[str, float] = Field(default_factory=dict)  # name -> nats of KL per unit of `weighted_error`
+    sensitivity_se: dict[str, float] = Field(default_factory=dict)  # standard errors of `sensitivity`, over windows
+    prices: dict[str, dict[str, dict[str, Price]]] = Field(default_factory=dict)  # method -> tensor -> type
+    priced_by: str = CLOSED_FORM  # which of the prices `cost` gives
 
     @property
     def cost_name(self) -> str:
@@ -239,8 +231,7 @@ class Option(NamedTuple):
     The order of the fields decides what `min`, `max` and `sorted` of options mean: by bytes, then by cost.
     """
 
-    bytes: int
-    """As the file stores it, with padding."""
+    bytes: int  # as the file stores it, with padding
     cost: float
     type: str
 

@@ -12,12 +12,9 @@ from statistics import median
 from dynquant.analysis.errors.table import ErrorRow, ErrorTable
 from dynquant.checkpoints.tensor_roles import Role
 
-OUTLIER_Z = 3.5
-"""Iglewicz and Hoaglin's usual bound for the modified z-score."""
-MIN_PEERS = 5
-"""Fewer tensors of one role than this give no spread to compare against."""
-MIN_LOG_SPREAD = 0.1
-"""Floor of the spread in log units: an outlier is at least exp(0.35) = 1.4 times its role."""
+OUTLIER_Z = 3.5  # Iglewicz and Hoaglin's usual bound for the modified z-score
+MIN_PEERS = 5  # fewer tensors of one role than this give no spread to compare against
+MIN_LOG_SPREAD = 0.1  # floor of the spread in log units: an outlier is at least exp(0.35) = 1.4 times its role
 _PRECISE_ANYWAY = (Role.NORM, Role.ROUTER, Role.VISION_PATCH, Role.OTHER)
 
 
@@ -27,8 +24,7 @@ class StandOut:
 
     row: ErrorRow
     value: float
-    typical: float
-    """Median error of its role in the same type."""
+    typical: float  # median error of its role in the same type
     z: float
 
 

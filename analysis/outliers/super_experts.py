@@ -24,8 +24,7 @@ class SuperExpert(NamedTuple):
     name: str
     expert: int
     max_out: float
-    ratio: float
-    """|max_out| over the median of all routed experts that were calibrated."""
+    ratio: float  # |max_out| over the median of all routed experts that were calibrated
     energy_share: float
     routing_share: float
 

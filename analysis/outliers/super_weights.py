@@ -56,8 +56,7 @@ class DownSpike:
     row: int
     col: int
     share: float
-    is_growing: bool = False
-    """The residual stream is larger at this token and channel after the layer than before it."""
+    is_growing: bool = False  # the residual stream is larger at this token and channel after the layer than before it
 
     @property
     def layer(self) -> int:
@@ -76,14 +75,10 @@ class DownSpike:
 class Criteria:
     """Conditions under which a spike is tried, and a weight is found to be super."""
 
-    threshold: float = 20.0
-    """Least ratio of a spike to the median of the layers' maxima."""
-    min_share: float = 0.25
-    """Least part of the spike that one weight contributes."""
-    min_effect: float = 0.1
-    """Least mean change of a token's log-probability, in nats, when the weight is zeroed."""
-    max_iterations: int = 6
-    """Largest number of candidates that are tried; each costs one forward pass."""
+    threshold: float = 20.0  # least ratio of a spike to the median of the layers' maxima
+    min_share: float = 0.25  # least part of the spike that one weight contributes
+    min_effect: float = 0.1  # least mean change of a token's log-probability, in nats, when the weight is zeroed
+    max_iterations: int = 6  # largest number of candidates that are tried; each costs one forward pass
 
 
 def find_super_weights(

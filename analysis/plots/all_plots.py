@@ -1,15 +1,6 @@
 """All plots of one plan: `write_plots` makes each that its data allow, as PNG and SVG.
 
-error_by_layer          what quantization does to each tensor's output
-weight_error_by_layer   what it does to the weights themselves
-token_errors            what it does to image tokens and to text tokens, apart
-expert_heatmap          tokens and error of every routed expert
-super_weights           largest input and output of every down projection
-size_breakdown          bytes by role
-frontier                file size against predicted error
-selection               predicted against measured KL of candidate plans
-measured_frontier       file size against measured KL and top-1 agreement
-plan_map                type of every tensor
+What each shows is in `report.texts`, by the same names.
 """
 
 from collections.abc import Callable
@@ -49,21 +40,16 @@ def write_plots(directory: Path, results: PlanResults, progress: Progress = igno
 def _drawings(results: PlanResults) -> dict[str, Callable[[], Drawn]]:
     """Plot name -> how to draw it, in the order of the report; only plots whose inputs are there."""
     plan, table, stats, selection = results.plan, results.table, results.stats, results.selection
-    drawings: dict[str, Callable[[], Drawn]] = {
-        "plan_map": lambda: draw_plan_map(plan),
-        "size_breakdown": lambda: draw_size_breakdown(plan),
+    drawings: dict[str, tuple[object, Callable[[], Drawn]]] = {
+        "plan_map": (plan, lambda: draw_plan_map(plan)),
+        "size_breakdown": (plan, lambda: draw_size_breakdown(plan)),
+        "error_by_layer": (table, lambda: draw_errors(table, plan, "activation_error")),
+        "weight_error_by_layer": (table, lambda: draw_errors(table, plan, "relative_rms")),
+        "token_errors": (results.token_errors, lambda: draw_token_errors(results.token_errors, plan)),
+        "super_weights": (stats, lambda: draw_super_weights(plan, stats, results.super_weights)),
+        "expert_heatmap": (stats, lambda: draw_experts(plan, table, stats)),
+        "frontier": (results.frontier, lambda: draw_frontier(plan, table, results.frontier)),
+        "selection": (selection, lambda: draw_selection(selection)),
+        "measured_frontier": (selection, lambda: draw_measured_frontier(selection)),
     }
-    if table is not None:
-        drawings["error_by_layer"] = lambda: draw_errors(table, plan, "activation_error")
-        drawings["weight_error_by_layer"] = lambda: draw_errors(table, plan, "relative_rms")
-    if results.token_errors is not None:
-        drawings["token_errors"] = lambda: draw_token_errors(results.token_errors, plan)
-    if stats is not None:
-        drawings["super_weights"] = lambda: draw_super_weights(plan, stats, results.super_weights)
-        drawings["expert_heatmap"] = lambda: draw_experts(plan, table, stats)
-    if results.frontier:
-        drawings["frontier"] = lambda: draw_frontier(plan, table, results.frontier)
-    if selection is not None:
-        drawings["selection"] = lambda: draw_selection(selection)
-        drawings["measured_frontier"] = lambda: draw_measured_frontier(selection)
-    return drawings
+    return {name: draw for name, (needed, draw) in drawings.items() if needed}

@@ -17,13 +17,11 @@ from dynquant.analysis.plots.labels import place_labels
 from dynquant.checkpoints.tensor_roles import Role
 from dynquant.recipes.plan import Plan
 
-NAMED_LAYERS, NAMED_TENSORS = 4, 3
-"""Layers named in a panel, and tensors of each; the report lists all."""
+NAMED_LAYERS, NAMED_TENSORS = 4, 3  # layers named in a panel, and tensors of each; the report lists all
 _NAMES = {"activation_error": ("Output error", "output error"), "relative_rms": ("Weight error", "RMS weight error")}
 """Measure -> its name in headlines and on axes."""
 _TOKEN_KINDS = (("image", style.BLUE, "o", "image tokens"), ("text", style.VERMILION, "s", "text tokens"))
-_WIDTHS = {1: 8.5, 2: 11.0, 3: 13.5}
-"""Inches of a figure with so many columns."""
+_WIDTHS = {1: 8.5, 2: 11.0, 3: 13.5}  # inches of a figure with so many columns
 _SHIPPED_MARK = {"color": style.BLACK, "marker": "_", "markersize": 34, "markeredgewidth": 2.2, "linestyle": "none"}
 
 
@@ -34,8 +32,7 @@ class _Panel:
     rows: list[ErrorRow]
     types: list[str]
     measure: str
-    planned: dict[str, str]
-    """Tensor name -> the plan's type."""
+    planned: dict[str, str]  # tensor name -> the plan's type
 
     def values(self, type_name: str) -> list[tuple[ErrorRow, float]]:
         return self._measured(row for row in self.rows if row.type == type_name)

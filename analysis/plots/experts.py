@@ -11,8 +11,7 @@ from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.tensor_roles import layer_of
 from dynquant.recipes.plan import Plan, PlanEntry
 
-STACKED_FROM = 48
-"""From this many experts the two maps stand above each other, each over the full width."""
+STACKED_FROM = 48  # from this many experts the two maps stand above each other, each over the full width
 
 
 def expert_tokens(plan: Plan, stats: CalibrationStats) -> dict[int, np.ndarray]:

@@ -33,8 +33,7 @@ _MEASURED_LOOKS = {
     "R1 recipe": style.Look(style.GREEN, "D", "none"),
 }
 """Looks of the series of the measured frontier."""
-Point = tuple[float, float, str]
-"""Size in the axis unit, error, label."""
+Point = tuple[float, float, str]  # size in the axis unit, error, label
 
 
 def plan_error(plan: Plan, table: ErrorTable | None) -> float | None:

@@ -18,8 +18,7 @@ from dynquant.planning.selection import Selection
 from dynquant.recipes.folder import SuperWeight
 from dynquant.recipes.plan import Plan, PlanEntry
 
-MAX_TYPES = 7
-"""More lines than this in one panel cannot be told apart."""
+MAX_TYPES = 7  # more lines than this in one panel cannot be told apart
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.transforms import Bbox
 
+Label = tuple[float, float, str]  # x, y, text
+Line = Sequence[tuple[float, float]]
 _DISTANCES = (0, 7, 17, 31, 49, 71, 100)  # points beyond the clearance
 _SAMPLING = 6.0  # pixels between tested points along a line
 _ANGLES = (45, 135, 90, 20, 160, 70, 110, 0, 180, 315, 225, 270, 340, 200)  # degrees
@@ -25,15 +27,9 @@ _OUTSIDE, _OVERLAP, _AMBIGUOUS, _CROSSED, _BELOW, _COVERED = 100_000, 10_000, 20
 
 
 def place_labels(
-    axes: "Axes",
-    labels: Sequence[tuple[float, float, str]],
-    obstacles: Sequence[Sequence[tuple[float, float]]] = (),
-    *,
-    color: str = "black",
-    fontsize: float = 7.5,
-    clearance: float = 7.0,
+    axes: "Axes", labels: Sequence[Label], obstacles: Sequence[Line] = (), *, color="black", fontsize=7.5, clearance=7.0
 ) -> None:
-    """Write each (x, y, text), in data coordinates as the polylines `obstacles`, near its point with a thin leader.
+    """Write each label, in data coordinates as the polylines `obstacles`, near its point with a thin leader.
 
     `clearance` is the least distance between point and text, in points: more for large markers.
     """

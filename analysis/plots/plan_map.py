@@ -5,8 +5,7 @@ from dynquant.analysis.plots.groups import bits_of, group_of
 from dynquant.checkpoints.tensor_roles import Role, layer_of
 from dynquant.recipes.plan import Plan, PlanEntry
 
-KEPT_BITS = 4.0
-"""From this many bits per weight a tensor counts as kept, below it as crushed."""
+KEPT_BITS = 4.0  # from this many bits per weight a tensor counts as kept, below it as crushed
 BIT_EDGES = (1.5, 1.8, 2.2, 2.8, KEPT_BITS, 4.6, 5.7, 7.0, 10.0, 17.0, 33.0)
 COLOURS = ("#a50026", "#d73027", "#f46d43", "#fdae61", "#e0f3f8", "#c3e3ef", "#9ecae1", "#74add1", "#4575b4", "#313695")
 """Red is crushed, blue is kept: after ColorBrewer's RdYlBu, safe for colour-blind readers."""

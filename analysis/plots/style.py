@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 else:
     Axes = Figure = Line2D = Any  # matplotlib is imported when something is drawn
-Drawn = tuple[Figure, str] | None
-"""Figure and headline; None when there is nothing to show."""
+Drawn = tuple[Figure, str] | None  # figure and headline; None when there is nothing to show
 
 BLACK, GREY, LIGHT = "#000000", "#6b7280", "#e5e7eb"
 ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"

@@ -28,8 +28,7 @@ from dynquant.recipes.plan import Plan, PlanEntry
 from dynquant.resources import human_bytes
 from dynquant.storage.atomic import write_atomically
 
-MAX_SVG_BYTES = 1_500_000
-"""A larger SVG is embedded as PNG."""
+MAX_SVG_BYTES = 1_500_000  # a larger SVG is embedded as PNG
 _FILTER = (
     '<p><label>Show tensors with <input type="search" data-filter="plan" placeholder="ffn_down, Q6_K, …"></label> '
     "Click a heading to sort.</p>"

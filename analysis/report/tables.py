@@ -17,8 +17,7 @@ from dynquant.recipes.folder import SuperWeight
 from dynquant.recipes.plan import Plan, PlanEntry
 from dynquant.resources import human_bytes
 
-MAX_LIST = 8
-"""Longer lists inside evaluation results are counted instead of shown."""
+MAX_LIST = 8  # longer lists inside evaluation results are counted instead of shown
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,7 @@ class Cell:
 
 ABSENT = Cell("\u2014", -1e308)  # sorts before every number
 Row = Sequence[Cell | str]
-Columns = Mapping[str, Callable[[Any], Cell | str]]
-"""Heading -> what a row of the table shows under it of its item."""
+Columns = Mapping[str, Callable[[Any], Cell | str]]  # heading -> what a row of the table shows under it of its item
 _GROUPED = "{:,}".format
 
 

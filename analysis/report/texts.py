@@ -9,8 +9,7 @@ class PlotText:
 
     heading: str
     how_to_read: str
-    needs: str
-    """Input that a report without this plot lacks."""
+    needs: str  # input that a report without this plot lacks
 
 
 PLOT_TEXTS = {

@@ -18,14 +18,15 @@ bundled model measured over predicted KL is 1.0 to 1.7 at e = 0.1 (tests/test_se
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import nn
 
-from dynquant.checkpoints.tensor_roles import Role, gguf_name_of, role_of
+from dynquant.calibration.collector import expert_names
+from dynquant.checkpoints.tensor_roles import Role, role_of
 from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.running.expert_hooks import ExpertCall, expert_modules, record_experts
 from dynquant.running.linear_hooks import activation_gradients, linear_names, sampled_log_probability
@@ -109,14 +110,11 @@ def _means_and_errors(
 
 @contextmanager
 def _observed(hf_model: nn.Module, arch: str, n_layer: int, add: Callable[[str, float], None]) -> Iterator[None]:
-    def linear_hook(name: str, _module: nn.Module, _inputs: tuple, out: torch.Tensor) -> None:
+    def output_hook(name: str, _module: nn.Module, _inputs: tuple, out: torch.Tensor) -> None:
         if out.requires_grad:
             out.register_hook(partial(_add_output, add, name, out.detach()))
 
-    def embedding_hook(_module: nn.Module, _inputs: tuple, out: torch.Tensor) -> None:
-        out.register_hook(partial(_add_output, add, "token_embd.weight", out.detach()))
-
-    names = {module: _expert_names(name, arch, n_layer) for name, module in expert_modules(hf_model).items()}
+    names = {module: expert_names(name, arch, n_layer) for name, module in expert_modules(hf_model).items()}
 
     def observe_expert(call: ExpertCall) -> None:
         (*inner, down), h, y = names[call.module], call.down_input.detach(), call.down_output
@@ -129,15 +127,11 @@ def _observed(hf_model: nn.Module, arch: str, n_layer: int, add: Callable[[str, 
         call.down_input.register_hook(add_product)
         y.register_hook(partial(_add_output, add, down, y.detach()))
 
-    linears = linear_names(hf_model, arch, n_layer).items()
-    hooks = [module.register_forward_hook(partial(linear_hook, name)) for name, module in linears]
-    hooks.append(hf_model.get_input_embeddings().register_forward_hook(embedding_hook))
-    try:
-        with record_experts(hf_model, observe_expert):
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    observed = {"token_embd.weight": hf_model.get_input_embeddings(), **linear_names(hf_model, arch, n_layer)}
+    with ExitStack() as hooks, record_experts(hf_model, observe_expert):
+        for name, module in observed.items():
+            hooks.enter_context(module.register_forward_hook(partial(output_hook, name)))
+        yield
 
 
 def _add_output(add: Callable[[str, float], None], name: str, y: torch.Tensor, gradient: torch.Tensor) -> None:
@@ -154,10 +148,3 @@ def _stored_names(name: str) -> tuple[str, ...]:
         return (name,)
     prefix = name.removesuffix("attn_kv_b.weight")
     return name, f"{prefix}attn_k_b.weight", f"{prefix}attn_v_b.weight"
-
-
-def _expert_names(module_name: str, arch: str, n_layer: int) -> tuple[str, ...]:
-    """Return the stored names of a stack's gate, up and down projections, down last."""
-    parts = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
-    names = (gguf_name_of(f"{module_name}.{part}", arch, n_layer) for part in parts)
-    return tuple(name for name in names if name is not None)

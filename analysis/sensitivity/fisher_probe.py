@@ -34,8 +34,7 @@ from dynquant.running.linear_hooks import frozen_weights, sampled_log_probabilit
 from dynquant.running.live_weights import LiveWeights
 from dynquant.session import Progress, ignore_progress
 
-Costs = dict[str, dict[str, Price]]
-"""Tensor -> type -> its price."""
+Costs = dict[str, dict[str, Price]]  # tensor -> type -> its price
 
 
 def fisher_probe(
@@ -112,14 +111,10 @@ class _StreamedBackward:
 
     hf_model: nn.Module
     live: LiveWeights
-    replay: LayerReplay
-    """Windows that each run alone."""
-    names: set[str]
-    """GGUF tensors that have a place in the running model."""
-    consume: Callable[[str, Tensor], None]
-    """Called once for every tensor with its gradients, [windows, weights]."""
-    _flowing: list[Tensor] = field(default_factory=list)
-    """Gradients between two layers, one a window."""
+    replay: LayerReplay  # windows that each run alone
+    names: set[str]  # GGUF tensors that have a place in the running model
+    consume: Callable[[str, Tensor], None]  # called once for every tensor with its gradients, [windows, weights]
+    _flowing: list[Tensor] = field(default_factory=list)  # gradients between two layers, one a window
     _parts: dict[str, Tensor] = field(default_factory=dict)
 
     def run(self, loss: Callable[[Tensor], Tensor], progress: Progress) -> None:

@@ -6,7 +6,7 @@ The model is loaded whole where it fits, and streamed layer by layer where it do
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 from dynquant.analysis.outliers.super_weights import find_super_weights
@@ -21,25 +21,15 @@ from dynquant.running.staged_passes import StagedPasses
 from dynquant.running.stream_memory import Workload, fit_within
 from dynquant.session import Session
 
-PROBE_TOKENS = 4096
-"""Tokens of the backward pass that measures sensitivities."""
+PROBE_TOKENS = 4096  # tokens of the backward pass that measures sensitivities
 
 _PROBE_KEEPS = "Errors are kept; the sensitivities measured so far are lost."
 
 
-@dataclass(frozen=True)
-class Probe:
-    """Findings of the backward pass and the ablations."""
-
-    super_weights: list[SuperWeight] = field(default_factory=list)
-    sensitivity: dict[str, float] = field(default_factory=dict)
-    sensitivity_se: dict[str, float] = field(default_factory=dict)
-
-
 def run_probe(
     model: Model, options: CalibrationOptions, directory: Path, session: Session, *, finds_super_weights: bool = True
-) -> Probe:
-    """Super weights, and the sensitivity of the output to every tensor; computed in float32 on the CPU.
+) -> tuple[list[SuperWeight], dict[str, float], dict[str, float]]:
+    """Return super weights, and the output's sensitivity to every tensor with its error; in float32 on the CPU.
 
     Raises:
         CheckpointError: transformers cannot load the model.
@@ -53,9 +43,7 @@ def run_probe(
         hf_model = load_hf(model)
         supers = find_super_weights(hf_model, arch, n_layer, inputs.windows[0]) if finds_super_weights else []
         with session.stage(_PROBE_KEEPS) as progress:
-            return Probe(
-                supers, *output_sensitivity(hf_model, arch, n_layer, inputs, seed=session.seed, progress=progress)
-            )
+            return supers, *output_sensitivity(hf_model, arch, n_layer, inputs, seed=session.seed, progress=progress)
     windows = inputs.windows
     stream = LayerStream(model)
     fit_within(stream, limit, Workload(windows.shape[1], is_backward=True))
@@ -65,7 +53,7 @@ def run_probe(
             supers = find_super_weights(stream.hf_model, arch, n_layer, windows[0], zeroed=stream.zeroed)
         passes = StagedPasses(stream, windows.split(1), scratch)
         with session.stage(_PROBE_KEEPS) as progress:
-            return Probe(supers, *streamed_sensitivity(passes, arch, n_layer, seed=session.seed, progress=progress))
+            return supers, *streamed_sensitivity(passes, arch, n_layer, seed=session.seed, progress=progress)
 
 
 @contextmanager

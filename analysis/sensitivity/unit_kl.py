@@ -28,15 +28,14 @@ import numpy as np
 
 from dynquant.analysis.errors.table import ErrorTable, Option, Price, lower_hull
 from dynquant.checkpoints.tensor_roles import layer_of, role_of
-from dynquant.evaluation.rendered_model import RenderedModel, ScoredInputs
+from dynquant.evaluation.rendered_model import ScoredInputs
 from dynquant.evaluation.statistics import block_sums
 from dynquant.session import Progress, ignore_progress
 
 METHOD = "unit-kl"
-_SPREAD = 0.5
-"""Expected distance of a group's r from the mean one, as a share of it."""
-_LEAST = 0.1
-"""No step is taken for worth less than this share of the mean r: noise must not make bytes free."""
+Choose = Callable[[ErrorTable], dict[str, str]]  # a priced table -> the stored type of every tensor
+_SPREAD = 0.5  # expected distance of a group's r from the mean one, as a share of it
+_LEAST = 0.1  # no step is taken for worth less than this share of the mean r: noise must not make bytes free
 
 
 class UnitStep(NamedTuple):
@@ -45,8 +44,7 @@ class UnitStep(NamedTuple):
 
     group: str
     direction: Literal["up", "down"]
-    types: dict[str, tuple[str, str]]
-    """Tensor -> type in the plan, type in this step."""
+    types: dict[str, tuple[str, str]]  # tensor -> type in the plan, type in this step
     kl_change: float
     kl_change_se: float
     predicted_change: float
@@ -73,23 +71,17 @@ def group_of(name: str) -> str:
 
 
 def refine(
-    rendered: RenderedModel,
-    text: ScoredInputs,
-    table: ErrorTable,
-    choose: Callable[[ErrorTable], dict[str, str]],
-    *,
-    rounds: int,
-    progress: Progress = ignore_progress,
+    text: ScoredInputs, table: ErrorTable, choose: Choose, *, rounds: int, progress: Progress = ignore_progress
 ) -> list[OperatingPoint]:
     """Make plans by unit KL, from the one that `choose` makes of the table's own costs; each is better on the text.
 
-    `choose` returns the stored type of every tensor; it must accept tables with few types a tensor. The last
-    point has no steps when the rounds ran out before the KL stopped falling.
+    `choose` must accept tables with few types a tensor. The last point has no steps when the rounds ran out before the
+    KL stopped falling.
     """
     points: list[OperatingPoint] = []
     types = choose(table)
     for _ in range(rounds):
-        point = measure_steps(rendered, text, table, types, progress=progress)
+        point = measure_steps(text, table, types, progress=progress)
         if points and point.kl >= points[-1].kl:  # the last prices were taken too far
             return points
         points.append(point)
@@ -97,7 +89,7 @@ def refine(
         near = {name: {here, *_neighbours(table, name, here).values()} for name, here in types.items()}
         nearby = table.with_rows(row for row in table.rows if row.type in near[row.name])
         types = choose(nearby.with_prices(METHOD, prices_from(nearby, point)))
-    rendered.install(types)
+    text.rendered.install(types)
     divergences, _ = text.score()
     if float(divergences.mean()) < points[-1].kl:
         points.append(OperatingPoint(types, float(divergences.mean()), ()))
@@ -105,15 +97,10 @@ def refine(
 
 
 def measure_steps(
-    rendered: RenderedModel,
-    text: ScoredInputs,
-    table: ErrorTable,
-    types: Mapping[str, str],
-    *,
-    progress: Progress = ignore_progress,
+    text: ScoredInputs, table: ErrorTable, types: Mapping[str, str], *, progress: Progress = ignore_progress
 ) -> OperatingPoint:
     """Install a plan (stored type of every tensor in the table) and measure every group's step up and down."""
-    rendered.install(types)
+    text.rendered.install(types)
     plain, _ = text.score()
     moves = [(group, direction, changes) for group, by in _steps(table, types).items() for direction, changes in by]
     steps = []

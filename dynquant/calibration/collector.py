@@ -21,8 +21,7 @@ from dynquant.running.expert_hooks import ExpertCall, expert_modules, record_exp
 from dynquant.running.linear_hooks import LinearHooks, linear_names
 
 IMAGE, TEXT = "image", "text"
-KINDS = (IMAGE, TEXT)
-"""Kinds of tokens that are told apart where pictures are seen."""
+KINDS = (IMAGE, TEXT)  # kinds of tokens that are told apart where pictures are seen
 _ALL = ""
 _PICTURE_READERS = ("cross_attn_k.weight", "cross_attn_v.weight")
 
@@ -67,7 +66,7 @@ class Collector:
         self._recorders: dict[str, dict[str, InputRecorder]] = {kind: {} for kind in (_ALL, *KINDS)}
         self._linear_layers = linear_names(hf_model, arch, n_layer)
         self._linears = LinearHooks(hf_model, arch, n_layer, self._observe_linear)
-        self._experts = {module: _names_of(name, arch, n_layer) for name, module in expert_modules(hf_model).items()}
+        self._experts = {module: expert_names(name, arch, n_layer) for name, module in expert_modules(hf_model).items()}
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -99,7 +98,7 @@ class Collector:
     @property
     def aliases(self) -> dict[str, str]:
         """Weight -> key of the input that it shares, as far as layers have been run."""
-        return self._linears.aliases | {name: names.gate for names in self._experts.values() for name in names.aliases}
+        return self._linears.aliases | {name: gate for gate, *others, _ in self._experts.values() for name in others}
 
     def take(self, kind: str = _ALL) -> dict[str, InputStats]:
         """Return the statistics of all inputs that were seen since the last call, of one of KINDS or of all tokens."""
@@ -128,17 +127,17 @@ class Collector:
             out.register_hook(lambda gradient: self._add_moments(key, x, gradient.flatten(0, -2)))
 
     def _observe_expert(self, call: ExpertCall) -> None:
-        names, num_experts = self._experts[call.module], call.module.num_experts
+        (gate, *_, down), num_experts = self._experts[call.module], call.module.num_experts
         if self._sums:
             x, h = call.x.detach(), call.down_input.detach()
             capacity = self._limits.rows_per_expert(num_experts, x.shape[1] + h.shape[1])
             is_text = self._is_text[call.tokens.cpu()] if self._by_kind else None
             rows = _Rows(call.tokens, is_text, capacity, num_experts, call.expert)
-            self._record(names.gate, rows, x, None)
-            self._record(names.down, rows, h, call.down_output.detach())
+            self._record(gate, rows, x, None)
+            self._record(down, rows, h, call.down_output.detach())
         if self.moments is None or self._fill is not None:
             return
-        layers = ((names.gate, call.x, call.gate_up_output), (names.down, call.down_input, call.down_output))
+        layers = ((gate, call.x, call.gate_up_output), (down, call.down_input, call.down_output))
         for key, inputs, output in layers:
             add = partial(self._add_moments, key, inputs.detach(), num_experts=num_experts, expert=call.expert)
             if not self.with_gradients:
@@ -176,28 +175,19 @@ class _Rows:
 
     tokens: torch.Tensor  # int64 [rows]
     is_text: torch.Tensor | None  # bool [rows]; None where kinds are not told apart
-    capacity: int
-    """Number of rows that may be sampled."""
+    capacity: int  # number of rows that may be sampled
     num_experts: int = 1
     expert: int = 0
 
 
-@dataclass(frozen=True)
-class _ExpertNames:
-    """GGUF names of one layer's stacked experts. `gate` is the key of the common input; others are aliases of it."""
-
-    gate: str
-    down: str
-    aliases: tuple[str, ...]
-
-
-def _names_of(module_name: str, arch: str, n_layer: int) -> _ExpertNames:
+def expert_names(module_name: str, arch: str, n_layer: int) -> tuple[str, ...]:
+    """Return the GGUF names of one layer's stacked experts: those that read the common input, then down."""
     parts = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
-    *readers, down = (gguf_name_of(f"{module_name}.{part}", arch, n_layer) for part in parts)
-    names = [name for name in readers if name is not None]
-    if not names or down is None:
+    names = [gguf_name_of(f"{module_name}.{part}", arch, n_layer) for part in parts]
+    named = tuple(name for name in names if name is not None)
+    if len(named) < 2 or names[-1] is None:
         raise StatsError(
             f"gguf-py has no name for the experts {module_name} in architecture `{arch}`; calibrate with "
             "llama-imatrix and import the file instead."
         )
-    return _ExpertNames(names[0], down, tuple(names[1:]))
+    return named

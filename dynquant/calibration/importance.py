@@ -17,14 +17,10 @@ from dynquant.checkpoints.model import HyperParams
 from dynquant.checkpoints.tensor_roles import Role, layer_of, role_of
 from dynquant.errors import StatsError
 
-SHRINK_TOKENS = 16
-"""Default k: the layer mean counts as much as this many tokens."""
-STARVED_TOKENS = 32
-"""An expert with fewer tokens is starved whatever the others saw."""
-STARVED_SHARE = 1 / 8
-"""So is one with less than this share of the layer's mean tokens per expert."""
-MIN_SHARE = 1e-6
-"""Importance of a dead channel over the mean: a block of zeros would let an encoder erase its weights."""
+SHRINK_TOKENS = 16  # default k: the layer mean counts as much as this many tokens
+STARVED_TOKENS = 32  # an expert with fewer tokens is starved whatever the others saw
+STARVED_SHARE = 1 / 8  # so is one with less than this share of the layer's mean tokens per expert
+MIN_SHARE = 1e-6  # importance of a dead channel over the mean: a block of zeros would let an encoder erase its weights
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class CalibrationOptions(Options):
             "Directory for hidden states of a streamed model; a killed run goes on from them. Default: the output's.",
             show_default=False,
         ),
-        Writes(holds_inputs=True),
+        Writes("folder"),
     ] = None
     ray: Ray = None
 

@@ -14,8 +14,7 @@ from torch import nn
 from dynquant.calibration.statistics import InputStats
 from dynquant.running.expert_hooks import expert_modules
 
-DEFAULT_LIMIT = 8 * 2**30
-"""Bytes of float32 sums of second moments."""
+DEFAULT_LIMIT = 8 * 2**30  # bytes of float32 sums of second moments
 
 
 class InputRecorder:

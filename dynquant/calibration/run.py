@@ -29,8 +29,7 @@ from dynquant.running.linear_hooks import activation_gradients, last_logits, sam
 from dynquant.running.load import load_tokenizer
 from dynquant.session import Progress, ignore_progress
 
-HELD_BACK = 0.1
-"""Share of the windows or samples that give samples and no sums."""
+HELD_BACK = 0.1  # share of the windows or samples that give samples and no sums
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,7 @@ class StatisticsOptions:
     """Choice of what is measured of every layer's inputs, and how many of the inputs are held back."""
 
     hessians: Hessians = "none"
-    hessian_bytes: int = DEFAULT_LIMIT
-    """Memory that second moments may take, in bytes."""
+    hessian_bytes: int = DEFAULT_LIMIT  # memory that second moments may take, in bytes
     held_back: float = HELD_BACK
     limits: SampleLimits = field(default_factory=SampleLimits)
 
@@ -57,15 +55,12 @@ class Calibration:
     """Results of one run. `left_out` lists inputs whose second moments did not fit in memory."""
 
     stats: CalibrationStats
-    moments: SecondMoments | None = None
-    """None where nothing was asked for, and where a streamed run has written them itself."""
+    moments: SecondMoments | None = None  # None where nothing was asked for, or a streamed run has written them itself
     pools_experts: bool = False
     left_out: tuple[str, ...] = ()
-    by_kind: Mapping[str, CalibrationStats] = field(default_factory=dict)
-    """Statistics of image and of text tokens, where pictures were seen."""
+    by_kind: Mapping[str, CalibrationStats] = field(default_factory=dict)  # of image and of text tokens, with pictures
     num_moments: int = 0
-    first_stage: int = 0
-    """Stages below this one were taken over from an interrupted run that was streamed."""
+    first_stage: int = 0  # stages below it were taken over from an interrupted run that was streamed
 
 
 def text_inputs(
@@ -124,13 +119,32 @@ def collect_statistics(
     summed, held, provenance = split_inputs(inputs, provenance, options.held_back)
     kinds = KINDS if inputs.has_pictures else ()
     collector = options.collector(hf_model, arch, n_layer, by_kind=bool(kinds))
-    run = _Run(hf_model, collector, progress, inputs.num_tokens)
+    device, done = next(hf_model.parameters()).device, 0
+
+    def started(stage: str, part: ModelInputs, *, is_held: bool = False) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield the arguments of every batch, which the collector then expects."""
+        nonlocal done
+        progress(stage, done, inputs.num_tokens, unit="tokens")
+        for number, batch in enumerate(part, start=1):
+            collector.start(batch, number / part.num_batches if is_held else None)
+            yield batch.on(device)
+            done += batch.num_tokens
+            progress(stage, done, inputs.num_tokens, unit="tokens")
+
+    def run_forward(batches: Iterator[dict[str, torch.Tensor]]) -> None:
+        with torch.no_grad(), last_logits(hf_model):
+            for arguments in batches:
+                hf_model(**arguments, use_cache=False)
+
     with collector.attached():
         if collector.with_gradients:
-            run.backward("calibrate", summed, torch.Generator().manual_seed(provenance.seed))
+            generator = torch.Generator().manual_seed(provenance.seed)
+            with activation_gradients(hf_model), collector.seeing_gradients():
+                for arguments in started("calibrate", summed):
+                    sampled_log_probability(hf_model(**arguments, use_cache=False).logits, generator).backward()
         else:
-            run.forward("calibrate", summed)
-        run.forward("sample", held, is_held=True)  # no gradients: samples are inputs
+            run_forward(started("calibrate", summed))
+        run_forward(started("sample", held, is_held=True))  # no gradients: samples are inputs
     stats = CalibrationStats(provenance, collector.take(), collector.aliases)
     check_seen(stats, hf_model)
     by_kind = {kind: CalibrationStats(provenance, collector.take(kind), stats.aliases) for kind in kinds}
@@ -150,34 +164,3 @@ def check_seen(stats: CalibrationStats, hf_model: nn.Module) -> None:
             f"None of the linear layers of {type(hf_model).__name__} has a name in gguf-py's tensor map, so "
             "nothing was measured; check that the model's architecture is the one that was asked for."
         )
-
-
-@dataclass
-class _Run:
-    """Batches through the model."""
-
-    hf_model: nn.Module
-    collector: Collector
-    progress: Progress
-    total: int
-    done: int = 0
-
-    def forward(self, stage: str, inputs: ModelInputs, *, is_held: bool = False) -> None:
-        with torch.no_grad(), last_logits(self.hf_model):
-            for arguments in self._started(stage, inputs, is_held=is_held):
-                self.hf_model(**arguments, use_cache=False)
-
-    def backward(self, stage: str, inputs: ModelInputs, generator: torch.Generator) -> None:
-        with activation_gradients(self.hf_model), self.collector.seeing_gradients():
-            for arguments in self._started(stage, inputs):
-                sampled_log_probability(self.hf_model(**arguments, use_cache=False).logits, generator).backward()
-
-    def _started(self, stage: str, inputs: ModelInputs, *, is_held: bool = False) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield the arguments of every batch, which the collector then expects."""
-        device = next(self.hf_model.parameters()).device
-        self.progress(stage, self.done, self.total, unit="tokens")
-        for number, batch in enumerate(inputs, start=1):
-            self.collector.start(batch, number / inputs.num_batches if is_held else None)
-            yield batch.on(device)
-            self.done += batch.num_tokens
-            self.progress(stage, self.done, self.total, unit="tokens")

@@ -25,11 +25,10 @@ from safetensors import SafetensorError
 from dynquant.calibration.importance import SHRINK_TOKENS, importance
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance, check_finite
 from dynquant.checkpoints.tensor_source import is_finite
-from dynquant.errors import StatsError
+from dynquant.errors import StatsError, unreadable
 from dynquant.storage.atomic import read_saved_header, read_tensors, save_tensors
 
-DAMPING = 0.01
-"""Added to the diagonal, as a share of its mean."""
+DAMPING = 0.01  # added to the diagonal, as a share of its mean
 
 
 @dataclass
@@ -42,8 +41,7 @@ class SecondMoments:
 
     provenance: StatsProvenance
     tokens: torch.Tensor
-    kind: str = "activations"
-    """`activations` where token weights are 1, `gradients` where they hold squared gradients."""
+    kind: str = "activations"  # `activations` where token weights are 1, `gradients` where they hold squared gradients
     aliases: dict[str, str] = field(default_factory=dict)
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -104,7 +102,8 @@ class SecondMoments:
             return moments
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise StatsError(
-                f"{path} does not hold second moments of dynquant ({type(error).__name__}: {error}). Make it with "
+                unreadable(path, error)
+                or f"{path} does not hold second moments of dynquant ({type(error).__name__}: {error}). Make it with "
                 "`dynquant calibrate MODEL -o stats.safetensors`."
             ) from error
 

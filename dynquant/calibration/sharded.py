@@ -9,7 +9,6 @@ that are held back are one shard. Every worker holds the whole model and opens i
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from pathlib import Path
 
 import torch
 
@@ -21,8 +20,7 @@ from dynquant.running.cluster import RayPool, StoredModel, TaskNeeds
 from dynquant.running.load import load_hf
 from dynquant.session import Progress, ignore_progress
 
-SHARD_WINDOWS = 16
-"""Windows of a shard; its second moments travel once, whatever it holds."""
+SHARD_WINDOWS = 16  # windows of a shard; its second moments travel once, whatever it holds
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,6 @@ def calibrate_in_shards(
     provenance: StatsProvenance,
     options: StatisticsOptions,
     *,
-    base_gguf: Path | None = None,
     device: str = "cpu",
     pool: RayPool | None = None,
     progress: Progress = ignore_progress,
@@ -53,7 +50,7 @@ def calibrate_in_shards(
         ClusterError: a node does not read the same checkpoint, or tasks are lost again and again.
     """
     shards = cut(inputs, provenance, options.held_back)
-    task = partial(_collect, StoredModel.of(model, base_gguf), device, options)
+    task = partial(_collect, StoredModel.of(model), device, options)
     if pool is None:
         results: Iterable[tuple[Shard, Calibration]] = ((shard, task(shard)) for shard in shards)
     else:

@@ -33,18 +33,15 @@ from dynquant.running.stream_memory import COMFORTABLE_SHARE, free_memory
 from dynquant.session import SILENT, Session
 from dynquant.storage.atomic import file_hash
 
-STATS_NAME = "stats.safetensors"
-"""Statistics beside a plan."""
+STATS_NAME = "stats.safetensors"  # statistics beside a plan
 TEXT_ONLY = (
     "This model has a vision tower, but the calibration is text alone: nothing of the vision tower, the projector and "
     "cross-attention will be measured. Their inputs are then taken to be even, types below 2.5 bits are closed to "
     "them, their sensitivities are guessed, and the language model is fitted to text tokens, whose statistics differ "
     "from those of image tokens. Give pictures with --data FILE."
 )
-FEW_TOKENS = 8192
-"""Below so many tokens a calibration is warned about; the default is 16 times that."""
-_LIMIT_SHARE = 0.85
-"""Share of the free memory within which a model is streamed that does not fit into it."""
+FEW_TOKENS = 8192  # below so many tokens a calibration is warned about; the default is 16 times that
+_LIMIT_SHARE = 0.85  # share of the free memory within which a model is streamed that does not fit into it
 
 
 @dataclass(frozen=True)
@@ -52,8 +49,7 @@ class StatsFile:
     """Statistics with the file that holds them; tables and plans name them by its hash."""
 
     path: Path
-    measured: CalibrationStats | None = None
-    """Content that was just written to the file, so that nobody reads it again."""
+    measured: CalibrationStats | None = None  # content that was just written to the file, so that nobody reads it again
 
     @cached_property
     def stats(self) -> CalibrationStats:
@@ -81,7 +77,7 @@ def calibrate(options: CalibrateOptions, session: Session = SILENT) -> StatsFile
         stats = import_imatrix(options.imatrix, model)
         stats.save(options.output)
     else:
-        stats = run_calibration(model, options.calibration, options.output, session, base_gguf=options.base_gguf)
+        stats = run_calibration(model, options.calibration, options.output, session)
     if options.imatrix_out:
         export_imatrix(stats, options.imatrix_out, model=model)
         session.note(f"wrote {options.imatrix_out}")
@@ -106,13 +102,7 @@ def tell_coverage(stats: CalibrationStats, model: Model, session: Session) -> No
 
 
 def statistics_in(
-    directory: Path,
-    model: Model,
-    options: CalibrationOptions,
-    session: Session,
-    *,
-    stats_path: Path | None = None,
-    base_gguf: Path | None = None,
+    directory: Path, model: Model, options: CalibrationOptions, session: Session, *, stats_path: Path | None = None
 ) -> StatsFile:
     """Return the statistics of a plan folder: a copy of `stats_path`, or those of `statistics_at`."""
     path = directory / STATS_NAME
@@ -131,12 +121,10 @@ def statistics_in(
                 except OSError:
                     shutil.copyfile(source, target)
         return StatsFile(path, stats)
-    return statistics_at(path, model, options, session, base_gguf=base_gguf)
+    return statistics_at(path, model, options, session)
 
 
-def statistics_at(
-    path: Path, model: Model, options: CalibrationOptions, session: Session, *, base_gguf: Path | None = None
-) -> StatsFile:
+def statistics_at(path: Path, model: Model, options: CalibrationOptions, session: Session) -> StatsFile:
     """Return the statistics of a file if they were measured with these options, or new ones in their place."""
     if path.is_file():
         file = StatsFile(path)
@@ -144,7 +132,7 @@ def statistics_at(
             session.note(f"reusing {path}")
             return file
         session.note(f"{path} was made with other {', '.join(others)}: calibrating anew")
-    stats = run_calibration(model, options, path, session, base_gguf=base_gguf)
+    stats = run_calibration(model, options, path, session)
     tell_coverage(stats, model, session)
     return StatsFile(path, stats)
 
@@ -170,7 +158,7 @@ def _others(file: StatsFile, model: Model, options: CalibrationOptions, seed: in
 
 
 def run_calibration(
-    model: Model, options: CalibrationOptions, output: Path, session: Session = SILENT, *, base_gguf: Path | None = None
+    model: Model, options: CalibrationOptions, output: Path, session: Session = SILENT
 ) -> CalibrationStats:
     """Write the statistics, and the second moments beside them when they are asked for.
 
@@ -191,8 +179,8 @@ def run_calibration(
         session.note(TEXT_ONLY)
     if inputs.num_tokens < FEW_TOKENS:
         session.note(
-            f"{inputs.name} gives only {inputs.num_tokens:,} tokens to calibrate on. Statistics of fewer than "
-            f"{FEW_TOKENS:,} say little about other text, and a plan made of them may be wrong; give a longer one."
+            f"calibrating on only {inputs.num_tokens:,} tokens of {inputs.name}. Statistics of fewer than "
+            f"{FEW_TOKENS:,} say little about other text; give a longer text, or more --tokens."
         )
     provenance = provenance_of(model, inputs, tokens=options.tokens, seed=session.seed)
     statistics = StatisticsOptions(options.hessians, parse_size(options.hessian_memory))
@@ -209,7 +197,7 @@ def run_calibration(
                     device = pool.device(session.device)
                     result = calibrate_in_shards(
                         model, replace(inputs, batch_size=_batch_size(device)), provenance, statistics,
-                        base_gguf=base_gguf, device=device, pool=pool, progress=progress,
+                        device=device, pool=pool, progress=progress,
                     )  # fmt: skip
             else:
                 result = collect_statistics(

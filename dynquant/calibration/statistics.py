@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from dynquant import __version__
 from dynquant.checkpoints.tensor_source import is_finite
-from dynquant.errors import StatsError
+from dynquant.errors import StatsError, unreadable
 from dynquant.storage.atomic import read_tensors, save_tensors
 
 SCHEMA_VERSION = 1
@@ -85,8 +85,7 @@ class StatsProvenance(BaseModel):
     num_tokens: int = Field(0, ge=0)
     num_held_back_tokens: int = Field(0, ge=0)
     window: int = Field(512, ge=0)
-    max_tokens: int = Field(0, ge=0)
-    """The limit that calibration ran under; 0 when unknown."""
+    max_tokens: int = Field(0, ge=0)  # the limit that calibration ran under; 0 when unknown
     seed: int = 0
     imported_from: str | None = None
 
@@ -110,8 +109,7 @@ class CalibrationStats:
 
     provenance: StatsProvenance
     inputs: dict[str, InputStats] = field(default_factory=dict)
-    aliases: dict[str, str] = field(default_factory=dict)
-    """Weight name -> key in `inputs` for weights that share another weight's input."""
+    aliases: dict[str, str] = field(default_factory=dict)  # weight -> key in `inputs` of the input that it shares
 
     def input_of(self, weight: str) -> InputStats | None:
         """Statistics of the input that a GGUF weight reads, or None when calibration did not see it."""
@@ -164,7 +162,8 @@ class CalibrationStats:
             return cls(StatsProvenance(**header["provenance"]), inputs, aliases)
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise StatsError(
-                f"{path} is not a statistics file of dynquant ({type(error).__name__}: {error}). "
+                unreadable(path, error)
+                or f"{path} is not a statistics file of dynquant ({type(error).__name__}: {error}). "
                 "Make it with `dynquant calibrate MODEL -o FILE`."
             ) from error
 

@@ -13,10 +13,12 @@ After each stage its statistics and the hidden states that it left are on the di
 import shutil
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dynquant import __version__
 from dynquant.calibration.collector import Collector
@@ -34,17 +36,15 @@ from dynquant.running.staged_passes import StagedPasses
 from dynquant.running.stream_memory import Workload, fit_within
 from dynquant.session import Progress, ignore_progress
 from dynquant.storage.atomic import save_tensors
-from dynquant.storage.journal import Journal
+from dynquant.storage.journal import Journal, Record
 
 
 @dataclass(frozen=True)
 class StreamingOptions:
     """Settings for running the model layer by layer."""
 
-    limit_bytes: int | None = None
-    """Memory of the whole process; None takes what the largest layers need."""
-    spill: Path | None = None
-    """Directory of hidden states, in place of the output's."""
+    limit_bytes: int | None = None  # memory of the whole process; None takes what the largest layers need
+    spill: Path | None = None  # directory of hidden states, in place of the output's
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
 
@@ -100,12 +100,33 @@ def _journal_in(directory: Path, identity: dict[str, object]) -> Journal:
             for file in directory.iterdir():
                 file.unlink()
             journal.remove()
-        journal.start(identity, journal.records)
+        journal.start(identity, takewhile(_is_stage, journal.records))
     except OSError as error:
         raise StatsError(
             f"{directory} cannot be used for hidden states ({error}). Name another directory with --spill."
         ) from error
     return journal
+
+
+class _StageRecord(BaseModel):
+    """A line of the journal."""
+
+    model_config = ConfigDict(strict=True)
+
+    stage: int
+    direction: str
+    aliases: dict[str, str]
+    moment_bytes: int
+    left_out: list[str]
+    moments: list[str]
+
+
+def _is_stage(record: Record) -> bool:
+    """Return whether a record is one of `_StageRecord`; what follows another is run again."""
+    try:
+        return bool(_StageRecord.model_validate(record))
+    except ValidationError:
+        return False
 
 
 class _Run:

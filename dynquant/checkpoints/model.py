@@ -95,6 +95,8 @@ class Model:
     gguf_file: Path | None = None
     parts: "tuple[ModelPart, ...]" = ()
     unwritten: tuple[str, ...] = ()
+    base_gguf: Path | None = None
+    """The file that a directory's tensors and metadata were taken from."""
 
     @cached_property
     def hyper(self) -> HyperParams:

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynquant.errors import CheckpointError, ExportError
+from dynquant.errors import CheckpointError, ExportError, unreadable
 from dynquant.formats.plain_quants import DTYPE_BYTES
 from dynquant.formats.storage_format import StoredTensor
-from dynquant.storage.atomic import writing
+from dynquant.storage.atomic import checksums_of, read_tensors_header, tensors_metadata, writing
 from dynquant.storage.stand_ins import refuse_stand_in
 from dynquant.storage.strict_json import parse_json
 
@@ -162,7 +162,8 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
         raise CheckpointError(f"{file} does not exist. The download is incomplete; fetch it again.") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{file} is not a complete safetensors file ({error}). It is truncated or corrupt; fetch it again."
+            unreadable(file, error)
+            or f"{file} is not a complete safetensors file ({error}). It is truncated or corrupt; fetch it again."
         ) from error
     _check_order(file, spans, size - 8 - length)
     return header
@@ -198,7 +199,10 @@ def merge_tensor_files(
     entries = [StoredTensor(name, span.dtype, span.shape) for name, span in spans.items()]
     entries += [StoredTensor(name, _NAME_OF[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
     entries.sort(key=lambda entry: (_WRITING_ORDER.index(entry.dtype), entry.key))
-    layout = lay_out(entries, {"dynquant": json.dumps(header, sort_keys=True)})
+    sums = checksums_of(tensors)
+    for part in parts:  # written by `save_tensors`
+        sums |= read_tensors_header(part)["crc32"]
+    layout = lay_out(entries, tensors_metadata(header, sums))
     with writing(path) as temporary, temporary.open("wb") as file:
         file.write(layout.header)
         for entry in entries:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dynquant.checkpoints.safetensors_format import FileSpan, spans_of
 from dynquant.checkpoints.tensor_source import GGML_NAMES, TensorInfo
-from dynquant.errors import CheckpointError
+from dynquant.errors import CheckpointError, unreadable
 from dynquant.formats.plain_quants import DTYPE_BYTES
 from dynquant.storage.strict_json import parse_json
 
@@ -196,7 +196,8 @@ def _fp8_layout(directory: Path) -> tuple[tuple[int, int], str]:
             raise ValueError(f"`weight_block_size` is {[rows, columns]}")
     except (ValueError, TypeError, AttributeError, OSError) as error:
         raise CheckpointError(
-            f"{path} does not describe FP8 weights ({error}); `weight_block_size` is to be two positive numbers, as "
+            unreadable(path, error)
+            or f"{path} does not describe FP8 weights ({error}); `weight_block_size` is to be two positive numbers, as "
             "[128, 128]. Fetch the file again."
         ) from error
     return (rows, columns), GGML_NAMES.get(dtype, "BF16")
@@ -237,6 +238,11 @@ def checkpoint_spans(directory: Path) -> dict[str, FileSpan]:
     return dict(sorted(spans.items()))
 
 
+def weight_files(directory: Path) -> list[Path]:
+    """Return the files that `checkpoint_spans` reads."""
+    return sorted({span.path for span in checkpoint_spans(directory).values()})
+
+
 def refuse_quantized(directory: Path, quantization: object) -> None:
     """Raise CheckpointError for what config.json says of quantized weights, but for FP8 with block scales.
 
@@ -270,8 +276,12 @@ def read_weight_map(directory: Path) -> dict[str, Path]:
     try:
         weight_map = dict(parse_json(index.read_bytes(), unique_names=True)["weight_map"])
         files = {name: Path(weight_map[name]) for name in sorted(weight_map)}
+        if not files:
+            raise ValueError("it places no tensor")
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise CheckpointError(f"{index} is not a safetensors index ({error}). Fetch it again.") from error
+        raise CheckpointError(
+            unreadable(index, error) or f"{index} is not a safetensors index ({error}). Fetch it again."
+        ) from error
     for name, path in files.items():
         if path.name != weight_map[name] or path.name == ".." or "\\" in path.name:
             raise CheckpointError(f"{index} points outside its directory for `{name}`: {weight_map[name]!r}.")
@@ -289,7 +299,7 @@ def no_weights(directory: Path) -> CheckpointError:
             "put in, so dynquant opens none. Fetch the safetensors files, which most hubs have; or, if you trust the "
             "author, load it in transformers, call `save_pretrained`, and give the directory that it writes."
         )
-    others = ", ".join(sorted(path.name for path in directory.glob("*.safetensors"))[:3])
+    others = ", ".join(sorted(path.name for path in directory.glob("*.safetensors") if path.is_file())[:3])
     return CheckpointError(
         f"{directory} holds neither {SINGLE_NAME} nor {INDEX_NAME}; there are no weights to read"
         f"{others and f' (but {others}, which is an adapter, or lacks its index)'}. Give the directory of a Hugging "

@@ -10,10 +10,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from dynquant.calibration.options import CalibrationOptions
 from dynquant.cli.export import print_exported
 from dynquant.cli.terminal import console
-from dynquant.errors import OptionError
+from dynquant.errors import EvaluationError, OptionError
 from dynquant.evaluation.options import EvalOptions, QuestionOptions
 from dynquant.exporters.options import ExportOptions
 from dynquant.options import Flag, ModelPath, Only, Options, Writes, flags
@@ -29,7 +31,7 @@ PLAN_PREFIX = "plan at "
 BASE, TUNED = "ggml", "+tune"
 
 Keep = Annotated[bool, Flag("Keep the exported files.")]
-_FOLDER = Writes(holds_inputs=True)
+_FOLDER = Writes("folder")
 QUESTIONS = Only(("text", "tasks", "max_tokens", "mmlu_data", "shots", "limit", "scoring"))
 
 
@@ -118,11 +120,20 @@ def compare_encoders(options: CompareEncodersOptions, session: Annotated[Session
     results.show(encoder_table)
 
 
+_ROWS = TypeAdapter(dict[str, dict[str, Any]])
+
+
 class _Results:
     """Rows of a comparison by name, written to `path` after every file."""
 
     def __init__(self, path: Path, options: CompareOptions | CompareEncodersOptions, session: Session) -> None:
-        self.rows: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
+        try:
+            self.rows = _ROWS.validate_json(path.read_bytes()) if path.is_file() else {}
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            raise EvaluationError(
+                f"{path} is no table of an earlier comparison ({reason}). Remove it, or choose another output."
+            ) from error
         self.session = session
         self._path, self._options, self._settings = path, options, dict(_settings(options))
         for name, row in self.rows.items():

@@ -25,10 +25,11 @@ from torch import Tensor
 
 from dynquant.checkpoints.gguf_layout import mmproj_path
 from dynquant.checkpoints.model import Model
+from dynquant.checkpoints.safetensors_source import weight_files
 from dynquant.encoding.store import ENCODED_NAME, open_store
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import EvaluationError
-from dynquant.evaluation import multiple_choice
+from dynquant.evaluation import multiple_choice, runners
 from dynquant.evaluation import report as reports
 from dynquant.evaluation.distributions import NUM_TAIL, NUM_TOP, Distributions, log_probs_at
 from dynquant.evaluation.llama_cpp_pictures import MtmdRunner
@@ -36,19 +37,6 @@ from dynquant.evaluation.multiple_choice import AnswerScores, EncodedQuestion, S
 from dynquant.evaluation.options import EvalOptions, QuestionOptions
 from dynquant.evaluation.reference_cache import cache_key, load_cached, model_files, model_fingerprint, save_cached
 from dynquant.evaluation.rendered_model import RenderedModel
-from dynquant.evaluation.runners import (
-    LLAMA_CPP,
-    RUNNERS,
-    HuggingFaceRunner,
-    LogitRunner,
-    ModelInfo,
-    PictureRunner,
-    describe_model,
-    gguf_bytes,
-    open_encoder,
-    open_runner,
-    tokenizer_notes,
-)
 from dynquant.families.open import is_gguf, locate_model, open_model
 from dynquant.inputs.model_inputs import Batch, ModelInputs, check_context
 from dynquant.inputs.pictures import Sample, SampleEncoder, image_token_of, read_samples
@@ -61,8 +49,7 @@ from dynquant.resources import chosen_device
 from dynquant.running.load import load_hf
 from dynquant.session import SILENT, Progress, Session
 
-SPARE_TOKENS = 4
-"""Tokens by which an answer may be longer than the right one; beyond that it is wrong whatever follows."""
+SPARE_TOKENS = 4  # tokens by which an answer may be longer than the right one; beyond that it is wrong whatever follows
 
 
 def evaluate(options: EvalOptions, session: Session = SILENT) -> reports.EvalReport | reports.PictureReport:
@@ -73,8 +60,8 @@ def evaluate(options: EvalOptions, session: Session = SILENT) -> reports.EvalRep
         DataError: the samples cannot be used, or with `strict` an image cannot be decoded.
         CheckpointError: a model cannot be loaded.
     """
-    if options.runner not in RUNNERS:
-        raise EvaluationError(f"There is no runner `{options.runner}`; use one of {', '.join(RUNNERS)}.")
+    if options.runner not in runners.RUNNERS:
+        raise EvaluationError(f"There is no runner `{options.runner}`; use one of {', '.join(runners.RUNNERS)}.")
     if idle := options.idle:
         session.note(f"{' and '.join(idle)} did nothing: no task of {', '.join(options.questions.tasks)} reads it")
     if options.data is not None:
@@ -89,19 +76,19 @@ def evaluate(options: EvalOptions, session: Session = SILENT) -> reports.EvalRep
 def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress) -> reports.EvalReport:
     asked = options.questions
     reference, candidate = locate_model(options.reference), locate_model(options.candidate)
-    if options.adapter is not None and is_gguf(candidate) and options.runner == LLAMA_CPP:
+    if options.adapter is not None and is_gguf(candidate) and options.runner == runners.LLAMA_CPP:
         raise EvaluationError(
             f"The adapter {options.adapter} is PEFT's, which llama.cpp does not read; give --runner transformers."
         )
-    infos = [describe_model(path, runner=options.runner) for path in (reference, candidate)]
+    infos = [runners.describe_model(path, runner=options.runner) for path in (reference, candidate)]
     num_columns, notes = common_columns(*infos)
     context_length = min(info.context_length for info in infos)
     if options.window > context_length:
         raise EvaluationError(
             f"A window of {options.window} tokens does not fit the context of {context_length}; use less."
         )
-    notes += tokenizer_notes(reference, candidate)
-    with open_encoder(reference) as encode:
+    notes += runners.tokenizer_notes(reference, candidate)
+    with runners.open_encoder(reference) as encode:
         texts, questions = [], {}
         if {"kl", "ppl"} & set(asked.tasks):
             limits = {"window": options.window, "max_tokens": asked.max_tokens}
@@ -141,7 +128,7 @@ def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress
     )  # fmt: skip
 
 
-def common_columns(reference: ModelInfo, candidate: ModelInfo) -> tuple[int, list[str]]:
+def common_columns(reference: runners.ModelInfo, candidate: runners.ModelInfo) -> tuple[int, list[str]]:
     """Return the number of leading logits to compare, and notes on what was dropped.
 
     Vocabularies may differ in size only by padding entries at the end, unnamed or named `[PADn]`.
@@ -175,8 +162,7 @@ def _encoded_questions(
     return {name: multiple_choice.encode_questions(questions, shots, name, encode, **limits) for name in scorings}
 
 
-Opener = Callable[[], LogitRunner]
-"""Gives the running model."""
+Opener = Callable[[], runners.LogitRunner]  # gives the running model
 
 
 @dataclass
@@ -186,10 +172,8 @@ class _Run:
     options: EvalOptions
     session: Session
     progress: Progress
-    num_columns: int | None = None
-    """Leading logits that both models have; None for all."""
-    reference: Path | None = None
-    """Whose distributions are cached, if any are."""
+    num_columns: int | None = None  # leading logits that both models have; None for all
+    reference: Path | None = None  # whose distributions are cached, if any are
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -202,9 +186,9 @@ class _Run:
     @contextmanager
     def opening(self, path: Path, *, adapter: Path | None = None) -> Iterator[Opener]:
         """Context manager: loads the model when it is first asked for, which never happens where all is cached."""
-        options, session = self.options, self.session
-        where = {"threads": session.threads, "device": session.device, "runner": options.runner}
-        opener = cache(partial(open_runner, path, **where, rounded=options.rounded, adapter=adapter))  # loads once
+        where = {"threads": self.session.threads, "device": self.session.device, "adapter": adapter}
+        how = {"runner": self.options.runner, "rounded": self.options.rounded}
+        opener = cache(partial(runners.open_runner, path, **where, **how))  # loads once
         try:
             yield opener
         finally:
@@ -268,7 +252,7 @@ class _Run:
         ends = np.cumsum([len(e.answers) for e in encoded])[:-1]
         return [AnswerScores(e.question, part) for e, part in zip(encoded, np.split(log_probs, ends), strict=True)]
 
-    def answers(self, runner: PictureRunner, side: str, asked: Sequence["_Asked"], tokenizer: Any) -> list[str]:
+    def answers(self, runner: runners.PictureRunner, side: str, asked: Sequence["_Asked"], tokenizer: Any) -> list[str]:
         """Return a model's greedy answers to questions about pictures."""
         answers = []
         with self.timed(f"{side}, questions", "questions") as report:
@@ -286,7 +270,7 @@ class _Run:
             return run()
         # Only what is not the default is part of a name.
         more: dict[str, object] = {"rounded": True} if self.options.rounded else {}
-        if is_gguf(self.reference) and self.options.runner != LLAMA_CPP:
+        if is_gguf(self.reference) and self.options.runner != runners.LLAMA_CPP:
             more["runner"] = self.options.runner
         name = cache_key(self.reference, tokens, columns=self.num_columns, **key, **more)
         tensors = load_cached(directory, name)
@@ -296,12 +280,12 @@ class _Run:
         return tensors
 
 
-def _identify(info: ModelInfo) -> reports.ModelIdentity:
+def _identify(info: runners.ModelInfo) -> reports.ModelIdentity:
     files = model_files(info.path)
     return reports.ModelIdentity(
         name=info.path.name,
         runner=info.kind,
-        file_bytes=sum(file.stat().st_size for file in files if file.suffix in {".gguf", ".safetensors", ".bin"}),
+        file_bytes=sum(file.stat().st_size for file in files if file.suffix in {".gguf", ".safetensors"}),
         fingerprint=model_fingerprint(info.path),
     )
 
@@ -325,12 +309,12 @@ def _evaluate_on_pictures(options: EvalOptions, data: Path, session: Session) ->
     batches, asked = _encoded_samples(encoder, file.samples[: options.questions.limit], "vqa" in tasks)
     inputs = ModelInputs(batches, name=file.name, sha256=file.sha256, skipped=tuple(encoder.skipped))
     if is_gguf(candidate := Path(options.candidate)) or (candidate / "config.json").is_file():
-        for note in tokenizer_notes(model.hf_directory, candidate):
+        for note in runners.tokenizer_notes(model.hf_directory, candidate):
             session.note(note)
     check_context(model, inputs.longest)
     with session.stage("Nothing is kept.") as progress:
         run = _Run(options, session, progress)
-        original = HuggingFaceRunner(load_hf(model, dtype=torch.float32, device=chosen_device(session.device)))
+        original = runners.HuggingFaceRunner(load_hf(model, dtype=torch.float32, device=chosen_device(session.device)))
         reference = run.reduced(lambda: original, inputs) if "kl" in tasks else None
         before = run.answers(original, "reference", asked, processor.tokenizer)
         with _picture_candidate(options, model, original, processor) as (candidate, candidate_bytes):
@@ -372,8 +356,8 @@ def _encoded_samples(
 
 @contextmanager
 def _picture_candidate(
-    options: EvalOptions, model: Model, original: HuggingFaceRunner, processor: Any
-) -> Iterator[tuple[PictureRunner, int]]:
+    options: EvalOptions, model: Model, original: runners.HuggingFaceRunner, processor: Any
+) -> Iterator[tuple[runners.PictureRunner, int]]:
     """Context manager: yields the running candidate and its bytes; a plan turns the original itself into it."""
     path = Path(options.candidate)
     if path.suffix == ".gguf":
@@ -387,7 +371,7 @@ def _picture_candidate(
                     f"{path.name} has {runner.vocab_size:,} tokens and the reference {original.vocab_size:,}; they are "
                     "not the same model. Give the checkpoint that the file was made from."
                 )
-            yield runner, gguf_bytes((path, mmproj))
+            yield runner, runners.gguf_bytes((path, mmproj))
         finally:
             runner.close()
         return
@@ -395,7 +379,7 @@ def _picture_candidate(
         raise EvaluationError(f"--mmproj goes with a GGUF file, and {path} is none; leave it out.")
     plan_file = path / "plan.json" if (path / "plan.json").is_file() else path
     if plan_file.suffix != ".json":
-        yield open_runner(path, device=str(original.device)), _stored_bytes(path)
+        yield runners.open_runner(path, device=str(original.device)), _stored_bytes(path)
         return
     plan = Plan.load(plan_file)
     plan.check_covers(model.source.names(), model.fingerprint, model.name)
@@ -407,4 +391,4 @@ def _picture_candidate(
 
 
 def _stored_bytes(directory: Path) -> int:
-    return sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
+    return sum(file.stat().st_size for file in weight_files(directory))

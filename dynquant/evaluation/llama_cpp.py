@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -25,16 +26,22 @@ BATCH_TOKENS = 512
 """Tokens per llama_decode call, and its physical batch; part of the layout that compared models must share."""
 
 
+@cache
+def _api() -> ModuleType:
+    """Import the low-level API when it is first used; `load_llama_model` says what to do where it is missing."""
+    import llama_cpp
+
+    return llama_cpp
+
+
 class _LlamaLog:
     """The tail of llama.cpp's warnings and errors, kept instead of printed."""
 
     def __init__(self) -> None:
-        import llama_cpp
-
         self._lines: deque[str] = deque(maxlen=8)
         # An attribute, because llama.cpp keeps only the raw pointer of the callback.
-        self.callback = llama_cpp.llama_log_callback(self._keep)
-        llama_cpp.llama_backend_init()
+        self.callback = _api().llama_log_callback(self._keep)
+        _api().llama_backend_init()
         self.clear()
 
     def _keep(self, level: int, text: bytes, _user_data: object) -> None:
@@ -44,10 +51,8 @@ class _LlamaLog:
 
     def clear(self) -> None:
         """Forget earlier lines, and listen again: the callback is the process's, others may have replaced it."""
-        import llama_cpp
-
         self._lines.clear()
-        llama_cpp.llama_log_set(self.callback, ctypes.c_void_p(0))
+        _api().llama_log_set(self.callback, ctypes.c_void_p(0))
 
     def last(self) -> str:
         """The latest line alone."""
@@ -65,18 +70,18 @@ def llama_log() -> _LlamaLog:
 
 def load_llama_model(path: Path, *, vocab_only: bool) -> ctypes.c_void_p:
     try:
-        import llama_cpp
+        api = _api()
     except ImportError as error:
         raise EvaluationError(
-            f"{path.name} is a GGUF file, and running it needs llama-cpp-python: install dynquant with the extra "
-            f'"llama" ({error}).'
+            f"{path.name} is a GGUF file, and running it needs llama-cpp-python ({error}): pip install "
+            "'dynquant-toolchain[llama]'."
         ) from error
 
     log = llama_log()
     log.clear()
-    params = llama_cpp.llama_model_default_params()
+    params = api.llama_model_default_params()
     params.vocab_only = vocab_only
-    model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
+    model = api.llama_model_load_from_file(os.fsencode(path), params)
     if not model:
         raise CheckpointError(f"{path.name}: llama.cpp cannot load the file: {log}")
     if not vocab_only:
@@ -88,21 +93,17 @@ def load_llama_model(path: Path, *, vocab_only: bool) -> ctypes.c_void_p:
 def llama_vocabulary(path: Path) -> Iterator[tuple[ctypes.c_void_p, ctypes.c_void_p]]:
     """A model loaded without weights, and its vocabulary."""
     model = load_llama_model(path, vocab_only=True)
-    import llama_cpp
-
     try:
-        yield model, llama_cpp.llama_model_get_vocab(model)
+        yield model, _api().llama_model_get_vocab(model)
     finally:
-        llama_cpp.llama_model_free(model)
+        _api().llama_model_free(model)
 
 
 def llama_encode(vocab: ctypes.c_void_p, text: str, *, add_special: bool = True) -> list[int]:
-    import llama_cpp
-
     data = text.encode("utf-8")
     capacity = len(data) + 8  # a byte a token at most, and special ones
-    tokens = (llama_cpp.llama_token * capacity)()
-    count = llama_cpp.llama_tokenize(vocab, data, len(data), tokens, capacity, add_special, False)
+    tokens = (_api().llama_token * capacity)()
+    count = _api().llama_tokenize(vocab, data, len(data), tokens, capacity, add_special, False)
     if count < 0:
         raise EvaluationError(f"llama.cpp's tokenizer failed on a text of {len(data)} bytes.")
     return list(tokens[:count])
@@ -110,10 +111,8 @@ def llama_encode(vocab: ctypes.c_void_p, text: str, *, add_special: bool = True)
 
 def llama_tokens(vocab: ctypes.c_void_p) -> tuple[dict[str, int | None], dict[int, str]]:
     """Return the ids of EOS and BOS, None where there is none, and all tokens by id."""
-    import llama_cpp
-
-    special = {"EOS": llama_cpp.llama_vocab_eos(vocab), "BOS": llama_cpp.llama_vocab_bos(vocab)}
-    texts = (llama_cpp.llama_vocab_get_text(vocab, i) for i in range(llama_cpp.llama_vocab_n_tokens(vocab)))
+    special = {"EOS": _api().llama_vocab_eos(vocab), "BOS": _api().llama_vocab_bos(vocab)}
+    texts = (_api().llama_vocab_get_text(vocab, i) for i in range(_api().llama_vocab_n_tokens(vocab)))
     tokens = {i: (text or b"").decode("utf-8", "replace") for i, text in enumerate(texts)}
     return {name: None if token_id < 0 else token_id for name, token_id in special.items()}, tokens
 
@@ -121,12 +120,11 @@ def llama_tokens(vocab: ctypes.c_void_p) -> tuple[dict[str, int | None], dict[in
 def llama_facts(path: Path) -> tuple[int, int, int]:
     """Return the vocabulary's size, the context length, and the number of tokens before the padding."""
     with llama_vocabulary(path) as (model, vocab):
-        import llama_cpp
 
         def text_of(token: int) -> str:
-            return (llama_cpp.llama_vocab_get_text(vocab, token) or b"").decode(errors="replace")
+            return (_api().llama_vocab_get_text(vocab, token) or b"").decode(errors="replace")
 
-        vocab_size = llama_cpp.llama_vocab_n_tokens(vocab)
+        vocab_size = _api().llama_vocab_n_tokens(vocab)
         architecture = llama_metadata(model, "general.architecture")
         context_length = int(llama_metadata(model, f"{architecture}.context_length") or 2**31)
         return vocab_size, context_length, without_padding(vocab_size, text_of)
@@ -140,10 +138,8 @@ def without_padding(num_tokens: int, text_of: Callable[[int], str]) -> int:
 
 
 def llama_metadata(model: ctypes.c_void_p, key: str) -> str:
-    import llama_cpp
-
     buffer = ctypes.create_string_buffer(256)
-    length = llama_cpp.llama_model_meta_val_str(model, key.encode(), buffer, len(buffer))
+    length = _api().llama_model_meta_val_str(model, key.encode(), buffer, len(buffer))
     return buffer.value.decode() if length >= 0 else ""
 
 
@@ -151,16 +147,14 @@ class LlamaCppRunner:
     """A GGUF model in llama.cpp. Sequence 0 holds the shared prefix, 1 a question, 2 and up its answer branches."""
 
     def __init__(self, path: Path, *, threads: int | None = None) -> None:
-        import llama_cpp
-
-        self._api = llama_cpp
+        self._api = _api()
         self._path = path
         self._threads = threads or usable_cores()
         self._model = load_llama_model(path, vocab_only=False)
-        self._batch = llama_cpp.llama_batch_init(BATCH_TOKENS, 0, 1)
+        self._batch = _api().llama_batch_init(BATCH_TOKENS, 0, 1)
         self._context = None
         self._prefix_length = 0
-        self.vocab_size: int = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
+        self.vocab_size: int = _api().llama_vocab_n_tokens(_api().llama_model_get_vocab(self._model))
 
     def reserve(self, num_tokens: int) -> None:
         self._free_context()

@@ -19,8 +19,7 @@ from dynquant.evaluation.llama_cpp import BATCH_TOKENS, LlamaCppRunner, llama_lo
 from dynquant.inputs.model_inputs import Batch
 from dynquant.inputs.pictures import open_image
 
-Segment = Sequence[int] | np.ndarray
-"""Token ids, or a picture uint8 [height, width, 3]."""
+Segment = Sequence[int] | np.ndarray  # token ids, or a picture uint8 [height, width, 3]
 
 
 class MtmdRunner(LlamaCppRunner):

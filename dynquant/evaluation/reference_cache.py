@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dynquant.errors import EvaluationError
+from dynquant.checkpoints.safetensors_source import weight_files
+from dynquant.errors import EvaluationError, unreadable
 from dynquant.evaluation.distributions import Distributions
 from dynquant.session import Progress
 from dynquant.storage.atomic import writing
@@ -25,10 +26,8 @@ from dynquant.storage.atomic import writing
 if TYPE_CHECKING:
     from dynquant.evaluation.runners import HuggingFaceRunner
 
-SCHEMA_VERSION = 2
-"""Part of every name: entries of an earlier version are made again."""
-NUM_TRAINED_TOP = 128
-"""Probabilities of a token that training goes by."""
+SCHEMA_VERSION = 2  # part of every name: entries of an earlier version are made again
+NUM_TRAINED_TOP = 128  # probabilities of a token that training goes by
 SHARD_WINDOWS = 64
 _HASHED_BYTES = 2**20
 _LOGITS_AT_ONCE = 1 << 27
@@ -50,7 +49,7 @@ def model_fingerprint(path: Path) -> str:
 def model_files(path: Path) -> list[Path]:
     """Weights, configuration and tokenizer of a Hugging Face directory; all parts of a GGUF."""
     if path.is_dir():
-        return sorted(file for file in path.iterdir() if file.suffix in {".safetensors", ".json", ".bin", ".model"})
+        return sorted({*weight_files(path), *(file for file in path.iterdir() if file.suffix in {".json", ".model"})})
     stem, split, count = path.name.partition("-00001-of-")
     return sorted(path.parent.glob(f"{stem}-?????-of-{count}")) if split else [path]
 
@@ -76,7 +75,9 @@ def load_cached(directory: Path, key: str) -> dict[str, Tensor] | None:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise EvaluationError(f"The cached reference results {path} are damaged ({error}); delete the file.") from error
+        raise EvaluationError(
+            unreadable(path, error) or f"The cached reference results {path} are damaged ({error}); delete the file."
+        ) from error
 
 
 def save_cached(directory: Path, key: str, tensors: Mapping[str, Tensor]) -> None:

@@ -68,7 +68,7 @@ class ScoredInputs:
     def __init__(self, rendered: RenderedModel, inputs: ModelInputs) -> None:
         if rendered.types:
             raise ValueError("`rendered` holds a plan's weights; make its texts before anything is installed")
-        self._rendered, self._inputs = rendered, inputs
+        self.rendered, self._inputs = rendered, inputs
         # Layers below a change are not run again for text; the towers of other models differ too much for that.
         self._replay = None
         if not inputs.has_pictures:
@@ -97,23 +97,23 @@ class ScoredInputs:
     def divergences_with(self, changes: Mapping[str, str]) -> Tensor:
         """Return KL in nats [tokens] of text with some tensors in other types, all else as in the last `score`."""
         assert self._replay is not None
-        before = {name: self._rendered.types.get(name) for name in changes}
+        before = {name: self.rendered.types.get(name) for name in changes}
         try:
             for name, type_name in changes.items():
-                self._rendered.write(name, type_name)
+                self.rendered.write(name, type_name)
             # The embedding lies before all layers, final norm and head behind them.
             layers = [0 if name == "token_embd.weight" else layer_of(name) for name in changes]
             first = min(self._replay.num_layers if layer is None else layer for layer in layers)
             divergences = [target.kl(self._replay.logits(i, first)).cpu() for i, target in enumerate(self._targets)]
         finally:
             for name, type_name in before.items():
-                self._rendered.write(name, type_name)
+                self.rendered.write(name, type_name)
         return torch.cat(divergences)
 
     def _logits(self) -> Iterator[Tensor]:
         if self._replay is not None:
             return self._replay.keep()
-        return (scored_logits(self._rendered.hf_model, batch) for batch in self._inputs)
+        return (scored_logits(self.rendered.hf_model, batch) for batch in self._inputs)
 
 
 @torch.inference_mode()

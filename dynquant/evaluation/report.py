@@ -16,8 +16,7 @@ from dynquant.storage.documents import FrozenRecord
 
 SCHEMA_VERSION = 1
 
-Row = tuple[str, str, str, str]
-"""Metric, reference, candidate and comparison; empty cells do not apply."""
+Row = tuple[str, str, str, str]  # metric, reference, candidate and comparison; empty cells do not apply
 
 
 class ModelIdentity(FrozenRecord):

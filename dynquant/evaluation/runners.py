@@ -41,8 +41,7 @@ from dynquant.packed.rounding import round_activations
 from dynquant.running.load import REFUSALS, load_config, load_directory, load_tokenizer
 
 LLAMA_CPP, TRANSFORMERS = "llama.cpp", "transformers"
-RUNNERS = (LLAMA_CPP, TRANSFORMERS)
-"""Programs that can run a GGUF file."""
+RUNNERS = (LLAMA_CPP, TRANSFORMERS)  # programs that can run a GGUF file
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,7 @@ class ModelInfo:
     kind: str
     vocab_size: int
     context_length: int
-    num_named_tokens: int
-    """Tokens before the trailing run of unnamed or `[PADn]` entries, which pad the embedding matrix."""
+    num_named_tokens: int  # tokens before the trailing run of unnamed or `[PADn]` entries, which are padding
 
 
 class LogitRunner(Protocol):
@@ -187,12 +185,9 @@ def tokenizer_notes(reference: Path, candidate: Path) -> list[str]:
 class _Tokenization:
     """A tokenizer, in terms that both runtimes have."""
 
-    ids: dict[str, int | None]
-    """Ids of EOS and BOS."""
-    around: tuple[list[int], list[int]]
-    """Ids that are put before and behind a text."""
-    tokens: dict[int, str]
-    """Tokens by id; fillers without a meaning are left out."""
+    ids: dict[str, int | None]  # ids of EOS and BOS
+    around: tuple[list[int], list[int]]  # ids that are put before and behind a text
+    tokens: dict[int, str]  # tokens by id; fillers without a meaning are left out
     strings: dict[str, list[int]]
 
 

@@ -147,7 +147,7 @@ def check_complete(source: GGUFSource) -> None:
         raise CheckpointError(f"{source.path} {what}: it is no model. Give the GGUF file of a model.")
     if keys.arch == "clip":
         return
-    old = sorted(name for name in keys.names if _OLD_EXPERT.fullmatch(name))
+    old = [name for name in keys.names if _OLD_EXPERT.fullmatch(name)]
     if old:
         raise CheckpointError(
             f"{source.path} stores every expert as tensors of its own ({some_of(old)}), as llama.cpp did until April "
@@ -162,18 +162,15 @@ def check_complete(source: GGUFSource) -> None:
     # Layers that predict tokens ahead are counted, but llama.cpp does without them.
     num_run = keys.integer("block_count") - keys.integer("nextn_predict_layers", 0)
     lost = {name for name in lost if (layer_of(f"{name}.") or 0) < num_run or num_run < 1}
-    problems = [
-        f"{problem} ({some_of(sorted(names))})"
-        for names, problem in (
-            (lost, f"lacks {len(lost)} tensors that it must have, or has them in another shape"),
-            (foreign, f"holds {len(foreign)} tensors that have no place in it"),
-        )
-        if names
-    ]
+    problems = []
+    if lost:
+        problems.append(f"lacks {len(lost)} tensors that it must have, or has them in another shape ({some_of(lost)})")
+    if foreign:
+        problems.append(f"holds {len(foreign)} tensors that have no place in it ({some_of(foreign)})")
     if problems:
         raise CheckpointError(
-            f"{source.path} ({keys.arch}) {' and '.join(problems)}. llama.cpp would not load it. Fetch the file "
-            "again, or convert the checkpoint again."
+            f"{source.path} ({keys.arch}) {' and '.join(problems)}. llama.cpp would not load it. Fetch the file again, "
+            "or convert the checkpoint again."
         )
 
 

@@ -6,6 +6,7 @@ directory serves to run the model.
 """
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -44,7 +45,7 @@ def open_model(path: str | Path, *, base_gguf: str | Path | None = None) -> Mode
         return _open_gguf(directory)
     if base_gguf is not None:
         model = _open_gguf(Path(base_gguf))
-        return Model(directory, model.source, model.metadata, model.checkpoint_names, hf_directory=directory)
+        return replace(model, path=directory, hf_directory=directory, gguf_file=None, base_gguf=Path(base_gguf))
     return open_vision(directory) if is_vision_checkpoint(directory) else open_hf(directory)
 
 

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dynquant.checkpoints.model import Model
-from dynquant.errors import DataError
+from dynquant.errors import CheckpointError, DataError
+from dynquant.families.common.config import read_json
 from dynquant.inputs.model_inputs import Batch, ModelInputs, check_context
 from dynquant.inputs.processor import load_processor
 from dynquant.inputs.records import part_text, read_records, shortened
-from dynquant.storage.strict_json import parse_json
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -238,5 +238,8 @@ def open_image(path: Path) -> Any:
 
 def image_token_of(directory: Path) -> int | None:
     """The id of the placeholder that stands for image tokens, from config.json."""
-    config = parse_json((directory / "config.json").read_bytes())
-    return next((config[key] for key in ("image_token_id", "image_token_index") if key in config), None)
+    config = read_json(directory / "config.json")
+    token = next((config[key] for key in ("image_token_id", "image_token_index") if key in config), None)
+    if token is not None and (not isinstance(token, int) or isinstance(token, bool)):
+        raise CheckpointError(f"{directory / 'config.json'} gives the image token as {token!r:.80}, which is no id.")
+    return token

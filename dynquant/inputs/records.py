@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from dynquant.errors import DynquantError
+from dynquant.errors import DynquantError, unreadable
+from dynquant.storage.stand_ins import refuse_stand_in
 from dynquant.storage.strict_json import parse_json
 
 JSON_FORMS, TABLE_FORMS = (".jsonl", ".ndjson", ".json"), (".csv", ".parquet")
@@ -50,14 +51,8 @@ def read_plain(path: Path, refusal: type[DynquantError]) -> str:
     """Return the text of a plain file.
 
     Raises:
-        `refusal`: the file cannot be read, its ending is not that of plain text, or it holds JSON lines or a program's
-            data.
+        `refusal`: the file cannot be read, or it holds JSON lines or a program's data.
     """
-    if form_of(path) not in PLAIN_FORMS:
-        raise refusal(
-            f"The form of {path} is not known from its ending `{path.suffix}`. {_FORMS}; plain text is .txt, .md or "
-            ".raw. Convert the file, or give it the ending of what it is."
-        )
     with _opened(path, refusal) as file:
         content = file.read()
     if "\0" in content:
@@ -79,6 +74,7 @@ def _begins_with_record(content: str) -> bool:
 @contextmanager
 def _opened(path: Path, refusal: type[DynquantError]) -> Iterator[TextIO]:
     """Context manager: yields the file as text; what is wrong with it becomes one paragraph."""
+    refuse_stand_in(path, is_text=True)
     try:
         with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
             yield file
@@ -87,15 +83,16 @@ def _opened(path: Path, refusal: type[DynquantError]) -> Iterator[TextIO]:
     except UnicodeDecodeError as error:
         raise refusal(f"{path} cannot be read as UTF-8 ({error}). Convert it to UTF-8.") from error
     except (OSError, EOFError, zlib.error) as error:
-        raise refusal(f"{path} cannot be read: {error}. Check the path, or fetch the file again.") from error
+        raise refusal(unreadable(path, error) or f"{path} cannot be read: {error}. Fetch it again.") from error
 
 
 def _json_records(path: Path, refusal: type[DynquantError], way_out: str) -> Iterator[Record]:
     def parsed(text: str, place: str) -> Any:
         try:
-            return parse_json(text)
+            return parse_json(text, unique_names=True)
         except ValueError as error:
-            raise refusal(f"{place} is not JSON: {error}. {way_out}".rstrip()) from error
+            form = "Records are objects, one a line, or one array of them."
+            raise refusal(f"{place} is not JSON: {error}. {form} {way_out}".rstrip()) from error
 
     with _opened(path, refusal) as file:
         # Not splitlines(): it also splits at U+2028 and the like, which JSON strings may hold.
@@ -116,10 +113,13 @@ def _csv_records(path: Path, refusal: type[DynquantError]) -> Iterator[Record]:
     with _opened(path, refusal) as file:
         rows = csv.DictReader(file, strict=True)
         try:
+            names = rows.fieldnames or ()
+            if len(set(names)) < len(names):
+                raise refusal(f"The first line of {path} names a column twice: {', '.join(names)[:200]}. Rename one.")
             for number, row in enumerate(rows, start=1):
                 place = f"{path}, row {number}"
                 if None in row or None in row.values():
-                    raise refusal(f"{place} has not the {len(rows.fieldnames or ())} values that the first line names.")
+                    raise refusal(f"{place} has not the {len(names)} values that the first line names.")
                 yield number, place, row
         except csv.Error as error:
             raise refusal(f"{path}, line {rows.line_num} is not csv with commas ({error}). Repair it.") from error
@@ -136,7 +136,9 @@ def _parquet_records(path: Path, refusal: type[DynquantError]) -> Iterator[Recor
             rows = (row for batch in file.iter_batches(batch_size=256) for row in batch.to_pylist())
             yield from ((number, f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
     except (ArrowException, OSError, ValueError) as error:
-        raise refusal(f"{path} is not a parquet file ({error}). Fetch or make it again.") from error
+        raise refusal(
+            unreadable(path, error) or f"{path} is not a parquet file ({error}). Fetch or make it again."
+        ) from error
 
 
 def text_of(record: Any, place: str, refusal: type[DynquantError]) -> str:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DEFAULT_NAME = "built-in text"
+_PLAIN = "Plain text has the ending .txt, .md or .raw."
 _DOCUMENT_BREAK = "\n\n\f\n"
 _MAX_CHARACTERS_PER_TOKEN = 16
 _TRICKY = (
@@ -116,8 +117,8 @@ def _documents(
     if path.is_file() and form in PLAIN_FORMS:
         return path.name, [read_plain(path, refusal)]
     if path.is_file():
-        return path.name, (text_of(record, place, refusal) for _, place, record in read_records(path, refusal))
-    if form in (*JSON_FORMS, *TABLE_FORMS, ".txt"):
+        return path.name, (text_of(record, place, refusal) for _, place, record in read_records(path, refusal, _PLAIN))
+    if form in (*JSON_FORMS, *TABLE_FORMS, ".txt") or (path.is_absolute() and not path.exists()):
         raise refusal(f"There is no text {path}; check the path.")
     return str(source), _read_dataset(str(source), max_tokens * _MAX_CHARACTERS_PER_TOKEN, refusal)
 

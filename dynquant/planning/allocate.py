@@ -29,8 +29,7 @@ from dynquant.analysis.errors.table import Option, hull_slope, lower_hull
 
 Assignment = dict[str, Option]
 
-_DEPTH = 3
-"""Searches within searches; one more gains nothing that can be measured."""
+_DEPTH = 3  # searches within searches; one more gains nothing that can be measured
 _MANY, _DEPTH_OF_MANY = 256, 1
 """With so many items the first searches are within 0.03 % of the optimum, and the deeper ones take a second."""
 

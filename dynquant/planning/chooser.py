@@ -21,8 +21,7 @@ from dynquant.recipes.folder import SuperWeight
 from dynquant.recipes.sizes import fixed_safetensors_bytes, safetensors_bytes_at_most
 from dynquant.session import Session
 
-_NAMED_STATISTICS = 1024
-"""Bytes of a file's header, at most, that name the statistics it was made with."""
+_NAMED_STATISTICS = 1024  # bytes of a file's header, at most, that name the statistics it was made with
 
 
 class Chooser:

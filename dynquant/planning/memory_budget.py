@@ -27,11 +27,9 @@ from dynquant.errors import PlanError
 from dynquant.formats.quant_types import QUANT_TYPES, QuantType
 
 KV_TYPES = ("f16", "q8_0", "q4_0")
-UBATCH = 512
-"""Tokens of a micro-batch, llama.cpp's default."""
+UBATCH = 512  # tokens of a micro-batch, llama.cpp's default
 CUDA_CONTEXT_BYTES = 512 << 20
-_CELLS = 256
-"""llama.cpp rounds contexts up to a multiple of this."""
+_CELLS = 256  # llama.cpp rounds contexts up to a multiple of this
 _WINDOW_PERIODS = {"gemma3": 6}
 """Architecture -> every how many layers one attends in full, where the file does not say."""
 
@@ -44,9 +42,7 @@ class MemoryBudget:
     memory: int
     kv_cache: int
     compute_buffer: int
-    cuda_context: int
-    label: str
-    """The request, as `24.00 GB of memory with 8,192 tokens of f16 KV cache`."""
+    label: str  # the request, as `24.00 GB of memory with 8,192 tokens of f16 KV cache`
 
     def __post_init__(self) -> None:
         if self.weights <= 0:
@@ -57,7 +53,7 @@ class MemoryBudget:
     @property
     def weights(self) -> int:
         """Bytes left for the file."""
-        return self.memory - self.kv_cache - self.compute_buffer - self.cuda_context
+        return self.memory - self.kv_cache - self.compute_buffer - CUDA_CONTEXT_BYTES
 
     def file_budget(self, smallest: int, largest: int) -> int:
         """Bytes that a plan may take when its size can be between these two. Raises PlanError: not even the smallest
@@ -82,7 +78,7 @@ class MemoryBudget:
     def _overhead(self) -> str:
         return (
             f"KV cache {_gb(self.kv_cache)}, compute buffer {_gb(self.compute_buffer)} (at most) and CUDA context "
-            f"{_gb(self.cuda_context)}"
+            f"{_gb(CUDA_CONTEXT_BYTES)}"
         )
 
 
@@ -99,7 +95,7 @@ def memory_budget(model: Model, memory: int, *, context: int, kv_type: str) -> M
     check_cache(kv_type)
     label = f"{_gb(memory)} of memory with {context:,} tokens of {kv_type} KV cache"
     cache, buffer = kv_cache_bytes(model, context, kv_type), compute_buffer_bytes(model, context, kv_type)
-    return MemoryBudget(memory, cache, buffer, CUDA_CONTEXT_BYTES, label)
+    return MemoryBudget(memory, cache, buffer, label)
 
 
 def check_cache(kv_type: str) -> None:

@@ -9,9 +9,8 @@ from dynquant.errors import PlanError
 from dynquant.options import MODEL_HELP, BaseGguf, Flag, MeasuringEncoder, Options, Writes
 from dynquant.planning.target import Target
 
-CLOSED_FORM, FISHER, UNIT_KL = METHODS = ("closed-form", "fisher-probe", "unit-kl")
-"""Ways to price tensors."""
-_PLAN_FOLDER = Writes(holds_inputs=True, unless="config_only")
+CLOSED_FORM, FISHER, UNIT_KL = METHODS = ("closed-form", "fisher-probe", "unit-kl")  # ways to price tensors
+_PLAN_FOLDER = Writes("folder", unless="config_only")
 
 
 def parse_range(text: str) -> tuple[float, float]:

@@ -34,8 +34,7 @@ LEVELS = (
     (None, None, "Q6_K"), (None, None, "Q4_K"), (None, None, "Q2_K"), (None, None, None),
 )  # fmt: skip
 """Floors of precise roles, of tensors that stand out, and of tensors with a super weight; from the highest down."""
-FLOOR_PRICE = 1.1
-"""Floors of roles and outliers may raise the predicted KL by this factor, but no more."""
+FLOOR_PRICE = 1.1  # floors of roles and outliers may raise the predicted KL by this factor, but no more
 _OUTLIER_TYPES = ("Q2_K", "IQ2_S", "Q3_K", "IQ3_XXS", "Q4_K")
 COUPLINGS: dict[str, tuple[tuple[Role, ...], ...]] = {
     "gate-up": (
@@ -44,8 +43,7 @@ COUPLINGS: dict[str, tuple[tuple[Role, ...], ...]] = {
     "qkv": ((Role.ATTN_Q, Role.ATTN_K, Role.ATTN_V),),
 }  # fmt: skip
 """Kinds of coupling: the roles that runtimes fuse into one matrix in each layer. llama.cpp fuses none."""
-HEADROOM = 1.05
-"""Size of the default plan over the smallest file that keeps every floor."""
+HEADROOM = 1.05  # size of the default plan over the smallest file that keeps every floor
 
 
 @dataclass(frozen=True)
@@ -53,17 +51,13 @@ class Rules:
     """Limits to what the cost decides; without `floors` there are none."""
 
     floors: bool = True
-    outliers: Mapping[str, str] = field(default_factory=dict)
-    """Tensor -> why it should stay precise besides its role, as `expert 3 is a super expert`."""
+    outliers: Mapping[str, str] = field(default_factory=dict)  # tensor -> why it should stay precise besides its role
     super_weights: Mapping[str, str] = field(default_factory=dict)
     """Tensor -> the super weight it holds; no average over tokens sees what one scalar does, so this has no price."""
-    coupled: tuple[tuple[str, ...], ...] = ()
-    """Groups of tensors that must have one type; no tensor is in two. See `coupled_tensors`."""
+    coupled: tuple[tuple[str, ...], ...] = ()  # groups of tensors that must have one type, see `coupled_tensors`
     target: PlanTarget = "gguf"
-    fixed_bytes: int = 0
-    """Size of all but the tensors that have a choice: header, norms, routers."""
-    stored_bytes: Callable[[ErrorRow], int] = lambda row: padded(row.bytes)
-    """Size of a tensor in the file, by default in a GGUF file."""
+    fixed_bytes: int = 0  # size of all but the tensors that have a choice: header, norms, routers
+    stored_bytes: Callable[[ErrorRow], int] = lambda row: padded(row.bytes)  # size of a tensor in the file
 
 
 def plan_types(table: ErrorTable, budget: int | None, rules: Rules) -> dict[str, Choice]:

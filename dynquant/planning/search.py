@@ -41,18 +41,10 @@ from dynquant.resources import chosen_device
 from dynquant.running.load import load_hf, load_tokenizer
 from dynquant.session import Progress, Session
 
-PICTURE_TOKENS = 16384
-"""Image and text tokens that plans are scored on, at most: every plan runs on all of them."""
+PICTURE_TOKENS = 16384  # image and text tokens that plans are scored on, at most: every plan runs on all of them
+SearchResult = tuple[ErrorTable, Selection, tuple[ModuleChoice, ...]]
+"""The table with all prices that were asked for, priced by the winner's; the scored plans; decisions on modules."""
 _KEEPS = "Errors and encoded tensors are kept; what the search measured is lost."
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """The table with all prices that were asked for, priced by the winner's; the scored plans; decisions on modules."""
-
-    table: ErrorTable
-    selection: Selection
-    choices: tuple[ModuleChoice, ...] = ()
 
 
 def encoded_store(model: Model, stats: StatsFile, directory: Path, encoder_name: str, session: Session) -> EncodedStore:
@@ -97,18 +89,16 @@ def search_plans(search: Search, table: ErrorTable) -> SearchResult:
 
 @dataclass(frozen=True)
 class _Scorer:
-    """A running model and what its plans are scored on."""
+    """Inputs that plans are scored on, by the running model that takes on their weights."""
 
-    rendered: RenderedModel
     inputs: ScoredInputs
     progress: Progress
-    keeps_floats: bool = False
-    """Leave tensors in float types as the original has them."""
+    keeps_floats: bool = False  # leave tensors in float types as the original has them
 
     def scored(self, candidates: Sequence[Candidate], stage: str) -> list[Candidate]:
         scored, left_out = [], {name for name, form in QUANT_TYPES.items() if self.keeps_floats and form.is_float}
         for candidate in candidates:
-            self.rendered.install({name: form for name, form in candidate.types.items() if form not in left_out})
+            self.inputs.rendered.install({name: form for name, form in candidate.types.items() if form not in left_out})
             divergences, agreements = self.inputs.score()
             kl, top1 = (bootstrap_mean(values.numpy(), self.inputs.lengths) for values in (divergences, agreements))
             scored.append(candidate.model_copy(update={"kl": kl, "top1": top1}))
@@ -137,13 +127,13 @@ def _search_modules(search: Search, table: ErrorTable) -> SearchResult:
     inputs = _selection_samples(search)
     rendered = RenderedModel(search.original(), search.store)
     with search.session.stage(_KEEPS) as progress:
-        scorer = _Scorer(rendered, ScoredInputs(rendered, inputs), progress, keeps_floats=True)
+        scorer = _Scorer(ScoredInputs(rendered, inputs), progress, keeps_floats=True)
         candidates = scorer.scored(list(plans.values()), "selecting by KL")
     chosen = _lowest(candidates)
     measured = {choices: plan.kl.value for choices, plan in zip(plans, candidates, strict=True)}  # type: ignore[union-attr]
     choices = with_measured_reasons(list(plans)[chosen], measured, f"{len(inputs)} samples of {inputs.name}")
     scores = {"candidates": tuple(candidates), "chosen": chosen}
-    return SearchResult(table, Selection(text=inputs.name, num_tokens=scorer.inputs.num_tokens, **scores), choices)
+    return table, Selection(text=inputs.name, num_tokens=scorer.inputs.num_tokens, **scores), choices
 
 
 def _selection_samples(search: Search) -> ModelInputs:
@@ -175,7 +165,7 @@ def _search_text(search: Search, table: ErrorTable) -> SearchResult:
             costs = fisher_probe(hf_model, search.store, table, probes, seed=search.session.seed, progress=progress)
             table = table.with_prices(FISHER, probe_prices(table, costs))
         rendered = RenderedModel(hf_model, search.store)
-        scorer = _Scorer(rendered, ScoredInputs(rendered, windows), progress)
+        scorer = _Scorer(ScoredInputs(rendered, windows), progress)
         base, table, candidates = _proposed(search, table, scorer, calibrated[: max(1, options.unit_tokens // window)])
         if options.select:
             candidates = scorer.scored(candidates, "selecting by KL")
@@ -186,7 +176,7 @@ def _search_text(search: Search, table: ErrorTable) -> SearchResult:
     agreement = {"rank_correlation": rank_correlation(pairs), "fit": Fit.of(*pairs.T)} if checked else {}
     plans = {"candidates": tuple(candidates), "checked": tuple(checked), "frontier": tuple(frontier)}
     selection = Selection(text=windows.name, num_tokens=scorer.inputs.num_tokens, chosen=chosen, **plans, **agreement)
-    return SearchResult(table.priced(candidates[chosen].method), selection)
+    return table.priced(candidates[chosen].method), selection, ()
 
 
 def _text_windows(search: Search, used: int, window: int) -> tuple[ModelInputs, torch.Tensor]:
@@ -223,9 +213,8 @@ def _proposed(
             for floors, label in ((True, method), (False, f"{method}, no floors")):
                 candidates.append(search.candidate(label, search.chooser(priced, floors=floors), priced))
     if UNIT_KL in search.options.methods:
-        text = ScoredInputs(scorer.rendered, ModelInputs(unit_windows))
-        rounds = {"rounds": search.options.rounds, "progress": scorer.progress}
-        points = refine(scorer.rendered, text, base, search.chooser, **rounds)
+        text = ScoredInputs(scorer.inputs.rendered, ModelInputs(unit_windows))
+        points = refine(text, base, search.chooser, rounds=search.options.rounds, progress=scorer.progress)
         last = next(point for point in reversed(points) if point.steps)
         table = table.with_prices(UNIT_KL, prices_from(base, last))
         for number, point in enumerate(points[1:], start=1):

@@ -14,13 +14,11 @@ class Candidate(FrozenRecord):
 
     label: str
     bytes: int
-    predicted_kl: float | None = None
-    """Sum of its prices; None for recipes with types that were not priced."""
+    predicted_kl: float | None = None  # sum of its prices; None for recipes with types that were not priced
     predicted_kl_se: float | None = None
     kl: Estimate | None = None
     top1: Estimate | None = None
-    types: dict[str, str]
-    """Tensor -> stored type, of the tensors that have a choice."""
+    types: dict[str, str]  # tensor -> stored type, of the tensors that have a choice
 
     @property
     def method(self) -> str:
@@ -56,14 +54,10 @@ class Selection(FrozenRecord):
     num_tokens: int
     candidates: tuple[Candidate, ...]
     chosen: int
-    checked: tuple[Candidate, ...] = ()
-    """Plans drawn around the chosen one, to compare prediction and measurement."""
-    rank_correlation: Estimate | None = None
-    """Spearman's between predicted and measured KL of `checked`."""
-    fit: Fit | None = None
-    """From what prices add up to to the KL that is measured, fitted on `checked`."""
-    frontier: tuple[Candidate, ...] = ()
-    """The planner at several sizes (labels begin with `planner`), and fixed recipes."""
+    checked: tuple[Candidate, ...] = ()  # plans drawn around the chosen one, to compare prediction and measurement
+    rank_correlation: Estimate | None = None  # Spearman's between predicted and measured KL of `checked`
+    fit: Fit | None = None  # from what prices add up to to the KL that is measured, fitted on `checked`
+    frontier: tuple[Candidate, ...] = ()  # the planner at several sizes (`planner…`), and fixed recipes
 
     @property
     def winner(self) -> Candidate:

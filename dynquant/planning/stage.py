@@ -72,22 +72,20 @@ def _plan_types(options: PlanOptions, session: Session) -> Plan:
     chooser = Chooser(model, target, stats, table, rules_of(supers, stats.stats), session)
     selection = None
     if search is not None and store is not None:
-        result = search_plans(Search(store, search, chooser, target, options.calibration, session), table)
-        if result.table is not table:
-            table.remembering(result.table).save(path)  # prices take long, so they are kept
-        table, selection = result.table, result.selection
+        tools = Search(store, search, chooser, target, options.calibration, session)
+        priced, selection, choices = search_plans(tools, table)
+        if priced is not table:
+            table.remembering(priced).save(path)  # prices take long, so they are kept
+        table = priced
         selection.save(directory / folder.SELECTION_NAME)
-        chosen = _explained_modules(chooser, selection.winner.types, result.choices, session)
+        chosen = _explained_modules(chooser, selection.winner.types, choices, session)
     else:
         (directory / folder.SELECTION_NAME).unlink(missing_ok=True)
         chosen = fixed_types or _with_modules(chooser, table, target.vision, session)
     errors = {"weighted_errors": _weighted_errors(table), "exact": target.preset is None}
     plan = plan_from_types(model, chosen, **errors, **chooser.context)
     promise = _promise(table, chosen, selection) if fixed_types is None else {}
-    checksums = _checksums(table, model.source, model.source.names())
-    plan = plan.model_copy(
-        update={"types": table.types, "errors_hash": file_hash(path), "checksums": checksums, **promise}
-    )
+    plan = _of_table(plan, table, path, model.source, model.source.names(), types=table.types, **promise)
     if chooser.memory is not None:
         session.note(chooser.memory.describe(plan.predicted_bytes))
     return plan
@@ -114,15 +112,17 @@ def _plan_schemes(options: PlanOptions, session: Session) -> Plan:
     chosen = chooser.choose(table, budget)
     errors = {"weighted_errors": _weighted_errors(table), "mixed_experts": target.mixed_experts}
     plan = plan_for_vllm(model, checkpoint, chosen, **errors, **request)
-    promise = _promise(table, chosen, None)
-    checksums = _checksums(table, checkpoint.source, (tensor.key for tensor in checkpoint.others))
-    return plan.model_copy(update={"types": schemes, "errors_hash": file_hash(path), "checksums": checksums, **promise})
+    others, promise = (tensor.key for tensor in checkpoint.others), _promise(table, chosen, None)
+    return _of_table(plan, table, path, checkpoint.source, others, types=schemes, **promise)
 
 
-def _checksums(table: ErrorTable, source: TensorSource, names: Iterable[str]) -> dict[str, str]:
-    """Return checksums of all tensors: those that were measured, and now of the others, which are small."""
-    others = (name for name in names if name not in table.tensors())
-    return {**table.checksums, **{name: f"{checksum(source.load(name)):016x}" for name in others}}
+def _of_table(
+    plan: Plan, table: ErrorTable, path: Path, source: TensorSource, names: Iterable[str], **fields: object
+) -> Plan:
+    """Return the plan with the hash of its error table, and checksums: the table's, and now of the others by name."""
+    others = {name: f"{checksum(source.load(name)):016x}" for name in names if name not in table.tensors()}
+    update = {"errors_hash": file_hash(path), "checksums": {**table.checksums, **others}, **fields}
+    return plan.model_copy(update=update)
 
 
 def _weighted_errors(table: ErrorTable) -> dict[tuple[str, str], float]:
@@ -182,9 +182,7 @@ def _checked_statistics(
     check = partial(check_budget, model, options.target, measurable)
     if is_chosen:
         check(StatsFile(options.stats).stats if options.stats is not None else None)
-    stats = statistics_in(
-        options.output, model, options.calibration, session, stats_path=options.stats, base_gguf=options.base_gguf
-    )
+    stats = statistics_in(options.output, model, options.calibration, session, stats_path=options.stats)
     if is_chosen:
         check(stats.stats)
     return stats
@@ -303,13 +301,14 @@ def _probe(
     if is_fresh and table.sensitivity:
         return [] if for_vllm else folder.load_super_weights(path), table
     try:
-        probe = run_probe(model, options.calibration, options.output, session, finds_super_weights=not for_vllm)
+        finds = {"finds_super_weights": not for_vllm}
+        supers, *sensitivities = run_probe(model, options.calibration, options.output, session, **finds)
     except CheckpointError as error:
         session.note(f"no super weights and no sensitivities, every tensor's relative error counts alike: {error}")
         return [], table
-    table = table.with_sensitivity(probe.sensitivity, probe.sensitivity_se)
+    table = table.with_sensitivity(*sensitivities)
     table.save(options.output / (folder.SCHEME_ERRORS_NAME if for_vllm else folder.ERRORS_NAME))
     if not for_vllm:
-        content = json.dumps([weight.model_dump() for weight in probe.super_weights], indent=1)
+        content = json.dumps([weight.model_dump() for weight in supers], indent=1)
         write_atomically(path, content + "\n")
-    return probe.super_weights, table
+    return supers, table

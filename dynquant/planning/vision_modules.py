@@ -49,7 +49,7 @@ def module_choices(table: ErrorTable, wanted: str) -> Iterator[tuple[ModuleChoic
         measured = tuple(_measured(table, part) for part in parts)
         yield measured
         while any(choice.level != LEVELS[-1] for choice in measured):
-            measured = tuple(_lowered(choice) for choice in measured)
+            measured = tuple(map(_lowered, measured))
             yield measured
 
 
@@ -57,10 +57,8 @@ def every_choice(table: ErrorTable, wanted: str) -> Iterator[tuple[ModuleChoice,
     """Every combination of levels of the modules that there are; a wanted level is the only one."""
     if wanted != "auto":
         yield from module_choices(table, wanted)
-        return
-    parts = _modules(table)
-    for levels in product(LEVELS, repeat=len(parts)):
-        yield tuple(ModuleChoice(part, level, "") for part, level in zip(parts, levels, strict=True))
+    else:
+        yield from product(*([ModuleChoice(part, level, "") for level in LEVELS] for part in _modules(table)))
 
 
 def with_measured_reasons(
@@ -84,16 +82,13 @@ def held_to(table: ErrorTable, choices: tuple[ModuleChoice, ...]) -> ErrorTable:
     level_of = {choice.part: choice.level for choice in choices}
     rows: list[ErrorRow] = []
     for name, of_types in table.tensors().items():
-        rows += _allowed(table, name, of_types, level_of.get(part_of(name), "lower"))
+        level = "keep" if name == TRANSPOSED else level_of.get(part_of(name), "lower")
+        eight_bit = table.row(name, "Q8_0") if level == "8bit" else None
+        if level == "lower":
+            rows += of_types.values()
+        else:  # whole also where no row has 8 bits
+            rows += [eight_bit] if eight_bit else [row for row in of_types.values() if QUANT_TYPES[row.type].is_float]
     return table.with_rows(rows)
-
-
-def _allowed(table: ErrorTable, name: str, rows: dict[str, ErrorRow], level: Level) -> list[ErrorRow]:
-    whole = [row for row in rows.values() if QUANT_TYPES[row.type].is_float]
-    if level == "keep" or name == TRANSPOSED:
-        return whole
-    eight_bit = table.row(name, "Q8_0")
-    return list(rows.values()) if level == "lower" else [eight_bit] if eight_bit is not None else whole
 
 
 def _measured(table: ErrorTable, part: str) -> ModuleChoice:

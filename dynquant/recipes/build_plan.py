@@ -20,8 +20,7 @@ from dynquant.formats.vllm_schemes import SCHEMES, Scheme, fit_to_rows, vllm_sch
 from dynquant.recipes.plan import Plan, PlanEntry
 from dynquant.recipes.sizes import gguf_bytes, part_specs, safetensors_bytes, tensors_of_checkpoint
 
-UNIFORM = "uniform-"
-"""Presets for vLLM are this and a scheme."""
+UNIFORM = "uniform-"  # presets for vLLM are this and a scheme
 
 
 def plan_from_types(

@@ -45,14 +45,11 @@ _NUM_VALUES = {
 class Recipe:
     """Arguments of llama-quantize. Types are registry names; patterns are as the command line takes them."""
 
-    base: str | None
-    """A key of `LLAMA_FTYPES`; None in a list of patterns alone."""
-    patterns: tuple[tuple[str, str], ...] = ()
-    """(regex, type); the first that is found in a name decides."""
+    base: str | None  # a key of `LLAMA_FTYPES`; None in a list of patterns alone
+    patterns: tuple[tuple[str, str], ...] = ()  # (regex, type); the first that is found in a name decides
     token_embedding: str | None = None
     output: str | None = None
-    is_pure: bool = False
-    """True when tensors that nothing names get the base type itself, without llama.cpp's mixture."""
+    is_pure: bool = False  # True when tensors that nothing names get the base type itself, without llama.cpp's mixture
 
     @property
     def has_float_base(self) -> bool:
@@ -218,7 +215,7 @@ def _read_recipe(recipe: str) -> str:
     """Return the text of a file, or `recipe` itself when it has the form of one."""
     if os.path.isfile(recipe):
         try:
-            return Path(recipe).read_text()
+            return Path(recipe).read_text("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(f"The recipe {recipe} cannot be read as text: {error}.") from error
     if "=" not in recipe and "--" not in recipe:

@@ -19,8 +19,7 @@ REPORT_NAME = "report.html"
 class SuperWeight(FrozenRecord):
     """`name[expert][row, col]`, in the order of discovery. `max_in` and `max_out` are signed."""
 
-    name: str
-    """GGUF name of the tensor; `expert` is None for dense and shared projections."""
+    name: str  # GGUF name of the tensor; `expert` is None for dense and shared projections
     module: str
     expert: int | None
     layer: int
@@ -29,14 +28,10 @@ class SuperWeight(FrozenRecord):
     value: float
     max_in: float
     max_out: float
-    position: int
-    """Token at which `max_out` occurs."""
-    ratio: float
-    """|max_out| over the median of the layers' maxima."""
-    share: float
-    """Part of `max_out` that this one weight contributes."""
-    effect: float
-    """Mean change of a token's log-probability, in nats, when the weight is zeroed."""
+    position: int  # token at which `max_out` occurs
+    ratio: float  # |max_out| over the median of the layers' maxima
+    share: float  # part of `max_out` that this one weight contributes
+    effect: float  # mean change of a token's log-probability, in nats, when the weight is zeroed
 
 
 def load_super_weights(path: Path) -> list[SuperWeight]:

@@ -49,10 +49,8 @@ _CATEGORY_OF_SUBSTRING = {
     "attn_qkv.weight": "attn_v", "attn_kv_b.weight": "attn_v", "attn_v.weight": "attn_v", "attn_k.weight": "attn_k",
     "attn_q.weight": "attn_q", "attn_output.weight": "attn_out", **{name: name for name in _FFN},
 }  # fmt: skip
-OUTPUT_NAME = "output.weight"
-"""Tensor of `--output-tensor-type`."""
-EMBEDDING_NAMES = ("token_embd.weight", "per_layer_token_embd.weight")
-"""Tensors of `--token-embedding-type`."""
+OUTPUT_NAME = "output.weight"  # tensor of `--output-tensor-type`
+EMBEDDING_NAMES = ("token_embd.weight", "per_layer_token_embd.weight")  # tensors of `--token-embedding-type`
 
 
 def _category(name: str) -> str:

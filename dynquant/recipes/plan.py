@@ -40,26 +40,18 @@ def _is_empty(value: object) -> bool:
 class PlanEntry(FrozenRecord):
     """One tensor; of a plan for vLLM one linear layer or stack of experts. `shape` has the row length last."""
 
-    name: str
-    """GGUF name: the name of its statistics."""
+    name: str  # GGUF name: the name of its statistics
     shape: tuple[int, ...]
     role: Role
-    type: str
-    """Quant type or scheme."""
+    type: str  # quant type or scheme
     reason: str
     bytes: int
-    wanted_type: str | None = None
-    """The type that was asked for when the row length, or vLLM's kernels, forced another one."""
-    sources: tuple[str, ...] = ()
-    """The checkpoint's own tensors that it holds."""
-    weighted_error: float | None = None
-    """Importance-weighted relative squared error of the chosen type, as it was measured."""
-    group_size: int | None = Field(None, exclude_if=lambda size: size is None)
-    """vLLM: weights of a row that share a scale; 0 for the whole row."""
-    unit: str = Field("", exclude_if=_is_empty)
-    """vLLM: entries of one unit have one scheme and group size."""
-    modules: tuple[str, ...] = Field((), exclude_if=_is_empty)
-    """vLLM: the linear layers in the checkpoint that is written, one, or one for each expert."""
+    wanted_type: str | None = None  # the type that was asked for, where the row length or vLLM's kernels forced another
+    sources: tuple[str, ...] = ()  # the checkpoint's own tensors that it holds
+    weighted_error: float | None = None  # importance-weighted relative squared error of the type, as it was measured
+    group_size: int | None = Field(None, exclude_if=lambda size: size is None)  # vLLM: weights a scale; 0: a row
+    unit: str = Field("", exclude_if=_is_empty)  # vLLM: entries of one unit have one scheme and group size
+    modules: tuple[str, ...] = Field((), exclude_if=_is_empty)  # vLLM: linear layers of the checkpoint that is written
 
     @property
     def format(self) -> StorageFormat:
@@ -87,29 +79,19 @@ class Plan(FrozenRecord):
     model: str
     arch: str
     fingerprint: str
-    stats_hash: str | None = None
-    """SHA-256 of stats.safetensors; None for presets that read no statistics."""
+    stats_hash: str | None = None  # SHA-256 of stats.safetensors; None for presets that read no statistics
     errors_hash: str | None = None
-    recipe: str
-    """The request: `preset r1-iq1_s`, `bpw 2.0`, `size 31002144`."""
-    objective: str = "fixed recipe"
-    """Sum that the types were chosen to minimise (`ErrorTable.cost_name`)."""
-    types: tuple[str, ...] = ()
-    """The types or schemes that the planner could choose from."""
-    predicted_kl: float | None = None
-    """KL to the original in nats per token as the prices add up; None for a fixed recipe."""
+    recipe: str  # the request: `preset r1-iq1_s`, `bpw 2.0`, `size 31002144`
+    objective: str = "fixed recipe"  # sum that the types were chosen to minimise (`ErrorTable.cost_name`)
+    types: tuple[str, ...] = ()  # the types or schemes that the planner could choose from
+    predicted_kl: float | None = None  # KL to the original in nats per token as prices add up; None for a fixed recipe
     predicted_kl_se: float | None = None
-    selected_kl: float | None = None
-    """KL on the selection text, rendered; None when nothing was selected."""
+    selected_kl: float | None = None  # KL on the selection text, rendered; None when nothing was selected
     predicted_bytes: int
-    mixed_experts: bool = Field(False, exclude_if=_is_empty)
-    """vLLM: the experts of one layer may differ from those of another; vLLM loads that, transformers does not."""
-    other_bytes: int = Field(0, exclude_if=_is_empty)
-    """vLLM: bytes of all tensors that no entry holds."""
-    other_weights: int = Field(0, exclude_if=_is_empty)
-    """vLLM: weights of the model that no entry holds."""
-    checksums: dict[str, str] = Field({}, exclude_if=_is_empty)
-    """Name -> `formats.checksum` of the weights that the plan was made from, in hexadecimal."""
+    mixed_experts: bool = Field(False, exclude_if=_is_empty)  # vLLM: experts of two layers may differ, for vLLM alone
+    other_bytes: int = Field(0, exclude_if=_is_empty)  # vLLM: bytes of all tensors that no entry holds
+    other_weights: int = Field(0, exclude_if=_is_empty)  # vLLM: weights of the model that no entry holds
+    checksums: dict[str, str] = Field({}, exclude_if=_is_empty)  # name -> checksum of its weights (`formats.checksum`)
     entries: tuple[PlanEntry, ...]
 
     @model_validator(mode="before")

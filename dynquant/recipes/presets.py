@@ -21,8 +21,7 @@ from dynquant.formats.quant_types import QUANT_TYPES, quant_type
 from dynquant.formats.storage_format import Choice
 from dynquant.recipes.llama_mixtures import llama_tensor_types
 
-_NUM_EARLY = 6
-"""MoE layers whose down projections are a step more precise."""
+_NUM_EARLY = 6  # MoE layers whose down projections are a step more precise
 
 
 class _R1Recipe(NamedTuple):

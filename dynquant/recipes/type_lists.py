@@ -24,8 +24,7 @@ _EMBEDDING_NAME = "token_embd.weight"
 class TypeList:
     """The tensors of a plan or file. `file_bytes` is the whole GGUF, header and padding included."""
 
-    name: str
-    """The file's name without its directory."""
+    name: str  # the file's name without its directory
     arch: str
     file_bytes: int
     tensors: tuple[TensorRecord, ...]

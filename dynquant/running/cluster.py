@@ -43,8 +43,8 @@ class StoredModel:
     base_gguf: Path | None = None
 
     @classmethod
-    def of(cls, model: Model, base_gguf: Path | None = None) -> "StoredModel":
-        return cls(model.path.resolve(), model.fingerprint, base_gguf and base_gguf.resolve())
+    def of(cls, model: Model) -> "StoredModel":
+        return cls(model.path.resolve(), model.fingerprint, model.base_gguf and model.base_gguf.resolve())
 
     def open(self, way_out: str = "Put it on storage that every node has at the same path.") -> Model:
         """Open the model in a worker, or raise ClusterError when its node cannot read it or has another one there."""

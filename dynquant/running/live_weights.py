@@ -61,7 +61,7 @@ class LiveWeights:
         lost = [name for name in names if name not in self._places and not name.startswith(ends)]
         if lost:
             raise CheckpointError(
-                f"The running model has no place that dynquant knows for {some_of(sorted(lost))}, so it would be "
+                f"The running model has no place that dynquant knows for {some_of(lost)}, so it would be "
                 "measured as if they were not quantized. Plan without --select (and --sensitivity closed-form)."
             )
 

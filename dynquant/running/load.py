@@ -161,14 +161,16 @@ def unpack_compressed(model: "PreTrainedModel", dtype: torch.dtype) -> "PreTrain
 
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
-    """transformers draws a bar of its own while it loads; ours would be torn by it."""
+    """transformers draws a bar of its own while it loads, and reports in tables; ours would be torn by them."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
 
@@ -190,8 +192,15 @@ def _load(loader: str, model: Model | Path, **options: Any) -> Any:
         with without_progress_bars():
             if loader not in _LOADERS:
                 return getattr(transformers, loader).from_pretrained(directory, **LOCAL_ONLY, **options)
-            options |= LOCAL_ONLY | {"output_loading_info": True}
+            options |= LOCAL_ONLY | {"output_loading_info": True, "ignore_mismatched_sizes": True}  # named below
             loaded, report = getattr(transformers, loader).from_pretrained(directory, **options)
+    except CheckpointError:  # of our own quantizer
+        raise
+    except ImportError as error:
+        raise CheckpointError(
+            f"{path}: transformers lacks a package ({error.__cause__ or error}). Install it: pip install "
+            "'dynquant-toolchain[models]', or the one that is named here."
+        ) from error
     except Exception as error:  # transformers raises errors of many libraries
         kind = {"AutoConfig": "configuration", "AutoTokenizer": "tokenizer"}.get(loader, "model")
         raise CheckpointError(
@@ -203,13 +212,13 @@ def _load(loader: str, model: Model | Path, **options: Any) -> Any:
 
 def _check_complete(path: Path, report: dict[str, Any], way_out: str) -> None:
     """Refuse a model of which transformers made up weights, or left some of the checkpoint's out."""
-    new = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
+    new = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
     if new:
         raise CheckpointError(
             f"{path} lacks {len(new)} weights of the model, or has them in other shapes ({some_of(new)}); transformers "
             f"would fill them with random numbers. {way_out}"
         )
-    unread = sorted(name for name in report["unexpected_keys"] if not name.endswith(".inv_freq"))
+    unread = [name for name in report["unexpected_keys"] if not name.endswith(".inv_freq")]
     if unread:
         warnings.warn(
             f"transformers does not use {len(unread)} tensors of {path} ({some_of(unread)}); what it computes may not "

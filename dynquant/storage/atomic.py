@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from dynquant.errors import WriteError
+from dynquant.errors import WriteError, reason
 from dynquant.storage.strict_json import parse_json
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ def writing(path: Path, way_out: str = _WAY_OUT) -> Iterator[Path]:
         with replacing(path) as temporary:
             yield temporary
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise WriteError(f"{path} could not be written: {reason}. {way_out}") from error
+        why = reason(error) if isinstance(error, OSError) else error
+        raise WriteError(f"{path} could not be written: {why}. {way_out}") from error
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -81,10 +81,36 @@ def save_tensors(path: Path, tensors: Mapping[str, "Tensor"], header: Mapping[st
     from safetensors.torch import save_file
 
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    sums = {name: _checksum(tensor) for name, tensor in tensors.items()}
-    metadata = {"dynquant": json.dumps(header, sort_keys=True), "crc32": json.dumps(sums)}
     with writing(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+        save_file(tensors, temporary, metadata=tensors_metadata(header, checksums_of(tensors)))
+
+
+def tensors_metadata(header: Mapping[str, object], sums: Mapping[str, int]) -> dict[str, str]:
+    """Return the metadata of a file of `save_tensors`: one entry, because the library writes several in any order."""
+    return {"dynquant": json.dumps({**header, "crc32": sums}, sort_keys=True)}
+
+
+def checksums_of(tensors: Mapping[str, "Tensor"]) -> dict[str, int]:
+    """Return a checksum of every tensor by name."""
+    import torch
+
+    flat = {name: tensor.contiguous().reshape(-1) for name, tensor in tensors.items()}
+    return {name: zlib.crc32(values.view(torch.uint8).numpy()) for name, values in flat.items()}
+
+
+def opened_tensors(path: Path) -> safe_open:
+    """Open a safetensors file for PyTorch; safetensors itself says of every OSError that there is no such file."""
+    path.open("rb").close()
+    return safe_open(path, framework="pt")
+
+
+def read_tensors_header(path: Path) -> dict[str, Any]:
+    """Return the header of a file of `save_tensors`, with the checksums; errors are those of `read_tensors`."""
+    with opened_tensors(path) as file:
+        header = parse_json((file.metadata() or {})["dynquant"])
+    if not isinstance(header, dict) or not isinstance(header.get("crc32", {}), dict):
+        raise ValueError("its header is no object")
+    return header
 
 
 def read_saved_header(path: Path) -> dict[str, Any]:
@@ -99,20 +125,14 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, "Tensor"]]:
     Raises:
         OSError, SafetensorError, KeyError, ValueError: as they come, for callers that say what file it should be.
     """
+    header = read_tensors_header(path)
     with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        header, sums = parse_json(metadata["dynquant"]), parse_json(metadata.get("crc32", "{}"))
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    for name, tensor in tensors.items():
-        if sums and sums.get(name) != _checksum(tensor):  # files of earlier versions have no sums
+    sums = header.pop("crc32", None)  # files of earlier versions have none
+    for name, checksum in checksums_of(tensors).items() if sums is not None else ():
+        if sums.get(name) != checksum:
             raise ValueError(f"`{name}` is not what was written: its checksum is another, so the file is damaged")
     return header, tensors
-
-
-def _checksum(tensor: "Tensor") -> int:
-    import torch
-
-    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
 def file_hash(path: Path) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 from dynquant.storage.atomic import replacing
+from dynquant.storage.strict_json import parse_json
 
 Record = Mapping[str, Any]
 
@@ -77,9 +78,9 @@ class Journal:
 
     def _read(self, lines: list[str]) -> None:
         try:
-            self.identity = dict(json.loads(lines[0])["identity"])
+            self.identity = dict(_parsed(lines[0])["identity"])
             for line in lines[1:]:
-                self.records.append(dict(json.loads(line)))
+                self.records.append(dict(_parsed(line)))
         except (ValueError, KeyError, TypeError, IndexError):
             return
 
@@ -94,6 +95,12 @@ def write_all(file: BinaryIO, data: memoryview | bytes) -> None:
     rest = memoryview(data)
     while rest:
         rest = rest[file.write(rest[: 1 << 24]) :]
+
+
+def _parsed(line: str) -> Any:
+    value = parse_json(line)
+    json.dumps(value, allow_nan=False)  # 1e999 is read as infinite, of which nobody knows what to do
+    return value
 
 
 def _line(record: Record) -> bytes:

@@ -162,6 +162,7 @@ class ResumableOutput:
             intact |= spans
         self.finished = self._covered(intact)
         self._check_space()
+        fresh = [path for path in self._partials if not path.exists()]
         try:
             for index, partial in enumerate(self._partials):
                 if index not in moved:
@@ -172,6 +173,8 @@ class ResumableOutput:
             self._journal.start(identity, records + [{"sealed": True}] * is_sealed)
         except OSError as error:
             self.close()
+            for path in fresh:
+                path.unlink(missing_ok=True)
             raise ExportError(
                 f"{self.paths[0]} cannot be created: {error.strerror}. Choose a directory with space that can be "
                 "written to."
@@ -181,9 +184,9 @@ class ResumableOutput:
         """Return the journaled spans of one file whose bytes still have their hash."""
         if not path.is_file() or path.stat().st_size != self._sizes[index]:
             return {}
-        spans = {}
+        spans, size = {}, self._sizes[index]
         with path.open("rb") as file:
-            for span in (span for span in hashes if span.file == index):
+            for span in (s for s in hashes if s.file == index and 0 <= s.offset <= s.offset + s.num_bytes <= size):
                 file.seek(span.offset)
                 if hashlib.sha256(file.read(span.num_bytes)).hexdigest() == hashes[span]:
                     spans[span] = hashes[span]

@@ -19,12 +19,12 @@ def stand_in(start: bytes) -> tuple[str, str] | None:
     return next((meaning for prefix, meaning in _STAND_INS.items() if start.startswith(prefix)), None)
 
 
-def refuse_stand_in(path: Path) -> None:
-    """Raise CheckpointError for a file in whose place something else lies."""
+def refuse_stand_in(path: Path, *, is_text: bool = False) -> None:
+    """Raise CheckpointError for a file in whose place something else lies; a text may be a page."""
     try:
         with path.open("rb") as file:
             meaning = stand_in(file.read(_LONGEST + 8))
     except OSError:
         return  # what reads the file will say so
-    if meaning is not None:
+    if meaning is not None and not (is_text and meaning is _ANSWER):
         raise CheckpointError(f"{path} is {meaning[0]}. {meaning[1]}.")

@@ -23,7 +23,7 @@ Packed = Annotated[
     str,
     Flag("Packed model: directory of `export -f safetensors`, or a .gguf file.", is_argument=True, show_default=False),
 ]
-Output = Annotated[Path, Flag("Directory of the adapter.", ("-o", "--output")), Writes(is_replaced=True)]
+Output = Annotated[Path, Flag("Directory of the adapter.", ("-o", "--output")), Writes("new folder")]
 Resume = Annotated[bool, Flag("Continue an interrupted run.")]
 
 

@@ -44,8 +44,7 @@ POOL_BYTES = 1 << 30
 
 _Config = GemvConfig | None
 _Job = tuple[str, int, int, int, str, _Config]
-_COLUMNS = ("type", "m", "n", "k", "act")
-"""Names of what a job is, in the report; its last part is the tiling."""
+_COLUMNS = ("type", "m", "n", "k", "act")  # names of what a job is, in the report; its last part is the tiling
 
 
 @triton.jit

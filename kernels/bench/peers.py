@@ -19,8 +19,7 @@ from dynquant.kernels.bench.harness import JsonReport, Row, device_name, graph_t
 ROTATED_BYTES = 256 << 20
 SHAPES = ((14336, 4096), (8192, 8192), (28672, 8192))
 Product = Callable[[Tensor], Tensor]
-Maker = Callable[[int, int], tuple[Product, int]]
-"""N, K -> the product by random weights, and their bytes."""
+Maker = Callable[[int, int], tuple[Product, int]]  # N, K -> the product by random weights, and their bytes
 
 
 def main() -> None:

@@ -23,8 +23,7 @@ from dynquant.kernels.triton.dequantize import dequantize
 
 _ROWS = (8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 _MATRICES = ((4096, 4096), (14336, 4096), (4096, 14336))
-_EXPERTS, _SLOTS, _EXPERT_ROWS, _EXPERT_LENGTH = 128, 8, 1536, 2048
-"""Gate and up projection of Qwen3-30B-A3B."""
+_EXPERTS, _SLOTS, _EXPERT_ROWS, _EXPERT_LENGTH = 128, 8, 1536, 2048  # gate and up projection of Qwen3-30B-A3B
 
 
 def packed(name: str, *shape: int) -> Tensor:

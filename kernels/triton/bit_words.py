@@ -51,12 +51,9 @@ class Weights(NamedTuple):
     """Planar weights as a program sees them."""
 
     ptr: tl.tensor
-    blocks: tl.tensor
-    """Blocks of the whole tensor, int64."""
-    first: tl.tensor
-    """The block with which the program's rows begin, int64."""
-    starts: tuple
-    """Bytes at which the planes of one block would begin, in the order of the fields in a block."""
+    blocks: tl.tensor  # blocks of the whole tensor, int64
+    first: tl.tensor  # the block with which the program's rows begin, int64
+    starts: tuple  # bytes at which the planes of one block would begin, in the order of the fields in a block
 
 
 class Inputs(NamedTuple):
@@ -64,8 +61,7 @@ class Inputs(NamedTuple):
 
     q: tl.tensor
     d: tl.tensor
-    valid: tl.tensor
-    """False for chunks beyond the end of a row, which count as activations of zero."""
+    valid: tl.tensor  # False for chunks beyond the end of a row, which count as activations of zero
     K: tl.constexpr
     M: tl.constexpr
     P: tl.constexpr

@@ -19,10 +19,8 @@ from dynquant.kernels.triton import gemv
 from dynquant.kernels.triton.tiles import multiply_tiles, tile_config
 from dynquant.kernels.triton.unpack import table, unpack_groups
 
-_MOST_SINGLE_PAIRS = 128
-"""Up to this many pairs, and one for every expert, read the weights one by one."""
-_found: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""`_tiles_of` by the tensor of ids, for as long as that lives."""
+_MOST_SINGLE_PAIRS = 128  # up to this many pairs, and one for every expert, read the weights one by one
+_found: WeakIdKeyDictionary = WeakIdKeyDictionary()  # `_tiles_of` by the tensor of ids, for as long as that lives
 
 
 def linear(x: Tensor, weight: Tensor, expert_ids: Tensor, type_name: str) -> Tensor:

@@ -19,8 +19,7 @@ from dynquant.kernels import shapes
 from dynquant.kernels.triton.gemv import add_splits
 from dynquant.kernels.triton.unpack import table, unpack_groups
 
-_RESIDENT = {16: 896, 32: 640, 64: 512, 128: 384}
-"""Rows of a program -> programs that an H100 runs at once."""
+_RESIDENT = {16: 896, 32: 640, 64: 512, 128: 384}  # rows of a program -> programs that an H100 runs at once
 
 
 def tile_config(num_rows: float, dtype: torch.dtype) -> dict[str, int]:

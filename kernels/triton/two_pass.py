@@ -12,13 +12,10 @@ from dynquant.formats.quant_types import quant_type
 from dynquant.kernels import shapes
 from dynquant.kernels.triton.dequantize import dequantize
 
-_SLICE_BYTES = 24 << 20
-"""Half the L2 cache of an H100."""
-_LONG, _LONG_SLICE_BYTES = 1024, 128 << 20
-"""Rows from which slices are larger, and their size."""
+_SLICE_BYTES = 24 << 20  # half the L2 cache of an H100
+_LONG, _LONG_SLICE_BYTES = 1024, 128 << 20  # rows from which slices are larger, and their size
 _COLUMN_STEP = 256
-_ROW_STEP = 128
-"""Slices are whole tiles of the matrix product."""
+_ROW_STEP = 128  # slices are whole tiles of the matrix product
 
 
 def linear(x: Tensor, weight: Tensor, type_name: str) -> Tensor:

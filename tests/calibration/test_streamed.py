@@ -119,11 +119,12 @@ def test_a_killed_run_goes_on(stages, moe, whole, tmp_path):
     assert same_files(whole, tmp_path)
 
 
-def test_a_line_that_was_cut_short_is_run_again(moe, whole, tmp_path):
+def test_a_line_of_something_else_is_run_again(moe, whole, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         streamed(moe, tmp_path, "gradients", spill=tmp_path / "spill", progress=stopping_after(4))
     (journal,) = (tmp_path / "spill").rglob("progress.jsonl")
-    journal.write_bytes(journal.read_bytes()[:-20])
+    *lines, _ = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join([*lines, b'{"stage": 3, "aliases": 5, "moment_bytes": []}\n']))
     assert streamed(moe, tmp_path, "gradients", spill=tmp_path / "spill").first_stage == 3
     assert same_files(whole, tmp_path)
 

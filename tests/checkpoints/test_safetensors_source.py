@@ -118,7 +118,17 @@ def test_an_index_cannot_point_outside_its_directory(single, sharded, file):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": ["a"]}', '{"weight_map": {"a": 5}}']
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"weight_map": {}}',
+        '{"weight_map": 3}',
+        '{"weight_map": ["a"]}',
+        '{"weight_map": {"a": 5}}',
+    ],
 )
 def test_a_damaged_index_is_refused(sharded, text):
     (sharded / INDEX_NAME).write_text(text)

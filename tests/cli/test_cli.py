@@ -232,6 +232,15 @@ def test_unknown_presets_and_sizes(small_moe, tmp_path, arguments, words):
     assert words in refused("plan", small_moe, *arguments, "-o", tmp_path / "plan")
 
 
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"f16": {"kl": 1', '{"f16": 5}', "\u00e9"])
+def test_a_damaged_table_of_a_comparison_is_refused(content, small_moe, tmp_path):
+    (tmp_path / "compare.json").write_text(content, "latin-1")
+    text = small_moe.parent / "demo_text.txt"
+    assert "compare.json is no table of an earlier" in refused(
+        "compare", small_moe, "--recipes", "f16", "--text", text, "-o", tmp_path
+    )
+
+
 def test_help_names_every_command():
     text = run_alone("--help").stdout
     for name in ("calibrate", "analyze", "plan", "export", "tune", "eval", "inspect", "super-weights", "demo",

@@ -73,9 +73,10 @@ def test_cached_reference_is_not_loaded_again_and_changes_nothing(
 ) -> None:
     first, cache, _ = run
     opened = []
-    original = evaluate_module.open_runner
+    runners = evaluate_module.runners
+    original = runners.open_runner
     monkeypatch.setattr(
-        evaluate_module, "open_runner", lambda path, **options: opened.append(path) or original(path, **options)
+        runners, "open_runner", lambda path, **options: opened.append(path) or original(path, **options)
     )
     second = evaluated(packed_moe.gguf, small_moe, tasks={"kl", "ppl", "mmlu"}, reference_cache=cache, **data, **SMALL)
     assert opened == [packed_moe.gguf]
@@ -110,7 +111,7 @@ def test_perplexity_alone_reports_no_divergence(small_moe, data) -> None:
     ],
 )
 def test_unusable_options_are_refused_before_any_model_is_loaded(small_moe, data, options, reason, monkeypatch) -> None:
-    monkeypatch.setattr(evaluate_module, "open_runner", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(evaluate_module.runners, "open_runner", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(EvaluationError, match=reason):
         evaluated(small_moe, small_moe, **{**data, **SMALL, **options})
 

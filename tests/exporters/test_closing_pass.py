@@ -19,6 +19,7 @@ from dynquant.recipes.build_plan import plan_from_types
 from dynquant.recipes.presets import preset_types
 from dynquant.running.live_weights import LiveWeights
 from dynquant.running.load import load_hf, load_tokenizer
+from tests.helpers.commands import refused
 from tests.helpers.exports import export_gguf
 from tests.helpers.tiny_models import TINY
 
@@ -158,3 +159,10 @@ def test_no_file_is_left_when_the_disk_is_full(crushed, tuned, tmp_path, monkeyp
     with pytest.raises(WriteError, match="could not be written"):
         write_patched(GGUFSource(crushed), tmp_path / "tuned.gguf", tuned.replacements, encoder="x")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", ["qwen3-moe", "llama"])
+def test_a_file_of_another_model_is_not_tuned(crushed, tiny_text, tmp_path, family):
+    """Once a RuntimeError about sizes of PyTorch tensors, after loading the reference."""
+    message = refused("tune", crushed, "--reference", tiny_text(family), "-o", tmp_path / "tuned.gguf")
+    assert "is not of" in message and "--reference" in message and not list(tmp_path.glob("tuned*"))

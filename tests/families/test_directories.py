@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dynquant.checkpoints.inspect import inspect
-from dynquant.checkpoints.safetensors_source import INDEX_NAME, SINGLE_NAME
+from dynquant.checkpoints.safetensors_source import INDEX_NAME, SINGLE_NAME, weight_files
 from dynquant.errors import CheckpointError
 from dynquant.families.open import locate_model, open_model
 from dynquant.running.load import load_directory, load_hf
-from tests.helpers.commands import refused
+from tests.helpers.commands import refused, run
 from tests.helpers.tiny_models import save_tiny
 from tests.helpers.tiny_vision import save_vision_model
 
@@ -69,7 +69,8 @@ def test_files_that_transformers_does_not_read_are_not_read(model: Path, origina
     (model / "consolidated.00.safetensors").write_text(POINTER)
     opened = open_model(model)
     assert opened.fingerprint == open_model(original).fingerprint
-    assert inspect(model).total_bytes == (model / SINGLE_NAME).stat().st_size
+    num_bytes = (model / SINGLE_NAME).stat().st_size
+    assert inspect(model).total_bytes == num_bytes == sum(file.stat().st_size for file in weight_files(model))
     expected = load_file(model / SINGLE_NAME)["model.layers.1.mlp.up_proj.weight"]
     assert torch.equal(opened.source.load("blk.1.ffn_up.weight"), expected)
     assert torch.equal(load_directory(model, torch.float32).model.layers[1].mlp.up_proj.weight, expected)
@@ -131,6 +132,13 @@ def test_a_gguf_pointer_is_named(tmp_path: Path) -> None:
         assert "m.gguf is a Git LFS pointer" in refused(command, file, *more)
 
 
+@pytest.mark.parametrize("name", ["t.txt", "t.jsonl", "t.csv"])
+def test_a_text_pointer_is_not_calibrated_on(name: str, model: Path, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(POINTER)
+    said = refused("calibrate", model, "--calibration", tmp_path / name, "-o", tmp_path / "stats.safetensors")
+    assert f"{name} is a Git LFS pointer" in said
+
+
 def test_an_adapter_is_not_a_model(model: Path, tmp_path: Path) -> None:
     adapter = json.dumps({"peft_type": "LORA", "base_model_name_or_path": "org/base", "r": 8})
     (tmp_path / "adapter").mkdir()
@@ -187,7 +195,8 @@ def test_weights_that_transformers_would_make_up_are_refused_by_name(model: Path
     with pytest.raises(CheckpointError, match=rf"lacks 1 tensors.*{name}"):
         open_model(model)
     text = small_moe.parent / "demo_text.txt"
-    assert "k_proj" in refused("eval", model, "--reference", model, "--max-tokens", "64", "--text", text)
+    said = run("eval", model, "--reference", model, "--max-tokens", "64", "--text", text).stderr
+    assert "k_proj" in said and "REPORT" not in said
 
 
 def test_weights_that_transformers_leaves_out_are_said(model: Path) -> None:
@@ -209,3 +218,11 @@ def test_a_vision_model_without_a_tensor_is_refused(name: str, tmp_path: Path) -
     save_file(tensors, directory / SINGLE_NAME, {"format": "pt"})
     with pytest.raises(CheckpointError, match=rf"lacks 1 weights that its configuration calls for.*{name}"):
         open_model(directory)
+
+
+def test_weights_of_another_shape_are_named(model: Path) -> None:
+    tensors = load_file(model / SINGLE_NAME)
+    tensors["model.layers.1.self_attn.k_proj.weight"] = torch.ones(64, 256)
+    save_file(tensors, model / SINGLE_NAME, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"in other shapes \(`model\.layers\.1\.self_attn\.k_proj\.weight`\)"):
+        load_directory(model, torch.float32)

@@ -154,6 +154,8 @@ BAD = {
     "k.parquet": (b"PAR1 oops", "is not a parquet file"),
     "m.csv": (b'text\n"x" y\n', "is not csv"),
     "n.csv": (b"text\nx,y\n", "row 1 has not the 1 values"),
+    "o.csv": (b"text,text\nx,y\n", "names a column twice"),
+    "p.jsonl": (b'{"text": "x", "text": "y"}', "'text' is named twice"),
     "q.jsonl": (b'{"text": 5}', "line 1"),
     "r.jsonl": (chat(5), "`content` must be a text or a list of parts"),
     "s.jsonl": (chat([{"type": "text", "text": 5}]), "only parts of text"),
@@ -247,7 +249,7 @@ def test_windows_beyond_the_context_and_no_tokens_are_refused(small_moe, tmp_pat
 def test_few_tokens_are_warned_about(tiny_moe, tmp_path):
     (tmp_path / "t.JSONL").write_text('{"text": "just four words"}')
     done = run("calibrate", tiny_moe, "--calibration", tmp_path / "t.JSONL", "-o", tmp_path / "s.safetensors")
-    assert done.returncode == 0 and "t.JSONL gives only" in done.stderr and "tokens to calibrate on" in done.stderr
+    assert done.returncode == 0 and "calibrating on only 3 tokens of t.JSONL" in done.stderr
     done = run("calibrate", tiny_moe, "--tokens", 0, "-o", tmp_path / "none.safetensors")
     assert done.returncode != 0 and "tokens" in done.stderr and not (tmp_path / "none.safetensors").exists()
 

@@ -9,7 +9,7 @@ import pytest
 
 from dynquant.errors import PlanError
 from dynquant.families.open import open_config, open_model
-from dynquant.planning.memory_budget import compute_buffer_bytes, kv_cache_bytes, memory_budget
+from dynquant.planning.memory_budget import CUDA_CONTEXT_BYTES, compute_buffer_bytes, kv_cache_bytes, memory_budget
 from dynquant.planning.target import Target
 from tests.helpers.tiny_models import write_f32
 
@@ -77,7 +77,7 @@ def test_mla_caches_the_latent_vector_once(small_moe):
 
 def test_the_parts_add_up_and_the_smaller_of_memory_and_largest_plan_counts(llama_8b):
     found = memory_budget(llama_8b, 24 * 10**9, context=8192, kv_type="f16")
-    assert found.weights + found.kv_cache + found.compute_buffer + found.cuda_context == 24 * 10**9
+    assert found.weights + found.kv_cache + found.compute_buffer + CUDA_CONTEXT_BYTES == 24 * 10**9
     assert 21 * 10**9 < found.weights < 23 * 10**9
     assert found.file_budget(10**9, 10**10) == 10**10
     assert found.file_budget(10**9, 10**11) == found.weights

@@ -177,7 +177,7 @@ def test_steps_are_the_change_of_the_whole_model(model, table, store, windows):
     rendered = RenderedModel(load_hf(model), store)
     text = ScoredInputs(rendered, ModelInputs(windows[:2]))
     types = types_of(table, "Q2_K")
-    point = measure_steps(rendered, text, table, types)
+    point = measure_steps(text, table, types)
     assert {step.group for step in point.steps} == {group_of(name) for name in table.tensors()}
     for step in point.steps[::7]:
         rendered.install(types | {name: to for name, (_, to) in step.types.items()})
@@ -206,7 +206,7 @@ def test_refinement_never_ends_worse_on_its_own_text(model, table, store, window
         return types
 
     rendered = RenderedModel(load_hf(model), store)
-    points = refine(rendered, ScoredInputs(rendered, ModelInputs(windows[:2])), table, choose, rounds=1)
+    points = refine(ScoredInputs(rendered, ModelInputs(windows[:2])), table, choose, rounds=1)
     kls = [point.kl for point in points]
     assert kls == sorted(kls, reverse=True)
     assert points[0].types == choose(table)

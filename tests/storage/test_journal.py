@@ -39,6 +39,17 @@ def test_a_file_of_something_else_is_no_journal(tmp_path):
         assert Journal(tmp_path / "journal").identity is None
 
 
+def test_what_no_run_can_have_written_does_not_count(tmp_path):
+    for line in ("[" * 100_000, '{"a": ' * 100_000, '{"a": 1e999}', '{"a": NaN}', '{"a": "\\ud800"}', "5"):
+        path = tmp_path / "journal"
+        written(path)
+        lines = path.read_text().splitlines()
+        path.write_text("\n".join([*lines[:2], line, *lines[2:]]) + "\n")
+        assert Journal(path).records == RECORDS[:1]
+        path.write_text(line + "\n")
+        assert Journal(path).identity is None
+
+
 def test_differing_key():
     assert differing_key({"a": 1, "b": 2}, {"a": 1, "b": 3}) == "b"
     assert differing_key({"a": 1}, {"a": 1, "c": 2}) == "c"

@@ -89,6 +89,7 @@ def test_a_resumed_export_encodes_only_what_is_missing_or_damaged(monkeypatch, t
             return GGML.encode(*args, name=name, **options)
 
     with (tmp_path / "a.gguf.journal").open("ab") as journal:
+        journal.write(b'{"file": 0, "offset": 1%020d, "num_bytes": 1%020d, "sha256": ""}\n' % (0, 0))
         journal.write(b'{"region": "blk.7.ffn_up_e')
     (path,) = export_gguf(model, plan, None, tmp_path / "a.gguf", encoder=Recorder())
     assert first.name in encoded and len(encoded) == len(plan.entries) - 8

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from dynquant.errors import CheckpointError
+from dynquant.errors import CheckpointError, unreadable
 from dynquant.storage.strict_json import parse_json
 
 WAY_OUT = "Convert it with llama.cpp's own converter and pass the result with --base-gguf FILE."
-_MAX_JSON_BYTES = 1 << 28
-"""The largest tokenizer.json have 35 MB."""
+_MAX_JSON_BYTES = 1 << 28  # the largest tokenizer.json have 35 MB
 _MAX_INTEGER = 1 << 31
 _LARGEST = {
     "num_hidden_layers": 512, "n_routed_experts": 2048, "num_experts": 2048, "num_local_experts": 2048,
@@ -98,7 +97,8 @@ def read_json(path: Path) -> dict[str, object]:
         ) from error
     except (ValueError, OSError) as error:
         raise CheckpointError(
-            f"{path} is not valid JSON ({error}). It is truncated or corrupt; fetch it again."
+            unreadable(path, error)
+            or f"{path} is not valid JSON ({error}). It is truncated or corrupt; fetch it again."
         ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a JSON {type(content).__name__}, not an object. Fetch it again.")

@@ -30,10 +30,8 @@ class Conversion:
     shape: tuple[int, ...]
     dtype: str
     transform: Transform = unchanged
-    by_slice: bool = False
-    """`transform` may be applied to one slice of the (single) part's first dimension at a time."""
-    values: torch.Tensor | None = None
-    """The tensor itself, when it is computed from the configuration and no part is read."""
+    by_slice: bool = False  # `transform` may be applied to one slice of the (single) part's first dimension at a time
+    values: torch.Tensor | None = None  # the tensor itself, where it is computed from the configuration
 
     def load(self, source: TensorSource, index: int | slice | None) -> torch.Tensor:
         """Float32 values of `shape`; with `index`, of one expert of a stack, or of some rows of a matrix."""

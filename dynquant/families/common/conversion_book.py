@@ -90,7 +90,7 @@ class ConversionBook:
 
     def drop(self, matches: Callable[[str], bool], reason: str) -> None:
         """Leave out checkpoint tensors that GGUF has no place for, and say so."""
-        dropped = sorted(name for name in self._unused if matches(name))
+        dropped = [name for name in self._unused if matches(name)]
         if dropped:
             self._unused.difference_update(dropped)
             warnings.warn(f"{len(dropped)} tensors are left out ({some_of(dropped)}): {reason}", stacklevel=4)
@@ -107,7 +107,7 @@ class ConversionBook:
                 f"{where} lacks {len(self._missing)} tensors that its configuration calls for: "
                 f"{some_of(self._missing)}. The download is incomplete, or config.json belongs to another model."
             )
-        unknown = sorted(name for name in self._unused if not name.endswith(_COMPUTED_BUFFERS))
+        unknown = [name for name in self._unused if not name.endswith(_COMPUTED_BUFFERS)]
         if unknown:
             raise CheckpointError(
                 f"{where} holds {len(unknown)} tensors that its architecture has no place for: {some_of(unknown)}. "
@@ -132,7 +132,7 @@ class ConversionBook:
         return info.dtype
 
 
-def some_of(names: list[str]) -> str:
-    """Return the first names of a list, as messages show them."""
-    shown = ", ".join(f"`{name}`" for name in names[:4])
+def some_of(names: Collection[str]) -> str:
+    """Return the first names in alphabetical order, as messages show them."""
+    shown = ", ".join(f"`{name}`" for name in sorted(names)[:4])
     return shown if len(names) <= 4 else f"{shown}, …"

@@ -22,11 +22,9 @@ class Key:
 
     config: str
     gguf: str
-    default: int | float | None = None
-    """Stands for a missing value, on either side."""
+    default: int | float | None = None  # stands for a missing value, on either side
     is_float: bool = False
-    is_read: bool = True
-    """False where the way back takes the number from tensors, or derives it."""
+    is_read: bool = True  # False where the way back takes the number from tensors, or derives it
 
 
 KEYS: dict[str, tuple[Key, ...]] = {

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from dynquant.errors import CheckpointError
 from dynquant.families.common.config import read_json
@@ -111,14 +111,18 @@ class _Template(_Shape):
     template: str
 
 
-class _Names(_Shape):
-    bos_token: str | Token | None = None
-    eos_token: str | Token | None = None
-    unk_token: str | Token | None = None
-    sep_token: str | Token | None = None
-    pad_token: str | Token | None = None
-    cls_token: str | Token | None = None
-    mask_token: str | Token | None = None
+_Named = create_model(
+    "_Named", __base__=_Shape, **dict.fromkeys((f"{kind}_token" for kind in KINDS), (str | Token | None, None))
+)
+_TokenIds = create_model(
+    "_TokenIds",
+    __base__=_Shape,
+    **dict.fromkeys((f"{kind}_token_id" for kind in KINDS), (int | list[int] | None, None)),
+)
+"""Ids in config.json and generation_config.json; -1 stands for none in old files."""
+
+
+class _Names(_Named):
     additional_special_tokens: list[str | Token] | None = None
     extra_special_tokens: list[str | Token] | dict[str, str | Token] | None = None
 
@@ -136,18 +140,6 @@ class _AddedTokens(_Shape):
 
 class _ChatTemplate(_Shape):
     chat_template: str | list[_Template] | None = None
-
-
-class _TokenIds(_Shape):
-    """Ids in config.json and generation_config.json; -1 stands for none in old files."""
-
-    bos_token_id: int | list[int] | None = None
-    eos_token_id: int | list[int] | None = None
-    pad_token_id: int | list[int] | None = None
-    unk_token_id: int | list[int] | None = None
-    sep_token_id: int | list[int] | None = None
-    cls_token_id: int | list[int] | None = None
-    mask_token_id: int | list[int] | None = None
 
 
 class _Config(_TokenIds):

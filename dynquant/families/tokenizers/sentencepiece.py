@@ -6,12 +6,13 @@ when every way to split a piece is a merge, as in all that transformers converts
 """
 
 import re
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gguf import TokenType
 
-from dynquant.errors import CheckpointError
+from dynquant.errors import CheckpointError, unreadable
 from dynquant.families.common.config import WAY_OUT
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ _UNMERGED_SCORE = -1000000.0
 
 
 def model_pieces(path: Path) -> list[Piece]:
-    """All pieces of a tokenizer.model, by id."""
+    """Return all pieces of a tokenizer.model by id, or raise CheckpointError when it is damaged."""
     processor = _processor(path)
     tests = {
         TokenType.UNKNOWN: processor.IsUnknown,
@@ -36,7 +37,13 @@ def model_pieces(path: Path) -> list[Piece]:
     }
     ids = range(processor.GetPieceSize())
     kinds = [next((kind for kind, test in tests.items() if test(i)), TokenType.NORMAL) for i in ids]
-    return [(processor.IdToPiece(i), kind, processor.GetScore(i)) for i, kind in zip(ids, kinds, strict=True)]
+    try:
+        pieces = [(processor.IdToPiece(i), kind, processor.GetScore(i)) for i, kind in zip(ids, kinds, strict=True)]
+        if not all(isfinite(score) for _, _, score in pieces):
+            raise ValueError("a score is no number")
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}. Fetch it again.") from error
+    return pieces
 
 
 def model_prefixes_space(path: Path) -> bool:
@@ -71,11 +78,15 @@ def _processor(path: Path) -> "SentencePieceProcessor":
     try:
         from sentencepiece import SentencePieceProcessor
     except ImportError as error:
-        raise CheckpointError(f"Reading {path} needs the package sentencepiece: pip install sentencepiece.") from error
+        raise CheckpointError(
+            f"Reading {path} needs sentencepiece: pip install 'dynquant-toolchain[models]'."
+        ) from error
     try:
         return SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is not a SentencePiece model ({error}). Fetch it again.") from error
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            unreadable(path, error) or f"{path} is not a SentencePiece model ({error}). Fetch it again."
+        ) from error
 
 
 def _scores_from_merges(merges: list, vocab: dict[str, int], path: Path) -> dict[str, float]:

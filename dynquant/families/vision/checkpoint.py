@@ -91,7 +91,7 @@ def _check_complete(directory: Path, config: Any, stored: SafetensorsSource) -> 
     with torch.device("meta"):
         hf_model = AutoModelForImageTextToText.from_config(config)
     held = keys_of(stored.names(), hf_model.state_dict()).values()
-    lost = sorted({name for name, _ in hf_model.named_parameters()} - set(held))
+    lost = {name for name, _ in hf_model.named_parameters()} - set(held)
     if lost:
         raise CheckpointError(
             f"{directory} lacks {len(lost)} weights that its configuration calls for: {some_of(lost)}. The download is "

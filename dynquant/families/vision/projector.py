@@ -21,8 +21,7 @@ IMG_BREAK = "v.token_embd.img_break"
 _QWEN_EPS = 1e-6
 _PIXTRAL_EPS = 1e-5
 _QWEN25_WINDOW = 112
-_QWEN_IMAGE_SIZE = 560
-"""Size of the pictures that llama.cpp warms up with; those of Qwen have any size."""
+_QWEN_IMAGE_SIZE = 560  # size of the pictures that llama.cpp warms up with; those of Qwen have any size
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,15 @@ def test_an_interrupted_table_goes_on_to_the_same_bytes(measure, tmp_path, monke
         assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("number", ["1e999", "1" + 400 * "0", '"x"', "[]"])
+def test_numbers_that_are_none_are_measured_again(number, tmp_path):
+    for experts in (f"[0, {number}]", "[0, 1]"):
+        record = f'{{"name": "a", "experts": {experts}, "sums": {{"Q4_K": [[[{number}, 1]], [[1, 1]], null]}}}}'
+        (tmp_path / "errors.json.journal").write_text(f'{{"identity": {{}}}}\n{record}\n')
+        with ErrorJournal(tmp_path / "errors.json", {}) as journal:
+            assert journal.num_parts == 0
+
+
 def test_the_command_goes_on_under_the_same_identity_alone(directory, stats_path, tmp_path, monkeypatch):
     def planned(name, stop=None):
         noted = NotedEncoding(monkeypatch, stop)

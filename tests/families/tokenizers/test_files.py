@@ -284,6 +284,16 @@ def test_damaged_files_are_refused(name, damage, layout):
         load_tokenizer(directory)
 
 
+def test_a_damaged_tokenizer_model_is_refused(sentencepiece_model, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "vocab_size": 705}))
+    content = sentencepiece_model.read_bytes()
+    place = content.index("\u2581the".encode()) + 3
+    for damaged in (b"", content[:100], content[:place] + b"\xc1" + content[place + 1 :], content[1:]):
+        (tmp_path / "tokenizer.model").write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"tokenizer\.model"):
+            open_config(tmp_path)
+
+
 @pytest.mark.parametrize("card", ["tags: 5", ": : {", "license: {a: b}", "tags: [5, {a: b}]", "base_model: 5", "\xe9"])
 def test_a_damaged_model_card_is_refused_or_left_out(card, layout):
     directory = layout({})
