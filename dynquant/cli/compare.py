@@ -137,10 +137,11 @@ class _Results:
         self.session = session
         self._path, self._options, self._settings = path, options, dict(_settings(options))
         for name, row in self.rows.items():
-            settings = row.get("settings", {}).items()  # none in files of earlier versions; tasks may be added later
-            if others := [option for option, value in settings if value not in (None, [], self._settings.get(option))]:
+            settings = dict(row.get("settings", {}))  # none in files of earlier versions; tasks may be added later
+            same = {option: (None, [], value) for option, value in self._settings.items()}
+            if others := [option for option in settings.keys() & same if settings[option] not in same[option]]:
                 raise OptionError(
-                    f"`{name}` in {path} was measured with other {' and '.join(others)}. Repeat those, or give another "
+                    f"`{name}` in {path} was measured with other {' and '.join(sorted(others))}. Repeat those, or give another "
                     "--output."
                 )
 

@@ -185,6 +185,6 @@ def test_a_comparison_goes_on_with_the_same_options_alone(tmp_path):
     assert _Results(tmp_path / "compare.json", replace(options, questions=more), Session()).rows.keys() == {"f16"}
     (tmp_path / "text").write_text("Another text.")
     changed = replace(options, questions=replace(questions, max_tokens=9), select=True)
-    with pytest.raises(OptionError, match=r"`f16` in .* other --select and --text and --max-tokens\."):
+    with pytest.raises(OptionError, match=r"`f16` in .* other --max-tokens and --select and --text\."):
         _Results(tmp_path / "compare.json", changed, Session())
     assert json.loads((tmp_path / "compare.json").read_text())["f16"]["bytes"] == 1
