@@ -139,9 +139,9 @@ class _Results:
         for name, row in self.rows.items():
             settings = dict(row.get("settings", {}))  # none in files of earlier versions; tasks may be added later
             same = {option: (None, [], value) for option, value in self._settings.items()}
-            if others := [option for option in settings.keys() & same if settings[option] not in same[option]]:
+            if others := sorted(option for option in settings.keys() & same if settings[option] not in same[option]):
                 raise OptionError(
-                    f"`{name}` in {path} was measured with other {' and '.join(sorted(others))}. Repeat those, or give another "
+                    f"`{name}` in {path} was measured with other {' and '.join(others)}. Repeat those, or give another "
                     "--output."
                 )
 
