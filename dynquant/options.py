@@ -80,12 +80,12 @@ class Options:
         """Return the flags of fields, among these or all, that have another value than their default."""
         shown, defaults = flags(type(self)), {field.name: field.default for field in fields(self)}
         differ = [name for name in names or shown if getattr(self, name) != defaults[name]]
-        return [shown[name][1].option(name) for name in differ]
+        return [shown[name][1].option(f"no_{name}" if defaults[name] is True else name) for name in differ]
 
     def refuse_unused(self, why: str, *names: str) -> None:
         """Raise OptionError for fields with another value than their default, which nothing would read."""
         if unused := self.changed(*names):
-            raise OptionError(f"{' and '.join(unused)} would do nothing: {why}")
+            raise OptionError(f"{' and '.join(unused)} would do nothing: {why} Leave it out.")
 
 
 @cache

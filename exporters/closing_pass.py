@@ -152,6 +152,8 @@ def closing_pass_of(encoding: Encoding, tokens: int | None) -> TuneOptions | Non
     reason = None
     if model.has_vision:
         reason = "it trains on text alone, and the model sees pictures"
+    elif not encoding.encoder.uses_hessians:
+        reason = "it goes with --encoder dynquant"
     elif moments is None:
         reason = "there are no second moments, whose text it would train on; calibrate with --hessians"
     elif model.hf_directory is not None and not isinstance(model.source, ConvertedSource):
