@@ -67,3 +67,10 @@ def reason(error: OSError) -> str:
         return f"{error.filename} is no directory"
     path = f": {error.filename}" if error.filename else ""
     return f"{error.strerror or error}{path}"
+
+
+def unreadable(path: object, error: Exception) -> str:
+    """Return the paragraph for a file that the system does not let us read; empty when its content is at fault."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return ""
+    return f"{path} cannot be read: {error.strerror}. Check the path, its permissions and its disk."

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from dynquant.errors import OptionError
 from dynquant.resources import parse_size
@@ -80,12 +80,12 @@ class Options:
         """Return the flags of fields, among these or all, that have another value than their default."""
         shown, defaults = flags(type(self)), {field.name: field.default for field in fields(self)}
         differ = [name for name in names or shown if getattr(self, name) != defaults[name]]
-        return [shown[name][1].option(name) for name in differ]
+        return [shown[name][1].option(f"no_{name}" if defaults[name] is True else name) for name in differ]
 
     def refuse_unused(self, why: str, *names: str) -> None:
         """Raise OptionError for fields with another value than their default, which nothing would read."""
         if unused := self.changed(*names):
-            raise OptionError(f"{' and '.join(unused)} would do nothing: {why}")
+            raise OptionError(f"{' and '.join(unused)} would do nothing: {why} Leave it out.")
 
 
 @cache
@@ -110,10 +110,8 @@ class Only:
 class Writes:
     """Note on the path of an output: no other process writes it meanwhile, and it is none of what the command reads."""
 
-    holds_inputs: bool = False
-    """True for a working folder, from which the command also reads."""
-    is_replaced: bool = False
-    """True for a directory that is deleted and made anew."""
+    kind: Literal["file", "folder", "new folder", "either"] = "file"
+    """A folder may hold inputs, too; a new folder is deleted and made again."""
     unless: str = ""
     """Parameter under which the command does not write it."""
 

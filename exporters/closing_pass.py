@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
-from dynquant.checkpoints.tensor_roles import Role, role_of
+from dynquant.checkpoints.tensor_roles import Role, layer_of, role_of
 from dynquant.errors import ExportError, StatsError
 from dynquant.evaluation.distributions import Distributions
 from dynquant.evaluation.statistics import block_sums
@@ -109,6 +109,7 @@ def tune_file(
 ) -> list[Path]:
     """Tune the scales and norms of a GGUF file of `model` on token ids [n, window], and write the result."""
     source = GGUFSource(path)
+    check_original(model, source, path)
     hf_model = load_hf(model, dtype=torch.float32, device=chosen_device(session.device))
     with session.stage("Encoded tensors are kept; the closing pass starts again.") as progress:
         tuned = tune(model, hf_model, source, windows, options, progress=progress)
@@ -123,6 +124,25 @@ def tune_file(
     return write_patched(source, output, tuned.replacements, encoder=encoder)
 
 
+def check_original(model: Model, file: GGUFSource, path: Path) -> None:
+    """Refuse a quantized file of another model. Raises ExportError: other layers or shapes; the first is named."""
+    sides = [{name: list(source.info(name).shape) for name in source.names()} for source in (file, model.source)]
+    layers = [max((layer_of(name) or 0 for name in shapes), default=0) for shapes in sides]
+    difference = next(
+        (
+            f"`{name}` is {shape} and {sides[1][name]}"
+            for name, shape in sides[0].items()
+            if sides[1].get(name, shape) != shape
+        ),
+        f"there are {layers[0] + 1} and {layers[1] + 1} layers" if layers[0] != layers[1] else "",
+    )
+    if difference or not sides[0].keys() & sides[1].keys():
+        raise ExportError(
+            f"{path} is not of {model.name}: {difference or 'no tensor is in both'}. Give the model that it was made "
+            "from as --reference."
+        )
+
+
 def closing_pass_of(encoding: Encoding, tokens: int | None) -> TuneOptions | None:
     """Return what the closing pass should do, or None; by default it runs with the encoder that uses second moments.
     Raises ExportError: `tokens` ask for one that cannot run."""
@@ -132,6 +152,8 @@ def closing_pass_of(encoding: Encoding, tokens: int | None) -> TuneOptions | Non
     reason = None
     if model.has_vision:
         reason = "it trains on text alone, and the model sees pictures"
+    elif not encoding.encoder.uses_hessians:
+        reason = "it goes with --encoder dynquant"
     elif moments is None:
         reason = "there are no second moments, whose text it would train on; calibrate with --hessians"
     elif model.hf_directory is not None and not isinstance(model.source, ConvertedSource):

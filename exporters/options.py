@@ -25,7 +25,9 @@ class ExportOptions(Options):
     """A model, the plan or preset in whose types it is written, and what it becomes."""
 
     model: ModelPath
-    output: Annotated[Path, Flag("The .gguf file, or the directory of the others.", ("-o", "--output")), Writes()]
+    output: Annotated[
+        Path, Flag("The .gguf file, or the directory of the others.", ("-o", "--output")), Writes("either")
+    ]
     plan: Annotated[Path | None, Flag("plan.json of `dynquant plan`.")] = None
     preset: Preset = None
     format: Annotated[str, Flag("gguf, safetensors or compressed-tensors.", ("-f", "--format"))] = "gguf"

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dynquant.calibration.second_moments import SecondMoments, path_beside
-from dynquant.calibration.stage import StatsFile, run_calibration
+from dynquant.calibration.stage import StatsFile, statistics_at
 from dynquant.checkpoints.gguf_layout import recorded_encoder
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
@@ -108,7 +108,13 @@ def _check(options: ExportOptions) -> None:
         raise ExportError("--ship-weights says how a Ray cluster gets its input; give its address with --ray.")
     if options.format not in FORMATS:
         raise ExportError(f"There is no export format `{options.format}`; use one of {', '.join(FORMATS)}.")
+    if options.mmproj_type is not None and options.format != "gguf":
+        raise ExportError("--mmproj-type is for GGUF files; leave it out.")
+    for source in ("plan", "stats"):
+        if getattr(options, source) is not None:
+            options.calibration.refuse_unused(f"--{source} has or names statistics, so nothing is calibrated.")
     if options.format == "compressed-tensors":
+        options.refuse_unused("schemes of vLLM have an encoder of their own.", "encoder")
         flags = ("tune", "base_gguf", "max_memory", "ray")
         if flag := next((flag for flag in flags if getattr(options, flag)), None):
             raise ExportError(f"--{flag.replace('_', '-')} is for GGUF files and packed safetensors; leave it out.")
@@ -119,8 +125,6 @@ def _check(options: ExportOptions) -> None:
         raise PlanError(f"Give either {plan} or {preset}.")
     if options.format == "compressed-tensors":
         check_is_free(options.output)
-    elif options.mmproj_type is not None and options.format != "gguf":
-        raise ExportError("--mmproj-type is for GGUF files; leave it out.")
 
 
 def _on_cluster(encoding: Encoding, pool: RayPool, options: ExportOptions, stats: Path | None) -> RemoteEncoding:
@@ -220,12 +224,15 @@ def _plan_of_preset(
         uses_stats = any(SCHEMES[name].is_quantized for name, _ in types.values())
     stats = None
     if uses_stats or options.stats is not None:
-        path = options.stats or output.with_name(f"{output.name.removesuffix('.gguf')}.stats.safetensors")
-        if options.stats is None and not path.is_file():
+        if options.stats is not None:
+            stats = StatsFile(options.stats).of(model)
+        else:
+            path = output.with_name(f"{output.name.removesuffix('.gguf')}.stats.safetensors")
             calibration = replace(options.calibration, max_memory=options.max_memory)
-            session.note(f"no --stats given: calibrating on {calibration.text or 'the built-in text'} into {path}")
-            run_calibration(model, calibration, path, session)
-        stats = StatsFile(path).of(model)
+            session.note(f"no --stats given: those of {calibration.text or 'the built-in text'}, in {path}")
+            stats = statistics_at(path, model, calibration, session)
+    elif unused := options.calibration.changed():
+        session.note(f"{' and '.join(unused)} did nothing: no type of {preset} uses statistics")
     recipe, stats_hash = Target(preset=preset).recipe, stats and stats.hash
     if checkpoint is not None:
         return plan_for_vllm(model, checkpoint, types, recipe=recipe, stats_hash=stats_hash), stats

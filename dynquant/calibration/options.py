@@ -59,7 +59,7 @@ class CalibrationOptions(Options):
             "Directory for hidden states of a streamed model; a killed run goes on from them. Default: the output's.",
             show_default=False,
         ),
-        Writes(holds_inputs=True),
+        Writes("folder"),
     ] = None
     ray: Ray = None
 
@@ -71,6 +71,12 @@ class CalibrationOptions(Options):
             raise StatsError(
                 f"Give either text (--calibration {self.text}) or samples with images (--data {self.data})."
             )
+        if self.data is None:
+            self.refuse_unused("it is for samples with images, given with --data FILE.", "strict")
+        else:
+            self.refuse_unused("samples, given with --data, have lengths of their own.", "window")
+        if self.hessians == "none":
+            self.refuse_unused("--hessians none takes no second moments.", "hessian_memory")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,3 +91,8 @@ class CalibrateOptions(Options):
     base_gguf: BaseGguf = None
     imatrix: Annotated[Path | None, Flag("Import a llama.cpp imatrix GGUF instead of running the model.")] = None
     imatrix_out: Annotated[Path | None, Flag("Also write the statistics as a llama.cpp imatrix GGUF."), Writes()] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.imatrix is not None:
+            self.calibration.refuse_unused("--imatrix has statistics of its own.")

@@ -25,8 +25,8 @@ from safetensors import SafetensorError
 from dynquant.calibration.importance import SHRINK_TOKENS, importance
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance, check_finite
 from dynquant.checkpoints.tensor_source import is_finite
-from dynquant.errors import StatsError
-from dynquant.storage.atomic import read_tensors, save_tensors
+from dynquant.errors import StatsError, unreadable
+from dynquant.storage.atomic import read_saved_header, read_tensors, save_tensors
 
 DAMPING = 0.01  # added to the diagonal, as a share of its mean
 
@@ -102,7 +102,8 @@ class SecondMoments:
             return moments
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise StatsError(
-                f"{path} does not hold second moments of dynquant ({type(error).__name__}: {error}). Make it with "
+                unreadable(path, error)
+                or f"{path} does not hold second moments of dynquant ({type(error).__name__}: {error}). Make it with "
                 "`dynquant calibrate MODEL -o stats.safetensors`."
             ) from error
 
@@ -152,6 +153,14 @@ def path_beside(stats: Path) -> Path:
     """Return the file of the second moments beside statistics: `stats.safetensors` -> `hessians.safetensors`."""
     name = stats.name.replace("stats", "hessians")
     return stats.with_name(name if name != stats.name else f"{stats.stem}.hessians{stats.suffix}")
+
+
+def kind_beside(stats: Path) -> str:
+    """Return what the second moments beside statistics are of, or "none"; a damaged file is none, too."""
+    try:
+        return read_saved_header(path_beside(stats))["kind"]
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+        return "none"
 
 
 def load_beside(stats_path: Path, stats: CalibrationStats) -> SecondMoments | None:

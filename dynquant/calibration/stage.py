@@ -15,9 +15,9 @@ from dynquant.calibration.imatrix import export_imatrix, import_imatrix
 from dynquant.calibration.importance import coverage_report
 from dynquant.calibration.options import CalibrateOptions, CalibrationOptions
 from dynquant.calibration.run import Calibration, StatisticsOptions, collect_statistics, provenance_of, text_inputs
-from dynquant.calibration.second_moments import SecondMoments, load_beside, path_beside
+from dynquant.calibration.second_moments import SecondMoments, kind_beside, load_beside, path_beside
 from dynquant.calibration.sharded import calibrate_in_shards
-from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
+from dynquant.calibration.statistics import CalibrationStats
 from dynquant.calibration.streamed import StreamingOptions, calibrate_streamed
 from dynquant.checkpoints.model import Model
 from dynquant.errors import PlanError, StatsError
@@ -104,9 +104,11 @@ def tell_coverage(stats: CalibrationStats, model: Model, session: Session) -> No
 def statistics_in(
     directory: Path, model: Model, options: CalibrationOptions, session: Session, *, stats_path: Path | None = None
 ) -> StatsFile:
-    """Return the statistics of a plan folder: a copy of `stats_path`, those that fit the options, or new ones."""
+    """Return the statistics of a plan folder: a copy of `stats_path`, or those of `statistics_at`."""
     path = directory / STATS_NAME
     if stats_path is not None:
+        if unused := options.changed("tokens", "hessians", "hessian_memory"):
+            session.note(f"{stats_path} is used as it is, so {' and '.join(unused)} did nothing")
         stats = StatsFile(stats_path).of(model).stats
         directory.mkdir(parents=True, exist_ok=True)
         if stats_path.resolve() != path.resolve():
@@ -119,25 +121,40 @@ def statistics_in(
                 except OSError:
                     shutil.copyfile(source, target)
         return StatsFile(path, stats)
+    return statistics_at(path, model, options, session)
+
+
+def statistics_at(path: Path, model: Model, options: CalibrationOptions, session: Session) -> StatsFile:
+    """Return the statistics of a file if they were measured with these options, or new ones in their place."""
     if path.is_file():
         file = StatsFile(path)
-        has_moments = options.hessians == "none" or path_beside(path).is_file()
-        if has_moments and _was_measured_with(file.stats.provenance, model, options, session.seed):
+        if not (others := _others(file, model, options, session.seed)):
             session.note(f"reusing {path}")
             return file
+        session.note(f"{path} was made with other {', '.join(others)}: calibrating anew")
     stats = run_calibration(model, options, path, session)
     tell_coverage(stats, model, session)
     return StatsFile(path, stats)
 
 
-def _was_measured_with(provenance: StatsProvenance, model: Model, options: CalibrationOptions, seed: int) -> bool:
-    needed = (model.fingerprint, options.tokens, seed)
-    if (provenance.fingerprint, provenance.max_tokens, provenance.seed) != needed:
-        return False
+def _others(file: StatsFile, model: Model, options: CalibrationOptions, seed: int) -> list[str]:
+    """Return in what the statistics of a file differ from those that these options give."""
+    made, kind = file.stats.provenance, kind_beside(file.path)
+    same = {
+        "weights": made.fingerprint == model.fingerprint,
+        "--tokens": made.max_tokens == options.tokens,
+        "--seed": made.seed == seed,
+        "--hessians": options.hessians in ("none", kind),
+    }
     if options.data is not None:
-        return provenance.text_hash == read_samples(Path(options.data)).sha256
-    text = read_text(options.text, seed=seed, max_tokens=options.tokens)
-    return (provenance.window, provenance.text_hash) == (min(options.window, options.tokens), text.sha256)
+        same["--data"] = made.text_hash == read_samples(Path(options.data)).sha256
+    elif all(same.values()):  # the text depends on both
+        text = read_text(options.text, seed=seed, max_tokens=options.tokens)
+        same |= {
+            "--window": made.window == min(options.window, max(options.tokens, 2)),
+            "text": made.text_hash == text.sha256,
+        }
+    return [name for name, is_same in same.items() if not is_same]
 
 
 def run_calibration(

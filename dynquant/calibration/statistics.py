@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from dynquant import __version__
 from dynquant.checkpoints.tensor_source import is_finite
-from dynquant.errors import StatsError
+from dynquant.errors import StatsError, unreadable
 from dynquant.storage.atomic import read_tensors, save_tensors
 
 SCHEMA_VERSION = 1
@@ -162,7 +162,8 @@ class CalibrationStats:
             return cls(StatsProvenance(**header["provenance"]), inputs, aliases)
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise StatsError(
-                f"{path} is not a statistics file of dynquant ({type(error).__name__}: {error}). "
+                unreadable(path, error)
+                or f"{path} is not a statistics file of dynquant ({type(error).__name__}: {error}). "
                 "Make it with `dynquant calibrate MODEL -o FILE`."
             ) from error
 

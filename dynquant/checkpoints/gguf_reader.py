@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGUF_MAGIC, GGMLQuantizationType, GGUFValueType
 
-from dynquant.errors import CheckpointError
+from dynquant.errors import CheckpointError, unreadable
 from dynquant.storage.stand_ins import refuse_stand_in
 
 _VERSIONS = (2, 3)
@@ -85,7 +85,8 @@ def read_gguf_header(path: Path) -> GGUFHeader:
             return _Parser(path, data).header()
     except (ValueError, OSError) as error:
         raise CheckpointError(
-            f"{path} is not a complete GGUF file ({error}). It is truncated or corrupt; fetch or make it again."
+            unreadable(path, error)
+            or f"{path} is not a complete GGUF file ({error}). It is truncated or corrupt; fetch or make it again."
         ) from error
 
 

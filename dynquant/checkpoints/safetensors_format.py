@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynquant.errors import CheckpointError, ExportError
+from dynquant.errors import CheckpointError, ExportError, unreadable
 from dynquant.formats.plain_quants import DTYPE_BYTES
 from dynquant.formats.storage_format import StoredTensor
 from dynquant.storage.atomic import checksums_of, read_tensors_header, tensors_metadata, writing
@@ -162,7 +162,8 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
         raise CheckpointError(f"{file} does not exist. The download is incomplete; fetch it again.") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{file} is not a complete safetensors file ({error}). It is truncated or corrupt; fetch it again."
+            unreadable(file, error)
+            or f"{file} is not a complete safetensors file ({error}). It is truncated or corrupt; fetch it again."
         ) from error
     _check_order(file, spans, size - 8 - length)
     return header

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dynquant.checkpoints.safetensors_format import FileSpan, spans_of
 from dynquant.checkpoints.tensor_source import GGML_NAMES, TensorInfo
-from dynquant.errors import CheckpointError
+from dynquant.errors import CheckpointError, unreadable
 from dynquant.formats.plain_quants import DTYPE_BYTES
 from dynquant.storage.strict_json import parse_json
 
@@ -196,7 +196,8 @@ def _fp8_layout(directory: Path) -> tuple[tuple[int, int], str]:
             raise ValueError(f"`weight_block_size` is {[rows, columns]}")
     except (ValueError, TypeError, AttributeError, OSError) as error:
         raise CheckpointError(
-            f"{path} does not describe FP8 weights ({error}); `weight_block_size` is to be two positive numbers, as "
+            unreadable(path, error)
+            or f"{path} does not describe FP8 weights ({error}); `weight_block_size` is to be two positive numbers, as "
             "[128, 128]. Fetch the file again."
         ) from error
     return (rows, columns), GGML_NAMES.get(dtype, "BF16")
@@ -278,7 +279,9 @@ def read_weight_map(directory: Path) -> dict[str, Path]:
         if not files:
             raise ValueError("it places no tensor")
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise CheckpointError(f"{index} is not a safetensors index ({error}). Fetch it again.") from error
+        raise CheckpointError(
+            unreadable(index, error) or f"{index} is not a safetensors index ({error}). Fetch it again."
+        ) from error
     for name, path in files.items():
         if path.name != weight_map[name] or path.name == ".." or "\\" in path.name:
             raise CheckpointError(f"{index} points outside its directory for `{name}`: {weight_map[name]!r}.")

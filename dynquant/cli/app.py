@@ -22,8 +22,20 @@ from dynquant.cli.plan import plan
 from dynquant.cli.terminal import console
 from dynquant.cli.terminal.interrupt import ends_promptly
 from dynquant.cli.terminal.parameters import from_options
+from dynquant.cli.terminal.streams import lasting_streams
 from dynquant.cli.train import finetune, heal
-from dynquant.errors import DynquantError
+from dynquant.errors import DynquantError, reason
+
+_PACKAGES_OF = {
+    "models": {"transformers", "accelerate", "datasets", "sentencepiece", "scipy", "tokenizers", "huggingface_hub"},
+    "llama": {"llama_cpp"},
+    "report": {"matplotlib"},
+    "train": {"peft", "trl"},
+    "ray": {"ray"},
+    "vision": {"PIL"},
+    "gpu": {"triton"},
+}
+"""Extras of the installation, and the packages that come with them."""
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -76,17 +88,30 @@ def main() -> None:
     """Entry point of the `dynquant` command."""
     arguments = _global_options_first(sys.argv[1:])
     console.begin(shlex.join(["dynquant", *sys.argv[1:]]))  # to be typed again after an interruption
-    with ends_promptly(console.interrupted):
+    with ends_promptly(console.interrupted), lasting_streams():
         try:
-            app(args=arguments, prog_name="dynquant")
-        except DynquantError as error:
-            if "--debug" in arguments:  # the callback's value does not reach this place
+            try:
+                app(args=arguments, prog_name="dynquant")
+            except SystemExit as left:
+                sys.stdout.flush()
+                console.finish("failed" if left.code else "done")
                 raise
-            console.fail(str(error))
-            sys.exit(1)
         except Exception as error:
-            console.finish("failed", f"{type(error).__name__}: {error}")
-            raise
-        except SystemExit as left:
-            console.finish("failed" if left.code else "done")
-            raise
+            paragraph = _paragraph(error)
+            if not paragraph:
+                console.finish("failed", f"{type(error).__name__}: {error}")
+            if not paragraph or "--debug" in arguments:  # the callback's value does not reach this place
+                raise
+            console.fail(paragraph)
+            sys.exit(1)
+
+
+def _paragraph(error: Exception) -> str | None:
+    """Return the words of a refusal, or None for a bug."""
+    if isinstance(error, DynquantError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"The system refused: {reason(error)}. Check the path, its permissions and the space on its disk."
+    package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    extra = next((extra for extra, packages in _PACKAGES_OF.items() if package in packages), None)
+    return extra and f"This command needs {package}, which is not there: pip install 'dynquant-toolchain[{extra}]'."

@@ -5,24 +5,24 @@ at equal types only the blocks. Results are written after every file; a run that
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from dynquant.calibration.options import CalibrateOptions, CalibrationOptions
+from dynquant.calibration.options import CalibrationOptions
 from dynquant.cli.export import print_exported
 from dynquant.cli.terminal import console
-from dynquant.errors import EvaluationError
+from dynquant.errors import EvaluationError, OptionError
 from dynquant.evaluation.options import EvalOptions, QuestionOptions
 from dynquant.exporters.options import ExportOptions
-from dynquant.options import Flag, ModelPath, Only, Options, Writes
+from dynquant.options import Flag, ModelPath, Only, Options, Writes, flags
 from dynquant.planning.options import PlanOptions, SearchOptions
 from dynquant.planning.target import Target
 from dynquant.session import Session
-from dynquant.storage.atomic import write_atomically
+from dynquant.storage.atomic import file_hash, write_atomically
 
 if TYPE_CHECKING:
     from dynquant.evaluation.report import EvalReport
@@ -31,7 +31,7 @@ PLAN_PREFIX = "plan at "
 BASE, TUNED = "ggml", "+tune"
 
 Keep = Annotated[bool, Flag("Keep the exported files.")]
-_FOLDER = Writes(holds_inputs=True)
+_FOLDER = Writes("folder")
 QUESTIONS = Only(("text", "tasks", "max_tokens", "mmlu_data", "shots", "limit", "scoring"))
 
 
@@ -63,6 +63,10 @@ class CompareOptions(Options):
     select: Annotated[bool, Flag("Price plans by the Fisher probe and select each by KL, as plan --select.")] = False
     keep: Keep = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.questions.check_text()
+
 
 @dataclass(frozen=True, kw_only=True)
 class CompareEncodersOptions(Options):
@@ -78,6 +82,10 @@ class CompareEncodersOptions(Options):
     tune: Annotated[int, Flag("Tokens of the closing pass.", min=0)] = 16384
     variants: Annotated[tuple[str, ...], Flag("Encoders, each also with +tune.")] = (BASE, "dynquant", "dynquant+tune")
     keep: Keep = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.questions.check_text()
 
 
 def compare(options: CompareOptions, session: Annotated[Session, Only(("threads",))]) -> None:
@@ -97,12 +105,12 @@ def compare_encoders(options: CompareEncodersOptions, session: Annotated[Session
 
     Example: dynquant compare-encoders ./model --recipes r1-iq1_s,experts-q2_k --text held-out.txt -o encoders/
     """
-    from dynquant.calibration.stage import calibrate
+    from dynquant.calibration.stage import statistics_at
+    from dynquant.families.open import open_and_announce
 
     results = _Results(options.output / "encoders.json", options, session)
     stats = options.output / "stats.safetensors"
-    if not stats.is_file():
-        calibrate(CalibrateOptions(model=options.model, output=stats, calibration=options.calibration), session)
+    statistics_at(stats, open_and_announce(options.model, session), options.calibration, session)
     for recipe in options.recipes:
         for encoder in dict.fromkeys(variant.removesuffix(TUNED) for variant in options.variants):
             _measure_encoder(recipe, encoder, stats, options, results)
@@ -127,7 +135,15 @@ class _Results:
                 f"{path} is no table of an earlier comparison ({reason}). Remove it, or choose another output."
             ) from error
         self.session = session
-        self._path, self._options = path, options
+        self._path, self._options, self._settings = path, options, dict(_settings(options))
+        for name, row in self.rows.items():
+            settings = dict(row.get("settings", {}))  # none in files of earlier versions; tasks may be added later
+            same = {option: (None, [], value) for option, value in self._settings.items()}
+            if others := sorted(option for option in settings.keys() & same if settings[option] not in same[option]):
+                raise OptionError(
+                    f"`{name}` in {path} was measured with other {' and '.join(others)}. Repeat those, or give another "
+                    "--output."
+                )
 
     @property
     def asked(self) -> set[str]:
@@ -153,7 +169,7 @@ class _Results:
         return evaluate(options, replace(self.session, device=None))
 
     def record(self, name: str, row: dict[str, Any]) -> None:
-        self.rows[name] = row
+        self.rows[name] = row | {"settings": self._settings}
         write_atomically(self._path, json.dumps(self.rows, indent=1) + "\n")
 
     def show(self, table: Callable[[dict[str, dict[str, Any]]], str]) -> None:
@@ -161,6 +177,19 @@ class _Results:
         text = table(self.rows)
         write_atomically(self._path.with_suffix(".md"), text)
         console.say(text)
+
+
+def _settings(options: CompareOptions | CompareEncodersOptions) -> Iterator[tuple[str, Any]]:
+    """Yield option and value of all that decides the numbers of a row; a file counts by its content."""
+    for part in (options, options.questions, options.calibration):
+        for name, (_, flag) in flags(type(part)).items():
+            if name in ("recipes", "output", "keep", "variants", "tasks", "scoring"):
+                continue
+            value = getattr(part, name)
+            if isinstance(value, str | tuple):
+                paths = map(Path, [value] if isinstance(value, str) else value)
+                value = [file_hash(path) if path.is_file() and name != "model" else path.name for path in paths]
+            yield flag.option(name), value
 
 
 def _measure_plan(name: str, target: Target, options: CompareOptions, results: _Results) -> int:
@@ -171,7 +200,7 @@ def _measure_plan(name: str, target: Target, options: CompareOptions, results: _
     if name in results.rows and results.asked <= {*row["measured"]}:
         return row["bytes"]
     console.note(name)
-    folder, search = options.output / "plan", SearchOptions(select=options.select)
+    folder, search = options.output / "plan", SearchOptions(select=options.select and target.preset is None)
     calibration = replace(options.calibration, hessians="activations" if options.encoder == "dynquant" else "none")
     plan = make_plan(
         PlanOptions(model=options.model, output=folder, target=target, calibration=calibration, search=search),

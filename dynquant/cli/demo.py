@@ -13,7 +13,7 @@ from dynquant.storage.atomic import write_atomically
 
 def demo(
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="Directory for everything the demo makes."), Writes(holds_inputs=True)
+        Path, typer.Option("-o", "--output", help="Directory for everything the demo makes."), Writes("folder")
     ] = Path("demo-out"),
 ) -> None:
     """Plan, export and evaluate the bundled 16M mixture-of-experts model; about a minute and a half on two cores."""

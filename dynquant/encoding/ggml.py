@@ -160,8 +160,8 @@ def library_path() -> Path:
     spec = importlib.util.find_spec("llama_cpp")
     if spec is None or spec.origin is None:
         raise EncodeError(
-            "The `ggml` encoder needs the library inside llama-cpp-python, which is not installed. Install "
-            "`dynquant-toolchain[llama]`."
+            "The `ggml` encoder needs the library inside llama-cpp-python, which is not installed: pip "
+            "install 'dynquant-toolchain[llama]'."
         )
     folder = Path(spec.origin).parent / "lib"
     names = _LIBRARY_NAMES.get(sys.platform, _LIBRARY_NAMES["linux"])

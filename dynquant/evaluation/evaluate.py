@@ -62,6 +62,8 @@ def evaluate(options: EvalOptions, session: Session = SILENT) -> reports.EvalRep
     """
     if options.runner not in runners.RUNNERS:
         raise EvaluationError(f"There is no runner `{options.runner}`; use one of {', '.join(runners.RUNNERS)}.")
+    if idle := options.idle:
+        session.note(f"{' and '.join(idle)} did nothing: no task of {', '.join(options.questions.tasks)} reads it")
     if options.data is not None:
         return _evaluate_on_pictures(options, options.data, session)
     loss = "What the original said is kept."

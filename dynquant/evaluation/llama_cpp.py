@@ -73,8 +73,8 @@ def load_llama_model(path: Path, *, vocab_only: bool) -> ctypes.c_void_p:
         api = _api()
     except ImportError as error:
         raise EvaluationError(
-            f"{path.name} is a GGUF file, and running it needs llama-cpp-python: install dynquant with the extra "
-            f'"llama" ({error}).'
+            f"{path.name} is a GGUF file, and running it needs llama-cpp-python ({error}): pip install "
+            "'dynquant-toolchain[llama]'."
         ) from error
 
     log = llama_log()

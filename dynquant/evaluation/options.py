@@ -25,6 +25,18 @@ class QuestionOptions(Options):
     limit: Annotated[int | None, Flag("At most this many questions, spread evenly.", min=1)] = None
     scoring: Annotated[tuple[str, ...], Flag("letter, cloze or both.")] = ("letter", "cloze")
 
+    def check_text(self) -> None:
+        """Raise EvaluationError for tasks that these inputs do not serve."""
+        unknown = sorted(set(self.tasks) - TEXT_TASKS)
+        if unknown or not self.tasks:
+            raise EvaluationError(f"Unknown tasks {unknown}; choose from {', '.join(sorted(TEXT_TASKS))}.")
+        if {"kl", "ppl"} & set(self.tasks) and not self.text:
+            raise EvaluationError(
+                "The tasks kl and ppl need a text that the models have not been tuned on; give --text."
+            )
+        if "mmlu" in self.tasks and (not self.scoring or set(self.scoring) - {"letter", "cloze"}):
+            raise EvaluationError(f"Unknown scoring {list(self.scoring)}; choose letter, cloze or both.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions(Options):
@@ -62,22 +74,23 @@ class EvalOptions(Options):
                 raise EvaluationError("--mmproj is for questions with pictures; give them with --data FILE.")
             if "vqa" in tasks:
                 raise EvaluationError("The task vqa needs questions with pictures; give them with --data FILE.")
-            self._check_text()
+            self.questions.check_text()
             return
-        if self.questions.text or self.questions.mmlu_data:
-            raise EvaluationError("--data goes without --text and --mmlu-data: all of its tasks run on its samples.")
+        why = "with --data, all tasks run on its samples, and the models with pictures."
+        self.questions.refuse_unused(why, "text", "mmlu_data", "max_tokens", "shots", "num_shots", "scoring")
+        self.refuse_unused(why, "window", "reference_cache", "runner", "rounded", "adapter")
         unknown = sorted(set(tasks) - PICTURE_TASKS)
         if unknown or not tasks:
             raise EvaluationError(f"With --data, tasks are kl and vqa; {', '.join(unknown) or 'none'} was asked for.")
 
-    def _check_text(self) -> None:
-        tasks, scoring = self.questions.tasks, self.questions.scoring
-        unknown = sorted(set(tasks) - TEXT_TASKS)
-        if unknown or not tasks:
-            raise EvaluationError(f"Unknown tasks {unknown}; choose from {', '.join(sorted(TEXT_TASKS))}.")
-        if {"kl", "ppl"} & set(tasks) and not self.questions.text:
-            raise EvaluationError(
-                "The tasks kl and ppl need a text that the models have not been tuned on; give --text."
-            )
-        if "mmlu" in tasks and (not scoring or set(scoring) - {"letter", "cloze"}):
-            raise EvaluationError(f"Unknown scoring {list(scoring)}; choose letter, cloze or both.")
+    @property
+    def idle(self) -> list[str]:
+        """Flags that none of the tasks has a use for."""
+        if self.data is not None:
+            return []
+        asked, tasks, idle = self.questions, {*self.questions.tasks}, self.changed("strict", "encoder")
+        if not {"kl", "ppl"} & tasks:
+            idle += asked.changed("text", "max_tokens") + self.changed("window")
+        if "mmlu" not in tasks:
+            idle += asked.changed("mmlu_data", "shots", "num_shots", "limit", "scoring")
+        return idle

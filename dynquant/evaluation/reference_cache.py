@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dynquant.checkpoints.safetensors_source import weight_files
-from dynquant.errors import EvaluationError
+from dynquant.errors import EvaluationError, unreadable
 from dynquant.evaluation.distributions import Distributions
 from dynquant.session import Progress
 from dynquant.storage.atomic import writing
@@ -75,7 +75,9 @@ def load_cached(directory: Path, key: str) -> dict[str, Tensor] | None:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise EvaluationError(f"The cached reference results {path} are damaged ({error}); delete the file.") from error
+        raise EvaluationError(
+            unreadable(path, error) or f"The cached reference results {path} are damaged ({error}); delete the file."
+        ) from error
 
 
 def save_cached(directory: Path, key: str, tensors: Mapping[str, Tensor]) -> None:

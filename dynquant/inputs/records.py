@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from dynquant.errors import DynquantError
+from dynquant.errors import DynquantError, unreadable
 from dynquant.storage.stand_ins import refuse_stand_in
 from dynquant.storage.strict_json import parse_json
 
@@ -83,7 +83,7 @@ def _opened(path: Path, refusal: type[DynquantError]) -> Iterator[TextIO]:
     except UnicodeDecodeError as error:
         raise refusal(f"{path} cannot be read as UTF-8 ({error}). Convert it to UTF-8.") from error
     except (OSError, EOFError, zlib.error) as error:
-        raise refusal(f"{path} cannot be read: {error}. Check the path, or fetch the file again.") from error
+        raise refusal(unreadable(path, error) or f"{path} cannot be read: {error}. Fetch it again.") from error
 
 
 def _json_records(path: Path, refusal: type[DynquantError], way_out: str) -> Iterator[Record]:
@@ -136,7 +136,9 @@ def _parquet_records(path: Path, refusal: type[DynquantError]) -> Iterator[Recor
             rows = (row for batch in file.iter_batches(batch_size=256) for row in batch.to_pylist())
             yield from ((number, f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
     except (ArrowException, OSError, ValueError) as error:
-        raise refusal(f"{path} is not a parquet file ({error}). Fetch or make it again.") from error
+        raise refusal(
+            unreadable(path, error) or f"{path} is not a parquet file ({error}). Fetch or make it again."
+        ) from error
 
 
 def text_of(record: Any, place: str, refusal: type[DynquantError]) -> str:

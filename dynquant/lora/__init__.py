@@ -34,4 +34,4 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(import_module(f"dynquant.lora.{_MODULES[name]}"), name)
     except ModuleNotFoundError as error:
-        raise AdapterError(f'Adapters need PEFT: install dynquant with the extra "train" ({error}).') from error
+        raise AdapterError(f"Adapters need PEFT ({error}): pip install 'dynquant-toolchain[train]'.") from error

@@ -20,8 +20,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dynquant.errors import AdapterError
+from dynquant.errors import AdapterError, unreadable
 from dynquant.patterns import compile_pattern
+from dynquant.storage.atomic import opened_tensors
 from dynquant.storage.strict_json import parse_json
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
@@ -124,10 +125,12 @@ def stored_keys(directory: Path) -> list[str]:
         why = f"{pickled} is there, which may be a pickle, and a pickle can run code. " if pickled else ""
         raise AdapterError(f"{directory} holds no {WEIGHTS_NAME}. {why}Save the adapter with PEFT's `save_pretrained`.")
     try:
-        with safe_open(file, "pt") as opened:
+        with opened_tensors(file) as opened:
             return list(opened.keys())
     except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{file} cannot be read ({error}): it is cut short or damaged. Save it again.") from error
+        raise AdapterError(
+            unreadable(file, error) or f"{file} cannot be read ({error}): it is cut short or damaged. Save it again."
+        ) from error
 
 
 def base_copies(keys: list[str]) -> dict[str, str]:
@@ -149,7 +152,9 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
             f"{directory} holds no {CONFIG_NAME}. Give the directory that `save_pretrained` wrote."
         ) from error
     except (OSError, ValueError) as error:
-        raise AdapterError(f"{path} is not valid JSON ({error}). It is cut short or damaged; save it again.") from error
+        raise AdapterError(
+            unreadable(path, error) or f"{path} is not valid JSON ({error}). It is cut short or damaged; save it again."
+        ) from error
     if not isinstance(content, dict) or content.get("peft_type") != "LORA":
         method = content.get("peft_type") if isinstance(content, dict) else None
         raise AdapterError(f"{path} gives the method {method!r:.100}; only LORA adapters can be read.")

@@ -10,7 +10,7 @@ from dynquant.options import MODEL_HELP, BaseGguf, Flag, MeasuringEncoder, Optio
 from dynquant.planning.target import Target
 
 CLOSED_FORM, FISHER, UNIT_KL = METHODS = ("closed-form", "fisher-probe", "unit-kl")  # ways to price tensors
-_PLAN_FOLDER = Writes(holds_inputs=True, unless="config_only")
+_PLAN_FOLDER = Writes("folder", unless="config_only")
 
 
 def parse_range(text: str) -> tuple[float, float]:
@@ -75,6 +75,11 @@ class SearchOptions(Options):
             raise PlanError(f"--frontier {low:g}:{high:g} is no range of bits per weight; give one as 1.6:4.5.")
         if self.check_plans and self.check_plans < 5:
             raise PlanError(f"--check-plans {self.check_plans} is too few for a rank correlation; give 5 or more.")
+        measures = self.select or self.frontier is not None
+        if not measures and not self.check_plans:
+            self.refuse_unused("it goes with --select, --frontier or --check-plans.", "text")
+        if FISHER not in self.methods and (self.methods or not measures):
+            self.refuse_unused("it goes with --sensitivity fisher-probe.", "probes")
 
     def with_methods(self, *, on_text: bool) -> "SearchOptions":
         """Return the options with the methods that an empty tuple stands for."""
@@ -104,3 +109,10 @@ class PlanOptions(Options):
     encoder: MeasuringEncoder = "ggml"
     base_gguf: BaseGguf = None
     search: SearchOptions = field(default_factory=SearchOptions)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target.has_types:
+            self.search.refuse_unused("--preset, --like and --recipe leave nothing to choose.")
+        if self.target.serves is not None:
+            self.refuse_unused("schemes of vLLM have an encoder of their own.", "encoder")

@@ -156,7 +156,9 @@ def _search_text(search: Search, table: ErrorTable) -> SearchResult:
     windows, calibrated = _text_windows(search, used, window)
     hf_model = search.original()
     with search.session.stage(_KEEPS) as progress:
-        if FISHER in options.methods and not table.is_priced_by(FISHER):
+        if FISHER in options.methods and table.is_priced_by(FISHER):
+            search.session.note(f"reusing the prices of {FISHER}, whatever --probes says")
+        elif FISHER in options.methods:
             # The beginnings of evenly spaced windows.
             evenly = calibrated[:: max(1, len(calibrated) // options.probes)]
             probes = evenly[: options.probes, : options.probe_window]
@@ -252,10 +254,18 @@ def _frontier(search: Search, table: ErrorTable) -> list[Candidate]:
         return []
     num_weights = search.model.num_weights
     low, high = (int(bits * num_weights / 8) for bits in search.options.frontier)
-    points = []
+    planned: dict[int, Candidate] = {}
     for size in np.geomspace(low, high, search.options.frontier_points):
         types = search.chooser(table, floors=False, file_bytes=int(size))
-        points.append(search.candidate(f"planner, {8 * size / num_weights:.2f} bpw", types, table))
+        plan = search.candidate(f"planner, {8 * size / num_weights:.2f} bpw", types, table)
+        if plan.bytes <= size:
+            planned.setdefault(plan.bytes, plan)
+    points = list(planned.values())
+    if missing := search.options.frontier_points - len(points):
+        search.session.note(
+            f"--frontier: {missing} of its {search.options.frontier_points} sizes have no plan of their "
+            "own with these --types"
+        )
     for label, recipe in fixed_recipes(search.model).items():
         types = search.chooser.stored(recipe, table)
         size = search.chooser.file_bytes(types)

@@ -87,7 +87,7 @@ class Target(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         types = {"--preset": self.preset, "--like": self.like, "--recipe": self.patterns}
-        goals = {"--preset": self.preset, "--bpw": self.bpw, "--size": self.size, "--fits": self.fits, **types}
+        goals = types | {"--bpw": self.bpw, "--size": self.size, "--fits": self.fits}
         given = [flag for flag, value in goals.items() if value is not None]
         if self.serves is not None and self.serves.lower() != "vllm":
             raise PlanError(f"--for {self.serves} is not known; give vllm, or leave it out for GGUF types.")
@@ -111,6 +111,15 @@ class Target(Options):
             from dynquant.planning.memory_budget import check_cache
 
             check_cache(self.kv_type)
+        else:
+            self.refuse_unused("it goes with --fits.", "context", "kv_type")
+        if self.has_types or self.serves is not None:
+            self.refuse_unused("floors are for types of GGUF that the planner chooses.", "floors")
+
+    @property
+    def has_types(self) -> bool:
+        """True when the types are asked for one by one, so that there is nothing to choose."""
+        return self.preset is not None or self.like is not None or self.patterns is not None
 
     @property
     def recipe(self) -> str:

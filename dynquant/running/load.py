@@ -196,6 +196,11 @@ def _load(loader: str, model: Model | Path, **options: Any) -> Any:
             loaded, report = getattr(transformers, loader).from_pretrained(directory, **options)
     except CheckpointError:  # of our own quantizer
         raise
+    except ImportError as error:
+        raise CheckpointError(
+            f"{path}: transformers lacks a package ({error.__cause__ or error}). Install it: pip install "
+            "'dynquant-toolchain[models]', or the one that is named here."
+        ) from error
     except Exception as error:  # transformers raises errors of many libraries
         kind = {"AutoConfig": "configuration", "AutoTokenizer": "tokenizer"}.get(loader, "model")
         raise CheckpointError(

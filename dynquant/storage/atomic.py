@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from dynquant.errors import WriteError
+from dynquant.errors import WriteError, reason
 from dynquant.storage.strict_json import parse_json
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ def writing(path: Path, way_out: str = _WAY_OUT) -> Iterator[Path]:
         with replacing(path) as temporary:
             yield temporary
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise WriteError(f"{path} could not be written: {reason}. {way_out}") from error
+        why = reason(error) if isinstance(error, OSError) else error
+        raise WriteError(f"{path} could not be written: {why}. {way_out}") from error
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -98,13 +98,25 @@ def checksums_of(tensors: Mapping[str, "Tensor"]) -> dict[str, int]:
     return {name: zlib.crc32(values.view(torch.uint8).numpy()) for name, values in flat.items()}
 
 
+def opened_tensors(path: Path) -> safe_open:
+    """Open a safetensors file for PyTorch; safetensors itself says of every OSError that there is no such file."""
+    path.open("rb").close()
+    return safe_open(path, framework="pt")
+
+
 def read_tensors_header(path: Path) -> dict[str, Any]:
     """Return the header of a file of `save_tensors`, with the checksums; errors are those of `read_tensors`."""
-    with safe_open(path, framework="pt") as file:
+    with opened_tensors(path) as file:
         header = parse_json((file.metadata() or {})["dynquant"])
     if not isinstance(header, dict) or not isinstance(header.get("crc32", {}), dict):
         raise ValueError("its header is no object")
     return header
+
+
+def read_saved_header(path: Path) -> dict[str, Any]:
+    """Return the header of a file of `save_tensors`; raises as `read_tensors`."""
+    with safe_open(path, framework="pt") as file:
+        return parse_json((file.metadata() or {})["dynquant"])
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, "Tensor"]]:

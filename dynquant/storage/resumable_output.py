@@ -162,6 +162,7 @@ class ResumableOutput:
             intact |= spans
         self.finished = self._covered(intact)
         self._check_space()
+        fresh = [path for path in self._partials if not path.exists()]
         try:
             for index, partial in enumerate(self._partials):
                 if index not in moved:
@@ -172,6 +173,8 @@ class ResumableOutput:
             self._journal.start(identity, records + [{"sealed": True}] * is_sealed)
         except OSError as error:
             self.close()
+            for path in fresh:
+                path.unlink(missing_ok=True)
             raise ExportError(
                 f"{self.paths[0]} cannot be created: {error.strerror}. Choose a directory with space that can be "
                 "written to."

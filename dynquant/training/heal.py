@@ -231,7 +231,7 @@ class _Healing:
         questions = QuestionOptions(
             tasks=("kl", "ppl", *(["mmlu"] if data.mmlu_data else [])), text=texts, max_tokens=data.max_tokens,
             mmlu_data=data.mmlu_data, shots=data.shots, num_shots=data.num_shots, limit=data.limit,
-            scoring=("letter",),
+            **({"scoring": ("letter",)} if data.mmlu_data else {}),
         )  # fmt: skip
         options = EvalOptions(
             candidate=str(self.base), reference=str(self.original), questions=questions, window=data.window,

@@ -23,7 +23,7 @@ Packed = Annotated[
     str,
     Flag("Packed model: directory of `export -f safetensors`, or a .gguf file.", is_argument=True, show_default=False),
 ]
-Output = Annotated[Path, Flag("Directory of the adapter.", ("-o", "--output")), Writes(is_replaced=True)]
+Output = Annotated[Path, Flag("Directory of the adapter.", ("-o", "--output")), Writes("new folder")]
 Resume = Annotated[bool, Flag("Continue an interrupted run.")]
 
 
@@ -40,7 +40,9 @@ class TrainOptions(Options):
     """
 
     rank: Annotated[int, Flag("Rank of the adapter.", min=1, max=4096)] = 16
-    alpha: Annotated[int | None, Flag("The adapter is scaled by alpha / rank. Default: twice the rank.", min=1)] = None
+    alpha: Annotated[
+        int | None, Flag("The adapter is scaled by alpha / rank. Default: twice the rank.", min=1, max=65536)
+    ] = None
     rslora: Annotated[bool, Flag("Scale by alpha / sqrt(rank) instead.", ("--rslora",))] = False
     experts: Annotated[bool, Flag("Adapt the routed experts too.")] = True
     llama_cpp: Annotated[
@@ -49,8 +51,10 @@ class TrainOptions(Options):
     learning_rate: LearningRate = 5e-4
     epochs: Annotated[float, Flag("Passes over the training part, at most.", min=0, max=1000)] = 3.0
     max_steps: Annotated[int | None, Flag("Optimizer steps instead of --epochs.", min=1)] = None
-    batch_size: Annotated[int, Flag("Examples of an optimizer step.", min=1)] = 8
-    micro_batch: Annotated[int | None, Flag("Examples run at a time. Default: the whole batch.", min=1)] = None
+    batch_size: Annotated[int, Flag("Examples of an optimizer step.", min=1, max=65536)] = 8
+    micro_batch: Annotated[int | None, Flag("Examples run at a time. Default: the whole batch.", min=1, max=65536)] = (
+        None
+    )
     warmup: float = 0.05
     evaluations: Annotated[int, Flag("Measure the held-out loss, and save a checkpoint, this many times.", min=1)] = 10
     patience: Annotated[int, Flag("Stop after this many measurements without a new minimum.", min=1)] = 3
@@ -66,6 +70,8 @@ class TrainOptions(Options):
         super().__post_init__()
         if self.store not in STORED:
             raise TrainingError(f"An adapter cannot be stored as {self.store!r}; give {' or '.join(STORED)}.")
+        if self.max_steps is not None:
+            self.refuse_unused("--max-steps says how long to train.", "epochs")
 
     @property
     def lora_alpha(self) -> int:
@@ -85,7 +91,7 @@ class HealTrainOptions(TrainOptions):
     """The adapter of `heal` and its training."""
 
     learning_rate: LearningRate = 1e-3
-    batch_size: Annotated[int, Flag("Windows of an optimizer step.", min=1)] = 4
+    batch_size: Annotated[int, Flag("Windows of an optimizer step.", min=1, max=65536)] = 4
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,11 @@ class HealData(Options):
     cache_dir: Annotated[
         Path | None, Flag("Keep the original's distributions here. Default: beside the output.", ("--reference-cache",))
     ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mmlu_data is None:
+            self.refuse_unused("it goes with --mmlu-data.", "shots", "num_shots", "limit")
 
 
 @dataclass(frozen=True, kw_only=True)

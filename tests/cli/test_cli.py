@@ -264,7 +264,8 @@ def test_a_preset_says_how_many_tensors_took_another_type_and_why(small_moe, tmp
     model = save_tiny("llama", tmp_path / "model", small_moe, hidden_size=80, intermediate_size=80)
     tokens = ("--tokens", "600", "--hessians", "none")
     output = tmp_path / ("out" if options else "out.gguf")
-    said = succeed("export", model, "--preset", preset, "--encoder", "ggml", *tokens, *options, "-o", output)
+    options = options or ("--encoder", "ggml")
+    said = succeed("export", model, "--preset", preset, *tokens, *options, "-o", output)
     assert re.search(line, said)
     if not options:
         assert re.search(line, succeed("plan", "--config-only", model, "--preset", preset))

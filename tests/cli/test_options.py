@@ -1,21 +1,30 @@
 """Numbers and sizes of every command are refused outside their range, before anything is written."""
 
+import json
+from dataclasses import replace
 from inspect import Parameter, signature
+from pathlib import Path
 from typing import get_args
 
 import pytest
 import typer
 
+from dynquant.calibration import stage
 from dynquant.calibration.options import CalibrationOptions
 from dynquant.cli.app import app
+from dynquant.cli.compare import CompareOptions, RecipeQuestions, _Results
 from dynquant.errors import OptionError
+from dynquant.evaluation.options import EvalOptions, QuestionOptions
+from dynquant.families.open import open_model
 from dynquant.options import Flag
 from dynquant.resources import parse_size
 from dynquant.session import Session
-from tests.helpers.commands import refused
+from tests.conftest import CALIBRATION_16M
+from tests.helpers.commands import linked_copy, refused, succeed
 
 COMMANDS = typer.main.get_command(app).commands
 HUGE = "9" * 400
+NEED_TEXT = ("eval", "compare", "compare-encoders")
 
 
 def shown(command: str) -> dict[str, tuple[Parameter, Flag | None]]:
@@ -53,7 +62,7 @@ def test_numbers_outside_their_range_are_refused(command, name, tmp_path):
         assert parameter.default in (None, Parameter.empty) or flag.min <= parameter.default <= flag.max
     option = flag.option(name)
     for value in bad:
-        line = [option, value, *(["--text", str(tmp_path / "text")] if command == "eval" else [])]
+        line = [option, value, *(["--text", str(tmp_path / "text")] if command in NEED_TEXT else [])]
         for other, (required, of_other) in shown(command).items():
             if required.default is Parameter.empty or other == "output":
                 place = str(tmp_path / other)
@@ -98,3 +107,84 @@ def test_sizes(text, size):
 def test_no_sizes(text):
     with pytest.raises(OptionError, match="is not a size"):
         parse_size(text)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "calibrate m --strict",
+        "calibrate m --data d --window 9",
+        "calibrate m --hessians none --hessian-memory 1GB",
+        "calibrate m --imatrix i --tokens 9",
+        "plan m --context 9",
+        "plan m --bpw 2 --kv-type q8_0",
+        "plan m --preset f16 --no-floors",
+        "plan m --preset f16 --select",
+        "plan m --for vllm --encoder dynquant",
+        "plan m --select --sensitivity unit-kl --probes 9",
+        "plan m --selection-text t",
+        "plan --config-only c --preset f16 --tokens 9",
+        "plan --config-only c --preset f16 --stats s",
+        "export m --plan p --tokens 9",
+        "export m --preset f16 --stats s --calibration t",
+        "export m --preset f16 -f compressed-tensors --encoder ggml",
+        "eval m --reference r --data d --tasks vqa --window 9",
+        "eval m --reference r --data d --tasks vqa --adapter a",
+        "finetune g --data d --max-steps 3 --epochs 2",
+        "heal g --reference r --shots s",
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(line, tmp_path):
+    output = [] if "--config-only" in line or line.startswith("eval") else ["-o", tmp_path / "out"]
+    said = refused(*line.split(), *output)
+    option = next(word for word in reversed(line.split()) if word.startswith("--"))
+    assert said.startswith(f"error: {option} would do nothing: ") and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "others, seed, words",
+    [
+        ({}, 0, "reusing"),
+        ({"hessians": "none"}, 0, "reusing"),
+        ({"tokens": 600}, 0, "other --tokens:"),
+        ({"window": 128}, 0, "other --window:"),
+        ({"hessians": "gradients"}, 0, "other --hessians:"),
+        ({"text": "demo_text.txt"}, 0, "other text:"),
+        ({"tokens": 600}, 5, "other --tokens, --seed:"),
+    ],
+)
+def test_statistics_of_a_folder_are_used_for_the_same_options_alone(
+    calibrated_16m, small_moe, tmp_path, monkeypatch, others, seed, words
+):
+    path = linked_copy(calibrated_16m, tmp_path) / "stats.safetensors"
+    if "text" in others:
+        others = {"text": str(small_moe.parent / others["text"])}
+    options = CalibrationOptions(**({"tokens": CALIBRATION_16M[1], "window": CALIBRATION_16M[3]} | others))
+    monkeypatch.setattr(stage, "run_calibration", lambda *_, **__: stage.StatsFile(path).stats)
+    notes = []
+    stage.statistics_at(path, open_model(small_moe), options, Session(seed=seed, note=notes.append))
+    assert words in notes[0] and ("calibrating anew" in notes[0]) == (words != "reusing")
+
+
+def test_what_does_nothing_for_this_preset_or_these_tasks_is_said(small_moe, tmp_path):
+    said = succeed("export", small_moe, "--preset", "uniform-q8_0", "--tokens", 9, "-o", tmp_path / "out.gguf")
+    assert "--tokens did nothing: no type of uniform-q8_0 uses statistics" in said
+    asked = QuestionOptions(tasks=("mmlu",), text=(Path("t"),), max_tokens=9, limit=3)
+    idle = EvalOptions(candidate="c", reference="r", questions=asked, window=9).idle
+    assert idle == ["--text", "--max-tokens", "--window"]
+    asked = replace(asked, tasks=("kl",), num_shots=0)
+    assert EvalOptions(candidate="c", reference="r", questions=asked).idle == ["--num-shots", "--limit"]
+
+
+def test_a_comparison_goes_on_with_the_same_options_alone(tmp_path):
+    (tmp_path / "text").write_text("One text.")
+    questions = RecipeQuestions(text=(tmp_path / "text",))
+    options = CompareOptions(model="m", recipes=("f16",), output=tmp_path, questions=questions)
+    _Results(tmp_path / "compare.json", options, Session()).record("f16", {"bytes": 1})
+    more = replace(questions, tasks=("kl", "ppl", "mmlu"), mmlu_data="questions.jsonl")
+    assert _Results(tmp_path / "compare.json", replace(options, questions=more), Session()).rows.keys() == {"f16"}
+    (tmp_path / "text").write_text("Another text.")
+    changed = replace(options, questions=replace(questions, max_tokens=9), select=True)
+    with pytest.raises(OptionError, match=r"`f16` in .* other --max-tokens and --select and --text\."):
+        _Results(tmp_path / "compare.json", changed, Session())
+    assert json.loads((tmp_path / "compare.json").read_text())["f16"]["bytes"] == 1

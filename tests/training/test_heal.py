@@ -45,7 +45,7 @@ def run(
 ) -> TrainingReport:
     data = HealData(
         data=str(crushed.text), tokens=2048, window=64, text=[crushed.held_out] if text is None else text,
-        max_tokens=256, mmlu_data=questions, shots=questions, num_shots=1, cache_dir=cache,
+        max_tokens=256, mmlu_data=questions, shots=questions, num_shots=1 if questions else 5, cache_dir=cache,
     )  # fmt: skip
     return heal(str(crushed.packed), str(crushed.original), output, data, options, progress=progress, **more)
 

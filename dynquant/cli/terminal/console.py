@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from io import TextIOWrapper
 from pathlib import Path
 
 from rich.console import Console
@@ -53,7 +54,8 @@ def open_json_lines() -> None:
     if json_target is None:
         return
     try:
-        _json_lines = JsonLines(json_target.open("w", encoding="utf-8"))
+        file = json_target.open("wb", buffering=0)  # nothing is left to fail at exit
+        _json_lines = JsonLines(TextIOWrapper(file, encoding="utf-8", write_through=True))
     except OSError as error:
         raise ExportError(
             f"--json-progress {json_target} cannot be written: {error.strerror}. Give a file in a directory that "

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from dynquant.cli.terminal.record import StageRecord
 from dynquant.cli.terminal.wording import printable
+from dynquant.errors import WriteError, reason
 
 LINE_SECONDS = 5.0
 """Plain lines are at least this far apart."""
@@ -71,7 +72,8 @@ class JsonLines:
     """One JSON object a line, in a file or a stream that stays open from stage to stage."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
-        self._stream, self._clock = stream, clock
+        self._stream: TextIO | None = stream
+        self._clock = clock
         self._last = ("", 0.0)  # stage and time of the last line
 
     def show(self, stage: StageRecord) -> None:
@@ -81,6 +83,17 @@ class JsonLines:
             self._last = (stage.name, self._clock())
 
     def write(self, line: dict[str, object]) -> None:
-        """Write one object and flush it."""
-        self._stream.write(json.dumps(line) + "\n")
-        self._stream.flush()
+        """Write one object and flush it; a reader may go.
+
+        Raises:
+            WriteError: the file cannot be written; nothing more is.
+        """
+        if self._stream is None:
+            return
+        try:
+            self._stream.write(json.dumps(line) + "\n")
+            self._stream.flush()
+        except OSError as error:
+            self._stream = None
+            if not isinstance(error, BrokenPipeError):
+                raise WriteError(f"--json-progress cannot be written: {reason(error)}. Free some space.") from error

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from safetensors import SafetensorError, safe_open
-from typer.models import ArgumentInfo
+from typer.models import ArgumentInfo, OptionInfo
 
 from dynquant.cli.terminal import console
 from dynquant.errors import WriteError
@@ -42,9 +42,10 @@ def guarded(parameters: Iterable[Parameter], typed: Mapping[str, Any]) -> Iterat
     for parameter in parameters:
         value, notes = typed[parameter.name], get_args(parameter.annotation)
         writes = next((note for note in notes if isinstance(note, Writes)), None)
-        flag = max((word for note in notes for word in getattr(note, "param_decls", None) or ()), key=len, default="")
-        is_argument = any(isinstance(note, ArgumentInfo) for note in notes)
-        flag = parameter.name.upper() if is_argument else flag or f"--{parameter.name.replace('_', '-')}"
+        info = next((note for note in notes if isinstance(note, ArgumentInfo | OptionInfo)), OptionInfo())
+        words = [word for word in (info.default, *(info.param_decls or ())) if str(word).startswith("-")]
+        flag = max(words, key=len, default=f"--{parameter.name.replace('_', '-')}")
+        flag = parameter.name.upper() if isinstance(info, ArgumentInfo) else flag
         if writes is None:
             values = value if isinstance(value, list) else [value]
             texts = parameter.name in PATHS_IN_WORDS
@@ -67,15 +68,20 @@ def _check(output: Path, flag: str, writes: Writes, inputs: Mapping[Path, str]) 
     """Refuse an output that would destroy an input, or that is no place for a file."""
     if _is_device(output):
         raise WriteError(f"{output} ({flag}) is a device or pipe, which cannot be replaced; name a file.")
+    is_file, is_folder = writes.kind == "file", writes.kind.endswith("folder")
+    if (is_file and os.path.isdir(output)) or (is_folder and os.path.isfile(output)):
+        raise WriteError(f"{output} ({flag}) is a {'directory' if is_file else 'file'}; give another name.")
+    if os.path.isdir(output) and not os.access(output, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise WriteError(f"{output} ({flag}) cannot be written: Permission denied. Choose another place.")
     present = [path for path in (output, *_parts(output, whole=True)) if os.path.exists(path)]
     for given, of_input in inputs.items():
         if not os.path.exists(given):
             continue
         folder = given if given.is_dir() else None
-        read = [] if folder and writes.holds_inputs else [given, *_parts(given)]
+        read = [] if folder and writes.kind == "folder" else [given, *_parts(given)]
         read += [file for file in folder.iterdir() if _is_read(file, flag)] if folder else []
         same = next((file for file in read if any(_is_same(path, file) for path in present)), None)
-        if same is None and writes.is_replaced and given.resolve().is_relative_to(output.resolve()):
+        if same is None and writes.kind == "new folder" and given.resolve().is_relative_to(output.resolve()):
             same = given
         if same is not None:
             verb = "is" if _is_same(output, same) else "would replace"

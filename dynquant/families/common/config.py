@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from dynquant.errors import CheckpointError
+from dynquant.errors import CheckpointError, unreadable
 from dynquant.storage.strict_json import parse_json
 
 WAY_OUT = "Convert it with llama.cpp's own converter and pass the result with --base-gguf FILE."
@@ -97,7 +97,8 @@ def read_json(path: Path) -> dict[str, object]:
         ) from error
     except (ValueError, OSError) as error:
         raise CheckpointError(
-            f"{path} is not valid JSON ({error}). It is truncated or corrupt; fetch it again."
+            unreadable(path, error)
+            or f"{path} is not valid JSON ({error}). It is truncated or corrupt; fetch it again."
         ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a JSON {type(content).__name__}, not an object. Fetch it again.")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from gguf import TokenType
 
-from dynquant.errors import CheckpointError
+from dynquant.errors import CheckpointError, unreadable
 from dynquant.families.common.config import WAY_OUT
 
 if TYPE_CHECKING:
@@ -78,11 +78,15 @@ def _processor(path: Path) -> "SentencePieceProcessor":
     try:
         from sentencepiece import SentencePieceProcessor
     except ImportError as error:
-        raise CheckpointError(f"Reading {path} needs the package sentencepiece: pip install sentencepiece.") from error
+        raise CheckpointError(
+            f"Reading {path} needs sentencepiece: pip install 'dynquant-toolchain[models]'."
+        ) from error
     try:
         return SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a SentencePiece model ({error}). Fetch it again.") from error
+        raise CheckpointError(
+            unreadable(path, error) or f"{path} is not a SentencePiece model ({error}). Fetch it again."
+        ) from error
 
 
 def _scores_from_merges(merges: list, vocab: dict[str, int], path: Path) -> dict[str, float]:
