@@ -34,7 +34,7 @@ from dynquant.session import SILENT, Session
 def analyze(options: AnalyzeOptions, session: Session = SILENT) -> ErrorTable:
     """Write errors.json and errors.csv."""
     model = open_and_announce(options.model, session, base_gguf=options.table.base_gguf)
-    return _measured(model, StatsFile(options.stats), options.output, options.table, session)
+    return _measured(model, StatsFile(options.stats).of(model), options.output, options.table, session)
 
 
 def error_table(

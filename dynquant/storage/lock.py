@@ -54,7 +54,8 @@ def locked(output: Path) -> Iterator[None]:
 
 def _acquired(path: Path) -> tuple[Path, int]:
     """Return the lock file and its descriptor; BlockingIOError names the process that holds it."""
-    file, flags = path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    file = path.with_name(f".{path.name}.lock") if path.name else path / ".lock"
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
     while True:
         try:
             descriptor = os.open(file, flags, 0o666)

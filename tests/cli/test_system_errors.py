@@ -136,6 +136,9 @@ def test_a_full_disk_under_progress_is_named_and_the_export_goes_on_later(small_
         ("demo -o {t}/file", "is a file"),
         ("export {m} --plan {t}/folder -o {t}/a.gguf", "cannot be read"),
         ("calibrate {m} --calibration {t}/folder -o {t}/s", "folder"),
+        ("export {m} --preset f16 -o /", "is a directory"),
+        ("calibrate {m} --max-memory 4GB --spill {t}/file -o {t}/s", "file (--spill) is a file"),
+        ("eval {m} --reference {m} --text {t}/file --json {t}", "(--json) is a directory"),
     ],
 )
 def test_paths_of_the_wrong_kind_are_named_before_any_work(arguments, words, small_moe, exported, tmp_path):

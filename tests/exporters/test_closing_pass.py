@@ -8,8 +8,8 @@ import torch
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.tensor_roles import Role, role_of
 from dynquant.encoding.stream import load_encoder
-from dynquant.errors import CheckpointError, StatsError
-from dynquant.exporters.closing_pass import TuneOptions, too_large_to_tune, tune
+from dynquant.errors import CheckpointError, ExportError, StatsError
+from dynquant.exporters.closing_pass import TuneOptions, check_original, too_large_to_tune, tune
 from dynquant.exporters.gguf import write_patched
 from dynquant.families.open import open_model
 from dynquant.formats.quant_types import QUANT_TYPES
@@ -164,5 +164,11 @@ def test_no_file_is_left_when_the_disk_is_full(crushed, tuned, tmp_path, monkeyp
 @pytest.mark.parametrize("family", ["qwen3-moe", "llama"])
 def test_a_file_of_another_model_is_not_tuned(crushed, tiny_text, tmp_path, family):
     """Once a RuntimeError about sizes of PyTorch tensors, after loading the reference."""
+    with pytest.raises(ExportError, match=r"is not of .*`.*` is \[.*\] and \[.*as --reference"):  # no fingerprint
+        check_original(open_model(tiny_text(family)), GGUFSource(crushed), crushed)
     message = refused("tune", crushed, "--reference", tiny_text(family), "-o", tmp_path / "tuned.gguf")
-    assert "is not of" in message and "--reference" in message and not list(tmp_path.glob("tuned*"))
+    assert "--reference" in message and not list(tmp_path.iterdir())
+
+
+def test_a_file_is_of_its_own_model(crushed, model):
+    check_original(model, GGUFSource(crushed), crushed)

@@ -4,10 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from dynquant.errors import WriteError
+from dynquant.storage import lock
 from dynquant.storage.lock import locked
 from dynquant.storage.resumable_output import Region, ResumableOutput
 
@@ -74,6 +76,13 @@ def test_a_process_may_lock_its_output_within_and_leaves_no_folder_that_it_did_n
             pass
         assert (output.parent / ".out.lock").is_file()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_root_is_locked_within(tmp_path):
+    file, descriptor = lock._acquired(Path("/") if os.access("/", os.W_OK) else tmp_path)
+    os.close(descriptor)
+    file.unlink()
+    assert file.name.endswith(".lock")
 
 
 def test_places_that_cannot_be_written_to_are_refused_with_the_reason(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from safetensors import SafetensorError, safe_open
-from typer.models import ArgumentInfo
+from typer.models import ArgumentInfo, OptionInfo
 
 from dynquant.cli.terminal import console
 from dynquant.errors import WriteError
@@ -42,9 +42,10 @@ def guarded(parameters: Iterable[Parameter], typed: Mapping[str, Any]) -> Iterat
     for parameter in parameters:
         value, notes = typed[parameter.name], get_args(parameter.annotation)
         writes = next((note for note in notes if isinstance(note, Writes)), None)
-        flag = max((word for note in notes for word in getattr(note, "param_decls", None) or ()), key=len, default="")
-        is_argument = any(isinstance(note, ArgumentInfo) for note in notes)
-        flag = parameter.name.upper() if is_argument else flag or f"--{parameter.name.replace('_', '-')}"
+        info = next((note for note in notes if isinstance(note, ArgumentInfo | OptionInfo)), OptionInfo())
+        words = [word for word in (info.default, *(info.param_decls or ())) if str(word).startswith("-")]
+        flag = max(words, key=len, default=f"--{parameter.name.replace('_', '-')}")
+        flag = parameter.name.upper() if isinstance(info, ArgumentInfo) else flag
         if writes is None:
             values = value if isinstance(value, list) else [value]
             texts = parameter.name in PATHS_IN_WORDS
