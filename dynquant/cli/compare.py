@@ -181,9 +181,12 @@ class _Results:
 
 def _settings(options: CompareOptions | CompareEncodersOptions) -> Iterator[tuple[str, Any]]:
     """Yield option and value of all that decides the numbers of a row; a file counts by its content."""
+    is_tuned = any(variant.endswith(TUNED) for variant in getattr(options, "variants", ()))
     for part in (options, options.questions, options.calibration):
         for name, (_, flag) in flags(type(part)).items():
-            if name in ("recipes", "output", "keep", "variants", "tasks", "scoring"):
+            if name in ("recipes", "output", "keep", "variants", "tasks", "scoring") or (
+                name == "tune" and not is_tuned
+            ):
                 continue
             value = getattr(part, name)
             if isinstance(value, str | tuple):

@@ -12,7 +12,7 @@ import typer
 from dynquant.calibration import stage
 from dynquant.calibration.options import CalibrationOptions
 from dynquant.cli.app import app
-from dynquant.cli.compare import CompareOptions, RecipeQuestions, _Results
+from dynquant.cli.compare import CompareEncodersOptions, CompareOptions, EncoderQuestions, RecipeQuestions, _Results
 from dynquant.errors import OptionError
 from dynquant.evaluation.options import EvalOptions, QuestionOptions
 from dynquant.families.open import open_model
@@ -188,3 +188,12 @@ def test_a_comparison_goes_on_with_the_same_options_alone(tmp_path):
     with pytest.raises(OptionError, match=r"`f16` in .* other --max-tokens and --select and --text\."):
         _Results(tmp_path / "compare.json", changed, Session())
     assert json.loads((tmp_path / "compare.json").read_text())["f16"]["bytes"] == 1
+
+
+def test_encoders_without_a_closing_pass_go_on_whatever_its_tokens(tmp_path):
+    questions = EncoderQuestions(text=(tmp_path / "text",))
+    options = CompareEncodersOptions(model="m", recipes=("f16",), output=tmp_path, questions=questions, tune=9)
+    _Results(tmp_path / "encoders.json", options, Session()).record("f16 ggml", {"bytes": 1})
+    _Results(tmp_path / "encoders.json", replace(options, tune=8, variants=("ggml",)), Session())
+    with pytest.raises(OptionError, match="other --tune"):
+        _Results(tmp_path / "encoders.json", replace(options, tune=8), Session())
