@@ -77,13 +77,19 @@ class DynquantHfQuantizer(HfQuantizer):
         return False
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        self._dtype = kwargs.get("dtype")
         types = self.quantization_config.types
         key_of = keys_of(types, model.state_dict())
-        pack_modules(model, {key_of.get(name, name): given for name, given in types.items()}, dtype=kwargs.get("dtype"))
+        pack_modules(model, {key_of.get(name, name): given for name, given in types.items()}, dtype=self._dtype)
         files = kwargs.get("checkpoint_files") or ()
         check_files(model, [Path(file) for file in files if str(file).endswith(".safetensors")])
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        # transformers 5.17 leaves floats whose names it changes (towers) in the type of the file.
+        precise = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+        for name, weight in model.named_parameters():
+            if self._dtype and weight.is_floating_point() and not any(part in name for part in precise):
+                weight.data = weight.data.to(self._dtype)
         choose_layout(model)
         return model
 
