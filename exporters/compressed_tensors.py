@@ -53,6 +53,8 @@ def export_compressed_tensors(
     )
     documents = _documents(encoding, checkpoint, shards)
     staging = output.with_name(f".{output.name}.partial")
+    if staging.is_symlink():
+        staging.unlink()  # files there are not ours to replace
     places, header_hash = directory.places_of(staging, documents, shards), directory.files_hash(documents, shards)
     try:
         with encoding.writing(*places, header_hash) as (target, progress):

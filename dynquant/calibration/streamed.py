@@ -94,6 +94,8 @@ def calibrate_streamed(
 def _journal_in(directory: Path, identity: dict[str, object]) -> Journal:
     """Go on with the interrupted run in `directory` when it is of the same calibration, or start anew there."""
     try:
+        if directory.is_symlink():
+            directory.unlink()  # it would be emptied
         directory.mkdir(parents=True, exist_ok=True)
         journal = Journal(directory / "progress.jsonl")
         if not journal.belongs_to(identity):

@@ -145,6 +145,26 @@ def test_every_output_has_one_writer(arguments, small_moe, tmp_path, holder):  #
     assert [path.name for path in tmp_path.iterdir()] == [".out.lock"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "link"),
+    [
+        ("export {m} --preset uniform-w8a16 --stats {s} -f compressed-tensors -o {t}/out", ".out.partial"),
+        ("calibrate {m} --tokens 600 --window 64 --max-memory 4GB -o {t}/out", ".out.streaming"),
+        (
+            "calibrate {m} --tokens 600 --window 64 --max-memory 4GB --spill {t}/spill -o {t}/out",
+            "spill/.out.streaming",
+        ),
+    ],
+)
+def test_a_link_where_work_is_kept_does_not_lead_elsewhere(arguments, link, model, calibrated_16m, tmp_path):
+    before = contents(model)
+    (tmp_path / link).parent.mkdir(exist_ok=True)
+    (tmp_path / link).symlink_to(model)
+    names = {"m": model, "t": tmp_path, "s": calibrated_16m / "stats.safetensors"}
+    succeed(*(word.format(**names) for word in arguments.split()))
+    assert contents(model) == before and (tmp_path / "out").exists() and not (tmp_path / "out").is_symlink()
+
+
 def test_a_lock_does_not_hinder_who_writes_nothing(small_moe, tmp_path, holder):  # noqa: F811
     holder(tmp_path / "plan")
     done = run("plan", "--config-only", small_moe, "--preset", "f16", "-o", tmp_path / "plan")
