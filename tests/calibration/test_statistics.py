@@ -159,6 +159,9 @@ def test_a_damaged_or_foreign_file_is_refused(tmp_path, small_moe):
         path.write_bytes(damaged)
         with pytest.raises(StatsError, match=r"stats\.safetensors is not a statistics file"):
             CalibrationStats.load(path)
-    for foreign in (small_moe / "model.safetensors", tmp_path / "none"):
-        with pytest.raises(StatsError, match="not a statistics file"):
+    for foreign, words in (
+        (small_moe / "model.safetensors", "not a statistics file"),
+        (tmp_path / "none", "No such file"),
+    ):
+        with pytest.raises(StatsError, match=words):
             CalibrationStats.load(foreign)

@@ -1,5 +1,6 @@
 """The stream of quantized tensors: equal to direct encodes, bounded in memory, and strict about what it is given."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -7,13 +8,12 @@ import pytest
 import torch
 from gguf import GGUFValueType
 
-from dynquant.checkpoints.gguf_source import MetadataField
+from dynquant.checkpoints.gguf_source import GGUFSource, MetadataField
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_source import DictSource
 from dynquant.encoding.parts import PartLimits
 from dynquant.encoding.stream import Guidance, TensorEncoder, load_encoder
 from dynquant.errors import EncodeError, PlanError
-from dynquant.families.open import open_model
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.recipes.build_plan import fixed_bytes, plan_from_types
 from tests.helpers.exports import export_gguf
@@ -161,7 +161,7 @@ def test_a_gguf_gives_its_own_blocks_where_it_holds_the_wanted_type(tmp_path):
     model, encoder = tiny_model(), load_encoder("ggml")
     types = TYPES | {"blk.0.ffn_down_exps.weight": ("Q2_K", "asked")}
     (path,) = export_gguf(model, plan_of(model, types), None, tmp_path / "a.gguf", encoder=encoder)
-    again = open_model(path)
+    again = replace(model, path=path, source=GGUFSource(path), gguf_file=path)
     wanted = types | {"token_embd.weight": ("Q4_K", "asked")}
     stored = whole_tensors(TensorEncoder(again, Guidance(), encoder).quantize(plan_of(again, wanted)))
     reader = {t.name: t for t in gguf.GGUFReader(path).tensors}

@@ -188,7 +188,7 @@ def test_outputs_that_cannot_be_are_refused(tmp_path):
     model = tiny_model()
     plan = tiny_plan(model)
     (path,) = export_gguf(model, plan, None, tmp_path / "a.gguf", encoder=GGML)
-    again = open_model(path)
+    again = replace(model, path=path, source=GGUFSource(path), gguf_file=path)
     (tmp_path / "d.gguf").mkdir()
     for output, words in [(tmp_path / "d.gguf", "directory"), (tmp_path / "x.bin", r"\.gguf"), (path, "being read")]:
         with pytest.raises(ExportError, match=words):

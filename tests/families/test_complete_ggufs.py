@@ -59,11 +59,11 @@ def test_every_tensor_is_needed(name: str, whole, tmp_path: Path) -> None:
     source = whole(name)
     assert open_model(source.path).source.names() == source.names()
     optional = {"output.weight", "rope_freqs.weight"}  # a file without them may be a tied model, or one without scaling
-    for number, lost in enumerate(set(source.names()) - optional):
+    for number, lost in enumerate(sorted(set(source.names()) - optional)):
         if number % 4 and not lost.endswith(("_b.bias", "norm.weight")):
             continue
         path = rewritten(source, tmp_path / "less.gguf", lambda tensors, lost=lost: tensors.pop(lost))
-        with pytest.raises(CheckpointError, match=rf"less\.gguf.* lacks .*{lost}"):
+        with pytest.raises(CheckpointError, match=rf"less\.gguf.* (lacks .*{lost}|have no place in it)"):
             open_model(path)
 
 
