@@ -76,8 +76,12 @@ class DynquantHfQuantizer(HfQuantizer):
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
         return False
 
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the type of the floats as it is; transformers 5.17 tells it here alone."""
+        self._dtype = dtype
+        return dtype
+
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        self._dtype = kwargs.get("dtype")
         types = self.quantization_config.types
         key_of = keys_of(types, model.state_dict())
         pack_modules(model, {key_of.get(name, name): given for name, given in types.items()}, dtype=self._dtype)
@@ -88,7 +92,7 @@ class DynquantHfQuantizer(HfQuantizer):
         # transformers 5.17 leaves floats whose names it changes (towers) in the type of the file.
         precise = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
         for name, weight in model.named_parameters():
-            if self._dtype and weight.is_floating_point() and not any(part in name for part in precise):
+            if weight.is_floating_point() and not any(part in name for part in precise):
                 weight.data = weight.data.to(self._dtype)
         choose_layout(model)
         return model
