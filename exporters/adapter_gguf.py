@@ -166,6 +166,11 @@ def _factors(saved: SavedAdapter, target: _Target) -> tuple[torch.Tensor, torch.
         num_experts = target.place.shape[0]
         a, b = a.unflatten(0, (num_experts, -1)), b.unflatten(1, (-1, num_experts)).permute(2, 0, 1)
     b = b[..., target.start : target.stop, :] if target.place.order is None else b[target.place.order]
-    rank = a.shape[-2]
+    rank, stated = a.shape[-2], saved.config.rank_of(target.parameter)
+    if rank != stated:  # PEFT scales by the stated one, llama.cpp by that of the factors
+        raise AdapterError(
+            f"The factors of `{target.parameter}` in {saved.directory} have rank {rank}, and adapter_config.json says "
+            f"{stated}: one of the two files is of another adapter. Save it again."
+        )
     llama_cpp_scaling = saved.config.lora_alpha / rank
     return a, b * (saved.scaling(target.parameter, rank) / llama_cpp_scaling)

@@ -1,7 +1,7 @@
 """Writes a plan as a checkpoint that transformers loads packed: GGUF blocks as uint8 tensors.
 
 The tensors hold the bytes of the GGUF export of the same plan; rows of rotary heads are in transformers' order
-(`packed_model`); such tensors are written whole, all others part by part. Everything that the directory gets is one
+(`packed.places`); such tensors are written whole, all others part by part. Everything that the directory gets is one
 `ResumableOutput`: config.json is the last to get its name, so a directory that an interrupted export left cannot be
 loaded, and the same call goes on.
 """
@@ -50,6 +50,7 @@ def export_safetensors(
         raise ExportError(f"{output} is a file; `-f safetensors` writes a directory.")
     if model.hf_directory is not None and output.exists() and output.samefile(model.hf_directory):
         raise ExportError(f"{output} is the model that is being read; export to another directory.")
+    _check_is_free(output)
     name = (recorded_encoder(stored) if stored is not None else "") or encoding.encoder.name
     layout, config = _lay_out(model, plan)
     types = {entry.name: entry.quant_type for entry in plan.entries}
@@ -79,6 +80,17 @@ def export_safetensors(
         if _WEIGHTS_NAME.fullmatch(path.name) and path not in sizes:
             path.unlink()
     return files
+
+
+def _check_is_free(output: Path) -> None:
+    """Raise ExportError for a directory that holds a checkpoint which was not packed here."""
+    config = output / "config.json"
+    quantization = read_json(config).get("quantization_config") if config.is_file() else {"quant_method": "dynquant"}
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "dynquant":
+        raise ExportError(
+            f"{output} holds another checkpoint, whose weights and config.json would be replaced. Export to a new "
+            "directory."
+        )
 
 
 def hf_config_of(model: Model) -> Config:

@@ -22,6 +22,7 @@ from dynquant.checkpoints.model import Model
 from dynquant.encoding.remote import EncoderChoice, StoredFiles
 from dynquant.encoding.store import EncodedStore
 from dynquant.encoding.stream import encoder_version, load_encoder
+from dynquant.errors import PlanError
 from dynquant.families.linear_layers import LinearCheckpoint
 from dynquant.families.open import open_and_announce
 from dynquant.formats.quant_types import quant_type
@@ -32,7 +33,9 @@ from dynquant.session import SILENT, Session
 
 
 def analyze(options: AnalyzeOptions, session: Session = SILENT) -> ErrorTable:
-    """Write errors.json and errors.csv."""
+    """Write errors.json and errors.csv. Raises PlanError: the name of the CSV, which would replace the table."""
+    if options.output.suffix.lower() == ".csv":
+        raise PlanError(f"{options.output} is what the same table as CSV is called; name a .json file.")
     model = open_and_announce(options.model, session, base_gguf=options.table.base_gguf)
     return _measured(model, StatsFile(options.stats).of(model), options.output, options.table, session)
 

@@ -1,6 +1,6 @@
 """GGUF files as a tensor source: single or split, float or quantized.
 
-Headers are read by `gguf_header`; data is memory-mapped. What is added are joined splits, lazy dequantization with our
+Headers are read by `gguf_reader`; data is memory-mapped. What is added are joined splits, lazy dequantization with our
 decoders, and the metadata as plain typed fields that an exporter can write again.
 """
 

@@ -17,7 +17,9 @@ from types import ModuleType
 import numpy as np
 import torch
 
+from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.errors import CheckpointError, EvaluationError
+from dynquant.families.from_gguf import check_complete
 from dynquant.inputs.model_inputs import Batch
 from dynquant.inputs.questions import MAX_CHOICES
 from dynquant.resources import count_mapped_files, usable_cores
@@ -77,6 +79,7 @@ def load_llama_model(path: Path, *, vocab_only: bool) -> ctypes.c_void_p:
             "'dynquant-toolchain[llama]'."
         ) from error
 
+    check_complete(GGUFSource(path))  # llama.cpp aborts the process on some files, and takes others for whole
     log = llama_log()
     log.clear()
     params = api.llama_model_default_params()

@@ -1,6 +1,6 @@
 """llama.cpp with pictures: a language GGUF and its mmproj file through libmtmd of llama-cpp-python.
 
-Text comes as token ids and is decoded as in `llama_runner`; a picture is resized, encoded and decoded by libmtmd, which
+Text comes as token ids and is decoded as in `llama_cpp`; a picture is resized, encoded and decoded by libmtmd, which
 also gives its tokens their positions. Everything computes in F32, without flash attention.
 """
 

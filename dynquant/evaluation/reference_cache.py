@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -21,7 +20,7 @@ from dynquant.checkpoints.safetensors_source import weight_files
 from dynquant.errors import EvaluationError, unreadable
 from dynquant.evaluation.distributions import Distributions
 from dynquant.session import Progress
-from dynquant.storage.atomic import writing
+from dynquant.storage.atomic import read_tensors, save_tensors
 
 if TYPE_CHECKING:
     from dynquant.evaluation.runners import HuggingFaceRunner
@@ -73,8 +72,10 @@ def load_cached(directory: Path, key: str) -> dict[str, Tensor] | None:
     if not path.is_file():
         return None
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
+        return read_tensors(path)[1]
+    except KeyError:  # of an earlier version, without checksums: made anew
+        return None
+    except (SafetensorError, OSError, ValueError) as error:
         raise EvaluationError(
             unreadable(path, error) or f"The cached reference results {path} are damaged ({error}); delete the file."
         ) from error
@@ -85,8 +86,7 @@ def save_cached(directory: Path, key: str, tensors: Mapping[str, Tensor]) -> Non
     path = entry_path(directory, key)
     size = sum(tensor.nbytes for tensor in tensors.values())
     way_out = f"It takes {size:,} bytes. Free some space, or name another cache directory."
-    with writing(path, way_out) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+    save_tensors(path, tensors, {}, way_out)
 
 
 def entry_path(directory: Path, key: str) -> Path:

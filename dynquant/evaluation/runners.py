@@ -116,7 +116,7 @@ def open_runner(
     """Load a resolved model. `threads` defaults to all cores; `device` is for transformers (None: CUDA if present).
 
     `runner` runs GGUF files: llama.cpp, or transformers with the weights packed. Directories run in transformers. With
-    `rounded`, packed models in transformers round activations to 8 bits as llama.cpp does (`activation_rounding`).
+    `rounded`, packed models in transformers round activations to 8 bits as llama.cpp does (`packed.rounding`).
     `adapter` is a directory of PEFT, for models in transformers.
     """
     if is_gguf(path) and runner == LLAMA_CPP:

@@ -34,7 +34,7 @@ _UNSUPPORTED = (
 )  # fmt: skip
 _KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 Rank = Annotated[int, Field(ge=1, le=65536)]
-Alpha = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Alpha = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 
 
 class AdapterConfig(BaseModel):
@@ -57,6 +57,11 @@ class AdapterConfig(BaseModel):
     bias: Literal["none", "all", "lora_only"] = "none"
     init_lora_weights: bool | str | None = True
     base_model_name_or_path: str | None = None
+
+    def rank_of(self, name: str) -> int:
+        """Return the rank of the module or parameter `name`: the first pattern that matches its end decides."""
+        patterns = self.rank_pattern or {}
+        return next((rank for pattern, rank in patterns.items() if ends_in(pattern, name)), self.r)
 
     def alpha_of(self, name: str) -> float:
         """Return alpha of the module or parameter `name`: the first pattern that matches its end decides."""
@@ -147,7 +152,7 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
     path = directory / CONFIG_NAME
     try:
         content = parse_json(path.read_bytes())
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise AdapterError(
             f"{directory} holds no {CONFIG_NAME}. Give the directory that `save_pretrained` wrote."
         ) from error

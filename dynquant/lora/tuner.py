@@ -1,6 +1,6 @@
 """PEFT's LoRA model, with packed modules among what it can wrap.
 
-`import dynquant` puts it into PEFT's table of tuners (`hf_registration`), so that `get_peft_model`,
+`import dynquant` puts it into PEFT's table of tuners (`registration`), so that `get_peft_model`,
 `PeftModel.from_pretrained` and trainers that call them work on packed models as on any other, and adapters need nothing
 in their configuration that stock PEFT does not know. `LoraConfig._register_custom_module`, PEFT's own way, is not saved
 with an adapter: whoever loads one would have to give the mapping again.

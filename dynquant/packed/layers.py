@@ -31,7 +31,7 @@ class PackedModule(nn.Module):
     """Weights that are stored as bytes; the others are ordinary parameters."""
     layout: str
     round_input: Callable[[Tensor, str], Tensor] | None = None
-    """Applied to the input of each product with the weight's type; `activation_rounding` sets it."""
+    """Applied to the input of each product with the weight's type; `packed.rounding` sets it."""
 
     def _start(self, types: Mapping[str, str]) -> None:
         nn.Module.__init__(self)

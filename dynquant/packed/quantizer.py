@@ -2,7 +2,7 @@
 
 The configuration names the quant type of every matrix by its name in the files, which is that of the parameter in
 language models, and the checkpoint's own in vision-language models; modules are replaced on the meta device,
-and weights load as the bytes that they are. Registered by `import dynquant` (`hf_registration`).
+and weights load as the bytes that they are. Registered by `import dynquant` (`registration`).
 """
 
 from collections.abc import Mapping

@@ -99,7 +99,7 @@ def check_budget_range(budget: int, smallest: int, largest: int, target: PlanTar
             raise PlanError(
                 f"The budget of {budget:,} bytes is below the smallest possible size. With these schemes, and "
                 f"embedding, head and routers in BF16, this model takes between {smallest:,} and {largest:,} bytes. "
-                "Ask for a size between them, or quantize embedding and head as well with GGUF types (-f gguf)."
+                "Ask for a size between them, or plan without --for vllm: GGUF has types for embedding and head too."
             )
         return
     how = "below the smallest" if budget < smallest else "above the largest" if budget > largest else None

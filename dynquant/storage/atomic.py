@@ -72,7 +72,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def save_tensors(path: Path, tensors: Mapping[str, "Tensor"], header: Mapping[str, object]) -> None:
+def save_tensors(
+    path: Path, tensors: Mapping[str, "Tensor"], header: Mapping[str, object], way_out: str = _WAY_OUT
+) -> None:
     """Write a safetensors file in one step, with `header` and a checksum of every tensor as JSON in its metadata.
 
     Raises:
@@ -81,7 +83,7 @@ def save_tensors(path: Path, tensors: Mapping[str, "Tensor"], header: Mapping[st
     from safetensors.torch import save_file
 
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with writing(path) as temporary:
+    with writing(path, way_out) as temporary:
         save_file(tensors, temporary, metadata=tensors_metadata(header, checksums_of(tensors)))
 
 

@@ -291,3 +291,32 @@ def test_a_weight_that_was_edited_after_the_plan_is_noticed(small_moe, tmp_path,
             assert not (tmp_path / "out.gguf").exists()
         else:
             succeed(*arguments)
+
+
+def test_a_linked_model_exports_its_plan(small_moe, planned, tmp_path):
+    (tmp_path / "another-name").symlink_to(small_moe)
+    arguments = ("export", tmp_path / "another-name", "--plan", planned / "plan.json", "--encoder", "ggml", "-o")
+    succeed(*arguments, tmp_path / "a.gguf")
+    succeed("export", small_moe, *arguments[2:], tmp_path / "b.gguf")
+    one, other = ({t.name: t.data.tobytes() for t in gguf.GGUFReader(tmp_path / f"{n}.gguf").tensors} for n in "ab")
+    assert one == other
+
+
+def test_what_is_no_earlier_result_is_not_replaced(small_moe, damaged, planned, tmp_path):
+    weights = (damaged / "model.safetensors").read_bytes()
+    stats = planned / "stats.safetensors"
+    for arguments, words in (
+        (("export", small_moe, "--preset", "uniform-q8_0", "-f", "safetensors", "-o", damaged), "another checkpoint"),
+        (("calibrate", small_moe, "--tokens", 600, "-o", damaged / "model.safetensors"), "no earlier result"),
+        (("calibrate", small_moe, "--tokens", 600, "-o", damaged / "config.json"), "no earlier result"),
+        (("analyze", small_moe, "--stats", stats, "-o", tmp_path / "errors.csv"), "name a .json file"),
+    ):
+        assert words in refused(*arguments)
+    assert (damaged / "model.safetensors").read_bytes() == weights
+
+
+def test_eval_refuses_a_gguf_that_is_not_whole(small_moe, tmp_path):
+    succeed("export", small_moe, "--preset", "uniform-q8_0", "--encoder", "ggml", "-o", tmp_path / "a.gguf")
+    with (tmp_path / "a.gguf").open("ab") as file:
+        file.write(bytes(100))
+    refused("eval", tmp_path / "a.gguf", "--reference", small_moe, "--text", small_moe.parent / "demo_text.txt")

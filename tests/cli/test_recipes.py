@@ -83,8 +83,8 @@ def test_diff_prints_tables_and_json(plans):
     "arguments, words",
     [
         (("--like", "a.gguf", "--recipe", "b=q4_k"), "--like and --recipe"),
-        (("--preset", "f16", "--size", "4MB", "--like", "a.gguf"), "--preset and --size and --like"),
-        (("--bpw", "2", "--recipe", "b=q4_k"), "--bpw and --recipe"),
+        (("--preset", "f16", "--size", "4MB", "--like", "a.gguf"), "--preset and --like and --size"),
+        (("--bpw", "2", "--recipe", "b=q4_k"), "--recipe and --bpw"),
         (("--bpw", "2"), "--preset, --recipe or --like"),
         (("--recipe", "ffn=q4_k"), "no pattern for `token_embd.weight`"),
         (("--like", "none.json"), "none.json cannot be read"),

@@ -178,6 +178,14 @@ def test_whole_weights_and_other_methods_are_refused(deepseek, tmp_path):
             export_adapter(tmp_path / "other", tmp_path / "a.gguf")
 
 
+def test_a_rank_that_is_not_that_of_the_factors_is_refused(deepseek, tmp_path):
+    adapter_of(deepseek, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"r": 16}))
+    with pytest.raises(AdapterError, match=r"have rank 4, and adapter_config\.json says 16"):
+        export_adapter(tmp_path, tmp_path / "a.gguf", base=deepseek)
+
+
 def test_the_copy_of_the_head_that_peft_saves_is_no_part_of_the_adapter(tiny_text, tmp_path):
     base = tiny_text("llama")
     adapted = peft.get_peft_model(load_hf(open_hf(base)), peft.LoraConfig(target_modules=["lm_head"], r=4))

@@ -73,6 +73,11 @@ def _check(output: Path, flag: str, writes: Writes, inputs: Mapping[Path, str]) 
         raise WriteError(f"{output} ({flag}) is a {'directory' if is_file else 'file'}; give another name.")
     if os.path.isdir(output) and not os.access(output, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
         raise WriteError(f"{output} ({flag}) cannot be written: Permission denied. Choose another place.")
+    if is_file and os.path.isfile(output) and _is_read(output, "--output"):
+        raise WriteError(
+            f"{output} ({flag}) is there already and is no earlier result of this command: it would be lost. Give "
+            "another name."
+        )
     present = [path for path in (output, *_parts(output, whole=True)) if os.path.exists(path)]
     for given, of_input in inputs.items():
         if not os.path.exists(given):

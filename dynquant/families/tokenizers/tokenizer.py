@@ -43,11 +43,17 @@ class Vocabulary:
         return cls([f"[PAD{i}]" for i in range(size)], [TokenType.UNUSED] * size, [PAD_SCORE] * size)
 
     def put(self, token_id: int, text: str, kind: TokenType, score: float, where: Path) -> None:
-        """Raises CheckpointError when the embedding has no row for the token."""
+        """Raises CheckpointError when the embedding has no row for the token, or the row has another one."""
         if not 0 <= token_id < len(self.tokens):
             raise CheckpointError(
                 f"{where} gives {text!r} the id {token_id}, but the embedding has {len(self.tokens)} rows. Tokenizer "
                 "and weights belong to different models, or the embedding was not resized after tokens were added."
+            )
+        before = self.tokens[token_id]
+        if before != f"[PAD{token_id}]" and before.replace("\u2581", " ") != text.replace("\u2581", " "):
+            raise CheckpointError(
+                f"{where} gives the id {token_id} to {before!r} and to {text!r}. Which one the model was trained with "
+                "cannot be told: remove the wrong entry."
             )
         self.tokens[token_id], self.types[token_id], self.scores[token_id] = text, kind, score
 
