@@ -79,7 +79,8 @@ def load_llama_model(path: Path, *, vocab_only: bool) -> ctypes.c_void_p:
             "'dynquant-toolchain[llama]'."
         ) from error
 
-    check_complete(GGUFSource(path))  # llama.cpp aborts the process on some files, and takes others for whole
+    if not vocab_only:
+        check_complete(GGUFSource(path))  # llama.cpp aborts the process on some files, and takes others for whole
     log = llama_log()
     log.clear()
     params = api.llama_model_default_params()

@@ -293,13 +293,15 @@ def test_a_weight_that_was_edited_after_the_plan_is_noticed(small_moe, tmp_path,
             succeed(*arguments)
 
 
-def test_a_linked_model_exports_its_plan(small_moe, planned, tmp_path):
-    (tmp_path / "another-name").symlink_to(small_moe)
-    arguments = ("export", tmp_path / "another-name", "--plan", planned / "plan.json", "--encoder", "ggml", "-o")
-    succeed(*arguments, tmp_path / "a.gguf")
-    succeed("export", small_moe, *arguments[2:], tmp_path / "b.gguf")
-    one, other = ({t.name: t.data.tobytes() for t in gguf.GGUFReader(tmp_path / f"{n}.gguf").tensors} for n in "ab")
-    assert one == other
+def test_a_linked_or_renamed_model_exports_its_plan(small_moe, planned, tmp_path):
+    (tmp_path / "linked").symlink_to(small_moe)
+    shutil.copytree(small_moe, tmp_path / "a copy of another name")
+    files = []
+    for model in (small_moe, tmp_path / "linked", tmp_path / "a copy of another name"):
+        files.append(tmp_path / f"{len(files)}.gguf")
+        succeed("export", model, "--plan", planned / "plan.json", "--encoder", "ggml", "-o", files[-1])
+    tensors = [[(t.name, t.data.tobytes()) for t in gguf.GGUFReader(file).tensors] for file in files]
+    assert tensors[0] == tensors[1] == tensors[2] and files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_what_is_no_earlier_result_is_not_replaced(small_moe, damaged, planned, tmp_path):

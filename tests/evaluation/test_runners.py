@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dynquant.errors import CheckpointError
+from dynquant.evaluation.llama_cpp import llama_vocabulary
 from dynquant.evaluation.runners import LogitRunner, describe_model, open_encoder, open_runner, tokenizer_notes
 from dynquant.families.open import locate_model, open_config, open_model
 from tests.helpers.tiny_models import write_f32
@@ -135,6 +136,9 @@ def test_a_corrupt_gguf_is_refused_with_llama_cpps_reason(tmp_path: Path) -> Non
     path = tmp_path / "bad.gguf"
     path.write_bytes(b"GGUX" + bytes(100))
     with pytest.raises(CheckpointError, match=r"bad\.gguf: llama\.cpp cannot load the file: .*magic"):
+        with llama_vocabulary(path):
+            pass
+    with pytest.raises(CheckpointError, match="does not begin with `GGUF`"):
         open_runner(path)
 
 

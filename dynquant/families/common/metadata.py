@@ -80,8 +80,8 @@ def write_general_keys(
     """`general.*` keys: type, and what the directory name and model card tell (name, size label, license, …)."""
     total, shared, expert, count = _parameter_counts(source)
     try:
-        metadata = gguf.Metadata.load(None, directory, None, total)
-        metadata.name = metadata.name or directory.name
+        metadata = gguf.Metadata.load(None, directory.resolve(), None, total)
+        metadata.name = metadata.name or directory.resolve().name
         metadata.size_label = metadata.size_label or gguf.size_label(total, shared, expert, count)
         writer.add_type(kind)
         metadata.set_gguf_meta_model(writer)
