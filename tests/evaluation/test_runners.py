@@ -135,9 +135,9 @@ def test_descriptions_come_without_weights(small_moe, small_gguf) -> None:
 def test_a_corrupt_gguf_is_refused_with_llama_cpps_reason(tmp_path: Path) -> None:
     path = tmp_path / "bad.gguf"
     path.write_bytes(b"GGUX" + bytes(100))
-    with pytest.raises(CheckpointError, match=r"bad\.gguf: llama\.cpp cannot load the file: .*magic"):
-        with llama_vocabulary(path):
-            pass
+    words = r"bad\.gguf: llama\.cpp cannot load the file: .*magic"
+    with pytest.raises(CheckpointError, match=words), llama_vocabulary(path):
+        pass
     with pytest.raises(CheckpointError, match="does not begin with `GGUF`"):
         open_runner(path)
 
