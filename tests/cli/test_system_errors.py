@@ -10,6 +10,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from tests.helpers.commands import command, linked_copy, refused, run, succeed
+from tests.helpers.representatives import represented_by
 
 HIDE = """
 import sys
@@ -87,10 +88,17 @@ def shell(line, *arguments):
 
 @pytest.mark.parametrize(
     "line",
-    ['"$@" 2>&1 | head -0; exit ${PIPESTATUS[0]}', '"$@" | true; exit ${PIPESTATUS[0]}', '"$@" >&- 2>&- <&-',
-     '"$@" --json-progress >(head -c 1 >&2)', '"$@" 2>/dev/full'],
-    ids=["no reader", "no reader of results", "closed", "no reader of progress", "full log"],
-)  # fmt: skip
+    represented_by(
+        ('"$@" 2>&1 | head -0; exit ${PIPESTATUS[0]}',),
+        (
+            '"$@" 2>&1 | head -0; exit ${PIPESTATUS[0]}',  # no reader
+            '"$@" | true; exit ${PIPESTATUS[0]}',  # none of results
+            '"$@" >&- 2>&- <&-',
+            '"$@" --json-progress >(head -c 1 >&2)',  # none of progress
+            '"$@" 2>/dev/full',
+        ),
+    ),
+)
 def test_an_export_outlives_who_listens(line, small_moe, exported, tmp_path):
     status, _, said = shell(line, "export", small_moe, "--preset", "f16", "-o", tmp_path / "model.gguf")
     assert status == 0 and "Traceback" not in said and "Exception ignored" not in said
@@ -98,7 +106,10 @@ def test_an_export_outlives_who_listens(line, small_moe, exported, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
 
 
-@pytest.mark.parametrize("arguments", [("inspect",), ("inspect", "--json"), ("recipe",), ("--help",)])
+@pytest.mark.parametrize(
+    "arguments",
+    represented_by((("inspect", "--json"),), (("inspect",), ("inspect", "--json"), ("recipe",), ("--help",))),
+)
 def test_results_that_cannot_be_written_are_a_refusal(arguments, exported):
     more = () if arguments == ("--help",) else (exported,)
     status, _, said = shell('"$@" >/dev/full', *arguments, *more)

@@ -150,6 +150,13 @@ def test_a_truncated_gguf_is_refused(small_gguf: Path, tmp_path: Path) -> None:
         open_runner(path)
 
 
+def test_a_gguf_with_more_behind_it_is_refused(small_gguf: Path, tmp_path: Path) -> None:
+    path = tmp_path / "joined.gguf"
+    path.write_bytes(small_gguf.read_bytes() + bytes(100))
+    with pytest.raises(CheckpointError, match=r"joined\.gguf"):
+        open_runner(path)
+
+
 def test_what_is_not_a_model_is_refused(tmp_path: Path) -> None:
     later = tmp_path / "m-00002-of-00003.gguf"
     later.write_bytes(b"")

@@ -345,6 +345,7 @@ def plan_with(document, entry, **changes):
     return {**document, "entries": entries}
 
 
+@pytest.mark.nightly
 def test_importance_and_feedback_lose_less_than_rounding_to_nearest(small_moe, calibrated_16m, tmp_path):
     """int4 experts of two layers of the bundled model, on text that calibration did not see."""
     stats = calibrated_16m / "stats.safetensors"

@@ -125,6 +125,7 @@ def test_a_killed_export_ends_with_the_same_bytes(small_moe, plan, files, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
 
 
+@pytest.mark.nightly
 def test_safetensors_get_the_tuned_bytes(small_moe, plan, files, tmp_path):
     export(small_moe, plan, tmp_path / "out", "-f", "safetensors", "--tune", TUNE_TOKENS)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

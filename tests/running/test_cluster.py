@@ -71,6 +71,7 @@ def encoding(pool: RayPool, opened, *, shipped: bool = False, **changes) -> Remo
     return RemoteEncoding(pool, EncoderChoice.of(GGML, "cpu", 1), TaskNeeds(), files, sent)
 
 
+@pytest.mark.nightly
 def test_a_node_that_dies_half_way_changes_no_byte(cluster, pool, moe, plan, local, tmp_path):
     doomed = list(cluster.worker_nodes)
     assert len(doomed) == 1
@@ -89,7 +90,6 @@ def test_a_node_that_dies_half_way_changes_no_byte(cluster, pool, moe, plan, loc
     assert not doomed and path.read_bytes() == local
 
 
-@pytest.mark.nightly
 def test_shipped_weights_give_the_same_bytes_without_files(pool, moe, plan, local, tmp_path):
     remote = encoding(pool, moe, shipped=True, path=tmp_path / "not there")
     (path,) = export_gguf(moe, plan, None, tmp_path / "a.gguf", encoder=GGML, limits=LIMITS, elsewhere=remote)

@@ -94,6 +94,7 @@ def test_the_adapter_starts_from_what_quantization_took(crushed, cache, healed, 
         run(crushed, cache, tmp_path / "other", start="svd")
 
 
+@pytest.mark.nightly
 def test_the_adapter_lies_between_its_start_and_the_trained_one(crushed, cache, healed, tmp_path):
     weights = {}
     for share, steps in ((0, 1), (1, OPTIONS.max_steps)):

@@ -115,6 +115,7 @@ def test_numbers_that_are_none_are_measured_again(number, tmp_path):
             assert journal.num_parts == 0
 
 
+@pytest.mark.nightly
 def test_the_command_goes_on_under_the_same_identity_alone(directory, stats_path, tmp_path, monkeypatch):
     def planned(name, stop=None):
         noted = NotedEncoding(monkeypatch, stop)

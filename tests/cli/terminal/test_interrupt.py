@@ -82,13 +82,12 @@ def test_interrupted_export_goes_on_to_the_same_bytes(small_moe, tmp_path):
     assert (broken / "model.gguf").read_bytes() == (whole / "model.gguf").read_bytes()
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("errors", "model", "options"),
     [
         ("errors.json", "tiny_moe", ("--tokens", "32768", "--types", TYPES, "--threads", "1", "--no-report")),
-        pytest.param(
-            "serving_errors.json", "small_moe", ("--tokens", "32768", "--for", "vllm"), marks=pytest.mark.nightly
-        ),
+        ("serving_errors.json", "small_moe", ("--tokens", "32768", "--for", "vllm")),
     ],
 )
 def test_interrupted_plan_goes_on_to_the_same_files(errors, model, options, request, tmp_path):
