@@ -12,7 +12,7 @@ export PYTHONSAFEPATH = 1
 demo: $(READY)
 	$(VENV)/bin/dynquant demo -o $(DEMO)
 
-# Six minutes on two cores: every behaviour, but of what takes long (interpreted and compiled Triton kernels, training
+# Five minutes on two cores: every behaviour, but of what takes long (interpreted and compiled Triton kernels, training
 # runs, Ray, kills, browsers, damaged files) one representative each.
 test: $(READY)
 	$(VENV)/bin/pytest $(SIDE_BY_SIDE)
