@@ -1,8 +1,10 @@
 """Regular expressions from users and files, run in time linear in the text (RE2): none can keep a command busy."""
 
+from functools import lru_cache
 from typing import Any
 
 
+@lru_cache  # RE2's own cache misses, since it compares options by identity; callers try a pattern on every name
 def compile_pattern(pattern: str) -> Any:
     """Return RE2's compiled pattern, which has the methods of `re`.
 

@@ -75,6 +75,16 @@ def test_importing_dynquant_loads_no_heavy_package() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_the_help_loads_no_heavy_package() -> None:
+    heavy = ("torch", "numpy", "pydantic", "transformers", "re2")
+    code = (
+        "import sys; sys.argv = ['dynquant', '--help']; from dynquant.cli.app import main\ntry:\n    main()\n"
+        f"except SystemExit:\n    print([m for m in {heavy} if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 def test_no_machine_path_or_registry_in_tracked_files() -> None:
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     texts = [ROOT / name for name in tracked if Path(name).suffix in (".py", ".md", ".toml", ".txt", ".json", "")]

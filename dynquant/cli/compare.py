@@ -10,8 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from dynquant.calibration.options import CalibrationOptions
 from dynquant.cli.export import print_exported
 from dynquant.cli.terminal import console
@@ -120,15 +118,15 @@ def compare_encoders(options: CompareEncodersOptions, session: Annotated[Session
     results.show(encoder_table)
 
 
-_ROWS = TypeAdapter(dict[str, dict[str, Any]])
-
-
 class _Results:
     """Rows of a comparison by name, written to `path` after every file."""
 
     def __init__(self, path: Path, options: CompareOptions | CompareEncodersOptions, session: Session) -> None:
+        from pydantic import TypeAdapter, ValidationError  # here, since `--help` imports this module
+
+        rows = TypeAdapter(dict[str, dict[str, Any]])
         try:
-            self.rows = _ROWS.validate_json(path.read_bytes()) if path.is_file() else {}
+            self.rows = rows.validate_json(path.read_bytes()) if path.is_file() else {}
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
             raise EvaluationError(
