@@ -117,9 +117,11 @@ class WeightChecks:
 
     def __init__(self, expected: Mapping[str, str], model_name: str) -> None:
         self._expected, self._model_name = expected, model_name
-        self._parts: dict[str, dict[tuple[range, range], tuple[int, int]]] = {}
+        self._read: dict[str, tuple[list[tuple[int, int]], int]] = {}  # name -> spans of rows, and their checksum
 
-    def add(self, name: str, shape: tuple[int, ...], experts: range, weights: torch.Tensor, rows: range | None = None):
+    def add(
+        self, name: str, shape: tuple[int, ...], experts: range, weights: torch.Tensor, rows: range | None = None
+    ) -> None:
         """Take down weights of some experts, or of some rows.
 
         Raises:
@@ -127,14 +129,20 @@ class WeightChecks:
         """
         if name not in self._expected:
             return
-        parts, num_rows = self._parts.setdefault(name, {}), _stacked(shape)[1]
-        rows = range(num_rows) if rows is None else rows
-        if any(set(experts) & set(others) and set(rows) & set(more) for others, more in parts):
-            parts.clear()  # the tensor is read again, in other parts
-        # Rows are counted over all experts; parts have all rows of several experts, or rows of one.
-        parts[experts, rows] = weights.numel(), checksum(weights, experts.start * num_rows + rows.start)
-        counts, sums = zip(*parts.values(), strict=True)
-        if sum(counts) == prod(shape) and (now := f"{sum(sums) % (1 << 64):016x}") != self._expected[name]:
+        num_experts, num_rows, columns = _stacked(shape)
+        # Rows are counted over all experts; a part has all rows of several experts, or rows of one.
+        first = experts.start * num_rows + (0 if rows is None else rows.start)
+        last = first + weights.numel() // max(1, columns)
+        spans, total = self._read.get(name, ([], 0))
+        if any(start < last and first < stop for start, stop in spans):
+            spans, total = [], 0  # the tensor is read again, in other parts
+        total = (total + checksum(weights, first)) % (1 << 64)
+        if spans and spans[-1][1] == first:  # parts come in order, so that there is one span
+            first = spans.pop()[0]
+        spans.append((first, last))
+        self._read[name] = spans, total
+        is_whole = sum(stop - start for start, stop in spans) == num_experts * num_rows
+        if is_whole and (now := f"{total:016x}") != self._expected[name]:
             raise ExportError(
                 f"The weights of `{name}` in {self._model_name} changed since the plan was made: their checksum was "
                 f"{self._expected[name]}, now it is {now}. Plan again from this checkpoint, or bring the old one back."

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from dynquant.encoding.interface import ProtectedWeight
-from dynquant.encoding.parts import FEWEST_ROWS, PART_WEIGHTS, PartLimits, TensorPart, load_part
+from dynquant.encoding.parts import FEWEST_ROWS, PART_WEIGHTS, PartLimits, TensorPart, WeightChecks, load_part
 from dynquant.encoding.stream import Guidance, TensorEncoder, load_encoder
 from dynquant.errors import ExportError
+from dynquant.formats.checksum import checksum
 from dynquant.formats.quant_types import QUANT_TYPES
 from tests.encoding.test_stream import tiny_model
 
@@ -64,3 +65,21 @@ def test_the_dynquant_encoders_parts_equal_whole_tensors():
         part = TensorPart(name, shape, Q2_K, experts, rows)
         assert torch.equal(load_part(model.source, part), weights[experts.start : experts.stop, rows.start : rows.stop])
         assert torch.equal(tensors.part(part), whole[experts.start : experts.stop, rows.start : rows.stop])
+
+
+def test_weights_are_compared_in_whatever_parts_they_are_read():
+    weights = torch.randn(6, 10, 32, generator=torch.Generator().manual_seed(0))
+    shape, expected = tuple(weights.shape), {"w": f"{checksum(weights):016x}"}
+    checks = WeightChecks(expected, "model")
+    for first, last in ((2, 4), (0, 2), (4, 6), (0, 3), (3, 6), (0, 6)):  # out of order, then again in other parts
+        checks.add("w", shape, range(first, last), weights[first:last])
+    for start in range(0, 10, 3):
+        rows = range(start, min(start + 3, 10))
+        for expert in range(6):
+            checks.add("w", shape, range(expert, expert + 1), weights[expert, start : rows.stop], rows)
+    changed = weights.clone()
+    changed[5, 9, 31] += 1
+    checks.add("w", shape, range(5), changed[:5])
+    with pytest.raises(ExportError, match="changed since the plan was made"):
+        checks.add("w", shape, range(5, 6), changed[5:])
+    checks.add("other", shape, range(6), changed)
