@@ -16,6 +16,7 @@ from dynquant.checkpoints.tensor_roles import gguf_name_of
 from dynquant.checkpoints.vision_names import vision_name
 from dynquant.errors import AdapterError
 from dynquant.families.text.registry import FAMILIES
+from dynquant.formats import decode
 from dynquant.lora.layers import FUSED_PARTS
 from dynquant.lora.places import takes_adapter
 from dynquant.lora.saved import WEIGHTS_NAME, base_copies, ends_in, read_adapter_config, stored_keys
@@ -162,15 +163,19 @@ def _with_names(config: LoraConfig, model: nn.Module) -> LoraConfig:
 
 def _check_copies(model: nn.Module, path: Path, copies: dict[str, str]) -> None:
     """Refuse a copy of a base weight that is not the model's own, as of a resized vocabulary."""
+    modules = dict(model.named_modules())
     with safe_open(path / WEIGHTS_NAME, "pt") as file:
         for key, name in copies.items():
-            base, copy = dict(model.named_modules()).get(name), file.get_tensor(key)
-            weight = getattr(base, "weight", None)
-            if copy.dtype == torch.uint8:
-                is_same = weight is not None and torch.equal(copy, base.state_dict()["weight"].cpu())
+            base, copy = modules.get(name), file.get_tensor(key)
+            stored = None if base is None else base.state_dict().get("weight")
+            if stored is None:
+                is_same = False
+            elif copy.dtype == torch.uint8:
+                is_same = torch.equal(copy, stored.cpu())
+            elif isinstance(base, PackedModule) and "weight" in base.packed_names:
+                is_same = base.shape_of("weight") == copy.shape and _is_near(copy, stored, base.types["weight"])
             else:
-                values = base.dense("weight", torch.float32) if isinstance(base, PackedModule) else weight
-                is_same = values is not None and values.shape == copy.shape and _is_near(copy, values)
+                is_same = stored.shape == copy.shape and _is_near(copy, stored)
             if not is_same:
                 raise AdapterError(
                     f"{path / WEIGHTS_NAME} holds `{key}`, a copy of the weight that it was trained beside, and "
@@ -179,11 +184,11 @@ def _check_copies(model: nn.Module, path: Path, copies: dict[str, str]) -> None:
                 )
 
 
-def _is_near(copy: torch.Tensor, values: torch.Tensor) -> bool:
+def _is_near(copy: torch.Tensor, stored: torch.Tensor, type_name: str = "") -> bool:
     """Return True for the same weights but for rounding: even 1.56 bits keep a cosine of 0.8."""
-    rows = slice(0, 1024)  # enough to tell other weights, and little to decode of a large head
-    first, second = copy[rows].float().flatten(), values[rows].float().cpu().flatten()
-    return bool(torch.cosine_similarity(first, second, dim=0) > 0.7)
+    copy, stored = copy[:1024], stored[:1024].cpu()  # rows enough to tell other weights, and little to decode of a head
+    values = decode(type_name, stored, tuple(copy.shape)) if type_name else stored
+    return bool(torch.cosine_similarity(copy.float().flatten(), values.float().flatten(), dim=0) > 0.7)
 
 
 def _packed_linears(model: nn.Module) -> list[str]:

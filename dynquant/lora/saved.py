@@ -11,10 +11,10 @@ pickle, and patterns run in linear time.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
@@ -33,6 +33,7 @@ _UNSUPPORTED = (
     "trainable_token_indices", "arrow_config", "kasa_config", "monteclora_config", "velora_config",
 )  # fmt: skip
 _KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
+_N = TypeVar("_N", int, float)
 Rank = Annotated[int, Field(ge=1, le=65536)]
 Alpha = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 
@@ -60,14 +61,15 @@ class AdapterConfig(BaseModel):
 
     def rank_of(self, name: str) -> int:
         """Return the rank of the module or parameter `name`: the first pattern that matches its end decides."""
-        patterns = self.rank_pattern or {}
-        return next((rank for pattern, rank in patterns.items() if ends_in(pattern, name)), self.r)
+        return _first_of(self.rank_pattern, name, self.r)
 
     def alpha_of(self, name: str) -> float:
         """Return alpha of the module or parameter `name`: the first pattern that matches its end decides."""
-        patterns = self.alpha_pattern or {}
-        matches = (alpha for pattern, alpha in patterns.items() if ends_in(pattern, name))
-        return next(matches, self.lora_alpha)
+        return _first_of(self.alpha_pattern, name, self.lora_alpha)
+
+
+def _first_of(patterns: Mapping[str, _N] | None, name: str, otherwise: _N) -> _N:
+    return next((value for pattern, value in (patterns or {}).items() if ends_in(pattern, name)), otherwise)
 
 
 def ends_in(pattern: str, name: str) -> bool:
