@@ -21,7 +21,7 @@ from dynquant.encoding.stream import QuantizedPart
 from dynquant.errors import CheckpointError, ExportError
 from dynquant.exporters.model_card import packed_card
 from dynquant.exporters.output import Encoding
-from dynquant.families.common.config import Config, read_config, read_json
+from dynquant.families.common.config import Config, quantization_of, read_config, read_json
 from dynquant.families.common.conversion import ConvertedSource, load_finite
 from dynquant.families.from_gguf import config_from_gguf, tokenizer_files
 from dynquant.families.text.registry import FAMILIES
@@ -84,9 +84,7 @@ def export_safetensors(
 
 def _check_is_free(output: Path) -> None:
     """Raise ExportError for a directory that holds a checkpoint which was not packed here."""
-    config = output / "config.json"
-    quantization = read_json(config).get("quantization_config") if config.is_file() else {"quant_method": "dynquant"}
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != "dynquant":
+    if (output / "config.json").is_file() and quantization_of(output).get("quant_method") != "dynquant":
         raise ExportError(
             f"{output} holds another checkpoint, whose weights and config.json would be replaced. Export to a new "
             "directory."

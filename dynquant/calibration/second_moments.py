@@ -26,7 +26,7 @@ from dynquant.calibration.importance import SHRINK_TOKENS, importance
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance, check_finite
 from dynquant.checkpoints.tensor_source import is_finite
 from dynquant.errors import StatsError, unreadable
-from dynquant.storage.atomic import read_saved_header, read_tensors, save_tensors
+from dynquant.storage.atomic import read_tensors, read_tensors_header, save_tensors
 
 DAMPING = 0.01  # added to the diagonal, as a share of its mean
 
@@ -158,7 +158,7 @@ def path_beside(stats: Path) -> Path:
 def kind_beside(stats: Path) -> str:
     """Return what the second moments beside statistics are of, or "none"; a damaged file is none, too."""
     try:
-        return read_saved_header(path_beside(stats))["kind"]
+        return read_tensors_header(path_beside(stats))["kind"]
     except (OSError, SafetensorError, KeyError, ValueError, TypeError):
         return "none"
 

@@ -11,6 +11,8 @@ from typing import Protocol
 
 import torch
 
+from dynquant.errors import CheckpointError
+
 GGML_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """PyTorch's names of float types -> ggml's."""
 
@@ -31,6 +33,16 @@ class TensorInfo:
 def is_finite(tensor: torch.Tensor) -> bool:
     """Return False for a tensor with NaN or infinite values; needs no memory of the tensor's size."""
     return not tensor.numel() or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
+
+
+def checked_finite(name: str, values: torch.Tensor) -> torch.Tensor:
+    """Return the values of a checkpoint's tensor. Raises CheckpointError: some are NaN or infinite."""
+    if not is_finite(values):
+        raise CheckpointError(
+            f"`{name}` holds NaN or infinite values; a model with such weights cannot be quantized. Fetch the "
+            "checkpoint again or repair that tensor."
+        )
+    return values
 
 
 class TensorSource(Protocol):

@@ -17,7 +17,7 @@ from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_source import INDEX_NAME, SINGLE_NAME, SafetensorsSource, refuse_quantized
 from dynquant.checkpoints.tensor_source import TensorSource
 from dynquant.errors import CheckpointError, ExportError
-from dynquant.families.common.config import read_config, read_json
+from dynquant.families.common.config import quantization_of, read_config, read_json
 from dynquant.families.common.conversion import ConvertedSource
 from dynquant.families.common.conversion_book import ConversionBook
 from dynquant.families.common.metadata import recorded_fields, write_general_keys
@@ -164,8 +164,7 @@ def check_original(path: Path, original: Model) -> None:
         fields = {field.key: str(field.value) for field in GGUFSource(path).metadata}
         recorded = fields.get("dynquant.fingerprint")
     else:
-        quantization = read_json(path / "config.json").get("quantization_config")
-        provenance = quantization.get("provenance") if isinstance(quantization, dict) else None
+        provenance = quantization_of(path).get("provenance")
         recorded = provenance.get("fingerprint") if isinstance(provenance, dict) else None
     if recorded and recorded != original.fingerprint:
         raise CheckpointError(

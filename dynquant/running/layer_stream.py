@@ -20,7 +20,8 @@ from torch import nn
 
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_source import StoredValues
-from dynquant.errors import CheckpointError, StatsError
+from dynquant.checkpoints.tensor_source import checked_finite
+from dynquant.errors import StatsError
 from dynquant.running.expert_hooks import record_experts
 from dynquant.running.load import empty_hf
 from dynquant.running.stored_experts import StoredExperts
@@ -219,11 +220,7 @@ class LayerStream:
     def _values(self, name: str, stored: StoredValues | None = None) -> torch.Tensor:
         dtype = torch.float32 if any(pattern in name for pattern in self._exact_types) else self.dtype
         values = (stored or self._weights.load(name)).moved(self.device).to(dtype)
-        if torch.isfinite(values).logical_not_().any():  # in place: a second mask would cost memory
-            raise CheckpointError(
-                f"`{name}` holds NaN or infinite values; a model with such weights cannot be quantized. Fetch the "
-                "checkpoint again or repair that tensor."
-            )
+        checked_finite(name, values)
         for row, column in [place[2:] for place in self._zeroed if place[:2] == (name, None)]:
             values = values.clone()
             values[row, column] = 0

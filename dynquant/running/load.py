@@ -17,7 +17,7 @@ from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_source import checkpoint_spans
 from dynquant.checkpoints.tensor_source import is_finite
 from dynquant.errors import CheckpointError
-from dynquant.families.common.config import read_json
+from dynquant.families.common.config import quantization_of
 from dynquant.families.common.conversion import ConvertedSource
 from dynquant.families.common.conversion_book import some_of
 from dynquant.families.open import is_gguf, open_hf
@@ -86,8 +86,7 @@ def _fp8_model(directory: Path) -> Model | None:
 
     Raises CheckpointError for a family whose weights dynquant cannot read.
     """
-    quantization = read_json(directory / "config.json").get("quantization_config")
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != "fp8":
+    if quantization_of(directory).get("quant_method") != "fp8":
         return None
     try:
         return open_hf(directory)

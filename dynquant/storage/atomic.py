@@ -115,12 +115,6 @@ def read_tensors_header(path: Path) -> dict[str, Any]:
     return header
 
 
-def read_saved_header(path: Path) -> dict[str, Any]:
-    """Return the header of a file of `save_tensors`; raises as `read_tensors`."""
-    with safe_open(path, framework="pt") as file:
-        return parse_json((file.metadata() or {})["dynquant"])
-
-
 def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, "Tensor"]]:
     """Return the header and, by memory map, the tensors of a file of `save_tensors`.
 

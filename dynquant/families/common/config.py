@@ -8,7 +8,7 @@ import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dynquant.errors import CheckpointError, unreadable
 from dynquant.storage.strict_json import parse_json
@@ -103,6 +103,13 @@ def read_json(path: Path) -> dict[str, object]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a JSON {type(content).__name__}, not an object. Fetch it again.")
     return content
+
+
+def quantization_of(directory: Path) -> dict[str, Any]:
+    """Return `quantization_config` of a directory; empty where config.json has none. Raises CheckpointError: as
+    `read_json`."""
+    stated = read_json(directory / "config.json").get("quantization_config")
+    return stated if isinstance(stated, dict) else {}
 
 
 def read_config(directory: Path, known: Collection[str], *, same_as: Mapping[str, str] | None = None) -> Config:

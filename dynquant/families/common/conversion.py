@@ -10,8 +10,7 @@ from math import prod
 
 import torch
 
-from dynquant.checkpoints.tensor_source import TensorInfo, TensorSource
-from dynquant.errors import CheckpointError
+from dynquant.checkpoints.tensor_source import TensorInfo, TensorSource, checked_finite
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
 _COMPARED_VALUES = 1 << 24
@@ -49,13 +48,7 @@ class Conversion:
 
 def load_finite(source: TensorSource, name: str, index: int | slice | None = None) -> torch.Tensor:
     """A checkpoint tensor as float32. Raises CheckpointError when it holds NaN or infinite values."""
-    values = source.load(name, index)
-    if not torch.isfinite(values).all():
-        raise CheckpointError(
-            f"`{name}` holds NaN or infinite values; a model with such weights cannot be quantized. Fetch the "
-            "checkpoint again or repair that tensor."
-        )
-    return values
+    return checked_finite(name, source.load(name, index))
 
 
 def differ(source: TensorSource, name: str, other: str) -> bool:
