@@ -9,7 +9,6 @@ Types that this encoder does not search (floats, Q8_0, the 32-wide Q4_0 to Q5_1 
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
@@ -24,6 +23,7 @@ from dynquant.encoding.search.layouts import LAYOUTS, BlockLayout, Fields
 from dynquant.encoding.search.rows import Rows
 from dynquant.encoding.search.scales import fit
 from dynquant.errors import EncodeError
+from dynquant.workers import torch_threads
 
 _CPU_WEIGHTS = 1 << 21
 _GPU_WEIGHTS = 1 << 26
@@ -58,7 +58,7 @@ class DynquantEncoder(Encoder):
             shape = weights[experts].shape
             return loss_under(shape, importance, moments, self.device, protected_column=protected_column)
 
-        with _threads(request.threads):
+        with torch_threads(request.threads):
             for experts in self._expert_batches(weights, hessian):
                 loss = loss_of(experts)
                 at_once = self._weights_at_once // (len(weights[experts]) * weights.shape[-1])
@@ -151,14 +151,3 @@ def _check_weights(layout: BlockLayout, x: Tensor, name: str) -> None:
             f"`{name}` cannot be encoded as {layout.name}: the scale of a block is beyond float16 (the largest weight "
             f"here is {peak:.3g}). Keep this tensor as F32 or BF16."
         )
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
