@@ -47,9 +47,17 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 6144, "moe_intermediate_size": 768,
         "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True, "max_position_embeddings": 40_960,
     }),
+    "1.5b": ("qwen2", {
+        "vocab_size": 151_936, "hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 12,
+        "num_key_value_heads": 2, "intermediate_size": 8960, "max_position_embeddings": 32_768,
+        "tie_word_embeddings": True,
+    }),
 }  # fmt: skip
-"""Name -> model type and configuration: a test bed, a small mixture of experts, and Qwen3-30B-A3B's."""
+"""Name -> model type and configuration: a test bed, a small mixture of experts, Qwen3-30B-A3B's, Qwen2.5-1.5B's."""
 
+_CLASSES = {
+    "deepseek_v3": "DeepseekV3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "qwen2": "Qwen2ForCausalLM"
+}  # fmt: skip
 _TOKENS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "tie_word_embeddings": False}
 _DRAWN_AT_ONCE = 1 << 22  # float32 values: 16 MB
 _SHARD_BYTES = 2_000_000_000
@@ -103,8 +111,8 @@ def _config(shape: str, changed: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
     model_type, values = SHAPES[shape]
-    config = AutoConfig.for_model(model_type, **values | changed, **_TOKENS)
-    config.architectures = [{"deepseek_v3": "DeepseekV3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}[model_type]]
+    config = AutoConfig.for_model(model_type, **_TOKENS | values | changed)
+    config.architectures = [_CLASSES[model_type]]
     config.dtype = torch.bfloat16
     return config
 
@@ -115,6 +123,8 @@ def _tensors(config: Any) -> list[StoredTensor]:
 
     with torch.device("meta"):
         entries = AutoModelForCausalLM.from_config(config).state_dict()
+    if config.tie_word_embeddings:
+        del entries["lm_head.weight"]
     return [stored for name, tensor in entries.items() for stored in _stored(name, tuple(tensor.shape))]
 
 
