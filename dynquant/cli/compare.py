@@ -131,7 +131,8 @@ class _Results:
             self.rows = rows.validate_json(path.read_bytes()) if path.is_file() else {}
         except ValidationError as error:
             raise EvaluationError(
-                f"{path} is no table of an earlier comparison ({first_fault(error)}). Remove it, or choose another output."
+                f"{path} is no table of an earlier comparison ({first_fault(error)}). Remove it, or choose "
+                "another output."
             ) from error
         self.session = session
         self._path, self._options, self._settings = path, options, dict(_settings(options))

@@ -1,4 +1,4 @@
-"""Recognizes files that are not what their ending says: data under the name of a text, other encodings, programs' files.
+"""Recognizes files that are not what their ending says: data under the name of a text, other encodings, documents.
 
 Only what is sure is named: a text may begin with a bracket, hold commas in every line, or be about JSON.
 """
@@ -29,10 +29,31 @@ START_BYTES = max(map(len, _MAGIC))
 _BEFORE_RECORD = re.compile(r"\s*(\[\s*)?(?=\{)")
 _AFTER_RECORD = re.compile(r"\s*([\]{,]|$)")
 _PYTHON_RECORD = re.compile(r"\s*\[?\s*\{'(text|messages|prompt|completion|content|question|instruction)': ?['\"\[{]")
-_COLUMNS = frozenset({
-    "text", "texts", "content", "contents", "body", "document", "article", "sentence", "message", "messages", "prompt",
-    "completion", "instruction", "input", "output", "response", "question", "answer", "label", "id", "title",
-})  # fmt: skip
+_COLUMNS = frozenset(
+    {
+        "text",
+        "texts",
+        "content",
+        "contents",
+        "body",
+        "document",
+        "article",
+        "sentence",
+        "message",
+        "messages",
+        "prompt",
+        "completion",
+        "instruction",
+        "input",
+        "output",
+        "response",
+        "question",
+        "answer",
+        "label",
+        "id",
+        "title",
+    }
+)
 _ROWS_LOOKED_AT = 20
 
 

@@ -127,7 +127,10 @@ class FinetuneOptions(Options):
 
     packed: Packed
     output: Output
-    data: Annotated[Path, Flag('.jsonl, .json, .csv or .parquet with "messages", "prompt" and "completion", or "text" in each record.')]
+    data: Annotated[
+        Path,
+        Flag('.jsonl, .json, .csv or .parquet with "messages", "prompt" and "completion", or "text" in each record.'),
+    ]
     held_out: Annotated[float, Flag("Share of the lines that is held out.", min=0, max=0.9)] = 0.1
     max_length: Annotated[int, Flag("Tokens of an example; longer ones are cut.", min=2)] = 1024
     tokenizer: Annotated[str | None, Flag("Model whose tokenizer to use. Default: that of the packed model.")] = None

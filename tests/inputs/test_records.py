@@ -206,11 +206,21 @@ NO_PROSE = {
     "": "is empty",
 }
 PROSE = (
-    "[see here](https://a.b), he said, and [there](c)", "[1] A note.\n[2] Another.", "[[nodiscard]] int f();\n",
-    "{\n  int x = 1;\n}\n", '{"a": 1} is an object in JSON.', "[x for x in y]\n", '["a"] + b\n',
-    "Text, he said\nis a word, and\nso is this, too\n", "title: x\n\nbody", "a | b\n", "| id | text |\n|--|--|\n| 1 | x |\n",
-    "Title, answer\nThis is a poem\n", "{{ text }}\n", "{'a': b}\n",
-)  # fmt: skip
+    "[see here](https://a.b), he said, and [there](c)",
+    "[1] A note.\n[2] Another.",
+    "[[nodiscard]] int f();\n",
+    "{\n  int x = 1;\n}\n",
+    '{"a": 1} is an object in JSON.',
+    "[x for x in y]\n",
+    '["a"] + b\n',
+    "Text, he said\nis a word, and\nso is this, too\n",
+    "title: x\n\nbody",
+    "a | b\n",
+    "| id | text |\n|--|--|\n| 1 | x |\n",
+    "Title, answer\nThis is a poem\n",
+    "{{ text }}\n",
+    "{'a': b}\n",
+)
 
 
 @pytest.mark.parametrize("content", NO_PROSE)
