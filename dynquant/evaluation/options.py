@@ -51,7 +51,8 @@ class EvalOptions(Options):
         Path | None,
         Flag(
             "Questions with pictures, .jsonl, .json or .parquet, for kl and vqa of a vision-language model. The "
-            "candidate is then a plan.json, its folder, a Hugging Face directory, packed or not, or a .gguf file with its mmproj file.",
+            "candidate is then a plan.json, its folder, a Hugging Face directory, packed or not,"
+            " or a .gguf file with its mmproj file.",
             show_default=False,
         ),
     ] = None
