@@ -11,16 +11,15 @@ from statistics import median
 
 import torch
 
-from dynquant.calibration.collector import KINDS
+from dynquant.calibration.files import KINDS, kind_path
 from dynquant.calibration.importance import importance
-from dynquant.calibration.stage import kind_path
 from dynquant.calibration.statistics import CalibrationStats, InputStats
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import Role, layer_of, role_of
 from dynquant.encoding.stream import load_encoder
 from dynquant.formats import decode
 from dynquant.formats.quant_types import QUANT_TYPES, fit_to_row
-from dynquant.recipes.folder import TOKEN_ERRORS_NAME
+from dynquant.recipes.files import TOKEN_ERRORS_NAME
 from dynquant.recipes.presets import is_quantizable
 from dynquant.session import Session
 from dynquant.storage.documents import FrozenRecord, read_document

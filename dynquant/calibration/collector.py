@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from dynquant.calibration.files import IMAGE, KINDS, TEXT
 from dynquant.calibration.recorders import InputRecorder, MomentRecorder
 from dynquant.calibration.statistics import InputStats
 from dynquant.checkpoints.tensor_roles import gguf_name_of, role_of
@@ -20,8 +21,6 @@ from dynquant.inputs.model_inputs import Batch
 from dynquant.running.expert_hooks import ExpertCall, expert_modules, record_experts
 from dynquant.running.linear_hooks import LinearHooks, linear_names
 
-IMAGE, TEXT = "image", "text"
-KINDS = (IMAGE, TEXT)  # kinds of tokens that are told apart where pictures are seen
 _ALL = ""
 _PICTURE_READERS = ("cross_attn_k.weight", "cross_attn_v.weight")
 

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from dynquant.calibration.collector import KINDS, Collector, SampleLimits
+from dynquant.calibration.collector import Collector, SampleLimits
+from dynquant.calibration.files import KINDS
 from dynquant.calibration.options import Hessians
 from dynquant.calibration.recorders import DEFAULT_LIMIT, MomentRecorder
 from dynquant.calibration.second_moments import SecondMoments

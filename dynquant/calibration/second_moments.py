@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from dynquant.calibration.files import path_beside
 from dynquant.calibration.importance import SHRINK_TOKENS, importance
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance, check_finite
 from dynquant.checkpoints.tensor_source import is_finite
@@ -147,12 +148,6 @@ def _fill(moments: SecondMoments, tensors: dict[str, torch.Tensor]) -> None:
         raise ValueError("`aliases` does not map weights to inputs")
     if moments.kind not in ("activations", "gradients") or tokens.ndim != 2 or tokens.is_floating_point():
         raise ValueError(f"the kind {moments.kind!r:.40} of {list(tokens.shape)} tokens")
-
-
-def path_beside(stats: Path) -> Path:
-    """Return the file of the second moments beside statistics: `stats.safetensors` -> `hessians.safetensors`."""
-    name = stats.name.replace("stats", "hessians")
-    return stats.with_name(name if name != stats.name else f"{stats.stem}.hessians{stats.suffix}")
 
 
 def kind_beside(stats: Path) -> str:

@@ -22,9 +22,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dynquant import __version__
 from dynquant.calibration.collector import Collector
+from dynquant.calibration.files import path_beside
 from dynquant.calibration.options import Hessians
 from dynquant.calibration.run import Calibration, Split, StatisticsOptions, check_seen, split_inputs
-from dynquant.calibration.second_moments import named_tensors, path_beside
+from dynquant.calibration.second_moments import named_tensors
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_format import merge_tensor_files

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dynquant.calibration.files import STATS_NAME
 from dynquant.checkpoints.gguf_layout import mmproj_path
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_source import weight_files
@@ -43,7 +44,7 @@ from dynquant.inputs.pictures import Sample, SampleEncoder, image_token_of, read
 from dynquant.inputs.processor import image_token_limits, load_processor
 from dynquant.inputs.questions import load_questions, take_evenly
 from dynquant.inputs.text import TextEncoder, evaluation_windows
-from dynquant.recipes.folder import STATS_NAME, stats_of_plan
+from dynquant.recipes.folder import stats_of_plan
 from dynquant.recipes.plan import Plan
 from dynquant.resources import chosen_device
 from dynquant.running.load import load_hf

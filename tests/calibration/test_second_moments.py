@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from dynquant.calibration.files import path_beside
 from dynquant.calibration.importance import importance
 from dynquant.calibration.run import StatisticsOptions, collect_statistics
-from dynquant.calibration.second_moments import DAMPING, SecondMoments, hessian, path_beside
+from dynquant.calibration.second_moments import DAMPING, SecondMoments, hessian
 from dynquant.calibration.statistics import CalibrationStats, InputStats, StatsProvenance
 from dynquant.errors import StatsError
 from dynquant.families.open import open_model

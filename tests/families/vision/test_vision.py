@@ -11,8 +11,8 @@ import torch
 
 pytest.importorskip("PIL", reason="Pillow is not installed")
 from dynquant.analysis.plots import all_plots
+from dynquant.calibration.files import kind_path
 from dynquant.calibration.run import collect_statistics
-from dynquant.calibration.stage import kind_path
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
 from dynquant.checkpoints.tensor_roles import Role, gguf_name_of, role_of
 from dynquant.checkpoints.vision_names import vision_name
