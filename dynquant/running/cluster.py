@@ -9,7 +9,7 @@ import os
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,7 +41,7 @@ class StoredModel:
 
     path: Path
     fingerprint: str
-    settings: Settings
+    settings: Settings = field(hash=False)
     base_gguf: Path | None = None
 
     @classmethod

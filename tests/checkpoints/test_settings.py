@@ -21,7 +21,7 @@ EDITS = {
     "rms_norm_eps": (0.01, "was 1e-06 and is 0.01"),
     "rope_theta": (5000.0, r"was 10000 and is 5000"),
     "num_experts_per_tok": (1, "was 2 and is 1"),
-    "norm_topk_prob": (False, "`norm_topk_prob` in config.json\) was True and is absent"),
+    "norm_topk_prob": (False, r"`norm_topk_prob` in config.json\) was True and is absent"),
 }
 
 
