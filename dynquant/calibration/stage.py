@@ -20,9 +20,9 @@ from dynquant.calibration.sharded import calibrate_in_shards
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
 from dynquant.calibration.streamed import StreamingOptions, calibrate_streamed
 from dynquant.checkpoints.model import Model
-from dynquant.checkpoints.settings import differing_settings
 from dynquant.errors import PlanError, StatsError
 from dynquant.families.common.conversion import ConvertedSource
+from dynquant.families.common.settings import differing_settings
 from dynquant.families.open import open_and_announce
 from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.inputs.pictures import picture_inputs, read_samples

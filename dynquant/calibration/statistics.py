@@ -16,9 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 
 from dynquant import __version__
-from dynquant.checkpoints.settings import Setting, Settings, differing_settings
 from dynquant.checkpoints.tensor_source import is_finite
 from dynquant.errors import StatsError, unreadable
+from dynquant.families.common.settings import Setting, Settings, differing_settings
 from dynquant.storage.atomic import read_tensors, save_tensors
 
 SCHEMA_VERSION = 1

@@ -4,13 +4,13 @@ Every stage has the same view: GGUF tensor names, shapes and float32 values, GGU
 planning rules need. `families.open.open_model` makes one from a directory or a file.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from dynquant.checkpoints.gguf_source import MetadataField
-from dynquant.checkpoints.settings import Settings, settings_of_metadata
 from dynquant.checkpoints.tensor_source import TensorSource
 from dynquant.errors import CheckpointError
 
@@ -98,8 +98,8 @@ class Model:
     unwritten: tuple[str, ...] = ()
     base_gguf: Path | None = None
     """The file that a directory's tensors and metadata were taken from."""
-    stated: Settings = field(default_factory=dict)
-    """Settings of config.json that the metadata do not have."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Numbers that decide the computation beside the weights (`families.common.settings`)."""
 
     @cached_property
     def hyper(self) -> HyperParams:
@@ -108,11 +108,6 @@ class Model:
     @cached_property
     def fingerprint(self) -> str:
         return self.source.fingerprint
-
-    @cached_property
-    def settings(self) -> Settings:
-        """Return what decides the computation beside the weights, to record and compare with the fingerprint."""
-        return settings_of_metadata(self.metadata) | dict(self.stated)
 
     @cached_property
     def has_vision(self) -> bool:

@@ -26,7 +26,6 @@ from torch import Tensor
 from dynquant.checkpoints.gguf_layout import mmproj_path
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_source import weight_files
-from dynquant.checkpoints.settings import settings_note
 from dynquant.encoding.store import ENCODED_NAME, open_store
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import EvaluationError
@@ -38,6 +37,7 @@ from dynquant.evaluation.multiple_choice import AnswerScores, EncodedQuestion, S
 from dynquant.evaluation.options import EvalOptions, QuestionOptions
 from dynquant.evaluation.reference_cache import cache_key, load_cached, model_files, model_fingerprint, save_cached
 from dynquant.evaluation.rendered_model import RenderedModel
+from dynquant.families.common.settings import settings_note
 from dynquant.families.open import is_gguf, locate_model, open_model, settings_of
 from dynquant.inputs.model_inputs import Batch, ModelInputs, check_context
 from dynquant.inputs.pictures import Sample, SampleEncoder, image_token_of, read_samples

@@ -22,9 +22,9 @@ from pydantic import Field, model_validator
 
 from dynquant import __version__
 from dynquant.checkpoints.model import Model
-from dynquant.checkpoints.settings import Setting, differing_settings
 from dynquant.checkpoints.tensor_roles import Role
 from dynquant.errors import PlanError
+from dynquant.families.common.settings import Setting, differing_settings
 from dynquant.formats.quant_types import QUANT_TYPES, QuantType
 from dynquant.formats.storage_format import StorageFormat
 from dynquant.formats.vllm_schemes import SCHEMES, Scheme

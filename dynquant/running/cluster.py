@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dynquant.checkpoints.model import Model
-from dynquant.checkpoints.settings import Settings, differing_settings
 from dynquant.errors import ClusterError, DynquantError
+from dynquant.families.common.settings import Settings, differing_settings
 from dynquant.families.open import open_model
 
 Item = TypeVar("Item")

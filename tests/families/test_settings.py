@@ -8,8 +8,8 @@ import pytest
 
 from dynquant.calibration.options import CalibrationOptions
 from dynquant.calibration.stage import statistics_in
-from dynquant.checkpoints.settings import differing_settings, settings_of_config
 from dynquant.errors import CheckpointError
+from dynquant.families.common.settings import differing_settings, settings_of_config
 from dynquant.families.open import check_original, open_model, settings_of
 from dynquant.recipes.plan import Plan
 from dynquant.session import Session

@@ -7,7 +7,7 @@ since is noticed, by name. What is not on both sides is not compared: older file
 from collections.abc import Iterable, Iterator, Mapping
 from math import isclose
 
-from dynquant.checkpoints.gguf_reader import MetadataField
+from dynquant.checkpoints.gguf_source import MetadataField
 
 Setting = bool | int | float | str | list[bool] | list[int] | list[float] | list[str]
 Settings = Mapping[str, Setting]
@@ -37,9 +37,9 @@ _STEERING = (
     *_NAMED_IN_CONFIG, "expert_gating_func", "final_logit_softcapping", "rope.freq_base_swa",
     "rope.scaling.type", "rope.scaling.factor",
 )  # fmt: skip
-"""What is the same number in every form of a model, however its weights are split and joined."""
+"""Numbers that every form of a model has alike, however its weights are split and joined."""
 _OPTIONAL = ("expert_weights_norm", "final_logit_softcapping", "rope.scaling.type", "attention.sliding_window")
-"""What a model without it does not have among its keys."""
+"""Keys that are left out where a model does not have the thing."""
 
 
 def settings_of_metadata(fields: Iterable[MetadataField]) -> dict[str, Setting]:
