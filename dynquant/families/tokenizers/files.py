@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from dynquant.errors import CheckpointError
 from dynquant.families.common.config import read_json
+from dynquant.storage.documents import first_fault
 
 KINDS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 """Special tokens that transformers names, in the order in which it gives ids to those that have none."""
@@ -226,11 +227,9 @@ def checked(content: object, shape: type[_S], path: Path) -> _S:
     try:
         return shape.model_validate(content)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        place = ".".join(map(str, first["loc"]))[:200]
         raise CheckpointError(
-            f"{path} has not the shape of such a file: `{place}` is {first['input']!r:.80} ({first['msg']}). It is "
-            "damaged or of another program; fetch it again."
+            f"{path} has not the shape of such a file: {first_fault(error)}. It is damaged or of another program; "
+            "fetch it again."
         ) from error
 
 
