@@ -49,7 +49,7 @@ class Encoder(ABC):
     uses_hessians: ClassVar[bool]
     """True when `hessian` and `protected` change the bytes."""
     device = torch.device("cpu")
-    """Where blocks are searched."""
+    """The place where blocks are searched."""
 
     def encode(
         self,

@@ -109,7 +109,7 @@ class TensorEncoder:
     """Are told of all weights that are read."""
     limits: PartLimits = field(default_factory=PartLimits)
     _turn: Lock = field(default_factory=Lock, repr=False, compare=False)
-    """Of the part that a GPU encodes."""
+    """Taken by the part that a GPU encodes."""
 
     def parts(
         self, plan: Plan, *, whole: Collection[str] = (), at_once: int | None = None
