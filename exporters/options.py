@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from dynquant.calibration.files import STATS_NAME, files_beside
 from dynquant.calibration.options import CalibrationOptions
 from dynquant.options import (
     BaseGguf,
@@ -20,6 +19,7 @@ from dynquant.options import (
     Window,
     Writes,
 )
+from dynquant.storage.file_names import STATS_NAME, files_beside
 
 
 def stats_of_preset(output: Path) -> Path:

@@ -6,7 +6,6 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from dynquant.calibration.files import STATS_NAME, path_beside
 from dynquant.calibration.second_moments import SecondMoments
 from dynquant.calibration.stage import StatsFile, statistics_at
 from dynquant.checkpoints.gguf_layout import recorded_encoder
@@ -32,7 +31,6 @@ from dynquant.inputs.model_inputs import check_context
 from dynquant.inputs.text import pack_windows, read_text
 from dynquant.planning.target import Target
 from dynquant.recipes.build_plan import plan_for_vllm, plan_from_types, uniform_schemes
-from dynquant.recipes.files import SUPER_NAME
 from dynquant.recipes.folder import load_super_weights, stats_of_plan
 from dynquant.recipes.plan import Plan
 from dynquant.recipes.presets import preset_types
@@ -40,6 +38,7 @@ from dynquant.resources import chosen_device, parse_size
 from dynquant.running.cluster import RayPool, StoredModel, TaskNeeds, open_ray
 from dynquant.running.load import load_tokenizer
 from dynquant.session import SILENT, Session
+from dynquant.storage.file_names import STATS_NAME, SUPER_NAME, path_beside
 
 PROCESS_BYTES = 1 << 30
 """Host memory of an export without its tensors: Python with its libraries, the tokenizer, an encoder's search."""

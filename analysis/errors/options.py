@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 from dynquant.options import BaseGguf, Flag, MeasuringEncoder, ModelPath, Options, Ray, Types, Writes
-from dynquant.recipes.files import ERRORS_NAME, table_beside
+from dynquant.storage.file_names import ERRORS_NAME, table_beside
 
 DEFAULT_TYPES = (
     "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "IQ4_XS", "Q5_K", "Q6_K", "Q8_0",

@@ -26,9 +26,9 @@ from dynquant import __version__
 from dynquant.checkpoints.tensor_roles import Role
 from dynquant.errors import PlanError
 from dynquant.formats.quant_types import QUANT_TYPES
-from dynquant.recipes.files import table_beside
 from dynquant.storage.atomic import write_atomically
 from dynquant.storage.documents import FrozenRecord, read_document
+from dynquant.storage.file_names import table_beside
 
 SCHEMA_VERSION = 1
 CLOSED_FORM = "closed-form"

@@ -12,7 +12,6 @@ from functools import partial
 import torch
 from torch import nn
 
-from dynquant.calibration.files import IMAGE, KINDS, TEXT
 from dynquant.calibration.recorders import InputRecorder, MomentRecorder
 from dynquant.calibration.statistics import InputStats
 from dynquant.checkpoints.tensor_roles import gguf_name_of, role_of
@@ -20,6 +19,7 @@ from dynquant.errors import StatsError
 from dynquant.inputs.model_inputs import Batch
 from dynquant.running.expert_hooks import ExpertCall, expert_modules, record_experts
 from dynquant.running.linear_hooks import LinearHooks, linear_names
+from dynquant.storage.file_names import IMAGE, KINDS, TEXT
 
 _ALL = ""
 _PICTURE_READERS = ("cross_attn_k.weight", "cross_attn_v.weight")

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from dynquant.calibration.files import STATS_NAME, files_beside
 from dynquant.errors import StatsError
 from dynquant.options import BaseGguf, CalibrationText, Flag, ModelPath, Options, Ray, Strict, Window, Writes
+from dynquant.storage.file_names import STATS_NAME, files_beside
 
 Hessians = Literal["none", "activations", "gradients"]
 """Second moments to take; with gradients, a token counts by its squared gradient of the KL divergence too."""

@@ -22,13 +22,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from dynquant.calibration.files import path_beside
 from dynquant.calibration.importance import SHRINK_TOKENS, importance
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance, check_finite
 from dynquant.checkpoints.tensor_source import is_finite
 from dynquant.errors import StatsError, unreadable
 from dynquant.families.common.settings import differing_settings
 from dynquant.storage.atomic import read_tensors, read_tensors_header, save_tensors
+from dynquant.storage.file_names import path_beside
 
 DAMPING = 0.01  # added to the diagonal, as a share of its mean
 

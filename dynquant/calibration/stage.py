@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from dynquant.calibration.files import KINDS, STATS_NAME, kind_path, path_beside
 from dynquant.calibration.imatrix import export_imatrix, import_imatrix
 from dynquant.calibration.importance import coverage_report
 from dynquant.calibration.options import CalibrateOptions, CalibrationOptions
@@ -34,6 +33,7 @@ from dynquant.running.load import computing_type, load_hf
 from dynquant.running.stream_memory import COMFORTABLE_SHARE, free_memory
 from dynquant.session import SILENT, Session
 from dynquant.storage.atomic import file_hash, read_tensors_header
+from dynquant.storage.file_names import KINDS, STATS_NAME, kind_path, path_beside
 
 TEXT_ONLY = (
     "This model has a vision tower, but the calibration is text alone: nothing of the vision tower, the projector and "
@@ -175,15 +175,10 @@ def run_calibration(
     Raises:
         PlanError: a memory limit together with a cluster.
         StatsError: an option that a vision-language model does not take.
+        WriteError: statistics of another calibration at a name that is needed beside the output.
     """
-    if options.ray is not None and (options.max_memory is not None or options.spill is not None):
-        raise PlanError(
-            "Every worker of a cluster holds the model whole, so --max-memory and --spill do not go with --ray; leave "
-            "out one or the other."
-        )
-    _check_kinds(output)
+    _check(model, options, output)
     device = chosen_device(session.device)
-    _check_vision(model, options)
     limit = None if options.ray is not None else streaming_limit(model, options, device, session)
     inputs = calibration_inputs(model, options, session, batch_size=_batch_size(device))
     if model.has_vision and not inputs.has_pictures:
@@ -307,7 +302,13 @@ def streaming_limit(model: Model, options: CalibrationOptions, device: str, sess
     return limit
 
 
-def _check_vision(model: Model, options: CalibrationOptions) -> None:
+def _check(model: Model, options: CalibrationOptions, output: Path) -> None:
+    if options.ray is not None and (options.max_memory is not None or options.spill is not None):
+        raise PlanError(
+            "Every worker of a cluster holds the model whole, so --max-memory and --spill do not go with --ray; leave "
+            "out one or the other."
+        )
+    _check_kinds(output)
     if not model.has_vision:
         return
     for option, value in (("--max-memory", options.max_memory), ("--ray", options.ray)):

@@ -11,7 +11,6 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from dynquant.calibration.files import STATS_NAME, files_beside, path_beside
 from dynquant.calibration.options import CalibrationOptions
 from dynquant.cli.export import print_exported
 from dynquant.cli.terminal import console
@@ -21,9 +20,9 @@ from dynquant.exporters.options import ExportOptions
 from dynquant.options import Flag, ModelPath, Only, Options, Writes, flags
 from dynquant.planning.options import PlanOptions, SearchOptions
 from dynquant.planning.target import Target
-from dynquant.recipes.files import files_of_plan
 from dynquant.session import Session
 from dynquant.storage.atomic import file_hash, write_atomically
+from dynquant.storage.file_names import STATS_NAME, files_beside, files_of_plan, path_beside
 
 if TYPE_CHECKING:
     from dynquant.evaluation.report import EvalReport

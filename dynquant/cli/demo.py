@@ -8,8 +8,8 @@ import typer
 
 from dynquant.cli.terminal import console
 from dynquant.options import Writes
-from dynquant.recipes.files import files_of_plan
 from dynquant.storage.atomic import write_atomically
+from dynquant.storage.file_names import files_of_plan
 
 
 def demo(

@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynquant.calibration.files import STATS_NAME
 from dynquant.checkpoints.gguf_layout import mmproj_path
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_source import weight_files
@@ -50,6 +49,7 @@ from dynquant.recipes.plan import Plan
 from dynquant.resources import chosen_device
 from dynquant.running.load import load_hf
 from dynquant.session import SILENT, Progress, Session
+from dynquant.storage.file_names import STATS_NAME
 
 SPARE_TOKENS = 4  # tokens by which an answer may be longer than the right one; beyond that it is wrong whatever follows
 

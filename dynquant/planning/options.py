@@ -8,7 +8,7 @@ from dynquant.calibration.options import CalibrationOptions
 from dynquant.errors import PlanError
 from dynquant.options import MODEL_HELP, BaseGguf, Flag, MeasuringEncoder, Options, Writes
 from dynquant.planning.target import Target
-from dynquant.recipes.files import files_of_plan
+from dynquant.storage.file_names import files_of_plan
 
 CLOSED_FORM, FISHER, UNIT_KL = METHODS = ("closed-form", "fisher-probe", "unit-kl")  # ways to price tensors
 _PLAN_FOLDER = Writes(

@@ -1,4 +1,4 @@
-"""The folder that `plan` leaves behind: what other steps read from it. Its names are in `files`."""
+"""The folder that `plan` leaves behind: what other steps read from it. Its names are in `storage.file_names`."""
 
 from pathlib import Path
 

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from dynquant.calibration.files import STATS_NAME
 from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.checkpoint_directory import shards_of
 from dynquant.checkpoints.gguf_layout import ImatrixInfo, Provenance, TensorSpec, predicted_bytes
@@ -11,6 +10,7 @@ from dynquant.checkpoints.model import Model, ModelPart
 from dynquant.checkpoints.safetensors_format import StoredTensor
 from dynquant.families.linear_layers import LinearCheckpoint
 from dynquant.formats.vllm_schemes import Scheme
+from dynquant.storage.file_names import STATS_NAME
 
 _OFFSET_DIGITS = 14
 
