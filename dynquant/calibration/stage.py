@@ -22,6 +22,7 @@ from dynquant.calibration.streamed import StreamingOptions, calibrate_streamed
 from dynquant.checkpoints.model import Model
 from dynquant.errors import PlanError, StatsError
 from dynquant.families.common.conversion import ConvertedSource
+from dynquant.families.common.settings import differing_settings
 from dynquant.families.open import open_and_announce
 from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.inputs.pictures import picture_inputs, read_samples
@@ -66,7 +67,7 @@ class StatsFile:
 
     def of(self, model: Model) -> "StatsFile":
         """Return itself, or raise StatsError when the statistics are those of another checkpoint."""
-        self.stats.check_belongs_to(model.fingerprint, model.name)
+        self.stats.check_belongs_to(model.fingerprint, model.name, model.settings)
         return self
 
 
@@ -142,6 +143,7 @@ def _others(file: StatsFile, model: Model, options: CalibrationOptions, seed: in
     made, kind = file.stats.provenance, kind_beside(file.path)
     same = {
         "weights": made.fingerprint == model.fingerprint,
+        "configuration": not differing_settings(made.settings, model.settings),
         "--tokens": made.max_tokens == options.tokens,
         "--seed": made.seed == seed,
         "--hessians": options.hessians in ("none", kind),
