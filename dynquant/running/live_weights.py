@@ -1,5 +1,7 @@
 """GGUF tensors inside a running transformers model: written into its parameters, and their gradients read back.
 
+An empty model is filled from a GGUF file the same way, for the architectures of `families.from_gguf`.
+
 A GGUF tensor is a selection of a checkpoint tensor's entries: some rows, another order, a transposition, at most with a
 constant added (Gemma's norms). `Conversion.transform` makes it; the way back is the transform's adjoint, which
 automatic differentiation gives, so no family has to state an inverse. When the weights come from a GGUF file, the
@@ -22,7 +24,9 @@ from dynquant.families.common.conversion import ConvertedSource, Transform, unch
 from dynquant.families.common.conversion_book import ConversionBook, some_of
 from dynquant.families.text.llama import interleave_halves
 from dynquant.families.text.registry import FAMILIES
+from dynquant.formats import decode
 from dynquant.running.expert_hooks import expert_modules
+from dynquant.running.weights import put
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,42 @@ class LiveWeights:
         return self._places[name].seen(stored)
 
 
+@torch.no_grad()
+def fill_from_gguf(model: Model, hf_model: Any, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Give every parameter and persistent buffer of a model on the meta device the values of the file.
+
+    Raises:
+        CheckpointError: tensors of the file have no place, or parameters no tensor, so that it is of another model.
+    """
+    tied = getattr(hf_model, "all_tied_weights_keys", None) or {}
+    exact = hf_model._get_dtype_plan(dtype)
+    for name, tensor in hf_model.state_dict().items():
+        if name not in tied:
+            exact_type = torch.float32 if any(pattern in name for pattern in exact) else dtype
+            put(hf_model, name, torch.empty_like(tensor, dtype=exact_type, device=device))
+    hf_model.tie_weights()
+    places = _gguf_places(model, hf_model)
+    _check_names(model, set(places))
+    for name, place in places.items():
+        if place is not None:
+            info = model.source.info(name)
+            packed = model.source.load_packed(name).to(device)  # type: ignore[attr-defined]
+            place.write(decode(info.dtype, packed, info.shape))
+
+
+def _check_names(model: Model, names: set[str]) -> None:
+    stored = set(model.source.names())
+    if missing := names - stored:
+        raise CheckpointError(
+            f"{model.path} lacks {some_of(missing)}, which its metadata calls for. Fetch it again, or convert it again."
+        )
+    if unknown := stored - names:
+        raise CheckpointError(
+            f"{model.path} holds {some_of(unknown)}, which has no place in transformers' model. Leaving it out would "
+            "change the model; run it in llama.cpp."
+        )
+
+
 def _stack_places(model: Model, hf_model: nn.Module) -> dict[str, LivePlace]:
     """Routed experts, which transformers keeps as fused parameters."""
     stored_names, places = set(model.source.names()), {}
@@ -136,7 +176,7 @@ def _single_places(
     return places
 
 
-def gguf_places(model: Model, hf_model: Any) -> dict[str, LivePlace | None]:
+def _gguf_places(model: Model, hf_model: Any) -> dict[str, LivePlace | None]:
     """Return all tensors of a GGUF file of a known family, with their places in a model of the file's configuration.
 
     Those without one are computed from the configuration. Nothing is compared with the file.

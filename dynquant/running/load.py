@@ -27,7 +27,7 @@ from dynquant.families.open import is_gguf, open_hf
 from dynquant.families.tokenizers.files import read_tokenizer_files
 from dynquant.families.vision.checkpoint import is_vision_checkpoint
 from dynquant.resources import count_mapped_files
-from dynquant.running.gguf_weights import fill_from_gguf
+from dynquant.running.live_weights import fill_from_gguf
 from dynquant.running.weights import CheckpointWeights
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from dynquant.errors import CheckpointError
 from dynquant.families.open import open_model
 from dynquant.packed.load_gguf import load
 from dynquant.recipes.build_plan import plan_from_types, stays_f32
-from dynquant.running.gguf_weights import fill_from_gguf
+from dynquant.running.live_weights import fill_from_gguf
 from dynquant.running.load import empty_hf, load_hf
 from tests.helpers.exports import export_gguf
 from tests.helpers.representatives import represented_by
