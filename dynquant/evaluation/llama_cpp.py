@@ -13,7 +13,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from types import ModuleType
 
@@ -22,7 +22,7 @@ import torch
 
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.errors import CheckpointError, EvaluationError
-from dynquant.families.from_gguf import check_complete
+from dynquant.families.from_gguf import check_complete, check_loads
 from dynquant.inputs.branches import Branches
 from dynquant.inputs.model_inputs import Batch
 from dynquant.inputs.questions import MAX_CHOICES
@@ -91,8 +91,8 @@ def load_llama_model(path: Path, *, vocab_only: bool) -> ctypes.c_void_p:
             "'dynquant-toolchain[llama]'."
         ) from error
 
-    if not vocab_only:
-        check_complete(GGUFSource(path))  # llama.cpp aborts the process on some files, and takes others for whole
+    # llama.cpp aborts the process on some files, and takes others for whole.
+    (check_loads if vocab_only else check_complete)(_source(path, path.is_file() and path.stat().st_mtime_ns))
     log = llama_log()
     log.clear()
     params = api.llama_model_default_params()
@@ -103,6 +103,12 @@ def load_llama_model(path: Path, *, vocab_only: bool) -> ctypes.c_void_p:
     if not vocab_only:
         count_mapped_files([path])
     return model
+
+
+@lru_cache(maxsize=2)
+def _source(path: Path, _changed: int) -> GGUFSource:
+    """The header of a file, read once although a model is loaded for its vocabulary first."""
+    return GGUFSource(path)
 
 
 @contextmanager

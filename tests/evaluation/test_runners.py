@@ -111,14 +111,12 @@ def test_descriptions_come_without_weights(small_moe, small_gguf) -> None:
         assert info.num_named_tokens == 8192
 
 
-def test_a_corrupt_gguf_is_refused_with_llama_cpps_reason(tmp_path: Path) -> None:
+def test_a_corrupt_gguf_is_refused_before_llama_cpp_opens_it(tmp_path: Path) -> None:
     path = tmp_path / "bad.gguf"
     path.write_bytes(b"GGUX" + bytes(100))
-    words = r"bad\.gguf: llama\.cpp cannot load the file: .*magic"
-    with pytest.raises(CheckpointError, match=words), llama_vocabulary(path):
-        pass
-    with pytest.raises(CheckpointError, match="does not begin with `GGUF`"):
-        open_runner(path)
+    for way_in in (lambda: llama_vocabulary(path).__enter__(), lambda: open_runner(path)):
+        with pytest.raises(CheckpointError, match="does not begin with `GGUF`"):
+            way_in()
 
 
 def test_a_truncated_gguf_is_refused(small_gguf: Path, tmp_path: Path) -> None:
