@@ -44,11 +44,12 @@ from dynquant.inputs.pictures import Sample, SampleEncoder, image_token_of, read
 from dynquant.inputs.processor import image_token_limits, load_processor
 from dynquant.inputs.questions import load_questions, take_evenly
 from dynquant.inputs.text import TextEncoder, evaluation_windows
-from dynquant.recipes.folder import STATS_NAME, stats_of_plan
+from dynquant.recipes.folder import stats_of_plan
 from dynquant.recipes.plan import Plan
 from dynquant.resources import chosen_device
 from dynquant.running.load import load_hf
 from dynquant.session import SILENT, Progress, Session
+from dynquant.storage.file_names import STATS_NAME
 
 SPARE_TOKENS = 4  # tokens by which an answer may be longer than the right one; beyond that it is wrong whatever follows
 
