@@ -35,6 +35,8 @@ _POSITIVE = ("attention.head_count", "attention.sliding_window_pattern")
 _LAYER = re.compile(r"^blk\.\d+\.")
 _OLD_EXPERT = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")
 _ARCHS = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+_MAX_EXPERTS = 512
+_ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
 _IGNORED_KEYS = frozenset({
     "tensor_data_layout", "attention.causal", "pooling_type", "tokenizer", "leading_dense_block_count",
     "rope.scaling.finetuned", "nextn_predict_layers", "attention.sliding_window", "attention.sliding_window_pattern",
@@ -156,6 +158,7 @@ def check_complete(source: GGUFSource) -> None:
         )
     for key in ("block_count", "embedding_length", "context_length"):
         keys.integer(key)
+    check_loads(source)
     try:
         lost, foreign = _against_family(keys)
     except NotUnderstoodError:
@@ -173,6 +176,36 @@ def check_complete(source: GGUFSource) -> None:
             f"{source.path} ({keys.arch}) {' and '.join(problems)}. llama.cpp would not load it. Fetch the file again, "
             "or convert the checkpoint again."
         )
+
+
+def check_loads(source: GGUFSource) -> None:
+    """Refuse keys at which llama.cpp ends the whole process instead of refusing the file.
+
+    Raises:
+        CheckpointError: numbers of experts that do not fit together, an unknown rope scaling, or lists of a tokenizer
+            that are not of one length or kind.
+    """
+    keys = _Keys(source)
+    experts, used, groups, groups_used = (
+        keys.integer(f"expert_{name}count", 0) for name in ("", "used_", "group_", "group_used_")
+    )
+    if not (0 < used <= experts <= _MAX_EXPERTS if experts else used == 0):
+        raise keys.wrong("expert_used_count", f"a number from 1 to {experts}" if experts else "none, without experts")
+    if not (groups < experts if experts else groups == 0):
+        raise keys.wrong("expert_group_count", f"fewer groups than experts, of which there are {experts},")
+    if groups > 1 and (experts % groups or not 0 < groups_used < groups):
+        raise keys.wrong("expert_group_used_count", f"a part of {groups} equal groups of {experts} experts")
+    if keys.get("rope.scaling.type", "none") not in _ROPE_SCALINGS:
+        raise keys.wrong("rope.scaling.type", f"one of {', '.join(_ROPE_SCALINGS)}")
+    num_tokens = len(keys.values.get("tokenizer.ggml.tokens") or ())
+    for name, kind in (("tokens", str), ("token_type", int), ("scores", float), ("merges", str)):
+        values = keys.values.get(f"tokenizer.ggml.{name}", [])
+        of_kind = isinstance(values, list) and all(type(value) is kind for value in values)
+        if not of_kind or (values and name != "merges" and len(values) != num_tokens):
+            raise CheckpointError(
+                f"{source.path} has a list `tokenizer.ggml.{name}` that is not one {kind.__name__} for each of "
+                f"{num_tokens:,} tokens. Fetch it again, or convert it again."
+            )
 
 
 def _against_family(keys: _Keys) -> tuple[set[str], set[str]]:
