@@ -89,7 +89,7 @@ class Encoding:
                     "The plan was made without calibration statistics, so its size and types do not hold with them. "
                     "Plan again with the statistics, or export without them."
                 )
-            self.stats.check_belongs_to(self.model.fingerprint, self.model.name)
+            self.stats.check_belongs_to(self.model.fingerprint, self.model.name, self.model.settings)
         stream.check_importance(self.plan, self.guidance.importance)
 
     def parts(self, *, whole: Collection[str] = ()) -> dict[str, list[TensorPart]]:

@@ -264,7 +264,7 @@ def check_plan(model: Model, plan: Plan) -> None:
     Raises:
         PlanError: another fingerprint, a missing or unknown tensor, or another shape.
     """
-    plan.check_covers(model.source.names(), model.fingerprint, model.name)
+    plan.check_covers(model.source.names(), model)
     for entry in plan.entries:
         shape = model.source.info(entry.name).shape
         if entry.shape != tuple(shape):
