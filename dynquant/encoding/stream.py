@@ -19,7 +19,15 @@ from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
 from dynquant.encoding.interface import Encoder, ProtectedWeight
-from dynquant.encoding.parts import PartLimits, TensorPart, WeightChecks, as_slice, load_packed_part, load_part
+from dynquant.encoding.parts import (
+    PartLimits,
+    TensorPart,
+    WeightChecks,
+    WeightSums,
+    as_slice,
+    load_packed_part,
+    load_part,
+)
 from dynquant.errors import EncodeError, PlanError
 from dynquant.formats.quant_types import QuantType
 from dynquant.recipes.plan import Plan
@@ -105,7 +113,7 @@ class TensorEncoder:
     guidance: Guidance
     encoder: Encoder
     threads: int | None = None
-    checks: WeightChecks | None = None
+    checks: WeightChecks | WeightSums | None = None
     """Are told of all weights that are read."""
     limits: PartLimits = field(default_factory=PartLimits)
     _turn: Lock = field(default_factory=Lock, repr=False, compare=False)
