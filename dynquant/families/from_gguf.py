@@ -45,7 +45,7 @@ _IGNORED_KEYS = frozenset({
 """Display only, or read from where they apply."""
 
 
-class _NotUnderstood(CheckpointError):
+class NotUnderstoodError(CheckpointError):
     """A file may be whole, but is of a kind that transformers or this module does not have."""
 
 
@@ -109,7 +109,7 @@ class _Keys:
         return CheckpointError(f"{self.source.path} {said}; {needed} is needed. Fetch it again, or convert it again.")
 
     def refuse(self, reason: str) -> NoReturn:
-        raise _NotUnderstood(
+        raise NotUnderstoodError(
             f"{self.source.path} ({self.arch or 'no architecture'}) cannot be loaded in transformers: {reason}. Run it "
             "in llama.cpp, or start from the Hugging Face checkpoint that it was made of."
         )
@@ -119,7 +119,8 @@ def config_from_gguf(source: GGUFSource) -> Config:
     """The configuration of a GGUF file, with transformers' defaults filled in as `read_config` does.
 
     Raises:
-        CheckpointError: an architecture outside the families, a missing value, or a key that is not understood.
+        NotUnderstoodError: an architecture outside the families, or a key that is not understood.
+        CheckpointError: a missing value.
     """
     from transformers import AutoConfig
 
@@ -160,7 +161,7 @@ def check_complete(source: GGUFSource) -> None:
     check_loads(source)
     try:
         lost, foreign = _against_family(keys)
-    except _NotUnderstood:
+    except NotUnderstoodError:
         lost, foreign = _against_each_other(keys)
     # Layers that predict tokens ahead are counted, but llama.cpp does without them.
     num_run = keys.integer("block_count") - keys.integer("nextn_predict_layers", 0)
