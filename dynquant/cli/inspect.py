@@ -14,7 +14,7 @@ from dynquant.resources import human_bytes
 if TYPE_CHECKING:
     from dynquant.recipes.diff import PlanDiff
 
-PlanFile = Annotated[Path, typer.Argument(help="A plan.json or a .gguf file.", show_default=False)]
+PlanFile = Annotated[Path, typer.Argument(help="A plan.json, its folder or a .gguf file.", show_default=False)]
 
 
 def inspect(path: Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)], as_json: AsJson = False) -> None:

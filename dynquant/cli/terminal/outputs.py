@@ -58,7 +58,8 @@ def guarded(parameters: Iterable[Parameter], typed: Mapping[str, Any]) -> Iterat
             paths = [Path(v) for v in values if isinstance(v, Path) or (texts and isinstance(v, str))]
             inputs |= dict.fromkeys(paths, (parameter.name, flag))
         elif value is not None and not typed.get(writes.unless):
-            outputs.append(_Output(value, flag, writes, [*writes.beside(value, typed)]))
+            has_beside = value.name or writes.kind == "folder"  # nothing is beside `/` or `.`, which are no files
+            outputs.append(_Output(value, flag, writes, [*writes.beside(value, typed)] if has_beside else []))
     _check_apart(outputs)
     for output in outputs:
         _check(output, inputs)
