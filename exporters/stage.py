@@ -141,6 +141,7 @@ def _on_cluster(encoding: Encoding, pool: RayPool, options: ExportOptions, stats
         TaskNeeds(cpus, int(on_gpu), 0 if memory is None else PROCESS_BYTES + memory),
         files,
         encoding.tensors if options.ship_weights else None,
+        encoding.checks,
     )
 
 
