@@ -29,7 +29,7 @@ from dynquant.inputs.text import read_text
 from dynquant.resources import chosen_device, human_bytes, parse_size
 from dynquant.running.cluster import open_ray
 from dynquant.running.load import computing_type, load_hf
-from dynquant.running.stream_memory import COMFORTABLE_SHARE, free_memory, free_memory_of
+from dynquant.running.stream_memory import COMFORTABLE_SHARE, free_memory_of
 from dynquant.session import SILENT, Session
 from dynquant.storage.atomic import file_hash, read_tensors_header
 from dynquant.storage.file_names import KINDS, STATS_NAME, kind_path, path_beside
@@ -293,7 +293,7 @@ def streaming_limit(model: Model, options: CalibrationOptions, device: str, sess
     needed = model.num_weights * (2 if on_gpu else 4)  # bfloat16, or float32
     if needed <= COMFORTABLE_SHARE * free or not isinstance(model.source, ConvertedSource):
         return None
-    limit = int(_LIMIT_SHARE * free_memory())
+    limit = int(_LIMIT_SHARE * free_memory_of("cpu"))
     session.note(
         f"{model.name} takes {human_bytes(needed)} as floats and {human_bytes(free)} are free: it is "
         f"streamed layer by layer within {human_bytes(limit)}. --max-memory sets another limit"
