@@ -34,7 +34,7 @@ CLOSED_FORM = "closed-form"
 
 
 class ErrorRow(FrozenRecord):
-    """One tensor in one type. `per_expert_*` have one number an expert, None where an expert has no samples."""
+    """One tensor in one type. `per_expert_*` have one number an expert, None where it was not drawn or has no samples."""
 
     name: str
     role: Role
@@ -44,9 +44,10 @@ class ErrorRow(FrozenRecord):
     bytes: int
     relative_rms: float
     weighted_error: float
+    weighted_error_se: float | None = None  # standard error of `weighted_error`; None where every weight was measured
     weighted_energy: float  # denominator of `weighted_error` per token: sum_j w_j W_j^2, the output's mean squared norm
     activation_error: float | None = None
-    per_expert_weighted_error: tuple[float, ...] = ()
+    per_expert_weighted_error: tuple[float | None, ...] = ()
     per_expert_activation_error: tuple[float | None, ...] = ()
 
 

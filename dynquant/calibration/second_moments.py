@@ -174,7 +174,11 @@ def load_beside(stats_path: Path, stats: CalibrationStats) -> SecondMoments | No
 
 
 def hessian(
-    moments: SecondMoments, stats: CalibrationStats, weight: str, shape: tuple[int, ...], experts: slice = slice(None)
+    moments: SecondMoments,
+    stats: CalibrationStats,
+    weight: str,
+    shape: tuple[int, ...],
+    experts: slice | list[int] = slice(None),
 ) -> torch.Tensor | None:
     """E[x xᵀ] of a weight's input, positive definite, float32 [E, C, C]: one matrix, or one for each of `experts`.
 
