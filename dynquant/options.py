@@ -124,7 +124,10 @@ BaseGguf = Annotated[
 Types = Annotated[tuple[str, ...], Flag("Candidate quant types, as iq1_s,iq2_xxs,q4_k.")]
 Preset = Annotated[
     str | None,
-    Flag("f32, f16, bf16, uniform-TYPE, llama-FTYPE (llama.cpp's mixtures) or r1-iq1_s|iq1_m|iq2_xxs|q2_k_xl."),
+    Flag(
+        "f32, f16, bf16, uniform-TYPE, experts-TYPE, llama-FTYPE (llama.cpp's mixtures) or "
+        "r1-iq1_s|iq1_m|iq2_xxs|q2_k_xl."
+    ),
 ]
 EncoderName = Annotated[
     str, Flag("dynquant: loses less at the same bytes. ggml: byte-equal to llama-quantize.", ("--encoder",))
@@ -140,7 +143,7 @@ MeasuringEncoder = Annotated[
 CalibrationText = Annotated[
     str | None,
     Flag(
-        "Calibration text: .txt, .jsonl, .csv, .parquet or a datasets id. Default: a small built-in text.",
+        "Calibration text: .txt, .jsonl, .json, .csv, .parquet or a datasets id. Default: a small built-in text.",
         ("--calibration",),
     ),
 ]

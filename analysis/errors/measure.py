@@ -247,7 +247,7 @@ def build_error_table(
         StatsError: the statistics belong to another checkpoint.
         EncodeError: a weight is NaN or infinite; the tensor is named.
     """
-    meter.stats.check_belongs_to(meter.model.fingerprint, meter.model.name)
+    meter.stats.check_belongs_to(meter.model.fingerprint, meter.model.name, meter.model.settings)
     formats = meter.formats(type_names)
     parts = {}
     for name, (tensor, candidates) in formats.items():

@@ -85,7 +85,7 @@ def write_token_errors(
         return None
     stats, encoder = CalibrationStats.load(stats_path), load_encoder(encoder_name)
     by_kind = {kind: CalibrationStats.load(path) for kind, path in paths.items()}
-    stats.check_belongs_to(model.fingerprint, model.name)
+    stats.check_belongs_to(model.fingerprint, model.name, model.settings)
     type_name = next((name for name in _PREFERRED if name in types), types[0])
     rows = []
     for info in map(model.source.info, model.source.names()):

@@ -22,8 +22,8 @@ class CalibrationOptions(Options):
     data: Annotated[
         str | None,
         Flag(
-            "Samples for a vision-language model instead of text: .jsonl with images and text, messages, or question "
-            "and answer.",
+            "Samples for a vision-language model instead of text: .jsonl, .json or .parquet with images and text, "
+            "messages, or question and answer.",
             show_default=False,
         ),
     ] = None

@@ -77,7 +77,8 @@ def text_inputs(
 def provenance_of(model: Model, inputs: ModelInputs, *, tokens: int, seed: int) -> StatsProvenance:
     """Return where the statistics of a run on `inputs`, under a limit of `tokens`, will come from."""
     text = {"text_hash": inputs.sha256, "text_name": inputs.name, "window": inputs.longest}
-    return StatsProvenance(fingerprint=model.fingerprint, max_tokens=tokens, seed=seed, **text)
+    identity = {"fingerprint": model.fingerprint, "settings": model.settings}
+    return StatsProvenance(**identity, max_tokens=tokens, seed=seed, **text)
 
 
 class Split(NamedTuple):

@@ -26,6 +26,7 @@ from dynquant.calibration.importance import SHRINK_TOKENS, importance
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance, check_finite
 from dynquant.checkpoints.tensor_source import is_finite
 from dynquant.errors import StatsError, unreadable
+from dynquant.families.common.settings import differing_settings
 from dynquant.storage.atomic import read_tensors, read_tensors_header, save_tensors
 
 DAMPING = 0.01  # added to the diagonal, as a share of its mean
@@ -117,6 +118,11 @@ class SecondMoments:
                     f"{str(mine)[:12]}, theirs {str(theirs)[:12]}. Calibrate again, or move it away to encode without "
                     "error feedback."
                 )
+        if difference := differing_settings(self.provenance.settings, stats.provenance.settings):
+            raise StatsError(
+                f"{path} was measured under another configuration of the model than the statistics: {difference}. "
+                "Calibrate again, or move it away to encode without error feedback."
+            )
 
 
 def named_tensors(sums: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -17,11 +17,12 @@ from dynquant.calibration.options import CalibrateOptions, CalibrationOptions
 from dynquant.calibration.run import Calibration, StatisticsOptions, collect_statistics, provenance_of, text_inputs
 from dynquant.calibration.second_moments import SecondMoments, kind_beside, load_beside, path_beside
 from dynquant.calibration.sharded import calibrate_in_shards
-from dynquant.calibration.statistics import CalibrationStats
+from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
 from dynquant.calibration.streamed import StreamingOptions, calibrate_streamed
 from dynquant.checkpoints.model import Model
 from dynquant.errors import PlanError, StatsError
 from dynquant.families.common.conversion import ConvertedSource
+from dynquant.families.common.settings import differing_settings
 from dynquant.families.open import open_and_announce
 from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.inputs.pictures import picture_inputs, read_samples
@@ -66,7 +67,7 @@ class StatsFile:
 
     def of(self, model: Model) -> "StatsFile":
         """Return itself, or raise StatsError when the statistics are those of another checkpoint."""
-        self.stats.check_belongs_to(model.fingerprint, model.name)
+        self.stats.check_belongs_to(model.fingerprint, model.name, model.settings)
         return self
 
 
@@ -142,6 +143,7 @@ def _others(file: StatsFile, model: Model, options: CalibrationOptions, seed: in
     made, kind = file.stats.provenance, kind_beside(file.path)
     same = {
         "weights": made.fingerprint == model.fingerprint,
+        "configuration": not differing_settings(made.settings, model.settings),
         "--tokens": made.max_tokens == options.tokens,
         "--seed": made.seed == seed,
         "--hessians": options.hessians in ("none", kind),
@@ -151,10 +153,18 @@ def _others(file: StatsFile, model: Model, options: CalibrationOptions, seed: in
     elif all(same.values()):  # the text depends on both
         text = read_text(options.text, seed=seed, max_tokens=options.tokens)
         same |= {
-            "--window": made.window == min(options.window, max(options.tokens, 2)),
+            "--window": made.window == _window_of(made, model, options, seed),
             "text": made.text_hash == text.sha256,
         }
     return [name for name, is_same in same.items() if not is_same]
+
+
+def _window_of(made: StatsProvenance, model: Model, options: CalibrationOptions, seed: int) -> int:
+    """Return the window that a calibration with these options has: that of one short window is the text's length."""
+    window = min(options.window, max(options.tokens, 2))
+    if made.num_windows != 1 or made.window >= window:
+        return window
+    return text_inputs(model, options.text, tokens=options.tokens, window=options.window, seed=seed).longest
 
 
 def run_calibration(

@@ -25,6 +25,7 @@ from dynquant.cli.terminal.parameters import from_options
 from dynquant.cli.terminal.streams import lasting_streams
 from dynquant.cli.train import finetune, heal
 from dynquant.errors import DynquantError, reason
+from dynquant.resources import let_waiting_threads_sleep
 
 _PACKAGES_OF = {
     "models": {"transformers", "accelerate", "datasets", "sentencepiece", "scipy", "tokenizers", "huggingface_hub"},
@@ -86,6 +87,7 @@ def _global_options_first(arguments: list[str]) -> list[str]:
 
 def main() -> None:
     """Entry point of the `dynquant` command."""
+    let_waiting_threads_sleep()
     arguments = _global_options_first(sys.argv[1:])
     console.begin(shlex.join(["dynquant", *sys.argv[1:]]))  # to be typed again after an interruption
     with ends_promptly(console.interrupted), lasting_streams():

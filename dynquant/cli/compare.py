@@ -124,13 +124,15 @@ class _Results:
     def __init__(self, path: Path, options: CompareOptions | CompareEncodersOptions, session: Session) -> None:
         from pydantic import TypeAdapter, ValidationError  # here, since `--help` imports this module
 
+        from dynquant.storage.documents import first_fault
+
         rows = TypeAdapter(dict[str, dict[str, Any]])
         try:
             self.rows = rows.validate_json(path.read_bytes()) if path.is_file() else {}
         except ValidationError as error:
-            reason = error.errors()[0]["msg"]
             raise EvaluationError(
-                f"{path} is no table of an earlier comparison ({reason}). Remove it, or choose another output."
+                f"{path} is no table of an earlier comparison ({first_fault(error)}). Remove it, or choose "
+                "another output."
             ) from error
         self.session = session
         self._path, self._options, self._settings = path, options, dict(_settings(options))

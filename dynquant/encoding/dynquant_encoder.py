@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dynquant.encoding.ggml import GgmlEncoder
-from dynquant.encoding.interface import Encoder, Request, check_finite
+from dynquant.encoding.interface import Encoder, ProtectedWeight, Request, check_finite
 from dynquant.encoding.parts import as_slice, ranges
 from dynquant.encoding.search.descent import descend, descend_scales, refit
 from dynquant.encoding.search.feedback import feed_back, upper_factor
@@ -23,11 +23,12 @@ from dynquant.encoding.search.layouts import LAYOUTS, BlockLayout, Fields
 from dynquant.encoding.search.rows import Rows
 from dynquant.encoding.search.scales import fit
 from dynquant.errors import EncodeError
-from dynquant.workers import torch_threads
+from dynquant.workers import share
 
-_CPU_WEIGHTS = 1 << 21
+_CPU_WEIGHTS = 1 << 19
 _GPU_WEIGHTS = 1 << 26
-"""Weights in a batch; the search needs about 80 bytes for each, and 1 GiB for scores on a GPU."""
+"""Weights in a batch; the search needs about 80 bytes for each, and 1 GiB for scores on a GPU. On a CPU every thread
+has a batch of its own."""
 _CPU_HESSIAN_BYTES = 1 << 29
 _GPU_HESSIAN_BYTES = 1 << 31
 """Float32 hessians in a batch, at least one. Factoring takes five times as much for a moment."""
@@ -58,25 +59,33 @@ class DynquantEncoder(Encoder):
             shape = weights[experts].shape
             return loss_under(shape, importance, moments, self.device, protected_column=protected_column)
 
-        with torch_threads(request.threads):
-            for experts in self._expert_batches(weights, hessian):
-                loss = loss_of(experts)
-                at_once = self._weights_at_once // (len(weights[experts]) * weights.shape[-1])
-                for rows in map(as_slice, ranges(weights.shape[1], max(1, at_once))):
-                    part = weights[experts, rows]
-                    packed[experts, rows] = self._encode(layout, part, loss, request.name)
-                    request.progress(part.numel())
-            for scalar in request.protected:
-                expert, row = scalar.expert or 0, scalar.row
-                place = slice(expert, expert + 1), slice(row, row + 1)
-                loss = loss_of(place[0], protected_column=scalar.column)
-                packed[place] = self._encode(layout, weights[place], loss, request.name)
+        def encode_experts(experts: slice) -> None:
+            loss = loss_of(experts)
+            at_once = self._weights_at_once // (len(weights[experts]) * weights.shape[-1])
+
+            def encode_rows(rows: slice) -> None:
+                part = weights[experts, rows]
+                packed[experts, rows] = self._encode(layout, part, loss, request.name)
+                request.progress(part.numel())
+
+            share(encode_rows, list(map(as_slice, ranges(weights.shape[1], max(1, at_once)))), threads)
+
+        def encode_protected(scalar: ProtectedWeight) -> None:
+            expert, row = scalar.expert or 0, scalar.row
+            place = slice(expert, expert + 1), slice(row, row + 1)
+            loss = loss_of(place[0], protected_column=scalar.column)
+            packed[place] = self._encode(layout, weights[place], loss, request.name)
+
+        threads = request.threads if self.device.type == "cpu" else 1  # a GPU has threads enough
+        share(encode_experts, list(self._expert_batches(weights, hessian)), threads)
+        for scalar in request.protected:  # one after the other: two may be in one row
+            encode_protected(scalar)
         return packed
 
     def _encode(self, layout: BlockLayout, weights: Tensor, loss: "Loss", name: str) -> Tensor:
         """Block bytes [E, R, row_bytes] on the CPU; rows that do not fit in the GPU's memory are halved."""
         try:
-            x = weights.to(self.device, torch.float32)
+            x = weights.to(self.device, torch.float32, non_blocking=True)  # if it comes from pinned memory
             _check_weights(layout, x, name)
             rows = Rows.of(layout, x)
             return rows.packed(*loss.blocks(rows)).cpu()

@@ -37,7 +37,8 @@ from dynquant.evaluation.multiple_choice import AnswerScores, EncodedQuestion, S
 from dynquant.evaluation.options import EvalOptions, QuestionOptions
 from dynquant.evaluation.reference_cache import cache_key, load_cached, model_files, model_fingerprint, save_cached
 from dynquant.evaluation.rendered_model import RenderedModel
-from dynquant.families.open import is_gguf, locate_model, open_model
+from dynquant.families.common.settings import settings_note
+from dynquant.families.open import is_gguf, locate_model, open_model, settings_of
 from dynquant.inputs.model_inputs import Batch, ModelInputs, check_context
 from dynquant.inputs.pictures import Sample, SampleEncoder, image_token_of, read_samples
 from dynquant.inputs.processor import image_token_limits, load_processor
@@ -88,6 +89,8 @@ def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress
             f"A window of {options.window} tokens does not fit the context of {context_length}; use less."
         )
     notes += runners.tokenizer_notes(reference, candidate)
+    if difference := settings_note(settings_of(reference), settings_of(candidate)):
+        notes.append(f"{reference.name} and {candidate.name} differ in more than their weights: {difference}.")
     with runners.open_encoder(reference) as encode:
         texts, questions = [], {}
         if {"kl", "ppl"} & set(asked.tasks):
@@ -382,7 +385,7 @@ def _picture_candidate(
         yield runners.open_runner(path, device=str(original.device)), _stored_bytes(path)
         return
     plan = Plan.load(plan_file)
-    plan.check_covers(model.source.names(), model.fingerprint, model.name)
+    plan.check_covers(model.source.names(), model)
     stats = stats_of_plan(plan.stats_hash, plan_file.with_name(STATS_NAME))
     store = open_store(model, stats, load_encoder(options.encoder), plan_file.with_name(ENCODED_NAME))
     rendered = RenderedModel(original.hf_model, store)

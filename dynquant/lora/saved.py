@@ -23,6 +23,7 @@ from torch import Tensor
 from dynquant.errors import AdapterError, unreadable
 from dynquant.patterns import compile_pattern
 from dynquant.storage.atomic import opened_tensors
+from dynquant.storage.documents import first_fault
 from dynquant.storage.strict_json import parse_json
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
@@ -170,10 +171,7 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
         for pattern in [*(config.rank_pattern or {}), *(config.alpha_pattern or {})]:
             compile_pattern(pattern)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        value = "" if first["type"] == "missing" else f" as {first['input']!r:.100}"
-        raise AdapterError(f"{path} gives `{where}`{value}: {first['msg']}. Save the adapter again.") from error
+        raise AdapterError(f"In {path}, {first_fault(error)}. Save the adapter again.") from error
     except ValueError as error:
         raise AdapterError(f"{path} has the pattern `{pattern:.100}`, which cannot be run: {error}.") from error
     if config.init_lora_weights not in _KEEPS_BASE:

@@ -9,9 +9,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dynquant.encoding.search.codebooks import Codebook, Integers
 from dynquant.encoding.search.rows import Rows, Spread
 
 _ROWS = 16
+
+
+def serves(book: Codebook) -> bool:
+    """Tell whether these kernels find the values of a codebook."""
+    return isinstance(book, Integers)
 
 
 def feed_back_chunk(

@@ -73,7 +73,7 @@ def descend_scales(rows: Rows, fields: Fields, values: Tensor, hessian: Tensor) 
         columns = slice(s * width, (s + 1) * width)
         lu, pivots = (part[:, s] for part in solvers)
         target = decoded[..., columns] + torch.linalg.lu_solve(lu, pivots, slope[..., columns], left=False)
-        sub = Rows(layout, target, rows.unit)
+        sub = replace(rows, x=target)
         present = _sub_fields(fields, s, rows.num_sub_blocks)
         best, values[..., columns] = _best_trial(sub, present, values[..., columns], blocks[:, s], factors[:, s])
         present.map(Tensor.copy_, best)  # views: this writes into `fields`
@@ -87,7 +87,7 @@ def _best_trial(sub: Rows, present: Fields, values: Tensor, block: Tensor, facto
     """The fields and values with least loss: those at hand, or a trial after feedback; all trials are run at once."""
     trials = _trials(sub.layout, present)
     count = len(trials)
-    many = Rows(sub.layout, sub.x.repeat(count, 1, 1), sub.unit.repeat(count, 1, 1))
+    many = replace(sub, x=sub.x.repeat(count, 1, 1), unit=sub.unit.repeat(count, 1, 1))
     fields = present.map(lambda *tensors: torch.cat(tensors[1:]), *trials)
     tried = feed_back(many, fields, factor.repeat(count, 1, 1))
     losses = torch.cat(

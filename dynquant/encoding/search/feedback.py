@@ -16,7 +16,6 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from dynquant.encoding.search.codebooks import Integers
 from dynquant.encoding.search.layouts import Fields
 from dynquant.encoding.search.rows import Rows
 
@@ -35,12 +34,15 @@ def upper_factor(hessian: Tensor) -> Tensor:
 
 
 def kernels_for(rows: Rows) -> ModuleType | None:
-    """`column_kernels` where Triton takes these rows through the columns of a chunk, else None."""
-    if not (rows.x.is_cuda and isinstance(rows.layout.codebook, Integers) and find_spec("triton")):
+    """`column_kernels` where Triton takes these rows through the columns of a chunk, else None.
+
+    A CPU has no kernels for a single pass.
+    """
+    if rows.is_plain or not rows.x.is_cuda or not find_spec("triton"):
         return None
     from dynquant.encoding.search import column_kernels
 
-    return column_kernels
+    return column_kernels if column_kernels.serves(rows.layout.codebook) else None
 
 
 def feed_back(rows: Rows, fields: Fields, factor: Tensor) -> Tensor:

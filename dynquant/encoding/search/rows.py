@@ -39,13 +39,15 @@ class Rows:
     layout: BlockLayout
     x: Tensor
     unit: Tensor
+    is_plain: bool = False
+    """Kernels are left out: everything is searched by PyTorch, the reference of the kernels."""
 
     @classmethod
-    def of(cls, layout: BlockLayout, weights: Tensor) -> "Rows":
+    def of(cls, layout: BlockLayout, weights: Tensor, *, is_plain: bool = False) -> "Rows":
         """From float32 weights [E, R, C]."""
         peak = weights.abs().amax(-1, keepdim=True)
         unit = torch.exp2(torch.frexp(peak).exponent.to(torch.float32).clamp(-126, 127))  # a normal float32
-        return cls(layout, (weights / unit).contiguous(), unit)
+        return cls(layout, (weights / unit).contiguous(), unit, is_plain)
 
     @property
     def num_sub_blocks(self) -> int:
