@@ -52,7 +52,11 @@ class Meter(ABC):
     model: Model
     stats: CalibrationStats
     weights_in_memory: ClassVar[int]  # largest number of weights in a group of experts that are loaded together
-    encoder_name: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def origin(self) -> Mapping[str, Any]:
+        """Fields of the table that say how it was measured."""
 
     @abstractmethod
     def formats(self, type_names: Sequence[str]) -> Formats:
@@ -82,18 +86,24 @@ class ErrorMeter(Meter):
 
     encoder: Encoder
     threads: int | None = None
-    """Parts that are measured side by side, one thread inside each; on a GPU, those that are read ahead."""
+    """Threads that measure parts side by side, or on a GPU read ahead of it."""
     moments: SecondMoments | None = None
+    """For an encoder that uses them alone."""
     sampling: Sampling | None = None
-    device: torch.device = torch.device("cpu")
 
     # 8 MB of float32: glibc returns every array of 32 MB to the system, and page faults then take longer than all else
     # for types that are quickly encoded.
     weights_in_memory: ClassVar[int] = 1 << 21
 
     @property
-    def encoder_name(self) -> str:
-        return self.encoder.name
+    def origin(self) -> Mapping[str, Any]:
+        moments = "" if self.moments is None else self.moments.identity
+        return {"encoder": self.encoder.name, "moments": moments, "seed": self.sampling and self.sampling.seed}
+
+    @property
+    def device(self) -> torch.device:
+        """The place where errors are computed: that of the encoder."""
+        return self.encoder.device
 
     def formats(self, type_names: Sequence[str]) -> Formats:
         return tensor_formats(self.model, self.stats, type_names)
@@ -155,7 +165,7 @@ class ErrorMeter(Meter):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the `row_sums` of rows [E, R, C] of these experts, and by type of what they lose."""
         count = len(experts)
-        if self.moments is not None and self.encoder.uses_hessians:
+        if self.moments is not None:
             limit = _CPU_HESSIAN_BYTES if self.device.type == "cpu" else _GPU_HESSIAN_BYTES
             count = max(1, limit // (4 * part.shape[-1] ** 2))
         energies, lost = [], {name: [] for name in types}
@@ -169,7 +179,7 @@ class ErrorMeter(Meter):
             energies.append(row_sums(here, metric, samples).cpu())
             for name, sums in lost.items():
                 options = {} if hessian is None or QUANT_TYPES[name].is_float else {"hessian": metric}
-                packed = self.encoder.encode(QUANT_TYPES[name], rows, scale, threads=1, name=part.name, **options)
+                packed = self.encoder.encode(QUANT_TYPES[name], rows, scale, self.threads, name=part.name, **options)
                 decoded = decode(name, packed.to(self.device), tuple(rows.shape))
                 sums.append(row_sums(here - decoded, metric, samples).cpu())
         return torch.cat(energies, 1), {name: torch.cat(sums, 1) for name, sums in lost.items()}
@@ -178,7 +188,7 @@ class ErrorMeter(Meter):
         """Return importance and second moments that `export` encodes these experts with."""
         scale = importance(self.stats, part.name, part.shape)
         scale = None if scale is None else scale[experts]
-        if self.moments is None or not self.encoder.uses_hessians:
+        if self.moments is None:
             return scale, None
         return scale, hessian(self.moments, self.stats, part.name, part.shape, experts)
 
@@ -270,7 +280,7 @@ def build_error_table(
             errors = _errors_of(joined, meter.stats.input_of(name), prod(tensor.shape[:-2]))
             rows[name].append(_row(tensor, candidate, candidate_types, errors))
     in_order = (row for name in formats for row in rows[name])
-    origin = {"stats_hash": stats_hash, "encoder": meter.encoder_name, "checksums": checksums}
+    origin = {"stats_hash": stats_hash, "checksums": checksums, **meter.origin}
     return _table_of(meter.model, in_order, type_names, **origin)
 
 

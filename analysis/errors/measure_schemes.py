@@ -7,7 +7,7 @@ measured.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -31,12 +31,15 @@ class SchemeMeter(Meter):
     checkpoint: LinearCheckpoint
     candidates: Mapping[str, Sequence[Scheme]]
     device: torch.device | None = None
-    encoder_name: ClassVar[str] = ENCODER
     weights_in_memory: ClassVar[int] = 1 << 23
 
     @cached_property
     def linears(self) -> dict[str, LinearLayer]:
         return {linear.name: linear for linear in self.checkpoint.linears}
+
+    @property
+    def origin(self) -> Mapping[str, Any]:
+        return {"encoder": ENCODER}
 
     def formats(self, type_names: Sequence[str]) -> Formats:
         del type_names  # which schemes fit depends on the checkpoint alone

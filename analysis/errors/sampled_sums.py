@@ -27,7 +27,7 @@ class SampledSums:
     _extents: dict[str, Extent] = field(default_factory=dict)  # what was measured of each type
 
     def rounds(self) -> Iterator[tuple[list[int], Tensor, Places]]:
-        """Yield experts, their rows [n, m, C], and where the sums of those go that `add` wants before the next round."""
+        """Yield experts, their rows [n, m, C], and the places of their sums; `add` wants them before the next round."""
         earlier, self.wanted = Extent(0, 0), self.types
         for extent in self.drawn.extents(self.limits):
             is_wider = extent.rows == earlier.rows
@@ -49,8 +49,9 @@ class SampledSums:
             shape = (len(energies), *self.drawn.weights.shape[:2])
             self._energies = torch.zeros(shape, dtype=torch.float64)
             self._lost = {name: torch.zeros(shape, dtype=torch.float64) for name in self.types}
-        for whole, part in ((self._energies, energies), *((self._lost[name], of_type) for name, of_type in lost.items())):
-            whole[:, *places] = part
+        self._energies[:, *places] = energies
+        for name, of_type in lost.items():
+            self._lost[name][:, *places] = of_type
 
     def sums(self, checksum: int) -> Sums:
         """Return estimates for the whole tensor, by type."""

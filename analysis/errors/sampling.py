@@ -1,11 +1,11 @@
 """Rows drawn at random, which stand for a whole tensor, and what is known of it from them.
 
 Experts are drawn first, then rows of each, both by priority sampling (Duffield, Lund and Thorup 2007): unit i of size
-a_i gets the key u_i / a_i, u_i uniform in (0, 1), and the k units with the smallest keys are taken; with t the next key,
-unit i then stands for 1 / min(1, a_i t) units. Samples of any k are nested, large units come almost surely, and when
-all are taken nothing is estimated. The size of a row is the energy of its output under the importance of its expert's
-inputs, times the share of tokens that the expert received, with a quarter for every weight and expert alike, which
-`relative_rms` counts so. Sizes cost one look at each weight, which the checksum of the tensor takes anyway.
+a_i gets the key u_i / a_i, u_i uniform in (0, 1), and the k units with the smallest keys are taken; with t the next
+key, unit i then stands for 1 / min(1, a_i t) units. Samples of any k are nested, large units come almost surely, and
+when all are taken nothing is estimated. The size of a row is the energy of its output under the importance of its
+expert's inputs, times the share of tokens that the expert received; a quarter of it counts weights and experts alike,
+as `relative_rms` does. Sizes cost one look at each weight, which the checksum of the tensor takes anyway.
 
 Within an expert, weights are normalised to the known sum of its sizes. The error of a type is a ratio of two estimated
 totals, error over energy; its variance is that of the residuals z = error - ratio * energy, of experts among the tensor
