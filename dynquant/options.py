@@ -9,7 +9,7 @@ that `Only` names. `Options`, their base, checks numbers for the command line an
 """
 
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -114,6 +114,10 @@ class Writes:
     """A folder may hold inputs, too; a new folder is deleted and made again."""
     unless: str = ""
     """Parameter under which the command does not write it."""
+    beside: Callable[[Path, Mapping[str, Any]], Iterable[Path]] = lambda output, typed: ()
+    """Names the files that may be written beside it, or into it, by what was typed: they are guarded alike."""
+    reuses: tuple[str, ...] = ()
+    """Parameters that may name such a file, which is then left as it is."""
 
 
 MODEL_HELP = "Hugging Face directory or hub id, or a .gguf file."

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from dynquant.calibration.collector import KINDS, Collector, SampleLimits
+from dynquant.calibration.collector import Collector, SampleLimits
 from dynquant.calibration.options import Hessians
 from dynquant.calibration.recorders import DEFAULT_LIMIT, MomentRecorder
 from dynquant.calibration.second_moments import SecondMoments
@@ -28,6 +28,7 @@ from dynquant.inputs.text import pack_windows, read_text
 from dynquant.running.linear_hooks import activation_gradients, last_logits, sampled_log_probability
 from dynquant.running.load import load_tokenizer
 from dynquant.session import Progress, ignore_progress
+from dynquant.storage.file_names import KINDS
 
 HELD_BACK = 0.1  # share of the windows or samples that give samples and no sums
 

@@ -185,6 +185,20 @@ def check_original(path: Path, original: Model) -> None:
         )
 
 
+def fault_of(path: Path) -> str:
+    """Return why no model can be made of a GGUF file that can be looked at; empty for a whole one, and for others."""
+    if not is_gguf(path):
+        return ""
+    try:
+        source = GGUFSource(path)
+        kind = next((field.value for field in source.metadata if field.key == "general.type"), "model")
+        if kind == "model" and source.names():
+            check_complete(source)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
 def settings_of(path: Path) -> Settings:
     """Return what decides the computation of a GGUF file or directory, packed or not, beside its weights."""
     if is_gguf(path):

