@@ -31,7 +31,7 @@ _SMALLEST = 1e-6  # size of a row over the mean, at least: a row of zeros can be
 
 @dataclass(frozen=True)
 class Sampling:
-    """How much of a tensor is measured: rounds of twice as many rows, until its errors are known well enough."""
+    """Limits of what is measured of a tensor: rounds of twice as many rows, until its errors are known well enough."""
 
     seed: int = 0
     target: float = 0.02
