@@ -130,6 +130,7 @@ class _StreamedBackward:
     def run(self, loss: Callable[[Tensor], Tensor], progress: Progress) -> None:
         """Run it; `loss` maps logits [tokens, vocabulary] of a window to a scalar."""
         total = self.replay.num_layers + 1  # the embedding counts as a layer
+        progress("Fisher probe", 0, total, unit="layers")
         with frozen_weights(self.hf_model):
             for _ in self.replay.keep():  # the inputs of all layers
                 pass
