@@ -55,9 +55,9 @@ class RenderedModel:
     def write(self, name: str, type_name: str | None) -> None:
         """One tensor's weights in a type, or the original's, without a change of `types`."""
         if name in self._names:
-            model = self._store.model
+            device, store = self._live.parameter(name).device, self._store
             self._live.write(
-                name, model.source.load(name) if type_name is None else self._store.decoded(name, type_name)
+                name, store.model.source.load(name) if type_name is None else store.decoded(name, type_name, device)
             )
 
 

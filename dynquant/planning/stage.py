@@ -65,8 +65,8 @@ def _plan_types(options: PlanOptions, session: Session) -> Plan:
         _check_runs_whole(model, options, session)
     store = encoded_store(model, stats, directory, options.encoder, session) if search is not None else None
     ray = options.calibration.ray if store is None else None  # a store of encoded blocks is filled on this machine
-    measured = TableOptions(types=types, encoder=options.encoder, base_gguf=options.base_gguf, ray=ray)
-    table = error_table(model, stats, path, measured, session, store)
+    how = {"encoder": options.encoder, "exact": options.exact, "base_gguf": options.base_gguf}
+    table = error_table(model, stats, path, TableOptions(types=types, ray=ray, **how), session)
     supers, table = _probe(model, table, options, session)
     write_token_errors(model, options.stats or stats.path, directory, types, options.encoder, session)
     chooser = Chooser(model, target, stats, table, rules_of(supers, stats.stats), session)
@@ -168,8 +168,8 @@ def _check_runs_whole(model: Model, options: PlanOptions, session: Session) -> N
     if streaming_limit(model, options.calibration, chosen_device(session.device), session) is not None:
         raise PlanError(
             f"--select, --frontier and the sensitivities fisher-probe and unit-kl run {model.name} as a whole, which "
-            f"takes {human_bytes(4 * model.num_weights)} on a CPU. Plan with --sensitivity closed-form, which "
-            "is streamed, or on a machine with that much memory and without --max-memory."
+            f"takes {human_bytes(4 * model.num_weights)} on a CPU and half of it on a GPU. Plan with --sensitivity "
+            "closed-form, which is streamed, or on a machine with that much memory and without --max-memory."
         )
 
 
