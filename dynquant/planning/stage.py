@@ -65,8 +65,8 @@ def _plan_types(options: PlanOptions, session: Session) -> Plan:
         _check_runs_whole(model, options, session)
     store = encoded_store(model, stats, directory, options.encoder, session) if search is not None else None
     ray = options.calibration.ray if store is None else None  # a store of encoded blocks is filled on this machine
-    measured = TableOptions(types=types, encoder=options.encoder, base_gguf=options.base_gguf, ray=ray)
-    table = error_table(model, stats, path, measured, session, store)
+    how = {"encoder": options.encoder, "exact": options.exact, "base_gguf": options.base_gguf}
+    table = error_table(model, stats, path, TableOptions(types=types, ray=ray, **how), session)
     supers, table = _probe(model, table, options, session)
     write_token_errors(model, options.stats or stats.path, directory, types, options.encoder, session)
     chooser = Chooser(model, target, stats, table, rules_of(supers, stats.stats), session)
