@@ -158,10 +158,14 @@ EncoderName = Annotated[
 MeasuringEncoder = Annotated[
     str,
     Flag(
-        "Encoder that errors are measured with. They are those of the bytes that ship where `export` gets the same "
-        "one; its default is dynquant, which loses less at the same bytes. ggml: byte-equal to llama-quantize.",
+        "Encoder that errors are measured with; give `export` the same one. dynquant: loses less at the same bytes. "
+        "ggml: byte-equal to llama-quantize.",
         ("--encoder",),
     ),
+]
+Exact = Annotated[
+    bool,
+    Flag("Measure every weight in every type, instead of rows drawn at random until errors are known to 2 %."),
 ]
 CalibrationText = Annotated[
     str | None,

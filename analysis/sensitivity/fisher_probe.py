@@ -9,31 +9,35 @@ has E[g gᵀ] = F summed over the window (r = onehot(label) - p has E[r rᵀ] = 
 with Wq the decoded blocks (AURA's form). Unlike the closed form it assumes nothing about how errors spread over
 channels and tokens; unlike it, each number is a mean of few squares: its standard error is about sqrt(2 / probes) of
 itself. The price of a tensor in a type is therefore the closed-form cost times one factor for each tensor, the
-geometric mean over types of probe over closed form; the errors of types are nearly independent directions, so that the
-factor is known better than any one cost.
+geometric mean over three types, of small, middle and large size, of probe over closed form; the errors of types are
+nearly independent directions, so that the factor is known better than any one cost. Only these are encoded whole.
 
 Gradients come one decoder layer at a time: from the last to the first, each layer runs again from its kept input, gets
 the gradients of its output for all windows, and leaves those of its input; the gradients of its weights are handed on
 and forgotten. In memory at a time: 4 bytes a weight of one layer and window.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from math import exp, log
+from math import exp, hypot, log
 from statistics import fmean
 
 import torch
 from torch import Tensor, nn
 
-from dynquant.analysis.errors.table import ErrorTable, Price
+from dynquant.analysis.errors.table import ErrorRow, ErrorTable, Price
 from dynquant.checkpoints.tensor_roles import layer_of
 from dynquant.encoding.store import EncodedStore
+from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.running.layer_replay import LayerReplay
 from dynquant.running.linear_hooks import frozen_weights, sampled_log_probability
 from dynquant.running.live_weights import LiveWeights
+from dynquant.running.load import tf32_products
+from dynquant.running.stream_memory import free_memory_of
 from dynquant.session import Progress, ignore_progress
 
+_PROBED_TYPES = 3
 Costs = dict[str, dict[str, Price]]  # tensor -> type -> its price
 
 
@@ -46,9 +50,9 @@ def fisher_probe(
     seed: int = 0,
     progress: Progress = ignore_progress,
 ) -> Costs:
-    """Measure cost and standard error of every tensor in every type of the table.
+    """Measure cost and standard error of every tensor, in three types of the table.
 
-    `hf_model` is the original in float32; each of `windows` [n, window] is one probe. Tensors that have no place in the
+    `hf_model` is the original; each of `windows` [n, window] is one probe. Tensors that have no place in the
     running model are left out.
 
     Raises:
@@ -77,7 +81,8 @@ def probe_prices(table: ErrorTable, costs: Costs) -> Costs:
     for name, rows in table.tensors().items():
         factor, error = factors.get(name, (usual, usual))
         closed = {row.type: table.closed_form_cost(row) for row in rows.values()}
-        prices[name] = {type_name: Price(kl=factor * c, se=error * c) for type_name, c in closed.items()}
+        sampling = {row.type: factor * table.sampling_se(row) for row in rows.values()}
+        prices[name] = {t: Price(kl=factor * c, se=hypot(error * c, sampling[t])) for t, c in closed.items()}
     return prices
 
 
@@ -94,15 +99,23 @@ def _factor(table: ErrorTable, name: str, costs: dict[str, Price]) -> tuple[floa
 
 
 def _costs_of(name: str, gradients: Tensor, store: EncodedStore, table: ErrorTable, tokens: int) -> dict[str, Price]:
-    """Price a tensor in every type by its gradients [probes, weights]."""
-    original = store.model.source.load(name).flatten()
+    """Price a tensor in some of its types by its gradients [probes, weights]."""
+    device = gradients.device
+    original = store.model.source.load(name).to(device).flatten()
     costs = {}
-    for type_name in table.tensors()[name]:
-        difference = original - store.decoded(name, type_name).flatten()
+    for type_name in _probed_types(table.tensors()[name].values()):
+        difference = original - store.decoded(name, type_name, device).flatten()
         squares = 0.5 * (gradients @ difference).double().square() / tokens  # [probes]
         error = float(squares.std()) / len(squares) ** 0.5 if len(squares) > 1 else 0.0
         costs[type_name] = Price(kl=float(squares.mean()), se=error)
     return costs
+
+
+def _probed_types(rows: Iterable[ErrorRow]) -> list[str]:
+    """Return types spread over the sizes of those that lose anything, `_PROBED_TYPES` of them."""
+    by_size = sorted((row for row in rows if not QUANT_TYPES[row.type].is_float), key=lambda row: row.bytes)
+    places = ((2 * number + 1) * len(by_size) // (2 * _PROBED_TYPES) for number in range(_PROBED_TYPES))
+    return list(dict.fromkeys(by_size[place].type for place in places if by_size))
 
 
 @dataclass
@@ -139,7 +152,7 @@ class _StreamedBackward:
                 with torch.no_grad():
                     hidden = self.replay.layer(index, self.replay.num_layers - 1)
                 hidden.requires_grad_(True)
-                with torch.enable_grad():
+                with self._differentiating():
                     loss(self.replay.head(index, hidden)).backward()
                 self._flowing.append(hidden.grad)
                 collect()
@@ -149,7 +162,7 @@ class _StreamedBackward:
         with self._measured([name for name in self.names if layer_of(name) == layer]) as collect:
             for index, gradient in enumerate(self._flowing):
                 hidden = self.replay.layer_input(index, layer).detach().requires_grad_(True)
-                with torch.enable_grad():
+                with self._differentiating():
                     self.replay.layer(index, layer, hidden).backward(gradient)
                 below.append(hidden.grad)  # flows into the layer below
                 collect()
@@ -158,9 +171,15 @@ class _StreamedBackward:
     def _embedding(self) -> None:
         with self._measured(["token_embd.weight"]) as collect:
             for index, gradient in enumerate(self._flowing):
-                with torch.enable_grad():
+                with self._differentiating():
                     self.replay.embedded(index).backward(gradient)
                 collect()
+
+    @contextmanager
+    def _differentiating(self) -> Iterator[None]:
+        """Context manager: for a pass with gradients and its backward pass."""
+        with torch.enable_grad(), tf32_products(self.replay.device):
+            yield
 
     @contextmanager
     def _measured(self, names: list[str], *, is_whole: bool = True) -> Iterator[Callable[[], None]]:
@@ -169,12 +188,13 @@ class _StreamedBackward:
         Unless `is_whole`, they are kept until a later part of the same tensors is added to them.
         """
         names = sorted(self.names & set(names))
-        gradients: dict[str, list[Tensor]] = {name: [] for name in names}
-        parameters = [self.live.parameter(name) for name in names]
+        parameters, gradients = [self.live.parameter(name) for name in names], self._room_for(names)
+        windows = iter(range(len(self.replay.batches)))
 
         def collect() -> None:
-            for name in names:
-                gradients[name].append(self.live.gradient(name).flatten().cpu())
+            window = next(windows)
+            for name, rows in gradients.items():
+                rows[window] += self.live.gradient(name).flatten().to(rows.device)
             for parameter in parameters:
                 parameter.grad = None
 
@@ -183,10 +203,20 @@ class _StreamedBackward:
         yield collect
         for parameter in parameters:
             parameter.requires_grad_(False)
+        if not is_whole:
+            self._parts |= gradients
+            return
         for name in names:
-            total = torch.stack(gradients.pop(name))
-            total += self._parts.pop(name, torch.zeros(()))  # what the head gave a tied embedding
-            if is_whole:
-                self.consume(name, total)
-            else:
-                self._parts[name] = total
+            self.consume(name, gradients.pop(name))
+
+    def _room_for(self, names: list[str]) -> dict[str, Tensor]:
+        """Return zeros [windows, weights] for gradients, or what the head gave a tied embedding.
+
+        They are where the model is while they take at most half of what is free there.
+        """
+        rooms = {name: self._parts.pop(name) for name in names if name in self._parts}
+        sizes = {name: self.live.read(name).numel() for name in names if name not in rooms}
+        device, count = self.replay.device, len(self.replay.batches)
+        if device.type != "cpu" and 4 * count * sum(sizes.values()) > free_memory_of(device) / 2:
+            device = torch.device("cpu")
+        return rooms | {name: torch.zeros(count, size, device=device) for name, size in sizes.items()}
