@@ -49,7 +49,8 @@ _KEEPS = "Errors and encoded tensors are kept; what the search measured is lost.
 
 def encoded_store(model: Model, stats: StatsFile, directory: Path, encoder_name: str, session: Session) -> EncodedStore:
     """Return the blocks of this model beside the plan, encoded as `export` will."""
-    return open_store(model, stats, load_encoder(encoder_name), directory / ENCODED_NAME, session.threads)
+    encoder = load_encoder(encoder_name, chosen_device(session.device))
+    return open_store(model, stats, encoder, directory / ENCODED_NAME, session.threads)
 
 
 @dataclass(frozen=True)
