@@ -23,7 +23,7 @@ from dynquant.running.live_weights import LiveWeights
 
 DRAWN_TOGETHER = 1024  # tokens whose draws from the tails have one seed
 _CPU_BYTES = 64 << 20  # a CPU gains nothing from more rows once its threads have work
-_GPU_BYTES = 2 << 30
+_GPU_BYTES = 8 << 30
 
 
 class RenderedModel:
@@ -128,13 +128,13 @@ class ScoredInputs:
         return scored_logits(self.rendered.hf_model, self._inputs)
 
 
-def bytes_at_once(device: torch.device | str) -> int:
-    """Return how large the logits of one forward pass may be, and other tensors that grow with the batch."""
+def bytes_at_once(device: torch.device | str, most: int = _GPU_BYTES) -> int:
+    """Return how large the logits of one forward pass may be: on a GPU up to `most`, and an eighth of what is free."""
     device = torch.device(device)
     if device.type != "cuda":
         return _CPU_BYTES
     free, _ = torch.cuda.mem_get_info(device)
-    return min(_GPU_BYTES, free // 4)
+    return min(most, free // 8)
 
 
 def windows_at_once(window: int, vocab_size: int, device: torch.device | str) -> int:
