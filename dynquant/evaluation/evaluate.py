@@ -31,7 +31,7 @@ from dynquant.encoding.stream import load_encoder
 from dynquant.errors import EvaluationError
 from dynquant.evaluation import multiple_choice, runners
 from dynquant.evaluation import report as reports
-from dynquant.evaluation.distributions import NUM_TAIL, NUM_TOP, Distributions, log_probs_at
+from dynquant.evaluation.distributions import NUM_TAIL, NUM_TOP, Distributions, log_normalizers, log_probs_at
 from dynquant.evaluation.llama_cpp_pictures import MtmdRunner
 from dynquant.evaluation.multiple_choice import AnswerScores, EncodedQuestion, Scoring
 from dynquant.evaluation.options import EvalOptions, QuestionOptions
@@ -205,8 +205,10 @@ class _Run:
         def run(report: Callable[[int, int], None]) -> dict[str, Tensor]:
             distributions, targets = [], []
             for number, (batch, logits) in enumerate(self._logits(runner, inputs, report)):
-                distributions.append(Distributions.of(logits, seed=self.session.seed + number))
-                targets.append(log_probs_at(logits, batch.targets[:, None])[:, 0].cpu())
+                normalizers = log_normalizers(logits)
+                seed = self.session.seed + number
+                distributions.append(Distributions.of(logits, seed=seed, normalizers=normalizers))
+                targets.append(log_probs_at(logits, batch.targets[:, None], normalizers)[:, 0].cpu())
             return Distributions.concatenate(distributions).tensors() | {"target_log_probs": torch.cat(targets)}
 
         with self.timed(f"reference, {inputs.name}", inputs.unit) as report:
@@ -225,8 +227,9 @@ class _Run:
                 said = reference[start : start + len(logits)]
                 start += len(logits)
                 try:
-                    followed = log_probs_at(logits, batch.targets[:, None])[:, 0]
-                    scores = said.kl(logits), said.agreements(logits), followed
+                    normalizers = log_normalizers(logits)
+                    followed = log_probs_at(logits, batch.targets[:, None], normalizers)[:, 0]
+                    scores = said.kl(logits, normalizers), said.agreements(logits), followed
                 except EvaluationError as error:
                     raise EvaluationError(f"{batch.place}: {error}" if batch.place else str(error)) from error
                 parts.append([values.cpu() for values in scores])  # a GPU holds one batch

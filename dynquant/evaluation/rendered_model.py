@@ -23,7 +23,7 @@ from dynquant.running.live_weights import LiveWeights
 
 DRAWN_TOGETHER = 1024  # tokens whose draws from the tails have one seed
 _CPU_BYTES = 64 << 20  # a CPU gains nothing from more rows once its threads have work
-_GPU_BYTES = 2 << 30
+_GPU_BYTES = 8 << 30
 
 
 class RenderedModel:
@@ -129,12 +129,12 @@ class ScoredInputs:
 
 
 def bytes_at_once(device: torch.device | str, most: int = _GPU_BYTES) -> int:
-    """Return how large the logits of one forward pass may be: on a GPU up to `most`, and a quarter of what is free."""
+    """Return how large the logits of one forward pass may be: on a GPU up to `most`, and an eighth of what is free."""
     device = torch.device(device)
     if device.type != "cuda":
         return _CPU_BYTES
     free, _ = torch.cuda.mem_get_info(device)
-    return min(most, free // 4)
+    return min(most, free // 8)
 
 
 def windows_at_once(window: int, vocab_size: int, device: torch.device | str) -> int:
