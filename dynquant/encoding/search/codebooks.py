@@ -98,6 +98,10 @@ class Grid:
     def lowest(self) -> float:
         return float(self._levels[0])
 
+    def words(self, device: torch.device) -> Tensor:
+        """All words [K, width]."""
+        return self._words.to(device)
+
     def index_of(self, words: Tensor) -> Tensor:
         """Index of each word [..., width]; -1 where it is none."""
         levels = self._levels.to(words.device)
