@@ -44,7 +44,7 @@ class Module:
     @property
     def is_kernel(self) -> bool:
         """Whether launches and block formulas, with their many parameters, live here."""
-        return self.place.startswith("kernels/") or self.place.endswith("column_kernels.py")
+        return self.place.startswith("kernels/") or self.place.endswith("_kernels.py")
 
     def functions(self) -> Iterator[Function]:
         return (node for node in ast.walk(self.tree) if isinstance(node, Function))

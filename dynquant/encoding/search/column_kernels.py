@@ -17,6 +17,8 @@ from dynquant.encoding.search.rows import Rows
 
 _ROWS = 16
 CHUNK = 64
+PRECISION = "tf32x3"
+"""Of products with hessians and factors, in which large terms may cancel."""
 
 
 def feed_back(rows: Rows, fields: Fields, factor: Tensor) -> Tensor:
@@ -26,7 +28,7 @@ def feed_back(rows: Rows, fields: Fields, factor: Tensor) -> Tensor:
     weights, metric = of_each_expert(lambda square: relative_factor(square, group), factor)
     _feed_back_kernel[grid(rows)](
         errors, values, weights, metric, *arguments(rows, fields), *weights.stride()[:2], metric.stride(0),
-        **constants(rows), WIDTH=CHUNK, num_stages=3,
+        **constants(rows), WIDTH=CHUNK, PRECISION=PRECISION, num_stages=3,
     )  # fmt: skip
     return values
 
@@ -38,7 +40,7 @@ def descend(rows: Rows, fields: Fields, values: Tensor, hessian: Tensor) -> Tens
     hessian, inverse = of_each_expert(lambda square: (square.contiguous(), inverse_blocks(square, group)), hessian)
     _descend_kernel[grid(rows)](
         errors, values, hessian, inverse, *arguments(rows, fields), *hessian.stride()[:2], inverse.stride(0),
-        **constants(rows), WIDTH=CHUNK, num_stages=3,
+        **constants(rows), WIDTH=CHUNK, PRECISION=PRECISION, num_stages=3,
     )  # fmt: skip
     return values
 
@@ -101,23 +103,23 @@ def diagonal_blocks(square: Tensor, width: int) -> Tensor:
 
 @triton.jit
 def product(
-    left_ptr, line, inside, square_ptr, row_stride, start, end, num_columns, WIDTH: tl.constexpr, ROWS: tl.constexpr
-):
-    """left [ROWS, 0:end] @ square [0:end, start : start + WIDTH]; `line` are places of rows, `inside` marks true ones.
+    left_ptr, line, inside, square_ptr, row_stride, start, begin, end, num_columns,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """left [ROWS, begin : end] @ square [begin : end, start : start + WIDTH].
 
-    TF32 moves targets by less than a thousandth of what other columns give to them.
+    `line` are the places of rows, of which `inside` marks true ones.
     """
-    STEP: tl.constexpr = 64
+    STEP: tl.constexpr = 32
     columns = start + tl.arange(0, WIDTH)[None, :]
-    steps = tl.arange(0, STEP)
     sums = tl.zeros((ROWS, WIDTH), tl.float32)
-    for first in range(0, end, STEP):
-        k = first + steps
+    for first in range(begin, end, STEP):
+        k = first + tl.arange(0, STEP)
         left = tl.load(left_ptr + line[:, None] + k[None, :], mask=inside[:, None] & (k < end)[None, :], other=0.0)
         right = tl.load(
             square_ptr + k[:, None] * row_stride + columns, mask=(k < end)[:, None] & (columns < num_columns), other=0.0
         )
-        sums = tl.dot(left, right, sums, input_precision="tf32")
+        sums = tl.dot(left, right, sums, input_precision=PRECISION)
     return sums
 
 
@@ -132,7 +134,7 @@ def _feed_back_kernel(
     expert_stride, row_stride, metric_stride, words_ptr, pairs_ptr,
     KIND: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, NUM_WORDS: tl.constexpr, WORD: tl.constexpr,
     HAS_MINIMUMS: tl.constexpr, SHIFT: tl.constexpr, SHIFT_WIDTH: tl.constexpr, SUB_BLOCK: tl.constexpr,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     expert = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -145,7 +147,7 @@ def _feed_back_kernel(
     chunk = tl.arange(0, WIDTH)
     for start in range(0, num_columns, WIDTH):
         pending = product(
-            errors_ptr, line, inside, weights_ptr, row_stride, start, start, num_columns, WIDTH, ROWS
+            errors_ptr, line, inside, weights_ptr, row_stride, start, 0, start, num_columns, WIDTH, ROWS, PRECISION
         )
         width = tl.minimum(WIDTH, num_columns - start)
         for g in range(0, width // GROUP):
@@ -186,7 +188,7 @@ def _descend_kernel(
     expert_stride, row_stride, inverse_stride, words_ptr, pairs_ptr,
     KIND: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, NUM_WORDS: tl.constexpr, WORD: tl.constexpr,
     HAS_MINIMUMS: tl.constexpr, SHIFT: tl.constexpr, SHIFT_WIDTH: tl.constexpr, SUB_BLOCK: tl.constexpr,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     expert = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -199,7 +201,8 @@ def _descend_kernel(
     chunk = tl.arange(0, WIDTH)
     for start in range(0, num_columns, WIDTH):
         slopes = product(
-            errors_ptr, line, inside, hessian_ptr, row_stride, start, num_columns, num_columns, WIDTH, ROWS
+            errors_ptr, line, inside, hessian_ptr, row_stride, start, 0, num_columns, num_columns, WIDTH, ROWS,
+            PRECISION,
         )
         tl.debug_barrier()  # all errors are read before some of them change
         width = tl.minimum(WIDTH, num_columns - start)

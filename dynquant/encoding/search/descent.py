@@ -136,6 +136,11 @@ def refit(rows: Rows, fields: Fields, values: Tensor, hessian: Tensor) -> Fields
     layout = rows.layout
     if layout.has_power_of_two_scale:
         return fields
+    if has_kernels(rows):
+        from dynquant.encoding.search import refit_kernels
+
+        if refit_kernels.serves(rows):
+            return refit_kernels.refit(rows, fields, values, hessian)
     units = [rows.wide(layout.multiplier_table(rows.x.device)[fields.scales]) * (values + rows.offsets(fields.shifts))]
     if fields.mins is not None:
         units.append(-rows.wide(fields.mins.to(torch.float32)))

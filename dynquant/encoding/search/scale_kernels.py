@@ -35,7 +35,7 @@ def descend_scales(rows: Rows, fields: Fields, values: Tensor, hessian: Tensor) 
         fields.d if fields.dmin is None else fields.dmin, rows.x.shape[1], rows.x.shape[2],
         *hessian.stride()[:2], parts[0].stride(0), parts[-1].stride(0),
         **column_kernels.constants(rows), WIDTH=column_kernels.CHUNK,
-        SUPER_BLOCK=layout.super_block, TRIALS=len(steps), FLIPS=flips,
+        PRECISION=column_kernels.PRECISION, SUPER_BLOCK=layout.super_block, TRIALS=len(steps), FLIPS=flips,
         LAST_SCALE=len(layout.multipliers) - 1, LAST_MINIMUM=layout.num_mins - 1, num_stages=3,
     )  # fmt: skip
     return fields, values
@@ -74,7 +74,7 @@ def _descend_scales_kernel(
     expert_stride, row_stride, block_stride, metric_stride, words_ptr, pairs_ptr,
     KIND: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, NUM_WORDS: tl.constexpr, WORD: tl.constexpr,
     HAS_MINIMUMS: tl.constexpr, SHIFT: tl.constexpr, SHIFT_WIDTH: tl.constexpr, SUB_BLOCK: tl.constexpr,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, SUPER_BLOCK: tl.constexpr, TRIALS: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, SUPER_BLOCK: tl.constexpr, TRIALS: tl.constexpr,
     FLIPS: tl.constexpr, LAST_SCALE: tl.constexpr, LAST_MINIMUM: tl.constexpr,
 ):  # fmt: skip
     expert = tl.program_id(1).to(tl.int64)
@@ -87,7 +87,8 @@ def _descend_scales_kernel(
     columns = tl.arange(0, SUB_BLOCK)
     for start in range(0, num_columns, WIDTH):
         slopes = product(
-            errors_ptr, line, inside, hessian_ptr, row_stride, start, num_columns, num_columns, WIDTH, ROWS
+            errors_ptr, line, inside, hessian_ptr, row_stride, start, 0, num_columns, num_columns, WIDTH, ROWS,
+            PRECISION,
         )
         tl.debug_barrier()  # all errors are read before some of them change
         width = tl.minimum(WIDTH, num_columns - start)
@@ -98,11 +99,11 @@ def _descend_scales_kernel(
             error = tl.load(errors_ptr + spot, mask=inside[:, None], other=0.0)
             best_values = tl.load(values_ptr + spot, mask=inside[:, None], other=0.0)
             square = expert * block_stride + (first + columns)[:, None] * SUB_BLOCK + columns[None, :]
-            pull = tl.dot(group_of(slopes, s, SUB_BLOCK), tl.load(inverse_ptr + square), input_precision="tf32x3")
+            pull = tl.dot(group_of(slopes, s, SUB_BLOCK), tl.load(inverse_ptr + square), input_precision=PRECISION)
             factor = tl.load(factor_ptr + square)
             target = x - error + pull
             best_error = pull  # what is left of the target by the present values
-            lost = tl.dot(pull, factor, input_precision="tf32x3")
+            lost = tl.dot(pull, factor, input_precision=PRECISION)
             least = tl.sum(lost * lost, 1)
             block = row * (num_columns // SUPER_BLOCK) + first // SUPER_BLOCK
             place = row * (num_columns // SUB_BLOCK) + first // SUB_BLOCK
@@ -145,7 +146,7 @@ def _descend_scales_kernel(
                         relative_ptr + expert * block_stride + groups[:, None] * SUB_BLOCK + columns[None, :]
                     )
                     pending += times(rest, later)
-                lost = tl.dot(left, factor, input_precision="tf32x3")
+                lost = tl.dot(left, factor, input_precision=PRECISION)
                 loss = tl.sum(lost * lost, 1)
                 better = loss < least
                 least = tl.where(better, loss, least)
@@ -167,5 +168,5 @@ def _descend_scales_kernel(
                 hessian_ptr + (first + columns)[:, None] * row_stride + (start + chunk)[None, :],
                 mask=(chunk < width)[None, :], other=0.0,
             )  # fmt: skip
-            slopes = tl.dot(best_error - pull, others, slopes, input_precision="tf32x3")
+            slopes = tl.dot(best_error - pull, others, slopes, input_precision=PRECISION)
         tl.debug_barrier()  # other threads of the program read these errors
