@@ -9,7 +9,7 @@ that `Only` names. `Options`, their base, checks numbers for the command line an
 """
 
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -114,6 +114,10 @@ class Writes:
     """A folder may hold inputs, too; a new folder is deleted and made again."""
     unless: str = ""
     """Parameter under which the command does not write it."""
+    beside: Callable[[Path, Mapping[str, Any]], Iterable[Path]] = lambda output, typed: ()
+    """Names the files that may be written beside it, or into it, by what was typed: they are guarded alike."""
+    reuses: tuple[str, ...] = ()
+    """Parameters that may name such a file, which is then left as it is."""
 
 
 MODEL_HELP = "Hugging Face directory or hub id, or a .gguf file."
@@ -124,7 +128,10 @@ BaseGguf = Annotated[
 Types = Annotated[tuple[str, ...], Flag("Candidate quant types, as iq1_s,iq2_xxs,q4_k.")]
 Preset = Annotated[
     str | None,
-    Flag("f32, f16, bf16, uniform-TYPE, llama-FTYPE (llama.cpp's mixtures) or r1-iq1_s|iq1_m|iq2_xxs|q2_k_xl."),
+    Flag(
+        "f32, f16, bf16, uniform-TYPE, experts-TYPE, llama-FTYPE (llama.cpp's mixtures) or "
+        "r1-iq1_s|iq1_m|iq2_xxs|q2_k_xl."
+    ),
 ]
 EncoderName = Annotated[
     str, Flag("dynquant: loses less at the same bytes. ggml: byte-equal to llama-quantize.", ("--encoder",))
@@ -140,7 +147,7 @@ MeasuringEncoder = Annotated[
 CalibrationText = Annotated[
     str | None,
     Flag(
-        "Calibration text: .txt, .jsonl, .csv, .parquet or a datasets id. Default: a small built-in text.",
+        "Calibration text: .txt, .jsonl, .json, .csv, .parquet or a datasets id. Default: a small built-in text.",
         ("--calibration",),
     ),
 ]

@@ -16,7 +16,23 @@ _SIZE = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*([kMGT]i?)?B?\s*", re.IGNORECASE | r
 _POWER = {"k": 1, "m": 2, "g": 3, "t": 4}
 _STATUS = Path("/proc/self/status")
 _IO = Path("/proc/self/io")
+_WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+"""For GNU's OpenMP, in PyTorch's wheels and under llama.cpp, whose spin count is then 0; and for LLVM's and Intel's."""
+_SPINNING = {*_WAITING, "GOMP_SPINCOUNT"}
 _mapped_bytes = 0
+
+
+def let_waiting_threads_sleep() -> None:
+    """Have OpenMP's threads sleep when they wait for each other, unless the user says how they should wait.
+
+    By default they spin for milliseconds, on cores that others need: beside busy programs a command took thirteen times
+    as long. The runtimes read their settings once, when PyTorch loads them, so this comes before. It is for commands,
+    whose process is ours; `import dynquant` leaves it alone, because settings hold for all of a process and its
+    children, and the training loop or server that imports us may be right to spin. llama.cpp's own thread pools are
+    not needed: with OpenMP it makes none, and without it threads spin at every barrier whatever the pool's poll level.
+    """
+    if not _SPINNING & os.environ.keys():
+        os.environ.update(_WAITING)
 
 
 def chosen_device(asked: str | None) -> str:

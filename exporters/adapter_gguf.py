@@ -28,7 +28,7 @@ from dynquant.families.from_gguf import config_from_gguf
 from dynquant.families.text.registry import FAMILIES
 from dynquant.families.vision.checkpoint import is_vision_checkpoint
 from dynquant.lora.places import takes_adapter
-from dynquant.lora.saved import AdaptedWeight, SavedAdapter
+from dynquant.lora.saved import AdaptedWeight, SavedAdapter, check_copies
 from dynquant.packed.places import Place, build_meta_model, find_places
 from dynquant.storage.atomic import writing
 
@@ -66,7 +66,7 @@ def export_adapter(adapter: Path, output: Path, *, base: Path | None = None) -> 
     by_key = {place.key: place for place in places.values()}
     targets = [target for weight in saved.weights for target in _targets(saved, weight, by_key)]
     _check_graph(targets, arch)
-    _check_copies(saved, path, config)
+    _check_whole_weights(saved, path, config)
     with writing(output) as temporary:
         _write(temporary, arch, saved, targets)
     return output
@@ -116,19 +116,32 @@ def _targets(saved: SavedAdapter, weight: AdaptedWeight, by_key: Mapping[str, Pl
     )
 
 
-def _check_copies(saved: SavedAdapter, base: Path, config: Config) -> None:
-    """Refuse a copy of a base weight that differs from that of the base, where this is an original checkpoint."""
-    if not saved.copies or base.suffix == ".gguf" or config.raw.get("quantization_config"):
+def _check_whole_weights(saved: SavedAdapter, base: Path, config: Config) -> None:
+    """Refuse whole weights that a LoRA file has no place for, unless they are those of the base.
+
+    Only an original checkpoint can tell; beside a packed one, copies that PEFT makes unasked pass, and what
+    `modules_to_save` lists counts as trained.
+    """
+    if base.suffix == ".gguf" or config.raw.get("quantization_config"):
+        trained = next(iter(saved.whole), None)
+    elif saved.copies or saved.whole:
+        source = SafetensorsSource(base)
+
+        def is_same(module: str, copy: torch.Tensor) -> bool:
+            name = f"{module}.weight"
+            return name in source.names() and torch.equal(copy, source.load(name).to(copy.dtype))
+
+        check_copies(saved.directory, saved.copies, str(base), is_same)
+        trained = next((key for key, module in saved.whole.items() if not is_same(module, saved.stored(key))), None)
+    else:
         return
-    source = SafetensorsSource(base)
-    for key, module in saved.copies.items():
-        name = f"{module}.weight"
-        if name not in source.names() or not torch.equal(saved.load(key), source.load(name)):
-            raise AdapterError(
-                f"The adapter in {saved.directory} holds `{key}`, a copy of the weight that it was trained beside, and "
-                f"it is not that of {base}: another model, or a resized vocabulary. Give the model that the adapter "
-                "was trained on with --base."
-            )
+    if trained is not None:
+        raise AdapterError(
+            f"The adapter in {saved.directory} holds `{trained}`, a whole weight and no LoRA factor, which was trained "
+            f"unless it is that of the original model (give this with --base); {base} has another, or a packed one. "
+            "A LoRA file has no place for it: train without `train_norms`, `train_router` and `modules_to_save`, or "
+            "merge the adapter into the original and export that."
+        )
 
 
 def _check_graph(targets: list[_Target], arch: str) -> None:

@@ -149,7 +149,7 @@ def closing_pass_of(encoding: Encoding, tokens: int | None) -> TuneOptions | Non
     model, moments = encoding.model, encoding.moments
     if tokens == 0 or (tokens is None and moments is None):
         return None
-    reason = None
+    reason, device = None, chosen_device(encoding.session.device)
     if model.has_vision:
         reason = "it trains on text alone, and the model sees pictures"
     elif not encoding.encoder.uses_hessians:
@@ -160,7 +160,7 @@ def closing_pass_of(encoding: Encoding, tokens: int | None) -> TuneOptions | Non
         reason = "the model is not of a family that dynquant converts itself"
     elif tokens is None and model.hf_directory is None:
         reason = "the original is a GGUF file, which transformers may load in another form (`--tune N` tries)"
-    elif tokens is None and (too_large := too_large_to_tune(model, encoding.limits.memory)):
+    elif tokens is None and (too_large := too_large_to_tune(model, device, encoding.limits.memory)):
         reason = too_large
     elif tokens is None and len(moments.tokens) <= TuneOptions().held_out_windows:
         reason = "the calibration text is too short"
@@ -172,14 +172,14 @@ def closing_pass_of(encoding: Encoding, tokens: int | None) -> TuneOptions | Non
     return None
 
 
-def too_large_to_tune(model: Model, allowed: int | None = None) -> str | None:
-    """Why the closing pass should not run unasked, or None: it would take more than half of the memory, or more host
-    memory than `allowed` bytes."""
+def too_large_to_tune(model: Model, device: str, allowed: int | None = None) -> str | None:
+    """Why the closing pass should not run unasked on `device`, or None: it would take more than half of its memory, or
+    more host memory than `allowed` bytes."""
     needed = BYTES_PER_WEIGHT * model.num_weights
     if allowed is not None and needed > allowed:
         return f"it needs about {needed / 1e9:.1f} GB, more than --max-memory leaves (`--tune N` insists)"
-    if torch.cuda.is_available():
-        where, memory = "GPU", torch.cuda.mem_get_info()[1]
+    if device != "cpu":
+        where, memory = "GPU", torch.cuda.mem_get_info(device)[1]
     else:
         where, memory = "machine", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed <= memory / 2:

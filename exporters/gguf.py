@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -103,8 +103,9 @@ def _export_file(encoding: Encoding, output: Path, split_max_bytes: int | None) 
     with encoding.writing(sizes, regions, header_hash) as (target, progress):
         for name in (name for name in headers if name not in target.finished):
             target.write(name, headers[name])
-        for part, packed in encoding.quantized(parts, frozenset(target.finished), progress):
-            target.write(part.key, memoryview(packed.contiguous().numpy().reshape(-1)))
+        with closing(encoding.quantized(parts, frozenset(target.finished), progress)) as quantized:
+            for part, packed in quantized:
+                target.write(part.key, memoryview(packed.contiguous().numpy().reshape(-1)))
         return target.commit()
 
 

@@ -1,8 +1,9 @@
 """Options of export, of the closing pass over a finished file, and of adapters for llama.cpp."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from dynquant.calibration.options import CalibrationOptions
 from dynquant.options import (
@@ -18,6 +19,22 @@ from dynquant.options import (
     Window,
     Writes,
 )
+from dynquant.storage.file_names import STATS_NAME, files_beside
+
+
+def stats_of_preset(output: Path) -> Path:
+    """Return where the statistics of an export by a preset are kept, beside it."""
+    return output.with_name(f"{output.name.removesuffix('.gguf')}.{STATS_NAME}")
+
+
+def _beside(output: Path, typed: Mapping[str, Any]) -> list[Path]:
+    from dynquant.checkpoints.gguf_layout import mmproj_path  # here, since `--help` imports this module
+
+    files = [mmproj_path(output)] if typed["format"] == "gguf" else []
+    if typed["preset"] and not typed["stats"]:
+        stats = stats_of_preset(output)
+        files += [stats, *files_beside(stats)]
+    return files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +43,9 @@ class ExportOptions(Options):
 
     model: ModelPath
     output: Annotated[
-        Path, Flag("The .gguf file, or the directory of the others.", ("-o", "--output")), Writes("either")
+        Path,
+        Flag("The .gguf file, or the directory of the others.", ("-o", "--output")),
+        Writes("either", beside=_beside),
     ]
     plan: Annotated[Path | None, Flag("plan.json of `dynquant plan`.")] = None
     preset: Preset = None

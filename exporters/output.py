@@ -1,6 +1,6 @@
 """Parts that exporters share: inputs and their checks, the identity of the bytes, and what becomes of a failed run."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -61,7 +61,9 @@ class Encoding:
 
     @property
     def tensors(self) -> stream.TensorEncoder:
-        return stream.TensorEncoder(self.model, self.guidance, self.encoder, self.session.threads, self.checks)
+        return stream.TensorEncoder(
+            self.model, self.guidance, self.encoder, self.session.threads, self.checks, self.limits
+        )
 
     @cached_property
     def checks(self) -> WeightChecks:
@@ -87,13 +89,13 @@ class Encoding:
                     "The plan was made without calibration statistics, so its size and types do not hold with them. "
                     "Plan again with the statistics, or export without them."
                 )
-            self.stats.check_belongs_to(self.model.fingerprint, self.model.name)
+            self.stats.check_belongs_to(self.model.fingerprint, self.model.name, self.model.settings)
         stream.check_importance(self.plan, self.guidance.importance)
 
     def parts(self, *, whole: Collection[str] = ()) -> dict[str, list[TensorPart]]:
         """Return the parts of every tensor; those named in `whole` have one. Raises ExportError: the limits are too
         tight for a tensor."""
-        return self.tensors.parts(self.plan, self.limits, whole=whole)
+        return self.tensors.parts(self.plan, whole=whole, at_once=None if self.elsewhere is None else 1)
 
     def identity(self, header_hash: str) -> dict[str, str]:
         """Return what decides an export's bytes; an interrupted one goes on only under an equal identity."""
@@ -108,8 +110,8 @@ class Encoding:
 
     def quantized(
         self, parts: Mapping[str, list[TensorPart]], skip: Collection[str], progress: Progress
-    ) -> Iterator[stream.QuantizedPart]:
-        """Yield every part but those whose key or tensor name is in `skip`."""
+    ) -> Generator[stream.QuantizedPart]:
+        """Yield every part but those whose key or tensor name is in `skip`; closing it ends what is in work."""
         return self.tensors.quantize(self.plan, parts, elsewhere=self.elsewhere, progress=progress, skip=skip)
 
     @contextmanager

@@ -7,7 +7,8 @@ loaded, and the same call goes on.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 
 from dynquant import __version__
@@ -71,9 +72,10 @@ def export_safetensors(
         directory.write_small_files(target, documents, shards)
         _copy(target, model, layout.copied)
         quantized = encoding.quantized(parts, skip, progress) if stored is None else _parts_of(stored, parts, skip)
-        for part, packed in quantized:
-            values = layout.places[part.name].from_gguf(part.quant_type, packed) if part.is_whole else packed
-            target.write(part.key, directory.tensor_bytes(values))
+        with closing(quantized):
+            for part, packed in quantized:
+                values = layout.places[part.name].from_gguf(part.quant_type, packed) if part.is_whole else packed
+                target.write(part.key, directory.tensor_bytes(values))
         files = target.commit()
     for path in output.glob("model*"):
         # Weights of an older export in the same directory, which the new index does not name.
@@ -169,7 +171,7 @@ def _copy(target: ResumableOutput, model: Model, copied: Mapping[str, StoredTens
 
 def _parts_of(
     source: GGUFSource, parts: Mapping[str, list[TensorPart]], skip: frozenset[str] | set[str]
-) -> Iterable[QuantizedPart]:
+) -> Iterator[QuantizedPart]:
     for part in (part for several in parts.values() for part in several):
         if part.key not in skip and part.name not in skip:
             yield QuantizedPart(part, load_packed_part(source, part))

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from dynquant.calibration.second_moments import SecondMoments, path_beside
+from dynquant.calibration.second_moments import SecondMoments
 from dynquant.calibration.stage import StatsFile, statistics_at
 from dynquant.checkpoints.gguf_layout import recorded_encoder
 from dynquant.checkpoints.gguf_source import GGUFSource
@@ -19,7 +19,7 @@ from dynquant.errors import ExportError, PlanError
 from dynquant.exporters.closing_pass import TuneOptions, closing_pass_of, tune_file
 from dynquant.exporters.compressed_tensors import check_is_free, export_compressed_tensors
 from dynquant.exporters.gguf import check_parts, export_gguf, with_mmproj_type
-from dynquant.exporters.options import ExportOptions, TuneFileOptions
+from dynquant.exporters.options import ExportOptions, TuneFileOptions, stats_of_preset
 from dynquant.exporters.output import Encoding, Exported
 from dynquant.exporters.safetensors import export_safetensors
 from dynquant.families.from_gguf import check_complete
@@ -31,13 +31,14 @@ from dynquant.inputs.model_inputs import check_context
 from dynquant.inputs.text import pack_windows, read_text
 from dynquant.planning.target import Target
 from dynquant.recipes.build_plan import plan_for_vllm, plan_from_types, uniform_schemes
-from dynquant.recipes.folder import STATS_NAME, SUPER_NAME, load_super_weights, stats_of_plan
+from dynquant.recipes.folder import load_super_weights, stats_of_plan
 from dynquant.recipes.plan import Plan
 from dynquant.recipes.presets import preset_types
 from dynquant.resources import chosen_device, parse_size
 from dynquant.running.cluster import RayPool, StoredModel, TaskNeeds, open_ray
 from dynquant.running.load import load_tokenizer
 from dynquant.session import SILENT, Session
+from dynquant.storage.file_names import STATS_NAME, SUPER_NAME, path_beside
 
 PROCESS_BYTES = 1 << 30
 """Host memory of an export without its tensors: Python with its libraries, the tokenizer, an encoder's search."""
@@ -227,7 +228,7 @@ def _plan_of_preset(
         if options.stats is not None:
             stats = StatsFile(options.stats).of(model)
         else:
-            path = output.with_name(f"{output.name.removesuffix('.gguf')}.stats.safetensors")
+            path = stats_of_preset(output)
             calibration = replace(options.calibration, max_memory=options.max_memory)
             session.note(f"no --stats given: those of {calibration.text or 'the built-in text'}, in {path}")
             stats = statistics_at(path, model, calibration, session)

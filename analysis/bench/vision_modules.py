@@ -91,7 +91,7 @@ def main() -> None:
     )  # fmt: skip
     model, directory = open_model(asked.model), asked.plan
     plan = Plan.load(directory / "plan.json")
-    plan.check_covers(model.source.names(), model.fingerprint, model.name)
+    plan.check_covers(model.source.names(), model)
     stats = StatsFile(directory / "stats.safetensors")
     store = open_store(model, stats, load_encoder(asked.encoder), directory / ENCODED_NAME)
     samples = picture_inputs(model, asked.data, tokens=1 << 40, seed=0)[: asked.limit]

@@ -176,7 +176,7 @@ def build_error_table(
         StatsError: the statistics belong to another checkpoint.
         EncodeError: a weight is NaN or infinite; the tensor is named.
     """
-    meter.stats.check_belongs_to(meter.model.fingerprint, meter.model.name)
+    meter.stats.check_belongs_to(meter.model.fingerprint, meter.model.name, meter.model.settings)
     formats = meter.formats(type_names)
     parts = {name: _parts_of(name, *formats[name], meter.weights_in_memory) for name in formats}
     every_part = [part for of_tensor in parts.values() for part in of_tensor]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 from dynquant.options import BaseGguf, Flag, MeasuringEncoder, ModelPath, Options, Ray, Types, Writes
+from dynquant.storage.file_names import ERRORS_NAME, table_beside
 
 DEFAULT_TYPES = (
     "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "IQ4_XS", "Q5_K", "Q6_K", "Q8_0",
@@ -28,7 +29,9 @@ class AnalyzeOptions(Options):
 
     model: ModelPath
     stats: Annotated[Path, Flag("stats.safetensors of `dynquant calibrate`.")]
-    output: Annotated[Path, Flag("Where errors.json (and errors.csv) go.", ("-o", "--output")), Writes()] = Path(
-        "errors.json"
-    )
+    output: Annotated[
+        Path,
+        Flag("Where errors.json (and errors.csv) go.", ("-o", "--output")),
+        Writes(beside=lambda output, typed: [table_beside(output)]),
+    ] = Path(ERRORS_NAME)
     table: TableOptions = field(default_factory=TableOptions)

@@ -28,6 +28,7 @@ from dynquant.errors import PlanError
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.storage.atomic import write_atomically
 from dynquant.storage.documents import FrozenRecord, read_document
+from dynquant.storage.file_names import table_beside
 
 SCHEMA_VERSION = 1
 CLOSED_FORM = "closed-form"
@@ -215,7 +216,7 @@ class ErrorTable(FrozenRecord):
         writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(row.model_dump(mode="json") for row in self.rows)
-        write_atomically(path.with_suffix(".csv"), text.getvalue())
+        write_atomically(table_beside(path), text.getvalue())
 
     @classmethod
     def load(cls, path: Path, *, known_types: Collection[str] = QUANT_TYPES) -> "ErrorTable":

@@ -11,7 +11,7 @@ The paper's fixed threshold (|output| > 50) fits 7B models; a ratio and a measur
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from statistics import median
 from typing import Any
@@ -213,7 +213,8 @@ class DownScan:
             for name, module in expert_modules(hf_model).items()
         }
         self._spikes: list[DownSpike] = []
-        self._pending: list[DownSpike] = []
+        self._pending: list[tuple[str, str, int | None, torch.Tensor]] = []
+        """Name, module, expert, and numbers of a `DownSpike` from `max_in` on, of the layer that runs."""
 
     def run(self) -> tuple[list[DownSpike], torch.Tensor]:
         """Return spikes in layer order, and log-probability of each token after the first."""
@@ -232,7 +233,7 @@ class DownScan:
     def _linear_hook(self, module: nn.Module, args: tuple, out: torch.Tensor) -> None:
         x, out = args[0].flatten(0, -2), out.flatten(0, -2)
         name, place = self._linears[module]
-        self._add(name, place, None, x, out, torch.arange(len(x)))
+        self._add(name, place, None, x, out, torch.arange(len(x), device=x.device))
 
     def _observe_expert(self, call: ExpertCall) -> None:
         name, place = self._experts[call.module]
@@ -241,20 +242,31 @@ class DownScan:
     def _add(
         self, name: str, place: str, expert: int | None, x: torch.Tensor, out: torch.Tensor, token_index: torch.Tensor
     ) -> None:
-        token, row = divmod(int(out.abs().argmax()), out.shape[1])
-        value = float(out[token, row])
-        contributions = _matrix(self._model, place, expert)[row] * x[token]
-        col = int((contributions if value > 0 else -contributions).argmax())
-        share = float(contributions[col]) / value if value else 0.0
-        in_token, in_channel = divmod(int(x.abs().argmax()), x.shape[1])
-        max_in, position = float(x[in_token, in_channel]), int(token_index[token])
+        """Note the largest output; its numbers stay where they are, as a GPU would wait for each that is read."""
+        at = out.abs().argmax()
+        token, row = at // out.shape[1], at % out.shape[1]
+        inputs, value = x[token].float(), out[token, row].double()
+        contributions = _matrix(self._model, place, expert)[row].float() * inputs
+        col = torch.where(value > 0, contributions, -contributions).argmax()
+        share = torch.where(value == 0, 0.0, contributions[col].double() / value)
+        strongest = x.abs().argmax()
+        in_token, in_channel = strongest // x.shape[1], strongest % x.shape[1]
+        position = token_index[token]
+        numbers = (x[in_token, in_channel], in_channel, value, position, row, col, share)
         # Whether it grows is known when the layer is done.
-        self._pending.append(DownSpike(name, place, expert, max_in, in_channel, value, position, row, col, share))
+        self._pending.append((name, place, expert, torch.stack([number.double() for number in numbers])))
 
     def _layer_hook(self, _module: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+        if not self._pending:
+            return
         before = args[0] if args else kwargs["hidden_states"]
         after = out[0] if isinstance(out, tuple) else out
-        for spike in self._pending:
-            at = (0, spike.position, spike.row)
-            self._spikes.append(replace(spike, is_growing=bool(after[at].abs() > before[at].abs())))
+        places = [(name, place, expert) for name, place, expert, _ in self._pending]
+        numbers = torch.stack([numbers for *_, numbers in self._pending])
+        position, row = numbers[:, 3].long(), numbers[:, 4].long()
+        grows = after[0, position, row].abs() > before[0, position, row].abs()
+        for place, found, is_growing in zip(places, numbers.tolist(), grows.tolist(), strict=True):
+            max_in, in_channel, value, position, row, col, share = found
+            at = (max_in, int(in_channel), value, int(position), int(row), int(col), share)
+            self._spikes.append(DownSpike(*place, *at, is_growing))
         self._pending.clear()

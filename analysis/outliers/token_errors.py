@@ -11,19 +11,17 @@ from statistics import median
 
 import torch
 
-from dynquant.calibration.collector import KINDS
 from dynquant.calibration.importance import importance
-from dynquant.calibration.stage import kind_path
 from dynquant.calibration.statistics import CalibrationStats, InputStats
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import Role, layer_of, role_of
 from dynquant.encoding.stream import load_encoder
 from dynquant.formats import decode
 from dynquant.formats.quant_types import QUANT_TYPES, fit_to_row
-from dynquant.recipes.folder import TOKEN_ERRORS_NAME
 from dynquant.recipes.presets import is_quantizable
 from dynquant.session import Session
 from dynquant.storage.documents import FrozenRecord, read_document
+from dynquant.storage.file_names import KINDS, TOKEN_ERRORS_NAME, kind_path
 
 _PREFERRED = ("Q4_K", "IQ4_XS", "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "Q5_K", "Q6_K", "Q8_0")
 
@@ -85,7 +83,7 @@ def write_token_errors(
         return None
     stats, encoder = CalibrationStats.load(stats_path), load_encoder(encoder_name)
     by_kind = {kind: CalibrationStats.load(path) for kind, path in paths.items()}
-    stats.check_belongs_to(model.fingerprint, model.name)
+    stats.check_belongs_to(model.fingerprint, model.name, model.settings)
     type_name = next((name for name in _PREFERRED if name in types), types[0])
     rows = []
     for info in map(model.source.info, model.source.names()):

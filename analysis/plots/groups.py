@@ -47,7 +47,7 @@ class PlanResults:
                 f"for {plan.fingerprint[:12]} ({plan.model}). Run `dynquant analyze` on {plan.model}."
             )
         if self.stats is not None:
-            self.stats.check_belongs_to(plan.fingerprint, plan.model)
+            self.stats.check_belongs_to(plan.fingerprint, plan.model, plan.settings)
 
 
 PROJECTOR = "projector"

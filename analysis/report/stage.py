@@ -11,9 +11,10 @@ from dynquant.families.open import open_model
 from dynquant.planning.chooser import rules_of
 from dynquant.planning.frontier import fixed_recipes, frontier
 from dynquant.planning.selection import Selection
-from dynquant.recipes import folder
+from dynquant.recipes.folder import load_super_weights
 from dynquant.recipes.plan import Plan
 from dynquant.session import Session
+from dynquant.storage import file_names
 
 
 def write_plan_report(
@@ -24,18 +25,18 @@ def write_plan_report(
     from dynquant.analysis.plots.groups import PlanResults
     from dynquant.analysis.report.page import write_report
 
-    plan = Plan.load(directory / folder.PLAN_NAME)
-    stats = CalibrationStats.load(directory / folder.STATS_NAME)
-    table = ErrorTable.load(directory / folder.ERRORS_NAME)
-    super_weights = folder.load_super_weights(directory / folder.SUPER_NAME)
-    report = directory / folder.REPORT_NAME
+    plan = Plan.load(directory / file_names.PLAN_NAME)
+    stats = CalibrationStats.load(directory / file_names.STATS_NAME)
+    table = ErrorTable.load(directory / file_names.ERRORS_NAME)
+    super_weights = load_super_weights(directory / file_names.SUPER_NAME)
+    report = directory / file_names.REPORT_NAME
     with session.stage("The plan is kept; plots and report are drawn again.") as progress:
         recipes = fixed_recipes(open_model(path, base_gguf=base_gguf))
         chosen_bytes = sum(padded(entry.bytes) for entry in plan.entries if entry.name in table.tensors())
         rules = replace(rules_of(super_weights, stats), fixed_bytes=plan.predicted_bytes - chosen_bytes)
         points = frontier(table, rules, recipes)
-        selection = Selection.load(directory / folder.SELECTION_NAME)
-        token_errors = TokenErrors.load(directory / folder.TOKEN_ERRORS_NAME, plan.fingerprint)
+        selection = Selection.load(directory / file_names.SELECTION_NAME)
+        token_errors = TokenErrors.load(directory / file_names.TOKEN_ERRORS_NAME, plan.fingerprint)
         results = PlanResults(plan, table, stats, super_weights, points, selection, token_errors)
         plots = write_plots(directory / "plots", results, progress)
     write_report(report, results, plots, measured=measured)

@@ -17,10 +17,10 @@ Left out: correlations between matrices, and routing flips, which add to small e
 bundled model measured over predicted KL is 1.0 to 1.7 at e = 0.1 (tests/test_sensitivity.py).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import nn
@@ -34,6 +34,59 @@ from dynquant.running.staged_passes import StagedPasses
 from dynquant.session import Progress, ignore_progress
 
 
+class WindowSums:
+    """Sums by GGUF name, float64 [windows], where the model computes: a GPU would wait for every number that is read.
+
+    Squares of one token are summed in float32 whatever type the model computes in, and tokens in float64.
+    """
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self._lengths = torch.tensor(lengths)  # tokens of each window
+        self._sums: dict[str, torch.Tensor] = {}
+        self._windows = slice(0, 0)
+
+    def start(self, first: int, count: int) -> None:
+        """Name the windows that run together next."""
+        self._windows = slice(first, first + count)
+
+    def add_output(
+        self, name: str, y: torch.Tensor, gradient: torch.Tensor, tokens: torch.Tensor | None = None
+    ) -> None:
+        """Add s of an output y and its gradient, both [..., d], of all tokens, or of `tokens`."""
+        products = gradient.float().square().sum(-1) * y.float().square().sum(-1)  # [...]
+        for stored in _stored_names(name):
+            self._add(stored, products, 0.5, y.shape[-1], tokens)
+
+    def add_product(self, names: Iterable[str], h: torch.Tensor, gradient: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Add 1/2 sum_j (g_j h_j)^2 of the product [T, F] that enters a down projection."""
+        products = (gradient.float() * h.float()).square().sum(-1, dtype=torch.float64)
+        for name in names:
+            self._add(name, products, 0.5, 1, tokens)
+
+    def means_and_errors(self, *, is_tied: bool) -> tuple[dict[str, float], dict[str, float]]:
+        """Return nats per token and standard errors, by name."""
+        if is_tied and "output.weight" in self._sums:
+            self._sums["token_embd.weight"] += self._sums.pop("output.weight")  # one matrix, read at both ends
+        names, count = sorted(self._sums), len(self._lengths)
+        if not names:
+            return {}, {}
+        means = torch.stack([self._sums[name] for name in names]).cpu() / self._lengths
+        errors = means.std(1) / count**0.5 if count > 1 else torch.zeros(len(names))
+        return dict(zip(names, means.mean(1).tolist(), strict=True)), dict(zip(names, errors.tolist(), strict=True))
+
+    def _add(
+        self, name: str, products: torch.Tensor, factor: float, channels: int, tokens: torch.Tensor | None
+    ) -> None:
+        if name not in self._sums:
+            self._sums[name] = torch.zeros(len(self._lengths), dtype=torch.float64, device=products.device)
+        sums = self._sums[name][self._windows]
+        if len(sums) > 1 and tokens is not None:
+            # Sums under masks, not `index_add_`: that adds in another order in each run on a GPU.
+            window_of = tokens // int(self._lengths[self._windows.start])
+            products = products * (window_of == torch.arange(len(sums), device=tokens.device).unsqueeze(1))
+        sums += factor * products.reshape(len(sums), -1).sum(1, dtype=torch.float64) / channels
+
+
 def output_sensitivity(
     hf_model: nn.Module,
     arch: str,
@@ -43,103 +96,74 @@ def output_sensitivity(
     seed: int = 0,
     progress: Progress = ignore_progress,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Return GGUF weight name -> s in nats per token, and its standard error, from windows or samples, run one by one.
+    """Return GGUF weight name -> s in nats per token, and its standard error, from windows or samples.
 
     Labels are drawn from the model's own distribution with `seed`; the model's weights stay as they are. The embedding,
     every linear layer and every stack of routed experts gets an entry. With one window there is no standard error: 0.
     """
-    generator = torch.Generator().manual_seed(seed)
-    batches = [batch.with_gradients() for batch in replace(inputs, batch_size=1)]
-    lengths = [batch.num_tokens for batch in batches]
-    per_window: list[dict[str, float]] = [{} for _ in batches]
+    generator, device = torch.Generator().manual_seed(seed), next(hf_model.parameters()).device
+    lengths = [length for batch in inputs for length in [batch.is_text.shape[1]] * len(batch.is_text)]
+    sums, first, done = WindowSums(lengths), 0, 0
     progress("measuring sensitivity", 0, sum(lengths), unit="tokens")
-    for index, batch in enumerate(batches):
-        with activation_gradients(hf_model), _observed(hf_model, arch, n_layer, partial(_add_to, per_window[index])):
+    with activation_gradients(hf_model), _observed(hf_model, arch, n_layer, sums):
+        for batch in inputs:
+            sums.start(first, len(batch.is_text))
             # Gradients reach a vision tower when its pixels ask for one.
-            sampled_log_probability(hf_model(**batch.arguments, use_cache=False).logits, generator).backward()
-        progress("measuring sensitivity", sum(lengths[: index + 1]), sum(lengths), unit="tokens")
+            arguments = batch.with_gradients().on(device)
+            sampled_log_probability(hf_model(**arguments, use_cache=False).logits, generator).backward()
+            first, done = first + len(batch.is_text), done + batch.num_tokens
+            progress("measuring sensitivity", done, sum(lengths), unit="tokens")
     head = hf_model.get_output_embeddings()
-    is_tied = head is not None and head.weight is hf_model.get_input_embeddings().weight
-    return _means_and_errors(per_window, lengths, is_tied)
+    return sums.means_and_errors(is_tied=head is not None and head.weight is hf_model.get_input_embeddings().weight)
 
 
 def streamed_sensitivity(
     passes: StagedPasses, arch: str, n_layer: int, *, seed: int = 0, progress: Progress = ignore_progress
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Return what `output_sensitivity` does, with one layer in memory; every batch of `passes` is one window."""
+    """Return what `output_sensitivity` does, with one layer in memory, from the windows of `passes`."""
     generator = torch.Generator().manual_seed(seed)
-    per_window: list[dict[str, float]] = [{} for _ in passes.batches]
-    seen: dict[str, float] = {}
-
-    def before_window(index: int) -> None:
-        nonlocal seen
-        seen = per_window[index]
-
+    sums = WindowSums([len(window) for batch in passes.batches for window in batch])
+    firsts = list(accumulate((len(batch) for batch in passes.batches), initial=0))
     stages = [*range(passes.head), *range(passes.head, -1, -1)]  # up to the head, and back down
     passes.states.check_space(len(stages) // 2 + 2)
-    for done, stage in enumerate(stages, 1):
-        if done <= passes.head:
-            passes.forward(stage)
-        else:
-            with _observed(passes.stream.hf_model, arch, n_layer, lambda name, value: _add_to(seen, name, value)):
-                passes.backward(stage, partial(sampled_log_probability, generator=generator), before_window)
-            passes.states.forget(stage)
-            passes.gradients.forget(stage + 1)
-        progress("measuring sensitivity", done, len(stages), unit="layers")
-    return _means_and_errors(per_window, [batch.numel() for batch in passes.batches], passes.stream.is_tied)
-
-
-def _add_to(sums: dict[str, float], name: str, value: float) -> None:
-    sums[name] = sums.get(name, 0.0) + value
-
-
-def _means_and_errors(
-    per_window: list[dict[str, float]], lengths: Sequence[int], is_tied: bool
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Turn the sums of each window, of `lengths` tokens, into nats per token and standard errors, by name."""
-    count = len(per_window)
-    means: dict[str, torch.Tensor] = {}
-    for index, sums in enumerate(per_window):
-        if is_tied and "output.weight" in sums:
-            sums["token_embd.weight"] += sums.pop("output.weight")  # one matrix, read at both ends
-        for name, total in sums.items():
-            means.setdefault(name, torch.zeros(count, dtype=torch.float64))[index] = total / lengths[index]
-    errors = {name: float(s.std()) / count**0.5 if count > 1 else 0.0 for name, s in sorted(means.items())}
-    return {name: float(s.mean()) for name, s in sorted(means.items())}, errors
+    with _observed(passes.stream.hf_model, arch, n_layer, sums):
+        for done, stage in enumerate(stages, 1):
+            if done <= passes.head:
+                passes.forward(stage)
+            else:
+                passes.backward(
+                    stage,
+                    partial(sampled_log_probability, generator=generator),
+                    lambda index: sums.start(firsts[index], len(passes.batches[index])),
+                )
+                passes.states.forget(stage)
+                passes.gradients.forget(stage + 1)
+            progress("measuring sensitivity", done, len(stages), unit="layers")
+    return sums.means_and_errors(is_tied=passes.stream.is_tied)
 
 
 @contextmanager
-def _observed(hf_model: nn.Module, arch: str, n_layer: int, add: Callable[[str, float], None]) -> Iterator[None]:
+def _observed(hf_model: nn.Module, arch: str, n_layer: int, sums: WindowSums) -> Iterator[None]:
+    """Context manager: backward passes add to `sums`."""
+
     def output_hook(name: str, _module: nn.Module, _inputs: tuple, out: torch.Tensor) -> None:
         if out.requires_grad:
-            out.register_hook(partial(_add_output, add, name, out.detach()))
+            out.register_hook(partial(sums.add_output, name, out.detach()))
 
     names = {module: expert_names(name, arch, n_layer) for name, module in expert_modules(hf_model).items()}
 
     def observe_expert(call: ExpertCall) -> None:
-        (*inner, down), h, y = names[call.module], call.down_input.detach(), call.down_output
-
-        def add_product(gradient: torch.Tensor) -> None:
-            value = 0.5 * float((gradient * h).square().sum(dtype=torch.float64))  # 1/2 sum_j (g_j h_j)^2
-            for name in inner:
-                add(name, value)
-
-        call.down_input.register_hook(add_product)
-        y.register_hook(partial(_add_output, add, down, y.detach()))
+        if not call.down_output.requires_grad:
+            return
+        *inner, down = names[call.module]
+        call.down_input.register_hook(partial(sums.add_product, inner, call.down_input.detach(), tokens=call.tokens))
+        call.down_output.register_hook(partial(sums.add_output, down, call.down_output.detach(), tokens=call.tokens))
 
     observed = {"token_embd.weight": hf_model.get_input_embeddings(), **linear_names(hf_model, arch, n_layer)}
     with ExitStack() as hooks, record_experts(hf_model, observe_expert):
         for name, module in observed.items():
             hooks.enter_context(module.register_forward_hook(partial(output_hook, name)))
         yield
-
-
-def _add_output(add: Callable[[str, float], None], name: str, y: torch.Tensor, gradient: torch.Tensor) -> None:
-    """Add s of an output y and its gradient, both [..., d]."""
-    products = gradient.square().sum(-1) * y.square().sum(-1)  # [...]
-    value = 0.5 * float(products.sum(dtype=torch.float64)) / y.shape[-1]
-    for stored in _stored_names(name):
-        add(stored, value)
 
 
 def _stored_names(name: str) -> tuple[str, ...]:

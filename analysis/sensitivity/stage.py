@@ -9,16 +9,19 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from dynquant.analysis.outliers.super_weights import find_super_weights
 from dynquant.analysis.sensitivity.closed_form import output_sensitivity, streamed_sensitivity
 from dynquant.calibration.options import CalibrationOptions
 from dynquant.calibration.stage import calibration_inputs, streaming_limit
 from dynquant.checkpoints.model import Model
 from dynquant.recipes.folder import SuperWeight
+from dynquant.resources import chosen_device
 from dynquant.running.layer_stream import LayerStream
-from dynquant.running.load import load_hf
+from dynquant.running.load import computing_type, load_hf
 from dynquant.running.staged_passes import StagedPasses
-from dynquant.running.stream_memory import Workload, fit_within
+from dynquant.running.stream_memory import MOST_TOKENS_AT_ONCE, Workload, fit_within, windows_at_once
 from dynquant.session import Session
 
 PROBE_TOKENS = 4096  # tokens of the backward pass that measures sensitivities
@@ -29,7 +32,9 @@ _PROBE_KEEPS = "Errors are kept; the sensitivities measured so far are lost."
 def run_probe(
     model: Model, options: CalibrationOptions, directory: Path, session: Session, *, finds_super_weights: bool = True
 ) -> tuple[list[SuperWeight], dict[str, float], dict[str, float]]:
-    """Return super weights, and the output's sensitivity to every tensor with its error; in float32 on the CPU.
+    """Return super weights, and the output's sensitivity to every tensor with its error.
+
+    A CPU computes in float32, a GPU in the type of the checkpoint, several windows at a time.
 
     Raises:
         CheckpointError: transformers cannot load the model.
@@ -38,20 +43,26 @@ def run_probe(
     inputs = calibration_inputs(model, replace(options, tokens=PROBE_TOKENS), session)
     finds_super_weights = finds_super_weights and not inputs.has_pictures
     arch, n_layer = model.arch, model.hyper.n_layer
-    limit = streaming_limit(model, options, "cpu", session)
+    device = chosen_device(session.device)
+    limit = streaming_limit(model, options, device, session)
     if limit is None:
-        hf_model = load_hf(model)
+        hf_model = load_hf(model, device=device)
+        at_once = 1
+        if device != "cpu" and not inputs.has_pictures:
+            at_once = windows_at_once(hf_model, inputs.longest, torch.cuda.mem_get_info(device)[0])
+        inputs = replace(inputs, batch_size=at_once)
         supers = find_super_weights(hf_model, arch, n_layer, inputs.windows[0]) if finds_super_weights else []
         with session.stage(_PROBE_KEEPS) as progress:
             return supers, *output_sensitivity(hf_model, arch, n_layer, inputs, seed=session.seed, progress=progress)
     windows = inputs.windows
-    stream = LayerStream(model)
-    fit_within(stream, limit, Workload(windows.shape[1], is_backward=True))
+    at_once = 1 if device == "cpu" else max(1, MOST_TOKENS_AT_ONCE // windows.shape[1])
+    stream = LayerStream(model, dtype=computing_type(model, device), device=device)
+    fit_within(stream, limit, Workload(at_once * windows.shape[1], is_backward=True))
     with stream.running(), _scratch((options.spill or directory) / ".probe.streaming") as scratch:
         supers = []
         if finds_super_weights:
             supers = find_super_weights(stream.hf_model, arch, n_layer, windows[0], zeroed=stream.zeroed)
-        passes = StagedPasses(stream, windows.split(1), scratch)
+        passes = StagedPasses(stream, windows.split(at_once), scratch)
         with session.stage(_PROBE_KEEPS) as progress:
             return supers, *streamed_sensitivity(passes, arch, n_layer, seed=session.seed, progress=progress)
 

@@ -19,9 +19,8 @@ from dynquant.errors import StatsError
 from dynquant.inputs.model_inputs import Batch
 from dynquant.running.expert_hooks import ExpertCall, expert_modules, record_experts
 from dynquant.running.linear_hooks import LinearHooks, linear_names
+from dynquant.storage.file_names import IMAGE, KINDS, TEXT
 
-IMAGE, TEXT = "image", "text"
-KINDS = (IMAGE, TEXT)  # kinds of tokens that are told apart where pictures are seen
 _ALL = ""
 _PICTURE_READERS = ("cross_attn_k.weight", "cross_attn_v.weight")
 

@@ -45,7 +45,8 @@ def import_imatrix(path: str | Path, model: Model) -> CalibrationStats:
         raise StatsError(f"No entry of {path} is named like a weight of {model.name}; it belongs to another model.")
     text = {"text_hash": hashlib.sha256(path.read_bytes()).hexdigest(), "text_name": ", ".join(datasets) or path.name}
     counts = {"num_windows": chunks, "num_tokens": chunks * size, "window": size}
-    provenance = StatsProvenance(fingerprint=model.fingerprint, imported_from=path.name, **text, **counts)
+    origin = {"fingerprint": model.fingerprint, "settings": model.settings, "imported_from": path.name}
+    provenance = StatsProvenance(**origin, **text, **counts)
     return CalibrationStats(provenance, inputs)
 
 
@@ -104,7 +105,7 @@ def export_imatrix(
         StatsError: the statistics belong to another model, or cover no weight of it.
         WriteError: the file cannot be written.
     """
-    stats.check_belongs_to(model.fingerprint, model.name)
+    stats.check_belongs_to(model.fingerprint, model.name, model.settings)
     provenance, written = stats.provenance, 0
     with writing(Path(path)) as temporary:
         writer = gguf.GGUFWriter(temporary, model.arch)

@@ -6,6 +6,7 @@ from typing import Annotated, Literal, get_args
 
 from dynquant.errors import StatsError
 from dynquant.options import BaseGguf, CalibrationText, Flag, ModelPath, Options, Ray, Strict, Window, Writes
+from dynquant.storage.file_names import STATS_NAME, files_beside
 
 Hessians = Literal["none", "activations", "gradients"]
 """Second moments to take; with gradients, a token counts by its squared gradient of the KL divergence too."""
@@ -22,8 +23,8 @@ class CalibrationOptions(Options):
     data: Annotated[
         str | None,
         Flag(
-            "Samples for a vision-language model instead of text: .jsonl with images and text, messages, or question "
-            "and answer.",
+            "Samples for a vision-language model instead of text: .jsonl, .json or .parquet with images and text, "
+            "messages, or question and answer.",
             show_default=False,
         ),
     ] = None
@@ -84,9 +85,11 @@ class CalibrateOptions(Options):
     """A model, and the file of its statistics; they come from running it, or from an imatrix of llama.cpp."""
 
     model: ModelPath
-    output: Annotated[Path, Flag("Where stats.safetensors goes.", ("-o", "--output")), Writes()] = Path(
-        "stats.safetensors"
-    )
+    output: Annotated[
+        Path,
+        Flag("Where stats.safetensors goes.", ("-o", "--output")),
+        Writes(beside=lambda output, typed: files_beside(output)),
+    ] = Path(STATS_NAME)
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     base_gguf: BaseGguf = None
     imatrix: Annotated[Path | None, Flag("Import a llama.cpp imatrix GGUF instead of running the model.")] = None

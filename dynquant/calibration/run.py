@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from dynquant.calibration.collector import KINDS, Collector, SampleLimits
+from dynquant.calibration.collector import Collector, SampleLimits
 from dynquant.calibration.options import Hessians
 from dynquant.calibration.recorders import DEFAULT_LIMIT, MomentRecorder
 from dynquant.calibration.second_moments import SecondMoments
@@ -28,6 +28,7 @@ from dynquant.inputs.text import pack_windows, read_text
 from dynquant.running.linear_hooks import activation_gradients, last_logits, sampled_log_probability
 from dynquant.running.load import load_tokenizer
 from dynquant.session import Progress, ignore_progress
+from dynquant.storage.file_names import KINDS
 
 HELD_BACK = 0.1  # share of the windows or samples that give samples and no sums
 
@@ -77,7 +78,8 @@ def text_inputs(
 def provenance_of(model: Model, inputs: ModelInputs, *, tokens: int, seed: int) -> StatsProvenance:
     """Return where the statistics of a run on `inputs`, under a limit of `tokens`, will come from."""
     text = {"text_hash": inputs.sha256, "text_name": inputs.name, "window": inputs.longest}
-    return StatsProvenance(fingerprint=model.fingerprint, max_tokens=tokens, seed=seed, **text)
+    identity = {"fingerprint": model.fingerprint, "settings": model.settings}
+    return StatsProvenance(**identity, max_tokens=tokens, seed=seed, **text)
 
 
 class Split(NamedTuple):

@@ -26,7 +26,9 @@ from dynquant.calibration.importance import SHRINK_TOKENS, importance
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance, check_finite
 from dynquant.checkpoints.tensor_source import is_finite
 from dynquant.errors import StatsError, unreadable
+from dynquant.families.common.settings import differing_settings
 from dynquant.storage.atomic import read_tensors, read_tensors_header, save_tensors
+from dynquant.storage.file_names import path_beside
 
 DAMPING = 0.01  # added to the diagonal, as a share of its mean
 
@@ -117,6 +119,11 @@ class SecondMoments:
                     f"{str(mine)[:12]}, theirs {str(theirs)[:12]}. Calibrate again, or move it away to encode without "
                     "error feedback."
                 )
+        if difference := differing_settings(self.provenance.settings, stats.provenance.settings):
+            raise StatsError(
+                f"{path} was measured under another configuration of the model than the statistics: {difference}. "
+                "Calibrate again, or move it away to encode without error feedback."
+            )
 
 
 def named_tensors(sums: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -147,12 +154,6 @@ def _fill(moments: SecondMoments, tensors: dict[str, torch.Tensor]) -> None:
         raise ValueError("`aliases` does not map weights to inputs")
     if moments.kind not in ("activations", "gradients") or tokens.ndim != 2 or tokens.is_floating_point():
         raise ValueError(f"the kind {moments.kind!r:.40} of {list(tokens.shape)} tokens")
-
-
-def path_beside(stats: Path) -> Path:
-    """Return the file of the second moments beside statistics: `stats.safetensors` -> `hessians.safetensors`."""
-    name = stats.name.replace("stats", "hessians")
-    return stats.with_name(name if name != stats.name else f"{stats.stem}.hessians{stats.suffix}")
 
 
 def kind_beside(stats: Path) -> str:

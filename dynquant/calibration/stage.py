@@ -9,19 +9,20 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
-from dynquant.calibration.collector import KINDS
 from dynquant.calibration.imatrix import export_imatrix, import_imatrix
 from dynquant.calibration.importance import coverage_report
 from dynquant.calibration.options import CalibrateOptions, CalibrationOptions
 from dynquant.calibration.run import Calibration, StatisticsOptions, collect_statistics, provenance_of, text_inputs
-from dynquant.calibration.second_moments import SecondMoments, kind_beside, load_beside, path_beside
+from dynquant.calibration.second_moments import SecondMoments, kind_beside, load_beside
 from dynquant.calibration.sharded import calibrate_in_shards
-from dynquant.calibration.statistics import CalibrationStats
+from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
 from dynquant.calibration.streamed import StreamingOptions, calibrate_streamed
 from dynquant.checkpoints.model import Model
-from dynquant.errors import PlanError, StatsError
+from dynquant.errors import PlanError, StatsError, WriteError
 from dynquant.families.common.conversion import ConvertedSource
+from dynquant.families.common.settings import differing_settings
 from dynquant.families.open import open_and_announce
 from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.inputs.pictures import picture_inputs, read_samples
@@ -31,9 +32,9 @@ from dynquant.running.cluster import open_ray
 from dynquant.running.load import computing_type, load_hf
 from dynquant.running.stream_memory import COMFORTABLE_SHARE, free_memory
 from dynquant.session import SILENT, Session
-from dynquant.storage.atomic import file_hash
+from dynquant.storage.atomic import file_hash, read_tensors_header
+from dynquant.storage.file_names import KINDS, STATS_NAME, kind_path, path_beside
 
-STATS_NAME = "stats.safetensors"  # statistics beside a plan
 TEXT_ONLY = (
     "This model has a vision tower, but the calibration is text alone: nothing of the vision tower, the projector and "
     "cross-attention will be measured. Their inputs are then taken to be even, types below 2.5 bits are closed to "
@@ -66,7 +67,7 @@ class StatsFile:
 
     def of(self, model: Model) -> "StatsFile":
         """Return itself, or raise StatsError when the statistics are those of another checkpoint."""
-        self.stats.check_belongs_to(model.fingerprint, model.name)
+        self.stats.check_belongs_to(model.fingerprint, model.name, model.settings)
         return self
 
 
@@ -142,6 +143,7 @@ def _others(file: StatsFile, model: Model, options: CalibrationOptions, seed: in
     made, kind = file.stats.provenance, kind_beside(file.path)
     same = {
         "weights": made.fingerprint == model.fingerprint,
+        "configuration": not differing_settings(made.settings, model.settings),
         "--tokens": made.max_tokens == options.tokens,
         "--seed": made.seed == seed,
         "--hessians": options.hessians in ("none", kind),
@@ -151,10 +153,18 @@ def _others(file: StatsFile, model: Model, options: CalibrationOptions, seed: in
     elif all(same.values()):  # the text depends on both
         text = read_text(options.text, seed=seed, max_tokens=options.tokens)
         same |= {
-            "--window": made.window == min(options.window, max(options.tokens, 2)),
+            "--window": made.window == _window_of(made, model, options, seed),
             "text": made.text_hash == text.sha256,
         }
     return [name for name, is_same in same.items() if not is_same]
+
+
+def _window_of(made: StatsProvenance, model: Model, options: CalibrationOptions, seed: int) -> int:
+    """Return the window that a calibration with these options has: that of one short window is the text's length."""
+    window = min(options.window, max(options.tokens, 2))
+    if made.num_windows != 1 or made.window >= window:
+        return window
+    return text_inputs(model, options.text, tokens=options.tokens, window=options.window, seed=seed).longest
 
 
 def run_calibration(
@@ -165,14 +175,10 @@ def run_calibration(
     Raises:
         PlanError: a memory limit together with a cluster.
         StatsError: an option that a vision-language model does not take.
+        WriteError: statistics of another calibration at a name that is needed beside the output.
     """
-    if options.ray is not None and (options.max_memory is not None or options.spill is not None):
-        raise PlanError(
-            "Every worker of a cluster holds the model whole, so --max-memory and --spill do not go with --ray; leave "
-            "out one or the other."
-        )
+    _check(model, options, output)
     device = chosen_device(session.device)
-    _check_vision(model, options)
     limit = None if options.ray is not None else streaming_limit(model, options, device, session)
     inputs = calibration_inputs(model, options, session, batch_size=_batch_size(device))
     if model.has_vision and not inputs.has_pictures:
@@ -219,6 +225,26 @@ def run_calibration(
     return result.stats
 
 
+def _check_kinds(output: Path) -> None:
+    """Raise WriteError for statistics of their own at a name for those of one kind of token, which are replaced."""
+    for path in (kind_path(output, kind) for kind in KINDS):
+        if not path.is_file():
+            continue
+        mine, theirs = (_provenance_at(file) for file in (output, path))
+        if mine != theirs:
+            raise WriteError(
+                f"{path} is of another calibration than {output}, and would be replaced by the statistics of its "
+                f"{path.stem.rpartition('-')[2]} tokens. Give another name for the output, or move that file."
+            )
+
+
+def _provenance_at(file: Path) -> object:
+    try:
+        return read_tensors_header(file)["provenance"]
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+        return None
+
+
 def _tell_result(
     result: Calibration, inputs: ModelInputs, moments_path: Path, options: CalibrationOptions, session: Session
 ) -> None:
@@ -257,11 +283,6 @@ def calibration_inputs(
     return inputs
 
 
-def kind_path(stats: Path, kind: str) -> Path:
-    """Return where statistics of one kind of token lie: `stats.safetensors` -> `stats-image.safetensors`."""
-    return stats.with_name(f"{stats.stem}-{kind}{stats.suffix}")
-
-
 def streaming_limit(model: Model, options: CalibrationOptions, device: str, session: Session = SILENT) -> int | None:
     """Bytes within which the model is to be streamed, or None to load it whole."""
     if model.has_vision:
@@ -281,7 +302,13 @@ def streaming_limit(model: Model, options: CalibrationOptions, device: str, sess
     return limit
 
 
-def _check_vision(model: Model, options: CalibrationOptions) -> None:
+def _check(model: Model, options: CalibrationOptions, output: Path) -> None:
+    if options.ray is not None and (options.max_memory is not None or options.spill is not None):
+        raise PlanError(
+            "Every worker of a cluster holds the model whole, so --max-memory and --spill do not go with --ray; leave "
+            "out one or the other."
+        )
+    _check_kinds(output)
     if not model.has_vision:
         return
     for option, value in (("--max-memory", options.max_memory), ("--ray", options.ray)):

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from dynquant import __version__
 from dynquant.checkpoints.tensor_source import is_finite
 from dynquant.errors import StatsError, unreadable
+from dynquant.families.common.settings import Setting, Settings, differing_settings
 from dynquant.storage.atomic import read_tensors, save_tensors
 
 SCHEMA_VERSION = 1
@@ -79,6 +80,7 @@ class StatsProvenance(BaseModel):
     schema_version: Literal[1] = SCHEMA_VERSION
     tool_version: str = __version__
     fingerprint: str
+    settings: dict[str, Setting] = {}  # what decides the model's computation beside its weights
     text_hash: str = Field(pattern="^[0-9a-f]{1,64}$")
     text_name: str
     num_windows: int = Field(0, ge=0)
@@ -95,6 +97,11 @@ class StatsProvenance(BaseModel):
             raise StatsError(
                 f"Statistics of checkpoint {other.fingerprint[:12]} cannot be merged into those of "
                 f"{self.fingerprint[:12]}; calibrate both on the same model."
+            )
+        if difference := differing_settings(self.settings, other.settings):
+            raise StatsError(
+                f"The statistics to merge were measured under two configurations of one model: {difference}. Calibrate "
+                "both under the same."
             )
         counts = ("num_windows", "num_tokens", "num_held_back_tokens")
         sums = {name: getattr(self, name) + getattr(other, name) for name in counts}
@@ -125,12 +132,17 @@ class CalibrationStats:
                 self.inputs[key] = copy.deepcopy(stats)
         self.aliases |= other.aliases
 
-    def check_belongs_to(self, fingerprint: str, model_name: str) -> None:
-        """Raise StatsError, naming both fingerprints, for statistics of another checkpoint."""
+    def check_belongs_to(self, fingerprint: str, model_name: str, settings: Settings) -> None:
+        """Raise StatsError, naming both fingerprints or the settings that differ, for statistics of another model."""
         if self.provenance.fingerprint != fingerprint:
             raise StatsError(
                 f"The calibration statistics were measured on checkpoint {self.provenance.fingerprint[:12]}, but "
                 f"{model_name} has fingerprint {fingerprint[:12]}. Run `dynquant calibrate` on {model_name}."
+            )
+        if difference := differing_settings(self.provenance.settings, settings):
+            raise StatsError(
+                f"The calibration statistics were measured under another configuration of {model_name}: {difference}. "
+                f"Restore it, or run `dynquant calibrate` on {model_name}."
             )
 
     def save(self, path: Path) -> None:

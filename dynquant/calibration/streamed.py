@@ -24,7 +24,7 @@ from dynquant import __version__
 from dynquant.calibration.collector import Collector
 from dynquant.calibration.options import Hessians
 from dynquant.calibration.run import Calibration, Split, StatisticsOptions, check_seen, split_inputs
-from dynquant.calibration.second_moments import named_tensors, path_beside
+from dynquant.calibration.second_moments import named_tensors
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_format import merge_tensor_files
@@ -36,6 +36,7 @@ from dynquant.running.staged_passes import StagedPasses
 from dynquant.running.stream_memory import Workload, fit_within
 from dynquant.session import Progress, ignore_progress
 from dynquant.storage.atomic import save_tensors
+from dynquant.storage.file_names import path_beside
 from dynquant.storage.journal import Journal, Record
 
 

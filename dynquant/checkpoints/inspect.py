@@ -15,7 +15,7 @@ import gguf
 
 from dynquant.checkpoints.gguf_source import read_split
 from dynquant.checkpoints.safetensors_format import FileSpan, spans_of
-from dynquant.checkpoints.safetensors_source import checkpoint_spans
+from dynquant.checkpoints.safetensors_source import INDEX_NAME, checkpoint_spans, read_weight_map
 from dynquant.checkpoints.tensor_roles import Role, role_of
 from dynquant.errors import CheckpointError
 from dynquant.formats.quant_types import QUANT_TYPES
@@ -77,6 +77,8 @@ class FileSummary:
     metadata: dict[str, object]
     provenance: dict[str, object]
     """`dynquant.*` and `quantize.imatrix.*` keys; empty for files of other tools."""
+    fault: str = ""
+    """Why the files are not a whole model."""
 
     @property
     def num_weights(self) -> int:
@@ -107,13 +109,24 @@ def inspect(path: str | Path) -> FileSummary:
     if path.suffix == ".gguf":
         return _inspect_gguf(path)
     if path.suffix == ".safetensors" and path.is_file():
-        return _inspect_safetensors(path.parent, spans_of(path))
+        return replace(_inspect_safetensors(path.parent, spans_of(path)), fault=_of_several(path))
     if path.is_dir():
         return _inspect_safetensors(path, checkpoint_spans(path))
     raise CheckpointError(
         f"{path} is neither a .gguf file, nor a .safetensors file, nor a directory that holds a checkpoint. Check the "
         "path."
     )
+
+
+def _of_several(path: Path) -> str:
+    """Return that a file is one of the shards of a checkpoint, or nothing."""
+    index = path.parent / INDEX_NAME
+    files = {file.name for file in read_weight_map(path.parent).values()} if index.is_file() else set()
+    shard = re.search(r"-(\d{5})-of-(\d{5})\.safetensors$", path.name)
+    if shard is None and (path.name not in files or len(files) < 2):
+        return ""
+    which = f"number {int(shard[1])} of {int(shard[2])}" if shard else f"one of {len(files)}"
+    return f"{path} is {which} files of a checkpoint. Give the directory for all of them."
 
 
 def _shares(labelled: Iterable[tuple[str, TensorRecord]]) -> tuple[Share, ...]:

@@ -4,10 +4,11 @@ Every stage has the same view: GGUF tensor names, shapes and float32 values, GGU
 planning rules need. `families.open.open_model` makes one from a directory or a file.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from dynquant.checkpoints.gguf_source import MetadataField
 from dynquant.checkpoints.tensor_source import TensorSource
@@ -97,6 +98,8 @@ class Model:
     unwritten: tuple[str, ...] = ()
     base_gguf: Path | None = None
     """The file that a directory's tensors and metadata were taken from."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Numbers that decide the computation beside the weights (`families.common.settings`)."""
 
     @cached_property
     def hyper(self) -> HyperParams:

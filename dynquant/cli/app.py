@@ -6,6 +6,7 @@ Exit status: 0 done, 1 refused with one paragraph on stderr, 2 wrong usage, 130 
 
 import shlex
 import sys
+from collections.abc import Collection
 from typing import Annotated
 
 import typer
@@ -25,6 +26,7 @@ from dynquant.cli.terminal.parameters import from_options
 from dynquant.cli.terminal.streams import lasting_streams
 from dynquant.cli.train import finetune, heal
 from dynquant.errors import DynquantError, reason
+from dynquant.resources import let_waiting_threads_sleep
 
 _PACKAGES_OF = {
     "models": {"transformers", "accelerate", "datasets", "sentencepiece", "scipy", "tokenizers", "huggingface_hub"},
@@ -86,9 +88,11 @@ def _global_options_first(arguments: list[str]) -> list[str]:
 
 def main() -> None:
     """Entry point of the `dynquant` command."""
+    let_waiting_threads_sleep()
     arguments = _global_options_first(sys.argv[1:])
     console.begin(shlex.join(["dynquant", *sys.argv[1:]]))  # to be typed again after an interruption
-    with ends_promptly(console.interrupted), lasting_streams():
+    noted = console.noted_warnings(of_all_kinds="--debug" in arguments)
+    with ends_promptly(console.interrupted), lasting_streams(), noted:
         try:
             try:
                 app(args=arguments, prog_name="dynquant")
@@ -97,7 +101,7 @@ def main() -> None:
                 console.finish("failed" if left.code else "done")
                 raise
         except Exception as error:
-            paragraph = _paragraph(error)
+            paragraph = _paragraph(error, trains={"finetune", "heal"}.intersection(arguments))
             if not paragraph:
                 console.finish("failed", f"{type(error).__name__}: {error}")
             if not paragraph or "--debug" in arguments:  # the callback's value does not reach this place
@@ -106,12 +110,13 @@ def main() -> None:
             sys.exit(1)
 
 
-def _paragraph(error: Exception) -> str | None:
-    """Return the words of a refusal, or None for a bug."""
+def _paragraph(error: Exception, *, trains: Collection[str]) -> str | None:
+    """Return the words of a refusal, or None for a bug; a command that `trains` needs an extra that holds others."""
     if isinstance(error, DynquantError):
         return str(error)
     if isinstance(error, OSError):
         return f"The system refused: {reason(error)}. Check the path, its permissions and the space on its disk."
     package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
     extra = next((extra for extra, packages in _PACKAGES_OF.items() if package in packages), None)
+    extra = "train" if trains and extra in ("models", "report") else extra
     return extra and f"This command needs {package}, which is not there: pip install 'dynquant-toolchain[{extra}]'."

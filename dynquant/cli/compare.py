@@ -5,8 +5,9 @@ at equal types only the blocks. Results are written after every file; a run that
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +22,7 @@ from dynquant.planning.options import PlanOptions, SearchOptions
 from dynquant.planning.target import Target
 from dynquant.session import Session
 from dynquant.storage.atomic import file_hash, write_atomically
+from dynquant.storage.file_names import STATS_NAME, files_beside, files_of_plan, path_beside
 
 if TYPE_CHECKING:
     from dynquant.evaluation.report import EvalReport
@@ -29,7 +31,23 @@ PLAN_PREFIX = "plan at "
 BASE, TUNED = "ggml", "+tune"
 
 Keep = Annotated[bool, Flag("Keep the exported files.")]
-_FOLDER = Writes("folder")
+
+
+def _in_comparison(output: Path, typed: Mapping[str, Any]) -> list[Path]:
+    files = [output / f"{recipe}.gguf" for recipe in typed["recipes"].split(",")]
+    return [*files, output / "compare.json", output / "compare.md", *files_of_plan(output / "plan")]
+
+
+def _in_comparison_of_encoders(output: Path, typed: Mapping[str, Any]) -> list[Path]:
+    names = product(typed["recipes"].split(","), typed["variants"].split(","))
+    stats, files = output / STATS_NAME, [output / f"{recipe}-{variant}.gguf" for recipe, variant in names]
+    return [*files, output / "encoders.json", output / "encoders.md", stats, *files_beside(stats)]
+
+
+_COMPARISON = Writes("folder", beside=_in_comparison)
+_ENCODERS = Writes("folder", beside=_in_comparison_of_encoders)
+
+
 QUESTIONS = Only(("text", "tasks", "max_tokens", "mmlu_data", "shots", "limit", "scoring"))
 
 
@@ -54,7 +72,7 @@ class CompareOptions(Options):
 
     model: ModelPath
     recipes: Annotated[tuple[str, ...], Flag("Presets, as llama-iq1_s,r1-iq1_s.")]
-    output: Annotated[Path, Flag("Directory for results and the shared plan.", ("-o", "--output")), _FOLDER]
+    output: Annotated[Path, Flag("Directory for results and the shared plan.", ("-o", "--output")), _COMPARISON]
     questions: Annotated[RecipeQuestions, QUESTIONS] = field(default_factory=RecipeQuestions)
     calibration: Annotated[CalibrationOptions, Only(("text", "tokens"))] = field(default_factory=CalibrationOptions)
     encoder: Annotated[str, Flag("ggml, or dynquant (slower; without its closing pass).")] = "ggml"
@@ -72,7 +90,7 @@ class CompareEncodersOptions(Options):
 
     model: ModelPath
     recipes: Annotated[tuple[str, ...], Flag("Presets, as r1-iq1_s,experts-q2_k,uniform-iq2_xxs.")]
-    output: Annotated[Path, Flag("Directory for results and statistics.", ("-o", "--output")), _FOLDER]
+    output: Annotated[Path, Flag("Directory for results and statistics.", ("-o", "--output")), _ENCODERS]
     questions: Annotated[EncoderQuestions, QUESTIONS] = field(default_factory=EncoderQuestions)
     calibration: Annotated[CalibrationOptions, Only(("text", "tokens", "hessians"))] = field(
         default_factory=CalibrationOptions
@@ -107,14 +125,14 @@ def compare_encoders(options: CompareEncodersOptions, session: Annotated[Session
     from dynquant.families.open import open_and_announce
 
     results = _Results(options.output / "encoders.json", options, session)
-    stats = options.output / "stats.safetensors"
+    stats = options.output / STATS_NAME
     statistics_at(stats, open_and_announce(options.model, session), options.calibration, session)
     for recipe in options.recipes:
         for encoder in dict.fromkeys(variant.removesuffix(TUNED) for variant in options.variants):
             _measure_encoder(recipe, encoder, stats, options, results)
             if not options.keep:
-                for file in options.output.glob(f"{recipe}-{encoder}*.gguf"):
-                    file.unlink()
+                for tuned in ("", TUNED):
+                    (options.output / f"{recipe}-{encoder}{tuned}.gguf").unlink(missing_ok=True)
     results.show(encoder_table)
 
 
@@ -124,13 +142,15 @@ class _Results:
     def __init__(self, path: Path, options: CompareOptions | CompareEncodersOptions, session: Session) -> None:
         from pydantic import TypeAdapter, ValidationError  # here, since `--help` imports this module
 
+        from dynquant.storage.documents import first_fault
+
         rows = TypeAdapter(dict[str, dict[str, Any]])
         try:
             self.rows = rows.validate_json(path.read_bytes()) if path.is_file() else {}
         except ValidationError as error:
-            reason = error.errors()[0]["msg"]
             raise EvaluationError(
-                f"{path} is no table of an earlier comparison ({reason}). Remove it, or choose another output."
+                f"{path} is no table of an earlier comparison ({first_fault(error)}). Remove it, or choose "
+                "another output."
             ) from error
         self.session = session
         self._path, self._options, self._settings = path, options, dict(_settings(options))
@@ -242,7 +262,7 @@ def _measure_encoder(
 
 def _tuned(plain: Path, encoder: str, stats: Path, options: CompareEncodersOptions, session: Session) -> Path:
     """Write the file again after the closing pass, on the tokens of the second moments."""
-    from dynquant.calibration.second_moments import SecondMoments, path_beside
+    from dynquant.calibration.second_moments import SecondMoments
     from dynquant.exporters.closing_pass import TuneOptions, tune_file
     from dynquant.families.open import open_and_announce
 

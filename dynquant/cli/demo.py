@@ -9,11 +9,14 @@ import typer
 from dynquant.cli.terminal import console
 from dynquant.options import Writes
 from dynquant.storage.atomic import write_atomically
+from dynquant.storage.file_names import files_of_plan
 
 
 def demo(
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="Directory for everything the demo makes."), Writes("folder")
+        Path,
+        typer.Option("-o", "--output", help="Directory for everything the demo makes."),
+        Writes("folder", beside=lambda output, typed: [output / "eval.json", *files_of_plan(output / "plan")]),
     ] = Path("demo-out"),
 ) -> None:
     """Plan, export and evaluate the bundled 16M mixture-of-experts model; about a minute and a half on two cores."""

@@ -14,7 +14,7 @@ from dynquant.resources import human_bytes
 if TYPE_CHECKING:
     from dynquant.recipes.diff import PlanDiff
 
-PlanFile = Annotated[Path, typer.Argument(help="A plan.json or a .gguf file.", show_default=False)]
+PlanFile = Annotated[Path, typer.Argument(help="A plan.json, its folder or a .gguf file.", show_default=False)]
 
 
 def inspect(path: Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)], as_json: AsJson = False) -> None:
@@ -23,12 +23,15 @@ def inspect(path: Annotated[str, typer.Argument(help=MODEL_HELP, show_default=Fa
     Example: dynquant inspect model.gguf
     """
     from dynquant.checkpoints.inspect import inspect as read
+    from dynquant.families.open import fault_of
 
     summary = read(path)
+    fault = summary.fault or fault_of(Path(path))
     if as_json:
         names = ("format", "arch", "total_bytes", "bits_per_weight", "types", "roles", "metadata", "provenance")
         document = {name: getattr(summary, name) for name in names}
-        console.show_json(document | {name: list(map(asdict, document[name])) for name in ("types", "roles")})
+        document |= {name: list(map(asdict, document[name])) for name in ("types", "roles")}
+        console.show_json(document | {"fault": fault or None})
         return
     for title, shares in (("by type", summary.types), ("by role", summary.roles)):
         rows = []
@@ -40,8 +43,10 @@ def inspect(path: Annotated[str, typer.Argument(help=MODEL_HELP, show_default=Fa
         console.say(f"{key}: {value}")
     console.say(
         f"{summary.arch}, {human_bytes(summary.total_bytes)} ({summary.total_bytes:,} bytes), "
-        f"{summary.bits_per_weight:.3f} bits per weight"
+        f"{summary.bits_per_weight:.3f} bits per weight" + (" of what is there" if fault else "")
     )
+    if fault:
+        console.say(f"This is not a whole model. {fault}")
 
 
 def measure_machine(

@@ -48,7 +48,6 @@ def heal(options: HealOptions, session: Annotated[Session, SeedAndDevice]) -> No
 def _without_notices() -> Iterator[None]:
     """Context manager: silences what libraries tell each other's authors, of no use to who trains an adapter."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", message="Could not find a config file")  # PEFT, of GGUF files
         yield
 

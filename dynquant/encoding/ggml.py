@@ -1,8 +1,8 @@
 """The reference encoder: ggml's own quantizers, called in the library inside llama-cpp-python.
 
 Bytes equal those of llama-quantize: both call `ggml_quantize_chunk` on float32 rows with the importance of the row's
-expert. ggml treats each row by itself, so tensors are cut into chunks of rows that run on all cores; ctypes gives up
-the GIL during a call. F32, F16 and BF16 are plain casts (ggml rounds to nearest even, as torch does).
+expert. ggml treats each row by itself, so tensors are cut into chunks of rows that run on all cores (`share`); ctypes
+gives up the GIL during a call. F32, F16 and BF16 are plain casts (ggml rounds to nearest even, as torch does).
 
 Left out: Q1_0 and other types outside the registry, and llama-quantize's file handling.
 """
@@ -10,7 +10,6 @@ Left out: Q1_0 and other types outside the registry, and llama-quantize's file h
 import ctypes
 import importlib.util
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -25,7 +24,7 @@ from dynquant.encoding.parts import as_slice, ranges
 from dynquant.errors import EncodeError
 from dynquant.formats.plain_quants import FLOAT_DTYPES
 from dynquant.formats.quant_types import QuantType
-from dynquant.resources import usable_cores
+from dynquant.workers import share
 
 CHUNK_WEIGHTS = 1 << 17
 """Weights per task: 10 to 100 ms of a slow quantizer, so that threads stay busy and Python's share stays small."""
@@ -58,14 +57,12 @@ class GgmlEncoder(Encoder):
         runs = list(map(as_slice, ranges(weights.shape[1], max(1, CHUNK_WEIGHTS // max(1, weights.shape[-1])))))
         places = list(product(range(len(weights)), runs))
 
-        def encode_rows(place: tuple[int, slice]) -> int:
+        def encode_rows(place: tuple[int, slice]) -> None:
             importance = None if request.importance is None else request.importance[place[0]]
             _encode_rows(quant_type, weights[place], packed[place], importance, name=request.name)
-            return weights[place].numel()
+            request.progress(weights[place].numel())
 
-        with ThreadPoolExecutor(max(1, min(request.threads or usable_cores(), len(places)))) as pool:
-            for num_weights in pool.map(encode_rows, places):
-                request.progress(num_weights)
+        share(encode_rows, places, request.threads)
         return packed
 
 

@@ -48,6 +48,8 @@ class Encoder(ABC):
     name: ClassVar[str]
     uses_hessians: ClassVar[bool]
     """True when `hessian` and `protected` change the bytes."""
+    device = torch.device("cpu")
+    """The place where blocks are searched."""
 
     def encode(
         self,
@@ -69,12 +71,12 @@ class Encoder(ABC):
             quant_type: The byte layout to produce.
             weights: [rows, row_length], or [experts, rows, row_length]; any floating dtype, read as float32.
             importance: E[x^2] per input channel, [row_length] or [experts, row_length]; None where the type allows it.
-            threads: How many threads to use; None for one per core.
+            threads: How many threads to use on a CPU; None for one per core.
             name: The tensor's name, for error messages.
             hessian: E[x xᵀ] of the input, positive definite, [1, row_length, row_length] for all experts or one for
                 each; what error feedback works with.
             protected: Scalars that must keep their values as well as the type can store them.
-            progress: Told how many weights are done.
+            progress: Told how many weights are done, by whichever thread did them.
 
         Returns:
             uint8 [..., rows, row_bytes].

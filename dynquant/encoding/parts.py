@@ -6,8 +6,10 @@ which a test holds; on a GPU as long as the parts are the same, because products
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
+from threading import Lock
 
 import torch
 
@@ -72,22 +74,38 @@ class TensorPart:
         num_rows = _stacked(self.shape)[1]
         return (self.experts.start * num_rows + self.rows.start) * self.quant_type.row_bytes(self.shape[-1])
 
+    def needed_bytes(self, *, hessians: bool) -> int:
+        """Memory that encoding the part takes."""
+        columns = self.shape[-1]
+        return _BYTES_PER_WEIGHT * self.num_weights + hessians * len(self.experts) * _BYTES_PER_MOMENT * columns**2
+
 
 @dataclass(frozen=True)
 class PartLimits:
-    """Limits of a part's size. `memory` in bytes holds for one part with all that encoding it takes, hessians included;
-    None leaves `PART_WEIGHTS` alone."""
+    """Limits of the size of parts. `memory` in bytes holds for all parts that are encoded at a time with all that this
+    takes, hessians included; None leaves `PART_WEIGHTS` alone."""
 
     memory: int | None = None
 
     def parts(
-        self, name: str, shape: tuple[int, ...], quant_type: QuantType, *, hessians: bool = False
+        self, name: str, shape: tuple[int, ...], quant_type: QuantType, *, hessians: bool = False, at_once: int = 1
     ) -> list[TensorPart]:
-        """Return a tensor's parts in the order of their bytes. `hessians`: whether each expert is encoded under one.
+        """Return a tensor's parts in the order of their bytes.
+
+        Args:
+            name: The tensor's name.
+            shape: Its shape.
+            quant_type: The type of its blocks.
+            hessians: Whether each expert is encoded under one.
+            at_once: So many parts are to fit in `memory` together; fewer when that leaves no part FEWEST_ROWS rows.
 
         Raises:
             ExportError: the smallest part takes more than `memory`.
         """
+        if at_once > 1 and self.memory is not None:
+            with suppress(ExportError):
+                return PartLimits(self.memory // at_once).parts(name, shape, quant_type, hessians=hessians)
+            return self.parts(name, shape, quant_type, hessians=hessians, at_once=at_once // 2)
         if len(shape) > 3:
             return [TensorPart.whole(name, shape, quant_type)]
         num_experts, num_rows, columns = _stacked(shape)
@@ -113,10 +131,14 @@ class PartLimits:
 
 
 class WeightChecks:
-    """Compares weights, as they are read part by part, with those that a plan was made from (`Plan.checksums`)."""
+    """Compares weights, as they are read part by part, with those that a plan was made from (`Plan.checksums`).
+
+    Threads may read parts side by side.
+    """
 
     def __init__(self, expected: Mapping[str, str], model_name: str) -> None:
         self._expected, self._model_name = expected, model_name
+        self._lock = Lock()
         self._read: dict[str, tuple[list[tuple[int, int]], int]] = {}  # name -> spans of rows, and their checksum
 
     def add(
@@ -133,20 +155,29 @@ class WeightChecks:
         # Rows are counted over all experts; a part has all rows of several experts, or rows of one.
         first = experts.start * num_rows + (0 if rows is None else rows.start)
         last = first + weights.numel() // max(1, columns)
-        spans, total = self._read.get(name, ([], 0))
-        if any(start < last and first < stop for start, stop in spans):
-            spans, total = [], 0  # the tensor is read again, in other parts
-        total = (total + checksum(weights, first)) % (1 << 64)
-        if spans and spans[-1][1] == first:  # parts come in order, so that there is one span
-            first = spans.pop()[0]
-        spans.append((first, last))
-        self._read[name] = spans, total
-        is_whole = sum(stop - start for start, stop in spans) == num_experts * num_rows
+        added = checksum(weights, first)
+        with self._lock:
+            spans, total = self._read.get(name, ([], 0))
+            if any(start < last and first < stop for start, stop in spans):
+                spans, total = [], 0  # the tensor is read again, in other parts
+            total = (total + added) % (1 << 64)
+            spans = _joined([*spans, (first, last)])
+            self._read[name] = spans, total
+        is_whole = spans == [(0, num_experts * num_rows)]
         if is_whole and (now := f"{total:016x}") != self._expected[name]:
             raise ExportError(
                 f"The weights of `{name}` in {self._model_name} changed since the plan was made: their checksum was "
                 f"{self._expected[name]}, now it is {now}. Plan again from this checkpoint, or bring the old one back."
             )
+
+
+def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the spans in order, those that adjoin as one: few, because parts come nearly in order."""
+    joined: list[tuple[int, int]] = []
+    for first, last in sorted(spans):
+        start = joined.pop()[0] if joined and joined[-1][1] == first else first
+        joined.append((start, last))
+    return joined
 
 
 def load_part(source: TensorSource, part: TensorPart) -> torch.Tensor:

@@ -8,6 +8,7 @@ its own bytes.
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,10 @@ from dynquant.encoding.parts import PartLimits, TensorPart, WeightChecks, as_sli
 from dynquant.errors import EncodeError, PlanError
 from dynquant.formats.quant_types import QuantType
 from dynquant.recipes.plan import Plan
+from dynquant.resources import usable_cores
+from dynquant.running.stream_memory import free_memory
 from dynquant.session import Progress, ignore_progress
+from dynquant.workers import side_by_side
 
 ImportanceLookup = Callable[[str, tuple[int, ...]], torch.Tensor | None]
 """Tensor name and shape -> E[x^2], float32 [experts, row_length]; None when calibration did not see its input."""
@@ -33,6 +37,10 @@ PartStream = Callable[[Iterable[TensorPart]], Iterable[tuple[TensorPart, torch.T
 """Encodes parts, somewhere and in any order, and gives each with its blocks."""
 
 ENCODERS = ("dynquant", "ggml")
+_PARTS_IN_MEMORY = 4
+"""Parts that are to fit within a limit of memory together; threads without a part of their own help with these."""
+_LOADED_AHEAD = 4
+"""Parts in work for a GPU: it encodes faster than one thread reads, widens, compares and pins weights."""
 
 
 @dataclass(frozen=True)
@@ -99,19 +107,24 @@ class TensorEncoder:
     threads: int | None = None
     checks: WeightChecks | None = None
     """Are told of all weights that are read."""
+    limits: PartLimits = field(default_factory=PartLimits)
+    _turn: Lock = field(default_factory=Lock, repr=False, compare=False)
+    """Taken by the part that a GPU encodes."""
 
     def parts(
-        self, plan: Plan, limits: PartLimits | None = None, *, whole: Collection[str] = ()
+        self, plan: Plan, *, whole: Collection[str] = (), at_once: int | None = None
     ) -> dict[str, list[TensorPart]]:
         """Return the parts of every tensor by its name. Tensors named in `whole` have one, whatever the limits.
+        `at_once` parts are to fit in memory together; by default so many that reading, encoding and writing overlap.
 
         Raises:
             ExportError: the limits are too tight for a tensor.
         """
+        at_once = at_once or min(self._workers, _PARTS_IN_MEMORY)
         return {
             entry.name: [TensorPart.whole(entry.name, entry.shape, entry.quant_type)]
             if entry.name in whole
-            else self._parts_of(entry.name, entry.shape, entry.quant_type, limits or PartLimits())
+            else self._parts_of(entry.name, entry.shape, entry.quant_type, self.limits, at_once)
             for entry in plan.entries
         }
 
@@ -140,10 +153,13 @@ class TensorEncoder:
         missing = [part for part in every if part.key not in skip and part.name not in skip]
         done = plan.num_weights - sum(part.num_weights for part in missing)
 
+        reporting = Lock()
+
         def report(tensor: str, num_weights: int) -> None:
             nonlocal done
-            done += num_weights
-            progress("quantize", done, plan.num_weights, unit="weights", tensor=tensor)
+            with reporting:
+                done += num_weights
+                progress("quantize", done, plan.num_weights, unit="weights", tensor=tensor)
 
         if elsewhere is not None:
             report("", 0)  # the stage begins before workers do
@@ -151,9 +167,14 @@ class TensorEncoder:
                 report(part.name, part.num_weights)
                 yield QuantizedPart(part, packed)
             return
-        for part in missing:
+
+        def encode(part: TensorPart) -> torch.Tensor:
             report(part.name, 0)
-            yield QuantizedPart(part, self.part(part, partial(report, part.name)))
+            return self.part(part, partial(report, part.name))
+
+        budget = free_memory() // 2 if self.limits.memory is None else self.limits.memory
+        packed_parts = side_by_side(encode, missing, self._workers, cost=self._needed_bytes, budget=budget)
+        yield from map(QuantizedPart, missing, packed_parts)
 
     def part(self, part: TensorPart, on_weights: Callable[[int], None] = lambda count: None) -> torch.Tensor:
         """Return a part's blocks, uint8 [..., rows, row_bytes]; `on_weights` hears how many weights each step encoded.
@@ -162,7 +183,14 @@ class TensorEncoder:
             EncodeError: NaN or Inf weights, or a type that needs statistics the tensor has none of.
         """
         if not self.is_stored(part):
-            return self.encoder.encode(**self.arguments(part), threads=self.threads, progress=on_weights)
+            arguments = self.arguments(part)
+            if self.encoder.device.type == "cpu":
+                return self.encoder.encode(**arguments, threads=self.threads, progress=on_weights)
+            for name in ("weights", "hessian"):
+                if arguments[name] is not None:
+                    arguments[name] = arguments[name].pin_memory()  # the GPU takes it in a tenth of the time
+            with self._turn:
+                return self.encoder.encode(**arguments, progress=on_weights)
         on_weights(part.num_weights)
         assert isinstance(self.model.source, GGUFSource)
         return load_packed_part(self.model.source, part)
@@ -212,8 +240,19 @@ class TensorEncoder:
             "name": part.name, "hessian": hessian, "protected": protected,
         }  # fmt: skip
 
-    def _parts_of(self, name: str, shape: tuple[int, ...], stored: QuantType, limits: PartLimits) -> list[TensorPart]:
-        return limits.parts(name, shape, stored, hessians=self._uses_hessian(stored))
+    @property
+    def _workers(self) -> int:
+        """Parts that are in work at a time, one to a thread."""
+        workers = self.threads or usable_cores()
+        return workers if self.encoder.device.type == "cpu" else min(_LOADED_AHEAD, workers)
+
+    def _needed_bytes(self, part: TensorPart) -> int:
+        return part.needed_bytes(hessians=self._uses_hessian(part.quant_type))
+
+    def _parts_of(
+        self, name: str, shape: tuple[int, ...], stored: QuantType, limits: PartLimits, at_once: int = 1
+    ) -> list[TensorPart]:
+        return limits.parts(name, shape, stored, hessians=self._uses_hessian(stored), at_once=at_once)
 
     def _uses_hessian(self, stored: QuantType) -> bool:
         return self.guidance.hessian is not None and self.encoder.uses_hessians and not stored.is_float
@@ -225,7 +264,7 @@ def check_plan(model: Model, plan: Plan) -> None:
     Raises:
         PlanError: another fingerprint, a missing or unknown tensor, or another shape.
     """
-    plan.check_covers(model.source.names(), model.fingerprint, model.name)
+    plan.check_covers(model.source.names(), model)
     for entry in plan.entries:
         shape = model.source.info(entry.name).shape
         if entry.shape != tuple(shape):

@@ -17,13 +17,15 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dynquant.errors import EvaluationError
 
 NUM_TOP = 256
 NUM_TAIL = 128
-_CHUNK_ELEMENTS = 2**23
+_CPU_CHUNK_ELEMENTS = 2**20  # a thread: a few MB of float32, most of which stay in its cache
+_GPU_CHUNK_ELEMENTS = 2**26  # enough rows to fill a GPU; at most six copies of 256 MB at a time
+_BLOCK_COLUMNS = 64
 _NO_MASS = 1e-12
 
 
@@ -103,8 +105,9 @@ def log_probs_at(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def _chunks(logits: Tensor) -> list[slice]:
-    """Rows that are worked on together: float64 of a whole text would not fit beside a large vocabulary's logits."""
-    size = max(1, _CHUNK_ELEMENTS // logits.shape[1])
+    """Rows that are worked on together: copies of a whole text would not fit beside a large vocabulary's logits."""
+    elements = _GPU_CHUNK_ELEMENTS if logits.is_cuda else _CPU_CHUNK_ELEMENTS * torch.get_num_threads()
+    size = max(1, elements // logits.shape[1])
     return [slice(start, start + size) for start in range(0, len(logits), size)]
 
 
@@ -115,18 +118,38 @@ def _reduced(logits: Tensor, offsets: Tensor, num_top: int, num_tail: int) -> tu
         log_probs, ids = logits.log_softmax(-1).topk(num_top, dim=-1)
         return ids.int(), log_probs, ids[:, :0].int(), log_probs[:, :0]
     top_logits, top_ids = logits.topk(num_top, dim=-1)
-    tail = (logits - normalizer.float()).exp_().scatter_(1, top_ids, 0.0)
-    cumulative = tail.cumsum(dim=-1, dtype=torch.float64)
-    points = (offsets[:, None] + torch.arange(num_tail, device=logits.device)) / num_tail * cumulative[:, -1:]
-    # right=True lands on the first entry whose cumulative mass exceeds the point, so never on one of zero probability.
-    tail_ids = torch.searchsorted(cumulative, points, right=True).clamp_(max=logits.shape[1] - 1)
+    tail_ids = _drawn((logits - normalizer.float()).exp_().scatter_(1, top_ids, 0.0), offsets, num_tail)
     tail_logits = logits.gather(1, tail_ids)
     return top_ids.int(), top_logits.double() - normalizer, tail_ids.int(), tail_logits.double() - normalizer
 
 
+def _drawn(masses: Tensor, offsets: Tensor, num_draws: int) -> Tensor:
+    """Return columns [T, draws] of masses [T, vocabulary], at equal steps through their sum from `offsets` [T] on.
+
+    Sums are float64, first over blocks of columns and then within those that are hit: cumulative sums over the whole
+    vocabulary would take ten times the memory and time.
+    """
+    blocks = nn.functional.pad(masses, (0, -masses.shape[1] % _BLOCK_COLUMNS)).unflatten(1, (-1, _BLOCK_COLUMNS))
+    sums = blocks.sum(-1, dtype=torch.float64)
+    cumulative = sums.cumsum(-1)
+    points = (offsets[:, None] + torch.arange(num_draws, device=masses.device)) / num_draws * cumulative[:, -1:]
+    block = _first_above(cumulative, points)
+    within = blocks.gather(1, block[..., None].expand(-1, -1, _BLOCK_COLUMNS)).cumsum(-1, dtype=torch.float64)
+    rest = points - cumulative.gather(1, block) + sums.gather(1, block)
+    return block * _BLOCK_COLUMNS + _first_above(within, rest[..., None])[..., 0]
+
+
+def _first_above(cumulative: Tensor, points: Tensor) -> Tensor:
+    """Return the first entry whose cumulative mass exceeds each point: never one of zero mass, unless all are."""
+    last = torch.searchsorted(cumulative, cumulative[..., -1:].contiguous())  # rounding may put a point at the end
+    return torch.minimum(torch.searchsorted(cumulative, points, right=True), last)
+
+
 def _log_normalizer(logits: Tensor) -> Tensor:
-    """Return log(sum(exp(logits))), float64 [T, 1]."""
-    normalizer = torch.logsumexp(logits.double(), dim=-1, keepdim=True)
+    """Return log(sum(exp(logits))), float64 [T, 1]: exponentials in float32, which cost a fraction of float64's on a
+    CPU and on most GPUs, added up in float64. It is within 1e-7 of the value in float64."""
+    highest = logits.amax(-1, keepdim=True)
+    normalizer = (logits - highest).float().exp_().sum(-1, keepdim=True, dtype=torch.float64).log_() + highest
     if not torch.isfinite(normalizer).all():
         row = int((~torch.isfinite(normalizer)).nonzero()[0, 0])
         raise EvaluationError(

@@ -35,19 +35,21 @@ from dynquant.evaluation.distributions import NUM_TAIL, NUM_TOP, Distributions, 
 from dynquant.evaluation.llama_cpp_pictures import MtmdRunner
 from dynquant.evaluation.multiple_choice import AnswerScores, EncodedQuestion, Scoring
 from dynquant.evaluation.options import EvalOptions, QuestionOptions
-from dynquant.evaluation.reference_cache import cache_key, load_cached, model_files, model_fingerprint, save_cached
+from dynquant.evaluation.reference_cache import cache_key, cached, model_files, model_fingerprint
 from dynquant.evaluation.rendered_model import RenderedModel
-from dynquant.families.open import is_gguf, locate_model, open_model
+from dynquant.families.common.settings import settings_note
+from dynquant.families.open import is_gguf, locate_model, open_model, settings_of
 from dynquant.inputs.model_inputs import Batch, ModelInputs, check_context
 from dynquant.inputs.pictures import Sample, SampleEncoder, image_token_of, read_samples
 from dynquant.inputs.processor import image_token_limits, load_processor
 from dynquant.inputs.questions import load_questions, take_evenly
 from dynquant.inputs.text import TextEncoder, evaluation_windows
-from dynquant.recipes.folder import STATS_NAME, stats_of_plan
+from dynquant.recipes.folder import stats_of_plan
 from dynquant.recipes.plan import Plan
 from dynquant.resources import chosen_device
 from dynquant.running.load import load_hf
 from dynquant.session import SILENT, Progress, Session
+from dynquant.storage.file_names import STATS_NAME
 
 SPARE_TOKENS = 4  # tokens by which an answer may be longer than the right one; beyond that it is wrong whatever follows
 
@@ -88,6 +90,8 @@ def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress
             f"A window of {options.window} tokens does not fit the context of {context_length}; use less."
         )
     notes += runners.tokenizer_notes(reference, candidate)
+    if difference := settings_note(settings_of(reference), settings_of(candidate)):
+        notes.append(f"{reference.name} and {candidate.name} differ in more than their weights: {difference}.")
     with runners.open_encoder(reference) as encode:
         texts, questions = [], {}
         if {"kl", "ppl"} & set(asked.tasks):
@@ -234,8 +238,8 @@ class _Run:
         model = runner()
         model.reserve(inputs.longest)
         report(0, len(inputs))
-        for done, batch in enumerate(inputs, start=1):
-            yield batch, model.scored_logits(batch)[:, : self.num_columns]
+        for done, (batch, logits) in enumerate(zip(inputs, model.scored_logits(inputs), strict=True), start=1):
+            yield batch, logits[:, : self.num_columns]
             report(done, len(inputs))
 
     def choices(self, runner: Opener, side: str, name: Scoring, encoded: list[EncodedQuestion]) -> list[AnswerScores]:
@@ -272,12 +276,7 @@ class _Run:
         more: dict[str, object] = {"rounded": True} if self.options.rounded else {}
         if is_gguf(self.reference) and self.options.runner != runners.LLAMA_CPP:
             more["runner"] = self.options.runner
-        name = cache_key(self.reference, tokens, columns=self.num_columns, **key, **more)
-        tensors = load_cached(directory, name)
-        if tensors is None:
-            tensors = run()
-            save_cached(directory, name, tensors)
-        return tensors
+        return cached(directory, cache_key(self.reference, tokens, columns=self.num_columns, **key, **more), run)
 
 
 def _identify(info: runners.ModelInfo) -> reports.ModelIdentity:
@@ -382,7 +381,7 @@ def _picture_candidate(
         yield runners.open_runner(path, device=str(original.device)), _stored_bytes(path)
         return
     plan = Plan.load(plan_file)
-    plan.check_covers(model.source.names(), model.fingerprint, model.name)
+    plan.check_covers(model.source.names(), model)
     stats = stats_of_plan(plan.stats_hash, plan_file.with_name(STATS_NAME))
     store = open_store(model, stats, load_encoder(options.encoder), plan_file.with_name(ENCODED_NAME))
     rendered = RenderedModel(original.hf_model, store)

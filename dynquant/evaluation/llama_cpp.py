@@ -1,16 +1,19 @@
 """llama.cpp through the low-level API of llama-cpp-python: loading, tokenizing, and logits of windows and branches.
 
 The key/value cache is F32 and flash attention off: with its defaults a mixture of experts differs from float32 by a
-mean KL of 1e-4.
+mean KL of 1e-4. A question and all its answers are sequences of one batch, and so are short windows and questions.
+llama.cpp's kernels for quantized weights give slightly different logits when the same tokens are batched differently,
+so the layout depends on the token ids alone: compared models, which get the same ids, have the same one. Models with a
+recurrent state run one window, one question and one set of answers at a time.
 """
 
 import ctypes
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from types import ModuleType
 
@@ -19,13 +22,22 @@ import torch
 
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.errors import CheckpointError, EvaluationError
-from dynquant.families.from_gguf import check_complete
+from dynquant.families.from_gguf import check_complete, check_loads
+from dynquant.inputs.branches import Branches
 from dynquant.inputs.model_inputs import Batch
 from dynquant.inputs.questions import MAX_CHOICES
 from dynquant.resources import count_mapped_files, usable_cores
 
 BATCH_TOKENS = 512
 """Tokens per llama_decode call, and its physical batch; part of the layout that compared models must share."""
+_PACKED_TOKENS = 128
+"""Tokens up to which windows or questions share a batch. More was measured to be slower on a CPU by up to 20 %: every
+token attends over the cells of all sequences, and products with weights gain little from more rows."""
+_SEQUENCES = 64
+"""Sequences of a context: 0 holds a shared prefix, the others windows, or questions with an answer each."""
+
+Entry = tuple[int, int, Sequence[int], bool]
+"""A token, its position, the sequences that it belongs to, and True where its logits are wanted."""
 
 
 @cache
@@ -79,8 +91,8 @@ def load_llama_model(path: Path, *, vocab_only: bool) -> ctypes.c_void_p:
             "'dynquant-toolchain[llama]'."
         ) from error
 
-    if not vocab_only:
-        check_complete(GGUFSource(path))  # llama.cpp aborts the process on some files, and takes others for whole
+    # llama.cpp aborts the process on some files, and takes others for whole.
+    (check_loads if vocab_only else check_complete)(_source(path, path.is_file() and path.stat().st_mtime_ns))
     log = llama_log()
     log.clear()
     params = api.llama_model_default_params()
@@ -91,6 +103,12 @@ def load_llama_model(path: Path, *, vocab_only: bool) -> ctypes.c_void_p:
     if not vocab_only:
         count_mapped_files([path])
     return model
+
+
+@lru_cache(maxsize=2)
+def _source(path: Path, _changed: int) -> GGUFSource:
+    """The header of a file, read once although a model is loaded for its vocabulary first."""
+    return GGUFSource(path)
 
 
 @contextmanager
@@ -148,14 +166,14 @@ def llama_metadata(model: ctypes.c_void_p, key: str) -> str:
 
 
 class LlamaCppRunner:
-    """A GGUF model in llama.cpp. Sequence 0 holds the shared prefix, 1 a question, 2 and up its answer branches."""
+    """A GGUF model in llama.cpp."""
 
     def __init__(self, path: Path, *, threads: int | None = None) -> None:
         self._api = _api()
         self._path = path
         self._threads = threads or usable_cores()
         self._model = load_llama_model(path, vocab_only=False)
-        self._batch = _api().llama_batch_init(BATCH_TOKENS, 0, 1)
+        self._has_state = _api().llama_model_is_recurrent(self._model) or _api().llama_model_is_hybrid(self._model)
         self._context = None
         self._prefix_length = 0
         self.vocab_size: int = _api().llama_vocab_n_tokens(_api().llama_model_get_vocab(self._model))
@@ -165,7 +183,7 @@ class LlamaCppRunner:
         params = self._api.llama_context_default_params()
         params.n_ctx = max(num_tokens, BATCH_TOKENS)  # llama.cpp aborts when sequences outnumber its tokens
         params.n_batch = params.n_ubatch = BATCH_TOKENS
-        params.n_seq_max = 2 + MAX_CHOICES
+        params.n_seq_max = 2 + MAX_CHOICES if self._has_state else _SEQUENCES  # each has memory for its state
         params.kv_unified = True  # sequences share the prefix's cells instead of each getting n_ctx / n_seq_max
         params.n_threads = params.n_threads_batch = self._threads
         params.type_k = params.type_v = self._api.GGML_TYPE_F32  # F16 by default, see above
@@ -180,38 +198,92 @@ class LlamaCppRunner:
 
     def window_logits(self, tokens: Sequence[int]) -> torch.Tensor:
         self._clear(len(tokens))
-        return self._decode([(token, i, 0, True) for i, token in enumerate(tokens)])
+        return self._decode([(token, i, (0,), True) for i, token in enumerate(tokens)])
 
-    def scored_logits(self, batch: Batch) -> torch.Tensor:
-        return self.window_logits(batch.ids[0].tolist())[batch.scored]
+    def scored_logits(self, batches: Iterable[Batch]) -> Iterator[torch.Tensor]:
+        windows = [(batch.ids[0].tolist(), set(batch.scored.tolist())) for batch in batches]
+        start = 0
+        while start < len(windows):
+            stop, num_tokens = start + 1, len(windows[start][0])
+            while stop < len(windows) and not self._has_state and stop - start < _SEQUENCES:
+                num_tokens += len(windows[stop][0])
+                if num_tokens > _PACKED_TOKENS:
+                    break
+                stop += 1
+            part = windows[start:stop]
+            self._clear(sum(len(tokens) for tokens, _ in part))
+            entries = [
+                (token, i, (sequence,), i in scored)
+                for sequence, (tokens, scored) in enumerate(part)
+                for i, token in enumerate(tokens)
+            ]
+            yield from self._decode(entries).split([len(scored) for _, scored in part])
+            start = stop
 
     def hold_prefix(self, tokens: Sequence[int]) -> None:
         self._clear(len(tokens))
-        self._decode([(token, i, 0, False) for i, token in enumerate(tokens)])
+        self._decode([(token, i, (0,), False) for i, token in enumerate(tokens)])
         self._prefix_length = len(tokens)
 
-    def branch_logits(self, suffix: Sequence[int], branches: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-        if len(branches) > MAX_CHOICES:
-            raise EvaluationError(f"a question has {len(branches)} choices; at most {MAX_CHOICES} can be scored.")
+    def branch_logits(self, trees: Sequence[Branches]) -> Iterator[tuple[Sequence[Branches], torch.Tensor]]:
+        for tree in trees:
+            if len(tree.answers) > MAX_CHOICES:
+                raise EvaluationError(
+                    f"a question has {len(tree.answers)} choices; at most {MAX_CHOICES} can be scored."
+                )
+        if self._has_state:
+            for tree in trees:
+                yield [tree], self._branches_of_one(tree)
+            return
+        group: list[Branches] = []
+        for tree in trees:
+            if group and not self._fits([*group, tree]):
+                yield group, self._tree_logits(group)
+                group = []
+            group.append(tree)
+        if group:
+            yield group, self._tree_logits(group)
+
+    def _fits(self, trees: Sequence[Branches]) -> bool:
+        num_tokens = sum(tree.num_tokens for tree in trees)
+        free = self._api.llama_n_ctx(self._context) - self._prefix_length
+        return num_tokens <= min(_PACKED_TOKENS, free) and sum(map(_num_sequences, trees)) < _SEQUENCES
+
+    def _tree_logits(self, trees: Sequence[Branches]) -> torch.Tensor:
+        """Return the rows of some trees, whose questions belong to the sequences of all their answers."""
+        start, first = self._prefix_length, 1
+        entries: list[Entry] = []
+        for tree in trees:
+            sequences = range(first, first + _num_sequences(tree))
+            for sequence in sequences:
+                self._copy_sequence(0, sequence)
+            end = len(tree.suffix)
+            entries += [(token, start + i, sequences, i == end - 1) for i, token in enumerate(tree.suffix)]
+            longer = [answer for answer in tree.answers if len(answer) > 1]
+            for sequence, answer in zip(sequences, longer, strict=False):
+                entries += [(token, start + end + i, (sequence,), True) for i, token in enumerate(answer[:-1])]
+            first = sequences.stop
+        rows = self._decode(entries)
+        self._remove_sequences(range(1, first))
+        return rows
+
+    def _branches_of_one(self, tree: Branches) -> torch.Tensor:
         question, start = 1, self._prefix_length
         self._copy_sequence(0, question)
-        end = start + len(suffix)
-        last = len(suffix) - 1
-        first = self._decode([(token, start + i, question, i == last) for i, token in enumerate(suffix)])
+        end, last = start + len(tree.suffix), len(tree.suffix) - 1
+        first = self._decode([(token, start + i, (question,), i == last) for i, token in enumerate(tree.suffix)])
         entries = []
-        for i, branch in enumerate(branches):
-            if len(branch) > 1:
+        for i, answer in enumerate(tree.answers):
+            if len(answer) > 1:
                 self._copy_sequence(question, 2 + i)
-                entries += [(token, end + j, 2 + i, True) for j, token in enumerate(branch[:-1])]
-        later = self._decode(entries).split([len(branch) - 1 for branch in branches])
-        for sequence in range(1, 2 + len(branches)):
-            self._api.llama_memory_seq_rm(self._memory, sequence, -1, -1)
-        return [torch.cat([first, rows]) for rows in later]
+                entries += [(token, end + j, (2 + i,), True) for j, token in enumerate(answer[:-1])]
+        later = self._decode(entries)
+        self._remove_sequences(range(1, 2 + len(tree.answers)))
+        return torch.cat([first, later])
 
     def close(self) -> None:
         self._free_context()
         if self._model:
-            self._api.llama_batch_free(self._batch)
             self._api.llama_model_free(self._model)
             self._model = None
 
@@ -229,27 +301,40 @@ class LlamaCppRunner:
     def _copy_sequence(self, source: int, target: int) -> None:
         self._api.llama_memory_seq_cp(self._memory, source, target, -1, -1)
 
-    def _decode(self, entries: Sequence[tuple[int, int, int, bool]]) -> torch.Tensor:
-        """Decode (token, position, sequence, wants logits) entries; returns the wanted rows in entry order."""
+    def _remove_sequences(self, sequences: Iterable[int]) -> None:
+        for sequence in sequences:
+            self._api.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+
+    def _decode(self, entries: Sequence[Entry]) -> torch.Tensor:
+        """Decode entries; returns the wanted rows in their order."""
         rows = [self._decode_batch(entries[i : i + BATCH_TOKENS]) for i in range(0, len(entries), BATCH_TOKENS)]
+        if len(rows) == 1:
+            return rows[0]
         return torch.cat(rows) if rows else torch.empty(0, self.vocab_size)
 
-    def _decode_batch(self, entries: Sequence[tuple[int, int, int, bool]]) -> torch.Tensor:
-        batch = self._batch
-        batch.n_tokens = len(entries)
-        for i, (token, position, sequence, wants_logits) in enumerate(entries):
-            batch.token[i] = token
-            batch.pos[i] = position
-            batch.n_seq_id[i] = 1
-            batch.seq_id[i][0] = sequence
-            batch.logits[i] = wants_logits
-        code = self._api.llama_decode(self._context, batch)
+    def _decode_batch(self, entries: Sequence[Entry]) -> torch.Tensor:
+        api, count = self._api, len(entries)
+        tokens, positions, sequences, wants = zip(*entries, strict=True)
+        alike = {ids: (api.llama_seq_id * len(ids))(*ids) for ids in map(tuple, sequences)}
+        pointer = ctypes.POINTER(api.llama_seq_id)
+        batch = api.llama_batch(
+            n_tokens=count,
+            token=(api.llama_token * count)(*tokens),
+            pos=(api.llama_pos * count)(*positions),
+            n_seq_id=(ctypes.c_int32 * count)(*map(len, sequences)),
+            seq_id=(pointer * count)(*(ctypes.cast(alike[tuple(ids)], pointer) for ids in sequences)),
+            logits=(ctypes.c_int8 * count)(*wants),
+        )
+        code = api.llama_decode(self._context, batch)
         if code != 0:
-            raise EvaluationError(
-                f"{self._path.name}: llama_decode returned {code} for {len(entries)} tokens: {llama_log()}"
-            )
-        num_rows = sum(wants for *_, wants in entries)
+            raise EvaluationError(f"{self._path.name}: llama_decode returned {code} for {count} tokens: {llama_log()}")
+        num_rows = sum(wants)
         if num_rows == 0:
             return torch.empty(0, self.vocab_size)
-        pointer = self._api.llama_get_logits(self._context)  # overwritten by the next batch, so it is copied
-        return torch.from_numpy(np.ctypeslib.as_array(pointer, shape=(num_rows, self.vocab_size)).copy())
+        logits = api.llama_get_logits(self._context)  # overwritten by the next batch, so it is copied
+        return torch.from_numpy(np.ctypeslib.as_array(logits, shape=(num_rows, self.vocab_size)).copy())
+
+
+def _num_sequences(tree: Branches) -> int:
+    """Count the sequences of a question: one for every answer that goes on after its first token, and at least one."""
+    return max(1, sum(len(answer) > 1 for answer in tree.answers))

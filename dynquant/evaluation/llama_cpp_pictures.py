@@ -6,7 +6,7 @@ also gives its tokens their positions. Everything computes in F32, without flash
 
 import ctypes
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -54,9 +54,10 @@ class MtmdRunner(LlamaCppRunner):
             self.close()
             raise CheckpointError(f"{mmproj.name}: llama.cpp cannot load the file beside {path.name}: {log.last()}")
 
-    def scored_logits(self, batch: Batch) -> torch.Tensor:
-        rows, _ = self.text_logits(_segments(batch))
-        return rows[(batch.is_text[0].cumsum(0) - 1)[batch.scored]]  # rows are those of text tokens
+    def scored_logits(self, batches: Iterable[Batch]) -> Iterator[torch.Tensor]:
+        for batch in batches:
+            rows, _ = self.text_logits(_segments(batch))
+            yield rows[(batch.is_text[0].cumsum(0) - 1)[batch.scored]]  # rows are those of text tokens
 
     def answer(self, prompt: Batch, max_tokens: int) -> list[int]:
         rows, position = self.text_logits(_segments(prompt), spare=max_tokens)
@@ -66,7 +67,7 @@ class MtmdRunner(LlamaCppRunner):
             if token in self._stop:
                 break
             tokens.append(token)
-            rows = self._decode([(token, position, 0, True)])
+            rows = self._decode([(token, position, (0,), True)])
             position += 1
         return tokens
 
@@ -87,7 +88,7 @@ class MtmdRunner(LlamaCppRunner):
                 if index in pictures:
                     position = pictures[index].decode(position)
                 else:
-                    rows.append(self._decode([(token, position + i, 0, True) for i, token in enumerate(segment)]))
+                    rows.append(self._decode([(token, position + i, (0,), True) for i, token in enumerate(segment)]))
                     position += len(segment)
             return torch.cat(rows), position
         finally:

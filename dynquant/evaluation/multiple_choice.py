@@ -15,7 +15,9 @@ import numpy as np
 import torch
 
 from dynquant.errors import EvaluationError
+from dynquant.evaluation.distributions import log_probs_at
 from dynquant.evaluation.runners import LogitRunner
+from dynquant.inputs.branches import Branches
 from dynquant.inputs.questions import Question
 
 Scoring = Literal["letter", "cloze"]
@@ -148,20 +150,33 @@ def score_questions(
         columns = zip(*(encoded[i].prompt[:-1] for i in indices), strict=False)
         shared = tuple(column[0] for column in takewhile(lambda column: len({*column}) == 1, columns))
         runner.hold_prefix(shared)
-        for i in indices:
-            rows = runner.branch_logits(encoded[i].prompt[len(shared) :], encoded[i].answers)
-            log_probs = [_sum_log_probs(r[:, :num_columns], a) for r, a in zip(rows, encoded[i].answers, strict=True)]
-            scores[i] = AnswerScores(encoded[i].question, np.array(log_probs))
+        trees = {i: Branches(encoded[i].prompt[len(shared) :], encoded[i].answers) for i in indices}
+        order = sorted(indices, key=lambda i: trees[i].num_tokens)  # those that are run together need little padding
+        unscored = iter(order)
+        for group, logits in runner.branch_logits([trees[i] for i in order]):
+            for log_probs, i in zip(_answer_log_probs(group, logits[:, :num_columns]), unscored, strict=False):
+                scores[i] = AnswerScores(encoded[i].question, log_probs)
             progress(len(scores), len(encoded))
     return [scores[i] for i in range(len(encoded))]
 
 
-def _sum_log_probs(logits: torch.Tensor, tokens: Sequence[int]) -> float:
-    log_probs = logits.double().log_softmax(dim=-1)  # sums of many tokens in float64
-    total = float(log_probs[torch.arange(len(tokens)), torch.tensor(tokens)].sum())
-    if np.isnan(total):
-        raise EvaluationError("The model's logits contain NaN; its weights are damaged or overflow.")
-    return total
+def _answer_log_probs(trees: Sequence[Branches], logits: torch.Tensor) -> list[np.ndarray]:
+    """Return the log-probabilities of every tree's answers, from its rows of logits [rows, columns]."""
+    ids = torch.zeros(len(logits), max(len(tree.answers) for tree in trees), dtype=torch.int64)
+    start = 0
+    for tree in trees:
+        # The first row predicts all first tokens, every other one a token of one answer.
+        ids[start, : len(tree.answers)] = torch.tensor([answer[0] for answer in tree.answers])
+        later = [token for answer in tree.answers for token in answer[1:]]
+        ids[start + 1 : start + tree.num_rows, 0] = torch.tensor(later, dtype=torch.int64)
+        start += tree.num_rows
+    parts = log_probs_at(logits, ids).cpu().split([tree.num_rows for tree in trees])
+    return [_sums(tree, part) for tree, part in zip(trees, parts, strict=True)]
+
+
+def _sums(tree: Branches, log_probs: torch.Tensor) -> np.ndarray:
+    later = log_probs[1:, 0].split([len(answer) - 1 for answer in tree.answers])
+    return np.array([float(first + rest.sum()) for first, rest in zip(log_probs[0], later, strict=False)])
 
 
 def is_right(answer: str, right: str) -> bool:

@@ -19,8 +19,10 @@ class QuestionOptions(Options):
     ] = ()
     tasks: Annotated[tuple[str, ...], Flag("Any of kl, ppl, mmlu; with --data kl and vqa.")] = ("kl", "ppl")
     max_tokens: Annotated[int, Flag("Tokens of each text.", min=2)] = 8192
-    mmlu_data: Annotated[str | None, Flag("Questions, .jsonl or a datasets id. Default: cais/mmlu.")] = None
-    shots: Annotated[str | None, Flag("Few-shot questions, .jsonl.")] = None
+    mmlu_data: Annotated[
+        str | None, Flag("Questions, .jsonl, .json, .parquet or a datasets id. Default: cais/mmlu.")
+    ] = None
+    shots: Annotated[str | None, Flag("Few-shot questions, in the same forms.")] = None
     num_shots: Annotated[int, Flag("Shots before each question.", min=0)] = 5
     limit: Annotated[int | None, Flag("At most this many questions, spread evenly.", min=1)] = None
     scoring: Annotated[tuple[str, ...], Flag("letter, cloze or both.")] = ("letter", "cloze")
@@ -48,8 +50,9 @@ class EvalOptions(Options):
     data: Annotated[
         Path | None,
         Flag(
-            "Questions with pictures, .jsonl, for kl and vqa of a vision-language model. The candidate is then a "
-            "plan.json, its folder, a Hugging Face directory, packed or not, or a .gguf file with its mmproj file.",
+            "Questions with pictures, .jsonl, .json or .parquet, for kl and vqa of a vision-language model. The "
+            "candidate is then a plan.json, its folder, a Hugging Face directory, packed or not,"
+            " or a .gguf file with its mmproj file.",
             show_default=False,
         ),
     ] = None

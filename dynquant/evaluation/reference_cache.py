@@ -1,8 +1,8 @@
 """Answers of a reference model, on disk: for the next candidate of an evaluation, and for training without the model.
 
 An entry is one safetensors file, named by the model, the token ids that it saw, and what else decides its content. It
-is written whole, so a run that was stopped goes on at the first missing one. Training reads its windows from mapped
-files of `SHARD_WINDOWS` windows each; only those of a batch are in memory.
+is written whole, by one process at a time, so a run that was stopped goes on at the first missing one. Training reads
+its windows from mapped files of `SHARD_WINDOWS` windows each; only those of a batch are in memory.
 """
 
 import hashlib
@@ -21,11 +21,12 @@ from dynquant.errors import EvaluationError, unreadable
 from dynquant.evaluation.distributions import Distributions
 from dynquant.session import Progress
 from dynquant.storage.atomic import read_tensors, save_tensors
+from dynquant.storage.lock import locked
 
 if TYPE_CHECKING:
     from dynquant.evaluation.runners import HuggingFaceRunner
 
-SCHEMA_VERSION = 2  # part of every name: entries of an earlier version are made again
+SCHEMA_VERSION = 3  # part of every name: entries of an earlier version are made again
 NUM_TRAINED_TOP = 128  # probabilities of a token that training goes by
 SHARD_WINDOWS = 64
 _HASHED_BYTES = 2**20
@@ -79,6 +80,23 @@ def load_cached(directory: Path, key: str) -> dict[str, Tensor] | None:
         raise EvaluationError(
             unreadable(path, error) or f"The cached reference results {path} are damaged ({error}); delete the file."
         ) from error
+
+
+def cached(directory: Path, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the tensors stored under `key`, which are made and stored where there are none.
+
+    Raises:
+        EvaluationError: the file is damaged.
+        WriteError: another process is making the same entry, or it cannot be written.
+    """
+    tensors = load_cached(directory, key)
+    if tensors is None:
+        with locked(entry_path(directory, key)):
+            tensors = load_cached(directory, key)  # another process may have finished it since
+            if tensors is None:
+                tensors = make()
+                save_cached(directory, key, tensors)
+    return tensors
 
 
 def save_cached(directory: Path, key: str, tensors: Mapping[str, Tensor]) -> None:
@@ -153,7 +171,8 @@ def build_teacher_windows(
         stage: name in progress reports.
 
     Raises:
-        EvaluationError: NaN in the logits, or a cache that cannot be written.
+        EvaluationError: NaN in the logits.
+        WriteError: the cache cannot be written, or another process is writing the same entry.
     """
     shards = windows.split(SHARD_WINDOWS)
     options = {"kind": "distillation", "columns": num_columns, "window": windows.shape[1]}
@@ -162,9 +181,11 @@ def build_teacher_windows(
     runner: HuggingFaceRunner | None = None
     done = 0
     for shard, key in zip(shards, keys, strict=True):
-        if not entry_path(directory, key).is_file():
-            runner = runner or open_reference()  # not loaded where all is there
-            save_cached(directory, key, _shard_tensors(runner, shard, num_columns, num_tail))
+        path = entry_path(directory, key)
+        if not path.is_file():
+            with locked(path):
+                runner = runner or open_reference()  # not loaded where all is there
+                save_cached(directory, key, _shard_tensors(runner, shard, num_columns, num_tail))
         done += len(shard)
         progress(stage, done, len(windows), unit="windows")
     if runner is not None:

@@ -2,9 +2,13 @@
 
 Blocks come from an `EncodedStore`, so that a plan costs the decoding of the tensors in which it differs from the one
 before, and a forward pass. Activations are float32, as in llama.cpp with F32 KV; what is scored is what the file holds.
+A pass takes several sequences, and applies the head at the scored positions only. Its size is bounded by the memory of
+the logits, which a vocabulary of 150,000 tokens makes the largest tensor.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +21,9 @@ from dynquant.inputs.model_inputs import Batch, ModelInputs
 from dynquant.running.layer_replay import LayerReplay
 from dynquant.running.live_weights import LiveWeights
 
-BATCH_TOKENS = 1024
+DRAWN_TOGETHER = 1024  # tokens whose draws from the tails have one seed
+_CPU_BYTES = 64 << 20  # a CPU gains nothing from more rows once its threads have work
+_GPU_BYTES = 2 << 30
 
 
 class RenderedModel:
@@ -72,8 +78,12 @@ class ScoredInputs:
         # Layers below a change are not run again for text; the towers of other models differ too much for that.
         self._replay = None
         if not inputs.has_pictures:
-            at_once = max(1, BATCH_TOKENS // inputs.longest)
-            self._replay = LayerReplay(rendered.hf_model, inputs.windows.split(at_once))
+            # Windows that share a seed: on a GPU a forward pass takes several such groups, and draws the same tokens.
+            group = max(1, DRAWN_TOGETHER // inputs.longest)
+            vocab_size, device = rendered.hf_model.config.get_text_config().vocab_size, rendered.hf_model.device
+            groups = max(1, windows_at_once(inputs.longest, vocab_size, device) // group)
+            self._group_tokens = group * inputs.longest
+            self._replay = LayerReplay(rendered.hf_model, inputs.windows.split(groups * group))
         self._targets = [Distributions.of(logits, seed=seed) for seed, logits in enumerate(self._logits())]
         is_text = self._replay is not None
         self.lengths = [inputs.longest] * len(inputs) if is_text else [len(target) for target in self._targets]
@@ -104,7 +114,9 @@ class ScoredInputs:
             # The embedding lies before all layers, final norm and head behind them.
             layers = [0 if name == "token_embd.weight" else layer_of(name) for name in changes]
             first = min(self._replay.num_layers if layer is None else layer for layer in layers)
-            divergences = [target.kl(self._replay.logits(i, first)).cpu() for i, target in enumerate(self._targets)]
+            passes = (self._replay.logits(i, first) for i in range(len(self._replay.batches)))
+            logits = (part for whole in passes for part in whole.split(self._group_tokens))
+            divergences = [target.kl(part).cpu() for target, part in zip(self._targets, logits, strict=True)]
         finally:
             for name, type_name in before.items():
                 self.rendered.write(name, type_name)
@@ -112,12 +124,82 @@ class ScoredInputs:
 
     def _logits(self) -> Iterator[Tensor]:
         if self._replay is not None:
-            return self._replay.keep()
-        return (scored_logits(self.rendered.hf_model, batch) for batch in self._inputs)
+            return (part for logits in self._replay.keep() for part in logits.split(self._group_tokens))
+        return scored_logits(self.rendered.hf_model, self._inputs)
+
+
+def bytes_at_once(device: torch.device | str) -> int:
+    """Return how large the logits of one forward pass may be, and other tensors that grow with the batch."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return _CPU_BYTES
+    free, _ = torch.cuda.mem_get_info(device)
+    return min(_GPU_BYTES, free // 4)
+
+
+def windows_at_once(window: int, vocab_size: int, device: torch.device | str) -> int:
+    """Return how many windows of `window` tokens go into one forward pass."""
+    return max(1, bytes_at_once(device) // (window * vocab_size * 4))
 
 
 @torch.inference_mode()
-def scored_logits(hf_model: nn.Module, batch: Batch) -> Tensor:
-    """Return logits float32 [n, vocabulary] at the scored positions of a batch of one, on the model's device."""
-    logits = hf_model(**batch.on(hf_model.device), use_cache=False).logits[0].float()
-    return logits[batch.scored.to(logits.device)]
+def scored_logits(hf_model: nn.Module, batches: Iterable[Batch]) -> Iterator[Tensor]:
+    """Yield logits float32 [scored positions, vocabulary] of batches of one sequence, in order, on the model's device.
+
+    Consecutive windows of one length are run together; samples with pictures one by one.
+    """
+    vocab_size = hf_model.config.get_text_config().vocab_size
+    for (is_plain, window), alike in groupby(
+        batches, key=lambda batch: (len(batch.arguments) == 1, batch.ids.shape[1])
+    ):
+        at_once = windows_at_once(window, vocab_size, hf_model.device) if is_plain else 1
+        for part in _parts(alike, at_once):
+            arguments = {name: torch.cat([b.arguments[name] for b in part]) for name in part[0].arguments}
+            places = [(row, column) for row, batch in enumerate(part) for column in batch.scored.tolist()]
+            logits = logits_at(hf_model, places, **arguments)
+            yield from logits.split([len(batch.scored) for batch in part])
+
+
+def logits_at(hf_model: nn.Module, places: Sequence[tuple[int, int]], **arguments: object) -> Tensor:
+    """Return logits float32 [places, vocabulary] at (row, column) of a batch; the head is applied to these alone.
+
+    `arguments` are the model's; tensors are moved to its device.
+    """
+    device = hf_model.device
+    on_device = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in arguments.items()}
+    rows, columns = torch.tensor(places, dtype=torch.int64, device=device).reshape(-1, 2).unbind(1)
+    with _head_only_at(hf_model, rows, columns, on_device["input_ids"].shape) as taken:
+        logits = hf_model(**{"use_cache": False} | on_device).logits
+    # A model that has no head as a module, or gives it something of another shape, has computed all logits.
+    return (logits[0] if taken else logits[rows, columns]).float()
+
+
+@contextmanager
+def _head_only_at(hf_model: nn.Module, rows: Tensor, columns: Tensor, shape: torch.Size) -> Iterator[list[bool]]:
+    """Context manager: the head sees hidden states [1, places, channels]; the list is empty where it did not."""
+    taken: list[bool] = []
+
+    def pick(_module: nn.Module, inputs: tuple) -> tuple | None:
+        if not inputs or inputs[0].shape[:-1] != shape:
+            return None
+        taken.append(True)
+        return (inputs[0][rows, columns][None], *inputs[1:])
+
+    head = hf_model.get_output_embeddings()
+    hook = None if head is None else head.register_forward_pre_hook(pick)
+    try:
+        yield taken
+    finally:
+        if hook is not None:
+            hook.remove()
+
+
+def _parts(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    part: list[Batch] = []
+    for batch in batches:
+        part.append(batch)
+        if len(part) == size:
+            yield part
+            part = []
+    if part:
+        yield part

@@ -9,11 +9,12 @@ Sampling and chat templates are left out.
 """
 
 import copy
+import inspect
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,10 +30,11 @@ from dynquant.evaluation.llama_cpp import (
     llama_vocabulary,
     without_padding,
 )
-from dynquant.evaluation.rendered_model import scored_logits
+from dynquant.evaluation.rendered_model import bytes_at_once, logits_at, scored_logits
 from dynquant.families.from_gguf import config_from_gguf
 from dynquant.families.open import is_gguf
 from dynquant.families.tokenizers.tokenizer import num_named_tokens
+from dynquant.inputs.branches import Branches, groups_within, tree_batch
 from dynquant.inputs.model_inputs import Batch
 from dynquant.inputs.text import TextEncoder, varied_strings
 from dynquant.packed.layers import choose_layout
@@ -42,6 +44,8 @@ from dynquant.running.load import REFUSALS, load_config, load_directory, load_to
 
 LLAMA_CPP, TRANSFORMERS = "llama.cpp", "transformers"
 RUNNERS = (LLAMA_CPP, TRANSFORMERS)  # programs that can run a GGUF file
+ROW_TOKENS = {"cpu": 1024, "cuda": 8192}
+"""Tokens of questions in one forward pass, with their padding, by the type of the device."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +70,20 @@ class LogitRunner(Protocol):
     def window_logits(self, tokens: Sequence[int]) -> torch.Tensor:
         """Return logits after every token of an independent window, [tokens, vocab_size]; drops the held prefix."""
 
-    def scored_logits(self, batch: Batch) -> torch.Tensor:
-        """Return logits float32 [scored positions, vocab_size] of a batch of one sequence, on any device."""
+    def scored_logits(self, batches: Iterable[Batch]) -> Iterator[torch.Tensor]:
+        """Yield logits float32 [scored positions, vocab_size] of batches of one sequence, in order, on any device.
+
+        Several are run together. Each is to be used before the next is asked for; drops the held prefix.
+        """
 
     def hold_prefix(self, tokens: Sequence[int]) -> None:
         """Run `tokens` once and keep their keys and values for later `branch_logits` calls."""
 
-    def branch_logits(self, suffix: Sequence[int], branches: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-        """Logits that predict each token of each branch after held prefix + `suffix`, [len(branch), vocab_size]."""
+    def branch_logits(self, trees: Sequence[Branches]) -> Iterator[tuple[Sequence[Branches], torch.Tensor]]:
+        """Yield the next few trees and their rows of logits after the held prefix, [rows, vocab_size], on any device.
+
+        Trees of similar length that follow each other are run together.
+        """
 
     def close(self) -> None:
         """Free the model. The runner cannot be used afterwards."""
@@ -240,8 +250,9 @@ class HuggingFaceRunner:
         del num_tokens  # transformers' cache grows by itself
         self._prefix_cache = None
 
-    def scored_logits(self, batch: Batch) -> torch.Tensor:
-        return scored_logits(self.hf_model, batch)
+    def scored_logits(self, batches: Iterable[Batch]) -> Iterator[torch.Tensor]:
+        self._prefix_cache = None
+        return scored_logits(self.hf_model, batches)
 
     @torch.inference_mode()
     def answer(self, prompt: Batch, max_tokens: int) -> list[int]:
@@ -265,17 +276,74 @@ class HuggingFaceRunner:
             self._prefix_cache = self._forward([list(tokens)], None, use_cache=True).past_key_values
 
     @torch.inference_mode()
-    def branch_logits(self, suffix: Sequence[int], branches: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    def branch_logits(self, trees: Sequence[Branches]) -> Iterator[tuple[Sequence[Branches], torch.Tensor]]:
+        if not self._takes_trees:
+            for tree in trees:
+                yield [tree], self._branches_of_one(tree)
+            return
+        layers = [] if self._prefix_cache is None else self._prefix_cache.layers
+        most = bytes_at_once(self.device)
+        # Every row of a batch gets a copy of the prefix, in each layer.
+        prefix_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+        limits = {
+            "tokens": ROW_TOKENS.get(self.device.type, ROW_TOKENS["cpu"]),
+            "rows": max(1, most // (4 * self.vocab_size)),
+        }
+        for group in groups_within(trees, at_most=max(1, most // max(1, prefix_bytes)), **limits):
+            yield group, self._tree_logits(group)
+
+    def _tree_logits(self, trees: Sequence[Branches]) -> torch.Tensor:
+        start = 0 if self._prefix_cache is None else self._prefix_cache.get_seq_length()
+        batch = tree_batch(trees, start)
+        return logits_at(
+            self.hf_model,
+            batch.places,
+            input_ids=batch.ids,
+            position_ids=batch.positions,
+            attention_mask=batch.mask(start, self.hf_model.dtype, self.device),
+            past_key_values=self._prefix_of_rows(len(trees)),
+            use_cache=True,
+        )
+
+    def _prefix_of_rows(self, count: int) -> Any:
+        """Return the held prefix for `count` rows, without a copy of its keys and values."""
+        if self._prefix_cache is None:
+            return None
+        cache = copy.copy(self._prefix_cache)
+        cache.layers = [copy.copy(layer) for layer in cache.layers]
+        for layer in cache.layers:
+            layer.keys, layer.values = (part.expand(count, -1, -1, -1) for part in (layer.keys, layer.values))
+        return cache
+
+    @cached_property
+    def _takes_trees(self) -> bool:
+        """True where every layer sees all of the prefix, and the model goes by the mask and positions that it is given.
+
+        Windows of attention count places in the cache, in which the answers of a question lie behind each other, and
+        recurrent layers have one state: such models answer one question at a time, as do those with pictures, which
+        make positions of their own.
+        """
+        model = self.hf_model.get_base_model() if hasattr(self.hf_model, "get_base_model") else self.hf_model
+        config = model.config
+        has_own_positions = config.get_text_config() is not config or getattr(config, "alibi", False)
+        if has_own_positions or "position_ids" not in inspect.signature(model.forward).parameters:
+            return False
+        if config._attn_implementation not in ("sdpa", "eager"):
+            return False
+        cache = self._forward([[0]], None, use_cache=True).past_key_values
+        return all(type(layer).__name__ == "DynamicLayer" for layer in cache.layers)
+
+    def _branches_of_one(self, tree: Branches) -> torch.Tensor:
         # Copied rather than cropped afterwards: sliding-window and recurrent caches cannot be cropped.
-        output = self._forward([list(suffix)], copy.deepcopy(self._prefix_cache), use_cache=True)
-        first = output.logits[0, -1:].float().cpu()
-        longest = max(len(branch) for branch in branches)
+        output = self._forward([list(tree.suffix)], copy.deepcopy(self._prefix_cache), use_cache=True)
+        first = output.logits[0, -1:].float()
+        longest = max(len(answer) for answer in tree.answers)
         if longest == 1:
-            return [first] * len(branches)
-        rows = [list(branch[:-1]) + [branch[0]] * (longest - len(branch)) for branch in branches]
-        output.past_key_values.batch_repeat_interleave(len(branches))
-        later = self._forward(rows, output.past_key_values, use_cache=True).logits.float().cpu()
-        return [torch.cat([first, later[i, : len(branch) - 1]]) for i, branch in enumerate(branches)]
+            return first
+        rows = [list(answer[:-1]) + [answer[0]] * (longest - len(answer)) for answer in tree.answers]
+        output.past_key_values.batch_repeat_interleave(len(rows))
+        later = self._forward(rows, output.past_key_values, use_cache=True).logits.float()
+        return torch.cat([first, *(later[i, : len(answer) - 1] for i, answer in enumerate(tree.answers))])
 
     def close(self) -> None:
         self.hf_model = self._prefix_cache = None

@@ -35,6 +35,8 @@ _POSITIVE = ("attention.head_count", "attention.sliding_window_pattern")
 _LAYER = re.compile(r"^blk\.\d+\.")
 _OLD_EXPERT = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")
 _ARCHS = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+_MAX_EXPERTS = 512
+_ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
 _IGNORED_KEYS = frozenset({
     "tensor_data_layout", "attention.causal", "pooling_type", "tokenizer", "leading_dense_block_count",
     "rope.scaling.finetuned", "nextn_predict_layers", "attention.sliding_window", "attention.sliding_window_pattern",
@@ -43,7 +45,7 @@ _IGNORED_KEYS = frozenset({
 """Display only, or read from where they apply."""
 
 
-class _NotUnderstood(CheckpointError):
+class NotUnderstoodError(CheckpointError):
     """A file may be whole, but is of a kind that transformers or this module does not have."""
 
 
@@ -107,7 +109,7 @@ class _Keys:
         return CheckpointError(f"{self.source.path} {said}; {needed} is needed. Fetch it again, or convert it again.")
 
     def refuse(self, reason: str) -> NoReturn:
-        raise _NotUnderstood(
+        raise NotUnderstoodError(
             f"{self.source.path} ({self.arch or 'no architecture'}) cannot be loaded in transformers: {reason}. Run it "
             "in llama.cpp, or start from the Hugging Face checkpoint that it was made of."
         )
@@ -117,7 +119,8 @@ def config_from_gguf(source: GGUFSource) -> Config:
     """The configuration of a GGUF file, with transformers' defaults filled in as `read_config` does.
 
     Raises:
-        CheckpointError: an architecture outside the families, a missing value, or a key that is not understood.
+        NotUnderstoodError: an architecture outside the families, or a key that is not understood.
+        CheckpointError: a missing value.
     """
     from transformers import AutoConfig
 
@@ -155,9 +158,10 @@ def check_complete(source: GGUFSource) -> None:
         )
     for key in ("block_count", "embedding_length", "context_length"):
         keys.integer(key)
+    check_loads(source)
     try:
         lost, foreign = _against_family(keys)
-    except _NotUnderstood:
+    except NotUnderstoodError:
         lost, foreign = _against_each_other(keys)
     # Layers that predict tokens ahead are counted, but llama.cpp does without them.
     num_run = keys.integer("block_count") - keys.integer("nextn_predict_layers", 0)
@@ -172,6 +176,36 @@ def check_complete(source: GGUFSource) -> None:
             f"{source.path} ({keys.arch}) {' and '.join(problems)}. llama.cpp would not load it. Fetch the file again, "
             "or convert the checkpoint again."
         )
+
+
+def check_loads(source: GGUFSource) -> None:
+    """Refuse keys at which llama.cpp ends the whole process instead of refusing the file.
+
+    Raises:
+        CheckpointError: numbers of experts that do not fit together, an unknown rope scaling, or lists of a tokenizer
+            that are not of one length or kind.
+    """
+    keys = _Keys(source)
+    experts, used, groups, groups_used = (
+        keys.integer(f"expert_{name}count", 0) for name in ("", "used_", "group_", "group_used_")
+    )
+    if not (0 < used <= experts <= _MAX_EXPERTS if experts else used == 0):
+        raise keys.wrong("expert_used_count", f"a number from 1 to {experts}" if experts else "none, without experts")
+    if not (groups < experts if experts else groups == 0):
+        raise keys.wrong("expert_group_count", f"fewer groups than experts, of which there are {experts},")
+    if groups > 1 and (experts % groups or not 0 < groups_used < groups):
+        raise keys.wrong("expert_group_used_count", f"a part of {groups} equal groups of {experts} experts")
+    if keys.get("rope.scaling.type", "none") not in _ROPE_SCALINGS:
+        raise keys.wrong("rope.scaling.type", f"one of {', '.join(_ROPE_SCALINGS)}")
+    num_tokens = len(keys.values.get("tokenizer.ggml.tokens") or ())
+    for name, kind in (("tokens", str), ("token_type", int), ("scores", float), ("merges", str)):
+        values = keys.values.get(f"tokenizer.ggml.{name}", [])
+        of_kind = isinstance(values, list) and all(type(value) is kind for value in values)
+        if not of_kind or (values and name != "merges" and len(values) != num_tokens):
+            raise CheckpointError(
+                f"{source.path} has a list `tokenizer.ggml.{name}` that is not one {kind.__name__} for each of "
+                f"{num_tokens:,} tokens. Fetch it again, or convert it again."
+            )
 
 
 def _against_family(keys: _Keys) -> tuple[set[str], set[str]]:

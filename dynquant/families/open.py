@@ -6,21 +6,23 @@ directory serves to run the model.
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 import gguf
 
-from dynquant.checkpoints.gguf_source import GGUFSource, split_files
+from dynquant.checkpoints.gguf_source import GGUFSource, MetadataField, split_files
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_source import INDEX_NAME, SINGLE_NAME, SafetensorsSource, refuse_quantized
 from dynquant.checkpoints.tensor_source import TensorSource
 from dynquant.errors import CheckpointError, ExportError
-from dynquant.families.common.config import quantization_of, read_config, read_json
+from dynquant.families.common.config import Config, quantization_of, read_config, read_json
 from dynquant.families.common.conversion import ConvertedSource
 from dynquant.families.common.conversion_book import ConversionBook
 from dynquant.families.common.metadata import recorded_fields, write_general_keys
+from dynquant.families.common.settings import Settings, differing_settings, settings_of_config, settings_of_metadata
 from dynquant.families.from_gguf import check_complete
 from dynquant.families.text.registry import FAMILIES, SAME_CONFIG, SIZED_FAMILIES
 from dynquant.families.tokenizers.tokenizer import write_tokenizer
@@ -45,8 +47,12 @@ def open_model(path: str | Path, *, base_gguf: str | Path | None = None) -> Mode
         return _open_gguf(directory)
     if base_gguf is not None:
         model = _open_gguf(Path(base_gguf))
-        return replace(model, path=directory, hf_directory=directory, gguf_file=None, base_gguf=Path(base_gguf))
-    return open_vision(directory) if is_vision_checkpoint(directory) else open_hf(directory)
+        settings = {**model.settings, **settings_of(directory)}
+        paths = {"path": directory, "hf_directory": directory, "gguf_file": None, "base_gguf": Path(base_gguf)}
+        return replace(model, **paths, settings=settings)
+    if is_vision_checkpoint(directory):
+        return replace(open_vision(directory), settings=settings_of(directory))
+    return open_hf(directory)
 
 
 def open_and_announce(path: str | Path, session: Session, *, base_gguf: Path | None = None) -> Model:
@@ -158,19 +164,59 @@ def check_original(path: Path, original: Model) -> None:
     """Refuse an original from which dynquant did not make the file or directory at `path`, where that is recorded.
 
     Raises:
-        CheckpointError: the two fingerprints differ.
+        CheckpointError: the two fingerprints differ, or what the two configurations compute.
     """
     if is_gguf(path):
-        fields = {field.key: str(field.value) for field in GGUFSource(path).metadata}
-        recorded = fields.get("dynquant.fingerprint")
+        metadata = GGUFSource(path).metadata
+        fields = {field.key: str(field.value) for field in metadata}
+        recorded, settings = fields.get("dynquant.fingerprint"), settings_of_metadata(metadata)
     else:
         provenance = quantization_of(path).get("provenance")
-        recorded = provenance.get("fingerprint") if isinstance(provenance, dict) else None
+        recorded, settings = provenance.get("fingerprint") if isinstance(provenance, dict) else None, settings_of(path)
     if recorded and recorded != original.fingerprint:
         raise CheckpointError(
             f"{path} was made from the checkpoint with fingerprint {recorded[:12]}; {original.name} is another, "
             f"{original.fingerprint[:12]}. Give the checkpoint that it was made from as --reference."
         )
+    if recorded and (difference := differing_settings(settings, original.settings)):
+        raise CheckpointError(
+            f"{path} was made from the weights of {original.name} under another configuration than that of "
+            f"{original.path}: {difference}. Restore the one that was edited, or export again."
+        )
+
+
+def fault_of(path: Path) -> str:
+    """Return why no model can be made of a GGUF file that can be looked at; empty for a whole one, and for others."""
+    if not is_gguf(path):
+        return ""
+    try:
+        source = GGUFSource(path)
+        kind = next((field.value for field in source.metadata if field.key == "general.type"), "model")
+        if kind == "model" and source.names():
+            check_complete(source)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def settings_of(path: Path) -> Settings:
+    """Return what decides the computation of a GGUF file or directory, packed or not, beside its weights."""
+    if is_gguf(path):
+        return settings_of_metadata(GGUFSource(path).metadata)
+    raw = read_json(path / "config.json")
+    if raw.get("model_type") not in FAMILIES or is_vision_checkpoint(path):
+        return settings_of_config(raw)
+    config = read_config(path, FAMILIES)
+    family = FAMILIES[config.model_type]
+    writer = gguf.GGUFWriter(None, family.arch)
+    family.write_keys(config, writer)
+    return _settings(recorded_fields(writer), config)
+
+
+def _settings(metadata: Iterable[MetadataField], config: Config) -> Settings:
+    # Factors of long contexts are a tensor in GGUF.
+    rope = {"rope_parameters": config.get("rope_parameters", {})}
+    return {**settings_of_metadata(metadata), **settings_of_config(rope)}
 
 
 def _download(repo_id: str) -> Path:
@@ -192,7 +238,8 @@ def _open_gguf(path: Path) -> Model:
     metadata = tuple(
         field for field in source.metadata if field.key not in _OWN_KEYS and not field.key.startswith(_OWN_PREFIXES)
     )
-    return Model(path, source, metadata, lambda name: (name,), gguf_file=path)
+    settings = settings_of_metadata(metadata)
+    return Model(path, source, metadata, lambda name: (name,), gguf_file=path, settings=settings)
 
 
 def _indexed_names(directory: Path) -> list[str] | None:
@@ -215,7 +262,9 @@ def _build(directory: Path, book: ConversionBook, checkpoint: TensorSource | Non
     family.write_keys(config, writer)
     if checkpoint is not None or any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         write_tokenizer(writer, directory, config.integer("vocab_size"))
-    return Model(directory, source, recorded_fields(writer), source.checkpoint_names, hf_directory=directory)
+    metadata = recorded_fields(writer)
+    about = {"hf_directory": directory, "settings": _settings(metadata, config)}
+    return Model(directory, source, metadata, source.checkpoint_names, **about)
 
 
 class _NoWeights:

@@ -7,7 +7,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dynquant.errors import EvaluationError
-from dynquant.inputs.records import read_records
+from dynquant.inputs.records import check_is_file, read_records
+from dynquant.storage.documents import first_fault
 
 MAX_CHOICES = 26
 """As many as there are letters."""
@@ -22,7 +23,8 @@ class Question(BaseModel):
     subject: str
     question: str
     choices: tuple[str, ...] = Field(min_length=2, max_length=MAX_CHOICES)
-    answer: int = Field(ge=0)
+    answer: int = Field(ge=0, strict=True)
+    """A choice may be `true` or "1" itself, so only a whole number is an index."""
 
     @model_validator(mode="after")
     def _answer_is_a_choice(self) -> "Question":
@@ -39,8 +41,10 @@ def load_questions(source: str | Path, *, split: str = "test") -> list[Question]
     Raises EvaluationError when the file is missing, empty or has a malformed record, naming it.
     """
     path = Path(source)
+    if not path.is_dir():
+        check_is_file(path, EvaluationError)
     if not path.is_file():
-        if path.suffix or path.is_absolute():
+        if not path.exists() and (path.suffix or path.is_absolute()):
             raise EvaluationError(f"The question file {source} does not exist; check the path.")
         return _load_from_datasets(str(source), split)
     questions = [_question(record, place) for _, place, record in read_records(path, EvaluationError, _WAY_OUT)]
@@ -53,8 +57,7 @@ def _question(record: Any, place: str) -> Question:
     try:
         return Question.model_validate(record)
     except ValidationError as error:
-        reason = error.errors()[0]["msg"]
-        raise EvaluationError(f"{place} is not a question ({reason}). {_WAY_OUT}") from error
+        raise EvaluationError(f"{place} is not a question ({first_fault(error)}). {_WAY_OUT}") from error
 
 
 def _load_from_datasets(name: str, split: str) -> list[Question]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dynquant.errors import DynquantError, unreadable
+from dynquant.inputs.other_forms import START_BYTES, form_of_content, form_of_start
 from dynquant.storage.stand_ins import refuse_stand_in
 from dynquant.storage.strict_json import parse_json
 
@@ -39,6 +40,7 @@ def read_records(path: Path, refusal: type[DynquantError], way_out: str = "") ->
     Raises:
         `refusal`: the file cannot be read or has another form, or a record is not JSON; `way_out` ends the paragraph.
     """
+    check_is_file(path, refusal)
     form = form_of(path)
     if form in JSON_FORMS:
         return _json_records(path, refusal, way_out)
@@ -51,31 +53,32 @@ def read_plain(path: Path, refusal: type[DynquantError]) -> str:
     """Return the text of a plain file.
 
     Raises:
-        `refusal`: the file cannot be read, or it holds JSON lines or a program's data.
+        `refusal`: the file cannot be read, or it holds records, a table or a program's data.
     """
     with _opened(path, refusal) as file:
         content = file.read()
     if "\0" in content:
         raise refusal(f"{path} holds zero bytes, so it is not text in UTF-8. Convert it, or give another file.")
-    if _begins_with_record(content):
-        raise refusal(f"{path} has the ending of plain text but holds JSON. Rename it to .jsonl or .json.")
+    if meaning := form_of_content(content):
+        raise refusal(f"{path} has the ending of plain text but holds {meaning[0]}. {meaning[1]}.")
     return content
 
 
-def _begins_with_record(content: str) -> bool:
-    first = content.lstrip().removeprefix("[").lstrip().partition("\n")[0].rstrip().rstrip(",]")
-    try:
-        record = parse_json(first) if first.startswith("{") else None
-    except ValueError:
-        return False
-    return isinstance(record, dict) and not {"text", "messages"}.isdisjoint(record)
+def check_is_file(path: Path, refusal: type[DynquantError]) -> None:
+    """Raise `refusal` for what is there but no file: a directory, or a device or pipe, which is read but once."""
+    if path.is_dir():
+        raise refusal(f"{path} is a directory; give a file in it.")
+    if path.exists() and not path.is_file():
+        raise refusal(f"{path} is a device or pipe, and the text is read more than once. Save it as a file.")
 
 
 @contextmanager
 def _opened(path: Path, refusal: type[DynquantError]) -> Iterator[TextIO]:
     """Context manager: yields the file as text; what is wrong with it becomes one paragraph."""
+    check_is_file(path, refusal)  # before anything opens it: a pipe would wait for its writer
     refuse_stand_in(path, is_text=True)
     try:
+        _check_start(path, refusal)
         with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
             yield file
     except FileNotFoundError as error:
@@ -84,6 +87,13 @@ def _opened(path: Path, refusal: type[DynquantError]) -> Iterator[TextIO]:
         raise refusal(f"{path} cannot be read as UTF-8 ({error}). Convert it to UTF-8.") from error
     except (OSError, EOFError, zlib.error) as error:
         raise refusal(unreadable(path, error) or f"{path} cannot be read: {error}. Fetch it again.") from error
+
+
+def _check_start(path: Path, refusal: type[DynquantError]) -> None:
+    with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
+        meaning = form_of_start(file.read(START_BYTES))
+    if meaning is not None:
+        raise refusal(f"{path} is {meaning[0]}. {meaning[1].format(path=path)}.")
 
 
 def _json_records(path: Path, refusal: type[DynquantError], way_out: str) -> Iterator[Record]:
@@ -152,6 +162,10 @@ def text_of(record: Any, place: str, refusal: type[DynquantError]) -> str:
     if isinstance(record, dict) and record.get("text") is None and record.get("messages") is not None:
         turns = turns_of(record["messages"], place, refusal)
         return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+    if isinstance(record, dict) and "text" in record and record.get("messages") is None:
+        raise refusal(
+            f'{place} has {shortened(record["text"])} as "text", which must be a string. Leave such records out.'
+        )
     raise refusal(
         f'{place} has neither a field "text" (a string) nor "messages" (a list of chat turns): it has '
         f"{described(record)}. Rename the field, or give plain text in a .txt file."

@@ -9,6 +9,7 @@ Melville, Stevenson, Thackeray and Trollope as found in Standard Ebooks, and of 
 """
 
 import hashlib
+import os
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from dynquant.inputs.records import (
     JSON_FORMS,
     PLAIN_FORMS,
     TABLE_FORMS,
+    check_is_file,
     form_of,
     read_plain,
     read_records,
@@ -118,7 +120,9 @@ def _documents(
         return path.name, [read_plain(path, refusal)]
     if path.is_file():
         return path.name, (text_of(record, place, refusal) for _, place, record in read_records(path, refusal, _PLAIN))
-    if form in (*JSON_FORMS, *TABLE_FORMS, ".txt") or (path.is_absolute() and not path.exists()):
+    if not path.is_dir():
+        check_is_file(path, refusal)
+    if not path.exists() and (form in (*JSON_FORMS, *TABLE_FORMS, ".txt") or path.is_absolute()):
         raise refusal(f"There is no text {path}; check the path.")
     return str(source), _read_dataset(str(source), max_tokens * _MAX_CHARACTERS_PER_TOKEN, refusal)
 
@@ -139,6 +143,11 @@ def _read_dataset(spec: str, max_characters: int, refusal: type[DynquantError]) 
     except DynquantError:
         raise
     except Exception as error:  # load_dataset raises errors of many libraries
+        if os.path.isdir(spec):
+            raise refusal(
+                f"{spec} is a directory, of which `datasets` makes no data set with a split `train` "
+                f"({type(error).__name__}: {error}). Give a file in it."
+            ) from error
         raise refusal(
             f"There is no file {spec}, and `datasets` cannot load a data set of that name with a split `train` "
             f"({type(error).__name__}: {error}). Give a .jsonl or .txt file, or a data set id as OWNER/NAME:CONFIG."

@@ -19,7 +19,15 @@ from dynquant.families.text.registry import FAMILIES
 from dynquant.formats import decode
 from dynquant.lora.layers import FUSED_PARTS
 from dynquant.lora.places import takes_adapter
-from dynquant.lora.saved import WEIGHTS_NAME, base_copies, ends_in, read_adapter_config, stored_keys
+from dynquant.lora.saved import (
+    WEIGHTS_NAME,
+    check_copies,
+    ends_in,
+    finite_factor,
+    read_adapter_config,
+    stored_keys,
+    whole_weights,
+)
 from dynquant.packed.layers import EXPERT_PARTS, PackedExperts, PackedLatentProjection, PackedLinear, PackedModule
 from dynquant.patterns import compile_pattern
 
@@ -119,22 +127,26 @@ def load_adapter(model: "PreTrainedModel", path: str | Path, *, is_trainable: bo
         AdapterError: no adapter in the directory, one of another method or model, or damaged files.
     """
     path = Path(path)
-    read_adapter_config(path)
+    config = read_adapter_config(path)
     stored = stored_keys(path)
-    copies = base_copies(stored)
+    copies, whole = whole_weights(stored, config)
     _check_copies(model, path, copies)
+    _unpack(model, path, whole)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Some weights of PeftModel were not initialized")  # the copies
             warnings.filterwarnings("error", "Found missing adapter keys")  # PEFT goes on with factors it drew
-            config = _with_names(LoraConfig.from_pretrained(str(path)), model)
             options = {"ignore_mismatched_sizes": bool(copies)}  # floats do not fit into packed bytes
-            adapted = PeftModel.from_pretrained(model, str(path), is_trainable=is_trainable, config=config, **options)
+            options |= {"config": _with_names(LoraConfig.from_pretrained(str(path)), model)}
+            adapted = PeftModel.from_pretrained(model, str(path), is_trainable=is_trainable, **options)
     except (ValueError, RuntimeError, OSError, KeyError, TypeError, UserWarning, SafetensorError) as error:
         raise AdapterError(
             f"The adapter in {path} does not load into {type(model).__name__} ({type(error).__name__}: {error}). "
             "It is damaged, or was trained on another model."
         ) from error
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            finite_factor(parameter, name, path)
     loaded = get_peft_model_state_dict(adapted)
     left = [key for key in stored if key not in {*loaded, *copies} and not _ONE_EXPERT.search(key)]
     if left:
@@ -164,24 +176,54 @@ def _with_names(config: LoraConfig, model: nn.Module) -> LoraConfig:
 def _check_copies(model: nn.Module, path: Path, copies: dict[str, str]) -> None:
     """Refuse a copy of a base weight that is not the model's own, as of a resized vocabulary."""
     modules = dict(model.named_modules())
-    with safe_open(path / WEIGHTS_NAME, "pt") as file:
-        for key, name in copies.items():
-            base, copy = modules.get(name), file.get_tensor(key)
-            stored = None if base is None else base.state_dict().get("weight")
-            if stored is None:
-                is_same = False
-            elif copy.dtype == torch.uint8:
-                is_same = torch.equal(copy, stored.cpu())
-            elif isinstance(base, PackedModule) and "weight" in base.packed_names:
-                is_same = base.shape_of("weight") == copy.shape and _is_near(copy, stored, base.types["weight"])
-            else:
-                is_same = stored.shape == copy.shape and _is_near(copy, stored)
-            if not is_same:
-                raise AdapterError(
-                    f"{path / WEIGHTS_NAME} holds `{key}`, a copy of the weight that it was trained beside, and "
-                    f"it is not that of {type(model).__name__}: another model, or a resized vocabulary. Give the "
-                    "adapter to the model that it was trained on."
-                )
+
+    def is_same(name: str, copy: torch.Tensor) -> bool:
+        base = modules.get(name)
+        stored = None if base is None else base.state_dict().get("weight")
+        if stored is None:
+            return False
+        if copy.dtype == torch.uint8:
+            return torch.equal(copy, stored.cpu())
+        if isinstance(base, PackedModule) and "weight" in base.packed_names:
+            return base.shape_of("weight") == copy.shape and _is_near(copy, stored, base.types["weight"])
+        return stored.shape == copy.shape and _is_near(copy, stored)
+
+    check_copies(path, copies, type(model).__name__, is_same)
+
+
+def _unpack(model: "PreTrainedModel", path: Path, whole: dict[str, str]) -> None:
+    """Make ordinary layers of the packed ones for which the adapter has whole weights: PEFT puts these in their place.
+
+    Raises:
+        AdapterError: the weight has another shape, or the packed layer has no ordinary form.
+    """
+    modules = dict(model.named_modules())
+    for key, name in whole.items():
+        packed = modules.get(name)
+        if not isinstance(packed, PackedModule) or "weight" not in packed.packed_names:
+            continue
+        with safe_open(path / WEIGHTS_NAME, "pt") as file:
+            shape = tuple(file.get_slice(key).get_shape())
+        rows, columns = packed.shape_of("weight")
+        scale = getattr(packed, "scale", None)
+        if shape != (rows, columns) or scale is not None:
+            why = f"the model has {[rows, columns]} there" if scale is None else "the model scales what it looks up"
+            raise AdapterError(
+                f"{path / WEIGHTS_NAME} holds the whole weight `{key}` {list(shape)}, and {why}. Give the adapter to "
+                "the model that it was trained on; of a resized vocabulary, merge it into the original and export that."
+            )
+        values = packed.dense("weight", model.dtype)
+        if isinstance(packed, nn.Embedding):
+            layer: nn.Module = nn.Embedding(rows, columns, packed.padding_idx, device="meta")
+        else:
+            layer = nn.Linear(columns, rows, bias=packed.bias is not None, device="meta")
+            layer.bias = packed.bias
+        layer.weight = nn.Parameter(values, requires_grad=False)
+        model.set_submodule(name, layer)
+        warnings.warn(
+            f"{path} holds all of `{name}`, which runs in {model.dtype} in place of {packed.types['weight']}.",
+            stacklevel=3,
+        )
 
 
 def _is_near(copy: torch.Tensor, stored: torch.Tensor, type_name: str = "") -> bool:

@@ -32,7 +32,10 @@ def check_config(config: LoraConfig) -> None:
         )
     for name, field in type(config).__dataclass_fields__.items():
         if field.metadata.get("is_lora_variant") and getattr(config, name):
-            raise AdapterError(f"Packed weights take plain LoRA, and rank-stabilised LoRA, but not `{name}`.")
+            raise AdapterError(
+                f"Packed weights take plain LoRA, and rank-stabilised LoRA, but not `{name}`. Leave it out; an adapter "
+                "that has it is merged into the original model, and that exported."
+            )
 
 
 class _Unmergeable:

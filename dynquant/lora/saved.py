@@ -3,7 +3,8 @@
 Tensors are named as PEFT names them. A layer's factors are `PATH.lora_A.weight` [r, C] and `PATH.lora_B.weight`
 [N, r]; those of routed experts [r E, C] and [N, r E] (`lora.layers`), where the parameter that was wrapped first has
 one `.base_layer` more in its name. Where the output head or the embedding is adapted, PEFT saves an unchanged copy of
-its base weight too, `PATH.base_layer.weight`.
+its base weight too, `PATH.base_layer.weight` or `PATH.weight`. Under the latter name it also saves what
+`modules_to_save` lists: whole weights that took part in the training.
 
 The files may come from strangers: the configuration is checked field by field, only safetensors are read, never a
 pickle, and patterns run in linear time.
@@ -11,7 +12,7 @@ pickle, and patterns run in linear time.
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -23,15 +24,21 @@ from torch import Tensor
 from dynquant.errors import AdapterError, unreadable
 from dynquant.patterns import compile_pattern
 from dynquant.storage.atomic import opened_tensors
+from dynquant.storage.documents import first_fault
 from dynquant.storage.strict_json import parse_json
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
-_COPY = re.compile(r"base_model\.model\.(?P<path>.+)\.base_layer\.weight")
+_WHOLE = re.compile(r"base_model\.model\.(?P<path>(?:(?!\.lora_).)+?)(?P<copy>\.base_layer)?\.weight")
 _KEY = re.compile(r"base_model\.model\.(?P<path>.+?)(?P<depth>(\.base_layer)*)\.lora_(?P<factor>[AB])\.weight")
 _UNSUPPORTED = (
     "use_dora", "use_qalora", "use_bdlora", "lora_bias", "alora_invocation_tokens", "layer_replication",
     "trainable_token_indices", "arrow_config", "kasa_config", "monteclora_config", "velora_config",
 )  # fmt: skip
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_WITHOUT_IT = (
+    "Merge it into the model that it was trained on (`merge_and_unload` of PEFT, then `save_pretrained`) and export "
+    "that, or train plain LoRA."
+)
 _KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 _N = TypeVar("_N", int, float)
 Rank = Annotated[int, Field(ge=1, le=65536)]
@@ -100,19 +107,24 @@ class SavedAdapter:
         self._path = self.directory / WEIGHTS_NAME
         keys = stored_keys(self.directory)
         self._file = safe_open(self._path, "pt")
-        self.copies = base_copies(keys)
-        self.weights = list(_paired(self._path, [key for key in keys if key not in self.copies]))
+        self.copies, self.whole = whole_weights(keys, self.config)
+        factors = [key for key in keys if key not in self.copies and key not in self.whole]
+        self.weights = list(_paired(self._path, factors))
 
     def load(self, key: str) -> Tensor:
         """One factor, float32. Raises AdapterError: NaN or infinite values."""
-        values = self._file.get_tensor(key).float()
-        if not values.isfinite().all():
-            raise AdapterError(f"`{key}` in {self._path} holds NaN or infinite values: training diverged. Train again.")
-        return values
+        return finite_factor(self.stored(key).float(), key, self.directory)
+
+    def stored(self, key: str) -> Tensor:
+        """One tensor in the type of the file."""
+        return self._file.get_tensor(key)
 
     def shape(self, key: str) -> list[int]:
-        """Rows and columns of one factor."""
-        return self._file.get_slice(key).get_shape()
+        """Rows and columns of one factor. Raises AdapterError: it is no matrix."""
+        shape = self._file.get_slice(key).get_shape()
+        if len(shape) != 2:
+            raise AdapterError(f"`{key}` in {self._path} has the shape {shape}, and is no matrix. {_WITHOUT_IT}")
+        return shape
 
     def scaling(self, name: str, rank: int) -> float:
         """Return the factor of the product of the low-rank matrices of the parameter or module `name`."""
@@ -124,7 +136,7 @@ def stored_keys(directory: Path) -> list[str]:
     """Return the names of the tensors of an adapter.
 
     Raises:
-        AdapterError: no safetensors file, or one that cannot be read.
+        AdapterError: no safetensors file, one that cannot be read, or factors that are no floats.
     """
     file = directory / WEIGHTS_NAME
     if not file.is_file():
@@ -133,16 +145,51 @@ def stored_keys(directory: Path) -> list[str]:
         raise AdapterError(f"{directory} holds no {WEIGHTS_NAME}. {why}Save the adapter with PEFT's `save_pretrained`.")
     try:
         with opened_tensors(file) as opened:
-            return list(opened.keys())
+            keys = list(opened.keys())
+            types = {key: opened.get_slice(key).get_dtype() for key in keys if ".lora_" in key}
     except (SafetensorError, OSError) as error:
         raise AdapterError(
             unreadable(file, error) or f"{file} cannot be read ({error}): it is cut short or damaged. Save it again."
         ) from error
+    if whole := next((key for key, dtype in types.items() if dtype not in _FLOATS), None):
+        raise AdapterError(
+            f"{file} stores `{whole}` as {types[whole]}, and the scales that such numbers need have no place in LoRA. "
+            f"Save the adapter with factors in {', '.join(_FLOATS[1:])}."
+        )
+    return keys
 
 
-def base_copies(keys: list[str]) -> dict[str, str]:
-    """Return names of copies of base weights -> the module, as PEFT saves them beside an adapted head or embedding."""
-    return {key: match["path"] for key in keys if (match := _COPY.fullmatch(key))}
+def finite_factor(values: Tensor, key: str, directory: Path) -> Tensor:
+    """Return the values of a factor, or raise AdapterError for NaN or infinite ones."""
+    if not values.isfinite().all():
+        raise AdapterError(
+            f"`{key}` in {directory / WEIGHTS_NAME} holds NaN or infinite values: training diverged. Train again."
+        )
+    return values
+
+
+def whole_weights(keys: list[str], config: AdapterConfig) -> tuple[dict[str, str], dict[str, str]]:
+    """Return names of whole weights -> their modules: unchanged copies, and what `modules_to_save` lists."""
+    matches = {key: match for key in keys if (match := _WHOLE.fullmatch(key))}
+    listed = tuple(config.modules_to_save or ())
+    saved = {key: m["path"] for key, m in matches.items() if not m["copy"] and m["path"].endswith(listed)}
+    return {key: match["path"] for key, match in matches.items() if key not in saved}, saved
+
+
+def check_copies(directory: Path, copies: Mapping[str, str], base: str, is_same: Callable[[str, Tensor], bool]) -> None:
+    """Refuse a copy of a base weight that is not that of `base`, by a comparison of a module's weight with it.
+
+    Raises:
+        AdapterError: naming the copy; the vocabulary was resized, or the adapter is of another model.
+    """
+    path = directory / WEIGHTS_NAME
+    with safe_open(path, "pt") as file:
+        for key, module in copies.items():
+            if not is_same(module, file.get_tensor(key)):
+                raise AdapterError(
+                    f"{path} holds `{key}`, a copy of the weight that it was trained beside, and it is not that of "
+                    f"{base}: another model, or a resized vocabulary. Give the model that the adapter was trained on."
+                )
 
 
 def read_adapter_config(directory: Path) -> AdapterConfig:
@@ -164,18 +211,20 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
         ) from error
     if not isinstance(content, dict) or content.get("peft_type") != "LORA":
         method = content.get("peft_type") if isinstance(content, dict) else None
-        raise AdapterError(f"{path} gives the method {method!r:.100}; only LORA adapters can be read.")
+        raise AdapterError(f"{path} gives the method {method!r:.100}; only LORA adapters can be read. {_WITHOUT_IT}")
     try:
         config = AdapterConfig.model_validate(content)
-        for pattern in [*(config.rank_pattern or {}), *(config.alpha_pattern or {})]:
+        alone = [names for names in (config.target_modules, config.exclude_modules) if isinstance(names, str)]
+        for pattern in [*(config.rank_pattern or {}), *(config.alpha_pattern or {}), *alone]:
             compile_pattern(pattern)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        value = "" if first["type"] == "missing" else f" as {first['input']!r:.100}"
-        raise AdapterError(f"{path} gives `{where}`{value}: {first['msg']}. Save the adapter again.") from error
+        raise AdapterError(f"In {path}, {first_fault(error)}. Save the adapter again.") from error
     except ValueError as error:
-        raise AdapterError(f"{path} has the pattern `{pattern:.100}`, which cannot be run: {error}.") from error
+        raise AdapterError(
+            f"{path} has the pattern `{pattern:.100}`, which cannot be run in time linear in a name ({error}). Write "
+            "it without look-ahead, look-behind and back references, or as the names of the layers, "
+            "model.layers.0.self_attn.q_proj and so on."
+        ) from error
     if config.init_lora_weights not in _KEEPS_BASE:
         raise AdapterError(
             f"{path} has `init_lora_weights` {config.init_lora_weights!r}: it began by taking something out of the "
@@ -184,7 +233,7 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
         )
     if option := next(filter(content.get, _UNSUPPORTED), None):
         raise AdapterError(
-            f"{path} sets `{option}`, which is not plain LoRA: its factors alone do not give the change."
+            f"{path} sets `{option}`, which is not plain LoRA: its factors alone do not give the change. {_WITHOUT_IT}"
         )
     return config
 
@@ -196,8 +245,7 @@ def _paired(file: Path, keys: list[str]) -> Iterator[AdaptedWeight]:
         if match is None:
             raise AdapterError(
                 f"{file} holds `{key}`, which is no LoRA factor of a linear layer or of experts: the adapter trained "
-                "whole weights, biases or embeddings too. Train without `train_norms`, `train_router` and "
-                "`modules_to_save`."
+                f"biases or embeddings too. {_WITHOUT_IT}"
             )
         depth = match["depth"].count(".base_layer")
         pairs.setdefault((match["path"], depth), {})[match["factor"]] = key

@@ -8,9 +8,12 @@ from dynquant.calibration.options import CalibrationOptions
 from dynquant.errors import PlanError
 from dynquant.options import MODEL_HELP, BaseGguf, Flag, MeasuringEncoder, Options, Writes
 from dynquant.planning.target import Target
+from dynquant.storage.file_names import files_of_plan
 
 CLOSED_FORM, FISHER, UNIT_KL = METHODS = ("closed-form", "fisher-probe", "unit-kl")  # ways to price tensors
-_PLAN_FOLDER = Writes("folder", unless="config_only")
+_PLAN_FOLDER = Writes(
+    "folder", unless="config_only", beside=lambda output, typed: files_of_plan(output), reuses=("stats",)
+)
 
 
 def parse_range(text: str) -> tuple[float, float]:

@@ -30,14 +30,15 @@ from dynquant.planning.search import Search, encoded_store, search_plans
 from dynquant.planning.selection import Selection
 from dynquant.planning.target import Target
 from dynquant.planning.vision_modules import ModuleChoice, held_to, module_choices
-from dynquant.recipes import folder
 from dynquant.recipes.build_plan import plan_for_vllm, plan_from_types, uniform_schemes
 from dynquant.recipes.command_line import recipe_types
+from dynquant.recipes.folder import SuperWeight, load_super_weights
 from dynquant.recipes.plan import Plan
 from dynquant.recipes.presets import R1_RECIPES, preset_types
 from dynquant.recipes.type_lists import like_types
 from dynquant.resources import chosen_device, human_bytes
 from dynquant.session import SILENT, Session
+from dynquant.storage import file_names
 from dynquant.storage.atomic import file_hash, write_atomically
 
 
@@ -49,12 +50,12 @@ def make_plan(options: PlanOptions, session: Session = SILENT) -> Plan:
     if options.model is None:
         raise PlanError("Give a MODEL to plan, or --config-only DIR with --preset NAME.")
     plan = (_plan_types if options.target.serves is None else _plan_schemes)(options, session)
-    plan.save(options.output / folder.PLAN_NAME)
+    plan.save(options.output / file_names.PLAN_NAME)
     return plan
 
 
 def _plan_types(options: PlanOptions, session: Session) -> Plan:
-    target, directory, path = options.target, options.output, options.output / folder.ERRORS_NAME
+    target, directory, path = options.target, options.output, options.output / file_names.ERRORS_NAME
     model = open_and_announce(str(options.model), session, base_gguf=options.base_gguf)
     fixed_types = _fixed_types(target, model)
     candidates = [quant_type(name).name for name in target.types] or DEFAULT_TYPES
@@ -77,10 +78,10 @@ def _plan_types(options: PlanOptions, session: Session) -> Plan:
         if priced is not table:
             table.remembering(priced).save(path)  # prices take long, so they are kept
         table = priced
-        selection.save(directory / folder.SELECTION_NAME)
+        selection.save(directory / file_names.SELECTION_NAME)
         chosen = _explained_modules(chooser, selection.winner.types, choices, session)
     else:
-        (directory / folder.SELECTION_NAME).unlink(missing_ok=True)
+        (directory / file_names.SELECTION_NAME).unlink(missing_ok=True)
         chosen = fixed_types or _with_modules(chooser, table, target.vision, session)
     errors = {"weighted_errors": _weighted_errors(table), "exact": target.preset is None}
     plan = plan_from_types(model, chosen, **errors, **chooser.context)
@@ -94,7 +95,7 @@ def _plan_types(options: PlanOptions, session: Session) -> Plan:
 def _plan_schemes(options: PlanOptions, session: Session) -> Plan:
     """Choose a scheme for every linear layer; return the plan, and leave the table of their errors in the folder."""
     _check_vllm(options)
-    target, path = options.target, options.output / folder.SCHEME_ERRORS_NAME
+    target, path = options.target, options.output / file_names.SCHEME_ERRORS_NAME
     schemes = tuple(vllm_scheme(name).name for name in target.types or SCHEMES)
     model = open_language_model(str(options.model), session)
     checkpoint = linear_checkpoint(model)
@@ -177,7 +178,7 @@ def _checked_statistics(
     model: Model, options: PlanOptions, types: Sequence[str], session: Session, *, is_chosen: bool
 ) -> StatsFile:
     """Return the statistics of the folder; refuse an impossible budget before they are measured, and after."""
-    path = options.output / folder.ERRORS_NAME  # a table that is there already may have more types
+    path = options.output / file_names.ERRORS_NAME  # a table that is there already may have more types
     measurable = tuple(dict.fromkeys((*types, *(ErrorTable.load(path).types if path.is_file() else ()))))
     check = partial(check_budget, model, options.target, measurable)
     if is_chosen:
@@ -288,18 +289,18 @@ def _fixed_types(target: Target, model: Model) -> dict[str, Choice] | None:
 
 def _probe(
     model: Model, table: ErrorTable, options: PlanOptions, session: Session
-) -> tuple[list[folder.SuperWeight], ErrorTable]:
+) -> tuple[list[SuperWeight], ErrorTable]:
     """Measure what needs the running model: the sensitivity of the output to every tensor, and super weights.
 
     Both are kept in the directory. A model that transformers cannot run (a GGUF with imported statistics) has neither;
     the plan then counts every tensor's relative error alike, and says so. Plans for vLLM have no floors, and so no use
     for super weights.
     """
-    path, stats_path = (options.output / name for name in (folder.SUPER_NAME, folder.STATS_NAME))
+    path, stats_path = (options.output / name for name in (file_names.SUPER_NAME, file_names.STATS_NAME))
     for_vllm = options.target.serves is not None
     is_fresh = for_vllm or (path.is_file() and path.stat().st_mtime >= stats_path.stat().st_mtime)
     if is_fresh and table.sensitivity:
-        return [] if for_vllm else folder.load_super_weights(path), table
+        return [] if for_vllm else load_super_weights(path), table
     try:
         finds = {"finds_super_weights": not for_vllm}
         supers, *sensitivities = run_probe(model, options.calibration, options.output, session, **finds)
@@ -307,7 +308,7 @@ def _probe(
         session.note(f"no super weights and no sensitivities, every tensor's relative error counts alike: {error}")
         return [], table
     table = table.with_sensitivity(*sensitivities)
-    table.save(options.output / (folder.SCHEME_ERRORS_NAME if for_vllm else folder.ERRORS_NAME))
+    table.save(options.output / (file_names.SCHEME_ERRORS_NAME if for_vllm else file_names.ERRORS_NAME))
     if not for_vllm:
         content = json.dumps([weight.model_dump() for weight in supers], indent=1)
         write_atomically(path, content + "\n")

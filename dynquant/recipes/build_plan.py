@@ -63,6 +63,7 @@ def plan_from_types(
 
 def _plan(model: Model, entries: Sequence[PlanEntry], **fields: Any) -> Plan:
     identity = {"model": model.name, "arch": model.arch, "fingerprint": model.fingerprint}
+    identity["settings"] = dict(model.settings)
     return Plan(**identity, entries=tuple(entries), **fields)
 
 
@@ -227,7 +228,7 @@ def check_linears(plan: Plan, checkpoint: LinearCheckpoint, model: Model) -> Non
     """Refuse a plan for vLLM that is not exactly of this checkpoint. Raises PlanError: another fingerprint, a missing
     or unknown layer, other shapes, or another size than it predicts."""
     linears = {linear.name: linear for linear in checkpoint.linears}
-    plan.check_covers(list(linears), model.fingerprint, model.name)
+    plan.check_covers(list(linears), model)
     for entry in plan.entries:
         linear = linears[entry.name]
         unit = linear.unit(mixed_experts=plan.mixed_experts)

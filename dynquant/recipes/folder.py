@@ -1,19 +1,10 @@
-"""The folder that `plan` leaves behind: names of its files, and what other steps read from it."""
+"""The folder that `plan` leaves behind: what other steps read from it. Its names are in `storage.file_names`."""
 
 from pathlib import Path
 
-from dynquant.calibration.stage import STATS_NAME as STATS_NAME
 from dynquant.calibration.stage import StatsFile
 from dynquant.errors import StatsError
 from dynquant.storage.documents import FrozenRecord, read_document
-
-ERRORS_NAME = "errors.json"
-SCHEME_ERRORS_NAME = "serving_errors.json"
-PLAN_NAME = "plan.json"
-SUPER_NAME = "super_weights.json"
-SELECTION_NAME = "selection.json"
-TOKEN_ERRORS_NAME = "token_errors.json"
-REPORT_NAME = "report.html"
 
 
 class SuperWeight(FrozenRecord):

@@ -21,12 +21,15 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from dynquant import __version__
+from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import Role
 from dynquant.errors import PlanError
+from dynquant.families.common.settings import Setting, differing_settings
 from dynquant.formats.quant_types import QUANT_TYPES, QuantType
 from dynquant.formats.storage_format import StorageFormat
 from dynquant.formats.vllm_schemes import SCHEMES, Scheme
 from dynquant.storage.documents import FrozenRecord, read_document
+from dynquant.storage.file_names import PLAN_NAME
 
 SCHEMA_VERSION = 2
 PlanTarget = Literal["gguf", "vllm"]
@@ -79,6 +82,7 @@ class Plan(FrozenRecord):
     model: str
     arch: str
     fingerprint: str
+    settings: dict[str, Setting] = Field({}, exclude_if=_is_empty)  # what decides the computation beside the weights
     stats_hash: str | None = None  # SHA-256 of stats.safetensors; None for presets that read no statistics
     errors_hash: str | None = None
     recipe: str  # the request: `preset r1-iq1_s`, `bpw 2.0`, `size 31002144`
@@ -150,27 +154,34 @@ class Plan(FrozenRecord):
         counts = Counter(match.group() for match in matches if match)
         return [f"{count} tensor{'s' * (count > 1)}: {reason}" for reason, count in counts.most_common()]
 
-    def check_covers(self, names: list[str], fingerprint: str, model_name: str) -> None:
-        """Refuse a plan of another checkpoint, or one whose tensors are not exactly the model's. Raises PlanError:
-        naming the tensor or the two fingerprints."""
-        if self.fingerprint != fingerprint:
-            command = "dynquant plan --for vllm" if self.target == "vllm" else "dynquant plan"
+    def check_covers(self, names: list[str], model: Model) -> None:
+        """Refuse a plan of another checkpoint or configuration, or one whose tensors are not exactly `names`. Raises
+        PlanError: naming the tensor, the two fingerprints, or the settings that differ."""
+        command = "dynquant plan --for vllm" if self.target == "vllm" else "dynquant plan"
+        if self.fingerprint != model.fingerprint:
             raise PlanError(
-                f"The plan was made for checkpoint {self.fingerprint[:12]} ({self.model}), but {model_name} has "
-                f"fingerprint {fingerprint[:12]}. Run `{command}` on {model_name}."
+                f"The plan was made for checkpoint {self.fingerprint[:12]} ({self.model}), but {model.name} has "
+                f"fingerprint {model.fingerprint[:12]}. Run `{command}` on {model.name}."
+            )
+        if difference := differing_settings(self.settings, model.settings):
+            raise PlanError(
+                f"The plan was made for another configuration of {model.name}: {difference}. Restore it, or run "
+                f"`{command}` on {model.name}, which calibrates anew."
             )
         planned = {entry.name for entry in self.entries}
         if unknown := planned - set(names):
             raise PlanError(
-                f"The plan names the tensor `{min(unknown)}`, which {model_name} does not have. Plan again."
+                f"The plan names the tensor `{min(unknown)}`, which {model.name} does not have. Plan again."
             )
         if left_out := set(names) - planned:
-            raise PlanError(f"{model_name} has the tensor `{min(left_out)}`, which the plan does not name. Plan again.")
+            raise PlanError(f"{model.name} has the tensor `{min(left_out)}`, which the plan does not name. Plan again.")
 
     @classmethod
     def load(cls, path: Path, target: PlanTarget = "gguf") -> "Plan":
         """Read plan.json, of this version or an older one. Raises PlanError: missing, not JSON, of another target,
         unknown fields or types, or a tensor named twice."""
+        if path.is_dir():
+            raise PlanError(f"{path} is a directory; give the {PLAN_NAME} in it.")
         plan = read_document(path, cls, "a plan", "Make one with `dynquant plan`.")
         if plan.target != target:
             raise PlanError(f"{path} {_OTHER_TARGET[plan.target]}")

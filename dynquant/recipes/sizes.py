@@ -10,8 +10,8 @@ from dynquant.checkpoints.model import Model, ModelPart
 from dynquant.checkpoints.safetensors_format import StoredTensor
 from dynquant.families.linear_layers import LinearCheckpoint
 from dynquant.formats.vllm_schemes import Scheme
+from dynquant.storage.file_names import STATS_NAME
 
-_STATS_FILE_NAME = "stats.safetensors"
 _OFFSET_DIGITS = 14
 
 
@@ -21,7 +21,7 @@ def imatrix_info(stats: CalibrationStats | None) -> ImatrixInfo | None:
         return None
     provenance = stats.provenance
     return ImatrixInfo(
-        file=_last_component(provenance.imported_from or _STATS_FILE_NAME),
+        file=_last_component(provenance.imported_from or STATS_NAME),
         dataset=_last_component(provenance.text_name),
         num_entries=len(stats.inputs.keys() | stats.aliases.keys()),
         num_chunks=provenance.num_windows,

@@ -16,6 +16,7 @@ from dynquant.formats.storage_format import Choice
 from dynquant.recipes.build_plan import stays_f32
 from dynquant.recipes.llama_mixtures import OUTPUT_NAME
 from dynquant.recipes.plan import Plan
+from dynquant.storage.file_names import PLAN_NAME
 
 _EMBEDDING_NAME = "token_embd.weight"
 
@@ -31,7 +32,7 @@ class TypeList:
 
 
 def read_types(path: Path) -> TypeList:
-    """Read a plan.json, or a .gguf file (of a split, the first part).
+    """Read a plan.json, also by its folder, or a .gguf file (of a split, the first part).
 
     Raises:
         PlanError: not a plan.
@@ -40,6 +41,12 @@ def read_types(path: Path) -> TypeList:
     if path.suffix == ".gguf":
         summary = inspect(path)
         return TypeList(path.name, summary.arch, summary.total_bytes, summary.tensors)
+    if path.is_dir():
+        path = path / PLAN_NAME
+        if not path.is_file():
+            raise PlanError(
+                f"{path.parent} is a directory without {PLAN_NAME}. Give a plan, its folder or a .gguf file."
+            )
     plan = Plan.load(path)
     tensors = tuple(TensorRecord(e.name, e.shape, e.type, e.bytes, e.role) for e in plan.entries)
     return TypeList(path.name, plan.arch, plan.predicted_bytes, tensors)

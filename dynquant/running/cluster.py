@@ -9,12 +9,13 @@ import os
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from dynquant.checkpoints.model import Model
 from dynquant.errors import ClusterError, DynquantError
+from dynquant.families.common.settings import Settings, differing_settings
 from dynquant.families.open import open_model
 
 Item = TypeVar("Item")
@@ -40,11 +41,13 @@ class StoredModel:
 
     path: Path
     fingerprint: str
+    settings: Settings = field(hash=False)
     base_gguf: Path | None = None
 
     @classmethod
     def of(cls, model: Model) -> "StoredModel":
-        return cls(model.path.resolve(), model.fingerprint, model.base_gguf and model.base_gguf.resolve())
+        base = model.base_gguf and model.base_gguf.resolve()
+        return cls(model.path.resolve(), model.fingerprint, model.settings, base)
 
     def open(self, way_out: str = "Put it on storage that every node has at the same path.") -> Model:
         """Open the model in a worker, or raise ClusterError when its node cannot read it or has another one there."""
@@ -58,6 +61,8 @@ class StoredModel:
                 f"{host} has another checkpoint at {self.path} (fingerprint {model.fingerprint[:12]} "
                 f"instead of {self.fingerprint[:12]}). {way_out}"
             )
+        if difference := differing_settings(self.settings, model.settings):
+            raise ClusterError(f"{host} has another configuration at {self.path}: {difference}. {way_out}")
         return model
 
 

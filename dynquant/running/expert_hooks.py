@@ -89,8 +89,7 @@ def _recording_forward(observer: ExpertObserver, module: Any, *args: Any, **kwar
     if getattr(module, "_is_expert_parallel", False):
         raise StatsError("Calibration cannot see experts under expert parallelism; load the model without it.")
     result = torch.zeros_like(hidden)
-    for expert in expert_ids.unique().tolist():
-        slot, tokens = torch.where(expert_ids.T.eq(expert))
+    for expert, slot, tokens in _routed(expert_ids):
         x = hidden[tokens]
         gate_up_output = _linear(module, "gate_up_proj" if module.has_gate else "up_proj", x, expert)
         activate = module._apply_gate if module.has_gate else module.act_fn
@@ -102,6 +101,15 @@ def _recording_forward(observer: ExpertObserver, module: Any, *args: Any, **kwar
         out = out * weights[tokens, slot, None]
         result.index_add_(0, tokens, out.to(result.dtype))
     return result
+
+
+def _routed(expert_ids: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Yield each expert that is used, by number, with the slots and tokens of expert ids [T, k] that name it."""
+    # Sorted once: to look for each expert apart would wait for the GPU as often.
+    ordered, places = expert_ids.T.flatten().sort(stable=True)
+    numbers, counts = ordered.unique_consecutive(return_counts=True)
+    for expert, part in zip(numbers.tolist(), places.split(counts.tolist()), strict=True):
+        yield expert, part // len(expert_ids), part % len(expert_ids)
 
 
 def _linear(module: Any, name: str, x: torch.Tensor, expert: int) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Loads what transformers has of a model: weights, configuration and tokenizer, from a directory or a GGUF file.
 
-transformers dequantizes a GGUF while it loads, for a handful of dense architectures. Code that comes with a checkpoint
+A GGUF file of the known families is decoded by dynquant, tensor by tensor on the device. transformers' own reader takes
+what is left, a handful of dense architectures, and minutes. Code that comes with a checkpoint
 is never run, and nothing is downloaded: `open_model` has fetched what there is.
 """
 
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
+from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_source import checkpoint_spans
 from dynquant.checkpoints.tensor_source import is_finite
@@ -20,10 +22,12 @@ from dynquant.errors import CheckpointError
 from dynquant.families.common.config import quantization_of
 from dynquant.families.common.conversion import ConvertedSource
 from dynquant.families.common.conversion_book import some_of
+from dynquant.families.from_gguf import NotUnderstoodError, config_from_gguf
 from dynquant.families.open import is_gguf, open_hf
 from dynquant.families.tokenizers.files import read_tokenizer_files
 from dynquant.families.vision.checkpoint import is_vision_checkpoint
 from dynquant.resources import count_mapped_files
+from dynquant.running.live_weights import fill_from_gguf
 from dynquant.running.weights import CheckpointWeights
 
 if TYPE_CHECKING:
@@ -45,11 +49,15 @@ def load_hf(model: Model, *, dtype: torch.dtype | None = None, device: str = "cp
     """
     if model.hf_directory is not None and not isinstance(model.source, ConvertedSource):  # weights of --base-gguf
         model = _fp8_model(model.hf_directory) or model
-    if isinstance(model.source, ConvertedSource) and getattr(model.source.checkpoint, "has_fp8", False):
-        # Weights times scales: transformers would run FP8 kernels, which need a GPU and round activations.
+    # Of FP8, weights times scales: transformers would run FP8 kernels, which need a GPU and round activations.
+    is_fp8 = isinstance(model.source, ConvertedSource) and getattr(model.source.checkpoint, "has_fp8", False)
+    if is_fp8 or gguf_config(model) is not None:
         dtype = dtype or computing_type(model, device)
         empty = empty_hf(model, dtype=dtype, device=device)
-        CheckpointWeights(model, empty).fill(empty, dtype, device)
+        if is_fp8:
+            CheckpointWeights(model, empty).fill(empty, dtype, device)
+        else:
+            fill_from_gguf(model, empty, dtype, device)
         return _checked(empty, model)
     stated = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
     loaded = _load(_LOADERS[model.has_vision], model, dtype=stated, use_safetensors=True)
@@ -97,8 +105,26 @@ def _fp8_model(directory: Path) -> Model | None:
         ) from error
 
 
+def gguf_config(model: Model) -> Any:
+    """Return transformers' configuration of a GGUF file, or None for another model, or one of an unknown family.
+
+    Raises:
+        CheckpointError: a value that the configuration needs is missing.
+    """
+    from transformers import AutoConfig
+
+    if model.gguf_file is None or not isinstance(model.source, GGUFSource):
+        return None
+    try:
+        return AutoConfig.for_model(**config_from_gguf(model.source).raw)
+    except NotUnderstoodError:
+        return None
+
+
 def load_config(model: Model | Path) -> Any:
     """Load transformers' configuration of a model, or raise CheckpointError when it cannot be read."""
+    if isinstance(model, Model) and (config := gguf_config(model)) is not None:
+        return config
     config = _load("AutoConfig", model)
     if isinstance(model, Model) and model.has_own_output:
         config.tie_word_embeddings = False  # from_pretrained finds this out by itself

@@ -18,6 +18,8 @@ from dynquant.running.layer_stream import LayerStream
 COMFORTABLE_SHARE = 0.7
 """A model whose float weights take more than this share of the free memory is streamed without being asked."""
 
+MOST_TOKENS_AT_ONCE = 4096
+"""More at a time make a GPU no faster."""
 _SHARES_INPUT = ("k_proj", "v_proj", "up_proj", "kv_a_proj_with_mqa")
 WAYS_TO_RUN = ((True, True), (True, False), (False, True), (False, False))
 """Pairs of experts kept and next stage read ahead, from the fastest way to the most frugal one."""
@@ -66,6 +68,13 @@ def fit_within(stream: LayerStream, limit_bytes: int, work: Workload) -> None:
         f"({fixed:,} of them are taken before a weight is read). Give --max-memory {-(-needed // 10**8) / 10:.1f}GB or "
         "more, a shorter --window, or --hessians none."
     )
+
+
+def windows_at_once(hf_model: nn.Module, window: int, free_bytes: int) -> int:
+    """Return how many windows can go forward and back through a loaded model at a time, at least one."""
+    work = Workload(min(window, MOST_TOKENS_AT_ONCE), is_backward=True)
+    needed = 4 * work.batch_tokens * _layer_channels(hf_model, work)
+    return max(1, min(MOST_TOKENS_AT_ONCE // work.batch_tokens, int(COMFORTABLE_SHARE * free_bytes / needed)))
 
 
 def _stage_bytes(stream: LayerStream, stage: int, work: Workload) -> int:

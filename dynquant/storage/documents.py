@@ -46,8 +46,15 @@ def read_document(
     except OSError as error:
         raise PlanError(f"{path} cannot be read ({error.strerror}). {way_out}") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise PlanError(f"{path} is not {what} of dynquant ({where}: {first['msg']}). {way_out}") from error
+        raise PlanError(f"{path} is not {what} of dynquant ({first_fault(error)}). {way_out}") from error
     except ValueError as error:
         raise PlanError(f"{path} is not {what} of dynquant ({error}). {way_out}") from error
+
+
+def first_fault(error: ValidationError) -> str:
+    """Return in words the first thing that pydantic found wrong: its place, the value there, and the rule."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    place, rule = ".".join(map(str, first["loc"]))[:200], first["msg"].removeprefix("Value error, ")
+    if not place:
+        return rule
+    return f"`{place}` is missing" if first["type"] == "missing" else f"`{place}` is {first['input']!r:.80}: {rule}"

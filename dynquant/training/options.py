@@ -107,8 +107,8 @@ class HealData(Options):
         Flag("Held-out text to measure on, likewise. May be repeated. Default: a part of the data, kept apart."),
     ] = ()
     max_tokens: Annotated[int, Flag("Tokens of each held-out text.", min=2)] = 8192
-    mmlu_data: Annotated[str | None, Flag("Questions to measure accuracy on, .jsonl or a datasets id.")] = None
-    shots: Annotated[str | None, Flag("Few-shot questions, .jsonl.")] = None
+    mmlu_data: Annotated[str | None, Flag("Questions to measure accuracy on, as eval takes them.")] = None
+    shots: Annotated[str | None, Flag("Few-shot questions, in the same forms.")] = None
     num_shots: Annotated[int, Flag("Shots before each question.", min=0)] = 5
     limit: Annotated[int | None, Flag("At most this many questions, spread evenly.", min=1)] = None
     cache_dir: Annotated[
@@ -127,7 +127,10 @@ class FinetuneOptions(Options):
 
     packed: Packed
     output: Output
-    data: Annotated[Path, Flag('.jsonl with "messages", "prompt" and "completion", or "text" in each line.')]
+    data: Annotated[
+        Path,
+        Flag('.jsonl, .json, .csv or .parquet with "messages", "prompt" and "completion", or "text" in each record.'),
+    ]
     held_out: Annotated[float, Flag("Share of the lines that is held out.", min=0, max=0.9)] = 0.1
     max_length: Annotated[int, Flag("Tokens of an example; longer ones are cut.", min=2)] = 1024
     tokenizer: Annotated[str | None, Flag("Model whose tokenizer to use. Default: that of the packed model.")] = None

@@ -8,10 +8,12 @@ from torch.nn import functional
 
 from dynquant.calibration.collector import SampleLimits
 from dynquant.calibration.importance import SHRINK_TOKENS, coverage_report, importance
+from dynquant.calibration.options import CalibrationOptions
 from dynquant.calibration.run import StatisticsOptions, collect_statistics
+from dynquant.calibration.stage import run_calibration
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
 from dynquant.checkpoints.model import HyperParams
-from dynquant.errors import CheckpointError, StatsError
+from dynquant.errors import CheckpointError, StatsError, WriteError
 from dynquant.families.open import open_model
 from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.inputs.text import CalibrationText, pack_windows, read_text
@@ -19,11 +21,21 @@ from dynquant.running.expert_hooks import record_experts
 from dynquant.running.load import load_hf, load_tokenizer
 from dynquant.session import ignore_progress
 from tests.helpers.calibrating import calibrate
+from tests.helpers.commands import linked_copy
 from tests.helpers.gguf_writing import finish
 from tests.helpers.tiny_models import write_f32
 
 N_LAYER, N_EXPERT = 6, 8
 HYPER = HyperParams("deepseek2", N_LAYER, 256, 4, 4, 8192, n_expert=N_EXPERT, n_expert_used=2, leading_dense=1)
+
+
+def test_statistics_of_their_own_are_not_taken_for_those_of_one_kind_of_token(small_moe, calibrated_16m, tmp_path):
+    own = linked_copy(calibrated_16m, tmp_path) / "stats.safetensors"
+    own = own.rename(tmp_path / "stats-text.safetensors")
+    content = own.read_bytes()
+    with pytest.raises(WriteError, match=r"stats-text\.safetensors is of another calibration") as refusal:
+        run_calibration(open_model(small_moe), CalibrationOptions(tokens=64), tmp_path / "stats.safetensors")
+    assert own.read_bytes() == content and "text tokens" in str(refusal.value)
 
 
 @pytest.fixture(scope="module")

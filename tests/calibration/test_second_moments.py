@@ -8,12 +8,13 @@ import torch
 
 from dynquant.calibration.importance import importance
 from dynquant.calibration.run import StatisticsOptions, collect_statistics
-from dynquant.calibration.second_moments import DAMPING, SecondMoments, hessian, path_beside
+from dynquant.calibration.second_moments import DAMPING, SecondMoments, hessian
 from dynquant.calibration.statistics import CalibrationStats, InputStats, StatsProvenance
 from dynquant.errors import StatsError
 from dynquant.families.open import open_model
 from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.running.load import load_hf
+from dynquant.storage.file_names import path_beside
 
 GATE, DOWN, DENSE = "blk.2.ffn_gate_exps.weight", "blk.2.ffn_down_exps.weight", "blk.0.ffn_gate.weight"
 

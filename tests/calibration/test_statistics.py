@@ -112,8 +112,8 @@ def test_another_checkpoint_is_refused():
     with pytest.raises(StatsError, match=r"eeeeeeeeeeee .*ffffffffffff"):
         run(1).merge(other)
     with pytest.raises(StatsError, match=r"eeeeeeeeeeee, but tiny has fingerprint ffffffffffff"):
-        other.check_belongs_to("f" * 64, "tiny")
-    other.check_belongs_to("e" * 64, "tiny")
+        other.check_belongs_to("f" * 64, "tiny", {})
+    other.check_belongs_to("e" * 64, "tiny", {})
 
 
 def test_weights_with_the_same_input_share_statistics():

@@ -176,12 +176,12 @@ def test_logits_are_bit_equal(name, keeps_experts, dtype, tiny_text):
 def test_sensitivities_are_equal(name, moe, tiny_text, tmp_path):
     model = moe if name == "moe" else open_model(tiny_text(name))
     arch, layers = model.arch, model.hyper.n_layer
-    inputs = text_inputs(model, None, tokens=300, window=100)
+    inputs = text_inputs(model, None, tokens=300, window=100, batch_size=2)
     (tmp_path / "states").mkdir()
     stream = LayerStream(model)
     with stream.running():
         found = streamed_sensitivity(
-            StagedPasses(stream, inputs.windows.split(1), tmp_path / "states"), arch, layers, seed=3
+            StagedPasses(stream, inputs.windows.split(2), tmp_path / "states"), arch, layers, seed=3
         )
     assert found == output_sensitivity(load_hf(model), arch, layers, inputs, seed=3)
     assert not any((tmp_path / "states").iterdir())

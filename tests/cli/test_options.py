@@ -166,6 +166,22 @@ def test_statistics_of_a_folder_are_used_for_the_same_options_alone(
     assert words in notes[0] and ("calibrating anew" in notes[0]) == (words != "reusing")
 
 
+def test_statistics_of_a_text_shorter_than_a_window_are_used_again(small_moe, tmp_path):
+    path, notes, model = tmp_path / "stats.safetensors", [], open_model(small_moe)
+    (tmp_path / "t.txt").write_text("A text of some words, which is shorter than one window of tokens. " * 9)
+
+    def calibrated(window):
+        options = CalibrationOptions(text=str(tmp_path / "t.txt"), window=window, hessians="none")
+        stage.statistics_at(path, model, options, Session(note=notes.append))
+        return [note for note in notes if note.startswith((f"reusing {path}", f"{path} was made with other"))][-1:]
+
+    assert calibrated(512) == []
+    for window, words in ((512, "reusing"), (400, "reusing"), (100, "other --window:"), (512, "other --window:")):
+        (said,) = calibrated(window)
+        assert words in said, window
+    assert "reusing" in calibrated(512)[0]
+
+
 def test_what_does_nothing_for_this_preset_or_these_tasks_is_said(small_moe, tmp_path):
     said = succeed("export", small_moe, "--preset", "uniform-q8_0", "--tokens", 9, "-o", tmp_path / "out.gguf")
     assert "--tokens did nothing: no type of uniform-q8_0 uses statistics" in said

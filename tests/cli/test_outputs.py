@@ -50,6 +50,20 @@ def test_every_option_is_known_as_path_or_word():
         "calibrate {m} --imatrix {t}/i.gguf -o {t}/stats --imatrix-out {t}/i.gguf",
         "calibrate {m} -o {t}/both --imatrix-out {t}/into/../both",
         "analyze {m} --stats {t}/s -o {t}/s",
+        "analyze {m} --stats {t}/e.csv -o {t}/e.json",
+        "analyze {m} --stats {t}/s -o {t}/new.json --json-progress {t}/new.csv",
+        "analyze {m} --stats {t}/s -o {t}/text.json",
+        "calibrate {m} -o {t}/stats.safetensors",
+        "calibrate {m} -o {t}/new --imatrix-out {t}/new.hessians",
+        "calibrate {m} -o {t}/own/x.safetensors --calibration {t}/own/x-text.safetensors",
+        "plan {m} --like {t}/plan.json -o {t}",
+        "plan {m} --like {t}/g.gguf -o {t}/page",
+        "plan {m} --stats {t}/hessians.safetensors -o {t}",
+        "export {m} --preset f16 -o {t}/text.gguf",
+        "export {m} --preset iq2_xxs -o {t}/h.gguf",
+        "export {m} --preset f16 --base-gguf {t}/mmproj-text.gguf -o {t}/text.gguf",
+        "compare {m} --recipes f16,q4_k --text {t}/text.txt -o {t}/c",
+        "compare-encoders {m} --recipes r --text {t}/text.txt -o {t}/c",
         "export {m} --plan {t}/plan.json -o {t}/plan.json",
         "export {m} --preset f16 --stats {t}/s -o {t}/s",
         "export {m} --preset f16 -f safetensors -o {m}",
@@ -76,7 +90,13 @@ def test_every_option_is_known_as_path_or_word():
     ],
 )
 def test_what_is_read_is_never_overwritten(arguments, model, tmp_path):
-    for name in ("text.txt", "i.gguf", "s", "plan.json", "g.gguf", "p-00001-of-00002.gguf", "p-00002-of-00002.gguf"):
+    for name in ("own", "page", "c"):
+        (tmp_path / name).mkdir()
+    for name in (
+        "text.txt", "i.gguf", "s", "plan.json", "g.gguf", "p-00001-of-00002.gguf", "p-00002-of-00002.gguf", "e.csv",
+        "text.csv", "hessians.safetensors", "own/x-text.safetensors", "page/report.html", "mmproj-text.gguf",
+        "h.hessians.safetensors", "c/q4_k.gguf", "c/r-dynquant+tune.gguf",
+    ):  # fmt: skip
         (tmp_path / name).write_text(f"content of {name}")
     (tmp_path / "into").symlink_to(model)
     (tmp_path / "soft.safetensors").symlink_to(model / "model.safetensors")
@@ -95,6 +115,34 @@ def test_files_beside_what_is_read_may_be_written_and_written_again(model, tmp_p
     text.write_text("The words of a text that is long enough to be a window of some tokens. " * 9)
     for _ in range(2):
         succeed("eval", model, "--reference", model, "--text", text, "--window", 64, "--json", model / "eval.json")
+
+
+def test_a_file_in_a_folder_that_is_being_planned_is_not_written(small_moe, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The words of a text that is long enough. " * 99)
+    planning = subprocess.Popen(
+        command("plan", small_moe, "--calibration", text, "-o", tmp_path / "plan"), stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        while not (tmp_path / "plan" / ".plan.json.lock").is_file():
+            assert planning.poll() is None
+            time.sleep(0.01)
+        os.kill(planning.pid, signal.SIGSTOP)
+        for name in ("stats.safetensors", "errors.json"):
+            message = refused("calibrate", small_moe, "--calibration", text, "-o", tmp_path / "plan" / name)
+            assert f"{name} is being written by process {planning.pid} on " in message
+    finally:
+        planning.kill()
+        planning.wait()
+
+
+def test_a_plan_may_name_the_statistics_in_its_own_folder(small_moe, calibrated_16m, tmp_path):
+    folder = linked_copy(calibrated_16m, tmp_path / "plan")
+    preset = ("--preset", "uniform-q8_0", "--no-report")
+    succeed("plan", small_moe, *preset, "--stats", folder / "stats.safetensors", "-o", folder)
+    assert {"plan.json", "stats.safetensors"} <= {path.name for path in folder.iterdir()}
+    assert not list(folder.glob(".*.lock"))
 
 
 def test_two_exports_to_one_name_leave_one_whole_file(small_moe, tmp_path):

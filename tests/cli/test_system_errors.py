@@ -145,9 +145,13 @@ def test_a_full_disk_under_progress_is_named_and_the_export_goes_on_later(small_
         ("finetune {m} --data {t}/file -o {t}/file2/adapter --json-progress {t}/folder", "is a directory"),
         ("measure-machine -o {t}/folder", "is a directory"),
         ("demo -o {t}/file", "is a file"),
-        ("export {m} --plan {t}/folder -o {t}/a.gguf", "cannot be read"),
+        ("export {m} --plan {t}/folder -o {t}/a.gguf", "folder is a directory; give the plan.json in it"),
+        ("recipe {t}/folder", "folder is a directory without plan.json"),
+        ("diff {g} {t}/folder", "folder is a directory without plan.json"),
         ("calibrate {m} --calibration {t}/folder -o {t}/s", "folder"),
         ("export {m} --preset f16 -o /", "is a directory"),
+        ("calibrate {m} -o /", "is a directory"),
+        ("analyze {m} --stats {t}/none -o .", "is a directory"),
         ("calibrate {m} --max-memory 4GB --spill {t}/file -o {t}/s", "file (--spill) is a file"),
         ("eval {m} --reference {m} --text {t}/file --json {t}", "(--json) is a directory"),
     ],
@@ -215,7 +219,8 @@ def test_every_command_names_the_extra_that_it_needs_and_the_core_alone_looks_in
     said = done.stdout.splitlines()
     assert len(said) == len(needing) + len(free), done.stderr[-2000:]
     for line, words in zip(needing, said, strict=False):
-        assert words.startswith("1 error: ") and "pip install 'dynquant-toolchain[" in words, (line, words)
+        extra = "train]" if line.startswith(("finetune", "heal")) else ""
+        assert words.startswith("1 error: ") and f"pip install 'dynquant-toolchain[{extra}" in words, (line, words)
     assert {words[0] for words in said[len(needing) :]} == {"0"}
 
 

@@ -127,6 +127,16 @@ def test_a_tensor_larger_than_a_batch_is_taken_in_row_chunks(monkeypatch):
     assert sum(done) == weights.numel() and max(done) == 5 * 256
 
 
+def test_threads_do_not_change_bytes(monkeypatch):
+    """Stacks and matrices are cut into the same batches, whoever encodes them."""
+    monkeypatch.setattr(encoder_module, "_CPU_WEIGHTS", 5 * 256)
+    hessian, quant_type = correlated(256, 32, experts=3), QUANT_TYPES["IQ2_XXS"]
+    for weights in (0.02 * noise(3, 23, 256), 0.02 * noise(23, 256)):
+        options = {"hessian": hessian[: 3 if weights.dim() == 3 else 1], "protected": (ProtectedWeight(7, 3),)}
+        alone, *others = (ENCODER.encode(quant_type, weights, None, threads, **options) for threads in (1, 2, 5))
+        assert all(torch.equal(packed, alone) for packed in others)
+
+
 @pytest.mark.parametrize("tokens", [0, 1, 8])
 @pytest.mark.parametrize("name", ["IQ1_S", "IQ2_XXS", "Q2_K"])
 def test_hessians_of_few_tokens_and_dead_channels_work(name, tokens):

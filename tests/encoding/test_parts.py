@@ -44,6 +44,13 @@ def test_memory_counts_hessians_and_too_little_is_refused():
         PartLimits(30 << 20).parts("x", shape, Q2_K, hessians=True)
 
 
+def test_parts_share_the_memory_where_they_can():
+    limits, under = PartLimits(64 << 20), {"hessians": True, "at_once": 4}
+    assert [len(part.rows) for part in PartLimits(1 << 20).parts("x", (64, 1024), Q2_K, at_once=4)] == [21, 21, 21, 1]
+    (alone,) = limits.parts("x", (64, 1024), Q2_K, **under)
+    assert 16 << 20 < alone.needed_bytes(hessians=True) <= 64 << 20
+
+
 def test_the_dynquant_encoders_parts_equal_whole_tensors():
     """Under hessians, with super weights: parts of experts and of rows, each in another process's order."""
     encoder, name, shape = load_encoder("dynquant", "cpu"), "blk.0.ffn_down_exps.weight", (3, 40, 256)

@@ -98,8 +98,8 @@ def test_parts_equal_one_encode(monkeypatch, memory):
         model.source, "load", lambda name, index=None: (loaded.append((name, index)), load(name, index))[1]
     )
     plan = plan_of(model, types)
-    tensors = TensorEncoder(model, Guidance(importance), encoder, threads=2)
-    parts = tensors.parts(plan, PartLimits(memory))
+    tensors = TensorEncoder(model, Guidance(importance), encoder, threads=2, limits=PartLimits(memory))
+    parts = tensors.parts(plan)
     stored = whole_tensors(tensors.quantize(plan, parts))
     assert list(stored) == list(shapes)
     assert ("blk.0.ffn_down_exps.weight", None) not in loaded

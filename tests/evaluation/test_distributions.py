@@ -93,7 +93,7 @@ def test_a_vocabulary_within_the_top_is_exact() -> None:
 def test_rows_are_the_same_in_chunks(monkeypatch) -> None:
     logits, candidate = torch.randn(2, 50, 700, generator=torch.Generator().manual_seed(0))
     whole = Distributions.of(logits, seed=3).kl(candidate)
-    monkeypatch.setattr(distributions, "_CHUNK_ELEMENTS", 7 * 700)
+    monkeypatch.setattr(distributions, "_CPU_CHUNK_ELEMENTS", 7 * 700)
     chunked = Distributions.of(logits, seed=3).kl(candidate)
     np.testing.assert_allclose(chunked.numpy(), whole.numpy(), rtol=1e-12)
 

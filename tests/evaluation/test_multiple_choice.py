@@ -89,7 +89,7 @@ def test_limit_keeps_every_subject() -> None:
         ("{", "Expecting"),
         ('{"subject": "s", "question": "q", "choices": ["a", "b"], "answer": 2}', "answer 2 is not an index"),
         ('{"subject": "s", "question": "q", "choices": ["a", " "], "answer": 0}', "a choice is empty"),
-        ('{"subject": "s", "question": "q", "answer": 0}', "Field required"),
+        ('{"subject": "s", "question": "q", "answer": 0}', "`choices` is missing"),
     ],
 )
 def test_malformed_lines_are_named(tmp_path: Path, line: str, reason: str) -> None:

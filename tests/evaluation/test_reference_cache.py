@@ -25,6 +25,18 @@ def test_entries_come_back_unchanged_and_damage_is_named(tmp_path: Path) -> None
         reference_cache.load_cached(tmp_path / "cache", "k")
 
 
+def test_one_process_makes_an_entry_and_others_read_it(tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl", reason="the test takes a lock as POSIX systems do")
+    with (tmp_path / ".reference-k.safetensors.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(WriteError, match="is being written by"):
+            reference_cache.cached(tmp_path, "k", lambda: {"a": torch.ones(3)})
+    made = reference_cache.cached(tmp_path, "k", lambda: {"a": torch.ones(3)})
+    read = reference_cache.cached(tmp_path, "k", lambda: pytest.fail("it was made again"))
+    assert torch.equal(made["a"], read["a"])
+    assert [file.name for file in tmp_path.iterdir()] == ["reference-k.safetensors"]
+
+
 def test_an_unwritable_cache_is_refused_with_its_reason(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(WriteError, match="could not be written"):

@@ -74,7 +74,8 @@ def main() -> None:
     guidance = guidance_of(stats, load_beside(stats_path, stats))
     chosen = tuple(entry for entry in plan.entries if entry.name.startswith(given.tensors))
     plan = plan.model_copy(update={"entries": chosen})
-    by_tensor = TensorEncoder(model, guidance, encoder).parts(plan, PartLimits(parse_size(given.max_memory)))
+    limits = PartLimits(parse_size(given.max_memory))
+    by_tensor = TensorEncoder(model, guidance, encoder, limits=limits).parts(plan, at_once=1)
     parts = [part for several in by_tensor.values() for part in several]
     files = StoredFiles(StoredModel.of(model), stats_path.resolve(), use_moments=True)
     task = Timed(EncoderChoice.of(encoder, given.device, 1), files)

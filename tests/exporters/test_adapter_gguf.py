@@ -166,7 +166,7 @@ def test_what_llama_cpp_would_leave_out_is_refused(deepseek, tmp_path):
 
 def test_whole_weights_and_other_methods_are_refused(deepseek, tmp_path):
     adapter_of(deepseek, tmp_path / "norms", train_norms=True)
-    with pytest.raises(AdapterError, match=r"layernorm.*no LoRA factor"):
+    with pytest.raises(AdapterError, match=r"layernorm.*no LoRA factor, which was trained"):
         export_adapter(tmp_path / "norms", tmp_path / "a.gguf")
     with pytest.raises(AdapterError, match=r"no adapter_config\.json"):
         export_adapter(tmp_path, tmp_path / "a.gguf")
@@ -228,3 +228,18 @@ def test_damage_and_another_base_are_refused(deepseek, small_moe, tmp_path):
 
 def test_the_command_refuses_in_one_paragraph(tmp_path):
     assert "adapter_config.json" in refused("export-adapter", tmp_path, "-o", tmp_path / "a.gguf")
+
+
+def test_whole_weights_that_are_those_of_the_base_are_no_part_of_the_adapter(tiny_text, tmp_path):
+    base, key = tiny_text("llama"), "base_model.model.lm_head.weight"
+    config = peft.LoraConfig(target_modules=["o_proj"], r=4, modules_to_save=["lm_head"])
+    peft.get_peft_model(load_hf(open_hf(base)), config).save_pretrained(tmp_path)
+    export_adapter(tmp_path, tmp_path / "a.gguf", base=base)
+    assert len(GGUFSource(tmp_path / "a.gguf").names()) == 4
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    save_file(tensors | {key: tensors[key].to(torch.float16)}, tmp_path / "adapter_model.safetensors")
+    export_adapter(tmp_path, tmp_path / "a.gguf", base=base)
+    tensors[key][0, 0] += 1
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match=r"lm_head\.weight`, a whole weight .* was trained unless"):
+        export_adapter(tmp_path, tmp_path / "b.gguf", base=base)

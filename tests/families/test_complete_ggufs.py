@@ -1,7 +1,10 @@
 """GGUF models with less or more than a model has: refused by name on every way in, whole ones are not."""
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import gguf
 import numpy as np
@@ -12,7 +15,7 @@ from dynquant.checkpoints.gguf_source import GGUFSource, MetadataField
 from dynquant.checkpoints.inspect import inspect
 from dynquant.errors import CheckpointError
 from dynquant.families.open import open_model
-from tests.helpers.commands import refused
+from tests.helpers.commands import refused, run, succeed
 from tests.helpers.gguf_writing import finish
 from tests.helpers.representatives import represented_by
 from tests.helpers.tiny_models import TINY, save_tiny, write_f32
@@ -191,3 +194,60 @@ def test_parts_in_the_wrong_places_are_refused(parts: list[Path]) -> None:
             way_in(parts[0])
     parts[1].write_bytes(second)
     inspect(parts[0])
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"expert_used_count": 9}, r"`qwen3moe\.expert_used_count` as 9; a number from 1 to 8 is needed"),
+        ({"expert_used_count": 0}, r"expert_used_count` as 0"),
+        ({"expert_group_count": 8}, r"expert_group_count` as 8; fewer groups than experts, of which there are 8"),
+        ({"expert_group_count": 3, "expert_group_used_count": 1}, r"expert_group_used_count` as 1; a part of 3 equal"),
+    ],
+)
+def test_numbers_at_which_llama_cpp_aborts(keys: dict[str, int], said: str, whole, tmp_path: Path) -> None:
+    """Not even for its vocabulary is such a file given to llama.cpp, which would end the process."""
+    keys = {f"qwen3moe.{key}": value for key, value in keys.items()}
+    path = rewritten(whole("qwen3-moe"), tmp_path / "bad.gguf", **keys)
+    text = tmp_path / "text.txt"
+    text.write_text("The sea is blue. " * 40)
+    assert re.search(said, refused("eval", path, "--reference", whole("qwen3-moe").path, "--text", text))
+    assert re.search(said, refused("plan", path, "--bpw", 4, "-o", tmp_path / "plan"))
+
+
+def test_lists_of_another_length_than_the_vocabulary(whole, tmp_path: Path) -> None:
+    path = tmp_path / "bad.gguf"
+    kinds = MetadataField("tokenizer.ggml.token_type", [1] * 100, GGUFValueType.ARRAY, GGUFValueType.INT32)
+    source = GGUFSource(whole("llama").path)
+    with patch.object(GGUFSource, "metadata", [*(f for f in source.metadata if f.key != kinds.key), kinds]):
+        rewritten(source, path)
+    assert "`tokenizer.ggml.token_type` that is not one int for each of 8,192 tokens" in refused("plan", path)
+
+
+def test_inspect_shows_what_is_there_and_says_what_is_not(whole, tmp_path: Path) -> None:
+    def rename(tensors: Tensors) -> None:
+        tensors["blk.0.attn_queries.weight"] = tensors.pop("blk.0.attn_q.weight")
+
+    cases = {
+        "lacks 1 tensors .* and holds 1 tensors": rewritten(whole("llama"), tmp_path / "renamed.gguf", rename),
+        "lacks .*`blk.2": rewritten(whole("llama"), tmp_path / "deeper.gguf", **{"llama.block_count": 3}),
+        "expert_used_count` as 9": rewritten(
+            whole("qwen3-moe"), tmp_path / "used.gguf", **{"qwen3moe.expert_used_count": 9}
+        ),
+    }
+    for said, path in cases.items():
+        shown = succeed("inspect", path)
+        assert re.search(rf"bits per weight of what is there\nThis is not a whole model\. .*{said}", shown), shown
+        assert "F32" in shown and re.search(said, json.loads(run("inspect", path, "--json").stdout)["fault"])
+    shown = succeed("inspect", whole("llama").path)
+    assert "what is there" not in shown and "whole" not in shown.splitlines()[-1]
+
+
+def test_inspect_of_one_shard_is_not_the_model(small_moe: Path, tmp_path: Path) -> None:
+    for name in ("model-00001-of-00002.safetensors", "a.safetensors"):
+        (tmp_path / name).symlink_to(small_moe / "model.safetensors")
+    assert "number 1 of 2 files of a checkpoint" in succeed("inspect", tmp_path / "model-00001-of-00002.safetensors")
+    assert "not a whole model" not in succeed("inspect", tmp_path / "a.safetensors")
+    files = {"w": "a.safetensors", "v": "b.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    assert "one of 2 files of a checkpoint" in succeed("inspect", tmp_path / "a.safetensors")

@@ -62,6 +62,7 @@ class SlowEncoder:
 
     name = "ggml"
     uses_hessians = False
+    device = GGML.device
 
     def encode(self, *args, **options):
         time.sleep(0.004)

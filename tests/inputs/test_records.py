@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -141,7 +142,7 @@ BAD = {
     "a.xlsx": (b"PK", "is not known from its ending `.xlsx`"),
     "a.tsv": (b"text\nx", "ending `.tsv`"),
     "a.jsonl.zst": (b"x", "ending `.zst`"),
-    "a.jsonl": ('{"text": "ab"}'.encode("utf-16"), "cannot be read as UTF-8"),
+    "a.jsonl": ('{"text": "ab"}'.encode("utf-16"), "is text in UTF-16. Convert it: iconv -f UTF-16 -t UTF-8 "),
     "b.jsonl": ('{"text": "\u00e9"}'.encode("latin-1"), "cannot be read as UTF-8"),
     "c.jsonl": (b'{"text": "\\ud83d x"}', "line 1 is not JSON: it holds half of a surrogate pair"),
     "d.jsonl": (b"\n" + b'{"text": "x"}{', "line 2 is not JSON"),
@@ -186,19 +187,89 @@ def test_parts_that_are_no_text_are_refused(encode, tmp_path):
             read(tmp_path / "t.jsonl")
 
 
-def test_json_under_a_name_of_plain_text_is_refused(encode, tmp_path):
-    for name, content in {"a.txt": '{"id": 1, "text": "x"}\n', "b.md": '[{"messages": []},', "c.txt": "x\0y"}.items():
-        (tmp_path / name).write_text(content)
-        with pytest.raises(StatsError, match=r"Rename it to \.jsonl or \.json|zero bytes"):
+NO_PROSE = {
+    '{"id": 1, "text": "x"}\n': "holds JSON. Rename it to .jsonl or .json.",
+    '[{"messages": []},': "holds JSON. Rename it",
+    '[\n  {\n    "id": 1,\n    "text": "x"\n  }\n]\n': "holds JSON. Rename it to .jsonl or .json.",
+    '{"prompt": "a", "n": {}}\n{"prompt": "b"}\n': '"text" (it has `n`, `prompt`)',
+    '\n{\n "content": "a"\n}\n': "(it has `content`)",
+    '["one", "two"]': "into a line of a .jsonl file",
+    "{'text': 'x'}\n{'text': 'y'}\n": "records as Python prints them",
+    'id,text\n1,"a, b"\n2,c\n': "holds a table. Save it with commas as .csv.",
+    "prompt\tlabel\na\tb\n": "(it has prompt, label)",
+    "Question;Answer\na;b\n": "(it has question, answer)",
+    "{\\rtf1 x}": "is a rich text document",
+    "%PDF-1.7 x": "is a PDF document",
+    "x\0y": "zero bytes",
+    "\ufeffx".encode("utf-16-le"): "is text in UTF-16",
+    gzip.compress(b"x"): "is a gzip archive",
+    "": "is empty",
+}
+PROSE = (
+    "[see here](https://a.b), he said, and [there](c)",
+    "[1] A note.\n[2] Another.",
+    "[[nodiscard]] int f();\n",
+    "{\n  int x = 1;\n}\n",
+    '{"a": 1} is an object in JSON.',
+    "[x for x in y]\n",
+    '["a"] + b\n',
+    "Text, he said\nis a word, and\nso is this, too\n",
+    "title: x\n\nbody",
+    "a | b\n",
+    "| id | text |\n|--|--|\n| 1 | x |\n",
+    "Title, answer\nThis is a poem\n",
+    "{{ text }}\n",
+    "{'a': b}\n",
+)
+
+
+@pytest.mark.parametrize("content", NO_PROSE)
+def test_data_under_a_name_of_plain_text_is_refused_by_name(content, encode, tmp_path):
+    for name in ("a.txt", "b.md", "c"):
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        with pytest.raises(StatsError) as refused:
             read_text(tmp_path / name)
+        assert NO_PROSE[content] in str(refused.value) and f"{name} " in str(refused.value)
         with pytest.raises(EvaluationError):
             evaluation_windows(tmp_path / name, encode, window=9, max_tokens=9)
+
+
+@pytest.mark.parametrize("content", PROSE)
+def test_prose_and_code_are_no_data(content, tmp_path):
+    (tmp_path / "a.txt").write_text(content)
+    assert read_text(tmp_path / "a.txt").documents == (content,)
+
+
+@pytest.mark.parametrize("read", [read_text, "eval", read_training_data, load_questions, read_samples])
+def test_what_is_no_file_is_refused_as_that(read, encode, tmp_path):
+    read_one = (lambda path: evaluation_windows(path, encode, window=9, max_tokens=9)) if read == "eval" else read
+    (tmp_path / "folder.jsonl").mkdir()
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for path in (Path(os.devnull), tmp_path / "pipe.jsonl"):
+        with pytest.raises(DynquantError, match=f"{path.name} is a device or pipe"):
+            read_one(path)
+    with pytest.raises(DynquantError, match=r"folder\.jsonl"):
+        read_one(tmp_path / "folder.jsonl")
+
+
+def test_a_record_without_text_is_named(tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"text": "x"}\n{"text": null}\n')
+    with pytest.raises(StatsError, match=r't\.jsonl, line 2 has null as "text", which must be a string'):
+        read_text(tmp_path / "t.jsonl")
+
+
+@pytest.mark.parametrize("answer", ["true", "1.0", '"1"', "null"])
+def test_only_a_whole_number_is_the_index_of_an_answer(answer, tmp_path):
+    question = '{"subject": "s", "question": "q", "choices": ["a", "1"], "answer": '
+    (tmp_path / "t.jsonl").write_text(f"{question}1}}\n{question}{answer}}}\n")
+    with pytest.raises(EvaluationError, match=r"t\.jsonl, line 2 is not a question \(`answer` is "):
+        load_questions(tmp_path / "t.jsonl")
 
 
 def test_questions_of_a_data_set_are_checked(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: [{"question": "q"}])
-    with pytest.raises(EvaluationError, match=r"owner/name, row 1 is not a question \(Field required\)"):
+    with pytest.raises(EvaluationError, match=r"owner/name, row 1 is not a question \(`subject` is missing\)"):
         load_questions("owner/name")
 
 

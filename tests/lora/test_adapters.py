@@ -277,3 +277,63 @@ def test_an_adapted_head_comes_with_a_copy_of_its_base_which_is_ignored(model, d
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     with pytest.raises(AdapterError, match="another model, or a resized vocabulary"):
         load_adapter(copy.deepcopy(model), tmp_path)
+
+
+def test_whole_weights_take_the_place_of_packed_ones(model, dense, tmp_path):
+    """`modules_to_save` as PEFT does it: also where nothing was changed, and where the base is packed."""
+    config = peft.LoraConfig(target_modules=["o_proj"], r=4, modules_to_save=["lm_head", "embed_tokens"])
+    adapted = randomized(peft.get_peft_model(copy.deepcopy(dense), config))
+    with torch.no_grad():
+        trainable(adapted)["base_model.model.lm_head.modules_to_save.default.weight"].mul_(-1)
+    adapted.save_pretrained(tmp_path)
+    base = copy.deepcopy(model)
+    with pytest.warns(UserWarning, match=r"holds all of `lm_head`, which runs in torch\.float32 in place of Q8_0"):
+        ours = load_adapter(base, tmp_path)
+    torch.testing.assert_close(logits(ours), logits(adapted), atol=2e-4, rtol=1e-4)
+    with ours.disable_adapter():
+        torch.testing.assert_close(logits(ours), logits(model), atol=2e-4, rtol=1e-4)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors["base_model.model.lm_head.weight"] = tensors["base_model.model.lm_head.weight"][:-8].contiguous()
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(
+        AdapterError, match=r"whole weight `.*lm_head\.weight` \[8184, 256\].*merge it into the original"
+    ):
+        load_adapter(copy.deepcopy(model), tmp_path)
+
+
+def test_an_embedding_that_was_saved_unasked_is_a_copy(model, dense, tmp_path):
+    adapted = randomized(peft.get_peft_model(copy.deepcopy(dense), peft.LoraConfig(target_modules=["o_proj"], r=4)))
+    adapted.save_pretrained(tmp_path, save_embedding_layers=True)
+    assert "base_model.model.model.embed_tokens.weight" in load_file(tmp_path / "adapter_model.safetensors")
+    ours = load_adapter(copy.deepcopy(model), tmp_path)
+    torch.testing.assert_close(logits(ours), logits(adapted), atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nan"])
+def test_factors_that_are_no_finite_floats_are_refused(kind, model, saved, tmp_path):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    key = next(key for key in tensors if "o_proj.lora_A" in key)
+    tensors[key] = (100 * tensors[key]).to(torch.int8) if kind == "int8" else tensors[key] * float("nan")
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    words = "as I8, and the scales" if kind == "int8" else "NaN or infinite"
+    for read in (lambda: load_adapter(copy.deepcopy(model), tmp_path), lambda: SavedAdapter(tmp_path).load(key)):
+        with pytest.raises(AdapterError, match=words):
+            read()
+
+
+@pytest.mark.parametrize(
+    ("change", "way_out"),
+    [
+        ({"alpha_pattern": {"(?!lm_head).*o_proj": 3}}, "without look-ahead, look-behind and back references"),
+        ({"target_modules": r".*(?<=self_attn)\.o_proj"}, "without look-ahead, look-behind and back references"),
+        ({"use_dora": True}, "`merge_and_unload` of PEFT"),
+        ({"peft_type": "LOHA"}, "`merge_and_unload` of PEFT"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_with_a_way_out(change, way_out, model, saved, tmp_path):
+    path = shutil.copytree(saved, tmp_path, dirs_exist_ok=True) / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    for read in (lambda: load_adapter(copy.deepcopy(model), tmp_path), lambda: SavedAdapter(tmp_path)):
+        with pytest.raises(AdapterError, match=way_out):
+            read()

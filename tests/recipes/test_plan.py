@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -111,13 +112,18 @@ def test_a_missing_plan_is_named(tmp_path):
 
 def test_check_covers(plan):
     names = [one.name for one in plan.entries]
-    plan.check_covers(names, plan.fingerprint, "tiny")
+    tiny = SimpleNamespace(fingerprint=plan.fingerprint, name="tiny", settings={"rope.freq_base": 10000.0})
+    other = SimpleNamespace(fingerprint="e" * 64, name="other", settings={})
+    plan.check_covers(names, tiny)
     with pytest.raises(PlanError, match=r"ffffffffffff \(tiny\), but other has fingerprint eeeeeeeeeeee\."):
-        plan.check_covers(names, "e" * 64, "other")
+        plan.check_covers(names, other)
+    edited = plan.model_copy(update={"settings": {"rope.freq_base": 5000.0, "block_count": 2}})
+    with pytest.raises(PlanError, match=r"configuration of tiny: `rope\.freq_base` \(`rope_theta` .* was 5000 and is"):
+        edited.check_covers(names, tiny)
     with pytest.raises(PlanError, match=r"plan names the tensor `output_norm\.weight`, which tiny does not have"):
-        plan.check_covers(names[:-1], plan.fingerprint, "tiny")
+        plan.check_covers(names[:-1], tiny)
     with pytest.raises(PlanError, match=r"tiny has the tensor `extra`, which the plan does not name"):
-        plan.check_covers([*names, "extra"], plan.fingerprint, "tiny")
+        plan.check_covers([*names, "extra"], tiny)
 
 
 def test_predicted_bytes_are_the_fixed_bytes_and_the_padded_tensors_for_any_types(small_moe, tmp_path):

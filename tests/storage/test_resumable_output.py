@@ -119,6 +119,7 @@ def test_a_kill_between_two_renames_is_finished_by_the_next_run(monkeypatch, tmp
     class Unused:
         name = "ggml"
         uses_hessians = False
+        device = GGML.device
 
         def encode(self, *args, **options):
             raise AssertionError("everything was already encoded")
@@ -229,12 +230,12 @@ def test_a_resumed_export_may_have_other_parts(monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         interrupt_after(patch, 12)
         with pytest.raises(KeyboardInterrupt):
-            export_gguf(model, plan, None, tmp_path / "a.gguf", encoder=Recorder(), limits=parts)
+            export_gguf(model, plan, None, tmp_path / "a.gguf", encoder=Recorder(), limits=parts, threads=1)
     assert {name: [n for other, n in encoded if other == name] for name, _ in encoded}["blk.0.ffn_up_exps.weight"] == [
         1, 1, 1,
     ]  # fmt: skip
     done, encoded[:] = {name for name, _ in encoded[:-1]}, []
-    (path,) = export_gguf(model, plan, None, tmp_path / "a.gguf", encoder=Recorder())
+    (path,) = export_gguf(model, plan, None, tmp_path / "a.gguf", encoder=Recorder(), threads=1)
     begun = encoded[0][0]
     assert {name for name, _ in encoded}.isdisjoint(done - {begun}) and (begun, 3) in encoded[:1]
     (straight,) = export_gguf(model, plan, None, tmp_path / "b.gguf", encoder=GGML)

@@ -5,6 +5,7 @@ A command has one record of its stages, and JSON lines where `--json-progress` a
 
 import json
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -25,6 +26,7 @@ from dynquant.session import SILENT, Progress, Session
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
+_FOR_AUTHORS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
 _SHOW_CURSOR = "\x1b[?25h"
 
 _record = RunRecord()
@@ -154,6 +156,25 @@ def note(message: str) -> None:
         _json_lines.write({"note": message})
     else:
         err.print(Text(printable(message.replace("\n", "\n  "))), soft_wrap=True)  # no name forges a line of its own
+
+
+@contextmanager
+def noted_warnings(*, of_all_kinds: bool) -> Iterator[None]:
+    """Context manager: warnings of this program and its libraries are notes of one line.
+
+    What libraries tell each other's authors (deprecations) is left out, unless those `of_all_kinds` are wanted.
+    """
+
+    def show(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object, **__: object
+    ) -> None:
+        if of_all_kinds or not issubclass(category, _FOR_AUTHORS):
+            where = f" ({category.__name__}, {filename}:{lineno})" if of_all_kinds else ""
+            note(f"warning: {' '.join(str(message).split())}{where}")
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 def fail(message: str) -> None:

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from inspect import Parameter
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 from safetensors import SafetensorError, safe_open
 from typer.models import ArgumentInfo, OptionInfo
 
 from dynquant.cli.terminal import console
-from dynquant.errors import WriteError
+from dynquant.errors import DynquantError, WriteError
 from dynquant.options import Writes
 from dynquant.storage.lock import locked
 
@@ -24,48 +24,78 @@ PATHS_IN_WORDS = frozenset({
 _MODEL_FILE = re.compile(
     r".*\.(safetensors|bin|model)|.*config\.json|.*\.index\.json|.*token.*|vocab\..*|merges\.txt|chat_template.*|plan\.json"
 )
+_MARKS = {".csv": b"name,role,layer,type", ".html": b"dynquant", "plan.json": b'"tool_version"'}
+"""Bytes in files that dynquant wrote, by name or ending; those with other names are read before they are replaced."""
 _PART = re.compile(r"-\d{5}-of-\d{5}(?=\.gguf$)")
+
+
+class _Output(NamedTuple):
+    path: Path
+    flag: str
+    writes: Writes
+    beside: list[Path]
 
 
 @contextmanager
 def guarded(parameters: Iterable[Parameter], typed: Mapping[str, Any]) -> Iterator[None]:
-    """Context manager: the outputs of a command with these values are its own.
+    """Context manager: the outputs of a command with these values, and what is written beside them, are its own.
 
     Raises:
-        WriteError: an output is an input, too, or another process writes it.
+        WriteError: one of them is an input, too, or a file of another origin, or another process writes it.
     """
-    inputs: dict[Path, str] = {}
-    outputs: dict[Path, tuple[str, Writes]] = {}
+    inputs: dict[Path, tuple[str, str]] = {}  # to the parameter and its flag
+    outputs: list[_Output] = []
     lines = console.json_target
     if lines is not None and os.path.isdir(lines.parent) and not _is_device(lines):
-        outputs[lines] = "--json-progress", Writes()
+        outputs.append(_Output(lines, "--json-progress", Writes(), []))
     for parameter in parameters:
         value, notes = typed[parameter.name], get_args(parameter.annotation)
         writes = next((note for note in notes if isinstance(note, Writes)), None)
-        info = next((note for note in notes if isinstance(note, ArgumentInfo | OptionInfo)), OptionInfo())
-        words = [word for word in (info.default, *(info.param_decls or ())) if str(word).startswith("-")]
-        flag = max(words, key=len, default=f"--{parameter.name.replace('_', '-')}")
-        flag = parameter.name.upper() if isinstance(info, ArgumentInfo) else flag
+        flag = _flag_of(parameter)
         if writes is None:
             values = value if isinstance(value, list) else [value]
             texts = parameter.name in PATHS_IN_WORDS
-            inputs |= {Path(v): flag for v in values if isinstance(v, Path) or (texts and isinstance(v, str))}
+            paths = [Path(v) for v in values if isinstance(v, Path) or (texts and isinstance(v, str))]
+            inputs |= dict.fromkeys(paths, (parameter.name, flag))
         elif value is not None and not typed.get(writes.unless):
-            for other, (of_other, _) in outputs.items():
-                if os.path.realpath(value) == os.path.realpath(other):
-                    raise WriteError(f"{value} is given as {of_other} and as {flag}; give two names.")
-            outputs[value] = flag, writes
-    for output, (flag, writes) in outputs.items():
-        _check(output, flag, writes, inputs)
+            has_beside = value.name or writes.kind == "folder"  # nothing is beside `/` or `.`, which are no files
+            outputs.append(_Output(value, flag, writes, [*writes.beside(value, typed)] if has_beside else []))
+    _check_apart(outputs)
+    for output in outputs:
+        _check(output, inputs)
     with ExitStack() as locks:
         for output in outputs:
-            locks.enter_context(locked(output))
+            for path in (output.path, *output.beside):
+                locks.enter_context(locked(path))
         console.open_json_lines()
         yield
 
 
-def _check(output: Path, flag: str, writes: Writes, inputs: Mapping[Path, str]) -> None:
-    """Refuse an output that would destroy an input, or that is no place for a file."""
+def _flag_of(parameter: Parameter) -> str:
+    notes = get_args(parameter.annotation)
+    info = next((note for note in notes if isinstance(note, ArgumentInfo | OptionInfo)), OptionInfo())
+    words = [word for word in (info.default, *(info.param_decls or ())) if str(word).startswith("-")]
+    if isinstance(info, ArgumentInfo):
+        return parameter.name.upper()
+    return max(words, key=len, default=f"--{parameter.name.replace('_', '-')}")
+
+
+def _check_apart(outputs: Iterable[_Output]) -> None:
+    """Raise WriteError for two files that are one."""
+    names: dict[str, str] = {}
+    for output in outputs:
+        beside = f"beside or in {output.path} ({output.flag})"
+        for path, words in [
+            (output.path, f"as {output.flag}"),
+            *((path, beside) for path in output.beside if path != output.path),
+        ]:
+            if (other := names.setdefault(os.path.realpath(path), words)) != words:
+                raise WriteError(f"{path} would be written {other} and {words}; give two names.")
+
+
+def _check(output_of: _Output, inputs: Mapping[Path, tuple[str, str]]) -> None:
+    """Refuse an output that would destroy an input or a file of another origin, or that is no place for a file."""
+    output, flag, writes, beside = output_of
     if _is_device(output):
         raise WriteError(f"{output} ({flag}) is a device or pipe, which cannot be replaced; name a file.")
     is_file, is_folder = writes.kind == "file", writes.kind.endswith("folder")
@@ -78,22 +108,49 @@ def _check(output: Path, flag: str, writes: Writes, inputs: Mapping[Path, str]) 
             f"{output} ({flag}) is there already and is no earlier result of this command: it would be lost. Give "
             "another name."
         )
-    present = [path for path in (output, *_parts(output, whole=True)) if os.path.exists(path)]
-    for given, of_input in inputs.items():
-        if not os.path.exists(given):
+    present = [path for path in (output, *_parts(output, whole=True), *beside) if os.path.exists(path)]
+    reused = [source for source, (parameter, _) in inputs.items() if parameter in writes.reuses]
+    for source, (_, of_input) in inputs.items():
+        if not os.path.exists(source) or source in reused:
             continue
-        folder = given if given.is_dir() else None
-        read = [] if folder and writes.kind == "folder" else [given, *_parts(given)]
-        read += [file for file in folder.iterdir() if _is_read(file, flag)] if folder else []
+        folder = source if source.is_dir() else None
+        read = [] if folder and writes.kind == "folder" else [source, *_parts(source)]
+        read += (
+            [file for file in folder.iterdir() if _is_read(file, flag)] if folder and writes.kind != "folder" else []
+        )
         same = next((file for file in read if any(_is_same(path, file) for path in present)), None)
-        if same is None and writes.kind == "new folder" and given.resolve().is_relative_to(output.resolve()):
-            same = given
+        if same is None and writes.kind == "new folder" and source.resolve().is_relative_to(output.resolve()):
+            same = source
         if same is not None:
             verb = "is" if _is_same(output, same) else "would replace"
             raise WriteError(
                 f"{output} ({flag}) {verb} {same}, which this command reads as {of_input}: it would be lost. Give "
                 "another name for the output."
             )
+    for path in beside:
+        if os.path.exists(path) and not _is_ours(path):
+            raise WriteError(
+                f"{path} is no earlier result of this command, and may be replaced by what is written beside or into "
+                f"{output} ({flag}): it would be lost. Give another name for the output, or move that file."
+            )
+
+
+def _is_ours(path: Path) -> bool:
+    """Return whether dynquant wrote a file, as far as it can be told from files of its kind."""
+    if path.suffix == ".gguf":
+        from dynquant.checkpoints.gguf_source import GGUFSource
+
+        try:
+            return any(field.key.startswith("dynquant.") for field in GGUFSource(path).metadata)
+        except DynquantError:
+            return False
+    if path.suffix == ".safetensors":
+        return not _is_read(path, "--output")
+    mark = _MARKS.get(path.name, _MARKS.get(path.suffix, b""))
+    try:
+        return mark in path.read_bytes()
+    except OSError:
+        return False
 
 
 def _parts(path: Path, *, whole: bool = False) -> list[Path]:

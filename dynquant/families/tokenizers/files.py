@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from dynquant.errors import CheckpointError
 from dynquant.families.common.config import read_json
+from dynquant.storage.documents import first_fault
 
 KINDS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 """Special tokens that transformers names, in the order in which it gives ids to those that have none."""
@@ -163,9 +164,14 @@ class TokenizerFiles:
     """Texts of further special tokens."""
     adds: dict[str, bool]
     """Settings of tokenizer_config.json: whether a BOS and an EOS are put around a text."""
-    ids: dict[str, int]
-    """Ids that config.json gives to special tokens, by kind."""
+    stated: dict[str, dict[str, tuple[int, ...]]]
+    """Ids that config.json and generation_config.json give to special tokens, by file and kind; EOS may be several."""
     chat_template: str | list[dict[str, str]] | None
+
+    @property
+    def ids(self) -> dict[str, int]:
+        """Ids of special tokens by kind, of config.json where it has them."""
+        return {kind: ids[0] for stated in reversed(self.stated.values()) for kind, ids in stated.items()}
 
     @property
     def special(self) -> tuple[str, ...]:
@@ -217,7 +223,7 @@ def read_tokenizer_files(directory: Path) -> TokenizerFiles:
     return TokenizerFiles(
         directory, tokenizer, _united(sources), names, extras,
         {kind: value for kind in ("bos", "eos") if (value := getattr(config, f"add_{kind}_token")) is not None},
-        _config_ids(directory), _chat_template(directory, config),
+        _stated_ids(directory), _chat_template(directory, config),
     )  # fmt: skip
 
 
@@ -226,11 +232,9 @@ def checked(content: object, shape: type[_S], path: Path) -> _S:
     try:
         return shape.model_validate(content)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        place = ".".join(map(str, first["loc"]))[:200]
         raise CheckpointError(
-            f"{path} has not the shape of such a file: `{place}` is {first['input']!r:.80} ({first['msg']}). It is "
-            "damaged or of another program; fetch it again."
+            f"{path} has not the shape of such a file: {first_fault(error)}. It is damaged or of another program; "
+            "fetch it again."
         ) from error
 
 
@@ -276,17 +280,18 @@ def _united(sources: Mapping[Path, Mapping[int, Token]]) -> dict[int, Token]:
     return added
 
 
-def _config_ids(directory: Path) -> dict[str, int]:
+def _stated_ids(directory: Path) -> dict[str, dict[str, tuple[int, ...]]]:
     config = _read(directory / "config.json", _Config)
-    _read(directory / "generation_config.json", _TokenIds)
-    ids = {}
-    for kind in KINDS:
-        values = [getattr(part, f"{kind}_token_id") for part in (config, config.text_config) if part is not None]
-        value = next((value for value in values if value is not None), None)
-        value = next(iter(value), None) if isinstance(value, list) else value
-        if value is not None and value >= 0:
-            ids[kind] = value
-    return ids
+    generation = _read(directory / "generation_config.json", _TokenIds)
+    stated: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, parts in {"config.json": (config, config.text_config), "generation_config.json": (generation,)}.items():
+        stated[name] = {}
+        for kind in KINDS:
+            values = (getattr(part, f"{kind}_token_id") for part in parts if part is not None)
+            value = next((value for value in values if value is not None), [])
+            if ids := tuple(i for i in (value if isinstance(value, list) else [value]) if i >= 0):
+                stated[name][kind] = ids
+    return stated
 
 
 def _chat_template(directory: Path, config: _TokenizerConfig) -> str | list[dict[str, str]] | None:

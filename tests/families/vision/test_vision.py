@@ -12,7 +12,6 @@ import torch
 pytest.importorskip("PIL", reason="Pillow is not installed")
 from dynquant.analysis.plots import all_plots
 from dynquant.calibration.run import collect_statistics
-from dynquant.calibration.stage import kind_path
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
 from dynquant.checkpoints.tensor_roles import Role, gguf_name_of, role_of
 from dynquant.checkpoints.vision_names import vision_name
@@ -23,6 +22,7 @@ from dynquant.inputs.pictures import SampleEncoder, image_token_of, read_samples
 from dynquant.inputs.processor import load_processor
 from dynquant.recipes.plan import Plan
 from dynquant.running.load import load_hf
+from dynquant.storage.file_names import kind_path
 from tests.helpers.commands import refused, run
 from tests.helpers.tiny_vision import FAMILIES, encoded_pictures, write_pictures
 
