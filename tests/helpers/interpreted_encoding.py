@@ -1,4 +1,4 @@
-"""Runs the passes of the search by Triton's kernels and by PyTorch, and prints how far they agree; a program of its own.
+"""Runs the passes of the search by Triton's kernels and by PyTorch, and prints how far they agree.
 
 Start it with TRITON_INTERPRET=1, which Triton reads at import, so that the kernels run on the CPU.
 """

@@ -21,6 +21,7 @@ PARTS_TYPES = ("Q8_0", "Q4_K", "NVFP4")
 PRODUCT_TYPES = ("Q5_1", "IQ3_S")
 """What differs between types is in `unpack`, and tested for all; these stand for the block sizes and the codebooks."""
 
+
 def same_bits(actual: torch.Tensor, expected: torch.Tensor) -> bool:
     bits = torch.int32 if actual.dtype == torch.float32 else torch.int16
     return torch.equal(actual.view(bits), expected.to(actual.dtype).view(bits))

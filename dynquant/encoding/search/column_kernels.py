@@ -18,7 +18,7 @@ from dynquant.encoding.search.rows import Rows
 _ROWS = 16
 CHUNK = 64
 PRECISION = "tf32x3"
-"""Of products with hessians and factors, in which large terms may cancel."""
+"""Precision of products with hessians and factors, in which large terms may cancel."""
 
 
 def feed_back(rows: Rows, fields: Fields, factor: Tensor) -> Tensor:
@@ -201,7 +201,17 @@ def _descend_kernel(
     chunk = tl.arange(0, WIDTH)
     for start in range(0, num_columns, WIDTH):
         slopes = product(
-            errors_ptr, line, inside, hessian_ptr, row_stride, start, 0, num_columns, num_columns, WIDTH, ROWS,
+            errors_ptr,
+            line,
+            inside,
+            hessian_ptr,
+            row_stride,
+            start,
+            0,
+            num_columns,
+            num_columns,
+            WIDTH,
+            ROWS,
             PRECISION,
         )
         tl.debug_barrier()  # all errors are read before some of them change

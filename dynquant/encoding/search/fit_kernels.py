@@ -18,9 +18,9 @@ from dynquant.encoding.search.layouts import Fields
 from dynquant.encoding.search.rows import Rows
 
 _WEIGHTS = 512
-"""Of a program; more would not stay in registers."""
+"""Weights of a program; more would not stay in registers."""
 _BLOCKS = 32
-"""Super-blocks of a program that rounds their scales together."""
+"""Super-blocks whose scales a program rounds."""
 
 
 def serves(rows: Rows) -> bool:
@@ -37,8 +37,8 @@ def free_scales(rows: Rows, metric: Tensor, fractions: list[float]) -> tuple[Ten
     a = _per_sub_block(rows)
     curvature = torch.empty_like(a)
     _free_scales_kernel[_grid(rows)](
-        a, curvature, torch.tensor(fractions, device=a.device), rows.x, metric, *_sizes(rows), metric.stride(0), NUM_FRACTIONS=len(fractions),
-        **_constants(rows),
+        a, curvature, torch.tensor(fractions, device=a.device), rows.x, metric, *_sizes(rows), metric.stride(0),
+        NUM_FRACTIONS=len(fractions), **_constants(rows),
     )  # fmt: skip
     return a, curvature
 
@@ -63,9 +63,9 @@ def round_scales(rows: Rows, free: Tensor, curvature: Tensor, shares: list[float
     codes = torch.empty(free.shape, dtype=torch.int64, device=free.device)
     first, second, *_, last = layout.multipliers
     _round_scales_kernel[(triton.cdiv(d.numel(), _BLOCKS),)](
-        d, codes, free.contiguous(), curvature.contiguous(), torch.tensor(shares, device=d.device), rows.unit, d.numel(), d.shape[-1], FIRST=first, STEP=second - first,
-        LAST=last, LAST_CODE=len(layout.multipliers) - 1, PER_BLOCK=per_block, BLOCKS=_BLOCKS, NUM_SHARES=len(shares),
-        KEEPS_NONZERO=isinstance(layout.codebook, Integers),
+        d, codes, free.contiguous(), curvature.contiguous(), torch.tensor(shares, device=d.device), rows.unit,
+        d.numel(), d.shape[-1], FIRST=first, STEP=second - first, LAST=last, LAST_CODE=len(layout.multipliers) - 1,
+        PER_BLOCK=per_block, BLOCKS=_BLOCKS, NUM_SHARES=len(shares), KEEPS_NONZERO=isinstance(layout.codebook, Integers),
     )  # fmt: skip
     return d, codes
 
@@ -188,9 +188,7 @@ def _values(
         found = tl.zeros_like(y)
         for g in range(0, y.shape[1] // GROUP):
             metric = tl.load(metric_ptr + g * GROUP + tl.arange(0, GROUP))
-            value = nearest(
-                group_of(y, g, GROUP), metric, words_ptr, pairs_ptr, kind, LOW, HIGH, NUM_WORDS, WORD
-            )
+            value = nearest(group_of(y, g, GROUP), metric, words_ptr, pairs_ptr, kind, LOW, HIGH, NUM_WORDS, WORD)
             found = with_group(found, g, value, GROUP)
         return found
 
@@ -203,7 +201,7 @@ def _free_scales_kernel(
     SHIFT: tl.constexpr, SHIFT_WIDTH: tl.constexpr, SUB_BLOCK: tl.constexpr, GROUP: tl.constexpr,
     ROWS: tl.constexpr, NUM_FRACTIONS: tl.constexpr,
 ):  # fmt: skip
-    x, metric, metric_ptr, spot, row, inside = _tile(
+    x, metric, metric_ptr, _spot, row, inside = _tile(
         x_ptr, metric_ptr, num_rows, num_columns, metric_stride, SUB_BLOCK, ROWS
     )
     peak = tl.max(tl.abs(x), 1)
@@ -371,9 +369,10 @@ def _neighbours_kernel(
         minimum = tl.load(mins_ptr + place, mask=inside, other=0).to(tl.int32)
     best_values, best_offsets = tl.load(values_ptr + spot, mask=inside[:, None], other=0.0), tl.zeros_like(x)
     if SHIFT != 0:
-        shift = row[:, None] * (num_columns // SHIFT_WIDTH) + (
-            (tl.program_id(1) * SUB_BLOCK + tl.arange(0, SUB_BLOCK)) // SHIFT_WIDTH
-        )[None, :]  # fmt: skip
+        shift = (
+            row[:, None] * (num_columns // SHIFT_WIDTH)
+            + ((tl.program_id(1) * SUB_BLOCK + tl.arange(0, SUB_BLOCK)) // SHIFT_WIDTH)[None, :]
+        )
         best_offsets = SHIFT * tl.load(shifts_ptr + shift, mask=inside[:, None], other=0.0)
     a, b = d * tl.load(multipliers_ptr + code), dmin * minimum.to(tl.float32)
     rest = x - a[:, None] * (best_values + best_offsets) + b[:, None]

@@ -42,9 +42,11 @@ def descend_scales(rows: Rows, fields: Fields, values: Tensor, hessian: Tensor) 
 
 
 def _sub_block_parts(rows: Rows, hessian: Tensor) -> tuple[Tensor, ...]:
-    """The hessian; of each square of a sub-block along its diagonal, one below the other [E, C, sub_block], the
-    inverse, the upper factor and the relative one; and the metrics [E, C] of groups.
-    """  # fmt: skip
+    """The hessian and what belongs to its squares of one sub-block along the diagonal.
+
+    These are their inverses, their upper factors and the relative ones, one below the other [E, C, sub_block], and the
+    metrics of groups [E, C].
+    """
     width, group = rows.layout.sub_block, rows.layout.codebook.group
     blocks = column_kernels.diagonal_blocks(hessian, width)
     factors = torch.linalg.cholesky_ex(blocks.to(torch.float64).flip(-1, -2)).L.flip(-1, -2)
@@ -74,8 +76,8 @@ def _descend_scales_kernel(
     expert_stride, row_stride, block_stride, metric_stride, words_ptr, pairs_ptr,
     KIND: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, NUM_WORDS: tl.constexpr, WORD: tl.constexpr,
     HAS_MINIMUMS: tl.constexpr, SHIFT: tl.constexpr, SHIFT_WIDTH: tl.constexpr, SUB_BLOCK: tl.constexpr,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, SUPER_BLOCK: tl.constexpr, TRIALS: tl.constexpr,
-    FLIPS: tl.constexpr, LAST_SCALE: tl.constexpr, LAST_MINIMUM: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, SUPER_BLOCK: tl.constexpr,
+    TRIALS: tl.constexpr, FLIPS: tl.constexpr, LAST_SCALE: tl.constexpr, LAST_MINIMUM: tl.constexpr,
 ):  # fmt: skip
     expert = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -87,7 +89,17 @@ def _descend_scales_kernel(
     columns = tl.arange(0, SUB_BLOCK)
     for start in range(0, num_columns, WIDTH):
         slopes = product(
-            errors_ptr, line, inside, hessian_ptr, row_stride, start, 0, num_columns, num_columns, WIDTH, ROWS,
+            errors_ptr,
+            line,
+            inside,
+            hessian_ptr,
+            row_stride,
+            start,
+            0,
+            num_columns,
+            num_columns,
+            WIDTH,
+            ROWS,
             PRECISION,
         )
         tl.debug_barrier()  # all errors are read before some of them change
