@@ -65,7 +65,8 @@ def round_scales(rows: Rows, free: Tensor, curvature: Tensor, shares: list[float
     _round_scales_kernel[(triton.cdiv(d.numel(), _BLOCKS),)](
         d, codes, free.contiguous(), curvature.contiguous(), torch.tensor(shares, device=d.device), rows.unit,
         d.numel(), d.shape[-1], FIRST=first, STEP=second - first, LAST=last, LAST_CODE=len(layout.multipliers) - 1,
-        PER_BLOCK=per_block, BLOCKS=_BLOCKS, NUM_SHARES=len(shares), KEEPS_NONZERO=isinstance(layout.codebook, Integers),
+        PER_BLOCK=per_block, BLOCKS=_BLOCKS, NUM_SHARES=len(shares),
+        KEEPS_NONZERO=isinstance(layout.codebook, Integers),
     )  # fmt: skip
     return d, codes
 
