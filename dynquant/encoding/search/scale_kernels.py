@@ -26,19 +26,28 @@ def descend_scales(rows: Rows, fields: Fields, values: Tensor, hessian: Tensor) 
     values, errors = values.clone(), rows.x - rows.decoded(fields, values)
     fields = fields.map(Tensor.clone)
     hessian, *parts = column_kernels.of_each_expert(lambda square: _sub_block_parts(rows, square), hessian)
-    flips = layout.shift_width == layout.sub_block
-    steps = _trials(fields.mins is not None, flips, rows.x.device)
+    steps = _trials(layout.num_mins > 0, layout.shift_width == layout.sub_block, rows.x.device)
     _descend_scales_kernel[column_kernels.grid(rows)](
         errors, values, fields.scales, fields.scales if fields.mins is None else fields.mins,
         fields.d if fields.shifts is None else fields.shifts,
         hessian, *parts, layout.multiplier_table(rows.x.device), steps, rows.x, fields.d,
         fields.d if fields.dmin is None else fields.dmin, rows.x.shape[1], rows.x.shape[2],
         *hessian.stride()[:2], parts[0].stride(0), parts[-1].stride(0),
-        **column_kernels.constants(rows), WIDTH=column_kernels.CHUNK,
-        PRECISION=column_kernels.PRECISION, SUPER_BLOCK=layout.super_block, TRIALS=len(steps), FLIPS=flips,
-        LAST_SCALE=len(layout.multipliers) - 1, LAST_MINIMUM=layout.num_mins - 1, num_stages=3,
+        **trial_constants(rows),
     )  # fmt: skip
     return fields, values
+
+
+def trial_constants(rows: Rows) -> dict[str, object]:
+    """Return the codebook, what blocks look like and which trials there are, and what runs them best."""
+    layout = rows.layout
+    flips = layout.shift_width == layout.sub_block
+    return column_kernels.constants(rows) | {
+        "WIDTH": column_kernels.CHUNK, "PRECISION": column_kernels.PRECISION, "SUPER_BLOCK": layout.super_block,
+        "TRIALS": len(_trials(layout.num_mins > 0, flips, rows.x.device)), "FLIPS": flips,
+        "LAST_SCALE": len(layout.multipliers) - 1, "LAST_MINIMUM": layout.num_mins - 1, "num_stages": 3,
+        "num_warps": 4 if layout.codebook.group == 1 else 8,  # four have too few registers for words
+    }  # fmt: skip
 
 
 def _sub_block_parts(rows: Rows, hessian: Tensor) -> tuple[Tensor, ...]:
