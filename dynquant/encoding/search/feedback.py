@@ -20,6 +20,8 @@ from dynquant.encoding.search.rows import Rows
 
 CHUNK = 64
 """Columns whose mutual feedback is applied at once; feedback from earlier ones comes in one product."""
+_MOST_COLUMNS = 46340
+"""Kernels count the places of a hessian with 32 bits."""
 
 
 def upper_factor(hessian: Tensor) -> Tensor:
@@ -34,7 +36,8 @@ def upper_factor(hessian: Tensor) -> Tensor:
 
 def has_kernels(rows: Rows) -> bool:
     """Tell whether Triton's kernels search these rows, in passes over all columns."""
-    return not rows.is_plain and rows.x.is_cuda and find_spec("triton") is not None
+    fits = rows.x.shape[-1] <= _MOST_COLUMNS
+    return fits and not rows.is_plain and rows.x.is_cuda and find_spec("triton") is not None
 
 
 def feed_back(rows: Rows, fields: Fields, factor: Tensor) -> Tensor:
