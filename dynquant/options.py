@@ -9,7 +9,9 @@ that `Only` names. `Options`, their base, checks numbers for the command line an
 """
 
 import reprlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -66,24 +68,41 @@ class Flag:
         raise OptionError(f"{self.option(field)} {reprlib.repr(value)} is out of range; give {allowed}.")
 
 
+_TYPED: ContextVar[frozenset[str]] = ContextVar("typed", default=frozenset())
+
+
+@contextmanager
+def typed_fields(names: Iterable[str]) -> Iterator[None]:
+    """Context manager: options that are made within had these fields on the command line."""
+    token = _TYPED.set(frozenset(names))
+    try:
+        yield
+    finally:
+        _TYPED.reset(token)
+
+
 @dataclass(frozen=True)
 class Options:
     """Base of options dataclasses: whoever makes one, numbers lie in the ranges of their flags."""
 
+    _typed = frozenset[str]()  # no field: names of fields that stood on the command line, be it with their defaults
+
     def __post_init__(self) -> None:
+        object.__setattr__(self, "_typed", _TYPED.get())
         for name, (kind, flag) in flags(type(self)).items():
             value = getattr(self, name)
             if flag.min is not None and value is not None:
                 flag.check(value, name, is_whole=int in (kind, *get_args(kind)))
 
     def changed(self, *names: str) -> list[str]:
-        """Return the flags of fields, among these or all, that have another value than their default."""
+        """Return the flags of fields, among these or all, that were typed or have another value than their default."""
         shown, defaults = flags(type(self)), {field.name: field.default for field in fields(self)}
-        differ = [name for name in names or shown if getattr(self, name) != defaults[name]]
-        return [shown[name][1].option(f"no_{name}" if defaults[name] is True else name) for name in differ]
+        asked = [name for name in names or shown if name in self._typed or getattr(self, name) != defaults[name]]
+        is_off = {name: defaults[name] is True and not getattr(self, name) for name in asked}
+        return [shown[name][1].option(f"no_{name}" if is_off[name] else name) for name in asked]
 
     def refuse_unused(self, why: str, *names: str) -> None:
-        """Raise OptionError for fields with another value than their default, which nothing would read."""
+        """Raise OptionError for fields that were asked for, and that nothing would read."""
         if unused := self.changed(*names):
             raise OptionError(f"{' and '.join(unused)} would do nothing: {why} Leave it out.")
 
@@ -139,10 +158,14 @@ EncoderName = Annotated[
 MeasuringEncoder = Annotated[
     str,
     Flag(
-        "Encoder that errors are measured with. They are those of the bytes that ship where `export` gets the same "
-        "one; its default is dynquant, which loses less at the same bytes. ggml: byte-equal to llama-quantize.",
+        "Encoder that errors are measured with; give `export` the same one. dynquant: loses less at the same bytes. "
+        "ggml: byte-equal to llama-quantize.",
         ("--encoder",),
     ),
+]
+Exact = Annotated[
+    bool,
+    Flag("Measure every weight in every type, instead of rows drawn at random until errors are known to 2 %."),
 ]
 CalibrationText = Annotated[
     str | None,

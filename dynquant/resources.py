@@ -20,6 +20,8 @@ _WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
 """For GNU's OpenMP, in PyTorch's wheels and under llama.cpp, whose spin count is then 0; and for LLVM's and Intel's."""
 _SPINNING = {*_WAITING, "GOMP_SPINCOUNT"}
 _mapped_bytes = 0
+_cuda_peak = 0
+_cuda_allocations = 0
 
 
 def let_waiting_threads_sleep() -> None:
@@ -119,4 +121,24 @@ def peak_cuda_bytes() -> int | None:
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return None
-    return max(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count()))
+    now = max(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count()))
+    return max(now, _cuda_peak)
+
+
+def cuda_bytes_since() -> int | None:
+    """Return the most that PyTorch had allocated on a CUDA device since the last call.
+
+    None where it allocated nothing in that time: all work on a GPU does, while weights that merely lie there do not.
+    """
+    global _cuda_peak, _cuda_allocations
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    devices = range(torch.cuda.device_count())
+    counts = [torch.cuda.memory_stats_as_nested_dict(device) for device in devices]
+    allocations = sum(count["allocation"]["all"]["allocated"] for count in counts)
+    peak = max(count["allocated_bytes"]["all"]["peak"] for count in counts)
+    for device in devices:
+        torch.cuda.reset_peak_memory_stats(device)
+    _cuda_peak, before, _cuda_allocations = max(_cuda_peak, peak), _cuda_allocations, allocations
+    return peak if allocations > before else None

@@ -21,6 +21,7 @@ class Progress(Protocol):
         unit: str = "",
         layer: int | None = None,
         tensor: str | None = None,
+        resumed: bool = False,
     ) -> None:
         """Report that `done` of `total` units are finished.
 
@@ -29,6 +30,8 @@ class Progress(Protocol):
             unit: What is counted, in the plural: weights, tokens, windows.
             layer: Number of the decoder layer that is being worked on.
             tensor: GGUF name of the tensor that is being worked on; it implies the layer.
+            resumed: Whether all that was added since the last report is from an earlier run and so tells no speed; what
+                a stage's first report finds done always is.
         """
 
 

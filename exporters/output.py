@@ -90,7 +90,7 @@ class Encoding:
                     "Plan again with the statistics, or export without them."
                 )
             self.stats.check_belongs_to(self.model.fingerprint, self.model.name, self.model.settings)
-        stream.check_importance(self.plan, self.guidance.importance)
+        stream.check_importance(self.model, self.plan, self.guidance.importance)
 
     def parts(self, *, whole: Collection[str] = ()) -> dict[str, list[TensorPart]]:
         """Return the parts of every tensor; those named in `whole` have one. Raises ExportError: the limits are too

@@ -74,7 +74,7 @@ def export(options: ExportOptions, session: Session = SILENT) -> Exported:
             protected = {}
         else:
             stats = stats_of_plan(plan.stats_hash, options.stats or options.plan.parent / STATS_NAME)
-            protected = _protected(options.plan.with_name(SUPER_NAME))
+            protected = _protected(options.plan.with_name(SUPER_NAME), plan)
         if options.mmproj_type is not None:
             plan = with_mmproj_type(model, plan, options.mmproj_type, stats and stats.stats)
         encoding = Encoding(
@@ -141,6 +141,7 @@ def _on_cluster(encoding: Encoding, pool: RayPool, options: ExportOptions, stats
         TaskNeeds(cpus, int(on_gpu), 0 if memory is None else PROCESS_BYTES + memory),
         files,
         encoding.tensors if options.ship_weights else None,
+        encoding.checks,
     )
 
 
@@ -203,10 +204,16 @@ def _moments_of(stats: StatsFile | None, session: Session) -> SecondMoments | No
     return stats and stats.moments
 
 
-def _protected(path: Path) -> dict[str, tuple[ProtectedWeight, ...]]:
-    """Return the super weights that `plan` found, by tensor."""
+def _protected(path: Path, plan: Plan) -> dict[str, tuple[ProtectedWeight, ...]]:
+    """Return the super weights that `plan` found, by tensor. Raises PlanError: they are those of other statistics."""
     protected: dict[str, tuple[ProtectedWeight, ...]] = {}
-    for weight in load_super_weights(path):
+    file = load_super_weights(path)
+    if file.stats_hash and plan.stats_hash and file.stats_hash != plan.stats_hash:
+        raise PlanError(
+            f"The super weights in {path} were found with statistics {file.stats_hash[:12]}, and the plan beside it "
+            f"was made with {plan.stats_hash[:12]}. Give the file the plan's own folder, delete it, or plan again."
+        )
+    for weight in file.super_weights:
         scalar = ProtectedWeight(weight.row, weight.col, weight.expert)
         protected[weight.name] = (*protected.get(weight.name, ()), scalar)
     return protected

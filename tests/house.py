@@ -124,6 +124,29 @@ def vague_names(modules: list[Module]) -> list[str]:
     ]
 
 
+def lost_names(modules: list[Module]) -> list[str]:
+    """List modules, and names in them, that are named in backticks (`families.open.open_model`, `open.py`) and are
+    not there."""
+    texts = {
+        re.sub(r"^dynquant/|(/__init__)?\.py$", "", module.place).replace("/", "."): module.text for module in modules
+    }
+    folders = {name.partition(".")[0] for name in texts if "." in name}
+    lost = []
+    for module in modules:
+        for name in re.findall(r"`(?:dynquant\.)?((?:\w+\.)+\w+)`", module.text):
+            parts = name.split(".")
+            ends = [end for end in range(len(parts), 0, -1) if ".".join(parts[:end]) in texts]
+            if parts[-1] == "py":
+                is_there = any(other.place.endswith(f"/{parts[0]}.py") for other in modules)
+            elif parts[0] not in folders:
+                continue
+            else:
+                inside = parts[ends[0]] if ends and ends[0] < len(parts) else ""
+                is_there = bool(ends) and re.search(rf"\b{inside}\b", texts[".".join(parts[: ends[0]])])
+            lost += [] if is_there else [f"{module.place}: `{name}`"]
+    return lost
+
+
 CHECKS = (
     crowded_folders,
     long_modules,
@@ -133,6 +156,7 @@ CHECKS = (
     no_sentences,
     printing_modules,
     vague_names,
+    lost_names,
 )
 
 

@@ -1,28 +1,30 @@
-"""Builds the error table: encodes every tensor in every candidate type, decodes it, and measures what was lost.
+"""Builds the error table: encodes tensors in every candidate type, decodes them, and measures what was lost.
 
-One pass over the model, a few experts in memory at a time. The encoder sees the same importance as `export` will: when
-`export` is told to use the same encoder, the measured bytes are the bytes that ship. Its default is another one.
+One pass over the model. Of every tensor, rows are drawn and measured until the table is precise enough (`sampling`), or
+all of them are, a few experts in memory at a time. The encoder sees the same importance and second moments as that of
+`export` will, so that the measured bytes are those that ship.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from math import isnan, prod
 from typing import Any, ClassVar
 
 import torch
 
-from dynquant.analysis.errors.sums import ErrorJournal, ErrorPart, ErrorSums, Sums
+from dynquant.analysis.errors.sampled_sums import SampledSums
+from dynquant.analysis.errors.sampling import DrawnRows, Sampling, blocks_of, draw, stacked
+from dynquant.analysis.errors.sums import ErrorJournal, ErrorPart, ErrorSums, Sums, row_sums
 from dynquant.analysis.errors.table import ErrorRow, ErrorTable
 from dynquant.calibration.importance import importance
+from dynquant.calibration.second_moments import SecondMoments, hessian
 from dynquant.calibration.statistics import CalibrationStats, InputStats
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import layer_of, role_of
 from dynquant.checkpoints.tensor_source import TensorInfo
-from dynquant.encoding.interface import Encoder
-from dynquant.encoding.parts import as_slice, ranges
-from dynquant.encoding.store import EncodedStore
+from dynquant.encoding.interface import Encoder, check_finite
+from dynquant.encoding.parts import TensorPart, as_slice, load_part, ranges
 from dynquant.families.linear_layers import LinearLayer
 from dynquant.formats import decode
 from dynquant.formats.checksum import checksum
@@ -30,10 +32,17 @@ from dynquant.formats.quant_types import QUANT_TYPES, QuantType, fit_to_row
 from dynquant.formats.storage_format import StorageFormat
 from dynquant.recipes.presets import is_quantizable
 from dynquant.session import Progress, ignore_progress
+from dynquant.workers import side_by_side
 
 Formats = Mapping[str, tuple[TensorInfo | LinearLayer, Mapping[StorageFormat, tuple[str, ...]]]]
 """Name -> its tensor, and the formats that this is measured in, each with the candidate types that lead to it."""
 Measure = Callable[[Iterable[ErrorPart]], Iterator[tuple[ErrorPart, Sums]]]  # parts -> each with its sums, in any order
+
+_CPU_HESSIAN_BYTES = 1 << 28
+_GPU_HESSIAN_BYTES = 1 << 31
+"""Second moments of the experts that are measured together, at least of one."""
+_BLOCK_WEIGHTS = 1 << 25
+"""Weights of a large matrix that are in memory while rows are drawn from it."""
 
 
 @dataclass(frozen=True)
@@ -43,86 +52,163 @@ class Meter(ABC):
     model: Model
     stats: CalibrationStats
     weights_in_memory: ClassVar[int]  # largest number of weights in a group of experts that are loaded together
-    encoder_name: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def origin(self) -> Mapping[str, Any]:
+        """Fields of the table that say how it was measured."""
 
     @abstractmethod
     def formats(self, type_names: Sequence[str]) -> Formats:
         """Return what is measured where these types are candidates."""
 
+    def parts(self, name: str, shape: tuple[int, ...], types: tuple[str, ...]) -> list[ErrorPart]:
+        """Group the experts that are in memory together, at least one; a matrix is one expert."""
+        step = max(1, self.weights_in_memory // prod(shape[-2:]))
+        return [ErrorPart(name, shape, experts, types) for experts in ranges(prod(shape[:-2]), step)]
+
+    def measured(self, parts: Iterable[ErrorPart]) -> Iterator[tuple[ErrorPart, Sums]]:
+        """Measure part by part."""
+        return ((part, self.sums(part)) for part in parts)
+
     @abstractmethod
-    def load(self, part: ErrorPart) -> torch.Tensor:
-        """Return the weights of a part, float32 [E, R, C]."""
-
-    def sampled(self, weights: torch.Tensor) -> torch.Tensor:
-        """Return the rows that are measured, of weights [E, R, C]; all of them where nothing else is said."""
-        return weights
-
-    @abstractmethod
-    def decoded(
-        self, part: ErrorPart, weights: torch.Tensor, scale: torch.Tensor | None
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield each of the part's types and what decoding gives after encoding under the importance `scale` [E, C]."""
-
-    def samples(self, part: ErrorPart) -> torch.Tensor | None:
-        """Return held-back inputs of a part, float32 [E, S, C], or None when its outputs are not measured."""
-        return None
-
-    def sums(self, part: ErrorPart, on_format: Callable[[], None] = lambda: None) -> Sums:
-        """Measure a part; `on_format` is called after each format."""
-        whole, scale = self.load(part), importance(self.stats, part.name, part.shape)
-        identity, weights = checksum(whole, part.experts.start * whole.shape[1]), self.sampled(whole)
-        scale = None if scale is None else scale[as_slice(part.experts)]
-        weighting = torch.ones(len(weights), part.shape[-1]) if scale is None else scale
-        samples, sums = self.samples(part), {}
-        for type_name, decoded in self.decoded(part, weights, scale):
-            sums[type_name] = ErrorSums.measured(weights, decoded, weighting, samples)._replace(checksum=identity)
-            on_format()
-        return sums
+    def sums(self, part: ErrorPart) -> Sums:
+        """Measure a part."""
 
 
 @dataclass(frozen=True)
 class ErrorMeter(Meter):
-    """Measures quant types."""
+    """Measures quant types, as `encoder` makes them under the importance of a tensor's inputs and their second moments.
+
+    Every weight is measured, or with `sampling` rows that are drawn. Both use the same blocks as an export, where rows
+    of an expert do not depend on each other: on a CPU to the bit, on a GPU to rounding.
+    """
 
     encoder: Encoder
     threads: int | None = None
-    store: EncodedStore | None = None
-    """Blocks of the same encoder are taken from it and kept there; without one they are forgotten."""
+    """Threads that measure parts side by side, or on a GPU read ahead of it."""
+    moments: SecondMoments | None = None
+    """For an encoder that uses them alone."""
+    sampling: Sampling | None = None
 
     # 8 MB of float32: glibc returns every array of 32 MB to the system, and page faults then take longer than all else
     # for types that are quickly encoded.
     weights_in_memory: ClassVar[int] = 1 << 21
 
     @property
-    def encoder_name(self) -> str:
-        return self.encoder.name
+    def origin(self) -> Mapping[str, Any]:
+        moments = "" if self.moments is None else self.moments.identity
+        return {"encoder": self.encoder.name, "moments": moments, "seed": self.sampling and self.sampling.seed}
+
+    @property
+    def device(self) -> torch.device:
+        """The place where errors are computed: that of the encoder."""
+        return self.encoder.device
 
     def formats(self, type_names: Sequence[str]) -> Formats:
         return tensor_formats(self.model, self.stats, type_names)
 
-    def load(self, part: ErrorPart) -> torch.Tensor:
-        pieces = part.experts if len(part.shape) > 2 else [None]  # a matrix is loaded whole
-        return torch.stack([self.model.source.load(part.name, piece) for piece in pieces])
+    def parts(self, name: str, shape: tuple[int, ...], types: tuple[str, ...]) -> list[ErrorPart]:
+        """Group experts that are measured together; of a tensor that is sampled, all of them are."""
+        if self.sampling is None:
+            return super().parts(name, shape, types)
+        return [ErrorPart(name, shape, range(prod(shape[:-2])), types)]
 
-    def samples(self, part: ErrorPart) -> torch.Tensor | None:
+    def measured(self, parts: Iterable[ErrorPart]) -> Iterator[tuple[ErrorPart, Sums]]:
+        """Measure parts side by side; on a GPU one by one, while the next ones are read."""
+        if self.device.type == "cpu":
+            yield from side_by_side(lambda part: (part, self.sums(part)), parts, self.threads)
+            return
+        for part, content in side_by_side(lambda part: (part, self.read(part)), parts, self.threads):
+            yield part, self.sums_of(part, content)
+
+    def sums(self, part: ErrorPart) -> Sums:
+        return self.sums_of(part, self.read(part))
+
+    def read(self, part: ErrorPart) -> "_Content":
+        """Read every weight of a part once, for its checksum, and keep those that may be measured."""
+        if self.sampling is None:
+            pieces = part.experts if len(part.shape) > 2 else [None]  # a matrix is loaded whole
+            weights = torch.stack([self.model.source.load(part.name, piece) for piece in pieces])
+            return _Content(checksum(weights, part.experts.start * part.shape[-2]), weights)
+        total, shape = 0, stacked(part.shape)
+
+        def blocks() -> Iterator[tuple[range, range, torch.Tensor]]:
+            nonlocal total
+            for experts, rows in blocks_of(shape, _BLOCK_WEIGHTS):
+                block = TensorPart(part.name, part.shape, QUANT_TYPES["F32"], experts, rows)
+                weights = load_part(self.model.source, block)
+                check_finite(weights, name=part.name)
+                total += checksum(weights, experts.start * shape[1] + rows.start)
+                yield experts, rows, weights.reshape(1, len(rows), -1)
+
+        scale, shares = importance(self.stats, part.name, part.shape), _shares(self.stats.input_of(part.name), shape[0])
+        drawn = draw(part.name, shape, blocks(), scale, shares, self.sampling)
+        return _Content(total % (1 << 64), drawn)
+
+    def sums_of(self, part: ErrorPart, content: "_Content") -> Sums:
+        """Measure a part that was read."""
+        rows = content.rows
+        if isinstance(rows, torch.Tensor):
+            energies, lost = self._measured(part, list(part.experts), rows, part.types)
+            energy = energies.sum(-1)
+            return {name: ErrorSums.of(of_type.sum(-1), energy, content.checksum) for name, of_type in lost.items()}
+        assert self.sampling is not None
+        shares = _shares(self.stats.input_of(part.name), len(rows.experts))
+        sampled = SampledSums(rows, shares, part.types, self.sampling)
+        for experts, weights, places in sampled.rounds():
+            sampled.add(places, *self._measured(part, experts, weights, sampled.wanted))
+        return sampled.sums(content.checksum)
+
+    def _measured(
+        self, part: ErrorPart, experts: list[int], weights: torch.Tensor, types: Iterable[str]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the `row_sums` of rows [E, R, C] of these experts, and by type of what they lose."""
+        count = len(experts)
+        if self.moments is not None:
+            limit = _CPU_HESSIAN_BYTES if self.device.type == "cpu" else _GPU_HESSIAN_BYTES
+            count = max(1, limit // (4 * part.shape[-1] ** 2))
+        energies, lost = [], {name: [] for name in types}
+        for some in ranges(len(experts), count):
+            rows, numbers = weights[as_slice(some)], experts[as_slice(some)]
+            scale, hessian = self._guidance(part, numbers)
+            samples, here = self._samples(part, numbers), rows.to(self.device)
+            metric = hessian if hessian is not None else scale
+            metric = torch.ones(len(rows), rows.shape[-1]) if metric is None else metric
+            metric = metric.to(self.device)
+            energies.append(row_sums(here, metric, samples).cpu())
+            for name, sums in lost.items():
+                options = {} if hessian is None or QUANT_TYPES[name].is_float else {"hessian": metric}
+                packed = self.encoder.encode(QUANT_TYPES[name], rows, scale, self.threads, name=part.name, **options)
+                decoded = decode(name, packed.to(self.device), tuple(rows.shape))
+                sums.append(row_sums(here - decoded, metric, samples).cpu())
+        return torch.cat(energies, 1), {name: torch.cat(sums, 1) for name, sums in lost.items()}
+
+    def _guidance(self, part: ErrorPart, experts: list[int]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return importance and second moments that `export` encodes these experts with."""
+        scale = importance(self.stats, part.name, part.shape)
+        scale = None if scale is None else scale[experts]
+        if self.moments is None:
+            return scale, None
+        return scale, hessian(self.moments, self.stats, part.name, part.shape, experts)
+
+    def _samples(self, part: ErrorPart, experts: list[int]) -> torch.Tensor | None:
+        """Return held-back inputs of experts, float32 [E or 1, S, C]; None when the part's outputs are not measured."""
         inputs = self.stats.input_of(part.name)
         if inputs is None or inputs.samples is None or inputs.samples.shape[-1] != part.shape[-1]:
             return None
-        experts = slice(None) if len(inputs.samples) == 1 else as_slice(part.experts)  # one row: all experts share it
-        samples, counts = inputs.samples[experts], inputs.sample_counts[experts]
+        chosen = [0] if len(inputs.samples) == 1 else experts  # one row: all experts share it
+        samples, counts = inputs.samples[chosen], inputs.sample_counts[chosen]
         filled = torch.arange(samples.shape[1]) < counts.unsqueeze(1)  # [E, S]; rows that are not are zeros
-        return samples.float() * filled.unsqueeze(-1)
+        return (samples.float() * filled.unsqueeze(-1)).to(self.device)
 
-    def decoded(
-        self, part: ErrorPart, weights: torch.Tensor, scale: torch.Tensor | None
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        for candidate in (QUANT_TYPES[name] for name in part.types):
-            if self.store is None:
-                packed = self.encoder.encode(candidate, weights, scale, threads=self.threads, name=part.name)
-            else:
-                whole = self.store.packed(part.name, candidate.name)
-                packed = whole[as_slice(part.experts)] if whole.ndim == 3 else whole.unsqueeze(0)
-            yield candidate.name, decode(candidate, packed, tuple(weights.shape))
+
+@dataclass(frozen=True)
+class _Content:
+    """A part in memory: all its weights, or drawn rows."""
+
+    checksum: int
+    rows: torch.Tensor | DrawnRows
 
 
 def _measured_parts(
@@ -131,27 +217,22 @@ def _measured_parts(
     """Yield every part with its sums: those of the journal first, then those that are measured and added to it."""
     total, done = sum(part.num_weights * len(part.types) for part in parts), 0
 
-    def advance(part: ErrorPart, num_types: int) -> None:
+    def advance(part: ErrorPart) -> None:
         nonlocal done
-        done += part.num_weights * num_types
+        done += part.num_weights * len(part.types)
         progress("measuring errors", done, total, unit="weights", tensor=part.name)
 
-    def measured_here(missing: Iterable[ErrorPart]) -> Iterator[tuple[ErrorPart, Sums]]:
-        for part in missing:
-            advance(part, 0)
-            yield part, meter.sums(part, partial(advance, part, 1))
-
+    progress("measuring errors", 0, total, unit="weights")
     missing = []
     for part in parts:
         sums = journal.sums_of(part) if journal else None
         if sums is None:
             missing.append(part)
         else:
-            advance(part, len(part.types))
+            advance(part)
             yield part, sums
-    for part, sums in (elsewhere or measured_here)(missing):
-        if elsewhere:  # workers tell of whole parts alone
-            advance(part, len(part.types))
+    for part, sums in (elsewhere or meter.measured)(missing):
+        advance(part)
         if journal:
             journal.keep(part, sums)
         yield part, sums
@@ -178,7 +259,9 @@ def build_error_table(
     """
     meter.stats.check_belongs_to(meter.model.fingerprint, meter.model.name, meter.model.settings)
     formats = meter.formats(type_names)
-    parts = {name: _parts_of(name, *formats[name], meter.weights_in_memory) for name in formats}
+    parts = {}
+    for name, (tensor, candidates) in formats.items():
+        parts[name] = meter.parts(name, tensor.shape, tuple(candidate.name for candidate in candidates))
     every_part = [part for of_tensor in parts.values() for part in of_tensor]
     waiting: dict[str, dict[ErrorPart, Sums]] = {name: {} for name in parts}
     rows, checksums = {}, {}
@@ -194,10 +277,10 @@ def build_error_table(
             joined = ErrorSums.joined([sums[part][candidate.name] for part in parts[name]])
             if joined.checksum is not None:
                 checksums[name] = f"{joined.checksum:016x}"
-            errors = _errors_of(joined, meter.stats.input_of(name))
+            errors = _errors_of(joined, meter.stats.input_of(name), prod(tensor.shape[:-2]))
             rows[name].append(_row(tensor, candidate, candidate_types, errors))
     in_order = (row for name in formats for row in rows[name])
-    origin = {"stats_hash": stats_hash, "encoder": meter.encoder_name, "checksums": checksums}
+    origin = {"stats_hash": stats_hash, "checksums": checksums, **meter.origin}
     return _table_of(meter.model, in_order, type_names, **origin)
 
 
@@ -237,15 +320,6 @@ def tensor_formats(model: Model, stats: CalibrationStats | None, type_names: Seq
     return formats
 
 
-def _parts_of(
-    name: str, tensor: TensorInfo | LinearLayer, candidates: Iterable[StorageFormat], max_weights: int
-) -> list[ErrorPart]:
-    """Group the experts that are in memory together, of at most `max_weights` or one alone; a matrix is one expert."""
-    shape, types = tensor.shape, tuple(candidate.name for candidate in candidates)
-    step = max(1, max_weights // prod(shape[-2:]))
-    return [ErrorPart(name, shape, experts, types) for experts in ranges(prod(shape[:-2]), step)]
-
-
 def _row(
     info: TensorInfo | LinearLayer, candidate: StorageFormat, types: tuple[str, ...], errors: Mapping[str, Any]
 ) -> ErrorRow:
@@ -255,33 +329,41 @@ def _row(
     return ErrorRow(**place, type=candidate.name, wanted=others, bytes=candidate.tensor_bytes(info.shape), **errors)
 
 
-def _errors_of(sums: ErrorSums, inputs: InputStats | None) -> dict[str, Any]:
+def _errors_of(sums: ErrorSums, inputs: InputStats | None, num_experts: int) -> dict[str, Any]:
     """Return the measured fields of a row, from the sums of all parts of a tensor; see `table` for what they are."""
     squared, weighted = (torch.tensor(of_weights, dtype=torch.float64) for of_weights in sums[:2])
-    mean = _routed_mean(weighted, inputs)
+    experts, stands_for = list(range(num_experts)), torch.ones(num_experts, 1, dtype=torch.float64)
+    if sums.sample is not None:
+        experts, stands_for = sums.sample.experts, 1 / torch.tensor(sums.sample.chances, dtype=torch.float64)[:, None]
+    counted = _shares(inputs, num_experts)[experts].unsqueeze(1) * stands_for
+    mean = (weighted * counted).sum(0)
     errors = {
-        "relative_rms": _ratio_of(squared.sum(0)).sqrt().item(),
+        "relative_rms": _ratio_of((squared * stands_for).sum(0)).sqrt().item(),
         "weighted_error": _ratio_of(mean).item(),
+        "weighted_error_se": None if sums.sample is None else sums.sample.weighted_error_se,
         "weighted_energy": float(mean[1]),
     }
-    if len(weighted) > 1:
-        errors["per_expert_weighted_error"] = tuple(float(_ratio_of(pair)) for pair in weighted)
-    counts = None if inputs is None else inputs.sample_counts
-    if sums.outputs is not None and counts is not None and counts.any():
+    if num_experts > 1:
+        of_experts = dict(zip(experts, (float(_ratio_of(pair)) for pair in weighted), strict=True))
+        errors["per_expert_weighted_error"] = tuple(map(of_experts.get, range(num_experts)))
+    if sums.outputs is None or inputs is None:
+        return errors
+    counts = inputs.sample_counts.expand(num_experts)[experts]
+    if counts.any():
         outputs = torch.tensor(sums.outputs, dtype=torch.float64) / counts.clamp_min(1).unsqueeze(1)  # per token
-        errors["activation_error"] = _ratio_of(_routed_mean(outputs, inputs)).sqrt().item()
-        if len(outputs) > 1:
+        errors["activation_error"] = _ratio_of((outputs * counted).sum(0)).sqrt().item()
+        if num_experts > 1:
             ratios = (outputs[:, 0] / outputs[:, 1]).sqrt().tolist()
-            errors["per_expert_activation_error"] = tuple(None if isnan(ratio) else ratio for ratio in ratios)
+            known = {expert: ratio for expert, ratio in zip(experts, ratios, strict=True) if not isnan(ratio)}
+            errors["per_expert_activation_error"] = tuple(map(known.get, range(num_experts)))
     return errors
 
 
-def _routed_mean(per_expert: torch.Tensor, inputs: InputStats | None) -> torch.Tensor:
-    """Return the mean of [E, 2] over experts, each weighted by the share of tokens it received."""
-    if inputs is None or len(inputs.counts) != len(per_expert) or not int(inputs.counts.sum()):
-        return per_expert.mean(0)
-    share = inputs.counts.double() / inputs.counts.sum()  # [E]
-    return (per_expert * share.unsqueeze(1)).sum(0)
+def _shares(inputs: InputStats | None, num_experts: int) -> torch.Tensor:
+    """Return the share of tokens that each expert received, float64 [E]; even ones where they were not counted."""
+    if inputs is None or len(inputs.counts) != num_experts or not int(inputs.counts.sum()):
+        return torch.full((num_experts,), 1 / num_experts, dtype=torch.float64)
+    return inputs.counts.double() / inputs.counts.sum()
 
 
 def _ratio_of(error_and_energy: torch.Tensor) -> torch.Tensor:

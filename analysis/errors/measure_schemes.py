@@ -7,13 +7,17 @@ measured.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
-from dynquant.analysis.errors.measure import ErrorPart, Formats, Meter
+from dynquant.analysis.errors.measure import Formats, Meter
+from dynquant.analysis.errors.sums import ErrorPart, ErrorSums, Sums, row_sums
+from dynquant.calibration.importance import importance
+from dynquant.encoding.parts import as_slice
 from dynquant.encoding.vllm import encode_layers, nvfp4_global_scale
 from dynquant.families.linear_layers import LinearCheckpoint, LinearLayer
+from dynquant.formats.checksum import checksum
 from dynquant.formats.vllm_schemes import Scheme
 
 ENCODER = "dynquant, diagonal"
@@ -27,26 +31,39 @@ class SchemeMeter(Meter):
     checkpoint: LinearCheckpoint
     candidates: Mapping[str, Sequence[Scheme]]
     device: torch.device | None = None
-    encoder_name: ClassVar[str] = ENCODER
     weights_in_memory: ClassVar[int] = 1 << 23
 
     @cached_property
     def linears(self) -> dict[str, LinearLayer]:
         return {linear.name: linear for linear in self.checkpoint.linears}
 
+    @property
+    def origin(self) -> Mapping[str, Any]:
+        return {"encoder": ENCODER}
+
     def formats(self, type_names: Sequence[str]) -> Formats:
         del type_names  # which schemes fit depends on the checkpoint alone
         return scheme_formats(self.checkpoint, self.candidates)
 
-    def load(self, part: ErrorPart) -> torch.Tensor:
-        return torch.stack([self.linears[part.name].load(expert) for expert in part.experts])
+    def sums(self, part: ErrorPart) -> Sums:
+        """Measure evenly spaced rows of a part."""
+        linear, experts = self.linears[part.name], as_slice(part.experts)
+        whole = torch.stack([linear.load(expert) for expert in part.experts])
+        scale = importance(self.stats, part.name, part.shape)
+        identity = checksum(whole, part.experts.start * whole.shape[1])
+        weights = whole[:, :: max(1, whole.shape[1] // _SAMPLED_ROWS)]
+        metric = torch.ones(len(weights), part.shape[-1]) if scale is None else scale[experts]
+        energies = row_sums(weights, metric, None).sum(-1)
+        decoded = self._decoded(part, weights, None if scale is None else metric)
+        return {
+            name: ErrorSums.of(row_sums(weights - after, metric, None).sum(-1), energies, identity)
+            for name, after in decoded
+        }
 
-    def sampled(self, weights: torch.Tensor) -> torch.Tensor:
-        return weights[:, :: max(1, weights.shape[1] // _SAMPLED_ROWS)]
-
-    def decoded(
+    def _decoded(
         self, part: ErrorPart, weights: torch.Tensor, scale: torch.Tensor | None
     ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield each scheme and what decoding gives after encoding under the importance `scale` [E, C]."""
         module, peak = self.linears[part.name].modules[part.experts.start], float(weights.abs().max())
         for scheme in self.candidates[part.name]:
             global_scale = nvfp4_global_scale(peak) if scheme.strategy == "tensor_group" else None

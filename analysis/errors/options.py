@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from dynquant.options import BaseGguf, Flag, MeasuringEncoder, ModelPath, Options, Ray, Types, Writes
+from dynquant.options import BaseGguf, Exact, Flag, MeasuringEncoder, ModelPath, Options, Ray, Types, Writes
 from dynquant.storage.file_names import ERRORS_NAME, table_beside
 
 DEFAULT_TYPES = (
@@ -15,10 +15,11 @@ DEFAULT_TYPES = (
 
 @dataclass(frozen=True, kw_only=True)
 class TableOptions(Options):
-    """Which types are measured (none: `DEFAULT_TYPES`), by which encoder, and where."""
+    """Which types are measured (none: `DEFAULT_TYPES`), by which encoder, how exactly, and where."""
 
     types: Types = ()
     encoder: MeasuringEncoder = "ggml"
+    exact: Exact = False
     base_gguf: BaseGguf = None
     ray: Ray = None
 

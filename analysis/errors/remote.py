@@ -8,17 +8,19 @@ of dynquant or ggml, is refused.
 from functools import partial
 
 from dynquant.analysis.errors.measure import ErrorMeter, Measure
+from dynquant.analysis.errors.sampling import Sampling
 from dynquant.analysis.errors.sums import ErrorPart, Sums
 from dynquant.encoding.remote import EncoderChoice, StoredFiles, open_stored, worker_encoder
 from dynquant.running.cluster import RayPool, TaskNeeds
 
 
-def measure_on(pool: RayPool, choice: EncoderChoice, files: StoredFiles) -> Measure:
+def measure_on(pool: RayPool, choice: EncoderChoice, files: StoredFiles, sampling: Sampling | None = None) -> Measure:
     """Return what measures parts on `pool`, for `build_error_table`."""
-    return lambda parts: pool.run(partial(_sums, choice, files), parts, TaskNeeds(choice.threads))
+    return lambda parts: pool.run(partial(_sums, choice, files, sampling), parts, TaskNeeds(choice.threads))
 
 
-def _sums(choice: EncoderChoice, files: StoredFiles, part: ErrorPart) -> Sums:
-    model, stats, _ = open_stored(files)
+def _sums(choice: EncoderChoice, files: StoredFiles, sampling: Sampling | None, part: ErrorPart) -> Sums:
+    model, stats, moments = open_stored(files)
     assert stats is not None
-    return ErrorMeter(model, stats, worker_encoder(choice), choice.threads).sums(part)
+    meter = ErrorMeter(model, stats, worker_encoder(choice), choice.threads, moments, sampling)
+    return meter.sums(part)

@@ -15,12 +15,12 @@ from dynquant.analysis.errors.measure import ErrorMeter, Measure, Meter, build_e
 from dynquant.analysis.errors.measure_schemes import ENCODER, SchemeMeter
 from dynquant.analysis.errors.options import DEFAULT_TYPES, AnalyzeOptions, TableOptions
 from dynquant.analysis.errors.remote import measure_on
+from dynquant.analysis.errors.sampling import Sampling
 from dynquant.analysis.errors.sums import ErrorJournal
 from dynquant.analysis.errors.table import ErrorTable
 from dynquant.calibration.stage import StatsFile
 from dynquant.checkpoints.model import Model
 from dynquant.encoding.remote import EncoderChoice, StoredFiles
-from dynquant.encoding.store import EncodedStore
 from dynquant.encoding.stream import encoder_version, load_encoder
 from dynquant.errors import PlanError
 from dynquant.families.linear_layers import LinearCheckpoint
@@ -37,25 +37,29 @@ def analyze(options: AnalyzeOptions, session: Session = SILENT) -> ErrorTable:
     if options.output.suffix.lower() == ".csv":
         raise PlanError(f"{options.output} is what the same table as CSV is called; name a .json file.")
     model = open_and_announce(options.model, session, base_gguf=options.table.base_gguf)
-    return _measured(model, StatsFile(options.stats).of(model), options.output, options.table, session)
+    stats = StatsFile(options.stats).of(model)
+    return _measured(_meter(model, stats, options.table, session), stats, options.output, options.table, session)
 
 
-def error_table(
-    model: Model, stats: StatsFile, path: Path, options: TableOptions, session: Session, store: EncodedStore | None
-) -> ErrorTable:
-    """Return the table at `path`, extended by types that it lacks; measure it anew when the statistics changed.
-
-    With `store`, blocks are kept there, encoded once for the table and for everything that renders them later.
-    """
+def error_table(model: Model, stats: StatsFile, path: Path, options: TableOptions, session: Session) -> ErrorTable:
+    """Return the table at `path`, extended by types that it lacks; measure it anew when what it rests on changed."""
+    meter = _meter(model, stats, options, session)
     earlier = ErrorTable.load(path) if path.is_file() else None
-    inputs = (stats.hash, options.encoder, model.fingerprint)
-    if earlier is None or (earlier.stats_hash, earlier.encoder, earlier.fingerprint) != inputs:
-        return _measured(model, stats, path, options, session, store)
+    if earlier is None or not _is_of(earlier, meter, stats):
+        return _measured(meter, stats, path, options, session)
     missing = tuple(name for name in options.types if name not in earlier.types)
     session.note(f"reusing {path}" + (f", adding {', '.join(missing)}" if missing else ""))
     if missing:
-        return _measured(model, stats, path, replace(options, types=missing), session, store, earlier)
+        return _measured(meter, stats, path, replace(options, types=missing), session, earlier)
     return earlier
+
+
+def _is_of(table: ErrorTable, meter: ErrorMeter, stats: StatsFile) -> bool:
+    """Return whether the table holds what the meter would find, or exact numbers in place of estimates."""
+    origin = meter.origin
+    inputs = (stats.hash, meter.model.fingerprint, origin["encoder"], origin["moments"])
+    same = (table.stats_hash, table.fingerprint, table.encoder, table.moments) == inputs
+    return same and table.seed in (None, origin["seed"])
 
 
 def scheme_table(
@@ -73,25 +77,34 @@ def scheme_table(
     return _written(path, meter, tuple(SCHEMES), stats.hash, identity, session)
 
 
+def _meter(model: Model, stats: StatsFile, options: TableOptions, session: Session) -> ErrorMeter:
+    encoder = load_encoder(options.encoder, chosen_device(session.device))
+    moments = stats.moments if encoder.uses_hessians else None
+    sampling = None if options.exact else Sampling(session.seed)
+    return ErrorMeter(model, stats.stats, encoder, session.threads, moments, sampling)
+
+
 def _measured(
-    model: Model,
+    meter: ErrorMeter,
     stats: StatsFile,
     output: Path,
     options: TableOptions,
     session: Session,
-    store: EncodedStore | None = None,
     earlier: ErrorTable | None = None,
 ) -> ErrorTable:
     """Write the table, with the rows of `earlier` for other types."""
-    names, encoder = [quant_type(name).name for name in options.types or DEFAULT_TYPES], load_encoder(options.encoder)
-    store_name = store.directory.name if store else ""
-    identity = {"encoder": f"{encoder.name} {encoder_version(encoder)}", "store": store_name}
-    meter = ErrorMeter(model, stats.stats, encoder, session.threads, store)
+    names, encoder = [quant_type(name).name for name in options.types or DEFAULT_TYPES], meter.encoder
+    identity = {
+        "encoder": f"{encoder.name} {encoder_version(encoder)} {encoder.device.type}",
+        "moments": str(meter.origin["moments"]),
+        "sampling": str(meter.sampling),
+    }
     with open_ray(options.ray) if options.ray else nullcontext() as pool:
         elsewhere = None
         if pool is not None:
-            files = StoredFiles(StoredModel.of(model), stats.path.resolve())
-            elsewhere = measure_on(pool, EncoderChoice.of(encoder, "cpu", session.threads or 1), files)
+            files = StoredFiles(StoredModel.of(meter.model), stats.path.resolve(), meter.moments is not None)
+            choice = EncoderChoice.of(encoder, "cpu", session.threads or 1)
+            elsewhere = measure_on(pool, choice, files, meter.sampling)
         return _written(output, meter, names, stats.hash, identity, session, elsewhere, earlier)
 
 

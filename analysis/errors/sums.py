@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,6 +33,14 @@ class ErrorPart:
         return len(self.experts) * prod(self.shape[-2:])
 
 
+class Sample(NamedTuple):
+    """Experts that stand for a whole tensor; their sums are estimates, from some rows of each."""
+
+    experts: list[int]
+    chances: list[float]  # of each to be drawn
+    weighted_error_se: float
+
+
 class ErrorSums(NamedTuple):
     """Squared errors and energies of E experts in one type, [E, 2] with the error first.
 
@@ -44,43 +52,60 @@ class ErrorSums(NamedTuple):
     weighted: list[list[float]]
     outputs: list[list[float]] | None = None  # sums over the outputs on held-back inputs; None without any
     checksum: int | None = None  # `formats.checksum` of all weights of the part; None in journals of earlier versions
+    sample: Sample | None = None  # None: every weight of the part was measured
 
     @classmethod
-    def measured(
-        cls, weights: torch.Tensor, decoded: torch.Tensor, scale: torch.Tensor, samples: torch.Tensor | None
-    ) -> "ErrorSums":
-        """Sum over weights and decoded [E, R, C], under scale [E, C], and over outputs of samples [E, S, C] or None."""
-        count, _, columns = weights.shape
-        step = max(1, _ROWS_AT_ONCE // (count * columns))  # differences of a whole stack would double its memory
-        squared, weighted, outputs = (torch.zeros(count, 2, dtype=torch.float64) for _ in range(3))
-        for rows, decoded_rows in zip(weights.split(step, 1), decoded.split(step, 1), strict=True):
-            lost = rows - decoded_rows
-            squared += torch.stack([_energy(lost), _energy(rows)], -1)
-            weighted += torch.stack([_energy(lost, scale), _energy(rows, scale)], -1)
-            if samples is not None:
-                outputs += torch.stack([_energy(samples @ part.transpose(1, 2)) for part in (lost, rows)], -1)
-        return cls(squared.tolist(), weighted.tolist(), None if samples is None else outputs.tolist())
+    def of(cls, lost: torch.Tensor, energies: torch.Tensor, checksum: int, sample: Sample | None = None) -> "ErrorSums":
+        """Return them from those of each expert [2 or 3, E], squared, weighted and perhaps of outputs."""
+        pairs = torch.stack([lost, energies], -1).tolist()
+        return cls(pairs[0], pairs[1], pairs[2] if len(pairs) > 2 else None, checksum, sample)
 
     @classmethod
     def joined(cls, parts: Sequence["ErrorSums"]) -> "ErrorSums":
         """Put the experts of several parts one after the other; all or none of them have outputs."""
-        *fields, checksums = zip(*parts, strict=True)
+        if len(parts) == 1:
+            return parts[0]
+        *fields, checksums, _ = zip(*parts, strict=True)
         squared, weighted, outputs = ([pair for sums in field for pair in sums or ()] for field in fields)
         return cls(squared, weighted, outputs or None, None if None in checksums else sum(checksums) % (1 << 64))
 
-    def check(self, num_experts: int) -> None:
-        """Raise ValueError or TypeError unless these are sums of so many experts."""
-        for sums in (self.squared, self.weighted, *([] if self.outputs is None else [self.outputs])):
-            if torch.tensor(sums, dtype=torch.float64).shape != (num_experts, 2):
+    @classmethod
+    def read(cls, numbers: Sequence[Any], num_experts: int) -> "ErrorSums":
+        """Read what JSON made of the sums of so many experts, or of a sample of them; raise ValueError or TypeError."""
+        sums = cls(*numbers)
+        if sums.sample is not None:
+            sample = Sample(*sums.sample)
+            if len({expert for expert in sample.experts if 0 <= expert < num_experts}) != len(sample.chances):
+                raise ValueError(f"not a sample of {num_experts} experts")
+            num_experts, sums = len(sample.experts), sums._replace(sample=sample)
+        for pairs in (sums.squared, sums.weighted, *([] if sums.outputs is None else [sums.outputs])):
+            if torch.tensor(pairs, dtype=torch.float64).shape != (num_experts, 2):
                 raise ValueError(f"not the sums of {num_experts} experts")
-        if not isinstance(self.checksum, int | None):
+        if not isinstance(sums.checksum, int | None):
             raise ValueError("not a checksum")
+        return sums
 
 
-def _energy(matrices: torch.Tensor, column_scale: torch.Tensor | None = None) -> torch.Tensor:
-    """Return the sum of squares of each matrix in [E, R, C], columns weighted by [E, C]; float64 [E]."""
-    columns = matrices.square().sum(dim=1, dtype=torch.float64)  # [E, C]
-    return (columns if column_scale is None else columns * column_scale.double()).sum(-1)
+def row_sums(matrices: torch.Tensor, metric: torch.Tensor, samples: torch.Tensor | None) -> torch.Tensor:
+    """Return sums of each row of [E, R, C]: of squares, under the metric, and over outputs of samples [E, S, C].
+
+    The metric is a scale of columns [E, C], or the second moments of the inputs, [E, C, C] or one [1, C, C] for all.
+    The result is float64 [2 or 3, E, R].
+    """
+    step = max(1, _ROWS_AT_ONCE // (matrices.shape[0] * matrices.shape[2]))  # a whole stack would double its memory
+    return torch.cat([_of_rows(rows, metric, samples) for rows in matrices.split(step, 1)], -1)
+
+
+def _of_rows(rows: torch.Tensor, metric: torch.Tensor, samples: torch.Tensor | None) -> torch.Tensor:
+    squares = rows.square()
+    if metric.ndim == 2:
+        weighted = (squares @ metric.to(squares.dtype).unsqueeze(-1)).squeeze(-1)
+    else:
+        weighted = ((rows @ metric) * rows).sum(-1, dtype=torch.float64)
+    sums = [squares.sum(-1, dtype=torch.float64), weighted.double().clamp_min(0)]
+    if samples is not None:
+        sums.append((samples @ rows.transpose(1, 2)).square().sum(1, dtype=torch.float64))
+    return torch.stack(sums)
 
 
 Sums = Mapping[str, ErrorSums]  # type -> sums of the same experts
@@ -129,9 +154,8 @@ class ErrorJournal(Journal):
         for number, record in enumerate(records):
             try:
                 start, stop = map(int, record["experts"])
-                sums = {str(type_name): ErrorSums(*numbers) for type_name, numbers in record["sums"].items()}
-                for of_type in sums.values():
-                    of_type.check(stop - start)
+                by_type = record["sums"].items()
+                sums = {str(type_name): ErrorSums.read(numbers, stop - start) for type_name, numbers in by_type}
             except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError):
                 return number
             self._parts[str(record["name"]), start, stop] = sums

@@ -6,16 +6,20 @@ For a tensor W, its encoding Wq and its importance w_j = E[x_j^2] (per expert fo
     weighted_error    sum_j w_j (W - Wq)_j^2 / sum_j w_j W_j^2          (what the encoders minimise)
     activation_error  ||X (W - Wq)^T||_F / ||X W^T||_F                  on held-back activations X
 
-Errors are those of stored bytes: the output of the table's encoder, decoded. `analyze` and `plan` use llama.cpp's own
-encoder unless told otherwise, `export` ours, which loses less: give both the same --encoder for errors of exactly the
-bytes that ship. Written as errors.json and errors.csv.
+With second moments H of the inputs, which the dynquant encoder works with, it minimises e H e^T over rows e of W - Wq,
+and `weighted_error` is sum e H e^T / sum w H w^T: the relative squared error of the output, which an error that avoids
+the directions of the inputs keeps small; the diagonal alone would count such an error as large.
+
+Errors are those of stored bytes: the output of the table's encoder, decoded; `analyze`, `plan` and `export` have the
+same one by default. Unless `--exact` is given they are estimated from rows drawn at random, with the standard error of
+`weighted_error`; a tensor that has none was measured whole. Written as errors.json and errors.csv.
 """
 
 import csv
 import io
 from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
-from math import isfinite, sqrt
+from math import hypot, isfinite, sqrt
 from pathlib import Path
 from statistics import median
 from typing import Literal, NamedTuple
@@ -35,7 +39,7 @@ CLOSED_FORM = "closed-form"
 
 
 class ErrorRow(FrozenRecord):
-    """One tensor in one type. `per_expert_*` have one number an expert, None where an expert has no samples."""
+    """One tensor in one type. `per_expert_*` have one number an expert, None if it was not drawn or has no samples."""
 
     name: str
     role: Role
@@ -45,9 +49,10 @@ class ErrorRow(FrozenRecord):
     bytes: int
     relative_rms: float
     weighted_error: float
+    weighted_error_se: float | None = None  # standard error of `weighted_error`; None where every weight was measured
     weighted_energy: float  # denominator of `weighted_error` per token: sum_j w_j W_j^2, the output's mean squared norm
     activation_error: float | None = None
-    per_expert_weighted_error: tuple[float, ...] = ()
+    per_expert_weighted_error: tuple[float | None, ...] = ()
     per_expert_activation_error: tuple[float | None, ...] = ()
 
 
@@ -69,6 +74,8 @@ class ErrorTable(FrozenRecord):
     encoder: str
     types: tuple[str, ...]  # candidate types as they were asked for, before row-length fallbacks
     rows: tuple[ErrorRow, ...]
+    moments: str = ""  # identity of the second moments that encoder and errors took into account
+    seed: int | None = None  # of the rows that were drawn; None where every weight was measured
     checksums: dict[str, str] = Field(default_factory=dict)  # name -> `formats.checksum` of the weights, hexadecimal
     sensitivity: dict[str, float] = Field(default_factory=dict)  # name -> nats of KL per unit of `weighted_error`
     sensitivity_se: dict[str, float] = Field(default_factory=dict)  # standard errors of `sensitivity`, over windows
@@ -92,7 +99,11 @@ class ErrorTable(FrozenRecord):
         prices = self.prices.get(self.priced_by)
         if prices is not None:
             return prices[row.name][row.type].se
-        return self.sensitivity_se.get(row.name, 0.0) * row.weighted_error
+        return hypot(self.sensitivity_se.get(row.name, 0.0) * row.weighted_error, self.sampling_se(row))
+
+    def sampling_se(self, row: ErrorRow) -> float:
+        """Return the part of the closed form's standard error that comes from measuring drawn rows alone."""
+        return self._closed_form_price(row) * (row.weighted_error_se or 0.0)
 
     def total(self, rows: Iterable[ErrorRow]) -> Price:
         """Add the costs of one row of each tensor together; their errors are taken to be independent."""
@@ -116,9 +127,11 @@ class ErrorTable(FrozenRecord):
         Without any sensitivity, every tensor's relative error counts alike. A tensor that alone has none takes the
         median.
         """
-        if not self.sensitivity:
-            return row.weighted_error
-        return self.sensitivity.get(row.name, self._median_sensitivity) * row.weighted_error
+        return self._closed_form_price(row) * row.weighted_error
+
+    def _closed_form_price(self, row: ErrorRow) -> float:
+        """Return the cost of one unit of `weighted_error`."""
+        return self.sensitivity.get(row.name, self._median_sensitivity) if self.sensitivity else 1.0
 
     @cached_property
     def _median_sensitivity(self) -> float:
@@ -176,7 +189,8 @@ class ErrorTable(FrozenRecord):
         types = tuple(dict.fromkeys((*self.types, *other.types)))
         merged = tuple(sorted(rows.values(), key=lambda row: order[row.name]))
         checksums = {**self.checksums, **other.checksums}
-        return self._copy(types=types, rows=merged, checksums=checksums, prices={}, priced_by=CLOSED_FORM)
+        origin = {"seed": self.seed if other.seed is None else other.seed, "checksums": checksums}
+        return self._copy(types=types, rows=merged, **origin, prices={}, priced_by=CLOSED_FORM)
 
     def with_sensitivity(self, sensitivity: dict[str, float], errors: dict[str, float]) -> "ErrorTable":
         """Return the same rows, priced by these sensitivities, whose standard errors are `errors`."""
@@ -259,7 +273,8 @@ def _check_rows(table: ErrorTable, known_types: Collection[str]) -> None:
     for row in table.rows:
         if row.type not in known_types:
             raise ValueError(f"`{row.name}` in the unknown type {row.type!r:.40}")
-        if row.bytes < 0 or not all(isfinite(x) and x >= 0 for x in (row.weighted_error, row.relative_rms)):
+        errors = (row.weighted_error, row.relative_rms, row.weighted_error_se or 0.0)
+        if row.bytes < 0 or not all(isfinite(x) and x >= 0 for x in errors):
             raise ValueError(f"`{row.name}` in {row.type} has impossible bytes or errors")
     numbers = (*table.sensitivity.values(), *table.sensitivity_se.values())
     if not all(map(isfinite, numbers)):

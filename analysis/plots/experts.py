@@ -43,7 +43,7 @@ def expert_errors(plan: Plan, table: ErrorTable) -> tuple[dict[int, np.ndarray],
         if measured:
             values = np.array([np.nan if v is None else v for v in row.per_expert_activation_error])
         else:
-            values = np.sqrt(np.array(row.per_expert_weighted_error))
+            values = np.sqrt([np.nan if v is None else v for v in row.per_expert_weighted_error])
         others = worst.get(row.layer)
         if len(values) and (others is None or len(others) == len(values)):
             worst[row.layer] = values if others is None else np.fmax(others, values)
@@ -149,7 +149,7 @@ def _mark(axes: style.Axes, points: list[tuple[int, int]], is_small: bool) -> No
 def _legend(has_starved: bool, has_errors: bool) -> list:
     from matplotlib.patches import Patch
 
-    missing = "no tokens, or no held-back sample" if has_errors else "no tokens"
+    missing = "no tokens, no held-back sample, or not drawn" if has_errors else "no tokens"
     handles = [Patch(facecolor=style.LIGHT, edgecolor="#9ca3af", label=missing)]
     if has_starved:
         look = {"color": style.BLACK, "marker": "x", "linestyle": "none"}

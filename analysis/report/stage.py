@@ -28,7 +28,7 @@ def write_plan_report(
     plan = Plan.load(directory / file_names.PLAN_NAME)
     stats = CalibrationStats.load(directory / file_names.STATS_NAME)
     table = ErrorTable.load(directory / file_names.ERRORS_NAME)
-    super_weights = load_super_weights(directory / file_names.SUPER_NAME)
+    super_weights = load_super_weights(directory / file_names.SUPER_NAME).super_weights
     report = directory / file_names.REPORT_NAME
     with session.stage("The plan is kept; plots and report are drawn again.") as progress:
         recipes = fixed_recipes(open_model(path, base_gguf=base_gguf))

@@ -126,6 +126,7 @@ def streamed_sensitivity(
     firsts = list(accumulate((len(batch) for batch in passes.batches), initial=0))
     stages = [*range(passes.head), *range(passes.head, -1, -1)]  # up to the head, and back down
     passes.states.check_space(len(stages) // 2 + 2)
+    progress("measuring sensitivity", 0, len(stages), unit="layers")
     with _observed(passes.stream.hf_model, arch, n_layer, sums):
         for done, stage in enumerate(stages, 1):
             if done <= passes.head:

@@ -9,31 +9,33 @@ has E[g gᵀ] = F summed over the window (r = onehot(label) - p has E[r rᵀ] = 
 with Wq the decoded blocks (AURA's form). Unlike the closed form it assumes nothing about how errors spread over
 channels and tokens; unlike it, each number is a mean of few squares: its standard error is about sqrt(2 / probes) of
 itself. The price of a tensor in a type is therefore the closed-form cost times one factor for each tensor, the
-geometric mean over types of probe over closed form; the errors of types are nearly independent directions, so that the
-factor is known better than any one cost.
+geometric mean over three types, of small, middle and large size, of probe over closed form; the errors of types are
+nearly independent directions, so that the factor is known better than any one cost. Only these are encoded whole.
 
 Gradients come one decoder layer at a time: from the last to the first, each layer runs again from its kept input, gets
 the gradients of its output for all windows, and leaves those of its input; the gradients of its weights are handed on
 and forgotten. In memory at a time: 4 bytes a weight of one layer and window.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from math import exp, log
+from math import exp, hypot, log
 from statistics import fmean
 
 import torch
 from torch import Tensor, nn
 
-from dynquant.analysis.errors.table import ErrorTable, Price
+from dynquant.analysis.errors.table import ErrorRow, ErrorTable, Price
 from dynquant.checkpoints.tensor_roles import layer_of
 from dynquant.encoding.store import EncodedStore
+from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.running.layer_replay import LayerReplay
 from dynquant.running.linear_hooks import frozen_weights, sampled_log_probability
 from dynquant.running.live_weights import LiveWeights
 from dynquant.session import Progress, ignore_progress
 
+_PROBED_TYPES = 3
 Costs = dict[str, dict[str, Price]]  # tensor -> type -> its price
 
 
@@ -46,7 +48,7 @@ def fisher_probe(
     seed: int = 0,
     progress: Progress = ignore_progress,
 ) -> Costs:
-    """Measure cost and standard error of every tensor in every type of the table.
+    """Measure cost and standard error of every tensor, in three types of the table.
 
     `hf_model` is the original in float32; each of `windows` [n, window] is one probe. Tensors that have no place in the
     running model are left out.
@@ -77,7 +79,8 @@ def probe_prices(table: ErrorTable, costs: Costs) -> Costs:
     for name, rows in table.tensors().items():
         factor, error = factors.get(name, (usual, usual))
         closed = {row.type: table.closed_form_cost(row) for row in rows.values()}
-        prices[name] = {type_name: Price(kl=factor * c, se=error * c) for type_name, c in closed.items()}
+        sampling = {row.type: factor * table.sampling_se(row) for row in rows.values()}
+        prices[name] = {t: Price(kl=factor * c, se=hypot(error * c, sampling[t])) for t, c in closed.items()}
     return prices
 
 
@@ -94,15 +97,22 @@ def _factor(table: ErrorTable, name: str, costs: dict[str, Price]) -> tuple[floa
 
 
 def _costs_of(name: str, gradients: Tensor, store: EncodedStore, table: ErrorTable, tokens: int) -> dict[str, Price]:
-    """Price a tensor in every type by its gradients [probes, weights]."""
+    """Price a tensor in some of its types by its gradients [probes, weights]."""
     original = store.model.source.load(name).flatten()
     costs = {}
-    for type_name in table.tensors()[name]:
+    for type_name in _probed_types(table.tensors()[name].values()):
         difference = original - store.decoded(name, type_name).flatten()
         squares = 0.5 * (gradients @ difference).double().square() / tokens  # [probes]
         error = float(squares.std()) / len(squares) ** 0.5 if len(squares) > 1 else 0.0
         costs[type_name] = Price(kl=float(squares.mean()), se=error)
     return costs
+
+
+def _probed_types(rows: Iterable[ErrorRow]) -> list[str]:
+    """Return types spread over the sizes of those that lose anything, `_PROBED_TYPES` of them."""
+    by_size = sorted((row for row in rows if not QUANT_TYPES[row.type].is_float), key=lambda row: row.bytes)
+    places = ((2 * number + 1) * len(by_size) // (2 * _PROBED_TYPES) for number in range(_PROBED_TYPES))
+    return list(dict.fromkeys(by_size[place].type for place in places if by_size))
 
 
 @dataclass
@@ -120,6 +130,7 @@ class _StreamedBackward:
     def run(self, loss: Callable[[Tensor], Tensor], progress: Progress) -> None:
         """Run it; `loss` maps logits [tokens, vocabulary] of a window to a scalar."""
         total = self.replay.num_layers + 1  # the embedding counts as a layer
+        progress("Fisher probe", 0, total, unit="layers")
         with frozen_weights(self.hf_model):
             for _ in self.replay.keep():  # the inputs of all layers
                 pass

@@ -104,6 +104,7 @@ def measure_steps(
     plain, _ = text.score()
     moves = [(group, direction, changes) for group, by in _steps(table, types).items() for direction, changes in by]
     steps = []
+    progress("measuring unit KL", 0, len(moves), unit="steps")
     for index, (group, direction, changes) in enumerate(moves):
         moved = text.divergences_with({name: to for name, (_, to) in changes.items()})
         change, error = _paired(moved.numpy() - plain.numpy(), text.lengths)

@@ -57,9 +57,11 @@ class SecondMoments:
     def layer_mean(self, key: str) -> torch.Tensor:
         """Weighted mean over all experts of an input, float32 [C, C]; of the last input that was asked for it is kept,
         because the experts of a layer are asked for in turns and a sum over all of them reads all of them."""
-        if key not in self._layer_mean:
-            self._layer_mean = {key: self.sums[key].sum(0) / self.weights[key].sum().clamp_min(1)}
-        return self._layer_mean[key]
+        mean = self._layer_mean.get(key)  # another thread may put another one in its place
+        if mean is None:
+            mean = self.sums[key].sum(0) / self.weights[key].sum().clamp_min(1)
+            self._layer_mean = {key: mean}
+        return mean
 
     @property
     def identity(self) -> str:
@@ -175,7 +177,11 @@ def load_beside(stats_path: Path, stats: CalibrationStats) -> SecondMoments | No
 
 
 def hessian(
-    moments: SecondMoments, stats: CalibrationStats, weight: str, shape: tuple[int, ...], experts: slice = slice(None)
+    moments: SecondMoments,
+    stats: CalibrationStats,
+    weight: str,
+    shape: tuple[int, ...],
+    experts: slice | list[int] = slice(None),
 ) -> torch.Tensor | None:
     """E[x xᵀ] of a weight's input, positive definite, float32 [E, C, C]: one matrix, or one for each of `experts`.
 

@@ -156,8 +156,10 @@ class _Run:
         if done:
             self._collector.know_aliases(done[-1]["aliases"])
         self._passes.states.check_space((len(forward) if self._with_gradients else 2) + 2 * self._with_gradients)
+        num_kept = len(done)
+        progress("calibrate", num_kept, len(order), unit="layers")
         for number, (direction, stage) in enumerate(order):
-            if number >= len(done):
+            if number >= num_kept:
                 if direction == "forward":
                     with self._collector.attached():
                         self._passes.forward(stage, self._before_batch)
@@ -169,7 +171,7 @@ class _Run:
                         self._passes.backward(stage, loss, self._before_batch, num_batches=self._summed.num_batches)
                     self._passes.gradients.settle(stage)
                 self._keep(direction, stage)
-            progress("calibrate", number + 1, len(order), unit="layers")
+                progress("calibrate", number + 1, len(order), unit="layers")
 
     def join(self, output: Path, hessians: Hessians, first_stage: int) -> Calibration:
         """Write the statistics and second moments of all stages."""

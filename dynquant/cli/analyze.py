@@ -10,7 +10,7 @@ from dynquant.options import Only
 from dynquant.session import Session
 
 
-def analyze(options: AnalyzeOptions, session: Annotated[Session, Only(("threads",))]) -> None:
+def analyze(options: AnalyzeOptions, session: Annotated[Session, Only(("seed", "device", "threads"))]) -> None:
     """Measure what every candidate type does to every tensor: bytes, weight error, activation error.
 
     Example: dynquant analyze ./model --stats stats.safetensors --types iq1_s,iq2_xxs,q4_k

@@ -224,7 +224,14 @@ def _measure_plan(name: str, target: Target, options: CompareOptions, results: _
     folder, search = options.output / "plan", SearchOptions(select=options.select and target.preset is None)
     calibration = replace(options.calibration, hessians="activations" if options.encoder == "dynquant" else "none")
     plan = make_plan(
-        PlanOptions(model=options.model, output=folder, target=target, calibration=calibration, search=search),
+        PlanOptions(
+            model=options.model,
+            output=folder,
+            target=target,
+            calibration=calibration,
+            encoder=options.encoder,
+            search=search,
+        ),
         results.session,
     )
     file = options.output / f"{name.replace(' ', '-')}.gguf"

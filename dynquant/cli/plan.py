@@ -48,7 +48,7 @@ def plan(
         if options.model is not None:
             raise PlanError("--config-only DIR goes without a MODEL.")
         why = "--config-only runs and writes nothing."
-        options.refuse_unused(why, "stats", "encoder", "base_gguf")
+        options.refuse_unused(why, "stats", "encoder", "exact", "base_gguf")
         options.search.refuse_unused(why)
         options.calibration.refuse_unused(why, *(("text", "data", "strict", "spill", "ray") if machine else ()))
         sized = stage.plan_from_config(config_only, options.target, session)

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from threading import Lock
+from typing import NamedTuple
 
 import torch
 
@@ -130,6 +131,36 @@ class PartLimits:
         ]
 
 
+class SummedRows(NamedTuple):
+    """Checksum of the rows of a tensor from `first` to before `last`, counted over all experts."""
+
+    first: int
+    last: int
+    checksum: int
+
+    @classmethod
+    def of(
+        cls, shape: tuple[int, ...], experts: range, weights: torch.Tensor, rows: range | None = None
+    ) -> "SummedRows":
+        """Sum a part, which has all rows of several experts, or rows of one."""
+        _, num_rows, columns = _stacked(shape)
+        first = experts.start * num_rows + (0 if rows is None else rows.start)
+        return cls(first, first + weights.numel() // max(1, columns), checksum(weights, first))
+
+
+class WeightSums:
+    """Sums the weights of a part in a process that has nothing to compare them with."""
+
+    def __init__(self) -> None:
+        self.rows: SummedRows | None = None
+
+    def add(
+        self, name: str, shape: tuple[int, ...], experts: range, weights: torch.Tensor, rows: range | None = None
+    ) -> None:
+        """Sum the weights that are read."""
+        self.rows = SummedRows.of(shape, experts, weights, rows)
+
+
 class WeightChecks:
     """Compares weights, as they are read part by part, with those that a plan was made from (`Plan.checksums`).
 
@@ -139,23 +170,24 @@ class WeightChecks:
     def __init__(self, expected: Mapping[str, str], model_name: str) -> None:
         self._expected, self._model_name = expected, model_name
         self._lock = Lock()
+        self.is_needed = bool(expected)
         self._read: dict[str, tuple[list[tuple[int, int]], int]] = {}  # name -> spans of rows, and their checksum
 
     def add(
         self, name: str, shape: tuple[int, ...], experts: range, weights: torch.Tensor, rows: range | None = None
     ) -> None:
-        """Take down weights of some experts, or of some rows.
+        """Take down weights of some experts, or of some rows; errors are those of `take`."""
+        if name in self._expected:
+            self.take(name, shape, SummedRows.of(shape, experts, weights, rows))
+
+    def take(self, name: str, shape: tuple[int, ...], rows: SummedRows) -> None:
+        """Take down rows that were summed here or in another process.
 
         Raises:
             ExportError: with these the tensor is complete, and its weights are others.
         """
-        if name not in self._expected:
-            return
-        num_experts, num_rows, columns = _stacked(shape)
-        # Rows are counted over all experts; a part has all rows of several experts, or rows of one.
-        first = experts.start * num_rows + (0 if rows is None else rows.start)
-        last = first + weights.numel() // max(1, columns)
-        added = checksum(weights, first)
+        first, last, added = rows
+        num_experts, num_rows, _ = _stacked(shape)
         with self._lock:
             spans, total = self._read.get(name, ([], 0))
             if any(start < last and first < stop for start, stop in spans):

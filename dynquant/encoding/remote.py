@@ -23,7 +23,7 @@ from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.model import Model
 from dynquant.encoding import stream
 from dynquant.encoding.interface import Encoder, ProtectedWeight
-from dynquant.encoding.parts import TensorPart
+from dynquant.encoding.parts import SummedRows, TensorPart, WeightChecks, WeightSums
 from dynquant.errors import ClusterError, DynquantError
 from dynquant.running.cluster import RayPool, StoredModel, TaskNeeds
 
@@ -62,10 +62,17 @@ class RemoteEncoding:
     needs: TaskNeeds
     files: StoredFiles
     shipped: stream.TensorEncoder | None = None
+    checks: WeightChecks | None = None
+    """Compare the weights that workers read; those that are shipped were compared when this process read them."""
 
     def __call__(self, parts: Iterable[TensorPart]) -> Iterator[tuple[TensorPart, torch.Tensor]]:
         if self.shipped is None:
-            results = self.pool.run(partial(_encode_from_storage, self.choice, self.files), parts, self.needs)
+            sums = self.checks is not None and self.checks.is_needed
+            encode = partial(_encode_from_storage, self.choice, self.files, sums)
+            for part, (blocks, rows) in self.pool.run(encode, parts, self.needs):
+                if self.checks is not None and rows is not None:
+                    self.checks.take(part.name, part.shape, rows)
+                yield part, _tensor(blocks)
         else:
             unstored = []
             for part in parts:
@@ -74,15 +81,22 @@ class RemoteEncoding:
                 else:
                     unstored.append(part)
             encode, load = partial(_encode_shipped, self.choice), self.shipped.arguments
-            results = self.pool.run(encode, unstored, self.needs, load=load)
-        for part, blocks in results:
-            yield part, torch.from_numpy(np.array(blocks))  # Ray's array is a read-only view of its store
+            for part, blocks in self.pool.run(encode, unstored, self.needs, load=load):
+                yield part, _tensor(blocks)
 
 
-def _encode_from_storage(choice: EncoderChoice, files: StoredFiles, part: TensorPart) -> np.ndarray:
+def _tensor(blocks: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.array(blocks))  # Ray's array is a read-only view of its store
+
+
+def _encode_from_storage(
+    choice: EncoderChoice, files: StoredFiles, sums: bool, part: TensorPart
+) -> tuple[np.ndarray, SummedRows | None]:
+    """Return the blocks of a part and, with `sums`, the checksum of the weights that they were made from."""
     model, stats, moments = open_stored(files)
-    guidance = stream.guidance_of(stats, moments, dict(files.protected))
-    return stream.TensorEncoder(model, guidance, worker_encoder(choice), choice.threads).part(part).numpy()
+    guidance, seen = stream.guidance_of(stats, moments, dict(files.protected)), WeightSums() if sums else None
+    encoder = stream.TensorEncoder(model, guidance, worker_encoder(choice), choice.threads, seen)
+    return encoder.part(part).numpy(), seen and seen.rows
 
 
 def _encode_shipped(choice: EncoderChoice, arguments: Mapping[str, Any]) -> np.ndarray:

@@ -44,7 +44,7 @@ class EncodedStore:
     def packed(self, name: str, type_name: str) -> torch.Tensor:
         """Blocks of a tensor, uint8 [..., rows, row_bytes], from disk where they were encoded before.
 
-        Only what is used of them is read: the error table asks for a few experts at a time.
+        Only what is used of them is read.
 
         Raises:
             EncodeError: NaN or Inf weights, or a type that needs statistics the tensor has none of.

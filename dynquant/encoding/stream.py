@@ -19,7 +19,15 @@ from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
 from dynquant.encoding.interface import Encoder, ProtectedWeight
-from dynquant.encoding.parts import PartLimits, TensorPart, WeightChecks, as_slice, load_packed_part, load_part
+from dynquant.encoding.parts import (
+    PartLimits,
+    TensorPart,
+    WeightChecks,
+    WeightSums,
+    as_slice,
+    load_packed_part,
+    load_part,
+)
 from dynquant.errors import EncodeError, PlanError
 from dynquant.formats.quant_types import QuantType
 from dynquant.recipes.plan import Plan
@@ -105,7 +113,7 @@ class TensorEncoder:
     guidance: Guidance
     encoder: Encoder
     threads: int | None = None
-    checks: WeightChecks | None = None
+    checks: WeightChecks | WeightSums | None = None
     """Are told of all weights that are read."""
     limits: PartLimits = field(default_factory=PartLimits)
     _turn: Lock = field(default_factory=Lock, repr=False, compare=False)
@@ -147,7 +155,7 @@ class TensorEncoder:
             EncodeError: NaN or Inf weights, or a type without the statistics that it needs; the tensor is named.
         """
         check_plan(self.model, plan)
-        check_importance(plan, self.guidance.importance, skip=skip)
+        check_importance(self.model, plan, self.guidance.importance, skip=skip)
         parts = parts or self.parts(plan)
         every = [part for name in self.model.source.names() for part in parts[name]]
         missing = [part for part in every if part.key not in skip and part.name not in skip]
@@ -191,19 +199,21 @@ class TensorEncoder:
                     arguments[name] = arguments[name].pin_memory()  # the GPU takes it in a tenth of the time
             with self._turn:
                 return self.encoder.encode(**arguments, progress=on_weights)
+        if self.checks is not None:
+            self.checks.add(part.name, part.shape, part.experts, load_part(self.model.source, part), part.rows)
         on_weights(part.num_weights)
         assert isinstance(self.model.source, GGUFSource)
         return load_packed_part(self.model.source, part)
 
     def tensor(self, name: str, stored: QuantType) -> torch.Tensor:
-        """Return one tensor's blocks, uint8 [..., rows, row_bytes], encoded part by part.
+        """Return one tensor's blocks, uint8 [..., rows, row_bytes], encoded part by part, or as the source has them.
 
         Raises:
             EncodeError: NaN or Inf weights, or a type that needs statistics the tensor has none of.
         """
         shape = tuple(self.model.source.info(name).shape)
         parts = self._parts_of(name, shape, stored, PartLimits())
-        encoded = (self.encoder.encode(**self.arguments(part), threads=self.threads) for part in parts)
+        encoded = map(self.part, parts)
         if len(parts) == 1:
             return next(encoded)
         packed = torch.empty(stored.tensor_bytes(shape), dtype=torch.uint8)
@@ -212,10 +222,8 @@ class TensorEncoder:
         return packed.view(*shape[:-1], -1)
 
     def is_stored(self, part: TensorPart) -> bool:
-        """Return whether the source holds the wanted blocks; floats go through the encoder, which checks for NaN."""
-        source = self.model.source
-        is_packed = isinstance(source, GGUFSource) and not part.quant_type.is_float
-        return is_packed and source.info(part.name).dtype == part.quant_type.name
+        """Return whether the source holds the wanted blocks."""
+        return holds_blocks(self.model, part.name, part.quant_type)
 
     def arguments(self, part: TensorPart) -> dict[str, Any]:
         """Read what `Encoder.encode` needs for a part; beside the encoder it decides the blocks."""
@@ -258,6 +266,13 @@ class TensorEncoder:
         return self.guidance.hessian is not None and self.encoder.uses_hessians and not stored.is_float
 
 
+def holds_blocks(model: Model, name: str, wanted: QuantType) -> bool:
+    """Return whether a tensor is stored in a wanted quant type, whose blocks are then copied and lose nothing. Floats
+    go through the encoder, which checks for NaN."""
+    source = model.source
+    return isinstance(source, GGUFSource) and not wanted.is_float and source.info(name).dtype == wanted.name
+
+
 def check_plan(model: Model, plan: Plan) -> None:
     """Refuse a plan that is not exactly of this model.
 
@@ -274,7 +289,9 @@ def check_plan(model: Model, plan: Plan) -> None:
             )
 
 
-def check_importance(plan: Plan, importance: ImportanceLookup | None, *, skip: Collection[str] = ()) -> None:
+def check_importance(
+    model: Model, plan: Plan, importance: ImportanceLookup | None, *, skip: Collection[str] = ()
+) -> None:
     """Refuse, before hours of encoding, types that ggml cannot encode without an importance matrix.
 
     Raises:
@@ -282,6 +299,8 @@ def check_importance(plan: Plan, importance: ImportanceLookup | None, *, skip: C
     """
     for entry in plan.entries:
         if not entry.quant_type.needs_imatrix or entry.name in skip:
+            continue
+        if holds_blocks(model, entry.name, entry.quant_type):
             continue
         if importance is None or importance(entry.name, entry.shape) is None:
             raise EncodeError(

@@ -14,6 +14,7 @@ Every KL that is shown is this estimate. What trains goes by `kl_lower_bound`, w
 """
 
 from dataclasses import dataclass, fields
+from math import isqrt
 
 import numpy as np
 import torch
@@ -25,7 +26,6 @@ NUM_TOP = 256
 NUM_TAIL = 128
 _CPU_CHUNK_ELEMENTS = 2**20  # a thread: a few MB of float32, most of which stay in its cache
 _GPU_CHUNK_ELEMENTS = 2**26  # enough rows to fill a GPU; at most six copies of 256 MB at a time
-_BLOCK_COLUMNS = 64
 _NO_MASS = 1e-12
 
 
@@ -127,16 +127,17 @@ def _drawn(masses: Tensor, offsets: Tensor, num_draws: int) -> Tensor:
     """Return columns [T, draws] of masses [T, vocabulary], at equal steps through their sum from `offsets` [T] on.
 
     Sums are float64, first over blocks of columns and then within those that are hit: cumulative sums over the whole
-    vocabulary would take ten times the memory and time.
+    of a large vocabulary would take ten times the memory and time.
     """
-    blocks = nn.functional.pad(masses, (0, -masses.shape[1] % _BLOCK_COLUMNS)).unflatten(1, (-1, _BLOCK_COLUMNS))
+    width = max(1, isqrt(masses.shape[1] // num_draws))  # the fewest cumulative sums of both kinds together
+    blocks = nn.functional.pad(masses, (0, -masses.shape[1] % width)).unflatten(1, (-1, width))
     sums = blocks.sum(-1, dtype=torch.float64)
     cumulative = sums.cumsum(-1)
     points = (offsets[:, None] + torch.arange(num_draws, device=masses.device)) / num_draws * cumulative[:, -1:]
     block = _first_above(cumulative, points)
-    within = blocks.gather(1, block[..., None].expand(-1, -1, _BLOCK_COLUMNS)).cumsum(-1, dtype=torch.float64)
+    within = blocks.gather(1, block[..., None].expand(-1, -1, width)).cumsum(-1, dtype=torch.float64)
     rest = points - cumulative.gather(1, block) + sums.gather(1, block)
-    return block * _BLOCK_COLUMNS + _first_above(within, rest[..., None])[..., 0]
+    return block * width + _first_above(within, rest[..., None])[..., 0]
 
 
 def _first_above(cumulative: Tensor, points: Tensor) -> Tensor:

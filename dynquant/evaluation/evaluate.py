@@ -159,7 +159,7 @@ def _encoded_questions(
             f"{Path(data).name} needs a file of example questions for {options.num_shots}-shot prompts; give --shots, "
             "or ask for 0 shots."
         )
-    questions = take_evenly(load_questions(data), options.limit)
+    questions = take_evenly(load_questions(data), options.limit or None)
     shots = load_questions(options.shots or data, split="dev") if options.num_shots else []
     limits = {"num_shots": options.num_shots, "context_length": context_length}
     scorings = dict.fromkeys(options.scoring)
@@ -305,7 +305,7 @@ def _evaluate_on_pictures(options: EvalOptions, data: Path, session: Session) ->
     file = read_samples(data)
     processor = load_processor(model.hf_directory)
     encoder = SampleEncoder(processor, image_token_of(model.hf_directory), strict=options.strict)
-    batches, asked = _encoded_samples(encoder, file.samples[: options.questions.limit], "vqa" in tasks)
+    batches, asked = _encoded_samples(encoder, file.samples[: options.questions.limit or None], "vqa" in tasks)
     inputs = ModelInputs(batches, name=file.name, sha256=file.sha256, skipped=tuple(encoder.skipped))
     if is_gguf(candidate := Path(options.candidate)) or (candidate / "config.json").is_file():
         for note in runners.tokenizer_notes(model.hf_directory, candidate):

@@ -19,6 +19,7 @@ from dynquant.evaluation.distributions import log_probs_at
 from dynquant.evaluation.runners import LogitRunner
 from dynquant.inputs.branches import Branches
 from dynquant.inputs.questions import Question
+from dynquant.inputs.text import TextEncoder
 
 Scoring = Literal["letter", "cloze"]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -87,7 +88,7 @@ def encode_questions(
     questions: Sequence[Question],
     shots: Sequence[Question],
     scoring: Scoring,
-    encode: Callable[[str], list[int]],
+    encode: TextEncoder,
     *,
     num_shots: int,
     context_length: int,
@@ -113,14 +114,12 @@ def encode_questions(
 
 
 def _encode_question(
-    question: Question, shots: list[Question], scoring: Scoring, encode: Callable[[str], list[int]], context_length: int
+    question: Question, shots: list[Question], scoring: Scoring, encode: TextEncoder, context_length: int
 ) -> EncodedQuestion:
     for dropped in range(len(shots) + 1):
         text = render_prompt(question, shots[dropped:], scoring)
         prompt = encode(text)
-        # The prompt is encoded together with each answer and split at its own length, as the harness does: a
-        # tokenizer may merge characters across the seam.
-        answers = [tuple(encode(f"{text} {answer}")[len(prompt) :]) for answer in answer_texts(question, scoring)]
+        answers = _encode_answers(text, prompt, answer_texts(question, scoring), encode)
         if not all(answers):
             raise EvaluationError(f"An answer to {question.question[:60]!r} has no tokens of its own after the prompt.")
         if len(prompt) + max(map(len, answers)) - 1 <= context_length:
@@ -129,6 +128,20 @@ def _encode_question(
         f"The question {question.question[:60]!r} ({question.subject}) takes {len(prompt)} tokens without any shot, "
         f"more than the context of {context_length}. Leave it out of the question file."
     )
+
+
+def _encode_answers(text: str, prompt: list[int], answers: list[str], encode: TextEncoder) -> list[tuple[int, ...]]:
+    """Return what an answer adds to the ids of a prompt.
+
+    The two are encoded together and split at the prompt's length, as the harness does: a tokenizer may merge characters
+    across the seam. Where the prompt's last lines have the same ids by themselves, they stand for all of it, which is
+    four fifths of the work with five shots.
+    """
+    start = text.rfind("\n", 0, text.rfind("\n"))
+    end = encode(text[start:], add_special=False) if start > 0 else []
+    if end and prompt[-len(end) :] == end:
+        return [tuple(encode(f"{text[start:]} {answer}", add_special=False)[len(end) :]) for answer in answers]
+    return [tuple(encode(f"{text} {answer}")[len(prompt) :]) for answer in answers]
 
 
 def tokens_in_memory(encoded: Sequence[EncodedQuestion]) -> int:

@@ -24,7 +24,7 @@ class QuestionOptions(Options):
     ] = None
     shots: Annotated[str | None, Flag("Few-shot questions, in the same forms.")] = None
     num_shots: Annotated[int, Flag("Shots before each question.", min=0)] = 5
-    limit: Annotated[int | None, Flag("At most this many questions, spread evenly.", min=1)] = None
+    limit: Annotated[int | None, Flag("At most this many questions, spread evenly; 0 for all.", min=0)] = None
     scoring: Annotated[tuple[str, ...], Flag("letter, cloze or both.")] = ("letter", "cloze")
 
     def check_text(self) -> None:

@@ -182,12 +182,12 @@ def build_teacher_windows(
     done = 0
     for shard, key in zip(shards, keys, strict=True):
         path = entry_path(directory, key)
-        if not path.is_file():
+        if not (is_there := path.is_file()):
             with locked(path):
                 runner = runner or open_reference()  # not loaded where all is there
                 save_cached(directory, key, _shard_tensors(runner, shard, num_columns, num_tail))
         done += len(shard)
-        progress(stage, done, len(windows), unit="windows")
+        progress(stage, done, len(windows), unit="windows", resumed=is_there)
     if runner is not None:
         runner.close()
     return TeacherWindows(windows, [entry_path(directory, key) for key in keys])

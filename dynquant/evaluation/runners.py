@@ -37,6 +37,7 @@ from dynquant.families.tokenizers.tokenizer import num_named_tokens
 from dynquant.inputs.branches import Branches, groups_within, tree_batch
 from dynquant.inputs.model_inputs import Batch
 from dynquant.inputs.text import TextEncoder, varied_strings
+from dynquant.packed.float32_products import use_tensor_cores
 from dynquant.packed.layers import choose_layout
 from dynquant.packed.load_gguf import load as load_packed
 from dynquant.packed.rounding import round_activations
@@ -135,6 +136,7 @@ def open_runner(
         torch.set_num_threads(threads)
     loaded = load_model(path).eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     choose_layout(loaded)
+    use_tensor_cores(loaded)
     if rounded:
         round_activations(loaded)
     if adapter is not None:

@@ -13,6 +13,7 @@ from dynquant.storage.documents import FrozenRecord
 
 BLOCK_TOKENS = 64
 NUM_RESAMPLES = 2000
+_PICKS_AT_ONCE = 1 << 22  # a long text has more blocks than memory for all resamples
 _Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 
@@ -42,8 +43,13 @@ def bootstrap_mean(values: np.ndarray, window_lengths: list[int]) -> Estimate:
 
 def bootstrap_ratio(sums: np.ndarray, base_sums: np.ndarray) -> Estimate:
     """Ratio of two models' means on the same blocks, with a 95 % interval from blocks drawn for both together."""
-    picks = np.random.default_rng(0).integers(0, len(sums), size=(NUM_RESAMPLES, len(sums)))  # blocks, with replacement
-    low, high = np.quantile(sums[picks].sum(axis=1) / base_sums[picks].sum(axis=1), [0.025, 0.975])
+    generator, ratios = np.random.default_rng(0), []
+    at_once = max(1, _PICKS_AT_ONCE // len(sums))
+    for start in range(0, NUM_RESAMPLES, at_once):
+        shape = min(at_once, NUM_RESAMPLES - start), len(sums)
+        picks = generator.integers(0, len(sums), size=shape)  # blocks, with replacement
+        ratios.append(sums[picks].sum(axis=1) / base_sums[picks].sum(axis=1))
+    low, high = np.quantile(np.concatenate(ratios), [0.025, 0.975])
     return Estimate(value=float(sums.sum() / base_sums.sum()), low=float(low), high=float(high))
 
 

@@ -1,6 +1,6 @@
 """PEFT's LoRA layers for packed weights: y = W x + (alpha / rank) B A x, with W left as the bytes that it is.
 
-Linear layers are PEFT's own `lora.Linear`. Routed experts have one A and one B for each expert, stored as PEFT's
+Linear layers are PEFT's own `Linear`. Routed experts have one A and one B for each expert, stored as PEFT's
 `ParamWrapper` stores them for a fused parameter [E, N, C] of transformers: `lora_A` [r E, C] with the rows of an expert
 together, `lora_B` [N, r E] with the columns of an expert E apart. PEFT adds B A to the whole weight in every forward
 pass; here the two products run on the slots that the router chose, so no weight is ever made. What needs the weight as

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from dynquant.calibration.options import CalibrationOptions
 from dynquant.errors import PlanError
-from dynquant.options import MODEL_HELP, BaseGguf, Flag, MeasuringEncoder, Options, Writes
+from dynquant.options import MODEL_HELP, BaseGguf, Exact, Flag, MeasuringEncoder, Options, Writes
 from dynquant.planning.target import Target
 from dynquant.storage.file_names import files_of_plan
 
@@ -110,6 +110,7 @@ class PlanOptions(Options):
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     stats: Annotated[Path | None, Flag("Use these statistics instead of calibrating.")] = None
     encoder: MeasuringEncoder = "ggml"
+    exact: Exact = False
     base_gguf: BaseGguf = None
     search: SearchOptions = field(default_factory=SearchOptions)
 
@@ -118,4 +119,4 @@ class PlanOptions(Options):
         if self.target.has_types:
             self.search.refuse_unused("--preset, --like and --recipe leave nothing to choose.")
         if self.target.serves is not None:
-            self.refuse_unused("schemes of vLLM have an encoder of their own.", "encoder")
+            self.refuse_unused("schemes of vLLM have an encoder of their own.", "encoder", "exact")

@@ -49,7 +49,8 @@ _KEEPS = "Errors and encoded tensors are kept; what the search measured is lost.
 
 def encoded_store(model: Model, stats: StatsFile, directory: Path, encoder_name: str, session: Session) -> EncodedStore:
     """Return the blocks of this model beside the plan, encoded as `export` will."""
-    return open_store(model, stats, load_encoder(encoder_name), directory / ENCODED_NAME, session.threads)
+    encoder = load_encoder(encoder_name, chosen_device(session.device))
+    return open_store(model, stats, encoder, directory / ENCODED_NAME, session.threads)
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ class _Scorer:
 
     def scored(self, candidates: Sequence[Candidate], stage: str) -> list[Candidate]:
         scored, left_out = [], {name for name, form in QUANT_TYPES.items() if self.keeps_floats and form.is_float}
+        self.progress(stage, 0, len(candidates), unit="plans")
         for candidate in candidates:
             self.inputs.rendered.install({name: form for name, form in candidate.types.items() if form not in left_out})
             divergences, agreements = self.inputs.score()

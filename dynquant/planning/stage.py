@@ -1,6 +1,5 @@
 """Planning: chooses a type for every tensor of a model. Statistics, error table and probe are files that it reuses."""
 
-import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -32,14 +31,14 @@ from dynquant.planning.target import Target
 from dynquant.planning.vision_modules import ModuleChoice, held_to, module_choices
 from dynquant.recipes.build_plan import plan_for_vllm, plan_from_types, uniform_schemes
 from dynquant.recipes.command_line import recipe_types
-from dynquant.recipes.folder import SuperWeight, load_super_weights
+from dynquant.recipes.folder import SuperWeight, SuperWeights, load_super_weights
 from dynquant.recipes.plan import Plan
 from dynquant.recipes.presets import R1_RECIPES, preset_types
 from dynquant.recipes.type_lists import like_types
 from dynquant.resources import chosen_device, human_bytes
 from dynquant.session import SILENT, Session
 from dynquant.storage import file_names
-from dynquant.storage.atomic import file_hash, write_atomically
+from dynquant.storage.atomic import file_hash
 
 
 def make_plan(options: PlanOptions, session: Session = SILENT) -> Plan:
@@ -66,8 +65,8 @@ def _plan_types(options: PlanOptions, session: Session) -> Plan:
         _check_runs_whole(model, options, session)
     store = encoded_store(model, stats, directory, options.encoder, session) if search is not None else None
     ray = options.calibration.ray if store is None else None  # a store of encoded blocks is filled on this machine
-    measured = TableOptions(types=types, encoder=options.encoder, base_gguf=options.base_gguf, ray=ray)
-    table = error_table(model, stats, path, measured, session, store)
+    how = {"encoder": options.encoder, "exact": options.exact, "base_gguf": options.base_gguf}
+    table = error_table(model, stats, path, TableOptions(types=types, ray=ray, **how), session)
     supers, table = _probe(model, table, options, session)
     write_token_errors(model, options.stats or stats.path, directory, types, options.encoder, session)
     chooser = Chooser(model, target, stats, table, rules_of(supers, stats.stats), session)
@@ -296,11 +295,13 @@ def _probe(
     the plan then counts every tensor's relative error alike, and says so. Plans for vLLM have no floors, and so no use
     for super weights.
     """
-    path, stats_path = (options.output / name for name in (file_names.SUPER_NAME, file_names.STATS_NAME))
-    for_vllm = options.target.serves is not None
-    is_fresh = for_vllm or (path.is_file() and path.stat().st_mtime >= stats_path.stat().st_mtime)
-    if is_fresh and table.sensitivity:
-        return [] if for_vllm else load_super_weights(path), table
+    path, for_vllm = options.output / file_names.SUPER_NAME, options.target.serves is not None
+    if table.sensitivity:
+        if for_vllm:
+            return [], table
+        kept = load_super_weights(path)
+        if kept.stats_hash == table.stats_hash:
+            return list(kept.super_weights), table
     try:
         finds = {"finds_super_weights": not for_vllm}
         supers, *sensitivities = run_probe(model, options.calibration, options.output, session, **finds)
@@ -310,6 +311,5 @@ def _probe(
     table = table.with_sensitivity(*sensitivities)
     table.save(options.output / (file_names.SCHEME_ERRORS_NAME if for_vllm else file_names.ERRORS_NAME))
     if not for_vllm:
-        content = json.dumps([weight.model_dump() for weight in supers], indent=1)
-        write_atomically(path, content + "\n")
+        SuperWeights(stats_hash=table.stats_hash, super_weights=tuple(supers)).save(path)
     return supers, table

@@ -1,6 +1,9 @@
 """The folder that `plan` leaves behind: what other steps read from it. Its names are in `storage.file_names`."""
 
 from pathlib import Path
+from typing import Any
+
+from pydantic import model_validator
 
 from dynquant.calibration.stage import StatsFile
 from dynquant.errors import StatsError
@@ -25,11 +28,24 @@ class SuperWeight(FrozenRecord):
     effect: float  # mean change of a token's log-probability, in nats, when the weight is zeroed
 
 
-def load_super_weights(path: Path) -> list[SuperWeight]:
+class SuperWeights(FrozenRecord):
+    """Content of super_weights.json."""
+
+    stats_hash: str = ""  # SHA-256 of the statistics beside which they were looked for; files before had none
+    super_weights: tuple[SuperWeight, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_older(cls, document: Any) -> Any:
+        """Older files hold the list alone."""
+        return {"super_weights": document} if isinstance(document, list) else document
+
+
+def load_super_weights(path: Path) -> SuperWeights:
     """Read super_weights.json; an absent file means that none were looked for."""
     if not path.is_file():
-        return []
-    return read_document(path, list[SuperWeight], "a list of super weights", "Delete it and plan again.")
+        return SuperWeights()
+    return read_document(path, SuperWeights, "a list of super weights", "Delete it and plan again.")
 
 
 def stats_of_plan(stats_hash: str | None, path: Path) -> StatsFile | None:

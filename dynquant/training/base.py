@@ -8,11 +8,11 @@ import torch
 
 from dynquant.errors import CheckpointError, TrainingError
 from dynquant.evaluation.runners import TRANSFORMERS, describe_model, load_model
+from dynquant.families.common.config import quantization_of
 from dynquant.families.open import is_gguf
 from dynquant.packed.layers import PackedModule, choose_layout
 from dynquant.registration import QUANT_METHOD
 from dynquant.running.load import load_tokenizer
-from dynquant.storage.strict_json import parse_json
 from dynquant.training.options import TrainOptions
 
 if TYPE_CHECKING:
@@ -66,15 +66,9 @@ def check_packed(path: Path) -> None:
 
     Raises:
         TrainingError: a directory that is no export of packed weights.
+        CheckpointError: its config.json is missing or damaged.
     """
-    if is_gguf(path):
-        return
-    try:
-        config = parse_json((path / "config.json").read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}/config.json cannot be read: {error}.") from error
-    quantization = config.get("quantization_config") if isinstance(config, dict) else None
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
+    if not is_gguf(path) and quantization_of(path).get("quant_method") != QUANT_METHOD:
         raise _not_packed(path)
 
 

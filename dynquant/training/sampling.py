@@ -47,14 +47,15 @@ def sampled_windows(
     batches = []
     for number, batch in enumerate(starts.split(_BATCH)):
         key = cache_key(original, batch.flatten().tolist(), number=number, **options)
-        if not entry_path(directory, key).is_file():
+        if not (is_there := entry_path(directory, key).is_file()):
             model = model or load_model(original, dtype).to(device).eval()
             parts = batch.split(_BATCH if model.num_parameters() < LARGE else _BATCH_OF_LARGE)
             draws = torch.Generator(device).manual_seed(seed + number)  # a restart draws the same
             windows = torch.cat([_continue(model, part.to(device), length, columns, draws) for part in parts])
             save_cached(directory, key, {"windows": windows.int().cpu()})
         batches.append(load_cached(directory, key)["windows"].long())
-        progress("original, writing", sum(map(len, batches)), count, unit="windows")
+        done = sum(map(len, batches))
+        progress("original, writing", done, count, unit="windows", resumed=is_there)
     return torch.cat(batches) if batches else text.new_empty(0, length)
 
 

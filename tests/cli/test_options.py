@@ -33,6 +33,7 @@ def shown(command: str) -> dict[str, tuple[Parameter, Flag | None]]:
     return {
         name: (parameter, next((note for note in get_args(parameter.annotation) if isinstance(note, Flag)), None))
         for name, parameter in signature(callback).parameters.items()
+        if parameter.annotation is not typer.Context
     }
 
 
@@ -132,6 +133,14 @@ def test_no_sizes(text):
         "eval m --reference r --data d --tasks vqa --adapter a",
         "finetune g --data d --max-steps 3 --epochs 2",
         "heal g --reference r --shots s",
+        # Asked for is what was typed, be it the default.
+        "calibrate m --data d --window 512",
+        "calibrate m --imatrix i --tokens 131072",
+        "plan m --preset f16 --floors",
+        "plan m --for vllm --encoder ggml",
+        "export m --plan p --hessians activations",
+        "finetune g --data d --max-steps 3 --epochs 3",
+        "heal g --reference r --num-shots 5",
     ],
 )
 def test_options_that_would_do_nothing_are_refused(line, tmp_path):

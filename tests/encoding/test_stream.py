@@ -11,9 +11,11 @@ from gguf import GGUFValueType
 from dynquant.checkpoints.gguf_source import GGUFSource, MetadataField
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_source import DictSource
-from dynquant.encoding.parts import PartLimits
+from dynquant.encoding.parts import PartLimits, WeightChecks
+from dynquant.encoding.store import EncodedStore
 from dynquant.encoding.stream import Guidance, TensorEncoder, load_encoder
-from dynquant.errors import EncodeError, PlanError
+from dynquant.errors import EncodeError, ExportError, PlanError
+from dynquant.formats.checksum import checksum
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.recipes.build_plan import fixed_bytes, plan_from_types
 from tests.helpers.exports import export_gguf
@@ -168,6 +170,28 @@ def test_a_gguf_gives_its_own_blocks_where_it_holds_the_wanted_type(tmp_path):
     for name in ("blk.0.ffn_down_exps.weight", "blk.0.attn_k.weight"):
         assert stored[name].numpy().tobytes() == reader[name].data.tobytes(), name
     assert stored["token_embd.weight"].numel() == QUANT_TYPES["Q4_K"].tensor_bytes((40, 256))
+    store = EncodedStore(again, Guidance(), encoder, tmp_path / "store")
+    kept = again.source.info(name).dtype
+    for tensor in (TensorEncoder(again, Guidance(), encoder).tensor(name, QUANT_TYPES[kept]), store.packed(name, kept)):
+        assert tensor.numpy().tobytes() == reader[name].data.tobytes()
+    assert torch.equal(store.decoded(name, kept), again.source.load(name))
+
+
+def test_blocks_that_are_copied_are_compared_with_those_of_the_plan(tmp_path):
+    model, name = tiny_model(), "blk.0.attn_k.weight"
+    types = TYPES | {"blk.0.ffn_down_exps.weight": ("Q2_K", "asked")}
+    (path,) = export_gguf(model, plan_of(model, types), None, tmp_path / "a.gguf", encoder=load_encoder("ggml"))
+    source = GGUFSource(path)
+    expected = {name: f"{checksum(source.load(name)):016x}" for name in source.names()}
+    offset = source.location(name)[1] + source.load_packed(name).numel() - 3  # no fingerprint reads that far
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
+    edited = replace(model, path=path, source=GGUFSource(path), gguf_file=path)
+    assert edited.fingerprint == source.fingerprint
+    checks = WeightChecks(expected, "a")
+    with pytest.raises(ExportError, match=r"`blk\.0\.attn_k\.weight` in a changed since the plan was made"):
+        list(TensorEncoder(edited, Guidance(), load_encoder("ggml"), checks=checks).quantize(plan_of(edited, types)))
 
 
 def test_an_unknown_encoder_is_refused():

@@ -115,3 +115,16 @@ def test_without_draws_there_is_a_bound_and_no_estimate() -> None:
     assert candidate.grad.abs().sum() > 0
     with pytest.raises(ValueError, match="lower bound"):
         target.kl(candidate)
+
+
+@pytest.mark.parametrize("num_columns", [300, 8192, 50_001])
+def test_draws_are_those_of_the_whole_cumulative_sum(num_columns: int) -> None:
+    logits = torch.randn(20, num_columns, generator=torch.Generator().manual_seed(0)) * 3
+    found = Distributions.of(logits, num_top=16, num_tail=128, seed=5)
+    tail = logits.double().softmax(-1).scatter(1, logits.topk(16, dim=-1).indices, 0.0)
+    cumulative = tail.cumsum(-1)
+    offsets = torch.from_numpy(np.random.default_rng(5).random(20))
+    points = (offsets[:, None] + torch.arange(128)) / 128 * cumulative[:, -1:]
+    expected = torch.searchsorted(cumulative, points, right=True)
+    assert (found.tail_ids == expected).float().mean() > 0.999  # float32 probabilities move a draw to its neighbour
+    assert not (found.tail_ids[:, :, None] == found.top_ids[:, None]).any()

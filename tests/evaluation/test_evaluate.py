@@ -9,6 +9,7 @@ import pytest
 
 from dynquant.errors import EvaluationError
 from dynquant.evaluation import evaluate as evaluate_module
+from dynquant.evaluation import statistics
 from dynquant.evaluation.evaluate import common_columns
 from dynquant.evaluation.report import EvalReport
 from dynquant.evaluation.runners import ModelInfo
@@ -91,6 +92,21 @@ def test_a_model_equals_itself(small_moe, data) -> None:
     assert report.texts[0].kl.top1_agreement.value == 1
     assert report.multiple_choice[0].mcnemar_p == 1
     assert report.multiple_choice[0].same_prediction == 1
+
+
+def test_a_limit_of_0_takes_all_questions(small_moe, data, tmp_path) -> None:
+    few = tmp_path / "questions.jsonl"
+    few.write_text("\n".join(data["mmlu_data"].read_text().splitlines()[:3]) + "\n")
+    asked = {**data, **SMALL, "mmlu_data": few, "limit": 0, "num_shots": 0, "text": []}
+    report = evaluated(small_moe, small_moe, tasks={"mmlu"}, scoring=["letter"], **asked)
+    assert report.multiple_choice[0].questions == 3
+
+
+def test_intervals_are_the_same_in_pieces(monkeypatch) -> None:
+    values = np.random.default_rng(3).normal(size=5000)
+    whole = bootstrap_mean(values, [5000])
+    monkeypatch.setattr(statistics, "_PICKS_AT_ONCE", 7 * 79)
+    assert bootstrap_mean(values, [5000]) == whole
 
 
 def test_perplexity_alone_reports_no_divergence(small_moe, data) -> None:

@@ -10,6 +10,7 @@ from dynquant.errors import EvaluationError
 from dynquant.evaluation.multiple_choice import (
     AnswerScores,
     EncodedQuestion,
+    answer_texts,
     encode_questions,
     render_prompt,
     score_questions,
@@ -41,7 +42,7 @@ Question: What is hot?
 Answer:"""
 
 
-def encode_words(text: str) -> list[int]:
+def encode_words(text: str, *, add_special: bool = True) -> list[int]:
     return [hash(word) % 1000 for word in text.split(" ")]
 
 
@@ -120,6 +121,17 @@ def shots(small_moe: Path) -> list[Question]:
 def encode_for(small_moe: Path, questions, shots, scoring) -> list[EncodedQuestion]:
     with open_encoder(small_moe) as encode:
         return encode_questions(questions, shots, scoring, encode, num_shots=3, context_length=1024)
+
+
+@pytest.mark.parametrize("scoring", ["letter", "cloze"])
+def test_answers_are_what_they_add_to_the_whole_prompt(small_moe, questions, shots, scoring) -> None:
+    with open_encoder(small_moe) as encode:
+        for item in encode_for(small_moe, questions, shots, scoring):
+            given = [shot for shot in shots if shot.subject == item.question.subject][item.dropped_shots : 3]
+            text = render_prompt(item.question, given, scoring)
+            assert item.prompt == tuple(encode(text))
+            for answer, ids in zip(answer_texts(item.question, scoring), item.answers, strict=True):
+                assert ids == tuple(encode(f"{text} {answer}")[len(item.prompt) :])
 
 
 def test_sharing_the_prefix_changes_no_score(small_moe, questions, shots) -> None:

@@ -35,7 +35,7 @@ class Timed:
 
     def __call__(self, part: TensorPart) -> tuple[float, float]:
         wall, cpu = time.perf_counter(), time.process_time()
-        _encode_from_storage(self.choice, self.files, part)
+        _encode_from_storage(self.choice, self.files, False, part)
         return time.perf_counter() - wall, time.process_time() - cpu
 
 

@@ -78,7 +78,7 @@ def store(model, calibrated):
 @pytest.fixture(scope="module")
 def table(model, calibrated, store, windows):
     stats, _ = calibrated
-    measured = build_error_table(ErrorMeter(model, stats, store.encoder, store=store), TYPES, stats_hash="stats")
+    measured = build_error_table(ErrorMeter(model, stats, store.encoder), TYPES, stats_hash="stats")
     found = output_sensitivity(load_hf(model), model.arch, model.hyper.n_layer, ModelInputs(windows[:4]))
     return measured.with_sensitivity(*found)
 
@@ -112,7 +112,7 @@ def test_a_pass_from_the_middle_gives_the_same_logits(model, windows):
         assert torch.equal(replay.embedded(0), replay.layer_input(0, 0))
 
 
-def test_blocks_are_encoded_once_and_are_those_of_the_error_table(table, store, monkeypatch):
+def test_blocks_are_encoded_once_and_are_those_of_the_exact_table(table, store, monkeypatch):
     name = "blk.2.ffn_down_exps.weight"
     first = store.packed(name, "IQ2_XXS")
     monkeypatch.setattr("dynquant.encoding.stream.TensorEncoder.tensor", None)
@@ -132,18 +132,11 @@ def test_other_second_moments_are_another_store(model, calibrated, tmp_path):
     assert len(places) == 3
 
 
-def test_a_table_from_the_store_is_the_table_of_the_encoder(model, calibrated, table):
-    stats, _ = calibrated
-    plain = build_error_table(ErrorMeter(model, stats, load_encoder("ggml")), ("Q2_K",), stats_hash="stats")
-    known = {(row.name, row.type): row.weighted_error for row in table.rows}
-    for row in plain.rows:
-        assert known[row.name, row.type] == pytest.approx(row.weighted_error, rel=1e-6)
-
-
 def test_streamed_gradients_are_those_of_the_whole_backward_pass(model, table, store, windows):
     hf_model = load_hf(model)
     costs = fisher_probe(hf_model, store, table, windows[:2])
     assert costs.keys() == table.tensors().keys()
+    assert all(1 <= len(of_type) <= 3 for of_type in costs.values())
     live = LiveWeights(model, hf_model)
     names = ["blk.0.attn_k_b.weight", "blk.3.ffn_up_exps.weight", "token_embd.weight", "output.weight"]
     generator = torch.Generator().manual_seed(0)

@@ -18,7 +18,7 @@ from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.families.open import open_model
 from dynquant.formats import decode
 from dynquant.recipes.build_plan import plan_from_types
-from dynquant.recipes.folder import SuperWeight
+from dynquant.recipes.folder import SuperWeight, SuperWeights
 from dynquant.recipes.presets import preset_types
 from dynquant.running.live_weights import LiveWeights
 from dynquant.running.load import load_hf
@@ -156,7 +156,13 @@ def test_super_weights_beside_the_plan_keep_their_value(small_moe, calibrated, p
         max_in=1.0, max_out=1.0, position=0, ratio=100.0, share=0.9, effect=1.0,
     )  # fmt: skip
     (tmp_path / "plan.json").write_text(plan_of_one.read_text())
-    (tmp_path / "super_weights.json").write_text(json.dumps([found.model_dump()]))
+    supers = SuperWeights(stats_hash="f" * 64, super_weights=(found,))
+    supers.save(tmp_path / "super_weights.json")
+    refusal = refused(
+        "export", small_moe, "--plan", tmp_path / "plan.json", "-o", tmp_path / "m.gguf", "--stats", calibrated
+    )
+    assert "were found with statistics ffffffffffff" in refusal
+    (tmp_path / "super_weights.json").write_text(json.dumps([found.model_dump()]))  # the form of older versions
     export(small_moe, tmp_path / "plan.json", tmp_path / "m.gguf", "--stats", calibrated, "--tune", 0)
     kept, before = (GGUFSource(path).load(name, expert) for path in (tmp_path / "m.gguf", files["dynquant"]))
     assert float(kept[row, column]) == pytest.approx(weight, rel=2e-3)

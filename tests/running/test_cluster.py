@@ -11,11 +11,13 @@ from dynquant.analysis.errors.remote import measure_on
 from dynquant.analysis.errors.sums import ErrorJournal
 from dynquant.calibration.run import StatisticsOptions, collect_statistics, provenance_of, text_inputs
 from dynquant.calibration.sharded import calibrate_in_shards, cut
-from dynquant.encoding.parts import PartLimits
+from dynquant.encoding.parts import PartLimits, WeightChecks
 from dynquant.encoding.remote import EncoderChoice, RemoteEncoding, StoredFiles
 from dynquant.encoding.stream import Guidance, TensorEncoder, load_encoder
-from dynquant.errors import CheckpointError, ClusterError
+from dynquant.errors import CheckpointError, ClusterError, ExportError
 from dynquant.families.open import open_model
+from dynquant.formats.checksum import checksum
+from dynquant.formats.quant_types import quant_type
 from dynquant.running.cluster import RayPool, StoredModel, TaskNeeds, open_ray
 from dynquant.running.load import load_hf
 from dynquant.session import ignore_progress
@@ -88,6 +90,24 @@ def test_a_node_that_dies_half_way_changes_no_byte(cluster, pool, moe, plan, loc
     finally:
         cluster.add_node(num_cpus=1)
     assert not doomed and path.read_bytes() == local
+
+
+def test_workers_sum_the_weights_that_they_encode_and_the_command_compares_them(pool, moe):
+    name = next(name for name in moe.source.names() if name.endswith("ffn_down_exps.weight"))
+    shape = tuple(moe.source.info(name).shape)
+    parts = LIMITS.parts(name, shape, quant_type("Q4_0"))
+    assert len(parts) > 1
+    same = {name: f"{checksum(moe.source.load(name)):016x}"}
+
+    def encoded(expected):
+        remote = replace(encoding(pool, moe), checks=WeightChecks(expected, moe.name))
+        return sum(blocks.numel() for _, blocks in remote(parts))
+
+    assert encoded(same) == encoded({}) == quant_type("Q4_0").tensor_bytes(shape)
+    with pytest.raises(
+        ExportError, match=rf"{name}. in textbook-moe-16m changed since the plan was made: .* was 0{{16}}"
+    ):
+        encoded({name: "0" * 16})
 
 
 def test_shipped_weights_give_the_same_bytes_without_files(pool, moe, plan, local, tmp_path):

@@ -98,15 +98,17 @@ def finish(status: str, message: str | None = None) -> None:
     if status != "done" or _has_only_json or not _record.stages:
         return
 
-    def row(name: str, amount: str, spent: Spent) -> tuple[str, ...]:
-        sizes = ("" if count is None else human_bytes(count) for count in (spent.read, spent.written))
-        return (name, duration(spent.seconds), amount, *sizes)
-
     total, stages = _record.spent, _record.stages.values()
+    had_gpu = any(stage.cuda_bytes is not None for stage in stages)
+
+    def row(name: str, amount: str, spent: Spent, cuda_bytes: int | None = None) -> tuple[str, ...]:
+        sizes = [spent.read, spent.written, cuda_bytes][: 2 + had_gpu]
+        return (name, duration(spent.seconds), amount, *("" if size is None else human_bytes(size) for size in sizes))
+
     rest = Spent(total.seconds - sum(stage.spent.seconds for stage in stages), None, None)
-    rows = [row(stage.name, f"{short(stage.amount)} {stage.unit}", stage.spent) for stage in stages]
+    rows = [row(stage.name, f"{short(stage.amount)} {stage.unit}", stage.spent, stage.cuda_bytes) for stage in stages]
     rows += [row("loading and other", "", rest), row("all", "", total)]
-    print_table("", ("stage", "time", "amount", "read", "written"), rows, console=err)
+    print_table("", ("stage", "time", "amount", "read", "written", "GPU")[: 5 + had_gpu], rows, console=err)
     note(sizes_and_peaks())
 
 

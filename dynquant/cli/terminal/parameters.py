@@ -11,21 +11,28 @@ from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
 from inspect import Parameter, Signature, signature
 from keyword import iskeyword
-from operator import itemgetter
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import typer
 
 from dynquant.cli.terminal import console
 from dynquant.cli.terminal.outputs import guarded
-from dynquant.options import Flag, Only
+from dynquant.options import Flag, Only, typed_fields
 from dynquant.session import Session
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
-_Build = Callable[[dict[str, Any]], Any]
-"""Makes an argument of what was typed, which comes by the names of the parameters."""
+
+class Typed(NamedTuple):
+    """Values of all parameters by name, and the names of those that stood on the command line."""
+
+    values: dict[str, Any]
+    names: set[str]
+
+
+_Build = Callable[[Typed], Any]
+"""Makes an argument of what was typed."""
 
 
 def from_options(function: Callable[..., None]) -> Callable[..., None]:
@@ -36,14 +43,17 @@ def from_options(function: Callable[..., None]) -> Callable[..., None]:
     for name, argument in signature(function).parameters.items():
         if name not in builds:
             parameters.append(argument.replace(kind=Parameter.KEYWORD_ONLY, annotation=hints[name]))
-            builds[name] = itemgetter(name)
+            builds[name] = lambda typed, name=name: typed.values[name]  # type: ignore[misc]
 
-    def command(**typed: Any) -> None:
-        with guarded(parameters, typed):
+    def command(invocation: typer.Context, **values: Any) -> None:
+        sources = {name: invocation.get_parameter_source(name) for name in values}
+        typed = Typed(values, {name for name, source in sources.items() if source and source.name == "COMMANDLINE"})
+        with guarded(parameters, values):
             function(**{name: build(typed) for name, build in builds.items()})
 
-    command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    first = Parameter("invocation", Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    command.__signature__ = Signature([first, *parameters])  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in (first, *parameters)}
     command.__doc__, command.__name__ = function.__doc__, function.__name__
     return command
 
@@ -59,6 +69,7 @@ def _opened(hint: Any, parameters: list[Parameter]) -> _Build:
     shown = next((note.names for note in notes if isinstance(note, Only)), None)
     hints = get_type_hints(options, include_extras=True)
     builds: dict[str, _Build] = {}
+    parameter_of: dict[str, str] = {}
     for field in fields(options):
         kind, notes = _bare(hints[field.name])
         flag = next((note for note in notes if isinstance(note, Flag)), None)
@@ -70,12 +81,15 @@ def _opened(hint: Any, parameters: list[Parameter]) -> _Build:
             name = f"{name}_" if iskeyword(name) else name
             typer_kind, value = _reading(kind, flag, field.default)
             parameters.append(_parameter(name, typer_kind, flag, field.default, notes))
-            builds[field.name] = lambda typed, name=name, value=value: value(typed[name])  # type: ignore[misc]
+            parameter_of[field.name] = name
+            builds[field.name] = lambda typed, name=name, value=value: value(typed.values[name])  # type: ignore[misc]
         elif is_dataclass(kind):
             builds[field.name] = _opened(hints[field.name], parameters)
 
-    def opened(typed: dict[str, Any]) -> Any:
-        arguments = options(**{name: build(typed) for name, build in builds.items()})
+    def opened(typed: Typed) -> Any:
+        values = {name: build(typed) for name, build in builds.items()}
+        with typed_fields(name for name, parameter in parameter_of.items() if parameter in typed.names):
+            arguments = options(**values)
         return console.session(arguments) if options is Session else arguments
 
     return opened

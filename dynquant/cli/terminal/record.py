@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from dynquant.cli.terminal.wording import clock_time, short, sizes_and_peaks
-from dynquant.resources import peak_cuda_bytes, peak_memory_bytes, traffic
+from dynquant.resources import cuda_bytes_since, peak_cuda_bytes, peak_memory_bytes, traffic
 
 RATE_SECONDS = 30.0
 """The rate is taken over this much of the stage's latest time, so that a slow tensor soon shows in the time left."""
@@ -45,11 +45,13 @@ class StageRecord:
     tensor: str | None = None
     amount: int = 0
     spent: Spent = field(default_factory=Spent)
+    cuda_bytes: int | None = None
+    """The most that was allocated on a GPU while the stage worked there; None where it did not."""
     _recent: deque[tuple[float, int]] = field(default_factory=deque)
 
-    def begin(self, done: int) -> None:
-        """The stage starts here, with `done` left by an earlier run."""
-        self.done = done
+    def begin(self, done: int, spent: Spent | None = None) -> None:
+        """The stage starts here, with `done` left by an earlier run; finding that out took what was spent."""
+        self.done, self.spent = done, self.spent.plus(spent or Spent())
         self._recent = deque([(self.spent.seconds, self.amount)])
 
     def advance(self, done: int, spent: Spent) -> None:
@@ -60,6 +62,11 @@ class StageRecord:
         self._recent.append((self.spent.seconds, self.amount))
         while len(self._recent) > 2 and self._recent[1][0] < self.spent.seconds - RATE_SECONDS:
             self._recent.popleft()  # the first entry stays the last one before the span
+
+    def use_gpu(self, cuda_bytes: int | None) -> None:
+        """So much was allocated there at most since the last report; None: nothing was."""
+        if cuda_bytes is not None:
+            self.cuda_bytes = max(cuda_bytes, self.cuda_bytes or 0)
 
     @property
     def rate(self) -> float | None:
@@ -104,7 +111,7 @@ class StageRecord:
         amounts = {"stage": self.name, "done": self.done, "total": self.total, "unit": self.unit}
         place = {"rate": _rounded(self.rate), "layer": self.layer, "tensor": self.tensor}
         times = {"seconds": _rounded(self.spent.seconds), "seconds_left": _rounded(self.seconds_left)}
-        return amounts | place | self.spent.bytes | times | _peaks()
+        return amounts | place | self.spent.bytes | times | _peaks() | {"stage_cuda_bytes": self.cuda_bytes}
 
 
 class RunRecord:
@@ -131,18 +138,30 @@ class RunRecord:
         self._begun.clear()
 
     def report(
-        self, stage: str, done: int, total: int, *, unit: str = "", layer: int | None = None, tensor: str | None = None
+        self,
+        stage: str,
+        done: int,
+        total: int,
+        *,
+        unit: str = "",
+        layer: int | None = None,
+        tensor: str | None = None,
+        resumed: bool = False,
     ) -> None:
         """Take down one report of a `Progress` and show its stage, which is then `current`."""
         from dynquant.checkpoints.tensor_roles import layer_of
 
         record = self.stages.setdefault(stage, StageRecord(stage))
-        spent = self._since_last()
-        if stage in self._begun:
-            record.advance(done, spent)
-        else:
+        spent, cuda_bytes = self._since_last(), cuda_bytes_since()
+        if stage not in self._begun:
             self._begun.add(stage)
             record.begin(done)
+        else:
+            record.use_gpu(cuda_bytes)
+            if resumed:
+                record.begin(done, spent)
+            else:
+                record.advance(done, spent)
         record.total, record.unit = total, unit or record.unit
         record.tensor = tensor
         record.layer = layer_of(tensor) if layer is None and tensor is not None else layer
@@ -155,6 +174,7 @@ class RunRecord:
         spent = self._since_last()
         if self.current is not None:
             self.current.advance(self.current.done, spent)
+            self.current.use_gpu(cuda_bytes_since())
         self.current, self.kept = None, ""
 
     def summary(self, status: str, message: str | None) -> dict[str, object]:
@@ -162,6 +182,7 @@ class RunRecord:
         stages = [
             {"stage": stage.name, "seconds": _rounded(stage.spent.seconds), "amount": stage.amount, "unit": stage.unit}
             | stage.spent.bytes
+            | {"cuda_bytes": stage.cuda_bytes}
             for stage in list(self.stages.values())  # a copy: an interruption is told by a thread of its own
         ]
         spent = self.spent

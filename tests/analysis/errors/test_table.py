@@ -29,7 +29,7 @@ SAMPLES = 5
 class NumpyEncoder:
     """gguf-py's own quantization, independent of the code under test."""
 
-    name = "gguf-py"
+    name, uses_hessians, device = "gguf-py", False, torch.device("cpu")
 
     def encode(self, quant_type, weights, importance=None, threads=None, *, name="tensor"):
         return torch.from_numpy(gguf.quants.quantize(weights.numpy(), GGMLQuantizationType[quant_type.name]).view("u1"))
@@ -191,7 +191,7 @@ def test_an_interrupted_table_goes_on_to_the_same_bytes(model, stats, tmp_path, 
 
     def measure(encoder, journal=None):
         return build_error_table(
-            ErrorMeter(model, stats, encoder), ("Q4_0", "Q8_0", "Q4_K"), stats_hash="s", journal=journal
+            ErrorMeter(model, stats, encoder, threads=1), ("Q4_0", "Q8_0", "Q4_K"), stats_hash="s", journal=journal
         )
 
     undisturbed = CountingEncoder()
@@ -237,7 +237,7 @@ print(len(seen), max(seen) - seen[len(seen) // 8])
 def test_memory_does_not_grow_with_the_number_of_parts():
     done = subprocess.run([sys.executable, "-c", _LARGE], capture_output=True, text=True, check=True, cwd="/")
     steps, growth = map(int, done.stdout.split())
-    assert steps == 2 * 96 * (3 + 1)
+    assert steps == 2 * 96 + 1
     assert growth < 32 << 20  # of 192 parts of 1 MiB, each with several arrays of it; their results are a few numbers
 
 

@@ -8,13 +8,14 @@ from rich.console import Console
 
 from dynquant import resources
 from dynquant.cli.terminal import console
+from dynquant.cli.terminal import record as recording
 from dynquant.cli.terminal.display import Bars, JsonLines, Lines
 from dynquant.cli.terminal.record import RATE_SECONDS, RunRecord
 from dynquant.errors import ExportError
 from tests.helpers.commands import refused, run
 
 FIELDS = ("stage", "done", "total", "unit", "rate", "layer", "tensor", "bytes_read", "bytes_written", "seconds",
-          "seconds_left", "peak_memory_bytes", "peak_cuda_bytes")  # fmt: skip
+          "seconds_left", "peak_memory_bytes", "peak_cuda_bytes", "stage_cuda_bytes")  # fmt: skip
 
 
 class Clock:
@@ -63,6 +64,37 @@ def test_rate_and_time_left_ignore_what_an_earlier_run_had_done(record, clock):
     clock.now += 10
     tell(record, "quantize", 700, 1000)
     assert (stage.rate, stage.seconds_left, stage.amount) == (10.0, 30.0, 100)
+
+
+def test_parts_of_an_earlier_run_tell_no_speed_wherever_they_come(record, clock):
+    stage = tell(record, "measure", 0, 1000)
+    for done in range(100, 700, 100):  # a journal is read
+        clock.now += 0.1
+        record.report("measure", done, 1000, unit="weights", resumed=True)
+    assert (stage.rate, stage.amount, round(stage.spent.seconds, 6)) == (None, 0, 0.6)
+    clock.now += 10
+    tell(record, "measure", 700, 1000)
+    assert (round(stage.rate, 6), stage.amount, stage.done) == (10.0, 100, 700)
+
+
+def test_stages_that_worked_on_the_gpu_are_told_apart(record, clock, monkeypatch, capsys):
+    taken = iter([None, None, 3_000_000_000, 5_000_000_000, None, 4_000_000, None])
+    monkeypatch.setattr(recording, "cuda_bytes_since", lambda: next(taken))
+    tell(record, "read", 0, 1)
+    tell(record, "read", 1, 1)
+    tell(record, "load for quantize", 0, 1)  # what it did before it first reported belongs to none
+    record.stages.pop("load for quantize")
+    for done in range(3):
+        tell(record, "quantize", done, 2)
+    record.close()
+    read, quantize = record.stages["read"], record.stages["quantize"]
+    assert (read.cuda_bytes, quantize.cuda_bytes) == (None, 4_000_000)
+    assert quantize.as_json()["stage_cuda_bytes"] == 4_000_000
+    assert [stage["cuda_bytes"] for stage in record.summary("done", None)["summary"]["stages"]] == [None, 4_000_000]
+    monkeypatch.setattr(console, "_record", record)
+    console.finish("done")
+    header, rule, *rows = [line for line in capsys.readouterr().err.splitlines() if "GPU" in line or "quantize" in line]
+    assert "GPU" in header and "4.00 MB" in " ".join([rule, *rows])
 
 
 def test_rate_follows_a_change_of_speed(record, clock):
