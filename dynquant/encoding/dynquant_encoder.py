@@ -34,7 +34,7 @@ _GPU_HESSIAN_BYTES = 1 << 31
 """Float32 hessians in a batch, at least one. Factoring takes five times as much for a moment."""
 _PINNED_BYTES = 1 << 25
 """Copied to a GPU at once, while the next pieces are brought into pinned memory."""
-_PINNING_THREADS = 4
+_PINNING_THREADS = 8
 _PROTECTED = 1e5
 """Weight of a protected scalar's error over the mean of the others."""
 

@@ -68,8 +68,14 @@ def with_group(tile, g, piece, GROUP: tl.constexpr):
 
 @triton.jit
 def times(piece, matrix):
-    """The product of a narrow piece [ROWS, GROUP] with [GROUP, WIDTH], in float32."""
-    return tl.sum(piece[:, :, None] * matrix[None, :, :], 1)
+    """The product of a narrow piece [ROWS, GROUP] with [GROUP, WIDTH]; of words in TF32, of single weights in float32.
+
+    Triton turns the sum into a product on tensor cores, also that of one term, which these then get wrong.
+    """
+    if matrix.shape[0] == 1:
+        return piece * matrix
+    else:
+        return tl.sum(piece[:, :, None] * matrix[None, :, :], 1)
 
 
 @triton.jit

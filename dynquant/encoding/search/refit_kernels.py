@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dynquant.encoding.search.column_kernels import PRECISION, product
+from dynquant.encoding.search.column_kernels import product
 from dynquant.encoding.search.layouts import Fields
 from dynquant.encoding.search.rows import Rows
 from dynquant.encoding.search.scales import merged
@@ -58,7 +58,7 @@ def _equations(units: Tensor, errors: Tensor, hessian: Tensor, width: int) -> tu
     right = torch.empty(experts, num_rows, size, device=units.device)
     _equations_kernel[triton.cdiv(num_rows, _ROWS), columns // width, experts](
         left, right, units, errors, hessian, num_rows, columns, units.stride(0), *hessian.stride()[:2],
-        KINDS=kinds, BLOCK=width, ROWS=_ROWS, PRECISION=PRECISION, num_warps=8, num_stages=3,
+        KINDS=kinds, BLOCK=width, ROWS=_ROWS, num_warps=8, num_stages=3,
     )  # fmt: skip
     return left, right
 
@@ -67,7 +67,7 @@ def _equations(units: Tensor, errors: Tensor, hessian: Tensor, width: int) -> tu
 def _equations_kernel(
     left_ptr, right_ptr, units_ptr, errors_ptr, hessian_ptr, num_rows, num_columns, kind_stride, expert_stride,
     row_stride,
-    KINDS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    KINDS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     expert, here = tl.program_id(2).to(tl.int64), tl.program_id(1)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -80,7 +80,7 @@ def _equations_kernel(
     spot = line[:, None] + (here * BLOCK + tl.arange(0, BLOCK))[None, :]
     pulled = product(
         errors_ptr, line, inside, hessian_ptr, row_stride, here * BLOCK, 0, num_columns, num_columns, BLOCK, ROWS,
-        PRECISION,
+        "tf32",
     )  # fmt: skip
     for k in range(0, KINDS):
         unit = tl.load(units_ptr + k * kind_stride + spot, mask=inside[:, None], other=0.0)
@@ -89,7 +89,7 @@ def _equations_kernel(
         block, kind = other // KINDS, other % KINDS
         pulled = product(
             units_ptr + kind * kind_stride, line, inside, hessian_ptr, row_stride, here * BLOCK, block * BLOCK,
-            block * BLOCK + BLOCK, num_columns, BLOCK, ROWS, PRECISION,
+            block * BLOCK + BLOCK, num_columns, BLOCK, ROWS, "tf32x3",  # they may be nearly dependent
         )  # fmt: skip
         for k in range(0, KINDS):
             unit = tl.load(units_ptr + k * kind_stride + spot, mask=inside[:, None], other=0.0)

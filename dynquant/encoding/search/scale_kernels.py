@@ -39,14 +39,12 @@ def descend_scales(rows: Rows, fields: Fields, values: Tensor, hessian: Tensor) 
 
 
 def trial_constants(rows: Rows) -> dict[str, object]:
-    """Return the codebook, what blocks look like and which trials there are, and what runs them best."""
+    """Return the constants of a walk, and which trials there are."""
     layout = rows.layout
     flips = layout.shift_width == layout.sub_block
-    return column_kernels.constants(rows) | {
-        "WIDTH": column_kernels.CHUNK, "PRECISION": column_kernels.PRECISION, "SUPER_BLOCK": layout.super_block,
-        "TRIALS": len(_trials(layout.num_mins > 0, flips, rows.x.device)), "FLIPS": flips,
-        "LAST_SCALE": len(layout.multipliers) - 1, "LAST_MINIMUM": layout.num_mins - 1, "num_stages": 3,
-        "num_warps": 4 if layout.codebook.group == 1 else 8,  # four have too few registers for words
+    return column_kernels.walk_constants(rows) | {
+        "SUPER_BLOCK": layout.super_block, "TRIALS": len(_trials(layout.num_mins > 0, flips, rows.x.device)),
+        "FLIPS": flips, "LAST_SCALE": len(layout.multipliers) - 1, "LAST_MINIMUM": layout.num_mins - 1,
     }  # fmt: skip
 
 
@@ -120,11 +118,11 @@ def _descend_scales_kernel(
             error = tl.load(errors_ptr + spot, mask=inside[:, None], other=0.0)
             best_values = tl.load(values_ptr + spot, mask=inside[:, None], other=0.0)
             square = expert * block_stride + (first + columns)[:, None] * SUB_BLOCK + columns[None, :]
-            pull = tl.dot(group_of(slopes, s, SUB_BLOCK), tl.load(inverse_ptr + square), input_precision=PRECISION)
+            pull = tl.dot(group_of(slopes, s, SUB_BLOCK), tl.load(inverse_ptr + square), input_precision="tf32x3")
             factor = tl.load(factor_ptr + square)
             target = x - error + pull
             best_error = pull  # what is left of the target by the present values
-            lost = tl.dot(pull, factor, input_precision=PRECISION)
+            lost = tl.dot(pull, factor, input_precision="tf32x3")
             least = tl.sum(lost * lost, 1)
             block = row * (num_columns // SUPER_BLOCK) + first // SUPER_BLOCK
             place = row * (num_columns // SUB_BLOCK) + first // SUB_BLOCK
@@ -149,7 +147,8 @@ def _descend_scales_kernel(
                 pending = target
                 found = tl.zeros((ROWS, SUB_BLOCK), tl.float32)
                 left = tl.zeros((ROWS, SUB_BLOCK), tl.float32)
-                for g in range(0, SUB_BLOCK // GROUP):
+                # as many as the sub-block has; a constant would have the loop unrolled, with too few registers
+                for g in range(0, tl.minimum(SUB_BLOCK, num_columns) // GROUP):
                     groups = first + g * GROUP + tl.arange(0, GROUP)
                     wanted = (group_of(pending, g, GROUP) + b[:, None]) * inverse[:, None]
                     if SHIFT != 0:
@@ -167,7 +166,7 @@ def _descend_scales_kernel(
                         relative_ptr + expert * block_stride + groups[:, None] * SUB_BLOCK + columns[None, :]
                     )
                     pending += times(rest, later)
-                lost = tl.dot(left, factor, input_precision=PRECISION)
+                lost = tl.dot(left, factor, input_precision="tf32x3")
                 loss = tl.sum(lost * lost, 1)
                 better = loss < least
                 least = tl.where(better, loss, least)
