@@ -124,6 +124,8 @@ def _csv_records(path: Path, refusal: type[DynquantError]) -> Iterator[Record]:
         rows = csv.DictReader(file, strict=True)
         try:
             names = rows.fieldnames or ()
+            if len(names) == 1 and (separator := next((mark for mark in ";\t|" if mark in names[0]), "")):
+                raise refusal(f"{path} has {separator!r} between its columns. Save it with commas.")
             if len(set(names)) < len(names):
                 raise refusal(f"The first line of {path} names a column twice: {', '.join(names)[:200]}. Rename one.")
             for number, row in enumerate(rows, start=1):

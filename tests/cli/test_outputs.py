@@ -60,6 +60,7 @@ def test_every_option_is_known_as_path_or_word():
         "plan {m} --like {t}/g.gguf -o {t}/page",
         "plan {m} --stats {t}/hessians.safetensors -o {t}",
         "export {m} --preset f16 -o {t}/text.gguf",
+        "export {m} --preset f16 --split-max-size 1GB -o {t}/p.gguf",
         "export {m} --preset iq2_xxs -o {t}/h.gguf",
         "export {m} --preset f16 --base-gguf {t}/mmproj-text.gguf -o {t}/text.gguf",
         "compare {m} --recipes f16,q4_k --text {t}/text.txt -o {t}/c",

@@ -224,6 +224,14 @@ def test_every_command_names_the_extra_that_it_needs_and_the_core_alone_looks_in
     assert {words[0] for words in said[len(needing) :]} == {"0"}
 
 
+def test_a_name_that_is_not_utf8_is_refused_as_that(small_moe, tmp_path):
+    name = os.fsdecode(bytes(tmp_path) + b"/m\xff")
+    linked_copy(small_moe, Path(name))
+    message = refused("export", name, "--preset", "f16", "-o", tmp_path / "a.gguf")
+    assert "m\ufffd` has bytes that are not UTF-8. Rename the file" in message
+    assert [path.name for path in tmp_path.iterdir()] == [Path(name).name]
+
+
 def test_debug_shows_where_the_system_refused():
     with pytest.raises(OSError, match="too long"):
         run("inspect", "x" * 300, "--debug")

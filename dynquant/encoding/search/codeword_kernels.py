@@ -42,7 +42,7 @@ def book_arguments(book: Codebook, device: torch.device) -> dict[str, object]:
 @cache
 def _word_tables(grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
     """Words [K, width], and in columns [16, K] each value followed by its square; words of four leave zeros between."""
-    words = grid.words(device)
+    words = grid.arrays()[0].to(device)
     pairs = torch.stack((words, words.square()), dim=-1).flatten(1)
     if pairs.shape[1] < _PRODUCT:
         pairs = torch.stack((pairs, torch.zeros_like(pairs)), dim=-1).flatten(1)
