@@ -137,7 +137,7 @@ def _score(folder: Path, scale: float) -> Callable[[], None]:
 
 WORK: dict[str, Callable[[Path, float], Callable[[], None]]] = {
     "ggml encoder": partial(_encode, "ggml", ("IQ3_XXS", "Q4_K"), 12),
-    "dynquant encoder": partial(_encode, "dynquant", ("IQ2_XXS", "Q4_K"), 4),
+    "dynquant encoder": partial(_encode, "dynquant", ("IQ2_XXS", "Q4_K"), 8),
     "error table": _table,
     "llama.cpp": _score,
 }

@@ -18,6 +18,7 @@ from dynquant.encoding.ggml import GgmlEncoder
 from dynquant.encoding.interface import Encoder, ProtectedWeight, Request, check_finite
 from dynquant.encoding.parts import as_slice, ranges
 from dynquant.encoding.search.compiled import tiles
+from dynquant.encoding.search.compiled.jit import ROWS
 from dynquant.encoding.search.descent import descend, descend_scales, refit
 from dynquant.encoding.search.feedback import feed_back, upper_factor
 from dynquant.encoding.search.layouts import LAYOUTS, BlockLayout, Fields
@@ -26,10 +27,10 @@ from dynquant.encoding.search.scales import fit
 from dynquant.errors import EncodeError
 from dynquant.workers import share, side_by_side
 
-_CPU_WEIGHTS = 1 << 19
+_CPU_WEIGHTS = 1 << 18
 _GPU_WEIGHTS = 1 << 26
 """Weights in a batch; the search needs about 80 bytes for each, and 1 GiB for scores on a GPU. On a CPU every thread
-has a batch of its own."""
+has a batch of its own, small so that all of them end together."""
 _CPU_HESSIAN_BYTES = 1 << 29
 _GPU_HESSIAN_BYTES = 1 << 31
 """Float32 hessians in a batch, at least one. Factoring takes five times as much for a moment."""
@@ -69,14 +70,16 @@ class DynquantEncoder(Encoder):
 
         def encode_experts(experts: slice) -> None:
             loss = loss_of(experts)
-            at_once = self._weights_at_once // (len(weights[experts]) * weights.shape[-1])
+            at_once = max(1, self._weights_at_once // (len(weights[experts]) * weights.shape[-1]))
+            if self.device.type == "cpu":
+                at_once = -(-at_once // ROWS) * ROWS  # compiled loops take so many rows at once, or fewer in that time
 
             def encode_rows(rows: slice) -> None:
                 part = weights[experts, rows]
                 packed[experts, rows] = self._encode(layout, part, loss, request.name)
                 request.progress(part.numel())
 
-            share(encode_rows, list(map(as_slice, ranges(weights.shape[1], max(1, at_once)))), threads)
+            share(encode_rows, list(map(as_slice, ranges(weights.shape[1], at_once))), threads)
 
         def encode_protected(scalar: ProtectedWeight) -> None:
             expert, row = scalar.expert or 0, scalar.row

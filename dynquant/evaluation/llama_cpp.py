@@ -22,7 +22,7 @@ import torch
 
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.errors import CheckpointError, EvaluationError
-from dynquant.families.from_gguf import check_complete, check_loads
+from dynquant.families.complete_gguf import check_complete, check_loads
 from dynquant.inputs.branches import Branches
 from dynquant.inputs.model_inputs import Batch
 from dynquant.inputs.questions import MAX_CHOICES
