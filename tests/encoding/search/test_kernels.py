@@ -16,7 +16,7 @@ WALKS = ["column_kernels._feed_back_kernel", "column_kernels._descend_kernel", "
 
 
 @pytest.mark.parametrize("walk", represented_by(WALKS[:1], WALKS))
-@pytest.mark.parametrize("name", represented_by(("IQ2_XXS",), ["IQ1_S", "IQ2_XXS", "IQ3_XXS", "Q2_K", "Q4_K"]))
+@pytest.mark.parametrize("name", represented_by(("IQ2_XXS", "Q2_K"), ["IQ1_S", "IQ2_XXS", "IQ3_XXS", "Q2_K", "Q4_K"]))
 def test_walks_over_columns_compile_without_spills_and_use_tensor_cores(name, walk):
     from dynquant.encoding.search import column_kernels, scale_kernels
     from tests.helpers.sm90 import compiled, count, opcodes
