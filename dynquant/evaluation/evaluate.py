@@ -44,6 +44,7 @@ from dynquant.inputs.pictures import Sample, SampleEncoder, image_token_of, read
 from dynquant.inputs.processor import image_token_limits, load_processor
 from dynquant.inputs.questions import load_questions, take_evenly
 from dynquant.inputs.text import TextEncoder, evaluation_windows
+from dynquant.packed.float32_products import use_tensor_cores
 from dynquant.recipes.folder import stats_of_plan
 from dynquant.recipes.plan import Plan
 from dynquant.resources import chosen_device
@@ -316,7 +317,9 @@ def _evaluate_on_pictures(options: EvalOptions, data: Path, session: Session) ->
     check_context(model, inputs.longest)
     with session.stage("Nothing is kept.") as progress:
         run = _Run(options, session, progress)
-        original = runners.HuggingFaceRunner(load_hf(model, dtype=torch.float32, device=chosen_device(session.device)))
+        hf_model = load_hf(model, dtype=torch.float32, device=chosen_device(session.device))
+        use_tensor_cores(hf_model, weights_stay=False)  # a plan is installed into it
+        original = runners.HuggingFaceRunner(hf_model)
         reference = run.reduced(lambda: original, inputs) if "kl" in tasks else None
         before = run.answers(original, "reference", asked, processor.tokenizer)
         with _picture_candidate(options, model, original, processor) as (candidate, candidate_bytes):

@@ -18,6 +18,7 @@ from dynquant.encoding.store import EncodedStore
 from dynquant.evaluation.distributions import Distributions
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.inputs.model_inputs import Batch, ModelInputs
+from dynquant.packed.float32_products import use_tensor_cores
 from dynquant.running.layer_replay import LayerReplay
 from dynquant.running.live_weights import LiveWeights
 
@@ -34,6 +35,7 @@ class RenderedModel:
 
     def __init__(self, hf_model: nn.Module, store: EncodedStore) -> None:
         self.hf_model = hf_model
+        use_tensor_cores(hf_model, weights_stay=False)
         self._live = LiveWeights(store.model, hf_model)
         self._store = store
         self._names = set(self._live.names())

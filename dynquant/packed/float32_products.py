@@ -21,20 +21,26 @@ _FEWEST_ROWS = 64  # below, reading the weights takes the time
 _SLICE_ELEMENTS = 1 << 26  # weights that are split at a time: 400 MB of parts
 
 
-def use_tensor_cores(model: nn.Module) -> None:
-    """Let the linear layers of a float32 model on a GPU multiply by parts; their weights must not change afterwards."""
+def use_tensor_cores(model: nn.Module, *, weights_stay: bool = True) -> None:
+    """Let the linear layers of a float32 model on a GPU multiply by parts.
+
+    Where `weights_stay`, those that have one part are found out now and must not be changed afterwards.
+    """
     for module in model.modules():
         weight = getattr(module, "weight", None)
         if isinstance(weight, Tensor) and weight.is_cuda and torch.cuda.get_device_capability(weight.device)[0] >= 8:
-            multiply_by_parts(module)
+            multiply_by_parts(module, weights_stay=weights_stay)
 
 
-def multiply_by_parts(module: nn.Module) -> None:
+def multiply_by_parts(module: nn.Module, *, weights_stay: bool = True) -> None:
     """Replace the forward pass of a linear layer, packed or float32, for many rows and without gradients."""
+    if isinstance(module.forward, partial):  # it does so already
+        return
     if isinstance(module, PackedLinear):
         module.forward = partial(_forward, module, module.forward, is_short=False)
     elif type(module) is nn.Linear and module.weight.dtype == torch.float32:
-        module.forward = partial(_forward, module, module.forward, is_short=_is_short(module.weight.detach()))
+        is_short = weights_stay and _is_short(module.weight.detach())
+        module.forward = partial(_forward, module, module.forward, is_short=is_short)
 
 
 def linear(x: Tensor, weight: Tensor, *, is_short: bool = False) -> Tensor:

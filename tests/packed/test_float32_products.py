@@ -46,3 +46,18 @@ def test_layers_multiply_by_parts_without_gradients() -> None:
         assert not torch.equal(found, expected)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
         torch.testing.assert_close(few, expected[0, :3], rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_tensor_cores_are_about_as_exact_as_float32() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(300, 1536, generator=generator), 0.02 * torch.randn(520, 1536, generator=generator)
+    exact = (x.double() @ weight.double().T).cuda()
+    x, weight = x.cuda(), weight.cuda()
+    assert (linear(x, weight) - exact).std() < 4 * (x @ weight.T - exact).std()
+    layer = nn.Linear(1536, 520, bias=False).cuda()
+    layer.weight.data = weight
+    float32_products.use_tensor_cores(layer)
+    with torch.inference_mode():
+        assert torch.equal(layer(x), linear(x, weight))
