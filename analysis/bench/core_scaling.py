@@ -35,6 +35,7 @@ from dynquant.exporters.options import ExportOptions
 from dynquant.exporters.stage import export
 from dynquant.families.open import open_model
 from dynquant.formats.quant_types import quant_type
+from dynquant.inputs.model_inputs import Batch
 from dynquant.kernels.bench.harness import MarkdownTable, measured, options
 from dynquant.recipes.build_plan import plan_from_types
 from dynquant.resources import let_waiting_threads_sleep
@@ -42,7 +43,7 @@ from dynquant.session import SILENT
 
 BUNDLED = Path(dynquant.__file__).parent / "data" / "textbook-moe-16m"
 TABLE_TYPES = ("Q4_K", "Q6_K", "IQ2_XXS", "IQ3_S")
-NUM_WINDOWS = 32
+NUM_WINDOWS = 64
 
 
 def main() -> None:
@@ -130,9 +131,9 @@ def _table(folder: Path, scale: float) -> Callable[[], None]:
 def _score(folder: Path, scale: float) -> Callable[[], None]:
     """Return the logits of windows of 512 tokens in llama.cpp."""
     runner, num_windows = LlamaCppRunner(folder / "model.gguf"), max(1, round(NUM_WINDOWS * scale))
-    tokens = [17 * i % 8000 for i in range(512)]
-    runner.window_logits(tokens)
-    return lambda: [None for _ in range(num_windows) if runner.window_logits(tokens).isnan().any()] and None
+    windows = torch.randint(8000, (num_windows, 1, 512), generator=torch.Generator().manual_seed(0))
+    runner.window_logits(windows[0, 0].tolist())
+    return lambda: [None for _ in runner.scored_logits(map(Batch.of_tokens, windows))] and None
 
 
 WORK: dict[str, Callable[[Path, float], Callable[[], None]]] = {

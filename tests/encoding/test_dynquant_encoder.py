@@ -214,14 +214,15 @@ def test_missing_importance_is_refused():
 
 
 @pytest.mark.nightly
-def test_kernels_of_columns_find_what_pytorch_finds():
+def test_kernels_find_what_pytorch_finds():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.helpers.interpreted_encoding"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    for passes in json.loads(done.stdout).values():
-        for found in passes.values():
-            assert found["changed"] > 0.1 and found["same"] > 0.99 and found["loss"] == pytest.approx(1, rel=0.01)
+    for name, passes in json.loads(done.stdout).items():
+        for label, found in passes.items():
+            assert found["changed"] > 0.002 and found["same"] > 0.99, (name, label, found)
+            assert found["loss"] == pytest.approx(1, rel=0.01), (name, label, found)
 
 
 @pytest.mark.gpu
@@ -234,4 +235,4 @@ def test_cuda_gives_blocks_as_good_and_the_same_ones_each_time(name):
     assert torch.equal(on_gpu.encode(QUANT_TYPES[name], weights, hessian=hessian), packed)
     on_cpu = ENCODER.encode(QUANT_TYPES[name], weights, hessian=hessian)
     there, here = (loss(weights, decode(name, p), hessian) for p in (packed, on_cpu))
-    assert there == pytest.approx(here, rel=0.03)
+    assert there == pytest.approx(here, rel=0.01)

@@ -49,6 +49,7 @@ def test_layers_multiply_by_parts_without_gradients() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_tensor_cores_are_about_as_exact_as_float32() -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(300, 1536, generator=generator), 0.02 * torch.randn(520, 1536, generator=generator)

@@ -86,30 +86,30 @@ class _Loss:
             return
         self.hessian, self.factor = hessian.contiguous().numpy(), factor.contiguous().numpy()
         self.transposed = factor.T.contiguous().numpy()
-        self.inverses, self.group_metric = self._of_groups(factor)
+        self.inverses, self.group_metric = _of_groups(factor, self._group)
         self.solvers = _inverses(_diagonal_blocks(hessian, self._group))
         self.folded = np.zeros((0, 0), np.float32)
         if self._layout.num_mins:
             self.folded = hessian.unflatten(-1, (-1, self._layout.sub_block)).sum(-1).numpy()
-
-    def _of_groups(self, factor: Tensor) -> tuple[Array, Array]:
-        """Inverses [C / group, group, group] of an upper factor's groups, and the metric [C] of each."""
-        blocks = _diagonal_blocks(factor, self._group)
-        return _inverses(blocks), blocks.square().sum(-1).flatten().numpy()
 
     @cached_property
     def sub_blocks(self) -> tuple[Array, Array, Array, Array]:
         """For each sub-block of the hessian: inverse, factor, inverses of the factor's groups, and their metric."""
         cut = _diagonal_blocks(torch.from_numpy(self.hessian), self._layout.sub_block)
         factors = upper_factor(cut)
-        inverses, metrics = zip(*(self._of_groups(factor) for factor in factors), strict=True)
-        return _inverses(cut), factors.contiguous().numpy(), np.stack(inverses), np.stack(metrics)
+        return _inverses(cut), factors.contiguous().numpy(), *_of_groups(factors, self._group)
 
 
 def _diagonal_blocks(matrix: Tensor, width: int) -> Tensor:
-    """[C / width, width, width] of a matrix [C, C]."""
-    tiles = matrix.unflatten(-1, (-1, width)).unflatten(0, (-1, width))
-    return tiles.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    """[..., C / width, width, width] of matrices [..., C, C]."""
+    tiles = matrix.unflatten(-1, (-1, width)).unflatten(-3, (-1, width))
+    return tiles.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+
+
+def _of_groups(factor: Tensor, group: int) -> tuple[Array, Array]:
+    """Inverses [..., C / group, group, group] of an upper factor's groups, and the metric [..., C] of each."""
+    blocks = _diagonal_blocks(factor, group)
+    return _inverses(blocks), blocks.square().sum(-1).flatten(-2).numpy()
 
 
 def _inverses(blocks: Tensor) -> Array:
@@ -227,7 +227,11 @@ class _Tile:
         a = self._scales(fields)
         inverse = np.divide(1, a, out=np.zeros_like(a), where=a != 0)
         offsets = fields.shifts * np.float32(SHIFT)
-        return a, inverse, self._minimums(fields), offsets, self._layout.sub_block, max(1, self._layout.shift_width)
+        return a, inverse, self._minimums(fields), offsets, *self._spread_widths
+
+    @property
+    def _spread_widths(self) -> tuple[int, int]:
+        return self._layout.sub_block, max(1, self._layout.shift_width)
 
     def _rounded(self, d: Array) -> Array:
         """Scales [B, ROWS] as they will be stored, in normalised units."""
@@ -235,11 +239,9 @@ class _Tile:
 
     def _units(self, fields: _Fields, values: Array) -> tuple[Array, Array]:
         """Factors of `d`, [C, ROWS], and of `dmin` where there is one, [S, ROWS]: what decoded weights are sums of."""
-        codewords = values
-        if len(fields.shifts):
-            codewords = values + fields.shifts.repeat(self._layout.shift_width, axis=0) * np.float32(SHIFT)
-        multipliers = self._multipliers[fields.scales].repeat(self._layout.sub_block, axis=0)
-        return multipliers * codewords, -fields.mins.astype(np.float32)
+        offsets, minimums = fields.shifts * np.float32(SHIFT), -fields.mins.astype(np.float32)
+        spread = self._multipliers[fields.scales], _NONE, _NONE, offsets, *self._spread_widths
+        return columns.decoded(spread, values), minimums
 
     def _refit_all(self, fields: _Fields, values: Array, slope: Array) -> _Fields:
         """All `d` (and `dmin`) of each row by least squares under the hessian, where that is better once stored."""
