@@ -39,7 +39,7 @@ from dynquant.inputs.model_inputs import Batch
 from dynquant.kernels.bench.harness import MarkdownTable, measured, options
 from dynquant.recipes.build_plan import plan_from_types
 from dynquant.resources import let_waiting_threads_sleep
-from dynquant.session import SILENT
+from dynquant.session import Session
 
 BUNDLED = Path(dynquant.__file__).parent / "data" / "textbook-moe-16m"
 TABLE_TYPES = ("Q4_K", "Q6_K", "IQ2_XXS", "IQ3_S")
@@ -74,7 +74,9 @@ def main() -> None:
 
 def _prepare(folder: Path, names: list[str]) -> None:
     if "error table" in names:
-        run_calibration(open_model(BUNDLED), CalibrationOptions(tokens=4096), folder / "stats.safetensors", SILENT)
+        run_calibration(
+            open_model(BUNDLED), CalibrationOptions(tokens=4096), folder / "stats.safetensors", Session(device="cpu")
+        )
     if "llama.cpp" in names:
         export(ExportOptions(model=str(BUNDLED), output=folder / "model.gguf", preset="uniform-q8_0", encoder="ggml"))
 
@@ -121,11 +123,11 @@ def _table(folder: Path, scale: float) -> Callable[[], None]:
     """Return the measurement of the bundled model's table in some types."""
     model, stats = open_model(BUNDLED), StatsFile(folder / "stats.safetensors")
     names = TABLE_TYPES[: max(1, round(len(TABLE_TYPES) * scale))]
-    encoder, block = load_encoder(TableOptions().encoder, "cpu"), torch.randn(8, 256)
+    encoder, (weights, importance, hessian) = load_encoder(TableOptions().encoder, "cpu"), random_layer(1, 64, 256)
     for name in names:
-        encoder.encode(quant_type(name), block, torch.ones(256), 1)
+        encoder.encode(quant_type(name), weights, importance, 1, hessian=hessian)
     output = folder / f"errors-{os.getpid()}.json"
-    return lambda: error_table(model, stats, output, TableOptions(types=names), SILENT, None) and None
+    return lambda: error_table(model, stats, output, TableOptions(types=names), Session(device="cpu")) and None
 
 
 def _score(folder: Path, scale: float) -> Callable[[], None]:
