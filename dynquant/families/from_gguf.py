@@ -171,6 +171,8 @@ def _head_dim(keys: Keys) -> int:
             raise keys.wrong(f"attention.{name}_length", f"{rows / max(heads, 1):g}, as its tensors have,")
     if keys.integer("attention.value_length", width) != width:
         keys.refuse("keys and values have different widths")
+    if keys.arch == "llama" and keys.integer("rope.dimension_count", width) != width:
+        raise keys.wrong("rope.dimension_count", f"the width of a head, {width},")  # llama.cpp loads no other
     if keys.integer("rope.dimension_count", width) != width:
         keys.refuse(f"only {keys.integer('rope.dimension_count')} of {width} dimensions of a head are rotated")
     return width

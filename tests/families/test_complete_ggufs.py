@@ -223,7 +223,7 @@ def test_numbers_at_which_llama_cpp_aborts(keys: dict[str, int], said: str, whol
     [
         ("deepseek-v3", "deepseek2.attention.head_count_kv", 7), ("deepseek-v3", "deepseek2.attention.key_length", 7),
         ("deepseek-v3", "deepseek2.expert_gating_func", 7), ("deepseek-v3", "deepseek2.feed_forward_length", 0),
-        ("gemma3-period-3", "gemma3.attention.sliding_window_pattern", 1),
+        ("gemma3-period-3", "gemma3.attention.sliding_window_pattern", 1), ("llama", "llama.rope.dimension_count", 7),
     ],
 )  # fmt: skip
 def test_more_numbers_at_which_llama_cpp_aborts(name: str, key: str, value: int, whole, tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from dynquant.encoding.search.scales import merged
 
 _ROWS = 32
 _LARGEST_BLOCK = 256
+_LARGEST_SYSTEM = 128
+"""Unknowns of a row that fit in a program."""
 _RIDGE = 1e-7
 """Added to the diagonal, relative to its mean: super-blocks of zeros have no equation."""
 
@@ -37,12 +39,9 @@ def refit(rows: Rows, fields: Fields, values: Tensor, hessian: Tensor) -> Fields
         units.append(-rows.wide(fields.mins.to(torch.float32)))
         old.append(fields.dmin)
     left, right = _equations(torch.stack(units), rows.x - rows.decoded(fields, values), hessian, layout.super_block)
-    ridge = _RIDGE * left.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True) + torch.finfo(torch.float32).tiny
-    left, right, present = left.to(torch.float64), right.to(torch.float64), torch.cat(old, dim=-1)
-    ridged = left + torch.diag_embed(ridge.expand_as(right).to(torch.float64))
-    step = torch.linalg.solve_ex(ridged, right.unsqueeze(-1)).result.squeeze(-1)
-    solution = rows.rounded(present + step.to(torch.float32))
-    step = (solution - present).to(torch.float64).unsqueeze(-1)
+    present = torch.cat(old, dim=-1)
+    solution = rows.rounded(present + _solved(left, right))
+    step = (solution - present).unsqueeze(-1)
     change = ((left @ step - 2 * right.unsqueeze(-1)) * step).sum((-2, -1))
     blocks = fields.d.shape[-1]
     new = replace(fields, d=solution[..., :blocks], dmin=None if fields.dmin is None else solution[..., blocks:])
@@ -61,6 +60,39 @@ def _equations(units: Tensor, errors: Tensor, hessian: Tensor, width: int) -> tu
         KINDS=kinds, BLOCK=width, ROWS=_ROWS, num_warps=8, num_stages=3,
     )  # fmt: skip
     return left, right
+
+
+def _solved(left: Tensor, right: Tensor) -> Tensor:
+    """Solutions [E, R, n] of left [E, R, n, n] times solution = right [E, R, n], left being symmetric and positive."""
+    size = right.shape[-1]
+    if size > _LARGEST_SYSTEM:
+        ridge = _RIDGE * left.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True) + torch.finfo(torch.float32).tiny
+        left = left.to(torch.float64) + torch.diag_embed(ridge.expand_as(right).to(torch.float64))
+        return torch.linalg.solve_ex(left, right.to(torch.float64).unsqueeze(-1)).result.squeeze(-1).to(torch.float32)
+    solution, width = torch.empty_like(right), max(16, triton.next_power_of_2(size))
+    _solve_kernel[(right[..., 0].numel(),)](
+        solution, left, right, size, RIDGE=_RIDGE, SIZE=width, num_warps=max(1, width * width // 1024)
+    )
+    return solution
+
+
+@triton.jit
+def _solve_kernel(solution_ptr, left_ptr, right_ptr, size, RIDGE: tl.constexpr, SIZE: tl.constexpr):
+    """Gauss-Jordan elimination in float64; what is symmetric and positive needs no pivots."""
+    system = tl.program_id(0).to(tl.int64)
+    i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
+    left = tl.load(left_ptr + (system * size + i) * size + j, mask=(i < size) & (j < size), other=0.0).to(tl.float64)
+    right = tl.load(right_ptr + system * size + i, mask=i < size, other=0.0).to(tl.float64)
+    ridge = RIDGE * tl.sum(tl.sum(tl.where(i == j, left, 0.0), 1), 0) / size + 1.1754943508222875e-38
+    left += tl.where(i == j, ridge, 0.0)
+    for c in range(0, size):
+        column = tl.sum(tl.where(j == c, left, 0.0), 1)[:, None]
+        row = tl.sum(tl.where(i == c, left, 0.0), 0)[None, :]
+        share = tl.where(i == c, 0.0, column / tl.sum(tl.where(j == c, row, 0.0), 1)[:, None])
+        left -= share * row
+        right -= share * tl.sum(tl.where(i == c, right, 0.0), 0)[None, :]
+    diagonal = tl.sum(tl.where(i == j, left, 0.0), 1)[:, None]
+    tl.store(solution_ptr + system * size + i, (right / diagonal).to(tl.float32), mask=i < size)
 
 
 @triton.jit
