@@ -9,6 +9,7 @@ Types that this encoder does not search (floats, Q8_0, the 32-wide Q4_0 to Q5_1 
 """
 
 from collections.abc import Iterator
+from threading import Lock
 from typing import ClassVar
 
 import torch
@@ -125,11 +126,13 @@ class Loss:
 
     def __init__(self, metric: Tensor, hessian: Tensor | None = None, factor: Tensor | None = None) -> None:
         self._metric, self._hessian, self._factor = metric, hessian, factor
+        self._lock = Lock()
+        self._prepared: list[tiles.TileLoss] | None = None
 
     def blocks(self, rows: Rows) -> tuple[Fields, Tensor]:
         """Fields and values of all rows."""
         if tiles.serves(rows):
-            return tiles.blocks(rows, self._metric, self._hessian, self._factor)
+            return tiles.blocks(rows, self._of_tiles(rows.layout))
         if self._hessian is None or self._factor is None:
             return fit(rows, self._metric, candidates=8, rounds=4)
         is_scalar = rows.layout.codebook.group == 1
@@ -140,6 +143,13 @@ class Loss:
         fields, values = descend_scales(rows, fields, values, self._hessian)
         fields = refit(rows, fields, values, self._hessian)
         return fields, descend(rows, fields, values, self._hessian)
+
+    def _of_tiles(self, layout: BlockLayout) -> list[tiles.TileLoss]:
+        """The loss as compiled loops need it, made once for all batches of rows, which are all of one layout."""
+        with self._lock:
+            if self._prepared is None:
+                self._prepared = tiles.tile_losses(layout, self._metric, self._hessian, self._factor)
+            return self._prepared
 
 
 def loss_under(

@@ -12,6 +12,7 @@ from dynquant.encoding import dynquant_encoder as encoder_module
 from dynquant.encoding.dynquant_encoder import DynquantEncoder
 from dynquant.encoding.ggml import encode as ggml_encode
 from dynquant.encoding.interface import Encoder, ProtectedWeight
+from dynquant.encoding.search.compiled.jit import ROWS as ROWS_OF_TILE
 from dynquant.encoding.search.layouts import LAYOUTS
 from dynquant.errors import EncodeError
 from dynquant.formats import decode
@@ -124,7 +125,7 @@ def test_a_tensor_larger_than_a_batch_is_taken_in_row_chunks(monkeypatch):
     whole = ENCODER.encode(quant_type, weights, weight_of)
     monkeypatch.setattr(encoder_module, "_CPU_WEIGHTS", 5 * 256)
     assert torch.equal(ENCODER.encode(quant_type, weights, weight_of, progress=done.append), whole)
-    assert sum(done) == weights.numel() and max(done) == 64 * 256
+    assert sum(done) == weights.numel() and max(done) == ROWS_OF_TILE * 256
 
 
 def test_threads_do_not_change_bytes(monkeypatch):

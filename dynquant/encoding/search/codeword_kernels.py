@@ -169,7 +169,7 @@ def _search(y, metric, pairs_ptr, NUM_WORDS: tl.constexpr):
     """Index of the nearest word to each target [N, WORD], and its score [N]: the distance less sum metric y^2."""
     targets: tl.constexpr = y.shape[0]
     word: tl.constexpr = y.shape[1]
-    tile: tl.constexpr = 128
+    tile: tl.constexpr = 256 if NUM_WORDS > 512 else 128
     left = tl.reshape(tl.join(-2 * y * metric, metric), (targets, 2 * word))
     if word == 4:
         left = tl.reshape(tl.join(left, tl.zeros_like(left)), (targets, 16))
