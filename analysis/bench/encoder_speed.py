@@ -3,8 +3,8 @@
     python -m dynquant.analysis.bench.encoder_speed --device cuda --experts 42 --rows 768 --columns 2048 --project 29e9
 
 A line for each type and encoder: millions of weights per second with and without error feedback, the same for each
-second of a core's work, peak memory of the GPU, and the time for `--project` weights at that speed. Weights are gaussian, hessians those of inputs that live mostly
-in a quarter of the directions; the search takes as long on others.
+second of a core's work, peak memory of the GPU, and the time for `--project` weights at that speed. Weights are
+gaussian, hessians those of inputs that live mostly in a quarter of the directions; the search takes as long on others.
 """
 
 import itertools
