@@ -151,7 +151,7 @@ def draw(
     for experts, rows, weights in blocks:
         for expert, matrix in zip(experts, weights, strict=True):
             squares = matrix.square()
-            even = squares.sum(-1, dtype=torch.float64) * mean_scale
+            even = squares.sum(-1).double() * mean_scale
             energy = even if scale is None else (squares @ scale[expert]).double()
             mixed = (1 - _EVEN_SHARE) * shares[expert] * energy + _EVEN_SHARE / num_experts * even
             sizes[expert, rows.start : rows.stop] = mixed.clamp_min(_SMALLEST * float(mixed.mean())).clamp_min(1e-300)
