@@ -64,6 +64,12 @@ def export_adapter(adapter: Path, output: Path, *, base: Path | None = None) -> 
     arch = FAMILIES[config.model_type].arch
     places, _ = find_places(config, build_meta_model(config), whole_kv_b=whole_kv_b)
     by_key = {place.key: place for place in places.values()}
+    if config.get("tie_word_embeddings") and any(weight.path == "lm_head" for weight in saved.weights):
+        raise AdapterError(
+            f"The adapter in {adapter} changes `lm_head`, which {path} ties to the token embedding. GGUF has one "
+            "tensor for both, and llama.cpp would change the embedding too. Train without `lm_head`, or merge the "
+            "adapter into the original (`merge_and_unload` of PEFT) and export that."
+        )
     targets = [target for weight in saved.weights for target in _targets(saved, weight, by_key)]
     _check_graph(targets, arch)
     _check_whole_weights(saved, path, config)
@@ -129,6 +135,8 @@ def _check_whole_weights(saved: SavedAdapter, base: Path, config: Config) -> Non
 
         def is_same(module: str, copy: torch.Tensor) -> bool:
             name = f"{module}.weight"
+            if name == "lm_head.weight" and config.get("tie_word_embeddings"):
+                name = "model.embed_tokens.weight"
             return name in source.names() and torch.equal(copy, source.load(name).to(copy.dtype))
 
         check_copies(saved.directory, saved.copies, str(base), is_same)

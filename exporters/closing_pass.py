@@ -35,7 +35,7 @@ from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.formats.scale_fields import num_scales, read_scales, with_scales
 from dynquant.resources import chosen_device
 from dynquant.running.live_weights import LiveWeights
-from dynquant.running.load import load_hf
+from dynquant.running.load import load_hf, tf32_products
 from dynquant.session import Progress, Session, ignore_progress
 
 BYTES_PER_WEIGHT = 20  # peak memory: the model, its gradients, the decoded codes of one or two parts, and activations
@@ -200,7 +200,8 @@ def _split(windows: Tensor, options: TuneOptions) -> tuple[Tensor, Tensor]:
 
 def _logits(hf_model: nn.Module, batch: Tensor) -> Tensor:
     device = next(hf_model.parameters()).device
-    return hf_model(input_ids=batch.to(device), use_cache=False).logits.float().flatten(0, 1)
+    with tf32_products(device):
+        return hf_model(input_ids=batch.to(device), use_cache=False).logits.float().flatten(0, 1)
 
 
 def _block_kls(hf_model: nn.Module, batches: tuple[Tensor, ...], targets: list[Distributions]) -> Tensor:
@@ -218,10 +219,11 @@ class _Scales:
         self._live, self._name, self._type, self._shape = live, name, type_name, packed.shape
         original = live.read(name)
         self._blocks = packed.reshape(-1, QUANT_TYPES[type_name].block_bytes)
-        stored = read_scales(type_name, self._blocks)  # [blocks, count]
-        alone = [stored * keep for keep in torch.eye(stored.shape[1])]
-        parts = [decode(type_name, with_scales(type_name, self._blocks, scales)) for scales in alone]
-        self._parts = torch.stack(parts, dim=1).to(original.device)  # [blocks, count, block_size]
+        blocks = self._blocks.to(original.device)
+        stored = read_scales(type_name, blocks)  # [blocks, count]
+        alone = [stored * keep for keep in torch.eye(stored.shape[1], device=blocks.device)]
+        parts = [decode(type_name, with_scales(type_name, blocks, scales)) for scales in alone]
+        self._parts = torch.stack(parts, dim=1)  # [blocks, count, block_size]
         self.parameter = torch.ones(stored.shape, device=original.device)
         decoded = self._parts.sum(1).view_as(original)
         self.relative_error = float((decoded - original).norm() / original.norm().clamp_min(1e-12))  # zeros have none
@@ -292,7 +294,7 @@ def _train(
     )
     done = 0
     for batch, target in zip(steps, targets, strict=False):
-        with torch.enable_grad():
+        with torch.enable_grad(), tf32_products(next(hf_model.parameters()).device):
             target.kl_lower_bound(_logits(hf_model, batch)).mean().backward()
         for tensor in trained.values():
             tensor.pull_gradient()

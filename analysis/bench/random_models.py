@@ -35,6 +35,13 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1,
         "max_position_embeddings": 4096,
     }),
+    "89m": ("deepseek_v3", {
+        "vocab_size": 8192, "hidden_size": 512, "num_hidden_layers": 11, "num_attention_heads": 8,
+        "num_key_value_heads": 8, "q_lora_rank": 256, "kv_lora_rank": 256, "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 32, "v_head_dim": 64, "intermediate_size": 1536, "moe_intermediate_size": 256,
+        "n_routed_experts": 16, "num_experts_per_tok": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
+        "first_k_dense_replace": 1, "max_position_embeddings": 1024,
+    }),
     "7b-a1b": ("deepseek_v3", {
         "vocab_size": 50_304, "hidden_size": 2048, "num_hidden_layers": 17, "num_attention_heads": 16,
         "num_key_value_heads": 16, "q_lora_rank": 768, "kv_lora_rank": 512, "qk_nope_head_dim": 128,
@@ -53,7 +60,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         "tie_word_embeddings": True,
     }),
 }  # fmt: skip
-"""Name -> model type and configuration: a test bed, a small mixture of experts, Qwen3-30B-A3B's, Qwen2.5-1.5B's."""
+"""Name -> model type and configuration: a test bed, small mixtures of experts, Qwen3-30B-A3B's, Qwen2.5-1.5B's."""
 
 _CLASSES = {
     "deepseek_v3": "DeepseekV3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "qwen2": "Qwen2ForCausalLM"

@@ -25,6 +25,7 @@ from dynquant.checkpoints.tensor_roles import layer_of, role_of
 from dynquant.checkpoints.tensor_source import TensorInfo
 from dynquant.encoding.interface import Encoder, check_finite
 from dynquant.encoding.parts import TensorPart, as_slice, load_part, ranges
+from dynquant.encoding.stream import holds_blocks
 from dynquant.families.linear_layers import LinearLayer
 from dynquant.formats import decode
 from dynquant.formats.checksum import checksum
@@ -178,6 +179,9 @@ class ErrorMeter(Meter):
             metric = metric.to(self.device)
             energies.append(row_sums(here, metric, samples).cpu())
             for name, sums in lost.items():
+                if holds_blocks(self.model, part.name, QUANT_TYPES[name]):  # `export` copies them
+                    sums.append(torch.zeros_like(energies[-1]))
+                    continue
                 options = {} if hessian is None or QUANT_TYPES[name].is_float else {"hessian": metric}
                 packed = self.encoder.encode(QUANT_TYPES[name], rows, scale, self.threads, name=part.name, **options)
                 decoded = decode(name, packed.to(self.device), tuple(rows.shape))

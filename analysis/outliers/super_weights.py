@@ -242,19 +242,21 @@ class DownScan:
     def _add(
         self, name: str, place: str, expert: int | None, x: torch.Tensor, out: torch.Tensor, token_index: torch.Tensor
     ) -> None:
-        """Note the largest output; its numbers stay where they are, as a GPU would wait for each that is read."""
-        at = out.abs().argmax()
+        """Note the largest output; its numbers stay where they are, as a GPU would wait for each that is read.
+
+        Indices are tensors [1]: one without a dimension would be read.
+        """
+        at = out.abs().argmax().unsqueeze(0)
         token, row = at // out.shape[1], at % out.shape[1]
-        inputs, value = x[token].float(), out[token, row].double()
-        contributions = _matrix(self._model, place, expert)[row].float() * inputs
-        col = torch.where(value > 0, contributions, -contributions).argmax()
+        value = out[token, row].double()
+        contributions = (_matrix(self._model, place, expert)[row].float() * x[token].float())[0]
+        col = torch.where(value > 0, contributions, -contributions).argmax().unsqueeze(0)
         share = torch.where(value == 0, 0.0, contributions[col].double() / value)
-        strongest = x.abs().argmax()
+        strongest = x.abs().argmax().unsqueeze(0)
         in_token, in_channel = strongest // x.shape[1], strongest % x.shape[1]
-        position = token_index[token]
-        numbers = (x[in_token, in_channel], in_channel, value, position, row, col, share)
+        numbers = (x[in_token, in_channel], in_channel, value, token_index[token], row, col, share)
         # Whether it grows is known when the layer is done.
-        self._pending.append((name, place, expert, torch.stack([number.double() for number in numbers])))
+        self._pending.append((name, place, expert, torch.cat([number.double() for number in numbers])))
 
     def _layer_hook(self, _module: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
         if not self._pending:

@@ -33,6 +33,8 @@ from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.running.layer_replay import LayerReplay
 from dynquant.running.linear_hooks import frozen_weights, sampled_log_probability
 from dynquant.running.live_weights import LiveWeights
+from dynquant.running.load import tf32_products
+from dynquant.running.stream_memory import free_memory_of
 from dynquant.session import Progress, ignore_progress
 
 _PROBED_TYPES = 3
@@ -50,7 +52,7 @@ def fisher_probe(
 ) -> Costs:
     """Measure cost and standard error of every tensor, in three types of the table.
 
-    `hf_model` is the original in float32; each of `windows` [n, window] is one probe. Tensors that have no place in the
+    `hf_model` is the original; each of `windows` [n, window] is one probe. Tensors that have no place in the
     running model are left out.
 
     Raises:
@@ -98,10 +100,11 @@ def _factor(table: ErrorTable, name: str, costs: dict[str, Price]) -> tuple[floa
 
 def _costs_of(name: str, gradients: Tensor, store: EncodedStore, table: ErrorTable, tokens: int) -> dict[str, Price]:
     """Price a tensor in some of its types by its gradients [probes, weights]."""
-    original = store.model.source.load(name).flatten()
+    device = gradients.device
+    original = store.model.source.load(name).to(device).flatten()
     costs = {}
     for type_name in _probed_types(table.tensors()[name].values()):
-        difference = original - store.decoded(name, type_name).flatten()
+        difference = original - store.decoded(name, type_name, device).flatten()
         squares = 0.5 * (gradients @ difference).double().square() / tokens  # [probes]
         error = float(squares.std()) / len(squares) ** 0.5 if len(squares) > 1 else 0.0
         costs[type_name] = Price(kl=float(squares.mean()), se=error)
@@ -149,7 +152,7 @@ class _StreamedBackward:
                 with torch.no_grad():
                     hidden = self.replay.layer(index, self.replay.num_layers - 1)
                 hidden.requires_grad_(True)
-                with torch.enable_grad():
+                with self._differentiating():
                     loss(self.replay.head(index, hidden)).backward()
                 self._flowing.append(hidden.grad)
                 collect()
@@ -159,7 +162,7 @@ class _StreamedBackward:
         with self._measured([name for name in self.names if layer_of(name) == layer]) as collect:
             for index, gradient in enumerate(self._flowing):
                 hidden = self.replay.layer_input(index, layer).detach().requires_grad_(True)
-                with torch.enable_grad():
+                with self._differentiating():
                     self.replay.layer(index, layer, hidden).backward(gradient)
                 below.append(hidden.grad)  # flows into the layer below
                 collect()
@@ -168,9 +171,15 @@ class _StreamedBackward:
     def _embedding(self) -> None:
         with self._measured(["token_embd.weight"]) as collect:
             for index, gradient in enumerate(self._flowing):
-                with torch.enable_grad():
+                with self._differentiating():
                     self.replay.embedded(index).backward(gradient)
                 collect()
+
+    @contextmanager
+    def _differentiating(self) -> Iterator[None]:
+        """Context manager: for a pass with gradients and its backward pass."""
+        with torch.enable_grad(), tf32_products(self.replay.device):
+            yield
 
     @contextmanager
     def _measured(self, names: list[str], *, is_whole: bool = True) -> Iterator[Callable[[], None]]:
@@ -179,12 +188,13 @@ class _StreamedBackward:
         Unless `is_whole`, they are kept until a later part of the same tensors is added to them.
         """
         names = sorted(self.names & set(names))
-        gradients: dict[str, list[Tensor]] = {name: [] for name in names}
-        parameters = [self.live.parameter(name) for name in names]
+        parameters, gradients = [self.live.parameter(name) for name in names], self._room_for(names)
+        windows = iter(range(len(self.replay.batches)))
 
         def collect() -> None:
-            for name in names:
-                gradients[name].append(self.live.gradient(name).flatten().cpu())
+            window = next(windows)
+            for name, rows in gradients.items():
+                rows[window] += self.live.gradient(name).flatten().to(rows.device)
             for parameter in parameters:
                 parameter.grad = None
 
@@ -193,10 +203,20 @@ class _StreamedBackward:
         yield collect
         for parameter in parameters:
             parameter.requires_grad_(False)
+        if not is_whole:
+            self._parts |= gradients
+            return
         for name in names:
-            total = torch.stack(gradients.pop(name))
-            total += self._parts.pop(name, torch.zeros(()))  # what the head gave a tied embedding
-            if is_whole:
-                self.consume(name, total)
-            else:
-                self._parts[name] = total
+            self.consume(name, gradients.pop(name))
+
+    def _room_for(self, names: list[str]) -> dict[str, Tensor]:
+        """Return zeros [windows, weights] for gradients, or what the head gave a tied embedding.
+
+        They are where the model is while they take at most half of what is free there.
+        """
+        rooms = {name: self._parts.pop(name) for name in names if name in self._parts}
+        sizes = {name: self.live.read(name).numel() for name in names if name not in rooms}
+        device, count = self.replay.device, len(self.replay.batches)
+        if device.type != "cpu" and 4 * count * sum(sizes.values()) > free_memory_of(device) / 2:
+            device = torch.device("cpu")
+        return rooms | {name: torch.zeros(count, size, device=device) for name, size in sizes.items()}

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from dynquant.analysis.outliers.super_weights import find_super_weights
 from dynquant.analysis.sensitivity.closed_form import output_sensitivity, streamed_sensitivity
 from dynquant.calibration.options import CalibrationOptions
@@ -21,11 +19,12 @@ from dynquant.resources import chosen_device
 from dynquant.running.layer_stream import LayerStream
 from dynquant.running.load import computing_type, load_hf
 from dynquant.running.staged_passes import StagedPasses
-from dynquant.running.stream_memory import MOST_TOKENS_AT_ONCE, Workload, fit_within, windows_at_once
+from dynquant.running.stream_memory import MOST_TOKENS_AT_ONCE, Workload, fit_within, free_memory_of, windows_at_once
 from dynquant.session import Session
 
 PROBE_TOKENS = 4096  # tokens of the backward pass that measures sensitivities
 
+_MOST_LOGITS = 1 << 28  # at a time in a model that is streamed through a GPU: a gigabyte, several times
 _PROBE_KEEPS = "Errors are kept; the sensitivities measured so far are lost."
 
 
@@ -49,14 +48,16 @@ def run_probe(
         hf_model = load_hf(model, device=device)
         at_once = 1
         if device != "cpu" and not inputs.has_pictures:
-            at_once = windows_at_once(hf_model, inputs.longest, torch.cuda.mem_get_info(device)[0])
+            at_once = windows_at_once(hf_model, inputs.longest, free_memory_of(device))
         inputs = replace(inputs, batch_size=at_once)
         supers = find_super_weights(hf_model, arch, n_layer, inputs.windows[0]) if finds_super_weights else []
         with session.stage(_PROBE_KEEPS) as progress:
             return supers, *output_sensitivity(hf_model, arch, n_layer, inputs, seed=session.seed, progress=progress)
     windows = inputs.windows
-    at_once = 1 if device == "cpu" else max(1, MOST_TOKENS_AT_ONCE // windows.shape[1])
-    stream = LayerStream(model, dtype=computing_type(model, device), device=device)
+    stream, at_once = LayerStream(model, dtype=computing_type(model, device), device=device), 1
+    if device != "cpu":
+        tokens = min(MOST_TOKENS_AT_ONCE, _MOST_LOGITS // stream.hf_model.get_output_embeddings().out_features)
+        at_once = max(1, tokens // windows.shape[1])
     fit_within(stream, limit, Workload(at_once * windows.shape[1], is_backward=True))
     with stream.running(), _scratch((options.spill or directory) / ".probe.streaming") as scratch:
         supers = []

@@ -13,6 +13,7 @@ from torch import nn
 
 from dynquant.calibration.statistics import InputStats
 from dynquant.running.expert_hooks import expert_modules
+from dynquant.running.load import tf32_products
 
 DEFAULT_LIMIT = 8 * 2**30  # bytes of float32 sums of second moments
 
@@ -106,20 +107,25 @@ class MomentRecorder:
         """
         if not len(x) or not self._has_room(key, x, num_experts):
             return
-        x = x.detach().to(torch.float32)
+        x, row = x.detach(), 0 if len(self._sums[key]) == 1 else expert
+        is_exact = x.is_cuda and x.dtype == torch.bfloat16  # as products of bfloat16 numbers in float32 are
+        if x.dim() == 2 and squares is None and is_exact:
+            self._sums[key][row] += torch.mm(x.T, x, out_dtype=torch.float32)  # on tensor cores, ten times as fast
+            self._weights[key][row] += len(x)
+            return
+        x = x.to(torch.float32)
         if x.dim() == 3:
             self._sums[key] += torch.einsum("tea,teb->eab", x, x)
             self._weights[key] += len(x)
-            return
-        row = 0 if len(self._sums[key]) == 1 else expert
-        if squares is None:
+        elif squares is None:
             self._sums[key][row].addmm_(x.T, x)
             self._weights[key][row] += len(x)
         else:
             squares = squares.to(torch.float32)
             mean = squares.mean()
             v = 1 + torch.where(mean > 0, squares / mean, 0.0)  # no branch: it would wait for the GPU
-            self._sums[key][row].addmm_((x * v.unsqueeze(1)).T, x)
+            with tf32_products(x.device):
+                self._sums[key][row].addmm_((x * v.unsqueeze(1)).T, x)
             self._weights[key][row] += v.sum(dtype=torch.float64)
 
     def take(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 
 from dynquant.calibration.imatrix import export_imatrix, import_imatrix
@@ -30,7 +29,7 @@ from dynquant.inputs.text import read_text
 from dynquant.resources import chosen_device, human_bytes, parse_size
 from dynquant.running.cluster import open_ray
 from dynquant.running.load import computing_type, load_hf
-from dynquant.running.stream_memory import COMFORTABLE_SHARE, free_memory
+from dynquant.running.stream_memory import COMFORTABLE_SHARE, free_memory_of
 from dynquant.session import SILENT, Session
 from dynquant.storage.atomic import file_hash, read_tensors_header
 from dynquant.storage.file_names import KINDS, STATS_NAME, kind_path, path_beside
@@ -290,11 +289,11 @@ def streaming_limit(model: Model, options: CalibrationOptions, device: str, sess
     if options.max_memory is not None:
         return parse_size(options.max_memory)
     on_gpu = device.startswith("cuda")
-    free = torch.cuda.mem_get_info(device)[0] if on_gpu else free_memory()
+    free = free_memory_of(device)
     needed = model.num_weights * (2 if on_gpu else 4)  # bfloat16, or float32
     if needed <= COMFORTABLE_SHARE * free or not isinstance(model.source, ConvertedSource):
         return None
-    limit = int(_LIMIT_SHARE * free_memory())
+    limit = int(_LIMIT_SHARE * free_memory_of("cpu"))
     session.note(
         f"{model.name} takes {human_bytes(needed)} as floats and {human_bytes(free)} are free: it is "
         f"streamed layer by layer within {human_bytes(limit)}. --max-memory sets another limit"

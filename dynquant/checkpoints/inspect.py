@@ -109,7 +109,8 @@ def inspect(path: str | Path) -> FileSummary:
     if path.suffix == ".gguf":
         return _inspect_gguf(path)
     if path.suffix == ".safetensors" and path.is_file():
-        return replace(_inspect_safetensors(path.parent, spans_of(path)), fault=_of_several(path))
+        summary = _inspect_safetensors(path.parent, spans_of(path))
+        return replace(summary, fault=_of_several(path) or summary.fault)
     if path.is_dir():
         return _inspect_safetensors(path, checkpoint_spans(path))
     raise CheckpointError(
@@ -184,9 +185,12 @@ def _inspect_safetensors(directory: Path, spans: dict[str, FileSpan]) -> FileSum
         for name, span in spans.items()
     ]
     provenance: dict[str, object] = {}
+    fault = ""
     if metadata.get("quant_method") == "dynquant" and isinstance(quantization, dict):
         types, recorded = quantization.get("types"), quantization.get("provenance")
         if isinstance(types, dict):
+            if lost := sorted(set(types) - spans.keys()):
+                fault = f"{directory} lacks {len(lost)} tensors of its quantization_config, first `{lost[0]}`."
             tensors = [_unpacked_record(record, types) for record in tensors]
         if isinstance(recorded, dict):
             provenance = {f"dynquant.{key}": value for key, value in recorded.items()}
@@ -198,6 +202,7 @@ def _inspect_safetensors(directory: Path, spans: dict[str, FileSpan]) -> FileSum
         tensors=tuple(tensors),
         metadata=metadata,
         provenance=provenance,
+        fault=fault,
     )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from dynquant.encoding.ggml import GgmlEncoder
 from dynquant.encoding.interface import Encoder, ProtectedWeight, Request, check_finite
 from dynquant.encoding.parts import as_slice, ranges
+from dynquant.encoding.search.compiled import tiles
 from dynquant.encoding.search.descent import descend, descend_scales, refit
 from dynquant.encoding.search.feedback import feed_back, upper_factor
 from dynquant.encoding.search.layouts import LAYOUTS, BlockLayout, Fields
@@ -37,12 +38,16 @@ _PROTECTED = 1e5
 
 
 class DynquantEncoder(Encoder):
-    """See the module; `device` None takes a CUDA device where there is one."""
+    """See the module; `device` None takes a CUDA device where there is one.
+
+    With `is_plain` PyTorch does everything: that is what compiled loops and kernels are tested against.
+    """
 
     name: ClassVar[str] = "dynquant"
     uses_hessians: ClassVar[bool] = True
 
-    def __init__(self, device: str | None = None) -> None:
+    def __init__(self, device: str | None = None, *, is_plain: bool = False) -> None:
+        self._is_plain = is_plain
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     def encode_stack(self, request: Request) -> Tensor:
@@ -87,7 +92,7 @@ class DynquantEncoder(Encoder):
         try:
             x = weights.to(self.device, torch.float32, non_blocking=True)  # if it comes from pinned memory
             _check_weights(layout, x, name)
-            rows = Rows.of(layout, x)
+            rows = Rows.of(layout, x, is_plain=self._is_plain)
             return rows.packed(*loss.blocks(rows)).cpu()
         except torch.OutOfMemoryError:
             half = weights.shape[1] // 2
@@ -117,6 +122,8 @@ class Loss:
 
     def blocks(self, rows: Rows) -> tuple[Fields, Tensor]:
         """Fields and values of all rows."""
+        if tiles.serves(rows):
+            return tiles.blocks(rows, self._metric, self._hessian, self._factor)
         if self._hessian is None or self._factor is None:
             return fit(rows, self._metric, candidates=8, rounds=4)
         is_scalar = rows.layout.codebook.group == 1

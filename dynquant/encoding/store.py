@@ -62,10 +62,10 @@ class EncodedStore:
             write_atomically(file, packed.contiguous().numpy().tobytes())
         return packed.view(*shape[:-1], -1)
 
-    def decoded(self, name: str, type_name: str) -> torch.Tensor:
-        """The tensor as a runtime sees it, float32 in its own shape."""
+    def decoded(self, name: str, type_name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+        """The tensor as a runtime sees it, float32 in its own shape, decoded on `device`."""
         shape = tuple(self.model.source.info(name).shape)
-        return decode(type_name, self.packed(name, type_name), shape)
+        return decode(type_name, self.packed(name, type_name).to(device), shape)
 
 
 def open_store(

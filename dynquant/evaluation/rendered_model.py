@@ -55,9 +55,9 @@ class RenderedModel:
     def write(self, name: str, type_name: str | None) -> None:
         """One tensor's weights in a type, or the original's, without a change of `types`."""
         if name in self._names:
-            model = self._store.model
+            device, store = self._live.parameter(name).device, self._store
             self._live.write(
-                name, model.source.load(name) if type_name is None else self._store.decoded(name, type_name)
+                name, store.model.source.load(name) if type_name is None else store.decoded(name, type_name, device)
             )
 
 
@@ -128,13 +128,13 @@ class ScoredInputs:
         return scored_logits(self.rendered.hf_model, self._inputs)
 
 
-def bytes_at_once(device: torch.device | str) -> int:
-    """Return how large the logits of one forward pass may be, and other tensors that grow with the batch."""
+def bytes_at_once(device: torch.device | str, most: int = _GPU_BYTES) -> int:
+    """Return how large the logits of one forward pass may be: on a GPU up to `most`, and a quarter of what is free."""
     device = torch.device(device)
     if device.type != "cuda":
         return _CPU_BYTES
     free, _ = torch.cuda.mem_get_info(device)
-    return min(_GPU_BYTES, free // 4)
+    return min(most, free // 4)
 
 
 def windows_at_once(window: int, vocab_size: int, device: torch.device | str) -> int:

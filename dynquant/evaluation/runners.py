@@ -47,6 +47,7 @@ LLAMA_CPP, TRANSFORMERS = "llama.cpp", "transformers"
 RUNNERS = (LLAMA_CPP, TRANSFORMERS)  # programs that can run a GGUF file
 ROW_TOKENS = {"cpu": 1024, "cuda": 8192}
 """Tokens of questions in one forward pass, with their padding, by the type of the device."""
+_PREFIX_BYTES = 16 << 30  # copies of a held prefix on a GPU
 
 
 @dataclass(frozen=True)
@@ -235,7 +236,7 @@ class HuggingFaceRunner:
 
     def __init__(self, hf_model: Any) -> None:
         self.hf_model = hf_model
-        self._prefix_cache = None
+        self._prefix_cache, self._prefix = None, []
         self.vocab_size: int = hf_model.config.get_text_config().vocab_size
 
     @property
@@ -273,9 +274,9 @@ class HuggingFaceRunner:
 
     @torch.inference_mode()
     def hold_prefix(self, tokens: Sequence[int]) -> None:
-        self._prefix_cache = None
-        if tokens:
-            self._prefix_cache = self._forward([list(tokens)], None, use_cache=True).past_key_values
+        self._prefix_cache, self._prefix = None, list(tokens)
+        if tokens and self._goes_on_from_caches:
+            self._prefix_cache = self._forward([self._prefix], None, use_cache=True).past_key_values
 
     @torch.inference_mode()
     def branch_logits(self, trees: Sequence[Branches]) -> Iterator[tuple[Sequence[Branches], torch.Tensor]]:
@@ -284,14 +285,14 @@ class HuggingFaceRunner:
                 yield [tree], self._branches_of_one(tree)
             return
         layers = [] if self._prefix_cache is None else self._prefix_cache.layers
-        most = bytes_at_once(self.device)
-        # Every row of a batch gets a copy of the prefix, in each layer.
         prefix_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
         limits = {
             "tokens": ROW_TOKENS.get(self.device.type, ROW_TOKENS["cpu"]),
-            "rows": max(1, most // (4 * self.vocab_size)),
+            "rows": max(1, bytes_at_once(self.device) // (4 * self.vocab_size)),
+            # Every row of a batch gets a copy of the prefix, in each layer.
+            "at_most": max(1, bytes_at_once(self.device, _PREFIX_BYTES) // max(1, prefix_bytes)),
         }
-        for group in groups_within(trees, at_most=max(1, most // max(1, prefix_bytes)), **limits):
+        for group in groups_within(trees, **limits):
             yield group, self._tree_logits(group)
 
     def _tree_logits(self, trees: Sequence[Branches]) -> torch.Tensor:
@@ -335,17 +336,40 @@ class HuggingFaceRunner:
         cache = self._forward([[0]], None, use_cache=True).past_key_values
         return all(type(layer).__name__ == "DynamicLayer" for layer in cache.layers)
 
+    @cached_property
+    def _goes_on_from_caches(self) -> bool:
+        """True where several tokens after a cache get the logits that they get after the tokens themselves.
+
+        Some recurrent layers (Mamba's) take up one token at a time from their state, and ignore it when given more.
+        """
+        ids = list(range(12))
+        cache = getattr(self._forward([ids[:6]], None, use_cache=True), "past_key_values", None)
+        if cache is None or not _is_recurrent(cache):
+            return cache is not None
+        whole = self._forward([ids], None).logits[0, 6:].float()
+        later = self._forward([ids[6:]], cache, use_cache=True).logits[0].float()
+        return bool((later - whole).abs().max() < 1e-4 * whole.std())
+
     def _branches_of_one(self, tree: Branches) -> torch.Tensor:
+        longer = [list(answer[:-1]) for answer in tree.answers if len(answer) > 1]
+        if not self._goes_on_from_caches:
+            start = [*self._prefix, *tree.suffix]
+            parts = [self._forward([start + more], None).logits[0, len(start) - 1 :] for more in longer or [[]]]
+            return torch.cat([parts[0][:1], *(part[1:] for part in parts)]).float()
         # Copied rather than cropped afterwards: sliding-window and recurrent caches cannot be cropped.
         output = self._forward([list(tree.suffix)], copy.deepcopy(self._prefix_cache), use_cache=True)
-        first = output.logits[0, -1:].float()
-        longest = max(len(answer) for answer in tree.answers)
-        if longest == 1:
-            return first
-        rows = [list(answer[:-1]) + [answer[0]] * (longest - len(answer)) for answer in tree.answers]
-        output.past_key_values.batch_repeat_interleave(len(rows))
-        later = self._forward(rows, output.past_key_values, use_cache=True).logits.float()
-        return torch.cat([first, *(later[i, : len(answer) - 1] for i, answer in enumerate(tree.answers))])
+        first, cache = output.logits[0, -1:].float(), output.past_key_values
+        if _is_recurrent(cache):  # its states cannot be repeated
+            parts = [self._forward([row], copy.deepcopy(cache), use_cache=True).logits[0] for row in longer]
+        elif longer:
+            longest = max(map(len, longer))
+            cache.batch_repeat_interleave(len(longer))
+            rows = [row + row[:1] * (longest - len(row)) for row in longer]
+            logits = self._forward(rows, cache, use_cache=True).logits
+            parts = [logits[i, : len(row)] for i, row in enumerate(longer)]
+        else:
+            parts = []
+        return torch.cat([first, *(part.float() for part in parts)])
 
     def close(self) -> None:
         self.hf_model = self._prefix_cache = None
@@ -353,6 +377,10 @@ class HuggingFaceRunner:
     def _forward(self, rows: list[list[int]], past: object, *, use_cache: bool = False) -> object:
         ids = torch.tensor(rows, device=self.device)
         return self.hf_model(input_ids=ids, past_key_values=past, use_cache=use_cache)
+
+
+def _is_recurrent(cache: Any) -> bool:
+    return any("LinearAttention" in type(layer).__name__ for layer in cache.layers)
 
 
 def gguf_bytes(paths: Sequence[Path]) -> int:

@@ -179,11 +179,11 @@ def check_complete(source: GGUFSource) -> None:
 
 
 def check_loads(source: GGUFSource) -> None:
-    """Refuse keys at which llama.cpp ends the whole process instead of refusing the file.
+    """Refuse keys at which llama.cpp ends the whole process instead of refusing the file, or takes another EOS.
 
     Raises:
-        CheckpointError: numbers of experts that do not fit together, an unknown rope scaling, or lists of a tokenizer
-            that are not of one length or kind.
+        CheckpointError: numbers of experts that do not fit together, an unknown rope scaling, lists of a tokenizer that
+            are not of one length or kind, or an EOS that is no token.
     """
     keys = _Keys(source)
     experts, used, groups, groups_used = (
@@ -198,6 +198,12 @@ def check_loads(source: GGUFSource) -> None:
     if keys.get("rope.scaling.type", "none") not in _ROPE_SCALINGS:
         raise keys.wrong("rope.scaling.type", f"one of {', '.join(_ROPE_SCALINGS)}")
     num_tokens = len(keys.values.get("tokenizer.ggml.tokens") or ())
+    eos = keys.values.get("tokenizer.ggml.eos_token_id", 0)
+    if num_tokens and not (isinstance(eos, int) and 0 <= eos < num_tokens):
+        raise CheckpointError(
+            f"{source.path} gives `tokenizer.ggml.eos_token_id` as {eos!r:.80}, but has {num_tokens:,} tokens: "
+            "generation would not stop. Correct the key with llama.cpp's `gguf-set-metadata`, or convert it again."
+        )
     for name, kind in (("tokens", str), ("token_type", int), ("scores", float), ("merges", str)):
         values = keys.values.get(f"tokenizer.ggml.{name}", [])
         of_kind = isinstance(values, list) and all(type(value) is kind for value in values)

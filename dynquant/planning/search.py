@@ -37,8 +37,9 @@ from dynquant.planning.options import CLOSED_FORM, FISHER, METHODS, UNIT_KL, Sea
 from dynquant.planning.selection import Candidate, Fit, Selection, rank_correlation
 from dynquant.planning.target import Target
 from dynquant.planning.vision_modules import ModuleChoice, every_choice, held_to, with_measured_reasons
-from dynquant.resources import chosen_device
+from dynquant.resources import chosen_device, human_bytes
 from dynquant.running.load import load_hf, load_tokenizer
+from dynquant.running.stream_memory import COMFORTABLE_SHARE, free_memory_of
 from dynquant.session import Progress, Session
 
 PICTURE_TOKENS = 16384  # image and text tokens that plans are scored on, at most: every plan runs on all of them
@@ -69,7 +70,16 @@ class Search:
         return self.store.model
 
     def original(self) -> torch.nn.Module:
-        return load_hf(self.model, dtype=torch.float32, device=chosen_device(self.session.device))
+        """Return the running model in float32, or in bfloat16 on a GPU that has no room for that."""
+        device, dtype = chosen_device(self.session.device), torch.float32
+        needed, free = 4 * self.model.num_weights, free_memory_of(device)
+        if device != "cpu" and needed > COMFORTABLE_SHARE * free:
+            dtype = torch.bfloat16
+            self.session.note(
+                f"plans are rendered in bfloat16, whose rounding is in every KL: float32 weights take "
+                f"{human_bytes(needed)}, and {human_bytes(free)} are free"
+            )
+        return load_hf(self.model, dtype=dtype, device=device)
 
     def candidate(self, label: str, types: Mapping[str, str], table: ErrorTable) -> Candidate:
         total, size = table.price_of(types), self.chooser.file_bytes(types)

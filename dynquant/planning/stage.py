@@ -168,8 +168,8 @@ def _check_runs_whole(model: Model, options: PlanOptions, session: Session) -> N
     if streaming_limit(model, options.calibration, chosen_device(session.device), session) is not None:
         raise PlanError(
             f"--select, --frontier and the sensitivities fisher-probe and unit-kl run {model.name} as a whole, which "
-            f"takes {human_bytes(4 * model.num_weights)} on a CPU. Plan with --sensitivity closed-form, which "
-            "is streamed, or on a machine with that much memory and without --max-memory."
+            f"takes {human_bytes(4 * model.num_weights)} on a CPU and half of it on a GPU. Plan with --sensitivity "
+            "closed-form, which is streamed, or on a machine with that much memory and without --max-memory."
         )
 
 

@@ -96,8 +96,8 @@ class LiveWeights:
     def gradient(self, name: str) -> Tensor:
         """The gradient with respect to the GGUF tensor."""
         place = self._places[name]
-        gradient = place.parameter.grad
-        assert gradient is not None
+        assert place.parameter.grad is not None
+        gradient = place.parameter.grad.float()
         return self._seen(name, gradient) - self._seen(name, torch.zeros_like(gradient))  # without added constants
 
     def _seen(self, name: str, stored: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from dynquant.errors import StatsError
@@ -35,6 +36,15 @@ class Workload:
     is_backward: bool = False
     moments: bool = False
     pools_experts: bool = True
+
+
+def free_memory_of(device: torch.device | str) -> int:
+    """Bytes that this process can still take on a device; on a GPU also what PyTorch holds back of freed tensors."""
+    device = torch.device(device)
+    if device.type == "cpu":
+        return free_memory()
+    held_back = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held_back
 
 
 def free_memory() -> int:

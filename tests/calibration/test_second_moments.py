@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dynquant.calibration.importance import importance
+from dynquant.calibration.recorders import MomentRecorder
 from dynquant.calibration.run import StatisticsOptions, collect_statistics
 from dynquant.calibration.second_moments import DAMPING, SecondMoments, hessian
 from dynquant.calibration.statistics import CalibrationStats, InputStats, StatsProvenance
@@ -95,6 +96,16 @@ def test_experts_are_pooled_when_they_do_not_all_fit(moe, tokens, whole):
     own = importance(pooled.stats, GATE, (8, 256, 256))
     diagonal = matrix.diagonal(dim1=-2, dim2=-1) - DAMPING * own.mean(1, keepdim=True)
     assert torch.allclose(diagonal, own, rtol=1e-3, atol=1e-4), "each expert keeps its own mean squares"
+
+
+@pytest.mark.gpu
+def test_products_of_bfloat16_inputs_are_exact_on_a_gpu(cuda):
+    x = torch.randn(700, 192, generator=torch.Generator().manual_seed(0)).to(cuda, torch.bfloat16)
+    recorder = MomentRecorder(limit_bytes=10**8, pools_experts=False)
+    for part in x.split(300):
+        recorder.add("key", part)
+    expected = x.double().T @ x.double()
+    torch.testing.assert_close(recorder.take()[0]["key"][0].double(), expected.cpu(), rtol=1e-5, atol=1e-3)
 
 
 def test_inputs_without_room_are_listed(moe, tokens):

@@ -278,7 +278,7 @@ def test_what_fits_is_loaded_whole_and_the_rest_is_streamed(moe, monkeypatch):
     notes = []
     assert streaming_limit(moe, CalibrationOptions(), "cpu") is None
     assert streaming_limit(moe, CalibrationOptions(max_memory="8GB"), "cpu") == 8 * 10**9
-    monkeypatch.setattr("dynquant.calibration.stage.free_memory", lambda: 80 * 10**6)
+    monkeypatch.setattr("dynquant.running.stream_memory.free_memory", lambda: 80 * 10**6)
     assert streaming_limit(moe, CalibrationOptions(), "cpu", Session(note=notes.append)) == 68 * 10**6
     assert "streamed layer by layer within 68.00 MB" in " ".join(notes)
 

@@ -8,7 +8,7 @@ import torch
 
 from dynquant.evaluation import rendered_model, runners
 from dynquant.evaluation.distributions import Distributions
-from dynquant.evaluation.runners import LogitRunner, open_encoder, open_runner
+from dynquant.evaluation.runners import HuggingFaceRunner, LogitRunner, open_encoder, open_runner
 from dynquant.families.open import open_model
 from dynquant.inputs.branches import Branches
 from dynquant.inputs.model_inputs import Batch
@@ -89,6 +89,24 @@ def test_questions_together_are_the_whole_sequences(runner, tokens, prefix_lengt
         for answer, part in zip(tree.answers, later, strict=True):
             whole = runner.window_logits([*prefix, *tree.suffix, *answer])[-len(answer) - 1 : -1]
             assert_same(torch.cat([rows[:1], part]), whole)
+
+
+@pytest.mark.parametrize("name", ["mamba", "falcon_h1"])
+def test_states_that_cannot_be_repeated_or_gone_on_from(name: str) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "mamba_d_ssm": 64, "mamba_n_heads": 4}
+    config = AutoConfig.for_model(name, **sizes, **({"mamba_d_head": 16} | heads if name == "falcon_h1" else {}))
+    torch.manual_seed(0)
+    runner = HuggingFaceRunner(AutoModelForCausalLM.from_config(config).eval())
+    tokens = torch.randint(0, 512, (60,), generator=torch.Generator().manual_seed(0)).tolist()
+    trees = [Branches(tokens[10:20], [tokens[20:23], tokens[30:32]]), Branches(tokens[10:14], [[1], [2]])]
+    runner.hold_prefix(tokens[:10])
+    first, second = branched(runner, trees)
+    assert_same(first[:3], runner.window_logits(tokens[:22])[-3:])
+    assert_same(first[3:], runner.window_logits([*tokens[:20], tokens[30]])[-1:])
+    assert_same(second, runner.window_logits(tokens[:14])[-1:])
 
 
 def test_sizes_of_groups(named, tokens) -> None:

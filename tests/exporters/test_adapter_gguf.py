@@ -230,6 +230,18 @@ def test_the_command_refuses_in_one_paragraph(tmp_path):
     assert "adapter_config.json" in refused("export-adapter", tmp_path, "-o", tmp_path / "a.gguf")
 
 
+def test_a_head_that_is_the_embedding_is_named_as_the_reason(tiny_text, tmp_path):
+    base = tiny_text("llama-tied")
+    peft.get_peft_model(load_hf(open_hf(base)), peft.LoraConfig(target_modules=["lm_head"])).save_pretrained(
+        tmp_path / "a"
+    )
+    with pytest.raises(AdapterError, match=r"changes `lm_head`, which .* ties to the token embedding"):
+        export_adapter(tmp_path / "a", tmp_path / "a.gguf", base=base)
+    whole = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    peft.get_peft_model(load_hf(open_hf(base)), whole).save_pretrained(tmp_path / "b")
+    export_adapter(tmp_path / "b", tmp_path / "b.gguf", base=base)
+
+
 def test_whole_weights_that_are_those_of_the_base_are_no_part_of_the_adapter(tiny_text, tmp_path):
     base, key = tiny_text("llama"), "base_model.model.lm_head.weight"
     config = peft.LoraConfig(target_modules=["o_proj"], r=4, modules_to_save=["lm_head"])

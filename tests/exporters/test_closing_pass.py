@@ -118,6 +118,14 @@ def test_a_pass_that_does_not_help_changes_nothing(model, crushed, windows):
     assert not result.replacements and not result.kl_after < result.kl_before
 
 
+@pytest.mark.gpu
+def test_kl_falls_on_a_gpu_too(model, crushed, windows, tuned, cuda):
+    hf_model = load_hf(model, dtype=torch.float32, device=str(cuda))
+    found = tune(model, hf_model, GGUFSource(crushed), windows, OPTIONS)
+    assert found.kl_before == pytest.approx(tuned.kl_before, rel=2e-3)
+    assert found.kl_after == pytest.approx(tuned.kl_after, rel=2e-2)
+
+
 def test_too_little_text_is_refused(model, crushed, windows):
     with pytest.raises(StatsError, match=r"needs more than 4 windows of 128 tokens, but calibration had 3"):
         tune(model, load_hf(model), GGUFSource(crushed), windows[:3], OPTIONS)

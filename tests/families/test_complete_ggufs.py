@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 from gguf import GGUFValueType
+from safetensors.torch import load_file, save_file
 
 from dynquant.checkpoints.gguf_source import GGUFSource, MetadataField
 from dynquant.checkpoints.inspect import inspect
@@ -241,6 +242,23 @@ def test_inspect_shows_what_is_there_and_says_what_is_not(whole, tmp_path: Path)
         assert "F32" in shown and re.search(said, json.loads(run("inspect", path, "--json").stdout)["fault"])
     shown = succeed("inspect", whole("llama").path)
     assert "what is there" not in shown and "whole" not in shown.splitlines()[-1]
+
+
+def test_an_eos_that_is_no_token_is_refused(whole, tmp_path: Path) -> None:
+    path = rewritten(whole("llama"), tmp_path / "eos.gguf", **{"tokenizer.ggml.eos_token_id": 8192})
+    with pytest.raises(CheckpointError, match=r"eos_token_id` as 8192, but has 8,192 tokens"):
+        open_model(path)
+
+
+def test_inspect_of_a_packed_directory_without_a_tensor(packed_tiny, tmp_path: Path) -> None:
+    for file in packed_tiny.directory.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["lm_head.weight"]
+    (tmp_path / "model.safetensors").unlink()
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert "lacks 1 tensors of its quantization_config, first `lm_head.weight`" in succeed("inspect", tmp_path)
+    assert "not a whole model" not in succeed("inspect", packed_tiny.directory)
 
 
 def test_inspect_of_one_shard_is_not_the_model(small_moe: Path, tmp_path: Path) -> None:

@@ -2,13 +2,15 @@
 
 import json
 import re
+import struct
 from pathlib import Path
 
 import pytest
 
 from dynquant.calibration.options import CalibrationOptions
 from dynquant.calibration.stage import statistics_in
-from dynquant.errors import CheckpointError
+from dynquant.encoding.stream import check_plan
+from dynquant.errors import CheckpointError, PlanError
 from dynquant.families.common.settings import differing_settings, settings_of_config
 from dynquant.families.open import check_original, open_model, settings_of
 from dynquant.recipes.plan import Plan
@@ -16,6 +18,7 @@ from dynquant.session import Session
 from tests.helpers.commands import linked_copy, refused
 from tests.helpers.edited_checkpoints import edited_config
 from tests.helpers.evaluating import evaluated
+from tests.helpers.packed_models import plan_of
 
 EDITS = {
     "rms_norm_eps": (0.01, "was 1e-06 and is 0.01"),
@@ -73,6 +76,18 @@ def test_what_does_not_decide_the_computation_is_free(small_moe, planned_16m, tm
     plan.check_covers([entry.name for entry in plan.entries], open_model(edited))
     names = settings_of_config({**free, "_name_or_path": "/a", "torch_dtype": "float16", "hidden_act": "silu"})
     assert names == {"hidden_act": "silu"}
+
+
+def test_keys_of_a_gguf_are_compared_too(packed_moe, tmp_path):
+    source = packed_moe.gguf.read_bytes()
+    place = source.index(b"deepseek2.rope.freq_base") + len(b"deepseek2.rope.freq_base") + 4
+    content = source[:place] + struct.pack("<f", 5000.0) + source[place + 4 :]
+    (tmp_path / "edited.gguf").write_bytes(content)
+    model, edited = open_model(packed_moe.gguf), open_model(tmp_path / "edited.gguf")
+    assert model.fingerprint == edited.fingerprint
+    plan = plan_of(model, "Q8_0")
+    with pytest.raises(PlanError, match=r"`rope_theta` in config.json\) was 10000 and is 5000"):
+        check_plan(edited, plan)
 
 
 def test_records_without_settings_pass(small_moe, planned_16m, tmp_path):

@@ -155,6 +155,20 @@ def test_streamed_gradients_are_those_of_the_whole_backward_pass(model, table, s
     assert all(parameter.requires_grad for parameter in hf_model.parameters())
 
 
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_costs_and_divergences(model, table, store, windows, cuda):
+    changes, costs, divergences = types_of(table, "Q2_K"), [], []
+    for device in ("cpu", str(cuda)):
+        hf_model = load_hf(model, dtype=torch.float32, device=device)
+        costs.append(fisher_probe(hf_model, store, table, windows[:4]))
+        scored = ScoredInputs(RenderedModel(hf_model, store), ModelInputs(windows[:4]))
+        scored.score()
+        divergences.append(float(scored.divergences_with(changes).mean()))
+    ratios = [price.kl / costs[0][name][form].kl for name, of in costs[1].items() for form, price in of.items()]
+    assert np.median(np.abs(np.array(ratios) - 1)) < 0.01  # a label at a border may be another one
+    assert divergences[1] == pytest.approx(divergences[0], rel=2e-3)
+
+
 def test_probe_prices_scale_each_tensor_by_one_factor(table):
     name = "blk.1.attn_output.weight"
     rows = table.tensors()[name]

@@ -11,7 +11,7 @@ from dynquant.families.open import open_model
 from dynquant.packed.load_gguf import load
 from dynquant.recipes.build_plan import plan_from_types, stays_f32
 from dynquant.running.live_weights import fill_from_gguf
-from dynquant.running.load import empty_hf, load_hf
+from dynquant.running.load import empty_hf, load_hf, load_tokenizer
 from tests.helpers.exports import export_gguf
 from tests.helpers.representatives import represented_by
 from tests.helpers.tiny_models import TINY, hf_logits, write_f32
@@ -41,11 +41,13 @@ def test_a_file_has_the_logits_and_weights_of_its_checkpoint(name: str, tmp_path
 
 @pytest.mark.parametrize("name", ["llama-tied", "qwen2"])
 def test_the_reader_of_transformers_gives_the_same(name: str, tmp_path: Path, tiny_text) -> None:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = write_f32(open_model(tiny_text(name)), tmp_path / "model.gguf")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32)
     torch.testing.assert_close(logits_of(load_hf(open_model(path))), logits_of(theirs), atol=1e-5, rtol=1e-5)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
+    assert load_tokenizer(open_model(path)).backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
 
 
 def packed_file(directory: Path, path: Path) -> Path:

@@ -98,6 +98,10 @@ class Grid:
     def lowest(self) -> float:
         return float(self._levels[0])
 
+    def arrays(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Words [K, width], ascending levels, and the index of each number in base `levels`; -1 where it is no word."""
+        return self._words, self._levels, self._index
+
     def index_of(self, words: Tensor) -> Tensor:
         """Index of each word [..., width]; -1 where it is none."""
         levels = self._levels.to(words.device)

@@ -36,7 +36,7 @@ def upper_factor(hessian: Tensor) -> Tensor:
 def kernels_for(rows: Rows) -> ModuleType | None:
     """`column_kernels` where Triton takes these rows through the columns of a chunk, else None.
 
-    A CPU has no kernels for a single pass.
+    A CPU has none for a single pass: there `compiled` takes rows through all of them.
     """
     if rows.is_plain or not rows.x.is_cuda or not find_spec("triton"):
         return None

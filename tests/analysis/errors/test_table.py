@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -17,10 +18,11 @@ from dynquant.analysis.errors.sums import ErrorJournal
 from dynquant.analysis.errors.table import ErrorRow, ErrorTable
 from dynquant.calibration.importance import importance
 from dynquant.calibration.statistics import CalibrationStats, InputStats, StatsProvenance
-from dynquant.checkpoints.gguf_source import MetadataField
+from dynquant.checkpoints.gguf_source import GGUFSource, MetadataField
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_source import DictSource
 from dynquant.errors import PlanError, StatsError
+from tests.helpers.gguf_writing import finish
 
 DENSE, STACK, EMBEDDING = "blk.0.attn_q.weight", "blk.0.ffn_down_exps.weight", "token_embd.weight"
 SAMPLES = 5
@@ -117,6 +119,21 @@ def test_errors_equal_a_direct_computation(model, stats, table, name, type_name)
         ratios = (outputs[:2, 0] / outputs[:2, 1]).sqrt().tolist()
         assert row.per_expert_activation_error[:2] == pytest.approx(ratios, rel=1e-4)
         assert row.per_expert_activation_error[2] is None  # this expert has no samples
+
+
+def test_the_type_that_a_file_stores_loses_nothing(model, stats, tmp_path):
+    writer, kind = gguf.GGUFWriter(tmp_path / "m.gguf", "llama"), GGMLQuantizationType.Q5_0
+    for name in (EMBEDDING, DENSE, STACK):
+        writer.add_tensor(name, gguf.quants.quantize(model.source.load(name).numpy(), kind), raw_dtype=kind)
+    finish(writer)
+    stored = replace(model, source=GGUFSource(tmp_path / "m.gguf"))
+    provenance = stats.provenance.model_copy(update={"fingerprint": stored.fingerprint})
+    meter = ErrorMeter(stored, CalibrationStats(provenance, stats.inputs), NumpyEncoder())
+    table = build_error_table(meter, ("Q4_0", "Q5_0"), stats_hash="s")
+    for name in (EMBEDDING, DENSE, STACK):
+        kept, other = table.row(name, "Q5_0"), table.row(name, "Q4_0")
+        assert kept.weighted_error == kept.relative_rms == (kept.activation_error or 0) == 0 < other.weighted_error
+        assert kept.weighted_energy == other.weighted_energy
 
 
 def test_a_tensor_without_statistics_has_no_activation_error(table, model):

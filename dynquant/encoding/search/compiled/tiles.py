@@ -1,0 +1,350 @@
+"""The search of blocks on a CPU: rows in tiles, tiles side by side, each through all steps while it is in the cache.
+
+The steps are those of `dynquant_encoder.Loss.blocks` and find the same blocks up to the rounding of sums. Between
+compiled passes only small arrays are touched here, those of scales.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dynquant.encoding.search.codebooks import Codebook, Integers, SignedWords, TernaryWords, Values
+from dynquant.encoding.search.compiled import columns, fits, products, trials, words
+from dynquant.encoding.search.compiled.jit import ROWS
+from dynquant.encoding.search.feedback import upper_factor
+from dynquant.encoding.search.layouts import SHIFT, Fields
+from dynquant.encoding.search.rows import Rows
+from dynquant.workers import side_by_side
+
+_RIDGE = 1e-7
+"""As in `descent`."""
+_TINY = np.float32(1e-30)
+_KEPT = 8
+"""Super-blocks in a row up to which products are kept from one step to the next: memory grows with their square."""
+_NONE = np.empty((0, ROWS), np.float32)
+
+Array = np.ndarray
+
+
+def serves(rows: Rows) -> bool:
+    """Tell whether compiled loops find the blocks of these rows."""
+    layout = rows.layout
+    fits_chunks = len(layout.multipliers) == 1 or layout.sub_block <= 64
+    is_known = isinstance(layout.codebook, Integers | Values | TernaryWords | SignedWords)
+    return not rows.is_plain and rows.x.device.type == "cpu" and is_known and fits_chunks and rows.x.shape[-1] % 4 == 0
+
+
+def blocks(
+    rows: Rows, metric: Tensor, hessian: Tensor | None = None, factor: Tensor | None = None
+) -> tuple[Fields, Tensor]:
+    """Fields and values of all rows; as many threads as PyTorch has here work on them."""
+    experts, num_rows, _ = rows.x.shape
+    if hessian is None or factor is None:
+        losses = [_Loss(rows, m.contiguous().numpy()) for m in metric]
+    elif hessian.stride(0) == 0:
+        losses = [_Loss(rows, metric[0].contiguous().numpy(), hessian[0], factor[0])] * experts
+    else:
+        losses = [_Loss(rows, m.contiguous().numpy(), h, f) for m, h, f in zip(metric, hessian, factor, strict=True)]
+    results = _Results(rows)
+    _links()  # compiled before threads wait for each other
+
+    def encode(place: tuple[int, int]) -> None:
+        expert, start = place
+        part = slice(start, min(start + ROWS, num_rows))
+        tile = _Tile(rows, losses[expert], expert, part)
+        results.take(expert, part, *tile.found())
+
+    places = [(expert, start) for expert in range(experts) for start in range(0, num_rows, ROWS)]
+    for _ in side_by_side(encode, places, torch.get_num_threads()):
+        pass
+    return results.fields, results.values
+
+
+@cache
+def _book(codebook: Codebook) -> tuple[Any, ...]:
+    return words.as_arrays(codebook)
+
+
+@cache
+def _links() -> tuple[int, ...]:
+    """Addresses of the functions that others call, each in its place."""
+    linked = words.linked_nearest, products.linked_product, products.linked_push, columns.linked_feed_block
+    return tuple(function.address for function in (*linked, fits.linked_search_block))
+
+
+class _Loss:
+    """The loss under one metric [C], and one hessian and its factor [C, C], with the inverses that passes need."""
+
+    def __init__(self, rows: Rows, metric: Array, hessian: Tensor | None = None, factor: Tensor | None = None) -> None:
+        self.metric, self._layout, self._group = metric, rows.layout, rows.layout.codebook.group
+        if hessian is None or factor is None:
+            self.hessian = None
+            return
+        self.hessian, self.factor = hessian.contiguous().numpy(), factor.contiguous().numpy()
+        self.transposed = factor.T.contiguous().numpy()
+        self.inverses, self.group_metric = self._of_groups(factor)
+        self.solvers = _inverses(_diagonal_blocks(hessian, self._group))
+        self.folded = np.zeros((0, 0), np.float32)
+        if self._layout.num_mins:
+            self.folded = hessian.unflatten(-1, (-1, self._layout.sub_block)).sum(-1).numpy()
+
+    def _of_groups(self, factor: Tensor) -> tuple[Array, Array]:
+        """Inverses [C / group, group, group] of an upper factor's groups, and the metric [C] of each."""
+        blocks = _diagonal_blocks(factor, self._group)
+        return _inverses(blocks), blocks.square().sum(-1).flatten().numpy()
+
+    @cached_property
+    def sub_blocks(self) -> tuple[Array, Array, Array, Array]:
+        """For each sub-block of the hessian: inverse, factor, inverses of the factor's groups, and their metric."""
+        cut = _diagonal_blocks(torch.from_numpy(self.hessian), self._layout.sub_block)
+        factors = upper_factor(cut)
+        inverses, metrics = zip(*(self._of_groups(factor) for factor in factors), strict=True)
+        return _inverses(cut), factors.contiguous().numpy(), np.stack(inverses), np.stack(metrics)
+
+
+def _diagonal_blocks(matrix: Tensor, width: int) -> Tensor:
+    """[C / width, width, width] of a matrix [C, C]."""
+    tiles = matrix.unflatten(-1, (-1, width)).unflatten(0, (-1, width))
+    return tiles.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+
+
+def _inverses(blocks: Tensor) -> Array:
+    return torch.linalg.inv(blocks.to(torch.float64)).to(torch.float32).contiguous().numpy()
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """As `layouts.Fields`, of a tile: [B, ROWS] and [S, ROWS]; empty where a type has none."""
+
+    d: Array
+    scales: Array
+    shifts: Array
+    dmin: Array
+    mins: Array
+
+    def copy(self) -> "_Fields":
+        """Return fields that can be changed without these."""
+        return _Fields(*(array.copy() for array in vars(self).values()))
+
+
+class _Results:
+    """Fields and values of all rows, filled tile by tile."""
+
+    def __init__(self, rows: Rows) -> None:
+        layout, (experts, num_rows, width) = rows.layout, rows.x.shape
+
+        def empty(per: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(experts, num_rows, width // per, dtype=dtype)
+
+        self.values = empty(1)
+        self.fields = Fields(empty(layout.super_block), empty(layout.sub_block, torch.int64))
+        if layout.shift_width:
+            self.fields = replace(self.fields, shifts=empty(layout.shift_width))
+        if layout.num_mins:
+            self.fields = replace(
+                self.fields, dmin=empty(layout.super_block), mins=empty(layout.sub_block, torch.int64)
+            )
+
+    def take(self, expert: int, part: slice, fields: _Fields, values: Array) -> None:
+        """Write what was found for some rows of an expert."""
+        count = part.stop - part.start
+        pairs = [(self.values, values)]
+        pairs += zip(vars(self.fields).values(), vars(fields).values(), strict=True)
+        for there, here in pairs:
+            if there is not None:
+                there[expert, part].numpy()[:] = here[:, :count].T
+
+
+class _Tile:
+    """Up to `ROWS` rows of an expert on their way through the search; arrays are [columns, ROWS]."""
+
+    def __init__(self, rows: Rows, loss: _Loss, expert: int, part: slice) -> None:
+        self._layout, self._loss = rows.layout, loss
+        self._count = part.stop - part.start
+        self._x = np.zeros((rows.x.shape[-1], ROWS), np.float32)
+        self._x[:, : self._count] = rows.x[expert, part].numpy().T
+        self._unit = np.ones(ROWS, np.float32)
+        self._unit[: self._count] = rows.unit[expert, part, 0].numpy()
+        self._book, self._links = _book(rows.layout.codebook), _links()
+        self._multipliers = np.array(rows.layout.multipliers, np.float32)
+
+    def found(self) -> tuple[_Fields, Array]:
+        """Fields and values of the rows."""
+        layout, loss = self._layout, self._loss
+        if loss.hessian is None:
+            return self._fit(candidates=8, rounds=4)
+        is_scalar = layout.codebook.group == 1
+        fields, _ = self._fit(candidates=8 if is_scalar else 4, rounds=1 if is_scalar else 0)
+        values = np.zeros_like(self._x)
+        spread, of_factor = self._spread(fields), (loss.factor, loss.inverses, loss.group_metric)
+        columns.feed_back(self._links, self._book, self._x, of_factor, loss.transposed, spread, self._count, values)
+        slope = columns.slopes(self._links, self._x, spread, values, loss.hessian)
+        fields = self._refit_all(fields, values, slope)
+        self._descend(fields, values, slope)
+        if len(layout.multipliers) > 1:
+            fields = self._descend_scales(fields, values, slope)
+        fields = self._refit_all(fields, values, slope)
+        self._descend(fields, values, slope, is_last=True)
+        return fields, values
+
+    def _descend(self, fields: _Fields, values: Array, slope: Array, *, is_last: bool = False) -> None:
+        loss, spread = self._loss, self._spread(fields)
+        of_hessian = loss.hessian, loss.solvers, loss.metric
+        columns.descend(self._links, self._book, of_hessian, spread, self._count, slope, values, is_last)
+
+    def _descend_scales(self, fields: _Fields, values: Array, slope: Array) -> _Fields:
+        fields, offsets = fields.copy(), fields.shifts * np.float32(SHIFT)
+        loss = self._loss.hessian, *self._loss.sub_blocks
+        changed = fields.d, fields.dmin, fields.scales, fields.mins, offsets
+        trials.descend_scales(self._links, self._book, self._plan, loss, changed, self._count, slope, values)
+        return replace(fields, shifts=offsets / np.float32(SHIFT))
+
+    @property
+    def _widths(self) -> tuple[int, int, int]:
+        """Columns of a super-block, a sub-block and a run of one shift (0 where there is none)."""
+        return self._layout.super_block, self._layout.sub_block, self._layout.shift_width
+
+    @property
+    def _plan(self) -> tuple[Any, ...]:
+        """The layout, as compiled functions take it."""
+        return self._multipliers, self._layout.num_mins, *self._widths
+
+    def _wide(self, fields: _Fields, d: Array) -> Array:
+        """[B, ROWS] -> [S, ROWS]."""
+        return d.repeat(len(fields.scales) // len(fields.d), axis=0)
+
+    def _scales(self, fields: _Fields) -> Array:
+        return self._wide(fields, fields.d) * self._multipliers[fields.scales]
+
+    def _minimums(self, fields: _Fields) -> Array:
+        return self._wide(fields, fields.dmin) * fields.mins.astype(np.float32)
+
+    def _spread(self, fields: _Fields) -> tuple[Any, ...]:
+        a = self._scales(fields)
+        inverse = np.divide(1, a, out=np.zeros_like(a), where=a != 0)
+        offsets = fields.shifts * np.float32(SHIFT)
+        return a, inverse, self._minimums(fields), offsets, self._layout.sub_block, max(1, self._layout.shift_width)
+
+    def _rounded(self, d: Array) -> Array:
+        """Scales [B, ROWS] as they will be stored, in normalised units."""
+        return self._layout.round_scale(torch.from_numpy(d * self._unit)).numpy() / self._unit
+
+    def _units(self, fields: _Fields, values: Array) -> tuple[Array, Array]:
+        """Factors of `d`, [C, ROWS], and of `dmin` where there is one, [S, ROWS]: what decoded weights are sums of."""
+        codewords = values
+        if len(fields.shifts):
+            codewords = values + fields.shifts.repeat(self._layout.shift_width, axis=0) * np.float32(SHIFT)
+        multipliers = self._multipliers[fields.scales].repeat(self._layout.sub_block, axis=0)
+        return multipliers * codewords, -fields.mins.astype(np.float32)
+
+    def _refit_all(self, fields: _Fields, values: Array, slope: Array) -> _Fields:
+        """All `d` (and `dmin`) of each row by least squares under the hessian, where that is better once stored."""
+        if self._layout.has_power_of_two_scale:
+            return fields
+        units, loss = self._units(fields, values), self._loss
+        super_block, sub_block, _ = self._widths
+        matrix, right, pulled = columns.scale_terms(
+            self._links, units, slope, loss.hessian, loss.folded, super_block, sub_block, len(fields.d) <= _KEPT
+        )
+        left, wanted = (torch.from_numpy(t).movedim(-1, 0).to(torch.float64) for t in (matrix, right))
+        diagonal = left.diagonal(dim1=-2, dim2=-1)
+        ridge = _RIDGE * diagonal.mean(-1, keepdim=True) + torch.finfo(torch.float32).tiny
+        change = torch.linalg.solve(left + torch.diag_embed(ridge.expand_as(diagonal)), wanted)  # [ROWS, n]
+        present = np.concatenate((fields.d, fields.dmin))
+        new = self._rounded(present + change.T.to(torch.float32).numpy())
+        change = torch.from_numpy(new - present).T.to(torch.float64)
+        growth = (change * ((left @ change.unsqueeze(-1)).squeeze(-1) - 2 * wanted)).sum(-1)
+        new = np.where(growth.numpy() < 0, new, present)
+        columns.follow_scales(
+            self._links, units, pulled, new - present, slope, loss.hessian, loss.folded, super_block, sub_block
+        )
+        return replace(fields, d=new[: len(fields.d)], dmin=new[len(fields.d) :])
+
+    def _fit(self, *, candidates: int, rounds: int) -> tuple[_Fields, Array]:
+        """As `scales.fit`; without rounds values are found only where shifts depend on them."""
+        fields = (self._fit_affine if self._layout.num_mins else self._fit_scales)(candidates)
+        if not rounds and not self._layout.shift_width:
+            return fields, self._x
+        fields, values, least = self._search(fields)
+        for _ in range(rounds):
+            trial, trial_values = self._neighbours(fields, values)
+            trial, trial_values, error = self._search(self._refit(trial, trial_values))
+            better = error < least
+            if not better[:, : self._count].any():
+                break
+
+            def merged(new: Array, old: Array, better: Array = better) -> Array:
+                return np.where(better.repeat(len(new) // len(better), axis=0), new, old) if len(new) else new
+
+            fields = _Fields(*map(merged, vars(trial).values(), vars(fields).values()))
+            values, least = merged(trial_values, values), np.where(better, error, least)
+        return fields, values
+
+    def _search(self, fields: _Fields) -> tuple[_Fields, Array, Array]:
+        """The fields with the better shifts, the nearest values, and the error of each super-block."""
+        a, b, metric = self._scales(fields), self._minimums(fields), self._loss.metric
+        found = fits.search(self._links, self._book, self._x, metric, a, b, self._widths, self._count)
+        values, shifts, errors = found
+        return replace(fields, shifts=shifts), values, errors
+
+    def _neighbours(self, fields: _Fields, values: Array) -> tuple[_Fields, Array]:
+        if len(self._multipliers) == 1:
+            return fields, values
+        fields, values = fields.copy(), values.copy()
+        changed, metric = (fields.d, fields.dmin, fields.scales, fields.mins, fields.shifts), self._loss.metric
+        fits.neighbours(self._links, self._book, self._x, metric, self._plan, changed, values, self._count)
+        return fields, values
+
+    def _refit(self, fields: _Fields, values: Array) -> _Fields:
+        """`d` (and `dmin`) by weighted least squares over each super-block, as they will be stored."""
+        width = self._layout.sub_block
+        (units, _), x = self._units(fields, values), self._x
+        if len(fields.dmin):
+            x = x + self._minimums(fields).repeat(width, axis=0)
+        fields = replace(fields, d=self._rounded(self._least_squares(x, units, fields.d)))
+        if not len(fields.dmin):
+            return fields
+        ups = self._scales(fields).repeat(width, axis=0) * values - self._x
+        dmin = self._least_squares(ups, fields.mins.astype(np.float32).repeat(width, axis=0), fields.dmin)
+        return replace(fields, dmin=self._rounded(np.maximum(dmin, 0)))
+
+    def _least_squares(self, x: Array, units: Array, otherwise: Array) -> Array:
+        product, square = fits.moments(x, units, self._loss.metric, self._layout.super_block)
+        return np.where(square > 0, product / np.maximum(square, _TINY), otherwise)
+
+    def _fit_scales(self, candidates: int) -> _Fields:
+        layout = self._layout
+        fractions = torch.linspace(*layout.fractions, candidates).numpy() / np.float32(layout.codebook.peak)
+        if layout.has_signed_scales:
+            fractions = np.stack((fractions, -fractions), axis=1).ravel()
+        _, width, run = self._widths
+        free, curvature = fits.fit_scales(
+            self._links, self._book, self._x, self._loss.metric, width, run, fractions, self._count
+        )
+        shifts = np.ones((len(self._x) // run, ROWS), np.float32) if run else _NONE
+        return _Fields(*self._round_scales(free, curvature), shifts, _NONE, _NONE.astype(np.int32))
+
+    def _fit_affine(self, candidates: int) -> _Fields:
+        layout, metric = self._layout, self._loss.metric
+        width, high = layout.sub_block, np.float32(layout.codebook.peak)
+        fractions = torch.linspace(0.6, 1.0, max(2, candidates // 2)).numpy()
+        a, b, curvature = fits.fit_affine(self._x, metric, width, high, fractions)
+        fields = _Fields(*self._round_scales(a, curvature), _NONE, _NONE, _NONE.astype(np.int32))
+        weights = fits.fit_minimums(self._x, metric, width, high, self._scales(fields), b)
+        dmin, mins = self._round_scales(b, np.repeat(weights[:, None], ROWS, axis=1))
+        return replace(fields, dmin=dmin, mins=mins)
+
+    def _round_scales(self, free: Array, curvature: Array) -> tuple[Array, Array]:
+        """Super-block scales and codes that stand for free scales [S, ROWS], as `scales.round_scales` finds them."""
+        layout, table = self._layout, self._multipliers
+        if len(table) == 1:
+            return self._rounded(free), np.zeros(free.shape, np.int32)
+        if layout.has_power_of_two_scale:
+            d = self._rounded(free)
+            return d, np.searchsorted((table[1:] + table[:-1]) / 2, free / d).astype(np.int32)
+        per_block, is_never_zero = layout.super_block // layout.sub_block, isinstance(layout.codebook, Integers)
+        return fits.round_scales(free, curvature, table, self._unit, per_block, is_never_zero)
