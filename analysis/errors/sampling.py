@@ -25,7 +25,7 @@ from torch import Tensor
 _EVEN_SHARE = 0.25
 _FIRST_EXPERTS = 8
 _FIRST_ROWS = 64  # of all experts together; rows of fewer have no variance that could be trusted
-_FEWEST_OF_EXPERT = 8
+_FEWEST_OF_EXPERT = 32  # an expert's second moments are factored for them, and on a CPU they are searched together
 _SMALLEST = 1e-6  # size of a row over the mean, at least: a row of zeros can be drawn, too
 
 
