@@ -6,6 +6,7 @@ goes on where it stopped (`artifacts`) and gives the same bytes.
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,10 @@ from dynquant.formats.plain_quants import FLOAT_DTYPES
 from dynquant.recipes.build_plan import check_linears, schemes_of
 from dynquant.recipes.plan import Plan, PlanEntry
 from dynquant.recipes.sizes import tensors_of_checkpoint
+from dynquant.running.stream_memory import free_memory
 from dynquant.session import Progress
 from dynquant.storage.strict_json import parse_json
+from dynquant.workers import side_by_side
 
 _CPU_WEIGHTS, _GPU_WEIGHTS = 1 << 23, 1 << 27
 """Float32 weights of a stack of experts that are encoded together, at least one expert."""
@@ -59,8 +62,9 @@ def export_compressed_tensors(
     try:
         with encoding.writing(*places, header_hash) as (target, progress):
             directory.write_small_files(target, documents, shards)
-            for name, tensor in _tensors(encoding, checkpoint, target.finished, progress):
-                target.write(name, directory.tensor_bytes(tensor))
+            with closing(_tensors(encoding, checkpoint, target.finished, progress)) as tensors:
+                for name, tensor in tensors:
+                    target.write(name, directory.tensor_bytes(tensor))
             paths = target.commit()
     finally:
         if staging.is_dir() and not any(staging.iterdir()):
@@ -138,20 +142,45 @@ def _tensors(
     scales = global_scales(plan, checkpoint)
     at_once = _CPU_WEIGHTS if device.type == "cpu" else _GPU_WEIGHTS
     total, done = sum(prod(entry.shape) for entry in plan.entries), 0
-    for entry in plan.entries:
-        progress("quantize", done, total, unit="weights", tensor=entry.name)
+
+    def is_finished(entry: PlanEntry, experts: range) -> bool:
         suffixes = [part.key for part in entry.scheme.parts(*entry.shape[-2:])]
-        for experts in ranges(len(entry.modules), max(1, at_once // prod(entry.shape[-2:]))):
-            modules = entry.modules[experts.start : experts.stop]
-            if not {f"{module}.{suffix}" for module in modules for suffix in suffixes} <= finished:
-                linear, options = linears[entry.name], {"global_scale": scales.get(entry.name), "device": device}
-                layers = encode_layer(entry, linear, experts, encoding.guidance, checks=encoding.checks, **options)
-                for module, layer in zip(modules, layers, strict=True):
-                    for suffix, tensor in layer.stored().items():
-                        if f"{module}.{suffix}" not in finished:
-                            yield f"{module}.{suffix}", tensor
-            done += len(experts) * prod(entry.shape[-2:])
-            progress("quantize", done, total, unit="weights", tensor=entry.name)
+        modules = entry.modules[experts.start : experts.stop]
+        return {f"{module}.{suffix}" for module in modules for suffix in suffixes} <= finished
+
+    def encode(piece: tuple[PlanEntry, range]) -> dict[str, torch.Tensor]:
+        entry, experts = piece
+        options = {"global_scale": scales.get(entry.name), "device": device}
+        layers = encode_layer(entry, linears[entry.name], experts, encoding.guidance, checks=encoding.checks, **options)
+        modules = entry.modules[experts.start : experts.stop]
+        pairs = zip(modules, layers, strict=True)
+        return {f"{module}.{suffix}": value for module, layer in pairs for suffix, value in layer.stored().items()}
+
+    pieces = [
+        (entry, experts)
+        for entry in plan.entries
+        for experts in ranges(len(entry.modules), max(1, at_once // prod(entry.shape[-2:])))
+    ]
+    missing = [piece for piece in pieces if not is_finished(*piece)]
+    done = total - sum(_num_weights(*piece) for piece in missing)
+    progress("quantize", done, total, unit="weights")
+    if device.type == "cpu":
+        layers = side_by_side(encode, missing, encoding.session.threads, cost=_needed_bytes, budget=free_memory() // 2)
+    else:
+        layers = map(encode, missing)
+    for (entry, experts), tensors in zip(missing, layers, strict=True):
+        yield from ((name, tensor) for name, tensor in tensors.items() if name not in finished)
+        done += _num_weights(entry, experts)
+        progress("quantize", done, total, unit="weights", tensor=entry.name)
+
+
+def _num_weights(entry: PlanEntry, experts: range) -> int:
+    return len(experts) * prod(entry.shape[-2:])
+
+
+def _needed_bytes(piece: tuple[PlanEntry, range]) -> int:
+    """Memory that encoding takes at most: what the search needs for each weight, and hessians with their factors."""
+    return 80 * _num_weights(*piece) + 32 * len(piece[1]) * piece[0].shape[-1] ** 2
 
 
 def _documents(encoding: Encoding, checkpoint: LinearCheckpoint, shards: Mapping[str, ShardLayout]) -> dict[str, bytes]:

@@ -1,5 +1,6 @@
 """Options of export, of the closing pass over a finished file, and of adapters for llama.cpp."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,9 @@ def _beside(output: Path, typed: Mapping[str, Any]) -> list[Path]:
     from dynquant.checkpoints.gguf_layout import mmproj_path  # here, since `--help` imports this module
 
     files = [mmproj_path(output)] if typed["format"] == "gguf" else []
+    if typed["split_max_size"]:  # first parts that are there, which have all metadata; their number is not known yet
+        part = re.compile(rf"{re.escape(output.name.removesuffix('.gguf'))}-00001-of-\d{{5}}\.gguf")
+        files += [file for file in output.parent.glob("*.gguf") if part.fullmatch(file.name)]
     if typed["preset"] and not typed["stats"]:
         stats = stats_of_preset(output)
         files += [stats, *files_beside(stats)]

@@ -22,7 +22,7 @@ from dynquant.exporters.gguf import check_parts, export_gguf, with_mmproj_type
 from dynquant.exporters.options import ExportOptions, TuneFileOptions, stats_of_preset
 from dynquant.exporters.output import Encoding, Exported
 from dynquant.exporters.safetensors import export_safetensors
-from dynquant.families.from_gguf import check_complete
+from dynquant.families.complete_gguf import check_complete
 from dynquant.families.linear_layers import LinearCheckpoint, linear_checkpoint
 from dynquant.families.open import check_original, open_and_announce, open_language_model
 from dynquant.formats.quant_types import quant_type

@@ -45,7 +45,7 @@ class Module:
     def is_kernel(self) -> bool:
         """Whether launches and block formulas, with their many parameters, live here."""
         is_compiled = "/search/compiled/" in self.place and not self.place.endswith("tiles.py")
-        return self.place.startswith("kernels/") or self.place.endswith("column_kernels.py") or is_compiled
+        return self.place.startswith("kernels/") or self.place.endswith("_kernels.py") or is_compiled
 
     def functions(self) -> Iterator[Function]:
         return (node for node in ast.walk(self.tree) if isinstance(node, Function))

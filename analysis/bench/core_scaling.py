@@ -35,14 +35,15 @@ from dynquant.exporters.options import ExportOptions
 from dynquant.exporters.stage import export
 from dynquant.families.open import open_model
 from dynquant.formats.quant_types import quant_type
+from dynquant.inputs.model_inputs import Batch
 from dynquant.kernels.bench.harness import MarkdownTable, measured, options
 from dynquant.recipes.build_plan import plan_from_types
 from dynquant.resources import let_waiting_threads_sleep
-from dynquant.session import SILENT
+from dynquant.session import Session
 
 BUNDLED = Path(dynquant.__file__).parent / "data" / "textbook-moe-16m"
 TABLE_TYPES = ("Q4_K", "Q6_K", "IQ2_XXS", "IQ3_S")
-NUM_WINDOWS = 32
+NUM_WINDOWS = 64
 
 
 def main() -> None:
@@ -73,7 +74,9 @@ def main() -> None:
 
 def _prepare(folder: Path, names: list[str]) -> None:
     if "error table" in names:
-        run_calibration(open_model(BUNDLED), CalibrationOptions(tokens=4096), folder / "stats.safetensors", SILENT)
+        run_calibration(
+            open_model(BUNDLED), CalibrationOptions(tokens=4096), folder / "stats.safetensors", Session(device="cpu")
+        )
     if "llama.cpp" in names:
         export(ExportOptions(model=str(BUNDLED), output=folder / "model.gguf", preset="uniform-q8_0", encoder="ggml"))
 
@@ -120,24 +123,24 @@ def _table(folder: Path, scale: float) -> Callable[[], None]:
     """Return the measurement of the bundled model's table in some types."""
     model, stats = open_model(BUNDLED), StatsFile(folder / "stats.safetensors")
     names = TABLE_TYPES[: max(1, round(len(TABLE_TYPES) * scale))]
-    encoder, block = load_encoder(TableOptions().encoder, "cpu"), torch.randn(8, 256)
+    encoder, (weights, importance, hessian) = load_encoder(TableOptions().encoder, "cpu"), random_layer(1, 64, 256)
     for name in names:
-        encoder.encode(quant_type(name), block, torch.ones(256), 1)
+        encoder.encode(quant_type(name), weights, importance, 1, hessian=hessian)
     output = folder / f"errors-{os.getpid()}.json"
-    return lambda: error_table(model, stats, output, TableOptions(types=names), SILENT, None) and None
+    return lambda: error_table(model, stats, output, TableOptions(types=names), Session(device="cpu")) and None
 
 
 def _score(folder: Path, scale: float) -> Callable[[], None]:
     """Return the logits of windows of 512 tokens in llama.cpp."""
     runner, num_windows = LlamaCppRunner(folder / "model.gguf"), max(1, round(NUM_WINDOWS * scale))
-    tokens = [17 * i % 8000 for i in range(512)]
-    runner.window_logits(tokens)
-    return lambda: [None for _ in range(num_windows) if runner.window_logits(tokens).isnan().any()] and None
+    windows = torch.randint(8000, (num_windows, 1, 512), generator=torch.Generator().manual_seed(0))
+    runner.window_logits(windows[0, 0].tolist())
+    return lambda: [None for _ in runner.scored_logits(map(Batch.of_tokens, windows))] and None
 
 
 WORK: dict[str, Callable[[Path, float], Callable[[], None]]] = {
     "ggml encoder": partial(_encode, "ggml", ("IQ3_XXS", "Q4_K"), 12),
-    "dynquant encoder": partial(_encode, "dynquant", ("IQ2_XXS", "Q4_K"), 4),
+    "dynquant encoder": partial(_encode, "dynquant", ("IQ2_XXS", "Q4_K"), 8),
     "error table": _table,
     "llama.cpp": _score,
 }

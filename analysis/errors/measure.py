@@ -221,10 +221,10 @@ def _measured_parts(
     """Yield every part with its sums: those of the journal first, then those that are measured and added to it."""
     total, done = sum(part.num_weights * len(part.types) for part in parts), 0
 
-    def advance(part: ErrorPart) -> None:
+    def advance(part: ErrorPart, *, resumed: bool = False) -> None:
         nonlocal done
         done += part.num_weights * len(part.types)
-        progress("measuring errors", done, total, unit="weights", tensor=part.name)
+        progress("measuring errors", done, total, unit="weights", tensor=part.name, resumed=resumed)
 
     progress("measuring errors", 0, total, unit="weights")
     missing = []
@@ -233,7 +233,7 @@ def _measured_parts(
         if sums is None:
             missing.append(part)
         else:
-            advance(part)
+            advance(part, resumed=True)
             yield part, sums
     for part, sums in (elsewhere or meter.measured)(missing):
         advance(part)

@@ -9,7 +9,7 @@ from dynquant.inputs.model_inputs import check_context
 from dynquant.inputs.text import pack_windows, read_text
 from dynquant.recipes.folder import SuperWeight
 from dynquant.resources import chosen_device
-from dynquant.running.load import load_hf, load_tokenizer
+from dynquant.running.load import load_hf, load_tokenizer, probing_type
 from dynquant.session import Session
 
 
@@ -28,7 +28,8 @@ def look_for_super_weights(options: SuperWeightOptions, session: Session) -> Sup
     text = read_text(options.text, max_tokens=options.tokens)
     window = pack_windows(text, load_tokenizer(model), window=options.tokens, max_tokens=options.tokens)[0]
     check_context(model, len(window))
-    hf_model = load_hf(model, device=chosen_device(session.device))
+    device = chosen_device(session.device)
+    hf_model = load_hf(model, dtype=probing_type(model, device), device=device)
     weights = find_super_weights(hf_model, model.arch, model.hyper.n_layer, window)
     effects = [ablation(hf_model, weight, window) if options.ablation else None for weight in weights]
     return SuperWeights(model.name, len(window), list(zip(weights, effects, strict=True)))

@@ -19,6 +19,7 @@ from dynquant.encoding.stream import load_encoder
 from dynquant.formats import decode
 from dynquant.formats.quant_types import QUANT_TYPES, fit_to_row
 from dynquant.recipes.presets import is_quantizable
+from dynquant.resources import chosen_device
 from dynquant.session import Session
 from dynquant.storage.documents import FrozenRecord, read_document
 from dynquant.storage.file_names import KINDS, TOKEN_ERRORS_NAME, kind_path
@@ -81,20 +82,23 @@ def write_token_errors(
     if not all(path.is_file() for path in paths.values()):
         output.unlink(missing_ok=True)
         return None
-    stats, encoder = CalibrationStats.load(stats_path), load_encoder(encoder_name)
+    device = chosen_device(session.device)
+    stats, encoder = CalibrationStats.load(stats_path), load_encoder(encoder_name, device)
     by_kind = {kind: CalibrationStats.load(path) for kind, path in paths.items()}
     stats.check_belongs_to(model.fingerprint, model.name, model.settings)
     type_name = next((name for name in _PREFERRED if name in types), types[0])
     rows = []
     for info in map(model.source.info, model.source.names()):
-        inputs = {kind: _samples(of_kind.input_of(info.name), info.shape[-1]) for kind, of_kind in by_kind.items()}
+        seen = {kind: of_kind.input_of(info.name) for kind, of_kind in by_kind.items()}
+        inputs = {kind: _samples(of_kind, info.shape[-1], device) for kind, of_kind in seen.items()}
         if len(info.shape) != 2 or not is_quantizable(info.name, info.shape) or all(x is None for x in inputs.values()):
             continue
         stored, _ = fit_to_row(QUANT_TYPES[type_name], info.shape[-1])
         weights = model.source.load(info.name)
         scale = importance(stats, info.name, info.shape)
         packed = encoder.encode(stored, weights.unsqueeze(0), scale, name=info.name)
-        difference = weights - decode(stored, packed, (1, *weights.shape))[0]
+        weights = weights.to(device)
+        difference = weights - decode(stored, packed.to(device), (1, *weights.shape))[0]
         errors = {kind: _error(x, weights, difference) for kind, x in inputs.items()}
         place = {"name": info.name, "role": role_of(info.name), "layer": layer_of(info.name)}
         rows.append(TokenError(**place, type=stored.name, **errors))
@@ -104,11 +108,11 @@ def write_token_errors(
     return measured
 
 
-def _samples(inputs: InputStats | None, columns: int) -> torch.Tensor | None:
+def _samples(inputs: InputStats | None, columns: int, device: str) -> torch.Tensor | None:
     if inputs is None or inputs.samples is None or inputs.samples.shape[-1] != columns or len(inputs.samples) != 1:
         return None
     count = int(inputs.sample_counts[0])  # unfilled rows are no inputs
-    return inputs.samples[0, :count].float() if count else None
+    return inputs.samples[0, :count].to(device).float() if count else None
 
 
 def _error(x: torch.Tensor | None, weights: torch.Tensor, difference: torch.Tensor) -> float | None:

@@ -13,8 +13,8 @@ geometric mean over three types, of small, middle and large size, of probe over 
 nearly independent directions, so that the factor is known better than any one cost. Only these are encoded whole.
 
 Gradients come one decoder layer at a time: from the last to the first, each layer runs again from its kept input, gets
-the gradients of its output for all windows, and leaves those of its input; the gradients of its weights are handed on
-and forgotten. In memory at a time: 4 bytes a weight of one layer and window.
+the gradients of its output for all windows, and leaves those of its input; the gradients of its weights are multiplied
+with W - Wq and forgotten. In memory at a time: 4 bytes a weight of one layer, for each type and for the gradient.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -34,7 +34,6 @@ from dynquant.running.layer_replay import LayerReplay
 from dynquant.running.linear_hooks import frozen_weights, sampled_log_probability
 from dynquant.running.live_weights import LiveWeights
 from dynquant.running.load import tf32_products
-from dynquant.running.stream_memory import free_memory_of
 from dynquant.session import Progress, ignore_progress
 
 _PROBED_TYPES = 3
@@ -60,16 +59,20 @@ def fisher_probe(
         StatsError: the model's decoder layers cannot be found.
     """
     generator = torch.Generator().manual_seed(seed)
-    costs: Costs = {}
-
-    def consume(name: str, gradients: Tensor) -> None:
-        costs[name] = _costs_of(name, gradients, store, table, windows.shape[1])
-
     live, replay = LiveWeights(store.model, hf_model), LayerReplay(hf_model, windows.split(1))
     names = table.tensors().keys() & set(live.names())
-    backward = _StreamedBackward(hf_model, live, replay, names, consume)
+    probed = {name: _probed_types(table.tensors()[name].values()) for name in names}
+
+    def differences(name: str) -> Tensor:
+        original = store.model.source.load(name).to(replay.device).flatten()
+        return torch.stack([original - store.decoded(name, t, replay.device).flatten() for t in probed[name]])
+
+    backward = _StreamedBackward(hf_model, live, replay, {name for name in names if probed[name]}, differences)
     backward.run(lambda logits: sampled_log_probability(logits, generator), progress)
-    return costs
+    return {
+        name: dict(zip(probed[name], map(_price, products.cpu() / windows.shape[1] ** 0.5), strict=True))
+        for name, products in backward.products.items()
+    }
 
 
 def probe_prices(table: ErrorTable, costs: Costs) -> Costs:
@@ -98,17 +101,11 @@ def _factor(table: ErrorTable, name: str, costs: dict[str, Price]) -> tuple[floa
     return factor, factor * spread / len(logs) ** 0.5
 
 
-def _costs_of(name: str, gradients: Tensor, store: EncodedStore, table: ErrorTable, tokens: int) -> dict[str, Price]:
-    """Price a tensor in some of its types by its gradients [probes, weights]."""
-    device = gradients.device
-    original = store.model.source.load(name).to(device).flatten()
-    costs = {}
-    for type_name in _probed_types(table.tensors()[name].values()):
-        difference = original - store.decoded(name, type_name, device).flatten()
-        squares = 0.5 * (gradients @ difference).double().square() / tokens  # [probes]
-        error = float(squares.std()) / len(squares) ** 0.5 if len(squares) > 1 else 0.0
-        costs[type_name] = Price(kl=float(squares.mean()), se=error)
-    return costs
+def _price(products: Tensor) -> Price:
+    """Return the cost of an encoding whose difference has these products with gradients, [probes]."""
+    squares = 0.5 * products.square()
+    error = float(squares.std()) / len(squares) ** 0.5 if len(squares) > 1 else 0.0
+    return Price(kl=float(squares.mean()), se=error)
 
 
 def _probed_types(rows: Iterable[ErrorRow]) -> list[str]:
@@ -126,9 +123,9 @@ class _StreamedBackward:
     live: LiveWeights
     replay: LayerReplay  # windows that each run alone
     names: set[str]  # GGUF tensors that have a place in the running model
-    consume: Callable[[str, Tensor], None]  # called once for every tensor with its gradients, [windows, weights]
+    differences: Callable[[str], Tensor]  # what the gradients of a tensor are multiplied with, [types, weights]
+    products: dict[str, Tensor] = field(default_factory=dict)  # by tensor, float64 [types, windows]
     _flowing: list[Tensor] = field(default_factory=list)  # gradients between two layers, one a window
-    _parts: dict[str, Tensor] = field(default_factory=dict)
 
     def run(self, loss: Callable[[Tensor], Tensor], progress: Progress) -> None:
         """Run it; `loss` maps logits [tokens, vocabulary] of a window to a scalar."""
@@ -146,8 +143,7 @@ class _StreamedBackward:
 
     def _head(self, loss: Callable[[Tensor], Tensor]) -> None:
         is_tied = self.live.parameter("token_embd.weight") is self.hf_model.get_output_embeddings().weight
-        # A tied embedding's part through the head waits for the other one, which comes last.
-        with self._measured(["token_embd.weight" if is_tied else "output.weight"], is_whole=not is_tied) as collect:
+        with self._measured(["token_embd.weight" if is_tied else "output.weight"]) as collect:
             for index in range(len(self.replay.batches)):
                 with torch.no_grad():
                     hidden = self.replay.layer(index, self.replay.num_layers - 1)
@@ -182,19 +178,22 @@ class _StreamedBackward:
             yield
 
     @contextmanager
-    def _measured(self, names: list[str], *, is_whole: bool = True) -> Iterator[Callable[[], None]]:
-        """Context manager: yields a function to call after each window's backward pass, and hands gradients on at exit.
+    def _measured(self, names: list[str]) -> Iterator[Callable[[], None]]:
+        """Context manager: yields a function to call after each window's backward pass, which adds to `products`.
 
-        Unless `is_whole`, they are kept until a later part of the same tensors is added to them.
+        A tied embedding gets its products in two parts, through the head and at last.
         """
         names = sorted(self.names & set(names))
-        parameters, gradients = [self.live.parameter(name) for name in names], self._room_for(names)
+        parameters = [self.live.parameter(name) for name in names]
+        differences = {name: self.differences(name) for name in names}
         windows = iter(range(len(self.replay.batches)))
 
         def collect() -> None:
             window = next(windows)
-            for name, rows in gradients.items():
-                rows[window] += self.live.gradient(name).flatten().to(rows.device)
+            for name, by_type in differences.items():
+                shape = len(by_type), len(self.replay.batches)
+                products = self.products.setdefault(name, by_type.new_zeros(shape, dtype=torch.float64))
+                products[:, window] += by_type @ self.live.gradient(name).flatten()
             for parameter in parameters:
                 parameter.grad = None
 
@@ -203,20 +202,3 @@ class _StreamedBackward:
         yield collect
         for parameter in parameters:
             parameter.requires_grad_(False)
-        if not is_whole:
-            self._parts |= gradients
-            return
-        for name in names:
-            self.consume(name, gradients.pop(name))
-
-    def _room_for(self, names: list[str]) -> dict[str, Tensor]:
-        """Return zeros [windows, weights] for gradients, or what the head gave a tied embedding.
-
-        They are where the model is while they take at most half of what is free there.
-        """
-        rooms = {name: self._parts.pop(name) for name in names if name in self._parts}
-        sizes = {name: self.live.read(name).numel() for name in names if name not in rooms}
-        device, count = self.replay.device, len(self.replay.batches)
-        if device.type != "cpu" and 4 * count * sum(sizes.values()) > free_memory_of(device) / 2:
-            device = torch.device("cpu")
-        return rooms | {name: torch.zeros(count, size, device=device) for name, size in sizes.items()}

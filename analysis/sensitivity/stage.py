@@ -17,7 +17,7 @@ from dynquant.checkpoints.model import Model
 from dynquant.recipes.folder import SuperWeight
 from dynquant.resources import chosen_device
 from dynquant.running.layer_stream import LayerStream
-from dynquant.running.load import computing_type, load_hf
+from dynquant.running.load import load_hf, probing_type
 from dynquant.running.staged_passes import StagedPasses
 from dynquant.running.stream_memory import MOST_TOKENS_AT_ONCE, Workload, fit_within, free_memory_of, windows_at_once
 from dynquant.session import Session
@@ -33,7 +33,7 @@ def run_probe(
 ) -> tuple[list[SuperWeight], dict[str, float], dict[str, float]]:
     """Return super weights, and the output's sensitivity to every tensor with its error.
 
-    A CPU computes in float32, a GPU in the type of the checkpoint, several windows at a time.
+    A GPU runs several windows at a time, and models that are large for it in the type of the checkpoint.
 
     Raises:
         CheckpointError: transformers cannot load the model.
@@ -43,9 +43,10 @@ def run_probe(
     finds_super_weights = finds_super_weights and not inputs.has_pictures
     arch, n_layer = model.arch, model.hyper.n_layer
     device = chosen_device(session.device)
-    limit = streaming_limit(model, options, device, session)
+    dtype = probing_type(model, device)
+    limit = streaming_limit(model, options, device, session, weight_bytes=dtype.itemsize)
     if limit is None:
-        hf_model = load_hf(model, device=device)
+        hf_model = load_hf(model, dtype=dtype, device=device)
         at_once = 1
         if device != "cpu" and not inputs.has_pictures:
             at_once = windows_at_once(hf_model, inputs.longest, free_memory_of(device))
@@ -54,7 +55,7 @@ def run_probe(
         with session.stage(_PROBE_KEEPS) as progress:
             return supers, *output_sensitivity(hf_model, arch, n_layer, inputs, seed=session.seed, progress=progress)
     windows = inputs.windows
-    stream, at_once = LayerStream(model, dtype=computing_type(model, device), device=device), 1
+    stream, at_once = LayerStream(model, dtype=dtype, device=device), 1
     if device != "cpu":
         tokens = min(MOST_TOKENS_AT_ONCE, _MOST_LOGITS // stream.hf_model.get_output_embeddings().out_features)
         at_once = max(1, tokens // windows.shape[1])

@@ -201,19 +201,21 @@ def hessian(
         if stacked and len(counts) == shape[0]:
             squares = importance(stats, weight, shape)[experts]
             scale = squares.sqrt() * mean[0].diagonal().clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
-            mean = mean[0] * scale.unsqueeze(1) * scale.unsqueeze(2)
+            mean = (mean[0] * scale.unsqueeze(1)).mul_(scale.unsqueeze(2))
             tokens = torch.full((len(mean),), float(counts.sum()))
     else:
         n, tokens = counts[experts], counts[experts] + SHRINK_TOKENS
         mean = sums[experts] / totals[experts].clamp_min(1e-12).to(torch.float32)[:, None, None]
         share = (n / (n + SHRINK_TOKENS)).to(torch.float32)[:, None, None]  # of the expert's own moments
-        mean = share * mean + (1 - share) * moments.layer_mean(key)
+        mean.mul_(share).add_((1 - share) * moments.layer_mean(key))
     return _invertible(mean, tokens)
 
 
 def _invertible(mean: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Return `mean` itself, changed in place: matrices of wide layers have hundreds of megabytes."""
     diagonal = mean.diagonal(dim1=-2, dim2=-1)
     trust = (tokens / (mean.shape[-1] + tokens)).to(torch.float32)[:, None, None]  # 1 - r
     average = diagonal.mean(-1, keepdim=True)
     added = (1 - trust.squeeze(2)) * diagonal + DAMPING * torch.where(average > 0, average, 1.0)
-    return mean * trust + torch.diag_embed(added)  # the diagonal of S stays whole
+    mean.mul_(trust).diagonal(dim1=-2, dim2=-1).add_(added)  # the diagonal of S stays whole
+    return mean

@@ -282,15 +282,24 @@ def calibration_inputs(
     return inputs
 
 
-def streaming_limit(model: Model, options: CalibrationOptions, device: str, session: Session = SILENT) -> int | None:
-    """Bytes within which the model is to be streamed, or None to load it whole."""
+def streaming_limit(
+    model: Model,
+    options: CalibrationOptions,
+    device: str,
+    session: Session = SILENT,
+    *,
+    weight_bytes: int | None = None,
+) -> int | None:
+    """Bytes within which the model is to be streamed, or None to load it whole.
+
+    A weight takes `weight_bytes`, by default 4 on a CPU and 2 on a GPU.
+    """
     if model.has_vision:
         return None
     if options.max_memory is not None:
         return parse_size(options.max_memory)
-    on_gpu = device.startswith("cuda")
     free = free_memory_of(device)
-    needed = model.num_weights * (2 if on_gpu else 4)  # bfloat16, or float32
+    needed = model.num_weights * (weight_bytes or (4 if device == "cpu" else 2))
     if needed <= COMFORTABLE_SHARE * free or not isinstance(model.source, ConvertedSource):
         return None
     limit = int(_LIMIT_SHARE * free_memory_of("cpu"))

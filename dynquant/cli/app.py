@@ -25,7 +25,7 @@ from dynquant.cli.terminal.interrupt import ends_promptly
 from dynquant.cli.terminal.parameters import from_options
 from dynquant.cli.terminal.streams import lasting_streams
 from dynquant.cli.train import finetune, heal
-from dynquant.errors import DynquantError, reason
+from dynquant.errors import DynquantError, OptionError, reason
 from dynquant.resources import let_waiting_threads_sleep
 
 _PACKAGES_OF = {
@@ -95,6 +95,7 @@ def main() -> None:
     with ends_promptly(console.interrupted), lasting_streams(), noted:
         try:
             try:
+                _check_words(arguments)
                 app(args=arguments, prog_name="dynquant")
             except SystemExit as left:
                 sys.stdout.flush()
@@ -108,6 +109,17 @@ def main() -> None:
                 raise
             console.fail(paragraph)
             sys.exit(1)
+
+
+def _check_words(arguments: list[str]) -> None:
+    """Raise OptionError for a word that is not UTF-8: neither plans nor GGUF files nor libraries take such names."""
+    for word in arguments:
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:
+            raise OptionError(
+                f"`{word}` has bytes that are not UTF-8. Rename the file, or give another name."
+            ) from error
 
 
 def _paragraph(error: Exception, *, trains: Collection[str]) -> str | None:

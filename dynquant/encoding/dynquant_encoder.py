@@ -9,6 +9,7 @@ Types that this encoder does not search (floats, Q8_0, the 32-wide Q4_0 to Q5_1 
 """
 
 from collections.abc import Iterator
+from threading import Lock
 from typing import ClassVar
 
 import torch
@@ -18,21 +19,25 @@ from dynquant.encoding.ggml import GgmlEncoder
 from dynquant.encoding.interface import Encoder, ProtectedWeight, Request, check_finite
 from dynquant.encoding.parts import as_slice, ranges
 from dynquant.encoding.search.compiled import tiles
+from dynquant.encoding.search.compiled.jit import ROWS
 from dynquant.encoding.search.descent import descend, descend_scales, refit
 from dynquant.encoding.search.feedback import feed_back, upper_factor
 from dynquant.encoding.search.layouts import LAYOUTS, BlockLayout, Fields
 from dynquant.encoding.search.rows import Rows
 from dynquant.encoding.search.scales import fit
 from dynquant.errors import EncodeError
-from dynquant.workers import share
+from dynquant.workers import share, side_by_side
 
-_CPU_WEIGHTS = 1 << 19
+_CPU_WEIGHTS = 1 << 18
 _GPU_WEIGHTS = 1 << 26
 """Weights in a batch; the search needs about 80 bytes for each, and 1 GiB for scores on a GPU. On a CPU every thread
-has a batch of its own."""
+has a batch of its own, small so that all of them end together."""
 _CPU_HESSIAN_BYTES = 1 << 29
 _GPU_HESSIAN_BYTES = 1 << 31
 """Float32 hessians in a batch, at least one. Factoring takes five times as much for a moment."""
+_PINNED_BYTES = 1 << 25
+"""Copied to a GPU at once, while the next pieces are brought into pinned memory."""
+_PINNING_THREADS = 8
 _PROTECTED = 1e5
 """Weight of a protected scalar's error over the mean of the others."""
 
@@ -66,14 +71,16 @@ class DynquantEncoder(Encoder):
 
         def encode_experts(experts: slice) -> None:
             loss = loss_of(experts)
-            at_once = self._weights_at_once // (len(weights[experts]) * weights.shape[-1])
+            at_once = max(1, self._weights_at_once // (len(weights[experts]) * weights.shape[-1]))
+            if self.device.type == "cpu":
+                at_once = -(-at_once // ROWS) * ROWS  # compiled loops take so many rows at once, or fewer in that time
 
             def encode_rows(rows: slice) -> None:
                 part = weights[experts, rows]
                 packed[experts, rows] = self._encode(layout, part, loss, request.name)
                 request.progress(part.numel())
 
-            share(encode_rows, list(map(as_slice, ranges(weights.shape[1], max(1, at_once)))), threads)
+            share(encode_rows, list(map(as_slice, ranges(weights.shape[1], at_once))), threads)
 
         def encode_protected(scalar: ProtectedWeight) -> None:
             expert, row = scalar.expert or 0, scalar.row
@@ -90,7 +97,7 @@ class DynquantEncoder(Encoder):
     def _encode(self, layout: BlockLayout, weights: Tensor, loss: "Loss", name: str) -> Tensor:
         """Block bytes [E, R, row_bytes] on the CPU; rows that do not fit in the GPU's memory are halved."""
         try:
-            x = weights.to(self.device, torch.float32, non_blocking=True)  # if it comes from pinned memory
+            x = _moved(weights, self.device)
             _check_weights(layout, x, name)
             rows = Rows.of(layout, x, is_plain=self._is_plain)
             return rows.packed(*loss.blocks(rows)).cpu()
@@ -119,11 +126,13 @@ class Loss:
 
     def __init__(self, metric: Tensor, hessian: Tensor | None = None, factor: Tensor | None = None) -> None:
         self._metric, self._hessian, self._factor = metric, hessian, factor
+        self._lock = Lock()
+        self._prepared: list[tiles.TileLoss] | None = None
 
     def blocks(self, rows: Rows) -> tuple[Fields, Tensor]:
         """Fields and values of all rows."""
         if tiles.serves(rows):
-            return tiles.blocks(rows, self._metric, self._hessian, self._factor)
+            return tiles.blocks(rows, self._of_tiles(rows.layout))
         if self._hessian is None or self._factor is None:
             return fit(rows, self._metric, candidates=8, rounds=4)
         is_scalar = rows.layout.codebook.group == 1
@@ -134,6 +143,13 @@ class Loss:
         fields, values = descend_scales(rows, fields, values, self._hessian)
         fields = refit(rows, fields, values, self._hessian)
         return fields, descend(rows, fields, values, self._hessian)
+
+    def _of_tiles(self, layout: BlockLayout) -> list[tiles.TileLoss]:
+        """The loss as compiled loops need it, made once for all batches of rows, which are all of one layout."""
+        with self._lock:
+            if self._prepared is None:
+                self._prepared = tiles.tile_losses(layout, self._metric, self._hessian, self._factor)
+            return self._prepared
 
 
 def loss_under(
@@ -147,17 +163,30 @@ def loss_under(
     """The loss of weights of `shape` [E, R, C] under hessians [E or 1, C, C], else importance [E, C], else plain."""
     num_experts, columns = shape[0], shape[-1]
     if hessian is not None:
-        h = hessian.to(device, torch.float32)
-        h = (h / h.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]).expand(num_experts, columns, columns)  # near 1
+        h = _moved(hessian, device)
+        h = h / h.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]  # near 1
         if protected_column is not None:
-            h = h.clone()
             h[:, protected_column, protected_column] += _PROTECTED
-        return Loss(h.diagonal(dim1=-2, dim2=-1).contiguous(), h, upper_factor(h))
+        h, factor = (t.expand(num_experts, columns, columns) for t in (h, upper_factor(h)))
+        return Loss(h.diagonal(dim1=-2, dim2=-1).contiguous(), h, factor)
     metric = torch.ones(num_experts, columns) if importance is None else importance.clone()
     metric = (metric / metric.mean(-1, keepdim=True)).to(device)  # a factor on the loss chooses nothing else
     if protected_column is not None:
         metric[:, protected_column] += _PROTECTED
     return Loss(metric)
+
+
+def _moved(t: Tensor, device: torch.device) -> Tensor:
+    """The tensor in float32 on a device; to a GPU it goes by way of pinned memory, which takes a tenth of the time."""
+    if device.type != "cuda" or t.device.type != "cpu" or t.is_pinned():
+        return t.to(device, torch.float32, non_blocking=True)
+    moved = torch.empty(t.shape, dtype=t.dtype, device=device)
+    rows = t.reshape(-1, t.shape[-1])
+    step = max(1, _PINNED_BYTES // max(1, rows[:1].nbytes))
+    pinned = side_by_side(Tensor.pin_memory, rows.split(step), _PINNING_THREADS)
+    for source, target in zip(pinned, moved.view(rows.shape).split(step), strict=True):
+        target.copy_(source, non_blocking=True)
+    return moved.to(torch.float32)
 
 
 def _check_weights(layout: BlockLayout, x: Tensor, name: str) -> None:

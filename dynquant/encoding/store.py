@@ -18,6 +18,7 @@ import torch
 
 from dynquant.calibration.second_moments import SecondMoments
 from dynquant.calibration.stage import StatsFile
+from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
 from dynquant.encoding.interface import Encoder
 from dynquant.encoding.stream import Guidance, TensorEncoder, encoder_version, guidance_of
@@ -93,6 +94,8 @@ def store_directory(
     content = [model.fingerprint, stats_hash, encoder.name, encoder_version(encoder)]
     if moments is not None:
         content.append(moments.identity)
+    if isinstance(model.source, GGUFSource):
+        content.append("copies")  # stores of versions before encoded what such a file holds in the wanted type
     directory = parent / f"{encoder.name}-{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]}"
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -53,22 +53,35 @@ class Distributions:
         return cls(**{field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)})
 
     @classmethod
-    def of(cls, logits: Tensor, *, num_top: int = NUM_TOP, num_tail: int = NUM_TAIL, seed: int = 0) -> "Distributions":
-        """Reduce logits [T, vocabulary]; `seed` decides the draws. Raise EvaluationError for NaN and infinite sums."""
+    def of(
+        cls,
+        logits: Tensor,
+        *,
+        num_top: int = NUM_TOP,
+        num_tail: int = NUM_TAIL,
+        seed: int = 0,
+        normalizers: Tensor | None = None,
+    ) -> "Distributions":
+        """Reduce logits [T, vocabulary], with or without their normalizers; `seed` decides the draws. Raise
+        EvaluationError for NaN and infinite sums."""
+        normalizers = log_normalizers(logits) if normalizers is None else normalizers
         offsets = torch.from_numpy(np.random.default_rng(seed).random(len(logits))).to(logits.device)
         num_top = min(num_top, logits.shape[1])
-        parts = [_reduced(logits[rows], offsets[rows], num_top, num_tail) for rows in _chunks(logits)]
+        parts = [
+            _reduced(logits[rows], normalizers[rows], offsets[rows], num_top, num_tail) for rows in _chunks(logits)
+        ]
         return cls.concatenate([cls(*(tensor.cpu() for tensor in part)) for part in parts])
 
-    def kl(self, logits: Tensor) -> Tensor:
-        """Return unbiased KL(reference || model) in nats, float64 [T], of logits [T, vocabulary]; raise EvaluationError
-        for NaN, or for more or fewer logits than distributions."""
+    def kl(self, logits: Tensor, normalizers: Tensor | None = None) -> Tensor:
+        """Return unbiased KL(reference || model) in nats, float64 [T], of logits [T, vocabulary], with or without
+        their normalizers; raise EvaluationError for NaN, or for more or fewer logits than distributions."""
         if len(self) != len(logits):
             raise EvaluationError(f"{len(self)} reference tokens cannot be compared with {len(logits)} candidate rows.")
-        return torch.cat([self[rows]._kl(logits[rows]) for rows in _chunks(logits)])
+        normalizers = log_normalizers(logits) if normalizers is None else normalizers
+        return torch.cat([self[rows]._kl(logits[rows], normalizers[rows]) for rows in _chunks(logits)])
 
-    def _kl(self, logits: Tensor) -> Tensor:
-        log_q = log_probs_at(logits, torch.cat([self.top_ids, self.tail_ids], dim=1))
+    def _kl(self, logits: Tensor, normalizers: Tensor) -> Tensor:
+        log_q = log_probs_at(logits, torch.cat([self.top_ids, self.tail_ids], dim=1), normalizers)
         q_top, q_tail = log_q.split([self.top_ids.shape[1], self.tail_ids.shape[1]], dim=1)
         p_top = self.top_log_probs.to(logits.device).double()
         top = (p_top.exp() * (p_top - q_top)).sum(1)
@@ -97,11 +110,32 @@ class Distributions:
         return logits.argmax(-1).cpu() == self.top_ids[:, 0]
 
 
-def log_probs_at(logits: Tensor, ids: Tensor) -> Tensor:
-    """Return log-probabilities float64 of `ids` [T, n] under logits [T, vocabulary]; raise EvaluationError for NaN."""
-    ids = ids.to(logits.device).long()
-    parts = [logits[rows].gather(1, ids[rows]).double() - _log_normalizer(logits[rows]) for rows in _chunks(logits)]
-    return torch.cat(parts)
+def log_probs_at(logits: Tensor, ids: Tensor, normalizers: Tensor | None = None) -> Tensor:
+    """Return log-probabilities float64 of `ids` [T, n] under logits [T, vocabulary], with or without their normalizers;
+    raise EvaluationError for NaN."""
+    normalizers = log_normalizers(logits) if normalizers is None else normalizers
+    return logits.gather(1, ids.to(logits.device).long()).double() - normalizers
+
+
+def log_normalizers(logits: Tensor) -> Tensor:
+    """Return log(sum(exp(logits))), float64 [T, 1], for all that is computed of logits [T, vocabulary].
+
+    Exponentials are float32, which cost a fraction of float64's on a CPU and on most GPUs, and added up in float64: the
+    result is within 1e-7 of the value in float64. Raises EvaluationError for NaN and infinite sums.
+    """
+    parts = []
+    for rows in _chunks(logits):
+        highest = logits[rows].amax(-1, keepdim=True)
+        sums = (logits[rows] - highest).float().exp_().sum(-1, keepdim=True, dtype=torch.float64)
+        parts.append(sums.log_() + highest)
+    normalizers = torch.cat(parts) if parts else logits.new_empty(0, 1, dtype=torch.float64)
+    if not torch.isfinite(normalizers).all():
+        row = int((~torch.isfinite(normalizers)).nonzero()[0, 0])
+        raise EvaluationError(
+            f"The model's logits contain NaN or infinity (first at row {row} of the batch). "
+            "Its weights are damaged or overflow; check the file before comparing it."
+        )
+    return normalizers
 
 
 def _chunks(logits: Tensor) -> list[slice]:
@@ -111,8 +145,9 @@ def _chunks(logits: Tensor) -> list[slice]:
     return [slice(start, start + size) for start in range(0, len(logits), size)]
 
 
-def _reduced(logits: Tensor, offsets: Tensor, num_top: int, num_tail: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    normalizer = _log_normalizer(logits)
+def _reduced(
+    logits: Tensor, normalizer: Tensor, offsets: Tensor, num_top: int, num_tail: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if not num_tail:
         # A target for training, whose loss is computed in the type of the logits.
         log_probs, ids = logits.log_softmax(-1).topk(num_top, dim=-1)
@@ -144,20 +179,6 @@ def _first_above(cumulative: Tensor, points: Tensor) -> Tensor:
     """Return the first entry whose cumulative mass exceeds each point: never one of zero mass, unless all are."""
     last = torch.searchsorted(cumulative, cumulative[..., -1:].contiguous())  # rounding may put a point at the end
     return torch.minimum(torch.searchsorted(cumulative, points, right=True), last)
-
-
-def _log_normalizer(logits: Tensor) -> Tensor:
-    """Return log(sum(exp(logits))), float64 [T, 1]: exponentials in float32, which cost a fraction of float64's on a
-    CPU and on most GPUs, added up in float64. It is within 1e-7 of the value in float64."""
-    highest = logits.amax(-1, keepdim=True)
-    normalizer = (logits - highest).float().exp_().sum(-1, keepdim=True, dtype=torch.float64).log_() + highest
-    if not torch.isfinite(normalizer).all():
-        row = int((~torch.isfinite(normalizer)).nonzero()[0, 0])
-        raise EvaluationError(
-            f"The model's logits contain NaN or infinity (first at row {row} of the batch). "
-            "Its weights are damaged or overflow; check the file before comparing it."
-        )
-    return normalizer
 
 
 def _rest(log_probs: Tensor) -> Tensor:

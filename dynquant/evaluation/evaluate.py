@@ -31,7 +31,7 @@ from dynquant.encoding.stream import load_encoder
 from dynquant.errors import EvaluationError
 from dynquant.evaluation import multiple_choice, runners
 from dynquant.evaluation import report as reports
-from dynquant.evaluation.distributions import NUM_TAIL, NUM_TOP, Distributions, log_probs_at
+from dynquant.evaluation.distributions import NUM_TAIL, NUM_TOP, Distributions, log_normalizers, log_probs_at
 from dynquant.evaluation.llama_cpp_pictures import MtmdRunner
 from dynquant.evaluation.multiple_choice import AnswerScores, EncodedQuestion, Scoring
 from dynquant.evaluation.options import EvalOptions, QuestionOptions
@@ -44,6 +44,7 @@ from dynquant.inputs.pictures import Sample, SampleEncoder, image_token_of, read
 from dynquant.inputs.processor import image_token_limits, load_processor
 from dynquant.inputs.questions import load_questions, take_evenly
 from dynquant.inputs.text import TextEncoder, evaluation_windows
+from dynquant.packed.float32_products import use_tensor_cores
 from dynquant.recipes.folder import stats_of_plan
 from dynquant.recipes.plan import Plan
 from dynquant.resources import chosen_device
@@ -205,8 +206,10 @@ class _Run:
         def run(report: Callable[[int, int], None]) -> dict[str, Tensor]:
             distributions, targets = [], []
             for number, (batch, logits) in enumerate(self._logits(runner, inputs, report)):
-                distributions.append(Distributions.of(logits, seed=self.session.seed + number))
-                targets.append(log_probs_at(logits, batch.targets[:, None])[:, 0].cpu())
+                normalizers = log_normalizers(logits)
+                seed = self.session.seed + number
+                distributions.append(Distributions.of(logits, seed=seed, normalizers=normalizers))
+                targets.append(log_probs_at(logits, batch.targets[:, None], normalizers)[:, 0].cpu())
             return Distributions.concatenate(distributions).tensors() | {"target_log_probs": torch.cat(targets)}
 
         with self.timed(f"reference, {inputs.name}", inputs.unit) as report:
@@ -225,8 +228,9 @@ class _Run:
                 said = reference[start : start + len(logits)]
                 start += len(logits)
                 try:
-                    followed = log_probs_at(logits, batch.targets[:, None])[:, 0]
-                    scores = said.kl(logits), said.agreements(logits), followed
+                    normalizers = log_normalizers(logits)
+                    followed = log_probs_at(logits, batch.targets[:, None], normalizers)[:, 0]
+                    scores = said.kl(logits, normalizers), said.agreements(logits), followed
                 except EvaluationError as error:
                     raise EvaluationError(f"{batch.place}: {error}" if batch.place else str(error)) from error
                 parts.append([values.cpu() for values in scores])  # a GPU holds one batch
@@ -313,7 +317,9 @@ def _evaluate_on_pictures(options: EvalOptions, data: Path, session: Session) ->
     check_context(model, inputs.longest)
     with session.stage("Nothing is kept.") as progress:
         run = _Run(options, session, progress)
-        original = runners.HuggingFaceRunner(load_hf(model, dtype=torch.float32, device=chosen_device(session.device)))
+        hf_model = load_hf(model, dtype=torch.float32, device=chosen_device(session.device))
+        use_tensor_cores(hf_model, weights_stay=False)  # a plan is installed into it
+        original = runners.HuggingFaceRunner(hf_model)
         reference = run.reduced(lambda: original, inputs) if "kl" in tasks else None
         before = run.answers(original, "reference", asked, processor.tokenizer)
         with _picture_candidate(options, model, original, processor) as (candidate, candidate_bytes):

@@ -11,8 +11,9 @@ import ctypes
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from copy import copy
 from functools import cache, lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -22,11 +23,13 @@ import torch
 
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.errors import CheckpointError, EvaluationError
-from dynquant.families.from_gguf import check_complete, check_loads
+from dynquant.families.complete_gguf import check_complete, check_loads
 from dynquant.inputs.branches import Branches
 from dynquant.inputs.model_inputs import Batch
 from dynquant.inputs.questions import MAX_CHOICES
 from dynquant.resources import count_mapped_files, usable_cores
+from dynquant.running.stream_memory import free_memory
+from dynquant.workers import side_by_side
 
 BATCH_TOKENS = 512
 """Tokens per llama_decode call, and its physical batch; part of the layout that compared models must share."""
@@ -36,6 +39,11 @@ token attends over the cells of all sequences, and products with weights gain li
 _SEQUENCES = 64
 """Sequences of a context: 0 holds a shared prefix, the others windows, or questions with an answer each."""
 
+_CONTEXTS_SHARE = 0.25
+"""Contexts of windows that are scored side by side take this much of the free memory at most."""
+
+_Window = tuple[Sequence[int], Collection[int]]
+"""Token ids, and the places after which logits are wanted."""
 Entry = tuple[int, int, Sequence[int], bool]
 """A token, its position, the sequences that it belongs to, and True where its logits are wanted."""
 
@@ -202,7 +210,7 @@ class LlamaCppRunner:
 
     def scored_logits(self, batches: Iterable[Batch]) -> Iterator[torch.Tensor]:
         windows = [(batch.ids[0].tolist(), set(batch.scored.tolist())) for batch in batches]
-        start = 0
+        parts, start = [], 0
         while start < len(windows):
             stop, num_tokens = start + 1, len(windows[start][0])
             while stop < len(windows) and not self._has_state and stop - start < _SEQUENCES:
@@ -210,15 +218,57 @@ class LlamaCppRunner:
                 if num_tokens > _PACKED_TOKENS:
                     break
                 stop += 1
-            part = windows[start:stop]
-            self._clear(sum(len(tokens) for tokens, _ in part))
-            entries = [
-                (token, i, (sequence,), i in scored)
-                for sequence, (tokens, scored) in enumerate(part)
-                for i, token in enumerate(tokens)
-            ]
-            yield from self._decode(entries).split([len(scored) for _, scored in part])
+            parts.append(windows[start:stop])
             start = stop
+        runners = self._for_parts(parts)
+        idle = deque(runners)  # threads take from it and put back, one at a time
+
+        def score(part: Sequence[_Window]) -> Sequence[torch.Tensor]:
+            runner = idle.popleft()
+            rows = runner._part_logits(part)
+            idle.append(runner)
+            return rows
+
+        if len(runners) == 1:
+            for part in parts:
+                yield from score(part)
+            return
+        try:
+            with closing(side_by_side(score, parts, len(runners))) as results:
+                for rows in results:
+                    yield from rows
+        finally:
+            for runner in runners:
+                runner._free_context()
+
+    def _part_logits(self, windows: Sequence[_Window]) -> Sequence[torch.Tensor]:
+        """Return the scored rows of windows that are the sequences of one batch."""
+        self._clear(sum(len(tokens) for tokens, _ in windows))
+        entries = [
+            (token, i, (sequence,), i in scored)
+            for sequence, (tokens, scored) in enumerate(windows)
+            for i, token in enumerate(tokens)
+        ]
+        return self._decode(entries).split([len(scored) for _, scored in windows])
+
+    def _for_parts(self, parts: Sequence[Sequence[_Window]]) -> list["LlamaCppRunner"]:
+        """Return runners of the same loaded weights, as many as there are threads where their memory is there.
+
+        Threads that share a context wait for each other after every operation; contexts of one thread each do not.
+        """
+        num_tokens = max((sum(len(tokens) for tokens, _ in part) for part in parts), default=0)
+        model = self._model
+        # Logits of two results, of the context and of its last operation; keys and values of all layers at most.
+        needed = 16 * self.vocab_size + 8 * self._api.llama_model_n_layer(model) * self._api.llama_model_n_embd(model)
+        room = int(_CONTEXTS_SHARE * free_memory() / (needed * max(num_tokens, BATCH_TOKENS)))
+        count = max(1, min(self._threads, len(parts), room))
+        if count == 1:
+            return [self]
+        self._free_context()
+        runners = [copy(self) for _ in range(count)]
+        for runner in runners:
+            runner._threads = self._threads // count
+        return runners
 
     def hold_prefix(self, tokens: Sequence[int]) -> None:
         self._clear(len(tokens))

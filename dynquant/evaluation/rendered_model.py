@@ -18,12 +18,13 @@ from dynquant.encoding.store import EncodedStore
 from dynquant.evaluation.distributions import Distributions
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.inputs.model_inputs import Batch, ModelInputs
+from dynquant.packed.float32_products import use_tensor_cores
 from dynquant.running.layer_replay import LayerReplay
 from dynquant.running.live_weights import LiveWeights
 
 DRAWN_TOGETHER = 1024  # tokens whose draws from the tails have one seed
 _CPU_BYTES = 64 << 20  # a CPU gains nothing from more rows once its threads have work
-_GPU_BYTES = 2 << 30
+_GPU_BYTES = 8 << 30
 
 
 class RenderedModel:
@@ -34,6 +35,7 @@ class RenderedModel:
 
     def __init__(self, hf_model: nn.Module, store: EncodedStore) -> None:
         self.hf_model = hf_model
+        use_tensor_cores(hf_model, weights_stay=False)
         self._live = LiveWeights(store.model, hf_model)
         self._store = store
         self._names = set(self._live.names())
@@ -129,12 +131,12 @@ class ScoredInputs:
 
 
 def bytes_at_once(device: torch.device | str, most: int = _GPU_BYTES) -> int:
-    """Return how large the logits of one forward pass may be: on a GPU up to `most`, and a quarter of what is free."""
+    """Return how large the logits of one forward pass may be: on a GPU up to `most`, and an eighth of what is free."""
     device = torch.device(device)
     if device.type != "cuda":
         return _CPU_BYTES
     free, _ = torch.cuda.mem_get_info(device)
-    return min(most, free // 4)
+    return min(most, free // 8)
 
 
 def windows_at_once(window: int, vocab_size: int, device: torch.device | str) -> int:

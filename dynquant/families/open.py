@@ -23,7 +23,7 @@ from dynquant.families.common.conversion import ConvertedSource
 from dynquant.families.common.conversion_book import ConversionBook
 from dynquant.families.common.metadata import recorded_fields, write_general_keys
 from dynquant.families.common.settings import Settings, differing_settings, settings_of_config, settings_of_metadata
-from dynquant.families.from_gguf import check_complete
+from dynquant.families.complete_gguf import check_complete
 from dynquant.families.text.registry import FAMILIES, SAME_CONFIG, SIZED_FAMILIES
 from dynquant.families.tokenizers.tokenizer import write_tokenizer
 from dynquant.families.vision.checkpoint import is_vision_checkpoint, open_vision

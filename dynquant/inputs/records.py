@@ -41,6 +41,8 @@ def read_records(path: Path, refusal: type[DynquantError], way_out: str = "") ->
         `refusal`: the file cannot be read or has another form, or a record is not JSON; `way_out` ends the paragraph.
     """
     check_is_file(path, refusal)
+    if not path.exists():
+        raise refusal(f"There is no file {path}; check the path.")
     form = form_of(path)
     if form in JSON_FORMS:
         return _json_records(path, refusal, way_out)
@@ -78,7 +80,7 @@ def _opened(path: Path, refusal: type[DynquantError]) -> Iterator[TextIO]:
     check_is_file(path, refusal)  # before anything opens it: a pipe would wait for its writer
     refuse_stand_in(path, is_text=True)
     try:
-        _check_start(path, refusal)
+        check_start(path, refusal)
         with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
             yield file
     except FileNotFoundError as error:
@@ -89,7 +91,8 @@ def _opened(path: Path, refusal: type[DynquantError]) -> Iterator[TextIO]:
         raise refusal(unreadable(path, error) or f"{path} cannot be read: {error}. Fetch it again.") from error
 
 
-def _check_start(path: Path, refusal: type[DynquantError]) -> None:
+def check_start(path: Path, refusal: type[DynquantError]) -> None:
+    """Raise `refusal` for a file that is no text in UTF-8, by its first bytes."""
     with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
         meaning = form_of_start(file.read(START_BYTES))
     if meaning is not None:
@@ -124,6 +127,8 @@ def _csv_records(path: Path, refusal: type[DynquantError]) -> Iterator[Record]:
         rows = csv.DictReader(file, strict=True)
         try:
             names = rows.fieldnames or ()
+            if len(names) == 1 and (separator := next((mark for mark in ";\t|" if mark in names[0]), "")):
+                raise refusal(f"{path} has {separator!r} between its columns. Save it with commas.")
             if len(set(names)) < len(names):
                 raise refusal(f"The first line of {path} names a column twice: {', '.join(names)[:200]}. Rename one.")
             for number, row in enumerate(rows, start=1):

@@ -25,6 +25,7 @@ from dynquant.checkpoints.model import Model
 from dynquant.errors import PlanError
 from dynquant.formats.quant_types import QUANT_TYPES, quant_type
 from dynquant.formats.storage_format import Choice
+from dynquant.inputs.records import check_is_file, check_start
 from dynquant.patterns import compile_pattern
 from dynquant.recipes import llama_mixtures as llama
 from dynquant.recipes.build_plan import stays_f32
@@ -213,8 +214,10 @@ def recipe_types(recipe: str, model: Model) -> dict[str, Choice]:
 
 def _read_recipe(recipe: str) -> str:
     """Return the text of a file, or `recipe` itself when it has the form of one."""
-    if os.path.isfile(recipe):
+    if os.path.exists(recipe):
+        check_is_file(Path(recipe), PlanError)
         try:
+            check_start(Path(recipe), PlanError)
             return Path(recipe).read_text("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(f"The recipe {recipe} cannot be read as text: {error}.") from error

@@ -176,6 +176,16 @@ def empty_hf(model: Model, *, dtype: torch.dtype, device: str = "cpu") -> "PreTr
     return empty.eval()
 
 
+def probing_type(model: Model, device: str) -> torch.dtype:
+    """Return the type in which a backward pass measures: float32 where weights take at most half of a GPU's memory.
+
+    In bfloat16 other labels are drawn, and sensitivities move by up to 18 % (textbook-moe-16m, 4,096 tokens).
+    """
+    if torch.device(device).type == "cpu" or 4 * model.num_weights <= torch.cuda.mem_get_info(device)[1] / 2:
+        return torch.float32
+    return computing_type(model, device)
+
+
 def load_tokenizer(model: Model | Path) -> "PreTrainedTokenizerBase":
     """Load the tokenizer of a model, directory or GGUF file, or raise CheckpointError when there is none."""
     directory = model if isinstance(model, Path) else model.hf_directory

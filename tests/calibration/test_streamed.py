@@ -187,6 +187,17 @@ def test_sensitivities_are_equal(name, moe, tiny_text, tmp_path):
     assert not any((tmp_path / "states").iterdir())
 
 
+@pytest.mark.gpu
+def test_a_gpu_streams_sensitivities_too(moe, cuda, tmp_path):
+    inputs = text_inputs(moe, None, tokens=300, window=100, batch_size=2)
+    stream, whole = LayerStream(moe, device=str(cuda)), load_hf(moe, dtype=torch.float32, device=str(cuda))
+    with stream.running():
+        passes = StagedPasses(stream, inputs.windows.split(2), tmp_path)
+        found, _ = streamed_sensitivity(passes, moe.arch, moe.hyper.n_layer, seed=3)
+    expected, _ = output_sensitivity(whole, moe.arch, moe.hyper.n_layer, inputs, seed=3)
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
 def test_super_weights_are_ablated_in_a_stream(moe):
     windows = text_inputs(moe, None, tokens=128, window=128).windows
     low = {"criteria": Criteria(threshold=1.1, min_share=0.01, min_effect=1e-5, max_iterations=3)}

@@ -8,6 +8,7 @@ from typing import get_args
 
 import pytest
 
+from dynquant.storage.atomic import save_tensors
 from tests.helpers.commands import command, linked_copy, refused, run, succeed
 from tests.storage.test_lock import holder  # noqa: F401
 
@@ -60,6 +61,7 @@ def test_every_option_is_known_as_path_or_word():
         "plan {m} --like {t}/g.gguf -o {t}/page",
         "plan {m} --stats {t}/hessians.safetensors -o {t}",
         "export {m} --preset f16 -o {t}/text.gguf",
+        "export {m} --preset f16 --split-max-size 1GB -o {t}/p.gguf",
         "export {m} --preset iq2_xxs -o {t}/h.gguf",
         "export {m} --preset f16 --base-gguf {t}/mmproj-text.gguf -o {t}/text.gguf",
         "compare {m} --recipes f16,q4_k --text {t}/text.txt -o {t}/c",
@@ -137,12 +139,21 @@ def test_a_file_in_a_folder_that_is_being_planned_is_not_written(small_moe, tmp_
         planning.wait()
 
 
-def test_a_plan_may_name_the_statistics_in_its_own_folder(small_moe, calibrated_16m, tmp_path):
-    folder = linked_copy(calibrated_16m, tmp_path / "plan")
-    preset = ("--preset", "uniform-q8_0", "--no-report")
-    succeed("plan", small_moe, *preset, "--stats", folder / "stats.safetensors", "-o", folder)
-    assert {"plan.json", "stats.safetensors"} <= {path.name for path in folder.iterdir()}
-    assert not list(folder.glob(".*.lock"))
+def test_a_plan_may_name_the_statistics_in_its_own_folder(small_moe, tmp_path):
+    stats = tmp_path / "stats.safetensors"
+    save_tensors(stats, {}, {})
+    message = refused("plan", small_moe, "--preset", "none", "--stats", stats, "-o", tmp_path)
+    assert "There is no preset `none`" in message and list(tmp_path.iterdir()) == [stats]
+
+
+def test_parts_of_an_earlier_export_are_written_again_even_when_one_is_lost(small_moe, tmp_path):
+    arguments = ("--preset", "uniform-q8_0", "--encoder", "ggml", "--split-max-size", "9MB", "-o", tmp_path / "p.gguf")
+    before = {}
+    for _ in range(2):
+        succeed("export", small_moe, *arguments)
+        assert len(contents(tmp_path)) > 1 and contents(tmp_path) == (before or contents(tmp_path))
+        before = contents(tmp_path)
+        max(before).unlink()
 
 
 def test_two_exports_to_one_name_leave_one_whole_file(small_moe, tmp_path):

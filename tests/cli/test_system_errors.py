@@ -148,6 +148,9 @@ def test_a_full_disk_under_progress_is_named_and_the_export_goes_on_later(small_
         ("export {m} --plan {t}/folder -o {t}/a.gguf", "folder is a directory; give the plan.json in it"),
         ("recipe {t}/folder", "folder is a directory without plan.json"),
         ("diff {g} {t}/folder", "folder is a directory without plan.json"),
+        ("plan {m} --recipe {t}/folder -o {t}/p", "folder is a directory; give a file in it"),
+        ("plan {m} --recipe /dev/null -o {t}/p", "null is a device or pipe"),
+        ("finetune {m} --data {t}/none.txt -o {t}/f", "There is no file"),
         ("calibrate {m} --calibration {t}/folder -o {t}/s", "folder"),
         ("export {m} --preset f16 -o /", "is a directory"),
         ("calibrate {m} -o /", "is a directory"),
@@ -222,6 +225,14 @@ def test_every_command_names_the_extra_that_it_needs_and_the_core_alone_looks_in
         extra = "train]" if line.startswith(("finetune", "heal")) else ""
         assert words.startswith("1 error: ") and f"pip install 'dynquant-toolchain[{extra}" in words, (line, words)
     assert {words[0] for words in said[len(needing) :]} == {"0"}
+
+
+def test_a_name_that_is_not_utf8_is_refused_as_that(small_moe, tmp_path):
+    name = os.fsdecode(bytes(tmp_path) + b"/m\xff")
+    linked_copy(small_moe, Path(name))
+    message = refused("export", name, "--preset", "f16", "-o", tmp_path / "a.gguf")
+    assert "m\ufffd` has bytes that are not UTF-8. Rename the file" in message
+    assert [path.name for path in tmp_path.iterdir()] == [Path(name).name]
 
 
 def test_debug_shows_where_the_system_refused():

@@ -12,6 +12,7 @@ from dynquant.encoding import dynquant_encoder as encoder_module
 from dynquant.encoding.dynquant_encoder import DynquantEncoder
 from dynquant.encoding.ggml import encode as ggml_encode
 from dynquant.encoding.interface import Encoder, ProtectedWeight
+from dynquant.encoding.search.compiled.jit import ROWS as ROWS_OF_TILE
 from dynquant.encoding.search.layouts import LAYOUTS
 from dynquant.errors import EncodeError
 from dynquant.formats import decode
@@ -119,19 +120,19 @@ def test_equal_inputs_give_equal_bytes_however_they_are_batched(name, monkeypatc
 
 
 def test_a_tensor_larger_than_a_batch_is_taken_in_row_chunks(monkeypatch):
-    weights, weight_of, done = 0.02 * noise(2, 23, 256), torch.exp(noise(256)), []
+    weights, weight_of, done = 0.02 * noise(2, 150, 256), torch.exp(noise(256)), []
     quant_type = QUANT_TYPES["Q4_K"]
     whole = ENCODER.encode(quant_type, weights, weight_of)
     monkeypatch.setattr(encoder_module, "_CPU_WEIGHTS", 5 * 256)
     assert torch.equal(ENCODER.encode(quant_type, weights, weight_of, progress=done.append), whole)
-    assert sum(done) == weights.numel() and max(done) == 5 * 256
+    assert sum(done) == weights.numel() and max(done) == ROWS_OF_TILE * 256
 
 
 def test_threads_do_not_change_bytes(monkeypatch):
     """Stacks and matrices are cut into the same batches, whoever encodes them."""
     monkeypatch.setattr(encoder_module, "_CPU_WEIGHTS", 5 * 256)
     hessian, quant_type = correlated(256, 32, experts=3), QUANT_TYPES["IQ2_XXS"]
-    for weights in (0.02 * noise(3, 23, 256), 0.02 * noise(23, 256)):
+    for weights in (0.02 * noise(3, 150, 256), 0.02 * noise(150, 256)):
         options = {"hessian": hessian[: 3 if weights.dim() == 3 else 1], "protected": (ProtectedWeight(7, 3),)}
         alone, *others = (ENCODER.encode(quant_type, weights, None, threads, **options) for threads in (1, 2, 5))
         assert all(torch.equal(packed, alone) for packed in others)
@@ -214,14 +215,15 @@ def test_missing_importance_is_refused():
 
 
 @pytest.mark.nightly
-def test_kernels_of_columns_find_what_pytorch_finds():
+def test_kernels_find_what_pytorch_finds():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.helpers.interpreted_encoding"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    for passes in json.loads(done.stdout).values():
-        for found in passes.values():
-            assert found["changed"] > 0.1 and found["same"] > 0.99 and found["loss"] == pytest.approx(1, rel=0.01)
+    for name, passes in json.loads(done.stdout).items():
+        for label, found in passes.items():
+            assert found["changed"] > 0.002 and found["same"] > 0.99, (name, label, found)
+            assert found["loss"] == pytest.approx(1, rel=0.01), (name, label, found)
 
 
 @pytest.mark.gpu
@@ -234,4 +236,4 @@ def test_cuda_gives_blocks_as_good_and_the_same_ones_each_time(name):
     assert torch.equal(on_gpu.encode(QUANT_TYPES[name], weights, hessian=hessian), packed)
     on_cpu = ENCODER.encode(QUANT_TYPES[name], weights, hessian=hessian)
     there, here = (loss(weights, decode(name, p), hessian) for p in (packed, on_cpu))
-    assert there == pytest.approx(here, rel=0.03)
+    assert there == pytest.approx(here, rel=0.01)

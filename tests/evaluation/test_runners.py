@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from dynquant.errors import CheckpointError
 from dynquant.evaluation.llama_cpp import llama_vocabulary
 from dynquant.evaluation.runners import LogitRunner, describe_model, open_encoder, open_runner, tokenizer_notes
 from dynquant.families.open import locate_model, open_config, open_model
+from dynquant.inputs.model_inputs import Batch
 from tests.helpers.tiny_models import write_f32
 
 TEXT = "A quantized model answers a question.\n\nWhat is mitosis?  É naïve \t 42 + 7\nAnswer:"
@@ -53,6 +55,21 @@ def test_windows_longer_than_a_batch_and_the_context_grow_on_demand(runner, toke
     long = runner.window_logits(tokens[:600])
     assert long.shape == (600, 8192)
     torch.testing.assert_close(long[:40], short, atol=2e-3, rtol=0)
+
+
+def test_windows_scored_side_by_side_have_the_logits_of_one_thread(small_gguf, tokens) -> None:
+    """Short windows share batches, whichever context runs them; a runner can be asked again while one is left."""
+    starts = (0, 200, 240, 280, 330, 360, 480, 500, 560)
+    batches = [Batch.of_tokens(torch.tensor([tokens[a:b]])) for a, b in pairwise(starts)]
+    scored = []
+    for threads in (1, 2, 5):
+        opened = open_runner(small_gguf, threads=threads)
+        scored.append(list(opened.scored_logits(batches)))
+        next(opened.scored_logits(batches))
+        assert torch.equal(opened.window_logits(tokens[:200])[:-1], scored[0][0])
+        opened.close()
+    for rows in scored[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(rows, scored[0], strict=True))
 
 
 def test_both_tokenizers_agree(small_moe, small_gguf) -> None:

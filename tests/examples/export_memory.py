@@ -63,7 +63,7 @@ def measure(part_bytes: int | None, directory: Path) -> tuple[int, int]:
     encoder = load_encoder("ggml")
     encoder.encode(plan.entries[0].quant_type, torch.randn(8, 256), None, 1)
     before = peak_bytes()
-    export_gguf(model, plan, None, directory / "a.gguf", encoder=encoder, threads=1, limits=PartLimits(part_bytes))
+    export_gguf(model, plan, None, directory / "a.gguf", encoder=encoder, threads=4, limits=PartLimits(part_bytes))
     return before, peak_bytes()
 
 

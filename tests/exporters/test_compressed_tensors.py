@@ -157,7 +157,8 @@ def test_written_bytes_are_the_predicted_ones_in_one_file_or_more(mixed_deepseek
     output, plan = mixed_deepseek
     assert sum(f.stat().st_size for f in output.glob("*.safetensors")) == plan.predicted_bytes
     model = open_model(deepseek)
-    export_compressed_tensors(model, plan, linear_checkpoint(model), tmp_path / "split", shard_max_bytes=4_200_000)
+    options = {"shard_max_bytes": 4_200_000, "threads": 1}
+    export_compressed_tensors(model, plan, linear_checkpoint(model), tmp_path / "split", **options)
     weight_map = json.loads((tmp_path / "split" / "model.safetensors.index.json").read_text())["weight_map"]
     assert len(set(weight_map.values())) == 3
     whole, split = stored_tensors(output), stored_tensors(tmp_path / "split")
@@ -184,11 +185,11 @@ def test_an_interrupted_export_leaves_no_directory_and_goes_on(llama, mixed_llam
 
     monkeypatch.setattr(compressed_tensors, "encode_layer", counted)
     with pytest.raises(KeyboardInterrupt):
-        export_compressed_tensors(model, plan, checkpoint, target)
+        export_compressed_tensors(model, plan, checkpoint, target, threads=1)
     assert not target.exists()
     first = calls[:8]
     calls[:] = ["an interruption is over"] * 9
-    export_compressed_tensors(model, plan, checkpoint, target)
+    export_compressed_tensors(model, plan, checkpoint, target, threads=5)
     assert not set(first) & set(calls[9:])
     assert (target / "model.safetensors").read_bytes() == (output / "model.safetensors").read_bytes()
 

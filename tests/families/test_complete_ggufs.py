@@ -203,17 +203,33 @@ def test_parts_in_the_wrong_places_are_refused(parts: list[Path]) -> None:
         ({"expert_used_count": 9}, r"`qwen3moe\.expert_used_count` as 9; a number from 1 to 8 is needed"),
         ({"expert_used_count": 0}, r"expert_used_count` as 0"),
         ({"expert_group_count": 8}, r"expert_group_count` as 8; fewer groups than experts, of which there are 8"),
+        ({"attention.key_length": 7}, r"attention\.key_length` as 7; 64, as its tensors have, is needed"),
+        ({"expert_feed_forward_length": 65}, r"expert_feed_forward_length` as 65; 64, as its tensors have, is needed"),
         ({"expert_group_count": 3, "expert_group_used_count": 1}, r"expert_group_used_count` as 1; a part of 3 equal"),
     ],
 )
 def test_numbers_at_which_llama_cpp_aborts(keys: dict[str, int], said: str, whole, tmp_path: Path) -> None:
-    """Not even for its vocabulary is such a file given to llama.cpp, which would end the process."""
+    """No such file is given to llama.cpp, which would refuse it or end the process."""
     keys = {f"qwen3moe.{key}": value for key, value in keys.items()}
     path = rewritten(whole("qwen3-moe"), tmp_path / "bad.gguf", **keys)
     text = tmp_path / "text.txt"
     text.write_text("The sea is blue. " * 40)
     assert re.search(said, refused("eval", path, "--reference", whole("qwen3-moe").path, "--text", text))
     assert re.search(said, refused("plan", path, "--bpw", 4, "-o", tmp_path / "plan"))
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("deepseek-v3", "deepseek2.attention.head_count_kv", 7), ("deepseek-v3", "deepseek2.attention.key_length", 7),
+        ("deepseek-v3", "deepseek2.expert_gating_func", 7), ("deepseek-v3", "deepseek2.feed_forward_length", 0),
+        ("gemma3-period-3", "gemma3.attention.sliding_window_pattern", 1), ("llama", "llama.rope.dimension_count", 7),
+    ],
+)  # fmt: skip
+def test_more_numbers_at_which_llama_cpp_aborts(name: str, key: str, value: int, whole, tmp_path: Path) -> None:
+    path = rewritten(whole(name), tmp_path / "bad.gguf", **{key: value})
+    with pytest.raises(CheckpointError, match=rf"`{key}` as {value}; .* is needed"):
+        open_model(path)
 
 
 def test_lists_of_another_length_than_the_vocabulary(whole, tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ import json
 import sys
 
 import torch
-import triton.runtime.interpreter as interpreter
 
+import tests.helpers.interpreter  # noqa: F401
 from dynquant.formats import decode
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.kernels.planes import pack_planes
@@ -20,17 +20,6 @@ from tests.helpers.packed_weights import experts_truth, normal, packed_weights, 
 PARTS_TYPES = ("Q8_0", "Q4_K", "NVFP4")
 PRODUCT_TYPES = ("Q5_1", "IQ3_S")
 """What differs between types is in `unpack`, and tested for all; these stand for the block sizes and the codebooks."""
-
-_patched = interpreter._patch_lang_tensor
-
-
-def _patch_lang_tensor(tensor, scope):
-    """NumPy 2.4 no longer turns arrays of one element into an index, which loops over arguments need."""
-    _patched(tensor, scope)
-    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-
-interpreter._patch_lang_tensor = _patch_lang_tensor
 
 
 def same_bits(actual: torch.Tensor, expected: torch.Tensor) -> bool:

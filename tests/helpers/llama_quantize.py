@@ -70,18 +70,18 @@ class TinyModel:
         writer.add_block_count(self.hyper.n_layer)
         writer.add_context_length(64)
         writer.add_embedding_length(self.hyper.n_embd)
-        writer.add_feed_forward_length(512)
+        up = self.shapes.get("blk.0.ffn_up.weight") or self.shapes.get("blk.0.ffn_up_exps.weight", (512, 0))
+        writer.add_feed_forward_length(up[-2])
         writer.add_head_count(self.hyper.n_head)
         writer.add_head_count_kv(self.hyper.n_head_kv)
-        writer.add_key_length(self.head_dim)
-        writer.add_value_length(self.head_dim)
         writer.add_layer_norm_rms_eps(1e-5)
         writer.add_layer_norm_eps(1e-5)
         writer.add_vocab_size(self.hyper.n_vocab)
         if self.hyper.n_expert:
             writer.add_expert_count(self.hyper.n_expert)
             writer.add_expert_used_count(self.hyper.n_expert_used)
-        for key, value in self.metadata.items():
+        widths = {"attention.key_length": self.head_dim, "attention.value_length": self.head_dim}
+        for key, value in {**widths, **self.metadata}.items():
             add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
             add(f"{self.hyper.arch}.{key}", value)
         return writer
@@ -145,6 +145,7 @@ def deepseek_model(*, layers: int = 4, hidden: int = 256, experts: int = 8, ffn:
         shapes |= {f"blk.{layer}.{name}.weight": shape for name, shape in part.items()}
     metadata = {"leading_dense_block_count": hyper.leading_dense, "rope.dimension_count": rope}
     metadata |= {"attention.q_lora_rank": q_rank, "attention.kv_lora_rank": kv_rank}
+    metadata |= {"attention.key_length": kv_rank + rope, "attention.value_length": kv_rank}
     metadata |= {"attention.key_length_mla": nope + rope, "attention.value_length_mla": value}
     metadata |= {"expert_feed_forward_length": ffn, "expert_shared_count": 1, "expert_gating_func": 2}
     return TinyModel(hyper, shapes, metadata | {"expert_weights_scale": 1.0})

@@ -7,23 +7,27 @@ from tempfile import TemporaryDirectory
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-def opcodes(
+def compiled(
     kernel, types: dict[str, str], constants: dict[str, object], multiples_of_16: set[str], **options
-) -> list[str]:
-    """The machine instructions of a kernel: `types` as Triton spells them, for arguments that are not constants."""
+) -> CompiledKernel:
+    """Return a compiled kernel: `types` as Triton spells them, for arguments that are not constants."""
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     aligned = [(i,) for i, name in enumerate(kernel.arg_names) if name.endswith("_ptr") or name in multiples_of_16]
     attributes = {index: [["tt.divisibility", 16]] for index in aligned if kernel.arg_names[index[0]] in types}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def opcodes(*arguments, **options) -> list[str]:
+    """The machine instructions of a kernel, with the arguments of `compiled`."""
     with TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
-        binary.write_bytes(compiled.asm["cubin"])
+        binary.write_bytes(compiled(*arguments, **options).asm["cubin"])
         listing = subprocess.run([_TOOLS / "nvdisasm", "-c", binary], capture_output=True, text=True, check=True).stdout
     return re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_.]+)", listing, re.MULTILINE)
 

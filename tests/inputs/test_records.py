@@ -155,6 +155,7 @@ BAD = {
     "k.parquet": (b"PAR1 oops", "is not a parquet file"),
     "m.csv": (b'text\n"x" y\n', "is not csv"),
     "n.csv": (b"text\nx,y\n", "row 1 has not the 1 values"),
+    "x.csv": (b"id;text\n1;x\n", "has ';' between its columns. Save it with commas."),
     "o.csv": (b"text,text\nx,y\n", "names a column twice"),
     "p.jsonl": (b'{"text": "x", "text": "y"}', "'text' is named twice"),
     "q.jsonl": (b'{"text": 5}', "line 1"),

@@ -1,4 +1,4 @@
-"""Products by bfloat16 parts: as exact as float32, for packed weights too."""
+"""Products by float16 parts: as exact as float32, for packed weights too."""
 
 import pytest
 import torch
@@ -9,16 +9,27 @@ from dynquant.packed.float32_products import linear, multiply_by_parts
 from dynquant.packed.layers import PackedLinear
 
 
-@pytest.mark.parametrize("is_bfloat16", [True, False])
-def test_parts_are_as_exact_as_float32(is_bfloat16: bool, monkeypatch) -> None:
+@pytest.mark.parametrize("is_short", [True, False])
+@pytest.mark.parametrize("spread", [0, 2])
+def test_parts_are_as_exact_as_float32(is_short: bool, spread: int, monkeypatch) -> None:
     monkeypatch.setattr(float32_products, "_SLICE_ELEMENTS", 100 * 768)
     generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(n, 768, generator=generator) * torch.logspace(-6, 3, 768) for n in (100, 260))
-    if is_bfloat16:
+    x, weight = torch.randn(100, 768, generator=generator), 0.02 * torch.randn(260, 768, generator=generator)
+    x *= torch.logspace(-spread, spread, 768) * torch.logspace(-20, 20, 100)[:, None]  # channels and tokens differ
+    if is_short:
         weight = weight.bfloat16().float()
     exact = x.double() @ weight.double().T
-    found = linear(x[None], weight, is_bfloat16=is_bfloat16)[0]
-    assert (found - exact).std() < 1.5 * (x @ weight.T - exact).std()
+    scale = exact.std(1, keepdim=True)
+    found = linear(x[None], weight, is_short=is_short)[0]
+    assert ((found - exact) / scale).std() < 1.5 * ((x @ weight.T - exact) / scale).std()
+
+
+def test_zeros_and_what_is_not_finite_stay() -> None:
+    x = torch.zeros(3, 64)
+    x[1, 5], x[2, 5] = float("inf"), float("nan")
+    found = linear(x, torch.randn(7, 64))
+    assert torch.equal(found[0], torch.zeros(7))
+    assert not found[1:].isfinite().any()
 
 
 def test_layers_multiply_by_parts_without_gradients() -> None:
@@ -35,3 +46,18 @@ def test_layers_multiply_by_parts_without_gradients() -> None:
         assert not torch.equal(found, expected)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
         torch.testing.assert_close(few, expected[0, :3], rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_tensor_cores_are_about_as_exact_as_float32() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(300, 1536, generator=generator), 0.02 * torch.randn(520, 1536, generator=generator)
+    exact = (x.double() @ weight.double().T).cuda()
+    x, weight = x.cuda(), weight.cuda()
+    assert (linear(x, weight) - exact).std() < 4 * (x @ weight.T - exact).std()
+    layer = nn.Linear(1536, 520, bias=False).cuda()
+    layer.weight.data = weight
+    float32_products.use_tensor_cores(layer)
+    with torch.inference_mode():
+        assert torch.equal(layer(x), linear(x, weight))

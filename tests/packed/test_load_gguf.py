@@ -163,7 +163,7 @@ def edited(directory: Path, path: Path, *, drop=(), **fields) -> Path:
     [
         ({"llama.attention.sinks": (True, GGUFValueType.BOOL)}, r"llama\.attention\.sinks.*not understood"),
         ({"llama.rope.scaling.type": ("longrope", GGUFValueType.STRING)}, "`longrope` is not supported"),
-        ({"llama.rope.dimension_count": (32, GGUFValueType.UINT32)}, "only 32 of 64"),
+        ({"llama.rope.dimension_count": (32, GGUFValueType.UINT32)}, "as 32; the width of a head, 64"),
         ({"llama.block_count": (3, GGUFValueType.UINT32)}, r"lacks `blk\.2\.attn_k\.weight`"),
         ({"llama.block_count": (1, GGUFValueType.UINT32)}, r"holds `blk\.1\."),
         ({"llama.attention.head_count": (8, GGUFValueType.UINT32)}, "shape"),

@@ -253,6 +253,7 @@ def test_patterns_that_keep_a_backtracking_matcher_busy_for_years_are_followed_a
 
 def test_a_recipe_that_is_not_text_is_refused(moe, tmp_path: Path):
     path = tmp_path / "model.bin"
-    path.write_bytes(b"\xff\xfe\x00=")
-    with pytest.raises(PlanError, match=r"model\.bin cannot be read as text"):
-        recipe_types(str(path), moe)
+    for content, words in (b"\xff\x00=", "cannot be read as text"), ("a=q4_k".encode("utf-16"), "is text in UTF-16"):
+        path.write_bytes(content)
+        with pytest.raises(PlanError, match=rf"model\.bin {words}"):
+            recipe_types(str(path), moe)

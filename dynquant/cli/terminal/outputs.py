@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from typer.models import ArgumentInfo, OptionInfo
 
 from dynquant.cli.terminal import console
-from dynquant.errors import DynquantError, WriteError
+from dynquant.errors import WriteError
 from dynquant.options import Writes
 from dynquant.storage.lock import locked
 
@@ -24,8 +24,15 @@ PATHS_IN_WORDS = frozenset({
 _MODEL_FILE = re.compile(
     r".*\.(safetensors|bin|model)|.*config\.json|.*\.index\.json|.*token.*|vocab\..*|merges\.txt|chat_template.*|plan\.json"
 )
-_MARKS = {".csv": b"name,role,layer,type", ".html": b"dynquant", "plan.json": b'"tool_version"'}
+_MARKS = {
+    ".csv": b"name,role,layer,type",
+    ".gguf": b"dynquant.version",
+    ".html": b"dynquant",
+    "plan.json": b'"tool_version"',
+}
 """Bytes in files that dynquant wrote, by name or ending; those with other names are read before they are replaced."""
+_MARKED_BYTES = 1 << 26
+"""More than the metadata of a GGUF file takes; a damaged file of ours has its mark, too."""
 _PART = re.compile(r"-\d{5}-of-\d{5}(?=\.gguf$)")
 
 
@@ -137,18 +144,12 @@ def _check(output_of: _Output, inputs: Mapping[Path, tuple[str, str]]) -> None:
 
 def _is_ours(path: Path) -> bool:
     """Return whether dynquant wrote a file, as far as it can be told from files of its kind."""
-    if path.suffix == ".gguf":
-        from dynquant.checkpoints.gguf_source import GGUFSource
-
-        try:
-            return any(field.key.startswith("dynquant.") for field in GGUFSource(path).metadata)
-        except DynquantError:
-            return False
     if path.suffix == ".safetensors":
         return not _is_read(path, "--output")
     mark = _MARKS.get(path.name, _MARKS.get(path.suffix, b""))
     try:
-        return mark in path.read_bytes()
+        with path.open("rb") as file:
+            return mark in file.read(_MARKED_BYTES)
     except OSError:
         return False
 

@@ -1,128 +1,257 @@
-"""Triton: error feedback and coordinate descent over the columns of one chunk, for types of one integer a weight.
+"""Triton: error feedback and coordinate descent over all columns of a matrix, for every codebook.
 
-Columns depend on each other, rows do not: a program takes some rows of an expert through all columns of the chunk, and
-the host makes up for the rest of the matrix in one product. Column by column from the host the same passes are some
-fifteen launches for each of thousands of columns, and the GPU waits.
+Columns depend on each other, rows do not: a program takes some rows of an expert through all columns, one group of the
+codebook at a time. What the groups of the other chunks give to a chunk is one product on tensor cores, read back from
+the errors that the program has written before; inside a chunk it is added as groups are rounded. Column by
+column from the host the same passes are some fifteen launches for each of thousands of columns, and the GPU waits.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dynquant.encoding.search.codebooks import Codebook, Integers
-from dynquant.encoding.search.rows import Rows, Spread
+from dynquant.encoding.search.codeword_kernels import book_arguments, group_of, nearest, times
+from dynquant.encoding.search.layouts import SHIFT, Fields
+from dynquant.encoding.search.rows import Rows
 
 _ROWS = 16
+PRECISION = "tf32"
+"""Precision of products with hessians and factors. Targets move by a thousandth of what other columns give to them: the
+loss is within 0.5 % of what exact products give, also with channels a thousand times as strong as others."""
+STAGES = 5
+"""Tiles of a product on their way: a program with few others beside it waits for memory and little else."""
 
 
-def serves(book: Codebook) -> bool:
-    """Tell whether these kernels find the values of a codebook."""
-    return isinstance(book, Integers)
+def feed_back(rows: Rows, fields: Fields, factor: Tensor) -> Tensor:
+    """As `feedback.feed_back`."""
+    group = rows.layout.codebook.group
+    values, errors = torch.empty_like(rows.x), torch.empty_like(rows.x)
+    weights, metric = of_each_expert(lambda square: relative_factor(square, group), factor)
+    _feed_back_kernel[grid(rows)](
+        errors, values, weights, metric, *arguments(rows, fields), *weights.stride()[:2], metric.stride(0),
+        **walk_constants(rows),
+    )  # fmt: skip
+    return values
 
 
-def feed_back_chunk(
-    rows: Rows, spread: Spread, earlier: Tensor, factor: Tensor, start: int, values: Tensor, errors: Tensor
-) -> None:
-    """Write values and errors [E, R, C] of the columns from `start` on, as many as `earlier` [E, R, width] has.
+def descend(rows: Rows, fields: Fields, values: Tensor, hessian: Tensor) -> Tensor:
+    """As `descent.descend`."""
+    group = rows.layout.codebook.group
+    values, errors = values.clone(), rows.x - rows.decoded(fields, values)
+    hessian, inverse = of_each_expert(lambda square: (square.contiguous(), inverse_blocks(square, group)), hessian)
+    _descend_kernel[grid(rows)](
+        errors, values, hessian, inverse, *arguments(rows, fields), *hessian.stride()[:2], inverse.stride(0),
+        **walk_constants(rows),
+    )  # fmt: skip
+    return values
 
-    `earlier` is what errors of the columns before give to these: their product with `factor` [E, C, C].
-    """
-    experts, num_rows, width = earlier.shape
-    book, b = rows.layout.codebook, spread.a if spread.b is None else spread.b
-    _feed_back_kernel[triton.cdiv(num_rows, _ROWS), experts](
-        rows.x, earlier, spread.a, spread.inverse, b, factor, values, errors,
-        num_rows, rows.x.shape[-1], start, *factor.stride(),
-        LOW=book.low, HIGH=book.high, HAS_MINIMUMS=spread.b is not None, ROWS=_ROWS, WIDTH=width,
+
+def grid(rows: Rows) -> tuple[int, int]:
+    experts, num_rows, _ = rows.x.shape
+    return triton.cdiv(num_rows, _ROWS), experts
+
+
+def arguments(rows: Rows, fields: Fields) -> tuple[object, ...]:
+    """Weights, scales and minimums of sub-blocks, shifts, sizes."""
+    a, b = rows.scales(fields), rows.minimums(fields)
+    return (
+        rows.x, a, a if b is None else b, a if fields.shifts is None else fields.shifts,
+        rows.x.shape[1], rows.x.shape[2],
     )  # fmt: skip
 
 
-def descend_chunk(
-    rows: Rows,
-    spread: Spread,
-    decoded: Tensor,
-    slope: Tensor,
-    hessian: Tensor,
-    start: int,
-    steps: Tensor,
-    values: Tensor,
-) -> None:
-    """Visit the columns from `start` on, as many as `steps` [E, R, width] has.
+def constants(rows: Rows) -> dict[str, object]:
+    """Return the codebook and what blocks look like."""
+    layout = rows.layout
+    return book_arguments(layout.codebook, rows.x.device) | {
+        "HAS_MINIMUMS": layout.num_mins > 0, "SHIFT": SHIFT if layout.shift_width else 0.0, "ROWS": _ROWS,
+        "SHIFT_WIDTH": layout.shift_width or 1, "SUB_BLOCK": layout.sub_block, "GROUP": layout.codebook.group,
+    }  # fmt: skip
 
-    Changes `values` [E, R, C] and writes `steps`, what errors grow by. `slope` [E, R, C] is half the gradient before
-    the chunk, and stays.
-    """
-    experts, num_rows, width = steps.shape
-    book, b = rows.layout.codebook, spread.a if spread.b is None else spread.b
-    _descend_kernel[triton.cdiv(num_rows, _ROWS), experts](
-        decoded, slope, spread.a, spread.inverse, b, hessian, steps, values,
-        num_rows, rows.x.shape[-1], start, *hessian.stride(),
-        LOW=book.low, HIGH=book.high, HAS_MINIMUMS=spread.b is not None, ROWS=_ROWS, WIDTH=width,
-    )  # fmt: skip
+
+def walk_constants(rows: Rows) -> dict[str, object]:
+    """Return these for a walk over columns, and what runs it best."""
+    num_warps = 4 if rows.layout.codebook.group == 1 else 8  # four have too few registers for words
+    return constants(rows) | {"WIDTH": 64, "PRECISION": PRECISION, "num_warps": num_warps, "num_stages": STAGES}
+
+
+def of_each_expert(function, squares: Tensor) -> tuple[Tensor, ...]:
+    """`function` of squares [E, C, C]; once where all experts have the same."""
+    if squares.stride(0) == 0:
+        return tuple(t.expand(len(squares), *t.shape[1:]) for t in function(squares[:1]))
+    return function(squares)
+
+
+def relative_factor(factor: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """U_hg U_gg^-1 for an upper factor U [E, C, C], and the diagonals [E, C] of all U_gg U_gg^T."""
+    if group == 1:
+        diagonal = factor.diagonal(dim1=-2, dim2=-1)
+        return (factor / diagonal.unsqueeze(-2)).contiguous(), diagonal.square()
+    blocks = diagonal_blocks(factor, group)
+    identity = torch.eye(group, device=factor.device).expand_as(blocks)
+    inverse = torch.linalg.solve_triangular(blocks, identity, upper=True)
+    columns = factor.unflatten(-1, (-1, group)).movedim(-2, 1)  # [E, C / group, C, group]
+    return (columns @ inverse).movedim(1, -2).flatten(-2), blocks.square().sum(-1).flatten(1)
+
+
+def inverse_blocks(hessian: Tensor, group: int) -> Tensor:
+    """[E, C, group]: inverses of the square blocks along the diagonal, one below the other."""
+    if group == 1:
+        return hessian.diagonal(dim1=-2, dim2=-1).reciprocal().unsqueeze(-1)
+    # `inv_ex` does not wait for the device; blocks of what has a factor have an inverse
+    return torch.linalg.inv_ex(diagonal_blocks(hessian, group)).inverse.flatten(1, 2)
+
+
+def diagonal_blocks(square: Tensor, width: int) -> Tensor:
+    """[E, C, C] -> [E, C / width, width, width]."""
+    tiles = square.unflatten(-1, (-1, width)).unflatten(1, (-1, width))
+    return tiles.diagonal(dim1=1, dim2=3).movedim(-1, 1)
 
 
 @triton.jit
-def _nearest(target, LOW: tl.constexpr, HIGH: tl.constexpr):
-    return tl.minimum(tl.maximum(tl.floor(target + 0.5), LOW), HIGH)  # halves go up; torch rounds them to even
+def product(
+    left_ptr, line, inside, square_ptr, row_stride, start, begin, end, num_columns,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """left [ROWS, begin : end] @ square [begin : end, start : start + WIDTH].
+
+    `line` are the places of rows, of which `inside` marks true ones.
+    """
+    STEP: tl.constexpr = 32 if WIDTH > 64 else 64
+    columns = start + tl.arange(0, WIDTH)[None, :]
+    sums = tl.zeros((ROWS, WIDTH), tl.float32)
+    for first in range(begin, end, STEP):
+        k = first + tl.arange(0, STEP)
+        left = tl.load(left_ptr + line[:, None] + k[None, :], mask=inside[:, None] & (k < end)[None, :], other=0.0)
+        right = tl.load(
+            square_ptr + k[:, None] * row_stride + columns, mask=(k < end)[:, None] & (columns < num_columns), other=0.0
+        )
+        sums = tl.dot(left, right, sums, input_precision=PRECISION)
+    return sums
+
+
+@triton.jit
+def inverse_of(a):
+    return tl.where(a != 0, 1.0 / a, 0.0)
 
 
 @triton.jit
 def _feed_back_kernel(
-    x_ptr, earlier_ptr, a_ptr, inverse_ptr, b_ptr, factor_ptr, values_ptr, errors_ptr,
-    num_rows, num_columns, start, expert_stride, row_stride, column_stride,
-    LOW: tl.constexpr, HIGH: tl.constexpr, HAS_MINIMUMS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    errors_ptr, values_ptr, weights_ptr, metric_ptr, x_ptr, a_ptr, b_ptr, shifts_ptr, num_rows, num_columns,
+    expert_stride, row_stride, metric_stride, words_ptr, pairs_ptr,
+    KIND: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, NUM_WORDS: tl.constexpr, WORD: tl.constexpr,
+    HAS_MINIMUMS: tl.constexpr, SHIFT: tl.constexpr, SHIFT_WIDTH: tl.constexpr, SUB_BLOCK: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     expert = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < num_rows
-    line = (expert * num_rows + rows) * num_columns + start
-    short_line = (expert * num_rows + rows) * WIDTH
-    before = tl.arange(0, WIDTH)
-    square = factor_ptr + expert * expert_stride + (start + before) * row_stride + start * column_stride
-    errors = tl.zeros((ROWS, WIDTH), tl.float32)
-    for c in range(WIDTH):
-        column = tl.load(square + c * column_stride, mask=before <= c, other=0.0)
-        diagonal = tl.sum(tl.where(before == c, column, 0.0))
-        x = tl.load(x_ptr + line + c, mask=inside, other=0.0)
-        a = tl.load(a_ptr + line + c, mask=inside, other=0.0)
-        b = tl.zeros((ROWS,), tl.float32)
-        if HAS_MINIMUMS:
-            b = tl.load(b_ptr + line + c, mask=inside, other=0.0)
-        pending = tl.load(earlier_ptr + short_line + c, mask=inside, other=0.0) + tl.sum(errors * column[None, :], 1)
-        target = (x + pending / diagonal + b) * tl.load(inverse_ptr + line + c, mask=inside, other=0.0)
-        nearest = _nearest(target, LOW, HIGH)
-        error = x - (a * nearest - b)
-        tl.store(values_ptr + line + c, nearest, mask=inside)
-        tl.store(errors_ptr + line + c, error, mask=inside)
-        errors = tl.where((before == c)[None, :], error[:, None], errors)
+    row = expert * num_rows + rows
+    line = row * num_columns
+    weights_ptr += expert * expert_stride
+    metric_ptr += expert * metric_stride
+    places = tl.arange(0, GROUP)
+    chunk = tl.arange(0, WIDTH)
+    for start in range(0, num_columns, WIDTH):
+        pending = product(
+            errors_ptr, line, inside, weights_ptr, row_stride, start, 0, start, num_columns, WIDTH, ROWS, PRECISION
+        )
+        width = tl.minimum(WIDTH, num_columns - start)
+        for g in range(0, width // GROUP):
+            first = start + g * GROUP
+            spot = line[:, None] + (first + places)[None, :]
+            x = tl.load(x_ptr + spot, mask=inside[:, None], other=0.0)
+            scale = row * (num_columns // SUB_BLOCK) + first // SUB_BLOCK
+            a = tl.load(a_ptr + scale, mask=inside, other=0.0)[:, None]
+            target = x + group_of(pending, g, GROUP)
+            if HAS_MINIMUMS:
+                b = tl.load(b_ptr + scale, mask=inside, other=0.0)[:, None]
+                target += b
+            target *= inverse_of(a)
+            if SHIFT != 0:
+                shift = row * (num_columns // SHIFT_WIDTH) + first // SHIFT_WIDTH
+                offset = SHIFT * tl.load(shifts_ptr + shift, mask=inside, other=0.0)[:, None]
+                target -= offset
+            metric = tl.load(metric_ptr + first + places)
+            value = nearest(target, metric, words_ptr, pairs_ptr, KIND, LOW, HIGH, NUM_WORDS, WORD)
+            tl.store(values_ptr + spot, value, mask=inside[:, None])
+            if SHIFT != 0:
+                value += offset
+            error = x - a * value
+            if HAS_MINIMUMS:
+                error += b
+            tl.store(errors_ptr + spot, error, mask=inside[:, None])
+            later = tl.load(
+                weights_ptr + (first + places)[:, None] * row_stride + (start + chunk)[None, :],
+                mask=(chunk < width)[None, :], other=0.0,
+            )  # fmt: skip
+            pending += times(error, later)
+        tl.debug_barrier()  # other threads of the program read these errors
 
 
 @triton.jit
 def _descend_kernel(
-    decoded_ptr, slope_ptr, a_ptr, inverse_ptr, b_ptr, hessian_ptr, steps_ptr, values_ptr,
-    num_rows, num_columns, start, expert_stride, row_stride, column_stride,
-    LOW: tl.constexpr, HIGH: tl.constexpr, HAS_MINIMUMS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    errors_ptr, values_ptr, hessian_ptr, inverse_ptr, x_ptr, a_ptr, b_ptr, shifts_ptr, num_rows, num_columns,
+    expert_stride, row_stride, inverse_stride, words_ptr, pairs_ptr,
+    KIND: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, NUM_WORDS: tl.constexpr, WORD: tl.constexpr,
+    HAS_MINIMUMS: tl.constexpr, SHIFT: tl.constexpr, SHIFT_WIDTH: tl.constexpr, SUB_BLOCK: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     expert = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < num_rows
-    line = (expert * num_rows + rows) * num_columns + start
-    short_line = (expert * num_rows + rows) * WIDTH
-    columns = tl.arange(0, WIDTH)
-    square = hessian_ptr + expert * expert_stride + start * row_stride + (start + columns) * column_stride
-    slopes = tl.load(slope_ptr + line[:, None] + columns[None, :], mask=inside[:, None], other=0.0)
-    for c in range(WIDTH):
-        here = tl.load(square + c * row_stride)
-        diagonal = tl.sum(tl.where(columns == c, here, 0.0))
-        slope = tl.sum(tl.where((columns == c)[None, :], slopes, 0.0), 1)
-        target = tl.load(decoded_ptr + line + c, mask=inside, other=0.0) + slope / diagonal
-        if HAS_MINIMUMS:
-            target += tl.load(b_ptr + line + c, mask=inside, other=0.0)
-        target *= tl.load(inverse_ptr + line + c, mask=inside, other=0.0)
-        nearest = _nearest(target, LOW, HIGH)
-        value = tl.load(values_ptr + line + c, mask=inside, other=0.0)
-        step = tl.load(a_ptr + line + c, mask=inside, other=0.0) * (value - nearest)
-        better = (2.0 * slope + step * diagonal) * step < 0.0
-        step = tl.where(better, step, 0.0)
-        tl.store(values_ptr + line + c, tl.where(better, nearest, value), mask=inside)
-        tl.store(steps_ptr + short_line + c, step, mask=inside)
-        slopes += step[:, None] * here[None, :]
+    row = expert * num_rows + rows
+    line = row * num_columns
+    hessian_ptr += expert * expert_stride
+    inverse_ptr += expert * inverse_stride
+    places = tl.arange(0, GROUP)
+    chunk = tl.arange(0, WIDTH)
+    for start in range(0, num_columns, WIDTH):
+        slopes = product(
+            errors_ptr,
+            line,
+            inside,
+            hessian_ptr,
+            row_stride,
+            start,
+            0,
+            num_columns,
+            num_columns,
+            WIDTH,
+            ROWS,
+            PRECISION,
+        )
+        tl.debug_barrier()  # all errors are read before some of them change
+        width = tl.minimum(WIDTH, num_columns - start)
+        for g in range(0, width // GROUP):
+            first = start + g * GROUP
+            spot = line[:, None] + (first + places)[None, :]
+            x = tl.load(x_ptr + spot, mask=inside[:, None], other=0.0)
+            error = tl.load(errors_ptr + spot, mask=inside[:, None], other=0.0)
+            old = tl.load(values_ptr + spot, mask=inside[:, None], other=0.0)
+            scale = row * (num_columns // SUB_BLOCK) + first // SUB_BLOCK
+            a = tl.load(a_ptr + scale, mask=inside, other=0.0)[:, None]
+            slope = group_of(slopes, g, GROUP)
+            solver = tl.load(inverse_ptr + (first + places)[:, None] * GROUP + places[None, :])
+            target = x - error + times(slope, solver)
+            if HAS_MINIMUMS:
+                target += tl.load(b_ptr + scale, mask=inside, other=0.0)[:, None]
+            target *= inverse_of(a)
+            if SHIFT != 0:
+                shift = row * (num_columns // SHIFT_WIDTH) + first // SHIFT_WIDTH
+                target -= SHIFT * tl.load(shifts_ptr + shift, mask=inside, other=0.0)[:, None]
+            metric = tl.load(hessian_ptr + (first + places) * (row_stride + 1))
+            value = nearest(target, metric, words_ptr, pairs_ptr, KIND, LOW, HIGH, NUM_WORDS, WORD)
+            step = a * (old - value)  # what the error grows by
+            here = tl.load(hessian_ptr + (first + places)[:, None] * row_stride + (first + places)[None, :])
+            change = tl.sum((2.0 * slope + times(step, here)) * step, 1)[:, None]
+            step = tl.where(change < 0, step, 0.0)
+            tl.store(values_ptr + spot, tl.where(change < 0, value, old), mask=inside[:, None])
+            tl.store(errors_ptr + spot, error + step, mask=inside[:, None])
+            others = tl.load(
+                hessian_ptr + (first + places)[:, None] * row_stride + (start + chunk)[None, :],
+                mask=(chunk < width)[None, :], other=0.0,
+            )  # fmt: skip
+            slopes += times(step, others)
+        tl.debug_barrier()  # other threads of the program read these errors

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dynquant.encoding.search.feedback import CHUNK, feed_back, kernels_for, upper_factor
+from dynquant.encoding.search.feedback import feed_back, has_kernels, upper_factor
 from dynquant.encoding.search.layouts import BlockLayout, Fields
 from dynquant.encoding.search.rows import Rows
 from dynquant.encoding.search.scales import merged
@@ -27,18 +27,15 @@ def loss(rows: Rows, fields: Fields, values: Tensor, hessian: Tensor) -> Tensor:
 
 def descend(rows: Rows, fields: Fields, values: Tensor, hessian: Tensor) -> Tensor:
     """Values after one visit of every group."""
+    if has_kernels(rows):
+        from dynquant.encoding.search import column_kernels
+
+        return column_kernels.descend(rows, fields, values, hessian)
     group = rows.layout.codebook.group
     spread = rows.spread(fields)
     decoded = spread.decoded(values, slice(None))
     values = values.clone()
     slope = (rows.x - decoded) @ hessian  # half the gradient
-    if (kernels := kernels_for(rows)) is not None:
-        for start in range(0, rows.x.shape[-1], CHUNK):
-            stop = min(start + CHUNK, rows.x.shape[-1])
-            steps = torch.empty_like(slope[..., start:stop], memory_format=torch.contiguous_format)
-            kernels.descend_chunk(rows, spread, decoded, slope, hessian, start, steps, values)
-            slope[..., stop:] += steps @ hessian[:, start:stop, stop:]
-        return values
     for first in range(0, rows.x.shape[-1], group):
         columns = slice(first, first + group)
         block = hessian[:, columns, columns]
@@ -62,6 +59,10 @@ def descend_scales(rows: Rows, fields: Fields, values: Tensor, hessian: Tensor) 
     layout = rows.layout
     if len(layout.multipliers) == 1:
         return fields, values
+    if has_kernels(rows):
+        from dynquant.encoding.search import scale_kernels
+
+        return scale_kernels.descend_scales(rows, fields, values, hessian)
     width = layout.sub_block
     decoded = rows.decoded(fields, values)
     values, fields = values.clone(), fields.map(Tensor.clone)
@@ -135,6 +136,11 @@ def refit(rows: Rows, fields: Fields, values: Tensor, hessian: Tensor) -> Fields
     layout = rows.layout
     if layout.has_power_of_two_scale:
         return fields
+    if has_kernels(rows):
+        from dynquant.encoding.search import refit_kernels
+
+        if refit_kernels.serves(rows):
+            return refit_kernels.refit(rows, fields, values, hessian)
     units = [rows.wide(layout.multiplier_table(rows.x.device)[fields.scales]) * (values + rows.offsets(fields.shifts))]
     if fields.mins is not None:
         units.append(-rows.wide(fields.mins.to(torch.float32)))

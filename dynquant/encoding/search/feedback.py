@@ -11,7 +11,6 @@ by its diagonal; `descent` makes up for what that loses. Scales, minimums and sh
 """
 
 from importlib.util import find_spec
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -21,6 +20,8 @@ from dynquant.encoding.search.rows import Rows
 
 CHUNK = 64
 """Columns whose mutual feedback is applied at once; feedback from earlier ones comes in one product."""
+_MOST_COLUMNS = 46340
+"""Kernels count the places of a hessian with 32 bits."""
 
 
 def upper_factor(hessian: Tensor) -> Tensor:
@@ -33,30 +34,24 @@ def upper_factor(hessian: Tensor) -> Tensor:
     return reversed_factor.flip(-1, -2).to(torch.float32)
 
 
-def kernels_for(rows: Rows) -> ModuleType | None:
-    """`column_kernels` where Triton takes these rows through the columns of a chunk, else None.
-
-    A CPU has none for a single pass: there `compiled` takes rows through all of them.
-    """
-    if rows.is_plain or not rows.x.is_cuda or not find_spec("triton"):
-        return None
-    from dynquant.encoding.search import column_kernels
-
-    return column_kernels if column_kernels.serves(rows.layout.codebook) else None
+def has_kernels(rows: Rows) -> bool:
+    """Tell whether Triton's kernels search these rows, in passes over all columns."""
+    fits = rows.x.shape[-1] <= _MOST_COLUMNS
+    return fits and not rows.is_plain and rows.x.is_cuda and find_spec("triton") is not None
 
 
 def feed_back(rows: Rows, fields: Fields, factor: Tensor) -> Tensor:
     """Values [E, R, C] of one pass; `factor` is `upper_factor` of the hessian."""
+    if has_kernels(rows):
+        from dynquant.encoding.search import column_kernels
+
+        return column_kernels.feed_back(rows, fields, factor)
     x, group = rows.x, rows.layout.codebook.group
     spread = rows.spread(fields)
     values, errors = torch.empty_like(x), torch.empty_like(x)
-    kernels = kernels_for(rows)
     for start in range(0, x.shape[-1], CHUNK):
         stop = min(start + CHUNK, x.shape[-1])
         earlier = errors[..., :start] @ factor[:, :start, start:stop]
-        if kernels is not None:
-            kernels.feed_back_chunk(rows, spread, earlier, factor, start, values, errors)
-            continue
         for first in range(start, stop, group):
             columns = slice(first, first + group)
             pending = earlier[..., first - start : first - start + group]

@@ -9,10 +9,12 @@ by a full search, and `d` is refitted by weighted least squares, until the error
 from dataclasses import replace
 from functools import partial
 from itertools import product
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from dynquant.encoding.search.feedback import has_kernels
 from dynquant.encoding.search.layouts import Fields
 from dynquant.encoding.search.rows import Rows
 
@@ -38,6 +40,15 @@ def fit(rows: Rows, metric: Tensor, *, candidates: int, rounds: int) -> tuple[Fi
             break
         best, least = merged(better, trial, best), torch.where(better, error, least)
     return best
+
+
+def _kernels_for(rows: Rows) -> ModuleType | None:
+    """`fit_kernels` where Triton's kernels take these rows, else None."""
+    if not has_kernels(rows):
+        return None
+    from dynquant.encoding.search import fit_kernels
+
+    return fit_kernels if fit_kernels.serves(rows) else None
 
 
 def merged(better: Tensor, new: tuple[Fields, Tensor], old: tuple[Fields, Tensor]) -> tuple[Fields, Tensor]:
@@ -78,6 +89,9 @@ def _values(
 def _search(rows: Rows, metric: Tensor, fields: Fields) -> tuple[Fields, Tensor]:
     """The fields with the better shift of each run, and the nearest values."""
     a, b = rows.scales(fields), rows.minimums(fields)
+    if (kernels := _kernels_for(rows)) is not None:
+        shifts, values = kernels.search(rows, metric, a, b)
+        return replace(fields, shifts=shifts), values
     if not rows.layout.shift_width:
         return fields, _values(rows, metric, a, b, 0.0)
     shifts, values = _best_shifts(rows, metric, a)
@@ -102,11 +116,15 @@ def _best_shifts(rows: Rows, metric: Tensor, a: Tensor, *, scan: bool = False) -
 def _fit_scales(rows: Rows, metric: Tensor, candidates: int) -> Fields:
     """Types without minimums."""
     layout = rows.layout
-    peak = rows.x.unflatten(-1, (-1, layout.sub_block)).abs().amax(-1)  # [E, R, S]
     fractions = torch.linspace(*layout.fractions, candidates).tolist()
+    signs = (1, -1) if layout.has_signed_scales else (1,)
+    fractions = [sign * share / layout.codebook.peak for share in fractions for sign in signs]
+    if (kernels := _kernels_for(rows)) is not None:
+        return Fields(*round_scales(rows, *kernels.free_scales(rows, metric, fractions)))
+    peak = rows.x.unflatten(-1, (-1, layout.sub_block)).abs().amax(-1)  # [E, R, S]
     best = None
-    for fraction in (sign * share for share in fractions for sign in ((1, -1) if layout.has_signed_scales else (1,))):
-        a = peak * (fraction / layout.codebook.peak)
+    for fraction in fractions:
+        a = peak * fraction
         shifts = None
         if layout.shift_width:
             shifts, values = _best_shifts(rows, metric, a, scan=True)
@@ -120,13 +138,31 @@ def _fit_scales(rows: Rows, metric: Tensor, candidates: int) -> Fields:
 
 
 def _fit_affine(rows: Rows, metric: Tensor, candidates: int) -> Fields:
-    """Types with minimums: both ends of the range are tried, then scale and minimum fitted together."""
+    """Types with minimums: free lines are rounded to stored scales, and then minimums fitted to these."""
     layout = rows.layout
-    levels = layout.codebook.peak
     x = rows.x.unflatten(-1, (-1, layout.sub_block))  # [E, R, S, n]
     w = metric.unflatten(-1, (-1, layout.sub_block)).unsqueeze(1)  # [E, 1, S, n]
-    low, high = x.amin(-1).clamp_max(0), x.amax(-1).clamp_min(0)
     fractions = torch.linspace(0.6, 1.0, max(2, candidates // 2)).tolist()
+    if (kernels := _kernels_for(rows)) is not None:
+        a, b, curvature = kernels.free_lines(rows, metric, fractions)
+    else:
+        a, b, curvature = _free_lines(x, w, fractions, layout.codebook.peak)
+    d, scales = round_scales(rows, a, curvature)
+    fields = Fields(d, scales)
+    a = rows.scales(fields).unsqueeze(-1)
+    for _ in range(2):
+        q = torch.where(a != 0, (x + b.unsqueeze(-1)) / a, 0.0).round_().clamp_(0, layout.codebook.peak)
+        b = ((w * (a * q - x)).sum(-1) / w.sum(-1).clamp_min(_TINY)).clamp_min(0)
+    dmin, mins = round_scales(rows, b, w.sum(-1).expand_as(b))
+    return replace(fields, dmin=dmin, mins=mins)
+
+
+def _free_lines(x: Tensor, w: Tensor, fractions: list[float], levels: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Scale and minimum of each sub-block [E, R, S, n], and the curvature of the scale [E, R, S].
+
+    Both ends of the range are tried, then scale and minimum fitted together.
+    """
+    low, high = x.amin(-1).clamp_max(0), x.amax(-1).clamp_min(0)
 
     def nearest(a: Tensor, b: Tensor) -> Tensor:
         return ((x + b.unsqueeze(-1)) / a.unsqueeze(-1)).round_().clamp_(0, levels)
@@ -140,15 +176,7 @@ def _fit_affine(rows: Rows, metric: Tensor, candidates: int) -> Fields:
         error = ((x - a.unsqueeze(-1) * nearest(a, b) + b.unsqueeze(-1)).square_() * w).sum(-1)
         best = _lower(best, (error, a, b))
     _, a, b = best
-    q = nearest(a, b)
-    d, scales = round_scales(rows, a, (w * q * q).sum(-1))
-    fields = Fields(d, scales)
-    a = rows.scales(fields).unsqueeze(-1)
-    for _ in range(2):
-        q = torch.where(a != 0, (x + b.unsqueeze(-1)) / a, 0.0).round_().clamp_(0, levels)
-        b = ((w * (a * q - x)).sum(-1) / w.sum(-1).clamp_min(_TINY)).clamp_min(0)
-    dmin, mins = round_scales(rows, b, w.sum(-1).expand_as(b))
-    return replace(fields, dmin=dmin, mins=mins)
+    return a, b, (w * nearest(a, b).square()).sum(-1)
 
 
 def _line(x: Tensor, w: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,6 +205,9 @@ def round_scales(rows: Rows, free: Tensor, curvature: Tensor) -> tuple[Tensor, T
         return d.squeeze(-1), torch.bucketize(free / d, (table[1:] + table[:-1]) / 2).flatten(-2)
     if len(table) == 1:
         return rows.rounded(free.squeeze(-1)), torch.zeros_like(free, dtype=torch.int64).flatten(-2)
+    shares = torch.linspace(0.4, 1.15, _SUPER_SCALES).tolist()
+    if (kernels := _kernels_for(rows)) is not None:
+        return kernels.round_scales(rows, free.flatten(-2), curvature.flatten(-2), shares)
     middles = (table[1:] + table[:-1]) / 2
     peak = free.abs().amax(-1, keepdim=True)
 
@@ -184,7 +215,7 @@ def round_scales(rows: Rows, free: Tensor, curvature: Tensor) -> tuple[Tensor, T
         return torch.bucketize(torch.where(d != 0, free / d, 0.0), middles)
 
     best = None
-    for share in torch.linspace(0.4, 1.15, _SUPER_SCALES).tolist():
+    for share in shares:
         d = peak / (share * table[-1])
         for _ in range(2):
             m = table[codes_of(d)]
@@ -202,6 +233,8 @@ def _neighbours(rows: Rows, metric: Tensor, fields: Fields, values: Tensor) -> t
     layout = rows.layout
     if len(layout.multipliers) == 1:
         return fields, values
+    if (kernels := _kernels_for(rows)) is not None:
+        return kernels.neighbours(rows, metric, fields, values)
     error = _sum(_error(rows, metric, fields, values), layout.sub_block)
     best = fields
     for step, min_step in product((-1, 0, 1), repeat=2) if layout.num_mins else ((-1, 0), (1, 0)):

@@ -18,6 +18,9 @@ NATIVE = {
     "torch": "import torch; a = torch.rand(3000, 3000); print('ready', flush=True); torch.linalg.svd(a)",
     "ggml": "from dynquant.encoding.ggml import _library; from dynquant.formats.quant_types import QUANT_TYPES;"
     " library = _library(); print('ready', flush=True); library.prepare(QUANT_TYPES['IQ1_S'])",
+    "side by side": "import torch; from dynquant.workers import side_by_side; a = torch.rand(2000, 2000);"
+    " results = side_by_side(lambda i: torch.linalg.svd(a) if i else print('ready', flush=True), range(9), 3);"
+    " list(results)",
 }
 PROGRAM = """
 import time

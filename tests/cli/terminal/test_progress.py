@@ -4,6 +4,7 @@ import io
 import json
 
 import pytest
+import torch
 from rich.console import Console
 
 from dynquant import resources
@@ -224,3 +225,15 @@ def test_a_failing_stage_leaves_no_display_open():
         raise ExportError("no space")
     with console.stage_progress("Nothing is kept.") as report:
         report("quantize", 4, 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_work_on_a_gpu_is_told_from_weights_that_lie_there():
+    weights = torch.zeros(10_000_000, device="cuda")
+    assert resources.cuda_bytes_since() >= 40_000_000 and resources.cuda_bytes_since() is None
+    del weights
+    product = torch.zeros(20_000_000, device="cuda") * 2
+    del product
+    assert resources.cuda_bytes_since() >= 160_000_000 and resources.cuda_bytes_since() is None
+    assert resources.peak_cuda_bytes() >= 160_000_000, "the peak of the process is not forgotten"

@@ -53,6 +53,14 @@ def decode(spread, first, values, out):
                 out[j, t] -= b[s, t]
 
 
+@compiled
+def decoded(spread, values):
+    """Return all weights [C, ROWS] that codewords stand for."""
+    out = np.empty_like(values)
+    decode(spread, 0, values, out)
+    return out
+
+
 @inner
 def feed_block(links, book, x, at, n, pending, loss, spread, count, work, found):
     """Round `n` columns from `at` on; `pending` [n, ROWS] is the feedback of earlier ones, and is used up.

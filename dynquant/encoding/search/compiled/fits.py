@@ -7,7 +7,7 @@ import numpy as np
 from dynquant.encoding.search.codebooks import Integers
 from dynquant.encoding.search.compiled.columns import decode, to_codewords
 from dynquant.encoding.search.compiled.jit import NUM_LINKS, ROWS, Linked, compiled, inner
-from dynquant.encoding.search.compiled.words import as_arrays, nearest_of, workspace
+from dynquant.encoding.search.compiled.words import INTEGERS, as_arrays, nearest_of, workspace
 
 _TINY = np.float32(1e-30)
 _ZERO, _ONE, _HALF, _TWO = np.float32(0), np.float32(1), np.float32(0.5), np.float32(2)
@@ -117,16 +117,19 @@ def fit_scales(links, book, x, metric, width, run, fractions, count):
             for t in range(ROWS):
                 a[0, t] = peak[t] * fraction
                 moment[t] = square[t] = _ZERO
-            found = values, shifts, error
-            search_block_of(links, (links, book, x, metric, first, width, a, none, run, True, count, room, found))
-            for c in range(width):
-                weight = metric[first + c]
-                for t in range(ROWS):
-                    unit = values[c, t]
-                    if run:
-                        unit += shifts[c // run, t] * _SHIFT
-                    moment[t] += weight * x[first + c, t] * unit
-                    square[t] += weight * unit * unit
+            if book[0] == INTEGERS:
+                _add_moments(x, metric, first, width, book[2], book[3], a[0], moment, square)
+            else:
+                found = values, shifts, error
+                search_block_of(links, (links, book, x, metric, first, width, a, none, run, True, count, room, found))
+                for c in range(width):
+                    weight = metric[first + c]
+                    for t in range(ROWS):
+                        unit = values[c, t]
+                        if run:
+                            unit += shifts[c // run, t] * _SHIFT
+                        moment[t] += weight * x[first + c, t] * unit
+                        square[t] += weight * unit * unit
             for t in range(ROWS):
                 scale = moment[t] / (square[t] if square[t] > _TINY else _TINY)
                 growth = -moment[t] * scale
@@ -138,10 +141,25 @@ def fit_scales(links, book, x, metric, width, run, fractions, count):
 
 
 @inner
-def _integer(v, high):
-    v = v if v > _ZERO else _ZERO
+def _integer(v, low, high):
+    v = v if v > low else low
     v = v if v < high else high
     return (v + _ROUND) - _ROUND
+
+
+@inner
+def _add_moments(x, metric, first, width, low, high, a, moment, square):
+    """Add the weighted products of integers with the weights and with themselves, under scales `a` [ROWS]."""
+    inverse = np.empty(ROWS, np.float32)
+    for t in range(ROWS):
+        inverse[t] = _inverse(a[t])
+    for c in range(first, first + width):
+        weight = metric[c]
+        for t in range(ROWS):
+            q = _integer(x[c, t] * inverse[t], low, high)
+            weighted = weight * q
+            moment[t] += weighted * x[c, t]
+            square[t] += weighted * q
 
 
 @inner
@@ -156,7 +174,7 @@ def _fit_line(x, metric, first, width, high, a, b):
         w = metric[c]
         sw += w
         for t in range(ROWS):
-            q, v = _integer((x[c, t] + b[t]) * inverse[t], high), x[c, t]
+            q, v = _integer((x[c, t] + b[t]) * inverse[t], _ZERO, high), x[c, t]
             wq = w * q
             sums[0, t] += wq
             sums[1, t] += wq * q
@@ -205,7 +223,7 @@ def fit_affine(x, metric, width, high, fractions):
             curvature[s, t] = _ZERO
         for c in range(first, first + width):
             for t in range(ROWS):
-                q = _integer((x[c, t] + minimums[s, t]) / scales[s, t], high)
+                q = _integer((x[c, t] + minimums[s, t]) / scales[s, t], _ZERO, high)
                 curvature[s, t] += metric[c] * q * q
     return scales, minimums, curvature
 
@@ -217,7 +235,7 @@ def _line_errors(x, metric, first, width, high, a, b, error):
         inverse[t] = _ONE / a[t]
     for c in range(first, first + width):
         for t in range(ROWS):
-            difference = x[c, t] - a[t] * _integer((x[c, t] + b[t]) * inverse[t], high) + b[t]
+            difference = x[c, t] - a[t] * _integer((x[c, t] + b[t]) * inverse[t], _ZERO, high) + b[t]
             error[t] += metric[c] * difference * difference
 
 
@@ -234,7 +252,7 @@ def fit_minimums(x, metric, width, high, a, b):
                 total[t] = _ZERO
             for c in range(s * width, (s + 1) * width):
                 for t in range(ROWS):
-                    q = _integer((x[c, t] + b[s, t]) * _inverse(a[s, t]), high)
+                    q = _integer((x[c, t] + b[s, t]) * _inverse(a[s, t]), _ZERO, high)
                     total[t] += metric[c] * (a[s, t] * q - x[c, t])
             for t in range(ROWS):
                 b[s, t] = max(total[t] / max(weights[s], _TINY), _ZERO)
@@ -279,7 +297,7 @@ def round_scales(free, curvature, multipliers, unit, per_block, is_never_zero):
                 for s in range(per_block):
                     for t in range(ROWS):
                         code = (free[first + s, t] * _inverse(scale[t]) - lowest) / step
-                        code = _integer(code, last)
+                        code = _integer(code, _ZERO, last)
                         tried[s, t] = code
                         m = lowest + step * code
                         cost, wanted = curvature[first + s, t], free[first + s, t]

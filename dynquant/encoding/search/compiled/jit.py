@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-ROWS = 64
+ROWS = 128
 """Rows of weights side by side in a tile, arrays [columns, ROWS]: what is done to one is done to all, in vectors."""
 NUM_LINKS = 5
 """Functions that are called by their addresses; see `Linked`."""

@@ -5,7 +5,7 @@ compiled passes only small arrays are touched here, those of scales.
 """
 
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from dynquant.encoding.search.codebooks import Codebook, Integers, SignedWords, 
 from dynquant.encoding.search.compiled import columns, fits, products, trials, words
 from dynquant.encoding.search.compiled.jit import ROWS
 from dynquant.encoding.search.feedback import upper_factor
-from dynquant.encoding.search.layouts import SHIFT, Fields
+from dynquant.encoding.search.layouts import SHIFT, BlockLayout, Fields
 from dynquant.encoding.search.rows import Rows
 from dynquant.workers import side_by_side
 
@@ -38,17 +38,20 @@ def serves(rows: Rows) -> bool:
     return not rows.is_plain and rows.x.device.type == "cpu" and is_known and fits_chunks and rows.x.shape[-1] % 4 == 0
 
 
-def blocks(
-    rows: Rows, metric: Tensor, hessian: Tensor | None = None, factor: Tensor | None = None
-) -> tuple[Fields, Tensor]:
+def tile_losses(
+    layout: BlockLayout, metric: Tensor, hessian: Tensor | None = None, factor: Tensor | None = None
+) -> "list[TileLoss]":
+    """Return the loss of each expert under metrics [E, C], and hessians and their factors [E, C, C]."""
+    if hessian is None or factor is None:
+        return [TileLoss(layout, m) for m in metric]
+    if hessian.stride(0) == 0:
+        return [TileLoss(layout, metric[0], hessian[0], factor[0])] * len(metric)
+    return [TileLoss(layout, *parts) for parts in zip(metric, hessian, factor, strict=True)]
+
+
+def blocks(rows: Rows, losses: "list[TileLoss]") -> tuple[Fields, Tensor]:
     """Fields and values of all rows; as many threads as PyTorch has here work on them."""
     experts, num_rows, _ = rows.x.shape
-    if hessian is None or factor is None:
-        losses = [_Loss(rows, m.contiguous().numpy()) for m in metric]
-    elif hessian.stride(0) == 0:
-        losses = [_Loss(rows, metric[0].contiguous().numpy(), hessian[0], factor[0])] * experts
-    else:
-        losses = [_Loss(rows, m.contiguous().numpy(), h, f) for m, h, f in zip(metric, hessian, factor, strict=True)]
     results = _Results(rows)
     _links()  # compiled before threads wait for each other
 
@@ -76,40 +79,41 @@ def _links() -> tuple[int, ...]:
     return tuple(function.address for function in (*linked, fits.linked_search_block))
 
 
-class _Loss:
+class TileLoss:
     """The loss under one metric [C], and one hessian and its factor [C, C], with the inverses that passes need."""
 
-    def __init__(self, rows: Rows, metric: Array, hessian: Tensor | None = None, factor: Tensor | None = None) -> None:
-        self.metric, self._layout, self._group = metric, rows.layout, rows.layout.codebook.group
+    def __init__(
+        self, layout: BlockLayout, metric: Tensor, hessian: Tensor | None = None, factor: Tensor | None = None
+    ) -> None:
+        self.metric, group = metric.contiguous().numpy(), layout.codebook.group
+        self.hessian: Array | None = None
         if hessian is None or factor is None:
-            self.hessian = None
             return
         self.hessian, self.factor = hessian.contiguous().numpy(), factor.contiguous().numpy()
         self.transposed = factor.T.contiguous().numpy()
-        self.inverses, self.group_metric = self._of_groups(factor)
-        self.solvers = _inverses(_diagonal_blocks(hessian, self._group))
+        self.inverses, self.group_metric = _of_groups(factor, group)
+        self.solvers = _inverses(_diagonal_blocks(hessian, group))
         self.folded = np.zeros((0, 0), np.float32)
-        if self._layout.num_mins:
-            self.folded = hessian.unflatten(-1, (-1, self._layout.sub_block)).sum(-1).numpy()
-
-    def _of_groups(self, factor: Tensor) -> tuple[Array, Array]:
-        """Inverses [C / group, group, group] of an upper factor's groups, and the metric [C] of each."""
-        blocks = _diagonal_blocks(factor, self._group)
-        return _inverses(blocks), blocks.square().sum(-1).flatten().numpy()
-
-    @cached_property
-    def sub_blocks(self) -> tuple[Array, Array, Array, Array]:
-        """For each sub-block of the hessian: inverse, factor, inverses of the factor's groups, and their metric."""
-        cut = _diagonal_blocks(torch.from_numpy(self.hessian), self._layout.sub_block)
-        factors = upper_factor(cut)
-        inverses, metrics = zip(*(self._of_groups(factor) for factor in factors), strict=True)
-        return _inverses(cut), factors.contiguous().numpy(), np.stack(inverses), np.stack(metrics)
+        """The hessian [C, S] with its columns summed over sub-blocks, for types with minimums."""
+        if layout.num_mins:
+            self.folded = hessian.unflatten(-1, (-1, layout.sub_block)).sum(-1).numpy()
+        if len(layout.multipliers) > 1:
+            cut = _diagonal_blocks(hessian, layout.sub_block)
+            factors = upper_factor(cut)
+            self.sub_blocks = _inverses(cut), factors.contiguous().numpy(), *_of_groups(factors, group)
+            """For each sub-block of the hessian: inverse, factor, inverses of the factor's groups, their metric."""
 
 
 def _diagonal_blocks(matrix: Tensor, width: int) -> Tensor:
-    """[C / width, width, width] of a matrix [C, C]."""
-    tiles = matrix.unflatten(-1, (-1, width)).unflatten(0, (-1, width))
-    return tiles.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    """[..., C / width, width, width] of matrices [..., C, C]."""
+    tiles = matrix.unflatten(-1, (-1, width)).unflatten(-3, (-1, width))
+    return tiles.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+
+
+def _of_groups(factor: Tensor, group: int) -> tuple[Array, Array]:
+    """Inverses [..., C / group, group, group] of an upper factor's groups, and the metric [..., C] of each."""
+    blocks = _diagonal_blocks(factor, group)
+    return _inverses(blocks), blocks.square().sum(-1).flatten(-2).numpy()
 
 
 def _inverses(blocks: Tensor) -> Array:
@@ -162,7 +166,7 @@ class _Results:
 class _Tile:
     """Up to `ROWS` rows of an expert on their way through the search; arrays are [columns, ROWS]."""
 
-    def __init__(self, rows: Rows, loss: _Loss, expert: int, part: slice) -> None:
+    def __init__(self, rows: Rows, loss: TileLoss, expert: int, part: slice) -> None:
         self._layout, self._loss = rows.layout, loss
         self._count = part.stop - part.start
         self._x = np.zeros((rows.x.shape[-1], ROWS), np.float32)
@@ -227,7 +231,11 @@ class _Tile:
         a = self._scales(fields)
         inverse = np.divide(1, a, out=np.zeros_like(a), where=a != 0)
         offsets = fields.shifts * np.float32(SHIFT)
-        return a, inverse, self._minimums(fields), offsets, self._layout.sub_block, max(1, self._layout.shift_width)
+        return a, inverse, self._minimums(fields), offsets, *self._spread_widths
+
+    @property
+    def _spread_widths(self) -> tuple[int, int]:
+        return self._layout.sub_block, max(1, self._layout.shift_width)
 
     def _rounded(self, d: Array) -> Array:
         """Scales [B, ROWS] as they will be stored, in normalised units."""
@@ -235,11 +243,9 @@ class _Tile:
 
     def _units(self, fields: _Fields, values: Array) -> tuple[Array, Array]:
         """Factors of `d`, [C, ROWS], and of `dmin` where there is one, [S, ROWS]: what decoded weights are sums of."""
-        codewords = values
-        if len(fields.shifts):
-            codewords = values + fields.shifts.repeat(self._layout.shift_width, axis=0) * np.float32(SHIFT)
-        multipliers = self._multipliers[fields.scales].repeat(self._layout.sub_block, axis=0)
-        return multipliers * codewords, -fields.mins.astype(np.float32)
+        offsets, minimums = fields.shifts * np.float32(SHIFT), -fields.mins.astype(np.float32)
+        spread = self._multipliers[fields.scales], _NONE, _NONE, offsets, *self._spread_widths
+        return columns.decoded(spread, values), minimums
 
     def _refit_all(self, fields: _Fields, values: Array, slope: Array) -> _Fields:
         """All `d` (and `dmin`) of each row by least squares under the hessian, where that is better once stored."""

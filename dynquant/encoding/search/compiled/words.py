@@ -12,7 +12,7 @@ import torch
 from dynquant.encoding.search.codebooks import Codebook, Grid, Integers, SignedWords, TernaryWords, Values
 from dynquant.encoding.search.compiled.jit import ROWS, Linked, compiled, inner, inner_fused
 
-_INTEGERS, _TABLE, _TERNARY, _SIGNED = range(4)
+INTEGERS, _TABLE, _TERNARY, _SIGNED = range(4)
 _ROUND = np.float32(1.5 * 2**23)
 """Added and taken away again, it rounds a number below 2**22 to the nearest integer, halves to even."""
 _LANES = 64
@@ -27,7 +27,7 @@ _ZERO = np.float32(0)
 def as_arrays(book: Codebook) -> tuple[Any, ...]:
     """Kind, group, lowest and highest integer, levels, middles between them, words, their squares, index, evenness."""
     none, low, high, levels = np.zeros(0, np.float32), _ZERO, _ZERO, np.zeros(0, np.float32)
-    words, index, kind, even = np.zeros((0, 1, _LANES), np.float32), np.zeros(0, np.int32), _INTEGERS, 0
+    words, index, kind, even = np.zeros((0, 1, _LANES), np.float32), np.zeros(0, np.int32), INTEGERS, 0
     if isinstance(book, Integers):
         low, high = np.float32(book.low), np.float32(book.high)
     elif isinstance(book, Values):
@@ -65,7 +65,7 @@ def nearest(book, y, metric, count, is_scan, work, out):
     A scan finds values faster that are good enough to choose a scale by, as `Codebook.scan` does.
     """
     kind = book[0]
-    if kind == _INTEGERS or (kind == _TERNARY and is_scan):
+    if kind == INTEGERS or (kind == _TERNARY and is_scan):
         low, high = book[2], book[3]
         for j in range(book[1]):
             for t in range(ROWS):
