@@ -45,6 +45,7 @@ _Stage = tuple[list[PlanEntry], list[PlanEntry]]
 """Dense weights and routed experts of what a streamed model loads together: a layer, the embedding, or the head."""
 _BATCH_WINDOWS = 4  # windows that calibration runs at a time on a CPU
 _ENCODED_AT_ONCE = 1 << 25  # weights of experts
+_DRAWN_ROWS = 100  # of a tensor, whose errors are then known to 2 %: the mean over the 89M model's
 _MEASURING_BYTES = 1 << 25  # size of differences and their squares, of some rows at a time (`analysis.errors.sums`)
 
 
@@ -94,7 +95,7 @@ class _Costs:
         reading = stored / machine.disk_bytes_per_s
         # A matrix, or a few experts, are encoded at once: weights, importance, and what is made of them.
         encoding = 3 * _FLOAT_BYTES * max(_weights_at_once(entry) for entry in entries)
-        seconds = self._table_seconds() + self._search_tables(options.types) + reading
+        seconds = self._table_seconds() + reading
         memory = self._sample_bytes() + encoding + _MEASURING_BYTES
         yield StageCost("error table", machine.start_seconds + seconds, machine.start_bytes + memory, stored)
 
@@ -173,11 +174,14 @@ class _Costs:
         return total
 
     def _table_seconds(self) -> float:
+        """Return the time of a look at all weights, and of encoding drawn rows with dynquant's encoder."""
         seconds, types = 0.0, [QUANT_TYPES[name] for name in self.options.types]
         for entry in self.plan.entries:
             if len(entry.shape) >= 2 and entry.role != Role.ROUTER:
-                stored = {fit_to_row(quant_type, entry.shape[-1])[0].name for quant_type in types} | {MEASURED_FLOAT}
-                seconds += prod(entry.shape) * sum(1 / _speed(self.machine.errors, name) for name in stored)
+                stored = {fit_to_row(quant_type, entry.shape[-1])[0].name for quant_type in types}
+                drawn = min(prod(entry.shape[:-1]), _DRAWN_ROWS) * entry.shape[-1]
+                seconds += prod(entry.shape) / _speed(self.machine.errors, MEASURED_FLOAT)
+                seconds += drawn * sum(1 / _speed(self.machine.encode["dynquant"], name) for name in stored)
         return seconds
 
     def _search_tables(self, types: Iterable[str]) -> float:

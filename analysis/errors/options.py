@@ -18,7 +18,7 @@ class TableOptions(Options):
     """Which types are measured (none: `DEFAULT_TYPES`), by which encoder, how exactly, and where."""
 
     types: Types = ()
-    encoder: MeasuringEncoder = "ggml"
+    encoder: MeasuringEncoder = "dynquant"
     exact: Exact = False
     base_gguf: BaseGguf = None
     ray: Ray = None

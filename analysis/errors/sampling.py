@@ -25,7 +25,7 @@ from torch import Tensor
 _EVEN_SHARE = 0.25
 _FIRST_EXPERTS = 8
 _FIRST_ROWS = 64  # of all experts together; rows of fewer have no variance that could be trusted
-_FEWEST_OF_EXPERT = 8
+_FEWEST_OF_EXPERT = 32  # an expert's second moments are factored for them, and on a CPU they are searched together
 _SMALLEST = 1e-6  # size of a row over the mean, at least: a row of zeros can be drawn, too
 
 
@@ -151,7 +151,7 @@ def draw(
     for experts, rows, weights in blocks:
         for expert, matrix in zip(experts, weights, strict=True):
             squares = matrix.square()
-            even = squares.sum(-1, dtype=torch.float64) * mean_scale
+            even = squares.sum(-1).double() * mean_scale
             energy = even if scale is None else (squares @ scale[expert]).double()
             mixed = (1 - _EVEN_SHARE) * shares[expert] * energy + _EVEN_SHARE / num_experts * even
             sizes[expert, rows.start : rows.stop] = mixed.clamp_min(_SMALLEST * float(mixed.mean())).clamp_min(1e-300)

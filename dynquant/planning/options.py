@@ -109,7 +109,7 @@ class PlanOptions(Options):
     target: Target = field(default_factory=Target)
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     stats: Annotated[Path | None, Flag("Use these statistics instead of calibrating.")] = None
-    encoder: MeasuringEncoder = "ggml"
+    encoder: MeasuringEncoder = "dynquant"
     exact: Exact = False
     base_gguf: BaseGguf = None
     search: SearchOptions = field(default_factory=SearchOptions)

@@ -44,7 +44,9 @@ TOKENS = 4096
 
 def plan(model, target, calibration, folder, search):
     return make_plan(
-        PlanOptions(model=str(model), output=folder, target=target, calibration=calibration, search=search)
+        PlanOptions(
+            model=str(model), output=folder, target=target, calibration=calibration, encoder="ggml", search=search
+        )
     )
 
 

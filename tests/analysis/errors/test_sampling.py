@@ -32,7 +32,7 @@ def model(small_moe):
 @pytest.fixture(scope="module")
 def stats(small_moe, tmp_path_factory):
     path = tmp_path_factory.mktemp("calibrated") / "stats.safetensors"
-    options = CalibrationOptions(tokens=4096, window=256)
+    options = CalibrationOptions(tokens=1024, window=128)
     calibrate(CalibrateOptions(model=str(small_moe), output=path, calibration=options))
     return StatsFile(path)
 
@@ -107,7 +107,7 @@ def test_an_interrupted_sample_goes_on_to_the_same_table(table_of, sampled, tmp_
         assert table_of(Sampling(seed=3), journal=journal) == sampled
 
 
-def test_few_weights_leave_experts_out(model, stats, exact):
+def test_a_limit_of_weights_is_kept(model, stats, exact):
     stack = model.source.load(STACK)
     limits = Sampling(most_weights=4 * 8 * stack.shape[2], target=1e-6)
     meter = ErrorMeter(model, stats.stats, load_encoder("ggml"), sampling=limits)
