@@ -2,12 +2,13 @@
 
     python -m dynquant.analysis.bench.encoder_speed --device cuda --experts 42 --rows 768 --columns 2048 --project 29e9
 
-A line for each type and encoder: millions of weights per second with and without error feedback, peak memory of the
-GPU, and the time for `--project` weights at that speed. Weights are gaussian, hessians those of inputs that live mostly
-in a quarter of the directions; the search takes as long on others.
+A line for each type and encoder: millions of weights per second with and without error feedback, the same for each
+second of a core's work, peak memory of the GPU, and the time for `--project` weights at that speed. Weights are
+gaussian, hessians those of inputs that live mostly in a quarter of the directions; the search takes as long on others.
 """
 
 import itertools
+import time
 from functools import partial
 
 import torch
@@ -31,7 +32,7 @@ def main() -> None:
     shape, threads = " x ".join(map(str, weights.shape)), asked.threads or torch.get_num_threads()
     print(f"{shape} weights, {device_name(asked.device)}, {threads} CPU threads, PyTorch {torch.__version__}\n")
     projected = ["projected, min"] if asked.project else []
-    table = MarkdownTable("type", "encoder", "M weights/s", "peak GPU memory, GiB", *projected)
+    table = MarkdownTable("type", "encoder", "M weights/s", "by a core", "peak GPU memory, GiB", *projected)
     ours = load_encoder("dynquant", asked.device)
     encoders = [("dynquant", ours, {"hessian": hessian}), ("dynquant, without feedback", ours, {})]
     if asked.ggml:
@@ -40,11 +41,13 @@ def main() -> None:
         # one expert first: it builds ggml's tables, loads the GPU's libraries
         encoder.encode(stored, weights[:1], importance[:1], asked.threads, **{k: v[:1] for k, v in extra.items()})
         run = partial(encoder.encode, stored, weights, importance, asked.threads, **extra)
+        work = time.process_time()
         seconds, peak = measured(run, asked.device)
+        work = time.process_time() - work
         if asked.project:
             projected = [f"{asked.project * seconds / weights.numel() / 60:.1f}"]
-        speed = weights.numel() / seconds / 1e6
-        table.add(stored.name, label, f"{speed:.2f}", f"{peak / 2**30:.2f}", *projected)
+        speed, by_core = weights.numel() / seconds / 1e6, weights.numel() / work / 1e6
+        table.add(stored.name, label, f"{speed:.2f}", f"{by_core:.2f}", f"{peak / 2**30:.2f}", *projected)
 
 
 if __name__ == "__main__":
