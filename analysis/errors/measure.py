@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 
 from dynquant.analysis.errors.sampled_sums import SampledSums
-from dynquant.analysis.errors.sampling import DrawnRows, Sampling, blocks_of, draw, stacked
+from dynquant.analysis.errors.sampling import DrawnRows, Sampling, blocks_of, draw, most_rows, stacked
 from dynquant.analysis.errors.sums import ErrorJournal, ErrorPart, ErrorSums, Sums, row_sums
 from dynquant.analysis.errors.table import ErrorRow, ErrorTable
 from dynquant.calibration.importance import importance
@@ -44,6 +44,9 @@ _GPU_HESSIAN_BYTES = 1 << 31
 """Second moments of the experts that are measured together, at least of one."""
 _BLOCK_WEIGHTS = 1 << 25
 """Weights of a large matrix that are in memory while rows are drawn from it."""
+
+_BYTES_AT_ONCE = 1 << 32
+"""Weights of all parts that are read ahead or measured side by side."""
 
 
 @dataclass(frozen=True)
@@ -117,11 +120,20 @@ class ErrorMeter(Meter):
 
     def measured(self, parts: Iterable[ErrorPart]) -> Iterator[tuple[ErrorPart, Sums]]:
         """Measure parts side by side; on a GPU one by one, while the next ones are read."""
+        memory = {"cost": self._bytes_in_memory, "budget": _BYTES_AT_ONCE}
         if self.device.type == "cpu":
-            yield from side_by_side(lambda part: (part, self.sums(part)), parts, self.threads)
+            yield from side_by_side(lambda part: (part, self.sums(part)), parts, self.threads, **memory)
             return
-        for part, content in side_by_side(lambda part: (part, self.read(part)), parts, self.threads):
+        for part, content in side_by_side(lambda part: (part, self.read(part)), parts, self.threads, **memory):
             yield part, self.sums_of(part, content)
+
+    def _bytes_in_memory(self, part: ErrorPart) -> int:
+        """Return the size of the weights of a part while it waits or is measured."""
+        if self.sampling is None:
+            return 4 * part.num_weights
+        num_experts, num_rows, columns = shape = stacked(part.shape)
+        block = min(num_rows * columns, _BLOCK_WEIGHTS)
+        return 4 * (block + num_experts * most_rows(shape, self.sampling) * columns)
 
     def sums(self, part: ErrorPart) -> Sums:
         return self.sums_of(part, self.read(part))

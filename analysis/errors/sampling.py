@@ -140,8 +140,7 @@ def draw(
     `scale` [E, C] is the importance of the inputs, `shares` [E] the tokens that each expert received.
     """
     num_experts, num_rows, columns = shape
-    most = min(num_rows, max(_FEWEST_OF_EXPERT, limits.most_weights // (num_experts * columns)))
-    most = most if num_experts > 1 else min(num_rows, max(_FIRST_ROWS, most))
+    most = most_rows(shape, limits)
     generator = torch.Generator().manual_seed(_seed_of(limits.seed, name))
     uniform = torch.rand(num_experts, num_rows, dtype=torch.float64, generator=generator).clamp_min(1e-300)
     mean_scale = 1.0 if scale is None else float(scale.mean())
@@ -184,6 +183,13 @@ def _ordered(kept: list[Tensor], sizes: Tensor, uniform: Tensor, generator: torc
         next_keys=keys[:, most].clone() if most < keys.shape[1] else endless,
         num_rows=sizes.shape[1],
     )
+
+
+def most_rows(shape: tuple[int, int, int], limits: Sampling) -> int:
+    """Return how many rows of each expert are drawn at most, and kept in memory."""
+    num_experts, num_rows, columns = shape
+    fewest = _FEWEST_OF_EXPERT if num_experts > 1 else _FIRST_ROWS
+    return min(num_rows, max(fewest, limits.most_weights // (num_experts * columns)))
 
 
 def blocks_of(shape: tuple[int, int, int], most_weights: int) -> Iterator[tuple[range, range]]:
