@@ -62,7 +62,8 @@ def workspace(book):
 def nearest(book, y, metric, active, is_scan, work, out):
     """Write the values nearest to `y` [group, ROWS] under `metric` [group].
 
-    Rows that are not `active` [ROWS] may be left out. A scan finds values faster that are good enough to choose a scale by, as `Codebook.scan` does.
+    Rows that are not `active` [ROWS] may be left out. A scan finds values faster that are good enough to choose a scale
+    by, as `Codebook.scan` does.
     """
     kind = book[0]
     if kind == INTEGERS or (kind == _TERNARY and is_scan):
