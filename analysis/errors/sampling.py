@@ -24,7 +24,7 @@ from torch import Tensor
 
 _EVEN_SHARE = 0.25
 _FIRST_EXPERTS = 8
-_FIRST_ROWS = 64  # of all experts together; rows of fewer have no variance that could be trusted
+_FEWEST_ROWS = 64  # of all experts together; fewer have no variance that could be trusted
 _FEWEST_OF_EXPERT = 32  # an expert's second moments are factored for them, and on a CPU they are searched together
 _SMALLEST = 1e-6  # size of a row over the mean, at least: a row of zeros can be drawn, too
 
@@ -40,6 +40,8 @@ class Sampling:
     """A standard error that is small whatever `weighted_error` is: a type that loses so little decides nothing."""
     most_weights: int = 1 << 22
     """Weights of a tensor that are measured at most, but a few rows of a few experts; smaller ones may be whole."""
+    first_rows: int = _FEWEST_ROWS
+    """Rows of all experts together that are measured first. A GPU takes as long for ten times as many."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class DrawnRows:
     def extents(self, limits: Sampling) -> Iterator[Extent]:
         """Yield how much is drawn in each round: first more experts, then more rows of each."""
         num_experts, most_rows, columns = self.weights.shape
-        rows = min(most_rows, max(_FEWEST_OF_EXPERT, _FIRST_ROWS // num_experts))
+        rows = min(most_rows, max(_FEWEST_OF_EXPERT, limits.first_rows // num_experts))
         most_experts = min(num_experts, max(_FIRST_EXPERTS, limits.most_weights // (rows * columns)))
         experts = min(num_experts, _FIRST_EXPERTS)
         yield Extent(experts, rows)
@@ -188,7 +190,7 @@ def _ordered(kept: list[Tensor], sizes: Tensor, uniform: Tensor, generator: torc
 def most_rows(shape: tuple[int, int, int], limits: Sampling) -> int:
     """Return how many rows of each expert are drawn at most, and kept in memory."""
     num_experts, num_rows, columns = shape
-    fewest = _FEWEST_OF_EXPERT if num_experts > 1 else _FIRST_ROWS
+    fewest = _FEWEST_OF_EXPERT if num_experts > 1 else limits.first_rows
     return min(num_rows, max(fewest, limits.most_weights // (num_experts * columns)))
 
 

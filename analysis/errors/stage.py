@@ -31,6 +31,9 @@ from dynquant.resources import chosen_device
 from dynquant.running.cluster import StoredModel, open_ray
 from dynquant.session import SILENT, Session
 
+_FIRST_ROWS_ON_GPU = 512
+"""Rows of a tensor that are measured first; encoding a few takes a GPU as long."""
+
 
 def analyze(options: AnalyzeOptions, session: Session = SILENT) -> ErrorTable:
     """Write errors.json and errors.csv. Raises PlanError: the name of the CSV, which would replace the table."""
@@ -80,7 +83,8 @@ def scheme_table(
 def _meter(model: Model, stats: StatsFile, options: TableOptions, session: Session) -> ErrorMeter:
     encoder = load_encoder(options.encoder, chosen_device(session.device))
     moments = stats.moments if encoder.uses_hessians else None
-    sampling = None if options.exact else Sampling(session.seed)
+    first = {} if encoder.device.type == "cpu" else {"first_rows": _FIRST_ROWS_ON_GPU}
+    sampling = None if options.exact else Sampling(session.seed, **first)
     return ErrorMeter(model, stats.stats, encoder, session.threads, moments, sampling)
 
 
@@ -93,7 +97,9 @@ def _measured(
     earlier: ErrorTable | None = None,
 ) -> ErrorTable:
     """Write the table, with the rows of `earlier` for other types."""
-    names, encoder = [quant_type(name).name for name in options.types or DEFAULT_TYPES], meter.encoder
+    types, encoder = [quant_type(name) for name in options.types or DEFAULT_TYPES], meter.encoder
+    encoder.prepare(types)
+    names = [each.name for each in types]
     identity = {
         "encoder": f"{encoder.name} {encoder_version(encoder)} {encoder.device.type}",
         "moments": str(meter.origin["moments"]),

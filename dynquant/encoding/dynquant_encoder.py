@@ -8,12 +8,14 @@ and rows are independent, so they are processed together in batches that fit in 
 Types that this encoder does not search (floats, Q8_0, the 32-wide Q4_0 to Q5_1 and IQ4_NL, NVFP4) are ggml's.
 """
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from threading import Lock
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from dynquant.encoding.ggml import GgmlEncoder
 from dynquant.encoding.interface import Encoder, ProtectedWeight, Request, check_finite
@@ -26,6 +28,7 @@ from dynquant.encoding.search.layouts import LAYOUTS, BlockLayout, Fields
 from dynquant.encoding.search.rows import Rows
 from dynquant.encoding.search.scales import fit
 from dynquant.errors import EncodeError
+from dynquant.formats.quant_types import QuantType
 from dynquant.workers import share, side_by_side
 
 _CPU_WEIGHTS = 1 << 18
@@ -38,6 +41,8 @@ _GPU_HESSIAN_BYTES = 1 << 31
 _PINNED_BYTES = 1 << 25
 """Copied to a GPU at once, while the next pieces are brought into pinned memory."""
 _PINNING_THREADS = 8
+_TRIAL = 16, 512
+"""Weights that are encoded to have kernels compiled: rows and columns that real ones share multiples of 16 with."""
 _PROTECTED = 1e5
 """Weight of a protected scalar's error over the mean of the others."""
 
@@ -53,7 +58,16 @@ class DynquantEncoder(Encoder):
 
     def __init__(self, device: str | None = None, *, is_plain: bool = False) -> None:
         self._is_plain = is_plain
+        self._factored = WeakTensorKeyDictionary()
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def prepare(self, quant_types: Iterable[QuantType]) -> None:
+        """Compile the kernels that a GPU searches blocks of these types with, side by side; a CPU has them on disk."""
+        if self.device.type == "cpu":
+            return
+        weights, hessian = torch.randn(_TRIAL, generator=torch.Generator().manual_seed(0)), torch.eye(_TRIAL[1])
+        searched = [quant_type for quant_type in quant_types if quant_type.name in LAYOUTS]
+        deque(side_by_side(lambda each: self.encode(each, weights, hessian=hessian[None]), searched), maxlen=0)
 
     def encode_stack(self, request: Request) -> Tensor:
         """Search the blocks of batches of experts and rows, and then those of rows with a protected scalar again."""
@@ -65,8 +79,11 @@ class DynquantEncoder(Encoder):
 
         def loss_of(experts: slice, *, protected_column: int | None = None) -> Loss:
             importance = None if request.importance is None else request.importance[experts]
-            moments = hessian if hessian is None or len(hessian) == 1 else hessian[experts]
+            is_every = experts == slice(0, len(weights))
+            moments = hessian if hessian is None or len(hessian) == 1 or is_every else hessian[experts]
             shape = weights[experts].shape
+            if moments is not None and protected_column is None:
+                return _loss_of(shape, *self._factors_of(moments))
             return loss_under(shape, importance, moments, self.device, protected_column=protected_column)
 
         def encode_experts(experts: slice) -> None:
@@ -93,6 +110,14 @@ class DynquantEncoder(Encoder):
         for scalar in request.protected:  # one after the other: two may be in one row
             encode_protected(scalar)
         return packed
+
+    def _factors_of(self, hessian: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `_factors` of a hessian; they are kept as long as the caller keeps it, who may ask for other types."""
+        version, factors = self._factored.get(hessian, (-1, None))
+        if factors is None or version != hessian._version:
+            factors = _factors(_normalized(hessian, self.device))
+            self._factored[hessian] = hessian._version, factors
+        return factors
 
     def _encode(self, layout: BlockLayout, weights: Tensor, loss: "Loss", name: str) -> Tensor:
         """Block bytes [E, R, row_bytes] on the CPU; rows that do not fit in the GPU's memory are halved."""
@@ -163,17 +188,32 @@ def loss_under(
     """The loss of weights of `shape` [E, R, C] under hessians [E or 1, C, C], else importance [E, C], else plain."""
     num_experts, columns = shape[0], shape[-1]
     if hessian is not None:
-        h = _moved(hessian, device)
-        h = h / h.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]  # near 1
+        h = _normalized(hessian, device)
         if protected_column is not None:
             h[:, protected_column, protected_column] += _PROTECTED
-        h, factor = (t.expand(num_experts, columns, columns) for t in (h, upper_factor(h)))
-        return Loss(h.diagonal(dim1=-2, dim2=-1).contiguous(), h, factor)
+        return _loss_of(shape, *_factors(h))
     metric = torch.ones(num_experts, columns) if importance is None else importance.clone()
     metric = (metric / metric.mean(-1, keepdim=True)).to(device)  # a factor on the loss chooses nothing else
     if protected_column is not None:
         metric[:, protected_column] += _PROTECTED
     return Loss(metric)
+
+
+def _normalized(hessian: Tensor, device: torch.device) -> Tensor:
+    """The hessian in float32 on a device, with a mean of 1 along its diagonal."""
+    h = _moved(hessian, device)
+    return h / h.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+
+
+def _factors(hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """A normalized hessian and its upper factor."""
+    return hessian, upper_factor(hessian)
+
+
+def _loss_of(shape: tuple[int, ...], hessian: Tensor, factor: Tensor) -> Loss:
+    """The loss of weights [E, R, C] under normalized hessians [E or 1, C, C] and their factors."""
+    h, factor = (t.expand(shape[0], shape[-1], shape[-1]) for t in (hessian, factor))
+    return Loss(h.diagonal(dim1=-2, dim2=-1).contiguous(), h, factor)
 
 
 def _moved(t: Tensor, device: torch.device) -> Tensor:

@@ -6,7 +6,7 @@ tensor larger than the cache is not walked twice.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -101,6 +101,9 @@ class Encoder(ABC):
         request = Request(quant_type, stack, importance, hessian, protected, name, threads, progress)
         packed = self.encode_stack(request)
         return packed.view(*weights.shape[:-1], packed.shape[-1])
+
+    def prepare(self, quant_types: Iterable[QuantType]) -> None:  # noqa: B027
+        """Do now what the first blocks of each type would wait for; most encoders have nothing to do."""
 
     @abstractmethod
     def encode_stack(self, request: Request) -> torch.Tensor:

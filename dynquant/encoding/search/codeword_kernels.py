@@ -16,6 +16,9 @@ from dynquant.encoding.search.codebooks import Codebook, Grid, Integers, SignedW
 
 _PRODUCT = 16
 """Least length of products on tensor cores."""
+jit_for_any_rows = triton.jit(do_not_specialize=["num_rows"])
+"""Compiles one kernel for all numbers of rows: another one for those that 16 divides takes seconds to make, and places
+of weights do not depend on it."""
 
 
 def book_arguments(book: Codebook, device: torch.device) -> dict[str, object]:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dynquant.encoding.search.codeword_kernels import book_arguments, group_of, nearest, times
+from dynquant.encoding.search.codeword_kernels import book_arguments, group_of, jit_for_any_rows, nearest, times
 from dynquant.encoding.search.layouts import SHIFT, Fields
 from dynquant.encoding.search.rows import Rows
 
@@ -136,7 +136,7 @@ def inverse_of(a):
     return tl.where(a != 0, 1.0 / a, 0.0)
 
 
-@triton.jit
+@jit_for_any_rows
 def _feed_back_kernel(
     errors_ptr, values_ptr, weights_ptr, metric_ptr, x_ptr, a_ptr, b_ptr, shifts_ptr, num_rows, num_columns,
     expert_stride, row_stride, metric_stride, words_ptr, pairs_ptr,
@@ -190,7 +190,7 @@ def _feed_back_kernel(
         tl.debug_barrier()  # other threads of the program read these errors
 
 
-@triton.jit
+@jit_for_any_rows
 def _descend_kernel(
     errors_ptr, values_ptr, hessian_ptr, inverse_ptr, x_ptr, a_ptr, b_ptr, shifts_ptr, num_rows, num_columns,
     expert_stride, row_stride, inverse_stride, words_ptr, pairs_ptr,

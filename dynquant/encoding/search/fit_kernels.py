@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dynquant.encoding.search.codebooks import Integers
-from dynquant.encoding.search.codeword_kernels import group_of, nearest, with_group
+from dynquant.encoding.search.codeword_kernels import group_of, jit_for_any_rows, nearest, with_group
 from dynquant.encoding.search.column_kernels import constants, inverse_of
 from dynquant.encoding.search.layouts import Fields
 from dynquant.encoding.search.rows import Rows
@@ -194,7 +194,7 @@ def _values(
         return found
 
 
-@triton.jit
+@jit_for_any_rows
 def _free_scales_kernel(
     scales_ptr, curvature_ptr, fractions_ptr, x_ptr, metric_ptr, num_rows, num_columns, metric_stride,
     words_ptr, pairs_ptr,
@@ -232,7 +232,7 @@ def _on_line(x, a, b, LEVELS: tl.constexpr):
     return tl.minimum(tl.maximum(tl.floor((x + b[:, None]) / a[:, None] + 0.5), 0.0), LEVELS)
 
 
-@triton.jit
+@jit_for_any_rows
 def _free_lines_kernel(
     scales_ptr, minimums_ptr, curvature_ptr, fractions_ptr, x_ptr, metric_ptr, num_rows, num_columns, metric_stride,
     LEVELS: tl.constexpr, SUB_BLOCK: tl.constexpr, ROWS: tl.constexpr, NUM_FRACTIONS: tl.constexpr,
@@ -324,7 +324,7 @@ def _store_shifts(
     tl.store(shifts_ptr + place, shifts, mask=inside[:, None])
 
 
-@triton.jit
+@jit_for_any_rows
 def _search_kernel(
     values_ptr, shifts_ptr, a_ptr, b_ptr, x_ptr, metric_ptr, num_rows, num_columns, metric_stride, words_ptr, pairs_ptr,
     HAS_MINIMUMS: tl.constexpr,
@@ -348,7 +348,7 @@ def _search_kernel(
         _store_shifts(shifts_ptr, row, inside, num_columns, offsets, SHIFT, SHIFT_WIDTH, SUB_BLOCK, ROWS)
 
 
-@triton.jit
+@jit_for_any_rows
 def _neighbours_kernel(
     values_ptr, scales_ptr, mins_ptr, shifts_ptr, d_ptr, dmin_ptr, multipliers_ptr, steps_ptr, x_ptr, metric_ptr,
     num_rows, num_columns, metric_stride, words_ptr, pairs_ptr,

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dynquant.encoding.search.codeword_kernels import jit_for_any_rows
 from dynquant.encoding.search.column_kernels import product
 from dynquant.encoding.search.layouts import Fields
 from dynquant.encoding.search.rows import Rows
@@ -95,7 +96,7 @@ def _solve_kernel(solution_ptr, left_ptr, right_ptr, size, RIDGE: tl.constexpr, 
     tl.store(solution_ptr + system * size + i, (right / diagonal).to(tl.float32), mask=i < size)
 
 
-@triton.jit
+@jit_for_any_rows
 def _equations_kernel(
     left_ptr, right_ptr, units_ptr, errors_ptr, hessian_ptr, num_rows, num_columns, kind_stride, expert_stride,
     row_stride,

@@ -7,12 +7,11 @@ and all trials are judged in registers, each trial by error feedback within the 
 from functools import cache
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from dynquant.encoding.search import column_kernels
-from dynquant.encoding.search.codeword_kernels import group_of, nearest, times, with_group
+from dynquant.encoding.search.codeword_kernels import group_of, jit_for_any_rows, nearest, times, with_group
 from dynquant.encoding.search.column_kernels import inverse_of, product
 from dynquant.encoding.search.layouts import Fields
 from dynquant.encoding.search.rows import Rows
@@ -76,7 +75,7 @@ def _trials(has_minimums: bool, flips: bool, device: torch.device) -> Tensor:
     return torch.tensor(trials, dtype=torch.int32, device=device)
 
 
-@triton.jit
+@jit_for_any_rows
 def _descend_scales_kernel(
     errors_ptr, values_ptr, scales_ptr, mins_ptr, shifts_ptr, hessian_ptr, inverse_ptr, factor_ptr, relative_ptr,
     metric_ptr, multipliers_ptr, steps_ptr, x_ptr, d_ptr, dmin_ptr, num_rows, num_columns,
