@@ -1,4 +1,4 @@
-"""The `dynquant` encoder: better blocks for the same bytes, in PyTorch, on a CPU or, with Triton's help, on a GPU.
+"""The `dynquant` encoder: better blocks for the same bytes, in compiled loops on a CPU, with Triton on a GPU.
 
 With a hessian (second moments of the layer's input) each row loses little in e H eᵀ: scales are fitted on the
 diagonal, codewords found with error feedback, super-block scales refitted, and everything visited once more by

@@ -28,7 +28,7 @@ def correlated(experts: int, columns: int) -> torch.Tensor:
 
 @numba.njit
 def search_words(book, y, metric, work, out):
-    words.nearest(book, y, metric, y.shape[1], False, work, out)
+    words.nearest(book, y, metric, np.ones(y.shape[1], np.bool_), False, work, out)
 
 
 @pytest.mark.parametrize("name", [name for name, layout in LAYOUTS.items() if layout.codebook.group == 8])

@@ -62,7 +62,7 @@ def decoded(spread, values):
 
 
 @inner
-def feed_block(links, book, x, at, n, pending, loss, spread, count, work, found):
+def feed_block(links, book, x, at, n, pending, loss, spread, active, work, found):
     """Round `n` columns from `at` on; `pending` [n, ROWS] is the feedback of earlier ones, and is used up.
 
     `loss`: the factor, the inverses of its groups, the metric. `found`: values and errors, of all columns, are written,
@@ -87,7 +87,7 @@ def feed_block(links, book, x, at, n, pending, loss, spread, count, work, found)
                     for t in range(ROWS):
                         y[j, t] += inverse[i, j] * pending[c + i, t]
         to_codewords(spread, first, y)
-        nearest_of(links, (book, y, metric[first : first + group], count, False, work, values[first : first + group]))
+        nearest_of(links, (book, y, metric[first : first + group], active, False, work, values[first : first + group]))
         decode(spread, first, values[first : first + group], y)
         for j in range(group):
             for t in range(ROWS):
@@ -113,7 +113,7 @@ def _feed_examples() -> tuple[Any, ...]:
     square, spread = np.zeros((1, 1), np.float32), (tile, tile, tile, tile, 1, 1)
     links, work = (0,) * NUM_LINKS, workspace(book)
     loss, found = (square, square[None], square[0]), (tile, tile, tile[0])
-    return links, book, tile, 0, 1, tile, loss, spread, 1, work, found
+    return links, book, tile, 0, 1, tile, loss, spread, np.ones(ROWS, np.bool_), work, found
 
 
 linked_feed_block = Linked(feed_block, 3, _feed_examples)
@@ -121,7 +121,7 @@ feed_block_of = linked_feed_block.call
 
 
 @compiled
-def feed_back(links, book, x, loss, transposed, spread, count, values):
+def feed_back(links, book, x, loss, transposed, spread, active, values):
     """Write the values of one pass of error feedback; `loss` as for `feed_block`, `transposed` is the factor's."""
     work, columns = workspace(book), x.shape[0]
     errors, losses = np.empty_like(x), np.zeros(ROWS, np.float32)
@@ -130,7 +130,7 @@ def feed_back(links, book, x, loss, transposed, spread, count, values):
         pending = np.zeros((_CHUNK, ROWS), np.float32)
         product_of(links, (pending, transposed, errors, start, stop, 0, start, start, 0))
         found = values, errors, losses
-        feed_block_of(links, (links, book, x, start, stop - start, pending, loss, spread, count, work, found))
+        feed_block_of(links, (links, book, x, start, stop - start, pending, loss, spread, active, work, found))
 
 
 @compiled
@@ -146,7 +146,7 @@ def slopes(links, x, spread, values, hessian):
 
 
 @compiled
-def descend(links, book, loss, spread, count, slope, values, is_last):
+def descend(links, book, loss, spread, active, slope, values, is_last):
     """Visit every group once. `slope` follows, but for columns already passed where this is the last visit.
 
     `loss`: the hessian, the inverses of its groups, its diagonal.
@@ -173,7 +173,7 @@ def descend(links, book, loss, spread, count, slope, values, is_last):
                         for t in range(ROWS):
                             y[j, t] += inverse[i, j] * near[c + i, t]
             to_codewords(spread, first, y)
-            nearest_of(links, (book, y, diagonal[first : first + group], count, False, work, new))
+            nearest_of(links, (book, y, diagonal[first : first + group], active, False, work, new))
             _step(hessian, spread, first, near[c : c + group], values[first : first + group], new, y)
             for j in range(group):
                 for t in range(ROWS):

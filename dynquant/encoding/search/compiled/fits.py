@@ -25,7 +25,7 @@ def _inverse(a):
 
 
 @inner
-def search_block(links, book, x, metric, first, width, a, b, run, is_scan, count, room, found):
+def search_block(links, book, x, metric, first, width, a, b, run, is_scan, active, room, found):
     """Find values [width, ROWS] and shifts [runs, ROWS] of one sub-block under scales `a`, minimums `b` [1 or 0, ROWS].
 
     `found` are these and their weighted squared error [ROWS]. `run` is 0 for types without shifts.
@@ -51,7 +51,7 @@ def search_block(links, book, x, metric, first, width, a, b, run, is_scan, count
                         y[j, t] = x[first + c + j, t]
                 to_codewords(spread, 0, y)
                 found = tried[c - start : c - start + group]
-                nearest_of(links, (book, y, metric[first + c : first + c + group], count, is_scan, work, found))
+                nearest_of(links, (book, y, metric[first + c : first + c + group], active, is_scan, work, found))
                 decode(spread, 0, found, y)
                 for j in range(group):
                     weight = metric[first + c + j]
@@ -82,7 +82,21 @@ def _room(book, width):
 def _search_examples() -> tuple[Any, ...]:
     book, tile = as_arrays(Integers(0, 1)), np.zeros((1, ROWS), np.float32)
     links = (0,) * NUM_LINKS
-    return links, book, tile, tile[0], 0, 1, tile, tile, 0, False, 1, _room(book, 1), (tile, tile, tile[0])
+    return (
+        links,
+        book,
+        tile,
+        tile[0],
+        0,
+        1,
+        tile,
+        tile,
+        0,
+        False,
+        np.ones(ROWS, np.bool_),
+        _room(book, 1),
+        (tile, tile, tile[0]),
+    )
 
 
 linked_search_block = Linked(search_block, 4, _search_examples)
@@ -90,7 +104,7 @@ search_block_of = linked_search_block.call
 
 
 @compiled
-def fit_scales(links, book, x, metric, width, run, fractions, count):
+def fit_scales(links, book, x, metric, width, run, fractions, active):
     """Free scales [S, ROWS] of types without minimums, and what a unit of squared difference from them costs.
 
     `fractions` are the scales to try, as shares of a sub-block's largest magnitude.
@@ -121,7 +135,7 @@ def fit_scales(links, book, x, metric, width, run, fractions, count):
                 _add_moments(x, metric, first, width, book[2], book[3], a[0], moment, square)
             else:
                 found = values, shifts, error
-                search_block_of(links, (links, book, x, metric, first, width, a, none, run, True, count, room, found))
+                search_block_of(links, (links, book, x, metric, first, width, a, none, run, True, active, room, found))
                 for c in range(width):
                     weight = metric[first + c]
                     for t in range(ROWS):
@@ -326,8 +340,11 @@ def _stored(scale, unit, is_never_zero):
 
 
 @compiled
-def search(links, book, x, metric, a, b, widths, count):
-    """Values [C, ROWS], shifts [C / run, ROWS] and errors of super-blocks [B, ROWS] under scales [S, ROWS]."""
+def search(links, book, x, metric, a, b, widths, active):
+    """Values [C, ROWS], shifts [C / run, ROWS] and errors of super-blocks [B, ROWS] under scales [S, ROWS].
+
+    What is found in super-blocks that are not `active` [B, ROWS] means nothing.
+    """
     super_block, width, run = widths
     room = _room(book, width)
     values, error = np.zeros_like(x), np.empty(ROWS, np.float32)
@@ -337,18 +354,21 @@ def search(links, book, x, metric, a, b, widths, count):
     for s in range(a.shape[0]):
         first = s * width
         found = values[first : first + width], shifts[s * runs : (s + 1) * runs], error
-        here_a, here_b = a[s : s + 1], b[s : s + 1]
-        search_block_of(links, (links, book, x, metric, first, width, here_a, here_b, run, False, count, room, found))
+        here_a, here_b, here_active = a[s : s + 1], b[s : s + 1], active[first // super_block]
+        search_block_of(
+            links, (links, book, x, metric, first, width, here_a, here_b, run, False, here_active, room, found)
+        )
         for t in range(ROWS):
             errors[first // super_block, t] += error[t]
     return values, shifts, errors
 
 
 @compiled
-def neighbours(links, book, x, metric, layout, fields, values, count):
+def neighbours(links, book, x, metric, layout, fields, values, active):
     """Try the scale code below and above (and minimums likewise) in every sub-block, with a full search each.
 
     `layout` and `fields`, which are changed, as for `trials.descend_scales`, but with shifts in place of offsets.
+    What is found in super-blocks that are not `active` [B, ROWS] means nothing.
     """
     multipliers, num_mins, super_block, width, run = layout
     d, dmin, scales, mins, shifts = fields
@@ -375,7 +395,7 @@ def neighbours(links, book, x, metric, layout, fields, values, count):
                     codes[1, t] = min(max(mins[s, t] + min_step, 0), num_mins - 1)
             _set_scales(multipliers, d[block], dmin, block, codes, a, b)
             found = tried, tried_shifts, error
-            search_block_of(links, (links, book, x, metric, first, width, a, b, run, False, count, room, found))
+            search_block_of(links, (links, book, x, metric, first, width, a, b, run, False, active[block], room, found))
             for t in range(ROWS):
                 if error[t] < least[t]:
                     least[t], codes[2, t], codes[3, t] = error[t], codes[0, t], codes[1, t]

@@ -168,11 +168,12 @@ class _Tile:
 
     def __init__(self, rows: Rows, loss: TileLoss, expert: int, part: slice) -> None:
         self._layout, self._loss = rows.layout, loss
-        self._count = part.stop - part.start
+        count = part.stop - part.start
+        self._active = np.arange(ROWS) < count
         self._x = np.zeros((rows.x.shape[-1], ROWS), np.float32)
-        self._x[:, : self._count] = rows.x[expert, part].numpy().T
+        self._x[:, :count] = rows.x[expert, part].numpy().T
         self._unit = np.ones(ROWS, np.float32)
-        self._unit[: self._count] = rows.unit[expert, part, 0].numpy()
+        self._unit[:count] = rows.unit[expert, part, 0].numpy()
         self._book, self._links = _book(rows.layout.codebook), _links()
         self._multipliers = np.array(rows.layout.multipliers, np.float32)
 
@@ -185,7 +186,7 @@ class _Tile:
         fields, _ = self._fit(candidates=8 if is_scalar else 4, rounds=1 if is_scalar else 0)
         values = np.zeros_like(self._x)
         spread, of_factor = self._spread(fields), (loss.factor, loss.inverses, loss.group_metric)
-        columns.feed_back(self._links, self._book, self._x, of_factor, loss.transposed, spread, self._count, values)
+        columns.feed_back(self._links, self._book, self._x, of_factor, loss.transposed, spread, self._active, values)
         slope = columns.slopes(self._links, self._x, spread, values, loss.hessian)
         fields = self._refit_all(fields, values, slope)
         self._descend(fields, values, slope)
@@ -198,13 +199,13 @@ class _Tile:
     def _descend(self, fields: _Fields, values: Array, slope: Array, *, is_last: bool = False) -> None:
         loss, spread = self._loss, self._spread(fields)
         of_hessian = loss.hessian, loss.solvers, loss.metric
-        columns.descend(self._links, self._book, of_hessian, spread, self._count, slope, values, is_last)
+        columns.descend(self._links, self._book, of_hessian, spread, self._active, slope, values, is_last)
 
     def _descend_scales(self, fields: _Fields, values: Array, slope: Array) -> _Fields:
         fields, offsets = fields.copy(), fields.shifts * np.float32(SHIFT)
         loss = self._loss.hessian, *self._loss.sub_blocks
         changed = fields.d, fields.dmin, fields.scales, fields.mins, offsets
-        trials.descend_scales(self._links, self._book, self._plan, loss, changed, self._count, slope, values)
+        trials.descend_scales(self._links, self._book, self._plan, loss, changed, self._active, slope, values)
         return replace(fields, shifts=offsets / np.float32(SHIFT))
 
     @property
@@ -275,34 +276,36 @@ class _Tile:
         fields = (self._fit_affine if self._layout.num_mins else self._fit_scales)(candidates)
         if not rounds and not self._layout.shift_width:
             return fields, self._x
-        fields, values, least = self._search(fields)
+        # A super-block that a round does not improve would go through the next one as it did through this.
+        active = np.tile(self._active, (len(fields.d), 1))
+        fields, values, least = self._search(fields, active)
         for _ in range(rounds):
-            trial, trial_values = self._neighbours(fields, values)
-            trial, trial_values, error = self._search(self._refit(trial, trial_values))
-            better = error < least
-            if not better[:, : self._count].any():
+            trial, trial_values = self._neighbours(fields, values, active)
+            trial, trial_values, error = self._search(self._refit(trial, trial_values), active)
+            active &= error < least
+            if not active.any():
                 break
 
-            def merged(new: Array, old: Array, better: Array = better) -> Array:
+            def merged(new: Array, old: Array, better: Array = active) -> Array:
                 return np.where(better.repeat(len(new) // len(better), axis=0), new, old) if len(new) else new
 
             fields = _Fields(*map(merged, vars(trial).values(), vars(fields).values()))
-            values, least = merged(trial_values, values), np.where(better, error, least)
+            values, least = merged(trial_values, values), np.where(active, error, least)
         return fields, values
 
-    def _search(self, fields: _Fields) -> tuple[_Fields, Array, Array]:
+    def _search(self, fields: _Fields, active: Array) -> tuple[_Fields, Array, Array]:
         """The fields with the better shifts, the nearest values, and the error of each super-block."""
         a, b, metric = self._scales(fields), self._minimums(fields), self._loss.metric
-        found = fits.search(self._links, self._book, self._x, metric, a, b, self._widths, self._count)
+        found = fits.search(self._links, self._book, self._x, metric, a, b, self._widths, active)
         values, shifts, errors = found
         return replace(fields, shifts=shifts), values, errors
 
-    def _neighbours(self, fields: _Fields, values: Array) -> tuple[_Fields, Array]:
+    def _neighbours(self, fields: _Fields, values: Array, active: Array) -> tuple[_Fields, Array]:
         if len(self._multipliers) == 1:
             return fields, values
         fields, values = fields.copy(), values.copy()
         changed, metric = (fields.d, fields.dmin, fields.scales, fields.mins, fields.shifts), self._loss.metric
-        fits.neighbours(self._links, self._book, self._x, metric, self._plan, changed, values, self._count)
+        fits.neighbours(self._links, self._book, self._x, metric, self._plan, changed, values, active)
         return fields, values
 
     def _refit(self, fields: _Fields, values: Array) -> _Fields:
@@ -329,7 +332,7 @@ class _Tile:
             fractions = np.stack((fractions, -fractions), axis=1).ravel()
         _, width, run = self._widths
         free, curvature = fits.fit_scales(
-            self._links, self._book, self._x, self._loss.metric, width, run, fractions, self._count
+            self._links, self._book, self._x, self._loss.metric, width, run, fractions, self._active
         )
         shifts = np.ones((len(self._x) // run, ROWS), np.float32) if run else _NONE
         return _Fields(*self._round_scales(free, curvature), shifts, _NONE, _NONE.astype(np.int32))

@@ -12,7 +12,7 @@ _ZERO, _ONE = np.float32(0), np.float32(1)
 
 
 @compiled
-def descend_scales(links, book, layout, loss, fields, count, slope, values):
+def descend_scales(links, book, layout, loss, fields, active, slope, values):
     """Change fields and values where that lowers the loss; `slope` follows.
 
     `layout`: multipliers, number of minimums, widths of a super-block, a sub-block and a run of one offset. `loss`: the
@@ -63,7 +63,7 @@ def descend_scales(links, book, layout, loss, fields, count, slope, values):
                 spread = _spread(multipliers, width, run, d[block], dmin, block, codes, tried_offsets)
                 pending = np.zeros((width, ROWS), np.float32)
                 here_loss, found = (factors[s], inverses[s], metric[s]), (tried, errors, losses)
-                feed_block_of(links, (links, book, target, 0, width, pending, here_loss, spread, count, work, found))
+                feed_block_of(links, (links, book, target, 0, width, pending, here_loss, spread, active, work, found))
                 for t in range(ROWS):
                     if losses[t] < least[t]:
                         least[t], flips[t] = losses[t], trial == 5

@@ -59,10 +59,11 @@ def workspace(book):
 
 
 @inner
-def nearest(book, y, metric, count, is_scan, work, out):
-    """Write the values nearest to the first `count` rows of `y` [group, ROWS] under `metric` [group].
+def nearest(book, y, metric, active, is_scan, work, out):
+    """Write the values nearest to `y` [group, ROWS] under `metric` [group].
 
-    A scan finds values faster that are good enough to choose a scale by, as `Codebook.scan` does.
+    Rows that are not `active` [ROWS] may be left out. A scan finds values faster that are good enough to choose a scale
+    by, as `Codebook.scan` does.
     """
     kind = book[0]
     if kind == INTEGERS or (kind == _TERNARY and is_scan):
@@ -82,11 +83,11 @@ def nearest(book, y, metric, count, is_scan, work, out):
             for t in range(ROWS):
                 out[0, t] = level if y[0, t] > middle else out[0, t]
     else:
-        _nearest_words(book, y, metric, count, is_scan, work, out)
+        _nearest_words(book, y, metric, active, is_scan, work, out)
 
 
 @inner
-def _nearest_words(book, y, metric, count, is_scan, work, out):
+def _nearest_words(book, y, metric, active, is_scan, work, out):
     magnitudes, numbers, odd, norms, scores, lanes, p, costs, changes = work
     words, index = book[6], book[8]
     width = words.shape[1]
@@ -95,7 +96,9 @@ def _nearest_words(book, y, metric, count, is_scan, work, out):
     has_parity = book[9] == 1 and not is_scan
     is_dense = width == 8 and index.shape[0] < _DENSE * words.shape[0] * _LANES
     has_norms = False
-    for t in range(count):
+    for t in range(ROWS):
+        if not active[t]:
+            continue
         is_odd = has_parity and odd[t] == 1
         if not has_norms and (is_odd or index[numbers[0, t]] < 0 or index[numbers[parts - 1, t]] < 0):
             _set_norms(book[7], metric, norms)
@@ -294,7 +297,7 @@ def _where_lowest(scores, lanes):
 
 def _examples() -> tuple[Any, ...]:
     book, line = as_arrays(Integers(0, 1)), np.zeros((1, ROWS), np.float32)
-    return book, line, line[0], 1, False, workspace(book), line
+    return book, line, line[0], np.ones(ROWS, np.bool_), False, workspace(book), line
 
 
 linked_nearest = Linked(nearest, 0, _examples)
