@@ -66,6 +66,7 @@ class DynquantEncoder(Encoder):
         if self.device.type == "cpu":
             return
         weights, hessian = torch.randn(_TRIAL, generator=torch.Generator().manual_seed(0)), torch.eye(_TRIAL[1])
+        upper_factor(hessian.to(self.device))  # PyTorch loads its linear algebra at the first use, which must be one
         searched = [quant_type for quant_type in quant_types if quant_type.name in LAYOUTS]
         deque(side_by_side(lambda each: self.encode(each, weights, hessian=hessian[None]), searched), maxlen=0)
 
