@@ -98,7 +98,8 @@ def _measured(
 ) -> ErrorTable:
     """Write the table, with the rows of `earlier` for other types."""
     types, encoder = [quant_type(name) for name in options.types or DEFAULT_TYPES], meter.encoder
-    encoder.prepare(types)
+    with session.stage("Kernels that were compiled are kept.") as progress:
+        encoder.prepare(types, progress)
     names = [each.name for each in types]
     identity = {
         "encoder": f"{encoder.name} {encoder_version(encoder)} {encoder.device.type}",

@@ -8,7 +8,6 @@ and rows are independent, so they are processed together in batches that fit in 
 Types that this encoder does not search (floats, Q8_0, the 32-wide Q4_0 to Q5_1 and IQ4_NL, NVFP4) are ggml's.
 """
 
-from collections import deque
 from collections.abc import Iterable, Iterator
 from threading import Lock
 from typing import ClassVar
@@ -29,6 +28,7 @@ from dynquant.encoding.search.rows import Rows
 from dynquant.encoding.search.scales import fit
 from dynquant.errors import EncodeError
 from dynquant.formats.quant_types import QuantType
+from dynquant.session import Progress, ignore_progress
 from dynquant.workers import share, side_by_side
 
 _CPU_WEIGHTS = 1 << 18
@@ -61,14 +61,16 @@ class DynquantEncoder(Encoder):
         self._factored = WeakTensorKeyDictionary()
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
-    def prepare(self, quant_types: Iterable[QuantType]) -> None:
-        """Compile the kernels that a GPU searches blocks of these types with, side by side; a CPU has them on disk."""
+    def prepare(self, quant_types: Iterable[QuantType], progress: Progress = ignore_progress) -> None:
+        """Compile the kernels that a GPU searches blocks of these types with, side by side; Triton keeps them."""
         if self.device.type == "cpu":
             return
         weights, hessian = torch.randn(_TRIAL, generator=torch.Generator().manual_seed(0)), torch.eye(_TRIAL[1])
         upper_factor(hessian.to(self.device))  # PyTorch loads its linear algebra at the first use, which must be one
         searched = [quant_type for quant_type in quant_types if quant_type.name in LAYOUTS]
-        deque(side_by_side(lambda each: self.encode(each, weights, hessian=hessian[None]), searched), maxlen=0)
+        packed = side_by_side(lambda each: self.encode(each, weights, hessian=hessian[None]), searched)
+        for done, _ in enumerate(packed, 1):
+            progress("compiling kernels", done, len(searched), unit="types")
 
     def encode_stack(self, request: Request) -> Tensor:
         """Search the blocks of batches of experts and rows, and then those of rows with a protected scalar again."""

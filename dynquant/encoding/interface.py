@@ -14,6 +14,7 @@ import torch
 
 from dynquant.errors import EncodeError
 from dynquant.formats.quant_types import QuantType
+from dynquant.session import Progress, ignore_progress
 
 RowsDone = Callable[[int], None]
 """Called with the number of weights that were encoded since the last call."""
@@ -102,7 +103,7 @@ class Encoder(ABC):
         packed = self.encode_stack(request)
         return packed.view(*weights.shape[:-1], packed.shape[-1])
 
-    def prepare(self, quant_types: Iterable[QuantType]) -> None:  # noqa: B027
+    def prepare(self, quant_types: Iterable[QuantType], progress: Progress = ignore_progress) -> None:  # noqa: B027
         """Do now what the first blocks of each type would wait for; most encoders have nothing to do."""
 
     @abstractmethod
