@@ -296,6 +296,7 @@ def build_error_table(
             errors = _errors_of(joined, meter.stats.input_of(name), prod(tensor.shape[:-2]))
             rows[name].append(_row(tensor, candidate, candidate_types, errors))
     in_order = (row for name in formats for row in rows[name])
+    checksums = {name: checksums[name] for name in formats if name in checksums}  # workers are done in any order
     origin = {"stats_hash": stats_hash, "checksums": checksums, **meter.origin}
     return _table_of(meter.model, in_order, type_names, **origin)
 

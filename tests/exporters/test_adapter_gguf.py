@@ -93,8 +93,9 @@ def test_llama_cpp_adds_what_peft_adds(name, tmp_path, tiny_text):
     assert mean_kl(off, on) > 0.01
     assert mean_kl(off, llama_logits(base)) < limit
     assert mean_kl(on, llama_logits(base, exported)) < limit
-    # With packed weights llama.cpp rounds activations to 8 bits, with or without an adapter.
-    assert mean_kl(on, llama_logits(file, exported)) < 2e-2
+    # With packed weights llama.cpp rounds activations to 8 bits, with or without an adapter; a random router then sends
+    # some tokens to other experts.
+    assert mean_kl(on, llama_logits(file, exported)) < (1e-1 if name == "mixtral" else 2e-2)
 
 
 def test_the_small_moe_and_its_base_from_a_directory(packed_moe, tmp_path):

@@ -53,7 +53,7 @@ def test_bytes_are_those_of_the_plain_form(name, has_hessian):
     metric = hessian if has_hessian else torch.diag_embed(importance)
     errors = [weights - decode(name, packed) for packed in (ours, plain)]
     here, there = (float(((e @ metric) * e).sum()) for e in errors)
-    assert here <= there * (1 + 1e-3)
+    assert here <= there * (1 + 5e-3)  # a choice more or less moves the sum of so few rows by that
 
 
 @pytest.mark.parametrize("name", ["IQ2_XS", "Q4_K"])
