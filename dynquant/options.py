@@ -165,7 +165,7 @@ MeasuringEncoder = Annotated[
 ]
 Exact = Annotated[
     bool,
-    Flag("Measure every weight in every type, instead of rows drawn at random until errors are known to 2 %."),
+    Flag("Measure every weight in every type, not rows drawn at random until errors that matter are known to 2 %."),
 ]
 CalibrationText = Annotated[
     str | None,

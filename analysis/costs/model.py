@@ -2,10 +2,10 @@
 
 Calibration: 2 operations for each weight that a token meets, at the machine's matmul speed for that width; 4 for each
 pair of token and channel in attention; 2 C² a token for second moments of C channels; and a measured time for every
-channel that goes in or out of a linear layer. A backward pass triples the first two. Error table and export: weights
-over the measured speed of each type. Sensitivities: the products of a calibration once forward and once back, those of
-the head too, and a forward pass in search of super weights. Reading is added where it is not hidden behind the work.
-One process on the CPU.
+channel that goes in or out of a linear layer. A backward pass triples the first two. Export: weights over the measured
+speed of each type; error table: one look at every weight, and drawn rows at such a speed. Sensitivities: the products
+of a calibration once forward and once back, those of the head too, and a forward pass in search of super weights.
+Reading is added where it is not hidden behind the work. One process on the CPU.
 
 Within a memory limit the model is streamed, see `streamed_cost`: every pass reads the checkpoint, experts that have no
 room are read for every batch, and a backward pass runs each layer a second time.

@@ -176,7 +176,9 @@ def _provenance(results: PlanResults) -> str:
         "Error table hash": plan.errors_hash or "none",
     }
     if table is not None:
-        facts["Error table"] = f"{len(table.rows):,} rows, encoder {table.encoder}, dynquant {table.tool_version}"
+        drawn = "" if table.seed is None else f", from rows drawn with seed {table.seed}"
+        entries = f"{len(table.rows):,} entries{drawn}"
+        facts["Error table"] = f"{entries}, encoder {table.encoder}, dynquant {table.tool_version}"
         facts["Statistics hash in the error table"] = table.stats_hash
     if stats is not None:
         text = stats.provenance

@@ -3,7 +3,8 @@
 Prompts, continuations and their tokenization are those of lm-evaluation-harness 0.4 (`mmlu` and `mmlu_continuation`):
 the letter format lists the choices and scores " A" to " D"; the cloze format shows no choices and scores each choice's
 own text, divided by its length in UTF-8 bytes. The keys and values of the few-shot prefix that a subject's questions
-share are computed once. Generated answers and chat templates are left out.
+share are computed once, and several questions may run together (`runners`). Generated answers and chat templates are
+left out.
 """
 
 from collections.abc import Callable, Sequence

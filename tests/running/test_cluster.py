@@ -92,6 +92,7 @@ def test_a_node_that_dies_half_way_changes_no_byte(cluster, pool, moe, plan, loc
     assert not doomed and path.read_bytes() == local
 
 
+@pytest.mark.nightly
 def test_workers_sum_the_weights_that_they_encode_and_the_command_compares_them(pool, moe):
     name = next(name for name in moe.source.names() if name.endswith("ffn_down_exps.weight"))
     shape = tuple(moe.source.info(name).shape)

@@ -251,6 +251,7 @@ print(len(seen), max(seen) - seen[len(seen) // 8])
 """
 
 
+@pytest.mark.nightly
 def test_memory_does_not_grow_with_the_number_of_parts():
     done = subprocess.run([sys.executable, "-c", _LARGE], capture_output=True, text=True, check=True, cwd="/")
     steps, growth = map(int, done.stdout.split())
