@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from threading import Lock
 from typing import ClassVar
 
+import numba
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -60,6 +61,11 @@ class DynquantEncoder(Encoder):
         self._is_plain = is_plain
         self._factored = WeakTensorKeyDictionary()
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if self.device.type == "cpu" and not is_plain and numba.config.DISABLE_JIT:
+            raise EncodeError(
+                "NUMBA_DISABLE_JIT is set, but dynquant's encoder on a CPU is compiled by numba. Unset it, or give "
+                "--encoder ggml."
+            )
 
     def prepare(self, quant_types: Iterable[QuantType], progress: Progress = ignore_progress) -> None:
         """Compile the kernels that a GPU searches blocks of these types with, side by side; Triton keeps them."""

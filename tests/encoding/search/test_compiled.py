@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from dynquant.encoding.dynquant_encoder import DynquantEncoder
-from dynquant.encoding.search.compiled import words
+from dynquant.encoding.search.compiled import jit, words
 from dynquant.encoding.search.compiled.jit import ROWS
 from dynquant.encoding.search.layouts import LAYOUTS
+from dynquant.errors import EncodeError
 from dynquant.formats import decode
 from dynquant.formats.quant_types import QUANT_TYPES
 from tests.helpers.representatives import represented_by
@@ -63,3 +64,25 @@ def test_neither_threads_nor_batches_change_a_byte(name):
     assert torch.equal(COMPILED.encode(QUANT_TYPES[name], weights, threads=3, hessian=hessian), whole)
     parts = [COMPILED.encode(QUANT_TYPES[name], part, hessian=hessian) for part in weights.split(11, dim=1)]
     assert torch.equal(torch.cat(parts, dim=1), whole)
+
+
+def test_numba_that_compiles_nothing_is_refused(monkeypatch):
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    with pytest.raises(EncodeError, match="NUMBA_DISABLE_JIT is set"):
+        DynquantEncoder("cpu")
+
+
+def test_compiled_code_that_has_no_room_on_disk_stops_nothing(monkeypatch):
+    saved = []
+
+    def save(cache, *_):
+        saved.append(cache)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("numba.core.caching.FunctionCache.save_overload", save)
+    doubled = jit.compiled(_doubled)
+    assert doubled(3) == 6 and saved
+
+
+def _doubled(x):
+    return 2 * x

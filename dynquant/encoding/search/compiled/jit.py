@@ -6,6 +6,7 @@ stand in a batch; only where it is said may a product and a sum be one instructi
 
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,18 @@ def _jit(function: Callable[..., Any], **options: Any) -> Any:
     function.__qualname__ += _MARK
     build = partial(numba.njit, nogil=True, error_model="numpy", no_cfunc_wrapper=True, **options)
     try:
-        return build(cache=True)(function)
+        kept = build(cache=True)(function)
     except RuntimeError:  # nowhere to write: neither beside the source nor in the user's cache
         return build()(function)
+    if not numba.config.DISABLE_JIT:
+        kept._cache.save_overload = partial(_save_where_possible, kept._cache.save_overload)
+    return kept
+
+
+def _save_where_possible(save: Callable[..., None], *compiled_code: Any) -> None:
+    """Keep compiled code, unless the disk is full: the next run compiles again."""
+    with suppress(OSError):
+        save(*compiled_code)
 
 
 class Linked:
