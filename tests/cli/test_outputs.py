@@ -109,6 +109,7 @@ def test_what_is_read_is_never_overwritten(arguments, model, tmp_path):
     assert contents(tmp_path) == before
 
 
+@pytest.mark.nightly
 def test_files_beside_what_is_read_may_be_written_and_written_again(model, tmp_path):
     for _ in range(2):
         succeed("calibrate", model, "--tokens", 600, "--window", 64, "-o", model / "stats.safetensors")

@@ -134,6 +134,7 @@ def test_other_second_moments_are_another_store(model, calibrated, tmp_path):
     assert len(places) == 3
 
 
+@pytest.mark.nightly
 def test_streamed_gradients_are_those_of_the_whole_backward_pass(model, table, store, windows):
     hf_model = load_hf(model)
     costs = fisher_probe(hf_model, store, table, windows[:2])

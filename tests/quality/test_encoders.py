@@ -171,6 +171,7 @@ def test_super_weights_beside_the_plan_keep_their_value(small_moe, calibrated, p
     assert torch.equal(kept[others], before[others])
 
 
+@pytest.mark.nightly
 def test_tune_improves_any_file(small_moe, files, tmp_path):
     options = ("--reference", small_moe, "--tokens", TUNE_TOKENS)
     said = succeed("tune", files["ggml"], *options, "-o", tmp_path / "tuned.gguf")

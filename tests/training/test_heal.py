@@ -166,6 +166,7 @@ def test_the_original_is_not_loaded_when_all_that_it_said_is_cached(crushed, cac
     assert report.steps == 1
 
 
+@pytest.mark.nightly
 def test_training_stops_when_the_held_out_kl_stops_falling(crushed, cache, tmp_path):
     reckless = TrainOptions(rank=8, learning_rate=1.0, max_steps=8, batch_size=4, evaluations=8, patience=2)
     report = run(crushed, cache, tmp_path / "adapter", reckless)
@@ -214,6 +215,7 @@ def test_samples_follow_the_originals_distribution(crushed, tmp_path):
     assert torch.equal(sampled_windows(crushed.original, text, 400, tmp_path, seed=0, **sample), windows)
 
 
+@pytest.mark.nightly
 def test_without_a_text_the_part_that_was_kept_apart_is_measured_on(crushed, cache, tmp_path):
     report = run(crushed, cache, tmp_path / "adapter", ONE_STEP, text=[])
     assert report.changes[0].name == "KL, held_out.txt"
