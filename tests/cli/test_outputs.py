@@ -163,7 +163,8 @@ def test_two_exports_to_one_name_leave_one_whole_file(small_moe, tmp_path):
     succeed(*arguments, alone)
     first = subprocess.Popen(command(*arguments, both), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/")
     try:
-        while not (both.parent / ".model.gguf.lock").is_file():
+        lock = both.parent / ".model.gguf.lock"
+        while not (lock.is_file() and lock.stat().st_size):  # its owner's name is written once the lock is taken
             assert first.poll() is None
             time.sleep(0.01)
         os.kill(first.pid, signal.SIGSTOP)
