@@ -195,7 +195,7 @@ class ErrorMeter(Meter):
                     sums.append(torch.zeros_like(energies[-1]))
                     continue
                 options = {} if hessian is None or QUANT_TYPES[name].is_float else {"hessian": metric}
-                packed = self.encoder.encode(QUANT_TYPES[name], rows, scale, self.threads, name=part.name, **options)
+                packed = self.encoder.encode(QUANT_TYPES[name], here, scale, self.threads, name=part.name, **options)
                 decoded = decode(name, packed.to(self.device), tuple(rows.shape))
                 sums.append(row_sums(here - decoded, metric, samples).cpu())
         return torch.cat(energies, 1), {name: torch.cat(sums, 1) for name, sums in lost.items()}

@@ -121,10 +121,11 @@ class DynquantEncoder(Encoder):
         return packed
 
     def _factors_of(self, hessian: Tensor) -> tuple[Tensor, Tensor]:
-        """Return `_factors` of a hessian; they are kept as long as the caller keeps it, who may ask for other types."""
+        """Return a hessian normalized, and its factor: as long as the caller keeps it, who may ask for other types."""
         version, factors = self._factored.get(hessian, (-1, None))
         if factors is None or version != hessian._version:
-            factors = _factors(_normalized(hessian, self.device))
+            normalized = _normalized(hessian, self.device)
+            factors = normalized, upper_factor(normalized)
             self._factored[hessian] = hessian._version, factors
         return factors
 
@@ -200,7 +201,7 @@ def loss_under(
         h = _normalized(hessian, device)
         if protected_column is not None:
             h[:, protected_column, protected_column] += _PROTECTED
-        return _loss_of(shape, *_factors(h))
+        return _loss_of(shape, h, upper_factor(h))
     metric = torch.ones(num_experts, columns) if importance is None else importance.clone()
     metric = (metric / metric.mean(-1, keepdim=True)).to(device)  # a factor on the loss chooses nothing else
     if protected_column is not None:
@@ -212,11 +213,6 @@ def _normalized(hessian: Tensor, device: torch.device) -> Tensor:
     """The hessian in float32 on a device, with a mean of 1 along its diagonal."""
     h = _moved(hessian, device)
     return h / h.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-
-
-def _factors(hessian: Tensor) -> tuple[Tensor, Tensor]:
-    """A normalized hessian and its upper factor."""
-    return hessian, upper_factor(hessian)
 
 
 def _loss_of(shape: tuple[int, ...], hessian: Tensor, factor: Tensor) -> Loss:

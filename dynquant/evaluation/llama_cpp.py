@@ -24,7 +24,7 @@ import torch
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.errors import CheckpointError, EvaluationError
 from dynquant.families.complete_gguf import check_complete, check_loads
-from dynquant.inputs.branches import Branches
+from dynquant.inputs.branches import Branches, neighbours_that
 from dynquant.inputs.model_inputs import Batch
 from dynquant.inputs.questions import MAX_CHOICES
 from dynquant.resources import count_mapped_files, usable_cores
@@ -210,16 +210,7 @@ class LlamaCppRunner:
 
     def scored_logits(self, batches: Iterable[Batch]) -> Iterator[torch.Tensor]:
         windows = [(batch.ids[0].tolist(), set(batch.scored.tolist())) for batch in batches]
-        parts, start = [], 0
-        while start < len(windows):
-            stop, num_tokens = start + 1, len(windows[start][0])
-            while stop < len(windows) and not self._has_state and stop - start < _SEQUENCES:
-                num_tokens += len(windows[stop][0])
-                if num_tokens > _PACKED_TOKENS:
-                    break
-                stop += 1
-            parts.append(windows[start:stop])
-            start = stop
+        parts = list(neighbours_that(self._share_a_batch, windows))
         runners = self._for_parts(parts)
         idle = deque(runners)  # threads take from it and put back, one at a time
 
@@ -240,6 +231,10 @@ class LlamaCppRunner:
         finally:
             for runner in runners:
                 runner._free_context()
+
+    def _share_a_batch(self, windows: Sequence[_Window]) -> bool:
+        num_tokens = sum(len(tokens) for tokens, _ in windows)
+        return not self._has_state and len(windows) <= _SEQUENCES and num_tokens <= _PACKED_TOKENS
 
     def _part_logits(self, windows: Sequence[_Window]) -> Sequence[torch.Tensor]:
         """Return the scored rows of windows that are the sequences of one batch."""
@@ -285,13 +280,7 @@ class LlamaCppRunner:
             for tree in trees:
                 yield [tree], self._branches_of_one(tree)
             return
-        group: list[Branches] = []
-        for tree in trees:
-            if group and not self._fits([*group, tree]):
-                yield group, self._tree_logits(group)
-                group = []
-            group.append(tree)
-        if group:
+        for group in neighbours_that(self._fits, trees):
             yield group, self._tree_logits(group)
 
     def _fits(self, trees: Sequence[Branches]) -> bool:

@@ -4,12 +4,15 @@ One forward pass takes several trees as padded rows, [question | answer 1 | answ
 which an answer sees the prefix, the question and itself. Positions go on from the question in every answer.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -72,13 +75,22 @@ def tree_batch(trees: Sequence[Branches], start: int) -> TreeBatch:
 
 def groups_within(trees: Sequence[Branches], *, tokens: int, rows: int, at_most: int) -> Iterator[list[Branches]]:
     """Yield consecutive trees whose padded tokens and rows of logits stay within bounds, or a larger one alone."""
-    group: list[Branches] = []
-    for tree in trees:
-        longest = max(other.num_tokens for other in (*group, tree))
-        num_rows = sum(other.num_rows for other in (*group, tree))
-        if group and (len(group) == at_most or longest * (len(group) + 1) > tokens or num_rows > rows):
+
+    def fits(group: list[Branches]) -> bool:
+        longest = max(tree.num_tokens for tree in group)
+        num_rows = sum(tree.num_rows for tree in group)
+        return len(group) <= at_most and longest * len(group) <= tokens and num_rows <= rows
+
+    return neighbours_that(fits, trees)
+
+
+def neighbours_that(fits: Callable[[list[Item]], bool], items: Iterable[Item]) -> Iterator[list[Item]]:
+    """Yield groups of consecutive items, each as large as `fits` allows, and at least one item."""
+    group: list[Item] = []
+    for item in items:
+        if group and not fits([*group, item]):
             yield group
             group = []
-        group.append(tree)
+        group.append(item)
     if group:
         yield group

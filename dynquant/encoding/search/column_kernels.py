@@ -132,6 +132,28 @@ def product(
 
 
 @triton.jit
+def slopes_at(
+    errors_ptr, line, inside, hessian_ptr, row_stride, start, num_columns,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Half the gradient [ROWS, WIDTH] of the loss by the columns from `start` on, before errors of theirs change."""
+    slopes = product(
+        errors_ptr, line, inside, hessian_ptr, row_stride, start, 0, num_columns, num_columns, WIDTH, ROWS, PRECISION
+    )
+    tl.debug_barrier()  # all errors are read before some of them change
+    return slopes
+
+
+@triton.jit
+def rows_of_program(num_rows, num_columns, ROWS: tl.constexpr):
+    """Expert of a program, its rows counted over all experts, their first weights, and what marks true rows."""
+    expert = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = expert * num_rows + rows
+    return expert, row, row * num_columns, rows < num_rows
+
+
+@triton.jit
 def inverse_of(a):
     return tl.where(a != 0, 1.0 / a, 0.0)
 
@@ -144,11 +166,7 @@ def _feed_back_kernel(
     HAS_MINIMUMS: tl.constexpr, SHIFT: tl.constexpr, SHIFT_WIDTH: tl.constexpr, SUB_BLOCK: tl.constexpr,
     GROUP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    expert = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = rows < num_rows
-    row = expert * num_rows + rows
-    line = row * num_columns
+    expert, row, line, inside = rows_of_program(num_rows, num_columns, ROWS)
     weights_ptr += expert * expert_stride
     metric_ptr += expert * metric_stride
     places = tl.arange(0, GROUP)
@@ -198,31 +216,15 @@ def _descend_kernel(
     HAS_MINIMUMS: tl.constexpr, SHIFT: tl.constexpr, SHIFT_WIDTH: tl.constexpr, SUB_BLOCK: tl.constexpr,
     GROUP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    expert = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = rows < num_rows
-    row = expert * num_rows + rows
-    line = row * num_columns
+    expert, row, line, inside = rows_of_program(num_rows, num_columns, ROWS)
     hessian_ptr += expert * expert_stride
     inverse_ptr += expert * inverse_stride
     places = tl.arange(0, GROUP)
     chunk = tl.arange(0, WIDTH)
     for start in range(0, num_columns, WIDTH):
-        slopes = product(
-            errors_ptr,
-            line,
-            inside,
-            hessian_ptr,
-            row_stride,
-            start,
-            0,
-            num_columns,
-            num_columns,
-            WIDTH,
-            ROWS,
-            PRECISION,
+        slopes = slopes_at(
+            errors_ptr, line, inside, hessian_ptr, row_stride, start, num_columns, WIDTH, ROWS, PRECISION
         )
-        tl.debug_barrier()  # all errors are read before some of them change
         width = tl.minimum(WIDTH, num_columns - start)
         for g in range(0, width // GROUP):
             first = start + g * GROUP

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dynquant.encoding.search import column_kernels
 from dynquant.encoding.search.codeword_kernels import group_of, jit_for_any_rows, nearest, times, with_group
-from dynquant.encoding.search.column_kernels import inverse_of, product
+from dynquant.encoding.search.column_kernels import inverse_of, rows_of_program, slopes_at
 from dynquant.encoding.search.layouts import Fields
 from dynquant.encoding.search.rows import Rows
 
@@ -85,30 +85,14 @@ def _descend_scales_kernel(
     GROUP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, SUPER_BLOCK: tl.constexpr,
     TRIALS: tl.constexpr, FLIPS: tl.constexpr, LAST_SCALE: tl.constexpr, LAST_MINIMUM: tl.constexpr,
 ):  # fmt: skip
-    expert = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = rows < num_rows
-    row = expert * num_rows + rows
-    line = row * num_columns
+    expert, row, line, inside = rows_of_program(num_rows, num_columns, ROWS)
     hessian_ptr += expert * expert_stride
     chunk = tl.arange(0, WIDTH)
     columns = tl.arange(0, SUB_BLOCK)
     for start in range(0, num_columns, WIDTH):
-        slopes = product(
-            errors_ptr,
-            line,
-            inside,
-            hessian_ptr,
-            row_stride,
-            start,
-            0,
-            num_columns,
-            num_columns,
-            WIDTH,
-            ROWS,
-            PRECISION,
+        slopes = slopes_at(
+            errors_ptr, line, inside, hessian_ptr, row_stride, start, num_columns, WIDTH, ROWS, PRECISION
         )
-        tl.debug_barrier()  # all errors are read before some of them change
         width = tl.minimum(WIDTH, num_columns - start)
         for s in range(0, width // SUB_BLOCK):
             first = start + s * SUB_BLOCK
