@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynquant.checkpoints.packed_parts import Mxfp4Experts, packed_tensors
+from dynquant.checkpoints.published.packed_parts import Mxfp4Experts, packed_tensors
 from dynquant.checkpoints.safetensors_format import FileSpan, spans_of
 from dynquant.checkpoints.tensor_source import GGML_NAMES, TensorInfo
 from dynquant.errors import CheckpointError, unreadable

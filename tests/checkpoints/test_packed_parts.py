@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dynquant.checkpoints.packed_parts import ggml_blocks
+from dynquant.checkpoints.published.packed_parts import ggml_blocks
 from dynquant.checkpoints.safetensors_source import SafetensorsSource
 from dynquant.errors import CheckpointError
 from dynquant.families.open import open_model

@@ -73,7 +73,7 @@ class IntegerMatrix:
     bits: int
     is_awq: bool
     zero_offset: int
-    """What is added to a stored zero."""
+    """Added to a stored zero."""
     has_groups: bool
     """True when `g_idx` gives the group of each column."""
 
