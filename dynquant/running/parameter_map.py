@@ -17,8 +17,8 @@ from torch import nn
 
 from dynquant.checkpoints.tensor_source import TensorSource
 from dynquant.families.common.conversion import ConvertedSource
-from dynquant.running.strided_maps import StridedMap, joined, whole
-from dynquant.running.traced_tensor import TracedTensor
+from dynquant.families.common.strided_maps import StridedMap, joined, whole
+from dynquant.families.common.traced_tensor import TracedTensor
 
 Shape = tuple[int, ...]
 

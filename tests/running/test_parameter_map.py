@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from dynquant.checkpoints.safetensors_source import SafetensorsSource
+from dynquant.families.common.strided_maps import whole
+from dynquant.families.common.traced_tensor import TracedTensor
 from dynquant.families.open import open_model
 from dynquant.running.load import load_hf
 from dynquant.running.parameter_map import parameter_map
-from dynquant.running.strided_maps import whole
-from dynquant.running.traced_tensor import TracedTensor
 from tests.helpers.representatives import represented_by
 from tests.helpers.tiny_models import TINY, randomize, save_tiny
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
-from dynquant.running.strided_maps import StridedMap, joined
+from dynquant.families.common.strided_maps import StridedMap, joined
 
 aten = torch.ops.aten
 
