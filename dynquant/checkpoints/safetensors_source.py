@@ -169,10 +169,11 @@ class SafetensorsSource:
         except OSError as error:
             raise CheckpointError(f"`{name}` cannot be read ({error}). Fetch the file again.") from error
 
-    def mxfp4_codes(self, name: str, index: int | slice | None = None) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Return codes and powers of experts as `Mxfp4Experts.codes` does; None for what is stored otherwise."""
-        packed = self._packed.get(name)
-        return packed.codes(self._read_part, index) if isinstance(packed, Mxfp4Experts) else None
+    def mxfp4_codes(self, name: str, index: int | slice | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return codes and powers of experts that `is_mxfp4`, as `Mxfp4Experts.codes` does."""
+        packed = self._packed[name]
+        assert isinstance(packed, Mxfp4Experts)
+        return packed.codes(self._read_part, index)
 
     def is_mxfp4(self, name: str) -> bool:
         """Return whether `mxfp4_codes` has this tensor."""

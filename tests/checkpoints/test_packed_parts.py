@@ -1,5 +1,6 @@
 """Checkpoints whose weights are published in integers: read as what they stand for, run as a reference."""
 
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -7,10 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.published.packed_parts import ggml_blocks
 from dynquant.checkpoints.safetensors_source import SafetensorsSource
+from dynquant.encoding.parts import TensorPart
+from dynquant.encoding.stream import Guidance, TensorEncoder, holds_blocks, load_encoder
 from dynquant.errors import CheckpointError
+from dynquant.families.common.conversion import Conversion, ConvertedSource
 from dynquant.families.open import open_model
+from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.running.load import load_directory
 from tests.helpers.edited_checkpoints import edited_config, edited_weights
 from tests.helpers.evaluating import evaluated
@@ -98,3 +104,31 @@ def test_integers_in_a_layout_that_is_not_known_are_refused(integers, tmp_path):
 
     with pytest.raises(CheckpointError, match=rf"`{MATRIX}` is stored as .* a layout that dynquant does not read"):
         SafetensorsSource(edited_weights(integers / "packed", tmp_path / "cut", cut))
+
+
+def test_blocks_are_copied_where_the_plan_says_mxfp4(gpt_oss):
+    packed = SafetensorsSource(gpt_oss / "packed")
+    layouts = {"ffn_gate_exps": slice(0, None, 2), "ffn_up_exps": slice(1, None, 2)}
+    conversions = [
+        Conversion(name, (EXPERTS,), (4, 96, 64), "BF16", partial(rows_of, rows=rows), by_slice=name == "ffn_up_exps")
+        for name, rows in layouts.items()
+    ]
+    conversions.append(Conversion("turned", (EXPERTS,), (4, 64, 192), "BF16"))
+    source = ConvertedSource(packed, conversions)
+    model = Model(gpt_oss, source, (), source.checkpoint_names)
+    parts = load_file(gpt_oss / "packed" / "model.safetensors")
+    encoder = TensorEncoder(model, Guidance(), load_encoder("ggml"))
+    assert not holds_blocks(model, "turned", QUANT_TYPES["MXFP4"])
+    for name, rows in layouts.items():
+        assert holds_blocks(model, name, QUANT_TYPES["MXFP4"]) and not holds_blocks(model, name, QUANT_TYPES["Q4_0"])
+        blocks = encoder.tensor(name, QUANT_TYPES["MXFP4"]).view(4, 96, 2, 17)
+        codes = torch.stack((blocks[..., 1:] & 15, blocks[..., 1:] >> 4), dim=-2).flatten(-2)
+        stored = parts[f"{EXPERTS}_blocks"][:, rows]
+        assert torch.equal(blocks[..., 0], parts[f"{EXPERTS}_scales"][:, rows])
+        assert torch.equal(codes[..., 0::2], stored & 15) and torch.equal(codes[..., 1::2], stored >> 4)
+        some = TensorPart(name, (4, 96, 64), QUANT_TYPES["MXFP4"], range(1, 3), range(96))
+        assert torch.equal(encoder.part(some), blocks[1:3].flatten(-2))
+
+
+def rows_of(experts: torch.Tensor, rows: slice) -> torch.Tensor:
+    return experts.transpose(-1, -2)[..., rows, :]

@@ -24,6 +24,8 @@ from dynquant.formats.plain_quants import decode_mxfp4, pack_mxfp4
 ReadPart = Callable[[str, int | slice | None], Tensor]
 """Stored name, and slice or range of its first dimension -> the tensor as stored."""
 
+MXFP4_BLOCK = 32
+"""Weights of a block of MXFP4."""
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _INTEGER_PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -101,7 +103,7 @@ class IntegerMatrix:
 
 def ggml_blocks(codes: Tensor, powers: Tensor) -> Tensor:
     """Return ggml's MXFP4 blocks, uint8 [..., columns / 32 * 17], of codes [..., columns] and powers of their 32s."""
-    return pack_mxfp4(powers.reshape(-1), codes.reshape(-1, 32)).view(*powers.shape[:-1], -1)
+    return pack_mxfp4(powers.reshape(-1), codes.reshape(-1, MXFP4_BLOCK)).view(*powers.shape[:-1], -1)
 
 
 def packed_tensors(spans: Mapping[str, FileSpan], quantization: Mapping[str, Any]) -> dict[str, PackedTensor]:
@@ -131,7 +133,7 @@ def _experts(spans: Mapping[str, FileSpan], name: str) -> Mxfp4Experts:
             "Needed are U8 [experts, rows, blocks, 16] and U8 [experts, rows, blocks]. Fetch the checkpoint again."
         )
     experts, rows, num_blocks = powers.shape
-    return Mxfp4Experts(name, (experts, 32 * num_blocks, rows))
+    return Mxfp4Experts(name, (experts, MXFP4_BLOCK * num_blocks, rows))
 
 
 def _matrix(spans: Mapping[str, FileSpan], prefix: str, quantization: Mapping[str, Any]) -> IntegerMatrix:
