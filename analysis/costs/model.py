@@ -225,7 +225,7 @@ def streamed_cost(
 
 
 def _stages(plan: Plan) -> list[_Stage]:
-    """Return the embedding, the layers and the head; a tied embedding is its own head (`running.streaming.layer_stream`)."""
+    """Return the embedding, the layers and the head; a tied embedding is its own head, as in `layer_stream`."""
     layers: dict[int, _Stage] = {}
     for entry in plan.entries:
         if (layer := layer_of(entry.name)) is not None:

@@ -142,7 +142,7 @@ class StridedMap:
         return joined(runs, dim)
 
     def strided(self, shape: Sequence[int], strides: Sequence[int], offset: int) -> "StridedMap":
-        """Return what `Tensor.as_strided` gives. Raises NotImplementedError: no regular blocks, or entries used twice."""
+        """Return what `Tensor.as_strided` gives. Raises NotImplementedError: irregular, or entries used twice."""
         dims = sorted((dim for dim, size in enumerate(shape) if size > 1), key=lambda dim: -strides[dim])
         widths = [prod(self.shape), *(strides[dim] for dim in dims), 1]
         pairs = list(pairwise(widths))
