@@ -16,7 +16,7 @@ from dynquant.families.common.conversion import Conversion, ConvertedSource, unc
 from dynquant.families.common.conversion_book import some_of
 from dynquant.families.common.metadata import recorded_fields
 from dynquant.families.common.settings import settings_of_config, settings_of_metadata
-from dynquant.families.converter.describe import Description, describe
+from dynquant.families.converter.description import Description, describe
 from dynquant.families.converter.selection import from_record
 from dynquant.families.tokenizers.tokenizer import write_tokenizer
 

@@ -35,7 +35,7 @@ _WAY_OUT = "Convert it with llama.cpp's own converter and pass the result with -
 
 @dataclass(frozen=True)
 class Description:
-    """What llama.cpp's converter makes of a checkpoint: entries of tensors, index tensors, and keys with values."""
+    """The work of llama.cpp's converter on a checkpoint: entries of tensors, index tensors, and keys with values."""
 
     about: Mapping[str, Any]
     indices: Mapping[str, Tensor]
