@@ -222,9 +222,7 @@ def _headers(arch: str, fields: Sequence[MetadataField], groups: Sequence[Sequen
             writer.tensors.append({})
         for tensor in group:
             ggml_id: Any = QUANT_TYPES[tensor.type].ggml_id  # not a member of gguf-py's enum, which lacks new types
-            writer.add_tensor_info(
-                tensor.name, tensor.shape, np.dtype(np.float32), tensor.num_bytes, raw_dtype=ggml_id
-            )
+            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.num_bytes, raw_dtype=ggml_id)
     buffers = [io.BytesIO() for _ in groups]
     writer.fout = buffers  # type: ignore[assignment]
     writer.state = WriterState.EMPTY

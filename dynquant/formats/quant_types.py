@@ -2,8 +2,7 @@
 
 Block sizes and block bytes come from the `gguf` package (GGML_QUANT_SIZES); what is added here are the facts that
 llama.cpp keeps in code: which types need or use an importance matrix, and which type replaces one whose block does
-not divide the row length (llama.cpp `tensor_type_fallback`, src/llama-quant.cpp; it has none for Q1_0 and Q2_0, and
-stops).
+not divide the row length (llama.cpp `tensor_type_fallback`, src/llama-quant.cpp; it has none for Q1_0, and stops).
 """
 
 import difflib

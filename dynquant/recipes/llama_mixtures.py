@@ -159,7 +159,7 @@ _OTHERS = frozenset(LLAMA_FTYPES) - _VERY_LOW - {"mxfp4_moe"}
 _EMBEDDING_RULES = (
     _rule(_IQ1 | _IQ2_SMALL, "Q2_K"),
     _rule(_IQ2_LARGE | {"iq3_xxs"}, "IQ3_S"),
-    _rule("tq1_0 tq2_0 q1_0 q2_0", "Q4_K"),
+    _rule("tq1_0 tq2_0 q2_0", "Q4_K"),
 )
 _OUTPUT_RULES = (_rule(_VERY_LOW | {"iq3_xxs"}, "Q5_K"), _rule("mxfp4_moe q8_0", "Q8_0"), _rule(_OTHERS, "Q6_K"))
 _COMMON_FFN_DOWN_RULES = (

@@ -1,7 +1,8 @@
 """Dot products of one chunk of a row of bit-field types (no codebook): planar bytes in, float32 partial sums out.
 
-A chunk is 64 weights of a super-block type, a block of Q2_0 or Q1_0, or 32 weights of any other. `block` [T, BN] is the block of the chunk,
-counted from `w.first`; `chunk` [T, 1] is its number within the row. Each function returns M tiles [T, BN].
+A chunk is 64 weights of a super-block type, a block of Q2_0 or Q1_0, or 32 weights of any other. `block` [T, BN] is
+the block of the chunk, counted from `w.first`; `chunk` [T, 1] is its number within the row. Each function returns M
+tiles [T, BN].
 Sums inside a group are integers; scales are applied to them, never to single weights. Codes are masked in place where
 that saves a shift: the power of two is taken out of the activation scale. Constant offsets of codes and minimums are
 taken from sums of activations, which all rows share. Crumbs, nibbles, words and units: `bit_words`.

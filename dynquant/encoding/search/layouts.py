@@ -182,9 +182,7 @@ def _q2_0() -> BlockLayout:
     def pack(f: Fields, values: Tensor) -> Tensor:
         return plain_quants.pack_q2_0(f.d, values.to(torch.int64))
 
-    return BlockLayout(
-        "Q2_0", Integers(-1, 2), 64, (1.0,), pack, fractions=(0.5, 1.0), tries_negative_scales=True
-    )
+    return BlockLayout("Q2_0", Integers(-1, 2), 64, (1.0,), pack, fractions=(0.5, 1.0), tries_negative_scales=True)
 
 
 def _q1_0() -> BlockLayout:
