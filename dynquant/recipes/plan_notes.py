@@ -1,4 +1,4 @@
-"""What a plan says about itself in words: what stays as it is, what has no statistics and why, and what is fixed."""
+"""Words of a plan about itself: what stays as it is, what has no statistics and why, and which bytes are fixed."""
 
 import re
 from collections.abc import Collection, Iterable, Mapping
