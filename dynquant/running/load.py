@@ -28,6 +28,7 @@ from dynquant.families.tokenizers.files import read_tokenizer_files
 from dynquant.families.vision.checkpoint import is_vision_checkpoint
 from dynquant.resources import count_mapped_files
 from dynquant.running.live_weights import fill_from_gguf
+from dynquant.running.parameter_map import without_progress_bars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -260,22 +261,6 @@ def unpack_compressed(model: "PreTrainedModel", dtype: torch.dtype) -> "PreTrain
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     return model
-
-
-@contextmanager
-def without_progress_bars() -> Iterator[None]:
-    """transformers draws a bar of its own while it loads, and reports in tables; ours would be torn by them."""
-    from transformers.utils import logging
-
-    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _load(loader: str | type, model: Model | Path, **options: Any) -> Any:
