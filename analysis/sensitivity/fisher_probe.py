@@ -30,10 +30,10 @@ from dynquant.analysis.errors.table import ErrorRow, ErrorTable, Price
 from dynquant.checkpoints.tensor_roles import layer_of
 from dynquant.encoding.store import EncodedStore
 from dynquant.formats.quant_types import QUANT_TYPES
-from dynquant.running.layer_replay import LayerReplay
 from dynquant.running.linear_hooks import frozen_weights, sampled_log_probability
 from dynquant.running.live_weights import LiveWeights
 from dynquant.running.load import tf32_products
+from dynquant.running.streaming.layer_replay import LayerReplay
 from dynquant.session import Progress, ignore_progress
 
 _PROBED_TYPES = 3

@@ -19,8 +19,8 @@ from dynquant.evaluation.distributions import Distributions
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.inputs.model_inputs import Batch, ModelInputs
 from dynquant.packed.float32_products import use_tensor_cores
-from dynquant.running.layer_replay import LayerReplay
 from dynquant.running.live_weights import LiveWeights
+from dynquant.running.streaming.layer_replay import LayerReplay
 
 DRAWN_TOGETHER = 1024  # tokens whose draws from the tails have one seed
 _CPU_BYTES = 64 << 20  # a CPU gains nothing from more rows once its threads have work
