@@ -6,6 +6,7 @@ directory serves to run the model.
 """
 
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from dynquant.families.converter.converted import open_converted
 from dynquant.families.converter.source_tree import find_tree, missing_tree
 from dynquant.families.text.registry import FAMILIES, SAME_CONFIG, SIZED_FAMILIES
 from dynquant.families.tokenizers.tokenizer import write_tokenizer
-from dynquant.families.vision.checkpoint import is_vision_checkpoint, open_vision
+from dynquant.families.vision.checkpoint import has_tower, is_vision_checkpoint, open_vision
 from dynquant.session import Session
 from dynquant.storage.stand_ins import refuse_stand_in
 
@@ -54,7 +55,14 @@ def open_model(path: str | Path, *, base_gguf: str | Path | None = None) -> Mode
         return replace(model, **paths, settings=settings)
     if is_vision_checkpoint(directory):
         return replace(open_vision(directory), settings=settings_of(directory))
-    return open_hf(directory)
+    model = open_hf(directory)
+    if has_tower(directory):
+        warnings.warn(
+            f"{directory} has a vision tower of a kind that dynquant has no place for: only its language model is "
+            "opened. llama.cpp's converter writes the tower (--mmproj).",
+            stacklevel=2,
+        )
+    return model
 
 
 def open_and_announce(path: str | Path, session: Session, *, base_gguf: Path | None = None) -> Model:
