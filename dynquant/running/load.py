@@ -200,13 +200,14 @@ def empty_hf(model: Model, *, dtype: torch.dtype, device: str = "cpu") -> "PreTr
     Raises:
         CheckpointError: no such directory, or transformers does not know the architecture.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     config = load_config(model)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    loader = getattr(transformers, auto_class(config, model.has_vision))
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        empty = loader.from_config(config, dtype=dtype, trust_remote_code=False)
     for module in empty.modules():
         for name in module._non_persistent_buffers_set:
             module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
