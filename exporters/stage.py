@@ -72,7 +72,7 @@ def export(options: ExportOptions, session: Session = SILENT) -> Exported:
         encoder = load_encoder("dynquant" if is_vllm else options.encoder, device)
         if plan is None or options.plan is None:
             plan, stats = _plan_of_preset(model, checkpoint, options, session)
-            for line in plan.fallbacks():
+            for line in plan.remarks():
                 session.note(line)
             protected = {}
         else:

@@ -32,7 +32,7 @@ from dynquant.inputs.branches import Branches, neighbours_that
 from dynquant.inputs.model_inputs import Batch
 from dynquant.inputs.questions import MAX_CHOICES
 from dynquant.resources import count_mapped_files, usable_cores
-from dynquant.running.stream_memory import free_memory
+from dynquant.running.streaming.stream_memory import free_memory
 from dynquant.workers import side_by_side
 
 _TOKENS, _LOGITS = "tokens.json", "logits.npy"
