@@ -16,7 +16,7 @@ def calibrate(options: CalibrateOptions, session: Annotated[Session, Only(("seed
     Example: dynquant calibrate ./vision-model --data pictures.jsonl -o stats.safetensors
     """
     from dynquant.calibration import stage
-    from dynquant.evaluation.same_computation import check_base_gguf
+    from dynquant.evaluation.agreement.same_computation import check_base_gguf
     from dynquant.families.open import open_model
 
     if options.base_gguf is not None:  # here, since evaluation is a later step than calibration

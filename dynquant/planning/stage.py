@@ -16,7 +16,7 @@ from dynquant.checkpoints.tensor_roles import Role
 from dynquant.checkpoints.tensor_source import TensorSource
 from dynquant.checkpoints.vision_names import VISION, part_of
 from dynquant.errors import CheckpointError, PlanError
-from dynquant.evaluation.same_computation import check_base_gguf
+from dynquant.evaluation.agreement.same_computation import check_base_gguf
 from dynquant.families.linear_layers import linear_checkpoint
 from dynquant.families.open import open_and_announce, open_language_model
 from dynquant.formats.checksum import checksum

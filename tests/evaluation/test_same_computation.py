@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from dynquant.errors import CheckpointError, EvaluationError
-from dynquant.evaluation import same_computation
+from dynquant.evaluation.agreement import same_computation
+from dynquant.evaluation.agreement.same_computation import SameComputation, check_base_gguf
 from dynquant.evaluation.llama_cpp import separate_window_logits
-from dynquant.evaluation.same_computation import SameComputation, check_base_gguf
 from dynquant.families.open import open_model
 from dynquant.session import Session
 from tests.helpers.commands import run, succeed

@@ -8,7 +8,7 @@ transformers, whose modules then round their inputs alike, and ten times as much
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,14 @@ from dynquant.calibration.run import text_inputs
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
 from dynquant.errors import CheckpointError, DynquantError
+from dynquant.evaluation.agreement.likely_causes import likely_causes
 from dynquant.evaluation.llama_cpp import separate_window_logits
 from dynquant.evaluation.runners import HuggingFaceRunner
-from dynquant.families.common.config import read_json
 from dynquant.formats.quant_types import quant_type
 from dynquant.packed.rounding import rounded
 from dynquant.resources import chosen_device, human_bytes
 from dynquant.running.load import load_hf
-from dynquant.running.stream_memory import COMFORTABLE_SHARE, free_memory_of
+from dynquant.running.streaming.stream_memory import COMFORTABLE_SHARE, free_memory_of
 from dynquant.session import Session
 from dynquant.storage.documents import FrozenRecord, read_document
 from dynquant.storage.file_names import SAME_COMPUTATION_NAME
@@ -41,13 +41,6 @@ ROUNDING_MARGIN = 10.0
 _OTHER_WEIGHTS = 0.05
 """Mean KL of which weights of 8 bits may be the reason."""
 _FEWEST_BITS = 8
-_SIGMOID = 2  # llama.cpp's number of the gating function, where a file has no number softmax is taken
-_ROUTING_KEYS = {
-    "n_group": "expert_group_count",
-    "topk_group": "expert_group_used_count",
-    "routed_scaling_factor": "expert_weights_scale",
-}
-_WITHOUT_EFFECT = (None, 1, 1.0)
 
 
 class SameComputation(FrozenRecord):
@@ -58,7 +51,7 @@ class SameComputation(FrozenRecord):
     fingerprint: str
     """Weights of the file."""
     settings: dict[str, Any]
-    """What decides the computation beside the weights, of the directory and of the file."""
+    """Settings of directory and file that decide the computation beside the weights."""
     kl: float
     """Mean KL of llama.cpp with the file from transformers with the directory, in nats per token."""
     rounding_kl: float
@@ -164,44 +157,6 @@ def _place_for(model: Model, session: Session) -> str:
         if needed <= COMFORTABLE_SHARE * free_memory_of(device):
             return device
     raise CheckpointError(f"that takes {human_bytes(needed)} in float32, more than there is free.")
-
-
-def likely_causes(model: Model, file: Path) -> list[str]:
-    """Return what configuration and file say that may explain a difference, in words."""
-    assert model.hf_directory is not None
-    raw = read_json(model.hf_directory / "config.json")
-    config = raw | (raw["text_config"] if isinstance(raw.get("text_config"), dict) else {})
-    source = GGUFSource(file)
-    keys = {field.key.partition(".")[2]: field.value for field in source.metadata}
-    causes = [*_rope_causes(config), *(_routing_causes(config, keys, source.names()) if "expert_count" in keys else ())]
-    if config.get("sliding_window") and "attention.sliding_window" not in keys and config.get("use_sliding_window", 1):
-        causes.append("config.json has a sliding_window, the file has none")
-    return causes or ["a setting of config.json that the converter left out, or an older converter or llama.cpp"]
-
-
-def _rope_causes(config: dict[str, Any]) -> Iterator[str]:
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if "yarn" in (rope.get("rope_type"), rope.get("type")) and rope.get("truncate") is False:
-        yield (
-            "llama.cpp rounds the borders of YaRN to whole dimensions, and `truncate: false` in the rope parameters of "
-            "config.json says not to (gpt-oss; a KL of about 2e-3)"
-        )
-
-
-def _routing_causes(config: dict[str, Any], keys: dict[str, Any], names: Iterable[str]) -> Iterator[str]:
-    if config.get("norm_topk_prob") is False and keys.get("expert_weights_norm") is not False:
-        yield "norm_topk_prob is false in config.json, and llama.cpp's graph may make the weights of experts sum to 1"
-    has_correction = any("exp_probs_b" in name for name in names)
-    if has_correction and keys.get("expert_gating_func") != _SIGMOID and config.get("scoring_func") != "sigmoid":
-        yield (
-            "config.json has no scoring_func, from which the converter takes how experts are scored, so that llama.cpp "
-            'takes softmax (a router with a correction bias has sigmoid: write `"scoring_func": "sigmoid"`)'
-        )
-    absent = [
-        name for name, key in _ROUTING_KEYS.items() if key not in keys and config.get(name) not in _WITHOUT_EFFECT
-    ]
-    if absent:
-        yield f"the file has no key for {' and '.join(absent)} of config.json"
 
 
 def mean_kl(reference: Tensor, logits: Tensor) -> float:
