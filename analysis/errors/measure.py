@@ -31,7 +31,7 @@ from dynquant.formats import decode
 from dynquant.formats.checksum import checksum
 from dynquant.formats.quant_types import QUANT_TYPES, QuantType, fit_to_row
 from dynquant.formats.storage_format import StorageFormat
-from dynquant.recipes.presets import is_quantizable
+from dynquant.recipes.held_types import planned_matrices
 from dynquant.session import Progress, ignore_progress
 from dynquant.workers import side_by_side
 
@@ -318,18 +318,16 @@ def _table_of(model: Model, rows: Iterable[ErrorRow], type_names: Sequence[str],
 
 
 def tensor_formats(model: Model, stats: CalibrationStats | None, type_names: Sequence[str]) -> Formats:
-    """Return the stored types that candidate types lead to, of every quantizable tensor.
+    """Return the stored types that candidate types lead to, of every matrix whose type costs decide.
 
     Types that need statistics are left out for a tensor that has none; without `stats`, all are taken to have some.
     The checkpoint's own float type is always one: it loses nothing.
     """
     formats = {}
-    for info in map(model.source.info, model.source.names()):
-        if not is_quantizable(info.name, info.shape):
-            continue
+    for info in map(model.source.info, planned_matrices(model)):
         has_stats = stats is None or stats.input_of(info.name) is not None
         candidates: dict[QuantType, tuple[str, ...]] = {}
-        for name in (*type_names, info.dtype if info.dtype in ("F32", "F16", "BF16") else "F16"):
+        for name in (*type_names, info.float_type):
             stored, _ = fit_to_row(QUANT_TYPES[name], info.shape[-1])
             if has_stats or not stored.needs_imatrix:
                 candidates[stored] = (*candidates.get(stored, ()), name)

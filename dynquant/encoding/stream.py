@@ -33,7 +33,7 @@ from dynquant.families.common.conversion import ConvertedSource
 from dynquant.formats.quant_types import QuantType
 from dynquant.recipes.plan import Plan
 from dynquant.resources import usable_cores
-from dynquant.running.stream_memory import free_memory
+from dynquant.running.streaming.stream_memory import free_memory
 from dynquant.session import Progress, ignore_progress
 from dynquant.workers import side_by_side
 

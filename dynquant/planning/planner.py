@@ -1,11 +1,12 @@
 """Turns an error table and a budget into a plan: floors by role, exceptions from measurement, the rest by cost.
 
-Floors keep attention, MLA, shared experts, dense layers, embedding and output at 4 bits or more, and tensors that hold
-a super expert or whose activation error stands out from their peers at 6 bits. Routed experts have no floor. Floors
-insure against what the cost does not see, and have a price: they are lowered together, one step at a time, until the
-budget holds them and they raise the predicted KL by no more than FLOOR_PRICE. In models whose routed experts are nearly
-all weights they cost nothing; in small ones bytes are worth more elsewhere. Super weights keep 6 bits whatever it costs
-elsewhere. Every entry says so.
+Floors keep attention, MLA, state-space layers, shared experts, dense layers, embedding and output at 4 bits or more,
+and at 6 bits the output of state-space layers, tensors that hold a super expert, and those whose activation error
+stands out from their peers. Routed experts and per-layer embeddings have no floor. Floors insure against what the cost
+does not see, and have a price: they are lowered together, one step at a time, until the budget holds them and they
+raise the predicted KL by no more than FLOOR_PRICE. In models whose routed experts are nearly all weights they cost
+nothing; in small ones bytes are worth more elsewhere. Super weights keep 6 bits whatever it costs elsewhere. Every
+entry says so.
 
 Without floors a larger budget never has a higher predicted cost. With floors it may, by up to FLOOR_PRICE, where it
 first pays for floors that a smaller budget did without.
@@ -34,6 +35,9 @@ LEVELS = (
     (None, None, "Q6_K"), (None, None, "Q4_K"), (None, None, "Q2_K"), (None, None, None),
 )  # fmt: skip
 """Floors of precise roles, of tensors that stand out, and of tensors with a super weight; from the highest down."""
+_NO_FLOOR = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN, Role.PER_LAYER_EMBEDDING)
+_SENSITIVE = (Role.SSM_OUT,)
+"""Roles with the floor of outliers: of all matrices of Qwen3.5 these are where few bits cost most (Unsloth)."""
 FLOOR_PRICE = 1.1  # floors of roles and outliers may raise the predicted KL by this factor, but no more
 _OUTLIER_TYPES = ("Q2_K", "IQ2_S", "Q3_K", "IQ3_XXS", "Q4_K")
 COUPLINGS: dict[str, tuple[tuple[Role, ...], ...]] = {
@@ -56,7 +60,8 @@ class Rules:
     """Tensor -> the super weight it holds; no average over tokens sees what one scalar does, so this has no price."""
     coupled: tuple[tuple[str, ...], ...] = ()  # groups of tensors that must have one type, see `coupled_tensors`
     target: PlanTarget = "gguf"
-    fixed_bytes: int = 0  # size of all but the tensors that have a choice: header, norms, routers
+    fixed_bytes: int = 0  # size of all but the tensors that have a choice: header, norms, routers, held types
+    fixed_words: str = ""  # what makes the smallest file as large as it is, for refusals
     stored_bytes: Callable[[ErrorRow], int] = lambda row: padded(row.bytes)  # size of a tensor in the file
 
 
@@ -91,12 +96,12 @@ def size_range(table: ErrorTable, rules: Rules) -> tuple[int, int]:
     return _Planner(table, rules).size_range
 
 
-def check_budget_range(budget: int, smallest: int, largest: int, target: PlanTarget = "gguf") -> None:
-    """Raise PlanError for a budget outside the sizes that `size_range` returns; both are named.
+def check_budget_range(budget: int, smallest: int, largest: int, rules: Rules) -> None:
+    """Raise PlanError for a budget outside the sizes that `size_range` returns; both are named, and what is fixed.
 
     For vLLM a larger budget than can be spent is no error: its largest scheme is BF16, which is the model itself.
     """
-    if target == "vllm":
+    if rules.target == "vllm":
         if budget < smallest:
             raise PlanError(
                 f"The budget of {budget:,} bytes is below the smallest possible size. With these schemes, and "
@@ -109,6 +114,8 @@ def check_budget_range(budget: int, smallest: int, largest: int, target: PlanTar
         raise PlanError(
             f"The budget of {budget:,} bytes is {how} possible size. With these candidate types this model takes "
             f"between {smallest:,} and {largest:,} bytes; ask for a size between them, or give other `--types`."
+            + rules.fixed_words
+            * (budget < smallest)
         )
 
 
@@ -216,7 +223,7 @@ class _Planner:
     def best_draft(self, budget: int, depth: int | None = None) -> _Draft:
         """Return the draft under the highest floors that are worth their price. Raises PlanError: the budget is below
         the smallest or above the largest possible size."""
-        check_budget_range(budget, *self.size_range, self.rules.target)
+        check_budget_range(budget, *self.size_range, self.rules)
         levels = range(len(LEVELS)) if self.rules.floors else (len(LEVELS) - 1,)
         draft_of = cache(partial(self.draft, budget=budget, depth=depth))
         drafts = filter(None, map(draft_of, levels))  # drawn one by one: the lowest are seldom needed
@@ -256,7 +263,7 @@ class _Planner:
             return None  # schemes of vLLM are no quant types, and none has fewer than 4 bits
         of_role, of_outlier, of_super_weight = LEVELS[level]
         role = next(iter(self.table.tensors()[name].values())).role
-        floors = [None if role.is_routed_expert else of_role]
+        floors = [None if role in _NO_FLOOR else of_outlier if role in _SENSITIVE else of_role]
         if name in self.exceptions:
             floors.append(of_super_weight if name in self.rules.super_weights else of_outlier)
         return _highest(QUANT_TYPES[floor] for floor in floors if floor)

@@ -29,7 +29,8 @@ from dynquant.inputs.records import check_is_file, check_start
 from dynquant.patterns import compile_pattern
 from dynquant.recipes import llama_mixtures as llama
 from dynquant.recipes.build_plan import stays_f32
-from dynquant.recipes.type_lists import TypeList, consecutive_runs
+from dynquant.recipes.plan_notes import consecutive_runs
+from dynquant.recipes.type_lists import TypeList
 
 _FLOATS = ("F32", "F16", "BF16")
 _BLOCK = re.compile(r"^((?:\w+\.)?blk)\.(\d+)\.(.+)$")

@@ -40,6 +40,7 @@ LLAMA_FTYPES: dict[str, FileType] = {
     "iq3_m": FileType(27, "IQ3_S"), "iq2_s": FileType(28, "IQ2_XS"), "iq2_m": FileType(29, "IQ2_S"),
     "iq4_xs": FileType(30, "IQ4_XS"), "iq1_m": FileType(31, "IQ1_M"), "bf16": FileType(32, "BF16"),
     "tq1_0": FileType(36, "TQ1_0"), "tq2_0": FileType(37, "TQ2_0"), "mxfp4_moe": FileType(38, "MXFP4"),
+    "q1_0": FileType(40, "Q1_0"), "q2_0": FileType(41, "Q2_0"),
 }  # fmt: skip
 _ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
 
@@ -158,7 +159,7 @@ _OTHERS = frozenset(LLAMA_FTYPES) - _VERY_LOW - {"mxfp4_moe"}
 _EMBEDDING_RULES = (
     _rule(_IQ1 | _IQ2_SMALL, "Q2_K"),
     _rule(_IQ2_LARGE | {"iq3_xxs"}, "IQ3_S"),
-    _rule("tq1_0 tq2_0", "Q4_K"),
+    _rule("tq1_0 tq2_0 q2_0", "Q4_K"),
 )
 _OUTPUT_RULES = (_rule(_VERY_LOW | {"iq3_xxs"}, "Q5_K"), _rule("mxfp4_moe q8_0", "Q8_0"), _rule(_OTHERS, "Q6_K"))
 _COMMON_FFN_DOWN_RULES = (

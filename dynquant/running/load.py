@@ -28,6 +28,7 @@ from dynquant.families.tokenizers.files import read_tokenizer_files
 from dynquant.families.vision.checkpoint import is_vision_checkpoint
 from dynquant.resources import count_mapped_files
 from dynquant.running.live_weights import fill_from_gguf
+from dynquant.running.parameter_map import without_progress_bars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -199,13 +200,14 @@ def empty_hf(model: Model, *, dtype: torch.dtype, device: str = "cpu") -> "PreTr
     Raises:
         CheckpointError: no such directory, or transformers does not know the architecture.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     config = load_config(model)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    loader = getattr(transformers, auto_class(config, model.has_vision))
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        empty = loader.from_config(config, dtype=dtype, trust_remote_code=False)
     for module in empty.modules():
         for name in module._non_persistent_buffers_set:
             module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
@@ -259,22 +261,6 @@ def unpack_compressed(model: "PreTrainedModel", dtype: torch.dtype) -> "PreTrain
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     return model
-
-
-@contextmanager
-def without_progress_bars() -> Iterator[None]:
-    """transformers draws a bar of its own while it loads, and reports in tables; ours would be torn by them."""
-    from transformers.utils import logging
-
-    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _load(loader: str | type, model: Model | Path, **options: Any) -> Any:

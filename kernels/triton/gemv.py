@@ -20,7 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from dynquant.formats.quant_types import QUANT_TYPES, quant_type
 from dynquant.kernels.planes import PLANES, plane_starts
 from dynquant.kernels.triton.activations import quantize_activations
-from dynquant.kernels.triton.bit_chunks import crumb_chunk, nibble_chunk, plain_chunk, table_chunk
+from dynquant.kernels.triton.bit_chunks import crumb_chunk, neighbour_chunk, nibble_chunk, plain_chunk, table_chunk
 from dynquant.kernels.triton.bit_words import Inputs, Weights
 from dynquant.kernels.triton.codebook_chunks import digit_chunk, signed_chunk, ternary_chunk
 from dynquant.kernels.triton.unpack import table
@@ -35,6 +35,8 @@ _CHUNKS = {
     **dict.fromkeys(("IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4"), (table_chunk, 32)),
     **dict.fromkeys(("IQ1_S", "IQ1_M"), (ternary_chunk, 32)),
     **dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), (signed_chunk, 32)),
+    "Q2_0": (neighbour_chunk, 64),
+    "Q1_0": (neighbour_chunk, 128),
     "TQ1_0": (digit_chunk, 256),
 }
 """Quant type -> the function that multiplies a chunk, and weights per chunk."""
