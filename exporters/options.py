@@ -13,6 +13,7 @@ from dynquant.options import (
     EncoderName,
     Flag,
     ModelPath,
+    Mtp,
     Only,
     Options,
     Preset,
@@ -87,6 +88,7 @@ class ExportOptions(Options):
         bool, Flag("With --ray: send weights and statistics to workers that cannot read them by path.")
     ] = False
     base_gguf: BaseGguf = None
+    mtp: Mtp = True
 
 
 @dataclass(frozen=True, kw_only=True)

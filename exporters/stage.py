@@ -11,6 +11,7 @@ from dynquant.calibration.stage import StatsFile, statistics_at
 from dynquant.checkpoints.gguf_layout import recorded_encoder
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
+from dynquant.checkpoints.tensor_roles import mtp_layers
 from dynquant.encoding.interface import ProtectedWeight
 from dynquant.encoding.parts import PartLimits
 from dynquant.encoding.remote import EncoderChoice, RemoteEncoding, StoredFiles
@@ -30,7 +31,7 @@ from dynquant.formats.vllm_schemes import SCHEMES
 from dynquant.inputs.model_inputs import check_context
 from dynquant.inputs.text import pack_windows, read_text
 from dynquant.planning.target import Target
-from dynquant.recipes.build_plan import plan_for_vllm, plan_from_types, uniform_schemes
+from dynquant.recipes.build_plan import plan_for_vllm, plan_from_types, plan_of_rest, uniform_schemes
 from dynquant.recipes.folder import load_super_weights, stats_of_plan
 from dynquant.recipes.plan import Plan
 from dynquant.recipes.presets import preset_types
@@ -58,7 +59,9 @@ def export(options: ExportOptions, session: Session = SILENT) -> Exported:
         if is_vllm:
             model = open_language_model(options.model, session)
         else:
-            model = open_and_announce(options.model, session, base_gguf=options.base_gguf)
+            # Files are of the layers that the plan names.
+            mtp = options.mtp and (plan is None or bool(mtp_layers(entry.name for entry in plan.entries)))
+            model = open_and_announce(options.model, session, base_gguf=options.base_gguf, mtp=mtp)
         checkpoint = linear_checkpoint(model) if is_vllm else None
         if model.has_vision and options.format == "gguf":
             check_parts(model, session)
@@ -75,6 +78,8 @@ def export(options: ExportOptions, session: Session = SILENT) -> Exported:
         else:
             stats = stats_of_plan(plan.stats_hash, options.stats or options.plan.parent / STATS_NAME)
             protected = _protected(options.plan.with_name(SUPER_NAME), plan)
+            if not options.mtp:
+                plan = plan_of_rest(model, plan, stats and stats.stats)
         if options.mmproj_type is not None:
             plan = with_mmproj_type(model, plan, options.mmproj_type, stats and stats.stats)
         encoding = Encoding(
@@ -117,6 +122,7 @@ def _check(options: ExportOptions) -> None:
     if options.format == "compressed-tensors":
         options.refuse_unused("schemes of vLLM have an encoder of their own.", "encoder")
         flags = ("tune", "base_gguf", "max_memory", "ray")
+        options.refuse_unused("layers that predict tokens ahead stay as they are stored.", "mtp")
         if flag := next((flag for flag in flags if getattr(options, flag)), None):
             raise ExportError(f"--{flag.replace('_', '-')} is for GGUF files and packed safetensors; leave it out.")
     if (options.plan is None) == (options.preset is None):
