@@ -33,7 +33,7 @@ _UNSTATED: dict[str, dict[str, Any]] = {
 """By model_type, what transformers' model computes although config.json does not say it, and the converter reads it
 there; None stands for the length of the context."""
 _FORMER_WORDS = {"linear_attention": "mamba", "full_attention": "attention"}
-_FORMER_TYPES = ("granitemoehybrid", "nemotron_h", "bamba", "jamba")
+_FORMER_TYPES = ("granitemoehybrid", "bamba", "jamba")
 """Models whose layers transformers 5 calls by other words than their first configurations and the converter."""
 _MAX_COMPUTED = 1 << 24
 """Entries of the largest tensor whose values are taken from the converter."""
