@@ -230,7 +230,10 @@ def settings_of(path: Path) -> Settings:
     config = read_config(path, FAMILIES)
     family = FAMILIES[config.model_type]
     writer = gguf.GGUFWriter(None, family.arch)
-    family.write_keys(config, writer)
+    try:
+        family.write_keys(config, writer)
+    except CheckpointError:  # a setting that the family refuses to convert, beside --base-gguf
+        return settings_of_config(raw)
     return _settings(recorded_fields(writer), config)
 
 
