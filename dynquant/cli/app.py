@@ -16,10 +16,9 @@ from dynquant import __version__
 from dynquant.cli.analyze import analyze, super_weights
 from dynquant.cli.calibrate import calibrate
 from dynquant.cli.compare import compare, compare_encoders
-from dynquant.cli.demo import demo
+from dynquant.cli.demo import demo, fetch_llama_cpp
 from dynquant.cli.evaluate import evaluate
 from dynquant.cli.export import export, export_adapter, tune
-from dynquant.cli.fetch import fetch_llama_cpp
 from dynquant.cli.inspect import diff, inspect, measure_machine, recipe
 from dynquant.cli.plan import plan
 from dynquant.cli.terminal import console
