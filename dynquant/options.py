@@ -147,6 +147,13 @@ BaseGguf = Annotated[
 Mtp = Annotated[
     bool, Flag("Keep the layers that predict tokens ahead (MTP); without them a file is smaller and drafts nothing.")
 ]
+AllowDifference = Annotated[
+    bool,
+    Flag(
+        "Go on where llama.cpp computes something else from the GGUF than transformers; tells the mean KL.",
+        ("--allow-difference",),
+    ),
+]
 Types = Annotated[tuple[str, ...], Flag("Candidate quant types, as iq1_s,iq2_xxs,q4_k.")]
 Preset = Annotated[
     str | None,

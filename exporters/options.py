@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from dynquant.calibration.options import CalibrationOptions
 from dynquant.options import (
+    AllowDifference,
     BaseGguf,
     CalibrationText,
     EncoderName,
@@ -89,6 +90,7 @@ class ExportOptions(Options):
     ] = False
     base_gguf: BaseGguf = None
     mtp: Mtp = True
+    allow_difference: AllowDifference = False
 
 
 @dataclass(frozen=True, kw_only=True)
