@@ -124,6 +124,8 @@ def _check(options: ExportOptions) -> None:
         if options.format == "compressed-tensors":
             plan, preset = "--plan FILE (of `dynquant plan --for vllm`)", "--preset uniform-SCHEME"
         raise PlanError(f"Give either {plan} or {preset}.")
+    if options.fallback and options.preset is None:
+        raise PlanError("--fallback goes with --preset; a plan says itself which types its tensors have.")
     if options.format == "compressed-tensors":
         check_is_free(options.output)
 
@@ -224,8 +226,9 @@ def _plan_of_preset(
 ) -> tuple[Plan, StatsFile | None]:
     """Return plan and statistics; calibrates only when a type uses statistics and none were given."""
     preset, output = str(options.preset), options.output
+    target = Target(preset=preset, fallback=options.fallback, serves=None if checkpoint is None else "vllm")
     if checkpoint is None:
-        types = preset_types(preset, model)
+        types = preset_types(preset, model, fallbacks=target.fallbacks)
         uses_stats = any(quant_type(name).uses_imatrix for name, _ in types.values())
     else:
         types = uniform_schemes(preset, checkpoint)
@@ -241,7 +244,7 @@ def _plan_of_preset(
             stats = statistics_at(path, model, calibration, session)
     elif unused := options.calibration.changed():
         session.note(f"{' and '.join(unused)} did nothing: no type of {preset} uses statistics")
-    recipe, stats_hash = Target(preset=preset).recipe, stats and stats.hash
+    recipe, stats_hash = target.recipe, stats and stats.hash
     if checkpoint is not None:
         return plan_for_vllm(model, checkpoint, types, recipe=recipe, stats_hash=stats_hash), stats
     plan = plan_from_types(model, types, recipe=recipe, stats=stats and stats.stats, stats_hash=stats_hash)
