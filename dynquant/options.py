@@ -144,6 +144,13 @@ ModelPath = Annotated[str, Flag(MODEL_HELP, is_argument=True, show_default=False
 BaseGguf = Annotated[
     Path | None, Flag("F32/F16/BF16 GGUF by llama.cpp's converter, for architectures dynquant does not convert.")
 ]
+AllowDifference = Annotated[
+    bool,
+    Flag(
+        "Go on where llama.cpp computes something else from the GGUF than transformers; tells the mean KL.",
+        ("--allow-difference",),
+    ),
+]
 Types = Annotated[tuple[str, ...], Flag("Candidate quant types, as iq1_s,iq2_xxs,q4_k.")]
 Preset = Annotated[
     str | None,

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from dynquant.calibration.options import CalibrationOptions
 from dynquant.options import (
+    AllowDifference,
     BaseGguf,
     CalibrationText,
     EncoderName,
@@ -89,6 +90,7 @@ class ExportOptions(Options):
         bool, Flag("With --ray: send weights and statistics to workers that cannot read them by path.")
     ] = False
     base_gguf: BaseGguf = None
+    allow_difference: AllowDifference = False
 
 
 @dataclass(frozen=True, kw_only=True)

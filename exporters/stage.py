@@ -16,6 +16,7 @@ from dynquant.encoding.parts import PartLimits
 from dynquant.encoding.remote import EncoderChoice, RemoteEncoding, StoredFiles
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import ExportError, PlanError
+from dynquant.evaluation.agreement.same_computation import check_base_gguf
 from dynquant.exporters.closing_pass import TuneOptions, closing_pass_of, tune_file
 from dynquant.exporters.compressed_tensors import check_is_free, export_compressed_tensors
 from dynquant.exporters.gguf import check_parts, export_gguf, with_mmproj_type
@@ -59,6 +60,8 @@ def export(options: ExportOptions, session: Session = SILENT) -> Exported:
             model = open_language_model(options.model, session)
         else:
             model = open_and_announce(options.model, session, base_gguf=options.base_gguf)
+            folder = options.plan.parent if options.plan is not None else None
+            check_base_gguf(model, session, folder=folder, allow_difference=options.allow_difference)
         checkpoint = linear_checkpoint(model) if is_vllm else None
         if model.has_vision and options.format == "gguf":
             check_parts(model, session)

@@ -142,7 +142,7 @@ class _StreamedBackward:
             progress("Fisher probe", total, total, unit="layers")
 
     def _head(self, loss: Callable[[Tensor], Tensor]) -> None:
-        is_tied = self.live.parameter("token_embd.weight") is self.hf_model.get_output_embeddings().weight
+        is_tied = self.live.parameters("token_embd.weight")[0] is self.hf_model.get_output_embeddings().weight
         with self._measured(["token_embd.weight" if is_tied else "output.weight"]) as collect:
             for index in range(len(self.replay.batches)):
                 with torch.no_grad():
@@ -184,7 +184,7 @@ class _StreamedBackward:
         A tied embedding gets its products in two parts, through the head and at last.
         """
         names = sorted(self.names & set(names))
-        parameters = [self.live.parameter(name) for name in names]
+        parameters = [parameter for name in names for parameter in self.live.parameters(name)]
         differences = {name: self.differences(name) for name in names}
         windows = iter(range(len(self.replay.batches)))
 

@@ -57,7 +57,7 @@ class RenderedModel:
     def write(self, name: str, type_name: str | None) -> None:
         """One tensor's weights in a type, or the original's, without a change of `types`."""
         if name in self._names:
-            device, store = self._live.parameter(name).device, self._store
+            device, store = self._live.parameters(name)[0].device, self._store
             self._live.write(
                 name, store.model.source.load(name) if type_name is None else store.decoded(name, type_name, device)
             )

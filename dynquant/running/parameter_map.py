@@ -81,6 +81,12 @@ def parameter_map(hf_model: Any, checkpoint: TensorSource) -> ParameterMap:
     return ParameterMap(loaded, shapes, reasons)
 
 
+def unmapped(hf_model: nn.Module) -> ParameterMap:
+    """Return the map of a checkpoint that has the tensors of the model's state under their names."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in hf_model.state_dict().items()}
+    return ParameterMap({name: whole(name, shape) for name, shape in shapes.items()}, shapes)
+
+
 def _load_traced(empty: nn.Module, shapes: Mapping[str, Shape]) -> dict[str, str]:
     """Give the parameters of a model on the meta device traced values; return what could not be traced."""
     from transformers.conversion_mapping import get_model_conversion_mapping

@@ -87,7 +87,8 @@ class StridedMap:
             strides = {axis.dim: axis.stride for axis in self.pieces[0].axes}
             places = [strides.get(dim, 0) for dim in range(len(self.shape))]
             return _contiguous(first).as_strided(self.shape, places, first.storage_offset() + self.pieces[0].offset)
-        values = torch.empty(self.shape, dtype=first.dtype, device=first.device)
+        dtype = torch.float32 if self.added else first.dtype  # norms that are near one would be rounded
+        values = torch.empty(self.shape, dtype=dtype, device=first.device)
         for piece in self.pieces:
             piece.of_target(values).copy_(piece.of_source(read(piece.source)))
         return values.add_(self.added) if self.added else values
