@@ -162,6 +162,14 @@ Preset = Annotated[
         "r1-iq1_s|iq1_m|iq2_xxs|q2_k_xl."
     ),
 ]
+Fallback = Annotated[
+    tuple[str, ...],
+    Flag(
+        "Where rows do not fit a type's blocks, presets and recipes take the one nearest in bits of these types and "
+        "llama.cpp's own replacement, as q2_0,q1_0.",
+        show_default=False,
+    ),
+]
 EncoderName = Annotated[
     str, Flag("dynquant: loses less at the same bytes. ggml: byte-equal to llama-quantize.", ("--encoder",))
 ]

@@ -12,6 +12,7 @@ from dynquant.options import (
     BaseGguf,
     CalibrationText,
     EncoderName,
+    Fallback,
     Flag,
     ModelPath,
     Mtp,
@@ -55,6 +56,7 @@ class ExportOptions(Options):
     ]
     plan: Annotated[Path | None, Flag("plan.json of `dynquant plan`.")] = None
     preset: Preset = None
+    fallback: Fallback = ()
     format: Annotated[str, Flag("gguf, safetensors or compressed-tensors.", ("-f", "--format"))] = "gguf"
     stats: Annotated[Path | None, Flag("stats.safetensors. Default: the one beside the plan.")] = None
     calibration: Annotated[CalibrationOptions, Only(("text", "tokens", "hessians"))] = field(

@@ -57,14 +57,7 @@ def export(options: ExportOptions, session: Session = SILENT) -> Exported:
     is_vllm = options.format == "compressed-tensors"
     plan = None if options.plan is None else Plan.load(options.plan, "vllm" if is_vllm else "gguf")
     with open_ray(options.ray) if options.ray else nullcontext() as pool:
-        if is_vllm:
-            model = open_language_model(options.model, session)
-        else:
-            # Files are of the layers that the plan names.
-            mtp = options.mtp and (plan is None or bool(mtp_layers(entry.name for entry in plan.entries)))
-            model = open_and_announce(options.model, session, base_gguf=options.base_gguf, mtp=mtp)
-            folder = options.plan.parent if options.plan is not None else None
-            check_base_gguf(model, session, folder=folder, allow_difference=options.allow_difference)
+        model = open_language_model(options.model, session) if is_vllm else _opened(options, plan, session)
         checkpoint = linear_checkpoint(model) if is_vllm else None
         if model.has_vision and options.format == "gguf":
             check_parts(model, session)
@@ -110,6 +103,15 @@ def export(options: ExportOptions, session: Session = SILENT) -> Exported:
     return Exported(files, plan.num_weights)
 
 
+def _opened(options: ExportOptions, plan: Plan | None, session: Session) -> Model:
+    """Return the model with the layers that the plan names, after a check of its base GGUF."""
+    mtp = options.mtp and (plan is None or bool(mtp_layers(entry.name for entry in plan.entries)))
+    model = open_and_announce(options.model, session, base_gguf=options.base_gguf, mtp=mtp)
+    folder = options.plan.parent if options.plan is not None else None
+    check_base_gguf(model, session, folder=folder, allow_difference=options.allow_difference)
+    return model
+
+
 def _check(options: ExportOptions) -> None:
     """Refuse options that do not go together, before anything is opened."""
     _limits(options.max_memory)
@@ -133,6 +135,8 @@ def _check(options: ExportOptions) -> None:
         if options.format == "compressed-tensors":
             plan, preset = "--plan FILE (of `dynquant plan --for vllm`)", "--preset uniform-SCHEME"
         raise PlanError(f"Give either {plan} or {preset}.")
+    if options.fallback and options.preset is None:
+        raise PlanError("--fallback goes with --preset; a plan says itself which types its tensors have.")
     if options.format == "compressed-tensors":
         check_is_free(options.output)
 
@@ -233,8 +237,9 @@ def _plan_of_preset(
 ) -> tuple[Plan, StatsFile | None]:
     """Return plan and statistics; calibrates only when a type uses statistics and none were given."""
     preset, output = str(options.preset), options.output
+    target = Target(preset=preset, fallback=options.fallback, serves=None if checkpoint is None else "vllm")
     if checkpoint is None:
-        types = preset_types(preset, model)
+        types = preset_types(preset, model, fallbacks=target.fallbacks)
         uses_stats = any(quant_type(name).uses_imatrix for name, _ in types.values())
     else:
         types = uniform_schemes(preset, checkpoint)
@@ -250,7 +255,7 @@ def _plan_of_preset(
             stats = statistics_at(path, model, calibration, session)
     elif unused := options.calibration.changed():
         session.note(f"{' and '.join(unused)} did nothing: no type of {preset} uses statistics")
-    recipe, stats_hash = Target(preset=preset).recipe, stats and stats.hash
+    recipe, stats_hash = target.recipe, stats and stats.hash
     if checkpoint is not None:
         return plan_for_vllm(model, checkpoint, types, recipe=recipe, stats_hash=stats_hash), stats
     plan = plan_from_types(model, types, recipe=recipe, stats=stats and stats.stats, stats_hash=stats_hash)

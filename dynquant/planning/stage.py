@@ -288,10 +288,12 @@ def plan_from_config(directory: Path, target: Target, session: Session = SILENT)
 def _fixed_types(target: Target, model: Model) -> dict[str, Choice] | None:
     """Types that need no measurement, or None when the planner chooses."""
     if target.preset:
-        return preset_types(target.preset, model, mtp_type=target.mtp_type)
+        return preset_types(target.preset, model, mtp_type=target.mtp_type, fallbacks=target.fallbacks)
     if target.like is not None:
         return like_types(target.like, model)
-    return None if target.patterns is None else recipe_types(target.patterns, model)
+    if target.patterns is None:
+        return None
+    return recipe_types(target.patterns, model, fallbacks=target.fallbacks)
 
 
 def _probe(
