@@ -36,14 +36,14 @@ def find_tree() -> Path | None:
     """
     if stated := os.environ.get(VARIABLE):
         for folder in (Path(stated), Path(stated) / "vendor" / "llama.cpp"):
-            if _is_tree(folder):
+            if is_tree(folder):
                 return folder.resolve()
         raise CheckpointError(
             f"{stated} (--llama-cpp, or {VARIABLE}) is no source tree of llama.cpp with its converter: a folder with "
             "`conversion` and `gguf-py` is needed, as in llama.cpp's repository and in the source distribution of "
             f"{_PACKAGE} (vendor/llama.cpp)."
         )
-    fetched = [folder for folder in cache_directory().glob("llama.cpp-*") if _is_tree(folder)]
+    fetched = [folder for folder in cache_directory().glob("llama.cpp-*") if is_tree(folder)]
     return max(fetched, key=lambda folder: (folder == fetched_tree(), folder.stat().st_mtime), default=None)
 
 
@@ -90,7 +90,7 @@ def unpack_tree(archive: Path, target: Path) -> Path:
                 if place is not None and member.isfile():
                     member.name = str(place)
                     files.extract(member, partial, filter="data")
-            if not _is_tree(partial):
+            if not is_tree(partial):
                 raise CheckpointError(f"{archive} holds no converter of llama.cpp (vendor/llama.cpp/conversion).")
     except (tarfile.TarError, EOFError) as error:
         raise CheckpointError(f"{archive} cannot be unpacked ({error}). Fetch it again.") from error
@@ -114,7 +114,8 @@ def _installed_version() -> str | None:
         return None
 
 
-def _is_tree(folder: Path) -> bool:
+def is_tree(folder: Path) -> bool:
+    """Return whether a folder holds llama.cpp's converter and its gguf-py."""
     return (folder / "conversion" / "__init__.py").is_file() and (folder / "gguf-py" / "gguf" / "__init__.py").is_file()
 
 

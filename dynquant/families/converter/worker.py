@@ -11,6 +11,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,16 @@ from dynquant.families.converter.tracing import Explained, Leaf, NotExplainedErr
 
 METADATA, TENSORS, INDICES, REFUSAL = "metadata.gguf", "tensors.json", "indices.safetensors", "refusal.json"
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_SIGMOID_ROUTERS = ("deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "minimax_m2")
+_UNSTATED: dict[str, dict[str, Any]] = {
+    **{kind: {"scoring_func": "sigmoid"} for kind in _SIGMOID_ROUTERS},
+    "phimoe": {"original_max_position_embeddings": None},
+}
+"""By model_type, what transformers' model computes although config.json does not say it, and the converter reads it
+there; None stands for the length of the context."""
+_FORMER_WORDS = {"linear_attention": "mamba", "full_attention": "attention"}
+_FORMER_TYPES = ("granitemoehybrid", "bamba", "jamba")
+"""Models whose layers transformers 5 calls by other words than their first configurations and the converter."""
 _MAX_COMPUTED = 1 << 24
 """Entries of the largest tensor whose values are taken from the converter."""
 
@@ -78,7 +89,7 @@ def _describe(request: dict[str, Any], output: Path) -> None:
 
 
 def _trust_no_code() -> None:
-    """Make transformers refuse code of checkpoints where the converter would run it."""
+    """Make transformers and PyTorch refuse code of checkpoints where the converter would run it."""
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
     for loader in (AutoConfig, AutoModel, AutoTokenizer):
@@ -88,6 +99,11 @@ def _trust_no_code() -> None:
             return original(*arguments, **options | {"trust_remote_code": False, "local_files_only": True})
 
         loader.from_pretrained = load
+
+    def refuse_pickles(*_: Any, **__: Any) -> None:
+        raise Refusal("failed", "it would open a pickle, which may run any code")
+
+    torch.load = refuse_pickles
 
 
 class _Converter:
@@ -122,10 +138,7 @@ class _Converter:
         load_parameters = self._base.load_hparams
 
         def parameters(directory: Path, is_mistral_format: bool) -> dict[str, Any]:
-            """Return the configuration of a checkpoint of floats, which is what the tensors of the request are."""
-            stated = load_parameters(directory, is_mistral_format)
-            stated.pop("quantization_config", None)
-            return stated
+            return _as_expected(load_parameters(directory, is_mistral_format))
 
         self._base.load_hparams = staticmethod(parameters)
         self._base.index_tensors = lambda model, remote_hf_model_id=None: self._indexed(model)
@@ -196,19 +209,21 @@ class _Converter:
             except NotExplainedError as error:
                 raise Refusal("tensor", f"`{name}`: {error}") from error
         if explained.selection is None:
-            self._add_values(name, data, writer)
+            self._add_values(name, data, kind, writer)
             return entry
         key = f"{id(explained.selection)}"
         return entry | {"parts": explained.parts, "selection": as_record(explained.selection, key, indices)}
 
-    def _add_values(self, name: str, data: Any, writer: Any) -> None:
+    def _add_values(self, name: str, data: Any, kind: str | None, writer: Any) -> None:
         import numpy as np
 
-        num_entries = int(np.prod(data.shape))
         if isinstance(data, self._gguf.LazyBase):
-            if num_entries > _MAX_COMPUTED or name.endswith(("_exps.weight", "_proj.weight")):
+            # A vector may be computed, as decays of state spaces; a matrix has inputs, whose statistics it needs.
+            if sum(size > 1 for size in data.shape) > 1 and self._tracer.leaves(data):
                 raise Refusal("tensor", f"`{name}` {list(data.shape)}: its entries are computed, not moved")
             data = self._tracer.values(data)
+        elif kind not in (None, *_DTYPES) or prod(data.shape) > _MAX_COMPUTED:
+            raise Refusal("tensor", f"`{name}` {list(data.shape)} is written as {kind} without the converter's graph")
         writer.add_tensor(name, np.array(data, dtype=np.float32).reshape(data.shape))
 
     def _indexed(self, model: Any) -> dict[str, Callable[[], Any]]:
@@ -248,6 +263,19 @@ class _Converter:
                 fields.update(before)
 
         return guarded
+
+
+def _as_expected(stated: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration of a checkpoint of floats, which the request's tensors are, in the converter's words."""
+    stated.pop("quantization_config", None)
+    model_type = str(stated.get("model_type"))
+    for key, value in _UNSTATED.get(model_type, {}).items():
+        if stated.get(key) is None:
+            stated[key] = stated.get("max_position_embeddings") if value is None else value
+    for key in ("layer_types", "layers_block_type") if model_type in _FORMER_TYPES else ():
+        if isinstance(stated.get(key), list):
+            stated[key] = [_FORMER_WORDS.get(word, word) for word in stated[key]]
+    return stated
 
 
 def _moved(tensor: Any, *arguments: Any, **options: Any) -> Any:
