@@ -69,11 +69,12 @@ class DynquantEncoder(Encoder):
 
     def prepare(self, quant_types: Iterable[QuantType], progress: Progress = ignore_progress) -> None:
         """Compile the kernels that a GPU searches blocks of these types with, side by side; Triton keeps them."""
-        if self.device.type == "cpu":
+        searched = [quant_type for quant_type in quant_types if quant_type.name in LAYOUTS]
+        if self.device.type == "cpu" or not searched:
             return
+        progress("compiling kernels", 0, len(searched), unit="types")
         weights, hessian = torch.randn(_TRIAL, generator=torch.Generator().manual_seed(0)), torch.eye(_TRIAL[1])
         upper_factor(hessian.to(self.device))  # PyTorch loads its linear algebra at the first use, which must be one
-        searched = [quant_type for quant_type in quant_types if quant_type.name in LAYOUTS]
         packed = side_by_side(lambda each: self.encode(each, weights, hessian=hessian[None]), searched)
         for done, _ in enumerate(packed, 1):
             progress("compiling kernels", done, len(searched), unit="types")
