@@ -144,12 +144,27 @@ ModelPath = Annotated[str, Flag(MODEL_HELP, is_argument=True, show_default=False
 BaseGguf = Annotated[
     Path | None, Flag("F32/F16/BF16 GGUF by llama.cpp's converter, for architectures dynquant does not convert.")
 ]
+AllowDifference = Annotated[
+    bool,
+    Flag(
+        "Go on where llama.cpp computes something else from the GGUF than transformers; tells the mean KL.",
+        ("--allow-difference",),
+    ),
+]
 Types = Annotated[tuple[str, ...], Flag("Candidate quant types, as iq1_s,iq2_xxs,q4_k.")]
 Preset = Annotated[
     str | None,
     Flag(
         "f32, f16, bf16, uniform-TYPE, experts-TYPE, llama-FTYPE (llama.cpp's mixtures) or "
         "r1-iq1_s|iq1_m|iq2_xxs|q2_k_xl."
+    ),
+]
+Fallback = Annotated[
+    tuple[str, ...],
+    Flag(
+        "Where rows do not fit a type's blocks, presets and recipes take the one nearest in bits of these types and "
+        "llama.cpp's own replacement, as q2_0,q1_0.",
+        show_default=False,
     ),
 ]
 EncoderName = Annotated[

@@ -26,7 +26,7 @@ from dynquant.errors import AdapterError, ExportError
 from dynquant.families.common.config import Config, read_config
 from dynquant.families.from_gguf import config_from_gguf
 from dynquant.families.text.registry import FAMILIES
-from dynquant.families.vision.checkpoint import is_vision_checkpoint
+from dynquant.families.vision.checkpoint import has_tower
 from dynquant.lora.places import takes_adapter
 from dynquant.lora.saved import AdaptedWeight, SavedAdapter, check_copies
 from dynquant.packed.places import Place, build_meta_model, find_places
@@ -89,7 +89,7 @@ def _base_config(saved: SavedAdapter, path: Path) -> tuple[Config, bool]:
             "config.json nor a .gguf file. Give the model that the adapter was trained on, packed or original, with "
             "--base."
         )
-    if is_vision_checkpoint(path):
+    if has_tower(path):
         raise AdapterError(
             f"{path} is a vision-language model, whose adapters dynquant does not write for llama.cpp. Use it in "
             "transformers: load the packed model and give the adapter to `dynquant.lora.load_adapter`."

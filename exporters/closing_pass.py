@@ -286,7 +286,8 @@ def _train(
 ) -> None:
     hf_model.requires_grad_(False)
     for name in trained:
-        live.parameter(name).requires_grad_(True)
+        for parameter in live.parameters(name):
+            parameter.requires_grad_(True)
     optimizer = torch.optim.Adam(_groups(trained, options, len(steps)), betas=(0.9, 0.99))
     warm, num_steps = min(4, max(1, len(steps) // 4)), len(steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(

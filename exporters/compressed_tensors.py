@@ -27,7 +27,7 @@ from dynquant.formats.plain_quants import FLOAT_DTYPES
 from dynquant.recipes.build_plan import check_linears, schemes_of
 from dynquant.recipes.plan import Plan, PlanEntry
 from dynquant.recipes.sizes import tensors_of_checkpoint
-from dynquant.running.stream_memory import free_memory
+from dynquant.running.streaming.stream_memory import free_memory
 from dynquant.session import Progress
 from dynquant.storage.strict_json import parse_json
 from dynquant.workers import side_by_side

@@ -8,9 +8,11 @@ from typing import Annotated, Any
 
 from dynquant.calibration.options import CalibrationOptions
 from dynquant.options import (
+    AllowDifference,
     BaseGguf,
     CalibrationText,
     EncoderName,
+    Fallback,
     Flag,
     ModelPath,
     Only,
@@ -53,6 +55,7 @@ class ExportOptions(Options):
     ]
     plan: Annotated[Path | None, Flag("plan.json of `dynquant plan`.")] = None
     preset: Preset = None
+    fallback: Fallback = ()
     format: Annotated[str, Flag("gguf, safetensors or compressed-tensors.", ("-f", "--format"))] = "gguf"
     stats: Annotated[Path | None, Flag("stats.safetensors. Default: the one beside the plan.")] = None
     calibration: Annotated[CalibrationOptions, Only(("text", "tokens", "hessians"))] = field(
@@ -87,6 +90,7 @@ class ExportOptions(Options):
         bool, Flag("With --ray: send weights and statistics to workers that cannot read them by path.")
     ] = False
     base_gguf: BaseGguf = None
+    allow_difference: AllowDifference = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from dynquant.encoding.parts import PartLimits
 from dynquant.encoding.remote import EncoderChoice, RemoteEncoding, StoredFiles
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import ExportError, PlanError
+from dynquant.evaluation.agreement.same_computation import check_base_gguf
 from dynquant.exporters.closing_pass import TuneOptions, closing_pass_of, tune_file
 from dynquant.exporters.compressed_tensors import check_is_free, export_compressed_tensors
 from dynquant.exporters.gguf import check_parts, export_gguf, with_mmproj_type
@@ -59,6 +60,8 @@ def export(options: ExportOptions, session: Session = SILENT) -> Exported:
             model = open_language_model(options.model, session)
         else:
             model = open_and_announce(options.model, session, base_gguf=options.base_gguf)
+            folder = options.plan.parent if options.plan is not None else None
+            check_base_gguf(model, session, folder=folder, allow_difference=options.allow_difference)
         checkpoint = linear_checkpoint(model) if is_vllm else None
         if model.has_vision and options.format == "gguf":
             check_parts(model, session)
@@ -69,7 +72,7 @@ def export(options: ExportOptions, session: Session = SILENT) -> Exported:
         encoder = load_encoder("dynquant" if is_vllm else options.encoder, device)
         if plan is None or options.plan is None:
             plan, stats = _plan_of_preset(model, checkpoint, options, session)
-            for line in plan.fallbacks():
+            for line in plan.remarks():
                 session.note(line)
             protected = {}
         else:
@@ -124,6 +127,8 @@ def _check(options: ExportOptions) -> None:
         if options.format == "compressed-tensors":
             plan, preset = "--plan FILE (of `dynquant plan --for vllm`)", "--preset uniform-SCHEME"
         raise PlanError(f"Give either {plan} or {preset}.")
+    if options.fallback and options.preset is None:
+        raise PlanError("--fallback goes with --preset; a plan says itself which types its tensors have.")
     if options.format == "compressed-tensors":
         check_is_free(options.output)
 
@@ -224,8 +229,9 @@ def _plan_of_preset(
 ) -> tuple[Plan, StatsFile | None]:
     """Return plan and statistics; calibrates only when a type uses statistics and none were given."""
     preset, output = str(options.preset), options.output
+    target = Target(preset=preset, fallback=options.fallback, serves=None if checkpoint is None else "vllm")
     if checkpoint is None:
-        types = preset_types(preset, model)
+        types = preset_types(preset, model, fallbacks=target.fallbacks)
         uses_stats = any(quant_type(name).uses_imatrix for name, _ in types.values())
     else:
         types = uniform_schemes(preset, checkpoint)
@@ -241,7 +247,7 @@ def _plan_of_preset(
             stats = statistics_at(path, model, calibration, session)
     elif unused := options.calibration.changed():
         session.note(f"{' and '.join(unused)} did nothing: no type of {preset} uses statistics")
-    recipe, stats_hash = Target(preset=preset).recipe, stats and stats.hash
+    recipe, stats_hash = target.recipe, stats and stats.hash
     if checkpoint is not None:
         return plan_for_vllm(model, checkpoint, types, recipe=recipe, stats_hash=stats_hash), stats
     plan = plan_from_types(model, types, recipe=recipe, stats=stats and stats.stats, stats_hash=stats_hash)

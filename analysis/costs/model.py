@@ -28,7 +28,7 @@ from dynquant.checkpoints.tensor_roles import Role, layer_of
 from dynquant.formats.quant_types import QUANT_TYPES, fit_to_row
 from dynquant.inputs.model_inputs import num_held_back
 from dynquant.recipes.plan import Plan, PlanEntry
-from dynquant.running.stream_memory import RESERVE_BYTES, WAYS_TO_RUN, Workload, activation_channels
+from dynquant.running.streaming.stream_memory import RESERVE_BYTES, WAYS_TO_RUN, Workload, activation_channels
 
 TABLE_TYPES = ("IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
 """Types whose search tables ggml builds before the first block."""
@@ -225,7 +225,7 @@ def streamed_cost(
 
 
 def _stages(plan: Plan) -> list[_Stage]:
-    """Return the embedding, the layers and the head; a tied embedding is its own head (`running.layer_stream`)."""
+    """Return the embedding, the layers and the head; a tied embedding is its own head, as in `layer_stream`."""
     layers: dict[int, _Stage] = {}
     for entry in plan.entries:
         if (layer := layer_of(entry.name)) is not None:

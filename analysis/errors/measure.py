@@ -23,15 +23,16 @@ from dynquant.calibration.statistics import CalibrationStats, InputStats
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import layer_of, role_of
 from dynquant.checkpoints.tensor_source import TensorInfo
+from dynquant.encoding.ggml import is_known
 from dynquant.encoding.interface import Encoder, check_finite
 from dynquant.encoding.parts import TensorPart, as_slice, load_part, ranges
 from dynquant.encoding.stream import holds_blocks
 from dynquant.families.linear_layers import LinearLayer
 from dynquant.formats import decode
 from dynquant.formats.checksum import checksum
-from dynquant.formats.quant_types import QUANT_TYPES, QuantType, fit_to_row
+from dynquant.formats.quant_types import QUANT_TYPES, QuantType, candidates_for_row
 from dynquant.formats.storage_format import StorageFormat
-from dynquant.recipes.presets import is_quantizable
+from dynquant.recipes.held_types import planned_matrices
 from dynquant.resources import usable_cores
 from dynquant.session import Progress, ignore_progress
 from dynquant.workers import can_fork, in_processes, side_by_side
@@ -328,21 +329,20 @@ def _table_of(model: Model, rows: Iterable[ErrorRow], type_names: Sequence[str],
 
 
 def tensor_formats(model: Model, stats: CalibrationStats | None, type_names: Sequence[str]) -> Formats:
-    """Return the stored types that candidate types lead to, of every quantizable tensor.
+    """Return the stored types that candidate types lead to, of every matrix whose type costs decide.
 
     Types that need statistics are left out for a tensor that has none; without `stats`, all are taken to have some.
-    The checkpoint's own float type is always one: it loses nothing.
+    The checkpoint's own float type is always one: it loses nothing. A candidate that does not fit the rows leads to
+    what llama.cpp stores in its place, and to Q2_0 or Q1_0 where that is nearer in bits.
     """
     formats = {}
-    for info in map(model.source.info, model.source.names()):
-        if not is_quantizable(info.name, info.shape):
-            continue
+    for info in map(model.source.info, planned_matrices(model)):
         has_stats = stats is None or stats.input_of(info.name) is not None
         candidates: dict[QuantType, tuple[str, ...]] = {}
-        for name in (*type_names, info.dtype if info.dtype in ("F32", "F16", "BF16") else "F16"):
-            stored, _ = fit_to_row(QUANT_TYPES[name], info.shape[-1])
-            if has_stats or not stored.needs_imatrix:
-                candidates[stored] = (*candidates.get(stored, ()), name)
+        for name in (*type_names, info.float_type):
+            for stored in candidates_for_row(QUANT_TYPES[name], info.shape[-1]):
+                if is_known(stored) and (has_stats or not stored.needs_imatrix):
+                    candidates[stored] = (*candidates.get(stored, ()), name)
         formats[info.name] = (info, candidates)
     return formats
 

@@ -18,7 +18,7 @@ from dynquant.checkpoints.tensor_roles import Role, layer_of, role_of
 from dynquant.encoding.stream import load_encoder
 from dynquant.formats import decode
 from dynquant.formats.quant_types import QUANT_TYPES, fit_to_row
-from dynquant.recipes.presets import is_quantizable
+from dynquant.recipes.held_types import planned_matrices
 from dynquant.resources import chosen_device
 from dynquant.session import Session
 from dynquant.storage.documents import FrozenRecord, read_document
@@ -88,10 +88,10 @@ def write_token_errors(
     stats.check_belongs_to(model.fingerprint, model.name, model.settings)
     type_name = next((name for name in _PREFERRED if name in types), types[0])
     rows = []
-    for info in map(model.source.info, model.source.names()):
+    for info in map(model.source.info, planned_matrices(model)):
         seen = {kind: of_kind.input_of(info.name) for kind, of_kind in by_kind.items()}
         inputs = {kind: _samples(of_kind, info.shape[-1], device) for kind, of_kind in seen.items()}
-        if len(info.shape) != 2 or not is_quantizable(info.name, info.shape) or all(x is None for x in inputs.values()):
+        if len(info.shape) != 2 or all(x is None for x in inputs.values()):
             continue
         stored, _ = fit_to_row(QUANT_TYPES[type_name], info.shape[-1])
         weights = model.source.load(info.name)

@@ -30,7 +30,7 @@ from dynquant.checkpoints.tensor_roles import Role, role_of
 from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.running.expert_hooks import ExpertCall, expert_modules, record_experts
 from dynquant.running.linear_hooks import activation_gradients, linear_names, sampled_log_probability
-from dynquant.running.staged_passes import StagedPasses
+from dynquant.running.streaming.staged_passes import StagedPasses
 from dynquant.session import Progress, ignore_progress
 
 

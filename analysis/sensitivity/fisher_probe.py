@@ -30,10 +30,10 @@ from dynquant.analysis.errors.table import ErrorRow, ErrorTable, Price
 from dynquant.checkpoints.tensor_roles import layer_of
 from dynquant.encoding.store import EncodedStore
 from dynquant.formats.quant_types import QUANT_TYPES
-from dynquant.running.layer_replay import LayerReplay
 from dynquant.running.linear_hooks import frozen_weights, sampled_log_probability
 from dynquant.running.live_weights import LiveWeights
 from dynquant.running.load import tf32_products
+from dynquant.running.streaming.layer_replay import LayerReplay
 from dynquant.session import Progress, ignore_progress
 
 _PROBED_TYPES = 3
@@ -142,7 +142,7 @@ class _StreamedBackward:
             progress("Fisher probe", total, total, unit="layers")
 
     def _head(self, loss: Callable[[Tensor], Tensor]) -> None:
-        is_tied = self.live.parameter("token_embd.weight") is self.hf_model.get_output_embeddings().weight
+        is_tied = self.live.parameters("token_embd.weight")[0] is self.hf_model.get_output_embeddings().weight
         with self._measured(["token_embd.weight" if is_tied else "output.weight"]) as collect:
             for index in range(len(self.replay.batches)):
                 with torch.no_grad():
@@ -184,7 +184,7 @@ class _StreamedBackward:
         A tied embedding gets its products in two parts, through the head and at last.
         """
         names = sorted(self.names & set(names))
-        parameters = [self.live.parameter(name) for name in names]
+        parameters = [parameter for name in names for parameter in self.live.parameters(name)]
         differences = {name: self.differences(name) for name in names}
         windows = iter(range(len(self.replay.batches)))
 

@@ -16,10 +16,16 @@ from dynquant.calibration.stage import calibration_inputs, streaming_limit
 from dynquant.checkpoints.model import Model
 from dynquant.recipes.folder import SuperWeight
 from dynquant.resources import chosen_device
-from dynquant.running.layer_stream import LayerStream
 from dynquant.running.load import load_hf, probing_type
-from dynquant.running.staged_passes import StagedPasses
-from dynquant.running.stream_memory import MOST_TOKENS_AT_ONCE, Workload, fit_within, free_memory_of, windows_at_once
+from dynquant.running.streaming.layer_stream import LayerStream
+from dynquant.running.streaming.staged_passes import StagedPasses
+from dynquant.running.streaming.stream_memory import (
+    MOST_TOKENS_AT_ONCE,
+    Workload,
+    fit_within,
+    free_memory_of,
+    windows_at_once,
+)
 from dynquant.session import Session
 
 PROBE_TOKENS = 4096  # tokens of the backward pass that measures sensitivities

@@ -5,7 +5,18 @@ from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 from dynquant.errors import StatsError
-from dynquant.options import BaseGguf, CalibrationText, Flag, ModelPath, Options, Ray, Strict, Window, Writes
+from dynquant.options import (
+    AllowDifference,
+    BaseGguf,
+    CalibrationText,
+    Flag,
+    ModelPath,
+    Options,
+    Ray,
+    Strict,
+    Window,
+    Writes,
+)
 from dynquant.storage.file_names import STATS_NAME, files_beside
 
 Hessians = Literal["none", "activations", "gradients"]
@@ -92,6 +103,7 @@ class CalibrateOptions(Options):
     ] = Path(STATS_NAME)
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     base_gguf: BaseGguf = None
+    allow_difference: AllowDifference = False
     imatrix: Annotated[Path | None, Flag("Import a llama.cpp imatrix GGUF instead of running the model.")] = None
     imatrix_out: Annotated[Path | None, Flag("Also write the statistics as a llama.cpp imatrix GGUF."), Writes()] = None
 

@@ -29,7 +29,7 @@ from dynquant.inputs.text import read_text
 from dynquant.resources import chosen_device, human_bytes, parse_size
 from dynquant.running.cluster import open_ray
 from dynquant.running.load import computing_type, load_hf
-from dynquant.running.stream_memory import COMFORTABLE_SHARE, free_memory_of
+from dynquant.running.streaming.stream_memory import COMFORTABLE_SHARE, free_memory_of
 from dynquant.session import SILENT, Session
 from dynquant.storage.atomic import file_hash, read_tensors_header
 from dynquant.storage.file_names import KINDS, STATS_NAME, kind_path, path_beside

@@ -30,10 +30,10 @@ from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_format import merge_tensor_files
 from dynquant.errors import StatsError
 from dynquant.inputs.model_inputs import ModelInputs
-from dynquant.running.layer_stream import LayerStream
 from dynquant.running.linear_hooks import sampled_log_probability
-from dynquant.running.staged_passes import StagedPasses
-from dynquant.running.stream_memory import Workload, fit_within
+from dynquant.running.streaming.layer_stream import LayerStream
+from dynquant.running.streaming.staged_passes import StagedPasses
+from dynquant.running.streaming.stream_memory import Workload, fit_within
 from dynquant.session import Progress, ignore_progress
 from dynquant.storage.atomic import save_tensors
 from dynquant.storage.file_names import path_beside

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
@@ -44,6 +44,8 @@ _FILE_TYPE_OF = {
     "F32": "ALL_F32", "Q3_K": "MOSTLY_Q3_K_M", "Q4_K": "MOSTLY_Q4_K_M", "Q5_K": "MOSTLY_Q5_K_M",
     "MXFP4": "MOSTLY_MXFP4_MOE",
 }  # fmt: skip
+_LATER_THAN_GGUF = {"Q2_0": 41}
+"""File types that the `gguf` package (0.19) does not know yet."""
 
 
 class TensorSpec(NamedTuple):
@@ -173,7 +175,8 @@ def file_type_of(recipe: str, tensors: Iterable[TensorSpec]) -> int:
 
 def _file_type(name: str) -> int | None:
     member = _FILE_TYPE_OF.get(name, f"MOSTLY_{name}")
-    return int(gguf.LlamaFileType[member]) if member in gguf.LlamaFileType.__members__ else None
+    known = gguf.LlamaFileType.__members__
+    return int(known[member]) if member in known else _LATER_THAN_GGUF.get(name)
 
 
 def _export_fields(
@@ -218,10 +221,8 @@ def _headers(arch: str, fields: Sequence[MetadataField], groups: Sequence[Sequen
         if number > 0:
             writer.tensors.append({})
         for tensor in group:
-            ggml_type = gguf.GGMLQuantizationType[tensor.type]
-            writer.add_tensor_info(
-                tensor.name, tensor.shape, np.dtype(np.float32), tensor.num_bytes, raw_dtype=ggml_type
-            )
+            ggml_id: Any = QUANT_TYPES[tensor.type].ggml_id  # not a member of gguf-py's enum, which lacks new types
+            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.num_bytes, raw_dtype=ggml_id)
     buffers = [io.BytesIO() for _ in groups]
     writer.fout = buffers  # type: ignore[assignment]
     writer.state = WriterState.EMPTY

@@ -16,6 +16,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGUF_MAGIC, GGMLQuantizationType, GGUFValueType
 
 from dynquant.errors import CheckpointError, unreadable
+from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.storage.stand_ins import refuse_stand_in
 
 _VERSIONS = (2, 3)
@@ -221,8 +222,11 @@ class _Parser:
         return tensors
 
     def _ggml_type(self, name: str, type_id: int) -> tuple[str, int, int]:
+        layout = next((layout for layout in QUANT_TYPES.values() if layout.ggml_id == type_id), None)
+        if layout is not None:
+            return layout.name, layout.block_size, layout.block_bytes
         try:
-            kind = GGMLQuantizationType(type_id)
+            kind = GGMLQuantizationType(type_id)  # integers, and what models are not stored in
         except ValueError as error:
             raise CheckpointError(
                 f"{self._path} stores `{name}` in the type number {type_id}, which stock llama.cpp does not have. "

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dynquant.checkpoints.gguf_source import MetadataField
+from dynquant.checkpoints.tensor_roles import Role, roles_of
 from dynquant.checkpoints.tensor_source import TensorSource
 from dynquant.errors import CheckpointError
 
@@ -108,6 +109,11 @@ class Model:
     @cached_property
     def fingerprint(self) -> str:
         return self.source.fingerprint
+
+    @cached_property
+    def roles(self) -> dict[str, Role]:
+        """The role of every tensor, by its name."""
+        return roles_of(self.source.names())
 
     @cached_property
     def has_vision(self) -> bool:

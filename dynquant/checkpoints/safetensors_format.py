@@ -30,9 +30,10 @@ TORCH_DTYPES = {
     "F64": torch.float64,
     "I64": torch.int64,
     "I32": torch.int32,
+    "U8": torch.uint8,
 }
 _NAME_OF = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-_WRITING_ORDER = ["I64", "F64", "F32", "I32", "BF16", "F16", "F8_E4M3"]
+_WRITING_ORDER = ["I64", "F64", "F32", "I32", "BF16", "F16", "F8_E4M3", "U8"]
 """The safetensors library's order of types: larger elements first."""
 _MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library."""

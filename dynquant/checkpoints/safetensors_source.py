@@ -1,18 +1,22 @@
 """A directory of safetensors files as a tensor source, and its weights as stored: floats, or FP8 with block scales.
 
-FP8 checkpoints (DeepSeek V3, R1) store a matrix as F8_E4M3 beside `NAME_scale_inv`, float32 [rows / b, columns / b]
-rounded up; a weight is its value times the scale of its block. Kept as stored, a layer takes a quarter of its float32.
+FP8 checkpoints (DeepSeek V3, R1, Qwen3) store a matrix as F8_E4M3 beside `NAME_scale_inv`, float32 or bfloat16
+[rows / b, columns / b] rounded up, or one number (Mistral); a weight is its value times the scale of its block. Kept as
+stored, a layer takes a quarter of its float32. What is stored in integers is decoded when it is read (`packed_parts`).
 """
 
 import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dynquant.checkpoints.published.packed_parts import Mxfp4Experts, packed_tensors
 from dynquant.checkpoints.safetensors_format import FileSpan, spans_of
 from dynquant.checkpoints.tensor_source import GGML_NAMES, TensorInfo
 from dynquant.errors import CheckpointError, unreadable
@@ -36,6 +40,10 @@ _WRAPPERS = {
 _FLOAT_DTYPES = {"F32", "F16", "BF16"}
 _FP8 = "F8_E4M3"
 _SCALE_SUFFIX = "_scale_inv"
+_ACTIVATION_SCALES = ("activation_scale", "input_scale")
+"""Ends of names of tensors by which some FP8 kernels round activations; weights do not depend on them."""
+_READ_AS_INPUT = {"fp8": _FP8, "mxfp4": "U8"}
+"""`quant_method` of checkpoints that are quantized again -> type of their quantized tensors."""
 _SAMPLED = 64
 
 
@@ -86,8 +94,8 @@ class StoredValues:
 class SafetensorsSource:
     """One `model.safetensors`, or the shards of `model.safetensors.index.json`, in a directory.
 
-    FP8 matrices with block scales appear as one tensor of the float type that config.json states; their scales are not
-    listed.
+    FP8 matrices with scales, and tensors in integer parts, appear as one tensor of the float type that config.json
+    states; scales and parts are not listed.
 
     Raises:
         CheckpointError: a file is missing, truncated or corrupt, the index names a file outside the directory, a tensor
@@ -98,14 +106,21 @@ class SafetensorsSource:
         self.directory = directory
         self._spans = checkpoint_spans(directory)
         self._scale_of = {name: f"{name}{_SCALE_SUFFIX}" for name, span in self._spans.items() if span.dtype == _FP8}
-        self._block, self._fp8_float = _fp8_layout(directory) if self._scale_of else ((1, 1), "BF16")
-        hidden = set(self._scale_of.values())
-        self._info = {name: self._read_info(name) for name in self._spans if name not in hidden}
+        stated = _config_of(directory) if any(s.dtype not in _FLOAT_DTYPES for s in self._spans.values()) else {}
+        quantization = stated.get("quantization_config") or {}
+        self._packed = packed_tensors(self._spans, quantization)
+        self._block, self._float = _fp8_layout(directory, stated)
+        hidden = {*self._scale_of.values(), *(part for tensor in self._packed.values() for part in tensor.parts)}
+        if self._scale_of:
+            hidden |= {name for name in self._spans if name.endswith(_ACTIVATION_SCALES)}
+        infos = {name: TensorInfo(name, tensor.shape, self._float) for name, tensor in self._packed.items()}
+        infos |= {name: self._read_info(name) for name in self._spans if name not in hidden}
+        self._info = dict(sorted(infos.items()))
 
     @property
-    def has_fp8(self) -> bool:
-        """True when a matrix is stored as FP8."""
-        return bool(self._scale_of)
+    def is_quantized(self) -> bool:
+        """True when a tensor is stored as FP8 or in integers."""
+        return bool(self._scale_of or self._packed)
 
     @property
     def fingerprint(self) -> str:
@@ -127,7 +142,8 @@ class SafetensorsSource:
     def load(self, name: str, index: int | slice | None = None) -> torch.Tensor:
         if not isinstance(index, slice) or name not in self._scale_of or len(self._info[name].shape) > 2:
             return self.stored(name, index).to(torch.float32)
-        first = index.start // self._block[0] * self._block[0]  # the rows of a block share scales
+        block_rows = self._block_of(name)[0]
+        first = index.start // block_rows * block_rows  # the rows of a block share scales
         return self.stored(name, slice(first, index.stop)).to(torch.float32)[index.start - first :]
 
     def stored(self, name: str, index: int | slice | None = None) -> StoredValues:
@@ -137,29 +153,52 @@ class SafetensorsSource:
         """
         scale = self._scale_of.get(name)
         try:
+            if name in self._packed:
+                return StoredValues(self._packed[name].values(self._read_part, index))
             data = self._spans[name].read(index)
             if scale is None:
                 return StoredValues(data)
             if isinstance(index, int) and data.dim() < 2:
                 raise ValueError(f"`{name}` is one FP8 matrix; its rows share scales and are not read alone")
+            block = self._block_of(name)
+            if prod(self._spans[scale].shape) == 1:
+                return StoredValues(data, self._spans[scale].read().float().reshape(1, 1), block)
             if isinstance(index, slice) and data.dim() == 2:
-                index = slice(index.start // self._block[0], -(-index.stop // self._block[0]))
-            return StoredValues(data, self._spans[scale].read(index), self._block)
+                index = slice(index.start // block[0], -(-index.stop // block[0]))
+            return StoredValues(data, self._spans[scale].read(index).float(), block)
         except OSError as error:
-            raise CheckpointError(
-                f"`{name}` cannot be read from {self._spans[name].path} ({error}). Fetch the file again."
-            ) from error
+            raise CheckpointError(f"`{name}` cannot be read ({error}). Fetch the file again.") from error
+
+    def mxfp4_codes(self, name: str, index: int | slice | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return codes and powers of experts that `is_mxfp4`, as `Mxfp4Experts.codes` does."""
+        packed = self._packed[name]
+        assert isinstance(packed, Mxfp4Experts)
+        return packed.codes(self._read_part, index)
+
+    def is_mxfp4(self, name: str) -> bool:
+        """Return whether `mxfp4_codes` has this tensor."""
+        return isinstance(self._packed.get(name), Mxfp4Experts)
 
     def stored_bytes(self, name: str) -> int:
         """Return the bytes that `stored` takes in memory."""
+        if name in self._packed:  # decoded
+            return prod(self._info[name].shape) * DTYPE_BYTES["BF16" if self.is_mxfp4(name) else "F32"]
         parts = [self._spans[part] for part in (name, self._scale_of.get(name)) if part is not None]
         return sum(prod(span.shape) * DTYPE_BYTES[span.dtype] for span in parts)
+
+    def _read_part(self, name: str, index: int | slice | None) -> torch.Tensor:
+        return self._spans[name].read(index)
+
+    def _block_of(self, name: str) -> tuple[int, int]:
+        """Return rows and columns of a block: the whole matrix under one scale."""
+        rows, columns = self._spans[name].shape[-2:]
+        return (rows, columns) if prod(self._spans[self._scale_of[name]].shape) == 1 else self._block
 
     def _read_info(self, name: str) -> TensorInfo:
         span = self._spans[name]
         if span.dtype == _FP8:
             self._check_scales(name)
-            return TensorInfo(name, span.shape, self._fp8_float)
+            return TensorInfo(name, span.shape, self._float)
         if span.dtype not in _FLOAT_DTYPES:
             raise CheckpointError(
                 f"{span.path} stores `{name}` as {span.dtype}; only F32, F16 and BF16 checkpoints, and FP8 (F8_E4M3) "
@@ -177,30 +216,41 @@ class SafetensorsSource:
             )
         blocks = tuple(-(-size // block) for size, block in zip(span.shape[-2:], self._block, strict=False))
         expected = (*span.shape[:-2], *blocks)
-        if len(span.shape) < 2 or scale.shape != expected or scale.dtype != "F32":
+        fits = scale.shape == expected or (prod(scale.shape) == 1 and len(span.shape) == 2)
+        if len(span.shape) < 2 or not fits or scale.dtype not in ("F32", "BF16"):
             raise CheckpointError(
                 f"{scale.path} stores `{self._scale_of[name]}` as {scale.dtype} {list(scale.shape)}, but `{name}` "
-                f"{list(span.shape)} in blocks of {self._block[0]} x {self._block[1]} needs F32 {list(expected)}. "
+                f"{list(span.shape)} in blocks of {self._block[0]} x {self._block[1]} needs F32 or BF16 "
+                f"{list(expected)}, or one number. "
                 "Check `weight_block_size` in config.json, or convert the checkpoint to bfloat16."
             )
 
 
-def _fp8_layout(directory: Path) -> tuple[tuple[int, int], str]:
-    """Rows and columns of a block, and the float type that the model computes in, from config.json."""
+def _config_of(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     try:
         config = parse_json(path.read_bytes()) if path.is_file() else {}
-        rows, columns = (config.get("quantization_config") or {}).get("weight_block_size") or (128, 128)
-        dtype = str(config.get("torch_dtype") or config.get("dtype") or "bfloat16")
-        if not (isinstance(rows, int) and isinstance(columns, int) and min(rows, columns) > 0):
-            raise ValueError(f"`weight_block_size` is {[rows, columns]}")
-    except (ValueError, TypeError, AttributeError, OSError) as error:
+        quantization = config.get("quantization_config")
+        if quantization is not None and not isinstance(quantization, dict):
+            raise ValueError(f"`quantization_config` is a {type(quantization).__name__}")
+    except (ValueError, AttributeError, OSError) as error:
         raise CheckpointError(
-            unreadable(path, error)
-            or f"{path} does not describe FP8 weights ({error}); `weight_block_size` is to be two positive numbers, as "
-            "[128, 128]. Fetch the file again."
+            unreadable(path, error) or f"{path} does not describe quantized weights ({error}). Fetch the file again."
         ) from error
-    return (rows, columns), GGML_NAMES.get(dtype, "BF16")
+    return config
+
+
+def _fp8_layout(directory: Path, config: Mapping[str, Any]) -> tuple[tuple[int, int], str]:
+    """Rows and columns of a block, and the float type that the model computes in."""
+    size = (config.get("quantization_config") or {}).get("weight_block_size")
+    block = (128, 128) if size is None else tuple(size) if isinstance(size, list) else ()
+    if len(block) != 2 or not all(isinstance(count, int) and count > 0 for count in block):
+        raise CheckpointError(
+            f"{directory / 'config.json'} does not describe FP8 weights: `weight_block_size` is {size!r:.80}, and "
+            "is to be two positive numbers, as [128, 128]. Fetch the file again."
+        )
+    dtype = str(config.get("torch_dtype") or config.get("dtype") or "bfloat16")
+    return (block[0], block[1]), GGML_NAMES.get(dtype, "BF16")
 
 
 def checkpoint_spans(directory: Path) -> dict[str, FileSpan]:
@@ -244,7 +294,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def refuse_quantized(directory: Path, quantization: object) -> None:
-    """Raise CheckpointError for what config.json says of quantized weights, but for FP8 with block scales.
+    """Raise CheckpointError for what config.json says of quantized weights, but for FP8 with scales and gpt-oss' MXFP4.
 
     `quantization` is the entry `quantization_config`; "already quantized" is said only of tensors that are.
     """
@@ -259,10 +309,11 @@ def refuse_quantized(directory: Path, quantization: object) -> None:
             f"{directory}/config.json says that the weights are quantized ({method!r:.80}), but all are stored as "
             "floats. If that is what they should be, take `quantization_config` out of config.json."
         )
-    if method != "fp8" or _FP8 not in dict(stored).values():
+    if _READ_AS_INPUT.get(str(method)) not in dict(stored).values():
         raise CheckpointError(
             f"The weights of {directory} are already quantized ({method!r:.80}; `{stored[0][0]}` is stored as "
-            f"{stored[0][1]}), and not as FP8 matrices with block scales. Start from the BF16, F16 or FP8 checkpoint."
+            f"{stored[0][1]}), and neither as FP8 matrices with scales nor as MXFP4 experts. Start from the BF16, F16 "
+            "or FP8 checkpoint; `dynquant eval` takes this one as it is."
         )
 
 

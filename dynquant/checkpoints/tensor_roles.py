@@ -1,17 +1,17 @@
-"""The role of every tensor and its GGUF name, for every architecture in gguf-py's tensor map.
+"""The role of every tensor and its GGUF name.
 
-Roles are what planners and reports speak of. They are read from the GGUF name alone, so that a Hugging Face directory,
-an F16 GGUF and a published quantized GGUF of one model get the same roles.
+Roles are what planners and reports speak of. They are read from GGUF names alone, so that a Hugging Face directory, an
+F16 GGUF and a published quantized GGUF of one model get the same roles, be its architecture in gguf-py's map or not.
 """
 
 import re
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from functools import cache
 
 import gguf
 
 from dynquant.checkpoints.vision_names import cross_attention_name, language_name, vision_name
-from dynquant.errors import CheckpointError
 
 
 class Role(StrEnum):
@@ -26,12 +26,25 @@ class Role(StrEnum):
     ATTN_V = "attn_v"
     ATTN_QKV = "attn_qkv"
     ATTN_OUT = "attn_out"
+    ATTN_GATE = "attn_gate"
     MLA_Q_A = "mla_q_a"
     MLA_Q_B = "mla_q_b"
     MLA_KV_A = "mla_kv_a"
     MLA_KV_B = "mla_kv_b"
     MLA_K_B = "mla_k_b"
     MLA_V_B = "mla_v_b"
+    INDEXER = "indexer"
+    SSM_IN = "ssm_in"
+    SSM_X = "ssm_x"
+    SSM_DT = "ssm_dt"
+    SSM_STATE = "ssm_state"
+    SSM_GATE = "ssm_gate"
+    SSM_OUT = "ssm_out"
+    SHORTCONV_IN = "shortconv_in"
+    SHORTCONV_OUT = "shortconv_out"
+    TIME_MIX = "time_mix"
+    CHANNEL_MIX = "channel_mix"
+    CONV = "conv"
     FFN_GATE = "ffn_gate"
     FFN_UP = "ffn_up"
     FFN_DOWN = "ffn_down"
@@ -41,6 +54,11 @@ class Role(StrEnum):
     EXPERT_GATE = "expert_gate"
     EXPERT_UP = "expert_up"
     EXPERT_DOWN = "expert_down"
+    EXPERT_LATENT = "latent_of_experts"
+    PER_LAYER_EMBEDDING = "per_layer_embedding"
+    PER_LAYER_PROJ = "per_layer_proj"
+    MIXING = "mixing"
+    MTP = "mtp"
     CROSS_ATTN = "cross_attn"
     VISION_PATCH = "vision_patch"
     VISION_ATTN = "vision_attn"
@@ -50,7 +68,17 @@ class Role(StrEnum):
 
     @property
     def is_attention(self) -> bool:
-        return self.value.startswith(("attn_", "mla_"))
+        return self.value.startswith(("attn_", "mla_")) or self is Role.INDEXER
+
+    @property
+    def is_recurrent(self) -> bool:
+        """True for what takes the place of attention in layers with a state: Mamba, delta rules, short convolutions."""
+        return self.value.startswith(("ssm_", "shortconv_")) or self is Role.TIME_MIX
+
+    @property
+    def is_embedding(self) -> bool:
+        """True for tables whose rows are looked up, so that no input weighs their columns."""
+        return self in (Role.EMBEDDING, Role.PER_LAYER_EMBEDDING)
 
     @property
     def is_routed_expert(self) -> bool:
@@ -74,17 +102,54 @@ class Role(StrEnum):
         return self.value.endswith("_down")
 
 
-_ROLE_OF_TENSOR = {
-    **{role.name: role for role in Role},  # attention and dense FFNs are called alike in gguf-py
-    "TOKEN_EMBD": Role.EMBEDDING,
-    **dict.fromkeys(("FFN_GATE_INP", "FFN_GATE_INP_SHEXP", "FFN_EXP_PROBS_B"), Role.ROUTER),
-    **{f"ATTN_{part}": Role[f"MLA_{part}"] for part in ("Q_A", "Q_B", "KV_B", "K_B", "V_B")},
-    "ATTN_KV_A_MQA": Role.MLA_KV_A,
-    **{f"FFN_{part}_SHEXP": Role[f"SHARED_{part}"] for part in ("GATE", "UP", "DOWN")},
-    **{f"FFN_{part}_{kind}": Role[f"EXPERT_{part}"] for part in ("GATE", "UP", "DOWN") for kind in ("CHEXP", "EXP")},
-    "FFN_GATE_UP_EXP": Role.EXPERT_GATE,
+_SMALL_MIXERS = (
+    "altup_proj altup_unembd_proj altup_router altup_correct_coef altup_predict_coef laurel_l laurel_r "
+    "per_layer_model_proj attn_compressor_ape indexer_compressor_ape attn_res_score ffn_res_score output_res_score "
+    "position_embd token_types attn_rel_b"
+)
+_PARTS: Mapping[Role, str] = {
+    Role.EMBEDDING: "token_embd",
+    Role.OUTPUT: "output",
+    Role.ROUTER: "ffn_gate_inp ffn_gate_inp_shexp exp_probs_b exp_probs_b_vl ffn_gate_tid2eid",
+    Role.ATTN_Q: "attn_q",
+    Role.ATTN_K: "attn_k",
+    Role.ATTN_V: "attn_v",
+    Role.ATTN_QKV: "attn_qkv",
+    Role.ATTN_OUT: "attn_output attn_o attn_output_a attn_output_b",
+    Role.ATTN_GATE: "attn_gate",
+    Role.MLA_Q_A: "attn_q_a",
+    Role.MLA_Q_B: "attn_q_b",
+    Role.MLA_KV_A: "attn_kv_a_mqa attn_kv attn_compressor_kv attn_compressor_gate",
+    Role.MLA_KV_B: "attn_kv_b",
+    Role.MLA_K_B: "attn_k_b",
+    Role.MLA_V_B: "attn_v_b",
+    Role.INDEXER: "indexer.proj indexer.attn_k indexer.attn_q_b indexer.q_proj indexer.k_proj indexer_compressor_kv "
+    "indexer_compressor_gate",
+    Role.SSM_IN: "ssm_in",
+    Role.SSM_X: "ssm_x",
+    Role.SSM_DT: "ssm_dt",
+    Role.SSM_STATE: "ssm_alpha ssm_beta ssm_ba ssm_f_a ssm_f_b",
+    Role.SSM_GATE: "ssm_g_a ssm_g_b ssm_g",
+    Role.SSM_OUT: "ssm_out",
+    Role.SHORTCONV_IN: "shortconv.in_proj",
+    Role.SHORTCONV_OUT: "shortconv.out_proj",
+    Role.TIME_MIX: "time_mix_key time_mix_value time_mix_receptance time_mix_gate time_mix_output",
+    Role.CHANNEL_MIX: "channel_mix_key channel_mix_value channel_mix_receptance",
+    Role.CONV: "ssm_conv1d ssm_conv1d_q ssm_conv1d_k ssm_conv1d_v shortconv.conv ple_conv1d conv1d",
+    **{Role[f"FFN_{part}"]: f"ffn_{part.lower()}" for part in ("GATE", "UP", "DOWN")},
+    **{Role[f"SHARED_{part}"]: f"ffn_{part.lower()}_shexp" for part in ("GATE", "UP", "DOWN")},
+    Role.EXPERT_GATE: "ffn_gate_exps ffn_gate_chexps ffn_gate_up_exps",
+    Role.EXPERT_UP: "ffn_up_exps ffn_up_chexps",
+    Role.EXPERT_DOWN: "ffn_down_exps ffn_down_chexps",
+    Role.EXPERT_LATENT: "ffn_latent_down ffn_latent_up ffn_routed_down ffn_routed_up",
+    Role.PER_LAYER_EMBEDDING: "per_layer_token_embd",
+    Role.PER_LAYER_PROJ: "inp_gate proj ple_key ple_value",
+    Role.MIXING: _SMALL_MIXERS,
 }
-"""By gguf-py's name of the tensor; all others are norms by their names, or `OTHER`."""
+_ROLE_OF_PART = {part: role for role, parts in _PARTS.items() for part in parts.split()}
+"""By what remains of a name without layer and suffix; all others are norms by their names, or `OTHER`."""
+_MIXING_PREFIXES = ("hc_", "output_hc_", "time_mix_")
+_NORM = re.compile(r"norm|nextn\.(enorm|hnorm)")
 _LAYER = re.compile(r"^((?:dec\.|enc\.|v\.|v\.global\.|a\.)?blk)\.(\d+)\.")
 _VISION_ROLES = (
     (re.compile(r"v\.patch_embd\.weight(\.1)?"), Role.VISION_PATCH),
@@ -94,25 +159,46 @@ _VISION_ROLES = (
     (re.compile(r"blk\.\d+\.cross_attn_(q|k|v|output)\.weight"), Role.CROSS_ATTN),
 )
 _SUFFIX = re.compile(r"\.(weight|bias)$")
-
-
-@cache
-def _roles_by_template() -> dict[str, Role]:
-    return {
-        template: _ROLE_OF_TENSOR.get(tensor.name) or (Role.NORM if "norm" in template else Role.OTHER)
-        for tensor, template in reversed(gguf.TENSOR_NAMES.items())  # of tensors that share a name, the first counts
-    }
+_NEXTN_LAYER = re.compile(r"blk\.(\d+)\.nextn\.")
+_NEVER_MTP = (Role.NORM, Role.ROUTER, Role.CONV, Role.MIXING, Role.OTHER)
 
 
 def role_of(name: str) -> Role:
-    """The role of a GGUF tensor. Biases and anything outside gguf-py's map are `OTHER`; both stay precise."""
+    """The role of a GGUF tensor. Biases and names that say nothing are `OTHER`; both stay precise.
+
+    The name alone does not say that a layer predicts tokens ahead: see `roles_of`.
+    """
     if name.endswith(".bias") and not name.endswith("exp_probs_b.bias"):
         return Role.OTHER
     for pattern, role in _VISION_ROLES:
         if pattern.fullmatch(name):
             return role
-    template = _LAYER.sub(r"\1.{bid}.", _SUFFIX.sub("", name))
-    return _roles_by_template().get(template, Role.OTHER)
+    layer = _LAYER.match(name)
+    if layer is not None and layer[1].startswith(("v", "a")):
+        return Role.NORM if "norm" in name else Role.OTHER
+    part = _SUFFIX.sub("", name[layer.end() :] if layer else name)
+    if part in _ROLE_OF_PART:
+        return _ROLE_OF_PART[part]
+    if _NORM.search(part):
+        return Role.NORM
+    if part.startswith("nextn."):
+        return Role.MTP
+    return Role.MIXING if part.startswith(_MIXING_PREFIXES) else Role.OTHER
+
+
+def mtp_layers(names: Iterable[str]) -> frozenset[int]:
+    """The layers that predict tokens ahead (multi-token prediction): those with a tensor `blk.N.nextn.…`."""
+    return frozenset(int(match[1]) for match in map(_NEXTN_LAYER.match, names) if match)
+
+
+def roles_of(names: Iterable[str]) -> dict[str, Role]:
+    """The role of every tensor of a model; all matrices of layers that predict tokens ahead are `MTP`."""
+    names = list(names)
+    ahead = mtp_layers(names)
+    roles = {name: role_of(name) for name in names}
+    return {
+        name: Role.MTP if layer_of(name) in ahead and role not in _NEVER_MTP else role for name, role in roles.items()
+    }
 
 
 def layer_of(name: str) -> int | None:
@@ -124,9 +210,20 @@ def layer_of(name: str) -> int | None:
 @cache
 def _tensor_name_map(arch: str, n_layer: int) -> gguf.TensorNameMap:
     by_name = {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}
-    if arch not in by_name:
-        raise CheckpointError(f"gguf-py knows no architecture `{arch}`; give `--base-gguf` a GGUF made by llama.cpp.")
-    return gguf.get_tensor_name_map(by_name[arch], n_layer)
+    if arch in by_name:
+        return gguf.get_tensor_name_map(by_name[arch], n_layer)
+    # gguf-py on the package index is older than llama.cpp's: an architecture that it lacks is read by what all others
+    # call their tensors, of whom `llama` is the most usual.
+    every = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, n_layer)
+    for tensor, names in gguf.TensorNameMap.mappings_cfg.items():
+        for name in names:
+            every.mapping.setdefault(name, (tensor, gguf.TENSOR_NAMES[tensor]))
+    for layer in range(n_layer):
+        for tensor, names in gguf.TensorNameMap.block_mappings_cfg.items():
+            for name in names:
+                gguf_name = gguf.TENSOR_NAMES[tensor].format(bid=layer)
+                every.mapping.setdefault(name.format(bid=layer), (tensor, gguf_name))
+    return every
 
 
 _ONE_EXPERT = re.compile(r"\.experts\.\d+\.(\w+?)(\.weight)?$")

@@ -29,6 +29,11 @@ class TensorInfo:
     def numel(self) -> int:
         return prod(self.shape)
 
+    @property
+    def float_type(self) -> str:
+        """The float type that loses nothing: its own, or F16 for quantized tensors."""
+        return self.dtype if self.dtype in GGML_NAMES.values() else "F16"
+
 
 def is_finite(tensor: torch.Tensor) -> bool:
     """Return False for a tensor with NaN or infinite values; needs no memory of the tensor's size."""

@@ -4,6 +4,7 @@ Exit status: 0 done, 1 refused with one paragraph on stderr, 2 wrong usage, 130 
 --debug.
 """
 
+import os
 import shlex
 import sys
 from collections.abc import Collection
@@ -15,7 +16,7 @@ from dynquant import __version__
 from dynquant.cli.analyze import analyze, super_weights
 from dynquant.cli.calibrate import calibrate
 from dynquant.cli.compare import compare, compare_encoders
-from dynquant.cli.demo import demo
+from dynquant.cli.demo import demo, fetch_llama_cpp
 from dynquant.cli.evaluate import evaluate
 from dynquant.cli.export import export, export_adapter, tune
 from dynquant.cli.inspect import diff, inspect, measure_machine, recipe
@@ -52,11 +53,22 @@ def every_command(
             show_default=False,
         ),
     ] = None,
+    llama_cpp: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="llama.cpp's source tree, whose converter opens the architectures that dynquant does not convert by "
+            "itself. Default: LLAMA_CPP_DIR, or what `dynquant fetch-llama-cpp` keeps. May stand behind the command.",
+            show_default=False,
+        ),
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of refusals.")] = False,
 ) -> None:
     """Dynamic low-bit quantization: measure where it hurts, keep those places precise, crush the rest."""
     if json_progress is not None:
         console.write_json_to(json_progress)
+    if llama_cpp is not None:
+        os.environ["LLAMA_CPP_DIR"] = os.path.abspath(llama_cpp)  # for processes that the command starts, too
 
 
 def version() -> None:
@@ -65,18 +77,17 @@ def version() -> None:
 
 
 _STEPS = (calibrate, analyze, plan, export, tune, evaluate, compare, compare_encoders, finetune, heal, export_adapter)
-_VIEWS = (inspect, measure_machine, recipe, diff, super_weights, demo, version)
+_VIEWS = (inspect, measure_machine, recipe, diff, super_weights, demo, fetch_llama_cpp, version)
+_ALWAYS = "Every command also takes --json-progress FILE (- is stderr), --llama-cpp DIR and --debug."
 for _function in (*_STEPS, *_VIEWS):
     _name = "eval" if _function is evaluate else _function.__name__.replace("_", "-")
-    app.command(_name, epilog="Every command also takes --json-progress FILE (- is stderr) and --debug.")(
-        from_options(_function)
-    )
+    app.command(_name, epilog=_ALWAYS)(from_options(_function))
 
 
 def _global_options_first(arguments: list[str]) -> list[str]:
     """Options of all commands may stand anywhere on the line; typer wants them before the command."""
     first, rest = [], list(arguments)
-    for option, num_words in (("--debug", 1), ("--json-progress", 2)):
+    for option, num_words in (("--debug", 1), ("--json-progress", 2), ("--llama-cpp", 2)):
         for index, word in enumerate(rest):
             if word == option or (num_words == 2 and word.startswith(f"{option}=")):
                 end = index + (num_words if word == option else 1)

@@ -133,7 +133,7 @@ def diff(before: PlanFile, after: PlanFile, as_json: AsJson = False) -> None:
 
 
 def _print_changes(difference: "PlanDiff") -> None:
-    from dynquant.recipes.diff import number_ranges
+    from dynquant.recipes.plan_notes import number_ranges
 
     rows = []
     for change in difference.changes:

@@ -81,11 +81,11 @@ def print_histogram(plan: "Plan") -> None:
         f"{plan.predicted_bytes / 2**30:.2f} GiB ({plan.predicted_bytes:,} bytes), {len(plan.entries):,} tensors, "
         f"{plan.bits_per_weight:.3f} bits per weight"
     )
-    _print_fallbacks(plan)
+    _print_remarks(plan)
 
 
-def _print_fallbacks(plan: "Plan") -> None:
-    for line in plan.fallbacks():
+def _print_remarks(plan: "Plan") -> None:
+    for line in plan.remarks():
         console.say(f"  {line}")
 
 
@@ -102,7 +102,7 @@ def print_plan(plan: "Plan", directory: Path) -> None:
 
         if problem := transformers_problem(plan):
             console.note(f"vLLM will load this checkpoint, transformers will not: {problem}")
-    _print_fallbacks(plan)
+    _print_remarks(plan)
     if plan.predicted_kl is not None:
         error = f" ± {plan.predicted_kl_se:.4f}" if plan.predicted_kl_se else ""
         measured = "" if plan.selected_kl is None else f", measured {plan.selected_kl:.4f}"

@@ -4,7 +4,7 @@ Bytes equal those of llama-quantize: both call `ggml_quantize_chunk` on float32 
 expert. ggml treats each row by itself, so tensors are cut into chunks of rows that run on all cores (`share`); ctypes
 gives up the GIL during a call. F32, F16 and BF16 are plain casts (ggml rounds to nearest even, as torch does).
 
-Left out: Q1_0 and other types outside the registry, and llama-quantize's file handling.
+Left out: types outside the registry, and llama-quantize's file handling.
 """
 
 import ctypes
@@ -127,6 +127,7 @@ class _Library:
         self._prepared: set[int] = set()
         self._quantize_init = library.ggml_quantize_init
         self._quantize_init.argtypes, self._quantize_init.restype = [ctypes.c_int], None
+        self._library = library
         self.quantize_chunk = library.ggml_quantize_chunk
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         self.quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, number, number, number, pointer]
@@ -137,8 +138,21 @@ class _Library:
         library.ggml_version.restype = ctypes.c_char_p
         self.version: str = library.ggml_version().decode()
 
+    def has(self, quant_type: QuantType) -> bool:
+        """Tell whether this release knows the type; ggml itself takes ids that it does not know, and crashes."""
+        return quant_type.is_float or hasattr(self._library, f"quantize_{quant_type.name.lower().replace('_k', '_K')}")
+
     def prepare(self, quant_type: QuantType) -> None:
-        """Build ggml's search tables of this type (codebook neighbours), once per process."""
+        """Build ggml's search tables of this type (codebook neighbours), once per process.
+
+        Raises:
+            EncodeError: the library does not know the type.
+        """
+        if not self.has(quant_type):
+            raise EncodeError(
+                f"The installed llama-cpp-python (ggml {self.version}) does not know {quant_type.name}, so that it can "
+                "neither encode nor run it. Install release 0.3.36 or a later one, or choose other types."
+            )
         with self._lock:
             if quant_type.ggml_id not in self._prepared:
                 self._quantize_init(quant_type.ggml_id)
@@ -148,6 +162,11 @@ class _Library:
 @cache
 def _library() -> _Library:
     return _Library(library_path())
+
+
+def is_known(quant_type: QuantType) -> bool:
+    """Tell whether the installed llama.cpp runs a type; without one, all types pass."""
+    return importlib.util.find_spec("llama_cpp") is None or _library().has(quant_type)
 
 
 def ggml_version() -> str:

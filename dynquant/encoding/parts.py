@@ -17,6 +17,7 @@ import torch
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.tensor_source import TensorSource
 from dynquant.errors import ExportError
+from dynquant.families.common.conversion import ConvertedSource
 from dynquant.formats import decode
 from dynquant.formats.checksum import checksum
 from dynquant.formats.quant_types import QuantType
@@ -226,7 +227,7 @@ def load_part(source: TensorSource, part: TensorPart) -> torch.Tensor:
     return weights
 
 
-def load_packed_part(source: GGUFSource, part: TensorPart) -> torch.Tensor:
+def load_packed_part(source: GGUFSource | ConvertedSource, part: TensorPart) -> torch.Tensor:
     """Return a part's blocks in a file that stores the tensor in the type of the part, uint8 [..., row_bytes]."""
     if len(part.shape) != 3:
         return source.load_packed(part.name, None if part.is_whole else as_slice(part.rows))

@@ -2,7 +2,7 @@
 
 Neither the float32 copy of a whole expert stack nor its packed bytes ever exist (`parts`). What an encoder is told of a
 part can be gathered in one process and encoded in another. A quantized GGUF that already stores the wanted type gives
-its own bytes.
+its own bytes, and so does a checkpoint of MXFP4 experts.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -29,10 +29,11 @@ from dynquant.encoding.parts import (
     load_part,
 )
 from dynquant.errors import EncodeError, PlanError
+from dynquant.families.common.conversion import ConvertedSource
 from dynquant.formats.quant_types import QuantType
 from dynquant.recipes.plan import Plan
 from dynquant.resources import usable_cores
-from dynquant.running.stream_memory import free_memory
+from dynquant.running.streaming.stream_memory import free_memory
 from dynquant.session import Progress, ignore_progress
 from dynquant.workers import side_by_side
 
@@ -202,7 +203,7 @@ class TensorEncoder:
         if self.checks is not None:
             self.checks.add(part.name, part.shape, part.experts, load_part(self.model.source, part), part.rows)
         on_weights(part.num_weights)
-        assert isinstance(self.model.source, GGUFSource)
+        assert isinstance(self.model.source, GGUFSource | ConvertedSource)
         return load_packed_part(self.model.source, part)
 
     def tensor(self, name: str, stored: QuantType) -> torch.Tensor:
@@ -270,6 +271,8 @@ def holds_blocks(model: Model, name: str, wanted: QuantType) -> bool:
     """Return whether a tensor is stored in a wanted quant type, whose blocks are then copied and lose nothing. Floats
     go through the encoder, which checks for NaN."""
     source = model.source
+    if isinstance(source, ConvertedSource):
+        return wanted.name == "MXFP4" and source.holds_mxfp4(name)
     return isinstance(source, GGUFSource) and not wanted.is_float and source.info(name).dtype == wanted.name
 
 

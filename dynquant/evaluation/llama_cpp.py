@@ -8,29 +8,34 @@ recurrent state run one window, one question and one set of answers at a time.
 """
 
 import ctypes
+import json
 import os
 import re
+import subprocess
+import sys
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from copy import copy
 from functools import cache, lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 
 import numpy as np
 import torch
 
 from dynquant.checkpoints.gguf_source import GGUFSource
-from dynquant.errors import CheckpointError, EvaluationError
+from dynquant.errors import CheckpointError, DynquantError, EvaluationError
 from dynquant.families.complete_gguf import check_complete, check_loads
 from dynquant.inputs.branches import Branches, neighbours_that
 from dynquant.inputs.model_inputs import Batch
 from dynquant.inputs.questions import MAX_CHOICES
 from dynquant.resources import count_mapped_files, usable_cores
-from dynquant.running.stream_memory import free_memory
+from dynquant.running.streaming.stream_memory import free_memory
 from dynquant.workers import side_by_side
 
+_TOKENS, _LOGITS = "tokens.json", "logits.npy"
 BATCH_TOKENS = 512
 """Tokens per llama_decode call, and its physical batch; part of the layout that compared models must share."""
 _PACKED_TOKENS = 128
@@ -377,3 +382,43 @@ class LlamaCppRunner:
 def _num_sequences(tree: Branches) -> int:
     """Count the sequences of a question: one for every answer that goes on after its first token, and at least one."""
     return max(1, sum(len(answer) > 1 for answer in tree.answers))
+
+
+def separate_window_logits(file: Path, tokens: Sequence[int], threads: int | None) -> torch.Tensor:
+    """Return float32 logits [tokens, vocabulary] from a process of its own, which llama.cpp ends on some models.
+
+    Raises:
+        EvaluationError: llama.cpp cannot load or run the file; its last words are told.
+    """
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / _TOKENS).write_text(json.dumps(list(tokens)))
+        command = [sys.executable, "-m", __name__, str(file.resolve()), name, str(threads or usable_cores())]
+        environment = os.environ | {"GGML_NO_BACKTRACE": "1"}  # it would start a debugger
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment)
+        if done.returncode:
+            raise EvaluationError(f"llama.cpp cannot run it: {_reason(done.stderr)}")
+        return torch.from_numpy(np.load(folder / _LOGITS))
+
+
+def _reason(said: str) -> str:
+    """Return why a process ended: our own refusal, or llama.cpp's last words with the place in its source."""
+    lines = [line for line in said.splitlines() if line.strip()]
+    last = [line for line in lines if line.startswith("error: ") or re.search(r"GGML_|fatal error", line)] or lines[-1:]
+    return re.sub(r"\S*/", "", last[0]).removeprefix("error: ") if last else "no reason given"
+
+
+def _main() -> None:
+    """Run one file on tokens.json of a folder, and leave logits.npy there."""
+    file, folder, threads = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    try:
+        runner = LlamaCppRunner(file, threads=threads)
+        logits = runner.window_logits(json.loads((folder / _TOKENS).read_text()))
+    except (DynquantError, ImportError) as error:
+        sys.exit(f"error: {error}")
+    np.save(folder / _LOGITS, logits.numpy())
+    runner.close()
+
+
+if __name__ == "__main__":  # of `separate_window_logits`
+    _main()

@@ -19,8 +19,8 @@ from dynquant.evaluation.distributions import Distributions
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.inputs.model_inputs import Batch, ModelInputs
 from dynquant.packed.float32_products import use_tensor_cores
-from dynquant.running.layer_replay import LayerReplay
 from dynquant.running.live_weights import LiveWeights
+from dynquant.running.streaming.layer_replay import LayerReplay
 
 DRAWN_TOGETHER = 1024  # tokens whose draws from the tails have one seed
 _CPU_BYTES = 64 << 20  # a CPU gains nothing from more rows once its threads have work
@@ -57,7 +57,7 @@ class RenderedModel:
     def write(self, name: str, type_name: str | None) -> None:
         """One tensor's weights in a type, or the original's, without a change of `types`."""
         if name in self._names:
-            device, store = self._live.parameter(name).device, self._store
+            device, store = self._live.parameters(name)[0].device, self._store
             self._live.write(
                 name, store.model.source.load(name) if type_name is None else store.decoded(name, type_name, device)
             )

@@ -28,7 +28,10 @@ _FUSED: dict[str, tuple[Role, ...]] = {
 }
 """Linear layers that vLLM fuses into one in each layer."""
 _EXPERT_PARTS = {Role.EXPERT_GATE: "gate_proj", Role.EXPERT_UP: "up_proj", Role.EXPERT_DOWN: "down_proj"}
-_KEPT_ROLES = (Role.EMBEDDING, Role.OUTPUT, Role.NORM, Role.ROUTER, Role.OTHER)
+_KEPT_ROLES = (
+    Role.EMBEDDING, Role.PER_LAYER_EMBEDDING, Role.OUTPUT, Role.NORM, Role.ROUTER, Role.CONV, Role.MIXING,
+    Role.SSM_STATE, Role.INDEXER, Role.MTP, Role.OTHER,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ def linear_checkpoint(model: Model) -> LinearCheckpoint:
     linears: dict[str, LinearLayer] = {}
     for name in source.names():
         shape, parts = source.info(name).shape, source.checkpoint_names(name)
-        if not name.endswith(".weight") or len(shape) < 2 or role_of(name) in _KEPT_ROLES or not parts:
+        if not name.endswith(".weight") or len(shape) < 2 or model.roles[name] in _KEPT_ROLES or not parts:
             continue
         linear = _experts(source, name) if role_of(name).is_routed_expert else _matrix(model, checkpoint, parts[0])
         linears[linear.name] = linear

@@ -6,6 +6,7 @@ directory serves to run the model.
 """
 
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -24,9 +25,11 @@ from dynquant.families.common.conversion_book import ConversionBook
 from dynquant.families.common.metadata import recorded_fields, write_general_keys
 from dynquant.families.common.settings import Settings, differing_settings, settings_of_config, settings_of_metadata
 from dynquant.families.complete_gguf import check_complete
+from dynquant.families.converter.converted import open_converted
+from dynquant.families.converter.source_tree import find_tree, missing_tree
 from dynquant.families.text.registry import FAMILIES, SAME_CONFIG, SIZED_FAMILIES
 from dynquant.families.tokenizers.tokenizer import write_tokenizer
-from dynquant.families.vision.checkpoint import is_vision_checkpoint, open_vision
+from dynquant.families.vision.checkpoint import has_tower, is_vision_checkpoint, open_vision
 from dynquant.session import Session
 from dynquant.storage.stand_ins import refuse_stand_in
 
@@ -52,7 +55,14 @@ def open_model(path: str | Path, *, base_gguf: str | Path | None = None) -> Mode
         return replace(model, **paths, settings=settings)
     if is_vision_checkpoint(directory):
         return replace(open_vision(directory), settings=settings_of(directory))
-    return open_hf(directory)
+    model = open_hf(directory)
+    if has_tower(directory):
+        warnings.warn(
+            f"{directory} has a vision tower of a kind that dynquant has no place for: only its language model is "
+            "opened. llama.cpp's converter writes the tower (--mmproj).",
+            stacklevel=2,
+        )
+    return model
 
 
 def open_and_announce(path: str | Path, session: Session, *, base_gguf: Path | None = None) -> Model:
@@ -82,10 +92,21 @@ def open_hf(directory: Path) -> Model:
     Raises:
         CheckpointError: missing or damaged files, missing or unknown tensors, or something that llama.cpp cannot run.
     """
+    if (model_type := _unknown_type(directory)) is not None:
+        tree = find_tree()
+        if tree is None:
+            raise missing_tree(directory, model_type)
+        return open_converted(directory, tree)
     config = read_config(directory, FAMILIES)
     refuse_quantized(directory, config.raw.get("quantization_config"))
     source = SafetensorsSource(directory)
     return _build(directory, ConversionBook(config, source), source)
+
+
+def _unknown_type(directory: Path) -> str | None:
+    """Return the `model_type` of a directory when no family here has it."""
+    model_type = read_json(directory / "config.json").get("model_type")
+    return model_type if isinstance(model_type, str) and model_type not in FAMILIES else None
 
 
 def open_config(directory: Path, *, whole_kv_b: bool = False) -> Model:
@@ -209,7 +230,10 @@ def settings_of(path: Path) -> Settings:
     config = read_config(path, FAMILIES)
     family = FAMILIES[config.model_type]
     writer = gguf.GGUFWriter(None, family.arch)
-    family.write_keys(config, writer)
+    try:
+        family.write_keys(config, writer)
+    except CheckpointError:  # a setting that the family refuses to convert, beside --base-gguf
+        return settings_of_config(raw)
     return _settings(recorded_fields(writer), config)
 
 

@@ -1,7 +1,8 @@
-"""Plain numbers: blocks of 32 with one fp16 scale (Q8_0 to Q4_0), floats, and the four-bit floats MXFP4 and NVFP4.
+"""Plain numbers: blocks with one fp16 scale (Q8_0 to Q1_0), floats, and the four-bit floats MXFP4 and NVFP4.
 
 Q types: w = d * q + m, with q unsigned where the minimum `m` is stored, and centred (q - 8, q - 16) where it is not.
-In the four-bit part weight j shares a byte with weight j + 16.
+In the four-bit part of blocks of 32 weight j shares a byte with weight j + 16. Q2_0 (blocks of 64, q - 1 from -1 to 2)
+and Q1_0 (blocks of 128, -1 or 1) have neighbours in a byte, the first in its lowest bits.
 
 Four-bit floats are E2M1 numbers stored doubled (0, 1, 2, 3, 4, 6, 8, 12 and their negatives); the block scales are
 halved to make up for it. A tensor-wide scale, which NVFP4 checkpoints may carry beside the blocks, is not applied here.
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dynquant.formats import tables
-from dynquant.formats.bits import as_bytes, field, half, low_high, nibbles
+from dynquant.formats.bits import as_bytes, crumbs, field, half, half_bytes, joined, low_high, nibbles
 
 DTYPE_BYTES = {
     **dict.fromkeys(("U8", "I8", "BOOL", "F8_E4M3"), 1),
@@ -52,6 +53,29 @@ def decode_q5_1(blocks: Tensor) -> Tensor:
     """| d f16 (2) | m f16 (2) | qh bits (4) | qs nibbles (16) |"""
     q = _five_bits(blocks[:, 4:8], blocks[:, 8:]).float()
     return (half(blocks, 0) * q).add_(half(blocks, 2))
+
+
+def decode_q2_0(blocks: Tensor) -> Tensor:
+    """| d f16 (2) | qs crumbs (16) |"""
+    q = crumbs(blocks[:, 2:], dim=2).flatten(1)
+    return half(blocks, 0) * (q.view(torch.int8) - 1).float()
+
+
+def pack_q2_0(d: Tensor, q: Tensor) -> Tensor:
+    """q [n, 64] from -1 to 2."""
+    return torch.cat((half_bytes(d), as_bytes(joined((q + 1).unflatten(1, (-1, 4)), (0, 2, 4, 6)))), dim=1)
+
+
+def decode_q1_0(blocks: Tensor) -> Tensor:
+    """| d f16 (2) | qs bits (16): a set bit is +1, a clear one -1 |"""
+    q = tables.lookup(tables.bits(blocks.device), blocks[:, 2:]) * 2 - 1
+    return half(blocks, 0) * q.float()
+
+
+def pack_q1_0(d: Tensor, q: Tensor) -> Tensor:
+    """q [n, 128], -1 or 1."""
+    is_positive = (q > 0).to(torch.int64).unflatten(1, (-1, 8))
+    return torch.cat((half_bytes(d), as_bytes(joined(is_positive, tuple(range(8))))), dim=1)
 
 
 def decode_f32(blocks: Tensor) -> Tensor:

@@ -2,10 +2,11 @@
 
 Block sizes and block bytes come from the `gguf` package (GGML_QUANT_SIZES); what is added here are the facts that
 llama.cpp keeps in code: which types need or use an importance matrix, and which type replaces one whose block does
-not divide the row length (llama.cpp `tensor_type_fallback`, src/llama-quant.cpp).
+not divide the row length (llama.cpp `tensor_type_fallback`, src/llama-quant.cpp; it has none for Q1_0, and stops).
 """
 
 import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
@@ -61,21 +62,30 @@ _FALLBACK = {
     "Q4_K": "Q5_0",
     "Q5_K": "Q5_1",
     "Q6_K": "Q8_0",
+    "Q1_0": "Q2_0",
+    "Q2_0": "Q4_0",
 }
 _NAMES = (
     "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS",
-    "MXFP4", "NVFP4", "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XS", "IQ2_XXS", "TQ2_0", "IQ1_M", "TQ1_0",
-    "IQ1_S",
+    "MXFP4", "NVFP4", "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XS", "Q2_0", "IQ2_XXS", "TQ2_0", "IQ1_M",
+    "TQ1_0", "IQ1_S", "Q1_0",
 )  # fmt: skip
+_LATER_THAN_GGUF = {"Q2_0": (42, 64, 18)}
+"""Id, weights and bytes of a block of types that the `gguf` package (0.19) does not know yet."""
 
 
-def _from_gguf(name: str) -> QuantType:
-    ggml_type = GGMLQuantizationType[name]
-    sizes = GGML_QUANT_SIZES[ggml_type]
-    return QuantType(name, int(ggml_type), *sizes, name in _NEEDS_IMATRIX, name in _USES_IMATRIX, _FALLBACK.get(name))
+def _layout(name: str) -> QuantType:
+    if name in _LATER_THAN_GGUF:
+        sizes = _LATER_THAN_GGUF[name]
+    else:
+        ggml_type = GGMLQuantizationType[name]
+        sizes = int(ggml_type), *GGML_QUANT_SIZES[ggml_type]
+    return QuantType(name, *sizes, name in _NEEDS_IMATRIX, name in _USES_IMATRIX, _FALLBACK.get(name))
 
 
-QUANT_TYPES: dict[str, QuantType] = {name: _from_gguf(name) for name in _NAMES}
+QUANT_TYPES: dict[str, QuantType] = {name: _layout(name) for name in _NAMES}
+STAND_INS = (QUANT_TYPES["Q2_0"], QUANT_TYPES["Q1_0"])
+"""Types of few bits with small blocks, for rows that blocks of 256 do not divide."""
 
 
 def quant_type(name: str) -> QuantType:
@@ -87,15 +97,25 @@ def quant_type(name: str) -> QuantType:
     return layout
 
 
-def fit_to_row(wanted: QuantType, row_length: int) -> tuple[QuantType, str | None]:
+def fit_to_row(wanted: QuantType, row_length: int, fallbacks: Iterable[QuantType] = ()) -> tuple[QuantType, str | None]:
     """The type that llama.cpp would store for `wanted` in rows of this length, and why it differs.
 
-    Follows `tensor_type_fallback` of llama.cpp: one step to the fallback type, then F16.
+    Follows `tensor_type_fallback` of llama.cpp: to the fallback type, if that does not fit either to F16. One of
+    `fallbacks` that fits takes its place if its bits per weight are nearer to those of `wanted`.
     """
     if row_length % wanted.block_size == 0:
         return wanted, None
-    chosen = QUANT_TYPES[wanted.fallback] if wanted.fallback else QUANT_TYPES["F16"]
-    if row_length % chosen.block_size:  # llama.cpp goes one step only
-        chosen = QUANT_TYPES["F16"]
+    chosen = wanted
+    while row_length % chosen.block_size:
+        chosen = QUANT_TYPES[chosen.fallback or "F16"]
+    fitting = (fallback for fallback in fallbacks if row_length % fallback.block_size == 0)
+    chosen = min((chosen, *fitting), key=lambda each: abs(each.bits_per_weight - wanted.bits_per_weight))
     reason = f"rows of {row_length} do not divide into {wanted.name} blocks of {wanted.block_size}: {chosen.name}"
     return chosen, reason
+
+
+def candidates_for_row(wanted: QuantType, row_length: int) -> tuple[QuantType, ...]:
+    """The types among which a planner may choose where `wanted` is a candidate: itself, or what `fit_to_row` stores
+    with and without STAND_INS."""
+    stored, with_stand_ins = (fit_to_row(wanted, row_length, others)[0] for others in ((), STAND_INS))
+    return tuple(dict.fromkeys((stored, with_stand_ins)))

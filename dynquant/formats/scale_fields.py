@@ -13,7 +13,7 @@ _FP16_MAX = 65504.0
 
 _OFFSETS: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), (0,)),
-    **dict.fromkeys(("IQ4_NL", "IQ4_XS"), (0,)),
+    **dict.fromkeys(("IQ4_NL", "IQ4_XS", "Q2_0", "Q1_0"), (0,)),
     **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
     "Q2_K": (80, 82),
     "Q3_K": (108,),

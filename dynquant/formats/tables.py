@@ -61,8 +61,9 @@ def even_signs(device: torch.device) -> Tensor:
 
 @functools.cache
 def values(type_name: str, device: torch.device) -> Tensor:
-    """The sixteen values of a four-bit type (IQ4_NL, MXFP4) as float32."""
-    return torch.tensor(getattr(quants, type_name).kvalues, dtype=torch.float32, device=device)
+    """The values of a type whose weights are picked from a few (IQ4_NL, MXFP4: sixteen; Q1_0: two) as float32."""
+    picked = (-1, 1) if type_name == "Q1_0" else getattr(quants, type_name).kvalues
+    return torch.tensor(picked, dtype=torch.float32, device=device)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from dynquant.errors import CheckpointError
 from dynquant.families.from_gguf import config_from_gguf
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.packed.places import Place, build_meta_model, find_places
-from dynquant.running.load import without_progress_bars
+from dynquant.running.parameter_map import without_progress_bars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

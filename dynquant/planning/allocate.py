@@ -49,12 +49,14 @@ def total_cost(chosen: Mapping[str, Option]) -> float:
     return math.fsum(option.cost for option in chosen.values())
 
 
-def allocate(options: Mapping[str, Sequence[Option]], budget: int) -> Assignment:
+def allocate(options: Mapping[str, Sequence[Option]], budget: int, *, depth: int | None = None) -> Assignment:
     """Choose one option per item within `budget` bytes; see the module for what is guaranteed.
 
     Args:
         options: Item -> its options, at least one each. The result has the same order.
         budget: Bytes that the chosen options may take together.
+        depth: Searches within searches; None for as many as gain something. Without any (0) the guarantees are the
+            same, the gap is up to 0.1 %, and it takes a tenth of the time.
 
     Raises:
         ValueError: even the smallest options exceed the budget.
@@ -63,7 +65,9 @@ def allocate(options: Mapping[str, Sequence[Option]], budget: int) -> Assignment
     if smallest > budget:
         raise ValueError(f"`budget` {budget} is below the smallest total {smallest}")
     in_order = {name: sorted(options[name]) for name in sorted(options)}  # so that the caller's order decides nothing
-    best = _solve(in_order, budget, _DEPTH if len(options) <= _MANY else _DEPTH_OF_MANY)
+    if depth is None:
+        depth = _DEPTH if len(options) <= _MANY else _DEPTH_OF_MANY
+    best = _solve(in_order, budget, depth)
     return {name: best[name] for name in options}
 
 

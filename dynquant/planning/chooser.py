@@ -16,8 +16,10 @@ from dynquant.formats.quant_types import fit_to_row, quant_type
 from dynquant.formats.storage_format import Choice
 from dynquant.planning.planner import Rules, check_budget_range, coupled_tensors, plan_types, size_range
 from dynquant.planning.target import Target
-from dynquant.recipes.build_plan import fixed_bytes
+from dynquant.recipes.build_plan import fixed_bytes, fixed_sizes
 from dynquant.recipes.folder import SuperWeight
+from dynquant.recipes.held_types import held_types
+from dynquant.recipes.plan_notes import fixed_words
 from dynquant.recipes.sizes import fixed_safetensors_bytes, safetensors_bytes_at_most
 from dynquant.session import Session
 
@@ -32,12 +34,14 @@ class Chooser:
     ) -> None:
         self.context = {"recipe": target.recipe, "stats": stats.stats, "stats_hash": stats.hash}
         self._model, self._target = model, target
-        fixed = fixed_bytes(model, table.tensors(), **self.context)
+        held = held_types(model, target.mtp)
+        fixed = fixed_bytes(model, table.tensors(), held, **self.context)
+        words = _fixed_words(model, table, held, stats.stats)
         for kind in target.couple:
             if not coupled_tensors(table.tensors(), (kind,)):
                 session.note(f"--couple {kind}: this model has no such tensors")
         coupled = coupled_tensors(table.tensors(), target.couple)
-        rules = replace(rules, coupled=coupled, fixed_bytes=fixed)
+        rules = replace(rules, coupled=coupled, fixed_bytes=fixed, fixed_words=words)
         self._rules = {flag: replace(rules, floors=flag) for flag in (True, False)}
         self.memory = target.memory(model)
         self._reasons: dict[tuple[tuple[str, str], ...], dict[str, Choice]] = {}
@@ -56,7 +60,7 @@ class Chooser:
             smallest, largest = size_range(table, rules)
             return max(smallest, min(largest, wanted))
         if self.memory is not None:
-            return self.memory.file_budget(*size_range(table, rules))
+            return self.memory.file_budget(*size_range(table, rules), rules.fixed_words)
         return self._target.budget(self._model.num_weights)
 
     def explained(self, types: Mapping[str, str]) -> dict[str, Choice]:
@@ -87,15 +91,30 @@ def check_budget(model: Model, target: Target, types: Sequence[str], stats: Cali
     """
     memory, table = target.memory(model), unmeasured_table(model, tensor_formats(model, stats, types), types)
     any_hash = None if stats is None else "0" * 64  # as long as a real one
-    fixed = fixed_bytes(model, table.tensors(), recipe=target.recipe, stats=stats, stats_hash=any_hash)
-    rules = Rules(coupled=coupled_tensors(table.tensors(), target.couple), fixed_bytes=fixed)
+    held = held_types(model, target.mtp)
+    rules = Rules(
+        coupled=coupled_tensors(table.tensors(), target.couple),
+        fixed_bytes=fixed_bytes(model, table.tensors(), held, recipe=target.recipe, stats=stats, stats_hash=any_hash),
+        fixed_words=_fixed_words(model, table, held, stats),
+    )
     smallest, largest = size_range(target.allowed(table), rules)
     if memory is not None:
-        memory.file_budget(smallest, largest)
+        memory.file_budget(smallest, largest, rules.fixed_words)
         return
     budget, unknown = target.budget(model.num_weights), 0 if stats is not None else _NAMED_STATISTICS
     if budget is not None and not largest < budget <= largest + unknown:
-        check_budget_range(budget, smallest, largest)
+        check_budget_range(budget, smallest, largest, rules)
+
+
+def _fixed_words(model: Model, table: ErrorTable, held: Mapping[str, Choice], stats: CalibrationStats | None) -> str:
+    """Return which bytes no candidate type makes smaller: those of tensors without a choice, and of matrices whose
+    smallest types need statistics that they do not have."""
+    unread = {
+        name: min(rows.values(), key=lambda row: row.bytes).type
+        for name, rows in table.tensors().items()
+        if stats is not None and stats.input_of(name) is None
+    }
+    return fixed_words(fixed_sizes(model, table.tensors(), held), unread)
 
 
 def rules_of(supers: Sequence[SuperWeight], stats: CalibrationStats) -> Rules:
@@ -130,7 +149,8 @@ class SchemeChooser:
 
     def check_budget(self, model: Model, budget: int) -> None:
         """Raise PlanError for a budget that `choose` would refuse, before anything is measured."""
-        check_budget_range(budget, *size_range(unmeasured_table(model, self._formats, ()), self._rules), "vllm")
+        sizes = size_range(unmeasured_table(model, self._formats, ()), self._rules)
+        check_budget_range(budget, *sizes, self._rules)
 
     def choose(self, table: ErrorTable, budget: int | None) -> dict[str, Choice]:
         """Return scheme and reason of every linear layer for files of at most `budget` bytes. Raises PlanError: the

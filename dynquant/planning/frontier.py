@@ -11,7 +11,7 @@ from dynquant.analysis.errors.table import ErrorTable
 from dynquant.checkpoints.gguf_layout import padded
 from dynquant.checkpoints.model import Model
 from dynquant.errors import PlanError
-from dynquant.planning.planner import Rules, plan_types, size_range
+from dynquant.planning.planner import Rules, rough_types, size_range
 from dynquant.recipes.presets import preset_types
 
 FRONTIER_PRESETS = (
@@ -44,11 +44,11 @@ def frontier(
 ) -> list[FrontierPoint]:
     """The planner at `num_points` budgets over its whole range of sizes, and every preset that can be priced."""
     low, high = size_range(table, rules)
-    assignments = []
-    for step in range(num_points):
-        budget = int(low * (high / low) ** (step / (num_points - 1)))  # even steps in logarithm
-        choices = plan_types(table, min(max(budget, low), high), rules)
-        assignments.append((f"{budget}", "plan", {name: choice.type for name, choice in choices.items()}))
+    steps = [step / (num_points - 1) for step in range(num_points)]
+    budgets = [min(max(int(low * (high / low) ** step), low), high) for step in steps]  # even steps in logarithm
+    assignments = [
+        (f"{budget}", "plan", types) for budget, types in zip(budgets, rough_types(table, budgets, rules), strict=True)
+    ]
     for label, types in presets.items():
         assignments.append((label, "uniform" if label.startswith("uniform") else "preset", types))
     priced = [(label, kind, price(table, types, rules.fixed_bytes)) for label, kind, types in assignments]

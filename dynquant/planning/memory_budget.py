@@ -55,14 +55,15 @@ class MemoryBudget:
         """Bytes left for the file."""
         return self.memory - self.kv_cache - self.compute_buffer - CUDA_CONTEXT_BYTES
 
-    def file_budget(self, smallest: int, largest: int) -> int:
+    def file_budget(self, smallest: int, largest: int, fixed_words: str = "") -> int:
         """Bytes that a plan may take when its size can be between these two. Raises PlanError: not even the smallest
-        fits; the message has every part."""
+        fits; the message has every part, and what `fixed_words` say about the smallest."""
         if self.weights < smallest:
             raise PlanError(
                 f"{self.label} is too little: {self._overhead()} leave {_gb(self.weights)} for the weights, and the "
                 f"smallest plan with these candidate types takes {_gb(smallest)} ({smallest:,} bytes). "
                 + self._way_out(smallest)
+                + fixed_words
             )
         return min(self.weights, largest)
 

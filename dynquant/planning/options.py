@@ -6,7 +6,7 @@ from typing import Annotated
 
 from dynquant.calibration.options import CalibrationOptions
 from dynquant.errors import PlanError
-from dynquant.options import MODEL_HELP, BaseGguf, Exact, Flag, MeasuringEncoder, Options, Writes
+from dynquant.options import MODEL_HELP, AllowDifference, BaseGguf, Exact, Flag, MeasuringEncoder, Options, Writes
 from dynquant.planning.target import Target
 from dynquant.storage.file_names import files_of_plan
 
@@ -112,6 +112,7 @@ class PlanOptions(Options):
     encoder: MeasuringEncoder = "dynquant"
     exact: Exact = False
     base_gguf: BaseGguf = None
+    allow_difference: AllowDifference = False
     search: SearchOptions = field(default_factory=SearchOptions)
 
     def __post_init__(self) -> None:

@@ -1,11 +1,12 @@
 """Turns an error table and a budget into a plan: floors by role, exceptions from measurement, the rest by cost.
 
-Floors keep attention, MLA, shared experts, dense layers, embedding and output at 4 bits or more, and tensors that hold
-a super expert or whose activation error stands out from their peers at 6 bits. Routed experts have no floor. Floors
-insure against what the cost does not see, and have a price: they are lowered together, one step at a time, until the
-budget holds them and they raise the predicted KL by no more than FLOOR_PRICE. In models whose routed experts are nearly
-all weights they cost nothing; in small ones bytes are worth more elsewhere. Super weights keep 6 bits whatever it costs
-elsewhere. Every entry says so.
+Floors keep attention, MLA, state-space layers, shared experts, dense layers, embedding and output at 4 bits or more,
+and at 6 bits the output of state-space layers, tensors that hold a super expert, and those whose activation error
+stands out from their peers. Routed experts and per-layer embeddings have no floor. Floors insure against what the cost
+does not see, and have a price: they are lowered together, one step at a time, until the budget holds them and they
+raise the predicted KL by no more than FLOOR_PRICE. In models whose routed experts are nearly all weights they cost
+nothing; in small ones bytes are worth more elsewhere. Super weights keep 6 bits whatever it costs elsewhere. Every
+entry says so.
 
 Without floors a larger budget never has a higher predicted cost. With floors it may, by up to FLOOR_PRICE, where it
 first pays for floors that a smaller budget did without.
@@ -14,10 +15,10 @@ Tensors that a runtime fuses can be coupled: they take one type, and are one ite
 itself; its plans have no floors.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import compress
+from functools import cache, cached_property, partial
+from typing import NamedTuple
 
 from dynquant.analysis.errors.table import ErrorRow, ErrorTable, Option
 from dynquant.analysis.outliers.stand_outs import stand_outs
@@ -34,6 +35,9 @@ LEVELS = (
     (None, None, "Q6_K"), (None, None, "Q4_K"), (None, None, "Q2_K"), (None, None, None),
 )  # fmt: skip
 """Floors of precise roles, of tensors that stand out, and of tensors with a super weight; from the highest down."""
+_NO_FLOOR = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN, Role.PER_LAYER_EMBEDDING)
+_SENSITIVE = (Role.SSM_OUT,)
+"""Roles with the floor of outliers: of all matrices of Qwen3.5 these are where few bits cost most (Unsloth)."""
 FLOOR_PRICE = 1.1  # floors of roles and outliers may raise the predicted KL by this factor, but no more
 _OUTLIER_TYPES = ("Q2_K", "IQ2_S", "Q3_K", "IQ3_XXS", "Q4_K")
 COUPLINGS: dict[str, tuple[tuple[Role, ...], ...]] = {
@@ -56,7 +60,8 @@ class Rules:
     """Tensor -> the super weight it holds; no average over tokens sees what one scalar does, so this has no price."""
     coupled: tuple[tuple[str, ...], ...] = ()  # groups of tensors that must have one type, see `coupled_tensors`
     target: PlanTarget = "gguf"
-    fixed_bytes: int = 0  # size of all but the tensors that have a choice: header, norms, routers
+    fixed_bytes: int = 0  # size of all but the tensors that have a choice: header, norms, routers, held types
+    fixed_words: str = ""  # what makes the smallest file as large as it is, for refusals
     stored_bytes: Callable[[ErrorRow], int] = lambda row: padded(row.bytes)  # size of a tensor in the file
 
 
@@ -71,16 +76,18 @@ def plan_types(table: ErrorTable, budget: int | None, rules: Rules) -> dict[str,
             tensors have no type in common.
     """
     planner = _Planner(table, rules)
-    if budget is None:
-        return planner.explained(planner.draft(0, None))
-    check_budget_range(budget, *planner.size_range, rules.target)
-    levels = range(len(LEVELS)) if rules.floors else (len(LEVELS) - 1,)
-    drafts = [draft for level in levels if (draft := planner.draft(level, budget))]
-    if not table.sensitivity:  # then costs cannot judge floors: the highest that fit
-        return planner.explained(drafts[0])
-    without = next((draft for draft in drafts if LEVELS[draft.level][0] is None), drafts[-1])
-    is_worth_it = (draft.cost <= FLOOR_PRICE * without.cost or draft is without for draft in drafts)
-    return planner.explained(next(compress(drafts, is_worth_it)))
+    return planner.explained(planner.draft(0, None) if budget is None else planner.best_draft(budget))
+
+
+def rough_types(table: ErrorTable, budgets: Iterable[int], rules: Rules) -> Iterator[dict[str, str]]:
+    """Yield the types of every tensor at each of many budgets, as `plan_types` but for searches that gain up to 0.1 %.
+
+    Raises:
+        PlanError: as `plan_types`.
+    """
+    planner = _Planner(table, rules)
+    for budget in budgets:
+        yield dict(planner.best_draft(budget, depth=0).types)
 
 
 def size_range(table: ErrorTable, rules: Rules) -> tuple[int, int]:
@@ -89,12 +96,12 @@ def size_range(table: ErrorTable, rules: Rules) -> tuple[int, int]:
     return _Planner(table, rules).size_range
 
 
-def check_budget_range(budget: int, smallest: int, largest: int, target: PlanTarget = "gguf") -> None:
-    """Raise PlanError for a budget outside the sizes that `size_range` returns; both are named.
+def check_budget_range(budget: int, smallest: int, largest: int, rules: Rules) -> None:
+    """Raise PlanError for a budget outside the sizes that `size_range` returns; both are named, and what is fixed.
 
     For vLLM a larger budget than can be spent is no error: its largest scheme is BF16, which is the model itself.
     """
-    if target == "vllm":
+    if rules.target == "vllm":
         if budget < smallest:
             raise PlanError(
                 f"The budget of {budget:,} bytes is below the smallest possible size. With these schemes, and "
@@ -107,6 +114,8 @@ def check_budget_range(budget: int, smallest: int, largest: int, target: PlanTar
         raise PlanError(
             f"The budget of {budget:,} bytes is {how} possible size. With these candidate types this model takes "
             f"between {smallest:,} and {largest:,} bytes; ask for a size between them, or give other `--types`."
+            + rules.fixed_words
+            * (budget < smallest)
         )
 
 
@@ -150,12 +159,21 @@ class _Draft:
     cost: float
 
 
+class _Floored(NamedTuple):
+    """The floor of every tensor at one level, and for each group the options that reach it: where none does, the
+    largest."""
+
+    floors: Mapping[str, QuantType | None]
+    options: Mapping[str, list[Option]]
+
+
 @dataclass(frozen=True)
 class _Planner:
     """One table under one set of rules."""
 
     table: ErrorTable
     rules: Rules
+    _by_level: "dict[int, _Floored]" = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
     def groups(self) -> Mapping[str, tuple[str, ...]]:
@@ -178,11 +196,13 @@ class _Planner:
 
     @cached_property
     def size_range(self) -> tuple[int, int]:
-        everything, fixed = self.options({}), self.rules.fixed_bytes
+        everything, fixed = self.all_options, self.rules.fixed_bytes
         return fixed + smallest_total(everything), fixed + largest_total(everything)
 
-    def options(self, floors: Mapping[str, QuantType | None]) -> dict[str, list[Option]]:
-        """Return the types that all tensors of a group have, with the sums of their bytes and costs."""
+    @cached_property
+    def all_options(self) -> Mapping[str, list[Option]]:
+        """First tensor of each group -> the types that all tensors of the group have, with the sums of their bytes and
+        costs."""
         options: dict[str, list[Option]] = {}
         for first, group in self.groups.items():
             members = [self.table.tensors()[name] for name in group]
@@ -193,37 +213,57 @@ class _Planner:
                     "Coupled tensors must have one type, but no candidate type fits the rows of all of them: "
                     f"{'; '.join(types)}. Give other `--types`, or leave out `--couple`."
                 )
-            priced = []
+            options[first] = []
             for name in common:
                 typed = [rows[name] for rows in members]
                 size, cost = sum(map(self.rules.stored_bytes, typed)), sum(map(self.table.cost, typed))
-                priced.append(Option(size, cost, name))
-            floor = floors.get(first)
-            least = floor.bits_per_weight if floor else 0
-            allowed = [option for option in priced if not floor or QUANT_TYPES[option.type].bits_per_weight >= least]
-            options[first] = allowed or [max(priced)]  # no type reaches the floor: the largest
+                options[first].append(Option(size, cost, name))
         return options
 
-    def draft(self, level: int, budget: int | None) -> _Draft | None:
+    def best_draft(self, budget: int, depth: int | None = None) -> _Draft:
+        """Return the draft under the highest floors that are worth their price. Raises PlanError: the budget is below
+        the smallest or above the largest possible size."""
+        check_budget_range(budget, *self.size_range, self.rules)
+        levels = range(len(LEVELS)) if self.rules.floors else (len(LEVELS) - 1,)
+        draft_of = cache(partial(self.draft, budget=budget, depth=depth))
+        drafts = filter(None, map(draft_of, levels))  # drawn one by one: the lowest are seldom needed
+        if not self.table.sensitivity:  # then costs cannot judge floors: the highest that fit
+            return next(drafts)
+        no_floors = (level for level in levels if LEVELS[level][0] is None)
+        without = next(filter(None, map(draft_of, no_floors)))
+        return next(draft for draft in drafts if draft.cost <= FLOOR_PRICE * without.cost or draft is without)
+
+    def draft(self, level: int, budget: int | None, depth: int | None = None) -> _Draft | None:
         """Return the best assignment under a level's floors, or None when the budget does not hold them."""
-        floors: dict[str, QuantType | None] = {}
-        for group in self.groups.values():
-            floors |= dict.fromkeys(group, _highest(self._floor(name, level) for name in group))
-        options = self.options(floors)
+        floors, options = self._floored(level)
         needed = self.rules.fixed_bytes + smallest_total(options)
         limit = min(int(needed * HEADROOM), self.size_range[1]) if budget is None else budget
         if needed > limit:
             return None
-        allocated = allocate(options, limit - self.rules.fixed_bytes)
+        allocated = allocate(options, limit - self.rules.fixed_bytes, depth=depth)
         types = {name: allocated[first].type for first, group in self.groups.items() for name in group}
         return _Draft(level, floors, types, total_cost(allocated))
+
+    def _floored(self, level: int) -> _Floored:
+        if level not in self._by_level:
+            floors: dict[str, QuantType | None] = {}
+            for group in self.groups.values():
+                floors |= dict.fromkeys(group, _highest(self._floor(name, level) for name in group))
+            options: dict[str, list[Option]] = {}
+            for first, priced in self.all_options.items():
+                floor = floors[first]
+                least = floor.bits_per_weight if floor else 0
+                allowed = [o for o in priced if not floor or QUANT_TYPES[o.type].bits_per_weight >= least]
+                options[first] = allowed or [max(priced)]
+            self._by_level[level] = _Floored(floors, options)
+        return self._by_level[level]
 
     def _floor(self, name: str, level: int) -> QuantType | None:
         if self.rules.target == "vllm":
             return None  # schemes of vLLM are no quant types, and none has fewer than 4 bits
         of_role, of_outlier, of_super_weight = LEVELS[level]
         role = next(iter(self.table.tensors()[name].values())).role
-        floors = [None if role.is_routed_expert else of_role]
+        floors = [None if role in _NO_FLOOR else of_outlier if role in _SENSITIVE else of_role]
         if name in self.exceptions:
             floors.append(of_super_weight if name in self.rules.super_weights else of_outlier)
         return _highest(QUANT_TYPES[floor] for floor in floors if floor)

@@ -39,7 +39,7 @@ from dynquant.planning.target import Target
 from dynquant.planning.vision_modules import ModuleChoice, every_choice, held_to, with_measured_reasons
 from dynquant.resources import chosen_device, human_bytes
 from dynquant.running.load import load_hf, load_tokenizer
-from dynquant.running.stream_memory import COMFORTABLE_SHARE, free_memory_of
+from dynquant.running.streaming.stream_memory import COMFORTABLE_SHARE, free_memory_of
 from dynquant.session import Progress, Session
 
 PICTURE_TOKENS = 16384  # image and text tokens that plans are scored on, at most: every plan runs on all of them

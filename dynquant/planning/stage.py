@@ -16,6 +16,7 @@ from dynquant.checkpoints.tensor_roles import Role
 from dynquant.checkpoints.tensor_source import TensorSource
 from dynquant.checkpoints.vision_names import VISION, part_of
 from dynquant.errors import CheckpointError, PlanError
+from dynquant.evaluation.agreement.same_computation import check_base_gguf
 from dynquant.families.linear_layers import linear_checkpoint
 from dynquant.families.open import open_and_announce, open_language_model
 from dynquant.formats.checksum import checksum
@@ -32,6 +33,7 @@ from dynquant.planning.vision_modules import ModuleChoice, held_to, module_choic
 from dynquant.recipes.build_plan import plan_for_vllm, plan_from_types, uniform_schemes
 from dynquant.recipes.command_line import recipe_types
 from dynquant.recipes.folder import SuperWeight, SuperWeights, load_super_weights
+from dynquant.recipes.held_types import held_types
 from dynquant.recipes.plan import Plan
 from dynquant.recipes.presets import R1_RECIPES, preset_types
 from dynquant.recipes.type_lists import like_types
@@ -60,6 +62,10 @@ def _plan_types(options: PlanOptions, session: Session) -> Plan:
     candidates = [quant_type(name).name for name in target.types] or DEFAULT_TYPES
     types = tuple(dict.fromkeys((*candidates, *(name for name, _ in (fixed_types or {}).values()))))
     search = _search_of(options) if fixed_types is None else None  # before hours of measuring
+    compared = check_base_gguf(model, session, folder=directory, allow_difference=options.allow_difference)
+    if compared is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+        compared.save(directory / file_names.SAME_COMPUTATION_NAME)
     stats = _checked_statistics(model, options, types, session, is_chosen=fixed_types is None)
     if search is not None:
         _check_runs_whole(model, options, session)
@@ -83,7 +89,8 @@ def _plan_types(options: PlanOptions, session: Session) -> Plan:
         (directory / file_names.SELECTION_NAME).unlink(missing_ok=True)
         chosen = fixed_types or _with_modules(chooser, table, target.vision, session)
     errors = {"weighted_errors": _weighted_errors(table), "exact": target.preset is None}
-    plan = plan_from_types(model, chosen, **errors, **chooser.context)
+    held = held_types(model, target.mtp) if fixed_types is None else {}
+    plan = plan_from_types(model, held | chosen, **errors, **chooser.context)
     promise = _promise(table, chosen, selection) if fixed_types is None else {}
     plan = _of_table(plan, table, path, model.source, model.source.names(), types=table.types, **promise)
     if chooser.memory is not None:
@@ -280,10 +287,12 @@ def plan_from_config(directory: Path, target: Target, session: Session = SILENT)
 def _fixed_types(target: Target, model: Model) -> dict[str, Choice] | None:
     """Types that need no measurement, or None when the planner chooses."""
     if target.preset:
-        return preset_types(target.preset, model)
+        return preset_types(target.preset, model, mtp_type=target.mtp, fallbacks=target.fallbacks)
     if target.like is not None:
         return like_types(target.like, model)
-    return None if target.patterns is None else recipe_types(target.patterns, model)
+    if target.patterns is None:
+        return None
+    return recipe_types(target.patterns, model, fallbacks=target.fallbacks)
 
 
 def _probe(

@@ -4,7 +4,8 @@ Presets and the planner decide which type a matrix should have; everything that 
 the kernels of vLLM, is decided here, once, so that every plan states it in the same words.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from dynquant.calibration.statistics import CalibrationStats
@@ -17,9 +18,16 @@ from dynquant.families.linear_layers import LinearCheckpoint
 from dynquant.formats.quant_types import fit_to_row, quant_type
 from dynquant.formats.storage_format import Choice, StorageFormat
 from dynquant.formats.vllm_schemes import SCHEMES, Scheme, fit_to_rows, vllm_scheme
+from dynquant.recipes.held_types import is_matrix, kept
 from dynquant.recipes.plan import Plan, PlanEntry
+from dynquant.recipes.plan_notes import notes_of
 from dynquant.recipes.sizes import gguf_bytes, part_specs, safetensors_bytes, tensors_of_checkpoint
 
+_F32_TABLES = re.compile(
+    r"altup_(correct|predict)_coef|time_mix_(first|w1|w2|decay_w1|decay_w2|lerp_fused)|hc_\w+_(fn|base|scale)|"
+    r"output_hc_\w+|_compressor_ape|position_embd|token_types"
+)
+"""Small matrices that llama.cpp's converter stores as F32 whatever it is asked for."""
 UNIFORM = "uniform-"  # presets for vLLM are this and a scheme
 
 
@@ -37,8 +45,8 @@ def plan_from_types(
 
     Args:
         model: The model that is planned.
-        types: GGUF name -> wanted type and reason. Tensors that stay F32 (`stays_f32`) or whose role is unknown may be
-            left out; F32 is taken for the former even when another type is wanted.
+        types: GGUF name -> wanted type and reason. Tensors that stay F32 (`stays_f32`) or that no recipe quantizes may
+            be left out; F32 is taken for the former even when another type is wanted.
         recipe: The request, as `preset r1-iq1_s`.
         stats: The statistics that the export will use; they are named in the file and so count in its size.
         stats_hash: SHA-256 of stats.safetensors; given exactly when `stats` is.
@@ -57,8 +65,8 @@ def plan_from_types(
     errors = weighted_errors or {}
     choices = {name: Choice(*choice) for name, choice in types.items()}
     entries = [_entry(model, name, choices.get(name), errors, exact) for name in names]
-    size = _gguf_bytes(model, entries, recipe, stats, stats_hash)
-    return _plan(model, entries, recipe=recipe, stats_hash=stats_hash, predicted_bytes=size)
+    size, notes = _gguf_bytes(model, entries, recipe, stats, stats_hash), notes_of(entries, stats)
+    return _plan(model, entries, recipe=recipe, stats_hash=stats_hash, predicted_bytes=size, notes=notes)
 
 
 def _plan(model: Model, entries: Sequence[PlanEntry], **fields: Any) -> Plan:
@@ -69,27 +77,49 @@ def _plan(model: Model, entries: Sequence[PlanEntry], **fields: Any) -> Plan:
 
 def fixed_bytes(
     model: Model,
-    planned: Mapping[str, object],
+    planned: Collection[str],
+    held: Mapping[str, Choice],
     *,
     recipe: str,
     stats: CalibrationStats | None = None,
     stats_hash: str | None = None,
 ) -> int:
-    """Return the file bytes that do not depend on the types of the `planned` tensors: header and all other tensors.
+    """Return the file bytes that do not depend on the types of the `planned` tensors: header and all other tensors,
+    which have the types of `held` or the file format's.
 
     A file budget minus this is what a planner may spend on `padded` tensor bytes.
     """
-    specs = [
-        TensorSpec(name, model.source.info(name).shape, "F16" if _stays_f16(name) and name not in planned else "F32")
-        for name in model.source.names()
-    ]
+    fixed = _fixed_specs(model, planned, held)
+    specs = [fixed.get(name) or TensorSpec(name, model.source.info(name).shape, "F32") for name in model.source.names()]
     total = gguf_bytes(model, specs, recipe, stats, stats_hash)
-    return total - sum(padded(spec.num_bytes) for spec in specs if spec.name in planned)
+    return total - sum(padded(spec.num_bytes) for spec in specs if spec.name not in fixed)
+
+
+def fixed_sizes(model: Model, planned: Collection[str], held: Mapping[str, Choice]) -> dict[Role, int]:
+    """Return the bytes by role of the tensors that `fixed_bytes` counts."""
+    sizes: dict[Role, int] = {}
+    for name, spec in _fixed_specs(model, planned, held).items():
+        # Biases, and vectors whose role the name does not tell, are as small as norms.
+        role = model.roles[name] if len(spec.shape) > 1 and name.endswith(".weight") else Role.NORM
+        sizes[role] = sizes.get(role, 0) + padded(spec.num_bytes)
+    return sizes
+
+
+def _fixed_specs(model: Model, planned: Collection[str], held: Mapping[str, Choice]) -> dict[str, TensorSpec]:
+    """Return how tensors that are not `planned` are stored, by their names."""
+    shapes = {name: model.source.info(name).shape for name in model.source.names() if name not in planned}
+    return {
+        name: TensorSpec(name, shape, _choose(model, name, shape, held.get(name), False)[0])
+        for name, shape in shapes.items()
+    }
 
 
 def stays_f32(name: str, shape: tuple[int, ...]) -> bool:
-    """Return whether llama.cpp keeps this tensor in F32: vectors, biases, norms and routers."""
-    return len(shape) < 2 or not name.endswith(".weight") or role_of(name) in (Role.NORM, Role.ROUTER)
+    """Return whether llama.cpp keeps this tensor in F32: vectors, biases, norms, routers, convolutions of a few
+    tokens, and tables that it adds or multiplies with."""
+    if len(shape) < 2 or not name.endswith(".weight") or role_of(name) in (Role.NORM, Role.ROUTER, Role.CONV):
+        return True
+    return _F32_TABLES.search(name) is not None
 
 
 def _stays_f16(name: str) -> bool:
@@ -103,13 +133,13 @@ def _entry(
     shape = model.source.info(name).shape
     type_name, reason, wanted_type = _choose(model, name, shape, wanted, exact)
     fields = {"reason": reason, "wanted_type": wanted_type, "weighted_error": errors.get((name, type_name))}
-    return _stored(name, shape, quant_type(type_name), sources=model.checkpoint_names(name), **fields)
+    fields["sources"] = model.checkpoint_names(name)
+    return _stored(name, shape, quant_type(type_name), role=model.roles[name], **fields)
 
 
 def _stored(name: str, shape: tuple[int, ...], form: StorageFormat, **fields: Any) -> PlanEntry:
     """Return the entry of a tensor in a quant type or scheme."""
-    size = form.tensor_bytes(shape)
-    return PlanEntry(name=name, shape=shape, role=role_of(name), type=form.name, bytes=size, **fields)
+    return PlanEntry(name=name, shape=shape, type=form.name, bytes=form.tensor_bytes(shape), **fields)
 
 
 def _choose(
@@ -121,12 +151,12 @@ def _choose(
             return "F32", wanted.reason, None
         return "F16", "patch embedding: a convolution, which llama.cpp runs in F16 or F32", None
     if stays_f32(name, shape) and not (exact and wanted):
-        return "F32", "vectors, norms and routers stay F32, as in llama.cpp", None
+        return "F32", "vectors, norms, routers and short convolutions stay F32, as in llama.cpp", None
     if name == TRANSPOSED and not (wanted and quant_type(wanted.type).is_float):
         return "F16", "llama.cpp transposes it when it runs: kept F16", quant_type(wanted.type).name if wanted else None
     if wanted is None:
-        if role_of(name) == Role.OTHER:
-            return "F32", "of unknown purpose: kept F32", None
+        if not is_matrix(name, shape, model.roles[name]):
+            return *kept(model, name), None
         raise PlanError(f"No type was stored for `{name}` of {model.name}, a matrix of shape {shape}.")
     asked = quant_type(wanted.type)
     stored, why = fit_to_row(asked, shape[-1])
@@ -152,8 +182,8 @@ def plan_of_part(part: ModelPart, plan: Plan, stats: CalibrationStats | None) ->
     for name, shape, type_name in part_specs(part, {name: entry.type for name, entry in planned.items()}):
         whole = planned.get(part.plan_name(name))
         reason = whole.reason if whole is not None else "not in the plan of the whole model: kept F32"
-        sources = model.checkpoint_names(name)
-        entries.append(_stored(name, shape, quant_type(type_name), reason=reason, sources=sources))
+        fields = {"role": model.roles[name], "reason": reason, "sources": model.checkpoint_names(name)}
+        entries.append(_stored(name, shape, quant_type(type_name), **fields))
     size = _gguf_bytes(model, entries, plan.recipe, stats, plan.stats_hash)
     update = {"model": model.name, "arch": model.arch, "entries": tuple(entries), "predicted_bytes": size}
     return plan.model_copy(update=update)
@@ -194,7 +224,7 @@ def plan_for_vllm(
         reason, wanted_type = _with_fallback(choice.reason, why, asked.name)
         of_unit = {"reason": reason, "wanted_type": wanted_type, "group_size": scheme.group_size, "unit": unit}
         for linear in linears:
-            fields = {"sources": linear.sources, "modules": linear.modules}
+            fields = {"role": linear.role, "sources": linear.sources, "modules": linear.modules}
             fields["weighted_error"] = errors.get((linear.name, scheme.name))
             entries.append(_stored(linear.name, linear.shape, scheme, **of_unit, **fields))
     fields = {"recipe": recipe, "stats_hash": stats_hash, "mixed_experts": mixed_experts, "predicted_bytes": 0}

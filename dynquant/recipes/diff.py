@@ -1,13 +1,12 @@
 """Differences between two lists of types of one model: which parts of which layers changed type, and what it costs."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dynquant.checkpoints.inspect import TensorRecord
 from dynquant.checkpoints.tensor_roles import Role, layer_of
 from dynquant.errors import PlanError
 from dynquant.formats.quant_types import QUANT_TYPES
-from dynquant.recipes.type_lists import TypeList, consecutive_runs, without_leading_ones
+from dynquant.recipes.type_lists import TypeList, without_leading_ones
 
 
 @dataclass(frozen=True)
@@ -63,12 +62,6 @@ def compare_types(before: TypeList, after: TypeList) -> PlanDiff:
         changes.append(TypeChange(role, was, now, tuple(names), *sizes))
     changes.sort(key=lambda change: -abs(change.bytes_after - change.bytes_before))
     return PlanDiff(before, after, tuple(changes), _histogram(before.tensors, after.tensors))
-
-
-def number_ranges(numbers: Iterable[int]) -> str:
-    """Write sorted numbers for people: 3 4 5 9 -> `3-5, 9`."""
-    runs = consecutive_runs(numbers)
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _check_same_model(

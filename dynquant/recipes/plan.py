@@ -95,6 +95,7 @@ class Plan(FrozenRecord):
     mixed_experts: bool = Field(False, exclude_if=_is_empty)  # vLLM: experts of two layers may differ, for vLLM alone
     other_bytes: int = Field(0, exclude_if=_is_empty)  # vLLM: bytes of all tensors that no entry holds
     other_weights: int = Field(0, exclude_if=_is_empty)  # vLLM: weights of the model that no entry holds
+    notes: tuple[str, ...] = Field((), exclude_if=_is_empty)  # what has no statistics, and what no recipe quantizes
     checksums: dict[str, str] = Field({}, exclude_if=_is_empty)  # name -> checksum of its weights (`formats.checksum`)
     entries: tuple[PlanEntry, ...]
 
@@ -148,11 +149,12 @@ class Plan(FrozenRecord):
         """Return the number of tensors of each type, most precise type first."""
         return {name: len(entries) for name, entries in self.by_type().items()}
 
-    def fallbacks(self) -> list[str]:
-        """Return a line for each reason why tensors could not take the type that was asked for: how many, and why."""
+    def remarks(self) -> list[str]:
+        """Return the notes, and a line for each reason why tensors could not take the type that was asked for."""
         matches = (re.search(r"rows of [^;a-z]+ do not divide .*", entry.reason) for entry in self.entries)
         counts = Counter(match.group() for match in matches if match)
-        return [f"{count} tensor{'s' * (count > 1)}: {reason}" for reason, count in counts.most_common()]
+        fallbacks = [f"{count} tensor{'s' * (count > 1)}: {reason}" for reason, count in counts.most_common()]
+        return [*self.notes, *fallbacks]
 
     def check_covers(self, names: list[str], model: Model) -> None:
         """Refuse a plan of another checkpoint or configuration, or one whose tensors are not exactly `names`. Raises

@@ -3,9 +3,7 @@
 Both kinds of file answer the same questions (names, shapes, types, bytes), so recipes and comparisons take either.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 from dynquant.checkpoints.inspect import TensorRecord, inspect
@@ -56,13 +54,6 @@ def without_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape as ggml counts dimensions: (1, 64) and (64,) are the same vector."""
     first = next((i for i, n in enumerate(shape[:-1]) if n != 1), len(shape) - 1)
     return shape[first:]
-
-
-def consecutive_runs(numbers: Iterable[int]) -> list[list[int]]:
-    """Cut sorted numbers where one is left out: 3 4 5 9 -> [3 4 5] [9]."""
-    # Within a run, number minus place stays the same.
-    runs = groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
-    return [[number for _, number in run] for _, run in runs]
 
 
 def like_types(path: Path, model: Model) -> dict[str, Choice]:

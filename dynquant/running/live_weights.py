@@ -2,56 +2,60 @@
 
 An empty model is filled from a GGUF file the same way, for the architectures of `families.from_gguf`.
 
-A GGUF tensor is a selection of a checkpoint tensor's entries: some rows, another order, a transposition, at most with a
-constant added (Gemma's norms). `Conversion.transform` makes it; the way back is the transform's adjoint, which
-automatic differentiation gives, so no family has to state an inverse. When the weights come from a GGUF file, the
-family's conversions of the running model are taken; for other architectures parameters are found by name, and rows of
-rotary heads are reordered where that makes them equal. Every place is then checked against the file.
+A GGUF tensor is a selection of a checkpoint tensor's entries, at most with a constant added (Gemma's norms), and a
+checkpoint tensor one of parameters' entries; `parameter_map` joins the two, so that no family has to state an inverse.
+When the weights come from a GGUF file, the family's conversions of the running model are taken, and for other
+architectures places are found by their values (`equal_entries`). Every place is then checked against the file.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dynquant.checkpoints.model import Model
-from dynquant.checkpoints.tensor_roles import gguf_name_of
 from dynquant.errors import CheckpointError
 from dynquant.families.common.config import Config
-from dynquant.families.common.conversion import ConvertedSource, Transform, unchanged
+from dynquant.families.common.conversion import ConvertedSource
 from dynquant.families.common.conversion_book import ConversionBook, some_of
-from dynquant.families.text.llama import interleave_halves
+from dynquant.families.common.strided_maps import StridedMap
 from dynquant.families.text.registry import FAMILIES
 from dynquant.formats import decode
-from dynquant.running.expert_hooks import expert_modules
+from dynquant.running.equal_entries import EqualEntries
+from dynquant.running.parameter_map import ParameterMap, parameter_map, unmapped
 from dynquant.running.weights import put
 
 
-@dataclass(frozen=True)
 class LivePlace:
-    """Place of a GGUF tensor: `rows` of dimension 1 of a stack, or a transform of a whole parameter or buffer."""
+    """Entries of parameters and buffers that are one GGUF tensor."""
 
-    parameter: Tensor
-    rows: slice | None = None
-    transform: Transform = unchanged
+    def __init__(self, entries: StridedMap, tensors: Mapping[str, Tensor]) -> None:
+        self._entries = entries
+        self._tensors = {name: tensors[name] for name in entries.sources}
 
-    def seen(self, stored: Tensor) -> Tensor:
-        """Return the GGUF tensor in values of the parameter."""
-        return stored[:, self.rows] if self.rows is not None else self.transform(stored)
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """The tensors of the model that hold it."""
+        return tuple(self._tensors.values())
 
-    @torch.no_grad()
+    def read(self) -> Tensor:
+        """The tensor as GGUF has it; a view of the parameter where it can be one."""
+        return self._entries.gather(lambda name: self._tensors[name].detach())
+
     def write(self, values: Tensor) -> None:
         """Set the entries that the tensor stands for; others stay."""
-        if self.transform is unchanged:
-            entries = self.seen(self.parameter)
-            entries.copy_(values.view_as(entries))
-            return
-        # In float32: a norm of Gemma is small beside the one that is taken off.
-        values = values.to(self.parameter.device, torch.float32)
-        back, covered = _adjoint(self.transform, torch.zeros_like(self.parameter, dtype=torch.float32), values)
-        self.parameter.copy_(torch.where(covered, back.to(self.parameter.dtype), self.parameter))
+        self._entries.scatter(values.view(self._entries.shape), self._tensors.__getitem__)
+
+    def gradient(self) -> Tensor:
+        """The gradient with respect to the GGUF tensor."""
+        return replace(self._entries, added=0.0).gather(self._gradient_of)
+
+    def _gradient_of(self, name: str) -> Tensor:
+        gradient = self._tensors[name].grad
+        assert gradient is not None
+        return gradient.float()
 
 
 class LiveWeights:
@@ -63,10 +67,14 @@ class LiveWeights:
         if "output.weight" in model.source.names() and head is not None and head.weight is embedding.weight:
             head.weight = nn.Parameter(head.weight.detach().clone())  # stored twice, it may get two types
         if isinstance(model.source, ConvertedSource):
-            parameters = dict(hf_model.named_parameters())
-            self._places = _stack_places(model, hf_model) | _single_places(model, model.source, hf_model, parameters)
+            places = _places(parameter_map(hf_model, model.source.checkpoint), model.source, hf_model)
         else:
-            self._places = _places_of_a_file(model, hf_model)
+            places = places_of_a_file(model, hf_model)
+        # Buffers (corrections of routers) get no gradient and no type.
+        trained = {id(parameter) for parameter in hf_model.parameters()}
+        self._places = {
+            name: place for name, place in places.items() if all(id(tensor) in trained for tensor in place.parameters)
+        }
 
     def names(self) -> list[str]:
         """GGUF names, in no particular order."""
@@ -82,26 +90,21 @@ class LiveWeights:
                 "measured as if they were not quantized. Plan without --select (and --sensitivity closed-form)."
             )
 
-    def parameter(self, name: str) -> Tensor:
-        return self._places[name].parameter
+    def parameters(self, name: str) -> tuple[Tensor, ...]:
+        """The model's tensors that hold a GGUF tensor: one, unless transformers splits what the checkpoint joins."""
+        return self._places[name].parameters
 
     def read(self, name: str) -> Tensor:
-        """The tensor as GGUF has it."""
-        return self._seen(name, self._places[name].parameter.detach()).clone()
+        """A copy of the tensor as GGUF has it."""
+        return self._places[name].read().clone()
 
     def write(self, name: str, values: Tensor) -> None:
-        """Set the parameter's entries that the tensor stands for; others stay."""
+        """Set the entries that the tensor stands for; others stay."""
         self._places[name].write(values)
 
     def gradient(self, name: str) -> Tensor:
         """The gradient with respect to the GGUF tensor."""
-        place = self._places[name]
-        assert place.parameter.grad is not None
-        gradient = place.parameter.grad.float()
-        return self._seen(name, gradient) - self._seen(name, torch.zeros_like(gradient))  # without added constants
-
-    def _seen(self, name: str, stored: Tensor) -> Tensor:
-        return self._places[name].seen(stored)
+        return self._places[name].gradient()
 
 
 @torch.no_grad()
@@ -140,39 +143,20 @@ def _check_names(model: Model, names: set[str]) -> None:
         )
 
 
-def _stack_places(model: Model, hf_model: nn.Module) -> dict[str, LivePlace]:
-    """Routed experts, which transformers keeps as fused parameters."""
-    stored_names, places = set(model.source.names()), {}
-    for module_name, module in expert_modules(hf_model).items():
-        if module.is_transposed or not module.has_gate:
-            continue
-        width = module.down_proj.shape[-1]
-        for part, parameter, rows in (
-            ("gate_proj", module.gate_up_proj, slice(0, width)),
-            ("up_proj", module.gate_up_proj, slice(width, 2 * width)),
-            ("down_proj", module.down_proj, slice(None)),
-        ):
-            name = gguf_name_of(f"{module_name}.{part}", model.arch, model.hyper.n_layer)
-            if name in stored_names:
-                places[name] = LivePlace(parameter, rows)
-    return places
-
-
-def _single_places(
-    model: Model, source: ConvertedSource, hf_model: nn.Module, parameters: Mapping[str, Tensor]
-) -> dict[str, LivePlace]:
-    """Tensors made of one checkpoint tensor, found under its own name or under the name that GGUF gives it."""
-    by_gguf_name = {
-        gguf_name_of(name, model.arch, model.hyper.n_layer): parameter for name, parameter in parameters.items()
-    }
-    places: dict[str, LivePlace] = {}
+def _places(traced: ParameterMap, source: ConvertedSource, hf_model: Any) -> dict[str, LivePlace]:
+    """Return the GGUF tensors that have a place, the output matrix in the model's own head."""
+    tensors = hf_model.state_dict(keep_vars=True)
+    head = hf_model.get_output_embeddings()
+    head_name = next((name for name, tensor in tensors.items() if head is not None and tensor is head.weight), None)
+    places = {}
     for name in source.names():
-        parts, transform = source.checkpoint_names(name), source.transform(name)
-        parameter = parameters.get(parts[0], by_gguf_name.get(name)) if len(parts) == 1 else None
-        if name == "output.weight" and parameter is not None:
-            parameter = hf_model.get_output_embeddings().weight  # whatever the family makes it of
-        if parameter is not None and parameter.dim() < 3:
-            places[name] = LivePlace(parameter, transform=transform)
+        entries = traced.gguf(source, name)
+        if entries is None:
+            continue
+        if name == "output.weight" and head_name is not None:  # whatever the family makes it of
+            pieces = tuple(replace(piece, source=head_name) for piece in entries.pieces)
+            entries = replace(entries, pieces=pieces)
+        places[name] = LivePlace(entries, tensors)
     return places
 
 
@@ -185,29 +169,8 @@ def _gguf_places(model: Model, hf_model: Any) -> dict[str, LivePlace | None]:
         CheckpointError: this transformers has parameters that the family does not know.
     """
     converted = _family_source(model, hf_model)
-    places = _stack_places(model, hf_model)
-    places |= _single_places(model, converted, hf_model, hf_model.state_dict(keep_vars=True))
+    places = _places(unmapped(hf_model), converted, hf_model)
     return {name: places[name] if converted.checkpoint_names(name) else None for name in converted.names()}
-
-
-def _places_of_a_file(model: Model, hf_model: Any) -> dict[str, LivePlace]:
-    """Parameters of a running model whose weights come from a GGUF file, of itself or of `--base-gguf`.
-
-    Raises:
-        CheckpointError: a parameter is not the file's tensor of its name under any known order of rows.
-    """
-    candidates = {name: [place] for name, place in _stack_places(model, hf_model).items()}
-    parameters = dict(hf_model.named_parameters())
-    of_family = _single_places(model, _family_source(model, hf_model), hf_model, parameters)
-    candidates |= {name: [place] for name, place in of_family.items()}
-    for parameter_name, parameter in parameters.items():
-        name = gguf_name_of(parameter_name, model.arch, model.hyper.n_layer)
-        if name is not None and name not in candidates:
-            counts = sorted({model.hyper.n_head, model.hyper.n_head_kv} - {0})
-            fitting = [count for count in counts if parameter.shape[:1].numel() % (2 * count) == 0]
-            orders = (unchanged, *map(interleave_halves, fitting))
-            candidates[name] = [LivePlace(parameter, transform=order) for order in orders]
-    return {name: _equal_place(model, name, candidates[name]) for name in model.source.names() if name in candidates}
 
 
 def _family_source(model: Model, hf_model: Any) -> ConvertedSource:
@@ -216,32 +179,41 @@ def _family_source(model: Model, hf_model: Any) -> ConvertedSource:
     config = Config(model.path, values, values)
     if config.model_type not in FAMILIES:
         return ConvertedSource(model.source, [])
-    whole = "blk.0.attn_kv_b.weight" in model.source.names()
-    book = ConversionBook(config, None, names=list(hf_model.state_dict()), whole_kv_b=whole)
+    whole_kv_b = "blk.0.attn_kv_b.weight" in model.source.names()
+    book = ConversionBook(config, None, names=list(hf_model.state_dict()), whole_kv_b=whole_kv_b)
     FAMILIES[config.model_type].add_tensors(book)
     return ConvertedSource(model.source, book.finish())
 
 
-def _equal_place(model: Model, name: str, places: list[LivePlace]) -> LivePlace:
-    """Return the place that holds the values of the file."""
-    stored = model.source.load(name).flatten()
-    for place in places:
-        seen = place.seen(place.parameter.detach()).flatten()
-        if torch.equal(seen, stored.to(seen.device, seen.dtype)):
-            return place
-    raise CheckpointError(
+def places_of_a_file(model: Model, hf_model: Any) -> dict[str, LivePlace]:
+    """Return where a running model has the tensors of a GGUF file, of itself or of `--base-gguf`, checked by values.
+
+    Raises:
+        CheckpointError: a parameter is not the file's tensor of its name under any order of rows and columns.
+    """
+    tensors = hf_model.state_dict(keep_vars=True)
+    family, places = _places(unmapped(hf_model), _family_source(model, hf_model), hf_model), {}
+    search = EqualEntries(model, hf_model)
+    for name in model.source.names():
+        stored = model.source.load(name)
+        place = family.get(name)
+        if place is not None and not _is_equal(place, stored):
+            raise _other_weights(model, name)
+        entries = None if place is not None else search.entries(name, stored)
+        if place is None and entries is None and search.is_expected(name, stored):
+            raise _other_weights(model, name)
+        if place is not None or entries is not None:
+            places[name] = place or LivePlace(entries, tensors)
+    return places
+
+
+def _is_equal(place: LivePlace, stored: Tensor) -> bool:
+    seen = place.read().flatten()
+    return torch.equal(seen, stored.flatten().to(seen.device, seen.dtype))
+
+
+def _other_weights(model: Model, name: str) -> CheckpointError:
+    return CheckpointError(
         f"The running model has other weights than `{name}` of {model.path}, or has them in an order that dynquant "
         "does not know, so they cannot be followed into it. Give the Hugging Face checkpoint that the file was made of."
     )
-
-
-def _adjoint(transform: Transform, start: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the input from which `transform` makes `values`, and which entries of it that decides; `start` is zero."""
-    with torch.enable_grad():
-        start.requires_grad_(True)
-        constant = transform(start)
-        (back,) = torch.autograd.grad(constant, start, values.view_as(constant) - constant.detach(), retain_graph=True)
-        (covered,) = torch.autograd.grad(constant, start, torch.ones_like(constant))
-    if not ((covered == 0) | (covered == 1)).all():
-        raise ValueError("`transform` is not a selection of entries, so it cannot be undone")
-    return back, covered == 1

@@ -8,6 +8,7 @@ is never run, and nothing is downloaded: `open_model` has fetched what there is.
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,19 +17,18 @@ from safetensors import SafetensorError
 
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
-from dynquant.checkpoints.safetensors_source import checkpoint_spans
+from dynquant.checkpoints.safetensors_source import SafetensorsSource, checkpoint_spans
 from dynquant.checkpoints.tensor_source import is_finite
 from dynquant.errors import CheckpointError
 from dynquant.families.common.config import quantization_of
-from dynquant.families.common.conversion import ConvertedSource
 from dynquant.families.common.conversion_book import some_of
 from dynquant.families.from_gguf import NotUnderstoodError, config_from_gguf
-from dynquant.families.open import is_gguf, open_hf
+from dynquant.families.open import is_gguf
 from dynquant.families.tokenizers.files import read_tokenizer_files
 from dynquant.families.vision.checkpoint import is_vision_checkpoint
 from dynquant.resources import count_mapped_files
 from dynquant.running.live_weights import fill_from_gguf
-from dynquant.running.weights import CheckpointWeights
+from dynquant.running.parameter_map import without_progress_bars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,6 +37,8 @@ REFUSALS = (OSError, ValueError, KeyError, NotImplementedError, ImportError, Run
 """Exceptions that transformers raises for files that it cannot load."""
 _LOADERS = ("AutoModelForCausalLM", "AutoModelForImageTextToText")
 """Loaders of models without and with a vision tower."""
+_KINDS = {"AutoConfig": "configuration", "AutoTokenizer": "tokenizer"}
+"""Loaders of something else."""
 LOCAL_ONLY = {"local_files_only": True, "trust_remote_code": False}
 """For transformers' `from_pretrained`, which would ask at the terminal whether to run a checkpoint's code."""
 
@@ -47,20 +49,17 @@ def load_hf(model: Model, *, dtype: torch.dtype | None = None, device: str = "cp
     Raises:
         CheckpointError: transformers cannot load this checkpoint, with the way out.
     """
-    if model.hf_directory is not None and not isinstance(model.source, ConvertedSource):  # weights of --base-gguf
-        model = _fp8_model(model.hf_directory) or model
-    # Of FP8, weights times scales: transformers would run FP8 kernels, which need a GPU and round activations.
-    is_fp8 = isinstance(model.source, ConvertedSource) and getattr(model.source.checkpoint, "has_fp8", False)
-    if is_fp8 or gguf_config(model) is not None:
+    if gguf_config(model) is not None:
         dtype = dtype or computing_type(model, device)
         empty = empty_hf(model, dtype=dtype, device=device)
-        if is_fp8:
-            CheckpointWeights(model, empty).fill(empty, dtype, device)
-        else:
-            fill_from_gguf(model, empty, dtype, device)
+        fill_from_gguf(model, empty, dtype, device)
         return _checked(empty, model)
+    if model.hf_directory is not None and _is_decoded_here(model.hf_directory):
+        dtype = dtype or computing_type(model, device)
+        return _checked(_load_decoded(model.hf_directory, dtype).to(device).eval(), model)
     stated = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
-    loaded = _load(_LOADERS[model.has_vision], model, dtype=stated, use_safetensors=True)
+    loader = auto_class(load_config(model), model.has_vision) if model.hf_directory else _LOADERS[model.has_vision]
+    loaded = _load(loader, model, dtype=stated, use_safetensors=True)
     count_mapped_files(model.hf_directory.glob("*.safetensors") if model.hf_directory else [model.gguf_file])
     return _checked(loaded.to(device).eval(), model)
 
@@ -82,27 +81,67 @@ def load_directory(directory: Path, dtype: torch.dtype) -> "PreTrainedModel":
     Raises CheckpointError when transformers cannot load it.
     """
     checkpoint_spans(directory)  # refuses weights that are incomplete or of two kinds
-    if (fp8 := _fp8_model(directory)) is not None:
-        return load_hf(fp8, dtype=dtype)
-    loaded = _load(_LOADERS[is_vision_checkpoint(directory)], directory, dtype=dtype, use_safetensors=True)
+    if _is_decoded_here(directory):
+        return _load_decoded(directory, dtype).eval()
+    loader = auto_class(load_config(directory), is_vision_checkpoint(directory))
+    loaded = _load(loader, directory, dtype=dtype, use_safetensors=True)
     count_mapped_files(directory.glob("*.safetensors"))
     return unpack_compressed(loaded, dtype)
 
 
-def _fp8_model(directory: Path) -> Model | None:
-    """Open an FP8 checkpoint for our own loader: transformers takes rows // scale rows for the size of a block.
+def auto_class(config: Any, sees_pictures: bool) -> str:
+    """Return the name of transformers' auto class for a configuration.
 
-    Raises CheckpointError for a family whose weights dynquant cannot read.
+    A model that is fed text alone takes the class with a vision tower where transformers has no other for it.
     """
-    if quantization_of(directory).get("quant_method") != "fp8":
-        return None
-    try:
-        return open_hf(directory)
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"{directory} is stored as FP8, which dynquant runs only where it knows the place of each scale ({error}) "
-            "Convert the checkpoint to bfloat16."
-        ) from error
+    import transformers
+
+    of_text, of_pictures = _LOADERS
+    mappings = transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    has_text, has_pictures = (type(config) in mapping for mapping in mappings)
+    return of_pictures if has_pictures and (sees_pictures or not has_text) else of_text
+
+
+def _is_decoded_here(directory: Path) -> bool:
+    """Return whether a directory is quantized in a layout that dynquant decodes.
+
+    transformers takes rows // scale rows for the rows of a block of FP8, runs FP8 kernels on a GPU, which round
+    activations, and needs packages for others.
+    """
+    return quantization_of(directory).get("quant_method") in ("fp8", "mxfp4", "gptq", "awq")
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """One tensor that is decoded when transformers reads it, as it reads slices of safetensors files."""
+
+    source: SafetensorsSource
+    name: str
+    dtype: torch.dtype
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        stored = self.source.stored(self.name)
+        return (stored.data if stored.scale is None else stored.to(self.dtype))[index]  # a few stay float32
+
+
+def _load_decoded(directory: Path, dtype: torch.dtype) -> "PreTrainedModel":
+    """Load a quantized checkpoint through transformers' own places, from tensors that dynquant decodes."""
+    import transformers
+
+    source, config = SafetensorsSource(directory), load_config(directory)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    loader = getattr(transformers, auto_class(config, is_vision_checkpoint(directory)))
+    mapping = loader._model_mapping
+    if type(config) not in mapping:
+        raise CheckpointError(f"{directory}: transformers has no language model of type {config.model_type!r}.")
+    model_class = mapping[type(config)]
+    model_class = model_class[0] if isinstance(model_class, tuple) else model_class
+    weights = {name: _Decoded(source, name, dtype) for name in source.names()}
+    loaded = _load(model_class, directory, config=config, state_dict=weights, dtype=dtype)
+    if (directory / "generation_config.json").is_file():
+        loaded.generation_config = transformers.GenerationConfig.from_pretrained(directory, local_files_only=True)
+    return loaded
 
 
 def gguf_config(model: Model) -> Any:
@@ -161,13 +200,14 @@ def empty_hf(model: Model, *, dtype: torch.dtype, device: str = "cpu") -> "PreTr
     Raises:
         CheckpointError: no such directory, or transformers does not know the architecture.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     config = load_config(model)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    loader = getattr(transformers, auto_class(config, model.has_vision))
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        empty = loader.from_config(config, dtype=dtype, trust_remote_code=False)
     for module in empty.modules():
         for name in module._non_persistent_buffers_set:
             module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
@@ -223,29 +263,15 @@ def unpack_compressed(model: "PreTrainedModel", dtype: torch.dtype) -> "PreTrain
     return model
 
 
-@contextmanager
-def without_progress_bars() -> Iterator[None]:
-    """transformers draws a bar of its own while it loads, and reports in tables; ours would be torn by them."""
-    from transformers.utils import logging
-
-    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if shown:
-            logging.enable_progress_bar()
-
-
-def _load(loader: str, model: Model | Path, **options: Any) -> Any:
+def _load(loader: str | type, model: Model | Path, **options: Any) -> Any:
+    """Call `from_pretrained` of a class, or of the class of transformers that is named. `state_dict` has the weights
+    where they are not those of the files."""
     import transformers
 
     path = model if isinstance(model, Path) else model.hf_directory or model.gguf_file
     if path is None:
         raise CheckpointError(f"{model} is neither a Hugging Face directory nor a GGUF file that can be loaded.")
-    directory, way_out = path, "Fetch the files again."
+    directory, way_out = None if "state_dict" in options else path, "Fetch the files again."
     if is_gguf(path):
         directory, options = path.parent, options | {"gguf_file": path.name}
         way_out = (
@@ -254,10 +280,12 @@ def _load(loader: str, model: Model | Path, **options: Any) -> Any:
         )
     try:
         with without_progress_bars():
-            if loader not in _LOADERS:
-                return getattr(transformers, loader).from_pretrained(directory, **LOCAL_ONLY, **options)
-            options |= LOCAL_ONLY | {"output_loading_info": True, "ignore_mismatched_sizes": True}  # named below
-            loaded, report = getattr(transformers, loader).from_pretrained(directory, **options)
+            options |= LOCAL_ONLY
+            if loader in _KINDS:
+                return getattr(transformers, str(loader)).from_pretrained(directory, **options)
+            options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # named below
+            load_class = getattr(transformers, loader) if isinstance(loader, str) else loader
+            loaded, report = load_class.from_pretrained(directory, **options)
     except CheckpointError:  # of our own quantizer
         raise
     except ImportError as error:
@@ -266,7 +294,7 @@ def _load(loader: str, model: Model | Path, **options: Any) -> Any:
             "'dynquant-toolchain[models]', or the one that is named here."
         ) from error
     except Exception as error:  # transformers raises errors of many libraries
-        kind = {"AutoConfig": "configuration", "AutoTokenizer": "tokenizer"}.get(loader, "model")
+        kind = _KINDS.get(loader, "model") if isinstance(loader, str) else "model"
         raise CheckpointError(
             f"{path}: transformers cannot load the {kind} ({type(error).__name__}: {str(error)[:400]}). {way_out}"
         ) from error

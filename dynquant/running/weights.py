@@ -82,19 +82,6 @@ class CheckpointWeights:
             return self.source.stored_bytes(self.names[name] if stack is None else stack.fused)
         return sum(self.source.stored_bytes(name) for part in stack.parts for name in part)
 
-    def fill(self, hf_model: nn.Module, dtype: torch.dtype, device: torch.device | str) -> None:
-        """Give every parameter and persistent buffer of a model on the meta device its values."""
-        exact: Any = hf_model._get_dtype_plan(dtype)  # type: ignore[operator]
-        for name in self.names:
-            exact_type = torch.float32 if any(pattern in name for pattern in exact) else dtype
-            put(hf_model, name, self.load(name).to(exact_type).to(device))
-        for name, stack in self.stacks.items():
-            values = torch.empty(stack.shape, dtype=dtype, device=device)
-            for expert in range(stack.shape[0]):
-                values[expert] = torch.cat([part.to(dtype) for part in self.expert(name, expert)]).to(device)
-            put(hf_model, name, values)
-        hf_model.tie_weights()  # type: ignore[operator]
-
     def _expert_stacks(self, hf_model: nn.Module) -> Iterator[tuple[str, ExpertStack]]:
         for module_name, module in expert_modules(hf_model).items():
             experts: Any = module

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -62,6 +63,26 @@ def writing(path: Path, way_out: str = _WAY_OUT) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         why = reason(error) if isinstance(error, OSError) else error
         raise WriteError(f"{path} could not be written: {why}. {way_out}") from error
+
+
+@contextmanager
+def writing_folder(path: Path, way_out: str = _WAY_OUT) -> Iterator[Path]:
+    """Context manager: yields an empty folder beside `path`, and moves it there on exit; one that is there stays.
+
+    Raises:
+        WriteError: no space, no permission, or a parent that is no directory.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if not path.exists():
+            with suppress(FileExistsError):
+                temporary.rename(path)
+    except OSError as error:
+        raise WriteError(f"{path} could not be written: {reason(error)}. {way_out}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

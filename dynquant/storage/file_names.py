@@ -13,6 +13,7 @@ SUPER_NAME = "super_weights.json"
 SELECTION_NAME = "selection.json"
 TOKEN_ERRORS_NAME = "token_errors.json"
 REPORT_NAME = "report.html"
+SAME_COMPUTATION_NAME = "same_computation.json"
 
 
 def path_beside(stats: Path) -> Path:
@@ -39,5 +40,5 @@ def table_beside(errors: Path) -> Path:
 def files_of_plan(folder: Path) -> list[Path]:
     """Return all files that planning may write into a folder."""
     stats, tables = folder / STATS_NAME, [folder / name for name in (ERRORS_NAME, SCHEME_ERRORS_NAME)]
-    others = (PLAN_NAME, SUPER_NAME, SELECTION_NAME, TOKEN_ERRORS_NAME, REPORT_NAME)
+    others = (PLAN_NAME, SUPER_NAME, SELECTION_NAME, TOKEN_ERRORS_NAME, REPORT_NAME, SAME_COMPUTATION_NAME)
     return [stats, *files_beside(stats), *tables, *map(table_beside, tables), *(folder / name for name in others)]

@@ -1,7 +1,8 @@
 """Dot products of one chunk of a row of bit-field types (no codebook): planar bytes in, float32 partial sums out.
 
-A chunk is 64 weights of a super-block type or 32 weights of any other. `block` [T, BN] is the block of the chunk,
-counted from `w.first`; `chunk` [T, 1] is its number within the row. Each function returns M tiles [T, BN].
+A chunk is 64 weights of a super-block type, a block of Q2_0 or Q1_0, or 32 weights of any other. `block` [T, BN] is
+the block of the chunk, counted from `w.first`; `chunk` [T, 1] is its number within the row. Each function returns M
+tiles [T, BN].
 Sums inside a group are integers; scales are applied to them, never to single weights. Codes are masked in place where
 that saves a shift: the power of two is taken out of the activation scale. Constant offsets of codes and minimums are
 taken from sums of activations, which all rows share. Crumbs, nibbles, words and units: `bit_words`.
@@ -23,6 +24,7 @@ from dynquant.kernels.triton.bit_words import (
     move4,
     or4,
     plane,
+    signs_of,
     table16,
     times,
     unit_dots,
@@ -173,6 +175,38 @@ def plain_chunk(w, block, chunk, x, grid_ptr, TYPE: tl.constexpr):
     if HAS_MIN:
         parts = add_sums(parts, sums, minimum, x, chunk)
     return parts
+
+
+@triton.jit
+def neighbour_chunk(w, block, chunk, x, grid_ptr, TYPE: tl.constexpr):
+    """Q2_0, Q1_0: a chunk is a block, a word is a unit of crumbs or two units of bits; neighbours share a byte.
+
+    Crumb s of all bytes is taken at once, and activations are put into that order: they are shared by all rows.
+    """
+    parts = zeros(block, x.M)
+    d = half(w, 0, 2, block)
+    words = load4(plane(w, 1, 16, tl.int32), block)
+    GROUPS: tl.constexpr = 2 if TYPE == "Q2_0" else 4
+    for g in tl.static_range(GROUPS):
+        group = chunk * GROUPS + g
+        if TYPE == "Q2_0":
+            front, back = _crumbs_in_turn(words[2 * g]), _crumbs_in_turn(words[2 * g + 1])
+        else:
+            front, back = _signs_in_turn(words[g]), _signs_in_turn(words[g] >> 16)
+        dots, sums = unit_dots(x, group * 2, front, 1, False, None, TYPE == "Q2_0")
+        dots, _ = unit_dots(x, group * 2 + 1, back, 1, False, (dots, sums), TYPE == "Q2_0")
+        parts = add_scaled(parts, dots, d, x, group, 1.0)
+    return parts
+
+
+@triton.jit
+def _crumbs_in_turn(word):
+    return [(word >> shift) & 0x03030303 for shift in (0, 2, 4, 6)]
+
+
+@triton.jit
+def _signs_in_turn(word):
+    return [signs_of((word >> shift) & 15) for shift in (0, 4, 8, 12)]
 
 
 @triton.jit

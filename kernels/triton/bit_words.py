@@ -113,16 +113,21 @@ def sum_words(words):
 
 
 @triton.jit
-def unit_dots(x, unit, words, OFFSET: tl.constexpr, SIGNED: tl.constexpr, before=None):
+def unit_dots(
+    x, unit, words, OFFSET: tl.constexpr, SIGNED: tl.constexpr, before=None, TRANSPOSED: tl.constexpr = False
+):
     """Dot products of a unit with every activation plane, and sums of activations: two tuples of M * P tiles.
 
     Codes are shifted by -OFFSET. What another unit of the same group gave is added if it is there as `before`.
+    With TRANSPOSED, word s has the codes of the weights s, 4 + s, 8 + s and 12 + s.
     """
     dots = ()
     sums = ()
     for c in tl.static_range(x.M * x.P):
         x_words = load_x(x, unit, c)
         total = sum_words(x_words)
+        if TRANSPOSED:
+            x_words = transposed(x_words)
         acc = (words[0] & 0 if before is None else before[0][c]) - total * OFFSET
         for i in tl.static_range(4):
             acc = dp4a(words[i], x_words[i], acc, SIGNED)
@@ -186,6 +191,29 @@ def table16(packed, t0, t1, t2, t3):
     low_bits = low_bits >> 16
     b = prmt(prmt(t0, t1, low_bits), prmt(t2, t3, low_bits), upper >> 16)
     return prmt(a, b, low_bits * 0 + 0x6420), prmt(a, b, low_bits * 0 + 0x7531)  # even bytes, odd bytes
+
+
+@triton.jit
+def crumbs_of(byte):
+    """The four crumbs of a byte as the bytes of a word."""
+    nibbles = (byte | (byte << 12)) & 0x000F000F
+    return (nibbles | (nibbles << 6)) & 0x03030303
+
+
+@triton.jit
+def signs_of(nibble):
+    """Bit i of a nibble as byte i of a word: 2 where it is set, else 0."""
+    return (nibble * 0x00408102) & 0x02020202
+
+
+@triton.jit
+def transposed(words):
+    """Four words of which number s has byte s of each of the four."""
+    zero = words[0] & 0
+    a, b = prmt(words[0], words[1], zero + 0x5140), prmt(words[2], words[3], zero + 0x5140)
+    c, d = prmt(words[0], words[1], zero + 0x7362), prmt(words[2], words[3], zero + 0x7362)
+    front, back = zero + 0x5410, zero + 0x7632
+    return prmt(a, b, front), prmt(a, b, back), prmt(c, d, front), prmt(c, d, back)
 
 
 @triton.jit

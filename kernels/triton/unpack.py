@@ -23,7 +23,7 @@ from dynquant.formats import tables
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.kernels.planes import PLANES
 from dynquant.kernels.triton.bit_chunks import nibble_values
-from dynquant.kernels.triton.bit_words import USE_ASM, prmt
+from dynquant.kernels.triton.bit_words import USE_ASM, crumbs_of, prmt, signs_of
 
 _IQ1 = ("IQ1_S", "IQ1_M")
 _IQ2_IQ3 = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
@@ -31,7 +31,7 @@ _IQ2_IQ3 = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
 
 @triton.constexpr_function
 def groups_per_block(type_name):
-    """Groups of 32 weights in a block: 1, 2 or 8."""
+    """Groups of 32 weights in a block: 1, 2, 4 or 8."""
     return QUANT_TYPES[type_name].block_size // 32
 
 
@@ -90,6 +90,8 @@ def unpack_groups(TYPE: tl.constexpr, planes_ptr, table_ptr, num_blocks, groups)
         w = _nibbles(TYPE, planes_ptr, num_blocks, block, s, i)
     elif TYPE == "Q2_K" or TYPE == "Q3_K" or TYPE == "Q6_K" or TYPE == "TQ2_0":
         w = _crumbs(TYPE, planes_ptr, num_blocks, block, s, i8, i)
+    elif TYPE == "Q2_0" or TYPE == "Q1_0":
+        w = _neighbours(TYPE, planes_ptr, num_blocks, block, s, i8, i)
     elif TYPE == "IQ1_M" or TYPE == "IQ1_S":
         w = _ternary(TYPE, planes_ptr, table_ptr, num_blocks, block, s, i8, i)
     elif TYPE == "IQ2_XXS" or TYPE == "IQ2_XS" or TYPE == "IQ2_S" or TYPE == "IQ3_XXS" or TYPE == "IQ3_S":
@@ -219,6 +221,18 @@ def _plain(TYPE: tl.constexpr, p, nb, block, i8, i):
     else:
         OFFSET: tl.constexpr = 128 if TYPE == "Q8_0" else 16 if TYPE == "Q5_0" else 8
         return _scale_of(TYPE, p, nb, block) * _floats(codes, OFFSET, i)
+
+
+@triton.jit
+def _neighbours(TYPE: tl.constexpr, p, nb, block, s, i8, i):
+    """Q2_0, Q1_0: neighbouring weights share a byte, and codes are one more than the weight is in units of d."""
+    if TYPE == "Q2_0":
+        pair = _word16_of(p, block * 2 + s, i8)
+        codes = crumbs_of(pair & 255), crumbs_of(pair >> 8)
+    else:
+        bits = _byte_of(p, block * 4 + s, i8)
+        codes = signs_of(bits & 15), signs_of(bits >> 4)
+    return _scale_of(TYPE, p, nb, block) * _floats(codes, 1, i)
 
 
 @triton.jit

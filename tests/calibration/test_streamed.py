@@ -21,11 +21,11 @@ from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_source import StoredValues
 from dynquant.errors import CheckpointError, StatsError
 from dynquant.families.open import open_model
-from dynquant.running.layer_stream import LayerStream
 from dynquant.running.load import load_hf
-from dynquant.running.staged_passes import HiddenStates, StagedPasses
 from dynquant.running.stored_experts import StoredExperts
-from dynquant.running.stream_memory import Workload, fit_within
+from dynquant.running.streaming.layer_stream import LayerStream
+from dynquant.running.streaming.staged_passes import HiddenStates, StagedPasses
+from dynquant.running.streaming.stream_memory import Workload, fit_within
 from dynquant.session import Session, ignore_progress
 from tests.helpers.calibrating import calibrate
 from tests.helpers.commands import run
@@ -226,7 +226,7 @@ def test_a_weight_of_an_expert_reads_as_zero(moe, keeps_experts):
 
 
 def test_reading_ahead_and_experts_are_given_up_for_memory(small_moe, tmp_path, monkeypatch):
-    monkeypatch.setattr("dynquant.running.stream_memory.resident_memory", lambda: 10**8)
+    monkeypatch.setattr("dynquant.running.streaming.stream_memory.resident_memory", lambda: 10**8)
     directory = save_tiny("qwen3-moe", tmp_path / "model", small_moe, moe_intermediate_size=2048)
     stream, work = LayerStream(open_model(directory)), Workload(64)
     with pytest.raises(StatsError, match=r"--max-memory \d+\.\dGB") as refused:
@@ -242,7 +242,7 @@ def test_reading_ahead_and_experts_are_given_up_for_memory(small_moe, tmp_path, 
 _PRODUCTS = """
 import torch
 from torch.nn import functional
-from dynquant.running.stream_memory import resident_memory
+from dynquant.running.streaming.stream_memory import resident_memory
 from dynquant.running.stored_experts import StoredExperts
 from dynquant.checkpoints.safetensors_source import StoredValues
 
@@ -289,7 +289,7 @@ def test_what_fits_is_loaded_whole_and_the_rest_is_streamed(moe, monkeypatch):
     notes = []
     assert streaming_limit(moe, CalibrationOptions(), "cpu") is None
     assert streaming_limit(moe, CalibrationOptions(max_memory="8GB"), "cpu") == 8 * 10**9
-    monkeypatch.setattr("dynquant.running.stream_memory.free_memory", lambda: 80 * 10**6)
+    monkeypatch.setattr("dynquant.running.streaming.stream_memory.free_memory", lambda: 80 * 10**6)
     assert streaming_limit(moe, CalibrationOptions(), "cpu", Session(note=notes.append)) == 68 * 10**6
     assert "streamed layer by layer within 68.00 MB" in " ".join(notes)
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from dynquant.calibration.run import provenance_of, text_inputs
 from dynquant.calibration.streamed import calibrate_streamed
@@ -45,7 +46,7 @@ def test_values_are_scaled_by_block(shape):
 def test_scales_are_hidden_and_the_float_type_is_told(fp8):
     source = SafetensorsSource(fp8)
     plain = load_file(fp8.parent / "floats" / "model.safetensors")
-    assert source.has_fp8 and source.names() == sorted(plain)
+    assert source.is_quantized and source.names() == sorted(plain)
     assert source.info(RAGGED).dtype == "BF16" and source.info(RAGGED).shape == (288, 256)
     assert all(torch.equal(source.load(name), plain[name].float()) for name in source.names())
     assert source.stored_bytes(RAGGED) == 288 * 256 + 4 * 3 * 2
@@ -81,12 +82,31 @@ def test_whatever_runs_the_model_has_the_weights_of_the_floats(fp8, tmp_path, sm
     assert report.texts[0].kl.mean.value < 1e-9
 
 
-def test_fp8_of_another_family_is_not_run(tmp_path, small_moe):
-    config = {"model_type": "gpt2", "quantization_config": {"quant_method": "fp8"}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    save_file({"h.0.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"stored as FP8.*gpt2.*Convert the checkpoint to bfloat16"):
-        load_directory(tmp_path, torch.float32)
+def test_fp8_of_any_architecture_runs(tmp_path, small_moe):
+    config = AutoConfig.for_model(
+        "granite", vocab_size=512, hidden_size=192, intermediate_size=288, num_hidden_layers=1
+    )
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "source")
+    save_fp8(tmp_path / "source", tmp_path / "fp8", tmp_path / "floats")
+    found, expected = (load_directory(tmp_path / name, torch.float32).state_dict() for name in ("fp8", "floats"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], values) for name, values in expected.items())
+
+
+def test_scales_may_be_bfloat16_or_one_number(fp8, tmp_path):
+    name, whole = "model.layers.0.self_attn.o_proj.weight", "model.layers.1.self_attn.o_proj.weight"
+
+    def change(tensors):
+        tensors[f"{name}_scale_inv"] = tensors[f"{name}_scale_inv"].bfloat16()
+        tensors[f"{whole}_scale_inv"] = torch.tensor(0.5).bfloat16()
+        tensors[f"{whole.removesuffix('weight')}activation_scale"] = torch.tensor(3.0)
+
+    tensors = load_file(edited_weights(fp8, tmp_path / "other", change) / "model.safetensors")
+    source = SafetensorsSource(tmp_path / "other")
+    assert source.names() == SafetensorsSource(fp8).names()
+    assert torch.equal(source.load(name), dequantized(tensors[name], tensors[f"{name}_scale_inv"].float()))
+    assert torch.equal(source.load(whole), 0.5 * tensors[whole].float())
+    assert torch.equal(source.load(whole, slice(7, 30)), 0.5 * tensors[whole][7:30].float())
 
 
 def test_exports_are_those_of_the_floats(fp8, tmp_path):
@@ -117,14 +137,12 @@ def test_a_missing_scale_is_named(fp8, tmp_path):
         SafetensorsSource(edited_weights(fp8, tmp_path / "bad", drop))
 
 
-@pytest.mark.parametrize(
-    "edit", [lambda s: s[:2], lambda s: s.repeat(2, 1), lambda s: s.flatten(), lambda s: s.bfloat16()]
-)
+@pytest.mark.parametrize("edit", [lambda s: s[:2], lambda s: s.repeat(2, 1), lambda s: s.flatten(), lambda s: s.half()])
 def test_scales_that_do_not_fit_are_refused(fp8, tmp_path, edit):
     def change(tensors):
         tensors[f"{RAGGED}_scale_inv"] = edit(tensors[f"{RAGGED}_scale_inv"]).contiguous()
 
-    with pytest.raises(CheckpointError, match=r"needs F32 \[3, 2\]"):
+    with pytest.raises(CheckpointError, match=r"needs F32 or BF16 \[3, 2\], or one number"):
         SafetensorsSource(edited_weights(fp8, tmp_path / "bad", change))
 
 

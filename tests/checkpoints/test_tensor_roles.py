@@ -3,18 +3,37 @@
 import pytest
 
 from dynquant.checkpoints.model import HyperParams
-from dynquant.checkpoints.tensor_roles import Role, gguf_name_of, layer_of, role_of
+from dynquant.checkpoints.tensor_roles import Role, gguf_name_of, layer_of, mtp_layers, role_of, roles_of
 from dynquant.errors import CheckpointError
 
 ROLES = {
     Role.EMBEDDING: "token_embd.weight",
+    Role.PER_LAYER_EMBEDDING: "per_layer_token_embd.weight",
+    Role.PER_LAYER_PROJ: "blk.0.inp_gate.weight blk.0.proj.weight",
+    Role.MIXING: "altup_proj.weight blk.0.laurel_l.weight per_layer_model_proj.weight blk.0.hc_attn_fn.weight "
+    "blk.0.time_mix_w1.weight output_hc_fn.weight",
+    Role.MTP: "blk.3.nextn.eh_proj.weight blk.3.nextn.embed_tokens.weight nextn.pre_projection.weight",
     Role.OUTPUT: "output.weight",
-    Role.NORM: "output_norm.weight blk.0.attn_norm.weight blk.10.attn_q_a_norm.weight blk.0.ssm_norm.weight",
+    Role.NORM: "output_norm.weight blk.0.attn_norm.weight blk.10.attn_q_a_norm.weight blk.0.ssm_norm.weight "
+    "blk.3.nextn.enorm.weight blk.3.nextn.shared_head_norm.weight blk.0.indexer.k_norm.weight",
     Role.ATTN_Q: "blk.0.attn_q.weight",
     Role.ATTN_K: "blk.0.attn_k.weight",
     Role.ATTN_V: "blk.0.attn_v.weight",
     Role.ATTN_QKV: "blk.0.attn_qkv.weight",
-    Role.ATTN_OUT: "blk.0.attn_output.weight",
+    Role.ATTN_OUT: "blk.0.attn_output.weight dec.blk.0.attn_o.weight blk.0.attn_output_b.weight",
+    Role.ATTN_GATE: "blk.0.attn_gate.weight",
+    Role.INDEXER: "blk.0.indexer.proj.weight blk.0.indexer.attn_k.weight blk.0.indexer.q_proj.weight",
+    Role.SSM_IN: "blk.0.ssm_in.weight",
+    Role.SSM_X: "blk.0.ssm_x.weight",
+    Role.SSM_DT: "blk.0.ssm_dt.weight",
+    Role.SSM_STATE: "blk.0.ssm_alpha.weight blk.0.ssm_beta.weight blk.0.ssm_ba.weight blk.0.ssm_f_a.weight",
+    Role.SSM_GATE: "blk.0.ssm_g.weight blk.0.ssm_g_b.weight",
+    Role.SSM_OUT: "blk.0.ssm_out.weight",
+    Role.SHORTCONV_IN: "blk.0.shortconv.in_proj.weight",
+    Role.SHORTCONV_OUT: "blk.0.shortconv.out_proj.weight",
+    Role.TIME_MIX: "blk.0.time_mix_key.weight",
+    Role.CHANNEL_MIX: "blk.0.channel_mix_value.weight",
+    Role.CONV: "blk.0.ssm_conv1d.weight blk.0.shortconv.conv.weight blk.0.ssm_conv1d_q.weight",
     Role.MLA_Q_A: "blk.3.attn_q_a.weight",
     Role.MLA_Q_B: "blk.3.attn_q_b.weight",
     Role.MLA_KV_A: "blk.3.attn_kv_a_mqa.weight",
@@ -31,10 +50,11 @@ ROLES = {
     Role.EXPERT_GATE: "blk.3.ffn_gate_exps.weight",
     Role.EXPERT_UP: "blk.3.ffn_up_exps.weight",
     Role.EXPERT_DOWN: "blk.60.ffn_down_exps.weight",
+    Role.EXPERT_LATENT: "blk.0.ffn_latent_down.weight blk.0.ffn_latent_up.weight",
     Role.OTHER: "blk.3.ffn_down_exps.bias blk.3.ffn_gate_inp.bias blk.3.attn_sinks.weight blk.3.attn_q.bias "
-    "blk.0.ssm_in.weight blk.0.ssm_conv1d.weight blk.0.ssm_a rope_freqs.weight made.up.weight",
+    "blk.0.ssm_a rope_freqs.weight made.up.weight blk.0.layer_output_scale.weight v.blk.0.ssm_in.weight",
 }
-"""Names by role. Others are biases of experts and router and attention sinks of GPT-OSS, and parts of Mamba."""
+"""Names by role. Others are biases of experts and router and attention sinks of GPT-OSS, and vectors of Mamba."""
 
 
 @pytest.mark.parametrize("role, name", [(role, name) for role, names in ROLES.items() for name in names.split()])
@@ -42,8 +62,19 @@ def test_role_of(role, name):
     assert role_of(name) is role
 
 
+def test_all_matrices_of_a_layer_that_predicts_tokens_ahead_have_one_role():
+    names = ["blk.2.ffn_gate_exps.weight", "blk.3.ffn_gate_exps.weight", "blk.3.attn_norm.weight"]
+    names += ["blk.3.ffn_gate_inp.weight", "blk.3.attn_q.bias", "blk.3.nextn.eh_proj.weight", "blk.3.attn_q.weight"]
+    roles = roles_of(names)
+    assert mtp_layers(names) == {3}
+    assert [name for name, role in roles.items() if role is Role.MTP] == [names[1], *names[5:]]
+    assert {name: role for name, role in roles.items() if role is not Role.MTP}.items() <= {
+        name: role_of(name) for name in names
+    }.items()
+
+
 def test_groups_of_roles_do_not_overlap():
-    groups = ("is_attention", "is_routed_expert", "is_shared_expert", "is_dense_ffn")
+    groups = ("is_attention", "is_recurrent", "is_embedding", "is_routed_expert", "is_shared_expert", "is_dense_ffn")
     for role in Role:
         assert sum(getattr(role, group) for group in groups) <= 1
     assert {role for role in Role if role.is_down_projection} == {Role.FFN_DOWN, Role.SHARED_DOWN, Role.EXPERT_DOWN}
@@ -91,9 +122,9 @@ def test_gguf_name_of(arch, checkpoint_name, expected):
     assert gguf_name_of(checkpoint_name, arch, 61) == expected
 
 
-def test_an_unknown_architecture_is_refused():
-    with pytest.raises(CheckpointError, match="no architecture `nonesuch`"):
-        gguf_name_of("lm_head.weight", "nonesuch", 1)
+@pytest.mark.parametrize("checkpoint_name, expected", [names[1:] for names in NAMES if names[0] == "deepseek2"])
+def test_an_architecture_that_gguf_py_lacks_is_read_by_what_others_call_their_tensors(checkpoint_name, expected):
+    assert gguf_name_of(checkpoint_name, "nonesuch", 61) == expected
 
 
 def test_hyper_params_take_the_largest_of_per_layer_values():

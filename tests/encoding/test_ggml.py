@@ -19,7 +19,7 @@ QUANTIZED = [t for t in QUANT_TYPES.values() if not t.is_float]
 # Every codec once on experts, and what differs between architectures (tied output, 3-D attention, short rows) on three.
 EVERY_CODEC = [
     "iq1_s", "iq1_m", "iq2_xxs", "iq2_s", "iq2_m", "iq3_xxs", "q2_k", "q3_k_l", "q4_k_m", "iq4_nl", "iq4_xs", "q4_0",
-    "q4_1", "q5_0", "q5_1", "q6_k", "q8_0", "tq1_0", "tq2_0", "mxfp4_moe", "f16", "bf16",
+    "q4_1", "q5_0", "q5_1", "q6_k", "q8_0", "tq1_0", "tq2_0", "q2_0", "q1_0", "mxfp4_moe", "f16", "bf16",
 ]  # fmt: skip
 THREE = ["iq2_xxs", "q2_k", "q4_k_m"]
 CASES = {
@@ -78,8 +78,8 @@ def test_decoded_weights_are_near(quant_type):
     weights = noise(16, 512)
     decoded = decode(quant_type.name, encode(quant_type, weights, torch.ones(512)), weights.shape)
     relative = ((decoded - weights).square().sum() / weights.square().sum()).item()
-    # Ternary types scale by the largest weight and lose most of a Gaussian; the rest follows 6 dB per bit.
-    limit = 0.8 if quant_type.name.startswith("TQ") else 8 * 4.0**-quant_type.bits_per_weight
+    # These scale by the largest weight and lose most of a Gaussian; the rest follows 6 dB per bit.
+    limit = 0.8 if quant_type.name in ("TQ1_0", "TQ2_0", "Q2_0") else 8 * 4.0**-quant_type.bits_per_weight
     assert relative < limit
 
 

@@ -64,7 +64,7 @@ def test_fixed_bytes_and_padded_types_add_up_to_the_prediction():
     model = tiny_model()
     plan = plan_of(model)
     chosen = sum(-(-entry.bytes // 32) * 32 for entry in plan.entries if entry.name in TYPES)
-    assert fixed_bytes(model, TYPES, recipe="preset test") + chosen == plan.predicted_bytes
+    assert fixed_bytes(model, TYPES, {}, recipe="preset test") + chosen == plan.predicted_bytes
 
 
 @pytest.mark.parametrize(

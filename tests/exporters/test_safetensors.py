@@ -159,7 +159,7 @@ def test_bytes_of_a_gguf_file_of_the_plan_are_taken_over(packed_moe, tmp_path):
 
 
 def test_a_gguf_file_can_be_the_model(packed_moe, tmp_path):
-    from dynquant.running.load import without_progress_bars
+    from dynquant.running.parameter_map import without_progress_bars
 
     model = open_model(packed_moe.gguf)
     types = {e.name: (e.type, "kept") for e in packed_moe.plan.entries if len(e.shape) > 1}

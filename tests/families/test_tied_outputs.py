@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.errors import CheckpointError
 from dynquant.families.open import open_model
-from dynquant.running.layer_stream import LayerStream
 from dynquant.running.load import load_directory
+from dynquant.running.streaming.layer_stream import LayerStream
 from tests.helpers.commands import succeed
 from tests.helpers.exports import export_gguf, export_safetensors
 from tests.helpers.packed_models import plan_of

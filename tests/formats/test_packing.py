@@ -53,10 +53,11 @@ def test_packed_blocks_decode_to_the_intended_weights(layout):
     assert torch.equal(decode(layout.name, packed), intended) or torch.allclose(
         decode(layout.name, packed), intended, rtol=2e-6, atol=1e-6 * float(intended.abs().max())
     )
-    theirs = gguf.quants.dequantize(
-        packed.reshape(-1, packed.shape[-1]).numpy(), gguf.GGMLQuantizationType[layout.name]
-    )
-    assert np.array_equal(theirs, decode(layout.name, packed).reshape(theirs.shape).numpy())
+    if layout.name not in ("Q2_0", "Q1_0"):  # gguf-py 0.19 does not decode these
+        theirs = gguf.quants.dequantize(
+            packed.reshape(-1, packed.shape[-1]).numpy(), gguf.GGMLQuantizationType[layout.name]
+        )
+        assert np.array_equal(theirs, decode(layout.name, packed).reshape(theirs.shape).numpy())
     assert ggml_encoder._library().validate_row_data(layout.quant_type.ggml_id, packed.data_ptr(), packed.numel())
 
 

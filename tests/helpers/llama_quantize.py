@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
-import gguf
 import numpy as np
 import torch
-from gguf import GGUFReader, GGUFWriter
+from gguf import GGUFWriter
 
+from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import HyperParams
+from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.recipes.llama_mixtures import LLAMA_FTYPES
 from tests.helpers.gguf_writing import finish
 
@@ -185,7 +186,7 @@ def read_command(command: str) -> tuple[int, Overrides]:
 
 
 def _ggml_type(name: str) -> int:
-    return int(gguf.GGMLQuantizationType[name.upper()])
+    return QUANT_TYPES[name.upper()].ggml_id
 
 
 def llama_quantize(
@@ -253,9 +254,5 @@ def _run_llama_quantize(
 
 def read_tensors(path: Path) -> dict[str, tuple[str, np.ndarray]]:
     """Name -> (type name, bytes [..., row_bytes]) of a GGUF file."""
-    tensors = {}
-    for tensor in GGUFReader(path).tensors:
-        shape = tuple(int(n) for n in reversed(tensor.shape))
-        packed_shape = gguf.quants.quant_shape_to_byte_shape(shape, tensor.tensor_type)
-        tensors[tensor.name] = (tensor.tensor_type.name, tensor.data.view(np.uint8).reshape(packed_shape).copy())
-    return tensors
+    source = GGUFSource(path)  # gguf-py's reader does not know the newest types
+    return {name: (source.info(name).dtype, source.load_packed(name).numpy()) for name in source.names()}

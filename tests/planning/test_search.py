@@ -31,10 +31,10 @@ from dynquant.planning.search import encoded_store
 from dynquant.planning.selection import Fit
 from dynquant.planning.stage import make_plan
 from dynquant.planning.target import Target
-from dynquant.running.layer_replay import LayerReplay
 from dynquant.running.linear_hooks import sampled_log_probability
 from dynquant.running.live_weights import LiveWeights
 from dynquant.running.load import load_hf, load_tokenizer
+from dynquant.running.streaming.layer_replay import LayerReplay
 from dynquant.session import SILENT
 from tests.helpers.evaluating import evaluated
 

@@ -8,7 +8,8 @@ from dynquant.checkpoints.inspect import TensorRecord
 from dynquant.checkpoints.tensor_roles import role_of
 from dynquant.errors import PlanError
 from dynquant.formats.quant_types import QUANT_TYPES
-from dynquant.recipes.diff import compare_types, number_ranges
+from dynquant.recipes.diff import compare_types
+from dynquant.recipes.plan_notes import number_ranges
 from dynquant.recipes.type_lists import TypeList
 
 

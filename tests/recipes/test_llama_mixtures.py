@@ -61,7 +61,12 @@ def test_types_equal_llama_quantize_on_the_bundled_model(small_moe: Path, tmp_pa
 
 def check_types(model: TinyModel, tmp_path: Path) -> None:
     source = model.write_hollow(tmp_path / "model.gguf")
+    fits_q1_0 = all(shape[-1] % 128 == 0 for shape in model.shapes.values())
     for file_type, (number, _) in LLAMA_FTYPES.items():
+        if file_type == "q1_0" and not fits_q1_0:
+            with pytest.raises(RuntimeError, match="no tensor type fallback is defined"):
+                llama_quantize_types(source, number)
+            continue
         ours = {n: c.type for n, c in llama_tensor_types(file_type, model.shapes.items(), model.hyper).items()}
         theirs = llama_quantize_types(source, number)
         assert set(ours) == set(theirs)

@@ -14,8 +14,8 @@ from dynquant.errors import PlanError
 from dynquant.families.open import open_config
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.recipes.build_plan import fixed_bytes, plan_from_types
+from dynquant.recipes.held_types import matrices
 from dynquant.recipes.plan import Plan, PlanEntry
-from dynquant.recipes.presets import is_quantizable
 
 
 def entry(name: str, shape: tuple[int, ...], type_name: str, num_bytes: int, **more) -> PlanEntry:
@@ -129,9 +129,8 @@ def test_check_covers(plan):
 def test_predicted_bytes_are_the_fixed_bytes_and_the_padded_tensors_for_any_types(small_moe, tmp_path):
     shutil.copy(small_moe / "config.json", tmp_path)
     model = open_config(tmp_path)
-    shapes = {name: model.source.info(name).shape for name in model.source.names()}
-    planned = [name for name, shape in shapes.items() if is_quantizable(name, shape)]
-    fixed = fixed_bytes(model, dict.fromkeys(planned), recipe="bpw 2")
+    planned = matrices(model)
+    fixed = fixed_bytes(model, planned, {}, recipe="bpw 2")
     rng = random.Random(0)
     for _ in range(300):
         wanted = {name: (rng.choice(list(QUANT_TYPES)), "random") for name in planned}

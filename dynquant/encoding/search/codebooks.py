@@ -41,7 +41,7 @@ class Codebook(Protocol):
 
 @dataclass(frozen=True)
 class Integers:
-    """Neighbouring integers, one weight at a time: the K types and the ternary TQ types."""
+    """Neighbouring integers, one weight at a time: the K types, Q2_0 and the ternary TQ types."""
 
     low: int
     high: int
@@ -59,7 +59,7 @@ class Integers:
 
 @dataclass(frozen=True)
 class Values:
-    """A fixed table of sixteen values, one weight at a time: IQ4 and MXFP4."""
+    """A fixed table of values, one weight at a time: sixteen of IQ4 and MXFP4, -1 and 1 of Q1_0."""
 
     type_name: str
     group: int = 1

@@ -70,6 +70,8 @@ class BlockLayout:
     """There is no `d`: the scale code itself is an exponent."""
     fractions: tuple[float, float] = (0.85, 1.05)
     """Range of the best scale of a sub-block, as a share of the one that lets its largest weight be met."""
+    tries_negative_scales: bool = False
+    """`d` is tried with both signs, where codewords reach farther on one side."""
 
     @property
     def quant_type(self) -> QuantType:
@@ -81,7 +83,7 @@ class BlockLayout:
 
     @property
     def has_signed_scales(self) -> bool:
-        return self.multipliers[0] < 0
+        return self.tries_negative_scales or self.multipliers[0] < 0
 
     @property
     def largest_weight(self) -> float:
@@ -176,6 +178,20 @@ def _plain_ternary(name: str, write: Callable[..., Tensor]) -> BlockLayout:
     return BlockLayout(name, Integers(-1, 1), 256, (1.0,), pack, fractions=(0.15, 0.8))
 
 
+def _q2_0() -> BlockLayout:
+    def pack(f: Fields, values: Tensor) -> Tensor:
+        return plain_quants.pack_q2_0(f.d, values.to(torch.int64))
+
+    return BlockLayout("Q2_0", Integers(-1, 2), 64, (1.0,), pack, fractions=(0.5, 1.0), tries_negative_scales=True)
+
+
+def _q1_0() -> BlockLayout:
+    def pack(f: Fields, values: Tensor) -> Tensor:
+        return plain_quants.pack_q1_0(f.d, values)
+
+    return BlockLayout("Q1_0", Values("Q1_0"), 128, (1.0,), pack)
+
+
 def _indices(grid: Grid, values: Tensor) -> Tensor:
     """[n, 256] -> index of each word in the grid."""
     return grid.index_of(values.reshape(len(values), -1, grid.width))
@@ -211,6 +227,8 @@ LAYOUTS: dict[str, BlockLayout] = {
         _iq4_xs(),
         _plain_ternary("TQ1_0", codebook_quants.pack_tq1_0),
         _plain_ternary("TQ2_0", codebook_quants.pack_tq2_0),
+        _q2_0(),
+        _q1_0(),
         _mxfp4(),
     )
 }
@@ -234,16 +252,11 @@ class Float8:
 class SchemeLayout(BlockLayout):
     """Groups of one scale. `global_scale` is what NVFP4's scales are multiplied with before they are stored."""
 
-    tries_negative_scales: bool = False
     global_scale: float | None = None
 
     @property
     def super_block(self) -> int:
         return self.sub_block
-
-    @property
-    def has_signed_scales(self) -> bool:
-        return self.tries_negative_scales
 
     @property
     def largest_weight(self) -> float:

@@ -10,6 +10,8 @@ from math import prod
 
 import torch
 
+from dynquant.checkpoints.published.packed_parts import MXFP4_BLOCK, ggml_blocks
+from dynquant.checkpoints.safetensors_source import SafetensorsSource
 from dynquant.checkpoints.tensor_source import TensorInfo, TensorSource, checked_finite
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
@@ -67,6 +69,7 @@ class ConvertedSource:
     def __init__(self, source: TensorSource, conversions: list[Conversion]) -> None:
         self._source = source
         self._conversions = {conversion.name: conversion for conversion in conversions}
+        self._keeps_blocks: dict[str, bool] = {}
 
     @property
     def checkpoint(self) -> TensorSource:
@@ -90,6 +93,41 @@ class ConvertedSource:
     def checkpoint_names(self, name: str) -> tuple[str, ...]:
         """The checkpoint tensors that a GGUF tensor is made of: every expert of a stack, none if it is computed."""
         return self._conversions[name].parts
+
+    def holds_mxfp4(self, name: str) -> bool:
+        """Return whether a GGUF tensor's MXFP4 blocks are those of the checkpoint, moved as a whole."""
+        if name not in self._keeps_blocks:
+            conversion, stored = self._conversions[name], self._source
+            is_stored = len(conversion.parts) == 1 and isinstance(stored, SafetensorsSource)
+            self._keeps_blocks[name] = is_stored and stored.is_mxfp4(conversion.parts[0]) and self._moves_blocks(name)
+        return self._keeps_blocks[name]
+
+    def load_packed(self, name: str, index: int | None = None) -> torch.Tensor:
+        """Return ggml's blocks of a tensor for which `holds_mxfp4` is true, uint8 [..., row_bytes]; with `index`, those
+        of one expert."""
+        if index is None:
+            return torch.stack([self.load_packed(name, expert) for expert in range(self.info(name).shape[0])])
+        assert isinstance(self._source, SafetensorsSource)
+        codes, powers = self._source.mxfp4_codes(self._conversions[name].parts[0], index)
+        powers = powers.repeat_interleave(MXFP4_BLOCK, -1)
+        codes, powers = (self._moved(name, part.transpose(-1, -2)) for part in (codes, powers))
+        return ggml_blocks(codes, powers[..., ::MXFP4_BLOCK])
+
+    def _moves_blocks(self, name: str) -> bool:
+        _, columns, rows = self._source.info(self._conversions[name].parts[0]).shape
+        blocks = torch.arange(rows * columns // MXFP4_BLOCK, dtype=torch.int32)
+        moved = self._moved(name, blocks.repeat_interleave(MXFP4_BLOCK).view(rows, columns).T)
+        if moved.dim() != 2 or moved.shape[1] % MXFP4_BLOCK:
+            return False
+        of_blocks = moved.unflatten(1, (-1, MXFP4_BLOCK))
+        return bool((of_blocks == of_blocks[..., :1]).all())
+
+    def _moved(self, name: str, expert: torch.Tensor) -> torch.Tensor:
+        """Return what the conversion makes of one expert of a stored stack."""
+        conversion = self._conversions[name]
+        if conversion.by_slice:
+            return conversion.transform(expert)
+        return conversion.transform(expert.expand(self._source.info(conversion.parts[0]).shape))[0]
 
     def transform(self, name: str) -> Transform:
         """Return the transform that makes a GGUF tensor of its checkpoint tensor, or of each of them."""

@@ -35,10 +35,20 @@ _LANGUAGE_ARCH = {
 }  # fmt: skip
 
 
-def is_vision_checkpoint(directory: Path) -> bool:
+def has_tower(directory: Path) -> bool:
     """Return whether config.json describes a model with a vision tower."""
     path = directory / "config.json"
     return path.is_file() and isinstance(read_json(path).get("vision_config"), dict)
+
+
+def is_vision_checkpoint(directory: Path) -> bool:
+    """Return whether config.json describes a model whose vision tower is opened; of others the language model is."""
+    if not has_tower(directory):
+        return False
+    raw = read_json(directory / "config.json")
+    text = raw.get("text_config")
+    stated = text.get("model_type") if isinstance(text, dict) else None
+    return raw.get("model_type") in FAMILIES and (stated is None or stated in _LANGUAGE_ARCH)
 
 
 def open_vision(directory: Path) -> Model:
@@ -130,13 +140,7 @@ def _read_config(directory: Path) -> Any:
     from transformers import AutoConfig
 
     path = directory / "config.json"
-    raw = read_json(path)
-    if raw.get("model_type") not in FAMILIES:
-        raise CheckpointError(
-            f"{path} has model_type {raw.get('model_type')!r} with a vision tower, which dynquant does not know (it "
-            f"knows: {', '.join(FAMILIES)})."
-        )
-    refuse_quantized(directory, raw.get("quantization_config"))
+    refuse_quantized(directory, read_json(path).get("quantization_config"))
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers validates with many exception types, none of them a contract

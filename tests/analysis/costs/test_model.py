@@ -12,8 +12,8 @@ from dynquant.errors import PlanError, StatsError
 from dynquant.families.open import open_model
 from dynquant.recipes.build_plan import plan_from_types
 from dynquant.recipes.presets import preset_types
-from dynquant.running.layer_stream import LayerStream
-from dynquant.running.stream_memory import Workload, fit_within
+from dynquant.running.streaming.layer_stream import LayerStream
+from dynquant.running.streaming.stream_memory import Workload, fit_within
 from tests.helpers.commands import run
 from tests.recipes.test_presets import DEEPSEEK_R1
 
@@ -67,7 +67,7 @@ def test_streamed_memory_is_counted_as_the_limit_is(small_moe, monkeypatch, is_b
     model = open_model(small_moe)
     plan = plan_from_types(model, preset_types("bf16", model), recipe="bf16")
     batch = Workload(512, is_backward)
-    monkeypatch.setattr("dynquant.running.stream_memory.resident_memory", lambda: 10**8)
+    monkeypatch.setattr("dynquant.running.streaming.stream_memory.resident_memory", lambda: 10**8)
     with pytest.raises(StatsError, match="the largest stage") as refused:
         fit_within(LayerStream(model), 1, batch)
     counted = int(re.search(r"model takes ([\d,]+)", str(refused.value)).group(1).replace(",", ""))

@@ -230,7 +230,7 @@ _LARGE = """
 import torch
 from pathlib import Path
 from dynquant.analysis.errors import measure as measure_errors
-from dynquant.running.stream_memory import resident_memory
+from dynquant.running.streaming.stream_memory import resident_memory
 from dynquant.checkpoints.model import Model
 from dynquant.encoding.stream import load_encoder
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance

@@ -101,9 +101,9 @@ def test_a_gpu_gives_the_same(loaded, measured, cuda, dtype, bound):
 
 def test_every_quantizable_tensor_has_one_and_weights_are_untouched(loaded, measured, sensitivity):
     hf_model, _, model = loaded
-    from dynquant.recipes.presets import is_quantizable
+    from dynquant.recipes.held_types import planned_matrices
 
-    wanted = {name for name in model.source.names() if is_quantizable(name, model.source.info(name).shape)}
+    wanted = set(planned_matrices(model))
     assert wanted <= set(sensitivity)
     assert all(value > 0 for value in sensitivity.values())
     assert measured[1].keys() == sensitivity.keys()

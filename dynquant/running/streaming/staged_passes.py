@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from dynquant.errors import StatsError
-from dynquant.running.layer_stream import LayerStream, StandIn, standing_in
 from dynquant.running.linear_hooks import last_logits
+from dynquant.running.streaming.layer_stream import LayerStream, StandIn, standing_in
 from dynquant.storage.journal import write_all
 
 BeforeBatch = Callable[[int], None]

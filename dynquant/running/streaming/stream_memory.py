@@ -14,7 +14,7 @@ from torch import nn
 
 from dynquant.errors import StatsError
 from dynquant.running.expert_hooks import expert_modules
-from dynquant.running.layer_stream import LayerStream
+from dynquant.running.streaming.layer_stream import LayerStream
 
 COMFORTABLE_SHARE = 0.7
 """A model whose float weights take more than this share of the free memory is streamed without being asked."""

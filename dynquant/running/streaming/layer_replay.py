@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynquant.running.layer_stream import decoder_layers, standing_in
 from dynquant.running.load import tf32_products
+from dynquant.running.streaming.layer_stream import decoder_layers, standing_in
 
 _Call = tuple[Tensor, dict[str, Any]]
 """Hidden states [windows, window, channels] and the other arguments that a layer was called with."""

@@ -1,0 +1,192 @@
+"""Checks that a GGUF file computes in llama.cpp what its directory computes in transformers, before work goes into it.
+
+Weights can be compared by their values. What a graph does with them cannot: llama.cpp's converter leaves out what the
+graph has no place for, and both sides fill in what a configuration leaves open. So a few hundred tokens are run in
+both. With F32 weights the two agree to a mean KL of 1e-9 and less. With other weights llama.cpp rounds activations to
+16 or 8 bits, which moves single tokens of a mixture of experts to other experts; how far that leads is measured in
+transformers, whose modules then round their inputs alike, and ten times as much is no difference.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ConfigDict
+from torch import Tensor, nn
+
+from dynquant.calibration.run import text_inputs
+from dynquant.checkpoints.gguf_source import GGUFSource
+from dynquant.checkpoints.model import Model
+from dynquant.errors import CheckpointError, DynquantError
+from dynquant.evaluation.agreement.likely_causes import likely_causes
+from dynquant.evaluation.llama_cpp import separate_window_logits
+from dynquant.evaluation.runners import HuggingFaceRunner
+from dynquant.formats.quant_types import quant_type
+from dynquant.packed.rounding import rounded
+from dynquant.resources import chosen_device, human_bytes
+from dynquant.running.load import load_hf
+from dynquant.running.streaming.stream_memory import COMFORTABLE_SHARE, free_memory_of
+from dynquant.session import Session
+from dynquant.storage.documents import FrozenRecord, read_document
+from dynquant.storage.file_names import SAME_COMPUTATION_NAME
+
+NUM_TOKENS = 512
+REFUSED, TOLD = 1e-3, 1e-6
+"""Mean KL in nats above which a file is refused, and above which the figure is told."""
+ROUNDING_MARGIN = 10.0
+"""The runtimes round on different sides of an edge: their KL is a few times that of rounding against not rounding."""
+_OTHER_WEIGHTS = 0.05
+"""Mean KL of which weights of 8 bits may be the reason."""
+_FEWEST_BITS = 8
+
+
+class SameComputation(FrozenRecord):
+    """Content of same_computation.json: a comparison that need not be made again."""
+
+    model_config = ConfigDict(ser_json_inf_nan="strings")  # logits of a damaged file
+
+    fingerprint: str
+    """Weights of the file."""
+    settings: dict[str, Any]
+    """Settings of directory and file that decide the computation beside the weights."""
+    kl: float
+    """Mean KL of llama.cpp with the file from transformers with the directory, in nats per token."""
+    rounding_kl: float
+    """KL that rounded activations make in transformers; zero where llama.cpp rounds none."""
+    weights_kl: float
+    """KL that may come from other weights in the file, without a fault."""
+    tokens: int
+
+    def exceeds(self, limit: float) -> bool:
+        """Return whether the two differ by more than a limit, beside what rounding explains."""
+        return not self.kl <= max(limit, self.weights_kl) + ROUNDING_MARGIN * self.rounding_kl  # NaN exceeds it
+
+
+def check_base_gguf(
+    model: Model, session: Session, *, folder: Path | None = None, allow_difference: bool = False
+) -> SameComputation | None:
+    """Compare a base GGUF with the directory that it is given for, unless `folder` holds the result already.
+
+    A difference is told. What cannot be run here is not compared, and that is told, too.
+
+    Raises:
+        CheckpointError: the two differ by more than `REFUSED`, and that is not allowed.
+    """
+    if model.base_gguf is None or model.hf_directory is None:
+        return None
+    path = None if folder is None else folder / SAME_COMPUTATION_NAME
+    compared = None if path is None else _remembered(path, model)
+    if compared is None:
+        try:
+            compared = compare(model, model.base_gguf, session)
+        except DynquantError as error:
+            session.note(f"{model.base_gguf.name} was not compared with {model.name}: {error}")
+            return None
+    _judge(compared, model, model.base_gguf, session, allow_difference=allow_difference)
+    return compared
+
+
+def compare(model: Model, file: Path, session: Session) -> SameComputation:
+    """Run a few hundred tokens in transformers and then, with the file, in llama.cpp.
+
+    Raises:
+        DynquantError: one of them cannot be run here, or the file has too few bits to be compared.
+    """
+    weights_type = _main_type(GGUFSource(file))
+    stored = quant_type(weights_type)
+    if stored.bits_per_weight < _FEWEST_BITS:
+        raise CheckpointError(f"the error of its {weights_type} weights would hide any other difference.")
+    length = min(NUM_TOKENS, model.hyper.n_ctx or NUM_TOKENS)
+    tokens = text_inputs(model, None, tokens=length, window=length).windows[0].tolist()
+    runner = HuggingFaceRunner(load_hf(model, dtype=torch.float32, device=_place_for(model, session)))
+    reference, rounding = runner.window_logits(tokens), 0.0
+    if weights_type != "F32":
+        with rounded_inputs(runner.hf_model, weights_type):
+            rounding = mean_kl(reference, runner.window_logits(tokens))
+    runner.close()
+    kl = mean_kl(reference, separate_window_logits(file, tokens, session.threads))
+    weights_kl = 0.0 if stored.is_float else _OTHER_WEIGHTS
+    sides = {"fingerprint": model.fingerprint, "settings": dict(model.settings)}
+    return SameComputation(**sides, kl=kl, rounding_kl=rounding, weights_kl=weights_kl, tokens=len(tokens))
+
+
+def _judge(compared: SameComputation, model: Model, file: Path, session: Session, *, allow_difference: bool) -> None:
+    """Tell a difference with its likely causes, or raise CheckpointError for one that is not allowed."""
+    if not compared.exceeds(TOLD):
+        return
+    others = {"rounded activations make": compared.rounding_kl, "other weights may make": compared.weights_kl}
+    parts = [f"{reason} {kl:.2g} of it" for reason, kl in others.items() if kl]
+    beside = f" ({' and '.join(parts)})" if parts else ""
+    difference = (
+        f"{file.name} in llama.cpp does not compute what {model.name} computes in transformers: their mean KL is "
+        f"{compared.kl:.2g} nats over {compared.tokens} tokens{beside}."
+    )
+    causes = f"Likely causes: {'; '.join(likely_causes(model, file))}."
+    if compared.exceeds(REFUSED) and not allow_difference:
+        raise CheckpointError(
+            f"{difference} What is measured in transformers would be of another model than what llama.cpp runs. "
+            f"{causes} Convert again from a config.json that says it, or go on with --allow-difference."
+        )
+    session.note(f"{difference} {causes}")
+
+
+def _remembered(path: Path, model: Model) -> SameComputation | None:
+    """Return the comparison of a folder, if it was of this file and directory."""
+    if not path.is_file():
+        return None
+    compared = read_document(path, SameComputation, "a comparison of two runtimes", "Delete it; it is made again.")
+    is_same = (compared.fingerprint, compared.settings) == (model.fingerprint, dict(model.settings))
+    return compared if is_same else None
+
+
+def _main_type(source: GGUFSource) -> str:
+    """Return the type of most weights."""
+    weights: Counter[str] = Counter()
+    for info in map(source.info, source.names()):
+        weights[info.dtype] += info.numel
+    return max(weights, key=weights.__getitem__)
+
+
+def _place_for(model: Model, session: Session) -> str:
+    """Return the device on which the model fits in float32, or raise CheckpointError."""
+    needed = 4 * model.num_weights
+    for device in dict.fromkeys((chosen_device(session.device), "cpu")):
+        if needed <= COMFORTABLE_SHARE * free_memory_of(device):
+            return device
+    raise CheckpointError(f"that takes {human_bytes(needed)} in float32, more than there is free.")
+
+
+def mean_kl(reference: Tensor, logits: Tensor) -> float:
+    """Return mean KL(reference || other) in nats over the rows of logits; padding of one vocabulary is left out."""
+    columns = min(reference.shape[1], logits.shape[1])
+    total = 0.0
+    for one, other in zip(reference.split(32), logits.split(32), strict=True):
+        p, q = (rows[:, :columns].double().log_softmax(-1) for rows in (one, other))
+        total += float((p.exp() * (p - q)).sum())
+    return total / len(reference)
+
+
+@contextmanager
+def rounded_inputs(hf_model: nn.Module, type_name: str) -> Iterator[None]:
+    """Context manager: linear layers and experts round their inputs as llama.cpp does before weights of a type."""
+
+    def round_first(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not inputs or inputs[0].shape[-1] % quant_type(type_name).block_size:
+            return None
+        return rounded(inputs[0], type_name), *inputs[1:]
+
+    modules = [module for name, module in hf_model.named_modules() if _multiplies(name, module)]
+    hooks = [module.register_forward_pre_hook(round_first) for module in modules]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _multiplies(name: str, module: nn.Module) -> bool:
+    has_stack = any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
+    return isinstance(module, nn.Linear) or (has_stack and "expert" in f"{name} {type(module).__name__}".lower())

@@ -1,0 +1,333 @@
+"""Selections of tensors' entries as strided pieces: which entry of which tensor each entry of another one is.
+
+What loaders and converters do to weights (stack, join, split, transpose, view, interleave, reorder heads) moves regular
+blocks of entries. A `StridedMap` says that exactly for any size without values: a 600B model is traced in seconds. Maps
+of one checkpoint tensor in two models join into a map from one to the other.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from math import prod
+from operator import mul
+
+import torch
+from torch import Tensor
+
+_FlatAxes = list[tuple[int, int, int]]
+"""Axes as (size, stride in the source, stride in the tensor)."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A direction of a piece: `size` entries, `stride` entries apart in the source, `step` apart in dimension `dim`."""
+
+    size: int
+    stride: int
+    dim: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Entries of the contiguous tensor `source`, the first at `offset`, that lie from index `starts` of another one."""
+
+    source: str
+    offset: int
+    starts: tuple[int, ...]
+    axes: tuple[Axis, ...]
+
+    @property
+    def numel(self) -> int:
+        return prod(axis.size for axis in self.axes)
+
+    def of_source(self, source: Tensor) -> Tensor:
+        """The piece as a view of the tensor that it comes from, of one dimension an axis."""
+        sizes, strides = [axis.size for axis in self.axes], [axis.stride for axis in self.axes]
+        return _contiguous(source).as_strided(sizes, strides, source.storage_offset() + self.offset)
+
+    def of_target(self, target: Tensor) -> Tensor:
+        """The piece as a view of the tensor that it is in."""
+        part = target
+        for dim, start in enumerate(self.starts):
+            part = part.narrow(dim, start, target.shape[dim] - start)
+        sizes = [axis.size for axis in self.axes]
+        strides = [axis.step * target.stride(axis.dim) for axis in self.axes]
+        return target.as_strided(sizes, strides, part.storage_offset())
+
+
+@dataclass(frozen=True)
+class StridedMap:
+    """A tensor of `shape` whose entries are those of its disjoint `pieces`, with `added` on top."""
+
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    added: float = 0.0
+
+    @property
+    def is_complete(self) -> bool:
+        """True when every entry has a source."""
+        return sum(piece.numel for piece in self.pieces) == prod(self.shape)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The tensors whose entries it holds, in the order of their pieces."""
+        return tuple(dict.fromkeys(piece.source for piece in self.pieces))
+
+    @property
+    def is_view(self) -> bool:
+        """True when the tensor is a view of a single source."""
+        dims = [axis.dim for piece in self.pieces for axis in piece.axes]
+        return len(self.pieces) == 1 and len(set(dims)) == len(dims) and self.is_complete and not self.added
+
+    def gather(self, read: Callable[[str], Tensor]) -> Tensor:
+        """The tensor, of the entries of sources that `read` gives: a view of its source if it can be one."""
+        first = read(self.pieces[0].source)
+        if self.is_view:
+            strides = {axis.dim: axis.stride for axis in self.pieces[0].axes}
+            places = [strides.get(dim, 0) for dim in range(len(self.shape))]
+            return _contiguous(first).as_strided(self.shape, places, first.storage_offset() + self.pieces[0].offset)
+        dtype = torch.float32 if self.added else first.dtype  # norms that are near one would be rounded
+        values = torch.empty(self.shape, dtype=dtype, device=first.device)
+        for piece in self.pieces:
+            piece.of_target(values).copy_(piece.of_source(read(piece.source)))
+        return values.add_(self.added) if self.added else values
+
+    @torch.no_grad()
+    def scatter(self, values: Tensor, read: Callable[[str], Tensor]) -> None:
+        """Set the entries of sources that the tensor stands for; others stay."""
+        if self.added:  # in float32: a norm of Gemma is small beside the one that is taken off
+            values = values.float() - self.added
+        for piece in self.pieces:
+            piece.of_source(read(piece.source)).copy_(piece.of_target(values))
+
+    def permuted(self, order: Sequence[int]) -> "StridedMap":
+        """Dimension i becomes what was dimension `order[i]`."""
+        place = {old: new for new, old in enumerate(order)}
+        pieces = tuple(
+            replace(
+                piece,
+                starts=tuple(piece.starts[old] for old in order),
+                axes=tuple(replace(axis, dim=place[axis.dim]) for axis in piece.axes),
+            )
+            for piece in self.pieces
+        )
+        return replace(self, shape=tuple(self.shape[old] for old in order), pieces=pieces)
+
+    def viewed(self, shape: Sequence[int]) -> "StridedMap":
+        """The same entries in another shape."""
+        strides = contiguous_strides(self.shape)
+        pieces = []
+        for piece in self.pieces:
+            flat = [(axis.size, axis.stride, axis.step * strides[axis.dim]) for axis in piece.axes]
+            start = sum(map(mul, piece.starts, strides))
+            pieces += _pieces(piece.source, piece.offset, start, _merged(flat), shape)
+        return replace(self, shape=tuple(shape), pieces=_joined_pieces(pieces))
+
+    def sliced(self, dim: int, start: int, stop: int, step: int = 1) -> "StridedMap":
+        """Indices start, start + step, ... below `stop` of a dimension."""
+        cut = [part for piece in self.pieces for part in _sliced(piece, dim, start, stop, step)]
+        shape = (*self.shape[:dim], max(0, -(-(stop - start) // step)), *self.shape[dim + 1 :])
+        return replace(self, shape=shape, pieces=_joined_pieces(cut))
+
+    def picked(self, dim: int, indices: Sequence[int]) -> "StridedMap":
+        """Indices of a dimension in any order."""
+        runs, first = [], 0
+        while first < len(indices):
+            step = indices[first + 1] - indices[first] if first + 1 < len(indices) else 1
+            last = first + 1
+            while step > 0 and last < len(indices) and indices[last] - indices[last - 1] == step:
+                last += 1
+            runs.append(self.sliced(dim, indices[first], indices[last - 1] + 1, max(step, 1)))
+            first = last
+        return joined(runs, dim)
+
+    def strided(self, shape: Sequence[int], strides: Sequence[int], offset: int) -> "StridedMap":
+        """Return what `Tensor.as_strided` gives. Raises NotImplementedError: irregular, or entries used twice."""
+        dims = sorted((dim for dim, size in enumerate(shape) if size > 1), key=lambda dim: -strides[dim])
+        widths = [prod(self.shape), *(strides[dim] for dim in dims), 1]
+        pairs = list(pairwise(widths))
+        if any(not inner or outer % inner for outer, inner in pairs):
+            raise NotImplementedError("strides that do not divide each other")
+        factors = [outer // inner for outer, inner in pairs]
+        result = self.viewed(factors)
+        for place, (dim, inner, factor) in enumerate(zip([*dims, None], widths[1:], factors, strict=True)):
+            size, start = 1 if dim is None else shape[dim], offset // inner % factor
+            if start + size > factor:
+                raise NotImplementedError("strides that run over the end of a dimension")
+            result = result.sliced(place, start, start + size)
+        order = sorted(range(len(dims)), key=lambda place: dims[place])
+        return result.permuted([*order, len(dims)]).viewed(shape)
+
+    def inverted(self, shapes: dict[str, tuple[int, ...]], name: str) -> "dict[str, StridedMap]":
+        """The sources as entries of this tensor, which is called `name`."""
+        strides = contiguous_strides(self.shape)
+        pieces: dict[str, list[Piece]] = {}
+        for piece in self.pieces:
+            flat = [(axis.size, axis.step * strides[axis.dim], axis.stride) for axis in piece.axes]
+            start = sum(map(mul, piece.starts, strides))
+            back = _pieces(name, start, piece.offset, _merged(flat), shapes[piece.source])
+            pieces.setdefault(piece.source, []).extend(back)
+        return {source: StridedMap(shapes[source], tuple(parts), -self.added) for source, parts in pieces.items()}
+
+
+def whole(name: str, shape: Sequence[int]) -> StridedMap:
+    """Return a tensor as itself."""
+    axes = zip(shape, contiguous_strides(shape), range(len(shape)), strict=True)
+    piece = Piece(
+        name, 0, (0,) * len(shape), tuple(Axis(size, stride, dim, 1) for size, stride, dim in axes if size > 1)
+    )
+    return StridedMap(tuple(shape), (piece,))
+
+
+def joined(parts: Sequence[StridedMap], dim: int) -> StridedMap:
+    """Return tensors one after the other in a dimension."""
+    if len({part.added for part in parts}) > 1:
+        raise ValueError("parts with different constants added")
+    pieces, start = [], 0
+    for part in parts:
+        pieces += [
+            replace(piece, starts=(*piece.starts[:dim], piece.starts[dim] + start, *piece.starts[dim + 1 :]))
+            for piece in part.pieces
+        ]
+        start += part.shape[dim]
+    shape = (*parts[0].shape[:dim], start, *parts[0].shape[dim + 1 :])
+    return StridedMap(shape, _joined_pieces(pieces), parts[0].added)
+
+
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the strides of a contiguous tensor."""
+    return tuple(accumulate(reversed(shape[1:]), mul, initial=1))[::-1] if shape else ()
+
+
+def _contiguous(tensor: Tensor) -> Tensor:
+    if not tensor.is_contiguous():
+        raise ValueError("a tensor whose entries do not lie one after the other")
+    return tensor
+
+
+def _pieces(source: str, offset: int, start: int, axes: _FlatAxes, shape: Sequence[int]) -> list[Piece]:
+    """Return what axes (size, stride in the source, stride in the tensor) are in a tensor of `shape`."""
+    piece = _regular(source, offset, start, axes, shape)
+    if piece is not None:
+        return [piece]
+    (size, stride, width), *inner = axes
+    return [
+        part
+        for number in range(size)
+        for part in _pieces(source, offset + number * stride, start + number * width, inner, shape)
+    ]
+
+
+def _regular(source: str, offset: int, start: int, axes: _FlatAxes, shape: Sequence[int]) -> Piece | None:
+    strides, inside = contiguous_strides(shape), []
+    waiting = list(axes)
+    while waiting:
+        size, stride, width = waiting.pop()
+        dim = next(dim for dim, of in enumerate(strides) if of <= width and shape[dim] > 1)
+        room = strides[dim] * shape[dim]
+        if width % strides[dim] or (size * width > room and (room % width or size % (room // width))):
+            return None
+        if size * width > room:  # it runs over the end of a dimension into the next one
+            inner = room // width
+            waiting += [(size // inner, stride * inner, room), (inner, stride, width)]
+        else:
+            inside.append(Axis(size, stride, dim, width // strides[dim]))
+    starts = tuple(start // stride % size for stride, size in zip(strides, shape, strict=True))
+    last = list(starts)
+    for axis in inside:
+        last[axis.dim] += (axis.size - 1) * axis.step
+    if any(index >= size for index, size in zip(last, shape, strict=True)):
+        return None
+    return Piece(source, offset, starts, tuple(sorted(inside, key=lambda axis: (axis.dim, -axis.step))))
+
+
+def _merged(flat: Iterable[tuple[int, int, int]]) -> _FlatAxes:
+    """Join axes that continue each other; widest first."""
+    axes: _FlatAxes = []
+    for size, stride, width in sorted((axis for axis in flat if axis[0] > 1), key=lambda axis: -axis[2]):
+        if axes and axes[-1][1:] == (size * stride, size * width):
+            axes[-1] = (axes[-1][0] * size, stride, width)
+        else:
+            axes.append((size, stride, width))
+    return axes
+
+
+def _sliced(piece: Piece, dim: int, start: int, stop: int, step: int) -> list[Piece]:
+    inside = [axis for axis in piece.axes if axis.dim == dim]
+    first = piece.starts[dim]
+    last = first + sum((axis.size - 1) * axis.step for axis in inside)
+
+    def moved(offset: int, position: int, axes: tuple[Axis, ...]) -> Piece:
+        starts = (*piece.starts[:dim], (position - start) // step, *piece.starts[dim + 1 :])
+        return Piece(piece.source, offset, starts, axes)
+
+    if last < start or first >= stop:
+        return []
+    if step == 1 and start <= first and last < stop:
+        return [moved(piece.offset, first, piece.axes)]
+    if len(inside) > 1:
+        outer = max(inside, key=lambda axis: axis.step)
+        axes = tuple(axis for axis in piece.axes if axis is not outer)
+        starts = [list(piece.starts) for _ in range(outer.size)]
+        for number, of in enumerate(starts):
+            of[dim] += number * outer.step
+        single = (
+            Piece(piece.source, piece.offset + number * outer.stride, tuple(of), axes)
+            for number, of in enumerate(starts)
+        )
+        return [part for each in single for part in _sliced(each, dim, start, stop, step)]
+    axis = inside[0] if inside else Axis(1, 0, dim, 1)
+    hits = [
+        number
+        for number in range(axis.size)
+        if start <= (position := first + number * axis.step) < stop and (position - start) % step == 0
+    ]
+    if not hits:
+        return []
+    apart = hits[1] - hits[0] if len(hits) > 1 else 1
+    cut = Axis(len(hits), axis.stride * apart, dim, max(1, axis.step * apart // step))
+    axes = tuple(cut if other is axis else other for other in piece.axes)
+    axes = tuple(other for other in axes if other.size > 1)
+    return [moved(piece.offset + hits[0] * axis.stride, first + hits[0] * axis.step, axes)]
+
+
+def _joined_pieces(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
+    """Make one piece of several that follow each other at equal distances: of the experts of a stack, for example."""
+    result: list[list[Piece]] = []
+    for piece in pieces:
+        run = result[-1] if result else []
+        if run and _continues(run, piece):
+            run.append(piece)
+        else:
+            result.append([piece])
+    return tuple(_one_piece(run) for run in result)
+
+
+def _distance(piece: Piece, other: Piece) -> tuple[int, tuple[int, ...]]:
+    return other.offset - piece.offset, tuple(b - a for a, b in zip(piece.starts, other.starts, strict=True))
+
+
+def _continues(run: list[Piece], piece: Piece) -> bool:
+    if piece.source != run[0].source or piece.axes != run[0].axes:
+        return False
+    distance = _distance(run[-1], piece)
+    if len(run) > 1:
+        return distance == _distance(run[0], run[1])
+    return distance[0] > 0 and sum(step != 0 for step in distance[1]) == 1 and max(distance[1]) > 0
+
+
+def _one_piece(run: list[Piece]) -> Piece:
+    if len(run) == 1:
+        return run[0]
+    stride, steps = _distance(run[0], run[1])
+    dim = max(range(len(steps)), key=lambda index: steps[index])
+    axes = [*run[0].axes, Axis(len(run), stride, dim, steps[dim])]
+    merged: list[Axis] = []
+    for axis in sorted(axes, key=lambda axis: (axis.dim, -axis.step)):
+        outer = merged[-1] if merged else Axis(0, 0, -1, 0)
+        if (outer.stride, outer.dim, outer.step) == (axis.size * axis.stride, axis.dim, axis.size * axis.step):
+            merged[-1] = Axis(outer.size * axis.size, axis.stride, axis.dim, axis.step)
+            continue
+        merged.append(axis)
+    return replace(run[0], axes=tuple(merged))

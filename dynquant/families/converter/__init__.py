@@ -1,0 +1,1 @@
+"""Architectures without a family here, by llama.cpp's own converter, which a tree of its sources holds."""

@@ -1,0 +1,95 @@
+"""Opens a Hugging Face checkpoint of any architecture that llama.cpp's converter knows, as the families do theirs."""
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+
+from dynquant.checkpoints.gguf_source import MetadataField
+from dynquant.checkpoints.model import Model
+from dynquant.checkpoints.safetensors_source import SafetensorsSource, refuse_quantized
+from dynquant.errors import CheckpointError
+from dynquant.families.common.config import read_json
+from dynquant.families.common.conversion import Conversion, ConvertedSource, unchanged
+from dynquant.families.common.conversion_book import some_of
+from dynquant.families.common.metadata import recorded_fields
+from dynquant.families.common.settings import settings_of_config, settings_of_metadata
+from dynquant.families.converter.description import Description, describe
+from dynquant.families.converter.selection import from_record
+from dynquant.families.tokenizers.tokenizer import write_tokenizer
+
+_OWN_KEYS = ("general.quantization_version", "general.file_type")
+"""Keys that are said of a file, when one is written."""
+_FLOATS = ("F32", "F16")
+_COMPUTED_BUFFERS = (".rotary_emb.inv_freq", ".attention.masked_bias", ".attention.bias")
+
+
+def open_converted(directory: Path, tree: Path, *, no_mtp: bool = False) -> Model:
+    """Open a checkpoint by the converter of llama.cpp's source tree; no weight but of small computed tensors is read.
+
+    `no_mtp` leaves out layers that predict tokens ahead, where the converter can.
+
+    Raises:
+        CheckpointError: missing or damaged files, an architecture that the converter does not know, a tokenizer that
+            neither side can write, or a matrix that is no selection of the checkpoint.
+    """
+    raw = read_json(directory / "config.json")
+    refuse_quantized(directory, raw.get("quantization_config"))
+    checkpoint = SafetensorsSource(directory)
+    description = describe(directory, checkpoint, tree, no_mtp=no_mtp)
+    source = ConvertedSource(checkpoint, list(_conversions(description, checkpoint)))
+    metadata = tuple(field for field in description.keys.metadata if field.key not in _OWN_KEYS)
+    fault = description.about["tokenizer_fault"]
+    if fault:
+        metadata += _own_tokenizer(directory, source, fault, tree)
+    elif description.about["asked_pre_tokenizer"]:
+        for note in description.pre_tokenizer_notes:
+            warnings.warn(note, stacklevel=3)
+    _tell_unused(directory, description)
+    settings = {**settings_of_metadata(metadata), **settings_of_config(raw)}
+    return Model(directory, source, metadata, source.checkpoint_names, hf_directory=directory, settings=settings)
+
+
+def _conversions(description: Description, checkpoint: SafetensorsSource) -> Iterator[Conversion]:
+    transforms: dict[str, Any] = {}
+    for entry in description.about["tensors"]:
+        name, shape, parts = entry["name"], tuple(entry["shape"]), tuple(entry.get("parts", ()))
+        if not parts:
+            yield Conversion(name, (), shape, "F32", values=description.keys.load(name))
+            continue
+        record = entry["selection"]
+        if str(record) not in transforms:
+            transforms[str(record)] = from_record(record, description.indices)
+        selection = transforms[str(record)]
+        dtype = entry["type"] if entry["type"] in _FLOATS else checkpoint.info(parts[0]).dtype
+        inner = selection.of_slice() if len(parts) == 1 else None
+        transform = unchanged if selection.is_identity else inner or selection
+        yield Conversion(name, parts, shape, dtype, transform, by_slice=inner is not None)
+
+
+def _own_tokenizer(directory: Path, source: ConvertedSource, fault: str, tree: Path) -> tuple[MetadataField, ...]:
+    """Return the tokenizer's keys by dynquant, where the converter cannot write them.
+
+    Raises:
+        CheckpointError: dynquant cannot either.
+    """
+    writer = gguf.GGUFWriter(None, "llama")
+    try:
+        write_tokenizer(writer, directory, source.info("token_embd.weight").shape[0])
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"Neither llama.cpp's converter in {tree} ({fault}) nor dynquant can write the tokenizer of {directory}. "
+            f"{error}"
+        ) from error
+    return tuple(field for field in recorded_fields(writer) if field.key != "general.architecture")
+
+
+def _tell_unused(directory: Path, description: Description) -> None:
+    unused = [name for name in description.about["unused"] if not name.endswith(_COMPUTED_BUFFERS)]
+    if unused:
+        warnings.warn(
+            f"{directory}: llama.cpp's converter leaves out {len(unused)} tensors ({some_of(unused)}).",
+            stacklevel=3,
+        )

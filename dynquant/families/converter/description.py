@@ -1,0 +1,144 @@
+"""Lets the worker describe a checkpoint, once: the description is kept in the cache until a file or the tree changes.
+
+What it holds are llama.cpp's keys and selections of the checkpoint's tensors, some megabytes with the tokenizer.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dynquant.checkpoints.gguf_source import GGUFSource
+from dynquant.checkpoints.safetensors_source import SafetensorsSource, checkpoint_spans
+from dynquant.errors import CheckpointError
+from dynquant.families.converter import selection, tracing, worker
+from dynquant.families.converter.source_tree import cache_directory
+from dynquant.families.tokenizers.files import read_tokenizer_files
+from dynquant.families.tokenizers.pre_tokenizers import pre_tokenizer_name
+from dynquant.storage.atomic import writing_folder
+from dynquant.storage.strict_json import parse_json
+
+_READ_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "README.md")
+_KEPT = 64
+_WAY_OUT = "Convert it with llama.cpp's own converter and pass the result with --base-gguf FILE."
+
+
+@dataclass(frozen=True)
+class Description:
+    """The work of llama.cpp's converter on a checkpoint: entries of tensors, index tensors, and keys with values."""
+
+    about: Mapping[str, Any]
+    indices: Mapping[str, Tensor]
+    keys: GGUFSource
+    pre_tokenizer_notes: tuple[str, ...] = ()
+
+
+def describe(directory: Path, source: SafetensorsSource, tree: Path, *, no_mtp: bool = False) -> Description:
+    """Return what the converter of `tree` makes of a checkpoint, from the cache where it was asked before.
+
+    Raises:
+        CheckpointError: it does not know the architecture, fails, or computes a matrix instead of moving its entries.
+    """
+    spans = checkpoint_spans(directory)
+    request = _request(directory, source, tree, no_mtp=no_mtp)
+    request["pre_tokenizer"], notes = _pre_tokenizer(directory)
+    # Values that are computed are kept as well, so the weights' files must be those of the description.
+    files = sorted({span.path for span in spans.values()})
+    stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    folder = cache_directory() / "converted" / _key(directory, tree, [request, stamps])
+    if not (folder / worker.TENSORS).is_file():
+        _forget_old(folder.parent)
+        with writing_folder(folder) as partial:
+            _run(directory, tree, request, partial)
+    return Description(
+        parse_json((folder / worker.TENSORS).read_bytes()),
+        load_file(folder / worker.INDICES),
+        GGUFSource(folder / worker.METADATA),
+        notes,
+    )
+
+
+def _request(directory: Path, source: SafetensorsSource, tree: Path, *, no_mtp: bool) -> dict[str, Any]:
+    """Return what the worker is asked: tensors with type, shape, and the file where their plain values are."""
+    spans, tensors = checkpoint_spans(directory), []
+    for info in map(source.info, source.names()):
+        span = spans[info.name]
+        file = str(span.path.resolve()) if span.dtype == info.dtype else None
+        tensors.append((info.name, info.dtype, list(info.shape), file))
+    return {"tree": str(tree), "directory": str(directory.resolve()), "tensors": tensors, "no_mtp": no_mtp}
+
+
+def _pre_tokenizer(directory: Path) -> tuple[str | None, tuple[str, ...]]:
+    """Return llama.cpp's name for the splitting rules of tokenizer.json and notes on it; None where they have none."""
+    tokenizer = read_tokenizer_files(directory).tokenizer
+    if tokenizer is None:
+        return None, ()
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        try:
+            name = pre_tokenizer_name(tokenizer, str(directory / "tokenizer.json"))
+        except (CheckpointError, KeyError, TypeError, AttributeError):
+            return None, ()  # said where it matters, by `write_tokenizer`
+    return name, tuple(str(note.message) for note in notes)
+
+
+def _key(directory: Path, tree: Path, request: object) -> str:
+    digest = hashlib.sha256(json.dumps(request).encode())
+    for pattern in _READ_FILES:
+        for file in sorted(directory.glob(pattern)):
+            digest.update(f"{file.name}\n".encode() + file.read_bytes())
+    sources = [Path(module.__file__ or "") for module in (worker, tracing, selection)]
+    for file in (*sources, *sorted((tree / "conversion").glob("*.py")), *sorted((tree / "gguf-py/gguf").glob("*.py"))):
+        digest.update(f"{file}{file.stat().st_size}{file.stat().st_mtime_ns}".encode())
+    return digest.hexdigest()[:32]
+
+
+def _forget_old(folder: Path) -> None:
+    """Delete the oldest descriptions, so that there are never many."""
+    kept = sorted(folder.glob("*"), key=lambda path: path.stat().st_mtime, reverse=True) if folder.is_dir() else []
+    for path in kept[_KEPT:]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _run(directory: Path, tree: Path, request: dict[str, Any], folder: Path) -> None:
+    (folder / "request.json").write_text(json.dumps(request))
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    command = [sys.executable, "-m", worker.__name__, str(folder / "request.json"), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    refusal = folder / worker.REFUSAL
+    if refusal.is_file():
+        raise _refused(directory, tree, **parse_json(refusal.read_bytes()))
+    if done.returncode or not (folder / worker.TENSORS).is_file():
+        last = done.stderr.strip().rpartition("\n")[2][:400]
+        raise CheckpointError(
+            f"llama.cpp's converter in {tree} ended with status {done.returncode} on {directory} "
+            f"({last or 'no reason'}). Give the tree of another version of llama.cpp by --llama-cpp DIR. {_WAY_OUT}"
+        )
+
+
+def _refused(directory: Path, tree: Path, kind: str, reason: str) -> CheckpointError:
+    if kind == "unknown":
+        said = f"llama.cpp's converter in {tree} does not know the architecture of {directory} ({reason})"
+        return CheckpointError(f"{said}. Give a newer tree by --llama-cpp DIR, or wait until llama.cpp has it.")
+    if kind == "tensor":
+        said = f"llama.cpp's converter makes tensors of {directory} in a way that dynquant cannot follow: {reason}"
+        return CheckpointError(f"{said}. {_WAY_OUT}")
+    return CheckpointError(
+        f"llama.cpp's converter in {tree} refuses {directory} ({reason}). Complete its files, or give another version "
+        f"of the tree by --llama-cpp DIR. {_WAY_OUT}"
+    )

@@ -1,0 +1,115 @@
+"""A GGUF file and the directory that it is given for: what they compute is compared, told and refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dynquant.errors import CheckpointError, EvaluationError
+from dynquant.evaluation.agreement import same_computation
+from dynquant.evaluation.agreement.same_computation import SameComputation, check_base_gguf
+from dynquant.evaluation.llama_cpp import separate_window_logits
+from dynquant.families.open import open_model
+from dynquant.session import Session
+from tests.helpers.commands import run, succeed
+from tests.helpers.edited_checkpoints import edited_config
+from tests.helpers.tiny_models import llama_logits, write_f32
+
+
+@pytest.fixture(scope="module")
+def base(tiny_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An F32 GGUF of the tiny Qwen3-MoE, which llama.cpp runs with experts' weights that sum to 1."""
+    return write_f32(open_model(tiny_moe), tmp_path_factory.mktemp("base") / "base.gguf")
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process of its own imports PyTorch first."""
+    monkeypatch.setattr(same_computation, "separate_window_logits", lambda file, tokens, _: llama_logits(file, tokens))
+
+
+def notes_on(directory: Path, file: Path, **options: object) -> tuple[SameComputation | None, list[str]]:
+    notes: list[str] = []
+    session = Session(note=notes.append, threads=1, device="cpu")
+    return check_base_gguf(open_model(directory, base_gguf=file), session, **options), notes
+
+
+def test_a_file_of_the_same_computation_passes_silently(tiny_moe: Path, base: Path) -> None:
+    compared, notes = notes_on(tiny_moe, base)
+    assert compared is not None and compared.kl < 1e-9 and compared.rounding_kl == 0
+    assert notes == []
+
+
+def test_another_configuration_is_refused_with_its_cause(tiny_moe: Path, base: Path, tmp_path: Path) -> None:
+    directory = edited_config(tiny_moe, tmp_path / "edited", lambda config: config.update(norm_topk_prob=False))
+    with pytest.raises(CheckpointError, match=r"does not compute what edited .*norm_topk_prob is false.*--allow-diff"):
+        notes_on(directory, base)
+    compared, (note,) = notes_on(directory, base, allow_difference=True)
+    assert compared is not None and compared.kl > 0.01
+    assert f"mean KL is {compared.kl:.2g} nats" in note and "norm_topk_prob is false" in note
+
+
+def test_small_differences_are_told(tiny_moe: Path, base: Path, tmp_path: Path) -> None:
+    directory = edited_config(tiny_moe, tmp_path / "edited", lambda config: config.update(rms_norm_eps=1.2e-4))
+    compared, (note,) = notes_on(directory, base)
+    assert compared is not None and 1e-6 < compared.kl < 1e-3
+    assert "Likely causes: a setting of config.json" in note
+
+
+@pytest.mark.parametrize("type_name", ["bf16", "q8_0"])
+def test_rounding_is_no_difference(type_name: str, tiny_moe: Path, tmp_path: Path) -> None:
+    file = tmp_path / f"{type_name}.gguf"
+    preset = type_name if type_name != "q8_0" else "uniform-q8_0"
+    succeed("export", tiny_moe, "--preset", preset, "-o", file)
+    compared, notes = notes_on(tiny_moe, file)
+    assert compared is not None and compared.rounding_kl > 0 and compared.kl > 1e-9
+    assert notes == []
+
+
+def test_what_cannot_be_compared_is_told(tiny_moe: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(same_computation, "_main_type", lambda source: "Q4_K")
+    compared, (note,) = notes_on(tiny_moe, base)
+    assert compared is None and "was not compared" in note and "Q4_K" in note
+
+
+def test_plan_compares_once(tiny_moe: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory, plan = edited_config(tiny_moe, tmp_path / "edited"), tmp_path / "plan"
+    arguments = (
+        directory,
+        "--base-gguf",
+        base,
+        "--preset",
+        "f16",
+        "--types",
+        "q8_0",
+        "--encoder",
+        "ggml",
+        "--tokens",
+        512,
+        "--no-report",
+        "-o",
+        plan,
+    )
+    succeed("plan", *arguments)
+    assert SameComputation.model_validate_json((plan / "same_computation.json").read_bytes()).kl < 1e-9
+    monkeypatch.setattr(same_computation, "compare", None)
+    succeed("plan", *arguments)
+    succeed("export", directory, "--base-gguf", base, "--plan", plan / "plan.json", "-o", tmp_path / "f16.gguf")
+
+
+def test_commands_refuse_before_they_measure(tiny_moe: Path, base: Path, tmp_path: Path) -> None:
+    directory = edited_config(tiny_moe, tmp_path / "edited", lambda config: config.update(norm_topk_prob=False))
+    output = tmp_path / "stats.safetensors"
+    for command in (
+        ("calibrate", directory, "--base-gguf", base, "-o", output),
+        ("export", directory, "--base-gguf", base, "--preset", "f16", "-o", tmp_path / "out.gguf"),
+    ):
+        refused = run(*command)
+        assert refused.returncode == 1 and "does not compute what edited computes" in refused.stderr
+    assert not output.exists() and not (tmp_path / "out.gguf").exists()
+
+
+def test_a_process_of_its_own_gives_logits_and_reasons(base: Path, tmp_path: Path) -> None:
+    assert torch.equal(separate_window_logits(base, [5, 6, 7], 1), llama_logits(base, [5, 6, 7]))
+    with pytest.raises(EvaluationError, match=r"^llama\.cpp cannot run it: .*none\.gguf"):
+        separate_window_logits(tmp_path / "none.gguf", [5], 1)

@@ -1,0 +1,110 @@
+"""Selections move entries as they say, in every form, on slices, in automatic differentiation and through files."""
+
+import pytest
+import torch
+
+from dynquant.families.converter.selection import (
+    Selection,
+    as_record,
+    contiguous_strides,
+    from_record,
+    selection_of_positions,
+)
+
+STORED = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+ORDER = torch.tensor([4, 0, 3, 1, 5, 2])
+COLUMNS = torch.tensor([6, 1, 0, 7, 2, 3, 5, 4])
+FORMS = {
+    "all": STORED,
+    "rows of a range": STORED[2:5],
+    "columns of a range": STORED[:, 3:7],
+    "every second row": STORED[1::2],
+    "transposed": STORED.T,
+    "another shape": STORED.reshape(3, 2, 8),
+    "rows in another order": STORED[ORDER],
+    "columns in another order": STORED[:, COLUMNS],
+    "both in another order": STORED[ORDER][:, COLUMNS],
+    "halves side by side": torch.stack([STORED[:3], STORED[3:]], dim=1).reshape(6, 8),
+    "diagonals": STORED.flatten().roll(3).reshape(6, 8)[:, [0, 5]],
+    "a row": STORED[2],
+}
+
+
+def selection_of(expected: torch.Tensor, added: float = 0.0) -> Selection:
+    """The selection whose positions are found by value: no two entries are alike."""
+    flat = STORED.flatten()
+    positions = torch.tensor([int((flat == value).nonzero()) for value in expected.flatten()]).reshape(expected.shape)
+    selection = selection_of_positions(positions, tuple(STORED.shape), added)
+    assert selection is not None and torch.equal(selection.positions(), positions)
+    return selection
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_each_form_gives_the_entries(form: str) -> None:
+    selection = selection_of(FORMS[form])
+    assert torch.equal(selection(STORED), FORMS[form])
+    assert selection.is_identity == (form == "all")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_stack_is_selected_slice_by_slice(form: str) -> None:
+    stack = torch.stack([STORED, STORED + 100, STORED - 100])
+    expected = torch.stack([FORMS[form], FORMS[form] + 100, FORMS[form] - 100])
+    assert torch.equal(selection_of(FORMS[form])(stack), expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_gradient_goes_back_to_the_entries(form: str) -> None:
+    selection, stored = selection_of(FORMS[form], added=1.0), STORED.clone().requires_grad_(True)
+    selection(stored).sum().backward()
+    assert set(stored.grad.unique().tolist()) <= {0.0, 1.0}
+    assert stored.grad.sum() == FORMS[form].numel()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_selection_survives_its_record(form: str) -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    selection = from_record(as_record(selection_of(FORMS[form], added=1.0), "key", tensors), tensors)
+    assert torch.equal(selection(STORED), FORMS[form] + 1)
+
+
+def test_rows_of_zeros_come_behind() -> None:
+    selection = Selection((6, 8), (7, 8), strides=(8, 1), padding=1)
+    assert torch.equal(selection(STORED), torch.cat([STORED, torch.zeros(1, 8)]))
+    assert selection.of_slice() is None and not selection.is_identity
+
+
+def test_a_view_of_a_larger_tensor_is_selected_alike() -> None:
+    pair = torch.stack([STORED + 1, STORED])
+    assert torch.equal(selection_of(STORED.T)(pair[1]), STORED.T)
+
+
+def test_slices_of_a_stack_are_selected_alone() -> None:
+    fused = torch.randn(3, 8, 4)
+    gate = Selection((3, 8, 4), (3, 4, 4), 0, (32, 4, 1))
+    up = Selection((3, 8, 4), (3, 4, 4), 16, (32, 4, 1))
+    turned = Selection((3, 8, 4), (3, 4, 8), 0, (32, 1, 4))
+    for selection, expected in ((gate, fused[:, :4]), (up, fused[:, 4:]), (turned, fused.transpose(1, 2))):
+        of_slice = selection.of_slice()
+        assert of_slice is not None
+        assert torch.equal(selection(fused), expected)
+        assert torch.equal(of_slice(fused[2]), expected[2])
+        assert torch.equal(of_slice(fused[1:]), expected[1:])
+    crossing = Selection((3, 8, 4), (3, 4, 4), 20, (32, 4, 1))
+    assert crossing.of_slice() is None
+
+
+def test_rows_and_columns_add_up_to_the_positions() -> None:
+    for form in ("all", "transposed", "both in another order", "rows of a range"):
+        rows, columns = selection_of(FORMS[form]).row_and_column_positions()
+        assert torch.equal(STORED.flatten()[rows[:, None] + columns], FORMS[form])
+    assert selection_of(FORMS["diagonals"]).row_and_column_positions() is None
+
+
+def test_strides_of_a_contiguous_tensor() -> None:
+    assert contiguous_strides((3, 2, 8)) == (16, 8, 1)
+
+
+def test_another_shape_is_no_input() -> None:
+    with pytest.raises(ValueError, match="none of"):
+        selection_of(STORED.T)(STORED.T)
