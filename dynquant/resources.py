@@ -106,7 +106,7 @@ def traffic() -> tuple[int | None, int | None]:
 
 @dataclass(frozen=True)
 class WorkerUse:
-    """What a forked process read from maps since it last told, and the most memory that it had of its own."""
+    """Bytes that a forked process read from maps since it last told, and the most memory that it had of its own."""
 
     process: int
     mapped: int
