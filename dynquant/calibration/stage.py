@@ -31,6 +31,7 @@ from dynquant.resources import chosen_device, human_bytes, parse_size
 from dynquant.running.cluster import open_ray
 from dynquant.running.load import computing_type, load_hf
 from dynquant.running.streaming.stream_memory import COMFORTABLE_SHARE, free_memory_of
+from dynquant.running.weight_inputs import weight_inputs
 from dynquant.session import SILENT, Session
 from dynquant.storage.atomic import file_hash, read_tensors_header
 from dynquant.storage.file_names import KINDS, STATS_NAME, kind_path, path_beside
@@ -218,9 +219,10 @@ def run_calibration(
                         device=device, pool=pool, progress=progress,
                     )  # fmt: skip
             else:
+                hf_model = load_hf(model, device=device)
                 result = collect_statistics(
-                    load_hf(model, device=device), inputs, arch=model.arch, n_layer=model.hyper.n_layer,
-                    provenance=provenance, options=statistics, progress=progress,
+                    hf_model, inputs, names=weight_inputs(model, hf_model), provenance=provenance, options=statistics,
+                    progress=progress,
                 )  # fmt: skip
     file = _saved(result, output, in_background) if limit is None else StatsFile(output, result.stats)
     for kind in KINDS:
