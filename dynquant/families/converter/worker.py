@@ -141,7 +141,13 @@ class _Converter:
         def parameters(directory: Path, is_mistral_format: bool) -> dict[str, Any]:
             return _as_expected(load_parameters(directory, is_mistral_format))
 
+        begin = self._base.__init__
+
+        def init(model: Any, *arguments: Any, hparams: dict[str, Any] | None = None, **options: Any) -> None:
+            begin(model, *arguments, hparams=hparams and _as_expected(hparams), **options)  # of config.json itself
+
         self._base.load_hparams = staticmethod(parameters)
+        self._base.__init__ = init
         self._base.index_tensors = lambda model, remote_hf_model_id=None: self._indexed(model)
         self._text.get_vocab_base_pre = pre_tokenizer
         # The graph stays as it is, so that it can be followed after the converter looked at values.
