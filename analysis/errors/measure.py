@@ -23,13 +23,14 @@ from dynquant.calibration.statistics import CalibrationStats, InputStats
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import layer_of, role_of
 from dynquant.checkpoints.tensor_source import TensorInfo
+from dynquant.encoding.ggml import is_known
 from dynquant.encoding.interface import Encoder, check_finite
 from dynquant.encoding.parts import TensorPart, as_slice, load_part, ranges
 from dynquant.encoding.stream import holds_blocks
 from dynquant.families.linear_layers import LinearLayer
 from dynquant.formats import decode
 from dynquant.formats.checksum import checksum
-from dynquant.formats.quant_types import QUANT_TYPES, QuantType, fit_to_row
+from dynquant.formats.quant_types import QUANT_TYPES, QuantType, candidates_for_row
 from dynquant.formats.storage_format import StorageFormat
 from dynquant.recipes.held_types import planned_matrices
 from dynquant.session import Progress, ignore_progress
@@ -321,16 +322,17 @@ def tensor_formats(model: Model, stats: CalibrationStats | None, type_names: Seq
     """Return the stored types that candidate types lead to, of every matrix whose type costs decide.
 
     Types that need statistics are left out for a tensor that has none; without `stats`, all are taken to have some.
-    The checkpoint's own float type is always one: it loses nothing.
+    The checkpoint's own float type is always one: it loses nothing. A candidate that does not fit the rows leads to
+    what llama.cpp stores in its place, and to Q2_0 or Q1_0 where that is nearer in bits.
     """
     formats = {}
     for info in map(model.source.info, planned_matrices(model)):
         has_stats = stats is None or stats.input_of(info.name) is not None
         candidates: dict[QuantType, tuple[str, ...]] = {}
         for name in (*type_names, info.float_type):
-            stored, _ = fit_to_row(QUANT_TYPES[name], info.shape[-1])
-            if has_stats or not stored.needs_imatrix:
-                candidates[stored] = (*candidates.get(stored, ()), name)
+            for stored in candidates_for_row(QUANT_TYPES[name], info.shape[-1]):
+                if is_known(stored) and (has_stats or not stored.needs_imatrix):
+                    candidates[stored] = (*candidates.get(stored, ()), name)
         formats[info.name] = (info, candidates)
     return formats
 

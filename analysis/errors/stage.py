@@ -50,7 +50,15 @@ def error_table(model: Model, stats: StatsFile, path: Path, options: TableOption
     earlier = ErrorTable.load(path) if path.is_file() else None
     if earlier is None or not _is_of(earlier, meter, stats):
         return _measured(meter, stats, path, options, session)
-    missing = tuple(name for name in options.types if name not in earlier.types)
+    measured = {(name, stored) for name, rows in earlier.tensors().items() for stored in rows}
+    lacks = dict.fromkeys(  # a table of an earlier version may lack what stands in for a type
+        name
+        for tensor, (_, candidates) in meter.formats(options.types).items()
+        for stored, names in candidates.items()
+        if (tensor, stored.name) not in measured
+        for name in names
+    )
+    missing = tuple(name for name in options.types if name not in earlier.types or name in lacks)
     session.note(f"reusing {path}" + (f", adding {', '.join(missing)}" if missing else ""))
     if missing:
         return _measured(meter, stats, path, replace(options, types=missing), session, earlier)

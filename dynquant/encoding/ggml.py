@@ -157,6 +157,11 @@ def _library() -> _Library:
     return _Library(library_path())
 
 
+def is_known(quant_type: QuantType) -> bool:
+    """Tell whether the installed llama.cpp runs a type; without one, all types pass."""
+    return importlib.util.find_spec("llama_cpp") is None or _library().has(quant_type)
+
+
 def ggml_version() -> str:
     """The version of the ggml library that encodes, for provenance records."""
     return _library().version

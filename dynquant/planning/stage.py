@@ -57,7 +57,7 @@ def make_plan(options: PlanOptions, session: Session = SILENT) -> Plan:
 
 def _plan_types(options: PlanOptions, session: Session) -> Plan:
     target, directory, path = options.target, options.output, options.output / file_names.ERRORS_NAME
-    model = open_and_announce(str(options.model), session, base_gguf=options.base_gguf)
+    model = open_and_announce(str(options.model), session, base_gguf=options.base_gguf, mtp=options.mtp)
     fixed_types = _fixed_types(target, model)
     candidates = [quant_type(name).name for name in target.types] or DEFAULT_TYPES
     types = tuple(dict.fromkeys((*candidates, *(name for name, _ in (fixed_types or {}).values()))))
@@ -89,7 +89,7 @@ def _plan_types(options: PlanOptions, session: Session) -> Plan:
         (directory / file_names.SELECTION_NAME).unlink(missing_ok=True)
         chosen = fixed_types or _with_modules(chooser, table, target.vision, session)
     errors = {"weighted_errors": _weighted_errors(table), "exact": target.preset is None}
-    held = held_types(model, target.mtp) if fixed_types is None else {}
+    held = held_types(model, target.mtp_type) if fixed_types is None else {}
     plan = plan_from_types(model, held | chosen, **errors, **chooser.context)
     promise = _promise(table, chosen, selection) if fixed_types is None else {}
     plan = _of_table(plan, table, path, model.source, model.source.names(), types=table.types, **promise)
@@ -149,6 +149,7 @@ def _check_vllm(options: PlanOptions) -> None:
         "--frontier": search.frontier,
         "--sensitivity": search.methods,
         "--base-gguf": options.base_gguf,
+        "--no-mtp": not options.mtp,
     }
     if refused := [flag for flag, value in flags.items() if value]:
         raise PlanError(
@@ -287,10 +288,12 @@ def plan_from_config(directory: Path, target: Target, session: Session = SILENT)
 def _fixed_types(target: Target, model: Model) -> dict[str, Choice] | None:
     """Types that need no measurement, or None when the planner chooses."""
     if target.preset:
-        return preset_types(target.preset, model, mtp_type=target.mtp)
+        return preset_types(target.preset, model, mtp_type=target.mtp_type, fallbacks=target.fallbacks)
     if target.like is not None:
         return like_types(target.like, model)
-    return None if target.patterns is None else recipe_types(target.patterns, model)
+    if target.patterns is None:
+        return None
+    return recipe_types(target.patterns, model, fallbacks=target.fallbacks)
 
 
 def _probe(

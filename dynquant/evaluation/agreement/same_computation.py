@@ -133,9 +133,10 @@ def compare(
     takes_weights: bool = False,
     logits: Callable[[Path, Sequence[int], int | None], Tensor] | None = None,
 ) -> SameComputation:
-    """Run a few hundred tokens in transformers and then, with the file, in llama.cpp by `logits`, else in a process apart.
+    """Run a few hundred tokens in transformers and then, with the file, in llama.cpp.
 
-    With `takes_weights` transformers gets the weights of the file, so that these may have any type.
+    With `takes_weights` transformers gets the weights of the file, so that these may have any type. llama.cpp runs in a
+    process of its own, or by `logits`.
 
     Raises:
         DynquantError: one of them cannot be run here, or the file has too few bits to be compared.
