@@ -73,6 +73,7 @@ def _plan_types(options: PlanOptions, session: Session) -> Plan:
     ray = options.calibration.ray if store is None else None  # a store of encoded blocks is filled on this machine
     how = {"encoder": options.encoder, "exact": options.exact, "base_gguf": options.base_gguf}
     table = error_table(model, stats, path, TableOptions(types=types, ray=ray, **how), session)
+    stats.finish()
     supers, table = _probe(model, table, options, session)
     write_token_errors(model, options.stats or stats.path, directory, types, options.encoder, session)
     chooser = Chooser(model, target, stats, table, rules_of(supers, stats.stats), session)
@@ -113,8 +114,10 @@ def _plan_schemes(options: PlanOptions, session: Session) -> Plan:
     stats = statistics_in(options.output, model, options.calibration, session, stats_path=options.stats)
     request = {"recipe": target.recipe, "stats_hash": stats.hash}
     if uniform is not None:
+        stats.finish()
         return plan_for_vllm(model, checkpoint, uniform, **request)
     table = scheme_table(model, checkpoint, stats, path, session)
+    stats.finish()
     _, table = _probe(model, table, options, session)
     chosen = chooser.choose(table, budget)
     errors = {"weighted_errors": _weighted_errors(table), "mixed_experts": target.mixed_experts}
