@@ -144,6 +144,9 @@ ModelPath = Annotated[str, Flag(MODEL_HELP, is_argument=True, show_default=False
 BaseGguf = Annotated[
     Path | None, Flag("F32/F16/BF16 GGUF by llama.cpp's converter, for architectures dynquant does not convert.")
 ]
+Mtp = Annotated[
+    bool, Flag("Keep the layers that predict tokens ahead (MTP); without them a file is smaller and drafts nothing.")
+]
 AllowDifference = Annotated[
     bool,
     Flag(
@@ -157,6 +160,14 @@ Preset = Annotated[
     Flag(
         "f32, f16, bf16, uniform-TYPE, experts-TYPE, llama-FTYPE (llama.cpp's mixtures) or "
         "r1-iq1_s|iq1_m|iq2_xxs|q2_k_xl."
+    ),
+]
+Fallback = Annotated[
+    tuple[str, ...],
+    Flag(
+        "Where rows do not fit a type's blocks, presets and recipes take the one nearest in bits of these types and "
+        "llama.cpp's own replacement, as q2_0,q1_0.",
+        show_default=False,
     ),
 ]
 EncoderName = Annotated[

@@ -12,8 +12,10 @@ from dynquant.options import (
     BaseGguf,
     CalibrationText,
     EncoderName,
+    Fallback,
     Flag,
     ModelPath,
+    Mtp,
     Only,
     Options,
     Preset,
@@ -54,6 +56,7 @@ class ExportOptions(Options):
     ]
     plan: Annotated[Path | None, Flag("plan.json of `dynquant plan`.")] = None
     preset: Preset = None
+    fallback: Fallback = ()
     format: Annotated[str, Flag("gguf, safetensors or compressed-tensors.", ("-f", "--format"))] = "gguf"
     stats: Annotated[Path | None, Flag("stats.safetensors. Default: the one beside the plan.")] = None
     calibration: Annotated[CalibrationOptions, Only(("text", "tokens", "hessians"))] = field(
@@ -88,6 +91,7 @@ class ExportOptions(Options):
         bool, Flag("With --ray: send weights and statistics to workers that cannot read them by path.")
     ] = False
     base_gguf: BaseGguf = None
+    mtp: Mtp = True
     allow_difference: AllowDifference = False
 
 

@@ -23,17 +23,19 @@ from dynquant.calibration.statistics import CalibrationStats, InputStats
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import layer_of, role_of
 from dynquant.checkpoints.tensor_source import TensorInfo
+from dynquant.encoding.ggml import is_known
 from dynquant.encoding.interface import Encoder, check_finite
 from dynquant.encoding.parts import TensorPart, as_slice, load_part, ranges
 from dynquant.encoding.stream import holds_blocks
 from dynquant.families.linear_layers import LinearLayer
 from dynquant.formats import decode
 from dynquant.formats.checksum import checksum
-from dynquant.formats.quant_types import QUANT_TYPES, QuantType, fit_to_row
+from dynquant.formats.quant_types import QUANT_TYPES, QuantType, candidates_for_row
 from dynquant.formats.storage_format import StorageFormat
 from dynquant.recipes.held_types import planned_matrices
+from dynquant.resources import usable_cores
 from dynquant.session import Progress, ignore_progress
-from dynquant.workers import side_by_side
+from dynquant.workers import can_fork, in_processes, side_by_side
 
 Formats = Mapping[str, tuple[TensorInfo | LinearLayer, Mapping[StorageFormat, tuple[str, ...]]]]
 """Name -> its tensor, and the formats that this is measured in, each with the candidate types that lead to it."""
@@ -119,9 +121,18 @@ class ErrorMeter(Meter):
         return [ErrorPart(name, shape, range(prod(shape[:-2])), types)]
 
     def measured(self, parts: Iterable[ErrorPart]) -> Iterator[tuple[ErrorPart, Sums]]:
-        """Measure parts side by side; on a GPU one by one, while the next ones are read."""
+        """Measure parts side by side; on a GPU one by one, while the next ones are read.
+
+        On a CPU drawn rows are measured in processes, the largest tensors first: much of their work is short steps in
+        Python.
+        """
         memory = {"cost": self._bytes_in_memory, "budget": _BYTES_AT_ONCE}
-        if self.device.type == "cpu":
+        is_on_cpu, threads = self.device.type == "cpu", self.threads or usable_cores()
+        if is_on_cpu and self.sampling is not None and threads > 1 and can_fork():
+            by_work = sorted(parts, key=lambda part: part.num_weights * len(part.types), reverse=True)
+            yield from in_processes(self.sums, by_work, threads, **memory)
+            return
+        if is_on_cpu:
             yield from side_by_side(lambda part: (part, self.sums(part)), parts, self.threads, **memory)
             return
         for part, content in side_by_side(lambda part: (part, self.read(part)), parts, self.threads, **memory):
@@ -321,16 +332,17 @@ def tensor_formats(model: Model, stats: CalibrationStats | None, type_names: Seq
     """Return the stored types that candidate types lead to, of every matrix whose type costs decide.
 
     Types that need statistics are left out for a tensor that has none; without `stats`, all are taken to have some.
-    The checkpoint's own float type is always one: it loses nothing.
+    The checkpoint's own float type is always one: it loses nothing. A candidate that does not fit the rows leads to
+    what llama.cpp stores in its place, and to Q2_0 or Q1_0 where that is nearer in bits.
     """
     formats = {}
     for info in map(model.source.info, planned_matrices(model)):
         has_stats = stats is None or stats.input_of(info.name) is not None
         candidates: dict[QuantType, tuple[str, ...]] = {}
         for name in (*type_names, info.float_type):
-            stored, _ = fit_to_row(QUANT_TYPES[name], info.shape[-1])
-            if has_stats or not stored.needs_imatrix:
-                candidates[stored] = (*candidates.get(stored, ()), name)
+            for stored in candidates_for_row(QUANT_TYPES[name], info.shape[-1]):
+                if is_known(stored) and (has_stats or not stored.needs_imatrix):
+                    candidates[stored] = (*candidates.get(stored, ()), name)
         formats[info.name] = (info, candidates)
     return formats
 

@@ -50,7 +50,15 @@ def error_table(model: Model, stats: StatsFile, path: Path, options: TableOption
     earlier = ErrorTable.load(path) if path.is_file() else None
     if earlier is None or not _is_of(earlier, meter, stats):
         return _measured(meter, stats, path, options, session)
-    missing = tuple(name for name in options.types if name not in earlier.types)
+    measured = {(name, stored) for name, rows in earlier.tensors().items() for stored in rows}
+    lacks = dict.fromkeys(  # a table of an earlier version may lack what stands in for a type
+        name
+        for tensor, (_, candidates) in meter.formats(options.types).items()
+        for stored, names in candidates.items()
+        if (tensor, stored.name) not in measured
+        for name in names
+    )
+    missing = tuple(name for name in options.types if name not in earlier.types or name in lacks)
     session.note(f"reusing {path}" + (f", adding {', '.join(missing)}" if missing else ""))
     if missing:
         return _measured(meter, stats, path, replace(options, types=missing), session, earlier)
@@ -97,10 +105,11 @@ def _measured(
     earlier: ErrorTable | None = None,
 ) -> ErrorTable:
     """Write the table, with the rows of `earlier` for other types."""
-    types, encoder = [quant_type(name) for name in options.types or DEFAULT_TYPES], meter.encoder
-    with session.stage("Kernels that were compiled are kept.") as progress:
-        encoder.prepare(types, progress)
-    names = [each.name for each in types]
+    names, encoder = [quant_type(name).name for name in options.types or DEFAULT_TYPES], meter.encoder
+    if not options.ray:
+        stored = dict.fromkeys(each for _, candidates in meter.formats(names).values() for each in candidates)
+        with session.stage("Kernels that were compiled are kept.") as progress:
+            encoder.prepare(stored, progress)
     identity = {
         "encoder": f"{encoder.name} {encoder_version(encoder)} {encoder.device.type}",
         "moments": str(meter.origin["moments"]),

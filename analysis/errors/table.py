@@ -143,7 +143,9 @@ class ErrorTable(FrozenRecord):
 
     @cached_property
     def _by_key(self) -> dict[tuple[str, str], ErrorRow]:
-        by_wanted_type = {(row.name, name): row for row in self.rows for name in row.wanted}
+        # Two types may stand for one that does not fit; llama.cpp stores the larger.
+        by_size = sorted(self.rows, key=lambda row: row.bytes)
+        by_wanted_type = {(row.name, name): row for row in by_size for name in row.wanted}
         return by_wanted_type | {(row.name, row.type): row for row in self.rows}  # a type that is stored itself wins
 
     def tensors(self) -> dict[str, dict[str, ErrorRow]]:

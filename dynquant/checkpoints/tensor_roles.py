@@ -196,9 +196,12 @@ def roles_of(names: Iterable[str]) -> dict[str, Role]:
     names = list(names)
     ahead = mtp_layers(names)
     roles = {name: role_of(name) for name in names}
-    return {
-        name: Role.MTP if layer_of(name) in ahead and role not in _NEVER_MTP else role for name, role in roles.items()
-    }
+    return {name: role_ahead(role) if layer_of(name) in ahead else role for name, role in roles.items()}
+
+
+def role_ahead(role: Role) -> Role:
+    """The role, in a layer that predicts tokens ahead, of what has the role `role` in another layer."""
+    return role if role in _NEVER_MTP else Role.MTP
 
 
 def layer_of(name: str) -> int | None:

@@ -6,6 +6,7 @@ not divide the row length (llama.cpp `tensor_type_fallback`, src/llama-quant.cpp
 """
 
 import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
@@ -83,6 +84,8 @@ def _layout(name: str) -> QuantType:
 
 
 QUANT_TYPES: dict[str, QuantType] = {name: _layout(name) for name in _NAMES}
+STAND_INS = (QUANT_TYPES["Q2_0"], QUANT_TYPES["Q1_0"])
+"""Types of few bits with small blocks, for rows that blocks of 256 do not divide."""
 
 
 def quant_type(name: str) -> QuantType:
@@ -94,15 +97,25 @@ def quant_type(name: str) -> QuantType:
     return layout
 
 
-def fit_to_row(wanted: QuantType, row_length: int) -> tuple[QuantType, str | None]:
+def fit_to_row(wanted: QuantType, row_length: int, fallbacks: Iterable[QuantType] = ()) -> tuple[QuantType, str | None]:
     """The type that llama.cpp would store for `wanted` in rows of this length, and why it differs.
 
-    Follows `tensor_type_fallback` of llama.cpp: to the fallback type, if that does not fit either to F16.
+    Follows `tensor_type_fallback` of llama.cpp: to the fallback type, if that does not fit either to F16. One of
+    `fallbacks` that fits takes its place if its bits per weight are nearer to those of `wanted`.
     """
     if row_length % wanted.block_size == 0:
         return wanted, None
     chosen = wanted
     while row_length % chosen.block_size:
         chosen = QUANT_TYPES[chosen.fallback or "F16"]
+    fitting = (fallback for fallback in fallbacks if row_length % fallback.block_size == 0)
+    chosen = min((chosen, *fitting), key=lambda each: abs(each.bits_per_weight - wanted.bits_per_weight))
     reason = f"rows of {row_length} do not divide into {wanted.name} blocks of {wanted.block_size}: {chosen.name}"
     return chosen, reason
+
+
+def candidates_for_row(wanted: QuantType, row_length: int) -> tuple[QuantType, ...]:
+    """The types among which a planner may choose where `wanted` is a candidate: itself, or what `fit_to_row` stores
+    with and without STAND_INS."""
+    stored, with_stand_ins = (fit_to_row(wanted, row_length, others)[0] for others in ((), STAND_INS))
+    return tuple(dict.fromkeys((stored, with_stand_ins)))

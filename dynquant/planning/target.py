@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from dynquant.errors import PlanError
-from dynquant.options import Flag, Options, Preset, Types
+from dynquant.options import Fallback, Flag, Options, Preset, Types
 from dynquant.resources import parse_size
 
 if TYPE_CHECKING:
     from dynquant.analysis.errors.table import ErrorTable
     from dynquant.checkpoints.model import Model
+    from dynquant.formats.quant_types import QuantType
     from dynquant.planning.memory_budget import MemoryBudget
 
 LEVELS = ("keep", "8bit", "lower")
@@ -58,9 +59,10 @@ class Target(Options):
             show_default=False,
         ),
     ] = None
+    fallback: Fallback = ()
     types: Types = ()
     floors: Annotated[bool, Flag("Keep all but routed experts at 4 bits or more.")] = True
-    mtp: Annotated[
+    mtp_type: Annotated[
         str,
         Flag(
             "Type of the layers that predict tokens ahead (MTP), which no measured error decides: 6 bits or more keep "
@@ -109,12 +111,18 @@ class Target(Options):
             from dynquant.planning.planner import check_couplings
 
             check_couplings(self.couple)
-        if self.changed("mtp"):
+        if self.changed("mtp_type", "fallback"):
             from dynquant.formats.quant_types import quant_type
 
-            quant_type(self.mtp)
+            for name in (self.mtp_type, *self.fallback):
+                quant_type(name)
+        if self.fallback and (self.serves is not None or (self.preset is None and self.patterns is None)):
+            raise PlanError(
+                "--fallback goes with --preset and --recipe; with a budget, Q2_0 and Q1_0 are candidates wherever "
+                "blocks of 256 do not fit, and for vLLM there are no such types."
+            )
         if self.like is not None or self.patterns is not None or self.serves is not None:
-            self.refuse_unused("--like and --recipe have types of their own, and for vLLM they stay BF16.", "mtp")
+            self.refuse_unused("--like and --recipe have types of their own, and for vLLM they stay BF16.", "mtp_type")
         if self.vision not in ("auto", *LEVELS):
             raise PlanError(f"--vision {self.vision} is not known; give auto, {', '.join(LEVELS)}.")
         for flag, is_set in (("--couple", bool(self.couple)), (f"--vision {self.vision}", self.vision != "auto")):
@@ -135,16 +143,25 @@ class Target(Options):
         return self.preset is not None or self.like is not None or self.patterns is not None
 
     @property
+    def fallbacks(self) -> "tuple[QuantType, ...]":
+        """The types of `fallback`."""
+        from dynquant.formats.quant_types import quant_type
+
+        return tuple(map(quant_type, self.fallback))
+
+    @property
     def recipe(self) -> str:
         """The words under which plan and file record what was asked for."""
         coupled = f", coupled {' '.join(self.couple)}" if self.couple else ""
         coupled += ", mixed experts" if self.mixed_experts else ""
+        instead = f", fallback {' '.join(each.name for each in self.fallbacks)}" if self.fallback else ""
         if self.preset:
-            return f"preset {self.preset.lower()}"
+            return f"preset {self.preset.lower()}{instead}"
         if self.like is not None:
             return f"like {self.like.name}"
         if self.patterns is not None:
-            return f"recipe {os.path.basename(self.patterns)}" if os.path.isfile(self.patterns) else "recipe"
+            file = f" {os.path.basename(self.patterns)}" if os.path.isfile(self.patterns) else ""
+            return f"recipe{file}{instead}"
         if self.bpw is not None:
             return f"bpw {self.bpw:g}{coupled}"
         if self.fits is not None:

@@ -15,7 +15,7 @@ import os
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +23,14 @@ from pathlib import Path
 from dynquant.checkpoints.inspect import TensorRecord
 from dynquant.checkpoints.model import Model
 from dynquant.errors import PlanError
-from dynquant.formats.quant_types import QUANT_TYPES, quant_type
+from dynquant.formats.quant_types import QUANT_TYPES, QuantType, quant_type
 from dynquant.formats.storage_format import Choice
 from dynquant.inputs.records import check_is_file, check_start
 from dynquant.patterns import compile_pattern
 from dynquant.recipes import llama_mixtures as llama
 from dynquant.recipes.build_plan import stays_f32
 from dynquant.recipes.plan_notes import consecutive_runs
+from dynquant.recipes.presets import with_fallbacks
 from dynquant.recipes.type_lists import TypeList
 
 _FLOATS = ("F32", "F16", "BF16")
@@ -168,10 +169,10 @@ def _escaped(name: str) -> str:
     return re.sub(r"([^A-Za-z0-9_-])", r"\\\1", name)
 
 
-def recipe_types(recipe: str, model: Model) -> dict[str, Choice]:
+def recipe_types(recipe: str, model: Model, *, fallbacks: Collection[QuantType] = ()) -> dict[str, Choice]:
     """Return type and reason of the model's tensors by a recipe: a file's name, or the text itself.
 
-    F32 vectors are left out.
+    F32 vectors are left out; `fallbacks` are as in `preset_types`.
 
     Raises:
         PlanError: no such file, a malformed recipe, an unknown type, a pattern that is found in no tensor, or a matrix
@@ -210,7 +211,8 @@ def recipe_types(recipe: str, model: Model) -> dict[str, Choice]:
         if reason is not None and not stays_f32(name, shapes[name])
     }
     chosen = copied | {name: choice for name, choice in named.items() if choice}
-    return chosen | _by_base(parsed, model, shapes, [name for name, choice in named.items() if choice is None])
+    unnamed = [name for name, choice in named.items() if choice is None]
+    return with_fallbacks(chosen, model, fallbacks) | _by_base(parsed, model, shapes, unnamed, fallbacks)
 
 
 def _read_recipe(recipe: str) -> str:
@@ -243,7 +245,13 @@ def parse_recipe(text: str) -> Recipe:
     return recipe
 
 
-def _by_base(recipe: Recipe, model: Model, shapes: dict[str, tuple[int, ...]], unnamed: list[str]) -> dict[str, Choice]:
+def _by_base(
+    recipe: Recipe,
+    model: Model,
+    shapes: dict[str, tuple[int, ...]],
+    unnamed: list[str],
+    fallbacks: Collection[QuantType],
+) -> dict[str, Choice]:
     """Return the types of the tensors that nothing names."""
     if not unnamed:
         return {}
@@ -254,10 +262,10 @@ def _by_base(recipe: Recipe, model: Model, shapes: dict[str, tuple[int, ...]], u
             "names all that is left), or give a llama-quantize command line, whose base type is for the rest."
         )
     if recipe.is_pure or recipe.has_float_base:
-        return dict.fromkeys(unnamed, Choice(llama.LLAMA_FTYPES[recipe.base].base, "recipe: base type"))
-    mixture = llama.llama_tensor_types(
-        recipe.base, shapes.items(), model.hyper, overridden=shapes.keys() - set(unnamed)
-    )
+        everywhere = Choice(llama.LLAMA_FTYPES[recipe.base].base, "recipe: base type")
+        return with_fallbacks(dict.fromkeys(unnamed, everywhere), model, fallbacks)
+    named = shapes.keys() - set(unnamed)
+    mixture = llama.llama_tensor_types(recipe.base, shapes.items(), model.hyper, overridden=named, fallbacks=fallbacks)
     return {name: Choice(by.type, f"recipe, by no pattern: {by.reason}") for name, by in mixture.items()}
 
 

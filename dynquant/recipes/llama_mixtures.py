@@ -11,13 +11,13 @@ are `command_line.py`'s.
 import difflib
 import re
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from dynquant.checkpoints.model import HyperParams
 from dynquant.errors import PlanError
-from dynquant.formats.quant_types import QUANT_TYPES, fit_to_row
+from dynquant.formats.quant_types import QUANT_TYPES, QuantType, fit_to_row
 from dynquant.formats.storage_format import Choice
 
 
@@ -244,8 +244,10 @@ def _counting_order(name: str) -> tuple[int, bytes]:
 class _Mixture:
     """One file type applied to one model: counts tensors per category as llama-quantize does."""
 
-    def __init__(self, file_type: str, names: Sequence[str], hyper: HyperParams) -> None:
-        self.file_type = file_type
+    def __init__(
+        self, file_type: str, names: Sequence[str], hyper: HyperParams, fallbacks: Collection[QuantType]
+    ) -> None:
+        self.file_type, self.fallbacks = file_type, fallbacks
         self.base = LLAMA_FTYPES[file_type].base
         self.hyper = hyper
         self.is_tied = OUTPUT_NAME not in names
@@ -264,7 +266,7 @@ class _Mixture:
         if QUANT_TYPES[self.base].is_float:
             return Choice(self.base, f"llama.cpp {self.file_type}: all matrices")
         mixed = self._mixed(name, shape)
-        fitted, misfit = fit_to_row(QUANT_TYPES[mixed.type], shape[-1])
+        fitted, misfit = fit_to_row(QUANT_TYPES[mixed.type], shape[-1], self.fallbacks)
         reason = f"llama.cpp {self.file_type}: {mixed.reason}" + (f"; {misfit}" if misfit else "")
         return Choice(fitted.name, reason)
 
@@ -322,21 +324,26 @@ def file_type_name(ftype: str) -> str:
 
 
 def llama_tensor_types(
-    ftype: str, tensors: Iterable[tuple[str, Sequence[int]]], hyper: HyperParams, *, overridden: Container[str] = ()
+    ftype: str,
+    tensors: Iterable[tuple[str, Sequence[int]]],
+    hyper: HyperParams,
+    *,
+    overridden: Container[str] = (),
+    fallbacks: Collection[QuantType] = (),
 ) -> dict[str, Choice]:
     """Return the types that llama-quantize gives to a model's tensors for a file type, in the order of `tensors`.
 
     `ftype` is a key of `LLAMA_FTYPES` in any case, or `q3_k`, `q4_k`, `q5_k` for their `_m` mixtures; `tensors` are all
     GGUF names with shapes, row length last; `n_head_kv` of `hyper` is 1 for MLA, as llama.cpp's converter writes it.
     Names in `overridden` get their type by hand: they are not in the answer, nor counted by rules that count tensors,
-    as in llama-quantize. What llama-quantize leaves alone is F32.
+    as in llama-quantize. What llama-quantize leaves alone is F32. `fallbacks` are those of `fit_to_row`.
 
     Raises:
         PlanError: no such file type.
     """
     file_type = file_type_name(ftype)
     shapes = {name: tuple(shape) for name, shape in tensors}
-    mixture = _Mixture(file_type, list(shapes), hyper)
+    mixture = _Mixture(file_type, list(shapes), hyper, fallbacks)
     left = [name for name in shapes if name not in overridden]
     choices = {name: mixture.choose(name, shapes[name]) for name in sorted(left, key=_counting_order)}
     return {name: choices[name] for name in left}

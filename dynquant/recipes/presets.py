@@ -14,13 +14,13 @@ gpustack issue 1107). Of the other three only sizes are published (158, 183, 212
 projections are the types that meet those sizes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import Role, layer_of
 from dynquant.errors import PlanError
-from dynquant.formats.quant_types import QUANT_TYPES, quant_type
+from dynquant.formats.quant_types import QUANT_TYPES, QuantType, fit_to_row, quant_type
 from dynquant.formats.storage_format import Choice
 from dynquant.recipes.held_types import MTP_TYPE, held_types, matrices
 from dynquant.recipes.llama_mixtures import llama_tensor_types
@@ -50,13 +50,34 @@ _R1_PRECISE = {
 _FLOATS = ("f32", "f16", "bf16")
 
 
-def preset_types(preset: str, model: Model, *, mtp_type: str = MTP_TYPE) -> dict[str, Choice]:
-    """Return wanted type and reason of every matrix; row-length fallbacks are applied by the plan builder. `mtp_type`
-    is that of layers that predict tokens ahead.
+def preset_types(
+    preset: str, model: Model, *, mtp_type: str = MTP_TYPE, fallbacks: Collection[QuantType] = ()
+) -> dict[str, Choice]:
+    """Return wanted type and reason of every matrix. `mtp_type` is that of layers that predict tokens ahead.
+
+    What does not fit its rows is replaced by the plan builder, or here where there are `fallbacks` to choose from.
 
     Raises:
         PlanError: unknown preset, or an R1 recipe for a model without routed experts.
     """
+    name = preset.lower()
+    if name.startswith("llama-"):
+        tensors = [(tensor, model.source.info(tensor).shape) for tensor in model.source.names()]
+        return llama_tensor_types(name.removeprefix("llama-"), tensors, model.hyper, fallbacks=fallbacks)
+    return with_fallbacks(_wanted_types(preset, model, mtp_type), model, fallbacks)
+
+
+def with_fallbacks(types: Mapping[str, Choice], model: Model, fallbacks: Collection[QuantType]) -> dict[str, Choice]:
+    """Return the types with those that do not fit their rows replaced, if there are `fallbacks` to choose from."""
+
+    def fitted(name: str, choice: Choice) -> Choice:
+        stored, why = fit_to_row(quant_type(choice.type), model.source.info(name).shape[-1], fallbacks)
+        return choice if why is None else Choice(stored.name, f"{choice.reason}; {why}")
+
+    return {name: fitted(name, choice) for name, choice in types.items()} if fallbacks else dict(types)
+
+
+def _wanted_types(preset: str, model: Model, mtp_type: str) -> dict[str, Choice]:
     name, names = preset.lower(), matrices(model)
     if name == "f32":
         names += [tensor for tensor, role in model.roles.items() if role is Role.VISION_PATCH]
@@ -71,9 +92,6 @@ def preset_types(preset: str, model: Model, *, mtp_type: str = MTP_TYPE) -> dict
         return _r1(_R1Recipe(crushed, crushed, crushed), roles, name) | held
     if name in R1_RECIPES:
         return _r1(R1_RECIPES[name], roles, name) | held
-    if name.startswith("llama-"):
-        tensors = [(tensor, model.source.info(tensor).shape) for tensor in model.source.names()]
-        return llama_tensor_types(name.removeprefix("llama-"), tensors, model.hyper)
     raise PlanError(
         f"There is no preset `{preset}`. Presets are f32, f16, bf16, {', '.join(R1_RECIPES)}, uniform-TYPE (as "
         "uniform-iq2_xxs), experts-TYPE and llama-FTYPE (as llama-q4_k_m)."

@@ -15,7 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def _act_quant_kernel(
-    x_ptr, q_ptr, d_ptr, stride_xm, K, IS_FIXED16: tl.constexpr, GROUPS: tl.constexpr, PDL: tl.constexpr
+    x_ptr, q_ptr, d_ptr, stride_xm, K, padded_K, IS_FIXED16: tl.constexpr, GROUPS: tl.constexpr, PDL: tl.constexpr
 ):
     if PDL:
         # The product may only start to read weights once whatever wrote them is done: wait first.
@@ -29,38 +29,40 @@ def _act_quant_kernel(
     # Infinite or missing activations make the scale, and so every sum over the group, not a number.
     poison = tl.sum(x, axis=1) * 0.0
     unit = k // 16
-    place = (unit % 8 * (K // 128) + unit // 8) * 16 + k % 16
+    place = (unit % 8 * (padded_K // 128) + unit // 8) * 16 + k % 16
     if IS_FIXED16:
         exponent = tl.maximum(tl.minimum((largest.to(tl.int32, bitcast=True) >> 23) & 255, 254), 16)
         d = ((exponent - 13) << 23).to(tl.float32, bitcast=True)
         inverse = ((267 - exponent) << 23).to(tl.float32, bitcast=True)
         v = tl.floor(x * inverse[:, None] + 0.5).to(tl.int32)  # 2^14 at most
         high = (v + 128) >> 8  # rounded, so that the low byte is signed
-        base = q_ptr + m * 2 * K
+        base = q_ptr + m * 2 * padded_K
         tl.store(base + place, high.to(tl.int8), mask=k < K)
-        tl.store(base + K + place, (v - high * 256).to(tl.int8), mask=k < K)
+        tl.store(base + padded_K + place, (v - high * 256).to(tl.int8), mask=k < K)
     else:
         d = largest / 127.0
         inverse = tl.where(largest > 0.0, 127.0 / largest, 0.0)
         v = tl.floor(x * inverse[:, None] + 0.5)
         v = tl.minimum(tl.maximum(v, -127.0), 127.0).to(tl.int32)
-        tl.store(q_ptr + m * K + place, v.to(tl.int8), mask=k < K)
+        tl.store(q_ptr + m * padded_K + place, v.to(tl.int8), mask=k < K)
     d += poison
-    tl.store(d_ptr + m * (K // 32) + group, d, mask=group < K // 32)
+    tl.store(d_ptr + m * (padded_K // 32) + group, d, mask=group < K // 32)
 
 
 def quantize_activations(x: Tensor, act: str, *, padded_rows: int = 0, pdl: bool = False) -> tuple[Tensor, Tensor]:
-    """x [M, K] -> bytes int8 [M, P, K], in the order of `bit_words`, and scales float32 [M, K / 32].
+    """x [M, K] -> bytes int8 [M, P, K'], in the order of `bit_words`, and scales float32 [M, K' / 32].
 
-    `act` is "int8" (P = 1) or "bf16" (P = 2: 16-bit fixed point, no worse than bf16 products). K % 128 == 0.
-    Both get `padded_rows` rows if that is more; what lies beyond M is not written.
+    `act` is "int8" (P = 1) or "bf16" (P = 2: 16-bit fixed point, no worse than bf16 products). K % 32 == 0, and K' is
+    the next multiple of 128. Both get `padded_rows` rows if that is more; what lies beyond M and K is not written.
     `pdl` lets the next kernel start early (programmatic dependent launch); that kernel must wait, as `gemv` does.
     """
     row_length, is_fixed16 = x.shape[1], act == "bf16"
     rows = max(len(x), padded_rows)
-    q = torch.empty(rows, 1 + is_fixed16, row_length, dtype=torch.int8, device=x.device)
-    d = torch.empty(rows, row_length // 32, dtype=torch.float32, device=x.device)
+    padded_length = triton.cdiv(row_length, 128) * 128
+    q = torch.empty(rows, 1 + is_fixed16, padded_length, dtype=torch.int8, device=x.device)
+    d = torch.empty(rows, padded_length // 32, dtype=torch.float32, device=x.device)
     groups = 16  # of a program: 512 values, four a thread
     grid = (triton.cdiv(row_length, 32 * groups), len(x))
-    _act_quant_kernel[grid](x, q, d, x.stride(0), row_length, is_fixed16, groups, pdl, num_warps=4, launch_pdl=pdl)
+    sizes = x.stride(0), row_length, padded_length
+    _act_quant_kernel[grid](x, q, d, *sizes, is_fixed16, groups, pdl, num_warps=4, launch_pdl=pdl)
     return q, d

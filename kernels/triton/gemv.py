@@ -18,6 +18,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from dynquant.formats.quant_types import QUANT_TYPES, quant_type
+from dynquant.kernels import shapes
 from dynquant.kernels.planes import PLANES, plane_starts
 from dynquant.kernels.triton.activations import quantize_activations
 from dynquant.kernels.triton.bit_chunks import crumb_chunk, neighbour_chunk, nibble_chunk, plain_chunk, table_chunk
@@ -77,8 +78,9 @@ def gemv_kernel(
     pid_n, pid_k = tl.program_id(0) // x_blocks, tl.program_id(1)
     first_m = tl.program_id(0) % x_blocks * M
     x_row = first_m // slots if ROUTED else first_m
-    xq_ptr += x_row.to(tl.int64) * (P * K // 4)
-    xd_ptr += x_row * (K // 32)
+    padded_K: tl.constexpr = (K + 127) // 128 * 128
+    xq_ptr += x_row.to(tl.int64) * (P * padded_K // 4)
+    xd_ptr += x_row * (padded_K // 32)
     row_blocks: tl.constexpr = K // BLOCK
     blocks = N.to(tl.int64) * row_blocks
     first = pid_n.to(tl.int64) * BN * row_blocks
@@ -104,7 +106,12 @@ def gemv_kernel(
         block = rows * row_blocks + chunk * CHUNK // BLOCK
         # Not by way of variables, in which Triton makes tensors of constants.
         parts = MULTIPLY(
-            Weights(w_ptr, blocks, first, STARTS), block, chunk, Inputs(xq_ptr, xd_ptr, valid, K, M, P), grid_ptr, TYPE
+            Weights(w_ptr, blocks, first, STARTS),
+            block,
+            chunk,
+            Inputs(xq_ptr, xd_ptr, valid, padded_K, M, P),
+            grid_ptr,
+            TYPE,
         )
         new = ()
         for m in tl.static_range(M):
@@ -138,8 +145,8 @@ def supports(type_name: str, x: Tensor) -> bool:
 
 def takes(type_name: str, x: Tensor) -> bool:
     """Return whether the kernel takes these activations, however many rows they have."""
-    has_rows = x.dim() == 2 and x.shape[1] % 256 == 0
-    return type_name in _CHUNKS and has_rows and x.dtype in (torch.bfloat16, torch.float16)
+    has_rows = type_name in _CHUNKS and x.dim() == 2 and x.shape[1] % QUANT_TYPES[type_name].block_size == 0
+    return has_rows and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def linear(x: Tensor, weight: Tensor, type_name: str, act: str = "bf16", config: GemvConfig | None = None) -> Tensor:
@@ -151,7 +158,7 @@ def linear(x: Tensor, weight: Tensor, type_name: str, act: str = "bf16", config:
         ValueError: `supports` is false, `act` is unknown, or the rows of `weight` are not K weights of the type.
     """
     if not supports(type_name, x):
-        shape = f"[1-{MAX_ROWS}, 256 * n]"
+        shape = f"[1-{MAX_ROWS}, whole blocks]"
         raise ValueError(f"`x` must be bf16 or fp16 {shape} for {type_name}, got {x.dtype} {[*x.shape]}")
     if act not in ACTIVATIONS:
         raise ValueError(f"`act` must be one of {', '.join(ACTIVATIONS)}, got `{act}`")
@@ -197,7 +204,8 @@ def multiply(
     (xq, xd), split, device = integers, config.split, weight.device
     target = y if split == 1 else y.new_empty(split, *y.shape, dtype=torch.float32)
     num_experts, slots = (1, 1) if ids is None else (len(weight), len(y) // len(xq))
-    constants = kernel_constants(type_name, xq.shape[1], xq.shape[2], config, routed=ids is not None)
+    row_length = shapes.row_length(weight, QUANT_TYPES[type_name])
+    constants = kernel_constants(type_name, xq.shape[1], row_length, config, routed=ids is not None)
     grid = (triton.cdiv(y.shape[1], config.bn) * triton.cdiv(len(y), config.rows), split)
     gemv_kernel[grid](
         weight, xq.view(torch.int32), xd, table(type_name, device), target, xd if ids is None else ids,

@@ -19,6 +19,7 @@ from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.inputs.text import CalibrationText, pack_windows, read_text
 from dynquant.running.expert_hooks import record_experts
 from dynquant.running.load import load_hf, load_tokenizer
+from dynquant.running.weight_inputs import named_inputs
 from dynquant.session import ignore_progress
 from tests.helpers.calibrating import calibrate
 from tests.helpers.commands import linked_copy
@@ -61,7 +62,7 @@ def stats(moe, windows):
 def collect(model, windows, *, batch_size=4, progress=ignore_progress, **options):
     provenance = StatsProvenance(fingerprint="f" * 64, text_hash="0" * 64, text_name="test")
     found = collect_statistics(
-        model, ModelInputs(windows, batch_size), arch="deepseek2", n_layer=N_LAYER, provenance=provenance,
+        model, ModelInputs(windows, batch_size), names=named_inputs(model, "deepseek2", N_LAYER), provenance=provenance,
         options=StatisticsOptions(**options), progress=progress,
     )  # fmt: skip
     return found.stats

@@ -26,6 +26,7 @@ from dynquant.running.stored_experts import StoredExperts
 from dynquant.running.streaming.layer_stream import LayerStream
 from dynquant.running.streaming.staged_passes import HiddenStates, StagedPasses
 from dynquant.running.streaming.stream_memory import Workload, fit_within
+from dynquant.running.weight_inputs import weight_inputs
 from dynquant.session import Session, ignore_progress
 from tests.helpers.calibrating import calibrate
 from tests.helpers.commands import run
@@ -175,15 +176,16 @@ def test_logits_are_bit_equal(name, keeps_experts, dtype, tiny_text):
 @pytest.mark.parametrize("name", ["llama-tied", "moe"])
 def test_sensitivities_are_equal(name, moe, tiny_text, tmp_path):
     model = moe if name == "moe" else open_model(tiny_text(name))
-    arch, layers = model.arch, model.hyper.n_layer
     inputs = text_inputs(model, None, tokens=300, window=100, batch_size=2)
     (tmp_path / "states").mkdir()
     stream = LayerStream(model)
     with stream.running():
         found = streamed_sensitivity(
-            StagedPasses(stream, inputs.windows.split(2), tmp_path / "states"), arch, layers, seed=3
-        )
-    assert found == output_sensitivity(load_hf(model), arch, layers, inputs, seed=3)
+            StagedPasses(stream, inputs.windows.split(2), tmp_path / "states"),
+            weight_inputs(model, stream.hf_model), seed=3,
+        )  # fmt: skip
+    whole = load_hf(model)
+    assert found == output_sensitivity(whole, weight_inputs(model, whole), inputs, seed=3)
     assert not any((tmp_path / "states").iterdir())
 
 
@@ -193,8 +195,8 @@ def test_a_gpu_streams_sensitivities_too(moe, cuda, tmp_path):
     stream, whole = LayerStream(moe, device=str(cuda)), load_hf(moe, dtype=torch.float32, device=str(cuda))
     with stream.running():
         passes = StagedPasses(stream, inputs.windows.split(2), tmp_path)
-        found, _ = streamed_sensitivity(passes, moe.arch, moe.hyper.n_layer, seed=3)
-    expected, _ = output_sensitivity(whole, moe.arch, moe.hyper.n_layer, inputs, seed=3)
+        found, _ = streamed_sensitivity(passes, weight_inputs(moe, stream.hf_model), seed=3)
+    expected, _ = output_sensitivity(whole, weight_inputs(moe, whole), inputs, seed=3)
     assert found == pytest.approx(expected, rel=1e-3)
 
 
@@ -204,10 +206,11 @@ def test_super_weights_are_ablated_in_a_stream(moe):
     stream = LayerStream(moe)
     with stream.running():
         found = find_super_weights(
-            stream.hf_model, moe.arch, moe.hyper.n_layer, windows[0], zeroed=stream.zeroed, **low
+            stream.hf_model, weight_inputs(moe, stream.hf_model), windows[0], zeroed=stream.zeroed, **low
         )
     assert len(found) == 3
-    assert found == find_super_weights(load_hf(moe), moe.arch, moe.hyper.n_layer, windows[0], **low)
+    whole = load_hf(moe)
+    assert found == find_super_weights(whole, weight_inputs(moe, whole), windows[0], **low)
 
 
 @pytest.mark.parametrize("keeps_experts", [True, False])
@@ -245,6 +248,7 @@ from torch.nn import functional
 from dynquant.running.streaming.stream_memory import resident_memory
 from dynquant.running.stored_experts import StoredExperts
 from dynquant.checkpoints.safetensors_source import StoredValues
+from dynquant.running.weight_inputs import weight_inputs
 
 kept = StoredValues(torch.zeros(64, 2048, 1024, dtype=torch.bfloat16))
 experts = StoredExperts((64, 2048, 1024), None, torch.empty(2048 * 1024), (kept,))

@@ -35,6 +35,7 @@ from dynquant.running.linear_hooks import sampled_log_probability
 from dynquant.running.live_weights import LiveWeights
 from dynquant.running.load import load_hf, load_tokenizer
 from dynquant.running.streaming.layer_replay import LayerReplay
+from dynquant.running.weight_inputs import weight_inputs
 from dynquant.session import SILENT
 from tests.helpers.evaluating import evaluated
 
@@ -81,7 +82,8 @@ def store(model, calibrated):
 def table(model, calibrated, store, windows):
     stats, _ = calibrated
     measured = build_error_table(ErrorMeter(model, stats, store.encoder), TYPES, stats_hash="stats")
-    found = output_sensitivity(load_hf(model), model.arch, model.hyper.n_layer, ModelInputs(windows[:4]))
+    hf_model = load_hf(model)
+    found = output_sensitivity(hf_model, weight_inputs(model, hf_model), ModelInputs(windows[:4]))
     return measured.with_sensitivity(*found)
 
 

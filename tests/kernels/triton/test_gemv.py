@@ -51,6 +51,9 @@ OTHER_FORMS = [
     case("IQ2_XS", 2, 512, "int8", bn=2, split=2),
     case("Q8_0", 5, 256, "bf16", rows=3),
     case("Q4_0", 16, 256, "int8", rows=8),
+    case("Q2_0", 2, 576, "bf16"),
+    case("Q1_0", 3, 1408, "int8", split=2),
+    case("IQ4_NL", 2, 288, "bf16", warps=2),
 ]
 
 PRODUCTS = {
@@ -113,7 +116,7 @@ def test_what_kernels_cannot_multiply_is_refused():
     x = torch.zeros(1, 512, dtype=torch.bfloat16)
     assert gemv.supports("Q4_K", x)
     assert not gemv.supports("BF16", x)
-    assert not gemv.supports("Q8_0", x[:, :288]) and not gemv.supports("Q8_0", x.float())
+    assert not gemv.supports("Q8_0", x[:, :48]) and not gemv.supports("Q8_0", x.float())
     assert not gemv.supports("Q4_K", x.expand(5, 512))
     weight = torch.zeros(3, 288, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"1-4"):
