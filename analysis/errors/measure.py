@@ -33,8 +33,9 @@ from dynquant.formats.checksum import checksum
 from dynquant.formats.quant_types import QUANT_TYPES, QuantType, candidates_for_row
 from dynquant.formats.storage_format import StorageFormat
 from dynquant.recipes.held_types import planned_matrices
+from dynquant.resources import usable_cores
 from dynquant.session import Progress, ignore_progress
-from dynquant.workers import side_by_side
+from dynquant.workers import can_fork, in_processes, side_by_side
 
 Formats = Mapping[str, tuple[TensorInfo | LinearLayer, Mapping[StorageFormat, tuple[str, ...]]]]
 """Name -> its tensor, and the formats that this is measured in, each with the candidate types that lead to it."""
@@ -120,9 +121,18 @@ class ErrorMeter(Meter):
         return [ErrorPart(name, shape, range(prod(shape[:-2])), types)]
 
     def measured(self, parts: Iterable[ErrorPart]) -> Iterator[tuple[ErrorPart, Sums]]:
-        """Measure parts side by side; on a GPU one by one, while the next ones are read."""
+        """Measure parts side by side; on a GPU one by one, while the next ones are read.
+
+        On a CPU drawn rows are measured in processes, the largest tensors first: much of their work is short steps in
+        Python.
+        """
         memory = {"cost": self._bytes_in_memory, "budget": _BYTES_AT_ONCE}
-        if self.device.type == "cpu":
+        is_on_cpu, threads = self.device.type == "cpu", self.threads or usable_cores()
+        if is_on_cpu and self.sampling is not None and threads > 1 and can_fork():
+            by_work = sorted(parts, key=lambda part: part.num_weights * len(part.types), reverse=True)
+            yield from in_processes(self.sums, by_work, threads, **memory)
+            return
+        if is_on_cpu:
             yield from side_by_side(lambda part: (part, self.sums(part)), parts, self.threads, **memory)
             return
         for part, content in side_by_side(lambda part: (part, self.read(part)), parts, self.threads, **memory):
