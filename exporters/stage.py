@@ -17,7 +17,12 @@ from dynquant.encoding.parts import PartLimits
 from dynquant.encoding.remote import EncoderChoice, RemoteEncoding, StoredFiles
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import ExportError, PlanError
-from dynquant.evaluation.agreement.same_computation import check_base_gguf
+from dynquant.evaluation.agreement.same_computation import (
+    SameComputation,
+    check_computation,
+    check_written,
+    is_converted,
+)
 from dynquant.exporters.closing_pass import TuneOptions, closing_pass_of, tune_file
 from dynquant.exporters.compressed_tensors import check_is_free, export_compressed_tensors
 from dynquant.exporters.gguf import check_parts, export_gguf, with_mmproj_type
@@ -57,7 +62,9 @@ def export(options: ExportOptions, session: Session = SILENT) -> Exported:
     is_vllm = options.format == "compressed-tensors"
     plan = None if options.plan is None else Plan.load(options.plan, "vllm" if is_vllm else "gguf")
     with open_ray(options.ray) if options.ray else nullcontext() as pool:
-        model = open_language_model(options.model, session) if is_vllm else _opened(options, plan, session)
+        model, compared = (
+            (open_language_model(options.model, session), None) if is_vllm else _opened(options, plan, session)
+        )
         checkpoint = linear_checkpoint(model) if is_vllm else None
         if model.has_vision and options.format == "gguf":
             check_parts(model, session)
@@ -100,16 +107,17 @@ def export(options: ExportOptions, session: Session = SILENT) -> Exported:
             files = export_gguf(encoding, options.output, split_max_bytes=split)
         else:
             files = export_safetensors(encoding, options.output, shard_max_bytes=split)
+    if options.format == "gguf" and compared is None and is_converted(model):
+        check_written(model, files[0], session, allow_difference=options.allow_difference)
     return Exported(files, plan.num_weights)
 
 
-def _opened(options: ExportOptions, plan: Plan | None, session: Session) -> Model:
-    """Return the model with the layers that the plan names, after a check of its base GGUF."""
+def _opened(options: ExportOptions, plan: Plan | None, session: Session) -> tuple[Model, SameComputation | None]:
+    """Return the model with the layers that the plan names, and how llama.cpp compares with transformers on it."""
     mtp = options.mtp and (plan is None or bool(mtp_layers(entry.name for entry in plan.entries)))
     model = open_and_announce(options.model, session, base_gguf=options.base_gguf, mtp=mtp)
     folder = options.plan.parent if options.plan is not None else None
-    check_base_gguf(model, session, folder=folder, allow_difference=options.allow_difference)
-    return model
+    return model, check_computation(model, session, folder=folder, allow_difference=options.allow_difference)
 
 
 def _check(options: ExportOptions) -> None:

@@ -153,6 +153,19 @@ def layout(
     return [_place(header, group) for header, group in zip(_headers(model.arch, fields, groups), groups, strict=True)]
 
 
+def write_float32(model: Model, path: Path) -> Path:
+    """Write all tensors as F32, one in memory at a time, and return `path`; for a file that does not last."""
+    tensors = [TensorSpec(name, model.source.info(name).shape, "F32") for name in model.source.names()]
+    (file,) = layout(model, tensors, Provenance(model.fingerprint, "all F32"))
+    with path.open("wb") as target:
+        target.write(file.header)
+        for placement in file.placements:
+            target.seek(placement.offset)
+            target.write(model.source.load(placement.tensor.name).contiguous().numpy().tobytes())
+        target.truncate(file.total_bytes)
+    return path
+
+
 def split_paths(output: Path, count: int) -> list[Path]:
     """The names of `count` files, as llama.cpp expects them: `NAME-00001-of-0000N.gguf`."""
     if count == 1:

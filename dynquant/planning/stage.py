@@ -16,7 +16,7 @@ from dynquant.checkpoints.tensor_roles import Role
 from dynquant.checkpoints.tensor_source import TensorSource
 from dynquant.checkpoints.vision_names import VISION, part_of
 from dynquant.errors import CheckpointError, PlanError
-from dynquant.evaluation.agreement.same_computation import check_base_gguf
+from dynquant.evaluation.agreement.same_computation import check_computation
 from dynquant.families.linear_layers import linear_checkpoint
 from dynquant.families.open import open_and_announce, open_language_model
 from dynquant.formats.checksum import checksum
@@ -62,7 +62,7 @@ def _plan_types(options: PlanOptions, session: Session) -> Plan:
     candidates = [quant_type(name).name for name in target.types] or DEFAULT_TYPES
     types = tuple(dict.fromkeys((*candidates, *(name for name, _ in (fixed_types or {}).values()))))
     search = _search_of(options) if fixed_types is None else None  # before hours of measuring
-    compared = check_base_gguf(model, session, folder=directory, allow_difference=options.allow_difference)
+    compared = check_computation(model, session, folder=directory, allow_difference=options.allow_difference)
     if compared is not None:
         directory.mkdir(parents=True, exist_ok=True)
         compared.save(directory / file_names.SAME_COMPUTATION_NAME)
