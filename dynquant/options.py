@@ -144,6 +144,9 @@ ModelPath = Annotated[str, Flag(MODEL_HELP, is_argument=True, show_default=False
 BaseGguf = Annotated[
     Path | None, Flag("F32/F16/BF16 GGUF by llama.cpp's converter, for architectures dynquant does not convert.")
 ]
+Mtp = Annotated[
+    bool, Flag("Keep the layers that predict tokens ahead (MTP); without them a file is smaller and drafts nothing.")
+]
 AllowDifference = Annotated[
     bool,
     Flag(

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from dynquant.errors import DeviceError, OptionError
@@ -22,6 +23,9 @@ _SPINNING = {*_WAITING, "GOMP_SPINCOUNT"}
 _mapped_bytes = 0
 _cuda_peak = 0
 _cuda_allocations = 0
+_shared_bytes = 0
+_worker_bytes: dict[int, int] = {}
+"""Memory of worker processes beside what they share with this one, by their number."""
 
 
 def let_waiting_threads_sleep() -> None:
@@ -100,14 +104,51 @@ def traffic() -> tuple[int | None, int | None]:
         return None, None
 
 
-def peak_memory_bytes() -> int | None:
-    """The largest resident set until now; None on systems that do not tell."""
+@dataclass(frozen=True)
+class WorkerUse:
+    """Bytes that a forked process read from maps since it last told, and the most memory that it had of its own."""
+
+    process: int
+    mapped: int
+    memory: int
+
+
+def begin_worker() -> None:
+    """Count from here on what this process, which was forked, uses beside what it shares with the other."""
+    global _mapped_bytes, _shared_bytes
+    status = _memory_status()
+    _mapped_bytes, _shared_bytes = 0, status.get("VmRSS", 0) - status.get("RssFile", 0)
+
+
+def worker_use() -> WorkerUse:
+    """Return what the worker that this process is has used."""
+    global _mapped_bytes
+    status, mapped = _memory_status(), _mapped_bytes
+    _mapped_bytes = 0
+    memory = status.get("VmHWM", 0) - status.get("RssFile", 0) - _shared_bytes  # files in memory are shared
+    return WorkerUse(os.getpid(), mapped, max(0, memory))
+
+
+def count_worker(use: WorkerUse) -> None:
+    """Add what a worker has used; the system itself counts what it read and wrote otherwise."""
+    count_mapped(use.mapped)
+    _worker_bytes[use.process] = max(use.memory, _worker_bytes.get(use.process, 0))
+
+
+def _memory_status() -> dict[str, int]:
+    """Return the system's counts of memory in bytes; empty where it tells none."""
     try:
-        for line in _STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+        lines = [line.split() for line in _STATUS.read_text().splitlines()]
+        return {line[0].rstrip(":"): int(line[1]) * 1024 for line in lines if line[2:] == ["kB"]}
     except (OSError, ValueError):
-        pass
+        return {}
+
+
+def peak_memory_bytes() -> int | None:
+    """The largest resident set until now, with that of worker processes; None on systems that do not tell."""
+    peak = _memory_status().get("VmHWM")
+    if peak is not None:
+        return peak + sum(_worker_bytes.values())
     try:
         import resource
     except ImportError:

@@ -5,18 +5,27 @@ other keep all cores busy at any size, as long as what they run releases the GIL
 
 There is one level of threads: a piece that is cut further (`share`) gets those threads for it that have no piece of
 their own left to begin, so that few large pieces keep all cores busy as well as many small ones.
+
+Threads wait for each other where pieces are many short steps in Python; `in_processes` is for those.
 """
 
+import gc
+import multiprocessing
+import os
+import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-from dynquant.resources import usable_cores
+from dynquant.errors import WorkerError
+from dynquant.resources import WorkerUse, begin_worker, count_worker, usable_cores, worker_use
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -137,3 +146,78 @@ def side_by_side(
         while waiting:
             yield waiting[0][0].result()
             waiting.popleft()
+
+
+def can_fork() -> bool:
+    """Return whether `in_processes` works here: elsewhere libraries of the system forbid copies of a process."""
+    return sys.platform == "linux"
+
+
+def in_processes(
+    function: Callable[[Item], Result],
+    items: Collection[Item],
+    workers: int | None = None,
+    *,
+    cost: Callable[[Item], float] = lambda item: 0,
+    budget: float = 0,
+) -> Iterator[tuple[Item, Result]]:
+    """Yield items with `function(item)` as they are done, computed by so many copies of this process.
+
+    Copies see all that this process holds when the first item is drawn, and share its memory; items and results travel
+    between them. `cost` and `budget` are those of `side_by_side`. Copies end with this process, also when it is killed,
+    and when nobody takes the rest.
+
+    Raises:
+        WorkerError: a copy was killed. What the function raised comes first.
+    """
+    workers, rest = max(1, min(workers or usable_cores(), len(items))), iter(items)
+    # Whoever holds the writing end of the pipe is waited for: this process alone.
+    living, life = os.pipe()
+    entering = {"initializer": _enter_copy, "initargs": (function, living, life)}
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), **entering)
+    pending: dict[Future[tuple[Any, WorkerUse]], tuple[Item, float]] = {}
+    item = next(rest, None)
+    try:
+        while item is not None or pending:
+            while item is not None and len(pending) < 2 * workers:
+                price = cost(item)
+                if pending and sum(spent for _, spent in pending.values()) + price > budget:
+                    break
+                pending[pool.submit(_work_in_copy, item)] = item, price
+                item = next(rest, None)
+            for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                result, use = future.result()
+                count_worker(use)
+                yield pending.pop(future)[0], result
+    except BrokenProcessPool as error:
+        raise WorkerError(
+            f"One of {workers} processes that worked side by side was killed, most often because the machine's memory "
+            "was used up. Give fewer --threads, or free memory, and run the same command again; what is done is kept."
+        ) from error
+    finally:
+        if not pending:
+            pool.shutdown()
+        os.close(life)  # ends copies that are still at work
+        pool.shutdown(cancel_futures=True)
+        os.close(living)
+
+
+_function_of_copy: Callable[[Any], Any]
+
+
+def _enter_copy(function: Callable[[Any], Any], living: int, life: int) -> None:
+    """Make a forked process a worker: silent at Ctrl-C, with one thread, and gone when the other process is."""
+    global _function_of_copy
+    _function_of_copy = function
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.set_wakeup_fd(-1)
+    os.close(life)
+    threading.Thread(target=lambda: os.read(living, 1) or os._exit(1), daemon=True).start()
+    torch.set_num_threads(1)
+    gc.freeze()  # a collection would write to objects that are shared
+    begin_worker()
+
+
+def _work_in_copy(item: Any) -> tuple[Any, WorkerUse]:
+    return _function_of_copy(item), worker_use()

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
-from dynquant.checkpoints.tensor_roles import Role, layer_of, role_of
+from dynquant.checkpoints.tensor_roles import Role, layer_of, mtp_layers, role_of
 from dynquant.errors import ExportError, StatsError
 from dynquant.evaluation.distributions import Distributions
 from dynquant.evaluation.statistics import block_sums
@@ -127,7 +127,8 @@ def tune_file(
 def check_original(model: Model, file: GGUFSource, path: Path) -> None:
     """Refuse a quantized file of another model. Raises ExportError: other layers or shapes; the first is named."""
     sides = [{name: list(source.info(name).shape) for name in source.names()} for source in (file, model.source)]
-    layers = [max((layer_of(name) or 0 for name in shapes), default=0) for shapes in sides]
+    ahead = mtp_layers(sides[1])
+    layers = [max(({layer_of(name) or 0 for name in shapes} - ahead), default=0) for shapes in sides]
     difference = next(
         (
             f"`{name}` is {shape} and {sides[1][name]}"

@@ -15,6 +15,7 @@ from dynquant.options import (
     Fallback,
     Flag,
     ModelPath,
+    Mtp,
     Only,
     Options,
     Preset,
@@ -90,6 +91,7 @@ class ExportOptions(Options):
         bool, Flag("With --ray: send weights and statistics to workers that cannot read them by path.")
     ] = False
     base_gguf: BaseGguf = None
+    mtp: Mtp = True
     allow_difference: AllowDifference = False
 
 

@@ -11,12 +11,18 @@ from dynquant.calibration.stage import StatsFile, statistics_at
 from dynquant.checkpoints.gguf_layout import recorded_encoder
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
+from dynquant.checkpoints.tensor_roles import mtp_layers
 from dynquant.encoding.interface import ProtectedWeight
 from dynquant.encoding.parts import PartLimits
 from dynquant.encoding.remote import EncoderChoice, RemoteEncoding, StoredFiles
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import ExportError, PlanError
-from dynquant.evaluation.agreement.same_computation import check_base_gguf
+from dynquant.evaluation.agreement.same_computation import (
+    SameComputation,
+    check_computation,
+    check_written,
+    is_converted,
+)
 from dynquant.exporters.closing_pass import TuneOptions, closing_pass_of, tune_file
 from dynquant.exporters.compressed_tensors import check_is_free, export_compressed_tensors
 from dynquant.exporters.gguf import check_parts, export_gguf, with_mmproj_type
@@ -31,7 +37,7 @@ from dynquant.formats.vllm_schemes import SCHEMES
 from dynquant.inputs.model_inputs import check_context
 from dynquant.inputs.text import pack_windows, read_text
 from dynquant.planning.target import Target
-from dynquant.recipes.build_plan import plan_for_vllm, plan_from_types, uniform_schemes
+from dynquant.recipes.build_plan import plan_for_vllm, plan_from_types, plan_of_rest, uniform_schemes
 from dynquant.recipes.folder import load_super_weights, stats_of_plan
 from dynquant.recipes.plan import Plan
 from dynquant.recipes.presets import preset_types
@@ -56,12 +62,9 @@ def export(options: ExportOptions, session: Session = SILENT) -> Exported:
     is_vllm = options.format == "compressed-tensors"
     plan = None if options.plan is None else Plan.load(options.plan, "vllm" if is_vllm else "gguf")
     with open_ray(options.ray) if options.ray else nullcontext() as pool:
-        if is_vllm:
-            model = open_language_model(options.model, session)
-        else:
-            model = open_and_announce(options.model, session, base_gguf=options.base_gguf)
-            folder = options.plan.parent if options.plan is not None else None
-            check_base_gguf(model, session, folder=folder, allow_difference=options.allow_difference)
+        model, compared = (
+            (open_language_model(options.model, session), None) if is_vllm else _opened(options, plan, session)
+        )
         checkpoint = linear_checkpoint(model) if is_vllm else None
         if model.has_vision and options.format == "gguf":
             check_parts(model, session)
@@ -78,6 +81,8 @@ def export(options: ExportOptions, session: Session = SILENT) -> Exported:
         else:
             stats = stats_of_plan(plan.stats_hash, options.stats or options.plan.parent / STATS_NAME)
             protected = _protected(options.plan.with_name(SUPER_NAME), plan)
+            if not options.mtp:
+                plan = plan_of_rest(model, plan, stats and stats.stats)
         if options.mmproj_type is not None:
             plan = with_mmproj_type(model, plan, options.mmproj_type, stats and stats.stats)
         encoding = Encoding(
@@ -102,7 +107,17 @@ def export(options: ExportOptions, session: Session = SILENT) -> Exported:
             files = export_gguf(encoding, options.output, split_max_bytes=split)
         else:
             files = export_safetensors(encoding, options.output, shard_max_bytes=split)
+    if options.format == "gguf" and compared is None and is_converted(model):
+        check_written(model, files[0], session, allow_difference=options.allow_difference)
     return Exported(files, plan.num_weights)
+
+
+def _opened(options: ExportOptions, plan: Plan | None, session: Session) -> tuple[Model, SameComputation | None]:
+    """Return the model with the layers that the plan names, and how llama.cpp compares with transformers on it."""
+    mtp = options.mtp and (plan is None or bool(mtp_layers(entry.name for entry in plan.entries)))
+    model = open_and_announce(options.model, session, base_gguf=options.base_gguf, mtp=mtp)
+    folder = options.plan.parent if options.plan is not None else None
+    return model, check_computation(model, session, folder=folder, allow_difference=options.allow_difference)
 
 
 def _check(options: ExportOptions) -> None:
@@ -120,6 +135,7 @@ def _check(options: ExportOptions) -> None:
     if options.format == "compressed-tensors":
         options.refuse_unused("schemes of vLLM have an encoder of their own.", "encoder")
         flags = ("tune", "base_gguf", "max_memory", "ray")
+        options.refuse_unused("layers that predict tokens ahead stay as they are stored.", "mtp")
         if flag := next((flag for flag in flags if getattr(options, flag)), None):
             raise ExportError(f"--{flag.replace('_', '-')} is for GGUF files and packed safetensors; leave it out.")
     if (options.plan is None) == (options.preset is None):

@@ -1,13 +1,23 @@
 """Work side by side: order, laziness, refusals, and PyTorch's threads."""
 
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
+from itertools import pairwise
+from multiprocessing import active_children
 from threading import Barrier
 
 import pytest
 import torch
 
-from dynquant.workers import share, side_by_side, torch_threads
+from dynquant.errors import EncodeError, WorkerError
+from dynquant.resources import peak_memory_bytes
+from dynquant.workers import can_fork, in_processes, share, side_by_side, torch_threads
+
+forks = pytest.mark.skipif(not can_fork(), reason="processes are not copied on this system")
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -121,3 +131,71 @@ def test_leaving_ends_pieces_between_two_shared_items() -> None:
     next(results)
     results.close()
     assert len(done) < 200
+
+
+@forks
+def test_processes_see_what_is_here_and_have_one_torch_thread() -> None:
+    here, torch_threads_before = torch.arange(100), torch.get_num_threads()
+
+    def work(item: int) -> tuple[int, int, int]:
+        time.sleep(0.01)
+        return int(here[item]), torch.get_num_threads(), os.getpid()
+
+    results = dict(in_processes(work, range(50), 3))
+    assert {item: result[:2] for item, result in results.items()} == {item: (item, 1) for item in range(50)}
+    processes = {result[2] for result in results.values()}
+    assert len(processes) == 3 and os.getpid() not in processes
+    assert torch.get_num_threads() == torch_threads_before and not active_children()
+
+
+@forks
+def test_memory_of_processes_counts() -> None:
+    before = peak_memory_bytes()
+    assert dict(in_processes(lambda size: float(torch.ones(size).sum()), [1 << 26], 2)) == {1 << 26: 1 << 26}
+    assert 2.5e8 < peak_memory_bytes() - before < 5e8, "268 MB, and no shared ones"
+
+
+@forks
+def test_an_exception_in_a_process_arrives_and_ends_the_others() -> None:
+    def fail(item: int) -> int:
+        if item:
+            time.sleep(1000)
+        raise EncodeError("`blk.0` holds NaN")
+
+    with pytest.raises(EncodeError, match="holds NaN"):
+        list(in_processes(fail, range(5), 2))
+    assert not active_children()
+
+
+@forks
+def test_a_killed_process_is_told_with_the_way_out() -> None:
+    def fall(item: int) -> int:
+        return os.kill(os.getpid(), signal.SIGKILL) or item
+
+    with pytest.raises(WorkerError, match=r"2 processes.*killed.*Give fewer --threads"):
+        list(in_processes(fall, range(5), 2))
+
+
+@forks
+def test_processes_keep_to_the_budget() -> None:
+    def work(item: int) -> tuple[float, float]:
+        start = time.monotonic()
+        time.sleep(0.02)
+        return start, time.monotonic()
+
+    times = list(dict(in_processes(work, range(4), 4, cost=lambda item: 2, budget=3)).values())
+    assert all(earlier[1] <= later[0] for earlier, later in pairwise(times))
+
+
+@forks
+def test_processes_end_with_the_one_that_is_killed() -> None:
+    code = (
+        "import os, time\nfrom dynquant.workers import in_processes\n"
+        "def work(item):\n    os.write(1, b'at work\\n')\n    time.sleep(100)\n"
+        "list(in_processes(work, range(4), 2))"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        begun = [process.stdout.readline() for _ in range(2)]
+        process.kill()
+        assert begun == ["at work\n"] * 2
+        assert process.stdout.read() == "", "the pipe is closed when nobody has it any more"

@@ -10,12 +10,13 @@ in the folder already are kept unless `--again` is given.
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
+import traceback
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ from dynquant.analysis.bench.random_architectures import ARCHITECTURES, LISTED, 
 from dynquant.calibration.options import CalibrationOptions
 from dynquant.calibration.stage import run_calibration
 from dynquant.calibration.statistics import CalibrationStats
+from dynquant.checkpoints.gguf_layout import write_float32
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import Role
-from dynquant.evaluation.agreement.same_computation import compare, mean_kl
+from dynquant.evaluation.agreement.same_computation import compare, is_converted, mean_kl
 from dynquant.evaluation.llama_cpp import LlamaCppRunner
 from dynquant.evaluation.runners import HuggingFaceRunner
 from dynquant.exporters.options import ExportOptions
@@ -44,14 +46,14 @@ from dynquant.recipes.plan import Plan
 from dynquant.running.live_weights import LiveWeights
 from dynquant.running.load import load_directory, load_hf, load_tokenizer
 from dynquant.session import Session
-from dynquant.storage.file_names import PLAN_NAME, SELECTION_NAME, STATS_NAME
+from dynquant.storage.file_names import PLAN_NAME, SAME_COMPUTATION_NAME, SELECTION_NAME, STATS_NAME
 
 COLUMNS = (
     "architecture", "opens as", "F32 in llama.cpp, KL", "plan at 4.5 bits", "experts calibrated",
     "matrices without statistics", "of unknown role", "selected KL, and the file's", "packed against decoded",
     "LoRA step", "streamed statistics",
 )  # fmt: skip
-_BITS, _WINDOW, _TOKENS, _SELECTION_TOKENS, _STREAMED_TOKENS = 4.5, 256, 4096, 2048, 512
+_BITS, _WINDOW, _TOKENS, _SELECTION_TOKENS, _STREAMED_TOKENS = 4.5, 256, 2048, 1024, 512
 _TYPES = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q8_0")
 _ROW_NAME = "row.json"
 _SECONDS = 900
@@ -60,14 +62,13 @@ _UNJUDGED = (Role.EMBEDDING, Role.PER_LAYER_EMBEDDING, Role.NORM, Role.ROUTER, R
 
 
 def main() -> None:
-    """Parse; judge one architecture here, or all in processes of their own."""
+    """Parse, judge, write the table after every row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="architectures; all without")
     parser.add_argument("--llama-cpp", type=Path, required=True, help="source tree of llama.cpp")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--again", action="store_true", help="judge what is judged already, too")
-    parser.add_argument("--here", action="store_true", help="judge the one name in this process")
     asked = parser.parse_args()
     names = asked.names or list(ARCHITECTURES)
     if unknown := [name for name in names if name not in ARCHITECTURES]:
@@ -75,40 +76,38 @@ def main() -> None:
     os.environ["LLAMA_CPP_DIR"] = str(asked.llama_cpp.resolve())
     if asked.threads is not None:
         torch.set_num_threads(asked.threads)
-    if asked.here:
-        _judge(names[0], asked.output / names[0], asked.threads)
-        return
     for name in names:
         folder = asked.output / name
         if asked.again or not (folder / _ROW_NAME).is_file():
-            _judge_apart(name, asked.output, asked.llama_cpp, asked.threads)
+            _judge_apart(name, folder, asked.threads)
         print(_line(name, _row(folder)), flush=True)
         (asked.output / "architectures.md").write_text(_report(asked.output, ARCHITECTURES))
 
 
-def _judge_apart(name: str, output: Path, tree: Path, threads: int | None) -> None:
-    """Judge one architecture in a process of its own, whose end is the reason of the cell in which it came."""
-    (output / name).mkdir(parents=True, exist_ok=True)
-    (output / name / _ROW_NAME).unlink(missing_ok=True)
-    command = [sys.executable, "-m", __spec__.name if __spec__ else __name__, name, "--here"]
-    command += ["--llama-cpp", str(tree), "-o", str(output), *(["--threads", str(threads)] if threads else [])]
-    with (output / name / "log.txt").open("w") as log:
-        environment = os.environ | {"GGML_NO_BACKTRACE": "1"}
-        try:
-            code = subprocess.run(command, stdout=log, stderr=log, env=environment, timeout=_SECONDS).returncode
-            ended = f"the process ended with {code}"
-        except subprocess.TimeoutExpired:
-            code, ended = 1, f"not done after {_SECONDS} s"
-    if code:
-        row = _row(output / name)
+def _judge_apart(name: str, folder: Path, threads: int | None) -> None:
+    """Judge one architecture in a process of its own, whose end is the reason of the cell in which it came.
+
+    It is forked: importing everything anew would take as long as the cells do.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _ROW_NAME).unlink(missing_ok=True)
+    process = get_context("fork").Process(target=_judge, args=(name, folder, threads))
+    process.start()
+    process.join(_SECONDS)
+    ended = f"not done after {_SECONDS} s" if process.is_alive() else f"the process ended with {process.exitcode}"
+    process.kill()
+    if process.exitcode:
+        row = _row(folder)
         column = next(column for column in COLUMNS[1:] if column not in row)
-        _save(output / name, row | {column: f"✗ {ended}"})
+        _save(folder, row | {column: f"✗ {ended}"})
 
 
 def _judge(name: str, folder: Path, threads: int | None) -> None:
-    """Fill the row of one architecture, cell by cell."""
+    """Fill the row of one architecture, cell by cell; what libraries say goes to log.txt."""
+    with (folder / "log.txt").open("w") as log:  # of C code, too
+        os.dup2(log.fileno(), sys.stdout.fileno())
+        os.dup2(log.fileno(), sys.stderr.fileno())
     warnings.simplefilter("ignore")
-    folder.mkdir(parents=True, exist_ok=True)
     row: dict[str, str] = {}
     started = time.process_time()
     candidate: _Candidate | None = None
@@ -124,7 +123,7 @@ def _judge(name: str, folder: Path, threads: int | None) -> None:
             row[column] = fill()
         except Exception as error:  # any failure is a finding
             row[column] = _reason(error)
-            print(f"{column}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            print(f"{column}:", *traceback.format_exception(error), file=sys.stderr, flush=True)
         _save(folder, row)
         if column == "opens as" and row[column].startswith("✗"):
             break
@@ -200,9 +199,13 @@ class _Candidate:
         return f"{self.model.arch}, {len(self.model.source.names())} tensors"
 
     def f32(self) -> str:
-        file = self.exported("f32.gguf", preset="f32")
-        kl = compare(self.model, file, self.session).kl
+        file = write_float32(self.model, self.folder / "f32.gguf")
+        compared = compare(self.model, file, self.session, logits=self._llama_logits)
         file.unlink()
+        if is_converted(self.model):  # the plan need not compare again
+            (self.folder / "plan").mkdir(exist_ok=True)
+            compared.save(self.folder / "plan" / SAME_COMPUTATION_NAME)
+        kl = compared.kl
         return f"{kl:.1e}" if kl < 1e-9 else f"✗ {kl:.1e}"
 
     def plan(self) -> str:
@@ -284,6 +287,14 @@ class _Candidate:
         ]
         worst = max(differences)
         return "equal" if worst == 0 else f"{'' if worst < 1e-5 else '✗ '}{worst:.1e}"
+
+    @staticmethod
+    def _llama_logits(file: Path, tokens: Sequence[int], threads: int | None) -> Tensor:
+        runner = LlamaCppRunner(file, threads=threads)  # in this process: it is the architecture's own
+        try:
+            return runner.window_logits(tokens)
+        finally:
+            runner.close()
 
     def _running(self, model: Model) -> HuggingFaceRunner:
         return HuggingFaceRunner(load_hf(model, dtype=torch.float32))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from dynquant.evaluation.distributions import Distributions, log_normalizers, log_probs_at
+from dynquant.evaluation.distributions import Distributions, compared, reduced
 from dynquant.evaluation.multiple_choice import EncodedQuestion, score_questions
 from dynquant.evaluation.runners import HuggingFaceRunner, open_runner
 from dynquant.inputs.model_inputs import Batch
@@ -57,18 +57,13 @@ def main() -> None:
 def reference(runner: HuggingFaceRunner, windows: list[Batch]) -> Iterator[Distributions]:
     """Yield the distributions of windows, and take the log-probabilities of what follows."""
     for seed, (batch, logits) in enumerate(zip(windows, runner.scored_logits(windows), strict=True)):
-        normalizers = log_normalizers(logits)
-        log_probs_at(logits, batch.targets[:, None], normalizers).cpu()
-        yield Distributions.of(logits, seed=seed, normalizers=normalizers)
+        yield reduced(logits, batch.targets, seed)[0]
 
 
 def candidate(runner: HuggingFaceRunner, windows: list[Batch], said: list[Distributions]) -> None:
     """Compare windows with what the reference said of them."""
     for batch, logits, original in zip(windows, runner.scored_logits(windows), said, strict=True):
-        normalizers = log_normalizers(logits)
-        log_probs_at(logits, batch.targets[:, None], normalizers).cpu()
-        original.kl(logits, normalizers).cpu()
-        original.agreements(logits)
+        compared(original, logits, batch.targets)
 
 
 def random_questions(

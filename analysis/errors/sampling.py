@@ -16,7 +16,7 @@ and of rows within experts:
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
@@ -24,8 +24,8 @@ from torch import Tensor
 
 _EVEN_SHARE = 0.25
 _FIRST_EXPERTS = 8
-_FEWEST_ROWS = 64  # of all experts together; fewer have no variance that could be trusted
-_FEWEST_OF_EXPERT = 32  # an expert's second moments are factored for them, and on a CPU they are searched together
+_FEWEST_ROWS = 128  # on a CPU so many rows of a matrix are searched in the time of one
+_FEWEST_OF_EXPERT = 32  # an expert's second moments are factored for them
 _SMALLEST = 1e-6  # size of a row over the mean, at least: a row of zeros can be drawn, too
 
 
@@ -41,7 +41,7 @@ class Sampling:
     most_weights: int = 1 << 22
     """Weights of a tensor that are measured at most, but a few rows of a few experts; smaller ones may be whole."""
     first_rows: int = _FEWEST_ROWS
-    """Rows of all experts together that are measured first. A GPU takes as long for ten times as many."""
+    """Rows of a matrix that are measured first, and of each of few experts. A GPU takes as long for more."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,14 @@ class DrawnRows:
     row_keys: Tensor  # float64 [E, M], rising
     next_keys: Tensor  # float64 [E], of the first row that is not among them; infinite where all are
     num_rows: int  # of an expert
+    _weights_of: dict[Extent, Tensor] = field(default_factory=dict)
+    """Results of `_row_weights`, which every type asks for."""
 
     def extents(self, limits: Sampling) -> Iterator[Extent]:
         """Yield how much is drawn in each round: first more experts, then more rows of each."""
         num_experts, most_rows, columns = self.weights.shape
-        rows = min(most_rows, max(_FEWEST_OF_EXPERT, limits.first_rows // num_experts))
+        rows = limits.first_rows * min(num_experts, _FIRST_EXPERTS) // num_experts
+        rows = min(most_rows, max(_FEWEST_OF_EXPERT, rows))
         most_experts = min(num_experts, max(_FIRST_EXPERTS, limits.most_weights // (rows * columns)))
         experts = min(num_experts, _FIRST_EXPERTS)
         yield Extent(experts, rows)
@@ -121,12 +124,14 @@ class DrawnRows:
 
     def _row_weights(self, extent: Extent) -> Tensor:
         """Return how many rows each drawn row stands for, float64 [n, m]."""
-        weights = 1 / self.row_chances(extent)
-        if extent.rows == self.num_rows:
-            return weights
-        drawn = self.experts[: extent.experts]
-        sizes = self.row_sizes[drawn, : extent.rows]
-        return weights * (self.expert_sizes[drawn] / (weights * sizes).sum(-1)).unsqueeze(1)
+        if extent not in self._weights_of:
+            weights = 1 / self.row_chances(extent)
+            if extent.rows < self.num_rows:
+                drawn = self.experts[: extent.experts]
+                sizes = self.row_sizes[drawn, : extent.rows]
+                weights = weights * (self.expert_sizes[drawn] / (weights * sizes).sum(-1)).unsqueeze(1)
+            self._weights_of[extent] = weights
+        return self._weights_of[extent]
 
 
 def draw(

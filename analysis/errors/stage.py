@@ -105,10 +105,11 @@ def _measured(
     earlier: ErrorTable | None = None,
 ) -> ErrorTable:
     """Write the table, with the rows of `earlier` for other types."""
-    types, encoder = [quant_type(name) for name in options.types or DEFAULT_TYPES], meter.encoder
-    with session.stage("Kernels that were compiled are kept.") as progress:
-        encoder.prepare(types, progress)
-    names = [each.name for each in types]
+    names, encoder = [quant_type(name).name for name in options.types or DEFAULT_TYPES], meter.encoder
+    if not options.ray:
+        stored = dict.fromkeys(each for _, candidates in meter.formats(names).values() for each in candidates)
+        with session.stage("Kernels that were compiled are kept.") as progress:
+            encoder.prepare(stored, progress)
     identity = {
         "encoder": f"{encoder.name} {encoder_version(encoder)} {encoder.device.type}",
         "moments": str(meter.origin["moments"]),

@@ -10,6 +10,7 @@ from dynquant.inputs.text import pack_windows, read_text
 from dynquant.recipes.folder import SuperWeight
 from dynquant.resources import chosen_device
 from dynquant.running.load import load_hf, load_tokenizer, probing_type
+from dynquant.running.weight_inputs import weight_inputs
 from dynquant.session import Session
 
 
@@ -30,6 +31,6 @@ def look_for_super_weights(options: SuperWeightOptions, session: Session) -> Sup
     check_context(model, len(window))
     device = chosen_device(session.device)
     hf_model = load_hf(model, dtype=probing_type(model, device), device=device)
-    weights = find_super_weights(hf_model, model.arch, model.hyper.n_layer, window)
+    weights = find_super_weights(hf_model, weight_inputs(model, hf_model), window)
     effects = [ablation(hf_model, weight, window) if options.ablation else None for weight in weights]
     return SuperWeights(model.name, len(window), list(zip(weights, effects, strict=True)))

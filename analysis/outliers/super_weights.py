@@ -20,11 +20,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from dynquant.checkpoints.tensor_roles import gguf_name_of, layer_of, role_of
+from dynquant.checkpoints.tensor_roles import layer_of, role_of
 from dynquant.recipes.folder import SuperWeight
-from dynquant.running.expert_hooks import ExpertCall, expert_modules, record_experts
-from dynquant.running.linear_hooks import linear_names
+from dynquant.running.expert_hooks import ExpertCall, expert_layout, record_experts
 from dynquant.running.stored_experts import StoredExperts
+from dynquant.running.weight_inputs import WeightInputs
 from dynquant.storage.documents import FrozenRecord
 
 Zeroed = Callable[[str, int | None, int, int], AbstractContextManager[float]]
@@ -83,8 +83,7 @@ class Criteria:
 
 def find_super_weights(
     hf_model: nn.Module,
-    arch: str,
-    n_layer: int,
+    weights: WeightInputs,
     token_ids: torch.Tensor,
     *,
     criteria: Criteria = Criteria(),
@@ -96,7 +95,7 @@ def find_super_weights(
     only while it uses them.
     """
     zero: Zeroed = zeroed or partial(_zeroed, hf_model)
-    scan = DownScan(hf_model, arch, n_layer, token_ids)
+    scan = DownScan(hf_model, weights, token_ids)
     spikes, log_probs = scan.run()
     # A tensor that spikes only once another weight is zeroed answers to damage, and is not super in the model as it is.
     eligible = {spike.tensor for spike in spikes if spike.is_growing and _ratio(spike, spikes) >= criteria.threshold}
@@ -166,7 +165,7 @@ def _matrix(hf_model: nn.Module, module: str, expert: int | None) -> torch.Tenso
         return layer.weight.data
     stack = layer.down_proj
     matrix = stack[expert] if isinstance(stack, StoredExperts) else stack.data[expert]
-    return matrix.T if layer.is_transposed else matrix  # some experts are stored [in, out]
+    return matrix.T if expert_layout(layer).is_transposed else matrix  # some experts are stored [in, out]
 
 
 @contextmanager
@@ -199,19 +198,16 @@ def _perplexity(hf_model: nn.Module, token_ids: torch.Tensor) -> float:
 class DownScan:
     """Forward passes over one text that record spikes of all down-projections."""
 
-    def __init__(self, hf_model: nn.Module, arch: str, n_layer: int, token_ids: torch.Tensor) -> None:
+    def __init__(self, hf_model: nn.Module, weights: WeightInputs, token_ids: torch.Tensor) -> None:
         self._model = hf_model
         self._tokens = token_ids.reshape(1, -1).to(_device_of(hf_model))
         module_names = {module: name for name, module in hf_model.named_modules()}
         self._linears = {
-            module: (name, module_names[module])
-            for name, module in linear_names(hf_model, arch, n_layer).items()
-            if role_of(name).is_down_projection
+            linear.module: (name, module_names[linear.module])
+            for name, linear in weights.linears.items()
+            if role_of(name).is_down_projection and linear.columns is None and linear.rows is None
         }
-        self._experts = {
-            module: (gguf_name_of(f"{name}.down_proj", arch, n_layer) or name, name)
-            for name, module in expert_modules(hf_model).items()
-        }
+        self._experts = {module: (inputs.down, module_names[module]) for module, inputs in weights.experts.items()}
         self._spikes: list[DownSpike] = []
         self._pending: list[tuple[str, str, int | None, torch.Tensor]] = []
         """Name, module, expert, and numbers of a `DownSpike` from `max_in` on, of the layer that runs."""
@@ -263,6 +259,8 @@ class DownScan:
             return
         before = args[0] if args else kwargs["hidden_states"]
         after = out[0] if isinstance(out, tuple) else out
+        # Gemma 3n has several streams of hidden states, of which the first is that of the text.
+        before, after = before.flatten(0, -3), after.flatten(0, -3)
         places = [(name, place, expert) for name, place, expert, _ in self._pending]
         numbers = torch.stack([numbers for *_, numbers in self._pending])
         position, row = numbers[:, 3].long(), numbers[:, 4].long()

@@ -52,11 +52,13 @@ class PlanResults:
 
 PROJECTOR = "projector"
 GROUPS = (
-    "attention", "cross-attention", "dense FFN", "shared expert", "routed gate/up", "routed down", "vision attention",
-    "vision FFN", PROJECTOR,
+    "attention", "state-space", "cross-attention", "dense FFN", "shared expert", "routed gate/up", "routed down",
+    "per-layer inputs", "predicts ahead (MTP)", "vision attention", "vision FFN", PROJECTOR,
 )  # fmt: skip
 OUTSIDE = "outside the layers"
-_OF_VISION = {
+_OF_ROLE = {
+    Role.CHANNEL_MIX: "dense FFN", Role.EXPERT_LATENT: "dense FFN", Role.PER_LAYER_PROJ: "per-layer inputs",
+    Role.MTP: "predicts ahead (MTP)",
     Role.CROSS_ATTN: "cross-attention", Role.VISION_ATTN: "vision attention", Role.VISION_FFN: "vision FFN",
     Role.PROJECTOR: PROJECTOR,
 }  # fmt: skip
@@ -64,23 +66,25 @@ _OF_VISION = {
 
 def group_of(role: Role) -> str | None:
     """The panel of a role, None for routers, norms and others, which stay precise anyway."""
-    if role in _OF_VISION:
-        return _OF_VISION[role]
+    if role in _OF_ROLE:
+        return _OF_ROLE[role]
     if role.is_attention:
         return "attention"
+    if role.is_recurrent:
+        return "state-space"
     if role.is_dense_ffn:
         return "dense FFN"
     if role.is_shared_expert:
         return "shared expert"
     if role.is_routed_expert:
         return "routed down" if role.is_down_projection else "routed gate/up"
-    return OUTSIDE if role in (Role.EMBEDDING, Role.OUTPUT) else None
+    return OUTSIDE if role.is_embedding or role is Role.OUTPUT else None
 
 
 def role_group(role: Role) -> str:
-    """The line of a role in size tables: the panel's name, or embedding, output, and the small rest."""
-    if role in (Role.EMBEDDING, Role.OUTPUT):
-        return role.value
+    """The line of a role in size tables: the panel's name, or embeddings, output, and the small rest."""
+    if group_of(role) == OUTSIDE:
+        return role.value.replace("_", " ")
     return group_of(role) or "router/norm/other"
 
 

@@ -9,7 +9,7 @@ KEPT_BITS = 4.0  # from this many bits per weight a tensor counts as kept, below
 BIT_EDGES = (1.5, 1.8, 2.2, 2.8, KEPT_BITS, 4.6, 5.7, 7.0, 10.0, 17.0, 33.0)
 COLOURS = ("#a50026", "#d73027", "#f46d43", "#fdae61", "#e0f3f8", "#c3e3ef", "#9ecae1", "#74add1", "#4575b4", "#313695")
 """Red is crushed, blue is kept: after ColorBrewer's RdYlBu, safe for colour-blind readers."""
-_ENDS = (Role.EMBEDDING, Role.OUTPUT, Role.VISION_PATCH, Role.PROJECTOR)
+_ENDS = (Role.EMBEDDING, Role.PER_LAYER_EMBEDDING, Role.OUTPUT, Role.VISION_PATCH, Role.PROJECTOR)
 
 
 def map_cells(plan: Plan) -> dict[tuple[int, Role], PlanEntry]:
@@ -77,18 +77,18 @@ def _box(axes: style.Axes, entry: PlanEntry, left: int, top: int, width: int, te
 
 
 def _draw_ends(axes: style.Axes, ends: list[PlanEntry], layers: list[int], roles: list[Role]) -> None:
-    """Embedding above the first layer, output and ends of the vision tower below the last, across the whole width."""
+    """Embeddings above the first layer, output and ends of the vision tower below the last, across the whole width."""
     above, below = -1, len(layers)
     for entry in ends:
-        top = above if entry.role is Role.EMBEDDING else below
+        top = above if entry.role.is_embedding else below
         _box(axes, entry, 0, top, len(roles), f"{style.plain(entry.name, 40)} · {entry.type}", 7.5)
-        above, below = (above - 1, below) if entry.role is Role.EMBEDDING else (above, below + 1)
+        above, below = (above - 1, below) if entry.role.is_embedding else (above, below + 1)
 
 
 def _dress(axes: style.Axes, layers: list[int], roles: list[Role], ends: list[PlanEntry]) -> None:
     from matplotlib.cm import ScalarMappable
 
-    above = sum(entry.role is Role.EMBEDDING for entry in ends)
+    above = sum(entry.role.is_embedding for entry in ends)
     axes.set_xlim(0, len(roles))
     axes.set_ylim(len(layers) + len(ends) - above, -above)
     names = [role.value.replace("_", "\n", 1) for role in roles]

@@ -25,12 +25,12 @@ from itertools import accumulate
 import torch
 from torch import nn
 
-from dynquant.calibration.collector import expert_names
 from dynquant.checkpoints.tensor_roles import Role, role_of
 from dynquant.inputs.model_inputs import ModelInputs
-from dynquant.running.expert_hooks import ExpertCall, expert_modules, record_experts
-from dynquant.running.linear_hooks import activation_gradients, linear_names, sampled_log_probability
+from dynquant.running.expert_hooks import ExpertCall, record_experts
+from dynquant.running.linear_hooks import activation_gradients, sampled_log_probability
 from dynquant.running.streaming.staged_passes import StagedPasses
+from dynquant.running.weight_inputs import LinearInput, WeightInputs
 from dynquant.session import Progress, ignore_progress
 
 
@@ -89,8 +89,7 @@ class WindowSums:
 
 def output_sensitivity(
     hf_model: nn.Module,
-    arch: str,
-    n_layer: int,
+    weights: WeightInputs,
     inputs: ModelInputs,
     *,
     seed: int = 0,
@@ -105,7 +104,7 @@ def output_sensitivity(
     lengths = [length for batch in inputs for length in [batch.is_text.shape[1]] * len(batch.is_text)]
     sums, first, done = WindowSums(lengths), 0, 0
     progress("measuring sensitivity", 0, sum(lengths), unit="tokens")
-    with activation_gradients(hf_model), _observed(hf_model, arch, n_layer, sums):
+    with activation_gradients(hf_model, weights.embeddings.values()), _observed(hf_model, weights, sums):
         for batch in inputs:
             sums.start(first, len(batch.is_text))
             # Gradients reach a vision tower when its pixels ask for one.
@@ -118,7 +117,7 @@ def output_sensitivity(
 
 
 def streamed_sensitivity(
-    passes: StagedPasses, arch: str, n_layer: int, *, seed: int = 0, progress: Progress = ignore_progress
+    passes: StagedPasses, weights: WeightInputs, *, seed: int = 0, progress: Progress = ignore_progress
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return what `output_sensitivity` does, with one layer in memory, from the windows of `passes`."""
     generator = torch.Generator().manual_seed(seed)
@@ -127,7 +126,7 @@ def streamed_sensitivity(
     stages = [*range(passes.head), *range(passes.head, -1, -1)]  # up to the head, and back down
     passes.states.check_space(len(stages) // 2 + 2)
     progress("measuring sensitivity", 0, len(stages), unit="layers")
-    with _observed(passes.stream.hf_model, arch, n_layer, sums):
+    with _observed(passes.stream.hf_model, weights, sums):
         for done, stage in enumerate(stages, 1):
             if done <= passes.head:
                 passes.forward(stage)
@@ -144,26 +143,28 @@ def streamed_sensitivity(
 
 
 @contextmanager
-def _observed(hf_model: nn.Module, arch: str, n_layer: int, sums: WindowSums) -> Iterator[None]:
+def _observed(hf_model: nn.Module, weights: WeightInputs, sums: WindowSums) -> Iterator[None]:
     """Context manager: backward passes add to `sums`."""
 
-    def output_hook(name: str, _module: nn.Module, _inputs: tuple, out: torch.Tensor) -> None:
+    def output_hook(name: str, linear: LinearInput, _module: nn.Module, _inputs: tuple, out: torch.Tensor) -> None:
         if out.requires_grad:
-            out.register_hook(partial(sums.add_output, name, out.detach()))
-
-    names = {module: expert_names(name, arch, n_layer) for name, module in expert_modules(hf_model).items()}
+            rows = linear.outputs(out)
+            add = partial(sums.add_output, name, rows.detach())
+            out.register_hook(lambda gradient: add(linear.outputs(gradient)))
 
     def observe_expert(call: ExpertCall) -> None:
         if not call.down_output.requires_grad:
             return
-        *inner, down = names[call.module]
-        call.down_input.register_hook(partial(sums.add_product, inner, call.down_input.detach(), tokens=call.tokens))
-        call.down_output.register_hook(partial(sums.add_output, down, call.down_output.detach(), tokens=call.tokens))
+        inputs = weights.experts[call.module]
+        add = partial(sums.add_product, inputs.inner, call.down_input.detach(), tokens=call.tokens)
+        call.down_input.register_hook(add)
+        add = partial(sums.add_output, inputs.down, call.down_output.detach(), tokens=call.tokens)
+        call.down_output.register_hook(add)
 
-    observed = {"token_embd.weight": hf_model.get_input_embeddings(), **linear_names(hf_model, arch, n_layer)}
+    observed = {**{name: LinearInput(table) for name, table in weights.embeddings.items()}, **weights.linears}
     with ExitStack() as hooks, record_experts(hf_model, observe_expert):
-        for name, module in observed.items():
-            hooks.enter_context(module.register_forward_hook(partial(output_hook, name)))
+        for name, linear in observed.items():
+            hooks.enter_context(linear.module.register_forward_hook(partial(output_hook, name, linear)))
         yield
 
 

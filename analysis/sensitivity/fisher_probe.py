@@ -14,7 +14,8 @@ nearly independent directions, so that the factor is known better than any one c
 
 Gradients come one decoder layer at a time: from the last to the first, each layer runs again from its kept input, gets
 the gradients of its output for all windows, and leaves those of its input; the gradients of its weights are multiplied
-with W - Wq and forgotten. In memory at a time: 4 bytes a weight of one layer, for each type and for the gradient.
+with W - Wq and forgotten. In memory at a time: 4 bytes a weight of one layer, for each type and for the gradient. On a
+GPU forward passes are in float32, so that it draws the tokens that a CPU draws, and backward passes in TF32.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -59,7 +60,7 @@ def fisher_probe(
         StatsError: the model's decoder layers cannot be found.
     """
     generator = torch.Generator().manual_seed(seed)
-    live, replay = LiveWeights(store.model, hf_model), LayerReplay(hf_model, windows.split(1))
+    live, replay = LiveWeights(store.model, hf_model), LayerReplay(hf_model, windows.split(1), is_exact=True)
     names = table.tensors().keys() & set(live.names())
     probed = {name: _probed_types(table.tensors()[name].values()) for name in names}
 
@@ -148,8 +149,9 @@ class _StreamedBackward:
                 with torch.no_grad():
                     hidden = self.replay.layer(index, self.replay.num_layers - 1)
                 hidden.requires_grad_(True)
-                with self._differentiating():
-                    loss(self.replay.head(index, hidden)).backward()
+                with torch.enable_grad():
+                    total = loss(self.replay.head(index, hidden))
+                self._run_backward(total)
                 self._flowing.append(hidden.grad)
                 collect()
 
@@ -158,8 +160,9 @@ class _StreamedBackward:
         with self._measured([name for name in self.names if layer_of(name) == layer]) as collect:
             for index, gradient in enumerate(self._flowing):
                 hidden = self.replay.layer_input(index, layer).detach().requires_grad_(True)
-                with self._differentiating():
-                    self.replay.layer(index, layer, hidden).backward(gradient)
+                with torch.enable_grad():
+                    out = self.replay.layer(index, layer, hidden)
+                self._run_backward(out, gradient)
                 below.append(hidden.grad)  # flows into the layer below
                 collect()
         self._flowing = below
@@ -167,15 +170,14 @@ class _StreamedBackward:
     def _embedding(self) -> None:
         with self._measured(["token_embd.weight"]) as collect:
             for index, gradient in enumerate(self._flowing):
-                with self._differentiating():
-                    self.replay.embedded(index).backward(gradient)
+                with torch.enable_grad():
+                    embedded = self.replay.embedded(index)
+                self._run_backward(embedded, gradient)
                 collect()
 
-    @contextmanager
-    def _differentiating(self) -> Iterator[None]:
-        """Context manager: for a pass with gradients and its backward pass."""
-        with torch.enable_grad(), tf32_products(self.replay.device):
-            yield
+    def _run_backward(self, out: Tensor, gradient: Tensor | None = None) -> None:
+        with tf32_products(self.replay.device):
+            out.backward(gradient)
 
     @contextmanager
     def _measured(self, names: list[str]) -> Iterator[Callable[[], None]]:

@@ -26,6 +26,7 @@ from dynquant.running.streaming.stream_memory import (
     free_memory_of,
     windows_at_once,
 )
+from dynquant.running.weight_inputs import weight_inputs
 from dynquant.session import Session
 
 PROBE_TOKENS = 4096  # tokens of the backward pass that measures sensitivities
@@ -47,7 +48,6 @@ def run_probe(
     """
     inputs = calibration_inputs(model, replace(options, tokens=PROBE_TOKENS), session)
     finds_super_weights = finds_super_weights and not inputs.has_pictures
-    arch, n_layer = model.arch, model.hyper.n_layer
     device = chosen_device(session.device)
     dtype = probing_type(model, device)
     limit = streaming_limit(model, options, device, session, weight_bytes=dtype.itemsize)
@@ -57,9 +57,10 @@ def run_probe(
         if device != "cpu" and not inputs.has_pictures:
             at_once = windows_at_once(hf_model, inputs.longest, free_memory_of(device))
         inputs = replace(inputs, batch_size=at_once)
-        supers = find_super_weights(hf_model, arch, n_layer, inputs.windows[0]) if finds_super_weights else []
+        names = weight_inputs(model, hf_model)
+        supers = find_super_weights(hf_model, names, inputs.windows[0]) if finds_super_weights else []
         with session.stage(_PROBE_KEEPS) as progress:
-            return supers, *output_sensitivity(hf_model, arch, n_layer, inputs, seed=session.seed, progress=progress)
+            return supers, *output_sensitivity(hf_model, names, inputs, seed=session.seed, progress=progress)
     windows = inputs.windows
     stream, at_once = LayerStream(model, dtype=dtype, device=device), 1
     if device != "cpu":
@@ -67,12 +68,12 @@ def run_probe(
         at_once = max(1, tokens // windows.shape[1])
     fit_within(stream, limit, Workload(at_once * windows.shape[1], is_backward=True))
     with stream.running(), _scratch((options.spill or directory) / ".probe.streaming") as scratch:
-        supers = []
+        supers, names = [], weight_inputs(model, stream.hf_model)
         if finds_super_weights:
-            supers = find_super_weights(stream.hf_model, arch, n_layer, windows[0], zeroed=stream.zeroed)
+            supers = find_super_weights(stream.hf_model, names, windows[0], zeroed=stream.zeroed)
         passes = StagedPasses(stream, windows.split(at_once), scratch)
         with session.stage(_PROBE_KEEPS) as progress:
-            return supers, *streamed_sensitivity(passes, arch, n_layer, seed=session.seed, progress=progress)
+            return supers, *streamed_sensitivity(passes, names, seed=session.seed, progress=progress)
 
 
 @contextmanager

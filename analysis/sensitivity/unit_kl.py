@@ -66,7 +66,8 @@ def group_of(name: str) -> str:
         return name
     if role.is_routed_expert:
         return f"blk.{layer}.experts_{'down' if role.is_down_projection else 'gate_up'}"
-    part = "attention" if role.is_attention else "shared_expert" if role.is_shared_expert else "ffn"
+    mixes = role.is_attention or role.is_recurrent
+    part = "attention" if mixes else "shared_expert" if role.is_shared_expert else "ffn"
     return f"blk.{layer}.{part}"
 
 

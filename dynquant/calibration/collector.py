@@ -14,11 +14,11 @@ from torch import nn
 
 from dynquant.calibration.recorders import InputRecorder, MomentRecorder
 from dynquant.calibration.statistics import InputStats
-from dynquant.checkpoints.tensor_roles import gguf_name_of, role_of
-from dynquant.errors import StatsError
+from dynquant.checkpoints.tensor_roles import role_of
 from dynquant.inputs.model_inputs import Batch
-from dynquant.running.expert_hooks import ExpertCall, expert_modules, record_experts
-from dynquant.running.linear_hooks import LinearHooks, linear_names
+from dynquant.running.expert_hooks import ExpertCall, record_experts
+from dynquant.running.linear_hooks import LinearHooks
+from dynquant.running.weight_inputs import WeightInputs
 from dynquant.storage.file_names import IMAGE, KINDS, TEXT
 
 _ALL = ""
@@ -49,8 +49,7 @@ class Collector:
     def __init__(
         self,
         hf_model: nn.Module,
-        arch: str,
-        n_layer: int,
+        names: WeightInputs,
         moments: MomentRecorder | None,
         *,
         limits: SampleLimits | None = None,
@@ -63,9 +62,8 @@ class Collector:
         self._sums, self._sees_gradients = False, False
         self._is_text, self._window, self._fill = torch.ones(0, dtype=torch.bool), 1, None
         self._recorders: dict[str, dict[str, InputRecorder]] = {kind: {} for kind in (_ALL, *KINDS)}
-        self._linear_layers = linear_names(hf_model, arch, n_layer)
-        self._linears = LinearHooks(hf_model, arch, n_layer, self._observe_linear)
-        self._experts = {module: expert_names(name, arch, n_layer) for name, module in expert_modules(hf_model).items()}
+        self._linear_layers, self._experts = names.linears, names.experts
+        self._linears = LinearHooks(hf_model, names.linears, self._observe_linear)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -83,9 +81,9 @@ class Collector:
         self._sees_gradients = True
         try:
             with ExitStack() as hooks, record_experts(self._model, self._observe_expert):
-                for name, layer in self._linear_layers.items():
+                for name, linear in self._linear_layers.items():
                     await_gradient = partial(self._await_gradient, name)
-                    hooks.enter_context(layer.register_forward_hook(await_gradient, with_kwargs=True))
+                    hooks.enter_context(linear.module.register_forward_hook(await_gradient, with_kwargs=True))
                 yield
         finally:
             self._sees_gradients = False
@@ -97,7 +95,9 @@ class Collector:
     @property
     def aliases(self) -> dict[str, str]:
         """Weight -> key of the input that it shares, as far as layers have been run."""
-        return self._linears.aliases | {name: gate for gate, *others, _ in self._experts.values() for name in others}
+        return self._linears.aliases | {
+            name: inputs.inner[0] for inputs in self._experts.values() for name in inputs.inner[1:]
+        }
 
     def take(self, kind: str = _ALL) -> dict[str, InputStats]:
         """Return the statistics of all inputs that were seen since the last call, of one of KINDS or of all tokens."""
@@ -121,12 +121,14 @@ class Collector:
 
     def _await_gradient(self, name: str, _module: nn.Module, args: tuple, kwargs: dict, out: torch.Tensor) -> None:
         key = self._linears.aliases.get(name, name)
-        x = (args[0] if args else kwargs["input"]).detach().flatten(0, -2)
+        linear = self._linear_layers[name]
+        x = linear.channels((args[0] if args else kwargs["input"]).detach().flatten(0, -2))
         if out.requires_grad:
-            out.register_hook(lambda gradient: self._add_moments(key, x, gradient.flatten(0, -2)))
+            out.register_hook(lambda gradient: self._add_moments(key, x, linear.outputs(gradient.flatten(0, -2))))
 
     def _observe_expert(self, call: ExpertCall) -> None:
-        (gate, *_, down), num_experts = self._experts[call.module], call.module.num_experts
+        inputs, num_experts = self._experts[call.module], call.module.down_proj.shape[0]
+        gate, down = inputs.inner[0], inputs.down
         if self._sums:
             x, h = call.x.detach(), call.down_input.detach()
             capacity = self._limits.rows_per_expert(num_experts, x.shape[1] + h.shape[1])
@@ -177,16 +179,3 @@ class _Rows:
     capacity: int  # number of rows that may be sampled
     num_experts: int = 1
     expert: int = 0
-
-
-def expert_names(module_name: str, arch: str, n_layer: int) -> tuple[str, ...]:
-    """Return the GGUF names of one layer's stacked experts: those that read the common input, then down."""
-    parts = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
-    names = [gguf_name_of(f"{module_name}.{part}", arch, n_layer) for part in parts]
-    named = tuple(name for name in names if name is not None)
-    if len(named) < 2 or names[-1] is None:
-        raise StatsError(
-            f"gguf-py has no name for the experts {module_name} in architecture `{arch}`; calibrate with "
-            "llama-imatrix and import the file instead."
-        )
-    return named

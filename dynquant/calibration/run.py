@@ -27,6 +27,7 @@ from dynquant.inputs.model_inputs import ModelInputs, check_context
 from dynquant.inputs.text import pack_windows, read_text
 from dynquant.running.linear_hooks import activation_gradients, last_logits, sampled_log_probability
 from dynquant.running.load import load_tokenizer
+from dynquant.running.weight_inputs import WeightInputs
 from dynquant.session import Progress, ignore_progress
 from dynquant.storage.file_names import KINDS
 
@@ -42,13 +43,11 @@ class StatisticsOptions:
     held_back: float = HELD_BACK
     limits: SampleLimits = field(default_factory=SampleLimits)
 
-    def collector(self, hf_model: nn.Module, arch: str, n_layer: int, *, by_kind: bool = False) -> Collector:
+    def collector(self, hf_model: nn.Module, names: WeightInputs, *, by_kind: bool = False) -> Collector:
         """Return what sees the model's inputs; its `moments` are None when no second moments are taken."""
         moments = None if self.hessians == "none" else MomentRecorder.for_model(hf_model, self.hessian_bytes)
         gradients = self.hessians == "gradients"
-        return Collector(
-            hf_model, arch, n_layer, moments, limits=self.limits, with_gradients=gradients, by_kind=by_kind
-        )
+        return Collector(hf_model, names, moments, limits=self.limits, with_gradients=gradients, by_kind=by_kind)
 
 
 @dataclass(frozen=True)
@@ -103,8 +102,7 @@ def collect_statistics(
     hf_model: nn.Module,
     inputs: ModelInputs,
     *,
-    arch: str,
-    n_layer: int,
+    names: WeightInputs,
     provenance: StatsProvenance,
     options: StatisticsOptions | None = None,
     progress: Progress = ignore_progress,
@@ -120,7 +118,7 @@ def collect_statistics(
     options = options or StatisticsOptions()
     summed, held, provenance = split_inputs(inputs, provenance, options.held_back)
     kinds = KINDS if inputs.has_pictures else ()
-    collector = options.collector(hf_model, arch, n_layer, by_kind=bool(kinds))
+    collector = options.collector(hf_model, names, by_kind=bool(kinds))
     device, done = next(hf_model.parameters()).device, 0
 
     def started(stage: str, part: ModelInputs, *, is_held: bool = False) -> Iterator[dict[str, torch.Tensor]]:

@@ -24,10 +24,11 @@ from safetensors import SafetensorError
 
 from dynquant.calibration.importance import SHRINK_TOKENS, importance
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance, check_finite
+from dynquant.checkpoints.safetensors_format import merge_tensor_files
 from dynquant.checkpoints.tensor_source import is_finite
 from dynquant.errors import StatsError, unreadable
 from dynquant.families.common.settings import differing_settings
-from dynquant.storage.atomic import read_tensors, read_tensors_header, save_tensors
+from dynquant.storage.atomic import read_tensors, read_tensors_header
 from dynquant.storage.file_names import path_beside
 
 DAMPING = 0.01  # added to the diagonal, as a share of its mean
@@ -88,12 +89,24 @@ class SecondMoments:
         self.aliases |= other.aliases
         self.tokens = torch.cat((self.tokens, other.tokens))
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in named_tensors(self.sums, self.weights).values())
+
     def save(self, path: Path) -> None:
         """Write hessians.safetensors, whole or not at all. Raises StatsError: NaN or infinite values, by name."""
+        self.check_finite()
+        self.write(path)
+
+    def check_finite(self) -> None:
+        """Raise StatsError for NaN or infinite values, by name."""
+        check_finite(named_tensors(self.sums, self.weights))
+
+    def write(self, path: Path) -> None:
+        """Write hessians.safetensors like `save`, unchecked."""
         header = {"provenance": self.provenance.model_dump(), "aliases": self.aliases, "kind": self.kind}
-        tensors = named_tensors(self.sums, self.weights)
-        check_finite(tensors)
-        save_tensors(path, tensors | {"tokens": self.tokens}, header)
+        tensors = named_tensors(self.sums, self.weights) | {"tokens": self.tokens}
+        merge_tensor_files(path, (), tensors, header)  # unlike `save_tensors` it lets other threads run
 
     @classmethod
     def load(cls, path: Path) -> "SecondMoments":

@@ -18,6 +18,7 @@ from dynquant.checkpoints.model import Model
 from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.running.cluster import RayPool, StoredModel, TaskNeeds
 from dynquant.running.load import load_hf
+from dynquant.running.weight_inputs import weight_inputs
 from dynquant.session import Progress, ignore_progress
 
 SHARD_WINDOWS = 16  # windows of a shard; its second moments travel once, whatever it holds
@@ -93,7 +94,7 @@ def _collect(stored: StoredModel, device: str, options: StatisticsOptions, shard
     """Return the statistics of one shard; the process keeps the model for the next one."""
     model, hf_model = _opened(stored, device)
     return collect_statistics(
-        hf_model, shard.inputs, arch=model.arch, n_layer=model.hyper.n_layer, provenance=shard.provenance,
+        hf_model, shard.inputs, names=weight_inputs(model, hf_model), provenance=shard.provenance,
         options=replace(options, held_back=1.0 if shard.is_held else 0.0),
     )  # fmt: skip
 

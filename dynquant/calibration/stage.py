@@ -4,6 +4,7 @@ The model is loaded whole where it fits, and streamed layer by layer where it do
 """
 
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +31,7 @@ from dynquant.resources import chosen_device, human_bytes, parse_size
 from dynquant.running.cluster import open_ray
 from dynquant.running.load import computing_type, load_hf
 from dynquant.running.streaming.stream_memory import COMFORTABLE_SHARE, free_memory_of
+from dynquant.running.weight_inputs import weight_inputs
 from dynquant.session import SILENT, Session
 from dynquant.storage.atomic import file_hash, read_tensors_header
 from dynquant.storage.file_names import KINDS, STATS_NAME, kind_path, path_beside
@@ -50,6 +52,13 @@ class StatsFile:
 
     path: Path
     measured: CalibrationStats | None = None  # content that was just written to the file, so that nobody reads it again
+    measured_moments: SecondMoments | None = None  # likewise, of the file beside
+    writing: Future[None] | None = None  # done when the file beside is whole
+
+    def finish(self) -> None:
+        """Wait until the second moments beside are written. Raises WriteError: they could not be."""
+        if self.writing is not None:
+            self.writing.result()
 
     @cached_property
     def stats(self) -> CalibrationStats:
@@ -62,7 +71,7 @@ class StatsFile:
     @cached_property
     def moments(self) -> SecondMoments | None:
         """Second moments of the file beside, or None where there is none."""
-        return load_beside(self.path, self.stats)
+        return self.measured_moments or load_beside(self.path, self.stats)
 
     def of(self, model: Model) -> "StatsFile":
         """Return itself, or raise StatsError when the statistics are those of another checkpoint."""
@@ -77,7 +86,7 @@ def calibrate(options: CalibrateOptions, session: Session = SILENT) -> StatsFile
         stats = import_imatrix(options.imatrix, model)
         stats.save(options.output)
     else:
-        stats = run_calibration(model, options.calibration, options.output, session)
+        stats = run_calibration(model, options.calibration, options.output, session).stats
     if options.imatrix_out:
         export_imatrix(stats, options.imatrix_out, model=model)
         session.note(f"wrote {options.imatrix_out}")
@@ -104,7 +113,8 @@ def tell_coverage(stats: CalibrationStats, model: Model, session: Session) -> No
 def statistics_in(
     directory: Path, model: Model, options: CalibrationOptions, session: Session, *, stats_path: Path | None = None
 ) -> StatsFile:
-    """Return the statistics of a plan folder: a copy of `stats_path`, or those of `statistics_at`."""
+    """Return the statistics of a plan folder: a copy of `stats_path`, or those of `statistics_at`, whose second moments
+    may still be on their way to the disk until `finish`."""
     path = directory / STATS_NAME
     if stats_path is not None:
         if unused := options.changed("tokens", "hessians", "hessian_memory"):
@@ -121,10 +131,12 @@ def statistics_in(
                 except OSError:
                     shutil.copyfile(source, target)
         return StatsFile(path, stats)
-    return statistics_at(path, model, options, session)
+    return statistics_at(path, model, options, session, in_background=options.ray is None)
 
 
-def statistics_at(path: Path, model: Model, options: CalibrationOptions, session: Session) -> StatsFile:
+def statistics_at(
+    path: Path, model: Model, options: CalibrationOptions, session: Session, *, in_background: bool = False
+) -> StatsFile:
     """Return the statistics of a file if they were measured with these options, or new ones in their place."""
     if path.is_file():
         file = StatsFile(path)
@@ -132,9 +144,9 @@ def statistics_at(path: Path, model: Model, options: CalibrationOptions, session
             session.note(f"reusing {path}")
             return file
         session.note(f"{path} was made with other {', '.join(others)}: calibrating anew")
-    stats = run_calibration(model, options, path, session)
-    tell_coverage(stats, model, session)
-    return StatsFile(path, stats)
+    file = run_calibration(model, options, path, session, in_background=in_background)
+    tell_coverage(file.stats, model, session)
+    return file
 
 
 def _others(file: StatsFile, model: Model, options: CalibrationOptions, seed: int) -> list[str]:
@@ -167,9 +179,11 @@ def _window_of(made: StatsProvenance, model: Model, options: CalibrationOptions,
 
 
 def run_calibration(
-    model: Model, options: CalibrationOptions, output: Path, session: Session = SILENT
-) -> CalibrationStats:
-    """Write the statistics, and the second moments beside them when they are asked for.
+    model: Model, options: CalibrationOptions, output: Path, session: Session = SILENT, *, in_background: bool = False
+) -> StatsFile:
+    """Write the statistics, and the second moments beside them when they are asked for; return both.
+
+    With `in_background` second moments, which are gigabytes, are written while other work is done, until `finish`.
 
     Raises:
         PlanError: a memory limit together with a cluster.
@@ -205,14 +219,12 @@ def run_calibration(
                         device=device, pool=pool, progress=progress,
                     )  # fmt: skip
             else:
+                hf_model = load_hf(model, device=device)
                 result = collect_statistics(
-                    load_hf(model, device=device), inputs, arch=model.arch, n_layer=model.hyper.n_layer,
-                    provenance=provenance, options=statistics, progress=progress,
+                    hf_model, inputs, names=weight_inputs(model, hf_model), provenance=provenance, options=statistics,
+                    progress=progress,
                 )  # fmt: skip
-        output.parent.mkdir(parents=True, exist_ok=True)
-        if result.moments is not None:
-            result.moments.save(path_beside(output))
-        result.stats.save(output)
+    file = _saved(result, output, in_background) if limit is None else StatsFile(output, result.stats)
     for kind in KINDS:
         if kind in result.by_kind:
             result.by_kind[kind].save(kind_path(output, kind))
@@ -221,7 +233,24 @@ def run_calibration(
     if options.hessians == "none":
         path_beside(output).unlink(missing_ok=True)
     _tell_result(result, inputs, path_beside(output), options, session)
-    return result.stats
+    return file
+
+
+def _saved(result: Calibration, output: Path, in_background: bool) -> StatsFile:
+    """Write what was measured; return it with what is still being written, as much of it as fits in memory."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    moments, writing = result.moments, None
+    if moments is not None:
+        moments.check_finite()
+        in_background = in_background and moments.num_bytes < free_memory_of("cpu")
+        path_beside(output).unlink(missing_ok=True)  # never those of another calibration beside these statistics
+        thread = ThreadPoolExecutor(1)
+        writing = thread.submit(moments.write, path_beside(output))
+        thread.shutdown(wait=not in_background)
+        if not in_background:
+            writing.result()
+    result.stats.save(output)
+    return StatsFile(output, result.stats, moments if in_background else None, writing)
 
 
 def _check_kinds(output: Path) -> None:
@@ -252,9 +281,9 @@ def _tell_result(
         num_pictures = inputs.num_tokens - num_text
         session.note(f"{len(inputs)} samples: {num_pictures:,} image tokens, {num_text:,} text tokens")
     if options.hessians != "none":
-        size = human_bytes(moments_path.stat().st_size)
+        size = human_bytes(moments_path.stat().st_size if result.moments is None else result.moments.num_bytes)
         pooled = ", one for each layer's experts" if result.pools_experts else ""
-        session.note(f"wrote {moments_path}: {result.num_moments} second moments{pooled}, {size}")
+        session.note(f"{moments_path}: {result.num_moments} second moments{pooled}, {size}")
     if result.left_out:
         session.note(
             f"no second moments for {len(result.left_out)} inputs, because --hessian-memory {options.hessian_memory} "

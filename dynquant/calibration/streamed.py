@@ -34,6 +34,7 @@ from dynquant.running.linear_hooks import sampled_log_probability
 from dynquant.running.streaming.layer_stream import LayerStream
 from dynquant.running.streaming.staged_passes import StagedPasses
 from dynquant.running.streaming.stream_memory import Workload, fit_within
+from dynquant.running.weight_inputs import weight_inputs
 from dynquant.session import Progress, ignore_progress
 from dynquant.storage.atomic import save_tensors
 from dynquant.storage.file_names import path_beside
@@ -68,7 +69,7 @@ def calibrate_streamed(
     options, streaming = options or StatisticsOptions(), streaming or StreamingOptions()
     split = split_inputs(inputs, provenance, options.held_back)
     stream = LayerStream(model, dtype=streaming.dtype, device=streaming.device)
-    collector = options.collector(stream.hf_model, model.arch, model.hyper.n_layer)
+    collector = options.collector(stream.hf_model, weight_inputs(model, stream.hf_model))
     if streaming.limit_bytes is not None:
         moments, batch_tokens = collector.moments, inputs.batch_size * split.provenance.window
         pools_experts = moments is None or moments.pools_experts

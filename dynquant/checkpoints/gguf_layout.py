@@ -2,9 +2,10 @@
 
     header: magic, counts, key/value pairs, tensor infos | padding to 32 | tensor | padding | tensor | padding ...
 
-Header bytes are made by gguf-py's writer, so the size that `plan` predicts is the size that `export` writes. Strings
-that are only known at export (tool version, encoder) are padded with spaces to a fixed width, and hashes have 64
-digits: the size of a file depends on the model, the types, the recipe and the statistics alone.
+Header bytes are made by gguf-py's writer, so the size that `plan` predicts is the size that `export` writes; of arrays
+it only counts the bytes, because a large vocabulary takes the writer a second. Strings that are only known at export
+(tool version, encoder) are padded with spaces to a fixed width, and hashes have 64 digits: the size of a file depends
+on the model, the types, the recipe and the statistics alone.
 
 Left out: arrays without items, which gguf-py cannot write and which carry no value, and `general.alignment`, because
 data is always aligned to ggml's default of 32.
@@ -40,6 +41,11 @@ UNKNOWN_HASH = "0" * 64
 MAX_FILES = 65535
 """`split.no` and `split.count` are u16."""
 
+_ITEM_BYTES = {
+    GGUFValueType.BOOL: 1, GGUFValueType.UINT8: 1, GGUFValueType.INT8: 1, GGUFValueType.UINT16: 2,
+    GGUFValueType.INT16: 2, GGUFValueType.UINT32: 4, GGUFValueType.INT32: 4, GGUFValueType.FLOAT32: 4,
+    GGUFValueType.UINT64: 8, GGUFValueType.INT64: 8, GGUFValueType.FLOAT64: 8,
+}  # fmt: skip
 _FILE_TYPE_OF = {
     "F32": "ALL_F32", "Q3_K": "MOSTLY_Q3_K_M", "Q4_K": "MOSTLY_Q4_K_M", "Q5_K": "MOSTLY_Q5_K_M",
     "MXFP4": "MOSTLY_MXFP4_MOE",
@@ -106,8 +112,17 @@ def padded(num_bytes: int) -> int:
 def predicted_bytes(
     model: Model, tensors: Sequence[TensorSpec], provenance: Provenance, imatrix: ImatrixInfo | None = None
 ) -> int:
-    """The exact size of the unsplit file; reads no weights."""
-    return sum(file.total_bytes for file in layout(model, tensors, provenance, imatrix=imatrix))
+    """Return the exact size of the unsplit file; reads no weights.
+
+    Raises:
+        ExportError: a tensor name that llama.cpp cannot load.
+    """
+    _check_names(tensors)
+    fields = _fields(model, tensors, provenance, imatrix)
+    counted = [field for field in fields if _is_countable(field)]
+    (header,) = _unpadded_headers(model.arch, [field for field in fields if not _is_countable(field)], [tensors])
+    header_bytes = padded(len(header) + sum(map(_array_bytes, counted)))
+    return header_bytes + sum(padded(tensor.num_bytes) for tensor in tensors)
 
 
 def recorded_encoder(source: GGUFSource) -> str:
@@ -130,23 +145,25 @@ def layout(
     Raises:
         ExportError: a tensor name that llama.cpp cannot load, or a limit that some tensor alone exceeds.
     """
-    for tensor in tensors:
-        if len(tensor.name.encode()) > MAX_NAME_LENGTH:
-            raise ExportError(
-                f"The tensor name `{tensor.name}` is longer than the {MAX_NAME_LENGTH} bytes that llama.cpp can load, "
-                "so this model cannot be written as GGUF."
-            )
-    left_out = (gguf.Keys.General.ARCHITECTURE, gguf.Keys.General.ALIGNMENT)
-    fields = [
-        field
-        for field in model.metadata
-        if field.key not in left_out and not (field.value_type == GGUFValueType.ARRAY and len(field.value) == 0)  # type: ignore[arg-type]
-    ]
-    fields += _export_fields(tensors, provenance, imatrix)
+    _check_names(tensors)
+    fields = _fields(model, tensors, provenance, imatrix)
     groups = [list(tensors)]
     if split_max_bytes is not None:
         groups = _grouped(model.arch, fields, tensors, split_max_bytes)
     return [_place(header, group) for header, group in zip(_headers(model.arch, fields, groups), groups, strict=True)]
+
+
+def write_float32(model: Model, path: Path) -> Path:
+    """Write all tensors as F32, one in memory at a time, and return `path`; for a file that does not last."""
+    tensors = [TensorSpec(name, model.source.info(name).shape, "F32") for name in model.source.names()]
+    (file,) = layout(model, tensors, Provenance(model.fingerprint, "all F32"))
+    with path.open("wb") as target:
+        target.write(file.header)
+        for placement in file.placements:
+            target.seek(placement.offset)
+            target.write(model.source.load(placement.tensor.name).contiguous().numpy().tobytes())
+        target.truncate(file.total_bytes)
+    return path
 
 
 def split_paths(output: Path, count: int) -> list[Path]:
@@ -177,6 +194,43 @@ def _file_type(name: str) -> int | None:
     member = _FILE_TYPE_OF.get(name, f"MOSTLY_{name}")
     known = gguf.LlamaFileType.__members__
     return int(known[member]) if member in known else _LATER_THAN_GGUF.get(name)
+
+
+def _check_names(tensors: Iterable[TensorSpec]) -> None:
+    for tensor in tensors:
+        if len(tensor.name.encode()) > MAX_NAME_LENGTH:
+            raise ExportError(
+                f"The tensor name `{tensor.name}` is longer than the {MAX_NAME_LENGTH} bytes that llama.cpp can load, "
+                "so this model cannot be written as GGUF."
+            )
+
+
+def _fields(
+    model: Model, tensors: Sequence[TensorSpec], provenance: Provenance, imatrix: ImatrixInfo | None
+) -> list[MetadataField]:
+    """Return all metadata of a file, but for what gguf-py's writer adds itself."""
+    left_out = (gguf.Keys.General.ARCHITECTURE, gguf.Keys.General.ALIGNMENT)
+    fields = [
+        field
+        for field in model.metadata
+        if field.key not in left_out and not (field.value_type == GGUFValueType.ARRAY and len(field.value) == 0)  # type: ignore[arg-type]
+    ]
+    return fields + _export_fields(tensors, provenance, imatrix)
+
+
+def _is_countable(field: MetadataField) -> bool:
+    """Return whether the bytes of an array can be counted without packing it."""
+    return field.item_type is not None and (field.item_type == GGUFValueType.STRING or field.item_type in _ITEM_BYTES)
+
+
+def _array_bytes(field: MetadataField) -> int:
+    """Return what an array takes in a header: key, types, count and items."""
+    items: Sequence = field.value  # type: ignore[assignment]
+    if field.item_type == GGUFValueType.STRING:
+        content = sum(8 + len(item.encode() if isinstance(item, str) else item) for item in items)
+    else:
+        content = _ITEM_BYTES[field.item_type] * len(items)  # type: ignore[index]
+    return 8 + len(field.key.encode()) + 4 + 4 + 8 + content
 
 
 def _export_fields(
@@ -213,7 +267,14 @@ def _fixed_width(text: str) -> str:
 
 
 def _headers(arch: str, fields: Sequence[MetadataField], groups: Sequence[Sequence[TensorSpec]]) -> list[bytes]:
-    """The header of each file, from gguf-py's writer pointed at memory."""
+    """Return the header of each file."""
+    return [header.ljust(padded(len(header)), b"\0") for header in _unpadded_headers(arch, fields, groups)]
+
+
+def _unpadded_headers(
+    arch: str, fields: Sequence[MetadataField], groups: Sequence[Sequence[TensorSpec]]
+) -> list[bytes]:
+    """Return what gguf-py's writer, pointed at memory, makes of the headers."""
     writer = gguf.GGUFWriter(None, arch)
     for field in fields:
         writer.add_key_value(field.key, field.value, field.value_type, field.item_type)
@@ -229,7 +290,7 @@ def _headers(arch: str, fields: Sequence[MetadataField], groups: Sequence[Sequen
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    return [buffer.getvalue().ljust(padded(buffer.tell()), b"\0") for buffer in buffers]
+    return [buffer.getvalue() for buffer in buffers]
 
 
 def _place(header: bytes, tensors: Sequence[TensorSpec]) -> FileLayout:

@@ -4,8 +4,10 @@ Headers are read by `gguf_reader`; data is memory-mapped. What is added are join
 decoders, and the metadata as plain typed fields that an exporter can write again.
 """
 
+import copy
 import hashlib
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +40,7 @@ class GGUFSource:
         for number, header in enumerate(self._headers):
             for tensor in header.tensors.values():
                 self._add(number, tensor)
+        self._all_tensors = self._tensors
 
     @property
     def metadata(self) -> list[MetadataField]:
@@ -48,7 +51,7 @@ class GGUFSource:
     def fingerprint(self) -> str:
         """SHA-256 over every tensor's name, type, shape and two samples of 256 bytes."""
         digest = hashlib.sha256()
-        for name, tensor in sorted(self._tensors.items()):
+        for name, tensor in sorted(self._all_tensors.items()):
             digest.update(f"{name}{tensor.type}{list(reversed(tensor.shape))}".encode())
             raw = self._bytes(tensor)
             for start in (0, raw.size // 2):
@@ -82,6 +85,11 @@ class GGUFSource:
         chosen = torch.from_numpy((packed if index is None else packed[index]).copy())
         count_mapped(chosen.numel())
         return chosen
+
+    def without(self, names: Collection[str]) -> "GGUFSource":
+        rest = copy.copy(self)
+        rest._tensors = {name: tensor for name, tensor in self._tensors.items() if name not in names}
+        return rest
 
     def _bytes(self, tensor: GGUFTensor) -> np.ndarray:
         return self._data[self._file_of[tensor.name]][tensor.offset : tensor.offset + tensor.num_bytes]

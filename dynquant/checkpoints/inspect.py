@@ -16,7 +16,7 @@ import gguf
 from dynquant.checkpoints.gguf_source import read_split
 from dynquant.checkpoints.safetensors_format import FileSpan, spans_of
 from dynquant.checkpoints.safetensors_source import INDEX_NAME, checkpoint_spans, read_weight_map
-from dynquant.checkpoints.tensor_roles import Role, role_of
+from dynquant.checkpoints.tensor_roles import Role, role_ahead, role_of, roles_of
 from dynquant.errors import CheckpointError
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.storage.strict_json import parse_json
@@ -152,13 +152,14 @@ def _inspect_gguf(path: Path) -> FileSummary:
     arch = str(values.pop("general.architecture", "unknown"))
     arch_keys = [f"{arch}.{key}" for key in _GGUF_ARCH_KEYS]
     values |= {key: headers[0].fields[key].value for key in arch_keys if key in headers[0].fields}
+    roles = roles_of(name for header in headers for name in header.tensors)
     return FileSummary(
         format="gguf",
         files=tuple(files),
         arch=arch,
         total_bytes=sum(file.stat().st_size for file in files),
         tensors=tuple(
-            TensorRecord(tensor.name, tensor.shape, tensor.type, tensor.num_bytes, role_of(tensor.name))
+            TensorRecord(tensor.name, tensor.shape, tensor.type, tensor.num_bytes, roles[tensor.name])
             for header in headers
             for tensor in header.tensors.values()
         ),
@@ -180,10 +181,8 @@ def _inspect_safetensors(directory: Path, spans: dict[str, FileSpan]) -> FileSum
     quantization = config.get("quantization_config")
     if isinstance(quantization, dict) and "quant_method" in quantization:
         metadata["quant_method"] = quantization["quant_method"]
-    tensors = [
-        TensorRecord(name, span.shape, span.dtype, span.num_bytes, _role_of_parameter(name))
-        for name, span in spans.items()
-    ]
+    roles = _roles_of_parameters(spans)
+    tensors = [TensorRecord(name, span.shape, span.dtype, span.num_bytes, roles[name]) for name, span in spans.items()]
     provenance: dict[str, object] = {}
     fault = ""
     if metadata.get("quant_method") == "dynquant" and isinstance(quantization, dict):
@@ -230,20 +229,42 @@ _FIRST_INDEX = re.compile(r"\.\d+\.")
 _EXPERT_INDEX = re.compile(r"\.experts\.\d+\.")
 
 
-def _role_of_parameter(name: str) -> Role:
-    """The role of a Hugging Face parameter, by the names of all architectures in gguf-py's map."""
+def _roles_of_parameters(names: Iterable[str]) -> dict[str, Role]:
+    """The roles of Hugging Face parameters, by the names of all architectures in gguf-py's map.
+
+    Layers that predict tokens ahead stand behind the others, or under `mtp.` as layers of their own.
+    """
+    gguf_names = {name: _first_layer_name(name) for name in names}
+    layers = {name: match[0] for name in gguf_names if (match := _FIRST_INDEX.search(name))}
+    ahead = {layer for name, layer in layers.items() if ".nextn." in gguf_names[name]}
+    roles = {}
+    for name, gguf_name in gguf_names.items():
+        roles[name] = role = role_of(gguf_name) if gguf_name else Role.OTHER
+        if _MTP.match(name) and not gguf_name and name.endswith(".weight"):
+            roles[name] = Role.NORM if "norm" in name else Role.MTP
+        elif _MTP.match(name) or layers.get(name) in ahead:
+            roles[name] = role_ahead(role)
+    return roles
+
+
+_MTP = re.compile(r"(model\.)?mtp\.")
+
+
+def _first_layer_name(name: str) -> str:
+    """The GGUF name of a Hugging Face parameter as if its layer were the first; empty where none is known."""
     template = _FIRST_INDEX.sub(".{bid}.", _EXPERT_INDEX.sub(".experts.", name), count=1)
+    template = _MTP.sub("model.", template)
     if template.endswith(".bias") and not template.endswith("e_score_correction_bias"):
-        return Role.OTHER
-    roles = _roles_by_parameter()
-    return roles.get(template) or roles.get(template.rpartition(".")[0]) or Role.OTHER
+        return ""
+    known = _names_of_parameters()
+    return known.get(template) or known.get(template.rpartition(".")[0]) or ""
 
 
 @cache
-def _roles_by_parameter() -> dict[str, Role]:
+def _names_of_parameters() -> dict[str, str]:
     tables = (gguf.TensorNameMap.mappings_cfg, gguf.TensorNameMap.block_mappings_cfg)
     return {
-        name: role_of(gguf.TENSOR_NAMES[tensor].replace("{bid}", "0") + ".weight")
+        name: gguf.TENSOR_NAMES[tensor].replace("{bid}", "0") + ".weight"
         for table in tables
         for tensor, names in reversed(table.items())
         for name in names

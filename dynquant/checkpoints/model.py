@@ -5,14 +5,14 @@ planning rules need. `families.open.open_model` makes one from a directory or a 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from dynquant.checkpoints.gguf_source import MetadataField
-from dynquant.checkpoints.tensor_roles import Role, roles_of
-from dynquant.checkpoints.tensor_source import TensorSource
+from dynquant.checkpoints.tensor_roles import Role, layer_of, mtp_layers, roles_of
+from dynquant.checkpoints.tensor_source import ModelSource
 from dynquant.errors import CheckpointError
 
 _MAX_NUMBER = 1 << 31
@@ -90,7 +90,7 @@ class Model:
     """
 
     path: Path
-    source: TensorSource
+    source: ModelSource
     metadata: tuple[MetadataField, ...]
     checkpoint_names: Callable[[str], tuple[str, ...]]
     hf_directory: Path | None = None
@@ -114,6 +114,41 @@ class Model:
     def roles(self) -> dict[str, Role]:
         """The role of every tensor, by its name."""
         return roles_of(self.source.names())
+
+    @cached_property
+    def mtp_tensors(self) -> frozenset[str]:
+        """All tensors of layers that predict tokens ahead (multi-token prediction)."""
+        ahead = mtp_layers(self.roles)
+        return frozenset(name for name in self.roles if layer_of(name) in ahead or name.startswith("nextn."))
+
+    def without_mtp(self) -> "Model":
+        """Return the model without its layers that predict tokens ahead, with the keys of llama.cpp's converter for it.
+
+        Fingerprint and settings stay: they are of what both compute.
+
+        Raises:
+            CheckpointError: those layers are not the last.
+        """
+        ahead, count = mtp_layers(self.roles), self.hyper.n_layer
+        rest = count - len(ahead)
+        if ahead != frozenset(range(rest, count)):
+            raise CheckpointError(
+                f"{self.name} has layers that predict tokens ahead at {sorted(ahead)} of {count}, and only the last "
+                "can be left out. Leave --no-mtp out."
+            )
+        fields = (self._of_layers(entry, rest) for entry in self.metadata)
+        return replace(self, source=self.source.without(self.mtp_tensors), metadata=tuple(filter(None, fields)))
+
+    def _of_layers(self, entry: MetadataField, count: int) -> MetadataField | None:
+        """Return a key/value pair as it is of the first `count` layers; None for one that counts those left out."""
+        key, value = entry.key.removeprefix(f"{self.arch}."), entry.value
+        if key == "nextn_predict_layers":
+            return None
+        if key == "block_count":
+            return replace(entry, value=count)
+        if key != entry.key and isinstance(value, list | tuple) and len(value) == self.hyper.n_layer:
+            return replace(entry, value=value[:count])
+        return entry
 
     @cached_property
     def has_vision(self) -> bool:

@@ -4,10 +4,12 @@ A source lists names and shapes without reading data and loads one tensor, or on
 time: see `safetensors_source` and `gguf_source`.
 """
 
+import copy
 import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 
@@ -67,16 +69,23 @@ class TensorSource(Protocol):
         """Float32 values on the CPU; with `index`, only one expert of a stack, or some rows of a matrix."""
 
 
+class ModelSource(TensorSource, Protocol):
+    """The tensors of a model, some of which it may do without."""
+
+    def without(self, names: Collection[str]) -> Self:
+        """The same source, with its fingerprint, as if these tensors were not there."""
+
+
 class DictSource:
     """Tensors in memory, for tests and for models that are loaded anyway."""
 
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        self._tensors = tensors
+        self._tensors, self._all_tensors = tensors, tensors
 
     @property
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
-        for name, tensor in self._tensors.items():
+        for name, tensor in self._all_tensors.items():
             digest.update(f"{name}{tuple(tensor.shape)}".encode())
             digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
@@ -91,3 +100,8 @@ class DictSource:
     def load(self, name: str, index: int | slice | None = None) -> torch.Tensor:
         tensor = self._tensors[name]
         return (tensor if index is None else tensor[index]).to(torch.float32)
+
+    def without(self, names: Collection[str]) -> "DictSource":
+        rest = copy.copy(self)
+        rest._tensors = {name: tensor for name, tensor in self._tensors.items() if name not in names}
+        return rest

@@ -16,11 +16,11 @@ def calibrate(options: CalibrateOptions, session: Annotated[Session, Only(("seed
     Example: dynquant calibrate ./vision-model --data pictures.jsonl -o stats.safetensors
     """
     from dynquant.calibration import stage
-    from dynquant.evaluation.agreement.same_computation import check_base_gguf
+    from dynquant.evaluation.agreement.same_computation import check_computation
     from dynquant.families.open import open_model
 
-    if options.base_gguf is not None:  # here, since evaluation is a later step than calibration
-        model = open_model(options.model, base_gguf=options.base_gguf)
-        check_base_gguf(model, session, allow_difference=options.allow_difference)
+    # Here, since evaluation is a later step than calibration.
+    model = open_model(options.model, base_gguf=options.base_gguf)
+    check_computation(model, session, allow_difference=options.allow_difference)
     stats = stage.calibrate(options, session).stats
     console.say(f"{options.output}: {stats.provenance.num_tokens:,} tokens, {len(stats.inputs)} inputs")

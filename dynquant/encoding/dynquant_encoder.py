@@ -68,13 +68,18 @@ class DynquantEncoder(Encoder):
             )
 
     def prepare(self, quant_types: Iterable[QuantType], progress: Progress = ignore_progress) -> None:
-        """Compile the kernels that a GPU searches blocks of these types with, side by side; Triton keeps them."""
-        if self.device.type == "cpu":
+        """Compile the kernels or loops that blocks of these types are searched with, side by side; they are kept."""
+        searched, workers = [quant_type for quant_type in quant_types if quant_type.name in LAYOUTS], None
+        if not searched:
             return
+        if self.device.type == "cpu":  # loops are the same for types of one kind, and compiled one after the other
+            searched, workers = list({_kind(LAYOUTS[each.name]): each for each in searched}.values()), 1
+        progress("compiling kernels", 0, len(searched), unit="types")
         weights, hessian = torch.randn(_TRIAL, generator=torch.Generator().manual_seed(0)), torch.eye(_TRIAL[1])
         upper_factor(hessian.to(self.device))  # PyTorch loads its linear algebra at the first use, which must be one
-        searched = [quant_type for quant_type in quant_types if quant_type.name in LAYOUTS]
-        packed = side_by_side(lambda each: self.encode(each, weights, hessian=hessian[None]), searched)
+        packed = side_by_side(
+            lambda each: self.encode(each, weights, threads=1, hessian=hessian[None]), searched, workers
+        )
         for done, _ in enumerate(packed, 1):
             progress("compiling kernels", done, len(searched), unit="types")
 
@@ -154,6 +159,11 @@ class DynquantEncoder(Encoder):
     @property
     def _weights_at_once(self) -> int:
         return _CPU_WEIGHTS if self.device.type == "cpu" else _GPU_WEIGHTS
+
+
+def _kind(layout: BlockLayout) -> tuple[bool, ...]:
+    """Return what decides which loops search a type on a CPU."""
+    return bool(layout.num_mins), len(layout.multipliers) > 1, layout.has_power_of_two_scale
 
 
 class Loss:

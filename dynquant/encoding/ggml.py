@@ -10,6 +10,7 @@ Left out: types outside the registry, and llama-quantize's file handling.
 import ctypes
 import importlib.util
 import sys
+from collections.abc import Iterable
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -24,6 +25,7 @@ from dynquant.encoding.parts import as_slice, ranges
 from dynquant.errors import EncodeError
 from dynquant.formats.plain_quants import FLOAT_DTYPES
 from dynquant.formats.quant_types import QuantType
+from dynquant.session import Progress, ignore_progress
 from dynquant.workers import share
 
 CHUNK_WEIGHTS = 1 << 17
@@ -44,6 +46,11 @@ class GgmlEncoder(Encoder):
 
     name: ClassVar[str] = "ggml"
     uses_hessians: ClassVar[bool] = False
+
+    def prepare(self, quant_types: Iterable[QuantType], progress: Progress = ignore_progress) -> None:
+        """Build ggml's search tables, which take seconds."""
+        for quant_type in quant_types:
+            _library().prepare(quant_type)
 
     def encode_stack(self, request: Request) -> torch.Tensor:
         """Encode chunks of rows, each widened to float32 by itself, so that a bfloat16 tensor needs no such copy."""

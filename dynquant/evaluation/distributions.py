@@ -110,6 +110,23 @@ class Distributions:
         return logits.argmax(-1).cpu() == self.top_ids[:, 0]
 
 
+def reduced(logits: Tensor, followed_by: Tensor, seed: int) -> tuple[Distributions, Tensor]:
+    """Return the distributions of logits [T, vocabulary], and the log-probabilities of what follows, [T] on the CPU."""
+    normalizers = log_normalizers(logits)
+    of_targets = log_probs_at(logits, followed_by[:, None], normalizers)[:, 0].cpu()
+    return Distributions.of(logits, seed=seed, normalizers=normalizers), of_targets
+
+
+def compared(reference: Distributions, logits: Tensor, followed_by: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return KL and agreement of logits [T, vocabulary] with a reference, and log-probabilities of what follows.
+
+    All are [T] on the CPU.
+    """
+    normalizers = log_normalizers(logits)
+    of_targets = log_probs_at(logits, followed_by[:, None], normalizers)[:, 0]
+    return reference.kl(logits, normalizers).cpu(), reference.agreements(logits), of_targets.cpu()
+
+
 def log_probs_at(logits: Tensor, ids: Tensor, normalizers: Tensor | None = None) -> Tensor:
     """Return log-probabilities float64 of `ids` [T, n] under logits [T, vocabulary], with or without their normalizers;
     raise EvaluationError for NaN."""

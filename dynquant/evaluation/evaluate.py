@@ -29,9 +29,9 @@ from dynquant.checkpoints.safetensors_source import weight_files
 from dynquant.encoding.store import ENCODED_NAME, open_store
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import EvaluationError
-from dynquant.evaluation import multiple_choice, runners
+from dynquant.evaluation import distributions, multiple_choice, runners
 from dynquant.evaluation import report as reports
-from dynquant.evaluation.distributions import NUM_TAIL, NUM_TOP, Distributions, log_normalizers, log_probs_at
+from dynquant.evaluation.distributions import NUM_TAIL, NUM_TOP, Distributions
 from dynquant.evaluation.llama_cpp_pictures import MtmdRunner
 from dynquant.evaluation.multiple_choice import AnswerScores, EncodedQuestion, Scoring
 from dynquant.evaluation.options import EvalOptions, QuestionOptions
@@ -204,13 +204,12 @@ class _Run:
         """Return the reference's distributions at all scored positions, and log-probabilities of what follows."""
 
         def run(report: Callable[[int, int], None]) -> dict[str, Tensor]:
-            distributions, targets = [], []
-            for number, (batch, logits) in enumerate(self._logits(runner, inputs, report)):
-                normalizers = log_normalizers(logits)
-                seed = self.session.seed + number
-                distributions.append(Distributions.of(logits, seed=seed, normalizers=normalizers))
-                targets.append(log_probs_at(logits, batch.targets[:, None], normalizers)[:, 0].cpu())
-            return Distributions.concatenate(distributions).tensors() | {"target_log_probs": torch.cat(targets)}
+            parts = [
+                distributions.reduced(logits, batch.targets, self.session.seed + number)
+                for number, (batch, logits) in enumerate(self._logits(runner, inputs, report))
+            ]
+            said, targets = zip(*parts, strict=True)
+            return Distributions.concatenate(list(said)).tensors() | {"target_log_probs": torch.cat(targets)}
 
         with self.timed(f"reference, {inputs.name}", inputs.unit) as report:
             tokens = [token for batch in inputs for token in batch.ids[0].tolist()]
@@ -228,12 +227,9 @@ class _Run:
                 said = reference[start : start + len(logits)]
                 start += len(logits)
                 try:
-                    normalizers = log_normalizers(logits)
-                    followed = log_probs_at(logits, batch.targets[:, None], normalizers)[:, 0]
-                    scores = said.kl(logits, normalizers), said.agreements(logits), followed
+                    parts.append(distributions.compared(said, logits, batch.targets))
                 except EvaluationError as error:
                     raise EvaluationError(f"{batch.place}: {error}" if batch.place else str(error)) from error
-                parts.append([values.cpu() for values in scores])  # a GPU holds one batch
         return reports.TokenScores(*(torch.cat(values).numpy() for values in zip(*parts, strict=True)))
 
     def _logits(

@@ -65,9 +65,12 @@ def open_model(path: str | Path, *, base_gguf: str | Path | None = None) -> Mode
     return model
 
 
-def open_and_announce(path: str | Path, session: Session, *, base_gguf: Path | None = None) -> Model:
-    """Open a model and say what it is."""
+def open_and_announce(path: str | Path, session: Session, *, base_gguf: Path | None = None, mtp: bool = True) -> Model:
+    """Open a model and say what it is; without `mtp`, its layers that predict tokens ahead are left out."""
     model = open_model(path, base_gguf=base_gguf)
+    if not mtp and model.mtp_tensors:
+        session.note(f"left out: {len(model.mtp_tensors)} tensors of layers that predict tokens ahead")
+        model = model.without_mtp()
     experts = f", {model.hyper.n_expert} experts" if model.hyper.n_expert else ""
     session.note(
         f"{model.name}: {model.arch}, {model.hyper.n_layer} layers{experts}, {model.num_weights / 1e6:,.1f} M weights"

@@ -34,7 +34,7 @@ class Chooser:
     ) -> None:
         self.context = {"recipe": target.recipe, "stats": stats.stats, "stats_hash": stats.hash}
         self._model, self._target = model, target
-        held = held_types(model, target.mtp)
+        held = held_types(model, target.mtp_type)
         fixed = fixed_bytes(model, table.tensors(), held, **self.context)
         words = _fixed_words(model, table, held, stats.stats)
         for kind in target.couple:
@@ -91,7 +91,7 @@ def check_budget(model: Model, target: Target, types: Sequence[str], stats: Cali
     """
     memory, table = target.memory(model), unmeasured_table(model, tensor_formats(model, stats, types), types)
     any_hash = None if stats is None else "0" * 64  # as long as a real one
-    held = held_types(model, target.mtp)
+    held = held_types(model, target.mtp_type)
     rules = Rules(
         coupled=coupled_tensors(table.tensors(), target.couple),
         fixed_bytes=fixed_bytes(model, table.tensors(), held, recipe=target.recipe, stats=stats, stats_hash=any_hash),

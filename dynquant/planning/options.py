@@ -6,7 +6,7 @@ from typing import Annotated
 
 from dynquant.calibration.options import CalibrationOptions
 from dynquant.errors import PlanError
-from dynquant.options import MODEL_HELP, AllowDifference, BaseGguf, Exact, Flag, MeasuringEncoder, Options, Writes
+from dynquant.options import MODEL_HELP, AllowDifference, BaseGguf, Exact, Flag, MeasuringEncoder, Mtp, Options, Writes
 from dynquant.planning.target import Target
 from dynquant.storage.file_names import files_of_plan
 
@@ -112,6 +112,7 @@ class PlanOptions(Options):
     encoder: MeasuringEncoder = "dynquant"
     exact: Exact = False
     base_gguf: BaseGguf = None
+    mtp: Mtp = True
     allow_difference: AllowDifference = False
     search: SearchOptions = field(default_factory=SearchOptions)
 

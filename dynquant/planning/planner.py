@@ -87,7 +87,7 @@ def rough_types(table: ErrorTable, budgets: Iterable[int], rules: Rules) -> Iter
     """
     planner = _Planner(table, rules)
     for budget in budgets:
-        yield dict(planner.best_draft(budget, depth=0).types)
+        yield dict(planner.best_draft(budget, depth=1).types)
 
 
 def size_range(table: ErrorTable, rules: Rules) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from dynquant.checkpoints.tensor_roles import Role
 from dynquant.checkpoints.tensor_source import TensorSource
 from dynquant.checkpoints.vision_names import VISION, part_of
 from dynquant.errors import CheckpointError, PlanError
-from dynquant.evaluation.agreement.same_computation import check_base_gguf
+from dynquant.evaluation.agreement.same_computation import check_computation
 from dynquant.families.linear_layers import linear_checkpoint
 from dynquant.families.open import open_and_announce, open_language_model
 from dynquant.formats.checksum import checksum
@@ -57,12 +57,12 @@ def make_plan(options: PlanOptions, session: Session = SILENT) -> Plan:
 
 def _plan_types(options: PlanOptions, session: Session) -> Plan:
     target, directory, path = options.target, options.output, options.output / file_names.ERRORS_NAME
-    model = open_and_announce(str(options.model), session, base_gguf=options.base_gguf)
+    model = open_and_announce(str(options.model), session, base_gguf=options.base_gguf, mtp=options.mtp)
     fixed_types = _fixed_types(target, model)
     candidates = [quant_type(name).name for name in target.types] or DEFAULT_TYPES
     types = tuple(dict.fromkeys((*candidates, *(name for name, _ in (fixed_types or {}).values()))))
     search = _search_of(options) if fixed_types is None else None  # before hours of measuring
-    compared = check_base_gguf(model, session, folder=directory, allow_difference=options.allow_difference)
+    compared = check_computation(model, session, folder=directory, allow_difference=options.allow_difference)
     if compared is not None:
         directory.mkdir(parents=True, exist_ok=True)
         compared.save(directory / file_names.SAME_COMPUTATION_NAME)
@@ -73,6 +73,7 @@ def _plan_types(options: PlanOptions, session: Session) -> Plan:
     ray = options.calibration.ray if store is None else None  # a store of encoded blocks is filled on this machine
     how = {"encoder": options.encoder, "exact": options.exact, "base_gguf": options.base_gguf}
     table = error_table(model, stats, path, TableOptions(types=types, ray=ray, **how), session)
+    stats.finish()
     supers, table = _probe(model, table, options, session)
     write_token_errors(model, options.stats or stats.path, directory, types, options.encoder, session)
     chooser = Chooser(model, target, stats, table, rules_of(supers, stats.stats), session)
@@ -89,7 +90,7 @@ def _plan_types(options: PlanOptions, session: Session) -> Plan:
         (directory / file_names.SELECTION_NAME).unlink(missing_ok=True)
         chosen = fixed_types or _with_modules(chooser, table, target.vision, session)
     errors = {"weighted_errors": _weighted_errors(table), "exact": target.preset is None}
-    held = held_types(model, target.mtp) if fixed_types is None else {}
+    held = held_types(model, target.mtp_type) if fixed_types is None else {}
     plan = plan_from_types(model, held | chosen, **errors, **chooser.context)
     promise = _promise(table, chosen, selection) if fixed_types is None else {}
     plan = _of_table(plan, table, path, model.source, model.source.names(), types=table.types, **promise)
@@ -113,8 +114,10 @@ def _plan_schemes(options: PlanOptions, session: Session) -> Plan:
     stats = statistics_in(options.output, model, options.calibration, session, stats_path=options.stats)
     request = {"recipe": target.recipe, "stats_hash": stats.hash}
     if uniform is not None:
+        stats.finish()
         return plan_for_vllm(model, checkpoint, uniform, **request)
     table = scheme_table(model, checkpoint, stats, path, session)
+    stats.finish()
     _, table = _probe(model, table, options, session)
     chosen = chooser.choose(table, budget)
     errors = {"weighted_errors": _weighted_errors(table), "mixed_experts": target.mixed_experts}
@@ -149,6 +152,7 @@ def _check_vllm(options: PlanOptions) -> None:
         "--frontier": search.frontier,
         "--sensitivity": search.methods,
         "--base-gguf": options.base_gguf,
+        "--no-mtp": not options.mtp,
     }
     if refused := [flag for flag, value in flags.items() if value]:
         raise PlanError(
@@ -287,7 +291,7 @@ def plan_from_config(directory: Path, target: Target, session: Session = SILENT)
 def _fixed_types(target: Target, model: Model) -> dict[str, Choice] | None:
     """Types that need no measurement, or None when the planner chooses."""
     if target.preset:
-        return preset_types(target.preset, model, mtp_type=target.mtp, fallbacks=target.fallbacks)
+        return preset_types(target.preset, model, mtp_type=target.mtp_type, fallbacks=target.fallbacks)
     if target.like is not None:
         return like_types(target.like, model)
     if target.patterns is None:

@@ -62,7 +62,7 @@ class Target(Options):
     fallback: Fallback = ()
     types: Types = ()
     floors: Annotated[bool, Flag("Keep all but routed experts at 4 bits or more.")] = True
-    mtp: Annotated[
+    mtp_type: Annotated[
         str,
         Flag(
             "Type of the layers that predict tokens ahead (MTP), which no measured error decides: 6 bits or more keep "
@@ -111,10 +111,10 @@ class Target(Options):
             from dynquant.planning.planner import check_couplings
 
             check_couplings(self.couple)
-        if self.changed("mtp", "fallback"):
+        if self.changed("mtp_type", "fallback"):
             from dynquant.formats.quant_types import quant_type
 
-            for name in (self.mtp, *self.fallback):
+            for name in (self.mtp_type, *self.fallback):
                 quant_type(name)
         if self.fallback and (self.serves is not None or (self.preset is None and self.patterns is None)):
             raise PlanError(
@@ -122,7 +122,7 @@ class Target(Options):
                 "blocks of 256 do not fit, and for vLLM there are no such types."
             )
         if self.like is not None or self.patterns is not None or self.serves is not None:
-            self.refuse_unused("--like and --recipe have types of their own, and for vLLM they stay BF16.", "mtp")
+            self.refuse_unused("--like and --recipe have types of their own, and for vLLM they stay BF16.", "mtp_type")
         if self.vision not in ("auto", *LEVELS):
             raise PlanError(f"--vision {self.vision} is not known; give auto, {', '.join(LEVELS)}.")
         for flag, is_set in (("--couple", bool(self.couple)), (f"--vision {self.vision}", self.vision != "auto")):

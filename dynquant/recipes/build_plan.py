@@ -189,6 +189,13 @@ def plan_of_part(part: ModelPart, plan: Plan, stats: CalibrationStats | None) ->
     return plan.model_copy(update=update)
 
 
+def plan_of_rest(model: Model, plan: Plan, stats: CalibrationStats | None) -> Plan:
+    """Return the plan of the tensors that are left of the model that it was made for."""
+    entries = tuple(entry for entry in plan.entries if entry.name in model.roles)
+    size = _gguf_bytes(model, entries, plan.recipe, stats, plan.stats_hash)
+    return plan.model_copy(update={"entries": entries, "predicted_bytes": size})
+
+
 def with_projector_type(model: Model, plan: Plan, type_name: str, stats: CalibrationStats | None) -> Plan:
     """Return the plan with one type for all matrices of the vision tower and the projector."""
     choice = Choice(type_name, f"{type_name} for the vision part, as asked for")

@@ -17,7 +17,7 @@ _NO_INPUT = {
     Role.MTP: "layers that predict tokens ahead were not run",
 }
 _FIXED = {
-    Role.MTP: "layers that predict tokens ahead (--no-mtp leaves them out, --mtp TYPE stores them otherwise)",
+    Role.MTP: "layers that predict tokens ahead (--no-mtp leaves them out, --mtp-type TYPE stores them otherwise)",
     Role.INDEXER: "indexer",
     Role.SSM_STATE: "decay and gates of states",
     Role.MIXING: "projections and mixers that llama.cpp never quantizes",

@@ -1,4 +1,4 @@
-"""Hooks on `nn.Linear`: which GGUF weight reads which input.
+"""Hooks on linear layers: which GGUF weights read the same input.
 
 Weights that read one input (q/k/v, gate/up, q_a/kv_a) are found by the tensor object that they are called with during
 the first forward pass and share one key. Multi-head latent attention is special because GGUF stores `kv_b_proj` as
@@ -13,7 +13,7 @@ Hooks see gradients too. Backward passes here start from labels drawn from the m
 such gradients g is the Fisher information, the Hessian of the KL to the model itself (K-FAC, arXiv:1503.05671).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -21,28 +21,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from dynquant.checkpoints.tensor_roles import Role, gguf_name_of, layer_of, role_of
+from dynquant.checkpoints.tensor_roles import Role, layer_of, role_of
+from dynquant.running.weight_inputs import LinearInput
 
 LinearObserver = Callable[[str, torch.Tensor, torch.Tensor | None], None]
 """Called with a key, its input [T, C] (or [T, heads, C]), and for down-projections the output [T, rows]."""
 
 
-def linear_names(hf_model: nn.Module, arch: str, n_layer: int) -> dict[str, nn.Linear]:
-    """GGUF weight name -> linear layer, for every linear layer in gguf-py's map of the architecture."""
-    return {
-        name: module
-        for module_name, module in hf_model.named_modules()
-        if isinstance(module, nn.Linear) and (name := gguf_name_of(f"{module_name}.weight", arch, n_layer)) is not None
-    }
-
-
 class LinearHooks:
     """Calls `observer` once per distinct input of a forward pass, and learns `aliases` (weight -> key)."""
 
-    def __init__(self, hf_model: nn.Module, arch: str, n_layer: int, observer: LinearObserver) -> None:
+    def __init__(self, hf_model: nn.Module, linears: Mapping[str, LinearInput], observer: LinearObserver) -> None:
         self.aliases: dict[str, str] = {}
         self._model = hf_model
-        self._linears = linear_names(hf_model, arch, n_layer)
+        self._linears = linears
         self._observer = observer
         self._key_of: dict[str, str] = {}
         self._layer: int | None = None
@@ -53,9 +45,9 @@ class LinearHooks:
         """Context manager: the hooks are in place."""
         with ExitStack() as stack:
             stack.callback(self._layer_inputs.clear)
-            for name, module in self._linears.items():
+            for name, linear in self._linears.items():
                 is_down = role_of(name).is_down_projection
-                register = module.register_forward_hook if is_down else module.register_forward_pre_hook
+                register = linear.module.register_forward_hook if is_down else linear.module.register_forward_pre_hook
                 stack.enter_context(register(partial(self._observe, name), with_kwargs=True))
             for module, hook in self._latent_attention_hooks():
                 stack.enter_context(module.register_forward_hook(hook))
@@ -64,9 +56,10 @@ class LinearHooks:
     def _observe(
         self, name: str, _module: nn.Module, args: tuple, kwargs: dict[str, Any], out: torch.Tensor | None = None
     ) -> None:
-        x = args[0] if args else kwargs["input"]
+        x, linear = args[0] if args else kwargs["input"], self._linears[name]
         if self._key(name, x) == name:
-            self._observer(name, x.flatten(0, -2), None if out is None else out.flatten(0, -2))
+            y = None if out is None else linear.outputs(out.flatten(0, -2))
+            self._observer(name, linear.channels(x.flatten(0, -2)), y)
 
     def _key(self, name: str, x: torch.Tensor) -> str:
         if name in self._key_of:
@@ -74,7 +67,8 @@ class LinearHooks:
         if layer_of(name) != self._layer:
             self._layer, self._layer_inputs = layer_of(name), []
         # The list keeps the tensors alive, so an equal object is the same input; the version catches in-place writes.
-        key = next((key for seen, version, key in self._layer_inputs if seen is x and version == x._version), name)
+        same = (key for seen, version, key in self._layer_inputs if seen is x and version == x._version)
+        key = next((key for key in same if self._have_one_order(key, name)), name)
         if key == name:
             self._layer_inputs.append((x, x._version, name))
         else:
@@ -82,13 +76,17 @@ class LinearHooks:
         self._key_of[name] = key
         return key
 
+    def _have_one_order(self, *names: str) -> bool:
+        first, second = (self._linears[name].columns for name in names)
+        return first is second or (first is not None and second is not None and torch.equal(first, second))
+
     def _latent_attention_hooks(self) -> Iterator[tuple[nn.Module, Callable[..., None]]]:
         modules = dict(self._model.named_modules())
         names = {module: name for name, module in modules.items()}
         for name, linear in self._linears.items():
             if role_of(name) is not Role.MLA_KV_B:
                 continue
-            attention: Any = modules[names[linear].rpartition(".")[0]]
+            attention: Any = modules[names[linear.module].rpartition(".")[0]]
             query = getattr(attention, "q_b_proj", None) or getattr(attention, "q_proj", None)
             if query is None:
                 continue
@@ -102,10 +100,14 @@ class LinearHooks:
 
 
 @contextmanager
-def activation_gradients(hf_model: nn.Module) -> Iterator[None]:
-    """Context manager: gradients flow through activations and not into weights, whatever the caller's grad mode was."""
-    hook = hf_model.get_input_embeddings().register_forward_hook(lambda _module, _args, out: out.requires_grad_(True))
-    with hook, frozen_weights(hf_model), torch.enable_grad():
+def activation_gradients(hf_model: nn.Module, embeddings: Iterable[nn.Module] = ()) -> Iterator[None]:
+    """Context manager: gradients flow through activations and not into weights, whatever the caller's grad mode was.
+
+    They begin at the embedding of tokens, and at others that are given.
+    """
+    with ExitStack() as hooks, frozen_weights(hf_model), torch.enable_grad():
+        for module in {hf_model.get_input_embeddings(), *embeddings}:  # type: ignore[operator]
+            hooks.enter_context(module.register_forward_hook(lambda _module, _args, out: out.requires_grad_(True)))
         yield
 
 

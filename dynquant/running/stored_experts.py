@@ -47,9 +47,9 @@ class StoredExperts:
         """The same in the scratch memory, where it lies until any other product."""
         return self._write(expert, self._scratch[: self.shape[1:].numel()].view(self.shape[1:]))
 
-    def product(self, x: Tensor, expert: int) -> Tensor:
-        """x [T, columns] -> [T, rows], differentiable in x."""
-        return _Product.apply(x, self, expert)
+    def product(self, x: Tensor, expert: int, *, is_transposed: bool = False) -> Tensor:
+        """x [T, columns] -> [T, rows], differentiable in x; a transposed matrix is [columns, rows]."""
+        return _Product.apply(x, self, expert, is_transposed)
 
     def _write(self, expert: int, matrix: Tensor) -> Tensor:
         parts = self._parts(expert)
@@ -73,10 +73,13 @@ class _Product(torch.autograd.Function):
     """A product with a matrix that is made again for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, experts: StoredExperts, expert: int) -> Tensor:
-        ctx.experts, ctx.expert = experts, expert  # not the matrix, which would stay in memory until then
-        return functional.linear(x, experts.matrix_of_product(expert))
+    def forward(ctx: Any, x: Tensor, experts: StoredExperts, expert: int, is_transposed: bool) -> Tensor:
+        # Not the matrix, which would stay in memory until then.
+        ctx.experts, ctx.expert, ctx.is_transposed = experts, expert, is_transposed
+        matrix = experts.matrix_of_product(expert)
+        return x @ matrix if is_transposed else functional.linear(x, matrix)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return gradients[0].mm(ctx.experts.matrix_of_product(ctx.expert)), None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        matrix = ctx.experts.matrix_of_product(ctx.expert)
+        return gradients[0].mm(matrix.T if ctx.is_transposed else matrix), None, None, None

@@ -13,6 +13,7 @@ from dynquant.errors import StatsError
 from dynquant.families.open import open_model
 from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.running.load import load_hf
+from dynquant.running.weight_inputs import weight_inputs
 from tests.helpers.gguf_writing import finish
 
 EXPERTS = "blk.2.ffn_down_exps.weight"
@@ -28,7 +29,9 @@ def stats(model):
     provenance = StatsProvenance(fingerprint=model.fingerprint, text_hash="0" * 64, text_name="random tokens")
     tokens = torch.randint(0, 8192, (3, 32), generator=torch.Generator().manual_seed(0))
     inputs = ModelInputs(tokens)
-    return collect_statistics(load_hf(model), inputs, arch="deepseek2", n_layer=6, provenance=provenance).stats
+    hf_model = load_hf(model)
+    names = weight_inputs(model, hf_model)
+    return collect_statistics(hf_model, inputs, names=names, provenance=provenance).stats
 
 
 @pytest.fixture

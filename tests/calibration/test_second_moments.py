@@ -15,6 +15,7 @@ from dynquant.errors import StatsError
 from dynquant.families.open import open_model
 from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.running.load import load_hf
+from dynquant.running.weight_inputs import named_inputs
 from dynquant.storage.file_names import path_beside
 
 GATE, DOWN, DENSE = "blk.2.ffn_gate_exps.weight", "blk.2.ffn_down_exps.weight", "blk.0.ffn_gate.weight"
@@ -34,7 +35,8 @@ def collect(moe, tokens, **options):
     provenance = StatsProvenance(fingerprint="f", text_hash="a0", text_name="noise")
     options = StatisticsOptions(**{"hessians": "activations", "held_back": 0.0} | options)
     inputs = ModelInputs(tokens, batch_size=2)
-    return collect_statistics(moe, inputs, arch="deepseek2", n_layer=6, provenance=provenance, options=options)
+    names = named_inputs(moe, "deepseek2", 6)
+    return collect_statistics(moe, inputs, names=names, provenance=provenance, options=options)
 
 
 @pytest.fixture(scope="module")

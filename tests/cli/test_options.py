@@ -169,7 +169,7 @@ def test_statistics_of_a_folder_are_used_for_the_same_options_alone(
     if "text" in others:
         others = {"text": str(small_moe.parent / others["text"])}
     options = CalibrationOptions(**({"tokens": CALIBRATION_16M[1], "window": CALIBRATION_16M[3]} | others))
-    monkeypatch.setattr(stage, "run_calibration", lambda *_, **__: stage.StatsFile(path).stats)
+    monkeypatch.setattr(stage, "run_calibration", lambda *_, **__: stage.StatsFile(path))
     notes = []
     stage.statistics_at(path, open_model(small_moe), options, Session(seed=seed, note=notes.append))
     assert words in notes[0] and ("calibrating anew" in notes[0]) == (words != "reusing")

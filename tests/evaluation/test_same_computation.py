@@ -1,5 +1,6 @@
 """A GGUF file and the directory that it is given for: what they compute is compared, told and refused."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from dynquant.errors import CheckpointError, EvaluationError
 from dynquant.evaluation.agreement import same_computation
-from dynquant.evaluation.agreement.same_computation import SameComputation, check_base_gguf
+from dynquant.evaluation.agreement.same_computation import SameComputation, check_computation, check_written
 from dynquant.evaluation.llama_cpp import separate_window_logits
 from dynquant.families.open import open_model
 from dynquant.session import Session
@@ -31,7 +32,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 def notes_on(directory: Path, file: Path, **options: object) -> tuple[SameComputation | None, list[str]]:
     notes: list[str] = []
     session = Session(note=notes.append, threads=1, device="cpu")
-    return check_base_gguf(open_model(directory, base_gguf=file), session, **options), notes
+    return check_computation(open_model(directory, base_gguf=file), session, **options), notes
 
 
 def test_a_file_of_the_same_computation_passes_silently(tiny_moe: Path, base: Path) -> None:
@@ -113,3 +114,33 @@ def test_a_process_of_its_own_gives_logits_and_reasons(base: Path, tmp_path: Pat
     assert torch.equal(separate_window_logits(base, [5, 6, 7], 1), llama_logits(base, [5, 6, 7]))
     with pytest.raises(EvaluationError, match=r"^llama\.cpp cannot run it: .*none\.gguf"):
         separate_window_logits(tmp_path / "none.gguf", [5], 1)
+
+
+@pytest.fixture
+def as_converted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes a model of a family pass for one that llama.cpp's converter describes."""
+    monkeypatch.setattr(same_computation, "FAMILIES", {})
+
+
+def test_what_the_converter_describes_is_compared_before_and_after(
+    tiny_moe: Path, base: Path, as_converted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, notes = open_model(tiny_moe), []
+    session = Session(note=notes.append, threads=1, device="cpu")
+    compared = check_computation(model, session)
+    assert compared is not None and compared.kl < 1e-9 and notes == []
+    monkeypatch.setattr(same_computation, "_MOST_BYTES", 1)
+    assert check_computation(model, session) is None
+    assert "was not compared" in notes.pop() and not notes
+    check_written(model, base, session)
+    assert notes == []
+
+
+def test_a_written_file_is_compared_with_its_own_weights(tiny_moe: Path, tmp_path: Path, as_converted: None) -> None:
+    file = tmp_path / "few.gguf"
+    succeed("export", tiny_moe, "--preset", "uniform-mxfp4", "--encoder", "ggml", "-o", file)
+    check_written(open_model(tiny_moe), file, Session(threads=1, device="cpu"))
+    edited = edited_config(tiny_moe, tmp_path / "edited", lambda config: config.update(norm_topk_prob=False))
+    model = replace(open_model(tiny_moe), hf_directory=edited)
+    with pytest.raises(CheckpointError, match=r"few\.gguf in llama\.cpp does not compute"):
+        check_written(model, file, Session(threads=1, device="cpu"))

@@ -26,6 +26,7 @@ from dynquant.inputs.processor import image_token_limits, load_processor
 from dynquant.recipes.build_plan import plan_from_types
 from dynquant.recipes.presets import preset_types
 from dynquant.running.load import load_hf
+from dynquant.running.weight_inputs import weight_inputs
 from tests.helpers.commands import refused, run
 from tests.helpers.tiny_vision import pixtral_inputs, write_pictures
 
@@ -62,8 +63,9 @@ def pictures_stats(models, tmp_path_factory):
     samples = read_samples(write_pictures(tmp_path_factory.mktemp("two"), 2)).samples
     inputs = ModelInputs(tuple(encoder.encode_all(samples, 1000)))
     provenance = StatsProvenance(fingerprint=model.fingerprint, text_hash="0", text_name="pictures")
-    arch, layers = model.arch, model.hyper.n_layer
-    return collect_statistics(load_hf(model), inputs, arch=arch, n_layer=layers, provenance=provenance).stats
+    hf_model = load_hf(model)
+    names = weight_inputs(model, hf_model)
+    return collect_statistics(hf_model, inputs, names=names, provenance=provenance).stats
 
 
 def sample_of(directory, family, pictures):

@@ -2,11 +2,13 @@
 
 from dynquant.calibration.run import Calibration, collect_statistics, provenance_of, text_inputs
 from dynquant.running.load import load_hf
+from dynquant.running.weight_inputs import weight_inputs
 
 
 def calibrate(model, text=None, *, tokens=131_072, window=512, device="cpu", seed=0, **options) -> Calibration:
     """Measure on a text file, a `datasets` id, or (None) the built-in text."""
     inputs = text_inputs(model, text, tokens=tokens, window=window, seed=seed)
     provenance = provenance_of(model, inputs, tokens=tokens, seed=seed)
-    names = {"arch": model.arch, "n_layer": model.hyper.n_layer}
-    return collect_statistics(load_hf(model, device=device), inputs, **names, provenance=provenance, **options)
+    hf_model = load_hf(model, device=device)
+    names = weight_inputs(model, hf_model)
+    return collect_statistics(hf_model, inputs, names=names, provenance=provenance, **options)

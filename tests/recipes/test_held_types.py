@@ -89,4 +89,4 @@ def test_a_budget_is_refused_with_the_bytes_that_have_no_choice(model):
 
 def test_the_type_of_layers_ahead_is_one_that_exists():
     with pytest.raises(PlanError, match="no quant type `q9_k`"):
-        Target(mtp="q9_k")
+        Target(mtp_type="q9_k")

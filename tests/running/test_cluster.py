@@ -20,6 +20,7 @@ from dynquant.formats.checksum import checksum
 from dynquant.formats.quant_types import quant_type
 from dynquant.running.cluster import RayPool, StoredModel, TaskNeeds, open_ray
 from dynquant.running.load import load_hf
+from dynquant.running.weight_inputs import weight_inputs
 from dynquant.session import ignore_progress
 from tests.helpers.commands import run
 from tests.helpers.exports import export_gguf
@@ -246,8 +247,9 @@ def test_calibration_keeps_its_bytes_when_a_node_dies(cluster, pool, moe, text, 
 def test_shards_add_up_to_the_one_sum(moe, text):
     inputs, provenance = text
     sharded = measured(moe, text, "activations")
+    hf_model = load_hf(moe)
     whole = collect_statistics(
-        load_hf(moe), inputs, arch=moe.arch, n_layer=moe.hyper.n_layer, provenance=provenance,
+        hf_model, inputs, names=weight_inputs(moe, hf_model), provenance=provenance,
         options=StatisticsOptions("activations"),
     )  # fmt: skip
     assert sharded.stats.provenance == whole.stats.provenance == sharded.moments.provenance

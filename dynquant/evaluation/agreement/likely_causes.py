@@ -1,10 +1,8 @@
 """Likely causes of a difference between llama.cpp and transformers, from config.json and a GGUF file's metadata."""
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
-from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
 from dynquant.families.common.config import read_json
 
@@ -17,14 +15,13 @@ _ROUTING_KEYS = {
 _WITHOUT_EFFECT = (None, 1, 1.0)
 
 
-def likely_causes(model: Model, file: Path) -> list[str]:
+def likely_causes(model: Model) -> list[str]:
     """Return what configuration and file say that may explain a difference, in words."""
     assert model.hf_directory is not None
     raw = read_json(model.hf_directory / "config.json")
     config = raw | (raw["text_config"] if isinstance(raw.get("text_config"), dict) else {})
-    source = GGUFSource(file)
-    keys = {field.key.partition(".")[2]: field.value for field in source.metadata}
-    causes = [*_rope_causes(config), *(_routing_causes(config, keys, source.names()) if "expert_count" in keys else ())]
+    keys, names = {field.key.partition(".")[2]: field.value for field in model.metadata}, model.source.names()
+    causes = [*_rope_causes(config), *(_routing_causes(config, keys, names) if "expert_count" in keys else ())]
     if config.get("sliding_window") and "attention.sliding_window" not in keys and config.get("use_sliding_window", 1):
         causes.append("config.json has a sliding_window, the file has none")
     return causes or ["a setting of config.json that the converter left out, or an older converter or llama.cpp"]

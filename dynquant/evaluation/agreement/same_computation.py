@@ -7,10 +7,12 @@ both. With F32 weights the two agree to a mean KL of 1e-9 and less. With other w
 transformers, whose modules then round their inputs alike, and ten times as much is no difference.
 """
 
+import shutil
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 import torch
@@ -18,15 +20,19 @@ from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from dynquant.calibration.run import text_inputs
+from dynquant.checkpoints.gguf_layout import write_float32
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
 from dynquant.errors import CheckpointError, DynquantError
 from dynquant.evaluation.agreement.likely_causes import likely_causes
 from dynquant.evaluation.llama_cpp import separate_window_logits
 from dynquant.evaluation.runners import HuggingFaceRunner
+from dynquant.families.common.config import read_json
+from dynquant.families.text.registry import FAMILIES
 from dynquant.formats.quant_types import quant_type
 from dynquant.packed.rounding import rounded
 from dynquant.resources import chosen_device, human_bytes
+from dynquant.running.live_weights import LiveWeights
 from dynquant.running.load import load_hf
 from dynquant.running.streaming.stream_memory import COMFORTABLE_SHARE, free_memory_of
 from dynquant.session import Session
@@ -41,6 +47,8 @@ ROUNDING_MARGIN = 10.0
 _OTHER_WEIGHTS = 0.05
 """Mean KL of which weights of 8 bits may be the reason."""
 _FEWEST_BITS = 8
+_MOST_BYTES = 4 << 30
+"""Bytes of a temporary file that a comparison may take."""
 
 
 class SameComputation(FrozenRecord):
@@ -65,55 +73,117 @@ class SameComputation(FrozenRecord):
         return not self.kl <= max(limit, self.weights_kl) + ROUNDING_MARGIN * self.rounding_kl  # NaN exceeds it
 
 
-def check_base_gguf(
+def check_computation(
     model: Model, session: Session, *, folder: Path | None = None, allow_difference: bool = False
 ) -> SameComputation | None:
-    """Compare a base GGUF with the directory that it is given for, unless `folder` holds the result already.
+    """Compare llama.cpp with transformers before anything is measured, unless `folder` holds the result already.
 
-    A difference is told. What cannot be run here is not compared, and that is told, too.
+    Compared is the base GGUF, or where llama.cpp's converter describes a directory, a file of all its weights as F32;
+    families of dynquant refuse what their graphs do not compute. A difference is told. What cannot be run here is not
+    compared, and that is told, too.
 
     Raises:
         CheckpointError: the two differ by more than `REFUSED`, and that is not allowed.
     """
-    if model.base_gguf is None or model.hf_directory is None:
+    if model.hf_directory is None or not (model.base_gguf or is_converted(model)):
         return None
     path = None if folder is None else folder / SAME_COMPUTATION_NAME
     compared = None if path is None else _remembered(path, model)
     if compared is None:
         try:
-            compared = compare(model, model.base_gguf, session)
+            with nullcontext(model.base_gguf) if model.base_gguf else _file_in_f32(model) as file:
+                compared = compare(model, file, session)
         except DynquantError as error:
-            session.note(f"{model.base_gguf.name} was not compared with {model.name}: {error}")
+            session.note(f"{_subject(model)} was not compared with transformers: {error}")
             return None
-    _judge(compared, model, model.base_gguf, session, allow_difference=allow_difference)
+    _judge(compared, _subject(model), model, session, allow_difference=allow_difference)
     return compared
 
 
-def compare(model: Model, file: Path, session: Session) -> SameComputation:
+def check_written(model: Model, file: Path, session: Session, *, allow_difference: bool = False) -> None:
+    """Compare a file that was written with transformers, which gets the file's weights; told as for all weights.
+
+    Raises:
+        CheckpointError: the two differ by more than `REFUSED`, and that is not allowed.
+    """
+    try:
+        compared = compare(model, file, session, takes_weights=True)
+    except DynquantError as error:
+        session.note(f"{file.name} was not compared with transformers: {error}")
+        return
+    _judge(compared, file.name, model, session, allow_difference=allow_difference)
+
+
+def is_converted(model: Model) -> bool:
+    """Return whether llama.cpp's converter describes the model, and no family of dynquant."""
+    if model.hf_directory is None or model.base_gguf is not None or model.has_vision:
+        return False
+    return read_json(model.hf_directory / "config.json").get("model_type") not in FAMILIES
+
+
+def _subject(model: Model) -> str:
+    return model.base_gguf.name if model.base_gguf else f"{model.name} as llama.cpp's converter describes it"
+
+
+def compare(
+    model: Model,
+    file: Path,
+    session: Session,
+    *,
+    takes_weights: bool = False,
+    logits: Callable[[Path, Sequence[int], int | None], Tensor] | None = None,
+) -> SameComputation:
     """Run a few hundred tokens in transformers and then, with the file, in llama.cpp.
+
+    With `takes_weights` transformers gets the weights of the file, so that these may have any type. llama.cpp runs in a
+    process of its own, or by `logits`.
 
     Raises:
         DynquantError: one of them cannot be run here, or the file has too few bits to be compared.
     """
-    weights_type = _main_type(GGUFSource(file))
+    source = GGUFSource(file)
+    weights_type = _main_type(source)
     stored = quant_type(weights_type)
-    if stored.bits_per_weight < _FEWEST_BITS:
+    if stored.bits_per_weight < _FEWEST_BITS and not takes_weights:
         raise CheckpointError(f"the error of its {weights_type} weights would hide any other difference.")
     length = min(NUM_TOKENS, model.hyper.n_ctx or NUM_TOKENS)
     tokens = text_inputs(model, None, tokens=length, window=length).windows[0].tolist()
     runner = HuggingFaceRunner(load_hf(model, dtype=torch.float32, device=_place_for(model, session)))
+    if takes_weights:
+        _take_weights(runner.hf_model, model, source)
     reference, rounding = runner.window_logits(tokens), 0.0
     if weights_type != "F32":
         with rounded_inputs(runner.hf_model, weights_type):
             rounding = mean_kl(reference, runner.window_logits(tokens))
     runner.close()
-    kl = mean_kl(reference, separate_window_logits(file, tokens, session.threads))
-    weights_kl = 0.0 if stored.is_float else _OTHER_WEIGHTS
+    kl = mean_kl(reference, (logits or separate_window_logits)(file, tokens, session.threads))
+    weights_kl = 0.0 if stored.is_float or takes_weights else _OTHER_WEIGHTS
     sides = {"fingerprint": model.fingerprint, "settings": dict(model.settings)}
     return SameComputation(**sides, kl=kl, rounding_kl=rounding, weights_kl=weights_kl, tokens=len(tokens))
 
 
-def _judge(compared: SameComputation, model: Model, file: Path, session: Session, *, allow_difference: bool) -> None:
+def _take_weights(hf_model: nn.Module, model: Model, source: GGUFSource) -> None:
+    """Give a running model the quantized tensors of a file, or raise CheckpointError for one without a place."""
+    names = [name for name in source.names() if not quant_type(source.info(name).dtype).is_float]
+    live = LiveWeights(model, hf_model)
+    live.check(names)
+    for name in set(live.names()).intersection(names):
+        live.write(name, source.load(name))
+
+
+@contextmanager
+def _file_in_f32(model: Model) -> Iterator[Path]:
+    """Context manager: a temporary file of a model that is not too large for it; raises CheckpointError for others."""
+    needed, free = 4 * model.num_weights, shutil.disk_usage(gettempdir()).free
+    if needed > min(_MOST_BYTES, free // 2):
+        raise CheckpointError(
+            f"that takes a temporary file of {human_bytes(needed)}. `export` compares what it writes."
+        )
+    with TemporaryDirectory() as folder:
+        yield write_float32(model, Path(folder) / f"{model.name}.gguf")
+
+
+def _judge(compared: SameComputation, subject: str, model: Model, session: Session, *, allow_difference: bool) -> None:
     """Tell a difference with its likely causes, or raise CheckpointError for one that is not allowed."""
     if not compared.exceeds(TOLD):
         return
@@ -121,10 +191,10 @@ def _judge(compared: SameComputation, model: Model, file: Path, session: Session
     parts = [f"{reason} {kl:.2g} of it" for reason, kl in others.items() if kl]
     beside = f" ({' and '.join(parts)})" if parts else ""
     difference = (
-        f"{file.name} in llama.cpp does not compute what {model.name} computes in transformers: their mean KL is "
+        f"{subject} in llama.cpp does not compute what {model.name} computes in transformers: their mean KL is "
         f"{compared.kl:.2g} nats over {compared.tokens} tokens{beside}."
     )
-    causes = f"Likely causes: {'; '.join(likely_causes(model, file))}."
+    causes = f"Likely causes: {'; '.join(likely_causes(model))}."
     if compared.exceeds(REFUSED) and not allow_difference:
         raise CheckpointError(
             f"{difference} What is measured in transformers would be of another model than what llama.cpp runs. "

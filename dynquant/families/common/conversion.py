@@ -4,7 +4,7 @@ Nothing is read until a tensor is asked for, and one expert of a stacked tensor 
 the checkpoint stores experts one by one or fused.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from math import prod
 
@@ -89,6 +89,9 @@ class ConvertedSource:
 
     def load(self, name: str, index: int | slice | None = None) -> torch.Tensor:
         return self._conversions[name].load(self._source, index)
+
+    def without(self, names: Collection[str]) -> "ConvertedSource":
+        return ConvertedSource(self._source, [c for name, c in self._conversions.items() if name not in names])
 
     def checkpoint_names(self, name: str) -> tuple[str, ...]:
         """The checkpoint tensors that a GGUF tensor is made of: every expert of a stack, none if it is computed."""

@@ -47,6 +47,12 @@ def settings_of_metadata(fields: Iterable[MetadataField]) -> dict[str, Setting]:
     values = {field.key: field.value for field in fields}
     prefix = f"{values.get('general.architecture', '')}."
     numbers = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+    ahead, count = numbers.pop("nextn_predict_layers", 0), numbers.get("block_count")
+    if isinstance(ahead, int) and isinstance(count, int) and 0 < ahead < count:
+        # Layers that predict tokens ahead decide nothing that the others compute, and a file may do without them.
+        run = {"block_count": count - ahead}
+        run |= {key: v[:-ahead] for key, v in numbers.items() if isinstance(v, list | tuple) and len(v) == count}
+        numbers |= run
     return _plain({key: value for key, value in numbers.items() if key not in _OTHER_GGUF_KEYS})
 
 

@@ -4,12 +4,12 @@ When only layers from L on have changed weights, everything below L gives what i
 the model once and keeps each layer's input; `logits` then runs the model's own forward with the layers below L replaced
 by those states, so that masks, position embeddings and the head are the model's own. `layer`, `head` and `embedded` run
 one stage each, for a backward pass that is streamed stage by stage. A GPU multiplies in TF32, whose rounding is small
-beside that of weights. 4 bytes a channel, layer and token: 92 MB for 4,096
-tokens of 11 layers of 512 channels.
+beside that of weights; where tokens are drawn from the logits it has to be exact, because a thousandth more or less
+draws others. 4 bytes a channel, layer and token: 92 MB for 4,096 tokens of 11 layers of 512 channels.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any
 
@@ -26,12 +26,14 @@ _Call = tuple[Tensor, dict[str, Any]]
 class LayerReplay:
     """The decoder layers of `hf_model`, and what entered them on each of `batches` (token ids [windows, window]).
 
+    With `is_exact` forward passes are in float32 on a GPU too.
+
     Raises:
         StatsError: the decoder layers cannot be found.
     """
 
-    def __init__(self, hf_model: nn.Module, batches: Sequence[Tensor]) -> None:
-        self._hf_model = hf_model
+    def __init__(self, hf_model: nn.Module, batches: Sequence[Tensor], *, is_exact: bool = False) -> None:
+        self._hf_model, self._is_exact = hf_model, is_exact
         self.device = next(hf_model.parameters()).device
         self.batches = tuple(batches)
         self.layers = decoder_layers(hf_model)
@@ -67,7 +69,7 @@ class LayerReplay:
     def layer(self, index: int, layer: int, hidden: Tensor | None = None) -> Tensor:
         """Output of one layer on its kept input, or on `hidden` in its place."""
         layer_input, others = self._calls[index][layer]
-        with tf32_products(self.device):
+        with self._products():
             out = self.layers[layer](layer_input if hidden is None else hidden, **others)
         return out[0] if self._gives_tuples else out
 
@@ -88,8 +90,11 @@ class LayerReplay:
         return calls[0][0]
 
     def _forward(self, batch: Tensor) -> Tensor:
-        with tf32_products(self.device):
+        with self._products():
             return self._hf_model(input_ids=batch.to(self.device), use_cache=False).logits.float().flatten(0, 1)
+
+    def _products(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._is_exact else tf32_products(self.device)
 
     def _note_kind(self, _module: nn.Module, _inputs: tuple, out: Any) -> None:
         self._gives_tuples = isinstance(out, tuple)  # stand-ins must give what the layers of this model give

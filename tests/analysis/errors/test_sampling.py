@@ -39,8 +39,8 @@ def stats(small_moe, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def table_of(model, stats):
-    def measured(sampling, **options):
-        meter = ErrorMeter(model, stats.stats, load_encoder("ggml"), sampling=sampling)
+    def measured(sampling, *, threads=None, **options):
+        meter = ErrorMeter(model, stats.stats, load_encoder("ggml"), threads, sampling=sampling)
         return build_error_table(meter, TYPES, stats_hash="s", **options)
 
     return measured
@@ -89,6 +89,11 @@ def test_a_seed_repeats_its_rows_and_another_one_draws_others(table_of, sampled)
     other = table_of(Sampling(seed=4))
     assert other.seed == 4
     assert other.row(STACK, "Q4_0").weighted_error != sampled.row(STACK, "Q4_0").weighted_error
+
+
+def test_processes_measure_what_one_thread_does(table_of, sampled):
+    processes, one_thread = (table_of(Sampling(seed=3), threads=threads) for threads in (3, 1))
+    assert processes.model_dump_json() == one_thread.model_dump_json() == sampled.model_dump_json()
 
 
 def test_an_interrupted_sample_goes_on_to_the_same_table(table_of, sampled, tmp_path):

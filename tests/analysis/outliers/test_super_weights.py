@@ -11,6 +11,7 @@ from dynquant.analysis.outliers.super_weights import Criteria, DownScan, ablatio
 from dynquant.calibration.statistics import CalibrationStats, InputStats, StatsProvenance
 from dynquant.families.open import open_model
 from dynquant.running.load import load_hf, load_tokenizer
+from dynquant.running.weight_inputs import named_inputs
 
 N_LAYER = 6
 TEXT = (
@@ -49,7 +50,7 @@ PLACES = [
 def planted(request, moe, tokens):
     """Make one weight dominate: 40 times the layers' usual maximum, at the strongest input of the tensor."""
     name, _, row = request.param
-    spikes = DownScan(moe, "deepseek2", N_LAYER, tokens).run()[0]
+    spikes = DownScan(moe, named_inputs(moe, "deepseek2", N_LAYER), tokens).run()[0]
     usual = sorted(abs(spike.max_out) for spike in spikes)[len(spikes) // 2]
     spike = max((spike for spike in spikes if spike.name == name), key=lambda spike: abs(spike.max_in))
     matrix = matrix_of(moe, name, spike.expert)
@@ -61,7 +62,7 @@ def planted(request, moe, tokens):
 
 def test_planted_super_weight_is_found_exactly(planted, moe, tokens):
     before = {name: value.clone() for name, value in moe.state_dict().items()}
-    found = find_super_weights(moe, "deepseek2", N_LAYER, tokens)
+    found = find_super_weights(moe, named_inputs(moe, "deepseek2", N_LAYER), tokens)
     assert [(item.name, item.expert, item.row, item.col) for item in found] == [planted]
     assert found[0].share > 0.9 and found[0].ratio > 20
     assert all(torch.equal(before[name], value) for name, value in moe.state_dict().items())
@@ -70,9 +71,9 @@ def test_planted_super_weight_is_found_exactly(planted, moe, tokens):
 def check_planted_in_bfloat16(small_moe, tokens, device):
     model = open_model(small_moe)
     network = load_hf(model, dtype=torch.bfloat16, device=str(device))
-    spike = DownScan(network, model.arch, N_LAYER, tokens).run()[0][0]
+    spike = DownScan(network, named_inputs(network, model.arch, N_LAYER), tokens).run()[0][0]
     matrix_of(network, "blk.0.ffn_down.weight", None)[3, spike.in_channel] = 1000.0
-    (found,) = find_super_weights(network, model.arch, N_LAYER, tokens)
+    (found,) = find_super_weights(network, named_inputs(network, model.arch, N_LAYER), tokens)
     assert (found.name, found.row, found.col, found.value) == (spike.name, 3, spike.in_channel, 1000.0)
 
 
@@ -86,14 +87,14 @@ def test_planted_super_weight_is_found_on_a_gpu(small_moe, tokens, cuda):
 
 
 def test_model_as_it_is_has_none(moe, tokens):
-    assert find_super_weights(moe, "deepseek2", N_LAYER, tokens) == []
+    assert find_super_weights(moe, named_inputs(moe, "deepseek2", N_LAYER), tokens) == []
 
 
 def test_large_model_has_massive_activations_but_no_super_weight(moe_89m):
     model = open_model(moe_89m)
     tokens = torch.tensor(load_tokenizer(model)(TEXT)["input_ids"])
     loaded = load_hf(model)
-    assert find_super_weights(loaded, "deepseek2", 11, tokens) == []
+    assert find_super_weights(loaded, named_inputs(loaded, "deepseek2", 11), tokens) == []
     spikes = DownScan(loaded, "deepseek2", 11, tokens).run()[0]
     massive = max((spike for spike in spikes if spike.layer == 5), key=lambda spike: abs(spike.max_out))
     assert (massive.name, massive.row) == ("blk.5.ffn_down_shexp.weight", 152)
@@ -102,11 +103,11 @@ def test_large_model_has_massive_activations_but_no_super_weight(moe_89m):
 def test_ablation_restores_the_weights_and_tells_them_apart(moe, tokens):
     matrix = matrix_of(moe, "blk.0.ffn_down.weight", None)
     before = matrix.clone()
-    spike = DownScan(moe, "deepseek2", N_LAYER, tokens).run()[0][0]
+    spike = DownScan(moe, named_inputs(moe, "deepseek2", N_LAYER), tokens).run()[0][0]
     matrix[3, spike.in_channel] = 1000.0
     planted = matrix.clone()
     try:
-        (found,) = find_super_weights(moe, "deepseek2", N_LAYER, tokens)
+        (found,) = find_super_weights(moe, named_inputs(moe, "deepseek2", N_LAYER), tokens)
         result = ablation(moe, found, tokens, k=50)
         assert torch.equal(matrix, planted)
     finally:
@@ -126,7 +127,8 @@ def test_published_super_weight_of_smollm2(shared_data):
     network = load_hf(model)
     text = (shared_data / "wikitext2_valid.txt").read_text()[:4000]
     tokens = torch.tensor(load_tokenizer(model)(text)["input_ids"][:512])
-    first = find_super_weights(network, "llama", 30, tokens, criteria=Criteria(max_iterations=1))[0]
+    names = named_inputs(network, "llama", 30)
+    first = find_super_weights(network, names, tokens, criteria=Criteria(max_iterations=1))[0]
     assert (first.name, first.row, first.col) == ("blk.11.ffn_down.weight", 507, 1229)
     result = ablation(network, first, tokens)
     assert result.without_super_weight > 3 * result.perplexity

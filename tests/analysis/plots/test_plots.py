@@ -12,11 +12,11 @@ from dynquant.analysis.outliers.stand_outs import stand_outs
 from dynquant.analysis.plots.all_plots import write_plots
 from dynquant.analysis.plots.experts import draw_experts, expert_errors, starved_experts
 from dynquant.analysis.plots.frontier import draw_frontier, plan_error
-from dynquant.analysis.plots.groups import MAX_TYPES, PlanResults, shown_types
+from dynquant.analysis.plots.groups import GROUPS, MAX_TYPES, OUTSIDE, PlanResults, group_of, role_group, shown_types
 from dynquant.analysis.plots.labels import place_labels
 from dynquant.analysis.plots.plan_map import map_cells
 from dynquant.analysis.plots.sizes import role_sizes
-from dynquant.analysis.plots.style import new_figure, plain, plot_settings, short_number
+from dynquant.analysis.plots.style import GROUP_COLOURS, new_figure, plain, plot_settings, short_number
 from dynquant.analysis.report.page import write_report
 from dynquant.calibration.importance import expert_coverage
 from dynquant.checkpoints.tensor_roles import Role
@@ -41,6 +41,11 @@ def texts_of(path) -> list[str]:
 
 def write(directory, made, **changes):
     return write_plots(directory, dataclasses.replace(made.results, **changes))
+
+
+def test_every_role_has_a_line_in_size_tables_and_a_colour():
+    assert {role_group(role) for role in Role} == set(GROUP_COLOURS)
+    assert {group_of(role) for role in Role} == {*GROUPS, OUTSIDE, None}
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from dynquant.families.open import open_model
 from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.inputs.text import pack_windows, read_text
 from dynquant.running.load import load_hf, load_tokenizer
+from dynquant.running.weight_inputs import weight_inputs
 
 RELATIVE = 0.1
 
@@ -28,7 +29,7 @@ def loaded(small_moe):
 def measured(loaded):
     """Sensitivities and their standard errors."""
     hf_model, windows, model = loaded
-    return output_sensitivity(hf_model, model.arch, model.hyper.n_layer, ModelInputs(windows))
+    return output_sensitivity(hf_model, weight_inputs(model, hf_model), ModelInputs(windows))
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def check_together(loaded, measured, device, dtype, bound):
     """Compare windows that run together in a type with windows that run one by one in float32 on the CPU."""
     _, windows, model = loaded
     hf_model = load_hf(model, dtype=dtype, device=str(device))
-    found = output_sensitivity(hf_model, model.arch, model.hyper.n_layer, ModelInputs(windows, batch_size=3))
+    found = output_sensitivity(hf_model, weight_inputs(model, hf_model), ModelInputs(windows, batch_size=3))
     for values, expected, allowed in zip(found, measured, (bound, 5 * bound), strict=True):
         assert values.keys() == expected.keys()
         assert all(abs(value / expected[name] - 1) < allowed for name, value in values.items())

@@ -22,6 +22,7 @@ from dynquant.inputs.pictures import SampleEncoder, image_token_of, read_samples
 from dynquant.inputs.processor import load_processor
 from dynquant.recipes.plan import Plan
 from dynquant.running.load import load_hf
+from dynquant.running.weight_inputs import weight_inputs
 from dynquant.storage.file_names import kind_path
 from tests.helpers.commands import refused, run
 from tests.helpers.tiny_vision import FAMILIES, encoded_pictures, write_pictures
@@ -70,7 +71,7 @@ def test_language_models_have_no_vision_names():
 
 
 def collect(hf_model, inputs, model, provenance):
-    return collect_statistics(hf_model, inputs, arch=model.arch, n_layer=model.hyper.n_layer, provenance=provenance)
+    return collect_statistics(hf_model, inputs, names=weight_inputs(model, hf_model), provenance=provenance)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
