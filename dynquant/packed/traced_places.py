@@ -81,7 +81,7 @@ def traced_places(model: Model, hf_model: Any) -> dict[str, Place]:
 
 
 class _Matrix(NamedTuple):
-    """What a place needs of a tensor or of an entry of a plan."""
+    """The part of an entry of a plan that a place needs."""
 
     name: str
     shape: tuple[int, ...]
