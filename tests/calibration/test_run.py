@@ -51,9 +51,27 @@ def test_second_moments_that_cannot_be_written_beside_other_work_are_told_at_the
 
     monkeypatch.setattr(SecondMoments, "write", refuse)
     file = run_calibration(open_model(small_moe), options, path, in_background=True)
-    with pytest.raises(WriteError, match="no space"):
-        file.finish()
+    with pytest.raises(WriteError, match="no space"), file.finishing():
+        pass
     assert not (tmp_path / "hessians.safetensors").exists()
+
+
+def test_an_interruption_leaves_no_half_of_the_second_moments(small_moe, tmp_path, monkeypatch):
+    options, path, write = (
+        CalibrationOptions(tokens=256, window=64),
+        tmp_path / "stats.safetensors",
+        SecondMoments.write,
+    )
+
+    def write_late(moments, target, stop):
+        assert stop.wait(60)
+        write(moments, target, stop)
+
+    monkeypatch.setattr(SecondMoments, "write", write_late)
+    file = run_calibration(open_model(small_moe), options, path, in_background=True)
+    with pytest.raises(KeyboardInterrupt), file.finishing():
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.fixture(scope="module")

@@ -169,10 +169,12 @@ def test_a_gpu_gives_the_same_costs_and_divergences(model, table, store, windows
         costs.append(fisher_probe(hf_model, store, table, windows[:4]))
         scored = ScoredInputs(RenderedModel(hf_model, store), ModelInputs(windows[:4]))
         scored.score()
-        divergences.append(float(scored.divergences_with(changes).mean()))
+        divergences.append(scored.divergences_with(changes).cpu().numpy())
     ratios = [price.kl / costs[0][name][form].kl for name, of in costs[1].items() for form, price in of.items()]
     assert np.median(np.abs(np.array(ratios) - 1)) < 0.01  # a label at a border may be another one
-    assert divergences[1] == pytest.approx(divergences[0], rel=2e-3)
+    difference = np.abs(divergences[1] - divergences[0])
+    assert np.quantile(difference, 0.9) < 1e-3  # a few tokens may be sent to another expert
+    assert divergences[1].mean() == pytest.approx(divergences[0].mean(), rel=0.01)
 
 
 def test_probe_prices_scale_each_tensor_by_one_factor(table):
