@@ -147,7 +147,7 @@ def _observed(hf_model: nn.Module, weights: WeightInputs, sums: WindowSums) -> I
     """Context manager: backward passes add to `sums`."""
 
     def output_hook(name: str, linear: LinearInput, _module: nn.Module, _inputs: tuple, out: torch.Tensor) -> None:
-        if out.requires_grad:
+        if isinstance(out, torch.Tensor) and out.requires_grad:  # Llama 4's router gives a tuple
             rows = linear.outputs(out)
             add = partial(sums.add_output, name, rows.detach())
             out.register_hook(lambda gradient: add(linear.outputs(gradient)))
