@@ -11,12 +11,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 
+import torch
+
 from dynquant import __version__
 from dynquant.checkpoints import checkpoint_directory as directory
 from dynquant.checkpoints.gguf_layout import recorded_encoder
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
-from dynquant.checkpoints.safetensors_format import ShardLayout, StoredTensor
+from dynquant.checkpoints.safetensors_format import TORCH_DTYPES, ShardLayout
 from dynquant.encoding.parts import TensorPart, load_packed_part
 from dynquant.encoding.stream import QuantizedPart
 from dynquant.errors import CheckpointError, ExportError
@@ -28,7 +30,9 @@ from dynquant.families.from_gguf import config_from_gguf, tokenizer_files
 from dynquant.families.text.registry import FAMILIES
 from dynquant.formats.plain_quants import FLOAT_DTYPES
 from dynquant.packed.places import Layout, build_meta_model, build_meta_vision, find_places, lay_out_vision
+from dynquant.packed.traced_places import lay_out_traced
 from dynquant.recipes.plan import Plan
+from dynquant.running.load import empty_hf
 from dynquant.storage.resumable_output import Region, ResumableOutput
 
 _WEIGHTS_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -70,7 +74,7 @@ def export_safetensors(
     with encoding.writing(sizes, regions, header_hash, stored=source) as (target, progress):
         skip = layout.skipped | layout.copied.keys() | target.finished
         directory.write_small_files(target, documents, shards)
-        _copy(target, model, layout.copied)
+        _copy(target, model, layout)
         quantized = encoding.quantized(parts, skip, progress) if stored is None else _parts_of(stored, parts, skip)
         with closing(quantized):
             for part, packed in quantized:
@@ -115,8 +119,9 @@ def _describe(
         name: layout.copied.get(name) or layout.places[name].stored_as(entry.quant_type)
         for name, entry in entries.items()
     }
-    shards = directory.shards_of(list(tensors.values()), shard_max_bytes)
-    stored_bytes = sum(tensor.num_bytes for tensor in tensors.values())
+    stored_tensors = [*tensors.values(), *layout.kept.values()]
+    shards = directory.shards_of(stored_tensors, shard_max_bytes)
+    stored_bytes = sum(tensor.num_bytes for tensor in stored_tensors)
     types = {
         layout.places[name].key: layout.places[name].stored_type(entry.quant_type).name
         for name, entry in entries.items()
@@ -131,6 +136,8 @@ def _describe(
             "fingerprint": plan.fingerprint, "stats_hash": plan.stats_hash or "",
         },
     }  # fmt: skip
+    if layout.joined:
+        quantization["joined"] = layout.joined
     documents = {"config.json": directory.as_json({**config, "quantization_config": quantization})}
     documents["README.md"] = packed_card(plan, encoder=encoder, stored_bytes=stored_bytes).encode()
     documents |= directory.index_of(shards)
@@ -150,6 +157,8 @@ def _lay_out(model: Model, plan: Plan) -> tuple[Layout, dict[str, object]]:
             for part in (raw, text) if isinstance(text, dict) else (raw,):
                 part["tie_word_embeddings"] = False
         return lay_out_vision(model, plan, build_meta_vision(model)), raw
+    if (traced := _lay_out_traced(model, plan)) is not None:
+        return traced
     config = hf_config_of(model)
     names = model.source.names()
     places, computed = find_places(config, build_meta_model(config), whole_kv_b="blk.0.attn_kv_b.weight" in names)
@@ -160,13 +169,32 @@ def _lay_out(model: Model, plan: Plan) -> tuple[Layout, dict[str, object]]:
     return Layout(places, frozenset(computed)), {**config.raw, "tie_word_embeddings": is_tied}
 
 
-def _copy(target: ResumableOutput, model: Model, copied: Mapping[str, StoredTensor]) -> None:
+def _lay_out_traced(model: Model, plan: Plan) -> tuple[Layout, dict[str, object]] | None:
+    """Return the same for a directory of an architecture without a family; None for one with."""
+    if model.hf_directory is None or not isinstance(model.source, ConvertedSource):
+        return None
+    raw = read_json(model.hf_directory / "config.json")
+    if raw.get("model_type") in FAMILIES:
+        return None
+    raw = {key: value for key, value in raw.items() if key != "quantization_config"}
+    hf_model = empty_hf(model, dtype=torch.float32)
+    text = raw.get("text_config")
+    for part in (raw, text) if isinstance(text, dict) else (raw,):
+        part["tie_word_embeddings"] = bool(hf_model.config.get_text_config().tie_word_embeddings)
+    return lay_out_traced(model, plan, hf_model), raw
+
+
+def _copy(target: ResumableOutput, model: Model, layout: Layout) -> None:
     """Tensors of the checkpoint, in its own type or the plan's, whichever takes fewer bytes."""
-    for name, stored in copied.items():
+    for name, stored in layout.copied.items():
         if name not in target.finished:
             assert isinstance(model.source, ConvertedSource)
             values = load_finite(model.source.checkpoint, stored.key)
             target.write(name, directory.tensor_bytes(values.to(FLOAT_DTYPES[stored.dtype])))
+    for key, stored in layout.kept.items():
+        if key not in target.finished:
+            assert layout.read is not None
+            target.write(key, directory.tensor_bytes(layout.read(key).to(TORCH_DTYPES[stored.dtype])))
 
 
 def _parts_of(

@@ -25,7 +25,7 @@ from dynquant.checkpoints.tensor_roles import layer_of, role_of
 from dynquant.checkpoints.tensor_source import TensorInfo
 from dynquant.encoding.ggml import is_known
 from dynquant.encoding.interface import Encoder, check_finite
-from dynquant.encoding.parts import TensorPart, as_slice, load_part, ranges
+from dynquant.encoding.parts import BYTES_PER_MOMENT, TensorPart, as_slice, load_part, ranges
 from dynquant.encoding.stream import holds_blocks
 from dynquant.families.linear_layers import LinearLayer
 from dynquant.formats import decode
@@ -34,6 +34,7 @@ from dynquant.formats.quant_types import QUANT_TYPES, QuantType, candidates_for_
 from dynquant.formats.storage_format import StorageFormat
 from dynquant.recipes.held_types import planned_matrices
 from dynquant.resources import usable_cores
+from dynquant.running.streaming.stream_memory import free_memory
 from dynquant.session import Progress, ignore_progress
 from dynquant.workers import can_fork, in_processes, side_by_side
 
@@ -47,8 +48,8 @@ _GPU_HESSIAN_BYTES = 1 << 31
 _BLOCK_WEIGHTS = 1 << 25
 """Weights of a large matrix that are in memory while rows are drawn from it."""
 
-_BYTES_AT_ONCE = 1 << 32
-"""Weights of all parts that are read ahead or measured side by side."""
+_FEWEST_BYTES_AT_ONCE = 1 << 32
+"""Memory of all parts that are read ahead or measured side by side, where half of what is free is less."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class ErrorMeter(Meter):
         On a CPU drawn rows are measured in processes, the largest tensors first: much of their work is short steps in
         Python.
         """
-        memory = {"cost": self._bytes_in_memory, "budget": _BYTES_AT_ONCE}
+        memory = {"cost": self._bytes_in_memory, "budget": max(_FEWEST_BYTES_AT_ONCE, free_memory() // 2)}
         is_on_cpu, threads = self.device.type == "cpu", self.threads or usable_cores()
         if is_on_cpu and self.sampling is not None and threads > 1 and can_fork():
             by_work = sorted(parts, key=lambda part: part.num_weights * len(part.types), reverse=True)
@@ -139,12 +140,20 @@ class ErrorMeter(Meter):
             yield part, self.sums_of(part, content)
 
     def _bytes_in_memory(self, part: ErrorPart) -> int:
-        """Return the size of the weights of a part while it waits or is measured."""
-        if self.sampling is None:
-            return 4 * part.num_weights
+        """Return what a part takes while it waits or is measured."""
         num_experts, num_rows, columns = shape = stacked(part.shape)
+        hessians = 0
+        if self.moments is not None and self.device.type == "cpu":  # a GPU holds those of one part
+            hessians = BYTES_PER_MOMENT * columns**2 * min(num_experts, self._experts_at_once(columns))
+        if self.sampling is None:
+            return 4 * part.num_weights + hessians
         block = min(num_rows * columns, _BLOCK_WEIGHTS)
-        return 4 * (block + num_experts * most_rows(shape, self.sampling) * columns)
+        return 4 * (block + num_experts * most_rows(shape, self.sampling) * columns) + hessians
+
+    def _experts_at_once(self, columns: int) -> int:
+        """Return how many experts have their second moments in memory together, where there are any."""
+        limit = _CPU_HESSIAN_BYTES if self.device.type == "cpu" else _GPU_HESSIAN_BYTES
+        return max(1, limit // (4 * columns**2))
 
     def sums(self, part: ErrorPart) -> Sums:
         return self.sums_of(part, self.read(part))
@@ -188,10 +197,7 @@ class ErrorMeter(Meter):
         self, part: ErrorPart, experts: list[int], weights: torch.Tensor, types: Iterable[str]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the `row_sums` of rows [E, R, C] of these experts, and by type of what they lose."""
-        count = len(experts)
-        if self.moments is not None:
-            limit = _CPU_HESSIAN_BYTES if self.device.type == "cpu" else _GPU_HESSIAN_BYTES
-            count = max(1, limit // (4 * part.shape[-1] ** 2))
+        count = len(experts) if self.moments is None else self._experts_at_once(part.shape[-1])
         energies, lost = [], {name: [] for name in types}
         for some in ranges(len(experts), count):
             rows, numbers = weights[as_slice(some)], experts[as_slice(some)]

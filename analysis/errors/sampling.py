@@ -16,7 +16,7 @@ and of rows within experts:
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
@@ -64,6 +64,8 @@ class DrawnRows:
     row_keys: Tensor  # float64 [E, M], rising
     next_keys: Tensor  # float64 [E], of the first row that is not among them; infinite where all are
     num_rows: int  # of an expert
+    _weights_of: dict[Extent, Tensor] = field(default_factory=dict)
+    """Results of `_row_weights`, which every type asks for."""
 
     def extents(self, limits: Sampling) -> Iterator[Extent]:
         """Yield how much is drawn in each round: first more experts, then more rows of each."""
@@ -122,12 +124,14 @@ class DrawnRows:
 
     def _row_weights(self, extent: Extent) -> Tensor:
         """Return how many rows each drawn row stands for, float64 [n, m]."""
-        weights = 1 / self.row_chances(extent)
-        if extent.rows == self.num_rows:
-            return weights
-        drawn = self.experts[: extent.experts]
-        sizes = self.row_sizes[drawn, : extent.rows]
-        return weights * (self.expert_sizes[drawn] / (weights * sizes).sum(-1)).unsqueeze(1)
+        if extent not in self._weights_of:
+            weights = 1 / self.row_chances(extent)
+            if extent.rows < self.num_rows:
+                drawn = self.experts[: extent.experts]
+                sizes = self.row_sizes[drawn, : extent.rows]
+                weights = weights * (self.expert_sizes[drawn] / (weights * sizes).sum(-1)).unsqueeze(1)
+            self._weights_of[extent] = weights
+        return self._weights_of[extent]
 
 
 def draw(

@@ -179,11 +179,28 @@ def size_unit(num_bytes: float) -> tuple[float, str]:
     return 1e3, "kB"
 
 
+@contextmanager
+def _without_minor_ticks(figure: Figure) -> Iterator[None]:
+    """Context manager: what is laid out has no minor ticks. They have no labels and are shorter than the others: they
+    take no room, but half the time."""
+    from matplotlib.ticker import NullLocator
+
+    locators = {axis: axis.get_minor_locator() for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)}
+    for axis in locators:
+        axis.set_minor_locator(NullLocator())
+    try:
+        yield
+    finally:
+        for axis, locator in locators.items():
+            axis.set_minor_locator(locator)
+
+
 def freeze_layout(figure: Figure) -> None:
     """Lay the figure out once and keep it so: what follows reads final pixel positions, and saving is faster."""
     engine = figure.get_layout_engine()
     if engine is not None:
-        engine.execute(figure)
+        with _without_minor_ticks(figure):
+            engine.execute(figure)
         # "none" would leave a placeholder, for which every save draws the figure once more.
         figure.set_layout_engine(None)
 

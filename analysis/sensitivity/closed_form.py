@@ -104,7 +104,7 @@ def output_sensitivity(
     lengths = [length for batch in inputs for length in [batch.is_text.shape[1]] * len(batch.is_text)]
     sums, first, done = WindowSums(lengths), 0, 0
     progress("measuring sensitivity", 0, sum(lengths), unit="tokens")
-    with activation_gradients(hf_model), _observed(hf_model, weights, sums):
+    with activation_gradients(hf_model, weights.embeddings.values()), _observed(hf_model, weights, sums):
         for batch in inputs:
             sums.start(first, len(batch.is_text))
             # Gradients reach a vision tower when its pixels ask for one.
@@ -161,7 +161,7 @@ def _observed(hf_model: nn.Module, weights: WeightInputs, sums: WindowSums) -> I
         add = partial(sums.add_output, inputs.down, call.down_output.detach(), tokens=call.tokens)
         call.down_output.register_hook(add)
 
-    observed = {"token_embd.weight": LinearInput(hf_model.get_input_embeddings()), **weights.linears}
+    observed = {**{name: LinearInput(table) for name, table in weights.embeddings.items()}, **weights.linears}
     with ExitStack() as hooks, record_experts(hf_model, observe_expert):
         for name, linear in observed.items():
             hooks.enter_context(linear.module.register_forward_hook(partial(output_hook, name, linear)))

@@ -18,6 +18,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 
 import torch
 from safetensors import SafetensorError
@@ -102,11 +103,11 @@ class SecondMoments:
         """Raise StatsError for NaN or infinite values, by name."""
         check_finite(named_tensors(self.sums, self.weights))
 
-    def write(self, path: Path) -> None:
-        """Write hessians.safetensors like `save`, unchecked."""
+    def write(self, path: Path, stop: Event | None = None) -> None:
+        """Write hessians.safetensors like `save`, unchecked, unless `stop` is set before it is whole."""
         header = {"provenance": self.provenance.model_dump(), "aliases": self.aliases, "kind": self.kind}
         tensors = named_tensors(self.sums, self.weights) | {"tokens": self.tokens}
-        merge_tensor_files(path, (), tensors, header)  # unlike `save_tensors` it lets other threads run
+        merge_tensor_files(path, (), tensors, header, stop)  # unlike `save_tensors` it lets other threads run
 
     @classmethod
     def load(cls, path: Path) -> "SecondMoments":

@@ -4,10 +4,13 @@ The model is loaded whole where it fits, and streamed layer by layer where it do
 """
 
 import shutil
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from threading import Event
 
 from safetensors import SafetensorError
 
@@ -54,11 +57,24 @@ class StatsFile:
     measured: CalibrationStats | None = None  # content that was just written to the file, so that nobody reads it again
     measured_moments: SecondMoments | None = None  # likewise, of the file beside
     writing: Future[None] | None = None  # done when the file beside is whole
+    stop: Event = field(default_factory=Event)  # ends that writing
 
     def finish(self) -> None:
         """Wait until the second moments beside are written. Raises WriteError: they could not be."""
         if self.writing is not None:
             self.writing.result()
+
+    @contextmanager
+    def finishing(self) -> Iterator[None]:
+        """Context manager: for other work meanwhile, with `finish` on exit; an exception leaves no half of the file."""
+        try:
+            yield
+        except BaseException:
+            self.stop.set()  # an interruption ends the process, and a thread that writes would not clean up
+            if self.writing is not None:
+                wait((self.writing,))
+            raise
+        self.finish()
 
     @cached_property
     def stats(self) -> CalibrationStats:
@@ -239,18 +255,18 @@ def run_calibration(
 def _saved(result: Calibration, output: Path, in_background: bool) -> StatsFile:
     """Write what was measured; return it with what is still being written, as much of it as fits in memory."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    moments, writing = result.moments, None
+    moments, writing, stop = result.moments, None, Event()
     if moments is not None:
         moments.check_finite()
         in_background = in_background and moments.num_bytes < free_memory_of("cpu")
         path_beside(output).unlink(missing_ok=True)  # never those of another calibration beside these statistics
         thread = ThreadPoolExecutor(1)
-        writing = thread.submit(moments.write, path_beside(output))
+        writing = thread.submit(moments.write, path_beside(output), stop)
         thread.shutdown(wait=not in_background)
         if not in_background:
             writing.result()
     result.stats.save(output)
-    return StatsFile(output, result.stats, moments if in_background else None, writing)
+    return StatsFile(output, result.stats, moments if in_background else None, writing, stop)
 
 
 def _check_kinds(output: Path) -> None:

@@ -7,9 +7,11 @@ Tensors lie in order of the size of their elements, largest first, so that each 
 
 import json
 from collections.abc import Mapping, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -187,14 +189,19 @@ def spans_of(path: Path) -> dict[str, FileSpan]:
 
 
 def merge_tensor_files(
-    path: Path, parts: Sequence[Path], tensors: Mapping[str, Tensor], header: Mapping[str, object]
+    path: Path,
+    parts: Sequence[Path],
+    tensors: Mapping[str, Tensor],
+    header: Mapping[str, object],
+    stop: Event | None = None,
 ) -> None:
     """Write all tensors of `parts`, and `tensors`, to `path`, with the bytes that the safetensors library would write.
 
-    One tensor is in memory at a time, and the file appears whole or not at all.
+    One tensor is in memory at a time, and the file appears whole or not at all; `stop` ends it before the next tensor.
 
     Raises:
         WriteError: no space or no permission.
+        CancelledError: `stop` was set.
     """
     spans = {name: span for part in parts for name, span in spans_of(part).items()}
     entries = [StoredTensor(name, span.dtype, span.shape) for name, span in spans.items()]
@@ -207,6 +214,8 @@ def merge_tensor_files(
     with writing(path) as temporary, temporary.open("wb") as file:
         file.write(layout.header)
         for entry in entries:
+            if stop is not None and stop.is_set():
+                raise CancelledError
             values = spans[entry.key].read() if entry.key in spans else tensors[entry.key]
             file.write(memoryview(values.contiguous().view(-1).view(torch.uint8).numpy()))
 

@@ -105,7 +105,7 @@ class Role(StrEnum):
 _SMALL_MIXERS = (
     "altup_proj altup_unembd_proj altup_router altup_correct_coef altup_predict_coef laurel_l laurel_r "
     "per_layer_model_proj attn_compressor_ape indexer_compressor_ape attn_res_score ffn_res_score output_res_score "
-    "position_embd token_types attn_rel_b"
+    "position_embd token_types attn_rel_b cross_attn_rel_b"
 )
 _PARTS: Mapping[Role, str] = {
     Role.EMBEDDING: "token_embd",
@@ -114,8 +114,8 @@ _PARTS: Mapping[Role, str] = {
     Role.ATTN_Q: "attn_q",
     Role.ATTN_K: "attn_k",
     Role.ATTN_V: "attn_v",
-    Role.ATTN_QKV: "attn_qkv",
-    Role.ATTN_OUT: "attn_output attn_o attn_output_a attn_output_b",
+    Role.ATTN_QKV: "attn_qkv vis_attn_qkv",
+    Role.ATTN_OUT: "attn_output attn_o attn_output_a attn_output_b vis_attn_output",
     Role.ATTN_GATE: "attn_gate",
     Role.MLA_Q_A: "attn_q_a",
     Role.MLA_Q_B: "attn_q_b",
@@ -136,7 +136,8 @@ _PARTS: Mapping[Role, str] = {
     Role.TIME_MIX: "time_mix_key time_mix_value time_mix_receptance time_mix_gate time_mix_output",
     Role.CHANNEL_MIX: "channel_mix_key channel_mix_value channel_mix_receptance",
     Role.CONV: "ssm_conv1d ssm_conv1d_q ssm_conv1d_k ssm_conv1d_v shortconv.conv ple_conv1d conv1d",
-    **{Role[f"FFN_{part}"]: f"ffn_{part.lower()}" for part in ("GATE", "UP", "DOWN")},
+    Role.CROSS_ATTN: "cross_attn_q cross_attn_k cross_attn_v cross_attn_o cross_attn_output",
+    **{Role[f"FFN_{part}"]: f"ffn_{part.lower()} vis_{part.lower()}" for part in ("GATE", "UP", "DOWN")},
     **{Role[f"SHARED_{part}"]: f"ffn_{part.lower()}_shexp" for part in ("GATE", "UP", "DOWN")},
     Role.EXPERT_GATE: "ffn_gate_exps ffn_gate_chexps ffn_gate_up_exps",
     Role.EXPERT_UP: "ffn_up_exps ffn_up_chexps",
@@ -156,7 +157,6 @@ _VISION_ROLES = (
     (re.compile(r"v\.(global\.)?blk\.\d+\.attn_(q|k|v|qkv|out)\.weight"), Role.VISION_ATTN),
     (re.compile(r"v\.(global\.)?blk\.\d+\.ffn_(gate|up|down)\.weight"), Role.VISION_FFN),
     (re.compile(r"mm\.(\d+|patch_merger|input_projection)\.weight"), Role.PROJECTOR),
-    (re.compile(r"blk\.\d+\.cross_attn_(q|k|v|output)\.weight"), Role.CROSS_ATTN),
 )
 _SUFFIX = re.compile(r"\.(weight|bias)$")
 _NEXTN_LAYER = re.compile(r"blk\.(\d+)\.nextn\.")

@@ -69,11 +69,14 @@ class DynquantEncoder(Encoder):
 
     def prepare(self, quant_types: Iterable[QuantType], progress: Progress = ignore_progress) -> None:
         """Compile the kernels or loops that blocks of these types are searched with, side by side; they are kept."""
-        weights, hessian = torch.randn(_TRIAL, generator=torch.Generator().manual_seed(0)), torch.eye(_TRIAL[1])
-        upper_factor(hessian.to(self.device))  # PyTorch loads its linear algebra at the first use, which must be one
         searched, workers = [quant_type for quant_type in quant_types if quant_type.name in LAYOUTS], None
+        if not searched:
+            return
         if self.device.type == "cpu":  # loops are the same for types of one kind, and compiled one after the other
             searched, workers = list({_kind(LAYOUTS[each.name]): each for each in searched}.values()), 1
+        progress("compiling kernels", 0, len(searched), unit="types")
+        weights, hessian = torch.randn(_TRIAL, generator=torch.Generator().manual_seed(0)), torch.eye(_TRIAL[1])
+        upper_factor(hessian.to(self.device))  # PyTorch loads its linear algebra at the first use, which must be one
         packed = side_by_side(
             lambda each: self.encode(each, weights, threads=1, hessian=hessian[None]), searched, workers
         )

@@ -27,7 +27,7 @@ PART_WEIGHTS = 1 << 26
 FEWEST_ROWS = 16
 _BYTES_PER_WEIGHT = 12
 """As it is stored, as float32, and as the encoder's own float32 copy."""
-_BYTES_PER_MOMENT = 32
+BYTES_PER_MOMENT = 32
 """For each entry of a hessian: the sums that it is made from, and its factors in float64."""
 
 
@@ -79,7 +79,7 @@ class TensorPart:
     def needed_bytes(self, *, hessians: bool) -> int:
         """Memory that encoding the part takes."""
         columns = self.shape[-1]
-        return _BYTES_PER_WEIGHT * self.num_weights + hessians * len(self.experts) * _BYTES_PER_MOMENT * columns**2
+        return _BYTES_PER_WEIGHT * self.num_weights + hessians * len(self.experts) * BYTES_PER_MOMENT * columns**2
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class PartLimits:
         if len(shape) > 3:
             return [TensorPart.whole(name, shape, quant_type)]
         num_experts, num_rows, columns = _stacked(shape)
-        hessian = _BYTES_PER_MOMENT * columns**2 if hessians else 0
+        hessian = BYTES_PER_MOMENT * columns**2 if hessians else 0
         row = _BYTES_PER_WEIGHT * columns
         experts = max(1, PART_WEIGHTS // (num_rows * columns))
         rows = num_rows if len(shape) == 3 else min(num_rows, max(1, PART_WEIGHTS // columns))

@@ -181,6 +181,8 @@ class TensorEncoder:
             report(part.name, 0)
             return self.part(part, partial(report, part.name))
 
+        encoded = (part.quant_type for part in missing if not self.is_stored(part))
+        self.encoder.prepare(dict.fromkeys(encoded), progress)
         budget = free_memory() // 2 if self.limits.memory is None else self.limits.memory
         packed_parts = side_by_side(encode, missing, self._workers, cost=self._needed_bytes, budget=budget)
         yield from map(QuantizedPart, missing, packed_parts)

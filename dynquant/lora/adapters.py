@@ -17,7 +17,7 @@ from dynquant.checkpoints.vision_names import vision_name
 from dynquant.errors import AdapterError
 from dynquant.families.text.registry import FAMILIES
 from dynquant.formats import decode
-from dynquant.lora.layers import FUSED_PARTS
+from dynquant.lora.layers import fused_parts
 from dynquant.lora.places import takes_adapter
 from dynquant.lora.saved import (
     WEIGHTS_NAME,
@@ -28,6 +28,7 @@ from dynquant.lora.saved import (
     stored_keys,
     whole_weights,
 )
+from dynquant.packed.joined_rows import PackedRows
 from dynquant.packed.layers import EXPERT_PARTS, PackedExperts, PackedLatentProjection, PackedLinear, PackedModule
 from dynquant.patterns import compile_pattern
 
@@ -92,7 +93,8 @@ def add_adapter(model: "PreTrainedModel", **options: Any) -> PeftModel:
 
 def _config(model: "PreTrainedModel", options: AdapterOptions) -> LoraConfig:
     packed = _packed_linears(model)
-    has_experts = any(isinstance(module, PackedExperts) for module in model.modules())
+    experts = [module for module in model.modules() if isinstance(module, PackedExperts)]
+    has_experts = bool(experts)
     if not packed and not has_experts:
         raise AdapterError(
             f"{type(model).__name__} has no packed weights. Load the output of `dynquant export -f safetensors` with "
@@ -102,7 +104,7 @@ def _config(model: "PreTrainedModel", options: AdapterOptions) -> LoraConfig:
         names = _checked(options.targets, packed, model)
     else:
         names = [name for name in packed if not options.llama_cpp or _is_applied_by_llama_cpp(model, name)]
-    parameters = [f"experts.{part}" for part in FUSED_PARTS] if options.experts and has_experts else []
+    parameters = [f"experts.{part}" for part in fused_parts(experts[0])] if options.experts and has_experts else []
     if has_experts:
         # PEFT takes these names for those of experts, which transformers has fused, wherever they occur.
         parameters += [f"{name}.weight" for name in names if name in EXPERT_PARTS]
@@ -239,7 +241,7 @@ def _packed_linears(model: nn.Module) -> list[str]:
     Beside a vision tower, whose layers may be called alike, whole names of the language model's layers.
     """
     head = model.get_output_embeddings()
-    kinds = PackedLinear | PackedLatentProjection
+    kinds = PackedLinear | PackedRows | PackedLatentProjection
     paths = [path for path, module in model.named_modules() if isinstance(module, kinds) and module is not head]
     if any(vision_name(path) for path, _ in model.named_modules()):
         return sorted(path for path in paths if vision_name(path) is None)

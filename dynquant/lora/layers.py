@@ -18,9 +18,15 @@ from torch.nn import functional
 from dynquant.errors import AdapterError
 from dynquant.packed.layers import ExpertsProduct, PackedExperts
 
-FUSED_PARTS = ("gate_up_proj", "down_proj")
-"""Parameters of transformers' fused experts, in the order in which PEFT wraps them: the first is the innermost."""
+FUSED_PARTS = ("gate_up_proj", "up_proj", "down_proj")
+"""Parameters of transformers' fused experts, with and without a gate, in the order in which PEFT wraps them, the
+innermost first."""
 _STARTS = (True, False, "gaussian", "eva")
+
+
+def fused_parts(experts: PackedExperts) -> tuple[str, ...]:
+    """Return the parameters that transformers has where these packed experts are."""
+    return tuple(part for part in FUSED_PARTS if part == "down_proj" or experts.has_gate == (part == "gate_up_proj"))
 
 
 def check_config(config: LoraConfig) -> None:
@@ -52,7 +58,7 @@ class _Unmergeable:
 
 
 class PackedLoraLinear(_Unmergeable, lora.Linear):
-    """LoRA on `PackedLinear` or `PackedLatentProjection`."""
+    """LoRA on `PackedLinear`, `PackedRows` or `PackedLatentProjection`."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's own sum, in one pass over the result where the dtypes allow it.
@@ -81,14 +87,14 @@ class PackedLoraEmbedding(_Unmergeable, lora.Embedding):
 
 
 class PackedLoraExperts(_Unmergeable, lora.ParamWrapper):
-    """LoRA on one fused parameter of `PackedExperts`, `gate_up_proj` or `down_proj`; the other is wrapped around it."""
+    """LoRA on one fused parameter of `PackedExperts`, as `gate_up_proj`; the other is wrapped around it."""
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         experts = self.experts
         self.num_experts, self._param_ndim = experts.num_experts, 3
         # PEFT takes the dimensions as they lie in the parameter [E, N, C], and swaps them itself.
-        if self.parameter_name == "gate_up_proj":
-            return 2 * experts.intermediate_dim, experts.hidden_dim
+        if self.parameter_name != "down_proj":
+            return (1 + experts.has_gate) * experts.intermediate_dim, experts.hidden_dim
         return experts.hidden_dim, experts.intermediate_dim
 
     @property
@@ -98,7 +104,7 @@ class PackedLoraExperts(_Unmergeable, lora.ParamWrapper):
     @property
     def part_names(self) -> tuple[str, ...]:
         """Packed weights that the parameter stands for, in the order of its rows."""
-        return ("down_proj",) if self.parameter_name == "down_proj" else ("gate_proj", "up_proj")
+        return ("gate_proj", "up_proj") if self.parameter_name == "gate_up_proj" else (self.parameter_name,)
 
     def get_param(self) -> Tensor:
         """PEFT looks here for the device."""
@@ -110,22 +116,16 @@ class PackedLoraExperts(_Unmergeable, lora.ParamWrapper):
         return a.unflatten(0, (self.num_experts, -1)), b.unflatten(1, (-1, self.num_experts)).permute(2, 0, 1)
 
     def forward(
-        self,
-        x: Tensor,
-        top_k_index: Tensor,
-        top_k_weights: Tensor,
-        *,
-        added: dict[str, ExpertsProduct] | None = None,
-        **kwargs: Any,
+        self, x: Tensor, *routing: Tensor, added: dict[str, ExpertsProduct] | None = None, **kwargs: Any
     ) -> Tensor:
         """Called like the experts that it wraps."""
-        self._check_forward_args(x, top_k_index, top_k_weights, **kwargs)
+        self._check_forward_args(x, *routing, **kwargs)
         active = [name for name in self.active_adapters if name in self.lora_A]
         if active and not self.disable_adapters:
             added = {**(added or {}), self.parameter_name: lambda x, ids: self._products(x, ids, active)}
         # An experts module that nothing is added to may be a bare one with transformers' signature.
         options = {"added": added} if added else {}
-        return self.base_layer(x, top_k_index, top_k_weights, **options)
+        return self.base_layer(x, *routing, **options)
 
     def _products(self, x: Tensor, ids: Tensor, adapters: list[str]) -> Tensor:
         products = [self.scaling[name] * grouped_low_rank(x, ids, *self.factors(name)) for name in adapters]

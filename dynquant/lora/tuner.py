@@ -14,11 +14,13 @@ from peft import LoraConfig, LoraModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from dynquant.lora.layers import FUSED_PARTS, PackedLoraEmbedding, PackedLoraExperts, PackedLoraLinear, check_config
+from dynquant.lora.layers import PackedLoraEmbedding, PackedLoraExperts, PackedLoraLinear, check_config, fused_parts
+from dynquant.packed.joined_rows import PackedRows
 from dynquant.packed.layers import PackedEmbedding, PackedExperts, PackedLatentProjection, PackedLinear, PackedModule
 
 _LAYERS = {
     PackedLinear: PackedLoraLinear,
+    PackedRows: PackedLoraLinear,
     PackedLatentProjection: PackedLoraLinear,
     PackedEmbedding: PackedLoraEmbedding,
 }
@@ -71,7 +73,7 @@ class PackedLoraModel(LoraModel):
 
 def _parameters_of(module: nn.Module) -> tuple[str, ...]:
     if isinstance(module, PackedExperts):
-        return FUSED_PARTS
+        return fused_parts(module)
     if isinstance(module, PackedModule):
         return ("weight",)
     return tuple(name for name, _ in module.named_parameters(recurse=False))

@@ -134,29 +134,38 @@ class PackedEmbedding(PackedModule, nn.Embedding):
 
 
 class PackedExperts(PackedModule):
-    """Routed experts as three stacks: gate and up [E, width, row_bytes], down [E, hidden, row_bytes].
+    """Routed experts as stacks: gate and up [E, width, row_bytes], down [E, hidden, row_bytes].
 
     Stands where transformers has a fused experts module and is called like it. GGUF keeps gate and up apart, and they
-    may have different types. `shape` is that of the down stack: experts, hidden size, width. `apply_gate` replaces
-    act(gate) * up for models that combine them otherwise.
+    may have different types; without `gate_proj` among the types, experts have no gate. `shape` is that of the down
+    stack: experts, hidden size, width. `apply_gate` replaces act(gate) * up for models that combine them otherwise, of
+    rows that alternate where they do in transformers (`is_concatenated`).
     """
 
-    has_gate, has_bias, is_transposed, is_concatenated = True, False, False, True
+    is_transposed = False
 
     def __init__(
         self,
         shape: tuple[int, int, int],
         types: Mapping[str, str],
-        act_fn: Callable[[Tensor], Tensor],
+        act_fn: Callable[[Tensor], Tensor] | None,
         *,
         config: Any = None,
         apply_gate: Callable[["PackedExperts", Tensor], Tensor] | None = None,
+        has_bias: bool = False,
+        is_concatenated: bool = True,
     ) -> None:
-        self._start({name: types[name] for name in EXPERT_PARTS})
+        self._start({name: types[name] for name in EXPERT_PARTS if name in types})
         self.num_experts, self.hidden_dim, self.intermediate_dim = num_experts, hidden, width = shape
         self.act_fn, self.config, self._combine = act_fn, config, apply_gate
-        for name, matrix in zip(EXPERT_PARTS, ((width, hidden), (width, hidden), (hidden, width)), strict=True):
-            self._add_weight(name, num_experts, *matrix)
+        self.has_gate, self.has_bias, self.is_concatenated = "gate_proj" in types, has_bias, is_concatenated
+        shapes = {"gate_proj": (width, hidden), "up_proj": (width, hidden), "down_proj": (hidden, width)}
+        for name in self.types:
+            self._add_weight(name, num_experts, *shapes[name])
+        if has_bias:
+            first = "gate_up_proj_bias" if self.has_gate else "up_proj_bias"
+            self.register_parameter(first, nn.Parameter(torch.empty(num_experts, (1 + self.has_gate) * width)))
+            self.down_proj_bias = nn.Parameter(torch.empty(num_experts, hidden))
 
     def forward(
         self,
@@ -169,24 +178,54 @@ class PackedExperts(PackedModule):
         """hidden [T, hidden_dim], expert ids [T, k], their weights [T, k] -> [T, hidden_dim].
 
         `added` are products that an adapter adds, by transformers' names of the fused weights: `gate_up_proj` with
-        2 intermediate_dim columns, gate first, and `down_proj`.
+        2 intermediate_dim columns in transformers' order, and `down_proj`.
         """
-        added = added or {}
-        gate, up = (self._multiply(name, hidden_states, top_k_index) for name in EXPERT_PARTS[:2])  # [T, k, width]
-        if "gate_up_proj" in added:
-            more_gate, more_up = added["gate_up_proj"](hidden_states, top_k_index).chunk(2, dim=-1)
-            gate, up = gate + more_gate, up + more_up
-        inner = self.act_fn(gate) * up if self._combine is None else self._apply_gate(torch.cat([gate, up], dim=-1))
+        inner = self._inner(hidden_states, top_k_index, added or {})  # [T, k, width]
         down = self._multiply("down_proj", inner, top_k_index)  # [T, k, hidden_dim]
-        if "down_proj" in added:
+        if self.has_bias:
+            down = down + self.down_proj_bias[top_k_index]
+        if added and "down_proj" in added:
             down = down + added["down_proj"](inner, top_k_index)
         return (down * top_k_weights[..., None]).sum(dim=1).to(hidden_states.dtype)
+
+    def _inner(self, hidden_states: Tensor, experts: Tensor, added: Mapping[str, ExpertsProduct]) -> Tensor:
+        fused = "gate_up_proj" if self.has_gate else "up_proj"
+        more = added[fused](hidden_states, experts) if fused in added else None
+        if self.has_bias:
+            bias = getattr(self, f"{fused}_bias")[experts]
+            more = bias if more is None else more + bias
+        up = self._multiply("up_proj", hidden_states, experts)
+        if not self.has_gate:
+            assert self.act_fn is not None
+            return self.act_fn(up if more is None else up + more)
+        gate = self._multiply("gate_proj", hidden_states, experts)
+        if more is not None:
+            more_gate, more_up = self.split(more)
+            gate, up = gate + more_gate, up + more_up
+        if self._combine is not None:
+            return self._combine(self, self.joined(gate, up))
+        assert self.act_fn is not None
+        return self.act_fn(gate) * up
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
         if self._combine is not None:
             return self._combine(self, gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
+        assert self.act_fn is not None
+        gate, up = self.split(gate_up)
         return self.act_fn(gate) * up
+
+    def split(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+        """Columns of the gate and of the other part, of what has both as transformers orders them."""
+        if not self.is_concatenated:
+            return gate_up[..., 0::2], gate_up[..., 1::2]
+        gate, up = gate_up.chunk(2, dim=-1)
+        return gate, up
+
+    def joined(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Both parts as transformers orders their columns."""
+        if not self.is_concatenated:
+            return torch.stack([gate, up], dim=-1).flatten(-2)
+        return torch.cat([gate, up], dim=-1)
 
     def _multiply(self, name: str, x: Tensor, experts: Tensor) -> Tensor:
         weight, type_name = getattr(self, name), self.types[name]
@@ -194,6 +233,19 @@ class PackedExperts(PackedModule):
         if name in self.packed_names:
             return ops.experts_linear(x, weight, experts, type_name, layout=self.layout)
         return _dense_experts(x, weight, experts)
+
+
+class PackedSortedExperts(PackedExperts):
+    """Routed experts that are called with all their tokens in order, weighed before, as Llama 4's."""
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, *, added: Mapping[str, ExpertsProduct] | None = None
+    ) -> Tensor:
+        """hidden [E * T, hidden_dim], the rows of an expert together -> the same shape."""
+        rows = hidden_states.reshape(-1, self.hidden_dim)
+        experts = torch.arange(self.num_experts, device=rows.device)
+        ids = experts.repeat_interleave(len(rows) // self.num_experts)[:, None]
+        return super().forward(rows, ids, torch.ones_like(ids, dtype=rows.dtype), added=added)
 
 
 class PackedLatentProjection(PackedModule, nn.Linear):

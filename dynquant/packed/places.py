@@ -12,7 +12,8 @@ A packed vision-language file keeps the checkpoint's names. What a plan leaves a
 as a whole, so that a convolution over two frames, which GGUF splits, stays one tensor.
 """
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,7 @@ from dynquant.formats import decode
 from dynquant.formats.plain_quants import DTYPE_BYTES, FLOAT_DTYPES
 from dynquant.formats.quant_types import QUANT_TYPES, QuantType, quant_type
 from dynquant.kernels.planes import is_packed
+from dynquant.packed.joined_rows import ROWS_PREFIX, PackedRows
 from dynquant.packed.layers import (
     EXPERT_PARTS,
     LATENT_PARTS,
@@ -38,6 +40,7 @@ from dynquant.packed.layers import (
     PackedExperts,
     PackedLatentProjection,
     PackedLinear,
+    PackedSortedExperts,
 )
 from dynquant.recipes.plan import Plan
 
@@ -104,6 +107,12 @@ class Layout:
     """GGUF names of tensors that are computed, or parts of one that is copied."""
     copied: Mapping[str, StoredTensor] = field(default_factory=dict)
     """Entries of places that hold a tensor of the original checkpoint as it is, by GGUF name."""
+    kept: Mapping[str, StoredTensor] = field(default_factory=dict)
+    """Entries that are not made of GGUF tensors, by key."""
+    read: Callable[[str], Tensor] | None = None
+    """Gives the values of `kept`."""
+    joined: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Arguments of `PackedRows` by module."""
 
 
 def find_places(config: Config, hf_model: nn.Module, *, whole_kv_b: bool = False) -> tuple[dict[str, Place], set[str]]:
@@ -173,10 +182,17 @@ def lay_out_vision(model: Model, plan: Plan, hf_model: Any) -> Layout:
     return Layout(places, frozenset(skipped), copied)
 
 
-def pack_modules(model: nn.Module, types: Mapping[str, str], dtype: torch.dtype | None = None) -> None:
+def pack_modules(
+    model: nn.Module,
+    types: Mapping[str, str],
+    dtype: torch.dtype | None = None,
+    *,
+    joined: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
     """Replace the modules of `model` that hold packed weights; `types` gives the quant type of each state_dict key.
 
-    Weights are made on the meta device and wait to be loaded. `dtype` is that of the floats beside them.
+    Weights are made on the meta device and wait to be loaded. `dtype` is that of the floats beside them; `joined` gives
+    arguments of `PackedRows` by module.
 
     Raises:
         CheckpointError: an unknown type, or a key that the model has no place for; both are named.
@@ -198,7 +214,12 @@ def pack_modules(model: nn.Module, types: Mapping[str, str], dtype: torch.dtype 
         except AttributeError as error:
             raise CheckpointError(_no_place(model, path, parts)) from error
         with torch.device("meta"):
-            setattr(parent, name, _packed_module(model, parent, module, path, parts).to(dtype=dtype))
+            packed_module = (
+                _packed_rows(model, module, path, parts, joined[path])
+                if joined and path in joined
+                else _packed_module(model, parent, module, path, parts)
+            )
+            setattr(parent, name, packed_module.to(dtype=dtype))
 
 
 def _place_of(conversion: Conversion, hf_model: nn.Module) -> Place:
@@ -270,9 +291,22 @@ def _packed_module(model: Any, parent: Any, module: Any, path: str, parts: dict[
             nope, value = parent.qk_nope_head_dim, parent.v_head_dim
             heads = module.out_features // (nope + value)
             return PackedLatentProjection(module.in_features, heads, nope, value, parts)
-        if hasattr(module, "gate_up_proj") and set(parts) == set(EXPERT_PARTS):
+        if hasattr(module, "down_proj") and set(parts) in (set(EXPERT_PARTS), set(EXPERT_PARTS[1:])):
             return _packed_experts(module, path, parts)
     except ValueError as error:
+        raise CheckpointError(f"`{path}` cannot hold {parts}: {error}. config.json is of another model.") from error
+    raise CheckpointError(_no_place(model, path, parts))
+
+
+def _packed_rows(
+    model: nn.Module, module: Any, path: str, parts: dict[str, str], joined: Mapping[str, Any]
+) -> PackedRows:
+    try:
+        rows = {f"{ROWS_PREFIX}{number}": int(count) for number, count in enumerate(joined["rows"])}
+        orders = {name: bool(joined[name]) for name in ("has_row_order", "has_input_order")}
+        if isinstance(module, nn.Linear) and set(parts) == set(rows) and sum(rows.values()) == module.out_features:
+            return PackedRows(module.in_features, rows, parts, bias=module.bias is not None, **orders)
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"`{path}` cannot hold {parts}: {error}. config.json is of another model.") from error
     raise CheckpointError(_no_place(model, path, parts))
 
@@ -280,14 +314,31 @@ def _packed_module(model: Any, parent: Any, module: Any, path: str, parts: dict[
 def _packed_experts(module: Any, path: str, parts: dict[str, str]) -> PackedExperts:
     from transformers.integrations.moe import _default_apply_gate
 
-    if module.has_bias or module.is_transposed or not module.has_gate:
-        raise CheckpointError(
-            f"The experts of `{path}` ({type(module).__name__}) have biases, no gate, or transposed weights, which "
-            "packed experts do not do. Load the GGUF in llama.cpp."
-        )
-    shape, combine = tuple(module.down_proj.shape), type(module)._apply_gate
-    combine = None if combine is _default_apply_gate else combine
-    return PackedExperts(shape, parts, module.act_fn, config=module.config, apply_gate=combine)
+    stack = module.down_proj
+    if not hasattr(module, "has_gate"):
+        if len(inspect.signature(type(module).forward).parameters) != 2 or "gate_proj" not in parts:
+            raise CheckpointError(
+                f"The experts of `{path}` ({type(module).__name__}) are called in a way that packed experts do not "
+                "know. Load the GGUF in llama.cpp."
+            )
+        experts, width, hidden = stack.shape  # Llama 4's are transposed
+        return PackedSortedExperts((experts, hidden, width), parts, module.act_fn)
+    experts, *sides = stack.shape
+    hidden, width = reversed(sides) if module.is_transposed else sides
+    combine = getattr(type(module), "_apply_gate", _default_apply_gate)
+    packed = PackedExperts(
+        (experts, hidden, width),
+        parts,
+        getattr(module, "act_fn", None),
+        config=getattr(module, "config", None),
+        apply_gate=None if combine is _default_apply_gate else combine,
+        has_bias=module.has_bias,
+        is_concatenated=getattr(module, "is_concatenated", True),
+    )
+    for name, value in vars(module).items():  # limits and slopes that its gate reads
+        if isinstance(value, int | float) and not hasattr(packed, name):
+            setattr(packed, name, value)
+    return packed
 
 
 def _no_place(model: nn.Module, path: str, parts: Mapping[str, str]) -> str:

@@ -26,7 +26,8 @@ FORMAT_VERSION = 1
 
 
 class DynquantConfig(QuantizationConfigMixin):
-    """`types`: tensor name in the files -> quant type name. `provenance`: what made the weights, as strings.
+    """`types`: tensor name in the files -> quant type name. `provenance`: what made the weights, as strings. `joined`:
+    layers that several tensors make, or whose rows or columns GGUF has in another order.
 
     Raises:
         CheckpointError: written by a later version of the format, or without types.
@@ -37,6 +38,7 @@ class DynquantConfig(QuantizationConfigMixin):
         types: Mapping[str, str] | None = None,
         version: int = FORMAT_VERSION,
         provenance: Mapping[str, str] | None = None,
+        joined: Mapping[str, Mapping[str, Any]] | None = None,
         **_: Any,
     ) -> None:
         if version != FORMAT_VERSION:
@@ -53,6 +55,8 @@ class DynquantConfig(QuantizationConfigMixin):
         self.version = version
         self.types = dict(types)
         self.provenance = dict(provenance or {})
+        if joined:
+            self.joined = dict(joined)
 
 
 class DynquantHfQuantizer(HfQuantizer):
@@ -82,9 +86,10 @@ class DynquantHfQuantizer(HfQuantizer):
         return dtype
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        types = self.quantization_config.types
+        types, joined = self.quantization_config.types, getattr(self.quantization_config, "joined", None)
         key_of = keys_of(types, model.state_dict())
-        pack_modules(model, {key_of.get(name, name): given for name, given in types.items()}, dtype=self._dtype)
+        by_key = {key_of.get(name, name): given for name, given in types.items()}
+        pack_modules(model, by_key, dtype=self._dtype, joined=joined)
         files = kwargs.get("checkpoint_files") or ()
         check_files(model, [Path(file) for file in files if str(file).endswith(".safetensors")])
 

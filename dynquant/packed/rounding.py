@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dynquant.formats.quant_types import quant_type
+from dynquant.packed.joined_rows import PackedRows
 from dynquant.packed.layers import PackedExperts, PackedLinear
 
 _Q8_K_BLOCK, _Q8_0_BLOCK = 256, 32
@@ -21,7 +22,7 @@ _SAME_TYPE = {"F16": torch.float16, "BF16": torch.bfloat16}
 def round_activations(model: nn.Module, *, enabled: bool = True) -> None:
     """Make every packed linear layer and expert of `model` round its inputs, or stop doing so."""
     for module in model.modules():
-        if isinstance(module, PackedLinear | PackedExperts):
+        if isinstance(module, PackedLinear | PackedRows | PackedExperts):
             module.round_input = rounded if enabled else None
 
 

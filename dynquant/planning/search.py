@@ -4,8 +4,8 @@ Surrogate costs propose, held-out KL selects (PrismaQuant's rule). On text, each
 the same budget, with and without floors. With pictures, vision tower and projector are kept, at 8 bits or lower, in
 every combination; each is a plan of the same budget, so what a module keeps is paid for by the language model. All are
 rendered from blocks that are encoded once, and scored on windows of the calibration source behind those that
-calibration used, on samples that it held back, or on a file of the user's. `check` draws plans around the chosen one
-and says how well predicted and measured KL agree. Every KL is the unbiased one of `distributions`.
+calibration used, on windows or samples that it held back, or on a file of the user's. `check` draws plans around the
+chosen one and says how well predicted and measured KL agree. Every KL is the unbiased one of `distributions`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -197,7 +197,7 @@ def _text_windows(search: Search, used: int, window: int) -> tuple[ModelInputs, 
     tokenizer, num_tokens = load_tokenizer(search.model), used + window + options.selection_tokens
     documents = read_text(search.calibration.text, seed=session.seed, max_tokens=num_tokens)
     windows = pack_windows(documents, tokenizer, window=window, max_tokens=num_tokens)
-    calibrated = windows[: max(1, used // window)]
+    calibrated, wanted = windows[: max(1, used // window)], min(options.selection_tokens, 4 * window)
     if options.text is not None:
         name = options.text.name
         other = read_text(options.text, seed=session.seed, max_tokens=options.selection_tokens)
@@ -205,10 +205,16 @@ def _text_windows(search: Search, used: int, window: int) -> tuple[ModelInputs, 
     else:
         name = f"{documents.name}, behind the calibrated tokens"
         selection = windows[used // window + 1 :]  # one window is left out between the two
-    if options.select and selection.numel() < min(options.selection_tokens, 4 * window):
+        summed, held = ModelInputs(calibrated).hold_back(HELD_BACK)
+        if len(selection) < len(held) - 1 and selection.numel() < wanted:
+            # Calibration took nearly all, but no price has seen what it held back.
+            name, calibrated = f"{documents.name}, held back from calibration", summed.windows
+            selection = held.windows[1:][: options.selection_tokens // window]
+    if options.select and selection.numel() < wanted:
         raise StatsError(
-            f"{documents.name} has {selection.numel():,} tokens left behind the {used:,} that calibration used; "
-            f"selection wants {options.selection_tokens:,}. Give --selection-text FILE, a longer text or less --tokens."
+            f"{name}: {selection.numel():,} tokens. Selection wants {options.selection_tokens:,}, and at least "
+            f"{wanted:,}. Give --selection-text FILE, or calibrate in a new folder (-o) on a longer text or on fewer "
+            "--tokens of it."
         )
     return ModelInputs(selection if len(selection) else calibrated[:1], name=name), calibrated
 

@@ -72,8 +72,8 @@ def _plan_types(options: PlanOptions, session: Session) -> Plan:
     store = encoded_store(model, stats, directory, options.encoder, session) if search is not None else None
     ray = options.calibration.ray if store is None else None  # a store of encoded blocks is filled on this machine
     how = {"encoder": options.encoder, "exact": options.exact, "base_gguf": options.base_gguf}
-    table = error_table(model, stats, path, TableOptions(types=types, ray=ray, **how), session)
-    stats.finish()
+    with stats.finishing():
+        table = error_table(model, stats, path, TableOptions(types=types, ray=ray, **how), session)
     supers, table = _probe(model, table, options, session)
     write_token_errors(model, options.stats or stats.path, directory, types, options.encoder, session)
     chooser = Chooser(model, target, stats, table, rules_of(supers, stats.stats), session)
@@ -116,8 +116,8 @@ def _plan_schemes(options: PlanOptions, session: Session) -> Plan:
     if uniform is not None:
         stats.finish()
         return plan_for_vllm(model, checkpoint, uniform, **request)
-    table = scheme_table(model, checkpoint, stats, path, session)
-    stats.finish()
+    with stats.finishing():
+        table = scheme_table(model, checkpoint, stats, path, session)
     _, table = _probe(model, table, options, session)
     chosen = chooser.choose(table, budget)
     errors = {"weighted_errors": _weighted_errors(table), "mixed_experts": target.mixed_experts}

@@ -13,7 +13,7 @@ Hooks see gradients too. Backward passes here start from labels drawn from the m
 such gradients g is the Fisher information, the Hessian of the KL to the model itself (K-FAC, arXiv:1503.05671).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -100,10 +100,14 @@ class LinearHooks:
 
 
 @contextmanager
-def activation_gradients(hf_model: nn.Module) -> Iterator[None]:
-    """Context manager: gradients flow through activations and not into weights, whatever the caller's grad mode was."""
-    hook = hf_model.get_input_embeddings().register_forward_hook(lambda _module, _args, out: out.requires_grad_(True))
-    with hook, frozen_weights(hf_model), torch.enable_grad():
+def activation_gradients(hf_model: nn.Module, embeddings: Iterable[nn.Module] = ()) -> Iterator[None]:
+    """Context manager: gradients flow through activations and not into weights, whatever the caller's grad mode was.
+
+    They begin at the embedding of tokens, and at others that are given.
+    """
+    with ExitStack() as hooks, frozen_weights(hf_model), torch.enable_grad():
+        for module in {hf_model.get_input_embeddings(), *embeddings}:  # type: ignore[operator]
+            hooks.enter_context(module.register_forward_hook(lambda _module, _args, out: out.requires_grad_(True)))
         yield
 
 

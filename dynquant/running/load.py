@@ -208,11 +208,13 @@ def empty_hf(model: Model, *, dtype: torch.dtype, device: str = "cpu") -> "PreTr
     loader = getattr(transformers, auto_class(config, model.has_vision))
     with torch.device("meta"):
         empty = loader.from_config(config, dtype=dtype, trust_remote_code=False)
-    for module in empty.modules():
+    owners = {"": empty}  # the models that initialize what is in them
+    for path, module in empty.named_modules():
+        owners[path] = module if isinstance(module, transformers.PreTrainedModel) else owners[path.rpartition(".")[0]]
         for name in module._non_persistent_buffers_set:
             module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
         if module._non_persistent_buffers_set:
-            empty._init_weights(module)
+            owners[path]._init_weights(module)
     return empty.eval()
 
 

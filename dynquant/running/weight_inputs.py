@@ -56,6 +56,7 @@ class WeightInputs:
 
     linears: dict[str, LinearInput]
     experts: dict[nn.Module, ExpertInputs]
+    embeddings: dict[str, nn.Module]
 
 
 def named_inputs(hf_model: nn.Module, arch: str, n_layer: int) -> WeightInputs:
@@ -69,7 +70,7 @@ def named_inputs(hf_model: nn.Module, arch: str, n_layer: int) -> WeightInputs:
     for module_name, module in expert_modules(hf_model).items():
         names = [gguf_name_of(f"{module_name}.{part}", arch, n_layer) for part in _EXPERT_PARTS]
         experts[module] = _experts_of(module_name, [name for name in names[:-1] if name is not None], names[-1])
-    return WeightInputs(linears, experts)
+    return WeightInputs(linears, experts, _embeddings(hf_model, arch, n_layer))
 
 
 def weight_inputs(model: Model, hf_model: Any) -> WeightInputs:
@@ -95,7 +96,19 @@ def weight_inputs(model: Model, hf_model: Any) -> WeightInputs:
     }
     whole = {linear.module for name, linear in named.items() if role_of(name) is Role.MLA_KV_B}
     linears = {name: linear for name, linear in linears.items() if name in named or linear.module not in whole}
-    return WeightInputs(linears, _expert_inputs(model, hf_model, held, owners))
+    embeddings = _embeddings(hf_model, model.arch, model.hyper.n_layer)
+    return WeightInputs(linears, _expert_inputs(model, hf_model, held, owners), embeddings)
+
+
+def _embeddings(hf_model: nn.Module, arch: str, n_layer: int) -> dict[str, nn.Module]:
+    """Return the tables whose rows are looked up: that of tokens, and that of each layer where there is one."""
+    named = {
+        gguf_name_of(f"{module_name}.weight", arch, n_layer): module
+        for module_name, module in hf_model.named_modules()
+        if isinstance(module, nn.Embedding)
+    }
+    per_layer = {name: module for name, module in named.items() if name and role_of(name) is Role.PER_LAYER_EMBEDDING}
+    return {"token_embd.weight": hf_model.get_input_embeddings(), **per_layer}  # type: ignore[operator]
 
 
 def _named_linears(model: Model, hf_model: nn.Module) -> Iterator[tuple[str, LinearInput]]:

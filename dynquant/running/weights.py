@@ -1,125 +1,165 @@
-"""Places of a running transformers model's weights in its checkpoint, so that any of them can be read alone.
+"""A running transformers model's weights in its checkpoint, found by a traced map, so that any can be read alone.
 
-Most parameters have the name of a checkpoint tensor. Routers and norms of a few families are named otherwise there, and
-experts that transformers fuses are stored one by one; both are found through the GGUF names that they share.
+Most parameters are one checkpoint tensor. Matrices of fused experts are read one expert at a time: as rows that lie
+together in one or two checkpoint tensors, which may stay FP8, or put together entry by entry from wherever they are.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import nn
 
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_source import SafetensorsSource, StoredValues
-from dynquant.checkpoints.tensor_roles import gguf_name_of
 from dynquant.errors import CheckpointError
 from dynquant.families.common.conversion import ConvertedSource
+from dynquant.families.common.strided_maps import Piece, StridedMap, whole
 from dynquant.running.expert_hooks import expert_modules
+from dynquant.running.parameter_map import parameter_map
 
-_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+_Slice = tuple[str, int | None]
+"""A checkpoint tensor, or one slice of its first dimension."""
 
 
 @dataclass(frozen=True)
 class ExpertStack:
-    """One fused parameter [E, rows, columns]: a checkpoint tensor of that shape, or E tensors of each part."""
+    """One fused parameter [E, rows, columns]: a checkpoint tensor of that shape, or matrices of each expert."""
 
     shape: tuple[int, ...]
     fused: str | None
-    parts: tuple[tuple[str, ...], ...] = ()
+    experts: tuple[StridedMap, ...] = ()
 
 
 class CheckpointWeights:
     """Parameters and persistent buffers of `hf_model`, which may be on the meta device, in the files of `model`.
 
     Raises:
-        CheckpointError: `model` is no safetensors checkpoint of a known family, or lacks a weight.
+        CheckpointError: `model` is no safetensors checkpoint, or lacks a weight.
     """
 
     def __init__(self, model: Model, hf_model: nn.Module) -> None:
         self._model = model
-        self._converted, self.source = checkpoint_of(model)
-        self._stored_names = set(self.source.names())
-        self.stacks = dict(self._expert_stacks(hf_model))
-        """Fused parameters by their name in the model."""
+        self.source = checkpoint_of(model)[1]
+        traced = parameter_map(hf_model, self.source)
         tied = getattr(hf_model, "all_tied_weights_keys", None) or {}
-        self.names = {
-            name: self._place(tied.get(name, name), tuple(tensor.shape))
-            for name, tensor in hf_model.state_dict().items()
-            if name not in self.stacks
+        self.entries: dict[str, StridedMap] = {}
+        """Parameters and buffers, but for stacks of experts, as entries of checkpoint tensors."""
+        self.stacks: dict[str, ExpertStack] = {}
+        """Fused parameters by their name in the model."""
+        stacked = {
+            f"{module_name}.{name}"
+            for module_name, module in expert_modules(hf_model).items()
+            for name, parameter in module.named_parameters(recurse=False)
+            if parameter.dim() == 3
         }
-        """Checkpoint tensor of every other parameter and buffer."""
+        for name, tensor in hf_model.state_dict().items():
+            held = traced.parameters.get(name) or traced.parameters.get(tied.get(name, name))
+            if held is None or not held.is_complete or held.shape != tensor.shape:
+                raise self._lacks(name, tuple(tensor.shape), traced.reasons.get(name))
+            if name in stacked:
+                self.stacks[name] = _stack_of(held)
+            else:
+                self.entries[name] = held
 
     def load(self, name: str) -> StoredValues:
         """A parameter or buffer that is not a stack of experts."""
-        return self.source.stored(self.names[name])
+        return self._joined(self.entries[name])
 
     def expert(self, name: str, expert: int) -> tuple[StoredValues, ...]:
         """The parts of one expert's matrix in the stack `name`; as rows one after the other they make it."""
         stack = self.stacks[name]
         if stack.fused is not None:
             return (self.source.stored(stack.fused, expert),)
-        return tuple(self.source.stored(part[expert]) for part in stack.parts)
+        matrix = stack.experts[expert]
+        rows = self._row_parts(matrix)
+        return (self._joined(matrix),) if rows is None else tuple(self.source.stored(*part) for part in rows)
 
     def stack(self, name: str) -> tuple[StoredValues, ...]:
         """All experts of a stack, [E, rows, columns] in one piece, or in parts where FP8 scales do not join."""
         stack = self.stacks[name]
         if stack.fused is not None:
             return (self.source.stored(stack.fused),)
-        if self.source.stored(stack.parts[0][0]).scale is not None:
-            return tuple(_stacked_fp8([self.source.stored(name) for name in part]) for part in stack.parts)
+        first = self.expert(name, 0)
+        if first[0].scale is not None:
+            parts = zip(*(self.expert(name, expert) for expert in range(stack.shape[0])), strict=True)
+            return tuple(_stacked_fp8(list(part)) for part in parts)
         # One block of memory for a layer's experts, which the system gets back whole.
-        whole = torch.empty(stack.shape, dtype=self.source.stored(stack.parts[0][0]).data.dtype)
-        for matrix, names in zip(whole, zip(*stack.parts, strict=True), strict=True):
-            torch.cat([self.source.stored(name).data for name in names], out=matrix)
-        return (StoredValues(whole),)
+        joined = torch.empty(stack.shape, dtype=first[0].data.dtype)
+        for expert, matrix in enumerate(joined):
+            torch.cat([part.data for part in self.expert(name, expert)], out=matrix)
+        return (StoredValues(joined),)
 
     def stored_bytes(self, name: str) -> int:
         """Bytes of a parameter as stored."""
         stack = self.stacks.get(name)
-        if stack is None or stack.fused is not None:
-            return self.source.stored_bytes(self.names[name] if stack is None else stack.fused)
-        return sum(self.source.stored_bytes(name) for part in stack.parts for name in part)
-
-    def _expert_stacks(self, hf_model: nn.Module) -> Iterator[tuple[str, ExpertStack]]:
-        for module_name, module in expert_modules(hf_model).items():
-            experts: Any = module
-            if experts.is_transposed or not experts.has_gate or experts.has_bias:
-                raise CheckpointError(
-                    f"{module_name} ({type(module).__name__}) keeps its experts transposed, without a gate or with "
-                    "biases, which cannot be read layer by layer. Load the model whole: leave out --max-memory."
-                )
-            for part in _PARTS:
-                shape = tuple(getattr(experts, part).shape)
-                yield f"{module_name}.{part}", self._stack_of(module_name, part, shape)
-
-    def _stack_of(self, module_name: str, part: str, shape: tuple[int, ...]) -> ExpertStack:
-        names = [
-            gguf_name_of(f"{module_name}.{projection}", self._model.arch, self._model.hyper.n_layer)
-            for projection in _PARTS[part]
-        ]
-        if not all(name is not None and name in self._converted.names() for name in names):
-            raise self._lacks(f"{module_name}.{part}", shape)
-        stored = tuple(self._converted.checkpoint_names(str(name)) for name in names)
-        if len(stored[0]) == 1 and shape[0] > 1:
-            return ExpertStack(shape, stored[0][0])
-        return ExpertStack(shape, None, stored)
-
-    def _place(self, name: str, shape: tuple[int, ...]) -> str:
-        parts: tuple[str, ...] = (name,)
-        if name not in self._stored_names:
-            gguf_name = gguf_name_of(name, self._model.arch, self._model.hyper.n_layer)
-            parts = self._converted.checkpoint_names(gguf_name) if gguf_name in self._converted.names() else ()
-        if len(parts) != 1 or self.source.info(parts[0]).shape != shape:
-            raise self._lacks(name, shape)
-        return parts[0]
-
-    def _lacks(self, name: str, shape: tuple[int, ...]) -> CheckpointError:
-        return CheckpointError(
-            f"{self._model.path} stores nothing that could be `{name}` {list(shape)} of the running model; it cannot "
-            "be read layer by layer. Load the model whole: leave out --max-memory."
+        if stack is not None and stack.fused is not None:
+            return self.source.stored_bytes(stack.fused)
+        pieces = [piece for held in (stack.experts if stack else (self.entries[name],)) for piece in held.pieces]
+        used: dict[str, int] = {}
+        for piece in pieces:
+            used[piece.source] = used.get(piece.source, 0) + piece.numel
+        return sum(
+            self.source.stored_bytes(source) * count // prod(self.source.info(source).shape)
+            for source, count in used.items()
         )
+
+    def _joined(self, held: StridedMap) -> StoredValues:
+        """Read the entries of a tensor, as stored where they are one checkpoint tensor."""
+        source = held.pieces[0].source
+        if held == whole(source, held.shape) and self.source.info(source).shape == held.shape:
+            return self.source.stored(source)
+        placed = [self._within(piece) for piece in held.pieces]
+        parts = {str(part): part for part, _ in placed}
+        values = {key: _plain(self.source.stored(*part)) for key, part in parts.items()}
+        pieces = tuple(
+            replace(piece, source=str(part), offset=offset)
+            for piece, (part, offset) in zip(held.pieces, placed, strict=True)
+        )
+        return StoredValues(replace(held, pieces=pieces).gather(values.__getitem__).contiguous())
+
+    def _within(self, piece: Piece) -> tuple[_Slice, int]:
+        """Return what has to be read for a piece, one slice if that is enough, and where the piece starts in it."""
+        shape = self.source.info(piece.source).shape
+        size = prod(shape[1:])
+        last = piece.offset + sum((axis.size - 1) * axis.stride for axis in piece.axes)
+        if len(shape) < 3 or piece.offset // size != last // size:
+            return (piece.source, None), piece.offset
+        return (piece.source, piece.offset // size), piece.offset % size
+
+    def _row_parts(self, matrix: StridedMap) -> list[_Slice] | None:
+        """Return the checkpoint's matrices whose rows, one after the other, are a matrix; None where they are not."""
+        parts, row = [], 0
+        for piece in sorted(matrix.pieces, key=lambda piece: piece.starts):
+            part, offset = self._within(piece)
+            shape = self.source.info(part[0]).shape
+            shape = shape if part[1] is None else shape[1:]
+            expected = replace(whole(part[0], shape).pieces[0], offset=piece.offset, starts=(row, 0))
+            if offset or len(shape) != 2 or piece != expected or shape[1] != matrix.shape[1]:
+                return None
+            parts.append(part)
+            row += shape[0]
+        return parts
+
+    def _lacks(self, name: str, shape: tuple[int, ...], reason: str | None) -> CheckpointError:
+        return CheckpointError(
+            f"{self._model.path} stores nothing that could be `{name}` {list(shape)} of the running model"
+            f"{f' ({reason:.200})' if reason else ''}; it cannot be read layer by layer. Load the model whole: leave "
+            "out --max-memory."
+        )
+
+
+def _stack_of(held: StridedMap) -> ExpertStack:
+    source = held.pieces[0].source
+    if held == whole(source, held.shape):
+        return ExpertStack(held.shape, source)
+    matrices = [held.sliced(0, expert, expert + 1).viewed(held.shape[1:]) for expert in range(held.shape[0])]
+    return ExpertStack(held.shape, None, tuple(matrices))
+
+
+def _plain(stored: StoredValues) -> torch.Tensor:
+    """Return values of which each entry stands for itself; FP8 is scaled."""
+    return stored.data.contiguous() if stored.scale is None else stored.to(torch.float32)
 
 
 def checkpoint_of(model: Model) -> tuple[ConvertedSource, SafetensorsSource]:

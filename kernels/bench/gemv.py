@@ -35,7 +35,7 @@ from dynquant.kernels.triton.gemv import GemvConfig, gemv_config
 
 PRIORITY = (
     "Q4_K", "IQ2_XXS", "IQ1_S", "TQ2_0", "Q2_K", "Q6_K", "Q5_K", "Q3_K", "IQ4_XS", "Q8_0", "MXFP4", "IQ3_XXS",
-    "IQ2_XS", "IQ2_S", "IQ3_S", "IQ1_M", "NVFP4", "IQ4_NL", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "TQ1_0",
+    "IQ2_XS", "IQ2_S", "IQ3_S", "IQ1_M", "NVFP4", "IQ4_NL", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "TQ1_0", "Q2_0", "Q1_0",
 )  # fmt: skip
 SHAPES = ((14336, 4096), (28672, 8192), (4096, 4096), (8192, 8192))
 ERROR_LIMIT = {"bf16": 4e-3, "int8": 1.2e-2}

@@ -10,6 +10,7 @@ from dynquant.calibration.collector import SampleLimits
 from dynquant.calibration.importance import SHRINK_TOKENS, coverage_report, importance
 from dynquant.calibration.options import CalibrationOptions
 from dynquant.calibration.run import StatisticsOptions, collect_statistics
+from dynquant.calibration.second_moments import SecondMoments
 from dynquant.calibration.stage import run_calibration
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
 from dynquant.checkpoints.model import HyperParams
@@ -37,6 +38,40 @@ def test_statistics_of_their_own_are_not_taken_for_those_of_one_kind_of_token(sm
     with pytest.raises(WriteError, match=r"stats-text\.safetensors is of another calibration") as refusal:
         run_calibration(open_model(small_moe), CalibrationOptions(tokens=64), tmp_path / "stats.safetensors")
     assert own.read_bytes() == content and "text tokens" in str(refusal.value)
+
+
+def test_second_moments_that_cannot_be_written_beside_other_work_are_told_at_the_end(small_moe, tmp_path, monkeypatch):
+    options, path = CalibrationOptions(tokens=256, window=64), tmp_path / "stats.safetensors"
+    file = run_calibration(open_model(small_moe), options, path, in_background=True)
+    file.finish()
+    assert file.moments.identity == SecondMoments.load(tmp_path / "hessians.safetensors").identity
+
+    def refuse(*_):
+        raise WriteError("no space")
+
+    monkeypatch.setattr(SecondMoments, "write", refuse)
+    file = run_calibration(open_model(small_moe), options, path, in_background=True)
+    with pytest.raises(WriteError, match="no space"), file.finishing():
+        pass
+    assert not (tmp_path / "hessians.safetensors").exists()
+
+
+def test_an_interruption_leaves_no_half_of_the_second_moments(small_moe, tmp_path, monkeypatch):
+    options, path, write = (
+        CalibrationOptions(tokens=256, window=64),
+        tmp_path / "stats.safetensors",
+        SecondMoments.write,
+    )
+
+    def write_late(moments, target, stop):
+        assert stop.wait(60)
+        write(moments, target, stop)
+
+    monkeypatch.setattr(SecondMoments, "write", write_late)
+    file = run_calibration(open_model(small_moe), options, path, in_background=True)
+    with pytest.raises(KeyboardInterrupt), file.finishing():
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.fixture(scope="module")

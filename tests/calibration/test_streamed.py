@@ -145,7 +145,7 @@ def test_one_stage_is_in_memory_at_a_time(moe):
             any(not p.is_meta for n, p in layer.named_parameters() if "experts." not in n) for layer in stream.layers
         ]
         held = [hasattr(layer.mlp, "experts") and "down_proj" in vars(layer.mlp.experts) for layer in stream.layers]
-        embedding = stream.hf_model.get_input_embeddings().weight.is_meta
+        embedding = stream.hf_model.get_input_embeddings().weight.untyped_storage().nbytes() < 100
         seen.append((there, held, embedding, stream.hf_model.lm_head.weight.is_meta))
 
     hooks = [layer.mlp.register_forward_pre_hook(loaded) for layer in stream.layers]
@@ -157,7 +157,8 @@ def test_one_stage_is_in_memory_at_a_time(moe):
         assert there == [index == number for index in range(6)]
         assert held == [index == number and number > 0 for index in range(6)]  # the first layer is dense
         assert embedding and head
-    assert len(seen) == 6 and all(p.is_meta for n, p in stream.hf_model.named_parameters() if n != "model.norm.weight")
+    held = [n for n, p in stream.hf_model.named_parameters() if not p.is_meta and p.untyped_storage().nbytes() > 100]
+    assert len(seen) == 6 and held == ["model.norm.weight"]
 
 
 @pytest.mark.parametrize("keeps_experts, dtype", [(True, torch.bfloat16), (False, torch.float32)])

@@ -1,5 +1,6 @@
 """Roles from GGUF names, and GGUF names from the names of Hugging Face checkpoints."""
 
+import gguf
 import pytest
 
 from dynquant.checkpoints.model import HyperParams
@@ -60,6 +61,21 @@ ROLES = {
 @pytest.mark.parametrize("role, name", [(role, name) for role, names in ROLES.items() for name in names.split()])
 def test_role_of(role, name):
     assert role_of(name) is role
+
+
+NAMELESS = {
+    "dense_2", "dense_3", "rope_freqs", "rope_factors_long", "rope_factors_short", "cls", "cls.output",
+    *(f"blk.0.{part}" for part in ("attn_rot_embd", "attn_sinks", "ffn", "layer_output_scale", "altup_correct_scale")),
+    *(f"blk.0.{part}" for part in ("ssm_a", "ssm_d", "channel_mix_lerp_k", "channel_mix_lerp_r")),
+}  # fmt: skip
+"""Vectors, what no model computes with, and heads of embedding models."""
+OF_PICTURES_OR_SOUND = ("v.", "a.", "mm.", "s.", "resampler.", "posnet.", "convnext.")
+
+
+def test_every_matrix_of_a_language_model_in_gguf_py_has_a_role():
+    names = {name.format(bid=0) for name in gguf.TENSOR_NAMES.values() if not name.startswith(OF_PICTURES_OR_SOUND)}
+    unknown = {name for name in names if role_of(f"{name}.weight") is Role.OTHER}
+    assert unknown <= NAMELESS
 
 
 def test_all_matrices_of_a_layer_that_predicts_tokens_ahead_have_one_role():

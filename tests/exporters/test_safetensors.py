@@ -95,7 +95,7 @@ def test_the_card_tells_plan_and_damage(packed_moe):
 class _Failing:
     """ggml's bytes, until the encoder has been asked for `limit` tensors."""
 
-    name, uses_hessians, device = "ggml", False, GGML.device
+    name, uses_hessians, device, prepare = "ggml", False, GGML.device, GGML.prepare
 
     def __init__(self, limit: int) -> None:
         self.left = limit

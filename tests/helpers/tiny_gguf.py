@@ -63,6 +63,7 @@ class SlowEncoder:
     name = "ggml"
     uses_hessians = False
     device = GGML.device
+    prepare = GGML.prepare
 
     def encode(self, *args, **options):
         time.sleep(0.004)

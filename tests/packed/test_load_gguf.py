@@ -14,8 +14,11 @@ from dynquant.checkpoints.gguf_source import GGUFSource, MetadataField
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import CheckpointError
 from dynquant.families.open import open_hf
+from dynquant.formats.quant_types import STAND_INS
+from dynquant.formats.storage_format import Choice
 from dynquant.packed.layers import PackedExperts, PackedLinear, PackedModule
 from dynquant.recipes.build_plan import plan_from_types
+from dynquant.recipes.presets import preset_types
 from dynquant.running.live_weights import LiveWeights
 from dynquant.running.load import load_hf
 from tests.helpers.exports import export_gguf
@@ -50,7 +53,7 @@ def test_f32_file_has_the_logits_of_its_checkpoint(name, tmp_path, tiny_text):
 def test_packed_file_has_the_logits_of_its_decoded_weights(name, tmp_path, tiny_text):
     """transformers on the checkpoint with every tensor replaced by its decoded one: no other program's rounding."""
     model = open_hf(tiny_text(name))
-    kinds = ("Q8_0", "Q4_0", "IQ4_NL", "Q5_1", "MXFP4")
+    kinds = ("Q8_0", "Q4_0", "IQ4_NL", "Q5_1", "MXFP4", "Q2_0", "Q1_0")
     matrices = [n for n in model.source.names() if len(model.source.info(n).shape) > 1]
     types = {n: (kinds[i % len(kinds)], "test") for i, n in enumerate(matrices)}
     plan = plan_from_types(model, types, recipe="test")
@@ -96,6 +99,20 @@ def test_file_of_llama_quantize_loads(tiny_llama, tmp_path):
     stored = llama_quantize(source, target, LLAMA_FTYPES["q4_k_m"].id, {})
     assert len({type_name for type_name, _ in stored.values()}) > 2
     assert mean_kl(llama_logits(target, TOKENS), logits_of(dynquant.load(target))) < 3e-3
+
+
+def test_two_and_one_bit_in_short_blocks_agree_with_llama_cpp(tiny_llama, tmp_path):
+    """Rows of 256 and 320: both types in the same file, beside those that they stand in for."""
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    model = open_hf(tiny_llama)
+    types = preset_types("uniform-q2_k", model, fallbacks=STAND_INS)
+    types |= {name: Choice("Q1_0", "test") for name in types if "attn_q" in name or "ffn_up" in name}
+    types |= {name: Choice("Q2_0", "test") for name in types if "attn_v" in name or "token_embd" in name}
+    plan = plan_from_types(model, types, recipe="test")
+    assert {"Q1_0", "Q2_0", "Q2_K"} <= set(plan.by_type())
+    encoder = load_encoder("dynquant", "cpu")
+    (path,) = export_gguf(model, plan, None, tmp_path / "packed.gguf", encoder=encoder)
+    assert mean_kl(llama_logits(path, TOKENS), logits_of(dynquant.load(path))) < 3e-3
 
 
 @pytest.mark.nightly

@@ -1,6 +1,7 @@
 """Prices measured by running the bundled model, and the plan that is chosen among several by its KL on other text."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from dynquant.calibration.second_moments import SecondMoments
 from dynquant.calibration.stage import StatsFile, calibrate
 from dynquant.encoding.store import store_directory
 from dynquant.encoding.stream import load_encoder
-from dynquant.errors import PlanError
+from dynquant.errors import PlanError, StatsError
 from dynquant.evaluation.distributions import Distributions
 from dynquant.evaluation.rendered_model import RenderedModel, ScoredInputs
 from dynquant.exporters.options import ExportOptions
@@ -168,10 +169,12 @@ def test_a_gpu_gives_the_same_costs_and_divergences(model, table, store, windows
         costs.append(fisher_probe(hf_model, store, table, windows[:4]))
         scored = ScoredInputs(RenderedModel(hf_model, store), ModelInputs(windows[:4]))
         scored.score()
-        divergences.append(float(scored.divergences_with(changes).mean()))
+        divergences.append(scored.divergences_with(changes).cpu().numpy())
     ratios = [price.kl / costs[0][name][form].kl for name, of in costs[1].items() for form, price in of.items()]
     assert np.median(np.abs(np.array(ratios) - 1)) < 0.01  # a label at a border may be another one
-    assert divergences[1] == pytest.approx(divergences[0], rel=2e-3)
+    difference = np.abs(divergences[1] - divergences[0])
+    assert np.quantile(difference, 0.9) < 1e-3  # a few tokens may be sent to another expert
+    assert divergences[1].mean() == pytest.approx(divergences[0].mean(), rel=0.01)
 
 
 def test_probe_prices_scale_each_tensor_by_one_factor(table):
@@ -287,6 +290,26 @@ def test_a_rendered_plan_has_the_kl_of_its_file_in_llama_cpp(small_moe, calibrat
     words = ScoredInputs(rendered, ModelInputs(windows))
     rendered.install({entry.name: entry.type for entry in made.entries if entry.type != "F32"})
     assert float(words.score()[0].mean()) == pytest.approx(report.texts[0].kl.mean.value, rel=0.05)
+
+
+def test_a_text_that_calibration_used_up_is_selected_on_where_it_was_held_back(
+    model, small_moe, calibrated, selected, monkeypatch
+):
+    _, directory = calibrated
+    tokenizer, whole = load_tokenizer(model), read_text(None)
+    used_up = tokenizer.decode(tokenizer("\n".join(whole.documents))["input_ids"][:TOKENS])
+    monkeypatch.setattr("dynquant.planning.search.read_text", lambda *_, **__: replace(whole, documents=(used_up,)))
+    options = CalibrationOptions(tokens=TOKENS, window=256, hessians="none")
+    for wanted in (256, 1024):
+        search = SearchOptions(methods=("closed-form", "fisher-probe"), select=True, selection_tokens=wanted)
+        if wanted == 256:
+            made = plan(small_moe, Target(bpw=3.0, types=TYPES), options, directory, search)
+            selection = json.loads((directory / "selection.json").read_text())
+            assert made.selected_kl > 0 and selection["num_tokens"] == 256
+            assert selection["text"] == "built-in text, held back from calibration"
+        else:
+            with pytest.raises(StatsError, match=r"256 tokens\. Selection wants 1,024.*new folder"):
+                plan(small_moe, Target(bpw=3.0, types=TYPES), options, directory, search)
 
 
 def test_another_budget_reuses_prices(small_moe, calibrated, selected, monkeypatch):

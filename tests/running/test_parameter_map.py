@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,8 +13,9 @@ from dynquant.families.common.traced_tensor import TracedTensor
 from dynquant.families.open import open_model
 from dynquant.running.load import load_hf
 from dynquant.running.parameter_map import parameter_map
+from tests.helpers.architectures import SIZES, save_architecture
 from tests.helpers.representatives import represented_by
-from tests.helpers.tiny_models import TINY, randomize, save_tiny
+from tests.helpers.tiny_models import TINY, save_tiny
 
 TENSORS = {"a": torch.randn(24, 8), "b": torch.randn(24, 8), "c": torch.randn(4, 6, 10)}
 
@@ -59,32 +59,12 @@ def test_what_computes_values_is_refused(function: Callable[[Tensor], Tensor]) -
         function(TracedTensor(whole("a", (24, 8))))
 
 
-COMMON = {
-    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
-}  # fmt: skip
-SIZES: dict[str, dict[str, Any]] = {
-    "mixtral": {"num_local_experts": 3},
-    "gpt_oss": {"num_local_experts": 4},
-    "llama4_text": {"num_local_experts": 4, "intermediate_size_mlp": 96, "interleave_moe_layer_step": 2},
-    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen3_5_text": {
-        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
-        "full_attention_interval": 2, "tie_word_embeddings": True,
-    },
-    "phi3": {},
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("model_type", represented_by(("mixtral", "gpt_oss", "llama4_text"), tuple(SIZES)))
 def test_every_parameter_is_where_the_map_says(model_type: str, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.for_model(model_type, **COMMON | SIZES[model_type])
-    made = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    randomize(made)
-    made.save_pretrained(tmp_path)
+    save_architecture(model_type, tmp_path)
     weights = load_file(tmp_path / "model.safetensors") | {"mtp.layers.0.fc.weight": torch.randn(8, 8)}
     save_file(weights, tmp_path / "model.safetensors")
     hf_model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)

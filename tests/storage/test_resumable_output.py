@@ -120,6 +120,7 @@ def test_a_kill_between_two_renames_is_finished_by_the_next_run(monkeypatch, tmp
         name = "ggml"
         uses_hessians = False
         device = GGML.device
+        prepare = GGML.prepare
 
         def encode(self, *args, **options):
             raise AssertionError("everything was already encoded")

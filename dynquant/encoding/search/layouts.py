@@ -13,6 +13,7 @@ for NVFP4, powers of two for MXFP4.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -203,10 +204,19 @@ def _sign_bytes(values: Tensor) -> Tensor:
     return (bits << torch.arange(8, device=values.device)).sum(-1)
 
 
+@cache
+def _places(type_name: str) -> tuple[int, Tensor]:
+    """Return the lowest integer of a type's table, and the place in it of each integer from there on."""
+    table = tables.values(type_name, torch.device("cpu")).to(torch.int64)
+    lowest = int(table.min())
+    places = torch.full((int(table.max()) - lowest + 1,), len(table))
+    return lowest, places.scatter_reduce(0, table - lowest, torch.arange(len(table)), "amin")  # the first zero
+
+
 def _table_indices(type_name: str, values: Tensor) -> Tensor:
     """[n, C] values -> their places in the type's own table, which need not ascend."""
-    ascending, places = tables.values(type_name, values.device).sort(stable=True)
-    return places[torch.bucketize(values, ascending)]
+    lowest, places = _places(type_name)
+    return places.to(values.device)[values.to(torch.int64) - lowest]
 
 
 LAYOUTS: dict[str, BlockLayout] = {

@@ -1,7 +1,9 @@
 """Opens a Hugging Face checkpoint of any architecture that llama.cpp's converter knows, as the families do theirs."""
 
+import re
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,7 @@ def open_converted(directory: Path, tree: Path, *, no_mtp: bool = False) -> Mode
     metadata = tuple(field for field in description.keys.metadata if field.key not in _OWN_KEYS)
     fault = description.about["tokenizer_fault"]
     if fault:
-        metadata += _own_tokenizer(directory, source, fault, tree)
+        metadata = tuple(map(_without_quirk, metadata)) + _own_tokenizer(directory, source, fault, tree)
     elif description.about["asked_pre_tokenizer"]:
         for note in description.pre_tokenizer_notes:
             warnings.warn(note, stacklevel=3)
@@ -84,6 +86,13 @@ def _own_tokenizer(directory: Path, source: ConvertedSource, fault: str, tree: P
             f"{error}"
         ) from error
     return tuple(field for field in recorded_fields(writer) if field.key != "general.architecture")
+
+
+def _without_quirk(field: MetadataField) -> MetadataField:
+    """Return a field that does not make llama.cpp look for the tokens of Phi-3, which it does by the model's name."""
+    if field.key != "general.name":
+        return field
+    return replace(field, value=re.sub(r"(?i)(phi)-?3", r"\1 3", str(field.value)))
 
 
 def _tell_unused(directory: Path, description: Description) -> None:

@@ -11,7 +11,8 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dynquant.checkpoints.gguf_source import GGUFSource
+from dynquant.checkpoints.safetensors_format import FileSpan
 from dynquant.checkpoints.safetensors_source import SafetensorsSource, checkpoint_spans
+from dynquant.checkpoints.tensor_source import TensorInfo
 from dynquant.errors import CheckpointError
 from dynquant.families.converter import selection, tracing, worker
 from dynquant.families.converter.source_tree import cache_directory
@@ -50,32 +53,31 @@ def describe(directory: Path, source: SafetensorsSource, tree: Path, *, no_mtp: 
         CheckpointError: it does not know the architecture, fails, or computes a matrix instead of moving its entries.
     """
     spans = checkpoint_spans(directory)
-    request = _request(directory, source, tree, no_mtp=no_mtp)
+    places = {path: str(path.resolve()) for path in sorted({span.path for span in spans.values()})}
+    request = {"tree": str(tree), "directory": str(directory.resolve()), "no_mtp": no_mtp}
+    request["tensors"] = [_tensor(info, spans.get(info.name), places) for info in map(source.info, source.names())]
     request["pre_tokenizer"], notes = _pre_tokenizer(directory)
     # Values that are computed are kept as well, so the weights' files must be those of the description.
-    files = sorted({span.path for span in spans.values()})
-    stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in places]
     folder = cache_directory() / "converted" / _key(directory, tree, [request, stamps])
     if not (folder / worker.TENSORS).is_file():
         _forget_old(folder.parent)
         with writing_folder(folder) as partial:
             _run(directory, tree, request, partial)
-    return Description(
-        parse_json((folder / worker.TENSORS).read_bytes()),
-        load_file(folder / worker.INDICES),
-        GGUFSource(folder / worker.METADATA),
-        notes,
-    )
+    return replace(_read(folder), pre_tokenizer_notes=notes)
 
 
-def _request(directory: Path, source: SafetensorsSource, tree: Path, *, no_mtp: bool) -> dict[str, Any]:
-    """Return what the worker is asked: tensors with type, shape, and the file where their plain values are."""
-    spans, tensors = checkpoint_spans(directory), []
-    for info in map(source.info, source.names()):
-        span = spans[info.name]
-        file = str(span.path.resolve()) if span.dtype == info.dtype else None
-        tensors.append((info.name, info.dtype, list(info.shape), file))
-    return {"tree": str(tree), "directory": str(directory.resolve()), "tensors": tensors, "no_mtp": no_mtp}
+@lru_cache(maxsize=4)
+def _read(folder: Path) -> Description:
+    about = parse_json((folder / worker.TENSORS).read_bytes())
+    return Description(about, load_file(folder / worker.INDICES), GGUFSource(folder / worker.METADATA))
+
+
+def _tensor(info: TensorInfo, span: FileSpan | None, places: Mapping[Path, str]) -> tuple[Any, ...]:
+    """Return what the worker is told of a tensor: name, type, shape, and where its plain values are in a file."""
+    is_plain = span is not None and span.dtype == info.dtype
+    place = (places[span.path], span.offset, span.num_bytes) if span is not None and is_plain else None
+    return info.name, info.dtype, info.shape, place
 
 
 def _pre_tokenizer(directory: Path) -> tuple[str | None, tuple[str, ...]]:

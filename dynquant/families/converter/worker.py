@@ -10,13 +10,12 @@ or refusal.json. Code that comes with a checkpoint is never run, and nothing is 
 import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -61,8 +60,10 @@ def main() -> None:
 
 
 def _describe(request: dict[str, Any], output: Path) -> None:
+    import gguf
     from conversion import TEXT_MODEL_MAP, ModelBase, ModelType, get_model_architecture, get_model_class
 
+    assert Path(gguf.__file__).is_relative_to(request["tree"]), gguf.__file__
     _trust_no_code()
     directory = Path(request["directory"])
     converter = _Converter(request)
@@ -115,7 +116,7 @@ class _Converter:
 
         self._gguf, self._lazy, self._base, self._text = gguf, LazyTorchTensor, ModelBase, TextModel
         self._request = request
-        self._files = {name: file for name, _, _, file in request["tensors"]}
+        self._stored = {name for name, *_ in request["tensors"]}
         self._written: dict[str, tuple[Any, str | None]] = {}
         self._used: set[str] = set()
         self._tracer = Tracer(gguf.LazyBase)
@@ -140,7 +141,13 @@ class _Converter:
         def parameters(directory: Path, is_mistral_format: bool) -> dict[str, Any]:
             return _as_expected(load_parameters(directory, is_mistral_format))
 
+        begin = self._base.__init__
+
+        def init(model: Any, *arguments: Any, hparams: dict[str, Any] | None = None, **options: Any) -> None:
+            begin(model, *arguments, hparams=hparams and _as_expected(hparams), **options)  # of config.json itself
+
         self._base.load_hparams = staticmethod(parameters)
+        self._base.__init__ = init
         self._base.index_tensors = lambda model, remote_hf_model_id=None: self._indexed(model)
         self._text.get_vocab_base_pre = pre_tokenizer
         # The graph stays as it is, so that it can be followed after the converter looked at values.
@@ -189,7 +196,7 @@ class _Converter:
         writer.write_tensors_to_file()
         writer.close()
         save_file(indices or {"none": torch.zeros(1)}, output / INDICES)
-        unused = sorted(self._files.keys() - self._used)
+        unused = sorted(self._stored - self._used)
         about = {
             "tensors": entries,
             "unused": unused,
@@ -229,8 +236,8 @@ class _Converter:
     def _indexed(self, model: Any) -> dict[str, Callable[[], Any]]:
         """Return what `index_tensors` of the converter does: its tensors by name, from the request."""
         tensors = {}
-        for name, dtype, shape, file in self._request["tensors"]:
-            leaf = Leaf(name, tuple(shape), self._reader(name, dtype, file))
+        for name, dtype, shape, place in self._request["tensors"]:
+            leaf = Leaf(name, tuple(shape), self._reader(name, dtype, shape, place))
             meta = self._lazy.meta_with_dtype_and_shape(_DTYPES[dtype], leaf.shape)
             item = model.filter_tensors(
                 (name, lambda leaf=leaf, meta=meta: self._lazy(meta=meta, args=(leaf,), func=_leaf))
@@ -239,12 +246,14 @@ class _Converter:
                 tensors[item[0]] = item[1]
         return tensors
 
-    def _reader(self, name: str, dtype: str, file: str | None) -> Callable[[], Tensor]:
+    def _reader(self, name: str, dtype: str, shape: Sequence[int], place: Sequence[Any] | None) -> Callable[[], Tensor]:
         def read() -> Tensor:
-            if file is None:
+            if place is None:
                 raise Refusal("tensor", f"`{name}` is stored quantized, and the converter computes with its values")
-            with safe_open(file, framework="pt") as weights:
-                return weights.get_tensor(name)
+            path, offset, num_bytes = place
+            with open(path, "rb") as file:
+                file.seek(offset)
+                return torch.frombuffer(bytearray(file.read(num_bytes)), dtype=_DTYPES[dtype]).reshape(shape)
 
         return read
 

@@ -22,7 +22,7 @@ from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_source import StoredValues
 from dynquant.checkpoints.tensor_source import checked_finite
 from dynquant.errors import StatsError
-from dynquant.running.expert_hooks import record_experts
+from dynquant.running.expert_hooks import expert_layout, record_experts
 from dynquant.running.load import empty_hf
 from dynquant.running.stored_experts import StoredExperts
 from dynquant.running.weights import CheckpointWeights, checkpoint_of, put
@@ -66,8 +66,10 @@ class LayerStream:
         self._ahead: tuple[int, Future] | None = None
         self._loads = True
         self._zeroed: list[tuple[str, int | None, int, int]] = []
+        for owner, attribute in self._stages[0].dense.values():
+            put(owner, attribute, self._stand_in(self._stages[0], getattr(owner, attribute)))
         staged = {name for stage in self._stages for name in (*stage.dense, *stage.stacks)}
-        for name in self._weights.names.keys() - staged:  # the final norm belongs to no stage
+        for name in self._weights.entries.keys() - staged:  # the final norm belongs to no stage
             put(self.hf_model, name, self._values(name))
 
     @property
@@ -139,11 +141,16 @@ class LayerStream:
         """Context manager: one weight of a linear layer or an expert's down-projection reads as zero; yields its
         value."""
         name = f"{module}.weight" if expert is None else f"{module}.down_proj"
-        stored = self._weights.load(name) if expert is None else self._weights.expert(name, expert)[0]
+        if expert is None:
+            stored = self._weights.load(name).to(self.dtype)
+        else:
+            stored = torch.cat([part.to(self.dtype) for part in self._weights.expert(name, expert)])
+            if expert_layout(self.hf_model.get_submodule(module)).is_transposed:
+                row, column = column, row
         place = (name, expert, row, column)
         self._zeroed.append(place)
         try:
-            yield float(stored.to(self.dtype)[row, column])
+            yield float(stored[row, column])
         finally:
             self._zeroed.remove(place)
 
@@ -211,11 +218,18 @@ class LayerStream:
         for owner, attribute in stage.stacks.values():
             owner.__dict__.pop(attribute, None)
         for owner, attribute in stage.dense.values():
-            put(owner, attribute, torch.empty_like(getattr(owner, attribute), device="meta"))
+            put(owner, attribute, self._stand_in(stage, getattr(owner, attribute)))
         stage.is_loaded = False
         # glibc keeps what was freed in small pieces; the next stage would come on top of it (0.9 GB on a 7B MoE).
         with suppress(OSError, AttributeError, TypeError):
             ctypes.CDLL(None).malloc_trim(0)
+
+    def _stand_in(self, stage: _Stage, values: torch.Tensor) -> torch.Tensor:
+        """Return what stands for a weight that is not in memory."""
+        if stage is not self._stages[0]:
+            return torch.empty_like(values, device="meta")
+        # Llama 4 moves token ids to the device of the embedding before that is loaded.
+        return torch.zeros(1, dtype=values.dtype, device=self.device).expand(values.shape)
 
     def _values(self, name: str, stored: StoredValues | None = None) -> torch.Tensor:
         dtype = torch.float32 if any(pattern in name for pattern in self._exact_types) else self.dtype

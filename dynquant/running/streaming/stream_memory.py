@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dynquant.errors import StatsError
-from dynquant.running.expert_hooks import expert_modules
+from dynquant.running.expert_hooks import expert_layout, expert_modules
 from dynquant.running.streaming.layer_stream import LayerStream
 
 COMFORTABLE_SHARE = 0.7
@@ -119,8 +119,11 @@ def _layer_channels(layer: nn.Module, work: Workload) -> int:
     linears = sum(module.out_features for module in layer.modules() if isinstance(module, nn.Linear))
     rows, used = 0, 1
     for experts in expert_modules(layer).values():
-        rows += sum(getattr(experts, name).shape[1] for name in ("gate_up_proj", "down_proj"))
-        used = getattr(experts.config, "num_experts_per_tok", 1)  # type: ignore[union-attr]
+        layout = expert_layout(experts)
+        rows += sum(
+            getattr(experts, name).shape[2 if layout.is_transposed else 1] for name in (layout.up_name, "down_proj")
+        )
+        used = getattr(getattr(experts, "config", None), "num_experts_per_tok", 1)
     return activation_channels(linears, rows, used, is_backward=work.is_backward)
 
 

@@ -117,7 +117,9 @@ def _of_groups(factor: Tensor, group: int) -> tuple[Array, Array]:
 
 
 def _inverses(blocks: Tensor) -> Array:
-    return torch.linalg.inv(blocks.to(torch.float64)).to(torch.float32).contiguous().numpy()
+    blocks = blocks.to(torch.float64)
+    inverses = blocks.reciprocal() if blocks.shape[-1] == 1 else torch.linalg.inv(blocks)
+    return inverses.to(torch.float32).contiguous().numpy()
 
 
 @dataclass(frozen=True)

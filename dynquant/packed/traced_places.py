@@ -1,0 +1,255 @@
+"""Places of a packed model of any architecture, from the traced maps between GGUF, checkpoint and transformers' model.
+
+A matrix that is quantized has its GGUF bytes in the packed model; rows of a layer that one matrix makes are moved into
+transformers' order, and layers that several make, or whose columns GGUF has in another order, become `PackedRows`. All
+other parameters are the checkpoint's, under the names of transformers' model.
+"""
+
+import inspect
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from dynquant.checkpoints.model import Model
+from dynquant.checkpoints.safetensors_format import StoredTensor
+from dynquant.checkpoints.tensor_source import TensorSource, checked_finite
+from dynquant.errors import CheckpointError
+from dynquant.families.common.conversion import ConvertedSource
+from dynquant.families.common.strided_maps import StridedMap
+from dynquant.formats.plain_quants import DTYPE_BYTES, FLOAT_DTYPES
+from dynquant.packed.joined_rows import ROWS_PREFIX
+from dynquant.packed.places import Layout, Place
+from dynquant.recipes.plan import Plan, PlanEntry
+from dynquant.running.parameter_map import ParameterMap, parameter_map
+
+_LATENT = {"attn_k_b.weight": "k_b", "attn_v_b.weight": "v_b"}
+_EXPERTS = {f"ffn_{kind}_exps.weight": f"{kind}_proj" for kind in ("gate", "up", "down")}
+
+
+def lay_out_traced(model: Model, plan: Plan, hf_model: Any) -> Layout:
+    """Return where each tensor of the plan goes in a model on the meta device, and what of it the checkpoint gives.
+
+    Raises:
+        CheckpointError: a quantized matrix is in the model in a way that packed modules cannot hold; it is named.
+    """
+    source = model.source
+    assert isinstance(source, ConvertedSource)
+    traced = parameter_map(hf_model, source.checkpoint)
+    builder = _Builder(model, hf_model, traced)
+    by_parameter: dict[str, list[tuple[PlanEntry, StridedMap]]] = {}
+    skipped = set()
+    for entry in plan.entries:
+        entries = traced.gguf(source, entry.name)
+        if entries is not None:
+            for parameter in entries.sources:
+                by_parameter.setdefault(parameter, []).append((entry, entries))
+        elif not entry.quant_type.is_float and any(
+            name in traced.stored for name in source.checkpoint_names(entry.name)
+        ):
+            builder.refuse(entry.name, "is no selection of its parameters")
+        skipped.add(entry.name)
+    for parameter, tensors in by_parameter.items():
+        if any(not entry.quant_type.is_float for entry, _ in tensors):
+            builder.add(parameter, tensors)
+    builder.complete_experts(by_parameter)
+    kept = builder.kept({name: [entry.type for entry, _ in tensors] for name, tensors in by_parameter.items()})
+    return Layout(
+        builder.places, frozenset(skipped - builder.places.keys()), kept=kept, read=builder.read, joined=builder.joined
+    )
+
+
+class _Builder:
+    """Places so far, and the parameters whose values they have."""
+
+    def __init__(self, model: Model, hf_model: Any, traced: ParameterMap) -> None:
+        self.places: dict[str, Place] = {}
+        self.joined: dict[str, dict[str, Any]] = {}
+        self._model, self._hf_model, self._traced = model, hf_model, traced
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in hf_model.state_dict().items()}
+        self._replaced: set[str] = set()
+        self._orders: dict[str, Tensor] = {}
+
+    def add(self, parameter: str, tensors: list[tuple[PlanEntry, StridedMap]]) -> None:
+        """Place the GGUF tensors of a parameter, of which one at least is quantized."""
+        path, _, attribute = parameter.rpartition(".")
+        module, names = self._hf_model.get_submodule(path), [entry.name for entry, _ in tensors]
+        for entry, entries in tensors:
+            if len(entries.sources) > 1:
+                self.refuse(entry.name, f"joins {' and '.join(entries.sources[:4])}")
+        if len(self._shapes[parameter]) == 3:
+            self._add_experts(path, tensors)
+        elif {_kind(name) for name in names} == set(_LATENT) and isinstance(module, nn.Linear):
+            for entry, _ in tensors:
+                self._place(entry, f"{path}.{_LATENT[_kind(entry.name)]}")
+        elif attribute == "weight" and _is_linear(module) and not self._is_read_directly(path):
+            self._add_linear(path, parameter, tensors)
+        else:
+            self._add_single(parameter, tensors, isinstance(module, nn.Embedding) and attribute == "weight")
+        self._replaced.add(parameter)
+
+    def complete_experts(self, by_parameter: Mapping[str, list[tuple[PlanEntry, StridedMap]]]) -> None:
+        """Place stacks of experts that stay float beside others of their module, which are packed."""
+        packed = {place.key.rpartition(".")[0] for place in self.places.values()}
+        for parameter, tensors in by_parameter.items():
+            path = parameter.rpartition(".")[0]
+            if path in packed and parameter not in self._replaced and len(self._shapes[parameter]) == 3:
+                self._add_experts(path, tensors)
+                self._replaced.add(parameter)
+
+    def kept(self, planned: Mapping[str, list[str]]) -> dict[str, StoredTensor]:
+        """Return the entries whose values `read` gives: parameters without a place, and orders.
+
+        A parameter has its own type or the plan's (`planned`, by parameter), whichever takes fewer bytes.
+
+        Raises:
+            CheckpointError: transformers makes a parameter of the checkpoint in a way that is not followed.
+        """
+        kept = {}
+        for name, entries in self._traced.parameters.items():
+            if name not in self._replaced:
+                stored = self._checkpoint.info(entries.sources[0]).dtype
+                of_plan = max(planned.get(name, ["F32"]), key=DTYPE_BYTES.__getitem__)
+                dtype = min(stored if stored in FLOAT_DTYPES else "F32", of_plan, key=DTYPE_BYTES.__getitem__)
+                kept[name] = StoredTensor(name, dtype, self._shapes[name])
+        if self._traced.reasons:
+            name, reason = next(iter(self._traced.reasons.items()))
+            self.refuse(name, f"is made by transformers in a way that cannot be followed ({reason:.200})")
+        kept |= {key: StoredTensor(key, "I32", tuple(order.shape)) for key, order in self._orders.items()}
+        return kept
+
+    def read(self, key: str) -> Tensor:
+        """Return the values of one entry of `kept`."""
+        if key in self._orders:
+            return self._orders[key].to(torch.int32)
+        entries = self._traced.parameters[key]
+        values = entries.gather(partial(_loaded, self._checkpoint))
+        return checked_finite(key, values).reshape(self._shapes[key]).clone(memory_format=torch.contiguous_format)
+
+    def refuse(self, name: str, reason: str) -> NoReturn:
+        """Raise the CheckpointError for a tensor that packed modules cannot hold."""
+        raise CheckpointError(
+            f"`{name}` of {self._model.name} {reason} in {type(self._hf_model).__name__}, so it cannot be loaded "
+            "packed by transformers. Export the plan as GGUF, and run that in llama.cpp."
+        )
+
+    @property
+    def _checkpoint(self) -> TensorSource:
+        assert isinstance(self._model.source, ConvertedSource)
+        return self._model.source.checkpoint
+
+    def _is_read_directly(self, path: str) -> bool:
+        """Return whether the code of the module above reads the weight of a layer itself, or its type."""
+        parent, _, name = path.rpartition(".")
+        try:
+            code = inspect.getsource(type(self._hf_model.get_submodule(parent)))
+        except (OSError, TypeError):
+            return False
+        return f"self.{name}.weight" in code
+
+    def _place(self, entry: PlanEntry, key: str, order: Tensor | None = None, **options: Any) -> None:
+        self.places[entry.name] = Place(entry.name, key, tuple(entry.shape), order, **options)
+
+    def _add_linear(self, path: str, parameter: str, tensors: list[tuple[PlanEntry, StridedMap]]) -> None:
+        rows, orders = [], []
+        width = self._shapes[parameter][1]
+        for entry, entries in tensors:
+            order, columns = self._rows_and_columns(entry, entries, width)
+            rows.append(order)
+            orders.append(columns)
+        covered = torch.cat(rows)
+        if not torch.equal(covered.sort().values, torch.arange(self._shapes[parameter][0])):
+            self.refuse(tensors[0][0].name, f"and others are not all rows of `{parameter}`")
+        is_moved = not torch.equal(orders[0], torch.arange(width))
+        if any(not torch.equal(columns, orders[0]) for columns in orders):
+            self.refuse(tensors[0][0].name, f"has columns in another order than other rows of `{parameter}`")
+        if len(tensors) == 1 and not is_moved:
+            self._place(tensors[0][0], parameter, _moved(covered))
+            return
+        for number, (entry, _) in enumerate(tensors):
+            self._place(entry, f"{path}.{ROWS_PREFIX}{number}")
+        row_order = _moved(covered.argsort())
+        if row_order is not None:
+            self._orders[f"{path}.row_order"] = row_order
+        if is_moved:
+            self._orders[f"{path}.input_order"] = orders[0]
+        self.joined[path] = {
+            "rows": [len(order) for order in rows], "has_row_order": row_order is not None, "has_input_order": is_moved,
+        }  # fmt: skip
+
+    def _add_single(self, parameter: str, tensors: list[tuple[PlanEntry, StridedMap]], can_be_packed: bool) -> None:
+        (entry, entries), *others = tensors
+        shape = self._shapes[parameter]
+        if others or len(shape) != 2 or len(entry.shape) != 2:
+            self.refuse(entry.name, f"is only a part of `{parameter}`, or of another shape")
+        rows, columns = self._rows_and_columns(entry, entries, shape[1])
+        if len(rows) != shape[0] or _moved(columns) is not None:
+            self.refuse(entry.name, f"has other rows or columns than `{parameter}`")
+        self._place(entry, parameter, _moved(rows), can_be_packed=can_be_packed)
+
+    def _add_experts(self, path: str, tensors: list[tuple[PlanEntry, StridedMap]]) -> None:
+        for entry, entries in tensors:
+            if _kind(entry.name) not in _EXPERTS or len(entry.shape) != 3:
+                self.refuse(entry.name, f"has no place among the experts of `{path}`")
+            for expert in {0, entry.shape[0] - 1}:
+                positions = _positions(entries.sliced(0, expert, expert + 1))[0]
+                if not all(_is_regular(line) for line in (positions[0], positions[:, 0], positions[-1])):
+                    self.refuse(entry.name, f"has its rows or columns in another order than `{path}`")
+            self._place(entry, f"{path}.{_EXPERTS[_kind(entry.name)]}")
+
+    def _rows_and_columns(self, entry: PlanEntry, entries: StridedMap, width: int) -> tuple[Tensor, Tensor]:
+        """Return which row of a matrix [R, width] each row of a GGUF tensor is, and the same of columns."""
+        flat = entries.viewed((-1 if not entries.shape[-1] else _numel(entries.shape[:-1]), entries.shape[-1]))
+        starts, first = _positions(flat.sliced(1, 0, 1)).flatten(), _positions(flat.sliced(0, 0, 1)).flatten()
+        columns = first - first.min()
+        sampled = torch.linspace(0, flat.shape[0] - 1, min(8, flat.shape[0])).long().tolist()
+        is_matrix = flat.shape[1] == width and torch.equal(columns.sort().values, torch.arange(width))
+        for row in sampled:
+            line = _positions(flat.sliced(0, row, row + 1)).flatten()
+            is_matrix = is_matrix and torch.equal(line - line.min(), columns) and int(line.min()) % width == 0
+        if not is_matrix:
+            self.refuse(entry.name, "has rows that are no rows of its parameter")
+        return starts // width, columns
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
+def _kind(name: str) -> str:
+    return name.split(".", 2)[-1]
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+def _moved(order: Tensor) -> Tensor | None:
+    """Return an order, or None for that in which everything is already."""
+    return None if torch.equal(order, torch.arange(len(order))) else order
+
+
+def _is_regular(positions: Tensor) -> bool:
+    steps = positions.diff()
+    return not len(steps) or bool((steps == steps[0]).all() and steps[0] > 0)
+
+
+def _loaded(checkpoint: Any, name: str) -> Tensor:
+    """Return a checkpoint tensor in its own float type."""
+    values: Tensor = checkpoint.load(name)
+    return values.to(FLOAT_DTYPES.get(checkpoint.info(name).dtype, torch.float32)).contiguous()
+
+
+def _positions(entries: StridedMap) -> Tensor:
+    """Return which entry of its only source each entry is, counted along the source."""
+    positions = torch.zeros(entries.shape, dtype=torch.int64)
+    for piece in entries.pieces:
+        sizes = [axis.size for axis in piece.axes]
+        counted = torch.full(sizes, piece.offset)
+        for number, axis in enumerate(piece.axes):
+            steps = torch.arange(axis.size) * axis.stride
+            counted += steps.view(-1, *[1] * (len(sizes) - number - 1))
+        piece.of_target(positions).copy_(counted)
+    return positions

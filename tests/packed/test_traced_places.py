@@ -1,0 +1,149 @@
+"""Packed models of architectures without a family: logits of the GGUF's values, whatever transformers' modules are.
+
+The conversions stand for llama.cpp's converter: they move rows and columns as it does for such models.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from gguf import GGUFValueType
+from torch import Tensor
+
+import dynquant.lora
+from dynquant.checkpoints.gguf_source import GGUFSource, MetadataField
+from dynquant.checkpoints.model import Model
+from dynquant.checkpoints.safetensors_source import SafetensorsSource
+from dynquant.errors import CheckpointError
+from dynquant.families.common.conversion import Conversion, ConvertedSource, unchanged
+from tests.helpers.tiny_models import randomize
+from tests.helpers.traced_models import packed_and_decoded
+
+TOKENS = torch.arange(5, 45)[None]
+_SIZES = {
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 128, "tie_word_embeddings": False,
+    "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+}  # fmt: skip
+_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+_LINEAR = {
+    "linear_num_key_heads": 1, "linear_num_value_heads": 2, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
+    "linear_conv_kernel_dim": 4, "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+_GPT_OSS = {
+    "num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}  # fmt: skip
+_LLAMA4 = {
+    "num_local_experts": 4, "num_experts_per_tok": 1, "interleave_moe_layer_step": 1, "intermediate_size_mlp": 96,
+    "attention_chunk_size": 64,
+}  # fmt: skip
+CONFIGS = {"gpt_oss": _GPT_OSS, "qwen3_next": _MOE | _LINEAR, "llama4_text": _LLAMA4}
+ARCHS = {"gpt_oss": "gpt-oss", "qwen3_next": "qwen3next", "llama4_text": "llama4"}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def model(request, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return opened(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def opened(model_type: str, directory: Path) -> Model:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(model_type, **{**_SIZES, **CONFIGS[model_type]})
+    torch.manual_seed(0)
+    hf_model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    randomize(hf_model)
+    hf_model.save_pretrained(directory)
+    checkpoint = SafetensorsSource(directory)
+    source = ConvertedSource(checkpoint, list(conversions(checkpoint)))
+    fields = {"general.architecture": ARCHS[model_type], f"{ARCHS[model_type]}.block_count": 2}
+    fields |= {f"{ARCHS[model_type]}.{key}": 64 for key in ("embedding_length", "context_length")}
+    metadata = tuple(
+        MetadataField(key, value, GGUFValueType.STRING if isinstance(value, str) else GGUFValueType.UINT32)
+        for key, value in fields.items()
+    )
+    return Model(directory, source, metadata, source.checkpoint_names, hf_directory=directory)
+
+
+def conversions(checkpoint: SafetensorsSource) -> Iterator[Conversion]:
+    names, stacks = checkpoint.names(), {}
+    for name in names:
+        info = checkpoint.info(name)
+        plain = re.sub(r"^model\.(layers\.(\d+)\.)?", lambda match: f"blk.{match[2]}." if match[2] else "", name)
+        layer = plain.split(".")[1]
+        if match := re.search(r"experts\.\d+\.(gate|up|down)_proj\.weight$", plain):
+            stacks.setdefault(f"blk.{layer}.ffn_{match[1]}_exps.weight", []).append(name)
+        elif plain.endswith("experts.gate_up_proj"):
+            alternates = "gate_up_proj_bias" in "".join(names)
+            for number, kind in enumerate(("gate", "up")):
+                width = info.shape[2] // 2
+                rows = slice(number, None, 2) if alternates else slice(number * width, (number + 1) * width)
+                shape = (info.shape[0], width, info.shape[1])
+                yield stack_of(f"blk.{layer}.ffn_{kind}_exps.weight", name, shape, turned(rows))
+        elif plain.endswith("experts.down_proj"):
+            shape = (info.shape[0], info.shape[2], info.shape[1])
+            yield stack_of(f"blk.{layer}.ffn_down_exps.weight", name, shape, turned(slice(None)))
+        elif plain.endswith("in_proj_qkvz.weight"):  # two matrices, the second of which has its halves swapped
+            yield Conversion(f"blk.{layer}.attn_qkv.weight", (name,), (128, 64), "F32", lambda t: t[:128])
+            yield Conversion(
+                f"blk.{layer}.attn_gate.weight", (name,), (64, 64), "F32", lambda t: halves_swapped(t[128:])
+            )
+        elif plain.endswith("linear_attn.out_proj.weight"):
+            yield Conversion(f"blk.{layer}.ssm_out.weight", (name,), info.shape, "F32", lambda t: halves_swapped(t.T).T)
+        else:
+            yield Conversion(plain, (name,), info.shape, "F32", unchanged)
+    for name, parts in stacks.items():
+        parts.sort(key=lambda part: int(part.split(".experts.")[1].split(".")[0]))
+        yield Conversion(name, tuple(parts), (len(parts), *checkpoint.info(parts[0]).shape), "F32")
+
+
+def stack_of(name: str, part: str, shape: tuple[int, ...], transform: Callable[[Tensor], Tensor]) -> Conversion:
+    return Conversion(name, (part,), shape, "F32", transform, by_slice=True)
+
+
+def turned(rows: slice) -> Callable[[Tensor], Tensor]:
+    return lambda experts: experts.transpose(-1, -2)[..., rows, :]
+
+
+def halves_swapped(rows: Tensor) -> Tensor:
+    return rows.unflatten(0, (2, -1)).flip(0).flatten(0, 1)
+
+
+def test_packed_logits_are_those_of_the_gguf(model, tmp_path):
+    packed, logits, expected = packed_and_decoded(model, tmp_path, TOKENS)
+    assert (logits - expected).abs().max() < 1e-5 * expected.std()
+    stored = {name: tensor for name, tensor in packed.state_dict().items() if tensor.dtype == torch.uint8}
+    file = GGUFSource(tmp_path / "model.gguf")
+    in_gguf = {bytes(row) for name in file.names() for row in rows_of(file.load_packed(name))}
+    assert len(stored) > 8
+    assert all(bytes(row) in in_gguf for tensor in stored.values() for row in rows_of(tensor))
+
+
+def rows_of(blocks: Tensor) -> list:
+    return list(blocks.reshape(-1, blocks.shape[-1])[:4].numpy())
+
+
+def test_an_adapter_learns(model, tmp_path):
+    packed, _, _ = packed_and_decoded(model, tmp_path, TOKENS)
+    adapted = dynquant.lora.add_adapter(packed, rank=4)
+    before = adapted(input_ids=TOKENS, labels=TOKENS).loss
+    before.backward()
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.grad is not None:
+                parameter.sub_(0.5 * parameter.grad)
+    assert adapted(input_ids=TOKENS, labels=TOKENS).loss < before
+    assert all(parameter.grad is not None for name, parameter in adapted.named_parameters() if "lora_B" in name)
+
+
+def test_a_matrix_that_is_no_rows_of_its_layer_is_refused(tmp_path):
+    model = opened("llama4_text", tmp_path / "model")
+    source = model.source
+    name = "blk.0.self_attn.o_proj.weight"
+    bad = Conversion(name, source.checkpoint_names(name), (64, 64), "F32", torch.t)
+    source._conversions[name] = bad
+    with pytest.raises(CheckpointError, match=rf"`{re.escape(name)}` of .* no rows of its parameter.*Export the plan"):
+        packed_and_decoded(model, tmp_path, TOKENS)
