@@ -215,6 +215,7 @@ def _enter_copy(function: Callable[[Any], Any], living: int, life: int) -> None:
     os.close(life)
     threading.Thread(target=lambda: os.read(living, 1) or os._exit(1), daemon=True).start()
     torch.set_num_threads(1)
+    _Crew.of_thread.crew = _Crew(1)  # nobody helps with what is shared: the other cores have copies of their own
     gc.freeze()  # a collection would write to objects that are shared
     begin_worker()
 

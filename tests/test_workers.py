@@ -149,6 +149,16 @@ def test_processes_see_what_is_here_and_have_one_torch_thread() -> None:
 
 
 @forks
+def test_processes_have_no_threads_that_help() -> None:
+    def work(_: int) -> int:
+        names = set()
+        share(lambda _: names.add(threading.current_thread().name) or time.sleep(0.001), range(20), 4)
+        return len(names)
+
+    assert dict(in_processes(work, range(2), 2)) == {0: 1, 1: 1}
+
+
+@forks
 def test_memory_of_processes_counts() -> None:
     before = peak_memory_bytes()
     assert dict(in_processes(lambda size: float(torch.ones(size).sum()), [1 << 26], 2)) == {1 << 26: 1 << 26}

@@ -5,7 +5,8 @@
 The same work runs in a process of its own for each number of cores, which is then all that the process may use. A line
 for each number: seconds, and in brackets the seconds of one core over seconds times cores. Encoders get random
 matrices and experts of 1,024 columns, ours with hessians; the table and llama.cpp get the bundled model.
-Opening models and building ggml's search tables is not timed.
+Opening models and building ggml's search tables is not timed. With less than `--scale 1` sixteen cores have a piece or
+two each, so that some wait for others.
 """
 
 import json

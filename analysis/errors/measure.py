@@ -124,20 +124,23 @@ class ErrorMeter(Meter):
     def measured(self, parts: Iterable[ErrorPart]) -> Iterator[tuple[ErrorPart, Sums]]:
         """Measure parts side by side; on a GPU one by one, while the next ones are read.
 
-        On a CPU drawn rows are measured in processes, the largest tensors first: much of their work is short steps in
-        Python.
+        Much of the work on a CPU is short steps in Python, so that it is done in processes, what takes longest first.
+        But a large matrix of which every row is measured is cut into rows, for threads.
         """
         memory = {"cost": self._bytes_in_memory, "budget": max(_FEWEST_BYTES_AT_ONCE, free_memory() // 2)}
-        is_on_cpu, threads = self.device.type == "cpu", self.threads or usable_cores()
-        if is_on_cpu and self.sampling is not None and threads > 1 and can_fork():
-            by_work = sorted(parts, key=lambda part: part.num_weights * len(part.types), reverse=True)
+        if self.device.type == "cpu":
+            parts, threads = list(parts), self.threads or usable_cores()
+            in_copies = {part for part in parts if threads > 1 and can_fork() and self._is_for_one_core(part)}
+            by_work = sorted(in_copies, key=lambda part: (-part.num_weights * len(part.types), part.name))
             yield from in_processes(self.sums, by_work, threads, **memory)
-            return
-        if is_on_cpu:
-            yield from side_by_side(lambda part: (part, self.sums(part)), parts, self.threads, **memory)
+            rest = (part for part in parts if part not in in_copies)
+            yield from side_by_side(lambda part: (part, self.sums(part)), rest, threads, **memory)
             return
         for part, content in side_by_side(lambda part: (part, self.read(part)), parts, self.threads, **memory):
             yield part, self.sums_of(part, content)
+
+    def _is_for_one_core(self, part: ErrorPart) -> bool:
+        return self.sampling is not None or part.num_weights <= self.weights_in_memory
 
     def _bytes_in_memory(self, part: ErrorPart) -> int:
         """Return what a part takes while it waits or is measured."""

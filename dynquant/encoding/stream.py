@@ -18,6 +18,7 @@ from dynquant.calibration.second_moments import SecondMoments, hessian
 from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
+from dynquant.checkpoints.tensor_roles import Role
 from dynquant.encoding.interface import Encoder, ProtectedWeight
 from dynquant.encoding.parts import (
     PartLimits,
@@ -308,7 +309,13 @@ def check_importance(
         if holds_blocks(model, entry.name, entry.quant_type):
             continue
         if importance is None or importance(entry.name, entry.shape) is None:
+            way_out = "Calibrate the model and give the statistics, or choose another type."
+            if entry.role is Role.MTP:
+                way_out = (
+                    "Layers that predict tokens ahead are not calibrated: choose another type, or leave them out with "
+                    "--no-mtp."
+                )
             raise EncodeError(
                 f"`{entry.name}` is planned as {entry.type}, which needs an importance matrix, but there are no "
-                "statistics of its input. Calibrate the model and give the statistics, or choose another type."
+                f"statistics of its input. {way_out}"
             )

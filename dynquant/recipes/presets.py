@@ -63,7 +63,12 @@ def preset_types(
     name = preset.lower()
     if name.startswith("llama-"):
         tensors = [(tensor, model.source.info(tensor).shape) for tensor in model.source.names()]
-        return llama_tensor_types(name.removeprefix("llama-"), tensors, model.hyper, fallbacks=fallbacks)
+        types = llama_tensor_types(name.removeprefix("llama-"), tensors, model.hyper, fallbacks=fallbacks)
+        # llama-quantize refuses types that need statistics for layers that no calibration runs.
+        ahead = [tensor for tensor, role in model.roles.items() if role is Role.MTP]
+        unable = [tensor for tensor in ahead if QUANT_TYPES[types[tensor].type].needs_imatrix]
+        held = held_types(model, mtp_type) if unable else {}
+        return types | {tensor: held[tensor] for tensor in unable}
     return with_fallbacks(_wanted_types(preset, model, mtp_type), model, fallbacks)
 
 

@@ -11,7 +11,9 @@ from dynquant.checkpoints.gguf_source import MetadataField
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import Role
 from dynquant.checkpoints.tensor_source import DictSource
-from dynquant.errors import PlanError
+from dynquant.encoding.stream import check_importance
+from dynquant.errors import EncodeError, PlanError
+from dynquant.formats.storage_format import Choice
 from dynquant.planning.chooser import check_budget
 from dynquant.planning.target import Target
 from dynquant.recipes.build_plan import plan_from_types
@@ -60,6 +62,20 @@ def test_a_preset_leaves_them_and_keeps_unknown_matrices_in_their_own_type(model
     assert plan.notes == ("1 matrix of unknown purpose, 4.10 kB, kept in BF16: blk.0.novel.weight",)
     roles = {entry.name: entry.role for entry in plan.entries}
     assert roles["blk.1.ffn_down_exps.weight"] is Role.MTP and roles["blk.1.ffn_gate_inp.weight"] is Role.ROUTER
+
+
+def test_llama_cpps_mixtures_give_mtp_layers_types_that_need_no_statistics(model):
+    types = {name: choice.type for name, choice in preset_types("llama-iq2_xxs", model).items()}
+    assert types["blk.1.nextn.eh_proj.weight"] == types["blk.1.ffn_down_exps.weight"] == "Q6_K"
+    assert types["blk.0.ssm_in.weight"] == "IQ2_XXS"
+    assert preset_types("llama-q4_k_m", model)["blk.1.nextn.eh_proj.weight"].type == "Q4_K"
+
+
+def test_types_that_need_statistics_are_refused_for_layers_ahead_with_the_way_out(model):
+    types = preset_types("bf16", model) | {"blk.1.nextn.eh_proj.weight": Choice("IQ2_XXS", "asked")}
+    plan = plan_from_types(model, types, recipe="recipe")
+    with pytest.raises(EncodeError, match=r"nextn\.eh_proj.*--no-mtp"):
+        check_importance(model, plan, lambda name, shape: None)
 
 
 def test_a_plan_lists_what_has_no_statistics_and_why(model):

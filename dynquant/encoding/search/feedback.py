@@ -30,8 +30,8 @@ def upper_factor(hessian: Tensor) -> Tensor:
     Raises:
         torch.linalg.LinAlgError: a hessian is not positive definite; damping belongs to the caller.
     """
-    reversed_factor = torch.linalg.cholesky(hessian.to(torch.float64).flip(-1, -2))  # lower; upper once flipped
-    return reversed_factor.flip(-1, -2).to(torch.float32)
+    reversed_factor = torch.linalg.cholesky(hessian.flip(-1, -2).to(torch.float64))  # lower; upper once flipped
+    return reversed_factor.to(torch.float32).flip(-1, -2)
 
 
 def has_kernels(rows: Rows) -> bool:

@@ -91,9 +91,10 @@ def test_a_seed_repeats_its_rows_and_another_one_draws_others(table_of, sampled)
     assert other.row(STACK, "Q4_0").weighted_error != sampled.row(STACK, "Q4_0").weighted_error
 
 
-def test_processes_measure_what_one_thread_does(table_of, sampled):
-    processes, one_thread = (table_of(Sampling(seed=3), threads=threads) for threads in (3, 1))
-    assert processes.model_dump_json() == one_thread.model_dump_json() == sampled.model_dump_json()
+def test_processes_measure_what_one_thread_does(table_of, sampled, exact):
+    for sampling, table in ((Sampling(seed=3), sampled), (None, exact)):
+        processes, one_thread = (table_of(sampling, threads=threads) for threads in (3, 1))
+        assert processes.model_dump_json() == one_thread.model_dump_json() == table.model_dump_json()
 
 
 def test_an_interrupted_sample_goes_on_to_the_same_table(table_of, sampled, tmp_path):
