@@ -267,9 +267,7 @@ class _Candidate:
         return _listed(lost)
 
     def roles(self) -> str:
-        return _listed(
-            entry.name for entry in self.decided.entries if entry.role == Role.OTHER and len(entry.shape) > 1
-        )
+        return _listed(entry.name for entry in filter(_is_matrix, self.decided.entries) if entry.role == Role.OTHER)
 
     def selection(self) -> str:
         assert self.decided
@@ -311,7 +309,7 @@ class _Candidate:
 
     def streamed(self) -> str:
         whole, streamed = (
-            run_calibration(self.model, _calibration(_STREAMED_TOKENS, limit), self.folder / name, self.session)
+            run_calibration(self.model, _calibration(_STREAMED_TOKENS, limit), self.folder / name, self.session).stats
             for name, limit in (("whole.safetensors", None), ("streamed.safetensors", "6GiB"))
         )
         if whole.inputs.keys() != streamed.inputs.keys():

@@ -146,9 +146,8 @@ def streamed_sensitivity(
 def _observed(hf_model: nn.Module, weights: WeightInputs, sums: WindowSums) -> Iterator[None]:
     """Context manager: backward passes add to `sums`."""
 
-    def output_hook(name: str, linear: LinearInput, _module: nn.Module, _inputs: tuple, out: object) -> None:
-        # Routers of Llama 4 and PhiMoE are linear layers that return several tensors, and are never quantized.
-        if isinstance(out, torch.Tensor) and out.requires_grad:
+    def output_hook(name: str, linear: LinearInput, _module: nn.Module, _inputs: tuple, out: torch.Tensor) -> None:
+        if isinstance(out, torch.Tensor) and out.requires_grad:  # Llama 4's router gives a tuple
             rows = linear.outputs(out)
             add = partial(sums.add_output, name, rows.detach())
             out.register_hook(lambda gradient: add(linear.outputs(gradient)))

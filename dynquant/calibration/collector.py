@@ -123,7 +123,7 @@ class Collector:
         key = self._linears.aliases.get(name, name)
         linear = self._linear_layers[name]
         x = linear.channels((args[0] if args else kwargs["input"]).detach().flatten(0, -2))
-        if out.requires_grad:
+        if isinstance(out, torch.Tensor) and out.requires_grad:  # Llama 4's router gives a tuple
             out.register_hook(lambda gradient: self._add_moments(key, x, linear.outputs(gradient.flatten(0, -2))))
 
     def _observe_expert(self, call: ExpertCall) -> None:

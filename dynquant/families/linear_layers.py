@@ -17,6 +17,8 @@ from dynquant.checkpoints.safetensors_source import SafetensorsSource
 from dynquant.checkpoints.tensor_roles import Role, gguf_name_of, layer_of, role_of
 from dynquant.errors import ExportError
 from dynquant.families.common.conversion import ConvertedSource
+from dynquant.families.common.strided_maps import whole
+from dynquant.families.common.traced_tensor import TracedTensor
 from dynquant.formats.vllm_schemes import SCHEMES, Scheme
 
 _FUSED: dict[str, tuple[Role, ...]] = {
@@ -128,7 +130,12 @@ def linear_checkpoint(model: Model) -> LinearCheckpoint:
         shape, parts = source.info(name).shape, source.checkpoint_names(name)
         if not name.endswith(".weight") or len(shape) < 2 or model.roles[name] in _KEPT_ROLES or not parts:
             continue
-        linear = _experts(source, name) if role_of(name).is_routed_expert else _matrix(model, checkpoint, parts[0])
+        if role_of(name).is_routed_expert:
+            linear = _experts(model, source, name)
+        elif _moves_columns(source, name):  # statistics are of its columns in another order
+            continue
+        else:
+            linear = _matrix(model, checkpoint, parts[0], name)
         linears[linear.name] = linear
     replaced = {part for linear in linears.values() for part in linear.sources}
     infos = [checkpoint.info(name) for name in checkpoint.names() if name not in replaced]
@@ -136,16 +143,35 @@ def linear_checkpoint(model: Model) -> LinearCheckpoint:
     return LinearCheckpoint(directory, checkpoint, tuple(linears.values()), others)
 
 
-def _matrix(model: Model, checkpoint: SafetensorsSource, stored: str) -> LinearLayer:
-    """Return a layer as the checkpoint has it; GGUF may hold it in pieces or with other rows."""
-    name = gguf_name_of(stored, model.arch, model.hyper.n_layer)
-    assert name is not None
+def _moves_columns(source: ConvertedSource, name: str) -> bool:
+    """Return whether GGUF has the columns of a matrix, as long as its rows are whole, in another order."""
+    part = source.checkpoint_names(name)[0]
+    stored = source.checkpoint.info(part).shape
+    if len(stored) != 2 or source.info(name).shape[-1] != stored[1]:
+        return False  # MLA's key part is transposed, and named as the whole
+    try:
+        row = source.transform(name)(TracedTensor(whole(part, stored))).map  # type: ignore[attr-defined]
+    except (NotImplementedError, ValueError):
+        return True
+    for dimension in range(len(row.shape) - 1):
+        row = row.sliced(dimension, 0, 1)
+    return len(row.pieces) != 1 or any(axis.stride != 1 for axis in row.pieces[0].axes)
+
+
+def _matrix(model: Model, checkpoint: SafetensorsSource, stored: str, made: str) -> LinearLayer:
+    """Return a layer as the checkpoint has it; GGUF may hold it in pieces, as `made`, or with other rows."""
+    name = gguf_name_of(stored, model.arch, model.hyper.n_layer) or made
     shape = checkpoint.info(stored).shape
     modules = (stored.removesuffix(".weight"),)
     return LinearLayer(name, role_of(name), shape, modules, (stored,), lambda _expert: checkpoint.load(stored))
 
 
-def _experts(source: ConvertedSource, name: str) -> LinearLayer:
+def _experts(model: Model, source: ConvertedSource, name: str) -> LinearLayer:
+    if f"{name.removesuffix('.weight')}.bias" in source.names():
+        raise ExportError(
+            f"The experts of {model.name} have biases (`{name.removesuffix('.weight')}.bias`), for which a "
+            "compressed-tensors checkpoint has no place. Export it as GGUF, or as packed safetensors."
+        )
     shape, parts, role = source.info(name).shape, source.checkpoint_names(name), role_of(name)
     if len(parts) == shape[0]:
         modules = tuple(part.removesuffix(".weight") for part in parts)

@@ -10,11 +10,17 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
+from dynquant.checkpoints.model import Model
 from dynquant.errors import AdapterError
 from dynquant.families.common.config import Config
+from dynquant.families.common.conversion import ConvertedSource
 from dynquant.families.text.registry import FAMILIES
 from dynquant.packed.layers import PackedLatentProjection
 from dynquant.packed.places import Place, build_meta_model, find_places
+from dynquant.packed.traced_places import traced_places
+from dynquant.running.load import empty_hf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,14 +28,20 @@ if TYPE_CHECKING:
 _LEFT_OUT = {"deepseek2": r"blk\.\d+\.attn_(q|q_a|q_b|kv_a_mqa|kv_b|k_b|v_b)\.weight|output\.weight"}
 
 
-def places_by_key(base: "PreTrainedModel") -> dict[str, Place]:
+def places_by_key(base: "PreTrainedModel", original: Model | None = None) -> dict[str, Place]:
     """Return the place of every weight of a packed model.
+
+    Of an architecture without a family they are found in the original, the checkpoint that the model was made of.
 
     Raises:
         AdapterError: an architecture whose tensors dynquant cannot name.
     """
     values = base.config.to_dict()
-    if values.get("model_type") not in FAMILIES:
+    is_known = values.get("model_type") in FAMILIES
+    if not is_known and original is not None and isinstance(original.source, ConvertedSource):
+        empty = empty_hf(original, dtype=torch.float32)
+        return {place.key: place for place in traced_places(original, empty).values()}
+    if not is_known:
         raise AdapterError(
             f"The model type {values.get('model_type')!r} is not among those whose tensors dynquant can name "
             f"({', '.join(FAMILIES)}), so nothing can be looked up under their names. Keep the adapter beside the "

@@ -19,6 +19,7 @@ from dynquant.errors import AdapterError
 from dynquant.formats.quant_types import QUANT_TYPES
 from dynquant.lora.layers import PackedLoraExperts, PackedLoraLinear
 from dynquant.lora.places import bare_path, places_by_key
+from dynquant.packed.joined_rows import PackedRows
 from dynquant.packed.layers import LATENT_PARTS, PackedLatentProjection, PackedModule
 from dynquant.packed.places import Place
 from dynquant.session import Progress, ignore_progress
@@ -48,7 +49,8 @@ def start_from_residual(adapted: PeftModel, original: Model, *, progress: Progre
         if isinstance(layer, PackedLoraLinear | PackedLoraExperts)
     ]
     names = set(original.source.names())
-    places = {key: place for key, place in places_by_key(adapted.get_base_model()).items() if place.name in names}
+    by_key = places_by_key(adapted.get_base_model(), original)
+    places = {key: place for key, place in by_key.items() if place.name in names}
     residuals = _Residuals(original, places)
     for done, (path, layer) in enumerate(layers):
         for matrix, (a, b), scaling in _matrices(residuals, path, layer):
@@ -89,11 +91,14 @@ def _matrices(residuals: _Residuals, path: str, layer: Any) -> Iterator[tuple[Te
             a, b = layer.factors(adapter)
             for expert in range(len(a)):
                 parts = [residuals.of(module, name, f"{path}.{name}", expert) for name in layer.part_names]
-                yield torch.cat(parts), (a[expert], b[expert]), scaling
+                whole = module.joined(*(part.T for part in parts)).T if len(parts) > 1 else parts[0]
+                yield whole, (a[expert], b[expert]), scaling
             continue
         if isinstance(module, PackedLatentProjection):  # rows of the whole kv_b_proj; its key part is stored transposed
             k_b, v_b = (residuals.of(module, name, f"{path}.{name}") for name in LATENT_PARTS)
             residual = torch.cat([k_b.transpose(1, 2), v_b], dim=1).flatten(0, 1)
+        elif isinstance(module, PackedRows):
+            residual = module.in_order(torch.cat([residuals.of(module, n, f"{path}.{n}") for n in module.types]))
         else:
             residual = residuals.of(module, "weight", f"{path}.weight")
         yield residual, (layer.lora_A[adapter].weight, layer.lora_B[adapter].weight), scaling

@@ -53,6 +53,12 @@ class PackedRows(PackedModule, nn.Linear):
         y = y if self.row_order is None else y.index_select(-1, self.row_order)
         return y if self.bias is None else y + self.bias
 
+    def in_order(self, weights: Tensor) -> Tensor:
+        """Return rows and columns of all matrices, [out_features, in_features], as W has them."""
+        if self.input_order is not None:
+            weights = weights.index_select(1, self.input_order.long().argsort())
+        return weights if self.row_order is None else weights.index_select(0, self.row_order)
+
     def _multiply(self, name: str, x: Tensor) -> Tensor:
         weight, type_name = getattr(self, name), self.types[name]
         if name not in self.packed_names:

@@ -6,9 +6,10 @@ other parameters are the checkpoint's, under the names of transformers' model.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,34 @@ def lay_out_traced(model: Model, plan: Plan, hf_model: Any) -> Layout:
     )
 
 
+def traced_places(model: Model, hf_model: Any) -> dict[str, Place]:
+    """Return the place that each matrix of a model would have if it were quantized, where it could be, by GGUF name."""
+    source = model.source
+    assert isinstance(source, ConvertedSource)
+    traced = parameter_map(hf_model, source.checkpoint)
+    builder = _Builder(model, hf_model, traced)
+    by_parameter: dict[str, list[tuple[_Matrix, StridedMap]]] = {}
+    for name in source.names():
+        shape = tuple(source.info(name).shape)
+        entries = traced.gguf(source, name) if len(shape) > 1 else None
+        for parameter in () if entries is None else entries.sources:
+            by_parameter.setdefault(parameter, []).append((_Matrix(name, shape), entries))
+    for parameter, tensors in by_parameter.items():
+        with suppress(CheckpointError):
+            builder.add(parameter, tensors)
+    return builder.places
+
+
+class _Matrix(NamedTuple):
+    """The part of an entry of a plan that a place needs."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+_Tensors = Sequence[tuple[PlanEntry | _Matrix, StridedMap]]
+
+
 class _Builder:
     """Places so far, and the parameters whose values they have."""
 
@@ -72,7 +101,7 @@ class _Builder:
         self._replaced: set[str] = set()
         self._orders: dict[str, Tensor] = {}
 
-    def add(self, parameter: str, tensors: list[tuple[PlanEntry, StridedMap]]) -> None:
+    def add(self, parameter: str, tensors: _Tensors) -> None:
         """Place the GGUF tensors of a parameter, of which one at least is quantized."""
         path, _, attribute = parameter.rpartition(".")
         module, names = self._hf_model.get_submodule(path), [entry.name for entry, _ in tensors]
@@ -90,7 +119,7 @@ class _Builder:
             self._add_single(parameter, tensors, isinstance(module, nn.Embedding) and attribute == "weight")
         self._replaced.add(parameter)
 
-    def complete_experts(self, by_parameter: Mapping[str, list[tuple[PlanEntry, StridedMap]]]) -> None:
+    def complete_experts(self, by_parameter: Mapping[str, _Tensors]) -> None:
         """Place stacks of experts that stay float beside others of their module, which are packed."""
         packed = {place.key.rpartition(".")[0] for place in self.places.values()}
         for parameter, tensors in by_parameter.items():
@@ -149,10 +178,10 @@ class _Builder:
             return False
         return f"self.{name}.weight" in code
 
-    def _place(self, entry: PlanEntry, key: str, order: Tensor | None = None, **options: Any) -> None:
+    def _place(self, entry: PlanEntry | _Matrix, key: str, order: Tensor | None = None, **options: Any) -> None:
         self.places[entry.name] = Place(entry.name, key, tuple(entry.shape), order, **options)
 
-    def _add_linear(self, path: str, parameter: str, tensors: list[tuple[PlanEntry, StridedMap]]) -> None:
+    def _add_linear(self, path: str, parameter: str, tensors: _Tensors) -> None:
         rows, orders = [], []
         width = self._shapes[parameter][1]
         for entry, entries in tensors:
@@ -179,7 +208,7 @@ class _Builder:
             "rows": [len(order) for order in rows], "has_row_order": row_order is not None, "has_input_order": is_moved,
         }  # fmt: skip
 
-    def _add_single(self, parameter: str, tensors: list[tuple[PlanEntry, StridedMap]], can_be_packed: bool) -> None:
+    def _add_single(self, parameter: str, tensors: _Tensors, can_be_packed: bool) -> None:
         (entry, entries), *others = tensors
         shape = self._shapes[parameter]
         if others or len(shape) != 2 or len(entry.shape) != 2:
@@ -189,7 +218,7 @@ class _Builder:
             self.refuse(entry.name, f"has other rows or columns than `{parameter}`")
         self._place(entry, parameter, _moved(rows), can_be_packed=can_be_packed)
 
-    def _add_experts(self, path: str, tensors: list[tuple[PlanEntry, StridedMap]]) -> None:
+    def _add_experts(self, path: str, tensors: _Tensors) -> None:
         for entry, entries in tensors:
             if _kind(entry.name) not in _EXPERTS or len(entry.shape) != 3:
                 self.refuse(entry.name, f"has no place among the experts of `{path}`")
@@ -199,7 +228,7 @@ class _Builder:
                     self.refuse(entry.name, f"has its rows or columns in another order than `{path}`")
             self._place(entry, f"{path}.{_EXPERTS[_kind(entry.name)]}")
 
-    def _rows_and_columns(self, entry: PlanEntry, entries: StridedMap, width: int) -> tuple[Tensor, Tensor]:
+    def _rows_and_columns(self, entry: PlanEntry | _Matrix, entries: StridedMap, width: int) -> tuple[Tensor, Tensor]:
         """Return which row of a matrix [R, width] each row of a GGUF tensor is, and the same of columns."""
         flat = entries.viewed((-1 if not entries.shape[-1] else _numel(entries.shape[:-1]), entries.shape[-1]))
         starts, first = _positions(flat.sliced(1, 0, 1)).flatten(), _positions(flat.sliced(0, 0, 1)).flatten()

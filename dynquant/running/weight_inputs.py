@@ -6,7 +6,6 @@ Traced maps say all of that. gguf-py's map of names is asked for weights that GG
 and for GGUF files, whose columns are then compared with those of the running model.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +14,10 @@ from torch import Tensor, nn
 
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import Role, gguf_name_of, role_of
-from dynquant.errors import CheckpointError, StatsError
+from dynquant.errors import StatsError
 from dynquant.families.common.conversion import ConvertedSource
 from dynquant.families.common.strided_maps import StridedMap, contiguous_strides
+from dynquant.families.text.registry import FAMILIES
 from dynquant.running.equal_entries import EqualEntries
 from dynquant.running.expert_hooks import expert_layout, expert_modules
 from dynquant.running.parameter_map import parameter_map
@@ -61,12 +61,7 @@ class WeightInputs:
 
 def named_inputs(hf_model: nn.Module, arch: str, n_layer: int) -> WeightInputs:
     """Return the linear layers and experts in gguf-py's map of an architecture. Raises StatsError: unnamed experts."""
-    linears = {
-        name: LinearInput(module)
-        for module_name, module in hf_model.named_modules()
-        if isinstance(module, nn.Linear) and (name := gguf_name_of(f"{module_name}.weight", arch, n_layer)) is not None
-    }
-    experts = {}
+    linears, experts = _named_linears(hf_model, arch, n_layer), {}
     for module_name, module in expert_modules(hf_model).items():
         names = [gguf_name_of(f"{module_name}.{part}", arch, n_layer) for part in _EXPERT_PARTS]
         experts[module] = _experts_of(module_name, [name for name in names[:-1] if name is not None], names[-1])
@@ -79,25 +74,38 @@ def weight_inputs(model: Model, hf_model: Any) -> WeightInputs:
     Raises:
         StatsError: experts or columns that cannot be followed into the running model.
     """
-    named = dict(_named_linears(model, hf_model))
+    named = _named_linears(hf_model, model.arch, model.hyper.n_layer)
     if isinstance(model.source, ConvertedSource):
         traced = parameter_map(hf_model, model.source.checkpoint)
         entries = {name: traced.gguf(model.source, name) for name in model.source.names()}
+    elif hf_model.config.model_type in FAMILIES:  # none of which moves columns
+        entries = {}
     else:
-        entries = {name: _entries_in_file(model, hf_model, name, named) for name in model.source.names()}
+        search = EqualEntries(model, hf_model)
+        entries = {name: _entries_in_file(model, search, name, named) for name in model.source.names()}
     held = {name: parts for name, parts in entries.items() if parts is not None and name.endswith(".weight")}
     owners = {
         f"{module_name}.{part}": (module, part)
         for module_name, module in hf_model.named_modules()
         for part, _ in module.named_parameters(recurse=False)
     }
-    linears = named | {
-        name: linear for name, parts in held.items() if (linear := _linear_input(parts, owners)) is not None
-    }
+    linears = {name: linear for name, parts in held.items() if (linear := _linear_input(parts, owners)) is not None}
+    # Where entries are known a name says nothing more, but for an output matrix that is stored as the embedding.
+    is_traced = isinstance(model.source, ConvertedSource)
+    decided = {name for name in entries if is_traced or name in held} - {"output.weight"}
+    linears |= {name: linear for name, linear in named.items() if name not in decided}
     whole = {linear.module for name, linear in named.items() if role_of(name) is Role.MLA_KV_B}
     linears = {name: linear for name, linear in linears.items() if name in named or linear.module not in whole}
     embeddings = _embeddings(hf_model, model.arch, model.hyper.n_layer)
     return WeightInputs(linears, _expert_inputs(model, hf_model, held, owners), embeddings)
+
+
+def _named_linears(hf_model: nn.Module, arch: str, n_layer: int) -> dict[str, LinearInput]:
+    return {
+        name: LinearInput(module)
+        for module_name, module in hf_model.named_modules()
+        if isinstance(module, nn.Linear) and (name := gguf_name_of(f"{module_name}.weight", arch, n_layer)) is not None
+    }
 
 
 def _embeddings(hf_model: nn.Module, arch: str, n_layer: int) -> dict[str, nn.Module]:
@@ -109,18 +117,6 @@ def _embeddings(hf_model: nn.Module, arch: str, n_layer: int) -> dict[str, nn.Mo
     }
     per_layer = {name: module for name, module in named.items() if name and role_of(name) is Role.PER_LAYER_EMBEDDING}
     return {"token_embd.weight": hf_model.get_input_embeddings(), **per_layer}  # type: ignore[operator]
-
-
-def _named_linears(model: Model, hf_model: nn.Module) -> Iterator[tuple[str, LinearInput]]:
-    """Yield linear layers in gguf-py's map, if it has the architecture."""
-    for module_name, module in hf_model.named_modules():
-        if isinstance(module, nn.Linear):
-            try:
-                name = gguf_name_of(f"{module_name}.weight", model.arch, model.hyper.n_layer)
-            except CheckpointError:
-                return
-            if name is not None:
-                yield name, LinearInput(module)
 
 
 def _linear_input(entries: StridedMap, owners: dict[str, tuple[nn.Module, str]]) -> LinearInput | None:
@@ -218,7 +214,7 @@ def _check_expert_columns(name: str, entries: StridedMap, module: nn.Module) -> 
         )
 
 
-def _entries_in_file(model: Model, hf_model: nn.Module, name: str, named: dict[str, LinearInput]) -> StridedMap | None:
+def _entries_in_file(model: Model, search: EqualEntries, name: str, named: dict[str, LinearInput]) -> StridedMap | None:
     """Return where a running model holds a tensor of a GGUF file, unless the name says so and columns agree."""
     shape = model.source.info(name).shape
     if len(shape) < 2 or role_of(name) in (Role.EMBEDDING, Role.OUTPUT):
@@ -230,7 +226,7 @@ def _entries_in_file(model: Model, hf_model: nn.Module, name: str, named: dict[s
         here, there = (values.double().abs().sum(0).cpu() for values in (weight, stored))
         if weight.shape != stored.shape or torch.allclose(here, there, rtol=1e-2):
             return None
-    entries = EqualEntries(model, hf_model).entries(name, stored)
+    entries = search.entries(name, stored)
     if entries is None and name in named:
         raise StatsError(
             f"The columns of `{name}` in {model.base_gguf or model.path} are not those of the running model, in an "

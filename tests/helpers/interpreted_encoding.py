@@ -15,8 +15,8 @@ from dynquant.encoding.search import descent, feedback, scales
 from dynquant.encoding.search.layouts import LAYOUTS, Fields
 from dynquant.encoding.search.rows import Rows
 
-TYPES = ("Q4_K", "IQ4_XS", "IQ1_M", "IQ2_XXS", "IQ3_XXS")
-"""With minimums, with signed scales and a table, with shifts, and words of eight and of four."""
+TYPES = ("Q4_K", "IQ4_XS", "IQ1_M", "IQ2_XXS", "IQ3_XXS", "Q2_0")
+"""With minimums, with signed scales and a table, with shifts, words of eight and of four, and without sub-blocks."""
 
 
 def main() -> None:
@@ -40,6 +40,8 @@ def compared(name: str, weights: torch.Tensor, hessian: torch.Tensor) -> dict[st
         "scales": lambda: descent.descend_scales(rows, fields, rounded, hessian),
         "refit": lambda: (descent.refit(rows, fields, rounded, hessian), rounded),
     }
+    if len(rows.layout.multipliers) == 1:
+        del passes["scales"]
     found = {}
     for label, run in passes.items():
         by_torch = run()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from gguf import GGUFValueType
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 import dynquant.lora
@@ -18,6 +19,10 @@ from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_source import SafetensorsSource
 from dynquant.errors import CheckpointError
 from dynquant.families.common.conversion import Conversion, ConvertedSource, unchanged
+from dynquant.lora.places import bare_path
+from dynquant.packed.joined_rows import PackedRows
+from dynquant.packed.layers import PackedLinear, PackedSortedExperts
+from dynquant.running.load import load_hf
 from tests.helpers.tiny_models import randomize
 from tests.helpers.traced_models import packed_and_decoded
 
@@ -137,6 +142,26 @@ def test_an_adapter_learns(model, tmp_path):
                 parameter.sub_(0.5 * parameter.grad)
     assert adapted(input_ids=TOKENS, labels=TOKENS).loss < before
     assert all(parameter.grad is not None for name, parameter in adapted.named_parameters() if "lora_B" in name)
+
+
+def test_an_adapter_starts_from_what_quantization_took(model, tmp_path):
+    packed, _, _ = packed_and_decoded(model, tmp_path, TOKENS)
+    adapted = dynquant.lora.add_adapter(packed, rank=48)
+    dynquant.lora.start_from_residual(adapted, model)
+    original = dict(load_hf(model, dtype=torch.float32).named_modules())
+    named = reversed(list(adapted.named_modules()))  # of two layers around experts, the outer one last
+    layers = {bare_path(path): layer for path, layer in named if isinstance(layer, LoraLayer)}
+    assert len(layers) > 8
+    for path, layer in layers.items():
+        base, inputs = layer.get_base_layer(), [torch.eye(64)]
+        if isinstance(base, PackedRows | PackedLinear):
+            inputs = [torch.eye(base.in_features)]
+        elif not isinstance(base, PackedSortedExperts):
+            ids = torch.arange(64)[:, None] % 4
+            inputs += [ids, torch.ones(64, 1)]
+        with torch.inference_mode():
+            expected, before, after = (module(*inputs) for module in (original[path], base, layer))
+        assert (after - expected).norm() < 0.4 * (before - expected).norm(), path
 
 
 def test_a_matrix_that_is_no_rows_of_its_layer_is_refused(tmp_path):

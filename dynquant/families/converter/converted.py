@@ -25,6 +25,7 @@ from dynquant.families.tokenizers.tokenizer import write_tokenizer
 _OWN_KEYS = ("general.quantization_version", "general.file_type")
 """Keys that are said of a file, when one is written."""
 _FLOATS = ("F32", "F16")
+_OF_TOWERS = re.compile(r"(^|\.)(vision|visual|audio|multi_modal|mm_)|projector|embed_vision|embed_audio")
 _COMPUTED_BUFFERS = (".rotary_emb.inv_freq", ".attention.masked_bias", ".attention.bias")
 
 
@@ -49,7 +50,7 @@ def open_converted(directory: Path, tree: Path, *, no_mtp: bool = False) -> Mode
     elif description.about["asked_pre_tokenizer"]:
         for note in description.pre_tokenizer_notes:
             warnings.warn(note, stacklevel=3)
-    _tell_unused(directory, description)
+    _tell_unused(directory, description, has_tower=isinstance(raw.get("vision_config"), dict))
     settings = {**settings_of_metadata(metadata), **settings_of_config(raw)}
     return Model(directory, source, metadata, source.checkpoint_names, hf_directory=directory, settings=settings)
 
@@ -95,10 +96,13 @@ def _without_quirk(field: MetadataField) -> MetadataField:
     return replace(field, value=re.sub(r"(?i)(phi)-?3", r"\1 3", str(field.value)))
 
 
-def _tell_unused(directory: Path, description: Description) -> None:
+def _tell_unused(directory: Path, description: Description, *, has_tower: bool) -> None:
+    """Say which tensors the converter leaves out; a tower is said to be by who opens the model."""
     unused = [name for name in description.about["unused"] if not name.endswith(_COMPUTED_BUFFERS)]
+    if has_tower:
+        unused = [name for name in unused if not _OF_TOWERS.search(name)]
     if unused:
         warnings.warn(
             f"{directory}: llama.cpp's converter leaves out {len(unused)} tensors ({some_of(unused)}).",
-            stacklevel=3,
+            stacklevel=4,
         )
