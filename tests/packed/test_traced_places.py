@@ -5,7 +5,9 @@ The conversions stand for llama.cpp's converter: they move rows and columns as i
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from dynquant.families.common.conversion import Conversion, ConvertedSource, unc
 from dynquant.lora.places import bare_path
 from dynquant.packed.joined_rows import PackedRows
 from dynquant.packed.layers import PackedLinear, PackedSortedExperts
-from dynquant.running.load import load_hf
+from dynquant.running.load import load_directory, load_hf
 from tests.helpers.tiny_models import randomize
 from tests.helpers.traced_models import packed_and_decoded
 
@@ -49,9 +51,25 @@ CONFIGS = {"gpt_oss": _GPT_OSS, "qwen3_next": _MOE | _LINEAR, "llama4_text": _LL
 ARCHS = {"gpt_oss": "gpt-oss", "qwen3_next": "qwen3next", "llama4_text": "llama4"}
 
 
+@dataclass(frozen=True)
+class Exported:
+    """A model, the folder of its exports, logits of the packed model and of the GGUF's values."""
+
+    model: Model
+    folder: Path
+    logits: Tensor
+    expected: Tensor
+
+    def packed(self) -> Any:
+        return load_directory(self.folder / "packed", torch.float32)
+
+
 @pytest.fixture(scope="module", params=CONFIGS)
-def model(request, tmp_path_factory: pytest.TempPathFactory) -> Model:
-    return opened(request.param, tmp_path_factory.mktemp(request.param))
+def exported(request, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    folder = tmp_path_factory.mktemp(request.param)
+    model = opened(request.param, folder / "original")
+    _, logits, expected = packed_and_decoded(model, folder, TOKENS)
+    return Exported(model, folder, logits, expected)
 
 
 def opened(model_type: str, directory: Path) -> Model:
@@ -117,11 +135,10 @@ def halves_swapped(rows: Tensor) -> Tensor:
     return rows.unflatten(0, (2, -1)).flip(0).flatten(0, 1)
 
 
-def test_packed_logits_are_those_of_the_gguf(model, tmp_path):
-    packed, logits, expected = packed_and_decoded(model, tmp_path, TOKENS)
-    assert (logits - expected).abs().max() < 1e-5 * expected.std()
-    stored = {name: tensor for name, tensor in packed.state_dict().items() if tensor.dtype == torch.uint8}
-    file = GGUFSource(tmp_path / "model.gguf")
+def test_packed_logits_are_those_of_the_gguf(exported):
+    assert (exported.logits - exported.expected).abs().max() < 1e-5 * exported.expected.std()
+    stored = {name: tensor for name, tensor in exported.packed().state_dict().items() if tensor.dtype == torch.uint8}
+    file = GGUFSource(exported.folder / "model.gguf")
     in_gguf = {bytes(row) for name in file.names() for row in rows_of(file.load_packed(name))}
     assert len(stored) > 8
     assert all(bytes(row) in in_gguf for tensor in stored.values() for row in rows_of(tensor))
@@ -131,9 +148,8 @@ def rows_of(blocks: Tensor) -> list:
     return list(blocks.reshape(-1, blocks.shape[-1])[:4].numpy())
 
 
-def test_an_adapter_learns(model, tmp_path):
-    packed, _, _ = packed_and_decoded(model, tmp_path, TOKENS)
-    adapted = dynquant.lora.add_adapter(packed, rank=4)
+def test_an_adapter_learns(exported):
+    adapted = dynquant.lora.add_adapter(exported.packed(), rank=4)
     before = adapted(input_ids=TOKENS, labels=TOKENS).loss
     before.backward()
     with torch.no_grad():
@@ -144,11 +160,10 @@ def test_an_adapter_learns(model, tmp_path):
     assert all(parameter.grad is not None for name, parameter in adapted.named_parameters() if "lora_B" in name)
 
 
-def test_an_adapter_starts_from_what_quantization_took(model, tmp_path):
-    packed, _, _ = packed_and_decoded(model, tmp_path, TOKENS)
-    adapted = dynquant.lora.add_adapter(packed, rank=48)
-    dynquant.lora.start_from_residual(adapted, model)
-    original = dict(load_hf(model, dtype=torch.float32).named_modules())
+def test_an_adapter_starts_from_what_quantization_took(exported):
+    adapted = dynquant.lora.add_adapter(exported.packed(), rank=48)
+    dynquant.lora.start_from_residual(adapted, exported.model)
+    original = dict(load_hf(exported.model, dtype=torch.float32).named_modules())
     named = reversed(list(adapted.named_modules()))  # of two layers around experts, the outer one last
     layers = {bare_path(path): layer for path, layer in named if isinstance(layer, LoraLayer)}
     assert len(layers) > 8

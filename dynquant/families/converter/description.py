@@ -62,7 +62,7 @@ def describe(directory: Path, source: SafetensorsSource, tree: Path, *, no_mtp: 
     folder = cache_directory() / "converted" / _key(directory, tree, [request, stamps])
     if not (folder / worker.TENSORS).is_file():
         _forget_old(folder.parent)
-        with writing_folder(folder) as partial:
+        with writing_folder(folder, "Set DYNQUANT_CACHE to a folder that can be written.") as partial:
             _run(directory, tree, request, partial)
     return replace(_read(folder), pre_tokenizer_notes=notes)
 

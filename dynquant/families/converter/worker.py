@@ -236,12 +236,16 @@ class _Converter:
     def _indexed(self, model: Any) -> dict[str, Callable[[], Any]]:
         """Return what `index_tensors` of the converter does: its tensors by name, from the request."""
         tensors = {}
+        turned = _turned_experts(model.hparams, {name: tuple(shape) for name, _, shape, _ in self._request["tensors"]})
         for name, dtype, shape, place in self._request["tensors"]:
             leaf = Leaf(name, tuple(shape), self._reader(name, dtype, shape, place))
             meta = self._lazy.meta_with_dtype_and_shape(_DTYPES[dtype], leaf.shape)
-            item = model.filter_tensors(
-                (name, lambda leaf=leaf, meta=meta: self._lazy(meta=meta, args=(leaf,), func=_leaf))
-            )
+
+            def lazy(leaf: Leaf = leaf, meta: Tensor = meta) -> Any:
+                tensor = self._lazy(meta=meta, args=(leaf,), func=_leaf)
+                return tensor.transpose(1, 2) if leaf.name in turned else tensor
+
+            item = model.filter_tensors((name, lazy))
             if item is not None:
                 tensors[item[0]] = item[1]
         return tensors
@@ -285,6 +289,19 @@ def _as_expected(stated: dict[str, Any]) -> dict[str, Any]:
         if isinstance(stated.get(key), list):
             stated[key] = [_FORMER_WORDS.get(word, word) for word in stated[key]]
     return stated
+
+
+def _turned_experts(stated: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> frozenset[str]:
+    """Return the experts of Qwen3-VL-MoE that transformers 5 saved: rows and columns are swapped to those published."""
+    if stated.get("model_type") not in ("qwen3_vl_moe", "qwen3_vl_moe_text"):
+        return frozenset()
+    text = stated.get("text_config") or stated
+    width, hidden = text["moe_intermediate_size"], text["hidden_size"]
+    saved = {"gate_up_proj": (2 * width, hidden), "down_proj": (hidden, width)}
+    experts = {name: saved.get(name.rpartition(".")[2]) for name in shapes if ".experts." in name}
+    # A square matrix does not tell; gate and up beside down are never both square.
+    is_saved = any(shape and shapes[name][1:] == shape != shape[::-1] for name, shape in experts.items())
+    return frozenset(name for name, shape in experts.items() if shape and is_saved)
 
 
 def _moved(tensor: Any, *arguments: Any, **options: Any) -> Any:
