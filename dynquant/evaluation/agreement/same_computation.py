@@ -31,7 +31,7 @@ from dynquant.families.common.config import read_json
 from dynquant.families.text.registry import FAMILIES
 from dynquant.formats.quant_types import quant_type
 from dynquant.packed.rounding import rounded
-from dynquant.resources import chosen_device, human_bytes
+from dynquant.resources import chosen_device, human_bytes, parse_size
 from dynquant.running.live_weights import LiveWeights
 from dynquant.running.load import load_hf
 from dynquant.running.streaming.stream_memory import COMFORTABLE_SHARE, free_memory_of
@@ -74,7 +74,12 @@ class SameComputation(FrozenRecord):
 
 
 def check_computation(
-    model: Model, session: Session, *, folder: Path | None = None, allow_difference: bool = False
+    model: Model,
+    session: Session,
+    *,
+    folder: Path | None = None,
+    allow_difference: bool = False,
+    max_memory: str | None = None,
 ) -> SameComputation | None:
     """Compare llama.cpp with transformers before anything is measured, unless `folder` holds the result already.
 
@@ -92,7 +97,7 @@ def check_computation(
     if compared is None:
         try:
             with nullcontext(model.base_gguf) if model.base_gguf else _file_in_f32(model) as file:
-                compared = compare(model, file, session)
+                compared = compare(model, file, session, max_memory=max_memory)
         except DynquantError as error:
             session.note(f"{_subject(model)} was not compared with transformers: {error}")
             return None
@@ -100,18 +105,26 @@ def check_computation(
     return compared
 
 
-def check_written(model: Model, file: Path, session: Session, *, allow_difference: bool = False) -> None:
+def check_written(
+    model: Model, file: Path, session: Session, *, allow_difference: bool = False, max_memory: str | None = None
+) -> None:
     """Compare a file that was written with transformers, which gets the file's weights; told as for all weights.
 
     Raises:
-        CheckpointError: the two differ by more than `REFUSED`, and that is not allowed.
+        CheckpointError: the two differ by more than `REFUSED`, and that is not allowed. The file stays.
     """
     try:
-        compared = compare(model, file, session, takes_weights=True)
+        compared = compare(model, file, session, takes_weights=True, max_memory=max_memory)
     except DynquantError as error:
         session.note(f"{file.name} was not compared with transformers: {error}")
         return
-    _judge(compared, file.name, model, session, allow_difference=allow_difference)
+    try:
+        _judge(compared, file.name, model, session, allow_difference=allow_difference)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{file} is written, but {error} The file stays: delete it, or use it as it is. With --allow-difference "
+            "`export` only tells the difference."
+        ) from error
 
 
 def is_converted(model: Model) -> bool:
@@ -132,6 +145,7 @@ def compare(
     *,
     takes_weights: bool = False,
     logits: Callable[[Path, Sequence[int], int | None], Tensor] | None = None,
+    max_memory: str | None = None,
 ) -> SameComputation:
     """Run a few hundred tokens in transformers and then, with the file, in llama.cpp.
 
@@ -148,7 +162,7 @@ def compare(
         raise CheckpointError(f"the error of its {weights_type} weights would hide any other difference.")
     length = min(NUM_TOKENS, model.hyper.n_ctx or NUM_TOKENS)
     tokens = text_inputs(model, None, tokens=length, window=length).windows[0].tolist()
-    runner = HuggingFaceRunner(load_hf(model, dtype=torch.float32, device=_place_for(model, session)))
+    runner = HuggingFaceRunner(load_hf(model, dtype=torch.float32, device=_place_for(model, session, max_memory)))
     if takes_weights:
         _take_weights(runner.hf_model, model, source)
     reference, rounding = runner.window_logits(tokens), 0.0
@@ -220,9 +234,11 @@ def _main_type(source: GGUFSource) -> str:
     return max(weights, key=weights.__getitem__)
 
 
-def _place_for(model: Model, session: Session) -> str:
-    """Return the device on which the model fits in float32, or raise CheckpointError."""
+def _place_for(model: Model, session: Session, max_memory: str | None) -> str:
+    """Return the device on which the model fits in float32 within a limit, or raise CheckpointError."""
     needed = 4 * model.num_weights
+    if max_memory is not None and needed > parse_size(max_memory):
+        raise CheckpointError(f"that takes {human_bytes(needed)} in float32, more than --max-memory {max_memory}.")
     for device in dict.fromkeys((chosen_device(session.device), "cpu")):
         if needed <= COMFORTABLE_SHARE * free_memory_of(device):
             return device

@@ -15,6 +15,7 @@ from dynquant.checkpoints.safetensors_source import SafetensorsSource
 from dynquant.checkpoints.tensor_source import TensorInfo, TensorSource, checked_finite
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
+RowRange = Callable[[slice], tuple[slice, Transform] | None]
 _COMPARED_VALUES = 1 << 24
 
 
@@ -32,6 +33,7 @@ class Conversion:
     dtype: str
     transform: Transform = unchanged
     by_slice: bool = False  # `transform` may be applied to one slice of the (single) part's first dimension at a time
+    of_rows: RowRange | None = None  # rows of a matrix -> stored rows and what makes the former of them; None: all
     values: torch.Tensor | None = None  # the tensor itself, where it is computed from the configuration
 
     def load(self, source: TensorSource, index: int | slice | None) -> torch.Tensor:
@@ -44,6 +46,9 @@ class Conversion:
             return torch.stack([self.transform(load_finite(source, part)) for part in self.parts])
         if self.by_slice or (self.transform is unchanged and isinstance(index, slice)):
             return self.transform(load_finite(source, self.parts[0], index)).contiguous()
+        if self.of_rows is not None and isinstance(index, slice) and (few := self.of_rows(index)) is not None:
+            stored_rows, transform = few
+            return transform(load_finite(source, self.parts[0], stored_rows)).contiguous()
         whole = self.transform(load_finite(source, self.parts[0]))
         return (whole if index is None else whole[index]).contiguous()
 

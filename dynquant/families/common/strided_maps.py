@@ -88,7 +88,8 @@ class StridedMap:
             places = [strides.get(dim, 0) for dim in range(len(self.shape))]
             return _contiguous(first).as_strided(self.shape, places, first.storage_offset() + self.pieces[0].offset)
         dtype = torch.float32 if self.added else first.dtype  # norms that are near one would be rounded
-        values = torch.empty(self.shape, dtype=dtype, device=first.device)
+        # Entries without a source, as rows for tokens without an embedding, are zeros.
+        values = (torch.empty if self.is_complete else torch.zeros)(self.shape, dtype=dtype, device=first.device)
         for piece in self.pieces:
             piece.of_target(values).copy_(piece.of_source(read(piece.source)))
         return values.add_(self.added) if self.added else values

@@ -129,6 +129,10 @@ def _flip(traced: StridedMap, dims: list[int]) -> StridedMap:
     return traced
 
 
+def _zeros(traced: StridedMap, shape: list[int], **_: Any) -> StridedMap:
+    return StridedMap(tuple(shape), (), traced.added)
+
+
 def _add(traced: StridedMap, number: Any, *_: Any) -> StridedMap:
     if not isinstance(number, int | float):
         raise NotImplementedError("a sum of tensors")
@@ -173,6 +177,7 @@ _RULES: dict[Any, Callable[..., Any]] = {
     aten.index_select.default: _index_select,
     aten.index.Tensor: _index,
     aten.flip.default: _flip,
+    aten.new_zeros.default: _zeros,
     aten.add.Tensor: _add,
     aten.sub.Tensor: _sub,
 }

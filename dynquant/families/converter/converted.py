@@ -69,7 +69,8 @@ def _conversions(description: Description, checkpoint: SafetensorsSource) -> Ite
         dtype = entry["type"] if entry["type"] in _FLOATS else checkpoint.info(parts[0]).dtype
         inner = selection.of_slice() if len(parts) == 1 else None
         transform = unchanged if selection.is_identity else inner or selection
-        yield Conversion(name, parts, shape, dtype, transform, by_slice=inner is not None)
+        of_rows = selection.of_rows if len(parts) == 1 and len(shape) == 2 else None
+        yield Conversion(name, parts, shape, dtype, transform, by_slice=inner is not None, of_rows=of_rows)
 
 
 def _own_tokenizer(directory: Path, source: ConvertedSource, fault: str, tree: Path) -> tuple[MetadataField, ...]:

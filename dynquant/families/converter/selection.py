@@ -103,6 +103,27 @@ class Selection:
             return None
         return Selection(self.stored_shape[1:], self.shape[1:], self.offset, self.strides[1:], added=self.added)
 
+    def of_rows(self, rows: slice) -> "tuple[slice, Selection] | None":
+        """Return the stored rows that some rows of the result lie in, and the selection of the latter from them.
+
+        None where that is not known without all positions.
+        """
+        start, stop, step = rows.indices(self.shape[0])
+        if self.strides is None or step != 1 or len(self.shape) < 2 or not self.stored_shape:
+            return None
+        count = max(0, min(stop, self.moved_shape[0]) - start)
+        shape, padding = (max(0, stop - start), *self.shape[1:]), max(0, stop - start) - count
+        if not count:  # zeros alone, which need a row to stand beside
+            kept, offset = slice(0, 1), 0
+        else:
+            width, first = prod(self.stored_shape[1:]), self.offset + start * self.strides[0]
+            sizes = (count, *self.shape[1:])
+            last = first + sum((size - 1) * stride for size, stride in zip(sizes, self.strides, strict=True))
+            kept = slice(first // width, last // width + 1)
+            offset = first - kept.start * width
+        stored = (kept.stop - kept.start, *self.stored_shape[1:])
+        return kept, Selection(stored, shape, offset, self.strides, added=self.added, padding=padding)
+
     def _selected(self, stored: Tensor, leading: tuple[int, ...]) -> Tensor:
         if self.strides is not None:
             step = prod(self.stored_shape)

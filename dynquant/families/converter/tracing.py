@@ -113,7 +113,7 @@ class Tracer:
         return leaves[0].name, self._explained[key]
 
     def _trace(self, node: Any, leaves: list[Leaf]) -> Selection | None:
-        if len(leaves) == 1 and (selection := self._strided(node, leaves[0])) is not None:
+        if len(leaves) == 1 and (selection := self._padded(node, leaves[0])) is not None:
             return selection
         if sum(prod(leaf.shape) for leaf in leaves) > _MAX_CODED:
             raise NotExplainedError("it is too large to be traced")
@@ -139,6 +139,18 @@ class Tracer:
             return None
         selection = selection_of_positions(positions.to(torch.int64), leaves[0].shape, added)
         return selection and replace(selection, shape=tuple(whole.shape), padding=padding)
+
+    def _padded(self, node: Any, leaf: Leaf) -> Selection | None:
+        """Return `_strided` of a graph that may end in rows of zeros behind all others, as tables of tokens do."""
+        body = self._peeled(node)
+        parts = body._args[0] if isinstance(body, self._lazy_base) and _name_of(body._func) == "cat" else ()
+        if len(parts) != 2 or not _is_first(body) or self.leaves(parts[1]):
+            return self._strided(node, leaf)
+        selection, zeros = self._strided(parts[0], leaf), self.values(parts[1])
+        if selection is None or len(selection.shape) < 2 or not isinstance(zeros, Tensor) or bool(zeros.any()):
+            return None
+        rows = selection.shape[0] + len(zeros)
+        return replace(selection, shape=(rows, *selection.shape[1:]), padding=len(zeros))
 
     def _strided(self, node: Any, leaf: Leaf) -> Selection | None:
         """Return the selection of a graph that only looks at its leaf in another way; nothing is computed."""

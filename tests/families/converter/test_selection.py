@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from dynquant.families.common.strided_maps import whole
+from dynquant.families.common.traced_tensor import TracedTensor
 from dynquant.families.converter.selection import (
     Selection,
     as_record,
@@ -108,3 +110,24 @@ def test_strides_of_a_contiguous_tensor() -> None:
 def test_another_shape_is_no_input() -> None:
     with pytest.raises(ValueError, match="none of"):
         selection_of(STORED.T)(STORED.T)
+
+
+def test_rows_of_a_range_need_their_stored_rows_alone() -> None:
+    padded = Selection((6, 8), (9, 8), strides=(8, 1), padding=3)
+    reversed_halves = Selection((6, 8), (3, 8), 24, (8, 1), added=1.0)
+    transposed = Selection((6, 8), (8, 6), strides=(1, 8))
+    for selection in (padded, reversed_halves, transposed):
+        expected = selection(STORED)
+        for rows in (slice(0, 2), slice(1, 20), slice(5, 8), slice(7, 9), slice(2, 2), slice(None)):
+            stored, part = selection.of_rows(rows)
+            assert torch.equal(part(STORED[stored]), expected[rows])
+    assert padded.of_rows(slice(1, 3))[0] == slice(1, 3)
+    assert padded.of_rows(slice(0, 6, 2)) is None
+    assert selection_of(FORMS["diagonals"]).of_rows(slice(0, 2)) is None
+
+
+def test_rows_of_zeros_have_no_entries_in_a_map() -> None:
+    padded = Selection((6, 8), (7, 8), strides=(8, 1), padding=1)
+    traced = padded(TracedTensor(whole("table", (6, 8)))).map
+    assert traced.shape == (7, 8) and sum(piece.numel for piece in traced.pieces) == 48
+    assert torch.equal(traced.gather(lambda _: STORED), padded(STORED))

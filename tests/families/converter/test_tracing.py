@@ -9,6 +9,7 @@ import gguf
 import pytest
 import torch
 
+from dynquant.families.converter import tracing
 from dynquant.families.converter.tracing import Leaf, NotExplainedError, Tracer
 
 
@@ -111,6 +112,18 @@ def test_rows_of_zeros_are_padding() -> None:
     padding = LazyTensor.from_eager(torch.zeros(2, 8, dtype=torch.bfloat16))
     explained = Tracer(gguf.LazyBase).explain(torch.cat([lazy, padding]))
     assert torch.equal(explained.selection(values), torch.cat([values, values.new_zeros(2, 8)]))
+
+
+def test_large_tables_are_padded_without_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracing, "_MAX_CODED", 8)
+    lazy, values = leaf("embedding", 5, 8)
+    zeros = LazyTensor._wrap_fn(torch.zeros)(2, 8, dtype=torch.bfloat16)
+    explained = tracing.Tracer(gguf.LazyBase).explain(torch.cat([lazy.to(torch.float32), zeros], dim=0).contiguous())
+    assert explained.selection.strides == (8, 1) and explained.selection.padding == 2
+    assert torch.equal(explained.selection(values), torch.cat([values, values.new_zeros(2, 8)]))
+    for other in (torch.cat([zeros, lazy]), torch.cat([lazy, LazyTensor.from_eager(torch.ones(2, 8))])):
+        with pytest.raises(NotExplainedError, match="too large"):
+            tracing.Tracer(gguf.LazyBase).explain(other)
 
 
 def test_writing_in_place_is_seen() -> None:
