@@ -24,7 +24,7 @@ _COPIES = frozenset({"contiguous", "clone"})
 _LAST_CODE = float(1 << 50)
 _MAX_CODED = 1 << 29
 """Entries of the largest tensor that is coded."""
-_CODED_BYTES = 64
+_CODED_BYTES = 80
 """Memory for an entry that is coded: codes of two runs, what the graph makes of them, and positions."""
 
 

@@ -143,6 +143,6 @@ def swap_first_rows(weight: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_limit_of_codes_is_that_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracing, "free_memory", lambda: 64 * 100)
+    monkeypatch.setattr(tracing, "free_memory", lambda: tracing._CODED_BYTES * 100)
     with pytest.raises(NotExplainedError, match="192 entries of 100 at most"):
         tracing.Tracer(gguf.LazyBase).explain(interleaved(leaf("weight", 24, 8)[0]))
