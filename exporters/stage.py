@@ -108,7 +108,8 @@ def export(options: ExportOptions, session: Session = SILENT) -> Exported:
         else:
             files = export_safetensors(encoding, options.output, shard_max_bytes=split)
     if options.format == "gguf" and compared is None and is_converted(model):
-        check_written(model, files[0], session, allow_difference=options.allow_difference)
+        how = {"allow_difference": options.allow_difference, "max_memory": options.max_memory}
+        check_written(model, files[0], session, **how)
     return Exported(files, plan.num_weights)
 
 
@@ -117,7 +118,8 @@ def _opened(options: ExportOptions, plan: Plan | None, session: Session) -> tupl
     mtp = options.mtp and (plan is None or bool(mtp_layers(entry.name for entry in plan.entries)))
     model = open_and_announce(options.model, session, base_gguf=options.base_gguf, mtp=mtp)
     folder = options.plan.parent if options.plan is not None else None
-    return model, check_computation(model, session, folder=folder, allow_difference=options.allow_difference)
+    how = {"allow_difference": options.allow_difference, "max_memory": options.max_memory}
+    return model, check_computation(model, session, folder=folder, **how)
 
 
 def _check(options: ExportOptions) -> None:

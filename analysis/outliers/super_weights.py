@@ -205,7 +205,7 @@ class DownScan:
         self._linears = {
             linear.module: (name, module_names[linear.module])
             for name, linear in weights.linears.items()
-            if role_of(name).is_down_projection and linear.columns is None and linear.rows is None
+            if role_of(name).is_down_projection and linear.is_plain
         }
         self._experts = {module: (inputs.down, module_names[module]) for module, inputs in weights.experts.items()}
         self._spikes: list[DownSpike] = []

@@ -17,8 +17,8 @@ Left out: correlations between matrices, and routing flips, which add to small e
 bundled model measured over predicted KL is 1.0 to 1.7 at e = 0.1 (tests/test_sensitivity.py).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
 
@@ -28,7 +28,7 @@ from torch import nn
 from dynquant.checkpoints.tensor_roles import Role, role_of
 from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.running.expert_hooks import ExpertCall, record_experts
-from dynquant.running.linear_hooks import activation_gradients, sampled_log_probability
+from dynquant.running.linear_hooks import activation_gradients, observed_outputs, sampled_log_probability
 from dynquant.running.streaming.staged_passes import StagedPasses
 from dynquant.running.weight_inputs import LinearInput, WeightInputs
 from dynquant.session import Progress, ignore_progress
@@ -146,11 +146,8 @@ def streamed_sensitivity(
 def _observed(hf_model: nn.Module, weights: WeightInputs, sums: WindowSums) -> Iterator[None]:
     """Context manager: backward passes add to `sums`."""
 
-    def output_hook(name: str, linear: LinearInput, _module: nn.Module, _inputs: tuple, out: torch.Tensor) -> None:
-        if isinstance(out, torch.Tensor) and out.requires_grad:  # Llama 4's router gives a tuple
-            rows = linear.outputs(out)
-            add = partial(sums.add_output, name, rows.detach())
-            out.register_hook(lambda gradient: add(linear.outputs(gradient)))
+    def observe_output(name: str, _x: torch.Tensor, y: torch.Tensor) -> Callable[[torch.Tensor], None]:
+        return partial(sums.add_output, name, y)
 
     def observe_expert(call: ExpertCall) -> None:
         if not call.down_output.requires_grad:
@@ -161,10 +158,8 @@ def _observed(hf_model: nn.Module, weights: WeightInputs, sums: WindowSums) -> I
         add = partial(sums.add_output, inputs.down, call.down_output.detach(), tokens=call.tokens)
         call.down_output.register_hook(add)
 
-    observed = {**{name: LinearInput(table) for name, table in weights.embeddings.items()}, **weights.linears}
-    with ExitStack() as hooks, record_experts(hf_model, observe_expert):
-        for name, linear in observed.items():
-            hooks.enter_context(linear.module.register_forward_hook(partial(output_hook, name, linear)))
+    observed = {**{name: LinearInput((table,)) for name, table in weights.embeddings.items()}, **weights.linears}
+    with observed_outputs(observed, observe_output), record_experts(hf_model, observe_expert):
         yield
 
 

@@ -4,8 +4,8 @@ A collector belongs to one model and one calibration. It sees batches in whateve
 batch, or all batches of one layer, whose statistics can then be taken before the next is run.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,7 +17,7 @@ from dynquant.calibration.statistics import InputStats
 from dynquant.checkpoints.tensor_roles import role_of
 from dynquant.inputs.model_inputs import Batch
 from dynquant.running.expert_hooks import ExpertCall, record_experts
-from dynquant.running.linear_hooks import LinearHooks
+from dynquant.running.linear_hooks import LinearHooks, observed_outputs
 from dynquant.running.weight_inputs import WeightInputs
 from dynquant.storage.file_names import IMAGE, KINDS, TEXT
 
@@ -80,10 +80,8 @@ class Collector:
         """Context manager: backward passes add second moments, weighted by the gradients of outputs."""
         self._sees_gradients = True
         try:
-            with ExitStack() as hooks, record_experts(self._model, self._observe_expert):
-                for name, linear in self._linear_layers.items():
-                    await_gradient = partial(self._await_gradient, name)
-                    hooks.enter_context(linear.module.register_forward_hook(await_gradient, with_kwargs=True))
+            outputs = observed_outputs(self._linear_layers, self._await_gradient)
+            with outputs, record_experts(self._model, self._observe_expert):
                 yield
         finally:
             self._sees_gradients = False
@@ -119,12 +117,10 @@ class Collector:
         if self.moments is not None and self._fill is None and not waits:
             self.moments.add(key, x)
 
-    def _await_gradient(self, name: str, _module: nn.Module, args: tuple, kwargs: dict, out: torch.Tensor) -> None:
+    def _await_gradient(self, name: str, x: torch.Tensor, _y: torch.Tensor) -> Callable[[torch.Tensor], None]:
         key = self._linears.aliases.get(name, name)
-        linear = self._linear_layers[name]
-        x = linear.channels((args[0] if args else kwargs["input"]).detach().flatten(0, -2))
-        if isinstance(out, torch.Tensor) and out.requires_grad:  # Llama 4's router gives a tuple
-            out.register_hook(lambda gradient: self._add_moments(key, x, linear.outputs(gradient.flatten(0, -2))))
+        x = self._linear_layers[name].channels(x.flatten(0, -2))
+        return lambda gradient: self._add_moments(key, x, gradient.flatten(0, -2))
 
     def _observe_expert(self, call: ExpertCall) -> None:
         inputs, num_experts = self._experts[call.module], call.module.down_proj.shape[0]

@@ -4,7 +4,7 @@ The model is loaded whole where it fits, and streamed layer by layer where it do
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -95,13 +95,20 @@ class StatsFile:
         return self
 
 
-def calibrate(options: CalibrateOptions, session: Session = SILENT) -> StatsFile:
-    """Write stats.safetensors; import or export a llama.cpp imatrix when asked."""
+def calibrate(
+    options: CalibrateOptions, session: Session = SILENT, *, check: Callable[[Model], object] | None = None
+) -> StatsFile:
+    """Write stats.safetensors; import or export a llama.cpp imatrix when asked.
+
+    `check` gets a model that is to be run, and may refuse it.
+    """
     model = open_and_announce(options.model, session, base_gguf=options.base_gguf)
     if options.imatrix:
         stats = import_imatrix(options.imatrix, model)
         stats.save(options.output)
     else:
+        if check is not None:
+            check(model)
         stats = run_calibration(model, options.calibration, options.output, session).stats
     if options.imatrix_out:
         export_imatrix(stats, options.imatrix_out, model=model)

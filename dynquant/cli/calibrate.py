@@ -16,11 +16,12 @@ def calibrate(options: CalibrateOptions, session: Annotated[Session, Only(("seed
     Example: dynquant calibrate ./vision-model --data pictures.jsonl -o stats.safetensors
     """
     from dynquant.calibration import stage
+    from dynquant.checkpoints.model import Model
     from dynquant.evaluation.agreement.same_computation import check_computation
-    from dynquant.families.open import open_model
 
-    # Here, since evaluation is a later step than calibration.
-    model = open_model(options.model, base_gguf=options.base_gguf)
-    check_computation(model, session, allow_difference=options.allow_difference)
-    stats = stage.calibrate(options, session).stats
+    def check(model: Model) -> None:  # here, since evaluation is a later step than calibration
+        how = {"allow_difference": options.allow_difference, "max_memory": options.calibration.max_memory}
+        check_computation(model, session, folder=options.output.parent, **how)
+
+    stats = stage.calibrate(options, session, check=check).stats
     console.say(f"{options.output}: {stats.provenance.num_tokens:,} tokens, {len(stats.inputs)} inputs")

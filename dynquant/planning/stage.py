@@ -62,7 +62,8 @@ def _plan_types(options: PlanOptions, session: Session) -> Plan:
     candidates = [quant_type(name).name for name in target.types] or DEFAULT_TYPES
     types = tuple(dict.fromkeys((*candidates, *(name for name, _ in (fixed_types or {}).values()))))
     search = _search_of(options) if fixed_types is None else None  # before hours of measuring
-    compared = check_computation(model, session, folder=directory, allow_difference=options.allow_difference)
+    comparison = {"allow_difference": options.allow_difference, "max_memory": options.calibration.max_memory}
+    compared = check_computation(model, session, folder=directory, **comparison)
     if compared is not None:
         directory.mkdir(parents=True, exist_ok=True)
         compared.save(directory / file_names.SAME_COMPUTATION_NAME)

@@ -26,6 +26,8 @@ from dynquant.running.weight_inputs import LinearInput
 
 LinearObserver = Callable[[str, torch.Tensor, torch.Tensor | None], None]
 """Called with a key, its input [T, C] (or [T, heads, C]), and for down-projections the output [T, rows]."""
+OutputObserver = Callable[[str, torch.Tensor, torch.Tensor], Callable[[torch.Tensor], None]]
+"""Called with a weight's name, the input of its layer and its outputs; its result is called with their gradient."""
 
 
 class LinearHooks:
@@ -58,7 +60,7 @@ class LinearHooks:
     ) -> None:
         x, linear = args[0] if args else kwargs["input"], self._linears[name]
         if self._key(name, x) == name:
-            y = None if out is None else linear.outputs(out.flatten(0, -2))
+            y = None if out is None or len(linear.modules) > 1 else linear.outputs(out.flatten(0, -2))
             self._observer(name, linear.channels(x.flatten(0, -2)), y)
 
     def _key(self, name: str, x: torch.Tensor) -> str:
@@ -97,6 +99,52 @@ class LinearHooks:
     def _observe_query(self, key: str, attention: Any, _module: nn.Module, _args: tuple, out: torch.Tensor) -> None:
         heads = out.reshape(-1, attention.num_heads, attention.qk_head_dim)
         self._observer(key, heads[..., : attention.qk_nope_head_dim], None)
+
+
+@contextmanager
+def observed_outputs(linears: Mapping[str, LinearInput], observer: OutputObserver) -> Iterator[None]:
+    """Context manager: shows outputs of matrices to `observer`, and their gradients to what it returns.
+
+    Outputs of several layers that are one matrix are joined, so that they are seen as those of a single layer.
+    """
+    with ExitStack() as hooks:
+        for name, linear in linears.items():
+            outputs = _MatrixOutputs(name, linear, observer)
+            for number, module in enumerate(linear.modules):
+                hooks.enter_context(module.register_forward_hook(partial(outputs.see, number), with_kwargs=True))
+        yield
+
+
+class _MatrixOutputs:
+    """Outputs of the layers of one matrix, which are observed when all layers have run."""
+
+    def __init__(self, name: str, linear: LinearInput, observer: OutputObserver) -> None:
+        self._name, self._linear, self._observer = name, linear, observer
+        self._outputs: dict[int, torch.Tensor] = {}
+
+    def see(self, number: int, _module: nn.Module, args: tuple, kwargs: dict[str, Any], out: torch.Tensor) -> None:
+        if not isinstance(out, torch.Tensor) or not out.requires_grad:  # Llama 4's router gives a tuple
+            return
+        self._outputs[number] = out
+        if len(self._outputs) < len(self._linear.modules):
+            return
+        outputs = [self._outputs[number] for number in sorted(self._outputs)]
+        self._outputs.clear()
+        x = (args[0] if args else kwargs["input"]).detach()
+        add = self._observer(self._name, x, self._joined([output.detach() for output in outputs]))
+        gradients: dict[int, torch.Tensor] = {}
+
+        def take(number: int, gradient: torch.Tensor) -> None:
+            gradients[number] = gradient
+            if len(gradients) == len(self._linear.modules):
+                add(self._joined([gradients[number] for number in sorted(gradients)]))
+                gradients.clear()
+
+        for number, output in enumerate(outputs):
+            output.register_hook(partial(take, number))
+
+    def _joined(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        return self._linear.outputs(parts[0] if len(parts) == 1 else torch.cat(parts, -1))
 
 
 @contextmanager

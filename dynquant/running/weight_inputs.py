@@ -6,7 +6,8 @@ Traced maps say all of that. gguf-py's map of names is asked for weights that GG
 and for GGUF files, whose columns are then compared with those of the running model.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -27,11 +28,24 @@ _EXPERT_PARTS = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class LinearInput:
-    """A linear layer that holds a GGUF matrix; `rows` and `columns` of its weight, None where they are as stored."""
+    """Linear layers that hold a GGUF matrix; `rows` and `columns` of their weights, None where they are as stored.
 
-    module: nn.Module
+    Several layers read the same input, and their rows are counted one after the other.
+    """
+
+    modules: tuple[nn.Module, ...]
     columns: Tensor | None = None
     rows: Tensor | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        """The layer, or the first of them."""
+        return self.modules[0]
+
+    @property
+    def is_plain(self) -> bool:
+        """True when the matrix is the weight of one layer as it is stored."""
+        return len(self.modules) == 1 and self.columns is None and self.rows is None
 
     def channels(self, x: Tensor) -> Tensor:
         """The input [..., C] in the order of the matrix's columns."""
@@ -102,7 +116,7 @@ def weight_inputs(model: Model, hf_model: Any) -> WeightInputs:
 
 def _named_linears(hf_model: nn.Module, arch: str, n_layer: int) -> dict[str, LinearInput]:
     return {
-        name: LinearInput(module)
+        name: LinearInput((module,))
         for module_name, module in hf_model.named_modules()
         if isinstance(module, nn.Linear) and (name := gguf_name_of(f"{module_name}.weight", arch, n_layer)) is not None
     }
@@ -120,21 +134,34 @@ def _embeddings(hf_model: nn.Module, arch: str, n_layer: int) -> dict[str, nn.Mo
 
 
 def _linear_input(entries: StridedMap, owners: dict[str, tuple[nn.Module, str]]) -> LinearInput | None:
-    """Return the linear layer that a GGUF matrix is made of, or None where it is no linear layer's."""
-    modules = [owners[source][0] for source in entries.sources if source in owners]
-    if len(modules) != len(entries.sources) or not all(_is_linear(module) for module in modules):
+    """Return the linear layers that a GGUF matrix is made of, or None where it is made of others."""
+    if not all(source in owners and _is_linear(owners[source][0]) for source in entries.sources):
         return None
-    # Several layers may be one matrix; all read the same input.
-    module, is_transposed = modules[0], not isinstance(modules[0], nn.Linear)
-    shape = tuple(module.weight.shape)  # type: ignore[union-attr]
+    modules = {source: owners[source][0] for source in entries.sources}
+    first, *others = modules.values()
+    is_transposed = not isinstance(first, nn.Linear)
+    shape = tuple(first.weight.shape)  # type: ignore[union-attr]
     strides = contiguous_strides(shape)
     inner = 0 if is_transposed else 1
-    last = len(entries.shape) - 1
+    if others and (is_transposed or any(other.weight.shape[1:] != shape[1:] for other in others)):  # type: ignore
+        return None
+    last, num_rows = len(entries.shape) - 1, shape[1 - inner]
     columns = _order(entries, (last,), shape[inner], strides[inner])
     if columns is None or len(columns) != shape[inner]:
         return None
-    rows = _order(entries, tuple(range(last)), shape[1 - inner], strides[1 - inner]) if len(modules) == 1 else None
-    return LinearInput(module, _unless_sorted(columns, shape[inner]), _unless_sorted(rows, shape[1 - inner]))
+    if others:
+        num_rows = sum(len(module.weight) for module in modules.values())  # type: ignore[arg-type]
+        entries = _as_one_weight(entries, modules)
+    rows = _order(entries, tuple(range(last)), num_rows, strides[1 - inner])
+    return LinearInput((first, *others), _unless_sorted(columns, shape[inner]), _unless_sorted(rows, num_rows))
+
+
+def _as_one_weight(entries: StridedMap, modules: dict[str, nn.Module]) -> StridedMap:
+    """Return entries of several weights as those of one that has their rows one after the other."""
+    sizes = [module.weight.numel() for module in modules.values()]  # type: ignore[operator, union-attr]
+    starts = dict(zip(modules, accumulate(sizes, initial=0), strict=False))
+    pieces = (replace(piece, offset=piece.offset + starts[piece.source]) for piece in entries.pieces)
+    return replace(entries, pieces=tuple(pieces))
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -1,15 +1,19 @@
 """A GGUF file and the directory that it is given for: what they compute is compared, told and refused."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dynquant.errors import CheckpointError, EvaluationError
 from dynquant.evaluation.agreement import same_computation
 from dynquant.evaluation.agreement.same_computation import SameComputation, check_computation, check_written
 from dynquant.evaluation.llama_cpp import separate_window_logits
+from dynquant.families import open as families_open
 from dynquant.families.open import open_model
 from dynquant.session import Session
 from tests.helpers.commands import run, succeed
@@ -73,6 +77,23 @@ def test_what_cannot_be_compared_is_told(tiny_moe: Path, base: Path, monkeypatch
     assert compared is None and "was not compared" in note and "Q4_K" in note
 
 
+def test_a_limit_of_memory_holds_for_the_comparison(tiny_moe: Path, base: Path) -> None:
+    compared, (note,) = notes_on(tiny_moe, base, max_memory="1MB")
+    assert compared is None and "was not compared" in note and "more than --max-memory 1MB" in note
+
+
+def test_an_imported_imatrix_is_not_compared_and_the_model_is_opened_once(
+    tiny_moe: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, imatrix = tmp_path / "stats.safetensors", tmp_path / "imatrix.gguf"
+    model = ("calibrate", tiny_moe, "--base-gguf", base, "-o", output)
+    succeed(*model, "--tokens", 512, "--hessians", "none", "--imatrix-out", imatrix)
+    monkeypatch.setattr(same_computation, "compare", None)
+    with patch.object(families_open, "open_model", wraps=open_model) as opened:
+        assert "was not compared" not in succeed(*model, "--imatrix", imatrix)
+    assert opened.call_count == 1
+
+
 def test_plan_compares_once(tiny_moe: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory, plan = edited_config(tiny_moe, tmp_path / "edited"), tmp_path / "plan"
     arguments = (
@@ -96,6 +117,24 @@ def test_plan_compares_once(tiny_moe: Path, base: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(same_computation, "compare", None)
     succeed("plan", *arguments)
     succeed("export", directory, "--base-gguf", base, "--plan", plan / "plan.json", "-o", tmp_path / "f16.gguf")
+
+
+def test_a_comparison_is_remembered_with_both_sides_and_programs(
+    tiny_moe: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared, _ = notes_on(tiny_moe, base)
+    assert compared is not None
+    compared.save(tmp_path / "same_computation.json")
+    monkeypatch.setattr(same_computation, "compare", lambda *_, **__: anew)
+    anew = compared.model_copy(update={"tokens": 1})
+    assert notes_on(tiny_moe, base, folder=tmp_path) == (compared, [])
+    other = tmp_path / "other"
+    shutil.copytree(tiny_moe, other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: values + 1 for name, values in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    assert notes_on(other, base, folder=tmp_path) == (anew, [])
+    monkeypatch.setattr(same_computation, "version", lambda package: "0")
+    assert notes_on(tiny_moe, base, folder=tmp_path) == (anew, [])
 
 
 def test_commands_refuse_before_they_measure(tiny_moe: Path, base: Path, tmp_path: Path) -> None:
@@ -142,5 +181,5 @@ def test_a_written_file_is_compared_with_its_own_weights(tiny_moe: Path, tmp_pat
     check_written(open_model(tiny_moe), file, Session(threads=1, device="cpu"))
     edited = edited_config(tiny_moe, tmp_path / "edited", lambda config: config.update(norm_topk_prob=False))
     model = replace(open_model(tiny_moe), hf_directory=edited)
-    with pytest.raises(CheckpointError, match=r"few\.gguf in llama\.cpp does not compute"):
+    with pytest.raises(CheckpointError, match=r"few\.gguf is written, but .* does not compute .* --allow-diff"):
         check_written(model, file, Session(threads=1, device="cpu"))

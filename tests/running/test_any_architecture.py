@@ -1,5 +1,6 @@
 """Architectures without a family: streamed, observed and followed through traced maps, whatever their experts are."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,13 @@ from torch import Tensor
 
 from dynquant.calibration.collector import Collector
 from dynquant.checkpoints.model import Model
+from dynquant.checkpoints.safetensors_source import SafetensorsSource
 from dynquant.checkpoints.tensor_source import DictSource
 from dynquant.errors import StatsError
 from dynquant.families.common.conversion import Conversion
 from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.running.expert_hooks import ExpertCall, record_experts
+from dynquant.running.linear_hooks import activation_gradients, observed_outputs
 from dynquant.running.live_weights import LiveWeights
 from dynquant.running.load import load_hf
 from dynquant.running.streaming.layer_stream import LayerStream
@@ -92,6 +95,33 @@ def test_statistics_follow_reordered_columns(tmp_path: Path) -> None:
     values = torch.randn(64, 64)
     live.write("blk.0.ssm_out.weight", values)
     assert torch.equal(live.read("blk.0.attn_output.weight")[:, order], values)
+
+
+def test_outputs_of_layers_that_are_one_matrix_are_seen_together(tmp_path: Path) -> None:
+    save_architecture("qwen3_5_text", tmp_path)
+    layers = [f"model.layers.0.mlp.{part}_proj" for part in ("gate", "up")]
+    stored = tuple(f"{layer}.weight" for layer in layers)
+    size = SafetensorsSource(tmp_path).info(stored[0]).shape
+    both = Conversion("blk.0.ffn_up.weight", stored, (2 * size[0], size[1]), "F32", lambda weight: weight.flip(0))
+    model = converted_model(tmp_path, [both])
+    hf_model = load_hf(model)
+    linear = weight_inputs(model, hf_model).linears[both.name]
+    modules = [hf_model.get_submodule(layer) for layer in layers]
+    assert linear.modules == tuple(modules) and len(linear.rows) == 2 * size[0]
+    assert observed(hf_model, weight_inputs(model, hf_model)).take()[both.name].in_sum2.shape == (1, size[1])
+    gradients, seen = {}, []
+    for module in modules:
+        module.register_full_backward_hook(lambda module, _, out: gradients.update({module: out[0]}))
+
+    def observer(_name: str, x: Tensor, y: Tensor) -> Callable[[Tensor], None]:
+        return lambda gradient: seen.append((x, y, gradient))
+
+    with activation_gradients(hf_model), observed_outputs({both.name: linear}, observer):
+        hf_model(input_ids=TOKENS, use_cache=False).logits.square().sum().backward()
+    ((x, y, gradient),) = seen
+    torch.testing.assert_close(y, x @ model.source.load(both.name).reshape(-1, size[1]).T)
+    expected = torch.cat([gradients[module].flip(-1) for module in modules], -1)
+    assert torch.equal(gradient, expected) and bool(expected.any())
 
 
 def gpt_oss_conversions() -> list[Conversion]:

@@ -11,27 +11,30 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 import torch
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
 from dynquant.calibration.run import text_inputs
 from dynquant.checkpoints.gguf_layout import write_float32
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
+from dynquant.checkpoints.safetensors_source import SafetensorsSource
 from dynquant.errors import CheckpointError, DynquantError
 from dynquant.evaluation.agreement.likely_causes import likely_causes
 from dynquant.evaluation.llama_cpp import separate_window_logits
 from dynquant.evaluation.runners import HuggingFaceRunner
 from dynquant.families.common.config import read_json
+from dynquant.families.converter.source_tree import find_tree, tree_version
 from dynquant.families.text.registry import FAMILIES
 from dynquant.formats.quant_types import quant_type
 from dynquant.packed.rounding import rounded
-from dynquant.resources import chosen_device, human_bytes
+from dynquant.resources import chosen_device, human_bytes, parse_size
 from dynquant.running.live_weights import LiveWeights
 from dynquant.running.load import load_hf
 from dynquant.running.streaming.stream_memory import COMFORTABLE_SHARE, free_memory_of
@@ -58,6 +61,10 @@ class SameComputation(FrozenRecord):
 
     fingerprint: str
     """Weights of the file."""
+    directory: str | None = None
+    """Weights of the directory; None where dynquant cannot read them, and then nothing is remembered."""
+    versions: dict[str, str] = Field(default_factory=dict)
+    """Versions of what ran, and of the converter's source tree where the file is made by it."""
     settings: dict[str, Any]
     """Settings of directory and file that decide the computation beside the weights."""
     kl: float
@@ -74,7 +81,12 @@ class SameComputation(FrozenRecord):
 
 
 def check_computation(
-    model: Model, session: Session, *, folder: Path | None = None, allow_difference: bool = False
+    model: Model,
+    session: Session,
+    *,
+    folder: Path | None = None,
+    allow_difference: bool = False,
+    max_memory: str | None = None,
 ) -> SameComputation | None:
     """Compare llama.cpp with transformers before anything is measured, unless `folder` holds the result already.
 
@@ -92,7 +104,7 @@ def check_computation(
     if compared is None:
         try:
             with nullcontext(model.base_gguf) if model.base_gguf else _file_in_f32(model) as file:
-                compared = compare(model, file, session)
+                compared = compare(model, file, session, max_memory=max_memory)
         except DynquantError as error:
             session.note(f"{_subject(model)} was not compared with transformers: {error}")
             return None
@@ -100,18 +112,26 @@ def check_computation(
     return compared
 
 
-def check_written(model: Model, file: Path, session: Session, *, allow_difference: bool = False) -> None:
+def check_written(
+    model: Model, file: Path, session: Session, *, allow_difference: bool = False, max_memory: str | None = None
+) -> None:
     """Compare a file that was written with transformers, which gets the file's weights; told as for all weights.
 
     Raises:
-        CheckpointError: the two differ by more than `REFUSED`, and that is not allowed.
+        CheckpointError: the two differ by more than `REFUSED`, and that is not allowed. The file stays.
     """
     try:
-        compared = compare(model, file, session, takes_weights=True)
+        compared = compare(model, file, session, takes_weights=True, max_memory=max_memory)
     except DynquantError as error:
         session.note(f"{file.name} was not compared with transformers: {error}")
         return
-    _judge(compared, file.name, model, session, allow_difference=allow_difference)
+    try:
+        _judge(compared, file.name, model, session, allow_difference=allow_difference)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{file} is written, but {error} The file stays: delete it, or use it as it is. With --allow-difference "
+            "`export` only tells the difference."
+        ) from error
 
 
 def is_converted(model: Model) -> bool:
@@ -132,6 +152,7 @@ def compare(
     *,
     takes_weights: bool = False,
     logits: Callable[[Path, Sequence[int], int | None], Tensor] | None = None,
+    max_memory: str | None = None,
 ) -> SameComputation:
     """Run a few hundred tokens in transformers and then, with the file, in llama.cpp.
 
@@ -148,7 +169,7 @@ def compare(
         raise CheckpointError(f"the error of its {weights_type} weights would hide any other difference.")
     length = min(NUM_TOKENS, model.hyper.n_ctx or NUM_TOKENS)
     tokens = text_inputs(model, None, tokens=length, window=length).windows[0].tolist()
-    runner = HuggingFaceRunner(load_hf(model, dtype=torch.float32, device=_place_for(model, session)))
+    runner = HuggingFaceRunner(load_hf(model, dtype=torch.float32, device=_place_for(model, session, max_memory)))
     if takes_weights:
         _take_weights(runner.hf_model, model, source)
     reference, rounding = runner.window_logits(tokens), 0.0
@@ -158,8 +179,29 @@ def compare(
     runner.close()
     kl = mean_kl(reference, (logits or separate_window_logits)(file, tokens, session.threads))
     weights_kl = 0.0 if stored.is_float or takes_weights else _OTHER_WEIGHTS
-    sides = {"fingerprint": model.fingerprint, "settings": dict(model.settings)}
-    return SameComputation(**sides, kl=kl, rounding_kl=rounding, weights_kl=weights_kl, tokens=len(tokens))
+    return SameComputation(**_sides(model), kl=kl, rounding_kl=rounding, weights_kl=weights_kl, tokens=len(tokens))
+
+
+def _sides(model: Model) -> dict[str, Any]:
+    """Return all that decides a comparison: weights and settings of both sides, and the programs that run them."""
+    directory: str | None = model.fingerprint
+    if model.base_gguf is not None:
+        try:
+            directory = SafetensorsSource(model.hf_directory).fingerprint
+        except CheckpointError:  # a format that only transformers reads
+            directory = None
+    versions = {package: _version(package) for package in ("llama-cpp-python", "transformers")}
+    if is_converted(model) and (tree := find_tree()) is not None:
+        versions["converter"] = tree_version(tree)
+    sides = {"fingerprint": model.fingerprint, "directory": directory, "versions": versions}
+    return sides | {"settings": dict(model.settings)}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
 
 
 def _take_weights(hf_model: nn.Module, model: Model, source: GGUFSource) -> None:
@@ -204,11 +246,12 @@ def _judge(compared: SameComputation, subject: str, model: Model, session: Sessi
 
 
 def _remembered(path: Path, model: Model) -> SameComputation | None:
-    """Return the comparison of a folder, if it was of this file and directory."""
+    """Return the comparison of a folder, if the same programs made it of this file and directory."""
     if not path.is_file():
         return None
     compared = read_document(path, SameComputation, "a comparison of two runtimes", "Delete it; it is made again.")
-    is_same = (compared.fingerprint, compared.settings) == (model.fingerprint, dict(model.settings))
+    sides = _sides(model)
+    is_same = sides["directory"] is not None and all(getattr(compared, name) == sides[name] for name in sides)
     return compared if is_same else None
 
 
@@ -220,9 +263,11 @@ def _main_type(source: GGUFSource) -> str:
     return max(weights, key=weights.__getitem__)
 
 
-def _place_for(model: Model, session: Session) -> str:
-    """Return the device on which the model fits in float32, or raise CheckpointError."""
+def _place_for(model: Model, session: Session, max_memory: str | None) -> str:
+    """Return the device on which the model fits in float32 within a limit, or raise CheckpointError."""
     needed = 4 * model.num_weights
+    if max_memory is not None and needed > parse_size(max_memory):
+        raise CheckpointError(f"that takes {human_bytes(needed)} in float32, more than --max-memory {max_memory}.")
     for device in dict.fromkeys((chosen_device(session.device), "cpu")):
         if needed <= COMFORTABLE_SHARE * free_memory_of(device):
             return device

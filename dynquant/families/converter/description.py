@@ -29,7 +29,7 @@ from dynquant.checkpoints.safetensors_source import SafetensorsSource, checkpoin
 from dynquant.checkpoints.tensor_source import TensorInfo
 from dynquant.errors import CheckpointError
 from dynquant.families.converter import selection, tracing, worker
-from dynquant.families.converter.source_tree import cache_directory
+from dynquant.families.converter.source_tree import cache_directory, tree_version
 from dynquant.families.tokenizers.files import read_tokenizer_files
 from dynquant.families.tokenizers.pre_tokenizers import pre_tokenizer_name
 from dynquant.storage.atomic import writing_folder
@@ -118,8 +118,9 @@ def _key(directory: Path, tree: Path, request: object) -> str:
         with suppress(PackageNotFoundError):
             digest.update(f"{library} {version(library)}\n".encode())
     sources = [Path(module.__file__ or "") for module in (worker, tracing, selection)]
-    for file in (*sources, *sorted((tree / "conversion").glob("*.py")), *sorted((tree / "gguf-py/gguf").glob("*.py"))):
+    for file in sources:
         digest.update(f"{file}{file.stat().st_size}{file.stat().st_mtime_ns}".encode())
+    digest.update(tree_version(tree).encode())
     return digest.hexdigest()[:32]
 
 

@@ -4,6 +4,7 @@ A tree is a folder with `conversion/` and `gguf-py/`, as in llama.cpp's reposito
 distribution of llama-cpp-python (vendor/llama.cpp).
 """
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -125,6 +126,14 @@ def _installed_version() -> str | None:
 def is_tree(folder: Path) -> bool:
     """Return whether a folder holds llama.cpp's converter and its gguf-py."""
     return (folder / "conversion" / "__init__.py").is_file() and (folder / "gguf-py" / "gguf" / "__init__.py").is_file()
+
+
+def tree_version(tree: Path) -> str:
+    """Return a digest of the names, sizes and times of a tree's converter, which says no version of its own."""
+    digest = hashlib.sha256()
+    for file in (*sorted((tree / "conversion").glob("*.py")), *sorted((tree / "gguf-py/gguf").glob("*.py"))):
+        digest.update(f"{file}{file.stat().st_size}{file.stat().st_mtime_ns}".encode())
+    return digest.hexdigest()[:32]
 
 
 def _kept_place(name: str) -> PurePosixPath | None:
