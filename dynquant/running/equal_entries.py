@@ -25,6 +25,7 @@ class EqualEntries:
 
     def __init__(self, model: Model, hf_model: Any) -> None:
         self._tensors = hf_model.state_dict()
+        self._source = model.source
         self._by_layer: dict[int | None, list[str]] = {}
         self._named: dict[str, str] = {}
         for name in self._tensors:
@@ -46,14 +47,20 @@ class EqualEntries:
     def entries(self, name: str, stored: Tensor) -> StridedMap | None:
         """Return the entries of a parameter that have the values of a GGUF tensor, or None where none do."""
         of_layer = self._by_layer.get(layer_of(name), [])
+        stored_type = self._source.info(name).dtype
         first = [self._named[name]] if name in self._named else []
         for parameter in dict.fromkeys((*first, *of_layer)):
-            held = self._tensors[parameter]
+            held = as_in_file(self._tensors[parameter], stored_type)
             for entries in _candidates(parameter, held, stored):
-                seen = entries.gather(self._tensors.__getitem__)
+                seen = as_in_file(entries.gather(self._tensors.__getitem__), stored_type)
                 if torch.equal(seen, stored.to(seen.device, seen.dtype)):
                     return entries
         return None
+
+
+def as_in_file(values: Tensor, stored_type: str) -> Tensor:
+    """Return values as a file of a float type has them: F16 has not all that BF16 has, 2^-24 being its smallest."""
+    return values.to(torch.float16).to(values.dtype) if stored_type == "F16" else values
 
 
 def _candidates(name: str, held: Tensor, stored: Tensor) -> Iterator[StridedMap]:

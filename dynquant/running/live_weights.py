@@ -23,7 +23,7 @@ from dynquant.families.common.conversion_book import ConversionBook, some_of
 from dynquant.families.common.strided_maps import StridedMap
 from dynquant.families.text.registry import FAMILIES
 from dynquant.formats import decode
-from dynquant.running.equal_entries import EqualEntries
+from dynquant.running.equal_entries import EqualEntries, as_in_file
 from dynquant.running.parameter_map import ParameterMap, parameter_map, unmapped
 from dynquant.running.weights import put
 
@@ -197,7 +197,7 @@ def places_of_a_file(model: Model, hf_model: Any) -> dict[str, LivePlace]:
     for name in model.source.names():
         stored = model.source.load(name)
         place = family.get(name)
-        if place is not None and not _is_equal(place, stored):
+        if place is not None and not _is_equal(place, stored, model.source.info(name).dtype):
             raise _other_weights(model, name)
         entries = None if place is not None else search.entries(name, stored)
         if place is None and entries is None and search.is_expected(name, stored):
@@ -207,8 +207,8 @@ def places_of_a_file(model: Model, hf_model: Any) -> dict[str, LivePlace]:
     return places
 
 
-def _is_equal(place: LivePlace, stored: Tensor) -> bool:
-    seen = place.read().flatten()
+def _is_equal(place: LivePlace, stored: Tensor, stored_type: str) -> bool:
+    seen = as_in_file(place.read().flatten(), stored_type)
     return torch.equal(seen, stored.flatten().to(seen.device, seen.dtype))
 
 

@@ -1,11 +1,13 @@
 """A GGUF file and the directory that it is given for: what they compute is compared, told and refused."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dynquant.errors import CheckpointError, EvaluationError
 from dynquant.evaluation.agreement import same_computation
@@ -115,6 +117,24 @@ def test_plan_compares_once(tiny_moe: Path, base: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(same_computation, "compare", None)
     succeed("plan", *arguments)
     succeed("export", directory, "--base-gguf", base, "--plan", plan / "plan.json", "-o", tmp_path / "f16.gguf")
+
+
+def test_a_comparison_is_remembered_with_both_sides_and_programs(
+    tiny_moe: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared, _ = notes_on(tiny_moe, base)
+    assert compared is not None
+    compared.save(tmp_path / "same_computation.json")
+    monkeypatch.setattr(same_computation, "compare", lambda *_, **__: anew)
+    anew = compared.model_copy(update={"tokens": 1})
+    assert notes_on(tiny_moe, base, folder=tmp_path) == (compared, [])
+    other = tmp_path / "other"
+    shutil.copytree(tiny_moe, other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: values + 1 for name, values in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    assert notes_on(other, base, folder=tmp_path) == (anew, [])
+    monkeypatch.setattr(same_computation, "version", lambda package: "0")
+    assert notes_on(tiny_moe, base, folder=tmp_path) == (anew, [])
 
 
 def test_commands_refuse_before_they_measure(tiny_moe: Path, base: Path, tmp_path: Path) -> None:

@@ -106,6 +106,18 @@ def test_a_planned_tensor_without_a_place_is_an_error() -> None:
     rendered.install({"blk.1.ffn_gate_shexp.weight": "F32", "blk.3.nextn.eh_proj.weight": "Q4_0"})
 
 
+def test_a_gguf_in_f16_of_smaller_weights_is_that_of_the_checkpoint() -> None:
+    model, hf_model = running_without_family("olmoe", "olmoe", num_experts=4, num_experts_per_tok=2)
+    with torch.no_grad():
+        for parameter in hf_model.parameters():
+            parameter.copy_((parameter * 2.0**-14).bfloat16())
+    # Rounded to multiples of 2^-24, and for one matrix with its rows in another order.
+    tensors = {name: (model.source.load(name) * 2.0**-14).bfloat16().half() for name in model.source.names()}
+    tensors["blk.1.attn_q.weight"] = tensors["blk.1.attn_q.weight"].flip(0)
+    live = LiveWeights(Model(model.path, DictSource(tensors), model.metadata, model.checkpoint_names), hf_model)
+    assert set(tensors) <= set(live.names())
+
+
 def test_a_gguf_of_other_weights_is_refused() -> None:
     model, hf_model = running_without_family("olmoe", "olmoe", num_experts=4, num_experts_per_tok=2)
     with torch.no_grad():

@@ -11,23 +11,26 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 import torch
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
 from dynquant.calibration.run import text_inputs
 from dynquant.checkpoints.gguf_layout import write_float32
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
+from dynquant.checkpoints.safetensors_source import SafetensorsSource
 from dynquant.errors import CheckpointError, DynquantError
 from dynquant.evaluation.agreement.likely_causes import likely_causes
 from dynquant.evaluation.llama_cpp import separate_window_logits
 from dynquant.evaluation.runners import HuggingFaceRunner
 from dynquant.families.common.config import read_json
+from dynquant.families.converter.source_tree import find_tree, tree_version
 from dynquant.families.text.registry import FAMILIES
 from dynquant.formats.quant_types import quant_type
 from dynquant.packed.rounding import rounded
@@ -58,6 +61,10 @@ class SameComputation(FrozenRecord):
 
     fingerprint: str
     """Weights of the file."""
+    directory: str | None = None
+    """Weights of the directory; None where dynquant cannot read them, and then nothing is remembered."""
+    versions: dict[str, str] = Field(default_factory=dict)
+    """Versions of what ran, and of the converter's source tree where the file is made by it."""
     settings: dict[str, Any]
     """Settings of directory and file that decide the computation beside the weights."""
     kl: float
@@ -172,8 +179,29 @@ def compare(
     runner.close()
     kl = mean_kl(reference, (logits or separate_window_logits)(file, tokens, session.threads))
     weights_kl = 0.0 if stored.is_float or takes_weights else _OTHER_WEIGHTS
-    sides = {"fingerprint": model.fingerprint, "settings": dict(model.settings)}
-    return SameComputation(**sides, kl=kl, rounding_kl=rounding, weights_kl=weights_kl, tokens=len(tokens))
+    return SameComputation(**_sides(model), kl=kl, rounding_kl=rounding, weights_kl=weights_kl, tokens=len(tokens))
+
+
+def _sides(model: Model) -> dict[str, Any]:
+    """Return all that decides a comparison: weights and settings of both sides, and the programs that run them."""
+    directory: str | None = model.fingerprint
+    if model.base_gguf is not None:
+        try:
+            directory = SafetensorsSource(model.hf_directory).fingerprint
+        except CheckpointError:  # a format that only transformers reads
+            directory = None
+    versions = {package: _version(package) for package in ("llama-cpp-python", "transformers")}
+    if is_converted(model) and (tree := find_tree()) is not None:
+        versions["converter"] = tree_version(tree)
+    sides = {"fingerprint": model.fingerprint, "directory": directory, "versions": versions}
+    return sides | {"settings": dict(model.settings)}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
 
 
 def _take_weights(hf_model: nn.Module, model: Model, source: GGUFSource) -> None:
@@ -218,11 +246,12 @@ def _judge(compared: SameComputation, subject: str, model: Model, session: Sessi
 
 
 def _remembered(path: Path, model: Model) -> SameComputation | None:
-    """Return the comparison of a folder, if it was of this file and directory."""
+    """Return the comparison of a folder, if the same programs made it of this file and directory."""
     if not path.is_file():
         return None
     compared = read_document(path, SameComputation, "a comparison of two runtimes", "Delete it; it is made again.")
-    is_same = (compared.fingerprint, compared.settings) == (model.fingerprint, dict(model.settings))
+    sides = _sides(model)
+    is_same = sides["directory"] is not None and all(getattr(compared, name) == sides[name] for name in sides)
     return compared if is_same else None
 
 

@@ -4,10 +4,12 @@ A tree is a folder with `conversion/` and `gguf-py/`, as in llama.cpp's reposito
 distribution of llama-cpp-python (vendor/llama.cpp).
 """
 
+import hashlib
 import os
 import subprocess
 import sys
 import tarfile
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
@@ -24,8 +26,8 @@ _KEPT = ("conversion", "gguf-py", "LICENSE")
 def cache_directory() -> Path:
     """Return the folder for what is fetched or worked out once: DYNQUANT_CACHE, or dynquant in the user's cache."""
     if stated := os.environ.get("DYNQUANT_CACHE"):
-        return Path(stated)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynquant"
+        return Path(stated).absolute()  # a worker knows it by its whole name
+    return (Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynquant").absolute()
 
 
 def find_tree() -> Path | None:
@@ -44,7 +46,14 @@ def find_tree() -> Path | None:
             f"{_PACKAGE} (vendor/llama.cpp)."
         )
     fetched = [folder for folder in cache_directory().glob("llama.cpp-*") if is_tree(folder)]
-    return max(fetched, key=lambda folder: (folder == fetched_tree(), folder.stat().st_mtime), default=None)
+    newest = max(fetched, key=lambda folder: (folder == fetched_tree(), folder.stat().st_mtime), default=None)
+    if newest is not None and newest != fetched_tree() and _installed_version() is not None:
+        warnings.warn(
+            f"llama.cpp's converter is that of {newest}, and {_PACKAGE} {_installed_version()} is installed: "
+            "`dynquant fetch-llama-cpp` fetches its own.",
+            stacklevel=3,
+        )
+    return newest
 
 
 def fetched_tree() -> Path:
@@ -65,7 +74,7 @@ def fetch_tree() -> Path:
             "'dynquant-toolchain[llama]'), or give llama.cpp's source tree by --llama-cpp DIR."
         )
     with TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--dest", folder]
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", _PACKAGE, "--dest", folder]
         done = subprocess.run([*command, f"{_PACKAGE}=={installed}"], capture_output=True, text=True, check=False)
         archives = sorted(Path(folder).glob("*.tar.gz"))
         if done.returncode or not archives:
@@ -117,6 +126,14 @@ def _installed_version() -> str | None:
 def is_tree(folder: Path) -> bool:
     """Return whether a folder holds llama.cpp's converter and its gguf-py."""
     return (folder / "conversion" / "__init__.py").is_file() and (folder / "gguf-py" / "gguf" / "__init__.py").is_file()
+
+
+def tree_version(tree: Path) -> str:
+    """Return a digest of the names, sizes and times of a tree's converter, which says no version of its own."""
+    digest = hashlib.sha256()
+    for file in (*sorted((tree / "conversion").glob("*.py")), *sorted((tree / "gguf-py/gguf").glob("*.py"))):
+        digest.update(f"{file}{file.stat().st_size}{file.stat().st_mtime_ns}".encode())
+    return digest.hexdigest()[:32]
 
 
 def _kept_place(name: str) -> PurePosixPath | None:
