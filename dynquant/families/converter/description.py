@@ -68,10 +68,12 @@ def describe(directory: Path, source: SafetensorsSource, tree: Path, *, no_mtp: 
     # Values that are computed are kept as well, so the weights' files must be those of the description.
     stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in places]
     folder = cache_directory() / "converted" / _key(directory, tree, [request, stamps])
+    was_there = folder.exists()  # whole, or damaged: what comes after this is of another process
     try:
         description = _read(folder)
     except _READ_FAULTS:
-        shutil.rmtree(folder, ignore_errors=True)  # not there, or damaged
+        if was_there:
+            shutil.rmtree(folder, ignore_errors=True)
         _forget_old(folder.parent)
         with writing_folder(folder, "Set DYNQUANT_CACHE to a folder that can be written.") as partial:
             _run(directory, tree, request, partial)
@@ -166,8 +168,7 @@ def _refused(directory: Path, tree: Path, kind: str, reason: str) -> CheckpointE
         return CheckpointError(f"{said}. Give a newer tree by --llama-cpp DIR, or wait until llama.cpp has it.")
     if kind == "tensor":
         said = f"llama.cpp's converter makes tensors of {directory} in a way that dynquant cannot follow: {reason}"
-        ahead = "--no-mtp leaves out tensors of layers that predict tokens ahead"
-        return CheckpointError(f"{said}. {_WAY_OUT} Of `plan`, {ahead}.")
+        return CheckpointError(f"{said}. {_WAY_OUT}")
     return CheckpointError(
         f"llama.cpp's converter in {tree} refuses {directory} ({reason}). Complete its files, or give another version "
         f"of the tree by --llama-cpp DIR. {_WAY_OUT}"
