@@ -30,8 +30,7 @@ from dynquant.families.complete_gguf import check_complete, check_loads
 from dynquant.inputs.branches import Branches, neighbours_that
 from dynquant.inputs.model_inputs import Batch
 from dynquant.inputs.questions import MAX_CHOICES
-from dynquant.resources import count_mapped_files, usable_cores
-from dynquant.running.streaming.stream_memory import free_memory
+from dynquant.resources import count_mapped_files, free_memory, usable_cores
 from dynquant.workers import run_module, side_by_side
 
 _TOKENS, _LOGITS = "tokens.json", "logits.npy"

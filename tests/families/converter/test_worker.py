@@ -1,8 +1,12 @@
 """Small decisions of the worker, which the converter's tree is not needed for."""
 
-import pytest
+from types import SimpleNamespace
 
-from dynquant.families.converter.worker import _as_expected, _turned_experts
+import gguf
+import pytest
+import torch
+
+from dynquant.families.converter.worker import Refusal, _as_expected, _Converter, _turned_experts
 
 
 @pytest.mark.parametrize(("width", "hidden"), [(96, 128), (64, 128), (128, 128)])
@@ -24,3 +28,15 @@ def test_configurations_are_put_in_the_converter_s_words() -> None:
     }  # fmt: skip
     assert _as_expected({"model_type": "glm4_moe_lite", "scoring_func": "softmax"})["scoring_func"] == "softmax"
     assert _as_expected({"model_type": "olmo2", "layer_types": ["full_attention"]})["layer_types"] == ["full_attention"]
+
+
+def test_a_matrix_without_a_graph_is_refused_where_values_were_read() -> None:
+    converter = SimpleNamespace(_gguf=gguf, _looked={"mtp.e_proj", "mtp.h_proj"}, _used=set())
+    writer = gguf.GGUFWriter(None, "llama")
+    with pytest.raises(Refusal, match=r"eh_proj.*\[2, 4\].*mtp.e_proj, mtp.h_proj"):
+        _Converter._add_values(converter, "blk.1.nextn.eh_proj.weight", torch.ones(2, 4).numpy(), None, writer)
+    _Converter._add_values(converter, "rope_freqs.weight", torch.ones(4).numpy(), None, writer)
+    assert converter._used == {"mtp.e_proj", "mtp.h_proj"}
+    converter._looked = set()
+    _Converter._add_values(converter, "rope_table.weight", torch.ones(2, 4).numpy(), None, writer)
+    assert list(writer.tensors[0]) == ["rope_freqs.weight", "rope_table.weight"]
