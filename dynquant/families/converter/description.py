@@ -5,11 +5,8 @@ What it holds are llama.cpp's keys and selections of the checkpoint's tensors, s
 
 import hashlib
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
@@ -34,6 +31,7 @@ from dynquant.families.tokenizers.files import read_tokenizer_files
 from dynquant.families.tokenizers.pre_tokenizers import pre_tokenizer_name
 from dynquant.storage.atomic import writing_folder
 from dynquant.storage.strict_json import parse_json
+from dynquant.workers import run_module
 
 _WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".onnx", ".h5", ".msgpack")
 _MOST_HASHED = 1 << 26
@@ -138,14 +136,8 @@ def _forget_old(folder: Path) -> None:
 
 def _run(directory: Path, tree: Path, request: dict[str, Any], folder: Path) -> None:
     (folder / "request.json").write_text(json.dumps(request))
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    command = [sys.executable, "-m", worker.__name__, str(folder / "request.json"), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "CUDA_VISIBLE_DEVICES": ""}
+    done = run_module(worker.__name__, [str(folder / "request.json"), str(folder)], **quiet)
     refusal = folder / worker.REFUSAL
     if refusal.is_file():
         raise _refused(directory, tree, **parse_json(refusal.read_bytes()))
