@@ -13,10 +13,11 @@ import gc
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -29,6 +30,17 @@ from dynquant.resources import WorkerUse, begin_worker, count_worker, usable_cor
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+def run_module(name: str, arguments: Sequence[str], **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a module in a Python process of its own that imports from where this one does, and return what it said.
+
+    `-m` alone would add the working directory, where a file may have the name of a library.
+    """
+    paths = os.pathsep.join(map(os.path.abspath, sys.path))
+    command = [sys.executable, "-P", "-m", name, *arguments]
+    environment = os.environ | {"PYTHONPATH": paths} | variables
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, env=environment)
 
 
 @contextmanager

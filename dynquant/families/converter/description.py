@@ -5,11 +5,8 @@ What it holds are llama.cpp's keys and selections of the checkpoint's tensors, s
 
 import hashlib
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
@@ -34,6 +31,7 @@ from dynquant.families.tokenizers.files import read_tokenizer_files
 from dynquant.families.tokenizers.pre_tokenizers import pre_tokenizer_name
 from dynquant.storage.atomic import writing_folder
 from dynquant.storage.strict_json import parse_json
+from dynquant.workers import run_module
 
 _WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".onnx", ".h5", ".msgpack")
 _MOST_HASHED = 1 << 26
@@ -68,10 +66,12 @@ def describe(directory: Path, source: SafetensorsSource, tree: Path, *, no_mtp: 
     # Values that are computed are kept as well, so the weights' files must be those of the description.
     stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in places]
     folder = cache_directory() / "converted" / _key(directory, tree, [request, stamps])
+    was_there = folder.exists()  # whole, or damaged: what comes after this is of another process
     try:
         description = _read(folder)
     except _READ_FAULTS:
-        shutil.rmtree(folder, ignore_errors=True)  # not there, or damaged
+        if was_there:
+            shutil.rmtree(folder, ignore_errors=True)
         _forget_old(folder.parent)
         with writing_folder(folder, "Set DYNQUANT_CACHE to a folder that can be written.") as partial:
             _run(directory, tree, request, partial)
@@ -136,14 +136,8 @@ def _forget_old(folder: Path) -> None:
 
 def _run(directory: Path, tree: Path, request: dict[str, Any], folder: Path) -> None:
     (folder / "request.json").write_text(json.dumps(request))
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    command = [sys.executable, "-m", worker.__name__, str(folder / "request.json"), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "CUDA_VISIBLE_DEVICES": ""}
+    done = run_module(worker.__name__, [str(folder / "request.json"), str(folder)], **quiet)
     refusal = folder / worker.REFUSAL
     if refusal.is_file():
         raise _refused(directory, tree, **parse_json(refusal.read_bytes()))
@@ -166,8 +160,7 @@ def _refused(directory: Path, tree: Path, kind: str, reason: str) -> CheckpointE
         return CheckpointError(f"{said}. Give a newer tree by --llama-cpp DIR, or wait until llama.cpp has it.")
     if kind == "tensor":
         said = f"llama.cpp's converter makes tensors of {directory} in a way that dynquant cannot follow: {reason}"
-        ahead = "--no-mtp leaves out tensors of layers that predict tokens ahead"
-        return CheckpointError(f"{said}. {_WAY_OUT} Of `plan`, {ahead}.")
+        return CheckpointError(f"{said}. {_WAY_OUT}")
     return CheckpointError(
         f"llama.cpp's converter in {tree} refuses {directory} ({reason}). Complete its files, or give another version "
         f"of the tree by --llama-cpp DIR. {_WAY_OUT}"

@@ -76,21 +76,25 @@ def _describe(request: dict[str, Any], output: Path) -> None:
         model_class = get_model_class(spelled.get(architecture.lower(), architecture))
     except Exception as error:
         raise Refusal("unknown", str(error)) from error
-    # Some converters take layers that predict tokens ahead for granted, of checkpoints that came without them.
+    # Some converters take layers that predict tokens ahead for granted, of checkpoints that came without them; and of
+    # such layers some make tensors that cannot be followed, which is told with what is left out.
     choices = [True] if request["no_mtp"] or not model_class.supports_mtp_export else [False, True]
     faults: list[str] = []
     for no_mtp in choices:
         model_class.no_mtp = no_mtp and model_class.supports_mtp_export
         try:
-            model = converter.run(model_class, directory)
-            break
-        except (Refusal, MemoryError):
+            converter.write(converter.run(model_class, directory), output, mtp_fault="".join(faults))
+            return
+        except MemoryError:
             raise
+        except Refusal as refusal:
+            if refusal.kind != "tensor" or no_mtp is choices[-1]:
+                raise
+            faults.append(str(refusal))
         except Exception as error:  # the converter checks by assertions and errors of all kinds
             faults.append(f"{type(error).__name__}: {str(error)[:600]}")
-            if len(faults) == len(choices):
+            if no_mtp is choices[-1]:
                 raise Refusal("failed", "; without layers that predict tokens ahead: ".join(faults)) from error
-    converter.write(model, output, mtp_fault="".join(faults))
 
 
 def _trust_no_code() -> None:
@@ -173,8 +177,8 @@ class _Converter:
     def run(self, model_class: Any, directory: Path) -> Any:
         """Make the converter do all but write."""
         gguf = self._gguf
-        self._written.clear()
-        self._looked.clear()
+        for names in (self._written, self._used, self._looked):
+            names.clear()  # of an earlier run
         model = model_class(directory, gguf.LlamaFileType.MOSTLY_BF16, Path("traced.gguf"))
         if isinstance(getattr(model, "impl", None), self._base):
             model = model.impl  # some classes only choose another
