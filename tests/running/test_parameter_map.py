@@ -80,6 +80,7 @@ def test_every_parameter_is_where_the_map_says(model_type: str, tmp_path: Path) 
     save_file(weights, tmp_path / "model.safetensors")
     hf_model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     traced = parameter_map(hf_model, SafetensorsSource(tmp_path))
+    assert parameter_map(AutoModelForCausalLM.from_pretrained(tmp_path), SafetensorsSource(tmp_path)) is traced
     state = hf_model.state_dict()
     assert traced.unused == ["mtp.layers.0.fc.weight"]
     assert not traced.reasons
