@@ -45,11 +45,6 @@ class ParameterMap:
             for name, parts in pieces.items()
         }
 
-    @property
-    def unused(self) -> list[str]:
-        """Checkpoint tensors that transformers does not load, as layers that predict further tokens."""
-        return [name for name in self.stored_shapes if name not in self.stored]
-
     def gguf(self, source: ConvertedSource, name: str) -> StridedMap | None:
         """Return a GGUF tensor as entries of parameters, or None: it is computed, or has no place in the model."""
         parts = [self.stored.get(part) for part in source.checkpoint_names(name)]

@@ -5,13 +5,7 @@ import torch
 
 from dynquant.families.common.strided_maps import whole
 from dynquant.families.common.traced_tensor import TracedTensor
-from dynquant.families.converter.selection import (
-    Selection,
-    as_record,
-    contiguous_strides,
-    from_record,
-    selection_of_positions,
-)
+from dynquant.families.converter.selection import Selection, as_record, from_record, selection_of_positions
 
 STORED = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
 ORDER = torch.tensor([4, 0, 3, 1, 5, 2])
@@ -94,17 +88,6 @@ def test_slices_of_a_stack_are_selected_alone() -> None:
         assert torch.equal(of_slice(fused[1:]), expected[1:])
     crossing = Selection((3, 8, 4), (3, 4, 4), 20, (32, 4, 1))
     assert crossing.of_slice() is None
-
-
-def test_rows_and_columns_add_up_to_the_positions() -> None:
-    for form in ("all", "transposed", "both in another order", "rows of a range"):
-        rows, columns = selection_of(FORMS[form]).row_and_column_positions()
-        assert torch.equal(STORED.flatten()[rows[:, None] + columns], FORMS[form])
-    assert selection_of(FORMS["diagonals"]).row_and_column_positions() is None
-
-
-def test_strides_of_a_contiguous_tensor() -> None:
-    assert contiguous_strides((3, 2, 8)) == (16, 8, 1)
 
 
 def test_another_shape_is_no_input() -> None:
