@@ -179,6 +179,10 @@ def in_processes(
     between them. `cost` and `budget` are those of `side_by_side`. Copies end with this process, also when it is killed,
     and when nobody takes the rest.
 
+    Other threads of this process are not copied, but locks that they hold are. A thread that runs meanwhile may
+    therefore only do what copies do not: second moments are being written to a file, without a product of PyTorch,
+    an import or a message.
+
     Raises:
         WorkerError: a copy was killed. What the function raised comes first.
     """

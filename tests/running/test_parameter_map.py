@@ -52,7 +52,18 @@ def test_what_moves_entries_is_traced(function: Callable[..., Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    "function", [lambda a: a * 2, lambda a: a + a, lambda a: -a.exp(), lambda a: a[0].expand(4, 8), lambda a: a.sum(0)]
+    "function",
+    [
+        lambda a: a * 2,
+        lambda a: a + a,
+        lambda a: -a.exp(),
+        lambda a: a[0].expand(4, 8),
+        lambda a: a.sum(0),
+        lambda a: torch.add(a, 1, alpha=2),
+        lambda a: torch.sub(a, 1, alpha=2),
+        lambda a: a.int(),
+        lambda a: torch.cat([a, torch.ones(1, 8)]),
+    ],
 )
 def test_what_computes_values_is_refused(function: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(NotImplementedError):
