@@ -1,8 +1,11 @@
 """Selections move entries as they say, in every form, on slices, in automatic differentiation and through files."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from dynquant.families.common.conversion import Conversion
 from dynquant.families.common.strided_maps import whole
 from dynquant.families.common.traced_tensor import TracedTensor
 from dynquant.families.converter.selection import Selection, as_record, from_record, selection_of_positions
@@ -114,3 +117,12 @@ def test_rows_of_zeros_have_no_entries_in_a_map() -> None:
     traced = padded(TracedTensor(whole("table", (6, 8)))).map
     assert traced.shape == (7, 8) and sum(piece.numel for piece in traced.pieces) == 48
     assert torch.equal(traced.gather(lambda _: STORED), padded(STORED))
+
+
+def test_a_conversion_reads_the_rows_that_it_needs() -> None:
+    asked = []
+    source = SimpleNamespace(load=lambda name, index: asked.append((name, index)) or STORED[index])
+    padded = Selection((6, 8), (9, 8), strides=(8, 1), padding=3)
+    conversion = Conversion("token_embd", ("embed",), (9, 8), "F32", padded, of_rows=padded.of_rows)
+    assert torch.equal(conversion.load(source, slice(4, 8)), padded(STORED)[4:8])
+    assert asked == [("embed", slice(4, 6))]
