@@ -101,6 +101,8 @@ def _stand_in_calls(
 
 def _fault(hf_model: Any, num_layers: int, first: list[_Call] | None, second: list[_Call] | None) -> str | None:
     """Return why layers cannot run one at a time on all texts, from their calls on two of them."""
+    if getattr(hf_model.config.get_text_config(), "num_kv_shared_layers", 0):
+        return "its layers use the keys and values of other layers"
     if first is None or second is None or len(first) != num_layers:
         return "its layers pass on more than hidden states"
     channels = hf_model.get_input_embeddings().embedding_dim
@@ -109,8 +111,6 @@ def _fault(hf_model: Any, num_layers: int, first: list[_Call] | None, second: li
         return f"its layers do not pass on hidden states of {channels} channels a token alone"
     if any(not torch.equal(before.given, after.hidden) for before, after in pairwise(first)):
         return "it computes between its layers"
-    if getattr(hf_model.config.get_text_config(), "num_kv_shared_layers", 0):
-        return "its layers use the keys and values of other layers"
     for call, other in zip(first, second, strict=True):
         for name, value in call.others.items():
             if not _same(value, other.others.get(name)):
