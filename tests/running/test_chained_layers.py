@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from dynquant.errors import StatsError
 from dynquant.running.load import load_hf
 from dynquant.running.streaming.chained_layers import gives_tuples
+from dynquant.running.streaming.layer_replay import LayerReplay
 from dynquant.running.streaming.layer_stream import LayerStream, decoder_layers
 from dynquant.running.streaming.staged_passes import StagedPasses
 from tests.helpers.architectures import COMMON, converted_model
@@ -21,6 +22,24 @@ BLOOM = {"n_head": 4, "n_layer": 2}
 PER_LAYER = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 512}
 ALTUP = {"laurel_rank": 4, "activation_sparsity_pattern": [0.0, 0.0], "layer_types": ["full_attention"] * 2}
 SHARED_KEYS = {"num_kv_shared_layers": 1, "hidden_size_per_layer_input": 0, "layer_types": ["full_attention"] * 2}
+SELECTED = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "index_n_heads": 2,
+    "index_head_dim": 32,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "mlp_layer_types": ["dense", "sparse"],
+    "indexer_types": ["full", "full"],
+}
 
 
 def tiny(model_type: str, sizes: dict[str, Any]) -> Any:
@@ -82,3 +101,9 @@ def test_layers_that_share_more_than_hidden_states_are_refused(
 def test_layers_of_gemma_4_without_shared_state_are_streamed() -> None:
     hf_model = tiny("gemma4_text", {"hidden_size_per_layer_input": 0})
     assert not gives_tuples(hf_model, decoder_layers(hf_model), torch.float32, torch.device("cpu"))
+
+
+def test_all_layers_run_again_where_they_share_more() -> None:
+    replay = LayerReplay(tiny("glm_moe_dsa", SELECTED), [torch.arange(24).view(2, 12)])
+    (plain,) = replay.keep()
+    assert torch.equal(replay.logits(0, 1), plain)

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dynquant.errors import StatsError
 from dynquant.running.load import tf32_products
-from dynquant.running.streaming.chained_layers import standing_in
+from dynquant.running.streaming.chained_layers import gives_tuples, standing_in
 from dynquant.running.streaming.layer_stream import decoder_layers
 
 _Call = tuple[Tensor, dict[str, Any]]
@@ -40,6 +41,12 @@ class LayerReplay:
         self.layers = decoder_layers(hf_model)
         self._calls: list[list[_Call]] = []
         self._gives_tuples = False
+        try:
+            gives_tuples(hf_model, self.layers, next(hf_model.parameters()).dtype, self.device)
+        except StatsError:
+            self._can_skip = False  # a layer may need what one below it has selected, or its keys and values
+        else:
+            self._can_skip = True
 
     @property
     def num_layers(self) -> int:
@@ -61,9 +68,9 @@ class LayerReplay:
     def logits(self, index: int, first_layer: int) -> Tensor:
         """Logits [tokens, vocabulary] of batch `index`, with layers below `first_layer` as they were in `keep`.
 
-        At least the last layer runs, whatever `first_layer` is.
+        At least the last layer runs, whatever `first_layer` is, and all do where they share more than hidden states.
         """
-        first_layer = min(first_layer, len(self.layers) - 1)
+        first_layer = min(first_layer, len(self.layers) - 1) if self._can_skip else 0
         with torch.no_grad(), self._skipping(first_layer, self.layer_input(index, first_layer)):
             return self._forward(self.batches[index])
 
