@@ -61,6 +61,18 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+def free_memory() -> int:
+    """Bytes that this process can still take, by the machine's and its control group's count."""
+    free, meminfo = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), Path("/proc/meminfo")
+    if meminfo.is_file():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()).isdigit():
+        free = min(free, max(0, int(text) - int(used.read_text())))  # a container may have less than the machine
+    return free
+
+
 def parse_size(text: str) -> int:
     """Return the bytes of `31002144`, `140GB` (decimal) or `130.6GiB` (binary), or raise OptionError for no size."""
     match = _SIZE.fullmatch(text)

@@ -13,10 +13,11 @@ import gc
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -29,6 +30,17 @@ from dynquant.resources import WorkerUse, begin_worker, count_worker, usable_cor
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+def run_module(name: str, arguments: Sequence[str], **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a module in a Python process of its own that imports from where this one does, and return what it said.
+
+    `-m` alone would add the working directory, where a file may have the name of a library.
+    """
+    paths = os.pathsep.join(map(os.path.abspath, sys.path))
+    command = [sys.executable, "-P", "-m", name, *arguments]
+    environment = os.environ | {"PYTHONPATH": paths} | variables
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, env=environment)
 
 
 @contextmanager
@@ -166,6 +178,10 @@ def in_processes(
     Copies see all that this process holds when the first item is drawn, and share its memory; items and results travel
     between them. `cost` and `budget` are those of `side_by_side`. Copies end with this process, also when it is killed,
     and when nobody takes the rest.
+
+    Other threads of this process are not copied, but locks that they hold are. A thread that runs meanwhile may
+    therefore only do what copies do not: second moments are being written to a file, without a product of PyTorch,
+    an import or a message.
 
     Raises:
         WorkerError: a copy was killed. What the function raised comes first.

@@ -1,7 +1,7 @@
 """Fixtures: the bundled small MoE, and the larger test beds where the checkout has them beside it."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,16 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def settings_of_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """What the user set for llama.cpp's tree, which tests do not see: they have no tree and an empty cache."""
+    stated = {name: os.environ[name] for name in ("LLAMA_CPP_DIR", "DYNQUANT_CACHE") if name in os.environ}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("LLAMA_CPP_DIR", raising=False)
+        patch.setenv("DYNQUANT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield stated
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,6 +8,7 @@ import threading
 import time
 from itertools import pairwise
 from multiprocessing import active_children
+from pathlib import Path
 from threading import Barrier
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 
 from dynquant.errors import EncodeError, WorkerError
 from dynquant.resources import peak_memory_bytes
-from dynquant.workers import can_fork, in_processes, share, side_by_side, torch_threads
+from dynquant.workers import can_fork, in_processes, run_module, share, side_by_side, torch_threads
 
 forks = pytest.mark.skipif(not can_fork(), reason="processes are not copied on this system")
 
@@ -55,6 +56,17 @@ def test_the_first_exception_ends_it(workers: int) -> None:
     with pytest.raises(ValueError, match="three"):
         next(results)
     assert len(begun) < 20
+
+
+def test_a_module_imports_from_where_this_process_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "said.py").write_text("import json, os, sys; print(json.dumps([sys.argv[1:], os.environ['HERE']]))")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "json.py").write_text("raise ImportError")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(elsewhere)
+    done = run_module("said", ["one"], HERE="two")
+    assert (done.returncode, done.stdout) == (0, '[["one"], "two"]\n'), done.stderr
 
 
 def test_threads_of_torch_come_back() -> None:

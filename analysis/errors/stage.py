@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -85,7 +86,7 @@ def scheme_table(
     identity = {"encoder": f"{ENCODER}, torch {torch.__version__}", "device": device}
     candidates = checkpoint.candidates(SCHEMES, mixed_experts=True)
     meter = SchemeMeter(model, stats.stats, checkpoint, candidates, torch.device(device))
-    return _written(path, meter, tuple(SCHEMES), stats.hash, identity, session)
+    return _written(path, meter, tuple(SCHEMES), stats, identity, session)
 
 
 def _meter(model: Model, stats: StatsFile, options: TableOptions, session: Session) -> ErrorMeter:
@@ -121,14 +122,14 @@ def _measured(
             files = StoredFiles(StoredModel.of(meter.model), stats.path.resolve(), meter.moments is not None)
             choice = EncoderChoice.of(encoder, "cpu", session.threads or 1)
             elsewhere = measure_on(pool, choice, files, meter.sampling)
-        return _written(output, meter, names, stats.hash, identity, session, elsewhere, earlier)
+        return _written(output, meter, names, stats, identity, session, elsewhere, earlier)
 
 
 def _written(
     output: Path,
     meter: Meter,
     type_names: Sequence[str],
-    stats_hash: str,
+    stats: StatsFile,
     identity: Mapping[str, str],
     session: Session,
     elsewhere: Measure | None = None,
@@ -138,13 +139,18 @@ def _written(
 
     `identity` is what decides its numbers beside types, model, statistics and version.
     """
-    origin = {"tool": __version__, "fingerprint": meter.model.fingerprint, "stats": stats_hash}
+    origin = {"tool": __version__, "fingerprint": meter.model.fingerprint, "stats": stats.hash}
     with ErrorJournal(output, {**origin, "types": " ".join(type_names), **identity}) as journal:
         if journal.num_parts:
             session.note(f"going on with the interrupted {output.name}, {journal.num_parts} parts of tensors are there")
         with session.stage("Statistics and the errors measured so far are kept.") as progress:
             sources = {"journal": journal, "elsewhere": elsewhere}
-            table = build_error_table(meter, type_names, stats_hash=stats_hash, **sources, progress=progress)
+
+            def checked(*args: Any, **kwargs: Any) -> None:
+                stats.check()  # hours of measuring would be followed by a failure that is known now
+                progress(*args, **kwargs)
+
+            table = build_error_table(meter, type_names, stats_hash=stats.hash, **sources, progress=checked)
         table = earlier.extended_by(table) if earlier else table
         table.save(output)
         journal.remove()

@@ -64,9 +64,14 @@ class StatsFile:
         if self.writing is not None:
             self.writing.result()
 
+    def check(self) -> None:
+        """Raise the WriteError of second moments beside that could not be written, if that is known already."""
+        if self.writing is not None and self.writing.done():
+            self.writing.result()
+
     @contextmanager
-    def finishing(self) -> Iterator[None]:
-        """Context manager: for other work meanwhile, with `finish` on exit; an exception leaves no half of the file."""
+    def guarded(self) -> Iterator[None]:
+        """Context manager: for other work meanwhile; an exception leaves no half of the file beside."""
         try:
             yield
         except BaseException:
@@ -74,6 +79,12 @@ class StatsFile:
             if self.writing is not None:
                 wait((self.writing,))
             raise
+
+    @contextmanager
+    def finishing(self) -> Iterator[None]:
+        """Context manager: `guarded`, with `finish` on exit."""
+        with self.guarded():
+            yield
         self.finish()
 
     @cached_property
@@ -168,7 +179,8 @@ def statistics_at(
             return file
         session.note(f"{path} was made with other {', '.join(others)}: calibrating anew")
     file = run_calibration(model, options, path, session, in_background=in_background)
-    tell_coverage(file.stats, model, session)
+    with file.guarded():
+        tell_coverage(file.stats, model, session)
     return file
 
 
@@ -248,14 +260,15 @@ def run_calibration(
                     progress=progress,
                 )  # fmt: skip
     file = _saved(result, output, in_background) if limit is None else StatsFile(output, result.stats)
-    for kind in KINDS:
-        if kind in result.by_kind:
-            result.by_kind[kind].save(kind_path(output, kind))
-        else:  # left by an earlier calibration
-            kind_path(output, kind).unlink(missing_ok=True)
-    if options.hessians == "none":
-        path_beside(output).unlink(missing_ok=True)
-    _tell_result(result, inputs, path_beside(output), options, session)
+    with file.guarded():
+        for kind in KINDS:
+            if kind in result.by_kind:
+                result.by_kind[kind].save(kind_path(output, kind))
+            else:  # left by an earlier calibration
+                kind_path(output, kind).unlink(missing_ok=True)
+        if options.hessians == "none":
+            path_beside(output).unlink(missing_ok=True)
+        _tell_result(result, inputs, path_beside(output), options, session)
     return file
 
 
@@ -272,8 +285,10 @@ def _saved(result: Calibration, output: Path, in_background: bool) -> StatsFile:
         thread.shutdown(wait=not in_background)
         if not in_background:
             writing.result()
-    result.stats.save(output)
-    return StatsFile(output, result.stats, moments if in_background else None, writing, stop)
+    file = StatsFile(output, result.stats, moments if in_background else None, writing, stop)
+    with file.guarded():
+        result.stats.save(output)
+    return file
 
 
 def _check_kinds(output: Path) -> None:

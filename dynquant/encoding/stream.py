@@ -33,8 +33,7 @@ from dynquant.errors import EncodeError, PlanError
 from dynquant.families.common.conversion import ConvertedSource
 from dynquant.formats.quant_types import QuantType
 from dynquant.recipes.plan import Plan
-from dynquant.resources import usable_cores
-from dynquant.running.streaming.stream_memory import free_memory
+from dynquant.resources import free_memory, usable_cores
 from dynquant.session import Progress, ignore_progress
 from dynquant.workers import side_by_side
 

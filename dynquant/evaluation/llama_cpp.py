@@ -11,7 +11,6 @@ import ctypes
 import json
 import os
 import re
-import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -31,9 +30,8 @@ from dynquant.families.complete_gguf import check_complete, check_loads
 from dynquant.inputs.branches import Branches, neighbours_that
 from dynquant.inputs.model_inputs import Batch
 from dynquant.inputs.questions import MAX_CHOICES
-from dynquant.resources import count_mapped_files, usable_cores
-from dynquant.running.streaming.stream_memory import free_memory
-from dynquant.workers import side_by_side
+from dynquant.resources import count_mapped_files, free_memory, usable_cores
+from dynquant.workers import run_module, side_by_side
 
 _TOKENS, _LOGITS = "tokens.json", "logits.npy"
 BATCH_TOKENS = 512
@@ -393,9 +391,8 @@ def separate_window_logits(file: Path, tokens: Sequence[int], threads: int | Non
     with TemporaryDirectory() as name:
         folder = Path(name)
         (folder / _TOKENS).write_text(json.dumps(list(tokens)))
-        command = [sys.executable, "-m", __name__, str(file.resolve()), name, str(threads or usable_cores())]
-        environment = os.environ | {"GGML_NO_BACKTRACE": "1"}  # it would start a debugger
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment)
+        arguments = [str(file.resolve()), name, str(threads or usable_cores())]
+        done = run_module(__name__, arguments, GGML_NO_BACKTRACE="1")  # it would start a debugger
         if done.returncode:
             raise EvaluationError(f"llama.cpp cannot run it: {_reason(done.stderr)}")
         return torch.from_numpy(np.load(folder / _LOGITS))

@@ -39,8 +39,10 @@ _OWN_KEYS = ("general.quantization_version", "general.file_type")
 _OWN_PREFIXES = ("quantize.imatrix.", "dynquant.", "split.")
 
 
-def open_model(path: str | Path, *, base_gguf: str | Path | None = None) -> Model:
+def open_model(path: str | Path, *, base_gguf: str | Path | None = None, mtp: bool = True) -> Model:
     """Open a Hugging Face directory or hub id, or a GGUF file.
+
+    Without `mtp`, llama.cpp's converter leaves out layers that predict tokens ahead; else they are there.
 
     Raises:
         CheckpointError: nothing is there, it is damaged, or its architecture has no converter here.
@@ -55,7 +57,7 @@ def open_model(path: str | Path, *, base_gguf: str | Path | None = None) -> Mode
         return replace(model, **paths, settings=settings)
     if is_vision_checkpoint(directory):
         return replace(open_vision(directory), settings=settings_of(directory))
-    model = open_hf(directory)
+    model = open_hf(directory, mtp=mtp)
     if has_tower(directory):
         warnings.warn(
             f"{directory} has a vision tower of a kind that dynquant has no place for: only its language model is "
@@ -67,7 +69,7 @@ def open_model(path: str | Path, *, base_gguf: str | Path | None = None) -> Mode
 
 def open_and_announce(path: str | Path, session: Session, *, base_gguf: Path | None = None, mtp: bool = True) -> Model:
     """Open a model and say what it is; without `mtp`, its layers that predict tokens ahead are left out."""
-    model = open_model(path, base_gguf=base_gguf)
+    model = open_model(path, base_gguf=base_gguf, mtp=mtp)
     if not mtp and model.mtp_tensors:
         session.note(f"left out: {len(model.mtp_tensors)} tensors of layers that predict tokens ahead")
         model = model.without_mtp()
@@ -89,7 +91,7 @@ def open_language_model(path: str | Path, session: Session) -> Model:
     return model
 
 
-def open_hf(directory: Path) -> Model:
+def open_hf(directory: Path, *, mtp: bool = True) -> Model:
     """Open a Hugging Face checkpoint; nothing but headers, configuration and tokenizer is read.
 
     Raises:
@@ -99,7 +101,7 @@ def open_hf(directory: Path) -> Model:
         tree = find_tree()
         if tree is None:
             raise missing_tree(directory, model_type)
-        return open_converted(directory, tree)
+        return open_converted(directory, tree, mtp=mtp)
     config = read_config(directory, FAMILIES)
     refuse_quantized(directory, config.raw.get("quantization_config"))
     source = SafetensorsSource(directory)

@@ -19,11 +19,12 @@ from dynquant.checkpoints.safetensors_format import StoredTensor
 from dynquant.checkpoints.tensor_source import TensorSource, checked_finite
 from dynquant.errors import CheckpointError
 from dynquant.families.common.conversion import ConvertedSource
-from dynquant.families.common.strided_maps import StridedMap
+from dynquant.families.common.strided_maps import StridedMap, whole
 from dynquant.formats.plain_quants import DTYPE_BYTES, FLOAT_DTYPES
 from dynquant.packed.joined_rows import ROWS_PREFIX
 from dynquant.packed.places import Layout, Place
 from dynquant.recipes.plan import Plan, PlanEntry
+from dynquant.running.expert_hooks import expert_layout, is_fused_experts
 from dynquant.running.parameter_map import ParameterMap, parameter_map
 
 _LATENT = {"attn_k_b.weight": "k_b", "attn_v_b.weight": "v_b"}
@@ -109,7 +110,7 @@ class _Builder:
             if len(entries.sources) > 1:
                 self.refuse(entry.name, f"joins {' and '.join(entries.sources[:4])}")
         if len(self._shapes[parameter]) == 3:
-            self._add_experts(path, tensors)
+            self._add_experts(parameter, tensors)
         elif {_kind(name) for name in names} == set(_LATENT) and isinstance(module, nn.Linear):
             for entry, _ in tensors:
                 self._place(entry, f"{path}.{_LATENT[_kind(entry.name)]}")
@@ -125,7 +126,7 @@ class _Builder:
         for parameter, tensors in by_parameter.items():
             path = parameter.rpartition(".")[0]
             if path in packed and parameter not in self._replaced and len(self._shapes[parameter]) == 3:
-                self._add_experts(path, tensors)
+                self._add_experts(parameter, tensors)
                 self._replaced.add(parameter)
 
     def kept(self, planned: Mapping[str, list[str]]) -> dict[str, StoredTensor]:
@@ -218,15 +219,34 @@ class _Builder:
             self.refuse(entry.name, f"has other rows or columns than `{parameter}`")
         self._place(entry, parameter, _moved(rows), can_be_packed=can_be_packed)
 
-    def _add_experts(self, path: str, tensors: _Tensors) -> None:
+    def _add_experts(self, parameter: str, tensors: _Tensors) -> None:
+        path = parameter.rpartition(".")[0]
+        are_experts = is_fused_experts(self._hf_model.get_submodule(path))
         for entry, entries in tensors:
-            if _kind(entry.name) not in _EXPERTS or len(entry.shape) != 3:
+            part = _EXPERTS.get(_kind(entry.name))
+            if part is None or len(entry.shape) != 3 or not are_experts:
                 self.refuse(entry.name, f"has no place among the experts of `{path}`")
-            for expert in {0, entry.shape[0] - 1}:
-                positions = _positions(entries.sliced(0, expert, expert + 1))[0]
-                if not all(_is_regular(line) for line in (positions[0], positions[:, 0], positions[-1])):
-                    self.refuse(entry.name, f"has its rows or columns in another order than `{path}`")
-            self._place(entry, f"{path}.{_EXPERTS[_kind(entry.name)]}")
+            expected = self._entries_of_experts(parameter, part)
+            samples = zip(_samples(expected), _samples(entries), strict=True)
+            if expected.shape != entries.shape or not all(
+                torch.equal(_positions(there), _positions(here)) for there, here in samples
+            ):
+                self.refuse(entry.name, f"has its experts, rows or columns in another order than `{parameter}`")
+            self._place(entry, f"{path}.{part}")
+
+    def _entries_of_experts(self, parameter: str, part: str) -> StridedMap:
+        """Return which entries of a parameter are a part [E, rows, columns] of its experts for the packed module."""
+        path, _, attribute = parameter.rpartition(".")
+        module = self._hf_model.get_submodule(path)
+        entries = whole(parameter, self._shapes[parameter])
+        if expert_layout(module).is_transposed:
+            entries = entries.permuted((0, 2, 1))
+        if attribute != "gate_up_proj" or part == "down_proj":
+            return entries
+        length, is_up = entries.shape[1], part == "up_proj"
+        if not getattr(module, "is_concatenated", True):
+            return entries.sliced(1, int(is_up), length, 2)
+        return entries.sliced(1, length // 2, length) if is_up else entries.sliced(1, 0, length // 2)
 
     def _rows_and_columns(self, entry: PlanEntry | _Matrix, entries: StridedMap, width: int) -> tuple[Tensor, Tensor]:
         """Return which row of a matrix [R, width] each row of a GGUF tensor is, and the same of columns."""
@@ -260,9 +280,11 @@ def _moved(order: Tensor) -> Tensor | None:
     return None if torch.equal(order, torch.arange(len(order))) else order
 
 
-def _is_regular(positions: Tensor) -> bool:
-    steps = positions.diff()
-    return not len(steps) or bool((steps == steps[0]).all() and steps[0] > 0)
+def _samples(experts: StridedMap) -> list[StridedMap]:
+    """Return the first and the last expert of a stack, and the first entry of all."""
+    count = experts.shape[0]
+    ends = [experts.sliced(0, expert, expert + 1) for expert in (0, count - 1)]
+    return [*ends, experts.sliced(1, 0, 1).sliced(2, 0, 1)]
 
 
 def _loaded(checkpoint: Any, name: str) -> Tensor:

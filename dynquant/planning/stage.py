@@ -68,12 +68,12 @@ def _plan_types(options: PlanOptions, session: Session) -> Plan:
         directory.mkdir(parents=True, exist_ok=True)
         compared.save(directory / file_names.SAME_COMPUTATION_NAME)
     stats = _checked_statistics(model, options, types, session, is_chosen=fixed_types is None)
-    if search is not None:
-        _check_runs_whole(model, options, session)
-    store = encoded_store(model, stats, directory, options.encoder, session) if search is not None else None
-    ray = options.calibration.ray if store is None else None  # a store of encoded blocks is filled on this machine
-    how = {"encoder": options.encoder, "exact": options.exact, "base_gguf": options.base_gguf}
     with stats.finishing():
+        if search is not None:
+            _check_runs_whole(model, options, session)
+        store = encoded_store(model, stats, directory, options.encoder, session) if search is not None else None
+        ray = options.calibration.ray if store is None else None  # a store of encoded blocks is filled on this machine
+        how = {"encoder": options.encoder, "exact": options.exact, "base_gguf": options.base_gguf}
         table = error_table(model, stats, path, TableOptions(types=types, ray=ray, **how), session)
     supers, table = _probe(model, table, options, session)
     write_token_errors(model, options.stats or stats.path, directory, types, options.encoder, session)
@@ -113,11 +113,10 @@ def _plan_schemes(options: PlanOptions, session: Session) -> Plan:
     if budget is not None:
         chooser.check_budget(model, budget)
     stats = statistics_in(options.output, model, options.calibration, session, stats_path=options.stats)
-    request = {"recipe": target.recipe, "stats_hash": stats.hash}
-    if uniform is not None:
-        stats.finish()
-        return plan_for_vllm(model, checkpoint, uniform, **request)
     with stats.finishing():
+        request = {"recipe": target.recipe, "stats_hash": stats.hash}
+        if uniform is not None:
+            return plan_for_vllm(model, checkpoint, uniform, **request)
         table = scheme_table(model, checkpoint, stats, path, session)
     _, table = _probe(model, table, options, session)
     chosen = chooser.choose(table, budget)
@@ -196,7 +195,8 @@ def _checked_statistics(
         check(StatsFile(options.stats).stats if options.stats is not None else None)
     stats = statistics_in(options.output, model, options.calibration, session, stats_path=options.stats)
     if is_chosen:
-        check(stats.stats)
+        with stats.guarded():
+            check(stats.stats)
     return stats
 
 

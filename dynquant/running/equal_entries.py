@@ -6,7 +6,7 @@ counts only when all of its values are equal.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -46,16 +46,31 @@ class EqualEntries:
 
     def entries(self, name: str, stored: Tensor) -> StridedMap | None:
         """Return the entries of a parameter that have the values of a GGUF tensor, or None where none do."""
-        of_layer = self._by_layer.get(layer_of(name), [])
-        stored_type = self._source.info(name).dtype
+        ends = {index: stored[index] for index in (0, len(stored) - 1)} if stored.dim() == 3 else {}
+        return next(
+            (each for each in self._alike(name, stored, ends) if self._are_equal(name, each, stored)),
+            None,
+        )
+
+    def entries_of_stack(self, name: str) -> StridedMap | None:
+        """Return what `entries` does for a stack of experts, of which only the first and the last are decoded."""
+        shape = self._source.info(name).shape
+        ends = {index: self._source.load(name, index) for index in (0, shape[0] - 1)}
+        return next(self._alike(name, torch.empty(shape, device="meta"), ends), None)
+
+    def _alike(self, name: str, stored: Tensor, experts: Mapping[int, Tensor]) -> Iterator[StridedMap]:
+        """Yield entries of parameters that may be a tensor, as far as these experts of it say."""
         first = [self._named[name]] if name in self._named else []
-        for parameter in dict.fromkeys((*first, *of_layer)):
-            held = as_in_file(self._tensors[parameter], stored_type)
+        for parameter in dict.fromkeys((*first, *self._by_layer.get(layer_of(name), []))):
+            held = as_in_file(self._tensors[parameter], self._source.info(name).dtype)
             for entries in _candidates(parameter, held, stored):
-                seen = as_in_file(entries.gather(self._tensors.__getitem__), stored_type)
-                if torch.equal(seen, stored.to(seen.device, seen.dtype)):
-                    return entries
-        return None
+                parts = ((entries.sliced(0, index, index + 1), values[None]) for index, values in experts.items())
+                if all(self._are_equal(name, part, values) for part, values in parts):
+                    yield entries
+
+    def _are_equal(self, name: str, entries: StridedMap, values: Tensor) -> bool:
+        held = as_in_file(entries.gather(self._tensors.__getitem__), self._source.info(name).dtype)
+        return torch.equal(held, values.to(held.device, held.dtype))
 
 
 def as_in_file(values: Tensor, stored_type: str) -> Tensor:

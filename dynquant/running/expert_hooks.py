@@ -63,6 +63,11 @@ def expert_layout(module: nn.Module) -> ExpertLayout:
     return layout
 
 
+def is_fused_experts(module: nn.Module) -> bool:
+    """Return whether a module holds routed experts as stacks of which the layout is known."""
+    return _layout(module) is not None
+
+
 def _layout(module: nn.Module) -> ExpertLayout | None:
     if hasattr(module, "is_transposed") and hasattr(module, "has_gate"):
         return ExpertLayout(bool(module.is_transposed), bool(module.has_gate), bool(getattr(module, "has_bias", False)))
@@ -78,7 +83,7 @@ def expert_modules(hf_model: nn.Module) -> dict[str, nn.Module]:
     """Name -> fused experts module, or raise StatsError for experts that cannot be observed."""
     experts = {}
     for name, module in hf_model.named_modules():
-        if _layout(module) is not None:
+        if is_fused_experts(module):
             experts[name] = module
             continue
         holds_stack = any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))

@@ -9,7 +9,7 @@ becomes entries of parameters.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -45,11 +45,6 @@ class ParameterMap:
             for name, parts in pieces.items()
         }
 
-    @property
-    def unused(self) -> list[str]:
-        """Checkpoint tensors that transformers does not load, as layers that predict further tokens."""
-        return [name for name in self.stored_shapes if name not in self.stored]
-
     def gguf(self, source: ConvertedSource, name: str) -> StridedMap | None:
         """Return a GGUF tensor as entries of parameters, or None: it is computed, or has no place in the model."""
         parts = [self.stored.get(part) for part in source.checkpoint_names(name)]
@@ -67,11 +62,28 @@ class ParameterMap:
 def parameter_map(hf_model: Any, checkpoint: TensorSource) -> ParameterMap:
     """Trace transformers' loading of a checkpoint into a model of the class and configuration of `hf_model`.
 
-    `hf_model` itself is not touched.
+    `hf_model` itself is not touched. The latest maps are kept: one plan asks several times for that of its model.
     """
-    shapes = {name: tuple(checkpoint.info(name).shape) for name in checkpoint.names()}
+    shapes = tuple((name, tuple(checkpoint.info(name).shape)) for name in checkpoint.names())
+    config = hf_model.config
+    return _traced(_Request(type(hf_model), config.to_json_string(use_diff=False), shapes, config))
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A model and a checkpoint, as far as they decide a map."""
+
+    model_class: Any
+    settings: str
+    shapes: tuple[tuple[str, Shape], ...]
+    config: Any = field(compare=False)
+
+
+@lru_cache(maxsize=2)
+def _traced(request: _Request) -> ParameterMap:
+    shapes = dict(request.shapes)
     with torch.device("meta"):
-        empty = type(hf_model)(hf_model.config)
+        empty = request.model_class(request.config)
     reasons = _load_traced(empty, shapes)
     loaded = {
         name: tensor.map

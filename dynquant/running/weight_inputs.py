@@ -246,9 +246,10 @@ def _entries_in_file(model: Model, search: EqualEntries, name: str, named: dict[
     shape = model.source.info(name).shape
     if len(shape) < 2 or role_of(name) in (Role.EMBEDDING, Role.OUTPUT):
         return None
-    is_expert = role_of(name).is_routed_expert
+    if role_of(name).is_routed_expert and len(shape) == 3:
+        return search.entries_of_stack(name)
     stored = model.source.load(name)
-    if name in named and not is_expert:
+    if name in named:
         weight = named[name].module.weight.detach()  # type: ignore[union-attr]
         here, there = (values.double().abs().sum(0).cpu() for values in (weight, stored))
         if weight.shape != stored.shape or torch.allclose(here, there, rtol=1e-2):

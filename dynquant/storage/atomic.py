@@ -3,6 +3,7 @@
 The temporary name is unique, so that two processes that write the same file never touch each other's half of it.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -77,8 +78,11 @@ def writing_folder(path: Path, way_out: str = _WAY_OUT) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         if not path.exists():
-            with suppress(FileExistsError):
+            try:
                 temporary.rename(path)
+            except OSError as error:  # another process was faster
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise
     except OSError as error:
         raise WriteError(f"{path} could not be written: {reason(error)}. {way_out}") from error
     finally:

@@ -1,11 +1,15 @@
 """Calibration: exact logits, sums equal to a direct computation, held-back samples, starved experts, text sources."""
 
 import json
+from concurrent.futures import wait
 
 import pytest
 import torch
 from torch.nn import functional
 
+from dynquant.analysis.errors.options import TableOptions
+from dynquant.analysis.errors.stage import error_table
+from dynquant.calibration import stage as calibration_stage
 from dynquant.calibration.collector import SampleLimits
 from dynquant.calibration.importance import SHRINK_TOKENS, coverage_report, importance
 from dynquant.calibration.options import CalibrationOptions
@@ -18,10 +22,14 @@ from dynquant.errors import CheckpointError, StatsError, WriteError
 from dynquant.families.open import open_model
 from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.inputs.text import CalibrationText, pack_windows, read_text
+from dynquant.planning import stage as planning_stage
+from dynquant.planning.options import PlanOptions, SearchOptions
+from dynquant.planning.stage import make_plan
+from dynquant.planning.target import Target
 from dynquant.running.expert_hooks import record_experts
 from dynquant.running.load import load_hf, load_tokenizer
 from dynquant.running.weight_inputs import named_inputs
-from dynquant.session import ignore_progress
+from dynquant.session import SILENT, ignore_progress
 from tests.helpers.calibrating import calibrate
 from tests.helpers.commands import linked_copy
 from tests.helpers.gguf_writing import finish
@@ -54,6 +62,31 @@ def test_second_moments_that_cannot_be_written_beside_other_work_are_told_at_the
     with pytest.raises(WriteError, match="no space"), file.finishing():
         pass
     assert not (tmp_path / "hessians.safetensors").exists()
+    wait((file.writing,))
+    with pytest.raises(WriteError, match="no space"):
+        error_table(open_model(small_moe), file, tmp_path / "errors.json", TableOptions(types=("Q4_0",)), SILENT)
+
+
+@pytest.mark.parametrize("part", ["_tell_result", "check_budget", "encoded_store"])
+def test_an_interruption_on_the_way_leaves_no_half_of_the_second_moments(part, small_moe, tmp_path, monkeypatch):
+    write = SecondMoments.write
+
+    def write_late(moments, target, stop):
+        assert stop.wait(60)
+        write(moments, target, stop)
+
+    def interrupt(*_args, **_kwargs):
+        if (tmp_path / "stats.safetensors").exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(SecondMoments, "write", write_late)
+    monkeypatch.setattr(calibration_stage if part == "_tell_result" else planning_stage, part, interrupt)
+    monkeypatch.setattr(planning_stage, "check_computation", lambda *_args, **_kwargs: None)
+    calibration, search = CalibrationOptions(tokens=256, window=64), SearchOptions(methods=("fisher-probe",))
+    options = {"target": Target(bpw=4.5), "calibration": calibration, "search": search}
+    with pytest.raises(KeyboardInterrupt):
+        make_plan(PlanOptions(model=str(small_moe), output=tmp_path, **options))
+    assert not list(tmp_path.glob("*hessians*"))
 
 
 def test_an_interruption_leaves_no_half_of_the_second_moments(small_moe, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ The conversions stand for llama.cpp's converter: they move rows and columns as i
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +177,20 @@ def test_an_adapter_starts_from_what_quantization_took(exported):
         with torch.inference_mode():
             expected, before, after = (module(*inputs) for module in (original[path], base, layer))
         assert (after - expected).norm() < 0.4 * (before - expected).norm(), path
+
+
+@pytest.mark.parametrize("model_type", ["llama4_text", "gpt_oss"])
+def test_experts_in_another_order_than_the_packed_modules_are_refused(model_type, tmp_path):
+    model = opened(model_type, tmp_path / "model")
+    source = model.source
+    names = [f"blk.0.ffn_{part}_exps.weight" for part in ("gate", "up")]
+    gate, up = (source._conversions[name] for name in names)
+    source._conversions |= {gate.name: replace(up, name=gate.name), up.name: replace(gate, name=up.name)}
+    with pytest.raises(CheckpointError, match=r"`blk\.0\.ffn_(gate|up)_exps\.weight` of .* in another order than"):
+        packed_and_decoded(model, tmp_path, TOKENS)
+    source._conversions |= {gate.name: gate, up.name: replace(up, transform=lambda t: up.transform(t).flip(0))}
+    with pytest.raises(CheckpointError, match=r"`blk\.0\.ffn_up_exps\.weight` of .* in another order than"):
+        packed_and_decoded(model, tmp_path, TOKENS)
 
 
 def test_a_matrix_that_is_no_rows_of_its_layer_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """Weights of plans in a running model, whatever they come from: every planned tensor has a place, or it is an error."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from dynquant.errors import CheckpointError
 from dynquant.evaluation.rendered_model import RenderedModel
 from dynquant.families.open import open_model
 from dynquant.recipes.build_plan import stays_f32
+from dynquant.running.equal_entries import EqualEntries
 from dynquant.running.live_weights import LiveWeights
 from dynquant.running.load import load_hf
 from tests.helpers.representatives import represented_by
@@ -69,6 +71,25 @@ def running_without_family(model_type: str, arch: str, **sizes: object) -> tuple
     fields.append(MetadataField("general.architecture", arch, GGUFValueType.STRING))
     model = Model(Path("tiny"), DictSource(tensors), tuple(fields), lambda name: (name,), hf_directory=Path("tiny"))
     return model, hf_model
+
+
+def test_stacks_of_experts_are_found_by_two_of_them() -> None:
+    model, hf_model = running_without_family("olmoe", "olmoe", num_experts=4, num_experts_per_tok=2)
+    names = [name for name in model.source.names() if "_exps" in name]
+    tensors, loaded = {name: model.source.load(name) for name in names}, []
+
+    class Source(DictSource):
+        def load(self, name: str, index: int | slice | None = None) -> torch.Tensor:
+            loaded.append(index)
+            return super().load(name, index)
+
+    search = EqualEntries(
+        replace(model, source=Source(tensors | {"blk.1.other.weight": torch.randn(4, 96, 64)})), hf_model
+    )
+    for name in names:
+        assert torch.equal(search.entries_of_stack(name).gather(hf_model.state_dict().get), tensors[name])
+    assert loaded == [0, 3] * 9
+    assert search.entries_of_stack("blk.1.other.weight") is None
 
 
 EXPERTS = {"n_routed_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2, "first_k_dense_replace": 1}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dynquant.errors import WriteError
-from dynquant.storage.atomic import read_tensors, replacing, save_tensors, write_atomically
+from dynquant.storage.atomic import read_tensors, replacing, save_tensors, write_atomically, writing_folder
 
 
 def test_a_flipped_byte_in_a_file_of_tensors_is_found(tmp_path):
@@ -52,3 +52,12 @@ def test_what_cannot_be_written_is_refused_with_its_name(tmp_path):
     write_atomically(tmp_path / "file", "")
     with pytest.raises(WriteError, match=r"a\.json could not be written: .*another place"):
         write_atomically(tmp_path / "file" / "a.json", "")
+
+
+def test_a_folder_that_another_process_wrote_first_stays(tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "first").touch()
+    monkeypatch.setattr(type(tmp_path), "exists", lambda _: False)  # it came between the question and the move
+    with writing_folder(tmp_path / "folder") as partial:
+        (partial / "second").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder", "first"]

@@ -10,6 +10,8 @@ from torch.utils._pytree import tree_map_only
 from dynquant.families.common.strided_maps import StridedMap, joined
 
 aten = torch.ops.aten
+_WITHOUT_EFFECT = {"dtype", "layout", "device", "pin_memory", "non_blocking", "memory_format", "implicit"}
+"""Keywords that leave every entry what it is."""
 
 
 class TracedTensor(torch.Tensor):
@@ -30,8 +32,15 @@ class TracedTensor(torch.Tensor):
         first = args[0][0] if isinstance(args[0], list | tuple) else args[0]
         if rule is None or not isinstance(first, TracedTensor):
             raise NotImplementedError(f"{func} does more than to move entries")
+        kwargs = kwargs or {}
+        if others := kwargs.keys() - _WITHOUT_EFFECT:
+            raise NotImplementedError(f"{func} with {', '.join(sorted(others))}")
+        if isinstance(args[0], list | tuple) and not all(isinstance(part, TracedTensor) for part in args[0]):
+            raise NotImplementedError(f"{func} of tensors of which some are not traced")
+        dtype = kwargs.get("dtype") or first.dtype
+        if not dtype.is_floating_point:
+            raise NotImplementedError(f"{func} rounds to {dtype}")
         maps = tree_map_only(TracedTensor, lambda tensor: tensor.map, args)
-        dtype = (kwargs or {}).get("dtype") or first.dtype
         return tree_map_only(StridedMap, lambda traced: TracedTensor(traced, dtype), rule(*maps))
 
 

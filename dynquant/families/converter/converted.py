@@ -29,10 +29,10 @@ _OF_TOWERS = re.compile(r"(^|\.)(vision|visual|audio|multi_modal|mm_)|projector|
 _COMPUTED_BUFFERS = (".rotary_emb.inv_freq", ".attention.masked_bias", ".attention.bias")
 
 
-def open_converted(directory: Path, tree: Path, *, no_mtp: bool = False) -> Model:
+def open_converted(directory: Path, tree: Path, *, mtp: bool = True) -> Model:
     """Open a checkpoint by the converter of llama.cpp's source tree; no weight but of small computed tensors is read.
 
-    `no_mtp` leaves out layers that predict tokens ahead, where the converter can.
+    Without `mtp`, layers that predict tokens ahead are left out where the converter can.
 
     Raises:
         CheckpointError: missing or damaged files, an architecture that the converter does not know, a tokenizer that
@@ -41,7 +41,7 @@ def open_converted(directory: Path, tree: Path, *, no_mtp: bool = False) -> Mode
     raw = read_json(directory / "config.json")
     refuse_quantized(directory, raw.get("quantization_config"))
     checkpoint = SafetensorsSource(directory)
-    description = describe(directory, checkpoint, tree, no_mtp=no_mtp)
+    description = describe(directory, checkpoint, tree, no_mtp=not mtp)
     source = ConvertedSource(checkpoint, list(_conversions(description, checkpoint)))
     metadata = tuple(field for field in description.keys.metadata if field.key not in _OWN_KEYS)
     fault = description.about["tokenizer_fault"]
@@ -103,7 +103,9 @@ def _tell_unused(directory: Path, description: Description, *, has_tower: bool) 
     if has_tower:
         unused = [name for name in unused if not _OF_TOWERS.search(name)]
     if unused:
+        fault = description.about["mtp_fault"]
+        because = fault and f"; it fails with layers that predict tokens ahead ({fault})"
         warnings.warn(
-            f"{directory}: llama.cpp's converter leaves out {len(unused)} tensors ({some_of(unused)}).",
+            f"{directory}: llama.cpp's converter leaves out {len(unused)} tensors ({some_of(unused)}){because}.",
             stacklevel=4,
         )

@@ -5,17 +5,18 @@ What it holds are llama.cpp's keys and selections of the checkpoint's tensors, s
 
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
+import signal
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -30,8 +31,13 @@ from dynquant.families.tokenizers.files import read_tokenizer_files
 from dynquant.families.tokenizers.pre_tokenizers import pre_tokenizer_name
 from dynquant.storage.atomic import writing_folder
 from dynquant.storage.strict_json import parse_json
+from dynquant.workers import run_module
 
-_READ_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "README.md")
+_WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".onnx", ".h5", ".msgpack")
+_MOST_HASHED = 1 << 26
+_LIBRARIES = ("transformers", "tokenizers", "sentencepiece", "torch")
+"""Packages that the converter calls."""
+_READ_FAULTS = (OSError, ValueError, SafetensorError, CheckpointError)
 _KEPT = 64
 _WAY_OUT = "Convert it with llama.cpp's own converter and pass the result with --base-gguf FILE."
 
@@ -60,16 +66,24 @@ def describe(directory: Path, source: SafetensorsSource, tree: Path, *, no_mtp: 
     # Values that are computed are kept as well, so the weights' files must be those of the description.
     stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in places]
     folder = cache_directory() / "converted" / _key(directory, tree, [request, stamps])
-    if not (folder / worker.TENSORS).is_file():
+    was_there = folder.exists()  # whole, or damaged: what comes after this is of another process
+    try:
+        description = _read(folder)
+    except _READ_FAULTS:
+        if was_there:
+            shutil.rmtree(folder, ignore_errors=True)
         _forget_old(folder.parent)
         with writing_folder(folder, "Set DYNQUANT_CACHE to a folder that can be written.") as partial:
             _run(directory, tree, request, partial)
-    return replace(_read(folder), pre_tokenizer_notes=notes)
+        description = _read(folder)
+    return replace(description, pre_tokenizer_notes=notes)
 
 
 @lru_cache(maxsize=4)
 def _read(folder: Path) -> Description:
     about = parse_json((folder / worker.TENSORS).read_bytes())
+    if not isinstance(about, dict) or not about.keys() >= worker.PARTS:
+        raise ValueError(f"{folder / worker.TENSORS} is not what the worker writes")
     return Description(about, load_file(folder / worker.INDICES), GGUFSource(folder / worker.METADATA))
 
 
@@ -96,9 +110,13 @@ def _pre_tokenizer(directory: Path) -> tuple[str | None, tuple[str, ...]]:
 
 def _key(directory: Path, tree: Path, request: object) -> str:
     digest = hashlib.sha256(json.dumps(request).encode())
-    for pattern in _READ_FILES:
-        for file in sorted(directory.glob(pattern)):
-            digest.update(f"{file.name}\n".encode() + file.read_bytes())
+    for file in sorted(path for path in directory.iterdir() if path.is_file() and path.suffix not in _WEIGHTS):
+        size = file.stat().st_size
+        content = file.read_bytes() if size <= _MOST_HASHED else str(file.stat().st_mtime_ns).encode()
+        digest.update(f"{file.name} {size}\n".encode() + content)
+    for library in _LIBRARIES:
+        with suppress(PackageNotFoundError):
+            digest.update(f"{library} {version(library)}\n".encode())
     sources = [Path(module.__file__ or "") for module in (worker, tracing, selection)]
     for file in sources:
         digest.update(f"{file}{file.stat().st_size}{file.stat().st_mtime_ns}".encode())
@@ -108,24 +126,26 @@ def _key(directory: Path, tree: Path, request: object) -> str:
 
 def _forget_old(folder: Path) -> None:
     """Delete the oldest descriptions, so that there are never many."""
-    kept = sorted(folder.glob("*"), key=lambda path: path.stat().st_mtime, reverse=True) if folder.is_dir() else []
-    for path in kept[_KEPT:]:
+    ages = []
+    for path in folder.glob("[!.]*"):  # a dot begins the name of what another process is writing
+        with suppress(FileNotFoundError):  # it may delete some as well
+            ages.append((path.stat().st_mtime, path))
+    for _, path in sorted(ages, reverse=True)[_KEPT:]:
         shutil.rmtree(path, ignore_errors=True)
 
 
 def _run(directory: Path, tree: Path, request: dict[str, Any], folder: Path) -> None:
     (folder / "request.json").write_text(json.dumps(request))
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    command = [sys.executable, "-m", worker.__name__, str(folder / "request.json"), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "CUDA_VISIBLE_DEVICES": ""}
+    done = run_module(worker.__name__, [str(folder / "request.json"), str(folder)], **quiet)
     refusal = folder / worker.REFUSAL
     if refusal.is_file():
         raise _refused(directory, tree, **parse_json(refusal.read_bytes()))
+    if -done.returncode == signal.SIGKILL:
+        raise CheckpointError(
+            f"The system killed llama.cpp's converter on {directory}, as it does where memory runs out. Free memory, "
+            f"or take a machine with more. {_WAY_OUT}"
+        )
     if done.returncode or not (folder / worker.TENSORS).is_file():
         last = done.stderr.strip().rpartition("\n")[2][:400]
         raise CheckpointError(

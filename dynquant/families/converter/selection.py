@@ -16,6 +16,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from dynquant.families.common.strided_maps import contiguous_strides
+
 _MAX_INDEX = 1 << 24
 
 
@@ -78,19 +80,6 @@ class Selection:
             positions += steps.view(-1, *[1] * (len(self.shape) - dimension - 1))
         return positions
 
-    def row_and_column_positions(self) -> tuple[Tensor, Tensor] | None:
-        """Return `rows` [R] and `columns` [C] whose sums are the positions of all entries; None where none do.
-
-        R counts the rows of all slices.
-        """
-        if self.rows is not None and self.columns is not None:
-            return self.rows, self.columns
-        if self.strides is None:
-            return None
-        columns = torch.arange(self.shape[-1]) * self.strides[-1]
-        outer = Selection(self.stored_shape, self.moved_shape[:-1], self.offset, self.strides[:-1])
-        return outer.positions().flatten(), columns
-
     def of_slice(self) -> "Selection | None":
         """Return the selection that every slice of the first dimension is of the stored slice; None where it is not."""
         if self.strides is None or self.padding or len(self.shape) < 2 or len(self.stored_shape) < 2:
@@ -145,11 +134,6 @@ class Selection:
         assert self.rows is not None and self.columns is not None
         width = self.stored_shape[-1]
         return bool((self.rows % width == 0).all() and (self.columns >= 0).all() and (self.columns < width).all())
-
-
-def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the strides of a tensor whose entries lie one after the other."""
-    return tuple(prod(shape[dimension + 1 :]) for dimension in range(len(shape)))
 
 
 def selection_of_positions(positions: Tensor, stored_shape: tuple[int, ...], added: float = 0.0) -> Selection | None:

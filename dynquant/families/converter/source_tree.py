@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
@@ -25,8 +26,8 @@ _KEPT = ("conversion", "gguf-py", "LICENSE")
 def cache_directory() -> Path:
     """Return the folder for what is fetched or worked out once: DYNQUANT_CACHE, or dynquant in the user's cache."""
     if stated := os.environ.get("DYNQUANT_CACHE"):
-        return Path(stated)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynquant"
+        return Path(stated).absolute()  # a worker knows it by its whole name
+    return (Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynquant").absolute()
 
 
 def find_tree() -> Path | None:
@@ -45,7 +46,14 @@ def find_tree() -> Path | None:
             f"{_PACKAGE} (vendor/llama.cpp)."
         )
     fetched = [folder for folder in cache_directory().glob("llama.cpp-*") if is_tree(folder)]
-    return max(fetched, key=lambda folder: (folder == fetched_tree(), folder.stat().st_mtime), default=None)
+    newest = max(fetched, key=lambda folder: (folder == fetched_tree(), folder.stat().st_mtime), default=None)
+    if newest is not None and newest != fetched_tree() and _installed_version() is not None:
+        warnings.warn(
+            f"llama.cpp's converter is that of {newest}, and {_PACKAGE} {_installed_version()} is installed: "
+            "`dynquant fetch-llama-cpp` fetches its own.",
+            stacklevel=3,
+        )
+    return newest
 
 
 def fetched_tree() -> Path:
@@ -66,7 +74,7 @@ def fetch_tree() -> Path:
             "'dynquant-toolchain[llama]'), or give llama.cpp's source tree by --llama-cpp DIR."
         )
     with TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--dest", folder]
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", _PACKAGE, "--dest", folder]
         done = subprocess.run([*command, f"{_PACKAGE}=={installed}"], capture_output=True, text=True, check=False)
         archives = sorted(Path(folder).glob("*.tar.gz"))
         if done.returncode or not archives:

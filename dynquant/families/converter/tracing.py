@@ -2,7 +2,8 @@
 
 The converter keeps every output as a graph of functions over lazy leaves (gguf-py's `LazyBase`). A graph is evaluated
 on a leaf without data whose strides say where everything is; where it copies, on codes, the position of every entry in
-float64. Codes are run twice, once counted backwards: only what moves entries gives the same positions both times.
+float64. Codes are run three times, once counted backwards and once as negative fractions: only what moves entries
+gives the same positions each time.
 Runs in the worker, beside the converter's own gguf-py; nothing here imports either.
 """
 
@@ -15,13 +16,16 @@ import torch
 from torch import Tensor
 
 from dynquant.families.converter.selection import Selection, selection_of_positions
+from dynquant.resources import free_memory
 
 _CASTS = frozenset({"to", "float", "double", "half", "bfloat16", "type", "cpu", "detach", "numpy", "astype"})
 """Functions that give every entry another type at most, which a position has not."""
 _COPIES = frozenset({"contiguous", "clone"})
 _LAST_CODE = float(1 << 50)
 _MAX_CODED = 1 << 29
-"""Entries of the largest tensor that is coded, 4 GiB."""
+"""Entries of the largest tensor that is coded."""
+_CODED_BYTES = 80
+"""Memory for an entry that is coded: codes of two runs, what the graph makes of them, and positions."""
 
 
 @dataclass(frozen=True)
@@ -115,13 +119,14 @@ class Tracer:
     def _trace(self, node: Any, leaves: list[Leaf]) -> Selection | None:
         if len(leaves) == 1 and (selection := self._padded(node, leaves[0])) is not None:
             return selection
-        if sum(prod(leaf.shape) for leaf in leaves) > _MAX_CODED:
-            raise NotExplainedError("it is too large to be traced")
-        coded = [self._coded(node, leaves, is_backward=flag) for flag in (False, True)]
-        if any(not isinstance(values, Tensor) for values in coded):
+        count = sum(prod(leaf.shape) for leaf in leaves)
+        if count > (most := min(_MAX_CODED, free_memory() // _CODED_BYTES)):
+            raise NotExplainedError(f"it is too large to be traced, with {count:,} entries of {most:,} at most")
+        forward, below_zero = self._coded(node, leaves, 0.0), count + 0.25
+        if forward is None or not _is_moved(forward, self._coded(node, leaves, -below_zero), below_zero):
             return None
-        forward, backward = coded
-        if not bool(forward.isfinite().all() and backward.isfinite().all()):
+        backward = self._coded(node, leaves, _LAST_CODE, step=-1)
+        if backward is None or not bool(forward.isfinite().all() and backward.isfinite().all()):
             return None
         padding = _num_zero_rows(forward, backward)
         whole, forward, backward = forward, *(codes[: len(codes) - padding] for codes in (forward, backward))
@@ -163,8 +168,8 @@ class Tracer:
             return None
         return Selection(leaf.shape, tuple(seen.shape), seen.storage_offset(), tuple(seen.stride()))
 
-    def _coded(self, node: Any, leaves: list[Leaf], *, is_backward: bool) -> Any:
-        """Return the graph's value on positions, counted through all leaves."""
+    def _coded(self, node: Any, leaves: list[Leaf], first: float, *, step: int = 1) -> Tensor | None:
+        """Return the graph's value on positions counted through all leaves; None where it is no tensor of codes."""
         starts, total = {}, 0
         for leaf in leaves:
             starts[leaf.name], total = total, total + prod(leaf.shape)
@@ -172,7 +177,7 @@ class Tracer:
         def codes(leaf: Leaf) -> Tensor:
             count = prod(leaf.shape)
             positions = torch.arange(starts[leaf.name], starts[leaf.name] + count, dtype=torch.float64)
-            return (_LAST_CODE - positions if is_backward else positions).view(leaf.shape).as_subclass(_Codes)
+            return positions.mul_(step).add_(first).view(leaf.shape).as_subclass(_Codes)
 
         try:
             values = self._evaluate(node, codes)
@@ -234,6 +239,13 @@ class Tracer:
         arguments = self._signature(node._args, numbers)
         options = tuple((name, _constant(value)) for name, value in sorted(node._kwargs.items()))
         return _function(node._func), arguments, options
+
+
+def _is_moved(forward: Tensor, below: Tensor | None, shift: float) -> bool:
+    """Return whether codes that are `shift` below come out where positions do; what is 0 of both has no code."""
+    if below is None or below.shape != forward.shape:
+        return False
+    return bool(((below + shift == forward) | ((below == 0) & (forward == 0))).all())
 
 
 def _num_zero_rows(forward: Tensor, backward: Tensor) -> int:

@@ -22,6 +22,7 @@ from torch import Tensor
 from dynquant.families.converter.selection import as_record
 from dynquant.families.converter.tracing import Explained, Leaf, NotExplainedError, Tracer
 
+PARTS = frozenset({"tensors", "unused", "tokenizer_fault", "asked_pre_tokenizer", "mtp_fault"})
 METADATA, TENSORS, INDICES, REFUSAL = "metadata.gguf", "tensors.json", "indices.safetensors", "refusal.json"
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SIGMOID_ROUTERS = ("deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "minimax_m2")
@@ -65,7 +66,8 @@ def _describe(request: dict[str, Any], output: Path) -> None:
     import gguf
     from conversion import TEXT_MODEL_MAP, ModelBase, ModelType, get_model_architecture, get_model_class
 
-    assert Path(gguf.__file__).is_relative_to(request["tree"]), gguf.__file__
+    if not Path(gguf.__file__).resolve().is_relative_to(Path(request["tree"]).resolve()):
+        raise Refusal("failed", f"Python takes the package gguf from {gguf.__file__} and not from the tree")
     _trust_no_code()
     directory = Path(request["directory"])
     converter = _Converter(request)
@@ -76,19 +78,25 @@ def _describe(request: dict[str, Any], output: Path) -> None:
         model_class = get_model_class(spelled.get(architecture.lower(), architecture))
     except Exception as error:
         raise Refusal("unknown", str(error)) from error
-    # Some converters take layers that predict tokens ahead for granted, of checkpoints that came without them.
+    # Some converters take layers that predict tokens ahead for granted, of checkpoints that came without them; and of
+    # such layers some make tensors that cannot be followed, which is told with what is left out.
     choices = [True] if request["no_mtp"] or not model_class.supports_mtp_export else [False, True]
-    for number, no_mtp in enumerate(choices, start=1):
+    faults: list[str] = []
+    for no_mtp in choices:
         model_class.no_mtp = no_mtp and model_class.supports_mtp_export
         try:
-            model = converter.run(model_class, directory)
-            break
-        except (Refusal, MemoryError):
+            converter.write(converter.run(model_class, directory), output, mtp_fault="".join(faults))
+            return
+        except MemoryError:
             raise
+        except Refusal as refusal:
+            if refusal.kind != "tensor" or no_mtp is choices[-1]:
+                raise
+            faults.append(str(refusal))
         except Exception as error:  # the converter checks by assertions and errors of all kinds
-            if number == len(choices):
-                raise Refusal("failed", f"{type(error).__name__}: {str(error)[:600]}") from error
-    converter.write(model, output)
+            faults.append(f"{type(error).__name__}: {str(error)[:600]}")
+            if no_mtp is choices[-1]:
+                raise Refusal("failed", "; without layers that predict tokens ahead: ".join(faults)) from error
 
 
 def _trust_no_code() -> None:
@@ -121,6 +129,7 @@ class _Converter:
         self._stored = {name for name, *_ in request["tensors"]}
         self._written: dict[str, tuple[Any, str | None]] = {}
         self._used: set[str] = set()
+        self._looked: set[str] = set()
         self._tracer = Tracer(gguf.LazyBase)
         self._tokenizer_fault = ""
         self._asked_pre = False
@@ -153,7 +162,7 @@ class _Converter:
         self._base.index_tensors = lambda model, remote_hf_model_id=None: self._indexed(model)
         self._text.get_vocab_base_pre = pre_tokenizer
         # The graph stays as it is, so that it can be followed after the converter looked at values.
-        gguf.LazyBase.to_eager = classmethod(lambda _, node: self._tracer.values(node))
+        gguf.LazyBase.to_eager = classmethod(lambda _, node: self._looked_at(node))
         gguf.quants.quantize = lambda data, quant_type: data
         self._lazy.to = _moved
         self._lazy.cpu = lambda tensor: tensor
@@ -171,7 +180,8 @@ class _Converter:
     def run(self, model_class: Any, directory: Path) -> Any:
         """Make the converter do all but write."""
         gguf = self._gguf
-        self._written.clear()
+        for names in (self._written, self._used, self._looked):
+            names.clear()  # of an earlier run
         model = model_class(directory, gguf.LlamaFileType.MOSTLY_BF16, Path("traced.gguf"))
         if isinstance(getattr(model, "impl", None), self._base):
             model = model.impl  # some classes only choose another
@@ -188,9 +198,14 @@ class _Converter:
         model.prepare_metadata(vocab_only=False)
         return model
 
-    def write(self, model: Any, output: Path) -> None:
+    def _looked_at(self, node: Any) -> Any:
+        """Return the values of a tensor that the converter asks for, and note whose they are."""
+        self._looked |= {leaf.name for leaf in self._tracer.leaves(node)}
+        return self._tracer.values(node)
+
+    def write(self, model: Any, output: Path, mtp_fault: str) -> None:
         """Write the description of all tensors, and the metadata."""
-        gguf, writer = self._gguf, self._gguf.GGUFWriter(output / METADATA, model.gguf_writer.arch)
+        writer = self._gguf.GGUFWriter(output / METADATA, model.gguf_writer.arch)
         writer.kv_data = [dict(model.gguf_writer.kv_data[0])]
         indices: dict[str, Tensor] = {}
         entries = [self._entry(name, data, kind, writer, indices) for name, (data, kind) in self._written.items()]
@@ -205,7 +220,7 @@ class _Converter:
             "unused": unused,
             "tokenizer_fault": self._tokenizer_fault,
             "asked_pre_tokenizer": self._asked_pre,
-            "gguf": str(gguf.__file__),
+            "mtp_fault": mtp_fault,
         }
         (output / TENSORS).write_text(json.dumps(about))
 
@@ -227,11 +242,16 @@ class _Converter:
     def _add_values(self, name: str, data: Any, kind: str | None, writer: Any) -> None:
         import numpy as np
 
-        if isinstance(data, self._gguf.LazyBase):
-            # Decays of state spaces may be computed; a weight that is a matrix has inputs, whose statistics it needs.
-            is_matrix = name.endswith(".weight") and sum(size > 1 for size in data.shape) > 1
-            if (is_matrix or prod(data.shape) > _MAX_COMPUTED) and self._tracer.leaves(data):
-                raise Refusal("tensor", f"`{name}` {list(data.shape)}: its entries are computed, not moved")
+        is_lazy = isinstance(data, self._gguf.LazyBase)
+        # Without a graph, a tensor may be made of any whose values the converter asked for.
+        read = sorted({leaf.name for leaf in self._tracer.leaves(data)} if is_lazy else self._looked)
+        # Decays of state spaces may be computed; a weight that is a matrix has inputs, whose statistics it needs.
+        is_matrix = name.endswith(".weight") and sum(size > 1 for size in data.shape) > 1
+        if read and (is_matrix or prod(data.shape) > _MAX_COMPUTED):
+            said = f"its entries are computed, not moved, of values of {', '.join(read[:4])}"
+            raise Refusal("tensor", f"`{name}` {list(data.shape)}: {said}{' ...' if len(read) > 4 else ''}")
+        self._used |= set(read)
+        if is_lazy:
             data = self._tracer.values(data)
         elif kind not in (None, *_DTYPES) or prod(data.shape) > _MAX_COMPUTED:
             raise Refusal("tensor", f"`{name}` {list(data.shape)} is written as {kind} without the converter's graph")

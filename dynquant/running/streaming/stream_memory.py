@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from dynquant.errors import StatsError
+from dynquant.resources import free_memory
 from dynquant.running.expert_hooks import expert_layout, expert_modules
 from dynquant.running.streaming.layer_stream import LayerStream
 
@@ -45,18 +46,6 @@ def free_memory_of(device: torch.device | str) -> int:
         return free_memory()
     held_back = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + held_back
-
-
-def free_memory() -> int:
-    """Bytes that this process can still take, by the machine's and its control group's count."""
-    free, meminfo = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), Path("/proc/meminfo")
-    if meminfo.is_file():
-        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
-        free = int(lines["MemAvailable"].split()[0]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()).isdigit():
-        free = min(free, max(0, int(text) - int(used.read_text())))  # a container may have less than the machine
-    return free
 
 
 def resident_memory() -> int:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +66,17 @@ pytestmark = pytest.mark.nightly
 
 
 @pytest.fixture(scope="module")
-def tree() -> Path:
-    folder = find_tree()
+def tree(settings_of_user: dict[str, str]) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("DYNQUANT_CACHE")
+        for name, value in settings_of_user.items():
+            patch.setenv(name, value)
+        folder = find_tree()
     if folder is None:
         pytest.skip("no source tree of llama.cpp: set LLAMA_CPP_DIR, or run `dynquant fetch-llama-cpp`")
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLAMA_CPP_DIR", str(folder))
+        yield folder
 
 
 @pytest.fixture

@@ -1,17 +1,14 @@
 """Selections move entries as they say, in every form, on slices, in automatic differentiation and through files."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from dynquant.families.common.conversion import Conversion
 from dynquant.families.common.strided_maps import whole
 from dynquant.families.common.traced_tensor import TracedTensor
-from dynquant.families.converter.selection import (
-    Selection,
-    as_record,
-    contiguous_strides,
-    from_record,
-    selection_of_positions,
-)
+from dynquant.families.converter.selection import Selection, as_record, from_record, selection_of_positions
 
 STORED = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
 ORDER = torch.tensor([4, 0, 3, 1, 5, 2])
@@ -96,17 +93,6 @@ def test_slices_of_a_stack_are_selected_alone() -> None:
     assert crossing.of_slice() is None
 
 
-def test_rows_and_columns_add_up_to_the_positions() -> None:
-    for form in ("all", "transposed", "both in another order", "rows of a range"):
-        rows, columns = selection_of(FORMS[form]).row_and_column_positions()
-        assert torch.equal(STORED.flatten()[rows[:, None] + columns], FORMS[form])
-    assert selection_of(FORMS["diagonals"]).row_and_column_positions() is None
-
-
-def test_strides_of_a_contiguous_tensor() -> None:
-    assert contiguous_strides((3, 2, 8)) == (16, 8, 1)
-
-
 def test_another_shape_is_no_input() -> None:
     with pytest.raises(ValueError, match="none of"):
         selection_of(STORED.T)(STORED.T)
@@ -131,3 +117,12 @@ def test_rows_of_zeros_have_no_entries_in_a_map() -> None:
     traced = padded(TracedTensor(whole("table", (6, 8)))).map
     assert traced.shape == (7, 8) and sum(piece.numel for piece in traced.pieces) == 48
     assert torch.equal(traced.gather(lambda _: STORED), padded(STORED))
+
+
+def test_a_conversion_reads_the_rows_that_it_needs() -> None:
+    asked = []
+    source = SimpleNamespace(load=lambda name, index: asked.append((name, index)) or STORED[index])
+    padded = Selection((6, 8), (9, 8), strides=(8, 1), padding=3)
+    conversion = Conversion("token_embd", ("embed",), (9, 8), "F32", padded, of_rows=padded.of_rows)
+    assert torch.equal(conversion.load(source, slice(4, 8)), padded(STORED)[4:8])
+    assert asked == [("embed", slice(4, 6))]

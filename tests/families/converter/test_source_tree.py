@@ -104,3 +104,16 @@ def test_pip_that_fails_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source_tree, "_installed_version", lambda: "1.0")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     assert "could not fetch" in refused("fetch-llama-cpp", "--yes")
+
+
+def test_a_tree_of_another_version_is_said(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    older = make_tree(empty_cache / "llama.cpp-0.0.1")
+    monkeypatch.setattr(source_tree, "_installed_version", lambda: "1.0")
+    with pytest.warns(UserWarning, match=r"llama.cpp-0.0.1.*1.0 is installed"):
+        assert source_tree.find_tree() == older
+
+
+def test_a_relative_cache_is_known_by_its_whole_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DYNQUANT_CACHE", "here")
+    assert source_tree.cache_directory() == tmp_path / "here"

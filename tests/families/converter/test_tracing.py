@@ -61,6 +61,9 @@ COMPUTED: dict[str, Callable] = {
     "normed": lambda w: w / w.float().norm(dim=1, keepdim=True),
     "added vector": lambda w: w.float() + (torch.arange(8) if type(w) is torch.Tensor else OFFSETS),
     "constant": lambda w: w * 0,
+    "absolute": lambda w: w.abs(),
+    "positive": lambda w: torch.relu(w),
+    "rounded": lambda w: w.round(),
 }
 
 
@@ -137,3 +140,9 @@ def test_writing_in_place_is_seen() -> None:
 def swap_first_rows(weight: torch.Tensor) -> torch.Tensor:
     weight[0], weight[1] = weight[1].clone(), weight[0].clone()
     return weight
+
+
+def test_the_limit_of_codes_is_that_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracing, "free_memory", lambda: tracing._CODED_BYTES * 100)
+    with pytest.raises(NotExplainedError, match="192 entries of 100 at most"):
+        tracing.Tracer(gguf.LazyBase).explain(interleaved(leaf("weight", 24, 8)[0]))
