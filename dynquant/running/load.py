@@ -215,6 +215,8 @@ def empty_hf(model: Model, *, dtype: torch.dtype, device: str = "cpu") -> "PreTr
             module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
         if module._non_persistent_buffers_set:
             owners[path]._init_weights(module)
+    for owner in set(owners.values()):
+        owner._init_weights(owner)  # Falcon-H1's model sets buffers of its layers
     return empty.eval()
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from dynquant.running.load import tf32_products
-from dynquant.running.streaming.layer_stream import decoder_layers, standing_in
+from dynquant.running.streaming.chained_layers import standing_in
+from dynquant.running.streaming.layer_stream import decoder_layers
 
 _Call = tuple[Tensor, dict[str, Any]]
 """Hidden states [windows, window, channels] and the other arguments that a layer was called with."""

@@ -7,7 +7,7 @@ experts as stored (`stored_experts`): what is computed is bit for bit what a mod
 """
 
 import ctypes
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -25,6 +25,7 @@ from dynquant.errors import StatsError
 from dynquant.running.expert_hooks import expert_layout, record_experts
 from dynquant.running.load import empty_hf
 from dynquant.running.stored_experts import StoredExperts
+from dynquant.running.streaming.chained_layers import gives_tuples
 from dynquant.running.weights import CheckpointWeights, checkpoint_of, put
 
 
@@ -47,7 +48,7 @@ class LayerStream:
 
     Raises:
         CheckpointError: not a safetensors checkpoint of a known family.
-        StatsError: its decoder layers or experts cannot be told apart.
+        StatsError: its decoder layers or experts cannot be told apart, or not run one after the other.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class LayerStream:
         staged = {name for stage in self._stages for name in (*stage.dense, *stage.stacks)}
         for name in self._weights.entries.keys() - staged:  # the final norm belongs to no stage
             put(self.hf_model, name, self._values(name))
+        self.gives_tuples = gives_tuples(self.hf_model, self.layers, dtype, self.device)
 
     @property
     def num_layers(self) -> int:
@@ -239,28 +241,6 @@ class LayerStream:
             values = values.clone()
             values[row, column] = 0
         return values
-
-
-StandIn = Callable[[torch.Tensor, dict[str, Any]], Any]
-"""Hidden states and the other arguments of a layer -> what the layer gives."""
-
-
-@contextmanager
-def standing_in(layers: Iterable[nn.Module], stand_in: StandIn) -> Iterator[None]:
-    """Context manager: the layers return what `stand_in` does and do not run."""
-
-    def call(hidden_states: torch.Tensor, **others: Any) -> Any:
-        return stand_in(hidden_states, others)
-
-    layers = list(layers)
-    try:
-        for layer in layers:
-            # An attribute of the object hides the method of its class; removing it brings the method back.
-            layer.__dict__["forward"] = call
-        yield
-    finally:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)
 
 
 def decoder_layers(hf_model: nn.Module) -> nn.ModuleList:

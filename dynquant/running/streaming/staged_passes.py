@@ -20,7 +20,8 @@ from torch import Tensor
 
 from dynquant.errors import StatsError
 from dynquant.running.linear_hooks import last_logits
-from dynquant.running.streaming.layer_stream import LayerStream, StandIn, standing_in
+from dynquant.running.streaming.chained_layers import StandIn, standing_in
+from dynquant.running.streaming.layer_stream import LayerStream
 from dynquant.storage.journal import write_all
 
 BeforeBatch = Callable[[int], None]
@@ -160,7 +161,8 @@ class StagedPasses:
         return out[0] if isinstance(out, tuple) else out
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        with self._standing_in(lambda states, _others: states):
+        # Not what enters the first stand-in, which models may have scaled.
+        with self._standing_in(lambda _states, _others: hidden):
             return self.stream.hf_model(inputs_embeds=hidden, use_cache=False).logits
 
     def _embedded(self, batch: Tensor) -> Tensor:
@@ -190,5 +192,10 @@ class StagedPasses:
     @contextmanager
     def _standing_in(self, stand_in: StandIn) -> Iterator[None]:
         """Context manager: decoder layers return `stand_in(hidden, other arguments)` and do not run."""
-        with standing_in(self.stream.layers, stand_in), self.stream.not_loading():
+
+        def given(hidden: Tensor, others: dict[str, Any]) -> Any:
+            states = stand_in(hidden, others)
+            return (states,) if self.stream.gives_tuples else states
+
+        with standing_in(self.stream.layers, given), self.stream.not_loading():
             yield
