@@ -262,7 +262,14 @@ OTHERS: dict[str, tuple[str, Settings, Settings]] = {
     ),
     "lfm2_moe": (
         "lfm2_moe",
-        {**_EXPERTS, **_FOUR, "layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1, "conv_L_cache": 3},
+        {
+            **_EXPERTS,
+            **_FOUR,
+            **_TIED,
+            "layer_types": ["conv", "full_attention"] * 2,
+            "num_dense_layers": 1,
+            "conv_L_cache": 3,
+        },
         {},
     ),
     "mamba": ("mamba", {**_TIED, "state_size": 16, "time_step_rank": 16}, {}),

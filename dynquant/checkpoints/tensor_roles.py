@@ -105,7 +105,7 @@ class Role(StrEnum):
 _SMALL_MIXERS = (
     "altup_proj altup_unembd_proj altup_router altup_correct_coef altup_predict_coef laurel_l laurel_r "
     "per_layer_model_proj attn_compressor_ape indexer_compressor_ape attn_res_score ffn_res_score output_res_score "
-    "position_embd token_types attn_rel_b cross_attn_rel_b"
+    "position_embd token_types attn_rel_b cross_attn_rel_b ssm_a ssm_d"
 )
 _PARTS: Mapping[Role, str] = {
     Role.EMBEDDING: "token_embd",

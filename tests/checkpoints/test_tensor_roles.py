@@ -12,7 +12,7 @@ ROLES = {
     Role.PER_LAYER_EMBEDDING: "per_layer_token_embd.weight",
     Role.PER_LAYER_PROJ: "blk.0.inp_gate.weight blk.0.proj.weight",
     Role.MIXING: "altup_proj.weight blk.0.laurel_l.weight per_layer_model_proj.weight blk.0.hc_attn_fn.weight "
-    "blk.0.time_mix_w1.weight output_hc_fn.weight",
+    "blk.0.time_mix_w1.weight output_hc_fn.weight blk.0.ssm_a blk.0.ssm_d",
     Role.MTP: "blk.3.nextn.eh_proj.weight blk.3.nextn.embed_tokens.weight nextn.pre_projection.weight",
     Role.OUTPUT: "output.weight",
     Role.NORM: "output_norm.weight blk.0.attn_norm.weight blk.10.attn_q_a_norm.weight blk.0.ssm_norm.weight "
@@ -53,9 +53,9 @@ ROLES = {
     Role.EXPERT_DOWN: "blk.60.ffn_down_exps.weight",
     Role.EXPERT_LATENT: "blk.0.ffn_latent_down.weight blk.0.ffn_latent_up.weight",
     Role.OTHER: "blk.3.ffn_down_exps.bias blk.3.ffn_gate_inp.bias blk.3.attn_sinks.weight blk.3.attn_q.bias "
-    "blk.0.ssm_a rope_freqs.weight made.up.weight blk.0.layer_output_scale.weight v.blk.0.ssm_in.weight",
+    "rope_freqs.weight made.up.weight blk.0.layer_output_scale.weight v.blk.0.ssm_in.weight",
 }
-"""Names by role. Others are biases of experts and router and attention sinks of GPT-OSS, and vectors of Mamba."""
+"""Names by role. Others are biases of experts and router and attention sinks of GPT-OSS."""
 
 
 @pytest.mark.parametrize("role, name", [(role, name) for role, names in ROLES.items() for name in names.split()])
@@ -66,7 +66,7 @@ def test_role_of(role, name):
 NAMELESS = {
     "dense_2", "dense_3", "rope_freqs", "rope_factors_long", "rope_factors_short", "cls", "cls.output",
     *(f"blk.0.{part}" for part in ("attn_rot_embd", "attn_sinks", "ffn", "layer_output_scale", "altup_correct_scale")),
-    *(f"blk.0.{part}" for part in ("ssm_a", "ssm_d", "channel_mix_lerp_k", "channel_mix_lerp_r")),
+    *(f"blk.0.{part}" for part in ("channel_mix_lerp_k", "channel_mix_lerp_r")),
 }  # fmt: skip
 """Vectors, what no model computes with, and heads of embedding models."""
 OF_PICTURES_OR_SOUND = ("v.", "a.", "mm.", "s.", "resampler.", "posnet.", "convnext.")

@@ -275,5 +275,5 @@ def test_damaged_configuration(content: str | None, message: str, tmp_path: Path
 
 def test_unknown_architecture_names_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(CheckpointError, match=r"gpt2.*deepseek_v3.*--base-gguf"):
+    with pytest.raises(CheckpointError, match=r"gpt2.*--llama-cpp DIR.*fetch-llama-cpp.*--base-gguf"):
         open_hf(tmp_path)

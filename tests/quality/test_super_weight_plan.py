@@ -13,6 +13,7 @@ from dynquant.planning.options import PlanOptions
 from dynquant.planning.stage import make_plan
 from dynquant.planning.target import Target
 from dynquant.running.load import load_hf, load_tokenizer
+from dynquant.running.weight_inputs import weight_inputs
 
 NAME, ROW = "blk.3.ffn_down_exps.weight", 37
 TEXT = "The cat (noun): a small animal that is kept in houses. def area(radius): return 3.14159 * radius ** 2. " * 24
@@ -25,7 +26,8 @@ def planted(small_moe, tmp_path):
     shutil.copytree(small_moe, directory)
     model = open_model(small_moe)
     tokens = torch.tensor(load_tokenizer(model)(TEXT)["input_ids"][:256])
-    spikes = DownScan(load_hf(model), model.arch, model.hyper.n_layer, tokens).run()[0]
+    hf_model = load_hf(model)
+    spikes = DownScan(hf_model, weight_inputs(model, hf_model), tokens).run()[0]
     usual = sorted(abs(spike.max_out) for spike in spikes)[len(spikes) // 2]
     strongest = max((spike for spike in spikes if spike.name == NAME), key=lambda spike: abs(spike.max_in))
     tensors = load_file(directory / "model.safetensors")

@@ -32,6 +32,8 @@ _UNSTATED: dict[str, dict[str, Any]] = {
 }
 """By model_type, what transformers' model computes although config.json does not say it, and the converter reads it
 there; None stands for the length of the context."""
+_UNSTATED_ROTARY = {"cohere2": 1.0, "gpt_neox": 0.25}
+"""The part of a head that is turned, where transformers 5 neither keeps `rotary_pct` nor says it of the angles."""
 _FORMER_WORDS = {"linear_attention": "mamba", "full_attention": "attention"}
 _FORMER_TYPES = ("granitemoehybrid", "bamba", "jamba")
 """Models whose layers transformers 5 calls by other words than their first configurations and the converter."""
@@ -164,6 +166,7 @@ class _Converter:
         gguf.quants.quantize = lambda data, quant_type: data
         self._lazy.to = _moved
         self._lazy.cpu = lambda tensor: tensor
+        self._lazy.item = lambda tensor: self._item(tensor)
         zeros = torch.zeros
 
         def lazy_zeros(*size: Any, device: Any = None, **options: Any) -> Any:
@@ -242,8 +245,9 @@ class _Converter:
         is_lazy = isinstance(data, self._gguf.LazyBase)
         # Without a graph, a tensor may be made of any whose values the converter asked for.
         read = sorted({leaf.name for leaf in self._tracer.leaves(data)} if is_lazy else self._looked)
-        # A vector may be computed, as decays of state spaces; a matrix has inputs, whose statistics it needs.
-        if read and sum(size > 1 for size in data.shape) > 1:
+        # Decays of state spaces may be computed; a weight that is a matrix has inputs, whose statistics it needs.
+        is_matrix = name.endswith(".weight") and sum(size > 1 for size in data.shape) > 1
+        if read and (is_matrix or prod(data.shape) > _MAX_COMPUTED):
             said = f"its entries are computed, not moved, of values of {', '.join(read[:4])}"
             raise Refusal("tensor", f"`{name}` {list(data.shape)}: {said}{' ...' if len(read) > 4 else ''}")
         self._used |= set(read)
@@ -252,6 +256,11 @@ class _Converter:
         elif kind not in (None, *_DTYPES) or prod(data.shape) > _MAX_COMPUTED:
             raise Refusal("tensor", f"`{name}` {list(data.shape)} is written as {kind} without the converter's graph")
         writer.add_tensor(name, np.array(data, dtype=np.float32).reshape(data.shape))
+
+    def _item(self, tensor: Any) -> Any:
+        """Return a lazy tensor's only value, for a key of the metadata."""
+        self._used |= {leaf.name for leaf in self._tracer.leaves(tensor)}
+        return self._tracer.values(tensor).item()
 
     def _indexed(self, model: Any) -> dict[str, Callable[[], Any]]:
         """Return what `index_tensors` of the converter does: its tensors by name, from the request."""
@@ -305,6 +314,9 @@ def _as_expected(stated: dict[str, Any]) -> dict[str, Any]:
     for key, value in _UNSTATED.get(model_type, {}).items():
         if stated.get(key) is None:
             stated[key] = stated.get("max_position_embeddings") if value is None else value
+    if model_type in _UNSTATED_ROTARY and stated.get("rotary_pct") is None:
+        rope = stated.get("rope_parameters") or {}
+        stated["rotary_pct"] = rope.get("partial_rotary_factor", _UNSTATED_ROTARY[model_type])
     for key in ("layer_types", "layers_block_type") if model_type in _FORMER_TYPES else ():
         if isinstance(stated.get(key), list):
             stated[key] = [_FORMER_WORDS.get(word, word) for word in stated[key]]

@@ -94,8 +94,9 @@ def test_large_model_has_massive_activations_but_no_super_weight(moe_89m):
     model = open_model(moe_89m)
     tokens = torch.tensor(load_tokenizer(model)(TEXT)["input_ids"])
     loaded = load_hf(model)
-    assert find_super_weights(loaded, named_inputs(loaded, "deepseek2", 11), tokens) == []
-    spikes = DownScan(loaded, "deepseek2", 11, tokens).run()[0]
+    weights = named_inputs(loaded, "deepseek2", 11)
+    assert find_super_weights(loaded, weights, tokens) == []
+    spikes = DownScan(loaded, weights, tokens).run()[0]
     massive = max((spike for spike in spikes if spike.layer == 5), key=lambda spike: abs(spike.max_out))
     assert (massive.name, massive.row) == ("blk.5.ffn_down_shexp.weight", 152)
 

@@ -37,6 +37,7 @@ ARCHITECTURES = {
     "gpt_oss": EXPERTS | {"head_dim": 16, "sliding_window": 128},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "glm4": {"head_dim": 16},
+    "apertus": {},
     "gemma3n_text": {
         "head_dim": 16, "num_hidden_layers": 4, "tie_word_embeddings": True, "num_kv_shared_layers": 0,
         "vocab_size_per_layer_input": 8000, "hidden_size_per_layer_input": 32, "sliding_window": 128,

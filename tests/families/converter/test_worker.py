@@ -31,6 +31,10 @@ def test_configurations_are_put_in_the_converter_s_words() -> None:
     }  # fmt: skip
     assert _as_expected({"model_type": "glm4_moe_lite", "scoring_func": "softmax"})["scoring_func"] == "softmax"
     assert _as_expected({"model_type": "olmo2", "layer_types": ["full_attention"]})["layer_types"] == ["full_attention"]
+    angles = {"rope_type": "default", "partial_rotary_factor": 0.5}
+    assert _as_expected({"model_type": "gpt_neox", "rope_parameters": angles})["rotary_pct"] == 0.5
+    assert _as_expected({"model_type": "gpt_neox", "rope_parameters": angles, "rotary_pct": 1.0})["rotary_pct"] == 1.0
+    assert _as_expected({"model_type": "cohere2"})["rotary_pct"] == 1.0
 
 
 def test_a_matrix_without_a_graph_is_refused_where_values_were_read() -> None:
