@@ -28,7 +28,7 @@ SIZES: dict[str, dict[str, Any]] = {
     },
     "phi3": {},
     "nemotron_h": {
-        "layer_types": None, "hybrid_override_pattern": "M*ME", "num_hidden_layers": 4, "mamba_num_heads": 4,
+        "hybrid_override_pattern": "M*ME", "num_hidden_layers": 4, "mamba_num_heads": 4,
         "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 1, "n_routed_experts": 4, "num_experts_per_tok": 2,
         "moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 32, "n_shared_experts": 1, "n_group": 1,
         "topk_group": 1,

@@ -37,6 +37,10 @@ ARCHITECTURES = {
     "gpt_oss": EXPERTS | {"head_dim": 16, "sliding_window": 128},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "glm4": {"head_dim": 16},
+    "glm4_moe": {  # its configuration counts a layer that predicts tokens ahead, which transformers does not save
+        "head_dim": 16, "moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 1,
+    },
     "apertus": {},
     "gemma3n_text": {
         "head_dim": 16, "num_hidden_layers": 4, "tie_word_embeddings": True, "num_kv_shared_layers": 0,
