@@ -240,9 +240,10 @@ def _judge(compared: SameComputation, subject: str, model: Model, session: Sessi
     if compared.exceeds(REFUSED) and not allow_difference:
         raise CheckpointError(
             f"{difference} What is measured in transformers would be of another model than what llama.cpp runs. "
-            f"{causes} Convert again from a config.json that says it, or go on with --allow-difference."
+            f"{causes} Correct config.json where that is the cause, or go on with --allow-difference."
         )
-    session.note(f"{difference} {causes}")
+    allowed = "that is allowed" if compared.exceeds(REFUSED) else f"below {REFUSED:g} quantization changes far more"
+    session.note(f"{difference} {causes} The run goes on: {allowed}.")
 
 
 def _remembered(path: Path, model: Model) -> SameComputation | None:
