@@ -188,6 +188,7 @@ def test_probe_prices_scale_each_tensor_by_one_factor(table):
     assert priced.cost(other) == pytest.approx(3 * table.closed_form_cost(other))
 
 
+@pytest.mark.nightly
 def test_steps_are_the_change_of_the_whole_model(model, table, store, windows):
     rendered = RenderedModel(load_hf(model), store)
     text = ScoredInputs(rendered, ModelInputs(windows[:2]))

@@ -17,6 +17,7 @@ def test_rewards_can_be_checked_by_hand():
     assert all(row["prompt"].endswith("\nAnswer:") and row["answer"] in "ABCD" for row in rows)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("num_questions", represented_by((1,), (1, 4)))
 def test_the_format_reward_rises(num_questions, packed_moe, tmp_path):
     trainer = make_trainer(packed_moe.directory, tmp_path, steps=7, num_questions=num_questions)

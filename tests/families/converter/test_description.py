@@ -76,6 +76,6 @@ def test_every_small_file_and_library_counts(tmp_path: Path, monkeypatch: pytest
 
 def test_a_worker_that_was_killed_names_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     killed = SimpleNamespace(returncode=-9, stderr="")
-    monkeypatch.setattr(description.subprocess, "run", lambda *_, **__: killed)
+    monkeypatch.setattr(description, "run_module", lambda *_, **__: killed)
     with pytest.raises(CheckpointError, match="memory"):
         description._run(tmp_path, tmp_path, {}, tmp_path)
