@@ -167,7 +167,7 @@ def test_what_the_converter_describes_is_compared_before_and_after(
     model, notes = open_model(tiny_moe), []
     session = Session(note=notes.append, threads=1, device="cpu")
     compared = check_computation(model, session)
-    assert compared is not None and compared.kl < 1e-9 and notes == []
+    assert notes == [] and compared is not None and compared.kl < 1e-9
     monkeypatch.setattr(same_computation, "_MOST_BYTES", 1)
     assert check_computation(model, session) is None
     assert "was not compared" in notes.pop() and not notes
