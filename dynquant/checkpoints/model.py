@@ -102,7 +102,7 @@ class Model:
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Numbers that decide the computation beside the weights (`families.common.settings`)."""
     has_family: bool = True
-    """Whether dynquant's families have the architecture; else all comes from llama.cpp's converter."""
+    """False for an architecture that no family of dynquant has: all comes from llama.cpp's converter."""
 
     @cached_property
     def hyper(self) -> HyperParams:
