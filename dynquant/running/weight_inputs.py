@@ -18,7 +18,6 @@ from dynquant.checkpoints.tensor_roles import Role, gguf_name_of, role_of
 from dynquant.errors import StatsError
 from dynquant.families.common.conversion import ConvertedSource
 from dynquant.families.common.strided_maps import StridedMap, contiguous_strides
-from dynquant.families.text.registry import FAMILIES
 from dynquant.running.equal_entries import EqualEntries
 from dynquant.running.expert_hooks import expert_layout, expert_modules, expert_stack
 from dynquant.running.parameter_map import parameter_map
@@ -92,7 +91,7 @@ def weight_inputs(model: Model, hf_model: Any) -> WeightInputs:
     if isinstance(model.source, ConvertedSource):
         traced = parameter_map(hf_model, model.source.checkpoint)
         entries = {name: traced.gguf(model.source, name) for name in model.source.names()}
-    elif hf_model.config.model_type in FAMILIES:  # none of which moves columns
+    elif model.has_family:  # none moves columns
         entries = {}
     else:
         search = EqualEntries(model, hf_model)
