@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import pytest
 import torch
 
 from dynquant.checkpoints.gguf_source import GGUFSource
-from dynquant.families.converter.source_tree import find_tree
 from dynquant.families.open import open_model
 from tests.helpers.tiny_models import randomize
 
@@ -66,20 +64,6 @@ with torch.inference_mode():
 """
 
 pytestmark = pytest.mark.nightly
-
-
-@pytest.fixture(scope="module")
-def tree(settings_of_user: dict[str, str]) -> Iterator[Path]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("DYNQUANT_CACHE")
-        for name, value in settings_of_user.items():
-            patch.setenv(name, value)
-        folder = find_tree()
-    if folder is None:
-        pytest.skip("no source tree of llama.cpp: set LLAMA_CPP_DIR, or run `dynquant fetch-llama-cpp`")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LLAMA_CPP_DIR", str(folder))
-        yield folder
 
 
 @pytest.fixture
