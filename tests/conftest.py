@@ -33,9 +33,8 @@ def settings_of_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[
         yield stated
 
 
-@pytest.fixture(scope="module")
-def tree(settings_of_user: dict[str, str]) -> Iterator[Path]:
-    """llama.cpp's source tree, which commands find then; skipped where there is none."""
+@pytest.fixture(scope="session")
+def llama_cpp_tree(settings_of_user: dict[str, str]) -> Path:
     from dynquant.families.converter.source_tree import find_tree
 
     with pytest.MonkeyPatch.context() as patch:
@@ -45,9 +44,7 @@ def tree(settings_of_user: dict[str, str]) -> Iterator[Path]:
         folder = find_tree()
     if folder is None:
         pytest.skip("no source tree of llama.cpp: set LLAMA_CPP_DIR, or run `dynquant fetch-llama-cpp`")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LLAMA_CPP_DIR", str(folder))
-        yield folder
+    return folder
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -160,7 +160,10 @@ def test_the_model_itself_sees_what_it_saw_without_the_layer(made: tuple[str, Mo
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("kind", SIZES)
-def test_a_plan_lists_no_matrix_of_the_layer(kind: str, tmp_path: Path, small_moe: Path, tree: Path) -> None:
+def test_a_plan_lists_no_matrix_of_the_layer(
+    kind: str, tmp_path: Path, small_moe: Path, llama_cpp_tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLAMA_CPP_DIR", str(llama_cpp_tree))
     save_with_layer_ahead(kind, tmp_path, small_moe)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

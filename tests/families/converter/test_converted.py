@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,13 @@ with torch.inference_mode():
 """
 
 pytestmark = pytest.mark.nightly
+
+
+@pytest.fixture(scope="module")
+def tree(llama_cpp_tree: Path) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLAMA_CPP_DIR", str(llama_cpp_tree))
+        yield llama_cpp_tree
 
 
 @pytest.fixture
