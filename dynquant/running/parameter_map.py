@@ -17,7 +17,7 @@ from torch import nn
 
 from dynquant.checkpoints.tensor_source import TensorSource
 from dynquant.families.common.conversion import ConvertedSource
-from dynquant.families.common.strided_maps import StridedMap, joined, whole
+from dynquant.families.common.strided_maps import StridedMap, by_source, joined, whole
 from dynquant.families.common.traced_tensor import TracedTensor
 from dynquant.running.layer_ahead import LayerAhead, PlaceAhead, layer_ahead_of
 
@@ -37,14 +37,7 @@ class ParameterMap:
     @cached_property
     def stored(self) -> dict[str, StridedMap]:
         """Checkpoint tensors as entries of parameters."""
-        pieces: dict[str, list[StridedMap]] = {}
-        for name, traced in self.parameters.items():
-            for stored, part in traced.inverted(self.stored_shapes, name).items():
-                pieces.setdefault(stored, []).append(part)
-        return {
-            name: StridedMap(parts[0].shape, tuple(piece for part in parts for piece in part.pieces), parts[0].added)
-            for name, parts in pieces.items()
-        }
+        return by_source(self.parameters, self.stored_shapes)
 
     def gguf(self, source: ConvertedSource, name: str) -> StridedMap | None:
         """Return a GGUF tensor as entries of parameters, or None: it is computed, or has no place in the model."""

@@ -5,7 +5,7 @@ blocks of entries. A `StridedMap` says that exactly for any size without values:
 of one checkpoint tensor in two models join into a map from one to the other.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from math import prod
@@ -14,6 +14,8 @@ from operator import mul
 import torch
 from torch import Tensor
 
+_SOURCE_BITS = 48  # positions of the second source begin at 1 << 48
+_SAMPLE = 1 << 16
 _FlatAxes = list[tuple[int, int, int]]
 """Axes as (size, stride in the source, stride in the tensor)."""
 
@@ -98,6 +100,18 @@ class StridedMap:
             piece.of_target(values).copy_(piece.of_source(read(piece.source)))
         return values.add_(self.added) if self.added else values
 
+    def positions(self, starts: Mapping[str, int]) -> Tensor:
+        """Which entry of its sources each entry is, where those of a source are counted on from `starts[source]`."""
+        positions = torch.zeros(self.shape, dtype=torch.int64)
+        for piece in self.pieces:
+            sizes = [axis.size for axis in piece.axes]
+            counted = torch.full(sizes, starts[piece.source] + piece.offset)
+            for number, axis in enumerate(piece.axes):
+                steps = torch.arange(axis.size) * axis.stride
+                counted += steps.view(-1, *[1] * (len(sizes) - number - 1))
+            piece.of_target(positions).copy_(counted)
+        return positions
+
     @torch.no_grad()
     def scatter(self, values: Tensor, read: Callable[[str], Tensor]) -> None:
         """Set the entries of sources that the tensor stands for; others stay."""
@@ -164,7 +178,7 @@ class StridedMap:
         order = sorted(range(len(dims)), key=lambda place: dims[place])
         return result.permuted([*order, len(dims)]).viewed(shape)
 
-    def inverted(self, shapes: dict[str, tuple[int, ...]], name: str) -> "dict[str, StridedMap]":
+    def inverted(self, shapes: Mapping[str, tuple[int, ...]], name: str) -> "dict[str, StridedMap]":
         """The sources as entries of this tensor, which is called `name`."""
         strides = contiguous_strides(self.shape)
         pieces: dict[str, list[Piece]] = {}
@@ -174,6 +188,62 @@ class StridedMap:
             back = _pieces(name, start, piece.offset, _merged(flat), shapes[piece.source])
             pieces.setdefault(piece.source, []).extend(back)
         return {source: StridedMap(shapes[source], tuple(parts), -self.added) for source, parts in pieces.items()}
+
+
+def by_source(maps: Mapping[str, StridedMap], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, StridedMap]:
+    """Return the sources, which have the `shapes`, as entries of the tensors that `maps` has by name."""
+    parts: dict[str, list[StridedMap]] = {}
+    for name, entries in maps.items():
+        for source, part in entries.inverted(shapes, name).items():
+            parts.setdefault(source, []).append(part)
+    return {
+        source: StridedMap(
+            several[0].shape, tuple(piece for part in several for piece in part.pieces), several[0].added
+        )
+        for source, several in parts.items()
+    }
+
+
+@dataclass(frozen=True)
+class RowBlock:
+    """Rows `rows` of a matrix, which are the rows `stored_rows` of `source`, whose columns they have as `columns`."""
+
+    source: str
+    rows: Tensor
+    stored_rows: Tensor
+    columns: Tensor
+
+
+def row_blocks(entries: StridedMap, locate: Callable[[str, Tensor], tuple[Tensor, Tensor]]) -> list[RowBlock] | None:
+    """Return which rows of its sources the rows of a tensor are; None where they are no selection of one row's entries.
+
+    Leading dimensions count as one. `locate` gives rows and columns of positions in a source. All rows of small tensors
+    are looked at, of large ones some.
+    """
+    if not entries.is_complete:
+        return None
+    flat = entries.viewed((prod(entries.shape[:-1]), entries.shape[-1]))
+    starts = {source: number << _SOURCE_BITS for number, source in enumerate(flat.sources)}
+
+    def positions(part: StridedMap) -> Tensor:
+        return part.positions(starts).flatten()
+
+    first = positions(flat.sliced(1, 0, 1))
+    blocks = []
+    for number, source in enumerate(flat.sources):
+        rows = (first >> _SOURCE_BITS == number).nonzero().flatten()
+        stored_rows, _ = locate(source, first[rows] - starts[source])
+        columns = None
+        for row in torch.linspace(0, len(rows) - 1, min(len(rows), max(8, _SAMPLE // flat.shape[1]))).long().tolist():
+            at = int(rows[row])
+            of_row, of_columns = locate(source, positions(flat.sliced(0, at, at + 1)) - starts[source])
+            columns = of_columns if columns is None else columns
+            if not torch.equal(of_columns, columns) or not bool((of_row == stored_rows[row]).all()):
+                return None
+        if columns is None:
+            return None
+        blocks.append(RowBlock(source, rows, stored_rows, columns))
+    return blocks
 
 
 def whole(name: str, shape: Sequence[int]) -> StridedMap:
