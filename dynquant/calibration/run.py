@@ -10,7 +10,7 @@ share the options, the split and the results.
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -156,13 +156,19 @@ def collect_statistics(
     stats = CalibrationStats(provenance, collector.take(), collector.aliases)
     check_seen(stats, hf_model)
     by_kind = {kind: CalibrationStats(provenance, collector.take(kind), stats.aliases) for kind in kinds}
-    if (moments := collector.moments) is None:
-        return Calibration(stats, by_kind=by_kind)
+    result = Calibration(stats, by_kind=by_kind)
+    return result if collector.moments is None else _with_moments(result, collector.moments, summed, options.hessians)
+
+
+def _with_moments(result: Calibration, moments: MomentRecorder, summed: ModelInputs, hessians: Hessians) -> Calibration:
     sums, weights = moments.take()
-    shared = {alias: key for alias, key in stats.aliases.items() if key in sums}
+    shared = {alias: key for alias, key in result.stats.aliases.items() if key in sums}
     tokens = summed.windows.to(torch.int32).cpu()  # what later passes tune on
-    second = SecondMoments(provenance, tokens, options.hessians, shared, sums, weights)
-    return Calibration(stats, second, moments.pools_experts, tuple(moments.left_out), by_kind, len(sums))
+    second = SecondMoments(result.stats.provenance, tokens, hessians, shared, sums, weights)
+    left_out = tuple(moments.left_out)
+    return replace(
+        result, moments=second, pools_experts=moments.pools_experts, left_out=left_out, num_moments=len(sums)
+    )
 
 
 class _Labels(NamedTuple):
