@@ -76,6 +76,10 @@ class StridedMap:
         """True when every entry has a source."""
         return sum(piece.numel for piece in self.pieces) == prod(self.shape)
 
+    def fills(self, tensor: Tensor) -> bool:
+        """Return whether it gives every entry of a tensor."""
+        return self.is_complete and self.shape == tensor.shape
+
     @property
     def sources(self) -> tuple[str, ...]:
         """The tensors whose entries it holds, in the order of their pieces."""
