@@ -317,8 +317,8 @@ def check_importance(
             way_out = "Calibrate the model and give the statistics, or choose another type."
             if entry.role is Role.MTP:
                 way_out = (
-                    "Layers that predict tokens ahead are not calibrated: choose another type, or leave them out with "
-                    "--no-mtp."
+                    "Calibration does not run this layer, which predicts tokens ahead: choose another type, or leave "
+                    "it out with --no-mtp."
                 )
             raise EncodeError(
                 f"`{entry.name}` is planned as {entry.type}, which needs an importance matrix, but there are no "

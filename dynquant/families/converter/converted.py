@@ -5,9 +5,9 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import gguf
+from pydantic import TypeAdapter
 
 from dynquant.checkpoints.gguf_source import MetadataField
 from dynquant.checkpoints.model import Model
@@ -17,15 +17,16 @@ from dynquant.families.common.config import read_json
 from dynquant.families.common.conversion import Conversion, ConvertedSource, unchanged
 from dynquant.families.common.conversion_book import some_of
 from dynquant.families.common.metadata import recorded_fields
+from dynquant.families.common.selection import Selection
 from dynquant.families.common.settings import settings_of_config, settings_of_metadata
 from dynquant.families.converter.description import Description, describe
-from dynquant.families.converter.selection import from_record
 from dynquant.families.tokenizers.tokenizer import write_tokenizer
 
 _OWN_KEYS = ("general.quantization_version", "general.file_type")
 """Keys that are said of a file, when one is written."""
 _FLOATS = ("F32", "F16")
 _OF_TOWERS = re.compile(r"(^|\.)(vision|visual|audio|multi_modal|mm_)|projector|embed_vision|embed_audio")
+_SELECTION = TypeAdapter(Selection)
 _COMPUTED_BUFFERS = (".rotary_emb.inv_freq", ".attention.masked_bias", ".attention.bias")
 
 
@@ -42,8 +43,6 @@ def open_converted(directory: Path, tree: Path, *, mtp: bool = True) -> Model:
     refuse_quantized(directory, raw.get("quantization_config"))
     checkpoint = SafetensorsSource(directory)
     description = describe(directory, checkpoint, tree, no_mtp=not mtp)
-    if mtp and _counts_absent_layers(description):
-        description = describe(directory, checkpoint, tree, no_mtp=True)
     source = ConvertedSource(checkpoint, list(_conversions(description, checkpoint)))
     metadata = tuple(field for field in description.keys.metadata if field.key not in _OWN_KEYS)
     fault = description.about["tokenizer_fault"]
@@ -53,29 +52,21 @@ def open_converted(directory: Path, tree: Path, *, mtp: bool = True) -> Model:
         for note in description.pre_tokenizer_notes:
             warnings.warn(note, stacklevel=3)
     _tell_unused(directory, description, has_tower=isinstance(raw.get("vision_config"), dict))
-    settings = {**settings_of_metadata(metadata), **settings_of_config(raw)}
-    return Model(directory, source, metadata, source.checkpoint_names, hf_directory=directory, settings=settings)
-
-
-def _counts_absent_layers(description: Description) -> bool:
-    """Return whether keys count layers that predict tokens ahead, which published copies may lack, and has none."""
-    numbers = {field.key.rpartition(".")[2]: field.value for field in description.keys.metadata}
-    count, ahead = int(numbers.get("block_count", 0)), int(numbers.get("nextn_predict_layers", 0))
-    starts = tuple(f"blk.{layer}." for layer in range(count - ahead, count))
-    return ahead > 0 and not any(entry["name"].startswith(starts) for entry in description.about["tensors"])
+    about = {"hf_directory": directory, "settings": {**settings_of_metadata(metadata), **settings_of_config(raw)}}
+    return Model(directory, source, metadata, source.checkpoint_names, has_family=False, **about)
 
 
 def _conversions(description: Description, checkpoint: SafetensorsSource) -> Iterator[Conversion]:
-    transforms: dict[str, Any] = {}
+    selections: dict[str, Selection] = {}
     for entry in description.about["tensors"]:
         name, shape, parts = entry["name"], tuple(entry["shape"]), tuple(entry.get("parts", ()))
         if not parts:
             yield Conversion(name, (), shape, "F32", values=description.keys.load(name))
             continue
         record = entry["selection"]
-        if str(record) not in transforms:
-            transforms[str(record)] = from_record(record, description.indices)
-        selection = transforms[str(record)]
+        if str(record) not in selections:
+            selections[str(record)] = _SELECTION.validate_python(record)
+        selection = selections[str(record)]
         dtype = entry["type"] if entry["type"] in _FLOATS else checkpoint.info(parts[0]).dtype
         inner = selection.of_slice() if len(parts) == 1 else None
         transform = unchanged if selection.is_identity else inner or selection
