@@ -17,7 +17,7 @@ from torch import nn
 
 from dynquant.checkpoints.tensor_source import TensorSource
 from dynquant.families.common.conversion import ConvertedSource
-from dynquant.families.common.strided_maps import StridedMap, by_source, joined, whole
+from dynquant.families.common.strided_maps import StridedMap, by_source, whole
 from dynquant.families.common.traced_tensor import TracedTensor
 from dynquant.running.layer_ahead import LayerAhead, PlaceAhead, layer_ahead_of
 
@@ -41,16 +41,13 @@ class ParameterMap:
 
     def gguf(self, source: ConvertedSource, name: str) -> StridedMap | None:
         """Return a GGUF tensor as entries of parameters, or None: it is computed, or has no place in the model."""
-        parts = [self.stored.get(part) for part in source.checkpoint_names(name)]
-        if not parts or any(part is None or not part.is_complete for part in parts):
+        parts = source.checkpoint_names(name)
+        if not parts or not all(part in self.stored and self.stored[part].is_complete for part in parts):
             return None
-        transform, shape = source.transform(name), source.info(name).shape
         try:
-            made = [transform(TracedTensor(part)).map for part in parts if part is not None]  # type: ignore[attr-defined]
-            traced = made[0] if len(made) == 1 else joined([part.viewed((1, *part.shape)) for part in made], 0)
-        except (NotImplementedError, ValueError):  # it computes new values
+            return source.entries(name, self.stored_shapes[parts[0]]).through(self.stored)
+        except (NotImplementedError, ValueError):
             return None
-        return traced.viewed(shape)
 
 
 def parameter_map(hf_model: Any, checkpoint: TensorSource) -> ParameterMap:
