@@ -159,8 +159,8 @@ def _refused(directory: Path, tree: Path, kind: str, reason: str) -> CheckpointE
         return CheckpointError(f"{said}. {_WAY_OUT}")
     if "Can not map tensor" in reason:
         return CheckpointError(
-            f"llama.cpp's converter in {tree} has no place for a tensor of {directory} ({reason}): llama.cpp's graph of "
-            "the architecture does not read it, and would compute something else. A newer tree, by --llama-cpp DIR, "
+            f"llama.cpp's converter in {tree} has no place for a tensor of {directory} ({reason}): llama.cpp's graph "
+            "of the architecture does not read it, and would compute something else. A newer tree, by --llama-cpp DIR, "
             "may have a place for it."
         )
     return CheckpointError(
