@@ -22,6 +22,9 @@ from dynquant.running.equal_entries import EqualEntries
 from dynquant.running.expert_hooks import expert_layout, expert_modules, expert_stack
 from dynquant.running.parameter_map import parameter_map
 
+_TABLES = (Role.EMBEDDING, Role.OUTPUT, Role.PER_LAYER_EMBEDDING)
+_ROUNDING = 0.02
+"""Error of a row in a file of eight bits, as a part of its norm; columns that are all moved make one of 1.4."""
 _EXPERT_PARTS = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
 
 
@@ -70,15 +73,6 @@ class WeightInputs:
     linears: dict[str, LinearInput]
     experts: dict[nn.Module, ExpertInputs]
     embeddings: dict[str, nn.Module]
-
-
-def named_inputs(hf_model: nn.Module, arch: str, n_layer: int) -> WeightInputs:
-    """Return the linear layers and experts in gguf-py's map of an architecture. Raises StatsError: unnamed experts."""
-    linears, experts = _named_linears(hf_model, arch, n_layer), {}
-    for module_name, module in expert_modules(hf_model).items():
-        names = [gguf_name_of(f"{module_name}.{part}", arch, n_layer) for part in _EXPERT_PARTS]
-        experts[module] = _experts_of(module_name, [name for name in names[:-1] if name is not None], names[-1])
-    return WeightInputs(linears, experts, _embeddings(hf_model, arch, n_layer))
 
 
 def weight_inputs(model: Model, hf_model: Any) -> WeightInputs:
@@ -241,16 +235,16 @@ def _check_expert_columns(name: str, entries: StridedMap, module: nn.Module, par
 def _entries_in_file(model: Model, search: EqualEntries, name: str, named: dict[str, LinearInput]) -> StridedMap | None:
     """Return where a running model holds a tensor of a GGUF file, unless the name says so and columns agree."""
     shape = model.source.info(name).shape
-    if len(shape) < 2 or role_of(name) in (Role.EMBEDDING, Role.OUTPUT):
+    if len(shape) < 2 or not name.endswith(".weight") or role_of(name) in _TABLES:
         return None
     if role_of(name).is_routed_expert and len(shape) == 3:
         return search.entries_of_stack(name)
+    weight = named[name].module.weight.detach().cpu() if name in named else None  # type: ignore[operator, union-attr]
+    if weight is not None and (weight.shape != shape or _begins_alike(weight, model, name)):
+        return None
     stored = model.source.load(name)
-    if name in named:
-        weight = named[name].module.weight.detach()  # type: ignore[union-attr]
-        here, there = (values.double().abs().sum(0).cpu() for values in (weight, stored))
-        if weight.shape != stored.shape or torch.allclose(here, there, rtol=1e-2):
-            return None
+    if weight is not None and torch.allclose(*(v.double().abs().sum(0) for v in (weight, stored)), rtol=1e-2):
+        return None
     entries = search.entries(name, stored)
     if entries is None and name in named:
         raise StatsError(
@@ -259,3 +253,10 @@ def _entries_in_file(model: Model, search: EqualEntries, name: str, named: dict[
             "checkpoint without --base-gguf."
         )
     return entries
+
+
+def _begins_alike(weight: Tensor, model: Model, name: str) -> bool:
+    """Return whether the first and the last row are those of a GGUF tensor, as they are under most orders of rows."""
+    ends = (0, len(weight) - 1)
+    here, there = weight[[*ends]].float(), torch.stack([model.source.load(name, row) for row in ends])
+    return bool((here - there).norm() < _ROUNDING * here.norm())
