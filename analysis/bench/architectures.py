@@ -9,6 +9,7 @@ else its failed cells.
 """
 
 import argparse
+import copy
 import json
 import os
 import re
@@ -289,7 +290,12 @@ class _Candidate:
         logits = HuggingFaceRunner(load_directory(folder, torch.float32).eval()).window_logits(tokens)
         expected = HuggingFaceRunner(self.decoded.eval()).window_logits(tokens)
         difference = float((logits - expected).abs().max() / expected.std())
-        return f"{difference:.1e}" if difference < 1e-5 else f"✗ {difference:.1e}"
+        if difference < 1e-5:
+            return f"{difference:.1e}"
+        exact = copy.deepcopy(self.decoded).double()
+        exact.set_experts_implementation("eager")  # grouped products know no float64
+        rounding = float((HuggingFaceRunner(exact).window_logits(tokens) - expected).abs().max() / expected.std())
+        return f"{'' if difference < rounding else '✗ '}{difference:.1e}, float32 rounds by {rounding:.1e}"
 
     def adapter(self) -> str:
         from dynquant.lora import add_adapter

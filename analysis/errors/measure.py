@@ -206,9 +206,7 @@ class ErrorMeter(Meter):
             rows, numbers = weights[as_slice(some)], experts[as_slice(some)]
             scale, hessian = self._guidance(part, numbers)
             samples, here = self._samples(part, numbers), rows.to(self.device)
-            metric = hessian if hessian is not None else scale
-            metric = torch.ones(len(rows), rows.shape[-1]) if metric is None else metric
-            metric = metric.to(self.device)
+            metric = self._metric(rows, scale, hessian)
             energies.append(row_sums(here, metric, samples).cpu())
             for name, sums in lost.items():
                 if holds_blocks(self.model, part.name, QUANT_TYPES[name]):  # `export` copies them
@@ -220,6 +218,23 @@ class ErrorMeter(Meter):
                 sums.append(row_sums(here - decoded, metric, samples).cpu())
         return torch.cat(energies, 1), {name: torch.cat(sums, 1) for name, sums in lost.items()}
 
+    def sums_of_blocks(
+        self, part: TensorPart, weights: torch.Tensor, packed: torch.Tensor, hessian: torch.Tensor | None
+    ) -> ErrorSums:
+        """Return the sums of a part that `export` encoded to `packed` under these second moments."""
+        experts = list(part.experts)
+        rows = weights.reshape(len(experts), len(part.rows), -1).to(self.device)
+        scale = importance(self.stats, part.name, part.shape)
+        metric = self._metric(rows, None if scale is None else scale[experts], hessian)
+        samples, lost = self._samples(part, experts), decode(part.quant_type.name, packed.to(self.device), rows.shape)
+        of_rows = (row_sums(each, metric, samples).sum(-1).cpu() for each in (lost.sub_(rows), rows))
+        return ErrorSums.of(*of_rows, checksum=None)
+
+    def _metric(self, rows: torch.Tensor, scale: torch.Tensor | None, hessian: torch.Tensor | None) -> torch.Tensor:
+        """Return what errors of rows [E, R, C] are weighed by: second moments, else importance, else nothing."""
+        metric = hessian if hessian is not None else scale
+        return (torch.ones(len(rows), rows.shape[-1]) if metric is None else metric).to(self.device)
+
     def _guidance(self, part: ErrorPart, experts: list[int]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Return importance and second moments that `export` encodes these experts with."""
         scale = importance(self.stats, part.name, part.shape)
@@ -228,7 +243,7 @@ class ErrorMeter(Meter):
             return scale, None
         return scale, hessian(self.moments, self.stats, part.name, part.shape, experts)
 
-    def _samples(self, part: ErrorPart, experts: list[int]) -> torch.Tensor | None:
+    def _samples(self, part: ErrorPart | TensorPart, experts: list[int]) -> torch.Tensor | None:
         """Return held-back inputs of experts, float32 [E or 1, S, C]; None when the part's outputs are not measured."""
         inputs = self.stats.input_of(part.name)
         if inputs is None or inputs.samples is None or inputs.samples.shape[-1] != part.shape[-1]:
@@ -313,7 +328,7 @@ def build_error_table(
             joined = ErrorSums.joined([sums[part][candidate.name] for part in parts[name]])
             if joined.checksum is not None:
                 checksums[name] = f"{joined.checksum:016x}"
-            errors = _errors_of(joined, meter.stats.input_of(name), prod(tensor.shape[:-2]))
+            errors = errors_of(joined, meter.stats.input_of(name), prod(tensor.shape[:-2]))
             rows[name].append(_row(tensor, candidate, candidate_types, errors))
     in_order = (row for name in formats for row in rows[name])
     checksums = {name: checksums[name] for name in formats if name in checksums}  # workers are done in any order
@@ -365,7 +380,7 @@ def _row(
     return ErrorRow(**place, type=candidate.name, wanted=others, bytes=candidate.tensor_bytes(info.shape), **errors)
 
 
-def _errors_of(sums: ErrorSums, inputs: InputStats | None, num_experts: int) -> dict[str, Any]:
+def errors_of(sums: ErrorSums, inputs: InputStats | None, num_experts: int) -> dict[str, Any]:
     """Return the measured fields of a row, from the sums of all parts of a tensor; see `table` for what they are."""
     squared, weighted = (torch.tensor(of_weights, dtype=torch.float64) for of_weights in sums[:2])
     experts, stands_for = list(range(num_experts)), torch.ones(num_experts, 1, dtype=torch.float64)
