@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 _SOURCE_BITS = 48  # positions of the second source begin at 1 << 48
-_SAMPLE = 1 << 16
+_MAX_POSITIONS, _FEW_ROWS = 1 << 20, 16
 _FlatAxes = list[tuple[int, int, int]]
 """Axes as (size, stride in the source, stride in the tensor)."""
 
@@ -250,31 +250,29 @@ def row_blocks(entries: StridedMap, locate: Callable[[str, Tensor], tuple[Tensor
     """Return which rows of its sources the rows of a tensor are; None where they are no selection of one row's entries.
 
     Leading dimensions count as one. `locate` gives rows and columns of positions in a source. All rows of small tensors
-    are looked at, of large ones some.
+    are looked at, and a few of large ones.
     """
     if not entries.is_complete:
         return None
     flat = entries.viewed((prod(entries.shape[:-1]), entries.shape[-1]))
     starts = {source: number << _SOURCE_BITS for number, source in enumerate(flat.sources)}
-
-    def positions(part: StridedMap) -> Tensor:
-        return part.positions(starts).flatten()
-
-    first = positions(flat.sliced(1, 0, 1))
+    first = flat.sliced(1, 0, 1).positions(starts).flatten()
+    positions = flat.positions(starts) if prod(flat.shape) <= _MAX_POSITIONS else None
     blocks = []
     for number, source in enumerate(flat.sources):
         rows = (first >> _SOURCE_BITS == number).nonzero().flatten()
-        stored_rows, _ = locate(source, first[rows] - starts[source])
-        columns = None
-        for row in torch.linspace(0, len(rows) - 1, min(len(rows), max(8, _SAMPLE // flat.shape[1]))).long().tolist():
-            at = int(rows[row])
-            of_row, of_columns = locate(source, positions(flat.sliced(0, at, at + 1)) - starts[source])
-            columns = of_columns if columns is None else columns
-            if not torch.equal(of_columns, columns) or not bool((of_row == stored_rows[row]).all()):
-                return None
-        if columns is None:
+        if not len(rows):
             return None
-        blocks.append(RowBlock(source, rows, stored_rows, columns))
+        stored_rows, _ = locate(source, first[rows] - starts[source])
+        sample = torch.arange(0, len(rows), 1 if positions is not None else -(-len(rows) // _FEW_ROWS))
+        if positions is None:
+            lines = torch.cat([flat.sliced(0, row, row + 1).positions(starts) for row in rows[sample].tolist()])
+        else:
+            lines = positions[rows]
+        of_rows, of_columns = locate(source, lines - starts[source])  # [sample, columns]
+        if not (of_rows == stored_rows[sample, None]).all() or not (of_columns == of_columns[0]).all():
+            return None
+        blocks.append(RowBlock(source, rows, stored_rows, of_columns[0]))
     return blocks
 
 
