@@ -110,7 +110,7 @@ class StridedMap:
         return values.add_(self.added) if self.added else values
 
     def positions(self, starts: Mapping[str, int]) -> Tensor:
-        """Which entry of its sources each entry is, where those of a source are counted on from `starts[source]`."""
+        """Which entry of its sources each entry is, int64 of `shape`; those of a source begin at `starts[source]`."""
         positions = torch.zeros(self.shape, dtype=torch.int64)
         for piece in self.pieces:
             sizes = [axis.size for axis in piece.axes]
@@ -195,21 +195,16 @@ class StridedMap:
         """The same entries as those of what `sources` are made of. Raises NotImplementedError: irregular."""
         pieces, added = [], set()
         for piece in self.pieces:
-            source = sources[piece.source]
-            part = source.strided(
-                [axis.size for axis in piece.axes], [axis.stride for axis in piece.axes], piece.offset
-            )
+            source, of = sources[piece.source], piece.axes
             added.add(source.added)
-            for inner in part.pieces:
+            for inner in source.strided([axis.size for axis in of], [axis.stride for axis in of], piece.offset).pieces:
                 starts = list(piece.starts)
-                for axis, start in zip(piece.axes, inner.starts, strict=True):
+                for axis, start in zip(of, inner.starts, strict=True):
                     starts[axis.dim] += start * axis.step
-                outer = [piece.axes[axis.dim] for axis in inner.axes]
-                axes = (
-                    Axis(axis.size, axis.stride, of.dim, axis.step * of.step)
-                    for axis, of in zip(inner.axes, outer, strict=True)
+                axes = tuple(
+                    replace(axis, dim=of[axis.dim].dim, step=axis.step * of[axis.dim].step) for axis in inner.axes
                 )
-                pieces.append(Piece(inner.source, inner.offset, tuple(starts), tuple(axes)))
+                pieces.append(replace(inner, starts=tuple(starts), axes=axes))
         if len(added) > 1:
             raise NotImplementedError("parts with different constants added")
         return StridedMap(self.shape, joined_pieces(pieces), self.added + sum(added))
@@ -430,13 +425,10 @@ def _one_piece(run: list[Piece]) -> Piece:
     if len(run) == 1:
         return run[0]
     stride, steps = _distance(run[0], run[1])
-    dim = max(range(len(steps)), key=lambda index: steps[index])
-    axes = [*run[0].axes, Axis(len(run), stride, dim, steps[dim])]
-    merged: list[Axis] = []
-    for axis in sorted(axes, key=lambda axis: (axis.dim, -axis.step)):
-        outer = merged[-1] if merged else Axis(0, 0, -1, 0)
-        if (outer.stride, outer.dim, outer.step) == (axis.size * axis.stride, axis.dim, axis.size * axis.step):
-            merged[-1] = Axis(outer.size * axis.size, axis.stride, axis.dim, axis.step)
-            continue
-        merged.append(axis)
+    along = max(range(len(steps)), key=steps.__getitem__)
+    axes = [*run[0].axes, Axis(len(run), stride, along, steps[along])]
+    of_dims = ([(axis.size, axis.stride, axis.step) for axis in axes if axis.dim == dim] for dim in range(len(steps)))
+    merged = (
+        Axis(size, stride, dim, step) for dim, of_dim in enumerate(of_dims) for size, stride, step in _merged(of_dim)
+    )
     return replace(run[0], axes=tuple(merged))
