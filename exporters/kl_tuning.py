@@ -34,6 +34,7 @@ from dynquant.session import Progress, ignore_progress
 
 GIVEN, WRITTEN = "given text", "text that the original wrote"
 _TRAINED_TOP = 1024
+_STOPPED_FALLING, _TEXT_ENDED, _TIME_ENDED = "the held-out KL stopped falling", "the text ended", "time was over"
 _FULL_RATE_STEPS = 16
 _GROWTH = 1.4  # of the text between two looks at the held-out KL
 _PATIENCE = 2  # looks without a gain before training ends
@@ -41,7 +42,7 @@ _LATE = 8  # power by which later steps count more in the average
 _FRACTIONS = (0.25, 0.5, 0.75)
 _CLEARLY = 1.64  # standard errors by which the KL must fall: one chance in twenty that it did not
 _ORIGINAL_SHARE = 0.25  # of the time, for what the original says to the text that is trained on
-FEWEST_WINDOWS = 5
+FEWEST_WINDOWS, _FEWEST_WRITTEN = 5, 5  # to hold some out for both choices
 
 
 @dataclass(frozen=True)
@@ -167,45 +168,41 @@ def tune(
         start = time.monotonic()
         before = tuning.measured(decision)
         deadline -= 1.5 * (time.monotonic() - start)  # measured once more, and fractions of the way on a quarter each
+        held = sum(batch.ids.numel() for batch in decision)
+        if not trained:
+            return Tuned({}, before.score(), before.score(), 0, held, 0.0, "the file has none of the parts to train")
         best, tokens, ended = tuning.train(live, trained, train, choice, deadline)
         fraction = tuning.move_to_best_fraction(first, best, choice)
         after = tuning.measured(decision)
     is_kept = _falls_clearly(before, after)
     changed = {name: tensor.packed() for name, tensor in trained.items()} if is_kept else {}
-    held = sum(batch.ids.numel() for batch in decision)
     if len(train) < len(split.train) and ended == _TEXT_ENDED:
         ended = _TIME_ENDED
     return Tuned(changed, before.score(), after.score(), tokens, held, fraction, ended)
 
 
-_STOPPED_FALLING, _TEXT_ENDED, _TIME_ENDED = "the held-out KL stopped falling", "the text ended", "time was over"
-
-
 def _falls_clearly(before: _Blocks, after: _Blocks) -> bool:
     """Return whether the KL clearly falls over all blocks, and clearly rises on no kind of text."""
-    change = after.kls - before.kls
-    limits = [_CLEARLY * float(part.std()) / math.sqrt(len(part)) for part in (change,)]
-    if not float(change.mean()) < -limits[0]:
-        return False
-    for kind in dict.fromkeys(before.kinds):
-        part = after.of(kind) - before.of(kind)
-        if len(part) > 1 and float(part.mean()) > _CLEARLY * float(part.std()) / math.sqrt(len(part)):
-            return False
-    return True
+    by_kind = [after.of(kind) - before.of(kind) for kind in dict.fromkeys(before.kinds)]
+    return _sureness(before.kls - after.kls) > _CLEARLY and all(_sureness(part) < _CLEARLY for part in by_kind)
+
+
+def _sureness(changes: Tensor) -> float:
+    """Return the mean over blocks in standard errors of itself; 0 for a single block."""
+    return float(changes.mean() / changes.std().clamp_min(1e-12)) * math.sqrt(len(changes)) if len(changes) > 1 else 0.0
 
 
 def _written(hf_model: Any, windows: Tensor, options: TuneOptions, progress: Progress) -> Tensor:
     """Return windows that the original writes: half of them from nothing, the others as given text goes on."""
     length, count = windows.shape[1], -(-options.sampled_tokens // windows.shape[1])
-    generator, device = torch.Generator().manual_seed(options.seed), next(hf_model.parameters()).device
+    count = max(count, _FEWEST_WRITTEN) if count else 0
+    device, config = next(hf_model.parameters()).device, hf_model.config.get_text_config()
+    generator = torch.Generator().manual_seed(options.seed)
     draws = torch.Generator(device).manual_seed(options.seed)
-    config = hf_model.config.get_text_config()
     begin = next((token for token in (config.bos_token_id, config.eos_token_id) if isinstance(token, int)), None)
-    from_nothing = count // 2 if begin is not None else 0
-    starts = [
-        torch.full((from_nothing, 1), begin or 0),
-        random_starts(windows, count - from_nothing, START_TOKENS, generator),
-    ]
+    from_nothing = 0 if begin is None else count // 2
+    going_on = random_starts(windows, count - from_nothing, min(START_TOKENS, length // 2), generator)
+    starts = [torch.full((from_nothing, 1), begin or 0), going_on]
     written = [windows[:0].long()]
     for part in starts:
         if len(part):

@@ -13,6 +13,7 @@ from dynquant.errors import CheckpointError, ExportError, StatsError
 from dynquant.exporters.closing_pass import check_original, too_large_to_tune
 from dynquant.exporters.gguf import write_patched
 from dynquant.exporters.kl_tuning import TuneOptions, tune
+from dynquant.exporters.options import ClosingPassOptions
 from dynquant.exporters.tuned_tensors import Correction
 from dynquant.families.open import open_model
 from dynquant.formats.quant_types import QUANT_TYPES
@@ -140,6 +141,13 @@ def test_a_pass_that_does_not_help_changes_nothing(model, crushed, windows):
 def test_steps_that_go_too_far_are_taken_back_in_part(model, crushed, windows):
     result = tune(model, load_hf(model), GGUFSource(crushed), windows, replace(SHORT, scale_rate=0.6, norm_rate=0.24))
     assert result.fraction < 1
+
+
+def test_a_part_that_the_file_lacks_is_not_trained(model, crushed, windows):
+    result = tune(model, load_hf(model), GGUFSource(crushed), windows, replace(SHORT, parts=("biases",)))
+    assert not result.replacements and result.tokens == 0 and "none of the parts" in result.ended
+    with pytest.raises(ExportError, match=r"--tune-parts: there is no part codes; name some of scales, norms"):
+        ClosingPassOptions(tune_parts=("codes",))
 
 
 def test_training_ends_when_the_time_is_over(model, crushed, windows):
