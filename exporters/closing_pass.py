@@ -6,7 +6,7 @@ the original writes itself, with gradients that flow through the whole model und
 also makes up for what the layers before it lost. Step sizes follow the damage: a scale moves in proportion to the
 relative error of its tensor, the others to the mean one. File size and types stay as they are.
 
-Which text is used, how far it goes and whether the result is kept is decided in `kl_tuning`.
+Which text is used, how far it goes and whether the result is kept is decided in `tuning.training`.
 """
 
 import os
@@ -20,9 +20,9 @@ from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import layer_of, mtp_layers
 from dynquant.errors import ExportError
 from dynquant.exporters.gguf import write_patched
-from dynquant.exporters.kl_tuning import FEWEST_WINDOWS, Tuned, TuneOptions, tune
 from dynquant.exporters.options import ClosingPassOptions
 from dynquant.exporters.output import Encoding
+from dynquant.exporters.tuning.training import FEWEST_WINDOWS, Tuned, TuneOptions, tune
 from dynquant.families.common.conversion import ConvertedSource
 from dynquant.resources import chosen_device
 from dynquant.running.load import load_hf

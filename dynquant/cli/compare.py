@@ -271,7 +271,7 @@ def _tuned(plain: Path, encoder: str, stats: Path, options: CompareEncodersOptio
     """Write the file again after the closing pass, on the tokens of the second moments."""
     from dynquant.calibration.second_moments import SecondMoments
     from dynquant.exporters.closing_pass import tune_file
-    from dynquant.exporters.kl_tuning import TuneOptions
+    from dynquant.exporters.tuning.training import TuneOptions
     from dynquant.families.open import open_and_announce
 
     windows = SecondMoments.load(path_beside(stats)).tokens

@@ -1,0 +1,1 @@
+"""The closing pass: what it trains, and how."""
