@@ -49,7 +49,7 @@ def _beside(output: Path, typed: Mapping[str, Any]) -> list[Path]:
 
 @dataclass(frozen=True)
 class ClosingPassOptions(Options):
-    """What the closing pass trains, on what, and for how long."""
+    """Parts, text and time of the closing pass."""
 
     tune_minutes: Annotated[
         float, Flag("Minutes of the closing pass at most; it ends before when the held-out KL stops falling.", min=0.01)

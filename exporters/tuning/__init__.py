@@ -1,1 +1,1 @@
-"""The closing pass: what it trains, and how."""
+"""The training of the closing pass."""

@@ -1,4 +1,4 @@
-"""What the closing pass trains: numbers of a quantized file that have no codes, so that changing them costs no byte.
+"""Trained tensors of the closing pass: numbers of a quantized file that have no codes, so that they cost no byte.
 
 These are the fp16 scales and minimums of super-blocks, and what is stored in F32: norms, biases, routers and the
 corrections that decide which experts a router takes. Each tensor has a `parameter`, which is written into the running
@@ -87,8 +87,9 @@ class Values:
 
 
 class Correction(Values):
-    """What is added to a router's scores only to choose experts, so that it has no gradient: the share of tokens that
-    an expert got too many, against the original on the same text, stands for it. That is the perceptron's rule."""
+    """Values that are added to a router's scores only to choose experts, so that they have no gradient: the share of
+    tokens that an expert got too many, against the original on the same text, stands for it, by the perceptron's rule.
+    """
 
     def __init__(self, live: LiveWeights, name: str, rate: float, routes: Routes) -> None:
         super().__init__(live, name, rate)

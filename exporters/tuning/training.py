@@ -56,7 +56,7 @@ class TuneOptions:
     sampled_tokens: int = 0
     """Tokens that the original writes itself, beside those of the text; a part of them is held out."""
     parts: tuple[str, ...] = TUNED_PARTS
-    """What is trained; the rest stays as it is."""
+    """Parts that are trained; the rest stays as it is."""
     step_tokens: int = 1024
     scale_rate: float = 0.025
     norm_rate: float = 0.01
