@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dynquant.evaluation.reference_cache import cache_key, entry_path, load_cached, save_cached
 from dynquant.evaluation.runners import load_model
-from dynquant.running.continuation import START_TOKENS, continued, random_starts
+from dynquant.inputs.continuation import START_TOKENS, continued, random_starts
 from dynquant.session import Progress
 from dynquant.training.options import LARGE
 

@@ -27,7 +27,7 @@ from dynquant.evaluation.distributions import Distributions
 from dynquant.evaluation.statistics import block_sums
 from dynquant.exporters.options import TUNED_PARTS
 from dynquant.exporters.tuning.tensors import Correction, Routes, Tunable, install, recorded_routes, share_changed
-from dynquant.running.continuation import START_TOKENS, continued, random_starts
+from dynquant.inputs.continuation import START_TOKENS, continued, random_starts
 from dynquant.running.live_weights import LiveWeights
 from dynquant.running.load import tf32_products
 from dynquant.session import Progress, ignore_progress
