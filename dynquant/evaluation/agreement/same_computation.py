@@ -31,6 +31,7 @@ from dynquant.evaluation.llama_cpp import separate_window_logits
 from dynquant.evaluation.runners import HuggingFaceRunner
 from dynquant.families.common.config import read_json
 from dynquant.families.converter.source_tree import find_tree, tree_version
+from dynquant.families.model_kind import check_same_kind
 from dynquant.families.text.registry import FAMILIES
 from dynquant.formats.quant_types import quant_type
 from dynquant.packed.rounding import rounded
@@ -99,6 +100,13 @@ def check_computation(
     """
     if model.hf_directory is None or not (model.base_gguf or is_converted(model)):
         return None
+    if model.base_gguf is not None and not allow_difference:
+        check_same_kind(
+            model.base_gguf,
+            model.hf_directory,
+            "Give the GGUF that llama.cpp's converter made of this directory as --base-gguf, or go on with "
+            "--allow-difference.",
+        )
     path = None if folder is None else folder / SAME_COMPUTATION_NAME
     compared = None if path is None else _remembered(path, model)
     if compared is None:
