@@ -171,12 +171,11 @@ def _lay_out(model: Model, plan: Plan) -> tuple[Layout, dict[str, object]]:
 
 def _lay_out_traced(model: Model, plan: Plan) -> tuple[Layout, dict[str, object]] | None:
     """Return the same for a directory of an architecture without a family; None for one with."""
-    if model.hf_directory is None or not isinstance(model.source, ConvertedSource):
+    if not model.is_converted:
         return None
+    assert model.hf_directory is not None
     raw = read_json(model.hf_directory / "config.json")
-    if raw.get("model_type") in FAMILIES:
-        return None
-    raw = {key: value for key, value in raw.items() if key != "quantization_config"}
+    raw.pop("quantization_config", None)
     hf_model = empty_hf(model, dtype=torch.float32)
     text = raw.get("text_config")
     for part in (raw, text) if isinstance(text, dict) else (raw,):

@@ -17,12 +17,7 @@ from dynquant.encoding.parts import PartLimits
 from dynquant.encoding.remote import EncoderChoice, RemoteEncoding, StoredFiles
 from dynquant.encoding.stream import load_encoder
 from dynquant.errors import ExportError, PlanError
-from dynquant.evaluation.agreement.same_computation import (
-    SameComputation,
-    check_computation,
-    check_written,
-    is_converted,
-)
+from dynquant.evaluation.agreement.same_computation import SameComputation, check_computation, check_written
 from dynquant.exporters.closing_pass import TuneOptions, closing_pass_of, tune_file
 from dynquant.exporters.compressed_tensors import check_is_free, export_compressed_tensors
 from dynquant.exporters.gguf import check_parts, export_gguf, with_mmproj_type
@@ -108,7 +103,7 @@ def export(options: ExportOptions, session: Session = SILENT) -> Exported:
             files = export_gguf(encoding, options.output, split_max_bytes=split)
         else:
             files = export_safetensors(encoding, options.output, shard_max_bytes=split)
-    if options.format == "gguf" and compared is None and is_converted(model):
+    if options.format == "gguf" and compared is None and model.is_converted:
         how = {"allow_difference": options.allow_difference, "max_memory": options.max_memory}
         check_written(model, files[0], session, **how)
     return Exported(files, plan.num_weights)

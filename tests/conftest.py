@@ -33,6 +33,20 @@ def settings_of_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[
         yield stated
 
 
+@pytest.fixture(scope="session")
+def llama_cpp_tree(settings_of_user: dict[str, str]) -> Path:
+    from dynquant.families.converter.source_tree import find_tree
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("DYNQUANT_CACHE")
+        for name, value in settings_of_user.items():
+            patch.setenv(name, value)
+        folder = find_tree()
+    if folder is None:
+        pytest.skip("no source tree of llama.cpp: set LLAMA_CPP_DIR, or run `dynquant fetch-llama-cpp`")
+    return folder
+
+
 @pytest.fixture(scope="session", autouse=True)
 def short_probe():
     """Plans that are made in this process weigh their tensors by gradients of 512 tokens, not of thousands."""

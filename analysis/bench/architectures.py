@@ -34,7 +34,7 @@ from dynquant.checkpoints.gguf_layout import write_float32
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import Role
-from dynquant.evaluation.agreement.same_computation import compare, is_converted, mean_kl
+from dynquant.evaluation.agreement.same_computation import compare, mean_kl
 from dynquant.evaluation.llama_cpp import LlamaCppRunner
 from dynquant.evaluation.runners import HuggingFaceRunner
 from dynquant.exporters.options import ExportOptions
@@ -238,7 +238,7 @@ class _Candidate:
         file = write_float32(self.model, self.folder / "f32.gguf")
         compared = compare(self.model, file, self.session, logits=self._llama_logits)
         file.unlink()
-        if is_converted(self.model):  # the plan need not compare again
+        if self.model.is_converted:  # the plan need not compare again
             (self.folder / "plan").mkdir(exist_ok=True)
             compared.save(self.folder / "plan" / SAME_COMPUTATION_NAME)
         kl = compared.kl

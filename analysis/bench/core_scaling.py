@@ -3,10 +3,11 @@
     python -m dynquant.analysis.bench.core_scaling --cores 1,2,4,8,16
 
 The same work runs in a process of its own for each number of cores, which is then all that the process may use. A line
-for each number: seconds, and in brackets the seconds of one core over seconds times cores. Encoders get random
-matrices and experts of 1,024 columns, ours with hessians; the table and llama.cpp get the bundled model.
-Opening models and building ggml's search tables is not timed. With less than `--scale 1` sixteen cores have a piece or
-two each, so that some wait for others.
+for each number, as soon as it is measured: seconds, and in brackets the seconds of one core over seconds times cores.
+Encoders get random matrices and experts of 1,024 columns, ours with hessians; the table and llama.cpp get the bundled
+model. Start-up is what that process took beside: importing, opening models and statistics, building ggml's search
+tables and compiled loops. With less than `--scale 1` sixteen cores have a piece or two each, so that some wait for
+others.
 """
 
 import json
@@ -14,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -62,15 +64,19 @@ def main() -> None:
     let_waiting_threads_sleep()
     usable = sorted(os.sched_getaffinity(0))
     counts = [count for count in map(int, asked.cores.split(",")) if count <= len(usable)]
-    print(f"dynquant {dynquant.__version__}, PyTorch {torch.__version__}, {len(usable)} usable cores\n")
-    table, single = MarkdownTable("cores", *(f"{name}, s" for name in names)), {}
     with tempfile.TemporaryDirectory() as folder:
-        _prepare(Path(folder), names)
+        seconds, _ = measured(lambda: _prepare(Path(folder), names), "cpu")
+        versions = f"dynquant {dynquant.__version__}, PyTorch {torch.__version__}"
+        print(f"{versions}, {len(usable)} usable cores; files prepared in {seconds:.1f} s\n")
+        table, single = MarkdownTable("cores", "start-up, s", *(f"{name}, s" for name in names)), {}
         for count in counts:
+            start = time.perf_counter()
             times = _on_cores(usable[:count], "--scale", str(asked.scale), "--only", ",".join(names), folder)
+            startup = time.perf_counter() - start - sum(times.values())
             spent = {name: count * seconds for name, seconds in times.items()}
             single = single or spent
-            table.add(count, *(f"{times[name]:.2f} ({single[name] / spent[name]:.0%})" for name in names))
+            cells = (f"{times[name]:.2f} ({single[name] / spent[name]:.0%})" for name in names)
+            table.add(count, f"{startup:.1f}", *cells)
 
 
 def _prepare(folder: Path, names: list[str]) -> None:
@@ -128,6 +134,7 @@ def _table(folder: Path, scale: float) -> Callable[[], None]:
     for name in names:
         encoder.encode(quant_type(name), weights, importance, 1, hessian=hessian)
     output = folder / f"errors-{os.getpid()}.json"
+    assert stats.moments is not None  # read here, with the statistics
     return lambda: error_table(model, stats, output, TableOptions(types=names), Session(device="cpu")) and None
 
 

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from dynquant.checkpoints.tensor_roles import layer_of, role_of
 from dynquant.recipes.folder import SuperWeight
-from dynquant.running.expert_hooks import ExpertCall, expert_layout, record_experts
+from dynquant.running.expert_hooks import ExpertCall, expert_layout, expert_stack, record_experts
 from dynquant.running.stored_experts import StoredExperts
 from dynquant.running.weight_inputs import WeightInputs
 from dynquant.storage.documents import FrozenRecord
@@ -163,9 +163,10 @@ def _matrix(hf_model: nn.Module, module: str, expert: int | None) -> torch.Tenso
     layer: Any = hf_model.get_submodule(module)
     if expert is None:
         return layer.weight.data
-    stack = layer.down_proj
+    layout = expert_layout(layer)
+    stack = expert_stack(layer, layout.down)
     matrix = stack[expert] if isinstance(stack, StoredExperts) else stack.data[expert]
-    return matrix.T if expert_layout(layer).is_transposed else matrix  # some experts are stored [in, out]
+    return matrix.T if layout.down in layout.transposed else matrix  # some experts are stored [in, out]
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from dynquant.calibration.recorders import InputRecorder, MomentRecorder
 from dynquant.calibration.statistics import InputStats
 from dynquant.checkpoints.tensor_roles import role_of
 from dynquant.inputs.model_inputs import Batch
-from dynquant.running.expert_hooks import ExpertCall, record_experts
+from dynquant.running.expert_hooks import ExpertCall, expert_layout, expert_stack, record_experts
 from dynquant.running.linear_hooks import LinearHooks, observed_outputs
 from dynquant.running.weight_inputs import WeightInputs
 from dynquant.storage.file_names import IMAGE, KINDS, TEXT
@@ -123,7 +123,8 @@ class Collector:
         return lambda gradient: self._add_moments(key, x, gradient.flatten(0, -2))
 
     def _observe_expert(self, call: ExpertCall) -> None:
-        inputs, num_experts = self._experts[call.module], call.module.down_proj.shape[0]
+        inputs = self._experts[call.module]
+        num_experts = len(expert_stack(call.module, expert_layout(call.module).down))
         gate, down = inputs.inner[0], inputs.down
         if self._sums:
             x, h = call.x.detach(), call.down_input.detach()

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dynquant.calibration.statistics import InputStats
-from dynquant.running.expert_hooks import expert_modules
+from dynquant.running.expert_hooks import expert_layout, expert_modules, expert_stack
 from dynquant.running.load import tf32_products
 
 DEFAULT_LIMIT = 8 * 2**30  # bytes of float32 sums of second moments
@@ -108,7 +108,8 @@ class MomentRecorder:
     @classmethod
     def for_model(cls, hf_model: nn.Module, limit_bytes: int) -> "MomentRecorder":
         """Pools experts when a matrix for each would take more than the limit."""
-        shapes = [module.down_proj.shape for module in expert_modules(hf_model).values()]
+        experts = expert_modules(hf_model).values()
+        shapes = [expert_stack(module, expert_layout(module).down).shape for module in experts]
         # [E, C, F], or [E, F, C] when transposed: float32 matrices for both inputs of every expert.
         needed = sum(4 * experts * (rows**2 + columns**2) for experts, rows, columns in shapes)
         return cls(limit_bytes, pools_experts=needed > limit_bytes)

@@ -101,6 +101,8 @@ class Model:
     """The file that a directory's tensors and metadata were taken from."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Numbers that decide the computation beside the weights (`families.common.settings`)."""
+    has_family: bool = True
+    """False for an architecture that no family of dynquant has: all comes from llama.cpp's converter."""
 
     @cached_property
     def hyper(self) -> HyperParams:
@@ -149,6 +151,11 @@ class Model:
         if key != entry.key and isinstance(value, list | tuple) and len(value) == self.hyper.n_layer:
             return replace(entry, value=value[:count])
         return entry
+
+    @property
+    def is_converted(self) -> bool:
+        """True when llama.cpp's converter describes the directory."""
+        return self.hf_directory is not None and self.base_gguf is None and not self.has_family
 
     @cached_property
     def has_vision(self) -> bool:

@@ -164,6 +164,7 @@ def _library() -> _Library:
     return _Library(library_path())
 
 
+@cache  # asked for every type of every tensor
 def is_known(quant_type: QuantType) -> bool:
     """Tell whether the installed llama.cpp runs a type; without one, all types pass."""
     return importlib.util.find_spec("llama_cpp") is None or _library().has(quant_type)

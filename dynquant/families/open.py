@@ -52,9 +52,9 @@ def open_model(path: str | Path, *, base_gguf: str | Path | None = None, mtp: bo
         return _open_gguf(directory)
     if base_gguf is not None:
         model = _open_gguf(Path(base_gguf))
-        settings = {**model.settings, **settings_of(directory)}
         paths = {"path": directory, "hf_directory": directory, "gguf_file": None, "base_gguf": Path(base_gguf)}
-        return replace(model, **paths, settings=settings)
+        settings, has_family = {**model.settings, **settings_of(directory)}, _unknown_type(directory) is None
+        return replace(model, **paths, settings=settings, has_family=has_family)
     if is_vision_checkpoint(directory):
         return replace(open_vision(directory), settings=settings_of(directory))
     model = open_hf(directory, mtp=mtp)
@@ -267,8 +267,10 @@ def _open_gguf(path: Path) -> Model:
     metadata = tuple(
         field for field in source.metadata if field.key not in _OWN_KEYS and not field.key.startswith(_OWN_PREFIXES)
     )
-    settings = settings_of_metadata(metadata)
-    return Model(path, source, metadata, lambda name: (name,), gguf_file=path, settings=settings)
+    arch = next((field.value for field in metadata if field.key == "general.architecture"), None)
+    has_family = arch in {family.arch for family in FAMILIES.values()}
+    about = {"settings": settings_of_metadata(metadata), "has_family": has_family}
+    return Model(path, source, metadata, lambda name: (name,), gguf_file=path, **about)
 
 
 def _indexed_names(directory: Path) -> list[str] | None:

@@ -15,7 +15,6 @@ import torch
 from dynquant.checkpoints.model import Model
 from dynquant.errors import AdapterError
 from dynquant.families.common.config import Config
-from dynquant.families.common.conversion import ConvertedSource
 from dynquant.families.text.registry import FAMILIES
 from dynquant.packed.layers import PackedLatentProjection
 from dynquant.packed.places import Place, build_meta_model, find_places
@@ -36,12 +35,11 @@ def places_by_key(base: "PreTrainedModel", original: Model | None = None) -> dic
     Raises:
         AdapterError: an architecture whose tensors dynquant cannot name.
     """
-    values = base.config.to_dict()
-    is_known = values.get("model_type") in FAMILIES
-    if not is_known and original is not None and isinstance(original.source, ConvertedSource):
+    if original is not None and (original.is_converted or original.has_vision):
         empty = empty_hf(original, dtype=torch.float32)
         return {place.key: place for place in traced_places(original, empty).values()}
-    if not is_known:
+    values = base.config.to_dict()
+    if values.get("model_type") not in FAMILIES:
         raise AdapterError(
             f"The model type {values.get('model_type')!r} is not among those whose tensors dynquant can name "
             f"({', '.join(FAMILIES)}), so nothing can be looked up under their names. Keep the adapter beside the "

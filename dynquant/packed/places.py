@@ -12,7 +12,6 @@ A packed vision-language file keeps the checkpoint's names. What a plan leaves a
 as a whole, so that a convolution over two frames, which GGUF splits, stays one tensor.
 """
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,6 +42,7 @@ from dynquant.packed.layers import (
     PackedSortedExperts,
 )
 from dynquant.recipes.plan import Plan
+from dynquant.running.expert_hooks import expert_layout, is_fused_experts
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -314,17 +314,16 @@ def _packed_rows(
 def _packed_experts(module: Any, path: str, parts: dict[str, str]) -> PackedExperts:
     from transformers.integrations.moe import _default_apply_gate
 
-    stack = module.down_proj
-    if not hasattr(module, "has_gate"):
-        if len(inspect.signature(type(module).forward).parameters) != 2 or "gate_proj" not in parts:
-            raise CheckpointError(
-                f"The experts of `{path}` ({type(module).__name__}) are called in a way that packed experts do not "
-                "know. Load the GGUF in llama.cpp."
-            )
-        experts, width, hidden = stack.shape  # Llama 4's are transposed
+    if not is_fused_experts(module) or (expert_layout(module).inner == ("up_proj",)) == ("gate_proj" in parts):
+        raise CheckpointError(
+            f"The experts of `{path}` ({type(module).__name__}) are called in a way that packed experts do not "
+            "know. Load the GGUF in llama.cpp."
+        )
+    layout = expert_layout(module)
+    experts, *sides = module.down_proj.shape
+    hidden, width = reversed(sides) if layout.transposed else sides
+    if layout.gets_all_tokens:
         return PackedSortedExperts((experts, hidden, width), parts, module.act_fn)
-    experts, *sides = stack.shape
-    hidden, width = reversed(sides) if module.is_transposed else sides
     combine = getattr(type(module), "_apply_gate", _default_apply_gate)
     packed = PackedExperts(
         (experts, hidden, width),
@@ -332,7 +331,7 @@ def _packed_experts(module: Any, path: str, parts: dict[str, str]) -> PackedExpe
         getattr(module, "act_fn", None),
         config=getattr(module, "config", None),
         apply_gate=None if combine is _default_apply_gate else combine,
-        has_bias=module.has_bias,
+        has_bias=layout.has_bias,
         is_concatenated=getattr(module, "is_concatenated", True),
     )
     for name, value in vars(module).items():  # limits and slopes that its gate reads

@@ -239,7 +239,7 @@ class _Builder:
         path, _, attribute = parameter.rpartition(".")
         module = self._hf_model.get_submodule(path)
         entries = whole(parameter, self._shapes[parameter])
-        if expert_layout(module).is_transposed:
+        if attribute in expert_layout(module).transposed:
             entries = entries.permuted((0, 2, 1))
         if attribute != "gate_up_proj" or part == "down_proj":
             return entries

@@ -3,15 +3,16 @@
 Fused experts are 3D parameters, so that no linear layer exists to hook. transformers routes every class decorated with
 `use_experts_implementation` through `ALL_EXPERTS_FUNCTIONS`; inside `record_experts` that is `_recording_forward`,
 which does the arithmetic of the models' eager loop in the same order and shows each expert's tensors to an observer.
-Llama 4's experts stand outside it: their forward pass gets all tokens for every expert, zero where they are not routed,
-and is replaced by one that sees which. Other experts and expert parallelism are refused.
+Classes outside it have their forward pass replaced: those that are called alike (Step 3.7, DBRX), and Llama 4's, which
+gets all tokens for every expert, zero where they are not routed. Other experts and expert parallelism are refused.
 """
 
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -42,18 +43,17 @@ ExpertObserver = Callable[[ExpertCall], None]
 
 @dataclass(frozen=True)
 class ExpertLayout:
-    """The parameters of a fused experts module, [E, rows, columns], or [E, columns, rows] if `is_transposed`."""
+    """The parameters of a fused experts module: `inner` multiply the common input, `down` what becomes of it.
 
-    is_transposed: bool
-    has_gate: bool
+    Each is a stack [E, rows, columns], or [E, columns, rows] if it is among `transposed`.
+    """
+
+    inner: tuple[str, ...]
+    down: str = "down_proj"
+    transposed: tuple[str, ...] = ()
     has_bias: bool = False
     gets_all_tokens: bool = False
     """True for Llama 4's forward pass, which gets [E T, C] with zeros in place of tokens that are not routed."""
-
-    @property
-    def up_name(self) -> str:
-        """Name of the parameter that multiplies the common input."""
-        return "gate_up_proj" if self.has_gate else "up_proj"
 
 
 def expert_layout(module: nn.Module) -> ExpertLayout:
@@ -68,15 +68,34 @@ def is_fused_experts(module: nn.Module) -> bool:
     return _layout(module) is not None
 
 
-def _layout(module: nn.Module) -> ExpertLayout | None:
-    if hasattr(module, "is_transposed") and hasattr(module, "has_gate"):
-        return ExpertLayout(bool(module.is_transposed), bool(module.has_gate), bool(getattr(module, "has_bias", False)))
-    shapes = [tuple(getattr(getattr(module, name, None), "shape", ())) for name in ("gate_up_proj", "down_proj")]
-    if list(inspect.signature(type(module).forward).parameters) != ["self", "hidden_states"]:
+def expert_stack(module: Any, name: str) -> torch.Tensor:
+    """Return a parameter of the layout as [E, ...], which DBRX stores as the rows of all experts."""
+    stack = attrgetter(name)(module)
+    return stack if len(stack.shape) == 3 else stack.unflatten(0, (module.num_experts, -1))
+
+
+def _layout(module: Any) -> ExpertLayout | None:
+    if _is_dispatched(module):
+        inner = "gate_up_proj" if module.has_gate else "up_proj"
+        transposed = (inner, "down_proj") if module.is_transposed else ()
+        return ExpertLayout((inner,), transposed=transposed, has_bias=bool(getattr(module, "has_bias", False)))
+    arguments = list(inspect.signature(type(module).forward).parameters)[1:]
+    if arguments not in (["hidden_states"], ["hidden_states", "top_k_index", "top_k_weights"]):
         return None
-    (experts, columns, rows), down = shapes[0] if len(shapes[0]) == 3 else (0, 0, 0), shapes[1]
-    is_llama4 = experts and down == (experts, rows // 2, columns)
-    return ExpertLayout(is_transposed=True, has_gate=True, gets_all_tokens=True) if is_llama4 else None
+    parameters = [name for name, _ in module.named_parameters()]
+    if parameters == ["mlp.w1", "mlp.v1", "mlp.w2"]:  # DBRX
+        return ExpertLayout(("mlp.w1", "mlp.v1"), "mlp.w2", transposed=("mlp.w2",))
+    if parameters != ["gate_up_proj", "down_proj"] or len(module.gate_up_proj.shape) != 3:
+        return None
+    layout = ExpertLayout(("gate_up_proj",), gets_all_tokens=len(arguments) == 1)
+    experts, rows, columns = module.gate_up_proj.shape
+    if tuple(module.down_proj.shape) == (experts, columns // 2, rows):
+        return replace(layout, transposed=("gate_up_proj", "down_proj"))
+    return layout if tuple(module.down_proj.shape) == (experts, columns, rows // 2) else None
+
+
+def _is_dispatched(module: nn.Module) -> bool:
+    return hasattr(module, "is_transposed") and hasattr(module, "has_gate")
 
 
 def expert_modules(hf_model: nn.Module) -> dict[str, nn.Module]:
@@ -107,20 +126,21 @@ def record_experts(hf_model: nn.Module, observer: ExpertObserver) -> Iterator[No
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     modules = expert_modules(hf_model).values()
-    dense = [module for module in modules if expert_layout(module).gets_all_tokens]
-    configs: dict[int, Any] = {id(module.config): module.config for module in modules if module not in dense}
+    others = [module for module in modules if not _is_dispatched(module)]
+    configs: dict[int, Any] = {id(module.config): module.config for module in modules if module not in others}
     before = {key: config._experts_implementation for key, config in configs.items()}
-    forwards = [module.__dict__.get("forward") for module in dense]
+    forwards = [module.__dict__.get("forward") for module in others]
     other_observer = ALL_EXPERTS_FUNCTIONS.get(IMPLEMENTATION)
     ALL_EXPERTS_FUNCTIONS[IMPLEMENTATION] = partial(_recording_forward, observer)
     try:
         for config in configs.values():
             config._experts_implementation = IMPLEMENTATION
-        for module in dense:
-            module.__dict__["forward"] = partial(_recording_all_tokens, observer, module)
+        for module in others:
+            replacement = _recording_all_tokens if expert_layout(module).gets_all_tokens else _recording_forward
+            module.__dict__["forward"] = partial(replacement, observer, module)
         yield
     finally:
-        for module, forward in zip(dense, forwards, strict=True):
+        for module, forward in zip(others, forwards, strict=True):
             if forward is None:
                 del module.__dict__["forward"]
             else:
@@ -139,51 +159,52 @@ def _recording_forward(observer: ExpertObserver, module: Any, *args: Any, **kwar
     hidden, expert_ids, weights = (*args, *kwargs.values())
     if getattr(module, "_is_expert_parallel", False):
         raise StatsError("Calibration cannot see experts under expert parallelism; load the model without it.")
-    result, layout = torch.zeros_like(hidden), expert_layout(module)
-    activate = module._apply_gate if layout.has_gate else module.act_fn
+    result, layout = torch.zeros_like(hidden).flatten(0, -2), expert_layout(module)
+    rows = hidden.flatten(0, -2)  # DBRX's come as [B, T, C]
     for expert, slot, tokens in _routed(expert_ids):
-        out = _run_expert(observer, module, layout, activate, (expert, hidden[tokens], tokens))
+        out = _run_expert(observer, module, layout, (expert, rows[tokens], tokens))
         if getattr(module, "has_post_expert_norm", False):
             out = module.post_expert_norm(out)
         out = out * weights[tokens, slot, None]
         result.index_add_(0, tokens, out.to(result.dtype))
-    return result
+    return result.view_as(hidden)
 
 
 def _recording_all_tokens(observer: ExpertObserver, module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     """Compute [E T, C] from inputs [E T, C] that are zero for tokens which are not routed to an expert."""
     layout = expert_layout(module)
     by_expert = hidden_states.view(module.down_proj.shape[0], -1, hidden_states.shape[-1])
-
-    def activate(gate_up: torch.Tensor) -> torch.Tensor:
-        gate, up = gate_up.chunk(2, -1)
-        return up * module.act_fn(gate)
-
     results = []
     for expert, x in enumerate(by_expert):
         tokens = x.detach().any(-1).nonzero().squeeze(-1)
         result = torch.zeros_like(x)
         if len(tokens):
-            out = _run_expert(observer, module, layout, activate, (expert, x[tokens], tokens))
+            out = _run_expert(observer, module, layout, (expert, x[tokens], tokens))
             result = result.index_copy(0, tokens, out.to(result.dtype))
         results.append(result)
     return torch.cat(results)
 
 
 def _run_expert(
-    observer: ExpertObserver,
-    module: Any,
-    layout: ExpertLayout,
-    activate: Callable[[torch.Tensor], torch.Tensor],
-    routed: tuple[int, torch.Tensor, torch.Tensor],
+    observer: ExpertObserver, module: Any, layout: ExpertLayout, routed: tuple[int, torch.Tensor, torch.Tensor]
 ) -> torch.Tensor:
     """Return what an expert makes of its tokens; `routed` is its number, their inputs and their places."""
     expert, x, tokens = routed
-    gate_up_output = _linear(module, layout, layout.up_name, x, expert)
-    down_input = activate(gate_up_output)
-    out = _linear(module, layout, "down_proj", down_input, expert)
+    products = [_linear(module, layout, name, x, expert) for name in layout.inner]
+    gate_up_output = products[0] if len(products) == 1 else torch.cat(products, -1)
+    down_input = _activated(module, gate_up_output)
+    out = _linear(module, layout, layout.down, down_input, expert)
     observer(ExpertCall(module, expert, x, gate_up_output, down_input, out, tokens))
     return out
+
+
+def _activated(module: Any, gate_up: torch.Tensor) -> torch.Tensor:
+    if not getattr(module, "has_gate", True):
+        return module.act_fn(gate_up)
+    if hasattr(module, "_apply_gate"):
+        return module._apply_gate(gate_up)
+    gate, up = gate_up.chunk(2, -1)
+    return (module.act_fn if hasattr(module, "act_fn") else module.mlp.activation_fn)(gate) * up
 
 
 def _routed(expert_ids: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
@@ -196,9 +217,9 @@ def _routed(expert_ids: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch
 
 
 def _linear(module: Any, layout: ExpertLayout, name: str, x: torch.Tensor, expert: int) -> torch.Tensor:
-    stack = getattr(module, name)
+    stack, is_transposed = expert_stack(module, name), name in layout.transposed
     if isinstance(stack, StoredExperts):
-        out = stack.product(x, expert, is_transposed=layout.is_transposed)
+        out = stack.product(x, expert, is_transposed=is_transposed)
     else:
-        out = x @ stack[expert] if layout.is_transposed else functional.linear(x, stack[expert])
+        out = x @ stack[expert] if is_transposed else functional.linear(x, stack[expert])
     return out + getattr(module, f"{name}_bias")[expert] if layout.has_bias else out

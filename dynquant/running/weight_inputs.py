@@ -18,9 +18,8 @@ from dynquant.checkpoints.tensor_roles import Role, gguf_name_of, role_of
 from dynquant.errors import StatsError
 from dynquant.families.common.conversion import ConvertedSource
 from dynquant.families.common.strided_maps import StridedMap, contiguous_strides
-from dynquant.families.text.registry import FAMILIES
 from dynquant.running.equal_entries import EqualEntries
-from dynquant.running.expert_hooks import expert_layout, expert_modules
+from dynquant.running.expert_hooks import expert_layout, expert_modules, expert_stack
 from dynquant.running.parameter_map import parameter_map
 
 _EXPERT_PARTS = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
@@ -92,7 +91,7 @@ def weight_inputs(model: Model, hf_model: Any) -> WeightInputs:
     if isinstance(model.source, ConvertedSource):
         traced = parameter_map(hf_model, model.source.checkpoint)
         entries = {name: traced.gguf(model.source, name) for name in model.source.names()}
-    elif hf_model.config.model_type in FAMILIES:  # none of which moves columns
+    elif model.has_family:  # none moves columns
         entries = {}
     else:
         search = EqualEntries(model, hf_model)
@@ -111,7 +110,7 @@ def weight_inputs(model: Model, hf_model: Any) -> WeightInputs:
     whole = {linear.module for name, linear in named.items() if role_of(name) is Role.MLA_KV_B}
     linears = {name: linear for name, linear in linears.items() if name in named or linear.module not in whole}
     embeddings = _embeddings(hf_model, model.arch, model.hyper.n_layer)
-    return WeightInputs(linears, _expert_inputs(model, hf_model, held, owners), embeddings)
+    return WeightInputs(linears, _expert_inputs(model, hf_model, held), embeddings)
 
 
 def _named_linears(hf_model: nn.Module, arch: str, n_layer: int) -> dict[str, LinearInput]:
@@ -199,20 +198,20 @@ def _unless_sorted(order: Tensor | None, size: int) -> Tensor | None:
     return None if order is None or torch.equal(order, torch.arange(size)) else order
 
 
-def _expert_inputs(
-    model: Model, hf_model: nn.Module, held: dict[str, StridedMap], owners: dict[str, tuple[nn.Module, str]]
-) -> dict[nn.Module, ExpertInputs]:
-    of_part: dict[tuple[nn.Module, str], list[tuple[int, str]]] = {}
+def _expert_inputs(model: Model, hf_model: nn.Module, held: dict[str, StridedMap]) -> dict[nn.Module, ExpertInputs]:
+    stacks: dict[str, list[tuple[int, str]]] = {}
     for name, entries in held.items():
-        for source in entries.sources:
-            if source in owners and len(entries.shape) == 3:
-                of_part.setdefault(owners[source], []).append((entries.pieces[0].offset, name))
+        for parameter in entries.sources:
+            if len(entries.shape) == 3:
+                stacks.setdefault(parameter, []).append((entries.pieces[0].offset, name))
     experts = {}
     for module_name, module in expert_modules(hf_model).items():
-        inner = [name for _, name in sorted(of_part.get((module, expert_layout(module).up_name), []))]
-        downs = [name for _, name in of_part.get((module, "down_proj"), [])]
-        for name in (*inner, *downs):
-            _check_expert_columns(name, held[name], module)
+        layout, inner, downs = expert_layout(module), [], []
+        for part in (*layout.inner, layout.down):
+            names = [name for _, name in sorted(stacks.get(f"{module_name}.{part}", []))]
+            for name in names:
+                _check_expert_columns(name, held[name], module, part)
+            (downs if part == layout.down else inner).extend(names)
         if not downs:
             parts = [gguf_name_of(f"{module_name}.{part}", model.arch, model.hyper.n_layer) for part in _EXPERT_PARTS]
             inner, downs = [name for name in parts[:-1] if name is not None], parts[-1:]
@@ -229,12 +228,10 @@ def _experts_of(module_name: str, inner: list[str], down: str | None) -> ExpertI
     return ExpertInputs(tuple(inner), down)
 
 
-def _check_expert_columns(name: str, entries: StridedMap, module: nn.Module) -> None:
-    layout = expert_layout(module)
-    stack = module.down_proj if entries.sources[0].endswith("down_proj") else getattr(module, layout.up_name)
-    inner = 1 if layout.is_transposed else 2
-    columns = _order(entries, (2,), stack.shape[inner], contiguous_strides(tuple(stack.shape))[inner])
-    if columns is None or not torch.equal(columns, torch.arange(stack.shape[inner])):
+def _check_expert_columns(name: str, entries: StridedMap, module: nn.Module, part: str) -> None:
+    shape, inner = tuple(expert_stack(module, part).shape), 1 if part in expert_layout(module).transposed else 2
+    columns = _order(entries, (2,), shape[inner], contiguous_strides(shape)[inner])
+    if columns is None or not torch.equal(columns, torch.arange(shape[inner])):
         raise StatsError(
             f"The columns of `{name}` are not the channels of its input in their order, which is not supported for "
             "experts; calibrate with llama-imatrix and import the file instead (`dynquant calibrate --imatrix FILE`)."

@@ -88,7 +88,7 @@ def opened(model_type: str, directory: Path) -> Model:
         MetadataField(key, value, GGUFValueType.STRING if isinstance(value, str) else GGUFValueType.UINT32)
         for key, value in fields.items()
     )
-    return Model(directory, source, metadata, source.checkpoint_names, hf_directory=directory)
+    return Model(directory, source, metadata, source.checkpoint_names, hf_directory=directory, has_family=False)
 
 
 def conversions(checkpoint: SafetensorsSource) -> Iterator[Conversion]:

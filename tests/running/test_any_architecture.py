@@ -1,6 +1,7 @@
 """Architectures without a family: streamed, observed and followed through traced maps, whatever their experts are."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,6 @@ import torch
 from torch import Tensor
 
 from dynquant.calibration.collector import Collector
-from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_source import SafetensorsSource
 from dynquant.checkpoints.tensor_source import DictSource
 from dynquant.errors import StatsError
@@ -166,11 +166,11 @@ def test_columns_of_a_base_gguf_are_found_by_their_values() -> None:
     tensors = {name: model.source.load(name) for name in model.source.names()}
     order, moved_name = torch.randperm(64), "blk.1.attn_output.weight"
     tensors[moved_name] = tensors[moved_name][:, order]
-    moved = Model(model.path, DictSource(tensors), model.metadata, model.checkpoint_names)
+    moved = replace(model, source=DictSource(tensors), has_family=False)
     names = weight_inputs(moved, hf_model)
     assert torch.equal(names.linears[moved_name].columns, order)
     assert names.linears["blk.0.attn_output.weight"].columns is None
     assert torch.equal(LiveWeights(moved, hf_model).read(moved_name), tensors[moved_name])
     tensors[moved_name] = torch.randn(64, 64)
     with pytest.raises(StatsError, match=r"columns of `blk\.1\.attn_output\.weight`"):
-        weight_inputs(Model(model.path, DictSource(tensors), model.metadata, model.checkpoint_names), hf_model)
+        weight_inputs(replace(moved, source=DictSource(tensors)), hf_model)

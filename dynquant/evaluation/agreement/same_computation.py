@@ -29,10 +29,8 @@ from dynquant.errors import CheckpointError, DynquantError
 from dynquant.evaluation.agreement.likely_causes import likely_causes
 from dynquant.evaluation.llama_cpp import separate_window_logits
 from dynquant.evaluation.runners import HuggingFaceRunner
-from dynquant.families.common.config import read_json
 from dynquant.families.converter.source_tree import find_tree, tree_version
 from dynquant.families.model_kind import check_same_kind
-from dynquant.families.text.registry import FAMILIES
 from dynquant.formats.quant_types import quant_type
 from dynquant.packed.rounding import rounded
 from dynquant.resources import chosen_device, human_bytes, parse_size
@@ -98,7 +96,7 @@ def check_computation(
     Raises:
         CheckpointError: the two differ by more than `REFUSED`, and that is not allowed.
     """
-    if model.hf_directory is None or not (model.base_gguf or is_converted(model)):
+    if model.hf_directory is None or not (model.base_gguf or model.is_converted):
         return None
     if model.base_gguf is not None and not allow_difference:
         check_same_kind(
@@ -140,13 +138,6 @@ def check_written(
             f"{file} is written, but {error} The file stays: delete it, or use it as it is. With --allow-difference "
             "`export` only tells the difference."
         ) from error
-
-
-def is_converted(model: Model) -> bool:
-    """Return whether llama.cpp's converter describes the model, and no family of dynquant."""
-    if model.hf_directory is None or model.base_gguf is not None or model.has_vision:
-        return False
-    return read_json(model.hf_directory / "config.json").get("model_type") not in FAMILIES
 
 
 def _subject(model: Model) -> str:
@@ -199,7 +190,7 @@ def _sides(model: Model) -> dict[str, Any]:
         except CheckpointError:  # a format that only transformers reads
             directory = None
     versions = {package: _version(package) for package in ("llama-cpp-python", "transformers")}
-    if is_converted(model) and (tree := find_tree()) is not None:
+    if model.is_converted and (tree := find_tree()) is not None:
         versions["converter"] = tree_version(tree)
     sides = {"fingerprint": model.fingerprint, "directory": directory, "versions": versions}
     return sides | {"settings": dict(model.settings)}

@@ -242,6 +242,6 @@ def refused_value(directory: Path, error: Exception) -> str:
     types = dict.fromkeys(_IN_WORDS[kind] for kind in re.findall(r"expected (\w+)", field[2]) if kind in _IN_WORDS)
     needed = f"; {' or '.join(types)} is needed" if types else ""
     return (
-        f"{path} gives `{name}` as {value!r:.80}, which a {raw.get('model_type')!r} cannot have{needed}. Correct it, or "
-        "fetch the file again."
+        f"{path} gives `{name}` as {value!r:.80}, which a {raw.get('model_type')!r} cannot have{needed}. Correct it, "
+        "or fetch the file again."
     )

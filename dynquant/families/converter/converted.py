@@ -43,8 +43,6 @@ def open_converted(directory: Path, tree: Path, *, mtp: bool = True) -> Model:
     check_values(directory)
     checkpoint = SafetensorsSource(directory)
     description = describe(directory, checkpoint, tree, no_mtp=not mtp)
-    if mtp and _counts_absent_layers(description):
-        description = describe(directory, checkpoint, tree, no_mtp=True)
     source = ConvertedSource(checkpoint, list(_conversions(description, checkpoint)))
     metadata = tuple(field for field in description.keys.metadata if field.key not in _OWN_KEYS)
     fault = description.about["tokenizer_fault"]
@@ -54,16 +52,8 @@ def open_converted(directory: Path, tree: Path, *, mtp: bool = True) -> Model:
         for note in description.pre_tokenizer_notes:
             warnings.warn(note, stacklevel=3)
     _tell_unused(directory, description, has_tower=isinstance(raw.get("vision_config"), dict))
-    settings = {**settings_of_metadata(metadata), **settings_of_config(raw)}
-    return Model(directory, source, metadata, source.checkpoint_names, hf_directory=directory, settings=settings)
-
-
-def _counts_absent_layers(description: Description) -> bool:
-    """Return whether keys count layers that predict tokens ahead, which published copies may lack, and has none."""
-    numbers = {field.key.rpartition(".")[2]: field.value for field in description.keys.metadata}
-    count, ahead = int(numbers.get("block_count", 0)), int(numbers.get("nextn_predict_layers", 0))
-    starts = tuple(f"blk.{layer}." for layer in range(count - ahead, count))
-    return ahead > 0 and not any(entry["name"].startswith(starts) for entry in description.about["tensors"])
+    about = {"hf_directory": directory, "settings": {**settings_of_metadata(metadata), **settings_of_config(raw)}}
+    return Model(directory, source, metadata, source.checkpoint_names, has_family=False, **about)
 
 
 def _conversions(description: Description, checkpoint: SafetensorsSource) -> Iterator[Conversion]:

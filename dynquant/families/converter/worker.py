@@ -78,15 +78,17 @@ def _describe(request: dict[str, Any], output: Path) -> None:
         model_class = get_model_class(spelled.get(architecture.lower(), architecture))
     except Exception as error:
         raise Refusal("unknown", str(error)) from error
-    # Some converters take layers that predict tokens ahead for granted, of checkpoints that came without them; and of
-    # such layers some make tensors that cannot be followed, which is told with what is left out.
+    # Some converters take layers that predict tokens ahead for granted, or count them, of checkpoints that came without
+    # them; and of such layers some make tensors that cannot be followed, which is told with what is left out.
     choices = [True] if request["no_mtp"] or not model_class.supports_mtp_export else [False, True]
     faults: list[str] = []
     for no_mtp in choices:
         model_class.no_mtp = no_mtp and model_class.supports_mtp_export
         try:
-            converter.write(converter.run(model_class, directory), output, mtp_fault="".join(faults))
-            return
+            model = converter.run(model_class, directory)
+            if no_mtp or not converter.lacks_layers_ahead(model):
+                converter.write(model, output, mtp_fault="".join(faults))
+                return
         except MemoryError:
             raise
         except Refusal as refusal:
@@ -197,6 +199,14 @@ class _Converter:
         model.prepare_tensors()
         model.prepare_metadata(vocab_only=False)
         return model
+
+    def lacks_layers_ahead(self, model: Any) -> bool:
+        """Return whether the keys count layers that predict tokens ahead, and no tensor is of one."""
+        from dynquant.checkpoints.tensor_roles import mtp_layers  # with the tree's gguf-py
+
+        writer = model.gguf_writer
+        count = writer.kv_data[0].get(f"{writer.arch}.nextn_predict_layers")
+        return count is not None and count.value > 0 and not mtp_layers(self._written)
 
     def _looked_at(self, node: Any) -> Any:
         """Return the values of a tensor that the converter asks for, and note whose they are."""

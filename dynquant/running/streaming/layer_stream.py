@@ -22,7 +22,7 @@ from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_source import StoredValues
 from dynquant.checkpoints.tensor_source import checked_finite
 from dynquant.errors import StatsError
-from dynquant.running.expert_hooks import expert_layout, record_experts
+from dynquant.running.expert_hooks import expert_layout, expert_stack, record_experts
 from dynquant.running.load import empty_hf
 from dynquant.running.stored_experts import StoredExperts
 from dynquant.running.streaming.chained_layers import gives_tuples
@@ -142,13 +142,17 @@ class LayerStream:
     def zeroed(self, module: str, expert: int | None, row: int, column: int) -> Iterator[float]:
         """Context manager: one weight of a linear layer or an expert's down-projection reads as zero; yields its
         value."""
-        name = f"{module}.weight" if expert is None else f"{module}.down_proj"
-        if expert is None:
-            stored = self._weights.load(name).to(self.dtype)
-        else:
-            stored = torch.cat([part.to(self.dtype) for part in self._weights.expert(name, expert)])
-            if expert_layout(self.hf_model.get_submodule(module)).is_transposed:
+        name = f"{module}.weight"
+        if expert is not None:
+            experts = self.hf_model.get_submodule(module)
+            down = expert_layout(experts).down
+            name = f"{module}.{down}"
+            if down in expert_layout(experts).transposed:
                 row, column = column, row
+            if name not in self._weights.stacks:  # DBRX's experts are rows of one matrix
+                row, expert = row + expert * expert_stack(experts, down).shape[1], None
+        parts = (self._weights.load(name),) if expert is None else self._weights.expert(name, expert)
+        stored = torch.cat([part.to(self.dtype) for part in parts])
         place = (name, expert, row, column)
         self._zeroed.append(place)
         try:

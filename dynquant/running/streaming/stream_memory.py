@@ -14,7 +14,7 @@ from torch import nn
 
 from dynquant.errors import StatsError
 from dynquant.resources import free_memory
-from dynquant.running.expert_hooks import expert_layout, expert_modules
+from dynquant.running.expert_hooks import expert_layout, expert_modules, expert_stack
 from dynquant.running.streaming.layer_stream import LayerStream
 
 COMFORTABLE_SHARE = 0.7
@@ -110,7 +110,8 @@ def _layer_channels(layer: nn.Module, work: Workload) -> int:
     for experts in expert_modules(layer).values():
         layout = expert_layout(experts)
         rows += sum(
-            getattr(experts, name).shape[2 if layout.is_transposed else 1] for name in (layout.up_name, "down_proj")
+            expert_stack(experts, name).shape[2 if name in layout.transposed else 1]
+            for name in (*layout.inner, layout.down)
         )
         used = getattr(getattr(experts, "config", None), "num_experts_per_tok", 1)
     return activation_channels(linears, rows, used, is_backward=work.is_backward)
@@ -123,6 +124,6 @@ def _moment_bytes(layer: nn.Module, work: Workload) -> int:
         if isinstance(module, nn.Linear) and not name.endswith(_SHARES_INPUT)
     )
     for experts in expert_modules(layer).values():
-        shape = experts.down_proj.shape  # type: ignore[union-attr]
+        shape = expert_stack(experts, expert_layout(experts).down).shape
         total += 4 * (1 if work.pools_experts else shape[0]) * (shape[1] ** 2 + shape[2] ** 2)
     return total

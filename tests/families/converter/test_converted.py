@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from dynquant.checkpoints.gguf_source import GGUFSource
-from dynquant.families.converter.source_tree import find_tree
 from dynquant.families.open import open_model
 from tests.helpers.tiny_models import randomize
 
@@ -69,17 +68,10 @@ pytestmark = pytest.mark.nightly
 
 
 @pytest.fixture(scope="module")
-def tree(settings_of_user: dict[str, str]) -> Iterator[Path]:
+def tree(llama_cpp_tree: Path) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("DYNQUANT_CACHE")
-        for name, value in settings_of_user.items():
-            patch.setenv(name, value)
-        folder = find_tree()
-    if folder is None:
-        pytest.skip("no source tree of llama.cpp: set LLAMA_CPP_DIR, or run `dynquant fetch-llama-cpp`")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LLAMA_CPP_DIR", str(folder))
-        yield folder
+        patch.setenv("LLAMA_CPP_DIR", str(llama_cpp_tree))
+        yield llama_cpp_tree
 
 
 @pytest.fixture

@@ -64,6 +64,9 @@ def test_layers_ahead_that_cannot_be_followed_are_left_out_with_the_reason(
         def run(self, model_class: SimpleNamespace, _: Path) -> bool:
             return model_class.no_mtp
 
+        def lacks_layers_ahead(self, no_mtp: bool) -> bool:
+            return not faults and not no_mtp
+
         def write(self, no_mtp: bool, _: Path, mtp_fault: str) -> None:
             if no_mtp in faults:
                 raise faults[no_mtp]
@@ -76,5 +79,8 @@ def test_layers_ahead_that_cannot_be_followed_are_left_out_with_the_reason(
     faults[False], faults[True] = KeyError("first"), AssertionError("second")
     with pytest.raises(Refusal, match=r"KeyError: 'first'; without layers .*: AssertionError: second"):
         worker._describe(request, tmp_path)
+    faults.clear()
+    worker._describe(request, tmp_path)
+    assert written[1:] == [(True, "")]  # keys count layers ahead of which no tensor is
     with pytest.raises(Refusal, match=r"gguf from .* and not from the tree"):
         worker._describe(request | {"tree": str(tmp_path)}, tmp_path)
