@@ -96,7 +96,7 @@ def test_exported_file_has_the_predicted_size_and_runs(planned, small_moe, tmp_p
     assert str(tmp_path) not in str([field.contents() for field in fields.values()])
     result = tmp_path / "eval.json"
     text = small_moe.parent / "demo_text.txt"
-    options = ("--reference", small_moe, "--text", text, "--max-tokens", 512, "--json", result)
+    options = ("--reference", small_moe, "--text", text, "--tokens", 512, "-o", result)
     succeed("eval", output, "--tasks", "kl,ppl", *options)
     kl = json.loads(result.read_text())["texts"][0]["kl"]
     assert 0.01 < kl["mean"]["value"] < 1.5 and kl["mean"]["low"] < kl["mean"]["value"] < kl["mean"]["high"]
@@ -241,7 +241,7 @@ def test_a_damaged_table_of_a_comparison_is_refused(content, small_moe, tmp_path
     (tmp_path / "compare.json").write_text(content, "latin-1")
     text = small_moe.parent / "demo_text.txt"
     assert "compare.json is no table of an earlier" in refused(
-        "compare", small_moe, "--recipes", "f16", "--text", text, "-o", tmp_path
+        "compare", small_moe, "--presets", "f16", "--text", text, "-o", tmp_path
     )
 
 
