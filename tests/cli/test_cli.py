@@ -320,3 +320,13 @@ def test_what_is_no_earlier_result_is_not_replaced(small_moe, damaged, planned, 
     ):
         assert words in refused(*arguments)
     assert (damaged / "model.safetensors").read_bytes() == weights
+
+
+def test_a_preset_measures_its_own_types_alone(tiny_moe, tmp_path):
+    """What no tensor of the plan takes costs minutes; a later budget measures the rest."""
+    options = (tiny_moe, "--tokens", 64, "--window", 32, "--encoder", "ggml", "--no-report", "-o", tmp_path)
+    succeed("plan", *options, "--preset", "uniform-q4_k")
+    table, plan = (json.loads((tmp_path / name).read_text()) for name in ("errors.json", "plan.json"))
+    assert {*table["types"]} == {entry["type"] for entry in plan["entries"]}
+    assert "adding" in succeed("plan", *options, "--size", plan["predicted_bytes"], "--types", "q4_k,q5_0,q6_k")
+    assert {"Q6_K"} < {*json.loads((tmp_path / "errors.json").read_text())["types"]}
