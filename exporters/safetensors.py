@@ -30,7 +30,7 @@ from dynquant.families.from_gguf import config_from_gguf, tokenizer_files
 from dynquant.families.text.registry import FAMILIES
 from dynquant.formats.plain_quants import FLOAT_DTYPES
 from dynquant.packed.places import Layout, build_meta_model, build_meta_vision, find_places, lay_out_vision
-from dynquant.packed.traced_places import lay_out_traced
+from dynquant.packed.traced_places import lay_out_traced, recorded
 from dynquant.recipes.plan import Plan
 from dynquant.running.load import empty_hf
 from dynquant.storage.resumable_output import Region, ResumableOutput
@@ -57,7 +57,7 @@ def export_safetensors(
         raise ExportError(f"{output} is the model that is being read; export to another directory.")
     _check_is_free(output)
     name = (recorded_encoder(stored) if stored is not None else "") or encoding.encoder.name
-    layout, config = _lay_out(model, plan)
+    layout, config = _lay_out(model, plan, stored)
     types = {entry.name: entry.quant_type for entry in plan.entries}
     documents, shards = _describe(encoding, layout, config, name, shard_max_bytes or directory.SHARD_BYTES)
     keeping = {
@@ -136,8 +136,7 @@ def _describe(
             "fingerprint": plan.fingerprint, "stats_hash": plan.stats_hash or "",
         },
     }  # fmt: skip
-    if layout.joined:
-        quantization["joined"] = layout.joined
+    quantization |= recorded(layout, model.arch)
     documents = {"config.json": directory.as_json({**config, "quantization_config": quantization})}
     documents["README.md"] = packed_card(plan, encoder=encoder, stored_bytes=stored_bytes).encode()
     documents |= directory.index_of(shards)
@@ -147,7 +146,7 @@ def _describe(
     return documents, shards
 
 
-def _lay_out(model: Model, plan: Plan) -> tuple[Layout, dict[str, object]]:
+def _lay_out(model: Model, plan: Plan, stored: GGUFSource | None) -> tuple[Layout, dict[str, object]]:
     """Return where tensors go, and config.json without `quantization_config`."""
     if model.has_vision:
         assert model.hf_directory is not None
@@ -157,7 +156,7 @@ def _lay_out(model: Model, plan: Plan) -> tuple[Layout, dict[str, object]]:
             for part in (raw, text) if isinstance(text, dict) else (raw,):
                 part["tie_word_embeddings"] = False
         return lay_out_vision(model, plan, build_meta_vision(model)), raw
-    if (traced := _lay_out_traced(model, plan)) is not None:
+    if (traced := _lay_out_traced(model, plan, stored)) is not None:
         return traced
     config = hf_config_of(model)
     names = model.source.names()
@@ -169,7 +168,7 @@ def _lay_out(model: Model, plan: Plan) -> tuple[Layout, dict[str, object]]:
     return Layout(places, frozenset(computed)), {**config.raw, "tie_word_embeddings": is_tied}
 
 
-def _lay_out_traced(model: Model, plan: Plan) -> tuple[Layout, dict[str, object]] | None:
+def _lay_out_traced(model: Model, plan: Plan, stored: GGUFSource | None) -> tuple[Layout, dict[str, object]] | None:
     """Return the same for a directory of an architecture without a family; None for one with."""
     if not model.is_converted:
         return None
@@ -180,7 +179,7 @@ def _lay_out_traced(model: Model, plan: Plan) -> tuple[Layout, dict[str, object]
     text = raw.get("text_config")
     for part in (raw, text) if isinstance(text, dict) else (raw,):
         part["tie_word_embeddings"] = bool(hf_model.config.get_text_config().tie_word_embeddings)
-    return lay_out_traced(model, plan, hf_model), raw
+    return lay_out_traced(model, plan.entries, hf_model, stored), raw
 
 
 def _copy(target: ResumableOutput, model: Model, layout: Layout) -> None:

@@ -25,8 +25,9 @@ from dynquant.errors import AdapterError, StatsError
 from dynquant.formats.quant_types import quant_type
 from dynquant.kernels.planes import pack_planes
 from dynquant.lora.layers import PackedLoraEmbedding, PackedLoraExperts, PackedLoraLinear
-from dynquant.lora.places import bare_path, places_by_key
-from dynquant.packed.layers import LATENT_PARTS, PLANES, PackedLatentProjection, PackedModule
+from dynquant.lora.places import bare_path, gguf_names
+from dynquant.packed.joined_rows import PackedRows
+from dynquant.packed.layers import PLANES, PackedLatentProjection, PackedModule
 from dynquant.storage.atomic import file_hash
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def merge(
     if not layers:
         raise AdapterError("There is no adapter on packed weights to merge; call merge_and_unload of PEFT instead.")
     base = model.get_base_model()
-    names = {key: place.name for key, place in places_by_key(base).items()}
+    names = gguf_names(base)
     parts = {}
     for part in (part for path, layer in layers.items() for part in _parts(bare_path(path), layer)):
         if part.key not in names:
@@ -136,8 +137,12 @@ def _parts(path: str, layer: LoraLayer) -> Iterator[_Part]:
     def whole(_: int | None = None) -> Tensor:
         return sum(layer.get_delta_weight(name).float() for name in active)
 
-    for name in LATENT_PARTS if isinstance(module, PackedLatentProjection) else ("weight",):
-        delta = partial(_latent_delta, module, whole, name) if name in LATENT_PARTS else whole
+    for name in module.types:
+        delta = whole
+        if isinstance(module, PackedLatentProjection):
+            delta = partial(_latent_delta, module, whole, name)
+        elif isinstance(module, PackedRows):
+            delta = partial(_rows_delta, module, whole, name)
         yield _Part(module, name, f"{path}.{name}", delta)
 
 
@@ -152,13 +157,17 @@ def _latent_delta(module: PackedLatentProjection, whole: Delta, name: str, index
     return delta if index is None else delta[index]
 
 
+def _rows_delta(module: PackedRows, whole: Delta, name: str, _: int | None = None) -> Tensor:
+    return module.in_stored_order(whole(None))[name]
+
+
 def _experts_delta(layer: PackedLoraExperts, active: list[str], name: str, index: int | None) -> Tensor:
     experts = slice(None) if index is None else index
     total = 0
     for adapter in active:
         a, b = (factor[experts].float() for factor in layer.factors(adapter))
-        if name != "down_proj":
-            b = b.chunk(2, dim=-2)[name == "up_proj"]  # transformers has the rows of gate first
+        if layer.parameter_name == "gate_up_proj":
+            b = layer.experts.split(b.transpose(-1, -2))[name == "up_proj"].transpose(-1, -2)
         total = total + layer.scaling[adapter] * (b @ a)
     return total
 

@@ -51,6 +51,13 @@ def places_by_key(base: "PreTrainedModel", original: Model | None = None) -> dic
     return {place.key: place for place in places.values()}
 
 
+def gguf_names(base: "PreTrainedModel") -> dict[str, str]:
+    """Return the GGUF name of every weight of a packed model, by key. Raises AdapterError: they are not known."""
+    if recorded := getattr(getattr(base.config, "quantization_config", None), "gguf", None):
+        return dict(recorded["names"])
+    return {key: place.name for key, place in places_by_key(base).items()}
+
+
 def bare_path(path: str) -> str:
     """Return the path of a module without what PEFT put around it."""
     return path.removeprefix("base_model.model.").replace(".base_layer", "")

@@ -59,6 +59,14 @@ class PackedRows(PackedModule, nn.Linear):
             weights = weights.index_select(1, self.input_order.long().argsort())
         return weights if self.row_order is None else weights.index_select(0, self.row_order)
 
+    def in_stored_order(self, weights: Tensor) -> dict[str, Tensor]:
+        """Return the matrices by name that `in_order` makes W of."""
+        if self.input_order is not None:
+            weights = weights.index_select(1, self.input_order)
+        if self.row_order is not None:
+            weights = weights.index_select(0, self.row_order.long().argsort())
+        return dict(zip(self.types, weights.split([len(getattr(self, name)) for name in self.types]), strict=True))
+
     def _multiply(self, name: str, x: Tensor) -> Tensor:
         weight, type_name = getattr(self, name), self.types[name]
         if name not in self.packed_names:

@@ -27,7 +27,8 @@ FORMAT_VERSION = 1
 
 class DynquantConfig(QuantizationConfigMixin):
     """`types`: tensor name in the files -> quant type name. `provenance`: what made the weights, as strings. `joined`:
-    layers that several tensors make, or whose rows or columns GGUF has in another order.
+    layers that several tensors make, or whose rows or columns GGUF has in another order. `gguf`: the architecture, and
+    GGUF names by those in the files, of models without a family.
 
     Raises:
         CheckpointError: written by a later version of the format, or without types.
@@ -39,6 +40,7 @@ class DynquantConfig(QuantizationConfigMixin):
         version: int = FORMAT_VERSION,
         provenance: Mapping[str, str] | None = None,
         joined: Mapping[str, Mapping[str, Any]] | None = None,
+        gguf: Mapping[str, Any] | None = None,
         **_: Any,
     ) -> None:
         if version != FORMAT_VERSION:
@@ -57,6 +59,8 @@ class DynquantConfig(QuantizationConfigMixin):
         self.provenance = dict(provenance or {})
         if joined:
             self.joined = dict(joined)
+        if gguf:
+            self.gguf = dict(gguf)
 
 
 class DynquantHfQuantizer(HfQuantizer):

@@ -6,7 +6,7 @@ other parameters are the checkpoint's, under the names of transformers' model.
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple, NoReturn
@@ -14,16 +14,18 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
+from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_format import StoredTensor
 from dynquant.checkpoints.tensor_source import TensorSource, checked_finite
 from dynquant.errors import CheckpointError
 from dynquant.families.common.conversion import ConvertedSource
-from dynquant.families.common.strided_maps import StridedMap, whole
+from dynquant.families.common.strided_maps import StridedMap, by_source, row_blocks, whole
 from dynquant.formats.plain_quants import DTYPE_BYTES, FLOAT_DTYPES
+from dynquant.formats.quant_types import QUANT_TYPES, QuantType
 from dynquant.packed.joined_rows import ROWS_PREFIX
 from dynquant.packed.places import Layout, Place
-from dynquant.recipes.plan import Plan, PlanEntry
+from dynquant.recipes.plan import PlanEntry
 from dynquant.running.expert_hooks import expert_layout, is_fused_experts
 from dynquant.running.parameter_map import ParameterMap, parameter_map
 
@@ -31,8 +33,24 @@ _LATENT = {"attn_k_b.weight": "k_b", "attn_v_b.weight": "v_b"}
 _EXPERTS = {f"ffn_{kind}_exps.weight": f"{kind}_proj" for kind in ("gate", "up", "down")}
 
 
-def lay_out_traced(model: Model, plan: Plan, hf_model: Any) -> Layout:
-    """Return where each tensor of the plan goes in a model on the meta device, and what of it the checkpoint gives.
+class TypedTensor(NamedTuple):
+    """The part of an entry of a plan that a place needs."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str = "F32"
+
+    @property
+    def quant_type(self) -> QuantType:
+        return QUANT_TYPES[self.type]
+
+
+def lay_out_traced(
+    model: Model, tensors: Iterable[PlanEntry | TypedTensor], hf_model: Any, stored: GGUFSource | None = None
+) -> Layout:
+    """Return where each tensor goes in a model on the meta device, and what is not made of quantized ones.
+
+    `Layout.read` gives the latter from the checkpoint, or as far as it has them from the GGUF file `stored`.
 
     Raises:
         CheckpointError: a quantized matrix is in the model in a way that packed modules cannot hold; it is named.
@@ -41,9 +59,9 @@ def lay_out_traced(model: Model, plan: Plan, hf_model: Any) -> Layout:
     assert isinstance(source, ConvertedSource)
     traced = parameter_map(hf_model, source.checkpoint)
     builder = _Builder(model, hf_model, traced)
-    by_parameter: dict[str, list[tuple[PlanEntry, StridedMap]]] = {}
+    by_parameter: dict[str, list[tuple[PlanEntry | TypedTensor, StridedMap]]] = {}
     skipped = set()
-    for entry in plan.entries:
+    for entry in tensors:
         entries = traced.gguf(source, entry.name)
         if entries is not None:
             for parameter in entries.sources:
@@ -53,14 +71,24 @@ def lay_out_traced(model: Model, plan: Plan, hf_model: Any) -> Layout:
         ):
             builder.refuse(entry.name, "is no selection of its parameters")
         skipped.add(entry.name)
-    for parameter, tensors in by_parameter.items():
-        if any(not entry.quant_type.is_float for entry, _ in tensors):
-            builder.add(parameter, tensors)
+    for parameter, parts in by_parameter.items():
+        if any(not entry.quant_type.is_float for entry, _ in parts):
+            builder.add(parameter, parts)
     builder.complete_experts(by_parameter)
-    kept = builder.kept({name: [entry.type for entry, _ in tensors] for name, tensors in by_parameter.items()})
+    if stored is not None:
+        builder.take_values(stored, {entry.name: of for parts in by_parameter.values() for entry, of in parts})
+    kept = builder.kept({name: [entry.type for entry, _ in parts] for name, parts in by_parameter.items()})
     return Layout(
         builder.places, frozenset(skipped - builder.places.keys()), kept=kept, read=builder.read, joined=builder.joined
     )
+
+
+def recorded(layout: Layout, arch: str) -> dict[str, Any]:
+    """Return what `quantization_config` says of a traced layout beside types; nothing of another."""
+    if layout.read is None:
+        return {}
+    names = {place.key: place.name for place in layout.places.values()}
+    return {"gguf": {"architecture": arch, "names": names}} | ({"joined": layout.joined} if layout.joined else {})
 
 
 def traced_places(model: Model, hf_model: Any) -> dict[str, Place]:
@@ -69,26 +97,19 @@ def traced_places(model: Model, hf_model: Any) -> dict[str, Place]:
     assert isinstance(source, ConvertedSource)
     traced = parameter_map(hf_model, source.checkpoint)
     builder = _Builder(model, hf_model, traced)
-    by_parameter: dict[str, list[tuple[_Matrix, StridedMap]]] = {}
+    by_parameter: dict[str, list[tuple[TypedTensor, StridedMap]]] = {}
     for name in source.names():
         shape = tuple(source.info(name).shape)
         entries = traced.gguf(source, name) if len(shape) > 1 else None
         for parameter in () if entries is None else entries.sources:
-            by_parameter.setdefault(parameter, []).append((_Matrix(name, shape), entries))
+            by_parameter.setdefault(parameter, []).append((TypedTensor(name, shape), entries))
     for parameter, tensors in by_parameter.items():
         with suppress(CheckpointError):
             builder.add(parameter, tensors)
     return builder.places
 
 
-class _Matrix(NamedTuple):
-    """The part of an entry of a plan that a place needs."""
-
-    name: str
-    shape: tuple[int, ...]
-
-
-_Tensors = Sequence[tuple[PlanEntry | _Matrix, StridedMap]]
+_Tensors = Sequence[tuple[PlanEntry | TypedTensor, StridedMap]]
 
 
 class _Builder:
@@ -101,6 +122,12 @@ class _Builder:
         self._shapes = {name: tuple(tensor.shape) for name, tensor in hf_model.state_dict().items()}
         self._replaced: set[str] = set()
         self._orders: dict[str, Tensor] = {}
+        self._file: GGUFSource | None = None
+        self._changed: Mapping[str, StridedMap] = {}
+
+    def take_values(self, stored: GGUFSource, tensors: Mapping[str, StridedMap]) -> None:
+        """Let a GGUF file give what it has of parameters, of which its `tensors` are entries."""
+        self._file, self._changed = stored, by_source(tensors, self._shapes)
 
     def add(self, parameter: str, tensors: _Tensors) -> None:
         """Place the GGUF tensors of a parameter, of which one at least is quantized."""
@@ -132,7 +159,8 @@ class _Builder:
     def kept(self, planned: Mapping[str, list[str]]) -> dict[str, StoredTensor]:
         """Return the entries whose values `read` gives: parameters without a place, and orders.
 
-        A parameter has its own type or the plan's (`planned`, by parameter), whichever takes fewer bytes.
+        A parameter has its own type or the plan's (`planned`, by parameter), whichever takes fewer bytes; of a file
+        that may have changed its values, the plan's.
 
         Raises:
             CheckpointError: transformers makes a parameter of the checkpoint in a way that is not followed.
@@ -143,7 +171,7 @@ class _Builder:
                 stored = self._checkpoint.info(entries.sources[0]).dtype
                 of_plan = max(planned.get(name, ["F32"]), key=DTYPE_BYTES.__getitem__)
                 dtype = min(stored if stored in FLOAT_DTYPES else "F32", of_plan, key=DTYPE_BYTES.__getitem__)
-                kept[name] = StoredTensor(name, dtype, self._shapes[name])
+                kept[name] = StoredTensor(name, of_plan if name in self._changed else dtype, self._shapes[name])
         if self._traced.reasons:
             name, reason = next(iter(self._traced.reasons.items()))
             self.refuse(name, f"is made by transformers in a way that cannot be followed ({reason:.200})")
@@ -154,9 +182,15 @@ class _Builder:
         """Return the values of one entry of `kept`."""
         if key in self._orders:
             return self._orders[key].to(torch.int32)
-        entries = self._traced.parameters[key]
-        values = entries.gather(partial(_loaded, self._checkpoint))
-        return checked_finite(key, values).reshape(self._shapes[key]).clone(memory_format=torch.contiguous_format)
+        changed = self._changed.get(key)
+        if changed is not None and changed.is_complete:
+            values = torch.empty(self._shapes[key])
+        else:
+            values = self._traced.parameters[key].gather(partial(_loaded, self._checkpoint)).reshape(self._shapes[key])
+            values = values.clone(memory_format=torch.contiguous_format)
+        for piece in () if changed is None else changed.pieces:
+            piece.of_target(values).copy_(piece.of_source(self._file.load(piece.source)) + changed.added)
+        return checked_finite(key, values)
 
     def refuse(self, name: str, reason: str) -> NoReturn:
         """Raise the CheckpointError for a tensor that packed modules cannot hold."""
@@ -179,7 +213,7 @@ class _Builder:
             return False
         return f"self.{name}.weight" in code
 
-    def _place(self, entry: PlanEntry | _Matrix, key: str, order: Tensor | None = None, **options: Any) -> None:
+    def _place(self, entry: PlanEntry | TypedTensor, key: str, order: Tensor | None = None, **options: Any) -> None:
         self.places[entry.name] = Place(entry.name, key, tuple(entry.shape), order, **options)
 
     def _add_linear(self, path: str, parameter: str, tensors: _Tensors) -> None:
@@ -229,7 +263,7 @@ class _Builder:
             expected = self._entries_of_experts(parameter, part)
             samples = zip(_samples(expected), _samples(entries), strict=True)
             if expected.shape != entries.shape or not all(
-                torch.equal(_positions(there), _positions(here)) for there, here in samples
+                torch.equal(there.positions({parameter: 0}), here.positions({parameter: 0})) for there, here in samples
             ):
                 self.refuse(entry.name, f"has its experts, rows or columns in another order than `{parameter}`")
             self._place(entry, f"{path}.{part}")
@@ -248,19 +282,14 @@ class _Builder:
             return entries.sliced(1, int(is_up), length, 2)
         return entries.sliced(1, length // 2, length) if is_up else entries.sliced(1, 0, length // 2)
 
-    def _rows_and_columns(self, entry: PlanEntry | _Matrix, entries: StridedMap, width: int) -> tuple[Tensor, Tensor]:
+    def _rows_and_columns(
+        self, entry: PlanEntry | TypedTensor, entries: StridedMap, width: int
+    ) -> tuple[Tensor, Tensor]:
         """Return which row of a matrix [R, width] each row of a GGUF tensor is, and the same of columns."""
-        flat = entries.viewed((-1 if not entries.shape[-1] else _numel(entries.shape[:-1]), entries.shape[-1]))
-        starts, first = _positions(flat.sliced(1, 0, 1)).flatten(), _positions(flat.sliced(0, 0, 1)).flatten()
-        columns = first - first.min()
-        sampled = torch.linspace(0, flat.shape[0] - 1, min(8, flat.shape[0])).long().tolist()
-        is_matrix = flat.shape[1] == width and torch.equal(columns.sort().values, torch.arange(width))
-        for row in sampled:
-            line = _positions(flat.sliced(0, row, row + 1)).flatten()
-            is_matrix = is_matrix and torch.equal(line - line.min(), columns) and int(line.min()) % width == 0
-        if not is_matrix:
+        blocks = row_blocks(entries, lambda _, positions: (positions // width, positions % width))
+        if blocks is None or not torch.equal(blocks[0].columns.sort().values, torch.arange(width)):
             self.refuse(entry.name, "has rows that are no rows of its parameter")
-        return starts // width, columns
+        return blocks[0].stored_rows, blocks[0].columns
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -269,10 +298,6 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _kind(name: str) -> str:
     return name.split(".", 2)[-1]
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
 
 
 def _moved(order: Tensor) -> Tensor | None:
@@ -291,16 +316,3 @@ def _loaded(checkpoint: Any, name: str) -> Tensor:
     """Return a checkpoint tensor in its own float type."""
     values: Tensor = checkpoint.load(name)
     return values.to(FLOAT_DTYPES.get(checkpoint.info(name).dtype, torch.float32)).contiguous()
-
-
-def _positions(entries: StridedMap) -> Tensor:
-    """Return which entry of its only source each entry is, counted along the source."""
-    positions = torch.zeros(entries.shape, dtype=torch.int64)
-    for piece in entries.pieces:
-        sizes = [axis.size for axis in piece.axes]
-        counted = torch.full(sizes, piece.offset)
-        for number, axis in enumerate(piece.axes):
-            steps = torch.arange(axis.size) * axis.stride
-            counted += steps.view(-1, *[1] * (len(sizes) - number - 1))
-        piece.of_target(positions).copy_(counted)
-    return positions

@@ -28,7 +28,7 @@ from dynquant.planning.stage import make_plan
 from dynquant.planning.target import Target
 from dynquant.running.expert_hooks import record_experts
 from dynquant.running.load import load_hf, load_tokenizer
-from dynquant.running.weight_inputs import named_inputs
+from dynquant.running.weight_inputs import weight_inputs
 from dynquant.session import SILENT, ignore_progress
 from tests.helpers.calibrating import calibrate
 from tests.helpers.commands import linked_copy
@@ -129,8 +129,9 @@ def stats(moe, windows):
 
 def collect(model, windows, *, batch_size=4, progress=ignore_progress, **options):
     provenance = StatsProvenance(fingerprint="f" * 64, text_hash="0" * 64, text_name="test")
+    names = weight_inputs(open_model(model.name_or_path), model)
     found = collect_statistics(
-        model, ModelInputs(windows, batch_size), names=named_inputs(model, "deepseek2", N_LAYER), provenance=provenance,
+        model, ModelInputs(windows, batch_size), names=names, provenance=provenance,
         options=StatisticsOptions(**options), progress=progress,
     )  # fmt: skip
     return found.stats

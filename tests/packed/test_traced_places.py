@@ -25,6 +25,7 @@ from dynquant.lora.places import bare_path
 from dynquant.packed.joined_rows import PackedRows
 from dynquant.packed.layers import PackedLinear, PackedSortedExperts
 from dynquant.running.load import load_directory, load_hf
+from tests.helpers.adapters import randomized
 from tests.helpers.tiny_models import randomize
 from tests.helpers.traced_models import packed_and_decoded
 
@@ -164,19 +165,47 @@ def test_an_adapter_starts_from_what_quantization_took(exported):
     adapted = dynquant.lora.add_adapter(exported.packed(), rank=48)
     dynquant.lora.start_from_residual(adapted, exported.model)
     original = dict(load_hf(exported.model, dtype=torch.float32).named_modules())
+    for path, layer in layers_of(adapted).items():
+        expected, before, after = (
+            products(module, layer) for module in (original[path], layer.get_base_layer(), layer)
+        )
+        assert (after - expected).norm() < 0.4 * (before - expected).norm(), path
+
+
+def test_a_merged_adapter_is_in_the_packed_weights(exported):
+    adapted = randomized(dynquant.lora.add_adapter(exported.packed(), rank=4), std=0.2)
+    layers = layers_of(adapted)
+    expected = {path: (products(of, of), products(of.get_base_layer(), of)) for path, of in layers.items()}
+    merged = dict(dynquant.lora.merge(adapted, encoder="ggml").named_modules())
+    for path, (wanted, before) in expected.items():
+        assert (products(merged[path], layers[path]) - wanted).norm() < 0.2 * (before - wanted).norm(), path
+
+
+def layers_of(adapted: Any) -> dict[str, LoraLayer]:
     named = reversed(list(adapted.named_modules()))  # of two layers around experts, the outer one last
     layers = {bare_path(path): layer for path, layer in named if isinstance(layer, LoraLayer)}
     assert len(layers) > 8
-    for path, layer in layers.items():
-        base, inputs = layer.get_base_layer(), [torch.eye(64)]
-        if isinstance(base, PackedRows | PackedLinear):
-            inputs = [torch.eye(base.in_features)]
-        elif not isinstance(base, PackedSortedExperts):
-            ids = torch.arange(64)[:, None] % 4
-            inputs += [ids, torch.ones(64, 1)]
-        with torch.inference_mode():
-            expected, before, after = (module(*inputs) for module in (original[path], base, layer))
-        assert (after - expected).norm() < 0.4 * (before - expected).norm(), path
+    return layers
+
+
+def products(module: Any, layer: LoraLayer) -> Tensor:
+    """Return the products of a module in the place of `layer` with some rows."""
+    base, inputs = layer.get_base_layer(), [torch.eye(64)]
+    if isinstance(base, PackedRows | PackedLinear):
+        inputs = [torch.eye(base.in_features)]
+    elif not isinstance(base, PackedSortedExperts):
+        inputs += [torch.arange(64)[:, None] % 4, torch.ones(64, 1)]
+    with torch.inference_mode():
+        return module(*inputs)
+
+
+def test_a_gguf_file_loads_by_its_checkpoint(exported):
+    with pytest.raises(CheckpointError, match=r"knows the architectures .*base=DIRECTORY"):
+        dynquant.load(exported.folder / "model.gguf")
+    loaded = dynquant.load(exported.folder / "model.gguf", base=exported.model)
+    expected, state = exported.packed().state_dict(), loaded.state_dict()
+    assert expected.keys() == state.keys()
+    assert all(torch.equal(expected[key], values) for key, values in state.items())
 
 
 @pytest.mark.parametrize("model_type", ["llama4_text", "gpt_oss"])

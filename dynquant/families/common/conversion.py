@@ -13,9 +13,11 @@ import torch
 from dynquant.checkpoints.published.packed_parts import MXFP4_BLOCK, ggml_blocks
 from dynquant.checkpoints.safetensors_source import SafetensorsSource
 from dynquant.checkpoints.tensor_source import TensorInfo, TensorSource, checked_finite
+from dynquant.families.common.selection import Selection
+from dynquant.families.common.strided_maps import StridedMap, joined, whole
+from dynquant.families.common.traced_tensor import TracedTensor
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
-RowRange = Callable[[slice], tuple[slice, Transform] | None]
 _COMPARED_VALUES = 1 << 24
 
 
@@ -33,7 +35,6 @@ class Conversion:
     dtype: str
     transform: Transform = unchanged
     by_slice: bool = False  # `transform` may be applied to one slice of the (single) part's first dimension at a time
-    of_rows: RowRange | None = None  # rows of a matrix -> stored rows and what makes the former of them; None: all
     values: torch.Tensor | None = None  # the tensor itself, where it is computed from the configuration
 
     def load(self, source: TensorSource, index: int | slice | None) -> torch.Tensor:
@@ -44,11 +45,13 @@ class Conversion:
             if index is not None:
                 return self.transform(load_finite(source, self.parts[index]))
             return torch.stack([self.transform(load_finite(source, part)) for part in self.parts])
-        if self.by_slice or (self.transform is unchanged and isinstance(index, slice)):
+        if self.by_slice or self.transform is unchanged:
             return self.transform(load_finite(source, self.parts[0], index)).contiguous()
-        if self.of_rows is not None and isinstance(index, slice) and (few := self.of_rows(index)) is not None:
-            stored_rows, transform = few
-            return transform(load_finite(source, self.parts[0], stored_rows)).contiguous()
+        if isinstance(self.transform, Selection) and index is not None:
+            rows = index if isinstance(index, slice) else slice(index, index + 1)
+            stored_rows, transform = self.transform.of_rows(rows)
+            values = transform(load_finite(source, self.parts[0], stored_rows)).contiguous()
+            return values if isinstance(index, slice) else values[0]
         whole = self.transform(load_finite(source, self.parts[0]))
         return (whole if index is None else whole[index]).contiguous()
 
@@ -133,9 +136,25 @@ class ConvertedSource:
     def _moved(self, name: str, expert: torch.Tensor) -> torch.Tensor:
         """Return what the conversion makes of one expert of a stored stack."""
         conversion = self._conversions[name]
-        if conversion.by_slice:
+        if conversion.by_slice or conversion.transform is unchanged:
             return conversion.transform(expert)
+        if isinstance(conversion.transform, Selection):
+            return conversion.transform.of_rows(slice(0, 1))[1](expert[None])[0]
         return conversion.transform(expert.expand(self._source.info(conversion.parts[0]).shape))[0]
+
+    def entries(self, name: str, stored_shape: tuple[int, ...]) -> StridedMap:
+        """Return a GGUF tensor as entries of its parts, which have `stored_shape`.
+
+        Raises:
+            NotImplementedError: its values are computed.
+        """
+        conversion, transform = self._conversions[name], self._conversions[name].transform
+        if isinstance(transform, Selection):
+            each = transform.entries
+        else:
+            each = transform(TracedTensor(whole("", stored_shape))).map  # type: ignore[attr-defined]
+        each = each.viewed((1, *each.shape))
+        return joined([each.renamed(part) for part in conversion.parts], 0).viewed(conversion.shape)
 
     def transform(self, name: str) -> Transform:
         """Return the transform that makes a GGUF tensor of its checkpoint tensor, or of each of them."""

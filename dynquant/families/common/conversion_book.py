@@ -14,7 +14,8 @@ from dynquant.errors import CheckpointError
 from dynquant.families.common.config import WAY_OUT, Config
 from dynquant.families.common.conversion import Conversion, Transform, differ, unchanged
 
-_COMPUTED_BUFFERS = (".rotary_emb.inv_freq",)
+COMPUTED_BUFFERS = (".rotary_emb.inv_freq", ".attention.masked_bias", ".attention.bias")
+"""Ends of names of what checkpoints may hold although the configuration decides it."""
 
 
 class ConversionBook:
@@ -107,7 +108,7 @@ class ConversionBook:
                 f"{where} lacks {len(self._missing)} tensors that its configuration calls for: "
                 f"{some_of(self._missing)}. The download is incomplete, or config.json belongs to another model."
             )
-        unknown = [name for name in self._unused if not name.endswith(_COMPUTED_BUFFERS)]
+        unknown = [name for name in self._unused if not name.endswith(COMPUTED_BUFFERS)]
         if unknown:
             raise CheckpointError(
                 f"{where} holds {len(unknown)} tensors that its architecture has no place for: {some_of(unknown)}. "

@@ -5,7 +5,7 @@ blocks of entries. A `StridedMap` says that exactly for any size without values:
 of one checkpoint tensor in two models join into a map from one to the other.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from math import prod
@@ -14,6 +14,8 @@ from operator import mul
 import torch
 from torch import Tensor
 
+_SOURCE_BITS = 48  # positions of the second source begin at 1 << 48
+_MAX_POSITIONS, _FEW_ROWS = 1 << 20, 16
 _FlatAxes = list[tuple[int, int, int]]
 """Axes as (size, stride in the source, stride in the tensor)."""
 
@@ -40,6 +42,11 @@ class Piece:
     @property
     def numel(self) -> int:
         return prod(axis.size for axis in self.axes)
+
+    @property
+    def last(self) -> int:
+        """The furthest of its entries in the source."""
+        return self.offset + sum((axis.size - 1) * axis.stride for axis in self.axes)
 
     def of_source(self, source: Tensor) -> Tensor:
         """The piece as a view of the tensor that it comes from, of one dimension an axis."""
@@ -69,6 +76,10 @@ class StridedMap:
         """True when every entry has a source."""
         return sum(piece.numel for piece in self.pieces) == prod(self.shape)
 
+    def fills(self, tensor: Tensor) -> bool:
+        """Return whether it gives every entry of a tensor."""
+        return self.is_complete and self.shape == tensor.shape
+
     @property
     def sources(self) -> tuple[str, ...]:
         """The tensors whose entries it holds, in the order of their pieces."""
@@ -79,6 +90,10 @@ class StridedMap:
         """True when the tensor is a view of a single source."""
         dims = [axis.dim for piece in self.pieces for axis in piece.axes]
         return len(self.pieces) == 1 and len(set(dims)) == len(dims) and self.is_complete and not self.added
+
+    def renamed(self, name: str) -> "StridedMap":
+        """The same entries of a source called `name`."""
+        return replace(self, pieces=tuple(replace(piece, source=name) for piece in self.pieces))
 
     def gather(self, read: Callable[[str], Tensor]) -> Tensor:
         """The tensor, of the entries of sources that `read` gives: a view of its source if it can be one."""
@@ -93,6 +108,18 @@ class StridedMap:
         for piece in self.pieces:
             piece.of_target(values).copy_(piece.of_source(read(piece.source)))
         return values.add_(self.added) if self.added else values
+
+    def positions(self, starts: Mapping[str, int]) -> Tensor:
+        """Which entry of its sources each entry is, int64 of `shape`; those of a source begin at `starts[source]`."""
+        positions = torch.zeros(self.shape, dtype=torch.int64)
+        for piece in self.pieces:
+            sizes = [axis.size for axis in piece.axes]
+            counted = torch.full(sizes, starts[piece.source] + piece.offset)
+            for number, axis in enumerate(piece.axes):
+                steps = torch.arange(axis.size) * axis.stride
+                counted += steps.view(-1, *[1] * (len(sizes) - number - 1))
+            piece.of_target(positions).copy_(counted)
+        return positions
 
     @torch.no_grad()
     def scatter(self, values: Tensor, read: Callable[[str], Tensor]) -> None:
@@ -117,19 +144,21 @@ class StridedMap:
 
     def viewed(self, shape: Sequence[int]) -> "StridedMap":
         """The same entries in another shape."""
+        if tuple(shape) == self.shape:
+            return self
         strides = contiguous_strides(self.shape)
         pieces = []
         for piece in self.pieces:
             flat = [(axis.size, axis.stride, axis.step * strides[axis.dim]) for axis in piece.axes]
             start = sum(map(mul, piece.starts, strides))
             pieces += _pieces(piece.source, piece.offset, start, _merged(flat), shape)
-        return replace(self, shape=tuple(shape), pieces=_joined_pieces(pieces))
+        return replace(self, shape=tuple(shape), pieces=joined_pieces(pieces))
 
     def sliced(self, dim: int, start: int, stop: int, step: int = 1) -> "StridedMap":
         """Indices start, start + step, ... below `stop` of a dimension."""
         cut = [part for piece in self.pieces for part in _sliced(piece, dim, start, stop, step)]
         shape = (*self.shape[:dim], max(0, -(-(stop - start) // step)), *self.shape[dim + 1 :])
-        return replace(self, shape=shape, pieces=_joined_pieces(cut))
+        return replace(self, shape=shape, pieces=joined_pieces(cut))
 
     def picked(self, dim: int, indices: Sequence[int]) -> "StridedMap":
         """Indices of a dimension in any order."""
@@ -145,6 +174,8 @@ class StridedMap:
 
     def strided(self, shape: Sequence[int], strides: Sequence[int], offset: int) -> "StridedMap":
         """Return what `Tensor.as_strided` gives. Raises NotImplementedError: irregular, or entries used twice."""
+        if prod(shape) == prod(self.shape) and tuple(strides) == contiguous_strides(shape):
+            return self.viewed(shape)
         dims = sorted((dim for dim, size in enumerate(shape) if size > 1), key=lambda dim: -strides[dim])
         widths = [prod(self.shape), *(strides[dim] for dim in dims), 1]
         pairs = list(pairwise(widths))
@@ -160,7 +191,25 @@ class StridedMap:
         order = sorted(range(len(dims)), key=lambda place: dims[place])
         return result.permuted([*order, len(dims)]).viewed(shape)
 
-    def inverted(self, shapes: dict[str, tuple[int, ...]], name: str) -> "dict[str, StridedMap]":
+    def through(self, sources: Mapping[str, "StridedMap"]) -> "StridedMap":
+        """The same entries as those of what `sources` are made of. Raises NotImplementedError: irregular."""
+        pieces, added = [], set()
+        for piece in self.pieces:
+            source, of = sources[piece.source], piece.axes
+            added.add(source.added)
+            for inner in source.strided([axis.size for axis in of], [axis.stride for axis in of], piece.offset).pieces:
+                starts = list(piece.starts)
+                for axis, start in zip(of, inner.starts, strict=True):
+                    starts[axis.dim] += start * axis.step
+                axes = tuple(
+                    replace(axis, dim=of[axis.dim].dim, step=axis.step * of[axis.dim].step) for axis in inner.axes
+                )
+                pieces.append(replace(inner, starts=tuple(starts), axes=axes))
+        if len(added) > 1:
+            raise NotImplementedError("parts with different constants added")
+        return StridedMap(self.shape, joined_pieces(pieces), self.added + sum(added))
+
+    def inverted(self, shapes: Mapping[str, tuple[int, ...]], name: str) -> "dict[str, StridedMap]":
         """The sources as entries of this tensor, which is called `name`."""
         strides = contiguous_strides(self.shape)
         pieces: dict[str, list[Piece]] = {}
@@ -170,6 +219,60 @@ class StridedMap:
             back = _pieces(name, start, piece.offset, _merged(flat), shapes[piece.source])
             pieces.setdefault(piece.source, []).extend(back)
         return {source: StridedMap(shapes[source], tuple(parts), -self.added) for source, parts in pieces.items()}
+
+
+def by_source(maps: Mapping[str, StridedMap], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, StridedMap]:
+    """Return the sources, which have the `shapes`, as entries of the tensors that `maps` has by name."""
+    parts: dict[str, list[StridedMap]] = {}
+    for name, entries in maps.items():
+        for source, part in entries.inverted(shapes, name).items():
+            parts.setdefault(source, []).append(part)
+    return {
+        source: StridedMap(
+            several[0].shape, tuple(piece for part in several for piece in part.pieces), several[0].added
+        )
+        for source, several in parts.items()
+    }
+
+
+@dataclass(frozen=True)
+class RowBlock:
+    """Rows `rows` of a matrix, which are the rows `stored_rows` of `source`, whose columns they have as `columns`."""
+
+    source: str
+    rows: Tensor
+    stored_rows: Tensor
+    columns: Tensor
+
+
+def row_blocks(entries: StridedMap, locate: Callable[[str, Tensor], tuple[Tensor, Tensor]]) -> list[RowBlock] | None:
+    """Return which rows of its sources the rows of a tensor are; None where they are no selection of one row's entries.
+
+    Leading dimensions count as one. `locate` gives rows and columns of positions in a source. All rows of small tensors
+    are looked at, and a few of large ones.
+    """
+    if not entries.is_complete:
+        return None
+    flat = entries.viewed((prod(entries.shape[:-1]), entries.shape[-1]))
+    starts = {source: number << _SOURCE_BITS for number, source in enumerate(flat.sources)}
+    first = flat.sliced(1, 0, 1).positions(starts).flatten()
+    positions = flat.positions(starts) if prod(flat.shape) <= _MAX_POSITIONS else None
+    blocks = []
+    for number, source in enumerate(flat.sources):
+        rows = (first >> _SOURCE_BITS == number).nonzero().flatten()
+        if not len(rows):
+            return None
+        stored_rows, _ = locate(source, first[rows] - starts[source])
+        sample = torch.arange(0, len(rows), 1 if positions is not None else -(-len(rows) // _FEW_ROWS))
+        if positions is None:
+            lines = torch.cat([flat.sliced(0, row, row + 1).positions(starts) for row in rows[sample].tolist()])
+        else:
+            lines = positions[rows]
+        of_rows, of_columns = locate(source, lines - starts[source])  # [sample, columns]
+        if not (of_rows == stored_rows[sample, None]).all() or not (of_columns == of_columns[0]).all():
+            return None
+        blocks.append(RowBlock(source, rows, stored_rows, of_columns[0]))
+    return blocks
 
 
 def whole(name: str, shape: Sequence[int]) -> StridedMap:
@@ -193,7 +296,7 @@ def joined(parts: Sequence[StridedMap], dim: int) -> StridedMap:
         ]
         start += part.shape[dim]
     shape = (*parts[0].shape[:dim], start, *parts[0].shape[dim + 1 :])
-    return StridedMap(shape, _joined_pieces(pieces), parts[0].added)
+    return StridedMap(shape, joined_pieces(pieces), parts[0].added)
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
@@ -293,7 +396,7 @@ def _sliced(piece: Piece, dim: int, start: int, stop: int, step: int) -> list[Pi
     return [moved(piece.offset + hits[0] * axis.stride, first + hits[0] * axis.step, axes)]
 
 
-def _joined_pieces(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
+def joined_pieces(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
     """Make one piece of several that follow each other at equal distances: of the experts of a stack, for example."""
     result: list[list[Piece]] = []
     for piece in pieces:
@@ -322,13 +425,10 @@ def _one_piece(run: list[Piece]) -> Piece:
     if len(run) == 1:
         return run[0]
     stride, steps = _distance(run[0], run[1])
-    dim = max(range(len(steps)), key=lambda index: steps[index])
-    axes = [*run[0].axes, Axis(len(run), stride, dim, steps[dim])]
-    merged: list[Axis] = []
-    for axis in sorted(axes, key=lambda axis: (axis.dim, -axis.step)):
-        outer = merged[-1] if merged else Axis(0, 0, -1, 0)
-        if (outer.stride, outer.dim, outer.step) == (axis.size * axis.stride, axis.dim, axis.size * axis.step):
-            merged[-1] = Axis(outer.size * axis.size, axis.stride, axis.dim, axis.step)
-            continue
-        merged.append(axis)
+    along = max(range(len(steps)), key=steps.__getitem__)
+    axes = [*run[0].axes, Axis(len(run), stride, along, steps[along])]
+    of_dims = ([(axis.size, axis.stride, axis.step) for axis in axes if axis.dim == dim] for dim in range(len(steps)))
+    merged = (
+        Axis(size, stride, dim, step) for dim, of_dim in enumerate(of_dims) for size, stride, step in _merged(of_dim)
+    )
     return replace(run[0], axes=tuple(merged))

@@ -16,16 +16,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
-
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.safetensors_format import FileSpan
 from dynquant.checkpoints.safetensors_source import SafetensorsSource, checkpoint_spans
 from dynquant.checkpoints.tensor_source import TensorInfo
 from dynquant.errors import CheckpointError
-from dynquant.families.converter import selection, tracing, worker
+from dynquant.families.common import selection, strided_maps
+from dynquant.families.common.config import WAY_OUT
+from dynquant.families.converter import tracing, worker
 from dynquant.families.converter.source_tree import cache_directory, tree_version
 from dynquant.families.tokenizers.files import read_tokenizer_files
 from dynquant.families.tokenizers.pre_tokenizers import pre_tokenizer_name
@@ -37,17 +35,15 @@ _WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".onnx", ".h5", ".ms
 _MOST_HASHED = 1 << 26
 _LIBRARIES = ("transformers", "tokenizers", "sentencepiece", "torch")
 """Packages that the converter calls."""
-_READ_FAULTS = (OSError, ValueError, SafetensorError, CheckpointError)
+_READ_FAULTS = (OSError, ValueError, CheckpointError)
 _KEPT = 64
-_WAY_OUT = "Convert it with llama.cpp's own converter and pass the result with --base-gguf FILE."
 
 
 @dataclass(frozen=True)
 class Description:
-    """The work of llama.cpp's converter on a checkpoint: entries of tensors, index tensors, and keys with values."""
+    """The work of llama.cpp's converter on a checkpoint: entries of tensors, and keys with values."""
 
     about: Mapping[str, Any]
-    indices: Mapping[str, Tensor]
     keys: GGUFSource
     pre_tokenizer_notes: tuple[str, ...] = ()
 
@@ -84,7 +80,7 @@ def _read(folder: Path) -> Description:
     about = parse_json((folder / worker.TENSORS).read_bytes())
     if not isinstance(about, dict) or not about.keys() >= worker.PARTS:
         raise ValueError(f"{folder / worker.TENSORS} is not what the worker writes")
-    return Description(about, load_file(folder / worker.INDICES), GGUFSource(folder / worker.METADATA))
+    return Description(about, GGUFSource(folder / worker.METADATA))
 
 
 def _tensor(info: TensorInfo, span: FileSpan | None, places: Mapping[Path, str]) -> tuple[Any, ...]:
@@ -117,7 +113,7 @@ def _key(directory: Path, tree: Path, request: object) -> str:
     for library in _LIBRARIES:
         with suppress(PackageNotFoundError):
             digest.update(f"{library} {version(library)}\n".encode())
-    sources = [Path(module.__file__ or "") for module in (worker, tracing, selection)]
+    sources = [Path(module.__file__ or "") for module in (worker, tracing, selection, strided_maps)]
     for file in sources:
         digest.update(f"{file}{file.stat().st_size}{file.stat().st_mtime_ns}".encode())
     digest.update(tree_version(tree).encode())
@@ -144,13 +140,13 @@ def _run(directory: Path, tree: Path, request: dict[str, Any], folder: Path) -> 
     if -done.returncode == signal.SIGKILL:
         raise CheckpointError(
             f"The system killed llama.cpp's converter on {directory}, as it does where memory runs out. Free memory, "
-            f"or take a machine with more. {_WAY_OUT}"
+            f"or take a machine with more. {WAY_OUT}"
         )
     if done.returncode or not (folder / worker.TENSORS).is_file():
         last = done.stderr.strip().rpartition("\n")[2][:400]
         raise CheckpointError(
             f"llama.cpp's converter in {tree} ended with status {done.returncode} on {directory} "
-            f"({last or 'no reason'}). Give the tree of another version of llama.cpp by --llama-cpp DIR. {_WAY_OUT}"
+            f"({last or 'no reason'}). Give the tree of another version of llama.cpp by --llama-cpp DIR. {WAY_OUT}"
         )
 
 
@@ -160,8 +156,14 @@ def _refused(directory: Path, tree: Path, kind: str, reason: str) -> CheckpointE
         return CheckpointError(f"{said}. Give a newer tree by --llama-cpp DIR, or wait until llama.cpp has it.")
     if kind == "tensor":
         said = f"llama.cpp's converter makes tensors of {directory} in a way that dynquant cannot follow: {reason}"
-        return CheckpointError(f"{said}. {_WAY_OUT}")
+        return CheckpointError(f"{said}. {WAY_OUT}")
+    if "Can not map tensor" in reason:
+        return CheckpointError(
+            f"llama.cpp's converter in {tree} has no place for a tensor of {directory} ({reason}): llama.cpp's graph "
+            "of the architecture does not read it, and would compute something else. A newer tree, by --llama-cpp DIR, "
+            "may have a place for it."
+        )
     return CheckpointError(
         f"llama.cpp's converter in {tree} refuses {directory} ({reason}). Complete its files, or give another version "
-        f"of the tree by --llama-cpp DIR. {_WAY_OUT}"
+        f"of the tree by --llama-cpp DIR. {WAY_OUT}"
     )
