@@ -84,12 +84,7 @@ def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress
         raise EvaluationError(
             f"The adapter {options.adapter} is PEFT's, which llama.cpp does not read; give --runner transformers."
         )
-    difference = difference_of_kind(reference, candidate)
-    if difference and not options.allow_difference:
-        raise EvaluationError(
-            f"Nothing was run, since {difference}. Give the model that the candidate was made from as --reference. If "
-            "the two are to be compared as they are, repeat this with --allow-difference."
-        )
+    of_kinds = _notes_on_kinds(options, reference, candidate)
     infos = [runners.describe_model(path, runner=options.runner) for path in (reference, candidate)]
     num_columns, notes = common_columns(*infos)
     context_length = min(info.context_length for info in infos)
@@ -97,8 +92,7 @@ def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress
         raise EvaluationError(
             f"A window of {options.window} tokens does not fit the context of {context_length}; use less."
         )
-    notes += [f"The comparison was allowed although {difference}."] if difference else []
-    notes += runners.tokenizer_notes(reference, candidate)
+    notes += of_kinds + runners.tokenizer_notes(reference, candidate)
     if difference := settings_note(settings_of(reference), settings_of(candidate)):
         notes.append(f"{reference.name} and {candidate.name} differ in more than their weights: {difference}.")
     with runners.open_encoder(reference) as encode:
@@ -139,6 +133,17 @@ def _evaluate_on_text(options: EvalOptions, session: Session, progress: Progress
         notes=notes,
         seconds=run.seconds,
     )  # fmt: skip
+
+
+def _notes_on_kinds(options: EvalOptions, reference: Path, candidate: Path) -> list[str]:
+    """Return a note where a comparison of models of two kinds was allowed, or refuse it before anything runs."""
+    difference = difference_of_kind(reference, candidate)
+    if difference and not options.allow_difference:
+        raise EvaluationError(
+            f"Nothing was run, since {difference}. Give the model that the candidate was made from as --reference. If "
+            "the two are to be compared as they are, repeat this with --allow-difference."
+        )
+    return [f"The comparison was allowed although {difference}."] if difference else []
 
 
 def common_columns(reference: runners.ModelInfo, candidate: runners.ModelInfo) -> tuple[int, list[str]]:
