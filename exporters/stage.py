@@ -29,7 +29,8 @@ from dynquant.exporters.output import Encoding, Exported
 from dynquant.exporters.safetensors import export_safetensors
 from dynquant.families.complete_gguf import check_complete
 from dynquant.families.linear_layers import LinearCheckpoint, linear_checkpoint
-from dynquant.families.open import check_original, open_and_announce, open_language_model
+from dynquant.families.model_kind import check_same_kind
+from dynquant.families.open import check_original, locate_model, open_and_announce, open_language_model
 from dynquant.formats.quant_types import quant_type
 from dynquant.formats.vllm_schemes import SCHEMES
 from dynquant.inputs.model_inputs import check_context
@@ -225,6 +226,7 @@ def tune(options: TuneFileOptions, session: Session = SILENT) -> list[Path]:
     path, output = options.file, options.output
     if output.exists() and output.samefile(path):
         raise ExportError(f"{output} is the file that is being read; write the tuned one to another name.")
+    check_same_kind(path, locate_model(options.reference), "Give the model that the file was made from as --reference.")
     steps = {"tokens": options.tokens, "step_tokens": options.step_tokens, "seed": session.seed}
     tuning = tune_options(options.closing, **steps)
     model = open_language_model(options.reference, session)
