@@ -98,7 +98,7 @@ class CompareEncodersOptions(Options):
     calibration: Annotated[CalibrationOptions, Only(("text", "tokens", "hessians"))] = field(
         default_factory=CalibrationOptions
     )
-    tune: Annotated[int, Flag("Tokens of the closing pass.", min=0)] = 16384
+    tune: Annotated[int, Flag("Tokens of the closing pass at most.", min=0)] = 131072
     variants: Annotated[tuple[str, ...], Flag("Encoders, each also with +tune.")] = (BASE, "dynquant", "dynquant+tune")
     keep: Keep = False
 
@@ -273,7 +273,8 @@ def _measure_encoder(
 def _tuned(plain: Path, encoder: str, stats: Path, options: CompareEncodersOptions, session: Session) -> Path:
     """Write the file again after the closing pass, on the tokens of the second moments."""
     from dynquant.calibration.second_moments import SecondMoments
-    from dynquant.exporters.closing_pass import TuneOptions, tune_file
+    from dynquant.exporters.closing_pass import tune_file
+    from dynquant.exporters.tuning.training import TuneOptions
     from dynquant.families.open import open_and_announce
 
     windows = SecondMoments.load(path_beside(stats)).tokens

@@ -67,18 +67,18 @@ class LiveWeights:
         if "output.weight" in model.source.names() and head is not None and head.weight is embedding.weight:
             head.weight = nn.Parameter(head.weight.detach().clone())  # stored twice, it may get two types
         if isinstance(model.source, ConvertedSource):
-            places = _places(parameter_map(hf_model, model.source.checkpoint), model.source, hf_model)
+            self._places = _places(parameter_map(hf_model, model.source.checkpoint), model.source, hf_model)
         else:
-            places = places_of_a_file(model, hf_model)
-        # Buffers (corrections of routers) get no gradient and no type.
-        trained = {id(parameter) for parameter in hf_model.parameters()}
-        self._places = {
-            name: place for name, place in places.items() if all(id(tensor) in trained for tensor in place.parameters)
+            self._places = places_of_a_file(model, hf_model)
+        parameters = {id(parameter) for parameter in hf_model.parameters()}
+        self.buffers = {
+            name for name, place in self._places.items() if not parameters.issuperset(map(id, place.parameters))
         }
+        """GGUF names of what gets no gradient and no type: corrections of routers."""
 
     def names(self) -> list[str]:
-        """GGUF names, in no particular order."""
-        return list(self._places)
+        """GGUF names of parameters, in no particular order."""
+        return [name for name in self._places if name not in self.buffers]
 
     def check(self, names: Iterable[str]) -> None:
         """Raise CheckpointError for a tensor without a place, unless it is of a layer that the model does not run."""
