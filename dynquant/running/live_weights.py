@@ -174,10 +174,10 @@ def _gguf_places(model: Model, hf_model: Any) -> dict[str, LivePlace | None]:
 
 def _family_source(model: Model, hf_model: Any) -> ConvertedSource:
     """Return the conversions of the running model's family; none for a family without."""
+    if not model.has_family:
+        return ConvertedSource(model.source, [])
     values = hf_model.config.to_dict() | {"tie_word_embeddings": "output.weight" not in model.source.names()}
     config = Config(model.path, values, values)
-    if config.model_type not in FAMILIES:
-        return ConvertedSource(model.source, [])
     whole_kv_b = "blk.0.attn_kv_b.weight" in model.source.names()
     book = ConversionBook(config, None, names=list(hf_model.state_dict()), whole_kv_b=whole_kv_b)
     FAMILIES[config.model_type].add_tensors(book)

@@ -243,3 +243,12 @@ def test_a_difference_of_kinds_that_is_allowed_is_noted(small_moe, data, tmp_pat
     report = evaluated(llama, small_moe, tasks=["kl"], text=data["text"], allow_difference=True, **asked)
     assert report.texts[0].kl.mean.value > 1
     assert any("`llama`" in note and "`deepseek_v3`" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(
+    "name, content", [("e.txt", ""), ("b.txt", " \n\n\t\n"), ("b.jsonl", '{"text": " "}\n{"text": ""}\n')]
+)
+def test_a_text_of_nothing_but_space_measures_nothing(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(EvaluationError, match=rf"The text {name} is empty"):
+        evaluation_windows(tmp_path / name, lambda text, **_: [*text.encode()], window=8, max_tokens=8)

@@ -405,7 +405,8 @@ def joined_pieces(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
             run.append(piece)
         else:
             result.append([piece])
-    return tuple(_one_piece(run) for run in result)
+    joined_runs = tuple(map(_one_piece, result))
+    return joined_pieces(joined_runs) if len(joined_runs) < len(pieces) else joined_runs  # runs of runs
 
 
 def _distance(piece: Piece, other: Piece) -> tuple[int, tuple[int, ...]]:
