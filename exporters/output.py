@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from dynquant import __version__
+from dynquant.analysis.errors.written import WrittenErrors
 from dynquant.calibration.second_moments import SecondMoments
 from dynquant.calibration.statistics import CalibrationStats
 from dynquant.checkpoints.model import Model
@@ -48,6 +49,7 @@ class Encoding:
     protected: Mapping[str, tuple[ProtectedWeight, ...]] = field(default_factory=dict)
     limits: PartLimits = field(default_factory=PartLimits)
     elsewhere: stream.PartStream | None = None  # encodes on other machines
+    errors: WrittenErrors | None = None  # measures blocks as they are encoded
     resume: bool = True  # False starts an interrupted export over
     session: Session = SILENT
 
@@ -61,8 +63,9 @@ class Encoding:
 
     @property
     def tensors(self) -> stream.TensorEncoder:
+        hears = {} if self.errors is None else {"on_encoded": self.errors.add}
         return stream.TensorEncoder(
-            self.model, self.guidance, self.encoder, self.session.threads, self.checks, self.limits
+            self.model, self.guidance, self.encoder, self.session.threads, self.checks, self.limits, **hears
         )
 
     @cached_property

@@ -6,6 +6,9 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+from dynquant.analysis.errors.measure import ErrorMeter
+from dynquant.analysis.errors.stage import written_errors
+from dynquant.analysis.errors.written import WrittenErrors
 from dynquant.calibration.second_moments import SecondMoments
 from dynquant.calibration.stage import StatsFile, statistics_at
 from dynquant.checkpoints.gguf_layout import recorded_encoder
@@ -40,7 +43,7 @@ from dynquant.resources import chosen_device, parse_size
 from dynquant.running.cluster import RayPool, StoredModel, TaskNeeds, open_ray
 from dynquant.running.load import load_tokenizer
 from dynquant.session import SILENT, Session
-from dynquant.storage.file_names import STATS_NAME, SUPER_NAME, path_beside
+from dynquant.storage.file_names import ERRORS_NAME, STATS_NAME, SUPER_NAME, path_beside
 
 PROCESS_BYTES = 1 << 30
 """Host memory of an export without its tensors: Python with its libraries, the tokenizer, an encoder's search."""
@@ -93,19 +96,40 @@ def export(options: ExportOptions, session: Session = SILENT) -> Exported:
         )
         if pool is not None:
             encoding = replace(encoding, elsewhere=_on_cluster(encoding, pool, options, stats and stats.path))
-        split = parse_size(options.split_max_size) if options.split_max_size else None
-        if checkpoint is not None:
-            files = export_compressed_tensors(encoding, checkpoint, options.output, shard_max_bytes=split)
-        elif tuning := closing_pass_of(encoding, options.tune):
-            files = _write_tuned(encoding, options, tuning, split)
-        elif options.format == "gguf":
-            files = export_gguf(encoding, options.output, split_max_bytes=split)
-        else:
-            files = export_safetensors(encoding, options.output, shard_max_bytes=split)
+        errors = None if is_vllm or pool is not None else _written_errors(encoding, options, stats)
+        with errors or nullcontext():
+            files = _write(replace(encoding, errors=errors), checkpoint, options)
+            if errors is not None:
+                errors.save(session)
     if options.format == "gguf" and compared is None and model.is_converted:
         how = {"allow_difference": options.allow_difference, "max_memory": options.max_memory}
         check_written(model, files[0], session, **how)
     return Exported(files, plan.num_weights)
+
+
+def _write(encoding: Encoding, checkpoint: LinearCheckpoint | None, options: ExportOptions) -> list[Path]:
+    split = parse_size(options.split_max_size) if options.split_max_size else None
+    if checkpoint is not None:
+        return export_compressed_tensors(encoding, checkpoint, options.output, shard_max_bytes=split)
+    if tuning := closing_pass_of(encoding, options.tune):
+        return _write_tuned(encoding, options, tuning, split)
+    if options.format == "gguf":
+        return export_gguf(encoding, options.output, split_max_bytes=split)
+    return export_safetensors(encoding, options.output, shard_max_bytes=split)
+
+
+def _written_errors(encoding: Encoding, options: ExportOptions, stats: StatsFile | None) -> WrittenErrors | None:
+    """Return what measures this export for the table beside its plan; None without such a table."""
+    if options.plan is None or stats is None:
+        return None
+    meter = ErrorMeter(encoding.model, stats.stats, encoding.encoder, moments=encoding.used_moments)
+    types = {entry.name: entry.type for entry in encoding.plan.entries}
+    try:
+        errors = written_errors(options.plan.with_name(ERRORS_NAME), meter, stats, types, options.output)
+    except PlanError as error:
+        encoding.session.note(f"exact errors are not entered into the table beside the plan. {error}")
+        return None
+    return errors and errors.begin(encoding.identity("any"))
 
 
 def _opened(options: ExportOptions, plan: Plan | None, session: Session) -> tuple[Model, SameComputation | None]:

@@ -7,7 +7,7 @@ all of them are, a few experts in memory at a time. The encoder sees the same im
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isnan, prod
 from typing import Any, ClassVar
 
@@ -58,7 +58,14 @@ class Meter(ABC):
 
     model: Model
     stats: CalibrationStats
+    threads: int | None = field(default=None, kw_only=True)
+    """Cores that measure parts side by side, or threads that read ahead of a GPU."""
     weights_in_memory: ClassVar[int]  # largest number of weights in a group of experts that are loaded together
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """The place where parts are measured."""
 
     @property
     @abstractmethod
@@ -73,53 +80,6 @@ class Meter(ABC):
         """Group the experts that are in memory together, at least one; a matrix is one expert."""
         step = max(1, self.weights_in_memory // prod(shape[-2:]))
         return [ErrorPart(name, shape, experts, types) for experts in ranges(prod(shape[:-2]), step)]
-
-    def measured(self, parts: Iterable[ErrorPart]) -> Iterator[tuple[ErrorPart, Sums]]:
-        """Measure part by part."""
-        return ((part, self.sums(part)) for part in parts)
-
-    @abstractmethod
-    def sums(self, part: ErrorPart) -> Sums:
-        """Measure a part."""
-
-
-@dataclass(frozen=True)
-class ErrorMeter(Meter):
-    """Measures quant types, as `encoder` makes them under the importance of a tensor's inputs and their second moments.
-
-    Every weight is measured, or with `sampling` rows that are drawn. Both use the same blocks as an export, where rows
-    of an expert do not depend on each other: on a CPU to the bit, on a GPU to rounding.
-    """
-
-    encoder: Encoder
-    threads: int | None = None
-    """Threads that measure parts side by side, or on a GPU read ahead of it."""
-    moments: SecondMoments | None = None
-    """For an encoder that uses them alone."""
-    sampling: Sampling | None = None
-
-    # 8 MB of float32: glibc returns every array of 32 MB to the system, and page faults then take longer than all else
-    # for types that are quickly encoded.
-    weights_in_memory: ClassVar[int] = 1 << 21
-
-    @property
-    def origin(self) -> Mapping[str, Any]:
-        moments = "" if self.moments is None else self.moments.identity
-        return {"encoder": self.encoder.name, "moments": moments, "seed": self.sampling and self.sampling.seed}
-
-    @property
-    def device(self) -> torch.device:
-        """The place where errors are computed: that of the encoder."""
-        return self.encoder.device
-
-    def formats(self, type_names: Sequence[str]) -> Formats:
-        return tensor_formats(self.model, self.stats, type_names)
-
-    def parts(self, name: str, shape: tuple[int, ...], types: tuple[str, ...]) -> list[ErrorPart]:
-        """Group experts that are measured together; of a tensor that is sampled, all of them are."""
-        if self.sampling is None:
-            return super().parts(name, shape, types)
-        return [ErrorPart(name, shape, range(prod(shape[:-2])), types)]
 
     def measured(self, parts: Iterable[ErrorPart]) -> Iterator[tuple[ErrorPart, Sums]]:
         """Measure parts side by side; on a GPU one by one, while the next ones are read.
@@ -139,11 +99,66 @@ class ErrorMeter(Meter):
         for part, content in side_by_side(lambda part: (part, self.read(part)), parts, self.threads, **memory):
             yield part, self.sums_of(part, content)
 
+    def sums(self, part: ErrorPart) -> Sums:
+        """Read and measure a part."""
+        return self.sums_of(part, self.read(part))
+
+    @abstractmethod
+    def read(self, part: ErrorPart) -> "Content":
+        """Read every weight of a part once, for its checksum, and keep those that may be measured."""
+
+    @abstractmethod
+    def sums_of(self, part: ErrorPart, content: "Content") -> Sums:
+        """Measure a part that was read."""
+
+    @abstractmethod
+    def _bytes_in_memory(self, part: ErrorPart) -> int:
+        """Return what a part takes while it waits or is measured."""
+
+    def _is_for_one_core(self, part: ErrorPart) -> bool:
+        """Return whether nothing of the part is shared among cores."""
+        return True
+
+
+@dataclass(frozen=True)
+class ErrorMeter(Meter):
+    """Measures quant types, as `encoder` makes them under the importance of a tensor's inputs and their second moments.
+
+    Every weight is measured, or with `sampling` rows that are drawn. Both use the same blocks as an export, where rows
+    of an expert do not depend on each other: on a CPU to the bit, on a GPU to rounding.
+    """
+
+    encoder: Encoder
+    moments: SecondMoments | None = None
+    """For an encoder that uses them alone."""
+    sampling: Sampling | None = None
+
+    # 8 MB of float32: glibc returns every array of 32 MB to the system, and page faults then take longer than all else
+    # for types that are quickly encoded.
+    weights_in_memory: ClassVar[int] = 1 << 21
+
+    @property
+    def origin(self) -> Mapping[str, Any]:
+        moments = "" if self.moments is None else self.moments.identity
+        return {"encoder": self.encoder.name, "moments": moments, "seed": self.sampling and self.sampling.seed}
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.device
+
+    def formats(self, type_names: Sequence[str]) -> Formats:
+        return tensor_formats(self.model, self.stats, type_names)
+
+    def parts(self, name: str, shape: tuple[int, ...], types: tuple[str, ...]) -> list[ErrorPart]:
+        """Group experts that are measured together; of a tensor that is sampled, all of them are."""
+        if self.sampling is None:
+            return super().parts(name, shape, types)
+        return [ErrorPart(name, shape, range(prod(shape[:-2])), types)]
+
     def _is_for_one_core(self, part: ErrorPart) -> bool:
         return self.sampling is not None or part.num_weights <= self.weights_in_memory
 
     def _bytes_in_memory(self, part: ErrorPart) -> int:
-        """Return what a part takes while it waits or is measured."""
         num_experts, num_rows, columns = shape = stacked(part.shape)
         hessians = 0
         if self.moments is not None and self.device.type == "cpu":  # a GPU holds those of one part
@@ -158,15 +173,11 @@ class ErrorMeter(Meter):
         limit = _CPU_HESSIAN_BYTES if self.device.type == "cpu" else _GPU_HESSIAN_BYTES
         return max(1, limit // (4 * columns**2))
 
-    def sums(self, part: ErrorPart) -> Sums:
-        return self.sums_of(part, self.read(part))
-
-    def read(self, part: ErrorPart) -> "_Content":
-        """Read every weight of a part once, for its checksum, and keep those that may be measured."""
+    def read(self, part: ErrorPart) -> "Content":
         if self.sampling is None:
             pieces = part.experts if len(part.shape) > 2 else [None]  # a matrix is loaded whole
             weights = torch.stack([self.model.source.load(part.name, piece) for piece in pieces])
-            return _Content(checksum(weights, part.experts.start * part.shape[-2]), weights)
+            return Content(checksum(weights, part.experts.start * part.shape[-2]), weights)
         total, shape = 0, stacked(part.shape)
 
         def blocks() -> Iterator[tuple[range, range, torch.Tensor]]:
@@ -180,10 +191,9 @@ class ErrorMeter(Meter):
 
         scale, shares = importance(self.stats, part.name, part.shape), _shares(self.stats.input_of(part.name), shape[0])
         drawn = draw(part.name, shape, blocks(), scale, shares, self.sampling)
-        return _Content(total % (1 << 64), drawn)
+        return Content(total % (1 << 64), drawn)
 
-    def sums_of(self, part: ErrorPart, content: "_Content") -> Sums:
-        """Measure a part that was read."""
+    def sums_of(self, part: ErrorPart, content: "Content") -> Sums:
         rows = content.rows
         if isinstance(rows, torch.Tensor):
             energies, lost = self._measured(part, list(part.experts), rows, part.types)
@@ -206,9 +216,7 @@ class ErrorMeter(Meter):
             rows, numbers = weights[as_slice(some)], experts[as_slice(some)]
             scale, hessian = self._guidance(part, numbers)
             samples, here = self._samples(part, numbers), rows.to(self.device)
-            metric = hessian if hessian is not None else scale
-            metric = torch.ones(len(rows), rows.shape[-1]) if metric is None else metric
-            metric = metric.to(self.device)
+            metric = self._metric(rows, scale, hessian)
             energies.append(row_sums(here, metric, samples).cpu())
             for name, sums in lost.items():
                 if holds_blocks(self.model, part.name, QUANT_TYPES[name]):  # `export` copies them
@@ -220,6 +228,23 @@ class ErrorMeter(Meter):
                 sums.append(row_sums(here - decoded, metric, samples).cpu())
         return torch.cat(energies, 1), {name: torch.cat(sums, 1) for name, sums in lost.items()}
 
+    def sums_of_blocks(
+        self, part: TensorPart, weights: torch.Tensor, packed: torch.Tensor, hessian: torch.Tensor | None
+    ) -> ErrorSums:
+        """Return the sums of a part that `export` encoded to `packed` under these second moments."""
+        experts = list(part.experts)
+        rows = weights.reshape(len(experts), len(part.rows), -1).to(self.device)
+        scale = importance(self.stats, part.name, part.shape)
+        metric = self._metric(rows, None if scale is None else scale[experts], hessian)
+        samples, lost = self._samples(part, experts), decode(part.quant_type.name, packed.to(self.device), rows.shape)
+        of_rows = (row_sums(each, metric, samples).sum(-1).cpu() for each in (lost.sub_(rows), rows))
+        return ErrorSums.of(*of_rows, checksum=None)
+
+    def _metric(self, rows: torch.Tensor, scale: torch.Tensor | None, hessian: torch.Tensor | None) -> torch.Tensor:
+        """Return what errors of rows [E, R, C] are weighed by: second moments, else importance, else nothing."""
+        metric = hessian if hessian is not None else scale
+        return (torch.ones(len(rows), rows.shape[-1]) if metric is None else metric).to(self.device)
+
     def _guidance(self, part: ErrorPart, experts: list[int]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Return importance and second moments that `export` encodes these experts with."""
         scale = importance(self.stats, part.name, part.shape)
@@ -228,7 +253,7 @@ class ErrorMeter(Meter):
             return scale, None
         return scale, hessian(self.moments, self.stats, part.name, part.shape, experts)
 
-    def _samples(self, part: ErrorPart, experts: list[int]) -> torch.Tensor | None:
+    def _samples(self, part: ErrorPart | TensorPart, experts: list[int]) -> torch.Tensor | None:
         """Return held-back inputs of experts, float32 [E or 1, S, C]; None when the part's outputs are not measured."""
         inputs = self.stats.input_of(part.name)
         if inputs is None or inputs.samples is None or inputs.samples.shape[-1] != part.shape[-1]:
@@ -240,7 +265,7 @@ class ErrorMeter(Meter):
 
 
 @dataclass(frozen=True)
-class _Content:
+class Content:
     """A part in memory: all its weights, or drawn rows."""
 
     checksum: int
@@ -313,7 +338,7 @@ def build_error_table(
             joined = ErrorSums.joined([sums[part][candidate.name] for part in parts[name]])
             if joined.checksum is not None:
                 checksums[name] = f"{joined.checksum:016x}"
-            errors = _errors_of(joined, meter.stats.input_of(name), prod(tensor.shape[:-2]))
+            errors = errors_of(joined, meter.stats.input_of(name), prod(tensor.shape[:-2]))
             rows[name].append(_row(tensor, candidate, candidate_types, errors))
     in_order = (row for name in formats for row in rows[name])
     checksums = {name: checksums[name] for name in formats if name in checksums}  # workers are done in any order
@@ -365,7 +390,7 @@ def _row(
     return ErrorRow(**place, type=candidate.name, wanted=others, bytes=candidate.tensor_bytes(info.shape), **errors)
 
 
-def _errors_of(sums: ErrorSums, inputs: InputStats | None, num_experts: int) -> dict[str, Any]:
+def errors_of(sums: ErrorSums, inputs: InputStats | None, num_experts: int) -> dict[str, Any]:
     """Return the measured fields of a row, from the sums of all parts of a tensor; see `table` for what they are."""
     squared, weighted = (torch.tensor(of_weights, dtype=torch.float64) for of_weights in sums[:2])
     experts, stands_for = list(range(num_experts)), torch.ones(num_experts, 1, dtype=torch.float64)

@@ -19,6 +19,7 @@ from dynquant.analysis.errors.remote import measure_on
 from dynquant.analysis.errors.sampling import Sampling
 from dynquant.analysis.errors.sums import ErrorJournal
 from dynquant.analysis.errors.table import ErrorTable
+from dynquant.analysis.errors.written import WrittenErrors
 from dynquant.calibration.stage import StatsFile
 from dynquant.checkpoints.model import Model
 from dynquant.encoding.remote import EncoderChoice, StoredFiles
@@ -60,7 +61,8 @@ def error_table(model: Model, stats: StatsFile, path: Path, options: TableOption
         for name in names
     )
     missing = tuple(name for name in options.types if name not in earlier.types or name in lacks)
-    session.note(f"reusing {path}" + (f", adding {', '.join(missing)}" if missing else ""))
+    exact = "" if earlier.seed is None else f", {earlier.num_exact:,} of {len(earlier.rows):,} errors exact"
+    session.note(f"reusing {path}{exact}" + (f", adding {', '.join(missing)}" if missing else ""))
     if missing:
         return _measured(meter, stats, path, replace(options, types=missing), session, earlier)
     return earlier
@@ -68,10 +70,30 @@ def error_table(model: Model, stats: StatsFile, path: Path, options: TableOption
 
 def _is_of(table: ErrorTable, meter: ErrorMeter, stats: StatsFile) -> bool:
     """Return whether the table holds what the meter would find, or exact numbers in place of estimates."""
-    origin = meter.origin
-    inputs = (stats.hash, meter.model.fingerprint, origin["encoder"], origin["moments"])
-    same = (table.stats_hash, table.fingerprint, table.encoder, table.moments) == inputs
-    return same and table.seed in (None, origin["seed"])
+    return _rests_on(table, meter, stats) and table.seed in (None, meter.origin["seed"])
+
+
+def _rests_on(table: ErrorTable, meter: ErrorMeter, stats: StatsFile) -> bool:
+    """Return whether the table was measured on this model with these statistics and by this encoder."""
+    inputs = (stats.hash, meter.model.fingerprint, meter.origin["encoder"], meter.origin["moments"])
+    return (table.stats_hash, table.fingerprint, table.encoder, table.moments) == inputs
+
+
+def written_errors(
+    path: Path, meter: ErrorMeter, stats: StatsFile, types: Mapping[str, str], output: Path
+) -> WrittenErrors | None:
+    """Return what measures an export to `output`; None where the table at `path` gains nothing by it.
+
+    `types` maps tensors to the types that are written. Raises PlanError: not an error table.
+    """
+    table = ErrorTable.load(path) if path.is_file() else None
+    if table is None or not _rests_on(table, meter, stats):
+        return None
+    rows = ((name, table.tensors().get(name, {}).get(stored)) for name, stored in types.items())
+    estimated = {name: row.type for name, row in rows if row is not None and row.weighted_error_se is not None}
+    return (
+        WrittenErrors(path, meter, estimated, output.with_name(f"{output.name}.errors.journal")) if estimated else None
+    )
 
 
 def scheme_table(
@@ -85,7 +107,7 @@ def scheme_table(
     device = chosen_device(session.device)
     identity = {"encoder": f"{ENCODER}, torch {torch.__version__}", "device": device}
     candidates = checkpoint.candidates(SCHEMES, mixed_experts=True)
-    meter = SchemeMeter(model, stats.stats, checkpoint, candidates, torch.device(device))
+    meter = SchemeMeter(model, stats.stats, checkpoint, candidates, torch.device(device), threads=session.threads)
     return _written(path, meter, tuple(SCHEMES), stats, identity, session)
 
 
@@ -94,7 +116,7 @@ def _meter(model: Model, stats: StatsFile, options: TableOptions, session: Sessi
     moments = stats.moments if encoder.uses_hessians else None
     first = {} if encoder.device.type == "cpu" else {"first_rows": _FIRST_ROWS_ON_GPU}
     sampling = None if options.exact else Sampling(session.seed, **first)
-    return ErrorMeter(model, stats.stats, encoder, session.threads, moments, sampling)
+    return ErrorMeter(model, stats.stats, encoder, moments, sampling, threads=session.threads)
 
 
 def _measured(

@@ -55,7 +55,9 @@ class ErrorSums(NamedTuple):
     sample: Sample | None = None  # None: every weight of the part was measured
 
     @classmethod
-    def of(cls, lost: torch.Tensor, energies: torch.Tensor, checksum: int, sample: Sample | None = None) -> "ErrorSums":
+    def of(
+        cls, lost: torch.Tensor, energies: torch.Tensor, checksum: int | None, sample: Sample | None = None
+    ) -> "ErrorSums":
         """Return them from those of each expert [2 or 3, E], squared, weighted and perhaps of outputs."""
         pairs = torch.stack([lost, energies], -1).tolist()
         return cls(pairs[0], pairs[1], pairs[2] if len(pairs) > 2 else None, checksum, sample)
@@ -68,6 +70,17 @@ class ErrorSums(NamedTuple):
         *fields, checksums, _ = zip(*parts, strict=True)
         squared, weighted, outputs = ([pair for sums in field for pair in sums or ()] for field in fields)
         return cls(squared, weighted, outputs or None, None if None in checksums else sum(checksums) % (1 << 64))
+
+    @classmethod
+    def added(cls, parts: Sequence[tuple[range, "ErrorSums"]], num_experts: int) -> "ErrorSums":
+        """Add parts up, each with its experts; one expert may lie in several. All or none of them have outputs."""
+        totals = torch.zeros(3, num_experts, 2, dtype=torch.float64)
+        for experts, sums in parts:
+            for total, pairs in zip(totals, sums[:3], strict=True):
+                if pairs is not None:
+                    total[experts.start : experts.stop] += torch.tensor(pairs, dtype=torch.float64)
+        squared, weighted, outputs = totals.tolist()
+        return cls(squared, weighted, outputs if all(sums.outputs for _, sums in parts) else None)
 
     @classmethod
     def read(cls, numbers: Sequence[Any], num_experts: int) -> "ErrorSums":

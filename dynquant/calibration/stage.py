@@ -35,6 +35,7 @@ from dynquant.running.cluster import open_ray
 from dynquant.running.load import computing_type, load_hf
 from dynquant.running.streaming.stream_memory import COMFORTABLE_SHARE, free_memory_of
 from dynquant.running.weight_inputs import weight_inputs
+from dynquant.running.weights import add_layer_ahead
 from dynquant.session import SILENT, Session
 from dynquant.storage.atomic import file_hash, read_tensors_header
 from dynquant.storage.file_names import KINDS, STATS_NAME, kind_path, path_beside
@@ -255,6 +256,7 @@ def run_calibration(
                     )  # fmt: skip
             else:
                 hf_model = load_hf(model, device=device)
+                add_layer_ahead(model, hf_model)
                 result = collect_statistics(
                     hf_model, inputs, names=weight_inputs(model, hf_model), provenance=provenance, options=statistics,
                     progress=progress,

@@ -117,6 +117,8 @@ class TensorEncoder:
     checks: WeightChecks | WeightSums | None = None
     """Are told of all weights that are read."""
     limits: PartLimits = field(default_factory=PartLimits)
+    on_encoded: Callable[[TensorPart, Mapping[str, Any], torch.Tensor], None] = lambda part, arguments, packed: None
+    """Is told of every part that is encoded here, with the arguments of the encoder and the blocks."""
     _turn: Lock = field(default_factory=Lock, repr=False, compare=False)
     """Taken by the part that a GPU encodes."""
 
@@ -196,12 +198,16 @@ class TensorEncoder:
         if not self.is_stored(part):
             arguments = self.arguments(part)
             if self.encoder.device.type == "cpu":
-                return self.encoder.encode(**arguments, threads=self.threads, progress=on_weights)
+                packed = self.encoder.encode(**arguments, threads=self.threads, progress=on_weights)
+                self.on_encoded(part, arguments, packed)
+                return packed
             for name in ("weights", "hessian"):
                 if arguments[name] is not None:
                     arguments[name] = arguments[name].pin_memory()  # the GPU takes it in a tenth of the time
             with self._turn:
-                return self.encoder.encode(**arguments, progress=on_weights)
+                packed = self.encoder.encode(**arguments, progress=on_weights)
+                self.on_encoded(part, arguments, packed)
+                return packed
         if self.checks is not None:
             self.checks.add(part.name, part.shape, part.experts, load_part(self.model.source, part), part.rows)
         on_weights(part.num_weights)
@@ -311,8 +317,8 @@ def check_importance(
             way_out = "Calibrate the model and give the statistics, or choose another type."
             if entry.role is Role.MTP:
                 way_out = (
-                    "Layers that predict tokens ahead are not calibrated: choose another type, or leave them out with "
-                    "--no-mtp."
+                    "Calibration does not run this layer, which predicts tokens ahead: choose another type, or leave "
+                    "it out with --no-mtp."
                 )
             raise EncodeError(
                 f"`{entry.name}` is planned as {entry.type}, which needs an importance matrix, but there are no "

@@ -17,8 +17,6 @@ from dynquant.checkpoints.safetensors_source import SafetensorsSource
 from dynquant.checkpoints.tensor_roles import Role, gguf_name_of, layer_of, role_of
 from dynquant.errors import ExportError
 from dynquant.families.common.conversion import ConvertedSource
-from dynquant.families.common.strided_maps import whole
-from dynquant.families.common.traced_tensor import TracedTensor
 from dynquant.formats.vllm_schemes import SCHEMES, Scheme
 
 _FUSED: dict[str, tuple[Role, ...]] = {
@@ -150,7 +148,7 @@ def _moves_columns(source: ConvertedSource, name: str) -> bool:
     if len(stored) != 2 or source.info(name).shape[-1] != stored[1]:
         return False  # MLA's key part is transposed, and named as the whole
     try:
-        row = source.transform(name)(TracedTensor(whole(part, stored))).map  # type: ignore[attr-defined]
+        row = source.entries(name, stored)
     except (NotImplementedError, ValueError):
         return True
     for dimension in range(len(row.shape) - 1):

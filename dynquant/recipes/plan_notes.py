@@ -37,7 +37,8 @@ def notes_of(entries: Collection[PlanEntry], stats: CalibrationStats | None) -> 
     for entry in entries if stats is not None else ():
         assert stats is not None
         if _is_matrix(entry) and not entry.quant_type.is_float and stats.input_of(entry.name) is None:
-            reason = _NO_INPUT.get(entry.role, "nothing that calibration ran is known to read them")
+            role = Role.EMBEDDING if entry.name.endswith(".nextn.embed_tokens.weight") else entry.role
+            reason = _NO_INPUT.get(role, "nothing that calibration ran is known to read them")
             reasons.setdefault(reason, []).append(entry)
     for reason, without in reasons.items():
         notes.append(f"{_counted(without)} without statistics, {reason}: {_names(without)}")

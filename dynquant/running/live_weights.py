@@ -154,8 +154,7 @@ def _places(traced: ParameterMap, source: ConvertedSource, hf_model: Any) -> dic
         if entries is None:
             continue
         if name == "output.weight" and head_name is not None:  # whatever the family makes it of
-            pieces = tuple(replace(piece, source=head_name) for piece in entries.pieces)
-            entries = replace(entries, pieces=pieces)
+            entries = entries.renamed(head_name)
         places[name] = LivePlace(entries, tensors)
     return places
 

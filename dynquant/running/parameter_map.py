@@ -17,8 +17,9 @@ from torch import nn
 
 from dynquant.checkpoints.tensor_source import TensorSource
 from dynquant.families.common.conversion import ConvertedSource
-from dynquant.families.common.strided_maps import StridedMap, by_source, joined, whole
+from dynquant.families.common.strided_maps import StridedMap, by_source, whole
 from dynquant.families.common.traced_tensor import TracedTensor
+from dynquant.running.layer_ahead import LayerAhead, PlaceAhead, layer_ahead_of
 
 Shape = tuple[int, ...]
 
@@ -40,26 +41,25 @@ class ParameterMap:
 
     def gguf(self, source: ConvertedSource, name: str) -> StridedMap | None:
         """Return a GGUF tensor as entries of parameters, or None: it is computed, or has no place in the model."""
-        parts = [self.stored.get(part) for part in source.checkpoint_names(name)]
-        if not parts or any(part is None or not part.is_complete for part in parts):
+        parts = source.checkpoint_names(name)
+        if not parts or not all(part in self.stored and self.stored[part].is_complete for part in parts):
             return None
-        transform, shape = source.transform(name), source.info(name).shape
         try:
-            made = [transform(TracedTensor(part)).map for part in parts if part is not None]  # type: ignore[attr-defined]
-            traced = made[0] if len(made) == 1 else joined([part.viewed((1, *part.shape)) for part in made], 0)
-        except (NotImplementedError, ValueError):  # it computes new values
+            return source.entries(name, self.stored_shapes[parts[0]]).through(self.stored)
+        except (NotImplementedError, ValueError):
             return None
-        return traced.viewed(shape)
 
 
 def parameter_map(hf_model: Any, checkpoint: TensorSource) -> ParameterMap:
-    """Trace transformers' loading of a checkpoint into a model of the class and configuration of `hf_model`.
+    """Trace transformers' loading of a checkpoint into a model of the class and configuration of `hf_model`, and into
+    the layer that predicts a token ahead, if it was added.
 
     `hf_model` itself is not touched. The latest maps are kept: one plan asks several times for that of its model.
     """
     shapes = tuple((name, tuple(checkpoint.info(name).shape)) for name in checkpoint.names())
-    config = hf_model.config
-    return _traced(_Request(type(hf_model), config.to_json_string(use_diff=False), shapes, config))
+    config, ahead = hf_model.config, layer_ahead_of(hf_model)
+    place = None if ahead is None else ahead.place
+    return _traced(_Request(type(hf_model), config.to_json_string(use_diff=False), shapes, place, config))
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ class _Request:
     model_class: Any
     settings: str
     shapes: tuple[tuple[str, Shape], ...]
+    place: PlaceAhead | None
     config: Any = field(compare=False)
 
 
@@ -77,6 +78,8 @@ def _traced(request: _Request) -> ParameterMap:
     shapes = dict(request.shapes)
     with torch.device("meta"):
         empty = request.model_class(request.config)
+    if request.place is not None:
+        LayerAhead(empty, request.place).add()
     reasons = _load_traced(empty, shapes)
     loaded = {
         name: tensor.map

@@ -6,16 +6,19 @@ together in one or two checkpoint tensors, which may stay FP8, or put together e
 
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import torch
 from torch import nn
 
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_source import SafetensorsSource, StoredValues
+from dynquant.checkpoints.tensor_source import checked_finite
 from dynquant.errors import CheckpointError
 from dynquant.families.common.conversion import ConvertedSource
 from dynquant.families.common.strided_maps import Piece, StridedMap, whole
 from dynquant.running.expert_hooks import expert_modules
+from dynquant.running.layer_ahead import LayerAhead, places_ahead
 from dynquant.running.parameter_map import parameter_map
 
 _Slice = tuple[str, int | None]
@@ -34,11 +37,13 @@ class ExpertStack:
 class CheckpointWeights:
     """Parameters and persistent buffers of `hf_model`, which may be on the meta device, in the files of `model`.
 
+    With `path`, only those of the module of that name.
+
     Raises:
         CheckpointError: `model` is no safetensors checkpoint, or lacks a weight.
     """
 
-    def __init__(self, model: Model, hf_model: nn.Module) -> None:
+    def __init__(self, model: Model, hf_model: nn.Module, path: str = "") -> None:
         self._model = model
         self.source = checkpoint_of(model)[1]
         traced = parameter_map(hf_model, self.source)
@@ -53,9 +58,10 @@ class CheckpointWeights:
             for name, parameter in module.named_parameters(recurse=False)
             if parameter.dim() == 3
         }
-        for name, tensor in hf_model.state_dict().items():
+        prefix = path and f"{path}."
+        for name, tensor in hf_model.get_submodule(path).state_dict(prefix=prefix).items():
             held = traced.parameters.get(name) or traced.parameters.get(tied.get(name, name))
-            if held is None or not held.is_complete or held.shape != tensor.shape:
+            if held is None or not held.fills(tensor):
                 raise self._lacks(name, tuple(tensor.shape), traced.reasons.get(name))
             if name in stacked:
                 self.stacks[name] = _stack_of(held)
@@ -160,6 +166,43 @@ def _stack_of(held: StridedMap) -> ExpertStack:
 def _plain(stored: StoredValues) -> torch.Tensor:
     """Return values of which each entry stands for itself; FP8 is scaled."""
     return stored.data.contiguous() if stored.scale is None else stored.to(torch.float32)
+
+
+def add_layer_ahead(model: Model, hf_model: Any) -> None:
+    """Add the layer that predicts a token ahead to a model that was loaded, with its weights."""
+    if (ahead := add_empty_layer_ahead(model, hf_model)) is not None:
+        _load_into(CheckpointWeights(model, hf_model, ahead.place.path), hf_model, ahead.place.path)
+
+
+def add_empty_layer_ahead(model: Model, hf_model: Any) -> LayerAhead | None:
+    """Add the layer that predicts a token ahead, on the meta device, and return it.
+
+    Nothing is done where the model has none, where its order is not known, or its parts are not all explained.
+    """
+    if not model.mtp_tensors or not isinstance(model.source, ConvertedSource):
+        return None
+    source = checkpoint_of(model)[1]
+    for place in places_ahead(hf_model, model.arch, source.names()):
+        ahead = LayerAhead(hf_model, place)
+        ahead.add()
+        traced = parameter_map(hf_model, source)
+        inside = {name for name in source.names() if name.startswith(f"{place.path}.")}
+        parameters = ahead.root.state_dict(prefix=f"{place.path}.").items()
+        held = all(name in traced.parameters and traced.parameters[name].fills(tensor) for name, tensor in parameters)
+        if held and inside <= traced.stored.keys():
+            return ahead
+        ahead.remove()
+    return None
+
+
+@torch.no_grad()
+def _load_into(weights: CheckpointWeights, hf_model: Any, path: str) -> None:
+    device = hf_model.get_input_embeddings().weight.device
+    for name, empty in hf_model.get_submodule(path).state_dict(prefix=f"{path}.").items():
+        is_stack = name in weights.stacks
+        # The parts of a stack are rows of all experts.
+        parts = [part.to(empty.dtype) for part in (weights.stack(name) if is_stack else (weights.load(name),))]
+        put(hf_model, name, checked_finite(name, parts[0] if len(parts) == 1 else torch.cat(parts, 1)).to(device))
 
 
 def checkpoint_of(model: Model) -> tuple[ConvertedSource, SafetensorsSource]:

@@ -31,7 +31,7 @@ TENSORS = {"a": torch.randn(24, 8), "b": torch.randn(24, 8), "c": torch.randn(4,
         lambda a, b, c: c[1:3, ::2, 1:9:3].flatten(1).chunk(2, 1)[1],
         lambda a, b, c: c.flip(1).unbind(0)[2].unsqueeze(0).squeeze(),
         lambda a, b, c: torch.cat([a.view(4, 6, 8)[:, :4].reshape(16, 8), b.view(4, 6, 8)[:, 4:].reshape(8, 8)]),
-        lambda a, b, c: torch.as_strided(c, (5, 3, 2), (2, 10, 120), 61).to(torch.float64).float(),
+        lambda a, b, c: c[1:3, ::2].to(torch.float64).float(),
     ],
 )
 def test_what_moves_entries_is_traced(function: Callable[..., Tensor]) -> None:

@@ -13,6 +13,9 @@ import torch
 from dynquant.checkpoints.published.packed_parts import MXFP4_BLOCK, ggml_blocks
 from dynquant.checkpoints.safetensors_source import SafetensorsSource
 from dynquant.checkpoints.tensor_source import TensorInfo, TensorSource, checked_finite
+from dynquant.families.common.selection import Selection
+from dynquant.families.common.strided_maps import StridedMap, joined, whole
+from dynquant.families.common.traced_tensor import TracedTensor
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
 RowRange = Callable[[slice], tuple[slice, Transform] | None]
@@ -136,6 +139,20 @@ class ConvertedSource:
         if conversion.by_slice:
             return conversion.transform(expert)
         return conversion.transform(expert.expand(self._source.info(conversion.parts[0]).shape))[0]
+
+    def entries(self, name: str, stored_shape: tuple[int, ...]) -> StridedMap:
+        """Return a GGUF tensor as entries of its parts, which have `stored_shape`.
+
+        Raises:
+            NotImplementedError: its values are computed.
+        """
+        conversion, transform = self._conversions[name], self._conversions[name].transform
+        if isinstance(transform, Selection):
+            each = transform.of_shape(stored_shape)
+        else:
+            each = transform(TracedTensor(whole("", stored_shape))).map  # type: ignore[attr-defined]
+        each = each.viewed((1, *each.shape))
+        return joined([each.renamed(part) for part in conversion.parts], 0).viewed(conversion.shape)
 
     def transform(self, name: str) -> Transform:
         """Return the transform that makes a GGUF tensor of its checkpoint tensor, or of each of them."""

@@ -43,6 +43,11 @@ class Piece:
     def numel(self) -> int:
         return prod(axis.size for axis in self.axes)
 
+    @property
+    def last(self) -> int:
+        """The furthest of its entries in the source."""
+        return self.offset + sum((axis.size - 1) * axis.stride for axis in self.axes)
+
     def of_source(self, source: Tensor) -> Tensor:
         """The piece as a view of the tensor that it comes from, of one dimension an axis."""
         sizes, strides = [axis.size for axis in self.axes], [axis.stride for axis in self.axes]
@@ -71,6 +76,10 @@ class StridedMap:
         """True when every entry has a source."""
         return sum(piece.numel for piece in self.pieces) == prod(self.shape)
 
+    def fills(self, tensor: Tensor) -> bool:
+        """Return whether it gives every entry of a tensor."""
+        return self.is_complete and self.shape == tensor.shape
+
     @property
     def sources(self) -> tuple[str, ...]:
         """The tensors whose entries it holds, in the order of their pieces."""
@@ -81,6 +90,10 @@ class StridedMap:
         """True when the tensor is a view of a single source."""
         dims = [axis.dim for piece in self.pieces for axis in piece.axes]
         return len(self.pieces) == 1 and len(set(dims)) == len(dims) and self.is_complete and not self.added
+
+    def renamed(self, name: str) -> "StridedMap":
+        """The same entries of a source called `name`."""
+        return replace(self, pieces=tuple(replace(piece, source=name) for piece in self.pieces))
 
     def gather(self, read: Callable[[str], Tensor]) -> Tensor:
         """The tensor, of the entries of sources that `read` gives: a view of its source if it can be one."""
@@ -137,13 +150,13 @@ class StridedMap:
             flat = [(axis.size, axis.stride, axis.step * strides[axis.dim]) for axis in piece.axes]
             start = sum(map(mul, piece.starts, strides))
             pieces += _pieces(piece.source, piece.offset, start, _merged(flat), shape)
-        return replace(self, shape=tuple(shape), pieces=_joined_pieces(pieces))
+        return replace(self, shape=tuple(shape), pieces=joined_pieces(pieces))
 
     def sliced(self, dim: int, start: int, stop: int, step: int = 1) -> "StridedMap":
         """Indices start, start + step, ... below `stop` of a dimension."""
         cut = [part for piece in self.pieces for part in _sliced(piece, dim, start, stop, step)]
         shape = (*self.shape[:dim], max(0, -(-(stop - start) // step)), *self.shape[dim + 1 :])
-        return replace(self, shape=shape, pieces=_joined_pieces(cut))
+        return replace(self, shape=shape, pieces=joined_pieces(cut))
 
     def picked(self, dim: int, indices: Sequence[int]) -> "StridedMap":
         """Indices of a dimension in any order."""
@@ -173,6 +186,29 @@ class StridedMap:
             result = result.sliced(place, start, start + size)
         order = sorted(range(len(dims)), key=lambda place: dims[place])
         return result.permuted([*order, len(dims)]).viewed(shape)
+
+    def through(self, sources: Mapping[str, "StridedMap"]) -> "StridedMap":
+        """The same entries as those of what `sources` are made of. Raises NotImplementedError: irregular."""
+        pieces, added = [], set()
+        for piece in self.pieces:
+            source = sources[piece.source]
+            part = source.strided(
+                [axis.size for axis in piece.axes], [axis.stride for axis in piece.axes], piece.offset
+            )
+            added.add(source.added)
+            for inner in part.pieces:
+                starts = list(piece.starts)
+                for axis, start in zip(piece.axes, inner.starts, strict=True):
+                    starts[axis.dim] += start * axis.step
+                outer = [piece.axes[axis.dim] for axis in inner.axes]
+                axes = (
+                    Axis(axis.size, axis.stride, of.dim, axis.step * of.step)
+                    for axis, of in zip(inner.axes, outer, strict=True)
+                )
+                pieces.append(Piece(inner.source, inner.offset, tuple(starts), tuple(axes)))
+        if len(added) > 1:
+            raise NotImplementedError("parts with different constants added")
+        return StridedMap(self.shape, joined_pieces(pieces), self.added + sum(added))
 
     def inverted(self, shapes: Mapping[str, tuple[int, ...]], name: str) -> "dict[str, StridedMap]":
         """The sources as entries of this tensor, which is called `name`."""
@@ -263,7 +299,7 @@ def joined(parts: Sequence[StridedMap], dim: int) -> StridedMap:
         ]
         start += part.shape[dim]
     shape = (*parts[0].shape[:dim], start, *parts[0].shape[dim + 1 :])
-    return StridedMap(shape, _joined_pieces(pieces), parts[0].added)
+    return StridedMap(shape, joined_pieces(pieces), parts[0].added)
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
@@ -363,7 +399,7 @@ def _sliced(piece: Piece, dim: int, start: int, stop: int, step: int) -> list[Pi
     return [moved(piece.offset + hits[0] * axis.stride, first + hits[0] * axis.step, axes)]
 
 
-def _joined_pieces(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
+def joined_pieces(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
     """Make one piece of several that follow each other at equal distances: of the experts of a stack, for example."""
     result: list[list[Piece]] = []
     for piece in pieces:

@@ -117,14 +117,6 @@ def _expand(traced: StridedMap, shape: list[int], **_: Any) -> StridedMap:
     return traced.viewed(expanded.shape)
 
 
-def _as_strided(traced: StridedMap, shape: list[int], strides: list[int], offset: int | None = None) -> StridedMap:
-    return traced.strided(shape, strides, offset or 0)
-
-
-def _index_select(traced: StridedMap, dim: int, indices: torch.Tensor) -> StridedMap:
-    return traced.picked(dim % len(traced.shape), indices.tolist())
-
-
 def _index(traced: StridedMap, indices: list[torch.Tensor | None]) -> StridedMap:
     by_dim = [(dim, index) for dim, index in enumerate(indices) if index is not None]
     if len(by_dim) != 1 or by_dim[0][1].dim() != 1 or by_dim[0][1].dtype == torch.bool:
@@ -182,8 +174,6 @@ _RULES: dict[Any, Callable[..., Any]] = {
     aten.split_with_sizes.default: _split_sizes,
     aten.unbind.int: _unbind,
     aten.expand.default: _expand,
-    aten.as_strided.default: _as_strided,
-    aten.index_select.default: _index_select,
     aten.index.Tensor: _index,
     aten.flip.default: _flip,
     aten.new_zeros.default: _zeros,

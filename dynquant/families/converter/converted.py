@@ -5,9 +5,9 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import gguf
+from pydantic import TypeAdapter
 
 from dynquant.checkpoints.gguf_source import MetadataField
 from dynquant.checkpoints.model import Model
@@ -17,15 +17,16 @@ from dynquant.families.common.config import read_json
 from dynquant.families.common.conversion import Conversion, ConvertedSource, unchanged
 from dynquant.families.common.conversion_book import some_of
 from dynquant.families.common.metadata import recorded_fields
+from dynquant.families.common.selection import Selection
 from dynquant.families.common.settings import settings_of_config, settings_of_metadata
 from dynquant.families.converter.description import Description, describe
-from dynquant.families.converter.selection import from_record
 from dynquant.families.tokenizers.tokenizer import write_tokenizer
 
 _OWN_KEYS = ("general.quantization_version", "general.file_type")
 """Keys that are said of a file, when one is written."""
 _FLOATS = ("F32", "F16")
 _OF_TOWERS = re.compile(r"(^|\.)(vision|visual|audio|multi_modal|mm_)|projector|embed_vision|embed_audio")
+_SELECTION = TypeAdapter(Selection)
 _COMPUTED_BUFFERS = (".rotary_emb.inv_freq", ".attention.masked_bias", ".attention.bias")
 
 
@@ -56,16 +57,16 @@ def open_converted(directory: Path, tree: Path, *, mtp: bool = True) -> Model:
 
 
 def _conversions(description: Description, checkpoint: SafetensorsSource) -> Iterator[Conversion]:
-    transforms: dict[str, Any] = {}
+    selections: dict[str, Selection] = {}
     for entry in description.about["tensors"]:
         name, shape, parts = entry["name"], tuple(entry["shape"]), tuple(entry.get("parts", ()))
         if not parts:
             yield Conversion(name, (), shape, "F32", values=description.keys.load(name))
             continue
         record = entry["selection"]
-        if str(record) not in transforms:
-            transforms[str(record)] = from_record(record, description.indices)
-        selection = transforms[str(record)]
+        if str(record) not in selections:
+            selections[str(record)] = _SELECTION.validate_python(record)
+        selection = selections[str(record)]
         dtype = entry["type"] if entry["type"] in _FLOATS else checkpoint.info(parts[0]).dtype
         inner = selection.of_slice() if len(parts) == 1 else None
         transform = unchanged if selection.is_identity else inner or selection

@@ -16,16 +16,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
-
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.safetensors_format import FileSpan
 from dynquant.checkpoints.safetensors_source import SafetensorsSource, checkpoint_spans
 from dynquant.checkpoints.tensor_source import TensorInfo
 from dynquant.errors import CheckpointError
-from dynquant.families.converter import selection, tracing, worker
+from dynquant.families.common import selection, strided_maps
+from dynquant.families.converter import tracing, worker
 from dynquant.families.converter.source_tree import cache_directory, tree_version
 from dynquant.families.tokenizers.files import read_tokenizer_files
 from dynquant.families.tokenizers.pre_tokenizers import pre_tokenizer_name
@@ -37,17 +34,16 @@ _WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".onnx", ".h5", ".ms
 _MOST_HASHED = 1 << 26
 _LIBRARIES = ("transformers", "tokenizers", "sentencepiece", "torch")
 """Packages that the converter calls."""
-_READ_FAULTS = (OSError, ValueError, SafetensorError, CheckpointError)
+_READ_FAULTS = (OSError, ValueError, CheckpointError)
 _KEPT = 64
 _WAY_OUT = "Convert it with llama.cpp's own converter and pass the result with --base-gguf FILE."
 
 
 @dataclass(frozen=True)
 class Description:
-    """The work of llama.cpp's converter on a checkpoint: entries of tensors, index tensors, and keys with values."""
+    """The work of llama.cpp's converter on a checkpoint: entries of tensors, and keys with values."""
 
     about: Mapping[str, Any]
-    indices: Mapping[str, Tensor]
     keys: GGUFSource
     pre_tokenizer_notes: tuple[str, ...] = ()
 
@@ -84,7 +80,7 @@ def _read(folder: Path) -> Description:
     about = parse_json((folder / worker.TENSORS).read_bytes())
     if not isinstance(about, dict) or not about.keys() >= worker.PARTS:
         raise ValueError(f"{folder / worker.TENSORS} is not what the worker writes")
-    return Description(about, load_file(folder / worker.INDICES), GGUFSource(folder / worker.METADATA))
+    return Description(about, GGUFSource(folder / worker.METADATA))
 
 
 def _tensor(info: TensorInfo, span: FileSpan | None, places: Mapping[Path, str]) -> tuple[Any, ...]:
@@ -117,7 +113,7 @@ def _key(directory: Path, tree: Path, request: object) -> str:
     for library in _LIBRARIES:
         with suppress(PackageNotFoundError):
             digest.update(f"{library} {version(library)}\n".encode())
-    sources = [Path(module.__file__ or "") for module in (worker, tracing, selection)]
+    sources = [Path(module.__file__ or "") for module in (worker, tracing, selection, strided_maps)]
     for file in sources:
         digest.update(f"{file}{file.stat().st_size}{file.stat().st_mtime_ns}".encode())
     digest.update(tree_version(tree).encode())

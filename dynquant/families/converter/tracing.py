@@ -8,14 +8,14 @@ Runs in the worker, beside the converter's own gguf-py; nothing here imports eit
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dynquant.families.converter.selection import Selection, selection_of_positions
+from dynquant.families.common.selection import Selection, selection_of_positions, selection_of_strides
 from dynquant.resources import free_memory
 
 _CASTS = frozenset({"to", "float", "double", "half", "bfloat16", "type", "cpu", "detach", "numpy", "astype"})
@@ -129,7 +129,7 @@ class Tracer:
         if backward is None or not bool(forward.isfinite().all() and backward.isfinite().all()):
             return None
         padding = _num_zero_rows(forward, backward)
-        whole, forward, backward = forward, *(codes[: len(codes) - padding] for codes in (forward, backward))
+        forward, backward = (codes[: len(codes) - padding] for codes in (forward, backward))
         # What is added counts twice in the sum: a constant shows, and anything that is no constant as well.
         shift = (forward + backward - _LAST_CODE) / 2
         added = float(shift.flatten()[0]) if shift.numel() else 0.0
@@ -140,10 +140,10 @@ class Tracer:
             return None
         if len(leaves) > 1:
             raise NotExplainedError(f"it joins {' and '.join(leaf.name for leaf in leaves[:4])}")
-        if int(positions.max()) >= prod(leaves[0].shape):
+        if int(positions.max()) >= prod(leaves[0].shape) or (padding and added):
             return None
         selection = selection_of_positions(positions.to(torch.int64), leaves[0].shape, added)
-        return selection and replace(selection, shape=tuple(whole.shape), padding=padding)
+        return selection.with_zeros(padding) if selection and padding else selection
 
     def _padded(self, node: Any, leaf: Leaf) -> Selection | None:
         """Return `_strided` of a graph that may end in rows of zeros behind all others, as tables of tokens do."""
@@ -152,10 +152,9 @@ class Tracer:
         if len(parts) != 2 or not _is_first(body) or self.leaves(parts[1]):
             return self._strided(node, leaf)
         selection, zeros = self._strided(parts[0], leaf), self.values(parts[1])
-        if selection is None or len(selection.shape) < 2 or not isinstance(zeros, Tensor) or bool(zeros.any()):
+        if selection is None or len(selection.entries.shape) < 2 or not isinstance(zeros, Tensor) or bool(zeros.any()):
             return None
-        rows = selection.shape[0] + len(zeros)
-        return replace(selection, shape=(rows, *selection.shape[1:]), padding=len(zeros))
+        return selection.with_zeros(len(zeros))
 
     def _strided(self, node: Any, leaf: Leaf) -> Selection | None:
         """Return the selection of a graph that only looks at its leaf in another way; nothing is computed."""
@@ -166,7 +165,7 @@ class Tracer:
             return None  # it needs values, mixes devices or writes
         if not isinstance(seen, _Strides) or seen.untyped_storage()._cdata != stored.untyped_storage()._cdata:
             return None
-        return Selection(leaf.shape, tuple(seen.shape), seen.storage_offset(), tuple(seen.stride()))
+        return selection_of_strides(seen, leaf.shape)
 
     def _coded(self, node: Any, leaves: list[Leaf], first: float, *, step: int = 1) -> Tensor | None:
         """Return the graph's value on positions counted through all leaves; None where it is no tensor of codes."""

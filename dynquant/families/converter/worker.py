@@ -3,32 +3,32 @@
     python -m dynquant.families.converter.worker REQUEST.json OUTPUT_FOLDER
 
 A process of its own, because the converter comes with a gguf-py that knows other architectures than the installed one.
-The folder gets metadata.gguf (all keys, and values of tensors that are computed), tensors.json and indices.safetensors;
-or refusal.json. Code that comes with a checkpoint is never run, and nothing is downloaded.
+The folder gets tensors.json and metadata.gguf (all keys, and values of tensors that are computed), or refusal.json.
+Code that comes with a checkpoint is never run, and nothing is downloaded.
 """
 
 import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from dynquant.families.converter.selection import as_record
 from dynquant.families.converter.tracing import Explained, Leaf, NotExplainedError, Tracer
 
 PARTS = frozenset({"tensors", "unused", "tokenizer_fault", "asked_pre_tokenizer", "mtp_fault"})
-METADATA, TENSORS, INDICES, REFUSAL = "metadata.gguf", "tensors.json", "indices.safetensors", "refusal.json"
+METADATA, TENSORS, REFUSAL = "metadata.gguf", "tensors.json", "refusal.json"
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SIGMOID_ROUTERS = ("deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "minimax_m2")
 _UNSTATED: dict[str, dict[str, Any]] = {
     **{kind: {"scoring_func": "sigmoid"} for kind in _SIGMOID_ROUTERS},
     "phimoe": {"original_max_position_embeddings": None},
+    "solar_open": {"partial_rotary_factor": 1.0},
 }
 """By model_type, what transformers' model computes although config.json does not say it, and the converter reads it
 there; None stands for the length of the context."""
@@ -217,13 +217,11 @@ class _Converter:
         """Write the description of all tensors, and the metadata."""
         writer = self._gguf.GGUFWriter(output / METADATA, model.gguf_writer.arch)
         writer.kv_data = [dict(model.gguf_writer.kv_data[0])]
-        indices: dict[str, Tensor] = {}
-        entries = [self._entry(name, data, kind, writer, indices) for name, (data, kind) in self._written.items()]
+        entries = [self._entry(name, data, kind, writer) for name, (data, kind) in self._written.items()]
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        save_file(indices or {"none": torch.zeros(1)}, output / INDICES)
         unused = sorted(self._stored - self._used)
         about = {
             "tensors": entries,
@@ -234,7 +232,7 @@ class _Converter:
         }
         (output / TENSORS).write_text(json.dumps(about))
 
-    def _entry(self, name: str, data: Any, kind: str | None, writer: Any, indices: dict[str, Tensor]) -> dict[str, Any]:
+    def _entry(self, name: str, data: Any, kind: str | None, writer: Any) -> dict[str, Any]:
         entry: dict[str, Any] = {"name": name, "shape": list(data.shape), "type": kind}
         explained = Explained((), None)
         if isinstance(data, self._gguf.LazyBase):
@@ -246,8 +244,7 @@ class _Converter:
         if explained.selection is None:
             self._add_values(name, data, kind, writer)
             return entry
-        key = f"{id(explained.selection)}"
-        return entry | {"parts": explained.parts, "selection": as_record(explained.selection, key, indices)}
+        return entry | {"parts": explained.parts, "selection": asdict(explained.selection)}
 
     def _add_values(self, name: str, data: Any, kind: str | None, writer: Any) -> None:
         import numpy as np

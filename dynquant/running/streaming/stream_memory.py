@@ -59,7 +59,7 @@ def fit_within(stream: LayerStream, limit_bytes: int, work: Workload) -> None:
     fixed = resident_memory() + RESERVE_BYTES
     for keeps_experts, reads_ahead in WAYS_TO_RUN:
         stream.keeps_experts, stream.reads_ahead = keeps_experts, reads_ahead
-        needed = fixed + max(_stage_bytes(stream, stage, work) for stage in range(stream.num_layers + 2))
+        needed = fixed + max(_stage_bytes(stream, stage, work) for stage in range(stream.num_stages))
         if needed <= limit_bytes:
             return
     raise StatsError(
@@ -82,15 +82,21 @@ def _stage_bytes(stream: LayerStream, stage: int, work: Workload) -> int:
     # A tensor is there twice while it is converted.
     weights = stream.dense_bytes(stage) + stream.largest_tensor_bytes(stage)
     weights += stream.expert_bytes(stage) if stream.keeps_experts else 0
+    is_ahead = stage == stream.num_layers + 2
+    if is_ahead:
+        weights += stream.dense_bytes(0) + stream.dense_bytes(stage - 1)
     hidden, moments = stream.hf_model.get_input_embeddings().embedding_dim, 0
     if stage == 0:
         channels = hidden
-    elif stage > stream.num_layers:
-        vocabulary = stream.hf_model.get_output_embeddings().out_features if work.is_backward else 0
-        channels = 5 * vocabulary + 6 * hidden
     else:
-        layer = stream.layers[stage - 1]
-        channels, moments = _layer_channels(layer, work), _moment_bytes(layer, work) if work.moments else 0
+        channels = 0
+        if stage > stream.num_layers:
+            vocabulary = stream.hf_model.get_output_embeddings().out_features if work.is_backward else 0
+            channels = 5 * vocabulary + 6 * hidden
+        if is_ahead or stage <= stream.num_layers:
+            layer = stream.ahead.root if is_ahead else stream.layers[stage - 1]
+            channels += _layer_channels(layer, work)
+            moments = _moment_bytes(layer, work) if work.moments else 0
     return weights + ahead + 4 * work.batch_tokens * channels + moments
 
 

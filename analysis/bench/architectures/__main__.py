@@ -9,6 +9,7 @@ else its failed cells.
 """
 
 import argparse
+import copy
 import json
 import os
 import re
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynquant.analysis.bench.random_architectures import ARCHITECTURES, LISTED, write_tiny
+from dynquant.analysis.bench.architectures.checkpoints import ARCHITECTURES, LISTED, write_tiny
 from dynquant.calibration.options import CalibrationOptions
 from dynquant.calibration.stage import run_calibration
 from dynquant.calibration.statistics import CalibrationStats
@@ -34,11 +35,13 @@ from dynquant.checkpoints.gguf_layout import write_float32
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import Role
+from dynquant.evaluation.agreement.likely_causes import known_differences
 from dynquant.evaluation.agreement.same_computation import compare, mean_kl
 from dynquant.evaluation.llama_cpp import LlamaCppRunner
 from dynquant.evaluation.runners import HuggingFaceRunner
 from dynquant.exporters.options import ExportOptions
 from dynquant.exporters.stage import export
+from dynquant.families.common.config import read_json
 from dynquant.families.open import open_model
 from dynquant.inputs.text import pack_windows, read_text
 from dynquant.planning.options import PlanOptions, SearchOptions
@@ -71,13 +74,6 @@ _AFTER_PLAN = COLUMNS.index("packed against decoded")
 _SECONDS = 900
 _SAME_KL = 0.1
 """Share by which a file's KL may differ from the selected plan's outside the interval: llama.cpp rounds activations."""
-_GELU = "llama.cpp's GELU is a table of 16-bit values"
-_DOCUMENTED = {
-    "gpt_oss": "YaRN's borders are whole dimensions in llama.cpp",
-    **dict.fromkeys(("gemma2", "gemma3n", "gemma4", "starcoder2", "gpt_neox"), _GELU),
-}
-"""Known differences of llama.cpp, which no file can undo, up to a mean KL of `_DOCUMENTED_KL`."""
-_DOCUMENTED_KL = 0.01
 _UNJUDGED = (Role.EMBEDDING, Role.PER_LAYER_EMBEDDING, Role.NORM, Role.ROUTER, Role.CONV, Role.SSM_STATE, Role.MIXING)
 """Roles of what multiplies no activations, or is always F32."""
 
@@ -242,8 +238,10 @@ class _Candidate:
             (self.folder / "plan").mkdir(exist_ok=True)
             compared.save(self.folder / "plan" / SAME_COMPUTATION_NAME)
         kl = compared.kl
-        reason = _DOCUMENTED.get(self.folder.name) if kl < _DOCUMENTED_KL else None
-        return f"{kl:.1e}" if kl < 1e-9 else f"{kl:.1e}, {reason}" if reason else f"✗ {kl:.1e}"
+        known = known_differences(read_json(self.directory / "config.json"))
+        is_explained = kl < 1e-9 or kl < 2 * sum(difference.kl for difference in known)
+        reasons = [] if kl < 1e-9 else [difference.reason for difference in known]
+        return f"{'' if is_explained else '✗ '}{'; '.join([f'{kl:.1e}', *reasons])}"
 
     def plan(self) -> str:
         return f"{self.decided.bits_per_weight:.2f}"
@@ -289,7 +287,12 @@ class _Candidate:
         logits = HuggingFaceRunner(load_directory(folder, torch.float32).eval()).window_logits(tokens)
         expected = HuggingFaceRunner(self.decoded.eval()).window_logits(tokens)
         difference = float((logits - expected).abs().max() / expected.std())
-        return f"{difference:.1e}" if difference < 1e-5 else f"✗ {difference:.1e}"
+        if difference < 1e-5:
+            return f"{difference:.1e}"
+        exact = copy.deepcopy(self.decoded).double()
+        exact.set_experts_implementation("eager")  # grouped products know no float64
+        rounding = float((HuggingFaceRunner(exact).window_logits(tokens) - expected).abs().max() / expected.std())
+        return f"{'' if difference < rounding else '✗ '}{difference:.1e}, float32 rounds by {rounding:.1e}"
 
     def adapter(self) -> str:
         from dynquant.lora import add_adapter
