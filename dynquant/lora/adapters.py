@@ -60,7 +60,7 @@ class AdapterOptions:
     """Also train, and save, copies of the routers."""
     llama_cpp: bool = False
     """Adapt, of the default targets, only those to which llama.cpp applies adapters, so that `export_adapter` can write
-    them all. That leaves out queries, keys and values of DeepSeek's attention, and nothing elsewhere."""
+    them all. That leaves out queries, keys and values of DeepSeek's attention, and little elsewhere."""
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.alpha <= 0:

@@ -41,6 +41,10 @@ ARCHITECTURES = {
         "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 1,
     },
     "apertus": {},
+    "gemma2": {"head_dim": 16},
+    "qwen3_next": LINEAR | {
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+    },
     "gemma3n_text": {
         "head_dim": 16, "num_hidden_layers": 4, "tie_word_embeddings": True, "num_kv_shared_layers": 0,
         "vocab_size_per_layer_input": 8000, "hidden_size_per_layer_input": 32, "sliding_window": 128,
@@ -76,11 +80,14 @@ def tree(llama_cpp_tree: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def checkpoint(request: pytest.FixtureRequest, tmp_path: Path, small_moe: Path) -> Path:
-    """A random checkpoint of an architecture, in bfloat16."""
+    return save_checkpoint(request.param, tmp_path / request.param, small_moe)
+
+
+def save_checkpoint(model_type: str, directory: Path, small_moe: Path, **changes: Any) -> Path:
+    """Write a random checkpoint of an architecture, in bfloat16."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    directory = tmp_path / request.param
-    config = AutoConfig.for_model(request.param, **COMMON | ARCHITECTURES[request.param])
+    config = AutoConfig.for_model(model_type, **COMMON | ARCHITECTURES[model_type] | changes)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     randomize(model)
