@@ -7,7 +7,7 @@ all of them are, a few experts in memory at a time. The encoder sees the same im
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isnan, prod
 from typing import Any, ClassVar
 
@@ -58,7 +58,14 @@ class Meter(ABC):
 
     model: Model
     stats: CalibrationStats
+    threads: int | None = field(default=None, kw_only=True)
+    """Cores that measure parts side by side, or threads that read ahead of a GPU."""
     weights_in_memory: ClassVar[int]  # largest number of weights in a group of experts that are loaded together
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """The place where parts are measured."""
 
     @property
     @abstractmethod
@@ -73,53 +80,6 @@ class Meter(ABC):
         """Group the experts that are in memory together, at least one; a matrix is one expert."""
         step = max(1, self.weights_in_memory // prod(shape[-2:]))
         return [ErrorPart(name, shape, experts, types) for experts in ranges(prod(shape[:-2]), step)]
-
-    def measured(self, parts: Iterable[ErrorPart]) -> Iterator[tuple[ErrorPart, Sums]]:
-        """Measure part by part."""
-        return ((part, self.sums(part)) for part in parts)
-
-    @abstractmethod
-    def sums(self, part: ErrorPart) -> Sums:
-        """Measure a part."""
-
-
-@dataclass(frozen=True)
-class ErrorMeter(Meter):
-    """Measures quant types, as `encoder` makes them under the importance of a tensor's inputs and their second moments.
-
-    Every weight is measured, or with `sampling` rows that are drawn. Both use the same blocks as an export, where rows
-    of an expert do not depend on each other: on a CPU to the bit, on a GPU to rounding.
-    """
-
-    encoder: Encoder
-    threads: int | None = None
-    """Threads that measure parts side by side, or on a GPU read ahead of it."""
-    moments: SecondMoments | None = None
-    """For an encoder that uses them alone."""
-    sampling: Sampling | None = None
-
-    # 8 MB of float32: glibc returns every array of 32 MB to the system, and page faults then take longer than all else
-    # for types that are quickly encoded.
-    weights_in_memory: ClassVar[int] = 1 << 21
-
-    @property
-    def origin(self) -> Mapping[str, Any]:
-        moments = "" if self.moments is None else self.moments.identity
-        return {"encoder": self.encoder.name, "moments": moments, "seed": self.sampling and self.sampling.seed}
-
-    @property
-    def device(self) -> torch.device:
-        """The place where errors are computed: that of the encoder."""
-        return self.encoder.device
-
-    def formats(self, type_names: Sequence[str]) -> Formats:
-        return tensor_formats(self.model, self.stats, type_names)
-
-    def parts(self, name: str, shape: tuple[int, ...], types: tuple[str, ...]) -> list[ErrorPart]:
-        """Group experts that are measured together; of a tensor that is sampled, all of them are."""
-        if self.sampling is None:
-            return super().parts(name, shape, types)
-        return [ErrorPart(name, shape, range(prod(shape[:-2])), types)]
 
     def measured(self, parts: Iterable[ErrorPart]) -> Iterator[tuple[ErrorPart, Sums]]:
         """Measure parts side by side; on a GPU one by one, while the next ones are read.
@@ -139,11 +99,66 @@ class ErrorMeter(Meter):
         for part, content in side_by_side(lambda part: (part, self.read(part)), parts, self.threads, **memory):
             yield part, self.sums_of(part, content)
 
+    def sums(self, part: ErrorPart) -> Sums:
+        """Read and measure a part."""
+        return self.sums_of(part, self.read(part))
+
+    @abstractmethod
+    def read(self, part: ErrorPart) -> "Content":
+        """Read every weight of a part once, for its checksum, and keep those that may be measured."""
+
+    @abstractmethod
+    def sums_of(self, part: ErrorPart, content: "Content") -> Sums:
+        """Measure a part that was read."""
+
+    @abstractmethod
+    def _bytes_in_memory(self, part: ErrorPart) -> int:
+        """Return what a part takes while it waits or is measured."""
+
+    def _is_for_one_core(self, part: ErrorPart) -> bool:
+        """Return whether nothing of the part is shared among cores."""
+        return True
+
+
+@dataclass(frozen=True)
+class ErrorMeter(Meter):
+    """Measures quant types, as `encoder` makes them under the importance of a tensor's inputs and their second moments.
+
+    Every weight is measured, or with `sampling` rows that are drawn. Both use the same blocks as an export, where rows
+    of an expert do not depend on each other: on a CPU to the bit, on a GPU to rounding.
+    """
+
+    encoder: Encoder
+    moments: SecondMoments | None = None
+    """For an encoder that uses them alone."""
+    sampling: Sampling | None = None
+
+    # 8 MB of float32: glibc returns every array of 32 MB to the system, and page faults then take longer than all else
+    # for types that are quickly encoded.
+    weights_in_memory: ClassVar[int] = 1 << 21
+
+    @property
+    def origin(self) -> Mapping[str, Any]:
+        moments = "" if self.moments is None else self.moments.identity
+        return {"encoder": self.encoder.name, "moments": moments, "seed": self.sampling and self.sampling.seed}
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.device
+
+    def formats(self, type_names: Sequence[str]) -> Formats:
+        return tensor_formats(self.model, self.stats, type_names)
+
+    def parts(self, name: str, shape: tuple[int, ...], types: tuple[str, ...]) -> list[ErrorPart]:
+        """Group experts that are measured together; of a tensor that is sampled, all of them are."""
+        if self.sampling is None:
+            return super().parts(name, shape, types)
+        return [ErrorPart(name, shape, range(prod(shape[:-2])), types)]
+
     def _is_for_one_core(self, part: ErrorPart) -> bool:
         return self.sampling is not None or part.num_weights <= self.weights_in_memory
 
     def _bytes_in_memory(self, part: ErrorPart) -> int:
-        """Return what a part takes while it waits or is measured."""
         num_experts, num_rows, columns = shape = stacked(part.shape)
         hessians = 0
         if self.moments is not None and self.device.type == "cpu":  # a GPU holds those of one part
@@ -158,15 +173,11 @@ class ErrorMeter(Meter):
         limit = _CPU_HESSIAN_BYTES if self.device.type == "cpu" else _GPU_HESSIAN_BYTES
         return max(1, limit // (4 * columns**2))
 
-    def sums(self, part: ErrorPart) -> Sums:
-        return self.sums_of(part, self.read(part))
-
-    def read(self, part: ErrorPart) -> "_Content":
-        """Read every weight of a part once, for its checksum, and keep those that may be measured."""
+    def read(self, part: ErrorPart) -> "Content":
         if self.sampling is None:
             pieces = part.experts if len(part.shape) > 2 else [None]  # a matrix is loaded whole
             weights = torch.stack([self.model.source.load(part.name, piece) for piece in pieces])
-            return _Content(checksum(weights, part.experts.start * part.shape[-2]), weights)
+            return Content(checksum(weights, part.experts.start * part.shape[-2]), weights)
         total, shape = 0, stacked(part.shape)
 
         def blocks() -> Iterator[tuple[range, range, torch.Tensor]]:
@@ -180,10 +191,9 @@ class ErrorMeter(Meter):
 
         scale, shares = importance(self.stats, part.name, part.shape), _shares(self.stats.input_of(part.name), shape[0])
         drawn = draw(part.name, shape, blocks(), scale, shares, self.sampling)
-        return _Content(total % (1 << 64), drawn)
+        return Content(total % (1 << 64), drawn)
 
-    def sums_of(self, part: ErrorPart, content: "_Content") -> Sums:
-        """Measure a part that was read."""
+    def sums_of(self, part: ErrorPart, content: "Content") -> Sums:
         rows = content.rows
         if isinstance(rows, torch.Tensor):
             energies, lost = self._measured(part, list(part.experts), rows, part.types)
@@ -255,7 +265,7 @@ class ErrorMeter(Meter):
 
 
 @dataclass(frozen=True)
-class _Content:
+class Content:
     """A part in memory: all its weights, or drawn rows."""
 
     checksum: int

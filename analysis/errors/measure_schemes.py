@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from dynquant.analysis.errors.measure import Formats, Meter
+from dynquant.analysis.errors.measure import Content, Formats, Meter
 from dynquant.analysis.errors.sums import ErrorPart, ErrorSums, Sums, row_sums
 from dynquant.calibration.importance import importance
 from dynquant.encoding.parts import as_slice
@@ -21,7 +21,8 @@ from dynquant.formats.checksum import checksum
 from dynquant.formats.vllm_schemes import Scheme
 
 ENCODER = "dynquant, diagonal"
-_SAMPLED_ROWS = 64  # rows of each matrix that are measured, evenly spaced
+_SAMPLED_ROWS = 64  # rows of each matrix that are measured, evenly spaced; fewer than twice as many
+_SEARCHED_BYTES = 80  # for each weight that is searched
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class SchemeMeter(Meter):
 
     checkpoint: LinearCheckpoint
     candidates: Mapping[str, Sequence[Scheme]]
-    device: torch.device | None = None
+    place: torch.device
     weights_in_memory: ClassVar[int] = 1 << 23
 
     @cached_property
@@ -41,24 +42,34 @@ class SchemeMeter(Meter):
     def origin(self) -> Mapping[str, Any]:
         return {"encoder": ENCODER}
 
+    @property
+    def device(self) -> torch.device:
+        return self.place
+
     def formats(self, type_names: Sequence[str]) -> Formats:
         del type_names  # which schemes fit depends on the checkpoint alone
         return scheme_formats(self.checkpoint, self.candidates)
 
-    def sums(self, part: ErrorPart) -> Sums:
-        """Measure evenly spaced rows of a part."""
-        linear, experts = self.linears[part.name], as_slice(part.experts)
-        whole = torch.stack([linear.load(expert) for expert in part.experts])
-        scale = importance(self.stats, part.name, part.shape)
+    def read(self, part: ErrorPart) -> Content:
+        """Read a part, and keep evenly spaced rows."""
+        whole = torch.stack([self.linears[part.name].load(expert) for expert in part.experts])
         identity = checksum(whole, part.experts.start * whole.shape[1])
-        weights = whole[:, :: max(1, whole.shape[1] // _SAMPLED_ROWS)]
-        metric = torch.ones(len(weights), part.shape[-1]) if scale is None else scale[experts]
+        return Content(identity, whole[:, :: max(1, whole.shape[1] // _SAMPLED_ROWS)].clone())
+
+    def sums_of(self, part: ErrorPart, content: Content) -> Sums:
+        identity, weights = content.checksum, content.rows
+        assert isinstance(weights, torch.Tensor)
+        scale = importance(self.stats, part.name, part.shape)
+        metric = torch.ones(len(weights), part.shape[-1]) if scale is None else scale[as_slice(part.experts)]
         energies = row_sums(weights, metric, None).sum(-1)
         decoded = self._decoded(part, weights, None if scale is None else metric)
         return {
             name: ErrorSums.of(row_sums(weights - after, metric, None).sum(-1), energies, identity)
             for name, after in decoded
         }
+
+    def _bytes_in_memory(self, part: ErrorPart) -> int:
+        return 4 * part.num_weights + _SEARCHED_BYTES * 2 * _SAMPLED_ROWS * len(part.experts) * part.shape[-1]
 
     def _decoded(
         self, part: ErrorPart, weights: torch.Tensor, scale: torch.Tensor | None

@@ -22,5 +22,5 @@ def measure_on(pool: RayPool, choice: EncoderChoice, files: StoredFiles, samplin
 def _sums(choice: EncoderChoice, files: StoredFiles, sampling: Sampling | None, part: ErrorPart) -> Sums:
     model, stats, moments = open_stored(files)
     assert stats is not None
-    meter = ErrorMeter(model, stats, worker_encoder(choice), choice.threads, moments, sampling)
+    meter = ErrorMeter(model, stats, worker_encoder(choice), moments, sampling, threads=choice.threads)
     return meter.sums(part)

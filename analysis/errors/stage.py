@@ -107,7 +107,7 @@ def scheme_table(
     device = chosen_device(session.device)
     identity = {"encoder": f"{ENCODER}, torch {torch.__version__}", "device": device}
     candidates = checkpoint.candidates(SCHEMES, mixed_experts=True)
-    meter = SchemeMeter(model, stats.stats, checkpoint, candidates, torch.device(device))
+    meter = SchemeMeter(model, stats.stats, checkpoint, candidates, torch.device(device), threads=session.threads)
     return _written(path, meter, tuple(SCHEMES), stats, identity, session)
 
 
@@ -116,7 +116,7 @@ def _meter(model: Model, stats: StatsFile, options: TableOptions, session: Sessi
     moments = stats.moments if encoder.uses_hessians else None
     first = {} if encoder.device.type == "cpu" else {"first_rows": _FIRST_ROWS_ON_GPU}
     sampling = None if options.exact else Sampling(session.seed, **first)
-    return ErrorMeter(model, stats.stats, encoder, session.threads, moments, sampling)
+    return ErrorMeter(model, stats.stats, encoder, moments, sampling, threads=session.threads)
 
 
 def _measured(

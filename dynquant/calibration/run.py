@@ -124,7 +124,7 @@ def collect_statistics(
     device, done = next(hf_model.parameters()).device, 0
     ahead = None if kinds else layer_ahead_of(hf_model)
 
-    def run(stage: str, part: ModelInputs, labels: _Labels | None = None, *, is_held: bool = False) -> None:
+    def run(stage: str, part: ModelInputs, labels: Labels | None = None, *, is_held: bool = False) -> None:
         """Run all batches; with labels, go back from those that are drawn."""
         nonlocal done
         progress(stage, done, inputs.num_tokens, unit="tokens")
@@ -144,10 +144,8 @@ def collect_statistics(
 
     with collector.attached(), nullcontext() if ahead is None else ahead.following():
         if collector.with_gradients:
-            # Of its own, so that the layer ahead changes nothing of the others.
-            labels = _Labels(*(torch.Generator().manual_seed(provenance.seed) for _ in range(2)))
             with activation_gradients(hf_model), collector.seeing_gradients():
-                run("calibrate", summed, labels)
+                run("calibrate", summed, Labels.seeded(provenance.seed))
         else:
             with torch.no_grad(), last_logits(hf_model):
                 run("calibrate", summed)
@@ -171,11 +169,16 @@ def _with_moments(result: Calibration, moments: MomentRecorder, summed: ModelInp
     )
 
 
-class _Labels(NamedTuple):
+class Labels(NamedTuple):
     """Generators that draw tokens from the model's distribution, and from that of the layer that predicts ahead."""
 
     next: torch.Generator
     after_next: torch.Generator
+
+    @classmethod
+    def seeded(cls, seed: int) -> "Labels":
+        """Return both, apart, so that the layer ahead changes nothing of the others."""
+        return cls(*(torch.Generator().manual_seed(seed) for _ in range(2)))
 
 
 def check_seen(stats: CalibrationStats, hf_model: nn.Module) -> None:

@@ -23,13 +23,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from dynquant import __version__
 from dynquant.calibration.collector import Collector
 from dynquant.calibration.options import Hessians
-from dynquant.calibration.run import Calibration, Split, StatisticsOptions, check_seen, split_inputs
+from dynquant.calibration.run import Calibration, Labels, Split, StatisticsOptions, check_seen, split_inputs
 from dynquant.calibration.second_moments import named_tensors
 from dynquant.calibration.statistics import CalibrationStats, StatsProvenance
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_format import merge_tensor_files
 from dynquant.errors import StatsError
-from dynquant.inputs.model_inputs import ModelInputs
+from dynquant.inputs.model_inputs import Batch, ModelInputs
 from dynquant.running.linear_hooks import sampled_log_probability
 from dynquant.running.streaming.layer_stream import LayerStream
 from dynquant.running.streaming.staged_passes import StagedPasses
@@ -68,7 +68,7 @@ def calibrate_streamed(
     """
     options, streaming = options or StatisticsOptions(), streaming or StreamingOptions()
     split = split_inputs(inputs, provenance, options.held_back)
-    stream = LayerStream(model, dtype=streaming.dtype, device=streaming.device)
+    stream = LayerStream(model, dtype=streaming.dtype, device=streaming.device, with_layer_ahead=True)
     collector = options.collector(stream.hf_model, weight_inputs(model, stream.hf_model))
     if streaming.limit_bytes is not None:
         moments, batch_tokens = collector.moments, inputs.batch_size * split.provenance.window
@@ -144,12 +144,14 @@ class _Run:
         self._directory = journal.path.parent
         self._batches = (*self._summed, *held)
         self._passes = StagedPasses(stream, [batch.ids for batch in self._batches], self._directory)
-        self._generator = torch.Generator().manual_seed(self._provenance.seed)
+        self._labels = Labels.seeded(self._provenance.seed)
 
     def all_stages(self, progress: Progress) -> None:
         """Run what the journal does not have yet."""
-        forward = [("forward", stage) for stage in range(self._passes.head + 1)]
-        backward = [("backward", stage) for stage in range(self._passes.head, 0, -1)]
+        head, ahead = self._passes.head, self._passes.ahead
+        ahead_of_head = () if ahead is None else (ahead,)  # takes what enters the head, which is given up after that
+        forward = [("forward", stage) for stage in (*range(head), *ahead_of_head, head)]
+        backward = [("backward", stage) for stage in (*ahead_of_head, *range(head, 0, -1))]
         order = forward + (backward if self._with_gradients else [])
         done = self._journal.records
         if done and self._moments is not None:
@@ -161,16 +163,19 @@ class _Run:
         progress("calibrate", num_kept, len(order), unit="layers")
         for number, (direction, stage) in enumerate(order):
             if number >= num_kept:
+                before_batch = partial(self._before_batch, is_ahead=stage == ahead)
                 if direction == "forward":
                     with self._collector.attached():
-                        self._passes.forward(stage, self._before_batch)
-                    if stage < self._passes.head:
+                        self._passes.forward(stage, before_batch)
+                    if stage < head:
                         self._passes.states.settle(stage + 1)
                 else:
-                    loss = partial(sampled_log_probability, generator=self._generator)
+                    labels = self._labels.after_next if stage == ahead else self._labels.next
+                    loss = partial(sampled_log_probability, generator=labels)
                     with self._collector.seeing_gradients():
-                        self._passes.backward(stage, loss, self._before_batch, num_batches=self._summed.num_batches)
-                    self._passes.gradients.settle(stage)
+                        self._passes.backward(stage, loss, before_batch, num_batches=self._summed.num_batches)
+                    if stage != ahead:
+                        self._passes.gradients.settle(stage)
                 self._keep(direction, stage)
                 progress("calibrate", number + 1, len(order), unit="layers")
 
@@ -193,10 +198,11 @@ class _Run:
         stats.save(output)
         return result
 
-    def _before_batch(self, index: int) -> None:
+    def _before_batch(self, index: int, *, is_ahead: bool) -> None:
         num_summed = self._summed.num_batches
         fill = (index - num_summed + 1) / (len(self._batches) - num_summed) if index >= num_summed else None
-        self._collector.start(self._batches[index], fill)
+        batch = self._batches[index]
+        self._collector.start(Batch.of_tokens(batch.ids[:, 1:]) if is_ahead else batch, fill)
 
     def _keep(self, direction: str, stage: int) -> None:
         """Statistics and second moments of a stage go to the disk, then its line to the journal."""

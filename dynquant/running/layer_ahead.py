@@ -7,10 +7,10 @@ statistics know it as any other layer. From the hidden state of token t and toke
     logits = head(norm(decoder layer of the model's own class (x)))
 
 The embedding comes first, and the hidden state is that after the model's final norm. So it is in vLLM, where a draft
-gets what the model returns (deepseek_mtp.py for DeepSeek V3.2, glm4_moe_mtp.py, glm4_moe_lite_mtp.py, qwen3_next_mtp.py
-and qwen3_5_mtp.py), and in llama.cpp, as far as it runs such layers (src/models/qwen35.cpp: `t_h_nextn` is taken after
-`output_norm`; its releases before that name took it before the norm). vLLM's first two also zero the embedding at
-position 0, one token of a text, which is not done here.
+gets what the model returns (deepseek_mtp.py for DeepSeek V3.2 and GLM-5, glm4_moe_mtp.py, glm4_moe_lite_mtp.py,
+qwen3_next_mtp.py, qwen3_5_mtp.py), and in llama.cpp, as far as it runs such layers (src/models/qwen35.cpp: `t_h_nextn`
+is taken after `output_norm`; its releases before that name took it before the norm). The first two of vLLM also zero
+the embedding at position 0, one token of a text, which is not done here.
 """
 
 import copy
@@ -43,7 +43,7 @@ _BEHIND = _Names("eh_proj", "enorm", "hnorm", "shared_head.norm")
 _APART = _Names("fc", "pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm", "layers.0")
 """Parts of a module `mtp`."""
 _NAMES = {
-    "glm4moe": _BEHIND, "deepseek2": _BEHIND, "deepseek32": _BEHIND,
+    "glm4moe": _BEHIND, "deepseek2": _BEHIND, "deepseek32": _BEHIND, "glm-dsa": _BEHIND,
     "qwen3next": _APART, "qwen35": _APART, "qwen35moe": _APART,
 }  # fmt: skip
 """Architectures of GGUF for which the order above has been looked up."""
@@ -89,6 +89,7 @@ class LayerAhead:
         # Without the layer itself, which may be the last one of them.
         self._layers = list(self._decoder.layers)[: hf_model.config.get_text_config().num_hidden_layers]
         self._states: Tensor | None = None
+        self._selection: tuple | None = None  # what GLM-5's layers give besides hidden states
         embedding, names = hf_model.get_input_embeddings(), place.names
         layer = _without_values(self._layers[place.like])
         self.root = layer if not names.layer else nn.Module()
@@ -121,7 +122,11 @@ class LayerAhead:
         def keep(_module: nn.Module, _args: Any, out: Any) -> None:
             self._states = out.last_hidden_state.detach()
 
-        with self._decoder.register_forward_hook(keep):
+        def keep_selection(_module: nn.Module, _args: Any, out: Any) -> None:
+            self._selection = out[1:] if isinstance(out, tuple) else None
+
+        layer = self._layers[self.place.like]
+        with self._decoder.register_forward_hook(keep), layer.register_forward_hook(keep_selection):
             yield
         self._states = None
 
@@ -153,15 +158,17 @@ class LayerAhead:
         """Run the decoder layer by the model's own forward pass, which makes its masks and position embeddings."""
         numbers, results = count(), []
 
-        def stand_in(hidden: Tensor, others: dict[str, Any]) -> Tensor:
+        selection = self._selection
+
+        def stand_in(hidden: Tensor, others: dict[str, Any]) -> Any:
             if next(numbers) == self.place.like:
                 results.append(self._part(self.place.names.layer)(hidden, **others))
-            return hidden
+            return hidden if selection is None else (hidden, *selection)
 
         with standing_in(self._layers, stand_in):
             self._decoder(inputs_embeds=x, use_cache=False)
         (result,) = results
-        return result
+        return result[0] if isinstance(result, tuple) else result
 
 
 def layer_ahead_of(hf_model: nn.Module) -> LayerAhead | None:

@@ -169,12 +169,18 @@ def _plain(stored: StoredValues) -> torch.Tensor:
 
 
 def add_layer_ahead(model: Model, hf_model: Any) -> None:
-    """Add the layer that predicts a token ahead to a model that was loaded, with its weights.
+    """Add the layer that predicts a token ahead to a model that was loaded, with its weights."""
+    if (ahead := add_empty_layer_ahead(model, hf_model)) is not None:
+        _load_into(CheckpointWeights(model, hf_model, ahead.place.path), hf_model, ahead.place.path)
+
+
+def add_empty_layer_ahead(model: Model, hf_model: Any) -> LayerAhead | None:
+    """Add the layer that predicts a token ahead, on the meta device, and return it.
 
     Nothing is done where the model has none, where its order is not known, or its parts are not all explained.
     """
     if not model.mtp_tensors or not isinstance(model.source, ConvertedSource):
-        return
+        return None
     source = checkpoint_of(model)[1]
     for place in places_ahead(hf_model, model.arch, source.names()):
         ahead = LayerAhead(hf_model, place)
@@ -184,9 +190,9 @@ def add_layer_ahead(model: Model, hf_model: Any) -> None:
         parameters = ahead.root.state_dict(prefix=f"{place.path}.").items()
         held = all(name in traced.parameters and traced.parameters[name].fills(tensor) for name, tensor in parameters)
         if held and inside <= traced.stored.keys():
-            _load_into(CheckpointWeights(model, hf_model, place.path), hf_model, place.path)
-            return
+            return ahead
         ahead.remove()
+    return None
 
 
 @torch.no_grad()

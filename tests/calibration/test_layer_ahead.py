@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dynquant.calibration.run import Calibration, StatisticsOptions, collect_statistics, provenance_of
+from dynquant.calibration.streamed import calibrate_streamed
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import Role
 from dynquant.families.common.conversion import Conversion, unchanged
@@ -27,6 +28,7 @@ from dynquant.running.layer_ahead import layer_ahead_of
 from dynquant.running.load import load_hf
 from dynquant.running.weight_inputs import weight_inputs
 from dynquant.running.weights import add_layer_ahead
+from dynquant.session import Progress, ignore_progress
 from tests.helpers.architectures import converted_model
 from tests.helpers.layers_ahead import NUM_LAYERS, SIZES, save_with_layer_ahead
 
@@ -156,6 +158,32 @@ def test_the_model_itself_sees_what_it_saw_without_the_layer(made: tuple[str, Mo
     assert found.moments is not None
     for name in ("nextn.eh_proj", "ffn_down_exps"):  # weighted by gradients of its own predictions
         assert bool(found.moments.sums[f"{BLOCK}.{name}.weight"].any())
+
+
+def test_a_streamed_model_gives_the_same_files_after_a_kill(
+    made: tuple[str, Model, Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    _, model, _ = made
+    found = calibrated(model, "gradients")[1]
+    whole, streamed = (tmp_path_factory.mktemp(name) for name in ("whole", "streamed"))
+    assert found.moments is not None
+    found.stats.save(whole / "stats.safetensors")
+    found.moments.save(whole / "hessians.safetensors")
+    provenance = provenance_of(model, INPUTS, tokens=INPUTS.num_tokens, seed=0)
+
+    def stop_before_head(_stage: str, done: int, _total: int, **_where: object) -> None:
+        if done == NUM_LAYERS + 2:
+            raise KeyboardInterrupt
+
+    def run(progress: Progress = ignore_progress) -> None:
+        output = streamed / "stats.safetensors"
+        calibrate_streamed(model, INPUTS, provenance, output, StatisticsOptions("gradients"), progress=progress)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(stop_before_head)
+    run()
+    for name in ("stats.safetensors", "hessians.safetensors"):
+        assert (whole / name).read_bytes() == (streamed / name).read_bytes()
 
 
 @pytest.mark.nightly

@@ -33,6 +33,13 @@ SIZES: dict[str, dict[str, Any]] = {
         "mlp_layer_types": ["dense", "sparse", "sparse"], "layer_types": ["indexed_attention"] * 3,
         "index_head_dim": 32, "index_n_heads": 2, "index_topk": 64,
     },
+    "glm_moe_dsa": EXPERTS
+    | SHARED
+    | LATENT
+    | {
+        "mlp_layer_types": ["dense", "sparse", "sparse"], "indexer_types": ["full"] * 3, "index_head_dim": 32,
+        "index_n_heads": 2, "index_topk": 64,
+    },
     "qwen3_next": EXPERTS | LINEAR | {"num_experts": 4, "shared_expert_intermediate_size": 32},
     "qwen3_5_text": LINEAR,
     "qwen3_5_moe_text": EXPERTS | LINEAR | {"num_experts": 4, "shared_expert_intermediate_size": 32},
@@ -65,7 +72,11 @@ def save_with_layer_ahead(model_type: str, directory: Path, small_moe: Path) -> 
         weights[f"{path}{name}.weight"] = 0.2 * torch.randn(64) + (not is_apart)
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((directory / "config.json").read_text()) | {"num_hidden_layers": NUM_LAYERS}
-    config |= {name: config[name][:NUM_LAYERS] for name in ("layer_types", "mlp_layer_types") if name in config}
+    config |= {
+        name: config[name][:NUM_LAYERS]
+        for name in ("layer_types", "mlp_layer_types", "indexer_types")
+        if name in config
+    }
     config["mtp_num_hidden_layers" if is_apart else "num_nextn_predict_layers"] = 1
     (directory / "config.json").write_text(json.dumps(config))
     for file in ("tokenizer.json", "tokenizer_config.json"):

@@ -28,6 +28,7 @@ _SIGMOID_ROUTERS = ("deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "minimax_m2"
 _UNSTATED: dict[str, dict[str, Any]] = {
     **{kind: {"scoring_func": "sigmoid"} for kind in _SIGMOID_ROUTERS},
     "phimoe": {"original_max_position_embeddings": None},
+    "solar_open": {"partial_rotary_factor": 1.0},
 }
 """By model_type, what transformers' model computes although config.json does not say it, and the converter reads it
 there; None stands for the length of the context."""

@@ -26,7 +26,7 @@ from dynquant.running.expert_hooks import expert_layout, expert_stack, record_ex
 from dynquant.running.load import empty_hf
 from dynquant.running.stored_experts import StoredExperts
 from dynquant.running.streaming.chained_layers import gives_tuples
-from dynquant.running.weights import CheckpointWeights, checkpoint_of, put
+from dynquant.running.weights import CheckpointWeights, add_empty_layer_ahead, checkpoint_of, put
 
 
 @dataclass
@@ -42,7 +42,8 @@ class _Stage:
 class LayerStream:
     """The model of a checkpoint, ready to run on `device` in `dtype`.
 
-    Stages are numbered: 0 the embedding, 1 to `num_layers` the decoder layers, `num_layers + 1` the head.
+    Stages are numbered: 0 the embedding, 1 to `num_layers` the decoder layers, `num_layers + 1` the head, and after it
+    the layer that predicts a token ahead, where it is asked for and known.
     `keeps_experts` False reads every expert again whenever it is used; `reads_ahead` False saves the memory of the next
     stage.
 
@@ -52,13 +53,15 @@ class LayerStream:
     """
 
     def __init__(
-        self, model: Model, *, dtype: torch.dtype = torch.float32, device: str = "cpu", keeps_experts: bool = True
-    ) -> None:
+        self, model: Model, *, dtype: torch.dtype = torch.float32, device: str = "cpu", keeps_experts: bool = True,
+        with_layer_ahead: bool = False,
+    ) -> None:  # fmt: skip
         checkpoint_of(model)
         self.dtype, self.device = dtype, torch.device(device)
         self.keeps_experts, self.reads_ahead = keeps_experts, True
         self.hf_model: Any = empty_hf(model, dtype=dtype, device=device)
-        self.layers = decoder_layers(self.hf_model)
+        self.layers = decoder_layers(self.hf_model)[:]  # without another that is added
+        self.ahead = add_empty_layer_ahead(model, self.hf_model) if with_layer_ahead else None
         self._weights = CheckpointWeights(model, self.hf_model)
         self._exact_types = self.hf_model._get_dtype_plan(dtype)
         self._stages = self._find_stages()
@@ -77,6 +80,10 @@ class LayerStream:
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def num_stages(self) -> int:
+        return len(self._stages)
 
     @property
     def is_tied(self) -> bool:
@@ -165,7 +172,8 @@ class LayerStream:
         embedding, head = self.hf_model.get_input_embeddings(), self.hf_model.get_output_embeddings()
         if head is None:
             raise StatsError(f"{type(self.hf_model).__name__} has no output head, so it is no language model.")
-        stages = [_Stage(module) for module in (embedding, *self.layers, head)]
+        ahead = () if self.ahead is None else (self.ahead.root,)
+        stages = [_Stage(module) for module in (embedding, *self.layers, head, *ahead)]
         for stage in stages:
             for part in stage.module.state_dict():
                 owner_name, _, attribute = part.rpartition(".")

@@ -10,7 +10,7 @@ called with. That depends on the shape of a batch alone.
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,8 @@ class HiddenStates:
 class StagedPasses:
     """Batches of token ids [windows, window] through the stages of `stream`, with files in `directory`.
 
-    Stages are numbered as in `LayerStream`: 0 embeds, the last one is the head. To be used inside `stream.running()`.
+    Stages are numbered as in `LayerStream`: 0 embeds, `head` makes logits, and `ahead` those of another token ahead. To
+    be used inside `stream.running()`.
     """
 
     def __init__(self, stream: LayerStream, batches: Sequence[Tensor], directory: Path) -> None:
@@ -108,12 +109,19 @@ class StagedPasses:
         """Number of the last stage."""
         return self.stream.num_layers + 1
 
+    @property
+    def ahead(self) -> int | None:
+        """Number of the stage that predicts a token ahead; it takes what enters the head."""
+        return None if self.stream.ahead is None else self.head + 1
+
     def forward(self, stage: int, before_batch: BeforeBatch = lambda _: None) -> None:
         """Run one stage on all batches and keep what enters the next; the head computes each window's last logits."""
-        with torch.no_grad(), self.stream.stage(stage, then=stage + 1 if stage < self.head else None):
+        with torch.no_grad(), self._loaded(stage, stage + 1 if stage < self.head else None):
             for index, batch in enumerate(self.batches):
                 before_batch(index)
-                if stage == self.head:
+                if stage == self.ahead:
+                    self._logits_ahead(index)
+                elif stage == self.head:
                     with last_logits(self.stream.hf_model):
                         self._logits(self._entering(stage, index))
                 elif stage == 0:
@@ -131,15 +139,20 @@ class StagedPasses:
     ) -> None:
         """Run one stage again on the first batches (all), then back from the gradients that the stage above it left.
 
-        The head takes `loss`, a scalar made of a batch's logits [windows, window, vocabulary], instead.
+        The head takes `loss`, a scalar made of a batch's logits [windows, window, vocabulary], instead. So does the
+        stage `ahead`, which leaves no gradients.
         """
         embedding = self.stream.hf_model.get_input_embeddings()
-        with torch.enable_grad(), self.stream.stage(stage, then=stage - 1 if stage else None):
+        with torch.enable_grad(), self._loaded(stage, stage - 1 if stage else None):
             for index, batch in enumerate(self.batches[:num_batches]):
                 before_batch(index)
                 if stage == 0:
                     with embedding.register_forward_hook(lambda *call: call[-1].requires_grad_(True), prepend=True):
                         self._embedded(batch).backward(self._flowing(1, index))
+                    continue
+                if stage == self.ahead:
+                    assert loss is not None
+                    loss(self._logits_ahead(index)).backward()
                     continue
                 hidden = self._entering(stage, index).requires_grad_(True)
                 if stage == self.head:
@@ -149,6 +162,15 @@ class StagedPasses:
                     self._layer(stage, hidden).backward(self._flowing(stage + 1, index))
                 assert hidden.grad is not None
                 self.gradients.write(stage, index, hidden.grad)
+
+    @contextmanager
+    def _loaded(self, stage: int, then: int | None) -> Iterator[None]:
+        """Context manager: a stage has its weights, and that ahead those of the embedding and the head too."""
+        with ExitStack() as stages:
+            for other in (self.head, 0) if stage == self.ahead else ():
+                stages.enter_context(self.stream.stage(other))
+            stages.enter_context(self.stream.stage(stage, then=then))
+            yield
 
     def _entering(self, stage: int, index: int) -> Tensor:
         return self.states.read(stage, index).to(self.stream.device)
@@ -164,6 +186,12 @@ class StagedPasses:
         # Not what enters the first stand-in, which models may have scaled.
         with self._standing_in(lambda _states, _others: hidden):
             return self.stream.hf_model(inputs_embeds=hidden, use_cache=False).logits
+
+    def _logits_ahead(self, index: int) -> Tensor:
+        assert self.stream.ahead is not None
+        with self.stream.not_loading():
+            states = self.stream.hf_model.get_decoder().norm(self._entering(self.head, index))
+            return self.stream.ahead.logits(self.batches[index].to(self.stream.device), states)
 
     def _embedded(self, batch: Tensor) -> Tensor:
         """Return what enters the first layer; models may scale the embedding's output."""

@@ -20,6 +20,9 @@ from dynquant.running.streaming.layer_stream import LayerStream
 COMFORTABLE_SHARE = 0.7
 """A model whose float weights take more than this share of the free memory is streamed without being asked."""
 
+_ACTIVATIONS_SHARE = 0.25
+"""Activations of windows that go through a loaded model at a time, at most this share of the free memory: more passes
+of fewer windows take seconds longer, and a mixture of 7B weights kept as much as its weights in float32."""
 MOST_TOKENS_AT_ONCE = 4096
 """More at a time make a GPU no faster."""
 _SHARES_INPUT = ("k_proj", "v_proj", "up_proj", "kv_a_proj_with_mqa")
@@ -59,7 +62,7 @@ def fit_within(stream: LayerStream, limit_bytes: int, work: Workload) -> None:
     fixed = resident_memory() + RESERVE_BYTES
     for keeps_experts, reads_ahead in WAYS_TO_RUN:
         stream.keeps_experts, stream.reads_ahead = keeps_experts, reads_ahead
-        needed = fixed + max(_stage_bytes(stream, stage, work) for stage in range(stream.num_layers + 2))
+        needed = fixed + max(_stage_bytes(stream, stage, work) for stage in range(stream.num_stages))
         if needed <= limit_bytes:
             return
     raise StatsError(
@@ -73,7 +76,7 @@ def windows_at_once(hf_model: nn.Module, window: int, free_bytes: int) -> int:
     """Return how many windows can go forward and back through a loaded model at a time, at least one."""
     work = Workload(min(window, MOST_TOKENS_AT_ONCE), is_backward=True)
     needed = 4 * work.batch_tokens * _layer_channels(hf_model, work)
-    return max(1, min(MOST_TOKENS_AT_ONCE // work.batch_tokens, int(COMFORTABLE_SHARE * free_bytes / needed)))
+    return max(1, min(MOST_TOKENS_AT_ONCE // work.batch_tokens, int(_ACTIVATIONS_SHARE * free_bytes / needed)))
 
 
 def _stage_bytes(stream: LayerStream, stage: int, work: Workload) -> int:
@@ -82,15 +85,21 @@ def _stage_bytes(stream: LayerStream, stage: int, work: Workload) -> int:
     # A tensor is there twice while it is converted.
     weights = stream.dense_bytes(stage) + stream.largest_tensor_bytes(stage)
     weights += stream.expert_bytes(stage) if stream.keeps_experts else 0
+    is_ahead = stage == stream.num_layers + 2
+    if is_ahead:
+        weights += stream.dense_bytes(0) + stream.dense_bytes(stage - 1)
     hidden, moments = stream.hf_model.get_input_embeddings().embedding_dim, 0
     if stage == 0:
         channels = hidden
-    elif stage > stream.num_layers:
-        vocabulary = stream.hf_model.get_output_embeddings().out_features if work.is_backward else 0
-        channels = 5 * vocabulary + 6 * hidden
     else:
-        layer = stream.layers[stage - 1]
-        channels, moments = _layer_channels(layer, work), _moment_bytes(layer, work) if work.moments else 0
+        channels = 0
+        if stage > stream.num_layers:
+            vocabulary = stream.hf_model.get_output_embeddings().out_features if work.is_backward else 0
+            channels = 5 * vocabulary + 6 * hidden
+        if is_ahead or stage <= stream.num_layers:
+            layer = stream.ahead.root if is_ahead else stream.layers[stage - 1]
+            channels += _layer_channels(layer, work)
+            moments = _moment_bytes(layer, work) if work.moments else 0
     return weights + ahead + 4 * work.batch_tokens * channels + moments
 
 

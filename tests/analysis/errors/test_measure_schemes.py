@@ -57,8 +57,13 @@ def stats_path(directory, tmp_path_factory):
 def measure(directory, stats_path):
     model, stats = open_model(directory), CalibrationStats.load(stats_path)
     checkpoint = linear_checkpoint(model)
-    meter = SchemeMeter(model, stats, checkpoint, checkpoint.candidates(SCHEMES, mixed_experts=True))
-    return lambda journal: build_error_table(meter, tuple(SCHEMES), stats_hash="s", journal=journal)
+    candidates = checkpoint.candidates(SCHEMES, mixed_experts=True)
+
+    def measured(journal, threads=1):
+        meter = SchemeMeter(model, stats, checkpoint, candidates, torch.device("cpu"), threads=threads)
+        return build_error_table(meter, tuple(SCHEMES), stats_hash="s", journal=journal)
+
+    return measured
 
 
 def test_errors_equal_a_direct_computation(directory, stats_path, measure, tmp_path):
@@ -79,6 +84,10 @@ def test_errors_equal_a_direct_computation(directory, stats_path, measure, tmp_p
         assert row.weighted_error == pytest.approx(error / energy, rel=1e-5)
         assert row.weighted_energy == pytest.approx(energy, rel=1e-5)
         assert row.relative_rms == pytest.approx(float((weights - decoded).norm() / weights.norm()), rel=1e-5)
+
+
+def test_processes_side_by_side_measure_the_same(measure):
+    assert measure(None, threads=2) == measure(None)
 
 
 @pytest.mark.parametrize("experts_at_once", represented_by((1,), (1, 8)))
@@ -119,7 +128,7 @@ def test_numbers_that_are_none_are_measured_again(number, tmp_path):
 def test_the_command_goes_on_under_the_same_identity_alone(directory, stats_path, tmp_path, monkeypatch):
     def planned(name, stop=None):
         noted = NotedEncoding(monkeypatch, stop)
-        done = run("plan", directory, "--for", "vllm", "--stats", stats_path, "-o", tmp_path / name)
+        done = run("plan", directory, "--for", "vllm", "--stats", stats_path, "--threads", "1", "-o", tmp_path / name)
         assert done.returncode == 0, done.stderr
         return noted.calls, done.stderr
 

@@ -40,7 +40,7 @@ def stats(small_moe, tmp_path_factory):
 @pytest.fixture(scope="module")
 def table_of(model, stats):
     def measured(sampling, *, threads=None, **options):
-        meter = ErrorMeter(model, stats.stats, load_encoder("ggml"), threads, sampling=sampling)
+        meter = ErrorMeter(model, stats.stats, load_encoder("ggml"), threads=threads, sampling=sampling)
         return build_error_table(meter, TYPES, stats_hash="s", **options)
 
     return measured
@@ -124,7 +124,7 @@ def test_a_limit_of_weights_is_kept(model, stats, exact):
 def test_drawn_rows_have_the_bytes_of_an_export(model, stats):
     """Under second moments, `weighted_error` is what their blocks lose of the output's energy."""
     encoder, experts = load_encoder("dynquant", "cpu"), range(8)
-    meter = ErrorMeter(model, stats.stats, encoder, None, stats.moments)
+    meter = ErrorMeter(model, stats.stats, encoder, stats.moments)
     (part,) = meter.parts(STACK, tuple(model.source.info(STACK).shape), ("Q2_K",))
     sums = meter.sums(part)["Q2_K"]
     packed = TensorEncoder(model, guidance_of(stats.stats, stats.moments), encoder).tensor(STACK, QUANT_TYPES["Q2_K"])

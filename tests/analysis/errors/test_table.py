@@ -262,7 +262,9 @@ def test_memory_does_not_grow_with_the_number_of_parts():
 def test_only_whole_lines_of_the_same_table_count(model, stats, tmp_path):
     path = tmp_path / "errors.json"
     with ErrorJournal(path, {"types": "Q8_0"}) as journal:
-        build_error_table(ErrorMeter(model, stats, NumpyEncoder()), ("Q8_0",), stats_hash="s", journal=journal)
+        build_error_table(
+            ErrorMeter(model, stats, NumpyEncoder(), threads=1), ("Q8_0",), stats_hash="s", journal=journal
+        )
     lines = journal.path.read_text().splitlines(keepends=True)
     assert len(lines) == 4
 

@@ -35,6 +35,7 @@ def test_configurations_are_put_in_the_converter_s_words() -> None:
     assert _as_expected({"model_type": "gpt_neox", "rope_parameters": angles})["rotary_pct"] == 0.5
     assert _as_expected({"model_type": "gpt_neox", "rope_parameters": angles, "rotary_pct": 1.0})["rotary_pct"] == 1.0
     assert _as_expected({"model_type": "cohere2"})["rotary_pct"] == 1.0
+    assert _as_expected({"model_type": "solar_open"})["partial_rotary_factor"] == 1.0
 
 
 def test_a_matrix_without_a_graph_is_refused_where_values_were_read() -> None:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynquant.analysis.bench.random_architectures import ARCHITECTURES, LISTED, write_tiny
+from dynquant.analysis.bench.architectures.checkpoints import ARCHITECTURES, LISTED, write_tiny
 from dynquant.calibration.options import CalibrationOptions
 from dynquant.calibration.stage import run_calibration
 from dynquant.calibration.statistics import CalibrationStats
@@ -35,11 +35,13 @@ from dynquant.checkpoints.gguf_layout import write_float32
 from dynquant.checkpoints.gguf_source import GGUFSource
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import Role
+from dynquant.evaluation.agreement.likely_causes import KnownDifference, known_differences
 from dynquant.evaluation.agreement.same_computation import compare, mean_kl
 from dynquant.evaluation.llama_cpp import LlamaCppRunner
 from dynquant.evaluation.runners import HuggingFaceRunner
 from dynquant.exporters.options import ExportOptions
 from dynquant.exporters.stage import export
+from dynquant.families.common.config import read_json
 from dynquant.families.open import open_model
 from dynquant.inputs.text import pack_windows, read_text
 from dynquant.planning.options import PlanOptions, SearchOptions
@@ -72,13 +74,6 @@ _AFTER_PLAN = COLUMNS.index("packed against decoded")
 _SECONDS = 900
 _SAME_KL = 0.1
 """Share by which a file's KL may differ from the selected plan's outside the interval: llama.cpp rounds activations."""
-_GELU = "llama.cpp's GELU is a table of 16-bit values"
-_DOCUMENTED = {
-    "gpt_oss": "YaRN's borders are whole dimensions in llama.cpp",
-    **dict.fromkeys(("gemma2", "gemma3n", "gemma4", "starcoder2", "gpt_neox"), _GELU),
-}
-"""Known differences of llama.cpp, which no file can undo, up to a mean KL of `_DOCUMENTED_KL`."""
-_DOCUMENTED_KL = 0.01
 _UNJUDGED = (Role.EMBEDDING, Role.PER_LAYER_EMBEDDING, Role.NORM, Role.ROUTER, Role.CONV, Role.SSM_STATE, Role.MIXING)
 """Roles of what multiplies no activations, or is always F32."""
 
@@ -183,6 +178,16 @@ class _Candidate:
         return open_model(self.directory)
 
     @cached_property
+    def known(self) -> list[KnownDifference]:
+        """Differences of llama.cpp that the configuration shows."""
+        return known_differences(read_json(self.directory / "config.json"))
+
+    @property
+    def known_kl(self) -> float:
+        """The most that this explains."""
+        return 2 * sum(difference.kl for difference in self.known)
+
+    @cached_property
     def decided(self) -> Plan:
         """The plan, with its statistics and selection in the folder."""
         text = self.folder / "selection.txt"
@@ -243,8 +248,8 @@ class _Candidate:
             (self.folder / "plan").mkdir(exist_ok=True)
             compared.save(self.folder / "plan" / SAME_COMPUTATION_NAME)
         kl = compared.kl
-        reason = _DOCUMENTED.get(self.folder.name) if kl < _DOCUMENTED_KL else None
-        return f"{kl:.1e}" if kl < 1e-9 else f"{kl:.1e}, {reason}" if reason else f"✗ {kl:.1e}"
+        reasons = [] if kl < 1e-9 else [known.reason for known in self.known]
+        return f"{'' if kl < max(1e-9, self.known_kl) else '✗ '}{'; '.join([f'{kl:.1e}', *reasons])}"
 
     def plan(self) -> str:
         return f"{self.decided.bits_per_weight:.2f}"
@@ -281,7 +286,9 @@ class _Candidate:
         ]
         running.close()
         kl = sum(parts) / len(parts)
-        is_same = selected.low <= kl <= selected.high or abs(kl / selected.value - 1) < _SAME_KL
+        is_same = (
+            selected.low <= kl <= selected.high or abs(kl - selected.value) < _SAME_KL * selected.value + self.known_kl
+        )
         return f"{'' if is_same else '✗ '}{selected.value:.4g} [{selected.low:.3g}, {selected.high:.3g}], {kl:.4g}"
 
     def packed(self) -> str:

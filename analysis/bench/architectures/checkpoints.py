@@ -200,7 +200,25 @@ OTHERS: dict[str, tuple[str, Settings, Settings]] = {
     "cohere2": ("cohere2", {**_HEADS, **_FOUR, **_TIED, **_SLIDING, "logit_scale": 1.0}, {}),
     "dots1": ("dots1", {**_HEADS, **_SHARED, **_ALL_KV, "routed_scaling_factor": 1.5}, _SIGMOID),
     "ernie4_5": ("ernie4_5", {**_HEADS, "use_bias": False}, {}),
-    "exaone4": ("exaone4", {**_FOUR, **_SLIDING, "sliding_window_pattern": 2}, {}),
+    "exaone4": (  # like the 1.2B: of windows llama.cpp knows at 64 layers alone
+        "exaone4",
+        {
+            **_FOUR,
+            **_TIED,
+            "layer_types": ["full_attention"] * 4,
+            "sliding_window": None,
+            "sliding_window_pattern": None,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 1e6,
+                "factor": 16.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+        },
+        {},
+    ),
     "exaone_moe": (
         "exaone_moe",
         {
@@ -305,6 +323,7 @@ def write_tiny(name: str, directory: Path) -> Path:
 
     model_type, settings, published = ARCHITECTURES[name]
     config = AutoConfig.for_model(model_type, **(_COMMON | settings))
+    torch.manual_seed(0)  # transformers draws the time steps of Mamba layers, to which _draw adds
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     _draw(model)
     shutil.rmtree(directory, ignore_errors=True)

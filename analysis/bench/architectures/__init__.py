@@ -1,0 +1,1 @@
+"""Judges how far architectures are supported, by tiny random checkpoints."""
