@@ -25,7 +25,7 @@ from dynquant.families.common.conversion_book import ConversionBook
 from dynquant.families.common.metadata import recorded_fields, write_general_keys
 from dynquant.families.common.settings import Settings, differing_settings, settings_of_config, settings_of_metadata
 from dynquant.families.complete_gguf import check_complete
-from dynquant.families.converter.converted import open_converted
+from dynquant.families.converter.converted import OWN_KEYS, open_converted
 from dynquant.families.converter.source_tree import find_tree, missing_tree
 from dynquant.families.text.registry import FAMILIES, SAME_CONFIG, SIZED_FAMILIES
 from dynquant.families.tokenizers.tokenizer import write_tokenizer
@@ -35,7 +35,6 @@ from dynquant.storage.stand_ins import refuse_stand_in
 
 CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 """Patterns of files that are downloaded: neither code nor pickles."""
-_OWN_KEYS = ("general.quantization_version", "general.file_type")
 _OWN_PREFIXES = ("quantize.imatrix.", "dynquant.", "split.")
 
 
@@ -265,7 +264,7 @@ def _open_gguf(path: Path) -> Model:
     source = GGUFSource(path)
     check_complete(source)
     metadata = tuple(
-        field for field in source.metadata if field.key not in _OWN_KEYS and not field.key.startswith(_OWN_PREFIXES)
+        field for field in source.metadata if field.key not in OWN_KEYS and not field.key.startswith(_OWN_PREFIXES)
     )
     arch = next((field.value for field in metadata if field.key == "general.architecture"), None)
     has_family = arch in {family.arch for family in FAMILIES.values()}

@@ -6,8 +6,9 @@ Traced maps say all of that. gguf-py's map of names is asked for weights that GG
 and for GGUF files, whose columns are then compared with those of the running model.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
+from math import prod
 from typing import Any
 
 import torch
@@ -17,11 +18,14 @@ from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.tensor_roles import Role, gguf_name_of, role_of
 from dynquant.errors import StatsError
 from dynquant.families.common.conversion import ConvertedSource
-from dynquant.families.common.strided_maps import StridedMap, contiguous_strides
+from dynquant.families.common.strided_maps import StridedMap, row_blocks
 from dynquant.running.equal_entries import EqualEntries
 from dynquant.running.expert_hooks import expert_layout, expert_modules, expert_stack
 from dynquant.running.parameter_map import parameter_map
 
+_TABLES = (Role.EMBEDDING, Role.OUTPUT, Role.PER_LAYER_EMBEDDING)
+_ROUNDING = 0.02
+"""Error of a row in a file of eight bits, as a part of its norm; columns that are all moved make one of 1.4."""
 _EXPERT_PARTS = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
 
 
@@ -70,15 +74,6 @@ class WeightInputs:
     linears: dict[str, LinearInput]
     experts: dict[nn.Module, ExpertInputs]
     embeddings: dict[str, nn.Module]
-
-
-def named_inputs(hf_model: nn.Module, arch: str, n_layer: int) -> WeightInputs:
-    """Return the linear layers and experts in gguf-py's map of an architecture. Raises StatsError: unnamed experts."""
-    linears, experts = _named_linears(hf_model, arch, n_layer), {}
-    for module_name, module in expert_modules(hf_model).items():
-        names = [gguf_name_of(f"{module_name}.{part}", arch, n_layer) for part in _EXPERT_PARTS]
-        experts[module] = _experts_of(module_name, [name for name in names[:-1] if name is not None], names[-1])
-    return WeightInputs(linears, experts, _embeddings(hf_model, arch, n_layer))
 
 
 def weight_inputs(model: Model, hf_model: Any) -> WeightInputs:
@@ -137,65 +132,36 @@ def _linear_input(entries: StridedMap, owners: dict[str, tuple[nn.Module, str]])
     if not all(source in owners and _is_linear(owners[source][0]) for source in entries.sources):
         return None
     modules = {source: owners[source][0] for source in entries.sources}
-    first, *others = modules.values()
-    is_transposed = not isinstance(first, nn.Linear)
-    shape = tuple(first.weight.shape)  # type: ignore[union-attr]
-    strides = contiguous_strides(shape)
-    inner = 0 if is_transposed else 1
-    if others and (is_transposed or any(other.weight.shape[1:] != shape[1:] for other in others)):  # type: ignore
+    are_transposed = {source: not isinstance(module, nn.Linear) for source, module in modules.items()}
+    shapes = {source: tuple(module.weight.shape) for source, module in modules.items()}  # type: ignore[operator, union-attr]
+    blocks = row_blocks(entries, lambda source, at: _row_and_column(at, shapes[source], are_transposed[source]))
+    widths = {shape[0 if are_transposed[source] else 1] for source, shape in shapes.items()}
+    if blocks is None or len(widths) > 1 or any(not torch.equal(b.columns, blocks[0].columns) for b in blocks):
         return None
-    last, num_rows = len(entries.shape) - 1, shape[1 - inner]
-    columns = _order(entries, (last,), shape[inner], strides[inner])
-    if columns is None or len(columns) != shape[inner]:
+    columns, width = blocks[0].columns, widths.pop()
+    if not torch.equal(columns.sort().values, torch.arange(width)):
         return None
-    if others:
-        num_rows = sum(len(module.weight) for module in modules.values())  # type: ignore[arg-type]
-        entries = _as_one_weight(entries, modules)
-    rows = _order(entries, tuple(range(last)), num_rows, strides[1 - inner])
-    return LinearInput((first, *others), _unless_sorted(columns, shape[inner]), _unless_sorted(rows, num_rows))
+    counts = [prod(shape) // width for shape in shapes.values()]
+    starts = dict(zip(modules, accumulate(counts, initial=0), strict=False))
+    rows = torch.zeros(prod(entries.shape[:-1]), dtype=torch.int64)
+    for block in blocks:
+        rows[block.rows] = starts[block.source] + block.stored_rows
+    return LinearInput(tuple(modules.values()), _unless_sorted(columns, width), _unless_sorted(rows, sum(counts)))
 
 
-def _as_one_weight(entries: StridedMap, modules: dict[str, nn.Module]) -> StridedMap:
-    """Return entries of several weights as those of one that has their rows one after the other."""
-    sizes = [module.weight.numel() for module in modules.values()]  # type: ignore[operator, union-attr]
-    starts = dict(zip(modules, accumulate(sizes, initial=0), strict=False))
-    pieces = (replace(piece, offset=piece.offset + starts[piece.source]) for piece in entries.pieces)
-    return replace(entries, pieces=tuple(pieces))
+def _row_and_column(positions: Tensor, shape: tuple[int, ...], is_transposed: bool) -> tuple[Tensor, Tensor]:
+    """Return rows and columns of positions in a weight of `shape`, [..., rows, columns] or the last two swapped."""
+    if not is_transposed:
+        return positions // shape[-1], positions % shape[-1]
+    return positions // prod(shape[-2:]) * shape[-1] + positions % shape[-1], positions % prod(shape[-2:]) // shape[-1]
 
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"  # GPT-2's linear layer, transposed
 
 
-def _order(entries: StridedMap, dims: tuple[int, ...], size: int, stride: int) -> Tensor | None:
-    """Return the index in a parameter's dimension for each index in `dims`; None where others move in it as well."""
-    lengths = [entries.shape[dim] for dim in dims]
-    order = torch.full(lengths, -1, dtype=torch.int64)
-    for piece in entries.pieces:
-        positions = torch.tensor(piece.offset // stride % size)
-        indices = [torch.tensor(piece.starts[dim]) for dim in dims]
-        for axis in piece.axes:
-            if axis.dim not in dims:
-                if axis.stride % (stride * size) and axis.stride * (axis.size - 1) >= stride:
-                    return None
-                continue
-            if axis.stride % stride or axis.stride * (axis.size - 1) >= stride * size:
-                return None
-            steps = torch.arange(axis.size)
-            positions = positions.unsqueeze(-1) + steps * (axis.stride // stride)
-            indices = [
-                index.unsqueeze(-1) + steps * (axis.step if dim == axis.dim else 0)
-                for dim, index in zip(dims, indices, strict=True)
-            ]
-        before = order[tuple(indices)]
-        if bool(((before >= 0) & (before != positions)).any()):
-            return None
-        order[tuple(indices)] = positions
-    return order.flatten() if bool((order >= 0).all()) else None
-
-
-def _unless_sorted(order: Tensor | None, size: int) -> Tensor | None:
-    return None if order is None or torch.equal(order, torch.arange(size)) else order
+def _unless_sorted(order: Tensor, size: int) -> Tensor | None:
+    return None if torch.equal(order, torch.arange(size)) else order
 
 
 def _expert_inputs(model: Model, hf_model: nn.Module, held: dict[str, StridedMap]) -> dict[nn.Module, ExpertInputs]:
@@ -229,9 +195,9 @@ def _experts_of(module_name: str, inner: list[str], down: str | None) -> ExpertI
 
 
 def _check_expert_columns(name: str, entries: StridedMap, module: nn.Module, part: str) -> None:
-    shape, inner = tuple(expert_stack(module, part).shape), 1 if part in expert_layout(module).transposed else 2
-    columns = _order(entries, (2,), shape[inner], contiguous_strides(shape)[inner])
-    if columns is None or not torch.equal(columns, torch.arange(shape[inner])):
+    shape, is_transposed = tuple(expert_stack(module, part).shape), part in expert_layout(module).transposed
+    blocks = row_blocks(entries, lambda _, positions: _row_and_column(positions, shape, is_transposed))
+    if blocks is None or _unless_sorted(blocks[0].columns, shape[1 if is_transposed else 2]) is not None:
         raise StatsError(
             f"The columns of `{name}` are not the channels of its input in their order, which is not supported for "
             "experts; calibrate with llama-imatrix and import the file instead (`dynquant calibrate --imatrix FILE`)."
@@ -241,16 +207,16 @@ def _check_expert_columns(name: str, entries: StridedMap, module: nn.Module, par
 def _entries_in_file(model: Model, search: EqualEntries, name: str, named: dict[str, LinearInput]) -> StridedMap | None:
     """Return where a running model holds a tensor of a GGUF file, unless the name says so and columns agree."""
     shape = model.source.info(name).shape
-    if len(shape) < 2 or role_of(name) in (Role.EMBEDDING, Role.OUTPUT):
+    if len(shape) < 2 or not name.endswith(".weight") or role_of(name) in _TABLES:
         return None
     if role_of(name).is_routed_expert and len(shape) == 3:
         return search.entries_of_stack(name)
+    weight = named[name].module.weight.detach().cpu() if name in named else None  # type: ignore[operator, union-attr]
+    if weight is not None and (weight.shape != shape or _begins_alike(weight, model, name)):
+        return None
     stored = model.source.load(name)
-    if name in named:
-        weight = named[name].module.weight.detach()  # type: ignore[union-attr]
-        here, there = (values.double().abs().sum(0).cpu() for values in (weight, stored))
-        if weight.shape != stored.shape or torch.allclose(here, there, rtol=1e-2):
-            return None
+    if weight is not None and torch.allclose(*(v.double().abs().sum(0) for v in (weight, stored)), rtol=1e-2):
+        return None
     entries = search.entries(name, stored)
     if entries is None and name in named:
         raise StatsError(
@@ -259,3 +225,10 @@ def _entries_in_file(model: Model, search: EqualEntries, name: str, named: dict[
             "checkpoint without --base-gguf."
         )
     return entries
+
+
+def _begins_alike(weight: Tensor, model: Model, name: str) -> bool:
+    """Return whether the first and the last row are those of a GGUF tensor, as they are under most orders of rows."""
+    ends = (0, len(weight) - 1)
+    here, there = weight[[*ends]].float(), torch.stack([model.source.load(name, row) for row in ends])
+    return bool((here - there).norm() < _ROUNDING * here.norm())

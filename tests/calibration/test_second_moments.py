@@ -15,7 +15,7 @@ from dynquant.errors import StatsError
 from dynquant.families.open import open_model
 from dynquant.inputs.model_inputs import ModelInputs
 from dynquant.running.load import load_hf
-from dynquant.running.weight_inputs import named_inputs
+from dynquant.running.weight_inputs import weight_inputs
 from dynquant.storage.file_names import path_beside
 
 GATE, DOWN, DENSE = "blk.2.ffn_gate_exps.weight", "blk.2.ffn_down_exps.weight", "blk.0.ffn_gate.weight"
@@ -35,7 +35,7 @@ def collect(moe, tokens, **options):
     provenance = StatsProvenance(fingerprint="f", text_hash="a0", text_name="noise")
     options = StatisticsOptions(**{"hessians": "activations", "held_back": 0.0} | options)
     inputs = ModelInputs(tokens, batch_size=2)
-    names = named_inputs(moe, "deepseek2", 6)
+    names = weight_inputs(open_model(moe.name_or_path), moe)
     return collect_statistics(moe, inputs, names=names, provenance=provenance, options=options)
 
 

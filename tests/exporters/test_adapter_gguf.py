@@ -19,7 +19,7 @@ from dynquant.errors import AdapterError, ExportError
 from dynquant.exporters.adapter_gguf import export_adapter
 from dynquant.families.open import open_hf
 from dynquant.running.load import load_hf
-from tests.families.converter.test_converted import save_checkpoint
+from tests.families.converter.test_converted import ARCHITECTURES, COMMON, saved
 from tests.helpers.commands import refused, succeed
 from tests.helpers.exports import export_gguf
 from tests.helpers.gguf_writing import finish
@@ -103,7 +103,8 @@ def test_llama_cpp_adds_what_peft_adds(name, tmp_path, tiny_text):
 @pytest.mark.parametrize("name", ["olmoe", "glm4_moe", "granitemoe", "qwen3_next", "qwen3_5_text", "gemma2"])
 def test_an_architecture_without_a_family(name, tmp_path, small_moe, llama_cpp_tree, monkeypatch):
     monkeypatch.setenv("LLAMA_CPP_DIR", str(llama_cpp_tree))
-    original = save_checkpoint(name, tmp_path / name, small_moe, num_key_value_heads=4)
+    settings = COMMON | ARCHITECTURES[name] | {"num_key_value_heads": 4}  # as llama.cpp's OLMoE has them
+    original = saved(name, settings, tmp_path, small_moe)
     file, adapter = packed_gguf(original, tmp_path), tmp_path / "adapter"
     off, on = adapter_of(file, adapter, original)
     with pytest.raises(AdapterError, match=r"dynquant knows the architectures .*--base"):

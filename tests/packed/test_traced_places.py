@@ -128,7 +128,7 @@ def conversions(checkpoint: SafetensorsSource) -> Iterator[Conversion]:
 
 
 def stack_of(name: str, part: str, shape: tuple[int, ...], transform: Callable[[Tensor], Tensor]) -> Conversion:
-    return Conversion(name, (part,), shape, "F32", transform, by_slice=True)
+    return Conversion(name, (part,), shape, "F32", transform)
 
 
 def turned(rows: slice) -> Callable[[Tensor], Tensor]:

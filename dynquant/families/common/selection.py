@@ -15,7 +15,7 @@ _MAX_PIECES, _MAX_SINGLE = 1 << 12, 1 << 24
 
 @dataclass(frozen=True)
 class Selection:
-    """A transform of a tensor of `stored_shape` into `entries` of it; leading dimensions before the former stay.
+    """A transform of a tensor of `stored_shape` into `entries` of it.
 
     The source of entries is called "". Entries without a source are zeros: rows for tokens without an embedding.
     """
@@ -24,56 +24,24 @@ class Selection:
     entries: StridedMap
 
     def __call__(self, stored: Tensor) -> Tensor:
+        if tuple(stored.shape) != self.stored_shape:
+            raise ValueError(f"a tensor {list(stored.shape)} is none of {list(self.stored_shape)}")
         stored = stored.contiguous()
-        return self.of_shape(tuple(stored.shape)).gather(lambda _: stored)
+        return self.entries.gather(lambda _: stored)
 
     @property
     def is_identity(self) -> bool:
         """True when nothing is moved, left out or added."""
         return self.entries == whole("", self.stored_shape)
 
-    def of_shape(self, shape: tuple[int, ...]) -> StridedMap:
-        """Return what a tensor of `shape`, leading dimensions and `stored_shape`, becomes."""
-        count = len(shape) - len(self.stored_shape)
-        if count < 0 or shape[count:] != self.stored_shape:
-            raise ValueError(f"a tensor {list(shape)} is none of {list(self.stored_shape)}")
-        leading = whole("", shape[:count]).pieces[0].axes
-        outer = tuple(replace(axis, stride=axis.stride * prod(self.stored_shape)) for axis in leading)
-        pieces = tuple(
-            Piece("", piece.offset, (0,) * count + piece.starts, outer + _shifted(piece.axes, count))
-            for piece in self.entries.pieces
-        )
-        return replace(self.entries, shape=shape[:count] + self.entries.shape, pieces=pieces)
-
     def with_zeros(self, count: int) -> "Selection":
         """Return the selection with `count` rows of zeros behind all others."""
         first, *others = self.entries.shape
         return replace(self, entries=replace(self.entries, shape=(first + count, *others)))
 
-    def of_slice(self) -> "Selection | None":
-        """Return the selection that every slice of the first dimension is of the stored slice; None where it is not."""
-        if len(self.stored_shape) < 2 or len(self.entries.shape) < 2:
-            return None
-        size, step = self.stored_shape[0], prod(self.stored_shape[1:])
-        along, pieces = (Axis(size, step, 0, 1),), []
-        for piece in self.entries.pieces:
-            axes = tuple(axis for axis in piece.axes if axis.dim)
-            inner = Piece("", piece.offset, piece.starts[1:], _shifted(axes, -1))
-            if along + axes != piece.axes or inner.last >= step or self.entries.shape[0] != size:
-                return None
-            pieces.append(inner)
-        inner_entries = replace(self.entries, shape=self.entries.shape[1:], pieces=tuple(pieces))
-        return Selection(self.stored_shape[1:], inner_entries)
-
-    def of_rows(self, rows: slice) -> tuple[slice, Callable[[Tensor], Tensor]] | None:
-        """Return the stored rows that some rows of the result lie in, and what makes the latter of them.
-
-        None for rows that are not one after the other.
-        """
-        start, stop, step = rows.indices(self.entries.shape[0])
-        if step != 1 or not self.stored_shape:
-            return None
-        part = self.entries.sliced(0, start, max(start, stop))
+    def of_rows(self, rows: slice) -> tuple[slice, Callable[[Tensor], Tensor]]:
+        """Return the stored rows, [n, ...], that some rows of the result lie in, and what makes the latter of them."""
+        part = self.entries.sliced(0, *rows.indices(self.entries.shape[0]))
         if not part.pieces:  # zeros alone, which need a row to stand beside
             return slice(0, 1), lambda stored: stored.new_zeros(part.shape)
         width = prod(self.stored_shape[1:])
@@ -115,7 +83,7 @@ def selection_of_strides(seen: Tensor, stored_shape: tuple[int, ...]) -> Selecti
     return Selection(stored_shape, StridedMap(tuple(seen.shape), (piece,)))
 
 
-def _pieces_of(positions: Tensor) -> list[Piece]:
+def _pieces_of(positions: Tensor) -> tuple[Piece, ...]:
     """Return positions [n] as pieces of one dimension, regular runs of runs as one piece."""
     numbers, steps = positions.tolist(), positions.diff()
     ends = [*((steps.diff() != 0).nonzero().flatten() + 1).tolist(), len(numbers) - 1]
@@ -125,9 +93,7 @@ def _pieces_of(positions: Tensor) -> list[Piece]:
         last = ends[bisect_right(ends, start)] if step >= 0 else start
         pieces.append(Piece("", numbers[start], (start,), (Axis(last + 1 - start, step, 0, 1),)[: last - start]))
         start = last + 1
-    while len(joined := joined_pieces(pieces)) < len(pieces):
-        pieces = list(joined)
-    return pieces
+    return joined_pieces(pieces)
 
 
 def _shifted(axes: tuple[Axis, ...], count: int) -> tuple[Axis, ...]:

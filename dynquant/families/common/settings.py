@@ -81,7 +81,7 @@ def differing_settings(recorded: Settings, present: Settings) -> str:
 def settings_note(reference: Settings, candidate: Settings) -> str:
     """Return what steers two models otherwise although they may have the same weights, as words; empty for nothing."""
     steering = ({key: side[key] for key in _STEERING if key in side} for side in (reference, candidate))
-    return ", ".join(f"{name} ({one} and {other})" for name, one, other in _differences(*steering))
+    return ", ".join(f"{name} ({here} and {there})" for name, here, there in _differences(*steering))
 
 
 def _differences(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 _SOURCE_BITS = 48  # positions of the second source begin at 1 << 48
-_SAMPLE = 1 << 16
+_MAX_POSITIONS, _FEW_ROWS = 1 << 20, 16
 _FlatAxes = list[tuple[int, int, int]]
 """Axes as (size, stride in the source, stride in the tensor)."""
 
@@ -100,7 +100,7 @@ class StridedMap:
         first = read(self.pieces[0].source)
         if self.is_view:
             strides = {axis.dim: axis.stride for axis in self.pieces[0].axes}
-            places = [strides.get(dim, 0) for dim in range(len(self.shape))]
+            places = [strides.get(dim, 1) for dim in range(len(self.shape))]
             return _contiguous(first).as_strided(self.shape, places, first.storage_offset() + self.pieces[0].offset)
         dtype = torch.float32 if self.added else first.dtype  # norms that are near one would be rounded
         # Entries without a source, as rows for tokens without an embedding, are zeros.
@@ -110,7 +110,7 @@ class StridedMap:
         return values.add_(self.added) if self.added else values
 
     def positions(self, starts: Mapping[str, int]) -> Tensor:
-        """Which entry of its sources each entry is, where those of a source are counted on from `starts[source]`."""
+        """Which entry of its sources each entry is, int64 of `shape`; those of a source begin at `starts[source]`."""
         positions = torch.zeros(self.shape, dtype=torch.int64)
         for piece in self.pieces:
             sizes = [axis.size for axis in piece.axes]
@@ -144,6 +144,8 @@ class StridedMap:
 
     def viewed(self, shape: Sequence[int]) -> "StridedMap":
         """The same entries in another shape."""
+        if tuple(shape) == self.shape:
+            return self
         strides = contiguous_strides(self.shape)
         pieces = []
         for piece in self.pieces:
@@ -172,6 +174,8 @@ class StridedMap:
 
     def strided(self, shape: Sequence[int], strides: Sequence[int], offset: int) -> "StridedMap":
         """Return what `Tensor.as_strided` gives. Raises NotImplementedError: irregular, or entries used twice."""
+        if prod(shape) == prod(self.shape) and tuple(strides) == contiguous_strides(shape):
+            return self.viewed(shape)
         dims = sorted((dim for dim, size in enumerate(shape) if size > 1), key=lambda dim: -strides[dim])
         widths = [prod(self.shape), *(strides[dim] for dim in dims), 1]
         pairs = list(pairwise(widths))
@@ -191,21 +195,16 @@ class StridedMap:
         """The same entries as those of what `sources` are made of. Raises NotImplementedError: irregular."""
         pieces, added = [], set()
         for piece in self.pieces:
-            source = sources[piece.source]
-            part = source.strided(
-                [axis.size for axis in piece.axes], [axis.stride for axis in piece.axes], piece.offset
-            )
+            source, of = sources[piece.source], piece.axes
             added.add(source.added)
-            for inner in part.pieces:
+            for inner in source.strided([axis.size for axis in of], [axis.stride for axis in of], piece.offset).pieces:
                 starts = list(piece.starts)
-                for axis, start in zip(piece.axes, inner.starts, strict=True):
+                for axis, start in zip(of, inner.starts, strict=True):
                     starts[axis.dim] += start * axis.step
-                outer = [piece.axes[axis.dim] for axis in inner.axes]
-                axes = (
-                    Axis(axis.size, axis.stride, of.dim, axis.step * of.step)
-                    for axis, of in zip(inner.axes, outer, strict=True)
+                axes = tuple(
+                    replace(axis, dim=of[axis.dim].dim, step=axis.step * of[axis.dim].step) for axis in inner.axes
                 )
-                pieces.append(Piece(inner.source, inner.offset, tuple(starts), tuple(axes)))
+                pieces.append(replace(inner, starts=tuple(starts), axes=axes))
         if len(added) > 1:
             raise NotImplementedError("parts with different constants added")
         return StridedMap(self.shape, joined_pieces(pieces), self.added + sum(added))
@@ -250,31 +249,29 @@ def row_blocks(entries: StridedMap, locate: Callable[[str, Tensor], tuple[Tensor
     """Return which rows of its sources the rows of a tensor are; None where they are no selection of one row's entries.
 
     Leading dimensions count as one. `locate` gives rows and columns of positions in a source. All rows of small tensors
-    are looked at, of large ones some.
+    are looked at, and a few of large ones.
     """
     if not entries.is_complete:
         return None
     flat = entries.viewed((prod(entries.shape[:-1]), entries.shape[-1]))
     starts = {source: number << _SOURCE_BITS for number, source in enumerate(flat.sources)}
-
-    def positions(part: StridedMap) -> Tensor:
-        return part.positions(starts).flatten()
-
-    first = positions(flat.sliced(1, 0, 1))
+    first = flat.sliced(1, 0, 1).positions(starts).flatten()
+    positions = flat.positions(starts) if prod(flat.shape) <= _MAX_POSITIONS else None
     blocks = []
     for number, source in enumerate(flat.sources):
         rows = (first >> _SOURCE_BITS == number).nonzero().flatten()
-        stored_rows, _ = locate(source, first[rows] - starts[source])
-        columns = None
-        for row in torch.linspace(0, len(rows) - 1, min(len(rows), max(8, _SAMPLE // flat.shape[1]))).long().tolist():
-            at = int(rows[row])
-            of_row, of_columns = locate(source, positions(flat.sliced(0, at, at + 1)) - starts[source])
-            columns = of_columns if columns is None else columns
-            if not torch.equal(of_columns, columns) or not bool((of_row == stored_rows[row]).all()):
-                return None
-        if columns is None:
+        if not len(rows):
             return None
-        blocks.append(RowBlock(source, rows, stored_rows, columns))
+        stored_rows, _ = locate(source, first[rows] - starts[source])
+        sample = torch.arange(0, len(rows), 1 if positions is not None else -(-len(rows) // _FEW_ROWS))
+        if positions is None:
+            lines = torch.cat([flat.sliced(0, row, row + 1).positions(starts) for row in rows[sample].tolist()])
+        else:
+            lines = positions[rows]
+        of_rows, of_columns = locate(source, lines - starts[source])  # [sample, columns]
+        if not (of_rows == stored_rows[sample, None]).all() or not (of_columns == of_columns[0]).all():
+            return None
+        blocks.append(RowBlock(source, rows, stored_rows, of_columns[0]))
     return blocks
 
 
@@ -408,7 +405,8 @@ def joined_pieces(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
             run.append(piece)
         else:
             result.append([piece])
-    return tuple(_one_piece(run) for run in result)
+    joined_runs = tuple(map(_one_piece, result))
+    return joined_pieces(joined_runs) if len(joined_runs) < len(pieces) else joined_runs  # runs of runs
 
 
 def _distance(piece: Piece, other: Piece) -> tuple[int, tuple[int, ...]]:
@@ -428,13 +426,10 @@ def _one_piece(run: list[Piece]) -> Piece:
     if len(run) == 1:
         return run[0]
     stride, steps = _distance(run[0], run[1])
-    dim = max(range(len(steps)), key=lambda index: steps[index])
-    axes = [*run[0].axes, Axis(len(run), stride, dim, steps[dim])]
-    merged: list[Axis] = []
-    for axis in sorted(axes, key=lambda axis: (axis.dim, -axis.step)):
-        outer = merged[-1] if merged else Axis(0, 0, -1, 0)
-        if (outer.stride, outer.dim, outer.step) == (axis.size * axis.stride, axis.dim, axis.size * axis.step):
-            merged[-1] = Axis(outer.size * axis.size, axis.stride, axis.dim, axis.step)
-            continue
-        merged.append(axis)
+    along = max(range(len(steps)), key=steps.__getitem__)
+    axes = [*run[0].axes, Axis(len(run), stride, along, steps[along])]
+    of_dims = ([(axis.size, axis.stride, axis.step) for axis in axes if axis.dim == dim] for dim in range(len(steps)))
+    merged = (
+        Axis(size, stride, dim, step) for dim, of_dim in enumerate(of_dims) for size, stride, step in _merged(of_dim)
+    )
     return replace(run[0], axes=tuple(merged))

@@ -48,18 +48,26 @@ def _same(traced: StridedMap, *_: Any) -> StridedMap:
     return traced
 
 
-def _view(traced: StridedMap, shape: list[int], *_: Any) -> StridedMap:
-    return traced.viewed(torch.empty(traced.shape, device="meta").view(shape).shape)  # it knows what -1 stands for
+def _reshaping(function: Callable[..., torch.Tensor]) -> Callable[..., StridedMap]:
+    """Return the rule of a function that gives all entries another shape, which it is asked on the meta device."""
+
+    def rule(traced: StridedMap, *arguments: Any, **_: Any) -> StridedMap:
+        shape = function(torch.empty(traced.shape, device="meta"), *arguments).shape
+        if prod(shape) != prod(traced.shape):
+            raise NotImplementedError("entries that are used several times")
+        return traced.viewed(shape)
+
+    return rule
 
 
-def _transpose(traced: StridedMap, first: int, second: int) -> StridedMap:
-    order = list(range(len(traced.shape)))
-    order[first], order[second] = order[second], order[first]
-    return traced.permuted(order)
+def _viewing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the rule of a function that gives views, whose strides it is asked on the meta device."""
 
+    def rule(traced: StridedMap, *arguments: Any) -> Any:
+        views = function(torch.empty(traced.shape, device="meta"), *arguments)
+        return tree_map_only(torch.Tensor, lambda v: traced.strided(v.shape, v.stride(), v.storage_offset()), views)
 
-def _permute(traced: StridedMap, order: list[int]) -> StridedMap:
-    return traced.permuted([dim % len(order) for dim in order])
+    return rule
 
 
 def _slice(
@@ -69,52 +77,14 @@ def _slice(
     return traced.sliced(dim, *slice(start, stop, step).indices(traced.shape[dim]))
 
 
-def _select(traced: StridedMap, dim: int, index: int) -> StridedMap:
-    dim %= len(traced.shape)
-    index %= traced.shape[dim]
-    return _squeeze(traced.sliced(dim, index, index + 1), dim)
-
-
-def _squeeze(traced: StridedMap, dims: int | list[int] | None = None) -> StridedMap:
-    shape = torch.empty(traced.shape, device="meta")
-    return traced.viewed((shape.squeeze() if dims is None else shape.squeeze(dims)).shape)
-
-
-def _unsqueeze(traced: StridedMap, dim: int) -> StridedMap:
-    return traced.viewed(torch.empty(traced.shape, device="meta").unsqueeze(dim).shape)
-
-
 def _cat(parts: list[StridedMap], dim: int = 0) -> StridedMap:
     return joined(parts, dim % len(parts[0].shape))
 
 
 def _stack(parts: list[StridedMap], dim: int = 0) -> StridedMap:
-    dim %= len(parts[0].shape) + 1
-    return joined([_unsqueeze(part, dim) for part in parts], dim)
-
-
-def _split(traced: StridedMap, size: int, dim: int = 0) -> list[StridedMap]:
-    length = traced.shape[dim]
-    return _split_sizes(traced, [min(size, length - start) for start in range(0, length, size)], dim)
-
-
-def _split_sizes(traced: StridedMap, sizes: list[int], dim: int = 0) -> list[StridedMap]:
-    parts, start = [], 0
-    for size in sizes:
-        parts.append(traced.sliced(dim % len(traced.shape), start, start + size))
-        start += size
-    return parts
-
-
-def _unbind(traced: StridedMap, dim: int = 0) -> list[StridedMap]:
-    return [_select(traced, dim, index) for index in range(traced.shape[dim])]
-
-
-def _expand(traced: StridedMap, shape: list[int], **_: Any) -> StridedMap:
-    expanded = torch.empty(traced.shape, device="meta").expand(shape)
-    if expanded.numel() != prod(traced.shape):
-        raise NotImplementedError("entries that are used several times")
-    return traced.viewed(expanded.shape)
+    shape = parts[0].shape
+    dim %= len(shape) + 1
+    return joined([part.viewed((*shape[:dim], 1, *shape[dim:])) for part in parts], dim)
 
 
 def _index(traced: StridedMap, indices: list[torch.Tensor | None]) -> StridedMap:
@@ -156,24 +126,35 @@ _RULES: dict[Any, Callable[..., Any]] = {
         ),
         _same,
     ),
-    **dict.fromkeys(
-        (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten._reshape_alias.default), _view
-    ),
-    aten.t.default: lambda traced: traced.permuted(range(len(traced.shape))[::-1]),
-    aten.transpose.int: _transpose,
-    aten.permute.default: _permute,
+    **{
+        function: _reshaping(function)
+        for function in (
+            aten.view.default,
+            aten._unsafe_view.default,
+            aten.reshape.default,
+            aten._reshape_alias.default,
+            aten.squeeze.default,
+            aten.squeeze.dim,
+            aten.squeeze.dims,
+            aten.unsqueeze.default,
+            aten.expand.default,
+        )
+    },
+    **{
+        function: _viewing(function)
+        for function in (
+            aten.t.default,
+            aten.transpose.int,
+            aten.permute.default,
+            aten.select.int,
+            aten.split.Tensor,
+            aten.split_with_sizes.default,
+            aten.unbind.int,
+        )
+    },
     aten.slice.Tensor: _slice,
-    aten.select.int: _select,
-    aten.squeeze.default: _squeeze,
-    aten.squeeze.dim: _squeeze,
-    aten.squeeze.dims: _squeeze,
-    aten.unsqueeze.default: _unsqueeze,
     aten.cat.default: _cat,
     aten.stack.default: _stack,
-    aten.split.Tensor: _split,
-    aten.split_with_sizes.default: _split_sizes,
-    aten.unbind.int: _unbind,
-    aten.expand.default: _expand,
     aten.index.Tensor: _index,
     aten.flip.default: _flip,
     aten.new_zeros.default: _zeros,

@@ -13,21 +13,20 @@ from dynquant.checkpoints.gguf_source import MetadataField
 from dynquant.checkpoints.model import Model
 from dynquant.checkpoints.safetensors_source import SafetensorsSource, refuse_quantized
 from dynquant.errors import CheckpointError
-from dynquant.families.common.config import read_json
+from dynquant.families.common.config import check_values, read_json
 from dynquant.families.common.conversion import Conversion, ConvertedSource, unchanged
-from dynquant.families.common.conversion_book import some_of
+from dynquant.families.common.conversion_book import COMPUTED_BUFFERS, some_of
 from dynquant.families.common.metadata import recorded_fields
 from dynquant.families.common.selection import Selection
 from dynquant.families.common.settings import settings_of_config, settings_of_metadata
 from dynquant.families.converter.description import Description, describe
 from dynquant.families.tokenizers.tokenizer import write_tokenizer
 
-_OWN_KEYS = ("general.quantization_version", "general.file_type")
+OWN_KEYS = ("general.quantization_version", "general.file_type")
 """Keys that are said of a file, when one is written."""
 _FLOATS = ("F32", "F16")
 _OF_TOWERS = re.compile(r"(^|\.)(vision|visual|audio|multi_modal|mm_)|projector|embed_vision|embed_audio")
 _SELECTION = TypeAdapter(Selection)
-_COMPUTED_BUFFERS = (".rotary_emb.inv_freq", ".attention.masked_bias", ".attention.bias")
 
 
 def open_converted(directory: Path, tree: Path, *, mtp: bool = True) -> Model:
@@ -41,10 +40,11 @@ def open_converted(directory: Path, tree: Path, *, mtp: bool = True) -> Model:
     """
     raw = read_json(directory / "config.json")
     refuse_quantized(directory, raw.get("quantization_config"))
+    check_values(directory)
     checkpoint = SafetensorsSource(directory)
     description = describe(directory, checkpoint, tree, no_mtp=not mtp)
     source = ConvertedSource(checkpoint, list(_conversions(description, checkpoint)))
-    metadata = tuple(field for field in description.keys.metadata if field.key not in _OWN_KEYS)
+    metadata = tuple(field for field in description.keys.metadata if field.key not in OWN_KEYS)
     fault = description.about["tokenizer_fault"]
     if fault:
         metadata = tuple(map(_without_quirk, metadata)) + _own_tokenizer(directory, source, fault, tree)
@@ -57,21 +57,14 @@ def open_converted(directory: Path, tree: Path, *, mtp: bool = True) -> Model:
 
 
 def _conversions(description: Description, checkpoint: SafetensorsSource) -> Iterator[Conversion]:
-    selections: dict[str, Selection] = {}
     for entry in description.about["tensors"]:
         name, shape, parts = entry["name"], tuple(entry["shape"]), tuple(entry.get("parts", ()))
         if not parts:
             yield Conversion(name, (), shape, "F32", values=description.keys.load(name))
             continue
-        record = entry["selection"]
-        if str(record) not in selections:
-            selections[str(record)] = _SELECTION.validate_python(record)
-        selection = selections[str(record)]
+        selection = _SELECTION.validate_python(entry["selection"])
         dtype = entry["type"] if entry["type"] in _FLOATS else checkpoint.info(parts[0]).dtype
-        inner = selection.of_slice() if len(parts) == 1 else None
-        transform = unchanged if selection.is_identity else inner or selection
-        of_rows = selection.of_rows if len(parts) == 1 and len(shape) == 2 else None
-        yield Conversion(name, parts, shape, dtype, transform, by_slice=inner is not None, of_rows=of_rows)
+        yield Conversion(name, parts, shape, dtype, unchanged if selection.is_identity else selection)
 
 
 def _own_tokenizer(directory: Path, source: ConvertedSource, fault: str, tree: Path) -> tuple[MetadataField, ...]:
@@ -100,7 +93,7 @@ def _without_quirk(field: MetadataField) -> MetadataField:
 
 def _tell_unused(directory: Path, description: Description, *, has_tower: bool) -> None:
     """Say which tensors the converter leaves out; a tower is said to be by who opens the model."""
-    unused = [name for name in description.about["unused"] if not name.endswith(_COMPUTED_BUFFERS)]
+    unused = [name for name in description.about["unused"] if not name.endswith(COMPUTED_BUFFERS)]
     if has_tower:
         unused = [name for name in unused if not _OF_TOWERS.search(name)]
     if unused:

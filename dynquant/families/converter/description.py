@@ -22,6 +22,7 @@ from dynquant.checkpoints.safetensors_source import SafetensorsSource, checkpoin
 from dynquant.checkpoints.tensor_source import TensorInfo
 from dynquant.errors import CheckpointError
 from dynquant.families.common import selection, strided_maps
+from dynquant.families.common.config import WAY_OUT
 from dynquant.families.converter import tracing, worker
 from dynquant.families.converter.source_tree import cache_directory, tree_version
 from dynquant.families.tokenizers.files import read_tokenizer_files
@@ -36,7 +37,6 @@ _LIBRARIES = ("transformers", "tokenizers", "sentencepiece", "torch")
 """Packages that the converter calls."""
 _READ_FAULTS = (OSError, ValueError, CheckpointError)
 _KEPT = 64
-_WAY_OUT = "Convert it with llama.cpp's own converter and pass the result with --base-gguf FILE."
 
 
 @dataclass(frozen=True)
@@ -140,13 +140,13 @@ def _run(directory: Path, tree: Path, request: dict[str, Any], folder: Path) -> 
     if -done.returncode == signal.SIGKILL:
         raise CheckpointError(
             f"The system killed llama.cpp's converter on {directory}, as it does where memory runs out. Free memory, "
-            f"or take a machine with more. {_WAY_OUT}"
+            f"or take a machine with more. {WAY_OUT}"
         )
     if done.returncode or not (folder / worker.TENSORS).is_file():
         last = done.stderr.strip().rpartition("\n")[2][:400]
         raise CheckpointError(
             f"llama.cpp's converter in {tree} ended with status {done.returncode} on {directory} "
-            f"({last or 'no reason'}). Give the tree of another version of llama.cpp by --llama-cpp DIR. {_WAY_OUT}"
+            f"({last or 'no reason'}). Give the tree of another version of llama.cpp by --llama-cpp DIR. {WAY_OUT}"
         )
 
 
@@ -156,8 +156,14 @@ def _refused(directory: Path, tree: Path, kind: str, reason: str) -> CheckpointE
         return CheckpointError(f"{said}. Give a newer tree by --llama-cpp DIR, or wait until llama.cpp has it.")
     if kind == "tensor":
         said = f"llama.cpp's converter makes tensors of {directory} in a way that dynquant cannot follow: {reason}"
-        return CheckpointError(f"{said}. {_WAY_OUT}")
+        return CheckpointError(f"{said}. {WAY_OUT}")
+    if "Can not map tensor" in reason:
+        return CheckpointError(
+            f"llama.cpp's converter in {tree} has no place for a tensor of {directory} ({reason}): llama.cpp's graph "
+            "of the architecture does not read it, and would compute something else. A newer tree, by --llama-cpp DIR, "
+            "may have a place for it."
+        )
     return CheckpointError(
         f"llama.cpp's converter in {tree} refuses {directory} ({reason}). Complete its files, or give another version "
-        f"of the tree by --llama-cpp DIR. {_WAY_OUT}"
+        f"of the tree by --llama-cpp DIR. {WAY_OUT}"
     )

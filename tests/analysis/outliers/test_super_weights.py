@@ -11,9 +11,8 @@ from dynquant.analysis.outliers.super_weights import Criteria, DownScan, ablatio
 from dynquant.calibration.statistics import CalibrationStats, InputStats, StatsProvenance
 from dynquant.families.open import open_model
 from dynquant.running.load import load_hf, load_tokenizer
-from dynquant.running.weight_inputs import named_inputs
+from dynquant.running.weight_inputs import weight_inputs
 
-N_LAYER = 6
 TEXT = (
     "The general idea of the theory is that every body in the universe attracts every other body. Call me Ishmael. "
     "Some years ago, having little or no money in my purse, I thought I would sail about a little and see the world. "
@@ -24,6 +23,11 @@ TEXT = (
 @pytest.fixture(scope="module")
 def moe(small_moe):
     return load_hf(open_model(small_moe))
+
+
+@pytest.fixture(scope="module")
+def inputs(small_moe, moe):
+    return weight_inputs(open_model(small_moe), moe)
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +51,10 @@ PLACES = [
 
 
 @pytest.fixture(params=PLACES, ids=lambda place: place[0])
-def planted(request, moe, tokens):
+def planted(request, moe, inputs, tokens):
     """Make one weight dominate: 40 times the layers' usual maximum, at the strongest input of the tensor."""
     name, _, row = request.param
-    spikes = DownScan(moe, named_inputs(moe, "deepseek2", N_LAYER), tokens).run()[0]
+    spikes = DownScan(moe, inputs, tokens).run()[0]
     usual = sorted(abs(spike.max_out) for spike in spikes)[len(spikes) // 2]
     spike = max((spike for spike in spikes if spike.name == name), key=lambda spike: abs(spike.max_in))
     matrix = matrix_of(moe, name, spike.expert)
@@ -60,9 +64,9 @@ def planted(request, moe, tokens):
     matrix.copy_(before)
 
 
-def test_planted_super_weight_is_found_exactly(planted, moe, tokens):
+def test_planted_super_weight_is_found_exactly(planted, moe, inputs, tokens):
     before = {name: value.clone() for name, value in moe.state_dict().items()}
-    found = find_super_weights(moe, named_inputs(moe, "deepseek2", N_LAYER), tokens)
+    found = find_super_weights(moe, inputs, tokens)
     assert [(item.name, item.expert, item.row, item.col) for item in found] == [planted]
     assert found[0].share > 0.9 and found[0].ratio > 20
     assert all(torch.equal(before[name], value) for name, value in moe.state_dict().items())
@@ -71,9 +75,10 @@ def test_planted_super_weight_is_found_exactly(planted, moe, tokens):
 def check_planted_in_bfloat16(small_moe, tokens, device):
     model = open_model(small_moe)
     network = load_hf(model, dtype=torch.bfloat16, device=str(device))
-    spike = DownScan(network, named_inputs(network, model.arch, N_LAYER), tokens).run()[0][0]
+    inputs = weight_inputs(model, network)
+    spike = DownScan(network, inputs, tokens).run()[0][0]
     matrix_of(network, "blk.0.ffn_down.weight", None)[3, spike.in_channel] = 1000.0
-    (found,) = find_super_weights(network, named_inputs(network, model.arch, N_LAYER), tokens)
+    (found,) = find_super_weights(network, inputs, tokens)
     assert (found.name, found.row, found.col, found.value) == (spike.name, 3, spike.in_channel, 1000.0)
 
 
@@ -86,29 +91,29 @@ def test_planted_super_weight_is_found_on_a_gpu(small_moe, tokens, cuda):
     check_planted_in_bfloat16(small_moe, tokens, cuda)
 
 
-def test_model_as_it_is_has_none(moe, tokens):
-    assert find_super_weights(moe, named_inputs(moe, "deepseek2", N_LAYER), tokens) == []
+def test_model_as_it_is_has_none(moe, inputs, tokens):
+    assert find_super_weights(moe, inputs, tokens) == []
 
 
 def test_large_model_has_massive_activations_but_no_super_weight(moe_89m):
     model = open_model(moe_89m)
     tokens = torch.tensor(load_tokenizer(model)(TEXT)["input_ids"])
     loaded = load_hf(model)
-    weights = named_inputs(loaded, "deepseek2", 11)
+    weights = weight_inputs(model, loaded)
     assert find_super_weights(loaded, weights, tokens) == []
     spikes = DownScan(loaded, weights, tokens).run()[0]
     massive = max((spike for spike in spikes if spike.layer == 5), key=lambda spike: abs(spike.max_out))
     assert (massive.name, massive.row) == ("blk.5.ffn_down_shexp.weight", 152)
 
 
-def test_ablation_restores_the_weights_and_tells_them_apart(moe, tokens):
+def test_ablation_restores_the_weights_and_tells_them_apart(moe, inputs, tokens):
     matrix = matrix_of(moe, "blk.0.ffn_down.weight", None)
     before = matrix.clone()
-    spike = DownScan(moe, named_inputs(moe, "deepseek2", N_LAYER), tokens).run()[0][0]
+    spike = DownScan(moe, inputs, tokens).run()[0][0]
     matrix[3, spike.in_channel] = 1000.0
     planted = matrix.clone()
     try:
-        (found,) = find_super_weights(moe, named_inputs(moe, "deepseek2", N_LAYER), tokens)
+        (found,) = find_super_weights(moe, inputs, tokens)
         result = ablation(moe, found, tokens, k=50)
         assert torch.equal(matrix, planted)
     finally:
@@ -128,7 +133,7 @@ def test_published_super_weight_of_smollm2(shared_data):
     network = load_hf(model)
     text = (shared_data / "wikitext2_valid.txt").read_text()[:4000]
     tokens = torch.tensor(load_tokenizer(model)(text)["input_ids"][:512])
-    names = named_inputs(network, "llama", 30)
+    names = weight_inputs(model, network)
     first = find_super_weights(network, names, tokens, criteria=Criteria(max_iterations=1))[0]
     assert (first.name, first.row, first.col) == ("blk.11.ffn_down.weight", 507, 1229)
     result = ablation(network, first, tokens)

@@ -6,7 +6,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dynquant.analysis.sensitivity.closed_form import output_sensitivity
 from dynquant.inputs.model_inputs import ModelInputs
-from dynquant.running.weight_inputs import named_inputs
+from dynquant.running.weight_inputs import weight_inputs
+from tests.helpers.architectures import converted_model
 
 SIZES = {
     "vocab_size": 96, "vocab_size_per_layer_input": 96, "hidden_size": 64, "intermediate_size": 64,
@@ -17,12 +18,13 @@ SIZES = {
 TABLE = "per_layer_token_embd.weight"
 
 
-def test_the_table_of_each_layer_is_priced_by_what_its_errors_do():
+def test_the_table_of_each_layer_is_priced_by_what_its_errors_do(tmp_path):
     torch.manual_seed(0)
     hf_model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma3n_text", **SIZES)).eval()
     for parameter in hf_model.parameters():  # some begin as zeros, and stop all gradients
         torch.nn.init.normal_(parameter, mean=float(parameter.dim() < 2), std=parameter.shape[-1] ** -0.5)
-    weights = named_inputs(hf_model, "gemma3n", 2)
+    hf_model.save_pretrained(tmp_path)
+    weights = weight_inputs(converted_model(tmp_path, [], arch="gemma3n"), hf_model)
     table, windows = weights.embeddings[TABLE], torch.randint(0, 96, (8, 32))
     assert table is not weights.embeddings["token_embd.weight"] and tuple(table.weight.shape) == (96, 64)
     sensitivity, errors = output_sensitivity(hf_model, weights, ModelInputs(windows))
