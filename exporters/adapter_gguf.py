@@ -43,7 +43,7 @@ from dynquant.running.parameter_map import ParameterMap, parameter_map, unmapped
 from dynquant.storage.atomic import writing
 
 _PARTS = ("weight", "gate_up_proj", "up_proj", "down_proj")
-"""What a layer's weight can be called; those of experts in the order in which PEFT wraps them."""
+"""Names of a layer's weight; those of experts in the order in which PEFT wraps them."""
 
 
 @dataclass(frozen=True)
