@@ -150,8 +150,8 @@ class AdapterOptions(Options):
     base: Annotated[
         Path | None,
         Flag(
-            "The model that the adapter was trained on: packed or original directory, or .gguf file. Default: where "
-            "the adapter says it was loaded from.",
+            "The model that the adapter was trained on: packed or original directory, or .gguf file; of architectures "
+            "that llama.cpp's converter names, the original. Default: where the adapter says it was loaded from.",
             show_default=False,
         ),
     ] = None
